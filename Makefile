@@ -1,0 +1,45 @@
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+
+# The interpreter of the environment: creates .venv, and runs the GPU tests.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+WORKERS ?= 2
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup
+
+.PHONY: setup test gpu-test demo lint clean
+
+setup: $(STAMP)
+
+# torch comes first and alone: nothing that follows may replace it.
+$(STAMP): requirements-ci.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet '$(TORCH)'
+	$(BIN)/python -m pip install --quiet -r requirements-ci.txt
+	$(BIN)/python -m pip install --quiet -e . --no-deps --no-build-isolation
+	touch $@
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not gpu"
+
+gpu-test:
+	$(PYTHON) -m pytest -m gpu
+
+# The environment's own Python serves when its torch sees a GPU.
+demo:
+	@if $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
+	  PYTHONPATH=. $(PYTHON) examples/demo.py; \
+	else \
+	  $(MAKE) --no-print-directory setup && $(BIN)/python examples/demo.py; \
+	fi
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

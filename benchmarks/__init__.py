@@ -1,0 +1,1 @@
+"""Benchmarks of torch_rtx and the models that they, the demo and the tests share."""

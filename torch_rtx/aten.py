@@ -1,0 +1,116 @@
+"""The ATen calls that an engine may make, and how the IR's plain attributes become their arguments.
+
+An op of the IR is named like `aten.linear.default`; its meaning is that call. Only the names in `ALLOWED` are ever
+looked up, so that the text of an engine can't reach anything else.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from typing import Any
+
+import torch
+
+from torch_rtx.errors import InvalidIR, Unsupported
+from torch_rtx.ir import MAIN, Attr
+from torch_rtx.optable import ALLOWED
+
+__all__ = ["ALLOWED", "DTYPES", "dtype_name", "is_random", "is_view", "overload", "schema", "to_torch"]
+
+DTYPES: dict[str, torch.dtype] = {
+    name: dtype
+    for name, attribute in {
+        **dict(f64="float64", f32="float32", f16="float16", bf16="bfloat16", i64="int64", i32="int32", i16="int16"),
+        **dict(i8="int8", u64="uint64", u32="uint32", u16="uint16", u8="uint8", bool="bool"),
+        **dict(c128="complex128", c64="complex64", c32="complex32", f8e4m3fn="float8_e4m3fn", f8e5m2="float8_e5m2"),
+        **dict(f8e4m3fnuz="float8_e4m3fnuz", f8e5m2fnuz="float8_e5m2fnuz", f8e8m0fnu="float8_e8m0fnu"),
+    }.items()
+    if (dtype := getattr(torch, attribute, None)) is not None
+}
+_OPTIONAL = re.compile(r"Optional\[(.*)\]")
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The IR's name of a dtype.
+
+    Raises:
+        Unsupported: the IR has no name for it (quantized and sub-byte dtypes).
+    """
+    if dtype not in _NAMES:
+        raise Unsupported(f"dtype {dtype}")
+    return _NAMES[dtype]
+
+
+@cache
+def overload(name: str, trusted: frozenset[str] = frozenset()) -> torch._ops.OpOverload:
+    """The operator called `name` (namespace.op.overload).
+
+    Args:
+        trusted: names that are allowed beside the allow-list, for operators that fall back.
+
+    Raises:
+        InvalidIR: not allowed, or not registered in this process.
+    """
+    if name not in ALLOWED and name not in trusted:
+        raise InvalidIR(f"op {name} is not on the allow-list", hint="trusted_ops=[...] allows more, if you trust the file")
+    namespace, _, rest = name.partition(".")
+    op, _, overload_name = rest.rpartition(".")
+    try:
+        return getattr(getattr(getattr(torch.ops, namespace), op), overload_name)
+    except AttributeError:
+        hint = "import the library that registers it first" if namespace != "aten" else f"torch is {torch.__version__}"
+        raise InvalidIR(f"op {name} does not exist in this process", hint=hint) from None
+
+
+@cache
+def schema(op: torch._ops.OpOverload) -> dict[str, tuple[str, bool]]:
+    """Per argument of `op`, in order: its type as the schema says it (`ScalarType`; optional or not), and whether it is keyword-only."""
+    return {arg.name: (_OPTIONAL.sub(r"\1", str(arg.real_type)), arg.kwarg_only) for arg in op._schema.arguments}
+
+
+@cache
+def is_view(op: torch._ops.OpOverload) -> bool:
+    """Whether every output of `op` is an alias of an input, so that it moves no data."""
+    returns = op._schema.returns
+    return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+
+
+@cache
+def is_random(op: torch._ops.OpOverload) -> bool:
+    """Whether `op` draws from the random number generator, so that two calls differ."""
+    return torch.Tag.nondeterministic_seeded in op.tags
+
+
+@cache
+def _device(name: str) -> torch.device:
+    """`cpu`, or such as `cuda1`."""
+    match = re.fullmatch(r"([a-z]+)(\d*)", name)
+    if match is None or match[1] not in ("cpu", "cuda"):
+        raise InvalidIR(f"no device {name!r}")
+    return torch.device(match[1], int(match[2])) if match[2] else torch.device(match[1])
+
+
+def to_torch(type_: str, attr: Attr, device: torch.device) -> Any:
+    """The torch object for an attribute of schema type `type_` which is no value, dim, number or list; else `attr`.
+
+    Args:
+        device: the device that MAIN stands for.
+
+    Raises:
+        InvalidIR: no such dtype, device or memory format.
+    """
+    if attr is None or not isinstance(attr, str):
+        return attr
+    if type_ == "ScalarType":
+        if attr not in DTYPES:
+            raise InvalidIR(f"this torch has no dtype {attr!r}")
+        return DTYPES[attr]
+    if type_ == "Device":
+        return device if attr == MAIN else _device(attr)
+    if type_ == "MemoryFormat":
+        if attr not in ("contiguous_format", "preserve_format", "channels_last", "channels_last_3d"):
+            raise InvalidIR(f"no memory format {attr!r}")
+        return getattr(torch, attr)
+    return attr

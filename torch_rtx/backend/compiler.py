@@ -1,0 +1,131 @@
+"""One way from a captured FX graph to a fused graph, for torch.compile and for builds ahead of time."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from torch_rtx import aten
+from torch_rtx.backend.partition import Partition, partition
+from torch_rtx.errors import LoweringError, RtxError, SettingsError
+from torch_rtx.ir import Graph, verify
+from torch_rtx.lowering.from_fx import Role, from_fx
+from torch_rtx.lowering.pipeline import PIPELINE, REQUIRED, Report, lower
+from torch_rtx.lowering.support import unsupported_reason
+from torch_rtx.lowering.symbols import Symbols, main_device
+from torch_rtx.settings import CompilationSettings
+
+log = logging.getLogger(__name__)
+REPRODUCTION = """\"\"\"Runs the pipeline on the graph that failed: python reproduce.py\"\"\"
+from pathlib import Path
+
+from torch_rtx.irparse import parse
+from torch_rtx.lowering.pipeline import lower
+from torch_rtx.settings import CompilationSettings
+
+text = (Path(__file__).parent / "00_import.rtxir").read_text()
+print(lower(parse(text), CompilationSettings(disabled_passes={disabled!r}))[0])
+"""
+
+
+@dataclass
+class Program:
+    """A lowered graph with what it needs beside its weights, and the account of how it came to be."""
+
+    graph: Graph
+    constants: dict[str, torch.Tensor]
+    callables: list[Callable[..., Any]]
+    device: torch.device
+    partition: Partition
+    report: Report
+
+
+def check_passes(settings: CompilationSettings) -> None:
+    """Raises SettingsError for names in `disabled_passes` that are no passes, or that no engine can do without."""
+    unknown, required = settings.disabled_passes - PIPELINE.keys(), settings.disabled_passes & REQUIRED
+    if unknown or required:
+        problem = f"unknown passes {', '.join(sorted(unknown))}" if unknown else f"{', '.join(required)} can't be disabled"
+        raise SettingsError(f"disabled_passes: {problem}", hint=f"the passes are {', '.join(PIPELINE)}")
+
+
+def compile_fx(
+    gm: fx.GraphModule, roles: Sequence[Role], settings: CompilationSettings, writes: Mapping[int, str] | None = None
+) -> Program:
+    """Partition, import and lower `gm`.
+
+    Args:
+        roles: what each placeholder is.
+        writes: see `from_fx`.
+
+    Raises:
+        PartitionError: a node falls back although `require_full_compilation` is set.
+        LoweringError: a bug of torch_rtx, with the folder that has the graph and a script to reproduce it.
+    """
+    start = time.perf_counter()
+    check_passes(settings)
+    device = device_of(gm)
+    symbols = Symbols(device)
+    parts = partition(gm, lambda node: unsupported_reason(node, symbols), settings)
+    for node, why in parts.fallbacks.items():
+        log.info("fallback: %s: %s", node.target, why)
+    folder = _folder(settings.dump_dir)
+    graph = None
+    try:
+        if folder is not None:
+            (folder / "00_fx.py").write_text(gm.print_readable(print_output=False))
+        imported = from_fx(gm, roles, parts.fallbacks, device, writes)
+        graph = imported.graph
+        verify(graph, aten.ALLOWED)
+        lowered, report = lower(graph, settings, folder)
+    except Exception as error:
+        raise _bug(error, gm, graph, settings, folder) from error
+    seconds = time.perf_counter() - start
+    log.info("%d blocks, %d fallback nodes, %.0f ms", len(parts.blocks), len(parts.fallbacks), 1e3 * seconds)
+    return Program(lowered, imported.constants, imported.callables, device, parts, report)
+
+
+def device_of(gm: fx.GraphModule) -> torch.device:
+    """The device that the engine of `gm` runs on."""
+    return main_device(node.meta.get("val") for node in gm.graph.nodes)
+
+
+def _folder(dump_dir: str | None) -> Path | None:
+    """A new folder `graph_NNN` in `dump_dir`, safe with other processes that dump to the same place."""
+    if dump_dir is None:
+        return None
+    root = Path(dump_dir)
+    root.mkdir(parents=True, exist_ok=True)
+    for number in range(len(list(root.iterdir())), 1_000_000):
+        try:
+            (folder := root / f"graph_{number:03}").mkdir()
+            return folder
+        except FileExistsError:
+            continue
+    raise SettingsError(f"dump_dir {dump_dir} is full")
+
+
+def _bug(
+    error: Exception, gm: fx.GraphModule, graph: Graph | None, settings: CompilationSettings, folder: Path | None
+) -> LoweringError:
+    """An error that says where to find the graph and how to reproduce it; writes both."""
+    folder = folder or Path(tempfile.mkdtemp(prefix="torch_rtx_"))
+    (folder / "00_fx.py").write_text(gm.print_readable(print_output=False))
+    script = folder / "00_fx.py"
+    if graph is not None:
+        (folder / "00_import.rtxir").write_text(str(graph))
+        script = folder / "reproduce.py"
+        script.write_text(REPRODUCTION.format(disabled=sorted(settings.disabled_passes)))
+    message = error.message if isinstance(error, RtxError) else f"{type(error).__name__}: {error}"
+    return LoweringError(
+        f"compiling a graph of {len(gm.graph.nodes)} nodes failed, which is a bug of torch_rtx: {message}",
+        loc=getattr(error, "loc", None),
+        hint=f"reproduce it with {script}; fallback_on_error=True runs such graphs in PyTorch",
+    )

@@ -1,0 +1,124 @@
+"""The torch.compile backend `rtx`, found through the entry point group `torch_dynamo_backends`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._guards import TracingContext
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from torch_rtx.backend.capture import capture_inference, capture_training, needs_autograd
+from torch_rtx.backend.compiler import check_passes, compile_fx
+from torch_rtx.lowering.from_fx import Role, is_fixed
+from torch_rtx.lowering.location import module_path
+from torch_rtx.runtime.session import Session
+from torch_rtx.runtime.weights import WeightStore
+from torch_rtx.settings import CompilationSettings, RuntimeSettings, from_options
+
+log = logging.getLogger(__name__)
+
+
+def rtx(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, object] | None = None,
+) -> Callable[..., Any]:
+    """Compile a Dynamo graph.
+
+    Args:
+        mode: one of `settings.MODES`.
+        options: fields of `CompilationSettings` and `RuntimeSettings` by name.
+
+    Raises:
+        SettingsError: an unknown or mistyped option or mode.
+        PartitionError, LoweringError: see `compile_fx`.
+    """
+    compilation, runtime = from_options(options, mode)
+    check_passes(compilation)
+    names = [_source_name(node) for node in gm.graph.nodes if node.op == "placeholder"]
+
+    def inference(graph: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+        return _compile(graph, names, _static_inputs(graph), compilation, runtime)
+
+    # A training step's saved tensors outlive the call, so that replaying it as a CUDA graph would have to copy them all.
+    plain = RuntimeSettings(cuda_graph_strategy="disabled")
+
+    def training(graph: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+        return _compile(graph, [], frozenset(), compilation, plain)
+
+    if needs_autograd(example_inputs):
+        return capture_training(gm, example_inputs, training, training)
+    return capture_inference(gm, example_inputs, inference)
+
+
+def _compile(
+    gm: fx.GraphModule,
+    names: Sequence[str],
+    static: frozenset[int],
+    compilation: CompilationSettings,
+    runtime: RuntimeSettings,
+) -> Callable[..., Any]:
+    """A boxed callable for a functional ATen graph; inputs at the positions `static` are parameters."""
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    known = names if len(names) == len(placeholders) else [node.name for node in placeholders]
+    kinds = ("parameter" if index in static else "input" for index in range(len(placeholders)))
+    roles = [Role(kind, name) for kind, name in zip(kinds, _unique(known), strict=True)]
+    try:
+        with unset_fake_temporarily():  # the capture's fake mode is still on, and recipes of constants run now
+            program = compile_fx(gm, roles, compilation)
+            store = WeightStore(program.graph, program.device, program.constants)
+            session = Session(program.graph, store, runtime, program.callables)
+    except Exception as error:
+        if not compilation.fallback_on_error:
+            raise
+        log.warning("compiling failed, this graph runs in PyTorch: %s", error)
+        return make_boxed_func(gm.forward)
+    used = {parameter.name for parameter in store.parameters}
+    weights = [i for i, role in enumerate(roles) if role.name in used and i in static]
+    inputs = [i for i, node in enumerate(placeholders) if i not in static and not is_fixed(node)]
+
+    def call(args: list[Any]) -> list[Any]:
+        store.update([args[i] for i in weights])
+        given = [args[i] for i in inputs]
+        args.clear()  # the boxed convention: an activation that nobody else holds may go as soon as it is used
+        return session(given, check=False)
+
+    call._boxed_call = True  # type: ignore[attr-defined]
+    return call
+
+
+def _static_inputs(gm: fx.GraphModule) -> frozenset[int]:
+    """Positions of the parameters, buffers and tensor attributes that the graph only reads."""
+    context = TracingContext.try_get()
+    static = getattr(getattr(context, "fw_metadata", None), "static_input_indices", None) or ()
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    written = {node.args[0] for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)}
+    return frozenset(
+        i
+        for i in static
+        if i < len(placeholders) and placeholders[i] not in written and isinstance(placeholders[i].meta["val"], torch.Tensor)
+    )
+
+
+def _source_name(placeholder: fx.Node) -> str:
+    """The path of a parameter in the user's module, or the name of an argument."""
+    source = getattr(placeholder.meta.get("grapharg"), "source", None)
+    name = getattr(source, "name", None)
+    text = name() if callable(name) else name
+    return (module_path(text) if isinstance(text, str) else "") or str(placeholder.target).removeprefix("L_").strip("_")
+
+
+def _unique(names: Sequence[str]) -> list[str]:
+    seen: dict[str, int] = {}
+    unique = []
+    for name in names:
+        count = seen[name] = seen.get(name, -1) + 1
+        unique.append(f"{name}#{count}" if count else name)
+    return unique

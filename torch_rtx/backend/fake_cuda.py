@@ -1,0 +1,83 @@
+"""FakeTensors on `cuda` in a process that has no GPU.
+
+Building an engine needs shapes, dtypes and devices, never data, so a FakeTensorMode is enough. But every ATen call on
+a CUDA tensor asks c10 for the *device guard* of CUDA (the object that switches the current device), and a CPU build of
+PyTorch has none: slicing a fake CUDA tensor fails with "PyTorch is not linked with support for cuda devices". PyTorch
+installs a no-op guard itself when it was built with CUDA and finds no GPU (`c10::impl::ensureCUDADeviceGuardSet`); for
+CPU builds this module does the same by hand: it copies the CPU's guard, which is a no-op too, into the slot of CUDA.
+"""
+
+import ctypes
+import os
+import struct
+import sys
+
+import torch
+
+from torch_rtx.errors import CaptureError
+
+_REGISTRY = "_ZN3c104impl26device_guard_impl_registryE"  # c10::impl::device_guard_impl_registry
+_CPU, _CUDA = 0, 1  # c10::DeviceType, which is serialized in checkpoints and therefore does not change
+_WORD = struct.calcsize("P")
+_HINT = "capture on the CPU (device=None with a CPU model), or on a machine with a CUDA build of PyTorch"
+
+
+class _DlInfo(ctypes.Structure):
+    _fields_ = [
+        ("file", ctypes.c_char_p),
+        ("base", ctypes.c_void_p),
+        ("symbol", ctypes.c_char_p),
+        ("address", ctypes.c_void_p),
+    ]
+
+
+def install_cuda_guard() -> None:
+    """Make FakeTensors on `cuda` usable in this process, with or without a GPU.
+
+    Does nothing where PyTorch was built with CUDA. Otherwise the no-op guard stays installed until the process ends,
+    because graphs that were captured with it are looked at again (shape inference) long after the capture; real CUDA
+    tensors stay as impossible as before. Calling it again is free.
+
+    Raises CaptureError when the guard cannot be installed: not Linux, or a PyTorch whose guard registry is unknown.
+    """
+    if torch.backends.cuda.is_built():
+        return
+    if sys.platform != "linux":
+        raise CaptureError(f"fake CUDA tensors need Linux, this is {sys.platform}", hint=_HINT)
+    address = _registry_address()
+    guard, installed = _read_word(address + _CPU * _WORD), _read_word(address + _CUDA * _WORD)
+    _check_guard(guard)
+    if installed:
+        _check_guard(installed)
+    else:
+        ctypes.c_void_p.from_address(address + _CUDA * _WORD).value = guard
+
+
+def _registry_address() -> int:
+    library = os.path.join(os.path.dirname(torch.__file__), "lib", "libc10.so")
+    try:
+        return ctypes.addressof(ctypes.c_char.in_dll(ctypes.CDLL(library), _REGISTRY))
+    except (OSError, ValueError) as error:  # no such file; no such symbol
+        raise CaptureError(f"PyTorch {torch.__version__} has no device guard registry: {error}", hint=_HINT) from error
+
+
+def _read_word(address: int) -> int:
+    """The pointer stored at `address`. Read through the kernel: a wrong address is an error here, not a crash."""
+    try:
+        with open("/proc/self/mem", "rb", buffering=0) as memory:
+            memory.seek(address)
+            return struct.unpack("P", memory.read(_WORD))[0]
+    except (OSError, OverflowError, struct.error) as error:
+        raise CaptureError(f"cannot read the device guard registry at {address:#x}: {error}", hint=_HINT) from error
+
+
+def _check_guard(guard: int) -> None:
+    """Raise CaptureError unless `guard` points to a C++ object whose class is defined in PyTorch's own libraries."""
+    info = _DlInfo()
+    dladdr = ctypes.CDLL(None).dladdr
+    dladdr.argtypes = [ctypes.c_void_p, ctypes.POINTER(_DlInfo)]
+    found = guard and dladdr(_read_word(guard), ctypes.byref(info))  # the first word of an object is its vtable
+    if not found or not os.path.basename(info.file).startswith((b"libtorch", b"libc10")):
+        raise CaptureError(
+            f"the device guard registry of PyTorch {torch.__version__} does not look as expected", hint=_HINT
+        )

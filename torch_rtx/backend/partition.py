@@ -1,0 +1,83 @@
+"""Splits a captured FX graph in blocks of the engine and nodes that fall back to PyTorch, in linear time.
+
+Each node gets a level; a node of the engine climbs one level above the fallback nodes that it depends on. The engine's
+nodes of one level form a block: whatever runs between two nodes of a block is in the block, so that it could run as one
+piece. Blocks and fallback nodes stay in one graph and one plan.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import fx
+
+from torch_rtx.errors import PartitionError
+from torch_rtx.lowering.from_fx import DROPPED, is_sym_node
+from torch_rtx.lowering.location import Locations
+from torch_rtx.settings import CompilationSettings
+
+
+@dataclass
+class Partition:
+    """`blocks` of the engine in order, and the `fallbacks` with their reasons."""
+
+    blocks: list[list[fx.Node]]
+    fallbacks: dict[fx.Node, str]
+
+
+def partition(gm: fx.GraphModule, reason: Callable[[fx.Node], str | None], settings: CompilationSettings) -> Partition:
+    """The partition of `gm`.
+
+    Args:
+        reason: why a node can't be in the engine, or None.
+
+    Raises:
+        PartitionError: `require_full_compilation` is set and a node falls back.
+    """
+    nodes = [node for node in gm.graph.nodes if _computes(node)]
+    fallbacks = {}
+    for node in nodes:
+        why = "listed in torch_executed_ops" if _listed(node, settings.torch_executed_ops) else reason(node)
+        if why is not None:
+            fallbacks[node] = why
+    blocks = _levels(gm.graph, fallbacks)
+    small = [block for block in blocks if len(block) < settings.min_block_size]
+    for block in small:
+        why = f"its block has {len(block)} nodes, min_block_size is {settings.min_block_size}"
+        fallbacks |= dict.fromkeys(block, why)
+    if fallbacks and settings.require_full_compilation:
+        locations = Locations()
+        lines = [f"  {node.target}: {why} (at {locations.of(node)})" for node, why in fallbacks.items()]
+        raise PartitionError(
+            "require_full_compilation is set and these nodes must fall back:\n" + "\n".join(lines),
+            hint="explain() shows the same without compiling",
+        )
+    return Partition([block for block in blocks if block not in small], fallbacks)
+
+
+def _computes(node: fx.Node) -> bool:
+    """Whether the node is work at all: not an index into a result, a size, or a check that the IR makes needless."""
+    return (
+        node.op in ("call_function", "call_method", "call_module")
+        and node.target is not operator.getitem
+        and node.target not in DROPPED
+        and not is_sym_node(node)
+    )
+
+
+def _listed(node: fx.Node, names: frozenset[str]) -> bool:
+    name = str(node.target)
+    return bool(names) and (name in names or name.rpartition(".")[0] in names)
+
+
+def _levels(graph: fx.Graph, fallbacks: dict[fx.Node, str]) -> list[list[fx.Node]]:
+    level: dict[fx.Node, int] = {}
+    blocks: dict[int, list[fx.Node]] = {}
+    for node in graph.nodes:
+        inside = _computes(node) and node not in fallbacks
+        level[node] = max((level[n] + (inside and n in fallbacks) for n in node.all_input_nodes), default=0)
+        if inside:
+            blocks.setdefault(level[node], []).append(node)
+    return [blocks[key] for key in sorted(blocks)]

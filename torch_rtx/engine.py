@@ -1,0 +1,587 @@
+"""The engine file `.rtx`: a safetensors file whose metadata holds the program and whose tensors hold the data.
+
+    key `constant/NAME`, `weight/NAME`   the data of the graph's parameters; a weight-stripped engine has no weights
+    metadata, one key `torch_rtx`        JSON {"header_digest", "data_digest", "manifest", "graph"}, in this order
+
+`data_digest` is the SHA-256 of all that follows the header, `header_digest` that of the header and its length field,
+taken with zeros for its own digits: no byte of the file can change unseen. They find damage, not forgery. Nothing in a
+file is executed, and the calls that it names must be on the allow-list, except those of fallback operators, which the
+runtime refuses unless its user trusts them.
+
+`read_header` and `inspect` need no torch: they work on a build machine or in a packager without it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import secrets
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from io import BufferedIOBase
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+
+from torch_rtx.errors import EngineFormatError, EngineVersionError, InvalidIR, RtxError
+from torch_rtx.ir import Graph, Node, Parameter, verify
+from torch_rtx.irparse import parse
+from torch_rtx.optable import ALLOWED
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Raise FORMAT_VERSION with every change of the format, and MIN_READER to the same number if older releases would refuse
+# or misread the result: they ignore manifest fields that they do not know and refuse tensors that they do not know. The
+# digests and the manifest's two version fields never change: every release can tell why it can't read a file.
+#   1: the first format
+FORMAT_VERSION = 1
+MIN_READER = 1
+OLDEST_READABLE = 1
+
+MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
+MAX_RANK = 64  # as in PyTorch; bounds the product of a hostile shape
+ZEROS = b"0" * 64
+# The exact bytes that start the header, so that the digests have known places.
+PREFIX = re.compile(
+    rb'\{"__metadata__":\{"torch_rtx":"\{\\"header_digest\\":\\"([0-9a-f]{64})\\",\\"data_digest\\":\\"([0-9a-f]{64})\\",'
+)
+# Dtype of the IR: its name in safetensors (None: it has none) and its bytes.
+DTYPES: dict[str, tuple[str | None, int]] = {
+    "f64": ("F64", 8),
+    "f32": ("F32", 4),
+    "f16": ("F16", 2),
+    "bf16": ("BF16", 2),
+    "i64": ("I64", 8),
+    "i32": ("I32", 4),
+    "i16": ("I16", 2),
+    "i8": ("I8", 1),
+    "u64": ("U64", 8),
+    "u32": ("U32", 4),
+    "u16": ("U16", 2),
+    "u8": ("U8", 1),
+    "bool": ("BOOL", 1),
+    "f8e4m3fn": ("F8_E4M3", 1),
+    "f8e5m2": ("F8_E5M2", 1),
+    "f8e4m3fnuz": ("F8_E4M3FNUZ", 1),
+    "f8e5m2fnuz": ("F8_E5M2FNUZ", 1),
+    "f8e8m0fnu": ("F8_E8M0", 1),
+    "c128": (None, 16),
+    "c64": ("C64", 8),
+    "c32": (None, 4),
+}
+_STORED = {name: (dtype, size) for dtype, (name, size) in DTYPES.items() if name is not None}
+
+Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
+Path = str | os.PathLike[str]
+
+# ---- what a file holds -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an engine says about itself; all of it can be written as JSON.
+
+    `save` fills in the version fields, `stripped` and `digests["graph"]` (SHA-256 of the graph's text).
+
+    Attributes:
+        device: what the model was captured for: "cpu" or "cuda".
+        inputs: the names of the flat inputs, in order.
+        in_spec, out_spec: trees of the call signature; opaque here.
+        producer: versions of the libraries that built the engine, by name.
+        platform: "any", or the one that the engine runs on.
+        unused_names: parameters of the model that the engine does not need: refit takes and ignores them.
+        fixed_inputs: flat position to the plain constant that the capture took for it.
+        stripped: whether the file has no weights.
+        format_version, min_reader: the format of the file, and the oldest reader that understands it.
+    """
+
+    device: str
+    inputs: tuple[str, ...] = ()
+    in_spec: Json = None
+    out_spec: Json = None
+    producer: Mapping[str, str] = field(default_factory=dict)
+    platform: str = "any"
+    unused_names: tuple[str, ...] = ()
+    fixed_inputs: Mapping[int, Json] = field(default_factory=dict)
+    stripped: bool = False
+    digests: Mapping[str, str] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+    min_reader: int = MIN_READER
+
+
+@dataclass(frozen=True, eq=False)
+class Engine:
+    """A compiled program.
+
+    Attributes:
+        graph: of level "fused".
+        manifest: see `Manifest`.
+        constants: the data of each parameter of the graph that is `constant`, by name; dtype and shape are the
+            parameter's, strides may be any (`load` gives contiguous tensors on the CPU).
+        weights: the same for the other parameters; None if the engine is weight-stripped.
+    """
+
+    graph: Graph
+    manifest: Manifest
+    constants: Mapping[str, Tensor]
+    weights: Mapping[str, Tensor] | None
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor in a file: `dtype` as the IR names it, `shape`, size in bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """The header of an intact file. `tensors` has the keys of the file; the graph is text and was not checked."""
+
+    manifest: Manifest
+    graph_text: str
+    tensors: Mapping[str, TensorInfo]
+    data_digest: str
+    file_bytes: int
+
+
+# ---- save ------------------------------------------------------------------------------------------------------------
+
+
+def save(engine: Engine, path: Path) -> None:
+    """Writes `engine` to `path`, all or nothing: equal engines give equal bytes, and a failure leaves the old file.
+
+    Who has the old file open or mapped keeps the old bytes (on Windows, replacing a mapped file is a PermissionError).
+
+    Raises:
+        RtxError: a fallback node calls a Python function; a tensor is missing, unexpected, without data, of a dtype
+            that safetensors lacks, or not of the dtype and shape in the graph; a manifest field is of the wrong type.
+        InvalidIR: the graph is no valid graph of level "fused", or its text does not read back.
+        OSError: the file can't be written.
+    """
+    from safetensors.torch import save_file  # imports torch, which reading a header must not
+
+    text = str(engine.graph)
+    if str(_parsed(text)) != text:
+        raise InvalidIR("the text of the graph does not read back as the same graph")
+    tensors = dict(_tensors_to_save(engine))
+    manifest = replace(
+        engine.manifest,
+        format_version=FORMAT_VERSION,
+        min_reader=MIN_READER,
+        stripped=engine.weights is None,
+        digests={**engine.manifest.digests, "graph": hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()},
+    )
+    digests = dict.fromkeys(("header_digest", "data_digest"), ZEROS.decode())
+    metadata = json.dumps({**digests, "manifest": asdict(manifest), "graph": text}, separators=(",", ":"))
+    _manifest(json.loads(metadata)["manifest"])
+    target = os.path.realpath(path)
+    temporary = os.path.join(os.path.dirname(target), f".{secrets.token_hex(8)}.rtx.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+        save_file(tensors, temporary, {"torch_rtx": metadata})  # one key: several get a random order
+        os.chmod(temporary, mode)  # safetensors lets only the owner read its files
+        with open(temporary, "r+b") as file:
+            _write_digests(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except UnicodeEncodeError as error:
+        raise RtxError(f"a name can't be written: {error}") from None
+    except SafetensorError as error:
+        raise OSError(f"can't write {target}: {error}") from error
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+def _tensors_to_save(engine: Engine) -> Iterator[tuple[str, Tensor]]:
+    """Key and contiguous CPU tensor of all data; no two share memory, which safetensors refuses."""
+    from torch_rtx import aten  # imports torch
+
+    _check_names({key for key, _ in _data(engine)}, engine.graph, engine.weights is None, RtxError)
+    parameters = {_key(parameter): parameter for parameter in engine.graph.parameters}
+    plain: dict[str, Tensor] = {}
+    for key, tensor in _data(engine):
+        type_ = parameters[key].type
+        if tensor.is_meta:
+            raise RtxError(f"{key} has no data")
+        if tensor.dtype != aten.DTYPES[type_.dtype] or tuple(tensor.shape) != type_.shape:
+            raise RtxError(f"{key} is a {tensor.dtype} of shape {tuple(tensor.shape)}, not {type_}")
+        if DTYPES[type_.dtype][0] is None:
+            raise RtxError(f"{key} is {type_.dtype}, which a file can't hold")
+        plain[key] = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    end = 0
+    for key in sorted(plain, key=lambda key: plain[key].data_ptr()):
+        tensor = plain[key]
+        if tensor.data_ptr() < end:  # tied, or a view of another
+            yield key, tensor.clone()
+        else:
+            end = tensor.data_ptr() + tensor.nbytes
+            yield key, tensor
+
+
+def _data(engine: Engine) -> Iterator[tuple[str, Tensor]]:
+    yield from ((f"constant/{name}", tensor) for name, tensor in engine.constants.items())
+    yield from ((f"weight/{name}", tensor) for name, tensor in (engine.weights or {}).items())
+
+
+def _write_digests(file: BufferedIOBase) -> None:
+    length = file.read(8)
+    raw = file.read(int.from_bytes(length, "little"))
+    match = PREFIX.match(raw)
+    if match is None:
+        raise RtxError("this release of safetensors writes another header than torch_rtx expects")
+    if len(raw) > MAX_HEADER:
+        raise RtxError(f"the program takes {len(raw)} bytes, more than the {MAX_HEADER} that a header may have")
+    data_digest = hashlib.file_digest(file, "sha256").hexdigest().encode()
+    raw = raw[: match.start(2)] + data_digest + raw[match.end(2) :]
+    header_digest = hashlib.sha256(length + raw).hexdigest().encode()
+    file.seek(8)
+    file.write(raw[: match.start(1)] + header_digest + raw[match.end(1) :])
+
+
+# ---- read ------------------------------------------------------------------------------------------------------------
+
+
+def read_header(path: Path) -> Header:
+    """The header of the file, without torch, the data unread.
+
+    Raises:
+        EngineFormatError: no `.rtx` file, a damaged header, or a file of another size than the header says.
+        EngineVersionError: the file is of a format that this release can't read.
+        OSError: the file can't be opened.
+    """
+    with _reading(path) as file:
+        return _header(file)
+
+
+def load(path: Path) -> Engine:
+    """The engine in the file, with every digest, name, type and rule of the graph checked.
+
+    The tensors are contiguous and on the CPU. They map the file: writing to them does not change it.
+
+    Raises:
+        EngineFormatError: no `.rtx` file, or anything in it is damaged, missing, unexpected or not allowed.
+        EngineVersionError: the file is of a format that this release can't read.
+        OSError: the file can't be opened.
+    """
+    from safetensors.torch import load_file  # imports torch, which reading a header must not
+
+    with _reading(path) as file:
+        header = _header(file)
+        graph = _graph(header)
+        if hashlib.file_digest(file, "sha256").hexdigest() != header.data_digest:
+            raise EngineFormatError("the data is damaged: its digest is not the one in the header")
+        tensors = load_file(path)
+        # safetensors opens the path anew: it must still be the file that was checked.
+        if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            raise EngineFormatError("the file was replaced while it was read")
+    parts: dict[str, dict[str, Tensor]] = {"constant": {}, "weight": {}}
+    for key, tensor in tensors.items():
+        kind, _, name = key.partition("/")
+        parts[kind][name] = tensor
+    return Engine(graph, header.manifest, parts["constant"], None if header.manifest.stripped else parts["weight"])
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[BufferedIOBase]:
+    """The open file; what turns out to be wrong with it is an EngineFormatError that names the path."""
+    try:
+        if os.path.isdir(path):
+            raise EngineFormatError("a folder is no .rtx file")
+        with open(path, "rb") as file:
+            yield file
+    except EngineFormatError as error:
+        raise type(error)(error.message, loc=os.fspath(path), hint=error.hint) from None
+    except InvalidIR as error:
+        raise EngineFormatError(f"the graph is not valid: {error}", loc=os.fspath(path)) from None
+    except SafetensorError as error:
+        raise EngineFormatError(f"no safetensors file: {error}", loc=os.fspath(path)) from None
+
+
+def _header(file: BufferedIOBase) -> Header:
+    size = os.fstat(file.fileno()).st_size
+    length = file.read(8)
+    count = int.from_bytes(length, "little")
+    if len(length) < 8 or count > MAX_HEADER or 8 + count > size:
+        raise EngineFormatError("no .rtx file, or a truncated one: it has no complete header")
+    raw = file.read(count)
+    match = PREFIX.match(raw)
+    if match is None:
+        raise EngineFormatError("no .rtx file: its header does not start like one of torch_rtx")
+    zeroed = raw[: match.start(1)] + ZEROS + raw[match.end(1) :]
+    if hashlib.sha256(length + zeroed).hexdigest().encode() != match[1]:
+        raise EngineFormatError("the header is damaged: its digest is not the one that it holds")
+    try:
+        outer = json.loads(raw, object_pairs_hook=_unique)
+        inner = json.loads(outer.pop("__metadata__")["torch_rtx"], object_pairs_hook=_unique)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise EngineFormatError(f"the header is no JSON of an engine: {error}") from None
+    manifest = _manifest(inner.get("manifest"))
+    text = inner.get("graph")
+    if not isinstance(text, str):
+        raise EngineFormatError("the header has no graph")
+    if hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest() != manifest.digests.get("graph"):
+        raise EngineFormatError("the graph is not the one that the manifest was written for")
+    tensors, end = _tensor_table(outer)
+    if 8 + count + end != size:
+        raise EngineFormatError(f"the file has {size} bytes, its header speaks of {8 + count + end}")
+    return Header(manifest, text, tensors, match[2].decode(), size)
+
+
+def _unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
+    """A JSON object; a name that it gives twice could mean one thing here and another to safetensors."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name is given twice")
+    return found
+
+
+def _tensor_table(outer: dict[str, Any]) -> tuple[dict[str, TensorInfo], int]:
+    """The tensors by key and the bytes they take: they must follow each other without hole or overlap."""
+    spans: list[tuple[int, int, str, TensorInfo]] = []
+    for key, entry in outer.items():
+        match entry:
+            case {"dtype": str(name), "shape": [*shape], "data_offsets": [begin, end], **rest} if (
+                not rest
+                and name in _STORED
+                and len(shape) <= MAX_RANK
+                and all(type(number) is int and number >= 0 for number in (*shape, begin, end))
+            ):
+                dtype, itemsize = _STORED[name]
+                spans.append((begin, end, key, TensorInfo(dtype, tuple(shape), math.prod(shape) * itemsize)))
+            case _:
+                raise EngineFormatError(f"the header does not describe the tensor {key!r} rightly")
+    at = 0
+    for begin, end, key, info in sorted(spans, key=lambda span: span[:2]):
+        if begin != at or end - begin != info.nbytes:
+            raise EngineFormatError(f"tensor {key!r} is not where it should be, or not of the size of its shape")
+        at = end
+    return {key: info for _, _, key, info in spans}, at
+
+
+# ---- the manifest ----------------------------------------------------------------------------------------------------
+
+
+def _exactly(kind: type) -> Callable[[Any], Any]:
+    def check(value: Any) -> Any:
+        if type(value) is not kind:  # a bool is no int
+            raise TypeError(f"expected {kind.__name__}")
+        return value
+
+    return check
+
+
+def _strings(value: Any) -> tuple[str, ...]:
+    return tuple(map(_exactly(str), _exactly(list)(value)))
+
+
+def _string_map(value: Any) -> dict[str, str]:
+    return {key: _exactly(str)(item) for key, item in _exactly(dict)(value).items()}
+
+
+def _positions(value: Any) -> dict[int, Json]:
+    if not all(re.fullmatch("0|[1-9][0-9]{0,8}", key) for key in _exactly(dict)(value)):
+        raise TypeError("expected positions")
+    return {int(key): item for key, item in value.items()}
+
+
+_FIELDS: dict[str, Callable[[Any], Any]] = {
+    "format_version": _exactly(int),
+    "min_reader": _exactly(int),
+    "device": _exactly(str),
+    "platform": _exactly(str),
+    "producer": _string_map,
+    "inputs": _strings,
+    "in_spec": lambda value: value,
+    "out_spec": lambda value: value,
+    "unused_names": _strings,
+    "fixed_inputs": _positions,
+    "stripped": _exactly(bool),
+    "digests": _string_map,
+}
+
+
+def _manifest(value: Any) -> Manifest:
+    if not isinstance(value, dict):
+        raise EngineFormatError("the header has no manifest")
+    fields: dict[str, Any] = {}
+    for name, check in _FIELDS.items():  # the versions first: what follows depends on them
+        if name not in value:
+            raise EngineFormatError(f"the manifest has no field {name!r}")
+        try:
+            fields[name] = check(value[name])
+        except TypeError as error:
+            raise EngineFormatError(f"field {name!r} of the manifest: {error}") from None
+        if name == "min_reader":
+            _check_version(fields["format_version"], fields["min_reader"])
+    return Manifest(**fields)
+
+
+def _check_version(version: int, min_reader: int) -> None:
+    if min_reader > FORMAT_VERSION:
+        raise EngineVersionError(
+            f"the engine has format {version} and needs a reader of format {min_reader} or later; this one reads "
+            f"{FORMAT_VERSION}",
+            hint="update torch_rtx, or rebuild the engine with this release",
+        )
+    if version < OLDEST_READABLE:
+        raise EngineVersionError(
+            f"the engine has format {version}; this release reads {OLDEST_READABLE} to {FORMAT_VERSION}",
+            hint="rebuild the engine with this release",
+        )
+
+
+# ---- the graph -------------------------------------------------------------------------------------------------------
+
+
+def _key(parameter: Parameter) -> str:
+    return f"{'constant' if parameter.constant else 'weight'}/{parameter.name}"
+
+
+def _nodes(graph: Graph) -> Iterator[Node]:
+    """The nodes of the graph, its recipes and the bodies of its kernels."""
+    for recipe in (weight.recipe for weight in graph.weights if weight.recipe):
+        yield from _nodes(recipe)
+    for node in graph.nodes:
+        yield node
+        if node.body:
+            yield from _nodes(node.body)
+
+
+def _parsed(text: str) -> Graph:
+    """The graph of a file's text.
+
+    Raises:
+        InvalidIR: no valid graph of level "fused" with static parameters.
+        RtxError: a node that only the process which captured the model could run.
+    """
+    graph = parse(text)
+    verify(graph, ALLOWED)
+    if graph.level != "fused":
+        raise InvalidIR(f"the graph of an engine is of level 'fused', not {graph.level!r}")
+    for parameter in graph.parameters:
+        if not all(type(dim) is int and dim >= 0 for dim in parameter.type.shape):
+            raise InvalidIR(f"parameter {parameter.name!r} has no static shape")
+    for node in _nodes(graph):
+        if node.kind == "fallback" and node.op == "python":
+            names = ", ".join(str(value) for value in node.outputs if value) or "without outputs"
+            raise RtxError(f"the fallback node {names} calls a Python function, which no file can hold", loc=node.loc)
+    return graph
+
+
+def _check_names(keys: set[str], graph: Graph, stripped: bool, error: type[RtxError]) -> None:
+    wanted = {_key(parameter) for parameter in graph.parameters if parameter.constant or not stripped}
+    if keys != wanted:
+        missing, extra = ", ".join(sorted(wanted - keys)), ", ".join(sorted(keys - wanted))
+        raise error(f"the tensors do not fit the graph; missing: {missing or 'none'}; unexpected: {extra or 'none'}")
+
+
+def _graph(header: Header) -> Graph:
+    """The graph of a file, checked against the tensors of the file."""
+    try:
+        graph = _parsed(header.graph_text)
+    except InvalidIR:
+        raise
+    except RtxError as error:
+        raise EngineFormatError(str(error)) from None
+    _check_names(set(header.tensors), graph, header.manifest.stripped, EngineFormatError)
+    for parameter in graph.parameters:
+        info = header.tensors.get(_key(parameter))
+        if info and (info.dtype, info.shape) != (parameter.type.dtype, parameter.type.shape):
+            raise EngineFormatError(f"{_key(parameter)} is {info.dtype}{list(info.shape)}, not {parameter.type}")
+    return graph
+
+
+# ---- inspect ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ParameterInfo:
+    """A parameter of an engine: `dtype` as the IR names it, `shape`, size in bytes, and whether it is a constant."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    constant: bool
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What is in a file; `str()` is a summary.
+
+    Attributes:
+        kinds, ops: how many nodes there are of each kind and op, most frequent first (recipes and bodies apart).
+        engine_bytes: the size of the file without weights.
+        weight_bytes: the size of all weights, be they in the file or not.
+    """
+
+    manifest: Manifest
+    kinds: Mapping[str, int]
+    ops: Mapping[str, int]
+    parameters: tuple[ParameterInfo, ...]
+    engine_bytes: int
+    weight_bytes: int
+    graph_text: str
+
+    def __str__(self) -> str:
+        manifest = self.manifest
+        producer = ", ".join(f"{name} {version}" for name, version in manifest.producer.items())
+        lines = [
+            f"format {manifest.format_version}, built by {producer or 'unknown'}",
+            f"device {manifest.device}, platform {manifest.platform}, inputs {', '.join(manifest.inputs) or 'none'}",
+            f"engine {_size(self.engine_bytes)}, weights {_size(self.weight_bytes)}"
+            + (" (stripped: not in the file)" if manifest.stripped else ""),
+            "nodes: " + (", ".join(f"{count} {kind}" for kind, count in self.kinds.items()) or "none"),
+            *(f"  {count:>6} {op}" for op, count in self.ops.items()),
+            f"parameters: {len(self.parameters)}",
+        ]
+        for info in self.parameters:
+            note = ", constant" if info.constant else ""
+            lines.append(f"  {info.name!r}: {info.dtype}{list(info.shape)}, {_size(info.nbytes)}{note}")
+        return "\n".join(lines)
+
+
+def inspect(path: Path) -> Inspection:
+    """What is in the file, without torch, the data unread.
+
+    Raises:
+        EngineFormatError, EngineVersionError, OSError: as `load`, the digest of the data apart.
+    """
+    with _reading(path) as file:
+        header = _header(file)
+        graph = _graph(header)
+    parameters = tuple(
+        ParameterInfo(p.name, p.type.dtype, shape, math.prod(shape) * DTYPES[p.type.dtype][1], p.constant)
+        for p in graph.parameters
+        for shape in [tuple(dim for dim in p.type.shape if isinstance(dim, int))]  # `_parsed` saw that all are
+    )
+    stored = sum(info.nbytes for key, info in header.tensors.items() if key.startswith("weight/"))
+    return Inspection(
+        header.manifest,
+        dict(Counter(node.kind for node in graph.nodes).most_common()),
+        dict(Counter(node.op for node in graph.nodes).most_common()),
+        parameters,
+        header.file_bytes - stored,
+        sum(info.nbytes for info in parameters if not info.constant),
+        header.graph_text,
+    )
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"

@@ -1,0 +1,446 @@
+"""The one intermediate representation, from capture to launch: frozen values, a text form, and a verifier.
+
+A `Graph` is a list of `Node`s in topological order over named `Value`s. The same classes hold every level; a level is an
+invariant that `verify` checks:
+
+    import   nodes of kind `op` (an ATen overload, by name) and `fallback`
+    fused    nodes of kind `kernel` (its body is a Graph), `extern` (an ATen call), `view` (an ATen call that moves no
+             data) and `fallback`: the runtime matches on these four and never learns a new op
+
+`str(graph)` is the text form and `parse` reads it back: `parse(str(g)) == g`. Right-hand sides, types and dims are
+Python expressions, read by Python's own parser and never evaluated. This file needs neither torch nor triton.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Container, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from keyword import iskeyword
+
+from torch_rtx.errors import InvalidIR
+
+MAIN = "main"  # the device of a session; every other device is named ("cpu")
+COPY = "aten.copy_.default"  # the one op with an effect
+LEVELS = {"import": ("op", "fallback"), "fused": ("kernel", "extern", "view", "fallback")}
+DTYPES = frozenset(
+    ["f64", "f32", "f16", "bf16", "f8e4m3fn", "f8e5m2", "f8e4m3fnuz", "f8e5m2fnuz", "f8e8m0fnu", "i64", "i32", "i16", "i8", "u64", "u32", "u16", "u8", "bool", "c128", "c64", "c32"]
+)
+SCALARS = frozenset(("int", "float", "bool"))
+DIM_OPS = {"+": sum, "*": math.prod, "//": lambda a: a[0] // a[1], "%": lambda a: a[0] % a[1], "min": min, "max": max}
+
+# ---- dims ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Sym:
+    """A dimension known only at run time: `min <= value <= max` (None: unbounded), a multiple of `multiple`."""
+
+    name: str
+    min: int = 0
+    max: int | None = None
+    multiple: int = 1
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True, slots=True)
+class Expr:
+    """`op` over dims, op one of DIM_OPS. Make one with `dim_expr`, which keeps sums and products in one normal form."""
+
+    op: str
+    args: tuple[Dim, ...]
+
+    def __str__(self) -> str:
+        if self.op in ("min", "max"):
+            return f"{self.op}({', '.join(map(str, self.args))})"
+        return "(" + f" {self.op} ".join(map(str, self.args)) + ")"
+
+
+Dim = int | Sym | Expr
+
+
+def dim_expr(op: str, *args: Dim) -> Dim:
+    """`op` applied to dims; folds integers, flattens and orders sums and products.
+
+    Raises:
+        InvalidIR: unknown op, or a division by zero.
+    """
+    if op not in DIM_OPS or (op in ("//", "%") and (len(args) != 2 or args[1] == 0)) or not args:
+        raise InvalidIR(f"no dim expression {op!r} of {', '.join(map(str, args))}")
+    if all(isinstance(a, int) for a in args):
+        return int(DIM_OPS[op](args))
+    if op in ("+", "*"):
+        flat = [b for a in args for b in (a.args if isinstance(a, Expr) and a.op == op else (a,))]
+        const = int(DIM_OPS[op]([a for a in flat if isinstance(a, int)]))
+        rest = sorted((a for a in flat if not isinstance(a, int)), key=str)
+        if op == "*" and const == 0:
+            return 0
+        if const != (op == "*"):
+            rest.insert(0, const)
+        return rest[0] if len(rest) == 1 else Expr(op, tuple(rest))
+    if op in ("min", "max"):
+        args = tuple(dict.fromkeys(sorted(args, key=str)))
+        return args[0] if len(args) == 1 else Expr(op, args)
+    return args[0] if op == "//" and args[1] == 1 else Expr(op, args)
+
+
+def dim_syms(dim: Dim) -> Iterator[Sym]:
+    """The symbols in `dim`, with repeats."""
+    if isinstance(dim, Sym):
+        yield dim
+    elif isinstance(dim, Expr):
+        for arg in dim.args:
+            yield from dim_syms(arg)
+
+
+def contiguous(shape: tuple[Dim, ...]) -> tuple[Dim, ...]:
+    """Row-major strides of `shape`, in elements. A size of 0 or 1 counts as 1 for the strides to its left, as in PyTorch
+    where it is known (`max(n, 1)` is not written for symbols: PyTorch does not for sizes that it takes as at least 2)."""
+    strides: list[Dim] = []
+    step: Dim = 1
+    for size in reversed(shape):
+        strides.append(step)
+        step = dim_expr("*", step, max(size, 1) if isinstance(size, int) else size)
+    return tuple(reversed(strides))
+
+
+# ---- types and values ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class TensorType:
+    """A tensor: `dtype` in DTYPES, `shape` and `strides` in elements, `device` MAIN or a name such as "cpu"."""
+
+    dtype: str
+    shape: tuple[Dim, ...]
+    strides: tuple[Dim, ...]
+    device: str = MAIN
+
+    def __str__(self) -> str:
+        text = f"{self.dtype}[{', '.join(map(str, self.shape)) or '()'}]"
+        if self.strides != contiguous(self.shape):
+            text += f"({', '.join(map(str, self.strides))})"
+        return text if self.device == MAIN else f"{text}.{self.device}"
+
+
+@dataclass(frozen=True, slots=True)
+class ScalarType:
+    """A Python number; an int may carry the dim that it is."""
+
+    kind: str
+    dim: Dim | None = None
+
+    def __str__(self) -> str:
+        return self.kind if self.dim is None else f"{self.kind}[{self.dim}]"
+
+
+Type = TensorType | ScalarType
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """A name, unique in its graph, and the type of what it holds."""
+
+    name: str
+    type: Type
+
+    def __str__(self) -> str:
+        return self.name
+
+
+Attr = None | bool | int | float | str | Sym | Expr | Value | tuple["Attr", ...]
+
+
+def attr_values(attr: Attr) -> Iterator[Value]:
+    """The values in an attribute, in order, with repeats."""
+    if isinstance(attr, Value):
+        yield attr
+    elif isinstance(attr, tuple):
+        for item in attr:
+            yield from attr_values(item)
+
+
+def attr_map(attr: Attr, fn: Callable[[Value], Attr]) -> Attr:
+    """`attr` with `fn` applied to each value in it."""
+    if isinstance(attr, Value):
+        return fn(attr)
+    return tuple(attr_map(item, fn) for item in attr) if isinstance(attr, tuple) else attr
+
+
+def attr_dims(attr: Attr) -> Iterator[Dim]:
+    """The dims in an attribute that are not plain integers."""
+    if isinstance(attr, Sym | Expr):
+        yield attr
+    elif isinstance(attr, tuple):
+        for item in attr:
+            yield from attr_dims(item)
+
+
+def type_dims(type_: Type) -> tuple[Dim, ...]:
+    """The dims of a type: sizes, then strides."""
+    if isinstance(type_, TensorType):
+        return (*type_.shape, *type_.strides)
+    return () if type_.dim is None else (type_.dim,)
+
+
+def attr_text(attr: Attr) -> str:
+    """An attribute as the text form writes it."""
+    if isinstance(attr, tuple):
+        return f"[{', '.join(map(attr_text, attr))}]"
+    return str(attr) if isinstance(attr, Value | Sym | Expr) else repr(attr)
+
+
+# ---- nodes and graphs ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Loc:
+    """Where a node comes from in the user's model: module path, source file, line."""
+
+    module: str = ""
+    file: str = ""
+    line: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.module} @ {self.file}:{self.line}"
+
+
+@dataclass(frozen=True)
+class Node:
+    """`outputs = kind op(args)`: `args` are (schema name, attribute) pairs; an output nobody gets is None."""
+
+    kind: str
+    op: str
+    args: tuple[tuple[str, Attr], ...]
+    outputs: tuple[Value | None, ...]
+    body: Graph | None = None
+    loc: Loc | None = None
+
+    @cached_property
+    def inputs(self) -> tuple[Value, ...]:
+        """The values that the node reads, in argument order, with repeats."""
+        return tuple(value for _, attr in self.args for value in attr_values(attr))
+
+    def arg(self, name: str, default: Attr = None) -> Attr:
+        """The argument `name`, or `default` where the call leaves it out."""
+        return next((attr for key, attr in self.args if key == name), default)
+
+    def map_inputs(self, fn: Callable[[Value], Attr]) -> tuple[tuple[str, Attr], ...]:
+        """`args` with each value replaced by what `fn` gives for it."""
+        return tuple((key, attr_map(attr, fn)) for key, attr in self.args)
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A named tensor of the model that the engine needs. `aliases` are further names of the same (tied) tensor. The data
+    of a `constant` is no weight: it always travels with the engine."""
+
+    name: str
+    type: TensorType
+    aliases: tuple[str, ...] = ()
+    constant: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A value computed from parameters alone: the parameter itself, or the only output of `recipe`, whose inputs are the
+    parameters in the order of `names`."""
+
+    value: Value
+    names: tuple[str, ...]
+    recipe: Graph | None = None
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A program: `outputs` are values, dims and plain constants; `aten.copy_` into an input or weight is its only effect."""
+
+    level: str
+    inputs: tuple[Value, ...] = ()
+    parameters: tuple[Parameter, ...] = ()
+    weights: tuple[Weight, ...] = ()
+    nodes: tuple[Node, ...] = ()
+    outputs: tuple[Attr, ...] = ()
+
+    @cached_property
+    def syms(self) -> dict[str, Sym]:
+        """Every symbol that occurs, by name, sorted."""
+        found: dict[str, Sym] = {}
+
+        def add(dims: Iterator[Dim]) -> None:
+            for dim in dims:
+                for sym in dim_syms(dim):
+                    if found.setdefault(sym.name, sym) != sym:
+                        raise InvalidIR(f"symbol {sym.name} has two different ranges")
+
+        for value in self.values():
+            add(iter(type_dims(value.type)))
+        for node in self.nodes:
+            for _, attr in node.args:
+                add(attr_dims(attr))
+        add(attr_dims(self.outputs))
+        return dict(sorted(found.items()))
+
+    @cached_property
+    def written(self) -> frozenset[str]:
+        """The names of the inputs and weights that the graph writes to."""
+        targets = (node.arg("self") for node in self.nodes if node.op == COPY and node.kind != "fallback")
+        return frozenset(target.name for target in targets if isinstance(target, Value))
+
+    def values(self) -> Iterator[Value]:
+        """Every value that the graph defines, in order of definition."""
+        yield from self.inputs
+        yield from (weight.value for weight in self.weights)
+        yield from (value for node in self.nodes for value in node.outputs if value is not None)
+
+    def __str__(self) -> str:
+        return "\n".join(_lines(self)) + "\n"
+
+
+def node_text(node: Node) -> str:
+    """One node as the text form writes it, without its body."""
+    left = ", ".join("_" if value is None else f"{value.name}: {value.type}" for value in node.outputs)
+    right = f"{node.kind} {node.op}({', '.join(f'{key}={attr_text(attr)}' for key, attr in node.args)})"
+    return f"{left} = {right}" if left else right
+
+
+def _lines(graph: Graph) -> Iterator[str]:
+    yield f"graph {graph.level} {{"
+    for sym in graph.syms.values():
+        yield f"  dim {sym.name} = {sym.min}, {sym.max}, {sym.multiple}"
+    for value in graph.inputs:
+        yield f"  input {value.name}: {value.type}"
+    for parameter in graph.parameters:
+        word = "constant" if parameter.constant else "parameter"
+        names = ", ".join(repr(name) for name in (parameter.name, *parameter.aliases))
+        yield f"  {word} {names}: {parameter.type}"
+    for weight in graph.weights:
+        line = f"  weight {weight.value.name}: {weight.value.type} = {', '.join(map(repr, weight.names))}"
+        yield from _with_body(line, weight.recipe)
+    for node in graph.nodes:
+        line = "  " + node_text(node)
+        if node.loc or "  #" in line:  # a string may hold the mark of a comment: the last one in the line counts
+            line += f"  # {node.loc or ''}"
+        yield from _with_body(line, node.body)
+    yield f"  return {attr_text(graph.outputs)}"
+    yield "}"
+
+
+def _with_body(line: str, body: Graph | None) -> Iterator[str]:
+    if body is None:
+        yield line.rstrip()
+        return
+    head, *rest = _lines(body)
+    yield f"{line.rstrip()} {head}"
+    yield from ("  " + text for text in rest)
+
+
+# ---- verification ----------------------------------------------------------------------------------------------------
+
+
+def verify(graph: Graph, ops: Container[str] | None = None) -> None:
+    """Check the rules of `graph.level`.
+
+    Args:
+        ops: the ATen overloads that `op`, `extern` and `view` nodes may name; None leaves the names unchecked.
+
+    Raises:
+        InvalidIR: which rule is broken, with the nodes around the place.
+    """
+    if graph.level not in LEVELS:
+        raise InvalidIR(f"unknown level {graph.level!r}; the levels are {', '.join(LEVELS)}")
+    known: dict[str, Value] = {}
+    parameters = {p.name for p in graph.parameters}
+    if len(parameters) != len(graph.parameters):
+        raise InvalidIR("two parameters have one name")
+    for value in graph.inputs:
+        _define(value, known)
+    for weight in graph.weights:
+        _verify_weight(weight, parameters, ops)
+        _define(weight.value, known)
+    mutable = set(known)
+    for index, node in enumerate(graph.nodes):
+        try:
+            _verify_node(node, graph.level, known, mutable, ops)
+        except InvalidIR as error:
+            around = "\n".join(f"    {node_text(n)}" for n in graph.nodes[max(0, index - 3) : index + 1])
+            raise InvalidIR(f"{error.message}\n{around}", loc=node.loc) from None
+    for value in attr_values(graph.outputs):
+        _use(value, known)
+    clash = graph.syms.keys() & known.keys()
+    if clash:
+        raise InvalidIR(f"{', '.join(sorted(clash))} names both a dim and a value")
+
+
+def _verify_weight(weight: Weight, parameters: set[str], ops: Container[str] | None) -> None:
+    unknown = [name for name in weight.names if name not in parameters]
+    if unknown:
+        raise InvalidIR(f"weight {weight.value} needs unknown parameters {', '.join(unknown)}")
+    recipe = weight.recipe
+    if recipe is None:
+        if len(weight.names) != 1:
+            raise InvalidIR(f"weight {weight.value} has no recipe and must be one parameter")
+        return
+    if len(recipe.inputs) != len(weight.names) or recipe.weights or len(recipe.outputs) != 1 or recipe.syms:
+        raise InvalidIR(f"the recipe of {weight.value} must take its parameters and return one static tensor")
+    output = recipe.outputs[0]
+    if not isinstance(output, Value) or output.type != weight.value.type:
+        raise InvalidIR(f"the recipe of {weight.value} does not return {weight.value.type}")
+    verify(recipe, ops)
+
+
+def _verify_node(
+    node: Node, level: str, known: dict[str, Value], mutable: set[str], ops: Container[str] | None
+) -> None:
+    if node.kind not in LEVELS[level]:
+        raise InvalidIR(f"a node of kind {node.kind!r} does not belong in level {level!r}")
+    if node.kind in ("op", "extern", "view") and ops is not None and node.op not in ops:
+        raise InvalidIR(f"op {node.op} is not on the allow-list")
+    if (node.kind == "kernel") != (node.body is not None):
+        raise InvalidIR("a kernel has a body, and nothing else has")
+    if len({key for key, _ in node.args}) != len(node.args):
+        raise InvalidIR("an argument is given twice")
+    for value in node.inputs:
+        _use(value, known)
+    if node.op == COPY and node.kind != "fallback":
+        target = node.arg("self")
+        if not isinstance(target, Value) or target.name not in mutable or node.outputs:
+            raise InvalidIR("copy_ writes to an input or weight, and to nothing else, and returns nothing")
+    if node.body is not None:
+        verify(node.body, ops)
+    for value in node.outputs:
+        if value is not None:
+            _define(value, known)
+
+
+def _define(value: Value, known: dict[str, Value]) -> None:
+    if not is_name(value.name):
+        raise InvalidIR(f"{value.name!r} is no name")
+    if value.name in known:
+        raise InvalidIR(f"value {value.name} is defined twice")
+    type_ = value.type
+    if isinstance(type_, TensorType):
+        if type_.dtype not in DTYPES:
+            raise InvalidIR(f"value {value.name} has the unknown dtype {type_.dtype!r}")
+        if len(type_.shape) != len(type_.strides):
+            raise InvalidIR(f"value {value.name} has {len(type_.shape)} sizes and {len(type_.strides)} strides")
+        if any(isinstance(dim, int) and dim < 0 for dim in type_.shape):
+            raise InvalidIR(f"value {value.name} has a negative size")
+    elif type_.kind not in SCALARS or (type_.dim is not None and type_.kind != "int"):
+        raise InvalidIR(f"value {value.name} has the unknown type {type_}")
+    known[value.name] = value
+
+
+def _use(value: Value, known: dict[str, Value]) -> None:
+    if known.get(value.name) != value:
+        raise InvalidIR(f"value {value.name} is used before it is defined, or with another type")
+
+
+def is_name(text: str) -> bool:
+    """Whether `text` may name a value or a symbol: an ASCII identifier that is no keyword, dtype or word of the syntax."""
+    reserved = text in DTYPES or text in SCALARS or text in ("_", "inf", "nan", "min", "max") or iskeyword(text)
+    return not reserved and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", text) is not None

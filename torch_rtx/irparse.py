@@ -1,0 +1,242 @@
+"""Reads the text form of the IR: `parse(str(graph)) == graph`.
+
+Lines are split by hand; types, dims and arguments are Python expressions, which Python's own parser turns into a syntax
+tree that is walked here and never evaluated. Text from a file that nobody trusts is safe to parse.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+
+from torch_rtx.errors import InvalidIR
+from torch_rtx.ir import (
+    DTYPES,
+    LEVELS,
+    MAIN,
+    SCALARS,
+    Attr,
+    Dim,
+    Expr,
+    Graph,
+    Loc,
+    Node,
+    Parameter,
+    ScalarType,
+    Sym,
+    TensorType,
+    Type,
+    Value,
+    Weight,
+    contiguous,
+    dim_expr,
+    is_name,
+)
+
+MAX_DEPTH = 8  # of nested graphs: a kernel in a recipe in a kernel is already more than exists
+KINDS = frozenset(kind for kinds in LEVELS.values() for kind in kinds)
+OPERATORS = {ast.Add: "+", ast.Mult: "*", ast.FloorDiv: "//", ast.Mod: "%"}
+CONSTANTS: dict[str, Attr] = {"inf": float("inf"), "nan": float("nan")}
+
+
+def parse(text: str) -> Graph:
+    """The graph that `text` describes; not verified.
+
+    Raises:
+        InvalidIR: the text is not well-formed; the message has the line and its number.
+    """
+    reader = _Reader(text.splitlines())
+    try:
+        graph = reader.graph(reader.next(), 0)
+        if any(line.strip() for line in reader.lines[reader.at :]):
+            raise InvalidIR("text follows the end of the graph")
+        str(graph)  # fails here, not in a message later, on what Python can't print: huge integers, deep dims
+    except InvalidIR as error:
+        raise InvalidIR(f"line {reader.at}: {error.message}", hint=reader.line.strip()[:200]) from None
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise InvalidIR(f"line {reader.at}: {error}", hint=reader.line.strip()[:200]) from None
+    return graph
+
+
+class _Scope:
+    """The names of one graph: its symbols and the values defined so far."""
+
+    def __init__(self) -> None:
+        self.syms: dict[str, Sym] = {}
+        self.values: dict[str, Value] = {}
+
+
+class _Reader:
+    def __init__(self, lines: list[str]) -> None:
+        self.lines, self.at, self.line = lines, 0, ""
+
+    def next(self) -> str:
+        if self.at >= len(self.lines):
+            raise InvalidIR("the text ends inside a graph")
+        self.line = self.lines[self.at]
+        self.at += 1
+        return self.line.strip()
+
+    def graph(self, head: str, depth: int) -> Graph:
+        word, level, brace = (*head.split(), "", "", "")[:3]
+        if (word, brace) != ("graph", "{") or depth > MAX_DEPTH:
+            raise InvalidIR("expected `graph LEVEL {`" if depth <= MAX_DEPTH else "graphs are nested too deep")
+        scope = _Scope()
+        inputs: list[Value] = []
+        parameters: list[Parameter] = []
+        weights: list[Weight] = []
+        nodes: list[Node] = []
+        while True:
+            word, _, rest = (line := self.next()).partition(" ")
+            if word == "return":
+                outputs = _attr(_expression(rest), scope)
+                if not isinstance(outputs, tuple) or self.next() != "}":
+                    raise InvalidIR("expected `return [...]` and `}`")
+                return Graph(level, tuple(inputs), tuple(parameters), tuple(weights), tuple(nodes), outputs)
+            if word == "dim":
+                _dim_line(rest, scope)
+            elif word == "input":
+                inputs.extend(_values(rest, scope))
+            elif word in ("parameter", "constant"):
+                parameters.append(_parameter(rest, word == "constant", scope))
+            elif word == "weight":
+                weights.append(self.weight(rest, scope, depth))
+            else:
+                nodes.append(self.node(line, scope, depth))
+
+    def weight(self, text: str, scope: _Scope, depth: int) -> Weight:
+        left, _, right = text.partition(" = ")
+        recipe = None
+        if right.endswith("{"):
+            right, _, head = (" " + right).rpartition(" graph ")
+            recipe = self.graph("graph " + head, depth + 1)
+        names = _strings(_expression(f"[{right}]"))
+        (value,) = _values(left, scope)
+        return Weight(value, names, recipe)
+
+    def node(self, line: str, scope: _Scope, depth: int) -> Node:
+        body, loc = None, None
+        if line.endswith("{"):
+            line, _, head = line.rpartition(" graph ")
+            body = self.graph("graph " + head, depth + 1)
+        if "  #" in line:
+            line, _, comment = line.rpartition("  #")
+            loc = _loc(comment.strip()) if comment.strip() else None
+        # A node without outputs starts with its kind; a string argument may hold any mark.
+        left, _, right = ("", "", line) if line.partition(" ")[0] in KINDS else line.partition(" = ")
+        kind, _, text = right.strip().partition(" ")
+        call = _expression(text)
+        if not isinstance(call, ast.Call) or call.args:
+            raise InvalidIR("expected a call with named arguments")
+        args = tuple((keyword.arg or "", _attr(keyword.value, scope)) for keyword in call.keywords)
+        return Node(kind, _dotted(call.func), args, tuple(_values(left, scope, True)) if left else (), body, loc)
+
+
+def _expression(text: str) -> ast.expr:
+    return ast.parse(text.strip(), mode="eval").body
+
+
+def _values(text: str, scope: _Scope, allow_unused: bool = False) -> Iterator[Value | None]:
+    """`a: type, _, b: type`, entered in the scope."""
+    definition = ast.parse(f"def f({text}): 0").body[0]
+    if not isinstance(definition, ast.FunctionDef):
+        raise InvalidIR("expected names and types")
+    for argument in definition.args.args:
+        if argument.arg == "_" and argument.annotation is None and allow_unused:
+            yield None
+            continue
+        if argument.annotation is None:
+            raise InvalidIR(f"value {argument.arg} has no type")
+        value = Value(argument.arg, _type(argument.annotation, scope))
+        scope.values[value.name] = value
+        yield value
+
+
+def _dim_line(text: str, scope: _Scope) -> None:
+    name, _, numbers = text.partition(" = ")
+    fields = ast.literal_eval(f"({numbers})")
+    low, high, multiple = fields if isinstance(fields, tuple) and len(fields) == 3 else (None, None, None)
+    if not is_name(name) or type(low) is not int or type(multiple) is not int or type(high) not in (int, type(None)):
+        raise InvalidIR("expected `dim NAME = MIN, MAX, MULTIPLE`")
+    scope.syms[name] = Sym(name, low, high, multiple)
+
+
+def _parameter(text: str, constant: bool, scope: _Scope) -> Parameter:
+    cut = max(text.rfind("'"), text.rfind('"')) + 1  # a type has no quotes
+    name, *aliases = _strings(_expression(f"[{text[:cut]}]"))
+    type_ = _type(_expression(text[cut:].removeprefix(":")), scope)
+    if not isinstance(type_, TensorType):
+        raise InvalidIR(f"parameter {name} is no tensor")
+    return Parameter(name, type_, tuple(aliases), constant)
+
+
+def _strings(tree: ast.expr) -> tuple[str, ...]:
+    items = ast.literal_eval(tree)
+    if not all(isinstance(item, str) for item in items):
+        raise InvalidIR("expected quoted names")
+    return tuple(items)
+
+
+def _dotted(tree: ast.expr) -> str:
+    if isinstance(tree, ast.Attribute):
+        return f"{_dotted(tree.value)}.{tree.attr}"
+    if isinstance(tree, ast.Name):
+        return tree.id
+    raise InvalidIR("expected an op name such as aten.add.Tensor")
+
+
+def _loc(text: str) -> Loc:
+    module, at, place = text.rpartition(" @ ") if " @ " in text else ("", text[:2], text[2:])
+    file, colon, line = place.rpartition(":")
+    if not at or not colon:
+        raise InvalidIR("expected `# MODULE @ FILE:LINE`")
+    return Loc(module, file, int(line))
+
+
+def _type(tree: ast.expr, scope: _Scope) -> Type:
+    device, strides = MAIN, None
+    if isinstance(tree, ast.Attribute):
+        tree, device = tree.value, tree.attr
+    if isinstance(tree, ast.Call):
+        strides, tree = tuple(_dim(arg, scope) for arg in tree.args), tree.func
+    if isinstance(tree, ast.Name) and tree.id in SCALARS and strides is None:
+        return ScalarType(tree.id)
+    if not isinstance(tree, ast.Subscript) or not isinstance(tree.value, ast.Name):
+        raise InvalidIR("expected a type such as f32[2, 3]")
+    items = tree.slice.elts if isinstance(tree.slice, ast.Tuple) else [tree.slice]
+    shape = tuple(_dim(item, scope) for item in items)
+    if tree.value.id == "int":
+        return ScalarType("int", shape[0])
+    if tree.value.id not in DTYPES:
+        raise InvalidIR(f"unknown dtype {tree.value.id!r}")
+    return TensorType(tree.value.id, shape, contiguous(shape) if strides is None else strides, device)
+
+
+def _dim(tree: ast.expr, scope: _Scope) -> Dim:
+    attr = _attr(tree, scope)
+    if type(attr) is not int and not isinstance(attr, Sym | Expr):
+        raise InvalidIR("expected a dim")
+    return attr
+
+
+def _attr(tree: ast.expr, scope: _Scope) -> Attr:
+    match tree:
+        case ast.Constant(value=value) if value is None or isinstance(value, bool | int | float | str):
+            return value
+        case ast.List(elts=items):
+            return tuple(_attr(item, scope) for item in items)
+        case ast.Name(id=name):
+            found = scope.syms.get(name, scope.values.get(name, CONSTANTS.get(name)))
+            if found is None:
+                raise InvalidIR(f"{name} is not defined")
+            return found
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            value = _attr(operand, scope)
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                return -value
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
+            symbol = OPERATORS[type(op)]
+            return dim_expr(symbol, _dim(left, scope), _dim(right, scope))
+        case ast.Call(func=ast.Name(id="min" | "max" as name), args=args, keywords=[]):
+            return dim_expr(name, *(_dim(arg, scope) for arg in args))
+    raise InvalidIR("expected None, a number, a string, a list, a value or a dim")

@@ -1,0 +1,289 @@
+"""Imports a captured FX graph into the IR.
+
+Symbolic sizes are no nodes of the IR: an FX node that only computes one disappears and its expression stands where it is
+used. `getitem` disappears into the outputs of the node it indexes. Nodes on the partition's fallback list become
+`fallback` nodes: a call by name where the IR can express it, else a Python callable, which no file can hold.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from torch_rtx import aten
+from torch_rtx.errors import Unsupported
+from torch_rtx.ir import COPY, Attr, Graph, Node, Parameter, ScalarType, TensorType, Type, Value, Weight, is_name
+from torch_rtx.lowering.location import Locations
+from torch_rtx.lowering.symbols import Symbols
+
+SYM_QUERIES = frozenset(
+    (torch.ops.aten.sym_size.int, torch.ops.aten.sym_stride.int, torch.ops.aten.sym_numel.default)
+)
+# Checks that hold by the types of the IR or by the ranges of its dims.
+DROPPED = frozenset(
+    getattr(torch.ops.aten, name).default
+    for name in ("_assert_tensor_metadata", "sym_constrain_range", "sym_constrain_range_for_size")
+    if hasattr(torch.ops.aten, name)
+)
+PLAIN = (bool, int, float, str, type(None))
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a placeholder is: an `input` of each call, a `parameter` (weights, buffers) or a `constant`, by name."""
+
+    kind: str
+    name: str
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass
+class Imported:
+    """A graph of level `import` and what can't be in it: the data of its constants, the Python fallback callables."""
+
+    graph: Graph
+    constants: dict[str, torch.Tensor]
+    callables: list[Callable[..., Any]]
+
+
+def from_fx(
+    gm: fx.GraphModule,
+    roles: Sequence[Role],
+    fallbacks: Mapping[fx.Node, str],
+    main: torch.device,
+    writes: Mapping[int, str] | None = None,
+) -> Imported:
+    """The graph of `gm` in the IR.
+
+    Args:
+        roles: one per placeholder, in order.
+        fallbacks: the nodes that must not run in the engine, each with its reason.
+        main: the device of the engine.
+        writes: positions of outputs which are the new contents of an input or buffer, with that placeholder's name.
+
+    Raises:
+        Unsupported: a node outside `fallbacks` that the IR can't express; `lowering.support` finds these before.
+    """
+    importer = _Importer(gm, fallbacks, Symbols(main))
+    waiting = list(roles)
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            importer.placeholder(node, waiting.pop(0))
+        elif node.op == "get_attr":
+            importer.get_attr(node)
+        elif node.op == "output":
+            importer.output(node, writes or {})
+        else:
+            importer.call(node)
+    return importer.result()
+
+
+def is_sym_node(node: fx.Node) -> bool:
+    """Whether the node only computes a size or a condition on sizes, which the IR writes as an expression."""
+    if not isinstance(node.meta.get("val"), torch.SymInt | torch.SymBool | int | bool):
+        return False
+    if node.target in SYM_QUERIES:
+        return True
+    values = [n.meta.get("val") for n in node.all_input_nodes]
+    return not any(isinstance(v, torch.Tensor | torch.SymFloat | tuple | list) for v in values)
+
+
+def is_fixed(placeholder: fx.Node) -> bool:
+    """Whether the capture specialized this input to a constant (and guards it): it is no input of the graph."""
+    return isinstance(placeholder.meta["val"], PLAIN)
+
+
+def _dim_or_value(value: Value | None) -> Attr:
+    """How arguments refer to a value: a size by its dim."""
+    is_size = value is not None and isinstance(value.type, ScalarType) and value.type.dim is not None
+    return value.type.dim if is_size else value  # type: ignore[union-attr]
+
+
+def call_arguments(node: fx.Node) -> list[tuple[str, Any]]:
+    """The call's arguments by the names of its schema, in schema order, without those that are at their default."""
+    arguments = node.target._schema.arguments  # type: ignore[union-attr]
+    given: dict[str, Any] = {**dict(zip((a.name for a in arguments), node.args, strict=False)), **node.kwargs}
+    kept = []
+    for argument in arguments:
+        if argument.name not in given or argument.name in ("layout", "pin_memory"):
+            continue
+        value = given[argument.name]
+        if argument.has_default_value():
+            default = argument.default_value
+            if value is None and default is None or type(value) is type(default) and value == default:
+                continue
+        kept.append((argument.name, value))
+    return kept
+
+
+@dataclass
+class _Importer:
+    gm: fx.GraphModule
+    fallbacks: Mapping[fx.Node, str]
+    symbols: Symbols
+    env: dict[fx.Node, Any] = field(default_factory=dict)
+    names: set[str] = field(default_factory=set)
+    inputs: list[Value] = field(default_factory=list)
+    parameters: list[Parameter] = field(default_factory=list)
+    weights: list[Weight] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list)
+    outputs: tuple[Attr, ...] = ()
+    constants: dict[str, torch.Tensor] = field(default_factory=dict)
+    callables: list[Callable[..., Any]] = field(default_factory=list)
+    locations: Locations = field(default_factory=Locations)
+
+    def result(self) -> Imported:
+        parts = map(tuple, (self.inputs, self.parameters, self.weights, self.nodes))
+        return Imported(Graph("import", *parts, outputs=self.outputs), self.constants, self.callables)
+
+    def value(self, name: str, type_: Type) -> Value:
+        """A new value, called `name` where that is free."""
+        name = "".join(c if c.isalnum() and c.isascii() else "_" for c in name)
+        # `s0` and the like may be a dim's name in this graph.
+        base = name if is_name(name) and not (name[0] in "suz" and name[-1].isdigit()) else f"x_{name}"
+        unique, count = base, 1
+        while unique in self.names:
+            unique, count = f"{base}_{count}", count + 1
+        self.names.add(unique)
+        return Value(unique, type_)
+
+    def next_value(self, type_: Type) -> Value:
+        return self.value(f"v{len(self.names)}", type_)
+
+    def placeholder(self, node: fx.Node, role: Role) -> None:
+        content = node.meta["val"]
+        if is_fixed(node):
+            self.env[node] = content
+        elif role.kind == "input":
+            value = self.value(role.name, self.symbols.type(content))
+            self.inputs.append(value)
+            self.env[node] = _dim_or_value(value)
+        else:
+            self.env[node] = self.parameter(role, content)
+
+    def parameter(self, role: Role, content: torch.Tensor) -> Value:
+        type_ = self.symbols.type(content)
+        assert isinstance(type_, TensorType)
+        self.parameters.append(Parameter(role.name, type_, role.aliases, role.kind == "constant"))
+        value = self.value(f"w{len(self.weights)}", type_)
+        self.weights.append(Weight(value, (role.name,)))
+        return value
+
+    def get_attr(self, node: fx.Node) -> None:
+        content: Any = self.gm
+        for part in str(node.target).split("."):
+            content = getattr(content, part)
+        if isinstance(content, torch.Tensor):
+            name = f"constant.{len(self.constants)}"
+            self.constants[name] = content.detach()
+            self.env[node] = self.parameter(Role("constant", name), content)
+        else:
+            self.env[node] = content  # a graph module that a higher-order operator calls
+
+    def call(self, node: fx.Node) -> None:
+        if node.target in DROPPED:
+            return
+        if node.target is operator.getitem and isinstance(self.env[node.args[0]], tuple):  # type: ignore[index]
+            self.env[node] = self.env[node.args[0]][node.args[1]]  # type: ignore[index]
+            return
+        if is_sym_node(node):
+            try:
+                self.env[node] = self.sym(node.meta["val"])
+                return
+            except Unsupported:
+                pass  # computed in Python at run time instead
+        loc = self.locations.of(node)
+        if node.target is torch.ops.aten.copy_.default and node not in self.fallbacks:
+            self.env[node] = self.env[node.args[0]]  # type: ignore[index]
+            self.nodes.append(Node("op", str(node.target), self.arguments(node), (), None, loc))
+            return
+        outputs = self.node_outputs(node)
+        if node not in self.fallbacks and not is_sym_node(node):
+            self.nodes.append(Node("op", str(node.target), self.arguments(node), outputs, None, loc))
+            return
+        try:
+            if not isinstance(node.target, torch._ops.OpOverload):
+                raise Unsupported("a Python function")
+            call, arguments = str(node.target), self.arguments(node)
+        except Unsupported:
+            inputs = tuple(self.attr(n) for n in node.all_input_nodes if not self.is_module(n))
+            call, arguments = "python", (("index", len(self.callables)), ("inputs", inputs))
+            self.callables.append(self.python(node))
+        self.nodes.append(Node("fallback", call, arguments, outputs, None, loc))
+
+    def output(self, node: fx.Node, writes: Mapping[int, str]) -> None:
+        results: Any = node.args[0]
+        placeholders = {n.name: n for n in self.gm.graph.nodes if n.op == "placeholder"} if writes else {}
+        for position, result in enumerate(results):
+            if position in writes:
+                args = (("self", self.attr(placeholders[writes[position]])), ("src", self.attr(result)))
+                self.nodes.append(Node("op", COPY, args, ()))
+        self.outputs = tuple(self.attr(result) for i, result in enumerate(results) if i not in writes)
+
+    def is_module(self, node: fx.Node) -> bool:
+        return node.op == "get_attr" and not isinstance(self.env[node], Value)
+
+    def sym(self, value: Any) -> Attr:
+        if isinstance(value, torch.SymBool):
+            raise Unsupported("a condition on sizes")
+        return self.symbols.dim(value) if isinstance(value, torch.SymInt) else value
+
+    def node_outputs(self, node: fx.Node) -> tuple[Value | None, ...]:
+        """New values for what the node returns; enters them in the environment."""
+        content = node.meta.get("val")
+        if content is None:
+            self.env[node] = None
+            return ()
+        single = not isinstance(content, tuple | list)
+        items = (content,) if single else content
+        used = None if single else {user.args[1] for user in node.users if user.target is operator.getitem}
+        values = tuple(
+            None if item is None or (used is not None and index not in used) else self.next_value(self.symbols.type(item))
+            for index, item in enumerate(items)
+        )
+        # A size that a fallback computes is from here on the dim it stands for.
+        known = tuple(_dim_or_value(value) for value in values)
+        self.env[node] = known[0] if single else known
+        return values
+
+    def arguments(self, node: fx.Node) -> tuple[tuple[str, Attr], ...]:
+        return tuple((name, self.attr(value)) for name, value in call_arguments(node))
+
+    def attr(self, argument: Any) -> Attr:
+        """An FX argument as an attribute of the IR."""
+        if isinstance(argument, fx.Node):
+            found = self.env[argument]
+            if isinstance(found, fx.GraphModule):
+                raise Unsupported("a graph as an argument")
+            return found
+        if isinstance(argument, PLAIN):
+            return argument
+        if isinstance(argument, list | tuple):
+            return tuple(map(self.attr, argument))
+        if isinstance(argument, torch.dtype):
+            return aten.dtype_name(argument)
+        if isinstance(argument, torch.device):
+            return self.symbols.device(argument)
+        if isinstance(argument, torch.memory_format):
+            return str(argument).removeprefix("torch.")
+        raise Unsupported(f"an argument of type {type(argument).__name__}")
+
+    def python(self, node: fx.Node) -> Callable[..., Any]:
+        """A callable that does what the FX node does, given its inputs (without graph modules), returning a tuple."""
+        order = [n for n in node.all_input_nodes if not self.is_module(n)]
+        fixed = {n: self.env[n] for n in node.all_input_nodes if self.is_module(n)}
+        target, args, kwargs = node.target, node.args, node.kwargs
+        if not callable(target):
+            raise Unsupported(f"a node of kind {node.op}", loc=self.locations.of(node))
+
+        def call(*values: Any) -> tuple[Any, ...]:
+            bound = {**fixed, **dict(zip(order, values, strict=True))}
+            result = target(*fx.map_arg(args, bound.__getitem__), **fx.map_arg(kwargs, bound.__getitem__))
+            return tuple(result) if isinstance(result, tuple | list) else (result,)
+
+        return call

@@ -1,0 +1,94 @@
+"""Types of new nodes: the node's own ATen call, run on fake tensors. No shape function is written by hand."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+from torch_rtx import aten
+from torch_rtx.errors import Unsupported
+from torch_rtx.ir import Attr, Dim, Expr, Sym, TensorType, Type, Value, attr_map
+from torch_rtx.lowering.symbols import convert
+
+OPERATORS = {
+    "+": operator.add, "*": operator.mul, "//": operator.floordiv, "%": operator.mod,
+    "min": torch.sym_min, "max": torch.sym_max,
+}
+FAKE = torch.device("cpu")  # stands for MAIN; a fake tensor has no data, so that any device will do
+
+
+class Inference:
+    """Types of calls over one graph's symbols; equal calls are run once."""
+
+    def __init__(self) -> None:
+        self._env = ShapeEnv()
+        self._mode = FakeTensorMode(shape_env=self._env)
+        self._symints: dict[str, torch.SymInt] = {}
+        self._dims: dict[Any, Dim] = {}
+        self._cache: dict[Any, tuple[Type, ...]] = {}
+
+    def __call__(self, op: str, args: Sequence[tuple[str, Attr]]) -> tuple[Type, ...]:
+        """The types of what `op(args)` returns.
+
+        Raises:
+            Unsupported: the call does not accept these types, or a size comes out that dims can't express.
+        """
+        key = (op, tuple((name, attr_map(attr, lambda value: Value("_", value.type))) for name, attr in args))
+        if key not in self._cache:
+            self._cache[key] = self._run(op, args)
+        return self._cache[key]
+
+    def _run(self, op: str, args: Sequence[tuple[str, Attr]]) -> tuple[Type, ...]:
+        overload = aten.overload(op)
+        schema = aten.schema(overload)
+        given = {name: aten.to_torch(schema[name][0], self._concrete(attr), FAKE) for name, attr in args}
+        with self._mode:
+            try:
+                result = overload(**given)
+            except (RuntimeError, TypeError, ValueError) as error:
+                raise Unsupported(f"{op} does not take these arguments: {error}") from None
+        return tuple(self._type(item) for item in (result if isinstance(result, tuple | list) else (result,)))
+
+    def _concrete(self, attr: Attr) -> Any:
+        if isinstance(attr, tuple):
+            return [self._concrete(item) for item in attr]
+        if isinstance(attr, Sym | Expr):
+            return self._symint(attr)
+        if not isinstance(attr, Value):
+            return attr
+        if not isinstance(attr.type, TensorType):
+            raise Unsupported("a scalar value")
+        sizes, strides = ([self._symint(dim) for dim in dims] for dims in (attr.type.shape, attr.type.strides))
+        with self._mode:
+            return torch.empty_strided(sizes, strides, dtype=aten.DTYPES[attr.type.dtype], device=FAKE)
+
+    def _symint(self, dim: Dim) -> int | torch.SymInt:
+        if isinstance(dim, int):
+            return dim
+        if isinstance(dim, Sym):
+            if dim.name not in self._symints:
+                # Any size will do that no other symbol has: equal hints would make PyTorch take the sizes as equal.
+                hint = max(dim.min, 2) + 1009 + 2 * len(self._symints)
+                source = ConstantSource(dim.name)
+                symbol = self._env.create_symbol(hint, source, DimDynamic.DYNAMIC, do_not_specialize_zero_one=True)
+                symint = self._env.create_symintnode(symbol, hint=hint, source=source)
+                self._symints[dim.name] = symint
+                self._dims[symbol] = dim
+            return self._symints[dim.name]
+        left, *rest = map(self._symint, dim.args)
+        for right in rest:
+            left = OPERATORS[dim.op](left, right)
+        return left
+
+    def _type(self, tensor: torch.Tensor) -> TensorType:
+        shape, strides = (tuple(self._dim(size) for size in sizes) for sizes in (tensor.shape, tensor.stride()))
+        return TensorType(aten.dtype_name(tensor.dtype), shape, strides)
+
+    def _dim(self, size: int | torch.SymInt) -> Dim:
+        return size if isinstance(size, int) else convert(size.node.expr, self._dims.__getitem__)

@@ -1,0 +1,59 @@
+"""Where in the user's model an FX node comes from."""
+
+from __future__ import annotations
+
+import re
+import sys
+from functools import cache
+
+import torch
+from torch import fx
+
+from torch_rtx.ir import Loc
+
+_FRAME = re.compile(r'File "([^"\n]+)", line (\d+)')
+_STEP = re.compile(r"(?:\.__dict__)?(?:\._|\['_)(?:modules|parameters|buffers)(?:'\])?\['([^']+)'\]|\.([A-Za-z_]\w*)|\[(\d+)\]|\['([^']+)'\]")
+_ROOT = re.compile(r"(?:L|G)\['([^']+)'\]")
+_TORCH = torch.__path__[0]
+
+
+def module_path(source: str) -> str:
+    """The path in the module tree that Dynamo's name of an object says: `L['self']._modules['fc']` is `fc`."""
+    root = _ROOT.match(source)
+    if root is None:
+        return source
+    return ".".join(a or b or c or d for a, b, c, d in _STEP.findall(source[root.end() :]))
+
+
+@cache
+def short_file(path: str) -> str:
+    """`path` below the folder that Python imports it from, so that it is the same on every machine."""
+    roots = [p.rstrip("/\\") for p in sys.path if p and path.startswith(p.rstrip("/\\") + "/")]
+    short = path[len(max(roots, key=len)) + 1 :] if roots else path.replace("\\", "/").rpartition("/")[2]
+    return short.replace("\\", "/").replace(" @ ", "_").replace("\n", "_")
+
+
+@cache
+def _place(stack_trace: str) -> tuple[str, int]:
+    """File and line of the innermost frame that is not PyTorch's own, else of the innermost frame."""
+    frames = _FRAME.findall(stack_trace)
+    own = [frame for frame in frames if not frame[0].startswith(_TORCH)] or frames
+    return (short_file(own[-1][0]), int(own[-1][1])) if own else ("", 0)
+
+
+class Locations:
+    """Locations of the nodes of one graph."""
+
+    def __init__(self) -> None:
+        self._modules: dict[str, str] = {}
+
+    def of(self, node: fx.Node) -> Loc | None:
+        """The node's module path, source file and line; None where the capture recorded none of them."""
+        trace = node.meta.get("stack_trace")
+        stack = node.meta.get("nn_module_stack")
+        file, line = _place(trace) if trace else ("", 0)
+        module = ""
+        if stack:
+            path = next(reversed(stack.values()))[0]
+            module = self._modules.setdefault(path, module_path(path).replace("\n", "_"))
+        return Loc(module, file, line) if module or file else None

@@ -1,0 +1,26 @@
+"""Removes what nothing needs: nodes, results, weights and parameters."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch_rtx.ir import Graph, Node
+from torch_rtx.lowering.infer import Inference
+from torch_rtx.lowering.rewrite import returned
+
+
+def dce(graph: Graph, infer: Inference) -> Graph:
+    """Any level to the same level. Writes to inputs and calls without a result are needed as such."""
+    needed = returned(graph)
+    kept: list[Node] = []
+    for node in reversed(graph.nodes):
+        outputs = tuple(value if value is not None and value.name in needed else None for value in node.outputs)
+        effect = not node.outputs or node.kind == "fallback"
+        if not effect and not any(outputs):
+            continue
+        needed.update(value.name for value in node.inputs)
+        kept.append(node if effect or outputs == node.outputs else replace(node, outputs=outputs))
+    weights = tuple(weight for weight in graph.weights if weight.value.name in needed)
+    names = {name for weight in weights for name in weight.names}
+    parameters = tuple(parameter for parameter in graph.parameters if parameter.name in names)
+    return replace(graph, nodes=tuple(reversed(kept)), weights=weights, parameters=parameters)

@@ -1,0 +1,87 @@
+"""Folds an inference batch norm into the convolution before it: its scale goes into the weight, its shift into the bias.
+
+conv(x, w) * s + t equals conv(x, w * s) + t for s = gamma / sqrt(var + eps), t = beta + (bias - mean) * s, which depend on
+parameters alone: `hoist_weights` makes them a recipe. Computed in the wider of the two dtypes (float32 at least) and
+rounded once.
+"""
+
+from __future__ import annotations
+
+from torch_rtx.errors import Unsupported
+from torch_rtx.ir import Attr, Graph, Node, TensorType, Value
+from torch_rtx.lowering.infer import Inference
+from torch_rtx.lowering.rewrite import Rewriter, only_user, returned, rewrite, users
+
+CONVOLUTIONS = frozenset(f"aten.conv{n}d.default" for n in (1, 2, 3)) | {"aten.conv2d.padding"}
+BATCH_NORM = "aten._native_batch_norm_legit_no_training.default"
+
+
+def fold_batch_norm(graph: Graph, infer: Inference) -> Graph:
+    """Level import to level import. A convolution whose result is read elsewhere too is left alone."""
+    readers, outputs = users(graph), returned(graph)
+    weights = {weight.value.name for weight in graph.weights}
+    norm_of: dict[str, Node] = {}  # by the convolution's output
+    for node in graph.nodes:
+        if node.op in CONVOLUTIONS and node.kind == "op":
+            norm = only_user(node.outputs, readers, outputs)
+            if norm is not None and _foldable(node, norm, weights):
+                norm_of[node.outputs[0].name] = norm  # type: ignore[union-attr]
+
+    def visit(node: Node, rewriter: Rewriter) -> bool:
+        output = node.outputs[0] if node.outputs else None
+        norm = norm_of.get(output.name) if output is not None else None
+        if node.op not in CONVOLUTIONS or norm is None:
+            return False
+        try:
+            folded = _fold(node, norm, rewriter)
+        except Unsupported:
+            return False
+        rewriter.replace(norm.outputs[0], folded)
+        return True
+
+    folded = rewrite(graph, infer, visit)
+    # The batch norms that were folded read a convolution that is gone.
+    defined = {value.name for value in folded.values()}
+    nodes = tuple(n for n in folded.nodes if n.op != BATCH_NORM or all(v.name in defined for v in n.inputs))
+    return Graph(folded.level, folded.inputs, folded.parameters, folded.weights, nodes, folded.outputs)
+
+
+def _foldable(convolution: Node, norm: Node, weights: set[str]) -> bool:
+    """Whether all that the two need besides the input are weights, and the norm's other results are unused."""
+    if norm.op != BATCH_NORM or norm.kind != "op" or any(norm.outputs[1:]) or norm.arg("input") != convolution.outputs[0]:
+        return False
+    needed = [convolution.arg("weight"), norm.arg("running_mean"), norm.arg("running_var")]
+    needed += [a for a in (convolution.arg("bias"), norm.arg("weight"), norm.arg("bias")) if a is not None]
+    return all(isinstance(value, Value) and value.name in weights for value in needed)
+
+
+def _fold(convolution: Node, norm: Node, rewriter: Rewriter) -> Value:
+    def emit(op: str, /, **args: Attr) -> Value:
+        return rewriter.emit(f"aten.{op}", norm.loc, **args)
+
+    def wide(value: Attr) -> Attr:
+        narrow = isinstance(value, Value) and isinstance(value.type, TensorType) and value.type.dtype in ("f16", "bf16")
+        return emit("_to_copy.default", self=value, dtype="f32") if narrow else value
+
+    weight = convolution.arg("weight")
+    assert isinstance(weight, Value) and isinstance(weight.type, TensorType)
+    scale = emit("rsqrt.default", self=emit("add.Scalar", self=wide(norm.arg("running_var")), other=norm.arg("eps")))
+    if norm.arg("weight") is not None:
+        scale = emit("mul.Tensor", self=scale, other=wide(norm.arg("weight")))
+    mean = wide(norm.arg("running_mean"))
+    offset = mean if convolution.arg("bias") is None else emit("sub.Tensor", self=mean, other=wide(convolution.arg("bias")))
+    shift = emit("neg.default", self=emit("mul.Tensor", self=offset, other=scale))
+    if norm.arg("bias") is not None:
+        shift = emit("add.Tensor", self=shift, other=wide(norm.arg("bias")))
+    column = emit("view.default", self=scale, size=(-1,) + (1,) * (len(weight.type.shape) - 1))
+    folded = emit("mul.Tensor", self=wide(weight), other=column)
+    if folded.type != weight.type:
+        folded = emit("_to_copy.default", self=folded, dtype=weight.type.dtype)
+        shift = emit("_to_copy.default", self=shift, dtype=weight.type.dtype)
+    args = {**dict(convolution.args), "weight": folded, "bias": shift}
+    order = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    pairs = tuple((key, args[key]) for key in order if key in args)
+    mapped = Node("op", convolution.op, pairs, (norm.outputs[0],), None, convolution.loc)
+    rewriter.keep(mapped)
+    assert norm.outputs[0] is not None
+    return norm.outputs[0]

@@ -1,0 +1,83 @@
+"""Moves whatever depends on parameters alone into recipes: casts, transposes, folded norms, stacked weights, tables.
+
+The recipe of a weight is the slice of the graph that computes it. Refit replays recipes and nothing else, so that a
+refitted engine and a new one are the same.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from torch_rtx import aten
+from torch_rtx.ir import Expr, Graph, Node, ScalarType, Sym, TensorType, Value, Weight, attr_dims
+from torch_rtx.lowering.infer import Inference
+from torch_rtx.lowering.rewrite import returned
+
+# A recipe may not make a weight of more bytes than this unless its sources are about as large: a mask or table that is
+# broadcast to gigabytes is cheaper to compute in each call than to keep.
+GROWTH_BYTES, GROWTH_FACTOR = 64 << 20, 4
+
+
+def hoist_weights(graph: Graph, infer: Inference) -> Graph:
+    """Level import to level import. Parameters that the graph itself writes to stay where they are."""
+    source = {w.value.name: w for w in graph.weights if w.value.name not in graph.written and w.recipe is None}
+    made: dict[str, Node] = {}  # by output: the nodes that a recipe can hold
+    rest: list[Node] = []
+    for node in graph.nodes:
+        if _hoistable(node, source, made):
+            made |= {value.name: node for value in node.outputs if value is not None}
+        else:
+            rest.append(node)
+    read = dict.fromkeys(value.name for node in rest for value in node.inputs)
+    frontier = [name for name in (*read, *sorted(returned(graph) - read.keys())) if name in made]
+    weights = [*graph.weights]
+    for name in frontier:
+        value = next(v for v in made[name].outputs if v is not None and v.name == name)
+        weights.append(_weight(value, made, source))
+    return replace(graph, weights=tuple(weights), nodes=tuple(rest))
+
+
+def _hoistable(node: Node, source: dict[str, Weight], made: dict[str, Node]) -> bool:
+    if node.kind != "op" or not node.outputs:
+        return False
+    op = aten.overload(node.op)
+    if aten.is_random(op) or "empty" in node.op:
+        return False
+    if any(value.name not in source and value.name not in made for value in node.inputs):
+        return False
+    if any(True for _, attr in node.args for _ in attr_dims(attr)):
+        return False
+    types = [value.type for value in node.outputs if value is not None]
+    if any(isinstance(t, ScalarType) or _symbolic(t) for t in types):
+        return False
+    if aten.is_view(op):
+        return True
+    return sum(map(_bytes, types)) <= max(GROWTH_BYTES, GROWTH_FACTOR * sum(_bytes(v.type) for v in node.inputs))
+
+
+def _symbolic(type_: TensorType) -> bool:
+    return any(isinstance(dim, Sym | Expr) for dim in (*type_.shape, *type_.strides))
+
+
+def _bytes(type_: object) -> int:
+    assert isinstance(type_, TensorType)
+    return math.prod(type_.shape) * aten.DTYPES[type_.dtype].itemsize  # type: ignore[arg-type]
+
+
+def _weight(value: Value, made: dict[str, Node], source: dict[str, Weight]) -> Weight:
+    """`value` as a weight, with the recipe that computes it."""
+    nodes: dict[int, Node] = {}
+    inputs: dict[str, Value] = {}
+
+    def visit(needed: Value) -> None:
+        if needed.name in source:
+            inputs[needed.name] = needed
+        elif id(made[needed.name]) not in nodes:
+            for before in made[needed.name].inputs:
+                visit(before)
+            nodes[id(made[needed.name])] = made[needed.name]
+
+    visit(value)
+    recipe = Graph("import", tuple(inputs.values()), nodes=tuple(nodes.values()), outputs=(value,))
+    return Weight(value, tuple(source[name].names[0] for name in inputs), recipe)

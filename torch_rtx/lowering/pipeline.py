@@ -1,0 +1,100 @@
+"""The passes in their order, and the driver that times, checks and dumps each of them."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch_rtx import aten
+from torch_rtx.errors import InvalidIR, LoweringError, RtxError
+from torch_rtx.ir import Graph, verify
+from torch_rtx.lowering.infer import Inference
+from torch_rtx.lowering.passes.cse import cse
+from torch_rtx.lowering.passes.dce import dce
+from torch_rtx.lowering.passes.fold_batch_norm import fold_batch_norm
+from torch_rtx.lowering.passes.fuse import fuse
+from torch_rtx.lowering.passes.hoist_weights import hoist_weights
+from torch_rtx.lowering.passes.merge_linears import merge_linears
+from torch_rtx.lowering.passes.simplify import simplify
+from torch_rtx.settings import CompilationSettings
+
+log = logging.getLogger(__name__)
+
+Pass = Callable[[Graph, Inference], Graph]
+PIPELINE: Mapping[str, Pass] = {
+    "simplify": simplify,
+    "cse": cse,
+    "fold_batch_norm": fold_batch_norm,
+    "merge_linears": merge_linears,
+    "hoist_weights": hoist_weights,
+    "dce": dce,
+    "fuse": fuse,
+}
+REQUIRED = frozenset(("fuse",))
+
+
+@dataclass
+class Report:
+    """What the passes did: seconds and nodes left, per pass, in order."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    nodes: dict[str, int] = field(default_factory=dict)
+
+
+def lower(graph: Graph, settings: CompilationSettings, dump: Path | None = None) -> tuple[Graph, Report]:
+    """Run the pipeline over a graph of level import.
+
+    Args:
+        dump: folder for `NN_pass.rtxir` after each pass and `NN_pass.diff` where it changed something.
+
+    Returns:
+        The graph of level fused, and the report.
+
+    Raises:
+        LoweringError: a pass failed or left a graph that does not verify; the message names it and those before it.
+        SettingsError: never here; `settings.disabled_passes` is checked by `check_passes`.
+    """
+    infer, report = Inference(), Report()
+    _write(dump, 0, "import", graph, None)
+    for index, (name, run) in enumerate(PIPELINE.items(), 1):
+        if name in settings.disabled_passes:
+            continue
+        start = time.perf_counter()
+        try:
+            after = run(graph, infer)
+            verify(after, aten.ALLOWED)
+        except Exception as error:
+            _write(dump, index, f"{name}.before", graph, None)
+            raise _bug(name, report, dump, error) from error
+        report.seconds[name] = time.perf_counter() - start
+        report.nodes[name] = len(after.nodes)
+        log.debug("%s: %d -> %d nodes, %.1f ms", name, len(graph.nodes), len(after.nodes), 1e3 * report.seconds[name])
+        _write(dump, index, name, after, graph)
+        graph = after
+    return graph, report
+
+
+def _bug(name: str, report: Report, dump: Path | None, error: Exception) -> LoweringError:
+    where = f"the graph before it is in {dump}" if dump else "set TORCH_RTX_DUMP=dir to get the graph before it"
+    before = ", ".join(report.seconds) or "none"
+    kind = "left a graph that does not verify" if isinstance(error, InvalidIR) else f"failed with {type(error).__name__}"
+    return LoweringError(
+        f"pass {name} {kind}: {error.message if isinstance(error, RtxError) else error}",
+        loc=getattr(error, "loc", None),
+        hint=f"passes before it: {before}; {where}; disabled_passes=[{name!r}] leaves it out",
+    )
+
+
+def _write(dump: Path | None, index: int, name: str, graph: Graph, before: Graph | None) -> None:
+    if dump is None:
+        return
+    dump.mkdir(parents=True, exist_ok=True)
+    text = str(graph)
+    (dump / f"{index:02}_{name}.rtxir").write_text(text)
+    if before is not None and before != graph:
+        lines = difflib.unified_diff(str(before).splitlines(), text.splitlines(), "before", name, lineterm="")
+        (dump / f"{index:02}_{name}.diff").write_text("\n".join(lines) + "\n")

@@ -1,0 +1,62 @@
+"""Which FX nodes an engine can hold, and why it can't hold the others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from torch_rtx import aten
+from torch_rtx.errors import Unsupported
+from torch_rtx.ir import MAIN, TensorType
+from torch_rtx.lowering.from_fx import call_arguments
+from torch_rtx.lowering.symbols import Symbols, unbacked
+
+
+def unsupported_reason(node: fx.Node, symbols: Symbols) -> str | None:
+    """Why the `call_function` node must stay in PyTorch, in words for the user; None if the engine takes it.
+
+    Args:
+        symbols: those of the node's graph.
+    """
+    op = node.target
+    if not isinstance(op, torch._ops.OpOverload):
+        kind = "higher-order operator" if isinstance(op, torch._ops.HigherOrderOperator) else "Python function"
+        return f"{kind} {getattr(op, '__name__', op)}"
+    if str(op) not in aten.ALLOWED:
+        return f"operator {op} is not on the allow-list"
+    outputs = node.meta.get("val")
+    inputs = [value for n in node.all_input_nodes for value in _tensors(n.meta.get("val"))]
+    try:
+        for value in (*_tensors(outputs), *inputs):
+            type_ = symbols.type(value)
+            if isinstance(type_, TensorType) and type_.device not in (MAIN, "cpu"):
+                return f"tensor on {value.device} while the engine runs on {symbols.main}"
+        for _, argument in call_arguments(node):
+            _check_argument(argument)
+    except Unsupported as error:
+        return error.message
+    if not isinstance(outputs, torch.Tensor | tuple | list):
+        return "its result is a number that the host needs"
+    known = set().union(*map(unbacked, inputs), *(unbacked(n.meta.get("val")) for n in node.all_input_nodes))
+    if any(unbacked(value) - known for value in _tensors(outputs)):
+        return "the size of its result depends on the data"
+    if str(op) == "aten.copy_.default" and node.args[0].op != "placeholder":  # type: ignore[union-attr]
+        return "copy_ into something that is no input"
+    return None
+
+
+def _tensors(content: Any) -> tuple[torch.Tensor, ...]:
+    items = content if isinstance(content, tuple | list) else (content,)
+    return tuple(item for item in items if isinstance(item, torch.Tensor))
+
+
+def _check_argument(argument: Any) -> None:
+    if isinstance(argument, complex | torch.Generator | torch.ScriptObject) or type(argument).__name__ == "FakeScriptObject":
+        raise Unsupported(f"an argument of type {type(argument).__name__}")
+    if isinstance(argument, torch.dtype):
+        aten.dtype_name(argument)
+    if isinstance(argument, list | tuple):
+        for item in argument:
+            _check_argument(item)

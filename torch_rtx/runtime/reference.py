@@ -1,0 +1,229 @@
+"""The reference tier: a graph as flat Python code over its ATen calls. It runs on any device and is available at once.
+
+`compile_graph` writes one function for a graph. It binds the dims from the shapes of the inputs, makes each call in order,
+drops every value after its last use, and gives outputs and the inputs of fallback operators the strides that the capture
+saw, whatever strides a library call chose here.
+"""
+
+from __future__ import annotations
+
+import linecache
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from torch_rtx import aten
+from torch_rtx.errors import InvalidIR
+from torch_rtx.ir import (
+    Attr,
+    Dim,
+    Expr,
+    Graph,
+    Node,
+    ScalarType,
+    Sym,
+    TensorType,
+    Value,
+    attr_values,
+    dim_syms,
+    type_dims,
+)
+
+Runner = Callable[[Sequence[Any], Sequence[torch.Tensor]], list[Any]]
+# A library call may return other strides than its fake: a view of the captured sizes must then be allowed to copy.
+RELAXED = dict.fromkeys(("aten.view.default", "aten._unsafe_view.default"), torch.ops.aten.reshape.default)
+STRIDED = frozenset(("aten.as_strided.default", "aten.as_strided_copy.default", "aten.view.dtype", "aten.view_as_complex.default"))
+
+
+def restride(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
+    """`tensor` itself if its strides are `strides` wherever a size exceeds 1, else a copy that has them."""
+    if tensor.stride() == strides:
+        return tensor
+    if all(size < 2 or a == b for size, a, b in zip(tensor.shape, tensor.stride(), strides, strict=True)):
+        return tensor
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+def compile_graph(
+    graph: Graph,
+    device: torch.device,
+    callables: Sequence[Callable[..., Any]] = (),
+    trusted_ops: frozenset[str] = frozenset(),
+    name: str = "graph",
+) -> Runner:
+    """A function `(inputs, weights) -> outputs` that does what `graph` says; its text is in its `source` attribute.
+
+    Args:
+        device: the device that MAIN stands for.
+        callables: what the `python` fallback nodes call, by index.
+        trusted_ops: operators outside the allow-list that fallback nodes may name.
+
+    Raises:
+        InvalidIR: an op that does not exist here, or a dim that no input determines.
+    """
+    writer = _Writer(graph, device, callables, trusted_ops)
+    source = writer.write()
+    file = f"<torch_rtx {name} {id(writer):x}>"
+    linecache.cache[file] = (len(source), None, source.splitlines(True), file)  # tracebacks show the generated line
+    exec(compile(source, file, "exec"), writer.names)
+    run: Runner = writer.names["run"]
+    run.source = source  # type: ignore[attr-defined]
+    return run
+
+
+@dataclass
+class _Writer:
+    graph: Graph
+    device: torch.device
+    callables: Sequence[Callable[..., Any]]
+    trusted_ops: frozenset[str]
+    lines: list[str] = field(default_factory=list)
+    bound: set[str] = field(default_factory=set)  # names of the dims that have a value by now
+    names: dict[str, Any] = field(default_factory=dict)  # the globals of the generated function
+
+    def write(self) -> str:
+        self.names |= {"restride": restride, "inf": math.inf, "nan": math.nan}
+        graph = self.graph
+        for source, values in (("inputs", graph.inputs), ("weights", [w.value for w in graph.weights])):
+            if values:
+                self.lines.append(f"{', '.join(v.name for v in values)}, = {source}")
+        self.bind(graph.inputs)
+        last = self.last_uses()
+        for index, node in enumerate(graph.nodes):
+            self.node(node)
+            if last[index]:
+                self.lines.append(f"del {', '.join(last[index])}")
+        self.lines.append(f"return [{', '.join(self.output(attr) for attr in graph.outputs)}]")
+        return "def run(inputs, weights):\n" + "".join(f"    {line}\n" for line in self.lines)
+
+    def last_uses(self) -> list[list[str]]:
+        """Per node, the values to drop after it. Inputs and weights are dropped too: the caller decides about those."""
+        seen = {value.name for value in attr_values(self.graph.outputs)}
+        drops: list[list[str]] = []
+        for node in reversed(self.graph.nodes):
+            names = dict.fromkeys(v.name for v in (*node.outputs, *node.inputs) if v is not None)
+            drops.append([name for name in names if name not in seen])
+            seen.update(names)
+        return drops[::-1]
+
+    def bind(self, values: Sequence[Value | None]) -> None:
+        """Code that gives a value to each dim which the types of `values` determine."""
+        for value in values:
+            for place, dim in _places(value):
+                for sym, text in solve(dim, place, self.bound):
+                    self.bound.add(sym)
+                    self.lines.append(f"{sym} = {text}")
+
+    def node(self, node: Node) -> None:
+        if node.kind == "kernel":
+            raise InvalidIR("the reference tier runs a kernel's body, not the kernel", loc=node.loc)
+        call = self.python_call(node) if node.op == "python" else self.aten_call(node)
+        if not node.outputs:
+            self.lines.append(call)
+            return
+        left = [value.name if value is not None else "_" for value in node.outputs]
+        single = node.op != "python" and _returns_one(aten.overload(node.op, self.trusted_ops))
+        self.lines.append(f"{left[0]} = {call}" if single else f"{', '.join(left)}, = {call}")
+        if node.kind == "fallback":
+            self.bind(node.outputs)
+
+    def python_call(self, node: Node) -> str:
+        function = self.name_of("python", self.callables[node.arg("index")])  # type: ignore[index]
+        arguments = node.arg("inputs", ())
+        return f"{function}({', '.join(self.text(a, fallback=True) for a in arguments)})"  # type: ignore[union-attr]
+
+    def aten_call(self, node: Node) -> str:
+        written = aten.overload(node.op, self.trusted_ops)
+        op, types = RELAXED.get(node.op, written), aten.schema(written)
+        fallback = node.kind == "fallback" or node.op in STRIDED
+        parts, keyword = [], False
+        order = list(aten.schema(op))
+        for position, (key, attr) in enumerate(node.args):
+            type_, keyword_only = types.get(key, ("", False))
+            if not type_:
+                raise InvalidIR(f"{node.op} has no argument {key!r}", loc=node.loc)
+            # Positional as long as no argument was left out: that is what the dispatcher parses fastest.
+            keyword = keyword or keyword_only or list(types)[position] != key
+            text = self.argument(type_, attr, fallback)
+            parts.append(f"{key if order == list(types) else order[position]}={text}" if keyword else text)
+        return f"{self.name_of(str(op).replace('.', '_'), op._op)}({', '.join(parts)})"
+
+    def argument(self, type_: str, attr: Attr, fallback: bool) -> str:
+        value = aten.to_torch(type_, attr, self.device)
+        return self.text(attr, fallback) if value is attr else self.name_of(str(value), value)
+
+    def text(self, attr: Attr, fallback: bool = False) -> str:
+        """An attribute as code; the arguments of a fallback operator get the captured strides."""
+        if isinstance(attr, tuple):
+            return f"[{', '.join(self.text(item, fallback) for item in attr)}]"
+        if isinstance(attr, Value):
+            return self.strided(attr) if fallback else attr.name
+        if isinstance(attr, Sym | Expr):
+            self.check_bound(attr)
+            return str(attr)
+        return repr(attr)
+
+    def strided(self, value: Value) -> str:
+        if not isinstance(value.type, TensorType) or not value.type.shape:
+            return value.name
+        for dim in value.type.strides:
+            self.check_bound(dim)
+        return f"restride({value.name}, ({', '.join(map(str, value.type.strides))},))"
+
+    def output(self, attr: Attr) -> str:
+        if isinstance(attr, Value) and attr.name in {v.name for v in self.graph.inputs}:
+            return attr.name
+        return self.text(attr, fallback=True)
+
+    def check_bound(self, dim: Dim) -> None:
+        for sym in dim_syms(dim):
+            if sym.name not in self.bound:
+                raise InvalidIR(f"no input determines the dim {sym.name}")
+
+    def name_of(self, hint: str, value: Any) -> str:
+        """A global of the generated function that holds `value`."""
+        name = base = "_" + "".join(c if c.isalnum() else "_" for c in hint)
+        count = 0
+        while name in self.names and self.names[name] is not value:
+            count += 1
+            name = f"{base}_{count}"
+        self.names[name] = value
+        return name
+
+
+def _returns_one(op: torch._ops.OpOverload) -> bool:
+    """Whether the Python call returns its only result bare: a tensor or number, not a tuple or list."""
+    returns = op._schema.returns
+    return len(returns) == 1 and not str(returns[0].type).startswith("List")
+
+
+def _places(value: Value | None) -> Iterator[tuple[str, Dim]]:
+    """Where the dims of a value can be read at run time, as code."""
+    if value is None:
+        return
+    if isinstance(value.type, ScalarType):
+        yield from ((value.name, dim) for dim in type_dims(value.type))
+        return
+    for axis, dim in enumerate(value.type.shape):
+        yield f"{value.name}.shape[{axis}]", dim
+
+
+def solve(dim: Dim, place: str, known: set[str]) -> Iterator[tuple[str, str]]:
+    """`(symbol, code)` if `dim`, readable at `place`, determines a symbol that is not `known`: s, c*s or c+s."""
+    if isinstance(dim, Sym) and dim.name not in known:
+        yield dim.name, place
+    if not isinstance(dim, Expr) or dim.op not in ("*", "+"):
+        return
+    unknown = [arg for arg in dim.args if any(sym.name not in known for sym in dim_syms(arg))]
+    if len(unknown) != 1:
+        return
+    rest = " * ".join(str(a) for a in dim.args if a is not unknown[0]) if dim.op == "*" else ""
+    if dim.op == "+":
+        rest = " - ".join(str(a) for a in dim.args if a is not unknown[0])
+    yield from solve(unknown[0], f"({place} // ({rest}))" if dim.op == "*" else f"({place} - {rest})", known)
+
+
+__all__ = ["Runner", "compile_graph", "restride", "solve"]

@@ -1,0 +1,211 @@
+"""The weights of a session: recipes run on parameters, seen again when a parameter changes, and refitted.
+
+A weight without a recipe is the parameter itself, and a recipe of views alone gives an alias of it: neither costs memory,
+and a change in place is seen at once. Every other weight has storage of its own; changed parameters and refit write into
+that storage, so that addresses, and with them captured CUDA graphs, stay valid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from operator import is_
+
+import torch
+
+from torch_rtx import aten
+from torch_rtx.errors import RefitError
+from torch_rtx.ir import Graph, Parameter, TensorType
+from torch_rtx.runtime.reference import compile_graph, restride
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+class WeightStore:
+    """The tensors of `graph.weights` on `device`.
+
+    Attributes:
+        parameters: what `attach` and `refit` need, by name and type.
+        values: one tensor per weight, in order.
+        generation: goes up whenever a value moves to another address.
+
+    Args:
+        constants: the data of the graph's constants, by name.
+        unused_names: parameters of the model that the graph does not need; refit takes and ignores them.
+    """
+
+    def __init__(
+        self, graph: Graph, device: torch.device, constants: Tensors, unused_names: Collection[str] = ()
+    ) -> None:
+        self.device, self.generation = device, 0
+        self.parameters = tuple(p for p in graph.parameters if not p.constant)
+        self.weights = graph.weights
+        self._types = {p.name: p.type for p in graph.parameters}
+        self._constants = {p.name: self._place(p.name, constants[p.name]) for p in graph.parameters if p.constant}
+        self._unused = unused_names
+        self._recipes = [w.recipe and compile_graph(w.recipe, device, name="recipe") for w in graph.weights]
+        # Per weight: may it change, and is its storage ours to write to?
+        self._variable = [any(name not in self._constants for name in w.names) for w in graph.weights]
+        self._owned = [False] * len(graph.weights)
+        self.values = [torch.empty(0)] * len(graph.weights)
+        for index, variable in enumerate(self._variable):
+            if not variable:
+                self.values[index] = self._make(index, {})
+        self._sources: dict[str, torch.Tensor] = {}
+        self._tensors: Sequence[torch.Tensor] = ()
+        self._addresses: list[int] = []
+        self._watched: list[torch.Tensor] = []  # the sources of the weights with storage of their own
+        self._stamps: list[tuple[int, int]] = []
+
+    def attach(self, sources: Tensors) -> None:
+        """Use the tensors of `sources` themselves, by name: no copy where no recipe makes one. `refresh` then sees changes.
+
+        Raises:
+            RefitError: names are missing, or a tensor does not fit its parameter.
+        """
+        self._attach(match(self.parameters, sources, None))
+
+    def update(self, tensors: Sequence[torch.Tensor]) -> None:
+        """`attach` and `refresh` in one for the tensors of `parameters`, in order, before each call of a live module.
+
+        Nothing is done for tensors that are the same as in the last call.
+        """
+        if len(tensors) != len(self._tensors) or not all(map(is_, tensors, self._tensors)):
+            self._tensors = list(tensors)
+            self._addresses = [tensor.data_ptr() for tensor in tensors]
+            self._attach(self._tensors)
+        elif [tensor.data_ptr() for tensor in tensors] != self._addresses:  # `parameter.data = other`
+            self._addresses = [tensor.data_ptr() for tensor in tensors]
+            self._attach(self._tensors)
+        else:
+            self.refresh()
+
+    def _attach(self, tensors: Sequence[torch.Tensor]) -> None:
+        self._sources = {p.name: t.detach() for p, t in zip(self.parameters, tensors, strict=True)}
+        storages = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+        for index, variable in enumerate(self._variable):
+            if variable:
+                fresh = self._make(index, self._sources)
+                self._store(index, fresh, fresh.untyped_storage().data_ptr() not in storages)
+        names = [w.names for w, owned in zip(self.weights, self._owned, strict=True) if owned]
+        self._watched = [self._sources[n] for n in dict.fromkeys(sum(names, ())) if n in self._sources]
+        self._stamps = _stamps(self._watched)
+
+    def refresh(self) -> None:
+        """Compute again the weights of their own storage whose parameters changed in place, and no others.
+
+        A change is seen by the tensor's version counter, which every in-place operation moves but those on `.data`.
+        """
+        stamps = _stamps(self._watched)
+        if stamps == self._stamps:
+            return
+        pairs = zip(self._watched, stamps, self._stamps, strict=True)
+        changed = {id(tensor) for tensor, now, before in pairs if now != before}
+        names = {name for name, tensor in self._sources.items() if id(tensor) in changed}
+        self._stamps = stamps
+        for index, weight in enumerate(self.weights):
+            if self._owned[index] and not names.isdisjoint(weight.names):
+                _overwrite(self.values[index], self._make(index, self._sources))
+
+    def refit(self, sources: Tensors) -> None:
+        """Take the values of `sources`, by name; no reference to them is kept, and nothing of the caller's is written.
+
+        Every recipe is run before anything changes, so that a failure changes nothing.
+
+        Raises:
+            RefitError: names are missing or unexpected, shapes or dtypes differ, tied parameters are given twice and differ.
+        """
+        given = dict(zip((p.name for p in self.parameters), match(self.parameters, sources, self._unused), strict=True))
+        fresh = {index: self._make(index, given) for index, variable in enumerate(self._variable) if variable}
+        for index, value in fresh.items():
+            self._store(index, value if self._owned[index] else copy_strided(value), True)
+        self._sources, self._tensors, self._watched, self._stamps = {}, (), [], []
+
+    def _store(self, index: int, value: torch.Tensor, owned: bool) -> None:
+        """Make `value` the weight's value; in place where both the old and the new storage are ours."""
+        if owned and self._owned[index]:
+            _overwrite(self.values[index], value)
+        else:
+            self.values[index], self._owned[index] = value, owned
+            self.generation += 1
+
+    def _make(self, index: int, sources: Tensors) -> torch.Tensor:
+        """The weight computed from `sources`; shares their memory where its recipe allows."""
+        weight, recipe = self.weights[index], self._recipes[index]
+        inputs = [
+            self._constants[n] if n in self._constants else self._place(n, sources[n]) for n in weight.names
+        ]
+        with torch.no_grad():
+            value = inputs[0] if recipe is None else recipe(inputs, ())[0]
+        return value
+
+    def _place(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor` on the device and with the strides of the parameter `name`, itself if possible."""
+        type_ = self._types[name]
+        moved = tensor.detach().to(aten.to_torch("Device", type_.device, self.device))
+        return restride(moved, type_.strides)  # type: ignore[arg-type]
+
+
+def match(parameters: Sequence[Parameter], sources: Tensors, unused: Collection[str] | None) -> list[torch.Tensor]:
+    """The tensor of each parameter, in order.
+
+    Args:
+        unused: names to ignore in `sources`; None ignores all that no parameter has.
+
+    Raises:
+        RefitError: lists every name that is missing, unexpected or does not fit.
+    """
+    found, missing, mismatched = [], [], {}
+    for parameter in parameters:
+        given = [name for name in (parameter.name, *parameter.aliases) if name in sources]
+        if not given:
+            missing.append(parameter.name)
+            continue
+        tensor = sources[given[0]]
+        problem = _problem(tensor, parameter.type)
+        for other in given[1:]:
+            if problem is None and not _same(tensor, sources[other]):
+                problem = f"is tied to {other}, which has other values"
+        if problem is not None:
+            mismatched[given[0]] = problem
+        found.append(tensor)
+    names = {name for parameter in parameters for name in (parameter.name, *parameter.aliases)}
+    unexpected = () if unused is None else tuple(n for n in sources if n not in names and n not in unused)
+    if missing or unexpected or mismatched:
+        raise RefitError(tuple(missing), unexpected, mismatched)
+    return found
+
+
+def _problem(tensor: object, type_: TensorType) -> str | None:
+    if not isinstance(tensor, torch.Tensor):
+        return f"expected a tensor, got {type(tensor).__name__}"
+    if tuple(tensor.shape) != type_.shape:
+        return f"expected shape {list(type_.shape)}, got {list(tensor.shape)}"
+    if tensor.dtype != aten.DTYPES[type_.dtype]:
+        return f"expected dtype {aten.DTYPES[type_.dtype]}, got {tensor.dtype}"
+    return "is on the meta device and has no values" if tensor.is_meta else None
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()):
+        return True
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b.to(a.device))
+
+
+def _stamps(tensors: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
+    return [(tensor._version, tensor.data_ptr()) for tensor in tensors]
+
+
+def _overwrite(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy values; a dimension of stride 0 is one element in memory and is written once."""
+    for dim, (size, stride) in enumerate(zip(target.shape, target.stride(), strict=True)):
+        if stride == 0 and size > 1:
+            target, source = target.narrow(dim, 0, 1), source.narrow(dim, 0, 1)
+    with torch.no_grad():
+        target.copy_(source)
+
+
+def copy_strided(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of the same strides, in memory of its own."""
+    copy = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    _overwrite(copy, tensor)
+    return copy

@@ -1,0 +1,127 @@
+"""The options of torch_rtx, as two frozen dataclasses, and the only place that reads a `TORCH_RTX_*` variable.
+
+`CompilationSettings` decide what an engine is, `RuntimeSettings` how it runs. `torch.compile(options=...)` takes the
+fields of both under their own names. docs/settings.md holds the table that `table()` prints.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from torch_rtx.errors import SettingsError
+
+CUDA_GRAPH_STRATEGIES = ("whole_graph_capture", "disabled")
+# What torch.compile's `mode=` means here. There is nothing to tune yet, so that three of the four agree.
+MODES: dict[str, dict[str, object]] = {
+    "default": {},
+    "reduce-overhead": {},
+    "max-autotune": {},
+    "max-autotune-no-cudagraphs": {"cuda_graph_strategy": "disabled"},
+}
+
+
+def _option(default: object, expects: str, check: Callable[[Any], bool], help_: str, env: str = "") -> Any:
+    """A field: what it `expects` in words, the check of that, one line for the table, and the variable that sets it."""
+    make = (lambda: os.environ.get(env) or default) if env else (lambda: default)
+    return field(default_factory=make, metadata={"expects": expects, "check": check, "help": help_, "env": env})
+
+
+def _flag(default: bool, help_: str) -> Any:
+    return _option(default, "a bool", lambda v: isinstance(v, bool), help_)
+
+
+def _count(default: int, help_: str) -> Any:
+    return _option(default, "an int of at least 1", lambda v: type(v) is int and v >= 1, help_)
+
+
+def _names(help_: str) -> Any:
+    return _option(
+        frozenset(), "a collection of names", lambda v: isinstance(v, frozenset) and all(map(_is_str, v)), help_
+    )
+
+
+def _is_str(value: object) -> bool:
+    return isinstance(value, str)
+
+
+class _Checked:
+    """Field checks and named sets for the frozen dataclasses below."""
+
+    def __post_init__(self) -> None:
+        for item in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, item.name)
+            if item.default_factory() == frozenset() and isinstance(value, Iterable) and not _is_str(value):  # type: ignore[misc]
+                # Operators are given as torch.ops objects or as text; their text is the name.
+                value = frozenset(str(entry).removeprefix("torch.ops.") for entry in value)
+                object.__setattr__(self, item.name, value)
+            if not item.metadata["check"](value):
+                raise SettingsError(f"option {item.name} must be {item.metadata['expects']}, not {value!r}")
+
+
+@dataclass(frozen=True)
+class CompilationSettings(_Checked):
+    """What an engine is built of. Equal settings and an equal graph give an equal engine."""
+
+    min_block_size: int = _count(1, "Smallest number of nodes that make a block of the engine; smaller ones fall back.")
+    torch_executed_ops: frozenset[str] = _names("Operators that stay in PyTorch, as `aten.softmax` or `aten.softmax.int`.")
+    require_full_compilation: bool = _flag(False, "Raise `PartitionError` instead of leaving any node to PyTorch.")
+    fallback_on_error: bool = _flag(False, "Run a graph in PyTorch, with a warning, when compiling it fails on a bug.")
+    disabled_passes: frozenset[str] = _names("Passes of the pipeline to leave out, by name.")
+    strip_weights: bool = _flag(True, "Save engines without their weights; `load` then needs `weights=`.")
+    device: str | None = _option(
+        None,
+        'None, "cpu" or "cuda"',
+        lambda v: v in (None, "cpu", "cuda"),
+        "Device to capture for ahead of time; None: the model's own. `cuda` needs no GPU.",
+    )
+    dump_dir: str | None = _option(
+        None, "None or a folder", lambda v: v is None or _is_str(v), "Folder that gets every stage's artefact.", "TORCH_RTX_DUMP"
+    )
+
+
+@dataclass(frozen=True)
+class RuntimeSettings(_Checked):
+    """How an engine runs; changing one of these never needs a new engine."""
+
+    cuda_graph_strategy: str = _option(
+        "whole_graph_capture",
+        " or ".join(map(repr, CUDA_GRAPH_STRATEGIES)),
+        lambda v: v in CUDA_GRAPH_STRATEGIES,
+        "Replay the whole module as one CUDA graph per input shape, or never.",
+    )
+    cuda_graph_pool_size: int = _count(16, "Most CUDA graphs that one module keeps; the least recently used goes first.")
+
+
+def from_options(
+    options: Mapping[str, object] | None = None, mode: str | None = None
+) -> tuple[CompilationSettings, RuntimeSettings]:
+    """The settings that torch.compile's `options=` and `mode=` ask for.
+
+    Raises:
+        SettingsError: an unknown option or mode (the message lists the known ones), or a value of the wrong type.
+    """
+    if mode is not None and mode not in MODES:
+        raise SettingsError(f"unknown mode {mode!r}", hint=f"known modes are {', '.join(MODES)}")
+    given = {**MODES[mode or "default"], **(options or {})}
+    kinds = (CompilationSettings, RuntimeSettings)
+    known = {item.name: kind for kind in kinds for item in fields(kind)}
+    unknown = sorted(given.keys() - known.keys())
+    if unknown:
+        raise SettingsError(f"unknown option {', '.join(unknown)}", hint=f"known options are {', '.join(sorted(known))}")
+    compilation, runtime = ({k: v for k, v in given.items() if known[k] is kind} for kind in kinds)
+    return CompilationSettings(**compilation), RuntimeSettings(**runtime)  # type: ignore[arg-type]
+
+
+def table() -> str:
+    """The options as a Markdown table: name, default, meaning, environment variable."""
+    lines = ["| option | default | meaning | variable |", "|---|---|---|---|"]
+    for kind in (CompilationSettings, RuntimeSettings):
+        for item in fields(kind):
+            default = item.default_factory()  # type: ignore[misc]
+            shown = "none" if default == frozenset() else repr(default)
+            meaning = f"{item.metadata['help']} Expects {item.metadata['expects']}."
+            lines.append(f"| `{item.name}` | `{shown}` | {meaning} | {item.metadata['env'] or ''} |")
+    return "\n".join(lines) + "\n"
