@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from dataclasses import replace
 
 from hypothesis import strategies as st
 
@@ -96,10 +97,11 @@ def parameters(draw: st.DrawFn) -> tuple[Parameter, ...]:
     """Parameters of small static shapes, with names of any characters and aliases, constants among them."""
     shapes = st.lists(st.integers(0, 3), max_size=3).map(tuple)
     found = []
-    for name in draw(st.lists(texts, max_size=4, unique=True)):
+    drawn = draw(st.lists(texts, max_size=8, unique=True))
+    for name in drawn[::2]:
         shape, dtype = draw(shapes), draw(st.sampled_from(STORED))
         strides = contiguous(shape) if draw(st.booleans()) else contiguous(shape[::-1])[::-1]
-        aliases = tuple(draw(st.lists(texts, max_size=2)))
+        aliases = tuple(drawn[1::2]) if name == drawn[0] else ()
         found.append(Parameter(name, TensorType(dtype, shape, strides), aliases, draw(st.booleans())))
     return tuple(found)
 
@@ -128,14 +130,26 @@ def _nodes(
             kind = "extern"
         op = draw(st.sampled_from(OPS if kind != "fallback" else [*OPS, "my_lib.op_1.default"]))
         arguments = draw(st.dictionaries(names, attrs(known, values), max_size=3))
-        body = draw(graphs("fused", depth - 1)) if kind == "kernel" else None
-        outputs = tuple(
-            Value(fresh.fresh(draw(names)), draw(types(known))) if draw(st.integers(0, 4)) else None
-            for _ in range(draw(st.integers(0, 2)))
-        )
-        nodes.append(Node(kind, op, tuple(arguments.items()), outputs, body, draw(locs)))
+        node = Node(kind, op, tuple(arguments.items()), (), None, draw(locs))
+        body = draw(_bodies(known, node.inputs)) if kind == "kernel" else None
+        results = [value.type for value in body.outputs] if body else draw(st.lists(types(known), max_size=2))  # type: ignore[union-attr]
+        outputs = [Value(fresh.fresh(draw(names)), type_) for type_ in results]
+        if body is None and draw(st.booleans()):
+            outputs.insert(0, None)  # type: ignore[arg-type]
+        nodes.append(replace(node, outputs=tuple(outputs), body=body))
         values.extend(value for value in outputs if value is not None)
     return tuple(nodes)
+
+
+@st.composite
+def _bodies(draw: st.DrawFn, known: tuple[Sym, ...], needed: tuple[Value, ...]) -> Graph:
+    """The body of a kernel that takes `needed`."""
+    fresh = _Names()
+    inputs = [Value(fresh.fresh("b"), value.type) for value in needed]
+    values = list(inputs)
+    nodes = draw(_nodes("import", known, values, fresh, 0))
+    outputs = draw(st.lists(st.sampled_from(values), max_size=2)) if values else []
+    return Graph("import", tuple(inputs), nodes=nodes, outputs=tuple(outputs))
 
 
 @st.composite

@@ -1,0 +1,94 @@
+"""torch_rtx: a compiler for PyTorch models on NVIDIA RTX GPUs.
+
+    model = torch.compile(model, backend="rtx")                  no import needed
+
+    module = torch_rtx.compile(model, (x,))                      ahead of time
+    torch_rtx.save(module, "model.rtx")                          without weights
+    module = torch_rtx.load("model.rtx", weights=model)          anywhere
+
+Importing this package loads nothing else; each name below is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from torch_rtx.backend.build import compile
+    from torch_rtx.backend.explain import Explanation, explain
+    from torch_rtx.engine import Engine, inspect
+    from torch_rtx.errors import (
+        CaptureError,
+        EngineFormatError,
+        EngineVersionError,
+        InputError,
+        InvalidIR,
+        LoweringError,
+        PartitionError,
+        RefitError,
+        RtxError,
+        SettingsError,
+        Unsupported,
+    )
+    from torch_rtx.runtime.module import CompiledModule, load, refit_module_weights, save
+    from torch_rtx.settings import CompilationSettings, RuntimeSettings
+
+_HOMES = {
+    "torch_rtx.backend.build": ("compile",),
+    "torch_rtx.backend.explain": ("Explanation", "explain"),
+    "torch_rtx.engine": ("Engine", "inspect"),
+    "torch_rtx.errors": (
+        "CaptureError",
+        "EngineFormatError",
+        "EngineVersionError",
+        "InputError",
+        "InvalidIR",
+        "LoweringError",
+        "PartitionError",
+        "RefitError",
+        "RtxError",
+        "SettingsError",
+        "Unsupported",
+    ),
+    "torch_rtx.runtime.module": ("CompiledModule", "load", "refit_module_weights", "save"),
+    "torch_rtx.settings": ("CompilationSettings", "RuntimeSettings"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "CaptureError",
+    "CompilationSettings",
+    "CompiledModule",
+    "Engine",
+    "EngineFormatError",
+    "EngineVersionError",
+    "Explanation",
+    "InputError",
+    "InvalidIR",
+    "LoweringError",
+    "PartitionError",
+    "RefitError",
+    "RtxError",
+    "RuntimeSettings",
+    "SettingsError",
+    "Unsupported",
+    "compile",
+    "explain",
+    "inspect",
+    "load",
+    "refit_module_weights",
+    "save",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -16,7 +16,7 @@ from torch_rtx.errors import InvalidIR, Unsupported
 from torch_rtx.ir import MAIN, Attr
 from torch_rtx.optable import ALLOWED
 
-__all__ = ["ALLOWED", "DTYPES", "dtype_name", "is_random", "is_view", "overload", "schema", "to_torch"]
+__all__ = ["ALLOWED", "DTYPES", "STRIDED", "dtype_name", "is_random", "is_view", "overload", "schema", "to_torch"]
 
 DTYPES: dict[str, torch.dtype] = {
     name: dtype
@@ -28,6 +28,11 @@ DTYPES: dict[str, torch.dtype] = {
     }.items()
     if (dtype := getattr(torch, attribute, None)) is not None
 }
+# What these do depends on the strides of their inputs, or needs some: they must get those that the capture saw.
+STRIDED = frozenset(
+    f"aten.{name}"
+    for name in ("as_strided.default", "as_strided_copy.default", "as_strided_scatter.default", "_reshape_alias.default")
+) | {"aten.view.dtype", "aten.view_as_complex.default"}
 _OPTIONAL = re.compile(r"Optional\[(.*)\]")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

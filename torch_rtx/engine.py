@@ -92,23 +92,20 @@ class Manifest:
     Attributes:
         device: what the model was captured for: "cpu" or "cuda".
         inputs: the names of the flat inputs, in order.
-        in_spec, out_spec: trees of the call signature; opaque here.
+        signature: how the module is called, as `runtime.signature` writes it; opaque here.
         producer: versions of the libraries that built the engine, by name.
         platform: "any", or the one that the engine runs on.
         unused_names: parameters of the model that the engine does not need: refit takes and ignores them.
-        fixed_inputs: flat position to the plain constant that the capture took for it.
         stripped: whether the file has no weights.
         format_version, min_reader: the format of the file, and the oldest reader that understands it.
     """
 
     device: str
     inputs: tuple[str, ...] = ()
-    in_spec: Json = None
-    out_spec: Json = None
+    signature: Json = None
     producer: Mapping[str, str] = field(default_factory=dict)
     platform: str = "any"
     unused_names: tuple[str, ...] = ()
-    fixed_inputs: Mapping[int, Json] = field(default_factory=dict)
     stripped: bool = False
     digests: Mapping[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
@@ -170,8 +167,7 @@ def save(engine: Engine, path: Path) -> None:
     from safetensors.torch import save_file  # imports torch, which reading a header must not
 
     text = str(engine.graph)
-    if str(_parsed(text)) != text:
-        raise InvalidIR("the text of the graph does not read back as the same graph")
+    _parsed(text)
     tensors = dict(_tensors_to_save(engine))
     manifest = replace(
         engine.manifest,
@@ -390,12 +386,6 @@ def _string_map(value: Any) -> dict[str, str]:
     return {key: _exactly(str)(item) for key, item in _exactly(dict)(value).items()}
 
 
-def _positions(value: Any) -> dict[int, Json]:
-    if not all(re.fullmatch("0|[1-9][0-9]{0,8}", key) for key in _exactly(dict)(value)):
-        raise TypeError("expected positions")
-    return {int(key): item for key, item in value.items()}
-
-
 _FIELDS: dict[str, Callable[[Any], Any]] = {
     "format_version": _exactly(int),
     "min_reader": _exactly(int),
@@ -403,10 +393,8 @@ _FIELDS: dict[str, Callable[[Any], Any]] = {
     "platform": _exactly(str),
     "producer": _string_map,
     "inputs": _strings,
-    "in_spec": lambda value: value,
-    "out_spec": lambda value: value,
+    "signature": lambda value: value,
     "unused_names": _strings,
-    "fixed_inputs": _positions,
     "stripped": _exactly(bool),
     "digests": _string_map,
 }
@@ -470,9 +458,8 @@ def _parsed(text: str) -> Graph:
     verify(graph, ALLOWED)
     if graph.level != "fused":
         raise InvalidIR(f"the graph of an engine is of level 'fused', not {graph.level!r}")
-    for parameter in graph.parameters:
-        if not all(type(dim) is int and dim >= 0 for dim in parameter.type.shape):
-            raise InvalidIR(f"parameter {parameter.name!r} has no static shape")
+    if str(graph) != text:
+        raise InvalidIR("the text of the graph is not as this format writes it")
     for node in _nodes(graph):
         if node.kind == "fallback" and node.op == "python":
             names = ", ".join(str(value) for value in node.outputs if value) or "without outputs"

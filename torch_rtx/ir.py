@@ -199,7 +199,7 @@ def attr_text(attr: Attr) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Loc:
-    """Where a node comes from in the user's model: module path, source file, line."""
+    """Where a node comes from in the user's model: module path, source file, line; one line of text without " @ ", "  #"."""
 
     module: str = ""
     file: str = ""
@@ -304,7 +304,9 @@ class Graph:
 def node_text(node: Node) -> str:
     """One node as the text form writes it, without its body."""
     left = ", ".join("_" if value is None else f"{value.name}: {value.type}" for value in node.outputs)
-    right = f"{node.kind} {node.op}({', '.join(f'{key}={attr_text(attr)}' for key, attr in node.args)})"
+    # Some ops have an argument called `from`, which Python's parser would not take as a name.
+    args = ", ".join(f"{key}_={attr_text(attr)}" if iskeyword(key) else f"{key}={attr_text(attr)}" for key, attr in node.args)
+    right = f"{node.kind} {node.op}({args})"
     return f"{left} = {right}" if left else right
 
 
@@ -354,15 +356,23 @@ def verify(graph: Graph, ops: Container[str] | None = None) -> None:
     if graph.level not in LEVELS:
         raise InvalidIR(f"unknown level {graph.level!r}; the levels are {', '.join(LEVELS)}")
     known: dict[str, Value] = {}
-    parameters = {p.name for p in graph.parameters}
-    if len(parameters) != len(graph.parameters):
+    parameters = {p.name: p.type for p in graph.parameters}
+    names = [name for p in graph.parameters for name in (p.name, *p.aliases)]
+    if len(set(names)) != len(names):
         raise InvalidIR("two parameters have one name")
+    for name, type_ in parameters.items():
+        _verify_type(f"parameter {name!r}", type_)
+        if not all(type(dim) is int for dim in type_dims(type_)):
+            raise InvalidIR(f"parameter {name!r} has no static shape")
     for value in graph.inputs:
         _define(value, known)
     for weight in graph.weights:
         _verify_weight(weight, parameters, ops)
         _define(weight.value, known)
     mutable = set(known)
+    for sym in graph.syms.values():
+        if not is_name(sym.name) or sym.min < 0 or sym.multiple < 1 or (sym.max is not None and sym.max < sym.min):
+            raise InvalidIR(f"dim {sym.name} = {sym.min}, {sym.max}, {sym.multiple} has no value")
     for index, node in enumerate(graph.nodes):
         try:
             _verify_node(node, graph.level, known, mutable, ops)
@@ -376,16 +386,17 @@ def verify(graph: Graph, ops: Container[str] | None = None) -> None:
         raise InvalidIR(f"{', '.join(sorted(clash))} names both a dim and a value")
 
 
-def _verify_weight(weight: Weight, parameters: set[str], ops: Container[str] | None) -> None:
+def _verify_weight(weight: Weight, parameters: dict[str, TensorType], ops: Container[str] | None) -> None:
     unknown = [name for name in weight.names if name not in parameters]
     if unknown:
         raise InvalidIR(f"weight {weight.value} needs unknown parameters {', '.join(unknown)}")
     recipe = weight.recipe
     if recipe is None:
-        if len(weight.names) != 1:
-            raise InvalidIR(f"weight {weight.value} has no recipe and must be one parameter")
+        if len(weight.names) != 1 or weight.value.type != parameters[weight.names[0]]:
+            raise InvalidIR(f"weight {weight.value} has no recipe and must be one parameter, of its type")
         return
-    if len(recipe.inputs) != len(weight.names) or recipe.weights or len(recipe.outputs) != 1 or recipe.syms:
+    given = [parameters[name] for name in weight.names]
+    if [value.type for value in recipe.inputs] != given or recipe.weights or len(recipe.outputs) != 1 or recipe.syms:
         raise InvalidIR(f"the recipe of {weight.value} must take its parameters and return one static tensor")
     output = recipe.outputs[0]
     if not isinstance(output, Value) or output.type != weight.value.type:
@@ -410,11 +421,24 @@ def _verify_node(
         target = node.arg("self")
         if not isinstance(target, Value) or target.name not in mutable or node.outputs:
             raise InvalidIR("copy_ writes to an input or weight, and to nothing else, and returns nothing")
+    if re.fullmatch(r"[A-Za-z0-9_.]+", node.op) is None:
+        raise InvalidIR(f"{node.op!r} is no name of an op")
     if node.body is not None:
-        verify(node.body, ops)
+        _verify_body(node, node.body, ops)
     for value in node.outputs:
         if value is not None:
             _define(value, known)
+
+
+def _verify_body(node: Node, body: Graph, ops: Container[str] | None) -> None:
+    outputs = [value for value in body.outputs if isinstance(value, Value)]
+    if body.level != "import" or body.weights or len(outputs) != len(body.outputs):
+        raise InvalidIR("a kernel's body is a graph of ops that returns tensors")
+    if [v.type for v in body.inputs] != [v.type for v in node.inputs]:
+        raise InvalidIR("a kernel's body takes what the kernel takes")
+    if [v.type for v in outputs] != [v.type for v in node.outputs if v is not None]:
+        raise InvalidIR("a kernel's body returns what the kernel returns")
+    verify(body, ops)
 
 
 def _define(value: Value, known: dict[str, Value]) -> None:
@@ -422,17 +446,23 @@ def _define(value: Value, known: dict[str, Value]) -> None:
         raise InvalidIR(f"{value.name!r} is no name")
     if value.name in known:
         raise InvalidIR(f"value {value.name} is defined twice")
-    type_ = value.type
-    if isinstance(type_, TensorType):
-        if type_.dtype not in DTYPES:
-            raise InvalidIR(f"value {value.name} has the unknown dtype {type_.dtype!r}")
-        if len(type_.shape) != len(type_.strides):
-            raise InvalidIR(f"value {value.name} has {len(type_.shape)} sizes and {len(type_.strides)} strides")
-        if any(isinstance(dim, int) and dim < 0 for dim in type_.shape):
-            raise InvalidIR(f"value {value.name} has a negative size")
-    elif type_.kind not in SCALARS or (type_.dim is not None and type_.kind != "int"):
-        raise InvalidIR(f"value {value.name} has the unknown type {type_}")
+    _verify_type(f"value {value.name}", value.type)
     known[value.name] = value
+
+
+def _verify_type(what: str, type_: Type) -> None:
+    if isinstance(type_, ScalarType):
+        if type_.kind not in SCALARS or (type_.dim is not None and type_.kind != "int"):
+            raise InvalidIR(f"{what} has the unknown type {type_}")
+        return
+    if type_.dtype not in DTYPES:
+        raise InvalidIR(f"{what} has the unknown dtype {type_.dtype!r}")
+    if len(type_.shape) != len(type_.strides):
+        raise InvalidIR(f"{what} has {len(type_.shape)} sizes and {len(type_.strides)} strides")
+    if any(isinstance(dim, int) and dim < 0 for dim in type_dims(type_)):
+        raise InvalidIR(f"{what} has a negative size or stride")
+    if re.fullmatch(r"[a-z]+\d*", type_.device) is None:
+        raise InvalidIR(f"{what} is on {type_.device!r}, which names no device")
 
 
 def _use(value: Value, known: dict[str, Value]) -> None:

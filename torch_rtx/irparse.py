@@ -7,7 +7,9 @@ tree that is walked here and never evaluated. Text from a file that nobody trust
 from __future__ import annotations
 
 import ast
+import warnings
 from collections.abc import Iterator
+from keyword import iskeyword
 
 from torch_rtx.errors import InvalidIR
 from torch_rtx.ir import (
@@ -128,8 +130,14 @@ class _Reader:
         call = _expression(text)
         if not isinstance(call, ast.Call) or call.args:
             raise InvalidIR("expected a call with named arguments")
-        args = tuple((keyword.arg or "", _attr(keyword.value, scope)) for keyword in call.keywords)
+        args = tuple((_argument_name(keyword.arg), _attr(keyword.value, scope)) for keyword in call.keywords)
         return Node(kind, _dotted(call.func), args, tuple(_values(left, scope, True)) if left else (), body, loc)
+
+
+def _argument_name(name: str | None) -> str:
+    if name is None:
+        raise InvalidIR("expected a call with named arguments")
+    return name[:-1] if name.endswith("_") and iskeyword(name[:-1]) else name
 
 
 def _expression(text: str) -> ast.expr:
@@ -138,8 +146,12 @@ def _expression(text: str) -> ast.expr:
 
 def _values(text: str, scope: _Scope, allow_unused: bool = False) -> Iterator[Value | None]:
     """`a: type, _, b: type`, entered in the scope."""
-    definition = ast.parse(f"def f({text}): 0").body[0]
-    if not isinstance(definition, ast.FunctionDef):
+    module = ast.parse(f"def f({text}): 0")
+    definition = module.body[0]
+    if len(module.body) != 1 or not isinstance(definition, ast.FunctionDef) or len(definition.body) != 1:
+        raise InvalidIR("expected names and types")
+    given = definition.args
+    if given.posonlyargs or given.vararg or given.kwonlyargs or given.kwarg or given.defaults:
         raise InvalidIR("expected names and types")
     for argument in definition.args.args:
         if argument.arg == "_" and argument.annotation is None and allow_unused:
@@ -205,7 +217,7 @@ def _type(tree: ast.expr, scope: _Scope) -> Type:
         raise InvalidIR("expected a type such as f32[2, 3]")
     items = tree.slice.elts if isinstance(tree.slice, ast.Tuple) else [tree.slice]
     shape = tuple(_dim(item, scope) for item in items)
-    if tree.value.id == "int":
+    if tree.value.id == "int" and len(shape) == 1 and strides is None and device == MAIN:
         return ScalarType("int", shape[0])
     if tree.value.id not in DTYPES:
         raise InvalidIR(f"unknown dtype {tree.value.id!r}")

@@ -17,16 +17,16 @@ digamma.default div.Scalar div.Scalar_mode div.Tensor div.Tensor_mode elu.defaul
 erfc.default erfinv.default exp.default exp2.default expm1.default floor.default fmax.default fmin.default fmod.Scalar
 fmod.Tensor frac.default frexp.Tensor gcd.default ge.Scalar ge.Tensor gelu.default gt.Scalar gt.Tensor
 hardsigmoid.default hardtanh.default heaviside.default hypot.default i0.default igamma.default igammac.default
-isfinite.default isinf.default isnan.default isneginf.default isposinf.default lcm.default ldexp.Tensor le.Scalar
-le.Tensor leaky_relu.default lerp.Scalar lerp.Tensor lgamma.default log.default log10.default log1p.default
-log2.default logaddexp.default logaddexp2.default logical_and.default logical_not.default logical_or.default
-logical_xor.default logit.default lt.Scalar lt.Tensor masked_fill.Scalar max.other maximum.default min.other
-minimum.default mish.default mul.Scalar mul.Tensor mvlgamma.default nan_to_num.default ne.Scalar ne.Tensor neg.default
-nextafter.default polygamma.default pow.Scalar pow.Tensor_Scalar pow.Tensor_Tensor rad2deg.default reciprocal.default
-relu.default relu6.default remainder.Scalar remainder.Scalar_Tensor remainder.Tensor round.decimals round.default
-rsqrt.default rsub.Scalar selu.default sgn.default sigmoid.default sign.default signbit.default silu.default
-sin.default sinc.default sinh.default softplus.default special_airy_ai.default special_bessel_j0.default
-special_bessel_j1.default special_bessel_y0.default special_bessel_y1.default special_chebyshev_polynomial_t.default
+isinf.default isnan.default isneginf.default isposinf.default lcm.default ldexp.Tensor le.Scalar le.Tensor
+leaky_relu.default lerp.Scalar lerp.Tensor lgamma.default log.default log10.default log1p.default log2.default
+logaddexp.default logaddexp2.default logical_and.default logical_not.default logical_or.default logical_xor.default
+logit.default lt.Scalar lt.Tensor masked_fill.Scalar maximum.default minimum.default mish.default mul.Scalar
+mul.Tensor mvlgamma.default nan_to_num.default ne.Scalar ne.Tensor neg.default nextafter.default polygamma.default
+pow.Scalar pow.Tensor_Scalar pow.Tensor_Tensor rad2deg.default reciprocal.default relu.default relu6.default
+remainder.Scalar remainder.Scalar_Tensor remainder.Tensor round.decimals round.default rsqrt.default rsub.Scalar
+selu.default sgn.default sigmoid.default sign.default signbit.default silu.default sin.default sinc.default
+sinh.default softplus.default special_airy_ai.default special_bessel_j0.default special_bessel_j1.default
+special_bessel_y0.default special_bessel_y1.default special_chebyshev_polynomial_t.default
 special_chebyshev_polynomial_u.default special_chebyshev_polynomial_v.default special_chebyshev_polynomial_w.default
 special_entr.default special_erfcx.default special_hermite_polynomial_h.default special_hermite_polynomial_he.default
 special_i0e.default special_i1.default special_i1e.default special_laguerre_polynomial_l.default
@@ -35,14 +35,13 @@ special_modified_bessel_i1.default special_modified_bessel_k0.default special_mo
 special_ndtri.default special_scaled_modified_bessel_k0.default special_scaled_modified_bessel_k1.default
 special_shifted_chebyshev_polynomial_t.default special_shifted_chebyshev_polynomial_u.default
 special_shifted_chebyshev_polynomial_v.default special_shifted_chebyshev_polynomial_w.default
-special_spherical_bessel_j0.default special_xlog1py.default special_zeta.default sqrt.default square.default
-sub.Scalar sub.Tensor tan.default tanh.default threshold.default trunc.default where.self xlogy.Tensor
+special_spherical_bessel_j0.default special_xlog1py.default special_zeta.default sqrt.default sub.Scalar sub.Tensor
+tan.default tanh.default threshold.default trunc.default where.self xlogy.Tensor
 # view: no data moves
-_conj.default _reshape_alias.default alias.default as_strided.default chunk.default detach.default
-diagonal.default expand.default imag.default lift_fresh.default movedim.int permute.default real.default select.int
-slice.Tensor split.Tensor split_with_sizes.default squeeze.default squeeze.dim squeeze.dims t.default
-transpose.int unbind.int unfold.default unsqueeze.default view.default view.dtype view_as_complex.default
-view_as_real.default
+_reshape_alias.default alias.default as_strided.default detach.default diagonal.default expand.default
+lift_fresh.default permute.default select.int slice.Tensor split.Tensor split_with_sizes.default squeeze.default
+squeeze.dim squeeze.dims t.default transpose.int unbind.int unfold.default unsqueeze.default view.default view.dtype
+view_as_complex.default view_as_real.default
 # factory: no tensor goes in
 arange.default arange.start arange.start_step empty.memory_format empty_permuted.default empty_strided.default
 eye.default eye.m full.default linspace.default logspace.default ones.default scalar_tensor.default
@@ -71,41 +70,41 @@ col2im.default complex.default constant_pad_nd.default conv1d.default conv1d.pad
 conv3d.default conv3d.padding conv_transpose1d.default conv_transpose2d.input conv_transpose3d.input
 convolution.default copy.default count_nonzero.default count_nonzero.dim_IntList cudnn_batch_norm.default
 cummax.default cummin.default cumprod.default cumsum.default diag_embed.default diagonal_copy.default
-diagonal_scatter.default dist.default dot.default einsum.default embedding.default embedding_bag.default
-embedding_bag.padding_idx empty_like.default expand_copy.default fft_fft.default fill.Scalar fill.Tensor flip.default
-floor_divide.default full_like.default gather.default geqrf.default glu.default grid_sampler.default
-grid_sampler_2d.default grid_sampler_3d.default group_norm.default hardswish.default histc.default histogram.bin_ct
-histogram.bins_tensor huber_loss.default im2col.default index.Tensor index_add.default index_copy.default
-index_fill.int_Scalar index_fill.int_Tensor index_put.default index_reduce.default index_select.default
-instance_norm.default isin.Tensor_Tensor kthvalue.default layer_norm.default lift.default lift_fresh_copy.default
-linalg_cholesky_ex.default linalg_cross.default linalg_eig.default linalg_householder_product.default
-linalg_inv_ex.default linalg_ldl_factor_ex.default linalg_ldl_solve.default linalg_lu.default
-linalg_lu_factor_ex.default linalg_lu_solve.default linalg_matrix_exp.default linalg_pinv.atol_rtol_tensor
-linalg_qr.default linalg_solve_triangular.default linalg_vector_norm.default linear.default linspace.Tensor_Scalar
-linspace.Tensor_Tensor log_sigmoid.default log_sigmoid_forward.default log_softmax.int logcumsumexp.default
-logspace.Tensor_Scalar logspace.Tensor_Tensor logsumexp.default lu_unpack.default masked_fill.Tensor
-masked_scatter.default matmul.default max.default max.dim max_pool1d.default max_pool2d.default
-max_pool2d_with_indices.default max_pool3d.default max_pool3d_with_indices.default max_unpool2d.default
-max_unpool3d.default mean.default mean.dim median.default median.dim min.default min.dim mkldnn_rnn_layer.default
-mm.default mode.default mse_loss.default mv.default nanmedian.default nanmedian.dim nansum.default narrow_copy.default
-native_batch_norm.default native_group_norm.default native_layer_norm.default new_empty.default
-new_empty_strided.default new_full.default new_ones.default new_zeros.default nll_loss2d_forward.default
-nll_loss_forward.default nonzero_static.default norm.Scalar norm.ScalarOpt_dim one_hot.default ones_like.default
-ormqr.default permute_copy.default pixel_shuffle.default pixel_unshuffle.default polar.default prelu.default
-prod.default prod.dim_int put.default reflection_pad1d.default reflection_pad2d.default reflection_pad3d.default
-renorm.default repeat.default repeat_interleave.self_Tensor repeat_interleave.self_int replication_pad1d.default
-replication_pad2d.default replication_pad3d.default rms_norm.default roll.default rot90.default rsub.Tensor
-scatter.reduce scatter.src scatter.value scatter.value_reduce scatter_add.default scatter_reduce.two
-searchsorted.Scalar searchsorted.Tensor segment_reduce.default select_scatter.default slice_scatter.default
-smooth_l1_loss.default soft_margin_loss.default softmax.int sort.default sort.stable split_with_sizes_copy.default
-squeeze_copy.default squeeze_copy.dim stack.default std.correction std_mean.correction stft.default sum.default
-sum.dim_IntList t_copy.default take.default tile.default topk.default trace.default transpose_copy.int
-triangular_solve.default tril.default triu.default unbind_copy.int unfold_copy.default unsafe_split.Tensor
-unsqueeze_copy.default upsample_bicubic2d.default upsample_bicubic2d.vec upsample_bilinear2d.default
-upsample_bilinear2d.vec upsample_linear1d.vec upsample_nearest1d.default upsample_nearest1d.vec
-upsample_nearest2d.default upsample_nearest2d.vec upsample_nearest3d.default upsample_nearest3d.vec
-upsample_trilinear3d.vec var.correction var.dim var_mean.correction vdot.default view_copy.default where.Scalar
-where.ScalarOther where.ScalarSelf zero.default zeros_like.default
+diagonal_scatter.default dist.default dot.default embedding.default embedding_bag.default embedding_bag.padding_idx
+embedding_renorm.default empty_like.default expand_copy.default fill.Scalar fill.Tensor flip.default
+floor_divide.default fractional_max_pool2d.default fractional_max_pool3d.default full_like.default gather.default
+geqrf.default glu.default grid_sampler.default grid_sampler_2d.default grid_sampler_3d.default group_norm.default
+hardswish.default hash_tensor.default histc.default histogram.bin_ct histogram.bins_tensor huber_loss.default
+im2col.default index.Tensor index_add.default index_copy.default index_fill.int_Scalar index_fill.int_Tensor
+index_put.default index_reduce.default index_select.default instance_norm.default isin.Tensor_Tensor kthvalue.default
+layer_norm.default lift.default lift_fresh_copy.default linalg_cholesky_ex.default linalg_cross.default
+linalg_eig.default linalg_householder_product.default linalg_inv_ex.default linalg_ldl_factor_ex.default
+linalg_ldl_solve.default linalg_lu.default linalg_lu_factor_ex.default linalg_lu_solve.default
+linalg_matrix_exp.default linalg_pinv.atol_rtol_tensor linalg_qr.default linalg_solve_triangular.default
+linalg_vector_norm.default linear.default linspace.Tensor_Scalar linspace.Tensor_Tensor log_sigmoid.default
+log_sigmoid_forward.default log_softmax.int logcumsumexp.default logspace.Tensor_Scalar logspace.Tensor_Tensor
+logsumexp.default lu_unpack.default masked_fill.Tensor masked_scatter.default matmul.default max.default max.dim
+max_pool1d.default max_pool2d.default max_pool2d_with_indices.default max_pool3d.default
+max_pool3d_with_indices.default max_unpool2d.default max_unpool3d.default mean.default mean.dim median.default
+median.dim min.default min.dim mkldnn_rnn_layer.default mm.default mode.default mse_loss.default mv.default
+nanmedian.default nanmedian.dim nansum.default narrow_copy.default native_batch_norm.default native_group_norm.default
+native_layer_norm.default new_empty.default new_empty_strided.default new_full.default new_ones.default
+new_zeros.default nll_loss2d_forward.default nll_loss_forward.default nonzero_static.default norm.Scalar
+norm.ScalarOpt_dim one_hot.default ones_like.default ormqr.default permute_copy.default pixel_shuffle.default
+pixel_unshuffle.default polar.default prelu.default prod.default prod.dim_int put.default reflection_pad1d.default
+reflection_pad2d.default reflection_pad3d.default renorm.default repeat.default repeat_interleave.self_Tensor
+repeat_interleave.self_int replication_pad1d.default replication_pad2d.default replication_pad3d.default
+rms_norm.default roll.default rot90.default rsub.Tensor scatter.reduce scatter.src scatter.value scatter.value_reduce
+scatter_add.default scatter_reduce.two searchsorted.Scalar searchsorted.Tensor segment_reduce.default
+select_scatter.default slice_scatter.default smooth_l1_loss.default soft_margin_loss.default softmax.int sort.default
+sort.stable split_with_sizes_copy.default squeeze_copy.default squeeze_copy.dim stack.default std.correction
+std_mean.correction sum.default sum.dim_IntList t_copy.default take.default topk.default trace.default
+transpose_copy.int triangular_solve.default tril.default triu.default unbind_copy.int unfold_copy.default
+unsafe_split.Tensor unsqueeze_copy.default upsample_bicubic2d.default upsample_bicubic2d.vec
+upsample_bilinear2d.default upsample_bilinear2d.vec upsample_linear1d.vec upsample_nearest1d.default
+upsample_nearest1d.vec upsample_nearest2d.default upsample_nearest2d.vec upsample_nearest3d.default
+upsample_nearest3d.vec upsample_trilinear3d.vec var.correction var_mean.correction vdot.default view_copy.default
+zero.default zeros_like.default
 # backward: gradients
 _adaptive_avg_pool2d_backward.default _adaptive_avg_pool3d_backward.default _fused_rms_norm_backward.default
 _log_softmax_backward_data.default _scaled_dot_product_flash_attention_backward.default
@@ -124,9 +123,11 @@ upsample_nearest2d_backward.default
 _scaled_dot_product_cudnn_attention.default _scaled_dot_product_cudnn_attention_backward.default
 _scaled_dot_product_efficient_attention.default _scaled_dot_product_efficient_attention_backward.default
 _scaled_dot_product_flash_attention.default _scaled_dot_product_flash_attention_for_cpu.default bernoulli.default
-bernoulli.p dropout.default exponential.default gru.data gru.input lstm.data lstm.input multinomial.default
-native_dropout.default normal.Tensor_float rand.default rand_like.default randint.default randint.low randn.default
-randn_like.default randperm.default scaled_dot_product_attention.default
+bernoulli.p cauchy.default exponential.default geometric.default gru.data gru.input log_normal.default lstm.data
+lstm.input multinomial.default native_dropout.default normal.Tensor_Tensor normal.Tensor_float normal.float_Tensor
+normal.float_float normal_functional.default rand.default rand_like.default randint.default randint.low
+randint_like.default randint_like.low_dtype randn.default randn_like.default randperm.default
+rrelu_with_noise_functional.default scaled_dot_product_attention.default
 # effect: the only effect: writes an input or a weight
 copy_.default
 """

@@ -23,6 +23,9 @@ MODES: dict[str, dict[str, object]] = {
 }
 
 
+NAMES = "a collection of names"
+
+
 def _option(default: object, expects: str, check: Callable[[Any], bool], help_: str, env: str = "") -> Any:
     """A field: what it `expects` in words, the check of that, one line for the table, and the variable that sets it."""
     make = (lambda: os.environ.get(env) or default) if env else (lambda: default)
@@ -38,13 +41,16 @@ def _count(default: int, help_: str) -> Any:
 
 
 def _names(help_: str) -> Any:
-    return _option(
-        frozenset(), "a collection of names", lambda v: isinstance(v, frozenset) and all(map(_is_str, v)), help_
-    )
+    return _option(frozenset(), NAMES, lambda v: isinstance(v, frozenset) and all(map(_is_str, v)), help_)
 
 
 def _is_str(value: object) -> bool:
     return isinstance(value, str)
+
+
+def _name(entry: object) -> object:
+    """Operators are given as `torch.ops` objects or as text; their text is the name. Whatever else stays as it is."""
+    return str(entry).removeprefix("torch.ops.") if _is_str(entry) or type(entry).__module__ == "torch._ops" else entry
 
 
 class _Checked:
@@ -52,13 +58,12 @@ class _Checked:
 
     def __post_init__(self) -> None:
         for item in fields(self):  # type: ignore[arg-type]
-            value = getattr(self, item.name)
-            if item.default_factory() == frozenset() and isinstance(value, Iterable) and not _is_str(value):  # type: ignore[misc]
-                # Operators are given as torch.ops objects or as text; their text is the name.
-                value = frozenset(str(entry).removeprefix("torch.ops.") for entry in value)
+            value = given = getattr(self, item.name)
+            if item.metadata["expects"] == NAMES and isinstance(value, Iterable) and not _is_str(value):
+                value = frozenset(map(_name, value))
                 object.__setattr__(self, item.name, value)
             if not item.metadata["check"](value):
-                raise SettingsError(f"option {item.name} must be {item.metadata['expects']}, not {value!r}")
+                raise SettingsError(f"option {item.name} must be {item.metadata['expects']}, not {given!r}")
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ class CompilationSettings(_Checked):
     """What an engine is built of. Equal settings and an equal graph give an equal engine."""
 
     min_block_size: int = _count(1, "Smallest number of nodes that make a block of the engine; smaller ones fall back.")
-    torch_executed_ops: frozenset[str] = _names("Operators that stay in PyTorch, as `aten.softmax` or `aten.softmax.int`.")
+    torch_executed_ops: frozenset[str] = _names("Operators that stay in PyTorch: `aten.softmax`, `aten.softmax.int`.")
     require_full_compilation: bool = _flag(False, "Raise `PartitionError` instead of leaving any node to PyTorch.")
     fallback_on_error: bool = _flag(False, "Run a graph in PyTorch, with a warning, when compiling it fails on a bug.")
     disabled_passes: frozenset[str] = _names("Passes of the pipeline to leave out, by name.")
@@ -78,7 +83,11 @@ class CompilationSettings(_Checked):
         "Device to capture for ahead of time; None: the model's own. `cuda` needs no GPU.",
     )
     dump_dir: str | None = _option(
-        None, "None or a folder", lambda v: v is None or _is_str(v), "Folder that gets every stage's artefact.", "TORCH_RTX_DUMP"
+        None,
+        "None or a folder",
+        lambda v: v is None or _is_str(v),
+        "Folder that gets every stage's artefact.",
+        "TORCH_RTX_DUMP",
     )
 
 
@@ -92,7 +101,7 @@ class RuntimeSettings(_Checked):
         lambda v: v in CUDA_GRAPH_STRATEGIES,
         "Replay the whole module as one CUDA graph per input shape, or never.",
     )
-    cuda_graph_pool_size: int = _count(16, "Most CUDA graphs that one module keeps; the least recently used goes first.")
+    cuda_graph_pool_size: int = _count(16, "Most CUDA graphs that a module keeps; the least recently used goes first.")
 
 
 def from_options(
@@ -110,7 +119,8 @@ def from_options(
     known = {item.name: kind for kind in kinds for item in fields(kind)}
     unknown = sorted(given.keys() - known.keys())
     if unknown:
-        raise SettingsError(f"unknown option {', '.join(unknown)}", hint=f"known options are {', '.join(sorted(known))}")
+        hint = f"known options are {', '.join(sorted(known))}"
+        raise SettingsError(f"unknown option {', '.join(unknown)}", hint=hint)
     compilation, runtime = ({k: v for k, v in given.items() if known[k] is kind} for kind in kinds)
     return CompilationSettings(**compilation), RuntimeSettings(**runtime)  # type: ignore[arg-type]
 
@@ -119,8 +129,9 @@ def table() -> str:
     """The options as a Markdown table: name, default, meaning, environment variable."""
     lines = ["| option | default | meaning | variable |", "|---|---|---|---|"]
     for kind in (CompilationSettings, RuntimeSettings):
+        defaults = kind()
         for item in fields(kind):
-            default = item.default_factory()  # type: ignore[misc]
+            default = getattr(defaults, item.name)
             shown = "none" if default == frozenset() else repr(default)
             meaning = f"{item.metadata['help']} Expects {item.metadata['expects']}."
             lines.append(f"| `{item.name}` | `{shown}` | {meaning} | {item.metadata['env'] or ''} |")

@@ -57,13 +57,18 @@ def check_passes(settings: CompilationSettings) -> None:
 
 
 def compile_fx(
-    gm: fx.GraphModule, roles: Sequence[Role], settings: CompilationSettings, writes: Mapping[int, str] | None = None
+    gm: fx.GraphModule,
+    roles: Sequence[Role],
+    settings: CompilationSettings,
+    writes: Mapping[int, str] | None = None,
+    ranges: Mapping[Any, Any] | None = None,
 ) -> Program:
     """Partition, import and lower `gm`.
 
     Args:
         roles: what each placeholder is.
         writes: see `from_fx`.
+        ranges: see `Symbols`.
 
     Raises:
         PartitionError: a node falls back although `require_full_compilation` is set.
@@ -72,7 +77,7 @@ def compile_fx(
     start = time.perf_counter()
     check_passes(settings)
     device = device_of(gm)
-    symbols = Symbols(device)
+    symbols = Symbols(device, ranges)
     parts = partition(gm, lambda node: unsupported_reason(node, symbols), settings)
     for node, why in parts.fallbacks.items():
         log.info("fallback: %s: %s", node.target, why)
@@ -81,7 +86,7 @@ def compile_fx(
     try:
         if folder is not None:
             (folder / "00_fx.py").write_text(gm.print_readable(print_output=False))
-        imported = from_fx(gm, roles, parts.fallbacks, device, writes)
+        imported = from_fx(gm, roles, parts.fallbacks, symbols, writes)
         graph = imported.graph
         verify(graph, aten.ALLOWED)
         lowered, report = lower(graph, settings, folder)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import logging
+import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
+from torch._functorch import config as functorch_config
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from torch_rtx.backend.capture import capture_inference, capture_training, needs_autograd
 from torch_rtx.backend.compiler import check_passes, compile_fx
+from torch_rtx.errors import PartitionError, SettingsError
 from torch_rtx.lowering.from_fx import Role, is_fixed
 from torch_rtx.lowering.location import module_path
 from torch_rtx.runtime.session import Session
@@ -47,15 +51,17 @@ def rtx(
     def inference(graph: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         return _compile(graph, names, _static_inputs(graph), compilation, runtime)
 
-    # A training step's saved tensors outlive the call, so that replaying it as a CUDA graph would have to copy them all.
+    # A training step's saved tensors outlive the call: replaying it as a CUDA graph would have to copy them all.
     plain = RuntimeSettings(cuda_graph_strategy="disabled")
 
     def training(graph: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         return _compile(graph, [], frozenset(), compilation, plain)
 
-    if needs_autograd(example_inputs):
-        return capture_training(gm, example_inputs, training, training)
-    return capture_inference(gm, example_inputs, inference)
+    # Calls with effects (a check that may raise, a print) are kept in order by tokens. As inputs these would be None.
+    with functorch_config.patch(unlift_effect_tokens=True):
+        if needs_autograd(example_inputs):
+            return capture_training(gm, example_inputs, training, training)
+        return capture_inference(gm, example_inputs, inference)
 
 
 def _compile(
@@ -74,7 +80,11 @@ def _compile(
         with unset_fake_temporarily():  # the capture's fake mode is still on, and recipes of constants run now
             program = compile_fx(gm, roles, compilation)
             store = WeightStore(program.graph, program.device, program.constants)
-            session = Session(program.graph, store, runtime, program.callables)
+            # The fallbacks come from a model of this process, not from a file: there is nobody to distrust.
+            called = frozenset(node.op for node in program.graph.nodes if node.kind == "fallback")
+            sessions = _Sessions(Session(program.graph, store, runtime, program.callables, called))
+    except (PartitionError, SettingsError):
+        raise  # what the user asked for, and no bug that fallback_on_error is about
     except Exception as error:
         if not compilation.fallback_on_error:
             raise
@@ -85,7 +95,7 @@ def _compile(
     inputs = [i for i, node in enumerate(placeholders) if i not in static and not is_fixed(node)]
 
     def call(args: list[Any]) -> list[Any]:
-        store.update([args[i] for i in weights])
+        session = sessions.of([args[i] for i in weights])
         given = [args[i] for i in inputs]
         args.clear()  # the boxed convention: an activation that nobody else holds may go as soon as it is used
         return session(given, check=False)
@@ -94,17 +104,50 @@ def _compile(
     return call
 
 
+class _Sessions:
+    """The sessions of one graph, one per set of parameters: Dynamo shares a graph between modules of the same code.
+
+    A session lives as long as its parameters do, and keeps none of them alive.
+    """
+
+    def __init__(self, template: Session) -> None:
+        self._template = template
+        self._found: dict[tuple[int, ...], tuple[Session, list[weakref.ref[torch.Tensor]]]] = {}
+        self._lock = threading.Lock()
+
+    def of(self, parameters: Sequence[torch.Tensor]) -> Session:
+        """The session of these parameters, with its weights up to date. Safe to call from many threads."""
+        key = tuple(map(id, parameters))
+        with self._lock:  # not only for the dict: no thread may run on weights that another is still computing
+            found = self._found.get(key)
+            if found is None:
+                found = self._found[key] = self._template.sibling(), self._follow(key, parameters)
+            session = found[0]
+            session.store.update(parameters)
+        return session
+
+    def _follow(self, key: tuple[int, ...], parameters: Sequence[torch.Tensor]) -> list[weakref.ref[torch.Tensor]]:
+        """References that drop the session with the first of its parameters, before an id can be used again."""
+        owner = weakref.ref(self)
+
+        def drop(_: object) -> None:
+            sessions = owner()
+            if sessions is not None:
+                sessions._found.pop(key, None)  # no lock: the collector may call this in a thread that holds it
+
+        return [weakref.ref(parameter, drop) for parameter in parameters]
+
+
 def _static_inputs(gm: fx.GraphModule) -> frozenset[int]:
     """Positions of the parameters, buffers and tensor attributes that the graph only reads."""
     context = TracingContext.try_get()
     static = getattr(getattr(context, "fw_metadata", None), "static_input_indices", None) or ()
+    if gm.graph.find_nodes(op="call_function", target=torch.ops.prims._make_token.default):
+        return frozenset()  # PyTorch still counts the tokens that it has taken out of the inputs
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     written = {node.args[0] for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)}
-    return frozenset(
-        i
-        for i in static
-        if i < len(placeholders) and placeholders[i] not in written and isinstance(placeholders[i].meta["val"], torch.Tensor)
-    )
+    candidates = [i for i in static if i < len(placeholders) and placeholders[i] not in written]
+    return frozenset(i for i in candidates if isinstance(placeholders[i].meta["val"], torch.Tensor))
 
 
 def _source_name(placeholder: fx.Node) -> str:

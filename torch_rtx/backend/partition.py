@@ -11,9 +11,10 @@ import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
-from torch_rtx.errors import PartitionError
+from torch_rtx.errors import PartitionError, SettingsError
 from torch_rtx.lowering.from_fx import DROPPED, is_sym_node
 from torch_rtx.lowering.location import Locations
 from torch_rtx.settings import CompilationSettings
@@ -34,8 +35,13 @@ def partition(gm: fx.GraphModule, reason: Callable[[fx.Node], str | None], setti
         reason: why a node can't be in the engine, or None.
 
     Raises:
+        SettingsError: `torch_executed_ops` names an operator that does not exist.
         PartitionError: `require_full_compilation` is set and a node falls back.
     """
+    for name in sorted(settings.torch_executed_ops):
+        if not _exists(name):
+            hint = "names look like aten.exp or aten.exp.default"
+            raise SettingsError(f"torch_executed_ops: no operator {name}", hint=hint)
     nodes = [node for node in gm.graph.nodes if _computes(node)]
     fallbacks = {}
     for node in nodes:
@@ -65,6 +71,15 @@ def _computes(node: fx.Node) -> bool:
         and node.target not in DROPPED
         and not is_sym_node(node)
     )
+
+
+def _exists(name: str) -> bool:
+    """Whether there is an operator of this name: namespace.op, namespace.op.overload, or a higher-order op."""
+    namespace, *path = name.split(".") if "." in name else ("higher_order", name)
+    found = getattr(torch.ops, namespace)
+    for part in path:
+        found = getattr(found, part, None)
+    return found is not None
 
 
 def _listed(node: fx.Node, names: frozenset[str]) -> bool:

@@ -1,14 +1,14 @@
 """Imports a captured FX graph into the IR.
 
-Symbolic sizes are no nodes of the IR: an FX node that only computes one disappears and its expression stands where it is
-used. `getitem` disappears into the outputs of the node it indexes. Nodes on the partition's fallback list become
+Symbolic sizes are no nodes of the IR: an FX node that only computes one disappears and its expression stands where it
+is used. `getitem` disappears into the outputs of the node it indexes. Nodes on the partition's fallback list become
 `fallback` nodes: a call by name where the IR can express it, else a Python callable, which no file can hold.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,9 @@ DROPPED = frozenset(
     for name in ("_assert_tensor_metadata", "sym_constrain_range", "sym_constrain_range_for_size")
     if hasattr(torch.ops.aten, name)
 )
+# Views that only mark a tensor as conjugated or negated. The types of the IR have no such mark, and in a functional
+# graph nobody can tell a view from a copy.
+UNMARKED = {"aten._conj.default": "aten._conj_physical.default", "aten._neg_view.default": "aten.neg.default"}
 PLAIN = (bool, int, float, str, type(None))
 
 
@@ -55,7 +58,7 @@ def from_fx(
     gm: fx.GraphModule,
     roles: Sequence[Role],
     fallbacks: Mapping[fx.Node, str],
-    main: torch.device,
+    symbols: Symbols,
     writes: Mapping[int, str] | None = None,
 ) -> Imported:
     """The graph of `gm` in the IR.
@@ -63,13 +66,13 @@ def from_fx(
     Args:
         roles: one per placeholder, in order.
         fallbacks: the nodes that must not run in the engine, each with its reason.
-        main: the device of the engine.
+        symbols: those of the graph's device.
         writes: positions of outputs which are the new contents of an input or buffer, with that placeholder's name.
 
     Raises:
         Unsupported: a node outside `fallbacks` that the IR can't express; `lowering.support` finds these before.
     """
-    importer = _Importer(gm, fallbacks, Symbols(main))
+    importer = _Importer(gm, fallbacks, symbols)
     waiting = list(roles)
     for node in gm.graph.nodes:
         if node.op == "placeholder":
@@ -98,10 +101,42 @@ def is_fixed(placeholder: fx.Node) -> bool:
     return isinstance(placeholder.meta["val"], PLAIN)
 
 
+def _content(node: fx.Node) -> Any:
+    """What a call returns, as fake tensors. The partitioner inserts calls whose parts alone say it."""
+    users = [user for user in node.users if user.target is operator.getitem]
+    parts: dict[Any, Any] = {user.args[1]: user.meta.get("val") for user in users}
+    if "val" in node.meta or not parts:
+        return node.meta.get("val")
+    return tuple(parts.get(index) for index in range(max(parts) + 1))
+
+
+def _is_nested(content: Any) -> bool:
+    """Whether a call returns more than a tensor or a flat sequence of them."""
+    return isinstance(content, dict) or (isinstance(content, tuple | list) and any(map(_is_container, content)))
+
+
+def _is_container(content: Any) -> bool:
+    return isinstance(content, dict | tuple | list)
+
+
+def _leaves(content: Any, like: Any) -> Iterator[Any]:
+    """What stands in `content` where `like` has its leaves."""
+    if _is_container(like):
+        for key, part in like.items() if isinstance(like, dict) else enumerate(like):
+            yield from _leaves(content[key], part)
+    else:
+        yield content
+
+
 def _dim_or_value(value: Value | None) -> Attr:
     """How arguments refer to a value: a size by its dim."""
     is_size = value is not None and isinstance(value.type, ScalarType) and value.type.dim is not None
     return value.type.dim if is_size else value  # type: ignore[union-attr]
+
+
+def op_name(node: fx.Node) -> str:
+    """The name of the op that stands for the node in the IR."""
+    return UNMARKED.get(str(node.target), str(node.target))
 
 
 def call_arguments(node: fx.Node) -> list[tuple[str, Any]]:
@@ -131,6 +166,7 @@ class _Importer:
     inputs: list[Value] = field(default_factory=list)
     parameters: list[Parameter] = field(default_factory=list)
     weights: list[Weight] = field(default_factory=list)
+    by_name: dict[str, Value] = field(default_factory=dict)  # of parameters
     nodes: list[Node] = field(default_factory=list)
     outputs: tuple[Attr, ...] = ()
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -138,8 +174,9 @@ class _Importer:
     locations: Locations = field(default_factory=Locations)
 
     def result(self) -> Imported:
-        parts = map(tuple, (self.inputs, self.parameters, self.weights, self.nodes))
-        return Imported(Graph("import", *parts, outputs=self.outputs), self.constants, self.callables)
+        inputs, parameters = tuple(self.inputs), tuple(self.parameters)
+        graph = Graph("import", inputs, parameters, tuple(self.weights), tuple(self.nodes), self.outputs)
+        return Imported(graph, self.constants, self.callables)
 
     def value(self, name: str, type_: Type) -> Value:
         """A new value, called `name` where that is free."""
@@ -167,11 +204,15 @@ class _Importer:
             self.env[node] = self.parameter(role, content)
 
     def parameter(self, role: Role, content: torch.Tensor) -> Value:
+        tied = next((self.by_name[name] for name in (role.name, *role.aliases) if name in self.by_name), None)
+        if tied is not None:
+            return tied
         type_ = self.symbols.type(content)
         assert isinstance(type_, TensorType)
         self.parameters.append(Parameter(role.name, type_, role.aliases, role.kind == "constant"))
         value = self.value(f"w{len(self.weights)}", type_)
         self.weights.append(Weight(value, (role.name,)))
+        self.by_name[role.name] = value
         return value
 
     def get_attr(self, node: fx.Node) -> None:
@@ -188,7 +229,7 @@ class _Importer:
     def call(self, node: fx.Node) -> None:
         if node.target in DROPPED:
             return
-        if node.target is operator.getitem and isinstance(self.env[node.args[0]], tuple):  # type: ignore[index]
+        if node.target is operator.getitem and isinstance(self.env[node.args[0]], tuple | dict):  # type: ignore[index]
             self.env[node] = self.env[node.args[0]][node.args[1]]  # type: ignore[index]
             return
         if is_sym_node(node):
@@ -204,11 +245,13 @@ class _Importer:
             return
         outputs = self.node_outputs(node)
         if node not in self.fallbacks and not is_sym_node(node):
-            self.nodes.append(Node("op", str(node.target), self.arguments(node), outputs, None, loc))
+            self.nodes.append(Node("op", op_name(node), self.arguments(node), outputs, None, loc))
             return
         try:
             if not isinstance(node.target, torch._ops.OpOverload):
                 raise Unsupported("a Python function")
+            if _is_nested(_content(node)):
+                raise Unsupported("a nested result")
             call, arguments = str(node.target), self.arguments(node)
         except Unsupported:
             inputs = tuple(self.attr(n) for n in node.all_input_nodes if not self.is_module(n))
@@ -235,21 +278,27 @@ class _Importer:
 
     def node_outputs(self, node: fx.Node) -> tuple[Value | None, ...]:
         """New values for what the node returns; enters them in the environment."""
-        content = node.meta.get("val")
+        content = _content(node)
         if content is None:
             self.env[node] = None
             return ()
-        single = not isinstance(content, tuple | list)
-        items = (content,) if single else content
-        used = None if single else {user.args[1] for user in node.users if user.target is operator.getitem}
-        values = tuple(
-            None if item is None or (used is not None and index not in used) else self.next_value(self.symbols.type(item))
-            for index, item in enumerate(items)
-        )
-        # A size that a fallback computes is from here on the dim it stands for.
-        known = tuple(_dim_or_value(value) for value in values)
-        self.env[node] = known[0] if single else known
-        return values
+        flat: list[Value | None] = []
+
+        def enter(item: Any, used: bool = True) -> Any:
+            if isinstance(item, dict):
+                return {key: enter(part, used) for key, part in item.items()}
+            if isinstance(item, tuple | list):
+                return tuple(enter(part, used) for part in item)
+            flat.append(None if item is None or not used else self.next_value(self.symbols.type(item)))
+            # A size that a fallback computes is from here on the dim it stands for.
+            return _dim_or_value(flat[-1])
+
+        if isinstance(content, tuple | list):
+            used = {user.args[1] for user in node.users if user.target is operator.getitem}
+            self.env[node] = tuple(enter(item, index in used) for index, item in enumerate(content))
+        else:
+            self.env[node] = enter(content)
+        return tuple(flat)
 
     def arguments(self, node: fx.Node) -> tuple[tuple[str, Attr], ...]:
         return tuple((name, self.attr(value)) for name, value in call_arguments(node))
@@ -277,13 +326,13 @@ class _Importer:
         """A callable that does what the FX node does, given its inputs (without graph modules), returning a tuple."""
         order = [n for n in node.all_input_nodes if not self.is_module(n)]
         fixed = {n: self.env[n] for n in node.all_input_nodes if self.is_module(n)}
-        target, args, kwargs = node.target, node.args, node.kwargs
+        target, args, kwargs, content = node.target, node.args, node.kwargs, _content(node)
         if not callable(target):
             raise Unsupported(f"a node of kind {node.op}", loc=self.locations.of(node))
 
         def call(*values: Any) -> tuple[Any, ...]:
             bound = {**fixed, **dict(zip(order, values, strict=True))}
             result = target(*fx.map_arg(args, bound.__getitem__), **fx.map_arg(kwargs, bound.__getitem__))
-            return tuple(result) if isinstance(result, tuple | list) else (result,)
+            return tuple(_leaves(result, content))
 
         return call

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,14 +14,15 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from torch_rtx import aten
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import Attr, Dim, Expr, Sym, TensorType, Type, Value, attr_map
+from torch_rtx.ir import Attr, Dim, Expr, Sym, TensorType, Type, Value, attr_dims, attr_map, attr_values, type_dims
 from torch_rtx.lowering.symbols import convert
 
 OPERATORS = {
     "+": operator.add, "*": operator.mul, "//": operator.floordiv, "%": operator.mod,
     "min": torch.sym_min, "max": torch.sym_max,
 }
-FAKE = torch.device("cpu")  # stands for MAIN; a fake tensor has no data, so that any device will do
+# What stands for MAIN: static calls run on meta tensors, calls with symbols in a fake mode, which costs ten times as much.
+META, FAKE = torch.device("meta"), torch.device("cpu")
 
 
 class Inference:
@@ -45,19 +47,21 @@ class Inference:
         return self._cache[key]
 
     def _run(self, op: str, args: Sequence[tuple[str, Attr]]) -> tuple[Type, ...]:
+        symbolic = any(map(_is_symbolic, (attr for _, attr in args)))
         overload = aten.overload(op)
         schema = aten.schema(overload)
-        given = {name: aten.to_torch(schema[name][0], self._concrete(attr), FAKE) for name, attr in args}
-        with self._mode:
+        with self._mode if symbolic else nullcontext():
+            device = FAKE if symbolic else META
+            given = {name: aten.to_torch(schema[name][0], self._concrete(attr, device), device) for name, attr in args}
             try:
                 result = overload(**given)
-            except (RuntimeError, TypeError, ValueError) as error:
+            except (RuntimeError, TypeError, ValueError, IndexError) as error:
                 raise Unsupported(f"{op} does not take these arguments: {error}") from None
         return tuple(self._type(item) for item in (result if isinstance(result, tuple | list) else (result,)))
 
-    def _concrete(self, attr: Attr) -> Any:
+    def _concrete(self, attr: Attr, device: torch.device) -> Any:
         if isinstance(attr, tuple):
-            return [self._concrete(item) for item in attr]
+            return [self._concrete(item, device) for item in attr]
         if isinstance(attr, Sym | Expr):
             return self._symint(attr)
         if not isinstance(attr, Value):
@@ -65,8 +69,7 @@ class Inference:
         if not isinstance(attr.type, TensorType):
             raise Unsupported("a scalar value")
         sizes, strides = ([self._symint(dim) for dim in dims] for dims in (attr.type.shape, attr.type.strides))
-        with self._mode:
-            return torch.empty_strided(sizes, strides, dtype=aten.DTYPES[attr.type.dtype], device=FAKE)
+        return torch.empty_strided(sizes, strides, dtype=aten.DTYPES[attr.type.dtype], device=device)
 
     def _symint(self, dim: Dim) -> int | torch.SymInt:
         if isinstance(dim, int):
@@ -92,3 +95,9 @@ class Inference:
 
     def _dim(self, size: int | torch.SymInt) -> Dim:
         return size if isinstance(size, int) else convert(size.node.expr, self._dims.__getitem__)
+
+
+def _is_symbolic(attr: Attr) -> bool:
+    """Whether a dim in the attribute, or in the type of a value in it, is not a number."""
+    dims = (dim for value in attr_values(attr) for dim in type_dims(value.type))
+    return any(True for _ in attr_dims(attr)) or any(isinstance(dim, Sym | Expr) for dim in dims)

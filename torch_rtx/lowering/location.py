@@ -14,6 +14,7 @@ from torch_rtx.ir import Loc
 _FRAME = re.compile(r'File "([^"\n]+)", line (\d+)')
 _STEP = re.compile(r"(?:\.__dict__)?(?:\._|\['_)(?:modules|parameters|buffers)(?:'\])?\['([^']+)'\]|\.([A-Za-z_]\w*)|\[(\d+)\]|\['([^']+)'\]")
 _ROOT = re.compile(r"(?:L|G)\['([^']+)'\]")
+_MARKS = re.compile(r"[\n\r]| @ |  #")
 _TORCH = torch.__path__[0]
 
 
@@ -25,12 +26,17 @@ def module_path(source: str) -> str:
     return ".".join(a or b or c or d for a, b, c, d in _STEP.findall(source[root.end() :]))
 
 
+def one_line(text: str) -> str:
+    """`text` without what the text form of a location gives a meaning to."""
+    return _MARKS.sub("_", text)
+
+
 @cache
 def short_file(path: str) -> str:
     """`path` below the folder that Python imports it from, so that it is the same on every machine."""
     roots = [p.rstrip("/\\") for p in sys.path if p and path.startswith(p.rstrip("/\\") + "/")]
     short = path[len(max(roots, key=len)) + 1 :] if roots else path.replace("\\", "/").rpartition("/")[2]
-    return short.replace("\\", "/").replace(" @ ", "_").replace("\n", "_")
+    return one_line(short.replace("\\", "/"))
 
 
 @cache
@@ -55,5 +61,5 @@ class Locations:
         module = ""
         if stack:
             path = next(reversed(stack.values()))[0]
-            module = self._modules.setdefault(path, module_path(path).replace("\n", "_"))
+            module = self._modules.setdefault(path, one_line(module_path(path)))
         return Loc(module, file, line) if module or file else None

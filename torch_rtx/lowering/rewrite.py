@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from torch_rtx.ir import Attr, Graph, Loc, Node, Value, attr_map, attr_values
+from torch_rtx import aten
+from torch_rtx.ir import COPY, Attr, Graph, Loc, Node, Value, attr_map, attr_values
 from torch_rtx.lowering.infer import Inference
 
 Users = dict[str, list[Node]]
+COPIES = frozenset(f"aten.{name}.default" for name in ("_to_copy", "clone", "lift_fresh_copy", "alias_copy"))
 
 
 def users(graph: Graph) -> Users:
@@ -25,10 +27,26 @@ def returned(graph: Graph) -> set[str]:
     return {value.name for value in attr_values(graph.outputs)}
 
 
+def seen_outside(graph: Graph) -> set[str]:
+    """The values whose memory others than the graph's calls get, through views as well: a copy there has a purpose.
+
+    Others are the caller, fallbacks, which may keep or write to what they get, and writes to inputs: a copy of an input
+    that is written later has to hold what was there before.
+    """
+    seen = returned(graph)
+    for node in reversed(graph.nodes):
+        leaves = any(value is not None and value.name in seen for value in node.outputs)
+        final = node.kind == "fallback" or node.op == COPY
+        if final or (leaves and (node.op in COPIES or aten.is_view(aten.overload(node.op)))):
+            seen.update(value.name for value in node.inputs)
+    return seen
+
+
 class Rewriter:
     """Builds the successor of `graph`, node by node, in order.
 
-    `keep` takes a node over, `emit` adds a call whose type is inferred, `replace` makes later nodes read something else.
+    `keep` takes a node over, `emit` adds a call whose type is inferred, `replace` makes later nodes read something
+    else.
     """
 
     def __init__(self, graph: Graph, infer: Inference) -> None:

@@ -10,7 +10,7 @@ from torch import fx
 from torch_rtx import aten
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import MAIN, TensorType
-from torch_rtx.lowering.from_fx import call_arguments
+from torch_rtx.lowering.from_fx import call_arguments, op_name
 from torch_rtx.lowering.symbols import Symbols, unbacked
 
 
@@ -24,7 +24,7 @@ def unsupported_reason(node: fx.Node, symbols: Symbols) -> str | None:
     if not isinstance(op, torch._ops.OpOverload):
         kind = "higher-order operator" if isinstance(op, torch._ops.HigherOrderOperator) else "Python function"
         return f"{kind} {getattr(op, '__name__', op)}"
-    if str(op) not in aten.ALLOWED:
+    if op_name(node) not in aten.ALLOWED:
         return f"operator {op} is not on the allow-list"
     outputs = node.meta.get("val")
     inputs = [value for n in node.all_input_nodes for value in _tensors(n.meta.get("val"))]
@@ -53,7 +53,8 @@ def _tensors(content: Any) -> tuple[torch.Tensor, ...]:
 
 
 def _check_argument(argument: Any) -> None:
-    if isinstance(argument, complex | torch.Generator | torch.ScriptObject) or type(argument).__name__ == "FakeScriptObject":
+    kinds = complex | torch.Generator | torch.ScriptObject
+    if isinstance(argument, kinds) or type(argument).__name__ == "FakeScriptObject":
         raise Unsupported(f"an argument of type {type(argument).__name__}")
     if isinstance(argument, torch.dtype):
         aten.dtype_name(argument)

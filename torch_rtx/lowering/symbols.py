@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import sympy
@@ -15,6 +15,7 @@ from torch_rtx.errors import Unsupported
 from torch_rtx.ir import MAIN, Dim, ScalarType, Sym, TensorType, Type, dim_expr
 
 UNBOUNDED = 2**31  # PyTorch writes "no bound" in several ways; a dim beyond this is none that it could have meant
+EXACT = 2**20  # a number below it times a size below UNBOUNDED has a place in the 53 bits of a float
 FUNCTIONS = {
     sympy.Add: "+", sympy.Mul: "*", sympy.Min: "min", sympy.Max: "max",
     symfn.FloorDiv: "//", symfn.Mod: "%", symfn.PythonMod: "%", symfn.CleanDiv: "//",
@@ -27,10 +28,12 @@ class Symbols:
 
     Args:
         main: the device that MAIN stands for.
+        ranges: the ranges that torch.export promises, by sympy symbol. What the symbols' own environment holds is
+            narrower: tracing takes every size to be at least 2, which holds for 0 and 1 as well where export says so.
     """
 
-    def __init__(self, main: torch.device) -> None:
-        self.main = main
+    def __init__(self, main: torch.device, ranges: Mapping[sympy.Symbol, Any] | None = None) -> None:
+        self.main, self._ranges = main, ranges or {}
         self._dims: dict[sympy.Expr, Dim] = {}
 
     def dim(self, size: int | torch.SymInt) -> Dim:
@@ -43,7 +46,9 @@ class Symbols:
             return size
         expr = size.node.expr
         if expr not in self._dims:
-            self._dims[expr] = convert(expr, lambda symbol: _sym(symbol, size.node.shape_env))
+            self._dims[expr] = convert(
+                expr, lambda symbol: _sym(symbol, self._ranges.get(symbol) or size.node.shape_env.var_to_range.get(symbol))
+            )
         return self._dims[expr]
 
     def device(self, device: torch.device) -> str:
@@ -61,8 +66,8 @@ class Symbols:
         if isinstance(value, torch.Tensor):
             if value.layout != torch.strided:
                 raise Unsupported(f"a tensor of layout {value.layout}")
-            if value.is_quantized or value.is_conj() or value.is_neg():
-                raise Unsupported("a quantized, lazily conjugated or negated tensor")
+            if value.is_quantized:
+                raise Unsupported("a quantized tensor")
             shape = tuple(map(self.dim, value.shape))
             return TensorType(dtype_name(value.dtype), shape, tuple(map(self.dim, value.stride())), self.device(value.device))
         if isinstance(value, torch.SymInt) or type(value) is int:
@@ -86,13 +91,29 @@ def convert(expr: sympy.Expr, symbol: Callable[[sympy.Symbol], Dim]) -> Dim:
         return symbol(expr)
     if isinstance(expr, sympy.Pow | symfn.PowByNatural) and expr.args[1].is_Integer and 0 < expr.args[1] <= 8:
         return dim_expr("*", *[convert(expr.args[0], symbol)] * int(expr.args[1]))
+    if isinstance(expr, symfn.TruncToInt | symfn.FloorToInt):
+        return _scaled(expr, symbol)
     if expr.func not in FUNCTIONS:
         raise Unsupported(f"the size {expr}")
     return dim_expr(FUNCTIONS[expr.func], *(convert(arg, symbol) for arg in expr.args))
 
 
-def _sym(symbol: sympy.Symbol, env: Any) -> Sym:
-    bounds = env.var_to_range.get(symbol)
+def _scaled(expr: sympy.Expr, symbol: Callable[[sympy.Symbol], Dim]) -> Dim:
+    """The size trunc(c * n) that interpolation by a factor c gives, in integers: 1.5 * n is 3 * n // 2.
+
+    Raises:
+        Unsupported: a factor of so many digits (1.7 has) that floating point rounds the product, which `//` would not.
+    """
+    factors = sympy.Mul.make_args(expr.args[0])
+    scales = [factor for factor in factors if factor.is_Float]
+    sizes = [factor.args[0] for factor in factors if isinstance(factor, symfn.ToFloat)]
+    above, below = float(sympy.prod(scales)).as_integer_ratio()
+    if len(sizes) != 1 or len(scales) + 1 != len(factors) or not 0 < above < EXACT or below > EXACT:
+        raise Unsupported(f"the size {expr}")
+    return dim_expr("//", dim_expr("*", above, convert(sizes[0], symbol)), below)
+
+
+def _sym(symbol: sympy.Symbol, bounds: Any) -> Sym:
     if bounds is None:
         return Sym(str(symbol))
     low = 0 if bounds.lower in (-int_oo, -sympy.oo) else int(bounds.lower)

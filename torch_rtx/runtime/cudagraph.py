@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from torch_rtx.ir import MAIN, Graph, ScalarType, TensorType, Value, dim_syms, type_dims
-from torch_rtx.runtime.reference import Runner
-from torch_rtx.runtime.weights import WeightStore, copy_strided
+from torch_rtx.runtime.reference import Runner, copy_strided
+from torch_rtx.runtime.weights import WeightStore
 
 log = logging.getLogger(__name__)
 # CUDA captures per process, not per session: a synchronization by one capture's start would break another one.
@@ -145,6 +145,7 @@ class GraphPool:
                     results = self.run(static, store.values)
         except RuntimeError as error:
             self.disabled = str(error).splitlines()[0]
+            _end_failed_capture(self.device)
             log.warning("no CUDA graphs for this module, it can't be captured: %s", self.disabled)
             return None
         self.captures += 1
@@ -157,6 +158,12 @@ class GraphPool:
             for attr, result in zip(self.graph.outputs, results, strict=True)
         ]
         return Captured(graph, copied, targets, outputs)
+
+
+def _end_failed_capture(device: torch.device) -> None:
+    """Take the random number generator out of the state that a failed capture leaves it in: a capture that ends does."""
+    with torch.cuda.device(device), torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+        torch.zeros(1, device=device)
 
 
 def _like(tensor: torch.Tensor) -> torch.Tensor:
@@ -189,5 +196,5 @@ def _output(
 
             return alias
     if 0 in result.stride() and any(st == 0 and n > 1 for st, n in zip(result.stride(), result.shape, strict=True)):
-        return lambda inputs: copy_strided(result)
+        return lambda inputs: copy_strided(result, result.stride())
     return lambda inputs: result.clone()

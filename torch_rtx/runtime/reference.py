@@ -1,14 +1,15 @@
 """The reference tier: a graph as flat Python code over its ATen calls. It runs on any device and is available at once.
 
-`compile_graph` writes one function for a graph. It binds the dims from the shapes of the inputs, makes each call in order,
-drops every value after its last use, and gives outputs and the inputs of fallback operators the strides that the capture
-saw, whatever strides a library call chose here.
+`compile_graph` writes one function for a graph. It binds the dims from the shapes of the inputs, makes each call in
+order, drops every value after its last use, and gives outputs and the inputs of fallback operators the strides that the
+capture saw, whatever strides a library call chose here.
 """
 
 from __future__ import annotations
 
 import linecache
 import math
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,7 +36,6 @@ from torch_rtx.ir import (
 Runner = Callable[[Sequence[Any], Sequence[torch.Tensor]], list[Any]]
 # A library call may return other strides than its fake: a view of the captured sizes must then be allowed to copy.
 RELAXED = dict.fromkeys(("aten.view.default", "aten._unsafe_view.default"), torch.ops.aten.reshape.default)
-STRIDED = frozenset(("aten.as_strided.default", "aten.as_strided_copy.default", "aten.view.dtype", "aten.view_as_complex.default"))
 
 
 def restride(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
@@ -44,7 +44,23 @@ def restride(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
         return tensor
     if all(size < 2 or a == b for size, a, b in zip(tensor.shape, tensor.stride(), strides, strict=True)):
         return tensor
-    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+    return copy_strided(tensor, strides)
+
+
+def copy_strided(tensor: torch.Tensor, strides: Sequence[int]) -> torch.Tensor:
+    """A copy in memory of its own, with these strides."""
+    copy = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
+    overwrite(copy, tensor)
+    return copy
+
+
+def overwrite(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy values; a dimension of stride 0 is one element in memory and is written once."""
+    for dim, (size, stride) in enumerate(zip(target.shape, target.stride(), strict=True)):
+        if stride == 0 and size > 1:
+            target, source = target.narrow(dim, 0, 1), source.narrow(dim, 0, 1)
+    with torch.no_grad():
+        target.copy_(source)
 
 
 def compile_graph(
@@ -66,11 +82,12 @@ def compile_graph(
     """
     writer = _Writer(graph, device, callables, trusted_ops)
     source = writer.write()
-    file = f"<torch_rtx {name} {id(writer):x}>"
+    file = f"<torch_rtx {name} {id(writer.names):x}>"  # these live as long as the function
     linecache.cache[file] = (len(source), None, source.splitlines(True), file)  # tracebacks show the generated line
     exec(compile(source, file, "exec"), writer.names)
     run: Runner = writer.names["run"]
     run.source = source  # type: ignore[attr-defined]
+    weakref.finalize(run, linecache.cache.pop, file, None)
     return run
 
 
@@ -85,7 +102,7 @@ class _Writer:
     names: dict[str, Any] = field(default_factory=dict)  # the globals of the generated function
 
     def write(self) -> str:
-        self.names |= {"restride": restride, "inf": math.inf, "nan": math.nan}
+        self.names |= {"restride": restride, "copy_strided": copy_strided, "inf": math.inf, "nan": math.nan}
         graph = self.graph
         for source, values in (("inputs", graph.inputs), ("weights", [w.value for w in graph.weights])):
             if values:
@@ -96,8 +113,34 @@ class _Writer:
             self.node(node)
             if last[index]:
                 self.lines.append(f"del {', '.join(last[index])}")
+        shared = self.shared()
+        for value in dict.fromkeys(attr_values(graph.outputs)):
+            if value.name in shared:  # one copy per value: what is returned twice stays the same object twice
+                self.lines.append(f"{value.name} = copy_strided({value.name}, {self.strides(value)})")
         self.lines.append(f"return [{', '.join(self.output(attr) for attr in graph.outputs)}]")
         return "def run(inputs, weights):\n" + "".join(f"    {line}\n" for line in self.lines)
+
+    def shared(self) -> set[str]:
+        """The values in memory that the engine keeps: constants, what recipes computed, and views of either.
+
+        Whoever gets such a value as a result may write to it, so that it has to be a copy. Views of parameters are not
+        among them: they alias the parameter for the caller, too.
+        """
+        constants = {p.name for p in self.graph.parameters if p.constant}
+        kept = {
+            weight.value.name
+            for weight in self.graph.weights
+            if not weight.names
+            or not constants.isdisjoint(weight.names)
+            or (weight.recipe is not None and not all(map(self.is_view, weight.recipe.nodes)))
+        }
+        for node in self.graph.nodes:
+            if self.is_view(node) and any(value.name in kept for value in node.inputs):
+                kept.update(value.name for value in node.outputs if value is not None)
+        return kept
+
+    def is_view(self, node: Node) -> bool:
+        return node.op != "python" and aten.is_view(aten.overload(node.op, self.trusted_ops))
 
     def last_uses(self) -> list[list[str]]:
         """Per node, the values to drop after it. Inputs and weights are dropped too: the caller decides about those."""
@@ -138,7 +181,7 @@ class _Writer:
     def aten_call(self, node: Node) -> str:
         written = aten.overload(node.op, self.trusted_ops)
         op, types = RELAXED.get(node.op, written), aten.schema(written)
-        fallback = node.kind == "fallback" or node.op in STRIDED
+        fallback = node.kind == "fallback" or node.op in aten.STRIDED
         parts, keyword = [], False
         order = list(aten.schema(op))
         for position, (key, attr) in enumerate(node.args):
@@ -169,9 +212,14 @@ class _Writer:
     def strided(self, value: Value) -> str:
         if not isinstance(value.type, TensorType) or not value.type.shape:
             return value.name
+        return f"restride({value.name}, {self.strides(value)})"
+
+    def strides(self, value: Value) -> str:
+        """The strides that the capture saw, as code."""
+        assert isinstance(value.type, TensorType)
         for dim in value.type.strides:
             self.check_bound(dim)
-        return f"restride({value.name}, ({', '.join(map(str, value.type.strides))},))"
+        return f"({''.join(f'{dim}, ' for dim in value.type.strides)})"
 
     def output(self, attr: Attr) -> str:
         if isinstance(attr, Value) and attr.name in {v.name for v in self.graph.inputs}:
@@ -226,4 +274,4 @@ def solve(dim: Dim, place: str, known: set[str]) -> Iterator[tuple[str, str]]:
     yield from solve(unknown[0], f"({place} // ({rest}))" if dim.op == "*" else f"({place} - {rest})", known)
 
 
-__all__ = ["Runner", "compile_graph", "restride", "solve"]
+__all__ = ["Runner", "compile_graph", "copy_strided", "overwrite", "restride", "solve"]

@@ -1,7 +1,7 @@
 """A session: one engine with its weights on one device, called with a flat list of inputs.
 
-Calls check the inputs against the graph's types and ranges (once per combination that is met), bring computed weights up to
-date, and run the reference tier, on CUDA as one CUDA graph per input shape.
+Calls check the inputs against the graph's types and ranges (once per combination that is met), bring computed weights
+up to date, and run the reference tier, on CUDA as one CUDA graph per input shape.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -55,6 +56,14 @@ class Session:
                 self.pool = GraphPool(graph, self.run, store.device, settings.cuda_graph_pool_size)
             else:
                 log.info("no CUDA graphs for this module: %s", reason)
+
+    def sibling(self) -> Session:
+        """A session of the same graph for other parameters, which shares the code; see `WeightStore.sibling`."""
+        other = copy(self)
+        other.store = self.store.sibling()
+        if self.pool is not None:
+            other.pool = GraphPool(self.graph, self.run, self.device, self.pool.size)
+        return other
 
     def __call__(self, inputs: Sequence[Any], check: bool = True) -> list[Any]:
         """The graph's outputs for `inputs`, both flat and in the graph's order.

@@ -18,6 +18,7 @@ from torch_rtx.errors import EngineFormatError, InputError, RtxError
 
 log = logging.getLogger(__name__)
 Json = Any
+LEAF = pytree.tree_flatten(0)[1]
 MAX_DEPTH = 64
 
 
@@ -136,7 +137,7 @@ def _encode(spec: pytree.TreeSpec) -> Json:
 
 def _decode(tree: Json, depth: int) -> pytree.TreeSpec:
     if tree is None:
-        return pytree.LeafSpec() if not hasattr(pytree, "treespec_leaf") else pytree.treespec_leaf()
+        return LEAF
     if depth > MAX_DEPTH:
         raise EngineFormatError("the call signature is nested too deep")
     children = [_decode(child, depth + 1) for child in tree["children"]]

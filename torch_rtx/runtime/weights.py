@@ -1,21 +1,21 @@
 """The weights of a session: recipes run on parameters, seen again when a parameter changes, and refitted.
 
-A weight without a recipe is the parameter itself, and a recipe of views alone gives an alias of it: neither costs memory,
-and a change in place is seen at once. Every other weight has storage of its own; changed parameters and refit write into
-that storage, so that addresses, and with them captured CUDA graphs, stay valid.
+A weight without a recipe is the parameter itself, and a recipe of views alone gives an alias of it: neither costs
+memory, and a change in place is seen at once. Every other weight has storage of its own; changed parameters and refit
+write into that storage, so that addresses, and with them captured CUDA graphs, stay valid.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from operator import is_
+from copy import copy
 
 import torch
 
 from torch_rtx import aten
 from torch_rtx.errors import RefitError
 from torch_rtx.ir import Graph, Parameter, TensorType
-from torch_rtx.runtime.reference import compile_graph, restride
+from torch_rtx.runtime.reference import compile_graph, copy_strided, overwrite, restride
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -42,22 +42,33 @@ class WeightStore:
         self._types = {p.name: p.type for p in graph.parameters}
         self._constants = {p.name: self._place(p.name, constants[p.name]) for p in graph.parameters if p.constant}
         self._unused = unused_names
-        self._recipes = [w.recipe and compile_graph(w.recipe, device, name="recipe") for w in graph.weights]
+        self._recipes = [
+            None if w.recipe is None else compile_graph(w.recipe, device, name="recipe") for w in graph.weights
+        ]
         # Per weight: may it change, and is its storage ours to write to?
         self._variable = [any(name not in self._constants for name in w.names) for w in graph.weights]
-        self._owned = [False] * len(graph.weights)
-        self.values = [torch.empty(0)] * len(graph.weights)
-        for index, variable in enumerate(self._variable):
-            if not variable:
-                self.values[index] = self._make(index, {})
-        self._sources: dict[str, torch.Tensor] = {}
-        self._tensors: Sequence[torch.Tensor] = ()
+        self.values = [torch.empty(0) if variable else self._make(i, {}) for i, variable in enumerate(self._variable)]
+        self._detach()
+
+    def sibling(self) -> WeightStore:
+        """A store of the same graph for other parameters: shares the recipes' code and what only constants decide."""
+        other = copy(self)
+        other.values = [torch.empty(0) if v else value for v, value in zip(self._variable, self.values, strict=True)]
+        other._detach()
+        return other
+
+    def _detach(self) -> None:
+        self._owned = [False] * len(self.weights)
         self._addresses: list[int] = []
+        self._forget()
+
+    def _forget(self) -> None:
+        self._sources: dict[str, torch.Tensor] = {}
         self._watched: list[torch.Tensor] = []  # the sources of the weights with storage of their own
-        self._stamps: list[tuple[int, int]] = []
+        self._stamps: list[object] = []
 
     def attach(self, sources: Tensors) -> None:
-        """Use the tensors of `sources` themselves, by name: no copy where no recipe makes one. `refresh` then sees changes.
+        """Use the tensors of `sources` themselves, by name: copies are only what recipes make. `refresh` sees changes.
 
         Raises:
             RefitError: names are missing, or a tensor does not fit its parameter.
@@ -67,15 +78,13 @@ class WeightStore:
     def update(self, tensors: Sequence[torch.Tensor]) -> None:
         """`attach` and `refresh` in one for the tensors of `parameters`, in order, before each call of a live module.
 
-        Nothing is done for tensors that are the same as in the last call.
+        They must be the same objects in each call: a store follows one set of parameters, and holds their memory but
+        not them. Their contents may change, and through `parameter.data = other` their memory.
         """
-        if len(tensors) != len(self._tensors) or not all(map(is_, tensors, self._tensors)):
-            self._tensors = list(tensors)
-            self._addresses = [tensor.data_ptr() for tensor in tensors]
-            self._attach(self._tensors)
-        elif [tensor.data_ptr() for tensor in tensors] != self._addresses:  # `parameter.data = other`
-            self._addresses = [tensor.data_ptr() for tensor in tensors]
-            self._attach(self._tensors)
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        if addresses != self._addresses:
+            self._attach(tensors)
+            self._addresses = addresses
         else:
             self.refresh()
 
@@ -104,7 +113,7 @@ class WeightStore:
         self._stamps = stamps
         for index, weight in enumerate(self.weights):
             if self._owned[index] and not names.isdisjoint(weight.names):
-                _overwrite(self.values[index], self._make(index, self._sources))
+                overwrite(self.values[index], self._make(index, self._sources))
 
     def refit(self, sources: Tensors) -> None:
         """Take the values of `sources`, by name; no reference to them is kept, and nothing of the caller's is written.
@@ -112,18 +121,19 @@ class WeightStore:
         Every recipe is run before anything changes, so that a failure changes nothing.
 
         Raises:
-            RefitError: names are missing or unexpected, shapes or dtypes differ, tied parameters are given twice and differ.
+            RefitError: names are missing or unexpected, shapes or dtypes differ, or tied parameters differ.
         """
         given = dict(zip((p.name for p in self.parameters), match(self.parameters, sources, self._unused), strict=True))
         fresh = {index: self._make(index, given) for index, variable in enumerate(self._variable) if variable}
         for index, value in fresh.items():
-            self._store(index, value if self._owned[index] else copy_strided(value), True)
-        self._sources, self._tensors, self._watched, self._stamps = {}, (), [], []
+            self._store(index, value if self._owned[index] else copy_strided(value, value.stride()), True)
+        self._addresses = []
+        self._forget()
 
     def _store(self, index: int, value: torch.Tensor, owned: bool) -> None:
         """Make `value` the weight's value; in place where both the old and the new storage are ours."""
         if owned and self._owned[index]:
-            _overwrite(self.values[index], value)
+            overwrite(self.values[index], value)
         else:
             self.values[index], self._owned[index] = value, owned
             self.generation += 1
@@ -135,8 +145,7 @@ class WeightStore:
             self._constants[n] if n in self._constants else self._place(n, sources[n]) for n in weight.names
         ]
         with torch.no_grad():
-            value = inputs[0] if recipe is None else recipe(inputs, ())[0]
-        return value
+            return inputs[0] if recipe is None else recipe(inputs, ())[0]
 
     def _place(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """`tensor` on the device and with the strides of the parameter `name`, itself if possible."""
@@ -191,21 +200,6 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b.to(a.device))
 
 
-def _stamps(tensors: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
-    return [(tensor._version, tensor.data_ptr()) for tensor in tensors]
-
-
-def _overwrite(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Copy values; a dimension of stride 0 is one element in memory and is written once."""
-    for dim, (size, stride) in enumerate(zip(target.shape, target.stride(), strict=True)):
-        if stride == 0 and size > 1:
-            target, source = target.narrow(dim, 0, 1), source.narrow(dim, 0, 1)
-    with torch.no_grad():
-        target.copy_(source)
-
-
-def copy_strided(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy of the same strides, in memory of its own."""
-    copy = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
-    _overwrite(copy, tensor)
-    return copy
+def _stamps(tensors: Sequence[torch.Tensor]) -> list[object]:
+    """What changes when a tensor's contents may have. One made in inference mode has no version counter: always."""
+    return [object() if tensor.is_inference() else tensor._version for tensor in tensors]

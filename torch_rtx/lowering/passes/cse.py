@@ -5,14 +5,13 @@ from __future__ import annotations
 from torch_rtx import aten
 from torch_rtx.ir import Graph, Node, Value
 from torch_rtx.lowering.infer import Inference
-from torch_rtx.lowering.passes.simplify import _seen_outside
-from torch_rtx.lowering.rewrite import Rewriter, rewrite
+from torch_rtx.lowering.rewrite import Rewriter, rewrite, seen_outside
 
 
 def cse(graph: Graph, infer: Inference) -> Graph:
     """Level import to level import. Random draws, effects and copies that the caller gets stay apart."""
     first: dict[object, tuple[Value | None, ...]] = {}
-    fresh = _seen_outside(graph)
+    fresh = seen_outside(graph)
 
     def visit(node: Node, rewriter: Rewriter) -> bool:
         if not node.outputs or aten.is_random(aten.overload(node.op)):

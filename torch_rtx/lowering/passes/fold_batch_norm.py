@@ -1,7 +1,7 @@
-"""Folds an inference batch norm into the convolution before it: its scale goes into the weight, its shift into the bias.
+"""Folds an inference batch norm into the convolution before it: scale into the weight, shift into the bias.
 
-conv(x, w) * s + t equals conv(x, w * s) + t for s = gamma / sqrt(var + eps), t = beta + (bias - mean) * s, which depend on
-parameters alone: `hoist_weights` makes them a recipe. Computed in the wider of the two dtypes (float32 at least) and
+conv(x, w) * s + t equals conv(x, w * s) + t for s = gamma / sqrt(var + eps), t = beta + (bias - mean) * s, which depend
+on parameters alone: `hoist_weights` makes them a recipe. Computed in the wider of the two dtypes (float32 at least) and
 rounded once.
 """
 
@@ -12,7 +12,7 @@ from torch_rtx.ir import Attr, Graph, Node, TensorType, Value
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.rewrite import Rewriter, only_user, returned, rewrite, users
 
-CONVOLUTIONS = frozenset(f"aten.conv{n}d.default" for n in (1, 2, 3)) | {"aten.conv2d.padding"}
+CONVOLUTIONS = frozenset(f"aten.conv{n}d.{overload}" for n in (1, 2, 3) for overload in ("default", "padding"))
 BATCH_NORM = "aten._native_batch_norm_legit_no_training.default"
 
 
@@ -48,7 +48,9 @@ def fold_batch_norm(graph: Graph, infer: Inference) -> Graph:
 
 def _foldable(convolution: Node, norm: Node, weights: set[str]) -> bool:
     """Whether all that the two need besides the input are weights, and the norm's other results are unused."""
-    if norm.op != BATCH_NORM or norm.kind != "op" or any(norm.outputs[1:]) or norm.arg("input") != convolution.outputs[0]:
+    if norm.op != BATCH_NORM or norm.kind != "op" or any(norm.outputs[1:]):
+        return False
+    if norm.arg("input") != convolution.outputs[0]:
         return False
     needed = [convolution.arg("weight"), norm.arg("running_mean"), norm.arg("running_var")]
     needed += [a for a in (convolution.arg("bias"), norm.arg("weight"), norm.arg("bias")) if a is not None]
@@ -64,12 +66,14 @@ def _fold(convolution: Node, norm: Node, rewriter: Rewriter) -> Value:
         return emit("_to_copy.default", self=value, dtype="f32") if narrow else value
 
     weight = convolution.arg("weight")
-    assert isinstance(weight, Value) and isinstance(weight.type, TensorType)
+    assert isinstance(weight, Value)
+    assert isinstance(weight.type, TensorType)
     scale = emit("rsqrt.default", self=emit("add.Scalar", self=wide(norm.arg("running_var")), other=norm.arg("eps")))
     if norm.arg("weight") is not None:
         scale = emit("mul.Tensor", self=scale, other=wide(norm.arg("weight")))
     mean = wide(norm.arg("running_mean"))
-    offset = mean if convolution.arg("bias") is None else emit("sub.Tensor", self=mean, other=wide(convolution.arg("bias")))
+    bias = convolution.arg("bias")
+    offset = mean if bias is None else emit("sub.Tensor", self=mean, other=wide(bias))
     shift = emit("neg.default", self=emit("mul.Tensor", self=offset, other=scale))
     if norm.arg("bias") is not None:
         shift = emit("add.Tensor", self=shift, other=wide(norm.arg("bias")))

@@ -23,9 +23,13 @@ def hoist_weights(graph: Graph, infer: Inference) -> Graph:
     """Level import to level import. Parameters that the graph itself writes to stay where they are."""
     source = {w.value.name: w for w in graph.weights if w.value.name not in graph.written and w.recipe is None}
     made: dict[str, Node] = {}  # by output: the nodes that a recipe can hold
+    origins = {name: frozenset((name,)) for name in source}  # by value: the weights that it is computed from
+    sizes = {name: _bytes(weight.value.type) for name, weight in source.items()}
     rest: list[Node] = []
     for node in graph.nodes:
-        if _hoistable(node, source, made):
+        needed = frozenset[str]().union(*(origins.get(value.name, ()) for value in node.inputs))
+        if _hoistable(node, source, made, sum(map(sizes.__getitem__, needed))):
+            origins |= {value.name: needed for value in node.outputs if value is not None}
             made |= {value.name: node for value in node.outputs if value is not None}
         else:
             rest.append(node)
@@ -38,7 +42,8 @@ def hoist_weights(graph: Graph, infer: Inference) -> Graph:
     return replace(graph, weights=tuple(weights), nodes=tuple(rest))
 
 
-def _hoistable(node: Node, source: dict[str, Weight], made: dict[str, Node]) -> bool:
+def _hoistable(node: Node, source: dict[str, Weight], made: dict[str, Node], size: int) -> bool:
+    """Whether a recipe can hold the node, whose inputs come from weights of `size` bytes in all."""
     if node.kind != "op" or not node.outputs:
         return False
     op = aten.overload(node.op)
@@ -53,7 +58,7 @@ def _hoistable(node: Node, source: dict[str, Weight], made: dict[str, Node]) -> 
         return False
     if aten.is_view(op):
         return True
-    return sum(map(_bytes, types)) <= max(GROWTH_BYTES, GROWTH_FACTOR * sum(_bytes(v.type) for v in node.inputs))
+    return sum(map(_bytes, types)) <= max(GROWTH_BYTES, GROWTH_FACTOR * size)
 
 
 def _symbolic(type_: TensorType) -> bool:

@@ -1,26 +1,35 @@
-"""Merges linear layers that read the same input into one, over concatenated weights: query, key and value first of all.
+"""Merges linear layers that read the same input into one, over concatenated weights: query, key and value above all.
 
-One large product uses the GPU better than three small ones. The concatenation is a recipe (`hoist_weights` moves it), the
-results are slices of the one product.
+One large product uses the GPU better than three small ones. The concatenation is a recipe (`hoist_weights` moves it),
+the results are slices of the one product.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
+
+from torch_rtx import aten
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Attr, Graph, Node, TensorType, Value
 from torch_rtx.lowering.infer import Inference
-from torch_rtx.lowering.rewrite import Rewriter, rewrite
+from torch_rtx.lowering.rewrite import Rewriter, returned, rewrite
 
 LINEAR = "aten.linear.default"
 
 
 def merge_linears(graph: Graph, infer: Inference) -> Graph:
-    """Level import to level import. Layers merge if their weights are parameters of one dtype and all or none has a bias."""
-    weights = {weight.value.name for weight in graph.weights}
+    """Level import to level import.
+
+    Layers merge if their weights are parameters of one dtype, all or none has a bias, and nobody relies on the strides
+    of the result: a slice has others.
+    """
+    weights = {weight.value.name for weight in graph.weights} - graph.written
+    fixed = returned(graph)
+    fixed.update(v.name for n in graph.nodes if n.kind == "fallback" or n.op in aten.STRIDED for v in n.inputs)
     groups: dict[object, list[Node]] = {}
     for node in graph.nodes:
         key = _group(node, weights)
-        if key is not None:
+        if key is not None and not any(value is not None and value.name in fixed for value in node.outputs):
             groups.setdefault(key, []).append(node)
     group_of = {id(node): group for group in groups.values() if len(group) > 1 for node in group}
     merged: dict[int, Value] = {}
@@ -30,10 +39,8 @@ def merge_linears(graph: Graph, infer: Inference) -> Graph:
         if group is None:
             return False
         if node is group[0]:
-            try:
+            with suppress(Unsupported):
                 merged[id(group)] = _product(group, rewriter)
-            except Unsupported:
-                pass
         if id(group) not in merged:
             return False
         start = sum(_rows(other) for other in group[: next(i for i, n in enumerate(group) if n is node)])
@@ -60,8 +67,9 @@ def _group(node: Node, weights: set[str]) -> object:
 
 def _rows(node: Node) -> int:
     weight = node.arg("weight")
-    assert isinstance(weight, Value) and isinstance(weight.type, TensorType) and isinstance(weight.type.shape[0], int)
-    return weight.type.shape[0]
+    assert isinstance(weight, Value)
+    assert isinstance(weight.type, TensorType)
+    return weight.type.shape[0]  # type: ignore[return-value]  # parameters have no symbolic sizes
 
 
 def _product(group: list[Node], rewriter: Rewriter) -> Value:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from torch_rtx import aten
 from torch_rtx.ir import Graph, Node, TensorType, Value
 from torch_rtx.lowering.infer import Inference
-from torch_rtx.lowering.rewrite import Rewriter, returned, rewrite
+from torch_rtx.lowering.rewrite import COPIES, Rewriter, rewrite, seen_outside
 
-ALIASES = frozenset(f"aten.{name}.default" for name in ("alias", "detach", "lift_fresh", "lift_fresh_copy", "view", "expand"))
-SAME_TYPE = ALIASES | {"aten.permute.default", "aten.slice.Tensor", "aten._to_copy.default", "aten.squeeze.dims", "aten.transpose.int"}
-COPIES = frozenset(("aten._to_copy.default", "aten.clone.default", "aten.lift_fresh_copy.default", "aten.alias_copy.default"))
+ALIASES = frozenset(f"aten.{name}.default" for name in ("alias", "detach", "lift_fresh", "view", "expand", "permute"))
+SAME_TYPE = ALIASES | COPIES | {"aten.slice.Tensor", "aten.squeeze.dims", "aten.transpose.int"}
 
 
 def simplify(graph: Graph, infer: Inference) -> Graph:
     """Level import to level import; the graph computes the same values with fewer nodes."""
-    fresh = _seen_outside(graph)
+    fresh = seen_outside(graph)
     reshaped: dict[str, Value] = {}  # what a view was made from
 
     def visit(node: Node, rewriter: Rewriter) -> bool:
@@ -30,7 +28,8 @@ def simplify(graph: Graph, infer: Inference) -> Graph:
             return True
         if node.op == "aten.view.default" and now.name in reshaped:
             first = reshaped[now.name]
-            rewriter.nodes.append(Node("op", node.op, (("self", first), ("size", node.arg("size"))), node.outputs, None, node.loc))
+            args = ("self", first), ("size", node.arg("size"))
+            rewriter.nodes.append(Node("op", node.op, args, node.outputs, None, node.loc))
             reshaped[output.name] = first
             return True
         if node.op == "aten.view.default":
@@ -51,16 +50,4 @@ def _changes_nothing(node: Node, source: Value) -> bool:
         return not moved
     if node.op == "aten.slice.Tensor":
         return node.arg("start", None) in (None, 0) and node.arg("step", 1) == 1
-    return node.op in SAME_TYPE or node.op in COPIES
-
-
-def _seen_outside(graph: Graph) -> set[str]:
-    """The values whose memory the caller gets, through views as well: a copy among them is no needless copy."""
-    seen = returned(graph)
-    for node in reversed(graph.nodes):
-        leaves = any(value is not None and value.name in seen for value in node.outputs)
-        if leaves and (node.kind == "fallback" or node.op in COPIES or aten.is_view(aten.overload(node.op))):
-            seen.update(value.name for value in node.inputs)
-        if node.kind == "fallback":  # it may keep what it gets, or write to it
-            seen.update(value.name for value in node.inputs)
-    return seen
+    return node.op in SAME_TYPE

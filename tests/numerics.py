@@ -1,0 +1,57 @@
+"""The float64 criterion: a result is right when its error against a float64 run is at most twice eager's own error."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+# Below this relative error two results are the same for the dtype, whatever eager's own error happens to be.
+SAME = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+def tensors(tree: Any) -> list[torch.Tensor]:
+    """The tensors in a result, in order."""
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def in_float64(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+    """What a float64 copy of `model` returns for the same, equally rounded weights and inputs."""
+
+    def widen(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.double() if tensor.is_floating_point() else tensor.clone()
+
+    args, kwargs = pytree.tree_map_only(torch.Tensor, widen, (args, dict(kwargs)))
+    with torch.no_grad():
+        return tensors(copy.deepcopy(model).double()(*args, **kwargs))
+
+
+def relative_error(got: torch.Tensor, reference: torch.Tensor) -> float:
+    """Norm of the difference over the norm of the reference; infinite where only one of them is finite."""
+    got, reference = got.double(), reference.double()
+    finite = torch.isfinite(reference)
+    if not torch.equal(torch.isfinite(got), finite):
+        return float("inf")
+    difference = torch.where(finite, got - reference, 0.0)
+    return float(difference.norm() / torch.where(finite, reference, 0.0).norm().clamp_min(1e-30))
+
+
+def assert_right(got: Any, eager: Any, reference: list[torch.Tensor]) -> float:
+    """Check every tensor of a result; returns the worst error relative to the limit."""
+    worst = 0.0
+    ours, theirs = tensors(got), tensors(eager)
+    assert len(ours) == len(theirs) == len(reference)
+    for index, (mine, eagers, exact) in enumerate(zip(ours, theirs, reference, strict=True)):
+        assert (mine.shape, mine.dtype, mine.device) == (eagers.shape, eagers.dtype, eagers.device), index
+        if not mine.is_floating_point():
+            assert torch.equal(mine, eagers), index
+            continue
+        limit = max(2 * relative_error(eagers, exact), SAME[mine.dtype])
+        error = relative_error(mine, exact)
+        assert error <= limit, f"output {index}: error {error:.2e} against float64, eager's allows {limit:.2e}"
+        worst = max(worst, error / limit)
+    return worst

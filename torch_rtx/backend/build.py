@@ -1,0 +1,163 @@
+"""Engines ahead of time: `compile` exports a model, lowers it and binds the model's weights."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TokenArgument
+
+import torch_rtx
+from torch_rtx.backend.capture import capture_export
+from torch_rtx.backend.compiler import Program, compile_fx
+from torch_rtx.engine import Engine, Manifest
+from torch_rtx.errors import CaptureError
+from torch_rtx.lowering.from_fx import Role
+from torch_rtx.runtime.module import CompiledModule, resolve_device
+from torch_rtx.runtime.signature import Fixed, Signature
+from torch_rtx.settings import CompilationSettings, RuntimeSettings
+
+log = logging.getLogger(__name__)
+
+
+def compile(
+    model: nn.Module | ExportedProgram,
+    args: tuple[Any, ...] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    settings: CompilationSettings | None = None,
+    runtime: RuntimeSettings | None = None,
+) -> CompiledModule:
+    """Build an engine ahead of time, for inference.
+
+    The result uses the model's own tensors where it can, and sees changes of them in place. With
+    `CompilationSettings(device="cuda")` it is built on a machine without a GPU, from a model that may be on the `meta`
+    device; where there is no such device, or no weights, the result can be saved and not called.
+
+    Args:
+        args, kwargs, dynamic_shapes: as for `torch.export.export`; none of them for an ExportedProgram.
+        runtime: how the result runs.
+
+    Raises:
+        CaptureError, PartitionError, LoweringError: the model can't be captured, must be one engine and can't, or a bug.
+    """
+    settings = settings or CompilationSettings()
+    program = capture_export(model, args, kwargs, dynamic_shapes=dynamic_shapes, device=settings.device)
+    tensors = _tensors(program)
+    roles = [_role(spec, tensors) for spec in program.graph_signature.input_specs]
+    roles = _with_aliases(roles, tensors)
+    lowered = compile_fx(program.graph_module, roles, settings, _writes(program), program.range_constraints)
+    engine = _engine(program, lowered, roles, tensors, _forward_names(model), settings)
+    built_for = resolve_device(None, lowered.device.type) if settings.device else lowered.device
+    module = CompiledModule(engine, built_for, runtime, lowered.callables)
+    needed = {p.name for p in engine.graph.parameters if not p.constant}
+    if all(_has_data(tensors.get(name)) for name in needed):
+        module.attach({name: tensors[name] for name in needed})
+    else:
+        log.info("the model has no weights here: the engine can be saved, and called after refit")
+    return module
+
+
+def _tensors(program: ExportedProgram) -> dict[str, torch.Tensor]:
+    found = {**program.state_dict, **program.constants}
+    return {name: tensor for name, tensor in found.items() if isinstance(tensor, torch.Tensor)}
+
+
+def _has_data(tensor: torch.Tensor | None) -> bool:
+    return tensor is not None and not tensor.is_meta and not isinstance(tensor, FakeTensor)
+
+
+def _role(spec: Any, tensors: Mapping[str, torch.Tensor]) -> Role:
+    """What an input of the exported graph is. Data that no state dict has travels in the engine, if it is there at all."""
+    if spec.kind is InputKind.USER_INPUT:
+        return Role("input", spec.arg.name)
+    if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
+        in_state = spec.kind is InputKind.PARAMETER or (spec.kind is InputKind.BUFFER and spec.persistent is not False)
+        kind = "parameter" if in_state or not _has_data(tensors.get(spec.target)) else "constant"
+        return Role(kind, spec.target)
+    raise CaptureError(f"the model has an input of kind {spec.kind.name}, which engines do not have")
+
+
+def _with_aliases(roles: list[Role], tensors: Mapping[str, torch.Tensor]) -> list[Role]:
+    """Give each parameter the other names of the same tensor: a state dict may have any of them."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        names.setdefault(id(tensor), []).append(name)
+    return [
+        Role(r.kind, r.name, tuple(n for n in names.get(id(tensors.get(r.name)), ()) if n != r.name))
+        if r.kind == "parameter"
+        else r
+        for r in roles
+    ]
+
+
+def _writes(program: ExportedProgram) -> dict[int, str]:
+    """Positions of the outputs that are new contents of a buffer or input, with the placeholder they belong to."""
+    signature = program.graph_signature
+    buffers = {target: name for name, target in signature.inputs_to_buffers.items()}
+    writes = {}
+    for position, spec in enumerate(signature.output_specs):
+        if spec.kind is OutputKind.BUFFER_MUTATION:
+            writes[position] = buffers[spec.target]
+        elif spec.kind is OutputKind.USER_INPUT_MUTATION:
+            writes[position] = spec.target
+        elif spec.kind is not OutputKind.USER_OUTPUT or isinstance(spec.arg, TokenArgument):
+            raise CaptureError(f"the model has an output of kind {spec.kind.name}, which engines do not have")
+    return writes
+
+
+def _engine(
+    program: ExportedProgram,
+    lowered: Program,
+    roles: list[Role],
+    tensors: Mapping[str, torch.Tensor],
+    names: tuple[str, ...],
+    settings: CompilationSettings,
+) -> Engine:
+    parameters = lowered.graph.parameters
+    needed = {name for p in parameters for name in (p.name, *p.aliases)}
+    manifest = Manifest(
+        device=lowered.device.type,
+        signature=_signature(program, names).to_json(),
+        producer={"torch_rtx": torch_rtx.__version__, "torch": torch.__version__},
+        unused_names=tuple(sorted(n for n in program.state_dict if n not in needed)),
+    )
+    data = {**tensors, **lowered.constants}
+    constants = {p.name: data[p.name].detach() for p in parameters if p.constant}
+    weights = None
+    if not settings.strip_weights:
+        missing = [p.name for p in parameters if not p.constant and not _has_data(tensors.get(p.name))]
+        if missing:
+            raise CaptureError(f"strip_weights is False and the model has no data for {', '.join(missing[:5])}")
+        weights = {p.name: tensors[p.name].detach() for p in parameters if not p.constant}
+    return Engine(lowered.graph, manifest, constants, weights)
+
+
+def _signature(program: ExportedProgram, names: tuple[str, ...]) -> Signature:
+    call = program.call_spec
+    assert call.in_spec is not None
+    assert call.out_spec is not None
+    leaves: list[int | Fixed] = []
+    count = 0
+    for spec in program.graph_signature.input_specs:
+        if spec.kind is not InputKind.USER_INPUT:
+            continue
+        if isinstance(spec.arg, ConstantArgument):
+            leaves.append(Fixed(spec.arg.name, spec.arg.value))
+        else:
+            leaves.append(count)
+            count += 1
+    return Signature(names, call.in_spec, call.out_spec, leaves)
+
+
+def _forward_names(model: nn.Module | ExportedProgram) -> tuple[str, ...]:
+    if not isinstance(model, nn.Module):
+        return ()
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(n for n, p in inspect.signature(model.forward).parameters.items() if p.kind in kinds)

@@ -1,0 +1,43 @@
+"""The command line: `torch-rtx inspect model.rtx`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from torch_rtx import engine
+from torch_rtx.errors import RtxError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Tools for torch_rtx engines.")
+File = Annotated[Path, typer.Argument(help="An engine (.rtx).")]
+
+
+@app.callback()
+def main() -> None:
+    """Tools for torch_rtx engines."""  # makes `inspect` a command of its own, also while it is the only one
+
+
+@app.command()
+def inspect(
+    path: File,
+    graph: Annotated[bool, typer.Option("--graph", help="Print the program instead of the summary.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+) -> None:
+    """Say what an engine holds, without loading it; needs neither torch nor a GPU."""
+    try:
+        found = engine.inspect(path)
+    except (RtxError, OSError) as error:
+        typer.secho(f"error: {error}", err=True, fg="red")
+        raise typer.Exit(1) from None
+    if graph:
+        print(found.graph_text, end="")
+    elif as_json:
+        fields = asdict(found)
+        del fields["graph_text"]
+        print(json.dumps(fields, indent=1))
+    else:
+        print(found)

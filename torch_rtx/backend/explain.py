@@ -1,0 +1,114 @@
+"""`explain`: what of a model runs in the engine, what falls back to PyTorch, and why; as text and as data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._functorch.aot_autograd import make_boxed_func
+
+from torch_rtx.backend.capture import capture_inference
+from torch_rtx.backend.compiler import device_of
+from torch_rtx.backend.partition import partition
+from torch_rtx.ir import Loc
+from torch_rtx.lowering.location import Locations
+from torch_rtx.lowering.support import unsupported_reason
+from torch_rtx.lowering.symbols import Symbols
+from torch_rtx.settings import CompilationSettings
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """A node that stays in PyTorch: its operator, why, and where the model calls it."""
+
+    op: str
+    reason: str
+    loc: Loc | None
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """One captured graph: node counts of the engine's blocks, the fallbacks, and why capture stopped after it."""
+
+    blocks: tuple[int, ...]
+    fallbacks: tuple[Fallback, ...]
+    break_reason: str | None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What torch.compile(backend="rtx") does with a model. `print` it, or read `graphs`."""
+
+    graphs: tuple[GraphReport, ...]
+
+    @property
+    def engine_nodes(self) -> int:
+        """Nodes that run in engines."""
+        return sum(sum(graph.blocks) for graph in self.graphs)
+
+    @property
+    def fallback_nodes(self) -> int:
+        """Nodes that stay in PyTorch."""
+        return sum(len(graph.fallbacks) for graph in self.graphs)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{len(self.graphs)} graph{'s' * (len(self.graphs) != 1)}: "
+            f"{self.engine_nodes} nodes in engines, {self.fallback_nodes} fall back to PyTorch"
+        ]
+        for index, graph in enumerate(self.graphs):
+            blocks = ", ".join(map(str, graph.blocks)) or "none"
+            lines.append(f"graph {index}: blocks of {blocks} nodes")
+            for fallback in graph.fallbacks:
+                lines.append(f"  fallback {fallback.op}: {fallback.reason}")
+                if fallback.loc is not None:
+                    lines.append(f"    at {fallback.loc}")
+            if graph.break_reason is not None:
+                lines.append(f"  graph break: {graph.break_reason}")
+        return "\n".join(lines)
+
+
+def explain(
+    model: Callable[..., Any], *args: Any, settings: CompilationSettings | None = None, **kwargs: Any
+) -> Explanation:
+    """Capture `model` for inference as torch.compile would, run it once in PyTorch, and report how it is partitioned.
+
+    Args:
+        model: a module or function; args and kwargs are those of one call of it.
+        settings: as for the compilation that is to be explained.
+    """
+    settings = settings or CompilationSettings(require_full_compilation=False)
+    reports: list[GraphReport] = []
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        reason = getattr(gm, "compile_subgraph_reason", None)
+        stopped = getattr(reason, "graph_break", False)
+
+        def compiler(graph: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+            reports.append(report(graph, settings, _break_text(reason) if stopped else None))
+            return make_boxed_func(graph.forward)
+
+        return capture_inference(gm, example_inputs, compiler)
+
+    function = model.forward if isinstance(model, nn.Module) and not model._forward_hooks else model
+    with torch.no_grad():
+        torch.compile(function, backend=backend)(*args, **kwargs)
+    return Explanation(tuple(reports))
+
+
+def report(gm: fx.GraphModule, settings: CompilationSettings, break_reason: str | None = None) -> GraphReport:
+    """The partition of one functional ATen graph as data."""
+    symbols = Symbols(device_of(gm))
+    parts = partition(gm, lambda node: unsupported_reason(node, symbols), settings)
+    locations = Locations()
+    fallbacks = tuple(Fallback(str(node.target), why, locations.of(node)) for node, why in parts.fallbacks.items())
+    return GraphReport(tuple(map(len, parts.blocks)), fallbacks, break_reason)
+
+
+def _break_text(reason: Any) -> str:
+    frame = reason.user_stack[-1] if reason.user_stack else None
+    text = str(reason.reason).strip().splitlines()[0]
+    return f"{text} ({frame.filename}:{frame.lineno})" if frame is not None else text

@@ -1,0 +1,213 @@
+"""A compiled module: an engine with weights on a device, called like the model it was made of."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from torch_rtx import engine as engine_file
+from torch_rtx.engine import Engine
+from torch_rtx.errors import EngineFormatError, InvalidIR, RefitError, RtxError
+from torch_rtx.runtime.session import Session
+from torch_rtx.runtime.signature import Signature
+from torch_rtx.runtime.weights import WeightStore
+from torch_rtx.settings import RuntimeSettings
+
+log = logging.getLogger(__name__)
+WeightSource = nn.Module | Mapping[str, torch.Tensor] | str | os.PathLike[str]
+
+
+class CompiledModule(nn.Module):
+    """Runs an engine; made by `torch_rtx.compile` and `torch_rtx.load`.
+
+    It computes without gradients. It holds no parameters of its own in the sense of `nn.Module`: weights go in through
+    `refit`.
+
+    Args:
+        engine: the program.
+        device: where to run it.
+        settings: how to run it.
+        callables: what the Python fallbacks of an engine call that was built in this process.
+        trusted_ops: operators outside the allow-list that the engine may call.
+
+    Raises:
+        InvalidIR: the engine names an operator that is not allowed or does not exist here.
+        RtxError: the engine has Python fallbacks and `callables` does not have them.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        device: torch.device,
+        settings: RuntimeSettings | None = None,
+        callables: Sequence[Callable[..., Any]] = (),
+        trusted_ops: Sequence[str] = (),
+    ) -> None:
+        super().__init__()
+        self.engine, self.device = engine, device
+        self._signature = Signature.from_json(engine.manifest.signature)
+        constants = dict(engine.constants)
+        self._store = WeightStore(engine.graph, device, constants, engine.manifest.unused_names)
+        self.session = Session(engine.graph, self._store, settings or RuntimeSettings(), callables, frozenset(trusted_ops))
+        self._ready = not self._store.parameters
+
+    def attach(self, weights: WeightSource) -> None:
+        """Use the tensors of a module or state dict themselves where no recipe changes them: no second copy in memory, and
+        a change of them in place is seen by the next call. A file is read.
+
+        Raises:
+            RefitError: a tensor that the engine needs is missing or of another shape or dtype.
+        """
+        if isinstance(weights, str | os.PathLike):
+            self.refit(weights)
+            return
+        self._store.attach(tensors_of(weights))
+        self._ready = True
+
+    def refit(self, weights: WeightSource) -> None:
+        """Take the values of `weights`: a module, a state dict, or the path of a .safetensors file. They are copied.
+
+        Raises:
+            RefitError: lists the names that are missing, unexpected or of another shape or dtype; nothing was changed.
+        """
+        tensors = tensors_of(weights)
+        if isinstance(weights, nn.Module):  # has its own buffers as well, which a state dict would not show
+            known = {name for p in self._store.parameters for name in (p.name, *p.aliases)}
+            kept = weights.state_dict(keep_vars=True).keys()
+            tensors = {name: tensor for name, tensor in tensors.items() if name in known or name in kept}
+        self._store.refit(tensors)
+        self._ready = True
+        if self.engine.weights is not None:
+            names = [p.name for p in self._store.parameters]
+            self.engine = replace(self.engine, weights={n: tensors[n].detach().clone() for n in names if n in tensors})
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's result, in its own structure.
+
+        Raises:
+            InputError: an argument does not fit; it names the argument, the dimension and the range.
+            RtxError: the engine has no weights yet.
+        """
+        if not self._ready:
+            raise RtxError("this engine is weight-stripped", hint="give it weights first: module.refit(...)")
+        inputs = self._signature.flatten(args, kwargs)
+        kind = self.device.type
+        autocast = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+        with torch.no_grad(), autocast:  # casts were resolved at capture
+            self._store.refresh()
+            outputs = self.session(inputs)
+        return self._signature.unflatten(outputs)
+
+    def extra_repr(self) -> str:
+        return f"nodes={len(self.engine.graph.nodes)}, device={self.device}"
+
+
+def tensors_of(weights: WeightSource) -> dict[str, torch.Tensor]:
+    """The named tensors of a module (buffers that its state dict leaves out as well), a state dict or a safetensors file.
+
+    Raises:
+        EngineFormatError: the file is no safetensors file.
+    """
+    if isinstance(weights, nn.Module):
+        named = [*weights.named_parameters(remove_duplicate=False), *weights.named_buffers(remove_duplicate=False)]
+        return {name: tensor.detach() for name, tensor in named}
+    if isinstance(weights, Mapping):
+        return dict(weights)
+    try:
+        return load_file(weights)
+    except SafetensorError as error:
+        raise EngineFormatError(f"{os.fspath(weights)} is no safetensors file: {error}") from None
+
+
+def save(module: CompiledModule | Engine, path: str | os.PathLike[str]) -> None:
+    """Write an engine to `path`, as `engine.save`; with weights if it was built with `strip_weights=False`.
+
+    Raises:
+        RtxError: a fallback is a Python function, or a container of the signature has no name that a file can hold.
+    """
+    engine_file.save(module.engine if isinstance(module, CompiledModule) else module, path)
+
+
+def load(
+    path: str | os.PathLike[str],
+    weights: WeightSource | None = None,
+    device: torch.device | str | None = None,
+    settings: RuntimeSettings | None = None,
+    trusted_ops: Sequence[str] = (),
+) -> CompiledModule:
+    """Load an engine.
+
+    Args:
+        weights: a module or state dict, whose tensors are used themselves where possible, or the path of a
+            .safetensors file; None: those in the engine, or none yet (`refit` gives them).
+        device: None: the device the engine was built for, or the CPU (with a warning) where there is none.
+        trusted_ops: names of operators outside the allow-list that the file may call; they must be registered.
+
+    Raises:
+        EngineFormatError, EngineVersionError: see `engine.load`.
+        RefitError: the weights do not fit.
+        InvalidIR: the engine calls an operator that is neither allowed nor trusted.
+    """
+    engine = engine_file.load(path)
+    if any(node.op == "python" for node in engine.graph.nodes):
+        raise InvalidIR("the engine calls a Python function, which no file can hold")
+    module = CompiledModule(engine, resolve_device(device, engine.manifest.device), settings, (), trusted_ops)
+    if weights is not None:
+        module.attach(weights)
+    elif engine.weights is not None:
+        module._store.attach(engine.weights)
+        module._ready = True
+    return module
+
+
+def resolve_device(device: torch.device | str | None, built_for: str) -> torch.device:
+    """The device with its index; None is the kind that the engine was built for, if this machine has one."""
+    if device is None:
+        if built_for == "cuda" and not torch.cuda.is_available():
+            log.warning("the engine was built for cuda, which is not available: it runs on the CPU")
+            return torch.device("cpu")
+        device = built_for
+    resolved = torch.device(device)
+    if resolved.type == "cuda" and resolved.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return resolved
+
+
+def refit_module_weights(module: nn.Module, weights: WeightSource) -> None:
+    """Give a compiled module other weights, without compiling: a `CompiledModule`, or what `torch.compile` returned.
+
+    Under torch.compile the values are copied into the model's own parameters, and the next call sees them. This is also
+    the way to make it see parameters that were changed through `.data` (pass the model itself).
+
+    Raises:
+        RefitError: lists the names that are missing, unexpected or of another shape or dtype; nothing was changed.
+        RtxError: `module` is not compiled.
+    """
+    if isinstance(module, CompiledModule):
+        module.refit(weights)
+        return
+    model = getattr(module, "_orig_mod", None)
+    if model is None:
+        raise RtxError(f"a {type(module).__name__} is not compiled", hint="pass a CompiledModule or torch.compile(model)")
+    state, given = model.state_dict(keep_vars=True), tensors_of(weights)
+    mismatched = {
+        name: f"expected {list(state[name].shape)} {state[name].dtype}, got {list(tensor.shape)} {tensor.dtype}"
+        for name, tensor in given.items()
+        if name in state and (tensor.shape != state[name].shape or tensor.dtype != state[name].dtype)
+    }
+    missing = tuple(name for name in state if name not in given)
+    unexpected = tuple(n for n in given if n not in state) if not isinstance(weights, nn.Module) else ()
+    if missing or unexpected or mismatched:
+        raise RefitError(missing, unexpected, mismatched)
+    with torch.no_grad():
+        for name, tensor in state.items():
+            tensor.copy_(given[name])
