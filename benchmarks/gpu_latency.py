@@ -2,22 +2,26 @@
 
     python -m benchmarks.gpu_latency [--out results.json] [MODEL ...]
 
-Medians of device time (events around each call, after a warm-up), the repeats of all three interleaved. For bert_base
-also the host time of a replayed call of the exported engine over a bare `CUDAGraph.replay()` of the same graph.
+The engine goes the way of a deployment: built, saved, loaded and refitted. Inputs rotate among four sets. Medians of device
+time (events around each call, after a warm-up), the repeats of all three interleaved; and the host time of a replayed call
+of the engine, beside that of a bare `CUDAGraph.replay()` of the same graph.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import torch_rtx
 from benchmarks import models
@@ -55,25 +59,40 @@ def host_us(call: Call, repeats: int = 300) -> float:
     return 1e6 * statistics.median(times)
 
 
+def deployed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch_rtx.CompiledModule:
+    """The model as an application gets it: from a weight-stripped file, with weights of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.rtx"
+        torch_rtx.save(torch_rtx.compile(model, args, kwargs), path)
+        loaded = torch_rtx.load(path)
+    loaded.refit(model)
+    return loaded
+
+
 def measure(name: str, repeats: int) -> dict[str, Any]:
     """One row: median milliseconds per way to run the model, and what they are relative to eager."""
     dtype = torch.bfloat16 if name in BF16 else torch.float16
     model, args, kwargs = models.build(name, "full", dtype=dtype, device="cuda")
     torch._dynamo.reset()
     compiled = torch.compile(copy.deepcopy(model), backend=rtx, fullgraph=True)
-    exported = torch_rtx.compile(copy.deepcopy(model), args, kwargs)
-    calls: dict[str, Call] = {
-        "eager": lambda: model(*args, **kwargs),
-        "compiled": lambda: compiled(*args, **kwargs),
-        "exported": lambda: exported(*args, **kwargs),
-    }
+    exported = deployed(model, args, kwargs)
+    sets = itertools.cycle([models.inputs(name, "full", dtype=dtype, device="cuda", seed=seed) for seed in range(4)])
+
+    def on_next_inputs(run: Callable[..., Any]) -> Call:
+        def call() -> Any:
+            args, kwargs = next(sets)
+            return run(*args, **kwargs)
+
+        return call
+
+    calls = {key: on_next_inputs(run) for key, run in (("eager", model), ("compiled", compiled), ("exported", exported))}
     with torch.no_grad():
         times = device_ms(calls, repeats)
         row: dict[str, Any] = {f"{key}_ms": statistics.median(values) for key, values in times.items()}
         row["dtype"] = str(dtype)
         row["ratio"] = max(row["compiled_ms"], row["exported_ms"]) / row["eager_ms"]
         pool = exported.session.pool
-        captured = [entry for entry in pool.captured.values() if entry is not None] if pool else []
+        captured = list(pool.captured.values()) if pool else []
         row["graphs"] = len(captured)
         if captured:
             bare = captured[0].graph.replay

@@ -42,7 +42,7 @@ def test_interleaved_shapes_and_eviction() -> None:
     for got, expected in results:  # compared at the end: later replays must not have touched earlier results
         torch.testing.assert_close(got, expected)
     pool = pool_of(module)
-    assert sum(held is not None for held in pool.captured.values()) <= 3
+    assert len(pool.captured) <= 3
     assert pool.replays > 0
 
 
@@ -53,7 +53,7 @@ def test_more_shapes_than_graphs_stay_bounded() -> None:
         for size in range(1, 64):
             x = torch.randn(size, 16, device="cuda")
             torch.testing.assert_close(module(x), model(x))
-    assert len(pool_of(module).captured) <= 2 + 8 * 2 + 1
+    assert len(pool_of(module).captured) <= 2
 
 
 class Cache(nn.Module):

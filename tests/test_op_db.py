@@ -1,10 +1,10 @@
 """PyTorch's own operator samples (`op_db`) through the backend, against eager.
 
-An operator passes for a dtype when the whole graph of each chosen sample runs in the engine, nothing left to PyTorch, and
-gives what eager gives: values, dtypes, shapes, strides, and the same changes of its inputs. op_db_failing.txt names the
-others, each with the reason, and may only get shorter: both a failure that it does not name and a line whose operator
-passes are errors here. `python -m tests.test_op_db --write` writes it anew, `python -m tests.test_op_db NAME...` shows what
-becomes of operators.
+An operator passes for a dtype when the whole graph of each chosen sample runs in the engine, nothing left to PyTorch,
+and gives what eager gives: values, dtypes, shapes, strides, and the same changes of its inputs. op_db_failing.txt names
+the others, each with the reason, and may only get shorter: both a failure that it does not name and a line whose
+operator passes are errors here. `python -m tests.test_op_db --write` writes it anew, and with NAMES for an argument it
+shows what becomes of these operators.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
+from keyword import iskeyword
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +25,18 @@ from torch import fx
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils import _pytree as pytree
 
+from torch_rtx import aten
 from torch_rtx.backend.entry import rtx
 from torch_rtx.errors import PartitionError
+from torch_rtx.ir import COPY
 
 LIST = Path(__file__).with_name("op_db_failing.txt")
 CHUNKS = 48
 OPTIONS = {"require_full_compilation": True, "fallback_on_error": False}
-# How often each dtype is tried. The dtypes in the second line are for operators that take neither of the first.
+# How many samples to try per dtype. The second line is for operators that take neither dtype of the first.
 SAMPLES = {torch.float32: 3, torch.float16: 2}
 OTHERWISE = {torch.int64: 2, torch.bool: 2, torch.complex64: 2}
-# Drawing operators are compared value by value: op_db sets this seed when eager runs them, and we set it before ours run.
+# Operators that draw are compared value by value: op_db sets this seed where it calls them, so we set it before ours.
 SEED = 42
 # What comes out is whatever was in memory.
 UNDEFINED = frozenset(("empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided"))
@@ -61,8 +64,8 @@ def dtypes(op: Any) -> dict[torch.dtype, int]:
 def chosen(op: Any, dtype: torch.dtype, count: int) -> list[Any]:
     """`count` samples spread from the first to the last; those between them are made non-contiguous."""
     samples = list(op.sample_inputs("cpu", dtype))
-    last = len(samples) - 1
-    picked = [samples[i] for i in sorted({round(last * step / (count - 1)) for step in range(count)})] if samples else []
+    steps = [round((len(samples) - 1) * step / (count - 1)) for step in range(count)]
+    picked = [samples[i] for i in sorted(set(steps))] if samples else []
     return [spaced(x) if 0 < i < len(picked) - 1 else x for i, x in enumerate(picked)]
 
 
@@ -153,9 +156,7 @@ def failure(op: Any, dtype: torch.dtype, count: int) -> str | None:
     refused, ran = "no samples", False
     for sample in chosen(op, dtype, count):
         try:
-            with torch.no_grad(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                check_sample(op, sample)
+            check_sample(op, sample)
             ran = True
         except EagerRefuses as error:
             refused = str(error)
@@ -180,7 +181,10 @@ def results(names: list[str]) -> Iterator[tuple[str, str | None]]:
     for name in names:
         op = operators()[name]
         for dtype, count in dtypes(op).items():
-            yield f"{name} {str(dtype).removeprefix('torch.')}", failure(op, dtype, count)
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                why = failure(op, dtype, count)
+            yield f"{name} {str(dtype).removeprefix('torch.')}", why
 
 
 def listed() -> dict[str, str]:
@@ -202,6 +206,16 @@ def test_operators(chunk):
 def test_list_names_operators_that_exist():
     unknown = {key.split()[0] for key in listed()} - operators().keys()
     assert not unknown
+
+
+def test_allowed_operators_exist_and_are_functional():
+    found = {name: aten.overload(name) for name in aten.ALLOWED}
+    assert {name for name, op in found.items() if op._schema.is_mutable} == {COPY}
+
+
+def test_arguments_of_allowed_operators_can_be_written_as_text():
+    names = {argument for name in aten.ALLOWED for argument in aten.schema(aten.overload(name))}
+    assert not [name for name in names if iskeyword(name)]  # `from` of aten.uniform is one
 
 
 def main(arguments: list[str]) -> None:

@@ -1,24 +1,35 @@
 """Passes: text in, text out, equal numbers before and after.
 
-Each file passes/PASS.txt holds graphs and what PASS makes of them. In these texts `param w: TYPE` is short for a parameter
-and the weight that is that parameter.
+Each file passes/PASS.txt holds graphs and what PASS makes of them. In these texts `param w: TYPE` is short for a
+parameter and the weight that is that parameter.
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
 from torch_rtx import aten
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import COPY, Graph, Node, Parameter, ScalarType, Sym, TensorType, Value, Weight, contiguous, verify
+from torch_rtx.ir import (
+    COPY,
+    Graph,
+    Node,
+    Parameter,
+    Sym,
+    TensorType,
+    Value,
+    Weight,
+    contiguous,
+    dim_expr,
+    verify,
+)
 from torch_rtx.irparse import parse
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.passes import hoist_weights
@@ -65,7 +76,7 @@ def evaluated(dim: Any, sizes: dict[str, int]) -> int:
 
 
 def numbers(program: Graph, sizes: dict[str, int] | None = None) -> tuple[list[Any], list[torch.Tensor]]:
-    """What `program` returns for random inputs and parameters, and what these hold afterwards; equal for equal types."""
+    """What `program` returns for random inputs and parameters, and what these hold afterwards."""
     torch.manual_seed(0)
     inputs = [random(value.type, sizes or {}) for value in program.inputs]
     tensors = {}
@@ -96,7 +107,7 @@ def test_text(name, before, after, monkeypatch):
     verify(result, aten.ALLOWED)
     expected = program if after.strip() == "the same" else graph(after, result.level)
     assert str(result) == str(expected)
-    assert_same_numbers(program, result)
+    assert_same_numbers(program, result, {"s0": 3, "s1": 5})
 
 
 def test_every_pass_has_texts():
@@ -135,7 +146,7 @@ def arguments(draw: Any, kind: str, value: Value, pool: list[Value]) -> tuple[st
         return op, {"self": value, "other": draw(pick([0, 1, True, 1.0, -0.0, 0.5]))}
     if kind == "cast":
         return "aten._to_copy.default", {"self": value, "dtype": draw(pick(["f32", "f64"]))}
-    if kind == "linear":
+    if kind == "linear" and value.type.dtype == "f32":  # fake tensors let other dtypes pass
         name = draw(pick(["w", "v"]))
         named = {weight.name: weight for weight in pool[:8]}
         bias = {"bias": named[f"bias_{name}"]} if draw(st.booleans()) else {}
@@ -148,7 +159,7 @@ def arguments(draw: Any, kind: str, value: Value, pool: list[Value]) -> tuple[st
         ("aten.view.default", {"size": draw(pick([(-1,), (-1, 3), (3, -1), (1, -1), (-1, 2, 3), value.type.shape]))}),
         ("aten.permute.default", {"dims": tuple(draw(st.permutations(range(rank))))}),
         ("aten.transpose.int", {"dim0": draw(dim), "dim1": draw(dim)}),
-        ("aten.slice.Tensor", {"dim": draw(dim), "start": draw(pick([0, 1, -1])), "end": draw(pick([2, 3, 2**63 - 1]))}),
+        ("aten.slice.Tensor", {"dim": draw(dim), "start": draw(pick([0, 1, -1])), "end": draw(pick([2, 2**63 - 1]))}),
         ("aten.unsqueeze.default", {"dim": draw(dim)}),
         ("aten.expand.default", {"size": (draw(pick([1, 2])), *value.type.shape)}),
     ]
@@ -161,7 +172,8 @@ def programs(draw: st.DrawFn) -> Graph:
     """A graph of level import that can be run: up to ten calls, some of them the same, results, writes to inputs."""
     rewriter = Rewriter(base(draw(st.sampled_from([5, BATCH]))), Inference())
     pool = [*rewriter.graph.values()]
-    kinds = st.sampled_from(["unary", "binary", "scalar", "cast", "linear", "linear", "reduction", "view", "view", "view"])
+    # Those that passes look at come more often.
+    kinds = st.sampled_from(["unary", "binary", "scalar", "cast", "reduction", *["linear"] * 2, *["view"] * 3])
     for _ in range(draw(st.integers(1, 10))):
         op, given_ = arguments(draw, draw(kinds), draw(st.sampled_from(pool)), pool)
         try:
@@ -184,7 +196,37 @@ def programs(draw: st.DrawFn) -> Graph:
 @settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 @given(programs())
 def test_pipeline_keeps_the_numbers(program):
+    note(str(program))
     verify(program, aten.ALLOWED)
     lowered, _ = lower(program, CompilationSettings())
     assert parse(str(lowered)) == lowered
     assert_same_numbers(program, lowered, {"s0": 5})
+
+
+# ---- types of new calls ----
+
+
+def value(dtype: str, *shape: Any) -> Value:
+    return Value("x", TensorType(dtype, shape, contiguous(shape)))
+
+
+def test_equal_numbers_of_different_kinds_give_different_types():
+    infer, x = Inference(), value("i64", 2)
+    found = [infer("aten.add.Scalar", (("self", x), ("other", other)))[0].dtype for other in (True, 1, 1.0)]
+    assert found == ["i64", "i64", "f32"]
+
+
+def test_calls_that_hold_for_some_sizes_only_are_refused():
+    infer, x = Inference(), value("f32", BATCH, 2)
+    for _ in range(2):
+        with pytest.raises(Unsupported):
+            infer("aten.view.default", (("self", x), ("size", (-1, 3))))
+    (kept,) = infer("aten.view.default", (("self", x), ("size", (-1,))))
+    assert kept.shape == (dim_expr("*", 2, BATCH),)
+
+
+def test_sizes_that_may_be_equal_are_not_taken_as_equal():
+    infer = Inference()
+    tight = [value("f32", Sym(name, 2, 3)) for name in ("s0", "s1")]
+    with pytest.raises(Unsupported, match="only where"):
+        infer("aten.add.Tensor", (("self", tight[0]), ("other", tight[1])))

@@ -7,7 +7,6 @@ tree that is walked here and never evaluated. Text from a file that nobody trust
 from __future__ import annotations
 
 import ast
-import warnings
 from collections.abc import Iterator
 from keyword import iskeyword
 

@@ -64,7 +64,7 @@ adaptive_max_pool1d.default adaptive_max_pool2d.default adaptive_max_pool3d.defa
 addmv.default addr.default alias_copy.default all.default all.dim all.dims amax.default amin.default aminmax.default
 any.default any.dim any.dims argmax.default argmin.default as_strided_copy.default as_strided_scatter.default
 avg_pool1d.default avg_pool2d.default avg_pool3d.default baddbmm.default bilinear.default binary_cross_entropy.default
-binary_cross_entropy_with_logits.default bincount.default block_diag.default bmm.default bucketize.Scalar
+binary_cross_entropy_with_logits.default block_diag.default bmm.default bucketize.Scalar
 bucketize.Tensor cat.default channel_shuffle.default cholesky.default cholesky_inverse.default cholesky_solve.default
 col2im.default complex.default constant_pad_nd.default conv1d.default conv1d.padding conv2d.default conv2d.padding
 conv3d.default conv3d.padding conv_transpose1d.default conv_transpose2d.input conv_transpose3d.input

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import reduce
 from typing import Any
 
 import torch
@@ -15,13 +16,14 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch_rtx import aten
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Attr, Dim, Expr, Sym, TensorType, Type, Value, attr_dims, attr_map, attr_values, type_dims
-from torch_rtx.lowering.symbols import convert
+from torch_rtx.lowering.symbols import UNBOUNDED, convert
 
 OPERATORS = {
     "+": operator.add, "*": operator.mul, "//": operator.floordiv, "%": operator.mod,
     "min": torch.sym_min, "max": torch.sym_max,
 }
-# What stands for MAIN: static calls run on meta tensors, calls with symbols in a fake mode, which costs ten times as much.
+# What stands for MAIN: static calls run on meta tensors, calls with symbols in a fake mode, which costs ten times as
+# much.
 META, FAKE = torch.device("meta"), torch.device("cpu")
 
 
@@ -29,19 +31,24 @@ class Inference:
     """Types of calls over one graph's symbols; equal calls are run once."""
 
     def __init__(self) -> None:
+        self._cache: dict[tuple[str, str], tuple[Type, ...]] = {}
+        self._new_symbols()
+
+    def _new_symbols(self) -> None:
         self._env = ShapeEnv()
         self._mode = FakeTensorMode(shape_env=self._env)
-        self._symints: dict[str, torch.SymInt] = {}
+        self._symints: dict[str, int | torch.SymInt] = {}
         self._dims: dict[Any, Dim] = {}
-        self._cache: dict[Any, tuple[Type, ...]] = {}
 
     def __call__(self, op: str, args: Sequence[tuple[str, Attr]]) -> tuple[Type, ...]:
         """The types of what `op(args)` returns.
 
         Raises:
-            Unsupported: the call does not accept these types, or a size comes out that dims can't express.
+            Unsupported: the call does not accept these types, or only for some sizes of those that the symbols stand
+                for, or a size comes out that dims can't express.
         """
-        key = (op, tuple((name, attr_map(attr, lambda value: Value("_", value.type))) for name, attr in args))
+        # As text: True, 1 and 1.0 are equal and give results of different dtypes.
+        key = (op, repr([(name, attr_map(attr, lambda value: Value("_", value.type))) for name, attr in args]))
         if key not in self._cache:
             self._cache[key] = self._run(op, args)
         return self._cache[key]
@@ -56,7 +63,12 @@ class Inference:
             try:
                 result = overload(**given)
             except (RuntimeError, TypeError, ValueError, IndexError) as error:
+                self._new_symbols()
                 raise Unsupported(f"{op} does not take these arguments: {error}") from None
+        if self._env.guards:
+            condition = self._env.guards[-1].expr
+            self._new_symbols()  # the old ones would take the condition as given from here on
+            raise Unsupported(f"{op} takes these arguments only where {condition}")
         return tuple(self._type(item) for item in (result if isinstance(result, tuple | list) else (result,)))
 
     def _concrete(self, attr: Attr, device: torch.device) -> Any:
@@ -76,18 +88,18 @@ class Inference:
             return dim
         if isinstance(dim, Sym):
             if dim.name not in self._symints:
-                # Any size will do that no other symbol has: equal hints would make PyTorch take the sizes as equal.
-                hint = max(dim.min, 2) + 1009 + 2 * len(self._symints)
+                # A size of its own where its range allows: PyTorch would first ask whether equal sizes are equal. As in
+                # a capture, sizes are at least 2; what is true of these is taken to be true of 0 and 1.
+                low, high = max(dim.min, 2), UNBOUNDED if dim.max is None else max(dim.max, 2)
+                hint = min(low + 1009 + 2 * len(self._symints), high)
                 source = ConstantSource(dim.name)
                 symbol = self._env.create_symbol(hint, source, DimDynamic.DYNAMIC, do_not_specialize_zero_one=True)
                 symint = self._env.create_symintnode(symbol, hint=hint, source=source)
+                self._env.constrain_symbol_range(symbol, low, high)
                 self._symints[dim.name] = symint
                 self._dims[symbol] = dim
             return self._symints[dim.name]
-        left, *rest = map(self._symint, dim.args)
-        for right in rest:
-            left = OPERATORS[dim.op](left, right)
-        return left
+        return reduce(OPERATORS[dim.op], map(self._symint, dim.args))
 
     def _type(self, tensor: torch.Tensor) -> TensorType:
         shape, strides = (tuple(self._dim(size) for size in sizes) for sizes in (tensor.shape, tensor.stride()))

@@ -1,29 +1,31 @@
 """Unified CUDA graphs: a whole module, engine and fallback operators together, replayed as one graph per input shape.
 
-The first call with a combination of shapes runs the plain code, the second captures it, later ones replay. Ordinary inputs
-are copied into static memory and outputs out of it, so that a caller may keep both. Inputs that the module writes to (caches)
-are captured at their address instead, which is part of the key.
+The first call with a combination of shapes runs the plain code, a later one captures it, the rest replay. Inputs are copied
+into static memory and results out of it by the graph's own first and last nodes, whose addresses are set before each
+replay: a caller may keep both, and no copy costs a launch. Inputs that the module writes to (caches) are captured at their
+address instead, which is part of the key.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 
 from torch_rtx.ir import MAIN, Graph, ScalarType, TensorType, Value, dim_syms, type_dims
-from torch_rtx.runtime.reference import Runner, copy_strided
+from torch_rtx.runtime.reference import Runner, copy_strided, restride
 from torch_rtx.runtime.weights import WeightStore
 
 log = logging.getLogger(__name__)
-# CUDA captures per process, not per session: a synchronization by one capture's start would break another one.
+# CUDA captures per process, not per session: the synchronization at the start of a capture would break another one.
 _CAPTURING = threading.Lock()
 SEEN_PER_GRAPH = 8  # keys that are remembered as met once, per graph of the pool
+# `torch.empty_strided` on the current device without the cost of parsing its arguments: what Inductor's code calls.
+_EMPTY = torch._C._dynamo.guards._empty_strided_cuda
 Output = Callable[[Sequence[Any]], Any]
 
 
@@ -47,23 +49,9 @@ def why_not(graph: Graph) -> str | None:
                 return f"{node.op} runs on {value.type.device} ({node.loc})"
             if any(sym.name not in known for dim in type_dims(value.type) for sym in dim_syms(dim)):
                 return f"the size of the result of {node.op} depends on the data ({node.loc})"
+    if _driver() is None:
+        return "the package cuda-bindings is not installed"
     return None
-
-
-@dataclass
-class Captured:
-    """A captured graph with its static inputs (`targets`, for the inputs at `copied`) and how to make each output."""
-
-    graph: torch.cuda.CUDAGraph
-    copied: list[int]
-    targets: list[torch.Tensor]
-    outputs: list[Output]
-
-    def replay(self, inputs: Sequence[Any]) -> list[Any]:
-        if self.copied:
-            torch._foreach_copy_(self.targets, [inputs[index] for index in self.copied])
-        self.graph.replay()
-        return [output(inputs) for output in self.outputs]
 
 
 class GraphPool:
@@ -71,17 +59,21 @@ class GraphPool:
 
     The graphs share their memory, so that their replays follow each other: on one stream as it is, and where the stream
     changes the new one waits for the old.
+
+    Args:
+        run: the plain code of `graph`.
     """
 
     def __init__(self, graph: Graph, run: Runner, device: torch.device, size: int) -> None:
-        self.run, self.device, self.size = run, device, size
-        self.graph = graph
-        self.captured: OrderedDict[object, Captured | None] = OrderedDict()  # None: met once
+        self.graph, self.run, self.device, self.size = graph, run, device, size
+        self.captured: dict[object, Captured] = {}
+        self._met: dict[object, None] = {}  # keys that ran the plain code once, oldest first
         self.captures = self.replays = 0
         self.disabled: str | None = None
         self._written = [i for i, value in enumerate(graph.inputs) if value.name in graph.written]
         self._handle = torch.cuda.graph_pool_handle()
         self._lock = threading.RLock()
+        self._warm = threading.local()
         self._generation = -1
         self._stream: torch.cuda.Stream | None = None
         self._raw_stream = -1
@@ -93,31 +85,36 @@ class GraphPool:
         if self._written:
             key = (key, tuple([(inputs[i].data_ptr(), inputs[i].stride()) for i in self._written]))
         with self._lock:
-            if self._generation != store.generation:
-                self.captured.clear()
-                self._generation = store.generation
-            found = self.captured.get(key, False)
-            if found is None:
-                found = self._capture(inputs, store)
-                if found is not None:
-                    self._insert(key, found)
-            elif found is False:
-                self._insert(key, None)
-            if found:
-                self.captured.move_to_end(key)
+            found = self._find(key, inputs, store)
+            if found is not None:
                 self._follow_stream()
                 self.replays += 1
                 return found.replay(inputs)
-        return self.run(inputs, store.values)
+        outputs = self.run(inputs, store.values)
+        # Library handles are per thread, and a capture can't make them: a thread captures only after a plain call.
+        self._warm.done = True
+        return outputs
 
-    def _insert(self, key: object, entry: Captured | None) -> None:
-        self.captured[key] = entry
-        self.captured.move_to_end(key)
-        graphs = [k for k, held in self.captured.items() if held is not None]
-        if len(graphs) > self.size:
-            del self.captured[graphs[0]]
-        if len(self.captured) - len(graphs) > SEEN_PER_GRAPH * self.size:
-            del self.captured[next(k for k, held in self.captured.items() if held is None)]
+    def _find(self, key: object, inputs: Sequence[Any], store: WeightStore) -> Captured | None:
+        """The graph for `key`, captured now if it was met before; None where this call has to run the plain code."""
+        if self._generation != store.generation:
+            self.captured.clear()
+            self._generation = store.generation
+        found = self.captured.get(key)
+        if found is None:
+            if key in self._met and getattr(self._warm, "done", False):
+                found = self._capture(inputs, store)
+            if found is None:
+                self._met[key] = None
+                if len(self._met) > SEEN_PER_GRAPH * self.size:
+                    del self._met[next(iter(self._met))]
+                return None
+            del self._met[key]
+            self.captured[key] = found
+            if len(self.captured) > self.size:
+                del self.captured[min(self.captured, key=lambda key: self.captured[key].used)]
+        found.used = self.replays
+        return found
 
     def _follow_stream(self) -> None:
         """Order this replay after the last one, whatever stream that was on."""
@@ -131,70 +128,236 @@ class GraphPool:
 
     def _capture(self, inputs: Sequence[Any], store: WeightStore) -> Captured | None:
         """Capture the module for these inputs; None, and never tried again, where CUDA refuses."""
-        fixed = set(self._written)
-        copied = [i for i, x in enumerate(inputs) if isinstance(x, torch.Tensor) and i not in fixed]
-        targets = [_like(inputs[i]) for i in copied]
-        static = list(inputs)
-        for index, target in zip(copied, targets, strict=True):
-            static[index] = target
-        graph = torch.cuda.CUDAGraph()
         try:
             with _CAPTURING, torch.cuda.device(self.device):
-                torch._foreach_copy_(targets, [inputs[i] for i in copied])
-                with torch.cuda.graph(graph, pool=self._handle, capture_error_mode="thread_local"):
-                    results = self.run(static, store.values)
+                found = Captured(self.graph, self.run, inputs, self._written, store, self._handle)
         except RuntimeError as error:
             self.disabled = str(error).splitlines()[0]
-            _end_failed_capture(self.device)
             log.warning("no CUDA graphs for this module, it can't be captured: %s", self.disabled)
+            _end_failed_capture(self.device, self._handle)
             return None
         self.captures += 1
         log.debug("captured a CUDA graph for %s", [tuple(x.shape) for x in inputs if isinstance(x, torch.Tensor)])
-        pinned = {t.untyped_storage().data_ptr() for t in store.values}
-        pinned |= {inputs[i].untyped_storage().data_ptr() for i in fixed}
-        names = {value.name: index for index, value in enumerate(self.graph.inputs)}
-        outputs = [
-            _output(attr, result, names, static, copied, pinned)
-            for attr, result in zip(self.graph.outputs, results, strict=True)
-        ]
-        return Captured(graph, copied, targets, outputs)
+        return found
 
 
-def _end_failed_capture(device: torch.device) -> None:
-    """Take the random number generator out of the state that a failed capture leaves it in: a capture that ends does."""
-    with torch.cuda.device(device), torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
-        torch.zeros(1, device=device)
+class Captured:
+    """One captured graph.
+
+    Args:
+        written: positions of the inputs that are captured at their address.
+        handle: the memory pool.
+    """
+
+    def __init__(
+        self, graph: Graph, run: Runner, inputs: Sequence[Any], written: list[int], store: WeightStore, handle: Any
+    ) -> None:
+        names = {value.name: index for index, value in enumerate(graph.inputs)}
+        tensors = [i for i, x in enumerate(inputs) if isinstance(x, torch.Tensor) and i not in written]
+        static = list(inputs)
+        for index in tensors:
+            static[index] = torch.empty_like(inputs[index])
+        given = {i: restride(inputs[i], static[i].stride()) for i in tensors if inputs[i].numel()}
+        pinned = {t.untyped_storage().data_ptr() for t in (*store.values, *(inputs[i] for i in written))}
+        own = {static[i].untyped_storage().data_ptr(): i for i in given}
+        self.graph = torch.cuda.CUDAGraph(keep_graph=True)
+        copies: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+        self._late: list[tuple[int, torch.Tensor]] = []
+        self._outputs: list[Output] = []
+        self.used = 0
+        device = store.device
+        with torch.cuda.graph(self.graph, handle, _capture_stream(device.index), capture_error_mode="thread_local"):
+            for index, tensor in given.items():
+                static[index].copy_(tensor)
+            results = run(static, store.values)
+            for position, (attr, result) in enumerate(zip(graph.outputs, results, strict=True)):
+                output = _alias(attr, result, names, static, own, pinned)
+                self._outputs.append(output or _nothing)
+                if output is None and _extent(result) > 2 * result.numel():
+                    self._late.append((position, result))  # a thin slice of something large: not as one piece of memory
+                elif output is None:
+                    source, target = _flat(result), torch.empty(_extent(result), dtype=result.dtype, device=device)
+                    target.copy_(source)
+                    copies.append((position, source, target))
+        self.graph.instantiate()
+        self._static, self._results = static, results  # the graph's memory lives as long as these do
+        find = _CopyNodes(self.graph)
+        self._sources = [(find(t, static[i]), i, static[i].stride()) for i, t in given.items()]
+        for position, source, target in copies:
+            self._outputs[position] = _copy_out(results[position], find(source, target) if source.numel() else None)
+
+    def replay(self, inputs: Sequence[Any]) -> list[Any]:
+        for node, index, strides in self._sources:
+            node.set_source(restride(inputs[index], strides))
+        outputs = [output(inputs) for output in self._outputs]
+        self.graph.replay()
+        for position, result in self._late:
+            outputs[position] = copy_strided(result, result.stride())
+        return outputs
 
 
-def _like(tensor: torch.Tensor) -> torch.Tensor:
-    """Memory for a copy of `tensor`, of the same strides where they do not overlap."""
-    return torch.empty_like(tensor, memory_format=torch.preserve_format)
+def _nothing(inputs: Sequence[Any]) -> None:
+    """Stands for an output that is made in another way."""
 
 
-def _output(
-    attr: Any, result: Any, names: dict[str, int], static: list[Any], copied: list[int], pinned: set[int]
-) -> Output:
-    """How a replay makes one output: the caller's input, an alias of what the caller or the module owns, or a copy."""
+def _extent(tensor: torch.Tensor) -> int:
+    """Elements from the tensor's first to its last in memory."""
+    if not tensor.numel():
+        return 0
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    """The memory of the tensor as one row, what lies between its elements included."""
+    return tensor.as_strided((_extent(tensor),), (1,))
+
+
+def _copy_out(result: torch.Tensor, node: CopyNode | None) -> Output:
+    """A new tensor per replay, which the graph's last nodes fill."""
+    shape, strides, dtype, device = tuple(result.shape), result.stride(), result.dtype, result.device
+
+    def output(inputs: Sequence[Any]) -> torch.Tensor:
+        if torch._C._cuda_getDevice() == device.index:
+            fresh = _EMPTY(shape, strides, dtype)
+        else:
+            fresh = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+        if node is not None:
+            node.set_target(fresh)
+        return fresh
+
+    return output
+
+
+def _alias(
+    attr: Any, result: Any, names: dict[str, int], static: list[Any], own: dict[int, int], pinned: set[int]
+) -> Output | None:
+    """How to make an output that is no new tensor: the caller's input, a view of it, or memory that the module keeps."""
     if isinstance(attr, Value) and attr.name in names:
-        index = names[attr.name]
-        return lambda inputs: inputs[index]
+        position = names[attr.name]
+        return lambda inputs: inputs[position]
     if not isinstance(result, torch.Tensor):
         return lambda inputs: result
     storage = result.untyped_storage().data_ptr()
     if storage in pinned:
         return lambda inputs: result.detach()
-    for index in copied:
-        if result.numel() and static[index].untyped_storage().data_ptr() == storage:
-            shape, strides, offset = result.shape, result.stride(), result.storage_offset() - static[index].storage_offset()
-            like = static[index].stride()
+    if storage not in own:
+        return None
+    index = own[storage]
+    like, shape, strides = static[index].stride(), result.shape, result.stride()
+    offset = result.storage_offset() - static[index].storage_offset()
 
-            def alias(inputs: Sequence[Any]) -> torch.Tensor:
-                given = inputs[index]
-                if given.stride() != like:
-                    return result.clone()
-                return given.as_strided(shape, strides, given.storage_offset() + offset)
+    def view(inputs: Sequence[Any]) -> torch.Tensor:
+        given = restride(inputs[index], like)
+        return given.as_strided(shape, strides, given.storage_offset() + offset)
 
-            return alias
-    if 0 in result.stride() and any(st == 0 and n > 1 for st, n in zip(result.stride(), result.shape, strict=True)):
-        return lambda inputs: copy_strided(result, result.stride())
-    return lambda inputs: result.clone()
+    return view
+
+
+# ---- the driver ------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _driver() -> Any:
+    """The driver API, or None where its bindings are not installed."""
+    try:
+        from cuda.bindings import driver  # not a requirement: only GPU machines have it
+    except ImportError:
+        return None
+    return driver
+
+
+def _checked(answer: tuple[Any, ...]) -> Any:
+    """The result of a driver call.
+
+    Raises:
+        RuntimeError: the call failed.
+    """
+    status, *results = answer
+    if status != 0:
+        raise RuntimeError(f"CUDA driver: {status.name}")
+    return results[0] if results else None
+
+
+class CopyNode:
+    """A copy in an instantiated graph whose addresses can be set; what is running already is not affected."""
+
+    def __init__(self, executable: Any, node: Any, params: Any, context: Any) -> None:
+        self._set = _driver().cuGraphExecMemcpyNodeSetParams
+        self._executable, self._node, self._params, self._context = executable, node, params, context
+        self._source = self._target = 0
+
+    def set_source(self, tensor: torch.Tensor) -> None:
+        """Copy from `tensor` in the replays that follow."""
+        address = tensor.data_ptr()
+        if address != self._source:
+            self._source = self._params.srcDevice = address
+            self._apply()
+
+    def set_target(self, tensor: torch.Tensor) -> None:
+        """Copy to `tensor` in the replays that follow."""
+        address = tensor.data_ptr()
+        if address != self._target:
+            self._target = self._params.dstDevice = address
+            self._apply()
+
+    def _apply(self) -> None:
+        (status,) = self._set(self._executable, self._node, self._params, self._context)
+        if status != 0:
+            raise RuntimeError(f"CUDA driver: {status.name} when setting the address of a copy")
+
+
+class _CopyNodes:
+    """Finds the copies of a captured graph by their addresses."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph) -> None:
+        driver = _driver()
+        raw = driver.CUgraph(graph.raw_cuda_graph())
+        self._executable = driver.CUgraphExec(graph.raw_cuda_graph_exec())
+        self._context = _checked(driver.cuCtxGetCurrent())
+        count = _checked_count(driver.cuGraphGetNodes(raw))
+        nodes = driver.cuGraphGetNodes(raw, count)[1] if count else []
+        kind = driver.CUgraphNodeType.CU_GRAPH_NODE_TYPE_MEMCPY
+        copies = [node for node in nodes if _checked(driver.cuGraphNodeGetType(node)) == kind]
+        found = [(node, _checked(driver.cuGraphMemcpyNodeGetParams(node))) for node in copies]
+        self._found = {(int(params.srcDevice), int(params.dstDevice)): (node, params) for node, params in found}
+
+    def __call__(self, source: torch.Tensor, target: torch.Tensor) -> CopyNode:
+        """The copy of `source` to `target`.
+
+        Raises:
+            RuntimeError: it was captured as something else than a copy.
+        """
+        key = source.data_ptr(), target.data_ptr()
+        if key not in self._found:
+            raise RuntimeError("a copy at the border of the graph was not captured as one")
+        return CopyNode(self._executable, *self._found[key], self._context)
+
+
+def _checked_count(answer: tuple[Any, ...]) -> int:
+    status, _, count = answer
+    if status != 0:
+        raise RuntimeError(f"CUDA driver: {status.name}")
+    return int(count)
+
+
+@cache
+def _capture_stream(index: int) -> torch.cuda.Stream:
+    """The stream that captures on a device. Nobody else's: PyTorch hands out 32 streams in turn, and the work of whoever
+    got the same one would be captured instead of run."""
+    driver = _driver()
+    with torch.cuda.device(index):
+        raw = _checked(driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING))
+    return torch.cuda.ExternalStream(int(raw), torch.device("cuda", index))
+
+
+def _end_failed_capture(device: torch.device, handle: Any) -> None:
+    """Undo what a failed capture leaves behind in PyTorch: memory that is still being allocated for it, and the random
+    number generator in the state of a capture, out of which a capture that ends takes it."""
+    torch._C._cuda_endAllocateToPool(device.index, handle)
+    stream, graph = _capture_stream(device.index), torch.cuda.CUDAGraph()
+    with (
+        _CAPTURING,
+        torch.cuda.device(device),
+        torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+    ):
+        torch.zeros(1, device=device)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -100,12 +99,8 @@ class CompiledModule(nn.Module):
         if not self._ready:
             raise RtxError("this engine is weight-stripped", hint="give it weights first: module.refit(...)")
         inputs = self._signature.flatten(args, kwargs)
-        kind = self.device.type
-        autocast = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
-        with torch.no_grad(), autocast:  # casts were resolved at capture
-            self._store.refresh()
-            outputs = self.session(inputs)
-        return self._signature.unflatten(outputs)
+        self._store.refresh()
+        return self._signature.unflatten(self.session(inputs))
 
     def extra_repr(self) -> str:
         return f"nodes={len(self.engine.graph.nodes)}, device={self.device}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from copy import copy
 from typing import Any
 
@@ -47,8 +48,9 @@ class Session:
         trusted_ops: frozenset[str] = frozenset(),
     ) -> None:
         self.graph, self.store, self.device = graph, store, store.device
-        self.run = compile_graph(graph, store.device, callables, trusted_ops)
+        self._code = compile_graph(graph, store.device, callables, trusted_ops)
         self._checked: set[object] = set()
+        self._last: object = None  # a key that needs no check; comparing is cheaper than hashing
         self.pool: GraphPool | None = None
         if store.device.type == "cuda" and settings.cuda_graph_strategy != "disabled":
             reason = why_not(graph)
@@ -65,6 +67,13 @@ class Session:
             other.pool = GraphPool(self.graph, self.run, self.device, self.pool.size)
         return other
 
+    def run(self, inputs: Sequence[Any], weights: Sequence[torch.Tensor]) -> list[Any]:
+        """The plain code. It has no gradients, and its casts were resolved at capture."""
+        kind = self.device.type
+        autocast = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+        with torch.no_grad(), autocast:
+            return self._code(inputs, weights)
+
     def __call__(self, inputs: Sequence[Any], check: bool = True) -> list[Any]:
         """The graph's outputs for `inputs`, both flat and in the graph's order.
 
@@ -75,10 +84,11 @@ class Session:
             InputError: names the input, the dimension and the range.
         """
         key = tuple([(x.shape, x.dtype, x.device) if isinstance(x, torch.Tensor) else x for x in inputs])
-        if check and key not in self._checked:
+        if check and key != self._last and key not in self._checked:
             check_inputs(self.graph, inputs, self.device)
             if len(self._checked) < MAX_CHECKED:
                 self._checked.add(key)
+        self._last = key
         if self.pool is None:
             return self.run(inputs, self.store.values)
         return self.pool(key, inputs, self.store)

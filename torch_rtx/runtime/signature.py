@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+import operator
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +54,7 @@ class Signature:
         # Known once, so that a call with plain tensors needs no walk through its structure.
         self._flat = all(child.is_leaf() for child in (*args.children(), *kwargs.children()))
         self._straight = all(leaf == index for index, leaf in enumerate(leaves))
+        self._build: Callable[[list[Any]], Any] | None = None
 
     def flatten(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sequence[Any]:
         """The graph's inputs for a call.
@@ -93,7 +96,11 @@ class Signature:
 
     def unflatten(self, outputs: list[Any]) -> Any:
         """The module's result from the graph's outputs."""
-        return pytree.tree_unflatten(outputs, self.out_spec)
+        if self._build is None:
+            tree = pytree.tree_unflatten(outputs, self.out_spec)
+            self._build = _builder(self.out_spec, outputs, tree)
+            return tree
+        return self._build(outputs)
 
     def to_json(self) -> Json:
         """The signature as plain JSON.
@@ -121,6 +128,41 @@ class Signature:
             return Signature(names, in_spec, out_spec, leaves)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise EngineFormatError(f"damaged call signature: {error}") from None
+
+
+def _builder(spec: pytree.TreeSpec, outputs: list[Any], tree: Any) -> Callable[[list[Any]], Any]:
+    """A way to build results of the structure `spec`, faster than pytree's where one is known that builds an equal `tree`.
+
+    A dictionary with attributes, as transformers returns, takes 12 us to make by its own constructor, as long as the rest
+    of a replayed call.
+    """
+    kind, keys = spec.type, spec.context
+    if spec.is_leaf():
+        return operator.itemgetter(0)
+    if not all(child.is_leaf() for child in spec.children()):
+        return lambda values: pytree.tree_unflatten(values, spec)
+    if kind in (tuple, list):
+        return kind
+    if kind is dict:
+        return lambda values: dict(zip(keys, values, strict=True))
+    if isinstance(tree, dict) and list(tree) == keys and all(map(operator.is_, tree.values(), outputs)):
+        set_item = OrderedDict.__setitem__ if isinstance(tree, OrderedDict) else dict.__setitem__
+        attributes = dict(vars(tree)) if hasattr(tree, "__dict__") else {}
+        places = {id(value): index for index, value in enumerate(outputs)}
+        varying = [(name, places[id(value)]) for name, value in attributes.items() if id(value) in places]
+        if all(value is None or id(value) in places for value in attributes.values()):
+
+            def build(values: list[Any]) -> Any:
+                made = kind.__new__(kind)
+                for key, value in zip(keys, values, strict=True):
+                    set_item(made, key, value)
+                vars(made).update(attributes)
+                for name, index in varying:
+                    vars(made)[name] = values[index]
+                return made
+
+            return build
+    return lambda values: pytree.tree_unflatten(values, spec)
 
 
 def _encode(spec: pytree.TreeSpec) -> Json:

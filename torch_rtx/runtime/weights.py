@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from copy import copy
+from operator import attrgetter
 
 import torch
 
@@ -18,6 +19,7 @@ from torch_rtx.ir import Graph, Parameter, TensorType
 from torch_rtx.runtime.reference import compile_graph, copy_strided, overwrite, restride
 
 Tensors = Mapping[str, torch.Tensor]
+_VERSION = attrgetter("_version")
 
 
 class WeightStore:
@@ -202,4 +204,7 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def _stamps(tensors: Sequence[torch.Tensor]) -> list[object]:
     """What changes when a tensor's contents may have. One made in inference mode has no version counter: always."""
-    return [object() if tensor.is_inference() else tensor._version for tensor in tensors]
+    try:
+        return list(map(_VERSION, tensors))
+    except RuntimeError:
+        return [object() if tensor.is_inference() else tensor._version for tensor in tensors]

@@ -1,0 +1,37 @@
+"""PyTorch's sizes as dims of the IR."""
+
+import pytest
+import sympy
+import torch
+import torch.nn.functional as F
+from torch.utils._sympy.functions import ToFloat, TruncToInt
+
+from torch_rtx.errors import Unsupported
+from torch_rtx.ir import Sym
+from torch_rtx.lowering.symbols import convert
+from torch_rtx.runtime.session import evaluate
+
+N = sympy.Symbol("n", integer=True, nonnegative=True)
+
+
+def test_scaled_sizes_are_computed_in_integers():
+    for scale in (2.0, 0.5, 1.5, 0.375):
+        dim = convert(TruncToInt(scale * ToFloat(N)), lambda _: Sym("n"))
+        assert [evaluate(dim, {"n": n}) for n in range(50)] == [int(scale * n) for n in range(50)]
+
+
+def test_scales_that_floating_point_rounds_are_refused():
+    with pytest.raises(Unsupported, match="1.7"):
+        convert(TruncToInt(1.7 * ToFloat(N)), lambda _: Sym("n"))
+
+
+def test_interpolation_of_a_symbolic_size_runs_in_the_engine():
+    x = torch.randn(1, 3, 9, 11)
+
+    def up(x):
+        return F.interpolate(x, scale_factor=1.5, mode="bilinear")
+
+    options = {"require_full_compilation": True}
+    compiled = torch.compile(up, backend="rtx", dynamic=True, fullgraph=True, options=options)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), up(x))
