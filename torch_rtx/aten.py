@@ -13,20 +13,19 @@ from typing import Any
 import torch
 
 from torch_rtx.errors import InvalidIR, Unsupported
+from torch_rtx.ir import DTYPES as IR_DTYPES
 from torch_rtx.ir import MAIN, Attr
 from torch_rtx.optable import ALLOWED
 
 __all__ = ["ALLOWED", "DTYPES", "STRIDED", "dtype_name", "is_random", "is_view", "overload", "schema", "to_torch"]
 
+# The IR's names are PyTorch's, shortened: f8e4m3fn is torch.float8_e4m3fn.
+_KINDS = {"bf": "bfloat", "f": "float", "i": "int", "u": "uint", "c": "complex", "bool": "bool"}
+_PARTS = {name: re.fullmatch(r"(bool|[a-z]+)(\d*)(\w*)", name) for name in IR_DTYPES}
 DTYPES: dict[str, torch.dtype] = {
-    name: dtype
-    for name, attribute in {
-        **dict(f64="float64", f32="float32", f16="float16", bf16="bfloat16", i64="int64", i32="int32", i16="int16"),
-        **dict(i8="int8", u64="uint64", u32="uint32", u16="uint16", u8="uint8", bool="bool"),
-        **dict(c128="complex128", c64="complex64", c32="complex32", f8e4m3fn="float8_e4m3fn", f8e5m2="float8_e5m2"),
-        **dict(f8e4m3fnuz="float8_e4m3fnuz", f8e5m2fnuz="float8_e5m2fnuz", f8e8m0fnu="float8_e8m0fnu"),
-    }.items()
-    if (dtype := getattr(torch, attribute, None)) is not None
+    name: getattr(torch, attribute)
+    for name, parts in _PARTS.items()
+    if parts and hasattr(torch, attribute := f"{_KINDS[parts[1]]}{parts[2]}{'_' if parts[3] else ''}{parts[3]}")
 }
 # What these do depends on the strides of their inputs, or needs some: they must get those that the capture saw.
 STRIDED = frozenset(
@@ -59,7 +58,8 @@ def overload(name: str, trusted: frozenset[str] = frozenset()) -> torch._ops.OpO
         InvalidIR: not allowed, or not registered in this process.
     """
     if name not in ALLOWED and name not in trusted:
-        raise InvalidIR(f"op {name} is not on the allow-list", hint="trusted_ops=[...] allows more, if you trust the file")
+        hint = "trusted_ops=[...] allows more, if you trust the file"
+        raise InvalidIR(f"op {name} is not on the allow-list", hint=hint)
     namespace, _, rest = name.partition(".")
     op, _, overload_name = rest.rpartition(".")
     try:
@@ -71,8 +71,10 @@ def overload(name: str, trusted: frozenset[str] = frozenset()) -> torch._ops.OpO
 
 @cache
 def schema(op: torch._ops.OpOverload) -> dict[str, tuple[str, bool]]:
-    """Per argument of `op`, in order: its type as the schema says it (`ScalarType`; optional or not), and whether it is keyword-only."""
-    return {arg.name: (_OPTIONAL.sub(r"\1", str(arg.real_type)), arg.kwarg_only) for arg in op._schema.arguments}
+    """Per argument of `op`, in order: its type as the schema says it (`ScalarType`, be it optional or not), and whether it
+    is keyword-only."""
+    types = ((arg, _OPTIONAL.sub(r"\1", str(arg.real_type))) for arg in op._schema.arguments)
+    return {arg.name: (type_, arg.kwarg_only) for arg, type_ in types}
 
 
 @cache

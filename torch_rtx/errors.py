@@ -3,7 +3,7 @@
     RtxError (RuntimeError)
     ├── SettingsError (also ValueError)   an option that is unknown, mistyped or contradicts another
     ├── CaptureError                      a model could not be captured as a graph
-    ├── Unsupported                       a node that the engine can't hold; sends it to fallback, never reaches the user
+    ├── Unsupported                       a node that the engine can't hold: it falls back, and no user sees this
     ├── PartitionError                    `require_full_compilation` and something must fall back
     ├── InvalidIR                         text or graph that breaks a rule of the IR
     ├── LoweringError                     a bug of the compiler: names the pass or op, the dump and the reproduction

@@ -1,7 +1,7 @@
 """The one intermediate representation, from capture to launch: frozen values, a text form, and a verifier.
 
-A `Graph` is a list of `Node`s in topological order over named `Value`s. The same classes hold every level; a level is an
-invariant that `verify` checks:
+A `Graph` is a list of `Node`s in topological order over named `Value`s. The same classes hold every level; a level is
+an invariant that `verify` checks:
 
     import   nodes of kind `op` (an ATen overload, by name) and `fallback`
     fused    nodes of kind `kernel` (its body is a Graph), `extern` (an ATen call), `view` (an ATen call that moves no
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from keyword import iskeyword
@@ -26,10 +26,14 @@ MAIN = "main"  # the device of a session; every other device is named ("cpu")
 COPY = "aten.copy_.default"  # the one op with an effect
 LEVELS = {"import": ("op", "fallback"), "fused": ("kernel", "extern", "view", "fallback")}
 DTYPES = frozenset(
-    ["f64", "f32", "f16", "bf16", "f8e4m3fn", "f8e5m2", "f8e4m3fnuz", "f8e5m2fnuz", "f8e8m0fnu", "i64", "i32", "i16", "i8", "u64", "u32", "u16", "u8", "bool", "c128", "c64", "c32"]
+    ("f64", "f32", "f16", "bf16", "f8e4m3fn", "f8e5m2", "f8e4m3fnuz", "f8e5m2fnuz", "f8e8m0fnu")
+    + ("i64", "i32", "i16", "i8", "u64", "u32", "u16", "u8", "bool", "c128", "c64", "c32")
 )
 SCALARS = frozenset(("int", "float", "bool"))
-DIM_OPS = {"+": sum, "*": math.prod, "//": lambda a: a[0] // a[1], "%": lambda a: a[0] % a[1], "min": min, "max": max}
+DIM_OPS: dict[str, Callable[[Sequence[int]], int]] = {
+    **{"+": sum, "*": math.prod, "min": min, "max": max},
+    **{"//": lambda args: args[0] // args[1], "%": lambda args: args[0] % args[1]},
+}
 
 # ---- dims ------------------------------------------------------------------------------------------------------------
 
@@ -72,11 +76,11 @@ def dim_expr(op: str, *args: Dim) -> Dim:
     if op not in DIM_OPS or (op in ("//", "%") and (len(args) != 2 or args[1] == 0)) or not args:
         raise InvalidIR(f"no dim expression {op!r} of {', '.join(map(str, args))}")
     if all(isinstance(a, int) for a in args):
-        return int(DIM_OPS[op](args))
+        return DIM_OPS[op]([a for a in args if isinstance(a, int)])
     if op in ("+", "*"):
         flat = [b for a in args for b in (a.args if isinstance(a, Expr) and a.op == op else (a,))]
-        const = int(DIM_OPS[op]([a for a in flat if isinstance(a, int)]))
-        rest = sorted((a for a in flat if not isinstance(a, int)), key=str)
+        const = DIM_OPS[op]([a for a in flat if isinstance(a, int)])
+        rest: list[Dim] = sorted((a for a in flat if not isinstance(a, int)), key=str)
         if op == "*" and const == 0:
             return 0
         if const != (op == "*"):
@@ -98,8 +102,8 @@ def dim_syms(dim: Dim) -> Iterator[Sym]:
 
 
 def contiguous(shape: tuple[Dim, ...]) -> tuple[Dim, ...]:
-    """Row-major strides of `shape`, in elements. A size of 0 or 1 counts as 1 for the strides to its left, as in PyTorch
-    where it is known (`max(n, 1)` is not written for symbols: PyTorch does not for sizes that it takes as at least 2)."""
+    """Row-major strides of `shape`, in elements. A size of 0 counts as 1 for the strides to its left, as in PyTorch; a
+    symbol counts as itself, as PyTorch has it for sizes that it takes as at least 2."""
     strides: list[Dim] = []
     step: Dim = 1
     for size in reversed(shape):
@@ -199,7 +203,10 @@ def attr_text(attr: Attr) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Loc:
-    """Where a node comes from in the user's model: module path, source file, line; one line of text without " @ ", "  #"."""
+    """Where a node comes from in the user's model: module path, source file, line.
+
+    The text form gives a meaning to line ends, " @ " and "  #", so that none of them may be in a path.
+    """
 
     module: str = ""
     file: str = ""
@@ -236,8 +243,8 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A named tensor of the model that the engine needs. `aliases` are further names of the same (tied) tensor. The data
-    of a `constant` is no weight: it always travels with the engine."""
+    """A named tensor of the model that the engine needs. `aliases` are further names of the same (tied) tensor. The
+    data of a `constant` is no weight: it always travels with the engine."""
 
     name: str
     type: TensorType
@@ -247,8 +254,8 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """A value computed from parameters alone: the parameter itself, or the only output of `recipe`, whose inputs are the
-    parameters in the order of `names`."""
+    """A value computed from parameters alone: the parameter itself, or the only output of `recipe`, whose inputs are
+    the parameters in the order of `names`."""
 
     value: Value
     names: tuple[str, ...]
@@ -257,7 +264,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class Graph:
-    """A program: `outputs` are values, dims and plain constants; `aten.copy_` into an input or weight is its only effect."""
+    """A program: `outputs` are values, dims and plain constants; its only effect is COPY into an input or weight."""
 
     level: str
     inputs: tuple[Value, ...] = ()
@@ -305,8 +312,8 @@ def node_text(node: Node) -> str:
     """One node as the text form writes it, without its body."""
     left = ", ".join("_" if value is None else f"{value.name}: {value.type}" for value in node.outputs)
     # Some ops have an argument called `from`, which Python's parser would not take as a name.
-    args = ", ".join(f"{key}_={attr_text(attr)}" if iskeyword(key) else f"{key}={attr_text(attr)}" for key, attr in node.args)
-    right = f"{node.kind} {node.op}({args})"
+    args = [f"{key}{'_' * iskeyword(key)}={attr_text(attr)}" for key, attr in node.args]
+    right = f"{node.kind} {node.op}({', '.join(args)})"
     return f"{left} = {right}" if left else right
 
 
@@ -425,9 +432,9 @@ def _verify_node(
         raise InvalidIR(f"{node.op!r} is no name of an op")
     if node.body is not None:
         _verify_body(node, node.body, ops)
-    for value in node.outputs:
-        if value is not None:
-            _define(value, known)
+    for output in node.outputs:
+        if output is not None:
+            _define(output, known)
 
 
 def _verify_body(node: Node, body: Graph, ops: Container[str] | None) -> None:
@@ -471,6 +478,6 @@ def _use(value: Value, known: dict[str, Value]) -> None:
 
 
 def is_name(text: str) -> bool:
-    """Whether `text` may name a value or a symbol: an ASCII identifier that is no keyword, dtype or word of the syntax."""
+    """Whether `text` may name a value or symbol: an ASCII identifier that is no keyword, dtype or word of the text."""
     reserved = text in DTYPES or text in SCALARS or text in ("_", "inf", "nan", "min", "max") or iskeyword(text)
     return not reserved and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", text) is not None

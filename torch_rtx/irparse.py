@@ -130,7 +130,7 @@ class _Reader:
         if not isinstance(call, ast.Call) or call.args:
             raise InvalidIR("expected a call with named arguments")
         args = tuple((_argument_name(keyword.arg), _attr(keyword.value, scope)) for keyword in call.keywords)
-        return Node(kind, _dotted(call.func), args, tuple(_values(left, scope, True)) if left else (), body, loc)
+        return Node(kind, _dotted(call.func), args, tuple(_outputs(left, scope)) if left else (), body, loc)
 
 
 def _argument_name(name: str | None) -> str:
@@ -143,8 +143,16 @@ def _expression(text: str) -> ast.expr:
     return ast.parse(text.strip(), mode="eval").body
 
 
-def _values(text: str, scope: _Scope, allow_unused: bool = False) -> Iterator[Value | None]:
-    """`a: type, _, b: type`, entered in the scope."""
+def _values(text: str, scope: _Scope) -> Iterator[Value]:
+    """`a: type, b: type`, entered in the scope."""
+    for value in _outputs(text, scope):
+        if value is None:
+            raise InvalidIR("value _ has no type")
+        yield value
+
+
+def _outputs(text: str, scope: _Scope) -> Iterator[Value | None]:
+    """`a: type, _, b: type`: as `_values`, with None for an output that nobody gets."""
     module = ast.parse(f"def f({text}): 0")
     definition = module.body[0]
     if len(module.body) != 1 or not isinstance(definition, ast.FunctionDef) or len(definition.body) != 1:
@@ -153,7 +161,7 @@ def _values(text: str, scope: _Scope, allow_unused: bool = False) -> Iterator[Va
     if given.posonlyargs or given.vararg or given.kwonlyargs or given.kwarg or given.defaults:
         raise InvalidIR("expected names and types")
     for argument in definition.args.args:
-        if argument.arg == "_" and argument.annotation is None and allow_unused:
+        if argument.arg == "_" and argument.annotation is None:
             yield None
             continue
         if argument.annotation is None:
@@ -207,7 +215,7 @@ def _loc(text: str) -> Loc:
 def _type(tree: ast.expr, scope: _Scope) -> Type:
     device, strides = MAIN, None
     if isinstance(tree, ast.Attribute):
-        tree, device = tree.value, tree.attr
+        device, tree = tree.attr, tree.value
     if isinstance(tree, ast.Call):
         strides, tree = tuple(_dim(arg, scope) for arg in tree.args), tree.func
     if isinstance(tree, ast.Name) and tree.id in SCALARS and strides is None:
@@ -232,8 +240,8 @@ def _dim(tree: ast.expr, scope: _Scope) -> Dim:
 
 def _attr(tree: ast.expr, scope: _Scope) -> Attr:
     match tree:
-        case ast.Constant(value=value) if value is None or isinstance(value, bool | int | float | str):
-            return value
+        case ast.Constant(value=constant) if constant is None or isinstance(constant, bool | int | float | str):
+            return constant
         case ast.List(elts=items):
             return tuple(_attr(item, scope) for item in items)
         case ast.Name(id=name):

@@ -16,8 +16,8 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 import torch_rtx
 from torch_rtx.backend.capture import capture_export
 from torch_rtx.backend.compiler import Program, compile_fx
-from torch_rtx.engine import Engine, Manifest
-from torch_rtx.errors import CaptureError
+from torch_rtx.engine import Engine, Json, Manifest
+from torch_rtx.errors import CaptureError, RtxError
 from torch_rtx.lowering.from_fx import Role
 from torch_rtx.runtime.module import CompiledModule, resolve_device
 from torch_rtx.runtime.signature import Fixed, Signature
@@ -53,9 +53,12 @@ def compile(
     roles = [_role(spec, tensors) for spec in program.graph_signature.input_specs]
     roles = _with_aliases(roles, tensors)
     lowered = compile_fx(program.graph_module, roles, settings, _writes(program), program.range_constraints)
-    engine = _engine(program, lowered, roles, tensors, _forward_names(model), settings)
+    signature = _signature(program, _forward_names(model))
+    engine = _engine(program, lowered, signature, tensors, settings)
     built_for = resolve_device(None, lowered.device.type) if settings.device else lowered.device
-    module = CompiledModule(engine, built_for, runtime, lowered.callables)
+    # The fallbacks come from a model of this process, not from a file: there is nobody to distrust.
+    called = {node.op for node in lowered.graph.nodes if node.kind == "fallback"}
+    module = CompiledModule(engine, built_for, runtime, lowered.callables, called, signature)
     needed = {p.name for p in engine.graph.parameters if not p.constant}
     if all(_has_data(tensors.get(name)) for name in needed):
         module.attach({name: tensors[name] for name in needed})
@@ -115,16 +118,16 @@ def _writes(program: ExportedProgram) -> dict[int, str]:
 def _engine(
     program: ExportedProgram,
     lowered: Program,
-    roles: list[Role],
+    signature: Signature,
     tensors: Mapping[str, torch.Tensor],
-    names: tuple[str, ...],
     settings: CompilationSettings,
 ) -> Engine:
     parameters = lowered.graph.parameters
     needed = {name for p in parameters for name in (p.name, *p.aliases)}
     manifest = Manifest(
         device=lowered.device.type,
-        signature=_signature(program, names).to_json(),
+        inputs=tuple(value.name for value in lowered.graph.inputs),
+        signature=_saved(signature),
         producer={"torch_rtx": torch_rtx.__version__, "torch": torch.__version__},
         unused_names=tuple(sorted(n for n in program.state_dict if n not in needed)),
     )
@@ -137,6 +140,15 @@ def _engine(
             raise CaptureError(f"strip_weights is False and the model has no data for {', '.join(missing[:5])}")
         weights = {p.name: tensors[p.name].detach() for p in parameters if not p.constant}
     return Engine(lowered.graph, manifest, constants, weights)
+
+
+def _saved(signature: Signature) -> Json:
+    """The signature as an engine holds it; None if it can't: then the engine runs here, and `save` says why it can't."""
+    try:
+        return signature.to_json()
+    except RtxError as error:
+        log.info("this engine can't be saved: %s", error.message)
+        return None
 
 
 def _signature(program: ExportedProgram, names: tuple[str, ...]) -> Signature:
@@ -158,6 +170,7 @@ def _signature(program: ExportedProgram, names: tuple[str, ...]) -> Signature:
 
 def _forward_names(model: nn.Module | ExportedProgram) -> tuple[str, ...]:
     if not isinstance(model, nn.Module):
-        return ()
+        captured = next((entry.signature for entry in model.module_call_graph if entry.fqn == ""), None)
+        return tuple(captured.forward_arg_names or ()) if captured is not None else ()
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return tuple(n for n, p in inspect.signature(model.forward).parameters.items() if p.kind in kinds)

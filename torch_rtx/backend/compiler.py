@@ -52,7 +52,8 @@ def check_passes(settings: CompilationSettings) -> None:
     """Raises SettingsError for names in `disabled_passes` that are no passes, or that no engine can do without."""
     unknown, required = settings.disabled_passes - PIPELINE.keys(), settings.disabled_passes & REQUIRED
     if unknown or required:
-        problem = f"unknown passes {', '.join(sorted(unknown))}" if unknown else f"{', '.join(required)} can't be disabled"
+        names = ", ".join(sorted(unknown or required))
+        problem = f"unknown passes {names}" if unknown else f"{names} can't be disabled"
         raise SettingsError(f"disabled_passes: {problem}", hint=f"the passes are {', '.join(PIPELINE)}")
 
 

@@ -12,7 +12,10 @@ from torch import fx
 from torch_rtx.ir import Loc
 
 _FRAME = re.compile(r'File "([^"\n]+)", line (\d+)')
-_STEP = re.compile(r"(?:\.__dict__)?(?:\._|\['_)(?:modules|parameters|buffers)(?:'\])?\['([^']+)'\]|\.([A-Za-z_]\w*)|\[(\d+)\]|\['([^']+)'\]")
+_STEP = re.compile(
+    r"(?:\.__dict__)?(?:\._|\['_)(?:modules|parameters|buffers)(?:'\])?\['([^']+)'\]"  # an entry of a module's tables
+    r"|\.([A-Za-z_]\w*)|\[(\d+)\]|\['([^']+)'\]"
+)
 _ROOT = re.compile(r"(?:L|G)\['([^']+)'\]")
 _MARKS = re.compile(r"[\n\r]| @ |  #")
 _TORCH = torch.__path__[0]

@@ -46,9 +46,8 @@ class Symbols:
             return size
         expr = size.node.expr
         if expr not in self._dims:
-            self._dims[expr] = convert(
-                expr, lambda symbol: _sym(symbol, self._ranges.get(symbol) or size.node.shape_env.var_to_range.get(symbol))
-            )
+            known = size.node.shape_env.var_to_range
+            self._dims[expr] = convert(expr, lambda s: _sym(s, self._ranges.get(s) or known.get(s)))
         return self._dims[expr]
 
     def device(self, device: torch.device) -> str:
@@ -69,7 +68,8 @@ class Symbols:
             if value.is_quantized:
                 raise Unsupported("a quantized tensor")
             shape = tuple(map(self.dim, value.shape))
-            return TensorType(dtype_name(value.dtype), shape, tuple(map(self.dim, value.stride())), self.device(value.device))
+            strides = tuple(map(self.dim, value.stride()))
+            return TensorType(dtype_name(value.dtype), shape, strides, self.device(value.device))
         if isinstance(value, torch.SymInt) or type(value) is int:
             return ScalarType("int", self.dim(value))
         if isinstance(value, torch.SymBool | bool):

@@ -1,9 +1,9 @@
 """Unified CUDA graphs: a whole module, engine and fallback operators together, replayed as one graph per input shape.
 
-The first call with a combination of shapes runs the plain code, a later one captures it, the rest replay. Inputs are copied
-into static memory and results out of it by the graph's own first and last nodes, whose addresses are set before each
-replay: a caller may keep both, and no copy costs a launch. Inputs that the module writes to (caches) are captured at their
-address instead, which is part of the key.
+The first call with a combination of shapes runs the plain code, a later one captures it, the rest replay. Inputs are
+copied into static memory and results out of it by the graph's own first and last nodes, whose addresses are set before
+each replay: a caller may keep both, and no copy costs a launch. Inputs that the module writes to (caches) are captured
+at their address instead, which is part of the key.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 _CAPTURING = threading.Lock()
 SEEN_PER_GRAPH = 8  # keys that are remembered as met once, per graph of the pool
 # `torch.empty_strided` on the current device without the cost of parsing its arguments: what Inductor's code calls.
-_EMPTY = torch._C._dynamo.guards._empty_strided_cuda
+_EMPTY = torch._C._dynamo.guards._empty_strided_cuda  # type: ignore[attr-defined]
 Output = Callable[[Sequence[Any]], Any]
 
 
@@ -40,14 +40,12 @@ def why_not(graph: Graph) -> str | None:
         if isinstance(type_, TensorType) and type_.device != MAIN and type_.shape:
             return f"weight {', '.join(weight.names) or weight.value.name} is on {type_.device}"
     for node in graph.nodes:
-        for value in node.outputs:
-            if value is None:
-                continue
-            if isinstance(value.type, ScalarType):
+        for type_ in (value.type for value in node.outputs if value is not None):
+            if isinstance(type_, ScalarType):
                 return f"the host needs the result of {node.op} ({node.loc})"
-            if value.type.device != MAIN:
-                return f"{node.op} runs on {value.type.device} ({node.loc})"
-            if any(sym.name not in known for dim in type_dims(value.type) for sym in dim_syms(dim)):
+            if type_.device != MAIN:
+                return f"{node.op} runs on {type_.device} ({node.loc})"
+            if any(sym.name not in known for dim in type_dims(type_) for sym in dim_syms(dim)):
                 return f"the size of the result of {node.op} depends on the data ({node.loc})"
     if _driver() is None:
         return "the package cuda-bindings is not installed"
@@ -55,7 +53,7 @@ def why_not(graph: Graph) -> str | None:
 
 
 class GraphPool:
-    """The CUDA graphs of one session: at most `size`, the least recently used goes first. Safe to call from many threads.
+    """The CUDA graphs of one session: at most `size`, the least recently used goes first. Many threads may call it.
 
     The graphs share their memory, so that their replays follow each other: on one stream as it is, and where the stream
     changes the new one waits for the old.
@@ -81,7 +79,7 @@ class GraphPool:
     def __call__(self, key: object, inputs: Sequence[Any], store: WeightStore) -> list[Any]:
         """The outputs for `inputs`; `key` says all that the captured code depends on but addresses."""
         if self.disabled is not None or torch.cuda.is_current_stream_capturing():
-            return self.run(inputs, store.values)
+            return self.run(inputs, store.values)  # in a caller's own capture its graph holds ours, call by call
         if self._written:
             key = (key, tuple([(inputs[i].data_ptr(), inputs[i].stride()) for i in self._written]))
         with self._lock:
@@ -187,6 +185,7 @@ class Captured:
             self._outputs[position] = _copy_out(results[position], find(source, target) if source.numel() else None)
 
     def replay(self, inputs: Sequence[Any]) -> list[Any]:
+        """Launch the graph for `inputs` on the current stream; returns its outputs."""
         for node, index, strides in self._sources:
             node.set_source(restride(inputs[index], strides))
         outputs = [output(inputs) for output in self._outputs]
@@ -231,7 +230,7 @@ def _copy_out(result: torch.Tensor, node: CopyNode | None) -> Output:
 def _alias(
     attr: Any, result: Any, names: dict[str, int], static: list[Any], own: dict[int, int], pinned: set[int]
 ) -> Output | None:
-    """How to make an output that is no new tensor: the caller's input, a view of it, or memory that the module keeps."""
+    """How to make an output that is no new tensor: the caller's input, a view of it, or memory the module keeps."""
     if isinstance(attr, Value) and attr.name in names:
         position = names[attr.name]
         return lambda inputs: inputs[position]
@@ -342,8 +341,8 @@ def _checked_count(answer: tuple[Any, ...]) -> int:
 
 @cache
 def _capture_stream(index: int) -> torch.cuda.Stream:
-    """The stream that captures on a device. Nobody else's: PyTorch hands out 32 streams in turn, and the work of whoever
-    got the same one would be captured instead of run."""
+    """The stream that captures on a device. Nobody else's: PyTorch hands out 32 streams in turn, and the work of
+    whoever got the same one would be captured instead of run."""
     driver = _driver()
     with torch.cuda.device(index):
         raw = _checked(driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,12 +13,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from torch_rtx import aten
 from torch_rtx import engine as engine_file
 from torch_rtx.engine import Engine
-from torch_rtx.errors import EngineFormatError, InvalidIR, RefitError, RtxError
+from torch_rtx.errors import EngineFormatError, InvalidIR, RtxError
+from torch_rtx.ir import Parameter, TensorType
 from torch_rtx.runtime.session import Session
 from torch_rtx.runtime.signature import Signature
-from torch_rtx.runtime.weights import WeightStore
+from torch_rtx.runtime.weights import WeightStore, match
 from torch_rtx.settings import RuntimeSettings
 
 log = logging.getLogger(__name__)
@@ -37,8 +39,10 @@ class CompiledModule(nn.Module):
         settings: how to run it.
         callables: what the Python fallbacks of an engine call that was built in this process.
         trusted_ops: operators outside the allow-list that the engine may call.
+        signature: how it is called; None: as the engine says.
 
     Raises:
+        EngineFormatError: the engine's own signature is damaged.
         InvalidIR: the engine names an operator that is not allowed or does not exist here.
         RtxError: the engine has Python fallbacks and `callables` does not have them.
     """
@@ -49,11 +53,13 @@ class CompiledModule(nn.Module):
         device: torch.device,
         settings: RuntimeSettings | None = None,
         callables: Sequence[Callable[..., Any]] = (),
-        trusted_ops: Sequence[str] = (),
+        trusted_ops: Collection[str] = (),
+        signature: Signature | None = None,
     ) -> None:
         super().__init__()
         self.engine, self.device = engine, device
-        self._signature = Signature.from_json(engine.manifest.signature)
+        self._signature = signature or Signature.from_json(engine.manifest.signature)
+        self._signature.check(len(engine.graph.inputs), len(engine.graph.outputs))
         constants = dict(engine.constants)
         self._store = WeightStore(engine.graph, device, constants, engine.manifest.unused_names)
         self.session = Session(engine.graph, self._store, settings or RuntimeSettings(), callables, frozenset(trusted_ops))
@@ -69,8 +75,10 @@ class CompiledModule(nn.Module):
         if isinstance(weights, str | os.PathLike):
             self.refit(weights)
             return
-        self._store.attach(tensors_of(weights))
+        tensors = tensors_of(weights)
+        self._store.attach(tensors)
         self._ready = True
+        self._keep(tensors, copy=False)
 
     def refit(self, weights: WeightSource) -> None:
         """Take the values of `weights`: a module, a state dict, or the path of a .safetensors file. They are copied.
@@ -85,9 +93,14 @@ class CompiledModule(nn.Module):
             tensors = {name: tensor for name, tensor in tensors.items() if name in known or name in kept}
         self._store.refit(tensors)
         self._ready = True
+        self._keep(tensors, copy=True)
+
+    def _keep(self, tensors: Mapping[str, torch.Tensor], copy: bool) -> None:
+        """An engine that is saved with its weights is saved with those that it runs with."""
         if self.engine.weights is not None:
-            names = [p.name for p in self._store.parameters]
-            self.engine = replace(self.engine, weights={n: tensors[n].detach().clone() for n in names if n in tensors})
+            pairs = zip(self._store.parameters, match(self._store.parameters, tensors, None), strict=True)
+            kept = {p.name: tensor.detach().clone() if copy else tensor.detach() for p, tensor in pairs}
+            self.engine = replace(self.engine, weights=kept)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's result, in its own structure.
@@ -129,7 +142,10 @@ def save(module: CompiledModule | Engine, path: str | os.PathLike[str]) -> None:
     Raises:
         RtxError: a fallback is a Python function, or a container of the signature has no name that a file can hold.
     """
-    engine_file.save(module.engine if isinstance(module, CompiledModule) else module, path)
+    if isinstance(module, CompiledModule):
+        module._signature.to_json()  # says what can't be saved; such an engine has no signature in its manifest
+        module = module.engine
+    engine_file.save(module, path)
 
 
 def load(
@@ -190,19 +206,28 @@ def refit_module_weights(module: nn.Module, weights: WeightSource) -> None:
     if isinstance(module, CompiledModule):
         module.refit(weights)
         return
-    model = getattr(module, "_orig_mod", None)
-    if model is None:
+    compiled_in_place = getattr(module, "_compiled_call_impl", None) is not None  # by module.compile(...)
+    model = module if compiled_in_place else getattr(module, "_orig_mod", None)
+    if not isinstance(model, nn.Module):
         raise RtxError(f"a {type(module).__name__} is not compiled", hint="pass a CompiledModule or torch.compile(model)")
-    state, given = model.state_dict(keep_vars=True), tensors_of(weights)
-    mismatched = {
-        name: f"expected {list(state[name].shape)} {state[name].dtype}, got {list(tensor.shape)} {tensor.dtype}"
-        for name, tensor in given.items()
-        if name in state and (tensor.shape != state[name].shape or tensor.dtype != state[name].dtype)
-    }
-    missing = tuple(name for name in state if name not in given)
-    unexpected = tuple(n for n in given if n not in state) if not isinstance(weights, nn.Module) else ()
-    if missing or unexpected or mismatched:
-        raise RefitError(missing, unexpected, mismatched)
+    given = tensors_of(weights)
+    if isinstance(weights, nn.Module):
+        given = {name: given[name] for name in weights.state_dict(keep_vars=True) if name in given}
+    state = {n: t for n, t in model.state_dict(keep_vars=True).items() if isinstance(t, torch.Tensor)}
+    parameters = _parameters(state)
+    found = match(parameters, given, ())
     with torch.no_grad():
-        for name, tensor in state.items():
-            tensor.copy_(given[name])
+        for parameter, tensor in zip(parameters, found, strict=True):
+            state[parameter.name].copy_(tensor)
+
+
+def _parameters(state: Mapping[str, torch.Tensor]) -> list[Parameter]:
+    """The tensors of a state dict as parameters; tied ones are one, by any of its names."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in state.items():
+        names.setdefault(id(tensor), []).append(name)
+    return [
+        Parameter(first, TensorType(aten.dtype_name(t.dtype), tuple(t.shape), t.stride()), tuple(others))
+        for first, *others in names.values()
+        for t in (state[first],)
+    ]

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import logging
 import operator
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict, deque, namedtuple
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.utils import _pytree as pytree
 
 from torch_rtx.errors import EngineFormatError, InputError, RtxError
@@ -22,6 +23,9 @@ log = logging.getLogger(__name__)
 Json = Any
 LEAF = pytree.tree_flatten(0)[1]
 MAX_DEPTH = 64
+# Of the factories of a defaultdict only these are kept: a file must not name what this process then calls.
+FACTORIES: dict[Any, Callable[[], Any] | None] = {kind.__name__: kind for kind in (dict, float, int, list, set, str, tuple)}
+KEYED = (dict, OrderedDict, defaultdict)
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,12 @@ class Signature:
         args, kwargs = in_spec.children()
         self._count, self._keywords = args.num_children, tuple(kwargs.context)
         # Known once, so that a call with plain tensors needs no walk through its structure.
-        self._flat = all(child.is_leaf() for child in (*args.children(), *kwargs.children()))
+        self._specs = (*args.children(), *kwargs.children())
+        self._flat = all(child.is_leaf() for child in self._specs)
+        # What each argument is called; those of `*args` have no name to be passed by.
+        unnamed = (f"#{index}" for index in range(len(self.names), self._count))
+        self._positional = (*self.names, *unnamed)
+        self._captured = (*self._positional[: self._count], *self._keywords)
         self._straight = all(leaf == index for index, leaf in enumerate(leaves))
         self._build: Callable[[list[Any]], Any] | None = None
 
@@ -65,12 +74,9 @@ class Signature:
         """
         if len(args) != self._count or kwargs.keys() != set(self._keywords):
             args, kwargs = self._as_captured(args, kwargs)
-        if self._flat:
-            leaves = [*args, *[kwargs[name] for name in self._keywords]]
-        else:
-            leaves, spec = pytree.tree_flatten((tuple(args), {name: kwargs[name] for name in self._keywords}))
-            if spec != self.in_spec:
-                raise InputError(f"the arguments are structured as {spec}, the engine was built for {self.in_spec}")
+        leaves = [*args, *[kwargs[name] for name in self._keywords]]
+        if not self._flat:
+            leaves = self._flattened(leaves)
         if self._straight:
             return leaves
         inputs = []
@@ -81,12 +87,26 @@ class Signature:
                 raise InputError(f"argument {leaf.name} is {given!r}, the engine was built for {leaf.value!r}")
         return inputs
 
+    def _flattened(self, given: Sequence[Any]) -> list[Any]:
+        """The leaves of the arguments; entries of dictionaries may come in any order."""
+        leaves = []
+        for name, spec, value in zip(self._captured, self._specs, given, strict=True):
+            try:
+                leaves += spec.flatten_up_to(value)
+            except ValueError as error:
+                raise InputError(f"argument {name} has another structure than at capture: {error}") from None
+        return leaves
+
     def _as_captured(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The same call with arguments by position and by name as they were at capture."""
-        if len(args) > len(self.names):
-            raise InputError(f"got {len(args)} positional arguments, the engine was built for {len(self.names)}")
-        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        wanted = (*self.names[: self._count], *self._keywords)
+        if len(args) > len(self._positional):
+            raise InputError(f"got {len(args)} positional arguments, the engine was built for {len(self._positional)}")
+        given = dict(zip(self._positional, args, strict=False))
+        twice = given.keys() & kwargs.keys()
+        if twice:
+            raise InputError(f"argument {', '.join(sorted(twice))} is given twice, by position and by name")
+        given |= kwargs
+        wanted = self._captured
         missing, extra = [n for n in wanted if n not in given], [n for n in given if n not in wanted]
         extra = [name for name in extra if given[name] is not None]
         if missing or extra:
@@ -106,10 +126,10 @@ class Signature:
         """The signature as plain JSON.
 
         Raises:
-            RtxError: a container whose type has no registered serialized name.
+            RtxError: a container whose type has no registered serialized name, or keys that JSON does not have.
         """
         leaves = [leaf if isinstance(leaf, int) else {"name": leaf.name, "value": leaf.value} for leaf in self.leaves]
-        specs = {"in": _encode(self.in_spec), "out": _encode(self.out_spec)}
+        specs = {"in": _encode(self.in_spec, 0), "out": _encode(self.out_spec, 0)}
         return {"names": list(self.names), "leaves": leaves, **specs}
 
     @staticmethod
@@ -123,11 +143,25 @@ class Signature:
             leaves = tuple(leaf if type(leaf) is int else Fixed(str(leaf["name"]), leaf["value"]) for leaf in tree["leaves"])
             names = tuple(map(str, tree["names"]))
             in_spec, out_spec = _decode(tree["in"], 0), _decode(tree["out"], 0)
-            if in_spec.num_leaves != len(leaves) or in_spec.type is not tuple or in_spec.num_children != 2:
+            if in_spec.num_leaves != len(leaves) or [child.type for child in in_spec.children()] != [tuple, dict]:
                 raise EngineFormatError("the signature does not fit its own structure")
+            positions = [leaf for leaf in leaves if isinstance(leaf, int)]
+            if positions != list(range(len(positions))) or not all(isinstance(name, str) for name in tree["names"]):
+                raise EngineFormatError("the signature does not number its inputs one by one")
+            if any(isinstance(leaf, Fixed) and isinstance(leaf.value, dict | list) for leaf in leaves):
+                raise EngineFormatError("a fixed argument of the signature is no plain value")
             return Signature(names, in_spec, out_spec, leaves)
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            raise EngineFormatError(f"damaged call signature: {error}") from None
+        except EngineFormatError:
+            raise
+        # What registered containers make of a context that they did not write is up to them: these cover PyTorch's.
+        except (LookupError, TypeError, ValueError, AttributeError, AssertionError, NotImplementedError) as error:
+            raise EngineFormatError(f"damaged call signature: {type(error).__name__}: {error}") from None
+
+    def check(self, inputs: int, outputs: int) -> None:
+        """Raises EngineFormatError unless this is the signature of a graph with that many inputs and outputs."""
+        taken = sum(isinstance(leaf, int) for leaf in self.leaves)
+        if (taken, self.out_spec.num_leaves) != (inputs, outputs):
+            raise EngineFormatError("the signature does not fit the graph")
 
 
 def _builder(spec: pytree.TreeSpec, outputs: list[Any], tree: Any) -> Callable[[list[Any]], Any]:
@@ -165,16 +199,42 @@ def _builder(spec: pytree.TreeSpec, outputs: list[Any], tree: Any) -> Callable[[
     return lambda values: pytree.tree_unflatten(values, spec)
 
 
-def _encode(spec: pytree.TreeSpec) -> Json:
+def _encode(spec: pytree.TreeSpec, depth: int) -> Json:
     if spec.is_leaf():
         return None
-    known = pytree.SUPPORTED_SERIALIZED_TYPES.get(spec.type)
-    if known is None or known.serialized_type_name == pytree.NO_SERIALIZED_TYPE_NAME_FOUND:
+    name = _serialized_name(spec.type)
+    if name is None:
         hint = "register it with torch.utils._pytree.register_pytree_node(..., serialized_type_name=...)"
         raise RtxError(f"the container {spec.type.__name__} can't be saved in an engine", hint=hint)
-    context = known.to_dumpable_context(spec.context) if known.to_dumpable_context else spec.context
-    json.dumps(context)
-    return {"type": known.serialized_type_name, "context": context, "children": [_encode(c) for c in spec.children()]}
+    context = _plain_context(spec)
+    try:
+        same = json.loads(json.dumps(context)) == context
+    except (TypeError, ValueError):
+        same = False
+    if not same or depth > MAX_DEPTH:
+        problem = f"its keys {context!r} are not plain" if not same else f"it is nested deeper than {MAX_DEPTH}"
+        raise RtxError(f"the container {spec.type.__name__} can't be saved in an engine: {problem}")
+    return {"type": name, "context": context, "children": [_encode(child, depth + 1) for child in spec.children()]}
+
+
+def _serialized_name(kind: type) -> str | None:
+    if getattr(torch.return_types, kind.__name__, None) is kind:
+        return f"torch.return_types.{kind.__name__}"
+    known = pytree.SUPPORTED_SERIALIZED_TYPES.get(kind)
+    name = None if known is None else known.serialized_type_name
+    return None if name == pytree.NO_SERIALIZED_TYPE_NAME_FOUND else name
+
+
+def _plain_context(spec: pytree.TreeSpec) -> Json:
+    if spec.type is namedtuple:
+        return {"name": spec.context.__name__, "fields": list(spec.context._fields)}
+    if spec.type is defaultdict:
+        factory, keys = spec.context
+        name = getattr(factory, "__name__", None)
+        return {"factory": name if FACTORIES.get(name) is factory else None, "keys": keys}
+    known = pytree.SUPPORTED_SERIALIZED_TYPES.get(spec.type)
+    dump = None if known is None or spec.type in (tuple, list, *KEYED, deque) else known.to_dumpable_context
+    return spec.context if dump is None else dump(spec.context)
 
 
 def _decode(tree: Json, depth: int) -> pytree.TreeSpec:
@@ -182,16 +242,51 @@ def _decode(tree: Json, depth: int) -> pytree.TreeSpec:
         return LEAF
     if depth > MAX_DEPTH:
         raise EngineFormatError("the call signature is nested too deep")
+    if not isinstance(tree["children"], list) or not isinstance(tree["type"], str):
+        raise EngineFormatError("damaged call signature: a container without type or children")
     children = [_decode(child, depth + 1) for child in tree["children"]]
-    context, type_ = tree["context"], pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE.get(tree["type"])
+    type_, context = _container(tree["type"], tree["context"], len(children))
+    return pytree.TreeSpec(type_, context, children)
+
+
+def _container(name: str, context: Json, count: int) -> tuple[Any, Any]:
+    """Type and context of a container with `count` children. PyTorch's own reader would import modules that `name` or
+    `context` tell it to; this one makes nothing but what is known here already."""
+    type_ = pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE.get(name) if name != pytree.NO_SERIALIZED_TYPE_NAME_FOUND else None
+    if name.startswith("torch.return_types."):
+        type_ = vars(torch.return_types).get(name.rpartition(".")[2])
+        if not isinstance(type_, type) or getattr(type_, "n_fields", None) != count:
+            raise EngineFormatError(f"no container {name} of {count}")
+        return type_, None
+    if type_ is namedtuple:
+        return type_, _named_tuple(context["name"], context["fields"], count)
+    if type_ is defaultdict:
+        return type_, [FACTORIES.get(context["factory"]), _keys(context["keys"], count)]
+    if type_ in KEYED:
+        return type_, _keys(context, count)
+    if type_ in (tuple, list):
+        return type_, None
+    if type_ is deque:
+        if context is not None and (type(context) is not int or context < count):
+            raise EngineFormatError(f"a deque can't hold {count} of at most {context}")
+        return type_, context
     if type_ is None:
-        keyed = isinstance(context, list) and len(context) == len(children) and all(isinstance(k, str) for k in context)
+        keyed = isinstance(context, list) and len(context) == count and all(isinstance(key, str) for key in context)
         type_ = dict if keyed else tuple
-        log.warning("container type %s is unknown here and becomes a %s; import it before load", tree["type"], type_.__name__)
-        return pytree.TreeSpec(type_, context if keyed else None, children)
-    known = pytree.SUPPORTED_SERIALIZED_TYPES[type_]
-    if type_ in (dict, tuple, list) or known.from_dumpable_context is None:
-        return pytree.TreeSpec(type_, context, children)
-    return pytree.TreeSpec(type_, known.from_dumpable_context(context), children)
+        log.warning("container type %s is unknown here and becomes a %s; import it before load", name, type_.__name__)
+        return type_, _keys(context, count) if keyed else None
+    load = pytree.SUPPORTED_SERIALIZED_TYPES[type_].from_dumpable_context
+    return type_, context if load is None else load(context)
 
 
+def _keys(keys: Json, count: int) -> list[Any]:
+    if not isinstance(keys, list) or len(keys) != count or len(set(keys)) != count:
+        raise EngineFormatError(f"a dictionary of {count} entries has the keys {keys!r}")
+    return keys
+
+
+def _named_tuple(name: str, fields: list[str], count: int) -> type:
+    """A class with these fields; Python checks that all are identifiers."""
+    if not isinstance(fields, list) or len(fields) != count:
+        raise EngineFormatError(f"a named tuple of {count} entries has the fields {fields!r}")
+    return namedtuple(name, fields)

@@ -91,12 +91,12 @@ class WeightStore:
             self.refresh()
 
     def _attach(self, tensors: Sequence[torch.Tensor]) -> None:
-        self._sources = {p.name: t.detach() for p, t in zip(self.parameters, tensors, strict=True)}
+        sources = {p.name: t.detach() for p, t in zip(self.parameters, tensors, strict=True)}
         storages = {tensor.untyped_storage().data_ptr() for tensor in tensors}
-        for index, variable in enumerate(self._variable):
-            if variable:
-                fresh = self._make(index, self._sources)
-                self._store(index, fresh, fresh.untyped_storage().data_ptr() not in storages)
+        made = {index: self._make(index, sources) for index, variable in enumerate(self._variable) if variable}
+        self._sources = sources  # only now: what failed so far changed nothing
+        for index, fresh in made.items():
+            self._store(index, fresh, fresh.untyped_storage().data_ptr() not in storages)
         names = [w.names for w, owned in zip(self.weights, self._owned, strict=True) if owned]
         self._watched = [self._sources[n] for n in dict.fromkeys(sum(names, ())) if n in self._sources]
         self._stamps = _stamps(self._watched)

@@ -1,0 +1,133 @@
+"""The structure of the package: who imports whom, no cycles, short files and functions, everything public documented."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "torch_rtx"
+FILES = sorted(PACKAGE.rglob("*.py"))
+MAX_FILE, MAX_FUNCTION = 600, 60
+# Each part of the package and the parts that it may import; docs/architecture.md draws the same.
+ARROWS = {
+    "errors": set(),
+    "optable": set(),
+    "settings": {"errors"},
+    "ir": {"errors"},
+    "irparse": {"errors", "ir"},
+    "aten": {"errors", "ir", "optable"},
+    "engine": {"errors", "ir", "irparse", "optable", "aten"},  # aten inside `save` alone: it needs torch
+    "lowering": {"errors", "ir", "aten", "settings"},
+    "runtime": {"errors", "ir", "aten", "settings", "engine"},
+    "backend": {"errors", "ir", "aten", "settings", "engine", "lowering", "runtime", "__init__"},
+    "__init__": set(),  # its imports are for type checkers, and lazy
+}
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def part_of(module: str) -> str:
+    return (module.split(".") + ["__init__"])[1]
+
+
+def imports(path: Path) -> set[str]:
+    """The modules of the package that a file imports, other than for type checkers alone."""
+    found = set()
+    modules = {module_of(file) for file in FILES}
+    tree = ast.parse(path.read_text())
+    checkers = [n for n in ast.walk(tree) if isinstance(n, ast.If) and getattr(n.test, "id", "") == "TYPE_CHECKING"]
+    for_checkers = {id(inner) for node in checkers for inner in ast.walk(node)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom) and id(node) not in for_checkers:
+            names = [alias.name for alias in node.names]
+            if isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{path}: relative import"
+                whole = [f"{node.module}.{name}" for name in names]
+                names = [name if name in modules else str(node.module) for name in whole]
+            found |= {name for name in names if name.split(".")[0] == "torch_rtx"}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_arrows(path: Path) -> None:
+    own = part_of(module_of(path))
+    for imported in imports(path):
+        other = part_of(imported)
+        assert other == own or other in ARROWS[own], f"{module_of(path)} must not import {imported}"
+
+
+def test_every_part_has_its_arrows() -> None:
+    assert {part_of(module_of(path)) for path in FILES} == set(ARROWS)
+
+
+def test_no_cycles() -> None:
+    graph = {module_of(path): imports(path) for path in FILES}
+    done: set[str] = set()
+
+    def visit(module: str, above: tuple[str, ...]) -> None:
+        assert module not in above, " -> ".join((*above[above.index(module) :], module))
+        if module not in done:
+            for imported in graph[module]:
+                visit(imported, (*above, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_lengths(path: Path) -> None:
+    text = path.read_text()
+    assert text.count("\n") <= MAX_FILE
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert length <= MAX_FUNCTION, f"{node.name} has {length} lines"
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_public_names_are_documented(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    assert ast.get_docstring(tree), "the module has no docstring"
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), f"{node.name} has no docstring"
+            for inner in node.body if isinstance(node, ast.ClassDef) else ():
+                if isinstance(inner, ast.FunctionDef) and not inner.name.startswith("_"):
+                    assert ast.get_docstring(inner), f"{node.name}.{inner.name} has no docstring"
+
+
+def test_passes_are_one_file_each() -> None:
+    from torch_rtx.lowering.pipeline import PIPELINE
+
+    files = {path.stem for path in (PACKAGE / "lowering" / "passes").glob("*.py")} - {"__init__"}
+    assert files == set(PIPELINE)
+
+
+@pytest.mark.parametrize(
+    ("statement", "absent"),
+    [
+        ("import torch_rtx", ("torch", "triton")),
+        ("import torch_rtx; torch_rtx.inspect", ("torch", "triton")),
+        ("import torch_rtx; torch_rtx.RtxError; torch_rtx.CompilationSettings()", ("torch",)),
+        ("import torch_rtx; torch_rtx.load", ("torch._dynamo", "triton", "torch_rtx.lowering", "torch_rtx.backend")),
+    ],
+)
+def test_imports_are_light(statement: str, absent: tuple[str, ...]) -> None:
+    check = f"{statement}; import sys; loaded = [m for m in {absent!r} if m in sys.modules]; assert not loaded, loaded"
+    subprocess.run([sys.executable, "-c", check], check=True, cwd=ROOT)
+
+
+def test_variables_are_read_in_settings_alone() -> None:
+    for path in FILES:
+        if path.name != "settings.py":
+            assert "os.environ" not in path.read_text(), path
+            assert "getenv" not in path.read_text(), path
