@@ -2,9 +2,9 @@
 
     python examples/by_hand.py
 
-`torch_rtx.compile`, `save` and `load` are these calls in this order; docs/architecture.md explains the stages. The model
-is small enough to read what each of them makes of it: a batch norm to fold, two linear layers to merge, a view, and one
-operator that is made to fall back.
+`torch_rtx.compile`, `save` and `load` are these calls in this order; docs/architecture.md explains the stages.
+The model is small enough to read what each of them makes of it: a batch norm to fold, two linear layers to merge, a
+view, and an operator that is made to fall back.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def capture(model: nn.Module, x: torch.Tensor) -> torch.export.ExportedProgram:
 def import_graph(program: torch.export.ExportedProgram) -> Graph:
     """Stages 2 and 3: what stays in PyTorch, and the graph in the IR."""
     symbols = Symbols(CPU, program.range_constraints)
-    settings = CompilationSettings(torch_executed_ops={"aten.tanh"})
+    settings = CompilationSettings(torch_executed_ops=frozenset(["aten.tanh"]))
     parts = partition(program.graph_module, lambda node: unsupported_reason(node, symbols), settings)
     title("2. partition: blocks of the engine, and fallbacks with their reasons")
     print("blocks:", ", ".join(f"{len(block)} nodes" for block in parts.blocks))
@@ -122,6 +122,7 @@ def run(engine: Engine, model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     title("7. session: the code that it runs, written for this graph")
     print(compile_graph(engine.graph, CPU).source, end="")  # type: ignore[attr-defined]
     (result,) = Session(engine.graph, store, RuntimeSettings())([x])
+    assert isinstance(result, torch.Tensor)
     return result
 
 

@@ -90,7 +90,7 @@ def test_new_process_finds_the_backend_logs_and_dumps(tmp_path):
     assert "1 blocks, 0 fallback nodes" in result.stderr  # INFO
     written = {path.name for path in (tmp_path / "dumps" / "graph_000").iterdir()}
     stages = [f"{i:02}_{name}.rtxir" for i, name in enumerate(("import", *pipeline.PIPELINE))]
-    assert written >= {"00_fx.py", *stages}
+    assert written >= {"00_fx.py", "00_partition.txt", "run.py", *stages}
 
 
 def test_importing_the_package_is_cheap(tmp_path):

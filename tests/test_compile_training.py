@@ -250,3 +250,24 @@ def test_double_backward_is_refused():
     (grad,) = torch.autograd.grad(compile_rtx(lambda x: x.pow(3).sum())(x), x, create_graph=True)
     with pytest.raises(RuntimeError, match="does not currently support double backward"):
         grad.sum().backward()
+
+
+def test_gradients_enabled_inside_a_call_without() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.enable_grad():
+                return self.fc(x).square().sum()
+
+    model = Model()
+    x = torch.randn(2, 4)
+    with torch.no_grad():
+        loss = torch.compile(model, backend="rtx", fullgraph=True)(x)
+    loss.backward()
+    got = model.fc.weight.grad
+    model.fc.weight.grad = None
+    model(x).backward()
+    torch.testing.assert_close(got, model.fc.weight.grad)

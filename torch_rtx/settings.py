@@ -7,7 +7,7 @@ fields of both under their own names. docs/settings.md holds the table that `tab
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -71,11 +71,11 @@ class CompilationSettings(_Checked):
     """What an engine is built of. Equal settings and an equal graph give an equal engine."""
 
     min_block_size: int = _count(1, "Smallest number of nodes that make a block of the engine; smaller ones fall back.")
-    torch_executed_ops: frozenset[str] = _names("Operators that stay in PyTorch: `aten.softmax`, `aten.softmax.int`.")
+    torch_executed_ops: Set[str] = _names("Operators that stay in PyTorch: `aten.softmax`, `aten.softmax.int`.")
     require_full_compilation: bool = _flag(False, "Raise `PartitionError` instead of leaving any node to PyTorch.")
     fallback_on_error: bool = _flag(False, "Run a graph in PyTorch, with a warning, when compiling it fails on a bug.")
-    disabled_passes: frozenset[str] = _names("Passes of the pipeline to leave out, by name.")
-    strip_weights: bool = _flag(True, "Save engines without their weights; `load` then needs `weights=`.")
+    disabled_passes: Set[str] = _names("Passes of the pipeline to leave out, by name.")
+    strip_weights: bool = _flag(True, "Save engines without their weights, which `load` or `refit` then has to give.")
     device: str | None = _option(
         None,
         'None, "cpu" or "cuda"',

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
@@ -38,19 +38,22 @@ def compile(
 
     The result uses the model's own tensors where it can, and sees changes of them in place. With
     `CompilationSettings(device="cuda")` it is built on a machine without a GPU, from a model that may be on the `meta`
-    device; where there is no such device, or no weights, the result can be saved and not called.
+    device. Where there is no such device the result runs on the CPU; without weights it can be saved, and called after
+    a refit.
 
     Args:
         args, kwargs, dynamic_shapes: as for `torch.export.export`; none of them for an ExportedProgram.
         runtime: how the result runs.
 
     Raises:
-        CaptureError, PartitionError, LoweringError: the model can't be captured, must be one engine and can't, or a bug.
+        CaptureError, PartitionError, LoweringError: the model can't be captured, must be one engine and can't, or a
+            bug.
     """
     settings = settings or CompilationSettings()
     program = capture_export(model, args, kwargs, dynamic_shapes=dynamic_shapes, device=settings.device)
     tensors = _tensors(program)
-    roles = [_role(spec, tensors) for spec in program.graph_signature.input_specs]
+    written = set(program.graph_signature.buffers_to_mutate.values())
+    roles = [_role(spec, tensors, written) for spec in program.graph_signature.input_specs]
     roles = _with_aliases(roles, tensors)
     lowered = compile_fx(program.graph_module, roles, settings, _writes(program), program.range_constraints)
     signature = _signature(program, _forward_names(model))
@@ -76,15 +79,18 @@ def _has_data(tensor: torch.Tensor | None) -> bool:
     return tensor is not None and not tensor.is_meta and not isinstance(tensor, FakeTensor)
 
 
-def _role(spec: Any, tensors: Mapping[str, torch.Tensor]) -> Role:
-    """What an input of the exported graph is. Data that no state dict has travels in the engine, if it is there at all."""
+def _role(spec: Any, tensors: Mapping[str, torch.Tensor], written: Container[str]) -> Role:
+    """What an input of the exported graph is. Data that no state dict has travels in the engine, if it is there."""
     if spec.kind is InputKind.USER_INPUT:
         return Role("input", spec.arg.name)
-    if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
-        in_state = spec.kind is InputKind.PARAMETER or (spec.kind is InputKind.BUFFER and spec.persistent is not False)
-        kind = "parameter" if in_state or not _has_data(tensors.get(spec.target)) else "constant"
-        return Role(kind, spec.target)
-    raise CaptureError(f"the model has an input of kind {spec.kind.name}, which engines do not have")
+    if spec.kind not in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
+        raise CaptureError(f"the model has an input of kind {spec.kind.name}, which engines do not have")
+    in_state = spec.kind is InputKind.PARAMETER or (spec.kind is InputKind.BUFFER and spec.persistent is not False)
+    tensor = tensors.get(spec.target)
+    if in_state or tensor is None or not _has_data(tensor):
+        return Role("parameter", spec.target)
+    zeros = spec.target in written and tensor.is_contiguous() and not tensor.any()
+    return Role("zeros" if zeros else "constant", spec.target)
 
 
 def _with_aliases(roles: list[Role], tensors: Mapping[str, torch.Tensor]) -> list[Role]:
@@ -143,7 +149,7 @@ def _engine(
 
 
 def _saved(signature: Signature) -> Json:
-    """The signature as an engine holds it; None if it can't: then the engine runs here, and `save` says why it can't."""
+    """The signature as an engine holds it; None if it can't: the engine then runs here, and `save` says why."""
     try:
         return signature.to_json()
     except RtxError as error:

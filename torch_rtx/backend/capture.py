@@ -70,6 +70,10 @@ def keep_ops() -> Iterator[None]:
         yield
 
 
+class NeedsAutograd(CaptureError):
+    """A graph captured for inference computes gradients after all: it enables them itself."""
+
+
 def needs_autograd(example_inputs: Sequence[Any]) -> bool:
     """Whether the graph must be captured for training: gradients are on and an input (or parameter) asks for one."""
     return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs)
@@ -83,7 +87,7 @@ def capture_inference(
     Placeholders of the ATen graph stand in the order of `example_inputs`. A mutated input appears as a trailing
     `aten.copy_` to its placeholder; views of inputs that are returned are made again outside of the graph.
 
-    Raises CaptureError when the graph turns out to need gradients (use `capture_training`).
+    Raises NeedsAutograd when the graph turns out to need gradients (use `capture_training`).
     """
     backend = aot_autograd(
         fw_compiler=_refuse_autograd,
@@ -97,10 +101,7 @@ def capture_inference(
 
 def _refuse_autograd(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     # AOTAutograd found an output that requires grad. Traced with kept ops, its gradients would silently be None.
-    raise CaptureError(
-        "this graph computes gradients, which inference capture would lose",
-        hint="call the model with gradients enabled from the outside, or under torch.no_grad()",
-    )
+    raise NeedsAutograd("this graph computes gradients, which inference capture would lose")
 
 
 def capture_training(

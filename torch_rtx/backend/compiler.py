@@ -46,6 +46,12 @@ class Program:
     device: torch.device
     partition: Partition
     report: Report
+    folder: Path | None  # where its artefacts are dumped
+
+    def dump(self, name: str, text: str) -> None:
+        """Write one more artefact, if artefacts are wanted."""
+        if self.folder is not None:
+            (self.folder / name).write_text(text)
 
 
 def check_passes(settings: CompilationSettings) -> None:
@@ -87,6 +93,7 @@ def compile_fx(
     try:
         if folder is not None:
             (folder / "00_fx.py").write_text(gm.print_readable(print_output=False))
+            (folder / "00_partition.txt").write_text(str(parts))
         imported = from_fx(gm, roles, parts.fallbacks, symbols, writes)
         graph = imported.graph
         verify(graph, aten.ALLOWED)
@@ -95,7 +102,7 @@ def compile_fx(
         raise _bug(error, gm, graph, settings, folder) from error
     seconds = time.perf_counter() - start
     log.info("%d blocks, %d fallback nodes, %.0f ms", len(parts.blocks), len(parts.fallbacks), 1e3 * seconds)
-    return Program(lowered, imported.constants, imported.callables, device, parts, report)
+    return Program(lowered, imported.constants, imported.callables, device, parts, report, folder)
 
 
 def device_of(gm: fx.GraphModule) -> torch.device:

@@ -6,6 +6,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from torch_rtx.backend.capture import capture_inference, capture_training, needs_autograd
+from torch_rtx.backend.capture import NeedsAutograd, capture_inference, capture_training, needs_autograd
 from torch_rtx.backend.compiler import check_passes, compile_fx
 from torch_rtx.errors import PartitionError, SettingsError
 from torch_rtx.lowering.from_fx import Role, is_fixed
@@ -59,9 +60,10 @@ def rtx(
 
     # Calls with effects (a check that may raise, a print) are kept in order by tokens. As inputs these would be None.
     with functorch_config.patch(unlift_effect_tokens=True):
-        if needs_autograd(example_inputs):
-            return capture_training(gm, example_inputs, training, training)
-        return capture_inference(gm, example_inputs, inference)
+        if not needs_autograd(example_inputs):
+            with suppress(NeedsAutograd):
+                return capture_inference(gm, example_inputs, inference)
+        return capture_training(gm, example_inputs, training, training)
 
 
 def _compile(
@@ -82,7 +84,8 @@ def _compile(
             store = WeightStore(program.graph, program.device, program.constants)
             # The fallbacks come from a model of this process, not from a file: there is nobody to distrust.
             called = frozenset(node.op for node in program.graph.nodes if node.kind == "fallback")
-            sessions = _Sessions(Session(program.graph, store, runtime, program.callables, called))
+            template = Session(program.graph, store, runtime, program.callables, called)
+            program.dump("run.py", template.source)
     except (PartitionError, SettingsError):
         raise  # what the user asked for, and no bug that fallback_on_error is about
     except Exception as error:
@@ -90,6 +93,7 @@ def _compile(
             raise
         log.warning("compiling failed, this graph runs in PyTorch: %s", error)
         return make_boxed_func(gm.forward)
+    sessions = _Sessions(template)
     used = {parameter.name for parameter in store.parameters}
     weights = [i for i, role in enumerate(roles) if role.name in used and i in static]
     inputs = [i for i, node in enumerate(placeholders) if i not in static and not is_fixed(node)]

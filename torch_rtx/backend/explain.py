@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from inspect import signature
 from typing import Any
 
 import torch
@@ -78,9 +79,9 @@ def explain(
 
     Args:
         model: a module or function; args and kwargs are those of one call of it.
-        settings: as for the compilation that is to be explained.
+        settings: as for the compilation that is to be explained, but `require_full_compilation` raises nothing here.
     """
-    settings = settings or CompilationSettings(require_full_compilation=False)
+    settings = replace(settings or CompilationSettings(), require_full_compilation=False)
     reports: list[GraphReport] = []
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -93,9 +94,13 @@ def explain(
 
         return capture_inference(gm, example_inputs, compiler)
 
-    function = model.forward if isinstance(model, nn.Module) and not model._forward_hooks else model
+    hooked = isinstance(model, nn.Module) and (model._forward_hooks or model._forward_pre_hooks)
+    function = model.forward if isinstance(model, nn.Module) and not hooked else model
+    # Dynamo compiles a function a few times only: a question must neither meet that limit nor use it up for the user.
+    known = signature(torch.compile).parameters
+    isolated: dict[str, Any] = {"isolate_recompiles": True} if "isolate_recompiles" in known else {}
     with torch.no_grad():
-        torch.compile(function, backend=backend)(*args, **kwargs)
+        torch.compile(function, backend=backend, **isolated)(*args, **kwargs)
     return Explanation(tuple(reports))
 
 

@@ -27,6 +27,11 @@ class Partition:
     blocks: list[list[fx.Node]]
     fallbacks: dict[fx.Node, str]
 
+    def __str__(self) -> str:
+        lines = [f"block {index}: {', '.join(map(str, block))}" for index, block in enumerate(self.blocks)]
+        lines += [f"fallback {node} ({node.target}): {why}" for node, why in self.fallbacks.items()]
+        return "\n".join(lines) + "\n"
+
 
 def partition(gm: fx.GraphModule, reason: Callable[[fx.Node], str | None], settings: CompilationSettings) -> Partition:
     """The partition of `gm`.

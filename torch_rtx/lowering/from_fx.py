@@ -38,7 +38,8 @@ PLAIN = (bool, int, float, str, type(None))
 
 @dataclass(frozen=True)
 class Role:
-    """What a placeholder is: an `input` of each call, a `parameter` (weights, buffers) or a `constant`, by name."""
+    """What a placeholder is, by name: an `input` of each call, a `parameter` (weights, buffers), a `constant`, or `zeros`:
+    state, such as a cache, that starts as zeros, so that no file need hold it."""
 
     kind: str
     name: str
@@ -200,8 +201,19 @@ class _Importer:
             value = self.value(role.name, self.symbols.type(content))
             self.inputs.append(value)
             self.env[node] = _dim_or_value(value)
+        elif role.kind == "zeros":
+            self.env[node] = self.zeros(content)
         else:
             self.env[node] = self.parameter(role, content)
+
+    def zeros(self, content: torch.Tensor) -> Value:
+        type_ = self.symbols.type(content)
+        assert isinstance(type_, TensorType)
+        value = self.value(f"w{len(self.weights)}", type_)
+        args = (("size", type_.shape), ("dtype", type_.dtype), ("device", type_.device))
+        recipe = Graph("import", nodes=(Node("op", "aten.zeros.default", args, (value,)),), outputs=(value,))
+        self.weights.append(Weight(value, (), recipe))
+        return value
 
     def parameter(self, role: Role, content: torch.Tensor) -> Value:
         tied = next((self.by_name[name] for name in (role.name, *role.aliases) if name in self.by_name), None)

@@ -186,8 +186,10 @@ class Captured:
 
     def replay(self, inputs: Sequence[Any]) -> list[Any]:
         """Launch the graph for `inputs` on the current stream; returns its outputs."""
-        for node, index, strides in self._sources:
-            node.set_source(restride(inputs[index], strides))
+        # Copies that `restride` makes are held until the launch: nobody else may get their memory before it.
+        given = [restride(inputs[index], strides) for _, index, strides in self._sources]
+        for (node, _, _), tensor in zip(self._sources, given, strict=True):
+            node.set_source(tensor)
         outputs = [output(inputs) for output in self._outputs]
         self.graph.replay()
         for position, result in self._late:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -62,12 +64,13 @@ class CompiledModule(nn.Module):
         self._signature.check(len(engine.graph.inputs), len(engine.graph.outputs))
         constants = dict(engine.constants)
         self._store = WeightStore(engine.graph, device, constants, engine.manifest.unused_names)
-        self.session = Session(engine.graph, self._store, settings or RuntimeSettings(), callables, frozenset(trusted_ops))
+        settings, trusted = settings or RuntimeSettings(), frozenset(trusted_ops)
+        self.session = Session(engine.graph, self._store, settings, callables, trusted)
         self._ready = not self._store.parameters
 
     def attach(self, weights: WeightSource) -> None:
-        """Use the tensors of a module or state dict themselves where no recipe changes them: no second copy in memory, and
-        a change of them in place is seen by the next call. A file is read.
+        """Use the tensors of a module or state dict themselves where no recipe changes them: no second copy in memory,
+        and a change of them in place is seen by the next call. A file is read.
 
         Raises:
             RefitError: a tensor that the engine needs is missing or of another shape or dtype.
@@ -75,7 +78,7 @@ class CompiledModule(nn.Module):
         if isinstance(weights, str | os.PathLike):
             self.refit(weights)
             return
-        tensors = tensors_of(weights)
+        tensors = tensors_of(weights) | self._attributes(weights)
         self._store.attach(tensors)
         self._ready = True
         self._keep(tensors, copy=False)
@@ -86,7 +89,7 @@ class CompiledModule(nn.Module):
         Raises:
             RefitError: lists the names that are missing, unexpected or of another shape or dtype; nothing was changed.
         """
-        tensors = tensors_of(weights)
+        tensors = tensors_of(weights) | self._attributes(weights)
         if isinstance(weights, nn.Module):  # has its own buffers as well, which a state dict would not show
             known = {name for p in self._store.parameters for name in (p.name, *p.aliases)}
             kept = weights.state_dict(keep_vars=True).keys()
@@ -94,6 +97,14 @@ class CompiledModule(nn.Module):
         self._store.refit(tensors)
         self._ready = True
         self._keep(tensors, copy=True)
+
+    def _attributes(self, weights: WeightSource) -> dict[str, torch.Tensor]:
+        """The plain attributes of a module that the engine needs: tensors that had no data when it was built."""
+        found = {}
+        for parameter in self._store.parameters if isinstance(weights, nn.Module) else ():
+            with suppress(AttributeError):
+                found[parameter.name] = attrgetter(parameter.name)(weights)
+        return {name: tensor.detach() for name, tensor in found.items() if isinstance(tensor, torch.Tensor)}
 
     def _keep(self, tensors: Mapping[str, torch.Tensor], copy: bool) -> None:
         """An engine that is saved with its weights is saved with those that it runs with."""
@@ -116,11 +127,13 @@ class CompiledModule(nn.Module):
         return self._signature.unflatten(self.session(inputs))
 
     def extra_repr(self) -> str:
+        """What `print` shows: nodes and device."""
         return f"nodes={len(self.engine.graph.nodes)}, device={self.device}"
 
 
 def tensors_of(weights: WeightSource) -> dict[str, torch.Tensor]:
-    """The named tensors of a module (buffers that its state dict leaves out as well), a state dict or a safetensors file.
+    """The named tensors of a module (also the buffers that its state dict leaves out), a state dict or a safetensors
+    file.
 
     Raises:
         EngineFormatError: the file is no safetensors file.
@@ -209,7 +222,8 @@ def refit_module_weights(module: nn.Module, weights: WeightSource) -> None:
     compiled_in_place = getattr(module, "_compiled_call_impl", None) is not None  # by module.compile(...)
     model = module if compiled_in_place else getattr(module, "_orig_mod", None)
     if not isinstance(model, nn.Module):
-        raise RtxError(f"a {type(module).__name__} is not compiled", hint="pass a CompiledModule or torch.compile(model)")
+        hint = "pass a CompiledModule or torch.compile(model)"
+        raise RtxError(f"a {type(module).__name__} is not compiled", hint=hint)
     given = tensors_of(weights)
     if isinstance(weights, nn.Module):
         given = {name: given[name] for name in weights.state_dict(keep_vars=True) if name in given}

@@ -59,6 +59,11 @@ class Session:
             else:
                 log.info("no CUDA graphs for this module: %s", reason)
 
+    @property
+    def source(self) -> str:
+        """The plain code, as Python text."""
+        return str(self._code.source)  # type: ignore[attr-defined]
+
     def sibling(self) -> Session:
         """A session of the same graph for other parameters, which shares the code; see `WeightStore.sibling`."""
         other = copy(self)
@@ -120,9 +125,7 @@ def check_inputs(graph: Graph, inputs: Sequence[Any], device: torch.device) -> N
             elif dim != size:
                 raise InputError(f"{place} is {size}, the engine was built for {dim}")
     for dim, size, place in later:
-        expected = evaluate(dim, {name: number for name, (number, _) in sizes.items()})
-        if expected is not None and expected != size:
-            raise InputError(f"{place} is {size}, expected {dim} = {expected}")
+        _check_derived(dim, size, place, sizes)
 
 
 def _dims(value: Value, given: object, device: torch.device) -> list[tuple[Dim, int, str]]:
@@ -155,6 +158,19 @@ def _check_range(dim: Sym, size: int, place: str, sizes: dict[str, tuple[int, st
         raise InputError(f"{place} is {size}, outside its range {dim.name} = {dim.min}..{high}{of}")
 
 
+def _check_derived(dim: Dim, size: int, place: str, sizes: dict[str, tuple[int, str]]) -> None:
+    known = {name: number for name, (number, _) in sizes.items()}
+    found = invert(dim, size, known)
+    if found is not None:  # the only place that tells what this symbol is
+        symbol, number = found
+        if evaluate(dim, {**known, symbol.name: number}) != size:
+            raise InputError(f"{place} is {size}, which is not of the form {dim}")
+        _check_range(symbol, number, f"{place} is {size} = {dim}, so that {symbol.name}", sizes)
+    expected = evaluate(dim, known)
+    if expected is not None and expected != size:
+        raise InputError(f"{place} is {size}, expected {dim} = {expected}")
+
+
 def _shape(type_: TensorType) -> str:
     return f"[{', '.join(map(str, type_.shape))}]"
 
@@ -166,4 +182,21 @@ def evaluate(dim: Dim, sizes: dict[str, int]) -> int | None:
     if isinstance(dim, Sym):
         return sizes.get(dim.name)
     args = [evaluate(arg, sizes) for arg in dim.args]
-    return None if None in args else int(DIM_OPS[dim.op](args))
+    known = [arg for arg in args if arg is not None]
+    return int(DIM_OPS[dim.op](known)) if len(known) == len(args) else None
+
+
+def invert(dim: Dim, size: int, sizes: dict[str, int]) -> tuple[Sym, int] | None:
+    """The symbol of `dim` that `sizes` lacks, and the number that makes `dim` about `size`: what generated code does to
+    bind its dims (`reference.solve`), in numbers. None where there are none or several, or `dim` does not determine it.
+    """
+    if isinstance(dim, Sym):
+        return (dim, size) if dim.name not in sizes else None
+    if isinstance(dim, int) or dim.op not in ("*", "+"):
+        return None
+    args = [(arg, evaluate(arg, sizes)) for arg in dim.args]
+    unknown = [arg for arg, number in args if number is None]
+    rest = [number for _, number in args if number is not None]
+    if len(unknown) != 1 or (dim.op == "*" and 0 in rest):
+        return None
+    return invert(unknown[0], size - sum(rest) if dim.op == "+" else size // math.prod(rest), sizes)

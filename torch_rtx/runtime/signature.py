@@ -1,7 +1,7 @@
 """The call signature of a module: from its own arguments to the flat inputs of a graph, and back for the results.
 
-Structures are PyTorch's pytrees. A file holds them as plain JSON; reading it imports nothing: a container type that this
-process does not know comes back as a dict or a tuple, with a warning.
+Structures are PyTorch's pytrees. A file holds them as plain JSON; reading it imports nothing: a container type that
+this process does not know comes back as a dict or a tuple, with a warning.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.utils import _pytree as pytree
 
 from torch_rtx.errors import EngineFormatError, InputError, RtxError
@@ -24,8 +25,8 @@ Json = Any
 LEAF = pytree.tree_flatten(0)[1]
 MAX_DEPTH = 64
 # Of the factories of a defaultdict only these are kept: a file must not name what this process then calls.
-FACTORIES: dict[Any, Callable[[], Any] | None] = {kind.__name__: kind for kind in (dict, float, int, list, set, str, tuple)}
-KEYED = (dict, OrderedDict, defaultdict)
+FACTORIES: dict[Any, Any] = {kind.__name__: kind for kind in (dict, float, int, list, set, str, tuple)}
+KEYED, LISTED = (dict, OrderedDict, defaultdict, immutable_dict), (tuple, list, immutable_list)
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,9 @@ class Signature:
             EngineFormatError: not such a tree.
         """
         try:
-            leaves = tuple(leaf if type(leaf) is int else Fixed(str(leaf["name"]), leaf["value"]) for leaf in tree["leaves"])
+            leaves = tuple(
+                leaf if type(leaf) is int else Fixed(str(leaf["name"]), leaf["value"]) for leaf in tree["leaves"]
+            )
             names = tuple(map(str, tree["names"]))
             in_spec, out_spec = _decode(tree["in"], 0), _decode(tree["out"], 0)
             if in_spec.num_leaves != len(leaves) or [child.type for child in in_spec.children()] != [tuple, dict]:
@@ -165,10 +168,10 @@ class Signature:
 
 
 def _builder(spec: pytree.TreeSpec, outputs: list[Any], tree: Any) -> Callable[[list[Any]], Any]:
-    """A way to build results of the structure `spec`, faster than pytree's where one is known that builds an equal `tree`.
+    """A way to build results of the structure `spec`, faster than pytree's where one is known to build an equal `tree`.
 
-    A dictionary with attributes, as transformers returns, takes 12 us to make by its own constructor, as long as the rest
-    of a replayed call.
+    A dictionary with attributes, as transformers returns, takes 12 us to make by its own constructor, as long as the
+    rest of a replayed call.
     """
     kind, keys = spec.type, spec.context
     if spec.is_leaf():
@@ -233,7 +236,7 @@ def _plain_context(spec: pytree.TreeSpec) -> Json:
         name = getattr(factory, "__name__", None)
         return {"factory": name if FACTORIES.get(name) is factory else None, "keys": keys}
     known = pytree.SUPPORTED_SERIALIZED_TYPES.get(spec.type)
-    dump = None if known is None or spec.type in (tuple, list, *KEYED, deque) else known.to_dumpable_context
+    dump = None if known is None or spec.type in (*LISTED, *KEYED, deque) else known.to_dumpable_context
     return spec.context if dump is None else dump(spec.context)
 
 
@@ -264,7 +267,7 @@ def _container(name: str, context: Json, count: int) -> tuple[Any, Any]:
         return type_, [FACTORIES.get(context["factory"]), _keys(context["keys"], count)]
     if type_ in KEYED:
         return type_, _keys(context, count)
-    if type_ in (tuple, list):
+    if type_ in LISTED:
         return type_, None
     if type_ is deque:
         if context is not None and (type(context) is not int or context < count):

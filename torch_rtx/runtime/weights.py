@@ -112,10 +112,10 @@ class WeightStore:
         pairs = zip(self._watched, stamps, self._stamps, strict=True)
         changed = {id(tensor) for tensor, now, before in pairs if now != before}
         names = {name for name, tensor in self._sources.items() if id(tensor) in changed}
-        self._stamps = stamps
         for index, weight in enumerate(self.weights):
             if self._owned[index] and not names.isdisjoint(weight.names):
                 overwrite(self.values[index], self._make(index, self._sources))
+        self._stamps = stamps  # only now: should a recipe fail, the next call runs it again
 
     def refit(self, sources: Tensors) -> None:
         """Take the values of `sources`, by name; no reference to them is kept, and nothing of the caller's is written.

@@ -1,0 +1,85 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+import torch_rtx
+from torch_rtx.backend.cli import app
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    module = torch_rtx.compile(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), (torch.ones(2, 4),))
+    path = tmp_path_factory.mktemp("engines") / "model.rtx"
+    torch_rtx.save(module, path)
+    return path
+
+
+def call(*args):
+    return CliRunner().invoke(app, list(map(str, args)))
+
+
+def test_inspect(path):
+    result = call("inspect", path)
+    assert result.exit_code == 0
+    assert result.stdout.rstrip("\n") == str(torch_rtx.inspect(path))
+    producer = f"built by torch_rtx {torch_rtx.__version__}"
+    for text in (producer, "inputs input", "stripped", "'0.weight': f32[8, 4]", "relu"):
+        assert text in result.stdout
+
+
+def test_inspect_json(path):
+    found = json.loads(call("inspect", path, "--json").stdout)
+    assert found["manifest"]["inputs"] == ["input"]
+    assert found["weight_bytes"] == 4 * (8 * 4 + 8)
+    assert found["engine_bytes"] == path.stat().st_size
+    assert [p["name"] for p in found["parameters"]] == ["0.weight", "0.bias"]
+    assert "graph_text" not in found
+
+
+def test_inspect_graph(path):
+    result = call("inspect", path, "--graph")
+    assert result.stdout == torch_rtx.inspect(path).graph_text
+    assert result.stdout.startswith("graph fused {")
+
+
+def test_what_is_no_engine(path, tmp_path):
+    damaged = tmp_path / "damaged.rtx"
+    damaged.write_bytes(path.read_bytes()[:500])
+    (tmp_path / "text.rtx").write_text("hello")
+    messages = {
+        damaged: "no complete header",
+        tmp_path / "text.rtx": "no .rtx file",
+        tmp_path / "absent.rtx": "No such file",
+        tmp_path: "a folder is no .rtx file",
+    }
+    for file, message in messages.items():
+        for option in ((), ("--json",), ("--graph",)):
+            result = call("inspect", file, *option)
+            assert result.exit_code == 1
+            assert "error: " in result.stderr
+            assert message in result.stderr
+            assert result.stdout == ""
+
+
+def test_usage():
+    assert "inspect" in call("--help").stdout
+    assert "--json" in call("inspect", "--help").stdout
+    assert call("inspect").exit_code == 2
+    assert call("nonsense").exit_code == 2
+
+
+def test_in_a_process_of_its_own_without_torch(path):
+    code = "import sys; sys.modules['torch'] = None; from torch_rtx.backend.cli import app; app()"
+    command = [sys.executable, "-c", code, "inspect", str(path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.rstrip("\n") == str(torch_rtx.inspect(path))

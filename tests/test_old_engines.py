@@ -1,0 +1,58 @@
+"""Engines outlive releases: the ones in tests/engines load and give what they gave when they were written."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import torch_rtx
+from tests import write_engines
+
+ENGINES = Path(__file__).parent / "engines"
+
+
+def check(path: Path) -> None:
+    """Make the recorded calls of the engine at `path`."""
+    weights = path.with_suffix(".weights.safetensors")
+    module = torch_rtx.load(path, weights=weights if weights.exists() else None)
+    recorded = load_file(path.with_suffix(".calls.safetensors"))
+    calls = sorted({key.split("/")[0] for key in recorded})
+    assert calls
+
+    def part(call: str, kind: str) -> list[torch.Tensor]:
+        found = {int(k.split("/")[2]): t for k, t in recorded.items() if k.startswith(f"{call}/{kind}/")}
+        return [found[position] for position in range(len(found))]
+
+    for call in calls:
+        given = part(call, "in")
+        args = ({"x": given[0], "ids": given[1]}, int(given[2])) if path.stem == "symbolic" else tuple(given)
+        results, expected = write_engines.tensors(module(*args)), part(call, "out")
+        assert len(results) == len(expected)
+        for result, wanted in zip(results, expected, strict=True):
+            torch.testing.assert_close(result, wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("path", sorted(ENGINES.rglob("*.rtx")), ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_old_engine(path: Path, tmp_path: Path) -> None:
+    assert path.stat().st_size < 16 << 10
+    assert torch_rtx.inspect(path).manifest.format_version == int(path.parent.name[1:])
+    check(path)
+    # Read and written again by this release.
+    torch_rtx.save(torch_rtx.load(path), tmp_path / path.name)
+    for beside in path.parent.glob(f"{path.stem}.*.safetensors"):
+        shutil.copy(beside, tmp_path)
+    check(tmp_path / path.name)
+
+
+def test_every_case_is_kept() -> None:
+    assert {path.stem for path in (ENGINES / "v1").glob("*.rtx")} == set(write_engines.CASES)
+
+
+def test_the_engines_of_this_release(tmp_path: Path) -> None:
+    write_engines.write(tmp_path)
+    for name in write_engines.CASES:
+        check(tmp_path / f"{name}.rtx")

@@ -1,0 +1,83 @@
+"""What README.md and docs/ show works: each Python block runs in a process of its own, each command exists."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(language: str) -> list[Any]:
+    """The code blocks of a language as test parameters, each called by page and line."""
+    found = []
+    for page in PAGES:
+        text = page.read_text()
+        for match in BLOCK.finditer(text):
+            if match[1] == language:
+                line = text.count("\n", 0, match.start()) + 1
+                found.append(pytest.param(match[2], id=f"{page.name}:{line}"))
+    return found
+
+
+def commands() -> list[str]:
+    """The shell commands that belong to this repository, without their comments."""
+    lines = [line.split("#")[0].strip() for block in blocks("sh") for line in str(block.values[0]).splitlines()]
+    inline = re.findall(r"`((?:make|python|torch-rtx) [^`]+)`", "\n".join(page.read_text() for page in PAGES))
+    return sorted({line for line in (*lines, *inline) if line.split(" ")[0] in ("make", "python", "torch-rtx")})
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_block_runs(code: str, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", commands())
+def test_command_exists(command: str) -> None:
+    program, first, *rest = command.split()
+    if program == "make":
+        assert re.search(rf"^{re.escape(first)}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    elif program == "torch-rtx":
+        from torch_rtx.backend.cli import app
+
+        assert first in {found.name or getattr(found.callback, "__name__", "") for found in app.registered_commands}
+    elif first == "-m":
+        assert find_spec(rest[0]) is not None
+    else:
+        assert (ROOT / first).is_file()
+
+
+def test_by_hand() -> None:
+    """The tour of the stages runs, and its result agrees with eager's."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "examples" / "by_hand.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "8. against eager" in done.stdout
+
+
+def test_links() -> None:
+    """Links to files of the repository lead somewhere, and so do those to a heading of the same page."""
+    for page in PAGES:
+        text = page.read_text()
+        titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+        headings = {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in titles}
+        prose = re.sub(r"^```.*?^```$|`[^`\n]*`", "", text, flags=re.MULTILINE | re.DOTALL)
+        for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+            path, _, heading = target.partition("#")
+            if "://" not in target:
+                assert not path or (page.parent / path).exists(), f"{page.name}: {target}"
+                assert path or heading in headings, f"{page.name}: {target}"

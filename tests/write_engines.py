@@ -1,0 +1,86 @@
+"""Writes the engines of `tests/engines/v1`, which every later release must read: python -m tests.write_engines
+
+Each is written beside what it needs: `NAME.rtx`, `NAME.weights.safetensors` if it is weight-stripped, and
+`NAME.calls.safetensors` with the inputs and outputs of some calls, eager's, as `CALL/in/POSITION` and
+`CALL/out/POSITION`. Files that were released stay as they are: a change of the format gets a folder of its own.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import nn
+from torch.export import Dim
+from torch.utils import _pytree as pytree
+
+import torch_rtx
+
+FOLDER = Path(__file__).parent / "engines" / "v1"
+
+
+def mlp() -> tuple[nn.Module, list[tuple[Any, ...]], Any]:
+    return nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.LayerNorm(8), nn.Linear(8, 2)), [(torch.randn(3, 4),)], None
+
+
+def conv_bn() -> tuple[nn.Module, list[tuple[Any, ...]], Any]:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
+    model[1].running_mean.uniform_(-1, 1)
+    model[1].running_var.uniform_(0.5, 2)
+    return model, [(torch.randn(2, 3, 6, 6),)], None
+
+
+class Symbolic(nn.Module):
+    """A free dim, constants of several dtypes, structured inputs and outputs, a cast, an unsaved buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.randn(4), persistent=False)
+        self.weight = nn.Parameter(torch.randn(4, 4).to(torch.bfloat16))
+
+    def forward(self, batch: dict[str, torch.Tensor], scale: int = 2) -> dict[str, Any]:
+        x, ids = batch["x"], batch["ids"]
+        y = (x.to(torch.bfloat16) @ self.weight.t()).float() * scale + self.table
+        kept = torch.where(ids.unsqueeze(-1) > torch.tensor([1, 2, 0, 3]), y, 0.0)
+        return {"pair": (kept, kept.sum(0)), "rows": x.shape[0], "none": None}
+
+
+def symbolic() -> tuple[nn.Module, list[tuple[Any, ...]], Any]:
+    calls = [({"x": torch.randn(n, 4), "ids": torch.randint(0, 5, (n,))}, 3) for n in (3, 1, 8)]
+    n = Dim("n", min=1, max=8)
+    return Symbolic(), calls, {"batch": {"x": {0: n}, "ids": {0: n}}, "scale": None}
+
+
+CASES = {"mlp": mlp, "conv_bn": conv_bn, "symbolic": symbolic}
+WITH_WEIGHTS = frozenset(("mlp",))
+
+
+def tensors(tree: Any) -> list[torch.Tensor]:
+    """The leaves of a call's arguments or results; numbers as tensors."""
+    return [torch.as_tensor(leaf) for leaf in pytree.tree_leaves(tree) if leaf is not None]
+
+
+def write(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, case in CASES.items():
+        torch.manual_seed(0)
+        with torch.no_grad():
+            model, calls, shapes = case()
+            settings = torch_rtx.CompilationSettings(strip_weights=name not in WITH_WEIGHTS)
+            module = torch_rtx.compile(model, calls[0], dynamic_shapes=shapes, settings=settings)
+            torch_rtx.save(module, folder / f"{name}.rtx")
+            state = {} if name in WITH_WEIGHTS else {"weights": model.state_dict()}
+            found = {
+                f"{index}/{kind}/{position}": tensor.detach().contiguous().clone()
+                for index, args in enumerate(calls)
+                for kind, tree in (("in", args), ("out", model(*args)))
+                for position, tensor in enumerate(tensors(tree))
+            }
+            for kind, content in {**state, "calls": found}.items():
+                (folder / f"{name}.{kind}.safetensors").write_bytes(save(content))  # save_file's are the owner's alone
+
+
+if __name__ == "__main__":
+    write(FOLDER)
