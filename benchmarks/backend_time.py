@@ -2,8 +2,8 @@
 
     python -m benchmarks.backend_time [--size full] [--repeats 3] [--out results.json] [MODEL ...]
 
-What is timed is the call of the backend by Dynamo: AOTAutograd's capture, and for torch_rtx all of lowering. Dynamo's own
-tracing is the same for both and is left out.
+What is timed is the call of the backend by Dynamo: AOTAutograd's capture, and for torch_rtx all of lowering. Dynamo's
+own tracing is the same for both and is left out.
 """
 
 from __future__ import annotations

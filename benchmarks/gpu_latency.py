@@ -2,9 +2,9 @@
 
     python -m benchmarks.gpu_latency [--out results.json] [MODEL ...]
 
-The engine goes the way of a deployment: built, saved, loaded and refitted. Inputs rotate among four sets. Medians of device
-time (events around each call, after a warm-up), the repeats of all three interleaved; and the host time of a replayed call
-of the engine, beside that of a bare `CUDAGraph.replay()` of the same graph.
+The engine goes the way of a deployment: built, saved, loaded and refitted. Inputs rotate among four sets. Medians of
+device time (events around each call, after a warm-up), the repeats of all three interleaved; and the host time of a
+replayed call of the engine, beside that of a bare `CUDAGraph.replay()` of the same graph.
 """
 
 from __future__ import annotations
@@ -85,7 +85,9 @@ def measure(name: str, repeats: int) -> dict[str, Any]:
 
         return call
 
-    calls = {key: on_next_inputs(run) for key, run in (("eager", model), ("compiled", compiled), ("exported", exported))}
+    calls = {
+        key: on_next_inputs(run) for key, run in (("eager", model), ("compiled", compiled), ("exported", exported))
+    }
     with torch.no_grad():
         times = device_ms(calls, repeats)
         row: dict[str, Any] = {f"{key}_ms": statistics.median(values) for key, values in times.items()}

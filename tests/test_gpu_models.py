@@ -10,8 +10,8 @@ import torch
 
 import torch_rtx
 from benchmarks import models
-from tests.pools import graph_pools
 from tests.numerics import assert_right, in_float64, tensors
+from tests.pools import graph_pools
 from torch_rtx.backend.entry import rtx
 
 pytestmark = pytest.mark.gpu
@@ -23,7 +23,10 @@ def cases() -> list[Any]:
     rows = []
     for name in models.names():
         own, other = (torch.bfloat16, torch.float16) if name in BF16 else (torch.float16, torch.bfloat16)
-        rows += [pytest.param(name, "full", own, id=f"{name}-full"), pytest.param(name, "small", other, id=f"{name}-small")]
+        rows += [
+            pytest.param(name, "full", own, id=f"{name}-full"),
+            pytest.param(name, "small", other, id=f"{name}-small"),
+        ]
     return rows
 
 

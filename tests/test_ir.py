@@ -174,7 +174,7 @@ RULES = {
     ),
     "(?#type)must be one parameter, of its type": with_weight(Value("w", TensorType("f32", (9,), (1,))), ("p",)),
     "symbol|no static shape": broken(parameters=(Parameter("p", TensorType("f32", (S,), (1,))),)),
-    "two parameters have one name": broken(parameters=(Parameter("p", F2, ("q",)), Parameter("q", F2))),
+    "(?#alias)two parameters have one name": broken(parameters=(Parameter("p", F2, ("q",)), Parameter("q", F2))),
     "has no value": broken(inputs=(X, Value("n", ScalarType("int", Sym("t", 5, 2))))),
     "(?#zero)has no value": broken(inputs=(X, Value("n", ScalarType("int", Sym("t", 5, None, 0))))),
     "which names no device": broken(inputs=(X, Value("d", TensorType("f32", (), (), "a:b")))),

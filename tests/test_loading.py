@@ -182,9 +182,12 @@ NAMES = [
 ]
 contexts = st.recursive(
     scalars,
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(
-        st.sampled_from(["factory", "keys", "name", "fields", "default_factory_module", "default_factory_name"]), inner
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["factory", "keys", "name", "fields", "default_factory_module", "default_factory_name"]),
+            inner,
+        )
     ),
     max_leaves=4,
 )

@@ -1,4 +1,4 @@
-"""The structure of the package: who imports whom, no cycles, short files and functions, everything public documented."""
+"""The structure of the package: who imports whom, no cycles, short files and functions, public names documented."""
 
 from __future__ import annotations
 

@@ -30,7 +30,12 @@ DTYPES: dict[str, torch.dtype] = {
 # What these do depends on the strides of their inputs, or needs some: they must get those that the capture saw.
 STRIDED = frozenset(
     f"aten.{name}"
-    for name in ("as_strided.default", "as_strided_copy.default", "as_strided_scatter.default", "_reshape_alias.default")
+    for name in (
+        "as_strided.default",
+        "as_strided_copy.default",
+        "as_strided_scatter.default",
+        "_reshape_alias.default",
+    )
 ) | {"aten.view.dtype", "aten.view_as_complex.default"}
 _OPTIONAL = re.compile(r"Optional\[(.*)\]")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -71,8 +76,8 @@ def overload(name: str, trusted: frozenset[str] = frozenset()) -> torch._ops.OpO
 
 @cache
 def schema(op: torch._ops.OpOverload) -> dict[str, tuple[str, bool]]:
-    """Per argument of `op`, in order: its type as the schema says it (`ScalarType`, be it optional or not), and whether it
-    is keyword-only."""
+    """Per argument of `op`, in order: its type as the schema says it (`ScalarType`, be it optional or not), and whether
+    it is keyword-only."""
     types = ((arg, _OPTIONAL.sub(r"\1", str(arg.real_type))) for arg in op._schema.arguments)
     return {arg.name: (type_, arg.kwarg_only) for arg, type_ in types}
 

@@ -31,8 +31,12 @@ DTYPES = frozenset(
 )
 SCALARS = frozenset(("int", "float", "bool"))
 DIM_OPS: dict[str, Callable[[Sequence[int]], int]] = {
-    **{"+": sum, "*": math.prod, "min": min, "max": max},
-    **{"//": lambda args: args[0] // args[1], "%": lambda args: args[0] % args[1]},
+    "+": sum,
+    "*": math.prod,
+    "min": min,
+    "max": max,
+    "//": lambda args: args[0] // args[1],
+    "%": lambda args: args[0] % args[1],
 }
 
 # ---- dims ------------------------------------------------------------------------------------------------------------

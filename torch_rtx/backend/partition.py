@@ -8,7 +8,7 @@ piece. Blocks and fallback nodes stay in one graph and one plan.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 
 import torch
@@ -87,7 +87,7 @@ def _exists(name: str) -> bool:
     return found is not None
 
 
-def _listed(node: fx.Node, names: frozenset[str]) -> bool:
+def _listed(node: fx.Node, names: Set[str]) -> bool:
     name = str(node.target)
     return bool(names) and (name in names or name.rpartition(".")[0] in names)
 

@@ -21,9 +21,7 @@ from torch_rtx.ir import COPY, Attr, Graph, Node, Parameter, ScalarType, TensorT
 from torch_rtx.lowering.location import Locations
 from torch_rtx.lowering.symbols import Symbols
 
-SYM_QUERIES = frozenset(
-    (torch.ops.aten.sym_size.int, torch.ops.aten.sym_stride.int, torch.ops.aten.sym_numel.default)
-)
+SYM_QUERIES = frozenset((torch.ops.aten.sym_size.int, torch.ops.aten.sym_stride.int, torch.ops.aten.sym_numel.default))
 # Checks that hold by the types of the IR or by the ranges of its dims.
 DROPPED = frozenset(
     getattr(torch.ops.aten, name).default
@@ -38,8 +36,8 @@ PLAIN = (bool, int, float, str, type(None))
 
 @dataclass(frozen=True)
 class Role:
-    """What a placeholder is, by name: an `input` of each call, a `parameter` (weights, buffers), a `constant`, or `zeros`:
-    state, such as a cache, that starts as zeros, so that no file need hold it."""
+    """What a placeholder is, by name: an `input` of each call, a `parameter` (weights, buffers), a `constant`, or
+    `zeros`: state, such as a cache, that starts as zeros, so that no file need hold it."""
 
     kind: str
     name: str

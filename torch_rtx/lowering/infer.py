@@ -19,8 +19,12 @@ from torch_rtx.ir import Attr, Dim, Expr, Sym, TensorType, Type, Value, attr_dim
 from torch_rtx.lowering.symbols import UNBOUNDED, convert
 
 OPERATORS = {
-    "+": operator.add, "*": operator.mul, "//": operator.floordiv, "%": operator.mod,
-    "min": torch.sym_min, "max": torch.sym_max,
+    "+": operator.add,
+    "*": operator.mul,
+    "//": operator.floordiv,
+    "%": operator.mod,
+    "min": torch.sym_min,
+    "max": torch.sym_max,
 }
 # What stands for MAIN: static calls run on meta tensors, calls with symbols in a fake mode, which costs ten times as
 # much.

@@ -44,7 +44,7 @@ def short_file(path: str) -> str:
 
 @cache
 def _place(stack_trace: str) -> tuple[str, int]:
-    """File and line of the innermost frame that is neither PyTorch's own nor of generated code, else of the innermost."""
+    """File and line of the innermost frame that is neither PyTorch's nor of generated code, else of the innermost."""
     frames = _FRAME.findall(stack_trace)
     own = [frame for frame in frames if not frame[0].startswith((_TORCH, "<"))] or frames
     return (short_file(own[-1][0]), int(own[-1][1])) if own else ("", 0)

@@ -81,7 +81,9 @@ def lower(graph: Graph, settings: CompilationSettings, dump: Path | None = None)
 def _bug(name: str, report: Report, dump: Path | None, error: Exception) -> LoweringError:
     where = f"the graph before it is in {dump}" if dump else "set TORCH_RTX_DUMP=dir to get the graph before it"
     before = ", ".join(report.seconds) or "none"
-    kind = "left a graph that does not verify" if isinstance(error, InvalidIR) else f"failed with {type(error).__name__}"
+    kind = (
+        "left a graph that does not verify" if isinstance(error, InvalidIR) else f"failed with {type(error).__name__}"
+    )
     return LoweringError(
         f"pass {name} {kind}: {error.message if isinstance(error, RtxError) else error}",
         loc=getattr(error, "loc", None),

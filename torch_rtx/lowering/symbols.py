@@ -17,9 +17,16 @@ from torch_rtx.ir import MAIN, Dim, ScalarType, Sym, TensorType, Type, dim_expr
 UNBOUNDED = 2**31  # PyTorch writes "no bound" in several ways; a dim beyond this is none that it could have meant
 EXACT = 2**20  # a number below it times a size below UNBOUNDED has a place in the 53 bits of a float
 FUNCTIONS = {
-    sympy.Add: "+", sympy.Mul: "*", sympy.Min: "min", sympy.Max: "max",
-    symfn.FloorDiv: "//", symfn.Mod: "%", symfn.PythonMod: "%", symfn.CleanDiv: "//",
-    symfn.Min: "min", symfn.Max: "max",
+    sympy.Add: "+",
+    sympy.Mul: "*",
+    sympy.Min: "min",
+    sympy.Max: "max",
+    symfn.FloorDiv: "//",
+    symfn.Mod: "%",
+    symfn.PythonMod: "%",
+    symfn.CleanDiv: "//",
+    symfn.Min: "min",
+    symfn.Max: "max",
 }
 
 

@@ -98,7 +98,6 @@ class Session:
             return self.run(inputs, self.store.values)
         return self.pool(key, inputs, self.store)
 
-
     def _is_checked(self, key: object) -> bool:
         try:
             return key in self._checked

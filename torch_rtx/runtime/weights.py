@@ -143,9 +143,7 @@ class WeightStore:
     def _make(self, index: int, sources: Tensors) -> torch.Tensor:
         """The weight computed from `sources`; shares their memory where its recipe allows."""
         weight, recipe = self.weights[index], self._recipes[index]
-        inputs = [
-            self._constants[n] if n in self._constants else self._place(n, sources[n]) for n in weight.names
-        ]
+        inputs = [self._constants[n] if n in self._constants else self._place(n, sources[n]) for n in weight.names]
         with torch.no_grad():
             return inputs[0] if recipe is None else recipe(inputs, ())[0]
 
