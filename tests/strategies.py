@@ -33,11 +33,12 @@ texts = st.lists(st.sampled_from(MARKS) | st.characters(exclude_categories=["Cs"
 names = st.from_regex(r"[a-z_][a-z0-9_]{0,5}", fullmatch=True).filter(is_name)
 # A comment ends at the end of its line, so the places in a model are plainer than strings are.
 words = (
-    st.text(string.ascii_letters + string.digits + "._-/ :#{}='", max_size=12)
+    st.text(string.ascii_letters + string.digits + "._-/ :#}='", max_size=12)
     .map(str.strip)
     .filter(lambda text: "  #" not in text and " @ " not in text)
 )
-locs = st.none() | st.builds(Loc, words, words, st.integers(0, 10**6))
+paths = words.filter(bool)
+locs = st.none() | st.builds(Loc, paths) | st.builds(Loc, words, paths, st.integers(0, 10**6))
 STORED = sorted(DTYPES - {"c128", "c32"})  # the dtypes that a file can hold
 OPS = ["aten.add.Tensor", "aten.relu.default", "aten.view.default", "aten.linear.default"]
 

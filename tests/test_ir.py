@@ -308,7 +308,7 @@ HOSTILE = [
             "x: f32[2] = ",
             "x = extern a.b()",
             "nonsense",
-            "fallback a.b()  # nowhere",
+            "fallback a.b()  # @ f.py",
             "fallback a.b()  # m @ f.py:x",
         )
     ),

@@ -209,7 +209,7 @@ def attr_text(attr: Attr) -> str:
 class Loc:
     """Where a node comes from in the user's model: module path, source file, line.
 
-    The text form gives a meaning to line ends, " @ " and "  #", so that none of them may be in a path.
+    The text form gives a meaning to line ends, " @ ", "  #" and "{", so that none of them may be in a path.
     """
 
     module: str = ""
@@ -217,7 +217,8 @@ class Loc:
     line: int = 0
 
     def __str__(self) -> str:
-        return f"{self.module} @ {self.file}:{self.line}"
+        place = f"@ {self.file}:{self.line}" if self.file else ""
+        return f"{self.module} {place}".strip()
 
 
 @dataclass(frozen=True)

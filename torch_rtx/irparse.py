@@ -205,11 +205,13 @@ def _dotted(tree: ast.expr) -> str:
 
 
 def _loc(text: str) -> Loc:
-    module, at, place = text.rpartition(" @ ") if " @ " in text else ("", text[:2], text[2:])
+    module, at, place = (" " + text).rpartition(" @ ")
+    if not at:
+        return Loc(text)
     file, colon, line = place.rpartition(":")
-    if not at or not colon:
+    if not file or not colon:
         raise InvalidIR("expected `# MODULE @ FILE:LINE`")
-    return Loc(module, file, int(line))
+    return Loc(module.strip(), file, int(line))
 
 
 def _type(tree: ast.expr, scope: _Scope) -> Type:

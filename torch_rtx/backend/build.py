@@ -19,7 +19,7 @@ from torch_rtx.backend.compiler import Program, compile_fx
 from torch_rtx.engine import Engine, Json, Manifest
 from torch_rtx.errors import CaptureError, RtxError
 from torch_rtx.lowering.from_fx import Role
-from torch_rtx.runtime.module import CompiledModule, resolve_device
+from torch_rtx.runtime.module import CompiledModule
 from torch_rtx.runtime.signature import Fixed, Signature
 from torch_rtx.settings import CompilationSettings, RuntimeSettings
 
@@ -50,6 +50,8 @@ def compile(
             bug.
     """
     settings = settings or CompilationSettings()
+    if settings.fallback_on_error:
+        log.warning("fallback_on_error has no effect ahead of time: an engine that can't be built is an error")
     program = capture_export(model, args, kwargs, dynamic_shapes=dynamic_shapes, device=settings.device)
     tensors = _tensors(program)
     written = set(program.graph_signature.buffers_to_mutate.values())
@@ -58,10 +60,12 @@ def compile(
     lowered = compile_fx(program.graph_module, roles, settings, _writes(program), program.range_constraints)
     signature = _signature(program, _forward_names(model))
     engine = _engine(program, lowered, signature, tensors, settings)
-    built_for = resolve_device(None, lowered.device.type) if settings.device else lowered.device
+    runs_here = lowered.device.type == "cpu" or torch.cuda.is_available()
+    device = lowered.device if runs_here else torch.device("cpu")
     # The fallbacks come from a model of this process, not from a file: there is nobody to distrust.
     called = {node.op for node in lowered.graph.nodes if node.kind == "fallback"}
-    module = CompiledModule(engine, built_for, runtime, lowered.callables, called, signature)
+    module = CompiledModule(engine, device, runtime, lowered.callables, called, signature)
+    lowered.dump("run.py", module.session.source)
     needed = {p.name for p in engine.graph.parameters if not p.constant}
     if all(_has_data(tensors.get(name)) for name in needed):
         module.attach({name: tensors[name] for name in needed})

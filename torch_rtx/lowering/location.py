@@ -14,10 +14,10 @@ from torch_rtx.ir import Loc
 _FRAME = re.compile(r'File "([^"\n]+)", line (\d+)')
 _STEP = re.compile(
     r"(?:\.__dict__)?(?:\._|\['_)(?:modules|parameters|buffers)(?:'\])?\['([^']+)'\]"  # an entry of a module's tables
-    r"|\.([A-Za-z_]\w*)|\[(\d+)\]|\['([^']+)'\]"
+    r"|\.(?!__self__)(\w+)|\[(\d+)\]|\['([^']+)'\]"
 )
 _ROOT = re.compile(r"(?:L|G)\['([^']+)'\]")
-_MARKS = re.compile(r"[\n\r]| @ |  #")
+_MARKS = re.compile(r"[\n\r{]| @ |  #")
 _TORCH = torch.__path__[0]
 
 

@@ -88,8 +88,8 @@ class Session:
         Raises:
             InputError: names the input, the dimension and the range.
         """
-        key = tuple([(x.shape, x.dtype, x.device) if isinstance(x, torch.Tensor) else (type(x), x) for x in inputs])
-        if check and key != self._last and not self._is_checked(key):
+        key = tuple([(x.shape, x.dtype, x.device) if isinstance(x, torch.Tensor) else _number(x) for x in inputs])
+        if check and key != self._last and key not in self._checked:
             check_inputs(self.graph, inputs, self.device)
             if len(self._checked) < MAX_CHECKED:
                 self._checked.add(key)
@@ -98,11 +98,10 @@ class Session:
             return self.run(inputs, self.store.values)
         return self.pool(key, inputs, self.store)
 
-    def _is_checked(self, key: object) -> bool:
-        try:
-            return key in self._checked
-        except TypeError:  # a list or the like, which is no input and has no hash
-            return False
+
+def _number(given: object) -> object:
+    """What a call depends on in an input that is no tensor: 2 and 2.0 differ, all but numbers will be refused."""
+    return (type(given), given) if isinstance(given, int | float) else type(given)
 
 
 def check_inputs(graph: Graph, inputs: Sequence[Any], device: torch.device) -> None:
