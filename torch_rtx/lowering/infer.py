@@ -15,7 +15,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from torch_rtx import aten
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import Attr, Dim, Expr, Sym, TensorType, Type, Value, attr_dims, attr_map, attr_values, type_dims
+from torch_rtx.ir import Attr, Dim, Expr, Sym, TensorType, Type, Value, attr_dims, attr_values, type_dims
 from torch_rtx.lowering.symbols import UNBOUNDED, convert
 
 OPERATORS = {
@@ -35,7 +35,7 @@ class Inference:
     """Types of calls over one graph's symbols; equal calls are run once."""
 
     def __init__(self) -> None:
-        self._cache: dict[tuple[str, str], tuple[Type, ...]] = {}
+        self._cache: dict[object, tuple[Type, ...]] = {}
         self._new_symbols()
 
     def _new_symbols(self) -> None:
@@ -51,8 +51,7 @@ class Inference:
             Unsupported: the call does not accept these types, or only for some sizes of those that the symbols stand
                 for, or a size comes out that dims can't express.
         """
-        # As text: True, 1 and 1.0 are equal and give results of different dtypes.
-        key = (op, repr([(name, attr_map(attr, lambda value: Value("_", value.type))) for name, attr in args]))
+        key = (op, tuple([(name, _key(attr)) for name, attr in args]))
         if key not in self._cache:
             self._cache[key] = self._run(op, args)
         return self._cache[key]
@@ -111,6 +110,13 @@ class Inference:
 
     def _dim(self, size: int | torch.SymInt) -> Dim:
         return size if isinstance(size, int) else convert(size.node.expr, self._dims.__getitem__)
+
+
+def _key(attr: Attr) -> object:
+    """What the type of a result depends on. True, 1 and 1.0 are equal and give different dtypes."""
+    if isinstance(attr, Value):
+        return attr.type
+    return tuple(map(_key, attr)) if isinstance(attr, tuple) else (type(attr), attr)
 
 
 def _is_symbolic(attr: Attr) -> bool:
