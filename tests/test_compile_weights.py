@@ -43,6 +43,7 @@ class Net(nn.Module):
         return self.out(F.scaled_dot_product_attention(self.q(x), self.k(x), self.v(x)))
 
 
+COPY = {"copy_weights": True}  # merged projections as well, which torch.compile leaves apart of itself
 X = torch.linspace(-1, 1, 96).view(2, 3, 4, 4)
 CONV, QKV = {"conv.weight", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var", "conv.bias"}, {"q", "k", "v"}
 
@@ -76,7 +77,7 @@ def made(monkeypatch):
 @pytest.fixture
 def net():
     model = Net().eval()
-    return model, compile_rtx(model)
+    return model, compile_rtx(model, options=COPY)
 
 
 def test_patterns_are_in_the_graph(net, recorder, made):
@@ -155,7 +156,7 @@ def test_back_to_the_first_weights_is_bit_for_bit(net, recorder):
     assert len(recorder) == 1
     torch._dynamo.reset()
     model.load_state_dict(other)
-    assert torch.equal(compile_rtx(model)(X), b)  # as if it had been compiled with them
+    assert torch.equal(compile_rtx(model, options=COPY)(X), b)  # as if it had been compiled with them
 
 
 def used_stores(monkeypatch):
@@ -216,7 +217,7 @@ def test_tied_weights():
             return self.a(x) + self.b(x) * 2 + self.c(x)
 
     model, x = Tied(), torch.randn(2, 4)
-    compiled = compile_rtx(model)
+    compiled = compile_rtx(model, options=COPY)
     for _ in range(3):
         same(compiled(x), model(x))
         model.b.weight.add_(1)
@@ -227,7 +228,7 @@ def test_weights_made_in_inference_mode(made):
     """They have no version counter, so that what depends on them is computed for each call."""
     with torch.inference_mode():
         model = Net().eval()
-        compiled = compile_rtx(model)
+        compiled = compile_rtx(model, options=COPY)
         same(compiled(X), model(X))
         add(model)
         same(compiled(X), model(X))
@@ -239,7 +240,7 @@ def test_weights_made_in_inference_mode(made):
 def test_adapter_on_and_off():
     """A low-rank adapter that is merged and taken off again, between calls, many times."""
     model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)).eval()
-    compiled, x = compile_rtx(model), torch.randn(3, 8)
+    compiled, x = compile_rtx(model, options=COPY), torch.randn(3, 8)
     delta, base = torch.randn(8, 2) @ torch.randn(2, 8), model[0].weight.clone()
     results = []
     for _ in range(3):
@@ -258,7 +259,7 @@ def test_modules_of_the_same_code_share_a_graph_but_no_weights(made, recorder):
     """Regional compilation: Dynamo compiles the first block only, and each block keeps weights of its own."""
     blocks = [Net().eval() for _ in range(3)]
     for block in blocks:
-        block.compile(backend="rtx", fullgraph=True)
+        block.compile(backend="rtx", fullgraph=True, options=COPY)
     expected = [block.forward(X) for block in blocks]
     for _ in range(3):
         same([block(X) for block in blocks], expected, atol=1e-5, rtol=1e-4)
@@ -272,7 +273,7 @@ def test_modules_of_the_same_code_share_a_graph_but_no_weights(made, recorder):
 def test_modules_that_share_a_graph_called_from_threads():
     blocks = [Net().eval() for _ in range(4)]
     for block in blocks:
-        block.compile(backend="rtx", fullgraph=True)
+        block.compile(backend="rtx", fullgraph=True, options=COPY)
     expected, failures, start = [block.forward(X) for block in blocks], [], threading.Barrier(4)
 
     def work(index):
@@ -294,7 +295,7 @@ def test_modules_that_share_a_graph_called_from_threads():
 def test_deleted_module_is_not_kept_alive():
     blocks = [Net().eval() for _ in range(2)]
     for block in blocks:
-        block.compile(backend="rtx", fullgraph=True)
+        block.compile(backend="rtx", fullgraph=True, options=COPY)
         block(X)
     reference = weakref.ref(blocks[1].out.weight)
     expected = blocks[0](X)
@@ -350,3 +351,28 @@ def test_assigned_data_of_the_same_memory_is_no_change(net, made):
     model.q.weight.data = model.q.weight.data
     compiled(X)
     assert made.since() == (set(), 0)
+
+
+@pytest.mark.parametrize("form", ["add_", "+=", "[]"])
+def test_an_adapter_merged_through_data_is_seen(form):
+    """As peft merges adapters. Linear layers use the model's own parameters, unless asked to keep a merged copy."""
+    model = Net().eval()
+    compiled = compile_rtx(model)
+    delta = torch.randn(8, 8)
+    with torch.no_grad():
+        for sign in (1, -1, 1):
+            if form == "add_":
+                model.q.weight.data.add_(sign * delta)
+            elif form == "+=":
+                model.q.weight.data += sign * delta
+            else:
+                model.q.weight.data[2:5] += sign * delta[2:5]
+            torch.testing.assert_close(compiled(X), model(X))
+
+
+def test_no_second_copy_of_linear_weights(monkeypatch):
+    stores = used_stores(monkeypatch)
+    model = Net().eval()
+    compile_rtx(model)(X)
+    held = {value.data_ptr() for value in stores[-1].values}
+    assert {layer.weight.data_ptr() for layer in (model.q, model.k, model.v, model.out)} <= held

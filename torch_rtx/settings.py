@@ -75,6 +75,12 @@ class CompilationSettings(_Checked):
     require_full_compilation: bool = _flag(False, "Raise `PartitionError` instead of leaving any node to PyTorch.")
     fallback_on_error: bool = _flag(False, "Run a graph in PyTorch, with a warning, when compiling it fails on a bug.")
     disabled_passes: Set[str] = _names("Passes of the pipeline to leave out, by name.")
+    copy_weights: bool | None = _option(
+        None,
+        "None or a bool",
+        lambda v: v is None or isinstance(v, bool),
+        "Let `merge_linears` keep a merged copy of parameters beside the model's own. None: ahead of time only.",
+    )
     strip_weights: bool = _flag(True, "Save engines without their weights, which `load` or `refit` then has to give.")
     device: str | None = _option(
         None,

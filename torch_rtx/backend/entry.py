@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -47,6 +48,10 @@ def rtx(
     """
     compilation, runtime = from_options(options, mode)
     check_passes(compilation)
+    if compilation.copy_weights is None:
+        # The model's own weights stay in memory, and a write to them through `.data`, as peft merges adapters, is seen
+        # only where the weight is the parameter itself.
+        compilation = replace(compilation, copy_weights=False)
     names = [_source_name(node) for node in gm.graph.nodes if node.op == "placeholder"]
 
     def inference(graph: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:

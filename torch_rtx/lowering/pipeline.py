@@ -35,6 +35,8 @@ PIPELINE: Mapping[str, Pass] = {
     "fuse": fuse,
 }
 REQUIRED = frozenset(("fuse",))
+# Passes whose recipes double the memory of large weights, where the model keeps its own: see `copy_weights`.
+COPYING = frozenset(("merge_linears",))
 
 
 @dataclass
@@ -61,7 +63,7 @@ def lower(graph: Graph, settings: CompilationSettings, dump: Path | None = None)
     infer, report = Inference(), Report()
     _write(dump, 0, "import", graph, None)
     for index, (name, run) in enumerate(PIPELINE.items(), 1):
-        if name in settings.disabled_passes:
+        if name in settings.disabled_passes or (name in COPYING and settings.copy_weights is False):
             continue
         start = time.perf_counter()
         try:
