@@ -79,6 +79,16 @@ def needs_autograd(example_inputs: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs)
 
 
+def capture(
+    gm: torch.fx.GraphModule, example_inputs: Sequence[Any], inference: GraphCompiler, training: GraphCompiler
+) -> Callable[..., Any]:
+    """Turn a Dynamo graph into ATen graphs: for `inference` if no gradients are needed, else two for `training`."""
+    if not needs_autograd(example_inputs):
+        with contextlib.suppress(NeedsAutograd):
+            return capture_inference(gm, example_inputs, inference)
+    return capture_training(gm, example_inputs, training, training)
+
+
 def capture_inference(
     gm: torch.fx.GraphModule, example_inputs: Sequence[Any], compiler: GraphCompiler
 ) -> Callable[..., Any]:

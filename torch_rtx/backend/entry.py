@@ -6,7 +6,6 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from torch_rtx.backend.capture import NeedsAutograd, capture_inference, capture_training, needs_autograd
+from torch_rtx.backend.capture import capture
 from torch_rtx.backend.compiler import check_passes, compile_fx
 from torch_rtx.errors import PartitionError, SettingsError
 from torch_rtx.lowering.from_fx import Role, is_fixed
@@ -65,10 +64,7 @@ def rtx(
 
     # Calls with effects (a check that may raise, a print) are kept in order by tokens. As inputs these would be None.
     with functorch_config.patch(unlift_effect_tokens=True):
-        if not needs_autograd(example_inputs):
-            with suppress(NeedsAutograd):
-                return capture_inference(gm, example_inputs, inference)
-        return capture_training(gm, example_inputs, training, training)
+        return capture(gm, example_inputs, inference, training)
 
 
 def _compile(

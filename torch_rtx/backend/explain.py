@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 from torch._functorch._aot_autograd.utils import make_boxed_func
 
-from torch_rtx.backend.capture import capture_inference
+from torch_rtx.backend.capture import capture
 from torch_rtx.backend.compiler import device_of
 from torch_rtx.backend.partition import partition
 from torch_rtx.ir import Loc
@@ -92,7 +92,7 @@ def explain(
             reports.append(report(graph, settings, _break_text(reason) if stopped else None))
             return make_boxed_func(graph.forward)
 
-        return capture_inference(gm, example_inputs, compiler)
+        return capture(gm, example_inputs, compiler, compiler)
 
     hooked = isinstance(model, nn.Module) and (model._forward_hooks or model._forward_pre_hooks)
     function = model.forward if isinstance(model, nn.Module) and not hooked else model
