@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from torch_rtx import aten
-from torch_rtx.ir import COPY, Attr, Graph, Loc, Node, Value, attr_map, attr_values
+from torch_rtx.ir import COPY, Attr, Graph, Loc, Node, Type, Value, attr_map, attr_values
 from torch_rtx.lowering.infer import Inference
 
 Users = dict[str, list[Node]]
@@ -71,23 +71,26 @@ class Rewriter:
             node = replace(node, args=node.map_inputs(self.now))
         self.nodes.append(node)
 
-    def emit(self, op: str, loc: Loc | None = None, /, **args: Attr) -> Value:
+    def emit(self, op: str, loc: Loc | None = None, types: tuple[Type, ...] | None = None, /, **args: Attr) -> Value:
         """A new call with one result, or the first of its results.
+
+        Args:
+            types: those of the results where they are known, as between operands of one type: inference takes time.
 
         Raises:
             Unsupported: the op does not take these arguments.
         """
         # A recipe is built from the types of the reference device; MAIN or not, weights live where the engine does.
         pairs = tuple(args.items())
-        outputs = tuple(self._fresh(type_) for type_ in self.infer(op, pairs))
+        outputs = tuple(self._fresh(type_) for type_ in types or self.infer(op, pairs))
         self.nodes.append(Node("op", op, pairs, outputs, None, loc))
         return outputs[0]
 
-    def _fresh(self, type_: object) -> Value:
+    def _fresh(self, type_: Type) -> Value:
         while (name := f"n{self._count}") in self._names:
             self._count += 1
         self._names.add(name)
-        return Value(name, type_)  # type: ignore[arg-type]
+        return Value(name, type_)
 
     def finish(self) -> Graph:
         """The new graph."""

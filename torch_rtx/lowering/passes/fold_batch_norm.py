@@ -8,11 +8,13 @@ rounded once.
 from __future__ import annotations
 
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import Attr, Graph, Node, TensorType, Value
+from torch_rtx.ir import Attr, Graph, Node, TensorType, Type, Value, contiguous
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.rewrite import Rewriter, only_user, returned, rewrite, users
 
 CONVOLUTIONS = frozenset(f"aten.conv{n}d.{overload}" for n in (1, 2, 3) for overload in ("default", "padding"))
+# Inferring these for each of the many channel counts of a network would take as long as the rest of the pass.
+POINTWISE = frozenset(("add.Scalar", "rsqrt.default", "mul.Tensor", "sub.Tensor", "neg.default", "add.Tensor"))
 BATCH_NORM = "aten._native_batch_norm_legit_no_training.default"
 
 
@@ -57,9 +59,19 @@ def _foldable(convolution: Node, norm: Node, weights: set[str]) -> bool:
     return all(isinstance(value, Value) and value.name in weights for value in needed)
 
 
+def _known(op: str, args: dict[str, Attr]) -> tuple[Type] | None:
+    """The result's type where all operands have one dtype and lie in rows, and the first is as large as the result."""
+    types = [value.type for value in args.values() if isinstance(value, Value) and isinstance(value.type, TensorType)]
+    rows = all(type_.strides == contiguous(type_.shape) for type_ in types)
+    if op not in POINTWISE or not rows or len({type_.dtype for type_ in types}) != 1:
+        return None
+    fits = all(b in (1, a) for type_ in types for a, b in zip(types[0].shape, type_.shape, strict=False))
+    return (types[0],) if fits and len({len(type_.shape) for type_ in types}) == 1 else None
+
+
 def _fold(convolution: Node, norm: Node, rewriter: Rewriter) -> Value:
     def emit(op: str, /, **args: Attr) -> Value:
-        return rewriter.emit(f"aten.{op}", norm.loc, **args)
+        return rewriter.emit(f"aten.{op}", norm.loc, _known(op, args), **args)
 
     def wide(value: Attr) -> Attr:
         narrow = isinstance(value, Value) and isinstance(value.type, TensorType) and value.type.dtype in ("f16", "bf16")
