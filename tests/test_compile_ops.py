@@ -1,5 +1,7 @@
 """torch.compile(backend="rtx") is eager, whatever operators a function calls, in any dtype and layout."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -274,3 +276,19 @@ def test_modules(name):
     model = build().eval()
     with torch.no_grad():
         check(model, *map(torch.randn, shapes), compiled=compile_rtx(model))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: (x.new_ones(int(x.shape[0] * 1.7)), x * 2),
+        lambda x: x.new_zeros(int(x.shape[0] ** 0.5)) + 1,
+        lambda x: x[: abs(x.shape[0] - 20) // 2] * 2,
+        lambda x: (x.new_ones(math.ceil(x.shape[0] / 3)).exp(), x.sum()),
+    ],
+    ids=["factor", "root", "abs", "ceil"],
+)
+def test_sizes_that_dims_cannot_express_fall_back(function):
+    compiled = compile_rtx(function, dynamic=True)
+    for size in (10, 7, 13):
+        check(function, torch.randn(size, 2), runs=1, compiled=compiled)

@@ -563,3 +563,27 @@ def test_signature_must_fit_the_graph():
     other = torch_rtx.compile(Function(lambda x: x), (A,)).engine.manifest
     with pytest.raises(EngineFormatError, match="the signature does not fit the graph"):
         torch_rtx.CompiledModule(dataclasses.replace(module.engine, manifest=other), torch.device("cpu"))
+
+
+def test_arguments_called_like_what_generated_code_needs() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 3)
+
+        def forward(
+            self, weights: torch.Tensor, inputs: torch.Tensor, _restride: torch.Tensor, run: torch.Tensor
+        ) -> torch.Tensor:
+            return (self.fc(weights) * inputs + run.t()).t() @ _restride
+
+    model, args = Model(), tuple(torch.randn(3, 3) for _ in range(4))
+    torch.testing.assert_close(torch_rtx.compile(model, args)(*args), model(*args).detach())
+
+
+def test_conjugated_inputs() -> None:
+    class Double(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 2
+
+    x = torch.randn(4, dtype=torch.complex64)
+    assert torch.equal(torch_rtx.compile(Double(), (x,))(x.conj()), x.conj() * 2)

@@ -15,6 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
+import torch_rtx
 from torch_rtx import aten
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import (
@@ -230,3 +231,47 @@ def test_sizes_that_may_be_equal_are_not_taken_as_equal():
     tight = [value("f32", Sym(name, 2, 3)) for name in ("s0", "s1")]
     with pytest.raises(Unsupported, match="only where"):
         infer("aten.add.Tensor", (("self", tight[0]), ("other", tight[1])))
+
+
+def test_unbatched_convolution_is_not_folded() -> None:
+    """Its batch norm takes the channels for a batch, which may be of the same size."""
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = torch.nn.Conv2d(2, 4, 1), torch.nn.BatchNorm1d(4)
+            self.norm.running_var.copy_(torch.arange(1.0, 5))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(self.conv(x))
+
+    model, x = Model().eval(), torch.randn(2, 4, 5)
+    torch.testing.assert_close(torch_rtx.compile(model, (x,))(x), model(x).detach())
+
+
+def test_what_addresses_memory_gets_memory_of_its_own() -> None:
+    """`as_strided` counts from the start of the storage, so that a copy of a slice is not the slice."""
+
+    def read(x: torch.Tensor) -> torch.Tensor:
+        return x[2:].clone().as_strided((2,), (1,), 0) + 0
+
+    def write(x: torch.Tensor) -> torch.Tensor:
+        y = x[2:].clone()
+        y.as_strided((2,), (1,), 0).fill_(9)
+        return y
+
+    class Merged(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k = torch.nn.Linear(4, 6), torch.nn.Linear(4, 6)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.q(x).sin(), self.k(x).view(6).as_strided((3,), (2,), 0) + 0
+
+    x = torch.arange(1.0, 7)
+    with torch.no_grad():
+        for function in (read, write):
+            torch._dynamo.reset()
+            assert torch.equal(torch.compile(function, backend="rtx")(x), function(x))
+        model, x = Merged(), torch.randn(1, 4)
+        torch.testing.assert_close(torch_rtx.compile(model, (x,))(x), model(x))

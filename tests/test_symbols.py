@@ -4,11 +4,12 @@ import pytest
 import sympy
 import torch
 import torch.nn.functional as F
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy.functions import ToFloat, TruncToInt
 
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Sym
-from torch_rtx.lowering.symbols import convert
+from torch_rtx.lowering.symbols import Symbols, convert
 from torch_rtx.runtime.session import evaluate
 
 N = sympy.Symbol("n", integer=True, nonnegative=True)
@@ -20,9 +21,16 @@ def test_scaled_sizes_are_computed_in_integers():
         assert [evaluate(dim, {"n": n}) for n in range(50)] == [int(scale * n) for n in range(50)]
 
 
-def test_scales_that_floating_point_rounds_are_refused():
+def test_scales_that_floating_point_rounds_are_no_dims():
+    expr = TruncToInt(1.7 * ToFloat(N))
+    asked: list[sympy.Expr] = []
+    assert convert(expr, lambda leaf: asked.append(leaf) or Sym("d0")) == Sym("d0")
+    assert asked == [expr]  # as a whole, not its symbol
+    env = ShapeEnv()
+    size = env.create_symintnode(expr, hint=17)
     with pytest.raises(Unsupported, match="1.7"):
-        convert(TruncToInt(1.7 * ToFloat(N)), lambda _: Sym("n"))
+        Symbols(torch.device("cpu")).dim(size)
+    assert Symbols(torch.device("cpu")).dim(size, opaque=True) == Sym("d0")
 
 
 def test_interpolation_of_a_symbolic_size_runs_in_the_engine():

@@ -486,6 +486,7 @@ def _use(value: Value, known: dict[str, Value]) -> None:
 
 
 def is_name(text: str) -> bool:
-    """Whether `text` may name a value or symbol: an ASCII identifier that is no keyword, dtype or word of the text."""
-    reserved = text in DTYPES or text in SCALARS or text in ("_", "inf", "nan", "min", "max") or iskeyword(text)
-    return not reserved and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", text) is not None
+    """Whether `text` may name a value or symbol: an ASCII identifier that is no keyword, dtype or word of the text, and
+    does not begin with `_`: such names are those of generated code."""
+    reserved = text in DTYPES or text in SCALARS or text in ("inf", "nan", "min", "max") or iskeyword(text)
+    return not reserved and re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", text) is not None

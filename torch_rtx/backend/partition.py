@@ -69,7 +69,10 @@ def partition(gm: fx.GraphModule, reason: Callable[[fx.Node], str | None], setti
 
 
 def _computes(node: fx.Node) -> bool:
-    """Whether the node is work at all: not an index into a result, a size, or a check that the IR makes needless."""
+    """Whether the node is work at all: not an index into a result, a size, or a check that the IR makes needless. Nor
+    is the write of an input's new contents, which the program does at its end, whatever computed them."""
+    if node.target is torch.ops.aten.copy_.default and node.args[0].op == "placeholder":  # type: ignore[union-attr]
+        return False
     return (
         node.op in ("call_function", "call_method", "call_module")
         and node.target is not operator.getitem

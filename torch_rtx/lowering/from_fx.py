@@ -180,8 +180,8 @@ class _Importer:
     def value(self, name: str, type_: Type) -> Value:
         """A new value, called `name` where that is free."""
         name = "".join(c if c.isalnum() and c.isascii() else "_" for c in name)
-        # `s0` and the like may be a dim's name in this graph.
-        base = name if is_name(name) and not (name[0] in "suz" and name[-1].isdigit()) else f"x_{name}"
+        # `s0`, `u0`, `d0` and the like may be the name of a dim in this graph.
+        base = name if is_name(name) and not (name[0] in "suzd" and name[-1].isdigit()) else f"x_{name}"
         unique, count = base, 1
         while unique in self.names:
             unique, count = f"{base}_{count}", count + 1
@@ -299,7 +299,7 @@ class _Importer:
                 return {key: enter(part, used) for key, part in item.items()}
             if isinstance(item, tuple | list):
                 return tuple(enter(part, used) for part in item)
-            flat.append(None if item is None or not used else self.next_value(self.symbols.type(item)))
+            flat.append(None if item is None or not used else self.next_value(self.symbols.type(item, opaque=True)))
             # A size that a fallback computes is from here on the dim it stands for.
             return _dim_or_value(flat[-1])
 

@@ -108,8 +108,13 @@ class Inference:
         shape, strides = (tuple(self._dim(size) for size in sizes) for sizes in (tensor.shape, tensor.stride()))
         return TensorType(aten.dtype_name(tensor.dtype), shape, strides)
 
+    def _known(self, leaf: Any) -> Dim:
+        if leaf not in self._dims:
+            raise Unsupported(f"the size {leaf}")
+        return self._dims[leaf]
+
     def _dim(self, size: int | torch.SymInt) -> Dim:
-        return size if isinstance(size, int) else convert(size.node.expr, self._dims.__getitem__)
+        return size if isinstance(size, int) else convert(size.node.expr, self._known)
 
 
 def _key(attr: Attr) -> object:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from dataclasses import replace
 
 from torch_rtx import aten
@@ -31,15 +31,21 @@ def seen_outside(graph: Graph) -> set[str]:
     """The values whose memory others than the graph's calls get, through views as well: a copy there has a purpose.
 
     Others are the caller, fallbacks, which may keep or write to what they get, and writes to inputs: a copy of an input
-    that is written later has to hold what was there before.
+    that is written later has to hold what was there before. Calls that address memory, as `as_strided` does, count
+    as well: what they read depends on where a tensor begins, which no type says.
     """
-    seen = returned(graph)
+    final = (n for n in graph.nodes if n.kind == "fallback" or n.op == COPY or n.op in aten.STRIDED)
+    return behind_views(graph, returned(graph) | {value.name for node in final for value in node.inputs})
+
+
+def behind_views(graph: Graph, names: Set[str]) -> set[str]:
+    """`names`, and the values that they are views or copies of."""
+    found = set(names)
     for node in reversed(graph.nodes):
-        leaves = any(value is not None and value.name in seen for value in node.outputs)
-        final = node.kind == "fallback" or node.op == COPY
-        if final or (leaves and (node.op in COPIES or aten.is_view(aten.overload(node.op)))):
-            seen.update(value.name for value in node.inputs)
-    return seen
+        leads = any(value is not None and value.name in found for value in node.outputs)
+        if leads and node.kind != "fallback" and (node.op in COPIES or aten.is_view(aten.overload(node.op))):
+            found.update(value.name for value in node.inputs)
+    return found
 
 
 class Rewriter:

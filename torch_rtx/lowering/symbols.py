@@ -42,19 +42,33 @@ class Symbols:
     def __init__(self, main: torch.device, ranges: Mapping[sympy.Symbol, Any] | None = None) -> None:
         self.main, self._ranges = main, ranges or {}
         self._dims: dict[sympy.Expr, Dim] = {}
+        self._opaque: dict[sympy.Expr, Sym] = {}
 
-    def dim(self, size: int | torch.SymInt) -> Dim:
+    def dim(self, size: int | torch.SymInt, opaque: bool = False) -> Dim:
         """A size as a dim.
 
+        Args:
+            opaque: let what dims can't express be a symbol of its own, which a fallback's result gives its number.
+
         Raises:
-            Unsupported: a function that dims do not have.
+            Unsupported: a function that dims do not have, and that no fallback has computed.
         """
         if isinstance(size, int):
             return size
         expr = size.node.expr
         if expr not in self._dims:
             known = size.node.shape_env.var_to_range
-            self._dims[expr] = convert(expr, lambda s: _sym(s, self._ranges.get(s) or known.get(s)))
+
+            def leaf(part: sympy.Expr) -> Dim:
+                if part.is_Symbol:
+                    return _sym(part, self._ranges.get(part) or known.get(part))
+                if part not in self._opaque:
+                    if not opaque:
+                        raise Unsupported(f"the size {part}")
+                    self._opaque[part] = Sym(f"d{len(self._opaque)}")
+                return self._opaque[part]
+
+            self._dims[expr] = convert(expr, leaf)
         return self._dims[expr]
 
     def device(self, device: torch.device) -> str:
@@ -63,8 +77,8 @@ class Symbols:
             return MAIN
         return device.type if device.index is None else f"{device.type}{device.index}"
 
-    def type(self, value: Any) -> Type:
-        """The type of a (fake) tensor, symbolic scalar or number.
+    def type(self, value: Any, opaque: bool = False) -> Type:
+        """The type of a (fake) tensor, symbolic scalar or number; `opaque` as for `dim`.
 
         Raises:
             Unsupported: anything else, and tensors that are not plain and strided.
@@ -74,11 +88,11 @@ class Symbols:
                 raise Unsupported(f"a tensor of layout {value.layout}")
             if value.is_quantized:
                 raise Unsupported("a quantized tensor")
-            shape = tuple(map(self.dim, value.shape))
-            strides = tuple(map(self.dim, value.stride()))
+            shape = tuple(self.dim(size, opaque) for size in value.shape)
+            strides = tuple(self.dim(size, opaque) for size in value.stride())
             return TensorType(dtype_name(value.dtype), shape, strides, self.device(value.device))
         if isinstance(value, torch.SymInt) or type(value) is int:
-            return ScalarType("int", self.dim(value))
+            return ScalarType("int", self.dim(value, opaque))
         if isinstance(value, torch.SymBool | bool):
             return ScalarType("bool")
         if isinstance(value, torch.SymFloat | float):
@@ -86,38 +100,37 @@ class Symbols:
         raise Unsupported(f"a value of type {type(value).__name__}")
 
 
-def convert(expr: sympy.Expr, symbol: Callable[[sympy.Symbol], Dim]) -> Dim:
-    """A sympy expression over integers as a dim; `symbol` gives the dim of a symbol.
+def convert(expr: sympy.Expr, leaf: Callable[[sympy.Expr], Dim]) -> Dim:
+    """A sympy expression over integers as a dim; `leaf` gives the dim of a symbol, and of a function that dims lack.
 
     Raises:
-        Unsupported: a function that dims do not have.
+        Unsupported: `leaf` does.
     """
     if expr.is_Integer:
         return int(expr)
     if expr.is_Symbol:
-        return symbol(expr)
+        return leaf(expr)
     if isinstance(expr, sympy.Pow | symfn.PowByNatural) and expr.args[1].is_Integer and 0 < expr.args[1] <= 8:
-        return dim_expr("*", *[convert(expr.args[0], symbol)] * int(expr.args[1]))
+        return dim_expr("*", *[convert(expr.args[0], leaf)] * int(expr.args[1]))
     if isinstance(expr, symfn.TruncToInt | symfn.FloorToInt):
-        return _scaled(expr, symbol)
+        return _scaled(expr, leaf)
     if expr.func not in FUNCTIONS:
-        raise Unsupported(f"the size {expr}")
-    return dim_expr(FUNCTIONS[expr.func], *(convert(arg, symbol) for arg in expr.args))
+        return leaf(expr)
+    return dim_expr(FUNCTIONS[expr.func], *(convert(arg, leaf) for arg in expr.args))
 
 
-def _scaled(expr: sympy.Expr, symbol: Callable[[sympy.Symbol], Dim]) -> Dim:
+def _scaled(expr: sympy.Expr, leaf: Callable[[sympy.Expr], Dim]) -> Dim:
     """The size trunc(c * n) that interpolation by a factor c gives, in integers: 1.5 * n is 3 * n // 2.
 
-    Raises:
-        Unsupported: a factor of so many digits (1.7 has) that floating point rounds the product, which `//` would not.
+    A factor may have so many digits (1.7 has) that floating point rounds the product, which `//` would not: a leaf.
     """
     factors = sympy.Mul.make_args(expr.args[0])
     scales = [factor for factor in factors if factor.is_Float]
     sizes = [factor.args[0] for factor in factors if isinstance(factor, symfn.ToFloat)]
     above, below = float(sympy.prod(scales)).as_integer_ratio()
     if len(sizes) != 1 or len(scales) + 1 != len(factors) or not 0 < above < EXACT or below > EXACT:
-        raise Unsupported(f"the size {expr}")
-    return dim_expr("//", dim_expr("*", above, convert(sizes[0], symbol)), below)
+        return leaf(expr)
+    return dim_expr("//", dim_expr("*", above, convert(sizes[0], leaf)), below)
 
 
 def _sym(symbol: sympy.Symbol, bounds: Any) -> Sym:

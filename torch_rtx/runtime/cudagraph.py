@@ -97,6 +97,7 @@ class GraphPool:
         """The graph for `key`, captured now if it was met before; None where this call has to run the plain code."""
         if self._generation != store.generation:
             self.captured.clear()
+            self._handle = torch.cuda.graph_pool_handle()  # a pool ends with the last of its graphs
             self._generation = store.generation
         found = self.captured.get(key)
         if found is None:
@@ -163,6 +164,9 @@ class Captured:
         self._late: list[tuple[int, torch.Tensor]] = []
         self._outputs: list[Output] = []
         self.used = 0
+        kept = zip(graph.weights, store.values, strict=True)
+        self._written = [value for weight, value in kept if weight.value.name in graph.written]
+        self._written_inputs = written
         device = store.device
         with torch.cuda.graph(self.graph, handle, _capture_stream(device.index), capture_error_mode="thread_local"):
             for index, tensor in given.items():
@@ -192,6 +196,10 @@ class Captured:
             node.set_source(tensor)
         outputs = [output(inputs) for output in self._outputs]
         self.graph.replay()
+        # What a plain call does to the version counters of the tensors that it writes.
+        for tensor in (*self._written, *(inputs[index] for index in self._written_inputs)):
+            if not tensor.is_inference():
+                torch.autograd.graph.increment_version(tensor)
         for position, result in self._late:
             outputs[position] = copy_strided(result, result.stride())
         return outputs

@@ -102,9 +102,10 @@ class _Writer:
     names: dict[str, Any] = field(default_factory=dict)  # the globals of the generated function
 
     def write(self) -> str:
-        self.names |= {"restride": restride, "copy_strided": copy_strided, "inf": math.inf, "nan": math.nan}
+        # No value has a name that begins with `_`; what the code itself needs does.
+        self.names |= {"_restride": restride, "_copy_strided": copy_strided, "inf": math.inf, "nan": math.nan}
         graph = self.graph
-        for source, values in (("inputs", graph.inputs), ("weights", [w.value for w in graph.weights])):
+        for source, values in (("_inputs", graph.inputs), ("_weights", [w.value for w in graph.weights])):
             if values:
                 self.lines.append(f"{', '.join(v.name for v in values)}, = {source}")
         self.bind(graph.inputs)
@@ -116,9 +117,9 @@ class _Writer:
         shared = self.shared()
         for value in dict.fromkeys(attr_values(graph.outputs)):
             if value.name in shared:  # one copy per value: what is returned twice stays the same object twice
-                self.lines.append(f"{value.name} = copy_strided({value.name}, {self.strides(value)})")
+                self.lines.append(f"{value.name} = _copy_strided({value.name}, {self.strides(value)})")
         self.lines.append(f"return [{', '.join(self.output(attr) for attr in graph.outputs)}]")
-        return "def run(inputs, weights):\n" + "".join(f"    {line}\n" for line in self.lines)
+        return "def run(_inputs, _weights):\n" + "".join(f"    {line}\n" for line in self.lines)
 
     def shared(self) -> set[str]:
         """The values in memory that the engine keeps: constants, what recipes computed, and views of either.
@@ -212,7 +213,7 @@ class _Writer:
     def strided(self, value: Value) -> str:
         if not isinstance(value.type, TensorType) or not value.type.shape:
             return value.name
-        return f"restride({value.name}, {self.strides(value)})"
+        return f"_restride({value.name}, {self.strides(value)})"
 
     def strides(self, value: Value) -> str:
         """The strides that the capture saw, as code."""

@@ -88,6 +88,8 @@ class Session:
         Raises:
             InputError: names the input, the dimension and the range.
         """
+        if check:
+            inputs = [_plain(x) if isinstance(x, torch.Tensor) else x for x in inputs]
         key = tuple([(x.shape, x.dtype, x.device) if isinstance(x, torch.Tensor) else _number(x) for x in inputs])
         if check and key != self._last and key not in self._checked:
             check_inputs(self.graph, inputs, self.device)
@@ -97,6 +99,11 @@ class Session:
         if self.pool is None:
             return self.run(inputs, self.store.values)
         return self.pool(key, inputs, self.store)
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` without a pending conjugation or negation, which the types of the IR do not have."""
+    return tensor.resolve_conj().resolve_neg() if tensor.is_conj() or tensor.is_neg() else tensor
 
 
 def _number(given: object) -> object:

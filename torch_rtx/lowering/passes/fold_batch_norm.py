@@ -8,7 +8,7 @@ rounded once.
 from __future__ import annotations
 
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import Attr, Graph, Node, TensorType, Type, Value, contiguous
+from torch_rtx.ir import Attr, Graph, Node, TensorType, Type, Value, contiguous, type_dims
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.rewrite import Rewriter, only_user, returned, rewrite, users
 
@@ -53,6 +53,11 @@ def _foldable(convolution: Node, norm: Node, weights: set[str]) -> bool:
     if norm.op != BATCH_NORM or norm.kind != "op" or any(norm.outputs[1:]):
         return False
     if norm.arg("input") != convolution.outputs[0]:
+        return False
+    # Of an unbatched convolution the norm takes other dimensions for batch and channels.
+    weight, mean, result = convolution.arg("weight"), norm.arg("running_mean"), convolution.outputs[0]
+    ranks = {len(v.type.shape) for v in (weight, result) if isinstance(v, Value) and isinstance(v.type, TensorType)}
+    if len(ranks) != 1 or not isinstance(mean, Value) or type_dims(mean.type)[:1] != type_dims(weight.type)[:1]:  # type: ignore[union-attr]
         return False
     needed = [convolution.arg("weight"), norm.arg("running_mean"), norm.arg("running_var")]
     needed += [a for a in (convolution.arg("bias"), norm.arg("weight"), norm.arg("bias")) if a is not None]

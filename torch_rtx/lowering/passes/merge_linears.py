@@ -12,7 +12,7 @@ from torch_rtx import aten
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Attr, Graph, Node, TensorType, Value
 from torch_rtx.lowering.infer import Inference
-from torch_rtx.lowering.rewrite import Rewriter, returned, rewrite
+from torch_rtx.lowering.rewrite import Rewriter, behind_views, returned, rewrite
 
 LINEAR = "aten.linear.default"
 
@@ -24,8 +24,8 @@ def merge_linears(graph: Graph, infer: Inference) -> Graph:
     of the result: a slice has others.
     """
     weights = {weight.value.name for weight in graph.weights} - graph.written
-    fixed = returned(graph)
-    fixed.update(v.name for n in graph.nodes if n.kind == "fallback" or n.op in aten.STRIDED for v in n.inputs)
+    fixed = returned(graph) | {v.name for n in graph.nodes if n.kind == "fallback" for v in n.inputs}
+    fixed |= behind_views(graph, {v.name for n in graph.nodes if n.op in aten.STRIDED for v in n.inputs})
     groups: dict[object, list[Node]] = {}
     for node in graph.nodes:
         key = _group(node, weights)
