@@ -110,9 +110,9 @@ class GraphPool:
                 return None
             del self._met[key]
             self.captured[key] = found
-            if len(self.captured) > self.size:
-                del self.captured[min(self.captured, key=lambda key: self.captured[key].used)]
         found.used = self.replays
+        if len(self.captured) > self.size:
+            del self.captured[min(self.captured, key=lambda key: self.captured[key].used)]
         return found
 
     def _follow_stream(self) -> None:

@@ -1,0 +1,66 @@
+"""Which CUDA graphs a pool captures and keeps, without a GPU: the capture itself is a double."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from torch_rtx.ir import Graph
+from torch_rtx.runtime.cudagraph import SEEN_PER_GRAPH, GraphPool
+
+STORE = SimpleNamespace(generation=0, values=[])
+
+
+@pytest.fixture
+def pool(monkeypatch: pytest.MonkeyPatch) -> GraphPool:
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: object())
+    pool = GraphPool(Graph("fused"), lambda inputs, weights: [], torch.device("cuda", 0), 2)
+
+    def capture(inputs: Any, store: Any) -> Any:
+        pool.captures += 1
+        return SimpleNamespace(used=0)
+
+    monkeypatch.setattr(pool, "_capture", capture)
+    return pool
+
+
+def call(pool: GraphPool, key: object, store: Any = STORE) -> bool:
+    """One call with `key`; whether it replays a graph."""
+    found = pool._find(key, [], store)
+    pool.replays += found is not None
+    pool._warm.done = True
+    return found is not None
+
+
+def test_plain_then_captured(pool: GraphPool) -> None:
+    assert [call(pool, "a") for _ in range(4)] == [False, True, True, True]
+    assert pool.captures == 1
+
+
+def test_the_least_recently_used_goes_first(pool: GraphPool) -> None:
+    for key in "aabbcc":
+        call(pool, key)
+    assert set(pool.captured) == {"b", "c"}
+    assert call(pool, "b")
+    call(pool, "d")
+    assert call(pool, "d")
+    assert set(pool.captured) == {"b", "d"}
+    captures = pool.captures
+    assert all(call(pool, key) for key in "bdbdbd")
+    assert pool.captures == captures
+
+
+def test_keys_met_once_are_bounded(pool: GraphPool) -> None:
+    for key in range(1000):
+        assert not call(pool, key)
+    assert len(pool._met) == SEEN_PER_GRAPH * 2
+
+
+def test_moved_weights_empty_the_pool(pool: GraphPool) -> None:
+    assert [call(pool, "a") for _ in range(2)] == [False, True]
+    handle = pool._handle
+    assert not call(pool, "a", SimpleNamespace(generation=1, values=[]))
+    assert pool._handle is not handle
