@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
+from typing import Any
 
 # Before torch is imported: it reads the variable once. Workers share few cores, so one thread each is fastest.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -40,3 +42,20 @@ def seed() -> int:
     random.seed(value)
     torch.manual_seed(value)
     return value
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """Nothing compiled before the test, and nothing left of it after; its random numbers are always the same."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What the test compiles, see `Recorder`."""
+    from tests.compiled import Recorder
+
+    return Recorder(monkeypatch)

@@ -13,20 +13,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from tests.compiled import Recorder, check, compile_rtx, counted, same
+from tests.compiled import check, compile_rtx, counted, same
 
-
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.fixture
-def recorder(monkeypatch):
-    return Recorder(monkeypatch)
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 # Shapes --------------------------------------------------------------------------------------------------------------

@@ -7,22 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.compiled import Recorder, check, compile_rtx, counted, same
+from tests.compiled import check, compile_rtx, counted, same
 
 CUSTOM = "torch_rtx_tests"
 
 
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.fixture
-def recorder(monkeypatch):
-    return Recorder(monkeypatch)
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 # Dtypes, layouts, autocast -------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 
-from tests.compiled import Recorder, check, compile_rtx
+from tests.compiled import check, compile_rtx
 from torch_rtx.errors import LoweringError, PartitionError, SettingsError
 from torch_rtx.lowering import pipeline
 from torch_rtx.settings import MODES, CompilationSettings, RuntimeSettings, from_options, table
@@ -53,11 +53,6 @@ def _fresh():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-@pytest.fixture
-def recorder(monkeypatch):
-    return Recorder(monkeypatch)
 
 
 def run_python(code, cwd, **env):

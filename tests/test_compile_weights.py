@@ -10,22 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.compiled import Recorder, compile_rtx, counted, same
+from tests.compiled import compile_rtx, counted, same
 from torch_rtx.runtime.weights import WeightStore
 
 
 @pytest.fixture(autouse=True)
-def _fresh():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
+def _inference(fresh_dynamo):
     with torch.no_grad():
         yield
-    torch._dynamo.reset()
-
-
-@pytest.fixture
-def recorder(monkeypatch):
-    return Recorder(monkeypatch)
 
 
 class Net(nn.Module):

@@ -16,12 +16,7 @@ from torch_rtx.errors import PartitionError
 X = torch.linspace(-1, 1, 12).view(3, 4)
 
 
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 class Model(nn.Module):

@@ -17,12 +17,9 @@ from torch_rtx.runtime.weights import WeightStore
 
 
 @pytest.fixture(autouse=True)
-def _fresh():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
+def _inference(fresh_dynamo):
     with torch.no_grad():
         yield
-    torch._dynamo.reset()
 
 
 @pytest.fixture(scope="module")
