@@ -22,7 +22,8 @@ ARROWS = {
     "irparse": {"errors", "ir"},
     "aten": {"errors", "ir", "optable"},
     "engine": {"errors", "ir", "irparse", "optable", "aten"},  # aten inside `save` alone: it needs torch
-    "lowering": {"errors", "ir", "aten", "settings"},
+    "lowering": {"errors", "ir", "aten", "settings", "lowering.kernels"},
+    "lowering.kernels": {"errors", "ir", "targets"},  # no torch: workers of a build start fast without it
     "runtime": {"errors", "ir", "aten", "settings", "engine"},
     "backend": {"errors", "ir", "aten", "settings", "engine", "lowering", "runtime", "__init__"},
     "__init__": set(),  # its imports are for type checkers, and lazy
@@ -35,7 +36,8 @@ def module_of(path: Path) -> str:
 
 
 def part_of(module: str) -> str:
-    return (module.split(".") + ["__init__"])[1]
+    inner = module.split(".")[1:]
+    return "lowering.kernels" if inner[:2] == ["lowering", "kernels"] else (inner or ["__init__"])[0]
 
 
 def imports(path: Path) -> set[str]:
