@@ -1,0 +1,90 @@
+"""Runs generated kernels on the CPU, in Triton's interpreter.
+
+The interpreter replaces functions of `triton.language` for the time of a call, so that kernels can be interpreted and
+compiled in one process. Two of its gaps are filled here: it multiplies the bit patterns of bfloat16, and it truncates
+where a GPU rounds to bfloat16.
+"""
+
+from __future__ import annotations
+
+import linecache
+import types
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import triton.language as tl
+import triton.runtime.interpreter as interpreter
+from triton.runtime.jit import JITFunction
+
+from torch_rtx.ir import Sym, dim_syms
+from torch_rtx.lowering.kernels.kernel import Kernel
+from torch_rtx.runtime.session import evaluate
+
+
+def function(kernel: Kernel) -> JITFunction:
+    """The kernel's function, from its text."""
+    file = f"<{kernel.name} {hash(kernel.source):x}>"
+    linecache.cache[file] = len(kernel.source), None, kernel.source.splitlines(True), file
+    names: dict[str, Any] = {"__name__": kernel.name}
+    exec(compile(kernel.source, file, "exec"), names)
+    return names[kernel.name]
+
+
+def run(kernel: Kernel, tensors: Sequence[torch.Tensor], dims: dict[str, int] | None = None) -> None:
+    """One launch: `tensors` are the pointers, inputs then outputs; `dims` gives symbols their numbers."""
+    sizes = dims or {}
+    assert {sym.name for dim in (*kernel.scalars, *kernel.grid) for sym in dim_syms(dim)} <= sizes.keys()
+    grid = tuple(evaluate(dim, sizes) for dim in kernel.grid)
+    scalars = [evaluate(dim, sizes) for dim in kernel.scalars]
+    if 0 in grid:
+        return
+    with _interpreting():
+        interpreter.InterpretedFunction(function(kernel).fn)[grid](*tensors, *scalars)
+
+
+@contextmanager
+def _interpreting() -> Iterator[None]:
+    plain_call, dot, cast = (
+        JITFunction.__call__,
+        *(getattr(interpreter.InterpreterBuilder, n) for n in ("create_dot", "cast_impl")),
+    )
+    scope = interpreter._patch_lang(types.FunctionType((lambda: 0).__code__, {"tl": tl, "core": tl.core}))
+    functions: dict[int, Callable[..., Any]] = {}
+
+    def call(self: JITFunction, *args: Any, **kwargs: Any) -> Any:
+        if id(self) not in functions:
+            functions[id(self)] = interpreter.InterpretedFunction(self.fn).rewrite()
+        return functions[id(self)](*args, **kwargs)
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return dot(self, _widened(a), _widened(b), *rest)
+
+    def cast_impl(self: Any, source: Any, type_: Any) -> Any:
+        if source.dtype.scalar == tl.float32 and type_.scalar == tl.bfloat16:
+            bits = source.data.astype(np.float32).view(np.uint32)
+            rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
+            rounded = np.where(np.isnan(source.data), bits | np.uint32(0x400000), rounded)
+            source = interpreter.TensorHandle(rounded.view(np.float32), source.dtype)
+        return cast(self, source, type_)
+
+    JITFunction.__call__ = call
+    interpreter.InterpreterBuilder.create_dot = create_dot
+    interpreter.InterpreterBuilder.cast_impl = cast_impl
+    try:
+        yield
+    finally:
+        JITFunction.__call__, interpreter.InterpreterBuilder.create_dot = plain_call, dot
+        interpreter.InterpreterBuilder.cast_impl = cast
+        scope.restore()
+
+
+def _widened(handle: Any) -> Any:
+    if handle.dtype.scalar != tl.bfloat16:
+        return handle
+    return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+
+__all__ = ["Sym", "function", "run"]

@@ -1,0 +1,116 @@
+"""Index arithmetic: every rewriting is checked against plain integers."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from torch_rtx.ir import Sym, dim_expr
+from torch_rtx.lowering.kernels.index import (
+    Index,
+    constant,
+    from_dim,
+    linear,
+    product,
+    ravel,
+    substitute,
+    unravel,
+    variable,
+)
+
+N = constant
+shapes = st.lists(st.integers(1, 6), min_size=1, max_size=4)
+
+
+def value(index: Index, **numbers: int) -> int:
+    """What the text is worth; the text is what the kernel gets."""
+    return int(eval(str(index), {}, numbers))
+
+
+def indices(shape: list[int]) -> tuple[Index, ...]:
+    return tuple(map(constant, shape))
+
+
+@given(shapes)
+def test_unravel_and_ravel_are_inverse(shape: list[int]) -> None:
+    flat = variable("X", N(math.prod(shape)))
+    position = unravel(flat, indices(shape))
+    assert ravel(position, indices(shape)) == (flat if math.prod(shape) > 1 else N(0))
+    for at, expected in enumerate(itertools.product(*map(range, shape))):
+        assert tuple(value(p, X=at) for p in position) == expected
+
+
+@given(shapes, st.data())
+def test_reshapes_are_the_identity_and_permutes_are_right(shape: list[int], data: st.DataObject) -> None:
+    """A position in one shape, taken to another of the same size, permuted there and read with strides."""
+    order = data.draw(st.permutations(range(len(shape))))
+    permuted = [shape[axis] for axis in order]
+    flat = variable("X", N(math.prod(shape)))
+    position = unravel(flat, indices(permuted))
+    back = tuple(position[order.index(axis)] for axis in range(len(shape)))
+    address = ravel(back, indices(shape))
+    again = unravel(address, indices(shape))
+    for at, where in enumerate(itertools.product(*map(range, permuted))):
+        source = [where[order.index(axis)] for axis in range(len(shape))]
+        expected = 0
+        for axis, size in enumerate(shape):
+            expected = expected * size + source[axis]
+        assert value(address, X=at) == expected
+        assert [value(p, X=at) for p in again] == source
+
+
+@given(shapes, shapes, st.data())
+def test_any_division_is_right(shape: list[int], strides: list[int], data: st.DataObject) -> None:
+    size = min(len(shape), len(strides))
+    variables = [variable(f"X{axis}", N(extent)) for axis, extent in enumerate(shape[:size])]
+    index = linear(variables, map(constant, strides[:size])) + N(data.draw(st.integers(0, 5)))
+    by, again = N(data.draw(st.integers(1, 12))), N(data.draw(st.integers(1, 12)))
+    for numbers in itertools.product(*map(range, shape[:size])):
+        given = {f"X{axis}": number for axis, number in enumerate(numbers)}
+        plain = value(index, **given)
+        assert value(index // by, **given) == plain // by.number
+        assert value(index % by, **given) == plain % by.number
+        assert value(index // by // again, **given) == plain // by.number // again.number
+        assert value(index % by % again, **given) == plain % by.number % again.number
+        assert value(index // by % again, **given) == plain // by.number % again.number
+        assert value(index // by * by + index % by, **given) == plain
+        assert value(index % (by * again) // by, **given) == plain % (by.number * again.number) // by.number
+        assert substitute(index, {f"X{a}": N(n) for a, n in enumerate(numbers)}) == N(plain)
+
+
+def test_contiguous_addresses_have_no_divisions() -> None:
+    heads = indices([2, 12, 384, 64])
+    flat = variable("X", product(heads))
+    position = unravel(flat, heads)
+    assert str(linear(position, indices([12 * 384 * 64, 384 * 64, 64, 1]))) == "X"
+    # what is broadcast over the outer dims, and over the inner ones
+    assert str(linear(position, indices([0, 0, 64, 1]))) == "(X % 24576)"
+    assert str(linear(position, indices([12, 1, 0, 0]))) == "(X // 24576)"
+
+
+def test_rows_of_a_norm_that_are_viewed_as_heads() -> None:
+    row, column = variable("X", N(8 * 384)), variable("R", N(768))
+    b, s, h, d = unravel(row * N(768) + column, indices([8, 384, 12, 64]))
+    assert [str(i) for i in (b, s, h, d)] == ["(X // 384)", "(X % 384)", "(R // 64)", "(R % 64)"]
+
+
+def test_symbolic_sizes() -> None:
+    batch, width = Sym("b", 1), Sym("w", 2)
+    sizes = (from_dim(batch), N(7), from_dim(width))
+    flat = variable("X", product(sizes))
+    position = unravel(flat, sizes)
+    assert str(ravel(position, sizes)) == "X"
+    row, column = variable("X", sizes[0] * N(7)), variable("R", sizes[2])
+    found = unravel(row * sizes[2] + column, sizes)
+    assert [str(i) for i in found] == ["(X // 7)", "(X % 7)", "R"]
+    assert str(from_dim(dim_expr("//", dim_expr("*", 2, batch), 2))) == "b"
+
+
+def test_products_read_as_written() -> None:
+    a, b = variable("A", N(3)), variable("B", N(4))
+    assert value((a + b) * (a + N(1)) % N(5) // N(2), A=2, B=3) == 15 % 5 // 2
+    assert str((a * N(2)) // variable("s")) == "((2 * A) // s)"
+    assert str(N(3) // (variable("s") + N(1))) == "(3 // (s + 1))"

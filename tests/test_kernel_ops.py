@@ -1,0 +1,264 @@
+"""Every declared operator as a kernel in Triton's interpreter, on PyTorch's own samples, against the ATen call."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from tests.interpreter import run
+from tests.test_op_db import operators, spaced
+from torch_rtx import aten
+from torch_rtx.errors import Unsupported
+from torch_rtx.ir import Attr, Graph, Node, TensorType, Value
+from torch_rtx.lowering.kernels.loops import loop_kernel
+from torch_rtx.lowering.kernels.ops.registry import OPS
+from torch_rtx.lowering.kernels.region import region
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.bool)
+SAMPLES = 3
+CHUNKS = 12
+LARGEST = 20_000  # elements: the interpreter takes milliseconds per program
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float64: 1e-6}
+
+
+def type_of(tensor: torch.Tensor) -> TensorType:
+    return TensorType(aten.dtype_name(tensor.dtype), tuple(tensor.shape), tuple(tensor.stride()))
+
+
+class Body:
+    """One call as the body of a kernel, with its tensors."""
+
+    def __init__(self, op: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        self.call = op, args, kwargs
+        self.tensors: list[torch.Tensor] = []
+        self.inputs: list[Value] = []
+        named = dict(zip([a.name for a in op._schema.arguments], args, strict=False)) | kwargs
+        defaults = {a.name: a.default_value for a in op._schema.arguments if a.has_default_value()}
+        given = {k: v for k, v in named.items() if isinstance(v, torch.Tensor) or k not in defaults or v != defaults[k]}
+        pairs = tuple((key, self.attr(value)) for key, value in given.items())
+        self.results = list(result) if isinstance(result, tuple | list) else [result]
+        outputs = tuple(Value(f"r{i}", type_of(r)) for i, r in enumerate(self.results))
+        node = Node("op", str(op), pairs, outputs)
+        self.graph = Graph("import", tuple(self.inputs), nodes=(node,), outputs=outputs)
+
+    @staticmethod
+    def of(op: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Body | None:
+        """The call as a body, if the operator is declared and the call is no larger than the interpreter likes."""
+        results = result if isinstance(result, tuple | list) else [result]
+        if str(op) not in OPS or not all(isinstance(r, torch.Tensor) and 0 <= r.numel() <= LARGEST for r in results):
+            return None
+        return Body(op, args, kwargs, result)
+
+    def attr(self, given: Any) -> Attr:
+        if isinstance(given, torch.Tensor):
+            self.tensors.append(given)
+            self.inputs.append(Value(f"in{len(self.inputs)}", type_of(given)))
+            return self.inputs[-1]
+        if isinstance(given, list | tuple):
+            return tuple(map(self.attr, given))
+        if isinstance(given, torch.dtype):
+            return aten.dtype_name(given)
+        if isinstance(given, torch.device | torch.layout | torch.memory_format):
+            return str(given)
+        assert given is None or isinstance(given, bool | int | float | str), given
+        return given
+
+    def check(self) -> None:
+        """Runs a kernel for each result. Raises Unsupported, or an AssertionError."""
+        for value, result, exact in zip(self.graph.outputs, self.results, self.in_float64(), strict=True):
+            kernel = loop_kernel(region(replace(self.graph, outputs=(value,))), "kernel")
+            output = torch.empty_strided(result.shape, result.stride(), dtype=result.dtype)
+            output.fill_(math.nan if output.is_floating_point() else 1)
+            if result.numel():
+                run(kernel, [*self.tensors, output])
+            assert_near(output, result, exact)
+
+    def in_float64(self) -> list[torch.Tensor]:
+        """The results for the same numbers in float64."""
+        op, args, kwargs = self.call
+        args, kwargs = tree_map_only(torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, (args, kwargs))
+        args, kwargs = tree_map_only(torch.dtype, lambda d: torch.float64 if d.is_floating_point else d, (args, kwargs))
+        result = op(*args, **kwargs)
+        return list(result) if isinstance(result, tuple | list) else [result]
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps the calls of one overload packet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = tree_map_only(torch.Tensor, snapshot, (args, kwargs or {}))
+        result = op(*args, **(kwargs or {}))
+        self.calls.append((op, *before, tree_map_only(torch.Tensor, snapshot, result)))
+        return result
+
+
+def snapshot(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy with the same gaps in memory: what is called later may write to the original."""
+    if tensor.layout != torch.strided or tensor.is_conj() or tensor.is_neg():
+        return tensor
+    storage = tensor.untyped_storage().clone()
+    return torch.empty(0, dtype=tensor.dtype).set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+def assert_near(output: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor) -> None:
+    """Integers are equal; the error of floats is at most twice eager's, or the tolerance of their dtype."""
+    if not output.is_floating_point():
+        assert torch.equal(output, eager), f"{output} is not {eager}"
+        return
+    tolerance = TOLERANCE[output.dtype]
+    ours, theirs, right = output.double(), eager.double(), exact.double()
+    limit = torch.maximum(2 * (theirs - right).abs(), tolerance * (0.1 + right.abs())).nan_to_num(math.inf, math.inf)
+    same = (ours == theirs) | (ours.isnan() & theirs.isnan()) | ((ours - right).abs() <= limit)
+    assert same.all(), f"{output[~same][:4]} is not {eager[~same][:4]}, in float64 {exact[~same][:4]}"
+
+
+def described(body: Body) -> object:
+    """What makes a call another case than the one before."""
+    node = body.graph.nodes[0]
+    kinds = tuple(attr if isinstance(attr, str | bool) else type(attr).__name__ for _, attr in node.args)
+    return node.op, kinds, tuple((t.dtype, t.dim(), t.is_contiguous(), t.numel() > 0) for t in body.tensors)
+
+
+def sampled(name: str) -> Iterator[Body]:
+    """Different declared ATen calls that PyTorch makes for samples of an operator."""
+    op = operators()[name]
+    seen: set[object] = set()
+    for dtype in DTYPES:
+        samples = list(op.sample_inputs("cpu", dtype)) if op.supports_dtype(dtype, "cpu") else []
+        steps = sorted({round((len(samples) - 1) * step / (SAMPLES - 1)) for step in range(SAMPLES)} if samples else ())
+        for which in steps:
+            sample = spaced(samples[which]) if which % 2 else samples[which]
+            with Recorder() as recorder, suppress(RuntimeError, NotImplementedError):  # eager refuses some here
+                op.op(sample.input, *sample.args, **sample.kwargs)
+            for call in recorder.calls:
+                body = Body.of(*call)
+                if body is not None and described(body) not in seen:
+                    seen.add(described(body))
+                    yield body
+
+
+def names() -> list[str]:
+    """The operators that are declared, as op_db calls them."""
+    packets = {name.split(".")[1] for name in OPS}
+    return [name for name, op in operators().items() if {op.name, op.aten_name, f"_{op.name}"} & packets]
+
+
+# Why kernels do not have some calls of operators that they do have.
+REFUSED = (
+    "which is rounded",  # the ATen call rounds more often than a kernel would
+    "rounded quotient",
+    "out of range is undefined",
+    "the norm",
+    "the power",
+    "isinf of integers",
+    "floats as bytes",
+    "a result of dtype",
+    "complex",
+    "in a kernel",
+    "by index",
+    "not next to each other",
+    "no whole number",
+    "of a single number",
+    "a slice with steps",
+)
+
+
+# Operators whose samples all call what is not declared, or is refused.
+NONE_RUNS = {
+    "max.reduction_with_dim",
+    "min.reduction_with_dim",
+    "round.decimals_neg_3",
+    "round.decimals_3",
+    "round.decimals_0",
+}
+NONE_RUNS |= {"pow", "linalg.vector_norm", "nn.functional.group_norm", "nn.functional.upsample_nearest"}
+
+
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+def test_samples(chunk: int) -> None:
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in names()[chunk::CHUNKS]:
+            ran = 0
+            for body in sampled(name):
+                try:
+                    body.check()
+                    ran += 1
+                except Unsupported as error:
+                    if not any(reason in error.message for reason in REFUSED):
+                        raise
+                except Exception as error:
+                    raise AssertionError(f"{name}: {error}\n{body.graph}") from error
+            assert ran or name in NONE_RUNS, f"{name}: no sample ran"
+
+
+A = torch.ops.aten
+ROWS = torch.randn(6, 40)
+IMAGE = torch.randn(2, 6, 5, 4)
+CALLS = {
+    "layer_norm": lambda: (A.layer_norm.default, (ROWS, [40], ROWS[0], ROWS[1])),
+    "layer_norm over two dimensions": lambda: (A.layer_norm.default, (IMAGE, [5, 4])),
+    "layer_norm of long rows": lambda: (A.layer_norm.default, (torch.randn(3, 9001) + 7, [9001])),
+    "layer_norm bf16": lambda: (A.layer_norm.default, (ROWS.bfloat16(), [40], ROWS[0].bfloat16(), ROWS[1].bfloat16())),
+    "rms_norm": lambda: (A.rms_norm.default, (ROWS.half(), [40], ROWS[0].half(), 1e-6)),
+    "rms_norm, its own eps": lambda: (A.rms_norm.default, (ROWS, [40])),
+    "_fused_rms_norm": lambda: (A._fused_rms_norm.default, (ROWS, [40], ROWS[0], 1e-6)),
+    "group_norm": lambda: (A.group_norm.default, (IMAGE, 3, torch.randn(6), torch.randn(6))),
+    "group_norm of one group, half": lambda: (A.group_norm.default, (IMAGE.half(), 1, None, None)),
+    "softmax": lambda: (A.softmax.int, (ROWS, -1)),
+    "softmax over columns": lambda: (A.softmax.int, (IMAGE, 1)),
+    "softmax in another dtype": lambda: (A.softmax.int, (ROWS.half(), 1, torch.float32)),
+    "softmax of long rows": lambda: (A.softmax.int, (4 * torch.randn(2, 8200), 1)),
+    "log_softmax": lambda: (A.log_softmax.int, (ROWS, 0)),
+    "linalg_vector_norm": lambda: (A.linalg_vector_norm.default, (ROWS, 2, [1])),
+    "upsample_nearest2d": lambda: (A.upsample_nearest2d.default, (IMAGE, [10, 12])),
+    "upsample_nearest2d.vec": lambda: (A.upsample_nearest2d.vec, (IMAGE, None, [2.0, 3.0])),
+    "split_with_sizes": lambda: (A.split_with_sizes.default, (ROWS, [7, 33], 1)),
+    "split_with_sizes_copy": lambda: (A.split_with_sizes_copy.default, (ROWS, [2, 4])),
+    "amax keeps NaN": lambda: (A.amax.default, (torch.tensor([[1.0, math.nan, 3.0], [1.0, 2.0, 3.0]]), [1])),
+    "_to_copy rounds": lambda: (A._to_copy.default, (ROWS,), {"dtype": torch.bfloat16}),
+    "unsafe index": lambda: (A._unsafe_index.Tensor, (IMAGE, [None, torch.tensor([-1, 3])])),
+    "two indices": lambda: (A.index.Tensor, (IMAGE, [None, torch.tensor([[1], [-2]]), torch.tensor([0, 2, 4])])),
+    "bitwise scalars": lambda: (A.bitwise_and.Scalar, (torch.arange(9), 5)),
+    "pow 3": lambda: (A.pow.Tensor_Scalar, (ROWS, 3)),
+    "pow 0.5": lambda: (A.pow.Tensor_Scalar, (ROWS.abs(), 0.5)),
+    "pow 1.7": lambda: (A.pow.Tensor_Scalar, (ROWS.half(), 1.7)),
+    "clamp_max": lambda: (A.clamp_max.default, (ROWS, 0.5)),
+    "copy": lambda: (A.copy.default, (ROWS.half(), ROWS[:1])),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_calls(name: str) -> None:
+    op, args, *kwargs = CALLS[name]()
+    Body(op, args, kwargs[0] if kwargs else {}, op(*args, **(kwargs[0] if kwargs else {}))).check()
+
+
+def test_declarations_have_the_defaults_of_their_schemas() -> None:
+    """Arguments at their default are left out of the IR, so that a declaration has to know the same default."""
+    for name, declaration in OPS.items():
+        known = inspect.signature(declaration).parameters
+        takes_all = any(p.kind is p.VAR_KEYWORD for p in known.values())
+        for argument in aten.overload(name)._schema.arguments:
+            if argument.name in known and argument.has_default_value():
+                expected = argument.default_value
+                found = known[argument.name].default
+                same = (tuple(found) == tuple(expected)) if isinstance(expected, list) else found == expected
+                assert same, f"{name}: {argument.name} is {found!r}, not {expected!r}"
+            elif not argument.has_default_value():
+                assert argument.name in known or takes_all, f"{name} does not know {argument.name}"

@@ -1,0 +1,249 @@
+"""From tensors at positions to lines of Triton: each value once, loads masked, what does not vary kept out of loops."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from torch_rtx.errors import Unsupported
+from torch_rtx.lowering.kernels.index import Index, variable, within
+from torch_rtx.lowering.kernels.tensor import (
+    FLOATS,
+    TRITON,
+    ZERO,
+    Gather,
+    Iota,
+    Load,
+    Map,
+    Move,
+    Number,
+    Position,
+    Reduce,
+    Tensor,
+    Within,
+    register,
+)
+
+Axes = frozenset[str]
+NONE: Axes = frozenset()
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A value in the kernel: its text, and the loop variables that it varies with."""
+
+    text: str
+    axes: Axes = NONE
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A loop variable, which is a dimension of every tile.
+
+    Attributes:
+        block: how many values a tile has.
+        mask: the variable that says which of them count; "" if all do.
+    """
+
+    name: str
+    block: int
+    mask: str = ""
+
+
+@dataclass
+class Scope:
+    """Lines that run together, and what has a name in them."""
+
+    lines: list[str] = field(default_factory=list)
+    known: dict[object, Operand] = field(default_factory=dict)
+
+
+class Emitter:
+    """Writes the body of one kernel.
+
+    Args:
+        axes: the dimensions of a tile, outermost first.
+        reduced: operand and position of each reduction, as far as there are any by now; see `loops`.
+        anchor: what stands for a `Load` with `anchor` set.
+    """
+
+    def __init__(self, axes: Sequence[Axis], anchor: str = "") -> None:
+        self.axes = {axis.name: axis for axis in axes}
+        self.anchor = anchor
+        self.reduced: dict[Tensor, tuple[Operand, Position]] = {}
+        self.outer = self.scope = Scope()
+        self.looped = ""  # the variable of the loop that is being written
+        self._varying: dict[str, Axes] = {}
+        self._count = 0
+
+    # ---- names -------------------------------------------------------------------------------------------------------
+
+    def assign(self, text: str, axes: Axes, prefix: str = "t") -> Operand:
+        """A name for `text`, in the innermost scope that it varies in."""
+        name = f"{prefix}{self._count}"
+        self._count += 1
+        self._home(axes).lines.append(f"{name} = {text}")
+        return Operand(name, axes)
+
+    def _home(self, axes: Axes) -> Scope:
+        return self.scope if self.looped in axes else self.outer
+
+    def _once(self, key: object, axes: Axes, text: str, prefix: str = "t") -> Operand:
+        home = self._home(axes)
+        if key not in home.known:
+            home.known[key] = self.assign(text, axes, prefix)
+        return home.known[key]
+
+    def varies(self, *indices: Index) -> Axes:
+        """The loop variables that indices depend on."""
+        found: set[str] = set()
+        for index in indices:
+            for var in index.variables():
+                if var.name in self.axes:
+                    found.add(var.name)
+                found |= self._varying.get(var.name, NONE)
+        return frozenset(found)
+
+    def shape(self, axes: Axes) -> str:
+        """The shape of a tile that varies with `axes`."""
+        return "[" + ", ".join(str(a.block if a.name in axes else 1) for a in self.axes.values()) + "]"
+
+    # ---- values ------------------------------------------------------------------------------------------------------
+
+    def value(self, tensor: Tensor, position: Position, conditions: tuple[Operand, ...] = ()) -> Operand:
+        """The elements of `tensor` at `position`; where a condition does not hold, anything.
+
+        Raises:
+            Unsupported: a reduction is needed at a position that is not the row's own.
+        """
+        key = (tensor, position, conditions)
+        for scope in (self.scope, self.outer):
+            if key in scope.known:
+                return scope.known[key]
+        found = self._value(tensor, position, conditions)
+        self._home(found.axes).known[key] = found
+        return found
+
+    def _value(self, tensor: Tensor, position: Position, conditions: tuple[Operand, ...]) -> Operand:
+        match tensor:
+            case Move():
+                return self.value(tensor.source, tensor.at(position), conditions)
+            case Map():
+                return self._map(tensor, position, conditions)
+            case Number():
+                return Operand(literal(tensor))
+            case Load():
+                return self._load(tensor, position, conditions)
+            case Iota():
+                at = tensor.at(position)
+                text = str(at) if at.number is not None else f"({at}).to({TRITON[tensor.dtype]})"
+                return self.assign(text, self.varies(at)) if at.number is None else _full(text, tensor.dtype)
+            case Within():
+                return self._within(tensor, position, conditions)
+            case Gather():
+                return self._gather(tensor, position, conditions)
+            case Reduce():
+                return self._reduced(tensor, position)
+        raise AssertionError(tensor)
+
+    def _map(self, tensor: Map, position: Position, conditions: tuple[Operand, ...]) -> Operand:
+        if tensor.text == "{0}" and isinstance(tensor.args[0], Number):
+            return _full(literal(tensor.args[0]), tensor.dtype)
+        args = [self.value(arg, position, conditions) for arg in tensor.args]
+        axes = frozenset[str]().union(*(arg.axes for arg in args))
+        if tensor.text == "{0}":
+            return args[0]
+        return self._once((tensor.text, *args), axes, tensor.text.format(*(arg.text for arg in args)))
+
+    def _load(self, tensor: Load, position: Position, conditions: tuple[Operand, ...]) -> Operand:
+        if tensor.anchor:
+            return self._anchored(tensor, position)
+        address = sum((p * s for p, s in zip(position, tensor.strides, strict=True)), start=ZERO)
+        axes = self.varies(address)
+        masks = [*self._masks(axes), *conditions]
+        wide = axes.union(*(mask.axes for mask in masks))
+        place = str(address) if wide == axes else f"{address} + tl.zeros({self.shape(wide)}, tl.int32)"
+        masked = f", mask={' & '.join(m.text for m in masks)}, other=0" if masks else ""
+        text = f"tl.load({tensor.name} + ({place}){masked})"
+        if register(tensor.dtype) != tensor.dtype:
+            text += ".to(tl.float32)"
+        return self._once(("load", text), wide, text)
+
+    def _anchored(self, tensor: Load, position: Position) -> Operand:
+        expected = self.reduced.get(tensor)
+        if expected is None or expected[1] != position:
+            raise Unsupported("the result of a matrix product at another position than its own")
+        return expected[0]
+
+    def _masks(self, axes: Axes) -> list[Operand]:
+        named = (axis for axis in self.axes.values() if axis.name in axes and axis.mask)
+        return [Operand(axis.mask, frozenset((axis.name,))) for axis in named]
+
+    def _within(self, tensor: Within, position: Position, conditions: tuple[Operand, ...]) -> Operand:
+        moved = tuple(p - start for p, start in zip(position, tensor.starts, strict=True))
+        tests = []
+        for at, start, now, size in zip(position, tensor.starts, moved, tensor.inner.shape, strict=True):
+            if start != ZERO:
+                tests.append((f"({at} >= {start})", self.varies(at)))
+            if not within(at, start + size):
+                tests.append((f"({now} < {size})", self.varies(now)))
+        if not tests:
+            return self.value(tensor.inner, moved, conditions)
+        axes = NONE.union(*(axes for _, axes in tests))
+        text = " & ".join(text for text, _ in tests)
+        inside = self._once(("within", text), axes, text, "c")
+        inner = self.value(tensor.inner, moved, (*conditions, inside))
+        outer = self.value(tensor.outer, position, (*conditions, Operand(f"~{inside.text}", axes)))
+        return self.assign(f"tl.where({inside.text}, {inner.text}, {outer.text})", axes | inner.axes | outer.axes)
+
+    def _gather(self, tensor: Gather, position: Position, conditions: tuple[Operand, ...]) -> Operand:
+        found, safe = [], []
+        for one, size in zip(tensor.indices, tensor.sizes, strict=True):
+            at = self.value(one, position, conditions)
+            if tensor.wrap:
+                text = f"tl.where({at.text} < 0, {at.text} + {size}, {at.text})"
+                at = self._once(("wrap", text), at.axes, text)
+            self._varying[at.text] = at.axes
+            found.append(variable(at.text, size))
+            test = f"({at.text} >= 0) & ({at.text} < {size})"
+            safe.append(self._once(("safe", test), at.axes, test, "c"))
+        return self.value(tensor.source, tensor.at(position, tuple(found)), (*conditions, *safe))
+
+    def _reduced(self, tensor: Reduce, position: Position) -> Operand:
+        if tensor not in self.reduced:
+            raise Unsupported("a reduction inside of another loop")
+        operand, expected = self.reduced[tensor]
+        if position != expected:
+            raise Unsupported("a reduction of one row, needed in another")
+        return operand
+
+    # ---- stores ------------------------------------------------------------------------------------------------------
+
+    def store(self, name: str, address: Index, value: Operand, axes: Axes) -> None:
+        """`value` to memory, for every position of `axes`."""
+        masks = self._masks(axes)
+        short = axes - self.varies(address)
+        place = f"{address} + tl.zeros({self.shape(axes)}, tl.int32)" if short else str(address)
+        masked = f", mask={' & '.join(mask.text for mask in masks)}" if masks else ""
+        self._home(axes).lines.append(f"tl.store({name} + ({place}), {value.text}{masked})")
+
+
+def literal(tensor: Number) -> str:
+    """A number as Triton reads it: without more the language takes a float for f32."""
+    value, dtype = tensor.value, register(tensor.dtype)
+    if isinstance(value, Index):
+        return f"({value}).to({TRITON[dtype]})" if value.number is None else str(value)
+    if dtype in FLOATS:
+        text = repr(float(value)) if abs(value) < float("inf") else f'float("{float(value)}")'
+        return f"tl.full((), {text}, tl.float64)" if dtype == "f64" else text
+    return str(value)
+
+
+def _full(text: str, dtype: str) -> Operand:
+    """A number where a tensor is needed."""
+    return Operand(text if text.startswith("tl.full") else f"tl.full((), {text}, {TRITON[register(dtype)]})")
+
+
+def indent(lines: Iterable[str], by: int = 1) -> list[str]:
+    """Lines of a block."""
+    return ["    " * by + line for line in lines]

@@ -1,0 +1,317 @@
+"""Index arithmetic: integer polynomials over loop variables and dims, which simplify where ranges prove it.
+
+A kernel loops over flat variables; views, broadcasts and strides turn these into addresses. Written down plainly that
+is a chain of divisions and remainders. These rules undo it, so that what is contiguous is seen to be contiguous:
+
+    (c*q + r) // c = q                (c*q + r) % c = r                      where 0 <= r < c
+    (g*q + r) // (g*c) = q // c       (g*q + r) % (g*c) = g * (q % c) + r    where 0 <= r < g
+    c * (p // c) + p % c = p          a * (p // a % c) + p % a = p % (a*c)
+
+Values are at least 0, apart from those that a mask keeps from being used; Triton's `//` and `%` then are these.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property, reduce
+
+from torch_rtx.ir import Dim, Sym
+
+
+@dataclass(frozen=True)
+class Var:
+    """A variable of a kernel: from 0 to `last`, or a dim, which is its own bound."""
+
+    name: str
+    last: Index | None = None
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class Div:
+    """`arg // by`, or where `remainder` is set `arg % by`, to which no rule applies."""
+
+    arg: Index
+    by: Index
+    remainder: bool = False
+
+    @cached_property
+    def _text(self) -> str:
+        return f"({self.arg.factor} {'%' if self.remainder else '//'} {self.by.factor})"
+
+    def __str__(self) -> str:
+        return self._text
+
+
+Atom = Var | Div
+Monomial = tuple[Atom, ...]
+
+
+@dataclass(frozen=True)
+class Index:
+    """A sum of integer multiples of products of atoms, in one normal form: equal polynomials compare equal."""
+
+    terms: tuple[tuple[Monomial, int], ...]
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self.terms)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _text(self) -> str:
+        return " + ".join(_term(atoms, count) for atoms, count in self.terms) or "0"
+
+    def __str__(self) -> str:
+        return self._text
+
+    @property
+    def factor(self) -> str:
+        """The text, in brackets where it is a sum or a product."""
+        return self._text if self.atom is not None or self.number is not None else f"({self._text})"
+
+    @property
+    def number(self) -> int | None:
+        """The integer that this is, if it is one."""
+        if not self.terms:
+            return 0
+        return self.terms[0][1] if len(self.terms) == 1 and not self.terms[0][0] else None
+
+    @property
+    def atom(self) -> Atom | None:
+        """The atom that this is, if it is nothing but one."""
+        if len(self.terms) == 1 and self.terms[0][1] == 1 and len(self.terms[0][0]) == 1:
+            return self.terms[0][0][0]
+        return None
+
+    def variables(self) -> Iterator[Var]:
+        """The variables, also inside divisions, with repeats."""
+        for monomial, _ in self.terms:
+            for atom in monomial:
+                if isinstance(atom, Div):
+                    yield from atom.arg.variables()
+                    yield from atom.by.variables()
+                else:
+                    yield atom
+
+    def __add__(self, other: Index) -> Index:
+        terms = dict(self.terms)
+        for monomial, count in other.terms:
+            terms[monomial] = terms.get(monomial, 0) + count
+        return _index(terms)
+
+    def __sub__(self, other: Index) -> Index:
+        return self + other * constant(-1)
+
+    def __mul__(self, other: Index) -> Index:
+        terms: dict[Monomial, int] = {}
+        for one, count in self.terms:
+            for two, times in other.terms:
+                monomial = tuple(sorted(one + two, key=str))
+                terms[monomial] = terms.get(monomial, 0) + count * times
+        return _index(terms)
+
+    def __floordiv__(self, by: Index) -> Index:
+        whole, rest = _split(self, by)
+        if within(rest, by):
+            return whole
+        atom = rest.atom
+        if isinstance(atom, Div) and not atom.remainder:
+            return whole + atom.arg // (atom.by * by)
+        for common, outer, _ in _common(rest, by):
+            return whole + outer // constant((by.number or 0) // common)
+        return whole + _atom(Div(rest, by))
+
+    def __mod__(self, by: Index) -> Index:
+        _, rest = _split(self, by)
+        if within(rest, by):
+            return rest
+        atom = rest.atom
+        if isinstance(atom, Div) and atom.remainder and not _split(atom.by, by)[1].terms:
+            return atom.arg % by  # the remainder by a multiple of `by` comes first
+        for common, outer, inner in _common(rest, by):
+            return (outer % constant((by.number or 0) // common)) * constant(common) + inner
+        return _atom(Div(rest, by, remainder=True))
+
+
+def constant(number: int) -> Index:
+    """`number` as an index."""
+    return Index((((), number),)) if number else Index(())
+
+
+def variable(name: str, size: Index | None = None) -> Index:
+    """A variable from 0 to `size - 1`, or a dim."""
+    return _atom(Var(name, None if size is None else size - constant(1)))
+
+
+def from_dim(dim: Dim) -> Index:
+    """A dim of a graph as an index; its symbols are variables of the same names."""
+    if isinstance(dim, int):
+        return constant(dim)
+    if isinstance(dim, Sym):
+        return variable(dim.name)
+    args = [from_dim(arg) for arg in dim.args]
+    if dim.op in ("min", "max"):  # to the index it is one number, whatever it is made of
+        return variable(f"tl.{dim.op}imum({', '.join(map(str, args))})")
+    return reduce(_OPS[dim.op], args)
+
+
+def product(sizes: Iterable[Index]) -> Index:
+    """The product of sizes; 1 for none."""
+    return reduce(Index.__mul__, sizes, constant(1))
+
+
+def linear(position: Iterable[Index], strides: Iterable[Index]) -> Index:
+    """The sum of positions times strides."""
+    return reduce(Index.__add__, (p * s for p, s in zip(position, strides, strict=True)), constant(0))
+
+
+def ravel(position: Iterable[Index], shape: Iterable[Index]) -> Index:
+    """The row-major position in a tensor of `shape`."""
+    flat = constant(0)
+    for at, size in zip(position, shape, strict=True):
+        flat = flat * size + at
+    return flat
+
+
+def unravel(flat: Index, shape: tuple[Index, ...]) -> tuple[Index, ...]:
+    """The position in a tensor of `shape` whose row-major position is `flat`: the inverse of `ravel`."""
+    found = []
+    for axis, size in reversed(list(enumerate(shape))):
+        if size.number == 1:
+            found.append(constant(0))
+            continue
+        outermost = all(before.number == 1 for before in shape[:axis])
+        found.append(flat if outermost else flat % size)
+        flat = flat // size
+    return tuple(reversed(found))
+
+
+def substitute(index: Index, values: Mapping[str, Index]) -> Index:
+    """`index` with variables replaced by name."""
+    total = constant(0)
+    for monomial, count in index.terms:
+        total += product(_substituted(atom, values) for atom in monomial) * constant(count)
+    return total
+
+
+def _substituted(atom: Atom, values: Mapping[str, Index]) -> Index:
+    if isinstance(atom, Div):
+        arg, by = substitute(atom.arg, values), substitute(atom.by, values)
+        return arg % by if atom.remainder else arg // by
+    return values.get(atom.name, _atom(atom))
+
+
+def upper(index: Index) -> Index | None:
+    """A bound from above, as a polynomial in dims; None where a coefficient is negative."""
+    if any(count < 0 for _, count in index.terms):
+        return None
+    total = constant(0)
+    for monomial, count in index.terms:
+        bounds = [_last(atom) for atom in monomial]
+        if any(bound is None for bound in bounds):
+            return None
+        total += product(bound for bound in bounds if bound is not None) * constant(count)
+    return total
+
+
+def _last(atom: Atom) -> Index | None:
+    if isinstance(atom, Var):
+        return _atom(atom) if atom.last is None else atom.last
+    bound = upper(atom.arg)
+    if atom.remainder:
+        return atom.by - constant(1)
+    return None if bound is None else bound // atom.by
+
+
+def within(index: Index, size: Index) -> bool:
+    """Whether `0 <= index < size` is certain."""
+    bound = upper(index)
+    return bound is not None and all(count >= 0 for _, count in (size - constant(1) - bound).terms)
+
+
+def _split(index: Index, by: Index) -> tuple[Index, Index]:
+    """`whole, rest` with `index = whole * by + rest`: `whole` has the terms that `by` divides."""
+    if len(by.terms) != 1:
+        return (constant(1), constant(0)) if index == by else (constant(0), index)
+    divisor, size = by.terms[0]
+    whole: dict[Monomial, int] = {}
+    rest: dict[Monomial, int] = {}
+    for monomial, count in index.terms:
+        left = _without(monomial, divisor)
+        times, over = divmod(count, size) if left is not None else (0, count)
+        if left is None or (left and over):  # 6*x by 4: the term stays as a whole
+            rest[monomial] = count
+        else:
+            whole[left] = times
+            rest[monomial] = over
+    return _index(whole), _index(rest)
+
+
+def _without(monomial: Monomial, divisor: Monomial) -> Monomial | None:
+    left = list(monomial)
+    for atom in divisor:
+        if atom not in left:
+            return None
+        left.remove(atom)
+    return tuple(left)
+
+
+def _common(index: Index, by: Index) -> Iterator[tuple[int, Index, Index]]:
+    """`g, q, r` with `index = g*q + r`, `0 <= r < g` and g a divisor of the number `by`, largest first."""
+    counts = {math.gcd(count, by.number or 1) for monomial, count in index.terms if monomial}
+    for common in sorted(counts - {1, by.number}, reverse=True):
+        outer, inner = _split(index, constant(common))
+        if within(inner, constant(common)):
+            yield common, outer, inner
+
+
+def _index(terms: dict[Monomial, int]) -> Index:
+    """The normal form of a sum: no zeros, remainders joined with what they belong to, a fixed order."""
+    kept: dict[Monomial, int] | None = {monomial: count for monomial, count in terms.items() if count}
+    while kept is not None:
+        terms, kept = kept, _joined(kept)
+    return Index(tuple(sorted(terms.items(), key=lambda term: (not term[0], *map(str, term[0])))))
+
+
+def _joined(terms: dict[Monomial, int]) -> dict[Monomial, int] | None:
+    """`terms` after one use of the rules that join; None where there is none."""
+    for monomial, count in terms.items():
+        for atom in monomial:
+            if not isinstance(atom, Div) or not atom.remainder:
+                continue
+            cofactor = Index(((_without(monomial, (atom,)) or (), count),))
+            whole = atom.arg // atom.by
+            partners = [(whole, atom.arg)]
+            for other in (a for m in terms for a in m if isinstance(a, Div) and a.remainder and a.arg == whole):
+                partners.append((_atom(other), atom.arg % (atom.by * other.by)))
+            for partner, together in partners:
+                wanted = (cofactor * atom.by * partner).terms
+                if wanted and all(terms.get(key) == value for key, value in wanted):
+                    rest = {key: value for key, value in terms.items() if key not in dict(wanted) and key != monomial}
+                    for key, value in (cofactor * together).terms:
+                        rest[key] = rest.get(key, 0) + value
+                    return {key: value for key, value in rest.items() if value}
+    return None
+
+
+def _atom(atom: Atom) -> Index:
+    return Index((((atom,), 1),))
+
+
+def _term(atoms: Monomial, count: int) -> str:
+    return " * ".join([*([str(count)] if count != 1 or not atoms else []), *map(str, atoms)])
+
+
+_OPS: Mapping[str, Callable[[Index, Index], Index]] = {
+    "+": Index.__add__,
+    "*": Index.__mul__,
+    "//": Index.__floordiv__,
+    "%": Index.__mod__,
+}

@@ -1,0 +1,338 @@
+"""Kernels that are one loop: pointwise ones over all elements, and reductions over rows.
+
+A program of a pointwise kernel does a run of elements; X is their number. With reductions X is the number of a row and
+R the place in it: a program does a few rows, each of them at once where it is short enough ("persistent"), else in steps,
+with one loop per level of reductions and one for what comes after. Any reductions share a kernel if they are over rows
+of one size and number; whatever comes before, between and after them is computed in registers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import inf, prod
+
+from torch_rtx.errors import Unsupported
+from torch_rtx.ir import Dim, Sym, TensorType, dim_expr
+from torch_rtx.lowering.kernels.emit import Axis, Emitter, Operand, Scope, indent
+from torch_rtx.lowering.kernels.index import Index, constant, from_dim, linear, product, ravel, unravel, variable
+from torch_rtx.lowering.kernels.kernel import Kernel
+from torch_rtx.lowering.kernels.region import Region, needed, reductions_of
+from torch_rtx.lowering.kernels.tensor import REDUCTIONS, TRITON, ZERO, Position, Reduce, Shape, Tensor, register
+
+X, R = "X", "R"
+PERSISTENT = 8192  # the longest row that a program holds at once
+TILE = 1024  # elements of a tile where nothing else decides
+HEADER = "import triton\nimport triton.language as tl\n"
+COMBINE = """
+
+@triton.jit
+def _{kind}(a, b):
+    return {text}
+"""
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How a loop is cut: rows and elements of a tile, and Triton's number of warps."""
+
+    rows: int
+    elements: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The loop of a region: `count` rows of `size` elements, which are the `axes` of a tensor of `shape`."""
+
+    count: Index
+    size: Index
+    shape: Shape = ()
+    axes: tuple[int, ...] = ()
+
+    def position(self, row: Index, element: Index, shape: Shape, axes: tuple[int, ...]) -> Position:
+        """The position in a tensor of `shape` that is reduced over `axes`."""
+        kept = unravel(row, tuple(s for a, s in enumerate(shape) if a not in axes))
+        inner = unravel(element, tuple(shape[a] for a in axes))
+        outer, within = iter(kept), iter(inner)
+        return tuple(next(within if axis in axes else outer) for axis in range(len(shape)))
+
+
+def rows_of(region: Region) -> Rows:
+    """The loop that computes `region`.
+
+    Raises:
+        Unsupported: its reductions, or its outputs, do not fit one loop.
+    """
+    reductions = reductions_of(region.outputs)
+    if not reductions:
+        count = product(region.outputs[0].shape)
+        rows = Rows(count, constant(1))
+    else:
+        source, axes = reductions[0].source, reductions[0].axes
+        rows = Rows(_kept(reductions[0]), product(source.shape[a] for a in axes), source.shape, axes)
+    for reduction in reductions:
+        size = product(reduction.source.shape[a] for a in reduction.axes)
+        if (_kept(reduction), size) != (rows.count, rows.size):
+            raise Unsupported(f"rows of {size} and of {rows.size} elements in one kernel")
+    for output in region.outputs:
+        if product(output.shape) not in (rows.count, rows.count * rows.size):
+            raise Unsupported("outputs of different sizes in one kernel")
+    return rows
+
+
+def _kept(reduction: Reduce) -> Index:
+    return product(s for a, s in enumerate(reduction.source.shape) if a not in reduction.axes)
+
+
+def default_config(region: Region) -> LoopConfig:
+    """Tiles of about `TILE` elements, longer ones for long rows; small problems are cut in more parts."""
+    rows = rows_of(region)
+    if rows.size.number == 1 and not reductions_of(region.outputs):
+        count = rows.count.number
+        elements = TILE if count is None or count >= 132 * TILE else 256
+        return LoopConfig(elements, 1, 4)
+    size = rows.size.number
+    if size is None or size > PERSISTENT:
+        return LoopConfig(1, 2048, 8)
+    block = 1 << max(size - 1, 0).bit_length()
+    inner = max(rows.axes, default=0) == len(rows.shape) - 1
+    # Where neighbours in memory are rows, not elements of one, a tile takes several of them.
+    count = max(TILE // block, 1) if inner else max(2 * TILE // block, 16)
+    return LoopConfig(count, block, 4 if block * count <= 2048 else 8)
+
+
+def loop_kernel(region: Region, name: str, config: LoopConfig | None = None) -> Kernel:
+    """The kernel that computes `region` in one loop.
+
+    Raises:
+        Unsupported: see `rows_of`, or a reduction is needed in another row than its own.
+    """
+    writer = _Writer(region, config or default_config(region))
+    lines = writer.write()
+    body = region.body
+    arguments = [value.name for value in body.inputs] + [f"out{i}" for i in range(len(region.outputs))]
+    arguments += list(body.syms)
+    kinds = {reduction.kind for reduction in writer.reductions} & {"max", "min", "prod"}
+    source = HEADER + "".join(
+        COMBINE.format(kind=kind, text=REDUCTIONS[kind][1].format("a", "b")) for kind in sorted(kinds)
+    )
+    source += f"\n\n@triton.jit\ndef {name}({', '.join(arguments)}):\n" + "\n".join(indent(lines)) + "\n"
+    pointers = [value.type.dtype for value in body.inputs] + [type_.dtype for type_ in region.types]  # type: ignore[union-attr]
+    return Kernel(
+        name,
+        source,
+        tuple(pointers),
+        tuple(body.syms.values()),
+        (_blocks(writer.count, writer.config.rows), 1, 1),
+        writer.config.num_warps,
+        num_stages=2 if writer.steps else 1,
+        wide=writer.wide,
+    )
+
+
+def _blocks(count: Dim, block: int) -> Dim:
+    return dim_expr("//", dim_expr("+", count, block - 1), block)
+
+
+class _Writer:
+    """The lines of one loop kernel."""
+
+    def __init__(self, region: Region, config: LoopConfig) -> None:
+        self.region, self.config, self.rows = region, config, rows_of(region)
+        self.reductions = reductions_of(region.outputs)
+        size = self.rows.size.number
+        self.wide = _is_wide(region)
+        self.steps = bool(self.reductions) and (size is None or size > config.elements)
+        self.flat = not self.reductions
+        self.x, self.r = variable(X, self.rows.count), variable(R, self.rows.size)
+        known = self.rows.count.number
+        axes = [Axis(X, config.rows, "" if known is not None and known % config.rows == 0 else "in_x")]
+        if not self.flat:
+            axes.append(Axis(R, config.elements, "" if size and size % config.elements == 0 else "in_r"))
+        self.emitter = Emitter(axes)
+        self.count = self._count()
+
+    def _count(self) -> Dim:
+        """The number of rows as a dim."""
+        for type_, output in zip(self.region.types, self.region.outputs, strict=True):
+            if product(output.shape) == self.rows.count:
+                return dim_expr("*", 1, *type_.shape)
+        reductions = [output for output in self.region.outputs if product(output.shape) != self.rows.count]
+        type_ = self.region.types[self.region.outputs.index(reductions[0])]
+        whole = dim_expr("*", 1, *type_.shape)
+        size = [dim for dim in type_.shape if from_dim(dim) == self.rows.size]
+        if isinstance(whole, int):
+            return whole // (self.rows.size.number or 1)
+        if size:
+            rest = list(type_.shape)
+            rest.remove(size[0])
+            return dim_expr("*", 1, *rest)
+        number = self.rows.size.number
+        if number is None:
+            raise Unsupported("the number of rows is no product of sizes")
+        return dim_expr("//", whole, number)
+
+    def write(self) -> list[str]:
+        """All lines of the kernel."""
+        emitter, config = self.emitter, self.config
+        program = f"tl.program_id(0){'.to(tl.int64)' if self.wide else ''}"
+        lines = [f"{X} = {program} * {config.rows} + tl.arange(0, {config.rows}){'' if self.flat else '[:, None]'}"]
+        if emitter.axes[X].mask:
+            lines.append(f"in_x = {X} < {self.rows.count}")
+        if not self.flat and not self.steps:
+            lines += self._elements("0")
+        if self.steps:
+            self._stepwise()
+        else:
+            for reduction in self.reductions:
+                self._reduce_at_once(reduction)
+            self._store([*range(len(self.region.outputs))])
+        return lines + emitter.outer.lines
+
+    def _elements(self, start: str) -> list[str]:
+        offset = "" if start == "0" else f"{start} + "
+        lines = [f"{R} = {offset}tl.arange(0, {self.config.elements}){'.to(tl.int64)' if self.wide else ''}[None, :]"]
+        return lines + ([f"in_r = {R} < {self.rows.size}"] if self.emitter.axes[R].mask else [])
+
+    # ---- reductions --------------------------------------------------------------------------------------------------
+
+    def _source(self, reduction: Reduce) -> Operand:
+        position = self.rows.position(self.x, self.r, reduction.source.shape, reduction.axes)
+        return self.emitter.value(reduction.source, position)
+
+    def _known(self, reduction: Reduce, operand: Operand) -> None:
+        position = self.rows.position(self.x, ZERO, reduction.source.shape, reduction.axes)
+        self.emitter.reduced[reduction] = operand, position
+
+    def _masked(self, reduction: Reduce, value: Operand) -> str:
+        """The elements to reduce as a whole tile: those that do not count are neutral."""
+        emitter = self.emitter
+        tile = frozenset((X, R))
+        masked = emitter.axes[R].mask
+        text = f"tl.where({masked}, {value.text}, {_neutral(reduction)})" if masked else value.text
+        if value.axes | ({R} if masked else set()) != tile:
+            text = f"tl.broadcast_to({text}, {emitter.shape(tile)})"
+        return text
+
+    def _reduce_at_once(self, reduction: Reduce) -> None:
+        found = self._masked(reduction, self._source(reduction))
+        self._known(reduction, self.emitter.assign(_total(reduction, found), frozenset((X,)), "r"))
+
+    def _stepwise(self) -> None:
+        left = list(self.reductions)
+        while left:
+            ready = [one for one in left if all(inner in self.emitter.reduced for inner in needed(one))]
+            left = [one for one in left if one not in ready]
+            totals = [self._accumulator(one) for one in ready]
+
+            def accumulate(ready: list[Reduce] = ready, totals: list[str] = totals) -> None:
+                for reduction, total in zip(ready, totals, strict=True):
+                    value = self._masked(reduction, self._source(reduction))
+                    combined = REDUCTIONS[reduction.kind][1].format(total, value)
+                    self.emitter.scope.lines.append(f"{total} = {combined}")
+
+            self._loop(accumulate)
+            for reduction, total in zip(ready, totals, strict=True):
+                self._known(reduction, self.emitter.assign(_total(reduction, total), frozenset((X,)), "r"))
+        sizes = [product(output.shape) for output in self.region.outputs]
+        whole = [i for i, size in enumerate(sizes) if size != self.rows.count]
+        self._store([i for i in range(len(sizes)) if i not in whole])
+        if whole:
+            self._loop(lambda: self._store(whole))
+
+    def _accumulator(self, reduction: Reduce) -> str:
+        dtype = TRITON[register(reduction.dtype)]
+        tile = self.emitter.shape(frozenset((X, R)))
+        return self.emitter.assign(f"tl.full({tile}, {_neutral(reduction)}, {dtype})", frozenset((X,)), "acc").text
+
+    def _loop(self, write: Callable[[], None]) -> None:
+        emitter = self.emitter
+        emitter.scope, emitter.looped = Scope(), R
+        write()
+        inner, emitter.scope, emitter.looped = emitter.scope, emitter.outer, ""
+        lines = [*self._elements("start"), *inner.lines]
+        emitter.outer.lines.append(f"for start in range(0, {self.rows.size}, {self.config.elements}):")
+        emitter.outer.lines += indent(lines)
+
+    # ---- stores ------------------------------------------------------------------------------------------------------
+
+    def _store(self, which: list[int]) -> None:
+        for index in which:
+            output, type_ = self.region.outputs[index], self.region.types[index]
+            position, axes = self._place(output)
+            value = self.emitter.value(output, position)
+            address = linear(position, map(from_dim, type_.strides))
+            self.emitter.store(f"out{index}", address, value, axes)
+
+    def _place(self, output: Tensor) -> tuple[Position, frozenset[str]]:
+        """The position that X, or X and R, stand for in an output."""
+        rows = self.rows
+        if self.flat or product(output.shape) == rows.count:
+            position, shape, axes = self._in_memory_order(), self.region.outputs[0].shape, frozenset((X,))
+            if not self.flat:
+                return unravel(self.x, output.shape), axes
+        else:
+            position, shape = rows.position(self.x, self.r, rows.shape, rows.axes), rows.shape
+            axes = frozenset((X, R))
+        return (position if output.shape == shape else unravel(ravel(position, shape), output.shape)), axes
+
+    def _in_memory_order(self) -> Position:
+        """The position of X in the first output, so that neighbours of X are neighbours in its memory."""
+        shape, strides = self.region.outputs[0].shape, self.region.types[0].strides
+        order = list(range(len(shape)))
+        if all(isinstance(stride, int) for stride in strides):
+            order.sort(key=lambda axis: strides[axis], reverse=True)  # type: ignore[arg-type, return-value]
+        position = unravel(self.x, tuple(shape[axis] for axis in order))
+        return tuple(position[order.index(axis)] for axis in range(len(shape)))
+
+
+def _is_wide(region: Region) -> bool:
+    """Whether a tensor may reach as far as 32 bits do not count."""
+    tensors = [value.type for value in region.body.inputs] + list(region.types)
+    return any(_reach(type_) >= 2**31 for type_ in tensors if isinstance(type_, TensorType))
+
+
+def _reach(type_: TensorType) -> float:
+    ends = [_largest(size) * _largest(stride) for size, stride in zip(type_.shape, type_.strides, strict=True)]
+    return max(sum(ends), prod(map(_largest, type_.shape)))
+
+
+def _largest(dim: Dim) -> float:
+    if isinstance(dim, int):
+        return dim
+    if isinstance(dim, Sym):
+        return inf if dim.max is None else dim.max
+    found = [_largest(arg) for arg in dim.args]
+    match dim.op:
+        case "+":
+            return sum(found)
+        case "*":
+            return prod(found)
+        case "//":
+            return found[0]
+    return min(found) if dim.op in ("min", "%") else max(found)
+
+
+def _neutral(reduction: Reduce) -> str:
+    text = REDUCTIONS[reduction.kind][0]
+    if text not in ("least", "greatest"):
+        return text
+    if register(reduction.dtype) in ("f32", "f64"):
+        return 'float("-inf")' if text == "least" else 'float("inf")'
+    bits = {"i64": 64, "i32": 32, "i16": 16, "i8": 8, "u8": 8}[reduction.dtype]
+    if reduction.dtype == "u8":
+        return "0" if text == "least" else "255"
+    return str(-(1 << bits - 1)) if text == "least" else str((1 << bits - 1) - 1)
+
+
+def _total(reduction: Reduce, tile: str) -> str:
+    """The reduction of a tile over its elements, of shape [rows, 1]."""
+    match reduction.kind:
+        case "sum":
+            return f"tl.sum({tile}, 1)[:, None]"
+        case "any":
+            return f"(tl.max(({tile}).to(tl.int32), 1) != 0)[:, None]"
+        case "all":
+            return f"(tl.min(({tile}).to(tl.int32), 1) != 0)[:, None]"
+    return f"tl.reduce({tile}, 1, _{reduction.kind})[:, None]"

@@ -1,0 +1,75 @@
+"""Operators that read where another tensor says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch_rtx.errors import Unsupported
+from torch_rtx.lowering.kernels.ops.registry import Types, op
+from torch_rtx.lowering.kernels.ops.views import move, shape_of
+from torch_rtx.lowering.kernels.tensor import INTS, Gather, Position, Tensor, broadcast, cast, expand
+
+
+@op("embedding.default")
+def embedding(
+    weight: Tensor,
+    indices: Tensor,
+    padding_idx: int = -1,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+    *,
+    out: Types,
+) -> Tensor:
+    """Rows of a matrix by number."""
+    rows = cast(indices, "i64")
+    wide = move(rows, shape_of(out), lambda position: position[:-1])
+    return Gather(shape_of(out), weight.dtype, weight, (wide,), weight.shape[:1], lambda at, found: (found[0], at[-1]))
+
+
+@op("index.Tensor", "_unsafe_index.Tensor")
+def index(self: Tensor, indices: Sequence[Tensor | None], *, out: Types) -> Tensor:
+    """Positions of neighbouring dimensions from tensors; negative ones count from the end."""
+    axes = [axis for axis, one in enumerate(indices) if one is not None]
+    given = [one for one in indices if one is not None]
+    if axes != list(range(axes[0], axes[0] + len(axes))) or any(one.dtype not in INTS for one in given):
+        raise Unsupported("masks as indices, or indices that are not next to each other")
+    common, first, last = broadcast(given), axes[0], axes[-1]
+    shape = shape_of(out)
+    rank = len(common)
+
+    def at(position: Position, found: Position) -> Position:
+        return (*position[:first], *found, *position[first + rank :])
+
+    def aligned(one: Tensor) -> Tensor:
+        wide = expand(cast(one, "i64"), common)
+        return move(wide, shape, lambda position: position[first : first + rank])
+
+    sizes = self.shape[first : last + 1]
+    return Gather(shape, self.dtype, self, tuple(map(aligned, given)), sizes, at, wrap=True)
+
+
+@op("index_select.default")
+def index_select(self: Tensor, dim: int, index: Tensor, *, out: Types) -> Tensor:
+    """Positions of one dimension by number."""
+    if not self.shape:
+        raise Unsupported("a single number by index")
+    axis, shape = dim % len(self.shape), shape_of(out)
+    wide = move(cast(index, "i64"), shape, lambda position: (position[axis],) if index.shape else ())
+
+    def at(position: Position, found: Position) -> Position:
+        return (*position[:axis], *found, *position[axis + 1 :])
+
+    return Gather(shape, self.dtype, self, (wide,), (self.shape[axis],), at)
+
+
+@op("gather.default")
+def gather(self: Tensor, dim: int, index: Tensor, sparse_grad: bool = False, *, out: Types) -> Tensor:
+    """At each position, along one dimension, the element that the index says."""
+    if not self.shape or len(index.shape) != len(self.shape):
+        raise Unsupported("a single number by index, or an index of another rank")
+    axis = dim % len(self.shape)
+
+    def at(position: Position, found: Position) -> Position:
+        return (*position[:axis], *found, *position[axis + 1 :])
+
+    return Gather(index.shape, self.dtype, self, (cast(index, "i64"),), (self.shape[axis],), at)

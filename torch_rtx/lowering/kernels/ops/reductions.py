@@ -1,0 +1,325 @@
+"""Reductions, and what is made of them: softmax and norms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+
+from torch_rtx.errors import Unsupported
+from torch_rtx.lowering.kernels.index import Index, constant, product
+from torch_rtx.lowering.kernels.ops.pointwise import floating, tensor
+from torch_rtx.lowering.kernels.ops.registry import Types, op
+from torch_rtx.lowering.kernels.ops.views import reshape
+from torch_rtx.lowering.kernels.tensor import (
+    ONE,
+    Scalar,
+    Tensor,
+    cast,
+    number,
+    pointwise,
+    reduce,
+    register,
+    squeeze,
+)
+
+Axes = int | Sequence[int] | None
+
+
+def _axes(dim: Axes) -> list[int]:
+    return [] if dim is None else [dim] if isinstance(dim, int) else list(dim)
+
+
+def _wide(self: Tensor, out: Types) -> Tensor:
+    """`self` in the dtype to sum in."""
+    return cast(self, register(out[0].dtype))
+
+
+def _count(self: Tensor, axes: Sequence[int]) -> Index:
+    return product(self.shape[axis] for axis in (axes or range(len(self.shape)))) if self.shape else ONE
+
+
+def _float(value: Index, dtype: str) -> Tensor:
+    """A size as a float tensor."""
+    return tensor(value, dtype) if value.number is None else number(float(value.number), dtype)
+
+
+def mean_of(self: Tensor, axes: Sequence[int]) -> Tensor:
+    """The mean over axes, which stay with size 1; `self` is a float in its register's dtype."""
+    total = reduce("sum", self, axes)
+    return pointwise("{0} / {1}", self.dtype, total, _float(_count(self, axes), self.dtype))
+
+
+def variance_of(self: Tensor, axes: Sequence[int], correction: float = 0) -> tuple[Tensor, Tensor]:
+    """Variance and mean over axes, which stay with size 1. Two passes: the mean first, as nothing is lost that way."""
+    mean = mean_of(self, axes)
+    squares = pointwise("({0} - {1}) * ({0} - {1})", self.dtype, self, mean)
+    count = _float(_count(self, axes), self.dtype)
+    if correction:
+        count = pointwise("tl.maximum({0} - {1}, 0.0)", self.dtype, count, number(correction, self.dtype))
+    return pointwise("{0} / {1}", self.dtype, reduce("sum", squares, axes), count), mean
+
+
+def _finish(found: Tensor, axes: Sequence[int], keepdim: bool, out: Types, which: int = 0) -> Tensor:
+    rank = len(found.shape)
+    if not rank:
+        return cast(found, out[which].dtype)
+    wanted = {axis % rank for axis in axes} if axes else set(range(rank))
+    return cast(found if keepdim else squeeze(found, wanted), out[which].dtype)
+
+
+@op("sum.default", "sum.dim_IntList")
+def sum_(self: Tensor, dim: Axes = None, keepdim: bool = False, dtype: str | None = None, *, out: Types) -> Tensor:
+    """The sum over dimensions."""
+    return _finish(reduce("sum", _wide(self, out), _axes(dim)), _axes(dim), keepdim, out)
+
+
+@op("mean.default", "mean.dim")
+def mean(self: Tensor, dim: Axes = None, keepdim: bool = False, dtype: str | None = None, *, out: Types) -> Tensor:
+    """The mean over dimensions."""
+    return _finish(mean_of(_wide(self, out), _axes(dim)), _axes(dim), keepdim, out)
+
+
+@op("prod.default", "prod.dim_int")
+def prod(self: Tensor, dim: Axes = None, keepdim: bool = False, dtype: str | None = None, *, out: Types) -> Tensor:
+    """The product over dimensions."""
+    return _finish(reduce("prod", _wide(self, out), _axes(dim)), _axes(dim), keepdim, out)
+
+
+def _extreme(kind: str, self: Tensor, dim: Axes = (), keepdim: bool = False, *, out: Types) -> Tensor:
+    if self.dtype == "bool":
+        kind = {"max": "any", "min": "all"}[kind]
+    return _finish(reduce(kind, self, _axes(dim)), _axes(dim), keepdim, out)
+
+
+op("amax.default", "max.default")(partial(_extreme, "max"))
+op("amin.default", "min.default")(partial(_extreme, "min"))
+
+
+def _test(kind: str, self: Tensor, dim: Axes = None, keepdim: bool = False, *, out: Types) -> Tensor:
+    return _finish(reduce(kind, tensor(self, "bool"), _axes(dim)), _axes(dim), keepdim, out)
+
+
+op("any.default", "any.dim", "any.dims")(partial(_test, "any"))
+op("all.default", "all.dim", "all.dims")(partial(_test, "all"))
+
+
+@op("var.correction")
+def var(
+    self: Tensor, dim: Axes = None, correction: Scalar | None = None, keepdim: bool = False, *, out: Types
+) -> Tensor:
+    """The variance over dimensions; by default unbiased."""
+    floating(out)
+    found, _ = variance_of(_wide(self, out), _axes(dim), _correction(correction))
+    return _finish(found, _axes(dim), keepdim, out)
+
+
+@op("std.correction")
+def std(
+    self: Tensor, dim: Axes = None, correction: Scalar | None = None, keepdim: bool = False, *, out: Types
+) -> Tensor:
+    """The standard deviation over dimensions."""
+    floating(out)
+    found, _ = variance_of(_wide(self, out), _axes(dim), _correction(correction))
+    return _finish(pointwise("tl.sqrt({0})", found.dtype, found), _axes(dim), keepdim, out)
+
+
+@op("var_mean.correction")
+def var_mean(
+    self: Tensor, dim: Axes = None, correction: Scalar | None = None, keepdim: bool = False, *, out: Types
+) -> tuple[Tensor, Tensor]:
+    """The variance and the mean over dimensions."""
+    floating(out)
+    both = variance_of(_wide(self, out), _axes(dim), _correction(correction))
+    first, second = (_finish(part, _axes(dim), keepdim, out, which) for which, part in enumerate(both))
+    return first, second
+
+
+def _correction(correction: Scalar | None) -> float:
+    if isinstance(correction, Index):
+        raise Unsupported("a correction that is a dim")
+    return 1.0 if correction is None else float(correction)
+
+
+@op("linalg_vector_norm.default")
+def vector_norm(
+    self: Tensor, ord: Scalar = 2, dim: Axes = None, keepdim: bool = False, dtype: str | None = None, *, out: Types
+) -> Tensor:
+    """A norm of the elements as a vector: 1, 2 or infinite."""
+    floating(out)
+    value = pointwise("tl.abs({0})", register(out[0].dtype), _wide(self, out))
+    if ord == 2:
+        total = reduce("sum", pointwise("{0} * {0}", value.dtype, value), _axes(dim))
+        found = pointwise("tl.sqrt({0})", value.dtype, total)
+    elif ord in (1, math.inf):
+        found = reduce("sum" if ord == 1 else "max", value, _axes(dim))
+    else:
+        raise Unsupported(f"the norm {ord}")
+    return _finish(found, _axes(dim), keepdim, out)
+
+
+# ---- softmax ---------------------------------------------------------------------------------------------------------
+
+
+def _exponentials(self: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x less its maximum, the exponential of that, and the sum of these."""
+    value = cast(self, register(self.dtype))
+    largest = reduce("max", value, [dim])
+    shifted = pointwise("{0} - {1}", value.dtype, value, largest)
+    power = pointwise("tl.exp({0})", value.dtype, shifted)
+    return shifted, power, reduce("sum", power, [dim])
+
+
+@op("softmax.int")
+def softmax(self: Tensor, dim: int, dtype: str | None = None, *, out: Types) -> Tensor:
+    """exp(x) over the sum of these along a dimension."""
+    floating(out)
+    _, power, total = _exponentials(cast(self, out[0].dtype), dim)
+    return cast(pointwise("{0} / {1}", power.dtype, power, total), out[0].dtype)
+
+
+@op("_softmax.default")
+def softmax_(self: Tensor, dim: int, half_to_float: bool, *, out: Types) -> Tensor:
+    """See `softmax`."""
+    return softmax(self, dim, out=out)
+
+
+@op("_safe_softmax.default")
+def safe_softmax(self: Tensor, dim: int, dtype: str | None = None, *, out: Types) -> Tensor:
+    """The softmax, and 0 where everything is minus infinity."""
+    floating(out)
+    value = cast(self, register(out[0].dtype))
+    found = softmax(self, dim, out=out)
+    empty = pointwise('{0} == float("-inf")', "bool", reduce("max", value, [dim]))
+    return pointwise("tl.where({0}, 0.0, {1})", found.dtype, empty, found)
+
+
+@op("log_softmax.int")
+def log_softmax(self: Tensor, dim: int, dtype: str | None = None, *, out: Types) -> Tensor:
+    """The logarithm of the softmax."""
+    floating(out)
+    shifted, _, total = _exponentials(cast(self, out[0].dtype), dim)
+    return cast(pointwise("{0} - tl.log({1})", shifted.dtype, shifted, total), out[0].dtype)
+
+
+@op("_log_softmax.default")
+def log_softmax_(self: Tensor, dim: int, half_to_float: bool, *, out: Types) -> Tensor:
+    """See `log_softmax`."""
+    return log_softmax(self, dim, out=out)
+
+
+@op("logsumexp.default")
+def logsumexp(self: Tensor, dim: Axes, keepdim: bool = False, *, out: Types) -> Tensor:
+    """The logarithm of the sum of exponentials; infinite maxima are taken out of the difference."""
+    floating(out)
+    value = _wide(self, out)
+    largest = reduce("max", value, _axes(dim))
+    base = pointwise('tl.where(tl.abs({0}) == float("inf"), 0.0, {0})', value.dtype, largest)
+    total = reduce("sum", pointwise("tl.exp({0} - {1})", value.dtype, value, base), _axes(dim))
+    return _finish(pointwise("tl.log({0}) + {1}", value.dtype, total, base), _axes(dim), keepdim, out)
+
+
+# ---- norms -----------------------------------------------------------------------------------------------------------
+
+
+def _affine(normal: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    if weight is not None:
+        normal = pointwise("{0} * {1}", normal.dtype, normal, cast(weight, normal.dtype))
+    return normal if bias is None else pointwise("{0} + {1}", normal.dtype, normal, cast(bias, normal.dtype))
+
+
+def _standardized(value: Tensor, axes: Sequence[int], eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(x - mean) / sqrt(variance + eps), the mean, and what is multiplied by."""
+    variance, mean = variance_of(value, axes)
+    scale = pointwise("tl.rsqrt({0} + {1})", value.dtype, variance, number(eps, value.dtype))
+    return pointwise("({0} - {1}) * {2}", value.dtype, value, mean, scale), mean, scale
+
+
+def _trailing(normalized_shape: Sequence[object]) -> list[int]:
+    return list(range(-len(normalized_shape), 0))
+
+
+@op("layer_norm.default")
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int | Index],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-05,
+    cudnn_enable: bool = True,
+    *,
+    out: Types,
+) -> Tensor:
+    """Standardization over the last dimensions (Ba et al., 2016)."""
+    normal, _, _ = _standardized(cast(input, register(input.dtype)), _trailing(normalized_shape), eps)
+    return cast(_affine(normal, weight, bias), out[0].dtype)
+
+
+@op("native_layer_norm.default")
+def native_layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int | Index],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    out: Types,
+) -> tuple[Tensor, ...]:
+    """`layer_norm` with the mean and the reciprocal of the standard deviation."""
+    normal, mean, scale = _standardized(cast(input, register(input.dtype)), _trailing(normalized_shape), eps)
+    found = cast(_affine(normal, weight, bias), out[0].dtype)
+    return found, cast(mean, out[1].dtype), cast(scale, out[2].dtype)
+
+
+def _rms(value: Tensor, axes: Sequence[int], eps: float | None) -> Tensor:
+    squares = mean_of(pointwise("{0} * {0}", value.dtype, value), axes)
+    least = {"f64": 2.220446049250313e-16}.get(value.dtype, 1.1920928955078125e-07) if eps is None else eps
+    return pointwise("tl.rsqrt({0} + {1})", value.dtype, squares, number(least, value.dtype))
+
+
+@op("rms_norm.default")
+def rms_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int | Index],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    out: Types,
+) -> Tensor:
+    """x over the root of its mean square over the last dimensions (Zhang and Sennrich, 2019)."""
+    value = cast(input, register(input.dtype))
+    scaled = pointwise("{0} * {1}", value.dtype, value, _rms(value, _trailing(normalized_shape), eps))
+    return cast(_affine(scaled, weight, None), out[0].dtype)
+
+
+@op("_fused_rms_norm.default")
+def fused_rms_norm(
+    input: Tensor, normalized_shape: Sequence[int | Index], weight: Tensor | None, eps: float | None, *, out: Types
+) -> tuple[Tensor, Tensor]:
+    """`rms_norm` with what is multiplied by."""
+    value = cast(input, register(input.dtype))
+    scale = _rms(value, _trailing(normalized_shape), eps)
+    scaled = pointwise("{0} * {1}", value.dtype, value, scale)
+    return cast(_affine(scaled, weight, None), out[0].dtype), cast(scale, out[1].dtype)
+
+
+@op("group_norm.default")
+def group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-05,
+    cudnn_enabled: bool = True,
+    *,
+    out: Types,
+) -> Tensor:
+    """Standardization over groups of channels (Wu and He, 2018)."""
+    batch, channels, *rest = input.shape
+    groups = constant(num_groups)
+    grouped = reshape(cast(input, register(input.dtype)), (batch, groups, channels // groups, *rest))
+    normal, _, _ = _standardized(grouped, list(range(2, 3 + len(rest))), eps)
+    flat = reshape(normal, input.shape)
+    wide = (channels, *[ONE] * len(rest))
+    weight, bias = (None if one is None else reshape(one, wide) for one in (weight, bias))
+    return cast(_affine(flat, weight, bias), out[0].dtype)

@@ -1,0 +1,107 @@
+"""A region: the body of a kernel node as tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch_rtx.errors import Unsupported
+from torch_rtx.ir import MAIN, Attr, Expr, Graph, Node, Sym, TensorType, Value, attr_values
+from torch_rtx.lowering.kernels.index import from_dim
+from torch_rtx.lowering.kernels.ops import indexing, pointwise, reductions, views
+from torch_rtx.lowering.kernels.ops.registry import OPS
+from torch_rtx.lowering.kernels.tensor import TRITON, Reduce, Tensor, children, load
+
+DECLARED = (indexing, pointwise, reductions, views)  # importing them fills OPS
+
+
+@dataclass(frozen=True)
+class Region:
+    """What a kernel computes: the tensors to store, and the graph they come from."""
+
+    body: Graph
+    outputs: tuple[Tensor, ...]
+
+    @property
+    def types(self) -> tuple[TensorType, ...]:
+        """The types of the outputs."""
+        return tuple(v.type for v in attr_values(self.body.outputs) if isinstance(v.type, TensorType))
+
+
+def region(body: Graph) -> Region:
+    """The body of a kernel as tensors.
+
+    Raises:
+        Unsupported: an operator, dtype or argument that kernels do not have.
+    """
+    values: dict[str, Tensor] = {}
+    for value in body.inputs:
+        values[value.name] = load(value.name, tensor_type(value))
+    for node in body.nodes:
+        values.update(express(node, values))
+    return Region(body, tuple(values[value.name] for value in attr_values(body.outputs)))
+
+
+def express(node: Node, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The results of `node` by name.
+
+    Raises:
+        Unsupported: see `region`.
+    """
+    if node.op not in OPS or node.kind not in ("op", "view"):
+        raise Unsupported(f"{node.op} in a kernel", loc=node.loc)
+    given = {key: _given(attr, values) for key, attr in node.args}
+    types = tuple(tensor_type(value) if value is not None else TensorType("bool", (), ()) for value in node.outputs)
+    if any(value is None for value in node.outputs) and len(node.outputs) > 1:
+        raise Unsupported(f"{node.op} with a result that nobody gets", loc=node.loc)
+    found = OPS[node.op](**given, out=types)
+    results = found if isinstance(found, tuple) else (found,)
+    named = zip(node.outputs, results, strict=True)
+    return {value.name: tensor for value, tensor in named if value is not None and tensor is not None}
+
+
+def tensor_type(value: Value) -> TensorType:
+    """The type of a tensor that a kernel can touch.
+
+    Raises:
+        Unsupported: a number, another device, a dtype that kernels do not have.
+    """
+    type_ = value.type
+    if not isinstance(type_, TensorType) or type_.device != MAIN or type_.dtype not in TRITON:
+        raise Unsupported(f"{value.type} in a kernel")
+    return type_
+
+
+def _given(attr: Attr, values: dict[str, Tensor]) -> object:
+    if isinstance(attr, Value):
+        return values[attr.name]
+    if isinstance(attr, Sym | Expr):
+        return from_dim(attr)
+    return tuple(_given(item, values) for item in attr) if isinstance(attr, tuple) else attr
+
+
+def reductions_of(outputs: tuple[Tensor, ...]) -> list[Reduce]:
+    """Every reduction that `outputs` need, each after those that it needs itself."""
+    found: list[Reduce] = []
+    seen: set[Tensor] = set()
+
+    def visit(tensor: Tensor) -> None:
+        if tensor not in seen:
+            seen.add(tensor)
+            for child in children(tensor):
+                visit(child)
+            if isinstance(tensor, Reduce):
+                found.append(tensor)
+
+    for tensor in outputs:
+        visit(tensor)
+    return found
+
+
+def needed(tensor: Tensor) -> Iterator[Reduce]:
+    """The reductions right below `tensor`, not those below these."""
+    for child in children(tensor):
+        if isinstance(child, Reduce):
+            yield child
+        else:
+            yield from needed(child)
