@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from torch_rtx.errors import Unsupported
@@ -12,15 +12,37 @@ from torch_rtx.lowering.kernels.ops import indexing, pointwise, reductions, view
 from torch_rtx.lowering.kernels.ops.registry import OPS
 from torch_rtx.lowering.kernels.tensor import TRITON, Reduce, Tensor, children, load
 
+# Operators that a kernel is built around: one of them at most, the rest of its body comes before and after.
+ANCHORS = {
+    "aten.mm.default": "gemm",
+    "aten.addmm.default": "gemm",
+    "aten.bmm.default": "gemm",
+    "aten.baddbmm.default": "gemm",
+    "aten.linear.default": "gemm",
+    "aten.matmul.default": "gemm",
+    "aten.conv1d.default": "conv",
+    "aten.conv2d.default": "conv",
+    "aten.conv3d.default": "conv",
+    "aten.convolution.default": "conv",
+    "aten.scaled_dot_product_attention.default": "attention",
+}
 DECLARED = (indexing, pointwise, reductions, views)  # importing them fills OPS
 
 
 @dataclass(frozen=True)
 class Region:
-    """What a kernel computes: the tensors to store, and the graph they come from."""
+    """What a kernel computes.
+
+    Attributes:
+        outputs: the tensors to store.
+        anchor: the node among ANCHORS, if there is one. Its result is a `Load` with `anchor` set.
+        values: every value of the body as a tensor, the anchor's operands among them.
+    """
 
     body: Graph
     outputs: tuple[Tensor, ...]
+    anchor: Node | None
+    values: Mapping[str, Tensor]
 
     @property
     def types(self) -> tuple[TensorType, ...]:
@@ -37,9 +59,16 @@ def region(body: Graph) -> Region:
     values: dict[str, Tensor] = {}
     for value in body.inputs:
         values[value.name] = load(value.name, tensor_type(value))
+    anchor = None
     for node in body.nodes:
-        values.update(express(node, values))
-    return Region(body, tuple(values[value.name] for value in attr_values(body.outputs)))
+        if node.op not in ANCHORS:
+            values.update(express(node, values))
+            continue
+        if anchor is not None:
+            raise Unsupported(f"{anchor.op} and {node.op} in one kernel", loc=node.loc)
+        anchor = node
+        values.update({v.name: load(v.name, tensor_type(v), anchor=True) for v in node.outputs if v is not None})
+    return Region(body, tuple(values[value.name] for value in attr_values(body.outputs)), anchor, values)
 
 
 def express(node: Node, values: dict[str, Tensor]) -> dict[str, Tensor]:
