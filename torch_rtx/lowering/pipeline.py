@@ -15,6 +15,7 @@ from torch_rtx.ir import Graph, verify
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.passes.cse import cse
 from torch_rtx.lowering.passes.dce import dce
+from torch_rtx.lowering.passes.finish import finish
 from torch_rtx.lowering.passes.fold_batch_norm import fold_batch_norm
 from torch_rtx.lowering.passes.fuse import fuse
 from torch_rtx.lowering.passes.hoist_weights import hoist_weights
@@ -33,8 +34,11 @@ PIPELINE: Mapping[str, Pass] = {
     "hoist_weights": hoist_weights,
     "dce": dce,
     "fuse": fuse,
+    "finish": finish,
 }
-REQUIRED = frozenset(("fuse",))
+REQUIRED = frozenset(("finish",))
+# Passes that form kernels, which only engines for a GPU target have.
+FORMING = frozenset(("fuse",))
 # Passes whose recipes double the memory of large weights, where the model keeps its own: see `copy_weights`.
 COPYING = frozenset(("merge_linears",))
 
@@ -64,6 +68,8 @@ def lower(graph: Graph, settings: CompilationSettings, dump: Path | None = None)
     _write(dump, 0, "import", graph, None)
     for index, (name, run) in enumerate(PIPELINE.items(), 1):
         if name in settings.disabled_passes or (name in COPYING and settings.copy_weights is False):
+            continue
+        if name in FORMING and settings.targets is None:
             continue
         start = time.perf_counter()
         try:

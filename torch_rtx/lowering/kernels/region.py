@@ -10,7 +10,7 @@ from torch_rtx.ir import MAIN, Attr, Expr, Graph, Node, Sym, TensorType, Value, 
 from torch_rtx.lowering.kernels.index import from_dim
 from torch_rtx.lowering.kernels.ops import indexing, pointwise, reductions, views
 from torch_rtx.lowering.kernels.ops.registry import OPS
-from torch_rtx.lowering.kernels.tensor import TRITON, Reduce, Tensor, children, load
+from torch_rtx.lowering.kernels.tensor import TRITON, Reduce, Tensor, children, everything, load
 
 # Operators that a kernel is built around: one of them at most, the rest of its body comes before and after.
 ANCHORS = {
@@ -81,8 +81,6 @@ def express(node: Node, values: dict[str, Tensor]) -> dict[str, Tensor]:
         raise Unsupported(f"{node.op} in a kernel", loc=node.loc)
     given = {key: _given(attr, values) for key, attr in node.args}
     types = tuple(tensor_type(value) if value is not None else TensorType("bool", (), ()) for value in node.outputs)
-    if any(value is None for value in node.outputs) and len(node.outputs) > 1:
-        raise Unsupported(f"{node.op} with a result that nobody gets", loc=node.loc)
     found = OPS[node.op](**given, out=types)
     results = found if isinstance(found, tuple) else (found,)
     named = zip(node.outputs, results, strict=True)
@@ -111,20 +109,7 @@ def _given(attr: Attr, values: dict[str, Tensor]) -> object:
 
 def reductions_of(outputs: tuple[Tensor, ...]) -> list[Reduce]:
     """Every reduction that `outputs` need, each after those that it needs itself."""
-    found: list[Reduce] = []
-    seen: set[Tensor] = set()
-
-    def visit(tensor: Tensor) -> None:
-        if tensor not in seen:
-            seen.add(tensor)
-            for child in children(tensor):
-                visit(child)
-            if isinstance(tensor, Reduce):
-                found.append(tensor)
-
-    for tensor in outputs:
-        visit(tensor)
-    return found
+    return [tensor for tensor in everything(outputs) if isinstance(tensor, Reduce)]
 
 
 def needed(tensor: Tensor) -> Iterator[Reduce]:
