@@ -17,7 +17,8 @@ MAX_FILE, MAX_FUNCTION = 600, 60
 ARROWS = {
     "errors": set(),
     "optable": set(),
-    "settings": {"errors"},
+    "targets": {"errors"},
+    "settings": {"errors", "targets"},
     "ir": {"errors"},
     "irparse": {"errors", "ir"},
     "aten": {"errors", "ir", "optable"},
