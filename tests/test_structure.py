@@ -22,7 +22,10 @@ ARROWS = {
     "ir": {"errors"},
     "irparse": {"errors", "ir"},
     "aten": {"errors", "ir", "optable"},
-    "engine": {"errors", "ir", "irparse", "optable", "aten"},  # aten inside `save` alone: it needs torch
+    "manifest": {"errors"},
+    "kerneltable": {"errors", "ir", "irparse", "manifest", "targets"},
+    # aten inside `save` alone: it needs torch
+    "engine": {"errors", "ir", "irparse", "optable", "manifest", "kerneltable", "aten"},
     "lowering": {"errors", "ir", "aten", "settings", "lowering.kernels"},
     "lowering.kernels": {"errors", "ir", "targets"},  # no torch: workers of a build start fast without it
     "runtime": {"errors", "ir", "aten", "settings", "engine"},
