@@ -28,8 +28,11 @@ ARROWS = {
     "engine": {"errors", "ir", "irparse", "optable", "manifest", "kerneltable", "aten"},
     "lowering": {"errors", "ir", "aten", "settings", "lowering.kernels"},
     "lowering.kernels": {"errors", "ir", "targets"},  # no torch: workers of a build start fast without it
-    "runtime": {"errors", "ir", "aten", "settings", "engine"},
-    "backend": {"errors", "ir", "aten", "settings", "engine", "lowering", "runtime", "__init__"},
+    "runtime": {"errors", "ir", "aten", "settings", "targets", "kerneltable", "engine"},
+    "backend": {
+        *("errors", "ir", "aten", "settings", "targets", "kerneltable", "engine"),
+        *("lowering", "lowering.kernels", "runtime", "__init__"),
+    },
     "__init__": set(),  # its imports are for type checkers, and lazy
 }
 
