@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch_rtx.errors import SettingsError
+from torch_rtx.targets import parse_targets
 
 CUDA_GRAPH_STRATEGIES = ("whole_graph_capture", "disabled")
 # What torch.compile's `mode=` means here. There is nothing to tune yet, so that three of the four agree.
@@ -44,6 +45,13 @@ def _names(help_: str) -> Any:
     return _option(frozenset(), NAMES, lambda v: isinstance(v, frozenset) and all(map(_is_str, v)), help_)
 
 
+def _is_targets(value: object) -> bool:
+    if not isinstance(value, str | int | tuple) or isinstance(value, bool):
+        return value is None
+    parse_targets(value, capability=(8, 0))  # a known one: whether there is a GPU is for the build to see
+    return True
+
+
 def _is_str(value: object) -> bool:
     return isinstance(value, str)
 
@@ -54,13 +62,16 @@ def _name(entry: object) -> object:
 
 
 class _Checked:
-    """Field checks and named sets for the frozen dataclasses below."""
+    """Field checks, named sets and tuples for the frozen dataclasses below."""
 
     def __post_init__(self) -> None:
         for item in fields(self):  # type: ignore[arg-type]
             value = given = getattr(self, item.name)
             if item.metadata["expects"] == NAMES and isinstance(value, Iterable) and not _is_str(value):
                 value = frozenset(map(_name, value))
+                object.__setattr__(self, item.name, value)
+            elif isinstance(value, list):
+                value = tuple(value)
                 object.__setattr__(self, item.name, value)
             if not item.metadata["check"](value):
                 raise SettingsError(f"option {item.name} must be {item.metadata['expects']}, not {given!r}")
@@ -87,6 +98,12 @@ class CompilationSettings(_Checked):
         'None, "cpu" or "cuda"',
         lambda v: v in (None, "cpu", "cuda"),
         "Device to capture for ahead of time; None: the model's own. `cuda` needs no GPU.",
+    )
+    targets: str | int | tuple[str | int, ...] | None = _option(
+        None,
+        'None, "portable", "current", or a list such as ["sm_86", "sm_120", "ptx"]',
+        _is_targets,
+        "GPUs to build kernels for. None: no kernels, every operation is a call of PyTorch's.",
     )
     dump_dir: str | None = _option(
         None,
