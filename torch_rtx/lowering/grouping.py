@@ -1,10 +1,10 @@
 """Which operations become one kernel: units of a graph that grow by merging along their edges.
 
 A unit starts as one operation. It has a domain: a number of elements, or of rows and their size where it reduces. The
-producer of a value and its consumer merge where their domains are one loop, where no way leads from the one to the other
-through a third unit, and where code can be generated for both together. A producer of another size merges only if the
-consumer is its only user: it is then computed where it is needed, as often as that is. Views belong to no unit: each
-kernel absorbs those on its way in, and whoever reads the result through a view gets the view.
+producer of a value and its consumer merge where their domains are one loop, where no way leads from the one to the
+other through a third unit, and where code can be generated for both together. A producer of another size merges only if
+the consumer is its only user: it is then computed where it is needed, as often as that is. Views belong to no unit:
+each kernel absorbs those on its way in, and whoever reads the result through a view gets the view.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hashlib import blake2b
 
 from torch_rtx import aten
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import COPY, Graph, Loc, Node, TensorType, Value, attr_values, node_text
+from torch_rtx.ir import COPY, Graph, Loc, Node, TensorType, Value, attr_values
 from torch_rtx.lowering.kernels.index import Index, product
 from torch_rtx.lowering.kernels.loops import loop_kernel, rows_of
 from torch_rtx.lowering.kernels.region import ANCHORS, Region, express, region, tensor_type
@@ -85,7 +85,7 @@ class Grouping:
         """What `value` is a view of, or itself."""
         index = self.producer.get(value.name)
         while index in self.views:
-            value = self.nodes[index].inputs[0]  # type: ignore[index]
+            value = self.nodes[index].inputs[0]
             index = self.producer.get(value.name)
         return value
 
@@ -174,7 +174,8 @@ class Grouping:
         return {self.base(value).name for value in self.nodes[index].inputs}
 
     def body(self, unit: Unit) -> Graph:
-        """The graph of `unit`, with the views on its way in, its names in order: equal regions have equal bodies."""
+        """The graph of `unit`, with the views on its way in, its names in order and without places in the model: equal
+        regions have equal bodies."""
         inputs, outputs = self.interface(unit)
         names = {value.name: Value(f"in{i}", value.type) for i, value in enumerate(inputs)}
         nodes: list[Node] = []
@@ -184,11 +185,9 @@ class Grouping:
                 if value.name not in names:  # a view: members come in order
                     add(self.nodes[self.producer[value.name]])
             made = [None if v is None else Value(f"v{len(names) + i}", v.type) for i, v in enumerate(node.outputs)]
-            names.update(
-                {v.name: m for v, m in zip(node.outputs, made, strict=True) if v is not None and m is not None}
-            )
+            names.update({v.name: m for v, m in zip(node.outputs, made, strict=True) if v and m})
             args = node.map_inputs(lambda value: names[value.name])
-            nodes.append(Node("op", node.op, args, tuple(made), None, node.loc))
+            nodes.append(Node("op", node.op, args, tuple(made)))
 
         for member in unit.members:
             add(self.nodes[member])
@@ -243,7 +242,7 @@ def absorbed(node: Node) -> bool:
 
 
 def _expressed(node: Node) -> list[Tensor]:
-    values = {value.name: load(value.name, tensor_type(value)) for value in node.inputs}
+    values: dict[str, Tensor] = {value.name: load(value.name, tensor_type(value)) for value in node.inputs}
     return list(express(node, values).values())
 
 
@@ -266,12 +265,8 @@ def domain_of(node: Node) -> tuple[Domain | None, int]:
 
 
 def name_of(body: Graph) -> str:
-    """A name for the kernel of `body`: its operations and a digest of all that it does, places in the model apart."""
-    bare = [node_text(node) for node in body.nodes]
-    head = [f"{value}: {value.type}" for value in body.inputs]
-    dims = [f"{sym.name} {sym.min} {sym.max} {sym.multiple}" for sym in body.syms.values()]
-    text = "\n".join([*dims, *head, *bare, *(str(value) for value in attr_values(body.outputs))])
+    """A name for the kernel of `body`: its operations and a digest of all that it does."""
     ops = [node.op.split(".")[1].strip("_") for node in body.nodes if not aten.is_view(aten.overload(node.op))]
     words = list(dict.fromkeys(ops))
     shown = words if len(words) <= 4 else [*words[:2], *words[-2:]]
-    return "_".join([*shown, blake2b(text.encode(), digest_size=4).hexdigest()])
+    return "_".join([*shown, blake2b(str(body).encode(), digest_size=4).hexdigest()])

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from torch_rtx.ir import Graph, Node, attr_values
-from torch_rtx.lowering.grouping import Grouping, Unit
+from torch_rtx.lowering.grouping import Grouping
 from torch_rtx.lowering.infer import Inference
 
 
@@ -34,7 +34,7 @@ def _ordered(graph: Graph, units: list[tuple[tuple[int, int], list[Node]]], view
     waits: list[set[int]] = []
     for _, nodes in units:
         names = [value.name for node in nodes for value in node.inputs]
-        waits.append({made[name] for name in map(lambda n: _root(n, view_of), names) if name in made})
+        waits.append({made[name] for name in (_root(n, view_of) for n in names) if name in made})
     for at, wait in enumerate(waits):
         wait.discard(at)
     followers: dict[int, list[int]] = {}
@@ -70,6 +70,3 @@ def _root(name: str, view_of: dict[str, Node]) -> str:
     while name in view_of:
         name = view_of[name].inputs[0].name
     return name
-
-
-__all__ = ["Unit", "fuse"]

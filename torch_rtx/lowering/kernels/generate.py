@@ -1,0 +1,19 @@
+"""The kernel of a region, in its best configurations first."""
+
+from __future__ import annotations
+
+from torch_rtx.ir import Graph
+from torch_rtx.lowering.kernels.kernel import Kernel
+from torch_rtx.lowering.kernels.loops import loop_configs, loop_kernel
+from torch_rtx.lowering.kernels.region import region
+
+
+def generate(body: Graph, name: str, which: int) -> Kernel | None:
+    """The kernel that computes `body`, in its configuration number `which`; None if there are fewer.
+
+    Raises:
+        Unsupported: no kernel computes this.
+    """
+    found = region(body)
+    configs = loop_configs(found)
+    return loop_kernel(found, name, configs[which]) if which < len(configs) else None
