@@ -73,7 +73,7 @@ def in_float64(graph: Graph) -> Graph:
 def check(node: Node, sizes: dict[str, int], which: int = 0) -> bool:
     """Runs the kernel of `node` in a configuration; False if there are fewer."""
     assert node.body is not None
-    kernel = generate(node.body, node.op, which)
+    kernel = generate(node.body, node.op, 80, which)
     if kernel is None:
         return False
     if (programs := evaluate(kernel.grid[0], sizes)) > PROGRAMS:  # the interpreter takes its time for each of them

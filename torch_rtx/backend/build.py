@@ -87,7 +87,7 @@ def compile(
 
 def _generate(node: Node, target: Target, which: int) -> Kernel | None:
     assert node.body is not None
-    return generate(node.body, node.op, which)
+    return generate(node.body, node.op, target.sm, which)
 
 
 def _tensors(program: ExportedProgram) -> dict[str, torch.Tensor]:

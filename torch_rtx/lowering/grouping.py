@@ -16,7 +16,8 @@ from hashlib import blake2b
 from torch_rtx import aten
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import COPY, Graph, Loc, Node, TensorType, Value, attr_values
-from torch_rtx.lowering.kernels.index import Index, product
+from torch_rtx.lowering.kernels.generate import generate
+from torch_rtx.lowering.kernels.index import Index, from_dim, product
 from torch_rtx.lowering.kernels.loops import loop_kernel, rows_of
 from torch_rtx.lowering.kernels.region import ANCHORS, Region, express, region, tensor_type
 from torch_rtx.lowering.kernels.tensor import Load, Map, Move, Tensor, everything, load
@@ -27,6 +28,7 @@ MAX_POINTERS = 24
 CHEAP = 4
 LONG_ROW = 16384  # so few rows of this size that they leave a GPU idle are left to the library, which splits them
 FEW_ROWS = 64
+TRIAL = 80  # the SM version that shows whether there is code at all
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Unit:
     epoch: int
     domain: Domain | None = None
     cost: int = 0
+    steps: list[Node] | None = None  # an anchor and what follows it, where these are one kernel
 
 
 class Grouping:
@@ -65,6 +68,9 @@ class Grouping:
         self._start()
         for index in sorted(self.unit):
             self._merge_into(index)
+        for index in sorted(self.unit):
+            if self.nodes[index].kind == "op" and self.nodes[index].op in ANCHORS:
+                self._anchor(index)
 
     # ---- the start ---------------------------------------------------------------------------------------------------
 
@@ -160,6 +166,41 @@ class Grouping:
             return False
         return True
 
+    # ---- anchors -----------------------------------------------------------------------------------------------------
+
+    def _anchor(self, index: int) -> None:
+        """Makes a kernel of the anchor at `index`: with the loop after it, if that alone reads its result, else by
+        itself. The loop stays a kernel inside of that kernel: the anchor can so be left to a library call."""
+        anchor, node = self.unit[index], self.nodes[index]
+        readers = {id(self.unit[i]): self.unit[i] for i in self.users(anchor)}
+        tail = next(iter(readers.values())) if len(readers) == 1 and not self.escapes(anchor) else None
+        if tail is not None and self._follows(tail, anchor):
+            after = [self.kernel(tail)] if self.worthwhile(tail) else [self.nodes[i] for i in tail.members]
+            members = sorted(anchor.members + tail.members)
+            if self._adopt(Unit(members, anchor.epoch, steps=[node, *after])):
+                return
+        self._adopt(Unit(anchor.members, anchor.epoch, steps=[node]))
+
+    def _follows(self, tail: Unit, anchor: Unit) -> bool:
+        """Whether `tail` is a loop over the elements of the anchor's result."""
+        (result,) = self.results(anchor)
+        same = tail.domain is not None and tail.domain.size is None and tail.epoch == anchor.epoch
+        return same and tail.domain.count == elements(result) and not self._leads_around(anchor, tail)  # type: ignore[union-attr]
+
+    def _adopt(self, unit: Unit) -> bool:
+        """Puts `unit` in the place of its members' units, if code can be generated for it."""
+        before = {member: self.unit[member] for member in unit.members}
+        self.unit.update(dict.fromkeys(unit.members, unit))
+        inputs, outputs = self.interface(unit)
+        try:
+            if len(inputs) + len(outputs) > MAX_POINTERS:
+                raise Unsupported("so many pointers")
+            generate(self.body(unit), "trial", TRIAL, 0)
+        except Unsupported:
+            self.unit.update(before)
+            return False
+        return True
+
     # ---- results -----------------------------------------------------------------------------------------------------
 
     def interface(self, unit: Unit) -> tuple[list[Value], list[Value]]:
@@ -181,16 +222,18 @@ class Grouping:
         nodes: list[Node] = []
 
         def add(node: Node) -> None:
+            if all(value is None or value.name in names for value in node.outputs):
+                return
             for value in node.inputs:
                 if value.name not in names:  # a view: members come in order
                     add(self.nodes[self.producer[value.name]])
             made = [None if v is None else Value(f"v{len(names) + i}", v.type) for i, v in enumerate(node.outputs)]
             names.update({v.name: m for v, m in zip(node.outputs, made, strict=True) if v and m})
             args = node.map_inputs(lambda value: names[value.name])
-            nodes.append(Node("op", node.op, args, tuple(made)))
+            nodes.append(Node(node.kind, node.op, args, tuple(made), node.body))
 
-        for member in unit.members:
-            add(self.nodes[member])
+        for node in unit.steps or (self.nodes[member] for member in unit.members):
+            add(node)
         taken = tuple(names[value.name] for value in inputs)
         return Graph("import", taken, nodes=tuple(nodes), outputs=tuple(names[value.name] for value in outputs))
 
@@ -215,7 +258,7 @@ class Grouping:
     def worthwhile(self, unit: Unit) -> bool:
         """Whether a kernel is better than the calls: not for one copy, and not for a few long rows."""
         if unit.domain is None:
-            return False
+            return unit.steps is not None
         count, size = unit.domain.count.number, None if unit.domain.size is None else unit.domain.size.number
         if size is not None and count is not None and count < FEW_ROWS and size > LONG_ROW:
             return False
@@ -223,6 +266,12 @@ class Grouping:
 
     def _computes(self, node: Node) -> bool:
         return any(not isinstance(tensor, Load | Move) for tensor in _expressed(node)) and bool(node.inputs)
+
+
+def elements(value: Value) -> Index:
+    """The number of elements of a tensor."""
+    assert isinstance(value.type, TensorType)
+    return product(map(from_dim, value.type.shape))
 
 
 def _no_more(consumer: Domain, producer: Domain) -> bool:

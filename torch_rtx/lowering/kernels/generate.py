@@ -8,8 +8,9 @@ from torch_rtx.lowering.kernels.loops import loop_configs, loop_kernel
 from torch_rtx.lowering.kernels.region import region
 
 
-def generate(body: Graph, name: str, which: int) -> Kernel | None:
-    """The kernel that computes `body`, in its configuration number `which`; None if there are fewer.
+def generate(body: Graph, name: str, sm: int, which: int) -> Kernel | None:
+    """The kernel that computes `body` on SM version `sm` (89), in its configuration number `which`; None if there are
+    fewer.
 
     Raises:
         Unsupported: no kernel computes this.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import MAIN, Attr, Expr, Graph, Node, Sym, TensorType, Value, attr_values
 from torch_rtx.lowering.kernels.index import from_dim
-from torch_rtx.lowering.kernels.ops import indexing, pointwise, reductions, views
+from torch_rtx.lowering.kernels.ops import indexing, pointwise, pooling, reductions, views
 from torch_rtx.lowering.kernels.ops.registry import OPS
 from torch_rtx.lowering.kernels.tensor import TRITON, Reduce, Tensor, children, everything, load
 
@@ -26,7 +26,7 @@ ANCHORS = {
     "aten.convolution.default": "conv",
     "aten.scaled_dot_product_attention.default": "attention",
 }
-DECLARED = (indexing, pointwise, reductions, views)  # importing them fills OPS
+DECLARED = (indexing, pointwise, pooling, reductions, views)  # importing them fills OPS
 
 
 @dataclass(frozen=True)
@@ -56,19 +56,27 @@ def region(body: Graph) -> Region:
     Raises:
         Unsupported: an operator, dtype or argument that kernels do not have.
     """
-    values: dict[str, Tensor] = {}
-    for value in body.inputs:
-        values[value.name] = load(value.name, tensor_type(value))
-    anchor = None
+    values: dict[str, Tensor] = {value.name: load(value.name, tensor_type(value)) for value in body.inputs}
+    anchors = list(_fill(body, values))
+    if len(anchors) > 1:
+        raise Unsupported(f"{anchors[0].op} and {anchors[1].op} in one kernel", loc=anchors[1].loc)
+    outputs = tuple(values[value.name] for value in attr_values(body.outputs))
+    return Region(body, outputs, anchors[0] if anchors else None, values)
+
+
+def _fill(body: Graph, values: dict[str, Tensor]) -> Iterator[Node]:
+    """Adds what the nodes of `body` compute to `values`, which has its inputs; yields the anchors."""
     for node in body.nodes:
-        if node.op not in ANCHORS:
+        if node.op in ANCHORS:
+            values.update({v.name: load(v.name, tensor_type(v), anchor=True) for v in node.outputs if v is not None})
+            yield node
+        elif node.body is not None:  # what follows an anchor, as a kernel of its own
+            inner = {own.name: values[given.name] for own, given in zip(node.body.inputs, node.inputs, strict=True)}
+            yield from _fill(node.body, inner)
+            named = zip(node.outputs, attr_values(node.body.outputs), strict=True)
+            values.update({value.name: inner[own.name] for value, own in named if value is not None})
+        else:
             values.update(express(node, values))
-            continue
-        if anchor is not None:
-            raise Unsupported(f"{anchor.op} and {node.op} in one kernel", loc=node.loc)
-        anchor = node
-        values.update({v.name: load(v.name, tensor_type(v), anchor=True) for v in node.outputs if v is not None})
-    return Region(body, tuple(values[value.name] for value in attr_values(body.outputs)), anchor, values)
 
 
 def express(node: Node, values: dict[str, Tensor]) -> dict[str, Tensor]:
