@@ -13,6 +13,7 @@ from torch_rtx import aten
 from torch_rtx.errors import InvalidIR, LoweringError, RtxError
 from torch_rtx.ir import Graph, verify
 from torch_rtx.lowering.infer import Inference
+from torch_rtx.lowering.passes.channels_last import channels_last
 from torch_rtx.lowering.passes.cse import cse
 from torch_rtx.lowering.passes.dce import dce
 from torch_rtx.lowering.passes.finish import finish
@@ -31,14 +32,15 @@ PIPELINE: Mapping[str, Pass] = {
     "cse": cse,
     "fold_batch_norm": fold_batch_norm,
     "merge_linears": merge_linears,
+    "channels_last": channels_last,
     "hoist_weights": hoist_weights,
     "dce": dce,
     "fuse": fuse,
     "finish": finish,
 }
 REQUIRED = frozenset(("finish",))
-# Passes that form kernels, which only engines for a GPU target have.
-FORMING = frozenset(("fuse",))
+# Passes that form kernels and get them what they are best at: only for engines that have a GPU target.
+FORMING = frozenset(("channels_last", "fuse"))
 # Passes whose recipes double the memory of large weights, where the model keeps its own: see `copy_weights`.
 COPYING = frozenset(("merge_linears",))
 
