@@ -179,7 +179,8 @@ def test_equal_sources_are_equal_bytes(tmp_path: Path) -> None:
     kernels = (ADD, matmul(block=64, deep=32, stages=2))
     found = compile_kernels([(k, t) for k in kernels for t in ALL])
     here = [hashlib.sha256(c.cubin + c.ptx).hexdigest() for b in found.values() for c in b.codes]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "1"}
+    path = os.pathsep.join([str(ROOT), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "1"}
     command = [sys.executable, "-c", DIGESTS]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert result.returncode == 0, result.stderr

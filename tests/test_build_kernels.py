@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import zlib
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -78,6 +79,8 @@ def test_the_first_configuration_that_fits() -> None:
     assert second.targets == (Target(86),)
     assert second.aligned.shared < 64 << 10
     assert (first.grid, second.grid) == (LARGE.grid, SMALL.grid)
+    binaries = [unpack(stored) for stored in table.binaries.values()]
+    assert sum(map(len, table.binaries.values())) < 0.85 * sum(len(zlib.compress(binary, 9)) for binary in binaries)
     assert report.missing == ()
 
 

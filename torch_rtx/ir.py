@@ -449,6 +449,8 @@ def _verify_body(node: Node, body: Graph, ops: Container[str] | None) -> None:
     outputs = [value for value in body.outputs if isinstance(value, Value)]
     if body.level != "import" or body.weights or len(outputs) != len(body.outputs):
         raise InvalidIR("a kernel's body is a graph of ops that returns tensors")
+    if body.written:
+        raise InvalidIR("a kernel's body writes to nothing but its results")
     if [v.type for v in body.inputs] != [v.type for v in node.inputs]:
         raise InvalidIR("a kernel's body takes what the kernel takes")
     if [v.type for v in outputs] != [v.type for v in node.outputs if v is not None]:

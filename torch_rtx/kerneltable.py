@@ -86,7 +86,7 @@ class KernelTable:
 
 
 def pack(binary: bytes) -> tuple[str, bytes]:
-    """The digest and the compressed form of a binary: LZMA, which takes a fifth off what zlib makes of one."""
+    """The digest and the compressed form of a binary: LZMA, a fifth to a third smaller than zlib."""
     import lzma  # an optional part of Python, which engines without kernels do not need
 
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": 1 << 20}]

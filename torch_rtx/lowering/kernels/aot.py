@@ -100,8 +100,8 @@ def _cores() -> Collection[int]:
 def _code_sm(kernel: Kernel, target: Target, targets: Iterable[Target]) -> int:
     """The SM version whose code `target` runs: the oldest wanted one of its generation.
 
-    Code for sm_80 runs on sm_86 and sm_89 as well. Triton and ptxas make the same instructions for all three up to
-    their order (registers within 6 %), so that one binary instead of three costs nothing but two thirds of the size.
+    Code for sm_80 runs on sm_86 and sm_89 as well. What Triton and ptxas make for the three differs by the order of
+    instructions and a few registers, in either direction: one binary saves two thirds of the size.
     """
     if target.ptx or target.exact:
         return target.sm

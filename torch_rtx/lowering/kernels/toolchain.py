@@ -148,6 +148,7 @@ def lower(job: Job) -> Code:
         with _no_line_info(triton):
             ttir = _ttir(replace(job, sm=job.sm if any(p.startswith("f8") for p in job.pointers) else 80))
             ptx, metadata = _ptx(triton, job, ttir)
+        cubin, registers, spills, stack = _ptxas(triton, job, ptx)
     except (KernelError, NoTensorCores):
         raise
     except Exception as error:  # Triton's own are of many types, and those of its C++ parts are RuntimeErrors
@@ -155,7 +156,6 @@ def lower(job: Job) -> Code:
         raise _error(job, "Triton", f"{type(error).__name__}: {error}{cause}") from error
     if metadata["global_scratch_size"] or metadata.get("profile_scratch_size"):
         raise _error(job, "the launcher", "the kernel needs scratch memory, which launches do not give it")
-    cubin, registers, spills, stack = _ptxas(triton, job, ptx)
     warps = metadata.get("num_warps", job.num_warps)  # warp specialization changes it
     return Code(ptx.encode(), cubin, metadata["name"], warps, metadata["shared"], registers, spills, stack)
 
@@ -187,7 +187,7 @@ def _ttir(job: Job) -> str:
 def _function(triton: _Triton, job: Job) -> Any:
     """The JIT function that the source defines. Triton reads the source back through `linecache`, once."""
     file = f"<torch_rtx kernel {job.name}>"
-    names: dict[str, Any] = {"__name__": job.name}
+    names: dict[str, Any] = {"__name__": "torch_rtx_kernel"}
     with _lock:  # another thread may define the same one
         linecache.cache[file] = (len(job.source), None, job.source.splitlines(True), file)
         try:
