@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Container, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,17 +16,13 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 import torch_rtx
 from torch_rtx.backend.capture import capture_export
 from torch_rtx.backend.compiler import Program, compile_fx
-from torch_rtx.backend.kernels import build_kernels, targets_for
+from torch_rtx.backend.kernels import kernels_of
 from torch_rtx.engine import Engine, Json, Manifest
 from torch_rtx.errors import CaptureError, RtxError
-from torch_rtx.ir import Node
 from torch_rtx.lowering.from_fx import Role
-from torch_rtx.lowering.kernels.generate import generate
-from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.runtime.module import CompiledModule
 from torch_rtx.runtime.signature import Fixed, Signature
 from torch_rtx.settings import CompilationSettings, RuntimeSettings
-from torch_rtx.targets import Target
 
 log = logging.getLogger(__name__)
 
@@ -66,11 +61,6 @@ def compile(
     lowered = compile_fx(program.graph_module, roles, settings, _writes(program), program.range_constraints)
     signature = _signature(program, _forward_names(model))
     engine = _engine(program, lowered, signature, tensors, settings)
-    if settings.targets is not None:
-        table, report = build_kernels(lowered.graph, targets_for(settings.targets, lowered.graph), _generate)
-        log.info("%s", report)
-        lowered.dump("kernels.txt", str(report))
-        engine = replace(engine, kernels=table)
     runs_here = lowered.device.type == "cpu" or torch.cuda.is_available()
     device = lowered.device if runs_here else torch.device("cpu")
     # The fallbacks come from a model of this process, not from a file: there is nobody to distrust.
@@ -83,11 +73,6 @@ def compile(
     else:
         log.info("the model has no weights here: the engine can be saved, and called after refit")
     return module
-
-
-def _generate(node: Node, target: Target, which: int) -> Kernel | None:
-    assert node.body is not None
-    return generate(node.body, node.op, target.sm, which)
 
 
 def _tensors(program: ExportedProgram) -> dict[str, torch.Tensor]:
@@ -165,7 +150,7 @@ def _engine(
         if missing:
             raise CaptureError(f"strip_weights is False and the model has no data for {', '.join(missing[:5])}")
         weights = {p.name: tensors[p.name].detach() for p in parameters if not p.constant}
-    return Engine(lowered.graph, manifest, constants, weights)
+    return Engine(lowered.graph, manifest, constants, weights, kernels_of(lowered, settings))
 
 
 def _saved(signature: Signature) -> Json:

@@ -9,11 +9,14 @@ from dataclasses import dataclass
 
 import torch
 
+from torch_rtx.backend.compiler import Program
 from torch_rtx.errors import InvalidIR, LoweringError
 from torch_rtx.ir import Graph, Node, TensorType
 from torch_rtx.kerneltable import KernelTable, Launch, Variant, check, pack
 from torch_rtx.lowering.kernels.aot import Built, Code, compile_kernels
+from torch_rtx.lowering.kernels.generate import generate
 from torch_rtx.lowering.kernels.kernel import Kernel
+from torch_rtx.settings import CompilationSettings
 from torch_rtx.targets import Option, Target, by_age, is_explicit, parse_targets, usable
 
 log = logging.getLogger(__name__)
@@ -64,6 +67,25 @@ class BuildReport:
                 )
         lines += [f"  {op} runs call by call on {target}: {reason}" for op, target, reason in self.missing]
         return "\n".join(lines)
+
+
+def kernels_of(program: Program, settings: CompilationSettings) -> KernelTable:
+    """The kernels of a program, built for `settings.targets`; the report goes to the log, and to its dumped artefacts.
+
+    Raises:
+        SettingsError, KernelError, LoweringError: see `targets_for` and `build_kernels`.
+    """
+    if settings.targets is None or all(node.kind != "kernel" for node in program.graph.nodes):
+        return KernelTable()
+    table, report = build_kernels(program.graph, targets_for(settings.targets, program.graph), _generate)
+    log.info("%s", report)
+    program.dump("kernels.txt", str(report))
+    return table
+
+
+def _generate(node: Node, target: Target, which: int) -> Kernel | None:
+    assert node.body is not None
+    return generate(node.body, node.op, target.sm, which)
 
 
 def targets_for(option: Option, graph: Graph) -> tuple[Target, ...]:

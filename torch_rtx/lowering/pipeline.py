@@ -53,10 +53,13 @@ class Report:
     nodes: dict[str, int] = field(default_factory=dict)
 
 
-def lower(graph: Graph, settings: CompilationSettings, dump: Path | None = None) -> tuple[Graph, Report]:
+def lower(
+    graph: Graph, settings: CompilationSettings, dump: Path | None = None, kernels: bool = False
+) -> tuple[Graph, Report]:
     """Run the pipeline over a graph of level import.
 
     Args:
+        kernels: form kernels.
         dump: folder for `NN_pass.rtxir` after each pass and `NN_pass.diff` where it changed something.
 
     Returns:
@@ -71,7 +74,7 @@ def lower(graph: Graph, settings: CompilationSettings, dump: Path | None = None)
     for index, (name, run) in enumerate(PIPELINE.items(), 1):
         if name in settings.disabled_passes or (name in COPYING and settings.copy_weights is False):
             continue
-        if name in FORMING and settings.targets is None:
+        if name in FORMING and not kernels:
             continue
         start = time.perf_counter()
         try:
