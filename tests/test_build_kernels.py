@@ -47,7 +47,7 @@ def test_every_node_and_target(tmp_path: Path) -> None:
         return {"add": ADD, "both": BOTH}[node.op]
 
     progress: list[tuple[int, int]] = []
-    table, report = build_kernels(GRAPH, PORTABLE, generate, lambda *step: progress.append(step))
+    table, report = build_kernels(GRAPH, PORTABLE, generate, progress=lambda *step: progress.append(step))
     assert sorted(asked) == sorted((op, str(target), 0) for op in ("add", "both") for target in PORTABLE)
     assert progress[-1] == (9, 9)  # three binaries, of add for two cases: PTX is that of sm_80
     generation = (Target(80), Target(86), Target(89))

@@ -31,6 +31,7 @@ GOOD = {
     "device": "cpu",
     "targets": ("sm_86", 120, "ptx"),
     "dump_dir": "dumps",
+    "tactics": "library",
     "cuda_graph_strategy": "disabled",
     "cuda_graph_pool_size": 3,
 }
@@ -45,6 +46,7 @@ BAD = {
     "device": "tpu",
     "targets": 8.6,
     "dump_dir": 3,
+    "tactics": "fastest",
     "cuda_graph_strategy": "sometimes",
     "cuda_graph_pool_size": True,
 }

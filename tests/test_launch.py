@@ -16,6 +16,7 @@ from torch_rtx.ir import Graph, Sym
 from torch_rtx.irparse import parse
 from torch_rtx.kerneltable import KernelTable, Launch, Variant, pack
 from torch_rtx.runtime import driver as driver_api
+from torch_rtx.runtime.inline import inline_kernels
 from torch_rtx.runtime.launch import Launcher, candidates, launchers
 from torch_rtx.targets import PTX, Target
 
@@ -55,7 +56,7 @@ def current_stream(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def made(driver: FakeDriver, *launches: Launch, binaries: Mapping[str, bytes] = BINARIES) -> Launcher | None:
-    return launchers(KernelTable({"k": launches}, binaries), GRAPH, DEVICE, driver).get("k")
+    return launchers(KernelTable({"k": launches}, binaries), GRAPH, DEVICE, driver=driver).get("k")
 
 
 # ---- choosing --------------------------------------------------------------------------------------------------------
@@ -122,8 +123,8 @@ def test_a_block_that_is_too_large(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_where_nothing_is_launched(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     table = KernelTable({"k": (NATIVE,)}, BINARIES)
-    assert launchers(table, GRAPH, torch.device("cpu"), FakeDriver(SIZES)) == {}
-    assert launchers(KernelTable(), GRAPH, DEVICE, FakeDriver(SIZES)) == {}
+    assert launchers(table, GRAPH, torch.device("cpu"), driver=FakeDriver(SIZES)) == {}
+    assert launchers(KernelTable(), GRAPH, DEVICE, driver=FakeDriver(SIZES)) == {}
     assert caplog.text == ""
     monkeypatch.setattr(driver_api, "driver", lambda: None)
     assert launchers(table, GRAPH, DEVICE) == {}
@@ -176,7 +177,7 @@ def test_layouts(scalars: Sequence[int], wide: bool, sizes: tuple[int, ...]) -> 
     graph = parse(
         str(GRAPH).replace(", z: f32[4] =", " =").replace("return [a, b]", "return [a]").replace("[y, z]", "[y]")
     )
-    launcher = launchers(KernelTable({"k": (launches,)}, BINARIES), graph, DEVICE, driver)["k"]
+    launcher = launchers(KernelTable({"k": (launches,)}, BINARIES), graph, DEVICE, driver=driver)["k"]
     launcher((16, 32), scalars, (1, 1, 1))
     unsigned = tuple(value % 2**64 if wide else value for value in scalars)
     assert driver.launched[0].parameters == (16, 32, *unsigned, 0, 0)
@@ -250,3 +251,46 @@ def test_threads_have_parameters_of_their_own() -> None:
     expected = {(16 * n, 16 * n, 16 * n, n, step, 0, 0) for n in (1, 2) for step in range(50)}
     assert len(driver.launched) == 100
     assert {found.parameters for found in driver.launched} == expected
+
+
+# ---- tactics ---------------------------------------------------------------------------------------------------------
+
+NESTED = parse("""graph fused {
+  input x: f32[4]
+  y: f32[4] = kernel anchored(in0=x) graph import {
+    input in0: f32[4]
+    a: f32[4] = op aten.exp.default(self=in0)
+    b: f32[4] = kernel loop(in0=a) graph import {
+      input in0: f32[4]
+      a: f32[4] = op aten.neg.default(self=in0)
+      return [a]
+    }
+    return [b]
+  }
+  return [y]
+}
+""")
+
+
+@pytest.mark.parametrize(
+    ("tactics", "library", "expected"),
+    [
+        ("best", "slower", {"anchored", "loop"}),
+        ("best", "faster", {"loop"}),
+        ("generated", "faster", {"anchored", "loop"}),
+        ("library", "slower", {"loop"}),
+        ("calls", "slower", set()),
+    ],
+)
+def test_tactics(tactics: str, library: str, expected: set[str]) -> None:
+    plain = replace(NATIVE, scalars=(), grid=(1, 1, 1), generic=None)
+    table = KernelTable({"anchored": (replace(plain, library=library),), "loop": (plain,)}, BINARIES)
+    found = launchers(table, NESTED, DEVICE, tactics, FakeDriver((8, 8, 8, 8)))
+    assert found.keys() == expected
+    left = [node.op for node in inline_kernels(NESTED, found).nodes]
+    assert (
+        left
+        == {0: ["aten.exp.default", "aten.neg.default"], 1: ["aten.exp.default", "loop"], 2: ["anchored"]}[
+            len(expected)
+        ]
+    )

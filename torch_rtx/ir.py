@@ -313,6 +313,14 @@ class Graph:
         return "\n".join(_lines(self)) + "\n"
 
 
+def kernel_nodes(graph: Graph) -> Iterator[Node]:
+    """The nodes of kind `kernel`, also inside of the bodies of others, in order."""
+    for node in graph.nodes:
+        if node.kind == "kernel" and node.body is not None:
+            yield node
+            yield from kernel_nodes(node.body)
+
+
 def node_text(node: Node) -> str:
     """One node as the text form writes it, without its body."""
     left = ", ".join("_" if value is None else f"{value.name}: {value.type}" for value in node.outputs)

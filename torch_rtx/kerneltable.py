@@ -13,12 +13,13 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch_rtx.errors import EngineFormatError, InvalidIR
-from torch_rtx.ir import MAIN, Dim, Graph, Node, Sym, TensorType, Value
+from torch_rtx.ir import MAIN, Dim, Graph, Node, Sym, TensorType, Value, kernel_nodes
 from torch_rtx.irparse import parse_dim
 from torch_rtx.manifest import Json, exactly
 from torch_rtx.targets import Target, by_age
 
 MAX_BINARY = 64 << 20  # bytes; bounds what a hostile file can make a reader allocate
+LIBRARY = ("none", "slower", "faster")
 DIGEST = re.compile(r"[0-9a-f]{32}")
 
 
@@ -53,6 +54,8 @@ class Launch:
         grid: blocks along x, y and z, dims of the graph. Nothing is launched where one is 0.
         aligned: for calls where every scalar is a multiple of 16.
         generic: for all others; None: there are none.
+        library: what its rival is, the library call at the heart of the body: expected to be "slower" or "faster", or
+            "none" where the body is a loop. See `RuntimeSettings.tactics`.
     """
 
     targets: tuple[Target, ...]
@@ -61,6 +64,7 @@ class Launch:
     wide: bool
     aligned: Variant
     generic: Variant | None
+    library: str = "none"
 
     @property
     def variants(self) -> tuple[Variant, ...]:
@@ -131,6 +135,7 @@ def write_launches(table: KernelTable) -> Json:
                 "wide": launch.wide,
                 "aligned": vars(launch.aligned).copy(),
                 "generic": None if launch.generic is None else vars(launch.generic).copy(),
+                "library": launch.library,
             }
             for launch in launches
         ]
@@ -165,7 +170,14 @@ def _launch(value: Any, syms: Mapping[str, Sym]) -> Launch:
         exactly(bool)(given["wide"]),
         _variant(given["aligned"]),
         None if given["generic"] is None else _variant(given["generic"]),
+        _library(given["library"]),
     )
+
+
+def _library(value: Any) -> str:
+    if exactly(str)(value) not in LIBRARY:
+        raise ValueError(f"library is {value!r}")
+    return str(value)
 
 
 def _variant(value: Any) -> Variant:
@@ -213,8 +225,8 @@ def check(launches: Mapping[str, tuple[Launch, ...]], graph: Graph) -> None:
             launches for a target; PTX and binaries in one.
     """
     nodes: dict[str, Node] = {}
-    for node in graph.nodes:
-        if node.kind == "kernel" and node.op in launches:
+    for node in kernel_nodes(graph):
+        if node.op in launches:
             _check_node(node, nodes.setdefault(node.op, node))
     for op, found in launches.items():
         if op not in nodes:

@@ -14,6 +14,7 @@ from typing import Any
 from torch_rtx.errors import SettingsError
 from torch_rtx.targets import parse_targets
 
+TACTICS = ("best", "generated", "library", "calls")
 CUDA_GRAPH_STRATEGIES = ("whole_graph_capture", "disabled")
 # What torch.compile's `mode=` means here. There is nothing to tune yet, so that three of the four agree.
 MODES: dict[str, dict[str, object]] = {
@@ -123,6 +124,12 @@ class RuntimeSettings(_Checked):
         " or ".join(map(repr, CUDA_GRAPH_STRATEGIES)),
         lambda v: v in CUDA_GRAPH_STRATEGIES,
         "Replay the whole module as one CUDA graph per input shape, or never.",
+    )
+    tactics: str = _option(
+        "best",
+        " or ".join(map(repr, TACTICS)),
+        lambda v: v in TACTICS,
+        "Which of an engine's kernels run: the best, all, all but those with a library call as a rival, or none.",
     )
     cuda_graph_pool_size: int = _count(16, "Most CUDA graphs that a module keeps; the least recently used goes first.")
 

@@ -87,7 +87,7 @@ def _compile(
             store = WeightStore(program.graph, program.device, program.constants)
             # The fallbacks come from a model of this process, not from a file: there is nobody to distrust.
             called = frozenset(node.op for node in program.graph.nodes if node.kind == "fallback")
-            kernels = launchers(kernels_of(program, compilation), program.graph, program.device)
+            kernels = launchers(kernels_of(program, compilation), program.graph, program.device, runtime.tactics)
             template = Session(program.graph, store, runtime, program.callables, called, kernels)
             program.dump("run.py", template.source)
     except (PartitionError, SettingsError):

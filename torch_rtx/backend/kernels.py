@@ -11,10 +11,10 @@ import torch
 
 from torch_rtx.backend.compiler import Program
 from torch_rtx.errors import InvalidIR, LoweringError
-from torch_rtx.ir import Graph, Node, TensorType
+from torch_rtx.ir import Graph, Node, TensorType, kernel_nodes
 from torch_rtx.kerneltable import KernelTable, Launch, Variant, check, pack
 from torch_rtx.lowering.kernels.aot import Built, Code, compile_kernels
-from torch_rtx.lowering.kernels.generate import generate
+from torch_rtx.lowering.kernels.generate import generate, library
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.settings import CompilationSettings
 from torch_rtx.targets import Option, Target, by_age, is_explicit, parse_targets, usable
@@ -77,7 +77,7 @@ def kernels_of(program: Program, settings: CompilationSettings) -> KernelTable:
     """
     if settings.targets is None or all(node.kind != "kernel" for node in program.graph.nodes):
         return KernelTable()
-    table, report = build_kernels(program.graph, targets_for(settings.targets, program.graph), _generate)
+    table, report = build_kernels(program.graph, targets_for(settings.targets, program.graph), _generate, _library)
     log.info("%s", report)
     program.dump("kernels.txt", str(report))
     return table
@@ -86,6 +86,11 @@ def kernels_of(program: Program, settings: CompilationSettings) -> KernelTable:
 def _generate(node: Node, target: Target, which: int) -> Kernel | None:
     assert node.body is not None
     return generate(node.body, node.op, target.sm, which)
+
+
+def _library(node: Node, target: Target) -> str:
+    assert node.body is not None
+    return library(node.body, target.sm)
 
 
 def targets_for(option: Option, graph: Graph) -> tuple[Target, ...]:
@@ -105,7 +110,7 @@ def targets_for(option: Option, graph: Graph) -> tuple[Target, ...]:
 
 def _dtypes(graph: Graph) -> Iterator[tuple[str, str]]:
     """Op and dtype of everything that kernels read, compute and write."""
-    for node in graph.nodes:
+    for node in kernel_nodes(graph):
         for inner in node.body.nodes if node.body is not None else ():
             for value in (*inner.inputs, *inner.outputs):
                 if value is not None and isinstance(value.type, TensorType):
@@ -116,6 +121,7 @@ def build_kernels(
     graph: Graph,
     targets: Iterable[Target],
     generate: Generate,
+    library: Callable[[Node, Target], str] = lambda node, target: "none",
     progress: Callable[[int, int], object] | None = None,
 ) -> tuple[KernelTable, BuildReport]:
     """Build every kernel node of `graph` for every target.
@@ -124,6 +130,7 @@ def build_kernels(
         generate: the source of a node for a target in its n-th best configuration, from 0; None where there are no
             more. Called once per op: nodes of one op have equal bodies. The first that fits is taken. Where only
             spilling ones do, it is the one that spills least.
+        library: the field of this name of a node's `Launch` for a target.
         progress: see `compile_kernels`; starts again with each round of configurations.
 
     Raises:
@@ -131,7 +138,7 @@ def build_kernels(
         LoweringError: two kernels have one name, or a kernel takes something else than tensors of the session's device.
     """
     start = time.perf_counter()
-    nodes = {node.op: node for node in reversed(graph.nodes) if node.kind == "kernel"}
+    nodes = {node.op: node for node in reversed(list(kernel_nodes(graph)))}
     chosen: dict[Choice, tuple[Kernel, Built]] = {}
     reasons: dict[Choice, list[str]] = {(op, target): [] for op in sorted(nodes) for target in by_age(set(targets))}
     pending = list(reasons)
@@ -149,7 +156,8 @@ def build_kernels(
                 chosen[choice] = kernel, found
         pending = [choice for choice in kernels if choice not in chosen or chosen[choice][1].problem is not None]
         config += 1
-    table, reports = _table(chosen)
+    rivals = {choice: library(nodes[choice[0]], choice[1]) for choice in chosen}
+    table, reports = _table(chosen, rivals)
     try:
         check(table.launches, graph)
     except InvalidIR as error:
@@ -159,7 +167,9 @@ def build_kernels(
     return table, BuildReport(reports, missing, nbytes, time.perf_counter() - start)
 
 
-def _table(chosen: dict[Choice, tuple[Kernel, Built]]) -> tuple[KernelTable, tuple[KernelReport, ...]]:
+def _table(
+    chosen: dict[Choice, tuple[Kernel, Built]], rivals: dict[Choice, str]
+) -> tuple[KernelTable, tuple[KernelReport, ...]]:
     """The table of the chosen kernels; targets that run the same binaries in the same way share a launch."""
     binaries: dict[str, bytes] = {}
     packed: dict[bytes, str] = {}
@@ -171,18 +181,18 @@ def _table(chosen: dict[Choice, tuple[Kernel, Built]]) -> tuple[KernelTable, tup
             binaries[packed[binary]] = stored
         return Variant(packed[binary], code.entry, code.num_warps, code.shared, code.registers, code.spills)
 
-    shared: dict[str, dict[tuple[Kernel, Variant, Variant | None], list[Target]]] = {}
+    shared: dict[str, dict[tuple[Kernel, Variant, Variant | None, str], list[Target]]] = {}
     for (op, target), (kernel, built) in chosen.items():
         assert built.aligned is not None  # what was not compiled is not chosen
         generic = None if built.generic is None else variant(built.generic, target.ptx)
-        key = kernel, variant(built.aligned, target.ptx), generic
+        key = kernel, variant(built.aligned, target.ptx), generic, rivals[op, target]
         shared.setdefault(op, {}).setdefault(key, []).append(target)
     launches: dict[str, tuple[Launch, ...]] = {}
     reports = []
     for op, found in shared.items():
         launches[op] = tuple(
-            Launch(tuple(targets), kernel.scalars, kernel.grid, kernel.wide, aligned, generic)
-            for (kernel, aligned, generic), targets in found.items()
+            Launch(tuple(targets), kernel.scalars, kernel.grid, kernel.wide, aligned, generic, rival)
+            for (kernel, aligned, generic, rival), targets in found.items()
         )
         reports += [
             _report(op, kernel.name, launch, binaries) for (kernel, *_), launch in zip(found, launches[op], strict=True)

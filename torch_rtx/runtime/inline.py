@@ -9,7 +9,8 @@ from torch_rtx.ir import Graph, Node, Value
 
 
 def inline_kernels(graph: Graph, keep: Container[str]) -> Graph:
-    """`graph` with the body of each kernel in its place, except those whose `op` is in `keep`.
+    """`graph` with the body of each kernel in its place, except those whose `op` is in `keep`; the same for kernels in
+    bodies.
 
     The values inside get names of their own. Nodes of kind `op` then stand in a graph of level "fused".
     """
@@ -19,13 +20,13 @@ def inline_kernels(graph: Graph, keep: Container[str]) -> Graph:
     nodes: list[Node] = []
     for index, node in enumerate(graph.nodes):
         if node.kind == "kernel" and node.op not in keep:
-            nodes.extend(_inlined(node, f"k{index}", taken))
+            nodes.extend(_inlined(node, f"k{index}", taken, keep))
         else:
             nodes.append(node)
     return replace(graph, nodes=tuple(nodes))
 
 
-def _inlined(node: Node, prefix: str, taken: set[str]) -> Iterator[Node]:
+def _inlined(node: Node, prefix: str, taken: set[str], keep: Container[str]) -> Iterator[Node]:
     """The nodes of the body of `node`, which read its inputs and define its outputs."""
     assert node.body is not None  # the verifier sees to it
     values = {inner.name: outer for inner, outer in zip(node.body.inputs, node.inputs, strict=True)}
@@ -42,7 +43,11 @@ def _inlined(node: Node, prefix: str, taken: set[str]) -> Iterator[Node]:
                 values[value.name] = Value(_fresh(f"{prefix}_{value.name}", taken), value.type)
         args = step.map_inputs(lambda value: values[value.name])
         outputs = tuple(None if value is None else values[value.name] for value in step.outputs)
-        yield replace(step, args=args, outputs=outputs, loc=step.loc or node.loc)
+        made = replace(step, args=args, outputs=outputs, loc=step.loc or node.loc)
+        if made.kind == "kernel" and made.op not in keep:
+            yield from _inlined(made, prefix, taken, keep)
+        else:
+            yield made
     for inner, outer in copies:
         yield Node("op", "aten.clone.default", (("self", values[inner.name]),), (outer,), None, node.loc)
 

@@ -18,22 +18,27 @@ from typing import Any
 import torch
 
 from torch_rtx.errors import KernelError
-from torch_rtx.ir import Graph
+from torch_rtx.ir import Graph, kernel_nodes
 from torch_rtx.kerneltable import KernelTable, Launch, Variant, unpack
 from torch_rtx.runtime import driver as driver_api
 from torch_rtx.runtime.driver import checked
 from torch_rtx.targets import ALIGNMENT, GRID, Target, by_age
 
 log = logging.getLogger(__name__)
+# Per setting of `tactics`, which kernels are launched, by what their library call is expected to be.
+CHOSEN = {"best": ("none", "slower"), "generated": ("none", "slower", "faster"), "library": ("none",), "calls": ()}
 OPT_IN = 48 << 10  # bytes of shared memory; kernels that need more have to ask for it
 _MAX_X, _MAX_Y, _MAX_Z = GRID
 
 
-def launchers(table: KernelTable, graph: Graph, device: torch.device, driver: Any = None) -> dict[str, Launcher]:
+def launchers(
+    table: KernelTable, graph: Graph, device: torch.device, tactics: str = "best", driver: Any = None
+) -> dict[str, Launcher]:
     """The kernels of `graph` that can be launched on `device`, by the `op` of their nodes; all others run call by call,
     and the log says why.
 
     Args:
+        tactics: see `RuntimeSettings.tactics`.
         driver: the driver API; None: the one of this process.
     """
     if not table or device.type != "cuda":
@@ -44,12 +49,14 @@ def launchers(table: KernelTable, graph: Graph, device: torch.device, driver: An
         return {}
     gpu = _gpu(driver, device.index)
     found: dict[str, Launcher] = {}
-    for node in graph.nodes:
-        if node.kind == "kernel" and node.op in table.launches and node.op not in found:
-            pointers = len(node.inputs) + len(node.outputs)
-            launcher = _launcher(gpu, node.op, table, pointers)
-            if launcher is not None:
+    left: set[str] = set()
+    for node in kernel_nodes(graph):
+        if node.op in table.launches and node.op not in found and node.op not in left:
+            launcher = _launcher(gpu, node.op, table, len(node.inputs) + len(node.outputs))
+            if launcher is not None and launcher.library in CHOSEN[tactics]:
                 found[node.op] = launcher
+            else:
+                left.add(node.op)
     log.info("%d of %d kernels run from the engine's binaries on sm_%d", len(found), len(table.launches), gpu.sm)
     return found
 
@@ -177,6 +184,7 @@ class Launcher:
 
     Attributes:
         scalars, grid: what a call has to give, as dims of the graph.
+        library: see `Launch`.
 
     Args:
         op: the kernel's name in messages.
@@ -192,6 +200,7 @@ class Launcher:
         self, gpu: Gpu, op: str, launch: Launch, target: Target, binaries: Mapping[str, bytes], pointers: int
     ) -> None:
         self.op, self.target, self.scalars, self.grid = op, target, launch.scalars, launch.grid
+        self.library = launch.library
         self._index, self._launch = gpu.index, gpu.driver.cuLaunchKernel
         try:
             codes = [

@@ -67,7 +67,7 @@ class CompiledModule(nn.Module):
         constants = dict(engine.constants)
         self._store = WeightStore(engine.graph, device, constants, engine.manifest.unused_names)
         settings, trusted = settings or RuntimeSettings(), frozenset(trusted_ops)
-        kernels = launchers(engine.kernels, engine.graph, device)
+        kernels = launchers(engine.kernels, engine.graph, device, settings.tactics)
         self.session = Session(engine.graph, self._store, settings, callables, trusted, kernels)
         self._ready = not self._store.parameters
 

@@ -18,3 +18,9 @@ def generate(body: Graph, name: str, sm: int, which: int) -> Kernel | None:
     found = region(body)
     configs = loop_configs(found)
     return loop_kernel(found, name, configs[which]) if which < len(configs) else None
+
+
+def library(body: Graph, sm: int) -> str:
+    """What the library call in `body` is expected to be on SM version `sm` against its kernel: "slower", "faster", or
+    "none" if there is none."""
+    return "none" if region(body).anchor is None else "faster"
