@@ -21,10 +21,10 @@ HEAD = """\
 # Performance
 
 `python -m benchmarks report --out docs/performance.md` writes this page from `benchmarks/results/`, and a test checks
-that it has. `python -m benchmarks run --suite ... --models ... --out results.json` measures; `python -m benchmarks list`
-names the suites, peers and models. Weights are random, inputs change from call to call, and the results of every peer
-are compared with a float64 run before anything is timed. Times of different machines, or of different sections here,
-do not compare: a ratio is always between peers that took turns in one process, round by round.
+that it has. `python -m benchmarks run --suite S,.. --models M,.. --peers P,.. --out results.json` measures;
+`python -m benchmarks list` names suites, models and peers. Weights are random, inputs change from call to call, and the
+results of every peer are compared with a float64 run before anything is timed. Do not compare times of different
+machines or different sections: a ratio here is always between peers that took turns in one process, round by round.
 
 - Times are medians, with the 5th and 95th percentile in brackets.
 - *device*: from the end of one call to the end of the next, by device events, in a row of calls that nobody waits for.
@@ -130,7 +130,7 @@ COLUMNS: dict[str, list[tuple[str, Cell]]] = {
     "train": [*_TIMES, ("peak MiB", _of("peak_bytes", MIB)), _RATIO],
     "host": [("host us", _of("host_us")), ("bare replay us", _of("bare_replay_us")), _RATIO],
     "backend": [("s", _of("backend_s")), _RATIO],
-    "hash": [("ms", _of("hash_ms")), _RATIO],
+    "hash": [("nodes", _of("nodes")), ("ms", _of("hash_ms")), _RATIO],
 }
 
 # Sections -----------------------------------------------------------------------------------------------------------
@@ -153,7 +153,9 @@ class Section:
 
 def sections(results: Results) -> list[Section]:
     """Suites in their order, then devices and sizes; in each, models and peers in theirs."""
-    orders = {"suite": list(SUITES), "model": [w.model for w in (*WORKLOADS, *FURTHER_WORKLOADS)], "peer": list(PEERS)}
+    own = [peer for suite in SUITES.values() for peer in suite.peers if peer not in PEERS]
+    models = [w.model for w in (*WORKLOADS, *FURTHER_WORKLOADS)]
+    orders = {"suite": list(SUITES), "model": models, "peer": [*own, *PEERS]}
 
     def index(row: Row, name: str) -> tuple[int, str]:
         known, value = orders[name], row[name]

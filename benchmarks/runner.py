@@ -254,6 +254,7 @@ class Runner:
             elif spent[current] + time.time() - since > limit:
                 reason = f"stopped after {limit:g} s, during {stage}"
             if reason is not None:
+                spent[current] += time.time() - since
                 # One whose row has come may have spoilt the process for the others: they get another one.
                 others = [] if len(peers) < asked else list(peers)
                 for peer in [current] if current in peers else others:

@@ -104,7 +104,7 @@ def describe(asked: str) -> dict[str, Any]:
 
     device = asked if asked != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():  # engines can still be built for it
-        return {**environment.record("cpu"), "kind": "cuda", "device": "cuda", "absent": True}
+        return {**environment.record("cpu"), "kind": "cuda", "device": "cuda (not present)", "absent": True}
     rates = floors.device_rates(device)
     return {**environment.record(device), "rates": rates}  # clocks as they are under load
 

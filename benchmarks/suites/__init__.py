@@ -34,7 +34,6 @@ class Suite:
         dtype: of the weights, where it is not the workload's.
         why_not: why a peer can't be measured, None if it can; beside the peer's own reasons.
         headline: the metric that overviews and plots show: it, or else the one after it.
-        module: where its `measure(job, out)` is; empty: the module beside this one that has its name.
     """
 
     name: str
@@ -45,11 +44,10 @@ class Suite:
     without_device: bool = False
     dtype: str = ""
     why_not: Callable[[str, Workload, str], str | None] = _anything
-    module: str = ""
 
     def measure(self, job: Job, out: Reporter) -> None:
         """Do the job, in a worker."""
-        import_module(self.module or f"benchmarks.suites.{self.name}").measure(job, out)
+        import_module(f"benchmarks.suites.{self.name}").measure(job, out)
 
     def known_peers(self) -> list[str]:
         """The peers that it can be asked for."""
@@ -110,8 +108,6 @@ SUITES = {
         Suite("backend", "seconds inside a torch.compile backend", ("backend_s",), ("aot_eager", "rtx")),
     )
 }
-# Where there is an engine cache, its module here measures its key against Inductor's.
+# Where there is an engine cache, its key has a module here.
 if find_spec("benchmarks.cache_key") is not None:
-    SUITES["hash"] = Suite(
-        "hash", "the key of a graph in the cache", ("hash_ms",), ("inductor", "rtx"), module="benchmarks.cache_key"
-    )
+    SUITES["hash"] = Suite("hash", "the key of a graph in the cache", ("hash_ms",), ("inductor", "rtx"))

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 # Where compilers keep what they have made.
 CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TORCH_RTX_CACHE_DIR", "CUDA_CACHE_PATH")
-WATCHED_S, MIN_CALLS = 3.0, 20  # a process is watched after its first result for as long, and for as many calls
+# A process is watched after its first result for as many seconds, by size, and for as many calls.
+WATCHED_S, MIN_CALLS = {"small": 0.2, "full": 3.0}, 20
 FULL_SPEED = 1.25  # within this factor of the speed that it has in the end
 
 
@@ -64,7 +65,7 @@ def in_new_process(job: Job, folder: Path, started: float) -> dict[str, float]:
         prepared = PEERS[job.peers[0]].prepare(setup.subject)
         call = setup.rotating(prepared)
         ends: list[float] = []
-        while len(ends) < MIN_CALLS or ends[-1] - ends[0] < WATCHED_S:
+        while len(ends) < MIN_CALLS or ends[-1] - ends[0] < WATCHED_S[job.workload.size]:
             call()
             synchronize(job.device)
             ends.append(time.perf_counter() - begin)
