@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from benchmarks.report import Section, headline, sections, shape
-from benchmarks.results import Results, ResultsError
+from benchmarks.report import Section, sections, shape
+from benchmarks.results import Results, ResultsError, headline
 
 
 class NoPlots(ResultsError):
@@ -28,7 +28,7 @@ def write(results: Results, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for section in sections(results):
-        if any(headline(section.suite, row) is not None for row in section.ok):
+        if any(headline(row, section.suite.headline) for row in section.ok):
             name = re.sub(r"\W+", "-", f"{section.suite.name}-{section.device}-{section.size}").strip("-").lower()
             written += _draw(section, folder / name)
     return written
@@ -38,20 +38,20 @@ def _draw(section: Section, base: Path) -> list[Path]:
     """Bars of the headline metric by workload, one colour per peer, on a logarithmic axis."""
     from matplotlib.figure import Figure
 
-    values = {(shape(row), row["peer"]): headline(section.suite, row) for row in section.ok}
+    found = {(shape(row), row["peer"]): headline(row, section.suite.headline) for row in section.ok}
+    values = {place: pair[1] for place, pair in found.items() if pair is not None}
     workloads = list(dict.fromkeys(workload for workload, _ in values))
     peers = list(dict.fromkeys(peer for _, peer in values))
     figure = Figure(figsize=(max(6, 1.5 + 1.1 * len(workloads)), 4), layout="constrained")
     axes = figure.add_subplot()
     width = 0.8 / len(peers)
     for index, peer in enumerate(peers):
-        heights = [values.get((workload, peer)) for workload in workloads]
+        heights = [values.get((workload, peer), float("nan")) for workload in workloads]
         places = [i + (index - (len(peers) - 1) / 2) * width for i in range(len(workloads))]
-        axes.bar(places, [height or float("nan") for height in heights], width, label=peer)
+        axes.bar(places, heights, width, label=peer)
     axes.set_yscale("log")
     axes.set_xticks(range(len(workloads)), workloads, rotation=30, ha="right", fontsize=8)
-    metrics = [m for m in section.suite.headline if headline(section.suite, section.ok[0]) is not None]
-    axes.set_ylabel(metrics[0])
+    axes.set_ylabel(", ".join(dict.fromkeys(pair[0] for pair in found.values() if pair is not None)))
     axes.set_title(f"{section.suite.name}, {section.device}", fontsize=10)
     axes.legend(fontsize=8)
     paths = [base.with_suffix(suffix) for suffix in (".svg", ".png")]

@@ -10,8 +10,7 @@ from typing import Any
 
 from benchmarks.cases import FURTHER_WORKLOADS, WORKLOADS
 from benchmarks.peers import PEERS
-from benchmarks.results import Results, Row
-from benchmarks.runner import metric
+from benchmarks.results import Results, Row, headline, metric
 from benchmarks.suites import SUITES, Suite
 
 Cell = Callable[[Row, dict[str, Any]], str]
@@ -201,24 +200,17 @@ def _overview(section: Section, environments: dict[str, dict[str, Any]]) -> str:
     lines = []
     for workload, group in groupby(section.ok, key=shape):
         rows = {row["peer"]: row for row in group}
-        values = {peer: headline(section.suite, row) for peer, row in rows.items()}
-        best = min((v for v in values.values() if v is not None), default=None)
+        values = {peer: headline(row, section.suite.headline) for peer, row in rows.items()}
+        best = min((value for _, value in filter(None, values.values())), default=None)
         cells = []
         for name in names:
-            value = values.get(name)
-            text = "" if value is None else number(value)
-            cells.append(f"**{text}**" if value is not None and value == best else text)
+            found = values.get(name)
+            text = number(found[1]) if found else ""
+            cells.append(f"**{text}**" if found and found[1] == best else text)
         floors = [floor_ms(row, environments[row["environment"]]) for row in rows.values()]
         floor = next((floor for floor in floors if floor is not None), None)
         lines.append([workload, "" if floor is None else number(floor), *cells])
     return table(["workload", "floor", *names], lines)
-
-
-def headline(suite: Suite, row: Row) -> float | None:
-    """The suite's headline metric of a row as a number."""
-    values = (metric(row, name) for name in suite.headline)
-    found = next((value for value in values if value is not None), None)
-    return found["median"] if isinstance(found, dict) else found
 
 
 def _means(section: Section) -> str:

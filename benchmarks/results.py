@@ -51,6 +51,23 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="microseconds")
 
 
+def metric(row: Row, name: str) -> Any:
+    """A metric of a row, of a dotted name; None where it was not measured."""
+    found: Any = row["metrics"]
+    for part in name.split("."):
+        found = found.get(part) if isinstance(found, dict) else None
+    return found
+
+
+def headline(row: Row, names: Iterable[str]) -> tuple[str, float] | None:
+    """The first of these metrics that was measured, as a number, after its name."""
+    for name in names:
+        value = metric(row, name)
+        if value is not None:
+            return name, value["median"] if isinstance(value, dict) else value
+    return None
+
+
 @dataclass
 class Results:
     """Rows by key, and the environments that they name."""

@@ -279,26 +279,9 @@ class Runner:
         self.results.save(self.plan.out)
         self.progress.done += 1
         self.failed += status == "failed"
-        told = reason if reason is not None else headline(SUITES[job.suite], row)
+        found = results.headline(row, SUITES[job.suite].headline)
+        told = reason or (f"{found[0]} {found[1]:.4g}" if found else "done")
         self.progress.line(f"{job.suite} {job.workload.name} {peer}: {'' if status == 'ok' else status + ': '}{told}")
-
-
-def metric(row: results.Row, name: str) -> Any:
-    """A metric of a row, of a dotted name; None where it was not measured."""
-    found: Any = row["metrics"]
-    for part in name.split("."):
-        found = found.get(part) if isinstance(found, dict) else None
-    return found
-
-
-def headline(suite: Suite, row: results.Row) -> str:
-    """The suite's headline metric in words."""
-    for name in suite.headline:
-        value = metric(row, name)
-        if value is not None:
-            number = value["median"] if isinstance(value, dict) else value
-            return f"{name} {number:.4g}"
-    return "done"
 
 
 def main(plan: Plan, stream: TextIO) -> int:

@@ -43,9 +43,7 @@ class Setup:
         self.workload, self.device = job.workload, job.device
         w = job.workload
         self.dtype = getattr(torch, w.dtype)
-        model, args, kwargs = models.build(
-            w.model, w.size, batch=w.batch, length=w.length, dtype=self.dtype, device=job.device
-        )
+        model, *_ = models.build(w.model, w.size, batch=w.batch, length=w.length, dtype=self.dtype, device=job.device)
         if w.channels_last:
             model = model.to(memory_format=torch.channels_last)
         shapes = shapes or [(w.batch, w.length)] * SETS
