@@ -102,13 +102,13 @@ def _list() -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit status: 2 for a command that can't be understood, or files that can't be read."""
+    """Returns the exit status: 2 for a command, a file or a machine that nothing can be done with."""
     options = parser().parse_args(arguments)
     try:
         if options.command == "run":
             return _run(options)
         return _report(options) if options.command == "report" else _list()
-    except (UsageError, results.ResultsError) as error:
+    except (UsageError, results.ResultsError, runner.NoEnvironment) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -57,6 +57,10 @@ class Stopped(Exception):
     """The run ends here and can be resumed."""
 
 
+class NoEnvironment(Exception):
+    """There is no saying where this runs, so that nothing can be measured."""
+
+
 class Worker:
     """A worker process and what it says.
 
@@ -142,6 +146,7 @@ class Runner:
 
         Raises:
             Stopped: the budget is spent.
+            NoEnvironment: not even the device can be described.
             UsageError: it names what does not exist.
             ResultsError: `out` exists and is no result file.
         """
@@ -168,12 +173,12 @@ class Runner:
         try:
             worker.process.wait(timeout=self.plan.limit_s + START_S)
         except subprocess.TimeoutExpired:
-            raise Stopped("the environment can't be described: it takes too long") from None
+            raise NoEnvironment("the environment can't be described: it takes too long") from None
         finally:
             worker.kill()
         found = [event["record"] for event in worker.events()]
         if not found:
-            raise Stopped(f"the environment can't be described: {worker.last_words()}")
+            raise NoEnvironment(f"the environment can't be described: {worker.last_words()}")
         (record,) = found
         present = not record.pop("absent", False)
         self.device, self.device_name = record["kind"], record["device"]

@@ -373,6 +373,14 @@ def test_unknown_names(arguments: list[str], message: str, tmp_path: Path, capsy
     assert message in capsys.readouterr().err
 
 
+def test_no_environment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where not even the device answers in time, the run fails, and leaves no file."""
+    out = tmp_path / "results.json"
+    assert run(out, "--limit", str(-runner.START_S)) == 2
+    assert "the environment can't be described: it takes too long" in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
     printed = capsys.readouterr().out

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from benchmarks.cases import WORKLOADS, Job, Workload, key, workloads
 from benchmarks.diffusion import FluxTransformer
 from benchmarks.results import ConflictError, Results, SchemaError
 from benchmarks.suites.common import compare
+from tests.test_structure import MAX_FILE, MAX_FUNCTION
 
 ROOT = Path(__file__).parent.parent
 
@@ -307,9 +310,18 @@ def test_without_matplotlib(
     assert (tmp_path / "page.md").exists()
 
 
+def test_structure() -> None:
+    """The limits of the library hold here, too."""
+    for path in (ROOT / "benchmarks").rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        assert ast.get_docstring(tree), path
+        assert path.read_text().count("\n") <= MAX_FILE, path
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                assert (node.end_lineno or 0) - node.lineno < MAX_FUNCTION, f"{path}: {node.name}"
+
+
 def test_starting_is_light() -> None:
     """The process that starts the workers, and kills them, loads no torch."""
-    import subprocess
-
     code = "import sys, benchmarks.__main__; assert 'torch' not in sys.modules and 'matplotlib' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
