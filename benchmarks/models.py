@@ -392,7 +392,7 @@ def _clip_inputs(size: Size, batch: int, length: int | None) -> Inputs:
 
 
 def _unet(size: Size) -> nn.Module:
-    return StableDiffusionUNet() if size == "full" else StableDiffusionUNet((32, 64, 64), context=48, heads=4, layers=1)
+    return StableDiffusionUNet() if size == "full" else StableDiffusionUNet((32, 64), context=48, heads=4, layers=1)
 
 
 def _unet_inputs(size: Size, batch: int, length: int | None) -> Inputs:
