@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.numerics import assert_right
 from tests.interpreter import run
-from tests.numerics import assert_right
 from torch_rtx import aten
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Attr, Graph, TensorType, Value, attr_map, contiguous, verify

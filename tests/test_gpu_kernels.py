@@ -12,8 +12,8 @@ import torch
 pytest.importorskip("triton", reason="kernels are built with Triton, which is not installed")
 
 import torch_rtx
+from benchmarks.numerics import assert_right
 from tests.kernels import ADD, ADD_BF16, SOFTMAX, matmul
-from tests.numerics import assert_right
 from torch_rtx.backend.kernels import build_kernels
 from torch_rtx.errors import KernelError
 from torch_rtx.ir import Graph

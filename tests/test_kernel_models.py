@@ -12,8 +12,8 @@ pytest.importorskip("transformers")
 
 import torch_rtx
 from benchmarks import models
+from benchmarks.numerics import assert_right
 from tests.interpreter import run
-from tests.numerics import assert_right
 from torch_rtx import aten
 from torch_rtx.backend import build
 from torch_rtx.ir import Attr, Graph, Node, Sym, TensorType, Value
