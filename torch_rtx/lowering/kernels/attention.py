@@ -1,9 +1,9 @@
 """Attention kernels: softmax(q k^T * scale + mask) v in one pass over the keys; the scores never reach memory.
 
 A program has a block of query rows (M) and walks over the keys in blocks, with a running maximum and sum per row
-(online softmax, Milakov and Gimelshein 2018; FlashAttention-2, Dao 2023). Keys are the rows of the tiles of K and V (J) and
-the columns of the scores (N); D and E are the columns of Q and K, and of V. Operands and masks are tensors as in any
-region: transposed, sliced and repeated views are address arithmetic, and a mask may be computed on the way.
+(online softmax, Milakov and Gimelshein 2018; FlashAttention-2, Dao 2023). Keys are the rows of the tiles of K and V
+(J) and the columns of the scores (N); D and E are the columns of Q and K, and of V. Operands and masks are tensors as
+in any region: transposed, sliced and repeated views are address arithmetic, and a mask may be computed on the way.
 
 Where the heads that share keys and values have few queries each (decoding), their rows are packed into one block: K and
 V are then read once per group, and not once per head.
