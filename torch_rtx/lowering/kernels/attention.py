@@ -12,7 +12,7 @@ V are then read once per group, and not once per head.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations
 
 from torch_rtx.errors import Unsupported
@@ -41,6 +41,7 @@ MAX_WIDTH = 256  # the widest head
 PACKED = 64  # most rows of a block that are the queries of several heads
 PROGRAMS = 128  # about as many as a large GPU has multiprocessors
 LEAST = -3.4028234663852886e38  # where the maximum begins: it is finite, so that rows without a key give no NaN
+MANY = 4096  # stands for an open size
 LOG2E = math.log2(math.e)
 
 
@@ -187,7 +188,7 @@ def _packed(found: Attention) -> Attention:
     if not isinstance(found.queries, int) or not isinstance(heads, int) or not found.queries:
         return found
     for count in range(min(heads, PACKED // found.queries), 1, -1):
-        packed = Attention(**{**vars(found), "packed": count})
+        packed = replace(found, packed=count)
         if heads % count == 0 and not any(_varies(packed, tensor) for tensor in (found.key, found.value)):
             return packed
     return found
@@ -208,8 +209,9 @@ def attention_configs(region: Region, target: int) -> list[AttentionConfig]:
     """Configurations that fit the SM version `target`, best first.
 
     As many rows as the accumulators leave registers for, fewer where there would be less than one program for each
-    multiprocessor. A warp has 16 rows at least, so that its rows' maxima stay within it. Hopper reads Q from shared
-    memory and has room for longer blocks of keys.
+    multiprocessor. On Hopper four warps multiply 64 rows together, from shared memory, which has room for longer blocks
+    of keys. The others share one list, and so one binary: there a warp has 32 rows of narrow heads, since with 16 its
+    tensor cores would wait for the tiles of K and V.
     """
     found = attention_of(region)
     width, size = max(_block(found.width), _block(found.value_width)), 4 if found.dtype == "f32" else 2
@@ -223,7 +225,7 @@ def attention_configs(region: Region, target: int) -> list[AttentionConfig]:
     else:
         shapes = [(128, 64, 8), (64, 32, 4)] if target == 90 else [(64, 32, 8), (64, 32, 4)]
     if size == 2:
-        shapes += [(32, 64, 4), (16, 64, 4), (16, 32, 4)]
+        shapes += [(32, 64, 4), (16, 128, 4), (16, 64, 4), (16, 32, 4)]
     configs = [
         AttentionConfig(rows, keys, warps, stages)
         for rows, keys, warps in shapes
@@ -243,19 +245,20 @@ def _shared(found: Attention, rows: int, keys: int, stages: int) -> int:
 
 
 def _rank(found: Attention, config: AttentionConfig) -> int:
-    """0 for configurations that fill the GPU without rows that are not there; more, the further from that."""
+    """0 for configurations that fill a large GPU without rows and keys that are not there; more, the further from it."""
     rows = _most(found.rows)
     programs = math.ceil(rows / config.rows) * math.prod(map(_most, found.groups))
     idle = max(0, math.ceil(math.log2(PROGRAMS / max(programs, 1)))) if config.rows > 16 else 0
-    empty = max(0, math.ceil(math.log2(config.rows / max(_block(rows), 16))))
-    return max(idle, empty)
+    keys = MANY if found.keys.number is None else found.keys.number
+    unused = max(config.rows // _block(rows), config.keys // _block(keys))
+    return max(idle, math.ceil(math.log2(max(unused, 1))))
 
 
 def _most(dim: Dim) -> int:
     """A size; of an open one a large example."""
     if isinstance(dim, int):
         return dim
-    return dim.max if isinstance(dim, Sym) and dim.max is not None else 4096
+    return dim.max if isinstance(dim, Sym) and dim.max is not None else MANY
 
 
 def _block(size: int) -> int:
