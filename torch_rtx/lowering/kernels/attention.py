@@ -234,7 +234,8 @@ def attention_configs(region: Region, target: int) -> list[AttentionConfig]:
     ]
     if not configs:
         raise Unsupported(f"attention with heads of {width} elements on sm_{target}")
-    return sorted(configs, key=lambda config: _rank(found, config))
+    # A single stage loads and multiplies in turn: better a smaller tile.
+    return sorted(configs, key=lambda config: (config.num_stages == 1, _rank(found, config)))
 
 
 def _shared(found: Attention, rows: int, keys: int, stages: int) -> int:
