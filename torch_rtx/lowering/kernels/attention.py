@@ -246,7 +246,7 @@ def _shared(found: Attention, rows: int, keys: int, stages: int) -> int:
 
 
 def _rank(found: Attention, config: AttentionConfig) -> int:
-    """0 for configurations that fill a large GPU without rows and keys that are not there; more, the further from it."""
+    """0 for what fills a large GPU without rows and keys that are not there; more, the further from that."""
     rows = _most(found.rows)
     programs = math.ceil(rows / config.rows) * math.prod(map(_most, found.groups))
     idle = max(0, math.ceil(math.log2(PROGRAMS / max(programs, 1)))) if config.rows > 16 else 0
