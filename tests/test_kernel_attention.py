@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.numerics import assert_right
 from tests.interpreter import run
-from tests.numerics import assert_right
 from torch_rtx import aten
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Attr, Dim, Graph, Sym, TensorType, Value, contiguous
