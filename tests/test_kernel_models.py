@@ -76,8 +76,9 @@ def check(node: Node, sizes: dict[str, int], which: int = 0) -> bool:
     kernel = generate(node.body, node.op, 80, which)
     if kernel is None:
         return False
-    if (programs := evaluate(kernel.grid[0], sizes)) > PROGRAMS:  # the interpreter takes its time for each of them
-        found = region(node.body)
+    found = region(node.body)
+    # The interpreter takes its time for each of them.
+    if (programs := evaluate(kernel.grid[0], sizes)) > PROGRAMS and found.anchor is None:
         config = loop_configs(found)[which]
         rows = config.rows << (programs // PROGRAMS).bit_length()
         kernel = loop_kernel(found, node.op, replace(config, rows=rows))

@@ -315,7 +315,16 @@ def domain_of(node: Node) -> tuple[Domain | None, int]:
 
 def name_of(body: Graph) -> str:
     """A name for the kernel of `body`: its operations and a digest of all that it does."""
-    ops = [node.op.split(".")[1].strip("_") for node in body.nodes if not aten.is_view(aten.overload(node.op))]
+    ops = [node.op.split(".")[1].strip("_") for node in _calls(body) if not aten.is_view(aten.overload(node.op))]
     words = list(dict.fromkeys(ops))
     shown = words if len(words) <= 4 else [*words[:2], *words[-2:]]
     return "_".join([*shown, blake2b(str(body).encode(), digest_size=4).hexdigest()])
+
+
+def _calls(body: Graph) -> Iterator[Node]:
+    """The operations of `body`, those of the kernels in it among them."""
+    for node in body.nodes:
+        if node.body is None:
+            yield node
+        else:
+            yield from _calls(node.body)

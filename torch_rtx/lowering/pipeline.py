@@ -21,7 +21,10 @@ from torch_rtx.lowering.passes.fold_batch_norm import fold_batch_norm
 from torch_rtx.lowering.passes.fuse import fuse
 from torch_rtx.lowering.passes.hoist_weights import hoist_weights
 from torch_rtx.lowering.passes.merge_linears import merge_linears
+from torch_rtx.lowering.passes.raise_attention import raise_attention
+from torch_rtx.lowering.passes.read_in_place import read_in_place
 from torch_rtx.lowering.passes.simplify import simplify
+from torch_rtx.lowering.passes.simplify_masks import simplify_masks
 from torch_rtx.settings import CompilationSettings
 
 log = logging.getLogger(__name__)
@@ -30,6 +33,9 @@ Pass = Callable[[Graph, Inference], Graph]
 PIPELINE: Mapping[str, Pass] = {
     "simplify": simplify,
     "cse": cse,
+    "raise_attention": raise_attention,
+    "simplify_masks": simplify_masks,
+    "read_in_place": read_in_place,
     "fold_batch_norm": fold_batch_norm,
     "merge_linears": merge_linears,
     "channels_last": channels_last,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from torch_rtx.ir import Graph
+from torch_rtx.lowering.kernels.attention import attention_configs, attention_kernel
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.loops import loop_configs, loop_kernel
-from torch_rtx.lowering.kernels.region import region
+from torch_rtx.lowering.kernels.region import ANCHORS, region
 
 
 def generate(body: Graph, name: str, sm: int, which: int) -> Kernel | None:
@@ -16,6 +17,9 @@ def generate(body: Graph, name: str, sm: int, which: int) -> Kernel | None:
         Unsupported: no kernel computes this.
     """
     found = region(body)
+    if found.anchor is not None and ANCHORS[found.anchor.op] == "attention":
+        cuts = attention_configs(found, sm)
+        return attention_kernel(found, name, cuts[which]) if which < len(cuts) else None
     configs = loop_configs(found)
     return loop_kernel(found, name, configs[which]) if which < len(configs) else None
 

@@ -154,7 +154,7 @@ class _Writer:
         self.region, self.config, self.rows = region, config, rows_of(region)
         self.reductions = reductions_of(region.outputs)
         size = self.rows.size.number
-        self.wide = _is_wide(region)
+        self.wide = is_wide(region)
         self.steps = bool(self.reductions) and (size is None or size > config.elements)
         self.flat = not self.reductions
         self.x, self.r = variable(X, self.rows.count), variable(R, self.rows.size)
@@ -299,7 +299,7 @@ class _Writer:
         return tuple(position[order.index(axis)] for axis in range(len(shape)))
 
 
-def _is_wide(region: Region) -> bool:
+def is_wide(region: Region) -> bool:
     """Whether a tensor may reach as far as 32 bits do not count."""
     tensors = [value.type for value in region.body.inputs] + list(region.types)
     return any(_reach(type_) >= 2**31 for type_ in tensors if isinstance(type_, TensorType))
