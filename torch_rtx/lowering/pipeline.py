@@ -46,7 +46,7 @@ PIPELINE: Mapping[str, Pass] = {
 }
 REQUIRED = frozenset(("finish",))
 # Passes that form kernels and get them what they are best at: only for engines that have a GPU target.
-FORMING = frozenset(("channels_last", "fuse"))
+FORMING = frozenset(("channels_last", "fuse", "read_in_place"))
 # Passes whose recipes double the memory of large weights, where the model keeps its own: see `copy_weights`.
 COPYING = frozenset(("merge_linears",))
 
