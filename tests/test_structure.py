@@ -22,9 +22,10 @@ ARROWS = {
     "irparse": {"errors", "ir"},
     "aten": {"errors", "ir", "optable"},
     "engine": {"errors", "ir", "irparse", "optable", "aten"},  # aten inside `save` alone: it needs torch
+    "cache": {"errors"},
     "lowering": {"errors", "ir", "aten", "settings"},
     "runtime": {"errors", "ir", "aten", "settings", "engine"},
-    "backend": {"errors", "ir", "aten", "settings", "engine", "lowering", "runtime", "__init__"},
+    "backend": {"errors", "ir", "aten", "settings", "engine", "cache", "lowering", "runtime", "__init__"},
     "__init__": set(),  # its imports are for type checkers, and lazy
 }
 

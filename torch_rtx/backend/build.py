@@ -15,7 +15,8 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 
 import torch_rtx
 from torch_rtx.backend.capture import capture_export
-from torch_rtx.backend.compiler import Program, compile_fx
+from torch_rtx.backend.compiler import Program
+from torch_rtx.backend.reuse import obtain
 from torch_rtx.engine import Engine, Json, Manifest
 from torch_rtx.errors import CaptureError, RtxError
 from torch_rtx.lowering.from_fx import Role
@@ -57,7 +58,7 @@ def compile(
     written = set(program.graph_signature.buffers_to_mutate.values())
     roles = [_role(spec, tensors, written) for spec in program.graph_signature.input_specs]
     roles = _with_aliases(roles, tensors)
-    lowered = compile_fx(program.graph_module, roles, settings, _writes(program), program.range_constraints)
+    lowered = obtain(program.graph_module, roles, settings, _writes(program), program.range_constraints)
     signature = _signature(program, _forward_names(model))
     engine = _engine(program, lowered, signature, tensors, settings)
     runs_here = lowered.device.type == "cpu" or torch.cuda.is_available()

@@ -58,7 +58,7 @@ def lower(graph: Graph, settings: CompilationSettings, dump: Path | None = None)
 
     Raises:
         LoweringError: a pass failed or left a graph that does not verify; the message names it and those before it.
-        SettingsError: never here; `settings.disabled_passes` is checked by `check_passes`.
+        SettingsError: never here; `settings.disabled_passes` is checked by `check_settings`.
     """
     infer, report = Inference(), Report()
     _write(dump, 0, "import", graph, None)
