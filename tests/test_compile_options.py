@@ -15,6 +15,7 @@ from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 from tests.compiled import check, compile_rtx
+from torch_rtx.cache.store import FileStore
 from torch_rtx.errors import LoweringError, PartitionError, SettingsError
 from torch_rtx.lowering import pipeline
 from torch_rtx.settings import MODES, CompilationSettings, RuntimeSettings, from_options, table
@@ -30,6 +31,11 @@ GOOD = {
     "strip_weights": False,
     "device": "cpu",
     "dump_dir": "dumps",
+    "cache_built_engines": False,
+    "reuse_cached_engines": False,
+    "engine_cache_dir": "engines",
+    "engine_cache_size": 1 << 20,
+    "engine_cache": FileStore("own", 1 << 20),
     "cuda_graph_strategy": "disabled",
     "cuda_graph_pool_size": 3,
 }
@@ -43,6 +49,11 @@ BAD = {
     "strip_weights": None,
     "device": "tpu",
     "dump_dir": 3,
+    "cache_built_engines": 1,
+    "reuse_cached_engines": "no",
+    "engine_cache_dir": 3,
+    "engine_cache_size": "5 GiB",
+    "engine_cache": {},
     "cuda_graph_strategy": "sometimes",
     "cuda_graph_pool_size": True,
 }

@@ -25,7 +25,7 @@ ARROWS = {
     "cache": {"errors"},
     "lowering": {"errors", "ir", "aten", "settings"},
     "runtime": {"errors", "ir", "aten", "settings", "engine"},
-    "backend": {"errors", "ir", "aten", "settings", "engine", "cache", "lowering", "runtime", "__init__"},
+    "backend": {"errors", "ir", "irparse", "aten", "settings", "engine", "cache", "lowering", "runtime", "__init__"},
     "__init__": set(),  # its imports are for type checkers, and lazy
 }
 

@@ -138,12 +138,11 @@ def _placeholders(walk: Walk, roles: Sequence[Role]) -> tuple[list[object], list
 
 def _type_lines(encoded: Sequence[Any]) -> str:
     """What `_placeholders` gives, for people."""
-    return lines(
-        {
-            str(position): f"{kind} {_type_text(type_)}" + (f" tied to {tied}" if tied is not None else "")
-            for position, kind, type_, tied in encoded
-        }
-    )
+    shown = {}
+    for position, kind, type_, tied in encoded:
+        words = ("" if kind == "input" else kind, _type_text(type_), "" if tied is None else f"tied to {tied}")
+        shown[str(position)] = " ".join(filter(None, words))
+    return lines(shown)
 
 
 def _type_text(encoded: object) -> str:

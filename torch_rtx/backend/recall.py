@@ -74,19 +74,25 @@ class Recall:
         start = time.perf_counter()
         cache = engine_cache(self.settings)
         body = cache.get(self.key)
-        fields = None if body is None else json.loads(body)
-        engine = None if fields is None else cache.body(fields["engine"])
-        if fields is None or engine is None:
+        if body is None:
             return None
-        static = set(fields["parameters"])
-        roles = [Role("parameter" if index in static else "input", name) for index, name in enumerate(names)]
+        try:
+            fields = json.loads(body)
+            name, static, locations = str(fields["engine"]), set(fields["parameters"]), list(fields["locations"])
+        except (ValueError, KeyError, TypeError) as error:
+            cache.discard(self.key.digest, f"{type(error).__name__}: {error}")
+            return None
+        engine = cache.body(name)
+        if engine is None:
+            return None
+        roles = [Role("parameter" if index in static else "input", known) for index, known in enumerate(names)]
         inputs = [role.name for role in roles if role.kind == "input"]
-        site = Site(self.gm, self.nodes, roles, inputs, self.device, fields["locations"])
-        program = site.program(cache, fields["engine"], engine)
+        site = Site(self.gm, self.nodes, roles, inputs, self.device, locations)
+        program = site.program(cache, name, engine)
         if program is None:
             return None
         milliseconds = 1e3 * (time.perf_counter() - start)
-        log.info("hit: %s without a capture, %.0f ms", fields["engine"][:12], milliseconds)
+        log.info("hit: %s without a capture, %.0f ms", name[:12], milliseconds)
         return program, roles
 
     def remember(self, program: Program, parameters: Sequence[int]) -> None:

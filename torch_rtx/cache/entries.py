@@ -84,7 +84,7 @@ def _head(name: str, data: bytes) -> tuple[Head, int]:
 class EngineCache:
     """Bodies by key in a `Store`. What a store does wrong does not reach the caller: it is a miss, with one warning."""
 
-    _warned: set[str] = set()  # one per process: a full disk is said once, not once per model
+    _warned: set[object] = set()  # one per process: a full disk is said once, not once per model
     _building: WeakValueDictionary[str, _Lock] = WeakValueDictionary()
     _guard = threading.Lock()
 
@@ -108,7 +108,7 @@ class EngineCache:
         try:
             data = self.store.get(name)
         except Exception as error:  # a store may be anybody's code
-            self._warn(f"the engine cache can't be read, engines are built anew: {error}")
+            self._warn("the engine cache can't be read, engines are built anew", error)
             return None
         if data is None:
             return None
@@ -123,7 +123,7 @@ class EngineCache:
         try:
             self.store.put(key.digest, pack(key, body))
         except Exception as error:
-            self._warn(f"the engine cache can't be written, this engine is not kept: {error}")
+            self._warn("the engine cache can't be written, this engine is not kept", error)
 
     def discard(self, name: str, why: str) -> None:
         """Remove an entry that turned out to be of no use, and say so."""
@@ -131,7 +131,7 @@ class EngineCache:
         try:
             self.store.delete(name)
         except Exception as error:
-            self._warn(f"a damaged entry of the engine cache can't be removed: {error}")
+            self._warn("a damaged entry of the engine cache can't be removed", error)
 
     def head(self, name: str) -> Head:
         """The head of an entry; its body is not read.
@@ -174,10 +174,11 @@ class EngineCache:
             return "the cache has no entries"
         return f"the nearest entry is {nearest[0][:12]}; {' | '.join(nearest[1].why(key)) or 'it could not be used'}"
 
-    def _warn(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            log.warning("%s", message)
+    def _warn(self, what: str, error: Exception) -> None:
+        kind = what, type(error), getattr(error, "errno", None)
+        if kind not in self._warned:
+            self._warned.add(kind)
+            log.warning("%s: %s", what, error)
 
 
 class _Lock:

@@ -75,7 +75,7 @@ class Key:
 def _compare(here: dict[str, str], there: dict[str, str]) -> str:
     labels = [label for label in {**here, **there} if here.get(label) != there.get(label)]
     if not labels:
-        return "the same in outline, with other connections, order, arguments or content"
+        return "the outline is the same, the details are not"
     shown = [f"{label} {here.get(label, 'none')} -> {there.get(label, 'none')}" for label in labels[:SHOWN]]
     return "; ".join(shown) + (f"; and {len(labels) - SHOWN} more" if len(labels) > SHOWN else "")
 
