@@ -5,25 +5,27 @@ from __future__ import annotations
 import http.server
 import io
 import os
+import re
 import tarfile
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests.caching import Traffic
 from tests.compiled import compile_rtx
+from torch_rtx import CompilationSettings, SettingsError
 from torch_rtx.cache.archive import export_entries, import_entries
 from torch_rtx.cache.entries import EngineCache, pack, unpack
 from torch_rtx.cache.key import Key, Part
-from torch_rtx.cache.store import FileStore, Store, Stored
+from torch_rtx.cache.store import FileStore, Store
 from torch_rtx.errors import CacheError
 
+ROOT = Path(__file__).parent.parent
 NAMES = [f"{i:040x}" for i in range(16)]
 
 
@@ -262,34 +264,13 @@ class Bucket(http.server.BaseHTTPRequestHandler):
         pass
 
 
-class ObjectStore:
-    """The example of docs/caching.md."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-
-    def _call(self, method: str, name: str, data: bytes | None = None, **headers: str) -> bytes | None:
-        request = urllib.request.Request(f"{self.url}/{name}", data, headers, method=method)
-        try:
-            with urllib.request.urlopen(request, timeout=10) as answer:
-                return answer.read()
-        except urllib.error.HTTPError as error:
-            if error.code == 404:
-                return None
-            raise
-
-    def get(self, name: str, size: int | None = None) -> bytes | None:
-        return self._call("GET", name, **({} if size is None else {"Range": f"bytes=0-{size - 1}"}))
-
-    def put(self, name: str, data: bytes) -> None:
-        self._call("PUT", name, data)
-
-    def delete(self, name: str) -> None:
-        self._call("DELETE", name)
-
-    def entries(self) -> list[Stored]:
-        rows = (line.split() for line in (self._call("GET", "") or b"").decode().splitlines())
-        return [Stored(name, int(size), float(used)) for name, size, used in rows]
+def documented_store() -> Any:
+    """The class that docs/caching.md shows."""
+    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / "caching.md").read_text(), re.MULTILINE | re.DOTALL)
+    (code,) = (block for block in blocks if "class ObjectStore" in block)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    return names["ObjectStore"]
 
 
 @pytest.fixture
@@ -305,7 +286,8 @@ def bucket() -> Iterator[str]:
 def test_a_store_over_http(
     bucket: str, cache_folder: Path, fresh_dynamo: None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    traffic, options = Traffic(caplog), {"engine_cache": ObjectStore(bucket)}
+    objects = documented_store()(bucket)
+    traffic, options = Traffic(caplog), {"engine_cache": objects}
     for expected in ((0, 1), (1, 1)):
         torch._dynamo.reset()
         assert torch.equal(compile_rtx(torch.relu, options=options)(torch.ones(3)), torch.ones(3))
@@ -333,7 +315,5 @@ def test_a_store_that_fails_is_a_miss(fresh_dynamo: None, caplog: pytest.LogCapt
 
 
 def test_a_store_needs_its_methods() -> None:
-    from torch_rtx import CompilationSettings, SettingsError
-
     with pytest.raises(SettingsError, match="option engine_cache must be None or a store"):
         CompilationSettings(engine_cache={})

@@ -45,8 +45,8 @@ def _open(folder: str | None) -> tuple[EngineCache, FileStore]:
 def _find(store: FileStore, prefix: str) -> str:
     names = [entry.name for entry in store.entries() if entry.name.startswith(prefix.lower())]
     if len(names) != 1:
-        found = f"{len(names)} entries begin" if names else "no entry begins"
-        raise CacheError(f"{found} with {prefix!r}", hint="`torch-rtx cache ls` lists them")
+        problem = f"{len(names)} entries begin with {prefix!r}" if names else f"no entry begins with {prefix!r}"
+        raise CacheError(problem, hint="`torch-rtx cache ls` lists them")
     return names[0]
 
 

@@ -89,10 +89,10 @@ def graph_key(
     inputs, weights = _placeholders(walk, roles)
     parts = {
         "kind": Part.of("engine"),
-        "graph": Part.of(walk.summary, encode(walk.records)),
+        "graph": Part.of(walk.summary, encode((walk.records, list(shared.callees)))),
         "inputs": Part.of(lambda: _type_lines(inputs), encode(inputs)),
         "weights": Part.of(lambda: _type_lines(weights), encode(weights)),
-        "types": Part.of(f"tensors: {len(walk.types)}", encode(walk.types)),
+        "types": Part.of(f"tensors: {len(walk.types)}", encode(_numbered(walk.types))),
         "symbols": Part.of("\n".join(shared.ranges)),
         "constants": Part.of("\n".join(shared.constants)),
         **surroundings(settings, symbols.main),
@@ -113,6 +113,13 @@ def surroundings(settings: CompilationSettings, device: torch.device) -> dict[st
         "target": Part.of(f"device: {device.type}\nplatform: any"),
         "versions": versions(),
     }
+
+
+def _numbered(types: Sequence[object]) -> object:
+    """`types`, in which the same few tensors come again and again, by the number of each in a table."""
+    table: dict[object, int] = {}
+    numbers = [table.setdefault(t, len(table)) if type(t) is tuple and len(t) == 4 else [t] for t in types]
+    return numbers, list(table)
 
 
 def lines(values: Mapping[str, object]) -> str:
@@ -162,21 +169,27 @@ def _size_text(size: object) -> str:
 
 @dataclass
 class Shared:
-    """What a graph and the graphs nested in it number together: symbols, and constants by content."""
+    """What a graph and the graphs nested in it number together: what they call, symbols, and constants.
+
+    Attributes:
+        texts: names of dtypes and devices, as bytes.
+        callees: the number of each identity that is called.
+    """
 
     symbols: Symbols
     ranges: list[str] = field(default_factory=list)
     constants: list[str] = field(default_factory=list)
-    _texts: dict[object, bytes] = field(default_factory=dict)
+    texts: dict[object, bytes] = field(default_factory=dict)
+    callees: dict[bytes, int] = field(default_factory=dict)
     _syms: dict[sympy.Symbol, sympy.Symbol] = field(default_factory=dict)
     _exprs: dict[tuple[type, sympy.Expr], bytes] = field(default_factory=dict)
 
     def text(self, named: Any) -> bytes:
         """The name of a dtype, layout or memory format, and the name that the IR has for a device."""
-        found = self._texts.get(named)
+        found = self.texts.get(named)
         if found is None:
             name = self.symbols.device(named) if isinstance(named, torch.device) else str(named)
-            found = self._texts[named] = name.encode()
+            found = self.texts[named] = name.encode()
         return found
 
     def expr(self, value: torch.SymInt | torch.SymFloat | torch.SymBool) -> bytes:
@@ -233,16 +246,18 @@ class Walk:
         after: dict[fx.Node, int] = {}
         roots, writes = [], 0
         for node in gm.graph.nodes:
-            if node.op == "placeholder":
-                self._number(node)
-                self.placeholders.append(node)
-                continue
-            called = callee(node.target) if node.op == "call_function" else None
-            if ordered or not node.users or (called is not None and called.stays):  # the output is the last of these
-                roots.append(node)
             if writes:
                 after[node] = writes
-            writes += called is not None and called.writes
+            if node.op == "call_function":
+                called = _CALLEES.get(id(node.target)) or callee(node.target)
+                if ordered or called.stays or not node.users:
+                    roots.append(node)
+                writes += called.writes
+            elif node.op == "placeholder":
+                self._number(node)
+                self.placeholders.append(node)
+            elif ordered or not node.users:  # the output is the last of these
+                roots.append(node)
         self._visit(roots, after)
 
     def summary(self) -> str:
@@ -255,7 +270,7 @@ class Walk:
         self.numbers[node] = b"%d" % len(self.nodes)
         self.nodes.append(node)
         value = node.meta.get("val", MISSING)
-        self.types.append(self._tensor(value) if type(value) is FakeTensor else self.value(value))
+        self.types.append(self.tensor(value) if type(value) is FakeTensor else self.value(value))
 
     def _visit(self, roots: list[fx.Node], after: dict[fx.Node, int]) -> None:
         """Number and encode what each root needs, then the root; a loop: graphs are deeper than Python's stack."""
@@ -277,17 +292,19 @@ class Walk:
             self._number(node)
 
     def _record(self, node: fx.Node) -> object:
-        numbers, argument = self.numbers, self.argument
+        numbers, argument, callees = self.numbers, self.argument, self.shared.callees
         args = [numbers[a] if type(a) is fx.Node else a if type(a) in PLAIN else argument(a) for a in node.args]
         if node.op == "call_function":
             called = callee(node.target)
             if called.problem:
                 raise Uncacheable(called.problem)
+            index = callees.setdefault(called.identity, len(callees))
+            if not node.kwargs and called.schema:
+                return index, args
             # Arguments by name in the order in which they are given: a Python fallback gets its inputs in this order.
-            kwargs = [(name, argument(given)) for name, given in node.kwargs.items()] if node.kwargs else None
-            if called.schema:
-                return called.identity, args, kwargs
-            return called.identity, args, kwargs, [numbers[needed] for needed in node.all_input_nodes]
+            kwargs = [(name, argument(given)) for name, given in node.kwargs.items()]
+            needed = None if called.schema else [numbers[needed] for needed in node.all_input_nodes]
+            return index, args, kwargs, needed
         if node.op == "get_attr":
             return self._attribute(node)
         if node.op == "output":
@@ -325,7 +342,7 @@ class Walk:
         if isinstance(given, torch.SymInt | torch.SymFloat | torch.SymBool):
             return self.shared.expr(given)
         if isinstance(given, torch._ops.OpOverload):
-            return callee(given).identity
+            return b"operator", callee(given).identity
         if kind is slice:
             return b"slice", self.argument(given.start), self.argument(given.stop), self.argument(given.step)
         if given is Ellipsis:
@@ -335,7 +352,7 @@ class Walk:
     def value(self, content: Any) -> object:
         """What lowering reads of a node's value: types and sizes, and for plain numbers the number."""
         if isinstance(content, torch.Tensor):
-            return self._tensor(content)
+            return self.tensor(content)
         if isinstance(content, torch.SymInt | torch.SymFloat | torch.SymBool):
             return self.shared.expr(content)
         if type(content) in PLAIN or content is MISSING:
@@ -346,16 +363,21 @@ class Walk:
             return b"dict", [(self.argument(key), self.value(item)) for key, item in content.items()]
         raise Uncacheable(f"a value of type {type(content).__name__}")
 
-    def _tensor(self, tensor: torch.Tensor) -> object:
+    def tensor(self, tensor: torch.Tensor) -> object:
+        """The type of a tensor; of one that is not strided no engine holds more than that it is none."""
         if tensor.layout != torch.strided:
             return str(tensor.layout).encode(), str(tensor.dtype).encode(), tuple(map(str, tensor.shape))
-        shape: tuple[object, ...] = tuple(tensor.shape)
+        shape: tuple[object, ...] = tensor.shape
         strides: tuple[object, ...] = tensor.stride()
         if tensor._has_symbolic_sizes_strides:
             shape, strides = tuple(map(self._size, shape)), tuple(map(self._size, strides))
-        if tensor.is_quantized:
-            return b"quantized", str(tensor.dtype), shape
-        return self.shared.text(tensor.dtype), shape, strides, self.shared.text(tensor.device)
+        texts, dtype, device = self.shared.texts, tensor.dtype, tensor.device
+        return (
+            texts.get(dtype) or self.shared.text(dtype),
+            shape,
+            strides,
+            texts.get(device) or self.shared.text(device),
+        )
 
     def _size(self, size: Any) -> object:
         return self.shared.expr(size) if isinstance(size, torch.SymInt) else size

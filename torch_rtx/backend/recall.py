@@ -140,7 +140,7 @@ def _key(gm: fx.GraphModule, settings: CompilationSettings) -> tuple[Key, list[f
     capture = {"grad": torch.is_grad_enabled(), "functorch": functorch_config.get_hash().hex()}
     parts = {
         "kind": Part.of("capture"),
-        "graph": Part.of(walk.summary, encode(walk.records)),
+        "graph": Part.of(walk.summary, encode((walk.records, list(shared.callees)))),
         "inputs": Part.of(lambda: lines({str(index): item for index, item in enumerate(inputs)}), encode(inputs)),
         "capture": Part.of(lines(capture)),
         **surroundings(settings, device),

@@ -108,7 +108,7 @@ class EngineCache:
         try:
             data = self.store.get(name)
         except Exception as error:  # a store may be anybody's code
-            self._warn("the engine cache can't be read, engines are built anew", error)
+            self._warn("the engine cache can't be read, engines are built anew:", error)
             return None
         if data is None:
             return None
@@ -123,7 +123,7 @@ class EngineCache:
         try:
             self.store.put(key.digest, pack(key, body))
         except Exception as error:
-            self._warn("the engine cache can't be written, this engine is not kept", error)
+            self._warn("the engine cache can't be written, this engine is not kept:", error)
 
     def discard(self, name: str, why: str) -> None:
         """Remove an entry that turned out to be of no use, and say so."""
@@ -131,7 +131,7 @@ class EngineCache:
         try:
             self.store.delete(name)
         except Exception as error:
-            self._warn("a damaged entry of the engine cache can't be removed", error)
+            self._warn("a damaged entry of the engine cache can't be removed:", error)
 
     def head(self, name: str) -> Head:
         """The head of an entry; its body is not read.
@@ -178,7 +178,7 @@ class EngineCache:
         kind = what, type(error), getattr(error, "errno", None)
         if kind not in self._warned:
             self._warned.add(kind)
-            log.warning("%s: %s", what, error)
+            log.warning("%s %s", what, error)
 
 
 class _Lock:
