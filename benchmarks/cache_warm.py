@@ -1,4 +1,4 @@
-"""Seconds spent inside the backend by a cold and by a warm `torch.compile(backend="rtx")`, each in a process of its own.
+"""Seconds inside the backend of a cold and of a warm `torch.compile(backend="rtx")`, each in a process of its own.
 
     python -m benchmarks.cache_warm [--size full] [--repeats 3] [--out results.json] [MODEL ...]
 

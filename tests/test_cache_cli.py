@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 import torch_rtx
+from torch_rtx import CompilationSettings
+from torch_rtx.backend.cache_cli import size_of
 from torch_rtx.backend.cli import app
 
 
@@ -22,14 +25,23 @@ def call(*args: object) -> Result:
     return CliRunner().invoke(app, ["cache", *map(str, args)])
 
 
-@pytest.fixture
-def names(cache_folder: Path) -> list[str]:
-    """The keys of two engines, the older one first."""
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A cache with two engines, and their keys, the older one first."""
+    folder = tmp_path_factory.mktemp("cache")
+    settings = CompilationSettings(engine_cache_dir=str(folder))
     found: list[str] = []
     for rows in (2, 3):
-        torch_rtx.compile(nn.Linear(4, 4), (torch.ones(rows, 4),))
-        found += [p.stem for p in (cache_folder / "engines").iterdir() if p.stem not in found]
-    return found
+        torch_rtx.compile(nn.Linear(4, 4), (torch.ones(rows, 4),), settings=settings)
+        found += [path.stem for path in (folder / "engines").iterdir() if path.stem not in found]
+    return folder, found
+
+
+@pytest.fixture
+def names(built: tuple[Path, list[str]], cache_folder: Path) -> list[str]:
+    """The keys of the engines in the test's own cache."""
+    shutil.copytree(built[0], cache_folder)
+    return built[1]
 
 
 def test_ls(names: list[str], cache_folder: Path) -> None:
@@ -73,9 +85,7 @@ def test_prune(names: list[str], cache_folder: Path) -> None:
 
 @pytest.mark.parametrize(("text", "size"), [("10", 10), ("2k", 2048), ("1.5M", 3 << 19), ("1G", 1 << 30)])
 def test_sizes(text: str, size: int) -> None:
-    from torch_rtx.backend.cache_cli import _size
-
-    assert _size(text) == size
+    assert size_of(text) == size
 
 
 def test_verify(names: list[str], cache_folder: Path) -> None:

@@ -50,7 +50,12 @@ def _find(store: FileStore, prefix: str) -> str:
     return names[0]
 
 
-def _size(text: str) -> int:
+def size_of(text: str) -> int:
+    """The bytes that `500M` or `2G` stands for.
+
+    Raises:
+        CacheError: it is no size.
+    """
     number, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
     try:
         return int(float(number) * UNITS[unit])
@@ -136,7 +141,7 @@ def prune(
     """Remove the least recently used entries, down to a size; without options, to the size of the settings."""
     with _errors():
         _, store = _open(directory)
-        removed = store.prune(0 if everything else None if size is None else _size(size))
+        removed = store.prune(0 if everything else None if size is None else size_of(size))
         left = len(store.entries())
     print(f"removed {len(removed)} entries, {sum(e.size for e in removed) / 1024**2:.1f} MiB; {left} are left")
     if everything and left:
