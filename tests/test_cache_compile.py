@@ -355,6 +355,24 @@ def test_what_the_user_asked_for_is_checked_before_the_cache(traffic: Traffic) -
         torch_rtx.compile(nn.ReLU(), (X,), settings=CompilationSettings(torch_executed_ops={"rtx_cache_test.absent"}))
 
 
+def test_fallback_on_error_holds_for_a_known_capture(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = {"fallback_on_error": True}
+    compile_rtx(torch.relu, options=options)(X)
+
+    def fail(*args: Any) -> Any:
+        raise RuntimeError("no session today")
+
+    monkeypatch.setattr(entry, "Session", fail)
+    torch._dynamo.reset()
+    assert torch.equal(compile_rtx(torch.relu, options=options)(X), X.relu())
+    assert "this graph runs in PyTorch: no session today" in caplog.text
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="no session today"):
+        compile_rtx(torch.relu)(X)
+
+
 def test_a_miss_says_what_differs(traffic: Traffic) -> None:
     compile_rtx(torch.relu)(X)
     torch._dynamo.reset()

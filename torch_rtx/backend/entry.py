@@ -56,10 +56,8 @@ def rtx(
         compilation = replace(compilation, copy_weights=False)
     names = [_source_name(node) for node in gm.graph.nodes if node.op == "placeholder"]
     recall = Recall.of(gm, example_inputs, compilation)
-    found = recall.find(_unique(names)) if recall is not None else None
-    if found is not None:
-        with unset_fake_temporarily():
-            call = _bind(*found, frozenset(), runtime)
+    call = None if recall is None else _recalled(recall, names, compilation, runtime)
+    if call is not None:
         return disable(lambda *args: call(list(args)), reason="do not trace compiled code")
 
     def inference(graph: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
@@ -74,6 +72,22 @@ def rtx(
     # Calls with effects (a check that may raise, a print) are kept in order by tokens. As inputs these would be None.
     with functorch_config.patch(unlift_effect_tokens=True):
         return capture(gm, example_inputs, inference, training)
+
+
+def _recalled(
+    recall: Recall, names: Sequence[str], compilation: CompilationSettings, runtime: RuntimeSettings
+) -> Callable[..., Any] | None:
+    """A boxed callable for a Dynamo graph whose capture is known; None if it is not."""
+    found = recall.find(_unique(names))
+    if found is None:
+        return None
+    try:
+        with unset_fake_temporarily():
+            return _bind(*found, frozenset(), runtime)
+    except Exception:
+        if not compilation.fallback_on_error:
+            raise
+        return None  # the same will happen after a capture, whose graph can run in PyTorch
 
 
 def _compile(

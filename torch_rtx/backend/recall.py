@@ -41,7 +41,11 @@ from torch_rtx.settings import CompilationSettings
 
 log = logging.getLogger("torch_rtx.cache")
 
-PUBLIC_MODULES = PURE_MODULES | {"torch", "torch.functional", "torch.nn.functional", "torch.amp.autocast_mode"}
+# Where PyTorch's own functions are that Dynamo puts into graphs. Others may look things up in tables of the process.
+PUBLIC_MODULES = PURE_MODULES | {
+    *("torch", "torch.functional", "torch.nn.functional", "torch.amp.autocast_mode"),
+    *("torch._C", "torch._C._nn", "torch._C._linalg", "torch._C._fft", "torch._C._special"),
+}
 
 
 @dataclass(frozen=True)
@@ -160,9 +164,7 @@ def _is_public(target: Any) -> bool:
     if isinstance(target, torch._ops.OpOverload):
         return target.namespace in PURE_NAMESPACES
     module = name_of(target).rpartition(".")[0]
-    return not isinstance(target, torch._ops.HigherOrderOperator) and (
-        module in PUBLIC_MODULES or module.startswith("torch._C")
-    )
+    return module in PUBLIC_MODULES and not isinstance(target, torch._ops.HigherOrderOperator)
 
 
 def _leaves_nothing_to_do() -> bool:
