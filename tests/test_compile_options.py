@@ -71,6 +71,7 @@ def run_python(code, cwd, **env):
     script = cwd / "script.py"
     script.write_text(textwrap.dedent(code))
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("TORCH_RTX", "TORCH_LOGS"))}
+    kept["TORCH_RTX_CACHE_DIR"] = os.environ["TORCH_RTX_CACHE_DIR"]  # never the user's own
     result = subprocess.run([sys.executable, script], cwd=cwd, env=kept | env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result
