@@ -20,7 +20,7 @@ from torch import nn
 from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_mutation
 
 from tests.caching import Keys
-from tests.graphs import Spec, build, canonical, key_of, reordered, specs
+from tests.graphs import FAKES, Spec, build, canonical, key_of, reordered, specs
 from torch_rtx.backend import fx_key
 from torch_rtx.cache.key import Key, Part
 from torch_rtx.errors import Uncacheable
@@ -72,7 +72,7 @@ def test_another_process_and_hash_seed() -> None:
     drawn = random.Random(1)
     wanted = [Spec.random(drawn) for _ in range(20)]
     code = (
-        "import json, sys; from tests.graphs import Spec, build, key_of\n"
+        "import json, sys; from tests.graphs import FAKES, Spec, build, key_of\n"
         "print(json.dumps([key_of(build(Spec.of(item))).digest for item in json.load(sys.stdin)]))"
     )
     done = subprocess.run(
@@ -283,20 +283,23 @@ def test_versions(name: str, keys: Keys, monkeypatch: pytest.MonkeyPatch) -> Non
         fx_key.versions.cache_clear()
 
 
-def test_custom_operators(keys: Keys) -> None:
-    """Another schema under the same name is another key; so is another shape from the operator's own fake."""
+def test_custom_operators() -> None:
+    """Another schema under the same name is another key; so is another type from the operator's own fake."""
 
-    def key(schema: str, rows: int = 4) -> Key:
-        with torch.library._scoped_library("rtx_cache_test", "FRAGMENT") as library:
+    def key(schema: str, kind: str = "f32") -> Key:
+        with torch.library._scoped_library("rtx_cache_schemas", "FRAGMENT") as library:
             library.define(f"op({schema}) -> Tensor")
-            library.impl("op", lambda x, *rest: x.new_ones(rows, 4), "CPU")
-            library.impl("op", lambda x, *rest: x.new_empty(rows, 4), "Meta")
-            return keys(lambda x: torch.ops.rtx_cache_test.op(x) * 1, X)
+            graph = torch.fx.Graph()
+            x = graph.placeholder("x")
+            node = graph.call_function(torch.ops.rtx_cache_schemas.op.default, (x,))
+            x.meta["val"], node.meta["val"] = FAKES["f32"], FAKES[kind]
+            graph.output((node,))
+            return key_of(torch.fx.GraphModule({}, graph))
 
     base = key("Tensor x")
     assert base.digest == key("Tensor x").digest
     assert base.differing(key("Tensor x, float scale=1.0")) == ["graph"]
-    assert "types" in base.differing(key("Tensor x", rows=3))
+    assert base.differing(key("Tensor x", kind="transposed")) == ["types"]
 
 
 def test_what_has_no_name_has_no_key() -> None:
