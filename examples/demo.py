@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -179,6 +180,7 @@ def main() -> int:
     rows = {}
     for name, title in MODELS.items():
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+            os.environ["TORCH_RTX_CACHE_DIR"] = folder  # each model is built, whatever was built before
             console.print(f"{title} ...")
             rows[name] = build(name, Path(folder))
             rows[name] |= in_new_process(Path(folder))

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
+import shutil
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 # Before torch is imported: it reads the variable once. Workers share few cores, so one thread each is fastest.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Engines of this run alone, for this process and those that it starts: never the user's own.
+os.environ["TORCH_RTX_CACHE_DIR"] = CACHES = tempfile.mkdtemp(prefix="torch_rtx_tests_")
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+NUMBERS = itertools.count()
 
 try:
     from hypothesis import settings
@@ -33,6 +40,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+def pytest_unconfigure() -> None:
+    """Removes the engine caches of the run."""
+    shutil.rmtree(CACHES, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An engine cache of its own for each test, empty: what one test builds no other test finds."""
+    folder = Path(CACHES) / str(next(NUMBERS))
+    monkeypatch.setenv("TORCH_RTX_CACHE_DIR", str(folder))
+    return folder
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 from tests.compiled import check, compile_rtx
+from torch_rtx.cache.store import FileStore
 from torch_rtx.errors import LoweringError, PartitionError, SettingsError
 from torch_rtx.lowering import pipeline
 from torch_rtx.settings import MODES, CompilationSettings, RuntimeSettings, from_options, table
@@ -32,6 +33,11 @@ GOOD = {
     "targets": ("sm_86", 120, "ptx"),
     "dump_dir": "dumps",
     "tactics": "library",
+    "cache_built_engines": False,
+    "reuse_cached_engines": False,
+    "engine_cache_dir": "engines",
+    "engine_cache_size": 1 << 20,
+    "engine_cache": FileStore("own", 1 << 20),
     "cuda_graph_strategy": "disabled",
     "cuda_graph_pool_size": 3,
 }
@@ -47,6 +53,11 @@ BAD = {
     "targets": 8.6,
     "dump_dir": 3,
     "tactics": "fastest",
+    "cache_built_engines": 1,
+    "reuse_cached_engines": "no",
+    "engine_cache_dir": 3,
+    "engine_cache_size": "5 GiB",
+    "engine_cache": {},
     "cuda_graph_strategy": "sometimes",
     "cuda_graph_pool_size": True,
 }
@@ -64,6 +75,7 @@ def run_python(code, cwd, **env):
     script = cwd / "script.py"
     script.write_text(textwrap.dedent(code))
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("TORCH_RTX", "TORCH_LOGS"))}
+    kept["TORCH_RTX_CACHE_DIR"] = os.environ["TORCH_RTX_CACHE_DIR"]  # never the user's own
     result = subprocess.run([sys.executable, script], cwd=cwd, env=kept | env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result

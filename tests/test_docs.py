@@ -28,7 +28,8 @@ def table_in(page: str) -> str:
 
 
 def test_settings_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TORCH_RTX_DUMP", raising=False)
+    for name in ("TORCH_RTX_DUMP", "TORCH_RTX_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
     assert table_in("settings.md") == settings.table()
 
 

@@ -1,8 +1,10 @@
-"""Every model of the zoo through torch.compile(backend="rtx"), against eager, without any fallback."""
+"""Every model of the zoo through torch.compile(backend="rtx"), against eager, without any fallback; built, and again
+from the engine cache."""
 
 import pytest
 import torch
 
+from tests.caching import Traffic
 from tests.compiled import counted, same
 
 pytest.importorskip("transformers")
@@ -27,25 +29,37 @@ def tensors(result):
 
 
 @pytest.mark.parametrize("name", models.names())
-def test_model(name):
-    """Two calls with other inputs; where the model takes any batch size, two more with others, in one more graph."""
+def test_model(name, caplog):
+    """Two calls with other inputs; where the model takes any batch size, two more with others, in one more graph. Then
+    the same graphs from the engine cache, whose results are the same bit for bit."""
+    traffic = Traffic(caplog)
     model, args, kwargs = models.build(name)
-    compiled, counter = counted(model, options={"require_full_compilation": True})
+    options = {"require_full_compilation": True}
+    compiled, counter = counted(model, options=options)
     state = {key: tensor.clone() for key, tensor in model.named_buffers()}
 
+    def results(call, args, kwargs):
+        for key, buffer in model.named_buffers():
+            buffer.copy_(state[key])
+        return [*tensors(call(*args, **kwargs)), *(buffer.clone() for buffer in model.buffers())]
+
     def check(args, kwargs):
-        results = []
-        for call in (model, compiled):
-            for key, buffer in model.named_buffers():
-                buffer.copy_(state[key])
-            results.append(tensors(call(*args, **kwargs)))
-            results.append([buffer.clone() for buffer in model.buffers()])
-        same(results[2:], results[:2], **TOLERANCE)
+        same(results(compiled, args, kwargs), results(model, args, kwargs), **TOLERANCE)
 
     check(args, kwargs)
     check(*models.inputs(name, seed=1))
     assert counter.frame_count == 1
+    calls = [(args, kwargs)]
     if models.spec(name).dynamic_batch:
-        check(*models.inputs(name, batch=3, seed=2))
+        calls.append(models.inputs(name, batch=3, seed=2))
+        check(*calls[-1])
         check(*models.inputs(name, batch=5, seed=3))
         assert counter.frame_count == 2
+    assert traffic.counts == (0, len(calls))
+
+    built = [results(compiled, *call) for call in calls]
+    torch._dynamo.reset()
+    again, _ = counted(model, options=options)
+    for call, expected in zip(calls, built, strict=True):
+        assert all(map(torch.equal, results(again, *call), expected))
+    assert traffic.counts == (len(calls), len(calls))

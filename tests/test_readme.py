@@ -53,7 +53,9 @@ def test_command_exists(command: str) -> None:
     elif program == "torch-rtx":
         from torch_rtx.backend.cli import app
 
-        assert first in {found.name or getattr(found.callback, "__name__", "") for found in app.registered_commands}
+        groups = {group.name: group.typer_instance for group in app.registered_groups}
+        group, names = (groups[first], rest[:1]) if first in groups else (app, [first])
+        assert {*names} <= {f.name or getattr(f.callback, "__name__", "") for f in group.registered_commands}
     elif first == "-m":
         assert find_spec(rest[0]) is not None
     else:

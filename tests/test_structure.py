@@ -26,11 +26,12 @@ ARROWS = {
     "kerneltable": {"errors", "ir", "irparse", "manifest", "targets"},
     # aten inside `save` alone: it needs torch
     "engine": {"errors", "ir", "irparse", "optable", "manifest", "kerneltable", "aten"},
+    "cache": {"errors"},
     "lowering": {"errors", "ir", "aten", "settings", "lowering.kernels"},
     "lowering.kernels": {"errors", "ir", "targets"},  # no torch: workers of a build start fast without it
     "runtime": {"errors", "ir", "aten", "settings", "targets", "kerneltable", "engine"},
     "backend": {
-        *("errors", "ir", "aten", "settings", "targets", "kerneltable", "engine"),
+        *("errors", "ir", "irparse", "aten", "settings", "targets", "kerneltable", "engine", "cache"),
         *("lowering", "lowering.kernels", "runtime", "__init__"),
     },
     "__init__": set(),  # its imports are for type checkers, and lazy

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch_rtx.backend.explain import Explanation, explain
     from torch_rtx.engine import Engine, inspect
     from torch_rtx.errors import (
+        CacheError,
         CaptureError,
         EngineFormatError,
         EngineVersionError,
@@ -42,6 +43,7 @@ _HOMES = {
     "torch_rtx.backend.explain": ("Explanation", "explain"),
     "torch_rtx.engine": ("Engine", "inspect"),
     "torch_rtx.errors": (
+        "CacheError",
         "CaptureError",
         "EngineFormatError",
         "EngineVersionError",
@@ -61,6 +63,7 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "CacheError",
     "CaptureError",
     "CompilationSettings",
     "CompiledModule",

@@ -11,7 +11,9 @@
     ├── EngineFormatError (also ValueError)   a file that is no engine, or a damaged one
     │   └── EngineVersionError            an engine of a format this release can't read
     ├── RefitError (also ValueError)      weights that are missing, unexpected or of another type
-    └── InputError (also ValueError)      an argument of a wrong dtype, device, rank or shape
+    ├── InputError (also ValueError)      an argument of a wrong dtype, device, rank or shape
+    ├── CacheError                        an entry of the engine cache that is not there or damaged, a bad archive
+    └── Uncacheable                       a graph that has no key: it is built each time, and no user sees this
 
 Anything else that comes out of torch_rtx is a bug.
 """
@@ -88,3 +90,11 @@ class RefitError(RtxError, ValueError):
 
 class InputError(RtxError, ValueError):
     """An argument of a call has the wrong dtype, device, rank, shape or structure."""
+
+
+class CacheError(RtxError):
+    """An entry of the engine cache is not there or damaged, or a file holds no entries."""
+
+
+class Uncacheable(RtxError):
+    """What a graph depends on has no name outside of this process, so that it has no key: it is built each time."""

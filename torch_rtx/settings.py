@@ -1,12 +1,14 @@
 """The options of torch_rtx, as two frozen dataclasses, and the only place that reads a `TORCH_RTX_*` variable.
 
 `CompilationSettings` decide what an engine is, `RuntimeSettings` how it runs. `torch.compile(options=...)` takes the
-fields of both under their own names. docs/settings.md holds the table that `table()` prints.
+fields of both under their own names. docs/settings.md holds the table that `table()` prints. `key_settings` gives the
+options that decide what an engine is: each field of `CompilationSettings` says whether it is one of them.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -28,22 +30,34 @@ MODES: dict[str, dict[str, object]] = {
 NAMES = "a collection of names"
 
 
-def _option(default: object, expects: str, check: Callable[[Any], bool], help_: str, env: str = "") -> Any:
-    """A field: what it `expects` in words, the check of that, one line for the table, and the variable that sets it."""
+def _option(
+    default: object, expects: str, check: Callable[[Any], bool], help_: str, env: str = "", *, key: bool = False
+) -> Any:
+    """A field: what it `expects` in words, the check of that, one line for the table, the variable that sets it, and
+    whether another value makes another engine, so that it belongs in the engine's key."""
     make = (lambda: os.environ.get(env) or default) if env else (lambda: default)
-    return field(default_factory=make, metadata={"expects": expects, "check": check, "help": help_, "env": env})
+    metadata = {"expects": expects, "check": check, "help": help_, "env": env, "key": key}
+    return field(default_factory=make, metadata=metadata)
 
 
-def _flag(default: bool, help_: str) -> Any:
-    return _option(default, "a bool", lambda v: isinstance(v, bool), help_)
+def _flag(default: bool, help_: str, *, key: bool = False) -> Any:
+    return _option(default, "a bool", lambda v: isinstance(v, bool), help_, key=key)
 
 
-def _count(default: int, help_: str) -> Any:
-    return _option(default, "an int of at least 1", lambda v: type(v) is int and v >= 1, help_)
+def _count(default: int, help_: str, *, key: bool = False) -> Any:
+    return _option(default, "an int of at least 1", lambda v: type(v) is int and v >= 1, help_, key=key)
 
 
-def _names(help_: str) -> Any:
-    return _option(frozenset(), NAMES, lambda v: isinstance(v, frozenset) and all(map(_is_str, v)), help_)
+def _names(help_: str, *, key: bool = False) -> Any:
+    return _option(frozenset(), NAMES, lambda v: isinstance(v, frozenset) and all(map(_is_str, v)), help_, key=key)
+
+
+def _folder(help_: str, env: str) -> Any:
+    return _option(None, "None or a folder", lambda v: v is None or _is_str(v), help_, env)
+
+
+def _is_store(value: object) -> bool:
+    return value is None or all(callable(getattr(value, name, None)) for name in ("get", "put", "delete", "entries"))
 
 
 def _is_targets(value: object) -> bool:
@@ -82,16 +96,23 @@ class _Checked:
 class CompilationSettings(_Checked):
     """What an engine is built of. Equal settings and an equal graph give an equal engine."""
 
-    min_block_size: int = _count(1, "Smallest number of nodes that make a block of the engine; smaller ones fall back.")
-    torch_executed_ops: Set[str] = _names("Operators that stay in PyTorch: `aten.softmax`, `aten.softmax.int`.")
-    require_full_compilation: bool = _flag(False, "Raise `PartitionError` instead of leaving any node to PyTorch.")
+    min_block_size: int = _count(
+        1, "Smallest number of nodes that make a block of the engine; smaller ones fall back.", key=True
+    )
+    torch_executed_ops: Set[str] = _names(
+        "Operators that stay in PyTorch: `aten.softmax`, `aten.softmax.int`.", key=True
+    )
+    require_full_compilation: bool = _flag(
+        False, "Raise `PartitionError` instead of leaving any node to PyTorch.", key=True
+    )
     fallback_on_error: bool = _flag(False, "Run a graph in PyTorch, with a warning, when compiling it fails on a bug.")
-    disabled_passes: Set[str] = _names("Passes of the pipeline to leave out, by name.")
+    disabled_passes: Set[str] = _names("Passes of the pipeline to leave out, by name.", key=True)
     copy_weights: bool | None = _option(
         None,
         "None or a bool",
         lambda v: v is None or isinstance(v, bool),
         "Let `merge_linears` keep a merged copy of parameters beside the model's own. None: ahead of time only.",
+        key=True,
     )
     strip_weights: bool = _flag(True, "Save engines without their weights, which `load` or `refit` then has to give.")
     device: str | None = _option(
@@ -105,13 +126,19 @@ class CompilationSettings(_Checked):
         'None, "portable", "current", or a list such as ["sm_86", "sm_120", "ptx"]',
         _is_targets,
         "GPUs to build kernels for. None: no kernels, every operation is a call of PyTorch's.",
+        key=True,
     )
-    dump_dir: str | None = _option(
-        None,
-        "None or a folder",
-        lambda v: v is None or _is_str(v),
-        "Folder that gets every stage's artefact.",
-        "TORCH_RTX_DUMP",
+    dump_dir: str | None = _folder(
+        "Folder that gets every stage's artefact; engines are then built anew.", "TORCH_RTX_DUMP"
+    )
+    cache_built_engines: bool = _flag(True, "Keep engines that are built in the engine cache.")
+    reuse_cached_engines: bool = _flag(True, "Take engines from the engine cache instead of building them.")
+    engine_cache_dir: str | None = _folder(
+        "Folder of the caches; None: `torch_rtx` in the user's own cache folder.", "TORCH_RTX_CACHE_DIR"
+    )
+    engine_cache_size: int = _count(5 << 30, "Most bytes of engines that the folder keeps; the least recently used go.")
+    engine_cache: Any = _option(
+        None, "None or a store", _is_store, "A store of your own for engines, in place of the folder."
     )
 
 
@@ -153,6 +180,25 @@ def from_options(
         raise SettingsError(f"unknown option {', '.join(unknown)}", hint=hint)
     compilation, runtime = ({k: v for k, v in given.items() if known[k] is kind} for kind in kinds)
     return CompilationSettings(**compilation), RuntimeSettings(**runtime)  # type: ignore[arg-type]
+
+
+def key_settings(settings: CompilationSettings) -> dict[str, str]:
+    """The options that decide what an engine is, as text that is the same in every process."""
+    shown = {item.name: getattr(settings, item.name) for item in fields(settings) if item.metadata["key"]}
+    return {name: repr(sorted(value) if isinstance(value, Set) else value) for name, value in shown.items()}
+
+
+def cache_dir(settings: CompilationSettings) -> str:
+    """The folder of the caches: the one that is set, else that of the platform."""
+    if settings.engine_cache_dir is not None:
+        return settings.engine_cache_dir
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or os.path.join(os.path.expanduser("~"), "AppData", "Local")
+    elif sys.platform == "darwin":
+        base = os.path.join(os.path.expanduser("~"), "Library", "Caches")
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return os.path.join(base, "torch_rtx")
 
 
 def table() -> str:

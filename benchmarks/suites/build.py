@@ -46,7 +46,9 @@ def measure(job: Job, out: Reporter) -> None:
 
 
 def _rtx(subject: Subject) -> Path:
-    settings = torch_rtx.CompilationSettings(device=subject.device)
+    settings = torch_rtx.CompilationSettings(
+        device=subject.device, cache_built_engines=False, reuse_cached_engines=False
+    )
     path = subject.folder / "model.rtx"
     torch_rtx.save(torch_rtx.compile(subject.model, subject.args, subject.kwargs, settings=settings), path)
     return path

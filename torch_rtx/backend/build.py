@@ -15,8 +15,8 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 
 import torch_rtx
 from torch_rtx.backend.capture import capture_export
-from torch_rtx.backend.compiler import Program, compile_fx
-from torch_rtx.backend.kernels import kernels_of
+from torch_rtx.backend.compiler import Program
+from torch_rtx.backend.reuse import obtain
 from torch_rtx.engine import Engine, Json, Manifest
 from torch_rtx.errors import CaptureError, RtxError
 from torch_rtx.lowering.from_fx import Role
@@ -58,7 +58,7 @@ def compile(
     written = set(program.graph_signature.buffers_to_mutate.values())
     roles = [_role(spec, tensors, written) for spec in program.graph_signature.input_specs]
     roles = _with_aliases(roles, tensors)
-    lowered = compile_fx(program.graph_module, roles, settings, _writes(program), program.range_constraints)
+    lowered = obtain(program.graph_module, roles, settings, _writes(program), program.range_constraints)
     signature = _signature(program, _forward_names(model))
     engine = _engine(program, lowered, signature, tensors, settings)
     runs_here = lowered.device.type == "cpu" or torch.cuda.is_available()
@@ -150,7 +150,7 @@ def _engine(
         if missing:
             raise CaptureError(f"strip_weights is False and the model has no data for {', '.join(missing[:5])}")
         weights = {p.name: tensors[p.name].detach() for p in parameters if not p.constant}
-    return Engine(lowered.graph, manifest, constants, weights, kernels_of(lowered, settings))
+    return Engine(lowered.graph, manifest, constants, weights, lowered.kernels)
 
 
 def _saved(signature: Signature) -> Json:

@@ -1,4 +1,4 @@
-"""The command line: `torch-rtx inspect model.rtx`."""
+"""The command line: `torch-rtx inspect model.rtx`, `torch-rtx cache ls`."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from typing import Annotated
 import typer
 
 from torch_rtx import engine
+from torch_rtx.backend import cache_cli
 from torch_rtx.errors import RtxError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Tools for torch_rtx engines.")
+app.add_typer(cache_cli.app, name="cache")
 File = Annotated[Path, typer.Argument(help="An engine (.rtx).")]
 
 
 @app.callback()
 def main() -> None:
-    """Tools for torch_rtx engines."""  # makes `inspect` a command of its own, also while it is the only one
+    """Tools for torch_rtx engines."""
 
 
 @app.command()

@@ -6,7 +6,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,13 @@ import torch
 from torch import fx
 
 from torch_rtx import aten
-from torch_rtx.backend.partition import Partition, partition
+from torch_rtx.backend.partition import check_ops, partition
 from torch_rtx.errors import LoweringError, RtxError, SettingsError
 from torch_rtx.ir import Graph, verify
+from torch_rtx.kerneltable import KernelTable
 from torch_rtx.lowering.from_fx import Role, from_fx
-from torch_rtx.lowering.pipeline import PIPELINE, REQUIRED, Report, lower
+from torch_rtx.lowering.location import Locations
+from torch_rtx.lowering.pipeline import PIPELINE, REQUIRED, lower
 from torch_rtx.lowering.support import unsupported_reason
 from torch_rtx.lowering.symbols import Symbols, main_device
 from torch_rtx.settings import CompilationSettings
@@ -39,15 +41,22 @@ print(lower(parse(text), settings, kernels={kernels!r})[0])
 
 @dataclass
 class Program:
-    """A lowered graph with what it needs beside its weights, and the account of how it came to be."""
+    """A lowered graph with what it needs beside its weights.
+
+    Attributes:
+        kernels: those of its kernel nodes that were built.
+        folder: where its artefacts are dumped.
+        entry, origins: where it stands in the engine cache, and the FX node of each of its nodes' locations.
+    """
 
     graph: Graph
     constants: dict[str, torch.Tensor]
     callables: list[Callable[..., Any]]
     device: torch.device
-    partition: Partition
-    report: Report
-    folder: Path | None  # where its artefacts are dumped
+    folder: Path | None = None
+    kernels: KernelTable = field(default_factory=KernelTable)
+    entry: str | None = None
+    origins: Sequence[fx.Node | None] = ()
 
     def dump(self, name: str, text: str) -> None:
         """Write one more artefact, if artefacts are wanted."""
@@ -55,8 +64,21 @@ class Program:
             (self.folder / name).write_text(text)
 
 
-def check_passes(settings: CompilationSettings) -> None:
-    """Raises SettingsError for names in `disabled_passes` that are no passes, or that no engine can do without."""
+@dataclass
+class Built:
+    """A new program, and what of it came from which node of the FX graph: its locations, Python fallbacks, fallbacks
+    with their reasons."""
+
+    program: Program
+    locations: Locations
+    called: list[fx.Node]
+    fallbacks: dict[fx.Node, str]
+
+
+def check_settings(settings: CompilationSettings) -> None:
+    """Raises SettingsError for operators that do not exist, and for passes that do not, or that no engine can do
+    without."""
+    check_ops(settings)
     unknown, required = settings.disabled_passes - PIPELINE.keys(), settings.disabled_passes & REQUIRED
     if unknown or required:
         names = ", ".join(sorted(unknown or required))
@@ -70,8 +92,8 @@ def compile_fx(
     settings: CompilationSettings,
     writes: Mapping[int, str] | None = None,
     ranges: Mapping[Any, Any] | None = None,
-) -> Program:
-    """Partition, import and lower `gm`.
+) -> Built:
+    """Partition, import and lower `gm`, without a look at the engine cache.
 
     Args:
         roles: what each placeholder is.
@@ -83,14 +105,13 @@ def compile_fx(
         LoweringError: a bug of torch_rtx, with the folder that has the graph and a script to reproduce it.
     """
     start = time.perf_counter()
-    check_passes(settings)
+    check_settings(settings)
     device = device_of(gm)
     if settings.targets is not None and device.type != "cuda":
         log.warning("targets has no effect: the model is captured for the %s, which runs no kernels", device.type)
     symbols = Symbols(device, ranges)
     parts = partition(gm, lambda node: unsupported_reason(node, symbols), settings)
-    for node, why in parts.fallbacks.items():
-        log.info("fallback: %s: %s", node.target, why)
+    log_fallbacks(parts.fallbacks)
     folder = _folder(settings.dump_dir)
     graph = None
     try:
@@ -100,12 +121,19 @@ def compile_fx(
         imported = from_fx(gm, roles, parts.fallbacks, symbols, writes)
         graph = imported.graph
         verify(graph, aten.ALLOWED)
-        lowered, report = lower(graph, settings, folder, _has_kernels(settings, device))
+        lowered, _ = lower(graph, settings, folder, _has_kernels(settings, device))
     except Exception as error:
         raise _bug(error, gm, graph, settings, folder) from error
     seconds = time.perf_counter() - start
     log.info("%d blocks, %d fallback nodes, %.0f ms", len(parts.blocks), len(parts.fallbacks), 1e3 * seconds)
-    return Program(lowered, imported.constants, imported.callables, device, parts, report, folder)
+    program = Program(lowered, imported.constants, imported.callables, device, folder)
+    return Built(program, imported.locations, imported.called, parts.fallbacks)
+
+
+def log_fallbacks(fallbacks: Mapping[fx.Node, str]) -> None:
+    """Say which nodes stay in PyTorch, and why."""
+    for node, why in fallbacks.items():
+        log.info("fallback: %s: %s", node.target, why)
 
 
 def _has_kernels(settings: CompilationSettings, device: torch.device) -> bool:

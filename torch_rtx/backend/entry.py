@@ -11,14 +11,16 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo import disable
 from torch._functorch import config as functorch_config
 from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from torch_rtx.backend.capture import capture
-from torch_rtx.backend.compiler import check_passes, compile_fx
-from torch_rtx.backend.kernels import kernels_of
+from torch_rtx.backend.compiler import Program, check_settings
+from torch_rtx.backend.recall import Recall
+from torch_rtx.backend.reuse import obtain
 from torch_rtx.errors import PartitionError, SettingsError
 from torch_rtx.lowering.from_fx import Role, is_fixed
 from torch_rtx.lowering.location import module_path
@@ -48,15 +50,19 @@ def rtx(
         PartitionError, LoweringError: see `compile_fx`.
     """
     compilation, runtime = from_options(options, mode)
-    check_passes(compilation)
+    check_settings(compilation)
     if compilation.copy_weights is None:
         # The model's own weights stay in memory, and a write to them through `.data`, as peft merges adapters, is seen
         # only where the weight is the parameter itself.
         compilation = replace(compilation, copy_weights=False)
     names = [_source_name(node) for node in gm.graph.nodes if node.op == "placeholder"]
+    recall = Recall.of(gm, example_inputs, compilation)
+    call = None if recall is None else _recalled(recall, names, compilation, runtime)
+    if call is not None:
+        return disable(lambda *args: call(list(args)), reason="do not trace compiled code")
 
     def inference(graph: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
-        return _compile(graph, names, _static_inputs(graph), compilation, runtime)
+        return _compile(graph, names, _static_inputs(graph), compilation, runtime, recall)
 
     # A training step's saved tensors outlive the call: replaying it as a CUDA graph would have to copy them all.
     plain = RuntimeSettings(cuda_graph_strategy="disabled")
@@ -69,27 +75,42 @@ def rtx(
         return capture(gm, example_inputs, inference, training)
 
 
+def _recalled(
+    recall: Recall, names: Sequence[str], compilation: CompilationSettings, runtime: RuntimeSettings
+) -> Callable[..., Any] | None:
+    """A boxed callable for a Dynamo graph whose capture is known; None if it is not."""
+    found = recall.find(_unique(names))
+    if found is None:
+        return None
+    try:
+        with unset_fake_temporarily():
+            return _bind(*found, frozenset(), runtime)
+    except Exception:
+        if not compilation.fallback_on_error:
+            raise
+        return None  # the same will happen after a capture, whose graph can run in PyTorch
+
+
 def _compile(
     gm: fx.GraphModule,
     names: Sequence[str],
     static: frozenset[int],
     compilation: CompilationSettings,
     runtime: RuntimeSettings,
+    recall: Recall | None = None,
 ) -> Callable[..., Any]:
     """A boxed callable for a functional ATen graph; inputs at the positions `static` are parameters."""
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     known = names if len(names) == len(placeholders) else [node.name for node in placeholders]
     kinds = ("parameter" if index in static else "input" for index in range(len(placeholders)))
     roles = [Role(kind, name) for kind, name in zip(kinds, _unique(known), strict=True)]
+    fixed = frozenset(index for index, node in enumerate(placeholders) if is_fixed(node))
     try:
         with unset_fake_temporarily():  # the capture's fake mode is still on, and recipes of constants run now
-            program = compile_fx(gm, roles, compilation)
-            store = WeightStore(program.graph, program.device, program.constants)
-            # The fallbacks come from a model of this process, not from a file: there is nobody to distrust.
-            called = frozenset(node.op for node in program.graph.nodes if node.kind == "fallback")
-            kernels = launchers(kernels_of(program, compilation), program.graph, program.device, runtime.tactics)
-            template = Session(program.graph, store, runtime, program.callables, called, kernels)
-            program.dump("run.py", template.source)
+            program = obtain(gm, roles, compilation)
+            if recall is not None and known is names:
+                recall.remember(program, sorted(static))
+            return _bind(program, roles, fixed, runtime)
     except (PartitionError, SettingsError):
         raise  # what the user asked for, and no bug that fallback_on_error is about
     except Exception as error:
@@ -97,10 +118,22 @@ def _compile(
             raise
         log.warning("compiling failed, this graph runs in PyTorch: %s", error)
         return make_boxed_func(gm.forward)
+
+
+def _bind(
+    program: Program, roles: Sequence[Role], fixed: frozenset[int], runtime: RuntimeSettings
+) -> Callable[..., Any]:
+    """A boxed callable for a program; placeholders at the positions `fixed` are constants of it."""
+    store = WeightStore(program.graph, program.device, program.constants)
+    # The fallbacks come from a model of this process, not from a file: there is nobody to distrust.
+    called = frozenset(node.op for node in program.graph.nodes if node.kind == "fallback")
+    kernels = launchers(program.kernels, program.graph, program.device, runtime.tactics)
+    template = Session(program.graph, store, runtime, program.callables, called, kernels)
+    program.dump("run.py", template.source)
     sessions = _Sessions(template)
     used = {parameter.name for parameter in store.parameters}
-    weights = [i for i, role in enumerate(roles) if role.name in used and i in static]
-    inputs = [i for i, node in enumerate(placeholders) if i not in static and not is_fixed(node)]
+    weights = [i for i, role in enumerate(roles) if role.name in used and role.kind == "parameter"]
+    inputs = [i for i, role in enumerate(roles) if role.kind == "input" and i not in fixed]
 
     def call(args: list[Any]) -> list[Any]:
         session = sessions.of([args[i] for i in weights])

@@ -12,7 +12,7 @@ from torch import fx, nn
 from torch._functorch._aot_autograd.utils import make_boxed_func
 
 from torch_rtx.backend.capture import capture
-from torch_rtx.backend.compiler import device_of
+from torch_rtx.backend.compiler import check_settings, device_of
 from torch_rtx.backend.partition import partition
 from torch_rtx.ir import Loc
 from torch_rtx.lowering.location import Locations
@@ -82,6 +82,7 @@ def explain(
         settings: as for the compilation that is to be explained, but `require_full_compilation` raises nothing here.
     """
     settings = replace(settings or CompilationSettings(), require_full_compilation=False)
+    check_settings(settings)
     reports: list[GraphReport] = []
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:

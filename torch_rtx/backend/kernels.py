@@ -99,13 +99,21 @@ def targets_for(option: Option, graph: Graph) -> tuple[Target, ...]:
     Raises:
         SettingsError: an unknown target; "current" without a GPU; an explicit target, or every one, lacks a dtype.
     """
-    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
-    targets = parse_targets(option, capability)
+    targets = named_targets(option)
     kept = usable(targets, _dtypes(graph), is_explicit(option))
     for target in targets:
         if target not in kept:
             log.warning("the engine has no kernels for %s, which lacks a dtype of the model", target)
     return kept
+
+
+def named_targets(option: Option) -> tuple[Target, ...]:
+    """The targets that the option `targets` names on this machine.
+
+    Raises:
+        SettingsError: an unknown target, or "current" without a GPU.
+    """
+    return parse_targets(option, torch.cuda.get_device_capability() if torch.cuda.is_available() else None)
 
 
 def _dtypes(graph: Graph) -> Iterator[tuple[str, str]]:

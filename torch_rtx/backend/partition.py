@@ -40,13 +40,8 @@ def partition(gm: fx.GraphModule, reason: Callable[[fx.Node], str | None], setti
         reason: why a node can't be in the engine, or None.
 
     Raises:
-        SettingsError: `torch_executed_ops` names an operator that does not exist.
         PartitionError: `require_full_compilation` is set and a node falls back.
     """
-    for name in sorted(settings.torch_executed_ops):
-        if not _exists(name):
-            hint = "names look like aten.exp or aten.exp.default"
-            raise SettingsError(f"torch_executed_ops: no operator {name}", hint=hint)
     nodes = [node for node in gm.graph.nodes if _computes(node)]
     fallbacks = {}
     for node in nodes:
@@ -66,6 +61,14 @@ def partition(gm: fx.GraphModule, reason: Callable[[fx.Node], str | None], setti
             hint="explain() shows the same without compiling",
         )
     return Partition([block for block in blocks if block not in small], fallbacks)
+
+
+def check_ops(settings: CompilationSettings) -> None:
+    """Raises SettingsError where `torch_executed_ops` names an operator that does not exist."""
+    for name in sorted(settings.torch_executed_ops):
+        if not _exists(name):
+            hint = "names look like aten.exp or aten.exp.default"
+            raise SettingsError(f"torch_executed_ops: no operator {name}", hint=hint)
 
 
 def _computes(node: fx.Node) -> bool:

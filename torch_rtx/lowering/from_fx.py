@@ -8,7 +8,7 @@ is used. `getitem` disappears into the outputs of the node it indexes. Nodes on 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,11 +46,14 @@ class Role:
 
 @dataclass
 class Imported:
-    """A graph of level `import` and what can't be in it: the data of its constants, the Python fallback callables."""
+    """A graph of level `import` and what can't be in it: the data of its constants, the Python fallback callables and
+    the FX nodes that these stand for, and the origins of its locations."""
 
     graph: Graph
     constants: dict[str, torch.Tensor]
     callables: list[Callable[..., Any]]
+    called: list[fx.Node]
+    locations: Locations
 
 
 def from_fx(
@@ -127,6 +130,49 @@ def _leaves(content: Any, like: Any) -> Iterator[Any]:
         yield content
 
 
+def unique_name(name: str, taken: Container[str]) -> str:
+    """A name for a value, `name` where that is one and free."""
+    name = "".join(c if c.isalnum() and c.isascii() else "_" for c in name)
+    # `s0`, `u0`, `d0` and the like may be the name of a dim in this graph.
+    base = name if is_name(name) and not (name[0] in "suzd" and name[-1].isdigit()) else f"x_{name}"
+    unique, count = base, 1
+    while unique in taken:
+        unique, count = f"{base}_{count}", count + 1
+    return unique
+
+
+def attribute(gm: fx.GraphModule, node: fx.Node) -> Any:
+    """What a `get_attr` node refers to."""
+    content: Any = gm
+    for part in str(node.target).split("."):
+        content = getattr(content, part)
+    return content
+
+
+def python_call(gm: fx.GraphModule, node: fx.Node) -> Callable[..., Any]:
+    """A callable that does what the FX node does, given its inputs (without graph modules), returning a tuple.
+
+    Raises:
+        Unsupported: the node calls no function.
+    """
+    if not callable(node.target):
+        raise Unsupported(f"a node of kind {node.op}", loc=Locations().of(node))
+    order = [n for n in node.all_input_nodes if not _is_module(gm, n)]
+    fixed = {n: attribute(gm, n) for n in node.all_input_nodes if _is_module(gm, n)}
+    target, args, kwargs, content = node.target, node.args, node.kwargs, _content(node)
+
+    def call(*values: Any) -> tuple[Any, ...]:
+        bound = {**fixed, **dict(zip(order, values, strict=True))}
+        result = target(*fx.map_arg(args, bound.__getitem__), **fx.map_arg(kwargs, bound.__getitem__))
+        return tuple(_leaves(result, content))
+
+    return call
+
+
+def _is_module(gm: fx.GraphModule, node: fx.Node) -> bool:
+    return node.op == "get_attr" and not isinstance(attribute(gm, node), torch.Tensor)
+
+
 def _dim_or_value(value: Value | None) -> Attr:
     """How arguments refer to a value: a size by its dim."""
     is_size = value is not None and isinstance(value.type, ScalarType) and value.type.dim is not None
@@ -170,21 +216,17 @@ class _Importer:
     outputs: tuple[Attr, ...] = ()
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
     callables: list[Callable[..., Any]] = field(default_factory=list)
+    called: list[fx.Node] = field(default_factory=list)
     locations: Locations = field(default_factory=Locations)
 
     def result(self) -> Imported:
         inputs, parameters = tuple(self.inputs), tuple(self.parameters)
         graph = Graph("import", inputs, parameters, tuple(self.weights), tuple(self.nodes), self.outputs)
-        return Imported(graph, self.constants, self.callables)
+        return Imported(graph, self.constants, self.callables, self.called, self.locations)
 
     def value(self, name: str, type_: Type) -> Value:
         """A new value, called `name` where that is free."""
-        name = "".join(c if c.isalnum() and c.isascii() else "_" for c in name)
-        # `s0`, `u0`, `d0` and the like may be the name of a dim in this graph.
-        base = name if is_name(name) and not (name[0] in "suzd" and name[-1].isdigit()) else f"x_{name}"
-        unique, count = base, 1
-        while unique in self.names:
-            unique, count = f"{base}_{count}", count + 1
+        unique = unique_name(name, self.names)
         self.names.add(unique)
         return Value(unique, type_)
 
@@ -226,9 +268,7 @@ class _Importer:
         return value
 
     def get_attr(self, node: fx.Node) -> None:
-        content: Any = self.gm
-        for part in str(node.target).split("."):
-            content = getattr(content, part)
+        content = attribute(self.gm, node)
         if isinstance(content, torch.Tensor):
             name = f"constant.{len(self.constants)}"
             self.constants[name] = content.detach()
@@ -264,9 +304,10 @@ class _Importer:
                 raise Unsupported("a nested result")
             call, arguments = str(node.target), self.arguments(node)
         except Unsupported:
-            inputs = tuple(self.attr(n) for n in node.all_input_nodes if not self.is_module(n))
+            inputs = tuple(self.attr(n) for n in node.all_input_nodes if not _is_module(self.gm, n))
             call, arguments = "python", (("index", len(self.callables)), ("inputs", inputs))
-            self.callables.append(self.python(node))
+            self.callables.append(python_call(self.gm, node))
+            self.called.append(node)
         self.nodes.append(Node("fallback", call, arguments, outputs, None, loc))
 
     def output(self, node: fx.Node, writes: Mapping[int, str]) -> None:
@@ -277,9 +318,6 @@ class _Importer:
                 args = (("self", self.attr(placeholders[writes[position]])), ("src", self.attr(result)))
                 self.nodes.append(Node("op", COPY, args, ()))
         self.outputs = tuple(self.attr(result) for i, result in enumerate(results) if i not in writes)
-
-    def is_module(self, node: fx.Node) -> bool:
-        return node.op == "get_attr" and not isinstance(self.env[node], Value)
 
     def sym(self, value: Any) -> Attr:
         if isinstance(value, torch.SymBool):
@@ -331,18 +369,3 @@ class _Importer:
         if isinstance(argument, torch.memory_format):
             return str(argument).removeprefix("torch.")
         raise Unsupported(f"an argument of type {type(argument).__name__}")
-
-    def python(self, node: fx.Node) -> Callable[..., Any]:
-        """A callable that does what the FX node does, given its inputs (without graph modules), returning a tuple."""
-        order = [n for n in node.all_input_nodes if not self.is_module(n)]
-        fixed = {n: self.env[n] for n in node.all_input_nodes if self.is_module(n)}
-        target, args, kwargs, content = node.target, node.args, node.kwargs, _content(node)
-        if not callable(target):
-            raise Unsupported(f"a node of kind {node.op}", loc=self.locations.of(node))
-
-        def call(*values: Any) -> tuple[Any, ...]:
-            bound = {**fixed, **dict(zip(order, values, strict=True))}
-            result = target(*fx.map_arg(args, bound.__getitem__), **fx.map_arg(kwargs, bound.__getitem__))
-            return tuple(_leaves(result, content))
-
-        return call

@@ -51,10 +51,16 @@ def _place(stack_trace: str) -> tuple[str, int]:
 
 
 class Locations:
-    """Locations of the nodes of one graph."""
+    """Locations of the nodes of one graph. Each is an object of its own, which passes hand on: see `origin`."""
 
     def __init__(self) -> None:
         self._modules: dict[str, str] = {}
+        self._origins: dict[int, tuple[Loc, fx.Node]] = {}  # by the location's id, which it holds on to
+
+    def origin(self, loc: Loc | None) -> fx.Node | None:
+        """The node that this very location was made for."""
+        found = self._origins.get(id(loc))
+        return None if found is None else found[1]
 
     def of(self, node: fx.Node) -> Loc | None:
         """The node's module path, source file and line; None where the capture recorded none of them."""
@@ -65,4 +71,8 @@ class Locations:
         if stack:
             path = next(reversed(stack.values()))[0]
             module = self._modules.setdefault(path, one_line(module_path(path)))
-        return Loc(module, file, line) if module or file else None
+        if not module and not file:
+            return None
+        loc = Loc(module, file, line)
+        self._origins[id(loc)] = loc, node
+        return loc

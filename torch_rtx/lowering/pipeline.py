@@ -73,7 +73,7 @@ def lower(
 
     Raises:
         LoweringError: a pass failed or left a graph that does not verify; the message names it and those before it.
-        SettingsError: never here; `settings.disabled_passes` is checked by `check_passes`.
+        SettingsError: never here; `settings.disabled_passes` is checked by `check_settings`.
     """
     infer, report = Inference(), Report()
     _write(dump, 0, "import", graph, None)

@@ -61,7 +61,7 @@ class Symbols:
 
             def leaf(part: sympy.Expr) -> Dim:
                 if part.is_Symbol:
-                    return _sym(part, self._ranges.get(part) or known.get(part))
+                    return self.sym(part, known)
                 if part not in self._opaque:
                     if not opaque:
                         raise Unsupported(f"the size {part}")
@@ -70,6 +70,10 @@ class Symbols:
 
             self._dims[expr] = convert(expr, leaf)
         return self._dims[expr]
+
+    def sym(self, symbol: sympy.Symbol, known: Mapping[sympy.Symbol, Any]) -> Sym:
+        """A symbol with its range: the promised one, else that of its environment (`known`)."""
+        return _sym(symbol, self._ranges.get(symbol) or known.get(symbol))
 
     def device(self, device: torch.device) -> str:
         """The IR's name of a device: MAIN, "cpu", or such as "cuda1" for another accelerator."""

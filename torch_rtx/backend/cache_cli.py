@@ -1,0 +1,193 @@
+"""`torch-rtx cache`: look at the engine cache, compare its keys, clear it, and take it to another machine."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from torch_rtx.cache.archive import export_entries, import_entries
+from torch_rtx.cache.entries import EngineCache, Head, unpack
+from torch_rtx.cache.store import FileStore, Stored
+from torch_rtx.errors import CacheError, RtxError
+from torch_rtx.settings import CompilationSettings, cache_dir
+
+app = typer.Typer(no_args_is_help=True, help="The engine cache: what it holds, and why something was not found in it.")
+Folder = Annotated[str | None, typer.Option("--dir", help="Folder of the caches; else that of the settings.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Name = Annotated[str, typer.Argument(help="A key, or as many of its first digits as are unique.")]
+SHORT = 12  # digits of a key that are shown
+UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """What goes wrong as one line and exit status 1."""
+    try:
+        yield
+    except (RtxError, OSError) as error:
+        typer.secho(f"error: {error}", err=True, fg="red")
+        raise typer.Exit(1) from None
+
+
+def _open(folder: str | None) -> tuple[EngineCache, FileStore]:
+    settings = CompilationSettings() if folder is None else CompilationSettings(engine_cache_dir=folder)
+    store = FileStore(os.path.join(cache_dir(settings), "engines"), settings.engine_cache_size)
+    return EngineCache(store), store
+
+
+def _find(store: FileStore, prefix: str) -> str:
+    names = [entry.name for entry in store.entries() if entry.name.startswith(prefix.lower())]
+    if len(names) != 1:
+        problem = f"{len(names)} entries begin with {prefix!r}" if names else f"no entry begins with {prefix!r}"
+        raise CacheError(problem, hint="`torch-rtx cache ls` lists them")
+    return names[0]
+
+
+def size_of(text: str) -> int:
+    """The bytes that `500M` or `2G` stands for.
+
+    Raises:
+        CacheError: it is no size.
+    """
+    number, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
+    try:
+        return int(float(number) * UNITS[unit])
+    except (KeyError, ValueError, OverflowError):
+        raise CacheError(f"{text!r} is no size", hint="sizes look like 500M or 2G") from None
+
+
+def _time(seconds: float) -> str:
+    try:
+        return f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M}" if seconds else "unknown"
+    except (OverflowError, ValueError, OSError):
+        return "unknown"
+
+
+def _title(head: Head) -> str:
+    """A line about an entry: how large its graph is, and its most frequent operators."""
+    graph = head.key.parts.get("graph")
+    pairs = [line.partition(": ")[::2] for line in graph.text.splitlines()] if graph else []
+    counts = {name: int(count) for name, count in pairs if count.isdigit()}
+    nodes = counts.pop("nodes", 0)
+    common = sorted(counts, key=lambda name: (-counts[name], name))[:3]
+    return f"{nodes} nodes: " + ", ".join(f"{counts[name]} {name}" for name in common)
+
+
+@app.command()
+def ls(directory: Folder = None, as_json: AsJson = False) -> None:
+    """List the entries, the most recently used first."""
+    with _errors():
+        cache, store = _open(directory)
+        rows = [(entry, _head(cache, entry)) for entry in store.entries()]
+    if as_json:
+        fields = [
+            {"key": e.name, "bytes": e.size, "used": e.used, "kind": h.key.kind if h else "damaged"} for e, h in rows
+        ]
+        print(json.dumps(fields, indent=1))
+        return
+    for entry, head in rows:
+        kind, title = (head.key.kind, _title(head)) if head else ("damaged", "")
+        print(f"{entry.name[:SHORT]}  {kind:8}{entry.size / 1024:10.1f} KiB  {_time(entry.used)}  {title}")
+    total = sum(entry.size for entry, _ in rows)
+    print(f"{len(rows)} entries, {total / 1024**2:.1f} MiB of {store.limit / 1024**2:.0f} MiB, in {store.folder}")
+
+
+def _head(cache: EngineCache, entry: Stored) -> Head | None:
+    try:
+        return cache.head(entry.name)
+    except CacheError:
+        return None
+
+
+@app.command()
+def show(key: Name, directory: Folder = None, as_json: AsJson = False) -> None:
+    """Show the parts of one entry's key."""
+    with _errors():
+        cache, store = _open(directory)
+        name = _find(store, key)
+        head = cache.head(name)
+    if as_json:
+        parts = {part: {"digest": p.digest, "text": p.text} for part, p in head.key.parts.items()}
+        print(json.dumps({"key": name, "created": head.created, "bytes": head.body_bytes, "parts": parts}, indent=1))
+        return
+    print(f"{name}\n{head.key.kind}, {head.body_bytes / 1024:.1f} KiB, made {_time(head.created)}")
+    for part, content in head.key.parts.items():
+        print(f"{part}: {content.digest}")
+        print("".join(f"  {line}\n" for line in content.text.splitlines()), end="")
+
+
+@app.command()
+def why(a: Name, b: Name, directory: Folder = None) -> None:
+    """Say in which parts the keys of two entries differ, and how: the values of A, an arrow, the values of B."""
+    with _errors():
+        cache, store = _open(directory)
+        first, second = (cache.head(_find(store, key)).key for key in (a, b))
+    print("\n".join(first.why(second)) or "the same key")
+
+
+@app.command()
+def prune(
+    size: Annotated[str | None, typer.Option("--size", help="Keep at most so much: 500M, 2G.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Remove every entry.")] = False,
+    directory: Folder = None,
+) -> None:
+    """Remove the least recently used entries, down to a size; without options, to the size of the settings."""
+    with _errors():
+        _, store = _open(directory)
+        removed = store.prune(0 if everything else None if size is None else size_of(size))
+        left = len(store.entries())
+    print(f"removed {len(removed)} entries, {sum(e.size for e in removed) / 1024**2:.1f} MiB; {left} are left")
+    if everything and left:
+        raise typer.Exit(1)
+
+
+@app.command()
+def verify(directory: Folder = None) -> None:
+    """Read every entry and check its digests. Exit status 1 if one is damaged; it stays where it is."""
+    damaged = 0
+    with _errors():
+        _, store = _open(directory)
+        entries = store.entries()
+        for entry in entries:
+            try:
+                data = store.get(entry.name)
+                if data is not None:
+                    unpack(entry.name, data)
+            except CacheError as error:
+                damaged += 1
+                typer.secho(f"damaged: {error}", err=True, fg="red")
+    print(f"{len(entries) - damaged} of {len(entries)} entries are intact")
+    if damaged:
+        raise typer.Exit(1)
+
+
+@app.command(name="export")
+def export_(
+    path: Annotated[Path, typer.Argument(help="The file to write.")],
+    keys: Annotated[list[str] | None, typer.Argument(help="Keys, or first digits; all entries if none.")] = None,
+    directory: Folder = None,
+) -> None:
+    """Write entries to one file."""
+    with _errors():
+        _, store = _open(directory)
+        names = [_find(store, key) for key in keys] if keys else [entry.name for entry in store.entries()]
+        count = export_entries(store, names, path)
+    print(f"{count} entries in {path}")
+
+
+@app.command(name="import")
+def import_(
+    path: Annotated[Path, typer.Argument(help="A file that `export` wrote.")], directory: Folder = None
+) -> None:
+    """Take in the entries of a file, after all of them were found intact."""
+    with _errors():
+        _, store = _open(directory)
+        count = import_entries(store, path)
+    print(f"{count} entries from {path}")

@@ -1,0 +1,271 @@
+"""Programs through the engine cache: a graph of the same key becomes the program that was built first, under its own
+names.
+
+The body of an entry is the fused graph as text, without locations, its kernels, and the data of its constants. Beside
+them stands what ties the graph to whatever FX graph has the key: the positions of the placeholders that its inputs and
+parameters are, and, in the key's order of nodes, where each location, Python fallback and fallback comes from. Weights
+are no part of it: a hit is refitted like any engine, by its recipes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import fx
+
+from torch_rtx import aten
+from torch_rtx.backend.compiler import Built, Program, check_settings, compile_fx, device_of, log_fallbacks
+from torch_rtx.backend.fx_key import graph_key
+from torch_rtx.backend.kernels import kernels_of
+from torch_rtx.cache.entries import EngineCache
+from torch_rtx.cache.store import FileStore, Store
+from torch_rtx.engine import DTYPES
+from torch_rtx.errors import CacheError, RtxError, Uncacheable
+from torch_rtx.ir import Attr, Graph, Loc, Node, Parameter, Value, Weight, attr_map, verify
+from torch_rtx.irparse import parse
+from torch_rtx.kerneltable import KernelTable, read_launches, write_launches
+from torch_rtx.lowering.from_fx import Role, is_fixed, python_call, unique_name
+from torch_rtx.lowering.location import Locations
+from torch_rtx.lowering.symbols import Symbols
+from torch_rtx.settings import CompilationSettings, cache_dir
+
+log = logging.getLogger("torch_rtx.cache")
+
+
+def engine_cache(settings: CompilationSettings) -> EngineCache:
+    """The engine cache that `settings` ask for."""
+    store: Store | None = settings.engine_cache
+    return EngineCache(store or FileStore(os.path.join(cache_dir(settings), "engines"), settings.engine_cache_size))
+
+
+def obtain(
+    gm: fx.GraphModule,
+    roles: Sequence[Role],
+    settings: CompilationSettings,
+    writes: Mapping[int, str] | None = None,
+    ranges: Mapping[Any, Any] | None = None,
+) -> Program:
+    """The program of `gm`: from the engine cache if it has one, else built, and kept there.
+
+    With `dump_dir` it is always built: whoever wants to see every stage gets every stage.
+
+    Args and raises: see `compile_fx`.
+    """
+    check_settings(settings)
+    if not caching(settings):
+        return _build(gm, roles, settings, writes, ranges).program
+    start = time.perf_counter()
+    device = device_of(gm)
+    try:
+        found = graph_key(gm, roles, settings, Symbols(device, ranges), writes)
+    except Uncacheable as error:
+        log.info("not cached, since it has no name outside of this process: %s", error.message)
+        return _build(gm, roles, settings, writes, ranges).program
+    cache = engine_cache(settings)
+    inputs = [r.name for n, r in zip(found.nodes, roles, strict=False) if r.kind == "input" and not is_fixed(n)]
+    site = Site(gm, found.nodes, roles, inputs, device)
+    with cache.building(found.key):
+        body = cache.get(found.key) if settings.reuse_cached_engines else None
+        program = None if body is None else site.program(cache, found.key.digest, body)
+        if program is not None:
+            log.info("hit: %s, %.0f ms", found.key.digest[:12], 1e3 * (time.perf_counter() - start))
+            return program
+        if settings.reuse_cached_engines and log.isEnabledFor(logging.INFO):
+            log.info("miss: %s; %s", found.key.digest[:12], cache.explain(found.key))
+        built = _build(gm, roles, settings, writes, ranges)
+        if settings.cache_built_engines:
+            try:
+                cache.put(found.key, to_bytes(built, site))
+                built.program.entry = found.key.digest
+            except Uncacheable as error:
+                log.info("not cached: %s", error.message)
+    return built.program
+
+
+def _build(
+    gm: fx.GraphModule,
+    roles: Sequence[Role],
+    settings: CompilationSettings,
+    writes: Mapping[int, str] | None,
+    ranges: Mapping[Any, Any] | None,
+) -> Built:
+    built = compile_fx(gm, roles, settings, writes, ranges)
+    built.program.kernels = kernels_of(built.program, settings)
+    return built
+
+
+def caching(settings: CompilationSettings) -> bool:
+    """Whether the engine cache is used at all. Who asks for the artefacts of every stage gets every stage."""
+    return (settings.cache_built_engines or settings.reuse_cached_engines) and settings.dump_dir is None
+
+
+@dataclass(frozen=True)
+class Site:
+    """The graph that a program is for.
+
+    Attributes:
+        nodes: in an order that is the same for every graph of its key, placeholders first.
+        roles: of its placeholders.
+        inputs: the names of those that are inputs of the program.
+        locations: the index of the node that each location of the program comes from; None: as the entry says.
+    """
+
+    gm: fx.GraphModule
+    nodes: list[fx.Node]
+    roles: Sequence[Role]
+    inputs: list[str]
+    device: torch.device
+    locations: Sequence[int | None] | None = None
+
+    def program(self, cache: EngineCache, name: str, body: bytes) -> Program | None:
+        """The program in the body of the entry `name`; None, and a warning, if it can't be one."""
+        try:
+            program = from_bytes(body, self)
+        except CacheError as error:
+            cache.discard(name, error.message)
+            return None
+        program.entry = name
+        return program
+
+
+# ---- the body of an entry --------------------------------------------------------------------------------------------
+
+
+def to_bytes(built: Built, site: Site) -> bytes:
+    """The body of an entry. Leaves in the program where its locations come from.
+
+    Raises:
+        Uncacheable: a constant has a dtype that safetensors lacks.
+    """
+    graph, constants = built.program.graph, built.program.constants
+    number = {node: index for index, node in enumerate(site.nodes)}
+    position = {role.name: index for index, role in reversed(list(enumerate(site.roles))) if role.kind != "input"}
+    origins = built.program.origins = [built.locations.origin(node.loc) for node in _nodes(graph)]
+    fields = {
+        "graph": str(_with_locations(graph, iter([None] * len(origins)))),
+        "inputs": site.inputs,
+        "parameters": {p.name: position[p.name] for p in graph.parameters if p.name not in constants},
+        "locations": [None if origin is None else number[origin] for origin in origins],
+        "kernels": write_launches(built.program.kernels),
+        "called": [number[node] for node in built.called],
+        "fallbacks": [(number[node], why) for node, why in built.fallbacks.items()],
+    }
+    data = {f"kernel/{name}": _bytes(stored) for name, stored in built.program.kernels.binaries.items()}
+    for parameter in graph.parameters:
+        if parameter.name in constants:
+            if DTYPES[parameter.type.dtype][0] is None:
+                raise Uncacheable(f"a constant is {parameter.type.dtype}, which no file can hold")
+            tensor = constants[parameter.name].detach().resolve_conj().resolve_neg().cpu()
+            data[f"constant/{parameter.name}"] = tensor.clone(
+                memory_format=torch.contiguous_format
+            )  # no two may share memory
+    head = json.dumps(fields).encode()
+    return len(head).to_bytes(8, "little") + head + save(data)
+
+
+def _bytes(stored: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(stored), dtype=torch.uint8)
+
+
+def from_bytes(body: bytes, site: Site) -> Program:
+    """The program in the body of an entry, under the names of the site.
+
+    Raises:
+        CacheError: the body is none, or does not fit the graph.
+    """
+    start = 8 + int.from_bytes(body[:8], "little")
+    try:
+        fields = json.loads(body[8:start])
+        data = load(body[start:])
+        constants = {name.removeprefix("constant/"): t for name, t in data.items() if name.startswith("constant/")}
+        binaries = {n.removeprefix("kernel/"): bytes(t.tolist()) for n, t in data.items() if n.startswith("kernel/")}
+        indices = fields["locations"] if site.locations is None else site.locations
+        origins = [None if index is None else site.nodes[index] for index in indices]
+        graph = _bind(parse(fields["graph"]), fields, constants.keys(), site)
+        graph = _with_locations(graph, _places(origins))
+        verify(graph, aten.ALLOWED)
+        kernels = KernelTable(read_launches(fields["kernels"], graph), binaries)
+        known = {str(node.target) for node in site.nodes} | {"python"}
+        strange = {node.op for node in graph.nodes if node.kind == "fallback"} - known
+        if strange:
+            raise CacheError(f"it calls {', '.join(sorted(strange))}, and the graph does not")
+        callables = [python_call(site.gm, site.nodes[index]) for index in fields["called"]]
+        log_fallbacks({site.nodes[index]: why for index, why in fields["fallbacks"]})
+    except CacheError:
+        raise
+    except (RtxError, SafetensorError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise CacheError(f"{type(error).__name__}: {error}") from None
+    return Program(graph, constants, callables, site.device, kernels=kernels, origins=origins)
+
+
+def _bind(graph: Graph, fields: Mapping[str, Any], constants: Collection[str], site: Site) -> Graph:
+    """`graph` with the names of the site."""
+    here = [site.roles[fields["parameters"][p.name]] if p.name not in constants else None for p in graph.parameters]
+    name = {p.name: role.name if role else p.name for p, role in zip(graph.parameters, here, strict=True)}
+    parameters = tuple(
+        p if role is None else Parameter(role.name, p.type, role.aliases, p.constant)
+        for p, role in zip(graph.parameters, here, strict=True)
+    )
+    weights = tuple(Weight(w.value, tuple(map(name.__getitem__, w.names)), w.recipe) for w in graph.weights)
+    bound = replace(graph, parameters=parameters, weights=weights)
+    return bound if site.inputs == fields["inputs"] else _rename_inputs(bound, site.inputs)
+
+
+def _rename_inputs(graph: Graph, names: Sequence[str]) -> Graph:
+    """`graph` with other names for its inputs, or names like them where something else has them."""
+    inputs = {value.name for value in graph.inputs}
+    taken = {value.name for value in graph.values() if value.name not in inputs} | graph.syms.keys()
+    renamed: dict[str, Value] = {}
+    for value, name in zip(graph.inputs, names, strict=True):
+        renamed[value.name] = Value(unique_name(name, taken), value.type)
+        taken.add(renamed[value.name].name)
+
+    def now(value: Value) -> Attr:
+        return renamed.get(value.name, value)
+
+    nodes = tuple(
+        replace(node, args=node.map_inputs(now)) if any(v.name in renamed for v in node.inputs) else node
+        for node in graph.nodes
+    )
+    outputs = tuple(attr_map(attr, now) for attr in graph.outputs)
+    return replace(graph, inputs=tuple(renamed.values()), nodes=nodes, outputs=outputs)
+
+
+def _places(origins: Iterable[fx.Node | None]) -> Iterator[Loc | None]:
+    locations = Locations()
+    return (None if origin is None else locations.of(origin) for origin in origins)
+
+
+def _nodes(graph: Graph) -> Iterator[Node]:
+    """Every node, those of kernels and recipes too, in the order of `_with_locations`."""
+    for node in graph.nodes:
+        yield node
+        if node.body is not None:
+            yield from _nodes(node.body)
+    for weight in graph.weights:
+        if weight.recipe is not None:
+            yield from _nodes(weight.recipe)
+
+
+def _with_locations(graph: Graph, places: Iterator[Loc | None]) -> Graph:
+    """`graph` with the next of `places` for each node."""
+
+    def place(node: Node) -> Node:
+        loc = next(places)
+        body = None if node.body is None else _with_locations(node.body, places)
+        return Node(node.kind, node.op, node.args, node.outputs, body, loc)
+
+    nodes = tuple([place(node) for node in graph.nodes])
+    weights = tuple(
+        w if w.recipe is None else Weight(w.value, w.names, _with_locations(w.recipe, places)) for w in graph.weights
+    )
+    return replace(graph, nodes=nodes, weights=weights)

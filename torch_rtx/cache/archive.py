@@ -1,0 +1,75 @@
+"""Entries in one file, to take them to another machine: a tar of `NAME.rtxcache`, read with nothing taken on trust."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import secrets
+import tarfile
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+
+from torch_rtx.cache.entries import unpack
+from torch_rtx.cache.store import NAME, SUFFIX, Store
+from torch_rtx.errors import CacheError
+
+MEMBER = re.compile(f"({NAME.pattern}){re.escape(SUFFIX)}")
+
+
+def export_entries(store: Store, names: Sequence[str], path: str | os.PathLike[str]) -> int:
+    """Write the entries `names` to the file `path`, all or nothing. Returns how many: one may be gone by now.
+
+    Raises:
+        CacheError: an entry is damaged.
+        OSError: the store can't be read, or the file can't be written.
+    """
+    temporary = f"{os.fspath(path)}.{secrets.token_hex(8)}.tmp"
+    count = 0
+    try:
+        with tarfile.open(temporary, "x") as archive:
+            for name in sorted(names):
+                data = store.get(name)
+                if data is None:
+                    continue
+                unpack(name, data)
+                member = tarfile.TarInfo(name + SUFFIX)
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+                count += 1
+        os.replace(temporary, path)
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+    return count
+
+
+def import_entries(store: Store, path: str | os.PathLike[str]) -> int:
+    """Put the entries of the file `path` into `store`, after every one of them was found intact. Returns how many.
+
+    Raises:
+        CacheError: the file is no such archive, or something in it is no intact entry; nothing was kept.
+        OSError: the file can't be read, or the store can't be written.
+    """
+    for _ in _entries(path):
+        pass
+    count = 0
+    for name, data in _entries(path):
+        store.put(name, data)
+        count += 1
+    return count
+
+
+def _entries(path: str | os.PathLike[str]) -> Iterator[tuple[str, bytes]]:
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                match = MEMBER.fullmatch(member.name)
+                file = archive.extractfile(member) if match and member.isreg() and not member.issparse() else None
+                if match is None or file is None:
+                    raise CacheError(f"{member.name!r} in the archive is no entry")
+                data = file.read()
+                unpack(match[1], data)
+                yield match[1], data
+    except (tarfile.TarError, EOFError) as error:
+        raise CacheError(f"{os.fspath(path)} is no archive of entries: {error}") from None
