@@ -126,14 +126,15 @@ def loop_kernel(region: Region, name: str, config: LoopConfig | None = None) -> 
         source,
         tuple(pointers),
         tuple(body.syms.values()),
-        (_blocks(writer.count, writer.config.rows), 1, 1),
+        (blocks(writer.count, writer.config.rows), 1, 1),
         writer.config.num_warps,
         num_stages=2 if writer.steps else 1,
         wide=writer.wide,
     )
 
 
-def _blocks(count: Dim, block: int) -> Dim:
+def blocks(count: Dim, block: int) -> Dim:
+    """How many blocks `count` is, the last of which may be short."""
     return dim_expr("//", dim_expr("+", count, block - 1), block)
 
 
@@ -144,7 +145,7 @@ class _Writer:
         self.region, self.config, self.rows = region, config, rows_of(region)
         self.reductions = reductions_of(region.outputs)
         size = self.rows.size.number
-        self.wide = _is_wide(region)
+        self.wide = is_wide(region)
         self.steps = bool(self.reductions) and (size is None or size > config.elements)
         self.flat = not self.reductions
         self.x, self.r = variable(X, self.rows.count), variable(R, self.rows.size)
@@ -289,7 +290,7 @@ class _Writer:
         return tuple(position[order.index(axis)] for axis in range(len(shape)))
 
 
-def _is_wide(region: Region) -> bool:
+def is_wide(region: Region) -> bool:
     """Whether a tensor may reach as far as 32 bits do not count."""
     tensors = [value.type for value in region.body.inputs] + list(region.types)
     return any(_reach(type_) >= 2**31 for type_ in tensors if isinstance(type_, TensorType))
