@@ -2,8 +2,8 @@
 
 A program of a pointwise kernel does a run of elements; X is their number. With reductions X is the number of a row and
 R the place in it: a program does a few rows, each of them at once where it is short enough ("persistent"), else in
-steps, with one loop per level of reductions and one for what comes after. Any reductions share a kernel if they are over rows
-of one size and number; whatever comes before, between and after them is computed in registers.
+steps, with one loop per level of reductions and one for what comes after. Any reductions share a kernel if they are
+over rows of one size and number; whatever comes before, between and after them is computed in registers.
 """
 
 from __future__ import annotations
