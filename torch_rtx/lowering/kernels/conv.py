@@ -1,11 +1,11 @@
 """Kernels around a convolution.
 
-    implicit GEMM (Chetlur et al., 2014): rows are the pixels of the result, columns its channels, and K is the window
-    times the channels of the input. The window is a loop of its own outside of the channels, so that a step reads a
-    run of channels of one pixel: with channels innermost in memory this is as good as a matrix product. Groups are batches.
+implicit GEMM (Chetlur et al., 2014): rows are the pixels of the result, columns its channels, and K is the window
+times the channels of the input. The window is a loop of its own outside of the channels, so that a step reads a
+run of channels of one pixel: with channels innermost in memory this is as good as a matrix product. Groups are batches.
 
-    windows: where each channel has a group of its own there is nothing to share, and each program sums its window up
-    element by element.
+windows: where each channel has a group of its own there is nothing to share, and each program sums its window up
+element by element.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import Attr, Dim, Node, TensorType, Value, dim_expr
+from torch_rtx.ir import Attr, Dim, Node, Value, dim_expr
 from torch_rtx.lowering.kernels.emit import Axis, Emitter, Operand
 from torch_rtx.lowering.kernels.index import Index, constant, from_dim, unravel
 from torch_rtx.lowering.kernels.kernel import Kernel
@@ -25,11 +25,14 @@ from torch_rtx.lowering.kernels.product import (
     N,
     Product,
     Steps,
+    SumWriter,
     TileWriter,
+    argument,
     dot_dtype,
     operand,
+    result,
 )
-from torch_rtx.lowering.kernels.region import ANCHORS, Region
+from torch_rtx.lowering.kernels.region import Region, tensor_type
 from torch_rtx.lowering.kernels.tensor import ZERO, Load, Move, Position, Tensor, Within, cast, number, pointwise
 
 
@@ -41,8 +44,13 @@ def conv_kernel(region: Region, name: str, config: GemmConfig) -> Kernel:
             result that is needed in a shape that no tile of it has.
     """
     of = conv_product(region)
-    writer = WindowWriter if is_depthwise(of) else DotWriter
-    return writer(region, of, config).kernel(name)
+    return _writer(of, config)(region, of, config).kernel(name)
+
+
+def _writer(of: Product, config: GemmConfig) -> type[TileWriter]:
+    if is_depthwise(of):
+        return WindowWriter
+    return SumWriter if config.sums else DotWriter
 
 
 def is_depthwise(of: Product) -> bool:
@@ -56,15 +64,9 @@ def conv_product(region: Region) -> Product:
     Raises:
         Unsupported: see `conv_kernel`.
     """
-    node = region.anchor
-    if node is None or ANCHORS[node.op] != "conv":
-        raise Unsupported(f"{node.op if node else 'a region without an anchor'} as a convolution")
-    source, weight = (_type(node, name) for name in ("input", "weight"))
+    node, out, type_ = result(region, "conv")
+    source, weight = (tensor_type(argument(node, name)) for name in ("input", "weight"))
     rank, groups = len(weight.shape) - 2, node.arg("groups", 1)
-    result = node.outputs[0]
-    assert result is not None and isinstance(result.type, TensorType)
-    out = region.values[result.name]
-    assert isinstance(out, Load)
     if node.arg("transposed", False) or len(source.shape) != rank + 2 or not 1 <= rank <= len(TAPS):
         raise Unsupported("a transposed convolution, or one without a batch")
     window, filters = weight.shape[2:], weight.shape[0]
@@ -73,8 +75,8 @@ def conv_product(region: Region) -> Product:
     stride, padding, dilation = (
         _sizes(node.arg(name, default), rank) for name, default in (("stride", 1), ("padding", 0), ("dilation", 1))
     )
-    padded = _padded(region.values[_value(node, "input").name], padding)
-    depth, pixels = constant(_number(weight.shape[1])), (result.type.shape[0], *result.type.shape[2:])
+    padded = _padded(region.values[argument(node, "input").name], padding)
+    depth, pixels = constant(_number(weight.shape[1])), (type_.shape[0], *type_.shape[2:])
     pixels_shape = tuple(map(from_dim, pixels))
     each = constant(filters // groups)
     depthwise = weight.shape[1] == 1 and groups > 1
@@ -98,7 +100,7 @@ def conv_product(region: Region) -> Product:
         depth=weight.shape[1],
         channels_last=weight.strides[1] == 1,
         a=padded,
-        b=region.values[_value(node, "weight").name],
+        b=region.values[argument(node, "weight").name],
         a_at=a_at,
         b_at=b_at,
         finish=_finish(region, node, out),
@@ -117,7 +119,8 @@ class WindowWriter(TileWriter):
         steps.enter(emitter, "")
         tap = (*steps.at, ZERO)
         channels = of.a.shape[1].number
-        assert isinstance(of.columns, int) and channels is not None
+        assert isinstance(of.columns, int)
+        assert channels is not None
         group = self.n // constant(of.columns // channels)
         pixel = operand(emitter, of.a, of.a_at(group, self.m, tap), "f32", "", ())
         weight = operand(emitter, of.b, of.b_at(ZERO, self.n, tap), "f32", "", ())
@@ -129,18 +132,6 @@ class WindowWriter(TileWriter):
         emitter.outer.lines = []
         self.finish(emitter, [total])
         return lines + emitter.outer.lines
-
-
-def _value(node: Node, name: str) -> Value:
-    value = node.arg(name)
-    assert isinstance(value, Value)
-    return value
-
-
-def _type(node: Node, name: str) -> TensorType:
-    type_ = _value(node, name).type
-    assert isinstance(type_, TensorType)
-    return type_
 
 
 def _number(dim: Dim) -> int:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import Dim, Node, TensorType, Value, dim_expr
+from torch_rtx.ir import Node, dim_expr
 from torch_rtx.lowering.kernels.index import Index, from_dim, unravel
 from torch_rtx.lowering.kernels.kernel import Kernel
-from torch_rtx.lowering.kernels.product import DotWriter, GemmConfig, Product, SumWriter
-from torch_rtx.lowering.kernels.region import ANCHORS, Region
+from torch_rtx.lowering.kernels.product import DotWriter, GemmConfig, Product, SumWriter, argument, result
+from torch_rtx.lowering.kernels.region import Region, tensor_type
 from torch_rtx.lowering.kernels.tensor import ONE, ZERO, Load, Position, Tensor, cast, number, pointwise
 
 # Operator: the arguments that are multiplied and what is added, by name.
@@ -40,15 +40,10 @@ def gemm_product(region: Region) -> Product:
     Raises:
         Unsupported: there is none, or it is one of vectors.
     """
-    node = region.anchor
-    if node is None or ANCHORS[node.op] != "gemm":
-        raise Unsupported(f"{node.op if node else 'a region without an anchor'} as a matrix product")
+    node, out, type_ = result(region, "gemm")
+    shape = type_.shape
     first, second, added = OPERANDS[node.op]
-    a, b = (_given(region, node, name) for name in (first, second))
-    result = node.outputs[0]
-    assert result is not None and isinstance(result.type, TensorType)
-    shape, out = result.type.shape, region.values[result.name]
-    assert isinstance(out, Load)
+    a, b = (region.values[argument(node, name).name] for name in (first, second))
     if len(a.shape) < 1 + (node.op != "aten.linear.default") or len(b.shape) < 2:
         raise Unsupported("a matrix product with a vector")
     transposed = node.op == "aten.linear.default"
@@ -71,7 +66,7 @@ def gemm_product(region: Region) -> Product:
         columns=shape[-1],
         grouped=False,
         taps=(),
-        depth=_dims(node, first)[-1],
+        depth=tensor_type(argument(node, first)).shape[-1],
         channels_last=True,
         a=a,
         b=b,
@@ -79,18 +74,6 @@ def gemm_product(region: Region) -> Product:
         b_at=b_at,
         finish=_finish(region, node, out, added),
     )
-
-
-def _given(region: Region, node: Node, name: str) -> Tensor:
-    value = node.arg(name)
-    assert isinstance(value, Value)
-    return region.values[value.name]
-
-
-def _dims(node: Node, name: str) -> tuple[Dim, ...]:
-    value = node.arg(name)
-    assert isinstance(value, Value) and isinstance(value.type, TensorType)
-    return value.type.shape
 
 
 def _batch_at(z: Index, batch: Position, own: Position) -> Position:
@@ -103,7 +86,9 @@ def _finish(region: Region, node: Node, out: Load, added: str) -> Callable[[Tens
     beta, alpha = (node.arg(name, 1) for name in ("beta", "alpha"))
     if not isinstance(beta, int | float) or not isinstance(alpha, int | float):
         raise Unsupported("a factor of a matrix product that is a dim")
-    other = _given(region, node, added) if added and node.arg(added) is not None and beta != 0 else None
+    other = None
+    if added and node.arg(added) is not None and beta != 0:
+        other = region.values[argument(node, added).name]
 
     def finish(total: Tensor) -> Tensor:
         found = total if alpha == 1 else pointwise("{0} * {1}", "f32", total, number(alpha, "f32"))

@@ -10,7 +10,7 @@ then needed elsewhere: a wrong inverse cannot become a wrong kernel.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch_rtx.errors import Unsupported

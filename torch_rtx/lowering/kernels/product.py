@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from math import prod
 
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import Dim, dim_expr
+from torch_rtx.ir import Dim, Node, TensorType, Value, dim_expr
 from torch_rtx.lowering.kernels.emit import Axis, Emitter, Operand, indent
 from torch_rtx.lowering.kernels.index import Index, constant, from_dim, linear, substitute, unravel, variable
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.loops import HEADER, blocks, is_wide
 from torch_rtx.lowering.kernels.place import Placement, Tile, place
-from torch_rtx.lowering.kernels.region import Region
+from torch_rtx.lowering.kernels.region import ANCHORS, Region, tensor_type
 from torch_rtx.lowering.kernels.tensor import (
     TRITON,
     ZERO,
@@ -106,6 +106,29 @@ class Product:
         if self.grouped:
             return Tile(self.out, self.axis, m, z * columns, columns)
         return Tile(self.out, self.axis, z * from_dim(self.rows) + m, ZERO, columns)
+
+
+def argument(node: Node, name: str) -> Value:
+    """The tensor that an anchor gets as `name`."""
+    value = node.arg(name)
+    assert isinstance(value, Value), name
+    return value
+
+
+def result(region: Region, kind: str) -> tuple[Node, Load, TensorType]:
+    """The anchor of a region, its result and the type of that.
+
+    Raises:
+        Unsupported: an anchor of another kind, or none.
+    """
+    node = region.anchor
+    if node is None or ANCHORS[node.op] != kind:
+        raise Unsupported(f"{node.op if node else 'a region without an anchor'} as a {kind} kernel")
+    value = node.outputs[0]
+    assert value is not None
+    out = region.values[value.name]
+    assert isinstance(out, Load)
+    return node, out, tensor_type(value)
 
 
 def batch_of(of: Product) -> Index:
