@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from expecttest import TestCase
 
 from tests.kernel_bodies import body, check
 from torch_rtx.errors import Unsupported
-from torch_rtx.lowering.kernels.conv import conv_kernel
+from torch_rtx.lowering.kernels.conv import conv_configs, conv_kernel, conv_product
+from torch_rtx.lowering.kernels.cost import CHIPS, chip, problem, shared_memory
 from torch_rtx.lowering.kernels.gemm import GemmConfig
 from torch_rtx.lowering.kernels.region import region
 
@@ -155,7 +157,7 @@ return y
 
 def test_a_convolution_of_points_is_a_matrix_product() -> None:
     source = conv_kernel(region(body(call((2, 32, 8, 8), (16, 32, 1, 1)))), "kernel", SMALL).source
-    assert "//" not in source.replace("(tile //", "")
+    assert "//" not in source.replace("(tile //", """""")
     assert "mask" not in source
 
 
@@ -196,3 +198,106 @@ return y
 def test_refused(reason: str) -> None:
     with pytest.raises(Unsupported, match=reason):
         conv_kernel(region(body(REFUSED[reason])), "kernel", SMALL)
+
+
+@pytest.mark.parametrize("target", CHIPS)
+@pytest.mark.parametrize("name", SHAPES)
+def test_configurations_fit_their_target(name: str, target: int) -> None:
+    given = region(body(call(**SHAPES[name])))
+    configs = conv_configs(given, target)
+    assert len(configs) == len(set(configs)) > 0
+    what = problem(given, conv_product(given), target)
+    for config in configs:
+        assert shared_memory(what, config, target) <= chip(target).shared
+    assert conv_kernel(given, "kernel", configs[0]) == conv_kernel(given, "kernel", configs[0])
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("name", ["3x3", "few channels", "groups", "depthwise"])
+def test_the_best_configuration_is_right(name: str, channels_last: bool) -> None:
+    text = call(channels_last=channels_last, **SHAPES[name])
+    check(text, conv_kernel, conv_configs(region(body(text)), 86)[0])
+
+
+def test_one_pixel_is_summed_without_tensor_cores() -> None:
+    text = call((1, 96, 1, 1), (40, 96, 1, 1))
+    config = conv_configs(region(body(text)), 90)[0]
+    assert config.sums
+    check(text, conv_kernel, config)
+
+
+class TestSource(TestCase):
+    """What kernels look like."""
+
+    def source(self, text: str, config: GemmConfig) -> str:
+        """The text of the function."""
+        kernel = conv_kernel(region(body(text)), "kernel", config)
+        return "".join(kernel.source.partition("@triton.jit")[1:])
+
+    def test_window_with_residual(self) -> None:
+        text = call((32, 64, 56, 56), (64, 64, 3, 3), padding=(1, 1), rest=EPILOGUE)
+        self.assertExpectedInline(
+            self.source(text, GemmConfig(128, 64, 32, 8)),
+            """\
+@triton.jit
+def kernel(x, w, b, r, out0):
+    tile = tl.program_id(0)
+    M = tile * 128 + tl.arange(0, 128)[:, None]
+    N = tl.arange(0, 64)[None, :]
+    KA = tl.arange(0, 32)[None, :]
+    KB = tl.arange(0, 32)[:, None]
+    ai0 = ((M // 56) % 56)
+    ai1 = (M % 56)
+    ap6 = x + (KA + 64 * M + -3648)
+    bp0 = w + (KB + 576 * N)
+    acc0 = tl.zeros([128, 64], tl.float32)
+    for step in range(0, 18):
+        kh = (step // 6)
+        kw = ((step // 2) % 3)
+        ac2 = ai0 + kh >= 1
+        ac3 = ai0 + kh < 57
+        ac4 = ai1 + kw >= 1
+        ac5 = ai1 + kw < 57
+        at7 = tl.load(ap6 + (32 * (step % 2) + 3584 * kh + 64 * kw), mask=ac2 & ac3 & ac4 & ac5, other=0)
+        bt1 = tl.load(bp0 + (32 * (step % 2) + 192 * kh + 64 * kw))
+        acc0 = tl.dot(at7, bt1, acc0)
+    t0 = tl.load(b + (N)).to(tl.float32)
+    t1 = acc0 + t0
+    t2 = tl.load(r + (64 * M + N)).to(tl.float32)
+    t3 = t1 + t2
+    t4 = tl.where(t3 < 0, 0, t3)
+    tl.store(out0 + (64 * M + N), t4)
+""",
+        )
+
+    def test_depthwise(self) -> None:
+        text = call((1, 64, 28, 28), (64, 1, 3, 3), padding=(1, 1), groups=64)
+        self.assertExpectedInline(
+            self.source(text, GemmConfig(32, 64, 1)),
+            """\
+@triton.jit
+def kernel(x, w, b, out0):
+    tile = tl.program_id(0)
+    M = tile * 32 + tl.arange(0, 32)[:, None]
+    in_m = M < 784
+    N = tl.arange(0, 64)[None, :]
+    i0 = (M // 28)
+    i1 = (M % 28)
+    p6 = x + (64 * M + N + -1856)
+    p8 = w + (9 * N)
+    acc0 = tl.zeros([32, 64], tl.float32)
+    for step in tl.static_range(0, 9):
+        kh = (step // 3)
+        kw = (step % 3)
+        c2 = i0 + kh >= 1
+        c3 = i0 + kh < 29
+        c4 = i1 + kw >= 1
+        c5 = i1 + kw < 29
+        t7 = tl.load(p6 + (1792 * kh + 64 * kw), mask=in_m & c2 & c3 & c4 & c5, other=0).to(tl.float32)
+        t9 = tl.load(p8 + (3 * kh + kw)).to(tl.float32)
+        acc0 += t7 * t9
+    t10 = tl.load(b + (N)).to(tl.float32)
+    t11 = acc0 + t10
+    tl.store(out0 + (64 * M + N), t11, mask=in_m)
+""",
+        )

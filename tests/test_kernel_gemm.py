@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from expecttest import TestCase
 
 from tests.kernel_bodies import body, check
 from torch_rtx.errors import Unsupported
-from torch_rtx.lowering.kernels.gemm import GemmConfig, gemm_kernel
+from torch_rtx.lowering.kernels.cost import CHIPS, chip, problem, shared_memory
+from torch_rtx.lowering.kernels.gemm import GemmConfig, gemm_configs, gemm_kernel, gemm_product
 from torch_rtx.lowering.kernels.region import region
 
 SMALL = GemmConfig(32, 32, 32, group_m=2)
@@ -435,3 +437,176 @@ def test_few_rows_are_known_and_few() -> None:
     for text in (MM, SYMBOLIC.replace("LAST", "8")):
         with pytest.raises(Unsupported, match="rows at once"):
             gemm_kernel(region(body(text)), "kernel", SUMS)
+
+
+# ---- configurations --------------------------------------------------------------------------------------------------
+
+
+def linear(rows: int | str, columns: int, depth: int) -> str:
+    """A linear layer."""
+    dim = f"dim {rows} = 1, None, 1\n" if isinstance(rows, str) else ""
+    return f"""{dim}x: H[{rows}, {depth}]
+w: H[{columns}, {depth}]
+y: H[{rows}, {columns}] = linear.default(input=x, weight=w)
+return y
+"""
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("target", CHIPS)
+@pytest.mark.parametrize("rows", [1, 16, 3072, "s"])
+def test_configurations_fit_their_target(rows: int | str, target: int, dtype: str) -> None:
+    given = region(body(linear(rows, 2304, 768), dtype))
+    if (target, dtype) == (75, "bf16"):
+        with pytest.raises(Unsupported, match="bf16 on sm_75"):
+            gemm_configs(given, target)
+        return
+    configs = gemm_configs(given, target)
+    assert len(configs) == len(set(configs)) > 0
+    what = problem(given, gemm_product(given), target)
+    for config in configs:
+        assert config.sums or shared_memory(what, config, target) <= chip(target).shared
+    assert gemm_kernel(given, "kernel", configs[0]) == gemm_kernel(given, "kernel", configs[0])
+
+
+def best(rows: int, columns: int, depth: int, target: int) -> GemmConfig:
+    """The first configuration of a linear layer in f16."""
+    return gemm_configs(region(body(linear(rows, columns, depth))), target)[0]
+
+
+def test_the_model_of_costs() -> None:
+    assert best(1, 8192, 2048, 90).sums
+    assert not best(8, 8192, 2048, 90).sums
+    large, small = best(4096, 4096, 4096, 90), best(128, 768, 768, 90)
+    assert large.block_m * large.block_n >= 128 * 128 > 64 * 64 >= small.block_m * small.block_n
+    assert best(16, 2048, 2048, 89).block_m == 16
+    assert chip(121) == CHIPS[120]
+    with pytest.raises(Unsupported, match="sm_70"):
+        best(16, 16, 16, 70)
+
+
+@pytest.mark.parametrize("name", ["mm", "linear", "bmm", "baddbmm"])
+def test_the_best_configurations_are_right(name: str) -> None:
+    for config in gemm_configs(region(body(CALLS[name])), 89)[:2]:
+        check(CALLS[name], gemm_kernel, config)
+
+
+# ---- text ------------------------------------------------------------------------------------------------------------
+
+
+class TestSource(TestCase):
+    """What kernels look like."""
+
+    def source(self, text: str, config: GemmConfig) -> str:
+        """The text of the function."""
+        kernel = gemm_kernel(region(body(text)), "kernel", config)
+        return "".join(kernel.source.partition("@triton.jit")[1:])
+
+    def test_linear_and_gelu(self) -> None:
+        text = EPILOGUES["bias and gelu"].replace("40", "s").replace("x:", "dim s = 1, 4096, 1\nx:", 1)
+        text = text.replace("64]", "768]").replace("48]", "3072]")
+        self.assertExpectedInline(
+            self.source(text, GemmConfig(128, 128, 64, 8)),
+            """\
+@triton.jit
+def kernel(x, w, b, out0, s):
+    tile = tl.program_id(0)
+    first = tile // 192 * 8
+    height = tl.minimum(((s + 127) // 128) - first, 8)
+    M = (first + tile % 192 % height) * 128 + tl.arange(0, 128)[:, None]
+    in_m = M < s
+    N = (tile % 192 // height) * 128 + tl.arange(0, 128)[None, :]
+    KA = tl.arange(0, 64)[None, :]
+    KB = tl.arange(0, 64)[:, None]
+    ap0 = x + (KA + 768 * M)
+    bp0 = w + (KB + 768 * N)
+    acc0 = tl.zeros([128, 128], tl.float32)
+    for step in range(0, 12):
+        at1 = tl.load(ap0 + (64 * step), mask=in_m, other=0)
+        bt1 = tl.load(bp0 + (64 * step))
+        acc0 = tl.dot(at1, bt1, acc0)
+    t0 = tl.load(b + (N)).to(tl.float32)
+    t1 = acc0 + t0
+    t2 = 0.5 * t1 * (1.0 + tl.erf(t1 * 0.7071067811865476))
+    tl.store(out0 + (3072 * M + N), t2, mask=in_m)
+""",
+        )
+
+    def test_gated_pair(self) -> None:
+        text = GATED["two halves"].replace("[2, 10, ", "[4, 128, ").replace("480", "6144")
+        self.assertExpectedInline(
+            self.source(text, GemmConfig(64, 8, 32)),
+            """\
+@triton.jit
+def kernel(x, w, b, out0):
+    tile = tl.program_id(0)
+    M = (tile % 8) * 64 + tl.arange(0, 64)[:, None]
+    N = (tile // 8) * 8 + tl.arange(0, 8)[None, :]
+    KA = tl.arange(0, 32)[None, :]
+    KB = tl.arange(0, 32)[:, None]
+    ap0 = x + (KA + 64 * M)
+    bp0 = w + (KB + 64 * N)
+    bp2 = w + (KB + 64 * N + 1536)
+    acc0 = tl.zeros([64, 8], tl.float32)
+    acc1 = tl.zeros([64, 8], tl.float32)
+    for step in range(0, 2):
+        at1 = tl.load(ap0 + (32 * step))
+        bt1 = tl.load(bp0 + (32 * step))
+        bt3 = tl.load(bp2 + (32 * step))
+        acc0 = tl.dot(at1, bt1, acc0)
+        acc1 = tl.dot(at1, bt3, acc1)
+    t0 = tl.load(b + (N)).to(tl.float32)
+    t1 = acc0 + t0
+    t2 = tl.load(b + (N + 24)).to(tl.float32)
+    t3 = acc1 + t2
+    t4 = t1 * tl.sigmoid(t1)
+    t5 = t4 * t3
+    tl.store(out0 + (24 * M + N), t5)
+""",
+        )
+
+    def test_few_rows(self) -> None:
+        self.assertExpectedInline(
+            self.source(linear(1, 768, 770), GemmConfig(16, 8, 256, sums=True)),
+            """\
+@triton.jit
+def kernel(x, w, out0):
+    tile = tl.program_id(0)
+    N = tile * 8 + tl.arange(0, 8)[:, None]
+    KB = tl.arange(0, 256)[None, :]
+    p0 = x + (KB)
+    p2 = w + (KB + 770 * N)
+    acc0_0 = tl.zeros([8, 256], tl.float32)
+    for step in range(0, 4):
+        in_kb = KB < -256 * step + 770
+        t1 = tl.load(p0 + (256 * step), mask=in_kb, other=0).to(tl.float32)
+        t3 = tl.load(p2 + (256 * step), mask=in_kb, other=0).to(tl.float32)
+        acc0_0 += t1 * t3
+    sum4 = tl.sum(acc0_0, 1)[:, None]
+    tl.store(out0 + (N), sum4)
+""",
+        )
+
+    def test_programs_that_share_batches(self) -> None:
+        text = CALLS["bmm"].replace("33", "64").replace("20", "128")
+        self.assertExpectedInline(
+            self.source(text, GemmConfig(64, 16, 64, programs=132)),
+            """\
+@triton.jit
+def kernel(x, w, out0):
+    for program in range(tl.program_id(0), 18, 132):
+        tile = program
+        Z = tile // 6
+        tile = tile % 6
+        M = (tile % 2) * 64 + tl.arange(0, 64)[:, None]
+        N = (tile // 2) * 16 + tl.arange(0, 16)[None, :]
+        in_n = N < 40
+        KA = tl.arange(0, 64)[None, :]
+        KB = tl.arange(0, 64)[:, None]
+        at0 = tl.load(x + (KA + 64 * M + 8192 * Z))
+        bt0 = tl.load(w + (40 * KB + N + 2560 * Z), mask=in_n, other=0)
+        acc0 = tl.zeros([64, 16], tl.float32)
+        acc0 = tl.dot(at0, bt0, acc0)
+        tl.store(out0 + (40 * M + N + 5120 * Z), acc0, mask=in_n)
+""",
+        )

@@ -11,9 +11,12 @@ element by element.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from math import ceil
 
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Attr, Dim, Node, Value, dim_expr
+from torch_rtx.lowering.kernels.cost import chip, configurations, typical
 from torch_rtx.lowering.kernels.emit import Axis, Emitter, Operand
 from torch_rtx.lowering.kernels.index import Index, constant, from_dim, unravel
 from torch_rtx.lowering.kernels.kernel import Kernel
@@ -29,11 +32,12 @@ from torch_rtx.lowering.kernels.product import (
     TileWriter,
     argument,
     dot_dtype,
+    in_memory,
     operand,
     result,
 )
 from torch_rtx.lowering.kernels.region import Region, tensor_type
-from torch_rtx.lowering.kernels.tensor import ZERO, Load, Move, Position, Tensor, Within, cast, number, pointwise
+from torch_rtx.lowering.kernels.tensor import ONE, ZERO, Load, Move, Position, Tensor, Within, cast, number, pointwise
 
 
 def conv_kernel(region: Region, name: str, config: GemmConfig) -> Kernel:
@@ -45,6 +49,36 @@ def conv_kernel(region: Region, name: str, config: GemmConfig) -> Kernel:
     """
     of = conv_product(region)
     return _writer(of, config)(region, of, config).kernel(name)
+
+
+def conv_configs(region: Region, target: int) -> list[GemmConfig]:
+    """Configurations for `sm_{target}`, those that should be fastest first.
+
+    Raises:
+        Unsupported: see `conv_kernel`, or a dtype that the target does not multiply.
+    """
+    of = conv_product(region)
+    return _windows(of, target) if is_depthwise(of) else configurations(region, of, target)
+
+
+def _windows(of: Product, target: int) -> list[GemmConfig]:
+    """Windows are bound by memory: along what is contiguous in there tiles are long enough for whole cache lines, and
+    as large as the chip is kept busy with, since neighbouring pixels share what they read."""
+    source = in_memory(of.a)
+    channels_last = source is None or source.strides[1] == ONE
+    pixels, channels = typical(dim_expr("*", of.batch, of.rows)), typical(of.columns)
+    found = []
+    for block_m, block_n in [(64, 64), (32, 64), (16, 64), (8, 64), (32, 32), (16, 32), (8, 32)]:
+        config = GemmConfig(block_m, block_n, 1, 4 if block_m * block_n > 512 else 2, 1)
+        found.append(config if channels_last else replace(config, block_m=4 * block_m, block_n=block_n // 4))
+
+    def cost(config: GemmConfig) -> float:
+        tiles = ceil(pixels / config.block_m) * ceil(channels / config.block_n)
+        area = config.block_m * config.block_n
+        share = tiles * area * (1 + 128 / area)  # what is computed in vain, and the start of a program
+        return share / min(tiles / chip(target).processors / 4, 1)
+
+    return sorted(found, key=cost)
 
 
 def _writer(of: Product, config: GemmConfig) -> type[TileWriter]:

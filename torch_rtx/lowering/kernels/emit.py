@@ -192,14 +192,27 @@ class Emitter:
 
     def _pointer(self, name: str, address: Index) -> str:
         """Where an element is. In a loop whose steps move a whole tile, the tile of pointers is kept out of it."""
-        if self.looped in self.axes:
-            return f"{name} + ({address})"
-        moving = Index(tuple(term for term in address.terms if self.looped in self.varies(Index((term,)))))
-        still = address - moving
-        if self.varies(moving) != {self.looped} or not self.varies(still):
+        still, moving = self._divided(address)
+        if not still.terms:
             return f"{name} + ({address})"
         base = self._once(("pointer", name, still), self.varies(still), f"{name} + ({still})", "p")
         return f"{base.text} + ({moving})"
+
+    def _divided(self, index: Index) -> tuple[Index, Index]:
+        """`index` as a tile that the loop which is being written does not change, if there is one, and the rest."""
+        moving = Index(tuple(term for term in index.terms if self.looped in self.varies(Index((term,)))))
+        still = index - moving
+        whole = self.looped not in self.axes and self.varies(moving) == {self.looped}
+        return (still, moving) if whole and self.varies(still) else (ZERO, index)
+
+    def _kept(self, index: Index) -> Index:
+        """`index` with that tile, if it takes a division, as a variable, which is computed outside of the loop."""
+        still, moving = self._divided(index)
+        if "//" not in str(still) and "%" not in str(still):
+            return index
+        tile = self._once(("index", still), self.varies(still), str(still), "i")
+        self._varying[tile.text] = tile.axes
+        return variable(tile.text) + moving
 
     def _anchored(self, tensor: Load, position: Position) -> Operand:
         if (tensor, position) not in self.anchored:
@@ -211,30 +224,26 @@ class Emitter:
         return [Operand(axis.mask, frozenset((axis.name,)) | self._varying.get(axis.mask, NONE)) for axis in named]
 
     def inside(self, tensor: Within, position: Position) -> tuple[Position, tuple[Operand, ...]]:
-        """The position in the inner tensor, and the condition, if there is one, that it is inside of it."""
+        """The position in the inner tensor, and the conditions that say that it is inside of it."""
         moved = tuple(p - start for p, start in zip(position, tensor.starts, strict=True))
         tests = []
-        for at, start, now, size in zip(position, tensor.starts, moved, tensor.inner.shape, strict=True):
+        for at, start, size in zip(position, tensor.starts, tensor.inner.shape, strict=True):
             if start != ZERO:
-                tests.append((f"({at} >= {start})", self.varies(at)))
+                tests.append((f"{self._kept(at)} >= {start}", self.varies(at)))
             if not within(at, start + size):
-                tests.append((f"({now} < {size})", self.varies(now)))
-        if not tests:
-            return moved, ()
-        axes = NONE.union(*(axes for _, axes in tests))
-        text = " & ".join(text for text, _ in tests)
-        return moved, (self._once(("within", text), axes, text, "c"),)
+                tests.append((f"{self._kept(at)} < {start + size}", self.varies(at)))
+        return moved, tuple(self._once(("within", text), axes, text, "c") for text, axes in tests)
 
     def _within(self, tensor: Within, position: Position, conditions: tuple[Operand, ...]) -> Operand:
         moved, tests = self.inside(tensor, position)
         inner = self.value(tensor.inner, moved, (*conditions, *tests))
         if not tests:
             return inner
-        inside = tests[0]
-        other = Operand(f"~{inside.text}", inside.axes)
+        all_tests = NONE.union(*(test.axes for test in tests))
+        inside = " & ".join(test.text for test in tests)
+        other = Operand(f"~({inside})" if len(tests) > 1 else f"~{inside}", all_tests)
         outer = self.value(tensor.outer, position, (*conditions, other))
-        axes = inside.axes | inner.axes | outer.axes
-        return self.assign(f"tl.where({inside.text}, {inner.text}, {outer.text})", axes)
+        return self.assign(f"tl.where({inside}, {inner.text}, {outer.text})", all_tests | inner.axes | outer.axes)
 
     def _gather(self, tensor: Gather, position: Position, conditions: tuple[Operand, ...]) -> Operand:
         found, safe = [], []

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Node, dim_expr
+from torch_rtx.lowering.kernels.cost import configurations
 from torch_rtx.lowering.kernels.index import Index, from_dim, unravel
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.product import DotWriter, GemmConfig, Product, SumWriter, argument, result
@@ -32,6 +33,15 @@ def gemm_kernel(region: Region, name: str, config: GemmConfig) -> Kernel:
     """
     writer = SumWriter if config.sums else DotWriter
     return writer(region, gemm_product(region), config).kernel(name)
+
+
+def gemm_configs(region: Region, target: int) -> list[GemmConfig]:
+    """Configurations for `sm_{target}`, those that should be fastest first.
+
+    Raises:
+        Unsupported: see `gemm_kernel`, or a dtype that the target does not multiply.
+    """
+    return configurations(region, gemm_product(region), target)
 
 
 def gemm_product(region: Region) -> Product:

@@ -1,0 +1,292 @@
+"""Which tiles suit a product: a model of the time that a kernel takes, in microseconds.
+
+Programs run in waves: a multiprocessor holds as many as its shared memory and registers allow, and the last wave may
+leave most of the chip idle, so that smaller tiles win small problems. A step of the loop over K takes about as long as
+the slowest of what overlaps in it: tensor cores, shared memory, which feeds them (large tiles per warp need less of
+it), the L2 cache, which feeds that (large tiles need less of it), and the latency of memory, over the steps that are in
+flight. No kernel is faster than memory is read and written once.
+
+It ranks configurations and need not be right: what counts is measured where there is time to.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import ceil, prod
+
+from torch_rtx.errors import Unsupported
+from torch_rtx.ir import DIM_OPS, Dim, Sym
+from torch_rtx.lowering.kernels.place import place
+from torch_rtx.lowering.kernels.product import MOST_ROWS, GemmConfig, Product, Steps, dot_dtype, in_memory
+from torch_rtx.lowering.kernels.region import Region
+from torch_rtx.lowering.kernels.tensor import Map, Tensor, children
+
+TYPICAL = 1024  # what a symbolic size is taken for, within its range
+LAUNCH = 1.5  # until the first program has its first operands, and after the last one
+LATENCY = 0.8  # of memory under load
+BARRIER = 0.03  # of a step
+OVERLAP = 0.8  # how much of what is not the bottleneck is hidden behind it
+KEPT, ALIKE = 12, 2  # configurations, and those of one tile among them
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A typical GPU of a target.
+
+    Attributes:
+        processors: how many multiprocessors.
+        shared: bytes of shared memory that a block may have, which are also taken for all that a processor has.
+        tensor: TFLOP/s of dense f16 products that are summed in f32, as generated code reaches them.
+        plain: TFLOP/s of f32 without tensor cores.
+        memory: GB/s.
+        clock: GHz.
+    """
+
+    processors: int
+    shared: int
+    tensor: float
+    plain: float
+    memory: float
+    clock: float
+
+
+CHIPS = {
+    75: Chip(68, 64 << 10, 45, 13, 560, 1.5),  # RTX 2080 Ti
+    80: Chip(108, 163 << 10, 250, 19, 1400, 1.4),  # A100
+    86: Chip(82, 99 << 10, 65, 30, 850, 1.7),  # RTX 3090
+    89: Chip(128, 99 << 10, 150, 75, 900, 2.5),  # RTX 4090
+    90: Chip(132, 227 << 10, 600, 60, 4200, 1.7),  # H200
+    120: Chip(170, 99 << 10, 200, 95, 1600, 2.4),  # RTX 5090
+}
+LONG = ("tl.erf", "tl.log", "tl.sin", "tl.cos")  # functions of many instructions
+SIZES = {"f16": 2, "bf16": 2, "f32": 4}
+
+
+def chip(target: int) -> Chip:
+    """The chip of the latest known target that is not newer.
+
+    Raises:
+        Unsupported: all are newer.
+    """
+    known = [sm for sm in CHIPS if sm <= target]
+    if not known:
+        raise Unsupported(f"kernels for sm_{target}")
+    return CHIPS[max(known)]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the cost of a product depends on.
+
+    Attributes:
+        batch, rows, columns, depth: sizes; `columns` are those of one accumulator.
+        taps: how many times K runs over the depth.
+        accumulators: how many ranges of columns are computed side by side.
+        dtype: of operands.
+        moved: bytes of memory that any kernel has to read and write.
+        plain: operands are plainly in memory and the result is little more than stored, which needs few registers.
+    """
+
+    batch: int
+    rows: int
+    columns: int
+    depth: int
+    taps: int
+    accumulators: int
+    dtype: str
+    moved: int
+    plain: bool
+
+
+def problem(region: Region, of: Product, target: int) -> Problem:
+    """The problem that a region is, with symbolic sizes taken for typical ones.
+
+    Raises:
+        Unsupported: a dtype that the target's tensor cores do not have; or the region has no placement.
+    """
+    dtype = dot_dtype(of)
+    if dtype == "bf16" and target < 80:
+        raise Unsupported(f"a matrix product of bf16 on sm_{target}")
+    placement = place(region.outputs, of.tile())
+    width = placement.width.number
+    tensors = [value.type for value in region.body.inputs] + list(region.types)
+    moved = sum(prod(map(typical, type_.shape)) * 2 for type_ in tensors if hasattr(type_, "shape"))
+    depth, taps = typical(of.depth), prod(of.taps)
+    if Steps(of, 1).flat:
+        depth, taps = depth * taps, 1
+    return Problem(
+        batch=typical(of.batch),
+        rows=typical(of.rows),
+        columns=typical(of.columns) if width is None else width,
+        depth=depth,
+        taps=taps,
+        accumulators=len(placement.columns),
+        dtype=dtype,
+        moved=moved,
+        plain=prod(of.taps) == 1 and all(in_memory(operand) for operand in (of.a, of.b)) and _plain(region.outputs),
+    )
+
+
+def _plain(outputs: tuple[Tensor, ...]) -> bool:
+    """Whether outputs need none of the functions that take many registers."""
+    left, seen = list(outputs), set[Tensor]()
+    while left:
+        tensor = left.pop()
+        if tensor in seen:
+            continue
+        seen.add(tensor)
+        if isinstance(tensor, Map) and any(function in tensor.text for function in LONG):
+            return False
+        left += children(tensor)
+    return True
+
+
+def typical(dim: Dim) -> int:
+    """A number for a dim."""
+    if isinstance(dim, int):
+        return dim
+    if isinstance(dim, Sym):
+        return max(dim.min, TYPICAL if dim.max is None else min(dim.max, TYPICAL))
+    return DIM_OPS[dim.op]([typical(arg) for arg in dim.args])
+
+
+def configurations(region: Region, of: Product, target: int) -> list[GemmConfig]:
+    """The best configurations, best first.
+
+    Raises:
+        Unsupported: see `problem`.
+    """
+    what, on = problem(region, of, target), chip(target)
+    found = [(time(what, config, target), config) for config in _dots(what, target)]
+    if isinstance(of.rows, int) and of.rows <= MOST_ROWS:
+        found += [(sums_time(what, config, on), config) for config in _sums(what)]
+    best = [config for _, config in sorted(found, key=lambda one: one[0])]
+    tiles = [(config.sums, config.block_m, config.block_n) for config in best]
+    return [config for at, config in enumerate(best) if tiles[:at].count(tiles[at]) < ALIKE][:KEPT]
+
+
+# ---- tensor cores ----------------------------------------------------------------------------------------------------
+
+
+def _dots(what: Problem, target: int) -> Iterator[GemmConfig]:
+    on = chip(target)
+    tiles = [(16, 32, 64, 128, 256), (16, 32, 64, 128, 256), (16, 32, 64, 128)]
+    most_m, most_n, most_k = (max(16, _power(size)) for size in (what.rows, what.columns, what.depth))
+    stages = (1,) if target == 75 else (2, 3, 4, 5)
+    for block_m, block_n, block_k in itertools.product(*tiles):
+        if block_m > most_m or block_n > most_n or not min(most_k, 32) <= block_k <= most_k:
+            continue
+        area = block_m * block_n * what.accumulators
+        warps = [count for count in (2, 4, 8) if 256 <= area // count <= 4096] or [1]
+        for num_warps, num_stages in itertools.product(warps, stages):
+            config = GemmConfig(block_m, block_n, block_k, num_warps, num_stages)
+            if shared_memory(what, config, target) <= on.shared and _fits_registers(what, config, target):
+                yield config
+
+
+def _power(size: int) -> int:
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def _held(what: Problem, config: GemmConfig) -> int:
+    """Registers of a thread that hold sums."""
+    return config.block_m * config.block_n * what.accumulators // (32 * config.num_warps)
+
+
+def _fits_registers(what: Problem, config: GemmConfig, target: int) -> bool:
+    """Whether nothing should have to be spilled, as far as that was seen: of 255 registers sums take a quarter, or half
+    where products read shared memory and little follows; loads of 16 bytes take a pointer each."""
+    roomy = _warpgroup(what, config, target) and what.plain
+    most = 16 if what.dtype == "f32" else 128 if roomy else 64
+    width = config.block_m + config.block_n * what.accumulators
+    pointers = width * config.block_k * SIZES[what.dtype] // (16 * 32 * config.num_warps)
+    return _held(what, config) <= most and pointers <= 12
+
+
+def _warpgroup(what: Problem, config: GemmConfig, target: int) -> bool:
+    """Hopper's products, which take operands from shared memory."""
+    return target == 90 and what.dtype != "f32" and config.block_m >= 64 and config.num_warps >= 4
+
+
+def shared_memory(what: Problem, config: GemmConfig, target: int) -> int:
+    """Bytes for the steps in flight; Hopper's products keep one more step there while they read it."""
+    width = config.block_n * what.accumulators
+    step = (config.block_m + width) * config.block_k * SIZES[what.dtype]
+    steps = config.num_stages - (not _warpgroup(what, config, target))
+    return max(step * max(steps, 1), config.block_m * config.block_n * 2)
+
+
+def time(what: Problem, config: GemmConfig, target: int) -> float:
+    """The time of a product by `tl.dot`."""
+    on = chip(target)
+    width = config.block_n * what.accumulators
+    tiles = what.batch * ceil(what.rows / config.block_m) * ceil(what.columns / config.block_n)
+    steps = what.taps * ceil(what.depth / config.block_k)
+    resident = _resident(what, config, target)
+    whole, rest = divmod(tiles, on.processors * resident)
+    waves = [resident] * whole + ([ceil(rest / on.processors)] if rest else [])
+    store = config.block_m * width * 2 / (on.memory * 1e3 / on.processors)
+    busy = sum(LATENCY + steps * _step(what, config, target, count) + count * store for count in waves)
+    return LAUNCH + _overlapped(busy, what.moved / (on.memory * 1e3))
+
+
+def _overlapped(*times: float) -> float:
+    """The time of things that happen at once."""
+    longest = max(times)
+    return longest + (1 - OVERLAP) * (sum(times) - longest)
+
+
+def _resident(what: Problem, config: GemmConfig, target: int) -> int:
+    """How many programs a processor holds."""
+    threads = 32 * config.num_warps
+    registers = min(_held(what, config) + 80, 255)
+    return max(
+        1,
+        min(
+            chip(target).shared // shared_memory(what, config, target), 65536 // (threads * registers), 1536 // threads
+        ),
+    )
+
+
+def _step(what: Problem, config: GemmConfig, target: int, count: int) -> float:
+    """The time of a step of `count` programs on one processor."""
+    on, size = chip(target), SIZES[what.dtype]
+    width = config.block_n * what.accumulators
+    rate = (on.plain if what.dtype == "f32" else on.tensor) * 1e6 / on.processors
+    products = 2 * config.block_m * width * config.block_k / rate
+    # Warps share the tile as evenly as they can, and each reads its part of both operands.
+    across = 1
+    while across * across < config.num_warps and config.block_m // across > 16:
+        across *= 2
+    parts = config.block_m / across + width / max(config.num_warps // across, 1)
+    if _warpgroup(what, config, target):
+        parts = (config.block_m + width * config.num_warps / 4) / config.num_warps
+    local = config.num_warps * parts * config.block_k * size / (128e3 * on.clock)
+    cache = (config.block_m + width) * config.block_k * size / (32e3 * on.clock)
+    latency = LATENCY / max(config.num_stages - 1, 1)
+    return BARRIER + _overlapped(count * products, count * local, count * cache, latency)
+
+
+# ---- sums ------------------------------------------------------------------------------------------------------------
+
+
+def _sums(what: Problem) -> Iterator[GemmConfig]:
+    depth = what.taps * what.depth
+    for block_n, block_k in itertools.product((4, 8, 16, 32), (128, 256, 512, 1024)):
+        held = block_n * block_k * what.rows * what.accumulators // 128
+        if held <= 64 and block_k <= max(128, _power(depth)) and block_n <= max(4, _power(what.columns)):
+            yield GemmConfig(16, block_n, block_k, 4, 1, sums=True)
+
+
+def sums_time(what: Problem, config: GemmConfig, on: Chip) -> float:
+    """The time of a product without tensor cores: memory, or turning halves into f32 and summing."""
+    weights = what.columns * what.accumulators * what.depth * what.taps
+    programs = what.batch * ceil(what.columns / config.block_n)
+    # Each processor holds at most 12 such programs, and about half of these keep its share of memory busy.
+    busy = min(programs / on.processors / 6, 1)
+    read = what.batch * weights * SIZES[what.dtype] / (on.memory * 1e3 * busy)
+    work = what.batch * weights * 2 * (what.rows + 1) / (on.plain * 1e6 * min(programs / on.processors, 1)) * 4
+    steps = what.taps * ceil(what.depth / config.block_k) * ceil(programs / on.processors / 12)
+    return LAUNCH + _overlapped(read, work, steps * LATENCY)
