@@ -113,6 +113,27 @@ y: H[1, 8, 3, 2](48, 1, 16, 8) = _to_copy.default(self=f, dtype=TYPE)
 z: H[1, 8, 3, 2](48, 1, 16, 8) = hardswish.default(self=y)
 return y, z
 """,
+    "a border of ones": """
+x: H[1, 16, 5, 4]
+w: H[8, 16, 3, 3]
+p: H[1, 16, 7, 5] = constant_pad_nd.default(self=x, pad=[0, 1, 1, 1], value=1.0)
+h: H[1, 8, 5, 5] = conv2d.default(input=p, weight=w, padding=[0, 1])
+return h
+""",
+    "a border of zeros before one": """
+x: H[1, 16, 5, 4]
+w: H[8, 16, 3, 3]
+p: H[1, 16, 6, 5] = constant_pad_nd.default(self=x, pad=[0, 1, 0, 1])
+h: H[1, 8, 3, 3] = conv2d.default(input=p, weight=w, stride=[2, 2], padding=[1, 1])
+return h
+""",
+    "twice as large before": """
+x: H[1, 16, 3, 4]
+w: H[8, 16, 3, 3]
+u: H[1, 16, 6, 8] = upsample_nearest2d.vec(input=x, output_size=None, scale_factors=[2.0, 2.0])
+h: H[1, 8, 6, 8] = conv2d.default(input=u, weight=w, padding=[1, 1])
+return h
+""",
     "an activation before": """
 x: H[1, 16, 5, 4](320, 1, 64, 16)
 w: H[8, 16, 3, 3](144, 1, 48, 16)

@@ -262,6 +262,14 @@ l: H[20, 40] = reciprocal.default(self=e)
 y: H[20, 24] = linear.default(input=l, weight=w)
 return y
 """,
+    "two tensors side by side": """
+x: H[20, 24]
+z: H[20, 40]
+w: H[24, 64]
+c: H[20, 64] = cat.default(tensors=[x, z], dim=1)
+y: H[20, 24] = linear.default(input=c, weight=w)
+return y
+""",
     "rows by number": """
 i: i64[20]
 e: H[7, 64]
@@ -477,6 +485,8 @@ def best(rows: int, columns: int, depth: int, target: int) -> GemmConfig:
 def test_the_model_of_costs() -> None:
     assert best(1, 8192, 2048, 90).sums
     assert not best(8, 8192, 2048, 90).sums
+    by_columns = linear(1, 8192, 2048).replace("[8192, 2048]", "[8192, 2048](1, 8192)")
+    assert not any(config.sums for config in gemm_configs(region(body(by_columns)), 90))
     large, small = best(4096, 4096, 4096, 90), best(128, 768, 768, 90)
     assert large.block_m * large.block_n >= 128 * 128 > 64 * 64 >= small.block_m * small.block_n
     assert best(16, 2048, 2048, 89).block_m == 16

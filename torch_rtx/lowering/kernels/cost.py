@@ -18,10 +18,11 @@ from math import ceil, prod
 
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import DIM_OPS, Dim, Sym
+from torch_rtx.lowering.kernels.index import from_dim, linear, variable
 from torch_rtx.lowering.kernels.place import place
 from torch_rtx.lowering.kernels.product import MOST_ROWS, GemmConfig, Product, Steps, dot_dtype, in_memory
 from torch_rtx.lowering.kernels.region import Region
-from torch_rtx.lowering.kernels.tensor import Map, Tensor, children
+from torch_rtx.lowering.kernels.tensor import ZERO, Load, Map, Move, Tensor, children
 
 TYPICAL = 1024  # what a symbolic size is taken for, within its range
 LAUNCH = 1.5  # until the first program has its first operands, and after the last one
@@ -86,6 +87,7 @@ class Problem:
         accumulators: how many ranges of columns are computed side by side.
         dtype: of operands.
         moved: bytes of memory that any kernel has to read and write.
+        columns_last: neighbouring columns, not elements of K, are neighbours in the memory of the second operand.
         plain: operands are plainly in memory and the result is little more than stored, which needs few registers.
     """
 
@@ -97,6 +99,7 @@ class Problem:
     accumulators: int
     dtype: str
     moved: int
+    columns_last: bool
     plain: bool
 
 
@@ -125,8 +128,22 @@ def problem(region: Region, of: Product, target: int) -> Problem:
         accumulators=len(placement.columns),
         dtype=dtype,
         moved=moved,
+        columns_last=_stride(of) == 1,
         plain=prod(of.taps) == 1 and all(in_memory(operand) for operand in (of.a, of.b)) and _plain(region.outputs),
     )
+
+
+def _stride(of: Product) -> int | None:
+    """How far apart neighbouring columns of the second operand are in memory; None if that is not one number."""
+    column = variable("N", from_dim(of.columns))
+    tensor, position = of.b, of.b_at(ZERO, column, (ZERO,) * (len(of.taps) + 1))
+    while isinstance(tensor, Move):
+        position = tensor.at(position)
+        tensor = tensor.source
+    if not isinstance(tensor, Load):
+        return None
+    ((monomial, _),) = column.terms
+    return next((count for atoms, count in linear(position, tensor.strides).terms if atoms == monomial), None)
 
 
 def _plain(outputs: tuple[Tensor, ...]) -> bool:
@@ -197,12 +214,13 @@ def _held(what: Problem, config: GemmConfig) -> int:
 
 def _fits_registers(what: Problem, config: GemmConfig, target: int) -> bool:
     """Whether nothing should have to be spilled, as far as that was seen: of 255 registers sums take a quarter, or half
-    where products read shared memory and little follows; loads of 16 bytes take a pointer each."""
+    where products read shared memory and little follows; loads of 16 bytes take a pointer each, and on Turing, where
+    they cannot go right to shared memory, their data as well."""
     roomy = _warpgroup(what, config, target) and what.plain
     most = 16 if what.dtype == "f32" else 128 if roomy else 64
     width = config.block_m + config.block_n * what.accumulators
     pointers = width * config.block_k * SIZES[what.dtype] // (16 * 32 * config.num_warps)
-    return _held(what, config) <= most and pointers <= 12
+    return _held(what, config) <= most and pointers <= (12 if target >= 80 else 6)
 
 
 def _warpgroup(what: Problem, config: GemmConfig, target: int) -> bool:
@@ -273,10 +291,12 @@ def _step(what: Problem, config: GemmConfig, target: int, count: int) -> float:
 
 
 def _sums(what: Problem) -> Iterator[GemmConfig]:
-    depth = what.taps * what.depth
+    if what.columns_last:  # short steps, each of which waits for memory
+        return
     for block_n, block_k in itertools.product((4, 8, 16, 32), (128, 256, 512, 1024)):
         held = block_n * block_k * what.rows * what.accumulators // 128
-        if held <= 64 and block_k <= max(128, _power(depth)) and block_n <= max(4, _power(what.columns)):
+        waste_k, waste_n = block_k // 2 >= max(what.depth, 64), block_n // 2 >= max(what.columns, 32)
+        if 4 <= held <= 64 and not waste_k and not waste_n:
             yield GemmConfig(16, block_n, block_k, 4, 1, sums=True)
 
 
