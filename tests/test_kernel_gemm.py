@@ -191,6 +191,22 @@ c: H[2, 10, 3, 8] = clone.default(self=t)
 y: H[2, 10, 24] = view.default(self=c, size=[2, 10, 24])
 return y
 """,
+    "a slice in one dimension": """
+x: H[8, 64]
+w: H[64, 48]
+h: H[8, 48] = mm.default(self=x, mat2=w)
+s: H[8, 16](48, 1) = slice.Tensor(self=h, dim=1, start=24, end=40)
+c: H[8, 16] = clone.default(self=s)
+y: H[128] = view.default(self=c, size=[128])
+return y
+""",
+    "an operand that is one number": """
+o: H[1, 1]
+w: H[64, 48]
+x: H[40, 64](0, 0) = expand.default(self=o, size=[40, 64])
+h: H[40, 48] = mm.default(self=x, mat2=w)
+return h
+""",
     "a slice": """
 x: H[40, 64]
 w: H[64, 48]

@@ -156,8 +156,8 @@ class WindowWriter(TileWriter):
         assert isinstance(of.columns, int)
         assert channels is not None
         group = self.n // constant(of.columns // channels)
-        pixel = operand(emitter, of.a, of.a_at(group, self.m, tap), "f32", "", ())
-        weight = operand(emitter, of.b, of.b_at(ZERO, self.n, tap), "f32", "", ())
+        pixel = operand(emitter, of.a, of.a_at(group, self.m, tap), "f32", whole=False)
+        weight = operand(emitter, of.b, of.b_at(ZERO, self.n, tap), "f32", whole=False)
         total = Operand("acc0", frozenset((M, N)))
         before = [*emitter.outer.lines, f"{total.text} = tl.zeros({emitter.shape(total.axes)}, tl.float32)"]
         sums = [*emitter.inner(), f"{total.text} += {pixel} * {weight}"]

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from math import ceil, prod
 
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import DIM_OPS, Dim, Sym
+from torch_rtx.ir import DIM_OPS, Dim, Sym, TensorType
 from torch_rtx.lowering.kernels.index import from_dim, linear, variable
 from torch_rtx.lowering.kernels.place import place
 from torch_rtx.lowering.kernels.product import MOST_ROWS, GemmConfig, Product, Steps, dot_dtype, in_memory
-from torch_rtx.lowering.kernels.region import Region
+from torch_rtx.lowering.kernels.region import Region, tensor_type
 from torch_rtx.lowering.kernels.tensor import ZERO, Load, Map, Move, Tensor, children
 
 TYPICAL = 1024  # what a symbolic size is taken for, within its range
@@ -62,7 +62,7 @@ CHIPS = {
     120: Chip(170, 99 << 10, 200, 95, 1600, 2.4),  # RTX 5090
 }
 LONG = ("tl.erf", "tl.log", "tl.sin", "tl.cos")  # functions of many instructions
-SIZES = {"f16": 2, "bf16": 2, "f32": 4}
+SIZES = {"bool": 1, "i8": 1, "u8": 1, "i16": 2, "f16": 2, "bf16": 2, "i32": 4, "f32": 4}  # bytes; 8 for others
 
 
 def chip(target: int) -> Chip:
@@ -114,8 +114,7 @@ def problem(region: Region, of: Product, target: int) -> Problem:
         raise Unsupported(f"a matrix product of bf16 on sm_{target}")
     placement = place(region.outputs, of.tile())
     width = placement.width.number
-    tensors = [value.type for value in region.body.inputs] + list(region.types)
-    moved = sum(prod(map(typical, type_.shape)) * 2 for type_ in tensors if hasattr(type_, "shape"))
+    tensors = [tensor_type(value) for value in region.body.inputs] + list(region.types)
     depth, taps = typical(of.depth), prod(of.taps)
     if Steps(of, 1).flat:
         depth, taps = depth * taps, 1
@@ -127,10 +126,16 @@ def problem(region: Region, of: Product, target: int) -> Problem:
         taps=taps,
         accumulators=len(placement.columns),
         dtype=dtype,
-        moved=moved,
+        moved=sum(map(_bytes, tensors)),
         columns_last=_stride(of) == 1,
         plain=prod(of.taps) == 1 and all(in_memory(operand) for operand in (of.a, of.b)) and _plain(region.outputs),
     )
+
+
+def _bytes(type_: TensorType) -> int:
+    """How much memory a tensor has."""
+    sizes = (typical(size) for size, stride in zip(type_.shape, type_.strides, strict=True) if stride != 0)
+    return prod(sizes) * SIZES.get(type_.dtype, 8)
 
 
 def _stride(of: Product) -> int | None:
@@ -176,7 +181,7 @@ def configurations(region: Region, of: Product, target: int) -> list[GemmConfig]
         Unsupported: see `problem`.
     """
     what, on = problem(region, of, target), chip(target)
-    found = [(time(what, config, target), config) for config in _dots(what, target)]
+    found = [(dots_time(what, config, target), config) for config in _dots(what, target)]
     if isinstance(of.rows, int) and of.rows <= MOST_ROWS:
         found += [(sums_time(what, config, on), config) for config in _sums(what)]
     best = [config for _, config in sorted(found, key=lambda one: one[0])]
@@ -236,7 +241,7 @@ def shared_memory(what: Problem, config: GemmConfig, target: int) -> int:
     return max(step * max(steps, 1), config.block_m * config.block_n * 2)
 
 
-def time(what: Problem, config: GemmConfig, target: int) -> float:
+def dots_time(what: Problem, config: GemmConfig, target: int) -> float:
     """The time of a product by `tl.dot`."""
     on = chip(target)
     width = config.block_n * what.accumulators

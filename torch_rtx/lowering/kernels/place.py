@@ -132,8 +132,9 @@ class _Part:
 
     def position(self, tile: Tile, n: Index) -> Position:
         """The position in the output of row `tile.row` and column `n`."""
-        digits = _digits(self.row, tile.row, product(tile.lead)) | _digits(self.column, n, self.width)
-        return _assembled(self.output.shape, digits)
+        rows, columns = _digits(self.row, tile.row, product(tile.lead)), _digits(self.column, n, self.width)
+        both = {name: rows.get(name, ZERO) + columns.get(name, ZERO) for name in rows | columns}
+        return _assembled(self.output.shape, both)
 
 
 def needs(tensor: Tensor, position: Position, out: Load) -> list[Position]:

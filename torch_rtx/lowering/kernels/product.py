@@ -398,10 +398,12 @@ class SumWriter(TileWriter):
         emitter = Emitter([Axis(N, config.block_n, self.columns_mask), Axis(KB, config.block_k, mask)])
         steps.enter(emitter, mask)
         k = steps.position(KB)
-        values = [operand(emitter, of.a, of.a_at(self.z, constant(row), k), "f32", mask, ()) for row in range(rows)]
+        values = [
+            operand(emitter, of.a, of.a_at(self.z, constant(row), k), "f32", mask, whole=False) for row in range(rows)
+        ]
         sums, totals = [], {}
         for which, column in enumerate(self.placement.columns):
-            weight = operand(emitter, of.b, of.b_at(self.z, column, k), "f32", mask, ())
+            weight = operand(emitter, of.b, of.b_at(self.z, column, k), "f32", mask, whole=False)
             for row, value in enumerate(values):
                 totals[row, which] = f"acc{which}_{row}"
                 sums.append(f"{totals[row, which]} += {value} * {weight}")
@@ -416,10 +418,10 @@ class SumWriter(TileWriter):
 
 
 def operand(
-    emitter: Emitter, tensor: Tensor, position: Position, dtype: str, mask: str, axes: tuple[str, ...] | None = None
+    emitter: Emitter, tensor: Tensor, position: Position, dtype: str, mask: str = "", whole: bool = True
 ) -> str:
-    """The elements of an operand as `dtype`: a whole tile, or what varies with `axes` at least. Where `mask` does not
-    hold they are 0: what is computed there, of nothing, may be no number."""
+    """The elements of an operand as `dtype`; where `whole` is set a tile of them, even if all of its rows are equal.
+    Where `mask` does not hold they are 0: what is computed there, of nothing, may be no number."""
     found = _stored(emitter, tensor, position, (), dtype)
     if found is None:
         found = emitter.value(tensor, position)
@@ -428,9 +430,8 @@ def operand(
             text = f"({text}).to({TRITON[dtype]})" if mask else f"{text}.to({TRITON[dtype]})"
     else:
         text = found.text
-    whole = emitter.shape(frozenset(emitter.axes))
-    short = axes is None and not frozenset(emitter.axes) <= found.axes
-    return f"tl.broadcast_to({text}, {whole})" if short else text
+    axes = frozenset(emitter.axes)
+    return text if not whole or axes <= found.axes else f"tl.broadcast_to({text}, {emitter.shape(axes)})"
 
 
 def _stored(
