@@ -498,6 +498,14 @@ def best(rows: int, columns: int, depth: int, target: int) -> GemmConfig:
     return gemm_configs(region(body(linear(rows, columns, depth))), target)[0]
 
 
+def test_f32_on_tensor_cores() -> None:
+    given = region(body(linear(1024, 1024, 1024), "f32"))
+    exact, fast = (gemm_configs(given, 90, precision)[0] for precision in ("ieee", "tf32"))
+    assert fast.block_m * fast.block_n > exact.block_m * exact.block_n
+    assert (fast.input_precision, exact.input_precision) == ("tf32", "ieee")
+    assert {config.input_precision for config in gemm_configs(given, 75, "tf32")} == {"ieee"}  # Turing has none
+
+
 def test_the_model_of_costs() -> None:
     assert best(1, 8192, 2048, 90).sums
     assert not best(8, 8192, 2048, 90).sums

@@ -51,14 +51,14 @@ def conv_kernel(region: Region, name: str, config: GemmConfig) -> Kernel:
     return _writer(of, config)(region, of, config).kernel(name)
 
 
-def conv_configs(region: Region, target: int) -> list[GemmConfig]:
-    """Configurations for `sm_{target}`, those that should be fastest first.
+def conv_configs(region: Region, target: int, input_precision: str = "ieee") -> list[GemmConfig]:
+    """Configurations for `sm_{target}`, those that should be fastest first; `input_precision` is that of f32 operands.
 
     Raises:
         Unsupported: see `conv_kernel`, or a dtype that the target does not multiply.
     """
     of = conv_product(region)
-    return _windows(of, target) if is_depthwise(of) else configurations(region, of, target)
+    return _windows(of, target) if is_depthwise(of) else configurations(region, of, target, input_precision)
 
 
 def _windows(of: Product, target: int) -> list[GemmConfig]:

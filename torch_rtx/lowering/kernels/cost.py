@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, prod
 
 from torch_rtx.errors import Unsupported
@@ -62,7 +62,8 @@ CHIPS = {
     120: Chip(170, 99 << 10, 200, 95, 1600, 2.4),  # RTX 5090
 }
 LONG = ("tl.erf", "tl.log", "tl.sin", "tl.cos")  # functions of many instructions
-SIZES = {"bool": 1, "i8": 1, "u8": 1, "i16": 2, "f16": 2, "bf16": 2, "i32": 4, "f32": 4}  # bytes; 8 for others
+SIZES = {"bool": 1, "i8": 1, "u8": 1, "i16": 2, "f16": 2, "bf16": 2, "i32": 4, "f32": 4, "tf32": 4}  # bytes, else 8
+RATES = {"f16": 1, "bf16": 1, "tf32": 0.5}  # of tensor cores
 
 
 def chip(target: int) -> Chip:
@@ -85,7 +86,7 @@ class Problem:
         batch, rows, columns, depth: sizes; `columns` are those of one accumulator.
         taps: how many times K runs over the depth.
         accumulators: how many ranges of columns are computed side by side.
-        dtype: of operands.
+        dtype: of operands; "tf32" where f32 goes to tensor cores.
         moved: bytes of memory that any kernel has to read and write.
         columns_last: neighbouring columns, not elements of K, are neighbours in the memory of the second operand.
         plain: operands are plainly in memory and the result is little more than stored, which needs few registers.
@@ -103,7 +104,7 @@ class Problem:
     plain: bool
 
 
-def problem(region: Region, of: Product, target: int) -> Problem:
+def problem(region: Region, of: Product, target: int, input_precision: str = "ieee") -> Problem:
     """The problem that a region is, with symbolic sizes taken for typical ones.
 
     Raises:
@@ -125,7 +126,7 @@ def problem(region: Region, of: Product, target: int) -> Problem:
         depth=depth,
         taps=taps,
         accumulators=len(placement.columns),
-        dtype=dtype,
+        dtype="tf32" if dtype == "f32" and input_precision != "ieee" else dtype,
         moved=sum(map(_bytes, tensors)),
         columns_last=_stride(of) == 1,
         plain=prod(of.taps) == 1 and all(in_memory(operand) for operand in (of.a, of.b)) and _plain(region.outputs),
@@ -174,19 +175,21 @@ def typical(dim: Dim) -> int:
     return DIM_OPS[dim.op]([typical(arg) for arg in dim.args])
 
 
-def configurations(region: Region, of: Product, target: int) -> list[GemmConfig]:
+def configurations(region: Region, of: Product, target: int, input_precision: str) -> list[GemmConfig]:
     """The best configurations, best first.
 
     Raises:
         Unsupported: see `problem`.
     """
-    what, on = problem(region, of, target), chip(target)
+    precision = input_precision if target >= 80 else "ieee"
+    what, on = problem(region, of, target, precision), chip(target)
     found = [(dots_time(what, config, target), config) for config in _dots(what, target)]
     if isinstance(of.rows, int) and of.rows <= MOST_ROWS:
         found += [(sums_time(what, config, on), config) for config in _sums(what)]
     best = [config for _, config in sorted(found, key=lambda one: one[0])]
     tiles = [(config.sums, config.block_m, config.block_n) for config in best]
-    return [config for at, config in enumerate(best) if tiles[:at].count(tiles[at]) < ALIKE][:KEPT]
+    kept = [config for at, config in enumerate(best) if tiles[:at].count(tiles[at]) < ALIKE][:KEPT]
+    return [replace(config, input_precision=precision) for config in kept]
 
 
 # ---- tensor cores ----------------------------------------------------------------------------------------------------
@@ -277,7 +280,7 @@ def _step(what: Problem, config: GemmConfig, target: int, count: int) -> float:
     """The time of a step of `count` programs on one processor."""
     on, size = chip(target), SIZES[what.dtype]
     width = config.block_n * what.accumulators
-    rate = (on.plain if what.dtype == "f32" else on.tensor) * 1e6 / on.processors
+    rate = (on.plain if what.dtype == "f32" else on.tensor * RATES[what.dtype]) * 1e6 / on.processors
     products = 2 * config.block_m * width * config.block_k / rate
     # Warps share the tile as evenly as they can, and each reads its part of both operands.
     across = 1

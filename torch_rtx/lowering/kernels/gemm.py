@@ -35,13 +35,13 @@ def gemm_kernel(region: Region, name: str, config: GemmConfig) -> Kernel:
     return writer(region, gemm_product(region), config).kernel(name)
 
 
-def gemm_configs(region: Region, target: int) -> list[GemmConfig]:
-    """Configurations for `sm_{target}`, those that should be fastest first.
+def gemm_configs(region: Region, target: int, input_precision: str = "ieee") -> list[GemmConfig]:
+    """Configurations for `sm_{target}`, those that should be fastest first; `input_precision` is that of f32 operands.
 
     Raises:
         Unsupported: see `gemm_kernel`, or a dtype that the target does not multiply.
     """
-    return configurations(region, gemm_product(region), target)
+    return configurations(region, gemm_product(region), target, input_precision)
 
 
 def gemm_product(region: Region) -> Product:
