@@ -203,6 +203,8 @@ def _dots(what: Problem, target: int) -> Iterator[GemmConfig]:
     for block_m, block_n, block_k in itertools.product(*tiles):
         if block_m > most_m or block_n > most_n or not min(most_k, 32) <= block_k <= most_k:
             continue
+        if what.dtype == "f32" and block_k > 32:
+            continue  # all of a step goes through registers
         area = block_m * block_n * what.accumulators
         warps = [count for count in (2, 4, 8) if 256 <= area // count <= 4096] or [1]
         for num_warps, num_stages in itertools.product(warps, stages):
@@ -291,7 +293,8 @@ def _step(what: Problem, config: GemmConfig, target: int, count: int) -> float:
         parts = (config.block_m + width * config.num_warps / 4) / config.num_warps
     local = config.num_warps * parts * config.block_k * size / (128e3 * on.clock)
     cache = (config.block_m + width) * config.block_k * size / (32e3 * on.clock)
-    latency = LATENCY / max(config.num_stages - 1, 1)
+    # What a program loads now it multiplies this many steps later.
+    latency = (LATENCY + products) / max(config.num_stages - 1, 1)
     return BARRIER + _overlapped(count * products, count * local, count * cache, latency)
 
 
