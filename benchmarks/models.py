@@ -1,4 +1,4 @@
-"""The model zoo: architectures from `transformers` configurations, with random weights and no downloads.
+"""The model zoo: architectures of `transformers`, and a few that it does not have, with random weights.
 
     model, args, kwargs = models.build("bert_base", "small")
     model(*args, **kwargs)
@@ -53,6 +53,9 @@ from transformers import (
 from transformers.cache_utils import StaticLayer
 from transformers.models.whisper.modeling_whisper import WhisperDecoder, WhisperEncoder
 
+from benchmarks.diffusion import FluxTransformer, StableDiffusionUNet
+from benchmarks.vision import MobileNetV3Large
+
 Size = Literal["small", "full"]
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -63,14 +66,14 @@ class ModelSpec:
 
     Args:
         name: the name that `build` takes.
-        model: returns the module of a size, in float32 on the CPU.
-        inputs: returns `(args, kwargs)` of one call for `(size, batch)`, in float32 on the CPU.
+        model: returns the module of a size (and, with a static cache, of a batch size), in float32 on the CPU.
+        inputs: returns `(args, kwargs)` of one call for `(size, batch, length)`, in float32 on the CPU.
         dynamic_batch: the same module accepts any batch size (a static cache fixes it).
     """
 
     name: str
-    model: Callable[[Size], nn.Module]
-    inputs: Callable[[Size, int], Inputs]
+    model: Callable[..., nn.Module]
+    inputs: Callable[[Size, int, int | None], Inputs]
     dynamic_batch: bool = True
 
 
@@ -90,7 +93,8 @@ def build(
     name: str,
     size: Size = "small",
     *,
-    batch: int | None = None,
+    batch: int = 2,
+    length: int | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     seed: int = 0,
@@ -98,25 +102,40 @@ def build(
     """Returns `(model, args, kwargs)`: a module in eval mode and the inputs of one call of it.
 
     Args:
-        batch: the batch size; 2 unless given. Models with a static cache accept only 2.
+        batch: the batch size. A model with a static cache accepts only the one that it was built for.
+        length: tokens of text (for a decode step: tokens in the cache), or the side of images and latents; None: as
+            the size has it. Absolute positions bound the first, and vision transformers have a fixed side.
         dtype: floating-point dtype of weights and inputs. Rotary frequencies stay in float32, as in a
             loaded checkpoint.
         seed: another seed gives the same architecture with other weights.
     """
-    model_spec = spec(name)
-    args, kwargs = inputs(name, size, batch=batch, dtype=dtype, device=device, seed=seed)
+    args, kwargs = inputs(name, size, batch=batch, length=length, dtype=dtype, device=device, seed=seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = model_spec.model(size).eval()
+        model = _module(name, size, batch)
         _randomize(model)
     return _to(model, dtype, device), args, kwargs
+
+
+def without_weights(
+    name: str, size: Size = "small", *, batch: int = 2, dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """The model on the `meta` device, for what needs no data. Arguments as in `build`."""
+    with torch.device("meta"):
+        return _to(_module(name, size, batch), dtype, "meta")
+
+
+def _module(name: str, size: Size, batch: int) -> nn.Module:
+    model_spec = spec(name)
+    return (model_spec.model(size) if model_spec.dynamic_batch else model_spec.model(size, batch)).eval()
 
 
 def inputs(
     name: str,
     size: Size = "small",
     *,
-    batch: int | None = None,
+    batch: int = 2,
+    length: int | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     seed: int = 0,
@@ -125,15 +144,13 @@ def inputs(
     model_spec = spec(name)
     if size not in ("small", "full"):
         raise ValueError(f"unknown size {size!r}; known sizes: small, full")
-    if not model_spec.dynamic_batch and batch not in (None, _CACHE_BATCH):
-        raise ValueError(f"{name} has a static cache for a batch of {_CACHE_BATCH}, got batch={batch}")
 
     def cast(value: Any) -> Any:
         return value.to(device, dtype if value.is_floating_point() else None)
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        args, kwargs = model_spec.inputs(size, 2 if batch is None else batch)
+        args, kwargs = model_spec.inputs(size, batch, length)
     return tuple(map(cast, args)), {key: cast(value) for key, value in kwargs.items()}
 
 
@@ -174,8 +191,6 @@ def _to(model: nn.Module, dtype: torch.dtype, device: str | torch.device) -> nn.
 
 
 # Static caches ------------------------------------------------------------------------------------------------------
-
-_CACHE_BATCH = 2
 
 
 class _BoundLayer(StaticLayer):
@@ -228,19 +243,28 @@ class CachedDecoder(nn.Module):
 
 
 def _cached(causal: ModelSpec, phase: Literal["prefill", "decode"]) -> ModelSpec:
-    def model(size: Size) -> nn.Module:
-        return CachedDecoder(causal.model(size), _CACHE_BATCH, max_cache_len=512 if size == "full" else 32)
+    def model(size: Size, batch: int) -> nn.Module:
+        return CachedDecoder(causal.model(size), batch, max_cache_len=512 if size == "full" else 32)
 
-    def call(size: Size, batch: int) -> Inputs:
-        prompt = 128 if size == "full" else 16
+    def call(size: Size, batch: int, length: int | None) -> Inputs:
+        prompt = length or (128 if size == "full" else 16)
         tokens, start = (prompt, 0) if phase == "prefill" else (1, prompt)
-        _, kwargs = causal.inputs(size, batch)
-        return (kwargs["input_ids"][:, :tokens].contiguous(), torch.arange(start, start + tokens)), {}
+        _, kwargs = causal.inputs(size, batch, tokens)
+        return (kwargs["input_ids"], torch.arange(start, start + tokens)), {}
 
     return ModelSpec(f"{causal.name}_{phase}", model, call, dynamic_batch=False)
 
 
 # Vision -------------------------------------------------------------------------------------------------------------
+
+
+def _images(pixels: int = 64) -> Callable[[Size, int, int | None], Inputs]:
+    def call(size: Size, batch: int, length: int | None) -> Inputs:
+        side = length or (224 if size == "full" else pixels)
+        # Noise around a colour: noise alone averages out, and every image would get the same answer.
+        return (torch.randn(batch, 3, side, side) + 2 * torch.randn(batch, 3, 1, 1),), {}
+
+    return call
 
 
 def _vision(
@@ -256,12 +280,7 @@ def _vision(
     def model(size: Size) -> nn.Module:
         return kind(config(num_labels=1000, **((full or {}) if size == "full" else small)))
 
-    def call(size: Size, batch: int) -> Inputs:
-        side = 224 if size == "full" else pixels
-        # Noise around a colour: noise alone averages out, and every image would get the same answer.
-        return (torch.randn(batch, 3, side, side) + 2 * torch.randn(batch, 3, 1, 1),), {}
-
-    return ModelSpec(name, model, call)
+    return ModelSpec(name, model, _images(pixels))
 
 
 # Text ---------------------------------------------------------------------------------------------------------------
@@ -284,8 +303,9 @@ def _causal(
     def configure(size: Size) -> PreTrainedConfig:
         return config(use_cache=False, **(full if size == "full" else small))
 
-    def call(size: Size, batch: int) -> Inputs:
-        return (), {"input_ids": _ids(configure(size).vocab_size, batch, 256 if size == "full" else 24)}
+    def call(size: Size, batch: int, length: int | None) -> Inputs:
+        tokens = length or (256 if size == "full" else 24)
+        return (), {"input_ids": _ids(configure(size).vocab_size, batch, tokens)}
 
     return ModelSpec(name, lambda size: kind(configure(size)), call)
 
@@ -295,8 +315,8 @@ def _bert_config(size: Size) -> BertConfig:
     return BertConfig(**({} if size == "full" else {**small, "intermediate_size": 256, **_SPREAD}))
 
 
-def _bert_inputs(size: Size, batch: int) -> Inputs:
-    tokens = 128 if size == "full" else 24
+def _bert_inputs(size: Size, batch: int, length: int | None) -> Inputs:
+    tokens = length or (128 if size == "full" else 24)
     mask = torch.ones(batch, tokens, dtype=torch.long)
     mask[0, -tokens // 4 :] = 0  # one padded sequence
     return (), {"input_ids": _ids(_bert_config(size).vocab_size, batch, tokens), "attention_mask": mask}
@@ -307,8 +327,9 @@ def _t5_config(size: Size) -> T5Config:
     return T5Config(use_cache=False, **({} if size == "full" else small))
 
 
-def _t5_inputs(size: Size, batch: int) -> Inputs:
+def _t5_inputs(size: Size, batch: int, length: int | None) -> Inputs:
     vocabulary, tokens, decoded = _t5_config(size).vocab_size, *((128, 32) if size == "full" else (24, 8))
+    tokens = length or tokens
     ids, decoder_ids = _ids(vocabulary, batch, tokens), _ids(vocabulary, batch, decoded)
     return (), {"input_ids": ids, "decoder_input_ids": decoder_ids}
 
@@ -336,14 +357,14 @@ def _whisper_config(size: Size) -> WhisperConfig:
     return WhisperConfig(d_model=width, use_cache=False, **shape, **({} if size == "full" else small))
 
 
-def _whisper_encoder_inputs(size: Size, batch: int) -> Inputs:
+def _whisper_encoder_inputs(size: Size, batch: int, _: int | None) -> Inputs:  # always 30 s of sound
     config = _whisper_config(size)
     return (torch.randn(batch, config.num_mel_bins, 2 * config.max_source_positions),), {}
 
 
-def _whisper_decoder_inputs(size: Size, batch: int) -> Inputs:
+def _whisper_decoder_inputs(size: Size, batch: int, length: int | None) -> Inputs:
     config = _whisper_config(size)
-    ids = _ids(config.vocab_size, batch, 32 if size == "full" else 8)
+    ids = _ids(config.vocab_size, batch, length or (32 if size == "full" else 8))
     return (), {
         "input_ids": ids,
         "encoder_hidden_states": torch.randn(batch, config.max_source_positions, config.d_model),
@@ -359,12 +380,42 @@ def _clip_config(size: Size) -> CLIPConfig:
     return CLIPConfig(text_config=text, vision_config={**small, "image_size": 64, "patch_size": 16}, projection_dim=32)
 
 
-def _clip_inputs(size: Size, batch: int) -> Inputs:
+def _clip_inputs(size: Size, batch: int, length: int | None) -> Inputs:
     config = _clip_config(size)
     text, vision = config.text_config, config.vision_config
-    ids = _ids(text.vocab_size - 2, batch, text.max_position_embeddings if size == "full" else 24)
+    ids = _ids(text.vocab_size - 2, batch, length or (text.max_position_embeddings if size == "full" else 24))
     ids[:, -1] = text.eos_token_id
     return (), {"input_ids": ids, "pixel_values": torch.randn(batch, 3, vision.image_size, vision.image_size)}
+
+
+# Denoisers ----------------------------------------------------------------------------------------------------------
+
+
+def _unet(size: Size) -> nn.Module:
+    return StableDiffusionUNet() if size == "full" else StableDiffusionUNet((32, 64), context=48, heads=4, layers=1)
+
+
+def _unet_inputs(size: Size, batch: int, length: int | None) -> Inputs:
+    side, text = (64, (77, 768)) if size == "full" else (16, (7, 48))
+    latents = torch.randn(batch, 4, length or side, length or side)
+    return (latents, torch.randint(1000, (batch,)), torch.randn(batch, *text)), {}
+
+
+def _flux(size: Size) -> nn.Module:
+    """A few blocks at full width: the other 51 would be more of the same."""
+    if size == "full":
+        return FluxTransformer(double=2, single=4)
+    return FluxTransformer(double=1, single=2, width=64, heads=4, axes=(4, 6, 6), text=48, pooled=32)
+
+
+def _flux_inputs(size: Size, batch: int, length: int | None) -> Inputs:
+    side, tokens, text, pooled = (64, 512, 4096, 768) if size == "full" else (4, 8, 48, 32)
+    side = length or side
+    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    places = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1)
+    ids = torch.cat([torch.zeros(tokens, 3, dtype=torch.long), places])
+    image, states = torch.randn(batch, side * side, 64), torch.randn(batch, tokens, text)
+    return (image, states, torch.randn(batch, pooled), torch.rand(batch), 1 + 3 * torch.rand(batch), ids), {}
 
 
 # The zoo ------------------------------------------------------------------------------------------------------------
@@ -439,6 +490,7 @@ SPECS: dict[str, ModelSpec] = {
     for entry in (
         _vision("resnet50", ResNetForImageClassification, ResNetConfig, {}),
         _vision("mobilenet_v2", MobileNetV2ForImageClassification, MobileNetV2Config, {}),
+        ModelSpec("mobilenet_v3", lambda _: MobileNetV3Large(), _images()),
         _vision(
             "vit_b_16",
             ViTForImageClassification,
@@ -473,6 +525,8 @@ SPECS: dict[str, ModelSpec] = {
         ModelSpec("whisper_encoder", lambda size: WhisperEncoder(_whisper_config(size)), _whisper_encoder_inputs),
         ModelSpec("whisper_decoder", lambda size: WhisperDecoder(_whisper_config(size)), _whisper_decoder_inputs),
         ModelSpec("clip", lambda size: CLIPModel(_clip_config(size)), _clip_inputs),
+        ModelSpec("sd15_unet", _unet, _unet_inputs),
+        ModelSpec("flux_dit", _flux, _flux_inputs),
         _cached(_GPT2, "prefill"),
         _cached(_GPT2, "decode"),
         _cached(_LLAMA, "prefill"),

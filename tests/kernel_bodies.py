@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.numerics import assert_right
 from tests.interpreter import run
-from tests.numerics import assert_right
 from torch_rtx.ir import Graph, TensorType, attr_values, verify
 from torch_rtx.irparse import parse
 from torch_rtx.lowering.kernels.kernel import Kernel

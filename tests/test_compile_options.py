@@ -29,7 +29,9 @@ GOOD = {
     "copy_weights": True,
     "strip_weights": False,
     "device": "cpu",
+    "targets": ("sm_86", 120, "ptx"),
     "dump_dir": "dumps",
+    "tactics": "library",
     "cuda_graph_strategy": "disabled",
     "cuda_graph_pool_size": 3,
 }
@@ -42,7 +44,9 @@ BAD = {
     "copy_weights": 1,
     "strip_weights": None,
     "device": "tpu",
+    "targets": 8.6,
     "dump_dir": 3,
+    "tactics": "fastest",
     "cuda_graph_strategy": "sometimes",
     "cuda_graph_pool_size": True,
 }
@@ -87,7 +91,7 @@ def test_new_process_finds_the_backend_logs_and_dumps(tmp_path):
     assert "1 blocks, 0 fallback nodes" in result.stderr  # INFO
     written = {path.name for path in (tmp_path / "dumps" / "graph_000").iterdir()}
     names = enumerate(("import", *pipeline.PIPELINE))
-    stages = [f"{index:02}_{name}.rtxir" for index, name in names if name not in pipeline.COPYING]
+    stages = [f"{index:02}_{name}.rtxir" for index, name in names if name not in pipeline.COPYING | pipeline.FORMING]
     assert written >= {"00_fx.py", "00_partition.txt", "run.py", *stages}
 
 
@@ -140,8 +144,8 @@ def test_torch_compile_reports_bad_options():
         compile_rtx(f, options={"min_block_size": "3"})(torch.ones(3))
     with pytest.raises(BackendCompilerFailed, match="unknown passes nosuch[\\s\\S]*the passes are simplify"):
         compile_rtx(f, options={"disabled_passes": ["nosuch"]})(torch.ones(3))
-    with pytest.raises(BackendCompilerFailed, match="fuse can't be disabled"):
-        compile_rtx(f, options={"disabled_passes": ["fuse"]})(torch.ones(3))
+    with pytest.raises(BackendCompilerFailed, match="finish can't be disabled"):
+        compile_rtx(f, options={"disabled_passes": ["finish"]})(torch.ones(3))
     for name in ("aten.sofmax", "aten.exp.nosuch", "nosuch.exp", "exp"):
         with pytest.raises(BackendCompilerFailed, match=f"torch_executed_ops: no operator {name}"):
             compile_rtx(f, options={"torch_executed_ops": [name]})(torch.ones(3))

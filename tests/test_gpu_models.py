@@ -10,12 +10,12 @@ import torch
 
 import torch_rtx
 from benchmarks import models
-from tests.numerics import assert_right, in_float64, tensors
+from benchmarks.cases import BF16
+from benchmarks.numerics import assert_right, in_float64, tensors
 from tests.pools import graph_pools
 from torch_rtx.backend.entry import rtx
 
 pytestmark = pytest.mark.gpu
-BF16 = {"llama", "qwen3", "t5", "llama_prefill", "llama_decode"}  # published in bfloat16, or overflow in float16
 
 
 def cases() -> list[Any]:

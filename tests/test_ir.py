@@ -194,6 +194,13 @@ RULES = {
     ),
     "copy_ writes to an input or weight": with_node("extern", "aten.copy_.default", (("self", Y), ("src", X)), ()),
     "(?#no target)copy_ writes to an input or weight": with_node("extern", "aten.copy_.default", (), ()),
+    "writes to nothing but its results": with_node(
+        "kernel",
+        "k",
+        (("x", X),),
+        (),
+        Graph("import", (X,), nodes=(Node("op", "aten.copy_.default", (("self", X), ("src", X)), ()),)),
+    ),
     "(?#body)is a graph of ops": with_node("kernel", "k", (), (), Graph("final")),
     "(?#twice)value x is defined twice": broken(inputs=(X, X)),
     "(?#by a weight)value x is defined twice": with_weight(X, ("p",)),

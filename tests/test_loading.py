@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import torch_rtx
+from benchmarks.numerics import assert_right, in_float64, tensors
 from tests.ahead import IMAGE, Function, Net
 from tests.compiled import same
 from tests.engine_files import forge
-from tests.numerics import assert_right, in_float64, tensors
 from torch_rtx.engine import load as load_engine
 from torch_rtx.errors import EngineFormatError
 from torch_rtx.runtime.signature import Signature

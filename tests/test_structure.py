@@ -17,15 +17,22 @@ MAX_FILE, MAX_FUNCTION = 600, 60
 ARROWS = {
     "errors": set(),
     "optable": set(),
-    "settings": {"errors"},
+    "targets": {"errors"},
+    "settings": {"errors", "targets"},
     "ir": {"errors"},
     "irparse": {"errors", "ir"},
     "aten": {"errors", "ir", "optable"},
-    "engine": {"errors", "ir", "irparse", "optable", "aten"},  # aten inside `save` alone: it needs torch
+    "manifest": {"errors"},
+    "kerneltable": {"errors", "ir", "irparse", "manifest", "targets"},
+    # aten inside `save` alone: it needs torch
+    "engine": {"errors", "ir", "irparse", "optable", "manifest", "kerneltable", "aten"},
     "lowering": {"errors", "ir", "aten", "settings", "lowering.kernels"},
     "lowering.kernels": {"errors", "ir", "targets"},  # no torch: workers of a build start fast without it
-    "runtime": {"errors", "ir", "aten", "settings", "engine"},
-    "backend": {"errors", "ir", "aten", "settings", "engine", "lowering", "runtime", "__init__"},
+    "runtime": {"errors", "ir", "aten", "settings", "targets", "kerneltable", "engine"},
+    "backend": {
+        *("errors", "ir", "aten", "settings", "targets", "kerneltable", "engine"),
+        *("lowering", "lowering.kernels", "runtime", "__init__"),
+    },
     "__init__": set(),  # its imports are for type checkers, and lazy
 }
 

@@ -1,12 +1,14 @@
 """The engine file `.rtx`: a safetensors file whose metadata holds the program and whose tensors hold the data.
 
     key `constant/NAME`, `weight/NAME`   the data of the graph's parameters; a weight-stripped engine has no weights
-    metadata, one key `torch_rtx`        JSON {"header_digest", "data_digest", "manifest", "graph"}, in this order
+    key `kernel/DIGEST`                  the binaries of the graph's kernels, compressed
+    metadata, one key `torch_rtx`        JSON {"header_digest", "data_digest", "manifest", "graph"} and, if there are
+                                         any, "kernels", in this order
 
 `data_digest` is the SHA-256 of all that follows the header, `header_digest` that of the header and its length field,
-taken with zeros for its own digits: no byte of the file can change unseen. They find damage, not forgery. Nothing in a
-file is executed, and the calls that it names must be on the allow-list, except those of fallback operators, which the
-runtime refuses unless its user trusts them.
+taken with zeros for its own digits: no byte of the file can change unseen. They find damage, not forgery. Reading a
+file executes nothing of it, and the calls that it names must be on the allow-list, except those of fallback operators,
+which the runtime refuses unless its user trusts them. Kernels run on the GPU when the engine does.
 
 `read_header` and `inspect` need no torch: they work on a build machine or in a packager without it.
 """
@@ -20,29 +22,24 @@ import os
 import re
 import secrets
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from io import BufferedIOBase
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from torch_rtx.errors import EngineFormatError, EngineVersionError, InvalidIR, RtxError
+from torch_rtx import kerneltable
+from torch_rtx.errors import EngineFormatError, InvalidIR, RtxError
 from torch_rtx.ir import Graph, Node, Parameter, verify
 from torch_rtx.irparse import parse
+from torch_rtx.kerneltable import KernelTable, Launch
+from torch_rtx.manifest import FORMAT_VERSION, KERNEL_READER, PLAIN_READER, Json, Manifest, read_manifest
 from torch_rtx.optable import ALLOWED
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-# Raise FORMAT_VERSION with every change of the format, and MIN_READER to the same number if older releases would refuse
-# or misread the result: they ignore manifest fields that they do not know and refuse tensors that they do not know. The
-# digests and the manifest's two version fields never change: every release can tell why it can't read a file.
-#   1: the first format
-FORMAT_VERSION = 1
-MIN_READER = 1
-OLDEST_READABLE = 1
 
 MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
 MAX_RANK = 64  # as in PyTorch; bounds the product of a hostile shape
@@ -77,39 +74,9 @@ DTYPES: dict[str, tuple[str | None, int]] = {
 }
 _STORED = {name: (dtype, size) for dtype, (name, size) in DTYPES.items() if name is not None}
 
-Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 Path = str | os.PathLike[str]
 
 # ---- what a file holds -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What an engine says about itself; all of it can be written as JSON.
-
-    `save` fills in the version fields, `stripped` and `digests["graph"]` (SHA-256 of the graph's text).
-
-    Attributes:
-        device: what the model was captured for: "cpu" or "cuda".
-        inputs: the names of the flat inputs, in order.
-        signature: how the module is called, as `runtime.signature` writes it; opaque here.
-        producer: versions of the libraries that built the engine, by name.
-        platform: "any", or the one that the engine runs on.
-        unused_names: parameters of the model that the engine does not need: refit takes and ignores them.
-        stripped: whether the file has no weights.
-        format_version, min_reader: the format of the file, and the oldest reader that understands it.
-    """
-
-    device: str
-    inputs: tuple[str, ...] = ()
-    signature: Json = None
-    producer: Mapping[str, str] = field(default_factory=dict)
-    platform: str = "any"
-    unused_names: tuple[str, ...] = ()
-    stripped: bool = False
-    digests: Mapping[str, str] = field(default_factory=dict)
-    format_version: int = FORMAT_VERSION
-    min_reader: int = MIN_READER
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,12 +89,14 @@ class Engine:
         constants: the data of each parameter of the graph that is `constant`, by name; dtype and shape are the
             parameter's, strides may be any (`load` gives contiguous tensors on the CPU).
         weights: the same for the other parameters; None if the engine is weight-stripped.
+        kernels: how kernel nodes are launched, and their binaries.
     """
 
     graph: Graph
     manifest: Manifest
     constants: Mapping[str, Tensor]
     weights: Mapping[str, Tensor] | None
+    kernels: KernelTable = KernelTable()
 
 
 @dataclass(frozen=True)
@@ -141,13 +110,15 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """The header of an intact file. `tensors` has the keys of the file; the graph is text and was not checked."""
+    """The header of an intact file. `tensors` has the keys of the file; the graph is text, the launches of its kernels
+    are JSON (None: there are none), and neither was checked."""
 
     manifest: Manifest
     graph_text: str
     tensors: Mapping[str, TensorInfo]
     data_digest: str
     file_bytes: int
+    kernels: Json = None
 
 
 # ---- save ------------------------------------------------------------------------------------------------------------
@@ -161,24 +132,27 @@ def save(engine: Engine, path: Path) -> None:
     Raises:
         RtxError: a fallback node calls a Python function; a tensor is missing, unexpected, without data, of a dtype
             that safetensors lacks, or not of the dtype and shape in the graph; a manifest field is of the wrong type.
-        InvalidIR: the graph is no valid graph of level "fused", or its text does not read back.
+        InvalidIR: the graph is no valid graph of level "fused", or its text does not read back; the kernels do not fit
+            the graph.
         OSError: the file can't be written.
     """
     from safetensors.torch import save_file  # imports torch, which reading a header must not
 
     text = str(engine.graph)
     _parsed(text)
+    kerneltable.check(engine.kernels.launches, engine.graph)
     tensors = dict(_tensors_to_save(engine))
     manifest = replace(
         engine.manifest,
         format_version=FORMAT_VERSION,
-        min_reader=MIN_READER,
+        min_reader=KERNEL_READER if engine.kernels else PLAIN_READER,
         stripped=engine.weights is None,
         digests={**engine.manifest.digests, "graph": hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()},
     )
     digests = dict.fromkeys(("header_digest", "data_digest"), ZEROS.decode())
-    metadata = json.dumps({**digests, "manifest": asdict(manifest), "graph": text}, separators=(",", ":"))
-    _manifest(json.loads(metadata)["manifest"])
+    kernels = {"kernels": kerneltable.write_launches(engine.kernels)} if engine.kernels else {}
+    metadata = json.dumps({**digests, "manifest": asdict(manifest), "graph": text, **kernels}, separators=(",", ":"))
+    read_manifest(json.loads(metadata)["manifest"])
     target = os.path.realpath(path)
     temporary = os.path.join(os.path.dirname(target), f".{secrets.token_hex(8)}.rtx.tmp")
     try:
@@ -202,9 +176,15 @@ def save(engine: Engine, path: Path) -> None:
 
 def _tensors_to_save(engine: Engine) -> Iterator[tuple[str, Tensor]]:
     """Key and contiguous CPU tensor of all data; no two share memory, which safetensors refuses."""
-    from torch_rtx import aten  # imports torch
+    import torch
 
-    _check_names({key for key, _ in _data(engine)}, engine.graph, engine.weights is None, RtxError)
+    from torch_rtx import aten  # imports torch, too
+
+    binaries = {f"kernel/{name}": stored for name, stored in engine.kernels.binaries.items()}
+    keys = {key for key, _ in _data(engine)} | binaries.keys()
+    _check_names(keys, engine.graph, engine.weights is None, engine.kernels.launches, RtxError)
+    for key, stored in binaries.items():
+        yield key, torch.frombuffer(bytearray(stored), dtype=torch.uint8)
     parameters = {_key(parameter): parameter for parameter in engine.graph.parameters}
     plain: dict[str, Tensor] = {}
     for key, tensor in _data(engine):
@@ -275,18 +255,23 @@ def load(path: Path) -> Engine:
 
     with _reading(path) as file:
         header = _header(file)
-        graph = _graph(header)
+        graph, launches = _program(header)
         if hashlib.file_digest(file, "sha256").hexdigest() != header.data_digest:
             raise EngineFormatError("the data is damaged: its digest is not the one in the header")
         tensors = load_file(path)
         # safetensors opens the path anew: it must still be the file that was checked.
         if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
             raise EngineFormatError("the file was replaced while it was read")
-    parts: dict[str, dict[str, Tensor]] = {"constant": {}, "weight": {}}
-    for key, tensor in tensors.items():
-        kind, _, name = key.partition("/")
-        parts[kind][name] = tensor
-    return Engine(graph, header.manifest, parts["constant"], None if header.manifest.stripped else parts["weight"])
+        parts: dict[str, dict[str, Tensor]] = {"constant": {}, "weight": {}, "kernel": {}}
+        for key, tensor in tensors.items():
+            kind, _, name = key.partition("/")
+            parts[kind][name] = tensor
+        binaries = {name: tensor.numpy().tobytes() for name, tensor in parts["kernel"].items()}
+        wrong = [name for name, stored in binaries.items() if kerneltable.digest(stored) != name]
+        if wrong:
+            raise EngineFormatError(f"kernel/{wrong[0]} is not the binary that its name says")
+    weights = None if header.manifest.stripped else parts["weight"]
+    return Engine(graph, header.manifest, parts["constant"], weights, KernelTable(launches, binaries))
 
 
 @contextmanager
@@ -323,7 +308,7 @@ def _header(file: BufferedIOBase) -> Header:
         inner = json.loads(outer.pop("__metadata__")["torch_rtx"], object_pairs_hook=_unique)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise EngineFormatError(f"the header is no JSON of an engine: {error}") from None
-    manifest = _manifest(inner.get("manifest"))
+    manifest = read_manifest(inner.get("manifest"))
     text = inner.get("graph")
     if not isinstance(text, str):
         raise EngineFormatError("the header has no graph")
@@ -332,7 +317,7 @@ def _header(file: BufferedIOBase) -> Header:
     tensors, end = _tensor_table(outer)
     if 8 + count + end != size:
         raise EngineFormatError(f"the file has {size} bytes, its header speaks of {8 + count + end}")
-    return Header(manifest, text, tensors, match[2].decode(), size)
+    return Header(manifest, text, tensors, match[2].decode(), size, inner.get("kernels"))
 
 
 def _unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
@@ -364,70 +349,6 @@ def _tensor_table(outer: dict[str, Any]) -> tuple[dict[str, TensorInfo], int]:
             raise EngineFormatError(f"tensor {key!r} is not where it should be, or not of the size of its shape")
         at = end
     return {key: info for _, _, key, info in spans}, at
-
-
-# ---- the manifest ----------------------------------------------------------------------------------------------------
-
-
-def _exactly(kind: type) -> Callable[[Any], Any]:
-    def check(value: Any) -> Any:
-        if type(value) is not kind:  # a bool is no int
-            raise TypeError(f"expected {kind.__name__}")
-        return value
-
-    return check
-
-
-def _strings(value: Any) -> tuple[str, ...]:
-    return tuple(map(_exactly(str), _exactly(list)(value)))
-
-
-def _string_map(value: Any) -> dict[str, str]:
-    return {key: _exactly(str)(item) for key, item in _exactly(dict)(value).items()}
-
-
-_FIELDS: dict[str, Callable[[Any], Any]] = {
-    "format_version": _exactly(int),
-    "min_reader": _exactly(int),
-    "device": _exactly(str),
-    "platform": _exactly(str),
-    "producer": _string_map,
-    "inputs": _strings,
-    "signature": lambda value: value,
-    "unused_names": _strings,
-    "stripped": _exactly(bool),
-    "digests": _string_map,
-}
-
-
-def _manifest(value: Any) -> Manifest:
-    if not isinstance(value, dict):
-        raise EngineFormatError("the header has no manifest")
-    fields: dict[str, Any] = {}
-    for name, check in _FIELDS.items():  # the versions first: what follows depends on them
-        if name not in value:
-            raise EngineFormatError(f"the manifest has no field {name!r}")
-        try:
-            fields[name] = check(value[name])
-        except TypeError as error:
-            raise EngineFormatError(f"field {name!r} of the manifest: {error}") from None
-        if name == "min_reader":
-            _check_version(fields["format_version"], fields["min_reader"])
-    return Manifest(**fields)
-
-
-def _check_version(version: int, min_reader: int) -> None:
-    if min_reader > FORMAT_VERSION:
-        raise EngineVersionError(
-            f"the engine has format {version} and needs a reader of format {min_reader} or later; this one reads "
-            f"{FORMAT_VERSION}",
-            hint="update torch_rtx, or rebuild the engine with this release",
-        )
-    if version < OLDEST_READABLE:
-        raise EngineVersionError(
-            f"the engine has format {version}; this release reads {OLDEST_READABLE} to {FORMAT_VERSION}",
-            hint="rebuild the engine with this release",
-        )
 
 
 # ---- the graph -------------------------------------------------------------------------------------------------------
@@ -467,27 +388,34 @@ def _parsed(text: str) -> Graph:
     return graph
 
 
-def _check_names(keys: set[str], graph: Graph, stripped: bool, error: type[RtxError]) -> None:
+def _check_names(
+    keys: set[str], graph: Graph, stripped: bool, launches: Mapping[str, tuple[Launch, ...]], error: type[RtxError]
+) -> None:
     wanted = {_key(parameter) for parameter in graph.parameters if parameter.constant or not stripped}
+    wanted |= {f"kernel/{name}" for name in kerneltable.digests(launches)}
     if keys != wanted:
         missing, extra = ", ".join(sorted(wanted - keys)), ", ".join(sorted(keys - wanted))
         raise error(f"the tensors do not fit the graph; missing: {missing or 'none'}; unexpected: {extra or 'none'}")
 
 
-def _graph(header: Header) -> Graph:
-    """The graph of a file, checked against the tensors of the file."""
+def _program(header: Header) -> tuple[Graph, dict[str, tuple[Launch, ...]]]:
+    """The graph of a file and the launches of its kernels, checked against the tensors of the file."""
     try:
         graph = _parsed(header.graph_text)
     except InvalidIR:
         raise
     except RtxError as error:
         raise EngineFormatError(str(error)) from None
-    _check_names(set(header.tensors), graph, header.manifest.stripped, EngineFormatError)
+    launches = {} if header.kernels is None else kerneltable.read_launches(header.kernels, graph)
+    _check_names(set(header.tensors), graph, header.manifest.stripped, launches, EngineFormatError)
     for parameter in graph.parameters:
         info = header.tensors.get(_key(parameter))
         if info and (info.dtype, info.shape) != (parameter.type.dtype, parameter.type.shape):
             raise EngineFormatError(f"{_key(parameter)} is {info.dtype}{list(info.shape)}, not {parameter.type}")
-    return graph
+    for key, info in header.tensors.items():
+        if key.startswith("kernel/") and (info.dtype, len(info.shape)) != ("u8", 1):
+            raise EngineFormatError(f"{key} is {info.dtype}{list(info.shape)}, which holds no binary")
+    return graph, launches
 
 
 # ---- inspect ---------------------------------------------------------------------------------------------------------
@@ -512,6 +440,7 @@ class Inspection:
         kinds, ops: how many nodes there are of each kind and op, most frequent first (recipes and bodies apart).
         engine_bytes: the size of the file without weights.
         weight_bytes: the size of all weights, be they in the file or not.
+        kernels: per target, how many kernels are compiled for it and the size of their binaries, which targets share.
     """
 
     manifest: Manifest
@@ -521,6 +450,7 @@ class Inspection:
     engine_bytes: int
     weight_bytes: int
     graph_text: str
+    kernels: Mapping[str, tuple[int, int]]
 
     def __str__(self) -> str:
         manifest = self.manifest
@@ -532,6 +462,8 @@ class Inspection:
             + (" (stripped: not in the file)" if manifest.stripped else ""),
             "nodes: " + (", ".join(f"{count} {kind}" for kind, count in self.kinds.items()) or "none"),
             *(f"  {count:>6} {op}" for op, count in self.ops.items()),
+            "kernels: " + ("none" if not self.kernels else "compiled for"),
+            *(f"  {target}: {count}, {_size(size)}" for target, (count, size) in self.kernels.items()),
             f"parameters: {len(self.parameters)}",
         ]
         for info in self.parameters:
@@ -548,7 +480,7 @@ def inspect(path: Path) -> Inspection:
     """
     with _reading(path) as file:
         header = _header(file)
-        graph = _graph(header)
+        graph, launches = _program(header)
     parameters = tuple(
         ParameterInfo(p.name, p.type.dtype, shape, math.prod(shape) * DTYPES[p.type.dtype][1], p.constant)
         for p in graph.parameters
@@ -563,6 +495,7 @@ def inspect(path: Path) -> Inspection:
         header.file_bytes - stored,
         sum(info.nbytes for info in parameters if not info.constant),
         header.graph_text,
+        kerneltable.bytes_of(launches, {key.removeprefix("kernel/"): i.nbytes for key, i in header.tensors.items()}),
     )
 
 

@@ -7,6 +7,7 @@
     ├── PartitionError                    `require_full_compilation` and something must fall back
     ├── InvalidIR                         text or graph that breaks a rule of the IR
     ├── LoweringError                     a bug of the compiler: names the pass or op, the dump and the reproduction
+    ├── KernelError                       a generated kernel that can't be compiled, loaded or launched
     ├── EngineFormatError (also ValueError)   a file that is no engine, or a damaged one
     │   └── EngineVersionError            an engine of a format this release can't read
     ├── RefitError (also ValueError)      weights that are missing, unexpected or of another type
@@ -55,6 +56,10 @@ class InvalidIR(RtxError):
 
 class LoweringError(RtxError):
     """A pass failed: a bug of torch_rtx, with what is needed to report it."""
+
+
+class KernelError(RtxError):
+    """A generated kernel can't be compiled, loaded or launched: it names the kernel, the target and what refused it."""
 
 
 class EngineFormatError(RtxError, ValueError):

@@ -3,7 +3,7 @@
 A `Graph` is a list of `Node`s in topological order over named `Value`s. The same classes hold every level; a level is
 an invariant that `verify` checks:
 
-    import   nodes of kind `op` (an ATen overload, by name) and `fallback`
+    import   nodes of kind `op` (an ATen overload, by name), `fallback` and, once regions are formed, `kernel`
     fused    nodes of kind `kernel` (its body is a Graph), `extern` (an ATen call), `view` (an ATen call that moves no
              data) and `fallback`: the runtime matches on these four and never learns a new op
 
@@ -24,7 +24,7 @@ from torch_rtx.errors import InvalidIR
 
 MAIN = "main"  # the device of a session; every other device is named ("cpu")
 COPY = "aten.copy_.default"  # the one op with an effect
-LEVELS = {"import": ("op", "fallback"), "fused": ("kernel", "extern", "view", "fallback")}
+LEVELS = {"import": ("op", "kernel", "fallback"), "fused": ("kernel", "extern", "view", "fallback")}
 DTYPES = frozenset(
     ("f64", "f32", "f16", "bf16", "f8e4m3fn", "f8e5m2", "f8e4m3fnuz", "f8e5m2fnuz", "f8e8m0fnu")
     + ("i64", "i32", "i16", "i8", "u64", "u32", "u16", "u8", "bool", "c128", "c64", "c32")
@@ -313,6 +313,14 @@ class Graph:
         return "\n".join(_lines(self)) + "\n"
 
 
+def kernel_nodes(graph: Graph) -> Iterator[Node]:
+    """The nodes of kind `kernel`, also inside of the bodies of others, in order."""
+    for node in graph.nodes:
+        if node.kind == "kernel" and node.body is not None:
+            yield node
+            yield from kernel_nodes(node.body)
+
+
 def node_text(node: Node) -> str:
     """One node as the text form writes it, without its body."""
     left = ", ".join("_" if value is None else f"{value.name}: {value.type}" for value in node.outputs)
@@ -449,6 +457,8 @@ def _verify_body(node: Node, body: Graph, ops: Container[str] | None) -> None:
     outputs = [value for value in body.outputs if isinstance(value, Value)]
     if body.level != "import" or body.weights or len(outputs) != len(body.outputs):
         raise InvalidIR("a kernel's body is a graph of ops that returns tensors")
+    if body.written:
+        raise InvalidIR("a kernel's body writes to nothing but its results")
     if [v.type for v in body.inputs] != [v.type for v in node.inputs]:
         raise InvalidIR("a kernel's body takes what the kernel takes")
     if [v.type for v in outputs] != [v.type for v in node.outputs if v is not None]:

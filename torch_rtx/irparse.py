@@ -7,7 +7,7 @@ tree that is walked here and never evaluated. Text from a file that nobody trust
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from keyword import iskeyword
 
 from torch_rtx.errors import InvalidIR
@@ -57,6 +57,22 @@ def parse(text: str) -> Graph:
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise InvalidIR(f"line {reader.at}: {error}", hint=reader.line.strip()[:200]) from None
     return graph
+
+
+def parse_dim(text: str, syms: Mapping[str, Sym]) -> Dim:
+    """The dim that `text` writes, over the symbols `syms`.
+
+    Raises:
+        InvalidIR: the text is no dim, or has another symbol.
+    """
+    scope = _Scope()
+    scope.syms.update(syms)
+    try:
+        dim = _dim(_expression(text), scope)
+        str(dim)  # as in `parse`
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise InvalidIR(f"{text[:200]!r} is no dim: {error}") from None
+    return dim
 
 
 class _Scope:

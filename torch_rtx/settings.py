@@ -12,7 +12,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch_rtx.errors import SettingsError
+from torch_rtx.targets import parse_targets
 
+TACTICS = ("best", "generated", "library", "calls")
 CUDA_GRAPH_STRATEGIES = ("whole_graph_capture", "disabled")
 # What torch.compile's `mode=` means here. There is nothing to tune yet, so that three of the four agree.
 MODES: dict[str, dict[str, object]] = {
@@ -44,6 +46,13 @@ def _names(help_: str) -> Any:
     return _option(frozenset(), NAMES, lambda v: isinstance(v, frozenset) and all(map(_is_str, v)), help_)
 
 
+def _is_targets(value: object) -> bool:
+    if not isinstance(value, str | int | tuple) or isinstance(value, bool):
+        return value is None
+    parse_targets(value, capability=(8, 0))  # a known one: whether there is a GPU is for the build to see
+    return True
+
+
 def _is_str(value: object) -> bool:
     return isinstance(value, str)
 
@@ -54,13 +63,16 @@ def _name(entry: object) -> object:
 
 
 class _Checked:
-    """Field checks and named sets for the frozen dataclasses below."""
+    """Field checks, named sets and tuples for the frozen dataclasses below."""
 
     def __post_init__(self) -> None:
         for item in fields(self):  # type: ignore[arg-type]
             value = given = getattr(self, item.name)
             if item.metadata["expects"] == NAMES and isinstance(value, Iterable) and not _is_str(value):
                 value = frozenset(map(_name, value))
+                object.__setattr__(self, item.name, value)
+            elif isinstance(value, list):
+                value = tuple(value)
                 object.__setattr__(self, item.name, value)
             if not item.metadata["check"](value):
                 raise SettingsError(f"option {item.name} must be {item.metadata['expects']}, not {given!r}")
@@ -88,6 +100,12 @@ class CompilationSettings(_Checked):
         lambda v: v in (None, "cpu", "cuda"),
         "Device to capture for ahead of time; None: the model's own. `cuda` needs no GPU.",
     )
+    targets: str | int | tuple[str | int, ...] | None = _option(
+        None,
+        'None, "portable", "current", or a list such as ["sm_86", "sm_120", "ptx"]',
+        _is_targets,
+        "GPUs to build kernels for. None: no kernels, every operation is a call of PyTorch's.",
+    )
     dump_dir: str | None = _option(
         None,
         "None or a folder",
@@ -106,6 +124,12 @@ class RuntimeSettings(_Checked):
         " or ".join(map(repr, CUDA_GRAPH_STRATEGIES)),
         lambda v: v in CUDA_GRAPH_STRATEGIES,
         "Replay the whole module as one CUDA graph per input shape, or never.",
+    )
+    tactics: str = _option(
+        "best",
+        " or ".join(map(repr, TACTICS)),
+        lambda v: v in TACTICS,
+        "Which of an engine's kernels run: the best, all, all but those with a library call as a rival, or none.",
     )
     cuda_graph_pool_size: int = _count(16, "Most CUDA graphs that a module keeps; the least recently used goes first.")
 

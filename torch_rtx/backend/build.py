@@ -16,6 +16,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 import torch_rtx
 from torch_rtx.backend.capture import capture_export
 from torch_rtx.backend.compiler import Program, compile_fx
+from torch_rtx.backend.kernels import kernels_of
 from torch_rtx.engine import Engine, Json, Manifest
 from torch_rtx.errors import CaptureError, RtxError
 from torch_rtx.lowering.from_fx import Role
@@ -149,7 +150,7 @@ def _engine(
         if missing:
             raise CaptureError(f"strip_weights is False and the model has no data for {', '.join(missing[:5])}")
         weights = {p.name: tensors[p.name].detach() for p in parameters if not p.constant}
-    return Engine(lowered.graph, manifest, constants, weights)
+    return Engine(lowered.graph, manifest, constants, weights, kernels_of(lowered, settings))
 
 
 def _saved(signature: Signature) -> Json:

@@ -32,7 +32,8 @@ from torch_rtx.lowering.pipeline import lower
 from torch_rtx.settings import CompilationSettings
 
 text = (Path(__file__).parent / "00_import.rtxir").read_text()
-print(lower(parse(text), CompilationSettings(disabled_passes={disabled!r}))[0])
+settings = CompilationSettings(disabled_passes={disabled!r}, copy_weights={copy_weights!r})
+print(lower(parse(text), settings, kernels={kernels!r})[0])
 """
 
 
@@ -84,6 +85,8 @@ def compile_fx(
     start = time.perf_counter()
     check_passes(settings)
     device = device_of(gm)
+    if settings.targets is not None and device.type != "cuda":
+        log.warning("targets has no effect: the model is captured for the %s, which runs no kernels", device.type)
     symbols = Symbols(device, ranges)
     parts = partition(gm, lambda node: unsupported_reason(node, symbols), settings)
     for node, why in parts.fallbacks.items():
@@ -97,12 +100,16 @@ def compile_fx(
         imported = from_fx(gm, roles, parts.fallbacks, symbols, writes)
         graph = imported.graph
         verify(graph, aten.ALLOWED)
-        lowered, report = lower(graph, settings, folder)
+        lowered, report = lower(graph, settings, folder, _has_kernels(settings, device))
     except Exception as error:
         raise _bug(error, gm, graph, settings, folder) from error
     seconds = time.perf_counter() - start
     log.info("%d blocks, %d fallback nodes, %.0f ms", len(parts.blocks), len(parts.fallbacks), 1e3 * seconds)
     return Program(lowered, imported.constants, imported.callables, device, parts, report, folder)
+
+
+def _has_kernels(settings: CompilationSettings, device: torch.device) -> bool:
+    return settings.targets is not None and device.type == "cuda"
 
 
 def device_of(gm: fx.GraphModule) -> torch.device:
@@ -125,6 +132,14 @@ def _folder(dump_dir: str | None) -> Path | None:
     raise SettingsError(f"dump_dir {dump_dir} is full")
 
 
+def _reproduction(settings: CompilationSettings, device: torch.device) -> str:
+    return REPRODUCTION.format(
+        disabled=sorted(settings.disabled_passes),
+        copy_weights=settings.copy_weights,
+        kernels=_has_kernels(settings, device),
+    )
+
+
 def _bug(
     error: Exception, gm: fx.GraphModule, graph: Graph | None, settings: CompilationSettings, folder: Path | None
 ) -> LoweringError:
@@ -135,7 +150,7 @@ def _bug(
     if graph is not None:
         (folder / "00_import.rtxir").write_text(str(graph))
         script = folder / "reproduce.py"
-        script.write_text(REPRODUCTION.format(disabled=sorted(settings.disabled_passes)))
+        script.write_text(_reproduction(settings, device_of(gm)))
     message = error.message if isinstance(error, RtxError) else f"{type(error).__name__}: {error}"
     return LoweringError(
         f"compiling a graph of {len(gm.graph.nodes)} nodes failed, which is a bug of torch_rtx: {message}",

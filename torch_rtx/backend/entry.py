@@ -18,9 +18,11 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from torch_rtx.backend.capture import capture
 from torch_rtx.backend.compiler import check_passes, compile_fx
+from torch_rtx.backend.kernels import kernels_of
 from torch_rtx.errors import PartitionError, SettingsError
 from torch_rtx.lowering.from_fx import Role, is_fixed
 from torch_rtx.lowering.location import module_path
+from torch_rtx.runtime.launch import launchers
 from torch_rtx.runtime.session import Session
 from torch_rtx.runtime.weights import WeightStore
 from torch_rtx.settings import CompilationSettings, RuntimeSettings, from_options
@@ -85,7 +87,8 @@ def _compile(
             store = WeightStore(program.graph, program.device, program.constants)
             # The fallbacks come from a model of this process, not from a file: there is nobody to distrust.
             called = frozenset(node.op for node in program.graph.nodes if node.kind == "fallback")
-            template = Session(program.graph, store, runtime, program.callables, called)
+            kernels = launchers(kernels_of(program, compilation), program.graph, program.device, runtime.tactics)
+            template = Session(program.graph, store, runtime, program.callables, called, kernels)
             program.dump("run.py", template.source)
     except (PartitionError, SettingsError):
         raise  # what the user asked for, and no bug that fallback_on_error is about

@@ -13,13 +13,18 @@ from torch_rtx import aten
 from torch_rtx.errors import InvalidIR, LoweringError, RtxError
 from torch_rtx.ir import Graph, verify
 from torch_rtx.lowering.infer import Inference
+from torch_rtx.lowering.passes.channels_last import channels_last
 from torch_rtx.lowering.passes.cse import cse
 from torch_rtx.lowering.passes.dce import dce
+from torch_rtx.lowering.passes.finish import finish
 from torch_rtx.lowering.passes.fold_batch_norm import fold_batch_norm
 from torch_rtx.lowering.passes.fuse import fuse
 from torch_rtx.lowering.passes.hoist_weights import hoist_weights
 from torch_rtx.lowering.passes.merge_linears import merge_linears
+from torch_rtx.lowering.passes.raise_attention import raise_attention
+from torch_rtx.lowering.passes.read_in_place import read_in_place
 from torch_rtx.lowering.passes.simplify import simplify
+from torch_rtx.lowering.passes.simplify_masks import simplify_masks
 from torch_rtx.settings import CompilationSettings
 
 log = logging.getLogger(__name__)
@@ -28,13 +33,20 @@ Pass = Callable[[Graph, Inference], Graph]
 PIPELINE: Mapping[str, Pass] = {
     "simplify": simplify,
     "cse": cse,
+    "raise_attention": raise_attention,
+    "simplify_masks": simplify_masks,
+    "read_in_place": read_in_place,
     "fold_batch_norm": fold_batch_norm,
     "merge_linears": merge_linears,
+    "channels_last": channels_last,
     "hoist_weights": hoist_weights,
     "dce": dce,
     "fuse": fuse,
+    "finish": finish,
 }
-REQUIRED = frozenset(("fuse",))
+REQUIRED = frozenset(("finish",))
+# Passes that form kernels and get them what they are best at: only for engines that have a GPU target.
+FORMING = frozenset(("channels_last", "fuse", "read_in_place"))
 # Passes whose recipes double the memory of large weights, where the model keeps its own: see `copy_weights`.
 COPYING = frozenset(("merge_linears",))
 
@@ -47,10 +59,13 @@ class Report:
     nodes: dict[str, int] = field(default_factory=dict)
 
 
-def lower(graph: Graph, settings: CompilationSettings, dump: Path | None = None) -> tuple[Graph, Report]:
+def lower(
+    graph: Graph, settings: CompilationSettings, dump: Path | None = None, kernels: bool = False
+) -> tuple[Graph, Report]:
     """Run the pipeline over a graph of level import.
 
     Args:
+        kernels: form kernels.
         dump: folder for `NN_pass.rtxir` after each pass and `NN_pass.diff` where it changed something.
 
     Returns:
@@ -64,6 +79,8 @@ def lower(graph: Graph, settings: CompilationSettings, dump: Path | None = None)
     _write(dump, 0, "import", graph, None)
     for index, (name, run) in enumerate(PIPELINE.items(), 1):
         if name in settings.disabled_passes or (name in COPYING and settings.copy_weights is False):
+            continue
+        if name in FORMING and not kernels:
             continue
         start = time.perf_counter()
         try:

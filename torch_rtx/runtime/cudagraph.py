@@ -17,15 +17,14 @@ from typing import Any
 import torch
 
 from torch_rtx.ir import MAIN, Graph, ScalarType, TensorType, Value, dim_syms, type_dims
-from torch_rtx.runtime.reference import Runner, copy_strided, restride
+from torch_rtx.runtime.driver import checked, driver
+from torch_rtx.runtime.reference import EMPTY, Runner, copy_strided, restride
 from torch_rtx.runtime.weights import WeightStore
 
 log = logging.getLogger(__name__)
 # CUDA captures per process, not per session: the synchronization at the start of a capture would break another one.
 _CAPTURING = threading.Lock()
 SEEN_PER_GRAPH = 8  # keys that are remembered as met once, per graph of the pool
-# `torch.empty_strided` on the current device without the cost of parsing its arguments: what Inductor's code calls.
-_EMPTY = torch._C._dynamo.guards._empty_strided_cuda  # type: ignore[attr-defined]
 Output = Callable[[Sequence[Any]], Any]
 
 
@@ -47,7 +46,7 @@ def why_not(graph: Graph) -> str | None:
                 return f"{node.op} runs on {type_.device} ({node.loc})"
             if any(sym.name not in known for dim in type_dims(type_) for sym in dim_syms(dim)):
                 return f"the size of the result of {node.op} depends on the data ({node.loc})"
-    if _driver() is None:
+    if driver() is None:
         return "the package cuda-bindings is not installed"
     return None
 
@@ -227,7 +226,7 @@ def _copy_out(result: torch.Tensor, node: CopyNode | None) -> Output:
 
     def output(inputs: Sequence[Any]) -> torch.Tensor:
         if torch._C._cuda_getDevice() == device.index:
-            fresh = _EMPTY(shape, strides, dtype)
+            fresh = EMPTY["cuda"](shape, strides, dtype)
         else:
             fresh = torch.empty_strided(shape, strides, dtype=dtype, device=device)
         if node is not None:
@@ -265,33 +264,11 @@ def _alias(
 # ---- the driver ------------------------------------------------------------------------------------------------------
 
 
-@cache
-def _driver() -> Any:
-    """The driver API, or None where its bindings are not installed."""
-    try:
-        from cuda.bindings import driver  # not a requirement: only GPU machines have it
-    except ImportError:
-        return None
-    return driver
-
-
-def _checked(answer: tuple[Any, ...]) -> Any:
-    """The result of a driver call.
-
-    Raises:
-        RuntimeError: the call failed.
-    """
-    status, *results = answer
-    if status != 0:
-        raise RuntimeError(f"CUDA driver: {status.name}")
-    return results[0] if results else None
-
-
 class CopyNode:
     """A copy in an instantiated graph whose addresses can be set; what is running already is not affected."""
 
     def __init__(self, executable: Any, node: Any, params: Any, context: Any) -> None:
-        self._set = _driver().cuGraphExecMemcpyNodeSetParams
+        self._set = driver().cuGraphExecMemcpyNodeSetParams
         self._executable, self._node, self._params, self._context = executable, node, params, context
         self._source = self._target = 0
 
@@ -319,15 +296,15 @@ class _CopyNodes:
     """Finds the copies of a captured graph by their addresses."""
 
     def __init__(self, graph: torch.cuda.CUDAGraph) -> None:
-        driver = _driver()
-        raw = driver.CUgraph(graph.raw_cuda_graph())
-        self._executable = driver.CUgraphExec(graph.raw_cuda_graph_exec())
-        self._context = _checked(driver.cuCtxGetCurrent())
-        count = _checked_count(driver.cuGraphGetNodes(raw))
-        nodes = driver.cuGraphGetNodes(raw, count)[1] if count else []
-        kind = driver.CUgraphNodeType.CU_GRAPH_NODE_TYPE_MEMCPY
-        copies = [node for node in nodes if _checked(driver.cuGraphNodeGetType(node)) == kind]
-        found = [(node, _checked(driver.cuGraphMemcpyNodeGetParams(node))) for node in copies]
+        cuda = driver()
+        raw = cuda.CUgraph(graph.raw_cuda_graph())
+        self._executable = cuda.CUgraphExec(graph.raw_cuda_graph_exec())
+        self._context = checked(cuda.cuCtxGetCurrent())
+        count = _checked_count(cuda.cuGraphGetNodes(raw))
+        nodes = cuda.cuGraphGetNodes(raw, count)[1] if count else []
+        kind = cuda.CUgraphNodeType.CU_GRAPH_NODE_TYPE_MEMCPY
+        copies = [node for node in nodes if checked(cuda.cuGraphNodeGetType(node)) == kind]
+        found = [(node, checked(cuda.cuGraphMemcpyNodeGetParams(node))) for node in copies]
         self._found = {(int(params.srcDevice), int(params.dstDevice)): (node, params) for node, params in found}
 
     def __call__(self, source: torch.Tensor, target: torch.Tensor) -> CopyNode:
@@ -353,9 +330,9 @@ def _checked_count(answer: tuple[Any, ...]) -> int:
 def _capture_stream(index: int) -> torch.cuda.Stream:
     """The stream that captures on a device. Nobody else's: PyTorch hands out 32 streams in turn, and the work of
     whoever got the same one would be captured instead of run."""
-    driver = _driver()
+    cuda = driver()
     with torch.cuda.device(index):
-        raw = _checked(driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING))
+        raw = checked(cuda.cuStreamCreate(cuda.CUstream_flags.CU_STREAM_NON_BLOCKING))
     return torch.cuda.ExternalStream(int(raw), torch.device("cuda", index))
 
 

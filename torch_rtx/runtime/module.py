@@ -20,6 +20,8 @@ from torch_rtx import engine as engine_file
 from torch_rtx.engine import Engine
 from torch_rtx.errors import EngineFormatError, InvalidIR, RtxError
 from torch_rtx.ir import Parameter, TensorType
+from torch_rtx.kerneltable import KernelTable
+from torch_rtx.runtime.launch import launchers
 from torch_rtx.runtime.session import Session
 from torch_rtx.runtime.signature import Signature
 from torch_rtx.runtime.weights import WeightStore, match
@@ -65,7 +67,8 @@ class CompiledModule(nn.Module):
         constants = dict(engine.constants)
         self._store = WeightStore(engine.graph, device, constants, engine.manifest.unused_names)
         settings, trusted = settings or RuntimeSettings(), frozenset(trusted_ops)
-        self.session = Session(engine.graph, self._store, settings, callables, trusted)
+        kernels = launchers(engine.kernels, engine.graph, device, settings.tactics)
+        self.session = Session(engine.graph, self._store, settings, callables, trusted, kernels)
         self._ready = not self._store.parameters
 
     def attach(self, weights: WeightSource) -> None:
@@ -167,6 +170,7 @@ def load(
     device: torch.device | str | None = None,
     settings: RuntimeSettings | None = None,
     trusted_ops: Sequence[str] = (),
+    trust_binaries: bool = True,
 ) -> CompiledModule:
     """Load an engine.
 
@@ -175,6 +179,8 @@ def load(
             .safetensors file; None: those in the engine, or none yet (`refit` gives them).
         device: None: the device the engine was built for, or the CPU (with a warning) where there is none.
         trusted_ops: names of operators outside the allow-list that the file may call; they must be registered.
+        trust_binaries: False ignores the kernels that the file brings for the GPU: their operations run one by one.
+            They are machine code, which can read and write all of the GPU memory of this process.
 
     Raises:
         EngineFormatError, EngineVersionError: see `engine.load`.
@@ -184,6 +190,8 @@ def load(
     engine = engine_file.load(path)
     if any(node.op == "python" for node in engine.graph.nodes):
         raise InvalidIR("the engine calls a Python function, which no file can hold")
+    if not trust_binaries:
+        engine = replace(engine, kernels=KernelTable())
     module = CompiledModule(engine, resolve_device(device, engine.manifest.device), settings, (), trusted_ops)
     if weights is not None:
         module.attach(weights)

@@ -2,7 +2,8 @@
 
 `compile_graph` writes one function for a graph. It binds the dims from the shapes of the inputs, makes each call in
 order, drops every value after its last use, and gives outputs and the inputs of fallback operators the strides that the
-capture saw, whatever strides a library call chose here.
+capture saw, whatever strides a library call chose here. Kernels that can be launched are; the bodies of others run call
+by call as well.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import linecache
 import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,8 +33,17 @@ from torch_rtx.ir import (
     dim_syms,
     type_dims,
 )
+from torch_rtx.runtime.inline import inline_kernels
+from torch_rtx.runtime.launch import Launcher
+from torch_rtx.targets import ALIGNMENT
 
 Runner = Callable[[Sequence[Any], Sequence[torch.Tensor]], list[Any]]
+# `torch.empty_strided` on the current device of a kind, without the cost of parsing its arguments: what Inductor's code
+# calls.
+EMPTY: dict[str, Callable[..., torch.Tensor]] = {
+    "cpu": torch._C._dynamo.guards._empty_strided_cpu,  # type: ignore[attr-defined]
+    "cuda": torch._C._dynamo.guards._empty_strided_cuda,  # type: ignore[attr-defined]
+}
 # A library call may return other strides than its fake: a view of the captured sizes must then be allowed to copy.
 RELAXED = dict.fromkeys(("aten.view.default", "aten._unsafe_view.default"), torch.ops.aten.reshape.default)
 
@@ -54,6 +64,12 @@ def copy_strided(tensor: torch.Tensor, strides: Sequence[int]) -> torch.Tensor:
     return copy
 
 
+def aligned(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
+    """As `restride`, and the address is a multiple of 16: what a kernel expects of its inputs."""
+    placed = restride(tensor, strides)
+    return copy_strided(placed, strides) if placed.data_ptr() % ALIGNMENT else placed
+
+
 def overwrite(target: torch.Tensor, source: torch.Tensor) -> None:
     """Copy values; a dimension of stride 0 is one element in memory and is written once."""
     for dim, (size, stride) in enumerate(zip(target.shape, target.stride(), strict=True)):
@@ -69,6 +85,7 @@ def compile_graph(
     callables: Sequence[Callable[..., Any]] = (),
     trusted_ops: frozenset[str] = frozenset(),
     name: str = "graph",
+    kernels: Mapping[str, Launcher] | None = None,
 ) -> Runner:
     """A function `(inputs, weights) -> outputs` that does what `graph` says; its text is in its `source` attribute.
 
@@ -76,11 +93,13 @@ def compile_graph(
         device: the device that MAIN stands for.
         callables: what the `python` fallback nodes call, by index.
         trusted_ops: operators outside the allow-list that fallback nodes may name.
+        kernels: see `runtime.launch`; their device must be the current one when the function is called.
 
     Raises:
         InvalidIR: an op that does not exist here, or a dim that no input determines.
     """
-    writer = _Writer(graph, device, callables, trusted_ops)
+    kernels = kernels or {}
+    writer = _Writer(inline_kernels(graph, kernels), device, callables, trusted_ops, kernels)
     source = writer.write()
     file = f"<torch_rtx {name} {id(writer.names):x}>"  # these live as long as the function
     linecache.cache[file] = (len(source), None, source.splitlines(True), file)  # tracebacks show the generated line
@@ -97,6 +116,7 @@ class _Writer:
     device: torch.device
     callables: Sequence[Callable[..., Any]]
     trusted_ops: frozenset[str]
+    kernels: Mapping[str, Launcher]
     lines: list[str] = field(default_factory=list)
     bound: set[str] = field(default_factory=set)  # names of the dims that have a value by now
     names: dict[str, Any] = field(default_factory=dict)  # the globals of the generated function
@@ -141,7 +161,7 @@ class _Writer:
         return kept
 
     def is_view(self, node: Node) -> bool:
-        return node.op != "python" and aten.is_view(aten.overload(node.op, self.trusted_ops))
+        return node.kind != "kernel" and node.op != "python" and aten.is_view(aten.overload(node.op, self.trusted_ops))
 
     def last_uses(self) -> list[list[str]]:
         """Per node, the values to drop after it. Inputs and weights are dropped too: the caller decides about those."""
@@ -163,7 +183,8 @@ class _Writer:
 
     def node(self, node: Node) -> None:
         if node.kind == "kernel":
-            raise InvalidIR("the reference tier runs a kernel's body, not the kernel", loc=node.loc)
+            self.launch(node)
+            return
         call = self.python_call(node) if node.op == "python" else self.aten_call(node)
         if not node.outputs:
             self.lines.append(call)
@@ -173,6 +194,27 @@ class _Writer:
         self.lines.append(f"{left[0]} = {call}" if single else f"{', '.join(left)}, = {call}")
         if node.kind == "fallback":
             self.bind(node.outputs)
+
+    def launch(self, node: Node) -> None:
+        """Code that launches a kernel: it takes inputs of the captured strides and fills outputs of them."""
+        addresses = []
+        for index, value in enumerate(node.inputs):
+            self.lines.append(f"_in{index} = {self.name_of('aligned', aligned)}({value.name}, {self.strides(value)})")
+            addresses.append(f"_in{index}.data_ptr(), ")
+        for output in node.outputs:
+            assert output is not None  # `kerneltable.check` saw to it
+            assert isinstance(output.type, TensorType)
+            dtype = aten.to_torch("ScalarType", output.type.dtype, self.device)
+            empty = self.name_of("empty", EMPTY[self.device.type])
+            sizes = self.numbers(output.type.shape)
+            given = f"{sizes}, {self.strides(output)}, {self.name_of(str(dtype), dtype)}"
+            self.lines.append(f"{output.name} = {empty}({given})")
+            addresses.append(f"{output.name}.data_ptr(), ")
+        launcher = self.kernels[node.op]
+        numbers = f"{self.numbers(launcher.scalars)}, {self.numbers(launcher.grid)}"
+        self.lines.append(f"{self.name_of(node.op, launcher)}(({''.join(addresses)}), {numbers})")
+        if node.inputs:
+            self.lines.append(f"del {', '.join(f'_in{index}' for index in range(len(node.inputs)))}")
 
     def python_call(self, node: Node) -> str:
         function = self.name_of("python", self.callables[node.arg("index")])  # type: ignore[index]
@@ -218,9 +260,13 @@ class _Writer:
     def strides(self, value: Value) -> str:
         """The strides that the capture saw, as code."""
         assert isinstance(value.type, TensorType)
-        for dim in value.type.strides:
+        return self.numbers(value.type.strides)
+
+    def numbers(self, dims: Sequence[Dim]) -> str:
+        """Dims as the code of a tuple."""
+        for dim in dims:
             self.check_bound(dim)
-        return f"({''.join(f'{dim}, ' for dim in value.type.strides)})"
+        return f"({''.join(f'{dim}, ' for dim in dims)})"
 
     def output(self, attr: Attr) -> str:
         if isinstance(attr, Value) and attr.name in {v.name for v in self.graph.inputs}:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch_rtx import aten
 from torch_rtx.errors import InputError
 from torch_rtx.ir import DIM_OPS, Dim, Expr, Graph, ScalarType, Sym, TensorType, Value
 from torch_rtx.runtime.cudagraph import GraphPool, why_not
+from torch_rtx.runtime.launch import Launcher
 from torch_rtx.runtime.reference import compile_graph
 from torch_rtx.runtime.weights import WeightStore
 from torch_rtx.settings import RuntimeSettings
@@ -34,6 +35,7 @@ class Session:
         store: its weights.
         callables: Python fallbacks by index.
         trusted_ops: operators outside the allow-list that it may call.
+        kernels: its kernels that are launched, see `runtime.launch`; the bodies of others run call by call.
 
     Raises:
         InvalidIR: an op does not exist here or a dim can't be determined.
@@ -46,9 +48,11 @@ class Session:
         settings: RuntimeSettings,
         callables: Sequence[Callable[..., Any]] = (),
         trusted_ops: frozenset[str] = frozenset(),
+        kernels: Mapping[str, Launcher] | None = None,
     ) -> None:
         self.graph, self.store, self.device = graph, store, store.device
-        self._code = compile_graph(graph, store.device, callables, trusted_ops)
+        self.kernels = kernels or {}
+        self._code = compile_graph(graph, store.device, callables, trusted_ops, kernels=self.kernels)
         self._checked: set[object] = set()
         self._last: object = None  # a key that needs no check; comparing is cheaper than hashing
         self.pool: GraphPool | None = None
@@ -76,8 +80,14 @@ class Session:
         """The plain code. It has no gradients, and its casts were resolved at capture."""
         kind = self.device.type
         autocast = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
-        with torch.no_grad(), autocast:
+        with torch.no_grad(), autocast, self._current_device():
             return self._code(inputs, weights)
+
+    def _current_device(self) -> AbstractContextManager[object]:
+        """Makes the session's device the current one where kernels are launched on it."""
+        if not self.kernels or self.device.type != "cuda" or torch._C._cuda_getDevice() == self.device.index:
+            return nullcontext()
+        return torch.cuda.device(self.device)
 
     def __call__(self, inputs: Sequence[Any], check: bool = True) -> list[Any]:
         """The graph's outputs for `inputs`, both flat and in the graph's order.

@@ -22,7 +22,8 @@ from torch_rtx.lowering.kernels.index import from_dim, linear, variable
 from torch_rtx.lowering.kernels.place import place
 from torch_rtx.lowering.kernels.product import MOST_ROWS, GemmConfig, Product, Steps, dot_dtype, in_memory
 from torch_rtx.lowering.kernels.region import Region, tensor_type
-from torch_rtx.lowering.kernels.tensor import ZERO, Load, Map, Move, Tensor, children
+from torch_rtx.lowering.kernels.tensor import ZERO, Load, Map, Move, Tensor, everything
+from torch_rtx.targets import SHARED
 
 TYPICAL = 1024  # what a symbolic size is taken for, within its range
 LAUNCH = 1.5  # until the first program has its first operands, and after the last one
@@ -54,12 +55,12 @@ class Chip:
 
 
 CHIPS = {
-    75: Chip(68, 64 << 10, 45, 13, 560, 1.5),  # RTX 2080 Ti
-    80: Chip(108, 163 << 10, 250, 19, 1400, 1.4),  # A100
-    86: Chip(82, 99 << 10, 65, 30, 850, 1.7),  # RTX 3090
-    89: Chip(128, 99 << 10, 150, 75, 900, 2.5),  # RTX 4090
-    90: Chip(132, 227 << 10, 600, 60, 4200, 1.7),  # H200
-    120: Chip(170, 99 << 10, 200, 95, 1600, 2.4),  # RTX 5090
+    75: Chip(68, SHARED[75], 45, 13, 560, 1.5),  # RTX 2080 Ti
+    80: Chip(108, SHARED[80], 250, 19, 1400, 1.4),  # A100
+    86: Chip(82, SHARED[86], 65, 30, 850, 1.7),  # RTX 3090
+    89: Chip(128, SHARED[89], 150, 75, 900, 2.5),  # RTX 4090
+    90: Chip(132, SHARED[90], 600, 60, 4200, 1.7),  # H200
+    120: Chip(170, SHARED[120], 200, 95, 1600, 2.4),  # RTX 5090
 }
 LONG = ("tl.erf", "tl.log", "tl.sin", "tl.cos")  # functions of many instructions
 SIZES = {"bool": 1, "i8": 1, "u8": 1, "i16": 2, "f16": 2, "bf16": 2, "i32": 4, "f32": 4, "tf32": 4}  # bytes, else 8
@@ -154,16 +155,8 @@ def _stride(of: Product) -> int | None:
 
 def _plain(outputs: tuple[Tensor, ...]) -> bool:
     """Whether outputs need none of the functions that take many registers."""
-    left, seen = list(outputs), set[Tensor]()
-    while left:
-        tensor = left.pop()
-        if tensor in seen:
-            continue
-        seen.add(tensor)
-        if isinstance(tensor, Map) and any(function in tensor.text for function in LONG):
-            return False
-        left += children(tensor)
-    return True
+    maps = [tensor for tensor in everything(outputs) if isinstance(tensor, Map)]
+    return not any(function in tensor.text for tensor in maps for function in LONG)
 
 
 def typical(dim: Dim) -> int:

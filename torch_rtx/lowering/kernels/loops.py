@@ -1,9 +1,9 @@
 """Kernels that are one loop: pointwise ones over all elements, and reductions over rows.
 
 A program of a pointwise kernel does a run of elements; X is their number. With reductions X is the number of a row and
-R the place in it: a program does a few rows, each of them at once where it is short enough ("persistent"), else in
-steps, with one loop per level of reductions and one for what comes after. Any reductions share a kernel if they are
-over rows of one size and number; whatever comes before, between and after them is computed in registers.
+R the place in it: a program does a few rows, each of them at once where it is short enough, else in steps, with one
+loop per level of reductions and one for what comes after. Any reductions share a kernel if they are over rows of one
+size and number; whatever comes before, between and after them is computed in registers.
 """
 
 from __future__ import annotations
@@ -87,8 +87,18 @@ def _kept(reduction: Reduce) -> Index:
     return product(s for a, s in enumerate(reduction.source.shape) if a not in reduction.axes)
 
 
-def default_config(region: Region) -> LoopConfig:
-    """Tiles of about `TILE` elements, longer ones for long rows; small problems are cut in more parts."""
+def loop_configs(region: Region) -> list[LoopConfig]:
+    """The configurations to try, the best first: tiles of about `TILE` elements, longer ones for long rows, and small
+    problems cut in more parts; then smaller tiles with more warps, for bodies that need many registers."""
+    best = _best_config(region)
+    rows, stepwise = rows_of(region), best.rows == 1 and best.num_warps == 8
+    smaller = [LoopConfig(max(best.rows // 2, 1), best.elements, best.num_warps)] if best.rows > 1 else []
+    if rows.size.number is not None and not stepwise and reductions_of(region.outputs):
+        smaller += [LoopConfig(1, best.elements, 8), LoopConfig(1, best.elements, 16), LoopConfig(1, 1024, 8)]
+    return [best, *smaller]
+
+
+def _best_config(region: Region) -> LoopConfig:
     rows = rows_of(region)
     if rows.size.number == 1 and not reductions_of(region.outputs):
         count = rows.count.number
@@ -110,7 +120,7 @@ def loop_kernel(region: Region, name: str, config: LoopConfig | None = None) -> 
     Raises:
         Unsupported: see `rows_of`, or a reduction is needed in another row than its own.
     """
-    writer = _Writer(region, config or default_config(region))
+    writer = _Writer(region, config or _best_config(region))
     lines = writer.write()
     body = region.body
     arguments = [value.name for value in body.inputs] + [f"out{i}" for i in range(len(region.outputs))]

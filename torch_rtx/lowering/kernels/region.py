@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import MAIN, Attr, Expr, Graph, Node, Sym, TensorType, Value, attr_values
 from torch_rtx.lowering.kernels.index import from_dim
-from torch_rtx.lowering.kernels.ops import indexing, pointwise, reductions, views
+from torch_rtx.lowering.kernels.ops import indexing, pointwise, pooling, reductions, views
 from torch_rtx.lowering.kernels.ops.registry import OPS
-from torch_rtx.lowering.kernels.tensor import TRITON, Reduce, Tensor, children, load
+from torch_rtx.lowering.kernels.tensor import TRITON, Reduce, Tensor, children, everything, load
 
 # Operators that a kernel is built around: one of them at most, the rest of its body comes before and after.
 ANCHORS = {
@@ -26,7 +26,7 @@ ANCHORS = {
     "aten.convolution.default": "conv",
     "aten.scaled_dot_product_attention.default": "attention",
 }
-DECLARED = (indexing, pointwise, reductions, views)  # importing them fills OPS
+DECLARED = (indexing, pointwise, pooling, reductions, views)  # importing them fills OPS
 
 
 @dataclass(frozen=True)
@@ -56,19 +56,27 @@ def region(body: Graph) -> Region:
     Raises:
         Unsupported: an operator, dtype or argument that kernels do not have.
     """
-    values: dict[str, Tensor] = {}
-    for value in body.inputs:
-        values[value.name] = load(value.name, tensor_type(value))
-    anchor = None
+    values: dict[str, Tensor] = {value.name: load(value.name, tensor_type(value)) for value in body.inputs}
+    anchors = list(_fill(body, values))
+    if len(anchors) > 1:
+        raise Unsupported(f"{anchors[0].op} and {anchors[1].op} in one kernel", loc=anchors[1].loc)
+    outputs = tuple(values[value.name] for value in attr_values(body.outputs))
+    return Region(body, outputs, anchors[0] if anchors else None, values)
+
+
+def _fill(body: Graph, values: dict[str, Tensor]) -> Iterator[Node]:
+    """Adds what the nodes of `body` compute to `values`, which has its inputs; yields the anchors."""
     for node in body.nodes:
-        if node.op not in ANCHORS:
+        if node.op in ANCHORS:
+            values.update({v.name: load(v.name, tensor_type(v), anchor=True) for v in node.outputs if v is not None})
+            yield node
+        elif node.body is not None:  # what follows an anchor, as a kernel of its own
+            inner = {own.name: values[given.name] for own, given in zip(node.body.inputs, node.inputs, strict=True)}
+            yield from _fill(node.body, inner)
+            named = zip(node.outputs, attr_values(node.body.outputs), strict=True)
+            values.update({value.name: inner[own.name] for value, own in named if value is not None})
+        else:
             values.update(express(node, values))
-            continue
-        if anchor is not None:
-            raise Unsupported(f"{anchor.op} and {node.op} in one kernel", loc=node.loc)
-        anchor = node
-        values.update({v.name: load(v.name, tensor_type(v), anchor=True) for v in node.outputs if v is not None})
-    return Region(body, tuple(values[value.name] for value in attr_values(body.outputs)), anchor, values)
 
 
 def express(node: Node, values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -81,8 +89,6 @@ def express(node: Node, values: dict[str, Tensor]) -> dict[str, Tensor]:
         raise Unsupported(f"{node.op} in a kernel", loc=node.loc)
     given = {key: _given(attr, values) for key, attr in node.args}
     types = tuple(tensor_type(value) if value is not None else TensorType("bool", (), ()) for value in node.outputs)
-    if any(value is None for value in node.outputs) and len(node.outputs) > 1:
-        raise Unsupported(f"{node.op} with a result that nobody gets", loc=node.loc)
     found = OPS[node.op](**given, out=types)
     results = found if isinstance(found, tuple) else (found,)
     named = zip(node.outputs, results, strict=True)
@@ -111,20 +117,7 @@ def _given(attr: Attr, values: dict[str, Tensor]) -> object:
 
 def reductions_of(outputs: tuple[Tensor, ...]) -> list[Reduce]:
     """Every reduction that `outputs` need, each after those that it needs itself."""
-    found: list[Reduce] = []
-    seen: set[Tensor] = set()
-
-    def visit(tensor: Tensor) -> None:
-        if tensor not in seen:
-            seen.add(tensor)
-            for child in children(tensor):
-                visit(child)
-            if isinstance(tensor, Reduce):
-                found.append(tensor)
-
-    for tensor in outputs:
-        visit(tensor)
-    return found
+    return [tensor for tensor in everything(outputs) if isinstance(tensor, Reduce)]
 
 
 def needed(tensor: Tensor) -> Iterator[Reduce]:

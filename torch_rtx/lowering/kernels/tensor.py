@@ -9,7 +9,7 @@ kernel is then no less precise than the calls that it stands for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch_rtx.errors import Unsupported
@@ -231,3 +231,18 @@ def children(tensor: Tensor) -> tuple[Tensor, ...]:
         case Gather():
             return (tensor.source, *tensor.indices)
     return ()
+
+
+def everything(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """All that `tensors` are made of, each once, what is needed first."""
+    seen: set[Tensor] = set()
+
+    def visit(tensor: Tensor) -> Iterator[Tensor]:
+        if tensor not in seen:
+            seen.add(tensor)
+            for child in children(tensor):
+                yield from visit(child)
+            yield tensor
+
+    for tensor in tensors:
+        yield from visit(tensor)

@@ -12,6 +12,7 @@ from torch_rtx.lowering.kernels.ops.registry import Types, op
 from torch_rtx.lowering.kernels.tensor import (
     FLOATS,
     INTS,
+    REDUCTIONS,
     TRITON,
     Number,
     Scalar,
@@ -304,22 +305,16 @@ def sign(self: Tensor, *, out: Types) -> Tensor:
     return compute(f"tl.where({{0}} > 0, 1, tl.where({{0}} < 0, -1, 0)).to({held})", out, self)
 
 
-def _choose(sign: str, out: Types, one: Operand, two: Operand) -> Tensor:
-    """The one or the other; a NaN of either goes through."""
-    nan = " | ({0} != {0})" if out[0].dtype in FLOATS else ""
-    return compute(f"tl.where(({{0}} {sign} {{1}}){nan}, {{0}}, {{1}})", out, one, two)
-
-
 @op("maximum.default")
 def maximum(self: Tensor, other: Operand, *, out: Types) -> Tensor:
     """The larger one, or NaN."""
-    return _choose(">", out, self, other)
+    return compute("{0} | {1}" if out[0].dtype == "bool" else REDUCTIONS["max"][1], out, self, other)
 
 
 @op("minimum.default")
 def minimum(self: Tensor, other: Operand, *, out: Types) -> Tensor:
     """The smaller one, or NaN."""
-    return _choose("<", out, self, other)
+    return compute("{0} & {1}" if out[0].dtype == "bool" else REDUCTIONS["min"][1], out, self, other)
 
 
 @op("clamp.default", "clamp.Tensor")

@@ -19,15 +19,21 @@ def tensors(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
-def in_float64(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
-    """What a float64 copy of `model` returns for the same, equally rounded weights and inputs."""
+def in_float64(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dtype: torch.dtype = torch.float64
+) -> list[torch.Tensor]:
+    """What a float64 copy of `model` returns for the same, equally rounded weights and inputs.
+
+    Args:
+        dtype: a narrower one, for a model that does not fit.
+    """
 
     def widen(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.double() if tensor.is_floating_point() else tensor.clone()
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor.clone()
 
     args, kwargs = pytree.tree_map_only(torch.Tensor, widen, (args, dict(kwargs)))
     with torch.no_grad():
-        return tensors(copy.deepcopy(model).double()(*args, **kwargs))
+        return tensors(copy.deepcopy(model).to(dtype)(*args, **kwargs))
 
 
 def relative_error(got: torch.Tensor, reference: torch.Tensor) -> float:
@@ -44,11 +50,12 @@ def assert_right(got: Any, eager: Any, reference: list[torch.Tensor]) -> float:
     """Check every tensor of a result; returns the worst error relative to the limit."""
     worst = 0.0
     ours, theirs = tensors(got), tensors(eager)
-    assert len(ours) == len(theirs) == len(reference)
+    assert len(ours) == len(theirs) == len(reference), f"{len(ours)} tensors, eager returns {len(theirs)}"
     for index, (mine, eagers, exact) in enumerate(zip(ours, theirs, reference, strict=True)):
-        assert (mine.shape, mine.dtype, mine.device) == (eagers.shape, eagers.dtype, eagers.device), index
+        kinds = (mine.shape, mine.dtype, mine.device), (eagers.shape, eagers.dtype, eagers.device)
+        assert kinds[0] == kinds[1], f"output {index} is {kinds[0]}, eager's is {kinds[1]}"
         if not mine.is_floating_point():
-            assert torch.equal(mine, eagers), index
+            assert torch.equal(mine, eagers), f"output {index} differs from eager's"
             continue
         limit = max(2 * relative_error(eagers, exact), SAME[mine.dtype])
         error = relative_error(mine, exact)

@@ -1,0 +1,117 @@
+"""The benchmarks from the command line. docs/architecture.md says how they work.
+
+    python -m benchmarks run --suite latency --models resnet50-b1,bert_base --out results.json
+    python -m benchmarks report results.json more.json --plots plots
+    python -m benchmarks report --out docs/performance.md       from the results that are checked in
+    python -m benchmarks list
+
+Needs nothing but Python's own library until a worker starts, and matplotlib for plots alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from importlib import import_module
+from pathlib import Path
+
+from benchmarks import report, results, runner
+from benchmarks.cases import FURTHER_WORKLOADS, WORKLOADS, UsageError
+from benchmarks.peers import PEERS
+from benchmarks.suites import SUITES
+
+CHECKED_IN = Path(__file__).parent / "results"
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(item.strip() for item in text.split(",") if item.strip()))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(
+        "python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = top.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="measure; what has a row in --out already is skipped")
+    run.add_argument("--suite", type=_names, default=("latency",), help="comma-separated, see `list`")
+    run.add_argument("--models", type=_names, default=(), help="models or single shapes of them, see `list`")
+    run.add_argument("--peers", type=_names, default=(), help="default: all but max-autotune")
+    run.add_argument("--out", type=Path, default=Path("results.json"), help="result file, which may exist")
+    run.add_argument("--size", choices=("small", "full"), default="full", help="small: tiny models, for tests")
+    run.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    run.add_argument("--rounds", type=int, default=20, help="how often the peers take turns")
+    run.add_argument("--limit", type=float, default=150, help="seconds that one case may take")
+    run.add_argument("--budget", type=float, default=math.inf, help="seconds that all may take")
+    run.add_argument("--again", choices=("failed", "all"), default="", help="measure these again")
+    run.add_argument("--plugin", action="append", default=[], help="a module that registers further peers")
+    show = commands.add_parser("report", help="print tables as Markdown")
+    show.add_argument("files", type=Path, nargs="*", help="result files; default: those that are checked in")
+    show.add_argument("--out", type=Path, help="write the Markdown to a file instead")
+    show.add_argument("--plots", type=Path, help="folder for plots, as SVG and PNG; needs matplotlib")
+    commands.add_parser("list", help="the suites, peers and models")
+    return top
+
+
+def _run(options: argparse.Namespace) -> int:
+    for plugin in options.plugin:
+        import_module(plugin)
+    plan = runner.Plan(
+        suites=options.suite,
+        out=options.out,
+        names=options.models,
+        peers=options.peers,
+        size=options.size,
+        device=options.device,
+        rounds=options.rounds,
+        limit_s=options.limit,
+        budget_s=options.budget,
+        again=options.again,
+        plugins=tuple(options.plugin),
+    )
+    return runner.main(plan, sys.stderr)
+
+
+def _report(options: argparse.Namespace) -> int:
+    found = results.merged(options.files or sorted(CHECKED_IN.glob("*.json")))
+    text = report.page(found)
+    if options.out:
+        options.out.write_text(text)
+    else:
+        print(text, end="")
+    if options.plots:
+        from benchmarks import plots
+
+        for path in plots.write(found, options.plots):
+            print(path, file=sys.stderr)
+    return 0
+
+
+def _list() -> int:
+    print("suites")
+    for suite in SUITES.values():
+        own = f" (peers: {', '.join(suite.peers)})" if suite.peers else ""
+        print(f"  {suite.name:10} {suite.help}{own}")
+    print("peers\n  " + ", ".join(name if peer.by_default else f"{name} (on request)" for name, peer in PEERS.items()))
+    print("models and their shapes")
+    for model in dict.fromkeys(w.model for w in (*WORKLOADS, *FURTHER_WORKLOADS)):
+        shapes = ", ".join(w.name for w in (*WORKLOADS, *FURTHER_WORKLOADS) if w.model == model)
+        print(f"  {model:16} {shapes}")
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit status: 2 for a command, a file or a machine that nothing can be done with."""
+    options = parser().parse_args(arguments)
+    try:
+        if options.command == "run":
+            return _run(options)
+        return _report(options) if options.command == "report" else _list()
+    except (UsageError, results.ResultsError, runner.NoEnvironment) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

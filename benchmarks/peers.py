@@ -1,0 +1,197 @@
+"""The peers: each way to run a model, with the settings that a good user of it would choose.
+
+A peer prepares a *subject*, a model with example inputs, and returns something to call like the model. `PEERS` is the
+register; a module given as `--plugin` may add to it. Loading this module loads no torch.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass
+class Subject:
+    """What a peer prepares.
+
+    Attributes:
+        folder: for files of the peer; what it finds there from before (an engine, a package) it may use.
+        dynamic: as `dynamic_shapes` of torch.export, where shapes will change; None: they stay.
+        device: "cpu" or "cuda".
+    """
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    folder: Path
+    device: str
+    dynamic: Any = None
+
+
+Prepared = Callable[..., Any]
+
+
+def _always(device: str) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One way to run a model.
+
+    Attributes:
+        prepare: makes it callable.
+        why_not: why it can't run on a device of this kind here, None if it can.
+        exported: a file is made and loaded, as for an application without the model's code: no gradients.
+        ours: torch_rtx, which ratios compare with the best of all others.
+        by_default: measured unless `--peers` says otherwise.
+    """
+
+    name: str
+    prepare: Callable[[Subject], Prepared]
+    why_not: Callable[[str], str | None] = _always
+    exported: bool = False
+    ours: bool = False
+    by_default: bool = True
+
+
+PEERS: dict[str, Peer] = {}
+
+
+def register(peer: Peer) -> None:
+    """Add a peer."""
+    PEERS[peer.name] = peer
+
+
+# PyTorch's own -------------------------------------------------------------------------------------------------------
+
+
+def _eager(subject: Subject) -> Prepared:
+    return subject.model
+
+
+def _inductor(subject: Subject, mode: str) -> Prepared:
+    import torch
+
+    compiled = torch.compile(subject.model, mode=mode, fullgraph=True)
+    if mode == "default" or subject.device != "cuda":
+        return compiled
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        # The results of the last call were read: CUDA graph trees may write over them.
+        torch.compiler.cudagraph_mark_step_begin()
+        return compiled(*args, **kwargs)
+
+    return call
+
+
+def _needs_cuda_graphs(device: str) -> str | None:
+    return None if device == "cuda" else "is CUDA graphs around inductor, and there is no CUDA device"
+
+
+def _has_compiler(device: str) -> str | None:
+    compiler = os.environ.get("CXX", "")
+    found = any(map(shutil.which, filter(None, (compiler, "g++", "c++", "clang++"))))
+    return None if found else "needs a C++ compiler, and there is none on the PATH"
+
+
+def _aoti(subject: Subject) -> Prepared:
+    import torch
+    from torch._inductor import aoti_compile_and_package, aoti_load_package
+
+    package = subject.folder / "model.pt2"
+    if not package.exists():
+        with torch.no_grad():
+            program = torch.export.export(
+                subject.model, subject.args, subject.kwargs, dynamic_shapes=subject.dynamic, strict=False
+            )
+            aoti_compile_and_package(program, package_path=str(package))
+    return aoti_load_package(str(package))
+
+
+# torch_rtx -----------------------------------------------------------------------------------------------------------
+
+
+def _rtx(subject: Subject, options: dict[str, object] | None = None) -> Prepared:
+    import torch
+
+    from torch_rtx.backend.entry import rtx
+
+    return torch.compile(subject.model, backend=rtx, fullgraph=True, options=options)
+
+
+def _rtx_exported(subject: Subject) -> Prepared:
+    """As an application gets it: from a weight-stripped file, with weights of its own."""
+    import torch_rtx
+
+    path = subject.folder / "model.rtx"
+    if not path.exists():
+        made = torch_rtx.compile(subject.model, subject.args, subject.kwargs, dynamic_shapes=subject.dynamic)
+        torch_rtx.save(made, path)
+    module = torch_rtx.load(path, device=subject.device)
+    module.refit(subject.model)
+    return module
+
+
+# Others --------------------------------------------------------------------------------------------------------------
+
+
+def _no_tensorrt_rtx(device: str) -> str | None:
+    if find_spec("torch_tensorrt") is None or find_spec("tensorrt_rtx") is None:
+        return "not installed: torch_tensorrt and tensorrt_rtx"
+    if device != "cuda":
+        return "needs a CUDA device"
+    import torch
+
+    if torch.cuda.get_device_capability() in ((8, 0), (9, 0), (10, 0), (10, 3)):
+        return f"TensorRT for RTX does not support {torch.cuda.get_device_name()}"
+    return None
+
+
+def _tensorrt_rtx(subject: Subject) -> Prepared:
+    import torch_tensorrt
+
+    return torch_tensorrt.compile(
+        subject.model, ir="dynamo", arg_inputs=list(subject.args), kwarg_inputs=subject.kwargs, min_block_size=1
+    )
+
+
+def _no_onnxruntime(device: str) -> str | None:
+    missing = [name for name in ("onnxruntime", "onnxscript") if find_spec(name) is None]
+    if missing:
+        return f"not installed: {', '.join(missing)}"
+    import onnxruntime
+
+    provider = "CUDAExecutionProvider" if device == "cuda" else "CPUExecutionProvider"
+    found = provider in onnxruntime.get_available_providers()
+    return None if found else f"this onnxruntime has no {provider}"
+
+
+def _onnxruntime(subject: Subject) -> Prepared:
+    from benchmarks.onnx_peer import prepare
+
+    return prepare(subject)
+
+
+for _peer in (
+    Peer("eager", _eager),
+    Peer("inductor", partial(_inductor, mode="default")),
+    Peer("reduce-overhead", partial(_inductor, mode="reduce-overhead"), _needs_cuda_graphs),
+    Peer("max-autotune", partial(_inductor, mode="max-autotune"), by_default=False),
+    Peer("aoti", _aoti, _has_compiler, exported=True),
+    Peer("tensorrt-rtx", _tensorrt_rtx, _no_tensorrt_rtx),
+    Peer("onnxruntime", _onnxruntime, _no_onnxruntime, exported=True),
+    # The tiers of torch_rtx: a line each. There is one so far, the reference tier, with CUDA graphs where it can.
+    Peer("rtx", _rtx, ours=True),
+    Peer("rtx-exported", _rtx_exported, exported=True, ours=True),
+):
+    register(_peer)

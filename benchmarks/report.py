@@ -1,0 +1,277 @@
+"""Result files as Markdown: the same rows always give the same text, and no figure is written by hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from benchmarks.cases import FURTHER_WORKLOADS, WORKLOADS
+from benchmarks.peers import PEERS
+from benchmarks.results import Results, Row, headline, metric
+from benchmarks.suites import SUITES, Suite
+
+Cell = Callable[[Row, dict[str, Any]], str]
+DASH = "–"
+
+HEAD = """\
+# Performance
+
+`python -m benchmarks report --out docs/performance.md` writes this page from `benchmarks/results/`, and a test checks
+that it has. `python -m benchmarks run --suite S,.. --models M,.. --peers P,.. --out results.json` measures;
+`python -m benchmarks list` names suites, models and peers. Weights are random, inputs change from call to call, and the
+results of every peer are compared with a float64 run before anything is timed. Do not compare times of different
+machines or different sections: a ratio here is always between peers that took turns in one process, round by round.
+
+- Times are medians, with the 5th and 95th percentile in brackets.
+- *device*: from the end of one call to the end of the next, by device events, in a row of calls that nobody waits for.
+  *wall*: one call by itself, until its result is there.
+- *of floor*: how many times the least time it takes, which is the larger of FLOPs over the measured rate of a large
+  matrix product and compulsory bytes (weights, inputs and outputs, once) over the measured rate of a large copy.
+- *of best*: relative to the fastest peer of the same process that is not torch_rtx.
+"""
+
+
+def number(value: float) -> str:
+    """Three significant digits, and no exponent; counts as they are."""
+    if isinstance(value, int) or value == 0:
+        return str(int(value))
+    digits = max(0, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:.{digits}f}"
+
+
+def spread(value: Any) -> str:
+    """A summary of many values, or a single one."""
+    if value is None:
+        return ""
+    if not isinstance(value, dict):
+        return number(value)
+    if "p5" not in value:
+        return number(value["median"])
+    return f"{number(value['median'])} ({number(value['p5'])}{DASH}{number(value['p95'])})"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table without the columns that are empty in every row; numbers to the right."""
+    rows = [list(row) for row in rows]
+    kept = [i for i, name in enumerate(header) if any(row[i] for row in rows)]
+    lines = [[header[i] for i in kept], ["---" if i < 2 else "--:" for i in kept]]
+    lines += [[row[i] or DASH for i in kept] for row in rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+# Columns ------------------------------------------------------------------------------------------------------------
+
+
+def _of(name: str, factor: float = 1) -> Cell:
+    """A metric, times a factor; lists and absent ones are left out."""
+
+    def cell(row: Row, environment: dict[str, Any]) -> str:
+        value = metric(row, name)
+        return spread(value * factor if isinstance(value, int | float) else value)
+
+    return cell
+
+
+def _of_floor(row: Row, environment: dict[str, Any]) -> str:
+    floor, found = floor_ms(row, environment), metric(row, "device_ms") or metric(row, "wall_ms")
+    return number(found["median"] / floor) if floor and found else ""
+
+
+def floor_ms(row: Row, environment: dict[str, Any]) -> float | None:
+    """The least milliseconds that the row's work takes on its device; None where either is unknown."""
+    work, rates = metric(row, "work"), environment.get("rates", {})
+    flops_per_s = rates.get("flops_per_s", {}).get(row["dtype"])
+    if not work or not flops_per_s:
+        return None
+    return 1e3 * max(work["flops"] / flops_per_s, work["bytes"] / rates["bytes_per_s"])
+
+
+MIB = 2**-20
+_TIMES: list[tuple[str, Cell]] = [("device ms", _of("device_ms")), ("wall ms", _of("wall_ms"))]
+_RATIO: tuple[str, Cell] = ("of best", _of("ratio"))
+COLUMNS: dict[str, list[tuple[str, Cell]]] = {
+    "latency": [*_TIMES, ("of floor", _of_floor), _RATIO],
+    "cold": [
+        (f"{phase}: {title}", _of(f"{phase}.{name}"))
+        for phase in ("cold", "warm")
+        for title, name in (("import s", "import_s"), ("first result s", "first_s"), ("full speed s", "full_speed_s"))
+    ],
+    "shapes": [
+        ("first call s", _of("first_s")),
+        ("worst later call ms", _of("worst_ms")),
+        ("settled ms", _of("settled_ms")),
+        ("all calls s", _of("total_s")),
+    ],
+    "build": [
+        ("s", _of("build_s")),
+        ("first s", _of("first_s")),
+        ("file MiB", _of("file_bytes", MIB)),
+        ("weights MiB", _of("weight_bytes", MIB)),
+        ("library calls", _of("extern_nodes")),
+        ("kernels", _of("kernel_nodes")),
+    ],
+    "refit": [
+        ("refit ms", _of("refit_ms")),
+        ("next call ms", _of("next_ms")),
+        ("later calls ms", _of("call_ms")),
+        ("weights MiB", _of("weight_bytes", MIB)),
+    ],
+    "memory": [
+        ("weights MiB", _of("weight_bytes", MIB)),
+        ("peak, preparing MiB", _of("prepare_peak_bytes", MIB)),
+        ("peak, running MiB", _of("run_peak_bytes", MIB)),
+        ("outside PyTorch MiB", _of("outside_bytes", MIB)),
+        ("process, peak MiB", _of("process_peak_bytes", MIB)),
+    ],
+    "train": [*_TIMES, ("peak MiB", _of("peak_bytes", MIB)), _RATIO],
+    "host": [("host us", _of("host_us")), ("bare replay us", _of("bare_replay_us")), _RATIO],
+    "backend": [("s", _of("backend_s")), _RATIO],
+    "hash": [("nodes", _of("nodes")), ("ms", _of("hash_ms")), _RATIO],
+}
+
+# Sections -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Section:
+    """The rows of one suite on one device at one size, in the order of workloads and peers."""
+
+    suite: Suite
+    device: str
+    size: str
+    rows: tuple[Row, ...]
+
+    @property
+    def ok(self) -> list[Row]:
+        """Those that were measured."""
+        return [row for row in self.rows if row["status"] == "ok"]
+
+
+def sections(results: Results) -> list[Section]:
+    """Suites in their order, then devices and sizes; in each, models and peers in theirs."""
+    own = [peer for suite in SUITES.values() for peer in suite.peers if peer not in PEERS]
+    models = [w.model for w in (*WORKLOADS, *FURTHER_WORKLOADS)]
+    orders = {"suite": list(SUITES), "model": models, "peer": [*own, *PEERS]}
+
+    def index(row: Row, name: str) -> tuple[int, str]:
+        known, value = orders[name], row[name]
+        return (known.index(value) if value in known else len(known)), value
+
+    def place(row: Row) -> tuple[Any, ...]:
+        shape = (row["batch"], row["length"] or 0, row["dtype"])
+        suite = (*index(row, "suite"), row["device"], row["size"])
+        return *suite, *index(row, "model"), *shape, *index(row, "peer")
+
+    found = []
+    rows = sorted(results.rows.values(), key=place)
+    for (_, name, device, size), group in groupby(rows, key=lambda row: place(row)[:4]):
+        suite = SUITES.get(name) or Suite(name, name, ())
+        found.append(Section(suite, device, size, tuple(group)))
+    return found
+
+
+def shape(row: Row) -> str:
+    """The workload of a row in words."""
+    parts = [row["model"], f"b{row['batch']}", f"l{row['length']}" if row["length"] else ""]
+    return "-".join(filter(None, parts)) + f" {row['dtype']}"
+
+
+def ratios(rows: Iterable[Row]) -> dict[str, list[float]]:
+    """The ratios to the best other peer, by peer; of that peer itself it is 1."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        ratio = metric(row, "ratio")
+        if ratio is not None:
+            found.setdefault(row["peer"], []).append(ratio["median"])
+    return found
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """Of positive numbers."""
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def _overview(section: Section, environments: dict[str, dict[str, Any]]) -> str:
+    """One line per workload with the headline of each peer, the fastest in bold."""
+    names = list(dict.fromkeys(row["peer"] for row in section.ok))
+    lines = []
+    for workload, group in groupby(section.ok, key=shape):
+        rows = {row["peer"]: row for row in group}
+        values = {peer: headline(row, section.suite.headline) for peer, row in rows.items()}
+        best = min((value for _, value in filter(None, values.values())), default=None)
+        cells = []
+        for name in names:
+            found = values.get(name)
+            text = number(found[1]) if found else ""
+            cells.append(f"**{text}**" if found and found[1] == best else text)
+        floors = [floor_ms(row, environments[row["environment"]]) for row in rows.values()]
+        floor = next((floor for floor in floors if floor is not None), None)
+        lines.append([workload, "" if floor is None else number(floor), *cells])
+    return table(["workload", "floor", *names], lines)
+
+
+def _means(section: Section) -> str:
+    found = ratios(section.ok)
+    lines = [
+        [peer, str(len(values)), number(geometric_mean(values)), f"{number(min(values))}{DASH}{number(max(values))}"]
+        for peer, values in found.items()
+    ]
+    return table(["peer", "workloads", "geometric mean of the ratios to the best", "range"], lines) if lines else ""
+
+
+def _not_measured(section: Section) -> str:
+    """What has no figures, by peer and reason."""
+    reasons: dict[tuple[str, str, str], list[str]] = {}
+    for row in section.rows:
+        if row["status"] != "ok":
+            reasons.setdefault((row["status"], row["peer"], row["reason"]), []).append(shape(row))
+    lines = []
+    for (status, peer, reason), shapes in reasons.items():
+        where = "" if status == "unavailable" else f" ({', '.join(shapes)})"
+        lines.append(f"- {peer}{where}: {status}: {reason}\n")
+    return "".join(lines)
+
+
+def _describe(environment: dict[str, Any]) -> str:
+    """One environment in a line."""
+    packages = environment.get("packages", {})
+    parts = [environment.get("cpu"), f"{environment['threads']} threads" if "threads" in environment else None]
+    parts += [f"{name} {packages[name]}" for name in ("torch", "triton", "transformers") if name in packages]
+    clocks = environment.get("clocks", {})
+    parts.append(f"CUDA {environment['cuda']}" if environment.get("cuda") else None)
+    parts.append(f"driver {clocks['driver']}, {clocks['sm_mhz']} MHz" if clocks else None)
+    rates = environment.get("rates")
+    if rates:
+        flops = ", ".join(f"{number(rate / 1e12)} TFLOP/s in {t}" for t, rate in rates["flops_per_s"].items())
+        parts.append(f"measured {number(rates['bytes_per_s'] / 1e9)} GB/s, {flops}")
+    parts.append(f"commit {environment['commit']}" if environment.get("commit") else None)
+    parts.append(environment.get("note"))
+    return ", ".join(filter(None, parts))
+
+
+def section_text(section: Section, environments: dict[str, dict[str, Any]]) -> str:
+    """A section as Markdown."""
+    size = ", small models" if section.size == "small" else ""
+    text = f"\n## {section.suite.name}: {section.suite.help}\n\n{section.device}{size}.\n"
+    used = sorted({row["environment"] for row in section.rows})
+    text += "".join(f"Measured with {_describe(environments[name])}.\n" for name in used)
+    if section.suite.name == "latency" and section.ok:
+        text += "\n" + _overview(section, environments)
+    columns = COLUMNS.get(section.suite.name, [])
+    if section.ok and columns:
+        lines = [
+            [shape(row), row["peer"], *(cell(row, environments[row["environment"]]) for _, cell in columns)]
+            for row in section.ok
+        ]
+        text += "\n" + table(["workload", "peer", *(title for title, _ in columns)], lines)
+    for part in (_means(section), _not_measured(section)):
+        text += f"\n{part}" if part else ""
+    return text
+
+
+def page(results: Results) -> str:
+    """The whole page."""
+    return HEAD + "".join(section_text(section, results.environments) for section in sections(results))

@@ -1,0 +1,142 @@
+"""Clocks: calls in a row by device events, single calls by the wall clock, and peers that take turns."""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+Call = Callable[[], Any]
+
+BLOCK_S = 0.03  # what one peer's turn should last
+CALLS = (3, 20)  # fewest and most calls of a turn
+WARM_CALLS, WARM_S = 30, 6.0  # calls and seconds after which a call counts as warm, settled or not
+SETTLED = 1.1  # two calls this near to each other are at full speed
+
+
+def synchronize(device: str) -> None:
+    """Wait for the device."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """No garbage collection in between."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def device_ms(call: Call, count: int) -> list[float]:
+    """Milliseconds from one call's end to the next one's, by events, in a row of calls without a wait between them.
+
+    This is what a steady stream of calls costs: the device's time, or the host's where that is longer. The first call
+    is not counted.
+    """
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    torch.cuda.synchronize()
+    for event in events:
+        call()
+        event.record()
+    torch.cuda.synchronize()
+    return [before.elapsed_time(after) for before, after in zip(events, events[1:], strict=False)]
+
+
+def wall_ms(call: Call, count: int, device: str) -> list[float]:
+    """Milliseconds of single calls until their results are there, by the wall clock, the device idle before each."""
+    times = []
+    for _ in range(count):
+        synchronize(device)
+        start = time.perf_counter()
+        call()
+        synchronize(device)
+        times.append(1e3 * (time.perf_counter() - start))
+    return times
+
+
+def host_us(call: Call, count: int, device: str) -> list[float]:
+    """Microseconds until a call returns to the host, the device idle before it."""
+    times = []
+    for _ in range(count):
+        synchronize(device)
+        start = time.perf_counter()
+        call()
+        times.append(1e6 * (time.perf_counter() - start))
+    synchronize(device)
+    return times
+
+
+def warm_up(call: Call, device: str) -> float:
+    """Call until two calls in a row take about the same time, five times at least; the seconds of the last."""
+    start, last = time.perf_counter(), math.inf
+    for count in range(WARM_CALLS):
+        (now,) = wall_ms(call, 1, device)
+        settled = max(now, last) <= SETTLED * min(now, last)
+        last = now
+        if count >= 4 and (settled or time.perf_counter() - start > WARM_S):
+            break
+    return last / 1e3
+
+
+def summary(values: Sequence[float]) -> dict[str, float]:
+    """Median, 5th and 95th percentile."""
+    ordered = sorted(values)
+
+    def at(quantile: float) -> float:
+        return ordered[min(len(ordered) - 1, round(quantile * (len(ordered) - 1)))]
+
+    return {"median": statistics.median(ordered), "p5": at(0.05), "p95": at(0.95)}
+
+
+def turns(names: Sequence[str], rounds: int) -> Iterator[tuple[int, str]]:
+    """`(round, name)`: in each round every peer once, and the one that begins changes."""
+    for index in range(rounds):
+        first = index % len(names) if names else 0
+        for name in (*names[first:], *names[:first]):
+            yield index, name
+
+
+def calls_per_turn(seconds: float) -> int:
+    """How many calls of this length make a turn."""
+    return max(CALLS[0], min(CALLS[1], math.ceil(BLOCK_S / max(seconds, 1e-9))))
+
+
+def interleaved(
+    calls: Mapping[str, Call], device: str, rounds: int, begin: Callable[[str], object]
+) -> dict[str, dict[str, list[list[float]]]]:
+    """Times of calls that take turns: per name, `device_ms` (on a GPU) and `wall_ms`, one list per round.
+
+    Args:
+        begin: called with the name before each turn.
+    """
+    counts = {}
+    for name, call in calls.items():
+        begin(name)
+        counts[name] = calls_per_turn(warm_up(call, device))
+    clocks = ("device_ms", "wall_ms") if device == "cuda" else ("wall_ms",)
+    times: dict[str, dict[str, list[list[float]]]] = {name: {clock: [] for clock in clocks} for name in calls}
+    with undisturbed():
+        for _, name in turns(list(calls), rounds):
+            begin(name)
+            call, count = calls[name], counts[name]
+            call()  # what another peer's turn has left in the caches is not this one's cost
+            if device == "cuda":
+                times[name]["device_ms"].append(device_ms(call, count))
+            times[name]["wall_ms"].append(wall_ms(call, min(count, 5), device))
+    return times
+
+
+def ratio(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> dict[str, float]:
+    """The ratio of the medians of each round, summed up over the rounds."""
+    pairs = zip(ours, theirs, strict=True)
+    return summary([statistics.median(a) / statistics.median(b) for a, b in pairs])

@@ -1,0 +1,307 @@
+"""Kernels in the engine file: what goes in comes out, old readers are told, and nothing wrong gets through."""
+
+from __future__ import annotations
+
+import copy
+import lzma
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+import torch_rtx
+from tests.engine_files import ENGINE, forge, saved
+from tests.kernels import GRAPH
+from torch_rtx import kerneltable
+from torch_rtx.backend.cli import app
+from torch_rtx.engine import Engine, Manifest, inspect, load, save
+from torch_rtx.errors import EngineFormatError, InvalidIR, RtxError
+from torch_rtx.ir import Expr, Sym, dim_expr
+from torch_rtx.irparse import parse, parse_dim
+from torch_rtx.kerneltable import MAX_BINARY, KernelTable, Launch, Variant, pack, unpack
+from torch_rtx.targets import PTX, Target
+
+S = GRAPH.syms["s"]
+BINARIES = dict(pack(bytes([number]) * (500 + number)) for number in range(3))
+FIRST, SECOND, THIRD = BINARIES
+SHARED = Launch(
+    (Target(80), Target(86)),
+    (S, dim_expr("*", 4, S)),
+    (dim_expr("//", dim_expr("+", S, 1023), 1024), 1, 2),
+    False,
+    Variant(FIRST, "add", 4, 0, 24, 0),
+    Variant(SECOND, "add", 4, 1024, 32, 8),
+)
+ONE = Launch((PTX,), (), (1, 1, 1), True, Variant(THIRD, "both$1", 32, 99 << 10, 255, 0), None)
+TABLE = KernelTable({"add": (SHARED, replace(SHARED, targets=(Target(120),))), "both": (ONE,)}, BINARIES)
+MANIFEST = Manifest("cuda", ("x", "y"))
+WITH_KERNELS = Engine(GRAPH, MANIFEST, {}, None, TABLE)
+
+
+# ---- round trip ------------------------------------------------------------------------------------------------------
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    raw = saved(tmp_path / "a.rtx", WITH_KERNELS)
+    got = load(tmp_path / "a.rtx")
+    assert got.kernels == TABLE
+    assert got.graph == GRAPH
+    assert raw == saved(tmp_path / "b.rtx", got)
+    turned = KernelTable(dict(reversed(TABLE.launches.items())), dict(reversed(BINARIES.items())))
+    assert raw == saved(tmp_path / "c.rtx", replace(WITH_KERNELS, kernels=turned))
+    with safetensors.safe_open(tmp_path / "a.rtx", "pt") as file:
+        assert sorted(file.keys()) == sorted(f"kernel/{name}" for name in BINARIES)
+
+
+def test_readers_of_format_1_read_files_without_kernels(tmp_path: Path) -> None:
+    for engine, reader in ((WITH_KERNELS, 2), (replace(WITH_KERNELS, kernels=KernelTable()), 1), (ENGINE, 1)):
+        save(engine, tmp_path / "a.rtx")
+        manifest = load(tmp_path / "a.rtx").manifest
+        assert (manifest.format_version, manifest.min_reader) == (2, reader)
+    save(replace(load(tmp_path / "a.rtx"), manifest=replace(MANIFEST, min_reader=2)), tmp_path / "a.rtx")
+    assert load(tmp_path / "a.rtx").manifest.min_reader == 1
+
+
+def test_inspect(tmp_path: Path) -> None:
+    save(WITH_KERNELS, tmp_path / "a.rtx")
+    seen = inspect(tmp_path / "a.rtx")
+    both = len(BINARIES[FIRST]) + len(BINARIES[SECOND])
+    expected = {"sm_80": (1, both), "sm_86": (1, both), "sm_120": (1, both), "compute_80": (1, len(BINARIES[THIRD]))}
+    assert seen.kernels == expected
+    assert list(seen.kernels) == list(expected)
+    assert f"kernels: compiled for\n  sm_80: 1, {both} B\n" in str(seen)
+    assert seen.engine_bytes == (tmp_path / "a.rtx").stat().st_size
+    save(ENGINE, tmp_path / "b.rtx")
+    assert "kernels: none\n" in str(inspect(tmp_path / "b.rtx"))
+    result = CliRunner().invoke(app, ["inspect", str(tmp_path / "a.rtx"), "--json"])
+    assert f'"sm_86": [\n   1,\n   {both}\n  ]' in result.stdout
+
+
+def test_binaries_of_a_file_can_be_ignored(tmp_path: Path) -> None:
+    signature = torch_rtx.compile(torch.nn.ReLU(), (torch.ones(2),)).engine.manifest.signature
+    text = "graph fused {\n  input input: f32[2]\n  y: f32[2] = kernel k(in0=input) graph import {\n    "
+    text += "input in0: f32[2]\n    y: f32[2] = op aten.relu.default(self=in0)\n    return [y]\n  }\n  return [y]\n}\n"
+    launch = replace(ONE, aligned=replace(ONE.aligned, binary=FIRST))
+    table = KernelTable({"k": (launch,)}, {FIRST: BINARIES[FIRST]})
+    save(Engine(parse(text), Manifest("cpu", ("input",), signature), {}, None, table), tmp_path / "a.rtx")
+    x = torch.tensor([-1.0, 2.0])
+    for trust in (True, False):
+        module = torch_rtx.load(tmp_path / "a.rtx", trust_binaries=trust)
+        assert bool(module.engine.kernels) is trust
+        assert module(x).tolist() == [0, 2]
+
+
+# ---- compression -----------------------------------------------------------------------------------------------------
+
+
+def test_pack() -> None:
+    binary = bytes(range(256)) * 100
+    name, stored = pack(binary)
+    assert len(stored) < 1000
+    assert name == kerneltable.digest(stored) != kerneltable.digest(binary)
+    assert unpack(stored) == binary
+    assert pack(binary) == (name, stored)
+
+
+def test_what_does_not_unpack() -> None:
+    bomb = lzma.compress(bytes(MAX_BINARY + 1), check=lzma.CHECK_NONE)
+    assert len(bomb) < 20_000
+    good = pack(b"binary")[1]
+    for stored in (b"", b"\x7fELF" + bytes(100), good[:-8], good + b"more", bomb):
+        with pytest.raises(EngineFormatError, match="a binary of a kernel"):
+            unpack(stored)
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_unpack_or_are_refused(stored: bytes) -> None:
+    with pytest.raises(EngineFormatError):
+        unpack(stored)
+
+
+# ---- dims ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dim", [7, S, SHARED.grid[0], dim_expr("min", S, 5), Expr("%", (S, 3))])
+def test_dims(dim: Any) -> None:
+    assert parse_dim(str(dim), {"s": S}) == dim
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "t", "1.5", "s.x", "s(", "[s]", "None", "s - 1", "s // 0", "9" * 5000, "(" * 5000, "s" + " // 2" * 5000],
+)
+def test_dims_that_are_refused(text: str) -> None:
+    with pytest.raises(InvalidIR) as caught:
+        parse_dim(text, {"s": Sym("s")})
+    assert len(str(caught.value)) < 1000
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+
+def change(*path: Any, to: Any) -> Callable[[dict[str, Any]], None]:
+    """Replaces one place in the table of a file."""
+
+    def edit(program: dict[str, Any]) -> None:
+        at = program["kernels"]
+        for key in path[:-1]:
+            at = at[key]
+        at[path[-1]] = to
+
+    return edit
+
+
+def without(name: str) -> Callable[[dict[str, Any]], None]:
+    return lambda program: program["kernels"]["add"][0].pop(name)
+
+
+VARIANT = ("add", 0, "aligned")
+REFUSED: dict[str, Callable[[dict[str, Any]], object]] = {
+    "no table": lambda program: program.update(kernels=[1]),
+    "table is text": lambda program: program.update(kernels="x"),
+    "launches are no list": change("add", to={}),
+    "no launch": change("add", to=[]),
+    "launch is none": change("add", 0, to=None),
+    "unknown kernel": change("other", to=[]),
+    **{f"no {name}": without(name) for name in ("targets", "scalars", "grid", "wide", "aligned", "generic")},
+    "no targets at all": change("add", 0, "targets", to=[]),
+    "a target twice": change("add", 0, "targets", to=["sm_80", "sm_80"]),
+    "a target in two launches": change("add", 1, "targets", to=["sm_86"]),
+    "PTX and binaries": change("add", 0, "targets", to=["sm_80", "compute_80"]),
+    "targets are text": change("add", 0, "targets", to="sm_80"),
+    "strange target": change("add", 0, "targets", to=["sm_80a"]),
+    "target is a number": change("add", 0, "targets", to=[80]),
+    "grid of two": change("add", 0, "grid", to=["1", "1"]),
+    "grid of four": change("add", 0, "grid", to=["1"] * 4),
+    "grid of numbers": change("add", 0, "grid", to=[1, 1, 1]),
+    "negative grid": change("add", 0, "grid", to=["-1", "1", "1"]),
+    "unknown symbol": change("add", 0, "scalars", to=["t"]),
+    "value as a scalar": change("add", 0, "scalars", to=["x"]),
+    "scalar is code": change("add", 0, "scalars", to=["__import__('os').getpid()"]),
+    "scalars are none": change("add", 0, "scalars", to=None),
+    "deep scalar": change("add", 0, "scalars", to=["s" + " // 3" * 3000]),
+    "wide is a number": change("add", 0, "wide", to=1),
+    "no aligned variant": change(*VARIANT, to=None),
+    "generic is text": change("add", 0, "generic", to="x"),
+    "no such binary": change(*VARIANT, "binary", to="0" * 32),
+    "digest is short": change(*VARIANT, "binary", to="0" * 31),
+    "digest is a path": change(*VARIANT, "binary", to="../../../../../etc/passwd"),
+    "entry is empty": change(*VARIANT, "entry", to=""),
+    "entry with a zero": change(*VARIANT, "entry", to="add\0"),
+    "entry is no text": change(*VARIANT, "entry", to=1),
+    "no warps": change(*VARIANT, "num_warps", to=0),
+    "too many warps": change(*VARIANT, "num_warps", to=33),
+    "warps as text": change(*VARIANT, "num_warps", to="4"),
+    "warps as a bool": change(*VARIANT, "num_warps", to=True),
+    "negative shared memory": change(*VARIANT, "shared", to=-1),
+    "huge shared memory": change(*VARIANT, "shared", to=2**31),
+    "half a register": change(*VARIANT, "registers", to=0.5),
+    "table without its binaries": lambda program: program["kernels"].pop("both"),
+    "no table for binaries": lambda program: program.pop("kernels"),
+    "null": lambda program: program.update(kernels=None),
+}
+
+
+@pytest.mark.parametrize("edit", REFUSED.values(), ids=REFUSED)
+def test_tables_that_are_refused(tmp_path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    path = forge(tmp_path / "a.rtx", edit, what=WITH_KERNELS)
+    for read in (load, inspect):
+        with pytest.raises(EngineFormatError) as caught:
+            read(path)
+        assert len(str(caught.value)) < 2000
+
+
+def test_a_forged_table_can_be_right(tmp_path: Path) -> None:
+    def edit(program: dict[str, Any]) -> None:  # what a later release may add is ignored
+        program["kernels"]["add"][0]["new"] = program["kernels"]["add"][0]["aligned"]["new"] = 1
+        program["kernels"]["add"][0]["targets"].append("sm_150")
+
+    got = load(forge(tmp_path / "a.rtx", edit, what=WITH_KERNELS)).kernels.launches["add"]
+    assert got == (replace(SHARED, targets=(*SHARED.targets, Target(150))), replace(SHARED, targets=(Target(120),)))
+
+
+def binary(**changes: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda header: header[f"kernel/{FIRST}"].update(changes)
+
+
+@pytest.mark.parametrize(
+    "outer",
+    [
+        binary(dtype="I8"),
+        binary(shape=[1, len(BINARIES[FIRST])]),
+        lambda header: header.pop(f"kernel/{FIRST}"),
+        lambda header: header.update({f"kernel/{'0' * 32}": header.pop(f"kernel/{FIRST}")}),
+        lambda header: header.update({"kernel/": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}),
+    ],
+    ids=["dtype", "rank", "missing", "renamed", "unexpected"],
+)
+def test_tensors_that_are_refused(tmp_path: Path, outer: Callable[[dict[str, Any]], object]) -> None:
+    with pytest.raises(EngineFormatError):
+        load(forge(tmp_path / "a.rtx", outer=outer, what=WITH_KERNELS))
+
+
+def test_a_binary_that_is_another(tmp_path: Path) -> None:
+    raw = saved(tmp_path / "a.rtx", WITH_KERNELS)
+    data = raw[8 + int.from_bytes(raw[:8], "little") :]
+    path = forge(tmp_path / "a.rtx", data=data[:-1] + bytes([data[-1] ^ 1]), what=WITH_KERNELS)
+    with pytest.raises(EngineFormatError, match="is not the binary that its name says"):
+        load(path)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100)
+@given(st.data())
+def test_damage_is_found(tmp_path: Path, data: st.DataObject) -> None:
+    path = tmp_path / "a.rtx"
+    raw = saved(path, WITH_KERNELS)
+    at = data.draw(st.integers(0, len(raw) - 1))
+    path.write_bytes(raw[:at] + bytes([raw[at] ^ data.draw(st.integers(1, 255))]) + raw[at + 1 :])
+    with pytest.raises(EngineFormatError):
+        load(path)
+
+
+# ---- what is not saved -----------------------------------------------------------------------------------------------
+
+
+def graph(old: str, new: str) -> Engine:
+    """The engine with the first occurrence of a text in its graph replaced."""
+    assert old in str(GRAPH)
+    return replace(WITH_KERNELS, graph=parse(str(GRAPH).replace(old, new, 1)))
+
+
+def table(**changes: Any) -> Engine:
+    return replace(WITH_KERNELS, kernels=replace(TABLE, **changes))
+
+
+ON_CPU = graph("input y: f32[s]", "input y: f32[s].cpu")
+ON_CPU = replace(ON_CPU, graph=parse(str(ON_CPU.graph).replace("input in1: f32[s]", "input in1: f32[s].cpu")))
+UNSAVED: dict[str, Engine] = {
+    "the graph has no kernel other": table(launches={**TABLE.launches, "other": (ONE,)}),
+    "two different kernels are called add": graph("aten.add.Tensor(self=in0", "aten.sub.Tensor(self=in0"),
+    "must take and return tensors of the session's device": ON_CPU,
+    "must have each target once": table(launches={**TABLE.launches, "both": ()}),
+    "has PTX and binaries": table(launches={**TABLE.launches, "both": (replace(ONE, targets=(PTX, Target(80))),)}),
+    "missing: kernel/": table(binaries={FIRST: BINARIES[FIRST], SECOND: BINARIES[SECOND]}),
+    "unexpected: kernel/": table(binaries={**BINARIES, "0" * 32: b""}),
+}
+
+
+@pytest.mark.parametrize(("message", "engine"), UNSAVED.items())
+def test_kernels_must_fit_the_graph(tmp_path: Path, message: str, engine: Engine) -> None:
+    with pytest.raises(RtxError, match=message):
+        save(engine, tmp_path / "a.rtx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_reading_changes_nothing_of_the_json(tmp_path: Path) -> None:
+    """`read_launches` is the inverse of `write_launches`, and leaves what it is given as it is."""
+    written = kerneltable.write_launches(TABLE)
+    before = copy.deepcopy(written)
+    assert kerneltable.read_launches(written, GRAPH) == TABLE.launches
+    assert written == before

@@ -1,0 +1,142 @@
+"""Fusion: random graphs compute the same with kernels, in Triton's interpreter, as call by call."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.numerics import assert_right
+from tests.interpreter import run
+from torch_rtx import aten
+from torch_rtx.errors import Unsupported
+from torch_rtx.ir import Attr, Graph, TensorType, Value, attr_map, contiguous, verify
+from torch_rtx.lowering.infer import Inference
+from torch_rtx.lowering.kernels.generate import generate
+from torch_rtx.lowering.passes.dce import dce
+from torch_rtx.lowering.passes.fuse import fuse
+from torch_rtx.lowering.rewrite import Rewriter
+
+SHAPES = [(2, 3, 4), (3, 4), (4,), (2, 1, 4), (2, 3, 1), (6, 4), (1,)]
+UNARY = ["relu", "neg", "exp", "sigmoid", "clone", "abs"]
+BINARY = ["add.Tensor", "mul.Tensor", "sub.Tensor", "maximum.default"]
+
+
+class Drawn:
+    """A graph of operations on what there already is, with types from the calls themselves."""
+
+    def __init__(self, draw: st.DrawFn) -> None:
+        self.draw = draw
+        shapes = draw(st.lists(st.sampled_from(SHAPES), min_size=1, max_size=3))
+        dtypes = st.sampled_from(["f32", "f16"])
+        types = [TensorType(draw(dtypes), shape, contiguous(shape)) for shape in shapes]
+        self.inputs = tuple(Value(f"x{i}", type_) for i, type_ in enumerate(types))
+        self.values = list(self.inputs)
+        self.rewriter = Rewriter(Graph("import", self.inputs), Inference())
+
+    def graph(self) -> Graph:
+        for _ in range(self.draw(st.integers(1, 12))):
+            try:
+                self.step(self.draw(st.sampled_from(self.values)))
+            except Unsupported:
+                continue
+        made = self.values[len(self.inputs) :]
+        outputs = self.draw(st.lists(st.sampled_from(made), min_size=1, max_size=3)) if made else []
+        return Graph("import", self.inputs, nodes=tuple(self.rewriter.nodes), outputs=tuple(dict.fromkeys(outputs)))
+
+    def step(self, x: Value) -> None:
+        draw, rank = self.draw, len(x.type.shape)
+        kind = draw(st.integers(0, 9))
+        if kind < 2:
+            self.add(f"aten.{draw(st.sampled_from(UNARY))}.default", self=x)
+        elif kind < 5:
+            self.add(f"aten.{draw(st.sampled_from(BINARY))}", self=x, other=draw(st.sampled_from(self.values)))
+        elif kind == 5 and rank:
+            op = draw(st.sampled_from(["sum.dim_IntList", "mean.dim", "amax.default"]))
+            self.add(f"aten.{op}", self=x, dim=(draw(st.integers(-rank, rank - 1)),), keepdim=draw(st.booleans()))
+        elif kind == 6 and rank:
+            op = draw(st.sampled_from(["softmax.int", "layer_norm.default", "rms_norm.default"]))
+            if op == "softmax.int":
+                self.add("aten.softmax.int", self=x, dim=draw(st.integers(-rank, rank - 1)))
+            else:
+                self.add(f"aten.{op}", input=x, normalized_shape=x.type.shape[-1:])
+        elif kind == 7:
+            self.add("aten.permute.default", self=x, dims=tuple(draw(st.permutations(range(rank)))))
+        elif kind == 8:
+            same = [shape for shape in SHAPES if math.prod(shape) == math.prod(x.type.shape)]
+            self.add("aten.view.default", self=x, size=draw(st.sampled_from(same or [(-1,)])))
+        elif rank:
+            self.move(x, rank)
+
+    def move(self, x: Value, rank: int) -> None:
+        kind, axis = self.draw(st.integers(0, 3)), self.draw(st.integers(0, rank - 1))
+        if kind == 0:
+            first = self.draw(st.integers(0, x.type.shape[axis] - 1))
+            self.add("aten.slice.Tensor", self=x, dim=axis, start=first, end=x.type.shape[axis])
+        elif kind == 1:
+            self.add("aten.cat.default", tensors=(x, self.draw(st.sampled_from(self.values))), dim=axis)
+        elif kind == 2:
+            self.add("aten.unsqueeze.default", self=x, dim=axis)
+        else:
+            self.add("aten._to_copy.default", self=x, dtype=self.draw(st.sampled_from(["f32", "f16"])))
+
+    def add(self, op: str, /, **args: Attr) -> None:
+        self.values.append(self.rewriter.emit(op, **args))
+
+
+def call(node, values):
+    """One ATen call."""
+    op = aten.overload(node.op)
+    schema = aten.schema(op)
+
+    def concrete(attr):
+        if isinstance(attr, Value):
+            return values[attr.name]
+        return [concrete(item) for item in attr] if isinstance(attr, tuple) else attr
+
+    given = {key: aten.to_torch(schema[key][0], concrete(attr), torch.device("cpu")) for key, attr in node.args}
+    found = op(**given)
+    return found if isinstance(found, tuple | list) else [found]
+
+
+def execute(graph: Graph, inputs, wide: bool = False):
+    """The outputs of a graph; kernels run in the interpreter. `wide`: in float64."""
+    values = dict(zip([value.name for value in graph.inputs], inputs, strict=True))
+    for node in graph.nodes:
+        if node.kind == "kernel":
+            kernel = generate(node.body, node.op, 80, 0)
+            types = [(value.type.shape, value.type.strides, aten.DTYPES[value.type.dtype]) for value in node.outputs]
+            results = [
+                torch.empty_strided(shape, strides, dtype=dtype).fill_(math.nan) for shape, strides, dtype in types
+            ]
+            run(kernel, [*(values[value.name] for value in node.inputs), *results])
+        else:
+            node = widened(node) if wide else node
+            results = call(node, values)
+        for value, result in zip(node.outputs, results, strict=True):
+            assert wide or result.stride() == value.type.strides or 1 in result.shape or 0 in result.shape
+            values[value.name] = result
+    return [attr_map(value, lambda v: values[v.name]) for value in graph.outputs]
+
+
+def widened(node):
+    args = tuple((key, "f64" if key == "dtype" else attr) for key, attr in node.args)
+    return type(node)(node.kind, node.op, args, node.outputs)
+
+
+@st.composite
+def programs(draw: st.DrawFn) -> Graph:
+    return dce(Drawn(draw).graph(), Inference())
+
+
+@given(programs(), st.integers(0, 100))
+def test_fused_is_unfused(graph: Graph, seed: int) -> None:
+    verify(graph, aten.ALLOWED)
+    fused = fuse(graph, Inference())
+    verify(fused, aten.ALLOWED)
+    torch.manual_seed(seed)
+    inputs = [torch.randn(x.type.shape).to(aten.DTYPES[x.type.dtype]) for x in graph.inputs]
+    exact = execute(graph, [x.double() for x in inputs], wide=True)
+    assert_right(execute(fused, inputs), execute(graph, inputs), exact)

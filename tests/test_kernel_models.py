@@ -1,0 +1,125 @@
+"""Every kernel that fusion forms in the model zoo, in Triton's interpreter, against the calls of its body."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from unittest.mock import patch
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+import torch_rtx
+from benchmarks import models
+from benchmarks.numerics import assert_right
+from tests.interpreter import run
+from torch_rtx import aten
+from torch_rtx.backend import build
+from torch_rtx.ir import Attr, Graph, Node, Sym, TensorType, Value
+from torch_rtx.kerneltable import KernelTable
+from torch_rtx.lowering.kernels.generate import generate
+from torch_rtx.lowering.kernels.loops import loop_configs, loop_kernel
+from torch_rtx.lowering.kernels.region import region
+from torch_rtx.runtime.reference import compile_graph
+from torch_rtx.runtime.session import evaluate
+from torch_rtx.settings import CompilationSettings
+
+CPU = torch.device("cpu")
+PROGRAMS = 6
+HALVES = ("f16", "bf16", "f32")
+
+
+def fused(name: str, dtype: torch.dtype, dynamic: bool = False) -> Graph:
+    """A small model of the zoo after fusion, as it is for a GPU."""
+    model, args, kwargs = models.build(name, "small", dtype=dtype)
+    shapes = None
+    if dynamic:
+        batch = torch.export.Dim("batch", min=1, max=64)
+        leaves = (args, kwargs)
+        args_shapes, kwargs_shapes = torch.utils._pytree.tree_map_only(torch.Tensor, lambda _: {0: batch}, leaves)
+        shapes = dict(kwargs_shapes) if kwargs and not args else args_shapes
+    settings = CompilationSettings(device="cuda", targets="sm_80")
+    with patch.object(build, "kernels_of", lambda *_: KernelTable()):  # interpreted here, not compiled
+        return torch_rtx.compile(model, args, kwargs, dynamic_shapes=shapes, settings=settings).engine.graph
+
+
+def kernels(graph: Graph) -> dict[str, Node]:
+    """The kernel nodes, one of each."""
+    return {node.op: node for node in graph.nodes if node.kind == "kernel"}
+
+
+def drawn(value: Value, sizes: dict[str, int]) -> torch.Tensor:
+    """Random contents for an input: integers are small enough to be positions in whatever they index."""
+    type_ = value.type
+    assert isinstance(type_, TensorType)
+    shape, strides = ([evaluate(dim, sizes) for dim in dims] for dims in (type_.shape, type_.strides))
+    dtype = aten.DTYPES[type_.dtype]
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) if all(shape) else 0
+    memory = torch.randn(extent) if dtype.is_floating_point else torch.randint(0, 2, (extent,))
+    return memory.to(dtype).as_strided(shape, strides)
+
+
+def in_float64(graph: Graph) -> Graph:
+    """The same operations in float64, casts to halves among them."""
+
+    def attr(given: Attr) -> Attr:
+        return "f64" if given in HALVES else given
+
+    nodes = [replace(n, args=tuple((k, attr(a) if k == "dtype" else a) for k, a in n.args)) for n in graph.nodes]
+    return replace(graph, nodes=tuple(nodes))
+
+
+def check(node: Node, sizes: dict[str, int], which: int = 0) -> bool:
+    """Runs the kernel of `node` in a configuration; False if there are fewer."""
+    assert node.body is not None
+    kernel = generate(node.body, node.op, 80, which)
+    if kernel is None:
+        return False
+    found = region(node.body)
+    # The interpreter takes its time for each of them.
+    if (programs := evaluate(kernel.grid[0], sizes)) > PROGRAMS and found.anchor is None:
+        config = loop_configs(found)[which]
+        rows = config.rows << (programs // PROGRAMS).bit_length()
+        kernel = loop_kernel(found, node.op, replace(config, rows=rows))
+    inputs = [drawn(value, sizes) for value in node.body.inputs]
+    dims = [sizes[sym] for sym in node.body.syms]
+    assert len(dims) == len(kernel.scalars)
+    eager = compile_graph(node.body, CPU)(inputs, [])
+    wide = [x.double() if x.is_floating_point() else x for x in inputs]
+    exact = compile_graph(in_float64(node.body), CPU)(wide, [])
+    outputs = [torch.full_like(result, torch.nan if result.is_floating_point() else 1) for result in eager]
+    outputs = [
+        x.as_strided(x.shape, [evaluate(dim, sizes) for dim in v.type.strides])  # type: ignore[union-attr]
+        for x, v in zip(outputs, node.outputs, strict=True)
+    ]
+    run(kernel, [*inputs, *outputs], sizes)
+    assert_right(outputs, eager, exact)
+    return True
+
+
+def numbers(graph: Graph) -> dict[str, int]:
+    """A size for each symbol."""
+    return {name: _number(sym) for name, sym in graph.syms.items()}
+
+
+def _number(sym: Sym) -> int:
+    return max(sym.min, 3 * sym.multiple)
+
+
+# Every model in one dtype, and some with a batch size that is only known at run time.
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+CASES = [(name, DTYPES[index % 3], False) for index, name in enumerate(models.names())]
+CASES += [("bert_base", torch.float16, True), ("vit_b_16", torch.float16, True)]
+
+
+@pytest.mark.parametrize(("name", "dtype", "dynamic"), CASES)
+def test_kernels(name: str, dtype: torch.dtype, dynamic: bool) -> None:
+    torch.manual_seed(0)
+    graph = fused(name, dtype, dynamic)
+    found = kernels(graph)
+    assert found
+    for index, node in enumerate(found.values()):
+        assert check(node, numbers(graph), 0), node.op
+        if index % 4 == 0:
+            check(node, numbers(graph), 1 + index // 4 % 3)  # another configuration, where there is one

@@ -1,0 +1,330 @@
+"""Which operations become one kernel: units of a graph that grow by merging along their edges.
+
+A unit starts as one operation. It has a domain: a number of elements, or of rows and their size where it reduces. The
+producer of a value and its consumer merge where their domains are one loop, where no way leads from the one to the
+other through a third unit, and where code can be generated for both together. A producer of another size merges only if
+the consumer is its only user: it is then computed where it is needed, as often as that is. Views belong to no unit:
+each kernel absorbs those on its way in, and whoever reads the result through a view gets the view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+
+from torch_rtx import aten
+from torch_rtx.errors import Unsupported
+from torch_rtx.ir import COPY, Graph, Loc, Node, TensorType, Value, attr_values
+from torch_rtx.lowering.kernels.generate import generate
+from torch_rtx.lowering.kernels.index import Index, from_dim, product
+from torch_rtx.lowering.kernels.loops import loop_kernel, rows_of
+from torch_rtx.lowering.kernels.region import ANCHORS, Region, express, region, tensor_type
+from torch_rtx.lowering.kernels.tensor import Load, Map, Move, Tensor, everything, load
+
+MAX_MEMBERS = 64
+MAX_POINTERS = 24
+# What may be computed again for every element that needs it, where the consumer is larger: operations per element.
+CHEAP = 4
+LONG_ROW = 16384  # so few rows of this size that they leave a GPU idle are left to the library, which splits them
+FEW_ROWS = 64
+TRIAL = 80  # the SM version that shows whether there is code at all
+
+
+@dataclass(frozen=True)
+class Domain:
+    """The loop of a unit: `count` elements, or `count` rows of `size` elements."""
+
+    count: Index
+    size: Index | None = None
+
+    @property
+    def elements(self) -> tuple[Index, ...]:
+        """How many elements a result may have."""
+        return (self.count,) if self.size is None else (self.count, self.count * self.size)
+
+
+@dataclass(eq=False)
+class Unit:
+    """Nodes, by position, that run together. Without a domain: one node that is called as it is."""
+
+    members: list[int]
+    epoch: int
+    domain: Domain | None = None
+    cost: int = 0
+    steps: list[Node] | None = None  # an anchor and what follows it, where these are one kernel
+
+
+class Grouping:
+    """The units of `graph`, merged."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph, self.nodes = graph, graph.nodes
+        self.producer = {v.name: i for i, n in enumerate(graph.nodes) for v in n.outputs if v is not None}
+        self.views = {i for i, node in enumerate(graph.nodes) if absorbed(node)}
+        self.unit: dict[int, Unit] = {}  # of every node that is no view
+        self.readers: dict[str, list[int]] = {}  # of a value, also through views
+        self.outside: set[str] = {self.base(v).name for v in attr_values(graph.outputs)}
+        self._start()
+        for index in sorted(self.unit):
+            self._merge_into(index)
+        for index in sorted(self.unit):
+            if self.nodes[index].kind == "op" and self.nodes[index].op in ANCHORS:
+                self._anchor(index)
+
+    # ---- the start ---------------------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        epoch = 0
+        for index, node in enumerate(self.nodes):
+            if index in self.views:
+                continue
+            for value in node.inputs:
+                self.readers.setdefault(self.base(value).name, []).append(index)
+            barrier = node.kind == "fallback" or node.op == COPY  # what they read and write may not move across them
+            epoch += barrier
+            domain, cost = (None, 0) if barrier or node.kind != "op" else domain_of(node)
+            self.unit[index] = Unit([index], epoch, domain, cost)
+            epoch += barrier
+
+    def base(self, value: Value) -> Value:
+        """What `value` is a view of, or itself."""
+        index = self.producer.get(value.name)
+        while index in self.views:
+            value = self.nodes[index].inputs[0]
+            index = self.producer.get(value.name)
+        return value
+
+    # ---- merging -----------------------------------------------------------------------------------------------------
+
+    def _merge_into(self, index: int) -> None:
+        for value in self.nodes[index].inputs:
+            before = self.producer.get(self.base(value).name)
+            if before is None:
+                continue
+            first, second = self.unit[before], self.unit[index]
+            domain = self._joined(first, second) if first is not second else None
+            if domain is None or self._leads_around(first, second):
+                continue
+            merged = Unit(sorted(first.members + second.members), first.epoch, domain, first.cost + second.cost)
+            if len(merged.members) <= MAX_MEMBERS and self._can_be_one(merged):
+                for member in merged.members:
+                    self.unit[member] = merged
+
+    def _joined(self, first: Unit, second: Unit) -> Domain | None:
+        """The domain of both, where it is one."""
+        one, two = first.domain, second.domain
+        if one is None or two is None or first.epoch != second.epoch:
+            return None
+        if one.size is not None and two.size is not None:
+            return one if one == two else None
+        if one.size is None and (one.count in two.elements):
+            return two
+        if one.size is not None:
+            return one if two.count in one.elements else None
+        alone = all(self.unit[i] is second for i in self.users(first)) and not self.escapes(first)
+        return two if alone and (first.cost <= CHEAP or _no_more(two, one)) else None
+
+    def users(self, unit: Unit) -> Iterator[int]:
+        """The nodes outside of `unit` that read its results, also through views."""
+        for value in self.results(unit):
+            yield from (i for i in self.readers.get(value.name, ()) if self.unit[i] is not unit)
+
+    def results(self, unit: Unit) -> Iterator[Value]:
+        """Everything that the nodes of `unit` compute."""
+        for member in unit.members:
+            yield from (value for value in self.nodes[member].outputs if value is not None)
+
+    def escapes(self, unit: Unit) -> bool:
+        """Whether the graph returns a result of `unit`."""
+        return any(value.name in self.outside for value in self.results(unit))
+
+    def _leads_around(self, first: Unit, second: Unit) -> bool:
+        """Whether a third unit needs `first` and is needed by `second`."""
+        last, seen = max(second.members), {id(first), id(second)}
+        left = [self.unit[i] for i in self.users(first) if self.unit[i] is not second]
+        while left:
+            unit = left.pop()
+            if id(unit) in seen or min(unit.members) > last:
+                continue
+            seen.add(id(unit))
+            for index in self.users(unit):
+                if self.unit[index] is second:
+                    return True
+                left.append(self.unit[index])
+        return False
+
+    def _can_be_one(self, unit: Unit) -> bool:
+        inputs, outputs = self.interface(unit)
+        if len(inputs) + len(outputs) > MAX_POINTERS:
+            return False
+        if unit.domain is None or unit.domain.size is None:
+            return True  # maps of any kind are one loop
+        try:
+            loop_kernel(self.region(unit), "trial")
+        except Unsupported:
+            return False
+        return True
+
+    # ---- anchors -----------------------------------------------------------------------------------------------------
+
+    def _anchor(self, index: int) -> None:
+        """Makes a kernel of the anchor at `index`: with the loop after it, if that alone reads its result, else by
+        itself. The loop stays a kernel inside of that kernel: the anchor can so be left to a library call."""
+        anchor, node = self.unit[index], self.nodes[index]
+        readers = {id(self.unit[i]): self.unit[i] for i in self.users(anchor)}
+        tail = next(iter(readers.values())) if len(readers) == 1 and not self.escapes(anchor) else None
+        if tail is not None and self._follows(tail, anchor):
+            after = [self.kernel(tail)] if self.worthwhile(tail) else [self.nodes[i] for i in tail.members]
+            members = sorted(anchor.members + tail.members)
+            if self._adopt(Unit(members, anchor.epoch, steps=[node, *after])):
+                return
+        self._adopt(Unit(anchor.members, anchor.epoch, steps=[node]))
+
+    def _follows(self, tail: Unit, anchor: Unit) -> bool:
+        """Whether `tail` is a loop over the elements of the anchor's result."""
+        (result,) = self.results(anchor)
+        same = tail.domain is not None and tail.domain.size is None and tail.epoch == anchor.epoch
+        return same and tail.domain.count == elements(result) and not self._leads_around(anchor, tail)  # type: ignore[union-attr]
+
+    def _adopt(self, unit: Unit) -> bool:
+        """Puts `unit` in the place of its members' units, if code can be generated for it."""
+        before = {member: self.unit[member] for member in unit.members}
+        self.unit.update(dict.fromkeys(unit.members, unit))
+        inputs, outputs = self.interface(unit)
+        try:
+            if len(inputs) + len(outputs) > MAX_POINTERS:
+                raise Unsupported("so many pointers")
+            generate(self.body(unit), "trial", TRIAL, 0)
+        except Unsupported:
+            self.unit.update(before)
+            return False
+        return True
+
+    # ---- results -----------------------------------------------------------------------------------------------------
+
+    def interface(self, unit: Unit) -> tuple[list[Value], list[Value]]:
+        """The values that `unit` reads from memory, and those of its results that others need."""
+        inside = {value.name for value in self.results(unit)}
+        read = (self.base(value) for member in unit.members for value in self.nodes[member].inputs)
+        inputs = {value.name: value for value in read if value.name not in inside}
+        needed = self.outside.union(*(self._read_by(index) for index in self.users(unit)))
+        return list(inputs.values()), [value for value in self.results(unit) if value.name in needed]
+
+    def _read_by(self, index: int) -> set[str]:
+        return {self.base(value).name for value in self.nodes[index].inputs}
+
+    def body(self, unit: Unit) -> Graph:
+        """The graph of `unit`, with the views on its way in, its names in order and without places in the model: equal
+        regions have equal bodies."""
+        inputs, outputs = self.interface(unit)
+        names = {value.name: Value(f"in{i}", value.type) for i, value in enumerate(inputs)}
+        nodes: list[Node] = []
+
+        def add(node: Node) -> None:
+            if all(value is None or value.name in names for value in node.outputs):
+                return
+            for value in node.inputs:
+                if value.name not in names:  # a view: members come in order
+                    add(self.nodes[self.producer[value.name]])
+            made = [None if v is None else Value(f"v{len(names) + i}", v.type) for i, v in enumerate(node.outputs)]
+            names.update({v.name: m for v, m in zip(node.outputs, made, strict=True) if v and m})
+            args = node.map_inputs(lambda value: names[value.name])
+            nodes.append(Node(node.kind, node.op, args, tuple(made), node.body))
+
+        for node in unit.steps or (self.nodes[member] for member in unit.members):
+            add(node)
+        taken = tuple(names[value.name] for value in inputs)
+        return Graph("import", taken, nodes=tuple(nodes), outputs=tuple(names[value.name] for value in outputs))
+
+    def region(self, unit: Unit) -> Region:
+        """The region of `unit`."""
+        return region(self.body(unit))
+
+    def kernel(self, unit: Unit) -> Node:
+        """`unit` as a kernel node."""
+        inputs, outputs = self.interface(unit)
+        body = self.body(unit)
+        args = tuple((f"in{i}", value) for i, value in enumerate(inputs))
+        return Node("kernel", name_of(body), args, tuple(outputs), body, self._loc(unit))
+
+    def _loc(self, unit: Unit) -> Loc | None:
+        """The place of the operation that says most: the first one with rows, else the last."""
+        rows = [
+            m for m in unit.members if (found := domain_of(self.nodes[m])[0]) is not None and found.size is not None
+        ]
+        return self.nodes[rows[0] if rows else unit.members[-1]].loc
+
+    def worthwhile(self, unit: Unit) -> bool:
+        """Whether a kernel is better than the calls: not for one copy, and not for a few long rows."""
+        if unit.domain is None:
+            return unit.steps is not None
+        count, size = unit.domain.count.number, None if unit.domain.size is None else unit.domain.size.number
+        if size is not None and count is not None and count < FEW_ROWS and size > LONG_ROW:
+            return False
+        return len(unit.members) > 1 or self._computes(self.nodes[unit.members[0]])
+
+    def _computes(self, node: Node) -> bool:
+        return any(not isinstance(tensor, Load | Move) for tensor in _expressed(node)) and bool(node.inputs)
+
+
+def elements(value: Value) -> Index:
+    """The number of elements of a tensor."""
+    assert isinstance(value.type, TensorType)
+    return product(map(from_dim, value.type.shape))
+
+
+def _no_more(consumer: Domain, producer: Domain) -> bool:
+    """Whether `consumer` has at most as many elements as `producer`."""
+    here, there = consumer.elements[-1].number, producer.elements[-1].number
+    return here is not None and there is not None and here <= there
+
+
+def absorbed(node: Node) -> bool:
+    """Whether kernels take `node` as position arithmetic."""
+    if node.kind != "op" or len(node.inputs) != 1 or not aten.is_view(aten.overload(node.op)):
+        return False
+    try:
+        return bool(_expressed(node))
+    except Unsupported:
+        return False
+
+
+def _expressed(node: Node) -> list[Tensor]:
+    values: dict[str, Tensor] = {value.name: load(value.name, tensor_type(value)) for value in node.inputs}
+    return list(express(node, values).values())
+
+
+def domain_of(node: Node) -> tuple[Domain | None, int]:
+    """The domain of one operation and its cost per element; None if kernels do not have it."""
+    if node.op in ANCHORS or not all(isinstance(v.type, TensorType) for v in node.inputs):
+        return None, 0
+    try:
+        tensors = _expressed(node)
+        if not tensors:
+            return None, 0
+        found = Region(Graph("import", outputs=tuple(v for v in node.outputs if v)), tuple(tensors), None, {})
+        rows = rows_of(found)
+    except Unsupported:
+        return None, 0
+    cost = sum(isinstance(inner, Map) for inner in everything(tensors))
+    if not rows.axes:
+        return Domain(product(tensors[0].shape)), cost
+    return Domain(rows.count, rows.size), cost
+
+
+def name_of(body: Graph) -> str:
+    """A name for the kernel of `body`: its operations and a digest of all that it does."""
+    ops = [node.op.split(".")[1].strip("_") for node in _calls(body) if not aten.is_view(aten.overload(node.op))]
+    words = list(dict.fromkeys(ops))
+    shown = words if len(words) <= 4 else [*words[:2], *words[-2:]]
+    return "_".join([*shown, blake2b(str(body).encode(), digest_size=4).hexdigest()])
+
+
+def _calls(body: Graph) -> Iterator[Node]:
+    """The operations of `body`, those of the kernels in it among them."""
+    for node in body.nodes:
+        if node.body is None:
+            yield node
+        else:
+            yield from _calls(node.body)

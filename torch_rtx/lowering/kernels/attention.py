@@ -1,0 +1,512 @@
+"""Attention kernels: softmax(q k^T * scale + mask) v in one pass over the keys; the scores never reach memory.
+
+A program has a block of query rows (M) and walks over the keys in blocks, with a running maximum and sum per row
+(online softmax, Milakov and Gimelshein 2018; FlashAttention-2, Dao 2023). Keys are the rows of the tiles of K and V
+(J) and the columns of the scores (N); D and E are the columns of Q and K, and of V. Operands and masks are tensors as
+in any region: transposed, sliced and repeated views are address arithmetic, and a mask may be computed on the way.
+
+Where the heads that share keys and values have few queries each (decoding), their rows are packed into one block: K and
+V are then read once per group, and not once per head.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from itertools import permutations
+
+from torch_rtx.errors import Unsupported
+from torch_rtx.ir import Dim, Node, Sym, TensorType, Value, dim_expr
+from torch_rtx.lowering.kernels.emit import Axis, Emitter, Operand, Scope, indent
+from torch_rtx.lowering.kernels.index import Index, constant, from_dim, linear, product, ravel, unravel, variable
+from torch_rtx.lowering.kernels.kernel import Kernel
+from torch_rtx.lowering.kernels.loops import HEADER, is_wide
+from torch_rtx.lowering.kernels.region import Region
+from torch_rtx.lowering.kernels.tensor import (
+    ONE,
+    TRITON,
+    ZERO,
+    Load,
+    Move,
+    Position,
+    Shape,
+    Tensor,
+    children,
+    expand,
+)
+from torch_rtx.targets import SHARED
+
+DTYPES = ("f16", "bf16", "f32")
+MAX_WIDTH = 256  # the widest head
+PACKED = 64  # most rows of a block that are the queries of several heads
+PROGRAMS = 128  # about as many as a large GPU has multiprocessors
+LEAST = -3.4028234663852886e38  # where the maximum begins: it is finite, so that rows without a key give no NaN
+MANY = 4096  # stands for an open size
+LOG2E = math.log2(math.e)
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """How the scores are cut: query rows and keys of a tile; Triton's options."""
+
+    rows: int
+    keys: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The call that a region is built around, over leading dimensions (batch, heads) that all operands have.
+
+    Attributes:
+        lead, queries: sizes of the result; `rows` is `queries` times the heads that are packed.
+        packed: how many heads of the last leading dimension share a block of rows.
+        causal: a query sees the keys up to its own position.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    causal: bool
+    scale: float
+    lead: tuple[Dim, ...]
+    queries: Dim
+    packed: int
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the operands."""
+        return self.query.dtype
+
+    @property
+    def keys(self) -> Index:
+        """The number of keys."""
+        return self.key.shape[-2]
+
+    @property
+    def rows(self) -> Dim:
+        """The query rows that share keys and values."""
+        return dim_expr("*", self.queries, self.packed)
+
+    @property
+    def groups(self) -> tuple[Dim, ...]:
+        """The leading dimensions, packed heads counted as one."""
+        return (*self.lead[:-1], dim_expr("//", self.lead[-1], self.packed)) if self.lead else ()
+
+    @property
+    def width(self) -> int:
+        """Elements of a query and of a key."""
+        return _static(self.query.shape[-1])
+
+    @property
+    def value_width(self) -> int:
+        """Elements of a value."""
+        return _static(self.value.shape[-1])
+
+    def group(self) -> Position:
+        """The leading position of a program, in variables."""
+        sizes = map(from_dim, self.groups)
+        return tuple(ZERO if size == ONE else variable(f"Z{axis}", size) for axis, size in enumerate(sizes))
+
+    def place(self, group: Position, row: Index) -> tuple[Position, Index]:
+        """Leading position and query of a row."""
+        queries = from_dim(self.queries)
+        if self.packed == 1:
+            return group, row % queries
+        return (*group[:-1], group[-1] * constant(self.packed) + row // queries), row % queries
+
+
+def attention_of(region: Region) -> Attention:
+    """The attention of a region.
+
+    Raises:
+        Unsupported: dropout, an open or too large head dimension, dtypes that tensor cores do not multiply.
+    """
+    node = region.anchor
+    if node is None or not node.op.startswith("aten.scaled_dot_product_attention."):
+        raise Unsupported("a region without attention")
+    result = node.outputs[0]
+    if node.arg("dropout_p", 0.0) != 0.0:
+        raise Unsupported("attention with dropout", loc=node.loc)
+    query, key, value = (_operand(region, node, name) for name in ("query", "key", "value"))
+    if {query.dtype, key.dtype, value.dtype} - set(DTYPES) or len({query.dtype, key.dtype, value.dtype}) > 1:
+        raise Unsupported(f"attention in {query.dtype}", loc=node.loc)
+    if result is None or not isinstance(result.type, TensorType) or min(len(t.shape) for t in (query, key, value)) < 2:
+        raise Unsupported("attention without queries or keys", loc=node.loc)
+    for width in (query.shape[-1], value.shape[-1]):
+        if not 0 < _static(width) <= MAX_WIDTH:
+            raise Unsupported(f"attention with heads of {width} elements", loc=node.loc)
+    *lead, queries, _ = result.type.shape
+    heads: Shape = tuple(map(from_dim, lead))
+    if node.arg("enable_gqa"):
+        key, value = (_repeated(tensor, heads[-1]) for tensor in (key, value))
+    scale = node.arg("scale")
+    mask = _operand(region, node, "attn_mask") if node.arg("attn_mask") is not None else None
+    if mask is not None and mask.dtype not in ("bool", "f32", "f16", "bf16"):
+        raise Unsupported(f"a mask of dtype {mask.dtype}", loc=node.loc)
+    found = Attention(
+        expand(query, (*heads, *query.shape[-2:])),
+        expand(key, (*heads, *key.shape[-2:])),
+        expand(value, (*heads, *value.shape[-2:])),
+        None if mask is None else expand(mask, (*heads, from_dim(queries), key.shape[-2])),
+        bool(node.arg("is_causal")),
+        float(scale) if isinstance(scale, int | float) else 1 / math.sqrt(_static(query.shape[-1])),
+        tuple(lead),
+        queries,
+        packed=1,
+    )
+    return _packed(found)
+
+
+def _static(size: Index) -> int:
+    if size.number is None:
+        raise Unsupported("attention with heads of an open size")
+    return size.number
+
+
+def _operand(region: Region, node: Node, name: str) -> Tensor:
+    value = node.arg(name)
+    assert isinstance(value, Value)
+    return region.values[value.name]
+
+
+def _repeated(tensor: Tensor, heads: Index) -> Tensor:
+    """`tensor` with each head repeated for the query heads that share it."""
+    times = constant(_static(heads) // _static(tensor.shape[-3]))
+
+    def at(position: Position) -> Position:
+        return (*position[:-3], position[-3] // times, *position[-2:])
+
+    return Move((*tensor.shape[:-3], heads, *tensor.shape[-2:]), tensor.dtype, tensor, at)
+
+
+def _packed(found: Attention) -> Attention:
+    """`found` with as many heads to a block of rows as share keys and values and have room in it."""
+    heads = found.lead[-1] if found.lead else 1
+    if not isinstance(found.queries, int) or not isinstance(heads, int) or not found.queries:
+        return found
+    for count in range(min(heads, PACKED // found.queries), 1, -1):
+        packed = replace(found, packed=count)
+        if heads % count == 0 and not any(_varies(packed, tensor) for tensor in (found.key, found.value)):
+            return packed
+    return found
+
+
+def _varies(found: Attention, tensor: Tensor) -> bool:
+    """Whether the packed rows read different elements of `tensor`."""
+    emitter = Emitter([Axis("M", 1)])
+    lead, _ = found.place(found.group(), variable("M", from_dim(found.rows)))
+    position = (*lead, variable("J", tensor.shape[-2]), variable("D", tensor.shape[-1]))
+    return bool(emitter.value(tensor, position).axes)
+
+
+# ---- configurations --------------------------------------------------------------------------------------------------
+
+
+def attention_configs(region: Region, target: int) -> list[AttentionConfig]:
+    """Configurations that fit the SM version `target`, best first.
+
+    As many rows as the accumulators leave registers for, fewer where there would be less than one program for each
+    multiprocessor. On Hopper four warps multiply 64 rows together, from shared memory, which has room for longer blocks
+    of keys. The others share one list, and so one binary: there a warp has 32 rows of narrow heads, since with 16 its
+    tensor cores would wait for the tiles of K and V.
+    """
+    found = attention_of(region)
+    width, size = max(_block(found.width), _block(found.value_width)), 4 if found.dtype == "f32" else 2
+    if size == 4:
+        # Products in full precision have no tensor cores: each thread has its part of both operands in registers.
+        shapes = [(32, 32, 4), (16, 32, 4), (16, 16, 4)]
+    elif width <= 64:
+        shapes = [(128, 128, 8), (64, 64, 4)] if target == 90 else [(128, 32, 4), (128, 64, 4), (64, 64, 4)]
+    elif width == 128:
+        shapes = [(128, 128, 8), (128, 64, 8), (64, 64, 4)] if target == 90 else [(128, 64, 8), (64, 32, 4)]
+    else:
+        shapes = [(128, 64, 8), (64, 32, 4)] if target == 90 else [(64, 32, 8), (64, 32, 4)]
+    if size == 2:
+        shapes += [(32, 64, 4), (16, 128, 4), (16, 64, 4), (16, 32, 4)]
+    configs = [
+        AttentionConfig(rows, keys, warps, stages)
+        for rows, keys, warps in shapes
+        for stages in ((1,) if target < 80 else (3, 2, 1))
+        if _shared(found, rows, keys, stages) <= SHARED[target]
+    ]
+    if not configs:
+        raise Unsupported(f"attention with heads of {width} elements on sm_{target}")
+    # A single stage loads and multiplies in turn: better a smaller tile.
+    return sorted(configs, key=lambda config: (config.num_stages == 1, _rank(found, config)))
+
+
+def _shared(found: Attention, rows: int, keys: int, stages: int) -> int:
+    """Bytes of shared memory, from above."""
+    size = 4 if found.dtype == "f32" else 2
+    width, value_width = _block(found.width), _block(found.value_width)
+    return size * (stages * keys * (width + value_width) + rows * max(width, value_width))
+
+
+def _rank(found: Attention, config: AttentionConfig) -> int:
+    """0 for what fills a large GPU without rows and keys that are not there; more, the further from that."""
+    rows = _most(found.rows)
+    programs = math.ceil(rows / config.rows) * math.prod(map(_most, found.groups))
+    idle = max(0, math.ceil(math.log2(PROGRAMS / max(programs, 1)))) if config.rows > 16 else 0
+    keys = MANY if found.keys.number is None else found.keys.number
+    unused = max(config.rows // _block(rows), config.keys // _block(keys))
+    return max(idle, math.ceil(math.log2(max(unused, 1))))
+
+
+def _most(dim: Dim) -> int:
+    """A size; of an open one a large example."""
+    if isinstance(dim, int):
+        return dim
+    return dim.max if isinstance(dim, Sym) and dim.max is not None else MANY
+
+
+def _block(size: int) -> int:
+    """The next power of two that is a size of a matrix product."""
+    return max(16, 1 << max(size - 1, 0).bit_length())
+
+
+# ---- the kernel ------------------------------------------------------------------------------------------------------
+
+
+def attention_kernel(region: Region, name: str, config: AttentionConfig) -> Kernel:
+    """The kernel that computes `region`.
+
+    Raises:
+        Unsupported: see `attention_of`; an output that is no permutation of the result with elementwise operations.
+    """
+    found = attention_of(region)
+    body = region.body
+    lines = _Writer(region, found, config).write()
+    arguments = [value.name for value in body.inputs] + [f"out{i}" for i in range(len(region.outputs))] + [*body.syms]
+    source = f"{HEADER}\n\n@triton.jit\ndef {name}({', '.join(arguments)}):\n" + "\n".join(indent(lines)) + "\n"
+    pointers = [value.type.dtype for value in body.inputs] + [type_.dtype for type_ in region.types]  # type: ignore[union-attr]
+    return Kernel(
+        name,
+        source,
+        tuple(pointers),
+        tuple(body.syms.values()),
+        (dim_expr("*", _blocks(found.rows, config.rows), *found.groups), 1, 1),
+        config.num_warps,
+        config.num_stages,
+        wide=is_wide(region),
+    )
+
+
+def _blocks(count: Dim, block: int) -> Dim:
+    return dim_expr("//", dim_expr("+", count, block - 1), block)
+
+
+class _Writer:
+    """The lines of one attention kernel."""
+
+    def __init__(self, region: Region, found: Attention, config: AttentionConfig) -> None:
+        self.region, self.found, self.config = region, found, config
+        self.cast = ".to(tl.int64)" if is_wide(region) else ""
+        self.emitter = Emitter([])
+        self.group = found.group()
+        self.lead, self.row = found.place(self.group, variable("M", from_dim(found.rows)))
+        sizes = {"M": from_dim(found.rows), "N": found.keys, "J": found.keys}
+        sizes |= {"D": constant(found.width), "E": constant(found.value_width)}
+        blocks = {"M": config.rows, "N": config.keys, "J": config.keys}
+        blocks |= {"D": _block(found.width), "E": _block(found.value_width)}
+        self.sizes, self.blocks = sizes, blocks
+        # The scale goes into the exponent, with the base; a mask that is added comes between the two.
+        self.added = found.mask is not None and found.mask.dtype != "bool"
+        self.early = self.added or found.scale <= 0
+        self.factor = LOG2E if self.early else found.scale * LOG2E
+
+    # ---- tiles -------------------------------------------------------------------------------------------------------
+
+    def _whole(self, name: str) -> bool:
+        """Whether blocks along `name` have no end that is not there."""
+        size = self.sizes[name].number
+        return size is not None and size % self.blocks[name] == 0
+
+    def _axis(self, name: str, masked: bool) -> Axis:
+        return Axis(name, self.blocks[name], f"in_{name.lower()}" if masked and not self._whole(name) else "")
+
+    def _tile(self, rows: str, columns: str, looped: str = "", masked: bool = True) -> None:
+        """Let the emitter write for tiles of rows and columns; `masked`: those of keys may have an end."""
+        keys = ("N", "J")
+        axes = [self._axis(name, masked or name not in keys) for name in (rows, columns)]
+        self.emitter.axes, self.emitter.looped = {axis.name: axis for axis in axes}, looped
+
+    def _range(self, name: str, side: str, start: str = "", masked: bool = True) -> list[str]:
+        block, size = self.blocks[name], self.sizes[name]
+        lines = [f"{name} = {f'{start} + ' if start else ''}tl.arange(0, {block}){self.cast}{side}"]
+        return lines + ([f"in_{name.lower()} = {name} < {size}"] if masked and not self._whole(name) else [])
+
+    def _operand(self, tensor: Tensor, rows: str, columns: str, lead: Position, row: Index) -> str:
+        """A tile of a matrix product's operand: 0 where it has no elements."""
+        emitter = self.emitter
+        found = emitter.value(tensor, (*lead, row, variable(columns, tensor.shape[-1])))
+        text = found.text
+        whole = frozenset((rows, columns))
+        masks = [axis.mask for axis in emitter.axes.values() if axis.mask]
+        if masks and not _is_plain(tensor):
+            found = Operand(f"tl.where({' & '.join(masks)}, {text}, 0.0)", whole)
+        text = f"{found.text}.to({TRITON[self.found.dtype]})"
+        return text if found.axes == whole else f"tl.broadcast_to({text}, {emitter.shape(whole)})"
+
+    # ---- the whole ---------------------------------------------------------------------------------------------------
+
+    def write(self) -> list[str]:
+        """All lines of the kernel."""
+        found, config, emitter = self.found, self.config, self.emitter
+        lines = emitter.outer.lines
+        blocks, groups = from_dim(_blocks(found.rows, config.rows)), tuple(map(from_dim, found.groups))
+        program = variable("program", product((blocks, *groups)))
+        block = program % blocks
+        # The blocks of rows that see most keys start first: the last ones to end are then short.
+        first = blocks - ONE - block if found.causal else block
+        lines.append(f"program = tl.program_id(0){self.cast}")
+        lines.append(f"first = {first * constant(config.rows)}")
+        place = unravel(program // blocks, groups)
+        lines += [f"{axis} = {at}" for axis, at in zip(self.group, place, strict=True) if axis != ZERO]
+        lines += [
+            *self._range("M", "[:, None]", "first"),
+            *self._range("D", "[None, :]"),
+            *self._range("E", "[None, :]"),
+        ]
+        self._tile("M", "D")
+        lines.append(f"Q = {self._operand(found.query, 'M', 'D', self.lead, self.row)}")
+        lines.append(f"top = tl.full([{config.rows}], {LEAST!r}, tl.float32)")
+        lines.append(f"total = tl.zeros([{config.rows}], tl.float32)")
+        lines.append(f"acc = tl.zeros([{config.rows}, {self.blocks['E']}], tl.float32)")
+        self._walk()
+        # Rows that see no key at all are 0, as in PyTorch.
+        lines.append("acc = acc / tl.where(total == 0, 1, total)[:, None]")
+        self._store()
+        return lines
+
+    def _walk(self) -> None:
+        """All blocks of keys: those that every row sees whole, then the others."""
+        block, keys, lines = self.config.keys, self.found.keys, self.emitter.outer.lines
+        if not self.found.causal:
+            whole = keys // constant(block) * constant(block)
+            if whole != ZERO:
+                self._loop("0", str(whole))
+            if whole != keys:  # an open number may have no rest: then nothing in the block counts
+                lines.append(f"start = {whole}")
+                self._block(masked=True)
+            return
+        packed = self.found.packed > 1
+        first, last = ("0", str(from_dim(self.found.queries))) if packed else ("first", f"first + {self.config.rows}")
+        if not packed:
+            lines.append(f"whole = tl.minimum({first} + 1, {keys}) // {block} * {block}")
+            self._loop("0", "whole")
+        lines.append(f"end = tl.minimum({last}, {keys})")
+        self._loop("0" if packed else "whole", "end", diagonal=True)
+
+    def _loop(self, begin: str, end: str, diagonal: bool = False) -> None:
+        outer = self.emitter.outer
+        body = Scope()
+        self._block(body, masked=diagonal, diagonal=diagonal)
+        outer.lines.append(f"for start in range({begin}, {end}, {self.config.keys}):")
+        outer.lines += indent(body.lines)
+
+    def _block(self, body: Scope | None = None, masked: bool = False, diagonal: bool = False) -> None:
+        """One block of keys, from `start`."""
+        emitter, found = self.emitter, self.found
+        emitter.scope = scope = Scope() if body is None else body
+        scope.lines += self._range("N", "[None, :]", "start", masked)
+        scope.lines += self._range("J", "[:, None]", "start", masked)
+        key = variable("J", found.keys)
+        self._tile("J", "D", "J", masked)
+        k = self._operand(found.key, "J", "D", self.lead, key)
+        scope.lines.append(f"s = tl.dot(Q, tl.trans({k}){self._precision()})")
+        self._tile("M", "N", "N", masked)
+        self._scores(scope, masked, diagonal)
+        self._tile("J", "E", "J", masked)
+        v = self._operand(found.value, "J", "E", self.lead, key)
+        scope.lines.append(f"acc = tl.dot(p.to({TRITON[found.dtype]}), {v}, acc * decay[:, None]{self._precision()})")
+        scope.lines.append("top = peak")
+        emitter.scope, emitter.looped = emitter.outer, ""
+        if body is None:
+            emitter.outer.lines += scope.lines
+
+    def _precision(self) -> str:
+        return ', input_precision="ieee"' if self.found.dtype == "f32" else ""
+
+    def _scores(self, scope: Scope, masked: bool, diagonal: bool) -> None:
+        """From products to weights: `p`, the maximum so far, and what that makes of the sums before."""
+        found = self.found
+        seen = ["in_n"] if masked and not self._whole("N") else []
+        if diagonal:
+            seen.append(f"({self.row} >= N)")
+        if self.early:
+            scope.lines.append(f"s = s * {found.scale!r}")
+        if found.mask is not None:
+            mask = self.emitter.value(found.mask, (*self.lead, self.row, variable("N", found.keys)))
+            if self.added:
+                scope.lines.append(f"s = s + {mask.text}")
+            else:
+                seen.append(mask.text)
+        if seen:
+            scope.lines.append(f's = tl.where({" & ".join(seen)}, s, float("-inf"))')
+        if self.early:
+            # Not in base 2 before the difference: the least number of a mask, times log2(e), would be infinite.
+            scope.lines.append("peak = tl.maximum(top, tl.max(s, 1))")
+            scope.lines.append(f"p = tl.exp2((s - peak[:, None]) * {self.factor!r})")
+            scope.lines.append(f"decay = tl.exp2((top - peak) * {self.factor!r})")
+        else:
+            scope.lines.append(f"peak = tl.maximum(top, tl.max(s, 1) * {self.factor!r})")
+            scope.lines.append(f"p = tl.exp2(s * {self.factor!r} - peak[:, None])")
+            scope.lines.append("decay = tl.exp2(top - peak)")
+        scope.lines.append("total = total * decay + tl.sum(p, 1)")
+
+    # ---- the result --------------------------------------------------------------------------------------------------
+
+    def _store(self) -> None:
+        emitter, found = self.emitter, self.found
+        self._tile("M", "E")
+        position = (*self.lead, self.row, variable("E", self.sizes["E"]))
+        shape = (*map(from_dim, found.lead), from_dim(found.queries), self.sizes["E"])
+        for index, (output, type_) in enumerate(zip(self.region.outputs, self.region.types, strict=True)):
+            place = _position(output, position, shape)
+            for anchor in _anchors(output):
+                emitter.anchored[anchor, position] = Operand("acc", frozenset(("M", "E")))
+            value = emitter.value(output, place)
+            address = linear(place, map(from_dim, type_.strides))
+            emitter.store(f"out{index}", address, value, frozenset(("M", "E")))
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether elements of `tensor` are loaded as they are, 0 where a mask is not set."""
+    while isinstance(tensor, Move):
+        tensor = tensor.source
+    return isinstance(tensor, Load)
+
+
+def _anchors(tensor: Tensor) -> list[Load]:
+    if isinstance(tensor, Load):
+        return [tensor] if tensor.anchor else []
+    return [found for child in children(tensor) for found in _anchors(child)]
+
+
+def _reached(tensor: Tensor, position: Position) -> Position | None:
+    """The element of the result that `tensor` has at `position`; None if it has none."""
+    if isinstance(tensor, Load):
+        return position if tensor.anchor else None
+    if isinstance(tensor, Move):
+        position = tensor.at(position)
+    return next((at for child in children(tensor) if (at := _reached(child, position)) is not None), None)
+
+
+def _position(output: Tensor, position: Position, shape: Shape) -> Position:
+    """Where in `output` the element `position` of the result is.
+
+    Outputs are reshaped permutations of the result, so that one of the orders of its dimensions, read row by row, is
+    the output's own.
+    """
+    for order in permutations(range(len(shape))):
+        flat = ravel([position[axis] for axis in order], [shape[axis] for axis in order])
+        place = unravel(flat, output.shape)
+        if product(output.shape) == product(shape) and _reached(output, place) == position:
+            return place
+    raise Unsupported("an output that is no permutation of the result of attention")
+
+
+__all__ = ["Attention", "AttentionConfig", "attention_configs", "attention_kernel", "attention_of"]

@@ -1,0 +1,141 @@
+"""Pooling: a window around each position, unrolled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial, reduce
+from itertools import product as combinations
+
+from torch_rtx.errors import Unsupported
+from torch_rtx.lowering.kernels.index import Index, constant
+from torch_rtx.lowering.kernels.ops.reductions import mean
+from torch_rtx.lowering.kernels.ops.registry import Types, op
+from torch_rtx.lowering.kernels.ops.views import move, shape_of
+from torch_rtx.lowering.kernels.tensor import (
+    FLOATS,
+    REDUCTIONS,
+    ZERO,
+    Position,
+    Scalar,
+    Shape,
+    Tensor,
+    Within,
+    cast,
+    number,
+    pointwise,
+    register,
+)
+
+LARGEST = 64  # elements of a window: each is a load
+
+
+def _each(sizes: Scalar | Sequence[int], rank: int) -> list[int]:
+    """One number per dimension: PyTorch takes one for all."""
+    found = [sizes] if isinstance(sizes, int | float | Index) else list(sizes)
+    if not all(isinstance(size, int) for size in found):
+        raise Unsupported("a window whose size is a dim")
+    return [int(size) for size in (found * rank if len(found) == 1 else found)]  # type: ignore[arg-type]
+
+
+def _windows(
+    self: Tensor,
+    shape: Shape,
+    sizes: list[int],
+    strides: list[int],
+    padding: list[int],
+    dilation: list[int],
+    edge: Tensor,
+) -> list[Tensor]:
+    """For each place in a window the tensor of what is there; `edge` where it is outside."""
+    rank = len(sizes)
+    kept = len(self.shape) - rank
+    # The padding as part of the tensor; windows may reach beyond it by less than a stride (ceil_mode).
+    grown = tuple(
+        size + constant(2 * p + s * 2) for size, p, s in zip(self.shape[kept:], padding, strides, strict=True)
+    )
+    starts = (*[ZERO] * kept, *map(constant, padding))
+    padded = Within((*self.shape[:kept], *grown), self.dtype, self, edge, starts)
+    found = []
+    for place in combinations(*map(range, sizes)):
+        offsets = [constant(p * d) for p, d in zip(place, dilation, strict=True)]
+
+        def at(position: Position, offsets: list[Index] = offsets) -> Position:
+            inner = zip(position[kept:], strides, offsets, strict=True)
+            return (*position[:kept], *(p * constant(s) + o for p, s, o in inner))
+
+        found.append(move(padded, shape, at))
+    return found
+
+
+def _check(sizes: list[int]) -> None:
+    count = 1
+    for size in sizes:
+        count *= size
+    if count > LARGEST:
+        raise Unsupported(f"windows of {count} elements")
+
+
+def _max_pool(
+    rank: int,
+    self: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int] = (),
+    padding: Scalar | Sequence[int] = 0,
+    dilation: Scalar | Sequence[int] = 1,
+    ceil_mode: bool = False,
+    *,
+    out: Types,
+) -> Tensor:
+    sizes = _each(kernel_size, rank)
+    _check(sizes)
+    strides = _each(stride, rank) if stride else sizes
+    if self.dtype not in FLOATS:
+        raise Unsupported(f"the largest {self.dtype} of a window")
+    edge = number(float("-inf"), self.dtype)
+    windows = _windows(self, shape_of(out), sizes, strides, _each(padding, rank), _each(dilation, rank), edge)
+    return reduce(lambda one, two: pointwise(REDUCTIONS["max"][1], self.dtype, one, two), windows)
+
+
+def _avg_pool(
+    rank: int,
+    self: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int] = (),
+    padding: Scalar | Sequence[int] = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+    *,
+    out: Types,
+) -> Tensor:
+    sizes = _each(kernel_size, rank)
+    _check(sizes)
+    strides, borders = _each(stride, rank) if stride else sizes, _each(padding, rank)
+    if self.dtype not in FLOATS or (ceil_mode or (any(borders) and not count_include_pad and not divisor_override)):
+        raise Unsupported("an average whose count differs from window to window, or of integers")
+    held = register(self.dtype)
+    value = cast(self, held)
+    windows = _windows(value, shape_of(out), sizes, strides, borders, [1] * rank, number(0.0, held))
+    total = reduce(lambda one, two: pointwise("{0} + {1}", held, one, two), windows)
+    count = divisor_override or len(windows)
+    return cast(pointwise("{0} / {1}", held, total, number(float(count), held)), out[0].dtype)
+
+
+for _rank in (1, 2, 3):
+    op(f"max_pool{_rank}d.default")(partial(_max_pool, _rank))
+for _rank in (2, 3):
+    op(f"avg_pool{_rank}d.default")(partial(_avg_pool, _rank))
+
+
+@op("adaptive_avg_pool2d.default", "_adaptive_avg_pool2d.default")
+def adaptive_avg_pool2d(self: Tensor, output_size: Sequence[int | Index], *, out: Types) -> Tensor:
+    """Means over equal parts of the image; the sizes have to divide."""
+    shape = shape_of(out)
+    if all(size.number == 1 for size in shape[-2:]):
+        return mean(self, [-2, -1], keepdim=True, out=out)
+    sizes = []
+    for size, target in zip(self.shape[-2:], shape[-2:], strict=True):
+        if size.number is None or not target.number or size.number % target.number:
+            raise Unsupported("parts of different sizes")
+        sizes.append(size.number // target.number)
+    return _avg_pool(2, self, sizes, out=out)

@@ -1,0 +1,121 @@
+"""Lays images out channels-last around convolutions, where kernels and libraries are fastest.
+
+Each convolution gets its image and its weight channels-last, and what follows keeps the layout that its own ATen call
+gives for such inputs: pointwise operations, pooling and concatenation stay channels-last, so that no copy is left
+between convolutions. Where a view can't be taken, or a call or the caller must see the captured layout, the image is
+copied back. The weight's copy becomes part of its recipe.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch_rtx import aten
+from torch_rtx.errors import Unsupported
+from torch_rtx.ir import COPY, Attr, Dim, Graph, Node, TensorType, Type, Value, attr_map, attr_values, contiguous
+from torch_rtx.lowering.infer import Inference
+from torch_rtx.lowering.rewrite import Rewriter
+
+CONVOLUTIONS = frozenset(("aten.conv2d.default", "aten.convolution.default"))
+FORMATS = ("contiguous_format", "channels_last")
+
+
+def channels_last(graph: Graph, infer: Inference) -> Graph:
+    """Level import to level import; strides alone change, and none that the caller sees."""
+    if not any(node.op in CONVOLUTIONS and node.kind == "op" for node in graph.nodes):
+        return graph
+    writer = _Writer(graph, infer)
+    for node in graph.nodes:
+        writer.visit(node)
+    for value in attr_values(graph.outputs):
+        writer.restore(value)
+    return writer.finish()
+
+
+class _Writer(Rewriter):
+    """Rebuilds the graph in the new layout."""
+
+    def visit(self, node: Node) -> None:
+        """Take `node` over: in the new layout if it can be, else on inputs in the captured one."""
+        if node.kind == "op" and node.op in CONVOLUTIONS and self._convolution(node):
+            return
+        changed = any(self.now(value) != value for value in node.inputs)
+        free = node.kind == "op" and node.op != COPY and node.op not in aten.STRIDED
+        if changed and not (free and self._again(node, node.map_inputs(self.now))):
+            for value in node.inputs:
+                self.restore(value)
+            changed = False
+        if not changed:
+            self.nodes.append(replace(node, args=node.map_inputs(self.now)))
+
+    def _convolution(self, node: Node) -> bool:
+        image = node.arg("input")
+        if not isinstance(image, Value) or not isinstance(image.type, TensorType) or len(image.type.shape) != 4:
+            return False
+        (result,) = node.outputs
+        assert result is not None
+        assert isinstance(result.type, TensorType)
+        args = [(key, self._laid_out(attr) if key in ("input", "weight") else attr) for key, attr in node.args]
+        # What libraries return for such inputs; the meta kernel of a convolution does not tell.
+        output = Value(result.name, replace(result.type, strides=strides_of(result.type.shape)))
+        self._put(node, tuple((key, attr_map(attr, self.now)) for key, attr in args), (output,))
+        return True
+
+    def _laid_out(self, attr: Attr) -> Attr:
+        """The channels-last form of an image or a weight."""
+        value = attr_map(attr, self.now)
+        assert isinstance(value, Value)
+        assert isinstance(value.type, TensorType)
+        if value.type.strides == strides_of(value.type.shape):
+            return value
+        return self.emit("aten.clone.default", None, None, self=value, memory_format="channels_last")
+
+    def _again(self, node: Node, args: tuple[tuple[str, Attr], ...]) -> bool:
+        """The call of `node` on other strides, if they are good for it."""
+        try:
+            types = self.infer(node.op, args)
+        except Unsupported:
+            return False
+        if len(types) != len(node.outputs) or any(map(_differs, types, node.outputs)):
+            return False
+        named = zip(node.outputs, types, strict=True)
+        self._put(node, args, tuple(None if value is None else Value(value.name, type_) for value, type_ in named))
+        return True
+
+    def _put(self, node: Node, args: tuple[tuple[str, Attr], ...], outputs: tuple[Value | None, ...]) -> None:
+        self.nodes.append(replace(node, args=args, outputs=outputs))
+        for old, new in zip(node.outputs, outputs, strict=True):
+            if new != old:
+                self.replace(old, new)
+
+    def restore(self, value: Value) -> None:
+        """Let what follows read `value` in the layout of its capture."""
+        now = self.now(value)
+        if now == value or not isinstance(value.type, TensorType):
+            return
+        for form in FORMATS:
+            try:
+                (type_,) = self.infer("aten.clone.default", (("self", now), ("memory_format", form)))
+            except Unsupported:
+                continue
+            if type_ == value.type:
+                self.replace(value, self.emit("aten.clone.default", None, (type_,), self=now, memory_format=form))
+                return
+        raise Unsupported(f"the layout {value.type}")
+
+
+def _differs(type_: Type, value: Value | None) -> bool:
+    """Whether a result is anything but the captured one with other strides."""
+    if value is None:
+        return False
+    old = value.type
+    if not isinstance(type_, TensorType) or not isinstance(old, TensorType):
+        return type_ != old
+    return (type_.dtype, type_.shape, type_.device) != (old.dtype, old.shape, old.device)
+
+
+def strides_of(shape: tuple[Dim, ...]) -> tuple[Dim, ...]:
+    """The strides of a channels-last image."""
+    batch, channels, *rest = shape
+    moved = contiguous((batch, *rest, channels))
+    return (moved[0], moved[-1], *moved[1:-1])

@@ -1,0 +1,119 @@
+"""The manifest: what an engine file says about itself, and in which format it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch_rtx.errors import EngineFormatError, EngineVersionError
+
+# Raise FORMAT_VERSION with every change of the format. The oldest reader of a file rises with it if older releases
+# would refuse or misread what is in that file: they ignore fields that they do not know and refuse tensors that they do
+# not know. The digests and the manifest's two version fields never change: every release can tell why it can't read a
+# file.
+#   1: the first format
+#   2: kernels
+FORMAT_VERSION = 2
+PLAIN_READER, KERNEL_READER = 1, 2  # the oldest readers of files without and with kernels
+OLDEST_READABLE = 1
+
+Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an engine says about itself; all of it can be written as JSON.
+
+    `save` fills in the version fields, `stripped` and `digests["graph"]` (SHA-256 of the graph's text).
+
+    Attributes:
+        device: what the model was captured for: "cpu" or "cuda".
+        inputs: the names of the flat inputs, in order.
+        signature: how the module is called, as `runtime.signature` writes it; opaque here.
+        producer: versions of the libraries that built the engine, by name.
+        platform: "any", or the one that the engine runs on.
+        unused_names: parameters of the model that the engine does not need: refit takes and ignores them.
+        stripped: whether the file has no weights.
+        format_version, min_reader: the format of the file, and the oldest reader that understands it.
+    """
+
+    device: str
+    inputs: tuple[str, ...] = ()
+    signature: Json = None
+    producer: Mapping[str, str] = field(default_factory=dict)
+    platform: str = "any"
+    unused_names: tuple[str, ...] = ()
+    stripped: bool = False
+    digests: Mapping[str, str] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+    min_reader: int = PLAIN_READER
+
+
+def exactly(kind: type) -> Callable[[Any], Any]:
+    """A check that a value from JSON is of this type: it returns the value, or raises TypeError."""
+
+    def check(value: Any) -> Any:
+        if type(value) is not kind:  # a bool is no int
+            raise TypeError(f"expected {kind.__name__}")
+        return value
+
+    return check
+
+
+def _strings(value: Any) -> tuple[str, ...]:
+    return tuple(map(exactly(str), exactly(list)(value)))
+
+
+def _string_map(value: Any) -> dict[str, str]:
+    return {key: exactly(str)(item) for key, item in exactly(dict)(value).items()}
+
+
+_FIELDS: dict[str, Callable[[Any], Any]] = {
+    "format_version": exactly(int),
+    "min_reader": exactly(int),
+    "device": exactly(str),
+    "platform": exactly(str),
+    "producer": _string_map,
+    "inputs": _strings,
+    "signature": lambda value: value,
+    "unused_names": _strings,
+    "stripped": exactly(bool),
+    "digests": _string_map,
+}
+
+
+def read_manifest(value: Any) -> Manifest:
+    """The manifest in the JSON of a header.
+
+    Raises:
+        EngineVersionError: the file is of a format that this release can't read.
+        EngineFormatError: a field is missing, or of the wrong type.
+    """
+    if not isinstance(value, dict):
+        raise EngineFormatError("the header has no manifest")
+    fields: dict[str, Any] = {}
+    for name, check in _FIELDS.items():  # the versions first: what follows depends on them
+        if name not in value:
+            raise EngineFormatError(f"the manifest has no field {name!r}")
+        try:
+            fields[name] = check(value[name])
+        except TypeError as error:
+            raise EngineFormatError(f"field {name!r} of the manifest: {error}") from None
+        if name == "min_reader":
+            _check_version(fields["format_version"], fields["min_reader"])
+    return Manifest(**fields)
+
+
+def _check_version(version: int, min_reader: int) -> None:
+    if min_reader > FORMAT_VERSION:
+        raise EngineVersionError(
+            f"the engine has format {version} and needs a reader of format {min_reader} or later; this one reads "
+            f"{FORMAT_VERSION}",
+            hint="update torch_rtx, or rebuild the engine with this release",
+        )
+    if version < OLDEST_READABLE:
+        raise EngineVersionError(
+            f"the engine has format {version}; this release reads {OLDEST_READABLE} to {FORMAT_VERSION}",
+            hint="rebuild the engine with this release",
+        )

@@ -1,0 +1,60 @@
+"""Kernels without a binary: their bodies take their place in the graph, and run call by call."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator
+from dataclasses import replace
+
+from torch_rtx.ir import Graph, Node, Value
+
+
+def inline_kernels(graph: Graph, keep: Container[str]) -> Graph:
+    """`graph` with the body of each kernel in its place, except those whose `op` is in `keep`; the same for kernels in
+    bodies.
+
+    The values inside get names of their own. Nodes of kind `op` then stand in a graph of level "fused".
+    """
+    if all(node.kind != "kernel" or node.op in keep for node in graph.nodes):
+        return graph
+    taken = {value.name for value in graph.values()} | graph.syms.keys()
+    nodes: list[Node] = []
+    for index, node in enumerate(graph.nodes):
+        if node.kind == "kernel" and node.op not in keep:
+            nodes.extend(_inlined(node, f"k{index}", taken, keep))
+        else:
+            nodes.append(node)
+    return replace(graph, nodes=tuple(nodes))
+
+
+def _inlined(node: Node, prefix: str, taken: set[str], keep: Container[str]) -> Iterator[Node]:
+    """The nodes of the body of `node`, which read its inputs and define its outputs."""
+    assert node.body is not None  # the verifier sees to it
+    values = {inner.name: outer for inner, outer in zip(node.body.inputs, node.inputs, strict=True)}
+    copies: list[tuple[Value, Value]] = []
+    for inner, outer in zip(node.body.outputs, (value for value in node.outputs if value is not None), strict=True):
+        assert isinstance(inner, Value)
+        if inner.name in values:  # an input, or another output too: a kernel writes each into memory of its own
+            copies.append((inner, outer))
+        else:
+            values[inner.name] = outer
+    for step in node.body.nodes:
+        for value in step.outputs:
+            if value is not None and value.name not in values:
+                values[value.name] = Value(_fresh(f"{prefix}_{value.name}", taken), value.type)
+        args = step.map_inputs(lambda value: values[value.name])
+        outputs = tuple(None if value is None else values[value.name] for value in step.outputs)
+        made = replace(step, args=args, outputs=outputs, loc=step.loc or node.loc)
+        if made.kind == "kernel" and made.op not in keep:
+            yield from _inlined(made, prefix, taken, keep)
+        else:
+            yield made
+    for inner, outer in copies:
+        yield Node("op", "aten.clone.default", (("self", values[inner.name]),), (outer,), None, node.loc)
+
+
+def _fresh(name: str, taken: set[str]) -> str:
+    """`name`, or a longer one that is not taken yet; taken from now on."""
+    while name in taken:
+        name += "x"
+    taken.add(name)
+    return name

@@ -1,0 +1,243 @@
+"""Launches the kernels of an engine through the CUDA driver API: no Triton, on every system that has a driver.
+
+A binary is loaded once per device and process and stays loaded: captured CUDA graphs may hold its kernels. Everything
+is loaded when a session is made, so that nothing is during a capture.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import operator
+import struct
+import threading
+from collections.abc import Mapping, Sequence
+from functools import cache, reduce
+from typing import Any
+
+import torch
+
+from torch_rtx.errors import KernelError
+from torch_rtx.ir import Graph, kernel_nodes
+from torch_rtx.kerneltable import KernelTable, Launch, Variant, unpack
+from torch_rtx.runtime import driver as driver_api
+from torch_rtx.runtime.driver import checked
+from torch_rtx.targets import ALIGNMENT, GRID, Target, by_age
+
+log = logging.getLogger(__name__)
+# Per setting of `tactics`, which kernels are launched, by what their library call is expected to be.
+CHOSEN = {"best": ("none", "slower"), "generated": ("none", "slower", "faster"), "library": ("none",), "calls": ()}
+OPT_IN = 48 << 10  # bytes of shared memory; kernels that need more have to ask for it
+_MAX_X, _MAX_Y, _MAX_Z = GRID
+
+
+def launchers(
+    table: KernelTable, graph: Graph, device: torch.device, tactics: str = "best", driver: Any = None
+) -> dict[str, Launcher]:
+    """The kernels of `graph` that can be launched on `device`, by the `op` of their nodes; all others run call by call,
+    and the log says why.
+
+    Args:
+        tactics: see `RuntimeSettings.tactics`.
+        driver: the driver API; None: the one of this process.
+    """
+    if not table or device.type != "cuda":
+        return {}
+    driver = driver or driver_api.driver()
+    if driver is None:
+        log.warning("the engine's kernels are not used: the package cuda-bindings is not installed")
+        return {}
+    gpu = _gpu(driver, device.index)
+    found: dict[str, Launcher] = {}
+    left: set[str] = set()
+    for node in kernel_nodes(graph):
+        if node.op in table.launches and node.op not in found and node.op not in left:
+            launcher = _launcher(gpu, node.op, table, len(node.inputs) + len(node.outputs))
+            if launcher is not None and launcher.library in CHOSEN[tactics]:
+                found[node.op] = launcher
+            else:
+                left.add(node.op)
+    log.info("%d of %d kernels run from the engine's binaries on sm_%d", len(found), len(table.launches), gpu.sm)
+    return found
+
+
+def _launcher(gpu: Gpu, op: str, table: KernelTable, pointers: int) -> Launcher | None:
+    choices = candidates(table.launches[op], gpu.sm, gpu.shared)
+    for launch, target in choices:
+        try:
+            return Launcher(gpu, op, launch, target, table.binaries, pointers)
+        except KernelError as error:
+            log.warning("%s", error)
+    reason = "none of its binaries can be loaded" if choices else f"it has no binary for sm_{gpu.sm}"
+    log.warning("kernel %s runs call by call: %s", op, reason)
+    return None
+
+
+def candidates(launches: Sequence[Launch], sm: int, shared: int) -> list[tuple[Launch, Target]]:
+    """What can run on a GPU, the best first: code for its SM version, then for the nearest older one of its generation,
+    then PTX, the newest first.
+
+    Args:
+        sm: its compute capability without the dot.
+        shared: most bytes of shared memory that a block can have there.
+    """
+    fits = {
+        target: launch
+        for launch in launches
+        for target in launch.targets
+        if all(variant.shared <= shared for variant in launch.variants) and _runs_on(target, sm)
+    }
+    newest = by_age(fits)[::-1]
+    return [(fits[target], target) for ptx in (False, True) for target in newest if target.ptx is ptx]
+
+
+def _runs_on(target: Target, sm: int) -> bool:
+    if target.ptx:
+        return target.sm <= sm
+    return target.sm == sm or (not target.exact and target.sm // 10 == sm // 10 and target.sm < sm)
+
+
+class Gpu:
+    """A device through the driver API.
+
+    Attributes:
+        sm: compute capability without the dot.
+        shared: most bytes of shared memory that a block can have.
+        context: the primary context, which PyTorch uses too.
+    """
+
+    def __init__(self, driver: Any, index: int) -> None:
+        self.driver, self.index = driver, index
+        checked(driver.cuInit(0))
+        device = checked(driver.cuDeviceGet(index))
+        self.context = checked(driver.cuDevicePrimaryCtxRetain(device))
+        names = driver.CUdevice_attribute
+        major, minor, self.shared = (
+            int(checked(driver.cuDeviceGetAttribute(name, device)))
+            for name in (
+                names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+                names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+                names.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
+            )
+        )
+        self.sm = 10 * major + minor
+        self._modules: dict[str, Any] = {}
+        self._lock = threading.Lock()
+
+    def function(self, variant: Variant, stored: bytes, ptx: bool) -> Any:
+        """The kernel, loaded and ready to launch.
+
+        Raises:
+            RuntimeError: the driver refuses it.
+        """
+        driver, attributes = self.driver, self.driver.CUfunction_attribute
+        with self._lock:
+            checked(driver.cuCtxPushCurrent(self.context))
+            try:
+                if variant.binary not in self._modules:
+                    image = unpack(stored) + b"\0" * ptx  # text ends with a zero
+                    self._modules[variant.binary] = checked(driver.cuModuleLoadData(image))
+                module = self._modules[variant.binary]
+                function = checked(driver.cuModuleGetFunction(module, variant.entry.encode()))
+                # This also loads the code now, where the driver would otherwise do so at the first launch.
+                threads = attributes.CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK
+                if checked(driver.cuFuncGetAttribute(threads, function)) < 32 * variant.num_warps:
+                    raise RuntimeError(f"a block can't have {32 * variant.num_warps} threads")
+                if variant.shared > OPT_IN:
+                    size = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                    checked(driver.cuFuncSetAttribute(function, size, variant.shared))
+            finally:
+                checked(driver.cuCtxPopCurrent())
+        return function
+
+    def enter(self) -> None:
+        """Make the context current in a thread that has none: one that made no call of the CUDA runtime yet."""
+        if int(checked(self.driver.cuCtxGetCurrent())) == 0:
+            checked(self.driver.cuCtxSetCurrent(self.context))
+
+
+_gpu = cache(Gpu)
+
+
+class _Parameters(threading.local):
+    """The parameters of a launch in memory, one copy per thread: the driver reads them while other threads run.
+
+    Attributes:
+        buffer: pointers, scalars and the two null pointers, laid out as a C compiler does.
+        addresses: address of the array of the parameters' addresses.
+    """
+
+    def __init__(self, gpu: Gpu, pointers: int, scalars: int, wide: bool) -> None:
+        gpu.enter()
+        size = 8 if wide else 4
+        nulls = -(-(8 * pointers + size * scalars) // 8) * 8
+        offsets = [8 * i for i in range(pointers)] + [8 * pointers + size * i for i in range(scalars)]
+        self.buffer = ctypes.create_string_buffer(nulls + 16)
+        start = ctypes.addressof(self.buffer)
+        places = [start + offset for offset in (*offsets, nulls, nulls + 8)]
+        self._array = (ctypes.c_void_p * len(places))(*places)
+        self.addresses = ctypes.addressof(self._array)
+
+
+class Launcher:
+    """Launches one kernel. Many threads and streams may use it at once.
+
+    Attributes:
+        scalars, grid: what a call has to give, as dims of the graph.
+        library: see `Launch`.
+
+    Args:
+        op: the kernel's name in messages.
+        target: the one of `launch` that is used.
+        binaries: see `KernelTable`.
+        pointers: how many tensors the kernel gets.
+
+    Raises:
+        KernelError: the driver refuses the binary.
+    """
+
+    def __init__(
+        self, gpu: Gpu, op: str, launch: Launch, target: Target, binaries: Mapping[str, bytes], pointers: int
+    ) -> None:
+        self.op, self.target, self.scalars, self.grid = op, target, launch.scalars, launch.grid
+        self.library = launch.library
+        self._index, self._launch = gpu.index, gpu.driver.cuLaunchKernel
+        try:
+            codes = [
+                (gpu.function(variant, binaries[variant.binary], target.ptx), 32 * variant.num_warps, variant.shared)
+                for variant in launch.variants
+            ]
+        except RuntimeError as error:  # an EngineFormatError of a damaged binary, too
+            raise KernelError(f"the binary of kernel {op} for {target} can't be loaded: {error}") from None
+        self._aligned, self._generic = codes[0], codes[-1]
+        self._check_scalars = launch.generic is not None
+        self._pack = struct.Struct(f"@{pointers}Q{len(launch.scalars)}{'q' if launch.wide else 'i'}").pack_into
+        self._parameters = _Parameters(gpu, pointers, len(launch.scalars), launch.wide)
+
+    def __call__(self, pointers: Sequence[int], scalars: Sequence[int], grid: tuple[int, int, int]) -> None:
+        """Launch on the current stream of the session's device, which must be the current device.
+
+        Args:
+            pointers: addresses of the inputs, then of the outputs; multiples of ALIGNMENT.
+            scalars: the integer parameters.
+            grid: blocks along x, y and z; with a 0 nothing is launched.
+
+        Raises:
+            KernelError: the grid or a scalar is too large, or the driver refuses the launch.
+        """
+        x, y, z = grid
+        if not (0 < x <= _MAX_X and 0 < y <= _MAX_Y and 0 < z <= _MAX_Z):
+            if 0 in grid:
+                return
+            raise KernelError(f"kernel {self.op} can't be launched with {x} x {y} x {z} blocks")
+        aligned = not self._check_scalars or reduce(operator.or_, scalars) % ALIGNMENT == 0
+        function, threads, shared = self._aligned if aligned else self._generic
+        parameters = self._parameters
+        try:
+            self._pack(parameters.buffer, 0, *pointers, *scalars)
+        except struct.error as error:
+            raise KernelError(f"kernel {self.op} can't be launched with the sizes {list(scalars)}: {error}") from None
+        stream = torch._C._cuda_getCurrentRawStream(self._index)
+        (status,) = self._launch(function, x, y, z, threads, 1, 1, shared, stream, parameters.addresses, 0)
+        if status != 0:
+            raise KernelError(f"launching kernel {self.op} for {self.target} failed: {status.name}")
