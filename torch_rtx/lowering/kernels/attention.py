@@ -467,7 +467,7 @@ class _Writer:
         for index, (output, type_) in enumerate(zip(self.region.outputs, self.region.types, strict=True)):
             place = _position(output, position, shape)
             for anchor in _anchors(output):
-                emitter.reduced[anchor] = Operand("acc", frozenset(("M", "E"))), position
+                emitter.anchored[anchor, position] = Operand("acc", frozenset(("M", "E")))
             value = emitter.value(output, place)
             address = linear(place, map(from_dim, type_.strides))
             emitter.store(f"out{index}", address, value, frozenset(("M", "E")))

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from torch_rtx.errors import Unsupported
-from torch_rtx.lowering.kernels.index import Index, variable, within
+from torch_rtx.lowering.kernels.index import Index, linear, variable, within
 from torch_rtx.lowering.kernels.tensor import (
     FLOATS,
     TRITON,
@@ -63,14 +63,18 @@ class Emitter:
 
     Args:
         axes: the dimensions of a tile, outermost first.
+        names: what the names of values begin with, so that two emitters can write one kernel.
+
+    Attributes:
         reduced: operand and position of each reduction, as far as there are any by now; see `loops`.
-        anchor: what stands for a `Load` with `anchor` set.
+        anchored: what stands for a `Load` with `anchor` set, at each position where it is known; see `product`.
     """
 
-    def __init__(self, axes: Sequence[Axis], anchor: str = "") -> None:
+    def __init__(self, axes: Sequence[Axis], names: str = "") -> None:
         self.axes = {axis.name: axis for axis in axes}
-        self.anchor = anchor
+        self.names = names
         self.reduced: dict[Tensor, tuple[Operand, Position]] = {}
+        self.anchored: dict[tuple[Load, Position], Operand] = {}
         self.outer = self.scope = Scope()
         self.looped = ""  # the variable of the loop that is being written
         self._varying: dict[str, Axes] = {}
@@ -80,10 +84,21 @@ class Emitter:
 
     def assign(self, text: str, axes: Axes, prefix: str = "t") -> Operand:
         """A name for `text`, in the innermost scope that it varies in."""
-        name = f"{prefix}{self._count}"
+        name = f"{self.names}{prefix}{self._count}"
         self._count += 1
         self._home(axes).lines.append(f"{name} = {text}")
         return Operand(name, axes)
+
+    def step(self, loop: str, scalars: Iterable[str]) -> None:
+        """From here on lines are in a loop, which is called `loop` among axes and in which `scalars` change."""
+        self.scope, self.looped = Scope(), loop
+        self._varying.update(dict.fromkeys(scalars, frozenset((loop,))))
+
+    def inner(self) -> list[str]:
+        """The lines of the loop, which is done with."""
+        lines = [] if self.scope is self.outer else self.scope.lines
+        self.scope, self.looped = self.outer, ""
+        return lines
 
     def _home(self, axes: Axes) -> Scope:
         return self.scope if self.looped in axes else self.outer
@@ -158,43 +173,77 @@ class Emitter:
     def _load(self, tensor: Load, position: Position, conditions: tuple[Operand, ...]) -> Operand:
         if tensor.anchor:
             return self._anchored(tensor, position)
-        address = sum((p * s for p, s in zip(position, tensor.strides, strict=True)), start=ZERO)
+        return self.memory(tensor, position, conditions, register(tensor.dtype))
+
+    def memory(self, tensor: Load, position: Position, conditions: tuple[Operand, ...], dtype: str) -> Operand:
+        """What is in memory, as `dtype`; 0 where a condition does not hold."""
+        address = linear(position, tensor.strides)
         axes = self.varies(address)
         masks = [*self._masks(axes), *conditions]
         wide = axes.union(*(mask.axes for mask in masks))
-        place = str(address) if wide == axes else f"{address} + tl.zeros({self.shape(wide)}, tl.int32)"
+        place = self._pointer(tensor.name, address)
+        if self.shape(wide) != self.shape(axes):
+            place += f" + tl.zeros({self.shape(wide)}, tl.int32)"
         masked = f", mask={' & '.join(m.text for m in masks)}, other=0" if masks else ""
-        text = f"tl.load({tensor.name} + ({place}){masked})"
-        if register(tensor.dtype) != tensor.dtype:
-            text += ".to(tl.float32)"
+        text = f"tl.load({place}{masked})"
+        if dtype != tensor.dtype:
+            text += f".to({TRITON[dtype]})"
         return self._once(("load", text), wide, text)
 
+    def _pointer(self, name: str, address: Index) -> str:
+        """Where an element is. In a loop whose steps move a whole tile, the tile of pointers is kept out of it."""
+        still, moving = self._divided(address)
+        if not still.terms:
+            return f"{name} + ({address})"
+        base = self._once(("pointer", name, still), self.varies(still), f"{name} + ({still})", "p")
+        return f"{base.text} + ({moving})"
+
+    def _divided(self, index: Index) -> tuple[Index, Index]:
+        """`index` as a tile that the loop which is being written does not change, if there is one, and the rest."""
+        moving = Index(tuple(term for term in index.terms if self.looped in self.varies(Index((term,)))))
+        still = index - moving
+        whole = self.looped not in self.axes and self.varies(moving) == {self.looped}
+        return (still, moving) if whole and self.varies(still) else (ZERO, index)
+
+    def _kept(self, index: Index) -> Index:
+        """`index` with that tile, if it takes a division, as a variable, which is computed outside of the loop."""
+        still, moving = self._divided(index)
+        if "//" not in str(still) and "%" not in str(still):
+            return index
+        tile = self._once(("index", still), self.varies(still), str(still), "i")
+        self._varying[tile.text] = tile.axes
+        return variable(tile.text) + moving
+
     def _anchored(self, tensor: Load, position: Position) -> Operand:
-        expected = self.reduced.get(tensor)
-        if expected is None or expected[1] != position:
+        if (tensor, position) not in self.anchored:
             raise Unsupported("the result of a matrix product at another position than its own")
-        return expected[0]
+        return self.anchored[tensor, position]
 
     def _masks(self, axes: Axes) -> list[Operand]:
         named = (axis for axis in self.axes.values() if axis.name in axes and axis.mask)
-        return [Operand(axis.mask, frozenset((axis.name,))) for axis in named]
+        return [Operand(axis.mask, frozenset((axis.name,)) | self._varying.get(axis.mask, NONE)) for axis in named]
 
-    def _within(self, tensor: Within, position: Position, conditions: tuple[Operand, ...]) -> Operand:
+    def inside(self, tensor: Within, position: Position) -> tuple[Position, tuple[Operand, ...]]:
+        """The position in the inner tensor, and the conditions that say that it is inside of it."""
         moved = tuple(p - start for p, start in zip(position, tensor.starts, strict=True))
         tests = []
-        for at, start, now, size in zip(position, tensor.starts, moved, tensor.inner.shape, strict=True):
+        for at, start, size in zip(position, tensor.starts, tensor.inner.shape, strict=True):
             if start != ZERO:
-                tests.append((f"({at} >= {start})", self.varies(at)))
+                tests.append((f"{self._kept(at)} >= {start}", self.varies(at)))
             if not within(at, start + size):
-                tests.append((f"({now} < {size})", self.varies(now)))
+                tests.append((f"{self._kept(at)} < {start + size}", self.varies(at)))
+        return moved, tuple(self._once(("within", text), axes, text, "c") for text, axes in tests)
+
+    def _within(self, tensor: Within, position: Position, conditions: tuple[Operand, ...]) -> Operand:
+        moved, tests = self.inside(tensor, position)
+        inner = self.value(tensor.inner, moved, (*conditions, *tests))
         if not tests:
-            return self.value(tensor.inner, moved, conditions)
-        axes = NONE.union(*(axes for _, axes in tests))
-        text = " & ".join(text for text, _ in tests)
-        inside = self._once(("within", text), axes, text, "c")
-        inner = self.value(tensor.inner, moved, (*conditions, inside))
-        outer = self.value(tensor.outer, position, (*conditions, Operand(f"~{inside.text}", axes)))
-        return self.assign(f"tl.where({inside.text}, {inner.text}, {outer.text})", axes | inner.axes | outer.axes)
+            return inner
+        all_tests = NONE.union(*(test.axes for test in tests))
+        inside = " & ".join(test.text for test in tests)
+        other = Operand(f"~({inside})" if len(tests) > 1 else f"~{inside}", all_tests)
+        outer = self.value(tensor.outer, position, (*conditions, other))
+        return self.assign(f"tl.where({inside}, {inner.text}, {outer.text})", all_tests | inner.axes | outer.axes)
 
     def _gather(self, tensor: Gather, position: Position, conditions: tuple[Operand, ...]) -> Operand:
         found, safe = [], []

@@ -5,6 +5,7 @@ is a chain of divisions and remainders. These rules undo it, so that what is con
 
     (c*q + r) // c = q                (c*q + r) % c = r                      where 0 <= r < c
     (g*q + r) // (g*c) = q // c       (g*q + r) % (g*c) = g * (q % c) + r    where 0 <= r < g
+    p % (g*c) // g = p // g % c
     c * (p // c) + p % c = p          a * (p // a % c) + p % a = p % (a*c)
 
 Values are at least 0, apart from those that a mask keeps from being used; Triton's `//` and `%` then are these.
@@ -124,8 +125,12 @@ class Index:
         atom = rest.atom
         if isinstance(atom, Div) and not atom.remainder:
             return whole + atom.arg // (atom.by * by)
-        for common, outer, _ in _common(rest, by):
-            return whole + outer // constant((by.number or 0) // common)
+        if isinstance(atom, Div):
+            size, over = _split(atom.by, by)
+            if not over.terms:
+                return whole + atom.arg // by % size
+        for _, others, outer, _ in _common(rest, by):
+            return whole + outer // others
         return whole + _atom(Div(rest, by))
 
     def __mod__(self, by: Index) -> Index:
@@ -135,8 +140,8 @@ class Index:
         atom = rest.atom
         if isinstance(atom, Div) and atom.remainder and not _split(atom.by, by)[1].terms:
             return atom.arg % by  # the remainder by a multiple of `by` comes first
-        for common, outer, inner in _common(rest, by):
-            return (outer % constant((by.number or 0) // common)) * constant(common) + inner
+        for common, others, outer, inner in _common(rest, by):
+            return (outer % others) * common + inner
         return _atom(Div(rest, by, remainder=True))
 
 
@@ -263,13 +268,27 @@ def _without(monomial: Monomial, divisor: Monomial) -> Monomial | None:
     return tuple(left)
 
 
-def _common(index: Index, by: Index) -> Iterator[tuple[int, Index, Index]]:
-    """`g, q, r` with `index = g*q + r`, `0 <= r < g` and g a divisor of the number `by`, largest first."""
-    counts = {math.gcd(count, by.number or 1) for monomial, count in index.terms if monomial}
-    for common in sorted(counts - {1, by.number}, reverse=True):
-        outer, inner = _split(index, constant(common))
-        if within(inner, constant(common)):
-            yield common, outer, inner
+def _common(index: Index, by: Index) -> Iterator[tuple[Index, Index, Index, Index]]:
+    """`g, c, q, r` with `by = g*c` and `index = g*q + r`, where `0 <= r < g`; larger g come first."""
+    if len(by.terms) != 1:
+        return
+    ((divisor, size),) = by.terms
+    shared = {(_shared(monomial, divisor), math.gcd(count, size)) for monomial, count in index.terms if monomial}
+    for atoms, count in sorted(shared - {((), 1), (divisor, size)}, key=lambda one: (-len(one[0]), -one[1], str(one))):
+        common = Index(((atoms, count),))
+        outer, inner = _split(index, common)
+        if within(inner, common):
+            yield common, Index(((_without(divisor, atoms) or (), size // count),)), outer, inner
+
+
+def _shared(one: Monomial, other: Monomial) -> Monomial:
+    """The atoms that both have."""
+    left, found = list(other), []
+    for atom in one:
+        if atom in left:
+            left.remove(atom)
+            found.append(atom)
+    return tuple(found)
 
 
 def _index(terms: dict[Monomial, int]) -> Index:

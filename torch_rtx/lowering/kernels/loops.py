@@ -136,14 +136,15 @@ def loop_kernel(region: Region, name: str, config: LoopConfig | None = None) -> 
         source,
         tuple(pointers),
         tuple(body.syms.values()),
-        (_blocks(writer.count, writer.config.rows), 1, 1),
+        (blocks(writer.count, writer.config.rows), 1, 1),
         writer.config.num_warps,
         num_stages=2 if writer.steps else 1,
         wide=writer.wide,
     )
 
 
-def _blocks(count: Dim, block: int) -> Dim:
+def blocks(count: Dim, block: int) -> Dim:
+    """How many blocks `count` is, the last of which may be short."""
     return dim_expr("//", dim_expr("+", count, block - 1), block)
 
 

@@ -1,0 +1,201 @@
+"""Kernels around a convolution.
+
+implicit GEMM (Chetlur et al., 2014): rows are the pixels of the result, columns its channels, and K is the window
+times the channels of the input. The window is a loop of its own outside of the channels, so that a step reads a
+run of channels of one pixel: with channels innermost in memory this is as good as a matrix product. Groups are batches.
+
+windows: where each channel has a group of its own there is nothing to share, and each program sums its window up
+element by element.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from math import ceil
+
+from torch_rtx.errors import Unsupported
+from torch_rtx.ir import Attr, Dim, Node, Value, dim_expr
+from torch_rtx.lowering.kernels.cost import chip, configurations, typical
+from torch_rtx.lowering.kernels.emit import Axis, Emitter, Operand
+from torch_rtx.lowering.kernels.index import Index, constant, from_dim, unravel
+from torch_rtx.lowering.kernels.kernel import Kernel
+from torch_rtx.lowering.kernels.product import (
+    TAPS,
+    DotWriter,
+    GemmConfig,
+    M,
+    N,
+    Product,
+    Steps,
+    SumWriter,
+    TileWriter,
+    argument,
+    dot_dtype,
+    in_memory,
+    operand,
+    result,
+)
+from torch_rtx.lowering.kernels.region import Region, tensor_type
+from torch_rtx.lowering.kernels.tensor import ONE, ZERO, Load, Move, Position, Tensor, Within, cast, number, pointwise
+
+
+def conv_kernel(region: Region, name: str, config: GemmConfig) -> Kernel:
+    """The kernel that computes a region around a convolution.
+
+    Raises:
+        Unsupported: another anchor, a convolution that is transposed or has no batch, a dtype that has no product, a
+            result that is needed in a shape that no tile of it has.
+    """
+    of = conv_product(region)
+    return _writer(of, config)(region, of, config).kernel(name)
+
+
+def conv_configs(region: Region, target: int, input_precision: str = "ieee") -> list[GemmConfig]:
+    """Configurations for `sm_{target}`, those that should be fastest first; `input_precision` is that of f32 operands.
+
+    Raises:
+        Unsupported: see `conv_kernel`, or a dtype that the target does not multiply.
+    """
+    of = conv_product(region)
+    return _windows(of, target) if is_depthwise(of) else configurations(region, of, target, input_precision)
+
+
+def _windows(of: Product, target: int) -> list[GemmConfig]:
+    """Windows are bound by memory: along what is contiguous in there tiles are long enough for whole cache lines, and
+    as large as the chip is kept busy with, since neighbouring pixels share what they read."""
+    source = in_memory(of.a)
+    channels_last = source is None or source.strides[1] == ONE
+    pixels, channels = typical(dim_expr("*", of.batch, of.rows)), typical(of.columns)
+    found = []
+    for block_m, block_n in [(64, 64), (32, 64), (16, 64), (8, 64), (32, 32), (16, 32), (8, 32)]:
+        config = GemmConfig(block_m, block_n, 1, 4 if block_m * block_n > 512 else 2, 1)
+        found.append(config if channels_last else replace(config, block_m=4 * block_m, block_n=block_n // 4))
+
+    def cost(config: GemmConfig) -> float:
+        tiles = ceil(pixels / config.block_m) * ceil(channels / config.block_n)
+        area = config.block_m * config.block_n
+        share = tiles * area * (1 + 128 / area)  # what is computed in vain, and the start of a program
+        return share / min(tiles / chip(target).processors / 4, 1)
+
+    return sorted(found, key=cost)
+
+
+def _writer(of: Product, config: GemmConfig) -> type[TileWriter]:
+    if is_depthwise(of):
+        return WindowWriter
+    return SumWriter if config.sums else DotWriter
+
+
+def is_depthwise(of: Product) -> bool:
+    """Whether each channel of the input has a group of its own."""
+    return of.depth == 1 and of.a.shape[1].number != 1
+
+
+def conv_product(region: Region) -> Product:
+    """The convolution that a region is built around, as a product.
+
+    Raises:
+        Unsupported: see `conv_kernel`.
+    """
+    node, out, type_ = result(region, "conv")
+    source, weight = (tensor_type(argument(node, name)) for name in ("input", "weight"))
+    rank, groups = len(weight.shape) - 2, node.arg("groups", 1)
+    if node.arg("transposed", False) or len(source.shape) != rank + 2 or not 1 <= rank <= len(TAPS):
+        raise Unsupported("a transposed convolution, or one without a batch")
+    window, filters = weight.shape[2:], weight.shape[0]
+    if not isinstance(groups, int) or not isinstance(filters, int) or not all(isinstance(tap, int) for tap in window):
+        raise Unsupported("a convolution whose weight has no static shape")
+    stride, padding, dilation = (
+        _sizes(node.arg(name, default), rank) for name, default in (("stride", 1), ("padding", 0), ("dilation", 1))
+    )
+    padded = _padded(region.values[argument(node, "input").name], padding)
+    depth, pixels = constant(_number(weight.shape[1])), (type_.shape[0], *type_.shape[2:])
+    pixels_shape = tuple(map(from_dim, pixels))
+    each = constant(filters // groups)
+    depthwise = weight.shape[1] == 1 and groups > 1
+
+    def a_at(z: Index, m: Index, k: Position) -> Position:
+        batch, *places = unravel(m, pixels_shape)
+        moved = zip(places, k[:-1], stride, dilation, strict=True)
+        return (batch, z * depth + k[-1], *(place * s + tap * d for place, tap, s, d in moved))
+
+    def b_at(z: Index, n: Index, k: Position) -> Position:
+        return (z * each + n, k[-1], *k[:-1])
+
+    return Product(
+        out=out,
+        axis=1,
+        batch=1 if depthwise else groups,
+        rows=dim_expr("*", 1, *pixels),
+        columns=filters if depthwise else filters // groups,
+        grouped=True,
+        taps=tuple(map(_number, window)),
+        depth=weight.shape[1],
+        channels_last=weight.strides[1] == 1,
+        a=padded,
+        b=region.values[argument(node, "weight").name],
+        a_at=a_at,
+        b_at=b_at,
+        finish=_finish(region, node, out),
+    )
+
+
+class WindowWriter(TileWriter):
+    """A convolution in which each channel of the input makes channels of its own."""
+
+    def body(self) -> list[str]:
+        """Pointers, the window, and the rest of the region."""
+        config, of = self.config, self.product
+        dot_dtype(of)
+        emitter = Emitter([Axis(M, config.block_m, self.rows_mask), Axis(N, config.block_n, self.columns_mask)])
+        steps = Steps(of, 1, flat=False)
+        steps.enter(emitter, "")
+        tap = (*steps.at, ZERO)
+        channels = of.a.shape[1].number
+        assert isinstance(of.columns, int)
+        assert channels is not None
+        group = self.n // constant(of.columns // channels)
+        pixel = operand(emitter, of.a, of.a_at(group, self.m, tap), "f32", whole=False)
+        weight = operand(emitter, of.b, of.b_at(ZERO, self.n, tap), "f32", whole=False)
+        total = Operand("acc0", frozenset((M, N)))
+        before = [*emitter.outer.lines, f"{total.text} = tl.zeros({emitter.shape(total.axes)}, tl.float32)"]
+        sums = [*emitter.inner(), f"{total.text} += {pixel} * {weight}"]
+        # Unrolled, so that all loads of a window are in flight at once.
+        lines = steps.loop(before, [], sums, "tl.static_range")
+        emitter.outer.lines = []
+        self.finish(emitter, [total])
+        return lines + emitter.outer.lines
+
+
+def _number(dim: Dim) -> int:
+    assert isinstance(dim, int)
+    return dim
+
+
+def _sizes(given: Attr, rank: int) -> list[Index]:
+    """An argument that is one number, or one for each dimension."""
+    found = list(given) if isinstance(given, tuple) else [given]
+    if not all(isinstance(one, int) for one in found):
+        raise Unsupported(f"a convolution with {given}")
+    numbers = [constant(one) for one in found if isinstance(one, int)]
+    return numbers * rank if len(numbers) == 1 else numbers
+
+
+def _padded(source: Tensor, padding: list[Index]) -> Tensor:
+    """`source` with zeros around it."""
+    shape = source.shape[:2] + tuple(s + p + p for s, p in zip(source.shape[2:], padding, strict=True))
+    return Within(shape, source.dtype, source, number(0, source.dtype), (ZERO, ZERO, *padding))
+
+
+def _finish(region: Region, node: Node, out: Load) -> Callable[[Tensor], Tensor]:
+    bias = node.arg("bias")
+    if not isinstance(bias, Value):
+        return lambda total: total
+    added = region.values[bias.name]
+
+    def finish(total: Tensor) -> Tensor:
+        wide = Move(out.shape, added.dtype, added, lambda position: (position[1],))
+        return pointwise("{0} + {1}", out.dtype, total, cast(wide, "f32"))
+
+    return finish

@@ -1,0 +1,316 @@
+"""Which tiles suit a product: a model of the time that a kernel takes, in microseconds.
+
+Programs run in waves: a multiprocessor holds as many as its shared memory and registers allow, and the last wave may
+leave most of the chip idle, so that smaller tiles win small problems. A step of the loop over K takes about as long as
+the slowest of what overlaps in it: tensor cores, shared memory, which feeds them (large tiles per warp need less of
+it), the L2 cache, which feeds that (large tiles need less of it), and the latency of memory, over the steps that are in
+flight. No kernel is faster than memory is read and written once.
+
+It ranks configurations and need not be right: what counts is measured where there is time to.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import ceil, prod
+
+from torch_rtx.errors import Unsupported
+from torch_rtx.ir import DIM_OPS, Dim, Sym, TensorType
+from torch_rtx.lowering.kernels.index import from_dim, linear, variable
+from torch_rtx.lowering.kernels.place import place
+from torch_rtx.lowering.kernels.product import MOST_ROWS, GemmConfig, Product, Steps, dot_dtype, in_memory
+from torch_rtx.lowering.kernels.region import Region, tensor_type
+from torch_rtx.lowering.kernels.tensor import ZERO, Load, Map, Move, Tensor, everything
+from torch_rtx.targets import SHARED
+
+TYPICAL = 1024  # what a symbolic size is taken for, within its range
+LAUNCH = 1.5  # until the first program has its first operands, and after the last one
+LATENCY = 0.8  # of memory under load
+BARRIER = 0.03  # of a step
+OVERLAP = 0.8  # how much of what is not the bottleneck is hidden behind it
+KEPT, ALIKE = 12, 2  # configurations, and those of one tile among them
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A typical GPU of a target.
+
+    Attributes:
+        processors: how many multiprocessors.
+        shared: bytes of shared memory that a block may have, which are also taken for all that a processor has.
+        tensor: TFLOP/s of dense f16 products that are summed in f32, as generated code reaches them.
+        plain: TFLOP/s of f32 without tensor cores.
+        memory: GB/s.
+        clock: GHz.
+    """
+
+    processors: int
+    shared: int
+    tensor: float
+    plain: float
+    memory: float
+    clock: float
+
+
+CHIPS = {
+    75: Chip(68, SHARED[75], 45, 13, 560, 1.5),  # RTX 2080 Ti
+    80: Chip(108, SHARED[80], 250, 19, 1400, 1.4),  # A100
+    86: Chip(82, SHARED[86], 65, 30, 850, 1.7),  # RTX 3090
+    89: Chip(128, SHARED[89], 150, 75, 900, 2.5),  # RTX 4090
+    90: Chip(132, SHARED[90], 600, 60, 4200, 1.7),  # H200
+    120: Chip(170, SHARED[120], 200, 95, 1600, 2.4),  # RTX 5090
+}
+LONG = ("tl.erf", "tl.log", "tl.sin", "tl.cos")  # functions of many instructions
+SIZES = {"bool": 1, "i8": 1, "u8": 1, "i16": 2, "f16": 2, "bf16": 2, "i32": 4, "f32": 4, "tf32": 4}  # bytes, else 8
+RATES = {"f16": 1, "bf16": 1, "tf32": 0.5}  # of tensor cores
+
+
+def chip(target: int) -> Chip:
+    """The chip of the latest known target that is not newer.
+
+    Raises:
+        Unsupported: all are newer.
+    """
+    known = [sm for sm in CHIPS if sm <= target]
+    if not known:
+        raise Unsupported(f"kernels for sm_{target}")
+    return CHIPS[max(known)]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the cost of a product depends on.
+
+    Attributes:
+        batch, rows, columns, depth: sizes; `columns` are those of one accumulator.
+        taps: how many times K runs over the depth.
+        accumulators: how many ranges of columns are computed side by side.
+        dtype: of operands; "tf32" where f32 goes to tensor cores.
+        moved: bytes of memory that any kernel has to read and write.
+        columns_last: neighbouring columns, not elements of K, are neighbours in the memory of the second operand.
+        plain: operands are plainly in memory and the result is little more than stored, which needs few registers.
+    """
+
+    batch: int
+    rows: int
+    columns: int
+    depth: int
+    taps: int
+    accumulators: int
+    dtype: str
+    moved: int
+    columns_last: bool
+    plain: bool
+
+
+def problem(region: Region, of: Product, target: int, input_precision: str = "ieee") -> Problem:
+    """The problem that a region is, with symbolic sizes taken for typical ones.
+
+    Raises:
+        Unsupported: a dtype that the target's tensor cores do not have; or the region has no placement.
+    """
+    dtype = dot_dtype(of)
+    if dtype == "bf16" and target < 80:
+        raise Unsupported(f"a matrix product of bf16 on sm_{target}")
+    placement = place(region.outputs, of.tile())
+    width = placement.width.number
+    tensors = [tensor_type(value) for value in region.body.inputs] + list(region.types)
+    depth, taps = typical(of.depth), prod(of.taps)
+    if Steps(of, 1).flat:
+        depth, taps = depth * taps, 1
+    return Problem(
+        batch=typical(of.batch),
+        rows=typical(of.rows),
+        columns=typical(of.columns) if width is None else width,
+        depth=depth,
+        taps=taps,
+        accumulators=len(placement.columns),
+        dtype="tf32" if dtype == "f32" and input_precision != "ieee" else dtype,
+        moved=sum(map(_bytes, tensors)),
+        columns_last=_stride(of) == 1,
+        plain=prod(of.taps) == 1 and all(in_memory(operand) for operand in (of.a, of.b)) and _plain(region.outputs),
+    )
+
+
+def _bytes(type_: TensorType) -> int:
+    """How much memory a tensor has."""
+    sizes = (typical(size) for size, stride in zip(type_.shape, type_.strides, strict=True) if stride != 0)
+    return prod(sizes) * SIZES.get(type_.dtype, 8)
+
+
+def _stride(of: Product) -> int | None:
+    """How far apart neighbouring columns of the second operand are in memory; None if that is not one number."""
+    column = variable("N", from_dim(of.columns))
+    tensor, position = of.b, of.b_at(ZERO, column, (ZERO,) * (len(of.taps) + 1))
+    while isinstance(tensor, Move):
+        position = tensor.at(position)
+        tensor = tensor.source
+    if not isinstance(tensor, Load):
+        return None
+    ((monomial, _),) = column.terms
+    return next((count for atoms, count in linear(position, tensor.strides).terms if atoms == monomial), None)
+
+
+def _plain(outputs: tuple[Tensor, ...]) -> bool:
+    """Whether outputs need none of the functions that take many registers."""
+    maps = [tensor for tensor in everything(outputs) if isinstance(tensor, Map)]
+    return not any(function in tensor.text for tensor in maps for function in LONG)
+
+
+def typical(dim: Dim) -> int:
+    """A number for a dim."""
+    if isinstance(dim, int):
+        return dim
+    if isinstance(dim, Sym):
+        return max(dim.min, TYPICAL if dim.max is None else min(dim.max, TYPICAL))
+    return DIM_OPS[dim.op]([typical(arg) for arg in dim.args])
+
+
+def configurations(region: Region, of: Product, target: int, input_precision: str) -> list[GemmConfig]:
+    """The best configurations, best first.
+
+    Raises:
+        Unsupported: see `problem`.
+    """
+    precision = input_precision if target >= 80 else "ieee"
+    what, on = problem(region, of, target, precision), chip(target)
+    found = [(dots_time(what, config, target), config) for config in _dots(what, target)]
+    if isinstance(of.rows, int) and of.rows <= MOST_ROWS:
+        found += [(sums_time(what, config, on), config) for config in _sums(what)]
+    best = [config for _, config in sorted(found, key=lambda one: one[0])]
+    tiles = [(config.sums, config.block_m, config.block_n) for config in best]
+    kept = [config for at, config in enumerate(best) if tiles[:at].count(tiles[at]) < ALIKE][:KEPT]
+    return [replace(config, input_precision=precision) for config in kept]
+
+
+# ---- tensor cores ----------------------------------------------------------------------------------------------------
+
+
+def _dots(what: Problem, target: int) -> Iterator[GemmConfig]:
+    on = chip(target)
+    tiles = [(16, 32, 64, 128, 256), (16, 32, 64, 128, 256), (16, 32, 64, 128)]
+    most_m, most_n, most_k = (max(16, _power(size)) for size in (what.rows, what.columns, what.depth))
+    stages = (1,) if target == 75 else (2, 3, 4, 5)
+    for block_m, block_n, block_k in itertools.product(*tiles):
+        if block_m > most_m or block_n > most_n or not min(most_k, 32) <= block_k <= most_k:
+            continue
+        if what.dtype == "f32" and block_k > 32:
+            continue  # all of a step goes through registers
+        area = block_m * block_n * what.accumulators
+        warps = [count for count in (2, 4, 8) if 256 <= area // count <= 4096] or [1]
+        for num_warps, num_stages in itertools.product(warps, stages):
+            config = GemmConfig(block_m, block_n, block_k, num_warps, num_stages)
+            if shared_memory(what, config, target) <= on.shared and _fits_registers(what, config, target):
+                yield config
+
+
+def _power(size: int) -> int:
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def _held(what: Problem, config: GemmConfig) -> int:
+    """Registers of a thread that hold sums."""
+    return config.block_m * config.block_n * what.accumulators // (32 * config.num_warps)
+
+
+def _fits_registers(what: Problem, config: GemmConfig, target: int) -> bool:
+    """Whether nothing should have to be spilled, as far as that was seen: of 255 registers sums take a quarter, or half
+    where products read shared memory and little follows; loads of 16 bytes take a pointer each, and on Turing, where
+    they cannot go right to shared memory, their data as well."""
+    roomy = _warpgroup(what, config, target) and what.plain
+    most = 16 if what.dtype == "f32" else 128 if roomy else 64
+    width = config.block_m + config.block_n * what.accumulators
+    pointers = width * config.block_k * SIZES[what.dtype] // (16 * 32 * config.num_warps)
+    return _held(what, config) <= most and pointers <= (12 if target >= 80 else 6)
+
+
+def _warpgroup(what: Problem, config: GemmConfig, target: int) -> bool:
+    """Hopper's products, which take operands from shared memory."""
+    return target == 90 and what.dtype != "f32" and config.block_m >= 64 and config.num_warps >= 4
+
+
+def shared_memory(what: Problem, config: GemmConfig, target: int) -> int:
+    """Bytes for the steps in flight; Hopper's products keep one more step there while they read it."""
+    width = config.block_n * what.accumulators
+    step = (config.block_m + width) * config.block_k * SIZES[what.dtype]
+    steps = config.num_stages - (not _warpgroup(what, config, target))
+    return max(step * max(steps, 1), config.block_m * config.block_n * 2)
+
+
+def dots_time(what: Problem, config: GemmConfig, target: int) -> float:
+    """The time of a product by `tl.dot`."""
+    on = chip(target)
+    width = config.block_n * what.accumulators
+    tiles = what.batch * ceil(what.rows / config.block_m) * ceil(what.columns / config.block_n)
+    steps = what.taps * ceil(what.depth / config.block_k)
+    resident = _resident(what, config, target)
+    whole, rest = divmod(tiles, on.processors * resident)
+    waves = [resident] * whole + ([ceil(rest / on.processors)] if rest else [])
+    store = config.block_m * width * 2 / (on.memory * 1e3 / on.processors)
+    busy = sum(LATENCY + steps * _step(what, config, target, count) + count * store for count in waves)
+    return LAUNCH + _overlapped(busy, what.moved / (on.memory * 1e3))
+
+
+def _overlapped(*times: float) -> float:
+    """The time of things that happen at once."""
+    longest = max(times)
+    return longest + (1 - OVERLAP) * (sum(times) - longest)
+
+
+def _resident(what: Problem, config: GemmConfig, target: int) -> int:
+    """How many programs a processor holds."""
+    threads = 32 * config.num_warps
+    registers = min(_held(what, config) + 80, 255)
+    return max(
+        1,
+        min(
+            chip(target).shared // shared_memory(what, config, target), 65536 // (threads * registers), 1536 // threads
+        ),
+    )
+
+
+def _step(what: Problem, config: GemmConfig, target: int, count: int) -> float:
+    """The time of a step of `count` programs on one processor."""
+    on, size = chip(target), SIZES[what.dtype]
+    width = config.block_n * what.accumulators
+    rate = (on.plain if what.dtype == "f32" else on.tensor * RATES[what.dtype]) * 1e6 / on.processors
+    products = 2 * config.block_m * width * config.block_k / rate
+    # Warps share the tile as evenly as they can, and each reads its part of both operands.
+    across = 1
+    while across * across < config.num_warps and config.block_m // across > 16:
+        across *= 2
+    parts = config.block_m / across + width / max(config.num_warps // across, 1)
+    if _warpgroup(what, config, target):
+        parts = (config.block_m + width * config.num_warps / 4) / config.num_warps
+    local = config.num_warps * parts * config.block_k * size / (128e3 * on.clock)
+    cache = (config.block_m + width) * config.block_k * size / (32e3 * on.clock)
+    # What a program loads now it multiplies this many steps later.
+    latency = (LATENCY + products) / max(config.num_stages - 1, 1)
+    return BARRIER + _overlapped(count * products, count * local, count * cache, latency)
+
+
+# ---- sums ------------------------------------------------------------------------------------------------------------
+
+
+def _sums(what: Problem) -> Iterator[GemmConfig]:
+    if what.columns_last:  # short steps, each of which waits for memory
+        return
+    for block_n, block_k in itertools.product((4, 8, 16, 32), (128, 256, 512, 1024)):
+        held = block_n * block_k * what.rows * what.accumulators // 128
+        waste_k, waste_n = block_k // 2 >= max(what.depth, 64), block_n // 2 >= max(what.columns, 32)
+        if 4 <= held <= 64 and not waste_k and not waste_n:
+            yield GemmConfig(16, block_n, block_k, 4, 1, sums=True)
+
+
+def sums_time(what: Problem, config: GemmConfig, on: Chip) -> float:
+    """The time of a product without tensor cores: memory, or turning halves into f32 and summing."""
+    weights = what.columns * what.accumulators * what.depth * what.taps
+    programs = what.batch * ceil(what.columns / config.block_n)
+    # Each processor holds at most 12 such programs, and about half of these keep its share of memory busy.
+    busy = min(programs / on.processors / 6, 1)
+    read = what.batch * weights * SIZES[what.dtype] / (on.memory * 1e3 * busy)
+    work = what.batch * weights * 2 * (what.rows + 1) / (on.plain * 1e6 * min(programs / on.processors, 1)) * 4
+    steps = what.taps * ceil(what.depth / config.block_k) * ceil(programs / on.processors / 12)
+    return LAUNCH + _overlapped(read, work, steps * LATENCY)

@@ -1,0 +1,200 @@
+"""Where the result of a matrix product is needed, and where an output goes.
+
+A program of a product holds a tile of it: batch Z, rows M, columns N. An epilogue may need it in another shape, with
+its dimensions in another order, or only some of its columns: the gate and the value of a gated unit are two ranges of
+columns, which one program computes side by side. Views are functions from a position in an output to one in the
+product; here they are inverted. The emitter evaluates the output at what is found, and refuses where the product is
+then needed elsewhere: a wrong inverse cannot become a wrong kernel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch_rtx.errors import Unsupported
+from torch_rtx.lowering.kernels.index import (
+    Atom,
+    Index,
+    Var,
+    constant,
+    product,
+    ravel,
+    unravel,
+    upper,
+    variable,
+)
+from torch_rtx.lowering.kernels.tensor import ONE, ZERO, Load, Map, Move, Position, Shape, Tensor
+
+MARK = "@"  # of the variables that are solved for; no dim has such a name
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The result of a product as its programs number it.
+
+    Attributes:
+        out: the result.
+        axis: the dimension of `out` that is made of columns; the others are rows.
+        row: the number of a row, among all positions of those other dimensions in row-major order.
+        first: the column that N counts from.
+        columns: how many columns N counts.
+    """
+
+    out: Load
+    axis: int
+    row: Index
+    first: Index
+    columns: Index
+
+    def position(self, column: Index) -> Position:
+        """The position in `out` of this row in a column."""
+        rest = iter(unravel(self.row, self.lead))
+        return tuple(self.first + column if axis == self.axis else next(rest) for axis in range(len(self.out.shape)))
+
+    @property
+    def lead(self) -> Shape:
+        """The shape of the rows."""
+        return tuple(size for axis, size in enumerate(self.out.shape) if axis != self.axis)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What programs compute of a product.
+
+    Attributes:
+        columns: the column of each accumulator, a function of N.
+        width: how many values N has.
+        positions: where each output is evaluated, a function of Z, M and N.
+    """
+
+    columns: tuple[Index, ...]
+    width: Index
+    positions: tuple[Position, ...]
+
+
+def place(outputs: Sequence[Tensor], tile: Tile) -> Placement:
+    """Where outputs that are made of a product are computed.
+
+    Raises:
+        Unsupported: outputs that do not all take the same part of the product, or that have no inverse.
+    """
+    whole = product(tile.out.shape)
+    if all(product(output.shape) == whole for output in outputs):
+        n = variable("N", tile.columns)
+        flat = ravel(tile.position(n), tile.out.shape)
+        return Placement((n,), tile.columns, tuple(_whole(output, tile, flat) for output in outputs))
+    parts = [_Part(output, tile) for output in outputs]
+    widths = {(part.step, part.width) for part in parts}
+    if len(widths) > 1 or tile.first.terms or parts[0].width.number is None:
+        raise Unsupported("outputs that take different parts of a matrix product")
+    n = variable("N", parts[0].width)
+    starts = sorted({start for part in parts for start in part.starts})
+    columns = tuple(n * constant(parts[0].step) + constant(start) for start in starts)
+    return Placement(columns, parts[0].width, tuple(part.position(tile, n) for part in parts))
+
+
+def _variables(tensor: Tensor) -> Position:
+    return tuple(variable(f"{MARK}{axis}", size) for axis, size in enumerate(tensor.shape))
+
+
+def _whole(output: Tensor, tile: Tile, flat: Index) -> Position:
+    """The position in an output of as many elements as the product."""
+    needed = needs(output, _variables(output), tile.out)
+    if not needed:
+        return unravel(flat, output.shape)
+    return _assembled(output.shape, _digits(ravel(needed[0], tile.out.shape), flat, product(tile.out.shape)))
+
+
+class _Part:
+    """The columns of a product that an output takes: `step * N + start`, for each of `starts`."""
+
+    def __init__(self, output: Tensor, tile: Tile) -> None:
+        needed = needs(output, _variables(output), tile.out)
+        if not needed:
+            raise Unsupported("an output that has nothing to do with the matrix product of its kernel")
+        self.output = output
+        columns = [position[tile.axis] for position in needed]
+        rows = {ravel(position[: tile.axis] + position[tile.axis + 1 :], tile.lead) for position in needed}
+        offsets = [Index(tuple(term for term in column.terms if not term[0])) for column in columns]
+        varying = {column - offset for column, offset in zip(columns, offsets, strict=True)}
+        if len(rows) > 1 or len(varying) > 1:
+            raise Unsupported("one output of several rows of a matrix product")
+        self.row = rows.pop()
+        column = varying.pop()
+        self.starts = {offset.number or 0 for offset in offsets}
+        self.step = math.gcd(*(count for _, count in column.terms)) or 1
+        self.column = column // constant(self.step)
+        self.width = (upper(self.column) or column) + ONE
+        if product(output.shape) != product(tile.lead) * self.width:
+            raise Unsupported("an output that repeats what it takes of a matrix product")
+
+    def position(self, tile: Tile, n: Index) -> Position:
+        """The position in the output of row `tile.row` and column `n`."""
+        rows, columns = _digits(self.row, tile.row, product(tile.lead)), _digits(self.column, n, self.width)
+        both = {name: rows.get(name, ZERO) + columns.get(name, ZERO) for name in rows | columns}
+        return _assembled(self.output.shape, both)
+
+
+def needs(tensor: Tensor, position: Position, out: Load) -> list[Position]:
+    """The positions of the product that an element needs; those behind choices and gathers are left to the emitter."""
+    found: dict[Position, None] = {}
+    seen: set[tuple[Tensor, Position]] = set()
+
+    def visit(tensor: Tensor, position: Position) -> None:
+        if (tensor, position) in seen:
+            return
+        seen.add((tensor, position))
+        if tensor is out:
+            found[position] = None
+        elif isinstance(tensor, Move):
+            visit(tensor.source, tensor.at(position))
+        elif isinstance(tensor, Map):
+            for arg in tensor.args:
+                visit(arg, position)
+
+    visit(tensor, position)
+    return list(found)
+
+
+Digits = dict[str, Index]  # by variable of an output, what is known of it
+
+
+def _digits(number: Index, value: Index, total: Index) -> Digits:
+    """Where `number`, a sum of digits of variables times weights that is below `total`, is `value`: the variables, as
+    far as they are made of these digits."""
+    found: Digits = {}
+    for monomial, count in number.terms:
+        digits = [atom for atom in monomial if _is_digit(atom)]
+        if len(digits) != 1:
+            raise Unsupported(f"the inverse of {number}")
+        weight = Index(((tuple(atom for atom in monomial if atom is not digits[0]), count),))
+        bound = upper(Index((((digits[0],), 1),)))
+        if bound is None:
+            raise Unsupported(f"the inverse of {number}")
+        size = bound + ONE
+        here = value // weight
+        name, times = _meaning(digits[0])
+        digit = here if weight * size == total else here % size
+        found[name] = found.get(name, ZERO) + digit * times
+    return found
+
+
+def _is_digit(atom: Atom) -> bool:
+    names = Index((((atom,), 1),)).variables()
+    return any(var.name.startswith(MARK) for var in names)
+
+
+def _meaning(digit: Atom) -> tuple[str, Index]:
+    """The variable that a digit belongs to, and its weight in there."""
+    if isinstance(digit, Var):
+        return digit.name, ONE
+    if digit.arg.atom is None:
+        raise Unsupported(f"the inverse of {digit}")
+    name, weight = _meaning(digit.arg.atom)
+    return name, weight if digit.remainder else weight * digit.by
+
+
+def _assembled(shape: Shape, digits: Digits) -> Position:
+    return tuple(digits.get(f"{MARK}{axis}", ZERO) for axis in range(len(shape)))
