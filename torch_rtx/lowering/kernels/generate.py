@@ -1,12 +1,27 @@
-"""The kernel of a region, in its best configurations first."""
+"""The kernel of a region, in its best configurations first; and what rival a library call is."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
 from torch_rtx.ir import Graph
 from torch_rtx.lowering.kernels.attention import attention_configs, attention_kernel
+from torch_rtx.lowering.kernels.conv import conv_configs, conv_kernel
+from torch_rtx.lowering.kernels.gemm import gemm_configs, gemm_kernel
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.loops import loop_configs, loop_kernel
-from torch_rtx.lowering.kernels.region import ANCHORS, region
+from torch_rtx.lowering.kernels.region import ANCHORS, Region, region
+
+# Per kind of anchor ("" for loops): the configurations for an SM version, best first, and the kernel in one of them.
+Family = tuple[Callable[[Region, int], Sequence[Any]], Callable[[Region, str, Any], Kernel]]
+FAMILIES: Mapping[str, Family] = {
+    "": (lambda found, sm: loop_configs(found), loop_kernel),
+    "attention": (attention_configs, attention_kernel),
+    "conv": (conv_configs, conv_kernel),
+    "gemm": (gemm_configs, gemm_kernel),
+}
 
 
 def generate(body: Graph, name: str, sm: int, which: int) -> Kernel | None:
@@ -16,12 +31,19 @@ def generate(body: Graph, name: str, sm: int, which: int) -> Kernel | None:
     Raises:
         Unsupported: no kernel computes this.
     """
+    found, configs = _prepared(body, sm)
+    return FAMILIES[family(found)][1](found, name, configs[which]) if which < len(configs) else None
+
+
+@lru_cache(maxsize=1024)  # asked for once per configuration, and for equal regions of many layers
+def _prepared(body: Graph, sm: int) -> tuple[Region, Sequence[Any]]:
     found = region(body)
-    if found.anchor is not None and ANCHORS[found.anchor.op] == "attention":
-        cuts = attention_configs(found, sm)
-        return attention_kernel(found, name, cuts[which]) if which < len(cuts) else None
-    configs = loop_configs(found)
-    return loop_kernel(found, name, configs[which]) if which < len(configs) else None
+    return found, FAMILIES[family(found)][0](found, sm)
+
+
+def family(found: Region) -> str:
+    """The kind of a region's anchor, "" for a loop."""
+    return "" if found.anchor is None else ANCHORS[found.anchor.op]
 
 
 def library(body: Graph, sm: int) -> str:
