@@ -1,4 +1,4 @@
-"""Every kernel that fusion forms in the model zoo, in Triton's interpreter, against the calls of its body."""
+"""The kernels that fusion forms in the model zoo, in Triton's interpreter, against the calls of their bodies."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks import models
 from benchmarks.numerics import assert_right
 from tests.interpreter import run
 from torch_rtx import aten
-from torch_rtx.backend import build
+from torch_rtx.backend import reuse
 from torch_rtx.ir import Attr, Graph, Node, Sym, TensorType, Value
 from torch_rtx.kerneltable import KernelTable
 from torch_rtx.lowering.kernels.generate import generate
@@ -27,6 +27,7 @@ from torch_rtx.settings import CompilationSettings
 
 CPU = torch.device("cpu")
 PROGRAMS = 6
+MOST = 14  # kernels of a model
 HALVES = ("f16", "bf16", "f32")
 
 
@@ -39,8 +40,8 @@ def fused(name: str, dtype: torch.dtype, dynamic: bool = False) -> Graph:
         leaves = (args, kwargs)
         args_shapes, kwargs_shapes = torch.utils._pytree.tree_map_only(torch.Tensor, lambda _: {0: batch}, leaves)
         shapes = dict(kwargs_shapes) if kwargs and not args else args_shapes
-    settings = CompilationSettings(device="cuda", targets="sm_80")
-    with patch.object(build, "kernels_of", lambda *_: KernelTable()):  # interpreted here, not compiled
+    settings = CompilationSettings(device="cuda", targets="sm_80", reuse_cached_engines=False)
+    with patch.object(reuse, "kernels_of", lambda *_: KernelTable()):  # interpreted here, not compiled
         return torch_rtx.compile(model, args, kwargs, dynamic_shapes=shapes, settings=settings).engine.graph
 
 
@@ -66,8 +67,11 @@ def in_float64(graph: Graph) -> Graph:
     def attr(given: Attr) -> Attr:
         return "f64" if given in HALVES else given
 
-    nodes = [replace(n, args=tuple((k, attr(a) if k == "dtype" else a) for k, a in n.args)) for n in graph.nodes]
-    return replace(graph, nodes=tuple(nodes))
+    def node(n: Node) -> Node:
+        args = tuple((key, attr(given) if key == "dtype" else given) for key, given in n.args)
+        return replace(n, args=args, body=n.body and in_float64(n.body))
+
+    return replace(graph, nodes=tuple(map(node, graph.nodes)))
 
 
 def check(node: Node, sizes: dict[str, int], which: int = 0) -> bool:
@@ -119,7 +123,8 @@ def test_kernels(name: str, dtype: torch.dtype, dynamic: bool) -> None:
     graph = fused(name, dtype, dynamic)
     found = kernels(graph)
     assert found
-    for index, node in enumerate(found.values()):
+    some = list(found.values())[:: -(-len(found) // MOST)]
+    for index, node in enumerate(some):
         assert check(node, numbers(graph), 0), node.op
         if index % 4 == 0:
             check(node, numbers(graph), 1 + index // 4 % 3)  # another configuration, where there is one
