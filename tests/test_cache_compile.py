@@ -340,7 +340,7 @@ def test_options(traffic: Traffic, cache_folder: Path, tmp_path: Path) -> None:
     assert run(reuse_cached_engines=False) == (0, 0)
     assert run() == (1, 0)
     assert run(dump_dir=str(tmp_path / "dump")) == (0, 0)
-    assert (tmp_path / "dump" / "graph_000" / "07_fuse.rtxir").exists()
+    assert (tmp_path / "dump" / "graph_000" / "12_finish.rtxir").exists()
 
 
 def test_what_the_user_asked_for_is_checked_before_the_cache(traffic: Traffic) -> None:
@@ -445,3 +445,31 @@ def test_cuda_engines_without_a_gpu(traffic: Traffic) -> None:
         module = torch_rtx.compile(nn.Linear(4, 4), (X,), settings=CompilationSettings(device=device))
         assert module.engine.manifest.device == device
     assert traffic.counts == (1, 2)
+
+
+@torch.no_grad()
+def test_kernels_are_kept(traffic: Traffic, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hit brings the kernels, bit for bit and without Triton; other targets are another engine."""
+
+    def built(model: nn.Module, targets: str | list[str]) -> torch_rtx.CompiledModule:
+        return torch_rtx.compile(model, (X,), settings=CompilationSettings(device="cuda", targets=targets))
+
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.LayerNorm(8)).eval()
+
+    torch_rtx.save(built(make(), "sm_86"), tmp_path / "first.rtx")
+    traffic.clear()
+    with monkeypatch.context() as without:
+        without.setattr(reuse, "kernels_of", None)
+        again = built(make(), "sm_86")
+    assert traffic.counts == (1, 0)
+    torch_rtx.save(again, tmp_path / "second.rtx")
+    assert (tmp_path / "first.rtx").read_bytes() == (tmp_path / "second.rtx").read_bytes()
+    assert {str(t) for found in again.engine.kernels.launches.values() for one in found for t in one.targets} == {
+        "sm_86"
+    }
+    model = make()
+    again.refit(model)
+    same(again(X), model(X), atol=1e-5, rtol=1e-4)
+    built(make(), ["sm_86", "ptx"])
+    assert traffic.counts == (1, 1)

@@ -237,7 +237,8 @@ def test_every_option_says_whether_it_makes_another_engine() -> None:
     """A new option fails here until someone has decided: does another value of it make another engine?"""
     marked = {item.name for item in fields(CompilationSettings) if item.metadata["key"]}
     assert marked == {
-        *("min_block_size", "torch_executed_ops", "require_full_compilation", "disabled_passes", "copy_weights")
+        *("min_block_size", "torch_executed_ops", "require_full_compilation", "disabled_passes", "copy_weights"),
+        "targets",
     }
     assert {item.name for item in fields(CompilationSettings)} - marked == {
         *("fallback_on_error", "strip_weights", "device", "dump_dir", "cache_built_engines", "reuse_cached_engines"),

@@ -27,7 +27,7 @@ from torch_rtx.settings import CompilationSettings
 
 CPU = torch.device("cpu")
 PROGRAMS = 6
-MOST = 14  # kernels of a model
+MOST = 8  # kernels of a model
 HALVES = ("f16", "bf16", "f32")
 
 

@@ -63,5 +63,7 @@ def test_products(sizes: tuple[int, int, int], sm: int, expected: str) -> None:
 
 
 def test_a_loop_has_no_rival() -> None:
-    body = parse("graph import {\n  input in0: f16[4]\n  v1: f16[4] = op aten.exp.default(self=in0)\n  return [v1]\n}\n")
+    body = parse(
+        "graph import {\n  input in0: f16[4]\n  v1: f16[4] = op aten.exp.default(self=in0)\n  return [v1]\n}\n"
+    )
     assert library(body, 90) == "none"
