@@ -12,14 +12,17 @@ from benchmarks.numerics import assert_right
 from tests.interpreter import run
 from torch_rtx import aten
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import Attr, Graph, TensorType, Value, attr_map, contiguous, verify
+from torch_rtx.ir import Attr, Expr, Graph, Sym, TensorType, Value, attr_map, contiguous, dim_expr, verify
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.kernels.generate import generate
 from torch_rtx.lowering.passes.dce import dce
 from torch_rtx.lowering.passes.fuse import fuse
 from torch_rtx.lowering.rewrite import Rewriter
+from torch_rtx.runtime.session import evaluate
 
 SHAPES = [(2, 3, 4), (3, 4), (4,), (2, 1, 4), (2, 3, 1), (6, 4), (1,)]
+BATCH = Sym("s0", 2, 64)
+SYMBOLIC = [(BATCH, 3, 4), (3, 4), (4,), (BATCH, 1, 4), (BATCH, 3, 1), (BATCH, 12), (1,)]
 UNARY = ["relu", "neg", "exp", "sigmoid", "clone", "abs"]
 BINARY = ["add.Tensor", "mul.Tensor", "sub.Tensor", "maximum.default"]
 
@@ -29,7 +32,8 @@ class Drawn:
 
     def __init__(self, draw: st.DrawFn) -> None:
         self.draw = draw
-        shapes = draw(st.lists(st.sampled_from(SHAPES), min_size=1, max_size=3))
+        self.shapes = draw(st.sampled_from([SHAPES, SHAPES, SYMBOLIC]))
+        shapes = draw(st.lists(st.sampled_from(self.shapes), min_size=1, max_size=3))
         dtypes = st.sampled_from(["f32", "f16"])
         types = [TensorType(draw(dtypes), shape, contiguous(shape)) for shape in shapes]
         self.inputs = tuple(Value(f"x{i}", type_) for i, type_ in enumerate(types))
@@ -65,7 +69,7 @@ class Drawn:
         elif kind == 7:
             self.add("aten.permute.default", self=x, dims=tuple(draw(st.permutations(range(rank)))))
         elif kind == 8:
-            same = [shape for shape in SHAPES if math.prod(shape) == math.prod(x.type.shape)]
+            same = [shape for shape in self.shapes if dim_expr("*", 1, *shape) == dim_expr("*", 1, *x.type.shape)]
             self.add("aten.view.default", self=x, size=draw(st.sampled_from(same or [(-1,)])))
         elif rank:
             self.move(x, rank)
@@ -73,8 +77,9 @@ class Drawn:
     def move(self, x: Value, rank: int) -> None:
         kind, axis = self.draw(st.integers(0, 3)), self.draw(st.integers(0, rank - 1))
         if kind == 0:
-            first = self.draw(st.integers(0, x.type.shape[axis] - 1))
-            self.add("aten.slice.Tensor", self=x, dim=axis, start=first, end=x.type.shape[axis])
+            size = x.type.shape[axis]
+            first = self.draw(st.integers(0, size - 1 if isinstance(size, int) else 1))
+            self.add("aten.slice.Tensor", self=x, dim=axis, start=first, end=2**63 - 1)
         elif kind == 1:
             self.add("aten.cat.default", tensors=(x, self.draw(st.sampled_from(self.values))), dim=axis)
         elif kind == 2:
@@ -86,7 +91,12 @@ class Drawn:
         self.values.append(self.rewriter.emit(op, **args))
 
 
-def call(node, values):
+def numbers(dims, sizes):
+    """Dims as numbers."""
+    return tuple(evaluate(dim, sizes) for dim in dims)
+
+
+def call(node, values, sizes):
     """One ATen call."""
     op = aten.overload(node.op)
     schema = aten.schema(op)
@@ -94,6 +104,8 @@ def call(node, values):
     def concrete(attr):
         if isinstance(attr, Value):
             return values[attr.name]
+        if isinstance(attr, Sym | Expr):
+            return evaluate(attr, sizes)
         return [concrete(item) for item in attr] if isinstance(attr, tuple) else attr
 
     given = {key: aten.to_torch(schema[key][0], concrete(attr), torch.device("cpu")) for key, attr in node.args}
@@ -101,22 +113,27 @@ def call(node, values):
     return found if isinstance(found, tuple | list) else [found]
 
 
-def execute(graph: Graph, inputs, wide: bool = False):
+def execute(graph: Graph, inputs, sizes, wide: bool = False):
     """The outputs of a graph; kernels run in the interpreter. `wide`: in float64."""
     values = dict(zip([value.name for value in graph.inputs], inputs, strict=True))
     for node in graph.nodes:
         if node.kind == "kernel":
             kernel = generate(node.body, node.op, 80, 0)
-            types = [(value.type.shape, value.type.strides, aten.DTYPES[value.type.dtype]) for value in node.outputs]
+            types = [
+                (numbers(v.type.shape, sizes), numbers(v.type.strides, sizes), aten.DTYPES[v.type.dtype])
+                for v in node.outputs
+            ]
             results = [
                 torch.empty_strided(shape, strides, dtype=dtype).fill_(math.nan) for shape, strides, dtype in types
             ]
-            run(kernel, [*(values[value.name] for value in node.inputs), *results])
+            run(kernel, [*(values[value.name] for value in node.inputs), *results], sizes)
         else:
             node = widened(node) if wide else node
-            results = call(node, values)
+            results = call(node, values, sizes)
         for value, result in zip(node.outputs, results, strict=True):
-            assert wide or result.stride() == value.type.strides or 1 in result.shape or 0 in result.shape
+            assert (
+                wide or result.stride() == numbers(value.type.strides, sizes) or 1 in result.shape or 0 in result.shape
+            )
             values[value.name] = result
     return [attr_map(value, lambda v: values[v.name]) for value in graph.outputs]
 
@@ -137,6 +154,7 @@ def test_fused_is_unfused(graph: Graph, seed: int) -> None:
     fused = fuse(graph, Inference())
     verify(fused, aten.ALLOWED)
     torch.manual_seed(seed)
-    inputs = [torch.randn(x.type.shape).to(aten.DTYPES[x.type.dtype]) for x in graph.inputs]
-    exact = execute(graph, [x.double() for x in inputs], wide=True)
-    assert_right(execute(fused, inputs), execute(graph, inputs), exact)
+    sizes = dict.fromkeys(graph.syms, 2 + seed % 5)
+    inputs = [torch.randn(numbers(x.type.shape, sizes)).to(aten.DTYPES[x.type.dtype]) for x in graph.inputs]
+    exact = execute(graph, [x.double() for x in inputs], sizes, wide=True)
+    assert_right(execute(fused, inputs, sizes), execute(graph, inputs, sizes), exact)

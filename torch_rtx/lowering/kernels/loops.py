@@ -9,7 +9,7 @@ size and number; whatever comes before, between and after them is computed in re
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf, prod
 
 from torch_rtx.errors import Unsupported
@@ -91,11 +91,10 @@ def loop_configs(region: Region) -> list[LoopConfig]:
     """The configurations to try, the best first: tiles of about `TILE` elements, longer ones for long rows, and small
     problems cut in more parts; then smaller tiles with more warps, for bodies that need many registers."""
     best = _best_config(region)
-    rows, stepwise = rows_of(region), best.rows == 1 and best.num_warps == 8
-    smaller = [LoopConfig(max(best.rows // 2, 1), best.elements, best.num_warps)] if best.rows > 1 else []
-    if rows.size.number is not None and not stepwise and reductions_of(region.outputs):
+    smaller = [replace(best, rows=max(best.rows // 2, 1))]
+    if reductions_of(region.outputs):
         smaller += [LoopConfig(1, best.elements, 8), LoopConfig(1, best.elements, 16), LoopConfig(1, 1024, 8)]
-    return [best, *smaller]
+    return list(dict.fromkeys([best, *smaller]))
 
 
 def _best_config(region: Region) -> LoopConfig:
