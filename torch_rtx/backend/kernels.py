@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,6 +20,9 @@ from torch_rtx.lowering.kernels.generate import generate, library
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.settings import CompilationSettings
 from torch_rtx.targets import Option, Target, by_age, is_explicit, parse_targets, usable
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 log = logging.getLogger(__name__)
 Generate = Callable[[Node, Target, int], Kernel | None]
@@ -77,10 +82,25 @@ def kernels_of(program: Program, settings: CompilationSettings) -> KernelTable:
     """
     if settings.targets is None or all(node.kind != "kernel" for node in program.graph.nodes):
         return KernelTable()
-    table, report = build_kernels(program.graph, targets_for(settings.targets, program.graph), _generate, _library)
+    targets = targets_for(settings.targets, program.graph)
+    with progress_bar() as progress:
+        table, report = build_kernels(program.graph, targets, _generate, _library, progress)
     log.info("%s", report)
     program.dump("kernels.txt", str(report))
     return table
+
+
+@contextmanager
+def progress_bar(console: Console | None = None) -> Iterator[Callable[[int, int], object]]:
+    """What to call with how many binaries are built, and how many there are: a bar, if the console (None: that of
+    errors) is a terminal."""
+    from rich.console import Console  # these take a tenth of a second, which only builds of kernels have to spend
+    from rich.progress import Progress
+
+    console = console or Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("building kernels", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _generate(node: Node, target: Target, which: int) -> Kernel | None:

@@ -62,6 +62,7 @@ def _ordered(graph: Graph, units: list[tuple[tuple[int, int], list[Node]]], view
             waits[follower].discard(at)
             if not waits[follower]:
                 heapq.heappush(ready, (units[follower][0], follower))
+    assert not any(waits), "units that wait for each other"
     for value in attr_values(graph.outputs):
         yield from needed(value.name)
 
