@@ -20,8 +20,8 @@ from torch_rtx.ir import Dim, Node, Sym, TensorType, Value, dim_expr
 from torch_rtx.lowering.kernels.emit import Axis, Emitter, Operand, Scope, indent
 from torch_rtx.lowering.kernels.index import Index, constant, from_dim, linear, product, ravel, unravel, variable
 from torch_rtx.lowering.kernels.kernel import Kernel
-from torch_rtx.lowering.kernels.loops import HEADER, is_wide
 from torch_rtx.lowering.kernels.region import Region
+from torch_rtx.lowering.kernels.source import assemble, blocks, is_wide
 from torch_rtx.lowering.kernels.tensor import (
     ONE,
     TRITON,
@@ -277,25 +277,9 @@ def attention_kernel(region: Region, name: str, config: AttentionConfig) -> Kern
         Unsupported: see `attention_of`; an output that is no permutation of the result with elementwise operations.
     """
     found = attention_of(region)
-    body = region.body
     lines = _Writer(region, found, config).write()
-    arguments = [value.name for value in body.inputs] + [f"out{i}" for i in range(len(region.outputs))] + [*body.syms]
-    source = f"{HEADER}\n\n@triton.jit\ndef {name}({', '.join(arguments)}):\n" + "\n".join(indent(lines)) + "\n"
-    pointers = [value.type.dtype for value in body.inputs] + [type_.dtype for type_ in region.types]  # type: ignore[union-attr]
-    return Kernel(
-        name,
-        source,
-        tuple(pointers),
-        tuple(body.syms.values()),
-        (dim_expr("*", _blocks(found.rows, config.rows), *found.groups), 1, 1),
-        config.num_warps,
-        config.num_stages,
-        wide=is_wide(region),
-    )
-
-
-def _blocks(count: Dim, block: int) -> Dim:
-    return dim_expr("//", dim_expr("+", count, block - 1), block)
+    programs = dim_expr("*", blocks(found.rows, config.rows), *found.groups)
+    return assemble(region, name, lines, programs, config.num_warps, config.num_stages)
 
 
 class _Writer:
@@ -309,9 +293,9 @@ class _Writer:
         self.lead, self.row = found.place(self.group, variable("M", from_dim(found.rows)))
         sizes = {"M": from_dim(found.rows), "N": found.keys, "J": found.keys}
         sizes |= {"D": constant(found.width), "E": constant(found.value_width)}
-        blocks = {"M": config.rows, "N": config.keys, "J": config.keys}
-        blocks |= {"D": _block(found.width), "E": _block(found.value_width)}
-        self.sizes, self.blocks = sizes, blocks
+        cut = {"M": config.rows, "N": config.keys, "J": config.keys}
+        cut |= {"D": _block(found.width), "E": _block(found.value_width)}
+        self.sizes, self.blocks = sizes, cut
         # The scale goes into the exponent, with the base; a mask that is added comes between the two.
         self.added = found.mask is not None and found.mask.dtype != "bool"
         self.early = self.added or found.scale <= 0
@@ -356,14 +340,14 @@ class _Writer:
         """All lines of the kernel."""
         found, config, emitter = self.found, self.config, self.emitter
         lines = emitter.outer.lines
-        blocks, groups = from_dim(_blocks(found.rows, config.rows)), tuple(map(from_dim, found.groups))
-        program = variable("program", product((blocks, *groups)))
-        block = program % blocks
+        count, groups = from_dim(blocks(found.rows, config.rows)), tuple(map(from_dim, found.groups))
+        program = variable("program", product((count, *groups)))
+        block = program % count
         # The blocks of rows that see most keys start first: the last ones to end are then short.
-        first = blocks - ONE - block if found.causal else block
+        first = count - ONE - block if found.causal else block
         lines.append(f"program = tl.program_id(0){self.cast}")
         lines.append(f"first = {first * constant(config.rows)}")
-        place = unravel(program // blocks, groups)
+        place = unravel(program // count, groups)
         lines += [f"{axis} = {at}" for axis, at in zip(self.group, place, strict=True) if axis != ZERO]
         lines += [
             *self._range("M", "[:, None]", "first"),

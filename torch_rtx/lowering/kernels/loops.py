@@ -10,20 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from math import inf, prod
 
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import Dim, Sym, TensorType, dim_expr
+from torch_rtx.ir import Dim, dim_expr
 from torch_rtx.lowering.kernels.emit import Axis, Emitter, Operand, Scope, indent
 from torch_rtx.lowering.kernels.index import Index, constant, from_dim, linear, product, ravel, unravel, variable
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.region import Region, needed, reductions_of
+from torch_rtx.lowering.kernels.source import assemble, blocks, is_wide
 from torch_rtx.lowering.kernels.tensor import REDUCTIONS, TRITON, ZERO, Position, Reduce, Shape, Tensor, register
 
 X, R = "X", "R"
 PERSISTENT = 8192  # the longest row that a program holds at once
 TILE = 1024  # elements of a tile where nothing else decides
-HEADER = "import triton\nimport triton.language as tl\n"
 COMBINE = """
 
 @triton.jit
@@ -121,30 +120,10 @@ def loop_kernel(region: Region, name: str, config: LoopConfig | None = None) -> 
     """
     writer = _Writer(region, config or _best_config(region))
     lines = writer.write()
-    body = region.body
-    arguments = [value.name for value in body.inputs] + [f"out{i}" for i in range(len(region.outputs))]
-    arguments += list(body.syms)
-    kinds = {reduction.kind for reduction in writer.reductions} & {"max", "min", "prod"}
-    source = HEADER + "".join(
-        COMBINE.format(kind=kind, text=REDUCTIONS[kind][1].format("a", "b")) for kind in sorted(kinds)
-    )
-    source += f"\n\n@triton.jit\ndef {name}({', '.join(arguments)}):\n" + "\n".join(indent(lines)) + "\n"
-    pointers = [value.type.dtype for value in body.inputs] + [type_.dtype for type_ in region.types]  # type: ignore[union-attr]
-    return Kernel(
-        name,
-        source,
-        tuple(pointers),
-        tuple(body.syms.values()),
-        (blocks(writer.count, writer.config.rows), 1, 1),
-        writer.config.num_warps,
-        num_stages=2 if writer.steps else 1,
-        wide=writer.wide,
-    )
-
-
-def blocks(count: Dim, block: int) -> Dim:
-    """How many blocks `count` is, the last of which may be short."""
-    return dim_expr("//", dim_expr("+", count, block - 1), block)
+    kinds = sorted({reduction.kind for reduction in writer.reductions} & {"max", "min", "prod"})
+    functions = "".join(COMBINE.format(kind=kind, text=REDUCTIONS[kind][1].format("a", "b")) for kind in kinds)
+    programs = blocks(writer.count, writer.config.rows)
+    return assemble(region, name, lines, programs, writer.config.num_warps, 2 if writer.steps else 1, functions)
 
 
 class _Writer:
@@ -297,33 +276,6 @@ class _Writer:
             order.sort(key=lambda axis: strides[axis], reverse=True)  # type: ignore[arg-type, return-value]
         position = unravel(self.x, tuple(shape[axis] for axis in order))
         return tuple(position[order.index(axis)] for axis in range(len(shape)))
-
-
-def is_wide(region: Region) -> bool:
-    """Whether a tensor may reach as far as 32 bits do not count."""
-    tensors = [value.type for value in region.body.inputs] + list(region.types)
-    return any(_reach(type_) >= 2**31 for type_ in tensors if isinstance(type_, TensorType))
-
-
-def _reach(type_: TensorType) -> float:
-    ends = [_largest(size) * _largest(stride) for size, stride in zip(type_.shape, type_.strides, strict=True)]
-    return max(sum(ends), prod(map(_largest, type_.shape)))
-
-
-def _largest(dim: Dim) -> float:
-    if isinstance(dim, int):
-        return dim
-    if isinstance(dim, Sym):
-        return inf if dim.max is None else dim.max
-    found = [_largest(arg) for arg in dim.args]
-    match dim.op:
-        case "+":
-            return sum(found)
-        case "*":
-            return prod(found)
-        case "//":
-            return found[0]
-    return min(found) if dim.op in ("min", "%") else max(found)
 
 
 def _neutral(reduction: Reduce) -> str:

@@ -20,9 +20,9 @@ from torch_rtx.ir import Dim, Node, TensorType, Value, dim_expr
 from torch_rtx.lowering.kernels.emit import Axis, Emitter, Operand, indent
 from torch_rtx.lowering.kernels.index import Index, constant, from_dim, linear, substitute, unravel, variable
 from torch_rtx.lowering.kernels.kernel import Kernel
-from torch_rtx.lowering.kernels.loops import HEADER, blocks, is_wide
 from torch_rtx.lowering.kernels.place import Placement, Tile, place
 from torch_rtx.lowering.kernels.region import ANCHORS, Region, tensor_type
+from torch_rtx.lowering.kernels.source import assemble, blocks, is_wide
 from torch_rtx.lowering.kernels.tensor import (
     TRITON,
     ZERO,
@@ -203,14 +203,7 @@ class TileWriter:
             grid = dim_expr("min", count, config.programs)
         else:
             lines.insert(0, f"tile = {start}{'.to(tl.int64)' if self.wide else ''}")
-        body = self.region.body
-        arguments = [v.name for v in body.inputs] + [f"out{i}" for i in range(len(self.region.outputs))] + [*body.syms]
-        source = f"{HEADER}\n\n@triton.jit\ndef {name}({', '.join(arguments)}):\n" + "\n".join(indent(lines)) + "\n"
-        pointers = [v.type.dtype for v in body.inputs] + [t.dtype for t in self.region.types]  # type: ignore[union-attr]
-        scalars = tuple(body.syms.values())
-        return Kernel(
-            name, source, tuple(pointers), scalars, (grid, 1, 1), config.num_warps, config.num_stages, self.wide
-        )
+        return assemble(self.region, name, lines, grid, config.num_warps, config.num_stages)
 
     def program(self) -> list[str]:
         """Which rows and columns a program has: those that run together share operands, which the L2 cache holds."""

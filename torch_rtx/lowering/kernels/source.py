@@ -1,0 +1,71 @@
+"""What the kernels of all families have in common: from the lines of a body to a `Kernel`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import inf, prod
+
+from torch_rtx.ir import Dim, Sym, TensorType, dim_expr
+from torch_rtx.lowering.kernels.emit import indent
+from torch_rtx.lowering.kernels.kernel import Kernel
+from torch_rtx.lowering.kernels.region import Region
+
+HEADER = "import triton\nimport triton.language as tl\n"
+
+
+def assemble(
+    region: Region, name: str, lines: Iterable[str], programs: Dim, num_warps: int, num_stages: int, functions: str = ""
+) -> Kernel:
+    """The kernel whose body are `lines`. Its parameters are the inputs of the region by name, `out0`, `out1`, ...
+    for its outputs, and the body's symbols.
+
+    Args:
+        programs: how many there are.
+        functions: the text of functions that the lines call.
+    """
+    body = region.body
+    names = [value.name for value in body.inputs] + [f"out{i}" for i in range(len(region.outputs))] + [*body.syms]
+    head = f"\n\n@triton.jit\ndef {name}({', '.join(names)}):\n"
+    types = [value.type for value in body.inputs] + list(region.types)
+    return Kernel(
+        name,
+        HEADER + functions + head + "\n".join(indent(lines)) + "\n",
+        tuple(type_.dtype for type_ in types if isinstance(type_, TensorType)),
+        tuple(body.syms.values()),
+        (programs, 1, 1),
+        num_warps,
+        num_stages,
+        is_wide(region),
+    )
+
+
+def blocks(count: Dim, block: int) -> Dim:
+    """How many blocks `count` is, the last of which may be short."""
+    return dim_expr("//", dim_expr("+", count, block - 1), block)
+
+
+def is_wide(region: Region) -> bool:
+    """Whether a tensor of the region may reach as far as 32 bits do not count."""
+    types = [value.type for value in region.body.values()]
+    return any(_reach(type_) >= 2**31 for type_ in types if isinstance(type_, TensorType))
+
+
+def _reach(type_: TensorType) -> float:
+    ends = [_largest(size) * _largest(stride) for size, stride in zip(type_.shape, type_.strides, strict=True)]
+    return max(sum(ends), prod(map(_largest, type_.shape)))
+
+
+def _largest(dim: Dim) -> float:
+    if isinstance(dim, int):
+        return dim
+    if isinstance(dim, Sym):
+        return inf if dim.max is None else dim.max
+    found = [_largest(arg) for arg in dim.args]
+    match dim.op:
+        case "+":
+            return sum(found)
+        case "*":
+            return prod(found)
+        case "//":
+            return found[0]
+    return min(found) if dim.op in ("min", "%") else max(found)
