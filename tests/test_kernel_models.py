@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
 import torch
+from torch import nn
 
 pytest.importorskip("transformers")
 
 import torch_rtx
 from benchmarks import models
-from benchmarks.numerics import assert_right
+from benchmarks.numerics import assert_right, in_float64
 from tests.interpreter import run
 from torch_rtx import aten
 from torch_rtx.backend import reuse
@@ -31,8 +33,8 @@ MOST = 8  # kernels of a model
 HALVES = ("f16", "bf16", "f32")
 
 
-def fused(name: str, dtype: torch.dtype, dynamic: bool = False) -> Graph:
-    """A small model of the zoo after fusion, as it is for a GPU."""
+def fused(name: str, dtype: torch.dtype, dynamic: bool = False) -> tuple[nn.Module, torch_rtx.CompiledModule]:
+    """A small model of the zoo, and its engine with the graph that it has for a GPU; here its kernels run as calls."""
     model, args, kwargs = models.build(name, "small", dtype=dtype)
     shapes = None
     if dynamic:
@@ -42,7 +44,8 @@ def fused(name: str, dtype: torch.dtype, dynamic: bool = False) -> Graph:
         shapes = dict(kwargs_shapes) if kwargs and not args else args_shapes
     settings = CompilationSettings(device="cuda", targets="sm_80", reuse_cached_engines=False)
     with patch.object(reuse, "kernels_of", lambda *_: KernelTable()):  # interpreted here, not compiled
-        return torch_rtx.compile(model, args, kwargs, dynamic_shapes=shapes, settings=settings).engine.graph
+        module = torch_rtx.compile(copy.deepcopy(model), args, kwargs, dynamic_shapes=shapes, settings=settings)
+    return model, module
 
 
 def kernels(graph: Graph) -> dict[str, Node]:
@@ -61,7 +64,7 @@ def drawn(value: Value, sizes: dict[str, int]) -> torch.Tensor:
     return memory.to(dtype).as_strided(shape, strides)
 
 
-def in_float64(graph: Graph) -> Graph:
+def body_in_float64(graph: Graph) -> Graph:
     """The same operations in float64, casts to halves among them."""
 
     def attr(given: Attr) -> Attr:
@@ -69,7 +72,7 @@ def in_float64(graph: Graph) -> Graph:
 
     def node(n: Node) -> Node:
         args = tuple((key, attr(given) if key == "dtype" else given) for key, given in n.args)
-        return replace(n, args=args, body=n.body and in_float64(n.body))
+        return replace(n, args=args, body=n.body and body_in_float64(n.body))
 
     return replace(graph, nodes=tuple(map(node, graph.nodes)))
 
@@ -91,7 +94,7 @@ def check(node: Node, sizes: dict[str, int], which: int = 0) -> bool:
     assert len(dims) == len(kernel.scalars)
     eager = compile_graph(node.body, CPU)(inputs, [])
     wide = [x.double() if x.is_floating_point() else x for x in inputs]
-    exact = compile_graph(in_float64(node.body), CPU)(wide, [])
+    exact = compile_graph(body_in_float64(node.body), CPU)(wide, [])
     outputs = [torch.full_like(result, torch.nan if result.is_floating_point() else 1) for result in eager]
     outputs = [
         x.as_strided(x.shape, [evaluate(dim, sizes) for dim in v.type.strides])  # type: ignore[union-attr]
@@ -120,7 +123,8 @@ CASES += [("bert_base", torch.float16, True), ("vit_b_16", torch.float16, True)]
 @pytest.mark.parametrize(("name", "dtype", "dynamic"), CASES)
 def test_kernels(name: str, dtype: torch.dtype, dynamic: bool) -> None:
     torch.manual_seed(0)
-    graph = fused(name, dtype, dynamic)
+    model, module = fused(name, dtype, dynamic)
+    graph = module.engine.graph
     found = kernels(graph)
     assert found
     some = list(found.values())[:: -(-len(found) // MOST)]
@@ -128,3 +132,13 @@ def test_kernels(name: str, dtype: torch.dtype, dynamic: bool) -> None:
         assert check(node, numbers(graph), 0), node.op
         if index % 4 == 0:
             check(node, numbers(graph), 1 + index // 4 % 3)  # another configuration, where there is one
+    whole(name, dtype, model, module)
+
+
+def whole(name: str, dtype: torch.dtype, model: nn.Module, module: torch_rtx.CompiledModule) -> None:
+    """The fused graph as a whole computes what the model does: nothing is lost, and nothing is out of order."""
+    args, kwargs = models.inputs(name, "small", dtype=dtype, seed=7)
+    exact = in_float64(model, args, kwargs)
+    with torch.no_grad():
+        eager = copy.deepcopy(model)(*copy.deepcopy(args), **copy.deepcopy(kwargs))
+    assert_right(module(*args, **kwargs), eager, exact)
