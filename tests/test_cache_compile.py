@@ -19,7 +19,7 @@ from tests.ahead import IDS, IMAGE, Net, Tied
 from tests.caching import Traffic
 from tests.compiled import Recorder, check, compile_rtx, same
 from torch_rtx import CompilationSettings, SettingsError
-from torch_rtx.backend import entry, reuse
+from torch_rtx.backend import entry, fx_key, reuse
 from torch_rtx.backend.recall import Recall
 from torch_rtx.errors import PartitionError
 
@@ -473,3 +473,8 @@ def test_kernels_are_kept(traffic: Traffic, tmp_path: Path, monkeypatch: pytest.
     same(again(X), model(X), atol=1e-5, rtol=1e-4)
     built(make(), ["sm_86", "ptx"])
     assert traffic.counts == (1, 1)
+    with monkeypatch.context() as other:
+        other.setattr(fx_key, "assemblers", lambda: {"TRITON_PTXAS_PATH": "/opt/ptxas (1, 2)"})
+        built(make(), "sm_86")
+    assert traffic.counts == (1, 2)
+    assert "TRITON_PTXAS_PATH none -> /opt/ptxas (1, 2)" in traffic("miss")[-1]

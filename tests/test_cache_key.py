@@ -24,7 +24,7 @@ from tests.graphs import FAKES, Spec, build, canonical, key_of, reordered, specs
 from torch_rtx.backend import fx_key
 from torch_rtx.cache.key import Key, Part
 from torch_rtx.errors import Uncacheable
-from torch_rtx.settings import CompilationSettings, key_settings
+from torch_rtx.settings import CompilationSettings, assemblers, key_settings
 
 ROOT = Path(__file__).parent.parent
 X, Y = torch.linspace(-1, 1, 16).view(4, 4), torch.linspace(1, 2, 16).view(4, 4)
@@ -360,3 +360,19 @@ def test_settings_in_a_key_are_sorted_text() -> None:
     settings = CompilationSettings(disabled_passes={"dce", "cse"})
     assert key_settings(settings)["disabled_passes"] == "['cse', 'dce']"
     assert key_settings(settings) == key_settings(replace(settings, engine_cache_size=7, dump_dir="x"))
+
+
+def test_assemblers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another ptxas than Triton's own is in the key of engines with kernels, and so is a change of it."""
+    for name in ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    assert assemblers() == {}
+    program = tmp_path / "ptxas"
+    program.write_text("one")
+    monkeypatch.setenv("TRITON_PTXAS_PATH", str(program))
+    before = assemblers()
+    assert str(program) in before["TRITON_PTXAS_PATH"]
+    program.write_text("another")
+    assert assemblers() != before
+    program.unlink()
+    assert assemblers()["TRITON_PTXAS_PATH"].endswith("None")

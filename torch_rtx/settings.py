@@ -188,6 +188,17 @@ def key_settings(settings: CompilationSettings) -> dict[str, str]:
     return {name: repr(sorted(value) if isinstance(value, Set) else value) for name, value in shown.items()}
 
 
+def assemblers() -> dict[str, str]:
+    """The programs that Triton is told to take in place of its own ptxas, by variable, each with its size and age."""
+    found = {}
+    for name in ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH"):
+        path = os.environ.get(name)
+        if path:
+            status = os.stat(path) if os.path.exists(path) else None
+            found[name] = f"{path} {status and (status.st_size, status.st_mtime_ns)}"
+    return found
+
+
 def cache_dir(settings: CompilationSettings) -> str:
     """The folder of the caches: the one that is set, else that of the platform."""
     if settings.engine_cache_dir is not None:

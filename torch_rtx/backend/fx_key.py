@@ -35,7 +35,7 @@ from torch_rtx.errors import Uncacheable
 from torch_rtx.ir import Sym
 from torch_rtx.lowering.from_fx import Role
 from torch_rtx.lowering.symbols import Symbols
-from torch_rtx.settings import CompilationSettings, key_settings
+from torch_rtx.settings import CompilationSettings, assemblers, key_settings
 
 MISSING = b"missing"  # in place of the value that a node's meta does not have
 PLAIN = frozenset((int, float, bool, str, complex, type(None)))
@@ -111,16 +111,17 @@ def surroundings(settings: CompilationSettings, device: torch.device) -> dict[st
     return {
         "settings": Part.of(lines(key_settings(settings))),
         "state": Part.of(lines(state())),
-        "target": Part.of(f"device: {device.type}\nplatform: any\nkernels: {_targets(settings, device)}"),
+        "target": Part.of(lines({"device": device.type, "platform": "any", **_targets(settings, device)})),
         "versions": versions(),
     }
 
 
-def _targets(settings: CompilationSettings, device: torch.device) -> str:
-    """The targets by name: "current" is another one on another machine."""
+def _targets(settings: CompilationSettings, device: torch.device) -> dict[str, str]:
+    """The targets by name, since "current" is another one on another machine; and what compiles for them, where that is
+    not part of the Triton whose version is in the key."""
     if settings.targets is None or device.type != "cuda":
-        return "none"
-    return ", ".join(map(str, named_targets(settings.targets)))
+        return {"kernels": "none"}
+    return {"kernels": ", ".join(map(str, named_targets(settings.targets))), **assemblers()}
 
 
 def _numbered(types: Sequence[object]) -> object:
