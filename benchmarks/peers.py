@@ -129,17 +129,25 @@ def _rtx(subject: Subject, options: dict[str, object] | None = None) -> Prepared
     return torch.compile(subject.model, backend=rtx, fullgraph=True, options=options)
 
 
-def _rtx_exported(subject: Subject) -> Prepared:
+def _rtx_exported(subject: Subject, targets: str | None = None, tactics: str = "best") -> Prepared:
     """As an application gets it: from a weight-stripped file, with weights of its own."""
     import torch_rtx
 
-    path = subject.folder / "model.rtx"
+    path = subject.folder / f"model-{targets}.rtx"
     if not path.exists():
-        made = torch_rtx.compile(subject.model, subject.args, subject.kwargs, dynamic_shapes=subject.dynamic)
+        settings = torch_rtx.CompilationSettings(targets=targets)
+        shapes = subject.dynamic
+        made = torch_rtx.compile(subject.model, subject.args, subject.kwargs, dynamic_shapes=shapes, settings=settings)
         torch_rtx.save(made, path)
-    module = torch_rtx.load(path, device=subject.device)
+    module = torch_rtx.load(path, device=subject.device, settings=torch_rtx.RuntimeSettings(tactics=tactics))
     module.refit(subject.model)
     return module
+
+
+def _no_kernels(device: str) -> str | None:
+    if device != "cuda":
+        return "kernels need a CUDA device"
+    return None if find_spec("triton") else "not installed: triton"
 
 
 # Others --------------------------------------------------------------------------------------------------------------
@@ -190,8 +198,21 @@ for _peer in (
     Peer("aoti", _aoti, _has_compiler, exported=True),
     Peer("tensorrt-rtx", _tensorrt_rtx, _no_tensorrt_rtx),
     Peer("onnxruntime", _onnxruntime, _no_onnxruntime, exported=True),
-    # The tiers of torch_rtx: a line each. There is one so far, the reference tier, with CUDA graphs where it can.
+    # The tiers of torch_rtx, with CUDA graphs where it can: ATen calls, then the engine's kernels; as the engine chose,
+    # all that can be generated, and library calls wherever there is one.
     Peer("rtx", _rtx, ours=True),
     Peer("rtx-exported", _rtx_exported, exported=True, ours=True),
+    Peer("rtx-kernels", partial(_rtx_exported, targets="current"), _no_kernels, exported=True, ours=True),
+    *(
+        Peer(
+            f"rtx-{tactics}",
+            partial(_rtx_exported, targets="current", tactics=tactics),
+            _no_kernels,
+            exported=True,
+            ours=True,
+            by_default=False,
+        )
+        for tactics in ("generated", "library")
+    ),
 ):
     register(_peer)

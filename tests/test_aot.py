@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -276,3 +277,28 @@ def test_triton_is_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(CUDABackend, "make_llir")
     with pytest.raises(KernelError, match=r"(?s)triton 9.0 has other stages.*make_llir.*install triton 3.6"):
         built(ADD, 80)
+
+
+def test_parsing_that_fails_for_no_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPython's parser may fail where several threads parse; the second try counts."""
+    from triton.compiler import ASTSource
+
+    toolchain.forget()
+    failed: list[int] = []
+    make_ir = ASTSource.make_ir
+
+    def sometimes(self: Any, *args: Any) -> Any:
+        if len(failed) < limit:
+            failed.append(1)
+            raise SystemError("AST constructor recursion depth mismatch")
+        return make_ir(self, *args)
+
+    monkeypatch.setattr(ASTSource, "make_ir", sometimes)
+    limit = 1
+    assert compile_kernels([(ADD_1000, Target(80))])[ADD_1000, Target(80)].aligned is not None
+    assert len(failed) == 1
+    toolchain.forget()
+    limit = 3
+    with pytest.raises(KernelError, match="recursion depth mismatch"):
+        compile_kernels([(ADD_1000, Target(80))])
+    toolchain.forget()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from benchmarks import models, timing
 from benchmarks.cases import Job
 from benchmarks.peers import PEERS, Subject
 from benchmarks.worker import Reporter
+from torch_rtx.lowering.kernels import toolchain
 
 BUILDS = 3
 
@@ -46,8 +48,12 @@ def measure(job: Job, out: Reporter) -> None:
 
 
 def _rtx(subject: Subject) -> Path:
+    toolchain.forget()
     settings = torch_rtx.CompilationSettings(
-        device=subject.device, cache_built_engines=False, reuse_cached_engines=False
+        device=subject.device,
+        targets="portable" if subject.device == "cuda" and find_spec("triton") else None,
+        cache_built_engines=False,
+        reuse_cached_engines=False,
     )
     path = subject.folder / "model.rtx"
     torch_rtx.save(torch_rtx.compile(subject.model, subject.args, subject.kwargs, settings=settings), path)
@@ -61,6 +67,8 @@ def _other(name: str, subject: Subject) -> Path:
 
 
 def _contents(path: Path) -> dict[str, int]:
-    """Bytes of the weights that a stripped file leaves out, and its calls by kind."""
+    """Bytes of the weights that a stripped file leaves out, its calls by kind, and its kernels by target."""
     found = torch_rtx.inspect(path)
-    return {"weight_bytes": found.weight_bytes, **{f"{kind}_nodes": count for kind, count in found.kinds.items()}}
+    kinds = {f"{kind}_nodes": count for kind, count in found.kinds.items()}
+    kernels = {f"kernels_{target}": count for target, (count, _) in found.kernels.items()}
+    return {"weight_bytes": found.weight_bytes, **kinds, **kernels}

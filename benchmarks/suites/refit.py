@@ -48,7 +48,7 @@ def measure(job: Job, out: Reporter) -> None:
 
 def _way(name: str, prepared: Prepared, model: nn.Module) -> Callable[[dict[str, torch.Tensor]], Any]:
     """How this peer's user replaces weights."""
-    if name == "rtx-exported":
+    if name.startswith("rtx-"):
         return prepared.refit
     if name == "aoti":
         names = set(prepared.get_constant_fqns())

@@ -27,6 +27,7 @@ from torch_rtx.lowering.kernels.turing import NoTensorCores, rewrite
 OLDEST = (3, 6)  # version of Triton
 PTX_VERSION = 80  # of sm_75, 80 and 86: drivers of CUDA 12.0 and later take it
 _lock = threading.Lock()
+_parsing = threading.Lock()
 KEPT = 256  # lowered kernels that are kept for the builds to come; some 100 KB each
 # What Triton calls the dtypes that it has.
 _POINTERS = {name: name for name in ("bf16", "i64", "i32", "i16", "i8", "u64", "u32", "u16", "u8")}
@@ -178,9 +179,17 @@ def _ttir(job: Job) -> str:
         attrs={(index,): _DIVISIBLE for index, given in enumerate(divisible) if given},
     )
     backend, options, context = _backend(triton, job)
-    module = source.make_ir(
-        backend.target, options, backend.get_codegen_implementation(options), backend.get_module_map(), context
-    )
+    helpers = backend.get_codegen_implementation(options), backend.get_module_map()
+    # CPython's parser counts its depth in one place for all threads: two at once may fail for no reason, with "AST
+    # constructor recursion depth mismatch". Who else parses can't be known: one failure is not the last word.
+    for attempt in (1, 2):
+        try:
+            with _parsing:
+                module = source.make_ir(backend.target, options, *helpers, context)
+            break
+        except SystemError:
+            if attempt == 2:
+                raise
     return str(backend.make_ttir(module, {}, options, job.sm))
 
 
@@ -296,3 +305,9 @@ def _no_line_info(triton: _Triton) -> Iterator[None]:
                 del knobs[_KNOB]
                 if _before:
                     knobs[_KNOB] = _before[0]
+
+
+def forget() -> None:
+    """Drop what this process keeps of its builds, so that the next one takes the time of a first one."""
+    lower.cache_clear()
+    _ttir.cache_clear()
