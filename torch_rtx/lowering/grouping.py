@@ -64,6 +64,7 @@ class Grouping:
         self.views = {i for i, node in enumerate(graph.nodes) if absorbed(node)}
         self.unit: dict[int, Unit] = {}  # of every node that is no view
         self.readers: dict[str, list[int]] = {}  # of a value, also through views
+        self.reducing: set[int] = set()
         self.outside: set[str] = {self.base(v).name for v in attr_values(graph.outputs)}
         self._start()
         for index in sorted(self.unit):
@@ -85,6 +86,8 @@ class Grouping:
             epoch += barrier
             domain, cost = (None, 0) if barrier or node.kind != "op" else domain_of(node)
             self.unit[index] = Unit([index], epoch, domain, cost)
+            if domain is not None and domain.size is not None:
+                self.reducing.add(index)
             epoch += barrier
 
     def base(self, value: Value) -> Value:
@@ -161,7 +164,7 @@ class Grouping:
         if unit.domain is None or unit.domain.size is None:
             return True  # maps of any kind are one loop
         try:
-            loop_kernel(self.region(unit), "trial")
+            loop_kernel(region(self.body(unit)), "trial")
         except Unsupported:
             return False
         return True
@@ -237,10 +240,6 @@ class Grouping:
         taken = tuple(names[value.name] for value in inputs)
         return Graph("import", taken, nodes=tuple(nodes), outputs=tuple(names[value.name] for value in outputs))
 
-    def region(self, unit: Unit) -> Region:
-        """The region of `unit`."""
-        return region(self.body(unit))
-
     def kernel(self, unit: Unit) -> Node:
         """`unit` as a kernel node."""
         inputs, outputs = self.interface(unit)
@@ -250,9 +249,7 @@ class Grouping:
 
     def _loc(self, unit: Unit) -> Loc | None:
         """The place of the operation that says most: the first one with rows, else the last."""
-        rows = [
-            m for m in unit.members if (found := domain_of(self.nodes[m])[0]) is not None and found.size is not None
-        ]
+        rows = [member for member in unit.members if member in self.reducing]
         return self.nodes[rows[0] if rows else unit.members[-1]].loc
 
     def worthwhile(self, unit: Unit) -> bool:
