@@ -120,7 +120,7 @@ def run(engine: Engine, model: nn.Module, x: torch.Tensor) -> torch.Tensor:
         print(f"{weight.value.name:4} {made:8} {list(value.shape)} from {', '.join(weight.names)}")
 
     title("7. session: the code that it runs, written for this graph")
-    print(compile_graph(engine.graph, CPU).source, end="")  # type: ignore[attr-defined]
+    print(compile_graph(engine.graph, CPU).source, end="")
     (result,) = Session(engine.graph, store, RuntimeSettings())([x])
     assert isinstance(result, torch.Tensor)
     return result

@@ -7,7 +7,9 @@ where a GPU rounds to bfloat16.
 
 from __future__ import annotations
 
+import ctypes
 import linecache
+import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,9 +21,13 @@ import triton.language as tl
 import triton.runtime.interpreter as interpreter
 from triton.runtime.jit import JITFunction
 
+from torch_rtx.aten import DTYPES
 from torch_rtx.ir import Sym, dim_syms
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.runtime.session import evaluate
+from torch_rtx.targets import ALIGNMENT
+
+LOCK = threading.RLock()  # the interpreter replaces functions for all threads
 
 
 def function(kernel: Kernel) -> JITFunction:
@@ -41,8 +47,31 @@ def run(kernel: Kernel, tensors: Sequence[torch.Tensor], dims: dict[str, int] | 
     scalars = [evaluate(dim, sizes) for dim in kernel.scalars]
     if 0 in grid:
         return
-    with _interpreting():
+    with LOCK, _interpreting():
         interpreter.InterpretedFunction(function(kernel).fn)[grid](*tensors, *scalars)
+
+
+class Interpreted:
+    """Stands for a launcher: runs a kernel in the memory that it is given addresses of."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel, self.scalars, self.grid = kernel, kernel.scalars, kernel.grid
+        self.launches = 0
+
+    def __call__(self, pointers: Sequence[int], scalars: Sequence[int], grid: tuple[int, int, int]) -> None:
+        assert all(pointer % ALIGNMENT == 0 for pointer in pointers)
+        assert len(pointers) == len(self.kernel.pointers)
+        self.launches += 1
+        if 0 in grid:
+            return
+        tensors = [_at(address, DTYPES[dtype]) for address, dtype in zip(pointers, self.kernel.pointers, strict=True)]
+        with LOCK, _interpreting():
+            interpreter.InterpretedFunction(function(self.kernel).fn)[grid](*tensors, *scalars)
+
+
+def _at(address: int, dtype: torch.dtype) -> torch.Tensor:
+    """The element at an address."""
+    return torch.frombuffer((ctypes.c_char * dtype.itemsize).from_address(address), dtype=dtype)
 
 
 @contextmanager
@@ -87,4 +116,4 @@ def _widened(handle: Any) -> Any:
     return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
 
-__all__ = ["Sym", "function", "run"]
+__all__ = ["LOCK", "Interpreted", "Sym", "function", "run"]

@@ -124,7 +124,7 @@ def test_outputs_that_are_inputs_or_equal() -> None:
     assert [t.tolist() for t in (p, q, r)] == [[1, 2], [-2, -1], [-2, -1]]
     assert len({t.data_ptr() for t in (x, p, q, r)}) == 4
     assert same is other
-    assert "k0_tx" in compile_graph(graph, CPU).source  # type: ignore[attr-defined]
+    assert "k0_tx" in compile_graph(graph, CPU).source
 
 
 def test_session_runs_bodies_or_launches() -> None:
@@ -217,8 +217,8 @@ def test_dims_must_be_known() -> None:
 
 def test_values_are_dropped() -> None:
     """What a launch copied is gone after it, and kernels take part in the bookkeeping of last uses."""
-    source = compile_graph(GRAPH, CPU, kernels={"add": add(), "both": add()}).source  # type: ignore[attr-defined,dict-item]
+    source = compile_graph(GRAPH, CPU, kernels={"add": add(), "both": add()}).source  # type: ignore[dict-item]
     lines = [line.strip() for line in source.splitlines()]
     assert lines.count("del _in0, _in1") == 2
     assert "del b, y" in lines or "del y, b" in lines
-    assert sum("= _aligned(" in line for line in lines) == 5
+    assert sum("= _aligned(" in line for line in lines) == 4  # what a kernel wrote needs no check

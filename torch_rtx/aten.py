@@ -17,7 +17,10 @@ from torch_rtx.ir import DTYPES as IR_DTYPES
 from torch_rtx.ir import MAIN, Attr
 from torch_rtx.optable import ALLOWED
 
-__all__ = ["ALLOWED", "DTYPES", "STRIDED", "dtype_name", "is_random", "is_view", "overload", "schema", "to_torch"]
+__all__ = [
+    *("ALLOWED", "DTYPES", "OUT", "STRIDED"),
+    *("dtype_name", "is_random", "is_view", "out_of", "overload", "schema", "to_torch"),
+]
 
 # The IR's names are PyTorch's, shortened: f8e4m3fn is torch.float8_e4m3fn.
 _KINDS = {"bf": "bfloat", "f": "float", "i": "int", "u": "uint", "c": "complex", "bool": "bool"}
@@ -37,6 +40,8 @@ STRIDED = frozenset(
         "_reshape_alias.default",
     )
 ) | {"aten.view.dtype", "aten.view_as_complex.default"}
+# Library calls that write to a given place by themselves; what others call `out=` is a copy afterwards.
+OUT = frozenset(f"aten.{name}.default" for name in ("mm", "addmm", "bmm", "baddbmm"))
 _OPTIONAL = re.compile(r"Optional\[(.*)\]")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -80,6 +85,11 @@ def schema(op: torch._ops.OpOverload) -> dict[str, tuple[str, bool]]:
     it is keyword-only."""
     types = ((arg, _OPTIONAL.sub(r"\1", str(arg.real_type))) for arg in op._schema.arguments)
     return {arg.name: (type_, arg.kwarg_only) for arg, type_ in types}
+
+
+def out_of(name: str) -> torch._ops.OpOverload:
+    """The form of an operator of `OUT` that writes to its argument `out`."""
+    return getattr(torch.ops.aten, name.split(".")[1]).out
 
 
 @cache

@@ -1,9 +1,10 @@
-"""The reference tier: a graph as flat Python code over its ATen calls. It runs on any device and is available at once.
+"""A graph as flat Python code over its ATen calls and launches. It runs on any device and is available at once.
 
 `compile_graph` writes one function for a graph. It binds the dims from the shapes of the inputs, makes each call in
 order, drops every value after its last use, and gives outputs and the inputs of fallback operators the strides that the
 capture saw, whatever strides a library call chose here. Kernels that can be launched are; the bodies of others run call
-by call as well.
+by call as well. What kernels hand to each other are addresses in an arena (`runtime.plan`), which has no tensors unless
+a call needs them.
 """
 
 from __future__ import annotations
@@ -35,17 +36,40 @@ from torch_rtx.ir import (
 )
 from torch_rtx.runtime.inline import inline_kernels
 from torch_rtx.runtime.launch import Launcher
+from torch_rtx.runtime.plan import MAY_ALIAS, Plan
 from torch_rtx.targets import ALIGNMENT
 
 Runner = Callable[[Sequence[Any], Sequence[torch.Tensor]], list[Any]]
+
+
+@dataclass(frozen=True)
+class Code:
+    """The code of a graph; call it, or `run`, with its inputs and weights.
+
+    Attributes:
+        source: its text.
+        plan: its memory.
+    """
+
+    run: Runner
+    source: str
+    plan: Plan
+
+    def __call__(self, inputs: Sequence[Any], weights: Sequence[torch.Tensor]) -> list[Any]:
+        """The outputs."""
+        return self.run(inputs, weights)
+
+
 # `torch.empty_strided` on the current device of a kind, without the cost of parsing its arguments: what Inductor's code
 # calls.
 EMPTY: dict[str, Callable[..., torch.Tensor]] = {
     "cpu": torch._C._dynamo.guards._empty_strided_cpu,  # type: ignore[attr-defined]
     "cuda": torch._C._dynamo.guards._empty_strided_cuda,  # type: ignore[attr-defined]
 }
+# A tensor in the memory of another of its dtype, without that cost.
+PLACED: Callable[..., torch.Tensor] = torch._C._dynamo.guards._reinterpret_tensor  # type: ignore[attr-defined]
 # A library call may return other strides than its fake: a view of the captured sizes must then be allowed to copy.
-RELAXED = dict.fromkeys(("aten.view.default", "aten._unsafe_view.default"), torch.ops.aten.reshape.default)
+RELAXED = dict.fromkeys(MAY_ALIAS, torch.ops.aten.reshape.default)
 
 
 def restride(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
@@ -86,8 +110,8 @@ def compile_graph(
     trusted_ops: frozenset[str] = frozenset(),
     name: str = "graph",
     kernels: Mapping[str, Launcher] | None = None,
-) -> Runner:
-    """A function `(inputs, weights) -> outputs` that does what `graph` says; its text is in its `source` attribute.
+) -> Code:
+    """A function `(inputs, weights) -> outputs` that does what `graph` says.
 
     Args:
         device: the device that MAIN stands for.
@@ -105,9 +129,8 @@ def compile_graph(
     linecache.cache[file] = (len(source), None, source.splitlines(True), file)  # tracebacks show the generated line
     exec(compile(source, file, "exec"), writer.names)
     run: Runner = writer.names["run"]
-    run.source = source  # type: ignore[attr-defined]
     weakref.finalize(run, linecache.cache.pop, file, None)
-    return run
+    return Code(run, source, writer.plan)
 
 
 @dataclass
@@ -120,6 +143,8 @@ class _Writer:
     lines: list[str] = field(default_factory=list)
     bound: set[str] = field(default_factory=set)  # names of the dims that have a value by now
     names: dict[str, Any] = field(default_factory=dict)  # the globals of the generated function
+    written: set[str] = field(default_factory=set)  # values that kernels wrote
+    tensors: set[str] = field(default_factory=set)  # values in the arena of which there is a tensor by now
 
     def write(self) -> str:
         # No value has a name that begins with `_`; what the code itself needs does.
@@ -129,17 +154,37 @@ class _Writer:
             if values:
                 self.lines.append(f"{', '.join(v.name for v in values)}, = {source}")
         self.bind(graph.inputs)
+        self.plan = Plan(graph, self.trusted_ops, frozenset(self.bound))
+        self.offsets = self.arena()
         last = self.last_uses()
         for index, node in enumerate(graph.nodes):
             self.node(node)
-            if last[index]:
-                self.lines.append(f"del {', '.join(last[index])}")
+            drops = [name for name in last[index] if name not in self.offsets]
+            if drops:
+                self.lines.append(f"del {', '.join(drops)}")
         shared = self.shared()
         for value in dict.fromkeys(attr_values(graph.outputs)):
             if value.name in shared:  # one copy per value: what is returned twice stays the same object twice
                 self.lines.append(f"{value.name} = _copy_strided({value.name}, {self.strides(value)})")
         self.lines.append(f"return [{', '.join(self.output(attr) for attr in graph.outputs)}]")
         return "def run(_inputs, _weights):\n" + "".join(f"    {line}\n" for line in self.lines)
+
+    def arena(self) -> dict[str, int | str]:
+        """Code that allocates the arena; returns the offset of each value in it, a number or code."""
+        plan = self.plan
+        if not plan.buffers:
+            return {}
+        offsets: dict[str, int | str]
+        if plan.symbols:
+            self.lines.append(f"_at = {self.name_of('offsets', plan.offsets)}({', '.join(plan.symbols)})")
+            total, offsets = "_at[0]", {name: f"_at[{index + 1}]" for name, index in plan.index.items()}
+        else:
+            numbers = plan.offsets()
+            total, offsets = str(numbers[0]), {name: numbers[index + 1] for name, index in plan.index.items()}
+        empty = self.name_of("empty", EMPTY[self.device.type])
+        self.lines.append(f"_arena = {empty}(({total},), (1,), {self.name_of('torch.uint8', torch.uint8)})")
+        self.lines.append("_base = _arena.data_ptr()")
+        return offsets
 
     def shared(self) -> set[str]:
         """The values in memory that the engine keeps: constants, what recipes computed, and views of either.
@@ -185,6 +230,12 @@ class _Writer:
         if node.kind == "kernel":
             self.launch(node)
             return
+        for value in node.inputs:
+            self.materialize(value)
+        if node.outputs and node.outputs[0] is not None and node.outputs[0].name in self.offsets:
+            self.materialize(node.outputs[0])
+            self.lines.append(self.aten_call(node, aten.out_of(node.op), node.outputs[0].name))
+            return
         call = self.python_call(node) if node.op == "python" else self.aten_call(node)
         if not node.outputs:
             self.lines.append(call)
@@ -195,38 +246,67 @@ class _Writer:
         if node.kind == "fallback":
             self.bind(node.outputs)
 
+    def materialize(self, value: Value) -> None:
+        """Code that makes a tensor of a value in the arena, unless there is one already."""
+        if value.name not in self.offsets or value.name in self.tensors:
+            return
+        assert isinstance(value.type, TensorType)
+        dtype = aten.DTYPES[value.type.dtype]
+        alias = f"_arena_{value.type.dtype}"
+        if alias not in self.tensors:
+            self.lines.append(f"{alias} = _arena.view({self.name_of(str(dtype), dtype)})")
+        self.tensors |= {alias, value.name}
+        offset = self.offsets[value.name]
+        at = offset // dtype.itemsize if isinstance(offset, int) else f"{offset} // {dtype.itemsize}"
+        sizes, strides = self.numbers(value.type.shape), self.strides(value)
+        self.lines.append(f"{value.name} = {self.name_of('placed', PLACED)}({alias}, {sizes}, {strides}, {at})")
+
     def launch(self, node: Node) -> None:
         """Code that launches a kernel: it takes inputs of the captured strides and fills outputs of them."""
-        addresses = []
-        for index, value in enumerate(node.inputs):
-            self.lines.append(f"_in{index} = {self.name_of('aligned', aligned)}({value.name}, {self.strides(value)})")
-            addresses.append(f"_in{index}.data_ptr(), ")
+        addresses: list[str] = []
+        held: list[str] = []
+        for value in node.inputs:
+            if value.name in self.written:
+                addresses.append(self.address(value))
+                continue
+            held.append(f"_in{len(held)}")  # a copy, if there is one, has to live until the launch
+            self.lines.append(f"{held[-1]} = {self.name_of('aligned', aligned)}({value.name}, {self.strides(value)})")
+            addresses.append(f"{held[-1]}.data_ptr()")
         for output in node.outputs:
             assert output is not None  # `kerneltable.check` saw to it
             assert isinstance(output.type, TensorType)
-            dtype = aten.to_torch("ScalarType", output.type.dtype, self.device)
-            empty = self.name_of("empty", EMPTY[self.device.type])
-            sizes = self.numbers(output.type.shape)
-            given = f"{sizes}, {self.strides(output)}, {self.name_of(str(dtype), dtype)}"
-            self.lines.append(f"{output.name} = {empty}({given})")
-            addresses.append(f"{output.name}.data_ptr(), ")
+            if output.name not in self.offsets:
+                dtype = aten.to_torch("ScalarType", output.type.dtype, self.device)
+                empty = self.name_of("empty", EMPTY[self.device.type])
+                given = f"{self.numbers(output.type.shape)}, {self.strides(output)}, {self.name_of(str(dtype), dtype)}"
+                self.lines.append(f"{output.name} = {empty}({given})")
+            self.written.add(output.name)
+            addresses.append(self.address(output))
         launcher = self.kernels[node.op]
         numbers = f"{self.numbers(launcher.scalars)}, {self.numbers(launcher.grid)}"
-        self.lines.append(f"{self.name_of(node.op, launcher)}(({''.join(addresses)}), {numbers})")
-        if node.inputs:
-            self.lines.append(f"del {', '.join(f'_in{index}' for index in range(len(node.inputs)))}")
+        pointers = "".join(f"{address}, " for address in addresses)
+        self.lines.append(f"{self.name_of(node.op, launcher)}(({pointers}), {numbers})")
+        if held:
+            self.lines.append(f"del {', '.join(held)}")
+
+    def address(self, value: Value) -> str:
+        """Code of the address of a value that a kernel wrote, which has the strides and alignment of its type."""
+        if value.name in self.offsets:
+            return f"_base + {self.offsets[value.name]}"
+        return f"{value.name}.data_ptr()"
 
     def python_call(self, node: Node) -> str:
         function = self.name_of("python", self.callables[node.arg("index")])  # type: ignore[index]
         arguments = node.arg("inputs", ())
         return f"{function}({', '.join(self.text(a, fallback=True) for a in arguments)})"  # type: ignore[union-attr]
 
-    def aten_call(self, node: Node) -> str:
+    def aten_call(self, node: Node, out: torch._ops.OpOverload | None = None, target: str = "") -> str:
+        """Code of a call; of its form `out`, where there is one, that writes to `target`."""
         written = aten.overload(node.op, self.trusted_ops)
-        op, types = RELAXED.get(node.op, written), aten.schema(written)
+        op, types = out or RELAXED.get(node.op, written), aten.schema(written)
         fallback = node.kind == "fallback" or node.op in aten.STRIDED
         parts, keyword = [], False
-        order = list(aten.schema(op))
+        names = list(aten.schema(op))  # of the arguments in the form that is called
         for position, (key, attr) in enumerate(node.args):
             type_, keyword_only = types.get(key, ("", False))
             if not type_:
@@ -234,7 +314,8 @@ class _Writer:
             # Positional as long as no argument was left out: that is what the dispatcher parses fastest.
             keyword = keyword or keyword_only or list(types)[position] != key
             text = self.argument(type_, attr, fallback)
-            parts.append(f"{key if order == list(types) else order[position]}={text}" if keyword else text)
+            parts.append(f"{key if key in names else names[position]}={text}" if keyword else text)
+        parts += [f"out={target}"] * bool(target)
         return f"{self.name_of(str(op).replace('.', '_'), op._op)}({', '.join(parts)})"
 
     def argument(self, type_: str, attr: Attr, fallback: bool) -> str:
@@ -321,4 +402,4 @@ def solve(dim: Dim, place: str, known: set[str]) -> Iterator[tuple[str, str]]:
     yield from solve(unknown[0], f"({place} // ({rest}))" if dim.op == "*" else f"({place} - {rest})", known)
 
 
-__all__ = ["Runner", "compile_graph", "copy_strided", "overwrite", "restride", "solve"]
+__all__ = ["Code", "Runner", "compile_graph", "copy_strided", "overwrite", "restride", "solve"]

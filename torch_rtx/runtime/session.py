@@ -20,6 +20,7 @@ from torch_rtx.errors import InputError
 from torch_rtx.ir import DIM_OPS, Dim, Expr, Graph, ScalarType, Sym, TensorType, Value
 from torch_rtx.runtime.cudagraph import GraphPool, why_not
 from torch_rtx.runtime.launch import Launcher
+from torch_rtx.runtime.plan import Memory
 from torch_rtx.runtime.reference import compile_graph
 from torch_rtx.runtime.weights import WeightStore
 from torch_rtx.settings import RuntimeSettings
@@ -66,7 +67,21 @@ class Session:
     @property
     def source(self) -> str:
         """The plain code, as Python text."""
-        return str(self._code.source)  # type: ignore[attr-defined]
+        return self._code.source
+
+    def memory(self, **sizes: int) -> Memory:
+        """What a call takes on the device, known before the first one.
+
+        Args:
+            sizes: of the graph's symbols, by name; none where all sizes are numbers.
+
+        Raises:
+            InputError: the size of a symbol is missing.
+        """
+        missing = [name for name in self._code.plan.symbols if name not in sizes]
+        if missing:
+            raise InputError(f"the size of {', '.join(missing)} is missing")
+        return self._code.plan.memory(sizes)
 
     def sibling(self) -> Session:
         """A session of the same graph for other parameters, which shares the code; see `WeightStore.sibling`."""
