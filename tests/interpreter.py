@@ -19,9 +19,8 @@ import triton.language as tl
 import triton.runtime.interpreter as interpreter
 from triton.runtime.jit import JITFunction
 
-from torch_rtx.ir import Sym, dim_syms
+from torch_rtx.ir import Sym, dim_syms, evaluate
 from torch_rtx.lowering.kernels.kernel import Kernel
-from torch_rtx.runtime.session import evaluate
 
 
 def function(kernel: Kernel) -> JITFunction:

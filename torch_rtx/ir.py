@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from keyword import iskeyword
@@ -103,6 +103,17 @@ def dim_syms(dim: Dim) -> Iterator[Sym]:
     elif isinstance(dim, Expr):
         for arg in dim.args:
             yield from dim_syms(arg)
+
+
+def evaluate(dim: Dim, sizes: Mapping[str, int]) -> int | None:
+    """The number that `dim` is for `sizes`; None where a symbol of it has none."""
+    if isinstance(dim, int):
+        return dim
+    if isinstance(dim, Sym):
+        return sizes.get(dim.name)
+    args = [evaluate(arg, sizes) for arg in dim.args]
+    known = [arg for arg in args if arg is not None]
+    return int(DIM_OPS[dim.op](known)) if len(known) == len(args) else None
 
 
 def contiguous(shape: tuple[Dim, ...]) -> tuple[Dim, ...]:
