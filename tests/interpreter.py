@@ -22,9 +22,8 @@ import triton.runtime.interpreter as interpreter
 from triton.runtime.jit import JITFunction
 
 from torch_rtx.aten import DTYPES
-from torch_rtx.ir import Sym, dim_syms
+from torch_rtx.ir import Sym, dim_syms, evaluate
 from torch_rtx.lowering.kernels.kernel import Kernel
-from torch_rtx.runtime.session import evaluate
 from torch_rtx.targets import ALIGNMENT
 
 LOCK = threading.RLock()  # the interpreter replaces functions for all threads

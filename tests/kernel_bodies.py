@@ -16,12 +16,11 @@ import torch
 
 from benchmarks.numerics import assert_right
 from tests.interpreter import run
-from torch_rtx.ir import Graph, TensorType, attr_values, verify
+from torch_rtx.ir import Graph, TensorType, attr_values, evaluate, verify
 from torch_rtx.irparse import parse
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.region import Region, region
 from torch_rtx.runtime.reference import compile_graph, copy_strided
-from torch_rtx.runtime.session import evaluate
 
 DTYPES = {
     "f64": torch.float64,

@@ -13,12 +13,11 @@ from benchmarks import models
 from benchmarks.numerics import assert_right, in_float64
 from tests.interpreter import Interpreted
 from tests.test_kernel_models import CPU, fused, kernels, numbers
-from torch_rtx.ir import Node
+from torch_rtx.ir import Node, evaluate
 from torch_rtx.lowering.kernels.generate import generate
 from torch_rtx.lowering.kernels.loops import loop_configs, loop_kernel
 from torch_rtx.lowering.kernels.region import region
 from torch_rtx.runtime.reference import compile_graph
-from torch_rtx.runtime.session import evaluate
 
 PROGRAMS = 4  # of a loop; the interpreter takes its time for each
 

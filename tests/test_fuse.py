@@ -12,13 +12,12 @@ from benchmarks.numerics import assert_right
 from tests.interpreter import run
 from torch_rtx import aten
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import Attr, Expr, Graph, Sym, TensorType, Value, attr_map, contiguous, dim_expr, verify
+from torch_rtx.ir import Attr, Expr, Graph, Sym, TensorType, Value, attr_map, contiguous, dim_expr, evaluate, verify
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.kernels.generate import generate
 from torch_rtx.lowering.passes.dce import dce
 from torch_rtx.lowering.passes.fuse import fuse
 from torch_rtx.lowering.rewrite import Rewriter
-from torch_rtx.runtime.session import evaluate
 
 SHAPES = [(2, 3, 4), (3, 4), (4,), (2, 1, 4), (2, 3, 1), (6, 4), (1,)]
 BATCH = Sym("s0", 2, 64)

@@ -18,13 +18,12 @@ from benchmarks.numerics import assert_right, in_float64
 from tests.interpreter import run
 from torch_rtx import aten
 from torch_rtx.backend import reuse
-from torch_rtx.ir import Attr, Graph, Node, Sym, TensorType, Value
+from torch_rtx.ir import Attr, Graph, Node, Sym, TensorType, Value, evaluate
 from torch_rtx.kerneltable import KernelTable
 from torch_rtx.lowering.kernels.generate import generate
 from torch_rtx.lowering.kernels.loops import loop_configs, loop_kernel
 from torch_rtx.lowering.kernels.region import region
 from torch_rtx.runtime.reference import compile_graph
-from torch_rtx.runtime.session import evaluate
 from torch_rtx.settings import CompilationSettings
 
 CPU = torch.device("cpu")

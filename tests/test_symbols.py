@@ -8,9 +8,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy.functions import ToFloat, TruncToInt
 
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import Sym
+from torch_rtx.ir import Sym, evaluate
 from torch_rtx.lowering.symbols import Symbols, convert
-from torch_rtx.runtime.session import evaluate
 
 N = sympy.Symbol("n", integer=True, nonnegative=True)
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from keyword import iskeyword
@@ -44,12 +44,14 @@ DIM_OPS: dict[str, Callable[[Sequence[int]], int]] = {
 
 @dataclass(frozen=True, slots=True)
 class Sym:
-    """A dimension known only at run time: `min <= value <= max` (None: unbounded), a multiple of `multiple`."""
+    """A dimension known only at run time: `min <= value <= max` (None: unbounded), a multiple of `multiple`. `typical`
+    is the value to be fast for, if one is known."""
 
     name: str
     min: int = 0
     max: int | None = None
     multiple: int = 1
+    typical: int | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -103,6 +105,28 @@ def dim_syms(dim: Dim) -> Iterator[Sym]:
     elif isinstance(dim, Expr):
         for arg in dim.args:
             yield from dim_syms(arg)
+
+
+def evaluate(dim: Dim, sizes: Mapping[str, int]) -> int | None:
+    """The number that `dim` is for `sizes`; None where a symbol of it has none."""
+    if isinstance(dim, int):
+        return dim
+    if isinstance(dim, Sym):
+        return sizes.get(dim.name)
+    args = [evaluate(arg, sizes) for arg in dim.args]
+    known = [arg for arg in args if arg is not None]
+    return int(DIM_OPS[dim.op](known)) if len(known) == len(args) else None
+
+
+def typical_size(dim: Dim, default: int) -> int:
+    """A number to be fast for: that of `dim` for the typical values of its symbols. A symbol that has none is taken for
+    what in its range is nearest to `default`."""
+    if isinstance(dim, int):
+        return dim
+    if isinstance(dim, Sym):
+        nearest = max(dim.min, default if dim.max is None else min(dim.max, default))
+        return nearest if dim.typical is None else dim.typical
+    return DIM_OPS[dim.op]([typical_size(arg, default) for arg in dim.args])
 
 
 def contiguous(shape: tuple[Dim, ...]) -> tuple[Dim, ...]:
@@ -333,7 +357,7 @@ def node_text(node: Node) -> str:
 def _lines(graph: Graph) -> Iterator[str]:
     yield f"graph {graph.level} {{"
     for sym in graph.syms.values():
-        yield f"  dim {sym.name} = {sym.min}, {sym.max}, {sym.multiple}"
+        yield f"  dim {_dim_text(sym)}"
     for value in graph.inputs:
         yield f"  input {value.name}: {value.type}"
     for parameter in graph.parameters:
@@ -350,6 +374,11 @@ def _lines(graph: Graph) -> Iterator[str]:
         yield from _with_body(line, node.body)
     yield f"  return {attr_text(graph.outputs)}"
     yield "}"
+
+
+def _dim_text(sym: Sym) -> str:
+    numbers = (sym.min, sym.max, sym.multiple, *(() if sym.typical is None else (sym.typical,)))
+    return f"{sym.name} = {', '.join(map(str, numbers))}"
 
 
 def _with_body(line: str, body: Graph | None) -> Iterator[str]:
@@ -393,8 +422,11 @@ def verify(graph: Graph, ops: Container[str] | None = None) -> None:
         _define(weight.value, known)
     mutable = set(known)
     for sym in graph.syms.values():
-        if not is_name(sym.name) or sym.min < 0 or sym.multiple < 1 or (sym.max is not None and sym.max < sym.min):
-            raise InvalidIR(f"dim {sym.name} = {sym.min}, {sym.max}, {sym.multiple} has no value")
+        high = math.inf if sym.max is None else sym.max
+        if not is_name(sym.name) or sym.min < 0 or sym.multiple < 1 or high < sym.min:
+            raise InvalidIR(f"dim {_dim_text(sym)} has no value")
+        if sym.typical is not None and (not max(sym.min, 1) <= sym.typical <= high or sym.typical % sym.multiple):
+            raise InvalidIR(f"dim {_dim_text(sym)} never has its typical value")
     for index, node in enumerate(graph.nodes):
         try:
             _verify_node(node, graph.level, known, mutable, ops)

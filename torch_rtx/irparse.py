@@ -190,10 +190,12 @@ def _outputs(text: str, scope: _Scope) -> Iterator[Value | None]:
 def _dim_line(text: str, scope: _Scope) -> None:
     name, _, numbers = text.partition(" = ")
     fields = ast.literal_eval(f"({numbers})")
-    low, high, multiple = fields if isinstance(fields, tuple) and len(fields) == 3 else (None, None, None)
-    if not is_name(name) or type(low) is not int or type(multiple) is not int or type(high) not in (int, type(None)):
-        raise InvalidIR("expected `dim NAME = MIN, MAX, MULTIPLE`")
-    scope.syms[name] = Sym(name, low, high, multiple)
+    counted = isinstance(fields, tuple) and len(fields) in (3, 4)
+    low, high, multiple, *typical = fields if counted else (None, None, None)
+    whole = all(type(number) is int for number in (low, multiple, *typical)) and type(high) in (int, type(None))
+    if not is_name(name) or not whole:
+        raise InvalidIR("expected `dim NAME = MIN, MAX, MULTIPLE` or `dim NAME = MIN, MAX, MULTIPLE, TYPICAL`")
+    scope.syms[name] = Sym(name, low, high, multiple, *typical)
 
 
 def _parameter(text: str, constant: bool, scope: _Scope) -> Parameter:

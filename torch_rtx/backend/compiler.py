@@ -92,13 +92,14 @@ def compile_fx(
     settings: CompilationSettings,
     writes: Mapping[int, str] | None = None,
     ranges: Mapping[Any, Any] | None = None,
+    typical: Mapping[Any, int] | None = None,
 ) -> Built:
     """Partition, import and lower `gm`, without a look at the engine cache.
 
     Args:
         roles: what each placeholder is.
         writes: see `from_fx`.
-        ranges: see `Symbols`.
+        ranges, typical: see `Symbols`.
 
     Raises:
         PartitionError: a node falls back although `require_full_compilation` is set.
@@ -109,7 +110,7 @@ def compile_fx(
     device = device_of(gm)
     if settings.targets is not None and device.type != "cuda":
         log.warning("targets has no effect: the model is captured for the %s, which runs no kernels", device.type)
-    symbols = Symbols(device, ranges)
+    symbols = Symbols(device, ranges, typical)
     parts = partition(gm, lambda node: unsupported_reason(node, symbols), settings)
     log_fallbacks(parts.fallbacks)
     folder = _folder(settings.dump_dir)

@@ -220,7 +220,7 @@ class Shared:
         self._syms[symbol] = sympy.Symbol(name, **facts)
         # The first letters of PyTorch's name say whether the shape or the data of a tensor decides the number.
         kind = re.match(r"[a-z_]*", str(symbol))
-        self.ranges.append(f"{name}: {kind and kind[0]} {sym.min} {sym.max} {sym.multiple}")
+        self.ranges.append(f"{name}: {kind and kind[0]} {sym.min} {sym.max} {sym.multiple} {sym.typical}")
 
     def constant(self, tensor: torch.Tensor) -> int:
         """The number of a constant; its type and bytes are a line of their part."""

@@ -53,6 +53,7 @@ def obtain(
     settings: CompilationSettings,
     writes: Mapping[int, str] | None = None,
     ranges: Mapping[Any, Any] | None = None,
+    typical: Mapping[Any, int] | None = None,
 ) -> Program:
     """The program of `gm`: from the engine cache if it has one, else built, and kept there.
 
@@ -62,14 +63,14 @@ def obtain(
     """
     check_settings(settings)
     if not caching(settings):
-        return _build(gm, roles, settings, writes, ranges).program
+        return _build(gm, roles, settings, writes, ranges, typical).program
     start = time.perf_counter()
     device = device_of(gm)
     try:
-        found = graph_key(gm, roles, settings, Symbols(device, ranges), writes)
+        found = graph_key(gm, roles, settings, Symbols(device, ranges, typical), writes)
     except Uncacheable as error:
         log.info("not cached, since it has no name outside of this process: %s", error.message)
-        return _build(gm, roles, settings, writes, ranges).program
+        return _build(gm, roles, settings, writes, ranges, typical).program
     cache = engine_cache(settings)
     inputs = [r.name for n, r in zip(found.nodes, roles, strict=False) if r.kind == "input" and not is_fixed(n)]
     site = Site(gm, found.nodes, roles, inputs, device)
@@ -81,7 +82,7 @@ def obtain(
             return program
         if settings.reuse_cached_engines and log.isEnabledFor(logging.INFO):
             log.info("miss: %s; %s", found.key.digest[:12], cache.explain(found.key))
-        built = _build(gm, roles, settings, writes, ranges)
+        built = _build(gm, roles, settings, writes, ranges, typical)
         if settings.cache_built_engines:
             try:
                 cache.put(found.key, to_bytes(built, site))
@@ -97,8 +98,9 @@ def _build(
     settings: CompilationSettings,
     writes: Mapping[int, str] | None,
     ranges: Mapping[Any, Any] | None,
+    typical: Mapping[Any, int] | None,
 ) -> Built:
-    built = compile_fx(gm, roles, settings, writes, ranges)
+    built = compile_fx(gm, roles, settings, writes, ranges, typical)
     built.program.kernels = kernels_of(built.program, settings)
     return built
 

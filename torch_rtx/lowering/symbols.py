@@ -37,10 +37,16 @@ class Symbols:
         main: the device that MAIN stands for.
         ranges: the ranges that torch.export promises, by sympy symbol. What the symbols' own environment holds is
             narrower: tracing takes every size to be at least 2, which holds for 0 and 1 as well where export says so.
+        typical: the typical values of symbols, as far as they are known.
     """
 
-    def __init__(self, main: torch.device, ranges: Mapping[sympy.Symbol, Any] | None = None) -> None:
-        self.main, self._ranges = main, ranges or {}
+    def __init__(
+        self,
+        main: torch.device,
+        ranges: Mapping[sympy.Symbol, Any] | None = None,
+        typical: Mapping[sympy.Symbol, int] | None = None,
+    ) -> None:
+        self.main, self._ranges, self._typical = main, ranges or {}, typical or {}
         self._dims: dict[sympy.Expr, Dim] = {}
         self._opaque: dict[sympy.Expr, Sym] = {}
 
@@ -73,7 +79,7 @@ class Symbols:
 
     def sym(self, symbol: sympy.Symbol, known: Mapping[sympy.Symbol, Any]) -> Sym:
         """A symbol with its range: the promised one, else that of its environment (`known`)."""
-        return _sym(symbol, self._ranges.get(symbol) or known.get(symbol))
+        return _sym(symbol, self._ranges.get(symbol) or known.get(symbol), self._typical.get(symbol))
 
     def device(self, device: torch.device) -> str:
         """The IR's name of a device: MAIN, "cpu", or such as "cuda1" for another accelerator."""
@@ -137,12 +143,12 @@ def _scaled(expr: sympy.Expr, leaf: Callable[[sympy.Expr], Dim]) -> Dim:
     return dim_expr("//", dim_expr("*", above, convert(sizes[0], leaf)), below)
 
 
-def _sym(symbol: sympy.Symbol, bounds: Any) -> Sym:
+def _sym(symbol: sympy.Symbol, bounds: Any, typical: int | None) -> Sym:
     if bounds is None:
         return Sym(str(symbol))
     low = 0 if bounds.lower in (-int_oo, -sympy.oo) else int(bounds.lower)
     high = UNBOUNDED if bounds.upper in (int_oo, sympy.oo) else int(bounds.upper)
-    return Sym(str(symbol), max(low, 0), high if high < UNBOUNDED else None)
+    return Sym(str(symbol), max(low, 0), high if high < UNBOUNDED else None, typical=typical)
 
 
 def unbacked(value: Any) -> set[sympy.Symbol]:

@@ -9,24 +9,24 @@ proportions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 from torch_rtx import aten
 from torch_rtx.ir import (
-    DIM_OPS,
     MAIN,
     Dim,
     Graph,
     Node,
-    Sym,
     TensorType,
     Value,
     attr_values,
     contiguous,
     dim_expr,
     dim_syms,
+    evaluate,
+    typical_size,
 )
 
 PIECE = 256  # bytes: places in the arena are multiples of it, as those of PyTorch's allocator are
@@ -86,7 +86,7 @@ class Plan:
         self.symbols = tuple(dict.fromkeys(sym.name for buffer in alive for sym in dim_syms(buffer.size)))
         inside = [buffer for buffer in alive if buffer.name not in kept]
         self._others = [buffer for buffer in alive if buffer.name in kept]
-        sizes = {buffer.name: typical(buffer.size) for buffer in inside}
+        sizes = {buffer.name: typical_size(buffer.size, TYPICAL) for buffer in inside}
         together = neighbours(inside)
         places = best_packing(inside, sizes, together)
         self.buffers = sorted(inside, key=lambda buffer: (places[buffer.name], buffer.first))
@@ -108,10 +108,10 @@ class Plan:
             ends.append(offsets[-1] + size)
         return max(ends, default=0), *offsets
 
-    def _sizes(self, dims: Sequence[int], buffers: Iterable[Buffer]) -> list[int]:
+    def _sizes(self, dims: Sequence[int], buffers: Sequence[Buffer]) -> list[int]:
         known = dict(zip(self.symbols, dims, strict=True))
-        value = lru_cache(maxsize=None)(lambda dim: numeric(dim, lambda sym: known[sym.name]))
-        return [value(buffer.size) for buffer in buffers]
+        numbers = {size: evaluate(size, known) or 0 for size in {buffer.size for buffer in buffers}}
+        return [numbers[buffer.size] for buffer in buffers]
 
     def memory(self, sizes: Mapping[str, int]) -> Memory:
         """What a call takes.
@@ -190,20 +190,6 @@ def size_of(type_: TensorType) -> Dim:
         count = dim_expr("max", 0, dim_expr("+", 1, *steps))
     nbytes = dim_expr("*", count, aten.DTYPES[type_.dtype].itemsize)
     return dim_expr("*", dim_expr("//", dim_expr("+", nbytes, PIECE - 1), PIECE), PIECE)
-
-
-def numeric(dim: Dim, value: Callable[[Sym], int]) -> int:
-    """The number that `dim` is when a symbol is what `value` says."""
-    if isinstance(dim, int):
-        return dim
-    if isinstance(dim, Sym):
-        return value(dim)
-    return int(DIM_OPS[dim.op]([numeric(arg, value) for arg in dim.args]))
-
-
-def typical(dim: Dim) -> int:
-    """A number that `dim` may well be."""
-    return numeric(dim, lambda sym: max(sym.min, min(TYPICAL, TYPICAL if sym.max is None else sym.max)))
 
 
 # ---- packing ---------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from math import ceil, prod
 
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import DIM_OPS, Dim, Sym, TensorType
+from torch_rtx.ir import Dim, TensorType, typical_size
 from torch_rtx.lowering.kernels.index import from_dim, linear, variable
 from torch_rtx.lowering.kernels.place import place
 from torch_rtx.lowering.kernels.product import MOST_ROWS, GemmConfig, Product, Steps, dot_dtype, in_memory
@@ -25,7 +25,7 @@ from torch_rtx.lowering.kernels.region import Region, tensor_type
 from torch_rtx.lowering.kernels.tensor import ZERO, Load, Map, Move, Tensor, everything
 from torch_rtx.targets import SHARED
 
-TYPICAL = 1024  # what a symbolic size is taken for, within its range
+TYPICAL = 1024  # what a symbolic size without a typical one is taken for, within its range
 LAUNCH = 1.5  # until the first program has its first operands, and after the last one
 LATENCY = 0.8  # of memory under load
 BARRIER = 0.03  # of a step
@@ -161,11 +161,7 @@ def _plain(outputs: tuple[Tensor, ...]) -> bool:
 
 def typical(dim: Dim) -> int:
     """A number for a dim."""
-    if isinstance(dim, int):
-        return dim
-    if isinstance(dim, Sym):
-        return max(dim.min, TYPICAL if dim.max is None else min(dim.max, TYPICAL))
-    return DIM_OPS[dim.op]([typical(arg) for arg in dim.args])
+    return typical_size(dim, TYPICAL)
 
 
 def configurations(region: Region, of: Product, target: int, input_precision: str) -> list[GemmConfig]:

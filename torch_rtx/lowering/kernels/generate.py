@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from torch_rtx.ir import DIM_OPS, Dim, Graph, Node, Sym, TensorType, Value
+from torch_rtx.ir import Dim, Graph, Node, TensorType, Value, typical_size
 from torch_rtx.lowering.kernels.attention import attention_configs, attention_kernel
 from torch_rtx.lowering.kernels.conv import conv_configs, conv_kernel
 from torch_rtx.lowering.kernels.gemm import gemm_configs, gemm_kernel
@@ -26,7 +26,7 @@ FAMILIES: Mapping[str, Family] = {
 
 HOPPER = 90
 LARGE = {"gemm": 2e9, "conv": 2e9, "attention": 8e9}  # floating-point operations
-TYPICAL = 16  # a size that is known only at run time
+TYPICAL = 16  # a size that is known only at run time, and has no typical value
 
 
 def generate(body: Graph, name: str, sm: int, which: int) -> Kernel | None:
@@ -88,12 +88,4 @@ def flops(anchor: Node) -> float:
 
 def elements(shape: tuple[Dim, ...]) -> int:
     """The number of elements of a shape."""
-    return math.prod(_typical(dim) for dim in shape)
-
-
-def _typical(dim: Dim) -> int:
-    if isinstance(dim, int):
-        return dim
-    if isinstance(dim, Sym):
-        return max(dim.min, min(TYPICAL, dim.max or TYPICAL))
-    return DIM_OPS[dim.op]([_typical(arg) for arg in dim.args])
+    return math.prod(typical_size(dim, TYPICAL) for dim in shape)
