@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         Unsupported,
     )
     from torch_rtx.runtime.module import CompiledModule, load, refit_module_weights, save
+    from torch_rtx.runtime.profiling import Profile, profile
     from torch_rtx.settings import CompilationSettings, RuntimeSettings
 
 _HOMES = {
@@ -58,6 +59,7 @@ _HOMES = {
         "Unsupported",
     ),
     "torch_rtx.runtime.module": ("CompiledModule", "load", "refit_module_weights", "save"),
+    "torch_rtx.runtime.profiling": ("Profile", "profile"),
     "torch_rtx.settings": ("CompilationSettings", "RuntimeSettings"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -76,6 +78,7 @@ __all__ = [
     "KernelError",
     "LoweringError",
     "PartitionError",
+    "Profile",
     "RefitError",
     "RtxError",
     "RuntimeSettings",
@@ -85,6 +88,7 @@ __all__ = [
     "explain",
     "inspect",
     "load",
+    "profile",
     "refit_module_weights",
     "save",
 ]

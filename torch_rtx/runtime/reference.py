@@ -110,6 +110,7 @@ def compile_graph(
     trusted_ops: frozenset[str] = frozenset(),
     name: str = "graph",
     kernels: Mapping[str, Launcher] | None = None,
+    probe: Callable[[], None] | None = None,
 ) -> Code:
     """A function `(inputs, weights) -> outputs` that does what `graph` says.
 
@@ -118,12 +119,13 @@ def compile_graph(
         callables: what the `python` fallback nodes call, by index.
         trusted_ops: operators outside the allow-list that fallback nodes may name.
         kernels: see `runtime.launch`; their device must be the current one when the function is called.
+        probe: what the function calls before the first node and after each; for measuring.
 
     Raises:
         InvalidIR: an op that does not exist here, or a dim that no input determines.
     """
     kernels = kernels or {}
-    writer = _Writer(inline_kernels(graph, kernels), device, callables, trusted_ops, kernels)
+    writer = _Writer(inline_kernels(graph, kernels), device, callables, trusted_ops, kernels, probe)
     source = writer.write()
     file = f"<torch_rtx {name} {id(writer.names):x}>"  # these live as long as the function
     linecache.cache[file] = (len(source), None, source.splitlines(True), file)  # tracebacks show the generated line
@@ -140,6 +142,7 @@ class _Writer:
     callables: Sequence[Callable[..., Any]]
     trusted_ops: frozenset[str]
     kernels: Mapping[str, Launcher]
+    probe: Callable[[], None] | None = None
     lines: list[str] = field(default_factory=list)
     bound: set[str] = field(default_factory=set)  # names of the dims that have a value by now
     names: dict[str, Any] = field(default_factory=dict)  # the globals of the generated function
@@ -157,11 +160,14 @@ class _Writer:
         self.plan = Plan(graph, self.trusted_ops, frozenset(self.bound))
         self.offsets = self.arena()
         last = self.last_uses()
+        probe = [] if self.probe is None else [f"{self.name_of('probe', self.probe)}()"]
+        self.lines += probe
         for index, node in enumerate(graph.nodes):
             self.node(node)
             drops = [name for name in last[index] if name not in self.offsets]
             if drops:
                 self.lines.append(f"del {', '.join(drops)}")
+            self.lines += probe
         shared = self.shared()
         for value in dict.fromkeys(attr_values(graph.outputs)):
             if value.name in shared:  # one copy per value: what is returned twice stays the same object twice

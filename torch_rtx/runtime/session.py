@@ -7,8 +7,9 @@ up to date, and run the reference tier, on CUDA as one CUDA graph per input shap
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from typing import Any
 
@@ -26,6 +27,8 @@ from torch_rtx.settings import RuntimeSettings
 
 log = logging.getLogger(__name__)
 MAX_CHECKED = 1024  # combinations of input types that are remembered as checked
+# What is told of each call of a session; empty but inside of `watched_calls`.
+_WATCHERS: list[Callable[[Session, Sequence[Any]], None]] = []
 
 
 class Session:
@@ -52,6 +55,7 @@ class Session:
     ) -> None:
         self.graph, self.store, self.device = graph, store, store.device
         self.kernels = kernels or {}
+        self._callables, self._trusted_ops = callables, trusted_ops
         self._code = compile_graph(graph, store.device, callables, trusted_ops, kernels=self.kernels)
         self._checked: set[object] = set()
         self._last: object = None  # a key that needs no check; comparing is cheaper than hashing
@@ -90,6 +94,14 @@ class Session:
             other.pool = GraphPool(self.graph, self.run, self.device, self.pool.size)
         return other
 
+    def probed(self, probe: Callable[[], None]) -> Session:
+        """A session of the same weights for measuring: its plain code calls `probe`, see `compile_graph`."""
+        other = copy(self)
+        given = self._callables, self._trusted_ops
+        other._code = compile_graph(self.graph, self.device, *given, name="probed", kernels=self.kernels, probe=probe)
+        other.pool = None
+        return other
+
     def run(self, inputs: Sequence[Any], weights: Sequence[torch.Tensor]) -> list[Any]:
         """The plain code. It has no gradients, and its casts were resolved at capture."""
         kind = self.device.type
@@ -120,9 +132,28 @@ class Session:
             if len(self._checked) < MAX_CHECKED:
                 self._checked.add(key)
         self._last = key
+        for watcher in _WATCHERS:
+            watcher(self, inputs)
         if self.pool is None:
             return self.run(inputs, self.store.values)
         return self.pool(key, inputs, self.store)
+
+
+@contextmanager
+def watched_calls() -> Iterator[list[tuple[Session, list[Any]]]]:
+    """Notes the calls that this thread makes of any session, each with its inputs, in the list that it gives."""
+    calls: list[tuple[Session, list[Any]]] = []
+    thread = threading.get_ident()
+
+    def watcher(session: Session, inputs: Sequence[Any]) -> None:
+        if threading.get_ident() == thread:
+            calls.append((session, list(inputs)))
+
+    _WATCHERS.append(watcher)
+    try:
+        yield calls
+    finally:
+        _WATCHERS.remove(watcher)
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:

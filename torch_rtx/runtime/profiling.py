@@ -1,0 +1,341 @@
+"""`profile`: where the time of a call goes, node by node, in the names of the user's modules.
+
+The sessions that a call runs in are found by watching one. Each is then measured apart: a variant of its code marks the
+time after every node, and several runs give a median per node. The whole call is measured without marks, so that a
+profile also says what its parts do not explain: launches, copies at the border, the signature, Python around sessions.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from torch_rtx.errors import RtxError, SettingsError
+from torch_rtx.ir import Loc, Node
+from torch_rtx.runtime.clocks import Clock, clock_of, overhead
+from torch_rtx.runtime.costs import Cost, bind_sizes, cost, is_view, operator, steps
+from torch_rtx.runtime.inline import inline_kernels
+from torch_rtx.runtime.profile_page import page
+from torch_rtx.runtime.session import Session, watched_calls
+
+SHOWN = 30  # rows of a printed profile
+WIDTH = 44  # characters of the operations in it
+
+
+@dataclass(frozen=True)
+class Row:
+    """One node of a graph that ran.
+
+    Attributes:
+        name: its first result, as the graph's text calls it.
+        kind: "kernel", "extern", "view" or "fallback".
+        tier: how it ran: "kernel for sm_90", "library call" or "fallback".
+        operations: the calls that it stands for: those inside of a kernel, by their short names.
+        locs: where these come from in the model, each once; that of the node itself first.
+        times: microseconds of each run, in order.
+        share: of the sum of all rows' medians, 0 to 1.
+        cost: bytes and FLOPs, see `costs.Cost`; None where a size depends on data.
+        inputs: positions of the rows whose results it reads.
+    """
+
+    name: str
+    kind: str
+    op: str
+    tier: str
+    operations: tuple[str, ...]
+    locs: tuple[Loc, ...]
+    times: tuple[float, ...]
+    share: float
+    cost: Cost | None
+    inputs: tuple[int, ...]
+
+    @property
+    def module(self) -> str:
+        """The path of the module that the node comes from; empty for the model itself."""
+        return self.locs[0].module if self.locs else ""
+
+    @property
+    def where(self) -> str:
+        """Module path, file and line."""
+        return str(self.locs[0]) if self.locs else ""
+
+    @property
+    def us(self) -> float:
+        """The median, in microseconds."""
+        return median(self.times)
+
+    @property
+    def p95(self) -> float:
+        """The 95th percentile, in microseconds."""
+        return sorted(self.times)[math.ceil(0.95 * len(self.times)) - 1]
+
+    @property
+    def gbps(self) -> float | None:
+        """Bytes read and written over the median, in GB/s; None for views and where it is not known."""
+        total = 0 if self.cost is None else self.cost.read + self.cost.written
+        return total / self.us / 1e3 if total and self.us else None
+
+    @property
+    def tflops(self) -> float | None:
+        """FLOPs over the median, in TFLOP/s; None where there are none to count."""
+        return self.cost.flops / self.us / 1e6 if self.cost is not None and self.cost.flops and self.us else None
+
+
+@dataclass(frozen=True)
+class ModuleTime:
+    """The rows of one module and all below it: how many, the sum of their medians in microseconds, and its share."""
+
+    module: str
+    nodes: int
+    us: float
+    share: float
+
+
+@dataclass(frozen=True)
+class ModuleTable:
+    """Times by module, the longest first; `print` it."""
+
+    rows: tuple[ModuleTime, ...]
+
+    def __str__(self) -> str:
+        cells = [(f"{r.us:.1f}", f"{r.share:.1%}", str(r.nodes), r.module or "(the model itself)") for r in self.rows]
+        return "\n".join(_columns(("us", "share", "nodes", "module"), cells, left=1))
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Where the time of a call goes; `print` it.
+
+    Attributes:
+        rows: the nodes in the order in which they run, those of all graphs of a call one after another.
+        device: the name of the device.
+        call_us: one call as it was made, median in microseconds; on a GPU from the end of one call to the end of the
+            next, with no waiting for results in between.
+        plain_us: the code of its graphs alone, call by call, measured in the same way.
+        cuda_graph: whether (all of) the call runs as CUDA graphs.
+    """
+
+    rows: tuple[Row, ...]
+    device: str
+    call_us: float
+    plain_us: float
+    cuda_graph: bool
+
+    @property
+    def us(self) -> float:
+        """The sum of all rows' medians, in microseconds."""
+        return sum(row.us for row in self.rows)
+
+    def by_module(self, depth: int = 2) -> ModuleTable:
+        """The times by module, counted to the module `depth` names below the model."""
+        found: dict[str, list[Row]] = {}
+        for row in self.rows:
+            found.setdefault(".".join(row.module.split(".")[:depth]), []).append(row)
+        times = [
+            ModuleTime(name, len(rows), sum(row.us for row in rows), sum(row.share for row in rows))
+            for name, rows in found.items()
+        ]
+        return ModuleTable(tuple(sorted(times, key=lambda time: -time.us)))
+
+    def table(self, limit: int | None = SHOWN) -> str:
+        """The rows as text, the longest first, `limit` of them, and the totals."""
+        rows = sorted(self.rows, key=lambda row: -row.us)
+        shown = rows[:limit]
+        head = ("us", "p95", "share", "GB/s", "TFLOP/s", "operations", "runs as", "where")
+        lines = _columns(head, [_cells(row) for row in shown], left=3)
+        if len(rows) > len(shown):
+            rest = sum(row.us for row in rows[len(shown) :])
+            lines.append(f"and {len(rows) - len(shown)} more, {rest:.1f} us together")
+        return "\n".join([*lines, "", *self.totals()])
+
+    def totals(self) -> Iterator[str]:
+        """What the table ends with: the sum of the rows beside the times of whole calls."""
+        runs = len(self.rows[0].times) if self.rows else 0
+        yield f"{len(self.rows)} nodes on {self.device}, medians of {runs} runs: {self.us:.1f} us"
+        yield f"their code, call by call: {self.plain_us:.1f} us, {self.plain_us - self.us:+.1f} us beside the nodes"
+        how = ", as CUDA graphs" if self.cuda_graph else ""
+        yield f"the whole call{how}: {self.call_us:.1f} us, {self.call_us - self.us:+.1f} us beside the nodes"
+
+    def __str__(self) -> str:
+        return self.table()
+
+    @cached_property
+    def run(self) -> int:
+        """Which of the runs is shown as one: the one whose sum is the median of all."""
+        sums = [sum(times) for times in zip(*(row.times for row in self.rows), strict=True)]
+        return sorted(range(len(sums)), key=lambda run: sums[run])[(len(sums) - 1) // 2] if sums else 0
+
+    def trace(self, path: str | os.PathLike[str]) -> None:
+        """Write one run as a trace for Perfetto (ui.perfetto.dev) or chrome://tracing: nodes inside of their modules,
+        one after another."""
+        Path(path).write_text(json.dumps({"traceEvents": list(self._events()), "displayTimeUnit": "ns"}, indent=0))
+
+    def _events(self) -> Iterator[dict[str, Any]]:
+        process = {"ph": "M", "pid": 1, "tid": 1}
+        yield {**process, "name": "process_name", "args": {"name": "torch_rtx"}}
+        yield {**process, "name": "thread_name", "args": {"name": self.device}}
+        marks = [0]  # nanoseconds as integers: what is nested must not stick out by a rounding error
+        for row in self.rows:
+            marks.append(marks[-1] + round(1000 * row.times[self.run]))
+        for name, start, end, above in _nested([row.module.split(".") for row in self.rows]):
+            yield _event(name, "module", marks[start], marks[end], {"module": ".".join((*above, name))})
+        for index, row in enumerate(self.rows):
+            about = {"node": row.name, "tier": row.tier, "where": row.where, "operations": ", ".join(row.operations)}
+            yield _event(_title(row), row.kind, marks[index], marks[index + 1], about)
+
+    def html(self, path: str | os.PathLike[str]) -> None:
+        """Write a page that draws the graph coloured by time, with a table: one file, for any browser, that loads
+        nothing."""
+        Path(path).write_text(page(self), encoding="utf-8")
+
+
+def profile(model: Callable[..., Any], *args: Any, repeats: int = 20, warmup: int = 3, **kwargs: Any) -> Profile:
+    """Measure one call, node by node.
+
+    The call is made `2 * (warmup + repeats)` times or so, in parts and as a whole: what it changes (caches, running
+    statistics) changes each time. A GPU should have nothing else to do meanwhile.
+
+    Args:
+        model: a `CompiledModule`, what `torch.compile(backend="rtx")` returned, a `Session`, or any function that calls
+            such; args and kwargs are those of the call.
+        repeats: runs that are measured; their medians count.
+        warmup: runs before, at least 2 where CUDA graphs are used: the second call captures, the third replays.
+
+    Raises:
+        RtxError: no engine ran in the call.
+        SettingsError: no runs are asked for.
+        InputError, ...: what the call itself raises.
+    """
+    if repeats < 1 or warmup < 0:
+        raise SettingsError(f"repeats must be at least 1 and warmup at least 0, not {repeats} and {warmup}")
+    with watched_calls() as calls:
+        model(*args, **kwargs)
+    if not calls:
+        hint = 'pass what torch_rtx.compile, torch_rtx.load or torch.compile(backend="rtx") returned; explain() says why'
+        raise RtxError(f"no engine ran in this call of a {type(model).__name__}: there is nothing to profile", hint=hint)
+    device = calls[0][0].device
+    whole = clock_of(device, queued=False)
+    call_us = _per_call(whole, lambda: model(*args, **kwargs), repeats, warmup)
+    plain_us = sum(
+        _per_call(whole, lambda s=s, x=x: s.run(x, s.store.values), repeats, warmup)  # type: ignore[misc]
+        for s, x in calls
+    )
+    found = [_measure(session, inputs, repeats, warmup) for session, inputs in calls]
+    total = sum(median(times) for _, measured in found for times in measured)
+    rows: list[Row] = []
+    for (nodes, measured), (session, inputs) in zip(found, calls, strict=True):
+        rows += _rows(session, inputs, nodes, measured, total, len(rows))
+    pools = [session.pool for session, _ in calls]
+    captured = all(pool is not None and pool.disabled is None for pool in pools)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
+    return Profile(tuple(rows), name, call_us, plain_us, captured)
+
+
+def _per_call(clock: Clock, call: Callable[[], Any], repeats: int, warmup: int) -> float:
+    """The median of the time from the end of one call to the end of the next, in microseconds."""
+    for _ in range(warmup):
+        call()
+    clock()
+    for _ in range(repeats):
+        call()
+        clock()
+    return median(clock.read())
+
+
+def _measure(
+    session: Session, inputs: Sequence[Any], repeats: int, warmup: int
+) -> tuple[tuple[Node, ...], list[tuple[float, ...]]]:
+    """The nodes that run, and per node the microseconds of each run, less what the marks themselves take."""
+    nodes = inline_kernels(session.graph, session.kernels).nodes
+    clock = clock_of(session.device, queued=True)
+    idle = overhead(clock)
+    probed = session.probed(clock)
+    runs = []
+    for _ in range(warmup + repeats):
+        probed.run(inputs, session.store.values)
+        runs.append([max(0.0, us - idle) for us in clock.read()])
+    measured = list(zip(*runs[warmup:], strict=True))
+    return nodes, measured
+
+
+def _rows(
+    session: Session,
+    inputs: Sequence[Any],
+    nodes: Sequence[Node],
+    measured: Sequence[tuple[float, ...]],
+    total: float,
+    first: int,
+) -> Iterator[Row]:
+    """The rows of one session; `first` is the position of its first."""
+    sizes = bind_sizes(session.graph, inputs)
+    makers: dict[str, int] = {}
+    for index, (node, times) in enumerate(zip(nodes, measured, strict=True), first):
+        launcher = session.kernels.get(node.op) if node.kind == "kernel" else None
+        tier = "fallback" if node.kind == "fallback" else "library call"
+        inside = list(steps(node))
+        locs = dict.fromkeys(loc for loc in (node.loc, *(step.loc for step in inside)) if loc is not None)
+        named = [value.name for value in node.outputs if value is not None]
+        yield Row(
+            named[0] if named else node.op,
+            "view" if is_view(node) else "extern" if node.kind == "op" else node.kind,
+            node.op,
+            tier if launcher is None else f"kernel for {launcher.target}",
+            tuple(operator(step.op) for step in inside),
+            tuple(locs),
+            times,
+            median(times) / total if total else 0.0,
+            cost(node, sizes),
+            tuple(dict.fromkeys(makers[value.name] for value in node.inputs if value.name in makers)),
+        )
+        makers |= dict.fromkeys(named, index)
+
+
+def _nested(paths: Sequence[Sequence[str]], above: tuple[str, ...] = (), first: int = 0) -> Iterator[Any]:
+    """`(name, start, end, names above)` of each run of neighbouring rows in one module, outer modules first."""
+    depth, start = len(above), 0
+    while start < len(paths):
+        name = paths[start][depth] if len(paths[start]) > depth else ""
+        end = start + 1
+        while end < len(paths) and (paths[end][depth] if len(paths[end]) > depth else "") == name:
+            end += 1
+        if name:
+            yield name, first + start, first + end, above
+            yield from _nested(paths[start:end], (*above, name), first + start)
+        start = end
+
+
+def _event(name: str, category: str, start: int, end: int, about: dict[str, str]) -> dict[str, Any]:
+    spent = {"ts": start / 1000, "dur": (end - start) / 1000}
+    return {"name": name, "cat": category, "ph": "X", **spent, "pid": 1, "tid": 1, "args": about}
+
+
+def _title(row: Row) -> str:
+    """What the row computes, in few words."""
+    return row.op if row.kind == "kernel" else operator(row.op)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    gbps, tflops = ("" if x is None else f"{x:.4g}" for x in (row.gbps, row.tflops))
+    operations = " + ".join(row.operations)
+    if len(operations) > WIDTH:
+        operations = operations[: WIDTH - 3] + "..."
+    return f"{row.us:.1f}", f"{row.p95:.1f}", f"{row.share:.1%}", gbps, tflops, operations, row.tier, row.where
+
+
+def _columns(head: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> list[str]:
+    """Lines of aligned cells; the last `left` columns are flush left."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    sides = [">"] * (len(head) - left) + ["<"] * left
+    return [
+        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)).rstrip()
+        for row in (head, *rows)
+    ]
