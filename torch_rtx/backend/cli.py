@@ -1,4 +1,4 @@
-"""The command line: `torch-rtx inspect model.rtx`, `torch-rtx cache ls`."""
+"""The command line: `torch-rtx inspect model.rtx`, `torch-rtx profile model.rtx`, `torch-rtx cache ls`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Annotated
 import typer
 
 from torch_rtx import engine
-from torch_rtx.backend import cache_cli
+from torch_rtx.backend import cache_cli, profile_cli
 from torch_rtx.errors import RtxError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Tools for torch_rtx engines.")
 app.add_typer(cache_cli.app, name="cache")
+app.command()(profile_cli.profile)
 File = Annotated[Path, typer.Argument(help="An engine (.rtx).")]
 
 

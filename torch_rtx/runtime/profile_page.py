@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 HEIGHT = 24  # of a row, in pixels; all lengths are
 LANE, LANES = 14, 280  # width of a lane, and most of all lanes together
-TIME, BAR, LABEL = 64, 120, 560  # widths of the columns beside the graph
+TIME, BAR, LABEL = 64, 120, 640  # widths of the columns beside the graph
+OPERATIONS = 48  # characters of a row's operations in the drawing
 
 
 def page(profile: Profile) -> str:
@@ -32,7 +33,8 @@ def page(profile: Profile) -> str:
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy"
+  content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
 <title>torch_rtx profile</title>
 <style>{STYLE}</style>
 </head>
@@ -41,7 +43,7 @@ def page(profile: Profile) -> str:
 <main>
 <section id="graph" aria-label="The graph in the order in which it runs">{_drawing(rows, longest)}</section>
 <section id="side">
-<dl id="details"><dt>Select a node</dt><dd>in the graph or in the table to see what it does and where it comes from.</dd></dl>
+<dl id="details"><dt>Select a node</dt><dd>to see what it does and where it comes from.</dd></dl>
 <input id="filter" type="search" placeholder="Filter by operation or module" aria-label="Filter">
 <table>
 <thead><tr><th>us</th><th>share</th><th>operations</th><th>where</th></tr></thead>
@@ -103,7 +105,7 @@ def _node(index: int, row: Row, point: tuple[float, float], left: float, longest
     x, y = point
     text = y + 4
     heat = 100 * math.sqrt(row.us / longest)  # the root: what takes a hundredth of the longest still has a colour
-    label = f"{escape(_operations(row))} <tspan>{escape(row.module)}</tspan>"
+    label = f"{escape(brief(row.what, OPERATIONS))} <tspan>{escape(row.module)}</tspan>"
     return (
         f'<g class="node {row.kind}" data-i="{index}" style="--heat:{heat:.0f}%">'
         f"<title>{escape(_tooltip(row))}</title>"
@@ -120,16 +122,22 @@ def _line(index: int, row: Row, longest: float) -> str:
     cells = f"<td>{row.us:.1f}</td><td>{row.share:.1%}</td>"
     return (
         f'<tr data-i="{index}" style="--heat:{heat:.0f}%">{cells}'
-        f"<td>{escape(_operations(row))}</td><td>{escape(row.where)}</td></tr>\n"
+        f"<td>{escape(row.what)}</td><td>{escape(row.where)}</td></tr>\n"
     )
 
 
-def _operations(row: Row) -> str:
-    return " + ".join(row.operations)
+def brief(text: str, width: int) -> str:
+    """`text`, or as much of its beginning as fits."""
+    return text if len(text) <= width else f"{text[: width - 3]}..."
+
+
+def digits(number: float) -> str:
+    """Three digits or more, none of them in an exponent where the number is large."""
+    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _tooltip(row: Row) -> str:
-    return f"{_operations(row)}\n{row.us:.1f} us, {row.share:.1%}, {row.tier}\n{row.where}"
+    return f"{row.what}\n{row.us:.1f} us, {row.share:.1%}, {row.tier}\n{row.where}"
 
 
 def _details(row: Row) -> list[tuple[str, str]]:
@@ -138,17 +146,19 @@ def _details(row: Row) -> list[tuple[str, str]]:
         ("node", f"{row.name} = {row.kind} {row.op}"),
         ("time", f"{row.us:.2f} us, 95th percentile {row.p95:.2f} us, {row.share:.2%} of all nodes"),
         ("runs as", row.tier),
-        ("operations", _operations(row)),
+        ("operations", row.what),
         ("where", "\n".join(map(str, row.locs))),
     ]
     if row.cost is not None:
-        shown.append(("memory", f"{row.cost.read:,} bytes read, {row.cost.written:,} written" + _rate(row.gbps, "GB/s")))
+        shown.append(
+            ("memory", f"{row.cost.read:,} bytes read, {row.cost.written:,} written" + _rate(row.gbps, "GB/s"))
+        )
         shown.append(("products", f"{row.cost.flops:,} FLOPs" + _rate(row.tflops, "TFLOP/s")))
     return [(title, text) for title, text in shown if text]
 
 
 def _rate(rate: float | None, unit: str) -> str:
-    return "" if rate is None else f": {rate:.4g} {unit}"
+    return "" if rate is None else f": {digits(rate)} {unit}"
 
 
 STYLE = """

@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,7 +24,7 @@ from torch_rtx.ir import Loc, Node
 from torch_rtx.runtime.clocks import Clock, clock_of, overhead
 from torch_rtx.runtime.costs import Cost, bind_sizes, cost, is_view, operator, steps
 from torch_rtx.runtime.inline import inline_kernels
-from torch_rtx.runtime.profile_page import page
+from torch_rtx.runtime.profile_page import brief, digits, page
 from torch_rtx.runtime.session import Session, watched_calls
 
 SHOWN = 30  # rows of a printed profile
@@ -67,6 +67,11 @@ class Row:
     def where(self) -> str:
         """Module path, file and line."""
         return str(self.locs[0]) if self.locs else ""
+
+    @property
+    def what(self) -> str:
+        """The operations as one text."""
+        return " + ".join(self.operations)
 
     @property
     def us(self) -> float:
@@ -189,7 +194,7 @@ class Profile:
         for name, start, end, above in _nested([row.module.split(".") for row in self.rows]):
             yield _event(name, "module", marks[start], marks[end], {"module": ".".join((*above, name))})
         for index, row in enumerate(self.rows):
-            about = {"node": row.name, "tier": row.tier, "where": row.where, "operations": ", ".join(row.operations)}
+            about = {"node": row.name, "tier": row.tier, "where": row.where, "operations": row.what}
             yield _event(_title(row), row.kind, marks[index], marks[index + 1], about)
 
     def html(self, path: str | os.PathLike[str]) -> None:
@@ -201,12 +206,12 @@ class Profile:
 def profile(model: Callable[..., Any], *args: Any, repeats: int = 20, warmup: int = 3, **kwargs: Any) -> Profile:
     """Measure one call, node by node.
 
-    The call is made `2 * (warmup + repeats)` times or so, in parts and as a whole: what it changes (caches, running
-    statistics) changes each time. A GPU should have nothing else to do meanwhile.
+    The call is made some `3 * (warmup + repeats)` times, as a whole and in parts: what it changes (caches, running
+    statistics) changes each time. Nothing else should keep the device busy meanwhile.
 
     Args:
         model: a `CompiledModule`, what `torch.compile(backend="rtx")` returned, a `Session`, or any function that calls
-            such; args and kwargs are those of the call.
+            such; args and kwargs are those of one call.
         repeats: runs that are measured; their medians count.
         warmup: runs before, at least 2 where CUDA graphs are used: the second call captures, the third replays.
 
@@ -220,15 +225,13 @@ def profile(model: Callable[..., Any], *args: Any, repeats: int = 20, warmup: in
     with watched_calls() as calls:
         model(*args, **kwargs)
     if not calls:
-        hint = 'pass what torch_rtx.compile, torch_rtx.load or torch.compile(backend="rtx") returned; explain() says why'
-        raise RtxError(f"no engine ran in this call of a {type(model).__name__}: there is nothing to profile", hint=hint)
+        hint = 'pass what torch_rtx.compile, load or torch.compile(backend="rtx") returned; see torch_rtx.explain'
+        raise RtxError(f"no engine ran in this call of a {type(model).__name__}", hint=hint)
     device = calls[0][0].device
     whole = clock_of(device, queued=False)
-    call_us = _per_call(whole, lambda: model(*args, **kwargs), repeats, warmup)
-    plain_us = sum(
-        _per_call(whole, lambda s=s, x=x: s.run(x, s.store.values), repeats, warmup)  # type: ignore[misc]
-        for s, x in calls
-    )
+    call_us = _per_call(whole, partial(model, *args, **kwargs), repeats, warmup)
+    codes = [partial(session.run, inputs, session.store.values) for session, inputs in calls]
+    plain_us = sum(_per_call(whole, code, repeats, warmup) for code in codes)
     found = [_measure(session, inputs, repeats, warmup) for session, inputs in calls]
     total = sum(median(times) for _, measured in found for times in measured)
     rows: list[Row] = []
@@ -324,11 +327,9 @@ def _title(row: Row) -> str:
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    gbps, tflops = ("" if x is None else f"{x:.4g}" for x in (row.gbps, row.tflops))
-    operations = " + ".join(row.operations)
-    if len(operations) > WIDTH:
-        operations = operations[: WIDTH - 3] + "..."
-    return f"{row.us:.1f}", f"{row.p95:.1f}", f"{row.share:.1%}", gbps, tflops, operations, row.tier, row.where
+    gbps, tflops = ("" if x is None else digits(x) for x in (row.gbps, row.tflops))
+    times = f"{row.us:.1f}", f"{row.p95:.1f}", f"{row.share:.1%}"
+    return *times, gbps, tflops, brief(row.what, WIDTH), row.tier, row.where
 
 
 def _columns(head: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> list[str]:

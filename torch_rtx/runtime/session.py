@@ -27,7 +27,7 @@ from torch_rtx.settings import RuntimeSettings
 
 log = logging.getLogger(__name__)
 MAX_CHECKED = 1024  # combinations of input types that are remembered as checked
-# What is told of each call of a session; empty but inside of `watched_calls`.
+# What hears of each call of a session; empty but inside of `watched_calls`.
 _WATCHERS: list[Callable[[Session, Sequence[Any]], None]] = []
 
 
@@ -132,8 +132,9 @@ class Session:
             if len(self._checked) < MAX_CHECKED:
                 self._checked.add(key)
         self._last = key
-        for watcher in _WATCHERS:
-            watcher(self, inputs)
+        if _WATCHERS:
+            for watcher in list(_WATCHERS):
+                watcher(self, inputs)
         if self.pool is None:
             return self.run(inputs, self.store.values)
         return self.pool(key, inputs, self.store)
