@@ -371,7 +371,7 @@ def test_profile_by_events(monkeypatch: pytest.MonkeyPatch) -> None:
     original = Session.run
 
     def run(self: Session, *args: Any) -> Any:  # the nodes of this device take the times above
-        given = self._code.__globals__  # type: ignore[attr-defined]
+        given = self._code.run.__globals__  # type: ignore[attr-defined]
         for name, function in list(given.items()):
             if name.startswith("_aten") and not hasattr(function, "timed"):
                 given[name] = timed(function)

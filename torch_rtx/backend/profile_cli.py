@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from torch_rtx.errors import RtxError, SettingsError
-from torch_rtx.ir import Graph, ScalarType, Type, dim_syms, type_dims
+from torch_rtx.ir import Graph, ScalarType, Type, dim_syms, evaluate, type_dims
 
 
 def profile(
@@ -44,9 +44,10 @@ def profile(
 
 
 def _sizes(graph: Graph, given: Iterable[str]) -> dict[str, int]:
-    """The sizes that `given` says, which are all those of the inputs."""
-    sizes = {name: int(number) for name, _, number in (text.partition("=") for text in given) if number.isdecimal()}
+    """All sizes of the inputs that vary: as `given` says, or the typical ones that the engine was built with."""
     varying = {sym.name: sym for value in graph.inputs for dim in type_dims(value.type) for sym in dim_syms(dim)}
+    sizes = {name: sym.typical for name, sym in varying.items() if sym.typical is not None}
+    sizes |= {name: int(number) for name, _, number in (text.partition("=") for text in given) if number.isdecimal()}
     if sizes.keys() != varying.keys():
         wanted = " ".join(f"--size {s.name}={s.min}..{'' if s.max is None else s.max}" for s in varying.values())
         hint = "`torch-rtx inspect --graph` shows what they are sizes of"
@@ -59,15 +60,14 @@ def _made_up(types: Iterable[Type], sizes: Mapping[str, int], device: Any) -> li
     import torch
 
     from torch_rtx import aten
-    from torch_rtx.runtime.session import evaluate
 
     made: list[Any] = []
     for type_ in types:
         if isinstance(type_, ScalarType):
-            number = 0 if type_.dim is None else evaluate(type_.dim, dict(sizes))
+            number = 0 if type_.dim is None else evaluate(type_.dim, sizes)
             made.append({"int": int, "float": float, "bool": bool}[type_.kind](number or 0))
             continue
-        shape = [evaluate(dim, dict(sizes)) or 0 for dim in type_.shape]
+        shape = [evaluate(dim, sizes) or 0 for dim in type_.shape]
         place = aten.to_torch("Device", type_.device, device)
         dtype = aten.DTYPES[type_.dtype]
         drawn = torch.rand(shape, device=place) if dtype.is_floating_point else torch.zeros(shape, device=place)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch_rtx import aten
-from torch_rtx.ir import COPY, Dim, Graph, Node, ScalarType, TensorType, Value
-from torch_rtx.runtime.session import evaluate, invert
+from torch_rtx.ir import COPY, Dim, Graph, Node, ScalarType, TensorType, Value, evaluate
+from torch_rtx.runtime.check import invert
 
 # By operator: the argument whose last dimension a matrix product sums over.
 PRODUCTS = {"mm": "self", "bmm": "self", "mv": "self", "dot": "self", "_int_mm": "self", "_scaled_mm": "self"}
