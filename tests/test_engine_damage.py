@@ -133,6 +133,7 @@ WRONG: dict[str, list[Any]] = {
     **dict.fromkeys(("producer", "digests"), [None, "x", [["a", "b"]], {"a": 1}, {"a": None}]),
     **dict.fromkeys(("inputs", "unused_names"), [None, "x", {"a": "b"}, [1], [["a"]]]),
     "stripped": [None, 0, "false"],
+    "profiles": [None, {}, [[]], [{"s": 1}], [{"s": [1, 2]}], [{"s": [None, 1, 2]}], [{"s": [1, 2.0, 3]}]],
 }
 
 

@@ -22,16 +22,17 @@ ARROWS = {
     "ir": {"errors"},
     "irparse": {"errors", "ir"},
     "aten": {"errors", "ir", "optable"},
-    "manifest": {"errors"},
+    "profiles": {"errors", "ir"},
+    "manifest": {"errors", "profiles"},
     "kerneltable": {"errors", "ir", "irparse", "manifest", "targets"},
     # aten inside `save` alone: it needs torch
-    "engine": {"errors", "ir", "irparse", "optable", "manifest", "kerneltable", "aten"},
+    "engine": {"errors", "ir", "irparse", "optable", "profiles", "manifest", "kerneltable", "aten"},
     "cache": {"errors"},
     "lowering": {"errors", "ir", "aten", "settings", "lowering.kernels"},
     "lowering.kernels": {"errors", "ir", "targets"},  # no torch: workers of a build start fast without it
-    "runtime": {"errors", "ir", "aten", "settings", "targets", "kerneltable", "engine"},
+    "runtime": {"errors", "ir", "aten", "settings", "targets", "profiles", "kerneltable", "engine"},
     "backend": {
-        *("errors", "ir", "irparse", "aten", "settings", "targets", "kerneltable", "engine", "cache"),
+        *("errors", "ir", "irparse", "aten", "settings", "targets", "profiles", "kerneltable", "engine", "cache"),
         *("lowering", "lowering.kernels", "runtime", "__init__"),
     },
     "__init__": set(),  # its imports are for type checkers, and lazy

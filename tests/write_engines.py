@@ -1,4 +1,4 @@
-"""Writes the engines of `tests/engines/v2`, which every later release must read: python -m tests.write_engines
+"""Writes the engines of `tests/engines/v3`, which every later release must read: python -m tests.write_engines
 
 Each is written beside what it needs: `NAME.rtx`, `NAME.weights.safetensors` if it is weight-stripped, and
 `NAME.calls.safetensors` with the inputs and outputs of some calls, eager's, as `CALL/in/POSITION` and
@@ -25,7 +25,7 @@ from torch_rtx.ir import TensorType, dim_expr
 from torch_rtx.irparse import parse
 from torch_rtx.targets import PORTABLE, Target
 
-FOLDER = Path(__file__).parent / "engines" / "v2"
+FOLDER = Path(__file__).parent / "engines" / "v3"
 
 
 def mlp() -> tuple[nn.Module, list[tuple[Any, ...]], Any]:
@@ -101,7 +101,18 @@ def with_kernel(engine: torch_rtx.Engine) -> torch_rtx.Engine:
     return replace(engine, graph=graph, kernels=table)
 
 
-CASES = {"mlp": mlp, "conv_bn": conv_bn, "symbolic": symbolic, "kernel": kernel}
+def profiles() -> tuple[nn.Module, list[tuple[Any, ...]], Any]:
+    return Added(), [(torch.randn(n, 8), torch.randn(n, 8)) for n in (1, 4, 32, 64)], None
+
+
+CASES = {"mlp": mlp, "conv_bn": conv_bn, "symbolic": symbolic, "kernel": kernel, "profiles": profiles}
+# What a case is built for, if it is not its first call.
+INPUTS = {
+    "profiles": (
+        torch_rtx.Input(profiles=[((1, 8), (2, 8), (4, 8)), ((32, 8), (64, 8), (64, 8))], shared_dims={0: "n"}),
+    )
+    * 2
+}
 WITH_WEIGHTS = frozenset(("mlp",))
 CHANGES: dict[str, Callable[[torch_rtx.Engine], torch_rtx.Engine]] = {"kernel": with_kernel}
 
@@ -118,7 +129,7 @@ def write(folder: Path) -> None:
         with torch.no_grad():
             model, calls, shapes = case()
             settings = torch_rtx.CompilationSettings(strip_weights=name not in WITH_WEIGHTS)
-            module = torch_rtx.compile(model, calls[0], dynamic_shapes=shapes, settings=settings)
+            module = torch_rtx.compile(model, INPUTS.get(name, calls[0]), dynamic_shapes=shapes, settings=settings)
             torch_rtx.save(CHANGES[name](module.engine) if name in CHANGES else module, folder / f"{name}.rtx")
             state = {} if name in WITH_WEIGHTS else {"weights": model.state_dict()}
             found = {

@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from torch_rtx.backend.build import compile
     from torch_rtx.backend.explain import Explanation, explain
+    from torch_rtx.backend.inputs import Input
     from torch_rtx.engine import Engine, inspect
     from torch_rtx.errors import (
         CacheError,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "torch_rtx.backend.build": ("compile",),
     "torch_rtx.backend.explain": ("Explanation", "explain"),
+    "torch_rtx.backend.inputs": ("Input",),
     "torch_rtx.engine": ("Engine", "inspect"),
     "torch_rtx.errors": (
         "CacheError",
@@ -73,6 +75,7 @@ __all__ = [
     "EngineFormatError",
     "EngineVersionError",
     "Explanation",
+    "Input",
     "InputError",
     "InvalidIR",
     "KernelError",

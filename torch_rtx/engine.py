@@ -35,8 +35,17 @@ from torch_rtx.errors import EngineFormatError, InvalidIR, RtxError
 from torch_rtx.ir import Graph, Node, Parameter, verify
 from torch_rtx.irparse import parse
 from torch_rtx.kerneltable import KernelTable, Launch
-from torch_rtx.manifest import FORMAT_VERSION, KERNEL_READER, PLAIN_READER, Json, Manifest, read_manifest
+from torch_rtx.manifest import (
+    FORMAT_VERSION,
+    KERNEL_READER,
+    PLAIN_READER,
+    PROFILE_READER,
+    Json,
+    Manifest,
+    read_manifest,
+)
 from torch_rtx.optable import ALLOWED
+from torch_rtx.profiles import Shape, check_profiles, profiles_of, shapes, shapes_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -141,11 +150,12 @@ def save(engine: Engine, path: Path) -> None:
     text = str(engine.graph)
     _parsed(text)
     kerneltable.check(engine.kernels.launches, engine.graph)
+    check_profiles(engine.graph, engine.manifest.profiles)
     tensors = dict(_tensors_to_save(engine))
     manifest = replace(
         engine.manifest,
         format_version=FORMAT_VERSION,
-        min_reader=KERNEL_READER if engine.kernels else PLAIN_READER,
+        min_reader=_oldest_reader(engine),
         stripped=engine.weights is None,
         digests={**engine.manifest.digests, "graph": hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()},
     )
@@ -172,6 +182,13 @@ def save(engine: Engine, path: Path) -> None:
     finally:
         with suppress(FileNotFoundError):
             os.unlink(temporary)
+
+
+def _oldest_reader(engine: Engine) -> int:
+    """Older readers do not know typical values, and take calls between the profiles of one that has several."""
+    if len(engine.manifest.profiles) > 1 or any(sym.typical is not None for sym in engine.graph.syms.values()):
+        return PROFILE_READER
+    return KERNEL_READER if engine.kernels else PLAIN_READER
 
 
 def _tensors_to_save(engine: Engine) -> Iterator[tuple[str, Tensor]]:
@@ -407,6 +424,7 @@ def _program(header: Header) -> tuple[Graph, dict[str, tuple[Launch, ...]]]:
     except RtxError as error:
         raise EngineFormatError(str(error)) from None
     launches = {} if header.kernels is None else kerneltable.read_launches(header.kernels, graph)
+    check_profiles(graph, header.manifest.profiles)
     _check_names(set(header.tensors), graph, header.manifest.stripped, launches, EngineFormatError)
     for parameter in graph.parameters:
         info = header.tensors.get(_key(parameter))
@@ -441,6 +459,7 @@ class Inspection:
         engine_bytes: the size of the file without weights.
         weight_bytes: the size of all weights, be they in the file or not.
         kernels: per target, how many kernels are compiled for it and the size of their binaries, which targets share.
+        profiles: of each optimization profile the shape of each input: sizes that are numbers, and ranges.
     """
 
     manifest: Manifest
@@ -451,6 +470,7 @@ class Inspection:
     weight_bytes: int
     graph_text: str
     kernels: Mapping[str, tuple[int, int]]
+    profiles: tuple[Mapping[str, Shape], ...] = ()
 
     def __str__(self) -> str:
         manifest = self.manifest
@@ -460,6 +480,7 @@ class Inspection:
             f"device {manifest.device}, platform {manifest.platform}, inputs {', '.join(manifest.inputs) or 'none'}",
             f"engine {_size(self.engine_bytes)}, weights {_size(self.weight_bytes)}"
             + (" (stripped: not in the file)" if manifest.stripped else ""),
+            *(f"profile {number}: {shapes_text(profile)}" for number, profile in enumerate(self.profiles)),
             "nodes: " + (", ".join(f"{count} {kind}" for kind, count in self.kinds.items()) or "none"),
             *(f"  {count:>6} {op}" for op, count in self.ops.items()),
             "kernels: " + ("none" if not self.kernels else "compiled for"),
@@ -496,6 +517,7 @@ def inspect(path: Path) -> Inspection:
         sum(info.nbytes for info in parameters if not info.constant),
         header.graph_text,
         kerneltable.bytes_of(launches, {key.removeprefix("kernel/"): i.nbytes for key, i in header.tensors.items()}),
+        tuple(shapes(graph, profile) for profile in profiles_of(graph, header.manifest.profiles)),
     )
 
 

@@ -188,14 +188,13 @@ def _outputs(text: str, scope: _Scope) -> Iterator[Value | None]:
 
 
 def _dim_line(text: str, scope: _Scope) -> None:
-    name, _, numbers = text.partition(" = ")
-    fields = ast.literal_eval(f"({numbers})")
-    counted = isinstance(fields, tuple) and len(fields) in (3, 4)
-    low, high, multiple, *typical = fields if counted else (None, None, None)
-    whole = all(type(number) is int for number in (low, multiple, *typical)) and type(high) in (int, type(None))
+    name, _, right = text.partition(" = ")
+    fields = ast.literal_eval(f"({right})")
+    numbers = fields if isinstance(fields, tuple) and len(fields) in (3, 4) else (None,)
+    whole = all(type(number) is int or (place == 1 and number is None) for place, number in enumerate(numbers))
     if not is_name(name) or not whole:
         raise InvalidIR("expected `dim NAME = MIN, MAX, MULTIPLE` or `dim NAME = MIN, MAX, MULTIPLE, TYPICAL`")
-    scope.syms[name] = Sym(name, low, high, multiple, *typical)
+    scope.syms[name] = Sym(name, *numbers)
 
 
 def _parameter(text: str, constant: bool, scope: _Scope) -> Parameter:

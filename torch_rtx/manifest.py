@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch_rtx.errors import EngineFormatError, EngineVersionError
+from torch_rtx.profiles import Profile, read_profiles
 
 # Raise FORMAT_VERSION with every change of the format. The oldest reader of a file rises with it if older releases
 # would refuse or misread what is in that file: they ignore fields that they do not know and refuse tensors that they do
@@ -14,8 +15,10 @@ from torch_rtx.errors import EngineFormatError, EngineVersionError
 # file.
 #   1: the first format
 #   2: kernels
-FORMAT_VERSION = 2
-PLAIN_READER, KERNEL_READER = 1, 2  # the oldest readers of files without and with kernels
+#   3: typical values of symbols, profiles
+FORMAT_VERSION = 3
+# The oldest readers: of files without kernels, with kernels, and with several profiles or typical values.
+PLAIN_READER, KERNEL_READER, PROFILE_READER = 1, 2, 3
 OLDEST_READABLE = 1
 
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
@@ -34,6 +37,7 @@ class Manifest:
         producer: versions of the libraries that built the engine, by name.
         platform: "any", or the one that the engine runs on.
         unused_names: parameters of the model that the engine does not need: refit takes and ignores them.
+        profiles: see `profiles.profiles_of`.
         stripped: whether the file has no weights.
         format_version, min_reader: the format of the file, and the oldest reader that understands it.
     """
@@ -44,6 +48,7 @@ class Manifest:
     producer: Mapping[str, str] = field(default_factory=dict)
     platform: str = "any"
     unused_names: tuple[str, ...] = ()
+    profiles: tuple[Profile, ...] = ()
     stripped: bool = False
     digests: Mapping[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
@@ -78,9 +83,11 @@ _FIELDS: dict[str, Callable[[Any], Any]] = {
     "inputs": _strings,
     "signature": lambda value: value,
     "unused_names": _strings,
+    "profiles": read_profiles,
     "stripped": exactly(bool),
     "digests": _string_map,
 }
+_SINCE: Mapping[str, tuple[int, Any]] = {"profiles": (3, ())}  # the first format with a field; what it is before
 
 
 def read_manifest(value: Any) -> Manifest:
@@ -94,6 +101,9 @@ def read_manifest(value: Any) -> Manifest:
         raise EngineFormatError("the header has no manifest")
     fields: dict[str, Any] = {}
     for name, check in _FIELDS.items():  # the versions first: what follows depends on them
+        if name in _SINCE and fields["format_version"] < _SINCE[name][0]:
+            fields[name] = _SINCE[name][1]
+            continue
         if name not in value:
             raise EngineFormatError(f"the manifest has no field {name!r}")
         try:

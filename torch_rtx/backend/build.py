@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Container, Mapping
 from typing import Any
@@ -14,12 +13,13 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TokenArgument
 
 import torch_rtx
-from torch_rtx.backend.capture import capture_export
 from torch_rtx.backend.compiler import Program
+from torch_rtx.backend.inputs import declare, forward_names, user_inputs
 from torch_rtx.backend.reuse import obtain
 from torch_rtx.engine import Engine, Json, Manifest
 from torch_rtx.errors import CaptureError, RtxError
 from torch_rtx.lowering.from_fx import Role
+from torch_rtx.profiles import Profile
 from torch_rtx.runtime.module import CompiledModule
 from torch_rtx.runtime.signature import Fixed, Signature
 from torch_rtx.settings import CompilationSettings, RuntimeSettings
@@ -43,24 +43,30 @@ def compile(
     a refit.
 
     Args:
-        args, kwargs, dynamic_shapes: as for `torch.export.export`; none of them for an ExportedProgram.
+        args, kwargs, dynamic_shapes: as for `torch.export.export`, with an `Input` in the place of any tensor; none
+            for an ExportedProgram.
         runtime: how the result runs.
 
     Raises:
         CaptureError, PartitionError, LoweringError: the model can't be captured, must be one engine and can't, or a
             bug.
+        InputError: an `Input` contradicts another, `dynamic_shapes` or the settings.
     """
     settings = settings or CompilationSettings()
     if settings.fallback_on_error:
         log.warning("fallback_on_error has no effect ahead of time: an engine that can't be built is an error")
-    program = capture_export(model, args, kwargs, dynamic_shapes=dynamic_shapes, device=settings.device)
+    declared = declare(model, args, kwargs, dynamic_shapes, settings.device)
+    program = declared.capture()
     tensors = _tensors(program)
     written = set(program.graph_signature.buffers_to_mutate.values())
-    roles = [_role(spec, tensors, written) for spec in program.graph_signature.input_specs]
+    names = {user_inputs(program)[number].arg.name: name for number, name in declared.names.items()}
+    roles = [_role(spec, tensors, written, names) for spec in program.graph_signature.input_specs]
     roles = _with_aliases(roles, tensors)
-    lowered = obtain(program.graph_module, roles, settings, _writes(program), program.range_constraints)
-    signature = _signature(program, _forward_names(model))
-    engine = _engine(program, lowered, signature, tensors, settings)
+    known = program.range_constraints, declared.typical(program)
+    lowered = obtain(program.graph_module, roles, settings, _writes(program), *known)
+    signature = _signature(program, forward_names(model))
+    profiles = declared.profiles(lowered.graph, signature.leaves)
+    engine = _engine(program, lowered, signature, tensors, settings, profiles)
     runs_here = lowered.device.type == "cpu" or torch.cuda.is_available()
     device = lowered.device if runs_here else torch.device("cpu")
     # The fallbacks come from a model of this process, not from a file: there is nobody to distrust.
@@ -84,10 +90,10 @@ def _has_data(tensor: torch.Tensor | None) -> bool:
     return tensor is not None and not tensor.is_meta and not isinstance(tensor, FakeTensor)
 
 
-def _role(spec: Any, tensors: Mapping[str, torch.Tensor], written: Container[str]) -> Role:
+def _role(spec: Any, tensors: Mapping[str, torch.Tensor], written: Container[str], names: Mapping[str, str]) -> Role:
     """What an input of the exported graph is. Data that no state dict has travels in the engine, if it is there."""
     if spec.kind is InputKind.USER_INPUT:
-        return Role("input", spec.arg.name)
+        return Role("input", names.get(spec.arg.name, spec.arg.name))
     if spec.kind not in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
         raise CaptureError(f"the model has an input of kind {spec.kind.name}, which engines do not have")
     in_state = spec.kind is InputKind.PARAMETER or (spec.kind is InputKind.BUFFER and spec.persistent is not False)
@@ -132,6 +138,7 @@ def _engine(
     signature: Signature,
     tensors: Mapping[str, torch.Tensor],
     settings: CompilationSettings,
+    profiles: tuple[Profile, ...],
 ) -> Engine:
     parameters = lowered.graph.parameters
     needed = {name for p in parameters for name in (p.name, *p.aliases)}
@@ -141,6 +148,7 @@ def _engine(
         signature=_saved(signature),
         producer={"torch_rtx": torch_rtx.__version__, "torch": torch.__version__},
         unused_names=tuple(sorted(n for n in program.state_dict if n not in needed)),
+        profiles=profiles,
     )
     data = {**tensors, **lowered.constants}
     constants = {p.name: data[p.name].detach() for p in parameters if p.constant}
@@ -168,20 +176,10 @@ def _signature(program: ExportedProgram, names: tuple[str, ...]) -> Signature:
     assert call.out_spec is not None
     leaves: list[int | Fixed] = []
     count = 0
-    for spec in program.graph_signature.input_specs:
-        if spec.kind is not InputKind.USER_INPUT:
-            continue
+    for spec in user_inputs(program):
         if isinstance(spec.arg, ConstantArgument):
             leaves.append(Fixed(spec.arg.name, spec.arg.value))
         else:
             leaves.append(count)
             count += 1
     return Signature(names, call.in_spec, call.out_spec, leaves)
-
-
-def _forward_names(model: nn.Module | ExportedProgram) -> tuple[str, ...]:
-    if not isinstance(model, nn.Module):
-        captured = next((entry.signature for entry in model.module_call_graph if entry.fqn == ""), None)
-        return tuple(captured.forward_arg_names or ()) if captured is not None else ()
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return tuple(n for n, p in inspect.signature(model.forward).parameters.items() if p.kind in kinds)

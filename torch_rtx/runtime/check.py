@@ -1,9 +1,9 @@
-"""Checks of a call: its inputs against the types of a graph and the ranges of its symbols."""
+"""Checks of a call: its inputs against the types of a graph, the ranges of its symbols and its profiles."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,28 +11,34 @@ import torch
 from torch_rtx import aten
 from torch_rtx.errors import InputError
 from torch_rtx.ir import Dim, Expr, Graph, ScalarType, Sym, TensorType, Value, evaluate
+from torch_rtx.profiles import Profile, Range
 
 
-def check_inputs(graph: Graph, inputs: Sequence[Any], device: torch.device) -> None:
+def check_inputs(graph: Graph, inputs: Sequence[Any], device: torch.device, profiles: Sequence[Profile] = ()) -> None:
     """Check a flat list of inputs against the types of `graph.inputs`.
 
+    Args:
+        profiles: one of these must hold all of the sizes; none are needed where that is what the symbols say.
+
     Raises:
-        InputError: the first input that does not fit: what was expected and what came.
+        InputError: the first input that does not fit: what was expected and what came. The sizes that no profile holds
+            together, and the profiles.
     """
     if len(inputs) != len(graph.inputs):
         raise InputError(f"expected {len(graph.inputs)} inputs, got {len(inputs)}")
-    sizes: dict[str, tuple[int, str]] = {}
+    sizes = _Sizes(profiles)
     later: list[tuple[Dim, int, str]] = []
     for value, given in zip(graph.inputs, inputs, strict=True):
         for dim, size, place in _dims(value, given, device):
             if isinstance(dim, Sym):
-                _check_range(dim, size, place, sizes)
+                sizes.bind(dim, size, place)
             elif isinstance(dim, Expr):
                 later.append((dim, size, place))
             elif dim != size:
                 raise InputError(f"{place} is {size}, the engine was built for {dim}")
     for dim, size, place in later:
-        _check_derived(dim, size, place, sizes)
+        sizes.derive(dim, size, place)
+    sizes.check_profiles()
 
 
 def _dims(value: Value, given: object, device: torch.device) -> list[tuple[Dim, int, str]]:
@@ -55,34 +61,56 @@ def _dims(value: Value, given: object, device: torch.device) -> list[tuple[Dim, 
     return [(dim, given.shape[axis], f"dimension {axis} of {name}") for axis, dim in enumerate(type_.shape)]
 
 
-def _check_range(dim: Sym, size: int, place: str, sizes: dict[str, tuple[int, str]]) -> None:
-    if dim.name in sizes and sizes[dim.name][0] != size:
-        raise InputError(f"{place} is {size}, but {sizes[dim.name][1]} is {sizes[dim.name][0]} and both are {dim.name}")
-    sizes[dim.name] = size, place
-    high = math.inf if dim.max is None else dim.max
-    if not dim.min <= size <= high or size % dim.multiple:
-        of = f" in multiples of {dim.multiple}" if dim.multiple != 1 else ""
-        raise InputError(f"{place} is {size}, outside its range {dim.name} = {dim.min}..{high}{of}")
+class _Sizes:
+    """What the symbols are in a call, and where that shows."""
 
+    def __init__(self, profiles: Sequence[Profile]) -> None:
+        self.profiles = profiles
+        self.known: dict[str, int] = {}
+        self.places: dict[str, str] = {}
 
-def _check_derived(dim: Dim, size: int, place: str, sizes: dict[str, tuple[int, str]]) -> None:
-    known = {name: number for name, (number, _) in sizes.items()}
-    found = invert(dim, size, known)
-    if found is not None:  # the only place that tells what this symbol is
-        symbol, number = found
-        if evaluate(dim, {**known, symbol.name: number}) != size:
-            raise InputError(f"{place} is {size}, which is not of the form {dim}")
-        _check_range(symbol, number, f"{place} is {size} = {dim}, so that {symbol.name}", sizes)
-    expected = evaluate(dim, known)
-    if expected is not None and expected != size:
-        raise InputError(f"{place} is {size}, expected {dim} = {expected}")
+    def bind(self, sym: Sym, size: int, place: str) -> None:
+        """Let `sym` be `size`, as `place` has it."""
+        name = sym.name
+        if self.known.get(name, size) != size:
+            raise InputError(f"{place} is {size}, but {self.places[name]} is {self.known[name]} and both are {name}")
+        self.known[name], self.places[name] = size, place
+        ranges = [profile[name] for profile in self.profiles] or [Range(sym.min, None, sym.max)]
+        if not any(found.holds(size) for found in ranges) or size % sym.multiple:
+            spans = " or ".join(dict.fromkeys(found.span for found in ranges))
+            of = f" in multiples of {sym.multiple}" if sym.multiple != 1 else ""
+            raise InputError(f"{place} is {size}, outside its range {name} = {spans}{of}")
+
+    def derive(self, dim: Dim, size: int, place: str) -> None:
+        """Let `dim` be `size`, which may tell what one more symbol is."""
+        found = invert(dim, size, self.known)
+        if found is not None:  # the only place that tells what this symbol is
+            symbol, number = found
+            if evaluate(dim, {**self.known, symbol.name: number}) != size:
+                raise InputError(f"{place} is {size}, which is not of the form {dim}")
+            self.bind(symbol, number, f"{place} is {size} = {dim}, so that {symbol.name}")
+        expected = evaluate(dim, self.known)
+        if expected is not None and expected != size:
+            raise InputError(f"{place} is {size}, expected {dim} = {expected}")
+
+    def check_profiles(self) -> None:
+        """Raises InputError if there are profiles and none holds all sizes."""
+        known = self.known.items()
+        if not self.profiles or any(all(p[name].holds(size) for name, size in known) for p in self.profiles):
+            return
+        given = ", ".join(f"{self.places[name]} is {size}" for name, size in known)
+        lines = [
+            f"profile {number}: {', '.join(f'{self.places[name]} {profile[name].span}' for name in self.known)}"
+            for number, profile in enumerate(self.profiles)
+        ]
+        raise InputError(f"{given}: no profile holds these together", hint="\n  ".join(lines))
 
 
 def _shape(type_: TensorType) -> str:
     return f"[{', '.join(map(str, type_.shape))}]"
 
 
-def invert(dim: Dim, size: int, sizes: dict[str, int]) -> tuple[Sym, int] | None:
+def invert(dim: Dim, size: int, sizes: Mapping[str, int]) -> tuple[Sym, int] | None:
     """The symbol of `dim` that `sizes` lacks, and the number that makes `dim` about `size`: what generated code does to
     bind its dims (`reference.solve`), in numbers. None where there are none or several, or `dim` does not determine it.
     """

@@ -21,6 +21,7 @@ from torch_rtx.engine import Engine
 from torch_rtx.errors import EngineFormatError, InvalidIR, RtxError
 from torch_rtx.ir import Parameter, TensorType
 from torch_rtx.kerneltable import KernelTable
+from torch_rtx.profiles import Shape, profiles_of, shapes
 from torch_rtx.runtime.launch import launchers
 from torch_rtx.runtime.session import Session
 from torch_rtx.runtime.signature import Signature
@@ -68,8 +69,16 @@ class CompiledModule(nn.Module):
         self._store = WeightStore(engine.graph, device, constants, engine.manifest.unused_names)
         settings, trusted = settings or RuntimeSettings(), frozenset(trusted_ops)
         kernels = launchers(engine.kernels, engine.graph, device, settings.tactics)
-        self.session = Session(engine.graph, self._store, settings, callables, trusted, kernels)
+        profiles = engine.manifest.profiles
+        self.session = Session(engine.graph, self._store, settings, callables, trusted, kernels, profiles)
         self._ready = not self._store.parameters
+
+    @property
+    def profiles(self) -> tuple[Mapping[str, Shape], ...]:
+        """The optimization profiles: in each, the shape of every input by name, of sizes that are numbers and of ranges
+        `Range(min, opt, max)`. None if all sizes are numbers; `opt` is None where it is not known."""
+        graph = self.engine.graph
+        return tuple(shapes(graph, profile) for profile in profiles_of(graph, self.engine.manifest.profiles))
 
     def attach(self, weights: WeightSource) -> None:
         """Use the tensors of a module or state dict themselves where no recipe changes them: no second copy in memory,

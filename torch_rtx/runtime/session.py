@@ -17,6 +17,7 @@ import torch
 
 from torch_rtx.errors import InputError
 from torch_rtx.ir import Graph
+from torch_rtx.profiles import Profile
 from torch_rtx.runtime.check import check_inputs
 from torch_rtx.runtime.cudagraph import GraphPool, why_not
 from torch_rtx.runtime.launch import Launcher
@@ -39,6 +40,7 @@ class Session:
         callables: Python fallbacks by index.
         trusted_ops: operators outside the allow-list that it may call.
         kernels: its kernels that are launched, see `runtime.launch`; the bodies of others run call by call.
+        profiles: one of these must hold all sizes of a call, see `check_inputs`.
 
     Raises:
         InvalidIR: an op does not exist here or a dim can't be determined.
@@ -52,9 +54,10 @@ class Session:
         callables: Sequence[Callable[..., Any]] = (),
         trusted_ops: frozenset[str] = frozenset(),
         kernels: Mapping[str, Launcher] | None = None,
+        profiles: Sequence[Profile] = (),
     ) -> None:
         self.graph, self.store, self.device = graph, store, store.device
-        self.kernels = kernels or {}
+        self.kernels, self.profiles = kernels or {}, profiles
         self._callables, self._trusted_ops = callables, trusted_ops
         self._code = compile_graph(graph, store.device, callables, trusted_ops, kernels=self.kernels)
         self._checked: set[object] = set()
@@ -128,7 +131,7 @@ class Session:
             inputs = [_plain(x) if isinstance(x, torch.Tensor) else x for x in inputs]
         key = tuple([(x.shape, x.dtype, x.device) if isinstance(x, torch.Tensor) else _number(x) for x in inputs])
         if check and key != self._last and key not in self._checked:
-            check_inputs(self.graph, inputs, self.device)
+            check_inputs(self.graph, inputs, self.device, self.profiles)
             if len(self._checked) < MAX_CHECKED:
                 self._checked.add(key)
         self._last = key

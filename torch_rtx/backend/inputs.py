@@ -1,0 +1,343 @@
+"""Inputs by their shapes, in place of example tensors: what `torch_rtx.Input` declares, and how it is captured."""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import sympy
+import torch
+from torch import nn
+from torch._dynamo.exc import UserError, UserErrorType
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.export.graph_signature import InputKind, InputSpec
+from torch.utils import _pytree as pytree
+
+from torch_rtx.backend.capture import capture_export
+from torch_rtx.errors import CaptureError, InputError
+from torch_rtx.ir import Graph, is_name
+from torch_rtx.lowering.symbols import UNBOUNDED
+from torch_rtx.profiles import Profile, Range
+
+Sizes = Sequence[int]
+SPAN = ("min_shape", "opt_shape", "max_shape")
+
+
+class Input:
+    """A tensor input, without an example: a `shape`, or a `min_shape`, `opt_shape` and `max_shape`, or `profiles`.
+
+    An axis is dynamic where the smallest and the largest of its sizes differ, over all profiles. A call must be inside
+    of one profile as a whole, with all of its inputs. Kernels are chosen for the first profile's `opt_shape`.
+
+    Args:
+        shape: the only shape, in elements.
+        min_shape, opt_shape, max_shape: the only profile.
+        dtype: of the tensor.
+        name: what errors and the engine call it; None: as the model's forward does.
+        device: where the tensor is; None: where `CompilationSettings.device` says, or where the model is.
+        profiles: several of `(min_shape, opt_shape, max_shape)`, as many in all inputs that have a dynamic axis.
+        shared_dims: axes by name. All axes of one name, here and in other inputs, have the same size in every call;
+            they must have the same ranges.
+
+    Raises:
+        InputError: these contradict each other; it has the numbers.
+    """
+
+    def __init__(
+        self,
+        shape: Sizes | None = None,
+        *,
+        min_shape: Sizes | None = None,
+        opt_shape: Sizes | None = None,
+        max_shape: Sizes | None = None,
+        dtype: torch.dtype = torch.float32,
+        name: str | None = None,
+        device: torch.device | str | None = None,
+        profiles: Sequence[tuple[Sizes, Sizes, Sizes]] | None = None,
+        shared_dims: Mapping[int, str] | None = None,
+    ) -> None:
+        self.dtype, self.name, self.device, self.shared_dims = dtype, name, device, dict(shared_dims or {})
+        what = "an Input" if name is None else f"input {name!r}"
+        if name is not None and not (isinstance(name, str) and is_name(name)):
+            raise InputError(f"{name!r} is no name of an input", hint="it takes letters, digits and _")
+        if not isinstance(dtype, torch.dtype):
+            raise InputError(f"the dtype of {what} must be a torch.dtype, not {dtype!r}")
+        span = (min_shape, opt_shape, max_shape)
+        if (shape is not None) + (span != (None, None, None)) + (profiles is not None) != 1:
+            given = dict(zip(("shape", *SPAN, "profiles"), (shape, *span, profiles), strict=True))
+            said = ", ".join(f"{key}={value}" for key, value in given.items() if value is not None)
+            hint = "give a shape, or min_shape, opt_shape and max_shape, or profiles"
+            raise InputError(f"{what} has {said or 'no shape'}", hint=hint)
+        if profiles is not None and (not isinstance(profiles, list | tuple) or not profiles):
+            raise InputError(f"the profiles of {what} must be a list of at least one, not {profiles!r}")
+        spans = profiles or [span if shape is None else (shape, shape, shape)]
+        self.profiles = tuple(_profile(what, number, given) for number, given in enumerate(spans))
+        ranks = [len(profile) for profile in self.profiles]
+        if len(set(ranks)) != 1:
+            raise InputError(f"the profiles of {what} have {', '.join(map(str, ranks))} axes")
+        for axis, shared in self.shared_dims.items():
+            if type(axis) is not int or not 0 <= axis < ranks[0]:
+                raise InputError(f"shared_dims of {what} names axis {axis!r} of {ranks[0]}")
+            if not isinstance(shared, str) or not is_name(shared):
+                raise InputError(f"shared_dims of {what} calls axis {axis} {shared!r}, which is no name")
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"[{', '.join(map(str, profile))}]" for profile in self.profiles)
+        return f"Input({shapes}, {self.dtype})"
+
+
+def _profile(what: str, number: int, given: Any) -> tuple[Range, ...]:
+    """The range of each axis."""
+    if not isinstance(given, list | tuple) or len(given) != len(SPAN):
+        raise InputError(f"profile {number} of {what} must be ({', '.join(SPAN)}), not {given!r}")
+    for name, shape in zip(SPAN, given, strict=True):
+        if not isinstance(shape, Sequence) or not all(type(n) is int and 0 <= n < UNBOUNDED for n in shape):
+            raise InputError(f"profile {number} of {what} has {name}={shape!r}, which is no tuple of sizes")
+    if len({len(shape) for shape in given}) != 1:
+        raise InputError(f"profile {number} of {what} has {', '.join(f'{len(shape)}' for shape in given)} axes")
+    for axis, (low, opt, high) in enumerate(zip(*given, strict=True)):
+        if not low <= opt <= high:
+            raise InputError(f"profile {number} of {what} has on axis {axis} min {low}, opt {opt}, max {high}")
+    return tuple(Range(*sizes) for sizes in zip(*given, strict=True))
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A dynamic axis: the number of its flat argument, its own, what errors call it, its range in each profile, and the
+    name that it shares with others or a number that it shares with none."""
+
+    leaf: int
+    axis: int
+    place: str
+    ranges: tuple[Range, ...]
+    dim: str
+
+    @property
+    def whole(self) -> tuple[int, int]:
+        """The smallest and the largest size."""
+        return _whole(self.ranges)
+
+
+def _whole(ranges: Sequence[Range]) -> tuple[int, int]:
+    return min(found.min for found in ranges), max(found.max or 0 for found in ranges)
+
+
+@dataclass(frozen=True)
+class Declared:
+    """The arguments of `capture_export`, with example tensors in the place of each `Input`.
+
+    Attributes:
+        axes: those that are dynamic.
+        names: what flat arguments are called that were given a name, by their number.
+    """
+
+    model: nn.Module | ExportedProgram
+    args: tuple[Any, ...] | None
+    kwargs: Mapping[str, Any] | None
+    dynamic_shapes: Any
+    device: str | None
+    axes: Sequence[Axis] = ()
+    names: Mapping[int, str] = field(default_factory=dict)
+
+    def capture(self) -> ExportedProgram:
+        """See `capture_export`.
+
+        Raises:
+            CaptureError: also where the model does not take every size that its inputs declare.
+        """
+        if not self.axes:
+            return self._capture(self.dynamic_shapes)
+        dims = {axis.dim: Dim(axis.dim, min=axis.whole[0], max=axis.whole[1]) for axis in self.axes}
+        try:
+            return self._capture(self._shapes([dims[axis.dim] for axis in self.axes]))
+        except UserError as error:
+            if error.error_type is not UserErrorType.CONSTRAINT_VIOLATION:
+                raise
+            raise self._refusal(error) from error
+
+    def _capture(self, dynamic_shapes: Any) -> ExportedProgram:
+        return capture_export(self.model, self.args, self.kwargs, dynamic_shapes=dynamic_shapes, device=self.device)
+
+    def _shapes(self, dims: Sequence[Any]) -> Any:
+        """The `dynamic_shapes` that have one of `dims` at each axis."""
+        tensors = pytree.tree_leaves((self.args, self.kwargs))
+        shapes = ShapesCollection()
+        for axis, dim in zip(self.axes, dims, strict=True):
+            shapes[tensors[axis.leaf]][axis.axis] = dim
+        return shapes.dynamic_shapes(self.model, self.args, self.kwargs)
+
+    def _refusal(self, error: UserError) -> CaptureError:
+        """What to tell instead of torch.export's error, which speaks of symbols that are not the user's. A capture that
+        leaves it to the model which sizes are free shows what became of each."""
+        try:
+            program = self._capture(self._shapes([Dim.AUTO(min=a.whole[0], max=a.whole[1]) for a in self.axes]))
+            problems = list(_problems(self.axes, self._sizes(program), program.range_constraints))
+        except UserError:
+            problems = []
+        if not problems:
+            said = " ".join(line.strip(" -") for line in str(error).splitlines() if line.startswith("  - "))
+            problems = [(said, "declare sizes that the model takes, by torch.export.Dim in dynamic_shapes")]
+        return CaptureError(
+            f"the model does not take all sizes of its inputs: {'; '.join(problem for problem, _ in problems)}",
+            hint="; ".join(dict.fromkeys(remedy for _, remedy in problems)),
+        )
+
+    def _sizes(self, program: ExportedProgram) -> list[int | torch.SymInt]:
+        """What each axis is in `program`."""
+        values = {node.name: node.meta["val"] for node in program.graph.find_nodes(op="placeholder")}
+        given = user_inputs(program)
+        return [values[given[axis.leaf].arg.name].shape[axis.axis] for axis in self.axes]
+
+    def typical(self, program: ExportedProgram) -> dict[sympy.Symbol, int]:
+        """The typical values of the symbols of `program`. There is nothing to be fast for in a size of 0."""
+        sizes = zip(self._sizes(program), self.axes, strict=True)
+        return {size.node.expr: opt for size, axis in sizes if (opt := axis.ranges[0].opt)}  # type: ignore[union-attr]
+
+    def profiles(self, graph: Graph, positions: Sequence[Any]) -> tuple[Profile, ...]:
+        """The profiles of the graph that was made of it.
+
+        Args:
+            positions: of each flat argument, its place among the graph's inputs.
+        """
+        count = len(self.axes[0].ranges) if self.axes else 0
+        dims = [graph.inputs[positions[axis.leaf]].type.shape[axis.axis] for axis in self.axes]
+        found = list(zip(map(str, dims), self.axes, strict=True))  # all are symbols: what is none was refused
+        return tuple({name: axis.ranges[number] for name, axis in found} for number in range(count))
+
+
+def user_inputs(program: ExportedProgram) -> list[InputSpec]:
+    """What the flat arguments of a call are in `program`, in order."""
+    return [spec for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
+
+
+def _problems(
+    axes: Sequence[Axis], sizes: Sequence[Any], ranges: Mapping[sympy.Symbol, Any]
+) -> Iterator[tuple[str, str]]:
+    """What is wrong with each axis that is not as free as it was declared, and what to do about it."""
+    first: dict[sympy.Expr, Axis] = {}
+    for axis, size in zip(axes, sizes, strict=True):
+        low, high = axis.whole
+        expr = sympy.Integer(size) if isinstance(size, int) else size.node.expr
+        bounds = ranges.get(expr)
+        if expr.is_Integer:
+            yield f"{axis.place} can only be {expr}, not {low}..{high}", f"declare the size {expr} alone"
+        elif not expr.is_Symbol:
+            text = expr.xreplace({e: sympy.Symbol(f"({a.place})") for e, a in first.items()})
+            yield f"{axis.place} is always {text}", "declare this by torch.export.Dim in dynamic_shapes"
+        elif expr in first and axis.dim != first[expr].dim:
+            yield f"{axis.place} always equals {first[expr].place}", "give both one name in shared_dims"
+        # A capture takes every size to be at least 2, whatever its range.
+        elif bounds is not None and (bounds.lower > max(low, 2) or bounds.upper < high):
+            yield f"{axis.place} can only be {bounds.lower}..{bounds.upper}, not {low}..{high}", "declare that range"
+        first.setdefault(expr, axis)
+
+
+# ---- from declared inputs to a capture -------------------------------------------------------------------------------
+
+
+def declare(
+    model: nn.Module | ExportedProgram,
+    args: tuple[Any, ...] | None,
+    kwargs: Mapping[str, Any] | None,
+    dynamic_shapes: Any,
+    device: str | None,
+) -> Declared:
+    """The arguments of `capture_export` without any `Input` in them.
+
+    Raises:
+        InputError: inputs contradict each other, `dynamic_shapes` or `device`.
+    """
+    leaves, spec = pytree.tree_flatten_with_path((args, dict(kwargs or {})))
+    inputs = {number: leaf for number, (_, leaf) in enumerate(leaves) if isinstance(leaf, Input)}
+    if not inputs or not isinstance(model, nn.Module) or not isinstance(args, tuple):
+        return Declared(model, args, kwargs, dynamic_shapes, device)  # refused by the capture, if there is an Input
+    names = {number: given.name for number, given in inputs.items() if given.name is not None}
+    labels = {number: names.get(number) or _label(model, leaves[number][0]) for number in inputs}
+    axes = [axis for number, given in inputs.items() for axis in _axes(number, given, labels[number])]
+    _check(inputs, labels, axes, dynamic_shapes)
+    values = [leaf for _, leaf in leaves]
+    for number, given in inputs.items():
+        values[number] = _example(model, given, labels[number], device)
+    args, kwargs = pytree.tree_unflatten(values, spec)
+    return Declared(model, args, kwargs, dynamic_shapes, device, axes, names)
+
+
+def _label(model: nn.Module, path: tuple[Any, ...]) -> str:
+    """What the model's forward calls an argument."""
+    of_kwargs, first, *rest = path
+    if of_kwargs.idx == 1:
+        label = str(first.key)
+    else:
+        known = forward_names(model)
+        label = known[first.idx] if first.idx < len(known) else f"#{first.idx}"
+    return label + pytree.keystr(tuple(rest))
+
+
+def _axes(number: int, given: Input, label: str) -> Iterator[Axis]:
+    """The dynamic axes of an input."""
+    for index, ranges in enumerate(zip(*given.profiles, strict=True)):
+        axis = Axis(number, index, f"dimension {index} of input {label!r}", ranges, f"_{number}_{index}")
+        if axis.whole[0] != axis.whole[1]:
+            yield replace(axis, dim=given.shared_dims.get(index, axis.dim))
+
+
+def _check(inputs: Mapping[int, Input], labels: Mapping[int, str], axes: Sequence[Axis], dynamic_shapes: Any) -> None:
+    """Raises InputError if inputs contradict each other or `dynamic_shapes`."""
+    again = [name for name, count in Counter(labels.values()).items() if count > 1]
+    if again:
+        raise InputError(f"two inputs are called {again[0]!r}")
+    counts = {labels[number]: len(given.profiles) for number, given in inputs.items()}
+    if not axes and max(counts.values()) > 1:
+        raise InputError(f"there are {max(counts.values())} profiles, and no size in them varies", hint="give a shape")
+    free = {axis.place: len(axis.ranges) for axis in axes}
+    if len(set(free.values())) > 1:
+        said = ", ".join(f"{place} has {count}" for place, count in free.items())
+        raise InputError(f"inputs have different numbers of profiles: {said}")
+    narrow = [axis.place for axis in axes if axis.whole[1] < 2]
+    if narrow:
+        raise InputError(f"{narrow[0]} has the range 0..1, which can't be captured", hint="let its max be 2 or more")
+    _check_shared(inputs, labels)
+    if axes and dynamic_shapes is not None:
+        raise InputError(f"dynamic_shapes is given, and {axes[0].place} has its own range", hint="give one of both")
+
+
+def _check_shared(inputs: Mapping[int, Input], labels: Mapping[int, str]) -> None:
+    """Raises InputError if axes of one name have different ranges."""
+    first: dict[str, tuple[str, tuple[Range, ...]]] = {}
+    for number, given in inputs.items():
+        for axis, name in given.shared_dims.items():
+            place, ranges = f"dimension {axis} of input {labels[number]!r}", tuple(p[axis] for p in given.profiles)
+            other, others = first.setdefault(name, (place, ranges))
+            if set(ranges) != set(others) or (ranges != others and len(ranges) == len(others)):
+                said = [", ".join(map(str, found)) for found in (others, ranges)]
+                raise InputError(f"{other} and {place} are both {name!r}, and have the ranges {said[0]} and {said[1]}")
+
+
+def _example(model: nn.Module, given: Input, label: str, device: str | None) -> torch.Tensor:
+    """A tensor to trace with, of zeros: valid as indices, too. Its sizes are those to be fast for, but never 0 or 1 on
+    a dynamic axis: a capture would take it to be that number."""
+    sizes = []
+    for ranges in zip(*given.profiles, strict=True):
+        low, high = _whole(ranges)
+        sizes.append(low if low == high else min(max(ranges[0].opt or 0, 2), high))
+    if device is not None:
+        wanted = torch.device(given.device or device)
+        if wanted.type != torch.device(device).type:
+            raise InputError(f"input {label!r} is on {wanted}, and the engine is for {device}")
+        return torch.empty(sizes, dtype=given.dtype, device="meta")  # only its type is looked at
+    tensors = (*model.parameters(), *model.buffers())
+    held = (t.device for t in tensors if not t.is_meta and not isinstance(t, FakeTensor))
+    return torch.zeros(sizes, dtype=given.dtype, device=given.device or next(held, "cpu"))
+
+
+def forward_names(model: nn.Module | ExportedProgram) -> tuple[str, ...]:
+    """The names of the positional parameters of the model's forward, as far as they are known."""
+    if not isinstance(model, nn.Module):
+        captured = next((entry.signature for entry in model.module_call_graph if entry.fqn == ""), None)
+        return tuple(captured.forward_arg_names or ()) if captured is not None else ()
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(n for n, p in inspect.signature(model.forward).parameters.items() if p.kind in kinds)
