@@ -17,19 +17,19 @@ STORE = SimpleNamespace(generation=0, values=[])
 @pytest.fixture
 def pool(monkeypatch: pytest.MonkeyPatch) -> GraphPool:
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: object())
-    pool = GraphPool(Graph("fused"), lambda inputs, weights: [], torch.device("cuda", 0), 2)
+    pool = GraphPool(Graph("fused"), lambda code, inputs, weights: [], torch.device("cuda", 0), 2)
 
-    def capture(inputs: Any, store: Any) -> Any:
+    def capture(code: Any, inputs: Any, store: Any) -> Any:
         pool.captures += 1
-        return SimpleNamespace(used=0)
+        return SimpleNamespace(used=0, code=code)
 
     monkeypatch.setattr(pool, "_capture", capture)
     return pool
 
 
-def call(pool: GraphPool, key: object, store: Any = STORE) -> bool:
+def call(pool: GraphPool, key: object, store: Any = STORE, code: Any = None) -> bool:
     """One call with `key`; whether it replays a graph."""
-    found = pool._find(key, [], store)
+    found = pool._find(key, code, [], store)
     pool.replays += found is not None
     pool._warm.done = True
     return found is not None
@@ -38,6 +38,15 @@ def call(pool: GraphPool, key: object, store: Any = STORE) -> bool:
 def test_plain_then_captured(pool: GraphPool) -> None:
     assert [call(pool, "a") for _ in range(4)] == [False, True, True, True]
     assert pool.captures == 1
+
+
+def test_other_code_is_captured_again(pool: GraphPool) -> None:
+    """After a swap of the code the old graph is dropped, and the new code runs plain once before it is captured."""
+    slow, fast = object(), object()
+    assert [call(pool, "a", code=slow) for _ in range(3)] == [False, True, True]
+    assert [call(pool, "a", code=fast) for _ in range(3)] == [False, True, True]
+    assert pool.captures == 2
+    assert [found.code for found in pool.captured.values()] == [fast]
 
 
 def test_the_least_recently_used_goes_first(pool: GraphPool) -> None:

@@ -25,8 +25,9 @@ from torch_rtx.errors import InputError, RtxError, SettingsError
 from torch_rtx.ir import Loc
 from torch_rtx.irparse import parse
 from torch_rtx.runtime import profiling
+from torch_rtx.runtime.check import bind_sizes
 from torch_rtx.runtime.clocks import SPANS_AT_ONCE, Clock, DeviceClock, overhead
-from torch_rtx.runtime.costs import Cost, bind_sizes, cost
+from torch_rtx.runtime.costs import Cost, cost
 from torch_rtx.runtime.profile_page import lanes
 from torch_rtx.runtime.profiling import Profile, Row
 from torch_rtx.runtime.session import Session, watched_calls
@@ -133,8 +134,8 @@ def test_the_result_stays_the_same(bert: Any) -> None:
     ((session, inputs),) = calls
     assert session is module.session
     marks: list[int] = []
-    probed = session.probed(lambda: marks.append(0))
-    got = probed.run(inputs, session.store.values)
+    probed = session.probed(session.current(inputs), lambda: marks.append(0))
+    got = session.run(probed, inputs, session.store.values)
     torch.testing.assert_close(got, list(expected.values()), rtol=0, atol=0)
     assert len(marks) == len(session.graph.nodes) + 1
     assert "_probe()" in probed.source
@@ -370,12 +371,12 @@ def test_profile_by_events(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calls) == 3
     original = Session.run
 
-    def run(self: Session, *args: Any) -> Any:  # the nodes of this device take the times above
-        given = self._code.run.__globals__  # type: ignore[attr-defined]
+    def run(self: Session, code: Any, *args: Any) -> Any:  # the nodes of this device take the times above
+        given = code.run.__globals__
         for name, function in list(given.items()):
             if name.startswith("_aten") and not hasattr(function, "timed"):
                 given[name] = timed(function)
-        return original(self, *args)
+        return original(self, code, *args)
 
     def timed(function: Any) -> Any:
         def call(*args: Any) -> Any:

@@ -29,7 +29,12 @@ ARROWS = {
     "engine": {"errors", "ir", "irparse", "optable", "profiles", "manifest", "kerneltable", "aten"},
     "cache": {"errors"},
     "lowering": {"errors", "ir", "aten", "settings", "lowering.kernels"},
-    "lowering.kernels": {"errors", "ir", "targets"},  # no torch: workers of a build start fast without it
+    "lowering.kernels": {
+        "errors",
+        "ir",
+        "targets",
+        "kerneltable",
+    },  # no torch: workers of a build start fast without it
     "runtime": {"errors", "ir", "aten", "settings", "targets", "profiles", "kerneltable", "engine"},
     "backend": {
         *("errors", "ir", "irparse", "aten", "settings", "targets", "profiles", "kerneltable", "engine", "cache"),

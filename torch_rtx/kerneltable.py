@@ -89,6 +89,28 @@ class KernelTable:
         return bool(self.launches)
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """A kernel that was compiled for a running program and fits its target.
+
+    Attributes:
+        binaries: of its launch, see `KernelTable`.
+        config: the number of its configuration: 0 is expected to be the best.
+    """
+
+    launch: Launch
+    binaries: Mapping[str, bytes]
+    config: int
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to build: per name of a kernel its body and the first configuration to try, for one SM version."""
+
+    bodies: Mapping[str, tuple[Graph, int]]
+    sm: int
+
+
 def pack(binary: bytes) -> tuple[str, bytes]:
     """The digest and the compressed form of a binary: LZMA, a fifth to a third smaller than zlib."""
     import lzma  # an optional part of Python, which engines without kernels do not need
@@ -126,20 +148,19 @@ def unpack(stored: bytes) -> bytes:
 
 def write_launches(table: KernelTable) -> Json:
     """The launches as JSON; dims in their text form."""
+    return {op: list(map(write_launch, launches)) for op, launches in sorted(table.launches.items())}
+
+
+def write_launch(launch: Launch) -> Json:
+    """A launch as JSON; dims in their text form."""
     return {
-        op: [
-            {
-                "targets": [str(target) for target in launch.targets],
-                "scalars": [str(dim) for dim in launch.scalars],
-                "grid": [str(dim) for dim in launch.grid],
-                "wide": launch.wide,
-                "aligned": vars(launch.aligned).copy(),
-                "generic": None if launch.generic is None else vars(launch.generic).copy(),
-                "library": launch.library,
-            }
-            for launch in launches
-        ]
-        for op, launches in sorted(table.launches.items())
+        "targets": [str(target) for target in launch.targets],
+        "scalars": [str(dim) for dim in launch.scalars],
+        "grid": [str(dim) for dim in launch.grid],
+        "wide": launch.wide,
+        "aligned": vars(launch.aligned).copy(),
+        "generic": None if launch.generic is None else vars(launch.generic).copy(),
+        "library": launch.library,
     }
 
 
@@ -151,7 +172,7 @@ def read_launches(value: Any, graph: Graph) -> dict[str, tuple[Launch, ...]]:
     """
     try:
         table = {
-            op: tuple(_launch(launch, graph.syms) for launch in exactly(list)(launches))
+            op: tuple(read_launch(launch, graph.syms) for launch in exactly(list)(launches))
             for op, launches in exactly(dict)(value).items()
         }
         check(table, graph)
@@ -160,7 +181,15 @@ def read_launches(value: Any, graph: Graph) -> dict[str, tuple[Launch, ...]]:
     return table
 
 
-def _launch(value: Any, syms: Mapping[str, Sym]) -> Launch:
+def read_launch(value: Any, syms: Mapping[str, Sym]) -> Launch:
+    """Inverse of `write_launch`.
+
+    Args:
+        syms: the symbols that dims may be made of, by name.
+
+    Raises:
+        TypeError, ValueError, KeyError, InvalidIR: not such JSON.
+    """
     given = _fields(value, Launch)
     x, y, z = (_dim(text, syms) for text in exactly(list)(given["grid"]))
     return Launch(

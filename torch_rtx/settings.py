@@ -7,6 +7,7 @@ options that decide what an engine is: each field of `CompilationSettings` says 
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Set
@@ -16,6 +17,7 @@ from typing import Any
 from torch_rtx.errors import SettingsError
 from torch_rtx.targets import parse_targets
 
+STRATEGIES = ("lazy", "eager", "none")
 TACTICS = ("best", "generated", "library", "calls")
 CUDA_GRAPH_STRATEGIES = ("whole_graph_capture", "disabled")
 # What torch.compile's `mode=` means here. There is nothing to tune yet, so that three of the four agree.
@@ -157,6 +159,20 @@ class RuntimeSettings(_Checked):
         " or ".join(map(repr, TACTICS)),
         lambda v: v in TACTICS,
         "Which of an engine's kernels run: the best, all, all but those with a library call as a rival, or none.",
+    )
+    specialization_strategy: str = _option(
+        "none",
+        " or ".join(map(repr, STRATEGIES)),
+        lambda v: v in STRATEGIES,
+        "Compile and measure kernels for this GPU and the sizes that are met: in the background, before the call "
+        "returns, or never.",
+    )
+    specialized_shapes: int = _count(8, "Most combinations of sizes that a module has kernels of their own for.")
+    tuning_seconds: float = _option(
+        60.0,
+        "a number of at least 0",
+        lambda v: type(v) in (int, float) and 0 <= v < math.inf,
+        "Longest time that is spent on measuring kernels, per combination of sizes; 0: the expected best is taken.",
     )
     cuda_graph_pool_size: int = _count(16, "Most CUDA graphs that a module keeps; the least recently used goes first.")
 

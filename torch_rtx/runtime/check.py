@@ -41,6 +41,22 @@ def check_inputs(graph: Graph, inputs: Sequence[Any], device: torch.device, prof
     sizes.check_profiles()
 
 
+def bind_sizes(graph: Graph, inputs: Sequence[Any]) -> dict[str, int]:
+    """The numbers of the symbols that `inputs`, which fit the graph, determine, by name."""
+    sizes: dict[str, int] = {}
+    pairs: list[tuple[Dim, int]] = []
+    for value, given in zip(graph.inputs, inputs, strict=True):
+        if isinstance(value.type, TensorType):
+            pairs += zip(value.type.shape, given.shape, strict=True)
+        elif value.type.dim is not None:
+            pairs.append((value.type.dim, int(given)))
+    for dim, size in sorted(pairs, key=lambda pair: isinstance(pair[0], Expr)):  # symbols first: they need no others
+        found = invert(dim, size, sizes)
+        if found is not None:
+            sizes[found[0].name] = found[1]
+    return sizes
+
+
 def _dims(value: Value, given: object, device: torch.device) -> list[tuple[Dim, int, str]]:
     """Check everything of one input but its sizes; return those as (expected, given, what it is)."""
     name, type_ = f"input {value.name!r}", value.type

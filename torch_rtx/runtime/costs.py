@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from torch_rtx import aten
-from torch_rtx.ir import COPY, Dim, Graph, Node, ScalarType, TensorType, Value, evaluate
-from torch_rtx.runtime.check import invert
+from torch_rtx.ir import COPY, Dim, Node, ScalarType, TensorType, Value, evaluate
 
 # By operator: the argument whose last dimension a matrix product sums over.
 PRODUCTS = {"mm": "self", "bmm": "self", "mv": "self", "dot": "self", "_int_mm": "self", "_scaled_mm": "self"}
@@ -31,21 +29,6 @@ class Cost:
     read: int
     written: int
     flops: int
-
-
-def bind_sizes(graph: Graph, inputs: Sequence[Any]) -> dict[str, int]:
-    """The symbols that `inputs`, which fit the graph, determine."""
-    sizes: dict[str, int] = {}
-    for value, given in zip(graph.inputs, inputs, strict=True):
-        if isinstance(value.type, ScalarType):
-            pairs = [] if value.type.dim is None else [(value.type.dim, given)]
-        else:
-            pairs = list(zip(value.type.shape, given.shape, strict=True))
-        for dim, size in pairs:
-            found = invert(dim, size, sizes)
-            if found is not None:
-                sizes[found[0].name] = found[1]
-    return sizes
 
 
 def cost(node: Node, sizes: dict[str, int]) -> Cost | None:

@@ -18,7 +18,7 @@ import torch
 
 from torch_rtx.ir import MAIN, Graph, ScalarType, TensorType, Value, dim_syms, type_dims
 from torch_rtx.runtime.driver import checked, driver
-from torch_rtx.runtime.reference import EMPTY, Runner, copy_strided, restride
+from torch_rtx.runtime.reference import EMPTY, Code, copy_strided, restride
 from torch_rtx.runtime.weights import WeightStore
 
 log = logging.getLogger(__name__)
@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 _CAPTURING = threading.Lock()
 SEEN_PER_GRAPH = 8  # keys that are remembered as met once, per graph of the pool
 Output = Callable[[Sequence[Any]], Any]
+RunCode = Callable[[Code, Sequence[Any], Sequence[torch.Tensor]], list[Any]]
 
 
 def why_not(graph: Graph) -> str | None:
@@ -58,10 +59,10 @@ class GraphPool:
     changes the new one waits for the old.
 
     Args:
-        run: the plain code of `graph`.
+        run: runs code of `graph` with inputs and weights.
     """
 
-    def __init__(self, graph: Graph, run: Runner, device: torch.device, size: int) -> None:
+    def __init__(self, graph: Graph, run: RunCode, device: torch.device, size: int) -> None:
         self.graph, self.run, self.device, self.size = graph, run, device, size
         self.captured: dict[object, Captured] = {}
         self._met: dict[object, None] = {}  # keys that ran the plain code once, oldest first
@@ -75,33 +76,41 @@ class GraphPool:
         self._stream: torch.cuda.Stream | None = None
         self._raw_stream = -1
 
-    def __call__(self, key: object, inputs: Sequence[Any], store: WeightStore) -> list[Any]:
-        """The outputs for `inputs`; `key` says all that the captured code depends on but addresses."""
+    def __call__(self, key: object, code: Code, inputs: Sequence[Any], store: WeightStore) -> list[Any]:
+        """The outputs for `inputs`.
+
+        Args:
+            key: says all that captured code depends on but addresses.
+            code: what to run; a graph of other code with the same key is dropped.
+        """
         if self.disabled is not None or torch.cuda.is_current_stream_capturing():
-            return self.run(inputs, store.values)  # in a caller's own capture its graph holds ours, call by call
+            return self.run(code, inputs, store.values)  # in a caller's own capture its graph holds ours, call by call
         if self._written:
             key = (key, tuple([(inputs[i].data_ptr(), inputs[i].stride()) for i in self._written]))
         with self._lock:
-            found = self._find(key, inputs, store)
+            found = self._find(key, code, inputs, store)
             if found is not None:
                 self._follow_stream()
                 self.replays += 1
                 return found.replay(inputs)
-        outputs = self.run(inputs, store.values)
+        outputs = self.run(code, inputs, store.values)
         # Library handles are per thread, and a capture can't make them: a thread captures only after a plain call.
         self._warm.done = True
         return outputs
 
-    def _find(self, key: object, inputs: Sequence[Any], store: WeightStore) -> Captured | None:
+    def _find(self, key: object, code: Code, inputs: Sequence[Any], store: WeightStore) -> Captured | None:
         """The graph for `key`, captured now if it was met before; None where this call has to run the plain code."""
         if self._generation != store.generation:
             self.captured.clear()
             self._handle = torch.cuda.graph_pool_handle()  # a pool ends with the last of its graphs
             self._generation = store.generation
         found = self.captured.get(key)
+        if found is not None and found.code is not code:
+            del self.captured[key]
+            found = None
         if found is None:
             if key in self._met and getattr(self._warm, "done", False):
-                found = self._capture(inputs, store)
+                found = self._capture(code, inputs, store)
             if found is None:
                 self._met[key] = None
                 if len(self._met) > SEEN_PER_GRAPH * self.size:
@@ -124,11 +133,11 @@ class GraphPool:
             stream.wait_stream(self._stream)
         self._stream, self._raw_stream = stream, raw
 
-    def _capture(self, inputs: Sequence[Any], store: WeightStore) -> Captured | None:
+    def _capture(self, code: Code, inputs: Sequence[Any], store: WeightStore) -> Captured | None:
         """Capture the module for these inputs; None, and never tried again, where CUDA refuses."""
         try:
             with _CAPTURING, torch.cuda.device(self.device):
-                found = Captured(self.graph, self.run, inputs, self._written, store, self._handle)
+                found = Captured(self.graph, code, self.run, inputs, self._written, store, self._handle)
         except RuntimeError as error:
             self.disabled = str(error).splitlines()[0]
             log.warning("no CUDA graphs for this module, it can't be captured: %s", self.disabled)
@@ -148,8 +157,16 @@ class Captured:
     """
 
     def __init__(
-        self, graph: Graph, run: Runner, inputs: Sequence[Any], written: list[int], store: WeightStore, handle: Any
+        self,
+        graph: Graph,
+        code: Code,
+        run: RunCode,
+        inputs: Sequence[Any],
+        written: list[int],
+        store: WeightStore,
+        handle: Any,
     ) -> None:
+        self.code = code
         names = {value.name: index for index, value in enumerate(graph.inputs)}
         tensors = [i for i, x in enumerate(inputs) if isinstance(x, torch.Tensor) and i not in written]
         static = list(inputs)
@@ -170,7 +187,7 @@ class Captured:
         with torch.cuda.graph(self.graph, handle, _capture_stream(device.index), capture_error_mode="thread_local"):
             for index, tensor in given.items():
                 static[index].copy_(tensor)
-            results = run(static, store.values)
+            results = run(code, static, store.values)
             for position, (attr, result) in enumerate(zip(graph.outputs, results, strict=True)):
                 output = _alias(attr, result, names, static, own, pinned)
                 self._outputs.append(output or _nothing)

@@ -12,6 +12,7 @@ import operator
 import struct
 import threading
 from collections.abc import Mapping, Sequence
+from copy import copy
 from functools import cache, reduce
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch_rtx.errors import KernelError
 from torch_rtx.ir import Graph, kernel_nodes
 from torch_rtx.kerneltable import KernelTable, Launch, Variant, unpack
 from torch_rtx.runtime import driver as driver_api
+from torch_rtx.runtime.bind import bind_dim
 from torch_rtx.runtime.driver import checked
 from torch_rtx.targets import ALIGNMENT, GRID, Target, by_age
 
@@ -32,7 +34,12 @@ _MAX_X, _MAX_Y, _MAX_Z = GRID
 
 
 def launchers(
-    table: KernelTable, graph: Graph, device: torch.device, tactics: str = "best", driver: Any = None
+    table: KernelTable,
+    graph: Graph,
+    device: torch.device,
+    tactics: str = "best",
+    driver: Any = None,
+    jit: bool = True,
 ) -> dict[str, Launcher]:
     """The kernels of `graph` that can be launched on `device`, by the `op` of their nodes; all others run call by call,
     and the log says why.
@@ -40,6 +47,7 @@ def launchers(
     Args:
         tactics: see `RuntimeSettings.tactics`.
         driver: the driver API; None: the one of this process.
+        jit: False leaves out those that the driver would have to compile from PTX, which takes its time.
     """
     if not table or device.type != "cuda":
         return {}
@@ -47,12 +55,12 @@ def launchers(
     if driver is None:
         log.warning("the engine's kernels are not used: the package cuda-bindings is not installed")
         return {}
-    gpu = _gpu(driver, device.index)
+    gpu = gpu_of(driver, device.index)
     found: dict[str, Launcher] = {}
     left: set[str] = set()
     for node in kernel_nodes(graph):
         if node.op in table.launches and node.op not in found and node.op not in left:
-            launcher = _launcher(gpu, node.op, table, len(node.inputs) + len(node.outputs))
+            launcher = _launcher(gpu, node.op, table, len(node.inputs) + len(node.outputs), jit)
             if launcher is not None and launcher.library in CHOSEN[tactics]:
                 found[node.op] = launcher
             else:
@@ -61,8 +69,10 @@ def launchers(
     return found
 
 
-def _launcher(gpu: Gpu, op: str, table: KernelTable, pointers: int) -> Launcher | None:
+def _launcher(gpu: Gpu, op: str, table: KernelTable, pointers: int, jit: bool) -> Launcher | None:
     choices = candidates(table.launches[op], gpu.sm, gpu.shared)
+    if not jit and choices and choices[0][1].ptx:
+        return None
     for launch, target in choices:
         try:
             return Launcher(gpu, op, launch, target, table.binaries, pointers)
@@ -156,7 +166,7 @@ class Gpu:
             checked(self.driver.cuCtxSetCurrent(self.context))
 
 
-_gpu = cache(Gpu)
+gpu_of = cache(Gpu)
 
 
 class _Parameters(threading.local):
@@ -213,6 +223,18 @@ class Launcher:
         self._check_scalars = launch.generic is not None
         self._pack = struct.Struct(f"@{pointers}Q{len(launch.scalars)}{'q' if launch.wide else 'i'}").pack_into
         self._parameters = _Parameters(gpu, pointers, len(launch.scalars), launch.wide)
+
+    def is_for(self, sm: int) -> bool:
+        """Whether it was built for this SM version."""
+        return self.target == Target(sm)
+
+    def bound(self, sizes: Mapping[str, int]) -> Launcher:
+        """The same kernel for a graph in which the symbols that `sizes` names are numbers."""
+        other = copy(self)
+        other.scalars = tuple(bind_dim(dim, sizes) for dim in self.scalars)
+        x, y, z = (bind_dim(dim, sizes) for dim in self.grid)
+        other.grid = x, y, z
+        return other
 
     def __call__(self, pointers: Sequence[int], scalars: Sequence[int], grid: tuple[int, int, int]) -> None:
         """Launch on the current stream of the session's device, which must be the current device.

@@ -21,8 +21,9 @@ import torch
 
 from torch_rtx.errors import RtxError, SettingsError
 from torch_rtx.ir import Loc, Node
+from torch_rtx.runtime.check import bind_sizes
 from torch_rtx.runtime.clocks import Clock, clock_of, overhead
-from torch_rtx.runtime.costs import Cost, bind_sizes, cost, is_view, operator, steps
+from torch_rtx.runtime.costs import Cost, cost, is_view, operator, steps
 from torch_rtx.runtime.inline import inline_kernels
 from torch_rtx.runtime.profile_page import brief, digits, page
 from torch_rtx.runtime.session import Session, watched_calls
@@ -230,7 +231,9 @@ def profile(model: Callable[..., Any], *args: Any, repeats: int = 20, warmup: in
     device = calls[0][0].device
     whole = clock_of(device, queued=False)
     call_us = _per_call(whole, partial(model, *args, **kwargs), repeats, warmup)
-    codes = [partial(session.run, inputs, session.store.values) for session, inputs in calls]
+    codes = [
+        partial(session.run, session.current(inputs).code, inputs, session.store.values) for session, inputs in calls
+    ]
     plain_us = sum(_per_call(whole, code, repeats, warmup) for code in codes)
     found = [_measure(session, inputs, repeats, warmup) for session, inputs in calls]
     total = sum(median(times) for _, measured in found for times in measured)
@@ -258,13 +261,14 @@ def _measure(
     session: Session, inputs: Sequence[Any], repeats: int, warmup: int
 ) -> tuple[tuple[Node, ...], list[tuple[float, ...]]]:
     """The nodes that run, and per node the microseconds of each run, less what the marks themselves take."""
-    nodes = inline_kernels(session.graph, session.kernels).nodes
+    variant = session.current(inputs)
+    nodes = inline_kernels(variant.graph, variant.kernels).nodes
     clock = clock_of(session.device, queued=True)
     idle = overhead(clock)
-    probed = session.probed(clock)
+    probed = session.probed(variant, clock)
     runs = []
     for _ in range(warmup + repeats):
-        probed.run(inputs, session.store.values)
+        session.run(probed, inputs, session.store.values)
         runs.append([max(0.0, us - idle) for us in clock.read()])
     measured = list(zip(*runs[warmup:], strict=True))
     return nodes, measured
@@ -280,9 +284,10 @@ def _rows(
 ) -> Iterator[Row]:
     """The rows of one session; `first` is the position of its first."""
     sizes = bind_sizes(session.graph, inputs)
+    kernels = session.current(inputs).kernels
     makers: dict[str, int] = {}
     for index, (node, times) in enumerate(zip(nodes, measured, strict=True), first):
-        launcher = session.kernels.get(node.op) if node.kind == "kernel" else None
+        launcher = kernels.get(node.op) if node.kind == "kernel" else None
         tier = "fallback" if node.kind == "fallback" else "library call"
         inside = list(steps(node))
         locs = dict.fromkeys(loc for loc in (node.loc, *(step.loc for step in inside)) if loc is not None)

@@ -42,7 +42,7 @@ from torch_rtx.targets import ALIGNMENT
 Runner = Callable[[Sequence[Any], Sequence[torch.Tensor]], list[Any]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Code:
     """The code of a graph; call it, or `run`, with its inputs and weights.
 

@@ -20,9 +20,11 @@ from torch_rtx.ir import Graph
 from torch_rtx.profiles import Profile
 from torch_rtx.runtime.check import check_inputs
 from torch_rtx.runtime.cudagraph import GraphPool, why_not
+from torch_rtx.runtime.job import Tools
 from torch_rtx.runtime.launch import Launcher
 from torch_rtx.runtime.plan import Memory
-from torch_rtx.runtime.reference import compile_graph
+from torch_rtx.runtime.reference import Code, compile_graph
+from torch_rtx.runtime.specialize import Specializer, Variant
 from torch_rtx.runtime.weights import WeightStore
 from torch_rtx.settings import RuntimeSettings
 
@@ -39,7 +41,8 @@ class Session:
         store: its weights.
         callables: Python fallbacks by index.
         trusted_ops: operators outside the allow-list that it may call.
-        kernels: its kernels that are launched, see `runtime.launch`; the bodies of others run call by call.
+        kernels: its kernels that can be launched, see `runtime.launch`; the bodies of others run call by call.
+        tools: what makes kernels while the session is used; None: it stays as it is.
         profiles: one of these must hold all sizes of a call, see `check_inputs`.
 
     Raises:
@@ -55,11 +58,17 @@ class Session:
         trusted_ops: frozenset[str] = frozenset(),
         kernels: Mapping[str, Launcher] | None = None,
         profiles: Sequence[Profile] = (),
+        tools: Tools | None = None,
     ) -> None:
         self.graph, self.store, self.device = graph, store, store.device
-        self.kernels, self.profiles = kernels or {}, profiles
+        self.profiles = profiles
         self._callables, self._trusted_ops = callables, trusted_ops
-        self._code = compile_graph(graph, store.device, callables, trusted_ops, kernels=self.kernels)
+        self.settings = settings
+
+        def compiled(graph: Graph, kernels: Mapping[str, Launcher]) -> Code:
+            return compile_graph(graph, store.device, callables, trusted_ops, kernels=kernels)
+
+        self.specializer = Specializer(graph, compiled, kernels or {}, store.device, settings, tools)
         self._checked: set[object] = set()
         self._last: object = None  # a key that needs no check; comparing is cheaper than hashing
         self.pool: GraphPool | None = None
@@ -72,8 +81,13 @@ class Session:
 
     @property
     def source(self) -> str:
-        """The plain code, as Python text."""
-        return self._code.source
+        """The plain code, as Python text: that for any sizes."""
+        return self.specializer.base.code.source
+
+    @property
+    def kernels(self) -> Mapping[str, Launcher]:
+        """What is launched for any sizes, by the `op` of nodes."""
+        return self.specializer.base.kernels
 
     def memory(self, **sizes: int) -> Memory:
         """What a call takes on the device, known before the first one.
@@ -84,10 +98,11 @@ class Session:
         Raises:
             InputError: the size of a symbol is missing.
         """
-        missing = [name for name in self._code.plan.symbols if name not in sizes]
+        plan = self.specializer.base.code.plan
+        missing = [name for name in plan.symbols if name not in sizes]
         if missing:
             raise InputError(f"the size of {', '.join(missing)} is missing")
-        return self._code.plan.memory(sizes)
+        return plan.memory(sizes)
 
     def sibling(self) -> Session:
         """A session of the same graph for other parameters, which shares the code; see `WeightStore.sibling`."""
@@ -97,24 +112,26 @@ class Session:
             other.pool = GraphPool(self.graph, self.run, self.device, self.pool.size)
         return other
 
-    def probed(self, probe: Callable[[], None]) -> Session:
-        """A session of the same weights for measuring: its plain code calls `probe`, see `compile_graph`."""
-        other = copy(self)
-        given = self._callables, self._trusted_ops
-        other._code = compile_graph(self.graph, self.device, *given, name="probed", kernels=self.kernels, probe=probe)
-        other.pool = None
-        return other
+    def current(self, inputs: Sequence[Any]) -> Variant:
+        """What runs these inputs now."""
+        return self.specializer.current(_key(inputs))
 
-    def run(self, inputs: Sequence[Any], weights: Sequence[torch.Tensor]) -> list[Any]:
-        """The plain code. It has no gradients, and its casts were resolved at capture."""
+    def probed(self, variant: Variant, probe: Callable[[], None]) -> Code:
+        """Code for measuring, which does what the code of `variant` does and calls `probe`, see `compile_graph`."""
+        given = self._callables, self._trusted_ops
+        kernels = variant.kernels
+        return compile_graph(variant.graph, self.device, *given, name="probed", kernels=kernels, probe=probe)
+
+    def run(self, code: Code, inputs: Sequence[Any], weights: Sequence[torch.Tensor]) -> list[Any]:
+        """Run code of the graph. It has no gradients, and its casts were resolved at capture."""
         kind = self.device.type
         autocast = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
         with torch.no_grad(), autocast, self._current_device():
-            return self._code(inputs, weights)
+            return code.run(inputs, weights)
 
     def _current_device(self) -> AbstractContextManager[object]:
-        """Makes the session's device the current one where kernels are launched on it."""
-        if not self.kernels or self.device.type != "cuda" or torch._C._cuda_getDevice() == self.device.index:
+        """Makes the session's device the current one: kernels are launched there."""
+        if self.device.type != "cuda" or torch._C._cuda_getDevice() == self.device.index:
             return nullcontext()
         return torch.cuda.device(self.device)
 
@@ -129,7 +146,7 @@ class Session:
         """
         if check:
             inputs = [_plain(x) if isinstance(x, torch.Tensor) else x for x in inputs]
-        key = tuple([(x.shape, x.dtype, x.device) if isinstance(x, torch.Tensor) else _number(x) for x in inputs])
+        key = _key(inputs)
         if check and key != self._last and key not in self._checked:
             check_inputs(self.graph, inputs, self.device, self.profiles)
             if len(self._checked) < MAX_CHECKED:
@@ -138,9 +155,11 @@ class Session:
         if _WATCHERS:
             for watcher in list(_WATCHERS):
                 watcher(self, inputs)
-        if self.pool is None:
-            return self.run(inputs, self.store.values)
-        return self.pool(key, inputs, self.store)
+        strategy = self.settings.specialization_strategy
+        variant = self.specializer.variant(key, inputs, strategy)
+        if self.pool is None or not (variant.ready or strategy == "none"):
+            return self.run(variant.code, inputs, self.store.values)
+        return self.pool(key, variant.code, inputs, self.store)
 
 
 @contextmanager
@@ -163,6 +182,11 @@ def watched_calls() -> Iterator[list[tuple[Session, list[Any]]]]:
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor` without a pending conjugation or negation, which the types of the IR do not have."""
     return tensor.resolve_conj().resolve_neg() if tensor.is_conj() or tensor.is_neg() else tensor
+
+
+def _key(inputs: Sequence[Any]) -> tuple[object, ...]:
+    """What a call depends on in its inputs but their contents and addresses."""
+    return tuple([(x.shape, x.dtype, x.device) if isinstance(x, torch.Tensor) else _number(x) for x in inputs])
 
 
 def _number(given: object) -> object:

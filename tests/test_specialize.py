@@ -1,0 +1,358 @@
+"""The tiers: a session starts with calls, and is launching checked and measured kernels soon after, on an emulated
+device."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import nn
+
+import torch_rtx
+from tests.emulated import Device, Emulated
+from torch_rtx.backend import reuse
+from torch_rtx.kerneltable import KernelTable
+from torch_rtx.runtime.background import Background
+from torch_rtx.runtime.job import PORTABLE, REFERENCE, SPECIALIZED
+from torch_rtx.runtime.knowledge import CALLS, KERNEL, TACTIC
+from torch_rtx.runtime.session import Session
+from torch_rtx.settings import CompilationSettings, RuntimeSettings
+
+LAZY = RuntimeSettings(specialization_strategy="lazy")
+X = torch.randn(4, 16)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.norm, self.down = nn.Linear(16, 32), nn.LayerNorm(32), nn.Linear(32, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.down(self.norm(nn.functional.gelu(self.up(x))))) + x
+
+
+class Memory(dict[tuple[str, str], bytes]):
+    """A runtime cache."""
+
+    def get(self, kind: str, key: str) -> bytes | None:  # type: ignore[override]
+        return super().get((kind, key))
+
+    def put(self, kind: str, key: str, value: bytes) -> None:
+        self[kind, key] = value
+
+
+@pytest.fixture
+def background() -> Iterator[Background]:
+    made = Background()
+    yield made
+    made.stop()
+
+
+def session(
+    device: Device, background: Background, settings: RuntimeSettings = LAZY, dynamic: bool = False, store: Any = None
+) -> tuple[Session, nn.Module]:
+    """A session on the emulated device, of a graph as GPUs have it."""
+    model = Net().eval()
+    shapes = ({0: torch.export.Dim("batch", min=2, max=64)},) if dynamic else None
+    compilation = CompilationSettings(device="cuda", targets="sm_80", reuse_cached_engines=False)
+    with patch.object(reuse, "kernels_of", lambda *_: KernelTable()):
+        module = torch_rtx.compile(model, (X,), dynamic_shapes=shapes, settings=compilation)
+    made = Session(module.engine.graph, module._store, settings, tools=device.tools(background, store))
+    return made, model
+
+
+def right(made: Session, model: nn.Module, x: torch.Tensor = X) -> None:
+    (got,) = made([x])
+    with torch.no_grad():
+        torch.testing.assert_close(got, model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_from_calls_to_kernels(background: Background) -> None:
+    device = Device()
+    made, model = session(device, background)
+    base = made.specializer.base
+    assert (base.tier, base.ready, device.builds) == (REFERENCE, False, [])
+    calls = base.code
+    right(made, model)
+    assert made.specializer.wait(60)
+    assert (base.tier, base.ready) == (SPECIALIZED, True)
+    assert base.code is not calls
+    ops = {node.op for node in base.graph.nodes}
+    assert ops <= set(base.kernels)  # there are some inside of others, too
+    right(made, model)
+    launched = {op for op, kernel in base.kernels.items() if isinstance(kernel, Emulated) and kernel.launches}
+    assert launched == ops
+
+
+def test_no_call_waits(background: Background) -> None:
+    """Calls run as before while kernels are being compiled."""
+    device, entered, leave = Device(), threading.Event(), threading.Event()
+    build = device.build
+
+    def slow(*args: Any) -> Any:
+        entered.set()
+        assert leave.wait(60)
+        return build(*args)
+
+    device.build = slow  # type: ignore[method-assign]
+    made, model = session(device, background)
+    for _ in range(3):
+        right(made, model)
+    assert entered.wait(60)
+    right(made, model)
+    assert made.specializer.base.tier == REFERENCE
+    assert not made.specializer.wait(0.01)
+    leave.set()
+    assert made.specializer.wait(60)
+    right(made, model)
+    assert made.specializer.base.tier == SPECIALIZED
+
+
+def test_eager_waits(background: Background) -> None:
+    made, model = session(Device(), background, RuntimeSettings(specialization_strategy="eager"))
+    right(made, model)
+    assert made.specializer.base.tier == SPECIALIZED
+
+
+def test_none_stays(background: Background) -> None:
+    device = Device()
+    made, model = session(device, background, RuntimeSettings())
+    for _ in range(3):
+        right(made, model)
+    assert made.specializer.wait(0)
+    assert (made.specializer.base.tier, device.builds) == (REFERENCE, [])
+
+
+def test_wrong_kernels_are_not_used(background: Background, caplog: pytest.LogCaptureFixture) -> None:
+    device = Device(wrong="layer_norm")
+    made, model = session(device, background)
+    right(made, model)
+    assert made.specializer.wait(60)
+    right(made, model)
+    (bad,) = (region for region in made.specializer.base.regions if region.problems)
+    assert "layer_norm" in str(bad.body)
+    assert not set(bad.ops) & set(made.specializer.base.kernels)
+    assert made.specializer.base.kernels
+    assert "its kernel is wrong: output 0 has a relative error of" in caplog.text
+
+
+def test_what_cannot_be_compiled(background: Background, caplog: pytest.LogCaptureFixture) -> None:
+    """Kernels can't be compiled here: calls go on, and it is said once."""
+    for _ in range(2):
+        made, model = session(Device(broken="no compiler on this machine"), background)
+        right(made, model)
+        assert made.specializer.wait(60)
+        right(made, model)
+        assert (made.specializer.base.tier, made.specializer.base.ready) == (REFERENCE, True)
+    assert caplog.text.count("no compiler on this machine; only kernels that come with the engine are used") == 1
+
+
+def test_a_bug_in_the_background(background: Background, caplog: pytest.LogCaptureFixture) -> None:
+    device = Device()
+    device.load = lambda *_: 1 // 0  # type: ignore[assignment,return-value,method-assign]
+    made, model = session(device, background)
+    right(made, model)
+    assert made.specializer.wait(60)
+    right(made, model)
+    assert "making it faster failed" in caplog.text
+    assert made.specializer.base.tier == REFERENCE
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+
+
+def tactics(made: Session) -> dict[str, str]:
+    return {region.node.op: region.tactic.kind for region in made.specializer.base.regions if region.tactic}
+
+
+def test_the_fastest_stays(background: Background) -> None:
+    """Where calls are faster they stay; what was measured is there to read."""
+    made, model = session(Device(calls=0.5), background)
+    right(made, model)
+    assert made.specializer.wait(60)
+    found = tactics(made)
+    anchored = {op for op, kind in found.items() if kind == CALLS}
+    assert len(anchored) == 2
+    assert set(found) - anchored == set(made.specializer.base.kernels)
+    region = next(region for region in made.specializer.base.regions if region.node.op in anchored)
+    assert region.tactic is not None
+    assert region.tactic.microseconds[CALLS] == 0.5
+    assert len(region.tactic.microseconds) > 2
+    right(made, model)
+
+
+def test_measuring_is_bounded_in_time(background: Background) -> None:
+    device = Device()
+    settings = RuntimeSettings(specialization_strategy="lazy", tuning_seconds=0)
+    made, model = session(device, background, settings)
+    right(made, model)
+    assert made.specializer.wait(60)
+    assert (device.timed, len(device.builds)) == (0, 1)
+    assert made.specializer.base.tier == SPECIALIZED
+    right(made, model)
+
+
+def test_what_was_learnt_is_remembered(background: Background) -> None:
+    """A second session builds and measures nothing, and runs the same kernels."""
+    memory, first, second = Memory(), Device(), Device()
+    made, model = session(first, background, store=memory)
+    right(made, model)
+    assert made.specializer.wait(60)
+    assert {kind for kind, _ in memory} == {KERNEL, TACTIC}
+    second.kernels = first.kernels
+    again, model = session(second, background, store=memory)
+    right(again, model)
+    assert again.specializer.wait(60)
+    assert (second.builds, second.timed) == ([], 0)
+    assert tactics(again) == tactics(made)
+    assert {op: k.kernel for op, k in again.specializer.base.kernels.items()} == {  # type: ignore[attr-defined]
+        op: k.kernel
+        for op, k in made.specializer.base.kernels.items()  # type: ignore[attr-defined]
+    }
+    right(again, model)
+
+
+def test_damaged_memory(background: Background, caplog: pytest.LogCaptureFixture) -> None:
+    memory, device = Memory(), Device()
+    made, model = session(device, background, store=memory)
+    right(made, model)
+    assert made.specializer.wait(60)
+    for key in memory:
+        memory[key] = b'{"launch": 3}'
+    again, model = session(device, background, store=memory)
+    right(again, model)
+    assert again.specializer.wait(60)
+    right(again, model)
+    assert again.specializer.base.tier == SPECIALIZED
+    assert "can't be read" in caplog.text
+
+
+# ---- sizes -----------------------------------------------------------------------------------------------------------
+
+
+def test_sizes_that_recur(background: Background) -> None:
+    """Kernels for any size at once; after the second call with the same size, kernels for it."""
+    made, model = session(Device(), background, dynamic=True)
+    specializer = made.specializer
+    right(made, model, torch.randn(7, 16))
+    assert specializer.wait(60)
+    assert (specializer.base.tier, specializer.base.ready, specializer.variants) == (PORTABLE, False, {})
+    for size in (3, 5, 7):
+        right(made, model, torch.randn(size, 16))
+    assert specializer.wait(60)
+    assert list(specializer.variants) == [(7,)]
+    (variant,) = specializer.variants.values()
+    assert (variant.tier, variant.ready, variant.graph.syms) == (SPECIALIZED, True, {})
+    assert all(not kernel.scalars for kernel in variant.kernels.values())
+    for size in (3, 5, 7):
+        right(made, model, torch.randn(size, 16))
+    assert made.current([torch.randn(7, 16)]) is variant
+    assert made.current([torch.randn(9, 16)]) is specializer.base
+
+
+def test_sizes_are_bounded(background: Background) -> None:
+    settings = RuntimeSettings(specialization_strategy="lazy", specialized_shapes=2, tuning_seconds=0)
+    made, model = session(Device(), background, settings, dynamic=True)
+    for size in (2, 2, 3, 3, 2, 4, 4):
+        right(made, model, torch.randn(size, 16))
+        assert made.specializer.wait(60)
+    assert set(made.specializer.variants) == {(2,), (4,)}
+    for size in (2, 3, 4):
+        right(made, model, torch.randn(size, 16))
+
+
+def test_eager_sizes(background: Background) -> None:
+    settings = RuntimeSettings(specialization_strategy="eager", tuning_seconds=0)
+    made, model = session(Device(), background, settings, dynamic=True)
+    right(made, model, torch.randn(6, 16))
+    assert made.specializer.variants[(6,)].tier == SPECIALIZED
+
+
+def test_many_threads(background: Background) -> None:
+    """16 threads at changing sizes while everything is being swapped: every result is right."""
+    settings = RuntimeSettings(specialization_strategy="lazy", specialized_shapes=3, tuning_seconds=0)
+    made, model = session(Device(), background, settings, dynamic=True)
+    failures: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        try:
+            for _ in range(6):
+                size = int(torch.randint(2, 7, (), generator=generator))
+                right(made, model, torch.randn(size, 16, generator=generator))
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert made.specializer.wait(120)
+    right(made, model, torch.randn(5, 16))
+
+
+# ---- the background --------------------------------------------------------------------------------------------------
+
+
+def test_jobs_in_order_and_failures(caplog: pytest.LogCaptureFixture) -> None:
+    background, seen = Background(), []
+    events = [threading.Event() for _ in range(3)]
+    background.submit(lambda: seen.append(1), events[0])
+    background.submit(lambda: 1 // 0, events[1])
+    background.submit(lambda: seen.append(2), events[2])
+    assert all(event.wait(10) for event in events)
+    assert seen == [1, 2]
+    assert "making it faster failed" in caplog.text
+    background.stop()
+
+
+def test_stopping_drops_what_waits() -> None:
+    background, entered = Background(), threading.Event()
+    ended, dropped, late = threading.Event(), threading.Event(), threading.Event()
+
+    def long() -> None:
+        entered.set()
+        while True:
+            background.step()
+            time.sleep(0.001)
+
+    closed = []
+    background.on_stop(lambda: closed.append(1))
+    background.submit(long, ended)
+    background.submit(lambda: closed.append(2), dropped)
+    assert entered.wait(10)
+    background.stop()
+    background.submit(lambda: closed.append(3), late)
+    assert ended.wait(10)
+    assert dropped.wait(10)
+    assert late.is_set()
+    assert closed == [1]
+
+
+def test_a_model_that_is_gone_needs_no_kernels(background: Background) -> None:
+    device, entered, leave = Device(), threading.Event(), threading.Event()
+
+    def block() -> None:
+        entered.set()
+        leave.wait(60)
+
+    background.submit(block, threading.Event())
+    assert entered.wait(60)
+    made, model = session(device, background)
+    right(made, model)
+    done = made.specializer.base.done
+    del made, model
+    import gc
+
+    gc.collect()
+    leave.set()
+    assert done.wait(60)
+    assert device.builds == []

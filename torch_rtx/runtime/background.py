@@ -1,0 +1,100 @@
+"""What happens beside the calls of a program: one thread per process that runs jobs, one after the other.
+
+A job is cooperative: between its steps it asks whether to go on. At the end of the process the thread is told to stop,
+what may keep a job waiting is closed, and nothing hangs.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import queue
+import threading
+from collections.abc import Callable
+
+log = logging.getLogger(__name__)
+Job = Callable[[], object]
+PATIENCE = 5.0  # seconds that the end of a process waits for the step that runs
+
+
+class Stopped(Exception):
+    """The process is about to end: a job gives up between two steps."""
+
+
+def attempt(job: Job) -> None:
+    """Run a job; a failure is logged."""
+    try:
+        job()
+    except Stopped:
+        pass
+    except Exception as error:
+        log.warning("making it faster failed, it stays as it is: %s", error)
+        log.debug("the failure in full", exc_info=True)
+
+
+class Background:
+    """A thread that runs jobs in the order in which they came."""
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[tuple[Job, threading.Event] | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._process = 0
+        self._closing: list[Callable[[], None]] = []
+        self.stopping = False
+
+    def submit(self, job: Job, done: threading.Event) -> None:
+        """Run `job` some time; `done` is set when it has run, failed, or never will. A failure is logged."""
+        with self._lock:
+            if self.stopping:
+                done.set()
+                return
+            if self._thread is None or not self._thread.is_alive() or self._process != os.getpid():
+                self._start()  # the first job, or the first in a process that was forked
+            self._jobs.put((job, done))
+
+    def _start(self) -> None:
+        if self._thread is None:
+            atexit.register(self.stop)
+        if self._process not in (0, os.getpid()):
+            self._jobs = queue.SimpleQueue()
+        self._process = os.getpid()
+        self._thread = threading.Thread(target=self._work, args=(self._jobs,), name="torch_rtx", daemon=True)
+        self._thread.start()
+
+    def _work(self, jobs: queue.SimpleQueue[tuple[Job, threading.Event] | None]) -> None:
+        while (entry := jobs.get()) is not None:
+            job, done = entry
+            if not self.stopping:
+                attempt(job)
+            done.set()
+            del job, entry  # what a job holds may be large
+
+    def step(self) -> None:
+        """What a job calls between its steps.
+
+        Raises:
+            Stopped: the process is about to end.
+        """
+        if self.stopping:
+            raise Stopped
+
+    def on_stop(self, close: Callable[[], None]) -> None:
+        """Call `close`, which ends what a job may be waiting for, when the process ends."""
+        with self._lock:
+            self._closing.append(close)
+
+    def stop(self) -> None:
+        """Run no more jobs; wait for the step that runs."""
+        with self._lock:
+            self.stopping = True
+            closing = list(self._closing)
+        for close in closing:
+            close()
+        self._jobs.put(None)
+        if self._thread is not None and self._process == os.getpid():
+            self._thread.join(PATIENCE)
+
+
+BACKGROUND = Background()

@@ -1,0 +1,67 @@
+"""Starts the process that compiles kernels, and asks it."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+
+from torch_rtx.errors import KernelError
+from torch_rtx.ir import Graph
+from torch_rtx.kerneltable import Candidate, Request
+
+# What the process runs, with this very package wherever it is.
+MAIN = "import sys; sys.path.append(sys.argv[1]); from torch_rtx.lowering.kernels.worker import main; main()"
+
+
+class Builder:
+    """A process of its own that compiles kernels. It starts with the first request and ends with this process."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+
+    def build(self, bodies: Mapping[str, tuple[Graph, int]], sm: int) -> dict[str, Candidate]:
+        """What `worker.build` returns. One thread at a time.
+
+        Raises:
+            KernelError: kernels can't be compiled here; it says why.
+        """
+        with self._lock:
+            try:
+                process = self._running()
+                assert process.stdin is not None
+                assert process.stdout is not None
+                pickle.dump(Request(bodies, sm), process.stdin)
+                process.stdin.flush()
+                answer = pickle.load(process.stdout)
+            except (OSError, EOFError, pickle.UnpicklingError) as error:
+                self.close()
+                raise KernelError(f"the process that compiles kernels ended: {type(error).__name__} {error}") from None
+        if isinstance(answer, str):
+            raise KernelError(answer)
+        found: dict[str, Candidate] = answer
+        return found
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._process is None or self._process.poll() is not None:
+            if find_spec("triton") is None:
+                raise OSError("the package triton is not installed")
+            command = [sys.executable, "-c", MAIN, str(Path(__file__).parents[2])]
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        return self._process
+
+    def close(self) -> None:
+        """End the process; whoever waits for it gets an error, and a later request starts another."""
+        process = self._process
+        if process is not None:
+            process.kill()
+            process.wait()
+        self._process = None
+
+
+BUILDER = Builder()

@@ -1,0 +1,272 @@
+"""The work that takes one variant of a graph up the tiers: compile, check and use kernels; measure, use the fastest.
+
+Every kernel is checked against the calls that it stands for, on this device, before it is used. Measuring is bounded in
+time and in memory. What fails is logged once, and the region goes on as it ran before.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+
+from torch_rtx.errors import KernelError, RtxError
+from torch_rtx.ir import Graph, Node, kernel_nodes
+from torch_rtx.kerneltable import Candidate
+from torch_rtx.runtime.background import Background
+from torch_rtx.runtime.bind import bind, bind_node
+from torch_rtx.runtime.knowledge import CALLS, ENGINE, GENERATED, Knowledge, Tactic, region_key
+from torch_rtx.runtime.launch import Launcher
+from torch_rtx.runtime.trial import Run, Trial
+
+if TYPE_CHECKING:
+    from torch_rtx.runtime.specialize import Specializer, Variant
+
+log = logging.getLogger(__name__)
+REFERENCE, PORTABLE, SPECIALIZED = "reference", "portable", "specialized"  # tiers
+RANKS = 4  # kernels of a region that are measured
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What jobs work with.
+
+    Attributes:
+        knowledge: of the device's SM version.
+        load: a launcher for the kernel of a candidate; gets the op of its node and how many tensors it takes.
+        jit: the kernels of the engine that the driver has to compile first.
+        time: microseconds of one of some equal runs.
+        background: runs the jobs.
+    """
+
+    knowledge: Knowledge
+    load: Callable[[str, Candidate, int], Launcher]
+    jit: Callable[[], Mapping[str, Launcher]]
+    time: Callable[[Sequence[Run]], float]
+    background: Background
+
+
+@dataclass
+class Region:
+    """A region of a variant, and what was found out about it.
+
+    Attributes:
+        node: one of its nodes, as the variant's graph has it.
+        ops: the names of all of its nodes.
+        tactic: the fastest way to run it, once that is known.
+        problems: why kernels are not used.
+    """
+
+    key: str
+    node: Node
+    ops: list[str] = field(default_factory=list)
+    tactic: Tactic | None = None
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def body(self) -> Graph:
+        """Its operations."""
+        assert self.node.body is not None
+        return self.node.body
+
+    def __str__(self) -> str:
+        return str(self.node.loc or self.node.op)
+
+
+class Job:
+    """Takes `variant` up the tiers.
+
+    Args:
+        sizes: of the symbols that the variant's graph has: what its kernels are checked with.
+    """
+
+    def __init__(self, owner: Specializer, variant: Variant, sizes: Mapping[str, int], tools: Tools) -> None:
+        self.owner, self.variant, self.sizes, self.tools = owner, variant, sizes, tools
+        self.generic = bool(sizes)
+        self.end = time.monotonic() + owner.settings.tuning_seconds
+        self.kernels: dict[str, Launcher] = {}
+        self._compiled = owner.graph  # what the variant's code is for
+
+    def run(self) -> None:
+        """Compile, check, swap; measure, swap. What goes wrong leaves the variant as it is then."""
+        variant = self.variant
+        try:
+            with torch.no_grad(), _current(self.owner.device):
+                variant.graph = bind(self.owner.graph, variant.sizes)
+                self.kernels = {op: launcher.bound(variant.sizes) for op, launcher in variant.kernels.items()}
+                variant.regions = regions = list(self.regions())
+                try:
+                    self.specialize(regions)
+                except KernelError as error:  # nothing can be compiled here
+                    warn_once(f"{error}; only kernels that come with the engine are used")
+                    brought = self.tools.jit().items()
+                    self.kernels = {op: launcher.bound(variant.sizes) for op, launcher in brought} | self.kernels
+                self.swap()
+                variant.ready = not self.generic
+                if not self.generic:
+                    self.tune(regions)
+                    self.swap()
+        finally:
+            variant.ready = not self.generic
+
+    def regions(self) -> Iterator[Region]:
+        """The regions, those inside of others first."""
+        found: dict[str, Region] = {}
+        for node in reversed(list(kernel_nodes(self.variant.graph))):
+            assert node.body is not None
+            region = found.setdefault(region_key(node.body), Region(region_key(node.body), node))
+            if node.op not in region.ops:
+                region.ops.append(node.op)
+        return iter(found.values())
+
+    def specialize(self, regions: Sequence[Region]) -> None:
+        """Give every region the kernel that is known to be the fastest, or expected to be."""
+        knowledge = self.tools.knowledge
+        wanted: dict[str, tuple[Graph, int]] = {}
+        for region in regions:
+            region.tactic = None if self.generic else knowledge.tactic(region.key)
+            kind = None if region.tactic is None else region.tactic.kind
+            if kind == GENERATED and region.tactic is not None:
+                wanted[region.key] = region.body, region.tactic.config
+            elif kind != CALLS and not self.at_hand(region):
+                wanted[region.key] = region.body, 0
+        made = knowledge.kernels(wanted) if wanted else {}
+        for region in regions:
+            self.tools.background.step()
+            if region.tactic is not None and region.tactic.kind == CALLS:
+                self.use(region, None)
+            elif region.key in made:
+                self.try_first(region, made[region.key])
+
+    def at_hand(self, region: Region) -> bool:
+        """Whether the engine has brought a kernel that is as good as one of rank 0."""
+        if self.generic:
+            return all(op in self.kernels for op in region.ops)
+        return self.owner.static and self.owner.is_native(region.node)
+
+    def try_first(self, region: Region, candidate: Candidate) -> None:
+        """Use a kernel if it is right. One that was measured was checked before."""
+        try:
+            launcher = self.load(region, candidate)
+            if region.tactic is None:
+                trial = Trial(bind_node(region.node, self.sizes), self.owner.device)
+                problem = trial.problem(trial.code({region.node.op: launcher.bound(self.sizes)}))
+                if problem is not None:
+                    raise KernelError(f"its kernel is wrong: {problem}")
+            self.use(region, launcher)
+        except (RtxError, torch.OutOfMemoryError) as error:
+            self.leave(region, error)
+
+    def load(self, region: Region, candidate: Candidate) -> Launcher:
+        """The launcher of a candidate.
+
+        Raises:
+            KernelError: the driver refuses it.
+        """
+        return self.tools.load(region.node.op, candidate, len(region.node.inputs) + len(region.node.outputs))
+
+    def use(self, region: Region, launcher: Launcher | None) -> None:
+        """Launch the nodes of a region, or (None) call what they are made of."""
+        for op in region.ops:
+            self.kernels.pop(op, None)
+            if launcher is not None:
+                self.kernels[op] = launcher
+
+    def leave(self, region: Region, error: Exception) -> None:
+        """Note why a kernel is not used."""
+        region.problems.append(str(error).splitlines()[0])
+        log.warning("%s goes on as it ran: %s", region, region.problems[-1])
+
+    def swap(self) -> None:
+        """Run the variant with the kernels that were found, from its next call on."""
+        variant, kernels = self.variant, dict(self.kernels)
+        same = kernels.keys() == variant.kernels.keys() and all(kernels[op] is variant.kernels[op] for op in kernels)
+        if not same or self._compiled is not variant.graph:
+            variant.code, variant.kernels = self.owner.compiled(variant.graph, kernels), kernels
+            self._compiled = variant.graph
+        if kernels:
+            variant.tier = PORTABLE if self.generic else SPECIALIZED
+        log.debug("%d kernels of %d regions are launched now", len(kernels), len(variant.regions))
+
+    def tune(self, regions: Sequence[Region]) -> None:
+        """Measure what is not known, as long as there is time, and use the fastest."""
+        rivals = {region.key: Rivals(self, region) for region in regions if region.tactic is None}
+        first = dict.fromkeys(rivals, 0)
+        for _ in range(RANKS):
+            if not first or time.monotonic() >= self.end:
+                break
+            try:
+                made = self.tools.knowledge.kernels({key: (rivals[key].region.body, first[key]) for key in first})
+            except KernelError as error:
+                warn_once(f"nothing more is measured: {error}")
+                break
+            for key, candidate in made.items():
+                self.tools.background.step()
+                if time.monotonic() < self.end:
+                    rivals[key].measure(candidate)
+            first = {key: candidate.config + 1 for key, candidate in made.items()}
+        for found in rivals.values():
+            found.decide()
+
+
+class Rivals:
+    """The ways to run one region, measured against each other."""
+
+    def __init__(self, job: Job, region: Region) -> None:
+        self.job, self.region = job, region
+        self.times: dict[str, float] = {}
+        self.launchers: dict[str, tuple[Launcher, int]] = {}
+
+    def measure(self, candidate: Candidate) -> None:
+        """Check and time a kernel; before the first one, what it has to beat."""
+        job, region = self.job, self.region
+        op = region.node.op
+        try:
+            launcher = job.load(region, candidate)
+            trial = Trial(region.node, job.owner.device)
+            code = trial.code({op: launcher})
+            problem = trial.problem(code)
+            if problem is not None:
+                raise KernelError(f"a kernel for it is wrong: {problem}")
+            if not self.times:
+                others = {name: kernel for name, kernel in job.kernels.items() if name != op}
+                if candidate.launch.library != "none":
+                    self.times[CALLS] = job.tools.time(trial.runs(trial.code(others)))
+                if job.at_hand(region):
+                    self.times[ENGINE] = job.tools.time(trial.runs(trial.code({op: job.kernels[op]})))
+            name = f"{GENERATED} {candidate.config}"
+            self.times[name] = job.tools.time(trial.runs(code))
+            self.launchers[name] = launcher, candidate.config
+        except (RtxError, torch.OutOfMemoryError) as error:
+            job.leave(region, error)
+
+    def decide(self) -> None:
+        """Use the fastest from now on, and remember it."""
+        if not self.launchers:
+            return
+        best = min(self.times, key=lambda name: self.times[name])
+        launcher, config = self.launchers.get(best, (None, 0))
+        kind = GENERATED if launcher is not None else best
+        self.region.tactic = Tactic(kind, config, dict(self.times))
+        self.job.tools.knowledge.remember(self.region.key, self.region.tactic)
+        if kind != ENGINE:
+            self.job.use(self.region, launcher)
+
+
+@cache
+def warn_once(message: str) -> None:
+    """Log a warning, unless it was logged before."""
+    log.warning("%s", message)
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Makes `device` the current one, with a stream of its own."""
+    if device.type != "cuda":
+        return nullcontext()
+    return torch.cuda.stream(torch.cuda.Stream(device))  # of the lowest priority, and on its device

@@ -1,0 +1,188 @@
+"""The tiers of a session: it starts with what there is, and gets faster in the background while it is called.
+
+A `Variant` is the graph for some sizes, or for all, with the code that runs now. A `Job` takes it up the tiers (see
+`runtime.job`). No call waits for that under the strategy "lazy", and what fails leaves the code as it is.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from torch_rtx.ir import Graph, Node, dim_syms, kernel_nodes, type_dims
+from torch_rtx.runtime.background import attempt
+from torch_rtx.runtime.check import bind_sizes
+from torch_rtx.runtime.job import PORTABLE, REFERENCE, Job, Region, Tools
+from torch_rtx.runtime.launch import Launcher
+from torch_rtx.runtime.reference import Code
+from torch_rtx.settings import RuntimeSettings
+
+log = logging.getLogger(__name__)
+RECURS = 2  # calls with the same sizes after which they get kernels of their own
+MET_PER_SHAPE = 64  # sizes that are counted, per shape that is specialized
+Compile = Callable[[Graph, Mapping[str, Launcher]], Code]
+
+
+@dataclass(eq=False)
+class Variant:
+    """A graph on its way up the tiers.
+
+    Attributes:
+        sizes: numbers for symbols of the graph, which this variant is for; none: it is for all sizes.
+        graph: with these numbers; that of the session until a job has made it.
+        code: what runs now.
+        kernels: what is launched, by op.
+        tier: REFERENCE (calls), PORTABLE (kernels for any size, or those of the engine) or SPECIALIZED.
+        ready: its kernels are those for its sizes, but for what measuring may still change: worth a CUDA graph.
+        regions: what jobs found out, see `Region`.
+        done: nothing more is being done for it.
+    """
+
+    sizes: Mapping[str, int]
+    graph: Graph
+    code: Code
+    kernels: Mapping[str, Launcher]
+    tier: str
+    ready: bool = False
+    regions: Sequence[Region] = ()
+    used: int = 0
+    done: threading.Event = field(default_factory=threading.Event)
+
+
+class Specializer:
+    """The variants of one graph; shared by its sessions, and safe to use from many threads.
+
+    Args:
+        graph: level fused.
+        compiled: makes the code of a graph of which some kernels are launched.
+        kernels: those of the engine that can be launched at once.
+        tools: None where nothing can be specialized: the code stays what it is.
+
+    Attributes:
+        base: the variant for all sizes, or for the only ones.
+        variants: those for some sizes, by the sizes of the symbols.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        compiled: Compile,
+        kernels: Mapping[str, Launcher],
+        device: torch.device,
+        settings: RuntimeSettings,
+        tools: Tools | None,
+    ) -> None:
+        self.graph, self.compiled, self.device, self.settings = graph, compiled, device, settings
+        nodes = list(kernel_nodes(graph))
+        self.tools = tools if nodes else None
+        self.static = not any(dim_syms_of(graph))
+        self.base = Variant({}, graph, compiled(graph, kernels), kernels, PORTABLE if kernels else REFERENCE)
+        # Kernels of a static graph that were built for this very GPU are for its sizes.
+        self.base.ready = self.tools is None or (self.static and all(self.is_native(node) for node in nodes))
+        self.variants: dict[tuple[int, ...], Variant] = {}
+        self._by_key: dict[object, Variant] = {}
+        self._met: Counter[tuple[int, ...]] = Counter()
+        self._lock = threading.RLock()
+        self._calls = 0
+
+    def is_native(self, node: Node) -> bool:
+        """Whether a node is launched from a binary of the engine that was built for this very GPU."""
+        launcher = self.base.kernels.get(node.op)
+        return launcher is not None and self.tools is not None and launcher.is_for(self.tools.knowledge.sm)
+
+    def current(self, key: object) -> Variant:
+        """What runs calls with this key now."""
+        return self._by_key.get(key, self.base)
+
+    def variant(self, key: object, inputs: Sequence[Any], strategy: str) -> Variant:
+        """What runs a call with these inputs.
+
+        Args:
+            key: all that the sizes in it depend on.
+            strategy: see `RuntimeSettings.specialization_strategy`.
+        """
+        found = self._by_key.get(key)
+        if found is None:
+            if self.tools is None or strategy == "none":
+                return self.base
+            found = self._meet(key, inputs, strategy)
+        elif strategy == "eager":
+            found.done.wait()
+        self._calls = found.used = self._calls + 1
+        return found
+
+    def _meet(self, key: object, inputs: Sequence[Any], strategy: str) -> Variant:
+        """The variant for inputs that were not met, or not often enough, before."""
+        sizes = bind_sizes(self.graph, inputs)
+        dims = tuple(sizes.values())
+        with self._lock:
+            if not self._met:
+                self._start(self.base, sizes, strategy)
+            self._met[dims] += 1
+            if self.static:
+                found = self.base
+            elif dims in self.variants:
+                found = self.variants[dims]
+            elif strategy == "lazy" and self._met[dims] < RECURS:
+                return self.base
+            else:
+                found = self._specialized(dims, sizes, strategy)
+            self._by_key[key] = found
+        if strategy == "eager":
+            found.done.wait()
+        return found
+
+    def _specialized(self, dims: tuple[int, ...], sizes: Mapping[str, int], strategy: str) -> Variant:
+        """A new variant for given sizes, in the place of the one that was not used for longest."""
+        if len(self.variants) >= self.settings.specialized_shapes:
+            oldest = min(self.variants, key=lambda dims: self.variants[dims].used)
+            dropped = self.variants.pop(oldest)
+            self._by_key = {key: variant for key, variant in self._by_key.items() if variant is not dropped}
+            del self._met[oldest]
+        if len(self._met) > MET_PER_SHAPE * self.settings.specialized_shapes:
+            self._met = Counter({dims: 1, **dict.fromkeys(self.variants, RECURS)})
+        base = self.base
+        found = self.variants[dims] = Variant(sizes, self.graph, base.code, base.kernels, base.tier)
+        self._start(found, {}, strategy)
+        return found
+
+    def _start(self, variant: Variant, sizes: Mapping[str, int], strategy: str) -> None:
+        """Take a variant up the tiers: now under the strategy "eager", else in the background.
+
+        Args:
+            sizes: of the symbols that it is not for but is checked with.
+        """
+        assert self.tools is not None
+        if strategy == "eager":
+            attempt(Job(self, variant, sizes, self.tools).run)
+            variant.done.set()
+            return
+        owner, tools = weakref.ref(self), self.tools
+
+        def run() -> None:
+            specializer = owner()
+            if specializer is not None:  # a model that is gone by then needs no kernels
+                Job(specializer, variant, sizes, tools).run()
+
+        tools.background.submit(run, variant.done)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until nothing more is being specialized; False if that takes longer than `timeout` seconds."""
+        end = None if timeout is None else time.monotonic() + timeout
+        with self._lock:
+            started = [self.base, *self.variants.values()] if self._met else []
+        return all(v.done.wait(None if end is None else max(0.0, end - time.monotonic())) for v in started)
+
+
+def dim_syms_of(graph: Graph) -> list[str]:
+    """The names of the symbols in the types of a graph's inputs."""
+    dims = (dim for value in graph.inputs for dim in type_dims(value.type))
+    return [sym.name for dim in dims for sym in dim_syms(dim)]
