@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._dynamo.exc import UserError, UserErrorType
 from torch.export import Dim
 from typer.testing import CliRunner
 
@@ -463,8 +464,13 @@ def test_a_model_that_does_not_take_all_sizes(function: Any, inputs: Any, messag
 
 
 def test_other_errors_of_a_capture_are_passed_on() -> None:
-    with pytest.raises(RuntimeError, match="deliberate"):
-        torch_rtx.compile(Function(lambda x: exec("raise RuntimeError('deliberate')")), free((4,)))
+    def refused(x: torch.Tensor) -> torch.Tensor:
+        raise UserError(UserErrorType.ANTI_PATTERN, "not like this")
+
+    with pytest.raises(UserError, match="not like this"):
+        torch_rtx.compile(Function(refused), free((4,)))
+    with pytest.raises(RuntimeError, match="Could not guard on data-dependent expression"):
+        torch_rtx.compile(Function(lambda x: x * 2 if x.sum() > 0 else x), free((4,)))
 
 
 # ---- against an oracle -----------------------------------------------------------------------------------------------

@@ -173,11 +173,8 @@ class Declared:
     def _refusal(self, error: UserError) -> CaptureError:
         """What to tell instead of torch.export's error, which speaks of symbols that are not the user's. A capture that
         leaves it to the model which sizes are free shows what became of each."""
-        try:
-            program = self._capture(self._shapes([Dim.AUTO(min=a.whole[0], max=a.whole[1]) for a in self.axes]))
-            problems = list(_problems(self.axes, self._sizes(program), program.range_constraints))
-        except UserError:
-            problems = []
+        program = self._capture(self._shapes([Dim.AUTO(min=a.whole[0], max=a.whole[1]) for a in self.axes]))
+        problems = list(_problems(self.axes, self._sizes(program), program.range_constraints))
         if not problems:
             said = " ".join(line.strip(" -") for line in str(error).splitlines() if line.startswith("  - "))
             problems = [(said, "declare sizes that the model takes, by torch.export.Dim in dynamic_shapes")]
