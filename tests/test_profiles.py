@@ -381,6 +381,11 @@ def test_an_input_that_contradicts_itself(fields: dict[str, Any], message: str) 
             None,
             "there are 2 profiles, and no size in them varies",
         ),
+        (
+            (Input(profiles=[A, B], shared_dims={0: "n"}), Input(profiles=[B, A], shared_dims={0: "n"})),
+            None,
+            "and have the ranges 1..4 (opt 2), 8..16 (opt 8) and 8..16 (opt 8), 1..4 (opt 2)",
+        ),
         ((Input((2,), name="y"), Input((2,))), None, "two inputs are called 'y'"),
         (
             (Input(min_shape=(0,), opt_shape=(1,), max_shape=(1,)), Input((2,))),
@@ -446,6 +451,12 @@ def free(*shapes: tuple[int, ...], low: int = 1, high: int = 64) -> tuple[Input,
             lambda x: x * 2 if x.shape[0] > 5 else x,
             free((16,)),
             "dimension 0 of input '#0' can only be 6..64, not 1..64",
+            "declare that range",
+        ),
+        (
+            lambda x: x * 2 if x.shape[0] < 32 else x,
+            free((16,)),
+            "dimension 0 of input '#0' can only be 1..31, not 1..64",
             "declare that range",
         ),
         (
