@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._dynamo.exc import UserError, UserErrorType
 from torch.export import Dim
 from typer.testing import CliRunner
 
@@ -380,6 +381,11 @@ def test_an_input_that_contradicts_itself(fields: dict[str, Any], message: str) 
             None,
             "there are 2 profiles, and no size in them varies",
         ),
+        (
+            (Input(profiles=[A, B], shared_dims={0: "n"}), Input(profiles=[B, A], shared_dims={0: "n"})),
+            None,
+            "and have the ranges 1..4 (opt 2), 8..16 (opt 8) and 8..16 (opt 8), 1..4 (opt 2)",
+        ),
         ((Input((2,), name="y"), Input((2,))), None, "two inputs are called 'y'"),
         (
             (Input(min_shape=(0,), opt_shape=(1,), max_shape=(1,)), Input((2,))),
@@ -448,6 +454,12 @@ def free(*shapes: tuple[int, ...], low: int = 1, high: int = 64) -> tuple[Input,
             "declare that range",
         ),
         (
+            lambda x: x * 2 if x.shape[0] < 32 else x,
+            free((16,)),
+            "dimension 0 of input '#0' can only be 1..31, not 1..64",
+            "declare that range",
+        ),
+        (
             lambda x: x.view(-1, 8),
             free((16,), low=8),
             "(L['args'][0].size()[0] % 8) == 0",
@@ -463,8 +475,13 @@ def test_a_model_that_does_not_take_all_sizes(function: Any, inputs: Any, messag
 
 
 def test_other_errors_of_a_capture_are_passed_on() -> None:
-    with pytest.raises(RuntimeError, match="deliberate"):
-        torch_rtx.compile(Function(lambda x: exec("raise RuntimeError('deliberate')")), free((4,)))
+    def refused(x: torch.Tensor) -> torch.Tensor:
+        raise UserError(UserErrorType.ANTI_PATTERN, "not like this")
+
+    with pytest.raises(UserError, match="not like this"):
+        torch_rtx.compile(Function(refused), free((4,)))
+    with pytest.raises(RuntimeError, match="Could not guard on data-dependent expression"):
+        torch_rtx.compile(Function(lambda x: x * 2 if x.sum() > 0 else x), free((4,)))
 
 
 # ---- against an oracle -----------------------------------------------------------------------------------------------

@@ -173,11 +173,8 @@ class Declared:
     def _refusal(self, error: UserError) -> CaptureError:
         """What to tell instead of torch.export's error, which speaks of symbols that are not the user's. A capture that
         leaves it to the model which sizes are free shows what became of each."""
-        try:
-            program = self._capture(self._shapes([Dim.AUTO(min=a.whole[0], max=a.whole[1]) for a in self.axes]))
-            problems = list(_problems(self.axes, self._sizes(program), program.range_constraints))
-        except UserError:
-            problems = []
+        program = self._capture(self._shapes([Dim.AUTO(min=a.whole[0], max=a.whole[1]) for a in self.axes]))
+        problems = list(_problems(self.axes, self._sizes(program), program.range_constraints))
         if not problems:
             said = " ".join(line.strip(" -") for line in str(error).splitlines() if line.startswith("  - "))
             problems = [(said, "declare sizes that the model takes, by torch.export.Dim in dynamic_shapes")]
@@ -223,6 +220,8 @@ def _problems(
         low, high = axis.whole
         expr = sympy.Integer(size) if isinstance(size, int) else size.node.expr
         bounds = ranges.get(expr)
+        # A capture takes every size to be at least 2, whatever its range.
+        least = low if bounds is None or bounds.lower <= max(low, 2) else bounds.lower
         if expr.is_Integer:
             yield f"{axis.place} can only be {expr}, not {low}..{high}", f"declare the size {expr} alone"
         elif not expr.is_Symbol:
@@ -230,9 +229,8 @@ def _problems(
             yield f"{axis.place} is always {text}", "declare this by torch.export.Dim in dynamic_shapes"
         elif expr in first and axis.dim != first[expr].dim:
             yield f"{axis.place} always equals {first[expr].place}", "give both one name in shared_dims"
-        # A capture takes every size to be at least 2, whatever its range.
-        elif bounds is not None and (bounds.lower > max(low, 2) or bounds.upper < high):
-            yield f"{axis.place} can only be {bounds.lower}..{bounds.upper}, not {low}..{high}", "declare that range"
+        elif bounds is not None and (least > low or bounds.upper < high):
+            yield f"{axis.place} can only be {least}..{bounds.upper}, not {low}..{high}", "declare that range"
         first.setdefault(expr, axis)
 
 
@@ -290,12 +288,12 @@ def _check(inputs: Mapping[int, Input], labels: Mapping[int, str], axes: Sequenc
     again = [name for name, count in Counter(labels.values()).items() if count > 1]
     if again:
         raise InputError(f"two inputs are called {again[0]!r}")
-    counts = {labels[number]: len(given.profiles) for number, given in inputs.items()}
-    if not axes and max(counts.values()) > 1:
-        raise InputError(f"there are {max(counts.values())} profiles, and no size in them varies", hint="give a shape")
+    count = max(len(given.profiles) for given in inputs.values())
+    if not axes and count > 1:
+        raise InputError(f"there are {count} profiles, and no size in them varies", hint="give a shape")
     free = {axis.place: len(axis.ranges) for axis in axes}
     if len(set(free.values())) > 1:
-        said = ", ".join(f"{place} has {count}" for place, count in free.items())
+        said = ", ".join(f"{place} has {number}" for place, number in free.items())
         raise InputError(f"inputs have different numbers of profiles: {said}")
     narrow = [axis.place for axis in axes if axis.whole[1] < 2]
     if narrow:
@@ -311,8 +309,9 @@ def _check_shared(inputs: Mapping[int, Input], labels: Mapping[int, str]) -> Non
     for number, given in inputs.items():
         for axis, name in given.shared_dims.items():
             place, ranges = f"dimension {axis} of input {labels[number]!r}", tuple(p[axis] for p in given.profiles)
+            ranges = ranges[:1] if len(set(ranges)) == 1 else ranges  # inputs of one shape have one profile
             other, others = first.setdefault(name, (place, ranges))
-            if set(ranges) != set(others) or (ranges != others and len(ranges) == len(others)):
+            if ranges != others:
                 said = [", ".join(map(str, found)) for found in (others, ranges)]
                 raise InputError(f"{other} and {place} are both {name!r}, and have the ranges {said[0]} and {said[1]}")
 
