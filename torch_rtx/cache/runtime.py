@@ -428,7 +428,8 @@ class RuntimeCache:
         """The connection to write with, to the file that has our name now; a damaged one is out of the way before."""
         if self._damaged is not None:
             self._set_aside(self._damaged)
-        elif self._writer is not None and self._writer.identity != identity_of(self.path):
+        here = identity_of(self.path)
+        if any(file is not None and file.identity != here for file in (self._writer, self._reader)):
             self._let_go()  # somebody removed the file, or set it aside
         if self._writer is None:
             self._writer = RuntimeFile(self.path, create=True, timeout=WRITE_TIMEOUT)
