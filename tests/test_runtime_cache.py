@@ -737,14 +737,19 @@ def test_close_is_quick_and_final(path: Path) -> None:
     assert kernels(path, "a", "b") == [b"a", None]
 
 
-def test_entries_that_sqlite_does_not_take(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_entries_that_are_none(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cache = RuntimeCache(path, ADA)
-    cache.put("kernel", "\ud800", b"a surrogate is no text")
+    with pytest.raises(CacheError, match="is no text"):
+        cache.put("kernel", "\ud800", b"")
+    cache.put("kernel", "\0 é 中", b"text")
+    cache.put("kernel", "b", "no bytes")  # type: ignore[arg-type]
     assert not cache.flush()
-    assert "entries of the runtime cache could not be written" in caplog.text
+    assert "2 entries of the runtime cache can't be kept" in caplog.text
+    cache.put("kernel", "\0 é 中", b"text")
     cache.put("kernel", "a", b"a")
     assert cache.flush()
-    assert kernels(path, "a") == [b"a"]
+    cache.close()
+    assert kernels(path, "a", "\0 é 中", "\0 é", "b") == [b"a", b"text", None, None]
 
 
 def test_settings(cache_folder: Path) -> None:

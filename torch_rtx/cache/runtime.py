@@ -30,8 +30,6 @@ from torch_rtx.cache.runtime_file import (
 )
 from torch_rtx.errors import CacheDamaged, CacheError
 
-__all__ = ["DeviceKey", "RuntimeCache", "RuntimeCacheStats", "obstacle"]
-
 log = logging.getLogger("torch_rtx.cache")
 
 MEMORY = 64 << 20  # most bytes of values that a process holds, and most that wait for a file that can't be written
@@ -125,9 +123,9 @@ class RuntimeCache:
         """The value that was put under a kind, "kernel" or "tactic", and a key, and applies to this device.
 
         Raises:
-            CacheError: there is no such kind.
+            CacheError: there is no such kind, or the key is no text.
         """
-        _check_kind(kind)
+        _check(kind, key)
         with self._changed:
             waiting = self._waiting.get((kind, key))
             value = self._recent.get((kind, key)) if waiting is None else waiting.value
@@ -149,9 +147,9 @@ class RuntimeCache:
         """Keep a value for this device. It is found from now on, and written in the background.
 
         Raises:
-            CacheError: there is no such kind.
+            CacheError: there is no such kind, or the key is no text.
         """
-        _check_kind(kind)
+        _check(kind, key)
         entry = Entry(kind, key, self.device, value, time.time())
         with self._changed:
             self._recent.put((kind, key), value)
@@ -225,7 +223,7 @@ class RuntimeCache:
         except FileNotFoundError:
             pass
         except CacheError as error:
-            self._warn("can't be read, what is in memory is saved alone", error)
+            self._warn("can't be read, what is in memory is saved alone:", error)
         yield from waiting
 
     def load(self, path: str | os.PathLike[str]) -> int:
@@ -242,7 +240,7 @@ class RuntimeCache:
                 with closing(RuntimeFile(self.path, create=True, timeout=WRITE_TIMEOUT)) as own:
                     return own.merge(intact(other), self.size)
             except CacheError as error:
-                self._warn("can't be written, what applies is loaded into memory", error)
+                self._warn("can't be written, what applies is loaded into memory:", error)
             count = 0
             for entry in intact(other):
                 if obstacle(entry.kind, entry.device, self.device) is None:
@@ -303,7 +301,7 @@ class RuntimeCache:
                 with self._changed:
                     self._uses[row] = time.time()
                 return entry.value, ""
-            self._warn("has an entry that is damaged and of no use", CacheError(f"{kind} {key}"))
+            self._warn("has an entry that is damaged and of no use:", CacheError(f"{kind} {key}"))
             reason = DAMAGED
             with self._changed:
                 self._bad.add((row, digest))
@@ -331,7 +329,7 @@ class RuntimeCache:
         self._read_again = time.monotonic() + RETRY
         self._problem = error.message
         if not isinstance(error, CacheDamaged):
-            self._warn("can't be read", error)
+            self._warn("can't be read:", error)
             return
         with self._changed:
             self._damaged = identity
@@ -387,8 +385,8 @@ class RuntimeCache:
                     return True
                 self._not_written(error)
                 return False
-            except Exception:  # whatever an entry is that SQLite does not take, the others are to be written
-                log.warning("entries of the runtime cache could not be written:", exc_info=True)
+            except Exception:  # of a caller's values or ours: to try again would keep all that follows from the file
+                log.warning("%d entries of the runtime cache can't be kept:", len(entries), exc_info=True)
                 self._written(entries, uses, bad)
                 return False
             else:
@@ -416,7 +414,7 @@ class RuntimeCache:
                 self._read_again = 0.0
 
     def _not_written(self, error: CacheError) -> None:
-        self._warn("can't be written, what is learnt stays in memory", error)
+        self._warn("can't be written, what is learnt stays in memory:", error)
         with self._changed:
             self._problem = error.message
             self._write_again = time.monotonic() + RETRY
@@ -468,8 +466,8 @@ class RuntimeCache:
         if (what, error.message) not in _warned:
             _warned.add((what, error.message))
             # A reader that comes while a file is begun finds it later; a writer warns if the file stays locked.
-            level = logging.INFO if is_busy(error) and what == "can't be read" else logging.WARNING
-            log.log(level, "the runtime cache %s %s: %s", self.path, what, error)
+            level = logging.INFO if is_busy(error) and what == "can't be read:" else logging.WARNING
+            log.log(level, "the runtime cache %s %s %s", self.path, what, error)
 
 
 class _Recent:
@@ -507,9 +505,14 @@ def intact(file: RuntimeFile) -> Iterator[Entry]:
         log.warning("%d damaged entries of the runtime cache %s are left out", damaged, file.path)
 
 
-def _check_kind(kind: str) -> None:
+def _check(kind: str, key: str) -> None:
     if kind not in KINDS:
         raise CacheError(f"{kind!r} is no kind of entry", hint=f"kinds are {', '.join(KINDS)}")
+    if not key.isascii():
+        try:
+            key.encode()
+        except UnicodeEncodeError:
+            raise CacheError(f"the key {key!r} is no text", hint="keys are texts that UTF-8 can hold") from None
 
 
 def _close_all() -> None:
