@@ -677,6 +677,16 @@ def test_flipped_bytes(whole: bytes, data: st.DataObject) -> None:
         cache.close()
 
 
+def test_bytes_of_the_header_and_the_schema(whole: bytes, tmp_path: Path) -> None:
+    """Both are on the first page, at its ends. A schema that is no text is an error even in messages about it."""
+    path = tmp_path / "runtime.sqlite"
+    for position in (*range(0, 100, 6), *range(3599, 4096, 16)):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 128]) + whole[position + 1 :])
+        assert kernels(path, "3") in ([None], [bytes([3]) * 90])
+        for name in os.listdir(tmp_path):
+            os.unlink(tmp_path / name)
+
+
 @given(st.binary(max_size=300))
 def test_bytes_that_are_no_database(content: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:

@@ -216,6 +216,8 @@ class RuntimeFile:
             if _code(error) in DAMAGE:
                 raise CacheDamaged(f"{self.path} is damaged: {error}") from error
             raise CacheError(f"{self.path}: {error}") from error
+        except UnicodeDecodeError:  # of SQLite's message about a schema: texts in rows are decoded whatever they are
+            raise CacheDamaged(f"{self.path} is damaged: its schema is no text") from None
 
     def close(self) -> None:
         """Close the connection; the last one of all processes folds the files of WAL mode into the file."""
