@@ -40,6 +40,8 @@ GOOD = {
     "engine_cache": FileStore("own", 1 << 20),
     "cuda_graph_strategy": "disabled",
     "cuda_graph_pool_size": 3,
+    "runtime_cache": "off",
+    "runtime_cache_size": 1 << 20,
 }
 BAD = {
     "min_block_size": 0,
@@ -60,6 +62,8 @@ BAD = {
     "engine_cache": {},
     "cuda_graph_strategy": "sometimes",
     "cuda_graph_pool_size": True,
+    "runtime_cache": "",
+    "runtime_cache_size": 0.5,
 }
 
 

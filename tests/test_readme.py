@@ -53,9 +53,12 @@ def test_command_exists(command: str) -> None:
     elif program == "torch-rtx":
         from torch_rtx.backend.cli import app
 
-        groups = {group.name: group.typer_instance for group in app.registered_groups}
-        group, names = (groups[first], rest[:1]) if first in groups else (app, [first])
-        assert {*names} <= {f.name or getattr(f.callback, "__name__", "") for f in group.registered_commands}
+        group, names = app, [first, *rest]
+        while groups := {g.name: g.typer_instance for g in group.registered_groups if g.name == names[0]}:
+            group = groups[names.pop(0)]
+            if not names:
+                return  # the group as a whole
+        assert names[0] in {f.name or getattr(f.callback, "__name__", "") for f in group.registered_commands}
     elif first == "-m":
         assert find_spec(rest[0]) is not None
     else:

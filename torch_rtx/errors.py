@@ -12,7 +12,8 @@
     │   └── EngineVersionError            an engine of a format this release can't read
     ├── RefitError (also ValueError)      weights that are missing, unexpected or of another type
     ├── InputError (also ValueError)      an argument of a wrong dtype, device, rank or shape
-    ├── CacheError                        an entry of the engine cache that is not there or damaged, a bad archive
+    ├── CacheError                        an entry of a cache that is not there or damaged, a bad archive
+    │   └── CacheDamaged                  a runtime cache's file that is no intact database
     └── Uncacheable                       a graph that has no key: it is built each time, and no user sees this
 
 Anything else that comes out of torch_rtx is a bug.
@@ -93,7 +94,11 @@ class InputError(RtxError, ValueError):
 
 
 class CacheError(RtxError):
-    """An entry of the engine cache is not there or damaged, or a file holds no entries."""
+    """An entry of a cache is not there or damaged, or a file holds no entries or can't be used."""
+
+
+class CacheDamaged(CacheError):
+    """The file of a runtime cache is no intact database."""
 
 
 class Uncacheable(RtxError):

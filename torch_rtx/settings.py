@@ -175,6 +175,13 @@ class RuntimeSettings(_Checked):
         "Longest time that is spent on measuring kernels, per combination of sizes; 0: the expected best is taken.",
     )
     cuda_graph_pool_size: int = _count(16, "Most CUDA graphs that a module keeps; the least recently used goes first.")
+    runtime_cache: str | None = _option(
+        None,
+        'None, "off" or a file',
+        lambda v: v is None or (_is_str(v) and v != ""),
+        "File that keeps what is learnt on devices; None: `runtime.sqlite` in the folder of the caches.",
+    )
+    runtime_cache_size: int = _count(512 << 20, "Most bytes of that file; what was used least recently goes first.")
 
 
 def from_options(
@@ -226,6 +233,13 @@ def cache_dir(settings: CompilationSettings) -> str:
     else:
         base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return os.path.join(base, "torch_rtx")
+
+
+def runtime_cache_path(runtime: RuntimeSettings, compilation: CompilationSettings | None = None) -> str | None:
+    """The file of the runtime cache; None: it is off. By default it is beside the engine cache of `compilation`."""
+    if runtime.runtime_cache == "off":
+        return None
+    return runtime.runtime_cache or os.path.join(cache_dir(compilation or CompilationSettings()), "runtime.sqlite")
 
 
 def table() -> str:

@@ -27,7 +27,7 @@ UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 @contextmanager
-def _errors() -> Iterator[None]:
+def errors() -> Iterator[None]:
     """What goes wrong as one line and exit status 1."""
     try:
         yield
@@ -63,7 +63,8 @@ def size_of(text: str) -> int:
         raise CacheError(f"{text!r} is no size", hint="sizes look like 500M or 2G") from None
 
 
-def _time(seconds: float) -> str:
+def time_text(seconds: float) -> str:
+    """A time in seconds since 1970 as a local date and time."""
     try:
         return f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M}" if seconds else "unknown"
     except (OverflowError, ValueError, OSError):
@@ -83,7 +84,7 @@ def _title(head: Head) -> str:
 @app.command()
 def ls(directory: Folder = None, as_json: AsJson = False) -> None:
     """List the entries, the most recently used first."""
-    with _errors():
+    with errors():
         cache, store = _open(directory)
         rows = [(entry, _head(cache, entry)) for entry in store.entries()]
     if as_json:
@@ -94,7 +95,7 @@ def ls(directory: Folder = None, as_json: AsJson = False) -> None:
         return
     for entry, head in rows:
         kind, title = (head.key.kind, _title(head)) if head else ("damaged", "")
-        print(f"{entry.name[:SHORT]}  {kind:8}{entry.size / 1024:10.1f} KiB  {_time(entry.used)}  {title}")
+        print(f"{entry.name[:SHORT]}  {kind:8}{entry.size / 1024:10.1f} KiB  {time_text(entry.used)}  {title}")
     total = sum(entry.size for entry, _ in rows)
     print(f"{len(rows)} entries, {total / 1024**2:.1f} MiB of {store.limit / 1024**2:.0f} MiB, in {store.folder}")
 
@@ -109,7 +110,7 @@ def _head(cache: EngineCache, entry: Stored) -> Head | None:
 @app.command()
 def show(key: Name, directory: Folder = None, as_json: AsJson = False) -> None:
     """Show the parts of one entry's key."""
-    with _errors():
+    with errors():
         cache, store = _open(directory)
         name = _find(store, key)
         head = cache.head(name)
@@ -117,7 +118,7 @@ def show(key: Name, directory: Folder = None, as_json: AsJson = False) -> None:
         parts = {part: {"digest": p.digest, "text": p.text} for part, p in head.key.parts.items()}
         print(json.dumps({"key": name, "created": head.created, "bytes": head.body_bytes, "parts": parts}, indent=1))
         return
-    print(f"{name}\n{head.key.kind}, {head.body_bytes / 1024:.1f} KiB, made {_time(head.created)}")
+    print(f"{name}\n{head.key.kind}, {head.body_bytes / 1024:.1f} KiB, made {time_text(head.created)}")
     for part, content in head.key.parts.items():
         print(f"{part}: {content.digest}")
         print("".join(f"  {line}\n" for line in content.text.splitlines()), end="")
@@ -126,7 +127,7 @@ def show(key: Name, directory: Folder = None, as_json: AsJson = False) -> None:
 @app.command()
 def why(a: Name, b: Name, directory: Folder = None) -> None:
     """Say in which parts the keys of two entries differ, and how: the values of A, an arrow, the values of B."""
-    with _errors():
+    with errors():
         cache, store = _open(directory)
         first, second = (cache.head(_find(store, key)).key for key in (a, b))
     print("\n".join(first.why(second)) or "the same key")
@@ -139,7 +140,7 @@ def prune(
     directory: Folder = None,
 ) -> None:
     """Remove the least recently used entries, down to a size; without options, to the size of the settings."""
-    with _errors():
+    with errors():
         _, store = _open(directory)
         removed = store.prune(0 if everything else None if size is None else size_of(size))
         left = len(store.entries())
@@ -152,7 +153,7 @@ def prune(
 def verify(directory: Folder = None) -> None:
     """Read every entry and check its digests. Exit status 1 if one is damaged; it stays where it is."""
     damaged = 0
-    with _errors():
+    with errors():
         _, store = _open(directory)
         entries = store.entries()
         for entry in entries:
@@ -175,7 +176,7 @@ def export_(
     directory: Folder = None,
 ) -> None:
     """Write entries to one file."""
-    with _errors():
+    with errors():
         _, store = _open(directory)
         names = [_find(store, key) for key in keys] if keys else [entry.name for entry in store.entries()]
         count = export_entries(store, names, path)
@@ -187,7 +188,7 @@ def import_(
     path: Annotated[Path, typer.Argument(help="A file that `export` wrote.")], directory: Folder = None
 ) -> None:
     """Take in the entries of a file, after all of them were found intact."""
-    with _errors():
+    with errors():
         _, store = _open(directory)
         count = import_entries(store, path)
     print(f"{count} entries from {path}")

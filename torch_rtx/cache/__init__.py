@@ -1,1 +1,3 @@
-"""The engine cache: keys of named parts, stores of bytes, entries. It needs nothing of the package but its errors."""
+"""The engine cache: keys of named parts, stores of bytes, entries. The runtime cache: one file of what was learnt on
+devices. Both need nothing of the package but its errors.
+"""

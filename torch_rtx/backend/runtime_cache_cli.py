@@ -1,0 +1,148 @@
+"""`torch-rtx cache runtime`: look at the runtime cache, take what it knows to another machine, and clear it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from contextlib import closing, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from torch_rtx.backend.cache_cli import AsJson, errors, size_of, time_text
+from torch_rtx.cache.runtime import intact
+from torch_rtx.cache.runtime_file import DeviceKey, Held, RuntimeFile, export_file
+from torch_rtx.errors import CacheDamaged, CacheError
+from torch_rtx.settings import RuntimeSettings, runtime_cache_path
+
+app = typer.Typer(no_args_is_help=True, help="The runtime cache: what was learnt on which device.")
+File = Annotated[str | None, typer.Option("--file", help="The runtime cache; else that of the settings.")]
+Gpu = Annotated[str | None, typer.Option("--gpu", help="Only entries of GPUs whose name contains this.")]
+LOGS = ("", "-wal", "-shm")  # SQLite's files
+
+
+def _path(file: str | None) -> str:
+    path = runtime_cache_path(RuntimeSettings() if file is None else RuntimeSettings(runtime_cache=file))
+    if path is None:
+        raise CacheError("the runtime cache is off", hint="name a file with --file")
+    return path
+
+
+def _held(path: str) -> list[Held]:
+    with suppress(FileNotFoundError), closing(RuntimeFile(path)) as cache:
+        return cache.held()
+    return []
+
+
+def _named(gpu: str | None) -> Callable[[DeviceKey], bool]:
+    return lambda device: gpu is None or gpu.lower() in device.name.lower()
+
+
+@app.command()
+def info(file: File = None, as_json: AsJson = False) -> None:
+    """Say what there is of each device, the most recently used first."""
+    with errors():
+        path = _path(file)
+        found = _held(path)
+    if as_json:
+        print(json.dumps([asdict(held) for held in found], indent=1))
+        return
+    from rich.console import Console  # a tenth of a second, which only tables have to spend
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("GPU", "SM", "driver", "kernels", "tactics", "KiB", "last used", "made by", box=None)
+    for held in found:
+        made = held.device
+        counts = [str(held.counts.get(kind, 0)) for kind in ("kernel", "tactic")]
+        about = f"{held.bytes / 1024:.1f}", time_text(held.used), escape(made.versions)
+        table.add_row(escape(made.name), str(made.sm), str(made.driver), *counts, *about)
+    if found:
+        console = Console()
+        if not console.is_terminal:
+            console.width = 10_000  # whoever reads this through a pipe gets one line for each device
+        console.print(table, highlight=False)
+    entries, size = sum(sum(held.counts.values()) for held in found), sum(held.bytes for held in found)
+    print(f"{entries} entries of {len(found)} devices, {size / 1024**2:.1f} MiB, in {path}")
+
+
+@app.command()
+def verify(file: File = None) -> None:
+    """Read every entry and check its digest. Exit status 1 if one is damaged; it stays where it is."""
+    with errors(), closing(RuntimeFile(_path(file))) as cache:
+        found = [entry is not None for entry in cache.entries()]
+    print(f"{sum(found)} of {len(found)} entries are intact")
+    if not all(found):
+        raise typer.Exit(1)
+
+
+@app.command(name="export")
+def export_(
+    path: Annotated[Path, typer.Argument(help="The file to write.")], gpu: Gpu = None, file: File = None
+) -> None:
+    """Write entries to a file that can be shipped: it is a runtime cache itself."""
+    with errors(), closing(RuntimeFile(_path(file))) as cache:
+        named = _named(gpu)
+        count = export_file((entry for entry in intact(cache) if named(entry.device)), path)
+    print(f"{count} entries in {path}")
+
+
+@app.command(name="import")
+def import_(
+    paths: Annotated[list[Path], typer.Argument(help="Files that `export` wrote, or other runtime caches.")],
+    file: File = None,
+) -> None:
+    """Take in the entries of files that are new or newer; running programs may use the cache meanwhile."""
+    limit = RuntimeSettings().runtime_cache_size
+    for path in paths:
+        with errors(), closing(RuntimeFile(path)) as other, closing(RuntimeFile(_path(file), create=True)) as cache:
+            count = cache.merge(intact(other), limit)
+        print(f"{count} new entries from {path}")
+
+
+@app.command()
+def prune(
+    size: Annotated[str | None, typer.Option("--size", help="Keep at most so much: 100M, 2G.")] = None,
+    days: Annotated[float | None, typer.Option("--days", help="Remove what was not used for so many days.")] = None,
+    outdated: Annotated[
+        bool, typer.Option("--outdated", help="Remove what other versions made than those that were used last.")
+    ] = False,
+    gpu: Annotated[str | None, typer.Option("--gpu", help="Remove what is of GPUs whose name contains this.")] = None,
+    file: File = None,
+) -> None:
+    """Remove entries; without options, the least recently used beyond the size of the settings."""
+    removed, left = 0, 0
+    with errors():
+        path = _path(file)
+        held = _held(path)
+        latest = {one.device.sm: one.device.versions for one in reversed(held)}  # the most recently used comes last
+
+        def goes(kind: str, device: DeviceKey) -> bool:
+            other = outdated and latest.get(device.sm) != device.versions
+            return other or (gpu is not None and _named(gpu)(device))
+
+        limit = size_of(size) if size is not None else RuntimeSettings().runtime_cache_size
+        with suppress(FileNotFoundError), closing(RuntimeFile(path)) as cache:
+            removed = cache.prune(limit, None if days is None else time.time() - days * 86400, goes)
+            left = cache.size()[0]
+    print(f"removed {removed} entries; {left} are left")
+
+
+@app.command()
+def clear(file: File = None) -> None:
+    """Remove every entry, and damaged files that were set aside; running programs may use the cache meanwhile."""
+    removed = 0
+    with errors():
+        path = _path(file)
+        old = {f".damaged{log}" for log in LOGS}
+        try:
+            with suppress(FileNotFoundError), closing(RuntimeFile(path)) as cache:
+                removed = cache.prune(which=lambda kind, device: True)
+        except CacheDamaged:
+            old |= set(LOGS)
+        for suffix in old:
+            Path(path + suffix).unlink(missing_ok=True)
+    print(f"removed {removed} entries")
