@@ -90,4 +90,4 @@ class Device:
         return self.calls if "_aten_" in runs[0].func.source else 1.0  # type: ignore[attr-defined]
 
     def tools(self, background: Background, store: Store | None = None) -> Tools:
-        return Tools(Knowledge(SM, self.build, store), self.load, dict, self.time, background)
+        return Tools(Knowledge(SM, self.build, lambda: store), self.load, dict, self.time, background)

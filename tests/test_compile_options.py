@@ -40,6 +40,9 @@ GOOD = {
     "engine_cache": FileStore("own", 1 << 20),
     "cuda_graph_strategy": "disabled",
     "cuda_graph_pool_size": 3,
+    "specialization_strategy": "lazy",
+    "specialized_shapes": 2,
+    "tuning_seconds": 1.5,
     "runtime_cache": "off",
     "runtime_cache_size": 1 << 20,
 }
@@ -62,6 +65,9 @@ BAD = {
     "engine_cache": {},
     "cuda_graph_strategy": "sometimes",
     "cuda_graph_pool_size": True,
+    "specialization_strategy": "later",
+    "specialized_shapes": 0,
+    "tuning_seconds": -1,
     "runtime_cache": "",
     "runtime_cache_size": 0.5,
 }

@@ -16,6 +16,7 @@ from torch import nn
 import torch_rtx
 from tests.emulated import Device, Emulated
 from torch_rtx.backend import reuse
+from torch_rtx.errors import SettingsError
 from torch_rtx.kerneltable import KernelTable
 from torch_rtx.runtime.background import Background
 from torch_rtx.runtime.job import PORTABLE, REFERENCE, SPECIALIZED
@@ -39,6 +40,8 @@ class Net(nn.Module):
 
 class Memory(dict[tuple[str, str], bytes]):
     """A runtime cache."""
+
+    stats = None
 
     def get(self, kind: str, key: str) -> bytes | None:  # type: ignore[override]
         return super().get((kind, key))
@@ -297,6 +300,62 @@ def test_many_threads(background: Background) -> None:
     assert failures == []
     assert made.specializer.wait(120)
     right(made, model, torch.randn(5, 16))
+
+
+# ---- what is said about it -------------------------------------------------------------------------------------------
+
+
+def test_stats(background: Background) -> None:
+    made, model = session(Device(wrong="layer_norm"), background, dynamic=True)
+    before = made.stats()
+    assert [(v.tier, v.busy, v.kernels, v.regions) for v in before.variants] == [(REFERENCE, False, 0, ())]
+    for _ in range(2):
+        right(made, model, torch.randn(6, 16))
+    assert made.specializer.wait(60)
+    stats = made.stats()
+    everything, six = stats.variants
+    assert (everything.sizes, everything.tier, everything.busy) == ({}, PORTABLE, False)
+    assert (list(six.sizes.values()), six.tier, six.busy) == ([6], SPECIALIZED, False)
+    assert six.kernels == len(made.current([torch.randn(6, 16)]).kernels)
+    assert {region.where.split(" ")[0] for region in six.regions if region.nodes} == {"up", "norm", "@"}
+    bad = [region for region in six.regions if region.problems]
+    assert [region.launched for region in bad] == [False]
+    timed = [region for region in six.regions if len(region.microseconds) > 1]
+    assert all(region.launched for region in timed)
+    assert sum("calls" in region.microseconds for region in timed) == 2  # the products
+    text = str(stats)
+    assert "all sizes: portable" in text
+    assert "= 6: specialized" in text
+    assert "relative error" in text
+    assert "CUDA graphs: this module has none" in text
+
+
+def test_settings_of_a_call(background: Background) -> None:
+    device = Device()
+    made, model = session(device, background)
+    with torch_rtx.runtime_settings(specialization_strategy="none"):
+        right(made, model)
+        assert device.builds == []
+        with torch_rtx.runtime_settings(cuda_graph_strategy="disabled"):
+            right(made, model)
+        with torch_rtx.runtime_settings(specialization_strategy="eager"):
+            right(made, model)
+            assert made.specializer.base.tier == SPECIALIZED
+    builds = len(device.builds)
+    right(made, model)
+    assert len(device.builds) == builds
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tactics": "calls"}, "tactics can't be changed per call"),
+        ({"specialization_strategy": "soon"}, "must be 'lazy' or 'eager' or 'none', not 'soon'"),
+    ],
+)
+def test_settings_that_a_call_cannot_have(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=message), torch_rtx.runtime_settings(**changes):
+        pass
 
 
 # ---- the background --------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ ARROWS = {
         "targets",
         "kerneltable",
     },  # no torch: workers of a build start fast without it
-    "runtime": {"errors", "ir", "aten", "settings", "targets", "profiles", "kerneltable", "engine"},
+    "runtime": {"errors", "ir", "aten", "settings", "targets", "profiles", "kerneltable", "engine", "cache"},
     "backend": {
         *("errors", "ir", "irparse", "aten", "settings", "targets", "profiles", "kerneltable", "engine", "cache"),
         *("lowering", "lowering.kernels", "runtime", "__init__"),

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     )
     from torch_rtx.runtime.module import CompiledModule, load, refit_module_weights, save
     from torch_rtx.runtime.profiling import Profile, profile
+    from torch_rtx.runtime.session import runtime_settings
     from torch_rtx.settings import CompilationSettings, RuntimeSettings
 
 _HOMES = {
@@ -61,6 +62,7 @@ _HOMES = {
         "Unsupported",
     ),
     "torch_rtx.runtime.module": ("CompiledModule", "load", "refit_module_weights", "save"),
+    "torch_rtx.runtime.session": ("runtime_settings",),
     "torch_rtx.runtime.profiling": ("Profile", "profile"),
     "torch_rtx.settings": ("CompilationSettings", "RuntimeSettings"),
 }
@@ -93,6 +95,7 @@ __all__ = [
     "load",
     "profile",
     "refit_module_weights",
+    "runtime_settings",
     "save",
 ]
 

@@ -125,9 +125,10 @@ class CompilationSettings(_Checked):
     )
     targets: str | int | tuple[str | int, ...] | None = _option(
         None,
-        'None, "portable", "current", or a list such as ["sm_86", "sm_120", "ptx"]',
+        'None, "portable", "current", "later", or a list such as ["sm_86", "sm_120", "ptx"]',
         _is_targets,
-        "GPUs to build kernels for. None: no kernels, every operation is a call of PyTorch's.",
+        "GPUs to build kernels for. `later`: where the engine runs. None: every operation is a call of PyTorch's, but "
+        "under torch.compile with a `specialization_strategy` it is `later`.",
         key=True,
     )
     dump_dir: str | None = _folder(

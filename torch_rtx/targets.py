@@ -60,7 +60,7 @@ class Target:
 
 PTX = Target(80, ptx=True)
 PORTABLE = (*(Target(sm) for sm in (80, 86, 89, 90, 120)), PTX)
-CURRENT, NAMED = "current", {"portable": PORTABLE, "ptx": (PTX,)}
+CURRENT, LATER, NAMED = "current", "later", {"portable": PORTABLE, "ptx": (PTX,)}
 Option = str | int | Iterable[str | int]
 
 
@@ -68,12 +68,15 @@ def parse_targets(option: Option, capability: tuple[int, int] | None = None) -> 
     """The targets that a user's option names, without repeats, in order of SM version, PTX last.
 
     Args:
-        option: "portable", "current", or such as "sm_86", "sm_120", 89, "ptx", "compute_80"; one or several.
+        option: "portable", "current", or such as "sm_86", "sm_120", 89, "ptx", "compute_80"; one or several. "later":
+            none, kernels are compiled where the engine runs.
         capability: compute capability of the GPU that "current" stands for.
 
     Raises:
         SettingsError: a target that does not exist, "current" without a GPU, or no target at all.
     """
+    if option == LATER:
+        return ()
     entries = [option] if isinstance(option, str | int) else list(option)
     found = {target for entry in entries for target in _targets(entry, capability)}
     if not found:
@@ -96,7 +99,7 @@ def _targets(entry: object, capability: tuple[int, int] | None) -> tuple[Target,
 
 def _known() -> str:
     names = ", ".join(str(Target(sm)) for sm in SHARED)
-    return f'known are {names}, "ptx" (also compute_80, ...), "portable" and "current"'
+    return f'known are {names}, "ptx" (also compute_80, ...), "portable", "current" and "later"'
 
 
 def by_age(targets: Iterable[Target]) -> list[Target]:

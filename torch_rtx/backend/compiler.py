@@ -24,6 +24,7 @@ from torch_rtx.lowering.pipeline import PIPELINE, REQUIRED, lower
 from torch_rtx.lowering.support import unsupported_reason
 from torch_rtx.lowering.symbols import Symbols, main_device
 from torch_rtx.settings import CompilationSettings
+from torch_rtx.targets import LATER
 
 log = logging.getLogger(__name__)
 REPRODUCTION = """\"\"\"Runs the pipeline on the graph that failed: python reproduce.py\"\"\"
@@ -108,7 +109,7 @@ def compile_fx(
     start = time.perf_counter()
     check_settings(settings)
     device = device_of(gm)
-    if settings.targets is not None and device.type != "cuda":
+    if settings.targets not in (None, LATER) and device.type != "cuda":
         log.warning("targets has no effect: the model is captured for the %s, which runs no kernels", device.type)
     symbols = Symbols(device, ranges, typical)
     parts = partition(gm, lambda node: unsupported_reason(node, symbols), settings)

@@ -24,10 +24,11 @@ from torch_rtx.backend.reuse import obtain
 from torch_rtx.errors import PartitionError, SettingsError
 from torch_rtx.lowering.from_fx import Role, is_fixed
 from torch_rtx.lowering.location import module_path
-from torch_rtx.runtime.launch import launchers
 from torch_rtx.runtime.session import Session
+from torch_rtx.runtime.tools import kernels_and_tools
 from torch_rtx.runtime.weights import WeightStore
 from torch_rtx.settings import CompilationSettings, RuntimeSettings, from_options
+from torch_rtx.targets import LATER
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,8 @@ def rtx(
         # The model's own weights stay in memory, and a write to them through `.data`, as peft merges adapters, is seen
         # only where the weight is the parameter itself.
         compilation = replace(compilation, copy_weights=False)
+    if compilation.targets is None and runtime.specialization_strategy != "none":
+        compilation = replace(compilation, targets=LATER)
     names = [_source_name(node) for node in gm.graph.nodes if node.op == "placeholder"]
     recall = Recall.of(gm, example_inputs, compilation)
     call = None if recall is None else _recalled(recall, names, compilation, runtime)
@@ -65,7 +68,7 @@ def rtx(
         return _compile(graph, names, _static_inputs(graph), compilation, runtime, recall)
 
     # A training step's saved tensors outlive the call: replaying it as a CUDA graph would have to copy them all.
-    plain = RuntimeSettings(cuda_graph_strategy="disabled")
+    plain = replace(runtime, cuda_graph_strategy="disabled")
 
     def training(graph: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         return _compile(graph, [], frozenset(), compilation, plain)
@@ -127,8 +130,8 @@ def _bind(
     store = WeightStore(program.graph, program.device, program.constants)
     # The fallbacks come from a model of this process, not from a file: there is nobody to distrust.
     called = frozenset(node.op for node in program.graph.nodes if node.kind == "fallback")
-    kernels = launchers(program.kernels, program.graph, program.device, runtime.tactics)
-    template = Session(program.graph, store, runtime, program.callables, called, kernels)
+    kernels, tools = kernels_and_tools(program.kernels, program.graph, program.device, runtime)
+    template = Session(program.graph, store, runtime, program.callables, called, kernels, tools=tools)
     program.dump("run.py", template.source)
     sessions = _Sessions(template)
     used = {parameter.name for parameter in store.parameters}

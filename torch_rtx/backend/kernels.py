@@ -19,7 +19,7 @@ from torch_rtx.lowering.kernels.aot import Built, Code, compile_kernels
 from torch_rtx.lowering.kernels.generate import generate, library
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.settings import CompilationSettings
-from torch_rtx.targets import Option, Target, by_age, is_explicit, parse_targets, usable
+from torch_rtx.targets import LATER, Option, Target, by_age, is_explicit, parse_targets, usable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -80,8 +80,9 @@ def kernels_of(program: Program, settings: CompilationSettings) -> KernelTable:
     Raises:
         SettingsError, KernelError, LoweringError: see `targets_for` and `build_kernels`.
     """
-    if settings.targets is None or all(node.kind != "kernel" for node in program.graph.nodes):
+    if settings.targets in (None, LATER) or all(node.kind != "kernel" for node in program.graph.nodes):
         return KernelTable()
+    assert settings.targets is not None
     targets = targets_for(settings.targets, program.graph)
     with progress_bar() as progress:
         table, report = build_kernels(program.graph, targets, _generate, _library, progress)

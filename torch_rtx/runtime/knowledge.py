@@ -12,7 +12,8 @@ import logging
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cached_property
+from typing import Any, Protocol
 
 from torch_rtx.errors import InvalidIR
 from torch_rtx.ir import Graph
@@ -27,6 +28,10 @@ CALLS, ENGINE, GENERATED = "calls", "engine", "generated"  # kinds of tactics
 
 class Store(Protocol):
     """Where entries are kept: the runtime cache."""
+
+    @property
+    def stats(self) -> Any:
+        """What it did, and what it holds."""
 
     def get(self, kind: str, key: str) -> bytes | None:
         """The entry, or None."""
@@ -55,11 +60,21 @@ class Knowledge:
 
     Args:
         build: compiles kernels, see `Builder.build`.
-        store: None: nothing outlives the process.
+        open_store: opens what outlives the process, if anything does; called when it is first needed.
     """
 
-    def __init__(self, sm: int, build: Build, store: Store | None = None) -> None:
-        self.sm, self._build, self._store = sm, build, store
+    def __init__(self, sm: int, build: Build, open_store: Callable[[], Store | None] = lambda: None) -> None:
+        self.sm, self._build, self._open_store = sm, build, open_store
+
+    @cached_property
+    def _store(self) -> Store | None:
+        return self._open_store()
+
+    @property
+    def opened(self) -> Store | None:
+        """What outlives the process, if it was needed already."""
+        found: Store | None = self.__dict__.get("_store")
+        return found
 
     def kernels(self, wanted: Mapping[str, tuple[Graph, int]]) -> dict[str, Candidate]:
         """Per region the first kernel that fits from a configuration on; those that have none are left out.

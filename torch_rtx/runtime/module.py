@@ -22,9 +22,9 @@ from torch_rtx.errors import EngineFormatError, InvalidIR, RtxError
 from torch_rtx.ir import Parameter, TensorType
 from torch_rtx.kerneltable import KernelTable
 from torch_rtx.profiles import Shape, profiles_of, shapes
-from torch_rtx.runtime.launch import launchers
 from torch_rtx.runtime.session import Session
 from torch_rtx.runtime.signature import Signature
+from torch_rtx.runtime.tools import kernels_and_tools
 from torch_rtx.runtime.weights import WeightStore, match
 from torch_rtx.settings import RuntimeSettings
 
@@ -68,9 +68,9 @@ class CompiledModule(nn.Module):
         constants = dict(engine.constants)
         self._store = WeightStore(engine.graph, device, constants, engine.manifest.unused_names)
         settings, trusted = settings or RuntimeSettings(), frozenset(trusted_ops)
-        kernels = launchers(engine.kernels, engine.graph, device, settings.tactics)
+        kernels, tools = kernels_and_tools(engine.kernels, engine.graph, device, settings)
         profiles = engine.manifest.profiles
-        self.session = Session(engine.graph, self._store, settings, callables, trusted, kernels, profiles)
+        self.session = Session(engine.graph, self._store, settings, callables, trusted, kernels, profiles, tools)
         self._ready = not self._store.parameters
 
     @property

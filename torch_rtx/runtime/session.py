@@ -10,12 +10,15 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from copy import copy
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
 
-from torch_rtx.errors import InputError
+from torch_rtx.errors import InputError, SettingsError
 from torch_rtx.ir import Graph
 from torch_rtx.profiles import Profile
 from torch_rtx.runtime.check import check_inputs
@@ -25,6 +28,7 @@ from torch_rtx.runtime.launch import Launcher
 from torch_rtx.runtime.plan import Memory
 from torch_rtx.runtime.reference import Code, compile_graph
 from torch_rtx.runtime.specialize import Specializer, Variant
+from torch_rtx.runtime.stats import Stats, stats_of
 from torch_rtx.runtime.weights import WeightStore
 from torch_rtx.settings import RuntimeSettings
 
@@ -32,6 +36,37 @@ log = logging.getLogger(__name__)
 MAX_CHECKED = 1024  # combinations of input types that are remembered as checked
 # What hears of each call of a session; empty but inside of `watched_calls`.
 _WATCHERS: list[Callable[[Session, Sequence[Any]], None]] = []
+
+
+# Changes of the settings for the calls of this context; see `runtime_settings`.
+_CHANGES: ContextVar[Callable[[RuntimeSettings], RuntimeSettings] | None] = ContextVar("torch_rtx", default=None)
+PER_CALL = ("specialization_strategy", "cuda_graph_strategy")
+
+
+@contextmanager
+def runtime_settings(**changes: Any) -> Iterator[None]:
+    """Calls inside of this context, in this thread, run with other settings:
+
+        with torch_rtx.runtime_settings(specialization_strategy="none", cuda_graph_strategy="disabled"):
+            y = model(x)
+
+    Args:
+        changes: `specialization_strategy` or `cuda_graph_strategy`; all others are those that a module was made with.
+
+    Raises:
+        SettingsError: another option, or a value that is none of its.
+    """
+    unknown = [name for name in changes if name not in PER_CALL]
+    if unknown:
+        raise SettingsError(f"{', '.join(unknown)} can't be changed per call", hint=f"{' and '.join(PER_CALL)} can")
+    RuntimeSettings(**changes)  # checks the values
+    before = _CHANGES.get()
+    change = cache(lambda settings: replace(settings if before is None else before(settings), **changes))
+    token = _CHANGES.set(change)
+    try:
+        yield
+    finally:
+        _CHANGES.reset(token)
 
 
 class Session:
@@ -155,11 +190,27 @@ class Session:
         if _WATCHERS:
             for watcher in list(_WATCHERS):
                 watcher(self, inputs)
-        strategy = self.settings.specialization_strategy
-        variant = self.specializer.variant(key, inputs, strategy)
-        if self.pool is None or not (variant.ready or strategy == "none"):
+        settings = self.settings
+        changes = _CHANGES.get()
+        if changes is not None:
+            settings = changes(settings)
+        variant = self.specializer.variant(key, inputs, settings.specialization_strategy)
+        pool = self.pool
+        if pool is None or settings.cuda_graph_strategy == "disabled" or not self._is_final(variant, settings):
             return self.run(variant.code, inputs, self.store.values)
-        return self.pool(key, variant.code, inputs, self.store)
+        return pool(key, variant.code, inputs, self.store)
+
+    def _is_final(self, variant: Variant, settings: RuntimeSettings) -> bool:
+        """Whether the code of a variant is worth a CUDA graph: nothing better is on its way."""
+        return variant.ready or settings.specialization_strategy == "none"
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until nothing more is being compiled or measured; False if that takes longer than `timeout` seconds."""
+        return self.specializer.wait(timeout)
+
+    def stats(self) -> Stats:
+        """What runs now, and why."""
+        return stats_of(self.specializer, self.pool)
 
 
 @contextmanager

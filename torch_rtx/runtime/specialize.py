@@ -85,7 +85,7 @@ class Specializer:
         self.tools = tools if nodes else None
         self.static = not any(dim_syms_of(graph))
         self.base = Variant({}, graph, compiled(graph, kernels), kernels, PORTABLE if kernels else REFERENCE)
-        # Kernels of a static graph that were built for this very GPU are for its sizes.
+        # Calls have nothing to wait for, and kernels of a static graph that were built for this GPU are for its sizes.
         self.base.ready = self.tools is None or (self.static and all(self.is_native(node) for node in nodes))
         self.variants: dict[tuple[int, ...], Variant] = {}
         self._by_key: dict[object, Variant] = {}
@@ -97,6 +97,11 @@ class Specializer:
         """Whether a node is launched from a binary of the engine that was built for this very GPU."""
         launcher = self.base.kernels.get(node.op)
         return launcher is not None and self.tools is not None and launcher.is_for(self.tools.knowledge.sm)
+
+    @property
+    def is_met(self) -> bool:
+        """Whether any call was made that asked for kernels."""
+        return bool(self._met)
 
     def current(self, key: object) -> Variant:
         """What runs calls with this key now."""
@@ -124,7 +129,7 @@ class Specializer:
         sizes = bind_sizes(self.graph, inputs)
         dims = tuple(sizes.values())
         with self._lock:
-            if not self._met:
+            if not self.is_met:
                 self._start(self.base, sizes, strategy)
             self._met[dims] += 1
             if self.static:
@@ -178,7 +183,7 @@ class Specializer:
         """Wait until nothing more is being specialized; False if that takes longer than `timeout` seconds."""
         end = None if timeout is None else time.monotonic() + timeout
         with self._lock:
-            started = [self.base, *self.variants.values()] if self._met else []
+            started = [self.base, *self.variants.values()] if self.is_met else []
         return all(v.done.wait(None if end is None else max(0.0, end - time.monotonic())) for v in started)
 
 

@@ -1,45 +1,83 @@
-"""What a session on this machine's GPU is specialized with."""
+"""What a session on a GPU of this machine is specialized with."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from functools import partial
+from collections.abc import Mapping
+from functools import cache, partial
+from importlib import metadata
+from pathlib import Path
 
 import torch
 
+from torch_rtx.cache.runtime import RuntimeCache
+from torch_rtx.cache.runtime_file import DeviceKey
 from torch_rtx.ir import Graph
 from torch_rtx.kerneltable import Candidate, KernelTable
 from torch_rtx.runtime import driver as driver_api
 from torch_rtx.runtime.background import BACKGROUND
 from torch_rtx.runtime.builder import BUILDER
+from torch_rtx.runtime.driver import checked
 from torch_rtx.runtime.job import Tools
 from torch_rtx.runtime.knowledge import Knowledge
 from torch_rtx.runtime.launch import Gpu, Launcher, gpu_of, launchers
 from torch_rtx.runtime.trial import microseconds
-from torch_rtx.settings import RuntimeSettings
+from torch_rtx.settings import RuntimeSettings, runtime_cache_path
 from torch_rtx.targets import Target
 
 log = logging.getLogger(__name__)
 
 
-def tools_for(table: KernelTable, graph: Graph, device: torch.device, settings: RuntimeSettings) -> Tools | None:
-    """The tools for a graph; None where nothing can be specialized.
+def kernels_and_tools(
+    table: KernelTable, graph: Graph, device: torch.device, settings: RuntimeSettings
+) -> tuple[Mapping[str, Launcher], Tools | None]:
+    """What of an engine's kernels can be launched at once, and what makes more of them; None: nothing does.
 
     Args:
-        table: the kernels that come with the engine.
+        table: the engine's kernels.
     """
-    if device.type != "cuda" or settings.tactics != "best":
-        return None
-    driver = driver_api.driver()
-    if driver is None:
-        log.warning("no kernels are compiled for this GPU: the package cuda-bindings is not installed")
-        return None
+    driver = driver_api.driver() if device.type == "cuda" else None
+    if driver is None or settings.tactics != "best":
+        return launchers(table, graph, device, settings.tactics), None
     gpu = gpu_of(driver, device.index)
     BACKGROUND.on_stop(BUILDER.close)
-    knowledge = Knowledge(gpu.sm, BUILDER.build)
-    jit = partial(launchers, table, graph, device, settings.tactics)
-    return Tools(knowledge, partial(_load, gpu), jit, microseconds(device), BACKGROUND)
+    knowledge = Knowledge(gpu.sm, BUILDER.build, partial(_runtime_cache, gpu, device, settings))
+    tools = Tools(
+        knowledge,
+        load=partial(_load, gpu),
+        jit=partial(launchers, table, graph, device),
+        time=microseconds(device),
+        background=BACKGROUND,
+    )
+    return launchers(table, graph, device, jit=settings.specialization_strategy != "lazy"), tools
 
 
 def _load(gpu: Gpu, op: str, candidate: Candidate, pointers: int) -> Launcher:
     return Launcher(gpu, op, candidate.launch, Target(gpu.sm), candidate.binaries, pointers)
+
+
+def _runtime_cache(gpu: Gpu, device: torch.device, settings: RuntimeSettings) -> RuntimeCache | None:
+    path = runtime_cache_path(settings)
+    return None if path is None else _open(path, settings.runtime_cache_size, device_key(gpu, device))
+
+
+_open = cache(lambda path, size, key: RuntimeCache(path, key, size=size))  # one per file and device
+
+
+def device_key(gpu: Gpu, device: torch.device) -> DeviceKey:
+    """What is learnt on a GPU holds for."""
+    driver = int(checked(gpu.driver.cuDriverGetVersion()))
+    return DeviceKey(torch.cuda.get_device_name(device), gpu.sm, driver, versions())
+
+
+@cache
+def versions() -> str:
+    """What makes kernels, in short: the sources of code generation and the version of Triton."""
+    home = Path(__file__).parents[1] / "lowering" / "kernels"
+    sources = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(home.rglob("*.py"))))
+    try:
+        triton = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        triton = "none"
+    return f"kernels {sources.hexdigest()[:8]}, triton {triton}"
