@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import blake2b
 
 from torch_rtx import aten
@@ -53,6 +54,26 @@ class Unit:
     domain: Domain | None = None
     cost: int = 0
     steps: list[Node] | None = None  # an anchor and what follows it, where these are one kernel
+
+
+@lru_cache(maxsize=1024)  # layers of a model have equal regions
+def _is_loop(body: Graph) -> bool:
+    """Whether `body` is one loop over rows."""
+    try:
+        loop_kernel(region(body), "trial")
+    except Unsupported:
+        return False
+    return True
+
+
+@lru_cache(maxsize=1024)
+def _is_kernel(body: Graph) -> bool:
+    """Whether a kernel can be generated for `body`."""
+    try:
+        generate(body, "trial", TRIAL, 0)
+    except Unsupported:
+        return False
+    return True
 
 
 class Grouping:
@@ -163,11 +184,7 @@ class Grouping:
             return False
         if unit.domain is None or unit.domain.size is None:
             return True  # maps of any kind are one loop
-        try:
-            loop_kernel(region(self.body(unit)), "trial")
-        except Unsupported:
-            return False
-        return True
+        return _is_loop(self.body(unit))
 
     # ---- anchors -----------------------------------------------------------------------------------------------------
 
@@ -195,14 +212,10 @@ class Grouping:
         before = {member: self.unit[member] for member in unit.members}
         self.unit.update(dict.fromkeys(unit.members, unit))
         inputs, outputs = self.interface(unit)
-        try:
-            if len(inputs) + len(outputs) > MAX_POINTERS:
-                raise Unsupported("so many pointers")
-            generate(self.body(unit), "trial", TRIAL, 0)
-        except Unsupported:
-            self.unit.update(before)
-            return False
-        return True
+        if len(inputs) + len(outputs) <= MAX_POINTERS and _is_kernel(self.body(unit)):
+            return True
+        self.unit.update(before)
+        return False
 
     # ---- results -----------------------------------------------------------------------------------------------------
 
