@@ -14,8 +14,8 @@ from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.runtime.background import Background
 from torch_rtx.runtime.bind import bind_dim
 from torch_rtx.runtime.job import Tools
-from torch_rtx.runtime.knowledge import Knowledge, Store
-from torch_rtx.runtime.launch import Launcher
+from torch_rtx.runtime.knowledge import Knowledge
+from torch_rtx.runtime.launch import Launcher, Store
 from torch_rtx.runtime.trial import Run
 from torch_rtx.targets import Target
 

@@ -55,6 +55,8 @@ class FakeDriver:
             CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR=76,
             CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN=97,
         )
+        self.linked = 0
+        self.CUjitInputType = SimpleNamespace(CU_JIT_INPUT_PTX=1)
         self.CUfunction_attribute = SimpleNamespace(
             CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK=0, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8
         )
@@ -93,6 +95,27 @@ class FakeDriver:
             return Status.CUDA_ERROR_INVALID_PTX, None
         self.loaded.append(image)
         return Status.CUDA_SUCCESS, image
+
+    def cuLinkCreate(self, count: int, options: list[Any], values: list[Any]) -> tuple[Status, Any]:
+        assert self.contexts.current == 1100
+        return Status.CUDA_SUCCESS, []
+
+    def cuLinkAddData(
+        self, state: list[Any], kind: int, data: bytes, size: int, name: bytes, count: int, options: Any, values: Any
+    ) -> tuple[Status]:
+        assert (kind, size, data[-1]) == (1, len(data), 0)
+        if data[:-1] in self.refused:
+            return (Status.CUDA_ERROR_INVALID_PTX,)
+        state.append(ctypes.create_string_buffer(b"compiled " + data[:-1]))
+        self.linked += 1
+        return (Status.CUDA_SUCCESS,)
+
+    def cuLinkComplete(self, state: list[Any]) -> tuple[Status, int, int]:
+        return Status.CUDA_SUCCESS, ctypes.addressof(state[0]), len(state[0]) - 1
+
+    def cuLinkDestroy(self, state: list[Any]) -> tuple[Status]:
+        state.clear()
+        return (Status.CUDA_SUCCESS,)
 
     def cuModuleGetFunction(self, module: bytes, name: bytes) -> tuple[Status, Any]:
         return Status.CUDA_SUCCESS, (name.decode(), module)

@@ -99,11 +99,54 @@ def test_a_binary_that_the_driver_refuses(caplog: pytest.LogCaptureFixture) -> N
     found = made(driver, NATIVE, launch(PTX, image=b"ptx text"))
     assert found is not None
     assert found.target == PTX
-    assert driver.loaded == [b"ptx text\0"]  # text ends with a zero
+    assert driver.loaded == [b"compiled ptx text"]
     assert "binary of kernel k for sm_90 can't be loaded: CUDA driver: CUDA_ERROR_INVALID_PTX" in caplog.text
     driver = FakeDriver(SIZES, refused=(b"aligned 90",))
     assert made(driver, NATIVE) is None
     assert "kernel k runs call by call: none of its binaries can be loaded" in caplog.text
+
+
+class Kept(dict[tuple[str, str], bytes]):
+    """A runtime cache."""
+
+    stats = None
+
+    def get(self, kind: str, key: str) -> bytes | None:  # type: ignore[override]
+        return super().get((kind, key))
+
+    def put(self, kind: str, key: str, value: bytes) -> None:
+        self[kind, key] = value
+
+
+def test_what_the_driver_compiled_is_kept() -> None:
+    """PTX is compiled once; the next process loads the binary."""
+    kept, text = Kept(), KernelTable({"k": (launch(PTX, image=b"ptx text"),)}, BINARIES)
+    first, second = FakeDriver(SIZES), FakeDriver(SIZES)
+    for driver in (first, second):
+        assert launchers(text, GRAPH, DEVICE, driver=driver, open_store=lambda: kept)["k"].target == PTX
+        assert driver.loaded == [b"compiled ptx text"]
+    assert (first.linked, second.linked) == (1, 0)
+    assert kept == {("kernel", f"ptx {NAMES[b'ptx text']}"): b"compiled ptx text"}
+
+
+def test_nothing_is_compiled_where_nobody_waits() -> None:
+    driver = FakeDriver(SIZES, (10, 0))
+    table = KernelTable({"k": (NATIVE, launch(PTX, image=b"ptx text"))}, BINARIES)
+    assert launchers(table, GRAPH, DEVICE, driver=driver, jit=False) == {}
+    assert driver.linked == 0
+    native = launchers(table, GRAPH, DEVICE, driver=FakeDriver(SIZES), jit=False)
+    assert native["k"].is_for(90)
+    assert not native["k"].is_for(120)
+
+
+def test_for_given_sizes() -> None:
+    driver = FakeDriver(SIZES)
+    launcher = made(driver, NATIVE)
+    assert launcher is not None
+    bound = launcher.bound({"s": 7})
+    assert (bound.scalars, bound.grid, launcher.scalars) == ((7, 7), (7, 2, 1), (S, S))
+    bound((16, 32, 48), bound.scalars, bound.grid)  # type: ignore[arg-type]
+    assert driver.launched[0].grid == (7, 2, 1)
 
 
 def test_a_damaged_binary(caplog: pytest.LogCaptureFixture) -> None:

@@ -13,31 +13,17 @@ from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
 
 from torch_rtx.errors import InvalidIR
 from torch_rtx.ir import Graph
 from torch_rtx.kerneltable import Candidate, digest, read_launch, write_launch
 from torch_rtx.runtime.bind import without_locations
+from torch_rtx.runtime.launch import Store
 
 log = logging.getLogger(__name__)
 Build = Callable[[Mapping[str, tuple[Graph, int]], int], Mapping[str, Candidate]]
 KERNEL, TACTIC = "kernel", "tactic"  # kinds of entries
 CALLS, ENGINE, GENERATED = "calls", "engine", "generated"  # kinds of tactics
-
-
-class Store(Protocol):
-    """Where entries are kept: the runtime cache."""
-
-    @property
-    def stats(self) -> Any:
-        """What it did, and what it holds."""
-
-    def get(self, kind: str, key: str) -> bytes | None:
-        """The entry, or None."""
-
-    def put(self, kind: str, key: str, value: bytes) -> None:
-        """Keep an entry."""
 
 
 @dataclass(frozen=True)

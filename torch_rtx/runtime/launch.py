@@ -11,10 +11,10 @@ import logging
 import operator
 import struct
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from functools import cache, reduce
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -40,6 +40,7 @@ def launchers(
     tactics: str = "best",
     driver: Any = None,
     jit: bool = True,
+    open_store: Callable[[], Store | None] = lambda: None,
 ) -> dict[str, Launcher]:
     """The kernels of `graph` that can be launched on `device`, by the `op` of their nodes; all others run call by call,
     and the log says why.
@@ -48,6 +49,7 @@ def launchers(
         tactics: see `RuntimeSettings.tactics`.
         driver: the driver API; None: the one of this process.
         jit: False leaves out those that the driver would have to compile from PTX, which takes its time.
+        open_store: opens what keeps the binaries that the driver compiled.
     """
     if not table or device.type != "cuda":
         return {}
@@ -56,11 +58,12 @@ def launchers(
         log.warning("the engine's kernels are not used: the package cuda-bindings is not installed")
         return {}
     gpu = gpu_of(driver, device.index)
+    store = open_store() if any(target.ptx for target in _targets(table)) else None
     found: dict[str, Launcher] = {}
     left: set[str] = set()
     for node in kernel_nodes(graph):
         if node.op in table.launches and node.op not in found and node.op not in left:
-            launcher = _launcher(gpu, node.op, table, len(node.inputs) + len(node.outputs), jit)
+            launcher = _launcher(gpu, node.op, table, len(node.inputs) + len(node.outputs), jit, store)
             if launcher is not None and launcher.library in CHOSEN[tactics]:
                 found[node.op] = launcher
             else:
@@ -69,13 +72,17 @@ def launchers(
     return found
 
 
-def _launcher(gpu: Gpu, op: str, table: KernelTable, pointers: int, jit: bool) -> Launcher | None:
+def _targets(table: KernelTable) -> set[Target]:
+    return {target for launches in table.launches.values() for launch in launches for target in launch.targets}
+
+
+def _launcher(gpu: Gpu, op: str, table: KernelTable, pointers: int, jit: bool, store: Store | None) -> Launcher | None:
     choices = candidates(table.launches[op], gpu.sm, gpu.shared)
     if not jit and choices and choices[0][1].ptx:
         return None
     for launch, target in choices:
         try:
-            return Launcher(gpu, op, launch, target, table.binaries, pointers)
+            return Launcher(gpu, op, launch, target, table.binaries, pointers, store)
         except KernelError as error:
             log.warning("%s", error)
     reason = "none of its binaries can be loaded" if choices else f"it has no binary for sm_{gpu.sm}"
@@ -107,6 +114,20 @@ def _runs_on(target: Target, sm: int) -> bool:
     return target.sm == sm or (not target.exact and target.sm // 10 == sm // 10 and target.sm < sm)
 
 
+class Store(Protocol):
+    """Where entries are kept beyond the process: the runtime cache."""
+
+    @property
+    def stats(self) -> Any:
+        """What it did, and what it holds."""
+
+    def get(self, kind: str, key: str) -> bytes | None:
+        """The entry, or None."""
+
+    def put(self, kind: str, key: str, value: bytes) -> None:
+        """Keep an entry."""
+
+
 class Gpu:
     """A device through the driver API.
 
@@ -134,8 +155,12 @@ class Gpu:
         self._modules: dict[str, Any] = {}
         self._lock = threading.Lock()
 
-    def function(self, variant: Variant, stored: bytes, ptx: bool) -> Any:
+    def function(self, variant: Variant, stored: bytes, ptx: bool, store: Store | None = None) -> Any:
         """The kernel, loaded and ready to launch.
+
+        Args:
+            ptx: it is text, which the driver compiles.
+            store: keeps what comes of that.
 
         Raises:
             RuntimeError: the driver refuses it.
@@ -145,7 +170,7 @@ class Gpu:
             checked(driver.cuCtxPushCurrent(self.context))
             try:
                 if variant.binary not in self._modules:
-                    image = unpack(stored) + b"\0" * ptx  # text ends with a zero
+                    image = self._compiled(variant.binary, unpack(stored), store) if ptx else unpack(stored)
                     self._modules[variant.binary] = checked(driver.cuModuleLoadData(image))
                 module = self._modules[variant.binary]
                 function = checked(driver.cuModuleGetFunction(module, variant.entry.encode()))
@@ -159,6 +184,25 @@ class Gpu:
             finally:
                 checked(driver.cuCtxPopCurrent())
         return function
+
+    def _compiled(self, name: str, text: bytes, store: Store | None) -> bytes:
+        """The binary of PTX, compiled by the driver unless `store` has it. The context is current."""
+        driver, key = self.driver, f"ptx {name}"
+        known = None if store is None else store.get("kernel", key)
+        if known is not None:
+            return known
+        state = checked(driver.cuLinkCreate(0, [], []))
+        try:
+            kind, text = driver.CUjitInputType.CU_JIT_INPUT_PTX, text + b"\0"
+            checked(driver.cuLinkAddData(state, kind, text, len(text), name.encode(), 0, [], []))
+            status, address, size = driver.cuLinkComplete(state)
+            checked((status,))
+            binary = ctypes.string_at(int(address), size)
+        finally:
+            checked(driver.cuLinkDestroy(state))
+        if store is not None:
+            store.put("kernel", key, binary)
+        return binary
 
     def enter(self) -> None:
         """Make the context current in a thread that has none: one that made no call of the CUDA runtime yet."""
@@ -201,21 +245,29 @@ class Launcher:
         target: the one of `launch` that is used.
         binaries: see `KernelTable`.
         pointers: how many tensors the kernel gets.
+        store: see `Gpu.function`.
 
     Raises:
         KernelError: the driver refuses the binary.
     """
 
     def __init__(
-        self, gpu: Gpu, op: str, launch: Launch, target: Target, binaries: Mapping[str, bytes], pointers: int
+        self,
+        gpu: Gpu,
+        op: str,
+        launch: Launch,
+        target: Target,
+        binaries: Mapping[str, bytes],
+        pointers: int,
+        store: Store | None = None,
     ) -> None:
         self.op, self.target, self.scalars, self.grid = op, target, launch.scalars, launch.grid
         self.library = launch.library
         self._index, self._launch = gpu.index, gpu.driver.cuLaunchKernel
         try:
             codes = [
-                (gpu.function(variant, binaries[variant.binary], target.ptx), 32 * variant.num_warps, variant.shared)
-                for variant in launch.variants
+                (gpu.function(v, binaries[v.binary], target.ptx, store), 32 * v.num_warps, v.shared)
+                for v in launch.variants
             ]
         except RuntimeError as error:  # an EngineFormatError of a damaged binary, too
             raise KernelError(f"the binary of kernel {op} for {target} can't be loaded: {error}") from None

@@ -42,15 +42,17 @@ def kernels_and_tools(
         return launchers(table, graph, device, settings.tactics), None
     gpu = gpu_of(driver, device.index)
     BACKGROUND.on_stop(BUILDER.close)
-    knowledge = Knowledge(gpu.sm, BUILDER.build, partial(_runtime_cache, gpu, device, settings))
+    open_store = partial(_runtime_cache, gpu, device, settings)
+    knowledge = Knowledge(gpu.sm, BUILDER.build, open_store)
     tools = Tools(
         knowledge,
         load=partial(_load, gpu),
-        jit=partial(launchers, table, graph, device),
+        jit=partial(launchers, table, graph, device, open_store=open_store),
         time=microseconds(device),
         background=BACKGROUND,
     )
-    return launchers(table, graph, device, jit=settings.specialization_strategy != "lazy"), tools
+    at_once = settings.specialization_strategy != "lazy"
+    return launchers(table, graph, device, jit=at_once, open_store=open_store), tools
 
 
 def _load(gpu: Gpu, op: str, candidate: Candidate, pointers: int) -> Launcher:
