@@ -367,8 +367,14 @@ def test_jobs_in_order_and_failures(caplog: pytest.LogCaptureFixture) -> None:
     background.submit(lambda: seen.append(1), events[0])
     background.submit(lambda: 1 // 0, events[1])
     background.submit(lambda: seen.append(2), events[2])
-    assert all(event.wait(10) for event in events)
+    assert background.wait(10)
+    assert all(event.is_set() for event in events)
     assert seen == [1, 2]
+    leave = threading.Event()
+    background.submit(lambda: leave.wait(60), threading.Event())
+    assert not background.wait(0.01)
+    leave.set()
+    assert background.wait(10)
     assert "making it faster failed" in caplog.text
     background.stop()
 

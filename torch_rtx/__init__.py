@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         SettingsError,
         Unsupported,
     )
+    from torch_rtx.runtime.background import wait
     from torch_rtx.runtime.module import CompiledModule, load, refit_module_weights, save
     from torch_rtx.runtime.profiling import Profile, profile
     from torch_rtx.runtime.session import runtime_settings
@@ -61,6 +62,7 @@ _HOMES = {
         "SettingsError",
         "Unsupported",
     ),
+    "torch_rtx.runtime.background": ("wait",),
     "torch_rtx.runtime.module": ("CompiledModule", "load", "refit_module_weights", "save"),
     "torch_rtx.runtime.session": ("runtime_settings",),
     "torch_rtx.runtime.profiling": ("Profile", "profile"),
@@ -97,6 +99,7 @@ __all__ = [
     "refit_module_weights",
     "runtime_settings",
     "save",
+    "wait",
 ]
 
 

@@ -175,6 +175,9 @@ class RuntimeSettings(_Checked):
         lambda v: type(v) in (int, float) and 0 <= v < math.inf,
         "Longest time that is spent on measuring kernels, per combination of sizes; 0: the expected best is taken.",
     )
+    static_outputs: bool = _flag(
+        False, "Results of a CUDA graph stay in its own memory, which the next call overwrites: one copy less."
+    )
     cuda_graph_pool_size: int = _count(16, "Most CUDA graphs that a module keeps; the least recently used goes first.")
     runtime_cache: str | None = _option(
         None,

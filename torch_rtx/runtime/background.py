@@ -11,6 +11,7 @@ import logging
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ class Background:
         self._thread: threading.Thread | None = None
         self._process = 0
         self._closing: list[Callable[[], None]] = []
+        self._waiting: list[threading.Event] = []  # of the jobs that have not run yet, in order
         self.stopping = False
 
     def submit(self, job: Job, done: threading.Event) -> None:
@@ -52,7 +54,15 @@ class Background:
                 return
             if self._thread is None or not self._thread.is_alive() or self._process != os.getpid():
                 self._start()  # the first job, or the first in a process that was forked
+            self._waiting = [event for event in self._waiting if not event.is_set()] + [done]
             self._jobs.put((job, done))
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait for all jobs that were submitted; False if that takes longer than `timeout` seconds."""
+        end = None if timeout is None else time.monotonic() + timeout
+        with self._lock:
+            waiting = list(self._waiting)
+        return all(event.wait(None if end is None else max(0.0, end - time.monotonic())) for event in waiting)
 
     def _start(self) -> None:
         if self._thread is None:
@@ -98,3 +108,9 @@ class Background:
 
 
 BACKGROUND = Background()
+
+
+def wait(timeout: float | None = None) -> bool:
+    """Wait until nothing more is being compiled or measured in the background of this process; False if that takes
+    longer than `timeout` seconds. What calls at new sizes start meanwhile is not waited for."""
+    return BACKGROUND.wait(timeout)

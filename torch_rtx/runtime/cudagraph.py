@@ -60,10 +60,14 @@ class GraphPool:
 
     Args:
         run: runs code of `graph` with inputs and weights.
+        static_outputs: results stay in the memory of their graph.
     """
 
-    def __init__(self, graph: Graph, run: RunCode, device: torch.device, size: int) -> None:
+    def __init__(
+        self, graph: Graph, run: RunCode, device: torch.device, size: int, static_outputs: bool = False
+    ) -> None:
         self.graph, self.run, self.device, self.size = graph, run, device, size
+        self.static_outputs = static_outputs
         self.captured: dict[object, Captured] = {}
         self._met: dict[object, None] = {}  # keys that ran the plain code once, oldest first
         self.captures = self.replays = 0
@@ -137,7 +141,7 @@ class GraphPool:
         """Capture the module for these inputs; None, and never tried again, where CUDA refuses."""
         try:
             with _CAPTURING, torch.cuda.device(self.device):
-                found = Captured(self.graph, code, self.run, inputs, self._written, store, self._handle)
+                found = Captured(self, code, inputs, self._written, store, self._handle)
         except RuntimeError as error:
             self.disabled = str(error).splitlines()[0]
             log.warning("no CUDA graphs for this module, it can't be captured: %s", self.disabled)
@@ -152,21 +156,22 @@ class Captured:
     """One captured graph.
 
     Args:
+        pool: the one that it is made for.
+        code: what is captured.
         written: positions of the inputs that are captured at their address.
         handle: the memory pool.
     """
 
     def __init__(
         self,
-        graph: Graph,
+        pool: GraphPool,
         code: Code,
-        run: RunCode,
         inputs: Sequence[Any],
         written: list[int],
         store: WeightStore,
         handle: Any,
     ) -> None:
-        self.code = code
+        self.code, graph = code, pool.graph
         names = {value.name: index for index, value in enumerate(graph.inputs)}
         tensors = [i for i, x in enumerate(inputs) if isinstance(x, torch.Tensor) and i not in written]
         static = list(inputs)
@@ -187,9 +192,11 @@ class Captured:
         with torch.cuda.graph(self.graph, handle, _capture_stream(device.index), capture_error_mode="thread_local"):
             for index, tensor in given.items():
                 static[index].copy_(tensor)
-            results = run(code, static, store.values)
+            results = pool.run(code, static, store.values)
             for position, (attr, result) in enumerate(zip(graph.outputs, results, strict=True)):
                 output = _alias(attr, result, names, static, own, pinned)
+                if output is None and pool.static_outputs:
+                    output = _kept(result)
                 self._outputs.append(output or _nothing)
                 if output is None and _extent(result) > 2 * result.numel():
                     self._late.append((position, result))  # a thin slice of something large: not as one piece of memory
@@ -219,6 +226,11 @@ class Captured:
         for position, result in self._late:
             outputs[position] = copy_strided(result, result.stride())
         return outputs
+
+
+def _kept(result: torch.Tensor) -> Output:
+    """The result itself, in memory of the graph."""
+    return lambda inputs: result.detach()
 
 
 def _nothing(inputs: Sequence[Any]) -> None:

@@ -110,7 +110,7 @@ class Session:
         if store.device.type == "cuda" and settings.cuda_graph_strategy != "disabled":
             reason = why_not(graph)
             if reason is None:
-                self.pool = GraphPool(graph, self.run, store.device, settings.cuda_graph_pool_size)
+                self.pool = self._new_pool()
             else:
                 log.info("no CUDA graphs for this module: %s", reason)
 
@@ -144,8 +144,12 @@ class Session:
         other = copy(self)
         other.store = self.store.sibling()
         if self.pool is not None:
-            other.pool = GraphPool(self.graph, self.run, self.device, self.pool.size)
+            other.pool = self._new_pool()
         return other
+
+    def _new_pool(self) -> GraphPool:
+        size, static = self.settings.cuda_graph_pool_size, self.settings.static_outputs
+        return GraphPool(self.graph, self.run, self.device, size, static)
 
     def current(self, inputs: Sequence[Any]) -> Variant:
         """What runs these inputs now."""
