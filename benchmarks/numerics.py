@@ -10,8 +10,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-# Below this relative error two results are the same for the dtype, whatever eager's own error happens to be.
-SAME = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+from torch_rtx.runtime.trial import SAME, relative_error
 
 
 def tensors(tree: Any) -> list[torch.Tensor]:
@@ -34,16 +33,6 @@ def in_float64(
     args, kwargs = pytree.tree_map_only(torch.Tensor, widen, (args, dict(kwargs)))
     with torch.no_grad():
         return tensors(copy.deepcopy(model).to(dtype)(*args, **kwargs))
-
-
-def relative_error(got: torch.Tensor, reference: torch.Tensor) -> float:
-    """Norm of the difference over the norm of the reference; infinite where only one of them is finite."""
-    got, reference = got.double(), reference.double()
-    finite = torch.isfinite(reference)
-    if not torch.equal(torch.isfinite(got), finite):
-        return float("inf")
-    difference = torch.where(finite, got - reference, 0.0)
-    return float(difference.norm() / torch.where(finite, reference, 0.0).norm().clamp_min(1e-30))
 
 
 def assert_right(got: Any, eager: Any, reference: list[torch.Tensor]) -> float:

@@ -267,3 +267,54 @@ def test_inside_a_callers_own_capture() -> None:
 def test_disabled() -> None:
     module = exported(mlp(), torch.randn(4, 64, device="cuda"), cuda_graph_strategy="disabled")
     assert module.session.pool is None
+
+
+def test_data_of_a_parameter_is_replaced() -> None:
+    """`parameter.data = other` after a capture: the next call computes with the new memory."""
+    torch._dynamo.reset()
+    model = mlp()
+    compiled = torch.compile(model, backend=rtx, fullgraph=True)
+    x = torch.randn(4, 64, device="cuda")
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(compiled(x), model(x))
+        model[0].weight.data = torch.randn_like(model[0].weight)
+        for _ in range(3):
+            torch.testing.assert_close(compiled(x), model(x))
+
+
+class Statistics(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x)
+
+
+def test_statistics_that_a_replay_writes() -> None:
+    """Train-mode batch norm writes its statistics in a replay; the graph of eval mode reads them."""
+    torch._dynamo.reset()
+    mine, eagers = Statistics().cuda(), Statistics().cuda()
+    compiled = torch.compile(mine, backend=rtx, fullgraph=True)
+    with torch.no_grad():
+        for _ in range(3):
+            for training in (True, True, True, False, False, False):
+                mine.train(training)
+                eagers.train(training)
+                x = torch.randn(16, 8, device="cuda")
+                torch.testing.assert_close(compiled(x), eagers(x))
+                torch.testing.assert_close(mine.norm.running_var, eagers.norm.running_var)
+
+
+def test_a_write_that_stays_in_pytorch() -> None:
+    """The copy back into a mutated input is a fallback: it is part of the graph all the same."""
+    torch._dynamo.reset()
+    options = {"torch_executed_ops": ["aten.copy_"]}
+    compiled = torch.compile(Cache(), backend=rtx, fullgraph=True, options=options)
+    mine, eagers = (torch.zeros(32, 8, device="cuda") for _ in range(2))
+    with torch.no_grad():
+        for step in range(6):
+            x, position = torch.randn(1, 8, device="cuda"), torch.tensor([step], device="cuda")
+            torch.testing.assert_close(compiled(mine, position, x), Cache()(eagers, position, x))
+            torch.testing.assert_close(mine, eagers)
