@@ -112,36 +112,36 @@ def make_plan(weights: Sequence[WeightUse], budget: int) -> Plan:
     least, tight = _tightest(spans)
     room = budget - fixed
     if room < least:
-        raise _too_small(weights, spans, budget, fixed, least)
+        raise _too_small(weights, spans, budget, fixed, min(fixed + least, total))
     # What the computations take when they are as slow as the copies: every wait of one for the other shows.
-    work = _durations(weights, total - budget)
+    work = durations(weights, total - budget)
     plans = [_plan(*tried, total) for tried in _layouts(spans, room, least, tight)]
     return min(plans, key=lambda plan: makespan(plan, weights, work))
 
 
-def makespan(plan: Plan, weights: Sequence[WeightUse], durations: Mapping[int, float]) -> float:
+def makespan(plan: Plan, weights: Sequence[WeightUse], work: Mapping[int, float]) -> float:
     """When a call ends.
 
     Args:
-        durations: how long the program computes at a position, in the time that a byte takes to be copied.
+        work: how long the program computes at a position, in the time that a byte takes to be copied.
     """
     waits: dict[int, list[Load]] = {}
     for load in plan.loads:
         waits.setdefault(load.first, []).append(load)
     now = copied = 0.0
     ends: dict[int, float] = {}
-    for position in sorted({*durations, *waits, *(load.last for load in plan.loads)}):
+    for position in sorted({*work, *waits, *(load.last for load in plan.loads)}):
         for load in waits.get(position, ()):
             free = 0.0 if load.after is None else ends[plan.loads[load.after].last]
             copied = max(copied, free) + weights[load.weight].size
             now = max(now, copied)
-        now += durations.get(position, 0.0)
+        now += work.get(position, 0.0)
         ends[position] = now
     return now
 
 
-def _durations(weights: Sequence[WeightUse], total: float) -> dict[int, float]:
-    """Computations of `total`, in proportion to the bytes of the weights that each position uses."""
+def durations(weights: Sequence[WeightUse], total: float) -> dict[int, float]:
+    """How long each position computes, if all take `total`: in proportion to the bytes of the weights that it uses."""
     sizes = Counter[int]()
     for weight in weights:
         for first, _ in weight.spans:
@@ -194,9 +194,9 @@ def _peak(spans: Iterable[_Span]) -> tuple[int, int]:
 def _tightest(spans: Sequence[_Span]) -> tuple[int, dict[_Span, int]]:
     """The smallest staging that is found for all of `spans`, and their offsets in it."""
     peak, _ = _peak(spans)
-    size = peak
+    size, enough = peak, sum(span.size for span in spans)
     while (places := _places(spans, size)) is None:
-        size += _aligned(peak / 16)
+        size = min(size + _aligned(peak / 64), enough)
     return size, {span: place.offset for span, place in zip(spans, places, strict=True)}
 
 
@@ -209,7 +209,7 @@ def _too_small(
     needs = "" if weight is None else f"{weight.name} alone has {weight.size}, and "
     return SettingsError(
         f"weight_streaming_budget is {budget} bytes, which is too small: {needs}{fixed} always stay on the device",
-        hint=f"the least that works for this engine is {fixed + least} bytes",
+        hint=f"the least that works for this engine is {least} bytes",
     )
 
 
