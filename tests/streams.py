@@ -16,13 +16,13 @@ from torch_rtx.runtime.streamplan import Plan
 Clock = dict[str, int]
 
 
-@dataclass
+@dataclass(eq=False)
 class FakeEvent:
     clock: Clock
-    waited: int = 0
+    synchronized: bool = False
 
     def synchronize(self) -> None:
-        self.waited += 1
+        self.synchronized = True
 
 
 @dataclass(eq=False)
@@ -31,6 +31,7 @@ class FakeStream:
 
     name: str
     clock: Clock = field(default_factory=dict)
+    waited: list[FakeEvent] = field(default_factory=list)
 
     def run(self) -> Clock:
         """An operation; returns its time."""
@@ -41,6 +42,7 @@ class FakeStream:
         return FakeEvent(dict(self.clock))
 
     def wait_event(self, event: FakeEvent) -> None:
+        self.waited.append(event)
         for name, count in event.clock.items():
             self.clock[name] = max(count, self.clock.get(name, 0))
 
@@ -87,9 +89,9 @@ class Recorded:
                 record.append(("copy", index, copies.name, dict(copies.clock)))
 
         types = [TensorType("u8", (size,), (1,)) for size in sizes]
-        graph = Graph("fused", weights=tuple(Weight(Value(f"w{i}", t), (f"w{i}",)) for i, t in enumerate(types)))
+        self.graph = Graph("fused", weights=tuple(Weight(Value(f"w{i}", t), (f"w{i}",)) for i, t in enumerate(types)))
         streams: Any = Streams(torch.device("cpu"), copies, cuda)
-        self.streamer = Streamer(plan, graph, torch.device("cpu"), streams) if plan.loads else None
+        self.streamer = Streamer(plan, self.graph, torch.device("cpu"), streams) if plan.loads else None
 
     def call(self, positions: range) -> None:
         """One call of the program."""

@@ -18,11 +18,13 @@ from torch import nn
 import torch_rtx
 from tests.ahead import IDS, Tied
 from tests.compiled import compile_rtx
+from tests.streams import FakeCuda, FakeStream, Recorded
 from torch_rtx import CompilationSettings, RuntimeSettings, SettingsError
-from torch_rtx.ir import Graph
+from torch_rtx.ir import Graph, Node
 from torch_rtx.irparse import parse
 from torch_rtx.runtime import streaming
 from torch_rtx.runtime.streaming import Streamer, Summary, weight_uses
+from torch_rtx.runtime.streamplan import WeightUse, make_plan
 from torch_rtx.settings import read_budget
 
 
@@ -175,6 +177,43 @@ def test_inlined_kernels(tmp_path: Path) -> None:
     module = torch_rtx.load(tmp_path / "deep.rtx", weights=model, device="cpu", settings=settings("50%"))
     assert streamer_of(module).plan.loads
     assert equal(results(module, (X,)), expected)
+
+
+def one_place(count: int) -> tuple[FakeCuda, Recorded]:
+    """A streamer of weights that take turns in one place, each used by one node."""
+    weights = [WeightUse(f"w{index}", 512, ((index, index),)) for index in range(count)]
+    cuda = FakeCuda()
+    return cuda, Recorded(cuda, FakeStream("copies"), make_plan(weights, 512), [512] * count)
+
+
+def test_lines_around_bodies() -> None:
+    """A weight is there before the first of the nodes that stand for a kernel, and released after the last of them."""
+    _, recorded = one_place(3)
+    assert recorded.streamer is not None
+    node = Node("extern", "aten.neg.default", (), ())
+    first, before, after = recorded.streamer.lines(recorded.graph, [[node], [node] * 3, [node] * 2])
+    assert first == ["del w0, w1, w2", "_stream.begin()"]
+    assert before == {0: ["w0 = _stream.wait(0)"], 1: ["w1 = _stream.wait(1)"], 4: ["w2 = _stream.wait(2)"]}
+    assert after == {0: ["_stream.release(0)"], 3: ["_stream.release(1)"]}
+
+
+def test_callers_graphs_are_not_ordered_by_events() -> None:
+    """No event from outside may be waited for in a capture, nor one of the capture outside; a refit waits for calls."""
+    cuda, recorded = one_place(3)
+    streamer = recorded.streamer
+    assert streamer is not None
+    recorded.call(range(3))
+    done = streamer._copies._done  # type: ignore[attr-defined]
+    cuda.current, cuda.capturing = FakeStream("captured"), True
+    recorded.call(range(3))
+    assert done not in cuda.current.waited
+    assert streamer._copies._done is done  # type: ignore[attr-defined]
+    cuda.current, cuda.capturing = FakeStream("other"), False
+    recorded.call(range(3))
+    assert done in cuda.current.waited
+    done = streamer._copies._done  # type: ignore[attr-defined]
+    with streamer.idle():
+        assert done.synchronized
 
 
 USES = """graph fused {
