@@ -161,10 +161,20 @@ def test_generated_code(deep: tuple[Deep, Deep, Path]) -> None:
         released = f"    _stream.release({index})"
         assert released not in lines or begin < lines.index(released)
     without = re.sub(r"\n    (\w+) = _stream\.wait\(0\)", "", source)
-    namespace = dict(module.session._code.__globals__)  # type: ignore[attr-defined]
+    namespace = dict(module.session.specializer.base.code.run.__globals__)  # type: ignore[attr-defined]
     exec(without, namespace)
     with pytest.raises(UnboundLocalError):
         namespace["run"]([X], module._store.values)
+
+
+def test_profiles(deep: tuple[Deep, Deep, Path]) -> None:
+    """The code that is measured streams as well."""
+    a, _, path = deep
+    module = torch_rtx.load(path, weights=a, settings=settings("50%"))
+    before = results(module, (X,))
+    profile = torch_rtx.profile(module, X, repeats=2, warmup=1)
+    assert len(profile.rows) >= len(module.engine.graph.nodes)
+    assert equal(results(module, (X,)), before)
 
 
 def test_inlined_kernels(tmp_path: Path) -> None:

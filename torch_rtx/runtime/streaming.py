@@ -119,7 +119,10 @@ def weight_uses(graph: Graph, trusted_ops: frozenset[str] = frozenset()) -> list
 
 
 def _aliases(node: Node, trusted_ops: frozenset[str]) -> bool:
-    return node.kind != "kernel" and aten.is_view(aten.overload(node.op, trusted_ops))
+    """Whether a result may lie in the memory of what the node reads."""
+    if node.kind == "kernel":
+        return False
+    return any(result.alias_info is not None for result in aten.overload(node.op, trusted_ops)._schema.returns)
 
 
 def _disjoint(spans: Sequence[Sequence[int]]) -> tuple[tuple[int, int], ...]:
