@@ -44,6 +44,7 @@ GOOD = {
     "specialized_shapes": 2,
     "static_outputs": True,
     "tuning_seconds": 1.5,
+    "weight_streaming_budget": None,  # any other is refused under torch.compile
     "runtime_cache": "off",
     "runtime_cache_size": 1 << 20,
 }
@@ -70,6 +71,7 @@ BAD = {
     "specialized_shapes": 0,
     "static_outputs": "yes",
     "tuning_seconds": -1,
+    "weight_streaming_budget": "half",
     "runtime_cache": "",
     "runtime_cache_size": 0.5,
 }

@@ -180,12 +180,12 @@ def test_a_failing_recipe_changes_nothing(give, at, net, monkeypatch):
     getattr(engine, give)(a)
     before, original, count = engine(IMAGE), WeightStore._make, 0
 
-    def fail(store, index, sources):
+    def fail(store, index, sources, host=False):
         nonlocal count
         count += 1
         if count > at:
             raise RuntimeError("out of memory")
-        return original(store, index, sources)
+        return original(store, index, sources, host)
 
     with monkeypatch.context() as patch:
         patch.setattr(WeightStore, "_make", fail)

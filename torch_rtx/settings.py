@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field, fields
@@ -30,6 +31,9 @@ MODES: dict[str, dict[str, object]] = {
 
 
 NAMES = "a collection of names"
+_UNITS = {unit + end: base**power for power, unit in enumerate("KMGT", 1) for end, base in (("iB", 1024), ("B", 1000))}
+_UNITS["B"] = 1
+_BUDGET = re.compile(rf"(\d+(?:\.\d+)?) ?(%|{'|'.join(_UNITS)})", re.ASCII)
 
 
 def _option(
@@ -67,6 +71,27 @@ def _is_targets(value: object) -> bool:
         return value is None
     parse_targets(value, capability=(8, 0))  # a known one: whether there is a GPU is for the build to see
     return True
+
+
+def read_budget(budget: int | str) -> int | float:
+    """A budget as bytes (an int), or as a share from 0 to 1 (a float) for such as "50%".
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if isinstance(budget, int):
+        return budget
+    match = _BUDGET.fullmatch(budget)
+    if match is None or (match[2] == "%" and float(match[1]) > 100):
+        raise ValueError(budget)
+    return float(match[1]) / 100 if match[2] == "%" else int(float(match[1]) * _UNITS[match[2]])
+
+
+def _is_budget(value: object) -> bool:
+    try:
+        return value is None or (isinstance(value, int | str) and type(value) is not bool and read_budget(value) >= 0)
+    except ValueError:
+        return False
 
 
 def _is_str(value: object) -> bool:
@@ -179,6 +204,12 @@ class RuntimeSettings(_Checked):
         False, "Results of a CUDA graph stay in its own memory, which the next call overwrites: one copy less."
     )
     cuda_graph_pool_size: int = _count(16, "Most CUDA graphs that a module keeps; the least recently used goes first.")
+    weight_streaming_budget: int | str | None = _option(
+        None,
+        'None, bytes such as 2_000_000_000 or "2GiB", or a share such as "50%"',
+        _is_budget,
+        "Most device memory for weights; the others stay in host memory, and each call copies them ahead of their use.",
+    )
     runtime_cache: str | None = _option(
         None,
         'None, "off" or a file',

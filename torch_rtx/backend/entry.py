@@ -47,11 +47,14 @@ def rtx(
         options: fields of `CompilationSettings` and `RuntimeSettings` by name.
 
     Raises:
-        SettingsError: an unknown or mistyped option or mode.
+        SettingsError: an unknown or mistyped option or mode, or one that has no meaning here.
         PartitionError, LoweringError: see `compile_fx`.
     """
     compilation, runtime = from_options(options, mode)
     check_settings(compilation)
+    if runtime.weight_streaming_budget is not None:
+        hint = "torch_rtx.compile builds an engine, which torch_rtx.load streams from the file of its weights"
+        raise SettingsError("weight_streaming_budget: torch.compile runs on the model's own parameters", hint=hint)
     if compilation.copy_weights is None:
         # The model's own weights stay in memory, and a write to them through `.data`, as peft merges adapters, is seen
         # only where the weight is the parameter itself.

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from torch_rtx.ir import MAIN, Graph, ScalarType, TensorType, Value, dim_syms, type_dims
-from torch_rtx.runtime.driver import checked, driver
+from torch_rtx.runtime.driver import checked, driver, new_stream
 from torch_rtx.runtime.reference import EMPTY, Code, copy_strided, restride
 from torch_rtx.runtime.weights import WeightStore
 
@@ -357,12 +357,8 @@ def _checked_count(answer: tuple[Any, ...]) -> int:
 
 @cache
 def _capture_stream(index: int) -> torch.cuda.Stream:
-    """The stream that captures on a device. Nobody else's: PyTorch hands out 32 streams in turn, and the work of
-    whoever got the same one would be captured instead of run."""
-    cuda = driver()
-    with torch.cuda.device(index):
-        raw = checked(cuda.cuStreamCreate(cuda.CUstream_flags.CU_STREAM_NON_BLOCKING))
-    return torch.cuda.ExternalStream(int(raw), torch.device("cuda", index))
+    """The stream that captures on a device."""
+    return new_stream(torch.device("cuda", index))
 
 
 def _end_failed_capture(device: torch.device, handle: Any) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import torch
+
 
 @cache
 def driver() -> Any:
@@ -26,3 +28,14 @@ def checked(answer: tuple[Any, ...]) -> Any:
     if status != 0:
         raise RuntimeError(f"CUDA driver: {status.name}")
     return results[0] if results else None
+
+
+def new_stream(device: torch.device) -> Any:
+    """A stream that nobody else gets: PyTorch hands out 32 in turn, and the work of whoever got the same one would be
+    captured instead of run. Without the driver API it is one of those; nothing is captured then."""
+    cuda = driver()
+    if cuda is None:
+        return torch.cuda.Stream(device)
+    with torch.cuda.device(device):
+        raw = checked(cuda.cuStreamCreate(cuda.CUstream_flags.CU_STREAM_NON_BLOCKING))
+    return torch.cuda.ExternalStream(int(raw), device)

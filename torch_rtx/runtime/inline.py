@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator
 from dataclasses import replace
+from itertools import chain
 
 from torch_rtx.ir import Graph, Node, Value
 
@@ -16,14 +17,16 @@ def inline_kernels(graph: Graph, keep: Container[str]) -> Graph:
     """
     if all(node.kind != "kernel" or node.op in keep for node in graph.nodes):
         return graph
+    return replace(graph, nodes=tuple(chain.from_iterable(in_place(graph, keep))))
+
+
+def in_place(graph: Graph, keep: Container[str]) -> list[list[Node]]:
+    """Per node of `graph`, the nodes that take its place in `inline_kernels(graph, keep)`."""
     taken = {value.name for value in graph.values()} | graph.syms.keys()
-    nodes: list[Node] = []
-    for index, node in enumerate(graph.nodes):
-        if node.kind == "kernel" and node.op not in keep:
-            nodes.extend(_inlined(node, f"k{index}", taken, keep))
-        else:
-            nodes.append(node)
-    return replace(graph, nodes=tuple(nodes))
+    return [
+        list(_inlined(node, f"k{index}", taken, keep)) if node.kind == "kernel" and node.op not in keep else [node]
+        for index, node in enumerate(graph.nodes)
+    ]
 
 
 def _inlined(node: Node, prefix: str, taken: set[str], keep: Container[str]) -> Iterator[Node]:

@@ -24,6 +24,7 @@ from torch_rtx.kerneltable import KernelTable
 from torch_rtx.profiles import Shape, profiles_of, shapes
 from torch_rtx.runtime.session import Session
 from torch_rtx.runtime.signature import Signature
+from torch_rtx.runtime.streaming import stream
 from torch_rtx.runtime.tools import kernels_and_tools
 from torch_rtx.runtime.weights import WeightStore, match
 from torch_rtx.settings import RuntimeSettings
@@ -50,6 +51,7 @@ class CompiledModule(nn.Module):
         EngineFormatError: the engine's own signature is damaged.
         InvalidIR: the engine names an operator that is not allowed or does not exist here.
         RtxError: the engine has Python fallbacks and `callables` does not have them.
+        SettingsError: `weight_streaming_budget` is too small for the engine.
     """
 
     def __init__(
@@ -66,8 +68,9 @@ class CompiledModule(nn.Module):
         self._signature = signature or Signature.from_json(engine.manifest.signature)
         self._signature.check(len(engine.graph.inputs), len(engine.graph.outputs))
         constants = dict(engine.constants)
-        self._store = WeightStore(engine.graph, device, constants, engine.manifest.unused_names)
         settings, trusted = settings or RuntimeSettings(), frozenset(trusted_ops)
+        streamer = stream(engine.graph, device, settings.weight_streaming_budget, trusted)
+        self._store = WeightStore(engine.graph, device, constants, engine.manifest.unused_names, streamer)
         kernels, tools = kernels_and_tools(engine.kernels, engine.graph, device, settings)
         profiles = engine.manifest.profiles
         self.session = Session(engine.graph, self._store, settings, callables, trusted, kernels, profiles, tools)
@@ -92,6 +95,10 @@ class CompiledModule(nn.Module):
             return
         tensors = tensors_of(weights) | self._attributes(weights)
         self._store.attach(tensors)
+        if self._store.streamer is not None and any(
+            isinstance(t, torch.Tensor) and t.is_cuda for t in tensors.values()
+        ):
+            log.warning("the model keeps its weights in device memory: streaming them saves nothing while it does")
         self._ready = True
         self._keep(tensors, copy=False)
 
@@ -195,6 +202,7 @@ def load(
         EngineFormatError, EngineVersionError: see `engine.load`.
         RefitError: the weights do not fit.
         InvalidIR: the engine calls an operator that is neither allowed nor trusted.
+        SettingsError: `weight_streaming_budget` is too small for the engine.
     """
     engine = engine_file.load(path)
     if any(node.op == "python" for node in engine.graph.nodes):

@@ -34,9 +34,10 @@ from torch_rtx.ir import (
     dim_syms,
     type_dims,
 )
-from torch_rtx.runtime.inline import inline_kernels
+from torch_rtx.runtime.inline import in_place, inline_kernels
 from torch_rtx.runtime.launch import Launcher
 from torch_rtx.runtime.plan import MAY_ALIAS, Plan
+from torch_rtx.runtime.streaming import Lines, Streamer
 from torch_rtx.targets import ALIGNMENT
 
 Runner = Callable[[Sequence[Any], Sequence[torch.Tensor]], list[Any]]
@@ -111,6 +112,7 @@ def compile_graph(
     name: str = "graph",
     kernels: Mapping[str, Launcher] | None = None,
     probe: Callable[[], None] | None = None,
+    streamer: Streamer | None = None,
 ) -> Code:
     """A function `(inputs, weights) -> outputs` that does what `graph` says.
 
@@ -120,12 +122,15 @@ def compile_graph(
         trusted_ops: operators outside the allow-list that fallback nodes may name.
         kernels: see `runtime.launch`; their device must be the current one when the function is called.
         probe: what the function calls before the first node and after each; for measuring.
+        streamer: brings weights to the device; the function must then be called in a turn of it.
 
     Raises:
         InvalidIR: an op that does not exist here, or a dim that no input determines.
     """
     kernels = kernels or {}
     writer = _Writer(inline_kernels(graph, kernels), device, callables, trusted_ops, kernels, probe)
+    if streamer is not None:
+        writer.names["_stream"], writer.streaming = streamer, streamer.lines(graph, in_place(graph, kernels))
     source = writer.write()
     file = f"<torch_rtx {name} {id(writer.names):x}>"  # these live as long as the function
     linecache.cache[file] = (len(source), None, source.splitlines(True), file)  # tracebacks show the generated line
@@ -143,6 +148,7 @@ class _Writer:
     trusted_ops: frozenset[str]
     kernels: Mapping[str, Launcher]
     probe: Callable[[], None] | None = None
+    streaming: Lines = ((), {}, {})
     lines: list[str] = field(default_factory=list)
     bound: set[str] = field(default_factory=set)  # names of the dims that have a value by now
     names: dict[str, Any] = field(default_factory=dict)  # the globals of the generated function
@@ -159,14 +165,18 @@ class _Writer:
         self.bind(graph.inputs)
         self.plan = Plan(graph, self.trusted_ops, frozenset(self.bound))
         self.offsets = self.arena()
+        first, before, after = self.streaming
+        self.lines += first
         last = self.last_uses()
         probe = [] if self.probe is None else [f"{self.name_of('probe', self.probe)}()"]
         self.lines += probe
         for index, node in enumerate(graph.nodes):
+            self.lines += before.get(index, ())
             self.node(node)
             drops = [name for name in last[index] if name not in self.offsets]
             if drops:
                 self.lines.append(f"del {', '.join(drops)}")
+            self.lines += after.get(index, ())
             self.lines += probe
         shared = self.shared()
         for value in dict.fromkeys(attr_values(graph.outputs)):

@@ -99,16 +99,17 @@ class Session:
         self.profiles = profiles
         self._callables, self._trusted_ops = callables, trusted_ops
         self.settings = settings
+        self.streamer = streamer = store.streamer
 
         def compiled(graph: Graph, kernels: Mapping[str, Launcher]) -> Code:
-            return compile_graph(graph, store.device, callables, trusted_ops, kernels=kernels)
+            return compile_graph(graph, store.device, callables, trusted_ops, kernels=kernels, streamer=streamer)
 
         self.specializer = Specializer(graph, compiled, kernels or {}, store.device, settings, tools)
         self._checked: set[object] = set()
         self._last: object = None  # a key that needs no check; comparing is cheaper than hashing
         self.pool: GraphPool | None = None
         if store.device.type == "cuda" and settings.cuda_graph_strategy != "disabled":
-            reason = why_not(graph)
+            reason = why_not(graph) or (streamer and streamer.pageable)
             if reason is None:
                 self.pool = self._new_pool()
             else:
@@ -158,15 +159,19 @@ class Session:
     def probed(self, variant: Variant, probe: Callable[[], None]) -> Code:
         """Code for measuring, which does what the code of `variant` does and calls `probe`, see `compile_graph`."""
         given = self._callables, self._trusted_ops
-        kernels = variant.kernels
-        return compile_graph(variant.graph, self.device, *given, name="probed", kernels=kernels, probe=probe)
+        options: dict[str, Any] = {"kernels": variant.kernels, "probe": probe, "streamer": self.streamer}
+        return compile_graph(variant.graph, self.device, *given, name="probed", **options)
 
     def run(self, code: Code, inputs: Sequence[Any], weights: Sequence[torch.Tensor]) -> list[Any]:
         """Run code of the graph. It has no gradients, and its casts were resolved at capture."""
         kind = self.device.type
         autocast = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
-        with torch.no_grad(), autocast, self._current_device():
+        with torch.no_grad(), autocast, self._current_device(), self._turn():
             return code.run(inputs, weights)
+
+    def _turn(self) -> AbstractContextManager[None]:
+        """Around a call: with weights that are streamed, one at a time."""
+        return nullcontext() if self.streamer is None else self.streamer.turn()
 
     def _current_device(self) -> AbstractContextManager[object]:
         """Makes the session's device the current one: kernels are launched there."""
@@ -202,7 +207,8 @@ class Session:
         pool = self.pool
         if pool is None or settings.cuda_graph_strategy == "disabled" or not self._is_final(variant, settings):
             return self.run(variant.code, inputs, self.store.values)
-        return pool(key, variant.code, inputs, self.store)
+        with self._turn():
+            return pool(key, variant.code, inputs, self.store)
 
     def _is_final(self, variant: Variant, settings: RuntimeSettings) -> bool:
         """Whether the code of a variant is worth a CUDA graph: nothing better is on its way."""

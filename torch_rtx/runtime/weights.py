@@ -2,12 +2,14 @@
 
 A weight without a recipe is the parameter itself, and a recipe of views alone gives an alias of it: neither costs
 memory, and a change in place is seen at once. Every other weight has storage of its own; changed parameters and refit
-write into that storage, so that addresses, and with them captured CUDA graphs, stay valid.
+write into that storage, so that addresses, and with them captured CUDA graphs, stay valid. The storage of weights that
+are streamed is in host memory, and their values do not pass through the device unless a recipe computes them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from operator import attrgetter
 
@@ -16,10 +18,12 @@ import torch
 from torch_rtx import aten
 from torch_rtx.errors import RefitError
 from torch_rtx.ir import Graph, Parameter, TensorType
-from torch_rtx.runtime.reference import compile_graph, copy_strided, overwrite, restride
+from torch_rtx.runtime.reference import compile_graph, overwrite, restride
+from torch_rtx.runtime.streaming import Streamer
 
 Tensors = Mapping[str, torch.Tensor]
 _VERSION = attrgetter("_version")
+_HOST = torch.device("cpu")
 
 
 class WeightStore:
@@ -27,40 +31,56 @@ class WeightStore:
 
     Attributes:
         parameters: what `attach` and `refit` need, by name and type.
-        values: one tensor per weight, in order.
+        values: one tensor per weight, in order; in host memory if the weight is streamed.
         generation: goes up whenever a value moves to another address.
 
     Args:
         constants: the data of the graph's constants, by name.
         unused_names: parameters of the model that the graph does not need; refit takes and ignores them.
+        streamer: what brings weights to the device that are not resident.
     """
 
     def __init__(
-        self, graph: Graph, device: torch.device, constants: Tensors, unused_names: Collection[str] = ()
+        self,
+        graph: Graph,
+        device: torch.device,
+        constants: Tensors,
+        unused_names: Collection[str] = (),
+        streamer: Streamer | None = None,
     ) -> None:
-        self.device, self.generation = device, 0
+        self.device, self.generation, self.streamer = device, 0, streamer
+        self._hosts = {} if streamer is None else streamer.hosts
         self.parameters = tuple(p for p in graph.parameters if not p.constant)
         self.weights = graph.weights
         self._types = {p.name: p.type for p in graph.parameters}
-        self._constants = {p.name: self._place(p.name, constants[p.name]) for p in graph.parameters if p.constant}
+        self._constants = {p.name: constants[p.name] for p in graph.parameters if p.constant}
+        if streamer is None:
+            self._constants = {name: self._place(name, tensor) for name, tensor in self._constants.items()}
         self._unused = unused_names
         self._recipes = [
             None if w.recipe is None else compile_graph(w.recipe, device, name="recipe") for w in graph.weights
         ]
         # Per weight: may it change, and is its storage ours to write to?
         self._variable = [any(name not in self._constants for name in w.names) for w in graph.weights]
-        self.values = [torch.empty(0) if variable else self._make(i, {}) for i, variable in enumerate(self._variable)]
+        for index in self._hosts:
+            if not self._variable[index]:
+                overwrite(self._hosts[index], self._make(index, {}))
+        self.values = [
+            self._hosts[i] if i in self._hosts else torch.empty(0) if variable else self._make(i, {})
+            for i, variable in enumerate(self._variable)
+        ]
         self._detach()
 
     def sibling(self) -> WeightStore:
         """A store of the same graph for other parameters: shares the recipes' code and what only constants decide."""
+        assert self.streamer is None  # it has the values of one store
         other = copy(self)
         other.values = [torch.empty(0) if v else value for v, value in zip(self._variable, self.values, strict=True)]
         other._detach()
         return other
 
     def _detach(self) -> None:
-        self._owned = [False] * len(self.weights)
+        self._owned = [index in self._hosts for index in range(len(self.weights))]
         self._addresses: list[int] = []
         self._forget()
 
@@ -95,8 +115,10 @@ class WeightStore:
         storages = {tensor.untyped_storage().data_ptr() for tensor in tensors}
         made = {index: self._make(index, sources) for index, variable in enumerate(self._variable) if variable}
         self._sources = sources  # only now: what failed so far changed nothing
-        for index, fresh in made.items():
-            self._store(index, fresh, fresh.untyped_storage().data_ptr() not in storages)
+        with self._writing():
+            for index, fresh in made.items():
+                own = index in self._hosts or fresh.untyped_storage().data_ptr() not in storages
+                self._store(index, fresh, own)
         names = [w.names for w, owned in zip(self.weights, self._owned, strict=True) if owned]
         self._watched = [self._sources[n] for n in dict.fromkeys(sum(names, ())) if n in self._sources]
         self._stamps = _stamps(self._watched)
@@ -112,23 +134,30 @@ class WeightStore:
         pairs = zip(self._watched, stamps, self._stamps, strict=True)
         changed = {id(tensor) for tensor, now, before in pairs if now != before}
         names = {name for name, tensor in self._sources.items() if id(tensor) in changed}
-        for index, weight in enumerate(self.weights):
-            if self._owned[index] and not names.isdisjoint(weight.names):
-                overwrite(self.values[index], self._make(index, self._sources))
+        with self._writing():
+            for index, weight in enumerate(self.weights):
+                if self._owned[index] and not names.isdisjoint(weight.names):
+                    overwrite(self.values[index], self._make(index, self._sources))
         self._stamps = stamps  # only now: should a recipe fail, the next call runs it again
 
     def refit(self, sources: Tensors) -> None:
         """Take the values of `sources`, by name; no reference to them is kept, and nothing of the caller's is written.
 
-        Every recipe is run before anything changes, so that a failure changes nothing.
+        Every recipe is run before anything changes, so that a failure changes nothing. Until then the new values of a
+        store that streams are in host memory, all of them.
 
         Raises:
             RefitError: names are missing or unexpected, shapes or dtypes differ, or tied parameters differ.
         """
         given = dict(zip((p.name for p in self.parameters), match(self.parameters, sources, self._unused), strict=True))
-        fresh = {index: self._make(index, given) for index, variable in enumerate(self._variable) if variable}
-        for index, value in fresh.items():
-            self._store(index, value if self._owned[index] else copy_strided(value, value.stride()), True)
+        fresh = {
+            index: self._make(index, given, self.streamer is not None)
+            for index, variable in enumerate(self._variable)
+            if variable
+        }
+        with self._writing():
+            for index, value in fresh.items():
+                self._store(index, value if self._owned[index] else self._copy(index, value), True)
         self._addresses = []
         self._forget()
 
@@ -140,17 +169,37 @@ class WeightStore:
             self.values[index], self._owned[index] = value, owned
             self.generation += 1
 
-    def _make(self, index: int, sources: Tensors) -> torch.Tensor:
-        """The weight computed from `sources`; shares their memory where its recipe allows."""
-        weight, recipe = self.weights[index], self._recipes[index]
-        inputs = [self._constants[n] if n in self._constants else self._place(n, sources[n]) for n in weight.names]
-        with torch.no_grad():
-            return inputs[0] if recipe is None else recipe(inputs, ())[0]
+    def _writing(self) -> AbstractContextManager[None]:
+        """Around writes to values: nothing copies from those in host memory."""
+        return nullcontext() if self.streamer is None else self.streamer.idle()
 
-    def _place(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """`tensor` on the device and with the strides of the parameter `name`, itself if possible."""
+    def _make(self, index: int, sources: Tensors, host: bool = False) -> torch.Tensor:
+        """The weight computed from `sources`; shares their memory where its recipe allows.
+
+        Args:
+            host: leave it in host memory, as those that are streamed.
+        """
+        weight, recipe = self.weights[index], self._recipes[index]
+        host = host or index in self._hosts
+        given = [self._constants[n] if n in self._constants else sources[n] for n in weight.names]
+        if recipe is None:
+            return self._place(weight.names[0], given[0], _HOST if host else None)
+        inputs = [self._place(name, tensor) for name, tensor in zip(weight.names, given, strict=True)]
+        with torch.no_grad():
+            value = recipe(inputs, ())[0]
+        return value.to(_HOST) if host else value
+
+    def _copy(self, index: int, value: torch.Tensor) -> torch.Tensor:
+        """A copy of `value` in memory of its own, on the device of the weight."""
+        device = aten.to_torch("Device", self.weights[index].value.type.device, self.device)  # type: ignore[union-attr]
+        copied = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+        overwrite(copied, value)
+        return copied
+
+    def _place(self, name: str, tensor: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
+        """`tensor` with the strides of the parameter `name` and on its device, or `device`: itself if possible."""
         type_ = self._types[name]
-        moved = tensor.detach().to(aten.to_torch("Device", type_.device, self.device))
+        moved = tensor.detach().to(device or aten.to_torch("Device", type_.device, self.device))
         return restride(moved, type_.strides)  # type: ignore[arg-type]
 
 
