@@ -54,6 +54,7 @@ class Peer:
         exported: a file is made and loaded, as for an application without the model's code: no gradients.
         ours: torch_rtx, which ratios compare with the best of all others.
         by_default: measured unless `--peers` says otherwise.
+        settled: waits up to that many seconds until calls get no faster by themselves; whether that is so.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Peer:
     exported: bool = False
     ours: bool = False
     by_default: bool = True
+    settled: Callable[[float], bool] = lambda seconds: True
 
 
 PEERS: dict[str, Peer] = {}
@@ -144,6 +146,12 @@ def _rtx_exported(subject: Subject, targets: str | None = None, tactics: str = "
     return module
 
 
+def _nothing_in_the_background(seconds: float) -> bool:
+    import torch_rtx
+
+    return torch_rtx.wait(seconds)
+
+
 def _no_kernels(device: str) -> str | None:
     if device != "cuda":
         return "kernels need a CUDA device"
@@ -198,9 +206,17 @@ for _peer in (
     Peer("aoti", _aoti, _has_compiler, exported=True),
     Peer("tensorrt-rtx", _tensorrt_rtx, _no_tensorrt_rtx),
     Peer("onnxruntime", _onnxruntime, _no_onnxruntime, exported=True),
-    # The tiers of torch_rtx, with CUDA graphs where it can: ATen calls, then the engine's kernels; as the engine chose,
-    # all that can be generated, and library calls wherever there is one.
+    # The tiers of torch_rtx, with CUDA graphs where it can: ATen calls, kernels that are compiled and measured in the
+    # background, and the engine's kernels; as the engine chose, all that can be generated, and library calls wherever
+    # there is one.
     Peer("rtx", _rtx, ours=True),
+    Peer(
+        "rtx-lazy",
+        partial(_rtx, options={"specialization_strategy": "lazy"}),
+        _no_kernels,
+        ours=True,
+        settled=_nothing_in_the_background,
+    ),
     Peer("rtx-exported", _rtx_exported, exported=True, ours=True),
     Peer("rtx-kernels", partial(_rtx_exported, targets="current"), _no_kernels, exported=True, ours=True),
     *(

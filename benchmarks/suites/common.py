@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from benchmarks.worker import Reporter
 
 SETS = 4  # sets of inputs that calls rotate among
+SETTLE_S = 120  # seconds that a peer has to reach its full speed
 CHECKED = 2  # sets whose results are compared
 # A compiled module runs other code in its first calls than later: each set is checked in several of them.
 CHECKS = 3
@@ -140,5 +141,8 @@ def prepare(job: Job, setup: Setup, out: Reporter) -> dict[str, Prepared]:
         with out.attempt(name, "prepare"):
             call = PEERS[name].prepare(setup.subject)
             setup.check(call)
+            if not PEERS[name].settled(SETTLE_S):
+                raise TimeoutError(f"still not at its full speed after {SETTLE_S} s")
+            setup.check(call)  # and makes CUDA graphs of what it runs now
             found[name] = call
     return found
