@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Set
 from dataclasses import replace
 
 from torch_rtx import aten
-from torch_rtx.ir import COPY, Attr, Graph, Loc, Node, Type, Value, attr_map, attr_values
+from torch_rtx.ir import Attr, Graph, Loc, Node, Type, Value, attr_map, attr_values
 from torch_rtx.lowering.infer import Inference
 
 Users = dict[str, list[Node]]
@@ -34,7 +34,7 @@ def seen_outside(graph: Graph) -> set[str]:
     that is written later has to hold what was there before. Calls that address memory, as `as_strided` does, count
     as well: what they read depends on where a tensor begins, which no type says.
     """
-    final = (n for n in graph.nodes if n.kind == "fallback" or n.op == COPY or n.op in aten.STRIDED)
+    final = (n for n in graph.nodes if n.kind == "fallback" or n.writes or n.op in aten.STRIDED)
     return behind_views(graph, returned(graph) | {value.name for node in final for value in node.inputs})
 
 

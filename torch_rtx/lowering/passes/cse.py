@@ -14,7 +14,7 @@ def cse(graph: Graph, infer: Inference) -> Graph:
     fresh = seen_outside(graph)
 
     def visit(node: Node, rewriter: Rewriter) -> bool:
-        if not node.outputs or aten.is_random(aten.overload(node.op)):
+        if not node.outputs or node.writes or aten.is_random(aten.overload(node.op)):
             return False
         if any(value is not None and value.name in fresh for value in node.outputs):
             return False
