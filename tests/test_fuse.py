@@ -60,9 +60,17 @@ class Drawn:
             op = draw(st.sampled_from(["sum.dim_IntList", "mean.dim", "amax.default"]))
             self.add(f"aten.{op}", self=x, dim=(draw(st.integers(-rank, rank - 1)),), keepdim=draw(st.booleans()))
         elif kind == 6 and rank:
-            op = draw(st.sampled_from(["softmax.int", "layer_norm.default", "rms_norm.default"]))
-            if op == "softmax.int":
-                self.add("aten.softmax.int", self=x, dim=draw(st.integers(-rank, rank - 1)))
+            op = draw(
+                st.sampled_from(
+                    ["softmax.int", "cumsum.default", "argmax.default", "layer_norm.default", "rms_norm.default"]
+                )
+            )
+            if op == "argmax.default":  # of numbers that nobody has rounded: the nearest ones may change places
+                given = self.draw(st.sampled_from(self.inputs))
+                found = self.rewriter.emit("aten.argmax.default", None, self=given, dim=draw(st.integers(-1, 0)))
+                self.add("aten._to_copy.default", self=found, dtype="f32")
+            elif op in ("softmax.int", "cumsum.default"):
+                self.add(f"aten.{op}", self=x, dim=draw(st.integers(-rank, rank - 1)))
             else:
                 self.add(f"aten.{op}", input=x, normalized_shape=x.type.shape[-1:])
         elif kind == 7:
@@ -123,7 +131,8 @@ def execute(graph: Graph, inputs, sizes, wide: bool = False):
                 for v in node.outputs
             ]
             results = [
-                torch.empty_strided(shape, strides, dtype=dtype).fill_(math.nan) for shape, strides, dtype in types
+                torch.empty_strided(shape, strides, dtype=dtype).fill_(math.nan if dtype.is_floating_point else 1)
+                for shape, strides, dtype in types
             ]
             run(kernel, [*(values[value.name] for value in node.inputs), *results], sizes)
         else:

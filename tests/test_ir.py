@@ -157,6 +157,12 @@ def with_weight(*args: object) -> Graph:
     return broken(weights=(Weight(*args),))  # type: ignore[arg-type]
 
 
+UPDATE = "aten.index_copy_.default"
+Z, V = Value("z", F2), Value("v", F2)
+UPDATED = Node("extern", UPDATE, (("self", X), ("source", Y)), (Z,))
+VIEW = Node("view", "aten.alias.default", (("self", X),), (V,))
+
+
 RULES = {
     "unknown level 'final'": broken(level="final"),
     "two parameters have one name": broken(parameters=(P, P)),
@@ -204,6 +210,21 @@ RULES = {
         (),
         Graph("import", (X,), nodes=(Node("op", "aten.copy_.default", (("self", X), ("src", X)), ()),)),
     ),
+    "index_copy_ writes to an input or weight": with_node("extern", UPDATE, (("self", Y), ("source", X)), ()),
+    "returns what it writes to": with_node("extern", UPDATE, (("self", X),), ()),
+    "(?#type)returns what it writes to, of its type": with_node(
+        "extern", UPDATE, (("self", X),), (Value("z", TensorType("f64", (2,), (1,))),)
+    ),
+    "reads it in no other way": with_node("extern", UPDATE, (("self", X), ("source", X)), (Z,)),
+    "value x is read after it was written to": broken(
+        nodes=(RELU, UPDATED, Node("extern", "aten.relu.default", (("self", X),), (V,)))
+    ),
+    "(?#view)value x is read after it was written to": broken(
+        nodes=(RELU, VIEW, UPDATED, Node("extern", "aten.relu.default", (("self", V),), ()))
+    ),
+    "(?#again)value x is read after it was written to": broken(
+        nodes=(RELU, UPDATED, Node("extern", UPDATE, (("self", X),), (V,)))
+    ),
     "(?#body)is a graph of ops": with_node("kernel", "k", (), (), Graph("final")),
     "(?#twice)value x is defined twice": broken(inputs=(X, X)),
     "(?#by a weight)value x is defined twice": with_weight(X, ("p",)),
@@ -229,6 +250,13 @@ def test_the_valid_graph_is_valid() -> None:
     verify(with_node("extern", "anything.goes", (), ()))
     verify(with_node("extern", "aten.copy_.default", (("self", X), ("src", Y)), ()), ALLOWED)
     verify(with_weight(W, ("p",), recipe()), ALLOWED)
+
+
+def test_updates_follow_each_other() -> None:
+    twice = broken(nodes=(RELU, VIEW, UPDATED, Node("extern", UPDATE, (("self", Z),), (None,))), outputs=(X,))
+    verify(twice, ALLOWED)
+    assert twice.written == {"x"}
+    assert with_node("fallback", UPDATE, (("self", X),), (Z,)).written == frozenset()
 
 
 @pytest.mark.parametrize(("message", "graph"), RULES.items())

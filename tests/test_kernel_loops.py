@@ -10,8 +10,10 @@ import torch
 from tests.interpreter import run
 from torch_rtx.errors import Unsupported
 from torch_rtx.irparse import parse
-from torch_rtx.lowering.kernels.loops import LoopConfig, loop_configs, loop_kernel
+from torch_rtx.lowering.kernels.aot import compile_kernels
+from torch_rtx.lowering.kernels.loops import PERSISTENT, LoopConfig, loop_configs, loop_kernel
 from torch_rtx.lowering.kernels.region import region
+from torch_rtx.targets import Target
 
 SOURCES = Path(__file__).with_name("sources")
 BODIES = {
@@ -33,6 +35,20 @@ BODIES = {
   v3: f16[s0, 4, 16, 16]((16 * 96), 16, 96, 1) = op aten.permute.default(self=v2, dims=[0, 2, 1, 3])
   v4: f16[s0, 4, 16, 16] = op aten.relu.default(self=v3)
   return [v4]
+}
+""",
+    "positions from a mask": """graph import {
+  input in0: i64[4, 77]
+  v1: bool[4, 77] = op aten.ne.Scalar(self=in0, other=1)
+  v2: i64[4, 77] = op aten.cumsum.default(self=v1, dim=1)
+  v3: i64[4, 77] = op aten.mul.Tensor(self=v2, other=v1)
+  return [v3]
+}
+""",
+    "the largest of long rows": """graph import {
+  input in0: f16[80, 32000]
+  v1: i64[80] = op aten.argmax.default(self=in0, dim=-1)
+  return [v1]
 }
 """,
     "softmax of long rows": """graph import {
@@ -100,3 +116,24 @@ def test_what_is_no_loop() -> None:
 """)
     with pytest.raises(Unsupported, match="aten.mm.default as a plain loop"):
         loop_kernel(region(product), "kernel")
+
+
+def test_scans_and_positions_for_every_target() -> None:
+    targets = [Target(sm) for sm in (75, 80, 86, 89, 90, 120)]
+    bodies = [BODIES["positions from a mask"], BODIES["the largest of long rows"]]
+    bodies += [
+        bodies[0].replace("cumsum", "cumprod"),
+        bodies[1].replace("32000", "1000"),
+        f"""graph import {{
+  input in0: bf16[3, {PERSISTENT}]
+  v1: bf16[3, {PERSISTENT}] = op aten.cumsum.default(self=in0, dim=1)
+  v2: bf16[3], v3: i64[3] = op aten.min.dim(self=in0, dim=1)
+  return [v1, v2, v3]
+}}
+""",
+    ]
+    for body in bodies:
+        found = region(parse(body))
+        fitting = targets[1:] if "bf16" in body else targets
+        wanted = [(loop_kernel(found, "kernel"), target) for target in fitting]
+        assert [built.problem for built in compile_kernels(wanted).values()] == [None] * len(wanted), body

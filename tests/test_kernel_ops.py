@@ -20,7 +20,7 @@ from tests.test_op_db import operators, spaced
 from torch_rtx import aten
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Attr, Graph, Node, TensorType, Value
-from torch_rtx.lowering.kernels.loops import loop_kernel
+from torch_rtx.lowering.kernels.loops import PERSISTENT, loop_kernel
 from torch_rtx.lowering.kernels.ops.registry import OPS
 from torch_rtx.lowering.kernels.region import region
 
@@ -153,7 +153,6 @@ def sampled(name: str) -> Iterator[Body]:
 
 # Operators whose samples all call what is not declared, or is refused; CALLS has some that are.
 ELSEWHERE = {"pow", "linalg.vector_norm", "nn.functional.group_norm", "nn.functional.upsample_nearest"}
-ELSEWHERE |= {f"{kind}.reduction_with_dim" for kind in ("max", "min")}
 ELSEWHERE |= {f"round.decimals_{kind}" for kind in ("0", "3", "neg_3")}
 ELSEWHERE |= {f"nn.functional.{kind}_pool{rank}d" for kind in ("max", "avg", "adaptive_avg") for rank in (1, 2, 3)}
 
@@ -186,6 +185,7 @@ REFUSED = (
     "of a window",
     "windows of",
     "parts of different sizes",
+    "a scan of",
 )
 
 
@@ -259,6 +259,98 @@ CALLS = {
 def test_calls(name: str) -> None:
     op, args, *kwargs = CALLS[name]()
     Body(op, args, kwargs[0] if kwargs else {}, op(*args, **(kwargs[0] if kwargs else {}))).check()
+
+
+KINDS = (torch.float32, torch.float16, torch.bfloat16, torch.int64)
+EXTREMES = (A.argmax.default, A.argmin.default, A.max.dim, A.min.dim)
+
+
+def tied(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Few different numbers, so that every row has its extremes more than once."""
+    return torch.randint(-2, 3, shape).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", KINDS, ids=str)
+@pytest.mark.parametrize("op", EXTREMES, ids=str)
+def test_positions_of_extremes(op: torch._ops.OpOverload, dtype: torch.dtype) -> None:
+    """Of several the first; rows of one element, odd ones, none, columns, and rows that are read in steps."""
+    for shape, dim in (((5, 37), 1), ((5, 37), 0), ((3, 1), -1), ((0, 4), 1), ((2, 3, 5), 1), ((1, 8200), -1), ((), 0)):
+        x = tied(shape, dtype)
+        for args in ((x, dim), (x, dim, True)):
+            Body(op, args, {}, op(*args)).check()
+    if op in EXTREMES[:2]:
+        x = tied((3, 4, 5), dtype)
+        Body(op, (x,), {}, op(x)).check()
+        Body(op, (x, None, True), {}, op(x, None, True)).check()
+
+
+@pytest.mark.parametrize("op", EXTREMES, ids=str)
+def test_positions_of_nan(op: torch._ops.OpOverload) -> None:
+    nan, inf = math.nan, math.inf
+    x = torch.tensor(
+        [[1.0, nan, 3.0, nan], [inf, -inf, inf, -inf], [nan] * 4, [-0.0, 0.0, -0.0, 0.0], [inf] * 4, [-inf] * 4]
+    )
+    for dtype in KINDS[:3]:
+        Body(op, (x.to(dtype), 1), {}, op(x.to(dtype), 1)).check()
+
+
+def test_extremes_of_truth_values() -> None:
+    x = torch.rand(6, 7) > 0.5
+    for op in EXTREMES[2:]:
+        Body(op, (x, 1), {}, op(x, 1)).check()
+
+
+@pytest.mark.parametrize("dtype", [*KINDS, torch.bool, torch.int32], ids=str)
+@pytest.mark.parametrize("op", [A.cumsum.default, A.cumprod.default], ids=str)
+def test_scans(op: torch._ops.OpOverload, dtype: torch.dtype) -> None:
+    for shape, dim in (
+        ((5, 37), 1),
+        ((5, 37), 0),
+        ((3, 1), -1),
+        ((0, 4), 1),
+        ((4, 0), 1),
+        ((2, 3, 5), 1),
+        ((1, 2048), 1),
+        ((), 0),
+    ):
+        x = (
+            tied(shape, dtype)
+            if op is A.cumsum.default or not dtype.is_floating_point
+            else torch.rand(shape).to(dtype) + 0.5
+        )
+        Body(op, (x, dim), {}, op(x, dim)).check()
+    x = tied((3, 9), dtype)
+    Body(op, (x, 1), {"dtype": torch.float32}, op(x, 1, dtype=torch.float32)).check()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+def test_scans_keep_what_is_no_number() -> None:
+    x = torch.tensor([[1.0, math.nan, 3.0], [1.0, math.inf, 2.0], [math.inf, 1.0, -math.inf]])
+    Body(A.cumsum.default, (x, 1), {}, A.cumsum.default(x, 1)).check()
+
+
+def test_long_scans_are_refused() -> None:
+    for size in (PERSISTENT, PERSISTENT + 1):
+        x = torch.ones(1, size, dtype=torch.int64)
+        body = Body(A.cumsum.default, (x, 1), {}, A.cumsum.default(x, 1))
+        if size == PERSISTENT:
+            body.check()
+        else:
+            with pytest.raises(Unsupported, match=f"a scan of {size} elements"):
+                body.check()
+
+
+@pytest.mark.parametrize("dtype", KINDS, ids=str)
+@pytest.mark.parametrize("kind", ["reflection", "replication"])
+def test_padding(kind: str, dtype: torch.dtype) -> None:
+    x = torch.arange(2 * 3 * 4 * 5).view(2, 3, 4, 5).to(dtype)
+    for rank, padding in ((1, [2, 3]), (1, [0, 3]), (2, [1, 2, 3, 0]), (2, [0, 0, 1, 1]), (3, [2, 1, 3, 0, 1, 2])):
+        op = getattr(A, f"{kind}_pad{rank}d").default
+        if kind == "reflection" and dtype == torch.int64:
+            continue  # PyTorch has none of integers on the CPU
+        given = x[0] if rank == 1 else x
+        for tensor in (given, given.transpose(-1, -2)):
+            Body(op, (tensor, padding), {}, op(tensor, padding)).check()
 
 
 def test_declarations_have_the_defaults_of_their_schemas() -> None:

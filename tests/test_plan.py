@@ -188,3 +188,21 @@ def fused(model: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, ob
     settings = CompilationSettings(device="cuda", targets="sm_80", reuse_cached_engines=False)
     with patch.object(reuse, "kernels_of", lambda *_: KernelTable()):  # planned, not compiled
         return torch_rtx.compile(model, args, kwargs, settings=settings).engine.graph
+
+
+def test_what_an_update_writes_is_in_the_arena_and_what_it_returns_is_not() -> None:
+    graph = parse("""\
+graph fused {
+  input x: f32[64, 64]
+  input k: f32[2, 64]
+  input at: i64[2]
+  a: f32[2, 64] = extern aten.mm.default(self=k, mat2=x)
+  b: f32[64, 64] = extern aten.index_copy_.default(self=x, dim=0, index=at, source=a)
+  c: f32[64, 64] = extern aten.mm.default(self=b, mat2=b)
+  d: f32[64, 64] = extern aten.exp.default(self=c)
+  return [d]
+}
+""")
+    plan = Plan(graph, frozenset(), frozenset())
+    assert set(plan.index) == {"a", "c"}
+    assert plan.memory({}).arena == 64 * 64 * 4  # not at once

@@ -258,6 +258,7 @@ graph fused {
   q: f16[1, 2, s, 4](0, 0, 4, 1) = view aten.expand.default(self=r, size=[1, 2, s, 4])
   h: f16[1, 2, s, 4] = extern aten.scaled_dot_product_attention.default(query=q, key=q, value=q)
   _ = extern aten.copy_.default(self=image, src=image)
+  v: f16[1000, 8] = extern aten.index_copy_.default(self=table, dim=0, index=ids, source=r)
   n: i64[u, 1] = fallback aten.nonzero.default(self=ids)
   return [p, d, h, n]
 }
@@ -284,6 +285,7 @@ def test_costs() -> None:
         Cost(0, 0, 0),
         Cost(2 * s * 4, 2 * 2 * s * 4, 2 * 2 * (2 * s * s * 4)),
         Cost(image, image, 0),
+        Cost(8 * s + rows, rows, 0),
         None,
     ]
 

@@ -1,4 +1,4 @@
-"""Writes the engines of `tests/engines/v3`, which every later release must read: python -m tests.write_engines
+"""Writes the engines of `tests/engines/v4`, which every later release must read: python -m tests.write_engines
 
 Each is written beside what it needs: `NAME.rtx`, `NAME.weights.safetensors` if it is weight-stripped, and
 `NAME.calls.safetensors` with the inputs and outputs of some calls, eager's, as `CALL/in/POSITION` and
@@ -25,7 +25,7 @@ from torch_rtx.ir import TensorType, dim_expr
 from torch_rtx.irparse import parse
 from torch_rtx.targets import PORTABLE, Target
 
-FOLDER = Path(__file__).parent / "engines" / "v3"
+FOLDER = Path(__file__).parent / "engines" / "v4"
 
 
 def mlp() -> tuple[nn.Module, list[tuple[Any, ...]], Any]:
@@ -77,6 +77,25 @@ def kernel() -> tuple[nn.Module, list[tuple[Any, ...]], Any]:
     return Added(), calls, {"x": {0: n}, "y": {0: n}}
 
 
+class Cached(nn.Module):
+    """Rows of a buffer and of an input, written in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("keys", torch.zeros(4, 2), persistent=False)
+        self.linear = nn.Linear(2, 2)
+
+    def forward(self, x: torch.Tensor, position: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        self.keys.index_copy_(0, position, self.linear(x))
+        values[1:3] = x + 1
+        return self.keys.t() @ values
+
+
+def cache() -> tuple[nn.Module, list[tuple[Any, ...]], Any]:
+    """The second call sees the buffer of the first."""
+    return Cached(), [(torch.randn(2, 2), torch.tensor(at), torch.randn(4, 2)) for at in ([3, 0], [1, 3])], None
+
+
 BODY = """kernel add_k(in0=x, in1=y) graph import {{
     {dim}
     input in0: {type}
@@ -105,7 +124,14 @@ def profiles() -> tuple[nn.Module, list[tuple[Any, ...]], Any]:
     return Added(), [(torch.randn(n, 8), torch.randn(n, 8)) for n in (1, 4, 32, 64)], None
 
 
-CASES = {"mlp": mlp, "conv_bn": conv_bn, "symbolic": symbolic, "kernel": kernel, "profiles": profiles}
+CASES = {
+    "mlp": mlp,
+    "conv_bn": conv_bn,
+    "symbolic": symbolic,
+    "kernel": kernel,
+    "profiles": profiles,
+    "cache": cache,
+}
 # What a case is built for, if it is not its first call.
 INPUTS = {
     "profiles": (

@@ -32,7 +32,7 @@ from safetensors import SafetensorError
 
 from torch_rtx import kerneltable
 from torch_rtx.errors import EngineFormatError, InvalidIR, RtxError
-from torch_rtx.ir import Graph, Node, Parameter, verify
+from torch_rtx.ir import UPDATES, Graph, Node, Parameter, verify
 from torch_rtx.irparse import parse
 from torch_rtx.kerneltable import KernelTable, Launch
 from torch_rtx.manifest import (
@@ -40,6 +40,7 @@ from torch_rtx.manifest import (
     KERNEL_READER,
     PLAIN_READER,
     PROFILE_READER,
+    UPDATE_READER,
     Json,
     Manifest,
     read_manifest,
@@ -185,7 +186,10 @@ def save(engine: Engine, path: Path) -> None:
 
 
 def _oldest_reader(engine: Engine) -> int:
-    """Older readers do not know typical values, and take calls between the profiles of one that has several."""
+    """Older readers do not allow updates, do not know typical values, and take calls between the profiles of one that
+    has several."""
+    if any(node.op in UPDATES for node in engine.graph.nodes):
+        return UPDATE_READER
     if len(engine.manifest.profiles) > 1 or any(sym.typical is not None for sym in engine.graph.syms.values()):
         return PROFILE_READER
     return KERNEL_READER if engine.kernels else PLAIN_READER

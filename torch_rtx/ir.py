@@ -23,7 +23,11 @@ from keyword import iskeyword
 from torch_rtx.errors import InvalidIR
 
 MAIN = "main"  # the device of a session; every other device is named ("cpu")
-COPY = "aten.copy_.default"  # the one op with an effect
+COPY = "aten.copy_.default"  # the new contents of a whole input or weight; it has no result
+# Writes to parts of an input or weight, in place. As in PyTorch the result is the tensor that was written: what reads
+# the new contents reads the result, and nothing reads the target after the write. So edges alone order them.
+UPDATES = frozenset(f"aten.{name}" for name in ("index_copy_.default", "index_put_.default"))
+UPDATES |= {"aten.scatter_.src", "aten.scatter_.value"}
 LEVELS = {"import": ("op", "kernel", "fallback"), "fused": ("kernel", "extern", "view", "fallback")}
 DTYPES = frozenset(
     ("f64", "f32", "f16", "bf16", "f8e4m3fn", "f8e5m2", "f8e4m3fnuz", "f8e5m2fnuz", "f8e8m0fnu")
@@ -261,6 +265,11 @@ class Node:
         """The values that the node reads, in argument order, with repeats."""
         return tuple(value for _, attr in self.args for value in attr_values(attr))
 
+    @property
+    def writes(self) -> bool:
+        """Whether the node writes to its argument `self`, an input or weight of the graph."""
+        return self.kind != "fallback" and (self.op == COPY or self.op in UPDATES)
+
     def arg(self, name: str, default: Attr = None) -> Attr:
         """The argument `name`, or `default` where the call leaves it out."""
         return next((attr for key, attr in self.args if key == name), default)
@@ -293,7 +302,8 @@ class Weight:
 
 @dataclass(frozen=True)
 class Graph:
-    """A program: `outputs` are values, dims and plain constants; its only effect is COPY into an input or weight."""
+    """A program: `outputs` are values, dims and plain constants; its only effects are COPY and UPDATES of an input or
+    weight."""
 
     level: str
     inputs: tuple[Value, ...] = ()
@@ -324,8 +334,16 @@ class Graph:
     @cached_property
     def written(self) -> frozenset[str]:
         """The names of the inputs and weights that the graph writes to."""
-        targets = (node.arg("self") for node in self.nodes if node.op == COPY and node.kind != "fallback")
-        return frozenset(target.name for target in targets if isinstance(target, Value))
+        first: dict[str, str] = {}  # of the result of an update: what it is an update of
+        found = set()
+        for node in self.nodes:
+            target = node.arg("self") if node.writes else None
+            if isinstance(target, Value):
+                found.add(first.get(target.name, target.name))
+                first |= {
+                    value.name: first.get(target.name, target.name) for value in node.outputs if value is not None
+                }
+        return frozenset(found)
 
     def values(self) -> Iterator[Value]:
         """Every value that the graph defines, in order of definition."""
@@ -420,7 +438,7 @@ def verify(graph: Graph, ops: Container[str] | None = None) -> None:
     for weight in graph.weights:
         _verify_weight(weight, parameters, ops)
         _define(weight.value, known)
-    mutable = set(known)
+    memory = _Memory(set(known), graph.level)
     for sym in graph.syms.values():
         high = math.inf if sym.max is None else sym.max
         if not is_name(sym.name) or sym.min < 0 or sym.multiple < 1 or high < sym.min:
@@ -429,7 +447,7 @@ def verify(graph: Graph, ops: Container[str] | None = None) -> None:
             raise InvalidIR(f"dim {_dim_text(sym)} never has its typical value")
     for index, node in enumerate(graph.nodes):
         try:
-            _verify_node(node, graph.level, known, mutable, ops)
+            _verify_node(node, graph.level, known, memory, ops)
         except InvalidIR as error:
             around = "\n".join(f"    {node_text(n)}" for n in graph.nodes[max(0, index - 3) : index + 1])
             raise InvalidIR(f"{error.message}\n{around}", loc=node.loc) from None
@@ -459,9 +477,7 @@ def _verify_weight(weight: Weight, parameters: dict[str, TensorType], ops: Conta
     verify(recipe, ops)
 
 
-def _verify_node(
-    node: Node, level: str, known: dict[str, Value], mutable: set[str], ops: Container[str] | None
-) -> None:
+def _verify_node(node: Node, level: str, known: dict[str, Value], memory: _Memory, ops: Container[str] | None) -> None:
     if node.kind not in LEVELS[level]:
         raise InvalidIR(f"a node of kind {node.kind!r} does not belong in level {level!r}")
     if node.kind in ("op", "extern", "view") and ops is not None and node.op not in ops:
@@ -472,10 +488,7 @@ def _verify_node(
         raise InvalidIR("an argument is given twice")
     for value in node.inputs:
         _use(value, known)
-    if node.op == COPY and node.kind != "fallback":
-        target = node.arg("self")
-        if not isinstance(target, Value) or target.name not in mutable or node.outputs:
-            raise InvalidIR("copy_ writes to an input or weight, and to nothing else, and returns nothing")
+    memory.pass_(node)
     if re.fullmatch(r"[A-Za-z0-9_.]+", node.op) is None:
         raise InvalidIR(f"{node.op!r} is no name of an op")
     if node.body is not None:
@@ -483,6 +496,39 @@ def _verify_node(
     for output in node.outputs:
         if output is not None:
             _define(output, known)
+
+
+class _Memory:
+    """Which values may be written to, and which no longer hold what they did: in level fused, where it shows what is a
+    view, nothing but views takes those."""
+
+    def __init__(self, mutable: set[str], level: str) -> None:
+        self.mutable, self.ordered = mutable, level == "fused"
+        self.old: set[str] = set()
+        self.base: dict[str, str] = {}  # of a view: what it is a view of
+
+    def pass_(self, node: Node) -> None:
+        """Check what `node` reads and writes."""
+        names = [self.base.get(value.name, value.name) for value in node.inputs]
+        if node.kind == "view" and not node.writes:
+            self.base |= {value.name: names[0] for value in node.outputs if value is not None and names}
+            return
+        for name in names:
+            if name in self.old and self.ordered:
+                raise InvalidIR(f"value {name} is read after it was written to; what it holds is the write's result")
+        if not node.writes:
+            return
+        target = node.arg("self")
+        if not isinstance(target, Value) or target.name not in self.mutable:
+            raise InvalidIR(f"{node.op.split('.')[1]} writes to an input or weight, and to nothing else")
+        if node.op == COPY and node.outputs:
+            raise InvalidIR("copy_ writes to an input or weight, and returns nothing")
+        if node.op in UPDATES:
+            self.old.add(target.name)
+            results = [value for value in node.outputs if value is not None]
+            if len(node.outputs) != 1 or names.count(target.name) != 1 or any(v.type != target.type for v in results):
+                raise InvalidIR(f"{node.op} returns what it writes to, of its type, and reads it in no other way")
+            self.mutable.update(value.name for value in results)
 
 
 def _verify_body(node: Node, body: Graph, ops: Container[str] | None) -> None:

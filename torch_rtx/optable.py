@@ -1,6 +1,7 @@
 """The allow-list: every ATen overload that an engine may call. To allow an op is to add its name here.
 
-All are functional except `copy_`. The headings are for the reader; the code asks the op's own schema and tags.
+All are functional except those under the last heading. The headings are for the reader; the code asks the op's own
+schema and tags.
 """
 
 from __future__ import annotations
@@ -128,8 +129,8 @@ lstm.input multinomial.default native_dropout.default normal.Tensor_Tensor norma
 normal.float_float normal_functional.default rand.default rand_like.default randint.default randint.low
 randint_like.default randint_like.low_dtype randn.default randn_like.default randperm.default
 rrelu_with_noise_functional.default scaled_dot_product_attention.default
-# effect: the only effect: writes an input or a weight
-copy_.default
+# effect: writes to an input or a weight
+copy_.default index_copy_.default index_put_.default scatter_.src scatter_.value
 """
 ALLOWED: frozenset[str] = frozenset(
     f"aten.{name}" for line in _NAMES.splitlines() if not line.startswith("#") for name in line.split()

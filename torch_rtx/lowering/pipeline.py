@@ -25,6 +25,7 @@ from torch_rtx.lowering.passes.raise_attention import raise_attention
 from torch_rtx.lowering.passes.read_in_place import read_in_place
 from torch_rtx.lowering.passes.simplify import simplify
 from torch_rtx.lowering.passes.simplify_masks import simplify_masks
+from torch_rtx.lowering.passes.write_in_place import write_in_place
 from torch_rtx.settings import CompilationSettings
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ PIPELINE: Mapping[str, Pass] = {
     "fold_batch_norm": fold_batch_norm,
     "merge_linears": merge_linears,
     "channels_last": channels_last,
+    "write_in_place": write_in_place,
     "hoist_weights": hoist_weights,
     "dce": dce,
     "fuse": fuse,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Set
 from dataclasses import replace
 
 from torch_rtx import aten
-from torch_rtx.ir import COPY, Attr, Graph, Loc, Node, Type, Value, attr_map, attr_values
+from torch_rtx.ir import Attr, Graph, Loc, Node, Type, Value, attr_map, attr_values
 from torch_rtx.lowering.infer import Inference
 
 Users = dict[str, list[Node]]
@@ -27,14 +27,17 @@ def returned(graph: Graph) -> set[str]:
     return {value.name for value in attr_values(graph.outputs)}
 
 
-def seen_outside(graph: Graph) -> set[str]:
+def seen_outside(graph: Graph, writes: bool = True) -> set[str]:
     """The values whose memory others than the graph's calls get, through views as well: a copy there has a purpose.
 
     Others are the caller, fallbacks, which may keep or write to what they get, and writes to inputs: a copy of an input
     that is written later has to hold what was there before. Calls that address memory, as `as_strided` does, count
     as well: what they read depends on where a tensor begins, which no type says.
+
+    Args:
+        writes: whether writes count. They take elements, not memory: who merges equal values need not tell those apart.
     """
-    final = (n for n in graph.nodes if n.kind == "fallback" or n.op == COPY or n.op in aten.STRIDED)
+    final = (n for n in graph.nodes if n.kind == "fallback" or (writes and n.writes) or n.op in aten.STRIDED)
     return behind_views(graph, returned(graph) | {value.name for node in final for value in node.inputs})
 
 

@@ -9,7 +9,7 @@ from torch import fx
 
 from torch_rtx import aten
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import MAIN, TensorType
+from torch_rtx.ir import MAIN, UPDATES, TensorType
 from torch_rtx.lowering.from_fx import call_arguments, op_name
 from torch_rtx.lowering.symbols import Symbols, unbacked
 
@@ -26,6 +26,10 @@ def unsupported_reason(node: fx.Node, symbols: Symbols) -> str | None:
         return f"{kind} {getattr(op, '__name__', op)}"
     if op_name(node) not in aten.ALLOWED:
         return f"operator {op} is not on the allow-list"
+    if op_name(node) in UPDATES:
+        return (
+            "it writes to its argument"  # captures are functional: whatever brought it here, nobody vouches for order
+        )
     outputs = node.meta.get("val")
     inputs = [value for n in node.all_input_nodes for value in _tensors(n.meta.get("val"))]
     try:

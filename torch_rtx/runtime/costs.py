@@ -56,9 +56,13 @@ def is_view(node: Node) -> bool:
 def _traffic(node: Node, sizes: dict[str, int]) -> tuple[int, int]:
     if is_view(node):
         return 0, 0
-    if node.op == COPY:
-        target, source = node.inputs[:2]
-        return _bytes(source, sizes), _bytes(target, sizes)
+    if node.writes:
+        target, *rest = node.inputs
+        part = node.arg(
+            "source", node.arg("values", node.arg("src"))
+        )  # of an update; a single number counts as nothing
+        written = target if node.op == COPY else part if isinstance(part, Value) else None
+        return sum(_bytes(value, sizes) for value in rest), _bytes(written, sizes)
     body, given = ((node,), node.inputs) if node.body is None else (node.body.nodes, node.body.inputs)
     read = 0
     for value in dict.fromkeys(given):

@@ -22,6 +22,7 @@ from torch_rtx.errors import EngineFormatError, InvalidIR, RtxError
 from torch_rtx.ir import Parameter, TensorType
 from torch_rtx.kerneltable import KernelTable
 from torch_rtx.profiles import Shape, profiles_of, shapes
+from torch_rtx.runtime.overlap import Apart
 from torch_rtx.runtime.session import Session
 from torch_rtx.runtime.signature import Signature
 from torch_rtx.runtime.streaming import stream
@@ -74,6 +75,7 @@ class CompiledModule(nn.Module):
         kernels, tools = kernels_and_tools(engine.kernels, engine.graph, device, settings)
         profiles = engine.manifest.profiles
         self.session = Session(engine.graph, self._store, settings, callables, trusted, kernels, profiles, tools)
+        self._apart = Apart(engine.graph, self._store)
         self._ready = not self._store.parameters
 
     @property
@@ -141,7 +143,7 @@ class CompiledModule(nn.Module):
         """
         if not self._ready:
             raise RtxError("this engine is weight-stripped", hint="give it weights first: module.refit(...)")
-        inputs = self._signature.flatten(args, kwargs)
+        inputs = self._apart(self._signature.flatten(args, kwargs))
         self._store.refresh()
         return self._signature.unflatten(self.session(inputs))
 

@@ -143,6 +143,8 @@ def _lifetimes(graph: Graph, trusted_ops: frozenset[str]) -> tuple[list[Buffer],
         last.update(dict.fromkeys(sources, position))
         if node.kind == "fallback":
             kept.update(sources)
+        if node.writes:
+            continue  # its result is an input or weight, in no memory of a plan
         alias = aliases(node, trusted_ops)
         for value in node.outputs:
             if value is None or not isinstance(value.type, TensorType):

@@ -217,7 +217,7 @@ class _Writer:
             or (weight.recipe is not None and not all(map(self.is_view, weight.recipe.nodes)))
         }
         for node in self.graph.nodes:
-            if self.is_view(node) and any(value.name in kept for value in node.inputs):
+            if (self.is_view(node) or node.writes) and any(value.name in kept for value in node.inputs):
                 kept.update(value.name for value in node.outputs if value is not None)
         return kept
 

@@ -3,7 +3,7 @@
 A program of a pointwise kernel does a run of elements; X is their number. With reductions X is the number of a row and
 R the place in it: a program does a few rows, each of them at once where it is short enough, else in steps, with one
 loop per level of reductions and one for what comes after. Any reductions share a kernel if they are over rows of one
-size and number; whatever comes before, between and after them is computed in registers.
+size and number; whatever comes before, between and after them is computed in registers. A scan needs its row at once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch_rtx.lowering.kernels.index import Index, constant, from_dim, linear, 
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.region import Region, needed, reductions_of
 from torch_rtx.lowering.kernels.source import assemble, blocks, is_wide
-from torch_rtx.lowering.kernels.tensor import REDUCTIONS, TRITON, ZERO, Position, Reduce, Shape, Tensor, register
+from torch_rtx.lowering.kernels.tensor import REDUCTIONS, TRITON, ZERO, Position, Reduce, Scan, Shape, Tensor, register
 
 X, R = "X", "R"
 PERSISTENT = 8192  # the longest row that a program holds at once
@@ -76,6 +76,8 @@ def rows_of(region: Region) -> Rows:
         size = product(reduction.source.shape[a] for a in reduction.axes)
         if (_kept(reduction), size) != (rows.count, rows.size):
             raise Unsupported(f"rows of {size} and of {rows.size} elements in one kernel")
+        if isinstance(reduction, Scan) and (size.number is None or size.number > PERSISTENT):
+            raise Unsupported(f"a scan of {size} elements")
     for output in region.outputs:
         if product(output.shape) not in (rows.count, rows.count * rows.size):
             raise Unsupported("outputs of different sizes in one kernel")
@@ -93,7 +95,8 @@ def loop_configs(region: Region) -> list[LoopConfig]:
     smaller = [replace(best, rows=max(best.rows // 2, 1))]
     if reductions_of(region.outputs):
         smaller += [LoopConfig(1, best.elements, 8), LoopConfig(1, best.elements, 16), LoopConfig(1, 1024, 8)]
-    return list(dict.fromkeys([best, *smaller]))
+    scans = any(isinstance(reduction, Scan) for reduction in reductions_of(region.outputs))
+    return [one for one in dict.fromkeys([best, *smaller]) if not scans or one.elements == best.elements]
 
 
 def _best_config(region: Region) -> LoopConfig:
@@ -120,7 +123,8 @@ def loop_kernel(region: Region, name: str, config: LoopConfig | None = None) -> 
     """
     writer = _Writer(region, config or _best_config(region))
     lines = writer.write()
-    kinds = sorted({reduction.kind for reduction in writer.reductions} & {"max", "min", "prod"})
+    totals = (reduction for reduction in writer.reductions if not isinstance(reduction, Scan))
+    kinds = sorted({reduction.kind for reduction in totals} & {"max", "min", "prod"})
     functions = "".join(COMBINE.format(kind=kind, text=REDUCTIONS[kind][1].format("a", "b")) for kind in kinds)
     programs = blocks(writer.count, writer.config.rows)
     return assemble(region, name, lines, programs, writer.config.num_warps, 2 if writer.steps else 1, functions)
@@ -208,7 +212,12 @@ class _Writer:
 
     def _reduce_at_once(self, reduction: Reduce) -> None:
         found = self._masked(reduction, self._source(reduction))
-        self._known(reduction, self.emitter.assign(_total(reduction, found), frozenset((X,)), "r"))
+        if isinstance(reduction, Scan):
+            running = self.emitter.assign(f"tl.cum{reduction.kind}({found}, 1)", frozenset((X, R)), "r")
+            position = self.rows.position(self.x, self.r, reduction.shape, reduction.axes)
+            self.emitter.reduced[reduction] = running, position
+        else:
+            self._known(reduction, self.emitter.assign(_total(reduction, found), frozenset((X,)), "r"))
 
     def _stepwise(self) -> None:
         left = list(self.reductions)

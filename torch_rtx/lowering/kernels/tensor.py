@@ -120,6 +120,11 @@ class Reduce(Tensor):
     axes: tuple[int, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class Scan(Reduce):
+    """At each position what `source` is reduced to over the elements of the row up to there; `kind` is sum or prod."""
+
+
 # Kind: the neutral element, and how the parts of two halves combine.
 REDUCTIONS = {
     "sum": ("0", "{0} + {1}"),
@@ -204,8 +209,16 @@ def reduce(kind: str, tensor: Tensor, axes: Sequence[int], keep: bool = True) ->
         return tensor
     wanted = {axis % rank for axis in axes} if axes else set(range(rank))
     shape = tuple(ONE if axis in wanted else size for axis, size in enumerate(tensor.shape))
-    found = Reduce(shape, tensor.dtype, kind, tensor, tuple(sorted(wanted)))
+    one = shape == tensor.shape  # rows of one element
+    found = tensor if one else Reduce(shape, tensor.dtype, kind, tensor, tuple(sorted(wanted)))
     return found if keep else squeeze(found, wanted)
+
+
+def scan(kind: str, tensor: Tensor, axis: int) -> Tensor:
+    """The reductions of all beginnings of a row, along `axis`."""
+    if not tensor.shape or tensor.shape[axis] == ONE or ZERO in tensor.shape:
+        return tensor
+    return Scan(tensor.shape, tensor.dtype, kind, tensor, (axis % len(tensor.shape),))
 
 
 def squeeze(tensor: Tensor, axes: set[int]) -> Tensor:

@@ -11,10 +11,10 @@ from torch_rtx.lowering.rewrite import Rewriter, rewrite, seen_outside
 def cse(graph: Graph, infer: Inference) -> Graph:
     """Level import to level import. Random draws, effects and copies that the caller gets stay apart."""
     first: dict[object, tuple[Value | None, ...]] = {}
-    fresh = seen_outside(graph)
+    fresh = seen_outside(graph, writes=False)
 
     def visit(node: Node, rewriter: Rewriter) -> bool:
-        if not node.outputs or aten.is_random(aten.overload(node.op)):
+        if not node.outputs or node.writes or aten.is_random(aten.overload(node.op)):
             return False
         if any(value is not None and value.name in fresh for value in node.outputs):
             return False

@@ -15,11 +15,11 @@ def dce(graph: Graph, infer: Inference) -> Graph:
     kept: list[Node] = []
     for node in reversed(graph.nodes):
         outputs = tuple(value if value is not None and value.name in needed else None for value in node.outputs)
-        effect = not node.outputs or node.kind == "fallback"
+        effect = not node.outputs or node.kind == "fallback" or node.writes
         if not effect and not any(outputs):
             continue
         needed.update(value.name for value in node.inputs)
-        kept.append(node if effect or outputs == node.outputs else replace(node, outputs=outputs))
+        kept.append(node if node.kind == "fallback" or outputs == node.outputs else replace(node, outputs=outputs))
     weights = tuple(weight for weight in graph.weights if weight.value.name in needed)
     names = {name for weight in weights for name in weight.names}
     parameters = tuple(parameter for parameter in graph.parameters if parameter.name in names)

@@ -7,7 +7,8 @@ from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.rewrite import COPIES, Rewriter, rewrite, seen_outside
 
 ALIASES = frozenset(f"aten.{name}.default" for name in ("alias", "detach", "lift_fresh", "view", "expand", "permute"))
-SAME_TYPE = ALIASES | COPIES | {"aten.slice.Tensor", "aten.squeeze.dims", "aten.transpose.int"}
+OVER = "aten.copy.default"  # `src` in the type of `self`, whose elements it does not read
+SAME_TYPE = ALIASES | COPIES | {OVER, "aten.slice.Tensor", "aten.squeeze.dims", "aten.transpose.int"}
 
 
 def simplify(graph: Graph, infer: Inference) -> Graph:
@@ -16,14 +17,14 @@ def simplify(graph: Graph, infer: Inference) -> Graph:
     reshaped: dict[str, Value] = {}  # what a view was made from
 
     def visit(node: Node, rewriter: Rewriter) -> bool:
-        source = node.arg("self", node.arg("input"))
+        source = node.arg("src" if node.op == OVER else "self", node.arg("input"))
         if len(node.outputs) != 1 or not isinstance(source, Value) or node.outputs[0] is None:
             return False
         now = rewriter.now(source)
         if not isinstance(now, Value):
             return False
         output = node.outputs[0]
-        if _changes_nothing(node, now) and not (node.op in COPIES and output.name in fresh):
+        if _changes_nothing(node, now) and not (node.op in (*COPIES, OVER) and output.name in fresh):
             rewriter.replace(output, now)
             return True
         if node.op == "aten.view.default" and now.name in reshaped:

@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from torch_rtx.errors import Unsupported
+from torch_rtx.lowering.kernels.index import Index
 from torch_rtx.lowering.kernels.ops.registry import Types, op
+from torch_rtx.lowering.kernels.ops.views import index as index_of
 from torch_rtx.lowering.kernels.ops.views import move, shape_of
-from torch_rtx.lowering.kernels.tensor import INTS, Gather, Position, Tensor, broadcast, cast, expand
+from torch_rtx.lowering.kernels.tensor import (
+    INTS,
+    ONE,
+    Gather,
+    Iota,
+    Position,
+    Tensor,
+    broadcast,
+    cast,
+    expand,
+    number,
+    pointwise,
+)
 
 
 @op("embedding.default")
@@ -73,3 +88,26 @@ def gather(self: Tensor, dim: int, index: Tensor, sparse_grad: bool = False, *, 
         return (*position[:axis], *found, *position[axis + 1 :])
 
     return Gather(index.shape, self.dtype, self, (cast(index, "i64"),), (self.shape[axis],), at)
+
+
+def _padded(text: str, self: Tensor, padding: Sequence[int | Index], *, out: Types) -> Tensor:
+    """x at positions that `text` makes of the position less what is put before, {0}, and of the last one, {1}."""
+    shape, rank = shape_of(out), len(self.shape)
+    axes = [rank - 1 - which for which in range(len(padding) // 2)]
+    found, sizes = [], []
+    for axis, before in zip(axes, padding[::2], strict=True):
+        shift = index_of(before)
+        moved = Iota(shape, "i64", lambda position, axis=axis, shift=shift: position[axis] - shift)  # type: ignore[misc]
+        found.append(pointwise(text, "i64", moved, number(self.shape[axis] - ONE, "i64")))
+        sizes.append(self.shape[axis])
+
+    def at(position: Position, chosen: Position) -> Position:
+        places = dict(zip(axes, chosen, strict=True))
+        return tuple(places.get(axis, where) for axis, where in enumerate(position))
+
+    return Gather(shape, self.dtype, self, tuple(found), tuple(sizes), at)
+
+
+RANKS = (1, 2, 3)
+op(*(f"reflection_pad{rank}d.default" for rank in RANKS))(partial(_padded, "{1} - tl.abs({1} - tl.abs({0}))"))
+op(*(f"replication_pad{rank}d.default" for rank in RANKS))(partial(_padded, "tl.minimum(tl.maximum({0}, 0), {1})"))

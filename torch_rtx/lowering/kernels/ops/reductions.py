@@ -1,4 +1,4 @@
-"""Reductions, and what is made of them: softmax and norms."""
+"""Reductions, and what is made of them: positions of extremes, running sums, softmax and norms."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from functools import partial
 
 from torch_rtx.errors import Unsupported
-from torch_rtx.lowering.kernels.index import Index, constant, product
+from torch_rtx.lowering.kernels.index import Index, constant, product, ravel
 from torch_rtx.lowering.kernels.ops.pointwise import floating, tensor
 from torch_rtx.lowering.kernels.ops.registry import Types, op
 from torch_rtx.lowering.kernels.ops.views import reshape
 from torch_rtx.lowering.kernels.tensor import (
     ONE,
+    Iota,
     Scalar,
     Tensor,
     cast,
@@ -20,6 +21,7 @@ from torch_rtx.lowering.kernels.tensor import (
     pointwise,
     reduce,
     register,
+    scan,
     squeeze,
 )
 
@@ -102,6 +104,59 @@ def _test(kind: str, self: Tensor, dim: Axes = None, keepdim: bool = False, *, o
 
 op("any.default", "any.dim", "any.dims")(partial(_test, "any"))
 op("all.default", "all.dim", "all.dims")(partial(_test, "all"))
+
+
+# ---- positions of extremes, running sums -----------------------------------------------------------------------------
+
+
+def _position(self: Tensor, extreme: Tensor, axes: Sequence[int]) -> Tensor:
+    """Where `extreme` is in its row: the first place that has it, or the first NaN, if it is one. A second reduction
+    instead of one over pairs: the row is in registers, or in the cache, and any loop over rows can do it."""
+    rank = len(self.shape)
+    if not rank:
+        return number(0, "i32")
+    wanted = sorted({axis % rank for axis in axes} if axes else range(rank))
+    sizes = tuple(self.shape[axis] for axis in wanted)
+    count = product(sizes)
+    dtype = "i32" if (count.number or 1 << 31) < 1 << 31 else "i64"
+    place = Iota(self.shape, dtype, lambda position: ravel(tuple(position[axis] for axis in wanted), sizes))
+    here = pointwise("({0} == {1}) | ({0} != {0})", "bool", self, extreme)
+    found = pointwise("tl.where({0}, {1}, {2})", dtype, here, place, number(count, dtype))
+    return reduce("min", found, wanted)
+
+
+def _found(kind: str, self: Tensor, axes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The extreme of each row, and where it is."""
+    value = cast(self, register(self.dtype))
+    logical = {"max": "any", "min": "all"}[kind]
+    extreme = reduce(logical if value.dtype == "bool" else kind, value, axes)
+    return extreme, _position(value, extreme, axes)
+
+
+def _argument(kind: str, self: Tensor, dim: Axes = None, keepdim: bool = False, *, out: Types) -> Tensor:
+    _, position = _found(kind, self, _axes(dim))
+    return _finish(position, _axes(dim), keepdim, out)
+
+
+op("argmax.default")(partial(_argument, "max"))
+op("argmin.default")(partial(_argument, "min"))
+
+
+def _with_position(kind: str, self: Tensor, dim: int, keepdim: bool = False, *, out: Types) -> tuple[Tensor, Tensor]:
+    extreme, position = (_finish(part, [dim], keepdim, out, i) for i, part in enumerate(_found(kind, self, [dim])))
+    return extreme, position
+
+
+op("max.dim")(partial(_with_position, "max"))
+op("min.dim")(partial(_with_position, "min"))
+
+
+def _running(kind: str, self: Tensor, dim: int, dtype: str | None = None, *, out: Types) -> Tensor:
+    return cast(scan(kind, _wide(self, out), dim), out[0].dtype)
+
+
+op("cumsum.default")(partial(_running, "sum"))
+op("cumprod.default")(partial(_running, "prod"))
 
 
 @op("var.correction")
