@@ -361,7 +361,7 @@ def test_fallback_on_error_holds_for_a_known_capture(
     options = {"fallback_on_error": True}
     compile_rtx(torch.relu, options=options)(X)
 
-    def fail(*args: Any) -> Any:
+    def fail(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("no session today")
 
     monkeypatch.setattr(entry, "Session", fail)
