@@ -207,8 +207,8 @@ for _peer in (
     Peer("tensorrt-rtx", _tensorrt_rtx, _no_tensorrt_rtx),
     Peer("onnxruntime", _onnxruntime, _no_onnxruntime, exported=True),
     # The tiers of torch_rtx, with CUDA graphs where it can: ATen calls, kernels that are compiled and measured in the
-    # background, and the engine's kernels; as the engine chose, all that can be generated, and library calls wherever
-    # there is one.
+    # background, and the engine's kernels; as the engine chose, all that can be generated, also split wherever there is
+    # a split form, and library calls wherever there is one.
     Peer("rtx", _rtx, ours=True),
     Peer(
         "rtx-lazy",
@@ -228,7 +228,7 @@ for _peer in (
             ours=True,
             by_default=False,
         )
-        for tactics in ("generated", "library")
+        for tactics in ("generated", "split", "library")
     ),
 ):
     register(_peer)

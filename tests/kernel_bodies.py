@@ -18,8 +18,11 @@ from benchmarks.numerics import assert_right
 from tests.interpreter import run
 from torch_rtx.ir import Graph, TensorType, attr_values, evaluate, verify
 from torch_rtx.irparse import parse
+from torch_rtx.lowering.kernels.generate import generate
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.region import Region, region
+from torch_rtx.lowering.kernels.split import split_in
+from torch_rtx.optable import ALLOWED
 from torch_rtx.runtime.reference import compile_graph, copy_strided
 
 DTYPES = {
@@ -61,7 +64,7 @@ def check(
     graph = body(text, dtype)
     kernel = make(region(graph), "kernel", config)
     torch.manual_seed(0)
-    inputs = [_random(value.type, sizes) for value in graph.inputs]
+    inputs = [random_tensor(value.type, sizes) for value in graph.inputs]
     eager = compile_graph(graph, torch.device("cpu"))(inputs, ())
     wide = parse(re.sub(r"\b(b?f16|f32)\b", "f64", str(graph)))
     exact = compile_graph(wide, torch.device("cpu"))(
@@ -79,7 +82,8 @@ def _sized(type_: Any, sizes: Mapping[str, int]) -> tuple[torch.dtype, list[int]
     return DTYPES[type_.dtype], shape, strides
 
 
-def _random(type_: Any, sizes: Mapping[str, int]) -> torch.Tensor:
+def random_tensor(type_: Any, sizes: Mapping[str, int]) -> torch.Tensor:
+    """A tensor of a type of the IR, with numbers for its symbols."""
     dtype, shape, strides = _sized(type_, sizes)
     values = torch.randn(shape) if dtype.is_floating_point else torch.randint(0, 2 if dtype == torch.bool else 7, shape)
     return copy_strided(values.to(dtype), strides)
@@ -89,3 +93,36 @@ def _empty(type_: Any, sizes: Mapping[str, int]) -> torch.Tensor:
     dtype, shape, strides = _sized(type_, sizes)
     found = torch.empty_strided(shape, strides, dtype=dtype)
     return found.fill_(math.nan if dtype.is_floating_point else 1)
+
+
+def check_split(text: str, parts: int, dtype: str = "f16", dims: Mapping[str, int] | None = None) -> Graph:
+    """As `check`, of the split form of a body: its two kernels interpreted, and its calls; returns it."""
+    graph = body(text, dtype)
+    torch.manual_seed(0)
+    inputs = [random_tensor(value.type, dims or {}) for value in graph.inputs]
+    exact = parse(re.sub(r"\b(b?f16|f32)\b", "f64", str(graph)))
+    return check_split_graph(graph, exact, parts, inputs, dims or {})
+
+
+def check_split_graph(
+    graph: Graph, exact: Graph, parts: int, inputs: list[torch.Tensor], sizes: Mapping[str, int]
+) -> Graph:
+    """As `check_split`; `exact` is the body in f64."""
+    form = split_in(graph, "body", parts)
+    verify(form, ALLOWED)
+    assert (form.inputs, form.outputs) == (graph.inputs, graph.outputs)
+    assert parse(str(form)) == form
+    cpu = torch.device("cpu")
+    eager = compile_graph(graph, cpu)(inputs, ())
+    wide = compile_graph(exact, cpu)([one.double() if one.is_floating_point() else one for one in inputs], ())
+    values = {value.name: tensor for value, tensor in zip(graph.inputs, inputs, strict=True)}
+    for node in form.nodes:
+        assert node.body is not None
+        kernel = generate(node.body, node.op, 80, 0)
+        assert kernel is not None
+        made = {value.name: _empty(value.type, sizes) for value in node.outputs if value is not None}
+        run(kernel, [*(values[value.name] for value in node.inputs), *made.values()], dict(sizes))
+        values |= made
+    assert_right([values[value.name] for value in attr_values(form.outputs)], eager, wide)
+    assert_right(compile_graph(form, cpu)(inputs, ()), eager, wide)
+    return form

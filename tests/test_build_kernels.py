@@ -22,7 +22,7 @@ from torch_rtx.engine import Engine, Manifest, inspect, load, save
 from torch_rtx.errors import LoweringError, SettingsError
 from torch_rtx.ir import Graph, Node
 from torch_rtx.irparse import parse
-from torch_rtx.kerneltable import unpack
+from torch_rtx.kerneltable import Split, unpack
 from torch_rtx.lowering.kernels.aot import Built, Code
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.targets import PORTABLE, PTX, Target
@@ -119,6 +119,52 @@ def test_spilling_is_the_last_resort(monkeypatch: pytest.MonkeyPatch, spills: tu
     assert table.launches["k"][0].aligned.spills == taken
     assert [kernel.spills for kernel in report.kernels] == [taken]
     assert report.missing == ()
+
+
+DIVIDED = parse("""graph import {
+  dim s = 1, 1048576, 1
+  input in0: f32[s]
+  t: f32[s], u: f32[s] = kernel inner(in0=in0) graph import {
+    dim s = 1, 1048576, 1
+    input in0: f32[s]
+    a: f32[s] = op aten.exp.default(self=in0)
+    b: f32[s] = op aten.neg.default(self=in0)
+    return [a, b]
+  }
+  return [t, u]
+}
+""")
+
+
+def test_split_bodies() -> None:
+    """Of the targets for which there is one, those that every kernel in it fits; these have launches, others none."""
+    inner = replace(LARGE, name="matmul")
+    asked = []
+
+    def generate(node: Node, target: Target, index: int) -> Kernel | None:
+        asked.append((node.op, target))
+        return None if index else inner if node.op == "inner" else SMALL
+
+    def divide(node: Node, target: Target) -> Graph | None:
+        assert node.op == "k"
+        return None if target == Target(120) else DIVIDED
+
+    targets = (Target(80), Target(86), Target(90), Target(120))
+    table, report = build_kernels(one("k"), targets, generate, lambda *_: "slower", divide)
+    assert table.splits == {"k": (Split((Target(80), Target(90)), DIVIDED),)}  # LARGE does not fit sm_86
+    built = {op: {t for launch in found for t in launch.targets} for op, found in table.launches.items()}
+    assert built == {"k": set(targets), "inner": {Target(80), Target(90)}}
+    assert ("inner", Target(120)) not in asked
+    assert {launch.library for launch in table.launches["k"]} == {"slower"}
+    assert {launch.library for launch in table.launches["inner"]} == {"none"}
+    assert report.missing == ()
+    assert sorted(kernel.op for kernel in report.kernels) == ["inner"] * 2 + ["k"] * 3
+
+
+def test_a_split_body_must_fit_its_kernel() -> None:
+    other = parse(str(DIVIDED).replace("return [t, u]", "return [t]"))
+    with pytest.raises(LoweringError, match="returns what the kernel returns"):
+        build_kernels(one("k"), [Target(80)], from_list(SMALL), divide=lambda *_: other)
 
 
 def test_names_must_be_apart() -> None:

@@ -25,7 +25,7 @@ from torch_rtx.engine import Engine, Manifest, inspect, load, save
 from torch_rtx.errors import EngineFormatError, InvalidIR, RtxError
 from torch_rtx.ir import Expr, Sym, dim_expr
 from torch_rtx.irparse import parse, parse_dim
-from torch_rtx.kerneltable import MAX_BINARY, KernelTable, Launch, Variant, pack, unpack
+from torch_rtx.kerneltable import MAX_BINARY, KernelTable, Launch, Split, Variant, pack, unpack
 from torch_rtx.manifest import FORMAT_VERSION
 from torch_rtx.targets import PTX, Target
 
@@ -44,6 +44,29 @@ ONE = Launch((PTX,), (), (1, 1, 1), True, Variant(THIRD, "both$1", 32, 99 << 10,
 TABLE = KernelTable({"add": (SHARED, replace(SHARED, targets=(Target(120),))), "both": (ONE,)}, BINARIES)
 MANIFEST = Manifest("cuda", ("x", "y"))
 WITH_KERNELS = Engine(GRAPH, MANIFEST, {}, None, TABLE)
+BODY = """graph import {
+  dim s = 1, 1048576, 1
+  input in0: f32[s]
+  t: f32[s] = kernel part(in0=in0) graph import {
+    dim s = 1, 1048576, 1
+    input in0: f32[s]
+    a: f32[s] = op aten.exp.default(self=in0)
+    return [a]
+  }
+  b: f32[s], a: f32[s] = kernel rest(in0=t, in1=in0) graph import {
+    dim s = 1, 1048576, 1
+    input in0: f32[s]
+    input in1: f32[s]
+    a: f32[s] = op aten.mul.Scalar(self=in0, other=2.0)
+    b: f32[s] = op aten.add.Tensor(self=a, other=in1)
+    return [b, in0]
+  }
+  return [b, a]
+}
+"""
+SPLIT = Split((PTX,), parse(BODY))
+SPLIT_TABLE = replace(TABLE, launches={**TABLE.launches, "part": (ONE,), "rest": (ONE,)}, splits={"both": (SPLIT,)})
+WITH_SPLITS = replace(WITH_KERNELS, kernels=SPLIT_TABLE)
 
 
 # ---- round trip ------------------------------------------------------------------------------------------------------
@@ -68,6 +91,16 @@ def test_readers_of_format_1_read_files_without_kernels(tmp_path: Path) -> None:
         assert (manifest.format_version, manifest.min_reader) == (FORMAT_VERSION, reader)
     save(replace(load(tmp_path / "a.rtx"), manifest=replace(MANIFEST, min_reader=2)), tmp_path / "a.rtx")
     assert load(tmp_path / "a.rtx").manifest.min_reader == 1
+
+
+def test_split_bodies(tmp_path: Path) -> None:
+    raw = saved(tmp_path / "a.rtx", WITH_SPLITS)
+    got = load(tmp_path / "a.rtx")
+    assert got.kernels == SPLIT_TABLE
+    assert (got.manifest.format_version, got.manifest.min_reader) == (FORMAT_VERSION, 4)
+    assert raw == saved(tmp_path / "b.rtx", got)
+    assert inspect(tmp_path / "a.rtx").kernels["compute_80"][0] == 3
+    assert b"splits" not in saved(tmp_path / "c.rtx", WITH_KERNELS)
 
 
 def test_inspect(tmp_path: Path) -> None:
@@ -219,6 +252,48 @@ def test_tables_that_are_refused(tmp_path: Path, edit: Callable[[dict[str, Any]]
         assert len(str(caught.value)) < 2000
 
 
+def split(text: str = BODY, **changes: Any) -> Callable[[dict[str, Any]], None]:
+    """Replaces fields of the split body of a file; `text` is the body's."""
+    return lambda program: program["splits"]["both"][0].update({"body": text, **changes})
+
+
+REFUSED_SPLITS: dict[str, Callable[[dict[str, Any]], object]] = {
+    "no table of splits": lambda program: program.update(splits=[1]),
+    "splits are no list": lambda program: program["splits"].update(both={}),
+    "no split": lambda program: program["splits"].update(both=[]),
+    "split is none": lambda program: program["splits"].update(both=[None]),
+    "unknown kernel": lambda program: program["splits"].update(other=program["splits"].pop("both")),
+    "kernel without launches": lambda program: program["splits"].update(strange=program["splits"]["both"]),
+    "no body": lambda program: program["splits"]["both"][0].pop("body"),
+    "body is none": split(body=None),
+    "body is no graph": split("print()"),
+    "no targets": split(targets=[]),
+    "a target twice": split(targets=["compute_80"] * 2),
+    "a target without launches": split(targets=["compute_80", "sm_90"]),
+    "other spaces": split(BODY.replace("  input", " input", 1)),
+    "other inputs": split(BODY.replace("input in0: f32[s]\n  t", "input in0: f16[s]\n  t")),
+    "other outputs": split(BODY.replace("return [b, a]\n}\n", "return [b]\n}\n")),
+    "an op that is not allowed": split(BODY.replace("aten.exp.default", "aten.resize_.default")),
+    "an op outside of kernels": split(
+        BODY.replace("  return [b, a]\n}\n", "  c: f32[s] = op aten.neg.default(self=b)\n  return [c, a]\n}\n")
+    ),
+    "kernels of another name": split(BODY.replace("kernel part", "kernel other")),
+    "a name for two kernels": split(BODY.replace("kernel part", "kernel add")),
+    "deep": split("graph import {\n" * 2000),
+    "left out": lambda program: program.pop("splits"),
+    "null": lambda program: program.update(splits=None),
+}
+
+
+@pytest.mark.parametrize("edit", REFUSED_SPLITS.values(), ids=REFUSED_SPLITS)
+def test_split_bodies_that_are_refused(tmp_path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    path = forge(tmp_path / "a.rtx", edit, what=WITH_SPLITS)
+    for read in (load, inspect):
+        with pytest.raises(EngineFormatError) as caught:
+            read(path)
+        assert len(str(caught.value)) < 4000
+
+
 def test_a_forged_table_can_be_right(tmp_path: Path) -> None:
     def edit(program: dict[str, Any]) -> None:  # what a later release may add is ignored
         program["kernels"]["add"][0]["new"] = program["kernels"]["add"][0]["aligned"]["new"] = 1
@@ -301,8 +376,10 @@ def test_kernels_must_fit_the_graph(tmp_path: Path, message: str, engine: Engine
 
 
 def test_reading_changes_nothing_of_the_json(tmp_path: Path) -> None:
-    """`read_launches` is the inverse of `write_launches`, and leaves what it is given as it is."""
+    """`read_table` is the inverse of `write_launches`, and leaves what it is given as it is."""
     written = kerneltable.write_launches(TABLE)
     before = copy.deepcopy(written)
-    assert kerneltable.read_launches(written, GRAPH) == TABLE.launches
+    assert kerneltable.read_table(written, {}, GRAPH) == replace(TABLE, binaries={})
     assert written == before
+    parts = kerneltable.write_launches(SPLIT_TABLE), kerneltable.write_splits(SPLIT_TABLE)
+    assert kerneltable.read_table(*parts, GRAPH) == replace(SPLIT_TABLE, binaries={})

@@ -12,12 +12,12 @@ import torch
 
 from tests.fake_driver import STREAM, FakeDriver, Status
 from torch_rtx.errors import KernelError
-from torch_rtx.ir import Graph, Sym
+from torch_rtx.ir import Graph, Sym, verify
 from torch_rtx.irparse import parse
-from torch_rtx.kerneltable import KernelTable, Launch, Variant, pack
+from torch_rtx.kerneltable import KernelTable, Launch, Split, Variant, check, pack
 from torch_rtx.runtime import driver as driver_api
 from torch_rtx.runtime.inline import inline_kernels
-from torch_rtx.runtime.launch import Launcher, candidates, launchers
+from torch_rtx.runtime.launch import Launcher, candidates, launchers, with_splits
 from torch_rtx.targets import PTX, Target
 
 S = Sym("s")
@@ -337,3 +337,90 @@ def test_tactics(tactics: str, library: str, expected: set[str]) -> None:
             len(expected)
         ]
     )
+
+
+SPLIT = parse("""graph import {
+  input in0: f32[4]
+  t: f32[4] = kernel parts(in0=in0) graph import {
+    input in0: f32[4]
+    a: f32[4] = op aten.exp.default(self=in0)
+    return [a]
+  }
+  b: f32[4] = kernel sum(in0=t) graph import {
+    input in0: f32[4]
+    a: f32[4] = kernel loop(in0=in0) graph import {
+      input in0: f32[4]
+      a: f32[4] = op aten.neg.default(self=in0)
+      return [a]
+    }
+    return [a]
+  }
+  return [b]
+}
+""")
+
+
+def split_table(library: str, image: bytes = b"aligned 90") -> KernelTable:
+    """The kernels of NESTED, with a split body of the outer one; `image` is that of the body's second kernel."""
+    plain = replace(NATIVE, scalars=(), grid=(1, 1, 1), generic=None)
+    outer = replace(plain, library=library)
+    second = replace(plain, aligned=variant(image))
+    launches = {"anchored": (outer,), "loop": (plain,), "parts": (plain,), "sum": (second,)}
+    return KernelTable(launches, BINARIES, {"anchored": (Split((Target(90),), SPLIT),)})
+
+
+@pytest.mark.parametrize(
+    ("tactics", "library", "expected"),
+    [
+        ("best", "slower", ["parts", "sum"]),
+        ("best", "none", ["parts", "sum"]),
+        ("best", "faster", ["aten.exp.default", "loop"]),
+        ("split", "faster", ["parts", "sum"]),
+        ("generated", "slower", ["anchored"]),
+        ("library", "slower", ["aten.exp.default", "loop"]),
+        ("library", "none", ["anchored"]),
+        ("calls", "slower", ["aten.exp.default", "aten.neg.default"]),
+    ],
+)
+def test_split_bodies(tactics: str, library: str, expected: list[str]) -> None:
+    table = split_table(library)
+    check(table, NESTED)
+    graph = with_splits(table, NESTED, DEVICE, tactics, FakeDriver((8, 8, 8, 8)))
+    verify(graph)
+    found = launchers(table, graph, DEVICE, tactics, FakeDriver((8, 8, 8, 8)))
+    assert [node.op for node in inline_kernels(graph, found).nodes] == expected
+    assert {op for op in expected if not op.startswith("aten.")} <= found.keys()
+    assert ("parts" in found, "sum" in found) == ("parts" in expected, "sum" in expected)
+
+
+def test_where_nothing_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    table, driver = split_table("slower"), FakeDriver((8, 8, 8, 8))
+    assert with_splits(table, NESTED, torch.device("cpu"), "split", driver) == NESTED
+    assert with_splits(replace(table, splits={}), NESTED, DEVICE, "split", driver) == NESTED
+    other = FakeDriver((8, 8, 8, 8), (8, 0))  # the table has nothing for it
+    assert with_splits(table, NESTED, DEVICE, "split", other) == NESTED
+    monkeypatch.setattr(driver_api, "driver", lambda: None)
+    assert with_splits(table, NESTED, DEVICE, "split") == NESTED
+
+
+def test_what_the_driver_would_compile_is_not_split_by_itself() -> None:
+    table = split_table("slower")
+    launches = {op: tuple(replace(one, targets=(PTX,)) for one in found) for op, found in table.launches.items()}
+    table = replace(table, launches=launches, splits={"anchored": (Split((PTX,), SPLIT),)})
+    driver = FakeDriver((8, 8, 8, 8))
+    assert with_splits(table, NESTED, DEVICE, "best", driver) == NESTED
+    assert [node.op for node in with_splits(table, NESTED, DEVICE, "split", driver).nodes] == ["parts", "sum"]
+
+
+def test_tactics_of_a_table() -> None:
+    orders = {library: split_table(library).tactics("anchored", Target(90)) for library in ("none", "slower", "faster")}
+    assert orders == {
+        "none": ("split", "kernel"),
+        "slower": ("split", "kernel", "library"),
+        "faster": ("library", "split", "kernel"),
+    }
+    table = split_table("slower")
+    assert table.tactics("loop", Target(90)) == ("kernel",)
+    assert table.tactics("anchored", Target(80)) == table.tactics("other", Target(90)) == ()
+    assert table.split("anchored", Target(90)) == SPLIT
+    assert table.split("anchored", Target(80)) is None

@@ -24,7 +24,7 @@ ARROWS = {
     "aten": {"errors", "ir", "optable"},
     "profiles": {"errors", "ir"},
     "manifest": {"errors", "profiles"},
-    "kerneltable": {"errors", "ir", "irparse", "manifest", "targets"},
+    "kerneltable": {"errors", "ir", "irparse", "manifest", "optable", "targets"},
     # aten inside `save` alone: it needs torch
     "engine": {"errors", "ir", "irparse", "optable", "profiles", "manifest", "kerneltable", "aten"},
     "cache": {"errors"},

@@ -21,8 +21,10 @@ from torch.utils import _pytree as pytree
 import torch_rtx
 from tests.kernels import ADD, blocks
 from torch_rtx.backend.kernels import build_kernels
-from torch_rtx.ir import TensorType, dim_expr
+from torch_rtx.ir import Graph, Node, TensorType, Value, dim_expr
 from torch_rtx.irparse import parse
+from torch_rtx.lowering.kernels.generate import generate
+from torch_rtx.lowering.kernels.split import split_in
 from torch_rtx.targets import PORTABLE, Target
 
 FOLDER = Path(__file__).parent / "engines" / "v4"
@@ -124,6 +126,28 @@ def profiles() -> tuple[nn.Module, list[tuple[Any, ...]], Any]:
     return Added(), [(torch.randn(n, 8), torch.randn(n, 8)) for n in (1, 4, 32, 64)], None
 
 
+def split() -> tuple[nn.Module, list[tuple[Any, ...]], Any]:
+    return nn.Linear(64, 32), [(torch.randn(4, 64),)], None
+
+
+def with_split(engine: torch_rtx.Engine) -> torch_rtx.Engine:
+    """The engine with its layer as a kernel that has a split body."""
+    (node,) = engine.graph.nodes
+    names = {value.name: f"in{index}" for index, value in enumerate(node.inputs)}
+    given = {value: Value(names[value.name], value.type) for value in node.inputs}
+    outputs = tuple(value for value in node.outputs if value is not None)
+    inner = replace(node, kind="op", args=node.map_inputs(lambda value: given[value]), loc=None)
+    body = Graph("import", tuple(given.values()), nodes=(inner,), outputs=outputs)
+    args = tuple((new.name, old) for old, new in given.items())
+    graph = replace(engine.graph, nodes=(Node("kernel", "layer", args, outputs, body, node.loc),))
+
+    def made(node: Node, target: Target, which: int) -> Any:
+        return generate(node.body, node.op, target.sm, which)  # type: ignore[arg-type]
+
+    table, _ = build_kernels(graph, [Target(120)], made, divide=lambda *_: split_in(body, "layer", 2))
+    return replace(engine, graph=graph, kernels=table)
+
+
 CASES = {
     "mlp": mlp,
     "conv_bn": conv_bn,
@@ -131,6 +155,7 @@ CASES = {
     "kernel": kernel,
     "profiles": profiles,
     "cache": cache,
+    "split": split,
 }
 # What a case is built for, if it is not its first call.
 INPUTS = {
@@ -140,7 +165,7 @@ INPUTS = {
     * 2
 }
 WITH_WEIGHTS = frozenset(("mlp",))
-CHANGES: dict[str, Callable[[torch_rtx.Engine], torch_rtx.Engine]] = {"kernel": with_kernel}
+CHANGES: dict[str, Callable[[torch_rtx.Engine], torch_rtx.Engine]] = {"kernel": with_kernel, "split": with_split}
 
 
 def tensors(tree: Any) -> list[torch.Tensor]:

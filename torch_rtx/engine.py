@@ -34,12 +34,13 @@ from torch_rtx import kerneltable
 from torch_rtx.errors import EngineFormatError, InvalidIR, RtxError
 from torch_rtx.ir import UPDATES, Graph, Node, Parameter, verify
 from torch_rtx.irparse import parse
-from torch_rtx.kerneltable import KernelTable, Launch
+from torch_rtx.kerneltable import KernelTable
 from torch_rtx.manifest import (
     FORMAT_VERSION,
     KERNEL_READER,
     PLAIN_READER,
     PROFILE_READER,
+    SPLIT_READER,
     UPDATE_READER,
     Json,
     Manifest,
@@ -121,7 +122,7 @@ class TensorInfo:
 @dataclass(frozen=True)
 class Header:
     """The header of an intact file. `tensors` has the keys of the file; the graph is text, the launches of its kernels
-    are JSON (None: there are none), and neither was checked."""
+    and their split bodies are JSON (None: there are none), and none of these was checked."""
 
     manifest: Manifest
     graph_text: str
@@ -129,6 +130,7 @@ class Header:
     data_digest: str
     file_bytes: int
     kernels: Json = None
+    splits: Json = None
 
 
 # ---- save ------------------------------------------------------------------------------------------------------------
@@ -150,7 +152,7 @@ def save(engine: Engine, path: Path) -> None:
 
     text = str(engine.graph)
     _parsed(text)
-    kerneltable.check(engine.kernels.launches, engine.graph)
+    kerneltable.check(engine.kernels, engine.graph)
     check_profiles(engine.graph, engine.manifest.profiles)
     tensors = dict(_tensors_to_save(engine))
     manifest = replace(
@@ -161,8 +163,9 @@ def save(engine: Engine, path: Path) -> None:
         digests={**engine.manifest.digests, "graph": hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()},
     )
     digests = dict.fromkeys(("header_digest", "data_digest"), ZEROS.decode())
-    kernels = {"kernels": kerneltable.write_launches(engine.kernels)} if engine.kernels else {}
-    metadata = json.dumps({**digests, "manifest": asdict(manifest), "graph": text, **kernels}, separators=(",", ":"))
+    table = {"kernels": kerneltable.write_launches(engine.kernels)} if engine.kernels else {}
+    table |= {"splits": kerneltable.write_splits(engine.kernels)} if engine.kernels.splits else {}
+    metadata = json.dumps({**digests, "manifest": asdict(manifest), "graph": text, **table}, separators=(",", ":"))
     read_manifest(json.loads(metadata)["manifest"])
     target = os.path.realpath(path)
     temporary = os.path.join(os.path.dirname(target), f".{secrets.token_hex(8)}.rtx.tmp")
@@ -186,10 +189,12 @@ def save(engine: Engine, path: Path) -> None:
 
 
 def _oldest_reader(engine: Engine) -> int:
-    """Older readers do not allow updates, do not know typical values, and take calls between the profiles of one that
-    has several."""
+    """Older readers do not allow updates, do not know split bodies and typical values, and take calls between the
+    profiles of one that has several."""
     if any(node.op in UPDATES for node in engine.graph.nodes):
         return UPDATE_READER
+    if engine.kernels.splits:
+        return SPLIT_READER
     if len(engine.manifest.profiles) > 1 or any(sym.typical is not None for sym in engine.graph.syms.values()):
         return PROFILE_READER
     return KERNEL_READER if engine.kernels else PLAIN_READER
@@ -203,7 +208,7 @@ def _tensors_to_save(engine: Engine) -> Iterator[tuple[str, Tensor]]:
 
     binaries = {f"kernel/{name}": stored for name, stored in engine.kernels.binaries.items()}
     keys = {key for key, _ in _data(engine)} | binaries.keys()
-    _check_names(keys, engine.graph, engine.weights is None, engine.kernels.launches, RtxError)
+    _check_names(keys, engine.graph, engine.weights is None, engine.kernels, RtxError)
     for key, stored in binaries.items():
         yield key, torch.frombuffer(bytearray(stored), dtype=torch.uint8)
     parameters = {_key(parameter): parameter for parameter in engine.graph.parameters}
@@ -276,7 +281,7 @@ def load(path: Path) -> Engine:
 
     with _reading(path) as file:
         header = _header(file)
-        graph, launches = _program(header)
+        graph, table = _program(header)
         if hashlib.file_digest(file, "sha256").hexdigest() != header.data_digest:
             raise EngineFormatError("the data is damaged: its digest is not the one in the header")
         tensors = load_file(path)
@@ -292,7 +297,7 @@ def load(path: Path) -> Engine:
         if wrong:
             raise EngineFormatError(f"kernel/{wrong[0]} is not the binary that its name says")
     weights = None if header.manifest.stripped else parts["weight"]
-    return Engine(graph, header.manifest, parts["constant"], weights, KernelTable(launches, binaries))
+    return Engine(graph, header.manifest, parts["constant"], weights, replace(table, binaries=binaries))
 
 
 @contextmanager
@@ -338,7 +343,7 @@ def _header(file: BufferedIOBase) -> Header:
     tensors, end = _tensor_table(outer)
     if 8 + count + end != size:
         raise EngineFormatError(f"the file has {size} bytes, its header speaks of {8 + count + end}")
-    return Header(manifest, text, tensors, match[2].decode(), size, inner.get("kernels"))
+    return Header(manifest, text, tensors, match[2].decode(), size, inner.get("kernels"), inner.get("splits"))
 
 
 def _unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
@@ -409,27 +414,26 @@ def _parsed(text: str) -> Graph:
     return graph
 
 
-def _check_names(
-    keys: set[str], graph: Graph, stripped: bool, launches: Mapping[str, tuple[Launch, ...]], error: type[RtxError]
-) -> None:
+def _check_names(keys: set[str], graph: Graph, stripped: bool, table: KernelTable, error: type[RtxError]) -> None:
     wanted = {_key(parameter) for parameter in graph.parameters if parameter.constant or not stripped}
-    wanted |= {f"kernel/{name}" for name in kerneltable.digests(launches)}
+    wanted |= {f"kernel/{name}" for name in kerneltable.digests(table.launches)}
     if keys != wanted:
         missing, extra = ", ".join(sorted(wanted - keys)), ", ".join(sorted(keys - wanted))
         raise error(f"the tensors do not fit the graph; missing: {missing or 'none'}; unexpected: {extra or 'none'}")
 
 
-def _program(header: Header) -> tuple[Graph, dict[str, tuple[Launch, ...]]]:
-    """The graph of a file and the launches of its kernels, checked against the tensors of the file."""
+def _program(header: Header) -> tuple[Graph, KernelTable]:
+    """The graph of a file and its kernels, without their binaries, checked against the tensors of the file."""
     try:
         graph = _parsed(header.graph_text)
     except InvalidIR:
         raise
     except RtxError as error:
         raise EngineFormatError(str(error)) from None
-    launches = {} if header.kernels is None else kerneltable.read_launches(header.kernels, graph)
+    launches, splits = ({} if part is None else part for part in (header.kernels, header.splits))
+    table = kerneltable.read_table(launches, splits, graph)
     check_profiles(graph, header.manifest.profiles)
-    _check_names(set(header.tensors), graph, header.manifest.stripped, launches, EngineFormatError)
+    _check_names(set(header.tensors), graph, header.manifest.stripped, table, EngineFormatError)
     for parameter in graph.parameters:
         info = header.tensors.get(_key(parameter))
         if info and (info.dtype, info.shape) != (parameter.type.dtype, parameter.type.shape):
@@ -437,7 +441,7 @@ def _program(header: Header) -> tuple[Graph, dict[str, tuple[Launch, ...]]]:
     for key, info in header.tensors.items():
         if key.startswith("kernel/") and (info.dtype, len(info.shape)) != ("u8", 1):
             raise EngineFormatError(f"{key} is {info.dtype}{list(info.shape)}, which holds no binary")
-    return graph, launches
+    return graph, table
 
 
 # ---- inspect ---------------------------------------------------------------------------------------------------------
@@ -505,7 +509,7 @@ def inspect(path: Path) -> Inspection:
     """
     with _reading(path) as file:
         header = _header(file)
-        graph, launches = _program(header)
+        graph, table = _program(header)
     parameters = tuple(
         ParameterInfo(p.name, p.type.dtype, shape, math.prod(shape) * DTYPES[p.type.dtype][1], p.constant)
         for p in graph.parameters
@@ -520,7 +524,9 @@ def inspect(path: Path) -> Inspection:
         header.file_bytes - stored,
         sum(info.nbytes for info in parameters if not info.constant),
         header.graph_text,
-        kerneltable.bytes_of(launches, {key.removeprefix("kernel/"): i.nbytes for key, i in header.tensors.items()}),
+        kerneltable.bytes_of(
+            table.launches, {key.removeprefix("kernel/"): i.nbytes for key, i in header.tensors.items()}
+        ),
         tuple(shapes(graph, profile) for profile in profiles_of(graph, header.manifest.profiles)),
     )
 

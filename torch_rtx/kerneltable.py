@@ -2,20 +2,24 @@
 
 The table is written as JSON beside the graph, the binaries as tensors. This file knows both forms and the rules that
 tie them to a graph. It needs neither torch nor triton.
+
+A kernel node can run in one of several forms, its tactics: "kernel", its own kernel; "split", a body of two kernels
+that has its meaning; "library", its own body, which calls a library and launches what follows.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from torch_rtx.errors import EngineFormatError, InvalidIR
-from torch_rtx.ir import MAIN, Dim, Graph, Node, Sym, TensorType, Value, kernel_nodes
-from torch_rtx.irparse import parse_dim
+from torch_rtx.ir import MAIN, Dim, Graph, Node, Sym, TensorType, Value, kernel_nodes, verify
+from torch_rtx.irparse import parse, parse_dim
 from torch_rtx.manifest import Json, exactly
+from torch_rtx.optable import ALLOWED
 from torch_rtx.targets import Target, by_age
 
 MAX_BINARY = 64 << 20  # bytes; bounds what a hostile file can make a reader allocate
@@ -73,6 +77,21 @@ class Launch:
 
 
 @dataclass(frozen=True)
+class Split:
+    """Another body of a kernel node, of kernels alone: partial results, which fill a GPU that the node's own kernel
+    leaves mostly idle, and what makes the result of them.
+
+    Attributes:
+        targets: those on which it is expected to be faster than the node's own kernel. Every kernel in it has launches
+            for them.
+        body: takes and returns what the node's own body does.
+    """
+
+    targets: tuple[Target, ...]
+    body: Graph
+
+
+@dataclass(frozen=True)
 class KernelTable:
     """The kernels of an engine.
 
@@ -80,13 +99,28 @@ class KernelTable:
         launches: by the `op` of kernel nodes; a target is in at most one launch of a node. Nodes that are not in it run
             their bodies call by call.
         binaries: compressed, by digest of the compressed bytes.
+        splits: by the `op` of kernel nodes that have launches; a target is in at most one of a node.
     """
 
     launches: Mapping[str, tuple[Launch, ...]] = field(default_factory=dict)
     binaries: Mapping[str, bytes] = field(default_factory=dict)
+    splits: Mapping[str, tuple[Split, ...]] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return bool(self.launches)
+
+    def split(self, op: str, target: Target) -> Graph | None:
+        """The split body of kernel nodes `op` on a target; None if they have none."""
+        return next((split.body for split in self.splits.get(op, ()) if target in split.targets), None)
+
+    def tactics(self, op: str, target: Target) -> tuple[str, ...]:
+        """The tactics of kernel nodes `op` on a target, the one that is expected to be the fastest first; none where
+        they have no launch for it."""
+        library = next((launch.library for launch in self.launches.get(op, ()) if target in launch.targets), None)
+        if library is None:
+            return ()
+        own = ("kernel",) if self.split(op, target) is None else ("split", "kernel")
+        return {"none": own, "slower": (*own, "library"), "faster": ("library", *own)}[library]
 
 
 @dataclass(frozen=True)
@@ -164,21 +198,44 @@ def write_launch(launch: Launch) -> Json:
     }
 
 
-def read_launches(value: Any, graph: Graph) -> dict[str, tuple[Launch, ...]]:
-    """The launches that JSON describes, checked against the graph.
+def write_splits(table: KernelTable) -> Json:
+    """The split bodies as JSON; graphs in their text form."""
+    return {
+        op: [{"targets": [str(target) for target in split.targets], "body": str(split.body)} for split in splits]
+        for op, splits in sorted(table.splits.items())
+    }
+
+
+def read_table(launches: Any, splits: Any, graph: Graph) -> KernelTable:
+    """The table that JSON describes, without its binaries, checked against the graph.
+
+    Args:
+        launches, splits: what `write_launches` and `write_splits` gave.
 
     Raises:
         EngineFormatError: a wrong type or value, or a kernel that is not in the graph.
     """
     try:
-        table = {
-            op: tuple(read_launch(launch, graph.syms) for launch in exactly(list)(launches))
-            for op, launches in exactly(dict)(value).items()
-        }
+        table = KernelTable(
+            {
+                op: tuple(read_launch(launch, graph.syms) for launch in exactly(list)(found))
+                for op, found in exactly(dict)(launches).items()
+            },
+            splits={op: tuple(map(_split, exactly(list)(found))) for op, found in exactly(dict)(splits).items()},
+        )
         check(table, graph)
     except (TypeError, ValueError, KeyError, InvalidIR) as error:
         raise EngineFormatError(f"the table of kernels is not right: {error}") from None
     return table
+
+
+def _split(value: Any) -> Split:
+    given = _fields(value, Split)
+    text = exactly(str)(given["body"])
+    body = parse(text)
+    if str(body) != text:
+        raise ValueError("the text of a split body is not as this format writes it")
+    return Split(tuple(map(_target, exactly(list)(given["targets"]))), body)
 
 
 def read_launch(value: Any, syms: Mapping[str, Sym]) -> Launch:
@@ -246,25 +303,46 @@ def _dim(text: Any, syms: Mapping[str, Sym]) -> Dim:
 # ---- rules -----------------------------------------------------------------------------------------------------------
 
 
-def check(launches: Mapping[str, tuple[Launch, ...]], graph: Graph) -> None:
+def check(table: KernelTable, graph: Graph) -> None:
     """The rules of a table.
 
     Raises:
         InvalidIR: a kernel that is not in the graph; one name for two kernels; a node that can't be launched; two
-            launches for a target; PTX and binaries in one.
+            launches or two split bodies for a target; PTX and binaries in one; a split body that is no body of its
+            kernel, or has kernels without a launch.
     """
     nodes: dict[str, Node] = {}
-    for node in kernel_nodes(graph):
-        if node.op in launches:
+    bodies = [split.body for found in table.splits.values() for split in found]
+    for node in (node for whole in (graph, *bodies) for node in kernel_nodes(whole)):
+        if node.op in table.launches:
             _check_node(node, nodes.setdefault(node.op, node))
-    for op, found in launches.items():
+    for op, found in table.launches.items():
         if op not in nodes:
             raise InvalidIR(f"the graph has no kernel {op}")
-        targets = [target for launch in found for target in launch.targets]
-        if not found or not all(launch.targets for launch in found) or len(set(targets)) != len(targets):
-            raise InvalidIR(f"kernel {op} must have each target once")
+        _check_targets(op, [launch.targets for launch in found])
         if any(len({target.ptx for target in launch.targets}) > 1 for launch in found):
             raise InvalidIR(f"kernel {op} has PTX and binaries in one launch")
+    for op, splits in table.splits.items():
+        if op not in nodes:
+            raise InvalidIR(f"split bodies of {op}, which has no launches")
+        _check_targets(op, [split.targets for split in splits])
+        for split in splits:
+            _check_split(table, nodes[op], split)
+
+
+def _check_targets(op: str, targets: Sequence[tuple[Target, ...]]) -> None:
+    every = [target for some in targets for target in some]
+    if not targets or not all(targets) or len(set(every)) != len(every):
+        raise InvalidIR(f"kernel {op} must have each target once")
+
+
+def _check_split(table: KernelTable, node: Node, split: Split) -> None:
+    inputs = tuple(dict.fromkeys(node.inputs))
+    verify(Graph("import", inputs, nodes=(replace(node, body=split.body),), outputs=node.outputs), ALLOWED)
+    for inner in split.body.nodes:
+        launched = {target for launch in table.launches.get(inner.op, ()) for target in launch.targets}
+        if inner.kind != "kernel" or not launched.issuperset(split.targets):
+            raise InvalidIR(f"the split body of {node.op} has {inner.op}, which has no launch for all of its targets")
 
 
 def _check_node(node: Node, first: Node) -> None:

@@ -16,10 +16,11 @@ from torch_rtx.profiles import Profile, read_profiles
 #   1: the first format
 #   2: kernels
 #   3: typical values of symbols, profiles
-#   4: updates in place
+#   4: updates in place, split bodies of kernels
 FORMAT_VERSION = 4
-# The oldest readers: of files without kernels, with kernels, with several profiles or typical values, with updates.
-PLAIN_READER, KERNEL_READER, PROFILE_READER, UPDATE_READER = 1, 2, 3, 4
+# The oldest readers: of files without kernels, with kernels, with several profiles or typical values, with updates or
+# split bodies.
+PLAIN_READER, KERNEL_READER, PROFILE_READER, UPDATE_READER, SPLIT_READER = 1, 2, 3, 4, 4
 OLDEST_READABLE = 1
 
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]

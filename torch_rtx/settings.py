@@ -19,7 +19,7 @@ from torch_rtx.errors import SettingsError
 from torch_rtx.targets import parse_targets
 
 STRATEGIES = ("lazy", "eager", "none")
-TACTICS = ("best", "generated", "library", "calls")
+TACTICS = ("best", "generated", "split", "library", "calls")
 CUDA_GRAPH_STRATEGIES = ("whole_graph_capture", "disabled")
 # What torch.compile's `mode=` means here. There is nothing to tune yet, so that three of the four agree.
 MODES: dict[str, dict[str, object]] = {
@@ -184,7 +184,8 @@ class RuntimeSettings(_Checked):
         "best",
         " or ".join(map(repr, TACTICS)),
         lambda v: v in TACTICS,
-        "Which of an engine's kernels run: the best, all, all but those with a library call as a rival, or none.",
+        "Which of an engine's kernels run: the best, all, all in their split form where there is one, all but "
+        "those with a library call as a rival, or none.",
     )
     specialization_strategy: str = _option(
         "none",

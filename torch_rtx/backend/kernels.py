@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,10 +14,11 @@ import torch
 from torch_rtx.backend.compiler import Program
 from torch_rtx.errors import InvalidIR, LoweringError
 from torch_rtx.ir import Graph, Node, TensorType, kernel_nodes
-from torch_rtx.kerneltable import KernelTable, Launch, Variant, check, pack
+from torch_rtx.kerneltable import KernelTable, Launch, Split, Variant, check, pack
 from torch_rtx.lowering.kernels.aot import Built, Code, compile_kernels
 from torch_rtx.lowering.kernels.generate import generate, library
 from torch_rtx.lowering.kernels.kernel import Kernel
+from torch_rtx.lowering.kernels.split import split
 from torch_rtx.settings import CompilationSettings
 from torch_rtx.targets import LATER, Option, Target, by_age, is_explicit, parse_targets, usable
 
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 Generate = Callable[[Node, Target, int], Kernel | None]
+Divide = Callable[[Node, Target], Graph | None]
 Choice = tuple[str, Target]  # the op of a kernel node, and a target
+Progress = Callable[[int, int], object]
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ def kernels_of(program: Program, settings: CompilationSettings) -> KernelTable:
     assert settings.targets is not None
     targets = targets_for(settings.targets, program.graph)
     with progress_bar() as progress:
-        table, report = build_kernels(program.graph, targets, _generate, _library, progress)
+        table, report = build_kernels(program.graph, targets, _generate, _library, _split, progress)
     log.info("%s", report)
     program.dump("kernels.txt", str(report))
     return table
@@ -112,6 +115,11 @@ def _generate(node: Node, target: Target, which: int) -> Kernel | None:
 def _library(node: Node, target: Target) -> str:
     assert node.body is not None
     return library(node.body, target.sm)
+
+
+def _split(node: Node, target: Target) -> Graph | None:
+    assert node.body is not None
+    return split(node.body, node.op, target.sm)
 
 
 def targets_for(option: Option, graph: Graph) -> tuple[Target, ...]:
@@ -151,7 +159,8 @@ def build_kernels(
     targets: Iterable[Target],
     generate: Generate,
     library: Callable[[Node, Target], str] = lambda node, target: "none",
-    progress: Callable[[int, int], object] | None = None,
+    divide: Divide = lambda node, target: None,
+    progress: Progress | None = None,
 ) -> tuple[KernelTable, BuildReport]:
     """Build every kernel node of `graph` for every target.
 
@@ -160,6 +169,8 @@ def build_kernels(
             more. Called once per op: nodes of one op have equal bodies. The first that fits is taken. Where only
             spilling ones do, it is the one that spills least.
         library: the field of this name of a node's `Launch` for a target.
+        divide: the split body of a node for a target; None where there is none. It is left out where one of its kernels
+            does not fit the target.
         progress: see `compile_kernels`; starts again with each round of configurations.
 
     Raises:
@@ -168,12 +179,41 @@ def build_kernels(
     """
     start = time.perf_counter()
     nodes = {node.op: node for node in reversed(list(kernel_nodes(graph)))}
+    wanted = {(op, target): nodes[op] for op in sorted(nodes) for target in by_age(set(targets))}
+    bodies = {(op, target): divide(node, target) for (op, target), node in wanted.items()}
+    splits = {choice: body for choice, body in bodies.items() if body is not None}
+    chosen, reasons = _fitting(wanted | _inside(splits), generate, progress)
+
+    def fits(choice: Choice) -> bool:
+        return choice in chosen and chosen[choice][1].problem is None
+
+    splits = {
+        choice: body for choice, body in splits.items() if fits(choice) and all(map(fits, _inside({choice: body})))
+    }
+    kept = wanted | _inside(splits)
+    chosen = {choice: found for choice, found in chosen.items() if choice in kept}
+    rivals = {choice: library(wanted[choice], choice[1]) if choice in wanted else "none" for choice in chosen}
+    table, reports = _table(chosen, rivals)
+    table = replace(table, splits=_shared(splits))
+    try:
+        check(table, graph)
+    except InvalidIR as error:
+        raise LoweringError(f"the kernels do not fit the graph: {error}") from error
+    missing = tuple((*choice, "; ".join(reasons[choice]) or "no code") for choice in wanted if choice not in chosen)
+    nbytes = sum(map(len, table.binaries.values()))
+    return table, BuildReport(reports, missing, nbytes, time.perf_counter() - start)
+
+
+def _fitting(
+    wanted: Mapping[Choice, Node], generate: Generate, progress: Progress | None
+) -> tuple[dict[Choice, tuple[Kernel, Built]], dict[Choice, list[str]]]:
+    """The best configuration that fits, of each node that has one for its target; and why others do not fit."""
     chosen: dict[Choice, tuple[Kernel, Built]] = {}
-    reasons: dict[Choice, list[str]] = {(op, target): [] for op in sorted(nodes) for target in by_age(set(targets))}
-    pending = list(reasons)
+    reasons: dict[Choice, list[str]] = {choice: [] for choice in wanted}
+    pending = list(wanted)
     config = 0
     while pending:
-        made = {choice: generate(nodes[choice[0]], choice[1], config) for choice in pending}
+        made = {choice: generate(wanted[choice], choice[1], config) for choice in pending}
         kernels = {choice: kernel for choice, kernel in made.items() if kernel is not None}
         built = compile_kernels(((kernel, choice[1]) for choice, kernel in kernels.items()), progress=progress)
         for choice, kernel in kernels.items():
@@ -185,15 +225,20 @@ def build_kernels(
                 chosen[choice] = kernel, found
         pending = [choice for choice in kernels if choice not in chosen or chosen[choice][1].problem is not None]
         config += 1
-    rivals = {choice: library(nodes[choice[0]], choice[1]) for choice in chosen}
-    table, reports = _table(chosen, rivals)
-    try:
-        check(table.launches, graph)
-    except InvalidIR as error:
-        raise LoweringError(f"the kernels do not fit the graph: {error}") from error
-    missing = tuple((*choice, "; ".join(why) or "no code") for choice, why in reasons.items() if choice not in chosen)
-    nbytes = sum(map(len, table.binaries.values()))
-    return table, BuildReport(reports, missing, nbytes, time.perf_counter() - start)
+    return chosen, reasons
+
+
+def _inside(splits: Mapping[Choice, Graph]) -> dict[Choice, Node]:
+    """The kernels of split bodies, each with the target that it is for."""
+    return {(node.op, target): node for (_, target), body in splits.items() for node in kernel_nodes(body)}
+
+
+def _shared(splits: Mapping[Choice, Graph]) -> dict[str, tuple[Split, ...]]:
+    """Split bodies by op; targets that have the same one share it."""
+    found: dict[str, dict[Graph, list[Target]]] = {}
+    for (op, target), body in splits.items():
+        found.setdefault(op, {}).setdefault(body, []).append(target)
+    return {op: tuple(Split(tuple(some), body) for body, some in bodies.items()) for op, bodies in found.items()}
 
 
 def _table(

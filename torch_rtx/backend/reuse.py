@@ -32,7 +32,7 @@ from torch_rtx.engine import DTYPES
 from torch_rtx.errors import CacheError, RtxError, Uncacheable
 from torch_rtx.ir import Attr, Graph, Loc, Node, Parameter, Value, Weight, attr_map, verify
 from torch_rtx.irparse import parse
-from torch_rtx.kerneltable import KernelTable, read_launches, write_launches
+from torch_rtx.kerneltable import read_table, write_launches, write_splits
 from torch_rtx.lowering.from_fx import Role, is_fixed, python_call, unique_name
 from torch_rtx.lowering.location import Locations
 from torch_rtx.lowering.symbols import Symbols
@@ -158,6 +158,7 @@ def to_bytes(built: Built, site: Site) -> bytes:
         "parameters": {p.name: position[p.name] for p in graph.parameters if p.name not in constants},
         "locations": [None if origin is None else number[origin] for origin in origins],
         "kernels": write_launches(built.program.kernels),
+        "splits": write_splits(built.program.kernels),
         "called": [number[node] for node in built.called],
         "fallbacks": [(number[node], why) for node, why in built.fallbacks.items()],
     }
@@ -195,7 +196,7 @@ def from_bytes(body: bytes, site: Site) -> Program:
         graph = _bind(parse(fields["graph"]), fields, constants.keys(), site)
         graph = _with_locations(graph, _places(origins))
         verify(graph, aten.ALLOWED)
-        kernels = KernelTable(read_launches(fields["kernels"], graph), binaries)
+        kernels = replace(read_table(fields["kernels"], fields["splits"], graph), binaries=binaries)
         known = {str(node.target) for node in site.nodes} | {"python"}
         strange = {node.op for node in graph.nodes if node.kind == "fallback"} - known
         if strange:

@@ -1,12 +1,12 @@
-"""Kernels without a binary: their bodies take their place in the graph, and run call by call."""
+"""Kernels that are not launched: their bodies take their place in the graph, and run node by node."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
 
-from torch_rtx.ir import Graph, Node, Value
+from torch_rtx.ir import Graph, Node, Value, kernel_nodes
 
 
 def inline_kernels(graph: Graph, keep: Container[str]) -> Graph:
@@ -27,6 +27,14 @@ def in_place(graph: Graph, keep: Container[str]) -> list[list[Node]]:
         list(_inlined(node, f"k{index}", taken, keep)) if node.kind == "kernel" and node.op not in keep else [node]
         for index, node in enumerate(graph.nodes)
     ]
+
+
+def with_bodies(graph: Graph, bodies: Mapping[str, Graph]) -> Graph:
+    """`graph` with other bodies in the place of kernels, by the `op` of their nodes; kernels in these stay kernels."""
+    inside = {node.op for body in bodies.values() for node in kernel_nodes(body)}
+    keep = inside | {node.op for node in graph.nodes if node.op not in bodies}
+    nodes = (replace(node, body=bodies[node.op]) if node.op in bodies else node for node in graph.nodes)
+    return inline_kernels(replace(graph, nodes=tuple(nodes)), keep)
 
 
 def _inlined(node: Node, prefix: str, taken: set[str], keep: Container[str]) -> Iterator[Node]:

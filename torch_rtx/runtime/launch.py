@@ -24,13 +24,41 @@ from torch_rtx.kerneltable import KernelTable, Launch, Variant, unpack
 from torch_rtx.runtime import driver as driver_api
 from torch_rtx.runtime.bind import bind_dim
 from torch_rtx.runtime.driver import checked
+from torch_rtx.runtime.inline import with_bodies
 from torch_rtx.targets import ALIGNMENT, GRID, Target, by_age
 
 log = logging.getLogger(__name__)
 # Per setting of `tactics`, which kernels are launched, by what their library call is expected to be.
-CHOSEN = {"best": ("none", "slower"), "generated": ("none", "slower", "faster"), "library": ("none",), "calls": ()}
+CHOSEN = {"best": ("none", "slower"), "library": ("none",), "calls": ()}
+CHOSEN |= dict.fromkeys(("generated", "split"), ("none", "slower", "faster"))
 OPT_IN = 48 << 10  # bytes of shared memory; kernels that need more have to ask for it
 _MAX_X, _MAX_Y, _MAX_Z = GRID
+
+
+def with_splits(
+    table: KernelTable, graph: Graph, device: torch.device, tactics: str = "best", driver: Any = None
+) -> Graph:
+    """`graph` as it runs on `device`: with split bodies in the place of kernels, where they are the better tactic.
+
+    Args:
+        tactics: see `RuntimeSettings.tactics`. "best" splits only what has binaries: as long as the driver compiles
+            PTX, kernels run call by call, and a library call is better than partial results.
+        driver: the driver API; None: the one of this process.
+    """
+    if not table.splits or device.type != "cuda" or tactics not in ("best", "split"):
+        return graph
+    driver = driver or driver_api.driver()
+    if driver is None:
+        return graph
+    gpu = gpu_of(driver, device.index)
+    chosen: dict[str, Graph] = {}
+    for op in table.splits:
+        for _, target in candidates(table.launches[op], gpu.sm, gpu.shared)[:1]:
+            first, body = table.tactics(op, target)[0], table.split(op, target)
+            if body is not None and (tactics == "split" or (first == "split" and not target.ptx)):
+                chosen[op] = body
+    log.info("%d of %d kernels are split on sm_%d", len(chosen), len(table.launches), gpu.sm)
+    return with_bodies(graph, chosen)
 
 
 def launchers(

@@ -70,12 +70,12 @@ class CompiledModule(nn.Module):
         self._signature.check(len(engine.graph.inputs), len(engine.graph.outputs))
         constants = dict(engine.constants)
         settings, trusted = settings or RuntimeSettings(), frozenset(trusted_ops)
-        streamer = stream(engine.graph, device, settings.weight_streaming_budget, trusted)
-        self._store = WeightStore(engine.graph, device, constants, engine.manifest.unused_names, streamer)
-        kernels, tools = kernels_and_tools(engine.kernels, engine.graph, device, settings)
+        graph, kernels, tools = kernels_and_tools(engine.kernels, engine.graph, device, settings)
+        streamer = stream(graph, device, settings.weight_streaming_budget, trusted)
+        self._store = WeightStore(graph, device, constants, engine.manifest.unused_names, streamer)
         profiles = engine.manifest.profiles
-        self.session = Session(engine.graph, self._store, settings, callables, trusted, kernels, profiles, tools)
-        self._apart = Apart(engine.graph, self._store)
+        self.session = Session(graph, self._store, settings, callables, trusted, kernels, profiles, tools)
+        self._apart = Apart(graph, self._store)
         self._ready = not self._store.parameters
 
     @property

@@ -20,6 +20,7 @@ from torch_rtx.ir import Dim, Node, Sym, TensorType, Value, dim_expr
 from torch_rtx.lowering.kernels.emit import Axis, Emitter, Operand, Scope, indent
 from torch_rtx.lowering.kernels.index import Index, constant, from_dim, linear, product, ravel, unravel, variable
 from torch_rtx.lowering.kernels.kernel import Kernel
+from torch_rtx.lowering.kernels.product import in_memory, operand
 from torch_rtx.lowering.kernels.region import Region
 from torch_rtx.lowering.kernels.source import assemble, blocks, is_wide
 from torch_rtx.lowering.kernels.tensor import (
@@ -60,6 +61,8 @@ class Attention:
     """The call that a region is built around, over leading dimensions (batch, heads) that all operands have.
 
     Attributes:
+        results: of the call, as the region has them: what it computes; or sums of values, the largest scores and the
+            sums of weights, for a range of the keys.
         lead, queries: sizes of the result; `rows` is `queries` times the heads that are packed.
         packed: how many heads of the last leading dimension share a block of rows.
         causal: a query sees the keys up to its own position.
@@ -74,6 +77,12 @@ class Attention:
     lead: tuple[Dim, ...]
     queries: Dim
     packed: int
+    results: tuple[Tensor, ...]
+
+    @property
+    def partial(self) -> bool:
+        """Whether this is for a range of the keys, and others will be added."""
+        return len(self.results) > 1
 
     @property
     def dtype(self) -> str:
@@ -156,6 +165,7 @@ def attention_of(region: Region) -> Attention:
         tuple(lead),
         queries,
         packed=1,
+        results=tuple(region.values[value.name] for value in node.outputs if value is not None),
     )
     return _packed(found)
 
@@ -298,7 +308,7 @@ class _Writer:
         self.sizes, self.blocks = sizes, cut
         # The scale goes into the exponent, with the base; a mask that is added comes between the two.
         self.added = found.mask is not None and found.mask.dtype != "bool"
-        self.early = self.added or found.scale <= 0
+        self.early = self.added or found.scale <= 0 or found.partial
         self.factor = LOG2E if self.early else found.scale * LOG2E
 
     # ---- tiles -------------------------------------------------------------------------------------------------------
@@ -324,8 +334,10 @@ class _Writer:
 
     def _operand(self, tensor: Tensor, rows: str, columns: str, lead: Position, row: Index) -> str:
         """A tile of a matrix product's operand: 0 where it has no elements."""
-        emitter = self.emitter
-        found = emitter.value(tensor, (*lead, row, variable(columns, tensor.shape[-1])))
+        emitter, position = self.emitter, (*lead, row, variable(columns, tensor.shape[-1]))
+        if not _is_plain(tensor) and in_memory(tensor) is not None:
+            return operand(emitter, tensor, position, self.found.dtype)
+        found = emitter.value(tensor, position)
         text = found.text
         whole = frozenset((rows, columns))
         masks = [axis.mask for axis in emitter.axes.values() if axis.mask]
@@ -360,8 +372,8 @@ class _Writer:
         lines.append(f"total = tl.zeros([{config.rows}], tl.float32)")
         lines.append(f"acc = tl.zeros([{config.rows}, {self.blocks['E']}], tl.float32)")
         self._walk()
-        # Rows that see no key at all are 0, as in PyTorch.
-        lines.append("acc = acc / tl.where(total == 0, 1, total)[:, None]")
+        if not found.partial:  # rows that see no key at all are 0, as in PyTorch
+            lines.append("acc = acc / tl.where(total == 0, 1, total)[:, None]")
         self._store()
         return lines
 
@@ -446,15 +458,18 @@ class _Writer:
     def _store(self) -> None:
         emitter, found = self.emitter, self.found
         self._tile("M", "E")
-        position = (*self.lead, self.row, variable("E", self.sizes["E"]))
-        shape = (*map(from_dim, found.lead), from_dim(found.queries), self.sizes["E"])
+        sizes = (*map(from_dim, found.lead), from_dim(found.queries))
+        texts = ("acc", "top[:, None]", "total[:, None]")
         for index, (output, type_) in enumerate(zip(self.region.outputs, self.region.types, strict=True)):
-            place = _position(output, position, shape)
-            for anchor in _anchors(output):
-                emitter.anchored[anchor, position] = Operand("acc", frozenset(("M", "E")))
+            anchors = _anchors(output)
+            which = found.results.index(anchors[0]) if anchors else 0
+            size, axes = (self.sizes["E"], frozenset(("M", "E"))) if which == 0 else (ONE, frozenset(("M",)))
+            position = (*self.lead, self.row, variable("E", size) if which == 0 else ZERO)
+            place = _position(output, position, (*sizes, size))
+            for anchor in anchors:
+                emitter.anchored[anchor, position] = Operand(texts[which], axes)
             value = emitter.value(output, place)
-            address = linear(place, map(from_dim, type_.strides))
-            emitter.store(f"out{index}", address, value, frozenset(("M", "E")))
+            emitter.store(f"out{index}", linear(place, map(from_dim, type_.strides)), value, axes)
 
 
 def _is_plain(tensor: Tensor) -> bool:

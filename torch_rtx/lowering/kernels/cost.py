@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import ceil, prod
 
 from torch_rtx.errors import Unsupported
@@ -31,6 +32,10 @@ LATENCY = 0.8  # of memory under load
 BARRIER = 0.03  # of a step
 OVERLAP = 0.8  # how much of what is not the bottleneck is hidden behind it
 KEPT, ALIKE = 12, 2  # configurations, and those of one tile among them
+PARTS = (2, 4, 8, 16)  # in which a depth is cut
+CLEAR = 1.15  # the gain that two kernels in the place of one must promise
+FILLED, TILE = 0.75, 64  # a chip is full with this many tiles of this size for each processor
+DEPTH = 32  # elements of a depth that every part has a multiple of
 
 
 @dataclass(frozen=True)
@@ -144,9 +149,11 @@ def _stride(of: Product) -> int | None:
     """How far apart neighbouring columns of the second operand are in memory; None if that is not one number."""
     column = variable("N", from_dim(of.columns))
     tensor, position = of.b, of.b_at(ZERO, column, (ZERO,) * (len(of.taps) + 1))
-    while isinstance(tensor, Move):
-        position = tensor.at(position)
-        tensor = tensor.source
+    while isinstance(tensor, Move | Map):
+        if isinstance(tensor, Map) and tensor.text != "{0}":
+            return None
+        position = tensor.at(position) if isinstance(tensor, Move) else position
+        tensor = tensor.source if isinstance(tensor, Move) else tensor.args[0]
     if not isinstance(tensor, Load):
         return None
     ((monomial, _),) = column.terms
@@ -171,14 +178,57 @@ def configurations(region: Region, of: Product, target: int, input_precision: st
         Unsupported: see `problem`.
     """
     precision = input_precision if target >= 80 else "ieee"
-    what, on = problem(region, of, target, precision), chip(target)
-    found = [(dots_time(what, config, target), config) for config in _dots(what, target)]
-    if isinstance(of.rows, int) and of.rows <= MOST_ROWS:
-        found += [(sums_time(what, config, on), config) for config in _sums(what)]
-    best = [config for _, config in sorted(found, key=lambda one: one[0])]
+    best = [config for _, config in _ranked(problem(region, of, target, precision), _few(of), target)]
     tiles = [(config.sums, config.block_m, config.block_n) for config in best]
     kept = [config for at, config in enumerate(best) if tiles[:at].count(tiles[at]) < ALIKE][:KEPT]
     return [replace(config, input_precision=precision) for config in kept]
+
+
+def _few(of: Product) -> bool:
+    """Whether there are so few rows that they need no tensor cores."""
+    return isinstance(of.rows, int) and of.rows <= MOST_ROWS
+
+
+@lru_cache(maxsize=1024)
+def _ranked(what: Problem, few: bool, target: int) -> list[tuple[float, GemmConfig]]:
+    """All configurations with their times, the fastest first."""
+    found = [(dots_time(what, config, target), config) for config in _dots(what, target)]
+    if few:
+        found += [(sums_time(what, config, chip(target)), config) for config in _sums(what)]
+    return sorted(found, key=lambda one: one[0])
+
+
+# ---- parts -----------------------------------------------------------------------------------------------------------
+
+
+def best_parts(region: Region, of: Product, target: int) -> int:
+    """In how many parts the depth of a product is best cut, so that they fill the chip; 1: in none, which is also the
+    answer where the gain is less than `CLEAR`.
+
+    Raises:
+        Unsupported: see `problem`.
+    """
+    what, on = problem(region, of, target), chip(target)
+    columns = typical(of.columns)  # of all accumulators
+    tiles = what.batch * ceil(what.rows / TILE) * ceil(columns / TILE)
+    if not isinstance(of.depth, int) or tiles > FILLED * on.processors:
+        return 1
+    whole = fastest = _ranked(what, _few(of), target)[0][0]
+    result = what.batch * what.rows * columns
+    operands = what.batch * (what.rows + columns * what.taps) * what.depth * SIZES[what.dtype]
+    best = 1
+    for parts in PARTS:
+        if of.depth % (parts * DEPTH) or tiles * parts > 2 * on.processors:
+            continue
+        moved = operands + 4 * parts * result
+        partial = replace(what, batch=what.batch * parts, columns=columns, accumulators=1, moved=moved, plain=True)
+        partial = replace(partial, depth=what.depth // parts)
+        rest = LAUNCH + (4 * parts * result + max(what.moved - operands, 0)) / (on.memory * 1e3)
+        time = _ranked(partial, _few(of), target)[0][0] + rest
+        if time >= fastest:
+            break  # more parts are no better
+        fastest, best = time, parts
+    return best if fastest * CLEAR <= whole else 1
 
 
 # ---- tensor cores ----------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch_rtx.ir import Dim, Graph, Node, TensorType, Value, typical_size
 from torch_rtx.lowering.kernels.attention import attention_configs, attention_kernel
+from torch_rtx.lowering.kernels.attention_parts import as_attention
 from torch_rtx.lowering.kernels.conv import conv_configs, conv_kernel
 from torch_rtx.lowering.kernels.gemm import gemm_configs, gemm_kernel
 from torch_rtx.lowering.kernels.kernel import Kernel
@@ -29,6 +30,7 @@ LARGE = {"gemm": 2e9, "conv": 2e9, "attention": 8e9}  # floating-point operation
 TYPICAL = 16  # a size that is known only at run time, and has no typical value
 
 
+@lru_cache(maxsize=1024)  # asked for by `split` to see whether there is code, and again for the code
 def generate(body: Graph, name: str, sm: int, which: int) -> Kernel | None:
     """The kernel that computes `body` on SM version `sm` (89), in its configuration number `which`; None if there are
     fewer.
@@ -42,7 +44,7 @@ def generate(body: Graph, name: str, sm: int, which: int) -> Kernel | None:
 
 @lru_cache(maxsize=1024)  # asked for once per configuration, and for equal regions of many layers
 def _prepared(body: Graph, sm: int) -> tuple[Region, Sequence[Any]]:
-    found = region(body)
+    found = region(as_attention(body))
     return found, FAMILIES[family(found)][0](found, sm)
 
 
@@ -59,7 +61,7 @@ def library(body: Graph, sm: int) -> str:
     Hopper, libraries use its asynchronous copies and warp specialization, which kernels here do not have yet: a plain
     product of 3072 x 768 x 3072 took 36 us against 23 on an H200, one of 128 x 3072 x 768 took 4.0 against 6.3.
     """
-    found = region(body)
+    found = region(as_attention(body))
     if found.anchor is None:
         return "none"
     return "faster" if sm == HOPPER and flops(found.anchor) > LARGE[family(found)] else "slower"
@@ -68,7 +70,7 @@ def library(body: Graph, sm: int) -> str:
 def flops(anchor: Node) -> float:
     """Floating-point operations of a product, convolution or attention, with `TYPICAL` for symbolic sizes."""
     operands = [value.type for value in anchor.inputs if isinstance(value.type, TensorType)]
-    (result,) = (value.type for value in anchor.outputs if value is not None)
+    result = next(value.type for value in anchor.outputs if value is not None)
     assert isinstance(result, TensorType)
     if ANCHORS[anchor.op] == "attention":
         keys = operands[1].shape[-2]
