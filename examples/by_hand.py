@@ -31,7 +31,7 @@ from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.pipeline import PIPELINE
 from torch_rtx.lowering.support import unsupported_reason
 from torch_rtx.lowering.symbols import Symbols
-from torch_rtx.runtime.reference import compile_graph
+from torch_rtx.runtime.code import compile_graph
 from torch_rtx.runtime.session import Session
 from torch_rtx.runtime.weights import WeightStore
 from torch_rtx.settings import CompilationSettings, RuntimeSettings

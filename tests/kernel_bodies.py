@@ -23,7 +23,7 @@ from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.region import Region, region
 from torch_rtx.lowering.kernels.split import split_in
 from torch_rtx.optable import ALLOWED
-from torch_rtx.runtime.reference import compile_graph, copy_strided
+from torch_rtx.runtime.code import compile_graph, copy_strided
 
 DTYPES = {
     "f64": torch.float64,

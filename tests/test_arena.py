@@ -17,7 +17,7 @@ from torch_rtx.ir import Node, evaluate
 from torch_rtx.lowering.kernels.generate import generate
 from torch_rtx.lowering.kernels.loops import loop_configs, loop_kernel
 from torch_rtx.lowering.kernels.region import region
-from torch_rtx.runtime.reference import compile_graph
+from torch_rtx.runtime.code import compile_graph
 
 PROGRAMS = 4  # of a loop; the interpreter takes its time for each
 

@@ -9,8 +9,8 @@ from benchmarks.numerics import assert_right
 from tests.test_gpu_kernels import FORMS, target_of
 from tests.test_kernel_split import BUILT, forced, kernel_graph, random_inputs
 from torch_rtx.backend.kernels import build_kernels
+from torch_rtx.runtime.code import compile_graph
 from torch_rtx.runtime.launch import launchers, with_splits
-from torch_rtx.runtime.reference import compile_graph
 from torch_rtx.runtime.session import Session
 from torch_rtx.runtime.weights import WeightStore
 from torch_rtx.settings import RuntimeSettings

@@ -19,7 +19,7 @@ from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.kernels.attention import AttentionConfig, attention_configs, attention_kernel, attention_of
 from torch_rtx.lowering.kernels.region import Region, region
 from torch_rtx.lowering.rewrite import Rewriter
-from torch_rtx.runtime.reference import compile_graph
+from torch_rtx.runtime.code import compile_graph
 from torch_rtx.targets import SHARED
 
 CPU = torch.device("cpu")

@@ -23,7 +23,7 @@ from torch_rtx.kerneltable import KernelTable
 from torch_rtx.lowering.kernels.generate import generate
 from torch_rtx.lowering.kernels.loops import loop_configs, loop_kernel
 from torch_rtx.lowering.kernels.region import region
-from torch_rtx.runtime.reference import compile_graph
+from torch_rtx.runtime.code import compile_graph
 from torch_rtx.settings import CompilationSettings
 
 CPU = torch.device("cpu")

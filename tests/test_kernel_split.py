@@ -26,8 +26,8 @@ from torch_rtx.lowering.kernels.generate import generate
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.split import split, split_in
 from torch_rtx.optable import ALLOWED
+from torch_rtx.runtime.code import compile_graph
 from torch_rtx.runtime.inline import with_bodies
-from torch_rtx.runtime.reference import compile_graph
 from torch_rtx.targets import PORTABLE, Target
 
 DTYPES = ("f16", "bf16", "f32")

@@ -36,7 +36,7 @@ from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.passes import hoist_weights
 from torch_rtx.lowering.pipeline import PIPELINE, lower
 from torch_rtx.lowering.rewrite import Rewriter
-from torch_rtx.runtime.reference import compile_graph
+from torch_rtx.runtime.code import compile_graph
 from torch_rtx.runtime.weights import WeightStore
 from torch_rtx.settings import CompilationSettings
 

@@ -19,9 +19,9 @@ from torch_rtx.ir import Dim, Graph, Sym, TensorType, contiguous, dim_expr, eval
 from torch_rtx.irparse import parse
 from torch_rtx.kerneltable import KernelTable
 from torch_rtx.runtime import plan as planning
+from torch_rtx.runtime.code import compile_graph
 from torch_rtx.runtime.inline import inline_kernels
 from torch_rtx.runtime.plan import PIECE, Buffer, Plan, best_packing, most_alive, neighbours, size_of
-from torch_rtx.runtime.reference import compile_graph
 from torch_rtx.runtime.session import Session
 from torch_rtx.runtime.weights import WeightStore
 from torch_rtx.settings import RuntimeSettings

@@ -14,8 +14,8 @@ from torch_rtx.errors import InvalidIR
 from torch_rtx.ir import Dim, Graph, Sym, dim_expr, verify
 from torch_rtx.irparse import parse
 from torch_rtx.optable import ALLOWED
+from torch_rtx.runtime.code import compile_graph
 from torch_rtx.runtime.inline import inline_kernels
-from torch_rtx.runtime.reference import compile_graph
 from torch_rtx.runtime.session import Session
 from torch_rtx.runtime.weights import WeightStore
 from torch_rtx.settings import RuntimeSettings

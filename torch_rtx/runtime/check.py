@@ -128,7 +128,7 @@ def _shape(type_: TensorType) -> str:
 
 def invert(dim: Dim, size: int, sizes: Mapping[str, int]) -> tuple[Sym, int] | None:
     """The symbol of `dim` that `sizes` lacks, and the number that makes `dim` about `size`: what generated code does to
-    bind its dims (`reference.solve`), in numbers. None where there are none or several, or `dim` does not determine it.
+    bind its dims (`code.solve`), in numbers. None where there are none or several, or `dim` does not determine it.
     """
     if isinstance(dim, Sym):
         return (dim, size) if dim.name not in sizes else None

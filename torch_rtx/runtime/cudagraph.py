@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from torch_rtx.ir import MAIN, Graph, ScalarType, TensorType, Value, dim_syms, type_dims
+from torch_rtx.runtime.code import EMPTY, Code, copy_strided, restride
 from torch_rtx.runtime.driver import checked, driver, new_stream
-from torch_rtx.runtime.reference import EMPTY, Code, copy_strided, restride
 from torch_rtx.runtime.weights import WeightStore
 
 log = logging.getLogger(__name__)

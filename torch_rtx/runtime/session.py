@@ -22,11 +22,11 @@ from torch_rtx.errors import InputError, SettingsError
 from torch_rtx.ir import Graph
 from torch_rtx.profiles import Profile
 from torch_rtx.runtime.check import check_inputs
+from torch_rtx.runtime.code import Code, compile_graph
 from torch_rtx.runtime.cudagraph import GraphPool, why_not
 from torch_rtx.runtime.job import Tools
 from torch_rtx.runtime.launch import Launcher
 from torch_rtx.runtime.plan import Memory
-from torch_rtx.runtime.reference import Code, compile_graph
 from torch_rtx.runtime.specialize import Specializer, Variant
 from torch_rtx.runtime.stats import Stats, stats_of
 from torch_rtx.runtime.weights import WeightStore

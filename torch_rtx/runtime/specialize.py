@@ -20,9 +20,9 @@ import torch
 from torch_rtx.ir import Graph, Node, dim_syms, kernel_nodes, type_dims
 from torch_rtx.runtime.background import attempt
 from torch_rtx.runtime.check import bind_sizes
+from torch_rtx.runtime.code import Code
 from torch_rtx.runtime.job import PORTABLE, REFERENCE, Job, Region, Tools
 from torch_rtx.runtime.launch import Launcher
-from torch_rtx.runtime.reference import Code
 from torch_rtx.settings import RuntimeSettings
 
 log = logging.getLogger(__name__)

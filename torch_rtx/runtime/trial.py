@@ -16,8 +16,8 @@ import torch
 from torch_rtx import aten
 from torch_rtx.errors import RtxError
 from torch_rtx.ir import Attr, Graph, Node, TensorType, Value
+from torch_rtx.runtime.code import Code, compile_graph
 from torch_rtx.runtime.launch import Launcher
-from torch_rtx.runtime.reference import Code, compile_graph
 
 Run = Callable[[], object]
 # Below this relative error two results are the same for the dtype, whatever the error of the calls happens to be.

@@ -18,7 +18,7 @@ import torch
 from torch_rtx import aten
 from torch_rtx.errors import RefitError
 from torch_rtx.ir import Graph, Parameter, TensorType
-from torch_rtx.runtime.reference import compile_graph, overwrite, restride
+from torch_rtx.runtime.code import compile_graph, overwrite, restride
 from torch_rtx.runtime.streaming import Streamer
 
 Tensors = Mapping[str, torch.Tensor]
