@@ -5,20 +5,33 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
 
 pytest.importorskip("triton")
 
+import torch_rtx
+from torch_rtx import CompilationSettings
+from torch_rtx.backend.cli import app
+from torch_rtx.cache.runtime import RuntimeCache
+from torch_rtx.cache.runtime_file import DeviceKey
 from torch_rtx.errors import KernelError
-from torch_rtx.ir import Graph
+from torch_rtx.ir import Graph, kernel_nodes
 from torch_rtx.irparse import parse
-from torch_rtx.kerneltable import Request, unpack
+from torch_rtx.kerneltable import Candidate, Request, unpack
 from torch_rtx.lowering.kernels.worker import build
 from torch_rtx.runtime import builder as builder_module
-from torch_rtx.runtime.builder import Builder
-from torch_rtx.runtime.knowledge import region_key
+from torch_rtx.runtime import knowledge
+from torch_rtx.runtime.bind import bind
+from torch_rtx.runtime.builder import BUILDER, Builder
+from torch_rtx.runtime.knowledge import Knowledge, region_key
+from torch_rtx.runtime.tools import versions
 
 
 def body(op: str = "exp", size: object = 100) -> Graph:
@@ -103,6 +116,56 @@ print(time.time(), flush=True)
     assert time.time() - float(finished) < 10
     with pytest.raises(ProcessLookupError):
         __import__("os").kill(int(pid), 0)
+
+
+def test_kernels_for_another_machine(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What a build machine puts in a runtime cache is all that a machine without Triton needs."""
+    model = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.LayerNorm(32)).eval()
+    shapes = ({0: torch.export.Dim("batch", min=2, max=64)},)
+    settings = CompilationSettings(device="cuda", targets="later", reuse_cached_engines=False)
+    module = torch_rtx.compile(model, (torch.ones(4, 16),), dynamic_shapes=shapes, settings=settings)
+    torch_rtx.save(module, tmp_path / "model.rtx")
+    file, graph = str(tmp_path / "gpus.sqlite"), module.engine.graph
+    (symbol,) = graph.syms
+    given = ["--gpu", "NVIDIA GeForce RTX 4090", "--sm", "89", "--driver", "12080", "--file", file]
+    for size in ([], ["--size", f"{symbol}=8"]):
+        done = CliRunner().invoke(app, ["cache", "runtime", "generate", str(tmp_path / "model.rtx"), *given, *size])
+        assert done.exit_code == 0, done.output
+        assert "kernels for NVIDIA GeForce RTX 4090" in done.output
+    BUILDER.close()
+
+    def nothing(*_: object) -> dict[str, Candidate]:
+        raise KernelError("the package triton is not installed")
+
+    store = RuntimeCache(file, DeviceKey("NVIDIA GeForce RTX 4090", 89, 13000, versions()))
+    for sizes in ({}, {symbol: 8}):
+        bodies = [node.body for node in kernel_nodes(bind(graph, sizes)) if node.body is not None]
+        wanted = {region_key(body): (body, 0) for body in bodies}
+        assert Knowledge(89, nothing, lambda: store).kernels(wanted).keys() == wanted.keys()
+    other = {**wanted, "more": (body(), 0)}
+    assert Knowledge(89, nothing, lambda: store).kernels(other).keys() == wanted.keys()
+    assert f"1 of {len(other)} kernels are not compiled: the package triton is not installed" in caplog.text
+    with pytest.raises(KernelError, match="not installed"):
+        Knowledge(89, nothing, lambda: store).kernels({"more": (body(), 0)})
+
+
+def test_kernels_of_another_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are compiled again, unless there is nothing here to compile them with."""
+    kept: dict[str, bytes] = {}
+    store = SimpleNamespace(get=lambda kind, key: kept.get(key), put=lambda kind, key, value: kept.update({key: value}))
+    built: list[int] = []
+
+    def count(bodies: Mapping[str, tuple[Graph, int]], sm: int) -> dict[str, Candidate]:
+        built.append(len(bodies))
+        return build(Request(bodies, sm))
+
+    def ask() -> int:
+        Knowledge(80, count, lambda: store).kernels({"k": (body(), 0)})  # type: ignore[arg-type,return-value]
+        return len(built)
+
+    for version, builds in (("3.7.1", 1), ("3.7.1", 1), ("3.8.0", 2), ("3.8.0", 2), (None, 2)):
+        monkeypatch.setattr(knowledge, "triton_version", lambda version=version: version)
+        assert ask() == builds
 
 
 def test_regions_are_known_by_what_they_compute() -> None:

@@ -28,7 +28,7 @@ def profile(
 
     try:
         module = modules_of.load(path, weights, device)
-        sizes = _sizes(module.engine.graph, size or [])
+        sizes = sizes_given(module.engine.graph, size or [])
         if weights is None and module.engine.weights is None:
             named = {p.name: p.type for p in module.engine.graph.parameters if not p.constant}
             module.refit(dict(zip(named, _made_up(named.values(), sizes, module.device), strict=True)))
@@ -43,7 +43,7 @@ def profile(
         raise typer.Exit(1) from None
 
 
-def _sizes(graph: Graph, given: Iterable[str]) -> dict[str, int]:
+def sizes_given(graph: Graph, given: Iterable[str]) -> dict[str, int]:
     """All sizes of the inputs that vary: as `given` says, or the typical ones that the engine was built with."""
     varying = {sym.name: sym for value in graph.inputs for dim in type_dims(value.type) for sym in dim_syms(dim)}
     sizes = {name: sym.typical for name, sym in varying.items() if sym.typical is not None}

@@ -104,6 +104,27 @@ def import_(
 
 
 @app.command()
+def generate(
+    engine: Annotated[Path, typer.Argument(help="An engine; its regions get kernels.")],
+    gpu: Annotated[str, typer.Option("--gpu", help="The GPU's name, as CUDA gives it.")],
+    sm: Annotated[int, typer.Option("--sm", help="Its SM version: 89.")],
+    driver: Annotated[int, typer.Option("--driver", help="The oldest driver, as CUDA counts: 12080.")],
+    size: Annotated[list[str] | None, typer.Option("--size", help="Of a symbol: s77=8. Else: for any sizes.")] = None,
+    file: File = None,
+) -> None:
+    """Compile the kernels of an engine for a GPU that need not be here, so that its first process finds them."""
+    from torch_rtx import engine as engine_file  # these take their time, and no other command needs them
+    from torch_rtx.backend.profile_cli import sizes_given
+    from torch_rtx.runtime.tools import pregenerate
+
+    with errors():
+        graph = engine_file.load(engine).graph
+        sizes = sizes_given(graph, size) if size else {}
+        count = pregenerate(graph, sizes, DeviceKey(gpu, sm, driver, ""), _path(file))
+    print(f"{count} kernels for {gpu}")
+
+
+@app.command()
 def prune(
     size: Annotated[str | None, typer.Option("--size", help="Keep at most so much: 100M, 2G.")] = None,
     days: Annotated[float | None, typer.Option("--days", help="Remove what was not used for so many days.")] = None,

@@ -12,9 +12,10 @@ import logging
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from importlib import metadata
 
-from torch_rtx.errors import InvalidIR
+from torch_rtx.errors import InvalidIR, KernelError
 from torch_rtx.ir import Graph
 from torch_rtx.kerneltable import Candidate, digest, read_launch, write_launch
 from torch_rtx.runtime.bind import without_locations
@@ -22,6 +23,7 @@ from torch_rtx.runtime.launch import Store
 
 log = logging.getLogger(__name__)
 Build = Callable[[Mapping[str, tuple[Graph, int]], int], Mapping[str, Candidate]]
+NO_MORE = b""  # the value of a kernel that there is none of
 KERNEL, TACTIC = "kernel", "tactic"  # kinds of entries
 CALLS, ENGINE, GENERATED = "calls", "engine", "generated"  # kinds of tactics
 
@@ -78,18 +80,25 @@ class Knowledge:
             candidate = None if stored is None else _read(stored, body)
             if candidate is not None:
                 found[key] = candidate
-            elif stored is None or stored:
+            elif stored != NO_MORE:
                 missing[key] = body, first
         if missing:
-            names = {name_of(key): key for key in missing}
-            built = self._build({name: missing[key] for name, key in names.items()}, self.sm)
-            for name, key in names.items():
-                candidate = built.get(name)
-                if candidate is not None:
-                    found[key] = candidate
-                if self._store is not None:
-                    value = b"" if candidate is None else _written(candidate)
-                    self._store.put(KERNEL, f"{key} {missing[key][1]}", value)
+            try:
+                found |= self._built(missing)
+            except KernelError as error:
+                if not found:
+                    raise
+                log.warning("%d of %d kernels are not compiled: %s", len(missing), len(wanted), error)
+        return found
+
+    def _built(self, missing: Mapping[str, tuple[Graph, int]]) -> dict[str, Candidate]:
+        """Compile kernels, and keep them."""
+        names = {name_of(key): key for key in missing}
+        built = self._build({name: missing[key] for name, key in names.items()}, self.sm)
+        found = {names[name]: candidate for name, candidate in built.items()}
+        if self._store is not None:
+            for key, (_, first) in missing.items():
+                self._store.put(KERNEL, f"{key} {first}", _written(found[key]) if key in found else NO_MORE)
         return found
 
     def tactic(self, key: str) -> Tactic | None:
@@ -123,18 +132,35 @@ def name_of(key: str) -> str:
     return f"region_{key[:16]}"
 
 
+@cache
+def triton_version() -> str | None:
+    """The version of Triton that is installed here; None: none is."""
+    try:
+        return metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def _written(candidate: Candidate) -> bytes:
     binaries = {name: b64encode(stored).decode() for name, stored in candidate.binaries.items()}
-    value = {"launch": write_launch(candidate.launch), "binaries": binaries, "config": candidate.config}
+    value = {
+        "launch": write_launch(candidate.launch),
+        "binaries": binaries,
+        "config": candidate.config,
+        "triton": triton_version(),
+    }
     return json.dumps(value).encode()
 
 
 def _read(stored: bytes, body: Graph) -> Candidate | None:
-    """The candidate; None if there is none, or it can't be read."""
-    if not stored:
+    """The candidate; None if there is none, it can't be read, or another Triton than the one that is here made it."""
+    if stored == NO_MORE:
         return None
     try:
         given = json.loads(stored)
+        if triton_version() not in (None, given["triton"]):
+            log.info("a kernel is compiled again: the one in the runtime cache is of triton %s", given["triton"])
+            return None
         binaries = {str(name): b64decode(text, validate=True) for name, text in given["binaries"].items()}
         launch = read_launch(given["launch"], body.syms)
         wanted = {variant.binary for variant in launch.variants}

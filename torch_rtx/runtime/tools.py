@@ -5,22 +5,24 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import replace
 from functools import cache, partial
-from importlib import metadata
 from pathlib import Path
 
 import torch
 
 from torch_rtx.cache.runtime import RuntimeCache
 from torch_rtx.cache.runtime_file import DeviceKey
-from torch_rtx.ir import Graph
+from torch_rtx.ir import Graph, kernel_nodes
 from torch_rtx.kerneltable import Candidate, KernelTable
 from torch_rtx.runtime import driver as driver_api
 from torch_rtx.runtime.background import BACKGROUND
+from torch_rtx.runtime.bind import bind
 from torch_rtx.runtime.builder import BUILDER
 from torch_rtx.runtime.driver import checked
 from torch_rtx.runtime.job import Tools
-from torch_rtx.runtime.knowledge import Knowledge
+from torch_rtx.runtime.knowledge import Knowledge, region_key
 from torch_rtx.runtime.launch import Gpu, Launcher, gpu_of, launchers, with_splits
 from torch_rtx.runtime.trial import microseconds
 from torch_rtx.settings import RuntimeSettings, runtime_cache_path
@@ -75,13 +77,26 @@ def device_key(gpu: Gpu, device: torch.device) -> DeviceKey:
     return DeviceKey(torch.cuda.get_device_name(device), gpu.sm, driver, versions())
 
 
+def pregenerate(graph: Graph, sizes: Mapping[str, int], device: DeviceKey, path: str) -> int:
+    """Put kernels for a GPU that need not be here in a runtime cache; returns how many there are.
+
+    Args:
+        graph: of an engine whose regions are formed.
+        sizes: numbers of its symbols, by name; none: for any sizes.
+        device: the GPU; its `versions` are filled in.
+
+    Raises:
+        KernelError: see `Builder.build`.
+    """
+    bodies = (node.body for node in kernel_nodes(bind(graph, sizes)) if node.body is not None)
+    wanted = {region_key(body): (body, 0) for body in bodies}
+    with closing(RuntimeCache(path, replace(device, versions=versions()))) as store:
+        return len(Knowledge(device.sm, BUILDER.build, lambda: store).kernels(wanted))
+
+
 @cache
 def versions() -> str:
-    """What makes kernels, in short: the sources of code generation and the version of Triton."""
+    """What generates kernels, in short: a digest of its sources."""
     home = Path(__file__).parents[1] / "lowering" / "kernels"
     sources = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(home.rglob("*.py"))))
-    try:
-        triton = metadata.version("triton")
-    except metadata.PackageNotFoundError:
-        triton = "none"
-    return f"kernels {sources.hexdigest()[:8]}, triton {triton}"
+    return f"kernels {sources.hexdigest()[:12]}"
