@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 
 from tests.interpreter import Interpreted
 from torch_rtx.errors import KernelError
-from torch_rtx.ir import Dim, Graph
-from torch_rtx.kerneltable import Candidate, Launch, Variant, pack
+from torch_rtx.ir import Dim, Graph, kernel_nodes
+from torch_rtx.kerneltable import Candidate, Launch, SplitCandidate, Variant, pack
 from torch_rtx.lowering.kernels.generate import generate, library
 from torch_rtx.lowering.kernels.kernel import Kernel
+from torch_rtx.lowering.kernels.split import split_in
 from torch_rtx.runtime.background import Background
 from torch_rtx.runtime.bind import bind_dim
 from torch_rtx.runtime.job import Tools
@@ -54,6 +55,7 @@ class Device:
         wrong: regions (by a part of their text) whose kernels compute nothing.
         broken: what building raises, if anything.
         calls: microseconds of runs that call libraries; launches take 1.
+        parts: how many those regions are cut in that can be.
         builds: per build how many regions were asked for.
     """
 
@@ -63,6 +65,7 @@ class Device:
     builds: list[int] = field(default_factory=list)
     kernels: dict[str, tuple[Kernel, bool]] = field(default_factory=dict)
     timed: int = 0
+    parts: int = 1
 
     def build(self, bodies: Mapping[str, tuple[Graph, int]], sm: int) -> dict[str, Candidate]:
         if self.broken is not None:
@@ -80,6 +83,15 @@ class Device:
                 found[name] = Candidate(launch, {digest: stored}, config)
         return found
 
+    def build_split(self, bodies: Mapping[str, tuple[Graph, int]], sm: int) -> dict[str, SplitCandidate]:
+        found = {}
+        for name, (body, _) in bodies.items():
+            divided = split_in(body, name, self.parts) if self.parts > 1 else None
+            if divided is not None:
+                inside = {node.op: (node.body, 0) for node in kernel_nodes(divided) if node.body is not None}
+                found[name] = SplitCandidate(divided, self.build(inside, sm))
+        return found
+
     def load(self, op: str, candidate: Candidate, pointers: int) -> Launcher:
         kernel, spoil = self.kernels[candidate.launch.aligned.binary]
         assert len(kernel.pointers) == pointers
@@ -90,4 +102,4 @@ class Device:
         return self.calls if "_aten_" in runs[0].func.source else 1.0  # type: ignore[attr-defined]
 
     def tools(self, background: Background, store: Store | None = None) -> Tools:
-        return Tools(Knowledge(SM, self.build, lambda: store), self.load, dict, self.time, background)
+        return Tools(Knowledge(SM, self, lambda: store), self.load, dict, self.time, background)

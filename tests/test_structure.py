@@ -35,7 +35,10 @@ ARROWS = {
         "targets",
         "kerneltable",
     },  # no torch: workers of a build start fast without it
-    "runtime": {"errors", "ir", "aten", "settings", "targets", "profiles", "kerneltable", "engine", "cache"},
+    "runtime": {
+        *("errors", "ir", "irparse", "optable", "aten", "settings", "targets", "profiles", "manifest", "kerneltable"),
+        *("engine", "cache"),
+    },
     "backend": {
         *("errors", "ir", "irparse", "aten", "settings", "targets", "profiles", "kerneltable", "engine", "cache"),
         *("lowering", "lowering.kernels", "runtime", "__init__"),

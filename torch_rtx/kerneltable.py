@@ -138,11 +138,25 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class SplitCandidate:
+    """A split body (see `Split`) with the kernels in it, by op."""
+
+    body: Graph
+    kernels: Mapping[str, Candidate]
+
+
+@dataclass(frozen=True)
 class Request:
-    """What to build: per name of a kernel its body and the first configuration to try, for one SM version."""
+    """What to build for one SM version.
+
+    Attributes:
+        bodies: per name of a kernel its body and the first configuration to try.
+        split: build split bodies instead, of the first configuration that fits.
+    """
 
     bodies: Mapping[str, tuple[Graph, int]]
     sm: int
+    split: bool = False
 
 
 def pack(binary: bytes) -> tuple[str, bytes]:

@@ -9,10 +9,11 @@ import threading
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from torch_rtx.errors import KernelError
 from torch_rtx.ir import Graph
-from torch_rtx.kerneltable import Candidate, Request
+from torch_rtx.kerneltable import Candidate, Request, SplitCandidate
 
 # What the process runs, with this very package wherever it is.
 MAIN = "import sys; sys.path.append(sys.argv[1]); from torch_rtx.lowering.kernels.worker import main; main()"
@@ -31,12 +32,21 @@ class Builder:
         Raises:
             KernelError: kernels can't be compiled here; it says why.
         """
+        found: dict[str, Candidate] = self._ask(Request(bodies, sm))
+        return found
+
+    def build_split(self, bodies: Mapping[str, tuple[Graph, int]], sm: int) -> dict[str, SplitCandidate]:
+        """What `worker.build_split` returns; else as `build`."""
+        found: dict[str, SplitCandidate] = self._ask(Request(bodies, sm, split=True))
+        return found
+
+    def _ask(self, request: Request) -> Any:
         with self._lock:
             try:
                 process = self._running()
                 assert process.stdin is not None
                 assert process.stdout is not None
-                pickle.dump(Request(bodies, sm), process.stdin)
+                pickle.dump(request, process.stdin)
                 process.stdin.flush()
                 answer = pickle.load(process.stdout)
             except (OSError, EOFError, pickle.UnpicklingError) as error:
@@ -44,8 +54,7 @@ class Builder:
                 raise KernelError(f"the process that compiles kernels ended: {type(error).__name__} {error}") from None
         if isinstance(answer, str):
             raise KernelError(answer)
-        found: dict[str, Candidate] = answer
-        return found
+        return answer
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is None or self._process.poll() is not None:

@@ -14,18 +14,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib import metadata
+from typing import Any, Protocol, TypeVar
 
 from torch_rtx.errors import InvalidIR, KernelError
-from torch_rtx.ir import Graph
-from torch_rtx.kerneltable import Candidate, digest, read_launch, write_launch
+from torch_rtx.ir import Graph, Type, Value, kernel_nodes, verify
+from torch_rtx.irparse import parse
+from torch_rtx.kerneltable import Candidate, SplitCandidate, digest, read_launch, write_launch
+from torch_rtx.manifest import Json
+from torch_rtx.optable import ALLOWED
 from torch_rtx.runtime.bind import without_locations
 from torch_rtx.runtime.launch import Store
 
 log = logging.getLogger(__name__)
-Build = Callable[[Mapping[str, tuple[Graph, int]], int], Mapping[str, Candidate]]
+T = TypeVar("T")
+Bodies = Mapping[str, tuple[Graph, int]]  # by name, with the first configuration to try
 NO_MORE = b""  # the value of a kernel that there is none of
 KERNEL, TACTIC = "kernel", "tactic"  # kinds of entries
-CALLS, ENGINE, GENERATED = "calls", "engine", "generated"  # kinds of tactics
+CALLS, ENGINE, GENERATED, SPLIT = TACTICS = ("calls", "engine", "generated", "split")
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class Tactic:
     """The way to run a region that was found to be the fastest.
 
     Attributes:
-        kind: CALLS, ENGINE (the kernel that the engine brought) or GENERATED.
+        kind: CALLS, ENGINE (the kernel that the engine brought), GENERATED or SPLIT.
         config: of the kernel that is launched.
         microseconds: what each way took, by name.
     """
@@ -43,16 +48,26 @@ class Tactic:
     microseconds: Mapping[str, float]
 
 
+class Compiler(Protocol):
+    """Compiles kernels: `Builder`."""
+
+    def build(self, bodies: Bodies, sm: int) -> Mapping[str, Candidate]:
+        """Per name the first kernel that fits, from a configuration on."""
+
+    def build_split(self, bodies: Bodies, sm: int) -> Mapping[str, SplitCandidate]:
+        """Per name the split body, if there is one."""
+
+
 class Knowledge:
     """Kernels and tactics for one SM version.
 
     Args:
-        build: compiles kernels, see `Builder.build`.
+        compiler: compiles kernels.
         open_store: opens what outlives the process, if anything does; called when it is first needed.
     """
 
-    def __init__(self, sm: int, build: Build, open_store: Callable[[], Store | None] = lambda: None) -> None:
-        self.sm, self._build, self._open_store = sm, build, open_store
+    def __init__(self, sm: int, compiler: Compiler, open_store: Callable[[], Store | None] = lambda: None) -> None:
+        self.sm, self._compiler, self._open_store = sm, compiler, open_store
 
     @cached_property
     def _store(self) -> Store | None:
@@ -64,41 +79,64 @@ class Knowledge:
         found: Store | None = self.__dict__.get("_store")
         return found
 
-    def kernels(self, wanted: Mapping[str, tuple[Graph, int]]) -> dict[str, Candidate]:
+    def kernels(self, wanted: Bodies) -> dict[str, Candidate]:
         """Per region the first kernel that fits from a configuration on; those that have none are left out.
 
         Args:
             wanted: bodies and configurations, by the keys of the regions.
 
         Raises:
-            KernelError: see `Builder.build`.
+            KernelError: see `Builder.build`; not where some were known.
         """
-        found: dict[str, Candidate] = {}
+        names = {key: f"{key} {first}" for key, (_, first) in wanted.items()}
+        return self._obtain(wanted, names, self._compiler.build, write_candidate, read_candidate)
+
+    def splits(self, wanted: Mapping[str, Graph]) -> dict[str, SplitCandidate]:
+        """Per region its split body with its kernels, where that is expected to be faster.
+
+        Args:
+            wanted: bodies, by the keys of the regions.
+
+        Raises:
+            KernelError: as `kernels`.
+        """
+        bodies = {key: (body, 0) for key, body in wanted.items()}
+        names = {key: f"{key} split" for key in wanted}
+        return self._obtain(bodies, names, self._compiler.build_split, write_split, read_split)
+
+    def _obtain(
+        self,
+        wanted: Bodies,
+        names: Mapping[str, str],
+        build: Callable[[Bodies, int], Mapping[str, T]],
+        write: Callable[[T], dict[str, Json]],
+        read: Callable[[Any, Graph], T],
+    ) -> dict[str, T]:
+        """What the store knows under these names, and else what can be built, which the store then gets."""
+        found: dict[str, T] = {}
         missing: dict[str, tuple[Graph, int]] = {}
         for key, (body, first) in wanted.items():
-            stored = None if self._store is None else self._store.get(KERNEL, f"{key} {first}")
-            candidate = None if stored is None else _read(stored, body)
-            if candidate is not None:
-                found[key] = candidate
+            stored = None if self._store is None else self._store.get(KERNEL, names[key])
+            known = None if stored is None else _read(stored, body, read)
+            if known is not None:
+                found[key] = known
             elif stored != NO_MORE:
                 missing[key] = body, first
-        if missing:
-            try:
-                found |= self._built(missing)
-            except KernelError as error:
-                if not found:
-                    raise
-                log.warning("%d of %d kernels are not compiled: %s", len(missing), len(wanted), error)
-        return found
-
-    def _built(self, missing: Mapping[str, tuple[Graph, int]]) -> dict[str, Candidate]:
-        """Compile kernels, and keep them."""
-        names = {name_of(key): key for key in missing}
-        built = self._build({name: missing[key] for name, key in names.items()}, self.sm)
-        found = {names[name]: candidate for name, candidate in built.items()}
-        if self._store is not None:
-            for key, (_, first) in missing.items():
-                self._store.put(KERNEL, f"{key} {first}", _written(found[key]) if key in found else NO_MORE)
+        if not missing:
+            return found
+        try:
+            built = build({name_of(key): entry for key, entry in missing.items()}, self.sm)
+        except KernelError as error:
+            if not found:
+                raise
+            log.warning("%d of %d kernels are not compiled: %s", len(missing), len(wanted), error)
+            return found
+        for key in missing:
+            made = built.get(name_of(key))
+            if made is not None:
+                found[key] = made
+            if self._store is not None:
+                self._store.put(KERNEL, names[key], NO_MORE if made is None else _written(write(made)))
         return found
 
     def tactic(self, key: str) -> Tactic | None:
@@ -109,7 +147,7 @@ class Knowledge:
         try:
             given = json.loads(stored)
             times = {str(name): float(time) for name, time in given["microseconds"].items()}
-            if given["kind"] not in (CALLS, ENGINE, GENERATED):
+            if given["kind"] not in TACTICS:
                 raise ValueError(given["kind"])
             return Tactic(given["kind"], int(given["config"]), times)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -141,19 +179,12 @@ def triton_version() -> str | None:
         return None
 
 
-def _written(candidate: Candidate) -> bytes:
-    binaries = {name: b64encode(stored).decode() for name, stored in candidate.binaries.items()}
-    value = {
-        "launch": write_launch(candidate.launch),
-        "binaries": binaries,
-        "config": candidate.config,
-        "triton": triton_version(),
-    }
-    return json.dumps(value).encode()
+def _written(value: dict[str, Json]) -> bytes:
+    return json.dumps({**value, "triton": triton_version()}).encode()
 
 
-def _read(stored: bytes, body: Graph) -> Candidate | None:
-    """The candidate; None if there is none, it can't be read, or another Triton than the one that is here made it."""
+def _read(stored: bytes, body: Graph, read: Callable[[Any, Graph], T]) -> T | None:
+    """What was stored; None if that is nothing, it can't be read, or another Triton made it than the one that is here."""
     if stored == NO_MORE:
         return None
     try:
@@ -161,12 +192,54 @@ def _read(stored: bytes, body: Graph) -> Candidate | None:
         if triton_version() not in (None, given["triton"]):
             log.info("a kernel is compiled again: the one in the runtime cache is of triton %s", given["triton"])
             return None
-        binaries = {str(name): b64decode(text, validate=True) for name, text in given["binaries"].items()}
-        launch = read_launch(given["launch"], body.syms)
-        wanted = {variant.binary for variant in launch.variants}
-        if wanted != binaries.keys() or any(digest(data) != name for name, data in binaries.items()):
-            raise ValueError("the binaries are not those of the launch")
-        return Candidate(launch, binaries, int(given["config"]))
+        return read(given, body)
     except (ValueError, TypeError, KeyError, AttributeError, InvalidIR) as error:
         log.warning("a kernel in the runtime cache can't be read, it is compiled again: %s", error)
         return None
+
+
+def write_candidate(candidate: Candidate) -> dict[str, Json]:
+    """A candidate as JSON."""
+    binaries = {name: b64encode(stored).decode() for name, stored in candidate.binaries.items()}
+    return {"launch": write_launch(candidate.launch), "binaries": binaries, "config": candidate.config}
+
+
+def read_candidate(given: Any, body: Graph) -> Candidate:
+    """Inverse of `write_candidate`, for a region of this body.
+
+    Raises:
+        TypeError, ValueError, KeyError, InvalidIR: not such JSON.
+    """
+    binaries = {str(name): b64decode(text, validate=True) for name, text in given["binaries"].items()}
+    launch = read_launch(given["launch"], body.syms)
+    wanted = {variant.binary for variant in launch.variants}
+    if wanted != binaries.keys() or any(digest(data) != name for name, data in binaries.items()):
+        raise ValueError("the binaries are not those of the launch")
+    return Candidate(launch, binaries, int(given["config"]))
+
+
+def write_split(candidate: SplitCandidate) -> dict[str, Json]:
+    """A split body with its kernels as JSON; the graph in its text form."""
+    kernels = {op: write_candidate(kernel) for op, kernel in candidate.kernels.items()}
+    return {"body": str(candidate.body), "kernels": kernels}
+
+
+def read_split(given: Any, body: Graph) -> SplitCandidate:
+    """Inverse of `write_split`, for a region of this body.
+
+    Raises:
+        TypeError, ValueError, KeyError, InvalidIR: not such JSON, or the split body does not take and return what
+            `body` does.
+    """
+    divided = parse(str(given["body"]))
+    verify(divided, ALLOWED)
+    inside = {node.op: node.body for node in kernel_nodes(divided)}
+    if _signature(divided) != _signature(body) or inside.keys() != given["kernels"].keys():
+        raise ValueError("the split body is not one of this region")
+    kernels = {op: read_candidate(given["kernels"][op], inner) for op, inner in inside.items() if inner is not None}
+    return SplitCandidate(divided, kernels)
+
+
+def _signature(body: Graph) -> tuple[list[Type], list[Type]]:
+    outputs = [attr.type for attr in body.outputs if isinstance(attr, Value)]
+    return [value.type for value in body.inputs], outputs

@@ -47,7 +47,7 @@ def kernels_and_tools(
     gpu = gpu_of(driver, device.index)
     BACKGROUND.on_stop(BUILDER.close)
     open_store = partial(_runtime_cache, gpu, device, settings)
-    knowledge = Knowledge(gpu.sm, BUILDER.build, open_store)
+    knowledge = Knowledge(gpu.sm, BUILDER, open_store)
     tools = Tools(
         knowledge,
         load=partial(_load, gpu),
@@ -91,7 +91,7 @@ def pregenerate(graph: Graph, sizes: Mapping[str, int], device: DeviceKey, path:
     bodies = (node.body for node in kernel_nodes(bind(graph, sizes)) if node.body is not None)
     wanted = {region_key(body): (body, 0) for body in bodies}
     with closing(RuntimeCache(path, replace(device, versions=versions()))) as store:
-        return len(Knowledge(device.sm, BUILDER.build, lambda: store).kernels(wanted))
+        return len(Knowledge(device.sm, BUILDER, lambda: store).kernels(wanted))
 
 
 @cache

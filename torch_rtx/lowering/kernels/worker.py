@@ -13,10 +13,12 @@ import sys
 from typing import BinaryIO
 
 from torch_rtx.errors import RtxError
-from torch_rtx.kerneltable import Candidate, Launch, Request, Variant, pack
+from torch_rtx.ir import kernel_nodes
+from torch_rtx.kerneltable import Candidate, Launch, Request, SplitCandidate, Variant, pack
 from torch_rtx.lowering.kernels.aot import Built, Code, compile_kernels
 from torch_rtx.lowering.kernels.generate import generate, library
 from torch_rtx.lowering.kernels.kernel import Kernel
+from torch_rtx.lowering.kernels.split import split
 from torch_rtx.targets import Target
 
 NICENESS = 10  # the program that waits for nobody comes first
@@ -44,6 +46,24 @@ def build(request: Request) -> dict[str, Candidate]:
     return found
 
 
+def build_split(request: Request) -> dict[str, SplitCandidate]:
+    """Per kernel its split body, if it has one that is expected to be faster, and all kernels in it fit.
+
+    Raises:
+        KernelError: see `compile_kernels`.
+    """
+    divided = {name: split(body, name, request.sm) for name, (body, _) in request.bodies.items()}
+    bodies = {name: body for name, body in divided.items() if body is not None}
+    inside = {name: {node.op: node.body for node in kernel_nodes(body)} for name, body in bodies.items()}
+    wanted = {op: (body, 0) for found in inside.values() for op, body in found.items() if body is not None}
+    built = build(Request(wanted, request.sm))
+    return {
+        name: SplitCandidate(bodies[name], {op: built[op] for op in found})
+        for name, found in inside.items()
+        if found.keys() <= built.keys()
+    }
+
+
 def launch_of(kernel: Kernel, built: Built, target: Target, rival: str) -> tuple[Launch, dict[str, bytes]]:
     """How a kernel is launched on the target that it was built for, and its binaries.
 
@@ -64,15 +84,16 @@ def launch_of(kernel: Kernel, built: Built, target: Target, rival: str) -> tuple
 
 
 def serve(requests: BinaryIO, answers: BinaryIO) -> None:
-    """Answer requests until there are no more: with what `build` returns, or with the error that it raised."""
+    """Answer requests until there are no more: with what `build` or `build_split` returns, or with the error that it
+    raised."""
     while True:
         try:
             request = pickle.load(requests)
         except EOFError:
             return
-        answer: dict[str, Candidate] | str
+        answer: dict[str, Candidate] | dict[str, SplitCandidate] | str
         try:
-            answer = build(request)
+            answer = build_split(request) if request.split else build(request)
         except (RtxError, OSError) as error:
             answer = str(error)
         except Exception as error:  # a bug, which the other process logs
