@@ -184,7 +184,7 @@ def _written(value: dict[str, Json]) -> bytes:
 
 
 def _read(stored: bytes, body: Graph, read: Callable[[Any, Graph], T]) -> T | None:
-    """What was stored; None if that is nothing, it can't be read, or another Triton made it than the one that is here."""
+    """What was stored; None if that is nothing, it can't be read, or another Triton than the one here made it."""
     if stored == NO_MORE:
         return None
     try:
@@ -200,7 +200,7 @@ def _read(stored: bytes, body: Graph, read: Callable[[Any, Graph], T]) -> T | No
 
 def write_candidate(candidate: Candidate) -> dict[str, Json]:
     """A candidate as JSON."""
-    binaries = {name: b64encode(stored).decode() for name, stored in candidate.binaries.items()}
+    binaries: dict[str, Json] = {name: b64encode(stored).decode() for name, stored in candidate.binaries.items()}
     return {"launch": write_launch(candidate.launch), "binaries": binaries, "config": candidate.config}
 
 
@@ -220,7 +220,7 @@ def read_candidate(given: Any, body: Graph) -> Candidate:
 
 def write_split(candidate: SplitCandidate) -> dict[str, Json]:
     """A split body with its kernels as JSON; the graph in its text form."""
-    kernels = {op: write_candidate(kernel) for op, kernel in candidate.kernels.items()}
+    kernels: dict[str, Json] = {op: write_candidate(kernel) for op, kernel in candidate.kernels.items()}
     return {"body": str(candidate.body), "kernels": kernels}
 
 
