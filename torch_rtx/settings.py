@@ -21,12 +21,12 @@ from torch_rtx.targets import parse_targets
 STRATEGIES = ("lazy", "eager", "none")
 TACTICS = ("best", "generated", "split", "library", "calls")
 CUDA_GRAPH_STRATEGIES = ("whole_graph_capture", "disabled")
-# What torch.compile's `mode=` means here. There is nothing to tune yet, so that three of the four agree.
+# What torch.compile's `mode=` means here. CUDA graphs are used in any case, so that two of the four agree.
 MODES: dict[str, dict[str, object]] = {
     "default": {},
     "reduce-overhead": {},
-    "max-autotune": {},
-    "max-autotune-no-cudagraphs": {"cuda_graph_strategy": "disabled"},
+    "max-autotune": {"specialization_strategy": "eager"},
+    "max-autotune-no-cudagraphs": {"specialization_strategy": "eager", "cuda_graph_strategy": "disabled"},
 }
 
 
