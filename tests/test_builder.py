@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -124,6 +126,44 @@ def test_a_process_that_dies(builder: Builder, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(builder_module, "MAIN", "raise SystemExit(3)")
     with pytest.raises(KernelError, match="the process that compiles kernels ended"):
         builder.build({"k": (body(), 0)}, 80)
+
+
+def test_an_interrupted_request_is_not_answered_later(builder: Builder) -> None:
+    def interrupt(_: object) -> None:
+        raise KeyboardInterrupt
+
+    with patch.object(builder_module.pickle, "load", interrupt), pytest.raises(KeyboardInterrupt):
+        builder.build({"k0": (body(), 0)}, 80)
+    assert set(builder.build({"k1": (body("sin"), 0)}, 80)) == {"k1"}
+
+
+def test_where_this_program_cannot_be_started_once_more(builder: Builder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A frozen application is its own Python: it would start itself."""
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    with pytest.raises(KernelError, match="this program is its own Python"):
+        builder.build({"k": (body(), 0)}, 80)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no process groups with signals")
+def test_an_interrupt_is_not_for_it(builder: Builder) -> None:
+    """Ctrl-C reaches all processes of a terminal or notebook."""
+    builder.build({"k": (body(), 0)}, 80)
+    first = builder._process
+    assert first is not None
+    first.send_signal(signal.SIGINT)
+    assert builder.build({"k": (body(), 0)}, 80)
+    assert builder._process is first
+
+
+def test_what_lies_in_the_current_folder_is_not_run(
+    builder: Builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process imports what this one does, from where this one does."""
+    for name in ("bisect", "pickle", "triton", "torch_rtx"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('not this one')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", ".")])
+    assert builder.build({"k": (body(), 0)}, 80)
 
 
 def test_the_end_of_the_program_waits_for_nothing() -> None:

@@ -182,6 +182,31 @@ def test_loaded_once_and_said(caplog: pytest.LogCaptureFixture) -> None:
     assert "1 of 1 kernels run from the engine's binaries on sm_90" in caplog.text
 
 
+def test_nobody_waits_for_what_the_driver_compiles() -> None:
+    """Another thread loads a binary meanwhile."""
+    driver, entered, leave = FakeDriver(SIZES), threading.Event(), threading.Event()
+    complete = driver.cuLinkComplete
+
+    def slow(state: list[object]) -> object:
+        entered.set()
+        assert leave.wait(30)
+        return complete(state)
+
+    driver.cuLinkComplete = slow  # type: ignore[method-assign,assignment]
+    compiling = threading.Thread(target=lambda: made(driver, launch(PTX, image=b"ptx text")))
+    compiling.start()
+    assert entered.wait(30)
+    loading = threading.Thread(target=lambda: made(driver, NATIVE))
+    loading.start()
+    loading.join(10)
+    waits = loading.is_alive()
+    leave.set()
+    compiling.join()
+    loading.join()
+    assert not waits
+    assert driver.loaded == [b"aligned 90", b"generic 90", b"compiled ptx text"]
+
+
 def test_large_shared_memory_is_asked_for() -> None:
     driver = FakeDriver(SIZES)
     assert made(driver, launch(Target(90), shared=48 << 10)) is not None
@@ -294,6 +319,16 @@ def test_threads_have_parameters_of_their_own() -> None:
     expected = {(16 * n, 16 * n, 16 * n, n, step, 0, 0) for n in (1, 2) for step in range(50)}
     assert len(driver.launched) == 100
     assert {found.parameters for found in driver.launched} == expected
+
+
+def test_making_a_launcher_changes_no_current_device() -> None:
+    """In a thread that has made no call of CUDA yet, a context would decide which device is the current one."""
+    driver = FakeDriver(SIZES)
+    launcher = made(driver, NATIVE)
+    assert launcher is not None
+    assert driver.cuCtxGetCurrent()[1] == 0
+    launcher((16, 16, 16), (1, 1), (1, 1, 1))
+    assert driver.cuCtxGetCurrent()[1] == 1100
 
 
 # ---- tactics ---------------------------------------------------------------------------------------------------------

@@ -16,7 +16,15 @@ from torch_rtx.ir import Graph
 from torch_rtx.kerneltable import Candidate, Request, SplitCandidate
 
 # What the process runs, with this very package wherever it is.
-MAIN = "import sys; sys.path.append(sys.argv[1]); from torch_rtx.lowering.kernels.worker import main; main()"
+# What is found here is found there, and nothing of the folder that the program happens to run in. Ctrl-C in a terminal
+# or a notebook reaches every process of a group; this one ends with its input.
+MAIN = """\
+import signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+sys.path[:] = sys.argv[1:]
+from torch_rtx.lowering.kernels.worker import main
+main()
+"""
 
 
 class Builder:
@@ -52,6 +60,9 @@ class Builder:
             except (OSError, EOFError, pickle.UnpicklingError) as error:
                 self.close()
                 raise KernelError(f"the process that compiles kernels ended: {type(error).__name__} {error}") from None
+            except BaseException:  # Ctrl-C: its answer would be taken for that of the next request
+                self.close()
+                raise
         if isinstance(answer, str):
             raise KernelError(answer)
         return answer
@@ -60,7 +71,9 @@ class Builder:
         if self._process is None or self._process.poll() is not None:
             if find_spec("triton") is None:
                 raise OSError("the package triton is not installed")
-            command = [sys.executable, "-c", MAIN, str(Path(__file__).parents[2])]
+            if getattr(sys, "frozen", False) or not sys.executable:
+                raise OSError("this program is its own Python, which can't be started once more")
+            command = [sys.executable, "-P", "-c", MAIN, *sys.path, str(Path(__file__).parents[2])]
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         return self._process
 

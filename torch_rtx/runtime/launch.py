@@ -194,11 +194,13 @@ class Gpu:
             RuntimeError: the driver refuses it.
         """
         driver, attributes = self.driver, self.driver.CUfunction_attribute
+        image = b""
+        if variant.binary not in self._modules:  # without the lock: compiling takes its time, loading does not
+            image = self._compiled(variant.binary, unpack(stored), store) if ptx else unpack(stored)
         with self._lock:
             checked(driver.cuCtxPushCurrent(self.context))
             try:
                 if variant.binary not in self._modules:
-                    image = self._compiled(variant.binary, unpack(stored), store) if ptx else unpack(stored)
                     self._modules[variant.binary] = checked(driver.cuModuleLoadData(image))
                 module = self._modules[variant.binary]
                 function = checked(driver.cuModuleGetFunction(module, variant.entry.encode()))
@@ -214,20 +216,24 @@ class Gpu:
         return function
 
     def _compiled(self, name: str, text: bytes, store: Store | None) -> bytes:
-        """The binary of PTX, compiled by the driver unless `store` has it. The context is current."""
+        """The binary of PTX, compiled by the driver unless `store` has it."""
         driver, key = self.driver, f"ptx {name}"
         known = None if store is None else store.get("kernel", key)
         if known is not None:
             return known
-        state = checked(driver.cuLinkCreate(0, [], []))
+        checked(driver.cuCtxPushCurrent(self.context))
         try:
-            kind, text = driver.CUjitInputType.CU_JIT_INPUT_PTX, text + b"\0"
-            checked(driver.cuLinkAddData(state, kind, text, len(text), name.encode(), 0, [], []))
-            status, address, size = driver.cuLinkComplete(state)
-            checked((status,))
-            binary = ctypes.string_at(int(address), size)
+            state = checked(driver.cuLinkCreate(0, [], []))
+            try:
+                kind, text = driver.CUjitInputType.CU_JIT_INPUT_PTX, text + b"\0"
+                checked(driver.cuLinkAddData(state, kind, text, len(text), name.encode(), 0, [], []))
+                status, address, size = driver.cuLinkComplete(state)
+                checked((status,))
+                binary = ctypes.string_at(int(address), size)
+            finally:
+                checked(driver.cuLinkDestroy(state))
         finally:
-            checked(driver.cuLinkDestroy(state))
+            checked(driver.cuCtxPopCurrent())
         if store is not None:
             store.put("kernel", key, binary)
         return binary
@@ -249,7 +255,18 @@ class _Parameters(threading.local):
         addresses: address of the array of the parameters' addresses.
     """
 
-    def __init__(self, gpu: Gpu, pointers: int, scalars: int, wide: bool) -> None:
+    buffer: Any
+    addresses: int
+
+    def __init__(self, *given: Any) -> None:
+        self._given = given
+
+    def __getattr__(self, name: str) -> Any:
+        """Makes both attributes at the first launch of a thread, and not before: then the device is the current one."""
+        self._make(*self._given)
+        return self.__dict__[name]
+
+    def _make(self, gpu: Gpu, pointers: int, scalars: int, wide: bool) -> None:
         gpu.enter()
         size = 8 if wide else 4
         nulls = -(-(8 * pointers + size * scalars) // 8) * 8
