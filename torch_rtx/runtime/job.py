@@ -9,20 +9,23 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from torch_rtx.errors import KernelError, RtxError
-from torch_rtx.ir import Graph, Node, kernel_nodes
+from torch_rtx.ir import Graph, Node, kernel_nodes, typical_size
 from torch_rtx.kerneltable import Candidate
 from torch_rtx.runtime.background import Background
 from torch_rtx.runtime.bind import bind, bind_node
+from torch_rtx.runtime.code import undisturbed
+from torch_rtx.runtime.driver import new_stream, relaxed
 from torch_rtx.runtime.knowledge import CALLS, ENGINE, GENERATED, Knowledge, Tactic, region_key
 from torch_rtx.runtime.launch import Launcher
+from torch_rtx.runtime.plan import TYPICAL
 from torch_rtx.runtime.trial import Run, Trial
 
 if TYPE_CHECKING:
@@ -83,27 +86,28 @@ class Job:
     """Takes `variant` up the tiers.
 
     Args:
-        sizes: of the symbols that the variant's graph has: what its kernels are checked with.
+        sizes: of the symbols that the variant is not for but its kernels are checked with.
     """
 
     def __init__(self, owner: Specializer, variant: Variant, sizes: Mapping[str, int], tools: Tools) -> None:
-        self.owner, self.variant, self.sizes, self.tools = owner, variant, sizes, tools
+        self.owner, self.variant, self.tools = owner, variant, tools
         self.generic = bool(sizes)
         self.end = time.monotonic() + owner.settings.tuning_seconds
-        self.kernels: dict[str, Launcher] = {}
-        self._compiled = owner.graph  # what the variant's code is for
+        self.graph = bind(owner.graph, variant.sizes)
+        # Sizes that depend on data are checked with a typical one.
+        self.sizes = {name: typical_size(sym, TYPICAL) for name, sym in self.graph.syms.items()} | dict(sizes)
+        self.kernels = {op: launcher.bound(variant.sizes) for op, launcher in variant.code.kernels.items()}
 
     def run(self) -> None:
         """Compile, check, swap; measure, swap. What goes wrong leaves the variant as it is then."""
         variant = self.variant
         try:
-            with torch.no_grad(), _current(self.owner.device):
-                variant.graph = bind(self.owner.graph, variant.sizes)
-                self.kernels = {op: launcher.bound(variant.sizes) for op, launcher in variant.kernels.items()}
+            with undisturbed(self.owner.device), _aside(self.owner.device):
                 variant.regions = regions = list(self.regions())
                 try:
                     self.specialize(regions)
                 except KernelError as error:  # nothing can be compiled here
+                    self.tools.background.step()  # or no more: the process ends
                     warn_once(f"{error}; only kernels that come with the engine are used")
                     brought = self.tools.jit().items()
                     self.kernels = {op: launcher.bound(variant.sizes) for op, launcher in brought} | self.kernels
@@ -118,7 +122,7 @@ class Job:
     def regions(self) -> Iterator[Region]:
         """The regions, those inside of others first."""
         found: dict[str, Region] = {}
-        for node in reversed(list(kernel_nodes(self.variant.graph))):
+        for node in reversed(list(kernel_nodes(self.graph))):
             assert node.body is not None
             region = found.setdefault(region_key(node.body), Region(region_key(node.body), node))
             if node.op not in region.ops:
@@ -132,6 +136,8 @@ class Job:
         for region in regions:
             region.tactic = None if self.generic else knowledge.tactic(region.key)
             kind = None if region.tactic is None else region.tactic.kind
+            if kind == ENGINE and not self.at_hand(region):
+                region.tactic = kind = None  # it was found with another engine
             if kind == GENERATED and region.tactic is not None:
                 wanted[region.key] = region.body, region.tactic.config
             elif kind != CALLS and not self.at_hand(region):
@@ -148,7 +154,7 @@ class Job:
         """Whether the engine has brought a kernel that is as good as one of rank 0."""
         if self.generic:
             return all(op in self.kernels for op in region.ops)
-        return self.owner.static and self.owner.is_native(region.node)
+        return region.node.op in self.owner.native
 
     def try_first(self, region: Region, candidate: Candidate) -> None:
         """Use a kernel if it is right. One that was measured was checked before."""
@@ -185,18 +191,18 @@ class Job:
 
     def swap(self) -> None:
         """Run the variant with the kernels that were found, from its next call on."""
-        variant, kernels = self.variant, dict(self.kernels)
-        same = kernels.keys() == variant.kernels.keys() and all(kernels[op] is variant.kernels[op] for op in kernels)
-        if not same or self._compiled is not variant.graph:
-            variant.code, variant.kernels = self.owner.compiled(variant.graph, kernels), kernels
-            self._compiled = variant.graph
+        variant, kernels, before = self.variant, dict(self.kernels), self.variant.code
+        same = kernels.keys() == before.kernels.keys() and all(kernels[op] is before.kernels[op] for op in kernels)
+        if not same or before.graph is not self.graph:
+            variant.code = self.owner.compiled(self.graph, kernels)
         if kernels:
             variant.tier = PORTABLE if self.generic else SPECIALIZED
         log.debug("%d kernels of %d regions are launched now", len(kernels), len(variant.regions))
 
     def tune(self, regions: Sequence[Region]) -> None:
         """Measure what is not known, as long as there is time, and use the fastest."""
-        rivals = {region.key: Rivals(self, region) for region in regions if region.tactic is None}
+        known = (region for region in regions if region.tactic is None and not region.body.syms)
+        rivals = {region.key: Rivals(self, region) for region in known}
         first = dict.fromkeys(rivals, 0)
         for _ in range(RANKS):
             if not first or time.monotonic() >= self.end:
@@ -204,6 +210,7 @@ class Job:
             try:
                 made = self.tools.knowledge.kernels({key: (rivals[key].region.body, first[key]) for key in first})
             except KernelError as error:
+                self.tools.background.step()
                 warn_once(f"nothing more is measured: {error}")
                 break
             for key, candidate in made.items():
@@ -265,8 +272,18 @@ def warn_once(message: str) -> None:
     log.warning("%s", message)
 
 
-def _current(device: torch.device) -> AbstractContextManager[object]:
-    """Makes `device` the current one, with a stream of its own."""
+@contextmanager
+def _aside(device: torch.device) -> Iterator[None]:
+    """Beside the calls of the program: on a stream that nobody else has, and whatever other threads capture."""
     if device.type != "cuda":
-        return nullcontext()
-    return torch.cuda.stream(torch.cuda.Stream(device))  # of the lowest priority, and on its device
+        yield
+        return
+    with torch.cuda.stream(_stream(device.index)), relaxed():
+        yield
+
+
+@cache
+def _stream(index: int) -> Any:
+    """The stream of jobs on a device: one, since the allocator keeps memory per stream. New streams are of the lowest
+    priority."""
+    return new_stream(torch.device("cuda", index))
