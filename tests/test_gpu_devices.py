@@ -80,3 +80,20 @@ def test_training_over_two_gpus() -> None:
     twin(x).square().sum().backward()
     for mine, other in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, other.grad)
+
+
+class Low(nn.Module):
+    """A weight that is a product of two: its recipe takes memory while it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(64, 8)), nn.Parameter(torch.randn(8, 64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ (self.a @ self.b).sin()
+
+
+def test_recipes_on_the_second_gpu() -> None:
+    model, x = Low().to("cuda:1"), torch.randn(4, 64, device="cuda:1")
+    with torch.no_grad():
+        torch.testing.assert_close(torch_rtx.compile(model, (x,))(x), model(x))

@@ -10,7 +10,8 @@ from tests.test_gpu_kernels import FORMS, target_of
 from tests.test_kernel_split import BUILT, forced, kernel_graph, random_inputs
 from torch_rtx.backend.kernels import build_kernels
 from torch_rtx.runtime.code import compile_graph
-from torch_rtx.runtime.launch import launchers, with_splits
+from torch_rtx.runtime.inline import launched
+from torch_rtx.runtime.launch import launchers
 from torch_rtx.runtime.session import Session
 from torch_rtx.runtime.weights import WeightStore
 from torch_rtx.settings import RuntimeSettings
@@ -29,10 +30,9 @@ def test_right(name: str, form: str) -> None:
     made, divide = forced(4)
     table, _ = build_kernels(graph, [target], made, divide=divide)
     device = torch.device("cuda", torch.cuda.current_device())
-    chosen = with_splits(table, graph, device, "split")
-    kernels = launchers(table, chosen, device, "split")
-    assert kernels.keys() == {"k_parts4", "k_sum4"}
-    session = Session(chosen, WeightStore(graph, device, {}), RuntimeSettings(), kernels=kernels)
+    kernels = launchers(table, graph, device, "split")
+    assert launched(kernels).keys() == {"k_parts4", "k_sum4"}
+    session = Session(graph, WeightStore(graph, device, {}), RuntimeSettings(), kernels=kernels)
     inputs = [tensor.to(device) for tensor in random_inputs(BUILT[name], 1000)]
     exact = compile_graph(BUILT[name], device)([x.double() if x.is_floating_point() else x for x in inputs], ())
     first, *others = [[tensor.clone() for tensor in session(inputs)] for _ in range(4)]

@@ -12,12 +12,12 @@ import torch
 
 from tests.fake_driver import STREAM, FakeDriver, Status
 from torch_rtx.errors import KernelError
-from torch_rtx.ir import Graph, Sym, verify
+from torch_rtx.ir import Graph, Sym
 from torch_rtx.irparse import parse
 from torch_rtx.kerneltable import KernelTable, Launch, Split, Variant, check, pack
 from torch_rtx.runtime import driver as driver_api
-from torch_rtx.runtime.inline import inline_kernels
-from torch_rtx.runtime.launch import Launcher, candidates, launchers, with_splits
+from torch_rtx.runtime.inline import Parts, inline_kernels, launched
+from torch_rtx.runtime.launch import Launcher, candidates, launchers
 from torch_rtx.targets import PTX, Target
 
 S = Sym("s")
@@ -420,22 +420,37 @@ def split_table(library: str, image: bytes = b"aligned 90") -> KernelTable:
 def test_split_bodies(tactics: str, library: str, expected: list[str]) -> None:
     table = split_table(library)
     check(table, NESTED)
-    graph = with_splits(table, NESTED, DEVICE, tactics, FakeDriver((8, 8, 8, 8)))
-    verify(graph)
-    found = launchers(table, graph, DEVICE, tactics, FakeDriver((8, 8, 8, 8)))
-    assert [node.op for node in inline_kernels(graph, found).nodes] == expected
-    assert {op for op in expected if not op.startswith("aten.")} <= found.keys()
-    assert ("parts" in found, "sum" in found) == ("parts" in expected, "sum" in expected)
+    found = launchers(table, NESTED, DEVICE, tactics, FakeDriver((8, 8, 8, 8)))
+    assert [node.op for node in inline_kernels(NESTED, found).nodes] == expected
+    assert {op for op in expected if not op.startswith("aten.")} <= launched(found).keys()
+    assert isinstance(found.get("anchored"), Parts) == (expected == ["parts", "sum"])
 
 
 def test_where_nothing_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
     table, driver = split_table("slower"), FakeDriver((8, 8, 8, 8))
-    assert with_splits(table, NESTED, torch.device("cpu"), "split", driver) == NESTED
-    assert with_splits(replace(table, splits={}), NESTED, DEVICE, "split", driver) == NESTED
+    assert launchers(table, NESTED, torch.device("cpu"), "split", driver) == {}
+    whole = launchers(replace(table, splits={}), NESTED, DEVICE, "split", driver)
+    assert isinstance(whole["anchored"], Launcher)
     other = FakeDriver((8, 8, 8, 8), (8, 0))  # the table has nothing for it
-    assert with_splits(table, NESTED, DEVICE, "split", other) == NESTED
+    assert launchers(table, NESTED, DEVICE, "split", other) == {}
     monkeypatch.setattr(driver_api, "driver", lambda: None)
-    assert with_splits(table, NESTED, DEVICE, "split") == NESTED
+    assert launchers(table, NESTED, DEVICE, "split") == {}
+
+
+def test_a_split_body_of_which_a_kernel_is_refused() -> None:
+    """The node's own kernel runs then."""
+    driver = FakeDriver((8, 8, 8, 8), refused=(b"generic 90",))
+    found = launchers(split_table("slower", b"generic 90"), NESTED, DEVICE, driver=driver)
+    assert isinstance(found["anchored"], Launcher)
+
+
+def test_split_bodies_for_given_sizes() -> None:
+    found = launchers(split_table("slower"), NESTED, DEVICE, driver=FakeDriver((8, 8, 8, 8)))["anchored"]
+    assert isinstance(found, Parts)
+    assert found.is_for(90)
+    assert not found.is_for(120)
+    bound = found.bound({"s": 7})
+    assert (bound.body, bound.kernels.keys()) == (SPLIT, {"parts", "sum", "loop"})
 
 
 def test_what_the_driver_would_compile_is_not_split_by_itself() -> None:
@@ -443,8 +458,8 @@ def test_what_the_driver_would_compile_is_not_split_by_itself() -> None:
     launches = {op: tuple(replace(one, targets=(PTX,)) for one in found) for op, found in table.launches.items()}
     table = replace(table, launches=launches, splits={"anchored": (Split((PTX,), SPLIT),)})
     driver = FakeDriver((8, 8, 8, 8))
-    assert with_splits(table, NESTED, DEVICE, "best", driver) == NESTED
-    assert [node.op for node in with_splits(table, NESTED, DEVICE, "split", driver).nodes] == ["parts", "sum"]
+    assert isinstance(launchers(table, NESTED, DEVICE, "best", driver)["anchored"], Launcher)
+    assert isinstance(launchers(table, NESTED, DEVICE, "split", driver)["anchored"], Parts)
 
 
 def test_tactics_of_a_table() -> None:

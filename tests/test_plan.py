@@ -138,6 +138,32 @@ def test_what_lies_in_the_arena() -> None:
         assert (memory.arena, memory.others, memory.peak) == (piece, 2 * piece, 3 * piece)
 
 
+def test_calls_that_return_what_they_were_given() -> None:
+    """Their schemas say that the results are new; they are parts of `a`, whose place nobody else may get."""
+    graph = parse("""\
+graph fused {
+  input x: f32[4, 64]
+  input w: f32[64, 64]
+  input v: f32[64, 64]
+  a: f32[4, 64] = extern aten.mm.default(self=x, mat2=w)
+  p: f32[2, 64], q: f32[2, 64] = extern aten.unsafe_split.Tensor(self=a, split_size=2)
+  b: f32[4, 64] = extern aten.mm.default(self=x, mat2=v)
+  c: f32[4, 64] = extern aten.mm.default(self=b, mat2=w)
+  d: f32[2, 64] = extern aten.mm.default(self=q, mat2=w)
+  r: f32[4, 64] = extern aten.lift.default(self=c)
+  d2: f32[4, 64] = extern aten.mm.default(self=x, mat2=v)
+  e: f32[4, 64] = extern aten.mm.default(self=d2, mat2=w)
+  f: f32[4, 64] = extern aten.mm.default(self=e, mat2=v)
+  return [p, d, r, f]
+}
+""")
+    x, w, v = torch.randn(4, 64), *(torch.randn(2, 64, 64) / 8)
+    p, d, r, f = compile_graph(graph, CPU)([x, w, v], [])
+    a, c = x @ w, x @ v @ w
+    for mine, other in zip((p, d, r, f), (a[:2], a[2:] @ w, c, c @ v), strict=True):
+        assert torch.equal(mine, other)
+
+
 def test_library_calls_write_to_the_arena() -> None:
     code = compile_graph(GRAPH, CPU)
     assert code.source.count("out=") == 2
@@ -178,7 +204,7 @@ def test_models(name: str) -> None:
     plan = Plan(graph, frozenset(), frozenset(graph.syms))
     arena = plan.memory(sizes).arena
     assert 0 < arena <= 1.05 * most_alive((b, typical(b.size)) for b in plan.buffers)
-    calls = Plan(inline_kernels(graph, ()), frozenset(), frozenset(graph.syms)).memory(sizes)
+    calls = Plan(inline_kernels(graph, {}), frozenset(), frozenset(graph.syms)).memory(sizes)
     assert arena <= 1.01 * calls.peak
 
 

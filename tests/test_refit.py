@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch_rtx
 from tests.ahead import IDS, IMAGE, Net, Tied, through_file
 from tests.compiled import same
 from torch_rtx.errors import EngineFormatError, RefitError, RtxError
+from torch_rtx.runtime import code, weights
 from torch_rtx.runtime.weights import WeightStore
 
 
@@ -297,3 +299,34 @@ def test_modules_that_are_not_compiled():
     for module in (Net(), nn.Identity()):
         with pytest.raises(RtxError, match="is not compiled"):
             torch_rtx.refit_module_weights(module, {})
+
+
+class Low(nn.Module):
+    """A weight that is a product of two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(16, 4)), nn.Parameter(torch.randn(4, 16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ (self.a @ self.b).sin()
+
+
+def test_recipes_have_no_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They compute in the dtypes of the capture, on the device of the weights, whatever is around a refit."""
+    other, x = Low(), torch.randn(2, 16)
+    devices: list[torch.device] = []
+
+    def undisturbed(device: torch.device) -> AbstractContextManager[None]:
+        devices.append(device)
+        return code.undisturbed(device)
+
+    monkeypatch.setattr(weights, "undisturbed", undisturbed)
+    module = torch_rtx.compile(Low(), (x,))
+    module.refit(other)
+    expected = module(x)
+    devices.clear()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        module.refit(other)
+        assert torch.equal(module(x), expected)
+    assert devices == [torch.device("cpu")]

@@ -3,9 +3,14 @@ device."""
 
 from __future__ import annotations
 
+import re
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -16,11 +21,14 @@ from torch import nn
 import torch_rtx
 from tests.emulated import Device, Emulated
 from torch_rtx.backend import reuse
-from torch_rtx.errors import SettingsError
+from torch_rtx.errors import KernelError, SettingsError
 from torch_rtx.kerneltable import KernelTable
+from torch_rtx.runtime import driver as driver_api
+from torch_rtx.runtime import job as jobs
+from torch_rtx.runtime import specialize
 from torch_rtx.runtime.background import Background
 from torch_rtx.runtime.job import PORTABLE, REFERENCE, SPECIALIZED
-from torch_rtx.runtime.knowledge import CALLS, KERNEL, TACTIC
+from torch_rtx.runtime.knowledge import CALLS, ENGINE, KERNEL, TACTIC
 from torch_rtx.runtime.session import Session
 from torch_rtx.settings import CompilationSettings, RuntimeSettings
 
@@ -58,16 +66,23 @@ def background() -> Iterator[Background]:
 
 
 def session(
-    device: Device, background: Background, settings: RuntimeSettings = LAZY, dynamic: bool = False, store: Any = None
+    device: Device,
+    background: Background,
+    settings: RuntimeSettings = LAZY,
+    dynamic: bool = False,
+    store: Any = None,
+    make: Callable[[], nn.Module] = Net,
+    x: torch.Tensor = X,
 ) -> tuple[Session, nn.Module]:
     """A session on the emulated device, of a graph as GPUs have it."""
-    model = Net().eval()
+    model = make().eval()
     shapes = ({0: torch.export.Dim("batch", min=2, max=64)},) if dynamic else None
     compilation = CompilationSettings(device="cuda", targets="sm_80", reuse_cached_engines=False)
     with patch.object(reuse, "kernels_of", lambda *_: KernelTable()):
-        module = torch_rtx.compile(model, (X,), dynamic_shapes=shapes, settings=compilation)
-    made = Session(module.engine.graph, module._store, settings, tools=device.tools(background, store))
-    return made, model
+        module = torch_rtx.compile(model, (x,), dynamic_shapes=shapes, settings=compilation)
+    graph, tools = module.engine.graph, device.tools(background, store)
+    of = module.session
+    return Session(graph, module._store, settings, of._callables, of._trusted_ops, tools=tools), model
 
 
 def right(made: Session, model: nn.Module, x: torch.Tensor = X) -> None:
@@ -86,11 +101,12 @@ def test_from_calls_to_kernels(background: Background) -> None:
     assert made.specializer.wait(60)
     assert (base.tier, base.ready) == (SPECIALIZED, True)
     assert base.code is not calls
-    ops = {node.op for node in base.graph.nodes}
-    assert ops <= set(base.kernels)  # there are some inside of others, too
+    ops = {node.op for node in base.code.graph.nodes}
+    assert ops <= set(base.code.kernels)  # there are some inside of others, too
+    kernels = {op: kernel for op, kernel in base.code.kernels.items() if isinstance(kernel, Emulated)}
+    before = {op: kernel.launches for op, kernel in kernels.items()}
     right(made, model)
-    launched = {op for op, kernel in base.kernels.items() if isinstance(kernel, Emulated) and kernel.launches}
-    assert launched == ops
+    assert {op for op, kernel in kernels.items() if kernel.launches > before[op]} == ops
 
 
 def test_no_call_waits(background: Background) -> None:
@@ -140,8 +156,8 @@ def test_wrong_kernels_are_not_used(background: Background, caplog: pytest.LogCa
     right(made, model)
     (bad,) = (region for region in made.specializer.base.regions if region.problems)
     assert "layer_norm" in str(bad.body)
-    assert not set(bad.ops) & set(made.specializer.base.kernels)
-    assert made.specializer.base.kernels
+    assert not set(bad.ops) & set(made.specializer.base.code.kernels)
+    assert made.specializer.base.code.kernels
     assert "its kernel is wrong: output 0 has a relative error of" in caplog.text
 
 
@@ -154,6 +170,43 @@ def test_what_cannot_be_compiled(background: Background, caplog: pytest.LogCaptu
         right(made, model)
         assert (made.specializer.base.tier, made.specializer.base.ready) == (REFERENCE, True)
     assert caplog.text.count("no compiler on this machine; only kernels that come with the engine are used") == 1
+
+
+class Product(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(torch.mm(x, x.t()) + 1)
+
+
+def test_products_that_write_to_a_place(background: Background, caplog: pytest.LogCaptureFixture) -> None:
+    """In float64, what kernels are checked against takes places of its own width."""
+    made, model = session(Device(), background, make=Product)
+    right(made, model)
+    assert made.specializer.wait(60)
+    assert made.specializer.base.code.kernels
+    assert "can't be tried" not in caplog.text
+    right(made, model)
+
+
+class Chosen(nn.Module):
+    """Computes with as many rows as the data says."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x[torch.nonzero(x[:, 0] > 0)[:, 0]] * 2 + 1) + x.exp().sum()
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_sizes_that_depend_on_data(background: Background, caplog: pytest.LogCaptureFixture, dynamic: bool) -> None:
+    """A kernel for any size is checked with a typical one, and not measured: no size recurs."""
+    made, model = session(Device(), background, dynamic=dynamic, make=Chosen)
+    for _ in range(3):
+        right(made, model)
+        assert made.specializer.wait(60)
+    assert caplog.text.count("making it faster failed") == 0
+    variant = made.current([X])
+    assert variant.tier == SPECIALIZED
+    assert {node.op for node in variant.code.graph.nodes if node.kind == "kernel"} <= variant.code.kernels.keys()
+    assert not any(region.tactic for region in variant.regions if region.body.syms)
+    right(made, model, torch.randn(4, 16))
 
 
 def test_a_bug_in_the_background(background: Background, caplog: pytest.LogCaptureFixture) -> None:
@@ -182,12 +235,72 @@ def test_the_fastest_stays(background: Background) -> None:
     found = tactics(made)
     anchored = {op for op, kind in found.items() if kind == CALLS}
     assert len(anchored) == 2
-    assert set(found) - anchored == set(made.specializer.base.kernels)
+    assert set(found) - anchored == set(made.specializer.base.code.kernels)
     region = next(region for region in made.specializer.base.regions if region.node.op in anchored)
     assert region.tactic is not None
     assert region.tactic.microseconds[CALLS] == 0.5
     assert len(region.tactic.microseconds) > 2
     right(made, model)
+
+
+def test_what_a_job_has_compiled_is_no_kernel_of_the_engine(background: Background) -> None:
+    made, model = session(Device(), background)
+    right(made, model)
+    assert made.specializer.wait(60)
+    measured = [region.tactic.microseconds for region in made.specializer.base.regions if region.tactic]
+    assert measured
+    assert not any(ENGINE in times for times in measured)
+
+
+def test_the_kernel_of_another_engine_was_the_fastest(background: Background) -> None:
+    """What is compiled in its place was never checked: it is now, and measured."""
+    memory = Memory()
+    made, model = session(Device(), background, store=memory)
+    right(made, model)
+    assert made.specializer.wait(60)
+    for kind, key in list(memory):
+        if kind == KERNEL:
+            del memory[kind, key]
+        else:
+            memory[kind, key] = b'{"kind": "engine", "config": 0, "microseconds": {"engine": 1.0}}'
+    device = Device(wrong="layer_norm")
+    again, model = session(device, background, store=memory)
+    right(again, model)
+    assert again.specializer.wait(60)
+    right(again, model)
+    assert device.timed
+    assert ENGINE not in tactics(again).values()
+
+
+class Deep(nn.Module):
+    """A product of few rows over a long depth."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc = nn.Linear(256, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.fc(x))
+
+
+def test_a_split_body_that_is_the_fastest(background: Background) -> None:
+    """It runs from then on, here and, through the runtime cache, elsewhere."""
+    memory, x = Memory(), torch.randn(4, 256)
+    known: dict[str, Any] = {}
+    for builds in (True, False):
+        device = Device(parts=4, kernels=known)
+        whole = device.time
+        device.time = lambda runs: 0.5 if "_parts4" in runs[0].func.source else whole(runs)  # type: ignore  # noqa: B023
+        made, model = session(device, background, store=memory, make=Deep, x=x)
+        right(made, model, x)
+        assert made.specializer.wait(60)
+        right(made, model, x)
+        (region,) = (region for region in made.stats().variants[0].regions if region.nodes)
+        assert region.launched
+        assert region.microseconds["split"] == 0.5
+        assert "_parts4" in made.current([x]).code.source
+        assert bool(device.builds) == bool(device.timed) == builds
 
 
 def test_measuring_is_bounded_in_time(background: Background) -> None:
@@ -214,9 +327,9 @@ def test_what_was_learnt_is_remembered(background: Background) -> None:
     assert again.specializer.wait(60)
     assert (second.builds, second.timed) == ([], 0)
     assert tactics(again) == tactics(made)
-    assert {op: k.kernel for op, k in again.specializer.base.kernels.items()} == {  # type: ignore[attr-defined]
+    assert {op: k.kernel for op, k in again.specializer.base.code.kernels.items()} == {  # type: ignore[attr-defined]
         op: k.kernel
-        for op, k in made.specializer.base.kernels.items()  # type: ignore[attr-defined]
+        for op, k in made.specializer.base.code.kernels.items()  # type: ignore[attr-defined]
     }
     right(again, model)
 
@@ -251,8 +364,8 @@ def test_sizes_that_recur(background: Background) -> None:
     assert specializer.wait(60)
     assert list(specializer.variants) == [(7,)]
     (variant,) = specializer.variants.values()
-    assert (variant.tier, variant.ready, variant.graph.syms) == (SPECIALIZED, True, {})
-    assert all(not kernel.scalars for kernel in variant.kernels.values())
+    assert (variant.tier, variant.ready, variant.code.graph.syms) == (SPECIALIZED, True, {})
+    assert all(not kernel.scalars for kernel in variant.code.kernels.values())
     for size in (3, 5, 7):
         right(made, model, torch.randn(size, 16))
     assert made.current([torch.randn(7, 16)]) is variant
@@ -268,6 +381,101 @@ def test_sizes_are_bounded(background: Background) -> None:
     assert set(made.specializer.variants) == {(2,), (4,)}
     for size in (2, 3, 4):
         right(made, model, torch.randn(size, 16))
+
+
+def test_what_is_remembered_of_calls_is_bounded(background: Background, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes that are all different, and numbers: a program may make calls for ever."""
+    monkeypatch.setattr(specialize, "MET_PER_SHAPE", 4)
+    monkeypatch.setattr(specialize, "MAX_KEYS", 16)
+    settings = RuntimeSettings(specialization_strategy="lazy", specialized_shapes=2, tuning_seconds=0)
+    made, model = session(Device(broken="none"), background, settings, dynamic=True)
+    for size in range(2, 40):
+        right(made, model, torch.randn(size, 16))
+    assert len(made.specializer._met) <= 8
+    right(made, model)
+    right(made, model)
+    for number in range(40):
+        made.specializer.variant(("key", number), [X], "lazy")
+    assert len(made.specializer._by_key) <= 16
+    assert list(made.specializer.variants) == [(4,)]
+
+
+def test_sizes_that_lost_their_place_are_not_compiled_for(background: Background) -> None:
+    """The background is busy meanwhile: of all the sizes that recurred, it works for those that are still there."""
+    device, entered, leave = Device(), threading.Event(), threading.Event()
+    settings = RuntimeSettings(specialization_strategy="lazy", specialized_shapes=1, tuning_seconds=0)
+    made, model = session(device, background, settings, dynamic=True)
+    background.submit(lambda: (entered.set(), leave.wait(60)), threading.Event())
+    assert entered.wait(60)
+    for size in (2, 2, 3, 3, 4, 4, 5, 5):
+        right(made, model, torch.randn(size, 16))
+    leave.set()
+    assert background.wait(60)
+    assert len(device.builds) == 2  # for all sizes, and for 5
+    assert made.specializer.variants[(5,)].tier == SPECIALIZED
+
+
+def test_eager_keeps_no_other_thread_waiting(background: Background) -> None:
+    """One call compiles; another one, which does not ask for that, goes on at new sizes."""
+    device, entered, leave = Device(), threading.Event(), threading.Event()
+    build = device.build
+
+    def slow(*args: Any) -> Any:
+        entered.set()
+        assert leave.wait(60)
+        return build(*args)
+
+    device.build = slow  # type: ignore[method-assign]
+    made, model = session(device, background, dynamic=True)
+
+    def eager() -> None:
+        with torch_rtx.runtime_settings(specialization_strategy="eager"):
+            made([X])
+
+    thread = threading.Thread(target=eager)
+    thread.start()
+    assert entered.wait(60)
+    waiting = threading.Thread(target=lambda: right(made, model, torch.randn(9, 16)))
+    waiting.start()
+    waiting.join(20)
+    alive = waiting.is_alive()
+    leave.set()
+    thread.join()
+    waiting.join()
+    assert not alive
+
+
+def test_an_interrupted_call_starts_over(background: Background) -> None:
+    """Ctrl-C while it compiles: no later call waits for it."""
+    settings = RuntimeSettings(specialization_strategy="eager", tuning_seconds=0)
+    device = Device()
+
+    def interrupted(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    made, model = session(device, background, settings, dynamic=True)
+    made.specializer.tools.knowledge._compiler = SimpleNamespace(build=interrupted)  # type: ignore[union-attr]
+    with pytest.raises(KeyboardInterrupt):
+        made([X])
+    made.specializer.tools.knowledge._compiler = device  # type: ignore[union-attr]
+    thread = threading.Thread(target=lambda: right(made, model), daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()
+    assert made.specializer.variants[(4,)].tier == SPECIALIZED
+
+
+def test_eager_in_a_call_with_autocast(background: Background, caplog: pytest.LogCaptureFixture) -> None:
+    """The dtypes of a graph are those of its capture, in what kernels are checked against, too."""
+    settings = RuntimeSettings(specialization_strategy="eager", tuning_seconds=0)
+    made, model = session(Device(wrong="linear"), background, settings)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (got,) = made([X])
+    with torch.no_grad():
+        torch.testing.assert_close(got, model(X), rtol=1e-4, atol=1e-5)
+    limits = re.findall(r"([\d.e-]+) is the most", caplog.text)
+    assert limits
+    assert all(float(limit) < 1e-4 for limit in limits)
 
 
 def test_eager_sizes(background: Background) -> None:
@@ -316,7 +524,7 @@ def test_stats(background: Background) -> None:
     everything, six = stats.variants
     assert (everything.sizes, everything.tier, everything.busy) == ({}, PORTABLE, False)
     assert (list(six.sizes.values()), six.tier, six.busy) == ([6], SPECIALIZED, False)
-    assert six.kernels == len(made.current([torch.randn(6, 16)]).kernels)
+    assert six.kernels == len(made.current([torch.randn(6, 16)]).code.kernels)
     assert {region.where.split(" ")[0] for region in six.regions if region.nodes} == {"up", "norm", "@"}
     bad = [region for region in six.regions if region.problems]
     assert [region.launched for region in bad] == [False]
@@ -400,6 +608,90 @@ def test_stopping_drops_what_waits() -> None:
     assert dropped.wait(10)
     assert late.is_set()
     assert closed == [1]
+
+
+def test_stopping_is_no_failure(caplog: pytest.LogCaptureFixture) -> None:
+    """What compiles is ended while a job waits for it: that is no reason to warn, or to let the driver compile."""
+    background, device, entered, leave = Background(), Device(), threading.Event(), threading.Event()
+
+    def build(*_: Any) -> Any:
+        entered.set()
+        leave.wait(60)
+        raise KernelError("the process that compiles kernels ended: EOFError")
+
+    asked: list[int] = []
+    device.build = build  # type: ignore[method-assign]
+    made, model = session(device, background)
+    tools = replace(made.specializer.tools, jit=lambda: asked.append(1) or {})  # type: ignore[type-var]
+    made.specializer.tools = tools
+    background.on_stop(leave.set)
+    background.on_stop(leave.set)
+    assert len(background._closing) == 1
+    right(made, model)
+    assert entered.wait(60)
+    background.stop()
+    assert made.specializer.wait(60)
+    assert (asked, caplog.text.count("process that compiles")) == ([], 0)
+
+
+def test_a_job_that_ends_its_thread() -> None:
+    """Whatever it raises, nobody waits for it for ever, and the next job runs."""
+    background, done, later = Background(), threading.Event(), threading.Event()
+    background.submit(lambda: sys.exit(1), done)
+    assert done.wait(10)
+    background.submit(lambda: None, later)
+    assert later.wait(10)
+    background.stop()
+
+
+def test_no_thread_is_no_reason_to_fail(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    background, done = Background(), threading.Event()
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    background.submit(lambda: None, done)
+    assert done.is_set()
+    assert "nothing is made faster: can't create new thread" in caplog.text
+
+
+class Modes:
+    """Stands for the driver: what a thread may do while others capture."""
+
+    CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_RELAXED=2)
+
+    def __init__(self) -> None:
+        self.mode = 0
+
+    def cuThreadExchangeStreamCaptureMode(self, mode: int) -> tuple[int, int]:
+        before, self.mode = self.mode, mode
+        return 0, before
+
+
+def test_jobs_do_not_break_captures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's captures forbid every thread to allocate and to load; jobs are exempt, and keep to one stream."""
+    driver, streams, seen = Modes(), [], []
+
+    @contextmanager
+    def stream(given: object) -> Iterator[None]:
+        streams.append(given)
+        yield
+
+    monkeypatch.setattr(driver_api, "driver", lambda: driver)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(jobs, "new_stream", lambda device: object())
+    for _ in range(2):
+        with suppress(ZeroDivisionError), jobs._aside(torch.device("cuda", 7)):
+            seen.append(driver.mode)
+            1 / 0  # noqa: B018
+        assert driver.mode == 0
+    assert seen == [2, 2]
+    assert streams[0] is streams[1]
+    monkeypatch.setattr(driver_api, "driver", lambda: None)
+    with driver_api.relaxed():
+        assert driver.mode == 0
+    jobs._stream.cache_clear()
 
 
 def test_a_model_that_is_gone_needs_no_kernels(background: Background) -> None:

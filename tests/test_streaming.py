@@ -267,6 +267,23 @@ def test_weight_uses() -> None:
     assert {name for name, use in uses.items() if use.fixed} == {"c", "d", "e", "f", "g"}
 
 
+def test_a_view_that_does_not_say_so_is_one() -> None:
+    """What `_unsafe_view` returns lies in the memory of the weight."""
+    graph = parse("""\
+graph fused {
+  input x: f32[64, 64]
+  parameter 'a': f32[64, 64]
+  weight w: f32[64, 64] = 'a'
+  v: f32[64, 64] = extern aten._unsafe_view.default(self=w, size=[64, 64])
+  b: f32[64, 64] = extern aten.exp.default(self=x)
+  c: f32[64, 64] = extern aten.mm.default(self=b, mat2=v)
+  return [c]
+}
+""")
+    (use,) = weight_uses(graph)
+    assert use.spans == ((0, 2),)
+
+
 class Constant(nn.Module):
     """A tensor that no state dict has, and one that is computed from it alone."""
 

@@ -18,7 +18,7 @@ from torch_rtx.ir import MAIN, Attr
 from torch_rtx.optable import ALLOWED
 
 __all__ = [
-    *("ALLOWED", "DTYPES", "OUT", "STRIDED"),
+    *("ALLOWED", "DTYPES", "MAY_ALIAS", "OUT", "STRIDED"),
     *("dtype_name", "is_random", "is_view", "out_of", "overload", "schema", "to_torch"),
 ]
 
@@ -42,6 +42,10 @@ STRIDED = frozenset(
 ) | {"aten.view.dtype", "aten.view_as_complex.default"}
 # Library calls that write to a given place by themselves; what others call `out=` is a copy afterwards.
 OUT = frozenset(f"aten.{name}.default" for name in ("mm", "addmm", "bmm", "baddbmm"))
+# Calls whose results may be what they were given, or parts of it, though their schemas say that these are new.
+MAY_ALIAS = frozenset(
+    f"aten.{name}" for name in ("_unsafe_view.default", "lift.default", "native_dropout.default", "unsafe_split.Tensor")
+)
 _OPTIONAL = re.compile(r"Optional\[(.*)\]")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

@@ -133,8 +133,8 @@ def _bind(
     store = WeightStore(program.graph, program.device, program.constants)
     # The fallbacks come from a model of this process, not from a file: there is nobody to distrust.
     called = frozenset(node.op for node in program.graph.nodes if node.kind == "fallback")
-    graph, kernels, tools = kernels_and_tools(program.kernels, program.graph, program.device, runtime)
-    template = Session(graph, store, runtime, program.callables, called, kernels, tools=tools)
+    kernels, tools = kernels_and_tools(program.kernels, program.graph, program.device, runtime)
+    template = Session(program.graph, store, runtime, program.callables, called, kernels, tools=tools)
     program.dump("run.py", template.source)
     sessions = _Sessions(template)
     used = {parameter.name for parameter in store.parameters}

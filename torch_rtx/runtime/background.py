@@ -53,7 +53,12 @@ class Background:
                 done.set()
                 return
             if self._thread is None or not self._thread.is_alive() or self._process != os.getpid():
-                self._start()  # the first job, or the first in a process that was forked
+                try:
+                    self._start()  # the first job, or the first in a process that was forked
+                except RuntimeError as error:  # the process ends, or has too many threads: no reason to fail a call
+                    log.warning("nothing is made faster: %s", error)
+                    done.set()
+                    return
             self._waiting = [event for event in self._waiting if not event.is_set()] + [done]
             self._jobs.put((job, done))
 
@@ -65,20 +70,25 @@ class Background:
         return all(event.wait(None if end is None else max(0.0, end - time.monotonic())) for event in waiting)
 
     def _start(self) -> None:
-        if self._thread is None:
-            atexit.register(self.stop)
         if self._process not in (0, os.getpid()):
             self._jobs = queue.SimpleQueue()
         self._process = os.getpid()
-        self._thread = threading.Thread(target=self._work, args=(self._jobs,), name="torch_rtx", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._work, args=(self._jobs,), name="torch_rtx", daemon=True)
+        thread.start()
+        if self._thread is None:
+            atexit.register(self.stop)
+        self._thread = thread
 
     def _work(self, jobs: queue.SimpleQueue[tuple[Job, threading.Event] | None]) -> None:
         while (entry := jobs.get()) is not None:
             job, done = entry
-            if not self.stopping:
-                attempt(job)
-            done.set()
+            try:
+                if not self.stopping:
+                    attempt(job)
+            except BaseException as error:  # there is nobody here whom it could end or interrupt
+                log.warning("making it faster was ended by %r", error)
+            finally:
+                done.set()
             del job, entry  # what a job holds may be large
 
     def step(self) -> None:
@@ -91,9 +101,10 @@ class Background:
             raise Stopped
 
     def on_stop(self, close: Callable[[], None]) -> None:
-        """Call `close`, which ends what a job may be waiting for, when the process ends."""
+        """Call `close`, which ends what a job may be waiting for, when the process ends; once, if it comes again."""
         with self._lock:
-            self._closing.append(close)
+            if close not in self._closing:
+                self._closing.append(close)
 
     def stop(self) -> None:
         """Run no more jobs; wait for the step that runs."""

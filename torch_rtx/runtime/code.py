@@ -13,6 +13,7 @@ import linecache
 import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,9 +35,9 @@ from torch_rtx.ir import (
     dim_syms,
     type_dims,
 )
-from torch_rtx.runtime.inline import in_place, inline_kernels
-from torch_rtx.runtime.launch import Launcher
-from torch_rtx.runtime.plan import MAY_ALIAS, Plan
+from torch_rtx.runtime.inline import in_place, inline_kernels, launched
+from torch_rtx.runtime.launch import Launcher, Way
+from torch_rtx.runtime.plan import Plan, aliases
 from torch_rtx.runtime.streaming import Lines, Streamer
 from torch_rtx.targets import ALIGNMENT
 
@@ -50,11 +51,14 @@ class Code:
     Attributes:
         source: its text.
         plan: its memory.
+        graph, kernels: what it was made of, and what it launches.
     """
 
     run: Runner
     source: str
     plan: Plan
+    graph: Graph
+    kernels: Mapping[str, Way]
 
     def __call__(self, inputs: Sequence[Any], weights: Sequence[torch.Tensor]) -> list[Any]:
         """The outputs."""
@@ -70,7 +74,7 @@ EMPTY: dict[str, Callable[..., torch.Tensor]] = {
 # A tensor in the memory of another of its dtype, without that cost.
 PLACED: Callable[..., torch.Tensor] = torch._C._dynamo.guards._reinterpret_tensor  # type: ignore[attr-defined]
 # A library call may return other strides than its fake: a view of the captured sizes must then be allowed to copy.
-RELAXED = dict.fromkeys(MAY_ALIAS, torch.ops.aten.reshape.default)
+RELAXED = dict.fromkeys(("aten.view.default", "aten._unsafe_view.default"), torch.ops.aten.reshape.default)
 
 
 def restride(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
@@ -104,13 +108,24 @@ def overwrite(target: torch.Tensor, source: torch.Tensor) -> None:
         target.copy_(source)
 
 
+@contextmanager
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """Around the code of a graph for `device`: it has no gradients, its casts were resolved at capture, and its memory
+    and kernels are those of the current device."""
+    kind = device.type
+    autocast = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    elsewhere = kind == "cuda" and torch._C._cuda_getDevice() != device.index
+    with torch.no_grad(), autocast, torch.cuda.device(device) if elsewhere else nullcontext():
+        yield
+
+
 def compile_graph(
     graph: Graph,
     device: torch.device,
     callables: Sequence[Callable[..., Any]] = (),
     trusted_ops: frozenset[str] = frozenset(),
     name: str = "graph",
-    kernels: Mapping[str, Launcher] | None = None,
+    kernels: Mapping[str, Way] | None = None,
     probe: Callable[[], None] | None = None,
     streamer: Streamer | None = None,
 ) -> Code:
@@ -120,7 +135,8 @@ def compile_graph(
         device: the device that MAIN stands for.
         callables: what the `python` fallback nodes call, by index.
         trusted_ops: operators outside the allow-list that fallback nodes may name.
-        kernels: see `runtime.launch`; their device must be the current one when the function is called.
+        kernels: ways to run kernel nodes, see `runtime.launch`; their device must be the current one when the function
+            is called.
         probe: what the function calls before the first node and after each; for measuring.
         streamer: brings weights to the device; the function must then be called in a turn of it.
 
@@ -128,7 +144,7 @@ def compile_graph(
         InvalidIR: an op that does not exist here, or a dim that no input determines.
     """
     kernels = kernels or {}
-    writer = _Writer(inline_kernels(graph, kernels), device, callables, trusted_ops, kernels, probe)
+    writer = _Writer(inline_kernels(graph, kernels), device, callables, trusted_ops, launched(kernels), probe)
     if streamer is not None:
         writer.names["_stream"], writer.streaming = streamer, streamer.lines(graph, in_place(graph, kernels))
     source = writer.write()
@@ -137,7 +153,7 @@ def compile_graph(
     exec(compile(source, file, "exec"), writer.names)
     run: Runner = writer.names["run"]
     weakref.finalize(run, linecache.cache.pop, file, None)
-    return Code(run, source, writer.plan)
+    return Code(run, source, writer.plan, graph, kernels)
 
 
 @dataclass
@@ -214,15 +230,12 @@ class _Writer:
             for weight in self.graph.weights
             if not weight.names
             or not constants.isdisjoint(weight.names)
-            or (weight.recipe is not None and not all(map(self.is_view, weight.recipe.nodes)))
+            or (weight.recipe is not None and not all(aten.is_view(aten.overload(n.op)) for n in weight.recipe.nodes))
         }
         for node in self.graph.nodes:
-            if (self.is_view(node) or node.writes) and any(value.name in kept for value in node.inputs):
+            if aliases(node, self.trusted_ops) and any(value.name in kept for value in node.inputs):
                 kept.update(value.name for value in node.outputs if value is not None)
         return kept
-
-    def is_view(self, node: Node) -> bool:
-        return node.kind != "kernel" and node.op != "python" and aten.is_view(aten.overload(node.op, self.trusted_ops))
 
     def last_uses(self) -> list[list[str]]:
         """Per node, the values to drop after it. Inputs and weights are dropped too: the caller decides about those."""
@@ -418,4 +431,4 @@ def solve(dim: Dim, place: str, known: set[str]) -> Iterator[tuple[str, str]]:
     yield from solve(unknown[0], f"({place} // ({rest}))" if dim.op == "*" else f"({place} - {rest})", known)
 
 
-__all__ = ["Code", "Runner", "compile_graph", "copy_strided", "overwrite", "restride", "solve"]
+__all__ = ["Code", "Runner", "compile_graph", "copy_strided", "overwrite", "restride", "solve", "undisturbed"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -28,6 +30,22 @@ def checked(answer: tuple[Any, ...]) -> Any:
     if status != 0:
         raise RuntimeError(f"CUDA driver: {status.name}")
     return results[0] if results else None
+
+
+@contextmanager
+def relaxed() -> Iterator[None]:
+    """Let this thread allocate memory, load code and wait while others capture CUDA graphs. PyTorch's captures forbid
+    that to all threads by default, and fail when one does it nevertheless."""
+    cuda = driver()
+    if cuda is None:
+        yield
+        return
+    exchange = cuda.cuThreadExchangeStreamCaptureMode
+    before = checked(exchange(cuda.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED))
+    try:
+        yield
+    finally:
+        checked(exchange(before))
 
 
 def new_stream(device: torch.device) -> Any:

@@ -9,20 +9,24 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from torch_rtx.errors import KernelError, RtxError
-from torch_rtx.ir import Graph, Node, kernel_nodes
-from torch_rtx.kerneltable import Candidate
+from torch_rtx.ir import Graph, Node, kernel_nodes, typical_size
+from torch_rtx.kerneltable import Candidate, SplitCandidate
 from torch_rtx.runtime.background import Background
 from torch_rtx.runtime.bind import bind, bind_node
-from torch_rtx.runtime.knowledge import CALLS, ENGINE, GENERATED, Knowledge, Tactic, region_key
-from torch_rtx.runtime.launch import Launcher
+from torch_rtx.runtime.code import undisturbed
+from torch_rtx.runtime.driver import new_stream, relaxed
+from torch_rtx.runtime.inline import Parts
+from torch_rtx.runtime.knowledge import CALLS, ENGINE, GENERATED, SPLIT, Knowledge, Tactic, region_key
+from torch_rtx.runtime.launch import Launcher, Way
+from torch_rtx.runtime.plan import TYPICAL
 from torch_rtx.runtime.trial import Run, Trial
 
 if TYPE_CHECKING:
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 REFERENCE, PORTABLE, SPECIALIZED = "reference", "portable", "specialized"  # tiers
+Offer = Candidate | SplitCandidate
 RANKS = 4  # kernels of a region that are measured
 
 
@@ -47,7 +52,7 @@ class Tools:
 
     knowledge: Knowledge
     load: Callable[[str, Candidate, int], Launcher]
-    jit: Callable[[], Mapping[str, Launcher]]
+    jit: Callable[[], Mapping[str, Way]]
     time: Callable[[Sequence[Run]], float]
     background: Background
 
@@ -75,6 +80,11 @@ class Region:
         assert self.node.body is not None
         return self.node.body
 
+    @property
+    def kind(self) -> str | None:
+        """That of its tactic; None: it is not known."""
+        return None if self.tactic is None else self.tactic.kind
+
     def __str__(self) -> str:
         return str(self.node.loc or self.node.op)
 
@@ -83,27 +93,28 @@ class Job:
     """Takes `variant` up the tiers.
 
     Args:
-        sizes: of the symbols that the variant's graph has: what its kernels are checked with.
+        sizes: of the symbols that the variant is not for but its kernels are checked with.
     """
 
     def __init__(self, owner: Specializer, variant: Variant, sizes: Mapping[str, int], tools: Tools) -> None:
-        self.owner, self.variant, self.sizes, self.tools = owner, variant, sizes, tools
+        self.owner, self.variant, self.tools = owner, variant, tools
         self.generic = bool(sizes)
         self.end = time.monotonic() + owner.settings.tuning_seconds
-        self.kernels: dict[str, Launcher] = {}
-        self._compiled = owner.graph  # what the variant's code is for
+        self.graph = bind(owner.graph, variant.sizes)
+        # Sizes that depend on data are checked with a typical one.
+        self.sizes = {name: typical_size(sym, TYPICAL) for name, sym in self.graph.syms.items()} | dict(sizes)
+        self.kernels = {op: launcher.bound(variant.sizes) for op, launcher in variant.code.kernels.items()}
 
     def run(self) -> None:
         """Compile, check, swap; measure, swap. What goes wrong leaves the variant as it is then."""
         variant = self.variant
         try:
-            with torch.no_grad(), _current(self.owner.device):
-                variant.graph = bind(self.owner.graph, variant.sizes)
-                self.kernels = {op: launcher.bound(variant.sizes) for op, launcher in variant.kernels.items()}
+            with undisturbed(self.owner.device), _aside(self.owner.device):
                 variant.regions = regions = list(self.regions())
                 try:
                     self.specialize(regions)
                 except KernelError as error:  # nothing can be compiled here
+                    self.tools.background.step()  # or no more: the process ends
                     warn_once(f"{error}; only kernels that come with the engine are used")
                     brought = self.tools.jit().items()
                     self.kernels = {op: launcher.bound(variant.sizes) for op, launcher in brought} | self.kernels
@@ -118,7 +129,7 @@ class Job:
     def regions(self) -> Iterator[Region]:
         """The regions, those inside of others first."""
         found: dict[str, Region] = {}
-        for node in reversed(list(kernel_nodes(self.variant.graph))):
+        for node in reversed(list(kernel_nodes(self.graph))):
             assert node.body is not None
             region = found.setdefault(region_key(node.body), Region(region_key(node.body), node))
             if node.op not in region.ops:
@@ -128,18 +139,23 @@ class Job:
     def specialize(self, regions: Sequence[Region]) -> None:
         """Give every region the kernel that is known to be the fastest, or expected to be."""
         knowledge = self.tools.knowledge
-        wanted: dict[str, tuple[Graph, int]] = {}
         for region in regions:
             region.tactic = None if self.generic else knowledge.tactic(region.key)
-            kind = None if region.tactic is None else region.tactic.kind
-            if kind == GENERATED and region.tactic is not None:
+        split = {region.key: region.body for region in regions if region.kind == SPLIT}
+        made: dict[str, Offer] = dict(knowledge.splits(split)) if split else {}
+        wanted: dict[str, tuple[Graph, int]] = {}
+        for region in regions:
+            gone = region.kind == SPLIT and region.key not in made
+            if gone or (region.kind == ENGINE and not self.at_hand(region)):  # that was another engine's
+                region.tactic = None
+            if region.tactic is not None and region.kind == GENERATED:
                 wanted[region.key] = region.body, region.tactic.config
-            elif kind != CALLS and not self.at_hand(region):
+            elif region.kind not in (CALLS, SPLIT) and not self.at_hand(region):
                 wanted[region.key] = region.body, 0
-        made = knowledge.kernels(wanted) if wanted else {}
+        made |= knowledge.kernels(wanted) if wanted else {}
         for region in regions:
             self.tools.background.step()
-            if region.tactic is not None and region.tactic.kind == CALLS:
+            if region.kind == CALLS:
                 self.use(region, None)
             elif region.key in made:
                 self.try_first(region, made[region.key])
@@ -148,35 +164,41 @@ class Job:
         """Whether the engine has brought a kernel that is as good as one of rank 0."""
         if self.generic:
             return all(op in self.kernels for op in region.ops)
-        return self.owner.static and self.owner.is_native(region.node)
+        return region.node.op in self.owner.native
 
-    def try_first(self, region: Region, candidate: Candidate) -> None:
+    def try_first(self, region: Region, offer: Offer) -> None:
         """Use a kernel if it is right. One that was measured was checked before."""
         try:
-            launcher = self.load(region, candidate)
+            way = self.load(region, offer)
             if region.tactic is None:
                 trial = Trial(bind_node(region.node, self.sizes), self.owner.device)
-                problem = trial.problem(trial.code({region.node.op: launcher.bound(self.sizes)}))
+                problem = trial.problem(trial.code({region.node.op: way.bound(self.sizes)}))
                 if problem is not None:
                     raise KernelError(f"its kernel is wrong: {problem}")
-            self.use(region, launcher)
+            self.use(region, way)
         except (RtxError, torch.OutOfMemoryError) as error:
             self.leave(region, error)
 
-    def load(self, region: Region, candidate: Candidate) -> Launcher:
-        """The launcher of a candidate.
+    def load(self, region: Region, offer: Offer) -> Way:
+        """What was compiled, ready to launch.
 
         Raises:
             KernelError: the driver refuses it.
         """
-        return self.tools.load(region.node.op, candidate, len(region.node.inputs) + len(region.node.outputs))
+        if isinstance(offer, SplitCandidate):
+            nodes = {node.op: node for node in kernel_nodes(offer.body)}
+            return Parts(offer.body, {op: self._launcher(node, offer.kernels[op]) for op, node in nodes.items()})
+        return self._launcher(region.node, offer)
 
-    def use(self, region: Region, launcher: Launcher | None) -> None:
+    def _launcher(self, node: Node, candidate: Candidate) -> Launcher:
+        return self.tools.load(node.op, candidate, len(node.inputs) + len(node.outputs))
+
+    def use(self, region: Region, way: Way | None) -> None:
         """Launch the nodes of a region, or (None) call what they are made of."""
         for op in region.ops:
             self.kernels.pop(op, None)
-            if launcher is not None:
-                self.kernels[op] = launcher
+            if way is not None:
+                self.kernels[op] = way
 
     def leave(self, region: Region, error: Exception) -> None:
         """Note why a kernel is not used."""
@@ -185,34 +207,41 @@ class Job:
 
     def swap(self) -> None:
         """Run the variant with the kernels that were found, from its next call on."""
-        variant, kernels = self.variant, dict(self.kernels)
-        same = kernels.keys() == variant.kernels.keys() and all(kernels[op] is variant.kernels[op] for op in kernels)
-        if not same or self._compiled is not variant.graph:
-            variant.code, variant.kernels = self.owner.compiled(variant.graph, kernels), kernels
-            self._compiled = variant.graph
+        variant, kernels, before = self.variant, dict(self.kernels), self.variant.code
+        same = kernels.keys() == before.kernels.keys() and all(kernels[op] is before.kernels[op] for op in kernels)
+        if not same or before.graph is not self.graph:
+            variant.code = self.owner.compiled(self.graph, kernels)
         if kernels:
             variant.tier = PORTABLE if self.generic else SPECIALIZED
         log.debug("%d kernels of %d regions are launched now", len(kernels), len(variant.regions))
 
     def tune(self, regions: Sequence[Region]) -> None:
         """Measure what is not known, as long as there is time, and use the fastest."""
-        rivals = {region.key: Rivals(self, region) for region in regions if region.tactic is None}
+        known = (region for region in regions if region.tactic is None and not region.body.syms)
+        rivals = {region.key: Rivals(self, region) for region in known}
         first = dict.fromkeys(rivals, 0)
-        for _ in range(RANKS):
-            if not first or time.monotonic() >= self.end:
-                break
-            try:
-                made = self.tools.knowledge.kernels({key: (rivals[key].region.body, first[key]) for key in first})
-            except KernelError as error:
-                warn_once(f"nothing more is measured: {error}")
-                break
-            for key, candidate in made.items():
-                self.tools.background.step()
-                if time.monotonic() < self.end:
-                    rivals[key].measure(candidate)
-            first = {key: candidate.config + 1 for key, candidate in made.items()}
+        knowledge = self.tools.knowledge
+        try:
+            for rank in range(RANKS):
+                if not first or time.monotonic() >= self.end:
+                    break
+                made = knowledge.kernels({key: (rivals[key].region.body, first[key]) for key in first})
+                self.measure(rivals, made)
+                if rank == 0:
+                    self.measure(rivals, knowledge.splits({k: r.region.body for k, r in rivals.items() if r.splits}))
+                first = {key: candidate.config + 1 for key, candidate in made.items()}
+        except KernelError as error:
+            self.tools.background.step()
+            warn_once(f"nothing more is measured: {error}")
         for found in rivals.values():
             found.decide()
+
+    def measure(self, rivals: Mapping[str, Rivals], offers: Mapping[str, Offer]) -> None:
+        """Let kernels compete, as long as there is time."""
+        for key, offer in offers.items():
+            self.tools.background.step()
+            if time.monotonic() < self.end:
+                rivals[key].measure(offer)
 
 
 class Rivals:
@@ -221,42 +250,49 @@ class Rivals:
     def __init__(self, job: Job, region: Region) -> None:
         self.job, self.region = job, region
         self.times: dict[str, float] = {}
-        self.launchers: dict[str, tuple[Launcher, int]] = {}
+        self.ways: dict[str, tuple[Way, int]] = {}
 
-    def measure(self, candidate: Candidate) -> None:
+    @property
+    def splits(self) -> bool:
+        """Whether a split body may be worth a try: there is a library call at the heart of the region."""
+        return CALLS in self.times
+
+    def measure(self, offer: Offer) -> None:
         """Check and time a kernel; before the first one, what it has to beat."""
         job, region = self.job, self.region
         op = region.node.op
+        name, config = (
+            (SPLIT, 0) if isinstance(offer, SplitCandidate) else (f"{GENERATED} {offer.config}", offer.config)
+        )
         try:
-            launcher = job.load(region, candidate)
+            way = job.load(region, offer)
             trial = Trial(region.node, job.owner.device)
-            code = trial.code({op: launcher})
+            code = trial.code({op: way})
             problem = trial.problem(code)
             if problem is not None:
                 raise KernelError(f"a kernel for it is wrong: {problem}")
-            if not self.times:
+            if not self.times and isinstance(offer, Candidate):
                 others = {name: kernel for name, kernel in job.kernels.items() if name != op}
-                if candidate.launch.library != "none":
+                if offer.launch.library != "none":
                     self.times[CALLS] = job.tools.time(trial.runs(trial.code(others)))
                 if job.at_hand(region):
                     self.times[ENGINE] = job.tools.time(trial.runs(trial.code({op: job.kernels[op]})))
-            name = f"{GENERATED} {candidate.config}"
             self.times[name] = job.tools.time(trial.runs(code))
-            self.launchers[name] = launcher, candidate.config
+            self.ways[name] = way, config
         except (RtxError, torch.OutOfMemoryError) as error:
             job.leave(region, error)
 
     def decide(self) -> None:
         """Use the fastest from now on, and remember it."""
-        if not self.launchers:
+        if not self.ways:
             return
         best = min(self.times, key=lambda name: self.times[name])
-        launcher, config = self.launchers.get(best, (None, 0))
-        kind = GENERATED if launcher is not None else best
+        way, config = self.ways.get(best, (None, 0))
+        kind = best.split(" ")[0]
         self.region.tactic = Tactic(kind, config, dict(self.times))
         self.job.tools.knowledge.remember(self.region.key, self.region.tactic)
         if kind != ENGINE:
-            self.job.use(self.region, launcher)
+            self.job.use(self.region, way)
 
 
 @cache
@@ -265,8 +301,18 @@ def warn_once(message: str) -> None:
     log.warning("%s", message)
 
 
-def _current(device: torch.device) -> AbstractContextManager[object]:
-    """Makes `device` the current one, with a stream of its own."""
+@contextmanager
+def _aside(device: torch.device) -> Iterator[None]:
+    """Beside the calls of the program: on a stream that nobody else has, and whatever other threads capture."""
     if device.type != "cuda":
-        return nullcontext()
-    return torch.cuda.stream(torch.cuda.Stream(device))  # of the lowest priority, and on its device
+        yield
+        return
+    with torch.cuda.stream(_stream(device.index)), relaxed():
+        yield
+
+
+@cache
+def _stream(index: int) -> Any:
+    """The stream of jobs on a device: one, since the allocator keeps memory per stream. New streams are of the lowest
+    priority."""
+    return new_stream(torch.device("cuda", index))

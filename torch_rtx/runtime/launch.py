@@ -19,12 +19,12 @@ from typing import Any, Protocol
 import torch
 
 from torch_rtx.errors import KernelError
-from torch_rtx.ir import Graph, kernel_nodes
+from torch_rtx.ir import Graph, Node, kernel_nodes
 from torch_rtx.kerneltable import KernelTable, Launch, Variant, unpack
 from torch_rtx.runtime import driver as driver_api
 from torch_rtx.runtime.bind import bind_dim
 from torch_rtx.runtime.driver import checked
-from torch_rtx.runtime.inline import with_bodies
+from torch_rtx.runtime.inline import Parts
 from torch_rtx.targets import ALIGNMENT, GRID, Target, by_age
 
 log = logging.getLogger(__name__)
@@ -35,32 +35,6 @@ OPT_IN = 48 << 10  # bytes of shared memory; kernels that need more have to ask 
 _MAX_X, _MAX_Y, _MAX_Z = GRID
 
 
-def with_splits(
-    table: KernelTable, graph: Graph, device: torch.device, tactics: str = "best", driver: Any = None
-) -> Graph:
-    """`graph` as it runs on `device`: with split bodies in the place of kernels, where they are the better tactic.
-
-    Args:
-        tactics: see `RuntimeSettings.tactics`. "best" splits only what has binaries: as long as the driver compiles
-            PTX, kernels run call by call, and a library call is better than partial results.
-        driver: the driver API; None: the one of this process.
-    """
-    if not table.splits or device.type != "cuda" or tactics not in ("best", "split"):
-        return graph
-    driver = driver or driver_api.driver()
-    if driver is None:
-        return graph
-    gpu = gpu_of(driver, device.index)
-    chosen: dict[str, Graph] = {}
-    for op in table.splits:
-        for _, target in candidates(table.launches[op], gpu.sm, gpu.shared)[:1]:
-            first, body = table.tactics(op, target)[0], table.split(op, target)
-            if body is not None and (tactics == "split" or (first == "split" and not target.ptx)):
-                chosen[op] = body
-    log.info("%d of %d kernels are split on sm_%d", len(chosen), len(table.launches), gpu.sm)
-    return with_bodies(graph, chosen)
-
-
 def launchers(
     table: KernelTable,
     graph: Graph,
@@ -69,9 +43,9 @@ def launchers(
     driver: Any = None,
     jit: bool = True,
     open_store: Callable[[], Store | None] = lambda: None,
-) -> dict[str, Launcher]:
-    """The kernels of `graph` that can be launched on `device`, by the `op` of their nodes; all others run call by call,
-    and the log says why.
+) -> dict[str, Way]:
+    """The ways to run those kernels of `graph` that can be launched on `device`, by the `op` of their nodes; all others
+    run call by call, and the log says why.
 
     Args:
         tactics: see `RuntimeSettings.tactics`.
@@ -87,17 +61,36 @@ def launchers(
         return {}
     gpu = gpu_of(driver, device.index)
     store = open_store() if any(target.ptx for target in _targets(table)) else None
-    found: dict[str, Launcher] = {}
-    left: set[str] = set()
+    found: dict[str, Way] = {}
+    tried: set[str] = set()
+
+    def load(node: Node) -> Launcher | None:
+        return _launcher(gpu, node.op, table, len(node.inputs) + len(node.outputs), jit, store)
+
     for node in kernel_nodes(graph):
-        if node.op in table.launches and node.op not in found and node.op not in left:
-            launcher = _launcher(gpu, node.op, table, len(node.inputs) + len(node.outputs), jit, store)
-            if launcher is not None and launcher.library in CHOSEN[tactics]:
-                found[node.op] = launcher
-            else:
-                left.add(node.op)
-    log.info("%d of %d kernels run from the engine's binaries on sm_%d", len(found), len(table.launches), gpu.sm)
+        if node.op in table.launches and node.op not in tried:
+            tried.add(node.op)
+            body = _split(gpu, node.op, table, tactics)
+            parts = {} if body is None else {inner.op: load(inner) for inner in kernel_nodes(body)}
+            kernels = {op: launcher for op, launcher in parts.items() if launcher is not None}
+            own = None if body is not None and len(kernels) == len(parts) else load(node)
+            if body is not None and own is None:
+                found[node.op] = Parts(body, kernels)
+            elif own is not None and own.library in CHOSEN[tactics]:
+                found[node.op] = own
+    splits = sum(isinstance(way, Parts) for way in found.values())
+    about = len(found), len(table.launches), gpu.sm, splits
+    log.info("%d of %d kernels run from the engine's binaries on sm_%d, %d of them split", *about)
     return found
+
+
+def _split(gpu: Gpu, op: str, table: KernelTable, tactics: str) -> Graph | None:
+    """The split body of a kernel node, where that is the way to run it. "best" splits only what has binaries: as long
+    as the driver compiles PTX, kernels run call by call, and a library call is better than partial results."""
+    for _, target in candidates(table.launches[op], gpu.sm, gpu.shared)[:1]:
+        best = tactics == "best" and table.tactics(op, target)[0] == "split" and not target.ptx
+        return table.split(op, target) if best or tactics == "split" else None
+    return None
 
 
 def _targets(table: KernelTable) -> set[Target]:
@@ -360,3 +353,6 @@ class Launcher:
         (status,) = self._launch(function, x, y, z, threads, 1, 1, shared, stream, parameters.addresses, 0)
         if status != 0:
             raise KernelError(f"launching kernel {self.op} for {self.target} failed: {status.name}")
+
+
+Way = Launcher | Parts  # to run a kernel node

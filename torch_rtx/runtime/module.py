@@ -70,7 +70,8 @@ class CompiledModule(nn.Module):
         self._signature.check(len(engine.graph.inputs), len(engine.graph.outputs))
         constants = dict(engine.constants)
         settings, trusted = settings or RuntimeSettings(), frozenset(trusted_ops)
-        graph, kernels, tools = kernels_and_tools(engine.kernels, engine.graph, device, settings)
+        graph = engine.graph
+        kernels, tools = kernels_and_tools(engine.kernels, graph, device, settings)
         streamer = stream(graph, device, settings.weight_streaming_budget, trusted)
         self._store = WeightStore(graph, device, constants, engine.manifest.unused_names, streamer)
         profiles = engine.manifest.profiles

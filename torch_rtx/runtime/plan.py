@@ -33,8 +33,6 @@ PIECE = 256  # bytes: places in the arena are multiples of it, as those of PyTor
 TYPICAL = 1024  # what a symbolic size is taken for, within its range
 ROUNDS = 60  # of packing; 14 were the most that a model needed
 PACKINGS_KEPT = 256  # sizes whose offsets are remembered
-# A library call may return other strides than its fake, so that these become `reshape`, which may copy or not.
-MAY_ALIAS = frozenset(("aten.view.default", "aten._unsafe_view.default"))
 
 
 @dataclass(frozen=True)
@@ -171,10 +169,10 @@ def _lifetimes(graph: Graph, trusted_ops: frozenset[str]) -> tuple[list[Buffer],
 
 def aliases(node: Node, trusted_ops: frozenset[str]) -> bool:
     """Whether results of `node` may lie in the memory of what it reads."""
-    if node.kind in ("kernel", "fallback"):
-        return False  # what a fallback reads and returns has memory of its own in any case
+    if node.kind == "kernel" or node.op == "python":
+        return False  # what a Python function reads has memory of its own in any case
     op = aten.overload(node.op, trusted_ops)
-    return node.op in MAY_ALIAS or any(result.alias_info is not None for result in op._schema.returns)
+    return node.op in aten.MAY_ALIAS or any(result.alias_info is not None for result in op._schema.returns)
 
 
 def in_arena(node: Node, type_: TensorType) -> bool:

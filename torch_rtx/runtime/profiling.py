@@ -23,8 +23,9 @@ from torch_rtx.errors import RtxError, SettingsError
 from torch_rtx.ir import Loc, Node
 from torch_rtx.runtime.check import bind_sizes
 from torch_rtx.runtime.clocks import Clock, clock_of, overhead
+from torch_rtx.runtime.code import Code
 from torch_rtx.runtime.costs import Cost, cost, is_view, operator, steps
-from torch_rtx.runtime.inline import inline_kernels
+from torch_rtx.runtime.inline import inline_kernels, launched
 from torch_rtx.runtime.profile_page import brief, digits, page
 from torch_rtx.runtime.session import Session, watched_calls
 
@@ -231,15 +232,14 @@ def profile(model: Callable[..., Any], *args: Any, repeats: int = 20, warmup: in
     device = calls[0][0].device
     whole = clock_of(device, queued=False)
     call_us = _per_call(whole, partial(model, *args, **kwargs), repeats, warmup)
-    codes = [
-        partial(session.run, session.current(inputs).code, inputs, session.store.values) for session, inputs in calls
-    ]
-    plain_us = sum(_per_call(whole, code, repeats, warmup) for code in codes)
-    found = [_measure(session, inputs, repeats, warmup) for session, inputs in calls]
+    codes = [session.current(inputs).code for session, inputs in calls]  # others may take their place meanwhile
+    runs = [partial(s.run, code, inputs, s.store.values) for (s, inputs), code in zip(calls, codes, strict=True)]
+    plain_us = sum(_per_call(whole, run, repeats, warmup) for run in runs)
+    found = [_measure(*call, code, repeats, warmup) for call, code in zip(calls, codes, strict=True)]
     total = sum(median(times) for _, measured in found for times in measured)
     rows: list[Row] = []
-    for (nodes, measured), (session, inputs) in zip(found, calls, strict=True):
-        rows += _rows(session, inputs, nodes, measured, total, len(rows))
+    for (nodes, measured), (session, inputs), code in zip(found, calls, codes, strict=True):
+        rows += _rows(bind_sizes(session.graph, inputs), code, nodes, measured, total, len(rows))
     pools = [session.pool for session, _ in calls]
     captured = all(pool is not None and pool.disabled is None for pool in pools)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
@@ -258,14 +258,13 @@ def _per_call(clock: Clock, call: Callable[[], Any], repeats: int, warmup: int) 
 
 
 def _measure(
-    session: Session, inputs: Sequence[Any], repeats: int, warmup: int
+    session: Session, inputs: Sequence[Any], code: Code, repeats: int, warmup: int
 ) -> tuple[tuple[Node, ...], list[tuple[float, ...]]]:
     """The nodes that run, and per node the microseconds of each run, less what the marks themselves take."""
-    variant = session.current(inputs)
-    nodes = inline_kernels(variant.graph, variant.kernels).nodes
+    nodes = inline_kernels(code.graph, code.kernels).nodes
     clock = clock_of(session.device, queued=True)
     idle = overhead(clock)
-    probed = session.probed(variant, clock)
+    probed = session.probed(code, clock)
     runs = []
     for _ in range(warmup + repeats):
         session.run(probed, inputs, session.store.values)
@@ -275,17 +274,16 @@ def _measure(
 
 
 def _rows(
-    session: Session,
-    inputs: Sequence[Any],
+    sizes: dict[str, int],
+    code: Code,
     nodes: Sequence[Node],
     measured: Sequence[tuple[float, ...]],
     total: float,
     first: int,
 ) -> Iterator[Row]:
-    """The rows of one session; `first` is the position of its first."""
-    sizes = bind_sizes(session.graph, inputs)
-    kernels = session.current(inputs).kernels
+    """The rows of one session, for inputs of these sizes; `first` is the position of its first."""
     makers: dict[str, int] = {}
+    kernels = launched(code.kernels)
     for index, (node, times) in enumerate(zip(nodes, measured, strict=True), first):
         launcher = kernels.get(node.op) if node.kind == "kernel" else None
         tier = "fallback" if node.kind == "fallback" else "library call"

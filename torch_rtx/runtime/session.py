@@ -22,10 +22,10 @@ from torch_rtx.errors import InputError, SettingsError
 from torch_rtx.ir import Graph
 from torch_rtx.profiles import Profile
 from torch_rtx.runtime.check import check_inputs
-from torch_rtx.runtime.code import Code, compile_graph
+from torch_rtx.runtime.code import Code, compile_graph, undisturbed
 from torch_rtx.runtime.cudagraph import GraphPool, why_not
 from torch_rtx.runtime.job import Tools
-from torch_rtx.runtime.launch import Launcher
+from torch_rtx.runtime.launch import Way
 from torch_rtx.runtime.plan import Memory
 from torch_rtx.runtime.specialize import Specializer, Variant
 from torch_rtx.runtime.stats import Stats, stats_of
@@ -91,7 +91,7 @@ class Session:
         settings: RuntimeSettings,
         callables: Sequence[Callable[..., Any]] = (),
         trusted_ops: frozenset[str] = frozenset(),
-        kernels: Mapping[str, Launcher] | None = None,
+        kernels: Mapping[str, Way] | None = None,
         profiles: Sequence[Profile] = (),
         tools: Tools | None = None,
     ) -> None:
@@ -101,7 +101,7 @@ class Session:
         self.settings = settings
         self.streamer = streamer = store.streamer
 
-        def compiled(graph: Graph, kernels: Mapping[str, Launcher]) -> Code:
+        def compiled(graph: Graph, kernels: Mapping[str, Way]) -> Code:
             return compile_graph(graph, store.device, callables, trusted_ops, kernels=kernels, streamer=streamer)
 
         self.specializer = Specializer(graph, compiled, kernels or {}, store.device, settings, tools)
@@ -121,9 +121,9 @@ class Session:
         return self.specializer.base.code.source
 
     @property
-    def kernels(self) -> Mapping[str, Launcher]:
+    def kernels(self) -> Mapping[str, Way]:
         """What is launched for any sizes, by the `op` of nodes."""
-        return self.specializer.base.kernels
+        return self.specializer.base.code.kernels
 
     def memory(self, **sizes: int) -> Memory:
         """What a call takes on the device, known before the first one.
@@ -156,28 +156,20 @@ class Session:
         """What runs these inputs now."""
         return self.specializer.current(_key(inputs))
 
-    def probed(self, variant: Variant, probe: Callable[[], None]) -> Code:
-        """Code for measuring, which does what the code of `variant` does and calls `probe`, see `compile_graph`."""
+    def probed(self, code: Code, probe: Callable[[], None]) -> Code:
+        """Code for measuring, which does what `code` does and calls `probe`, see `compile_graph`."""
         given = self._callables, self._trusted_ops
-        options: dict[str, Any] = {"kernels": variant.kernels, "probe": probe, "streamer": self.streamer}
-        return compile_graph(variant.graph, self.device, *given, name="probed", **options)
+        options: dict[str, Any] = {"kernels": code.kernels, "probe": probe, "streamer": self.streamer}
+        return compile_graph(code.graph, self.device, *given, name="probed", **options)
 
     def run(self, code: Code, inputs: Sequence[Any], weights: Sequence[torch.Tensor]) -> list[Any]:
-        """Run code of the graph. It has no gradients, and its casts were resolved at capture."""
-        kind = self.device.type
-        autocast = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
-        with torch.no_grad(), autocast, self._current_device(), self._turn():
+        """Run code of the graph."""
+        with undisturbed(self.device), self._turn():
             return code.run(inputs, weights)
 
     def _turn(self) -> AbstractContextManager[None]:
         """Around a call: with weights that are streamed, one at a time."""
         return nullcontext() if self.streamer is None else self.streamer.turn()
-
-    def _current_device(self) -> AbstractContextManager[object]:
-        """Makes the session's device the current one: kernels are launched there."""
-        if self.device.type != "cuda" or torch._C._cuda_getDevice() == self.device.index:
-            return nullcontext()
-        return torch.cuda.device(self.device)
 
     def __call__(self, inputs: Sequence[Any], check: bool = True) -> list[Any]:
         """The graph's outputs for `inputs`, both flat and in the graph's order.

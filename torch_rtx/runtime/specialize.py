@@ -13,22 +13,24 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
-from torch_rtx.ir import Graph, Node, dim_syms, kernel_nodes, type_dims
+from torch_rtx.ir import Graph, dim_syms, kernel_nodes, type_dims
 from torch_rtx.runtime.background import attempt
 from torch_rtx.runtime.check import bind_sizes
 from torch_rtx.runtime.code import Code
 from torch_rtx.runtime.job import PORTABLE, REFERENCE, Job, Region, Tools
-from torch_rtx.runtime.launch import Launcher
+from torch_rtx.runtime.launch import Way
 from torch_rtx.settings import RuntimeSettings
 
 log = logging.getLogger(__name__)
 RECURS = 2  # calls with the same sizes after which they get kernels of their own
 MET_PER_SHAPE = 64  # sizes that are counted, per shape that is specialized
-Compile = Callable[[Graph, Mapping[str, Launcher]], Code]
+MAX_KEYS = 1024  # combinations of inputs whose variant is known without a lock
+Compile = Callable[[Graph, Mapping[str, Way]], Code]
 
 
 @dataclass(eq=False)
@@ -37,9 +39,7 @@ class Variant:
 
     Attributes:
         sizes: numbers for symbols of the graph, which this variant is for; none: it is for all sizes.
-        graph: with these numbers; that of the session until a job has made it.
-        code: what runs now.
-        kernels: what is launched, by op.
+        code: what runs now: that of the session's graph until a job has put the numbers in.
         tier: REFERENCE (calls), PORTABLE (kernels for any size, or those of the engine) or SPECIALIZED.
         ready: its kernels are those for its sizes, but for what measuring may still change: worth a CUDA graph.
         regions: what jobs found out, see `Region`.
@@ -47,9 +47,7 @@ class Variant:
     """
 
     sizes: Mapping[str, int]
-    graph: Graph
     code: Code
-    kernels: Mapping[str, Launcher]
     tier: str
     ready: bool = False
     regions: Sequence[Region] = ()
@@ -68,6 +66,7 @@ class Specializer:
 
     Attributes:
         base: the variant for all sizes, or for the only ones.
+        native: the kernels of the engine that are as good as compiled here: built for this GPU and the only sizes.
         variants: those for some sizes, by the sizes of the symbols.
     """
 
@@ -75,7 +74,7 @@ class Specializer:
         self,
         graph: Graph,
         compiled: Compile,
-        kernels: Mapping[str, Launcher],
+        kernels: Mapping[str, Way],
         device: torch.device,
         settings: RuntimeSettings,
         tools: Tools | None,
@@ -84,19 +83,18 @@ class Specializer:
         nodes = list(kernel_nodes(graph))
         self.tools = tools if nodes else None
         self.static = not any(dim_syms_of(graph))
-        self.base = Variant({}, graph, compiled(graph, kernels), kernels, PORTABLE if kernels else REFERENCE)
-        # Calls have nothing to wait for, and kernels of a static graph that were built for this GPU are for its sizes.
-        self.base.ready = self.tools is None or (self.static and all(self.is_native(node) for node in nodes))
+        self.native: frozenset[str] = frozenset()
+        if self.tools is not None and self.static:
+            sm = self.tools.knowledge.sm
+            self.native = frozenset(op for op, launcher in kernels.items() if launcher.is_for(sm))
+        self.base = Variant({}, compiled(graph, kernels), PORTABLE if kernels else REFERENCE)
+        # Calls have nothing to wait for.
+        self.base.ready = self.tools is None or all(node.op in self.native for node in nodes)
         self.variants: dict[tuple[int, ...], Variant] = {}
         self._by_key: dict[object, Variant] = {}
         self._met: Counter[tuple[int, ...]] = Counter()
         self._lock = threading.RLock()
         self._calls = 0
-
-    def is_native(self, node: Node) -> bool:
-        """Whether a node is launched from a binary of the engine that was built for this very GPU."""
-        launcher = self.base.kernels.get(node.op)
-        return launcher is not None and self.tools is not None and launcher.is_for(self.tools.knowledge.sm)
 
     @property
     def is_met(self) -> bool:
@@ -128,56 +126,58 @@ class Specializer:
         """The variant for inputs that were not met, or not often enough, before."""
         sizes = bind_sizes(self.graph, inputs)
         dims = tuple(sizes.values())
+        started: list[tuple[Variant, Mapping[str, int]]] = []
         with self._lock:
             if not self.is_met:
-                self._start(self.base, sizes, strategy)
+                started.append((self.base, sizes))
+            if len(self._met) >= MET_PER_SHAPE * self.settings.specialized_shapes:
+                self._met = Counter({dims: self._met[dims], **dict.fromkeys(self.variants, RECURS)})
             self._met[dims] += 1
-            if self.static:
-                found = self.base
-            elif dims in self.variants:
-                found = self.variants[dims]
-            elif strategy == "lazy" and self._met[dims] < RECURS:
-                return self.base
-            else:
-                found = self._specialized(dims, sizes, strategy)
-            self._by_key[key] = found
-        if strategy == "eager":
+            found = self.base if self.static else self.variants.get(dims)
+            if found is None and (strategy == "eager" or self._met[dims] >= RECURS):
+                found = self._specialized(dims, sizes)
+                started.append((found, {}))
+            if found is not None:
+                if len(self._by_key) >= MAX_KEYS:  # an input that is a number may be another one in each call
+                    self._by_key = {}
+                self._by_key[key] = found
+        self._start(started, strategy)
+        if found is not None and strategy == "eager":
             found.done.wait()
-        return found
+        return found or self.base
 
-    def _specialized(self, dims: tuple[int, ...], sizes: Mapping[str, int], strategy: str) -> Variant:
+    def _specialized(self, dims: tuple[int, ...], sizes: Mapping[str, int]) -> Variant:
         """A new variant for given sizes, in the place of the one that was not used for longest."""
         if len(self.variants) >= self.settings.specialized_shapes:
             oldest = min(self.variants, key=lambda dims: self.variants[dims].used)
             dropped = self.variants.pop(oldest)
             self._by_key = {key: variant for key, variant in self._by_key.items() if variant is not dropped}
             del self._met[oldest]
-        if len(self._met) > MET_PER_SHAPE * self.settings.specialized_shapes:
-            self._met = Counter({dims: 1, **dict.fromkeys(self.variants, RECURS)})
-        base = self.base
-        found = self.variants[dims] = Variant(sizes, self.graph, base.code, base.kernels, base.tier)
-        self._start(found, {}, strategy)
+        found = self.variants[dims] = Variant(sizes, self.base.code, self.base.tier)
         return found
 
-    def _start(self, variant: Variant, sizes: Mapping[str, int], strategy: str) -> None:
-        """Take a variant up the tiers: now under the strategy "eager", else in the background.
+    def _start(self, started: Sequence[tuple[Variant, Mapping[str, int]]], strategy: str) -> None:
+        """Take variants up the tiers: now under the strategy "eager", else in the background.
 
         Args:
-            sizes: of the symbols that it is not for but is checked with.
+            started: each with the sizes of the symbols that it is not for but is checked with.
         """
         assert self.tools is not None
-        if strategy == "eager":
-            attempt(Job(self, variant, sizes, self.tools).run)
-            variant.done.set()
+        if strategy != "eager":
+            for variant, sizes in started:
+                self.tools.background.submit(partial(_run, weakref.ref(self), variant, sizes), variant.done)
             return
-        owner, tools = weakref.ref(self), self.tools
-
-        def run() -> None:
-            specializer = owner()
-            if specializer is not None:  # a model that is gone by then needs no kernels
-                Job(specializer, variant, sizes, tools).run()
-
-        tools.background.submit(run, variant.done)
+        try:
+            for variant, sizes in started:
+                attempt(partial(_run, weakref.ref(self), variant, sizes))
+        except BaseException:  # interrupted: the next call starts over
+            with self._lock:
+                self._by_key, self._met = {}, Counter()
+                self.variants.clear()
+            raise
+        finally:
+            for variant, _ in started:
+                variant.done.set()
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until nothing more is being specialized; False if that takes longer than `timeout` seconds."""
@@ -185,6 +185,15 @@ class Specializer:
         with self._lock:
             started = [self.base, *self.variants.values()] if self.is_met else []
         return all(v.done.wait(None if end is None else max(0.0, end - time.monotonic())) for v in started)
+
+
+def _run(owner: weakref.ref[Specializer], variant: Variant, sizes: Mapping[str, int]) -> None:
+    """The job of a variant, unless nobody needs it: the model is gone, or other sizes have taken its place."""
+    specializer = owner()
+    if specializer is None or specializer.tools is None:
+        return
+    if variant is specializer.base or any(variant is other for other in list(specializer.variants.values())):
+        Job(specializer, variant, sizes, specializer.tools).run()
 
 
 def dim_syms_of(graph: Graph) -> list[str]:

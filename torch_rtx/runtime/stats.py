@@ -107,11 +107,11 @@ def stats_of(specializer: Specializer, pool: GraphPool | None) -> Stats:
 def _variant(variant: Variant, specializer: Specializer) -> VariantStats:
     regions = tuple(_region(region, variant) for region in variant.regions)
     busy = specializer.is_met and not variant.done.is_set()
-    return VariantStats(variant.sizes, variant.tier, busy, len(variant.kernels), regions)
+    return VariantStats(variant.sizes, variant.tier, busy, len(variant.code.kernels), regions)
 
 
 def _region(region: Region, variant: Variant) -> RegionStats:
     times = {} if region.tactic is None else region.tactic.microseconds
-    nodes = sum(node.op in region.ops for node in variant.graph.nodes)
-    launched = region.node.op in variant.kernels
+    nodes = sum(node.op in region.ops for node in variant.code.graph.nodes)
+    launched = region.node.op in variant.code.kernels
     return RegionStats(region.node.op, str(region.node.loc or ""), nodes, launched, times, tuple(region.problems))

@@ -25,6 +25,7 @@ import torch
 from torch_rtx import aten
 from torch_rtx.ir import MAIN, Graph, Node, TensorType, attr_values
 from torch_rtx.runtime.driver import driver, new_stream
+from torch_rtx.runtime.plan import aliases
 from torch_rtx.runtime.streamplan import ALIGNMENT, Plan, WeightUse, budget_bytes, make_plan
 from torch_rtx.settings import read_budget
 
@@ -87,7 +88,7 @@ def weight_uses(graph: Graph, trusted_ops: frozenset[str] = frozenset()) -> list
     given to a Python function (which may keep it), or on another device."""
     indices = {weight.value.name: index for index, weight in enumerate(graph.weights)}
     spans: list[list[list[int]]] = [[] for _ in graph.weights]
-    aliases: dict[str, list[list[int]]] = {}  # views of weights, by name: the spans that each of them is part of
+    views: dict[str, list[list[int]]] = {}  # of weights, by name: the spans that each of them is part of
     kept = {indices[name] for name in graph.written if name in indices}
     owner = {}
     for position, node in enumerate(graph.nodes):
@@ -97,16 +98,16 @@ def weight_uses(graph: Graph, trusted_ops: frozenset[str] = frozenset()) -> list
                 used.append([position, position])
                 spans[indices[value.name]].append(used[-1])
                 owner[id(used[-1])] = indices[value.name]
-            used += aliases.get(value.name, ())
+            used += views.get(value.name, ())
         for span in used:
             span[1] = position
         if node.op == "python":
             kept |= {owner[id(span)] for span in used}
-        elif _aliases(node, trusted_ops):
-            aliases |= {value.name: used for value in node.outputs if value is not None}
+        elif aliases(node, trusted_ops):
+            views |= {value.name: used for value in node.outputs if value is not None}
     for value in attr_values(graph.outputs):
         kept |= {indices[value.name]} if value.name in indices else set()
-        kept |= {owner[id(span)] for span in aliases.get(value.name, ())}
+        kept |= {owner[id(span)] for span in views.get(value.name, ())}
     found = []
     for index, weight in enumerate(graph.weights):
         type_ = weight.value.type
@@ -116,13 +117,6 @@ def weight_uses(graph: Graph, trusted_ops: frozenset[str] = frozenset()) -> list
         name = ", ".join(weight.names) or weight.value.name
         found.append(WeightUse(name, size if type_.device == MAIN else 0, disjoint, fixed))
     return found
-
-
-def _aliases(node: Node, trusted_ops: frozenset[str]) -> bool:
-    """Whether a result may lie in the memory of what the node reads."""
-    if node.kind == "kernel":
-        return False
-    return any(result.alias_info is not None for result in aten.overload(node.op, trusted_ops)._schema.returns)
 
 
 def _disjoint(spans: Sequence[Sequence[int]]) -> tuple[tuple[int, int], ...]:

@@ -23,7 +23,7 @@ from torch_rtx.runtime.builder import BUILDER
 from torch_rtx.runtime.driver import checked
 from torch_rtx.runtime.job import Tools
 from torch_rtx.runtime.knowledge import Knowledge, region_key
-from torch_rtx.runtime.launch import Gpu, Launcher, gpu_of, launchers, with_splits
+from torch_rtx.runtime.launch import Gpu, Launcher, Way, gpu_of, launchers
 from torch_rtx.runtime.trial import microseconds
 from torch_rtx.settings import RuntimeSettings, runtime_cache_path
 from torch_rtx.targets import Target
@@ -33,17 +33,15 @@ log = logging.getLogger(__name__)
 
 def kernels_and_tools(
     table: KernelTable, graph: Graph, device: torch.device, settings: RuntimeSettings
-) -> tuple[Graph, Mapping[str, Launcher], Tools | None]:
-    """`graph` as it runs here, what of its kernels can be launched at once, and what makes more of them; None: nothing
-    does.
+) -> tuple[Mapping[str, Way], Tools | None]:
+    """What of an engine's kernels can be launched at once, and what makes more of them; None: nothing does.
 
     Args:
         table: the engine's kernels.
     """
-    graph = with_splits(table, graph, device, settings.tactics)
     driver = driver_api.driver() if device.type == "cuda" else None
     if driver is None or settings.tactics != "best":
-        return graph, launchers(table, graph, device, settings.tactics), None
+        return launchers(table, graph, device, settings.tactics), None
     gpu = gpu_of(driver, device.index)
     BACKGROUND.on_stop(BUILDER.close)
     open_store = partial(_runtime_cache, gpu, device, settings)
@@ -56,7 +54,7 @@ def kernels_and_tools(
         background=BACKGROUND,
     )
     at_once = settings.specialization_strategy != "lazy"
-    return graph, launchers(table, graph, device, jit=at_once, open_store=open_store), tools
+    return launchers(table, graph, device, jit=at_once, open_store=open_store), tools
 
 
 def _load(gpu: Gpu, op: str, candidate: Candidate, pointers: int) -> Launcher:

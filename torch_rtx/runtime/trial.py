@@ -15,9 +15,9 @@ import torch
 
 from torch_rtx import aten
 from torch_rtx.errors import RtxError
-from torch_rtx.ir import Attr, Graph, Node, TensorType, Value
+from torch_rtx.ir import Attr, Graph, Node, TensorType, Value, attr_map
 from torch_rtx.runtime.code import Code, compile_graph
-from torch_rtx.runtime.launch import Launcher
+from torch_rtx.runtime.launch import Way
 
 Run = Callable[[], object]
 # Below this relative error two results are the same for the dtype, whatever the error of the calls happens to be.
@@ -72,7 +72,7 @@ class Trial:
         if 8 * nbytes > MEMORY * free:  # as they are, in float64, and once more while computing
             raise RtxError(f"trying it takes {8 * nbytes >> 20} MiB, {free >> 20} MiB are free")
 
-    def code(self, kernels: Mapping[str, Launcher]) -> Code:
+    def code(self, kernels: Mapping[str, Way]) -> Code:
         """The node as it runs when `kernels` are launched and all else is called."""
         return compile_graph(self.graph, self.device, kernels=kernels)
 
@@ -129,14 +129,21 @@ def drawn(value: Value, device: torch.device, generator: torch.Generator, low: i
 def in_float64(graph: Graph) -> Graph:
     """The same operations in float64: what is cast to a narrower dtype stays wide."""
 
+    def value(v: Value) -> Value:
+        if not isinstance(v.type, TensorType) or v.type.dtype not in NARROW:
+            return v
+        return replace(v, type=replace(v.type, dtype="f64"))
+
     def attr(name: str, given: Attr) -> Attr:
-        return "f64" if name == "dtype" and given in NARROW else given
+        return "f64" if name == "dtype" and given in NARROW else attr_map(given, value)
 
     def node(n: Node) -> Node:
         args = tuple((name, attr(name, given)) for name, given in n.args)
-        return replace(n, args=args, body=None if n.body is None else in_float64(n.body))
+        outputs = tuple(None if v is None else value(v) for v in n.outputs)
+        return replace(n, args=args, outputs=outputs, body=None if n.body is None else in_float64(n.body))
 
-    return replace(graph, nodes=tuple(map(node, graph.nodes)))
+    inputs, outputs = tuple(map(value, graph.inputs)), tuple(attr_map(output, value) for output in graph.outputs)
+    return replace(graph, inputs=inputs, nodes=tuple(map(node, graph.nodes)), outputs=outputs)
 
 
 def relative_error(got: torch.Tensor, reference: torch.Tensor) -> float:

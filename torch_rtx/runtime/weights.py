@@ -18,7 +18,7 @@ import torch
 from torch_rtx import aten
 from torch_rtx.errors import RefitError
 from torch_rtx.ir import Graph, Parameter, TensorType
-from torch_rtx.runtime.code import compile_graph, overwrite, restride
+from torch_rtx.runtime.code import compile_graph, overwrite, restride, undisturbed
 from torch_rtx.runtime.streaming import Streamer
 
 Tensors = Mapping[str, torch.Tensor]
@@ -185,7 +185,7 @@ class WeightStore:
         if recipe is None:
             return self._place(weight.names[0], given[0], _HOST if host else None)
         inputs = [self._place(name, tensor) for name, tensor in zip(weight.names, given, strict=True)]
-        with torch.no_grad():
+        with undisturbed(self.device):
             value = recipe(inputs, ())[0]
         return value.to(_HOST) if host else value
 
