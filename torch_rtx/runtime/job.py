@@ -136,7 +136,7 @@ class Job:
         for region in regions:
             region.tactic = None if self.generic else knowledge.tactic(region.key)
             kind = None if region.tactic is None else region.tactic.kind
-            if kind == ENGINE and not self.at_hand(region):
+            if kind not in (None, CALLS, GENERATED) and not (kind == ENGINE and self.at_hand(region)):
                 region.tactic = kind = None  # it was found with another engine
             if kind == GENERATED and region.tactic is not None:
                 wanted[region.key] = region.body, region.tactic.config
