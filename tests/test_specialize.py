@@ -334,6 +334,30 @@ def test_what_was_learnt_is_remembered(background: Background) -> None:
     right(again, model)
 
 
+def test_a_kernel_that_the_compiler_refuses(background: Background, caplog: pytest.LogCaptureFixture) -> None:
+    """All others are compiled and measured; and nothing is remembered of what may be a bug."""
+    memory, device = Memory(), Device()
+    build = device.build
+
+    def picky(bodies: Any, sm: int) -> Any:
+        if any("layer_norm" in str(body) for body, _ in bodies.values()):
+            raise KernelError("ptxas ended with an error")
+        return build(bodies, sm)
+
+    device.build = picky  # type: ignore[method-assign]
+    made, model = session(device, background, store=memory)
+    right(made, model)
+    assert made.specializer.wait(60)
+    regions = made.specializer.base.regions
+    (bad,) = (region for region in regions if "layer_norm" in str(region.body))
+    launched = made.specializer.base.code.kernels.keys()
+    assert launched == {op for region in regions if region is not bad for op in region.ops}
+    assert {region.key for region in regions if region.tactic} == {r.key for r in regions if r is not bad}
+    assert not any(bad.key in key for _, key in memory)
+    assert "is not compiled: ptxas ended with an error" in caplog.text
+    right(made, model)
+
+
 def test_damaged_memory(background: Background, caplog: pytest.LogCaptureFixture) -> None:
     memory, device = Memory(), Device()
     made, model = session(device, background, store=memory)

@@ -33,6 +33,7 @@ class Builder:
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
+        self._stopped = False
 
     def build(self, bodies: Mapping[str, tuple[Graph, int]], sm: int) -> dict[str, Candidate]:
         """What `worker.build` returns. One thread at a time.
@@ -69,6 +70,8 @@ class Builder:
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is None or self._process.poll() is not None:
+            if self._stopped:
+                raise OSError("the program ends")
             if find_spec("triton") is None:
                 raise OSError("the package triton is not installed")
             if getattr(sys, "frozen", False) or not sys.executable:
@@ -76,6 +79,11 @@ class Builder:
             command = [sys.executable, "-P", "-c", MAIN, *sys.path, str(Path(__file__).parents[2])]
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         return self._process
+
+    def stop(self) -> None:
+        """As `close`, and for ever: this process ends."""
+        self._stopped = True
+        self.close()
 
     def close(self) -> None:
         """End the process; whoever waits for it gets an error, and a later request starts another."""

@@ -145,12 +145,12 @@ class Job:
         made: dict[str, Offer] = dict(knowledge.splits(split)) if split else {}
         wanted: dict[str, tuple[Graph, int]] = {}
         for region in regions:
-            gone = region.kind == SPLIT and region.key not in made
-            if gone or (region.kind == ENGINE and not self.at_hand(region)):  # that was another engine's
-                region.tactic = None
+            at_hand = self.at_hand(region)
+            if (region.kind == SPLIT and region.key not in made) or (region.kind == ENGINE and not at_hand):
+                region.tactic = None  # it was found with another engine
             if region.tactic is not None and region.kind == GENERATED:
                 wanted[region.key] = region.body, region.tactic.config
-            elif region.kind not in (CALLS, SPLIT) and not self.at_hand(region):
+            elif region.kind not in (CALLS, SPLIT) and not at_hand:
                 wanted[region.key] = region.body, 0
         made |= knowledge.kernels(wanted) if wanted else {}
         for region in regions:

@@ -28,6 +28,7 @@ from torch_rtx.runtime.launch import Store
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 Bodies = Mapping[str, tuple[Graph, int]]  # by name, with the first configuration to try
+FAILURES = 2  # kernels that fail before any other is built: it is not about these
 NO_MORE = b""  # the value of a kernel that there is none of
 KERNEL, TACTIC = "kernel", "tactic"  # kinds of entries
 CALLS, ENGINE, GENERATED, SPLIT = TACTICS = ("calls", "engine", "generated", "split")
@@ -125,7 +126,7 @@ class Knowledge:
         if not missing:
             return found
         try:
-            built = build({name_of(key): entry for key, entry in missing.items()}, self.sm)
+            built, refused = _each(build, {name_of(key): entry for key, entry in missing.items()}, self.sm)
         except KernelError as error:
             if not found:
                 raise
@@ -135,7 +136,7 @@ class Knowledge:
             made = built.get(name_of(key))
             if made is not None:
                 found[key] = made
-            if self._store is not None:
+            if self._store is not None and name_of(key) not in refused:
                 self._store.put(KERNEL, names[key], NO_MORE if made is None else _written(write(made)))
         return found
 
@@ -168,6 +169,34 @@ def region_key(body: Graph) -> str:
 def name_of(key: str) -> str:
     """The name of a region's kernel in its code."""
     return f"region_{key[:16]}"
+
+
+def _each(
+    build: Callable[[Bodies, int], Mapping[str, T]], wanted: Bodies, sm: int
+) -> tuple[Mapping[str, T], Mapping[str, KernelError]]:
+    """What can be built, together or else one by one, and by name what is wrong with the others: a kernel that the
+    compiler refuses, or that ends it, costs nobody but itself.
+
+    Raises:
+        KernelError: nothing can be compiled here, as it seems.
+    """
+    try:
+        return build(wanted, sm), {}
+    except KernelError:
+        if len(wanted) == 1:
+            raise
+    built: dict[str, T] = {}
+    refused: dict[str, KernelError] = {}
+    for name, entry in wanted.items():
+        try:
+            built.update(build({name: entry}, sm))
+        except KernelError as error:
+            refused[name] = error
+            if len(refused) == FAILURES and not built:
+                raise
+    for name, problem in refused.items():
+        log.warning("%s is not compiled: %s", name, problem)
+    return built, refused
 
 
 @cache

@@ -43,7 +43,7 @@ def kernels_and_tools(
     if driver is None or settings.tactics != "best":
         return launchers(table, graph, device, settings.tactics), None
     gpu = gpu_of(driver, device.index)
-    BACKGROUND.on_stop(BUILDER.close)
+    BACKGROUND.on_stop(BUILDER.stop)
     open_store = partial(_runtime_cache, gpu, device, settings)
     knowledge = Knowledge(gpu.sm, BUILDER, open_store)
     tools = Tools(
