@@ -18,6 +18,7 @@ def test_clock_sees_the_device_alone() -> None:
     """The host sleeps between two launches; the device, behind its delay, does not."""
     x = torch.randn(2048, 2048, device="cuda")
     x @ x
+    torch.cuda.synchronize()  # the first product loads the library
     waited, queued = (clock_of(x.device, queued=flag) for flag in (False, True))
     seen = []
     for clock in (waited, queued):

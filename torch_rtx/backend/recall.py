@@ -174,8 +174,10 @@ def _leaves_nothing_to_do() -> bool:
     if meta is None:
         return False
     classes = (*meta.subclass_inp_meta, *meta.subclass_fw_graph_out_meta)
+    # Some of these are newer than the oldest PyTorch that is supported.
+    work = ("tokens", "num_intermediate_bases", "act_input_indices", "num_graphsafe_rng_states")
     return (
-        not (meta.tokens or meta.num_intermediate_bases or meta.act_input_indices or meta.num_graphsafe_rng_states)
+        not any(getattr(meta, name, None) for name in work)
         and meta.grad_enabled_mutation is None
         and all(isinstance(item, PlainTensorMeta) for item in classes)
         and all(item.mutation_type is MutationType.NOT_MUTATED for item in meta.input_info)

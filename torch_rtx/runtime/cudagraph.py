@@ -8,9 +8,11 @@ at their address instead, which is part of the key.
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -140,7 +142,7 @@ class GraphPool:
     def _capture(self, code: Code, inputs: Sequence[Any], store: WeightStore) -> Captured | None:
         """Capture the module for these inputs; None, and never tried again, where CUDA refuses."""
         try:
-            with _CAPTURING, torch.cuda.device(self.device):
+            with _CAPTURING, torch.cuda.device(self.device), _no_collection():
                 found = Captured(self, code, inputs, self._written, store, self._handle)
         except RuntimeError as error:
             self.disabled = str(error).splitlines()[0]
@@ -359,6 +361,19 @@ def _checked_count(answer: tuple[Any, ...]) -> int:
 def _capture_stream(index: int) -> torch.cuda.Stream:
     """The stream that captures on a device."""
     return new_stream(torch.device("cuda", index))
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """No cyclic garbage is collected meanwhile: a CUDA graph among it would be destroyed by the thread that captures,
+    which ends the capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _end_failed_capture(device: torch.device, handle: Any) -> None:

@@ -54,6 +54,17 @@ def new_stream(device: torch.device) -> Any:
     cuda = driver()
     if cuda is None:
         return torch.cuda.Stream(device)
-    with torch.cuda.device(device):
+    checked(cuda.cuCtxPushCurrent(context_of(device.index)))  # a thread that made no call of the runtime yet has none
+    try:
         raw = checked(cuda.cuStreamCreate(cuda.CUstream_flags.CU_STREAM_NON_BLOCKING))
+    finally:
+        checked(cuda.cuCtxPopCurrent())
     return torch.cuda.ExternalStream(int(raw), device)
+
+
+@cache
+def context_of(index: int) -> Any:
+    """The primary context of a device, which PyTorch uses too."""
+    cuda = driver()
+    checked(cuda.cuInit(0))
+    return checked(cuda.cuDevicePrimaryCtxRetain(checked(cuda.cuDeviceGet(index))))
