@@ -212,7 +212,7 @@ for _peer in (
     Peer("rtx", _rtx, ours=True),
     Peer(
         "rtx-lazy",
-        partial(_rtx, options={"specialization_strategy": "lazy"}),
+        partial(_rtx, options={"specialization_strategy": "lazy", "tuning_seconds": 20}),
         _no_kernels,
         ours=True,
         settled=_nothing_in_the_background,

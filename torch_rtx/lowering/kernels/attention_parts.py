@@ -27,9 +27,9 @@ RESIDENT = 4  # such programs on a processor
 SDPA = "aten.scaled_dot_product_attention.default"
 
 
-def keys_in_parts(found: Attention, keys: Dim, target: int) -> int:
+def keys_in_parts(found: Attention, keys: Dim, target: int, gain: float = CLEAR) -> int:
     """In how many ranges the keys of an attention are best cut, so that they fill the chip; 1: in none, which is also
-    the answer where the gain would be less than `CLEAR`."""
+    the answer where the gain would be less than `gain`."""
     on = chip(target)
     if found.causal or not isinstance(found.queries, int) or found.queries > FEW_QUERIES:
         return 1
@@ -49,7 +49,7 @@ def keys_in_parts(found: Attention, keys: Dim, target: int) -> int:
     def both(parts: int) -> float:
         return time(parts) + LAUNCH + LATENCY + 2 * parts * result / (on.memory * 1e3)
 
-    return min([(time(1) / CLEAR, 1), *((both(parts), parts) for parts in PARTS)])[1]
+    return min([(time(1) / gain, 1), *((both(parts), parts) for parts in PARTS)])[1]
 
 
 # ---- the two kernels -------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from math import ceil, prod
+from math import ceil, inf, prod
 
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Dim, TensorType, typical_size
@@ -201,9 +201,9 @@ def _ranked(what: Problem, few: bool, target: int) -> list[tuple[float, GemmConf
 # ---- parts -----------------------------------------------------------------------------------------------------------
 
 
-def best_parts(region: Region, of: Product, target: int) -> int:
+def best_parts(region: Region, of: Product, target: int, gain: float = CLEAR) -> int:
     """In how many parts the depth of a product is best cut, so that they fill the chip; 1: in none, which is also the
-    answer where the gain is less than `CLEAR`.
+    answer where the gain is less than `gain`.
 
     Raises:
         Unsupported: see `problem`.
@@ -213,7 +213,7 @@ def best_parts(region: Region, of: Product, target: int) -> int:
     tiles = what.batch * ceil(what.rows / TILE) * ceil(columns / TILE)
     if not isinstance(of.depth, int) or tiles > FILLED * on.processors:
         return 1
-    whole = fastest = _ranked(what, _few(of), target)[0][0]
+    whole, fastest = _ranked(what, _few(of), target)[0][0], inf
     result = what.batch * what.rows * columns
     operands = what.batch * (what.rows + columns * what.taps) * what.depth * SIZES[what.dtype]
     best = 1
@@ -228,7 +228,7 @@ def best_parts(region: Region, of: Product, target: int) -> int:
         if time >= fastest:
             break  # more parts are no better
         fastest, best = time, parts
-    return best if fastest * CLEAR <= whole else 1
+    return best if fastest * gain <= whole else 1
 
 
 # ---- tensor cores ----------------------------------------------------------------------------------------------------

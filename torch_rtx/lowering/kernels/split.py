@@ -15,18 +15,18 @@ from torch_rtx.lowering.kernels.attention import attention_of
 from torch_rtx.lowering.kernels.attention_parts import attention_sum, keys_in_parts, partial_attention
 from torch_rtx.lowering.kernels.calls import Calls, kernel, needed, type_of
 from torch_rtx.lowering.kernels.conv import conv_product, is_depthwise
-from torch_rtx.lowering.kernels.cost import best_parts
+from torch_rtx.lowering.kernels.cost import CLEAR, best_parts
 from torch_rtx.lowering.kernels.gemm import OPERANDS, gemm_product
 from torch_rtx.lowering.kernels.generate import family, generate
 from torch_rtx.lowering.kernels.product import argument
 from torch_rtx.lowering.kernels.region import ANCHORS, Region, region
 
 
-def split(body: Graph, name: str, sm: int) -> Graph | None:
-    """The split form of the body of kernel `name` on SM version `sm` (89); None where it has none, or would not be
-    clearly faster."""
+def split(body: Graph, name: str, sm: int, gain: float = CLEAR) -> Graph | None:
+    """The split form of the body of kernel `name` on SM version `sm` (89); None where it has none, or is not expected
+    to be faster by the factor `gain`."""
     try:
-        parts = _parts(region(body), sm)
+        parts = _parts(region(body), sm, gain)
         if parts == 1:
             return None
         graph = split_in(body, name, parts)
@@ -38,17 +38,17 @@ def split(body: Graph, name: str, sm: int) -> Graph | None:
     return graph
 
 
-def _parts(found: Region, sm: int) -> int:
+def _parts(found: Region, sm: int, gain: float) -> int:
     """In how many parts a region is best cut; 1: in none."""
     match family(found):
         case "gemm":
-            return best_parts(found, gemm_product(found), sm)
+            return best_parts(found, gemm_product(found), sm, gain)
         case "conv":
             of = conv_product(found)
-            return 1 if of.batch != 1 or is_depthwise(of) else best_parts(found, of, sm)
+            return 1 if of.batch != 1 or is_depthwise(of) else best_parts(found, of, sm, gain)
         case "attention":
             assert found.anchor is not None
-            return keys_in_parts(attention_of(found), type_of(argument(found.anchor, "key")).shape[-2], sm)
+            return keys_in_parts(attention_of(found), type_of(argument(found.anchor, "key")).shape[-2], sm, gain)
     return 1
 
 

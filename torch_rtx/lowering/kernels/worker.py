@@ -21,6 +21,7 @@ from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.split import split
 from torch_rtx.targets import Target
 
+MAYBE = 0.75  # a split form is measured if it is expected to be this much faster: expectations may be wrong
 NICENESS = 10  # the program that waits for nobody comes first
 
 
@@ -47,12 +48,12 @@ def build(request: Request) -> dict[str, Candidate]:
 
 
 def build_split(request: Request) -> dict[str, SplitCandidate]:
-    """Per kernel its split body, if it has one that is expected to be faster, and all kernels in it fit.
+    """Per kernel its split body, if it has one that may be faster, and all kernels in it fit.
 
     Raises:
         KernelError: see `compile_kernels`.
     """
-    divided = {name: split(body, name, request.sm) for name, (body, _) in request.bodies.items()}
+    divided = {name: split(body, name, request.sm, MAYBE) for name, (body, _) in request.bodies.items()}
     bodies = {name: body for name, body in divided.items() if body is not None}
     inside = {name: {node.op: node.body for node in kernel_nodes(body)} for name, body in bodies.items()}
     wanted = {op: (body, 0) for found in inside.values() for op, body in found.items() if body is not None}
