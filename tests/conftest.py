@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import random
@@ -32,6 +33,17 @@ else:
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--all-dtypes`: samples of operators in every dtype; without it in some, which differ from name to name."""
+    parser.addoption("--all-dtypes", action="store_true", help="samples of operators in every dtype")
+
+
+def pytest_collection_finish() -> None:
+    """Half a million objects that were imported stay to the end: the garbage collector need not visit them again."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skips tests marked `gpu` where there is no CUDA device."""
     if torch.cuda.is_available():
@@ -53,6 +65,12 @@ def cache_folder(monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = Path(CACHES) / str(next(NUMBERS))
     monkeypatch.setenv("TORCH_RTX_CACHE_DIR", str(folder))
     return folder
+
+
+@pytest.fixture
+def all_dtypes(request: pytest.FixtureRequest) -> bool:
+    """Whether `--all-dtypes` is given."""
+    return bool(request.config.getoption("--all-dtypes"))
 
 
 @pytest.fixture

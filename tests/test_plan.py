@@ -11,16 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import models
-from torch_rtx import CompilationSettings
-from torch_rtx.backend import reuse
 from torch_rtx.errors import InputError
-from torch_rtx.ir import Dim, Graph, Sym, TensorType, contiguous, dim_expr, evaluate, typical_size
+from torch_rtx.ir import Dim, Sym, TensorType, contiguous, dim_expr, evaluate, typical_size
 from torch_rtx.irparse import parse
-from torch_rtx.kerneltable import KernelTable
 from torch_rtx.runtime import plan as planning
 from torch_rtx.runtime.code import compile_graph
-from torch_rtx.runtime.inline import inline_kernels
 from torch_rtx.runtime.plan import PIECE, Buffer, Plan, best_packing, most_alive, neighbours, size_of
 from torch_rtx.runtime.session import Session
 from torch_rtx.runtime.weights import WeightStore
@@ -192,28 +187,6 @@ def test_fallbacks_get_memory_of_their_own() -> None:
 def test_sizes_that_depend_on_data_are_not_planned() -> None:
     plan = Plan(GRAPH, frozenset(), frozenset())
     assert (plan.buffers, plan.symbols, plan.memory({}).peak) == ([], (), 0)
-
-
-@pytest.mark.parametrize("name", ["resnet50", "vit_b_16", "gpt2_prefill", "sd15_unet"])
-def test_models(name: str) -> None:
-    """What one packs is never more than is alive at once, and fused less than call by call."""
-    pytest.importorskip("transformers")
-    model, args, kwargs = models.build(name, "small", dtype=torch.float16)
-    graph = fused(model, args, kwargs)
-    sizes = {sym: typical(dim) for sym, dim in graph.syms.items()}
-    plan = Plan(graph, frozenset(), frozenset(graph.syms))
-    arena = plan.memory(sizes).arena
-    assert 0 < arena <= 1.05 * most_alive((b, typical(b.size)) for b in plan.buffers)
-    calls = Plan(inline_kernels(graph, {}), frozenset(), frozenset(graph.syms)).memory(sizes)
-    assert arena <= 1.01 * calls.peak
-
-
-def fused(model: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> Graph:
-    import torch_rtx
-
-    settings = CompilationSettings(device="cuda", targets="sm_80", reuse_cached_engines=False)
-    with patch.object(reuse, "kernels_of", lambda *_: KernelTable()):  # planned, not compiled
-        return torch_rtx.compile(model, args, kwargs, settings=settings).engine.graph
 
 
 def test_what_an_update_writes_is_in_the_arena_and_what_it_returns_is_not() -> None:
