@@ -59,8 +59,8 @@ def library(body: Graph, sm: int) -> str:
 
     Calls of a few microseconds lose against a kernel that also does what comes before and after them. Beyond that, on
     Hopper, libraries use its asynchronous copies and warp specialization, which kernels here do not have yet: a plain
-    product of 3072 x 768 x 3072 took 36 us against 23 on an H200, one of 128 x 3072 x 768 took 4.0 against 6.3. Rows have
-    to begin at multiples of 16 bytes for that: a product of 512 x 768 x 50257 took 423 us against 95.
+    product of 3072 x 768 x 3072 took 36 us against 23 on an H200, one of 128 x 3072 x 768 took 4.0 against 6.3. Rows
+    have to begin at multiples of 16 bytes for that: a product of 512 x 768 x 50257 took 423 us against 95.
     """
     found = region(as_attention(body))
     if found.anchor is None:
