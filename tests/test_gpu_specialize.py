@@ -104,39 +104,41 @@ def test_training(cache: str) -> None:
             assert torch_rtx.wait(300)
 
 
-def test_no_call_is_slow(cache: str) -> None:
-    """300 calls over 40 sizes from cold: after the first, none takes more than twice what calls take at the median."""
-    model = nn.Sequential(nn.Linear(256, 1024), nn.GELU(), nn.LayerNorm(1024), nn.Linear(1024, 256)).cuda().half()
-    x = torch.randn(64, 256, device="cuda", dtype=torch.float16)
-    shapes = ({0: torch.export.Dim("n", min=2, max=64)},)
-    made = torch_rtx.compile(
-        model,
-        (x,),
-        dynamic_shapes=shapes,
-        settings=CompilationSettings(targets="later"),
-        runtime=RuntimeSettings(**LAZY, runtime_cache=cache),
-    )
-    sizes = [2 + (7 * index) % 40 for index in range(300)]
+def trace(made: torch_rtx.CompiledModule, width: int, sizes: list[int]) -> list[float]:
+    """Seconds of calls of these sizes, each by itself, after one call."""
+    x = torch.randn(64, width, device="cuda", dtype=torch.float16)
     made(x[:2])
-    torch.cuda.synchronize()
     spent = []
     for size in sizes:
+        torch.cuda.synchronize()
         start = time.perf_counter()
         made(x[:size])
         torch.cuda.synchronize()
         spent.append(time.perf_counter() - start)
-    with torch_rtx.runtime_settings(specialization_strategy="none", cuda_graph_strategy="disabled"):
-        plain = torch_rtx.compile(model, (x,), dynamic_shapes=shapes, runtime=RuntimeSettings(tactics="calls"))
-        reference = []
-        for size in sizes:
-            start = time.perf_counter()
-            plain(x[:size])
-            torch.cuda.synchronize()
-            reference.append(time.perf_counter() - start)
-    median = sorted(reference)[len(reference) // 2]
-    slow = [f"{1e6 * t:.0f} us" for t in spent if t > 2 * median]
-    assert len(slow) <= 3, f"{len(slow)} calls took more than twice {1e6 * median:.0f} us: {slow}"
-    assert made.session.wait(600)
+    return spent
+
+
+def test_no_call_is_slow(cache: str) -> None:
+    """300 calls over 40 sizes from cold, while kernels are compiled and measured in the background, against calls that
+    nothing is made faster for. Both meet each size for the first time, when libraries look for a kernel; the widths
+    differ, so that none finds what the other has left."""
+    sizes = [2 + (7 * index) % 40 for index in range(300)]
+    found = []
+    for width, strategy in ((272, "none"), (256, "lazy")):
+        layers = nn.Linear(width, 4 * width), nn.GELU(), nn.LayerNorm(4 * width), nn.Linear(4 * width, width)
+        model = nn.Sequential(*layers).cuda().half()
+        shapes = ({0: torch.export.Dim("n", min=2, max=64)},)
+        x = torch.randn(64, width, device="cuda", dtype=torch.float16)
+        runtime = RuntimeSettings(specialization_strategy=strategy, runtime_cache=cache, cuda_graph_strategy="disabled")
+        later = CompilationSettings(targets="later")
+        made = torch_rtx.compile(model, (x,), dynamic_shapes=shapes, settings=later, runtime=runtime)
+        found.append(trace(made, width, sizes))
+        assert made.session.wait(600)
+    plain, lazy = found
+    first, settled = 40, sorted(plain[40:])[130]
+    assert sorted(lazy[:first])[first // 2] < 2 * sorted(plain[:first])[first // 2]
+    slow = [f"{1e6 * t:.0f} us" for t in lazy[first:] if t > 2 * settled]
+    assert len(slow) <= 5, f"{len(slow)} calls took more than twice {1e6 * settled:.0f} us: {slow}"
 
 
 def test_threads(cache: str) -> None:
