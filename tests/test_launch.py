@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.fake_driver import STREAM, FakeDriver, Status
+from tests.fake_driver import STREAM, FakeDriver, Kept, Status
 from torch_rtx.errors import KernelError
 from torch_rtx.ir import Graph, Sym
 from torch_rtx.irparse import parse
@@ -104,18 +104,6 @@ def test_a_binary_that_the_driver_refuses(caplog: pytest.LogCaptureFixture) -> N
     driver = FakeDriver(SIZES, refused=(b"aligned 90",))
     assert made(driver, NATIVE) is None
     assert "kernel k runs call by call: none of its binaries can be loaded" in caplog.text
-
-
-class Kept(dict[tuple[str, str], bytes]):
-    """A runtime cache."""
-
-    stats = None
-
-    def get(self, kind: str, key: str) -> bytes | None:  # type: ignore[override]
-        return super().get((kind, key))
-
-    def put(self, kind: str, key: str, value: bytes) -> None:
-        self[kind, key] = value
 
 
 def test_what_the_driver_compiled_is_kept() -> None:

@@ -20,6 +20,7 @@ from torch import nn
 
 import torch_rtx
 from tests.emulated import Device, Emulated
+from tests.fake_driver import Kept
 from torch_rtx.backend import reuse
 from torch_rtx.errors import KernelError, SettingsError
 from torch_rtx.kerneltable import KernelTable
@@ -44,18 +45,6 @@ class Net(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.relu(self.down(self.norm(nn.functional.gelu(self.up(x))))) + x
-
-
-class Memory(dict[tuple[str, str], bytes]):
-    """A runtime cache."""
-
-    stats = None
-
-    def get(self, kind: str, key: str) -> bytes | None:  # type: ignore[override]
-        return super().get((kind, key))
-
-    def put(self, kind: str, key: str, value: bytes) -> None:
-        self[kind, key] = value
 
 
 @pytest.fixture
@@ -85,6 +74,20 @@ def session(
     return Session(graph, module._store, settings, of._callables, of._trusted_ops, tools=tools), model
 
 
+def held_back() -> tuple[Device, threading.Event, threading.Event]:
+    """A device, what is set when it has begun to build, and what lets it go on."""
+    device, entered, leave = Device(), threading.Event(), threading.Event()
+    build = device.build
+
+    def slow(*args: Any) -> Any:
+        entered.set()
+        assert leave.wait(60)
+        return build(*args)
+
+    device.build = slow  # type: ignore[method-assign]
+    return device, entered, leave
+
+
 def right(made: Session, model: nn.Module, x: torch.Tensor = X) -> None:
     (got,) = made([x])
     with torch.no_grad():
@@ -111,15 +114,7 @@ def test_from_calls_to_kernels(background: Background) -> None:
 
 def test_no_call_waits(background: Background) -> None:
     """Calls run as before while kernels are being compiled."""
-    device, entered, leave = Device(), threading.Event(), threading.Event()
-    build = device.build
-
-    def slow(*args: Any) -> Any:
-        entered.set()
-        assert leave.wait(60)
-        return build(*args)
-
-    device.build = slow  # type: ignore[method-assign]
+    device, entered, leave = held_back()
     made, model = session(device, background)
     for _ in range(3):
         right(made, model)
@@ -254,7 +249,7 @@ def test_what_a_job_has_compiled_is_no_kernel_of_the_engine(background: Backgrou
 
 def test_the_kernel_of_another_engine_was_the_fastest(background: Background) -> None:
     """What is compiled in its place was never checked: it is now, and measured."""
-    memory = Memory()
+    memory = Kept()
     made, model = session(Device(), background, store=memory)
     right(made, model)
     assert made.specializer.wait(60)
@@ -286,7 +281,7 @@ class Deep(nn.Module):
 
 def test_a_split_body_that_is_the_fastest(background: Background) -> None:
     """It runs from then on, here and, through the runtime cache, elsewhere."""
-    memory, x = Memory(), torch.randn(4, 256)
+    memory, x = Kept(), torch.randn(4, 256)
     known: dict[str, Any] = {}
     for builds in (True, False):
         device = Device(parts=4, kernels=known)
@@ -316,7 +311,7 @@ def test_measuring_is_bounded_in_time(background: Background) -> None:
 
 def test_what_was_learnt_is_remembered(background: Background) -> None:
     """A second session builds and measures nothing, and runs the same kernels."""
-    memory, first, second = Memory(), Device(), Device()
+    memory, first, second = Kept(), Device(), Device()
     made, model = session(first, background, store=memory)
     right(made, model)
     assert made.specializer.wait(60)
@@ -336,7 +331,7 @@ def test_what_was_learnt_is_remembered(background: Background) -> None:
 
 def test_a_kernel_that_the_compiler_refuses(background: Background, caplog: pytest.LogCaptureFixture) -> None:
     """All others are compiled and measured; and nothing is remembered of what may be a bug."""
-    memory, device = Memory(), Device()
+    memory, device = Kept(), Device()
     build = device.build
 
     def picky(bodies: Any, sm: int) -> Any:
@@ -359,7 +354,7 @@ def test_a_kernel_that_the_compiler_refuses(background: Background, caplog: pyte
 
 
 def test_damaged_memory(background: Background, caplog: pytest.LogCaptureFixture) -> None:
-    memory, device = Memory(), Device()
+    memory, device = Kept(), Device()
     made, model = session(device, background, store=memory)
     right(made, model)
     assert made.specializer.wait(60)
@@ -441,15 +436,7 @@ def test_sizes_that_lost_their_place_are_not_compiled_for(background: Background
 
 def test_eager_keeps_no_other_thread_waiting(background: Background) -> None:
     """One call compiles; another one, which does not ask for that, goes on at new sizes."""
-    device, entered, leave = Device(), threading.Event(), threading.Event()
-    build = device.build
-
-    def slow(*args: Any) -> Any:
-        entered.set()
-        assert leave.wait(60)
-        return build(*args)
-
-    device.build = slow  # type: ignore[method-assign]
+    device, entered, leave = held_back()
     made, model = session(device, background, dynamic=True)
 
     def eager() -> None:
