@@ -54,7 +54,8 @@ def new_stream(device: torch.device) -> Any:
     cuda = driver()
     if cuda is None:
         return torch.cuda.Stream(device)
-    checked(cuda.cuCtxPushCurrent(context_of(device.index)))  # a thread that made no call of the runtime yet has none
+    context = context_of(cuda, device.index)  # a thread that made no call of the runtime yet has none
+    checked(cuda.cuCtxPushCurrent(context))
     try:
         raw = checked(cuda.cuStreamCreate(cuda.CUstream_flags.CU_STREAM_NON_BLOCKING))
     finally:
@@ -63,8 +64,7 @@ def new_stream(device: torch.device) -> Any:
 
 
 @cache
-def context_of(index: int) -> Any:
-    """The primary context of a device, which PyTorch uses too."""
-    cuda = driver()
-    checked(cuda.cuInit(0))
-    return checked(cuda.cuDevicePrimaryCtxRetain(checked(cuda.cuDeviceGet(index))))
+def context_of(api: Any, index: int) -> Any:
+    """The primary context of a device, which PyTorch uses too; `api` is the driver API."""
+    checked(api.cuInit(0))
+    return checked(api.cuDevicePrimaryCtxRetain(checked(api.cuDeviceGet(index))))

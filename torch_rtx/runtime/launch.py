@@ -160,9 +160,8 @@ class Gpu:
 
     def __init__(self, driver: Any, index: int) -> None:
         self.driver, self.index = driver, index
-        checked(driver.cuInit(0))
+        self.context = driver_api.context_of(driver, index)
         device = checked(driver.cuDeviceGet(index))
-        self.context = checked(driver.cuDevicePrimaryCtxRetain(device))
         names = driver.CUdevice_attribute
         major, minor, self.shared = (
             int(checked(driver.cuDeviceGetAttribute(name, device)))
