@@ -140,6 +140,7 @@ class Runner:
         self.results = results.load(plan.out) if plan.out.exists() else results.Results()
         self.environment = self.device = self.device_name = ""
         self.failed = 0
+        self.ended: dict[str, str] = {}  # peers that have ended a process of this run, and at which workload
 
     def run(self) -> None:
         """Do the plan.
@@ -223,8 +224,15 @@ class Runner:
         return not (self.plan.again == "failed" and row["status"] == "failed")
 
     def _do(self, job: Job) -> None:
-        """Work on a job until every peer has a row: after a hang or a crash, go on without the one to blame."""
-        peers = list(job.peers)
+        """Work on a job until every peer has a row: after a hang or a crash, go on without the one to blame.
+
+        Who has ended a process is not tried at further workloads of the run: to compile it, only to die again, can
+        take most of the time of all peers.
+        """
+        for peer in set(job.peers) & self.ended.keys():
+            why = f"not tried: it ended its process at {self.ended[peer]} of this run (--again failed tries)"
+            self._keep(job, peer, "failed", why, {}, 0.0)
+        peers = [peer for peer in job.peers if peer not in self.ended]
         while peers:
             if time.monotonic() > self.deadline:
                 raise Stopped("the budget is spent")
@@ -260,6 +268,8 @@ class Runner:
                 reason = f"stopped after {limit:g} s, during {stage}"
             if reason is not None:
                 spent[current] += time.time() - since
+                if current in peers and not running:
+                    self.ended[current] = job.workload.name
                 # One whose row has come may have spoilt the process for the others: they get another one.
                 others = [] if len(peers) < asked else list(peers)
                 for peer in [current] if current in peers else others:

@@ -316,6 +316,20 @@ def test_peers_that_go_wrong(tmp_path: Path, plugin: str, here: None) -> None:
     assert rows_of(out) == rows
 
 
+def test_a_peer_that_ended_its_process_is_not_tried_again(tmp_path: Path, plugin: str, here: None) -> None:
+    """Compiling it for every model, only to die again, would take the time of all others; the next run may try."""
+    out = tmp_path / "results.json"
+    more = ["--models", "bert_base,gpt2", "--plugin", plugin, "--peers", "eager,dying"]
+    assert run(out, *more) == 0
+    found = {(row["model"], row["peer"]): row for row in results.load(out).rows.values()}
+    assert found["gpt2", "eager"]["status"] == "ok"
+    assert found["gpt2", "dying"]["status"] == "failed"
+    assert found["gpt2", "dying"]["reason"].startswith("not tried: it ended its process at bert_base-b2 of this run")
+    assert run(out, *more, "--models", "gpt2", "--again", "failed") == 0
+    again = {(row["model"], row["peer"]): row for row in results.load(out).rows.values()}
+    assert again["gpt2", "dying"]["reason"].startswith("the process ended with status 9 during measure")
+
+
 def test_killed_and_resumed(tmp_path: Path, plugin: str, here: None) -> None:
     """What a killed run has measured stays, and the next one measures the rest."""
     out = tmp_path / "results.json"

@@ -215,6 +215,8 @@ def test_samples(chunk: int, all_dtypes: bool) -> None:
 A = torch.ops.aten
 ROWS = torch.randn(6, 40)
 IMAGE = torch.randn(2, 6, 5, 4)
+BATCH_NORM = A._native_batch_norm_legit_no_training.default
+STATISTICS = (torch.randn(6), torch.rand(6) + 0.1)
 CALLS = {
     "layer_norm": lambda: (A.layer_norm.default, (ROWS, [40], ROWS[0], ROWS[1])),
     "layer_norm over two dimensions": lambda: (A.layer_norm.default, (IMAGE, [5, 4])),
@@ -225,6 +227,11 @@ CALLS = {
     "_fused_rms_norm": lambda: (A._fused_rms_norm.default, (ROWS, [40], ROWS[0], 1e-6)),
     "group_norm": lambda: (A.group_norm.default, (IMAGE, 3, torch.randn(6), torch.randn(6))),
     "group_norm of one group, half": lambda: (A.group_norm.default, (IMAGE.half(), 1, None, None)),
+    "batch_norm": lambda: (BATCH_NORM, (IMAGE, IMAGE[0, :, 0, 0], IMAGE[0, :, 0, 1], *STATISTICS, 0.1, 1e-5)),
+    "batch_norm without affine weights, half": lambda: (
+        BATCH_NORM,
+        (IMAGE.half().to(memory_format=torch.channels_last), None, None, *STATISTICS, 0.1, 1e-3),
+    ),
     "softmax": lambda: (A.softmax.int, (ROWS, -1)),
     "softmax over columns": lambda: (A.softmax.int, (IMAGE, 1)),
     "softmax in another dtype": lambda: (A.softmax.int, (ROWS.half(), 1, torch.float32)),

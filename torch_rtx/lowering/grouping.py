@@ -29,6 +29,7 @@ MAX_POINTERS = 24
 CHEAP = 4
 LONG_ROW = 16384  # so few rows of this size that they leave a GPU idle are left to the library, which splits them
 FEW_ROWS = 64
+PLAIN = {"_native_batch_norm_legit_no_training": "batch_norm"}  # what operators are called in the names of kernels
 TRIAL = 80  # the SM version that shows whether there is code at all
 
 
@@ -325,8 +326,8 @@ def domain_of(node: Node) -> tuple[Domain | None, int]:
 
 def name_of(body: Graph) -> str:
     """A name for the kernel of `body`: its operations and a digest of all that it does."""
-    ops = [node.op.split(".")[1].strip("_") for node in _calls(body) if not aten.is_view(aten.overload(node.op))]
-    words = list(dict.fromkeys(ops))
+    ops = [node.op.split(".")[1] for node in _calls(body) if not aten.is_view(aten.overload(node.op))]
+    words = list(dict.fromkeys(PLAIN.get(op, op.strip("_")) for op in ops))
     shown = words if len(words) <= 4 else [*words[:2], *words[-2:]]
     return "_".join([*shown, blake2b(str(body).encode(), digest_size=4).hexdigest()])
 

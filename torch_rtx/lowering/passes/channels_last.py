@@ -3,12 +3,14 @@
 Each convolution gets its image and its weight channels-last, and what follows keeps the layout that its own ATen call
 gives for such inputs: pointwise operations, pooling and concatenation stay channels-last, so that no copy is left
 between convolutions. Where a view can't be taken, or a call or the caller must see the captured layout, the image is
-copied back. The weight's copy becomes part of its recipe.
+copied back. The weight's copy becomes part of its recipe. A convolution over sequences is one over images of height 1:
+what a model then transposes, to feed its attention, is a view.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import permutations
 
 from torch_rtx import aten
 from torch_rtx.errors import Unsupported
@@ -16,7 +18,8 @@ from torch_rtx.ir import COPY, Attr, Dim, Graph, Node, TensorType, Type, Value, 
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.rewrite import Rewriter
 
-CONVOLUTIONS = frozenset(("aten.conv2d.default", "aten.convolution.default"))
+SEQUENCES = "aten.conv1d.default"
+CONVOLUTIONS = frozenset(("aten.conv2d.default", "aten.convolution.default", SEQUENCES))
 FORMATS = ("contiguous_format", "channels_last")
 
 
@@ -50,7 +53,11 @@ class _Writer(Rewriter):
 
     def _convolution(self, node: Node) -> bool:
         image = node.arg("input")
-        if not isinstance(image, Value) or not isinstance(image.type, TensorType) or len(image.type.shape) != 4:
+        if not isinstance(image, Value) or not isinstance(image.type, TensorType):
+            return False
+        if node.op == SEQUENCES and len(image.type.shape) == 3:
+            return self._sequences(node)
+        if len(image.type.shape) != 4:
             return False
         (result,) = node.outputs
         assert result is not None
@@ -59,6 +66,27 @@ class _Writer(Rewriter):
         # What libraries return for such inputs; the meta kernel of a convolution does not tell.
         output = Value(result.name, replace(result.type, strides=strides_of(result.type.shape)))
         self._put(node, tuple((key, attr_map(attr, self.now)) for key, attr in args), (output,))
+        return True
+
+    def _sequences(self, node: Node) -> bool:
+        """A convolution of (batch, channels, length) as one of (batch, channels, 1, length)."""
+        (result,) = node.outputs
+        assert result is not None
+        assert isinstance(result.type, TensorType)
+        batch, channels, length = result.type.shape
+        args = dict(node.args)
+        for key in ("input", "weight"):
+            flat = attr_map(args[key], self.now)
+            args[key] = self._laid_out(self.emit("aten.unsqueeze.default", None, None, self=flat, dim=2))
+        for key, of_height in (("stride", 1), ("padding", 0), ("dilation", 1)):
+            of_length = args.get(key, ())
+            assert isinstance(of_length, tuple)
+            if of_length:
+                args[key] = (of_height, *of_length)
+        shape = (batch, channels, 1, length)
+        type_ = replace(result.type, shape=shape, strides=strides_of(shape))
+        image = self.emit("aten.conv2d.default", node.loc, (type_,), **args)
+        self.replace(result, self.emit("aten.squeeze.dim", node.loc, None, self=image, dim=2))
         return True
 
     def _laid_out(self, attr: Attr) -> Attr:
@@ -101,7 +129,18 @@ class _Writer(Rewriter):
             if type_ == value.type:
                 self.replace(value, self.emit("aten.clone.default", None, (type_,), self=now, memory_format=form))
                 return
-        raise Unsupported(f"the layout {value.type}")
+        self.replace(value, self._permuted(now, value.type))
+
+    def _permuted(self, now: Attr, type_: TensorType) -> Value:
+        """A copy of `now` in any dense layout: that of a view of rows."""
+        for order in permutations(range(len(type_.shape))):
+            back = tuple(map(order.index, range(len(order))))
+            moved = contiguous(tuple(type_.shape[axis] for axis in order))
+            if tuple(moved[axis] for axis in back) == type_.strides:
+                rows = self.emit("aten.permute.default", None, None, self=now, dims=order)
+                rows = self.emit("aten.clone.default", None, None, self=rows, memory_format="contiguous_format")
+                return self.emit("aten.permute.default", None, (type_,), self=rows, dims=back)
+        raise Unsupported(f"the layout {type_}")
 
 
 def _differs(type_: Type, value: Value | None) -> bool:

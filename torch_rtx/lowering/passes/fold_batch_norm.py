@@ -1,8 +1,9 @@
 """Folds an inference batch norm into the convolution before it: scale into the weight, shift into the bias.
 
 conv(x, w) * s + t equals conv(x, w * s) + t for s = gamma / sqrt(var + eps), t = beta + (bias - mean) * s, which depend
-on parameters alone: `hoist_weights` makes them a recipe. Computed in the wider of the two dtypes (float32 at least) and
-rounded once.
+on parameters alone: `hoist_weights` makes them a recipe. Weights in half precision are left alone: rounding the product
+shifts whole channels, which no mean over the image evens out (the error of MobileNet v3 in float16 grows fivefold), and
+kernels apply the norm to their sums in float32 anyway.
 """
 
 from __future__ import annotations
@@ -61,7 +62,10 @@ def _foldable(convolution: Node, norm: Node, weights: set[str]) -> bool:
         return False
     needed = [convolution.arg("weight"), norm.arg("running_mean"), norm.arg("running_var")]
     needed += [a for a in (convolution.arg("bias"), norm.arg("weight"), norm.arg("bias")) if a is not None]
-    return all(isinstance(value, Value) and value.name in weights for value in needed)
+    if not all(isinstance(value, Value) and value.name in weights for value in needed):
+        return False
+    dtypes = {v.type.dtype for v in needed if isinstance(v, Value) and isinstance(v.type, TensorType)}
+    return dtypes in ({"f32"}, {"f64"})
 
 
 def _known(op: str, args: dict[str, Attr]) -> tuple[Type] | None:
@@ -78,27 +82,20 @@ def _fold(convolution: Node, norm: Node, rewriter: Rewriter) -> Value:
     def emit(op: str, /, **args: Attr) -> Value:
         return rewriter.emit(f"aten.{op}", norm.loc, _known(op, args), **args)
 
-    def wide(value: Attr) -> Attr:
-        narrow = isinstance(value, Value) and isinstance(value.type, TensorType) and value.type.dtype in ("f16", "bf16")
-        return emit("_to_copy.default", self=value, dtype="f32") if narrow else value
-
     weight = convolution.arg("weight")
     assert isinstance(weight, Value)
     assert isinstance(weight.type, TensorType)
-    scale = emit("rsqrt.default", self=emit("add.Scalar", self=wide(norm.arg("running_var")), other=norm.arg("eps")))
+    scale = emit("rsqrt.default", self=emit("add.Scalar", self=norm.arg("running_var"), other=norm.arg("eps")))
     if norm.arg("weight") is not None:
-        scale = emit("mul.Tensor", self=scale, other=wide(norm.arg("weight")))
-    mean = wide(norm.arg("running_mean"))
+        scale = emit("mul.Tensor", self=scale, other=norm.arg("weight"))
+    mean = norm.arg("running_mean")
     bias = convolution.arg("bias")
-    offset = mean if bias is None else emit("sub.Tensor", self=mean, other=wide(bias))
+    offset = mean if bias is None else emit("sub.Tensor", self=mean, other=bias)
     shift = emit("neg.default", self=emit("mul.Tensor", self=offset, other=scale))
     if norm.arg("bias") is not None:
-        shift = emit("add.Tensor", self=shift, other=wide(norm.arg("bias")))
+        shift = emit("add.Tensor", self=shift, other=norm.arg("bias"))
     column = emit("view.default", self=scale, size=(-1,) + (1,) * (len(weight.type.shape) - 1))
-    folded = emit("mul.Tensor", self=wide(weight), other=column)
-    if folded.type != weight.type:
-        folded = emit("_to_copy.default", self=folded, dtype=weight.type.dtype)
-        shift = emit("_to_copy.default", self=shift, dtype=weight.type.dtype)
+    folded = emit("mul.Tensor", self=weight, other=column)
     args = {**dict(convolution.args), "weight": folded, "bias": shift}
     order = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
     pairs = tuple((key, args[key]) for key in order if key in args)

@@ -8,7 +8,7 @@ from functools import partial
 
 from torch_rtx.errors import Unsupported
 from torch_rtx.lowering.kernels.index import Index, constant, product, ravel
-from torch_rtx.lowering.kernels.ops.pointwise import floating, tensor
+from torch_rtx.lowering.kernels.ops.pointwise import filled, floating, tensor
 from torch_rtx.lowering.kernels.ops.registry import Types, op
 from torch_rtx.lowering.kernels.ops.views import reshape
 from torch_rtx.lowering.kernels.tensor import (
@@ -290,6 +290,15 @@ def _standardized(value: Tensor, axes: Sequence[int], eps: float) -> tuple[Tenso
     return pointwise("({0} - {1}) * {2}", value.dtype, value, mean, scale), mean, scale
 
 
+def _per_channel(values: Tensor, image: Tensor) -> Tensor:
+    """One value for each channel, the second dimension of `image`, to be broadcast over the others."""
+    return reshape(values, (*values.shape, *[ONE] * (len(image.shape) - 2)))
+
+
+def _affine_channels(normal: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    return _affine(normal, *(None if one is None else _per_channel(one, normal) for one in (weight, bias)))
+
+
 def _trailing(normalized_shape: Sequence[object]) -> list[int]:
     return list(range(-len(normalized_shape), 0))
 
@@ -374,7 +383,24 @@ def group_norm(
     groups = constant(num_groups)
     grouped = reshape(cast(input, register(input.dtype)), (batch, groups, channels // groups, *rest))
     normal, _, _ = _standardized(grouped, list(range(2, 3 + len(rest))), eps)
-    flat = reshape(normal, input.shape)
-    wide = (channels, *[ONE] * len(rest))
-    weight, bias = (None if one is None else reshape(one, wide) for one in (weight, bias))
-    return cast(_affine(flat, weight, bias), out[0].dtype)
+    return cast(_affine_channels(reshape(normal, input.shape), weight, bias), out[0].dtype)
+
+
+@op("_native_batch_norm_legit_no_training.default")
+def batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    momentum: float,
+    eps: float,
+    *,
+    out: Types,
+) -> tuple[Tensor, ...]:
+    """Standardization by running statistics (Ioffe and Szegedy, 2015); the saved ones are empty."""
+    value = cast(input, register(input.dtype))
+    mean, variance = (cast(_per_channel(one, input), value.dtype) for one in (running_mean, running_var))
+    scale = pointwise("tl.rsqrt({0} + {1})", value.dtype, variance, number(eps, value.dtype))
+    normal = pointwise("({0} - {1}) * {2}", value.dtype, value, mean, scale)
+    return cast(_affine_channels(normal, weight, bias), out[0].dtype), filled(0, out[1:]), filled(0, out[2:])
