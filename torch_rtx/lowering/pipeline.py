@@ -13,6 +13,7 @@ from torch_rtx import aten
 from torch_rtx.errors import InvalidIR, LoweringError, RtxError
 from torch_rtx.ir import Graph, verify
 from torch_rtx.lowering.infer import Inference
+from torch_rtx.lowering.passes.affine_batch_norm import affine_batch_norm
 from torch_rtx.lowering.passes.channels_last import channels_last
 from torch_rtx.lowering.passes.cse import cse
 from torch_rtx.lowering.passes.dce import dce
@@ -38,6 +39,7 @@ PIPELINE: Mapping[str, Pass] = {
     "simplify_masks": simplify_masks,
     "read_in_place": read_in_place,
     "fold_batch_norm": fold_batch_norm,
+    "affine_batch_norm": affine_batch_norm,
     "merge_linears": merge_linears,
     "channels_last": channels_last,
     "write_in_place": write_in_place,
@@ -48,7 +50,7 @@ PIPELINE: Mapping[str, Pass] = {
 }
 REQUIRED = frozenset(("finish",))
 # Passes that form kernels and get them what they are best at: only for engines that have a GPU target.
-FORMING = frozenset(("channels_last", "fuse", "read_in_place"))
+FORMING = frozenset(("affine_batch_norm", "channels_last", "fuse", "read_in_place"))
 # Passes whose recipes double the memory of large weights, where the model keeps its own: see `copy_weights`.
 COPYING = frozenset(("merge_linears",))
 

@@ -3,20 +3,18 @@
 conv(x, w) * s + t equals conv(x, w * s) + t for s = gamma / sqrt(var + eps), t = beta + (bias - mean) * s, which depend
 on parameters alone: `hoist_weights` makes them a recipe. Weights in half precision are left alone: rounding the product
 shifts whole channels, which no mean over the image evens out (the error of MobileNet v3 in float16 grows fivefold), and
-kernels apply the norm to their sums in float32 anyway.
+kernels apply the norm to their sums in float32 anyway: see `affine_batch_norm`.
 """
 
 from __future__ import annotations
 
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import Attr, Graph, Node, TensorType, Type, Value, contiguous, type_dims
+from torch_rtx.ir import Graph, Node, TensorType, Value, type_dims
 from torch_rtx.lowering.infer import Inference
+from torch_rtx.lowering.passes.affine_batch_norm import BATCH_NORM, emitter, of_weights, scale_and_shift
 from torch_rtx.lowering.rewrite import Rewriter, only_user, returned, rewrite, users
 
 CONVOLUTIONS = frozenset(f"aten.conv{n}d.{overload}" for n in (1, 2, 3) for overload in ("default", "padding"))
-# Inferring these for each of the many channel counts of a network would take as long as the rest of the pass.
-POINTWISE = frozenset(("add.Scalar", "rsqrt.default", "mul.Tensor", "sub.Tensor", "neg.default", "add.Tensor"))
-BATCH_NORM = "aten._native_batch_norm_legit_no_training.default"
 
 
 def fold_batch_norm(graph: Graph, infer: Inference) -> Graph:
@@ -60,40 +58,18 @@ def _foldable(convolution: Node, norm: Node, weights: set[str]) -> bool:
     ranks = {len(v.type.shape) for v in (weight, result) if isinstance(v, Value) and isinstance(v.type, TensorType)}
     if len(ranks) != 1 or not isinstance(mean, Value) or type_dims(mean.type)[:1] != type_dims(weight.type)[:1]:  # type: ignore[union-attr]
         return False
-    needed = [convolution.arg("weight"), norm.arg("running_mean"), norm.arg("running_var")]
-    needed += [a for a in (convolution.arg("bias"), norm.arg("weight"), norm.arg("bias")) if a is not None]
-    if not all(isinstance(value, Value) and value.name in weights for value in needed):
+    own = [value for value in (weight, convolution.arg("bias")) if value is not None]
+    if not of_weights(norm, weights) or not all(isinstance(v, Value) and v.name in weights for v in own):
         return False
-    dtypes = {v.type.dtype for v in needed if isinstance(v, Value) and isinstance(v.type, TensorType)}
+    dtypes = {v.type.dtype for v in (*own, mean) if isinstance(v, Value) and isinstance(v.type, TensorType)}
     return dtypes in ({"f32"}, {"f64"})
 
 
-def _known(op: str, args: dict[str, Attr]) -> tuple[Type] | None:
-    """The result's type where all operands have one dtype and lie in rows, and the first is as large as the result."""
-    types = [value.type for value in args.values() if isinstance(value, Value) and isinstance(value.type, TensorType)]
-    rows = all(type_.strides == contiguous(type_.shape) for type_ in types)
-    if op not in POINTWISE or not rows or len({type_.dtype for type_ in types}) != 1:
-        return None
-    fits = all(b in (1, a) for type_ in types for a, b in zip(types[0].shape, type_.shape, strict=False))
-    return (types[0],) if fits and len({len(type_.shape) for type_ in types}) == 1 else None
-
-
 def _fold(convolution: Node, norm: Node, rewriter: Rewriter) -> Value:
-    def emit(op: str, /, **args: Attr) -> Value:
-        return rewriter.emit(f"aten.{op}", norm.loc, _known(op, args), **args)
-
-    weight = convolution.arg("weight")
+    emit, weight = emitter(norm, rewriter), convolution.arg("weight")
     assert isinstance(weight, Value)
     assert isinstance(weight.type, TensorType)
-    scale = emit("rsqrt.default", self=emit("add.Scalar", self=norm.arg("running_var"), other=norm.arg("eps")))
-    if norm.arg("weight") is not None:
-        scale = emit("mul.Tensor", self=scale, other=norm.arg("weight"))
-    mean = norm.arg("running_mean")
-    bias = convolution.arg("bias")
-    offset = mean if bias is None else emit("sub.Tensor", self=mean, other=bias)
-    shift = emit("neg.default", self=emit("mul.Tensor", self=offset, other=scale))
-    if norm.arg("bias") is not None:
-        shift = emit("add.Tensor", self=shift, other=norm.arg("bias"))
+    scale, shift = scale_and_shift(norm, emit, convolution.arg("bias"))
     column = emit("view.default", self=scale, size=(-1,) + (1,) * (len(weight.type.shape) - 1))
     folded = emit("mul.Tensor", self=weight, other=column)
     args = {**dict(convolution.args), "weight": folded, "bias": shift}
