@@ -598,6 +598,20 @@ def test_jobs_in_order_and_failures(caplog: pytest.LogCaptureFixture) -> None:
     background.stop()
 
 
+def test_what_can_wait_comes_last() -> None:
+    """The first parts of all jobs come before the second part of any; who has failed has none."""
+    background, seen, leave = Background(), [], threading.Event()
+    events = [threading.Event() for _ in range(4)]
+    background.submit(lambda: leave.wait(60), events[0])
+    background.submit(lambda: seen.append("first"), events[1], lambda: seen.append("first, later"))
+    background.submit(lambda: 1 // 0, events[2], lambda: seen.append("never"))
+    background.submit(lambda: seen.append("second"), events[3], lambda: seen.append(events[1].is_set()))
+    leave.set()
+    assert background.wait(10)
+    assert seen == ["first", "second", "first, later", True]
+    background.stop()
+
+
 def test_stopping_drops_what_waits() -> None:
     background, entered = Background(), threading.Event()
     ended, dropped, late = threading.Event(), threading.Event(), threading.Event()

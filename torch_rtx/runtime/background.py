@@ -1,4 +1,5 @@
-"""What happens beside the calls of a program: one thread per process that runs jobs, one after the other.
+"""What happens beside the calls of a program: one thread per process that runs jobs, one after the other. What a job
+leaves for later waits until all others have run: no model waits for its first kernels while another's are measured.
 
 A job is cooperative: between its steps it asks whether to go on. At the end of the process the thread is told to stop,
 what may keep a job waiting is closed, and nothing hangs.
@@ -7,12 +8,14 @@ what may keep a job waiting is closed, and nothing hangs.
 from __future__ import annotations
 
 import atexit
+import itertools
 import logging
 import os
 import queue
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 log = logging.getLogger(__name__)
 Job = Callable[[], object]
@@ -23,22 +26,39 @@ class Stopped(Exception):
     """The process is about to end: a job gives up between two steps."""
 
 
-def attempt(job: Job) -> None:
-    """Run a job; a failure is logged."""
+@dataclass(order=True)
+class _Entry:
+    """What the thread is to do, in order; without a job, to end."""
+
+    rank: int
+    number: int
+    job: Job | None = field(default=None, compare=False)
+    done: threading.Event = field(default_factory=threading.Event, compare=False)
+    later: Job | None = field(default=None, compare=False)
+
+
+FIRST, LATER, LAST = range(3)  # ranks
+
+
+def attempt(job: Job) -> bool:
+    """Run a job; a failure is logged. Whether it ran to its end."""
     try:
         job()
+        return True
     except Stopped:
         pass
     except Exception as error:
         log.warning("making it faster failed, it stays as it is: %s", error)
         log.debug("the failure in full", exc_info=True)
+    return False
 
 
 class Background:
-    """A thread that runs jobs in the order in which they came."""
+    """A thread that runs jobs in the order in which they came, and then what they left for later."""
 
     def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[tuple[Job, threading.Event] | None] = queue.SimpleQueue()
+        self._jobs: queue.PriorityQueue[_Entry] = queue.PriorityQueue()
+        self._numbers = itertools.count()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._process = 0
@@ -46,8 +66,12 @@ class Background:
         self._waiting: list[threading.Event] = []  # of the jobs that have not run yet, in order
         self.stopping = False
 
-    def submit(self, job: Job, done: threading.Event) -> None:
-        """Run `job` some time; `done` is set when it has run, failed, or never will. A failure is logged."""
+    def submit(self, job: Job, done: threading.Event, later: Job | None = None) -> None:
+        """Run `job` some time, and when it has run and nothing else is left to do, `later`.
+
+        Args:
+            done: set when both have run, failed, or never will. A failure is logged.
+        """
         with self._lock:
             if self.stopping:
                 done.set()
@@ -60,7 +84,7 @@ class Background:
                     done.set()
                     return
             self._waiting = [event for event in self._waiting if not event.is_set()] + [done]
-            self._jobs.put((job, done))
+            self._jobs.put(_Entry(FIRST, next(self._numbers), job, done, later))
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait for all jobs that were submitted; False if that takes longer than `timeout` seconds."""
@@ -71,7 +95,7 @@ class Background:
 
     def _start(self) -> None:
         if self._process not in (0, os.getpid()):
-            self._jobs = queue.SimpleQueue()
+            self._jobs = queue.PriorityQueue()
         self._process = os.getpid()
         thread = threading.Thread(target=self._work, args=(self._jobs,), name="torch_rtx", daemon=True)
         thread.start()
@@ -79,17 +103,19 @@ class Background:
             atexit.register(self.stop)
         self._thread = thread
 
-    def _work(self, jobs: queue.SimpleQueue[tuple[Job, threading.Event] | None]) -> None:
-        while (entry := jobs.get()) is not None:
-            job, done = entry
+    def _work(self, jobs: queue.PriorityQueue[_Entry]) -> None:
+        while (entry := jobs.get()).job is not None:
+            ran = False
             try:
-                if not self.stopping:
-                    attempt(job)
+                ran = not self.stopping and attempt(entry.job)
             except BaseException as error:  # there is nobody here whom it could end or interrupt
                 log.warning("making it faster was ended by %r", error)
             finally:
-                done.set()
-            del job, entry  # what a job holds may be large
+                if ran and entry.later is not None:
+                    jobs.put(_Entry(LATER, next(self._numbers), entry.later, entry.done))
+                else:
+                    entry.done.set()
+            del entry  # what a job holds may be large
 
     def step(self) -> None:
         """What a job calls between its steps.
@@ -113,7 +139,7 @@ class Background:
             closing = list(self._closing)
         for close in closing:
             close()
-        self._jobs.put(None)
+        self._jobs.put(_Entry(LAST, next(self._numbers)))
         if self._thread is not None and self._process == os.getpid():
             self._thread.join(PATIENCE)
 

@@ -99,14 +99,13 @@ class Job:
     def __init__(self, owner: Specializer, variant: Variant, sizes: Mapping[str, int], tools: Tools) -> None:
         self.owner, self.variant, self.tools = owner, variant, tools
         self.generic = bool(sizes)
-        self.end = time.monotonic() + owner.settings.tuning_seconds
-        self.graph = bind(owner.graph, variant.sizes)
+        self.graph = variant.code.graph if variant.regions else bind(owner.graph, variant.sizes)
         # Sizes that depend on data are checked with a typical one.
         self.sizes = {name: typical_size(sym, TYPICAL) for name, sym in self.graph.syms.items()} | dict(sizes)
         self.kernels = {op: launcher.bound(variant.sizes) for op, launcher in variant.code.kernels.items()}
 
-    def run(self) -> None:
-        """Compile, check, swap; measure, swap. What goes wrong leaves the variant as it is then."""
+    def compile(self) -> None:
+        """Compile, check, swap. What goes wrong leaves the variant as it is then."""
         variant = self.variant
         try:
             with undisturbed(self.owner.device), _aside(self.owner.device):
@@ -119,12 +118,14 @@ class Job:
                     brought = self.tools.jit().items()
                     self.kernels = {op: launcher.bound(variant.sizes) for op, launcher in brought} | self.kernels
                 self.swap()
-                variant.ready = not self.generic
-                if not self.generic:
-                    self.tune(regions)
-                    self.swap()
         finally:
             variant.ready = not self.generic
+
+    def measure(self) -> None:
+        """Measure, swap: what comes after `compile`, for a variant whose sizes are known."""
+        with undisturbed(self.owner.device), _aside(self.owner.device):
+            self.tune(self.variant.regions)
+            self.swap()
 
     def regions(self) -> Iterator[Region]:
         """The regions, those inside of others first."""
@@ -217,18 +218,20 @@ class Job:
 
     def tune(self, regions: Sequence[Region]) -> None:
         """Measure what is not known, as long as there is time, and use the fastest."""
+        end = time.monotonic() + self.owner.settings.tuning_seconds
         known = (region for region in regions if region.tactic is None and not region.body.syms)
         rivals = {region.key: Rivals(self, region) for region in known}
         first = dict.fromkeys(rivals, 0)
         knowledge = self.tools.knowledge
         try:
             for rank in range(RANKS):
-                if not first or time.monotonic() >= self.end:
+                if not first or time.monotonic() >= end:
                     break
                 made = knowledge.kernels({key: (rivals[key].region.body, first[key]) for key in first})
-                self.measure(rivals, made)
+                self.compete(rivals, made, end)
                 if rank == 0:
-                    self.measure(rivals, knowledge.splits({k: r.region.body for k, r in rivals.items() if r.splits}))
+                    split = {key: rival.region.body for key, rival in rivals.items() if rival.splits}
+                    self.compete(rivals, knowledge.splits(split), end)
                 first = {key: candidate.config + 1 for key, candidate in made.items()}
         except KernelError as error:
             self.tools.background.step()
@@ -236,11 +239,11 @@ class Job:
         for found in rivals.values():
             found.decide()
 
-    def measure(self, rivals: Mapping[str, Rivals], offers: Mapping[str, Offer]) -> None:
-        """Let kernels compete, as long as there is time."""
+    def compete(self, rivals: Mapping[str, Rivals], offers: Mapping[str, Offer], end: float) -> None:
+        """Let kernels compete until the time `end`."""
         for key, offer in offers.items():
             self.tools.background.step()
-            if time.monotonic() < self.end:
+            if time.monotonic() < end:
                 rivals[key].measure(offer)
 
 

@@ -31,6 +31,7 @@ RECURS = 2  # calls with the same sizes after which they get kernels of their ow
 MET_PER_SHAPE = 64  # sizes that are counted, per shape that is specialized
 MAX_KEYS = 1024  # combinations of inputs whose variant is known without a lock
 Compile = Callable[[Graph, Mapping[str, Way]], Code]
+Step = Callable[[], object]
 
 
 @dataclass(eq=False)
@@ -165,11 +166,14 @@ class Specializer:
         assert self.tools is not None
         if strategy != "eager":
             for variant, sizes in started:
-                self.tools.background.submit(partial(_run, weakref.ref(self), variant, sizes), variant.done)
+                compile_, measure = self._parts(variant, sizes)
+                self.tools.background.submit(compile_, variant.done, measure)
             return
         try:
             for variant, sizes in started:
-                attempt(partial(_run, weakref.ref(self), variant, sizes))
+                compile_, measure = self._parts(variant, sizes)
+                if attempt(compile_) and measure is not None:
+                    attempt(measure)
         except BaseException:  # interrupted: the next call starts over
             with self._lock:
                 self._by_key, self._met = {}, Counter()
@@ -179,6 +183,11 @@ class Specializer:
             for variant, _ in started:
                 variant.done.set()
 
+    def _parts(self, variant: Variant, sizes: Mapping[str, int]) -> tuple[Step, Step | None]:
+        """What takes a variant up the tiers: first, and when there is time."""
+        compile_ = partial(_step, weakref.ref(self), variant, sizes, Job.compile)
+        return compile_, None if sizes else partial(_step, weakref.ref(self), variant, sizes, Job.measure)
+
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until nothing more is being specialized; False if that takes longer than `timeout` seconds."""
         end = None if timeout is None else time.monotonic() + timeout
@@ -187,13 +196,15 @@ class Specializer:
         return all(v.done.wait(None if end is None else max(0.0, end - time.monotonic())) for v in started)
 
 
-def _run(owner: weakref.ref[Specializer], variant: Variant, sizes: Mapping[str, int]) -> None:
-    """The job of a variant, unless nobody needs it: the model is gone, or other sizes have taken its place."""
+def _step(
+    owner: weakref.ref[Specializer], variant: Variant, sizes: Mapping[str, int], step: Callable[[Job], None]
+) -> None:
+    """A step of a variant's job, unless nobody needs it: the model is gone, or other sizes have taken its place."""
     specializer = owner()
     if specializer is None or specializer.tools is None:
         return
     if variant is specializer.base or any(variant is other for other in list(specializer.variants.values())):
-        Job(specializer, variant, sizes, specializer.tools).run()
+        step(Job(specializer, variant, sizes, specializer.tools))
 
 
 def dim_syms_of(graph: Graph) -> list[str]:
