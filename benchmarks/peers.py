@@ -123,7 +123,7 @@ def _aoti(subject: Subject) -> Prepared:
 # torch_rtx -----------------------------------------------------------------------------------------------------------
 
 
-def _rtx(subject: Subject, options: dict[str, object] | None = None) -> Prepared:
+def _rtx(subject: Subject, **options: object) -> Prepared:
     import torch
 
     from torch_rtx.backend.entry import rtx
@@ -137,11 +137,16 @@ def _rtx_exported(subject: Subject, targets: str | None = None, tactics: str = "
 
     path = subject.folder / f"model-{targets}.rtx"
     if not path.exists():
-        settings = torch_rtx.CompilationSettings(targets=targets)
-        shapes = subject.dynamic
-        made = torch_rtx.compile(subject.model, subject.args, subject.kwargs, dynamic_shapes=shapes, settings=settings)
+        made = torch_rtx.compile(
+            subject.model,
+            subject.args,
+            subject.kwargs,
+            dynamic_shapes=subject.dynamic,
+            settings=torch_rtx.CompilationSettings(targets=targets),
+        )
         torch_rtx.save(made, path)
-    module = torch_rtx.load(path, device=subject.device, settings=torch_rtx.RuntimeSettings(tactics=tactics))
+    settings = torch_rtx.RuntimeSettings(tactics=tactics, specialization_strategy="none")
+    module = torch_rtx.load(path, device=subject.device, settings=settings)
     module.refit(subject.model)
     return module
 
@@ -206,13 +211,13 @@ for _peer in (
     Peer("aoti", _aoti, _has_compiler, exported=True),
     Peer("tensorrt-rtx", _tensorrt_rtx, _no_tensorrt_rtx),
     Peer("onnxruntime", _onnxruntime, _no_onnxruntime, exported=True),
-    # The tiers of torch_rtx, with CUDA graphs where it can: ATen calls, kernels that are compiled and measured in the
-    # background, and the engine's kernels; as the engine chose, all that can be generated, also split wherever there is
-    # a split form, and library calls wherever there is one.
-    Peer("rtx", _rtx, ours=True),
+    # The tiers of torch_rtx, with CUDA graphs where it can: ATen calls; what torch.compile does by default, kernels
+    # that are compiled and measured in the background; and the engine's kernels: as the engine chose, all that can be
+    # generated, also split wherever there is a split form, and library calls wherever there is one.
+    Peer("rtx", partial(_rtx, specialization_strategy="none"), ours=True),
     Peer(
         "rtx-lazy",
-        partial(_rtx, options={"specialization_strategy": "lazy", "tuning_seconds": 20}),
+        partial(_rtx, tuning_seconds=20.0),
         _no_kernels,
         ours=True,
         settled=_nothing_in_the_background,

@@ -20,6 +20,8 @@ os.environ["TORCH_RTX_CACHE_DIR"] = CACHES = tempfile.mkdtemp(prefix="torch_rtx_
 import pytest
 import torch
 
+import torch_rtx
+
 torch.set_num_threads(1)
 NUMBERS = itertools.count()
 
@@ -31,6 +33,13 @@ else:
     settings.register_profile("ci", deadline=None, derandomize=True, max_examples=50)
     settings.register_profile("thorough", deadline=None, max_examples=1000)
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture
+def unspecialized() -> Iterator[None]:
+    """Calls of this thread run what is there, and are captured as CUDA graphs, before any kernel is compiled."""
+    with torch_rtx.runtime_settings(specialization_strategy="none"):
+        yield
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -15,7 +15,7 @@ from torch_rtx import RuntimeSettings
 from torch_rtx.backend.entry import rtx
 from torch_rtx.runtime.cudagraph import GraphPool
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("unspecialized")]
 
 
 def pool_of(module: torch_rtx.CompiledModule) -> GraphPool:

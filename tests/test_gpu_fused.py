@@ -29,7 +29,7 @@ def built(name: str, form: str, dtype: torch.dtype, tactics: str, dynamic: bool 
         given = torch.utils._pytree.tree_map_only(torch.Tensor, lambda _: {0: batch}, (args, kwargs))
         shapes = dict(given[1]) if kwargs and not args else given[0]
     settings = CompilationSettings(targets=(form,))
-    runtime = RuntimeSettings(tactics=tactics)
+    runtime = RuntimeSettings(tactics=tactics, specialization_strategy="none")
     return model, torch_rtx.compile(copy.deepcopy(model), args, kwargs, shapes, settings, runtime)
 
 

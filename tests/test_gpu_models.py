@@ -39,7 +39,7 @@ def test_compiled(name: str, size: models.Size, dtype: torch.dtype) -> None:
     model, args, kwargs = models.build(name, size, dtype=dtype, device="cuda")
     eager_model = copy.deepcopy(model)
     torch._dynamo.reset()
-    options = {"require_full_compilation": True}
+    options = {"require_full_compilation": True, "specialization_strategy": "none"}
     compiled = torch.compile(model, backend=rtx, fullgraph=True, options=options)
     before = graph_pools()
     kept: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = []
@@ -63,7 +63,8 @@ def test_exported(name: str, tmp_path: Any) -> None:
     model, args, kwargs = models.build(name, "small", dtype=torch.float16, device="cuda")
     eager_model = copy.deepcopy(model)
     torch_rtx.save(torch_rtx.compile(model, args, kwargs), tmp_path / "m.rtx")
-    loaded = torch_rtx.load(tmp_path / "m.rtx", weights=model)
+    settings = torch_rtx.RuntimeSettings(specialization_strategy="none")
+    loaded = torch_rtx.load(tmp_path / "m.rtx", weights=model, settings=settings)
     for seed in range(3):
         args, kwargs = fresh_inputs(name, "small", torch.float16, seed)
         exact = in_float64(eager_model, args, kwargs)

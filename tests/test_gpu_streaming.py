@@ -58,7 +58,9 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def load(folder: Path, budget: int | str | None, weights: Any = None, graphs: bool = True) -> torch_rtx.CompiledModule:
     strategy = "whole_graph_capture" if graphs else "disabled"
-    settings = RuntimeSettings(weight_streaming_budget=budget, cuda_graph_strategy=strategy)
+    settings = RuntimeSettings(
+        weight_streaming_budget=budget, cuda_graph_strategy=strategy, specialization_strategy="none"
+    )
     return torch_rtx.load(folder / "model.rtx", weights or folder / "0.safetensors", "cuda", settings)
 
 

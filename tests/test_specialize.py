@@ -136,7 +136,7 @@ def test_eager_waits(background: Background) -> None:
 
 def test_none_stays(background: Background) -> None:
     device = Device()
-    made, model = session(device, background, RuntimeSettings())
+    made, model = session(device, background, RuntimeSettings(specialization_strategy="none"))
     for _ in range(3):
         right(made, model)
     assert made.specializer.wait(0)

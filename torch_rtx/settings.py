@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch_rtx.errors import SettingsError
-from torch_rtx.targets import parse_targets
+from torch_rtx.targets import LATER, parse_targets
 
 STRATEGIES = ("lazy", "eager", "none")
 TACTICS = ("best", "generated", "split", "library", "calls")
@@ -149,11 +149,10 @@ class CompilationSettings(_Checked):
         "Device to capture for ahead of time; None: the model's own. `cuda` needs no GPU.",
     )
     targets: str | int | tuple[str | int, ...] | None = _option(
-        None,
+        LATER,
         'None, "portable", "current", "later", or a list such as ["sm_86", "sm_120", "ptx"]',
         _is_targets,
-        "GPUs to build kernels for. `later`: where the engine runs. None: every operation is a call of PyTorch's, but "
-        "under torch.compile with a `specialization_strategy` it is `later`.",
+        "GPUs to build kernels for. `later`: where the engine runs. None: every operation is a call of PyTorch's.",
         key=True,
     )
     dump_dir: str | None = _folder(
@@ -188,7 +187,7 @@ class RuntimeSettings(_Checked):
         "those with a library call as a rival, or none.",
     )
     specialization_strategy: str = _option(
-        "none",
+        "lazy",
         " or ".join(map(repr, STRATEGIES)),
         lambda v: v in STRATEGIES,
         "Compile and measure kernels for this GPU and the sizes that are met: in the background, before the call "

@@ -28,7 +28,6 @@ from torch_rtx.runtime.session import Session
 from torch_rtx.runtime.tools import kernels_and_tools
 from torch_rtx.runtime.weights import WeightStore
 from torch_rtx.settings import CompilationSettings, RuntimeSettings, from_options
-from torch_rtx.targets import LATER
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +58,6 @@ def rtx(
         # The model's own weights stay in memory, and a write to them through `.data`, as peft merges adapters, is seen
         # only where the weight is the parameter itself.
         compilation = replace(compilation, copy_weights=False)
-    if compilation.targets is None and runtime.specialization_strategy != "none":
-        compilation = replace(compilation, targets=LATER)
     names = [_source_name(node) for node in gm.graph.nodes if node.op == "placeholder"]
     recall = Recall.of(gm, example_inputs, compilation)
     call = None if recall is None else _recalled(recall, names, compilation, runtime)
