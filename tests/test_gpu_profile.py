@@ -70,7 +70,9 @@ def test_profile(targets: str | None) -> None:
 
 
 def test_torch_compile(fresh_dynamo: None) -> None:
-    compiled = torch.compile(nn.Sequential(nn.Linear(64, 64), nn.ReLU()).cuda(), backend="rtx", options={"targets": None})
+    compiled = torch.compile(
+        nn.Sequential(nn.Linear(64, 64), nn.ReLU()).cuda(), backend="rtx", options={"targets": None}
+    )
     with torch.no_grad():
         profile = torch_rtx.profile(compiled, torch.randn(8, 64, device="cuda"))
     assert {row.module for row in profile.rows} == {"0", "1"}
