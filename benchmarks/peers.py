@@ -81,6 +81,12 @@ def _eager(subject: Subject) -> Prepared:
     return subject.model
 
 
+def _aot_eager(subject: Subject) -> Prepared:
+    import torch
+
+    return torch.compile(subject.model, backend="aot_eager", fullgraph=True)
+
+
 def _inductor(subject: Subject, mode: str) -> Prepared:
     import torch
 
@@ -131,7 +137,9 @@ def _rtx(subject: Subject, **options: object) -> Prepared:
     return torch.compile(subject.model, backend=rtx, fullgraph=True, options=options)
 
 
-def _rtx_exported(subject: Subject, targets: str | None = None, tactics: str = "best") -> Prepared:
+def _rtx_exported(
+    subject: Subject, targets: str | None = None, tactics: str = "best", strategy: str = "none"
+) -> Prepared:
     """As an application gets it: from a weight-stripped file, with weights of its own."""
     import torch_rtx
 
@@ -145,7 +153,7 @@ def _rtx_exported(subject: Subject, targets: str | None = None, tactics: str = "
             settings=torch_rtx.CompilationSettings(targets=targets),
         )
         torch_rtx.save(made, path)
-    settings = torch_rtx.RuntimeSettings(tactics=tactics, specialization_strategy="none")
+    settings = torch_rtx.RuntimeSettings(tactics=tactics, specialization_strategy=strategy)
     module = torch_rtx.load(path, device=subject.device, settings=settings)
     module.refit(subject.model)
     return module
@@ -157,7 +165,8 @@ def _nothing_in_the_background(seconds: float) -> bool:
     return torch_rtx.wait(seconds)
 
 
-def _no_kernels(device: str) -> str | None:
+def no_kernels(device: str) -> str | None:
+    """Why there are no generated kernels on a device of this kind, None if there are."""
     if device != "cuda":
         return "kernels need a CUDA device"
     return None if find_spec("triton") else "not installed: triton"
@@ -205,6 +214,7 @@ def _onnxruntime(subject: Subject) -> Prepared:
 
 for _peer in (
     Peer("eager", _eager),
+    Peer("aot_eager", _aot_eager, by_default=False),
     Peer("inductor", partial(_inductor, mode="default")),
     Peer("reduce-overhead", partial(_inductor, mode="reduce-overhead"), _needs_cuda_graphs),
     Peer("max-autotune", partial(_inductor, mode="max-autotune"), by_default=False),
@@ -218,17 +228,26 @@ for _peer in (
     Peer(
         "rtx-lazy",
         partial(_rtx, tuning_seconds=20.0),
-        _no_kernels,
+        no_kernels,
         ours=True,
         settled=_nothing_in_the_background,
     ),
     Peer("rtx-exported", _rtx_exported, exported=True, ours=True),
-    Peer("rtx-kernels", partial(_rtx_exported, targets="current"), _no_kernels, exported=True, ours=True),
+    Peer(
+        "rtx-exported-lazy",
+        partial(_rtx_exported, targets="later", strategy="lazy"),
+        no_kernels,
+        exported=True,
+        ours=True,
+        by_default=False,
+        settled=_nothing_in_the_background,
+    ),
+    Peer("rtx-kernels", partial(_rtx_exported, targets="current"), no_kernels, exported=True, ours=True),
     *(
         Peer(
             f"rtx-{tactics}",
             partial(_rtx_exported, targets="current", tactics=tactics),
-            _no_kernels,
+            no_kernels,
             exported=True,
             ours=True,
             by_default=False,

@@ -127,6 +127,7 @@ COLUMNS: dict[str, list[tuple[str, Cell]]] = {
         ("process, peak MiB", _of("process_peak_bytes", MIB)),
     ],
     "train": [*_TIMES, ("peak MiB", _of("peak_bytes", MIB)), _RATIO],
+    "tiers": [*_TIMES, ("of specialized", _of("ratio"))],
     "host": [("host us", _of("host_us")), ("bare replay us", _of("bare_replay_us")), _RATIO],
     "backend": [("s", _of("backend_s")), _RATIO],
     "hash": [("nodes", _of("nodes")), ("ms", _of("hash_ms")), _RATIO],
@@ -180,7 +181,7 @@ def shape(row: Row) -> str:
 
 
 def ratios(rows: Iterable[Row]) -> dict[str, list[float]]:
-    """The ratios to the best other peer, by peer; of that peer itself it is 1."""
+    """The ratios to the best other peer, or what else a suite compares with, by peer; of that itself it is 1."""
     found: dict[str, list[float]] = {}
     for row in rows:
         ratio = metric(row, "ratio")
@@ -219,7 +220,7 @@ def _means(section: Section) -> str:
         [peer, str(len(values)), number(geometric_mean(values)), f"{number(min(values))}{DASH}{number(max(values))}"]
         for peer, values in found.items()
     ]
-    return table(["peer", "workloads", "geometric mean of the ratios to the best", "range"], lines) if lines else ""
+    return table(["peer", "workloads", "geometric mean of the ratios", "range"], lines) if lines else ""
 
 
 def _not_measured(section: Section) -> str:

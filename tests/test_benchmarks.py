@@ -185,6 +185,13 @@ def test_host() -> None:
     assert "bare_replay_us" not in found["rtx-exported"]  # there is no CUDA graph
 
 
+def test_tiers() -> None:
+    found = measured(perform("tiers", "generic", "specialized", "static"))
+    assert found["generic"]["ratio"]["against"] == "specialized"
+    assert found["specialized"]["ratio"]["median"] == 1
+    assert "CUDA device" in str(SUITES["tiers"].reason("static", BERT, "cpu"))
+
+
 def test_train() -> None:
     found = measured(perform("train", "eager", "rtx"))
     assert found["rtx"]["ratio"]["against"] == "eager"

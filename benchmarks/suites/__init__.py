@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from benchmarks.cases import Workload
-from benchmarks.peers import PEERS
+from benchmarks.peers import PEERS, no_kernels
 
 if TYPE_CHECKING:
     from benchmarks.cases import Job
@@ -69,6 +69,10 @@ def _only_varying(peer: str, workload: Workload, device: str) -> str | None:
     return None if workload.trace else "the shapes of this workload do not change"
 
 
+def _only_varying_kernels(peer: str, workload: Workload, device: str) -> str | None:
+    return no_kernels(device) or _only_varying(peer, workload, device)
+
+
 def _only_refittable(peer: str, workload: Workload, device: str) -> str | None:
     return "its weights can't be replaced" if peer in ("onnxruntime", "tensorrt-rtx") else None
 
@@ -105,6 +109,13 @@ SUITES = {
             why_not=_only_learners,
         ),
         Suite("host", "host time of a call", ("host_us",)),
+        Suite(
+            "tiers",
+            "an exported engine's kernels for any size, for one, and for one alone",
+            ("device_ms", "wall_ms"),
+            ("generic", "specialized", "static", "no graphs"),
+            why_not=_only_varying_kernels,
+        ),
         Suite("backend", "seconds inside a torch.compile backend", ("backend_s",), ("aot_eager", "rtx")),
     )
 }
