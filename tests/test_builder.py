@@ -128,6 +128,13 @@ def test_a_process_that_dies(builder: Builder, monkeypatch: pytest.MonkeyPatch) 
         builder.build({"k": (body(), 0)}, 80)
 
 
+def test_a_process_that_hangs(builder: Builder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(builder_module, "MAIN", "import time; time.sleep(600)")
+    monkeypatch.setattr(builder_module, "LIMIT", 0.2)
+    with pytest.raises(KernelError, match=r"took more than 0\.2 s"):
+        builder.build({}, 90)
+
+
 def test_an_interrupted_request_is_not_answered_later(builder: Builder) -> None:
     def interrupt(_: object) -> None:
         raise KeyboardInterrupt

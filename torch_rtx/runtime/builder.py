@@ -15,6 +15,7 @@ from torch_rtx.errors import KernelError
 from torch_rtx.ir import Graph
 from torch_rtx.kerneltable import Candidate, Request, SplitCandidate
 
+LIMIT = 600.0  # seconds for a request: a compiler that hangs holds up all that comes after it
 # What the process runs, with this very package wherever it is.
 # What is found here is found there, and nothing of the folder that the program happens to run in. Ctrl-C in a terminal
 # or a notebook reaches every process of a group; this one ends with its input.
@@ -51,8 +52,12 @@ class Builder:
 
     def _ask(self, request: Request) -> Any:
         with self._lock:
+            timer: threading.Timer | None = None
             try:
                 process = self._running()
+                timer = threading.Timer(LIMIT, process.kill)
+                timer.daemon = True
+                timer.start()
                 assert process.stdin is not None
                 assert process.stdout is not None
                 pickle.dump(request, process.stdin)
@@ -60,10 +65,15 @@ class Builder:
                 answer = pickle.load(process.stdout)
             except (OSError, EOFError, pickle.UnpicklingError) as error:
                 self.close()
-                raise KernelError(f"the process that compiles kernels ended: {type(error).__name__} {error}") from None
+                late = timer is not None and not timer.is_alive()
+                why = f"took more than {LIMIT:g} s" if late else f"ended: {type(error).__name__} {error}"
+                raise KernelError(f"the process that compiles kernels {why}") from None
             except BaseException:  # Ctrl-C: its answer would be taken for that of the next request
                 self.close()
                 raise
+            finally:
+                if timer is not None:
+                    timer.cancel()
         if isinstance(answer, str):
             raise KernelError(answer)
         return answer
