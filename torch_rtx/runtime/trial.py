@@ -23,10 +23,10 @@ Run = Callable[[], object]
 # Below this relative error two results are the same for the dtype, whatever the error of the calls happens to be.
 SAME = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 NARROW = ("f16", "bf16", "f32")
-ROTATED = 128 << 20  # bytes of inputs that runs take in turn, so that a cache does not hold them all
-MOST_SETS = 8
-RUNS = 20
-SLEEP = 2_000_000  # clock cycles that hold the stream back while the runs are queued: about a millisecond
+ROTATED = 128 << 20  # bytes of inputs that runs take in turn: no cache holds them all, as none holds a model's weights
+RUNS = 32  # in a row; so many sets of inputs at most
+CLOCK = 2e9  # a device's cycles per second, about
+MOST_HELD = 0.05  # seconds that a stream is held back at most
 MEMORY = 0.25  # of the free memory of a device; what a trial may take
 
 
@@ -50,7 +50,7 @@ class Trial:
         self._check_memory(nbytes)
         generator = torch.Generator(device).manual_seed(seed)
         low = lowest_size(node.body)
-        sets = max(1, min(MOST_SETS, ROTATED // max(nbytes, 1)))
+        sets = max(1, min(RUNS, ROTATED // max(nbytes, 1)))
         self._sets = [[drawn(value, device, generator, low) for value in values] for _ in range(sets)]
         try:
             calls = compile_graph(self.graph, device)
@@ -180,15 +180,19 @@ def host_microseconds(runs: Sequence[Run]) -> float:
 def device_microseconds(runs: Sequence[Run]) -> float:
     """The time of one run on the current stream of the current device, with the host's part hidden: the stream is held
     back until all runs are queued."""
-    for run in runs:
+    order = [runs[index % len(runs)] for index in range(RUNS)]
+    runs[0]()
+    begun = time.perf_counter()
+    for run in order:
         run()
+    held = min(2 * (time.perf_counter() - begun), MOST_HELD)
     times = []
     for _ in range(3):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(SLEEP)
+        torch.cuda._sleep(int(held * CLOCK))
         start.record()
-        for index in range(RUNS):
-            runs[index % len(runs)]()
+        for run in order:
+            run()
         end.record()
         end.synchronize()
         times.append(1000 * start.elapsed_time(end) / RUNS)
