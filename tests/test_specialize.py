@@ -612,6 +612,15 @@ def test_what_can_wait_comes_last() -> None:
     background.stop()
 
 
+def test_a_job_gives_the_interpreter_up_soon() -> None:
+    background, seen, before = Background(), [], sys.getswitchinterval()
+    background.submit(lambda: seen.append(sys.getswitchinterval()), threading.Event())
+    assert background.wait(10)
+    background.stop()
+    assert seen[0] <= 1e-4 < before
+    assert sys.getswitchinterval() == before
+
+
 def test_stopping_drops_what_waits() -> None:
     background, entered = Background(), threading.Event()
     ended, dropped, late = threading.Event(), threading.Event(), threading.Event()

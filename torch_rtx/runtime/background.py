@@ -12,13 +12,16 @@ import itertools
 import logging
 import os
 import queue
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 log = logging.getLogger(__name__)
 Job = Callable[[], object]
+SWITCH_S = 1e-4  # a thread that wants Python's interpreter waits that long at most for a job to give it up
 PATIENCE = 5.0  # seconds that the end of a process waits for the step that runs
 
 
@@ -107,7 +110,8 @@ class Background:
         while (entry := jobs.get()).job is not None:
             ran = False
             try:
-                ran = not self.stopping and attempt(entry.job)
+                with _switching():
+                    ran = not self.stopping and attempt(entry.job)
             except BaseException as error:  # there is nobody here whom it could end or interrupt
                 log.warning("making it faster was ended by %r", error)
             finally:
@@ -142,6 +146,18 @@ class Background:
         self._jobs.put(_Entry(LAST, next(self._numbers)))
         if self._thread is not None and self._process == os.getpid():
             self._thread.join(PATIENCE)
+
+
+@contextmanager
+def _switching() -> Iterator[None]:
+    """While a job runs, the program's threads get the interpreter back soon. They give it up in every call of PyTorch,
+    and would wait 5 ms each time, many times as long as a call takes."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(min(before, SWITCH_S))
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 BACKGROUND = Background()
