@@ -78,6 +78,7 @@ class Session:
         trusted_ops: operators outside the allow-list that it may call.
         kernels: its kernels that can be launched, see `runtime.launch`; the bodies of others run call by call.
         tools: what makes kernels while the session is used; None: it stays as it is.
+        shares_memory: its CUDA graphs are in the memory of those of other such sessions, see `GraphPool`.
         profiles: one of these must hold all sizes of a call, see `check_inputs`.
 
     Raises:
@@ -94,11 +95,12 @@ class Session:
         kernels: Mapping[str, Way] | None = None,
         profiles: Sequence[Profile] = (),
         tools: Tools | None = None,
+        shares_memory: bool = False,
     ) -> None:
         self.graph, self.store, self.device = graph, store, store.device
         self.profiles = profiles
         self._callables, self._trusted_ops = callables, trusted_ops
-        self.settings = settings
+        self.settings, self._shares_memory = settings, shares_memory
         self.streamer = streamer = store.streamer
 
         def compiled(graph: Graph, kernels: Mapping[str, Way]) -> Code:
@@ -150,7 +152,7 @@ class Session:
 
     def _new_pool(self) -> GraphPool:
         size, static = self.settings.cuda_graph_pool_size, self.settings.static_outputs
-        return GraphPool(self.graph, self.run, self.device, size, static)
+        return GraphPool(self.graph, self.run, self.device, size, static, self._shares_memory)
 
     def current(self, inputs: Sequence[Any]) -> Variant:
         """What runs these inputs now."""
@@ -181,7 +183,7 @@ class Session:
             InputError: names the input, the dimension and the range.
         """
         if check:
-            inputs = [_plain(x) if isinstance(x, torch.Tensor) else x for x in inputs]
+            inputs = _plain(inputs)
         key = _key(inputs)
         if check and key != self._last and key not in self._checked:
             check_inputs(self.graph, inputs, self.device, self.profiles)
@@ -199,7 +201,9 @@ class Session:
         pool = self.pool
         if pool is None or settings.cuda_graph_strategy == "disabled" or not self._is_final(variant, settings):
             return self.run(variant.code, inputs, self.store.values)
-        with self._turn():
+        if self.streamer is None:
+            return pool(key, variant.code, inputs, self.store)
+        with self.streamer.turn():
             return pool(key, variant.code, inputs, self.store)
 
     def _is_final(self, variant: Variant, settings: RuntimeSettings) -> bool:
@@ -232,9 +236,12 @@ def watched_calls() -> Iterator[list[tuple[Session, list[Any]]]]:
         _WATCHERS.remove(watcher)
 
 
-def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` without a pending conjugation or negation, which the types of the IR do not have."""
-    return tensor.resolve_conj().resolve_neg() if tensor.is_conj() or tensor.is_neg() else tensor
+def _plain(inputs: Sequence[Any]) -> Sequence[Any]:
+    """`inputs` without pending conjugations and negations, which the types of the IR do not have."""
+    for given in inputs:
+        if isinstance(given, torch.Tensor) and (given.is_conj() or given.is_neg()):
+            return [x.resolve_conj().resolve_neg() if isinstance(x, torch.Tensor) else x for x in inputs]
+    return inputs
 
 
 def _key(inputs: Sequence[Any]) -> tuple[object, ...]:
