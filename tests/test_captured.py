@@ -15,7 +15,7 @@ from torch_rtx.ir import Dim, Graph, Sym
 from torch_rtx.irparse import parse
 from torch_rtx.kerneltable import KernelTable, Launch, Variant, pack
 from torch_rtx.runtime import code
-from torch_rtx.runtime.captured import is_worth
+from torch_rtx.runtime.captured import is_worth, may_draw
 from torch_rtx.runtime.code import compile_graph
 from torch_rtx.runtime.cudagraph import GraphPool
 from torch_rtx.runtime.graphnodes import kernel_uses
@@ -257,8 +257,56 @@ def test_memory_is_shared_by_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     assert driver.waits == [(5, usual)] * 2
 
 
-def test_uses_of_kernels() -> None:
-    assert kernel_uses(program(CHAIN)) == {"x": ("x", 2), "y": ("y", 1), "a": ("a", 2), "b": ("b", 1)}
+MIXED = """
+  input x: f32[s]
+  input y: f32[s]
+  input z: f32[s]
+  v: f32[s] = view aten.view.default(self=x, size=[s])
+  u: f32[s, 1] = view aten.unsqueeze.default(self=v, dim=1)
+  a: f32[s] = kernel k(in0=v, in1=v) KERNEL
+  b: f32[s] = kernel k(in0=a, in1=z) KERNEL
+  c: f32[s] = CALL
+  d: f32[s] = kernel k(in0=b, in1=c) KERNEL
+  return [b, u, d]
+"""
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "extern aten.add.Tensor(self=a, other=z)",
+        "fallback my_lib.add.default(a=a, b=z)",
+        "fallback python(index=0, inputs=[a, z])",
+    ],
+)
+def test_what_only_kernels_touch(call: str) -> None:
+    """Not `a` and `z`, which something else reads, nor `c`, which it makes; `y` is read by nobody."""
+    found = kernel_uses(program(MIXED.replace("CALL", call)))
+    alone = {name: (name, uses) for name, uses in (("x", 2), ("y", 0), ("b", 2), ("d", 1))}
+    assert found == {**alone, "v": ("x", 2), "u": ("x", 2)}
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        ("extern aten.exp.default(self=x)", False),
+        ("view aten.alias.default(self=x)", False),
+        ("extern aten.bernoulli.default(self=x)", True),
+        ("fallback my_lib.noise.default(x=x)", True),
+    ],
+)
+def test_graphs_that_may_draw_random_numbers(call: str, expected: bool) -> None:
+    """PyTorch launches these: it gives the generator's state to each replay."""
+    assert may_draw(program(f"  input x: f32[s]\n  a: f32[s] = {call}\n  return [a]")) is expected
+
+
+def test_attention_draws_only_for_dropout() -> None:
+    text = """
+  input q: f16[1, 4, 8, 16]
+  a: f16[1, 4, 8, 16] = extern aten.scaled_dot_product_attention.default(query=q, key=q, value=q MORE)
+  return [a]"""
+    drawn = [may_draw(program(text.replace(" MORE", more))) for more in ("", ", dropout_p=0.0", ", dropout_p=0.1")]
+    assert drawn == [False, False, True]
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ class Captured:
             results = pool.run(code, given.tensors, store.values)
             made = _Outputs(pool.graph, results, given, pinned, uses, pool.static_outputs)
         self.graph.instantiate()
-        nodes = GraphNodes(self.graph, code.kernels)
+        self._nodes = nodes = GraphNodes(self.graph, code.kernels)
         ports = {**given.ports(nodes), **made.ports(nodes)}
         self.missing = {name for name, port in ports.items() if port is None}
         self._ports = [port for port in ports.values() if port is not None]
@@ -74,7 +74,7 @@ class Captured:
         self._sources, self._outputs, self._late = given.sources, made.outputs, made.late
         self._fresh, self._all_fresh = [fresh.like for fresh in made.fresh], made.all_fresh
         # PyTorch's way to launch it takes 2 us more, for the state of the generator.
-        self._launch = self._replay if _may_draw(graph) else nodes.launch
+        self._launch = self._replay if may_draw(graph) else nodes.launch
         pool.memory.hold(self)
 
     def replay(self, inputs: Sequence[Any]) -> list[Any]:
@@ -93,10 +93,8 @@ class Captured:
             self._launch(self.memory.follow())
             for position, result in self._late:
                 outputs[position] = copy_strided(result, result.stride())
-        # What a plain call does to the version counters of the tensors that it writes.
-        for tensor in (*self._written, *(inputs[index] for index in self._written_inputs)):
-            if not tensor.is_inference():
-                torch.autograd.graph.increment_version(tensor)
+        if self._written or self._written_inputs:
+            _count_writes([*self._written, *(inputs[index] for index in self._written_inputs)])
         return outputs
 
     def _replay(self, stream: int) -> None:
@@ -109,9 +107,13 @@ class Captured:
         nodes: dict[Node, None] = {}
         for port, address, old in zip(self._ports, addresses, before, strict=True):
             if address != old:
-                nodes |= port.move(address)
+                for holder, attribute, offset, node in port:
+                    setattr(holder, attribute, address + offset)
+                    nodes[node] = None
         for node in nodes:
-            node()
+            (status,) = node()
+            if status != 0:
+                raise RuntimeError(f"CUDA driver: {status.name} when setting the addresses of a node")
         self._addresses = addresses
 
 
@@ -189,7 +191,7 @@ class _Fresh:
         """Where a replay writes it."""
         if self.memory is not None:
             return nodes.kernels(*self.memory)
-        return Port() if self.copied is None else nodes.copy(*self.copied)[1]
+        return [] if self.copied is None else nodes.copy(*self.copied)[1]
 
 
 class _Outputs:
@@ -282,7 +284,14 @@ class _Outputs:
         return {fresh.name: fresh.port(nodes) for fresh in self.fresh}
 
 
-def _may_draw(graph: Graph) -> bool:
+def _count_writes(tensors: Sequence[torch.Tensor]) -> None:
+    """What a plain call does to the version counters of the tensors that it writes."""
+    for tensor in tensors:
+        if not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)
+
+
+def may_draw(graph: Graph) -> bool:
     """Whether a call in `graph` may draw from the generator of random numbers."""
     return any(node.kind == "fallback" or (node.kind != "kernel" and _draws(node)) for node in graph.nodes)
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,6 +18,8 @@ from torch_rtx.ir import Graph, TensorType
 from torch_rtx.runtime.driver import checked, driver
 from torch_rtx.runtime.inline import launched
 from torch_rtx.runtime.launch import Launcher, Way
+
+Node = Callable[[], tuple[Any]]  # gives a node the addresses that were set for it
 
 
 def kernel_uses(graph: Graph) -> dict[str, tuple[str, int]]:
@@ -49,57 +51,26 @@ def kernel_uses(graph: Graph) -> dict[str, tuple[str, int]]:
     return {name: (owner, uses[owner]) for name, owner in root.items() if owner in uses}
 
 
-@dataclass(frozen=True, eq=False)
-class Node:
-    """A node of a graph; to be called when one of its addresses was changed.
+class Place(NamedTuple):
+    """An address that a node of a graph holds.
 
     Attributes:
-        arguments: of the driver call that sets its parameters.
-        kept: what lives as long as it may be called.
+        holder, attribute: where it is kept until `node` is called.
+        offset: bytes from the beginning of the tensor.
+        node: sets what the node holds; the driver's answer is that of a call without a result.
     """
 
-    set_params: Callable[..., tuple[Any]]
-    arguments: tuple[Any, ...]
-    kept: object = None
-
-    def __call__(self) -> None:
-        """Give the node its addresses.
-
-        Raises:
-            RuntimeError: the driver refuses them.
-        """
-        (status,) = self.set_params(*self.arguments)
-        if status != 0:
-            raise RuntimeError(f"CUDA driver: {status.name} when setting the addresses of a node")
-
-
-@dataclass(frozen=True)
-class Place:
-    """An address that a node holds: where it is kept until the node is called, and how many bytes it lies above the
-    beginning of the tensor."""
-
-    node: Node
     holder: Any
     attribute: str
-    offset: int = 0
+    offset: int
+    node: Node
 
 
-class Port:
-    """An input or output of a graph: the places that hold an address in it."""
-
-    def __init__(self, places: Sequence[Place] = ()) -> None:
-        self._places = places
-        self._nodes = dict.fromkeys(place.node for place in places)
-
-    def move(self, address: int) -> dict[Node, None]:
-        """Let the tensor begin at `address`; returns the nodes that are to be called then."""
-        for place in self._places:
-            setattr(place.holder, place.attribute, address + place.offset)
-        return self._nodes
+Port = Sequence[Place]  # an input or output of a graph: all that hold an address in it
 
 
 class GraphNodes:
-    """Finds the ports of a captured and instantiated graph.
+    """Finds the ports of a captured and instantiated graph, and lives as long as they are used.
 
     Args:
         kernels: what it may launch.
@@ -111,14 +82,15 @@ class GraphNodes:
         self._executable = cuda.CUgraphExec(graph.raw_cuda_graph_exec())
         context, kinds = checked(cuda.cuCtxGetCurrent()), cuda.CUgraphNodeType
         known = {function: launcher for launcher in launched(kernels).values() for function in launcher.functions}
-        self._copies: dict[tuple[int, int], Node] = {}
+        self._copies: dict[tuple[int, int], tuple[Node, Any]] = {}
         self._arguments: list[tuple[int, Node, ctypes.c_uint64]] = []
+        self._kept: list[object] = []  # the parameters of kernels
         for node in _nodes(cuda, raw):
             kind = checked(cuda.cuGraphNodeGetType(node))
             if kind == kinds.CU_GRAPH_NODE_TYPE_MEMCPY:
                 params = checked(cuda.cuGraphMemcpyNodeGetParams(node))
-                made = Node(cuda.cuGraphExecMemcpyNodeSetParams, (self._executable, node, params, context), params)
-                self._copies[int(params.srcDevice), int(params.dstDevice)] = made
+                made = partial(cuda.cuGraphExecMemcpyNodeSetParams, self._executable, node, params, context)
+                self._copies[int(params.srcDevice), int(params.dstDevice)] = made, params
             elif kind == kinds.CU_GRAPH_NODE_TYPE_KERNEL:
                 params = checked(cuda.cuGraphKernelNodeGetParams(node))
                 if int(params.func) in known:
@@ -131,8 +103,8 @@ class GraphNodes:
         cells = [ctypes.c_uint64(value) for value in values]
         ours = type(theirs)(*map(ctypes.addressof, cells), *theirs[launcher.pointers :])
         params.kernelParams = ctypes.addressof(ours)
-        arguments = self._executable, node, params
-        made = Node(self._driver.cuGraphExecKernelNodeSetParams, arguments, (ours, cells))
+        self._kept.append((ours, cells))
+        made = partial(self._driver.cuGraphExecKernelNodeSetParams, self._executable, node, params)
         return [(cell.value, made, cell) for cell in cells]
 
     def launch(self, stream: int) -> None:
@@ -153,11 +125,11 @@ class GraphNodes:
         """
         start, end = memory.data_ptr(), memory.data_ptr() + memory.nbytes()
         found = [
-            Place(node, cell, "value", address - start)
+            Place(cell, "value", address - start, node)
             for address, node, cell in self._arguments
             if start <= address < end
         ]
-        return Port(found) if len(found) == uses else None
+        return found if len(found) == uses else None
 
     def copy(self, source: torch.Tensor, target: torch.Tensor) -> tuple[Port, Port]:
         """The ports of a copy of `source` to `target`: from where, and to where.
@@ -165,10 +137,11 @@ class GraphNodes:
         Raises:
             RuntimeError: it was captured as something else than a copy.
         """
-        node = self._copies.get((source.data_ptr(), target.data_ptr()))
-        if node is None:
+        found = self._copies.get((source.data_ptr(), target.data_ptr()))
+        if found is None:
             raise RuntimeError("a copy at the border of the graph was not captured as one")
-        return Port([Place(node, node.kept, "srcDevice")]), Port([Place(node, node.kept, "dstDevice")])
+        node, params = found
+        return [Place(params, "srcDevice", 0, node)], [Place(params, "dstDevice", 0, node)]
 
 
 def _nodes(cuda: Any, graph: Any) -> Sequence[Any]:

@@ -199,16 +199,13 @@ class Session:
             settings = changes(settings)
         variant = self.specializer.variant(key, inputs, settings.specialization_strategy)
         pool = self.pool
-        if pool is None or settings.cuda_graph_strategy == "disabled" or not self._is_final(variant, settings):
+        final = variant.ready or settings.specialization_strategy == "none"  # nothing better is on its way
+        if pool is None or not final or settings.cuda_graph_strategy == "disabled":
             return self.run(variant.code, inputs, self.store.values)
         if self.streamer is None:
             return pool(key, variant.code, inputs, self.store)
         with self.streamer.turn():
             return pool(key, variant.code, inputs, self.store)
-
-    def _is_final(self, variant: Variant, settings: RuntimeSettings) -> bool:
-        """Whether the code of a variant is worth a CUDA graph: nothing better is on its way."""
-        return variant.ready or settings.specialization_strategy == "none"
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until nothing more is being compiled or measured; False if that takes longer than `timeout` seconds."""
