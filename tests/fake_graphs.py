@@ -53,20 +53,32 @@ class FakeGraph:
 
     def __init__(self, keep_graph: bool = False) -> None:
         self.nodes: list[Node] = []
-        self.current: dict[Node, Params] = {}
+        self.replays = 0  # by PyTorch
         self.memory: list[torch.Tensor] = []
         FakeGraph.last = self
 
     def instantiate(self) -> None:
-        self.current = {node: copy(node.params) for node in self.nodes}
+        self.executable = FakeExecutable(self)
 
     def raw_cuda_graph(self) -> FakeGraph:
         return self
 
-    raw_cuda_graph_exec = raw_cuda_graph
+    def raw_cuda_graph_exec(self) -> FakeExecutable:
+        return self.executable
+
+    def replay(self) -> None:
+        self.replays += 1
 
     def kinds(self) -> list[str]:
         return [node.kind for node in self.nodes]
+
+
+class FakeExecutable:
+    """A graph with parameters of its own."""
+
+    def __init__(self, graph: FakeGraph) -> None:
+        self.graph, self.alive = graph, True
+        self.current = {node: copy(node.params) for node in graph.nodes}
 
 
 class _Recorder(TorchDispatchMode):
@@ -109,6 +121,8 @@ class GraphDriver(FakeDriver):
     Attributes:
         set: how many nodes were given parameters.
         refuse: answers that setting them fails.
+        executables: those that were instantiated beside PyTorch's own.
+        full: answers that there is no memory for another.
         stream: the current one.
         streams: those of the replays.
         waits: which stream was made to wait for which.
@@ -118,6 +132,9 @@ class GraphDriver(FakeDriver):
         super().__init__(sizes)
         self.kernels, self.capturing = kernels, False
         self.set, self.refuse = 0, False
+        self.executables: list[FakeExecutable] = []
+        self.full = False
+        self.CUgraphInstantiate_flags = SimpleNamespace(CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH=1)
         self.stream = STREAM
         self.waits: list[tuple[int, int]] = []
         self.streams: list[int] = []
@@ -158,22 +175,35 @@ class GraphDriver(FakeDriver):
 
     cuGraphMemcpyNodeGetParams = cuGraphKernelNodeGetParams
 
-    def cuGraphExecKernelNodeSetParams(self, graph: FakeGraph, node: Node, params: Params) -> tuple[Status]:
+    def cuGraphExecKernelNodeSetParams(self, executable: FakeExecutable, node: Node, params: Params) -> tuple[Status]:
         self.set += 1
         if self.refuse:
             return (Status.CUDA_ERROR_INVALID_VALUE,)
         assert params.func is not None
-        graph.current[node] = self._params(params.func, params.kernelParams)
+        executable.current[node] = self._params(params.func, params.kernelParams)
         return (Status.CUDA_SUCCESS,)
 
-    def cuGraphExecMemcpyNodeSetParams(self, graph: FakeGraph, node: Node, params: Params, ctx: Any) -> tuple[Status]:
+    def cuGraphExecMemcpyNodeSetParams(
+        self, executable: FakeExecutable, node: Node, params: Params, ctx: Any
+    ) -> tuple[Status]:
         self.set += 1
-        graph.current[node] = copy(params)
+        executable.current[node] = copy(params)
         return (Status.CUDA_SUCCESS,)
 
-    def cuGraphLaunch(self, graph: FakeGraph, stream: int) -> tuple[Status]:
+    def cuGraphInstantiate(self, graph: FakeGraph, flags: int) -> tuple[Status, Any]:
+        if self.full:
+            return Status.CUDA_ERROR_INVALID_VALUE, None
+        self.executables.append(FakeExecutable(graph))
+        return Status.CUDA_SUCCESS, self.executables[-1]
+
+    def cuGraphExecDestroy(self, executable: FakeExecutable) -> tuple[Status]:
+        executable.alive = False
+        return (Status.CUDA_SUCCESS,)
+
+    def cuGraphLaunch(self, executable: FakeExecutable, stream: int) -> tuple[Status]:
+        assert executable.alive
         self.streams.append(stream)
-        for node, params in graph.current.items():
+        for node, params in executable.current.items():
             if node.kind == "copy":
                 ctypes.memmove(params.dstDevice, params.srcDevice, params.nbytes)
             elif node.call is not None:
@@ -215,3 +245,4 @@ def install(monkeypatch: pytest.MonkeyPatch, driver: GraphDriver) -> None:
         monkeypatch.setitem(code.EMPTY, kind, allocate)
     monkeypatch.setattr(captured, "capture_stream", lambda index: None)
     monkeypatch.setattr(graphnodes, "driver", lambda: driver)
+    monkeypatch.setattr(captured, "driver", lambda: driver)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from torch_rtx.ir import Dim, Graph, Sym
 from torch_rtx.irparse import parse
 from torch_rtx.kerneltable import KernelTable, Launch, Variant, pack
 from torch_rtx.runtime import code
-from torch_rtx.runtime.captured import is_worth, may_draw
+from torch_rtx.runtime.captured import EXECUTABLES, is_worth, may_draw
 from torch_rtx.runtime.code import compile_graph
 from torch_rtx.runtime.cudagraph import GraphPool
 from torch_rtx.runtime.graphnodes import kernel_uses
@@ -89,6 +90,7 @@ def test_kernels_alone_need_no_copies(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_only_what_has_moved_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     module = Module(monkeypatch, CHAIN)
+    module.driver.full = True  # one executable
     x, y, z = torch.randn(3, 16).unbind()
     expected = 2 * x + y
     for _ in range(3):
@@ -103,6 +105,43 @@ def test_only_what_has_moved_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     results.append(module(x, z)[0])  # the first kernel reads z, the second writes the result
     assert module.driver.set == before + 2
     torch.testing.assert_close(results[-1], 2 * x + z)
+
+
+def test_addresses_that_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each executable of the graph keeps those of a replay, so that nothing is set when they come again."""
+    module = Module(monkeypatch, CHAIN)
+    pairs = [torch.randn(2, 16).unbind() for _ in range(9)]
+    results = torch.empty(16), torch.empty(16)
+    turns = itertools.cycle(results)
+    monkeypatch.setitem(code.EMPTY, "cuda", lambda *like: next(turns))  # as an allocator whose caller keeps one result
+
+    def check(count: int, calls: int) -> int:
+        """How many nodes are set by so many calls with these pairs in turn."""
+        before = module.driver.set
+        for step in range(calls):
+            x, y = pairs[step % count]
+            torch.testing.assert_close(module(x, y)[0], 2 * x + y)
+        return module.driver.set - before
+
+    check(2, 10)
+    assert check(2, 20) == 0
+    assert len(module.driver.executables) == 1
+    check(4, 20)
+    assert check(4, 20) == 0
+    assert check(9, 20) > 0
+    assert len(module.driver.executables) == EXECUTABLES - 1
+    module.pool.captured.clear()
+    assert not any(executable.alive for executable in module.driver.executables)
+
+
+def test_random_draws_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It launches the one executable that it has."""
+    text = CHAIN.replace("return [b]", "c: f32[s] = extern aten.rand_like.default(self=y)\n  return [b]")
+    module = Module(monkeypatch, text)
+    for _ in range(5):
+        module(*torch.rand(2, 16).unbind())
+    assert (FakeGraph.last.replays, module.driver.streams, module.driver.executables) == (4, [], [])
+    assert module.driver.set > 4
 
 
 def test_inputs_that_kernels_cannot_take_are_copied_first(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,8 @@ from torch_rtx.ir import Graph, TensorType, Value, evaluate
 from torch_rtx.ir import Node as Step
 from torch_rtx.runtime.check import bind_sizes
 from torch_rtx.runtime.code import EMPTY, PLACED, Code, aligned, copy_strided, restride
-from torch_rtx.runtime.driver import new_stream
-from torch_rtx.runtime.graphnodes import GraphNodes, Node, Port, kernel_uses
+from torch_rtx.runtime.driver import checked, driver, new_stream
+from torch_rtx.runtime.graphnodes import Executables, GraphNodes, Port, kernel_uses
 from torch_rtx.runtime.inline import inline_kernels
 from torch_rtx.runtime.weights import WeightStore
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 # 2 us of the device's, and on the device 1 us more per so many bytes.
 KERNELS_PER_COPY = 4
 BYTES_PER_KERNEL = 512 << 10
+EXECUTABLES = 4  # of one graph: inputs in one of two places, results in one of two
 Output = Callable[[Sequence[Any], Sequence[torch.Tensor]], Any]  # of the inputs, and the fresh tensors of a replay
 Like = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]  # shape, strides, dtype
 
@@ -69,12 +70,13 @@ class Captured:
         self._nodes = nodes = GraphNodes(self.graph, code.kernels)
         ports = {**given.ports(nodes), **made.ports(nodes)}
         self.missing = {name for name, port in ports.items() if port is None}
-        self._ports = [port for port in ports.values() if port is not None]
-        self._addresses = [0] * len(self._ports)
+        found = [port for port in ports.values() if port is not None]
+        # PyTorch's own way to launch it gives it the state of the generator, and takes 2 us more.
+        self._draws = may_draw(graph)
+        self._executables = Executables(self.graph, found, 1 if self._draws else EXECUTABLES)
+        self._launch = driver().cuGraphLaunch
         self._sources, self._outputs, self._late = given.sources, made.outputs, made.late
         self._fresh, self._all_fresh = [fresh.like for fresh in made.fresh], made.all_fresh
-        # PyTorch's way to launch it takes 2 us more, for the state of the generator.
-        self._launch = self._replay if may_draw(graph) else nodes.launch
         pool.memory.hold(self)
 
     def replay(self, inputs: Sequence[Any]) -> list[Any]:
@@ -86,35 +88,19 @@ class Captured:
         fresh = [empty(*like) for like in self._fresh]
         addresses = [tensor.data_ptr() for tensor in given]
         addresses += [tensor.data_ptr() for tensor in fresh]
-        if addresses != self._addresses:
-            self._move(addresses)
+        executable = self._executables.at(addresses)
         outputs = fresh if self._all_fresh else [output(inputs, fresh) for output in self._outputs]
         with self.memory.lock:
-            self._launch(self.memory.follow())
+            stream = self.memory.follow()
+            if self._draws:
+                self.graph.replay()
+            else:
+                checked(self._launch(executable, stream))
             for position, result in self._late:
                 outputs[position] = copy_strided(result, result.stride())
         if self._written or self._written_inputs:
             _count_writes([*self._written, *(inputs[index] for index in self._written_inputs)])
         return outputs
-
-    def _replay(self, stream: int) -> None:
-        """Launch the graph, whose random draws are other ones each time, on the current stream."""
-        self.graph.replay()
-
-    def _move(self, addresses: list[int]) -> None:
-        """Let the inputs and outputs of the next replay be at `addresses`."""
-        before, self._addresses = self._addresses, [0] * len(addresses)  # should this fail, the next replay sets all
-        nodes: dict[Node, None] = {}
-        for port, address, old in zip(self._ports, addresses, before, strict=True):
-            if address != old:
-                for holder, attribute, offset, node in port:
-                    setattr(holder, attribute, address + offset)
-                    nodes[node] = None
-        for node in nodes:
-            (status,) = node()
-            if status != 0:
-                raise RuntimeError(f"CUDA driver: {status.name} when setting the addresses of a node")
-        self._addresses = addresses
 
 
 class _Inputs:

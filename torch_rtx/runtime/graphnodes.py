@@ -7,8 +7,9 @@ the instantiated graph counts for later launches; one that is running or queued 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,18 @@ from torch_rtx.runtime.driver import checked, driver
 from torch_rtx.runtime.inline import launched
 from torch_rtx.runtime.launch import Launcher, Way
 
-Node = Callable[[], tuple[Any]]  # gives a node the addresses that were set for it
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """A node of a graph that holds addresses.
+
+    Attributes:
+        set_params: the driver's call that sets its parameters in an executable.
+        arguments: of this call, after the executable.
+    """
+
+    set_params: Callable[..., tuple[Any]]
+    arguments: tuple[Any, ...]
 
 
 def kernel_uses(graph: Graph) -> dict[str, tuple[str, int]]:
@@ -52,13 +64,8 @@ def kernel_uses(graph: Graph) -> dict[str, tuple[str, int]]:
 
 
 class Place(NamedTuple):
-    """An address that a node of a graph holds.
-
-    Attributes:
-        holder, attribute: where it is kept until `node` is called.
-        offset: bytes from the beginning of the tensor.
-        node: sets what the node holds; the driver's answer is that of a call without a result.
-    """
+    """An address in the parameters of `node`: where it stands, and how many bytes it lies above the beginning of the
+    tensor."""
 
     holder: Any
     attribute: str
@@ -70,16 +77,15 @@ Port = Sequence[Place]  # an input or output of a graph: all that hold an addres
 
 
 class GraphNodes:
-    """Finds the ports of a captured and instantiated graph, and lives as long as they are used.
+    """Finds the ports of a captured graph, and lives as long as they are used.
 
     Args:
         kernels: what it may launch.
     """
 
     def __init__(self, graph: torch.cuda.CUDAGraph, kernels: Mapping[str, Way]) -> None:
-        self._driver = cuda = driver()
+        cuda = driver()
         raw = cuda.CUgraph(graph.raw_cuda_graph())
-        self._executable = cuda.CUgraphExec(graph.raw_cuda_graph_exec())
         context, kinds = checked(cuda.cuCtxGetCurrent()), cuda.CUgraphNodeType
         known = {function: launcher for launcher in launched(kernels).values() for function in launcher.functions}
         self._copies: dict[tuple[int, int], tuple[Node, Any]] = {}
@@ -89,33 +95,25 @@ class GraphNodes:
             kind = checked(cuda.cuGraphNodeGetType(node))
             if kind == kinds.CU_GRAPH_NODE_TYPE_MEMCPY:
                 params = checked(cuda.cuGraphMemcpyNodeGetParams(node))
-                made = partial(cuda.cuGraphExecMemcpyNodeSetParams, self._executable, node, params, context)
+                made = Node(cuda.cuGraphExecMemcpyNodeSetParams, (node, params, context))
                 self._copies[int(params.srcDevice), int(params.dstDevice)] = made, params
             elif kind == kinds.CU_GRAPH_NODE_TYPE_KERNEL:
                 params = checked(cuda.cuGraphKernelNodeGetParams(node))
                 if int(params.func) in known:
-                    self._arguments += self._addresses(node, params, known[int(params.func)])
+                    made = Node(cuda.cuGraphExecKernelNodeSetParams, (node, params))
+                    self._arguments += [
+                        (cell.value, made, cell) for cell in self._cells(params, known[int(params.func)])
+                    ]
 
-    def _addresses(self, node: Any, params: Any, launcher: Launcher) -> Iterable[tuple[int, Node, ctypes.c_uint64]]:
-        """The addresses that a kernel gets, in memory of our own from now on."""
+    def _cells(self, params: Any, launcher: Launcher) -> list[ctypes.c_uint64]:
+        """The addresses that a kernel gets, which are in memory of our own from now on."""
         theirs = (ctypes.c_void_p * launcher.parameters).from_address(int(params.kernelParams))
         values = (ctypes.c_uint64.from_address(place or 0).value for place in theirs[: launcher.pointers])
         cells = [ctypes.c_uint64(value) for value in values]
         ours = type(theirs)(*map(ctypes.addressof, cells), *theirs[launcher.pointers :])
         params.kernelParams = ctypes.addressof(ours)
         self._kept.append((ours, cells))
-        made = partial(self._driver.cuGraphExecKernelNodeSetParams, self._executable, node, params)
-        return [(cell.value, made, cell) for cell in cells]
-
-    def launch(self, stream: int) -> None:
-        """Launch the graph on a stream of the current device.
-
-        Raises:
-            RuntimeError: the driver refuses that.
-        """
-        (status,) = self._driver.cuGraphLaunch(self._executable, stream)
-        if status != 0:
-            raise RuntimeError(f"CUDA driver: {status.name} when launching a graph")
+        return cells
 
     def kernels(self, memory: torch.UntypedStorage, uses: int) -> Port | None:
         """The port of a tensor that begins where `memory` does.
@@ -142,6 +140,77 @@ class GraphNodes:
             raise RuntimeError("a copy at the border of the graph was not captured as one")
         node, params = found
         return [Place(params, "srcDevice", 0, node)], [Place(params, "dstDevice", 0, node)]
+
+
+class Executable:
+    """A graph ready to be launched, with addresses of its own.
+
+    Attributes:
+        handle: the driver's.
+        addresses: of the ports, in order, at its last launch; 0 for those that are to be set in any case.
+    """
+
+    def __init__(self, handle: Any, ports: int) -> None:
+        self.handle, self.addresses = handle, [0] * ports
+
+
+class Executables:
+    """The executables of one graph: at most `most`, since addresses come again. Programs fill buffers in turn, and the
+    allocator gives back what was freed; where an executable has the addresses of a replay, nothing is set.
+
+    Args:
+        graph: it has the first of them.
+    """
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, ports: Sequence[Port], most: int) -> None:
+        self._driver = driver()
+        self._graph = self._driver.CUgraph(graph.raw_cuda_graph())
+        self._ports, self._most = ports, most
+        self._latest = Executable(self._driver.CUgraphExec(graph.raw_cuda_graph_exec()), len(ports))
+        self._all = [self._latest]  # the one that was set longest ago first
+
+    def at(self, addresses: list[int]) -> Any:
+        """The handle of an executable for a replay with its ports at `addresses`.
+
+        Raises:
+            RuntimeError: the driver refuses an address.
+        """
+        if self._latest.addresses != addresses:
+            known = [found for found in self._all if found.addresses == addresses]
+            self._latest = known[0] if known else self._moved(addresses)
+        return self._latest.handle
+
+    def _moved(self, addresses: list[int]) -> Executable:
+        """An executable that was set to other addresses, or a new one."""
+        found = self._new() or self._all.pop(0)
+        self._all.append(found)
+        before, found.addresses = found.addresses, [0] * len(addresses)  # should this fail, the next one sets all
+        nodes: dict[Node, None] = {}
+        for port, address, old in zip(self._ports, addresses, before, strict=True):
+            for holder, attribute, offset, node in port:
+                setattr(holder, attribute, address + offset)
+                if address != old:
+                    nodes[node] = None
+        for node in nodes:
+            (status,) = node.set_params(found.handle, *node.arguments)
+            if status != 0:
+                raise RuntimeError(f"CUDA driver: {status.name} when setting the addresses of a node")
+        found.addresses = addresses
+        return found
+
+    def _new(self) -> Executable | None:
+        """One more, if there may be and the device has memory for it. The first one is new, too, as long as it has no
+        addresses."""
+        if len(self._all) >= self._most or not any(self._all[0].addresses):
+            return None
+        flags = self._driver.CUgraphInstantiate_flags.CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH
+        status, handle = self._driver.cuGraphInstantiate(self._graph, int(flags))
+        if status != 0:
+            self._most = len(self._all)
+            return None
+        made = Executable(handle, len(self._ports))
+        weakref.finalize(made, self._driver.cuGraphExecDestroy, handle).atexit = False
+        return made
 
 
 def _nodes(cuda: Any, graph: Any) -> Sequence[Any]:
