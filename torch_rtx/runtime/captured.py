@@ -53,6 +53,7 @@ class Captured:
         copied: Collection[str] = (),
     ) -> None:
         self.code, self.memory, self.used = code, pool.memory, 0
+        self._device = pool.device.index
         graph = inline_kernels(code.graph, code.kernels)
         uses = {name: use for name, use in kernel_uses(graph).items() if use[0] not in copied}
         given = _Inputs(pool.graph, inputs, pool.written, uses)
@@ -90,8 +91,11 @@ class Captured:
         addresses += [tensor.data_ptr() for tensor in fresh]
         executable = self._executables.at(addresses)
         outputs = fresh if self._all_fresh else [output(inputs, fresh) for output in self._outputs]
-        with self.memory.lock:
-            stream = self.memory.follow()
+        memory = self.memory
+        with memory.lock:
+            stream = torch._C._cuda_getCurrentRawStream(self._device)
+            if stream != memory.stream:
+                memory.follow(stream)
             if self._draws:
                 self.graph.replay()
             else:

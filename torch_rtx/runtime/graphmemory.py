@@ -19,6 +19,7 @@ class GraphMemory:
     Attributes:
         lock: to be held around `follow` and the launch after it, and while results are still in this memory.
         handle: what PyTorch knows it by.
+        stream: the driver's handle of the stream of the last replay; -1: there was none.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -27,7 +28,7 @@ class GraphMemory:
         self._graphs: weakref.WeakSet[Any] = weakref.WeakSet()
         self.handle: Any = None
         self._stream: torch.cuda.Stream | None = None
-        self._raw_stream = -1
+        self.stream = -1
 
     def begin(self) -> None:
         """Captures follow, one at a time. Where no graph is left, they begin a new memory: PyTorch gives one back with
@@ -43,16 +44,12 @@ class GraphMemory:
         """Capture elsewhere from now on; what is captured stays, and its replays go on following each other."""
         self._graphs = weakref.WeakSet()
 
-    def follow(self) -> int:
-        """Order what the current stream is given from now on after the last replay, whatever stream that was on.
-        Returns the driver's handle of the current stream."""
-        raw: int = torch._C._cuda_getCurrentRawStream(self._device.index)
-        if raw != self._raw_stream:
-            stream = torch.cuda.current_stream(self._device)
-            if self._stream is not None:
-                stream.wait_stream(self._stream)
-            self._stream, self._raw_stream = stream, raw
-        return raw
+    def follow(self, raw: int) -> None:
+        """Order what the current stream, whose handle is `raw`, is given from now on after the last replay."""
+        stream = torch.cuda.current_stream(self._device)
+        if self._stream is not None:
+            stream.wait_stream(self._stream)
+        self._stream, self.stream = stream, raw
 
 
 _SHARED: weakref.WeakValueDictionary[tuple[int, int], GraphMemory] = weakref.WeakValueDictionary()

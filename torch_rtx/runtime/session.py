@@ -108,7 +108,7 @@ class Session:
 
         self.specializer = Specializer(graph, compiled, kernels or {}, store.device, settings, tools)
         self._checked: set[object] = set()
-        self._last: object = None  # a key that needs no check; comparing is cheaper than hashing
+        self._last: Any = None  # a key that needs no check; comparing is cheaper than hashing
         self.pool: GraphPool | None = None
         if store.device.type == "cuda" and settings.cuda_graph_strategy != "disabled":
             reason = why_not(graph) or (streamer and streamer.pageable)
@@ -184,8 +184,10 @@ class Session:
         """
         if check:
             inputs = _plain(inputs)
-        key = _key(inputs)
-        if check and key != self._last and key not in self._checked:
+        key, last = _key(inputs), self._last
+        if key == last:
+            key = last  # tables find the same object faster than an equal one
+        elif check and key not in self._checked:
             check_inputs(self.graph, inputs, self.device, self.profiles)
             if len(self._checked) < MAX_CHECKED:
                 self._checked.add(key)
