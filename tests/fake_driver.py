@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import zlib
 from dataclasses import dataclass
 from enum import IntEnum
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 STREAM = 77  # what `torch._C._cuda_getCurrentRawStream` is patched to return
 
@@ -22,6 +23,16 @@ class Kept(dict[tuple[str, str], bytes]):
 
     def put(self, kind: str, key: str, value: bytes) -> None:
         self[kind, key] = value
+
+
+class Function(NamedTuple):
+    """A kernel: its entry and its image."""
+
+    entry: str
+    image: bytes
+
+    def __int__(self) -> int:
+        return zlib.crc32(self.entry.encode() + self.image)
 
 
 class Status(IntEnum):
@@ -130,19 +141,19 @@ class FakeDriver:
         return (Status.CUDA_SUCCESS,)
 
     def cuModuleGetFunction(self, module: bytes, name: bytes) -> tuple[Status, Any]:
-        return Status.CUDA_SUCCESS, (name.decode(), module)
+        return Status.CUDA_SUCCESS, Function(name.decode(), module)
 
-    def cuFuncGetAttribute(self, name: int, function: tuple[str, bytes]) -> tuple[Status, int]:
+    def cuFuncGetAttribute(self, name: int, function: Function) -> tuple[Status, int]:
         assert name == 0
         return Status.CUDA_SUCCESS, self.max_threads
 
-    def cuFuncSetAttribute(self, function: tuple[str, bytes], name: int, value: int) -> tuple[Status]:
+    def cuFuncSetAttribute(self, function: Function, name: int, value: int) -> tuple[Status]:
         assert name == 8
-        self.opted_in[function[0]] = value
+        self.opted_in[function.entry] = value
         return (Status.CUDA_SUCCESS,)
 
     def cuLaunchKernel(
-        self, function: tuple[str, bytes], x: int, y: int, z: int, bx: int, by: int, bz: int, shared: int, stream: int,
+        self, function: Function, x: int, y: int, z: int, bx: int, by: int, bz: int, shared: int, stream: int,
         parameters: int, extra: int,
     ) -> tuple[Status]:  # fmt: skip
         assert self.contexts.current == 1100, "no context in this thread"

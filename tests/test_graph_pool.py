@@ -10,6 +10,7 @@ import torch
 
 from torch_rtx.ir import Graph
 from torch_rtx.runtime.cudagraph import SEEN_PER_GRAPH, GraphPool
+from torch_rtx.runtime.graphmemory import GraphMemory
 
 STORE = SimpleNamespace(generation=0, values=[])
 
@@ -70,6 +71,41 @@ def test_keys_met_once_are_bounded(pool: GraphPool) -> None:
 
 def test_moved_weights_empty_the_pool(pool: GraphPool) -> None:
     assert [call(pool, "a") for _ in range(2)] == [False, True]
-    handle = pool._handle
-    assert not call(pool, "a", SimpleNamespace(generation=1, values=[]))
-    assert pool._handle is not handle
+    moved = SimpleNamespace(generation=1, values=[])
+    assert not call(pool, "a", moved)
+    assert pool.captured == {}
+    assert call(pool, "a", moved)
+
+
+class Held:
+    """A captured graph, which a memory follows weakly."""
+
+
+def test_a_memory_ends_with_the_last_of_its_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch takes no more captures into a memory whose graphs are gone."""
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    memory = GraphMemory(torch.device("cuda", 0))
+    memory.begin()
+    first, graphs = memory.handle, [Held(), Held()]
+    for graph in graphs:
+        memory.hold(graph)
+    graph = graphs.pop()
+    memory.begin()
+    assert memory.handle is first
+    graphs.clear()
+    memory.begin()
+    assert memory.handle is first
+    del graph
+    memory.begin()
+    assert memory.handle is not first
+
+
+def test_after_a_failed_capture_others_go_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    memory, graph = GraphMemory(torch.device("cuda", 0)), Held()
+    memory.begin()
+    memory.hold(graph)
+    before = memory.handle
+    memory.leave()
+    memory.begin()
+    assert memory.handle is not before

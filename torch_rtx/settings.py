@@ -201,7 +201,7 @@ class RuntimeSettings(_Checked):
         "Longest time that is spent on measuring kernels, per combination of sizes; 0: the expected best is taken.",
     )
     static_outputs: bool = _flag(
-        False, "Results of a CUDA graph stay in its own memory, which the next call overwrites: one copy less."
+        False, "Results of a CUDA graph stay in its own memory, which the next call overwrites: none is made per call."
     )
     cuda_graph_pool_size: int = _count(16, "Most CUDA graphs that a module keeps; the least recently used goes first.")
     weight_streaming_budget: int | str | None = _option(

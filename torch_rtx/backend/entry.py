@@ -131,7 +131,8 @@ def _bind(
     # The fallbacks come from a model of this process, not from a file: there is nobody to distrust.
     called = frozenset(node.op for node in program.graph.nodes if node.kind == "fallback")
     kernels, tools = kernels_and_tools(program.kernels, program.graph, program.device, runtime)
-    template = Session(program.graph, store, runtime, program.callables, called, kernels, tools=tools)
+    given = program.callables, called, kernels
+    template = Session(program.graph, store, runtime, *given, tools=tools, shares_memory=True)
     program.dump("run.py", template.source)
     sessions = _Sessions(template)
     used = {parameter.name for parameter in store.parameters}

@@ -276,12 +276,13 @@ class Launcher:
     Attributes:
         scalars, grid: what a call has to give, as dims of the graph.
         library: see `Launch`.
+        pointers: how many tensors the kernel gets: the first of its parameters are their addresses.
+        parameters: how many it has.
 
     Args:
         op: the kernel's name in messages.
         target: the one of `launch` that is used.
         binaries: see `KernelTable`.
-        pointers: how many tensors the kernel gets.
         store: see `Gpu.function`.
 
     Raises:
@@ -300,6 +301,7 @@ class Launcher:
     ) -> None:
         self.op, self.target, self.scalars, self.grid = op, target, launch.scalars, launch.grid
         self.library = launch.library
+        self.pointers, self.parameters = pointers, pointers + len(launch.scalars) + 2
         self._index, self._launch = gpu.index, gpu.driver.cuLaunchKernel
         try:
             codes = [
@@ -312,6 +314,11 @@ class Launcher:
         self._check_scalars = launch.generic is not None
         self._pack = struct.Struct(f"@{pointers}Q{len(launch.scalars)}{'q' if launch.wide else 'i'}").pack_into
         self._parameters = _Parameters(gpu, pointers, len(launch.scalars), launch.wide)
+
+    @property
+    def functions(self) -> tuple[int, ...]:
+        """The driver's handles of what it launches."""
+        return tuple(int(function) for function, _, _ in (self._aligned, self._generic))
 
     def is_for(self, sm: int) -> bool:
         """Whether it was built for this SM version."""

@@ -144,7 +144,9 @@ class CompiledModule(nn.Module):
         """
         if not self._ready:
             raise RtxError("this engine is weight-stripped", hint="give it weights first: module.refit(...)")
-        inputs = self._apart(self._signature.flatten(args, kwargs))
+        inputs = self._signature.flatten(args, kwargs)
+        if self._apart.needed:
+            inputs = self._apart(inputs)
         self._store.refresh()
         return self._signature.unflatten(self.session(inputs))
 

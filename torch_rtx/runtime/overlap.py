@@ -19,7 +19,11 @@ Span = tuple[int, int]
 
 
 class Apart:
-    """Keeps the inputs of `graph` apart from the inputs and weights that it updates."""
+    """Keeps the inputs of `graph` apart from the inputs and weights that it updates.
+
+    Attributes:
+        needed: it updates any.
+    """
 
     def __init__(self, graph: Graph, store: WeightStore) -> None:
         updated = graph.written if any(node.op in UPDATES for node in graph.nodes) else frozenset()
@@ -27,7 +31,7 @@ class Apart:
         self._inputs = [i for i, name in enumerate(self._names) if name in updated]
         self._weights = [i for i, weight in enumerate(graph.weights) if weight.value.name in updated]
         self._store = store
-        self._needed = bool(self._inputs or self._weights)
+        self.needed = bool(self._inputs or self._weights)
 
     def __call__(self, inputs: Sequence[Any]) -> Sequence[Any]:
         """`inputs`, with copies of those that overlap a tensor which the graph updates.
@@ -35,8 +39,6 @@ class Apart:
         Raises:
             InputError: two inputs that the graph writes to are the same memory.
         """
-        if not self._needed:
-            return inputs
         spans: dict[Span, int] = {}
         for index in self._inputs:
             span = _span(inputs[index])

@@ -78,6 +78,7 @@ class Session:
         trusted_ops: operators outside the allow-list that it may call.
         kernels: its kernels that can be launched, see `runtime.launch`; the bodies of others run call by call.
         tools: what makes kernels while the session is used; None: it stays as it is.
+        shares_memory: its CUDA graphs are in the memory of those of other such sessions, see `GraphPool`.
         profiles: one of these must hold all sizes of a call, see `check_inputs`.
 
     Raises:
@@ -94,11 +95,12 @@ class Session:
         kernels: Mapping[str, Way] | None = None,
         profiles: Sequence[Profile] = (),
         tools: Tools | None = None,
+        shares_memory: bool = False,
     ) -> None:
         self.graph, self.store, self.device = graph, store, store.device
         self.profiles = profiles
         self._callables, self._trusted_ops = callables, trusted_ops
-        self.settings = settings
+        self.settings, self._shares_memory = settings, shares_memory
         self.streamer = streamer = store.streamer
 
         def compiled(graph: Graph, kernels: Mapping[str, Way]) -> Code:
@@ -106,7 +108,7 @@ class Session:
 
         self.specializer = Specializer(graph, compiled, kernels or {}, store.device, settings, tools)
         self._checked: set[object] = set()
-        self._last: object = None  # a key that needs no check; comparing is cheaper than hashing
+        self._last: Any = None  # a key that needs no check; comparing is cheaper than hashing
         self.pool: GraphPool | None = None
         if store.device.type == "cuda" and settings.cuda_graph_strategy != "disabled":
             reason = why_not(graph) or (streamer and streamer.pageable)
@@ -150,7 +152,7 @@ class Session:
 
     def _new_pool(self) -> GraphPool:
         size, static = self.settings.cuda_graph_pool_size, self.settings.static_outputs
-        return GraphPool(self.graph, self.run, self.device, size, static)
+        return GraphPool(self.graph, self.run, self.device, size, static, self._shares_memory)
 
     def current(self, inputs: Sequence[Any]) -> Variant:
         """What runs these inputs now."""
@@ -181,9 +183,11 @@ class Session:
             InputError: names the input, the dimension and the range.
         """
         if check:
-            inputs = [_plain(x) if isinstance(x, torch.Tensor) else x for x in inputs]
-        key = _key(inputs)
-        if check and key != self._last and key not in self._checked:
+            inputs = _plain(inputs)
+        key, last = _key(inputs), self._last
+        if key == last:
+            key = last  # tables find the same object faster than an equal one
+        elif check and key not in self._checked:
             check_inputs(self.graph, inputs, self.device, self.profiles)
             if len(self._checked) < MAX_CHECKED:
                 self._checked.add(key)
@@ -197,14 +201,13 @@ class Session:
             settings = changes(settings)
         variant = self.specializer.variant(key, inputs, settings.specialization_strategy)
         pool = self.pool
-        if pool is None or settings.cuda_graph_strategy == "disabled" or not self._is_final(variant, settings):
+        final = variant.ready or settings.specialization_strategy == "none"  # nothing better is on its way
+        if pool is None or not final or settings.cuda_graph_strategy == "disabled":
             return self.run(variant.code, inputs, self.store.values)
-        with self._turn():
+        if self.streamer is None:
             return pool(key, variant.code, inputs, self.store)
-
-    def _is_final(self, variant: Variant, settings: RuntimeSettings) -> bool:
-        """Whether the code of a variant is worth a CUDA graph: nothing better is on its way."""
-        return variant.ready or settings.specialization_strategy == "none"
+        with self.streamer.turn():
+            return pool(key, variant.code, inputs, self.store)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until nothing more is being compiled or measured; False if that takes longer than `timeout` seconds."""
@@ -232,9 +235,12 @@ def watched_calls() -> Iterator[list[tuple[Session, list[Any]]]]:
         _WATCHERS.remove(watcher)
 
 
-def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` without a pending conjugation or negation, which the types of the IR do not have."""
-    return tensor.resolve_conj().resolve_neg() if tensor.is_conj() or tensor.is_neg() else tensor
+def _plain(inputs: Sequence[Any]) -> Sequence[Any]:
+    """`inputs` without pending conjugations and negations, which the types of the IR do not have."""
+    for given in inputs:
+        if isinstance(given, torch.Tensor) and (given.is_conj() or given.is_neg()):
+            return [x.resolve_conj().resolve_neg() if isinstance(x, torch.Tensor) else x for x in inputs]
+    return inputs
 
 
 def _key(inputs: Sequence[Any]) -> tuple[object, ...]:

@@ -56,6 +56,7 @@ class Signature:
         self.names, self.in_spec, self.out_spec, self.leaves = tuple(names), in_spec, out_spec, tuple(leaves)
         args, kwargs = in_spec.children()
         self._count, self._keywords = args.num_children, tuple(kwargs.context)
+        self._names = frozenset(self._keywords)
         # Known once, so that a call with plain tensors needs no walk through its structure.
         self._specs = (*args.children(), *kwargs.children())
         self._flat = all(child.is_leaf() for child in self._specs)
@@ -73,7 +74,7 @@ class Signature:
             InputError: arguments are missing, unexpected or of another structure than at capture, or differ from a
                 constant that the capture fixed.
         """
-        if len(args) != self._count or kwargs.keys() != set(self._keywords):
+        if len(args) != self._count or kwargs.keys() != self._names:
             args, kwargs = self._as_captured(args, kwargs)
         leaves = [*args, *[kwargs[name] for name in self._keywords]]
         if not self._flat:
@@ -193,9 +194,10 @@ def _builder(spec: pytree.TreeSpec, outputs: list[Any], tree: Any) -> Callable[[
                 made = kind.__new__(kind)
                 for key, value in zip(keys, values, strict=True):
                     set_item(made, key, value)
-                vars(made).update(attributes)
+                fields = vars(made)
+                fields |= attributes
                 for name, index in varying:
-                    vars(made)[name] = values[index]
+                    fields[name] = values[index]
                 return made
 
             return build

@@ -128,6 +128,8 @@ class WeightStore:
 
         A change is seen by the tensor's version counter, which every in-place operation moves but those on `.data`.
         """
+        if not self._watched:
+            return
         stamps = _stamps(self._watched)
         if stamps == self._stamps:
             return

@@ -1,0 +1,355 @@
+"""Captured graphs without a GPU: what is copied and what is not, and that replays read and write the right memory."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.fake_graphs import FakeGraph, GraphDriver, install
+from torch_rtx.ir import Dim, Graph, Sym
+from torch_rtx.irparse import parse
+from torch_rtx.kerneltable import KernelTable, Launch, Variant, pack
+from torch_rtx.runtime import code
+from torch_rtx.runtime.captured import EXECUTABLES, is_worth, may_draw
+from torch_rtx.runtime.code import compile_graph
+from torch_rtx.runtime.cudagraph import GraphPool
+from torch_rtx.runtime.graphnodes import kernel_uses
+from torch_rtx.runtime.launch import launchers
+from torch_rtx.targets import Target
+
+CPU, DEVICE = torch.device("cpu"), torch.device("cuda", 0)
+S = Sym("s")
+DIGEST, BINARY = pack(b"an image")
+SIZES = (8, 8, 8, 4, 8, 8)  # two inputs, a result, how many elements, two of scratch memory
+BODY = """graph import {
+    dim s = 1, 64, 1
+    input in0: f32[s]
+    input in1: f32[s]
+    r: f32[s] = op aten.add.Tensor(self=in0, other=in1)
+    return [r]
+  }"""
+
+
+def add(pointers: Sequence[int], scalars: Sequence[int]) -> None:
+    a, b, result = (
+        torch.frombuffer((ctypes.c_float * scalars[0]).from_address(p), dtype=torch.float32) for p in pointers
+    )
+    torch.add(a, b, out=result)
+
+
+def program(text: str) -> Graph:
+    body = text.strip("\n").replace("KERNEL", BODY)
+    return parse(f"graph fused {{\n  dim s = 1, 64, 1\n{body}\n}}\n")
+
+
+class Module:
+    """A graph with kernels `k`, which add, and the pool of its CUDA graphs."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, text: str, size: Dim = S, **options: Any) -> None:
+        self.driver = GraphDriver(SIZES, {"entry": add})
+        install(monkeypatch, self.driver)
+        self.graph = program(text)
+        launch = Launch((Target(90),), (size,), (1, 1, 1), False, Variant(DIGEST, "entry", 4, 0, 32, 0), None)
+        table = KernelTable({"k": (launch,)}, {DIGEST: BINARY})
+        kernels = launchers(table, self.graph, DEVICE, driver=self.driver)
+        self.code = compile_graph(self.graph, CPU, kernels=kernels)
+        self.store = SimpleNamespace(generation=0, values=[])
+        self.pool = GraphPool(self.graph, lambda code, inputs, weights: code.run(inputs, weights), DEVICE, 4, **options)
+
+    def __call__(self, *inputs: torch.Tensor) -> list[Any]:
+        return self.pool(tuple(x.shape for x in inputs), self.code, inputs, self.store)  # type: ignore[arg-type]
+
+
+CHAIN = """
+  input x: f32[s]
+  input y: f32[s]
+  a: f32[s] = kernel k(in0=x, in1=y) KERNEL
+  b: f32[s] = kernel k(in0=a, in1=x) KERNEL
+  return [b]
+"""
+
+
+def test_kernels_alone_need_no_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other addresses in each call, results that are kept, and several shapes in turn."""
+    module = Module(monkeypatch, CHAIN)
+    held = []
+    for step in range(12):
+        x, y = torch.randn(2, 16 if step % 3 else 8).unbind()
+        held.append((module(x, y)[0], 2 * x + y))
+    for got, expected in held:
+        torch.testing.assert_close(got, expected)
+    assert FakeGraph.last.kinds() == ["kernel", "kernel"]
+    assert (module.pool.captures, module.pool.replays) == (2, 10)
+
+
+def test_only_what_has_moved_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = Module(monkeypatch, CHAIN)
+    module.driver.full = True  # one executable
+    x, y, z = torch.randn(3, 16).unbind()
+    expected = 2 * x + y
+    for _ in range(3):
+        held = module(x, y)[0]
+    before = module.driver.set
+    results = [held]
+    for _ in range(3):  # only the result is elsewhere each time
+        results.append(module(x, y)[0])
+        before += 1
+        assert module.driver.set == before
+    assert all(torch.allclose(result, expected) for result in results)
+    results.append(module(x, z)[0])  # the first kernel reads z, the second writes the result
+    assert module.driver.set == before + 2
+    torch.testing.assert_close(results[-1], 2 * x + z)
+
+
+def test_addresses_that_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each executable of the graph keeps those of a replay, so that nothing is set when they come again."""
+    module = Module(monkeypatch, CHAIN)
+    pairs = [torch.randn(2, 16).unbind() for _ in range(9)]
+    results = torch.empty(16), torch.empty(16)
+    turns = itertools.cycle(results)
+    monkeypatch.setitem(code.EMPTY, "cuda", lambda *like: next(turns))  # as an allocator whose caller keeps one result
+
+    def check(count: int, calls: int) -> int:
+        """How many nodes are set by so many calls with these pairs in turn."""
+        before = module.driver.set
+        for step in range(calls):
+            x, y = pairs[step % count]
+            torch.testing.assert_close(module(x, y)[0], 2 * x + y)
+        return module.driver.set - before
+
+    check(2, 10)
+    assert check(2, 20) == 0
+    assert len(module.driver.executables) == 1
+    check(4, 20)
+    assert check(4, 20) == 0
+    assert check(9, 20) > 0
+    assert len(module.driver.executables) == EXECUTABLES - 1
+    module.pool.captured.clear()
+    assert not any(executable.alive for executable in module.driver.executables)
+
+
+def test_random_draws_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It launches the one executable that it has."""
+    text = CHAIN.replace("return [b]", "c: f32[s] = extern aten.rand_like.default(self=y)\n  return [b]")
+    module = Module(monkeypatch, text)
+    for _ in range(5):
+        module(*torch.rand(2, 16).unbind())
+    assert (FakeGraph.last.replays, module.driver.streams, module.driver.executables) == (4, [], [])
+    assert module.driver.set > 4
+
+
+def test_inputs_that_kernels_cannot_take_are_copied_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other strides than the capture's, and addresses that are no multiples of 16."""
+    module = Module(monkeypatch, CHAIN)
+    base = torch.randn(64)
+    for step in range(8):
+        x = base[:16] if step < 2 else (base[1:17], base[0:32:2], base[4:20])[step % 3]
+        y = torch.randn(16)
+        torch.testing.assert_close(module(x, y)[0], 2 * x + y)
+    assert FakeGraph.last.kinds() == ["kernel", "kernel"]
+    assert module.pool.replays == 7
+
+
+def test_what_calls_touch_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`x` is read by a library call, `c` is written by one; `y` and `b` are not."""
+    text = CHAIN.replace("return [b]", "c: f32[s] = extern aten.exp.default(self=x)\n  return [b, c]")
+    module = Module(monkeypatch, text)
+    held = []
+    for _ in range(5):
+        x, y = torch.randn(2, 16).unbind()
+        held.append((module(x, y), [2 * x + y, x.exp()]))
+    for got, expected in held:
+        torch.testing.assert_close(got, expected)
+    assert FakeGraph.last.kinds() == ["copy", "kernel", "kernel", "call", "copy"]
+
+
+VIEWS = """
+  input x: f32[s, 4]
+  input y: f32[4]
+  u: f32[4] = view aten.select.int(self=x, dim=0, index=INDEX)
+  a: f32[4] = kernel k(in0=u, in1=y) graph import {
+    input in0: f32[4]
+    input in1: f32[4]
+    r: f32[4] = op aten.add.Tensor(self=in0, other=in1)
+    return [r]
+  }
+  t: f32[2, 2] = view aten.view.default(self=a, size=[2, 2])
+  w: f32[s, 2](4, 1) = view aten.slice.Tensor(self=x, dim=1, start=1, end=3)
+  return [RESULTS]
+"""
+
+
+def views(monkeypatch: pytest.MonkeyPatch, index: int, results: str) -> Module:
+    return Module(monkeypatch, VIEWS.replace("INDEX", str(index)).replace("RESULTS", results), 4)
+
+
+def test_views_move_with_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel reads a part of an input; two results are views of one kernel's, a third is a view of an input."""
+    module = views(monkeypatch, 1, "t, w, a")
+    held = []
+    for _ in range(5):
+        x, y = torch.randn(3, 4), torch.randn(4)
+        t, w, a = module(x, y)
+        assert w.data_ptr() == x[:, 1:].data_ptr()
+        assert t.data_ptr() == a.data_ptr()
+        held.append((t, a, x[1] + y))
+    for t, a, expected in held:
+        assert t.shape == (2, 2)
+        assert torch.equal(t.flatten(), expected)
+        assert torch.equal(a, expected)
+    assert FakeGraph.last.kinds() == ["kernel"]
+
+
+def test_a_result_with_another_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = views(monkeypatch, 0, "t")
+    held = []
+    for _ in range(5):
+        x, y = torch.randn(3, 4), torch.randn(4)
+        held.append((module(x, y)[0], (x[0] + y).view(2, 2)))
+    assert all(torch.equal(got, expected) for got, expected in held)
+    assert FakeGraph.last.kinds() == ["kernel"]
+
+
+def test_a_view_at_an_odd_address_is_captured_with_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code copies that part of the input before its kernel, so that no kernel has its address."""
+    text = VIEWS.replace("f32[s, 4]", "f32[s, 5]").replace("view aten.select.int(self=x, dim=0, index=INDEX)", "PART")
+    text = text.replace("w: f32[s, 2](4, 1)", "w: f32[s, 2](5, 1)").replace("RESULTS", "a")
+    text = text.replace("PART", "view aten.as_strided.default(self=x, size=[4], stride=[1], storage_offset=1)")
+    module = Module(monkeypatch, text, 4)
+    held = []
+    for _ in range(5):
+        x, y = torch.randn(3, 5), torch.randn(4)
+        held.append((module(x, y)[0], x.flatten()[1:5] + y))
+    assert all(torch.equal(got, expected) for got, expected in held)
+    assert FakeGraph.last.kinds() == ["copy", "copy", "kernel"]
+    assert module.pool.captures == 1
+
+
+def test_a_driver_that_refuses_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call fails, and the next one sets everything again."""
+    module = Module(monkeypatch, CHAIN)
+    x, y = torch.randn(2, 16).unbind()
+    results = [module(x, y)[0] for _ in range(3)]
+    module.driver.refuse = True
+    z = torch.randn(16)
+    with pytest.raises(RuntimeError, match="CUDA_ERROR_INVALID_VALUE when setting the addresses"):
+        module(z, y)
+    module.driver.refuse = False
+    results.append(module(z, y)[0])
+    torch.testing.assert_close(results[-1], 2 * z + y)
+    torch.testing.assert_close(results[0], 2 * x + y)
+
+
+def test_no_memory_for_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is set then, so that the next call does."""
+    module = Module(monkeypatch, CHAIN)
+    x, y, z = torch.randn(3, 16).unbind()
+    for _ in range(3):
+        module(x, y)
+
+    def fail(*given: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("no more")
+
+    with monkeypatch.context() as patch:
+        patch.setitem(code.EMPTY, "cuda", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            module(z, y)
+    torch.testing.assert_close(module(z, y)[0], 2 * z + y)
+
+
+def test_static_outputs_stay_in_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = Module(monkeypatch, CHAIN, static_outputs=True, shared=True)
+    x, y, z = torch.randn(3, 16).unbind()
+    module(x, y)
+    first, second = module(x, y)[0], module(x, z)[0]
+    assert first.data_ptr() == second.data_ptr()
+    torch.testing.assert_close(second, 2 * x + z)
+    assert module.pool.memory is not Module(monkeypatch, CHAIN, shared=True).pool.memory
+
+
+def test_memory_is_shared_by_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs of several sessions are in one memory; another stream has to wait for the last replay of any of them."""
+    one, other, alone, elsewhere = (Module(monkeypatch, CHAIN, shared=shared) for shared in (True, True, False, True))
+    driver, x, y = elsewhere.driver, *torch.randn(2, 16).unbind()
+    usual = driver.stream
+    for module, stream in ((one, usual), (other, usual), (alone, usual), (elsewhere, 5)):
+        driver.stream = stream
+        install(monkeypatch, module.driver)
+        module.driver.stream = stream
+        for _ in range(2):
+            torch.testing.assert_close(module(x, y)[0], 2 * x + y)
+    assert one.pool.memory is other.pool.memory
+    assert len({module.pool.memory.handle for module in (one, other, alone, elsewhere)}) == 3
+
+    driver.stream = 5
+    torch.testing.assert_close(other(x, y)[0], 2 * x + y)
+    assert driver.waits == [(5, usual)]
+    one(x, y)  # after the replay of `other`, on the same stream
+    assert driver.waits == [(5, usual)]
+    alone(x, y)
+    assert driver.waits == [(5, usual)] * 2
+
+
+MIXED = """
+  input x: f32[s]
+  input y: f32[s]
+  input z: f32[s]
+  v: f32[s] = view aten.view.default(self=x, size=[s])
+  u: f32[s, 1] = view aten.unsqueeze.default(self=v, dim=1)
+  a: f32[s] = kernel k(in0=v, in1=v) KERNEL
+  b: f32[s] = kernel k(in0=a, in1=z) KERNEL
+  c: f32[s] = CALL
+  d: f32[s] = kernel k(in0=b, in1=c) KERNEL
+  return [b, u, d]
+"""
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "extern aten.add.Tensor(self=a, other=z)",
+        "fallback my_lib.add.default(a=a, b=z)",
+        "fallback python(index=0, inputs=[a, z])",
+    ],
+)
+def test_what_only_kernels_touch(call: str) -> None:
+    """Not `a` and `z`, which something else reads, nor `c`, which it makes; `y` is read by nobody."""
+    found = kernel_uses(program(MIXED.replace("CALL", call)))
+    alone = {name: (name, uses) for name, uses in (("x", 2), ("y", 0), ("b", 2), ("d", 1))}
+    assert found == {**alone, "v": ("x", 2), "u": ("x", 2)}
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        ("extern aten.exp.default(self=x)", False),
+        ("view aten.alias.default(self=x)", False),
+        ("extern aten.bernoulli.default(self=x)", True),
+        ("fallback my_lib.noise.default(x=x)", True),
+    ],
+)
+def test_graphs_that_may_draw_random_numbers(call: str, expected: bool) -> None:
+    """PyTorch launches these: it gives the generator's state to each replay."""
+    assert may_draw(program(f"  input x: f32[s]\n  a: f32[s] = {call}\n  return [a]")) is expected
+
+
+def test_attention_draws_only_for_dropout() -> None:
+    text = """
+  input q: f16[1, 4, 8, 16]
+  a: f16[1, 4, 8, 16] = extern aten.scaled_dot_product_attention.default(query=q, key=q, value=q MORE)
+  return [a]"""
+    drawn = [may_draw(program(text.replace(" MORE", more))) for more in ("", ", dropout_p=0.0", ", dropout_p=0.1")]
+    assert drawn == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("kernels", "nbytes", "expected"), [(0, 8, True), (4, 8, True), (12, 1024, False), (12, 8 << 20, True)]
+)
+def test_small_inputs_of_many_kernels_are_copied(kernels: int, nbytes: int, expected: bool) -> None:
+    assert is_worth(kernels, nbytes) is expected

@@ -1,0 +1,67 @@
+"""The memory of CUDA graphs: that of all graphs of a session, or of several sessions, is one.
+
+A graph needs its memory only while it is replayed, since inputs come in and results go out by each replay. So graphs
+can lie in the same memory if their replays follow each other.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import Any
+
+import torch
+
+
+class GraphMemory:
+    """Memory that graphs on `device` share. The lock is held where one is given to the device.
+
+    Attributes:
+        lock: to be held around `follow` and the launch after it, and while results are still in this memory.
+        handle: what PyTorch knows it by.
+        stream: the driver's handle of the stream of the last replay; -1: there was none.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.lock = threading.RLock()
+        self._device = device
+        self._graphs: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.handle: Any = None
+        self._stream: torch.cuda.Stream | None = None
+        self.stream = -1
+
+    def begin(self) -> None:
+        """Captures follow, one at a time. Where no graph is left, they begin a new memory: PyTorch gives one back with
+        the last of its graphs."""
+        if not self._graphs:
+            self.handle = torch.cuda.graph_pool_handle()
+
+    def hold(self, graph: object) -> None:
+        """A graph was captured in it."""
+        self._graphs.add(graph)
+
+    def leave(self) -> None:
+        """Capture elsewhere from now on; what is captured stays, and its replays go on following each other."""
+        self._graphs = weakref.WeakSet()
+
+    def follow(self, raw: int) -> None:
+        """Order what the current stream, whose handle is `raw`, is given from now on after the last replay."""
+        stream = torch.cuda.current_stream(self._device)
+        if self._stream is not None:
+            stream.wait_stream(self._stream)
+        self._stream, self.stream = stream, raw
+
+
+_SHARED: weakref.WeakValueDictionary[tuple[int, int], GraphMemory] = weakref.WeakValueDictionary()
+_LOCK = threading.Lock()
+
+
+def shared_memory(device: torch.device) -> GraphMemory:
+    """The memory of graphs that are captured by calls on the current stream: their replays follow each other there in
+    any case."""
+    key = device.index, torch._C._cuda_getCurrentRawStream(device.index)
+    with _LOCK:
+        found = _SHARED.get(key)
+        if found is None:
+            found = _SHARED[key] = GraphMemory(device)
+        return found
