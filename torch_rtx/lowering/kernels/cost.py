@@ -133,13 +133,13 @@ def problem(region: Region, of: Product, target: int, input_precision: str = "ie
         taps=taps,
         accumulators=len(placement.columns),
         dtype="tf32" if dtype == "f32" and input_precision != "ieee" else dtype,
-        moved=sum(map(_bytes, tensors)),
+        moved=sum(map(bytes_of, tensors)),
         columns_last=_stride(of) == 1,
         plain=prod(of.taps) == 1 and all(in_memory(operand) for operand in (of.a, of.b)) and _plain(region.outputs),
     )
 
 
-def _bytes(type_: TensorType) -> int:
+def bytes_of(type_: TensorType) -> int:
     """How much memory a tensor has."""
     sizes = (typical(size) for size, stride in zip(type_.shape, type_.strides, strict=True) if stride != 0)
     return prod(sizes) * SIZES.get(type_.dtype, 8)

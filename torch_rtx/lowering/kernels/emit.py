@@ -139,6 +139,10 @@ class Emitter:
         self._home(found.axes).known[key] = found
         return found
 
+    def holds(self, tensor: Tensor, position: Position) -> bool:
+        """Whether the elements of `tensor` at `position` were computed by now."""
+        return any((tensor, position, ()) in scope.known for scope in (self.scope, self.outer))
+
     def _value(self, tensor: Tensor, position: Position, conditions: tuple[Operand, ...]) -> Operand:
         match tensor:
             case Move():

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import Dim, dim_expr
+from torch_rtx.ir import Dim, TensorType, dim_expr
 from torch_rtx.lowering.kernels.emit import Axis, Emitter, Operand, Scope, indent
 from torch_rtx.lowering.kernels.index import Index, constant, from_dim, linear, product, ravel, unravel, variable
 from torch_rtx.lowering.kernels.kernel import Kernel
@@ -260,31 +260,35 @@ class _Writer:
     def _store(self, which: list[int]) -> None:
         for index in which:
             output, type_ = self.region.outputs[index], self.region.types[index]
-            position, axes = self._place(output)
+            position, axes = self._place(output, type_)
             value = self.emitter.value(output, position)
             address = linear(position, map(from_dim, type_.strides))
             self.emitter.store(f"out{index}", address, value, axes)
 
-    def _place(self, output: Tensor) -> tuple[Position, frozenset[str]]:
+    def _place(self, output: Tensor, type_: TensorType) -> tuple[Position, frozenset[str]]:
         """The position that X, or X and R, stand for in an output."""
         rows = self.rows
         if self.flat or product(output.shape) == rows.count:
-            position, shape, axes = self._in_memory_order(), self.region.outputs[0].shape, frozenset((X,))
+            shape, axes = self.region.outputs[0].shape, frozenset((X,))
+            position = _nth_in_memory(self.x, shape, self.region.types[0].strides)
             if not self.flat:
                 return unravel(self.x, output.shape), axes
         else:
             position, shape = rows.position(self.x, self.r, rows.shape, rows.axes), rows.shape
             axes = frozenset((X, R))
+            moved = _nth_in_memory(ravel(position, shape), output.shape, type_.strides)
+            if self.emitter.holds(output, moved):  # rows are laid out as they are in memory: see `row_parts`
+                return moved, axes
         return (position if output.shape == shape else unravel(ravel(position, shape), output.shape)), axes
 
-    def _in_memory_order(self) -> Position:
-        """The position of X in the first output, so that neighbours of X are neighbours in its memory."""
-        shape, strides = self.region.outputs[0].shape, self.region.types[0].strides
-        order = list(range(len(shape)))
-        if all(isinstance(stride, int) for stride in strides):
-            order.sort(key=lambda axis: strides[axis], reverse=True)  # type: ignore[arg-type, return-value]
-        position = unravel(self.x, tuple(shape[axis] for axis in order))
-        return tuple(position[order.index(axis)] for axis in range(len(shape)))
+
+def _nth_in_memory(flat: Index, shape: Shape, strides: tuple[Dim, ...]) -> Position:
+    """The position of the element number `flat` in the memory of a tensor, so that neighbours are neighbours there."""
+    order = list(range(len(shape)))
+    if all(isinstance(stride, int) for stride in strides):
+        order.sort(key=lambda axis: strides[axis], reverse=True)  # type: ignore[arg-type, return-value]
+    position = unravel(flat, tuple(shape[axis] for axis in order))
+    return tuple(position[order.index(axis)] for axis in range(len(shape)))
 
 
 def _neutral(reduction: Reduce) -> str:

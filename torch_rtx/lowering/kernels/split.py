@@ -20,6 +20,7 @@ from torch_rtx.lowering.kernels.gemm import OPERANDS, gemm_product
 from torch_rtx.lowering.kernels.generate import family, generate
 from torch_rtx.lowering.kernels.product import argument
 from torch_rtx.lowering.kernels.region import ANCHORS, Region, region
+from torch_rtx.lowering.kernels.row_parts import best_row_parts, rows_in_parts
 
 
 def split(body: Graph, name: str, sm: int, gain: float = CLEAR) -> Graph | None:
@@ -49,18 +50,19 @@ def _parts(found: Region, sm: int, gain: float) -> int:
         case "attention":
             assert found.anchor is not None
             return keys_in_parts(attention_of(found), type_of(argument(found.anchor, "key")).shape[-2], sm, gain)
-    return 1
+    return best_row_parts(found, sm, gain)
 
 
 def split_in(body: Graph, name: str, parts: int) -> Graph:
-    """`body`, of the kernel `name`, with its anchor cut in `parts`, which must divide what is cut.
+    """`body`, of the kernel `name`, with its anchor cut in `parts`, which must divide what is cut; without an anchor, with
+    the rows that it reduces in about so many.
 
     Raises:
-        Unsupported: it has no anchor that can be cut.
+        Unsupported: it has nothing that can be cut.
     """
     anchor = next((node for node in body.nodes if ANCHORS.get(node.op) in FORMS), None)
     if anchor is None:
-        raise Unsupported("a split form without an anchor")
+        return rows_in_parts(body, name, parts)
     partial, finish = FORMS[ANCHORS[anchor.op]]
     operands = tuple(attr for name, attr in anchor.args if name != _last(anchor))
     taken = {value.name for value in body.values()} | body.syms.keys()
