@@ -21,13 +21,14 @@ from torch_rtx.lowering.kernels.generate import generate
 from torch_rtx.lowering.kernels.index import Index, from_dim, product
 from torch_rtx.lowering.kernels.loops import loop_kernel, rows_of
 from torch_rtx.lowering.kernels.region import ANCHORS, Region, express, region, tensor_type
+from torch_rtx.lowering.kernels.split import split
 from torch_rtx.lowering.kernels.tensor import Load, Map, Move, Tensor, everything, load
 
 MAX_MEMBERS = 64
 MAX_POINTERS = 24
 # What may be computed again for every element that needs it, where the consumer is larger: operations per element.
 CHEAP = 4
-LONG_ROW = 16384  # so few rows of this size that they leave a GPU idle are left to the library, which splits them
+LONG_ROW = 16384  # so few rows of this size leave a GPU idle, unless they are reduced in parts
 FEW_ROWS = 64
 PLAIN = {"_native_batch_norm_legit_no_training": "batch_norm"}  # what operators are called in the names of kernels
 TRIAL = 80  # the SM version that shows whether there is code at all
@@ -267,12 +268,13 @@ class Grouping:
         return self.nodes[rows[0] if rows else unit.members[-1]].loc
 
     def worthwhile(self, unit: Unit) -> bool:
-        """Whether a kernel is better than the calls: not for one copy, and not for a few long rows."""
+        """Whether a kernel is better than the calls: not for one copy, and not for a few long rows that have no split
+        form."""
         if unit.domain is None:
             return unit.steps is not None
         count, size = unit.domain.count.number, None if unit.domain.size is None else unit.domain.size.number
         if size is not None and count is not None and count < FEW_ROWS and size > LONG_ROW:
-            return False
+            return split(self.body(unit), "trial", TRIAL) is not None
         return len(unit.members) > 1 or self._computes(self.nodes[unit.members[0]])
 
     def _computes(self, node: Node) -> bool:

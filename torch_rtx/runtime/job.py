@@ -257,8 +257,8 @@ class Rivals:
 
     @property
     def splits(self) -> bool:
-        """Whether a split body may be worth a try: there is a library call at the heart of the region."""
-        return CALLS in self.times
+        """Whether a split body may be worth a try: there is something that it has to beat."""
+        return bool(self.times)
 
     def measure(self, offer: Offer) -> None:
         """Check and time a kernel; before the first one, what it has to beat."""

@@ -85,10 +85,12 @@ def launchers(
 
 
 def _split(gpu: Gpu, op: str, table: KernelTable, tactics: str) -> Graph | None:
-    """The split body of a kernel node, where that is the way to run it. "best" splits only what has binaries: as long
-    as the driver compiles PTX, kernels run call by call, and a library call is better than partial results."""
-    for _, target in candidates(table.launches[op], gpu.sm, gpu.shared)[:1]:
-        best = tactics == "best" and table.tactics(op, target)[0] == "split" and not target.ptx
+    """The split body of a kernel node, where that is the way to run it. A product is split only by what has binaries:
+    as long as the driver compiles PTX, kernels run call by call, and a library call is better than partial results. A
+    loop has no such rival."""
+    for launch, target in candidates(table.launches[op], gpu.sm, gpu.shared)[:1]:
+        loop = launch.library == "none" and tactics in ("best", "library")
+        best = table.tactics(op, target)[0] == "split" and (loop or (tactics == "best" and not target.ptx))
         return table.split(op, target) if best or tactics == "split" else None
     return None
 

@@ -202,8 +202,6 @@ def _sum_of_exponentials(calls: Calls, parts: Values, dims: Dims, length: int) -
 
 def _extreme(op: str, calls: Calls, value: Value, dims: Dims) -> Values:
     """The extreme and where it is, along one dimension."""
-    if len(dims) != 1:
-        raise Unsupported("the place of an extreme in several dimensions")
     types = _without(value, dims), _without(value, dims, "i64")
     return calls.calls(op, types, self=value, dim=dims[0], keepdim=True)
 
@@ -292,6 +290,14 @@ def _softmax(calls: Calls, node: Node, operand: Value, stats: Values) -> None:
     _results(calls, node, (found,))
 
 
+def _along(calls: Calls, node: Node) -> tuple[Value, Dims]:
+    """The operand of a search along one dimension."""
+    operand, axes = _wide(calls, node)
+    if len(axes) != 1:
+        raise Unsupported("the place of an extreme in several dimensions")
+    return operand, axes
+
+
 def _place_of_extreme(calls: Calls, node: Node, operand: Value, stats: Values) -> None:
     _results(calls, node, stats[2 - len(node.outputs) :])
 
@@ -373,7 +379,7 @@ RULES: Mapping[str, Rule] = {
     **{f"aten.{name}.correction": Rule(_wide, lambda node: MOMENTS, _variance) for name in ("var", "std", "var_mean")},
     **{f"aten.{name}": SOFTMAX for name in ("softmax.int", "_softmax.default")},
     **{f"aten.{name}": SOFTMAX for name in ("log_softmax.int", "_log_softmax.default")},
-    **{op: Rule(_wide, lambda node: EXTREMES[POSITIONS[node.op]], _place_of_extreme) for op in POSITIONS},
+    **{op: Rule(_along, lambda node: EXTREMES[POSITIONS[node.op]], _place_of_extreme) for op in POSITIONS},
     **dict.fromkeys(
         ("aten.layer_norm.default", "aten.native_layer_norm.default"),
         Rule(_trailing, lambda node: MOMENTS, _standardized),
@@ -410,17 +416,20 @@ class _Form:
     Attributes:
         pool: nodes whose results are in no memory yet.
         memory: the values that kernels can read.
+        open: the reductions that have no kernels yet.
     """
 
     def __init__(self, body: Graph, name: str, parts: int) -> None:
         self.body, self.name, self.parts = body, name, parts
         self.taken = {value.name for value in body.values()} | body.syms.keys()
         self.pool, self.memory = list(body.nodes), list(body.inputs)
+        self.open = [node for node in self.pool if reduces(node)]
         self.kernels: list[Node] = []
 
     def graph(self) -> Graph:
         """The split body."""
-        while ready := [node for node in self.pool if reduces(node) and not self._reductions_before(node)]:
+        while ready := [node for node in self.open if not self._is_late(node.inputs)]:
+            self.open = [node for node in self.open if node not in ready]
             self._level(ready)
         if not self.kernels:
             raise Unsupported("a split form without an anchor or rows")
@@ -433,8 +442,9 @@ class _Form:
         outputs = {value.name: value for value in attr_values(self.body.outputs)}
         return [value for value in outputs.values() if value not in self.memory]
 
-    def _reductions_before(self, node: Node) -> bool:
-        return any(map(reduces, needed(self.pool, node.inputs)))
+    def _is_late(self, values: Iterable[Value]) -> bool:
+        """Whether a reduction that is open comes before `values`."""
+        return any(node in self.open for node in needed(self.pool, values))
 
     def _level(self, ready: list[Node]) -> None:
         """The two kernels of reductions that do not need each other."""
@@ -447,7 +457,7 @@ class _Form:
         self._kernel("parts", [*results, *stored])
         totals = [value for one in begun for value in self._finish(one)]
         rows = _elements_of(totals[0])
-        ends = [value for value in self._left() if _elements_of(value) == rows and not self._late(value)]
+        ends = [value for value in self._left() if _elements_of(value) == rows and not self._is_late([value])]
         kept = {value.name for value in ends}
         after = needed(self.pool, [value for value in self._left() if value.name not in kept])
         read = {value.name for node in after for value in node.inputs}
@@ -480,10 +490,6 @@ class _Form:
     def _position(self, node: Node) -> int:
         return next(place for place, other in enumerate(self.pool) if other is node)
 
-    def _late(self, value: Value) -> bool:
-        """Whether another reduction comes before `value`."""
-        return any(map(reduces, needed(self.pool, [value])))
-
     def _kernel(self, kind: str, results: list[Value]) -> None:
         """A kernel that computes `results`, which are in memory from then on."""
         level = "" if len(self.kernels) < 2 or kind == "rest" else f"_{len(self.kernels) // 2}"
@@ -493,8 +499,7 @@ class _Form:
         names = {value.name for value in self.memory}
         outputs = [tuple(None if v is None or v.name in names else v for v in node.outputs) for node in self.pool]
         pairs = zip(self.pool, outputs, strict=True)
-        pool = [node if left == node.outputs else replace(node, outputs=left) for node, left in pairs if any(left)]
-        self.pool = pool if kind == "parts" else needed(pool, self._left())
+        self.pool = [node if left == node.outputs else replace(node, outputs=left) for node, left in pairs if any(left)]
 
 
 def _elements_of(value: Value) -> Dim:

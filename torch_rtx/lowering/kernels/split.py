@@ -54,8 +54,8 @@ def _parts(found: Region, sm: int, gain: float) -> int:
 
 
 def split_in(body: Graph, name: str, parts: int) -> Graph:
-    """`body`, of the kernel `name`, with its anchor cut in `parts`, which must divide what is cut; without an anchor, with
-    the rows that it reduces in about so many.
+    """`body`, of the kernel `name`, with its anchor cut in `parts`, which must divide what is cut; without an anchor,
+    with the rows that it reduces cut in about so many.
 
     Raises:
         Unsupported: it has nothing that can be cut.
