@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from tests.interpreter import Interpreted
-from torch_rtx.errors import KernelError
+from torch_rtx.errors import KernelError, Unsupported
 from torch_rtx.ir import Dim, Graph, kernel_nodes
 from torch_rtx.kerneltable import Candidate, Launch, SplitCandidate, Variant, pack
 from torch_rtx.lowering.kernels.generate import generate, library
@@ -85,9 +86,9 @@ class Device:
 
     def build_split(self, bodies: Mapping[str, tuple[Graph, int]], sm: int) -> dict[str, SplitCandidate]:
         found = {}
-        for name, (body, _) in bodies.items():
-            divided = split_in(body, name, self.parts) if self.parts > 1 else None
-            if divided is not None:
+        for name, (body, _) in bodies.items() if self.parts > 1 else ():
+            with suppress(Unsupported):  # a loop that reduces nothing
+                divided = split_in(body, name, self.parts)
                 inside = {node.op: (node.body, 0) for node in kernel_nodes(divided) if node.body is not None}
                 found[name] = SplitCandidate(divided, self.build(inside, sm))
         return found

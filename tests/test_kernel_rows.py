@@ -63,8 +63,7 @@ FORMS = {
         3,
     ),
     "rms norm": (
-        "x: H[3, 120]\nw: H[120]\n"
-        "y: H[3, 120] = rms_norm.default(input=x, normalized_shape=[120], weight=w)\nreturn y",
+        "x: H[3, 120]\nw: H[120]\ny: H[3, 120] = rms_norm.default(input=x, normalized_shape=[120], weight=w)\nreturn y",
         3,
     ),
     "softmax": (rows("softmax.int(self=x, dim=-1)", "[3, 120]"), 3),
@@ -127,7 +126,9 @@ def test_forms(name: str, dtype: str) -> None:
 def test_a_residual_is_stored_once(dtype: str) -> None:
     """What comes before the norm and is read by others is written by the first kernel, and read by the last."""
     text = group_norm(IMAGE).replace("h: H", "x: H", 1).replace("\nw:", f"\nz: H{IMAGE}\nw:", 1)
-    text = text.replace("n: H", f"h: H{IMAGE} = add.Tensor(self=x, other=z)\nn: H", 1).replace("return n", "return h, n")
+    text = text.replace("n: H", f"h: H{IMAGE} = add.Tensor(self=x, other=z)\nn: H", 1).replace(
+        "return n", "return h, n"
+    )
     form = check_split(text, 4, dtype)
     first, _, last = form.nodes
     assert [value.name for value in first.outputs][-1] == "h"  # type: ignore[union-attr]

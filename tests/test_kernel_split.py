@@ -279,6 +279,27 @@ BUILT = {
         {"q": ((1, 8, 1, 64),), "k": ((1, 2, attention.LENGTH, 64),), "v": ((1, 2, attention.LENGTH, 64),)},
         attention.options(enable_gqa=True),
     ).graph("bf16"),
+    "group norm": body(
+        """
+        x: H[2, 320, 16, 16](81920, 1, 5120, 320)
+        r: H[2, 320, 16, 16](81920, 1, 5120, 320)
+        w: H[320]
+        b: H[320]
+        h: H[2, 320, 16, 16](81920, 1, 5120, 320) = add.Tensor(self=x, other=r)
+        n: H[2, 320, 16, 16](81920, 1, 5120, 320) = group_norm.default(input=h, num_groups=32, weight=w, bias=b)
+        y: H[2, 320, 16, 16](81920, 1, 5120, 320) = silu.default(self=n)
+        return h, y
+        """
+    ),
+    "softmax": body(
+        """
+        dim s = 1, 4096, 1
+        x: H[s, 40, 50]
+        y: H[s, 40, 50] = softmax.int(self=x, dim=1)
+        z: H[s, 40, 50] = log_softmax.int(self=y, dim=1)
+        return z
+        """
+    ),
 }
 
 

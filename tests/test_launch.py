@@ -401,7 +401,7 @@ def split_table(library: str, image: bytes = b"aligned 90") -> KernelTable:
         ("split", "faster", ["parts", "sum"]),
         ("generated", "slower", ["anchored"]),
         ("library", "slower", ["aten.exp.default", "loop"]),
-        ("library", "none", ["anchored"]),
+        ("library", "none", ["parts", "sum"]),
         ("calls", "slower", ["aten.exp.default", "aten.neg.default"]),
     ],
 )

@@ -268,13 +268,13 @@ class Grouping:
         return self.nodes[rows[0] if rows else unit.members[-1]].loc
 
     def worthwhile(self, unit: Unit) -> bool:
-        """Whether a kernel is better than the calls: not for one copy, and not for a few long rows that have no split
-        form."""
+        """Whether a kernel is better than the calls: not for one copy, and for a few long rows only where there is more
+        to do than one call does, and they can be reduced in parts."""
         if unit.domain is None:
             return unit.steps is not None
         count, size = unit.domain.count.number, None if unit.domain.size is None else unit.domain.size.number
         if size is not None and count is not None and count < FEW_ROWS and size > LONG_ROW:
-            return split(self.body(unit), "trial", TRIAL) is not None
+            return len(unit.members) > 1 and split(self.body(unit), "trial", TRIAL) is not None
         return len(unit.members) > 1 or self._computes(self.nodes[unit.members[0]])
 
     def _computes(self, node: Node) -> bool:
