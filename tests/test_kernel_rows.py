@@ -96,13 +96,15 @@ FORMS = {
         3,
     ),
     "two sums of one row": (
-        "x: H[3, 120]\nq: H[3, 120] = mul.Tensor(self=x, other=x)\na: H[3, 1] = mean.dim(self=x, dim=[1], keepdim=True)\n"
+        "x: H[3, 120]\nq: H[3, 120] = mul.Tensor(self=x, other=x)\n"
+        "a: H[3, 1] = mean.dim(self=x, dim=[1], keepdim=True)\n"
         "b: H[3, 1] = mean.dim(self=q, dim=[1], keepdim=True)\nd: H[3, 120] = sub.Tensor(self=x, other=a)\n"
         "y: H[3, 120] = mul.Tensor(self=d, other=b)\nreturn y",
         3,
     ),
     "one sum after the other": (
-        "x: H[3, 120]\nm: H[3, 1] = amax.default(self=x, dim=[-1], keepdim=True)\nd: H[3, 120] = sub.Tensor(self=x, other=m)\n"
+        "x: H[3, 120]\nm: H[3, 1] = amax.default(self=x, dim=[-1], keepdim=True)\n"
+        "d: H[3, 120] = sub.Tensor(self=x, other=m)\n"
         "e: H[3, 120] = exp.default(self=d)\ns: H[3, 1] = sum.dim_IntList(self=e, dim=[-1], keepdim=True)\n"
         "y: H[3, 120] = div.Tensor(self=e, other=s)\nreturn y",
         5,

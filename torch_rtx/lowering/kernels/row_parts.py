@@ -31,7 +31,7 @@ Dims = tuple[int, ...]
 PART, SHORT_PART = (512, 4096), (64, 512)  # elements of a part; where threads read neighbours of a row, and where not
 TOTAL = 4096  # partial results that one program makes the whole of, if parts need not be too long for that
 NEIGHBOURS = 64  # elements in a run of memory that are read at full speed
-SCATTERED = 4  # how much longer a step takes that reads shorter runs
+STEP, SCATTERED = 2048, 4  # elements that take so many times longer to read where runs are shorter
 RESIDENT = 6  # programs that a processor holds
 
 
@@ -532,8 +532,8 @@ def best_row_parts(found: Region, target: int, gain: float) -> int:
     lengths = _powers(PART)[::-1] if neighbours else _powers(SHORT_PART)
     enough = [each for each in lengths if (every >= 2 * each * on.processors if neighbours else size <= each * TOTAL)]
     wanted = enough[0] if enough else lengths[-1]
-    parts = ceil(length / (2 * wanted - 1))
-    if parts == 1 or 2 * _place(type_, axes, parts).length(type_) < wanted:
+    parts = max(ceil(length / (2 * wanted - 1)), 2)
+    if 2 * _place(type_, axes, parts).length(type_) < wanted:
         return 1
     scattered = SCATTERED if not neighbours or length < NEIGHBOURS else 1
     whole, split = _times(found, every // size, size, scattered, target)
@@ -552,9 +552,10 @@ def _times(found: Region, rows: int, size: int, scattered: int, target: int) -> 
     config = loop_configs(found)[0]
     results = [typical_elements(type_) for type_ in found.types]
     after = any(count > rows for count in results)
-    steps = ceil(size / config.elements)
+    steps = ceil(size / (STEP if scattered > 1 else config.elements))
     waves = ceil(ceil(rows / config.rows) / (on.processors * RESIDENT))
-    busy = waves * steps * (1 if steps == 1 else levels + after) * LATENCY * scattered
+    passes = 1 if size <= config.elements else levels + after
+    busy = waves * steps * passes * LATENCY * scattered
     moved = sum(map(bytes_of, [*map(tensor_type, found.body.inputs), *found.types])) / (on.memory * 1e3)
     return LAUNCH + max(busy, moved), (2 + after) * (LAUNCH + LATENCY) + 2 * moved
 
