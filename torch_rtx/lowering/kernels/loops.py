@@ -8,7 +8,7 @@ size and number; whatever comes before, between and after them is computed in re
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from torch_rtx.errors import Unsupported
@@ -18,7 +18,21 @@ from torch_rtx.lowering.kernels.index import Index, constant, from_dim, linear, 
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.region import Region, needed, reductions_of
 from torch_rtx.lowering.kernels.source import assemble, blocks, is_wide
-from torch_rtx.lowering.kernels.tensor import REDUCTIONS, TRITON, ZERO, Position, Reduce, Scan, Shape, Tensor, register
+from torch_rtx.lowering.kernels.tensor import (
+    REDUCTIONS,
+    TRITON,
+    ZERO,
+    Load,
+    Map,
+    Move,
+    Position,
+    Reduce,
+    Scan,
+    Shape,
+    Tensor,
+    Within,
+    register,
+)
 
 X, R = "X", "R"
 PERSISTENT = 8192  # the longest row that a program holds at once
@@ -50,11 +64,10 @@ class Rows:
     axes: tuple[int, ...] = ()
 
     def position(self, row: Index, element: Index, shape: Shape, axes: tuple[int, ...]) -> Position:
-        """The position in a tensor of `shape` that is reduced over `axes`."""
-        kept = unravel(row, tuple(s for a, s in enumerate(shape) if a not in axes))
-        inner = unravel(element, tuple(shape[a] for a in axes))
-        outer, within = iter(kept), iter(inner)
-        return tuple(next(within if axis in axes else outer) for axis in range(len(shape)))
+        """The position in a tensor of `shape` that is reduced over `axes`, the last of which runs fastest."""
+        kept = iter(unravel(row, tuple(s for a, s in enumerate(shape) if a not in axes)))
+        inner = dict(zip(axes, unravel(element, tuple(shape[a] for a in axes)), strict=True))
+        return tuple(inner[axis] if axis in inner else next(kept) for axis in range(len(shape)))
 
 
 def rows_of(region: Region) -> Rows:
@@ -70,7 +83,7 @@ def rows_of(region: Region) -> Rows:
         count = product(region.outputs[0].shape)
         rows = Rows(count, constant(1))
     else:
-        source, axes = reductions[0].source, reductions[0].axes
+        source, axes = reductions[0].source, in_memory(reductions[0])
         rows = Rows(_kept(reductions[0]), product(source.shape[a] for a in axes), source.shape, axes)
     for reduction in reductions:
         size = product(reduction.source.shape[a] for a in reduction.axes)
@@ -82,6 +95,37 @@ def rows_of(region: Region) -> Rows:
         if product(output.shape) not in (rows.count, rows.count * rows.size):
             raise Unsupported("outputs of different sizes in one kernel")
     return rows
+
+
+def in_memory(reduction: Reduce) -> tuple[int, ...]:
+    """The axes that a reduction is over as they lie in the memory of what it reads first, the outermost first."""
+    axes, shape = reduction.axes, reduction.source.shape
+    names = [f"A{axis}" for axis in range(len(shape))]
+    if len(axes) > 1:
+        for address in _addresses(reduction.source, tuple(map(variable, names, shape)), set()):
+            strides = {str(atoms[0]): count for atoms, count in address.terms if len(atoms) == 1}
+            if all(names[axis] in strides for axis in axes):
+                return tuple(sorted(axes, key=lambda axis: strides[names[axis]], reverse=True))
+    return axes
+
+
+def _addresses(tensor: Tensor, position: Position, seen: set[tuple[Tensor, Position]]) -> Iterator[Index]:
+    """Where the elements of `tensor` at `position` come from in memory."""
+    if (tensor, position) in seen:
+        return
+    seen.add((tensor, position))
+    match tensor:
+        case Load():
+            yield linear(position, tensor.strides)
+        case Move():
+            yield from _addresses(tensor.source, tensor.at(position), seen)
+        case Map():
+            for arg in tensor.args:
+                yield from _addresses(arg, position, seen)
+        case Within():
+            moved = tuple(at - start for at, start in zip(position, tensor.starts, strict=True))
+            yield from _addresses(tensor.inner, moved, seen)
+            yield from _addresses(tensor.outer, position, seen)
 
 
 def _kept(reduction: Reduce) -> Index:
@@ -193,7 +237,7 @@ class _Writer:
     # ---- reductions --------------------------------------------------------------------------------------------------
 
     def _source(self, reduction: Reduce) -> Operand:
-        position = self.rows.position(self.x, self.r, reduction.source.shape, reduction.axes)
+        position = self.rows.position(self.x, self.r, reduction.source.shape, in_memory(reduction))
         return self.emitter.value(reduction.source, position)
 
     def _known(self, reduction: Reduce, operand: Operand) -> None:
