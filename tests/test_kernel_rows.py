@@ -224,8 +224,10 @@ def normed(channels: int, size: int, batch: object = 2) -> str:
     ("text", "expected"),
     [
         (normed(320, 64), True),
-        (normed(1280, 16), True),
+        (normed(1280, 32), True),
         (normed(320, 64, "s"), True),
+        (normed(320, 64, 32), False),  # enough rows
+        (normed(1280, 16), False),  # few steps
         (normed(1280, 8), False),  # a row fits in registers
         (normed(64, 8), False),
         (rows("softmax.int(self=x, dim=-1)", "[8, 50257]", "[8, 50257]"), True),
@@ -241,7 +243,7 @@ def normed(channels: int, size: int, batch: object = 2) -> str:
 )
 @pytest.mark.parametrize("sm", [80, 90, 120])
 def test_rows_that_are_split(text: str, expected: bool, sm: int) -> None:
-    graph = body(f"dim s = 1, 32, 1\n{text}" if "[s," in text else text)
+    graph = body(f"dim s = 1, 4, 1\n{text}" if "[s," in text else text)
     form = split(graph, "k", sm)
     assert (form is not None) is expected
     assert form == split(graph, "k", sm)

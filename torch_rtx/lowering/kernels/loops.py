@@ -154,9 +154,13 @@ def _best_config(region: Region) -> LoopConfig:
         return LoopConfig(1, 2048, 8)
     block = 1 << max(size - 1, 0).bit_length()
     inner = max(rows.axes, default=0) == len(rows.shape) - 1
-    # Where neighbours in memory are rows, not elements of one, a tile takes several of them.
-    count = max(TILE // block, 1) if inner else max(2 * TILE // block, 16)
-    return LoopConfig(count, block, 4 if block * count <= 2048 else 8)
+    if inner:
+        count = max(TILE // block, 1)
+        return LoopConfig(count, block, 4 if block * count <= 2048 else 8)
+    # Neighbours in memory are rows, not elements of one: a tile takes several of them. The fewer threads share a row,
+    # the less they have to wait for each other.
+    count = max(4 * TILE // block, 16)
+    return LoopConfig(count, block, max(block * count // (2 * TILE), 2))
 
 
 def loop_kernel(region: Region, name: str, config: LoopConfig | None = None) -> Kernel:

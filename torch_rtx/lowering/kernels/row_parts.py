@@ -1,9 +1,8 @@
 """Split forms of reductions: rows that are too few to fill a chip, and long, are reduced in parts.
 
 One kernel reduces each part by itself, a small one makes the whole of these, and a third computes what needs whole rows
-for every element: as calls, a reduction is partial statistics, their total, and operations between tensors. Parts have
-equal sizes, so that the mean of means is the mean, and the mean variance of the parts plus the variance of their means
-is the variance (Chan, Golub and LeVeque, 1979): nothing is lost where the mean is large.
+for every element: as calls, a reduction is partial statistics, their total, and operations between tensors, see
+`row_rules`. What others read of what comes before a reduction is stored by the first kernel, and read by the third.
 
 A row is cut where it is longest in memory. A group of channels of channels-last images is reduced over ranges of
 positions, for each channel by itself, so that neighbouring threads read neighbouring channels.
@@ -11,27 +10,24 @@ positions, for each channel by itself, so that neighbouring threads read neighbo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import groupby
-from math import ceil, prod
+from math import ceil, gcd, prod
 from typing import NamedTuple
 
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import Attr, Dim, Graph, Node, TensorType, Value, attr_values, contiguous, dim_expr
+from torch_rtx.ir import Dim, Graph, Node, TensorType, Value, attr_values, dim_expr
 from torch_rtx.lowering.kernels.calls import Calls, kernel, needed, type_of
-from torch_rtx.lowering.kernels.cost import LATENCY, LAUNCH, bytes_of, chip, typical
+from torch_rtx.lowering.kernels.cost import LAUNCH, bytes_of, chip, typical
 from torch_rtx.lowering.kernels.loops import loop_configs
-from torch_rtx.lowering.kernels.product import argument
 from torch_rtx.lowering.kernels.region import ANCHORS, Region, express, reductions_of, tensor_type
-from torch_rtx.lowering.kernels.tensor import Reduce, Tensor, children, everything, load, register
+from torch_rtx.lowering.kernels.row_rules import RULES, Dims, Values
+from torch_rtx.lowering.kernels.tensor import Reduce, Tensor, children, everything, load
 
-Dims = tuple[int, ...]
 PART, SHORT_PART = (512, 4096), (64, 512)  # elements of a part; where threads read neighbours of a row, and where not
 TOTAL = 4096  # partial results that one program makes the whole of, if parts need not be too long for that
-NEIGHBOURS = 64  # elements in a run of memory that are read at full speed
-STEP, SCATTERED = 2048, 4  # elements that take so many times longer to read where runs are shorter
+STEP, ELEMENTS = 0.3, 2048  # microseconds of a step of a long row, and its elements; most of them are in a cache
 RESIDENT = 6  # programs that a processor holds
 
 
@@ -133,260 +129,6 @@ def _cut(calls: Calls, operand: Value, axes: Dims, parts: int) -> Cut:
         raise Unsupported("rows that have no equal parts")
     shape = tuple(1 if axis in axes else size for axis, size in enumerate(type_.shape))
     return Cut(calls.permuted(value, order), chunk, rest, tuple(map(order.index, range(len(order)))), shape)
-
-
-# ---- statistics: of a part, and of all parts -------------------------------------------------------------------------
-
-Values = tuple[Value, ...]
-
-
-class Statistic(NamedTuple):
-    """What is known of a row: of each part of it, and of the whole of these. Dimensions that are reduced stay, with
-    size 1."""
-
-    partial: Callable[[Calls, Value, Dims], Values]
-    total: Callable[[Calls, Values, Dims, int], Values]  # the last argument: the elements of a part
-
-
-def _reduced(calls: Calls, op: str, value: Value, dims: Dims, dtype: str = "", **args: Attr) -> Value:
-    return calls.call(op, _without(value, dims, dtype), **{"self": value, **args, "dim": dims, "keepdim": True})
-
-
-def _without(value: Value, dims: Dims, dtype: str = "") -> TensorType:
-    old = type_of(value)
-    shape = tuple(1 if axis in dims else size for axis, size in enumerate(old.shape))
-    return TensorType(dtype or old.dtype, shape, contiguous(shape))
-
-
-def _again(op: str, **args: Attr) -> Statistic:
-    """Of a reduction that parts can be put together by."""
-    dtype = "bool" if op[:3] in ("any", "all") else ""
-
-    def once(calls: Calls, value: Value, dims: Dims) -> Value:
-        return _reduced(calls, op, value, dims, dtype, **args)
-
-    return Statistic(
-        lambda calls, value, dims: (once(calls, value, dims),),
-        lambda calls, parts, dims, length: (once(calls, parts[0], dims),),
-    )
-
-
-def _variance_mean(calls: Calls, value: Value, dims: Dims) -> Values:
-    types = [_without(value, dims)] * 2
-    return calls.calls("var_mean.correction", types, self=value, dim=dims, correction=0, keepdim=True)
-
-
-def _moments(calls: Calls, parts: Values, dims: Dims, length: int) -> Values:
-    """Variance and mean of rows, from those of their parts."""
-    variance, mean = parts
-    between, whole = _variance_mean(calls, mean, dims)
-    within = _reduced(calls, "mean.dim", variance, dims)
-    return calls.same("add.Tensor", within, other=between), whole
-
-
-def _exponentials(calls: Calls, value: Value, dims: Dims) -> Values:
-    """The maximum, and the sum of exponentials of what is less than it. It is finite at least, so that parts that are
-    minus infinity are 0."""
-    least = -1.7976931348623157e308 if type_of(value).dtype == "f64" else -3.4028234663852886e38
-    largest = calls.same("clamp.default", _reduced(calls, "amax.default", value, dims), min=least)
-    power = calls.same("exp.default", calls.same("sub.Tensor", value, other=largest))
-    return largest, _reduced(calls, "sum.dim_IntList", power, dims)
-
-
-def _sum_of_exponentials(calls: Calls, parts: Values, dims: Dims, length: int) -> Values:
-    largest, total = parts
-    whole = _reduced(calls, "amax.default", largest, dims)
-    scale = calls.same("exp.default", calls.same("sub.Tensor", largest, other=whole))
-    return whole, _reduced(calls, "sum.dim_IntList", calls.same("mul.Tensor", total, other=scale), dims)
-
-
-def _extreme(op: str, calls: Calls, value: Value, dims: Dims) -> Values:
-    """The extreme and where it is, along one dimension."""
-    types = _without(value, dims), _without(value, dims, "i64")
-    return calls.calls(op, types, self=value, dim=dims[0], keepdim=True)
-
-
-def _extreme_of_parts(op: str, calls: Calls, parts: Values, dims: Dims, length: int) -> Values:
-    found, which = _extreme(op, calls, parts[0], dims)
-    inside = calls.call("gather.default", type_of(which), self=parts[1], dim=dims[0], index=which)
-    return found, calls.same("add.Tensor", calls.same("mul.Scalar", which, other=length), other=inside)
-
-
-MOMENTS = Statistic(_variance_mean, _moments)
-EXPONENTIALS = Statistic(_exponentials, _sum_of_exponentials)
-EXTREMES = {
-    kind: Statistic(partial(_extreme, f"{kind}.dim"), partial(_extreme_of_parts, f"{kind}.dim"))
-    for kind in ("max", "min")
-}
-
-
-# ---- operators as statistics and what is made of these ---------------------------------------------------------------
-
-
-class Rule(NamedTuple):
-    """An operator as a statistic of its rows.
-
-    Attributes:
-        operand: what is reduced, in the dtype of registers, and over which dimensions.
-        statistic: of the rows.
-        finish: calls that compute the node's results of the operand and the whole statistic.
-    """
-
-    operand: Callable[[Calls, Node], tuple[Value, Dims]]
-    statistic: Callable[[Node], Statistic]
-    finish: Callable[[Calls, Node, Value, Values], None]
-
-
-def _wide(calls: Calls, node: Node, name: str = "self") -> tuple[Value, Dims]:
-    """An operand, and the dimensions `dim` of it; all, if there are none."""
-    value, dim = argument(node, name), node.arg("dim")
-    (result, *_) = (type_of(value) for value in node.outputs if value is not None)
-    rank = len(type_of(value).shape)
-    axes = (dim,) if isinstance(dim, int) else dim if isinstance(dim, tuple) else ()
-    known = tuple(axis % rank for axis in axes if isinstance(axis, int)) or tuple(range(rank))
-    kept = result.dtype == "bool" or node.op in POSITIONS
-    return (value if kept else calls.cast(value, register(result.dtype))), known
-
-
-def _results(calls: Calls, node: Node, found: Iterable[Value]) -> None:
-    """Gives the results of `node`, as far as anyone needs them, what was found."""
-    for result, value in zip(node.outputs, found, strict=True):
-        if result is not None:
-            type_ = type_of(result)
-            shaped = calls.reshaped(value, type_.shape) if type_of(value).shape != type_.shape else value
-            op, args = ("_to_copy", {"dtype": type_.dtype}) if type_of(value).dtype != type_.dtype else ("clone", {})
-            calls.call(f"{op}.default", type_, self=shaped, **args)
-            calls.ends_in(result)
-
-
-def _plain(op: str, **names: Attr) -> Rule:
-    def statistic(node: Node) -> Statistic:
-        return _again(op, **{name: node.arg(name, default) for name, default in names.items()})
-
-    return Rule(_wide, statistic, lambda calls, node, _, stats: _results(calls, node, stats))
-
-
-def _variance(calls: Calls, node: Node, operand: Value, stats: Values) -> None:
-    variance, mean = stats
-    shape, axes = type_of(operand).shape, _wide(Calls(set()), node)[1]
-    count = dim_expr("*", 1, *(shape[axis] for axis in axes))
-    correction = node.arg("correction")
-    correction = 1 if correction is None else correction
-    if not isinstance(count, int) or not isinstance(correction, int | float) or count <= correction:
-        raise Unsupported(f"the variance of {count} elements in parts")
-    variance = calls.same("mul.Scalar", variance, other=count / max(count - correction, 1e-300))
-    if node.op.startswith("aten.std"):
-        variance = calls.same("sqrt.default", variance)
-    _results(calls, node, (variance, mean)[: len(node.outputs)])
-
-
-def _softmax(calls: Calls, node: Node, operand: Value, stats: Values) -> None:
-    largest, total = stats
-    value = calls.same("sub.Tensor", operand, other=largest)
-    if "log" in node.op:
-        found = calls.same("sub.Tensor", value, other=calls.same("log.default", total))
-    else:
-        found = calls.same("div.Tensor", calls.same("exp.default", value), other=total)
-    _results(calls, node, (found,))
-
-
-def _along(calls: Calls, node: Node) -> tuple[Value, Dims]:
-    """The operand of a search along one dimension."""
-    operand, axes = _wide(calls, node)
-    if len(axes) != 1:
-        raise Unsupported("the place of an extreme in several dimensions")
-    return operand, axes
-
-
-def _place_of_extreme(calls: Calls, node: Node, operand: Value, stats: Values) -> None:
-    _results(calls, node, stats[2 - len(node.outputs) :])
-
-
-def _trailing(calls: Calls, node: Node) -> tuple[Value, Dims]:
-    """The operand of a norm over the last dimensions."""
-    value, sizes = argument(node, "input"), node.arg("normalized_shape")
-    assert isinstance(sizes, tuple)
-    rank = len(type_of(value).shape)
-    return calls.cast(value, register(type_of(value).dtype)), tuple(range(rank - len(sizes), rank))
-
-
-def _grouped(calls: Calls, node: Node) -> tuple[Value, Dims]:
-    """Images, or the like, with groups of channels in the place of channels: [batch, groups, channels, ...]."""
-    value, groups = argument(node, "input"), node.arg("num_groups")
-    assert isinstance(groups, int)
-    grouped = calls.divided(value, 1, groups)
-    rank = len(type_of(grouped).shape)
-    return calls.cast(grouped, register(type_of(value).dtype)), tuple(range(2, rank))
-
-
-def _scale(calls: Calls, node: Node, variance: Value, least: float) -> Value:
-    eps = node.arg("eps", least)
-    return calls.same("rsqrt.default", calls.same("add.Scalar", variance, other=least if eps is None else eps))
-
-
-def _affine(calls: Calls, node: Node, value: Value, trailing: int = 0) -> Value:
-    """`value` times the weight plus the bias of a norm, which lie before `trailing` dimensions."""
-    for name, op in (("weight", "mul.Tensor"), ("bias", "add.Tensor")):
-        factor = node.arg(name)
-        if isinstance(factor, Value):
-            wide = calls.cast(factor, type_of(value).dtype)
-            value = calls.same(op, value, other=calls.reshaped(wide, (*type_of(wide).shape, *[1] * trailing)))
-    return value
-
-
-def _standardized(calls: Calls, node: Node, operand: Value, stats: Values) -> None:
-    """Layer norms and group norms, and, for those that have them as results, the mean and the scale."""
-    variance, mean = stats
-    scale = _scale(calls, node, variance, 1e-5)
-    value = calls.same("mul.Tensor", calls.same("sub.Tensor", operand, other=mean), other=scale)
-    trailing = 0
-    if node.op == GROUP_NORM:
-        value = calls.reshaped(value, type_of(argument(node, "input")).shape)
-        trailing = len(type_of(value).shape) - 2
-    _results(calls, node, (_affine(calls, node, value, trailing), mean, scale)[: len(node.outputs)])
-
-
-def _squares(node: Node) -> Statistic:
-    """The mean of squares."""
-    mean = _again("mean.dim")
-    return mean._replace(
-        partial=lambda calls, value, dims: mean.partial(calls, calls.same("mul.Tensor", value, other=value), dims)
-    )
-
-
-def _rms(calls: Calls, node: Node, operand: Value, stats: Values) -> None:
-    least = 2.220446049250313e-16 if type_of(operand).dtype == "f64" else 1.1920928955078125e-07
-    scale = _scale(calls, node, stats[0], least)
-    value = calls.same("mul.Tensor", operand, other=scale)
-    _results(calls, node, (_affine(calls, node, value), scale)[: len(node.outputs)])
-
-
-GROUP_NORM = "aten.group_norm.default"
-POSITIONS = {"aten.argmax.default": "max", "aten.max.dim": "max", "aten.argmin.default": "min", "aten.min.dim": "min"}
-AGAIN = {
-    **dict.fromkeys(("aten.sum.default", "aten.sum.dim_IntList"), _plain("sum.dim_IntList")),
-    **dict.fromkeys(("aten.mean.default", "aten.mean.dim"), _plain("mean.dim")),
-    **dict.fromkeys(("aten.amax.default", "aten.max.default"), _plain("amax.default")),
-    **dict.fromkeys(("aten.amin.default", "aten.min.default"), _plain("amin.default")),
-    **dict.fromkeys((f"aten.any.{which}" for which in ("default", "dim", "dims")), _plain("any.dims")),
-    **dict.fromkeys((f"aten.all.{which}" for which in ("default", "dim", "dims")), _plain("all.dims")),
-    "aten.linalg_vector_norm.default": _plain("linalg_vector_norm.default", ord=2),
-    "aten.logsumexp.default": _plain("logsumexp.default"),
-}
-SOFTMAX = Rule(_wide, lambda node: EXPONENTIALS, _softmax)
-RULES: Mapping[str, Rule] = {
-    **AGAIN,
-    **{f"aten.{name}.correction": Rule(_wide, lambda node: MOMENTS, _variance) for name in ("var", "std", "var_mean")},
-    **{f"aten.{name}": SOFTMAX for name in ("softmax.int", "_softmax.default")},
-    **{f"aten.{name}": SOFTMAX for name in ("log_softmax.int", "_log_softmax.default")},
-    **{op: Rule(_along, lambda node: EXTREMES[POSITIONS[node.op]], _place_of_extreme) for op in POSITIONS},
-    **dict.fromkeys(
-        ("aten.layer_norm.default", "aten.native_layer_norm.default"),
-        Rule(_trailing, lambda node: MOMENTS, _standardized),
-    ),
-    **dict.fromkeys(("aten.rms_norm.default", "aten._fused_rms_norm.default"), Rule(_trailing, _squares, _rms)),
-    GROUP_NORM: Rule(_grouped, lambda node: MOMENTS, _standardized),
-}
 
 
 # ---- the form --------------------------------------------------------------------------------------------------------
@@ -526,17 +268,15 @@ def best_row_parts(found: Region, target: int, gain: float) -> int:
     operand, axes = RULES[node.op].operand(Calls(set()), node)
     type_, on = type_of(operand), chip(target)
     order, run = _longest(type_, axes)
-    size, length = _elements(type_, axes), _elements(type_, run)
-    every = _elements(type_, order)
+    size, every = _elements(type_, axes), _elements(type_, order)
     neighbours = run[-1] == [axis for axis in order if type_.shape[axis] != 1][-1]
     lengths = _powers(PART)[::-1] if neighbours else _powers(SHORT_PART)
     enough = [each for each in lengths if (every >= 2 * each * on.processors if neighbours else size <= each * TOTAL)]
     wanted = enough[0] if enough else lengths[-1]
-    parts = max(ceil(length / (2 * wanted - 1)), 2)
+    parts = max(ceil(_elements(type_, run) / (2 * wanted - 1)), 2)
     if 2 * _place(type_, axes, parts).length(type_) < wanted:
         return 1
-    scattered = SCATTERED if not neighbours or length < NEIGHBOURS else 1
-    whole, split = _times(found, every // size, size, scattered, target)
+    whole, split = _times(found, every // size, size, _step(type_, axes), target)
     return parts if split * gain <= whole else 1
 
 
@@ -545,22 +285,32 @@ def _powers(bounds: tuple[int, int]) -> list[int]:
     return [low << more for more in range((high // low).bit_length())]
 
 
-def _times(found: Region, rows: int, size: int, scattered: int, target: int) -> tuple[float, float]:
-    """What one kernel takes, and what those of parts do: few programs wait for memory in each of their steps, which
-    read a row once per level of reductions and once more for what comes after."""
-    on, levels = chip(target), _levels(found.outputs)
+def _step(type_: TensorType, axes: Dims) -> float:
+    """The time of a step of a long row: loads of 8 bytes and more take the shortest, and others so much longer."""
+    last = 1
+    for axis in _longest(type_, axes)[0][::-1]:
+        size = type_.shape[axis]
+        if (axis not in axes and size != 1) or not isinstance(size, int):
+            break
+        last *= size
+    return STEP * max(4 // gcd(last, 8), 1)
+
+
+def _times(found: Region, rows: int, size: int, step: float, target: int) -> tuple[float, float]:
+    """What one kernel takes, and what those of parts do: a program waits for memory in each of its steps, which read a
+    row once per level of reductions and once more for what comes after."""
+    on, inputs = chip(target), [tensor_type(value) for value in found.body.inputs]
     config = loop_configs(found)[0]
-    results = [typical_elements(type_) for type_ in found.types]
-    after = any(count > rows for count in results)
-    steps = ceil(size / (STEP if scattered > 1 else config.elements))
+    after = any(_elements_in(type_) > rows for type_ in found.types)
+    passes = 1 if size <= config.elements else _levels(found.outputs) + after
     waves = ceil(ceil(rows / config.rows) / (on.processors * RESIDENT))
-    passes = 1 if size <= config.elements else levels + after
-    busy = waves * steps * passes * LATENCY * scattered
-    moved = sum(map(bytes_of, [*map(tensor_type, found.body.inputs), *found.types])) / (on.memory * 1e3)
-    return LAUNCH + max(busy, moved), (2 + after) * (LAUNCH + LATENCY) + 2 * moved
+    read = max(sum(map(_elements_in, inputs)) / (rows * size), 1)  # tensors as large as the rows
+    busy = waves * ceil(size / ELEMENTS) * passes * step * (1 + read) / 2
+    moved = sum(map(bytes_of, [*inputs, *found.types])) / (on.memory * 1e3)
+    return LAUNCH + max(busy, moved), (2 + after) * (LAUNCH + STEP) + 2 * moved
 
 
-def typical_elements(type_: TensorType) -> int:
+def _elements_in(type_: TensorType) -> int:
     return _elements(type_, range(len(type_.shape)))
 
 
