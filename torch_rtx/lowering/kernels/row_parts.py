@@ -307,7 +307,7 @@ def _times(found: Region, rows: int, size: int, step: float, target: int) -> tup
     read = max(sum(map(_elements_in, inputs)) / (rows * size), 1)  # tensors as large as the rows
     busy = waves * ceil(size / ELEMENTS) * passes * step * (1 + read) / 2
     moved = sum(map(bytes_of, [*inputs, *found.types])) / (on.memory * 1e3)
-    return LAUNCH + max(busy, moved), (2 + after) * (LAUNCH + STEP) + 2 * moved
+    return LAUNCH + max(busy, moved), (2 + after) * (LAUNCH + STEP) + 1.5 * moved
 
 
 def _elements_in(type_: TensorType) -> int:
