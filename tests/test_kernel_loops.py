@@ -57,6 +57,20 @@ BODIES = {
   return [v1]
 }
 """,
+    "groups of images side by side": """graph import {
+  input in0: f16[2, 40, 8, 8](2560, 1, 320, 40)
+  input in1: f16[2, 24, 8, 8](1536, 1, 192, 24)
+  v2: f16[2, 64, 8, 8](4096, 1, 512, 64) = op aten.cat.default(tensors=[in0, in1], dim=1)
+  v3: f16[2, 64, 8, 8](4096, 1, 512, 64) = op aten.group_norm.default(input=v2, num_groups=8)
+  return [v3]
+}
+""",
+    "means of columns": """graph import {
+  input in0: f16[64, 49, 512]
+  v1: f16[64, 512] = op aten.mean.dim(self=in0, dim=[1])
+  return [v1]
+}
+""",
 }
 BODIES = {name: text.replace("(16 * 96)", "1536") for name, text in BODIES.items()}
 

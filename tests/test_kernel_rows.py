@@ -237,6 +237,8 @@ def normed(channels: int, size: int, batch: object = 2) -> str:
         (rows("argmax.default(self=x, dim=-1)", "[4]", "[4, 128256]", "i64"), True),
         (rows("sum.default(self=x)", "[()]", "[64, 100000]"), True),
         (rows("sum.default(self=x)", "[()]", "[64, 10]"), False),
+        (rows("sum.default(self=x)", "[()]", "[64, 0]"), False),
+        (rows("softmax.int(self=x, dim=-1)", "[0, 50257]", "[0, 50257]"), False),
         (rows("mean.dim(self=x, dim=[2, 3])", "[32, 2048]", "[32, 2048, 7, 7]"), False),
         (rows("exp.default(self=x)", "[3, 120]"), False),
     ],

@@ -269,6 +269,8 @@ def best_row_parts(found: Region, target: int, gain: float) -> int:
     type_, on = type_of(operand), chip(target)
     order, run = _longest(type_, axes)
     size, every = _elements(type_, axes), _elements(type_, order)
+    if not every:
+        return 1
     neighbours = run[-1] == [axis for axis in order if type_.shape[axis] != 1][-1]
     lengths = _powers(PART)[::-1] if neighbours else _powers(SHORT_PART)
     enough = [each for each in lengths if (every >= 2 * each * on.processors if neighbours else size <= each * TOTAL)]

@@ -2,7 +2,8 @@
 
 The first kernel computes partial results in f32: of a product or a convolution over ranges of its depth, of attention
 over ranges of its keys. The second adds them up, in order, and does all that follows; so every run gives the same bits,
-which atomic additions would not. Both are written down as ATen calls, like any other body.
+which atomic additions would not. Both are written down as ATen calls, like any other body. Loops have a form of three
+kernels, or two for each reduction: see `row_parts`.
 """
 
 from __future__ import annotations
