@@ -441,12 +441,13 @@ def test_split_bodies_for_given_sizes() -> None:
     assert (bound.body, bound.kernels.keys()) == (SPLIT, {"parts", "sum", "loop"})
 
 
-def test_what_the_driver_would_compile_is_not_split_by_itself() -> None:
-    table = split_table("slower")
+@pytest.mark.parametrize(("library", "best"), [("slower", Launcher), ("none", Parts)])
+def test_what_the_driver_would_compile_is_split_by_itself_if_it_is_a_loop(library: str, best: type) -> None:
+    table = split_table(library)
     launches = {op: tuple(replace(one, targets=(PTX,)) for one in found) for op, found in table.launches.items()}
     table = replace(table, launches=launches, splits={"anchored": (Split((PTX,), SPLIT),)})
     driver = FakeDriver((8, 8, 8, 8))
-    assert isinstance(launchers(table, NESTED, DEVICE, "best", driver)["anchored"], Launcher)
+    assert isinstance(launchers(table, NESTED, DEVICE, "best", driver)["anchored"], best)
     assert isinstance(launchers(table, NESTED, DEVICE, "split", driver)["anchored"], Parts)
 
 
