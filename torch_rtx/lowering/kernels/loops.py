@@ -158,8 +158,8 @@ def _best_config(region: Region) -> LoopConfig:
         count = max(TILE // block, 1)
         return LoopConfig(count, block, 4 if block * count <= 2048 else 8)
     # Neighbours in memory are rows, not elements of one: a tile takes several of them. The fewer threads share a row,
-    # the less they have to wait for each other.
-    count = max(4 * TILE // block, 16)
+    # the less they have to wait for each other: 64 elements each.
+    count = max(4 * TILE // block, min(16, 16 * TILE // block))
     return LoopConfig(count, block, max(block * count // (2 * TILE), 2))
 
 
