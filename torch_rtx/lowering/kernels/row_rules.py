@@ -2,7 +2,7 @@
 `row_parts`.
 
 Parts have equal sizes, so that the mean of means is the mean, and the mean variance of the parts plus the variance of
-their means is the variance (Chan, Golub and LeVeque, 1979): nothing is lost where the mean is large.
+their means is the variance (Chan, Golub and LeVeque, 1979): squares of a large mean are never subtracted.
 """
 
 from __future__ import annotations
