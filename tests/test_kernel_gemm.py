@@ -561,8 +561,16 @@ def kernel(x, w, b, out0, s):
         acc0 = tl.dot(at1, bt1, acc0)
     t0 = tl.load(b + (N)).to(tl.float32)
     t1 = acc0 + t0
-    t2 = 0.5 * t1 * (1.0 + tl.erf(t1 * 0.7071067811865476))
-    tl.store(out0 + (3072 * M + N), t2, mask=in_m)
+    t2 = 0.5 * t1
+    t3 = tl.minimum(tl.abs(t1), 12.0)
+    t4 = 3.244454e-05 * t3 + -0.0007484183
+    t5 = t4 * t3 + 0.0079422587
+    t6 = t5 * t3 + -0.053051794
+    t7 = t6 * t3 + -0.45917046
+    t8 = t7 * t3 + -1.1510367
+    t9 = t8 * t3 + -1.0000075788
+    t10 = t2 + tl.abs(t2) - t3 * tl.exp2(t9)
+    tl.store(out0 + (3072 * M + N), t10, mask=in_m)
 """,
         )
 

@@ -306,6 +306,21 @@ def test_positions_of_nan(op: torch._ops.OpOverload) -> None:
         Body(op, (x.to(dtype), 1), {}, op(x.to(dtype), 1)).check()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_gelu_of_every_number(dtype: torch.dtype) -> None:
+    x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    kernel = loop_kernel(region(Body(A.gelu.default, (x,), {}, x).graph), "kernel")
+    y = torch.full_like(x, math.nan)
+    run(kernel, [x, y])
+    exact = torch.where(x == math.inf, x.double(), A.gelu.default(x.double()))  # eager's is NaN
+    assert torch.equal(y.isnan(), exact.isnan())
+    limit = torch.finfo(dtype)
+    # The interpreter cuts off what does not fit in bf16, and does not round it.
+    step = limit.eps * (0.51 if dtype == torch.float16 else 1.01)
+    near = (y.double() - exact).abs() <= step * exact.abs() + 1e-10 + limit.smallest_normal * limit.eps
+    assert (near | (y == exact) | exact.isnan()).all()
+
+
 def test_extremes_of_truth_values() -> None:
     x = torch.rand(6, 7) > 0.5
     for op in EXTREMES[2:]:

@@ -103,9 +103,26 @@ for _name, _text in FLOAT_TEXTS.items():
     op(f"{_name}.default")(partial(_float, _text))
 
 
+# log2(erfc(a / sqrt(2)) / 2) for a from 0 to 12, highest power first: a minimax fit, weighted so that the relative
+# error of a * erfc(a / sqrt(2)) is 5e-6 wherever that is a normal number in f16.
+_TAIL = (3.244454e-05, -0.0007484183, 0.0079422587, -0.053051794, -0.45917046, -1.1510367, -1.0000075788)
+
+
+def _short_gelu(x: Tensor, out: Types) -> Tensor:
+    """x * Phi(x) = (x + |x|) / 2 - |x| * erfc(|x| / sqrt(2)) / 2, with the precision of halves, in a third of the
+    instructions of `tl.erf`: those take longer than a product with 768 elements to sum. What is no number stays so."""
+    half, size = compute("0.5 * {0}", out, x), compute("tl.minimum(tl.abs({0}), 12.0)", out, x)
+    power = compute(f"{_TAIL[0]} * {{0}} + {_TAIL[1]}", out, size)
+    for factor in _TAIL[2:]:
+        power = compute(f"{{0}} * {{1}} + {factor}", out, power, size)
+    return compute("{0} + tl.abs({0}) - {1} * tl.exp2({2})", out, half, size, power)
+
+
 @op("gelu.default")
 def gelu(self: Tensor, approximate: str = "none", *, out: Types) -> Tensor:
     """x * Phi(x), or its approximation by tanh (Hendrycks and Gimpel, 2016)."""
+    if approximate == "none" and out[0].dtype in ("f16", "bf16"):
+        return _short_gelu(self, out)
     if approximate == "none":
         return compute(f"0.5 * {{0}} * (1.0 + tl.erf({{0}} * {math.sqrt(0.5)!r}))", out, self)
     # 0.5 * (1 + tanh(u)) is sigmoid(2 * u)
