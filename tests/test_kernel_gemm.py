@@ -547,6 +547,12 @@ def kernel(x, w, b, out0, s):
     tile = tl.program_id(0)
     first = tile // 192 * 8
     height = tl.minimum(((s + 127) // 128) - first, 8)
+def test_stores_of_single_elements() -> None:
+    text = linear(512, 1001, 64)
+    assert "out0 + (1001 * M) + (N)" in gemm_kernel(region(body(text)), "kernel", SMALL).source
+    assert "out0 + (1008 * M + N)" in gemm_kernel(region(body(text.replace("1001", "1008"))), "kernel", SMALL).source
+
+
     M = (first + tile % 192 % height) * 128 + tl.arange(0, 128)[:, None]
     in_m = M < s
     N = (tile % 192 // height) * 128 + tl.arange(0, 128)[None, :]

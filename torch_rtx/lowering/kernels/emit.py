@@ -26,6 +26,7 @@ from torch_rtx.lowering.kernels.tensor import (
 
 Axes = frozenset[str]
 NONE: Axes = frozenset()
+VECTOR = 8  # elements of 2 bytes that are stored at once
 
 
 @dataclass(frozen=True)
@@ -276,9 +277,20 @@ class Emitter:
         """`value` to memory, for every position of `axes`."""
         masks = self._masks(axes)
         short = axes - self.varies(address)
-        place = f"{address} + tl.zeros({self.shape(axes)}, tl.int32)" if short else str(address)
+        place = self._offset(address)
+        place += f" + tl.zeros({self.shape(axes)}, tl.int32)" if short else ""
         masked = f", mask={' & '.join(mask.text for mask in masks)}" if masks else ""
-        self._home(axes).lines.append(f"tl.store({name} + ({place}), {value.text}{masked})")
+        self._home(axes).lines.append(f"tl.store({name} + {place}, {value.text}{masked})")
+
+    def _offset(self, address: Index) -> str:
+        """What is added to a pointer. Where neighbouring rows are not alike in their alignment, elements are stored one
+        by one: then rows and columns are added in turn, since a sum for each element takes twice the registers."""
+        parts: dict[Axes, Index] = {}
+        for term in address.terms:
+            axes = self.varies(Index((term,)))
+            parts[axes] = parts.get(axes, ZERO) + Index((term,))
+        odd = [axes for axes, part in parts.items() if axes and any(count % VECTOR for _, count in part.terms)]
+        return " + ".join(f"({part})" for part in parts.values()) if len(odd) > 1 else f"({address})"
 
 
 def literal(tensor: Number) -> str:
