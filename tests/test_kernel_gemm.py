@@ -9,11 +9,13 @@ from tests.kernel_bodies import body, check
 from torch_rtx.errors import Unsupported
 from torch_rtx.lowering.kernels.cost import CHIPS, chip, problem, shared_memory
 from torch_rtx.lowering.kernels.gemm import GemmConfig, gemm_configs, gemm_kernel, gemm_product
+from torch_rtx.lowering.kernels.generate import library
 from torch_rtx.lowering.kernels.region import region
 
 SMALL = GemmConfig(32, 32, 32, group_m=2)
 WIDE = GemmConfig(64, 32, 64)
 SUMS = GemmConfig(16, 16, 64, sums=True)
+EXTRA = GemmConfig(32, 32, 32, extra_n=16)
 DTYPES = ("f16", "bf16", "f32")
 
 MM = """
@@ -303,27 +305,30 @@ def test_calls(name: str, dtype: str) -> None:
     check(CALLS[name], gemm_kernel, SMALL, dtype)
 
 
-@pytest.mark.parametrize("config", [WIDE, GemmConfig(16, 16, 16, programs=3), GemmConfig(128, 16, 128)])
+@pytest.mark.parametrize("config", [WIDE, EXTRA, GemmConfig(16, 16, 16, programs=3), GemmConfig(128, 16, 128)])
 @pytest.mark.parametrize("name", ["mm", "linear", "bmm"])
 def test_configurations(name: str, config: GemmConfig) -> None:
     check(CALLS[name], gemm_kernel, config)
 
 
+@pytest.mark.parametrize("config", [SMALL, EXTRA])
 @pytest.mark.parametrize("name", EPILOGUES)
-def test_epilogues(name: str) -> None:
-    check(EPILOGUES[name], gemm_kernel, SMALL)
+def test_epilogues(name: str, config: GemmConfig) -> None:
+    check(EPILOGUES[name], gemm_kernel, config)
 
 
+@pytest.mark.parametrize("extra", [0, 32])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", GATED)
-def test_ranges_of_columns(name: str, dtype: str) -> None:
-    check(GATED[name], gemm_kernel, GemmConfig(16, 16, 32), dtype)
+def test_ranges_of_columns(name: str, dtype: str, extra: int) -> None:
+    check(GATED[name], gemm_kernel, GemmConfig(16, 16, 32, extra_n=extra), dtype)
 
 
+@pytest.mark.parametrize("config", [SMALL, EXTRA])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", PROLOGUES)
-def test_prologues(name: str, dtype: str) -> None:
-    check(PROLOGUES[name].replace("TYPE", repr(dtype)), gemm_kernel, SMALL, dtype)
+def test_prologues(name: str, dtype: str, config: GemmConfig) -> None:
+    check(PROLOGUES[name].replace("TYPE", repr(dtype)), gemm_kernel, config, dtype)
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -519,10 +524,33 @@ def test_the_model_of_costs() -> None:
         best(16, 16, 16, 70)
 
 
+def test_tiles_of_two_widths() -> None:
+    # 96 of them for 132 processors, where 72 of 256 columns would be too few and 144 of 128 a few too many.
+    assert (best(3072, 768, 3072, 90).width, best(3072, 768, 3072, 89).extra_n) == (192, 0)
+
+
+def test_large_products_are_the_library_s_on_hopper() -> None:
+    def rival(rows: int, columns: int, depth: int, sm: int = 90, after: str = "") -> str:
+        text = linear(rows, columns, depth)
+        return library(body(text.replace("return y", after) if after else text), sm)
+
+    gelu = "z: H[3072, 3072] = gelu.default(self=y)\nreturn z"
+    assert rival(3072, 768, 3072) == "faster"
+    assert rival(3072, 3072, 768, after=gelu) == "slower"  # the call and a kernel for the gelu take longer than both
+    assert rival(128, 768, 768) == rival(3072, 768, 3072, sm=89) == "slower"
+    assert rival(512, 50257, 768) == "slower"  # its rows do not begin at multiples of 16 bytes
+
+
 @pytest.mark.parametrize("name", ["mm", "linear", "bmm", "baddbmm"])
 def test_the_best_configurations_are_right(name: str) -> None:
     for config in gemm_configs(region(body(CALLS[name])), 89)[:2]:
         check(CALLS[name], gemm_kernel, config)
+
+
+def test_stores_of_single_elements() -> None:
+    text = linear(512, 1001, 64)
+    assert "out0 + (1001 * M) + (N)" in gemm_kernel(region(body(text)), "kernel", SMALL).source
+    assert "out0 + (1008 * M + N)" in gemm_kernel(region(body(text.replace("1001", "1008"))), "kernel", SMALL).source
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------
@@ -547,12 +575,6 @@ def kernel(x, w, b, out0, s):
     tile = tl.program_id(0)
     first = tile // 192 * 8
     height = tl.minimum(((s + 127) // 128) - first, 8)
-def test_stores_of_single_elements() -> None:
-    text = linear(512, 1001, 64)
-    assert "out0 + (1001 * M) + (N)" in gemm_kernel(region(body(text)), "kernel", SMALL).source
-    assert "out0 + (1008 * M + N)" in gemm_kernel(region(body(text.replace("1001", "1008"))), "kernel", SMALL).source
-
-
     M = (first + tile % 192 % height) * 128 + tl.arange(0, 128)[:, None]
     in_m = M < s
     N = (tile % 192 // height) * 128 + tl.arange(0, 128)[None, :]

@@ -6,12 +6,23 @@ from collections.abc import Callable
 
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Node, dim_expr
-from torch_rtx.lowering.kernels.cost import configurations
+from torch_rtx.lowering.kernels.cost import best_time, configurations, loop_time
 from torch_rtx.lowering.kernels.index import Index, from_dim, unravel
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.product import DotWriter, GemmConfig, Product, SumWriter, argument, result
 from torch_rtx.lowering.kernels.region import Region, tensor_type
-from torch_rtx.lowering.kernels.tensor import ONE, ZERO, Load, Position, Tensor, cast, number, pointwise
+from torch_rtx.lowering.kernels.tensor import (
+    ONE,
+    ZERO,
+    Load,
+    Map,
+    Position,
+    Tensor,
+    cast,
+    everything,
+    number,
+    pointwise,
+)
 
 # Operator: the arguments that are multiplied and what is added, by name.
 OPERANDS = {
@@ -42,6 +53,20 @@ def gemm_configs(region: Region, target: int, input_precision: str = "ieee") -> 
         Unsupported: see `gemm_kernel`, or a dtype that the target does not multiply.
     """
     return configurations(region, gemm_product(region), target, input_precision)
+
+
+def gemm_time(region: Region, target: int) -> float:
+    """The time that the kernel should take on `sm_{target}`, in microseconds.
+
+    Raises:
+        Unsupported: see `gemm_configs`.
+    """
+    return best_time(region, gemm_product(region), target)
+
+
+def after_call(region: Region, target: int) -> float:
+    """The time of what is left of the region when a library call has multiplied, in microseconds."""
+    return loop_time(region, target) if any(isinstance(one, Map) for one in everything(region.outputs)) else 0.0
 
 
 def gemm_product(region: Region) -> Product:

@@ -11,7 +11,7 @@ from torch_rtx.ir import Dim, Graph, Node, TensorType, Value, typical_size
 from torch_rtx.lowering.kernels.attention import attention_configs, attention_kernel
 from torch_rtx.lowering.kernels.attention_parts import as_attention
 from torch_rtx.lowering.kernels.conv import conv_configs, conv_kernel
-from torch_rtx.lowering.kernels.gemm import gemm_configs, gemm_kernel
+from torch_rtx.lowering.kernels.gemm import after_call, gemm_configs, gemm_kernel, gemm_time
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.loops import loop_configs, loop_kernel
 from torch_rtx.lowering.kernels.region import ANCHORS, Region, region
@@ -28,7 +28,8 @@ FAMILIES: Mapping[str, Family] = {
 HOPPER = 90
 # Floating-point operations beyond which library calls may be faster. Those for convolutions were slower at any size,
 # with what comes after them: ResNet-50 with 32 images took 2.1 ms with them against 1.2 on an H200.
-LARGE = {"gemm": 2e9, "conv": math.inf, "attention": 8e9}
+LARGE = {"gemm": 1.5e9, "conv": math.inf, "attention": 1.6e10}
+CALL, RATE = 3.0, 625e6  # of products by library calls on an H200: microseconds, and operations in one
 TYPICAL = 16  # a size that is known only at run time, and has no typical value
 
 
@@ -60,15 +61,20 @@ def library(body: Graph, sm: int) -> str:
     "none" if there is none.
 
     Calls of a few microseconds lose against a kernel that also does what comes before and after them. Beyond that, on
-    Hopper, libraries use its asynchronous copies and warp specialization, which kernels here do not have yet: a plain
-    product of 3072 x 768 x 3072 took 36 us against 23 on an H200, one of 128 x 3072 x 768 took 4.0 against 6.3. Rows
-    have to begin at multiples of 16 bytes for that: a product of 512 x 768 x 50257 took 423 us against 95.
+    Hopper, libraries use clusters and warp specialization, which kernels here do not have: a plain product of 3072 x
+    3072 x 768 took 24 us on an H200 against 29, the call and a kernel for its gelu 33 against 33 in one; attention to
+    4096 keys 147 us against 155. Where keys are hidden, it is the library that is slower: 37 us against 28 for 2048.
+    Rows have to begin at multiples of 16 bytes for all that: a product of 512 x 768 x 50257 took 423 us against 95.
     """
     found = region(as_attention(body))
     if found.anchor is None:
         return "none"
-    fast = sm == HOPPER and flops(found.anchor) > LARGE[family(found)] and _in_whole_rows(found.anchor)
-    return "faster" if fast else "slower"
+    kind, work = family(found), flops(found.anchor)
+    fast = sm == HOPPER and work > LARGE[kind] and _in_whole_rows(found.anchor)
+    if fast and kind == "gemm":
+        call = CALL + work / RATE
+        fast = call + after_call(found, sm) < gemm_time(found, sm)
+    return "faster" if fast and not found.anchor.arg("is_causal", False) else "slower"
 
 
 def _in_whole_rows(anchor: Node) -> bool:

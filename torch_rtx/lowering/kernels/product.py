@@ -11,7 +11,7 @@ is the one of a hand-written kernel. After the loop the rest of the region is ev
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -35,7 +35,7 @@ from torch_rtx.lowering.kernels.tensor import (
     Within,
 )
 
-Z, M, N, KA, KB = "Z", "M", "N", "KA", "KB"
+Z, M, N, EXTRA, KA, KB = "Z", "M", "N", "N1", "KA", "KB"
 LOOP = "step"  # the loop over K, as one of the axes that a value varies with
 TAPS = ("kd", "kh", "kw")
 MOST_ROWS = 8  # of sums: each row has an accumulator of its own
@@ -48,6 +48,7 @@ class GemmConfig:
 
     Attributes:
         block_m, block_n, block_k: the sizes of tiles; block_n is that of one accumulator. Sums have all rows in a tile.
+        extra_n: so many columns more in a tile, in an accumulator of their own: 128 and 64 make one of 192.
         num_warps, num_stages: Triton's options of these names.
         group_m: this many tiles of rows are computed for one tile of columns before the next one.
         sums: without `tl.dot`.
@@ -64,6 +65,12 @@ class GemmConfig:
     sums: bool = False
     programs: int = 0
     input_precision: str = "ieee"
+    extra_n: int = 0
+
+    @property
+    def width(self) -> int:
+        """The columns of a tile."""
+        return self.block_n + self.extra_n
 
 
 @dataclass(frozen=True)
@@ -182,14 +189,17 @@ class TileWriter:
         width = self.placement.width.number
         self.columns: Dim = of.columns if width is None else width
         self.rows_mask = _mask(of.rows, config.block_m, "in_m")
-        self.columns_mask = _mask(self.columns, config.block_n, "in_n")
+        self.columns_mask = _mask(self.columns, config.width, "in_n")
+        self.ranges = [Axis(N, config.block_n, self.columns_mask)]  # of columns, side by side
+        if config.extra_n:
+            self.ranges.append(Axis(EXTRA, config.extra_n, self.columns_mask and f"{self.columns_mask}1"))
 
     # ---- programs ----------------------------------------------------------------------------------------------------
 
     @property
     def tiles(self) -> tuple[Dim, Dim]:
         """How many tiles the rows and the columns of a batch have."""
-        return blocks(self.product.rows, self.config.block_m), blocks(self.columns, self.config.block_n)
+        return blocks(self.product.rows, self.config.block_m), blocks(self.columns, self.config.width)
 
     def kernel(self, name: str) -> Kernel:
         """The kernel, called `name`."""
@@ -225,16 +235,19 @@ class TileWriter:
                 lines.append(f"height = tl.minimum({tiles_m} - first, {group})")
                 height = "height"
             tile_m, tile_n = f"first + tile % {size} % {height}", f"tile % {size} // {height}"
-        lines += self._range(M, tile_m, self.config.block_m, self.row_axis, self.rows_mask, self.product.rows)
-        return lines + self._range(N, tile_n, self.config.block_n, self.column_axis, self.columns_mask, self.columns)
+        if self.row_axis:
+            rows = Axis(M, self.config.block_m, self.rows_mask)
+            lines += self._range(rows, _times(tile_m, rows.block), self.row_axis, self.product.rows)
+        start = _times(tile_n, self.config.width)
+        for columns in self.ranges:
+            lines += self._range(columns, start, self.column_axis, self.columns)
+            start += f"{columns.block} + "
+        return lines
 
-    def _range(self, name: str, tile: str, block: int, axis: str, mask: str, size: Dim) -> list[str]:
-        if not axis:
-            return []
-        start = f"{tile if ' ' not in tile else f'({tile})'} * {block} + " if tile else ""
-        wide = ".to(tl.int64)" if self.wide and not tile else ""
-        lines = [f"{name} = {start}tl.arange(0, {block}){axis}{wide}"]
-        return lines + ([f"{mask} = {name} < {from_dim(size)}"] if mask else [])
+    def _range(self, axis: Axis, start: str, side: str, size: Dim) -> list[str]:
+        wide = ".to(tl.int64)" if self.wide and "tile" not in start else ""
+        lines = [f"{axis.name} = {start}tl.arange(0, {axis.block}){side}{wide}"]
+        return lines + ([f"{axis.mask} = {axis.name} < {from_dim(size)}"] if axis.mask else [])
 
     def body(self) -> list[str]:
         """The lines that follow."""
@@ -246,13 +259,14 @@ class TileWriter:
 
     # ---- what follows the loop over K --------------------------------------------------------------------------------
 
-    def finish(self, emitter: Emitter, sums: list[Operand], row: Index | None = None) -> None:
-        """Evaluates and stores the outputs for the sums of every accumulator, or of the row `row` alone."""
+    def finish(self, emitter: Emitter, sums: list[Operand], named: Mapping[str, Index] | None = None) -> None:
+        """Evaluates and stores the outputs for the sums of every accumulator; `named` says what rows or columns are
+        called, if not M and N."""
         raw = Load(self.tile.out.shape, "f32", "", (), anchor=True)
         result = self.product.finish(raw)
 
         def at(position: Position) -> Position:
-            return position if row is None else tuple(substitute(index, {M: row}) for index in position)
+            return tuple(substitute(index, named) for index in position) if named else position
 
         for column, total in zip(self.placement.columns, sums, strict=True):
             here = at(self.tile.position(column))
@@ -261,7 +275,12 @@ class TileWriter:
         for which, (output, position) in enumerate(zip(self.region.outputs, self.placement.positions, strict=True)):
             value = emitter.value(output, at(position))
             address = linear(at(position), map(from_dim, self.region.types[which].strides))
-            emitter.store(f"out{which}", address, value, frozenset((M, N)) & frozenset(emitter.axes))
+            emitter.store(f"out{which}", address, value, frozenset((M, N, EXTRA)) & frozenset(emitter.axes))
+
+
+def _times(tile: str, block: int) -> str:
+    """The first element of a tile as what is added to others; "" for the only tile."""
+    return f"{tile if ' ' not in tile else f'({tile})'} * {block} + " if tile else ""
 
 
 def _mask(size: Dim, block: int, name: str) -> str:
@@ -352,26 +371,32 @@ class DotWriter(TileWriter):
         steps = Steps(of, config.block_k)
         a_mask, b_mask = ("in_ka", "in_kb") if steps.masked else ("", "")
         a = Emitter([Axis(M, config.block_m, self.rows_mask), Axis(KA, config.block_k, a_mask)], "a")
-        b = Emitter([Axis(KB, config.block_k, b_mask), Axis(N, config.block_n, self.columns_mask)], "b")
         steps.enter(a, a_mask)
-        steps.enter(b, b_mask)
         dtype = dot_dtype(of)
         precision = f', input_precision="{config.input_precision}"' if dtype == "f32" else ""
         left = operand(a, of.a, of.a_at(self.z, self.m, steps.position(KA)), dtype, a_mask)
-        dots, totals = [], []
-        for which, column in enumerate(self.placement.columns):
-            total = Operand(f"acc{which}", frozenset((M, N)))
-            right = operand(b, of.b, of.b_at(self.z, column, steps.position(KB)), dtype, b_mask)
-            dots.append(f"{total.text} = tl.dot({left}, {right}, {total.text}{precision})")
-            totals.append(total)
+        before, inside, dots, rest = a.outer.lines, a.inner(), [], []
+        for part, axis in enumerate(self.ranges):
+            b = Emitter([Axis(KB, config.block_k, b_mask), axis], "bc"[part])
+            steps.enter(b, b_mask)
+            named = {N: variable(axis.name, self.placement.width)} if part else {}
+            totals = []
+            for which, column in enumerate(self.placement.columns):
+                total = Operand(f"acc{part * len(self.placement.columns) + which}", frozenset((M, axis.name)))
+                at = of.b_at(self.z, substitute(column, named), steps.position(KB))
+                dots.append(
+                    f"{total.text} = tl.dot({left}, {operand(b, of.b, at, dtype, b_mask)}, {total.text}{precision})"
+                )
+                totals.append(total)
+            zeros = f"tl.zeros([{config.block_m}, {axis.block}], tl.float32)"
+            before += [*b.outer.lines, *(f"{total.text} = {zeros}" for total in totals)]
+            inside += b.inner()
+            finish = Emitter([Axis(M, config.block_m, self.rows_mask), axis], "" if part == 0 else "e")
+            self.finish(finish, totals, named)
+            rest += finish.outer.lines
         lines = self.k_range(KA, "[None, :]") + self.k_range(KB, "[:, None]")
-        zeros = f"tl.zeros([{config.block_m}, {config.block_n}], tl.float32)"
-        before = [*a.outer.lines, *b.outer.lines, *(f"{total.text} = {zeros}" for total in totals)]
         masks = [*steps.mask(a_mask, KA), *steps.mask(b_mask, KB)]
-        lines += steps.loop(before, masks, [*a.inner(), *b.inner(), *dots])
-        rest = Emitter([Axis(M, config.block_m, self.rows_mask), Axis(N, config.block_n, self.columns_mask)])
-        self.finish(rest, totals)
-        return lines + rest.outer.lines
+        return lines + steps.loop(before, masks, inside + dots) + rest
 
 
 class SumWriter(TileWriter):
@@ -406,7 +431,8 @@ class SumWriter(TileWriter):
         emitter.outer.lines = []
         for row in range(rows):
             texts = [f"tl.sum({totals[row, which]}, 1)[:, None]" for which in range(len(self.placement.columns))]
-            self.finish(emitter, [emitter.assign(text, frozenset((N,)), "sum") for text in texts], constant(row))
+            sums_of_row = [emitter.assign(text, frozenset((N,)), "sum") for text in texts]
+            self.finish(emitter, sums_of_row, {M: constant(row)})
         return lines + emitter.outer.lines
 
 
