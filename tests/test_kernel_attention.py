@@ -17,6 +17,7 @@ from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Attr, Dim, Graph, Sym, TensorType, Value, contiguous
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.kernels.attention import AttentionConfig, attention_configs, attention_kernel, attention_of
+from torch_rtx.lowering.kernels.generate import library
 from torch_rtx.lowering.kernels.region import Region, region
 from torch_rtx.lowering.rewrite import Rewriter
 from torch_rtx.runtime.code import compile_graph
@@ -271,6 +272,21 @@ def test_few_rows_get_short_blocks() -> None:
     assert attention_configs(a_region(1, 8, 1, 64, keys=4096), 90)[0].rows == 16
     assert attention_configs(a_region(8, 12, 384, 64), 80)[0].rows == 128
     assert attention_configs(a_region(1, 12, 128, 64), 80)[0].rows < 64
+
+
+def test_programs_share_a_multiprocessor_of_hopper() -> None:
+    for queries, keys in ((384, 384), (512, 512), (1500, 1500)):
+        config = attention_configs(a_region(1, 12, queries, 64, keys=keys), 90)[0]
+        assert (config.rows, config.num_warps) == (64, 4)
+        assert 3 * 2 * 64 * (config.rows + 2 * config.num_stages * config.keys) <= SHARED[90]
+
+
+def test_the_library_is_faster_at_long_rows_of_keys_on_hopper() -> None:
+    def rival(length: int, sm: int = 90, **args: Attr) -> str:
+        return library(Case(plain(1, 16, length, length, 64), options(**args)).graph("f16"), sm)
+
+    assert rival(4096) == "faster"
+    assert rival(1500) == rival(4096, is_causal=True) == rival(4096, sm=89) == "slower"
 
 
 def test_heads_that_share_keys_are_packed() -> None:

@@ -41,6 +41,7 @@ DTYPES = ("f16", "bf16", "f32")
 MAX_WIDTH = 256  # the widest head
 PACKED = 64  # most rows of a block that are the queries of several heads
 PROGRAMS = 128  # about as many as a large GPU has multiprocessors
+TOGETHER = 3  # programs on one of Hopper's multiprocessors: some multiply while others compute weights
 LEAST = -3.4028234663852886e38  # where the maximum begins: it is finite, so that rows without a key give no NaN
 MANY = 4096  # stands for an open size
 LOG2E = math.log2(math.e)
@@ -219,9 +220,9 @@ def attention_configs(region: Region, target: int) -> list[AttentionConfig]:
     """Configurations that fit the SM version `target`, best first.
 
     As many rows as the accumulators leave registers for, fewer where there would be less than one program for each
-    multiprocessor. On Hopper four warps multiply 64 rows together, from shared memory, which has room for longer blocks
-    of keys. The others share one list, and so one binary: there a warp has 32 rows of narrow heads, since with 16 its
-    tensor cores would wait for the tiles of K and V.
+    multiprocessor. On Hopper four warps multiply 64 rows together, and blocks of keys are short enough for several such
+    programs on a multiprocessor. The others share one list, and so one binary: there a warp has 32 rows of narrow
+    heads, since with 16 its tensor cores would wait for the tiles of K and V.
     """
     found = attention_of(region)
     width, size = max(_block(found.width), _block(found.value_width)), 4 if found.dtype == "f32" else 2
@@ -229,9 +230,11 @@ def attention_configs(region: Region, target: int) -> list[AttentionConfig]:
         # Products in full precision have no tensor cores: each thread has its part of both operands in registers.
         shapes = [(32, 32, 4), (16, 32, 4), (16, 16, 4)]
     elif width <= 64:
-        shapes = [(128, 128, 8), (64, 64, 4)] if target == 90 else [(128, 32, 4), (128, 64, 4), (64, 64, 4)]
+        shapes = (
+            [(64, 64, 4), (64, 128, 4), (128, 64, 8)] if target == 90 else [(128, 32, 4), (128, 64, 4), (64, 64, 4)]
+        )
     elif width == 128:
-        shapes = [(128, 128, 8), (128, 64, 8), (64, 64, 4)] if target == 90 else [(128, 64, 8), (64, 32, 4)]
+        shapes = [(128, 64, 8), (64, 64, 4), (128, 128, 8)] if target == 90 else [(128, 64, 8), (64, 32, 4)]
     else:
         shapes = [(128, 64, 8), (64, 32, 4)] if target == 90 else [(64, 32, 8), (64, 32, 4)]
     if size == 2:
@@ -244,8 +247,14 @@ def attention_configs(region: Region, target: int) -> list[AttentionConfig]:
     ]
     if not configs:
         raise Unsupported(f"attention with heads of {width} elements on sm_{target}")
-    # A single stage loads and multiplies in turn: better a smaller tile.
-    return sorted(configs, key=lambda config: (config.num_stages == 1, _rank(found, config)))
+
+    def order(config: AttentionConfig) -> tuple[bool, int, bool]:
+        # A single stage loads and multiplies in turn: better a smaller tile.
+        shared = _shared(found, config.rows, config.keys, config.num_stages)
+        crowded = target == 90 and TOGETHER * shared > SHARED[target]
+        return config.num_stages == 1, _rank(found, config, PROGRAMS // 8 if target == 90 else PROGRAMS), crowded
+
+    return sorted(configs, key=order)
 
 
 def _shared(found: Attention, rows: int, keys: int, stages: int) -> int:
@@ -255,11 +264,11 @@ def _shared(found: Attention, rows: int, keys: int, stages: int) -> int:
     return size * (stages * keys * (width + value_width) + rows * max(width, value_width))
 
 
-def _rank(found: Attention, config: AttentionConfig) -> int:
-    """0 for what fills a large GPU without rows and keys that are not there; more, the further from that."""
+def _rank(found: Attention, config: AttentionConfig, wanted: int) -> int:
+    """0 for at least `wanted` programs without rows and keys that are not there; more, the further from that."""
     rows = _most(found.rows)
     programs = math.ceil(rows / config.rows) * math.prod(map(_most, found.groups))
-    idle = max(0, math.ceil(math.log2(PROGRAMS / max(programs, 1)))) if config.rows > 16 else 0
+    idle = max(0, math.ceil(math.log2(wanted / max(programs, 1)))) if config.rows > 16 else 0
     keys = MANY if found.keys.number is None else found.keys.number
     unused = max(config.rows // _block(rows), config.keys // _block(keys))
     return max(idle, math.ceil(math.log2(max(unused, 1))))
@@ -310,6 +319,10 @@ class _Writer:
         self.added = found.mask is not None and found.mask.dtype != "bool"
         self.early = self.added or found.scale <= 0 or found.partial
         self.factor = LOG2E if self.early else found.scale * LOG2E
+        # Whether all rows have the mask in common, which then takes few registers.
+        self._tile("M", "N")
+        self.by_key = found.mask is not None and "M" not in self._mask(found.mask).axes
+        self.emitter = Emitter([])
 
     # ---- tiles -------------------------------------------------------------------------------------------------------
 
@@ -354,12 +367,14 @@ class _Writer:
         lines = emitter.outer.lines
         count, groups = from_dim(blocks(found.rows, config.rows)), tuple(map(from_dim, found.groups))
         program = variable("program", product((count, *groups)))
-        block = program % count
-        # The blocks of rows that see most keys start first: the last ones to end are then short.
-        first = count - ONE - block if found.causal else block
+        if found.causal:
+            # The blocks of rows that see most keys start first, of all groups: the last ones to end are then short.
+            block, group = count - ONE - program // product(groups), program % product(groups)
+        else:
+            block, group = program % count, program // count
         lines.append(f"program = tl.program_id(0){self.cast}")
-        lines.append(f"first = {first * constant(config.rows)}")
-        place = unravel(program // count, groups)
+        lines.append(f"first = {block * constant(config.rows)}")
+        place = unravel(group, groups)
         lines += [f"{axis} = {at}" for axis, at in zip(self.group, place, strict=True) if axis != ZERO]
         lines += [
             *self._range("M", "[:, None]", "first"),
@@ -409,6 +424,9 @@ class _Writer:
         emitter.scope = scope = Scope() if body is None else body
         scope.lines += self._range("N", "[None, :]", "start", masked)
         scope.lines += self._range("J", "[:, None]", "start", masked)
+        if found.mask is not None and self.by_key:  # on its way while keys are multiplied
+            self._tile("M", "N", "N", masked)
+            self._mask(found.mask)
         key = variable("J", found.keys)
         self._tile("J", "D", "J", masked)
         k = self._operand(found.key, "J", "D", self.lead, key)
@@ -423,6 +441,9 @@ class _Writer:
         if body is None:
             emitter.outer.lines += scope.lines
 
+    def _mask(self, mask: Tensor) -> Operand:
+        return self.emitter.value(mask, (*self.lead, self.row, variable("N", self.found.keys)))
+
     def _precision(self) -> str:
         return ', input_precision="ieee"' if self.found.dtype == "f32" else ""
 
@@ -435,7 +456,7 @@ class _Writer:
         if self.early:
             scope.lines.append(f"s = s * {found.scale!r}")
         if found.mask is not None:
-            mask = self.emitter.value(found.mask, (*self.lead, self.row, variable("N", found.keys)))
+            mask = self._mask(found.mask)
             if self.added:
                 scope.lines.append(f"s = s + {mask.text}")
             else:
