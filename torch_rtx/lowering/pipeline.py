@@ -23,6 +23,7 @@ from torch_rtx.lowering.passes.fuse import fuse
 from torch_rtx.lowering.passes.hoist_weights import hoist_weights
 from torch_rtx.lowering.passes.merge_linears import merge_linears
 from torch_rtx.lowering.passes.raise_attention import raise_attention
+from torch_rtx.lowering.passes.raise_gelu import raise_gelu
 from torch_rtx.lowering.passes.read_in_place import read_in_place
 from torch_rtx.lowering.passes.simplify import simplify
 from torch_rtx.lowering.passes.simplify_masks import simplify_masks
@@ -36,6 +37,7 @@ PIPELINE: Mapping[str, Pass] = {
     "simplify": simplify,
     "cse": cse,
     "raise_attention": raise_attention,
+    "raise_gelu": raise_gelu,
     "simplify_masks": simplify_masks,
     "read_in_place": read_in_place,
     "fold_batch_norm": fold_batch_norm,
