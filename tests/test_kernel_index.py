@@ -109,6 +109,10 @@ def test_symbolic_sizes() -> None:
     assert str(from_dim(dim_expr("//", dim_expr("*", 2, batch), 2))) == "b"
 
 
+def test_an_empty_dimension_has_no_positions() -> None:
+    assert variable("i") // constant(0) == variable("i") % constant(0) == constant(0)
+
+
 def test_products_read_as_written() -> None:
     a, b = variable("A", N(3)), variable("B", N(4))
     assert value((a + b) * (a + N(1)) % N(5) // N(2), A=2, B=3) == 15 % 5 // 2

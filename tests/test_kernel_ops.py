@@ -22,15 +22,20 @@ from torch.utils._pytree import tree_map_only
 from tests.interpreter import run
 from tests.test_op_db import operators, pick, spaced
 from torch_rtx import aten
+from torch_rtx.backend.kernels import build_kernels
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import Attr, Graph, Node, TensorType, Value
+from torch_rtx.ir import Attr, Graph, Node, TensorType, Value, attr_values
+from torch_rtx.kerneltable import KernelTable
+from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.loops import PERSISTENT, loop_kernel
 from torch_rtx.lowering.kernels.ops.registry import OPS
 from torch_rtx.lowering.kernels.region import region
+from torch_rtx.targets import Target
 
 DTYPES = ((torch.float32,), (torch.float16, torch.bfloat16), (torch.int64, torch.int32), (torch.bool,))
 SAMPLES = 2
 CHUNKS = 12
+BUILT_CHUNKS = 8
 LARGEST = 20_000  # elements: the interpreter takes milliseconds per program
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float64: 1e-6}
 
@@ -210,6 +215,58 @@ def test_samples(chunk: int, all_dtypes: bool) -> None:
                 except Exception as error:
                     raise AssertionError(f"{name}: {error}\n{body.graph}") from error
             assert ran, f"{name}: no sample ran"
+
+
+def compilable(bodies: list[Body]) -> list[Body]:
+    """Those that kernels have; that no others are refused is for the tests without a GPU."""
+    found = []
+    for body in bodies:
+        with suppress(Unsupported):
+            loop_kernel(region(body.graph), "kernel")
+            found.append(body)
+    return found
+
+
+def program(bodies: list[Body]) -> Graph:
+    """A graph with a kernel for each body, and inputs and outputs of its own for each."""
+    nodes, inputs, outputs = [], [], []
+    for index, body in enumerate(bodies):
+        own = [Value(f"k{index}_{value.name}", value.type) for value in body.graph.inputs]
+        results = tuple(Value(f"k{index}_{v.name}", v.type) for v in attr_values(body.graph.outputs))
+        args = tuple((value.name, given) for value, given in zip(body.graph.inputs, own, strict=True))
+        nodes.append(Node("kernel", f"k{index}", args, results, body=body.graph))
+        inputs += own
+        outputs += results
+    return Graph("fused", tuple(inputs), nodes=tuple(nodes), outputs=tuple(outputs))
+
+
+def built(bodies: list[Body], target: Target) -> tuple[Graph, KernelTable]:
+    """The graph of `program`, and its kernels for a target."""
+    graph = program(bodies)
+
+    def generate(node: Node, _: Target, config: int) -> Kernel | None:
+        assert node.body is not None
+        return loop_kernel(region(node.body), node.op) if config == 0 else None
+
+    table, report = build_kernels(graph, [target], generate)
+    assert not report.missing, str(report)
+    return graph, table
+
+
+def of_chunk(chunk: int, all_dtypes: bool) -> list[Body]:
+    """The calls of samples that kernels have, one part of `BUILT_CHUNKS`."""
+    torch.manual_seed(0)
+    return compilable([body for name in names()[chunk::BUILT_CHUNKS] for body in sampled(name, all_dtypes)])
+
+
+@pytest.mark.parametrize("chunk", range(BUILT_CHUNKS))
+def test_samples_compile(chunk: int, all_dtypes: bool) -> None:
+    """The interpreter takes what the compiler refuses, such as a division by a size of 0."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        bodies = of_chunk(chunk, all_dtypes)
+        assert bodies
+        built(bodies, Target(90))
 
 
 A = torch.ops.aten

@@ -119,6 +119,8 @@ class Index:
         return _index(terms)
 
     def __floordiv__(self, by: Index) -> Index:
+        if not by.terms:
+            return by  # in a dimension of size 0, which has no positions; Triton refuses to divide by it
         whole, rest = _split(self, by)
         if within(rest, by):
             return whole
@@ -134,6 +136,8 @@ class Index:
         return whole + _atom(Div(rest, by))
 
     def __mod__(self, by: Index) -> Index:
+        if not by.terms:
+            return by  # as above
         _, rest = _split(self, by)
         if within(rest, by):
             return rest
