@@ -25,9 +25,9 @@ SM = 80
 
 
 class Emulated(Interpreted):
-    """A launcher that interprets; `spoil` makes its results wrong."""
+    """A launcher that interprets; `spoil` says which scalars make its results wrong."""
 
-    def __init__(self, kernel: Kernel, spoil: bool = False) -> None:
+    def __init__(self, kernel: Kernel, spoil: Callable[[Sequence[int]], bool]) -> None:
         super().__init__(kernel)
         self.spoil = spoil
         self.target = Target(SM)
@@ -44,7 +44,7 @@ class Emulated(Interpreted):
         return sm == SM
 
     def __call__(self, pointers: Sequence[int], scalars: Sequence[int], grid: tuple[int, int, int]) -> None:
-        if not self.spoil:
+        if not self.spoil(scalars):
             super().__call__(pointers, scalars, grid)
 
 
@@ -54,6 +54,7 @@ class Device:
 
     Attributes:
         wrong: regions (by a part of their text) whose kernels compute nothing.
+        wrong_for: the scalars for which they do so.
         broken: what building raises, if anything.
         calls: microseconds of runs that call libraries; launches take 1.
         parts: how many those regions are cut in that can be.
@@ -61,6 +62,7 @@ class Device:
     """
 
     wrong: str | None = None
+    wrong_for: Callable[[Sequence[int]], bool] = lambda scalars: True
     broken: str | None = None
     calls: float = 2.0
     builds: list[int] = field(default_factory=list)
@@ -96,7 +98,7 @@ class Device:
     def load(self, op: str, candidate: Candidate, pointers: int) -> Launcher:
         kernel, spoil = self.kernels[candidate.launch.aligned.binary]
         assert len(kernel.pointers) == pointers
-        return Emulated(kernel, spoil)  # type: ignore[return-value]
+        return Emulated(kernel, self.wrong_for if spoil else lambda scalars: False)  # type: ignore[return-value]
 
     def time(self, runs: Sequence[Run]) -> float:
         self.timed += 1

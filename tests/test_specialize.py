@@ -156,6 +156,20 @@ def test_wrong_kernels_are_not_used(background: Background, caplog: pytest.LogCa
     assert "its kernel is wrong: output 0 has a relative error of" in caplog.text
 
 
+@pytest.mark.parametrize("batch", [5, 32])
+def test_kernels_for_any_size_are_checked_in_both_their_forms(background: Background, batch: int) -> None:
+    """One is for sizes that are multiples of 16, and it is not the one that the sizes of this call need, or it is."""
+    for aligned in (True, False):
+        device = Device(wrong="linear", wrong_for=lambda s, aligned=aligned: all(n % 16 == 0 for n in s) == aligned)
+        made, model = session(device, background, dynamic=True)
+        right(made, model, torch.randn(batch, 16))
+        assert made.specializer.wait(60)
+        base = made.specializer.base
+        assert {bool(region.problems) for region in base.regions if "linear" in str(region.body)} == {True}
+        assert not any("linear" in op for op in base.code.kernels)
+        right(made, model, torch.randn(batch, 16))
+
+
 def test_what_cannot_be_compiled(background: Background, caplog: pytest.LogCaptureFixture) -> None:
     """Kernels can't be compiled here: calls go on, and it is said once."""
     for _ in range(2):

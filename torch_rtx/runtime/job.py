@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from torch_rtx.errors import KernelError, RtxError
-from torch_rtx.ir import Graph, Node, kernel_nodes, typical_size
+from torch_rtx.ir import Graph, Node, Sym, kernel_nodes, typical_size
 from torch_rtx.kerneltable import Candidate, SplitCandidate
 from torch_rtx.runtime.background import Background
 from torch_rtx.runtime.bind import bind, bind_node
@@ -28,6 +28,7 @@ from torch_rtx.runtime.knowledge import CALLS, ENGINE, GENERATED, SPLIT, Knowled
 from torch_rtx.runtime.launch import Launcher, Way
 from torch_rtx.runtime.plan import TYPICAL
 from torch_rtx.runtime.trial import Run, Trial
+from torch_rtx.targets import ALIGNMENT
 
 if TYPE_CHECKING:
     from torch_rtx.runtime.specialize import Specializer, Variant
@@ -102,7 +103,13 @@ class Job:
         self.graph = variant.code.graph if variant.regions else bind(owner.graph, variant.sizes)
         # Sizes that depend on data are checked with a typical one.
         self.sizes = {name: typical_size(sym, TYPICAL) for name, sym in self.graph.syms.items()} | dict(sizes)
+        self.cases = [self.sizes, self.other_case()] if self.generic else [self.sizes]
         self.kernels = {op: launcher.bound(variant.sizes) for op, launcher in variant.code.kernels.items()}
+
+    def other_case(self) -> Mapping[str, int]:
+        """Sizes near to those that were met which kernels have other code for: multiples of 16 if these are not."""
+        aligned = all(size % ALIGNMENT == 0 for size in self.sizes.values())
+        return {name: _nearest(self.graph.syms[name], size, not aligned) for name, size in self.sizes.items()}
 
     def compile(self) -> None:
         """Compile, check, swap. What goes wrong leaves the variant as it is then."""
@@ -171,9 +178,9 @@ class Job:
         """Use a kernel if it is right. One that was measured was checked before."""
         try:
             way = self.load(region, offer)
-            if region.tactic is None:
-                trial = Trial(bind_node(region.node, self.sizes), self.owner.device)
-                problem = trial.problem(trial.code({region.node.op: way.bound(self.sizes)}))
+            for sizes in self.cases if region.tactic is None else ():
+                trial = Trial(bind_node(region.node, sizes), self.owner.device)
+                problem = trial.problem(trial.code({region.node.op: way.bound(sizes)}))
                 if problem is not None:
                     raise KernelError(f"its kernel is wrong: {problem}")
             self.use(region, way)
@@ -296,6 +303,14 @@ class Rivals:
         self.job.tools.knowledge.remember(self.region.key, self.region.tactic)
         if kind != ENGINE:
             self.job.use(self.region, way)
+
+
+def _nearest(sym: Sym, size: int, aligned: bool) -> int:
+    """The size nearest to `size` that `sym` may have and that is a multiple of 16, or is none; `size` if there is
+    none."""
+    steps = (sign * step * max(sym.multiple, 1) for step in range(ALIGNMENT) for sign in (1, -1))
+    fits = (n for n in (size + step for step in steps) if sym.min <= n and (sym.max is None or n <= sym.max))
+    return next((n for n in fits if (n % ALIGNMENT == 0) == aligned), size)
 
 
 @cache
