@@ -106,6 +106,7 @@ def test_zoo(name, tmp_path):
     module = torch_rtx.compile(model, args, kwargs)
     torch_rtx.save(module, tmp_path / "model.rtx")
     loaded = torch_rtx.load(tmp_path / "model.rtx")
+    assert not any(constant.data_ptr() % 64 for constant in loaded.engine.constants.values())
     loaded.refit(model)
     ours = module(*args, **kwargs)
     theirs = loaded(*args, **kwargs)

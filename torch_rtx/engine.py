@@ -270,7 +270,8 @@ def read_header(path: Path) -> Header:
 def load(path: Path) -> Engine:
     """The engine in the file, with every digest, name, type and rule of the graph checked.
 
-    The tensors are contiguous and on the CPU. They map the file: writing to them does not change it.
+    The tensors are contiguous and on the CPU. Weights map the file: writing to them does not change it. Constants do
+    not: some of PyTorch's CPU kernels round otherwise where memory is not aligned as PyTorch allocates it.
 
     Raises:
         EngineFormatError: no `.rtx` file, or anything in it is damaged, missing, unexpected or not allowed.
@@ -291,7 +292,7 @@ def load(path: Path) -> Engine:
         parts: dict[str, dict[str, Tensor]] = {"constant": {}, "weight": {}, "kernel": {}}
         for key, tensor in tensors.items():
             kind, _, name = key.partition("/")
-            parts[kind][name] = tensor
+            parts[kind][name] = tensor.clone() if kind == "constant" else tensor
         binaries = {name: tensor.numpy().tobytes() for name, tensor in parts["kernel"].items()}
         wrong = [name for name, stored in binaries.items() if kerneltable.digest(stored) != name]
         if wrong:
