@@ -252,6 +252,26 @@ def test_the_fastest_stays(background: Background) -> None:
     right(made, model)
 
 
+@pytest.mark.parametrize("settings", [LAZY, RuntimeSettings(specialization_strategy="eager")])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_measuring_that_changes_nothing(background: Background, settings: RuntimeSettings, dynamic: bool) -> None:
+    """The code stays, and with it the CUDA graphs that were captured from it."""
+    memory, first = Kept(), Device()
+    made, model = session(first, background, settings, dynamic, store=memory)
+    for _ in range(2):
+        right(made, model)
+    assert background.wait(60)
+    again, model = session(Device(kernels=first.kernels), background, settings, dynamic, store=memory)
+    swap, codes = jobs.Job.swap, []
+    with patch.object(jobs.Job, "swap", lambda job: (swap(job), codes.append(job.variant.code))):
+        for _ in range(2):
+            right(again, model)
+        assert background.wait(60)
+    compiled, measured = codes[-2:]
+    assert compiled.kernels
+    assert measured is compiled
+
+
 def test_what_a_job_has_compiled_is_no_kernel_of_the_engine(background: Background) -> None:
     made, model = session(Device(), background)
     right(made, model)

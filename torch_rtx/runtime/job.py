@@ -100,11 +100,14 @@ class Job:
     def __init__(self, owner: Specializer, variant: Variant, sizes: Mapping[str, int], tools: Tools) -> None:
         self.owner, self.variant, self.tools = owner, variant, tools
         self.generic = bool(sizes)
-        self.graph = variant.code.graph if variant.regions else bind(owner.graph, variant.sizes)
+        kernels = variant.code.kernels
+        bound = bool(variant.regions) or not variant.sizes  # by the job before this one, or there is nothing to bind
+        self.graph = variant.code.graph if bound else bind(owner.graph, variant.sizes)
         # Sizes that depend on data are checked with a typical one.
         self.sizes = {name: typical_size(sym, TYPICAL) for name, sym in self.graph.syms.items()} | dict(sizes)
         self.cases = [self.sizes, self.other_case()] if self.generic else [self.sizes]
-        self.kernels = {op: launcher.bound(variant.sizes) for op, launcher in variant.code.kernels.items()}
+        # The same objects where nothing is bound: code is made again, and CUDA graphs are dropped, only for others.
+        self.kernels = dict(kernels) if bound else {op: way.bound(variant.sizes) for op, way in kernels.items()}
 
     def other_case(self) -> Mapping[str, int]:
         """Sizes near to those that were met which kernels have other code for: multiples of 16 if these are not."""
