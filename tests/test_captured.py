@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.fake_graphs import FakeGraph, GraphDriver, install
+from torch_rtx.errors import InputError
 from torch_rtx.ir import Dim, Graph, Sym
 from torch_rtx.irparse import parse
 from torch_rtx.kerneltable import KernelTable, Launch, Variant, pack
@@ -204,6 +205,31 @@ def test_views_move_with_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(t.flatten(), expected)
         assert torch.equal(a, expected)
     assert FakeGraph.last.kinds() == ["kernel"]
+
+
+def test_a_result_that_is_an_input_in_another_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is a part of the caller's tensor, without gradients even where that has them."""
+    text = """
+      input x: f32[s, 4]
+      t: f32[s, 3](4, 1) = view aten.slice.Tensor(self=x, dim=1, start=1, end=4)
+      i: i32[s, 3](4, 1) = view aten.view.dtype(self=t, dtype='i32')
+      c: c64[s, 2] = view aten.view.dtype(self=x, dtype='c64')
+      e: f32[0, 4] = view aten.slice.Tensor(self=x, dim=0, start=2, end=2)
+      return [t, i, c, e]"""
+    module = Module(monkeypatch, text)
+    for step in range(4):
+        x = torch.randn(6 * 4 + 4)[:24].view(6, 4) if step % 2 else torch.randn(8, 4)[2:]
+        x.requires_grad_()
+        results = module(x)
+        plain = x.detach()
+        expected = plain[:, 1:], plain[:, 1:].view(torch.int32), plain.view(torch.complex64), plain[2:2]
+        for got, right in zip(results, expected, strict=True):
+            assert (got.dtype, got.data_ptr()) == (right.dtype, right.data_ptr())
+            assert (got.shape, got.stride()) == (right.shape, right.stride())
+            assert not got.requires_grad or step == 0  # the double of a plain call has gradients
+    assert module.pool.replays == 3
+    with pytest.raises(InputError, match="input 'x' does not begin at a multiple of the size of torch.complex64"):
+        module(torch.randn(25)[1:].view(6, 4))
 
 
 def test_a_result_with_another_shape(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from torch_rtx import aten
+from torch_rtx.errors import InputError
 from torch_rtx.ir import Graph, TensorType, Value, evaluate
 from torch_rtx.ir import Node as Step
 from torch_rtx.runtime.check import bind_sizes
@@ -332,14 +333,24 @@ def _alias(name: str, result: Any, given: _Inputs, pinned: set[int]) -> Output |
     if storage not in given.own:
         return None
     index = given.own[storage]
-    like, shape, strides = given.tensors[index].stride(), result.shape, result.stride()
-    offset = result.storage_offset() - given.tensors[index].storage_offset()
+    own, dtype, shape, strides = given.tensors[index], result.dtype, result.shape, result.stride()
+    like, above = own.stride(), _start(result) - _start(own)
 
     def view(inputs: Sequence[Any], fresh: Sequence[torch.Tensor]) -> torch.Tensor:
-        tensor = restride(inputs[index], like)
-        return tensor.as_strided(shape, strides, tensor.storage_offset() + offset)
+        tensor = restride(inputs[index], like).detach()
+        start, rest = divmod(_start(tensor) + above, dtype.itemsize)
+        if rest:
+            raise InputError(f"input {given.names[index]!r} does not begin at a multiple of the size of {dtype}")
+        if tensor.dtype != dtype:
+            tensor = tensor.new_empty(0, dtype=dtype).set_(tensor.untyped_storage(), 0, (0,))
+        return tensor.as_strided(shape, strides, start)
 
     return view
+
+
+def _start(tensor: torch.Tensor) -> int:
+    """Bytes from the beginning of a tensor's memory to its first element."""
+    return tensor.storage_offset() * tensor.element_size()
 
 
 @cache
