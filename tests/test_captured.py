@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +18,7 @@ from torch_rtx.errors import InputError
 from torch_rtx.ir import Dim, Graph, Sym
 from torch_rtx.irparse import parse
 from torch_rtx.kerneltable import KernelTable, Launch, Variant, pack
-from torch_rtx.runtime import code
+from torch_rtx.runtime import code, cudagraph
 from torch_rtx.runtime.captured import EXECUTABLES, is_worth, may_draw
 from torch_rtx.runtime.code import compile_graph
 from torch_rtx.runtime.cudagraph import GraphPool
@@ -287,6 +289,76 @@ def test_no_memory_for_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(torch.OutOfMemoryError):
             module(z, y)
     torch.testing.assert_close(module(z, y)[0], 2 * z + y)
+
+
+class Allocator:
+    """What PyTorch's allocator and current stream are told around captures."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, driver: GraphDriver) -> None:
+        self.underway: list[object] = []
+        self.locked: list[bool] = []
+        self.driver = driver
+        capture = torch.cuda.graph
+
+        @contextmanager
+        def told(graph: Any, handle: object = None, stream: Any = None, **named: Any) -> Iterator[None]:
+            """As PyTorch's: a capture that can't be ended leaves its memory and its stream as they are."""
+            assert handle not in self.underway, "already recording"
+            self.underway.append(handle)
+            before, driver.stream = driver.stream, 99
+            try:
+                with capture(graph):
+                    yield
+            finally:
+                if getattr(graph, "broken", False):
+                    raise RuntimeError("operation failed due to a previous error during capture")
+                driver.stream = before
+                self.underway.remove(handle)
+
+        def end(index: int, handle: object) -> None:
+            self.locked.append(cudagraph._CAPTURING.locked())
+            if handle not in self.underway:
+                raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+            self.underway.remove(handle)
+
+        monkeypatch.setattr(torch.cuda, "graph", told)
+        monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: setattr(driver, "stream", stream.raw))
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
+        monkeypatch.setattr(cudagraph, "capture_stream", lambda index: None)
+        monkeypatch.setattr(torch, "zeros", lambda *size, device: torch.empty(size))
+
+
+@pytest.mark.parametrize("where", ["in the capture", "at its end", "after it"])
+def test_a_capture_that_fails(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, where: str) -> None:
+    """The call is run plainly, as are all that follow; nothing is left of the capture, and others can be made."""
+    module = Module(monkeypatch, CHAIN, shared=True)
+    other = copy(module)
+    other.pool = GraphPool(module.graph, module.pool.run, DEVICE, 4, shared=True)
+    allocator, before = Allocator(monkeypatch, module.driver), module.driver.stream
+    run = module.pool.run
+
+    def failing(*given: Any) -> list[Any]:
+        if allocator.underway and where == "in the capture":
+            raise torch.OutOfMemoryError("no more\nin detail")
+        FakeGraph.last.broken = bool(allocator.underway) and where == "at its end"
+        return run(*given)
+
+    def refuse(*given: Any) -> Any:
+        raise RuntimeError("CUDA driver: no more")
+
+    module.pool.run = failing
+    x, y = torch.randn(2, 16).unbind()
+    with monkeypatch.context() as patch:
+        if where == "after it":
+            patch.setattr(module.driver, "cuGraphGetNodes", refuse)
+        for _ in range(3):
+            torch.testing.assert_close(module(x, y)[0], 2 * x + y)
+    assert (module.pool.captures, module.pool.replays) == (0, 0)
+    assert caplog.text.count("no CUDA graphs for this module, it can't be captured") == 1
+    assert (allocator.underway, allocator.locked, module.driver.stream) == ([], [True], before)
+    for _ in range(3):
+        torch.testing.assert_close(other(x, y)[0], 2 * x + y)
+    assert (other.pool.captures, other.pool.replays) == (1, 2)
 
 
 def test_static_outputs_stay_in_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:

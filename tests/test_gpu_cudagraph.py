@@ -248,6 +248,7 @@ def test_what_cannot_be_captured_runs_plain(caplog: pytest.LogCaptureFixture) ->
             x = torch.randn(8, device="cuda")
             torch.testing.assert_close(compiled(x), (x + 1) * (x + 1).sum())
     assert sum("no CUDA graphs" in record.message for record in caplog.records) == 1
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
 
 
 def test_inside_a_callers_own_capture() -> None:

@@ -11,6 +11,7 @@ import torch
 from torch_rtx.ir import Graph
 from torch_rtx.runtime.cudagraph import SEEN_PER_GRAPH, GraphPool
 from torch_rtx.runtime.graphmemory import GraphMemory
+from torch_rtx.runtime.session import _key
 
 STORE = SimpleNamespace(generation=0, values=[])
 
@@ -109,3 +110,25 @@ def test_after_a_failed_capture_others_go_elsewhere(monkeypatch: pytest.MonkeyPa
     memory.leave()
     memory.begin()
     assert memory.handle is not before
+
+
+def test_a_memory_lasts_as_long_as_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other graphs in it may be dropped meanwhile, by other threads."""
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    memory, graph = GraphMemory(torch.device("cuda", 0)), Held()
+    memory.begin()
+    memory.hold(graph)
+    before, held = memory.handle, memory.begin()
+    assert held == [graph]
+    del graph
+    memory.begin()
+    assert memory.handle is before
+    held.clear()
+    memory.begin()
+    assert memory.handle is not before
+
+
+def test_numbers_that_differ_have_graphs_of_their_own() -> None:
+    numbers = (0.0, -0.0, 0, False, 1.0, 1, True, 2, float("inf"))
+    assert len({_key([number]) for number in numbers}) == len(numbers)
+    assert _key([float("nan")]) == _key([float("nan")])

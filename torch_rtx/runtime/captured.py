@@ -342,7 +342,7 @@ def _alias(name: str, result: Any, given: _Inputs, pinned: set[int]) -> Output |
         if rest:
             raise InputError(f"input {given.names[index]!r} does not begin at a multiple of the size of {dtype}")
         if tensor.dtype != dtype:
-            tensor = tensor.new_empty(0, dtype=dtype).set_(tensor.untyped_storage(), 0, (0,))
+            tensor = tensor.new_empty(0, dtype=dtype).set_(tensor.untyped_storage(), 0, (0,), (1,))
         return tensor.as_strided(shape, strides, start)
 
     return view
@@ -350,7 +350,7 @@ def _alias(name: str, result: Any, given: _Inputs, pinned: set[int]) -> Output |
 
 def _start(tensor: torch.Tensor) -> int:
     """Bytes from the beginning of a tensor's memory to its first element."""
-    return tensor.storage_offset() * tensor.element_size()
+    return int(tensor.storage_offset()) * tensor.element_size()
 
 
 @cache

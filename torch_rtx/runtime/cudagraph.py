@@ -13,7 +13,7 @@ import gc
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -143,21 +143,22 @@ class GraphPool:
 
     def _capture(self, code: Code, inputs: Sequence[Any], store: WeightStore) -> Captured | None:
         """Capture the module for these inputs; None, and never tried again, where CUDA refuses."""
-        memory, handle = self.memory, None
-        try:
-            with _CAPTURING, _no_collection():
-                memory.begin()
-                handle = memory.handle
+        memory, stream = self.memory, torch.cuda.current_stream(self.device)
+        with _CAPTURING, _no_collection():
+            others = memory.begin()  # held meanwhile
+            try:
                 found = Captured(self, code, inputs, store)
                 if found.missing:
                     log.debug("these are copied after all, kernels have them elsewhere: %s", found.missing)
                     found = Captured(self, code, inputs, store, found.missing)
-        except RuntimeError as error:
-            self.disabled = str(error).splitlines()[0]
-            log.warning("no CUDA graphs for this module, it can't be captured: %s", self.disabled)
-            memory.leave()
-            _end_failed_capture(self.device, handle)
-            return None
+            except RuntimeError as error:
+                self.disabled = str(error).partition("\n")[0]
+                log.warning("no CUDA graphs for this module, it can't be captured: %s", self.disabled)
+                _end_failed_capture(self.device, memory.handle)
+                torch.cuda.set_stream(stream)  # PyTorch stays on that of a capture which can't be ended
+                memory.leave()
+                return None
+            del others
         self.captures += 1
         log.debug("captured a CUDA graph for %s", [tuple(x.shape) for x in inputs if isinstance(x, torch.Tensor)])
         return found
@@ -179,11 +180,11 @@ def _no_collection() -> Iterator[None]:
 def _end_failed_capture(device: torch.device, handle: Any) -> None:
     """Undo what a failed capture leaves behind in PyTorch: memory that is still being allocated for it, and the random
     number generator in the state of a capture, out of which a capture that ends takes it."""
-    torch._C._cuda_endAllocateToPool(device.index, handle)
-    stream, graph = capture_stream(device.index), torch.cuda.CUDAGraph()
-    with (
-        _CAPTURING,
-        torch.cuda.device(device),
-        torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
-    ):
-        torch.zeros(1, device=device)
+    with suppress(RuntimeError):  # it is not, where the capture was ended and something else failed
+        torch._C._cuda_endAllocateToPool(device.index, handle)
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=capture_stream(device.index), capture_error_mode="thread_local"):
+            torch.zeros(1, device=device)
+    except RuntimeError as error:
+        log.warning("another capture after one that failed fails, too: %s", error)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,11 +31,13 @@ class GraphMemory:
         self._stream: torch.cuda.Stream | None = None
         self.stream = -1
 
-    def begin(self) -> None:
+    def begin(self) -> Sequence[object]:
         """Captures follow, one at a time. Where no graph is left, they begin a new memory: PyTorch gives one back with
-        the last of its graphs."""
-        if not self._graphs:
+        the last of its graphs. Returns those that are left, which the caller has to hold until its own is captured."""
+        graphs = list(self._graphs)
+        if not graphs:
             self.handle = torch.cuda.graph_pool_handle()
+        return graphs
 
     def hold(self, graph: object) -> None:
         """A graph was captured in it."""

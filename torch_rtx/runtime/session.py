@@ -249,5 +249,8 @@ def _key(inputs: Sequence[Any]) -> tuple[object, ...]:
 
 
 def _number(given: object) -> object:
-    """What a call depends on in an input that is no tensor: 2 and 2.0 differ, all but numbers will be refused."""
-    return (type(given), given) if isinstance(given, int | float) else type(given)
+    """What a call depends on in an input that is no tensor: 2 and 2.0 differ, 0.0 and -0.0 too; all but numbers will be
+    refused."""
+    if isinstance(given, float):
+        return float, given.hex()
+    return (type(given), given) if isinstance(given, int) else type(given)
