@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.fake_driver import STREAM, FakeDriver, Function, Status
 from torch_rtx import aten
-from torch_rtx.runtime import captured, code, graphnodes
+from torch_rtx.runtime import captured, code, graphmemory, graphnodes
 
 Kernel = Callable[[Sequence[int], Sequence[int]], None]
 
@@ -243,6 +243,6 @@ def install(monkeypatch: pytest.MonkeyPatch, driver: GraphDriver) -> None:
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
     for kind in ("cpu", "cuda"):
         monkeypatch.setitem(code.EMPTY, kind, allocate)
-    monkeypatch.setattr(captured, "capture_stream", lambda index: None)
+    monkeypatch.setattr(graphmemory, "new_stream", lambda device: FakeStream(99, driver.waits))
     monkeypatch.setattr(graphnodes, "driver", lambda: driver)
     monkeypatch.setattr(captured, "driver", lambda: driver)

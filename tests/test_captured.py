@@ -305,7 +305,7 @@ class Allocator:
             """As PyTorch's: a capture that can't be ended leaves its memory and its stream as they are."""
             assert handle not in self.underway, "already recording"
             self.underway.append(handle)
-            before, driver.stream = driver.stream, 99
+            before, driver.stream = driver.stream, stream.raw
             try:
                 with capture(graph):
                     yield
@@ -324,7 +324,6 @@ class Allocator:
         monkeypatch.setattr(torch.cuda, "graph", told)
         monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: setattr(driver, "stream", stream.raw))
         monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
-        monkeypatch.setattr(cudagraph, "capture_stream", lambda index: None)
         monkeypatch.setattr(torch, "zeros", lambda *size, device: torch.empty(size))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from torch_rtx.ir import Graph
+from torch_rtx.runtime import graphmemory
 from torch_rtx.runtime.cudagraph import SEEN_PER_GRAPH, GraphPool
 from torch_rtx.runtime.graphmemory import GraphMemory
 from torch_rtx.runtime.session import _key
@@ -126,6 +128,19 @@ def test_a_memory_lasts_as_long_as_a_capture(monkeypatch: pytest.MonkeyPatch) ->
     held.clear()
     memory.begin()
     assert memory.handle is not before
+
+
+def test_memories_have_streams_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of memories that are gone are used again."""
+    monkeypatch.setattr(graphmemory, "_IDLE", defaultdict(list))
+    monkeypatch.setattr(graphmemory, "new_stream", lambda device: object())
+    one, other, elsewhere = (GraphMemory(torch.device("cuda", index)) for index in (0, 0, 1))
+    streams = [memory.capture_stream for memory in (one, other, elsewhere)]
+    assert len(set(streams)) == 3
+    assert one.capture_stream is streams[0]
+    del one, elsewhere
+    assert GraphMemory(torch.device("cuda", 0)).capture_stream is streams[0]
+    assert GraphMemory(torch.device("cuda", 1)).capture_stream is streams[2]
 
 
 def test_numbers_that_differ_have_graphs_of_their_own() -> None:

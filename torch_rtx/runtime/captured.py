@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +14,7 @@ from torch_rtx.ir import Graph, TensorType, Value, evaluate
 from torch_rtx.ir import Node as Step
 from torch_rtx.runtime.check import bind_sizes
 from torch_rtx.runtime.code import EMPTY, PLACED, Code, aligned, copy_strided, restride
-from torch_rtx.runtime.driver import checked, driver, new_stream
+from torch_rtx.runtime.driver import checked, driver
 from torch_rtx.runtime.graphnodes import Executables, GraphNodes, Port, kernel_uses
 from torch_rtx.runtime.inline import inline_kernels
 from torch_rtx.runtime.weights import WeightStore
@@ -63,8 +62,8 @@ class Captured:
         self._written_inputs = pool.written
         pinned = {t.untyped_storage().data_ptr() for t in (*store.values, *(inputs[i] for i in pool.written))}
         self.graph = torch.cuda.CUDAGraph(keep_graph=True)
-        stream, handle = capture_stream(pool.device.index), pool.memory.handle
-        with torch.cuda.graph(self.graph, handle, stream, capture_error_mode="thread_local"):
+        memory = pool.memory
+        with torch.cuda.graph(self.graph, memory.handle, memory.capture_stream, capture_error_mode="thread_local"):
             given.copy()
             results = pool.run(code, given.tensors, store.values)
             made = _Outputs(pool.graph, results, given, pinned, uses, pool.static_outputs)
@@ -351,9 +350,3 @@ def _alias(name: str, result: Any, given: _Inputs, pinned: set[int]) -> Output |
 def _start(tensor: torch.Tensor) -> int:
     """Bytes from the beginning of a tensor's memory to its first element."""
     return int(tensor.storage_offset()) * tensor.element_size()
-
-
-@cache
-def capture_stream(index: int) -> torch.cuda.Stream:
-    """The stream that captures on a device."""
-    return new_stream(torch.device("cuda", index))

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from torch_rtx.ir import MAIN, Graph, ScalarType, TensorType, dim_syms, type_dims
-from torch_rtx.runtime.captured import Captured, capture_stream
+from torch_rtx.runtime.captured import Captured
 from torch_rtx.runtime.code import Code
 from torch_rtx.runtime.driver import driver
 from torch_rtx.runtime.graphmemory import GraphMemory, shared_memory
@@ -154,7 +154,7 @@ class GraphPool:
             except RuntimeError as error:
                 self.disabled = str(error).partition("\n")[0]
                 log.warning("no CUDA graphs for this module, it can't be captured: %s", self.disabled)
-                _end_failed_capture(self.device, memory.handle)
+                _end_failed_capture(self.device, memory)
                 torch.cuda.set_stream(stream)  # PyTorch stays on that of a capture which can't be ended
                 memory.leave()
                 return None
@@ -177,14 +177,14 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _end_failed_capture(device: torch.device, handle: Any) -> None:
+def _end_failed_capture(device: torch.device, memory: GraphMemory) -> None:
     """Undo what a failed capture leaves behind in PyTorch: memory that is still being allocated for it, and the random
     number generator in the state of a capture, out of which a capture that ends takes it."""
     with suppress(RuntimeError):  # it is not, where the capture was ended and something else failed
-        torch._C._cuda_endAllocateToPool(device.index, handle)
+        torch._C._cuda_endAllocateToPool(device.index, memory.handle)
     try:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=capture_stream(device.index), capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=memory.capture_stream, capture_error_mode="thread_local"):
             torch.zeros(1, device=device)
     except RuntimeError as error:
         log.warning("another capture after one that failed fails, too: %s", error)

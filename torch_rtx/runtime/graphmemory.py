@@ -8,10 +8,16 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections import defaultdict
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
+
+from torch_rtx.runtime.driver import new_stream
+
+_IDLE: dict[int, list[torch.cuda.Stream]] = defaultdict(list)  # streams that captured for memories that are gone
 
 
 class GraphMemory:
@@ -30,6 +36,15 @@ class GraphMemory:
         self.handle: Any = None
         self._stream: torch.cuda.Stream | None = None
         self.stream = -1
+
+    @cached_property
+    def capture_stream(self) -> torch.cuda.Stream:
+        """The stream that captures its graphs, which no other memory has: libraries keep a workspace per stream, and
+        graphs of two memories may be replayed at once. To be read by one thread at a time."""
+        idle = _IDLE[self._device.index]
+        stream = idle.pop() if idle else new_stream(self._device)
+        weakref.finalize(self, idle.append, stream).atexit = False
+        return stream
 
     def begin(self) -> Sequence[object]:
         """Captures follow, one at a time. Where no graph is left, they begin a new memory: PyTorch gives one back with
