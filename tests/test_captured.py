@@ -234,6 +234,23 @@ def test_a_result_that_is_an_input_in_another_dtype(monkeypatch: pytest.MonkeyPa
         module(torch.randn(25)[1:].view(6, 4))
 
 
+@pytest.mark.parametrize("results", ["t", "t, t", "x, t, t"])
+def test_a_view_of_an_input_that_was_captured_with_other_strides(monkeypatch: pytest.MonkeyPatch, results: str) -> None:
+    """Its strides are others than the result's, so that the code has to copy it; no kernel reads it."""
+    text = f"""
+      input x: f32[s, 4]
+      t: f32[4] = view aten.select.int(self=x, dim=0, index=1)
+      return [{results}]"""
+    module = Module(monkeypatch, text)
+    held = []
+    for _ in range(5):
+        x = torch.randn(4, 6).t()
+        held.append((module(x), x[1]))
+    for got, expected in held:
+        assert all(torch.equal(result, expected) for result in got if result.dim() == 1)
+    assert module.pool.replays == 4
+
+
 def test_a_result_with_another_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     module = views(monkeypatch, 0, "t")
     held = []

@@ -210,7 +210,9 @@ class _Outputs:
         self.fresh: list[_Fresh] = []
         self.late: list[tuple[int, torch.Tensor]] = []
         self.outputs: list[Output] = []
-        self._results, self._uses = results, uses
+        # What lies in an input's memory is no result of a kernel, even where the code had to copy it.
+        self._uses = {name: use for name, use in uses.items() if use[0] not in given.names}
+        self._results = results
         self._whole: list[int] = []  # positions of outputs that are fresh tensors, in the order of these
         self._names = [attr.name if isinstance(attr, Value) else "" for attr in graph.outputs]
         groups: dict[tuple[int, int], list[int]] = {}  # positions of results in the same memory
