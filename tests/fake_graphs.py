@@ -91,7 +91,8 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.copy_.default:
             target, source = args
-            if target.stride() != source.stride():  # a kernel
+            dense = torch.ops.aten.is_non_overlapping_and_dense(target)
+            if target.stride() != source.stride() or not dense:  # a kernel
                 self.graph.nodes.append(Node("call", Params(), lambda: target.copy_(source)))
                 return target
             params = Params(srcDevice=source.data_ptr(), dstDevice=target.data_ptr(), nbytes=target.nbytes)

@@ -251,6 +251,25 @@ def test_a_view_of_an_input_that_was_captured_with_other_strides(monkeypatch: py
     assert module.pool.replays == 4
 
 
+def test_a_view_of_an_input_that_the_module_writes_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where its strides are others than at the capture, it is a copy, and that has what was written."""
+    text = """
+      input x: f32[s]
+      input y: f32[s]
+      a: f32[s] = kernel k(in0=x, in1=x) KERNEL
+      v: f32[1, s] = view aten.unsqueeze.default(self=y, dim=0)
+      extern aten.copy_.default(self=x, src=a)
+      return [v]"""
+    module = Module(monkeypatch, text)
+    x = torch.arange(32.0)[::2]
+    for step in range(4):
+        before, y = x.clone(), x if step == 3 else torch.randn(16)
+        (v,) = module(x, y)
+        assert torch.equal(x, 2 * before)
+        assert torch.equal(v[0], y)
+    assert module.pool.replays == 3
+
+
 def test_a_result_with_another_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     module = views(monkeypatch, 0, "t")
     held = []

@@ -90,7 +90,6 @@ class Captured:
         addresses = [tensor.data_ptr() for tensor in given]
         addresses += [tensor.data_ptr() for tensor in fresh]
         executable = self._executables.at(addresses)
-        outputs = fresh if self._all_fresh else [output(inputs, fresh) for output in self._outputs]
         memory = self.memory
         with memory.lock:
             stream = torch._C._cuda_getCurrentRawStream(self._device)
@@ -100,8 +99,11 @@ class Captured:
                 self.graph.replay()
             else:
                 checked(self._launch(executable, stream))
-            for position, result in self._late:
-                outputs[position] = copy_strided(result, result.stride())
+            late = [(position, copy_strided(result, result.stride())) for position, result in self._late]
+        # Only now: those that are copies of an input have what the graph wrote to it, as after a plain call.
+        outputs = fresh if self._all_fresh else [output(inputs, fresh) for output in self._outputs]
+        for position, result in late:
+            outputs[position] = result
         if self._written or self._written_inputs:
             _count_writes([*self._written, *(inputs[index] for index in self._written_inputs)])
         return outputs

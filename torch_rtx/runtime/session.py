@@ -1,7 +1,7 @@
 """A session: one engine with its weights on one device, called with a flat list of inputs.
 
-Calls check the inputs against the graph's types and ranges (once per combination that is met), and run the code of their
-sizes, at whatever tier it is by then; on CUDA as one CUDA graph per input shape once that code is final.
+Calls check the inputs against the graph's types and ranges (once per combination that is met), and run the code of
+their sizes, at whatever tier it is by then; on CUDA as one CUDA graph per input shape once that code is final.
 """
 
 from __future__ import annotations
