@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from torch_rtx import aten
-from torch_rtx.ir import Graph, Node, Value
+from torch_rtx.ir import Graph, Node, TensorType, Value, attr_dims
 from torch_rtx.lowering.constants import CPU
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.rewrite import Rewriter, returned, rewrite, users
@@ -21,6 +21,7 @@ TELLING = {"aten.tanh.default": "tanh", "aten.erf.default": "none"}  # the argum
 LAST = "aten.mul.Tensor"
 CALLS = frozenset(f"aten.{name}" for name in ("add.Tensor", "div.Tensor", "mul.Tensor", "neg.default", "sub.Tensor"))
 CALLS |= {"aten.pow.Tensor_Scalar", *TELLING}
+DTYPES = ("f16", "bf16", "f32")  # in f64 it shows that the constants of models are rounded
 MOST = 12  # calls
 NEAR = 1e-6  # the two kinds of gelu differ by 5e-4, and the constants of models by less
 
@@ -69,7 +70,8 @@ def raise_gelu(graph: Graph, infer: Inference) -> Graph:
 
 
 def _is_gelu(chain: _Chain, source: Value, kinds: list[str]) -> bool:
-    if len(kinds) != 1:
+    sizes = [dim for call in chain.calls for _, attr in call.args for dim in attr_dims(attr)]
+    if len(kinds) != 1 or sizes or not isinstance(source.type, TensorType) or source.type.dtype not in DTYPES:
         return False
     numbers = torch.linspace(-6, 6, 97, dtype=torch.float64)
     known: dict[str, torch.Tensor] = {source.name: numbers}
