@@ -1,4 +1,5 @@
-"""Types of new nodes: the node's own ATen call, run on fake tensors. No shape function is written by hand."""
+"""Types of new nodes: the node's own ATen call, run on fake tensors. No shape function is written by hand; a call that
+PyTorch cannot run there is written out as others."""
 
 from __future__ import annotations
 
@@ -29,6 +30,8 @@ OPERATORS = {
 # What stands for MAIN: static calls run on meta tensors, calls with symbols in a fake mode, which costs ten times as
 # much.
 META, FAKE = torch.device("meta"), torch.device("cpu")
+# PyTorch's own function for the types of this call broadcasts no symbolic sizes.
+WRITTEN_OUT = {"aten.addcmul.default": lambda self, tensor1, tensor2, value=1: self + value * tensor1 * tensor2}
 
 
 class Inference:
@@ -64,7 +67,7 @@ class Inference:
             device = FAKE if symbolic else META
             given = {name: aten.to_torch(schema[name][0], self._concrete(attr, device), device) for name, attr in args}
             try:
-                result = overload(**given)
+                result = (WRITTEN_OUT.get(op, overload) if symbolic else overload)(**given)
             except (RuntimeError, TypeError, ValueError, IndexError) as error:
                 self._new_symbols()
                 raise Unsupported(f"{op} does not take these arguments: {error}") from None
