@@ -119,7 +119,7 @@ class _Writer(Rewriter):
     def restore(self, value: Value) -> None:
         """Let what follows read `value` in the layout of its capture."""
         now = self.now(value)
-        if now == value or not isinstance(value.type, TensorType):
+        if not isinstance(now, Value) or now.type == value.type or not isinstance(value.type, TensorType):
             return
         for form in FORMATS:
             try:
@@ -129,10 +129,14 @@ class _Writer(Rewriter):
             if type_ == value.type:
                 self.replace(value, self.emit("aten.clone.default", None, (type_,), self=now, memory_format=form))
                 return
-        self.replace(value, self._permuted(now, value.type))
+        copy = self._permuted(now, value.type)
+        if copy is None:
+            self._viewed(value)
+        else:
+            self.replace(value, copy)
 
-    def _permuted(self, now: Attr, type_: TensorType) -> Value:
-        """A copy of `now` in any dense layout: that of a view of rows."""
+    def _permuted(self, now: Attr, type_: TensorType) -> Value | None:
+        """A copy of `now` in any dense layout: that of a view of rows. None: the layout has gaps or repeats."""
         for order in permutations(range(len(type_.shape))):
             back = tuple(map(order.index, range(len(order))))
             moved = contiguous(tuple(type_.shape[axis] for axis in order))
@@ -140,7 +144,20 @@ class _Writer(Rewriter):
                 rows = self.emit("aten.permute.default", None, None, self=now, dims=order)
                 rows = self.emit("aten.clone.default", None, None, self=rows, memory_format="contiguous_format")
                 return self.emit("aten.permute.default", None, (type_,), self=rows, dims=back)
-        raise Unsupported(f"the layout {type_}")
+        return None
+
+    def _viewed(self, value: Value) -> None:
+        """Takes the view `value` once more, of what it was taken of in the layout of its capture."""
+        node = next(node for node in self.graph.nodes if value in node.outputs)
+        if not aten.is_view(aten.overload(node.op)):
+            raise Unsupported(f"the layout {value.type}")
+        for given in node.inputs:
+            self.restore(given)
+        outputs = tuple(None if old is None else self._fresh(old.type) for old in node.outputs)
+        self.nodes.append(replace(node, args=node.map_inputs(self.now), outputs=outputs))
+        for old, new in zip(node.outputs, outputs, strict=True):
+            if new is not None:
+                self.replace(old, new)
 
 
 def _differs(type_: Type, value: Value | None) -> bool:
