@@ -19,7 +19,8 @@ from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.rewrite import Rewriter
 
 SEQUENCES = "aten.conv1d.default"
-CONVOLUTIONS = frozenset(("aten.conv2d.default", "aten.convolution.default", SEQUENCES))
+NAMED = frozenset(("aten.conv1d.padding", "aten.conv2d.padding"))  # whose padding is "same" or "valid"
+CONVOLUTIONS = frozenset(("aten.conv2d.default", "aten.convolution.default", SEQUENCES, *NAMED))
 FORMATS = ("contiguous_format", "channels_last")
 
 
@@ -52,6 +53,9 @@ class _Writer(Rewriter):
             self.nodes.append(replace(node, args=node.map_inputs(self.now)))
 
     def _convolution(self, node: Node) -> bool:
+        if node.op in NAMED:
+            numbered = _numbered(node)
+            return numbered is not None and self._convolution(numbered)
         image = node.arg("input")
         if not isinstance(image, Value) or not isinstance(image.type, TensorType):
             return False
@@ -158,6 +162,21 @@ class _Writer(Rewriter):
         for old, new in zip(node.outputs, outputs, strict=True):
             if new is not None:
                 self.replace(old, new)
+
+
+def _numbered(node: Node) -> Node | None:
+    """A convolution whose padding has a name with numbers in its place; None where the two sides would differ."""
+    weight = node.arg("weight")
+    assert isinstance(weight, Value)
+    assert isinstance(weight.type, TensorType)
+    sizes = weight.type.shape[2:]
+    dilation, same = node.arg("dilation", (1,) * len(sizes)), node.arg("padding", "valid") == "same"
+    assert isinstance(dilation, tuple)
+    both = [step * (size - 1) if same else 0 for step, size in zip(dilation, sizes, strict=True)]  # type: ignore[operator]
+    if any(one % 2 for one in both):
+        return None
+    args = {**dict(node.args), "padding": tuple(one // 2 for one in both)}
+    return replace(node, op=node.op.replace(".padding", ".default"), args=tuple(args.items()))
 
 
 def _differs(type_: Type, value: Value | None) -> bool:
