@@ -22,6 +22,7 @@ def mlp(device: str) -> nn.Module:
     return nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)).to(device)
 
 
+@pytest.mark.usefixtures("unspecialized")
 def test_second_gpu(tmp_path: Path) -> None:
     model = mlp("cuda:1")
     module = torch_rtx.compile(model, (torch.randn(4, 64, device="cuda:1"),))
