@@ -5,12 +5,14 @@ SHELL := /bin/bash
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 WORKERS ?= 2
+# What `make sanitize` runs; none: all.
+MODELS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup
 
-.PHONY: setup test gpu-test demo lint clean
+.PHONY: setup test gpu-test sanitize demo lint clean
 
 setup: $(STAMP)
 
@@ -31,6 +33,11 @@ test: lint
 
 gpu-test:
 	$(PYTHON) -m pytest -m gpu
+
+# API errors are left out: cuda-bindings asks the driver for functions that it may not have.
+sanitize:
+	compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 1 $(PYTHON) -m tests.sanitized $(MODELS)
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) -m tests.sanitized $(MODELS)
 
 # The environment's own Python serves when its torch sees a GPU.
 demo:
