@@ -15,6 +15,7 @@ from benchmarks.suites import SUITES, Suite
 
 Cell = Callable[[Row, dict[str, Any]], str]
 DASH = "–"
+NO_COMPILER = ("eager", "aot_eager")
 
 HEAD = """\
 # Performance
@@ -31,6 +32,12 @@ machines or different sections: a ratio here is always between peers that took t
 - *of floor*: how many times the least time it takes, which is the larger of FLOPs over the measured rate of a large
   matrix product and compulsory bytes (weights, inputs and outputs, once) over the measured rate of a large copy.
 - *of best*: relative to the fastest peer of the same process that is not torch_rtx.
+"""
+IN_SHORT = """
+## In short
+
+How many times faster a call is, in a row of calls, than with the fastest other compiler that was measured beside it.
+
 """
 
 
@@ -214,6 +221,25 @@ def _overview(section: Section, environments: dict[str, dict[str, Any]]) -> str:
     return table(["workload", "floor", *names], lines)
 
 
+def speedups(results: Results) -> str:
+    """A table of workloads on GPUs: how many times faster than the fastest other compiler in the same process. Empty
+    where there is none."""
+    ways = {"`torch.compile`": False, "engine file": True}
+    lines = []
+    latency = [section for section in sections(results) if section.suite.name == "latency" and section.size == "full"]
+    rows = [row for section in latency for row in section.ok if metric(row, "device_ms") and metric(row, "ratio")]
+    for workload, group in groupby(rows, key=shape):
+        ours = [row for row in group if PEERS[row["peer"]].ours and metric(row, "ratio")["against"] not in NO_COMPILER]
+        if ours:
+            fastest = min(ours, key=lambda row: float(metric(row, "device_ms")["median"]))
+            cells = [workload, metric(fastest, "ratio")["against"], number(metric(fastest, "device_ms")["median"])]
+            for exported in ways.values():
+                found = ratios(row for row in ours if PEERS[row["peer"]].exported == exported)
+                cells.append(f"{1 / min(map(min, found.values())):.2f}x" if found else "")
+            lines.append(cells)
+    return table(["workload", "compared with", "fastest, device ms", *ways], lines) if lines else ""
+
+
 def _means(section: Section) -> str:
     found = ratios(section.ok)
     lines = [
@@ -275,4 +301,6 @@ def section_text(section: Section, environments: dict[str, dict[str, Any]]) -> s
 
 def page(results: Results) -> str:
     """The whole page."""
-    return HEAD + "".join(section_text(section, results.environments) for section in sections(results))
+    short = speedups(results)
+    text = HEAD + (IN_SHORT + short if short else "")
+    return text + "".join(section_text(section, results.environments) for section in sections(results))

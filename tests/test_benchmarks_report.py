@@ -244,9 +244,13 @@ def test_workloads() -> None:
 
 
 def test_page_is_what_the_results_say(capsys: pytest.CaptureFixture[str]) -> None:
-    """No figure in docs/performance.md is written by hand."""
+    """No figure in docs/performance.md and README.md is written by hand."""
     assert main(["report"]) == 0
-    assert capsys.readouterr().out == (ROOT / "docs" / "performance.md").read_text()
+    page = capsys.readouterr().out
+    assert page == (ROOT / "docs" / "performance.md").read_text()
+    figures = report.speedups(results.merged(sorted(CHECKED_IN.glob("*.json"))))
+    assert figures in page
+    assert figures in (ROOT / "README.md").read_text()
 
 
 def test_report(tmp_path: Path) -> None:
@@ -273,6 +277,7 @@ def test_report(tmp_path: Path) -> None:
     assert "| gpt2-b1 float16 | 1.00 | 6.00 | 2.00 | **0.500** |" in lines
     assert "| gpt2-b1 float16 | rtx | 0.500 (0.375–0.750) | 0.500 | 0.250 (0.250–0.250) |" in lines
     assert "| rtx | 2 | 0.500 | 0.250–1.00 |" in lines
+    assert "| gpt2-b1 float16 | inductor | 0.500 | 4.00x |" in lines
     assert "- max-autotune (resnet50-b1 float16): failed: stopped after 9 s, during prepare" in lines
     assert "- onnxruntime: unavailable: not installed: onnxruntime" in lines
     assert lines.index("| resnet50-b1 float16 | 1.00 | 6.00 | **2.00** | **2.00** |") < lines.index(
