@@ -62,7 +62,7 @@ def drawn(value: Value, sizes: dict[str, int]) -> torch.Tensor:
     assert isinstance(type_, TensorType)
     shape, strides = ([evaluate(dim, sizes) for dim in dims] for dims in (type_.shape, type_.strides))
     dtype = aten.DTYPES[type_.dtype]
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) if all(shape) else 0
+    extent = aten.extent(shape, strides)
     memory = torch.randn(extent) if dtype.is_floating_point else torch.randint(0, 2, (extent,))
     return memory.to(dtype).as_strided(shape, strides)
 

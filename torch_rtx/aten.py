@@ -7,6 +7,7 @@ looked up, so that the text of an engine can't reach anything else.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -101,6 +102,11 @@ def is_view(op: torch._ops.OpOverload) -> bool:
     """Whether every output of `op` is an alias of an input, so that it moves no data."""
     returns = op._schema.returns
     return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+
+
+def extent(shape: Sequence[int], strides: Sequence[int]) -> int:
+    """Elements from a tensor's first to its last in memory, with what lies between; 0 for a tensor of none."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) if all(shape) else 0
 
 
 @cache

@@ -246,7 +246,7 @@ class _Outputs:
             return False
         index = len(self.fresh)
         like: Like = (length,), (1,), first.dtype
-        if len(results) == 1 and _extent(first) == length:
+        if len(results) == 1 and aten.extent(first.shape, first.stride()) == length:
             like = tuple(first.shape), first.stride(), first.dtype
             self.outputs[positions[0]] = lambda inputs, fresh: fresh[index]
             self._whole += positions
@@ -259,13 +259,14 @@ class _Outputs:
     def _copy(self, position: int) -> None:
         """Capture the copy of a result, or have it made after each replay."""
         result = self._results[position]
-        if _extent(result) > 2 * result.numel():  # a thin slice of something large: not as one piece of memory
+        extent = aten.extent(result.shape, result.stride())
+        if extent > 2 * result.numel():  # a thin slice of something large: not as one piece of memory
             self.late.append((position, result))
             return
         index = len(self.fresh)
         copied = None
         if result.numel():
-            source = result.as_strided((_extent(result),), (1,))  # what lies between its elements included
+            source = result.as_strided((extent,), (1,))  # what lies between its elements included
             copied = source, torch.empty_like(source)
             copied[1].copy_(source)
         like = tuple(result.shape), result.stride(), result.dtype
@@ -314,13 +315,6 @@ def _part(index: int, result: torch.Tensor) -> Output:
     """A result that is a part of a fresh tensor."""
     shape, strides, offset = tuple(result.shape), result.stride(), result.storage_offset()
     return lambda inputs, fresh: PLACED(fresh[index], shape, strides, offset)
-
-
-def _extent(tensor: torch.Tensor) -> int:
-    """Elements from the tensor's first to its last in memory."""
-    if not tensor.numel():
-        return 0
-    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _alias(name: str, result: Any, given: _Inputs, pinned: set[int]) -> Output | None:

@@ -132,9 +132,7 @@ def _disjoint(spans: Sequence[Sequence[int]]) -> tuple[tuple[int, int], ...]:
 
 def nbytes(type_: TensorType) -> int:
     """Bytes from the first element of a tensor to its last, with what lies between."""
-    shape, strides = _numbers(type_.shape), _numbers(type_.strides)
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-    return extent * aten.DTYPES[type_.dtype].itemsize if 0 not in shape else 0
+    return aten.extent(_numbers(type_.shape), _numbers(type_.strides)) * aten.DTYPES[type_.dtype].itemsize
 
 
 def _numbers(dims: Sequence[object]) -> list[int]:

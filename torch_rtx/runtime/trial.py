@@ -99,17 +99,12 @@ class Trial:
 def _bytes(value: Value) -> int:
     type_ = value.type
     assert isinstance(type_, TensorType)
-    return _extent(*_numbers(type_)) * aten.DTYPES[type_.dtype].itemsize
+    return aten.extent(*_numbers(type_)) * aten.DTYPES[type_.dtype].itemsize
 
 
 def _numbers(type_: TensorType) -> tuple[list[int], list[int]]:
     """Sizes and strides of a type that has numbers for both."""
     return [int(size) for size in type_.shape], [int(stride) for stride in type_.strides]  # type: ignore[arg-type]
-
-
-def _extent(shape: Sequence[int], strides: Sequence[int]) -> int:
-    """Elements from the first to the last in memory."""
-    return 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if all(shape) else 0
 
 
 def lowest_size(body: Graph) -> int:
@@ -124,7 +119,7 @@ def drawn(value: Value, device: torch.device, generator: torch.Generator, low: i
     type_ = value.type
     assert isinstance(type_, TensorType)
     shape, strides = _numbers(type_)
-    extent = _extent(shape, strides)
+    extent = aten.extent(shape, strides)
     dtype = aten.DTYPES[type_.dtype]
     if dtype.is_floating_point or dtype.is_complex:
         memory = torch.randn(extent, generator=generator, device=device).to(dtype)
