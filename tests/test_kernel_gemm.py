@@ -7,8 +7,8 @@ from expecttest import TestCase
 
 from tests.kernel_bodies import body, check
 from torch_rtx.errors import Unsupported
-from torch_rtx.lowering.kernels.cost import CHIPS, chip, problem, shared_memory
-from torch_rtx.lowering.kernels.gemm import GemmConfig, gemm_configs, gemm_kernel, gemm_product
+from torch_rtx.lowering.kernels.cost import CHIPS, LAUNCH, chip, problem, shared_memory
+from torch_rtx.lowering.kernels.gemm import GemmConfig, after_call, gemm_configs, gemm_kernel, gemm_product
 from torch_rtx.lowering.kernels.generate import library
 from torch_rtx.lowering.kernels.region import region
 
@@ -537,8 +537,24 @@ def test_large_products_are_the_library_s_on_hopper() -> None:
     gelu = "z: H[3072, 3072] = gelu.default(self=y)\nreturn z"
     assert rival(3072, 768, 3072) == "faster"
     assert rival(3072, 3072, 768, after=gelu) == "slower"  # the call and a kernel for the gelu take longer than both
+    assert rival(4096, 4096, 4096) == rival(4608, 9216, 3072) == "faster"
     assert rival(128, 768, 768) == rival(3072, 768, 3072, sm=89) == "slower"
     assert rival(512, 50257, 768) == "slower"  # its rows do not begin at multiples of 16 bytes
+
+
+def test_what_follows_a_library_call_reads_residuals_too() -> None:
+    def after(text: str) -> float:
+        return after_call(region(body(text)), 90)
+
+    plain = linear(2048, 1024, 64)
+    gelu = plain.replace("return y", "z: H[2048, 1024] = gelu.default(self=y)\nreturn z")
+    residual = f"r: H[2048, 1024]\n{plain}".replace(
+        "return y", "z: H[2048, 1024] = add.Tensor(self=y, other=r)\nreturn z"
+    )
+    result = 2048 * 1024 * 2 / (CHIPS[90].memory * 1e3)
+    assert after(plain) == 0
+    assert after(gelu) == pytest.approx(LAUNCH + 2 * result)
+    assert after(residual) == pytest.approx(LAUNCH + 3 * result)
 
 
 @pytest.mark.parametrize("name", ["mm", "linear", "bmm", "baddbmm"])

@@ -197,8 +197,14 @@ def best_time(region: Region, of: Product, target: int) -> float:
 
 
 def loop_time(region: Region, target: int) -> float:
-    """The time of a kernel that reads results of the anchor and writes the region's."""
-    return LAUNCH + 2 * sum(map(bytes_of, region.types)) / (chip(target).memory * 1e3)
+    """The time of a kernel that reads what the anchor has written, and all else that the results need, and writes
+    these."""
+    assert region.anchor is not None
+    read = {one.name for one in everything(region.outputs) if isinstance(one, Load) and not one.anchor}
+    moved = [value for value in region.body.inputs if value.name in read]
+    moved += [value for value in region.anchor.outputs if value is not None]
+    types = [*map(tensor_type, moved), *region.types]
+    return LAUNCH + sum(map(bytes_of, types)) / (chip(target).memory * 1e3)
 
 
 def _few(of: Product) -> bool:
