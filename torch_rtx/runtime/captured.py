@@ -98,7 +98,9 @@ class Captured:
             if self._draws:
                 self.graph.replay()
             else:
-                checked(self._launch(executable, stream))
+                status = self._launch(executable, stream)
+                if status[0]:
+                    checked(status)
             late = self._late and [(position, copy_strided(result, result.stride())) for position, result in self._late]
         # Only now: those that are copies of an input have what the graph wrote to it, as after a plain call.
         outputs = fresh if self._all_fresh else [output(inputs, fresh) for output in self._outputs]
