@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import torch_rtx
-from tests.compiled import same
+from tests.compiled import compile_rtx, same
 from torch_rtx.backend.entry import identities
 from torch_rtx.errors import RefitError
 
@@ -98,3 +98,24 @@ def test_a_parameter_of_another_type_is_refused(net) -> None:
         compiled(X)
     model.out.weight = nn.Parameter(torch.ones(4, 8))
     same(compiled(X), model(X), atol=1e-5, rtol=1e-4)
+
+
+def test_only_what_is_open_decides_under_guards(fresh_dynamo, recorder) -> None:
+    """A call with hundreds of inputs, as in training, looks at none of them where all sizes are known."""
+
+    def f(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x * 2 + y
+
+    x, y = torch.randn(3, 4), torch.randn(4)
+    same(compile_rtx(f)(x, y), f(x, y))
+    assert recorder.sessions[-1]._types([x, y]) == ()
+    torch._dynamo.reset()
+    torch._dynamo.mark_dynamic(x, 0)
+    compiled = compile_rtx(f)
+    for size in (3, 5, 5, 3):
+        x = torch.randn(size, 4)
+        torch._dynamo.maybe_mark_dynamic(x, 0)
+        same(compiled(x, y), f(x, y))
+    assert len(recorder) == 2
+    given = [3, x, y] if len(recorder.sessions[-1].graph.inputs) == 3 else [x, y]
+    assert 0 < len(recorder.sessions[-1]._types(given)) < len(given)

@@ -26,15 +26,6 @@ _ADDRESS, _VERSION = torch.Tensor.data_ptr, attrgetter("_version")
 _HOST = torch.device("cpu")
 
 
-def _addresses_are(tensors: list[torch.Tensor], addresses: list[int], indices: list[int]) -> bool:
-    """Whether the tensors at `indices`, which are all of them, lie at `addresses`."""
-    return list(map(_ADDRESS, tensors)) == addresses
-
-
-# In one call, where PyTorch is built for CUDA: each call of a live module asks for hundreds of parameters.
-_addresses_are = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", _addresses_are)
-
-
 class WeightStore:
     """The tensors of `graph.weights` on `device`.
 
@@ -61,7 +52,6 @@ class WeightStore:
         self._hosts = {} if streamer is None else streamer.hosts
         self.parameters = tuple(p for p in graph.parameters if not p.constant)
         self.weights = graph.weights
-        self._indices = list(range(len(self.parameters)))
         self._types = {p.name: p.type for p in graph.parameters}
         self._constants = {p.name: constants[p.name] for p in graph.parameters if p.constant}
         if streamer is None:
@@ -116,12 +106,13 @@ class WeightStore:
         Raises:
             RefitError: a tensor does not fit its parameter: guards that would have seen it were left out.
         """
-        if self._addresses is not None and _addresses_are(list(tensors), self._addresses, self._indices):
+        addresses = list(map(_ADDRESS, tensors))
+        if addresses == self._addresses:
             self.refresh()
             return
         check(self.parameters, tensors)
         self._attach(tensors)
-        self._addresses = list(map(_ADDRESS, tensors))
+        self._addresses = addresses
 
     def _attach(self, tensors: Sequence[torch.Tensor]) -> None:
         sources = {p.name: t.detach() for p, t in zip(self.parameters, tensors, strict=True)}
