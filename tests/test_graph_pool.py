@@ -13,7 +13,7 @@ from torch_rtx.ir import Graph
 from torch_rtx.runtime import graphmemory
 from torch_rtx.runtime.cudagraph import SEEN_PER_GRAPH, GraphPool
 from torch_rtx.runtime.graphmemory import GraphMemory
-from torch_rtx.runtime.session import _key
+from torch_rtx.runtime.session import _number
 
 STORE = SimpleNamespace(generation=0, values=[])
 
@@ -145,5 +145,5 @@ def test_memories_have_streams_of_their_own(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_numbers_that_differ_have_graphs_of_their_own() -> None:
     numbers = (0.0, -0.0, 0, False, 1.0, 1, True, 2, float("inf"))
-    assert len({_key([number]) for number in numbers}) == len(numbers)
-    assert _key([float("nan")]) == _key([float("nan")])
+    assert len({_number(number) for number in numbers}) == len(numbers)
+    assert _number(float("nan")) == _number(float("nan"))

@@ -586,4 +586,28 @@ def test_conjugated_inputs() -> None:
             return x * 2
 
     x = torch.randn(4, dtype=torch.complex64)
-    assert torch.equal(torch_rtx.compile(Double(), (x,))(x.conj()), x.conj() * 2)
+    module = torch_rtx.compile(Double(), (x,))
+    assert torch.equal(module(x.conj()), x.conj() * 2)
+    for given in (x, x.conj(), x, torch._neg_view(x), x.conj()):  # of one type, but for a bit of each
+        assert torch.equal(module(given), given * 2)
+
+
+def test_inputs_are_checked_whatever_the_last_call_was() -> None:
+    """That a call has the types of the last one is told in another way than that they fit."""
+
+    class Add(nn.Module):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return x + y
+
+    x = torch.ones(4, 4)
+    module = torch_rtx.compile(Add(), (x, x))
+    for _ in range(2):
+        for y in (x, x.t(), x.clone().requires_grad_(), nn.Parameter(x), x[:1].expand(4, 4)):
+            assert torch.equal(module(x, y), x + x)
+        with torch.inference_mode():
+            assert torch.equal(module(x, x), x + x)
+        for wrong, message in ((x.double(), "dtype"), (x[:2], "dimension 0"), (x[0], "dimensions"), (2.0, "tensor")):
+            with pytest.raises(InputError, match=message):
+                module(x, wrong)
+        with pytest.raises(InputError, match="expected 2 inputs, got 1"):
+            module.session([x])

@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from torch_rtx.backend.build import compile
     from torch_rtx.backend.explain import Explanation, explain
+    from torch_rtx.backend.guards import skip_layer_guards
     from torch_rtx.backend.inputs import Input
     from torch_rtx.engine import Engine, inspect
     from torch_rtx.errors import (
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "torch_rtx.backend.build": ("compile",),
     "torch_rtx.backend.explain": ("Explanation", "explain"),
+    "torch_rtx.backend.guards": ("skip_layer_guards",),
     "torch_rtx.backend.inputs": ("Input",),
     "torch_rtx.engine": ("Engine", "inspect"),
     "torch_rtx.errors": (
@@ -99,6 +101,7 @@ __all__ = [
     "refit_module_weights",
     "runtime_settings",
     "save",
+    "skip_layer_guards",
     "wait",
 ]
 

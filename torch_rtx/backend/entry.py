@@ -6,7 +6,9 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from ctypes import c_void_p, sizeof, string_at
 from dataclasses import replace
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -132,21 +134,32 @@ def _bind(
     called = frozenset(node.op for node in program.graph.nodes if node.kind == "fallback")
     kernels, tools = kernels_and_tools(program.kernels, program.graph, program.device, runtime)
     given = program.callables, called, kernels
-    template = Session(program.graph, store, runtime, *given, tools=tools, shares_memory=True)
+    template = Session(program.graph, store, runtime, *given, tools=tools, shares_memory=True, guarded=True)
     program.dump("run.py", template.source)
     sessions = _Sessions(template)
     used = {parameter.name for parameter in store.parameters}
-    weights = [i for i, role in enumerate(roles) if role.name in used and role.kind == "parameter"]
-    inputs = [i for i, role in enumerate(roles) if role.kind == "input" and i not in fixed]
+    weights = _taker([i for i, role in enumerate(roles) if role.name in used and role.kind == "parameter"])
+    inputs = _taker([i for i, role in enumerate(roles) if role.kind == "input" and i not in fixed])
 
     def call(args: list[Any]) -> list[Any]:
-        session = sessions.of([args[i] for i in weights])
-        given = [args[i] for i in inputs]
+        session = sessions.of(weights(args))
+        given = inputs(args)
         args.clear()  # the boxed convention: an activation that nobody else holds may go as soon as it is used
-        return session(given, check=False)
+        return session(given)
 
     call._boxed_call = True  # type: ignore[attr-defined]
     return call
+
+
+def _taker(indices: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """What takes the items at `indices` out of a sequence."""
+    return itemgetter(*indices) if len(indices) > 1 else lambda items: tuple([items[index] for index in indices])
+
+
+def identities(objects: tuple[object, ...]) -> bytes:
+    """The ids of `objects`, as machine words: what the tuple itself holds in CPython. Hundreds of parameters are told
+    from others by one copy, where a tuple of their ids would take as long as the rest of a call."""
+    return string_at(id(objects) + tuple.__basicsize__, len(objects) * sizeof(c_void_p))
 
 
 class _Sessions:
@@ -157,12 +170,12 @@ class _Sessions:
 
     def __init__(self, template: Session) -> None:
         self._template = template
-        self._found: dict[tuple[int, ...], tuple[Session, list[weakref.ref[torch.Tensor]]]] = {}
+        self._found: dict[bytes, tuple[Session, list[weakref.ref[torch.Tensor]]]] = {}
         self._lock = threading.Lock()
 
-    def of(self, parameters: Sequence[torch.Tensor]) -> Session:
+    def of(self, parameters: tuple[torch.Tensor, ...]) -> Session:
         """The session of these parameters, with its weights up to date. Safe to call from many threads."""
-        key = tuple(map(id, parameters))
+        key = identities(parameters)
         with self._lock:  # not only for the dict: no thread may run on weights that another is still computing
             found = self._found.get(key)
             if found is None:
@@ -171,7 +184,7 @@ class _Sessions:
             session.store.update(parameters)
         return session
 
-    def _follow(self, key: tuple[int, ...], parameters: Sequence[torch.Tensor]) -> list[weakref.ref[torch.Tensor]]:
+    def _follow(self, key: bytes, parameters: Sequence[torch.Tensor]) -> list[weakref.ref[torch.Tensor]]:
         """References that drop the session with the first of its parameters, before an id can be used again."""
         owner = weakref.ref(self)
 

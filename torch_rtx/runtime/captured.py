@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 # 2 us of the device's, and on the device 1 us more per so many bytes.
 KERNELS_PER_COPY = 4
 BYTES_PER_KERNEL = 512 << 10
+ADDRESS = torch.Tensor.data_ptr
 EXECUTABLES = 4  # of one graph: inputs in one of two places, results in one of two
 Output = Callable[[Sequence[Any], Sequence[torch.Tensor]], Any]  # of the inputs, and the fresh tensors of a replay
 Like = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]  # shape, strides, dtype
@@ -87,8 +88,7 @@ class Captured:
         given = [fit(inputs[index], strides) for index, strides, fit in self._sources]
         empty = EMPTY["cuda"]
         fresh = [empty(*like) for like in self._fresh]
-        addresses = [tensor.data_ptr() for tensor in given]
-        addresses += [tensor.data_ptr() for tensor in fresh]
+        addresses = list(map(ADDRESS, given + fresh))
         executable = self._executables.at(addresses)
         memory = self.memory
         with memory.lock:
@@ -98,8 +98,10 @@ class Captured:
             if self._draws:
                 self.graph.replay()
             else:
-                checked(self._launch(executable, stream))
-            late = [(position, copy_strided(result, result.stride())) for position, result in self._late]
+                status = self._launch(executable, stream)
+                if status[0]:
+                    checked(status)
+            late = self._late and [(position, copy_strided(result, result.stride())) for position, result in self._late]
         # Only now: those that are copies of an input have what the graph wrote to it, as after a plain call.
         outputs = fresh if self._all_fresh else [output(inputs, fresh) for output in self._outputs]
         for position, result in late:

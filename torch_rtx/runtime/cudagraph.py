@@ -75,6 +75,7 @@ class GraphPool:
         shared: bool = False,
     ) -> None:
         self.graph, self.run, self.device, self.size = graph, run, device, size
+        self._index = device.index  # of this one, asking for it takes a while
         self.static_outputs = static_outputs
         self.captured: dict[object, Captured] = {}
         self.written = [i for i, value in enumerate(graph.inputs) if value.name in graph.written]
@@ -100,7 +101,7 @@ class GraphPool:
             key: says all that captured code depends on but addresses.
             code: what to run; a graph of other code with the same key is dropped.
         """
-        if torch._C._cuda_getDevice() != self.device.index:
+        if torch._C._cuda_getDevice() != self._index:
             with torch.cuda.device(self.device):
                 return self(key, code, inputs, store)
         if self.disabled is not None or torch.cuda.is_current_stream_capturing():
@@ -108,9 +109,11 @@ class GraphPool:
         if self.written:
             key = (key, tuple([(inputs[i].data_ptr(), inputs[i].stride()) for i in self.written]))
         with self._lock:
-            found = self._find(key, code, inputs, store)
+            found = self.captured.get(key)
+            if found is None or found.code is not code or self._generation != store.generation:
+                found = self._find(key, code, inputs, store)
             if found is not None:
-                self.replays += 1
+                found.used = self.replays = self.replays + 1
                 return found.replay(inputs)
         outputs = self.run(code, inputs, store.values)
         # Library handles are per thread, and a capture can't make them: a thread captures only after a plain call.

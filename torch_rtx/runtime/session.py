@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from torch_rtx.errors import InputError, SettingsError
-from torch_rtx.ir import Graph
+from torch_rtx.ir import Graph, ScalarType, TensorType, dim_syms, type_dims
 from torch_rtx.profiles import Profile
 from torch_rtx.runtime.check import check_inputs
 from torch_rtx.runtime.code import Code, compile_graph, undisturbed
@@ -33,7 +33,7 @@ from torch_rtx.runtime.weights import WeightStore
 from torch_rtx.settings import RuntimeSettings
 
 log = logging.getLogger(__name__)
-MAX_CHECKED = 1024  # combinations of input types that are remembered as checked
+MAX_KNOWN = 1024  # combinations of input types that are remembered as checked, each with its key
 # What hears of each call of a session; empty but inside of `watched_calls`.
 _WATCHERS: list[Callable[[Session, Sequence[Any]], None]] = []
 
@@ -80,6 +80,7 @@ class Session:
         tools: what makes kernels while the session is used; None: it stays as it is.
         shares_memory: its CUDA graphs are in the memory of those of other such sessions, see `GraphPool`.
         profiles: one of these must hold all sizes of a call, see `check_inputs`.
+        guarded: guards of its caller check the inputs: they have the types of the graph, and the session checks none.
 
     Raises:
         InvalidIR: an op does not exist here or a dim can't be determined.
@@ -96,6 +97,7 @@ class Session:
         profiles: Sequence[Profile] = (),
         tools: Tools | None = None,
         shares_memory: bool = False,
+        guarded: bool = False,
     ) -> None:
         self.graph, self.store, self.device = graph, store, store.device
         self.profiles = profiles
@@ -107,8 +109,10 @@ class Session:
             return compile_graph(graph, store.device, callables, trusted_ops, kernels=kernels, streamer=streamer)
 
         self.specializer = Specializer(graph, compiled, kernels or {}, store.device, settings, tools)
-        self._checked: set[object] = set()
-        self._last: Any = None  # a key that needs no check; comparing is cheaper than hashing
+        self._guarded, self._count = guarded, len(graph.inputs)
+        self._open = [i for i, value in enumerate(graph.inputs) if _is_open(value.type)]
+        self._known: dict[object, object] = {}  # the key of calls, by the types of their inputs, which need no check
+        self._last: tuple[Callable[..., bool], object] = _never, None  # whether inputs have the types of the last call
         self.pool: GraphPool | None = None
         if store.device.type == "cuda" and settings.cuda_graph_strategy != "disabled":
             reason = why_not(graph) or (streamer and streamer.pageable)
@@ -156,7 +160,8 @@ class Session:
 
     def current(self, inputs: Sequence[Any]) -> Variant:
         """What runs these inputs now."""
-        return self.specializer.current(_key(inputs))
+        types = self._types(inputs)
+        return self.specializer.current(self._known.get(types, types))
 
     def probed(self, code: Code, probe: Callable[[], None]) -> Code:
         """Code for measuring, which does what `code` does and calls `probe`, see `compile_graph`."""
@@ -173,25 +178,16 @@ class Session:
         """Around a call: with weights that are streamed, one at a time."""
         return nullcontext() if self.streamer is None else self.streamer.turn()
 
-    def __call__(self, inputs: Sequence[Any], check: bool = True) -> list[Any]:
+    def __call__(self, inputs: Sequence[Any]) -> list[Any]:
         """The graph's outputs for `inputs`, both flat and in the graph's order.
-
-        Args:
-            check: False where a guard has already checked the inputs.
 
         Raises:
             InputError: names the input, the dimension and the range.
         """
-        if check:
-            inputs = _plain(inputs)
-        key, last = _key(inputs), self._last
-        if key == last:
-            key = last  # tables find the same object faster than an equal one
-        elif check and key not in self._checked:
-            check_inputs(self.graph, inputs, self.device, self.profiles)
-            if len(self._checked) < MAX_CHECKED:
-                self._checked.add(key)
-        self._last = key
+        same, key = self._last
+        if len(inputs) != self._count or not same(*inputs):
+            inputs = inputs if self._guarded else _plain(inputs)
+            key = self._key(inputs)
         if _WATCHERS:
             for watcher in list(_WATCHERS):
                 watcher(self, inputs)
@@ -208,6 +204,31 @@ class Session:
             return pool(key, variant.code, inputs, self.store)
         with self.streamer.turn():
             return pool(key, variant.code, inputs, self.store)
+
+    def _types(self, inputs: Sequence[Any]) -> tuple[object, ...]:
+        """What a call depends on in its inputs but their contents, addresses and strides."""
+        given = [inputs[index] for index in self._open] if self._guarded else inputs
+        return tuple([(x.shape, x.dtype, x.device) if isinstance(x, torch.Tensor) else _number(x) for x in given])
+
+    def _key(self, inputs: Sequence[Any]) -> object:
+        """The key of a call: one object for equal types, so that no table has to hash sizes to find what is for them.
+
+        Raises:
+            InputError: see `check_inputs`.
+        """
+        types = self._types(inputs)
+        key = self._known.get(types)
+        if key is None:
+            if not self._guarded:
+                check_inputs(self.graph, inputs, self.device, self.profiles)
+            if len(self._known) >= MAX_KNOWN:
+                return types
+            key = self._known.setdefault(types, object())
+        if not self._guarded:
+            self._last = _same_types(inputs), key
+        elif not self._open:
+            self._last = _always, key
+        return key
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until nothing more is being compiled or measured; False if that takes longer than `timeout` seconds."""
@@ -243,9 +264,28 @@ def _plain(inputs: Sequence[Any]) -> Sequence[Any]:
     return inputs
 
 
-def _key(inputs: Sequence[Any]) -> tuple[object, ...]:
-    """What a call depends on in its inputs but their contents and addresses."""
-    return tuple([(x.shape, x.dtype, x.device) if isinstance(x, torch.Tensor) else _number(x) for x in inputs])
+def _is_open(type_: TensorType | ScalarType) -> bool:
+    """Whether inputs of this type may differ in more than contents and addresses."""
+    return not isinstance(type_, TensorType) or any(True for dim in type_dims(type_) for _ in dim_syms(dim))
+
+
+def _never(*inputs: Any) -> bool:
+    """Whether inputs have the types of those of the last call: nothing is known of these."""
+    return False
+
+
+def _always(*inputs: Any) -> bool:
+    """As `_never`, where there are no other types."""
+    return True
+
+
+def _same_types(inputs: Sequence[Any]) -> Callable[..., bool]:
+    """Whether other inputs, as many, have the types and strides of these, told by one call: it was made for guards, and
+    knows pending conjugations and negations, too. Where it says no they may have them nevertheless."""
+    if not inputs or not all(isinstance(given, torch.Tensor) for given in inputs):
+        return _never
+    guards = torch._C._dynamo.guards.TensorGuards(*inputs, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+    return guards.check
 
 
 def _number(given: object) -> object:

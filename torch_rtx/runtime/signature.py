@@ -76,7 +76,7 @@ class Signature:
         """
         if len(args) != self._count or kwargs.keys() != self._names:
             args, kwargs = self._as_captured(args, kwargs)
-        leaves = [*args, *[kwargs[name] for name in self._keywords]]
+        leaves = [*args, *map(kwargs.__getitem__, self._keywords)] if kwargs else list(args)
         if not self._flat:
             leaves = self._flattened(leaves)
         if self._straight:

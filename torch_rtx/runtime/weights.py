@@ -22,7 +22,7 @@ from torch_rtx.runtime.code import compile_graph, overwrite, restride, undisturb
 from torch_rtx.runtime.streaming import Streamer
 
 Tensors = Mapping[str, torch.Tensor]
-_VERSION = attrgetter("_version")
+_ADDRESS, _VERSION = torch.Tensor.data_ptr, attrgetter("_version")
 _HOST = torch.device("cpu")
 
 
@@ -81,7 +81,7 @@ class WeightStore:
 
     def _detach(self) -> None:
         self._owned = [index in self._hosts for index in range(len(self.weights))]
-        self._addresses: list[int] = []
+        self._addresses: list[int] | None = None
         self._forget()
 
     def _forget(self) -> None:
@@ -102,13 +102,17 @@ class WeightStore:
 
         They must be the same objects in each call: a store follows one set of parameters, and holds their memory but
         not them. Their contents may change, and through `parameter.data = other` their memory.
+
+        Raises:
+            RefitError: a tensor does not fit its parameter: guards that would have seen it were left out.
         """
-        addresses = [tensor.data_ptr() for tensor in tensors]
-        if addresses != self._addresses:
-            self._attach(tensors)
-            self._addresses = addresses
-        else:
+        addresses = list(map(_ADDRESS, tensors))
+        if addresses == self._addresses:
             self.refresh()
+            return
+        check(self.parameters, tensors)
+        self._attach(tensors)
+        self._addresses = addresses
 
     def _attach(self, tensors: Sequence[torch.Tensor]) -> None:
         sources = {p.name: t.detach() for p, t in zip(self.parameters, tensors, strict=True)}
@@ -160,7 +164,7 @@ class WeightStore:
         with self._writing():
             for index, value in fresh.items():
                 self._store(index, value if self._owned[index] else self._copy(index, value), True)
-        self._addresses = []
+        self._addresses = None
         self._forget()
 
     def _store(self, index: int, value: torch.Tensor, owned: bool) -> None:
@@ -233,6 +237,18 @@ def match(parameters: Sequence[Parameter], sources: Tensors, unused: Collection[
     if missing or unexpected or mismatched:
         raise RefitError(tuple(missing), unexpected, mismatched)
     return found
+
+
+def check(parameters: Sequence[Parameter], tensors: Sequence[torch.Tensor]) -> None:
+    """Check each tensor against its parameter.
+
+    Raises:
+        RefitError: lists all that do not fit.
+    """
+    problems = {p.name: _problem(tensor, p.type) for p, tensor in zip(parameters, tensors, strict=True)}
+    mismatched = {name: problem for name, problem in problems.items() if problem is not None}
+    if mismatched:
+        raise RefitError((), (), mismatched)
 
 
 def _problem(tensor: object, type_: TensorType) -> str | None:
