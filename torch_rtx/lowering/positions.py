@@ -65,8 +65,8 @@ class Positions:
         return position, self.at(tensor, position)
 
     def taken(self, node: Node) -> tuple[Position, Position | None]:
-        """A variable for each dimension of the result of `node`, and where in its first input the element there is from;
-        None where that is not known."""
+        """A variable for each dimension of the result of `node`, and the position in its first input that the element
+        there is from; None where that is not known."""
         source, (output,) = node.inputs[0], node.outputs
         values = self._tensors | {source.name: load(source.name, tensor_type(source))}
         assert output is not None
@@ -93,7 +93,9 @@ class Positions:
             case Move(source=source, at=moved):
                 return self.at(source, moved(position))
             case Map():
-                return _result(tensor, [self.at(arg, () if isinstance(arg, Number) else position) for arg in tensor.args])
+                return _result(
+                    tensor, [self.at(arg, () if isinstance(arg, Number) else position) for arg in tensor.args]
+                )
             case Within():
                 return self._within(tensor, position)
             case Gather():
@@ -175,13 +177,17 @@ def _sum(op: ast.operator, one: Element | None, two: Element | None) -> Element 
 def _logic(op: ast.operator, one: Element | None, two: Element | None) -> Element | None:
     """Of truths."""
     if isinstance(op, ast.BitXor):
-        return one if two == ZERO else _sum(ast.Sub(), ONE, one) if two == ONE else None
+        return one if two == ZERO else _negated(one) if two == ONE else None
     if not isinstance(op, ast.BitAnd | ast.BitOr):
         return None
     neutral, decisive = (ONE, ZERO) if isinstance(op, ast.BitAnd) else (ZERO, ONE)
     if decisive in (one, two):
         return decisive
     return two if one in (neutral, two) else one if two == neutral else None
+
+
+def _negated(one: Element | None) -> Element | None:
+    return AtLeastZero(ZERO - one.index - ONE) if isinstance(one, AtLeastZero) else _sum(ast.Sub(), ONE, one)
 
 
 def _compared(op: ast.cmpop, one: Element | None, two: Element | None) -> Element | None:

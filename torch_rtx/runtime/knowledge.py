@@ -168,7 +168,9 @@ def region_key(body: Graph) -> str:
 
 def _unnamed(body: Graph) -> Graph:
     """`body` without the names of the kernels in it, which are those of the sizes of the capture."""
-    nodes = (node if node.body is None else replace(node, op=node.kind, body=_unnamed(node.body)) for node in body.nodes)
+    nodes = (
+        node if node.body is None else replace(node, op=node.kind, body=_unnamed(node.body)) for node in body.nodes
+    )
     return replace(body, nodes=tuple(nodes))
 
 
