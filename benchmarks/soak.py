@@ -3,7 +3,8 @@
     python -m benchmarks.soak --calls 200000 [--device cuda]
 
 There are more sizes than may have kernels, or CUDA graphs, of their own. Prints the time, and the memory of the process
-and of the device, after a tenth of the calls and after all of them, and exits with 1 if memory grew by more than a percent.
+and of the device, after a tenth of the calls and after all of them, and exits with 1 if memory grew by more than one
+percent.
 """
 
 from __future__ import annotations

@@ -136,3 +136,15 @@ def test_what_is_not_known(text: str) -> None:
     assert isinstance(value, Value)
     _, element = Positions(graph).element(value)
     assert element is None
+
+
+@pytest.mark.parametrize(("dtype", "start", "known"), [("f16", 0, True), ("f16", 1, True), ("c64", 0, False)])
+def test_where_elements_are_taken(dtype: str, start: int, known: bool) -> None:
+    """Kernels have no complex numbers: nothing is known of these."""
+    graph = body(f"""dim s0 = 1, 64, 1
+        x: {dtype}[(1 + s0)]
+        a: i64[s0] = arange.start(start={start}, end=(s0 + {start}), device='main')
+        y: {dtype}[s0] = index.Tensor(self=x, indices=[a])
+        return y""")
+    position, there = Positions(graph).taken(graph.nodes[-1])
+    assert there == ((position[0] + constant(start),) if known else None)

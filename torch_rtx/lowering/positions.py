@@ -68,11 +68,13 @@ class Positions:
         """A variable for each dimension of the result of `node`, and the position in its first input that the element
         there is from; None where that is not known."""
         source, (output,) = node.inputs[0], node.outputs
-        values = self._tensors | {source.name: load(source.name, tensor_type(source))}
         assert output is not None
+        if any(value.name not in self._tensors for value in node.inputs[1:]):
+            return (), None
         try:
+            values = self._tensors | {source.name: load(source.name, tensor_type(source))}
             tensor = express(node, values)[output.name]
-        except (KeyError, Unsupported):
+        except Unsupported:
             return (), None
         position = everywhere(tensor.shape)
         return position, self._source(tensor, position) if isinstance(tensor, Gather) else None
