@@ -2,14 +2,16 @@
 
     python -m benchmarks.soak --calls 200000 [--device cuda]
 
-Prints the memory of the process and of the device after a tenth of the calls and after all of them, and exits with 1 if
-either grew by more than a percent.
+There are more sizes than may have kernels, or CUDA graphs, of their own. Prints the time, and the memory of the process
+and of the device, after a tenth of the calls and after all of them, and exits with 1 if memory grew by more than one
+percent.
 """
 
 from __future__ import annotations
 
 import resource
 import sys
+import time
 from typing import Annotated
 
 import torch
@@ -51,6 +53,7 @@ def main(
     made = module(device)
     inputs = [torch.randn(2 + size, 64, device=device) for size in range(SIZES)]
     measured: list[tuple[int, int]] = []
+    start = time.perf_counter()
     for index in range(calls):
         made(inputs[(7 * index) % SIZES])
         if index + 1 in (calls // 10, calls):
@@ -59,7 +62,8 @@ def main(
                 torch.cuda.synchronize()
             measured.append((host_bytes(), torch.cuda.memory_allocated() if device == "cuda" else 0))
             host, used = measured[-1]
-            print(f"{index + 1:>9,} calls: {host / 2**20:.1f} MiB of the host, {used / 2**20:.1f} MiB of the device")
+            memory = f"{host / 2**20:.1f} MiB of the host, {used / 2**20:.1f} MiB of the device"
+            print(f"{index + 1:>9,} calls, {time.perf_counter() - start:.1f} s: {memory}")
     grown = any(after > TOLERANCE * before for before, after in zip(*measured, strict=True))
     sys.exit(int(grown))
 

@@ -193,7 +193,9 @@ class RuntimeSettings(_Checked):
         "Compile and measure kernels for this GPU and the sizes that are met: in the background, before the call "
         "returns, or never.",
     )
-    specialized_shapes: int = _count(8, "Most combinations of sizes that a module has kernels of their own for.")
+    specialized_shapes: int = _count(
+        8, "Most combinations of sizes that a module has kernels of their own for: those that come again most."
+    )
     tuning_seconds: float = _option(
         60.0,
         "a number of at least 0",
@@ -203,7 +205,9 @@ class RuntimeSettings(_Checked):
     static_outputs: bool = _flag(
         False, "Results of a CUDA graph stay in its own memory, which the next call overwrites: none is made per call."
     )
-    cuda_graph_pool_size: int = _count(16, "Most CUDA graphs that a module keeps; the least recently used goes first.")
+    cuda_graph_pool_size: int = _count(
+        16, "Most CUDA graphs that a module keeps: those of the shapes that come again most."
+    )
     weight_streaming_budget: int | str | None = _option(
         None,
         'None, bytes such as 2_000_000_000 or "2GiB", or a share such as "50%"',

@@ -9,7 +9,7 @@ each kernel absorbs those on its way in, and whoever reads the result through a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
@@ -133,9 +133,8 @@ class Grouping:
             if domain is None or self._leads_around(first, second):
                 continue
             merged = Unit(sorted(first.members + second.members), first.epoch, domain, first.cost + second.cost)
-            if len(merged.members) <= MAX_MEMBERS and self._can_be_one(merged):
-                for member in merged.members:
-                    self.unit[member] = merged
+            if len(merged.members) <= MAX_MEMBERS:
+                self._adopt(merged, self._is_one)
 
     def _joined(self, first: Unit, second: Unit) -> Domain | None:
         """The domain of both, where it is one."""
@@ -180,13 +179,9 @@ class Grouping:
                 left.append(self.unit[index])
         return False
 
-    def _can_be_one(self, unit: Unit) -> bool:
-        inputs, outputs = self.interface(unit)
-        if len(inputs) + len(outputs) > MAX_POINTERS:
-            return False
-        if unit.domain is None or unit.domain.size is None:
-            return True  # maps of any kind are one loop
-        return _is_loop(self.body(unit))
+    def _is_one(self, unit: Unit) -> bool:
+        """Whether `unit` is one loop, as maps of any kind are."""
+        return unit.domain is None or unit.domain.size is None or _is_loop(self.body(unit))
 
     # ---- anchors -----------------------------------------------------------------------------------------------------
 
@@ -199,9 +194,9 @@ class Grouping:
         if tail is not None and self._follows(tail, anchor):
             after = [self.kernel(tail)] if self.worthwhile(tail) else [self.nodes[i] for i in tail.members]
             members = sorted(anchor.members + tail.members)
-            if self._adopt(Unit(members, anchor.epoch, steps=[node, *after])):
+            if self._adopt(Unit(members, anchor.epoch, steps=[node, *after]), self._is_kernel):
                 return
-        self._adopt(Unit(anchor.members, anchor.epoch, steps=[node]))
+        self._adopt(Unit(anchor.members, anchor.epoch, steps=[node]), self._is_kernel)
 
     def _follows(self, tail: Unit, anchor: Unit) -> bool:
         """Whether `tail` is a loop over the elements of the anchor's result."""
@@ -209,12 +204,16 @@ class Grouping:
         same = tail.domain is not None and tail.domain.size is None and tail.epoch == anchor.epoch
         return same and tail.domain.count == elements(result) and not self._leads_around(anchor, tail)  # type: ignore[union-attr]
 
-    def _adopt(self, unit: Unit) -> bool:
-        """Puts `unit` in the place of its members' units, if code can be generated for it."""
+    def _is_kernel(self, unit: Unit) -> bool:
+        """Whether code can be generated for `unit`."""
+        return _is_kernel(self.body(unit))
+
+    def _adopt(self, unit: Unit, fits: Callable[[Unit], bool]) -> bool:
+        """Puts `unit` in the place of its members' units, if it then fits: what only they read is no result of it."""
         before = {member: self.unit[member] for member in unit.members}
         self.unit.update(dict.fromkeys(unit.members, unit))
         inputs, outputs = self.interface(unit)
-        if len(inputs) + len(outputs) <= MAX_POINTERS and _is_kernel(self.body(unit)):
+        if len(inputs) + len(outputs) <= MAX_POINTERS and fits(unit):
             return True
         self.unit.update(before)
         return False

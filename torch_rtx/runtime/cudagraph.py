@@ -1,10 +1,11 @@
 """Unified CUDA graphs: a whole module, engine and fallback operators together, replayed as one graph per input shape.
 
-The first call with a combination of shapes runs the plain code, a later one captures it, the rest replay. A caller may
-pass other tensors in each call and keep all results. What only kernels touch is read and written where the caller has
-it: the addresses in these kernels are set before each replay. Other inputs are copied into memory of the graph, and
-other results out of it, by the graph's own first and last nodes, whose addresses are set just so: no copy costs a
-launch. Inputs that the module writes to (caches) are captured at their address instead, which is part of the key.
+The first call with a combination of shapes runs the plain code, a later one captures it, the rest replay; where more
+combinations come again than there may be graphs, some go on with the plain code (`runtime.places`). A caller may pass
+other tensors in each call and keep all results. What only kernels touch is read and written where the caller has it:
+the addresses in these kernels are set before each replay. Other inputs are copied into memory of the graph, and other
+results out of it, by the graph's own first and last nodes, whose addresses are set just so: no copy costs a launch.
+Inputs that the module writes to (caches) are captured at their address instead, which is part of the key.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from torch_rtx.runtime.captured import Captured
 from torch_rtx.runtime.code import Code
 from torch_rtx.runtime.driver import driver
 from torch_rtx.runtime.graphmemory import GraphMemory, shared_memory
+from torch_rtx.runtime.places import Places
 from torch_rtx.runtime.weights import WeightStore
 
 log = logging.getLogger(__name__)
 # CUDA captures per process, not per session: the synchronization at the start of a capture would break another one.
 _CAPTURING = threading.Lock()
-SEEN_PER_GRAPH = 8  # keys that are remembered as met once, per graph of the pool
 RunCode = Callable[[Code, Sequence[Any], Sequence[torch.Tensor]], list[Any]]
 
 
@@ -56,7 +57,7 @@ def why_not(graph: Graph) -> str | None:
 
 
 class GraphPool:
-    """The CUDA graphs of one session: at most `size`, the least recently used goes first. Many threads may call it.
+    """The CUDA graphs of one session: at most `size`, see `Places`. Many threads may call it.
 
     Args:
         run: runs code of `graph` with inputs and weights.
@@ -81,7 +82,7 @@ class GraphPool:
         self.written = [i for i, value in enumerate(graph.inputs) if value.name in graph.written]
         self.captures = self.replays = 0
         self.disabled: str | None = None
-        self._met: dict[object, None] = {}  # keys that ran the plain code once, oldest first
+        self._places = Places(self.captured, size)
         self._memory = None if shared and not static_outputs else GraphMemory(device)
         self._lock = threading.RLock()
         self._warm = threading.local()
@@ -121,7 +122,7 @@ class GraphPool:
         return outputs
 
     def _find(self, key: object, code: Code, inputs: Sequence[Any], store: WeightStore) -> Captured | None:
-        """The graph for `key`, captured now if it was met before; None where this call has to run the plain code."""
+        """The graph for `key`, captured now if that is due; None where this call has to run the plain code."""
         if self._generation != store.generation:
             self.captured.clear()
             self._generation = store.generation
@@ -130,18 +131,15 @@ class GraphPool:
             del self.captured[key]
             found = None
         if found is None:
-            if key in self._met and getattr(self._warm, "done", False):
+            if self._places.meet(key) and getattr(self._warm, "done", False):
                 found = self._capture(code, inputs, store)
             if found is None:
-                self._met[key] = None
-                if len(self._met) > SEEN_PER_GRAPH * self.size:
-                    del self._met[next(iter(self._met))]
                 return None
-            del self._met[key]
+            place = self._places.take(key)
+            if place is not None:
+                del self.captured[place]
             self.captured[key] = found
         found.used = self.replays
-        if len(self.captured) > self.size:
-            del self.captured[min(self.captured, key=lambda key: self.captured[key].used)]
         return found
 
     def _capture(self, code: Code, inputs: Sequence[Any], store: WeightStore) -> Captured | None:

@@ -11,7 +11,7 @@ import json
 import logging
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from importlib import metadata
 from typing import Any, Protocol, TypeVar
@@ -163,7 +163,15 @@ class Knowledge:
 
 def region_key(body: Graph) -> str:
     """The name of a region: equal for equal operations and types, wherever they come from."""
-    return hashlib.sha256(str(without_locations(body)).encode()).hexdigest()[:32]
+    return hashlib.sha256(str(_unnamed(without_locations(body))).encode()).hexdigest()[:32]
+
+
+def _unnamed(body: Graph) -> Graph:
+    """`body` without the names of the kernels in it, which are those of the sizes of the capture."""
+    nodes = (
+        node if node.body is None else replace(node, op=node.kind, body=_unnamed(node.body)) for node in body.nodes
+    )
+    return replace(body, nodes=tuple(nodes))
 
 
 def name_of(key: str) -> str:

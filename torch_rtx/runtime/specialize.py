@@ -10,7 +10,6 @@ import logging
 import threading
 import time
 import weakref
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,11 +23,10 @@ from torch_rtx.runtime.check import bind_sizes
 from torch_rtx.runtime.code import Code
 from torch_rtx.runtime.job import PORTABLE, REFERENCE, Job, Region, Tools
 from torch_rtx.runtime.launch import Way
+from torch_rtx.runtime.places import Places
 from torch_rtx.settings import RuntimeSettings
 
 log = logging.getLogger(__name__)
-RECURS = 2  # calls with the same sizes after which they get kernels of their own
-MET_PER_SHAPE = 64  # sizes that are counted, per shape that is specialized
 MAX_KEYS = 1024  # combinations of inputs whose variant is known without a lock
 Compile = Callable[[Graph, Mapping[str, Way]], Code]
 Step = Callable[[], object]
@@ -42,7 +40,8 @@ class Variant:
         sizes: numbers for symbols of the graph, which this variant is for; none: it is for all sizes.
         code: what runs now: that of the session's graph until a job has put the numbers in.
         tier: REFERENCE (calls), PORTABLE (kernels for any size, or those of the engine) or SPECIALIZED.
-        ready: its kernels are those for its sizes, but for what measuring may still change: worth a CUDA graph.
+        ready: nothing better is on its way to the calls that it runs, but for what measuring may still change: worth a
+            CUDA graph.
         regions: what jobs found out, see `Region`.
         done: nothing more is being done for it.
     """
@@ -69,6 +68,7 @@ class Specializer:
         base: the variant for all sizes, or for the only ones.
         native: the kernels of the engine that are as good as compiled here: built for this GPU and the only sizes.
         variants: those for some sizes, by the sizes of the symbols.
+        is_met: whether any call was made that asked for kernels.
     """
 
     def __init__(
@@ -92,15 +92,11 @@ class Specializer:
         # Calls have nothing to wait for.
         self.base.ready = self.tools is None or all(node.op in self.native for node in nodes)
         self.variants: dict[tuple[int, ...], Variant] = {}
+        self.is_met = False
+        self._places = Places(self.variants, settings.specialized_shapes, doubling=True)
         self._by_key: dict[object, Variant] = {}
-        self._met: Counter[tuple[int, ...]] = Counter()
         self._lock = threading.RLock()
         self._calls = 0
-
-    @property
-    def is_met(self) -> bool:
-        """Whether any call was made that asked for kernels."""
-        return bool(self._met)
 
     def current(self, key: object) -> Variant:
         """What runs calls with this key now."""
@@ -130,30 +126,29 @@ class Specializer:
         started: list[tuple[Variant, Mapping[str, int]]] = []
         with self._lock:
             if not self.is_met:
+                self.is_met = True
                 started.append((self.base, sizes))
-            if len(self._met) >= MET_PER_SHAPE * self.settings.specialized_shapes:
-                self._met = Counter({dims: self._met[dims], **dict.fromkeys(self.variants, RECURS)})
-            self._met[dims] += 1
             found = self.base if self.static else self.variants.get(dims)
-            if found is None and (strategy == "eager" or self._met[dims] >= RECURS):
+            if found is None and (self._places.meet(dims) or (strategy == "eager" and not self._places.full)):
                 found = self._specialized(dims, sizes)
                 started.append((found, {}))
             if found is not None:
                 if len(self._by_key) >= MAX_KEYS:  # an input that is a number may be another one in each call
                     self._by_key = {}
                 self._by_key[key] = found
+            elif self._places.full:  # these sizes stay with what is there for all
+                self.base.ready = self.base.done.is_set()
         self._start(started, strategy)
         if found is not None and strategy == "eager":
             found.done.wait()
         return found or self.base
 
     def _specialized(self, dims: tuple[int, ...], sizes: Mapping[str, int]) -> Variant:
-        """A new variant for given sizes, in the place of the one that was not used for longest."""
-        if len(self.variants) >= self.settings.specialized_shapes:
-            oldest = min(self.variants, key=lambda dims: self.variants[dims].used)
-            dropped = self.variants.pop(oldest)
+        """A new variant for given sizes, which may take the place of another."""
+        place = self._places.take(dims)
+        if place is not None:
+            dropped = self.variants.pop(place)
             self._by_key = {key: variant for key, variant in self._by_key.items() if variant is not dropped}
-            del self._met[oldest]
         found = self.variants[dims] = Variant(sizes, self.base.code, self.base.tier)
         return found
 
@@ -176,7 +171,7 @@ class Specializer:
                     attempt(measure)
         except BaseException:  # interrupted: the next call starts over
             with self._lock:
-                self._by_key, self._met = {}, Counter()
+                self._by_key, self.is_met = {}, False
                 self.variants.clear()
             raise
         finally:

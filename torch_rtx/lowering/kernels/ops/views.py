@@ -229,8 +229,12 @@ def repeat(self: Tensor, repeats: Sequence[Size], *, out: Types) -> Tensor:
     """The whole tensor, repeated along dimensions."""
     shape = shape_of(out)
     source = (ONE,) * (len(shape) - len(self.shape)) + self.shape
-    wide = reshape(self, source)
-    return move(wide, shape, lambda position: tuple(p % size for p, size in zip(position, source, strict=True)))
+    sizes = list(zip(shape, source, strict=True))
+
+    def at(position: Position) -> Position:
+        return tuple(p if whole == size else p % size for p, (whole, size) in zip(position, sizes, strict=True))
+
+    return move(reshape(self, source), shape, at)
 
 
 @op("pixel_shuffle.default")

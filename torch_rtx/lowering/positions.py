@@ -1,0 +1,216 @@
+"""What a graph computes from positions alone, as formulas: the counterpart of `constants` for sizes that are symbols.
+
+The declarations that kernels are made of say what an element is at a position; here they are evaluated with variables
+for positions. So it is known for all sizes at once that a mask is causal, or hides nothing.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch_rtx.errors import Unsupported
+from torch_rtx.ir import Graph, Node, Value
+from torch_rtx.lowering.kernels.index import Index, constant, variable, within
+from torch_rtx.lowering.kernels.region import express, tensor_type
+from torch_rtx.lowering.kernels.tensor import (
+    ONE,
+    ZERO,
+    Gather,
+    Iota,
+    Map,
+    Move,
+    Number,
+    Position,
+    Scan,
+    Shape,
+    Tensor,
+    Within,
+    load,
+)
+
+EXACT = ("bool", "i32", "i64")  # dtypes that hold every position
+
+
+@dataclass(frozen=True)
+class AtLeastZero:
+    """A truth that depends on the position: whether `index` is at least 0."""
+
+    index: Index
+
+
+Element = Index | AtLeastZero  # True and False are 1 and 0
+
+
+class Positions:
+    """The values of a graph that depend on positions and sizes alone."""
+
+    def __init__(self, graph: Graph) -> None:
+        self._tensors: dict[str, Tensor] = {}
+        self._known: dict[tuple[Tensor, Position], Element | None] = {}
+        for node in graph.nodes:
+            if node.kind == "op" and all(value.name in self._tensors for value in node.inputs):
+                try:
+                    self._tensors.update(express(node, self._tensors))
+                except Unsupported:
+                    continue
+
+    def element(self, value: Value) -> tuple[Position, Element | None]:
+        """A variable for each dimension of `value`, and its element there; None where that is not known."""
+        tensor = self._tensors.get(value.name)
+        if tensor is None:
+            return (), None
+        position = everywhere(tensor.shape)
+        return position, self.at(tensor, position)
+
+    def taken(self, node: Node) -> tuple[Position, Position | None]:
+        """A variable for each dimension of the result of `node`, and the position in its first input that the element
+        there is from; None where that is not known."""
+        source, (output,) = node.inputs[0], node.outputs
+        assert output is not None
+        if any(value.name not in self._tensors for value in node.inputs[1:]):
+            return (), None
+        try:
+            values = self._tensors | {source.name: load(source.name, tensor_type(source))}
+            tensor = express(node, values)[output.name]
+        except Unsupported:
+            return (), None
+        position = everywhere(tensor.shape)
+        return position, self._source(tensor, position) if isinstance(tensor, Gather) else None
+
+    def at(self, tensor: Tensor, position: Position) -> Element | None:
+        """The element at a position."""
+        key = tensor, position
+        if key not in self._known:
+            self._known[key] = self._at(tensor, position) if tensor.dtype in EXACT else None
+        return self._known[key]
+
+    def _at(self, tensor: Tensor, position: Position) -> Element | None:
+        match tensor:
+            case Number(value=value):
+                return value if isinstance(value, Index) else constant(int(value))
+            case Iota(at=at):
+                return at(position)
+            case Move(source=source, at=moved):
+                return self.at(source, moved(position))
+            case Map():
+                return _result(
+                    tensor, [self.at(arg, () if isinstance(arg, Number) else position) for arg in tensor.args]
+                )
+            case Within():
+                return self._within(tensor, position)
+            case Gather():
+                there = self._source(tensor, position)
+                return None if there is None else self.at(tensor.source, there)
+            case Scan(kind="sum", source=source):
+                return ZERO if self.at(source, everywhere(source.shape)) == ZERO else None
+        return None
+
+    def _within(self, tensor: Within, position: Position) -> Element | None:
+        inner = tuple(p - start for p, start in zip(position, tensor.starts, strict=True))
+        sides = list(zip(inner, tensor.inner.shape, strict=True))
+        if any(is_natural(p - size) or is_natural(ZERO - p - ONE) for p, size in sides):
+            return self.at(tensor.outer, position)
+        found = self.at(tensor.inner, inner)
+        if all(within(p, size) for p, size in sides) or found == self.at(tensor.outer, position):
+            return found
+        return None
+
+    def _source(self, tensor: Gather, position: Position) -> Position | None:
+        """Where an element of the source is taken; a call with an index out of range has no result at all."""
+        found = [self.at(index, position) for index in tensor.indices]
+        chosen = [index for index in found if isinstance(index, Index) and is_natural(index)]
+        return tensor.at(position, tuple(chosen)) if len(chosen) == len(found) else None
+
+
+def everywhere(shape: Shape) -> Position:
+    """Any position in a tensor of `shape`: a variable per dimension."""
+    return tuple(ZERO if size == ONE else variable(f"@{axis}", size) for axis, size in enumerate(shape))
+
+
+def is_natural(index: Index) -> bool:
+    """Whether `index` is certainly at least 0, as variables and dims are."""
+    return all(count >= 0 for _, count in index.terms)
+
+
+def _result(tensor: Map, args: Sequence[Element | None]) -> Element | None:
+    """What the text of `tensor` makes of its arguments."""
+    names = [f"_{which}" for which in range(len(args))]
+    tree = ast.parse(tensor.text.format(*names), mode="eval").body
+    return _evaluated(tree, dict(zip(names, args, strict=True)), tensor.dtype == "bool")
+
+
+def _evaluated(tree: ast.expr, known: dict[str, Element | None], truth: bool) -> Element | None:
+    match tree:
+        case ast.Name(id=name):
+            return known.get(name)
+        case ast.Constant(value=int(number)):
+            return constant(number)
+        case ast.BinOp(left=left, op=op, right=right):
+            one, two = _evaluated(left, known, truth), _evaluated(right, known, truth)
+            return _logic(op, one, two) if truth else _sum(op, one, two)
+        case ast.Compare(left=left, ops=[op], comparators=[right]):
+            return _compared(op, _evaluated(left, known, False), _evaluated(right, known, False))
+        case ast.Call(func=ast.Attribute(value=value, attr="to")):
+            return _evaluated(value, known, truth)
+        case ast.Call(func=ast.Attribute(attr="where"), args=[condition, one, two]):
+            chosen = _evaluated(condition, known, True)
+            first, second = _evaluated(one, known, truth), _evaluated(two, known, truth)
+            if isinstance(chosen, Index):
+                return (first if chosen == ONE else second) if chosen in (ONE, ZERO) else None
+            return chosen if truth and (first, second) == (ONE, ZERO) else first if first == second else None
+    return None
+
+
+def _sum(op: ast.operator, one: Element | None, two: Element | None) -> Element | None:
+    if not isinstance(one, Index) or not isinstance(two, Index):
+        return None
+    match op:
+        case ast.Add():
+            return one + two
+        case ast.Sub():
+            return one - two
+        case ast.Mult():
+            return one * two
+    return None
+
+
+def _logic(op: ast.operator, one: Element | None, two: Element | None) -> Element | None:
+    """Of truths."""
+    if isinstance(op, ast.BitXor):
+        return one if two == ZERO else _negated(one) if two == ONE else None
+    if not isinstance(op, ast.BitAnd | ast.BitOr):
+        return None
+    neutral, decisive = (ONE, ZERO) if isinstance(op, ast.BitAnd) else (ZERO, ONE)
+    if decisive in (one, two):
+        return decisive
+    return two if one in (neutral, two) else one if two == neutral else None
+
+
+def _negated(one: Element | None) -> Element | None:
+    return AtLeastZero(ZERO - one.index - ONE) if isinstance(one, AtLeastZero) else _sum(ast.Sub(), ONE, one)
+
+
+def _compared(op: ast.cmpop, one: Element | None, two: Element | None) -> Element | None:
+    if not isinstance(one, Index) or not isinstance(two, Index):
+        return None
+    match op:
+        case ast.GtE():
+            return _at_least_zero(one - two)
+        case ast.LtE():
+            return _at_least_zero(two - one)
+        case ast.Gt():
+            return _at_least_zero(one - two - ONE)
+        case ast.Lt():
+            return _at_least_zero(two - one - ONE)
+    below, above = (is_natural(difference - ONE) for difference in (two - one, one - two))
+    if one != two and not below and not above:
+        return None
+    return constant(int((one == two) == isinstance(op, ast.Eq)))
+
+
+def _at_least_zero(index: Index) -> Element:
+    if is_natural(index):
+        return ONE
+    return ZERO if is_natural(ZERO - index - ONE) else AtLeastZero(index)
