@@ -26,7 +26,7 @@ from torch_rtx.errors import KernelError, SettingsError
 from torch_rtx.kerneltable import KernelTable
 from torch_rtx.runtime import driver as driver_api
 from torch_rtx.runtime import job as jobs
-from torch_rtx.runtime import places, specialize
+from torch_rtx.runtime import places, specialize, trial
 from torch_rtx.runtime.background import Background
 from torch_rtx.runtime.job import PORTABLE, REFERENCE, SPECIALIZED
 from torch_rtx.runtime.knowledge import CALLS, ENGINE, KERNEL, TACTIC
@@ -271,6 +271,29 @@ def test_measuring_that_changes_nothing(background: Background, settings: Runtim
     compiled, measured = codes[-2:]
     assert compiled.kernels
     assert measured is compiled
+
+
+def test_no_memory_to_measure_in(background: Background, caplog: pytest.LogCaptureFixture) -> None:
+    """Regions whose inputs find no memory go on with calls, and the others get their kernels."""
+    made, model = session(Device(), background)
+    find = trial.drawn
+
+    def scarce(value: Any, *given: Any) -> torch.Tensor:
+        if value.type.shape == (32, 16):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nin detail")
+        return find(value, *given)
+
+    with patch.object(trial, "drawn", scarce):
+        right(made, model)
+        assert made.specializer.wait(60)
+    base = made.specializer.base
+    without = [region for region in base.regions if region.problems]
+    assert without
+    assert not {op for region in without for op in region.ops} & set(base.code.kernels)
+    assert base.code.kernels
+    assert "goes on as it ran: CUDA out of memory. Tried to allocate 2.00 GiB" in caplog.text
+    assert "in detail" not in caplog.text
+    right(made, model)
 
 
 def test_what_a_job_has_compiled_is_no_kernel_of_the_engine(background: Background) -> None:
