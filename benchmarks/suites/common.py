@@ -141,8 +141,17 @@ def prepare(job: Job, setup: Setup, out: Reporter) -> dict[str, Prepared]:
         with out.attempt(name, "prepare"):
             call = PEERS[name].prepare(setup.subject)
             setup.check(call)
-            if not PEERS[name].settled(SETTLE_S):
-                raise TimeoutError(f"still not at its full speed after {SETTLE_S} s")
+            settle(name)
             setup.check(call)  # and makes CUDA graphs of what it runs now
             found[name] = call
     return found
+
+
+def settle(peer: str) -> None:
+    """Wait until calls of a peer get no faster by themselves.
+
+    Raises:
+        TimeoutError: that takes too long.
+    """
+    if not PEERS[peer].settled(SETTLE_S):
+        raise TimeoutError(f"still not at its full speed after {SETTLE_S} s")

@@ -34,6 +34,8 @@ def measure(job: Job, out: Reporter) -> None:
                 own = copy.deepcopy(model)
                 prepared = PEERS[name].prepare(replace(setup.subject, model=own))
                 _check(_gradients(prepared, own, setup), eager, exact)
+                common.settle(name)
+                _check(_gradients(prepared, own, setup), eager, exact)
                 step = _step(prepared, own, setup)
                 timing.warm_up(step, job.device)
                 peaks[name] = _peak(step, before, job.device)
