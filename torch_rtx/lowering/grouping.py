@@ -133,9 +133,8 @@ class Grouping:
             if domain is None or self._leads_around(first, second):
                 continue
             merged = Unit(sorted(first.members + second.members), first.epoch, domain, first.cost + second.cost)
-            if len(merged.members) <= MAX_MEMBERS and self._can_be_one(merged):
-                for member in merged.members:
-                    self.unit[member] = merged
+            if len(merged.members) <= MAX_MEMBERS:
+                self._adopt(merged)
 
     def _joined(self, first: Unit, second: Unit) -> Domain | None:
         """The domain of both, where it is one."""
@@ -180,13 +179,23 @@ class Grouping:
                 left.append(self.unit[index])
         return False
 
-    def _can_be_one(self, unit: Unit) -> bool:
+    def _adopt(self, unit: Unit) -> bool:
+        """Puts `unit` in the place of its members' units, if code can be generated for it."""
+        before = {member: self.unit[member] for member in unit.members}
+        self.unit.update(dict.fromkeys(unit.members, unit))
+        if self._has_code(unit):
+            return True
+        self.unit.update(before)
+        return False
+
+    def _has_code(self, unit: Unit) -> bool:
         inputs, outputs = self.interface(unit)
         if len(inputs) + len(outputs) > MAX_POINTERS:
             return False
-        if unit.domain is None or unit.domain.size is None:
-            return True  # maps of any kind are one loop
-        return _is_loop(self.body(unit))
+        if unit.steps is not None:
+            return _is_kernel(self.body(unit))
+        # maps of any kind are one loop
+        return unit.domain is None or unit.domain.size is None or _is_loop(self.body(unit))
 
     # ---- anchors -----------------------------------------------------------------------------------------------------
 
@@ -208,16 +217,6 @@ class Grouping:
         (result,) = self.results(anchor)
         same = tail.domain is not None and tail.domain.size is None and tail.epoch == anchor.epoch
         return same and tail.domain.count == elements(result) and not self._leads_around(anchor, tail)  # type: ignore[union-attr]
-
-    def _adopt(self, unit: Unit) -> bool:
-        """Puts `unit` in the place of its members' units, if code can be generated for it."""
-        before = {member: self.unit[member] for member in unit.members}
-        self.unit.update(dict.fromkeys(unit.members, unit))
-        inputs, outputs = self.interface(unit)
-        if len(inputs) + len(outputs) <= MAX_POINTERS and _is_kernel(self.body(unit)):
-            return True
-        self.unit.update(before)
-        return False
 
     # ---- results -----------------------------------------------------------------------------------------------------
 
