@@ -156,8 +156,10 @@ class Grouping:
     def _feeds_other_rows(self, unit: Unit, domain: Domain) -> bool:
         """Whether all that `unit` is for are reductions of other rows: columns, where `domain` is rows."""
         users = list(self.users(unit))
-        return bool(users) and not self.escapes(unit) and all(
-            i in self.reducing and self.unit[i].domain != domain for i in users
+        return (
+            bool(users)
+            and not self.escapes(unit)
+            and all(i in self.reducing and self.unit[i].domain != domain for i in users)
         )
 
     def users(self, unit: Unit) -> Iterator[int]:
@@ -203,13 +205,14 @@ class Grouping:
             second = self.unit[index]
             if second.domain is None:
                 continue
-            first = found.get((second.epoch, second.domain), second)
+            loop = second.epoch, second.domain
+            first = found.get(loop, second)
             if first is not second and not (self._leads(first, second) or self._leads(second, first)):
                 members = sorted(first.members + second.members)
                 merged = Unit(members, first.epoch, first.domain, first.cost + second.cost)
                 if len(members) <= MAX_MEMBERS and self._adopt(merged):
                     second = merged
-            found[second.epoch, second.domain] = second
+            found[loop] = second
 
     def _leads(self, first: Unit, second: Unit) -> bool:
         """Whether `second` needs `first`, by itself or through others."""

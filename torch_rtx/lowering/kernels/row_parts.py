@@ -307,7 +307,8 @@ def _times(found: Region, rows: int, size: int, together: int, target: int) -> t
     config = loop_configs(found)[0]
     after = any(_elements_in(type_) > rows for type_ in found.types)
     at_once = size <= config.elements
-    passes, steps = (1, ceil(size / ELEMENTS)) if at_once else (_levels(found.outputs) + after, ceil(size / config.elements))
+    passes = 1 if at_once else _levels(found.outputs) + after
+    steps = ceil(size / (ELEMENTS if at_once else config.elements))
     waves = ceil(ceil(rows / config.rows) / (on.processors * RESIDENT))
     read = max(sum(map(_elements_in, inputs)) / (rows * size), 1)  # tensors as large as the rows
     busy = waves * steps * passes * STEP * max(4 // gcd(together, 8), 1) * (1 + read) / 2

@@ -111,9 +111,8 @@ class _Calls:
         return self.emit("div.Scalar", self=total, other=_count(shape, axes))
 
     def standardized(self, value: Value, axes: Axes) -> tuple[Value, Value, Value, Value]:
-        """(x - mean) * scale for the mean and scale = 1 / sqrt(variance + eps) over dimensions; mean, scale, variance."""
-        args = {"self": value, "dim": axes, "correction": 0, "keepdim": True}
-        variance = self.emit("var_mean.correction", **args)
+        """(x - mean) * scale for the mean and scale = 1 / sqrt(variance + eps) of dimensions; these, the variance."""
+        variance = self.emit("var_mean.correction", self=value, dim=axes, correction=0, keepdim=True)
         mean = self.rewriter.nodes[-1].outputs[1]
         assert mean is not None
         scale = self.emit("rsqrt.default", self=self.emit("add.Scalar", self=variance, other=self.node.arg("eps")))
@@ -170,7 +169,7 @@ def _moved(calls: _Calls, name: str, towards: Value) -> Value:
 
 
 def _grouped(calls: _Calls) -> tuple[tuple[Dim, ...], Axes, tuple[Dim, ...]]:
-    """The shape of an image with groups of channels, the dimensions of a group, and the shape of one value per channel."""
+    """The shape of an image in groups of channels, the dimensions of a group, the shape of one value per channel."""
     batch, channels, *rest = calls.shape()
     groups = calls.node.arg("group")
     assert isinstance(groups, int)

@@ -120,7 +120,8 @@ def elu_backward(
 @op("softplus_backward.default")
 def softplus_backward(grad_output: Tensor, self: Tensor, beta: Scalar, threshold: Scalar, *, out: Types) -> Tensor:
     """g * sigmoid(beta * x), or g above the threshold."""
-    return compute("tl.where({1} * {2} > {3}, {0}, {0} * tl.sigmoid({1} * {2}))", out, grad_output, self, beta, threshold)
+    text = "tl.where({1} * {2} > {3}, {0}, {0} * tl.sigmoid({1} * {2}))"
+    return compute(text, out, grad_output, self, beta, threshold)
 
 
 @op("mish_backward.default")
