@@ -15,7 +15,7 @@ from torch_rtx.lowering.kernels.ops.pointwise import (
     compute,
     filled,
     floating,
-    normal_tail,
+    log2_tail,
     promote,
     softplus,
 )
@@ -73,7 +73,7 @@ def gelu_backward(grad_output: Tensor, self: Tensor, approximate: str = "none", 
     density = compute(f"{1 / math.sqrt(2 * math.pi)!r} * tl.exp(-0.5 * {{0}} * {{0}})", out, self)
     if out[0].dtype in ("f16", "bf16"):
         size = compute("tl.minimum(tl.abs({0}), 12.0)", out, self)
-        below = normal_tail(size, out)
+        below = compute("tl.exp2({0})", out, log2_tail(size, out))
         normal = compute("tl.where({0} < 0, {1}, 1.0 - {1})", out, self, below)
     else:
         normal = compute(f"0.5 * (1.0 + tl.erf({{0}} * {math.sqrt(0.5)!r}))", out, self)
