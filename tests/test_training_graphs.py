@@ -4,6 +4,7 @@ interpreter against the calls of its body, gradients against eager's, and that a
 from __future__ import annotations
 
 import copy
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,8 +20,8 @@ pytest.importorskip("transformers")
 
 from benchmarks import models
 from benchmarks.numerics import assert_right, tensors
-from tests.kernel_bodies import body
-from tests.test_kernel_models import check, kernels, small
+from tests.kernel_bodies import body, check_split_graph
+from tests.test_kernel_models import body_in_float64, check, drawn, kernels, small
 from torch_rtx.backend import compiler, entry
 from torch_rtx.backend.kernels import build_kernels
 from torch_rtx.ir import Graph, Node
@@ -29,7 +30,9 @@ from torch_rtx.lowering.kernels.generate import generate
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.region import region
 from torch_rtx.lowering.passes.expand_norms import expand_norms
+from torch_rtx.lowering.pipeline import lower
 from torch_rtx.runtime.code import compile_graph
+from torch_rtx.settings import CompilationSettings
 from torch_rtx.targets import Target
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -185,6 +188,51 @@ def test_gradients_of_norms() -> None:
     images = torch.randn(4, 3, 12, 10).to(memory_format=torch.channels_last)
     compared(Residual().to(memory_format=torch.channels_last), (images,), {})
     compared(Residual(), (images.contiguous(),), {})
+
+
+IMAGE = "H[4, 16, 8, 8](1024, 1, 128, 16)"
+NORMS = {
+    "a batch norm": f"""
+        x: {IMAGE}
+        w: f32[16]
+        m: f32[16]
+        v: f32[16]
+        y: {IMAGE}, a: f32[16], b: f32[16], c: f32[16], d: f32[16] = _native_batch_norm_legit_functional.default(
+        input=x, weight=w, bias=w, running_mean=m, running_var=v, training=True, momentum=0.1, eps=0.001)
+        return y, a, b, c, d""",
+    "its gradients": f"""
+        g: {IMAGE}
+        x: {IMAGE}
+        w: f32[16]
+        m: f32[16]
+        s: f32[16]
+        y: {IMAGE}, a: f32[16], b: f32[16] = native_batch_norm_backward.default(grad_out=g, input=x,
+        weight=w, running_mean=m, running_var=m, save_mean=m, save_invstd=s, train=True, eps=0.001,
+        output_mask=[True, True, True])
+        return y, a, b""",
+    "gradients of a layer norm": """
+        g: H[4, 32, 16]
+        x: H[4, 32, 16]
+        m: f32[4, 32, 1]
+        s: f32[4, 32, 1]
+        w: f32[16]
+        y: H[4, 32, 16], a: f32[16], b: f32[16] = native_layer_norm_backward.default(grad_out=g, input=x,
+        normalized_shape=[16], mean=m, rstd=s, weight=w, bias=w, output_mask=[True, True, True])
+        return y, a, b""",
+}
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize("name", NORMS)
+def test_norms_in_parts(name: str, dtype: str) -> None:
+    torch.manual_seed(0)
+    lowered, _ = lower(body(re.sub(r"([,(])\s*\n", r"\1 ", NORMS[name]), dtype), CompilationSettings(), None, True)
+    found = [node.body for node in lowered.nodes if node.body is not None]
+    assert len(found) == (2 if "layer" in name else 1)
+    for part in found:
+        inputs = [drawn(value, {}) for value in part.inputs]
+        form = check_split_graph(part, body_in_float64(part), 4, inputs, {})
+        assert len(form.nodes) in (2, 3)
 
 
 def test_gradients_of_an_rms_norm() -> None:
