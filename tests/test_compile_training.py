@@ -260,3 +260,14 @@ def test_gradients_enabled_inside_a_call_without() -> None:
     model.fc.weight.grad = None
     model(x).backward()
     torch.testing.assert_close(got, model.fc.weight.grad)
+
+
+def test_buffers_are_updated_at_once(recorder):
+    """What a step writes to buffers, running statistics and numbers of batches, is one copy for each dtype."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+    reference, image = copy.deepcopy(model), torch.randn(2, 3, 8, 8)
+    for call in (compile_rtx(model), reference):
+        call(image).square().mean().backward()
+    same(model.state_dict(), reference.state_dict())
+    assert recorder.ops.count("copy_") == 6
+    assert recorder.sessions[0].source.count("_copies(") == 2

@@ -9,7 +9,7 @@ each kernel absorbs those on its way in, and whoever reads the result through a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
@@ -28,6 +28,7 @@ MAX_MEMBERS = 64
 MAX_POINTERS = 24
 # What may be computed again for every element that needs it, where the consumer is larger: operations per element.
 CHEAP = 4
+TINY = 4096  # elements of a loop that takes no longer than a launch
 LONG_ROW = 16384  # so few rows of this size leave a GPU idle, unless they are reduced in parts
 FEW_ROWS = 64
 PLAIN = {"_native_batch_norm_legit_no_training": "batch_norm"}  # what operators are called in the names of kernels
@@ -36,10 +37,11 @@ TRIAL = 80  # the SM version that shows whether there is code at all
 
 @dataclass(frozen=True)
 class Domain:
-    """The loop of a unit: `count` elements, or `count` rows of `size` elements."""
+    """The loop of a unit: `count` elements, or `count` rows of `size` elements, which are neighbours or not."""
 
     count: Index
     size: Index | None = None
+    inner: bool = False
 
     @property
     def elements(self) -> tuple[Index, ...]:
@@ -95,6 +97,7 @@ class Grouping:
         for index in sorted(self.unit):
             if self.nodes[index].kind == "op" and self.nodes[index].op in ANCHORS:
                 self._anchor(index)
+        self._merge_siblings()
 
     # ---- the start ---------------------------------------------------------------------------------------------------
 
@@ -134,7 +137,7 @@ class Grouping:
                 continue
             merged = Unit(sorted(first.members + second.members), first.epoch, domain, first.cost + second.cost)
             if len(merged.members) <= MAX_MEMBERS:
-                self._adopt(merged, self._is_one)
+                self._adopt(merged)
 
     def _joined(self, first: Unit, second: Unit) -> Domain | None:
         """The domain of both, where it is one."""
@@ -146,9 +149,18 @@ class Grouping:
         if one.size is None and (one.count in two.elements):
             return two
         if one.size is not None:
-            return one if two.count in one.elements else None
+            return one if two.count in one.elements and not self._feeds_other_rows(second, one) else None
         alone = all(self.unit[i] is second for i in self.users(first)) and not self.escapes(first)
         return two if alone and (first.cost <= CHEAP or _no_more(two, one)) else None
+
+    def _feeds_other_rows(self, unit: Unit, domain: Domain) -> bool:
+        """Whether all that `unit` is for are reductions of other rows: columns, where `domain` is rows."""
+        users = list(self.users(unit))
+        return (
+            bool(users)
+            and not self.escapes(unit)
+            and all(i in self.reducing and self.unit[i].domain != domain for i in users)
+        )
 
     def users(self, unit: Unit) -> Iterator[int]:
         """The nodes outside of `unit` that read its results, also through views."""
@@ -179,8 +191,50 @@ class Grouping:
                 left.append(self.unit[index])
         return False
 
-    def _is_one(self, unit: Unit) -> bool:
-        """Whether `unit` is one loop, as maps of any kind are."""
+    def _merge_siblings(self) -> None:
+        """Merges loops of one domain that do not need each other: those that read the same value, which is then read
+        once, and those that are so small that a launch is all they take."""
+        for readers in self.readers.values():
+            self._merge_alike(readers)
+        self._merge_alike([index for index, unit in self.unit.items() if _is_tiny(unit.domain)])
+
+    def _merge_alike(self, indices: list[int]) -> None:
+        """Merges those units of nodes that are loops of one domain and do not need each other."""
+        found: dict[tuple[int, Domain], Unit] = {}
+        for index in indices:
+            second = self.unit[index]
+            if second.domain is None:
+                continue
+            loop = second.epoch, second.domain
+            first = found.get(loop, second)
+            if first is not second and not (self._leads(first, second) or self._leads(second, first)):
+                members = sorted(first.members + second.members)
+                merged = Unit(members, first.epoch, first.domain, first.cost + second.cost)
+                if len(members) <= MAX_MEMBERS and self._adopt(merged):
+                    second = merged
+            found[loop] = second
+
+    def _leads(self, first: Unit, second: Unit) -> bool:
+        """Whether `second` needs `first`, by itself or through others."""
+        return any(self.unit[i] is second for i in self.users(first)) or self._leads_around(first, second)
+
+    def _adopt(self, unit: Unit) -> bool:
+        """Puts `unit` in the place of its members' units, if code can then be generated for it: what they alone read is
+        no result of it any more."""
+        before = {member: self.unit[member] for member in unit.members}
+        self.unit.update(dict.fromkeys(unit.members, unit))
+        if self._has_code(unit):
+            return True
+        self.unit.update(before)
+        return False
+
+    def _has_code(self, unit: Unit) -> bool:
+        inputs, outputs = self.interface(unit)
+        if len(inputs) + len(outputs) > MAX_POINTERS:
+            return False
+        if unit.steps is not None:
+            return _is_kernel(self.body(unit))
+        # maps of any kind are one loop
         return unit.domain is None or unit.domain.size is None or _is_loop(self.body(unit))
 
     # ---- anchors -----------------------------------------------------------------------------------------------------
@@ -194,29 +248,15 @@ class Grouping:
         if tail is not None and self._follows(tail, anchor):
             after = [self.kernel(tail)] if self.worthwhile(tail) else [self.nodes[i] for i in tail.members]
             members = sorted(anchor.members + tail.members)
-            if self._adopt(Unit(members, anchor.epoch, steps=[node, *after]), self._is_kernel):
+            if self._adopt(Unit(members, anchor.epoch, steps=[node, *after])):
                 return
-        self._adopt(Unit(anchor.members, anchor.epoch, steps=[node]), self._is_kernel)
+        self._adopt(Unit(anchor.members, anchor.epoch, steps=[node]))
 
     def _follows(self, tail: Unit, anchor: Unit) -> bool:
         """Whether `tail` is a loop over the elements of the anchor's result."""
         (result,) = self.results(anchor)
         same = tail.domain is not None and tail.domain.size is None and tail.epoch == anchor.epoch
         return same and tail.domain.count == elements(result) and not self._leads_around(anchor, tail)  # type: ignore[union-attr]
-
-    def _is_kernel(self, unit: Unit) -> bool:
-        """Whether code can be generated for `unit`."""
-        return _is_kernel(self.body(unit))
-
-    def _adopt(self, unit: Unit, fits: Callable[[Unit], bool]) -> bool:
-        """Puts `unit` in the place of its members' units, if it then fits: what only they read is no result of it."""
-        before = {member: self.unit[member] for member in unit.members}
-        self.unit.update(dict.fromkeys(unit.members, unit))
-        inputs, outputs = self.interface(unit)
-        if len(inputs) + len(outputs) <= MAX_POINTERS and fits(unit):
-            return True
-        self.unit.update(before)
-        return False
 
     # ---- results -----------------------------------------------------------------------------------------------------
 
@@ -277,13 +317,19 @@ class Grouping:
         return len(unit.members) > 1 or self._computes(self.nodes[unit.members[0]])
 
     def _computes(self, node: Node) -> bool:
-        return any(not isinstance(tensor, Load | Move) for tensor in _expressed(node)) and bool(node.inputs)
+        computed = (not isinstance(tensor, Load | Move) for tensor in everything(_expressed(node)))
+        return any(computed) and bool(node.inputs)
 
 
 def elements(value: Value) -> Index:
     """The number of elements of a tensor."""
     assert isinstance(value.type, TensorType)
     return product(map(from_dim, value.type.shape))
+
+
+def _is_tiny(domain: Domain | None) -> bool:
+    """Whether a loop without rows is over before the next launch."""
+    return domain is not None and domain.size is None and (domain.count.number or TINY + 1) <= TINY
 
 
 def _no_more(consumer: Domain, producer: Domain) -> bool:
@@ -322,7 +368,7 @@ def domain_of(node: Node) -> tuple[Domain | None, int]:
     cost = sum(isinstance(inner, Map) for inner in everything(tensors))
     if not rows.axes:
         return Domain(product(tensors[0].shape)), cost
-    return Domain(rows.count, rows.size), cost
+    return Domain(rows.count, rows.size, max(rows.axes) == len(rows.shape) - 1), cost
 
 
 def name_of(body: Graph) -> str:

@@ -17,6 +17,7 @@ from torch_rtx.lowering.passes.affine_batch_norm import affine_batch_norm
 from torch_rtx.lowering.passes.channels_last import channels_last
 from torch_rtx.lowering.passes.cse import cse
 from torch_rtx.lowering.passes.dce import dce
+from torch_rtx.lowering.passes.expand_norms import expand_norms
 from torch_rtx.lowering.passes.finish import finish
 from torch_rtx.lowering.passes.fold_batch_norm import fold_batch_norm
 from torch_rtx.lowering.passes.fuse import fuse
@@ -42,6 +43,7 @@ PIPELINE: Mapping[str, Pass] = {
     "read_in_place": read_in_place,
     "fold_batch_norm": fold_batch_norm,
     "affine_batch_norm": affine_batch_norm,
+    "expand_norms": expand_norms,
     "merge_linears": merge_linears,
     "channels_last": channels_last,
     "write_in_place": write_in_place,
@@ -52,7 +54,7 @@ PIPELINE: Mapping[str, Pass] = {
 }
 REQUIRED = frozenset(("finish",))
 # Passes that form kernels and get them what they are best at: only for engines that have a GPU target.
-FORMING = frozenset(("affine_batch_norm", "channels_last", "fuse", "read_in_place"))
+FORMING = frozenset(("affine_batch_norm", "channels_last", "expand_norms", "fuse", "read_in_place"))
 # Passes whose recipes double the memory of large weights, where the model keeps its own: see `copy_weights`.
 COPYING = frozenset(("merge_linears",))
 

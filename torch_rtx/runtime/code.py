@@ -22,6 +22,7 @@ import torch
 from torch_rtx import aten
 from torch_rtx.errors import InvalidIR
 from torch_rtx.ir import (
+    COPY,
     Attr,
     Dim,
     Expr,
@@ -188,9 +189,13 @@ class _Writer:
         last = self.last_uses()
         probe = [] if self.probe is None else [f"{self.name_of('probe', self.probe)}()"]
         self.lines += probe
+        runs = {} if probe or before or after else _runs_of_copies(graph, self.trusted_ops)
         for index, node in enumerate(graph.nodes):
             self.lines += before.get(index, ())
-            self.node(node)
+            if index in runs:
+                self.copies(runs[index])
+            else:
+                self.node(node)
             drops = [name for name in last[index] if name not in self.offsets]
             if drops:
                 self.lines.append(f"del {', '.join(drops)}")
@@ -276,6 +281,17 @@ class _Writer:
         self.lines.append(f"{left[0]} = {call}" if single else f"{', '.join(left)}, = {call}")
         if node.kind == "fallback":
             self.bind(node.outputs)
+
+    def copies(self, run: Sequence[Node]) -> None:
+        """Code that makes all copies of a run, those of one dtype in one launch."""
+        groups: dict[str, list[Node]] = {}
+        for node in run:
+            for value in node.inputs:
+                self.materialize(value)
+            groups.setdefault(_tensor_type(node.arg("src")).dtype, []).append(node)
+        for group in groups.values():
+            lists = (self.text(tuple(node.arg(name) for node in group)) for name in ("self", "src"))
+            self.lines.append(f"{self.name_of('copies', torch._foreach_copy_)}({', '.join(lists)})")
 
     def materialize(self, value: Value) -> None:
         """Code that makes a tensor of a value in the arena, unless there is one already."""
@@ -399,6 +415,37 @@ class _Writer:
             name = f"{base}_{count}"
         self.names[name] = value
         return name
+
+
+def _runs_of_copies(graph: Graph, trusted_ops: frozenset[str]) -> dict[int, Sequence[Node]]:
+    """Copies that follow one another, by the position of the first one; the others have empty runs. They may be made in
+    any order: what they read was made by the graph, and is nothing that one of them writes to."""
+    calls = (node for node in graph.nodes if not node.writes and not aliases(node, trusted_ops))
+    made = {value.name for node in calls for value in node.outputs if value is not None}
+    runs: dict[int, Sequence[Node]] = {}
+    first, run = 0, list[Node]()
+    for index, node in enumerate((*graph.nodes, None)):
+        if node is not None and _is_plain_copy(node, made):
+            first, run = (first if run else index), [*run, node]
+            continue
+        if len(run) > 1:
+            runs |= {first + offset: () for offset in range(len(run))} | {first: run}
+        run = []
+    return runs
+
+
+def _is_plain_copy(node: Node, made: set[str]) -> bool:
+    """Whether `node` copies one of the values `made` to an input or weight of its type."""
+    target, source = node.arg("self"), node.arg("src")
+    if node.op != COPY or not isinstance(target, Value) or not isinstance(source, Value):
+        return False
+    return len(node.args) == 2 and source.name in made and target.type == source.type
+
+
+def _tensor_type(attr: Attr) -> TensorType:
+    assert isinstance(attr, Value)
+    assert isinstance(attr.type, TensorType)
+    return attr.type
 
 
 def _returns_one(op: torch._ops.OpOverload) -> bool:

@@ -150,10 +150,10 @@ def _best_config(region: Region) -> LoopConfig:
         elements = TILE if count is None or count >= 132 * TILE else 256
         return LoopConfig(elements, 1, 4)
     size = rows.size.number
-    if size is None or size > PERSISTENT:
-        return LoopConfig(1, 2048, 8)
-    block = 1 << max(size - 1, 0).bit_length()
     inner = max(rows.axes, default=0) == len(rows.shape) - 1
+    if size is None or size > PERSISTENT:
+        return LoopConfig(1, 2048, 8) if inner else LoopConfig(16, 256, 8)
+    block = 1 << max(size - 1, 0).bit_length()
     if inner:
         count = max(TILE // block, 1)
         return LoopConfig(count, block, 4 if block * count <= 2048 else 8)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import MAIN, Attr, Expr, Graph, Node, Sym, TensorType, Value, attr_values
 from torch_rtx.lowering.kernels.index import from_dim
-from torch_rtx.lowering.kernels.ops import indexing, pointwise, pooling, reductions, views
+from torch_rtx.lowering.kernels.ops import gradients, indexing, pointwise, pooling, reductions, views
 from torch_rtx.lowering.kernels.ops.registry import OPS
 from torch_rtx.lowering.kernels.tensor import TRITON, Reduce, Tensor, children, everything, load
 
@@ -26,7 +26,7 @@ ANCHORS = {
     "aten.convolution.default": "conv",
     "aten.scaled_dot_product_attention.default": "attention",
 }
-DECLARED = (indexing, pointwise, pooling, reductions, views)  # importing them fills OPS
+DECLARED = (gradients, indexing, pointwise, pooling, reductions, views)  # importing them fills OPS
 
 
 @dataclass(frozen=True)

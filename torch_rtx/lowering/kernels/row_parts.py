@@ -28,6 +28,7 @@ from torch_rtx.lowering.kernels.tensor import Reduce, Tensor, children, everythi
 PART, SHORT_PART = (512, 4096), (64, 512)  # elements of a part; where threads read neighbours of a row, and where not
 TOTAL = 4096  # partial results that one program makes the whole of, if parts need not be too long for that
 STEP, ELEMENTS = 0.3, 2048  # microseconds of a step of a long row, and its elements; most of them are in a cache
+SECTOR, CACHE = 32, 1.3  # bytes that a cache has at least of a place in memory; how much faster it is than that
 RESIDENT = 6  # programs that a processor holds
 
 
@@ -278,7 +279,7 @@ def best_row_parts(found: Region, target: int, gain: float) -> int:
     parts = max(ceil(_elements(type_, run) / (2 * wanted - 1)), 2)
     if 2 * _place(type_, axes, parts).length(type_) < wanted:
         return 1
-    whole, split = _times(found, every // size, size, _step(type_, axes), target)
+    whole, split = _times(found, every // size, size, _together(type_, axes), target)
     return parts if split * gain <= whole else 1
 
 
@@ -287,29 +288,35 @@ def _powers(bounds: tuple[int, int]) -> list[int]:
     return [low << more for more in range((high // low).bit_length())]
 
 
-def _step(type_: TensorType, axes: Dims) -> float:
-    """The time of a step of a long row: loads of 8 bytes and more take the shortest, and others so much longer."""
+def _together(type_: TensorType, axes: Dims) -> int:
+    """How many elements of a row lie side by side."""
     last = 1
     for axis in _longest(type_, axes)[0][::-1]:
         size = type_.shape[axis]
         if (axis not in axes and size != 1) or not isinstance(size, int):
             break
         last *= size
-    return STEP * max(4 // gcd(last, 8), 1)
+    return last
 
 
-def _times(found: Region, rows: int, size: int, step: float, target: int) -> tuple[float, float]:
+def _times(found: Region, rows: int, size: int, together: int, target: int) -> tuple[float, float]:
     """What one kernel takes, and what those of parts do: a program waits for memory in each of its steps, which read a
-    row once per level of reductions and once more for what comes after."""
+    row once per level of reductions and once more for what comes after. Loads of 8 bytes and more take the shortest,
+    and of neighbours in memory that are of other rows than its own a program reads what completes a sector."""
     on, inputs = chip(target), [tensor_type(value) for value in found.body.inputs]
     config = loop_configs(found)[0]
     after = any(_elements_in(type_) > rows for type_ in found.types)
-    passes = 1 if size <= config.elements else _levels(found.outputs) + after
+    at_once = size <= config.elements
+    passes = 1 if at_once else _levels(found.outputs) + after
+    steps = ceil(size / (ELEMENTS if at_once else config.elements))
     waves = ceil(ceil(rows / config.rows) / (on.processors * RESIDENT))
     read = max(sum(map(_elements_in, inputs)) / (rows * size), 1)  # tensors as large as the rows
-    busy = waves * ceil(size / ELEMENTS) * passes * step * (1 + read) / 2
+    busy = waves * steps * passes * STEP * max(4 // gcd(together, 8), 1) * (1 + read) / 2
     moved = sum(map(bytes_of, [*inputs, *found.types])) / (on.memory * 1e3)
-    return LAUNCH + max(busy, moved), (2 + after) * (LAUNCH + STEP) + 1.5 * moved
+    each = min((bytes_of(type_) // (rows * size) for type_ in inputs if _elements_in(type_) == rows * size), default=4)
+    sectors = moved * SECTOR / (config.rows * together * each * CACHE)
+    again = 1.5 if after else 1
+    return LAUNCH + max(busy, moved, sectors), (2 + after) * (LAUNCH + STEP) + again * moved
 
 
 def _elements_in(type_: TensorType) -> int:

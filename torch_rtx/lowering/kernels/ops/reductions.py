@@ -37,11 +37,12 @@ def _wide(self: Tensor, out: Types) -> Tensor:
     return cast(self, register(out[0].dtype))
 
 
-def _count(self: Tensor, axes: Sequence[int]) -> Index:
+def count_of(self: Tensor, axes: Sequence[int]) -> Index:
+    """The number of elements along axes; of all, if there are none."""
     return product(self.shape[axis] for axis in (axes or range(len(self.shape)))) if self.shape else ONE
 
 
-def _float(value: Index, dtype: str) -> Tensor:
+def size_as(value: Index, dtype: str) -> Tensor:
     """A size as a float tensor."""
     return tensor(value, dtype) if value.number is None else number(float(value.number), dtype)
 
@@ -49,14 +50,14 @@ def _float(value: Index, dtype: str) -> Tensor:
 def mean_of(self: Tensor, axes: Sequence[int]) -> Tensor:
     """The mean over axes, which stay with size 1; `self` is a float in its register's dtype."""
     total = reduce("sum", self, axes)
-    return pointwise("{0} / {1}", self.dtype, total, _float(_count(self, axes), self.dtype))
+    return pointwise("{0} / {1}", self.dtype, total, size_as(count_of(self, axes), self.dtype))
 
 
 def variance_of(self: Tensor, axes: Sequence[int], correction: float = 0) -> tuple[Tensor, Tensor]:
     """Variance and mean over axes, which stay with size 1. Two passes: the mean first, as nothing is lost that way."""
     mean = mean_of(self, axes)
     squares = pointwise("({0} - {1}) * ({0} - {1})", self.dtype, self, mean)
-    count = _float(_count(self, axes), self.dtype)
+    count = size_as(count_of(self, axes), self.dtype)
     if correction:
         count = pointwise("tl.maximum({0} - {1}, 0.0)", self.dtype, count, number(correction, self.dtype))
     return pointwise("{0} / {1}", self.dtype, reduce("sum", squares, axes), count), mean
