@@ -16,9 +16,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property, reduce
+from functools import cached_property, lru_cache, reduce
 
 from torch_rtx.ir import Dim, Sym
+
+CACHED = (
+    1 << 14
+)  # results that are kept: regions of a model have few shapes, and code is tried for every step of fusion
 
 
 @dataclass(frozen=True)
@@ -119,34 +123,46 @@ class Index:
         return _index(terms)
 
     def __floordiv__(self, by: Index) -> Index:
-        if not by.terms:
-            return by  # in a dimension of size 0, which has no positions; Triton refuses to divide by it
-        whole, rest = _split(self, by)
-        if within(rest, by):
-            return whole
-        atom = rest.atom
-        if isinstance(atom, Div) and not atom.remainder:
-            return whole + atom.arg // (atom.by * by)
-        if isinstance(atom, Div):
-            size, over = _split(atom.by, by)
-            if not over.terms:
-                return whole + atom.arg // by % size
-        for _, others, outer, _ in _common(rest, by):
-            return whole + outer // others
-        return whole + _atom(Div(rest, by))
+        return _quotient(self, by)
 
     def __mod__(self, by: Index) -> Index:
-        if not by.terms:
-            return by  # as above
-        _, rest = _split(self, by)
-        if within(rest, by):
-            return rest
-        atom = rest.atom
-        if isinstance(atom, Div) and atom.remainder and not _split(atom.by, by)[1].terms:
-            return atom.arg % by  # the remainder by a multiple of `by` comes first
-        for common, others, outer, inner in _common(rest, by):
-            return (outer % others) * common + inner
-        return _atom(Div(rest, by, remainder=True))
+        return _remainder(self, by)
+
+
+@lru_cache(maxsize=CACHED)
+def _quotient(index: Index, by: Index) -> Index:
+    """`index // by` in the normal form."""
+    if not by.terms:
+        return by  # in a dimension of size 0, which has no positions; Triton refuses to divide by it
+    whole, rest = _split(index, by)
+    if within(rest, by):
+        return whole
+    atom = rest.atom
+    if isinstance(atom, Div) and not atom.remainder:
+        return whole + atom.arg // (atom.by * by)
+    if isinstance(atom, Div):
+        size, over = _split(atom.by, by)
+        if not over.terms:
+            return whole + atom.arg // by % size
+    for _, others, outer, _ in _common(rest, by):
+        return whole + outer // others
+    return whole + _atom(Div(rest, by))
+
+
+@lru_cache(maxsize=CACHED)
+def _remainder(index: Index, by: Index) -> Index:
+    """`index % by` in the normal form."""
+    if not by.terms:
+        return by  # as above
+    _, rest = _split(index, by)
+    if within(rest, by):
+        return rest
+    atom = rest.atom
+    if isinstance(atom, Div) and atom.remainder and not _split(atom.by, by)[1].terms:
+        return atom.arg % by  # the remainder by a multiple of `by` comes first
+    for common, others, outer, inner in _common(rest, by):
+        return (outer % others) * common + inner
+    return _atom(Div(rest, by, remainder=True))
 
 
 def constant(number: int) -> Index:
@@ -189,6 +205,7 @@ def ravel(position: Iterable[Index], shape: Iterable[Index]) -> Index:
     return flat
 
 
+@lru_cache(maxsize=CACHED)
 def unravel(flat: Index, shape: tuple[Index, ...]) -> tuple[Index, ...]:
     """The position in a tensor of `shape` whose row-major position is `flat`: the inverse of `ravel`."""
     found = []
