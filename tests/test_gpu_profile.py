@@ -24,11 +24,11 @@ def test_clock_sees_the_device_alone() -> None:
     for clock in (waited, queued):
         clock()
         for _ in range(3):
-            time.sleep(0.0005)
+            time.sleep(0.005)  # longer than what other processes on the device may take between two events
             x @ x
             clock()
         seen.append(clock.read())
-    assert min(seen[0]) > 400
+    assert min(seen[0]) > 2500
     assert max(seen[1]) < min(seen[0])
     assert 0 <= overhead(queued) < 50
 
