@@ -16,6 +16,7 @@ pytest.importorskip("transformers")
 import torch_rtx
 from benchmarks import models
 from benchmarks.numerics import assert_right, in_float64
+from tests.eager_memory import most_held
 from tests.interpreter import run
 from torch_rtx import aten
 from torch_rtx.backend import reuse
@@ -135,6 +136,8 @@ def test_kernels(name: str, dtype: torch.dtype, dynamic: bool) -> None:
             check(node, sizes, which)
     planned(graph)
     whole(name, dtype, model, module)
+    if not graph.syms:
+        assert Plan(graph, frozenset(), frozenset()).memory({}).arena <= held_by(name, dtype, model)
 
 
 def planned(graph: Graph) -> None:
@@ -145,6 +148,13 @@ def planned(graph: Graph) -> None:
     assert 0 < arena <= 1.05 * most_alive((buffer, evaluate(buffer.size, sizes)) for buffer in plan.buffers)
     calls = Plan(inline_kernels(graph, {}), frozenset(), frozenset(graph.syms)).memory(sizes)
     assert arena <= 1.01 * calls.peak
+
+
+def held_by(name: str, dtype: torch.dtype, model: nn.Module) -> int:
+    """The most that PyTorch holds for a call of the model."""
+    args, kwargs = models.inputs(name, "small", dtype=dtype)
+    own = copy.deepcopy(model)
+    return most_held(lambda: own(*args, **kwargs))
 
 
 def whole(name: str, dtype: torch.dtype, model: nn.Module, module: torch_rtx.CompiledModule) -> None:

@@ -20,9 +20,8 @@ from functools import cached_property, lru_cache, reduce
 
 from torch_rtx.ir import Dim, Sym
 
-CACHED = (
-    1 << 14
-)  # results that are kept: regions of a model have few shapes, and code is tried for every step of fusion
+# Results that are kept: regions of a model have few shapes, and code is tried for every step of fusion.
+CACHED = 1 << 14
 
 
 @dataclass(frozen=True)
