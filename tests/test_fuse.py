@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -166,3 +167,24 @@ def test_fused_is_unfused(graph: Graph, seed: int) -> None:
     inputs = [torch.randn(numbers(x.type.shape, sizes)).to(aten.DTYPES[x.type.dtype]) for x in graph.inputs]
     exact = execute(graph, [x.double() for x in inputs], sizes, wide=True)
     assert_right(execute(fused, inputs, sizes), execute(graph, inputs, sizes), exact)
+
+
+@pytest.mark.parametrize("count", [4, 1000])
+def test_units_that_would_wait_for_each_other(count: int) -> None:
+    """Two loops that read the same input, of which one needs the other by a way through a unit of scattered nodes."""
+    shapes = {"y": (count, 16), "x": (count, 8), "a": (16, 8), "b": (8, 16)}
+    y, x, a, b = (Value(name, TensorType("f32", shape, contiguous(shape))) for name, shape in shapes.items())
+    rewriter = Rewriter(Graph("import", (y, x, a, b)), Inference())
+
+    def emit(name: str, **args: Attr) -> Value:
+        return rewriter.emit(f"aten.{name}", None, **args)
+
+    wide, narrow = emit("cos.default", self=y), emit("sin.default", self=x)
+    first = emit("mm.default", self=wide, mat2=a)
+    last = emit("mul.Tensor", self=first, other=x)
+    second = emit("mm.default", self=narrow, mat2=b)
+    results = emit("add.Tensor", self=second, other=y), last
+    graph = Graph("import", (y, x, a, b), nodes=tuple(rewriter.nodes), outputs=(*results, first, second))
+    fused = fuse(graph, Inference())
+    verify(fused, aten.ALLOWED)
+    assert {node.kind for node in fused.nodes} == {"kernel"}

@@ -178,11 +178,11 @@ class Grouping:
 
     def _leads_around(self, first: Unit, second: Unit) -> bool:
         """Whether a third unit needs `first` and is needed by `second`."""
-        last, seen = max(second.members), {id(first), id(second)}
+        seen = {id(first), id(second)}
         left = [self.unit[i] for i in self.users(first) if self.unit[i] is not second]
         while left:
             unit = left.pop()
-            if id(unit) in seen or min(unit.members) > last:
+            if id(unit) in seen:
                 continue
             seen.add(id(unit))
             for index in self.users(unit):

@@ -30,7 +30,7 @@ from torch_rtx.lowering.kernels.tensor import (
     load,
 )
 
-EXACT = ("bool", "i32", "i64")  # dtypes that hold every position
+EXACT = ("bool", "i64")  # dtypes that hold every position, and what is computed from them
 
 
 @dataclass(frozen=True)

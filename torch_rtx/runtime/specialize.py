@@ -149,7 +149,7 @@ class Specializer:
         if place is not None:
             dropped = self.variants.pop(place)
             self._by_key = {key: variant for key, variant in self._by_key.items() if variant is not dropped}
-        found = self.variants[dims] = Variant(sizes, self.base.code, self.base.tier)
+        found = self.variants[dims] = Variant(sizes, self.base.code, self.base.tier, used=self._calls)
         return found
 
     def _start(self, started: Sequence[tuple[Variant, Mapping[str, int]]], strategy: str) -> None:

@@ -14,7 +14,7 @@ from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.kernels.index import from_dim, product, ravel
 from torch_rtx.lowering.kernels.tensor import ONE
 from torch_rtx.lowering.positions import AtLeastZero, Positions
-from torch_rtx.lowering.rewrite import Rewriter, rewrite
+from torch_rtx.lowering.rewrite import Rewriter, rewrite, seen_outside
 
 ATTENTION = "aten.scaled_dot_product_attention.default"
 CONJUNCTIONS = ("aten.bitwise_and.Tensor", "aten.logical_and.default")
@@ -22,11 +22,12 @@ CONJUNCTIONS = ("aten.bitwise_and.Tensor", "aten.logical_and.default")
 
 def simplify_masks(graph: Graph, infer: Inference) -> Graph:
     """Level import to level import."""
-    constants, positions = Constants(graph), Positions(graph)
+    constants, positions, fresh = Constants(graph), Positions(graph), seen_outside(graph)
 
     def visit(node: Node, rewriter: Rewriter) -> bool:
         if node.op == "aten.index.Tensor":
-            return _as_view(node, constants, positions, rewriter)
+            aliased = any(value is not None and value.name in fresh for value in (*node.inputs, *node.outputs))
+            return not aliased and _as_view(node, constants, positions, rewriter)
         mask = node.arg("attn_mask")
         if node.op != ATTENTION or not isinstance(mask, Value) or node.arg("is_causal"):
             return False
