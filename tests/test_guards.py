@@ -1,5 +1,7 @@
 """What a call still sees without guards on layers, and how a session tells parameters apart."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -51,6 +53,19 @@ def test_guards_on_layers_are_left_out(net) -> None:
     assert any(name.endswith(".scale") for name in names)
     assert "x" in names or "L['x']" in names
     assert not any(name.endswith(("['weight']", ".eps", ".stride")) for name in names)
+
+
+@pytest.mark.parametrize("mode", ["gradients", "statistics"])
+def test_where_a_layer_trains_its_tensors_are_guarded(fresh_dynamo, mode: str) -> None:
+    """Parameters, or the statistics that are written, are inputs of the graph: no session checks them."""
+    model = nn.Sequential(nn.Embedding(10, 4), nn.BatchNorm1d(4)).train(mode == "statistics")
+    compiled = torch.compile(model, backend="rtx", options={"guard_filter_fn": torch_rtx.skip_layer_guards})
+    tokens = torch.arange(8)
+    with torch.set_grad_enabled(mode == "gradients"):
+        for change in (lambda: model, model.double, model.half, model.float):
+            change()
+            same(compiled(tokens), copy.deepcopy(model)(tokens), atol=1e-2, rtol=1e-2)
+        assert compiled(tokens).requires_grad == (mode == "gradients")
 
 
 CHANGES = {
