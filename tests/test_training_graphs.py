@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import pytest
@@ -99,7 +99,7 @@ def step(model: nn.Module, call: Any, args: Any, kwargs: Any) -> list[torch.Tens
     return [loss.detach(), *gradients, *model.buffers()]
 
 
-@lru_cache(maxsize=1)  # the tests of a model follow one another
+@cache
 def graphs_of(name: str) -> list[Graph]:
     """The forward and backward graphs of a model."""
     model, args, kwargs = model_of(name)
