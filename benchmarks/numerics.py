@@ -18,6 +18,15 @@ def tensors(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
+def widened(tree: Any, dtype: torch.dtype = torch.float64) -> Any:
+    """The same with tensors of its own, those of floats in `dtype`."""
+
+    def widen(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor.clone()
+
+    return pytree.tree_map_only(torch.Tensor, widen, tree)
+
+
 def in_float64(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dtype: torch.dtype = torch.float64
 ) -> list[torch.Tensor]:
@@ -27,10 +36,7 @@ def in_float64(
         dtype: a narrower one, for a model that does not fit.
     """
 
-    def widen(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(dtype) if tensor.is_floating_point() else tensor.clone()
-
-    args, kwargs = pytree.tree_map_only(torch.Tensor, widen, (args, dict(kwargs)))
+    args, kwargs = widened((args, dict(kwargs)), dtype)
     with torch.no_grad():
         return tensors(copy.deepcopy(model).to(dtype)(*args, **kwargs))
 

@@ -19,6 +19,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from benchmarks.numerics import widened
 from tests.interpreter import run
 from tests.test_op_db import operators, pick, spaced
 from torch_rtx import aten
@@ -95,7 +96,7 @@ class Body:
     def in_float64(self) -> list[torch.Tensor]:
         """The results for the same numbers in float64."""
         op, args, kwargs = self.call
-        args, kwargs = tree_map_only(torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, (args, kwargs))
+        args, kwargs = widened((args, kwargs))
         args, kwargs = tree_map_only(torch.dtype, lambda d: torch.float64 if d.is_floating_point else d, (args, kwargs))
         result = op(*args, **kwargs)
         return list(result) if isinstance(result, tuple | list) else [result]

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from tests.kernel_bodies import body
-from torch_rtx.ir import Value
+from torch_rtx.ir import Graph, Value
 from torch_rtx.lowering.kernels.index import Index, constant, substitute
+from torch_rtx.lowering.kernels.tensor import Position
 from torch_rtx.lowering.positions import AtLeastZero, Element, Positions
 from torch_rtx.runtime.bind import bind
 from torch_rtx.runtime.code import compile_graph
@@ -114,12 +115,17 @@ def number(element: Element, values: dict[str, int]) -> int:
     return int(found >= 0) if isinstance(element, AtLeastZero) else found
 
 
-@pytest.mark.parametrize("text", KNOWN.values(), ids=KNOWN)
-def test_the_formula_is_the_call(text: str) -> None:
+def formula(text: str) -> tuple[Graph, Position, Element | None]:
+    """A graph, the variables for positions in its result, and the element there."""
     graph = body(ROWS + text.strip())
     (value,) = graph.outputs
     assert isinstance(value, Value)
-    position, element = Positions(graph).element(value)
+    return graph, *Positions(graph).element(value)
+
+
+@pytest.mark.parametrize("text", KNOWN.values(), ids=KNOWN)
+def test_the_formula_is_the_call(text: str) -> None:
+    graph, position, element = formula(text)
     assert element is not None
     for sizes in itertools.product((1, 2, 5), (1, 3, 6)):
         dims = dict(zip(("s0", "s1"), sizes, strict=True))
@@ -131,10 +137,7 @@ def test_the_formula_is_the_call(text: str) -> None:
 
 @pytest.mark.parametrize("text", UNKNOWN.values(), ids=UNKNOWN)
 def test_what_is_not_known(text: str) -> None:
-    graph = body(ROWS + text.strip())
-    (value,) = graph.outputs
-    assert isinstance(value, Value)
-    _, element = Positions(graph).element(value)
+    *_, element = formula(text)
     assert element is None
 
 

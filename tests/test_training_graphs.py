@@ -19,7 +19,8 @@ from torch import nn
 pytest.importorskip("transformers")
 
 from benchmarks import models
-from benchmarks.numerics import assert_right, tensors
+from benchmarks.numerics import assert_right, tensors, widened
+from benchmarks.suites.train import learner
 from tests.kernel_bodies import body, check_split_graph
 from tests.test_kernel_models import body_in_float64, check, drawn, kernels, small
 from torch_rtx.backend import compiler, entry
@@ -76,11 +77,8 @@ def model_of(name: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
     """A small model without dropout, and inputs; images are channels-last."""
     torch.manual_seed(0)
     model, args, kwargs = models.build(name, "small", dtype=torch.float32)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
     images = torch.utils._pytree.tree_map_only(torch.Tensor, laid_out, (args, kwargs))
-    return model.train().to(memory_format=torch.channels_last), *images
+    return learner(model).to(memory_format=torch.channels_last), *images
 
 
 def laid_out(tensor: torch.Tensor) -> torch.Tensor:
@@ -166,10 +164,7 @@ class Residual(nn.Module):
 def compared(model: nn.Module, args: Any, kwargs: Any) -> None:
     """A step of the expanded graphs, call by call, is as near to float64 as eager's is."""
     eager, wide = copy.deepcopy(model), copy.deepcopy(model).double()
-    widened = torch.utils._pytree.tree_map_only(
-        torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, (args, kwargs)
-    )
-    expected, exact = step(eager, eager, args, kwargs), step(wide, wide, *widened)
+    expected, exact = step(eager, eager, args, kwargs), step(wide, wide, *widened((args, kwargs)))
     with recorded() as graphs:
         found = step(model, torch.compile(model, backend="rtx", fullgraph=True, options=OPTIONS), args, kwargs)
     assert len(graphs) == 2

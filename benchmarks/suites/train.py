@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks import timing
 from benchmarks.cases import Job
-from benchmarks.numerics import assert_right, tensors
+from benchmarks.numerics import assert_right, tensors, widened
 from benchmarks.peers import PEERS, Prepared
 from benchmarks.suites import common
 from benchmarks.worker import Reporter
@@ -24,7 +24,7 @@ def measure(job: Job, out: Reporter) -> None:
     """`device_ms` (on a GPU) and `wall_ms` of a step, the `ratio` to the best other peer; on a GPU `peak_bytes`."""
     out.begin(None, "model")
     with common.set_up(job) as setup, torch.enable_grad():
-        model = _learner(setup.subject.model)
+        model = learner(setup.subject.model)
         eager, exact = _gradients(model, model, setup), _gradients_in_float64(model, setup)
         steps: dict[str, timing.Call] = {}
         peaks: dict[str, dict[str, int]] = {}
@@ -48,7 +48,7 @@ def measure(job: Job, out: Reporter) -> None:
             out.ok(name, {**metrics, **peaks[name], "ratio": ratios.get(name)})
 
 
-def _learner(model: nn.Module) -> nn.Module:
+def learner(model: nn.Module) -> nn.Module:
     """The model in training mode, but without dropout: its gradients can be compared."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -88,9 +88,7 @@ def _gradients(prepared: Prepared, model: nn.Module, setup: common.Setup) -> Ten
 
 def _gradients_in_float64(model: nn.Module, setup: common.Setup) -> Tensor:
     wide = copy.deepcopy(model).double()
-    args, kwargs = torch.utils._pytree.tree_map_only(
-        Tensor, lambda t: t.double() if t.is_floating_point() else t, setup.sets[0]
-    )
+    args, kwargs = widened(setup.sets[0])
     result = wide(*args, **kwargs)
     sum(t.square().mean() for t in tensors(result) if t.requires_grad).backward()
     return _joined(wide)

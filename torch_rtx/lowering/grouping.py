@@ -135,9 +135,13 @@ class Grouping:
             domain = self._joined(first, second) if first is not second else None
             if domain is None or self._leads_around(first, second):
                 continue
-            merged = Unit(sorted(first.members + second.members), first.epoch, domain, first.cost + second.cost)
-            if len(merged.members) <= MAX_MEMBERS:
-                self._adopt(merged)
+            self._unite(first, second, domain)
+
+    def _unite(self, first: Unit, second: Unit, domain: Domain) -> None:
+        """Makes both one unit, if it is small enough and has code."""
+        merged = Unit(sorted(first.members + second.members), first.epoch, domain, first.cost + second.cost)
+        if len(merged.members) <= MAX_MEMBERS:
+            self._adopt(merged)
 
     def _joined(self, first: Unit, second: Unit) -> Domain | None:
         """The domain of both, where it is one."""
@@ -208,11 +212,8 @@ class Grouping:
             loop = second.epoch, second.domain
             first = found.get(loop, second)
             if first is not second and not (self._leads(first, second) or self._leads(second, first)):
-                members = sorted(first.members + second.members)
-                merged = Unit(members, first.epoch, first.domain, first.cost + second.cost)
-                if len(members) <= MAX_MEMBERS and self._adopt(merged):
-                    second = merged
-            found[loop] = second
+                self._unite(first, second, second.domain)
+            found[loop] = self.unit[index]
 
     def _leads(self, first: Unit, second: Unit) -> bool:
         """Whether `second` needs `first`, by itself or through others."""
@@ -368,7 +369,7 @@ def domain_of(node: Node) -> tuple[Domain | None, int]:
     cost = sum(isinstance(inner, Map) for inner in everything(tensors))
     if not rows.axes:
         return Domain(product(tensors[0].shape)), cost
-    return Domain(rows.count, rows.size, max(rows.axes) == len(rows.shape) - 1), cost
+    return Domain(rows.count, rows.size, rows.inner), cost
 
 
 def name_of(body: Graph) -> str:

@@ -110,11 +110,9 @@ class GraphPool:
         if self.written:
             key = (key, tuple([(inputs[i].data_ptr(), inputs[i].stride()) for i in self.written]))
         with self._lock:
-            found = self.captured.get(key)
-            if found is None or found.code is not code or self._generation != store.generation:
-                found = self._find(key, code, inputs, store)
+            found = self._find(key, code, inputs, store)
             if found is not None:
-                found.used = self.replays = self.replays + 1
+                self.replays += 1
                 return found.replay(inputs)
         outputs = self.run(code, inputs, store.values)
         # Library handles are per thread, and a capture can't make them: a thread captures only after a plain call.
@@ -127,12 +125,11 @@ class GraphPool:
             self.captured.clear()
             self._generation = store.generation
         found = self.captured.get(key)
-        if found is not None and found.code is not code:
-            del self.captured[key]
-            found = None
-        if found is None:
-            if self._places.meet(key) and getattr(self._warm, "done", False):
-                found = self._capture(code, inputs, store)
+        if found is None or found.code is not code:
+            self.captured.pop(key, None)
+            if not self._places.meet(key) or not getattr(self._warm, "done", False):
+                return None
+            found = self._capture(code, inputs, store)
             if found is None:
                 return None
             place = self._places.take(key)

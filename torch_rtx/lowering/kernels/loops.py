@@ -63,6 +63,11 @@ class Rows:
     shape: Shape = ()
     axes: tuple[int, ...] = ()
 
+    @property
+    def inner(self) -> bool:
+        """Whether the elements of a row are neighbours: the last dimension is one of `axes`."""
+        return max(self.axes, default=0) == len(self.shape) - 1
+
     def position(self, row: Index, element: Index, shape: Shape, axes: tuple[int, ...]) -> Position:
         """The position in a tensor of `shape` that is reduced over `axes`, the last of which runs fastest."""
         kept = iter(unravel(row, tuple(s for a, s in enumerate(shape) if a not in axes)))
@@ -150,11 +155,10 @@ def _best_config(region: Region) -> LoopConfig:
         elements = TILE if count is None or count >= 132 * TILE else 256
         return LoopConfig(elements, 1, 4)
     size = rows.size.number
-    inner = max(rows.axes, default=0) == len(rows.shape) - 1
     if size is None or size > PERSISTENT:
-        return LoopConfig(1, 2048, 8) if inner else LoopConfig(16, 256, 8)
+        return LoopConfig(1, 2048, 8) if rows.inner else LoopConfig(16, 256, 8)
     block = 1 << max(size - 1, 0).bit_length()
-    if inner:
+    if rows.inner:
         count = max(TILE // block, 1)
         return LoopConfig(count, block, 4 if block * count <= 2048 else 8)
     # Neighbours in memory are rows, not elements of one: a tile takes several of them. The fewer threads share a row,
