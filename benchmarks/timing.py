@@ -140,3 +140,9 @@ def ratio(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) ->
     """The ratio of the medians of each round, summed up over the rounds."""
     pairs = zip(ours, theirs, strict=True)
     return summary([statistics.median(a) / statistics.median(b) for a, b in pairs])
+
+
+def excess(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> dict[str, float]:
+    """The difference of the medians of each round, summed up over the rounds."""
+    pairs = zip(ours, theirs, strict=True)
+    return summary([statistics.median(a) - statistics.median(b) for a, b in pairs])

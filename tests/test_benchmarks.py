@@ -148,6 +148,7 @@ def test_bare_replay(stand_in: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(peers.PEERS, "eager", replace(made, prepare=prepare))
     (metrics,) = measured(perform("host", "eager", device="cuda")).values()
     assert metrics["bare_replay_us"]["median"] < metrics["host_us"]["median"]
+    assert metrics["over_replay_us"]["median"] > 0
 
 
 def test_a_damaged_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import re
 import threading
+import weakref
 from collections import OrderedDict, defaultdict, namedtuple
 
 import pytest
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 from torch.export import Dim, export
+from transformers.modeling_outputs import BaseModelOutput
 
 import torch_rtx
 from tests.ahead import IDS, IMAGE, Function, Net, Tied, both, through_file
@@ -611,3 +613,38 @@ def test_inputs_are_checked_whatever_the_last_call_was() -> None:
                 module(x, wrong)
         with pytest.raises(InputError, match="expected 2 inputs, got 1"):
             module.session([x])
+
+
+def test_hooks_and_replaced_calls() -> None:
+    """They are seen although calls without any take a shorter way than `nn.Module`'s."""
+    module = torch_rtx.compile(Function(lambda x: {"a": x + 1}), (X,))
+    seen = []
+    hooks = [
+        module.register_forward_pre_hook(lambda module, args: seen.append("before")),
+        module.register_forward_hook(lambda module, args, result: result["a"] * 2),
+        nn.modules.module.register_module_forward_hook(lambda module, args, result: seen.append("global")),
+    ]
+    assert torch.equal(module(X), (X + 1) * 2)
+    assert sorted(seen) == ["before", "global"]
+    for hook in hooks:
+        hook.remove()
+    assert torch.equal(module(X)["a"], X + 1)
+    forward = module.forward
+    module.forward = lambda x: forward(x)["a"] - 1  # as libraries that wrap models do
+    torch.testing.assert_close(module(X), X)
+
+
+def test_results_do_not_hold_each_other() -> None:
+    """A result that is built like the first one holds nothing of that."""
+    module = torch_rtx.compile(Function(lambda x: BaseModelOutput(last_hidden_state=x + 1)), (X,))
+    first = module(X)
+    reference = weakref.ref(first.last_hidden_state)
+    later = [module(X * step) for step in range(3)]
+    del first
+    assert reference() is None
+    for step, result in enumerate(later):
+        assert type(result) is BaseModelOutput
+        assert list(result) == ["last_hidden_state"]
+        assert (result.hidden_states, result.attentions) == (None, None)
+        assert torch.equal(result.last_hidden_state, X * step + 1)
+        assert result[0] is result["last_hidden_state"] is result.last_hidden_state

@@ -13,7 +13,8 @@ CALLS = 15  # per turn
 
 
 def measure(job: Job, out: Reporter) -> None:
-    """`host_us` of a call, its `ratio` to the best other peer; `bare_replay_us` of the same CUDA graph by itself."""
+    """`host_us` of a call, its `ratio` to the best other peer; `bare_replay_us` of the same CUDA graph by itself, and
+    `over_replay_us`: by how much the median of a turn of calls exceeds that of a turn of replays beside it."""
     out.begin(None, "model")
     with common.set_up(job) as setup:
         prepared = common.prepare(job, setup, out)
@@ -21,19 +22,22 @@ def measure(job: Job, out: Reporter) -> None:
         for name, call in calls.items():
             out.begin(name, "warm up")
             timing.warm_up(call, job.device)
+        replays = {name: replay for name, call in prepared.items() if (replay := _bare_replay(call)) is not None}
         times: dict[str, list[list[float]]] = {name: [] for name in calls}
+        bare: dict[str, list[list[float]]] = {name: [] for name in replays}
         with timing.undisturbed():
             for _, name in timing.turns(list(calls), job.rounds):
                 out.begin(name, "measure")
                 times[name].append(timing.host_us(calls[name], CALLS, job.device))
+                if name in replays:
+                    bare[name].append(timing.host_us(replays[name], CALLS, job.device))
         ratios = common.compare(times)
-        for name, call in prepared.items():
-            with out.attempt(name, "bare replay"):
-                metrics: dict[str, Any] = {"host_us": common.flat(times[name]), "ratio": ratios.get(name)}
-                replay = _bare_replay(call)
-                if replay is not None:
-                    metrics["bare_replay_us"] = timing.summary(timing.host_us(replay, CALLS * job.rounds, job.device))
-                out.ok(name, metrics)
+        for name in prepared:
+            metrics: dict[str, Any] = {"host_us": common.flat(times[name]), "ratio": ratios.get(name)}
+            if name in replays:
+                metrics["bare_replay_us"] = common.flat(bare[name])
+                metrics["over_replay_us"] = timing.excess(times[name], bare[name])
+            out.ok(name, metrics)
 
 
 def _bare_replay(prepared: Any) -> timing.Call | None:

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 # 2 us of the device's, and on the device 1 us more per so many bytes.
 KERNELS_PER_COPY = 4
 BYTES_PER_KERNEL = 512 << 10
-ADDRESS = torch.Tensor.data_ptr
 EXECUTABLES = 4  # of one graph: inputs in one of two places, results in one of two
 Output = Callable[[Sequence[Any], Sequence[torch.Tensor]], Any]  # of the inputs, and the fresh tensors of a replay
 Like = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]  # shape, strides, dtype
@@ -73,10 +72,9 @@ class Captured:
         ports = {**given.ports(nodes), **made.ports(nodes)}
         self.missing = {name for name, port in ports.items() if port is None}
         found = [port for port in ports.values() if port is not None]
-        # PyTorch's own way to launch it gives it the state of the generator, and takes 2 us more.
-        self._draws = may_draw(graph)
-        self._executables = Executables(self.graph, found, 1 if self._draws else EXECUTABLES)
-        self._launch = driver().cuGraphLaunch
+        draws = may_draw(graph)
+        self._executables = Executables(self.graph, found, 1 if draws else EXECUTABLES)
+        self._launch = _with_generator(self.graph) if draws else driver().cuGraphLaunch
         self._sources, self._outputs, self._late = given.sources, made.outputs, made.late
         self._fresh, self._all_fresh = [fresh.like for fresh in made.fresh], made.all_fresh
         pool.memory.hold(self)
@@ -85,22 +83,22 @@ class Captured:
         """Launch the graph for `inputs` on the current stream of its device, which is the current device; returns its
         outputs."""
         # Copies that are made of inputs are held until the launch: nobody else may get their memory before it.
-        given = [fit(inputs[index], strides) for index, strides, fit in self._sources]
-        empty = EMPTY["cuda"]
+        sources, empty = self._sources, EMPTY["cuda"]
+        given = [x if (x := inputs[index]).stride() == strides else fit(x, strides) for index, strides, fit in sources]
         fresh = [empty(*like) for like in self._fresh]
-        addresses = list(map(ADDRESS, given + fresh))
-        executable = self._executables.at(addresses)
+        executables = self._executables
+        handle = executables.ready.get(tuple([tensor.data_ptr() for tensor in (*given, *fresh)]))
+        if handle is None:
+            given = [fit(x, strides) for x, (_, strides, fit) in zip(given, self._sources, strict=True)]
+            handle = executables.at(tuple([tensor.data_ptr() for tensor in (*given, *fresh)]))
         memory = self.memory
         with memory.lock:
             stream = torch._C._cuda_getCurrentRawStream(self._device)
             if stream != memory.stream:
                 memory.follow(stream)
-            if self._draws:
-                self.graph.replay()
-            else:
-                status = self._launch(executable, stream)
-                if status[0]:
-                    checked(status)
+            status = self._launch(handle, stream)
+            if status[0]:
+                checked(status)
             late = self._late and [(position, copy_strided(result, result.stride())) for position, result in self._late]
         # Only now: those that are copies of an input have what the graph wrote to it, as after a plain call.
         outputs = fresh if self._all_fresh else [output(inputs, fresh) for output in self._outputs]
@@ -286,6 +284,16 @@ def _count_writes(tensors: Sequence[torch.Tensor]) -> None:
     for tensor in tensors:
         if not tensor.is_inference():
             torch.autograd.graph.increment_version(tensor)
+
+
+def _with_generator(graph: torch.cuda.CUDAGraph) -> Callable[[object, int], tuple[int]]:
+    """PyTorch's own way to launch its graph, which gives it the state of the generator and takes 2 us more."""
+
+    def launch(handle: object, stream: int) -> tuple[int]:
+        graph.replay()
+        return (0,)
+
+    return launch
 
 
 def may_draw(graph: Graph) -> bool:

@@ -142,16 +142,7 @@ class GraphNodes:
         return [Place(params, "srcDevice", 0, node)], [Place(params, "dstDevice", 0, node)]
 
 
-class Executable:
-    """A graph ready to be launched, with addresses of its own.
-
-    Attributes:
-        handle: the driver's.
-        addresses: of the ports, in order, at its last launch; 0 for those that are to be set in any case.
-    """
-
-    def __init__(self, handle: Any, ports: int) -> None:
-        self.handle, self.addresses = handle, [0] * ports
+Addresses = tuple[int, ...]  # of the ports of a graph, in order
 
 
 class Executables:
@@ -160,31 +151,37 @@ class Executables:
 
     Args:
         graph: it has the first of them.
+
+    Attributes:
+        ready: the driver's handles of those that have addresses, by these; the one that was set longest ago first.
     """
 
     def __init__(self, graph: torch.cuda.CUDAGraph, ports: Sequence[Port], most: int) -> None:
         self._driver = driver()
         self._graph = self._driver.CUgraph(graph.raw_cuda_graph())
         self._ports, self._most = ports, most
-        self._latest = Executable(self._driver.CUgraphExec(graph.raw_cuda_graph_exec()), len(ports))
-        self._all = [self._latest]  # the one that was set longest ago first
+        self._unset = [self._driver.CUgraphExec(graph.raw_cuda_graph_exec())]
+        self.ready: dict[Addresses, Any] = {}
+        made: list[Any] = []  # beside PyTorch's own
+        self._made = made
+        weakref.finalize(self, _destroy, self._driver, made).atexit = False
 
-    def at(self, addresses: list[int]) -> Any:
+    def at(self, addresses: Addresses) -> Any:
         """The handle of an executable for a replay with its ports at `addresses`.
 
         Raises:
             RuntimeError: the driver refuses an address.
         """
-        if self._latest.addresses != addresses:
-            known = [found for found in self._all if found.addresses == addresses]
-            self._latest = known[0] if known else self._moved(addresses)
-        return self._latest.handle
+        found = self.ready.get(addresses)
+        return self._moved(addresses) if found is None else found
 
-    def _moved(self, addresses: list[int]) -> Executable:
-        """An executable that was set to other addresses, or a new one."""
-        found = self._new() or self._all.pop(0)
-        self._all.append(found)
-        before, found.addresses = found.addresses, [0] * len(addresses)  # should this fail, the next one sets all
+    def _moved(self, addresses: Addresses) -> Any:
+        """One that was set to other addresses, or a new one."""
+        before = (-1,) * len(addresses)
+        handle = self._unset.pop() if self._unset else self._new()
+        if handle is None:
+            before = next(iter(self.ready))
+            handle = self.ready.pop(before)
         nodes: dict[Node, None] = {}
         for port, address, old in zip(self._ports, addresses, before, strict=True):
             for holder, attribute, offset, node in port:
@@ -192,25 +189,29 @@ class Executables:
                 if address != old:
                     nodes[node] = None
         for node in nodes:
-            (status,) = node.set_params(found.handle, *node.arguments)
+            (status,) = node.set_params(handle, *node.arguments)
             if status != 0:
+                self._unset.append(handle)  # the next replay sets all of its addresses
                 raise RuntimeError(f"CUDA driver: {status.name} when setting the addresses of a node")
-        found.addresses = addresses
-        return found
+        self.ready[addresses] = handle
+        return handle
 
-    def _new(self) -> Executable | None:
-        """One more, if there may be and the device has memory for it. The first one is new, too, as long as it has no
-        addresses."""
-        if len(self._all) >= self._most or not any(self._all[0].addresses):
+    def _new(self) -> Any:
+        """One more; None where there are as many as there may be, or the device has no memory for it."""
+        if len(self.ready) >= self._most:
             return None
         flags = self._driver.CUgraphInstantiate_flags.CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH
         status, handle = self._driver.cuGraphInstantiate(self._graph, int(flags))
         if status != 0:
-            self._most = len(self._all)
+            self._most = len(self.ready)
             return None
-        made = Executable(handle, len(self._ports))
-        weakref.finalize(made, self._driver.cuGraphExecDestroy, handle).atexit = False
-        return made
+        self._made.append(handle)
+        return handle
+
+
+def _destroy(cuda: Any, handles: Sequence[Any]) -> None:
+    for handle in handles:
+        cuda.cuGraphExecDestroy(handle)
 
 
 def _nodes(cuda: Any, graph: Any) -> Sequence[Any]:

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from torch_rtx import aten
 from torch_rtx import engine as engine_file
@@ -76,8 +77,9 @@ class CompiledModule(nn.Module):
         self._store = WeightStore(graph, device, constants, engine.manifest.unused_names, streamer)
         profiles = engine.manifest.profiles
         self.session = Session(graph, self._store, settings, callables, trusted, kernels, profiles, tools)
-        self._apart = Apart(graph, self._store)
-        self._ready = not self._store.parameters
+        self._run: Callable[[tuple[Any, ...], Mapping[str, Any]], Any] = _without_weights
+        if not self._store.parameters:
+            self._begin()
 
     @property
     def profiles(self) -> tuple[Mapping[str, Shape], ...]:
@@ -102,7 +104,7 @@ class CompiledModule(nn.Module):
             isinstance(t, torch.Tensor) and t.is_cuda for t in tensors.values()
         ):
             log.warning("the model keeps its weights in device memory: streaming them saves nothing while it does")
-        self._ready = True
+        self._begin()
         self._keep(tensors, copy=False)
 
     def refit(self, weights: WeightSource) -> None:
@@ -117,8 +119,22 @@ class CompiledModule(nn.Module):
             kept = weights.state_dict(keep_vars=True).keys()
             tensors = {name: tensor for name, tensor in tensors.items() if name in known or name in kept}
         self._store.refit(tensors)
-        self._ready = True
+        self._begin()
         self._keep(tensors, copy=True)
+
+    def _begin(self) -> None:
+        """It has weights: from now on it can be called."""
+        signature, store, session = self._signature, self._store, self.session
+        apart = Apart(self.engine.graph, store)
+
+        def run(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+            inputs = signature.flatten(args, kwargs)
+            if apart.needed:
+                inputs = apart(inputs)
+            store.refresh()
+            return signature.unflatten(session(inputs))
+
+        self._run = run
 
     def _attributes(self, weights: WeightSource) -> dict[str, torch.Tensor]:
         """The plain attributes of a module that the engine needs: tensors that had no data when it was built."""
@@ -142,17 +158,31 @@ class CompiledModule(nn.Module):
             InputError: an argument does not fit; it names the argument, the dimension and the range.
             RtxError: the engine has no weights yet.
         """
-        if not self._ready:
-            raise RtxError("this engine is weight-stripped", hint="give it weights first: module.refit(...)")
-        inputs = self._signature.flatten(args, kwargs)
-        if self._apart.needed:
-            inputs = self._apart(inputs)
-        self._store.refresh()
-        return self._signature.unflatten(self.session(inputs))
+        return self._run(args, kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As `nn.Module` calls `forward`, whose own way takes a tenth of a replayed call to find that there are no
+        hooks."""
+        own = self.__dict__  # as its attributes they take long to read
+        if (
+            own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
+            or "_compiled_call_impl" in own
+            or "forward" in own
+            or _has_any_global_hook()
+        ):
+            return super().__call__(*args, **kwargs)
+        return own["_run"](args, kwargs)
 
     def extra_repr(self) -> str:
         """What `print` shows: nodes and device."""
         return f"nodes={len(self.engine.graph.nodes)}, device={self.device}"
+
+
+def _without_weights(args: object, kwargs: object) -> Any:
+    raise RtxError("this engine is weight-stripped", hint="give it weights first: module.refit(...)")
 
 
 def tensors_of(weights: WeightSource) -> dict[str, torch.Tensor]:
@@ -219,7 +249,7 @@ def load(
         module.attach(weights)
     elif engine.weights is not None:
         module._store.attach(engine.weights)
-        module._ready = True
+        module._begin()
     return module
 
 

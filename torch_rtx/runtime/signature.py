@@ -56,7 +56,6 @@ class Signature:
         self.names, self.in_spec, self.out_spec, self.leaves = tuple(names), in_spec, out_spec, tuple(leaves)
         args, kwargs = in_spec.children()
         self._count, self._keywords = args.num_children, tuple(kwargs.context)
-        self._names = frozenset(self._keywords)
         # Known once, so that a call with plain tensors needs no walk through its structure.
         self._specs = (*args.children(), *kwargs.children())
         self._flat = all(child.is_leaf() for child in self._specs)
@@ -74,9 +73,9 @@ class Signature:
             InputError: arguments are missing, unexpected or of another structure than at capture, or differ from a
                 constant that the capture fixed.
         """
-        if len(args) != self._count or kwargs.keys() != self._names:
+        if len(args) != self._count or tuple(kwargs) != self._keywords:
             args, kwargs = self._as_captured(args, kwargs)
-        leaves = [*args, *map(kwargs.__getitem__, self._keywords)] if kwargs else list(args)
+        leaves = [*args, *kwargs.values()]
         if not self._flat:
             leaves = self._flattened(leaves)
         if self._straight:
@@ -114,7 +113,7 @@ class Signature:
         if missing or extra:
             parts = [f"missing argument {name}" for name in missing] + [f"unexpected argument {name}" for name in extra]
             raise InputError(f"{', '.join(parts)}; the engine was built for ({', '.join(wanted)})")
-        return tuple(given[name] for name in wanted[: self._count]), given
+        return tuple(given[name] for name in wanted[: self._count]), {name: given[name] for name in self._keywords}
 
     def unflatten(self, outputs: list[Any]) -> Any:
         """The module's result from the graph's outputs."""
@@ -185,19 +184,18 @@ def _builder(spec: pytree.TreeSpec, outputs: list[Any], tree: Any) -> Callable[[
         return lambda values: dict(zip(keys, values, strict=True))
     if isinstance(tree, dict) and list(tree) == keys and all(map(operator.is_, tree.values(), outputs)):
         set_item = OrderedDict.__setitem__ if isinstance(tree, OrderedDict) else dict.__setitem__
-        attributes = dict(vars(tree)) if hasattr(tree, "__dict__") else {}
-        places = {id(value): index for index, value in enumerate(outputs)}
-        varying = [(name, places[id(value)]) for name, value in attributes.items() if id(value) in places]
-        if all(value is None or id(value) in places for value in attributes.values()):
+        found: dict[str, Any] = getattr(tree, "__dict__", {})
+        # Attributes that are its entries, and such as are None: so are those of every other result.
+        if found.keys() >= set(keys) and all(value is tree.get(name) for name, value in found.items()):
+            new, attributes = kind.__new__, dict.fromkeys(found)
 
             def build(values: list[Any]) -> Any:
-                made = kind.__new__(kind)
-                for key, value in zip(keys, values, strict=True):
-                    set_item(made, key, value)
-                fields = vars(made)
+                made = new(kind)
+                fields = made.__dict__
                 fields |= attributes
-                for name, index in varying:
-                    fields[name] = values[index]
+                for key, value in zip(keys, values, strict=False):
+                    set_item(made, key, value)
+                    fields[key] = value
                 return made
 
             return build
