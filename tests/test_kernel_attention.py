@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import re
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from triton import knobs
 
 from benchmarks.numerics import assert_right
 from tests.interpreter import run
@@ -16,12 +20,13 @@ from torch_rtx import aten
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Attr, Dim, Graph, Sym, TensorType, Value, contiguous
 from torch_rtx.lowering.infer import Inference
+from torch_rtx.lowering.kernels.aot import compile_kernels
 from torch_rtx.lowering.kernels.attention import AttentionConfig, attention_configs, attention_kernel, attention_of
 from torch_rtx.lowering.kernels.generate import library
 from torch_rtx.lowering.kernels.region import Region, region
 from torch_rtx.lowering.rewrite import Rewriter
 from torch_rtx.runtime.code import compile_graph
-from torch_rtx.targets import SHARED
+from torch_rtx.targets import SHARED, Target
 
 CPU = torch.device("cpu")
 SMALL = AttentionConfig(16, 16, 4, 1)
@@ -145,7 +150,8 @@ def rotated(emit: Emit, q: Value, k: Value, v: Value, cos: Value) -> Value:
     """Query and key computed from halves of themselves."""
     turned = []
     for tensor in (q, k):
-        low, high = (emit("slice.Tensor", self=tensor, dim=-1, start=s, end=s + 6) for s in (0, 6))
+        half = tensor.type.shape[-1] // 2
+        low, high = (emit("slice.Tensor", self=tensor, dim=-1, start=s, end=s + half) for s in (0, half))
         swapped = emit("cat.default", tensors=(emit("neg.default", self=high), low), dim=-1)
         turned.append(emit("add.Tensor", self=emit("mul.Tensor", self=tensor, other=cos), other=swapped))
     return attend(emit, *turned, v)
@@ -154,12 +160,12 @@ def rotated(emit: Emit, q: Value, k: Value, v: Value, cos: Value) -> Value:
 def with_residual(emit: Emit, q: Value, k: Value, v: Value, residual: Value) -> tuple[Value, Value]:
     """Two results: in rows plus a residual, and as it is in another dtype."""
     result = attend(emit, q, k, v, is_causal=True)
-    rows = emit("add.Tensor", self=joined(emit, result, (1, 18, 32)), other=residual)
+    rows = emit("add.Tensor", self=joined(emit, result, residual.type.shape), other=residual)
     return rows, emit("_to_copy.default", self=emit("mul.Tensor", self=result, other=2.0), dtype="f32")
 
 
-def masked(shape: tuple[Dim, ...], dtype: str = "bool", strides: Any = None, k: int = 21) -> Case:
-    return Case(plain(2, 2, 18, k, 16, mask=(shape, dtype, strides)), attend)
+def masked(shape: tuple[Dim, ...], dtype: str = "bool", strides: Any = None, k: int = 21, width: int = 16) -> Case:
+    return Case(plain(2, 2, 18, k, width, mask=(shape, dtype, strides)), attend)
 
 
 def options(**args: Attr) -> Callable[..., Value]:
@@ -171,6 +177,11 @@ CASES = {
     "odd lengths": Case(plain(1, 2, 19, 45, 16), attend),
     "narrow head, wide values": Case({"q": ((1, 2, 5, 12),), "k": ((1, 2, 7, 12),), "v": ((1, 2, 7, 40),)}, attend),
     "head of 72": Case(plain(1, 1, 17, 33, 72), attend, AttentionConfig(32, 32, 4, 1)),
+    "head of 40, epilogue": Case(plain(1, 3, 18, 18, 40, residual=((1, 18, 120),)), with_residual),
+    "head of 48, values of 33": Case({"q": ((1, 2, 5, 48),), "k": ((1, 2, 19, 48),), "v": ((1, 2, 19, 33),)}, attend),
+    "head of 80, causal": Case(plain(1, 1, 20, 20, 80), options(is_causal=True)),
+    "head of 96, computed": Case(plain(1, 1, 9, 21, 96, cos=((1, 1, 1, 96),)), rotated),
+    "head of 160, mask": masked((2, 2, 18, 21), width=160),
     "scale": Case(plain(1, 2, 16, 16, 16), options(scale=0.7)),
     "scale below 0": Case(plain(1, 2, 16, 16, 16), options(scale=-0.5)),
     "causal": Case(plain(2, 2, 50, 50, 16), options(is_causal=True)),
@@ -264,8 +275,36 @@ def test_configurations_fit_the_target(width: int, target: int) -> None:
     configs = attention_configs(a_region(2, 12, 512, width), target)
     assert len(set(configs)) == len(configs)
     for config in configs:
-        shared = 2 * config.num_stages * config.keys * 2 * max(16, 1 << (width - 1).bit_length())
+        shared = 2 * config.num_stages * config.keys * 2 * math.ceil(width / 16) * 16
         assert shared <= SHARED[target]
+
+
+def unwritten(cubin: bytes, folder: Path) -> set[str]:
+    """The uniform registers that instructions of a binary read and none writes."""
+    path = folder / "kernel.cubin"
+    path.write_bytes(cubin)
+    tool = knobs.nvidia.nvdisasm.path
+    text = subprocess.run([tool, path], capture_output=True, text=True, check=True).stdout
+    read, written = set(), set()
+    for line in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?(.+?) ;", text):
+        name, _, operands = line.partition(" ")
+        first, *others = operands.split(", ")
+        if target := re.fullmatch(r"UR(\d+)", first.strip()):
+            number = int(target[1])
+            written |= {f"UR{number + step}" for step in range(2 if ".64" in name else 1)}
+        else:
+            others.append(first)
+        read |= set(re.findall(r"UR\d+", " ".join(others)))
+    assert {"UR4"} <= read & written  # of any kernel
+    return read - written
+
+
+def test_values_narrower_than_keys_on_hopper(tmp_path: Path) -> None:
+    """Where tiles follow each other at one address, ptxas 12.8 read a register there that nothing writes."""
+    given = {"q": ((1, 8, 64, 64),), "k": ((1, 8, 64, 64),), "v": ((1, 8, 64, 32),)}
+    kernel = attention_kernel(region(Case(given, attend).graph("f16")), "k", AttentionConfig(64, 64, 4, 1))
+    (code,) = compile_kernels([(kernel, Target(90))])[kernel, Target(90)].codes
+    assert unwritten(code.cubin, tmp_path) == set()
 
 
 def test_few_rows_get_short_blocks() -> None:

@@ -2,8 +2,9 @@
 
 A program has a block of query rows (M) and walks over the keys in blocks, with a running maximum and sum per row
 (online softmax, Milakov and Gimelshein 2018; FlashAttention-2, Dao 2023). Keys are the rows of the tiles of K and V
-(J) and the columns of the scores (N); D and E are the columns of Q and K, and of V. Operands and masks are tensors as
-in any region: transposed, sliced and repeated views are address arithmetic, and a mask may be computed on the way.
+(J) and the columns of the scores (N); D and E are the columns of Q and K, and of V, D1 and E1 those behind them where a
+head is no power of two wide: 64 and 16 for 80. Operands and masks are tensors as in any region: transposed, sliced and
+repeated views are address arithmetic, and a mask may be computed on the way.
 
 Where the heads that share keys and values have few queries each (decoding), their rows are packed into one block: K and
 V are then read once per group, and not once per head.
@@ -225,7 +226,7 @@ def attention_configs(region: Region, target: int) -> list[AttentionConfig]:
     heads, since with 16 its tensor cores would wait for the tiles of K and V.
     """
     found = attention_of(region)
-    width, size = max(_block(found.width), _block(found.value_width)), 4 if found.dtype == "f32" else 2
+    width, size = max(_padded(found.width), _padded(found.value_width)), 4 if found.dtype == "f32" else 2
     if size == 4:
         # Products in full precision have no tensor cores: each thread has its part of both operands in registers.
         shapes = [(32, 32, 4), (16, 32, 4), (16, 16, 4)]
@@ -233,7 +234,7 @@ def attention_configs(region: Region, target: int) -> list[AttentionConfig]:
         shapes = (
             [(64, 64, 4), (64, 128, 4), (128, 64, 8)] if target == 90 else [(128, 32, 4), (128, 64, 4), (64, 64, 4)]
         )
-    elif width == 128:
+    elif width <= 128:
         shapes = [(128, 64, 8), (64, 64, 4), (128, 128, 8)] if target == 90 else [(128, 64, 8), (64, 32, 4)]
     else:
         shapes = [(128, 64, 8), (64, 32, 4)] if target == 90 else [(64, 32, 8), (64, 32, 4)]
@@ -260,7 +261,7 @@ def attention_configs(region: Region, target: int) -> list[AttentionConfig]:
 def _shared(found: Attention, rows: int, keys: int, stages: int) -> int:
     """Bytes of shared memory, from above."""
     size = 4 if found.dtype == "f32" else 2
-    width, value_width = _block(found.width), _block(found.value_width)
+    width, value_width = _padded(found.width), _padded(found.value_width)
     return size * (stages * keys * (width + value_width) + rows * max(width, value_width))
 
 
@@ -284,6 +285,20 @@ def _most(dim: Dim) -> int:
 def _block(size: int) -> int:
     """The next power of two that is a size of a matrix product."""
     return max(16, 1 << max(size - 1, 0).bit_length())
+
+
+def _pieces(width: int) -> list[tuple[int, int]]:
+    """The ranges of columns, each with its start and its block, in which a head of `width` elements is multiplied: one,
+    or two where these are narrower together."""
+    whole = _block(width)
+    first = whole // 2
+    rest = _block(width - first)
+    return [(0, first), (first, rest)] if first >= 16 and first + rest < whole else [(0, whole)]
+
+
+def _padded(width: int) -> int:
+    """The columns of all pieces."""
+    return sum(block for _, block in _pieces(width))
 
 
 # ---- the kernel ------------------------------------------------------------------------------------------------------
@@ -311,9 +326,11 @@ class _Writer:
         self.group = found.group()
         self.lead, self.row = found.place(self.group, variable("M", from_dim(found.rows)))
         sizes = {"M": from_dim(found.rows), "N": found.keys, "J": found.keys}
-        sizes |= {"D": constant(found.width), "E": constant(found.value_width)}
         cut = {"M": config.rows, "N": config.keys, "J": config.keys}
-        cut |= {"D": _block(found.width), "E": _block(found.value_width)}
+        self.starts: dict[str, int] = {}  # of the pieces of heads
+        for letter, width in (("D", found.width), ("E", found.value_width)):
+            for name, (start, block) in zip((letter, f"{letter}1"), _pieces(width), strict=False):
+                sizes[name], cut[name], self.starts[name] = constant(width), block, start
         self.sizes, self.blocks = sizes, cut
         # The scale goes into the exponent, with the base; a mask that is added comes between the two.
         self.added = found.mask is not None and found.mask.dtype != "bool"
@@ -326,10 +343,16 @@ class _Writer:
 
     # ---- tiles -------------------------------------------------------------------------------------------------------
 
+    def _pieces(self, letter: str) -> list[str]:
+        """The axes of the columns of Q and K, "D", or of V, "E"."""
+        return [name for name in self.starts if name[0] == letter]
+
     def _whole(self, name: str) -> bool:
         """Whether blocks along `name` have no end that is not there."""
-        size = self.sizes[name].number
-        return size is not None and size % self.blocks[name] == 0
+        size, block = self.sizes[name].number, self.blocks[name]
+        if name in self.starts:
+            return size is not None and self.starts[name] + block <= size
+        return size is not None and size % block == 0
 
     def _axis(self, name: str, masked: bool) -> Axis:
         return Axis(name, self.blocks[name], f"in_{name.lower()}" if masked and not self._whole(name) else "")
@@ -376,19 +399,20 @@ class _Writer:
         lines.append(f"first = {block * constant(config.rows)}")
         place = unravel(group, groups)
         lines += [f"{axis} = {at}" for axis, at in zip(self.group, place, strict=True) if axis != ZERO]
-        lines += [
-            *self._range("M", "[:, None]", "first"),
-            *self._range("D", "[None, :]"),
-            *self._range("E", "[None, :]"),
-        ]
-        self._tile("M", "D")
-        lines.append(f"Q = {self._operand(found.query, 'M', 'D', self.lead, self.row)}")
+        lines += self._range("M", "[:, None]", "first")
+        for name, start in self.starts.items():
+            lines += self._range(name, "[None, :]", str(start or ""))
+        for name in self._pieces("D"):
+            self._tile("M", name)
+            lines.append(f"Q{name[1:]} = {self._operand(found.query, 'M', name, self.lead, self.row)}")
         lines.append(f"top = tl.full([{config.rows}], {LEAST!r}, tl.float32)")
         lines.append(f"total = tl.zeros([{config.rows}], tl.float32)")
-        lines.append(f"acc = tl.zeros([{config.rows}, {self.blocks['E']}], tl.float32)")
+        sums = [f"acc{name[1:]}" for name in self._pieces("E")]
+        for name, total in zip(self._pieces("E"), sums, strict=True):
+            lines.append(f"{total} = tl.zeros([{config.rows}, {self.blocks[name]}], tl.float32)")
         self._walk()
         if not found.partial:  # rows that see no key at all are 0, as in PyTorch
-            lines.append("acc = acc / tl.where(total == 0, 1, total)[:, None]")
+            lines += [f"{total} = {total} / tl.where(total == 0, 1, total)[:, None]" for total in sums]
         self._store()
         return lines
 
@@ -428,14 +452,18 @@ class _Writer:
             self._tile("M", "N", "N", masked)
             self._mask(found.mask)
         key = variable("J", found.keys)
-        self._tile("J", "D", "J", masked)
-        k = self._operand(found.key, "J", "D", self.lead, key)
-        scope.lines.append(f"s = tl.dot(Q, tl.trans({k}){self._precision()})")
+        for name in self._pieces("D"):
+            self._tile("J", name, "J", masked)
+            k = self._operand(found.key, "J", name, self.lead, key)
+            before = ", s" if name != "D" else ""
+            scope.lines.append(f"s = tl.dot(Q{name[1:]}, tl.trans({k}){before}{self._precision()})")
         self._tile("M", "N", "N", masked)
         self._scores(scope, masked, diagonal)
-        self._tile("J", "E", "J", masked)
-        v = self._operand(found.value, "J", "E", self.lead, key)
-        scope.lines.append(f"acc = tl.dot(p.to({TRITON[found.dtype]}), {v}, acc * decay[:, None]{self._precision()})")
+        for name in self._pieces("E"):
+            self._tile("J", name, "J", masked)
+            v = self._operand(found.value, "J", name, self.lead, key)
+            weights, acc = f"p.to({TRITON[found.dtype]})", f"acc{name[1:]}"
+            scope.lines.append(f"{acc} = tl.dot({weights}, {v}, {acc} * decay[:, None]{self._precision()})")
         scope.lines.append("top = peak")
         emitter.scope, emitter.looped = emitter.outer, ""
         if body is None:
@@ -477,20 +505,29 @@ class _Writer:
     # ---- the result --------------------------------------------------------------------------------------------------
 
     def _store(self) -> None:
-        emitter, found = self.emitter, self.found
-        self._tile("M", "E")
-        sizes = (*map(from_dim, found.lead), from_dim(found.queries))
-        texts = ("acc", "top[:, None]", "total[:, None]")
-        for index, (output, type_) in enumerate(zip(self.region.outputs, self.region.types, strict=True)):
+        found = self.found
+        texts = ("", "top[:, None]", "total[:, None]")
+        for index, output in enumerate(self.region.outputs):
             anchors = _anchors(output)
             which = found.results.index(anchors[0]) if anchors else 0
-            size, axes = (self.sizes["E"], frozenset(("M", "E"))) if which == 0 else (ONE, frozenset(("M",)))
-            position = (*self.lead, self.row, variable("E", size) if which == 0 else ZERO)
-            place = _position(output, position, (*sizes, size))
-            for anchor in anchors:
-                emitter.anchored[anchor, position] = Operand(texts[which], axes)
-            value = emitter.value(output, place)
-            emitter.store(f"out{index}", linear(place, map(from_dim, type_.strides)), value, axes)
+            if which == 0:
+                for name in self._pieces("E"):
+                    at, text = variable(name, self.sizes[name]), f"acc{name[1:]}"
+                    self._store_piece(index, name, at, Operand(text, frozenset(("M", name))))
+            else:
+                self._store_piece(index, "E", ZERO, Operand(texts[which], frozenset(("M",))))
+
+    def _store_piece(self, index: int, name: str, column: Index, result: Operand) -> None:
+        """Store columns of the output number `index`, for which the call's result at `column` is `result`."""
+        emitter, found, output = self.emitter, self.found, self.region.outputs[index]
+        self._tile("M", name)
+        sizes = (*map(from_dim, found.lead), from_dim(found.queries), ONE if column == ZERO else self.sizes[name])
+        position = (*self.lead, self.row, column)
+        place = _position(output, position, sizes)
+        for anchor in _anchors(output):
+            emitter.anchored[anchor, position] = result
+        address = linear(place, map(from_dim, self.region.types[index].strides))
+        emitter.store(f"out{index}", address, emitter.value(output, place), result.axes)
 
 
 def _is_plain(tensor: Tensor) -> bool:

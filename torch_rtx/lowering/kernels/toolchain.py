@@ -25,6 +25,7 @@ from torch_rtx.errors import KernelError
 from torch_rtx.lowering.kernels.turing import NoTensorCores, rewrite
 
 OLDEST = (3, 6)  # version of Triton
+HOPPER, BLACKWELL = 90, 120
 PTX_VERSION = 80  # of sm_75, 80 and 86: drivers of CUDA 12.0 and later take it
 _lock = threading.Lock()
 _parsing = threading.Lock()
@@ -246,7 +247,10 @@ def _ptx(triton: _Triton, job: Job, ttir: str) -> tuple[str, dict[str, Any]]:
 
 def _ptxas(triton: _Triton, job: Job, ptx: str) -> tuple[bytes, int, int, int]:
     """The binary, and its registers, spill stores and stack. Binaries hold the command line: it is always the same."""
-    tool = triton.get_ptxas(job.sm)
+    # Triton takes ptxas 12.8 for Hopper. Where tiles of several widths follow each other at one address, that computes
+    # a descriptor from a register that nothing writes: attention with values narrower than keys was wrong. The ptxas
+    # for Blackwell, 12.9 or later, does not.
+    tool = triton.get_ptxas(BLACKWELL if job.sm == HOPPER else job.sm)
     arch = triton.arch_name(job.sm)
     # Triton's own workaround for a bug of ptxas 13.
     extra = ["--regAllocOptLevel=2"] if int(tool.version.partition(".")[0]) >= 13 else []
