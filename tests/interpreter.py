@@ -2,7 +2,7 @@
 
 The interpreter replaces functions of `triton.language` for the time of a call, so that kernels can be interpreted and
 compiled in one process. Three of its gaps are filled here: it multiplies the bit patterns of bfloat16, it truncates
-where a GPU rounds to bfloat16, and it reduces and scans one element at a time, which takes longer than all the rest.
+where a GPU rounds to bfloat16, and it reduces and scans one element at a time, which takes a hundred times as long.
 """
 
 from __future__ import annotations
@@ -83,6 +83,7 @@ def _interpreting() -> Iterator[None]:
             (interpreter.InterpreterBuilder, "cast_impl"),
             (interpreter.ReduceOps, "generic_reduce"),
             (interpreter.ScanOps, "generic_scan"),
+            (interpreter.interpreter_builder, "options"),
         )
     ]
     dot, cast = interpreter.InterpreterBuilder.create_dot, interpreter.InterpreterBuilder.cast_impl
@@ -110,6 +111,8 @@ def _interpreting() -> Iterator[None]:
     interpreter.InterpreterBuilder.cast_impl = cast_impl
     interpreter.ReduceOps.generic_reduce = _reduced
     interpreter.ScanOps.generic_scan = _scanned
+    # Otherwise overflows of integers are computed, which takes longer than all the rest, and reported in `debug` alone.
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
     try:
         yield
     finally:
