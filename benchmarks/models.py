@@ -54,7 +54,7 @@ from transformers.cache_utils import StaticLayer
 from transformers.models.whisper.modeling_whisper import WhisperDecoder, WhisperEncoder
 
 from benchmarks.diffusion import FluxTransformer, StableDiffusionUNet
-from benchmarks.vision import MobileNetV3Large
+from benchmarks.vision import BLOCKS, KINDS, MobileNetV3Large
 
 Size = Literal["small", "full"]
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -488,9 +488,9 @@ _QWEN3 = _causal(
 SPECS: dict[str, ModelSpec] = {
     entry.name: entry
     for entry in (
-        _vision("resnet50", ResNetForImageClassification, ResNetConfig, {}),
+        _vision("resnet50", ResNetForImageClassification, ResNetConfig, {"depths": [2, 1, 1, 2]}),
         _vision("mobilenet_v2", MobileNetV2ForImageClassification, MobileNetV2Config, {}),
-        ModelSpec("mobilenet_v3", lambda _: MobileNetV3Large(), _images()),
+        ModelSpec("mobilenet_v3", lambda size: MobileNetV3Large(blocks=BLOCKS if size == "full" else KINDS), _images()),
         _vision(
             "vit_b_16",
             ViTForImageClassification,

@@ -5,11 +5,14 @@ Howard et al., Searching for MobileNetV3, 2019, table 1.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Kernel, expanded channels, output channels, squeeze-excitation, activation, stride.
-_BLOCKS: tuple[tuple[int, int, int, bool, type[nn.Module], int], ...] = (
+_Block = tuple[int, int, int, bool, type[nn.Module], int]
+BLOCKS: tuple[_Block, ...] = (
     (3, 16, 16, False, nn.ReLU, 1),
     (3, 64, 24, False, nn.ReLU, 2),
     (3, 72, 24, False, nn.ReLU, 1),
@@ -26,6 +29,9 @@ _BLOCKS: tuple[tuple[int, int, int, bool, type[nn.Module], int], ...] = (
     (5, 960, 160, True, nn.Hardswish, 1),
     (5, 960, 160, True, nn.Hardswish, 1),
 )
+
+# One of each kind: with and without expansion, squeeze-excitation, a stride and a sum, of either activation.
+KINDS = tuple(BLOCKS[index] for index in (0, 1, 3, 4, 6, 7, 10, 12))
 
 
 def _eighth(channels: float) -> int:
@@ -80,9 +86,10 @@ class MobileNetV3Large(nn.Module):
 
     Args:
         width: factor of all channels but the classifier's.
+        blocks: fewer of them make a smaller model.
     """
 
-    def __init__(self, width: float = 1.0, classes: int = 1000) -> None:
+    def __init__(self, width: float = 1.0, classes: int = 1000, blocks: Sequence[_Block] = BLOCKS) -> None:
         super().__init__()
 
         def scaled(channels: int) -> int:
@@ -90,7 +97,7 @@ class MobileNetV3Large(nn.Module):
 
         inner = scaled(16)
         layers: list[nn.Module] = [_ConvNorm(3, inner, 3, 2, act=nn.Hardswish)]
-        for kernel, expanded, outer, squeeze, act, stride in _BLOCKS:
+        for kernel, expanded, outer, squeeze, act, stride in blocks:
             layers.append(_InvertedResidual(inner, kernel, scaled(expanded), scaled(outer), squeeze, act, stride))
             inner = scaled(outer)
         layers.append(_ConvNorm(inner, 6 * inner, 1, act=nn.Hardswish))

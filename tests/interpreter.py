@@ -1,8 +1,8 @@
 """Runs generated kernels on the CPU, in Triton's interpreter.
 
 The interpreter replaces functions of `triton.language` for the time of a call, so that kernels can be interpreted and
-compiled in one process. Two of its gaps are filled here: it multiplies the bit patterns of bfloat16, and it truncates
-where a GPU rounds to bfloat16.
+compiled in one process. Three of its gaps are filled here: it multiplies the bit patterns of bfloat16, it truncates
+where a GPU rounds to bfloat16, and it reduces and scans one element at a time, which takes a hundred times as long.
 """
 
 from __future__ import annotations
@@ -75,10 +75,18 @@ def _at(address: int, dtype: torch.dtype) -> torch.Tensor:
 
 @contextmanager
 def _interpreting() -> Iterator[None]:
-    plain_call, dot, cast = (
-        JITFunction.__call__,
-        *(getattr(interpreter.InterpreterBuilder, n) for n in ("create_dot", "cast_impl")),
-    )
+    replaced = [
+        (owner, name, getattr(owner, name))
+        for owner, name in (
+            (JITFunction, "__call__"),
+            (interpreter.InterpreterBuilder, "create_dot"),
+            (interpreter.InterpreterBuilder, "cast_impl"),
+            (interpreter.ReduceOps, "generic_reduce"),
+            (interpreter.ScanOps, "generic_scan"),
+            (interpreter.interpreter_builder, "options"),
+        )
+    ]
+    dot, cast = interpreter.InterpreterBuilder.create_dot, interpreter.InterpreterBuilder.cast_impl
     scope = interpreter._patch_lang(types.FunctionType((lambda: 0).__code__, {"tl": tl, "core": tl.core}))
     functions: dict[int, Callable[..., Any]] = {}
 
@@ -101,12 +109,52 @@ def _interpreting() -> Iterator[None]:
     JITFunction.__call__ = call
     interpreter.InterpreterBuilder.create_dot = create_dot
     interpreter.InterpreterBuilder.cast_impl = cast_impl
+    interpreter.ReduceOps.generic_reduce = _reduced
+    interpreter.ScanOps.generic_scan = _scanned
+    # Otherwise overflows of integers are computed, which takes longer than all the rest, and reported in `debug` alone.
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
     try:
         yield
     finally:
-        JITFunction.__call__, interpreter.InterpreterBuilder.create_dot = plain_call, dot
-        interpreter.InterpreterBuilder.cast_impl = cast
+        for owner, name, before in replaced:
+            setattr(owner, name, before)
         scope.restore()
+
+
+def _combined(ops: Any, types: Sequence[Any], first: Sequence[np.ndarray], second: Sequence[np.ndarray]) -> Any:
+    """What a reduction or scan makes of two parts of its arrays, element by element."""
+    both = [ops.to_tensor(data, dtype) for part in (first, second) for data, dtype in zip(part, types, strict=True)]
+    found = ops.combine_fn.fn(*both)
+    return [one.handle.data for one in (found if isinstance(found, tuple) else (found,))]
+
+
+def _reduced(self: Any, values: Sequence[Any]) -> list[Any]:
+    """Neighbours are combined until one is left, as a GPU does it."""
+    arrays, types = [value.handle.data for value in values], [value.dtype for value in values]
+    axis, kept = self.axis, [1] * arrays[0].ndim
+    if axis is None:
+        axis, arrays = 0, [data.reshape(-1) for data in arrays]
+    else:
+        kept = [1 if at == axis else size for at, size in enumerate(arrays[0].shape)]
+    while (count := arrays[0].shape[axis]) > 1:
+        assert count % 2 == 0, "blocks are powers of two"
+        first, second = ([data.take(range(start, count, 2), axis) for data in arrays] for start in (0, 1))
+        arrays = _combined(self, types, first, second)
+    arrays = [data.reshape(kept) if self.keep_dims else data.squeeze(axis) for data in arrays]
+    return [self.to_tensor(data, dtype) for data, dtype in zip(arrays, types, strict=True)]
+
+
+def _scanned(self: Any, values: Sequence[Any]) -> list[Any]:
+    """Each element is combined with the one 1, 2, 4, ... places before it."""
+    arrays, types = [value.handle.data for value in values], [value.dtype for value in values]
+    rank, count = arrays[0].ndim, arrays[0].shape[self.axis]
+    places = np.arange(count).reshape([-1 if at == self.axis % rank else 1 for at in range(rank)])
+    step = 1
+    while step < count:
+        found = _combined(self, types, [np.roll(data, step, self.axis) for data in arrays], arrays)
+        arrays = [np.where(places < step, data, new) for data, new in zip(arrays, found, strict=True)]
+        step *= 2
+    return [self.to_tensor(data, dtype) for data, dtype in zip(arrays, types, strict=True)]
 
 
 def _widened(handle: Any) -> Any:

@@ -26,6 +26,7 @@ from benchmarks.cases import Job, Workload
 from benchmarks.suites import SUITES
 from benchmarks.suites.cold import full_speed
 from benchmarks.suites.shapes import visits
+from tests.forking import ForkedModule
 
 ROOT = Path(__file__).parent.parent
 BERT = Workload("bert_base", trace=((1, 8), (1, 12)), size="small")
@@ -81,6 +82,12 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
         return True
 
     monkeypatch.setattr(runner.Runner, "_look_around", look_around)
+
+
+@pytest.fixture
+def warm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers start with everything loaded."""
+    monkeypatch.setattr(runner, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": ForkedModule}))
 
 
 class Event:
@@ -309,7 +316,7 @@ def test_wrong_after_new_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 # The whole command ----------------------------------------------------------------------------------------------------
 
 
-def test_peers_that_go_wrong(tmp_path: Path, plugin: str, here: None) -> None:
+def test_peers_that_go_wrong(tmp_path: Path, plugin: str, here: None, warm: None) -> None:
     """A hang and a crash cost their own rows and nobody else's; the run ends well and is then done."""
     out = tmp_path / "results.json"
     more = ["--plugin", plugin, "--peers", "eager,hanging,dying", "--limit", "3"]
@@ -324,7 +331,9 @@ def test_peers_that_go_wrong(tmp_path: Path, plugin: str, here: None) -> None:
     assert rows_of(out) == rows
 
 
-def test_a_peer_that_ended_its_process_is_not_tried_again(tmp_path: Path, plugin: str, here: None) -> None:
+def test_a_peer_that_ended_its_process_is_not_tried_again(
+    tmp_path: Path, plugin: str, here: None, warm: None
+) -> None:
     """Compiling it for every model, only to die again, would take the time of all others; the next run may try."""
     out = tmp_path / "results.json"
     more = ["--models", "bert_base,gpt2", "--plugin", plugin, "--peers", "eager,dying"]

@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed
+from torch._subclasses.fake_impls import op_implementations_dict
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from tests.ahead import Function
 from torch_rtx.backend import capture, fake_cuda
 from torch_rtx.errors import CaptureError
 
@@ -101,6 +103,17 @@ def test_keep_ops_ends_with_the_context(inference, recorder, graphs):
     assert "linear" not in op_names(graphs[1])
 
 
+def test_keep_ops_leaves_the_operators_as_they_were():
+    def tables():
+        return {op: (dict(op.py_kernels), op_implementations_dict.get(op)) for op in capture.KEEP}
+
+    before = tables()
+    for _ in range(2):
+        with capture.keep_ops():
+            assert all(tables()[op] != before[op] for op in capture.KEEP)
+        assert tables() == before
+
+
 def test_mutated_input_is_a_trailing_copy(inference, graphs):
     def step(cache, x):
         cache.add_(x)
@@ -165,6 +178,14 @@ def test_why_training_has_no_keep_set(recorder):
 
 
 # ---- ahead of time ----
+
+
+def test_export_takes_composites_of_libraries_apart():
+    with torch.library._scoped_library("rtx_test_capture", "DEF") as library:
+        library.define("twice(Tensor x) -> Tensor")
+        library.impl("twice", lambda x: x + x, "CompositeImplicitAutograd")
+        program = capture.capture_export(Function(lambda x: torch.ops.rtx_test_capture.twice(x)), (torch.ones(3),))
+    assert op_names(program.graph) == ["add"]
 
 
 def test_export_has_the_ops_of_torch_compile(inference, graphs):

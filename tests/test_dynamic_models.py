@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from functools import cache
 from typing import Any
 from unittest.mock import patch
 
@@ -39,6 +40,7 @@ CASES = [
 ]
 
 
+@cache
 def engine(name: str, batch: int, dynamic: bool) -> tuple[nn.Module, torch_rtx.CompiledModule, models.Inputs]:
     """A small model, its engine with the graph that it has for a GPU, and inputs."""
     length = None if name in IMAGES else LENGTH

@@ -1,11 +1,7 @@
-"""What README.md and docs/ show works: each Python block runs in a process of its own, each command exists.
-
-The processes of the blocks are forked from one that has imported PyTorch and torch_rtx: that takes longer than a block.
-"""
+"""What README.md and docs/ show works: each Python block runs in a process of its own, each command exists."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import re
 import subprocess
@@ -16,11 +12,11 @@ from typing import Any
 
 import pytest
 
+from tests.forking import forked, say_to
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-PRELOADED = ["pytest", "torch._dynamo", "torch._inductor.debug", "torch._functorch.aot_autograd"]
-PRELOADED += ["torch_rtx.backend.entry", "torch_rtx.backend.compiler", "torch_rtx.runtime.session"]
 
 
 def blocks(language: str) -> list[Any]:
@@ -46,18 +42,13 @@ def run_block(code: str, folder: Path, environment: dict[str, str]) -> None:
     """What `python -c` would do with a block, in a folder; what it says goes to the file `said` there."""
     os.environ.update(environment)
     os.chdir(folder)
-    said = os.open("said", os.O_WRONLY | os.O_CREAT)
-    os.dup2(said, 1)
-    os.dup2(said, 2)
+    say_to(Path("said"))
     exec(compile(code, "<block>", "exec"), vars(sys.modules["__main__"]))
 
 
 @pytest.mark.parametrize("code", blocks("python"))
 def test_block_runs(code: str, tmp_path: Path) -> None:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    process = context.Process(target=run_block, args=(code, tmp_path, dict(os.environ)))
-    process.start()
+    process = forked(run_block, code, tmp_path, dict(os.environ))
     process.join(120)
     process.kill()
     assert process.exitcode == 0, (tmp_path / "said").read_text()

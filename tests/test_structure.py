@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,7 @@ def part_of(module: str) -> str:
     return "lowering.kernels" if inner[:2] == ["lowering", "kernels"] else (inner or ["__init__"])[0]
 
 
+@cache
 def imports(path: Path) -> set[str]:
     """The modules of the package that a file imports, other than for type checkers alone."""
     found = set()

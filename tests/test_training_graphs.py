@@ -49,8 +49,8 @@ COUNTS: dict[str, tuple[tuple[int, dict[str, int]], tuple[int, dict[str, int]]]]
     "gpt2": ((27, FORWARD), (37, {**BACKWARD, "embedding_dense_backward": 2})),
     "llama": ((37, FORWARD), (49, {**BACKWARD, "embedding_dense_backward": 1})),
     "resnet50": (
-        (165, {POOL: 1, "copy_": 159}),  # of running statistics and of the numbers of batches
-        (107, {f"{POOL}_backward": 1, "convolution_backward": 53, "copy": 1, "as_strided_scatter": 1}),
+        (72, {POOL: 1, "copy_": 69}),  # of running statistics and of the numbers of batches
+        (47, {f"{POOL}_backward": 1, "convolution_backward": 23, "copy": 1, "as_strided_scatter": 1}),
     ),
     "vit_b_16": ((33, FORWARD), (54, {**BACKWARD, "convolution_backward": 1})),
 }

@@ -6,14 +6,16 @@ composites, so the importer sees one op set however the model came in.
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.convert_frame import compile_lock
 from torch._export.utils import _is_preservable_cia_op
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.export.exported_program import _override_composite_implicit_decomp
+from torch._subclasses.fake_impls import op_implementations_dict
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.export.exported_program import _decompose_exported_program, _override_composite_implicit_decomp
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -59,6 +61,32 @@ KEEP: dict[torch._ops.OpOverload, Callable[..., Any]] = {
 }
 
 
+# Per op of `KEEP`, its kernels in Python by dispatch key, and its rule for FakeTensors, if it has one.
+_Tables = dict[torch._ops.OpOverload, tuple[dict[Any, Callable[..., Any]], Callable[..., Any] | None]]
+
+
+def _tables() -> _Tables:
+    return {op: (dict(op.py_kernels), op_implementations_dict.get(op)) for op in KEEP}
+
+
+def _put(tables: _Tables) -> None:
+    for op, (kernels, rule) in tables.items():
+        op.py_kernels.clear()
+        op.py_kernels.update(kernels)
+        op._dispatch_cache.clear()
+        if rule is None:
+            op_implementations_dict.pop(op, None)
+        else:
+            op_implementations_dict[op] = rule
+
+
+@cache
+def _overridden() -> _Tables:
+    """The tables under PyTorch's own override, which takes milliseconds: too long for every graph."""
+    with _override_composite_implicit_decomp(KEEP):
+        return _tables()
+
+
 @contextlib.contextmanager
 def keep_ops() -> Iterator[None]:
     """Trace the ops of `KEEP` whole while this is active. For inference only, see `capture_training`.
@@ -66,8 +94,13 @@ def keep_ops() -> Iterator[None]:
     The override patches the operators for the whole process. Dynamo's own lock guards it: another torch.compile in
     another thread must not trace under it, and a lock of our own could deadlock with Dynamo's.
     """
-    with compile_lock, _override_composite_implicit_decomp(KEEP):
-        yield
+    with compile_lock:
+        overridden, before = _overridden(), _tables()
+        _put(overridden)
+        try:
+            yield
+        finally:
+            _put(before)
 
 
 class NeedsAutograd(CaptureError):
@@ -201,10 +234,15 @@ def _export(model: torch.nn.Module, args: tuple[Any, ...], kwargs: Any, dynamic_
 def _decompose(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     """Functionalise, and take apart the composite ops that are not in `KEEP`; nothing else, as in torch.compile."""
     if program.verifier.dialect == "TRAINING":
-        rules = torch.export.default_decompositions().items()
-        table = {op: rule for op, rule in rules if _is_preservable_cia_op(op) and op not in KEEP}
-        with torch.no_grad(), compile_lock:
-            program = program.run_decompositions(table)
+        # What `run_decompositions` does, but for its override of every composite op, which takes longer than the rest.
+        with torch.no_grad(), keep_ops(), unset_fake_temporarily():
+            program = _decompose_exported_program(
+                program,
+                cia_to_decomp={},
+                python_decomp_table={},
+                joint_loss_index=None,
+                decompose_custom_triton_ops=False,
+            )
     for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
         program.graph.erase_node(node)  # it asserts about the traced dtypes and devices, which a capture fixes anyway
     program.graph_module.recompile()
