@@ -331,9 +331,7 @@ def test_peers_that_go_wrong(tmp_path: Path, plugin: str, here: None, warm: None
     assert rows_of(out) == rows
 
 
-def test_a_peer_that_ended_its_process_is_not_tried_again(
-    tmp_path: Path, plugin: str, here: None, warm: None
-) -> None:
+def test_a_peer_that_ended_its_process_is_not_tried_again(tmp_path: Path, plugin: str, here: None, warm: None) -> None:
     """Compiling it for every model, only to die again, would take the time of all others; the next run may try."""
     out = tmp_path / "results.json"
     more = ["--models", "bert_base,gpt2", "--plugin", plugin, "--peers", "eager,dying"]

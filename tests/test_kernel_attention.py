@@ -177,8 +177,8 @@ CASES = {
     "odd lengths": Case(plain(1, 2, 19, 45, 16), attend),
     "narrow head, wide values": Case({"q": ((1, 2, 5, 12),), "k": ((1, 2, 7, 12),), "v": ((1, 2, 7, 40),)}, attend),
     "head of 72": Case(plain(1, 1, 17, 33, 72), attend, AttentionConfig(32, 32, 4, 1)),
-    "head of 40, epilogue": Case(plain(1, 3, 18, 18, 40, residual=((1, 18, 120),)), with_residual),
-    "head of 48, values of 33": Case({"q": ((1, 2, 5, 48),), "k": ((1, 2, 19, 48),), "v": ((1, 2, 19, 33),)}, attend),
+    "head of 80, epilogue": Case(plain(1, 2, 18, 18, 80, residual=((1, 18, 160),)), with_residual),
+    "head of 96, values of 65": Case({"q": ((1, 2, 5, 96),), "k": ((1, 2, 19, 96),), "v": ((1, 2, 19, 65),)}, attend),
     "head of 80, causal": Case(plain(1, 1, 20, 20, 80), options(is_causal=True)),
     "head of 96, computed": Case(plain(1, 1, 9, 21, 96, cos=((1, 1, 1, 96),)), rotated),
     "head of 160, mask": masked((2, 2, 18, 21), width=160),
@@ -275,7 +275,8 @@ def test_configurations_fit_the_target(width: int, target: int) -> None:
     configs = attention_configs(a_region(2, 12, 512, width), target)
     assert len(set(configs)) == len(configs)
     for config in configs:
-        shared = 2 * config.num_stages * config.keys * 2 * math.ceil(width / 16) * 16
+        columns = math.ceil(width / 16) * 16 if width > 64 else 64
+        shared = 2 * config.num_stages * config.keys * 2 * min(columns, max(16, 1 << (width - 1).bit_length()))
         assert shared <= SHARED[target]
 
 
@@ -318,6 +319,14 @@ def test_programs_share_a_multiprocessor_of_hopper() -> None:
         config = attention_configs(a_region(1, 12, queries, 64, keys=keys), 90)[0]
         assert (config.rows, config.num_warps) == (64, 4)
         assert 3 * 2 * 64 * (config.rows + 2 * config.num_stages * config.keys) <= SHARED[90]
+
+
+def test_wide_heads_have_whole_warpgroups_and_three_blocks_on_hopper() -> None:
+    for width in (72, 80, 96, 128, 160, 192, 256):
+        config = attention_configs(a_region(1, 24, 2048, width), 90)[0]
+        assert config.rows >= 64
+        assert config.num_stages == 3
+    assert attention_configs(a_region(1, 2, 64, 160), 90)[0].rows == 16  # else there are two programs
 
 
 def test_the_library_is_faster_at_long_rows_of_keys_on_hopper() -> None:

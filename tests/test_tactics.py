@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import re
+
 import pytest
 
 from torch_rtx.irparse import parse
@@ -68,3 +71,33 @@ def test_a_loop_has_no_rival() -> None:
         "graph import {\n  input in0: f16[4]\n  v1: f16[4] = op aten.exp.default(self=in0)\n  return [v1]\n}\n"
     )
     assert library(body, 90) == "none"
+
+
+CONVOLUTION = """
+graph import {{
+  input in0: f16[{n}, {c}, {h}, {w}]({c}*{h}*{w}, 1, {c}*{w}, {c})
+  input in1: f16[{o}, {c}, {kh}, {kw}]({c}*{kh}*{kw}, 1, {c}*{kw}, {c})
+  v1: f16[{n}, {o}, {h}, {w}]({o}*{h}*{w}, 1, {o}*{w}, {o}) = op aten.conv2d.default({call})
+  return [v1]
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("image", "channels", "window", "sm", "expected"),
+    [
+        ((2, 64, 64), (960, 320), (3, 3), 90, "faster"),
+        ((2, 64, 64), (960, 320), (3, 3), 89, "slower"),
+        ((32, 14, 14), (256, 256), (3, 3), 90, "slower"),
+        ((2, 8, 8), (1280, 1280), (3, 3), 90, "slower"),  # too few programs for either
+        ((8, 1, 3000), (768, 768), (1, 3), 90, "slower"),  # a sequence
+    ],
+)
+def test_convolutions(
+    image: tuple[int, int, int], channels: tuple[int, int], window: tuple[int, int], sm: int, expected: str
+) -> None:
+    (n, h, w), (c, o), (kh, kw) = image, channels, window
+    call = f"input=in0, weight=in1, padding=[{kh // 2}, {kw // 2}]"
+    text = CONVOLUTION.format(n=n, c=c, h=h, w=w, o=o, kh=kh, kw=kw, call=call)
+    text = re.sub(r"\d+(\*\d+)+", lambda found: str(math.prod(map(int, found[0].split("*")))), text)
+    assert library(parse(text), sm) == expected

@@ -40,9 +40,10 @@ from torch_rtx.targets import SHARED
 
 DTYPES = ("f16", "bf16", "f32")
 MAX_WIDTH = 256  # the widest head
+HOPPER = 90
 PACKED = 64  # most rows of a block that are the queries of several heads
 PROGRAMS = 128  # about as many as a large GPU has multiprocessors
-TOGETHER = 3  # programs on one of Hopper's multiprocessors: some multiply while others compute weights
+TOGETHER = 3  # programs of narrow heads on one of Hopper's multiprocessors: some multiply, others compute weights
 LEAST = -3.4028234663852886e38  # where the maximum begins: it is finite, so that rows without a key give no NaN
 MANY = 4096  # stands for an open size
 LOG2E = math.log2(math.e)
@@ -221,41 +222,52 @@ def attention_configs(region: Region, target: int) -> list[AttentionConfig]:
     """Configurations that fit the SM version `target`, best first.
 
     As many rows as the accumulators leave registers for, fewer where there would be less than one program for each
-    multiprocessor. On Hopper four warps multiply 64 rows together, and blocks of keys are short enough for several such
-    programs on a multiprocessor. The others share one list, and so one binary: there a warp has 32 rows of narrow
-    heads, since with 16 its tensor cores would wait for the tiles of K and V.
+    multiprocessor. On Hopper four warps multiply 64 rows together; of narrow heads, blocks of keys are short enough for
+    several such programs on a multiprocessor, wide ones have three blocks on their way. The others share one list, and
+    so one binary: there a warp has 32 rows of narrow heads, since with 16 its tensor cores would wait for the tiles of
+    K and V.
     """
     found = attention_of(region)
-    width, size = max(_padded(found.width), _padded(found.value_width)), 4 if found.dtype == "f32" else 2
-    if size == 4:
-        # Products in full precision have no tensor cores: each thread has its part of both operands in registers.
-        shapes = [(32, 32, 4), (16, 32, 4), (16, 16, 4)]
-    elif width <= 64:
-        shapes = (
-            [(64, 64, 4), (64, 128, 4), (128, 64, 8)] if target == 90 else [(128, 32, 4), (128, 64, 4), (64, 64, 4)]
-        )
-    elif width <= 128:
-        shapes = [(128, 64, 8), (64, 64, 4), (128, 128, 8)] if target == 90 else [(128, 64, 8), (64, 32, 4)]
-    else:
-        shapes = [(128, 64, 8), (64, 32, 4)] if target == 90 else [(64, 32, 8), (64, 32, 4)]
-    if size == 2:
-        shapes += [(32, 64, 4), (16, 128, 4), (16, 64, 4), (16, 32, 4)]
+    width = max(_padded(found.width), _padded(found.value_width))
     configs = [
         AttentionConfig(rows, keys, warps, stages)
-        for rows, keys, warps in shapes
+        for rows, keys, warps in _shapes(width, found.dtype, target)
         for stages in ((1,) if target < 80 else (3, 2, 1))
         if _shared(found, rows, keys, stages) <= SHARED[target]
     ]
     if not configs:
         raise Unsupported(f"attention with heads of {width} elements on sm_{target}")
+    hopper, wide = target == HOPPER, width > 64
+    wanted = PROGRAMS if not hopper else PROGRAMS // 2 if wide else PROGRAMS // 8
 
-    def order(config: AttentionConfig) -> tuple[bool, int, bool]:
+    def order(config: AttentionConfig) -> tuple[bool, int, bool, int]:
         # A single stage loads and multiplies in turn: better a smaller tile.
-        shared = _shared(found, config.rows, config.keys, config.num_stages)
-        crowded = target == 90 and TOGETHER * shared > SHARED[target]
-        return config.num_stages == 1, _rank(found, config, PROGRAMS // 8 if target == 90 else PROGRAMS), crowded
+        crowded = hopper and TOGETHER * _shared(found, config.rows, config.keys, config.num_stages) > SHARED[target]
+        waits = -config.num_stages if hopper and wide else 0
+        return config.num_stages == 1, _rank(found, config, wanted), crowded and not wide, waits
 
     return sorted(configs, key=order)
+
+
+def _shapes(width: int, dtype: str, target: int) -> list[tuple[int, int, int]]:
+    """Rows, keys and warps of programs for heads of this width, the best first where all of them have work."""
+    if dtype == "f32":
+        # Products in full precision have no tensor cores: each thread has its part of both operands in registers.
+        return [(32, 32, 4), (16, 32, 4), (16, 16, 4)]
+    few = [(32, 64, 4), (16, 128, 4), (16, 64, 4), (16, 32, 4)]
+    if width <= 64:
+        many = (
+            [(64, 64, 4), (64, 128, 4), (128, 64, 8)] if target == HOPPER else [(128, 32, 4), (128, 64, 4), (64, 64, 4)]
+        )
+    elif target != HOPPER:
+        many = [(128, 64, 8) if width <= 128 else (64, 32, 8), (64, 32, 4)]
+    elif width == 128:
+        many = [(64, 64, 4), (128, 64, 8), (128, 128, 8)]
+    elif width == MAX_WIDTH:
+        many = [(64, 64, 4), (64, 32, 4), (128, 64, 8)]
+    else:  # in two pieces
+        many = [(128, 64, 8), (64, 64, 4), (64, 32, 4)]
+    return many + few
 
 
 def _shared(found: Attention, rows: int, keys: int, stages: int) -> int:
@@ -289,11 +301,11 @@ def _block(size: int) -> int:
 
 def _pieces(width: int) -> list[tuple[int, int]]:
     """The ranges of columns, each with its start and its block, in which a head of `width` elements is multiplied: one,
-    or two where these are narrower together."""
+    or two where these are narrower together. Of narrow heads two take as long as one."""
     whole = _block(width)
     first = whole // 2
     rest = _block(width - first)
-    return [(0, first), (first, rest)] if first >= 16 and first + rest < whole else [(0, whole)]
+    return [(0, first), (first, rest)] if first >= 64 and first + rest < whole else [(0, whole)]
 
 
 def _padded(width: int) -> int:

@@ -16,7 +16,7 @@ from math import ceil
 
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Attr, Dim, Node, Value, dim_expr
-from torch_rtx.lowering.kernels.cost import chip, configurations, typical
+from torch_rtx.lowering.kernels.cost import best_time, chip, configurations, typical
 from torch_rtx.lowering.kernels.emit import Axis, Emitter, Operand
 from torch_rtx.lowering.kernels.index import Index, constant, from_dim, unravel
 from torch_rtx.lowering.kernels.kernel import Kernel
@@ -59,6 +59,15 @@ def conv_configs(region: Region, target: int, input_precision: str = "ieee") -> 
     """
     of = conv_product(region)
     return _windows(of, target) if is_depthwise(of) else configurations(region, of, target, input_precision)
+
+
+def conv_time(region: Region, target: int) -> float:
+    """The time that the kernel should take on `sm_{target}`, in microseconds.
+
+    Raises:
+        Unsupported: see `conv_configs`.
+    """
+    return best_time(region, conv_product(region), target)
 
 
 def _windows(of: Product, target: int) -> list[GemmConfig]:

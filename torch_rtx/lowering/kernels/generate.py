@@ -10,11 +10,12 @@ from typing import Any
 from torch_rtx.ir import Dim, Graph, Node, TensorType, Value, typical_size
 from torch_rtx.lowering.kernels.attention import attention_configs, attention_kernel
 from torch_rtx.lowering.kernels.attention_parts import as_attention
-from torch_rtx.lowering.kernels.conv import conv_configs, conv_kernel
+from torch_rtx.lowering.kernels.conv import conv_configs, conv_kernel, conv_time
 from torch_rtx.lowering.kernels.gemm import after_call, gemm_configs, gemm_kernel, gemm_time
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.loops import loop_configs, loop_kernel
-from torch_rtx.lowering.kernels.region import ANCHORS, Region, region
+from torch_rtx.lowering.kernels.product import argument
+from torch_rtx.lowering.kernels.region import ANCHORS, Region, region, tensor_type
 
 # Per kind of anchor ("" for loops): the configurations for an SM version, best first, and the kernel in one of them.
 Family = tuple[Callable[[Region, int], Sequence[Any]], Callable[[Region, str, Any], Kernel]]
@@ -26,13 +27,15 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 HOPPER = 90
-# Floating-point operations beyond which library calls may be faster. Those for convolutions were slower at any size,
-# with what comes after them: ResNet-50 with 32 images took 2.1 ms with them against 1.2 on an H200.
-LARGE = {"gemm": 1.5e9, "conv": math.inf, "attention": 1.6e10}
-# Of products by library calls on an H200: microseconds, and operations in one. This is within 5 % (root mean square) of
-# 14 products from 3072 x 768 x 768 to 4608 x 9216 x 3072. Kernels took a tenth longer there than their model says, of
-# which this much is counted: what is as fast both ways is left to the kernel.
-CALL, RATE, KERNEL = 3.75, 730e6, 1.07
+# Floating-point operations beyond which library calls may be faster.
+LARGE = {"gemm": 1.5e9, "conv": 5e9, "attention": 1.6e10}
+# Of library calls on an H200: microseconds, and operations in one. This is within 5 % (root mean square) of 14 products
+# from 3072 x 768 x 768 to 4608 x 9216 x 3072; of 74 convolutions of a U-Net and a ResNet it chooses what takes 0.6 %
+# longer than the better of both. Kernels took a tenth longer than their model says, of which KERNEL is counted: what is
+# as fast both ways is left to the kernel.
+CALL = {"gemm": (3.75, 730e6), "conv": (5.0, 500e6)}
+KERNEL = 1.07
+MANY_KEYS = 3000  # where attention by a library call is faster
 TYPICAL = 16  # a size that is known only at run time, and has no typical value
 
 
@@ -69,16 +72,22 @@ def library(body: Graph, sm: int) -> str:
     4096 keys 147 us against 155. Where keys are hidden, it is the library that is slower: 37 us against 28 for 2048.
     Very large products, with little after them, take calls 4 to 5 % less: 185 us against 193 for 4096 x 4096 x 4096.
     Rows have to begin at multiples of 16 bytes for all that: a product of 512 x 768 x 50257 took 423 us against 95.
+    Attention to 1500 keys took 159 us against 136. A convolution by a window of two dimensions took 79 against 104 for
+    960 channels of 64 x 64 pixels, 23 against 20 for 256 of 14 x 14; one of sequences 110 against 86.
     """
     found = region(as_attention(body))
     if found.anchor is None:
         return "none"
     kind, work = family(found), flops(found.anchor)
     fast = sm == HOPPER and work > LARGE[kind] and _in_whole_rows(found.anchor)
-    if fast and kind == "gemm":
-        call = CALL + work / RATE
-        fast = call + after_call(found, sm) < KERNEL * gemm_time(found, sm)
-    return "faster" if fast and not found.anchor.arg("is_causal", False) else "slower"
+    if fast and kind == "attention":
+        fast = elements(shape_of(found.anchor, "key")[-2:-1]) > MANY_KEYS and not found.anchor.arg("is_causal", False)
+    elif fast:
+        call, rate = CALL[kind]
+        ours = gemm_time(found, sm) if kind == "gemm" else conv_time(found, sm)
+        window = shape_of(found.anchor, "weight")[2:] if kind == "conv" else ()
+        fast = call + work / rate + after_call(found, sm) < KERNEL * ours and sum(size != 1 for size in window) != 1
+    return "faster" if fast else "slower"
 
 
 def _in_whole_rows(anchor: Node) -> bool:
@@ -86,6 +95,11 @@ def _in_whole_rows(anchor: Node) -> bool:
     types = [value.type for value in (*anchor.inputs, *anchor.outputs) if value is not None]
     shapes = [type_.shape for type_ in types if isinstance(type_, TensorType) and len(type_.shape) > 1]
     return all(elements(shape[-1:]) % 8 == 0 for shape in shapes) or ANCHORS[anchor.op] != "gemm"
+
+
+def shape_of(anchor: Node, name: str) -> tuple[Dim, ...]:
+    """The shape of an operand."""
+    return tensor_type(argument(anchor, name)).shape
 
 
 def flops(anchor: Node) -> float:
