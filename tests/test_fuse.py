@@ -14,6 +14,7 @@ from tests.interpreter import run
 from torch_rtx import aten
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Attr, Expr, Graph, Sym, TensorType, Value, attr_map, contiguous, dim_expr, evaluate, verify
+from torch_rtx.lowering import grouping
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.kernels.generate import generate
 from torch_rtx.lowering.passes.dce import dce
@@ -188,3 +189,24 @@ def test_units_that_would_wait_for_each_other(count: int) -> None:
     fused = fuse(graph, Inference())
     verify(fused, aten.ALLOWED)
     assert {node.kind for node in fused.nodes} == {"kernel"}
+
+
+def test_a_sum_over_several_dims_is_a_kernel() -> None:
+    """The row of such a sum is a place in a shape of symbols alone."""
+    length = Sym("s1", 2, 64)
+    x = Value("x", TensorType("f32", (BATCH, length, 12), contiguous((BATCH, length, 12))))
+    rewriter = Rewriter(Graph("import", (x,)), Inference())
+    total = rewriter.emit("aten.sum.dim_IntList", None, self=x, dim=(0, 1))
+    (node,) = fuse(Graph("import", (x,), nodes=tuple(rewriter.nodes), outputs=(total,)), Inference()).nodes
+    assert node.kind == "kernel"
+    assert generate(node.body, node.op, 80, 0) is not None
+
+
+def test_a_loop_without_code_is_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = Value("x", TensorType("f32", (6, 4), contiguous((6, 4))))
+    rewriter = Rewriter(Graph("import", (x,)), Inference())
+    total = rewriter.emit("aten.sum.dim_IntList", None, self=x, dim=(0,))
+    graph = Graph("import", (x,), nodes=tuple(rewriter.nodes), outputs=(total,))
+
+    monkeypatch.setattr(grouping, "_is_loop", lambda body: False)
+    assert fuse(graph, Inference()).nodes == graph.nodes

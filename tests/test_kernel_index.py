@@ -107,6 +107,7 @@ def test_symbolic_sizes() -> None:
     found = unravel(row * sizes[2] + column, sizes)
     assert [str(i) for i in found] == ["(X // 7)", "(X % 7)", "R"]
     assert str(from_dim(dim_expr("//", dim_expr("*", 2, batch), 2))) == "b"
+    assert unravel(N(0), sizes) == (N(0), N(0), N(0))
 
 
 def test_an_empty_dimension_has_no_positions() -> None:

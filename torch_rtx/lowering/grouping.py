@@ -315,7 +315,10 @@ class Grouping:
         count, size = unit.domain.count.number, None if unit.domain.size is None else unit.domain.size.number
         if size is not None and count is not None and count < FEW_ROWS and size > LONG_ROW:
             return len(unit.members) > 1 and split(self.body(unit), "trial", TRIAL) is not None
-        return len(unit.members) > 1 or self._computes(self.nodes[unit.members[0]])
+        if len(unit.members) > 1:  # merging has seen to it that there is code
+            return True
+        has_code = unit.domain.size is None or _is_loop(self.body(unit))
+        return has_code and self._computes(self.nodes[unit.members[0]])
 
     def _computes(self, node: Node) -> bool:
         computed = (not isinstance(tensor, Load | Move) for tensor in everything(_expressed(node)))

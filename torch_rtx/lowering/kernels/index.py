@@ -131,8 +131,8 @@ class Index:
 @lru_cache(maxsize=CACHED)
 def _quotient(index: Index, by: Index) -> Index:
     """`index // by` in the normal form."""
-    if not by.terms:
-        return by  # in a dimension of size 0, which has no positions; Triton refuses to divide by it
+    if not index.terms or not by.terms:
+        return constant(0)  # a dimension of size 0 has no positions, and Triton refuses to divide by it
     whole, rest = _split(index, by)
     if within(rest, by):
         return whole
@@ -151,8 +151,8 @@ def _quotient(index: Index, by: Index) -> Index:
 @lru_cache(maxsize=CACHED)
 def _remainder(index: Index, by: Index) -> Index:
     """`index % by` in the normal form."""
-    if not by.terms:
-        return by  # as above
+    if not index.terms or not by.terms:
+        return constant(0)  # as above
     _, rest = _split(index, by)
     if within(rest, by):
         return rest
