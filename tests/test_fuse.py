@@ -13,7 +13,20 @@ from benchmarks.numerics import assert_right
 from tests.interpreter import run
 from torch_rtx import aten
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import Attr, Expr, Graph, Sym, TensorType, Value, attr_map, contiguous, dim_expr, evaluate, verify
+from torch_rtx.ir import (
+    Attr,
+    Expr,
+    Graph,
+    Node,
+    Sym,
+    TensorType,
+    Value,
+    attr_map,
+    contiguous,
+    dim_expr,
+    evaluate,
+    verify,
+)
 from torch_rtx.lowering import grouping
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.kernels.generate import generate
@@ -210,3 +223,17 @@ def test_a_loop_without_code_is_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(grouping, "_is_loop", lambda body: False)
     assert fuse(graph, Inference()).nodes == graph.nodes
+
+
+def test_results_that_nobody_reads_have_no_names_in_a_body() -> None:
+    x = Value("x", TensorType("f32", (6, 4), contiguous((6, 4))))
+    extreme, place = Value("m", TensorType("f32", (6,), (1,))), Value("p", TensorType("i64", (6,), (1,)))
+    shifted = Value("s", TensorType("i64", (6,), (1,)))
+    nodes = (
+        Node("op", "aten.max.dim", (("self", x), ("dim", 1)), (None, place)),
+        Node("op", "aten.add.Scalar", (("self", place), ("other", 1)), (shifted,)),
+        Node("op", "aten.amax.default", (("self", x), ("dim", (1,))), (extreme,)),
+    )
+    fused = fuse(Graph("import", (x,), nodes=nodes, outputs=(shifted, extreme)), Inference())
+    verify(fused, aten.ALLOWED)
+    assert [node.kind for node in fused.nodes] == ["kernel"]

@@ -285,7 +285,8 @@ class Grouping:
             for value in node.inputs:
                 if value.name not in names:  # a view: members come in order
                     add(self.nodes[self.producer[value.name]])
-            made = [None if v is None else Value(f"v{len(names) + i}", v.type) for i, v in enumerate(node.outputs)]
+            first = len(inputs) + sum(len(earlier.outputs) for earlier in nodes)
+            made = [None if v is None else Value(f"v{first + i}", v.type) for i, v in enumerate(node.outputs)]
             names.update({v.name: m for v, m in zip(node.outputs, made, strict=True) if v and m})
             args = node.map_inputs(lambda value: names[value.name])
             nodes.append(Node(node.kind, node.op, args, tuple(made), node.body))
