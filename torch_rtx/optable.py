@@ -8,6 +8,7 @@ from __future__ import annotations
 
 _NAMES = """
 # pointwise: one element of each input gives one element of the output
+__lshift__.Scalar __lshift__.Tensor __rshift__.Scalar __rshift__.Tensor
 _conj_physical.default abs.default acos.default acosh.default add.Scalar add.Tensor addcdiv.default addcmul.default
 angle.default asin.default asinh.default atan.default atan2.default atanh.default bitwise_and.Scalar
 bitwise_and.Tensor bitwise_left_shift.Tensor bitwise_left_shift.Tensor_Scalar bitwise_not.default bitwise_or.Scalar
@@ -61,7 +62,8 @@ _upsample_bicubic2d_aa.vec _upsample_bilinear2d_aa.default _upsample_bilinear2d_
 _upsample_nearest_exact1d.default _upsample_nearest_exact1d.vec _upsample_nearest_exact2d.default
 _upsample_nearest_exact2d.vec _upsample_nearest_exact3d.default _upsample_nearest_exact3d.vec
 _weight_norm_interface.default adaptive_avg_pool1d.default adaptive_avg_pool2d.default adaptive_avg_pool3d.default
-adaptive_max_pool1d.default adaptive_max_pool2d.default adaptive_max_pool3d.default addbmm.default addmm.default
+adaptive_max_pool1d.default adaptive_max_pool2d.default adaptive_max_pool3d.default affine_grid_generator.default
+addbmm.default addmm.default
 addmv.default addr.default alias_copy.default all.default all.dim all.dims amax.default amin.default aminmax.default
 any.default any.dim any.dims argmax.default argmin.default as_strided_copy.default as_strided_scatter.default
 avg_pool1d.default avg_pool2d.default avg_pool3d.default baddbmm.default bilinear.default binary_cross_entropy.default

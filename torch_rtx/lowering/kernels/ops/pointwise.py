@@ -431,6 +431,17 @@ for _name, _sign in {"and": "&", "or": "|", "xor": "^"}.items():
     op(f"bitwise_{_name}.Tensor", f"bitwise_{_name}.Scalar")(partial(_bitwise, f"{{0}} {_sign} {{1}}"))
 
 
+def _shift(text: str, self: Tensor, other: Operand, *, out: Types) -> Tensor:
+    dtype = out[0].dtype
+    if not isinstance(other, int) or dtype not in INTS or not 0 <= other < int(dtype[1:]):
+        raise Unsupported("a shift by a number that is not known, or that shifts everything out")
+    return compute(text, out, self, other)
+
+
+for _name, _sign in {"left": "<<", "right": ">>"}.items():
+    op(f"bitwise_{_name}_shift.Tensor_Scalar", f"__{_name[0]}shift__.Scalar")(partial(_shift, f"{{0}} {_sign} {{1}}"))
+
+
 @op("bitwise_not.default")
 def bitwise_not(self: Tensor, *, out: Types) -> Tensor:
     """Every bit inverted."""
