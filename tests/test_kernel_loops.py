@@ -161,9 +161,12 @@ def test_scans_and_positions_for_every_target() -> None:
         "a: f32[s, 6, (h * w)] = view.default(self=x, size=[s, 6, -1])\n"
         "n: f32[s, 6, (h * w)] = softmax.int(self=a, dim=-1)\nreturn n",
         "n: f32[6] = sum.dim_IntList(self=x, dim=[0, 2, 3])\nreturn n",
+        "g: bool[s, 6, h, w] = gt.Scalar(self=x, other=-2.0)\nn: bool[()] = all.default(self=g)\nreturn n",
+        "g: bool[s, 6, h, w] = gt.Scalar(self=x, other=1.0)\nn: bool[6] = any.dims(self=g, dim=[0, 2, 3])\nreturn n",
     ],
 )
 def test_rows_of_images_of_any_size(text: str) -> None:
     """How many rows there are follows from what is reduced, where no result has as many elements."""
     text = f"dim s = 1, 64, 1\ndim h = 2, 64, 1\ndim w = 2, 64, 1\nx: f32[s, 6, h, w]\n{text}"
-    check(text, loop_kernel, None, dims={"s": 2, "h": 3, "w": 5})
+    kernel = check(text, loop_kernel, None, dims={"s": 2, "h": 3, "w": 5})
+    assert compile_kernels([(kernel, Target(80))])[kernel, Target(80)].problem is None

@@ -131,8 +131,8 @@ REDUCTIONS = {
     "prod": ("1", "{0} * {1}"),
     "max": ("least", "tl.maximum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)"),
     "min": ("greatest", "tl.minimum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)"),
-    "any": ("0", "{0} | {1}"),
-    "all": ("1", "{0} & {1}"),
+    "any": ("False", "{0} | {1}"),
+    "all": ("True", "{0} & {1}"),
 }
 
 
