@@ -164,6 +164,7 @@ def sampled(name: str, every: bool) -> Iterator[Body]:
 # Operators whose samples all call what is not declared, or is refused; CALLS has some that are.
 ELSEWHERE = {"pow", "linalg.vector_norm", "nn.functional.group_norm", "nn.functional.upsample_nearest"}
 ELSEWHERE |= {f"round.decimals_{kind}" for kind in ("0", "3", "neg_3")}
+ELSEWHERE |= {f"bitwise_{side}_shift" for side in ("left", "right")}  # its samples shift by tensors
 ELSEWHERE |= {f"nn.functional.{kind}_pool{rank}d" for kind in ("max", "avg", "adaptive_avg") for rank in (1, 2, 3)}
 
 
