@@ -271,3 +271,25 @@ def test_buffers_are_updated_at_once(recorder):
     same(model.state_dict(), reference.state_dict())
     assert recorder.ops.count("copy_") == 6
     assert recorder.sessions[0].source.count("_copies(") == 2
+
+
+GRADIENTS = {
+    "glu": lambda x: F.glu(x, 1),
+    "prelu": lambda x: F.prelu(x, x[0, :, 0, 0].detach()),
+    "indices": lambda x: x[:, [0, 0, 1]],
+    "grid_sample": lambda x: F.grid_sample(x, x[:, :2].permute(0, 2, 3, 1), align_corners=False),
+    "bicubic": lambda x: F.interpolate(x, scale_factor=2, mode="bicubic"),
+    "reflection": lambda x: F.pad(x[0], (1, 2), mode="reflect"),
+    "avg_pool3d": lambda x: F.avg_pool3d(x, 2),
+    "adaptive_max_pool2d": lambda x: F.adaptive_max_pool2d(x, 2),
+}
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients_in_the_engine(name, recorder):
+    function = GRADIENTS[name]
+    eager, compiled = (torch.linspace(-0.9, 0.9, 128).view(2, 4, 4, 4).requires_grad_() for _ in range(2))
+    function(eager).square().sum().backward()
+    compile_rtx(function, options={"require_full_compilation": True})(compiled).square().sum().backward()
+    same(compiled.grad, eager.grad)
+    assert len(recorder) == 2

@@ -13,7 +13,21 @@ from benchmarks.numerics import assert_right
 from tests.interpreter import run
 from torch_rtx import aten
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import Attr, Expr, Graph, Sym, TensorType, Value, attr_map, contiguous, dim_expr, evaluate, verify
+from torch_rtx.ir import (
+    Attr,
+    Expr,
+    Graph,
+    Node,
+    Sym,
+    TensorType,
+    Value,
+    attr_map,
+    contiguous,
+    dim_expr,
+    evaluate,
+    verify,
+)
+from torch_rtx.lowering import grouping
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.kernels.generate import generate
 from torch_rtx.lowering.passes.dce import dce
@@ -188,3 +202,38 @@ def test_units_that_would_wait_for_each_other(count: int) -> None:
     fused = fuse(graph, Inference())
     verify(fused, aten.ALLOWED)
     assert {node.kind for node in fused.nodes} == {"kernel"}
+
+
+def test_a_sum_over_several_dims_is_a_kernel() -> None:
+    """The row of such a sum is a place in a shape of symbols alone."""
+    length = Sym("s1", 2, 64)
+    x = Value("x", TensorType("f32", (BATCH, length, 12), contiguous((BATCH, length, 12))))
+    rewriter = Rewriter(Graph("import", (x,)), Inference())
+    total = rewriter.emit("aten.sum.dim_IntList", None, self=x, dim=(0, 1))
+    (node,) = fuse(Graph("import", (x,), nodes=tuple(rewriter.nodes), outputs=(total,)), Inference()).nodes
+    assert node.kind == "kernel"
+    assert generate(node.body, node.op, 80, 0) is not None
+
+
+def test_a_loop_without_code_is_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = Value("x", TensorType("f32", (6, 4), contiguous((6, 4))))
+    rewriter = Rewriter(Graph("import", (x,)), Inference())
+    total = rewriter.emit("aten.sum.dim_IntList", None, self=x, dim=(0,))
+    graph = Graph("import", (x,), nodes=tuple(rewriter.nodes), outputs=(total,))
+
+    monkeypatch.setattr(grouping, "_is_loop", lambda body: False)
+    assert fuse(graph, Inference()).nodes == graph.nodes
+
+
+def test_results_that_nobody_reads_have_no_names_in_a_body() -> None:
+    x = Value("x", TensorType("f32", (6, 4), contiguous((6, 4))))
+    extreme, place = Value("m", TensorType("f32", (6,), (1,))), Value("p", TensorType("i64", (6,), (1,)))
+    shifted = Value("s", TensorType("i64", (6,), (1,)))
+    nodes = (
+        Node("op", "aten.max.dim", (("self", x), ("dim", 1)), (None, place)),
+        Node("op", "aten.add.Scalar", (("self", place), ("other", 1)), (shifted,)),
+        Node("op", "aten.amax.default", (("self", x), ("dim", (1,))), (extreme,)),
+    )
+    fused = fuse(Graph("import", (x,), nodes=nodes, outputs=(shifted, extreme)), Inference())
+    verify(fused, aten.ALLOWED)
+    assert [node.kind for node in fused.nodes] == ["kernel"]

@@ -17,6 +17,7 @@ from torch_rtx.lowering.kernels.index import (
     product,
     ravel,
     substitute,
+    to_dim,
     unravel,
     variable,
 )
@@ -107,6 +108,15 @@ def test_symbolic_sizes() -> None:
     found = unravel(row * sizes[2] + column, sizes)
     assert [str(i) for i in found] == ["(X // 7)", "(X % 7)", "R"]
     assert str(from_dim(dim_expr("//", dim_expr("*", 2, batch), 2))) == "b"
+    assert unravel(N(0), sizes) == (N(0), N(0), N(0))
+
+
+def test_dims_and_indices_are_the_same() -> None:
+    batch, width = Sym("b", 1), Sym("w", 2)
+    half, least = dim_expr("//", width, 2), dim_expr("min", width, 5)
+    for dim in (7, batch, dim_expr("*", 3, batch, half), dim_expr("+", dim_expr("%", width, 3), least)):
+        assert to_dim(from_dim(dim), [dim]) == dim
+    assert to_dim(from_dim(batch) * from_dim(half), [dim_expr("+", batch, half)]) == dim_expr("*", batch, half)
 
 
 def test_an_empty_dimension_has_no_positions() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.interpreter import run
+from tests.kernel_bodies import check
 from torch_rtx.errors import Unsupported
 from torch_rtx.irparse import parse
 from torch_rtx.lowering.kernels.aot import compile_kernels
@@ -151,3 +152,21 @@ def test_scans_and_positions_for_every_target() -> None:
         fitting = targets[1:] if "bf16" in body else targets
         wanted = [(loop_kernel(found, "kernel"), target) for target in fitting]
         assert [built.problem for built in compile_kernels(wanted).values()] == [None] * len(wanted), body
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "n: f32[s, 6, h, w] = group_norm.default(input=x, num_groups=3, weight=None, bias=None)\nreturn n",
+        "a: f32[s, 6, (h * w)] = view.default(self=x, size=[s, 6, -1])\n"
+        "n: f32[s, 6, (h * w)] = softmax.int(self=a, dim=-1)\nreturn n",
+        "n: f32[6] = sum.dim_IntList(self=x, dim=[0, 2, 3])\nreturn n",
+        "g: bool[s, 6, h, w] = gt.Scalar(self=x, other=-2.0)\nn: bool[()] = all.default(self=g)\nreturn n",
+        "g: bool[s, 6, h, w] = gt.Scalar(self=x, other=1.0)\nn: bool[6] = any.dims(self=g, dim=[0, 2, 3])\nreturn n",
+    ],
+)
+def test_rows_of_images_of_any_size(text: str) -> None:
+    """How many rows there are follows from what is reduced, where no result has as many elements."""
+    text = f"dim s = 1, 64, 1\ndim h = 2, 64, 1\ndim w = 2, 64, 1\nx: f32[s, 6, h, w]\n{text}"
+    kernel = check(text, loop_kernel, None, dims={"s": 2, "h": 3, "w": 5})
+    assert compile_kernels([(kernel, Target(80))])[kernel, Target(80)].problem is None

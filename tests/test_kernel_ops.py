@@ -164,6 +164,7 @@ def sampled(name: str, every: bool) -> Iterator[Body]:
 # Operators whose samples all call what is not declared, or is refused; CALLS has some that are.
 ELSEWHERE = {"pow", "linalg.vector_norm", "nn.functional.group_norm", "nn.functional.upsample_nearest"}
 ELSEWHERE |= {f"round.decimals_{kind}" for kind in ("0", "3", "neg_3")}
+ELSEWHERE |= {f"bitwise_{side}_shift" for side in ("left", "right")}  # its samples shift by tensors
 ELSEWHERE |= {f"nn.functional.{kind}_pool{rank}d" for kind in ("max", "avg", "adaptive_avg") for rank in (1, 2, 3)}
 
 
@@ -305,6 +306,12 @@ CALLS = {
     "unsafe index": lambda: (A._unsafe_index.Tensor, (IMAGE, [None, torch.tensor([-1, 3])])),
     "two indices": lambda: (A.index.Tensor, (IMAGE, [None, torch.tensor([[1], [-2]]), torch.tensor([0, 2, 4])])),
     "bitwise scalars": lambda: (A.bitwise_and.Scalar, (torch.arange(9), 5)),
+    "nibbles": lambda: (A.__rshift__.Scalar, (torch.arange(256, dtype=torch.uint8), 4)),
+    "right shift": lambda: (A.bitwise_right_shift.Tensor_Scalar, (torch.arange(-9, 9), 2)),
+    "left shift": lambda: (A.__lshift__.Scalar, (torch.arange(-9, 9, dtype=torch.int8), 6)),
+    "every bit of bytes": lambda: (A.bitwise_not.default, (torch.arange(256, dtype=torch.uint8),)),
+    "bytes and a negative number": lambda: (A.add.Scalar, (torch.arange(256, dtype=torch.uint8), -3)),
+    "a number that does not fit": lambda: (A.lt.Scalar, (torch.arange(-128, 128, dtype=torch.int8), 200)),
     "pow 3": lambda: (A.pow.Tensor_Scalar, (ROWS, 3)),
     "pow 0.5": lambda: (A.pow.Tensor_Scalar, (ROWS.abs(), 0.5)),
     "pow 1.7": lambda: (A.pow.Tensor_Scalar, (ROWS.half(), 1.7)),
@@ -377,6 +384,57 @@ def test_gelu_of_every_number(dtype: torch.dtype) -> None:
     step = limit.eps * (0.51 if dtype == torch.float16 else 1.01)
     near = (y.double() - exact).abs() <= step * exact.abs() + 1e-10 + limit.smallest_normal * limit.eps
     assert (near | (y == exact) | exact.isnan()).all()
+
+
+EDGES = torch.tensor(
+    [math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0, -1.0, 0.49999997, 2.5, -3.5, 8388609.0, 1e-30, 1e30]
+)
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+@pytest.mark.parametrize(
+    "op",
+    [A.log1p, A.expm1, A.relu, A.sigmoid, A.tanh, A.silu, A.elu, A.mish, A.softplus, A.hardsigmoid]
+    + [A.hardswish, A.hardtanh, A.leaky_relu, A.sign, A.round, A.floor, A.trunc, A.rsqrt, A.reciprocal, A.exp2],
+    ids=str,
+)
+def test_edges(op: torch._ops.OpOverloadPacket) -> None:
+    """What is no number, infinite, or beside a place where a formula could go wrong."""
+    same_edges(op.default, EDGES)
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+def test_edges_with_another_operand() -> None:
+    edges = EDGES[:-2]  # the quotients of the others have more than 53 bits
+    every = edges[:, None].expand(-1, len(edges)).contiguous()
+    for op in (A.maximum.default, A.minimum.default, A.remainder.Tensor, A.div.Tensor):
+        same_edges(op, every, every.t().contiguous())
+    finite = torch.where(every.isinf(), 1.0, every)  # PyTorch has -1 for -1 // inf, and NaN for inf // 2
+    for mode in ("floor", "trunc"):
+        same_edges(A.div.Tensor_mode, finite, finite.t().contiguous(), rounding_mode=mode)
+    same_edges(A.clamp.Tensor, every, every.t().contiguous())
+    same_edges(A.clamp.Tensor, every, None, every.t().contiguous())
+    same_edges(A.pow.Tensor_Scalar, EDGES, 0)
+
+
+def same_edges(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> None:
+    """Near where both are finite, and equal elsewhere."""
+    expected = op(*args, **kwargs)
+    body = Body(op, args, kwargs, expected)
+    output = torch.empty_strided(expected.shape, expected.stride())
+    run(loop_kernel(region(body.graph), "kernel"), [*body.tensors, output])
+    torch.testing.assert_close(output, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("op", [A.remainder.Tensor, A.remainder.Scalar], ids=str)
+def test_quotients_near_integers(op: torch._ops.OpOverload) -> None:
+    """5 / 0.1 is 49.9999993 for numbers of 32 bits, and 50 when it is rounded to these."""
+    x = torch.arange(-200, 200) / 10
+    other = 0.1 if op is A.remainder.Scalar else torch.full_like(x, 0.1)
+    name = "Scalar_mode" if op is A.remainder.Scalar else "Tensor_mode"
+    for call, kwargs in ((op, {}), (getattr(A.div, name), {"rounding_mode": "floor"})):
+        same_edges(call, x, other, **kwargs)
+        same_edges(call, 3 * x, -other, **kwargs)
 
 
 def test_extremes_of_truth_values() -> None:

@@ -8,26 +8,26 @@ from __future__ import annotations
 
 _NAMES = """
 # pointwise: one element of each input gives one element of the output
-_conj_physical.default abs.default acos.default acosh.default add.Scalar add.Tensor addcdiv.default addcmul.default
-angle.default asin.default asinh.default atan.default atan2.default atanh.default bitwise_and.Scalar
-bitwise_and.Tensor bitwise_left_shift.Tensor bitwise_left_shift.Tensor_Scalar bitwise_not.default bitwise_or.Scalar
-bitwise_or.Tensor bitwise_right_shift.Tensor bitwise_right_shift.Tensor_Scalar bitwise_xor.Scalar bitwise_xor.Tensor
-ceil.default celu.default clamp.Tensor clamp.default clamp_max.Tensor clamp_max.default clamp_min.Tensor
-clamp_min.default clone.default copysign.Scalar copysign.Tensor cos.default cosh.default deg2rad.default
-digamma.default div.Scalar div.Scalar_mode div.Tensor div.Tensor_mode elu.default eq.Scalar eq.Tensor erf.default
-erfc.default erfinv.default exp.default exp2.default expm1.default floor.default fmax.default fmin.default fmod.Scalar
-fmod.Tensor frac.default frexp.Tensor gcd.default ge.Scalar ge.Tensor gelu.default gt.Scalar gt.Tensor
-hardsigmoid.default hardtanh.default heaviside.default hypot.default i0.default igamma.default igammac.default
-isinf.default isnan.default isneginf.default isposinf.default lcm.default ldexp.Tensor le.Scalar le.Tensor
-leaky_relu.default lerp.Scalar lerp.Tensor lgamma.default log.default log10.default log1p.default log2.default
-logaddexp.default logaddexp2.default logical_and.default logical_not.default logical_or.default logical_xor.default
-logit.default lt.Scalar lt.Tensor masked_fill.Scalar maximum.default minimum.default mish.default mul.Scalar
-mul.Tensor mvlgamma.default nan_to_num.default ne.Scalar ne.Tensor neg.default nextafter.default polygamma.default
-pow.Scalar pow.Tensor_Scalar pow.Tensor_Tensor rad2deg.default reciprocal.default relu.default relu6.default
-remainder.Scalar remainder.Scalar_Tensor remainder.Tensor round.decimals round.default rsqrt.default rsub.Scalar
-selu.default sgn.default sigmoid.default sign.default signbit.default silu.default sin.default sinc.default
-sinh.default softplus.default special_airy_ai.default special_bessel_j0.default special_bessel_j1.default
-special_bessel_y0.default special_bessel_y1.default special_chebyshev_polynomial_t.default
+__lshift__.Scalar __lshift__.Tensor __rshift__.Scalar __rshift__.Tensor _conj_physical.default abs.default acos.default
+acosh.default add.Scalar add.Tensor addcdiv.default addcmul.default angle.default asin.default asinh.default
+atan.default atan2.default atanh.default bitwise_and.Scalar bitwise_and.Tensor bitwise_left_shift.Tensor
+bitwise_left_shift.Tensor_Scalar bitwise_not.default bitwise_or.Scalar bitwise_or.Tensor bitwise_right_shift.Tensor
+bitwise_right_shift.Tensor_Scalar bitwise_xor.Scalar bitwise_xor.Tensor ceil.default celu.default clamp.Tensor
+clamp.default clamp_max.Tensor clamp_max.default clamp_min.Tensor clamp_min.default clone.default copysign.Scalar
+copysign.Tensor cos.default cosh.default deg2rad.default digamma.default div.Scalar div.Scalar_mode div.Tensor
+div.Tensor_mode elu.default eq.Scalar eq.Tensor erf.default erfc.default erfinv.default exp.default exp2.default
+expm1.default floor.default fmax.default fmin.default fmod.Scalar fmod.Tensor frac.default frexp.Tensor gcd.default
+ge.Scalar ge.Tensor gelu.default gt.Scalar gt.Tensor hardsigmoid.default hardtanh.default heaviside.default
+hypot.default i0.default igamma.default igammac.default isinf.default isnan.default isneginf.default isposinf.default
+lcm.default ldexp.Tensor le.Scalar le.Tensor leaky_relu.default lerp.Scalar lerp.Tensor lgamma.default log.default
+log10.default log1p.default log2.default logaddexp.default logaddexp2.default logical_and.default logical_not.default
+logical_or.default logical_xor.default logit.default lt.Scalar lt.Tensor masked_fill.Scalar maximum.default
+minimum.default mish.default mul.Scalar mul.Tensor mvlgamma.default nan_to_num.default ne.Scalar ne.Tensor neg.default
+nextafter.default polygamma.default pow.Scalar pow.Tensor_Scalar pow.Tensor_Tensor rad2deg.default reciprocal.default
+relu.default relu6.default remainder.Scalar remainder.Scalar_Tensor remainder.Tensor round.decimals round.default
+rsqrt.default rsub.Scalar selu.default sgn.default sigmoid.default sign.default signbit.default silu.default
+sin.default sinc.default sinh.default softplus.default special_airy_ai.default special_bessel_j0.default
+special_bessel_j1.default special_bessel_y0.default special_bessel_y1.default special_chebyshev_polynomial_t.default
 special_chebyshev_polynomial_u.default special_chebyshev_polynomial_v.default special_chebyshev_polynomial_w.default
 special_entr.default special_erfcx.default special_hermite_polynomial_h.default special_hermite_polynomial_he.default
 special_i0e.default special_i1.default special_i1e.default special_laguerre_polynomial_l.default
@@ -45,27 +45,27 @@ squeeze.dim squeeze.dims t.default transpose.int unbind.int unfold.default unsqu
 view_as_complex.default view_as_real.default
 # factory: no tensor goes in
 arange.default arange.start arange.start_step empty.memory_format empty_permuted.default empty_strided.default
-eye.default eye.m full.default linspace.default logspace.default ones.default scalar_tensor.default
+eye.default eye.m full.default hann_window.default linspace.default logspace.default ones.default scalar_tensor.default
 tril_indices.default triu_indices.default zeros.default
 # other: contractions, reductions, normalizations, indexing, copies, solvers
 _adaptive_avg_pool2d.default _adaptive_avg_pool3d.default _assert_async.msg _batch_norm_with_update_functional.default
-_cdist_forward.default _chunk_cat.default _embedding_bag_forward_only.default _fft_c2c.default _fft_c2r.default
-_fft_r2c.default _fused_rms_norm.default _grouped_mm.default _histogramdd_bin_edges.default
+_cdist_forward.default _chunk_cat.default _embedding_bag.default _embedding_bag_forward_only.default _fft_c2c.default
+_fft_c2r.default _fft_r2c.default _fused_rms_norm.default _grouped_mm.default _histogramdd_bin_edges.default
 _histogramdd_from_bin_cts.default _histogramdd_from_bin_tensors.default _int_mm.default _linalg_det.default
 _linalg_eigh.default _linalg_slogdet.default _linalg_solve_ex.default _linalg_svd.default _log_softmax.default
 _native_batch_norm_legit.no_stats _native_batch_norm_legit_functional.default
 _native_batch_norm_legit_no_training.default _pdist_forward.default _prelu_kernel.default _safe_softmax.default
 _scaled_mm.default _softmax.default _thnn_fused_lstm_cell.default _to_copy.default _trilinear.default
-_unsafe_index.Tensor _unsafe_masked_index.default _unsafe_masked_index_put_accumulate.default _unsafe_view.default
-_upsample_bicubic2d_aa.vec _upsample_bilinear2d_aa.default _upsample_bilinear2d_aa.vec
+_unsafe_index.Tensor _unsafe_index_put.default _unsafe_masked_index.default _unsafe_masked_index_put_accumulate.default
+_unsafe_view.default _upsample_bicubic2d_aa.vec _upsample_bilinear2d_aa.default _upsample_bilinear2d_aa.vec
 _upsample_nearest_exact1d.default _upsample_nearest_exact1d.vec _upsample_nearest_exact2d.default
 _upsample_nearest_exact2d.vec _upsample_nearest_exact3d.default _upsample_nearest_exact3d.vec
 _weight_norm_interface.default adaptive_avg_pool1d.default adaptive_avg_pool2d.default adaptive_avg_pool3d.default
-adaptive_max_pool1d.default adaptive_max_pool2d.default adaptive_max_pool3d.default addbmm.default addmm.default
-addmv.default addr.default alias_copy.default all.default all.dim all.dims amax.default amin.default aminmax.default
-any.default any.dim any.dims argmax.default argmin.default as_strided_copy.default as_strided_scatter.default
-avg_pool1d.default avg_pool2d.default avg_pool3d.default baddbmm.default bilinear.default binary_cross_entropy.default
-binary_cross_entropy_with_logits.default block_diag.default bmm.default bucketize.Scalar
+adaptive_max_pool1d.default adaptive_max_pool2d.default adaptive_max_pool3d.default affine_grid_generator.default
+addbmm.default addmm.default addmv.default addr.default alias_copy.default all.default all.dim all.dims amax.default
+amin.default aminmax.default any.default any.dim any.dims argmax.default argmin.default as_strided_copy.default
+as_strided_scatter.default avg_pool1d.default avg_pool2d.default avg_pool3d.default baddbmm.default bilinear.default
+binary_cross_entropy.default binary_cross_entropy_with_logits.default block_diag.default bmm.default bucketize.Scalar
 bucketize.Tensor cat.default channel_shuffle.default cholesky.default cholesky_inverse.default cholesky_solve.default
 col2im.default complex.default constant_pad_nd.default conv1d.default conv1d.padding conv2d.default conv2d.padding
 conv3d.default conv3d.padding conv_transpose1d.default conv_transpose2d.input conv_transpose3d.input
@@ -107,19 +107,28 @@ upsample_nearest1d.vec upsample_nearest2d.default upsample_nearest2d.vec upsampl
 upsample_nearest3d.vec upsample_trilinear3d.vec var.correction var_mean.correction vdot.default view_copy.default
 zero.default zeros_like.default
 # backward: gradients
-_adaptive_avg_pool2d_backward.default _adaptive_avg_pool3d_backward.default _fused_rms_norm_backward.default
-_log_softmax_backward_data.default _scaled_dot_product_flash_attention_backward.default
+_adaptive_avg_pool2d_backward.default _adaptive_avg_pool3d_backward.default _cdist_backward.default
+_embedding_bag_dense_backward.default _fused_rms_norm_backward.default _log_softmax_backward_data.default
+_pdist_backward.default _prelu_kernel_backward.default _scaled_dot_product_flash_attention_backward.default
 _scaled_dot_product_flash_attention_for_cpu_backward.default _softmax_backward_data.default
-avg_pool2d_backward.default binary_cross_entropy_backward.default convolution_backward.default elu_backward.default
-embedding_dense_backward.default gelu_backward.default hardsigmoid_backward.default hardswish_backward.default
-hardtanh_backward.default huber_loss_backward.default leaky_relu_backward.default linear_backward.default
-log_sigmoid_backward.default max_pool2d_with_indices_backward.default mish_backward.default mse_loss_backward.default
-native_batch_norm_backward.default native_dropout_backward.default native_group_norm_backward.default
-native_layer_norm_backward.default nll_loss2d_backward.default nll_loss_backward.default
-reflection_pad2d_backward.default replication_pad2d_backward.default select_backward.default sigmoid_backward.default
-silu_backward.default slice_backward.default smooth_l1_loss_backward.default softplus_backward.default
-tanh_backward.default threshold_backward.default unfold_backward.default upsample_bilinear2d_backward.default
-upsample_nearest2d_backward.default
+_upsample_bicubic2d_aa_backward.default _upsample_bilinear2d_aa_backward.default
+_upsample_nearest_exact1d_backward.default _upsample_nearest_exact2d_backward.default
+_upsample_nearest_exact3d_backward.default _weight_norm_interface_backward.default adaptive_max_pool2d_backward.default
+adaptive_max_pool3d_backward.default avg_pool2d_backward.default avg_pool3d_backward.default
+binary_cross_entropy_backward.default convolution_backward.default elu_backward.default
+embedding_dense_backward.default gelu_backward.default glu_backward.default grid_sampler_2d_backward.default
+grid_sampler_3d_backward.default hardsigmoid_backward.default hardswish_backward.default hardtanh_backward.default
+huber_loss_backward.default leaky_relu_backward.default linear_backward.default log_sigmoid_backward.default
+max_pool2d_with_indices_backward.default max_pool3d_with_indices_backward.default mish_backward.default
+mse_loss_backward.default native_batch_norm_backward.default native_dropout_backward.default
+native_group_norm_backward.default native_layer_norm_backward.default nll_loss2d_backward.default
+nll_loss_backward.default reflection_pad1d_backward.default reflection_pad2d_backward.default
+reflection_pad3d_backward.default replication_pad1d_backward.default replication_pad2d_backward.default
+replication_pad3d_backward.default select_backward.default sigmoid_backward.default silu_backward.default
+slice_backward.default smooth_l1_loss_backward.default soft_margin_loss_backward.default softplus_backward.default
+tanh_backward.default threshold_backward.default unfold_backward.default upsample_bicubic2d_backward.default
+upsample_bilinear2d_backward.default upsample_linear1d_backward.default upsample_nearest1d_backward.default
+upsample_nearest2d_backward.default upsample_nearest3d_backward.default upsample_trilinear3d_backward.default
 # random: draws from the random number generator: never hoisted, never merged
 _scaled_dot_product_cudnn_attention.default _scaled_dot_product_cudnn_attention_backward.default
 _scaled_dot_product_efficient_attention.default _scaled_dot_product_efficient_attention_backward.default

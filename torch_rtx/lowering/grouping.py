@@ -285,7 +285,8 @@ class Grouping:
             for value in node.inputs:
                 if value.name not in names:  # a view: members come in order
                     add(self.nodes[self.producer[value.name]])
-            made = [None if v is None else Value(f"v{len(names) + i}", v.type) for i, v in enumerate(node.outputs)]
+            first = len(inputs) + sum(len(earlier.outputs) for earlier in nodes)
+            made = [None if v is None else Value(f"v{first + i}", v.type) for i, v in enumerate(node.outputs)]
             names.update({v.name: m for v, m in zip(node.outputs, made, strict=True) if v and m})
             args = node.map_inputs(lambda value: names[value.name])
             nodes.append(Node(node.kind, node.op, args, tuple(made), node.body))
@@ -315,7 +316,10 @@ class Grouping:
         count, size = unit.domain.count.number, None if unit.domain.size is None else unit.domain.size.number
         if size is not None and count is not None and count < FEW_ROWS and size > LONG_ROW:
             return len(unit.members) > 1 and split(self.body(unit), "trial", TRIAL) is not None
-        return len(unit.members) > 1 or self._computes(self.nodes[unit.members[0]])
+        if len(unit.members) > 1:  # merging has seen to it that there is code
+            return True
+        has_code = unit.domain.size is None or _is_loop(self.body(unit))
+        return has_code and self._computes(self.nodes[unit.members[0]])
 
     def _computes(self, node: Node) -> bool:
         computed = (not isinstance(tensor, Load | Move) for tensor in everything(_expressed(node)))

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, reduce
 
-from torch_rtx.ir import Dim, Sym
+from torch_rtx.ir import Dim, Expr, Sym, dim_expr
 
 # Results that are kept: regions of a model have few shapes, and code is tried for every step of fusion.
 CACHED = 1 << 14
@@ -131,8 +131,8 @@ class Index:
 @lru_cache(maxsize=CACHED)
 def _quotient(index: Index, by: Index) -> Index:
     """`index // by` in the normal form."""
-    if not by.terms:
-        return by  # in a dimension of size 0, which has no positions; Triton refuses to divide by it
+    if not index.terms or not by.terms:
+        return constant(0)  # a dimension of size 0 has no positions, and Triton refuses to divide by it
     whole, rest = _split(index, by)
     if within(rest, by):
         return whole
@@ -151,8 +151,8 @@ def _quotient(index: Index, by: Index) -> Index:
 @lru_cache(maxsize=CACHED)
 def _remainder(index: Index, by: Index) -> Index:
     """`index % by` in the normal form."""
-    if not by.terms:
-        return by  # as above
+    if not index.terms or not by.terms:
+        return constant(0)  # as above
     _, rest = _split(index, by)
     if within(rest, by):
         return rest
@@ -184,6 +184,27 @@ def from_dim(dim: Dim) -> Index:
     if dim.op in ("min", "max"):  # to the index it is one number, whatever it is made of
         return variable(f"tl.{dim.op}imum({', '.join(map(str, args))})")
     return reduce(_OPS[dim.op], args)
+
+
+def to_dim(index: Index, dims: Iterable[Dim]) -> Dim:
+    """The dim that `index` is: a polynomial in what `dims` are made of."""
+    named: dict[str, Dim] = {}
+    left = list(dims)
+    while left:
+        dim = left.pop()
+        if isinstance(dim, Expr):
+            left += dim.args
+        named[str(from_dim(dim))] = dim
+    return _to_dim(index, named)
+
+
+def _to_dim(index: Index, named: Mapping[str, Dim]) -> Dim:
+    def of(atom: Atom) -> Dim:
+        if isinstance(atom, Var):
+            return named[atom.name]
+        return dim_expr("%" if atom.remainder else "//", _to_dim(atom.arg, named), _to_dim(atom.by, named))
+
+    return dim_expr("+", 0, *(dim_expr("*", count, *map(of, atoms)) for atoms, count in index.terms))
 
 
 def product(sizes: Iterable[Index]) -> Index:

@@ -12,9 +12,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import Dim, TensorType, dim_expr
+from torch_rtx.ir import Dim, TensorType
 from torch_rtx.lowering.kernels.emit import Axis, Emitter, Operand, Scope, indent
-from torch_rtx.lowering.kernels.index import Index, constant, from_dim, linear, product, ravel, unravel, variable
+from torch_rtx.lowering.kernels.index import (
+    Index,
+    constant,
+    from_dim,
+    linear,
+    product,
+    ravel,
+    to_dim,
+    unravel,
+    variable,
+)
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.region import Region, needed, reductions_of
 from torch_rtx.lowering.kernels.source import assemble, blocks, is_wide
@@ -198,27 +208,9 @@ class _Writer:
         if not self.flat:
             axes.append(Axis(R, config.elements, "" if size and size % config.elements == 0 else "in_r"))
         self.emitter = Emitter(axes)
-        self.count = self._count()
-
-    def _count(self) -> Dim:
-        """The number of rows as a dim."""
-        for type_, output in zip(self.region.types, self.region.outputs, strict=True):
-            if product(output.shape) == self.rows.count:
-                return dim_expr("*", 1, *type_.shape)
-        reductions = [output for output in self.region.outputs if product(output.shape) != self.rows.count]
-        type_ = self.region.types[self.region.outputs.index(reductions[0])]
-        whole = dim_expr("*", 1, *type_.shape)
-        size = [dim for dim in type_.shape if from_dim(dim) == self.rows.size]
-        if isinstance(whole, int):
-            return whole // (self.rows.size.number or 1)
-        if size:
-            rest = list(type_.shape)
-            rest.remove(size[0])
-            return dim_expr("*", 1, *rest)
-        number = self.rows.size.number
-        if number is None:
-            raise Unsupported("the number of rows is no product of sizes")
-        return dim_expr("//", whole, number)
+        types = (value.type for value in region.body.values())
+        dims = (dim for type_ in types if isinstance(type_, TensorType) for dim in type_.shape)
+        self.count = to_dim(self.rows.count, dims)
 
     def write(self) -> list[str]:
         """All lines of the kernel."""

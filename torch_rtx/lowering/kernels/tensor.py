@@ -131,8 +131,8 @@ REDUCTIONS = {
     "prod": ("1", "{0} * {1}"),
     "max": ("least", "tl.maximum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)"),
     "min": ("greatest", "tl.minimum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)"),
-    "any": ("0", "{0} | {1}"),
-    "all": ("1", "{0} & {1}"),
+    "any": ("False", "{0} | {1}"),
+    "all": ("True", "{0} & {1}"),
 }
 
 
@@ -188,8 +188,9 @@ def pointwise(text: str, dtype: str, *args: Tensor) -> Tensor:
 def cast(tensor: Tensor, dtype: str, rounded: bool = False) -> Tensor:
     """`tensor` in `dtype`; `rounded` means that the result has the precision of dtype, and not that of its register."""
     if isinstance(tensor, Number) and not isinstance(tensor.value, Index):
-        kind = bool if dtype == "bool" else float if dtype in FLOATS else int
-        return number(kind(tensor.value), dtype)
+        if dtype in INTS:
+            return number(_wrapped(int(tensor.value), dtype), dtype)
+        return number(bool(tensor.value) if dtype == "bool" else float(tensor.value), dtype)
     if tensor.dtype == dtype:
         return tensor
     source, target = register(tensor.dtype), register(dtype)
@@ -200,6 +201,12 @@ def cast(tensor: Tensor, dtype: str, rounded: bool = False) -> Tensor:
         return Map(tensor.shape, dtype, f"{{0}}{single}.to({TRITON[dtype]}).to(tl.float32)", (tensor,))
     text = "{0}" if source == target else f"{{0}}.to({TRITON[target]})"
     return Map(tensor.shape, dtype, text, (tensor,))
+
+
+def _wrapped(value: int, dtype: str) -> int:
+    """`value` as an integer of `dtype`, as PyTorch makes it: what does not fit loses its higher bits."""
+    least = 0 if dtype.startswith("u") else -(1 << int(dtype[1:]) - 1)
+    return (value - least) % (1 << int(dtype[1:])) + least
 
 
 def reduce(kind: str, tensor: Tensor, axes: Sequence[int], keep: bool = True) -> Tensor:

@@ -14,7 +14,20 @@ from itertools import permutations
 
 from torch_rtx import aten
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import COPY, Attr, Dim, Graph, Node, TensorType, Type, Value, attr_map, attr_values, contiguous
+from torch_rtx.ir import (
+    COPY,
+    Attr,
+    Dim,
+    Graph,
+    Node,
+    TensorType,
+    Type,
+    Value,
+    attr_map,
+    attr_values,
+    contiguous,
+    dim_expr,
+)
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.rewrite import Rewriter
 
@@ -80,8 +93,7 @@ class _Writer(Rewriter):
         batch, channels, length = result.type.shape
         args = dict(node.args)
         for key in ("input", "weight"):
-            flat = attr_map(args[key], self.now)
-            args[key] = self._laid_out(self.emit("aten.unsqueeze.default", None, None, self=flat, dim=2))
+            args[key] = self._laid_out(self._of_height_one(attr_map(args[key], self.now)))
         for key, of_height in (("stride", 1), ("padding", 0), ("dilation", 1)):
             of_length = args.get(key, ())
             assert isinstance(of_length, tuple)
@@ -93,14 +105,25 @@ class _Writer(Rewriter):
         self.replace(result, self.emit("aten.squeeze.dim", node.loc, None, self=image, dim=2))
         return True
 
+    def _of_height_one(self, flat: Attr) -> Value:
+        """A sequence as an image. Its type is no question of what PyTorch would have to know of symbolic strides."""
+        assert isinstance(flat, Value)
+        assert isinstance(flat.type, TensorType)
+        (batch, channels, length), (*outer, step) = flat.type.shape, flat.type.strides
+        strides = (*outer, dim_expr("*", length, step), step)
+        type_ = replace(flat.type, shape=(batch, channels, 1, length), strides=strides)
+        return self.emit("aten.unsqueeze.default", None, (type_,), self=flat, dim=2)
+
     def _laid_out(self, attr: Attr) -> Attr:
         """The channels-last form of an image or a weight."""
         value = attr_map(attr, self.now)
         assert isinstance(value, Value)
         assert isinstance(value.type, TensorType)
-        if value.type.strides == strides_of(value.type.shape):
+        strides = strides_of(value.type.shape)
+        if value.type.strides == strides:
             return value
-        return self.emit("aten.clone.default", None, None, self=value, memory_format="channels_last")
+        types = (replace(value.type, strides=strides),)
+        return self.emit("aten.clone.default", None, types, self=value, memory_format="channels_last")
 
     def _again(self, node: Node, args: tuple[tuple[str, Attr], ...]) -> bool:
         """The call of `node` on other strides, if they are good for it."""

@@ -70,6 +70,7 @@ def floating(out: Types) -> None:
 
 _TANH_SMALL = "{0} * (1.0 + {0} * {0} * (-0.3333333333333333 + {0} * {0} * 0.13333333333333333))"
 TANH = f"tl.where(tl.abs({{0}}) < 0.04, {_TANH_SMALL}, 2.0 * tl.sigmoid(2.0 * {{0}}) - 1.0)"
+_HARD = REDUCTIONS["min"][1].format(REDUCTIONS["max"][1].format("{0} + 3.0", "0.0"), "6.0")
 FLOAT_TEXTS = {
     "exp": "tl.exp({0})",
     "exp2": "tl.exp2({0})",
@@ -77,7 +78,8 @@ FLOAT_TEXTS = {
     "log2": "tl.log2({0})",
     "log10": f"tl.log2({{0}}) * {math.log10(2)!r}",
     # Kahan's: exact where 1 + x is rounded
-    "log1p": "tl.where(1.0 + {0} == 1.0, {0}, tl.log(1.0 + {0}) * ({0} / ((1.0 + {0}) - 1.0)))",
+    "log1p": 'tl.where((1.0 + {0} == 1.0) | ({0} == float("inf")), {0}, '
+    "tl.log(1.0 + {0}) * ({0} / ((1.0 + {0}) - 1.0)))",
     "sqrt": "tl.sqrt({0})",
     "rsqrt": "tl.rsqrt({0})",
     "sin": "tl.sin({0})",
@@ -87,8 +89,8 @@ FLOAT_TEXTS = {
     "tanh": TANH,
     "silu": "{0} * tl.sigmoid({0})",
     "reciprocal": "1.0 / {0}",
-    "hardswish": "{0} * tl.minimum(tl.maximum({0} + 3.0, 0.0), 6.0) / 6.0",
-    "hardsigmoid": "tl.minimum(tl.maximum({0} + 3.0, 0.0), 6.0) / 6.0",
+    "hardswish": f"{{0}} * {_HARD} / 6.0",
+    "hardsigmoid": f"{_HARD} / 6.0",
     "deg2rad": f"{{0}} * {math.pi / 180!r}",
     "rad2deg": f"{{0}} * {180 / math.pi!r}",
 }
@@ -225,6 +227,10 @@ def div(self: Tensor, other: Operand, *, out: Types) -> Tensor:
     return compute("{0} / {1}", out, self, other)
 
 
+# Whether what is left of a division, {2}, has another sign than the divisor, {1}.
+_OTHER = "(({2} != 0) & (({2} < 0) != ({1} < 0)))"
+
+
 @op("div.Tensor_mode", "div.Scalar_mode")
 def div_mode(self: Tensor, other: Operand, rounding_mode: str | None, *, out: Types) -> Tensor:
     """self / other, rounded down or towards zero."""
@@ -233,11 +239,23 @@ def div_mode(self: Tensor, other: Operand, rounding_mode: str | None, *, out: Ty
     if out[0].dtype in ("f16", "bf16"):
         raise Unsupported("a rounded quotient in half precision, which is rounded twice")
     if out[0].dtype in FLOATS:
-        text = "tl.floor({0} / {1})" if rounding_mode == "floor" else _TRUNC.replace("{0}", "({0} / {1})")
-        return compute(text, out, self, other)
+        text = "tl.where({1} == 0, {0} / {1}, ({0} - {2}) / {1} - " + _OTHER + ".to(tl.float64))"
+        if rounding_mode == "trunc":  # of a quotient that is rounded, as PyTorch does
+            text = _TRUNC.replace("{0}", f"({{0}} / {{1}}).to({TRITON[out[0].dtype]})")
+        return cast(pointwise(text, "f64", *_wide(out, self, other)), out[0].dtype)
     if rounding_mode == "trunc":
         return compute("{0} // {1}", out, self, other)  # Triton's division is C's
     return compute("{0} // {1} - (({0} % {1} != 0) & (({0} < 0) != ({1} < 0))).to({0}.dtype)", out, self, other)
+
+
+def _wide(out: Types, self: Tensor, other: Operand) -> tuple[Tensor, Tensor, Tensor]:
+    """The operands of a rounded quotient and what is left of it, of the sign of the first one: in f64, where it is
+    exact for all floats of 32 bits whose quotient has less than 29. In f32, 5 / 0.1 is 50, with nothing left."""
+    given = (tensor(one, register(out[0].dtype)) for one in (self, other))
+    first, second = (cast(pointwise("{0}", t.dtype, t) if isinstance(t, Number) else t, "f64") for t in given)
+    whole = f"{{0}} - {_TRUNC.replace('{0}', '({0} / {1})')} * {{1}}"
+    rest = f"tl.where(tl.abs({{0}}) < tl.abs({{1}}), {{0}}, {whole})"  # a finite number, divided by an infinite one
+    return first, second, pointwise(rest, "f64", first, second)
 
 
 @op("floor_divide.default")
@@ -250,7 +268,8 @@ def floor_divide(self: Tensor, other: Operand, *, out: Types) -> Tensor:
 def remainder(self: Tensor, other: Operand, *, out: Types) -> Tensor:
     """The remainder with the sign of the divisor."""
     if out[0].dtype in FLOATS:
-        return compute("{0} - tl.floor({0} / {1}) * {1}", out, self, other)
+        found = pointwise(f"tl.where({_OTHER}, {{2}} + {{1}}, {{2}})", "f64", *_wide(out, self, other))
+        return cast(found, out[0].dtype)
     rest = compute("{0} % {1}", out, self, other)
     return compute("tl.where(({0} != 0) & (({0} < 0) != ({1} < 0)), {0} + {1}, {0})", out, rest, other)
 
@@ -272,13 +291,15 @@ def power(self: Tensor, exponent: Scalar, *, out: Types) -> Tensor:
     """x to a fixed power: by products and roots where these are exact, else by logarithms in half precision."""
     if isinstance(exponent, Index):
         raise Unsupported("a power that is a dim")
-    if exponent == int(exponent) and 0 <= exponent <= 4:
-        return compute(" * ".join(["{0}"] * int(exponent)) or "1 + 0 * {0}", out, self)
+    if exponent == 0:
+        return filled(1, out)
+    if exponent in (1, 2, 3, 4):
+        return compute(" * ".join(["{0}"] * int(exponent)), out, self)
     floating(out)
     exact = {0.5: "tl.sqrt({0})", -0.5: "tl.rsqrt({0})", -1: "1.0 / {0}", -2: "1.0 / ({0} * {0})"}
     if exponent in exact:
         return compute(exact[exponent], out, self)
-    if out[0].dtype not in ("f16", "bf16") or exponent == int(exponent):
+    if out[0].dtype not in ("f16", "bf16") or float(exponent).is_integer():
         raise Unsupported(f"the power {exponent} in {out[0].dtype}")
     return compute(f"tl.exp2({float(exponent)!r} * tl.log2({{0}}))", out, self)
 
@@ -306,8 +327,9 @@ def lerp(self: Tensor, end: Tensor, weight: Operand, *, out: Types) -> Tensor:
 # ---- rounding, limits ------------------------------------------------------------------------------------------------
 
 _TRUNC = "tl.where({0} < 0, tl.ceil({0}), tl.floor({0}))"
-# Half to even: the nearest even number where the fraction is one half.
-_ROUND = "tl.where(tl.abs({0} - tl.floor({0})) == 0.5, 2.0 * tl.floor(0.5 * {0} + 0.5), tl.floor({0} + 0.5))"
+# Half to even. x + 0.5 may be rounded to another integer; x - floor(x) never is to the other side of one half.
+_UP = "({0} - tl.floor({0}) > 0.5) | (({0} - tl.floor({0}) == 0.5) & (tl.floor({0}) != 2.0 * tl.floor(0.5 * {0})))"
+_ROUND = f"tl.floor({{0}}) + tl.where({_UP}, 1.0, 0.0)"
 
 
 def _rounding(text: str, self: Tensor, *, out: Types) -> Tensor:
@@ -341,7 +363,10 @@ def minimum(self: Tensor, other: Operand, *, out: Types) -> Tensor:
 
 @op("clamp.default", "clamp.Tensor")
 def clamp(self: Tensor, min: Operand | None = None, max: Operand | None = None, *, out: Types) -> Tensor:
-    """x limited from below and above; NaN stays NaN."""
+    """x limited from below and above; NaN stays NaN, and as a limit makes NaN."""
+    if isinstance(min, Tensor) or isinstance(max, Tensor):
+        above = self if min is None else maximum(self, min, out=out)
+        return above if max is None else minimum(above, max, out=out)
     if min is not None:
         self = compute("tl.where({0} < {1}, {1}, {0})", out, self, min)
     return self if max is None else compute("tl.where({0} > {1}, {1}, {0})", out, self, max)
@@ -404,6 +429,17 @@ def _bitwise(text: str, self: Tensor, other: Operand, *, out: Types) -> Tensor:
 
 for _name, _sign in {"and": "&", "or": "|", "xor": "^"}.items():
     op(f"bitwise_{_name}.Tensor", f"bitwise_{_name}.Scalar")(partial(_bitwise, f"{{0}} {_sign} {{1}}"))
+
+
+def _shift(text: str, self: Tensor, other: Operand, *, out: Types) -> Tensor:
+    dtype = out[0].dtype
+    if not isinstance(other, int) or dtype not in INTS or not 0 <= other < int(dtype[1:]):
+        raise Unsupported("a shift by a number that is not known, or that shifts everything out")
+    return compute(text, out, self, other)
+
+
+for _name, _sign in {"left": "<<", "right": ">>"}.items():
+    op(f"bitwise_{_name}_shift.Tensor_Scalar", f"__{_name[0]}shift__.Scalar")(partial(_shift, f"{{0}} {_sign} {{1}}"))
 
 
 @op("bitwise_not.default")
