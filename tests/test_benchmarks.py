@@ -295,9 +295,14 @@ def test_wrong_after_new_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine that ignores a refit is not fast, but wrong."""
     from torch_rtx import CompiledModule
 
-    monkeypatch.setattr(
-        CompiledModule, "refit", lambda self, weights: self.attach(weights) if not self._ready else None
-    )
+    attached: list[CompiledModule] = []
+
+    def refit(module: CompiledModule, weights: Any) -> None:
+        if not attached:
+            attached.append(module)
+            module.attach(weights)
+
+    monkeypatch.setattr(CompiledModule, "refit", refit)
     (row,) = perform("refit", "rtx-exported").values()
     assert row["status"] == "ok"  # attached weights are the model's own, and follow it
     original = peers.PEERS["rtx-exported"]

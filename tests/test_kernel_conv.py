@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from expecttest import TestCase
 
@@ -11,6 +13,7 @@ from torch_rtx.lowering.kernels.conv import conv_configs, conv_kernel, conv_prod
 from torch_rtx.lowering.kernels.cost import CHIPS, chip, problem, shared_memory
 from torch_rtx.lowering.kernels.gemm import GemmConfig
 from torch_rtx.lowering.kernels.region import region
+from torch_rtx.lowering.kernels.toolchain import Job, lower
 
 SMALL = GemmConfig(64, 16, 16)
 DTYPES = ("f16", "bf16", "f32")
@@ -245,6 +248,17 @@ def test_one_pixel_is_summed_without_tensor_cores() -> None:
     config = conv_configs(region(body(text)), 90)[0]
     assert config.sums
     check(text, conv_kernel, config)
+
+
+@pytest.mark.parametrize(("channels", "vectors"), [(3, False), (4, True)])
+def test_pixels_of_four_halves_are_loaded_at_once(channels: int, vectors: bool) -> None:
+    """Which is why the pass `channels_last` adds channels: the border of the image does not keep vectors apart."""
+    text = call((2, channels, 16, 16), (64, channels, 7, 7), stride=(2, 2), padding=(3, 3))
+    kernel = conv_kernel(region(body(text)), "kernel", GemmConfig(64, 64, 32))
+    job = Job("kernel", kernel.source, kernel.pointers, (), False, kernel.num_warps, kernel.num_stages, 80)
+    ptx = lower(job).ptx
+    assert (b"ld.global.b16" not in ptx) == vectors
+    assert (re.search(rb"cp\.async\.ca.*, 0x8,", ptx) is not None) == vectors
 
 
 class TestSource(TestCase):

@@ -164,3 +164,53 @@ def whole(name: str, dtype: torch.dtype, model: nn.Module, module: torch_rtx.Com
     with torch.no_grad():
         eager = copy.deepcopy(model)(*copy.deepcopy(args), **copy.deepcopy(kwargs))
     assert_right(module(*args, **kwargs), eager, exact)
+
+
+class Stem(nn.Module):
+    """A first convolution, and what makes its size one that any image has."""
+
+    def __init__(self, channels: int, window: int, stride: int, padding: int, dilation: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 20, window, stride, padding, dilation)
+        self.norm = nn.BatchNorm2d(20)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.conv(x)).relu().mean((2, 3))
+
+
+# Channels, window, stride, padding and dilation, height and width, dtype, and the axes whose sizes are open.
+STEMS = [
+    ((3, 7, 2, 3, 1), (19, 22), torch.float16, (0,)),
+    ((3, 7, 2, 3, 1), (19, 22), torch.float16, (0, 2, 3)),
+    ((3, 3, 2, 1, 1), (15, 13), torch.bfloat16, ()),
+    ((5, 3, 1, 0, 2), (10, 11), torch.float16, ()),
+    ((9, 4, 3, 2, 1), (12, 9), torch.bfloat16, (0,)),
+]
+
+
+@pytest.mark.parametrize(("conv", "size", "dtype", "dynamic"), STEMS)
+def test_first_convolution(
+    conv: tuple[int, int, int, int, int], size: tuple[int, int], dtype: torch.dtype, dynamic: tuple[int, ...]
+) -> None:
+    """An image of few channels is copied with more of them: its kernels are right, and so they are when refitted."""
+    torch.manual_seed(0)
+    model = Stem(*conv).eval().to(dtype)
+    args = (torch.randn(2, conv[0], *size).to(dtype),)
+    shapes = ({axis: torch.export.Dim(f"size{axis}", min=2 if axis == 0 else 8, max=64) for axis in dynamic},)
+    settings = CompilationSettings(device="cuda", targets="sm_80", reuse_cached_engines=False)
+    with patch.object(reuse, "kernels_of", lambda *_: KernelTable()):
+        module = torch_rtx.compile(copy.deepcopy(model), args, dynamic_shapes=shapes, settings=settings)
+    nodes = kernels(module.engine.graph)
+    copied, convolved = (next(node for name, node in nodes.items() if word in name) for word in ("pad", "conv"))
+    (image,) = copied.outputs
+    assert image in convolved.inputs
+    assert isinstance(image.type, TensorType)
+    assert image.type.shape[1] == conv[0] + -conv[0] % 4
+    sizes = dict.fromkeys(module.engine.graph.syms, 16)
+    for node in (copied, convolved):
+        check(node, sizes)
+    other = Stem(*conv).eval().to(dtype)
+    for one in (model, other):
+        module.refit(one.state_dict())
+        with torch.no_grad():
+            assert_right(module(*args), one(*args), in_float64(one, args, {}))

@@ -5,6 +5,12 @@ gives for such inputs: pointwise operations, pooling and concatenation stay chan
 between convolutions. Where a view can't be taken, or a call or the caller must see the captured layout, the image is
 copied back. The weight's copy becomes part of its recipe. A convolution over sequences is one over images of height 1:
 what a model then transposes, to feed its attention, is a view.
+
+Where an image of few channels has to be copied, as the first convolution's often has, the copy gets channels of zeros
+up to a multiple of 4: three halves of a pixel are loaded one by one, four at once. For ResNet-50 the copy and the first
+convolution, each in its best configuration, then took 73 us instead of 98 on an H200 (32 images, float16), and 7.0
+instead of 9.2 for one image. Images that are channels-last stay as they are: a copy for that alone gained 11 % with 32
+images, and lost 8 % with one.
 """
 
 from __future__ import annotations
@@ -35,6 +41,8 @@ SEQUENCES = "aten.conv1d.default"
 NAMED = frozenset(("aten.conv1d.padding", "aten.conv2d.padding"))  # whose padding is "same" or "valid"
 CONVOLUTIONS = frozenset(("aten.conv2d.default", "aten.convolution.default", SEQUENCES, *NAMED))
 FORMATS = ("contiguous_format", "channels_last")
+HALVES = frozenset(("f16", "bf16"))
+VECTOR, FEW = 4, 12  # channels that are loaded at once; with more of them there are longer vectors in any case
 
 
 def channels_last(graph: Graph, infer: Inference) -> Graph:
@@ -51,6 +59,13 @@ def channels_last(graph: Graph, infer: Inference) -> Graph:
 
 class _Writer(Rewriter):
     """Rebuilds the graph in the new layout."""
+
+    def __init__(self, graph: Graph, infer: Inference) -> None:
+        super().__init__(graph, infer)
+        self._fixed = {weight.value.name for weight in graph.weights} - graph.written  # of parameters alone
+        for node in graph.nodes:
+            if node.inputs and all(value.name in self._fixed for value in node.inputs):
+                self._fixed.update(value.name for value in node.outputs if value is not None)
 
     def visit(self, node: Node) -> None:
         """Take `node` over: in the new layout if it can be, else on inputs in the captured one."""
@@ -79,7 +94,8 @@ class _Writer(Rewriter):
         (result,) = node.outputs
         assert result is not None
         assert isinstance(result.type, TensorType)
-        args = [(key, self._laid_out(attr) if key in ("input", "weight") else attr) for key, attr in node.args]
+        more = self._padding(node)
+        args = [(key, self._laid_out(attr, more) if key in ("input", "weight") else attr) for key, attr in node.args]
         # What libraries return for such inputs; the meta kernel of a convolution does not tell.
         output = Value(result.name, replace(result.type, strides=strides_of(result.type.shape)))
         self._put(node, tuple((key, attr_map(attr, self.now)) for key, attr in args), (output,))
@@ -114,16 +130,41 @@ class _Writer(Rewriter):
         type_ = replace(flat.type, shape=(batch, channels, 1, length), strides=strides)
         return self.emit("aten.unsqueeze.default", None, (type_,), self=flat, dim=2)
 
-    def _laid_out(self, attr: Attr) -> Attr:
-        """The channels-last form of an image or a weight."""
+    def _padding(self, node: Node) -> int:
+        """How many channels of zeros an image gets when it is copied: where windows overlap, and so read it often."""
+        image, weight, stride = attr_map(node.arg("input"), self.now), node.arg("weight"), node.arg("stride", (1, 1))
+        assert isinstance(image, Value)
+        assert isinstance(image.type, TensorType)
+        assert isinstance(weight, Value)
+        assert isinstance(weight.type, TensorType)
+        assert isinstance(stride, tuple)
+        channels, *window = (size if isinstance(size, int) else 0 for size in weight.type.shape[1:])
+        copied = image.type.strides == contiguous(image.type.shape) and weight.name in self._fixed
+        plain = node.op == "aten.conv2d.default" and node.arg("groups", 1) == 1 and image.type.dtype in HALVES
+        overlap = any(isinstance(step, int) and tap > step for tap, step in zip(window, stride, strict=False))
+        return -channels % VECTOR if copied and plain and overlap and VECTOR // 2 < channels < FEW else 0
+
+    def _laid_out(self, attr: Attr, more: int = 0) -> Attr:
+        """The channels-last form of an image or a weight, with `more` channels of zeros."""
         value = attr_map(attr, self.now)
         assert isinstance(value, Value)
+        if more:
+            value = self._padded(value, more)
         assert isinstance(value.type, TensorType)
         strides = strides_of(value.type.shape)
         if value.type.strides == strides:
             return value
         types = (replace(value.type, strides=strides),)
         return self.emit("aten.clone.default", None, types, self=value, memory_format="channels_last")
+
+    def _padded(self, value: Value, more: int) -> Value:
+        assert isinstance(value.type, TensorType)
+        first, channels, *rest = value.type.shape
+        shape = (first, dim_expr("+", channels, more), *rest)
+        # Inference takes no open sizes here.
+        rows = value.type.strides == contiguous(value.type.shape)
+        types = (replace(value.type, shape=shape, strides=contiguous(shape)),) if rows else None
+        return self.emit("aten.constant_pad_nd.default", None, types, self=value, pad=(0, 0, 0, 0, 0, more))
 
     def _again(self, node: Node, args: tuple[tuple[str, Attr], ...]) -> bool:
         """The call of `node` on other strides, if they are good for it."""
