@@ -15,7 +15,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from math import ceil, inf, prod
+from math import ceil, gcd, inf, prod
 
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Dim, TensorType, typical_size
@@ -35,6 +35,7 @@ PARTS = (2, 4, 8, 16)  # in which a depth is cut
 CLEAR = 1.15  # the gain that two kernels in the place of one must promise
 FILLED, TILE = 0.75, 64  # a chip is full with this many tiles of this size for each processor
 DEPTH = 32  # elements of a depth that every part has a multiple of
+SCATTERED = 16  # loads of a thread for one step, each of less than 16 bytes
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ class Problem:
         moved: bytes of memory that any kernel has to read and write.
         columns_last: neighbouring columns, not elements of K, are neighbours in the memory of the second operand.
         plain: operands are plainly in memory and the result is little more than stored, which needs few registers.
+        run: elements of the first operand that are loaded at once, at most 8.
     """
 
     batch: int
@@ -111,6 +113,7 @@ class Problem:
     moved: int
     columns_last: bool
     plain: bool
+    run: int = 8
 
 
 def problem(region: Region, of: Product, target: int, input_precision: str = "ieee") -> Problem:
@@ -125,9 +128,9 @@ def problem(region: Region, of: Product, target: int, input_precision: str = "ie
     placement = place(region.outputs, of.tile())
     width = placement.width.number
     tensors = [tensor_type(value) for value in region.body.inputs] + list(region.types)
-    depth, taps = typical(of.depth), prod(of.taps)
+    depth, taps, run = typical(of.depth), prod(of.taps), 8
     if Steps(of, 1).flat:
-        depth, taps = depth * taps, 1
+        depth, taps, run = depth * taps, 1, gcd(depth, run) if of.channels_last else 1
     return Problem(
         batch=typical(of.batch),
         rows=typical(of.rows),
@@ -139,6 +142,7 @@ def problem(region: Region, of: Product, target: int, input_precision: str = "ie
         moved=sum(map(bytes_of, tensors)),
         columns_last=_stride(of) == 1,
         plain=prod(of.taps) == 1 and all(in_memory(operand) for operand in (of.a, of.b)) and _plain(region.outputs),
+        run=run,
     )
 
 
@@ -290,12 +294,15 @@ def _held(what: Problem, config: GemmConfig) -> int:
 def _fits_registers(what: Problem, config: GemmConfig, target: int) -> bool:
     """Whether nothing should have to be spilled, as far as that was seen: of 255 registers sums take a quarter, or half
     where products read shared memory and little follows; loads of 16 bytes take a pointer each, and on Turing, where
-    they cannot go right to shared memory, their data as well."""
+    they cannot go right to shared memory, their data as well. Shorter ones, of windows over few channels, take more of
+    both than would leave room for a second program: 102 us against 82 for 256 rows of ResNet's first convolution."""
     roomy = _warpgroup(what, config, target) and what.plain
     most = 16 if what.dtype == "f32" else 128 if roomy else 64
     width = config.block_m + config.width * what.accumulators
-    pointers = width * config.block_k * SIZES[what.dtype] // (16 * 32 * config.num_warps)
-    return _held(what, config) <= most and pointers <= (12 if target >= 80 else 6)
+    threads = 32 * config.num_warps
+    pointers = width * config.block_k * SIZES[what.dtype] // (16 * threads)
+    scattered = config.block_m * config.block_k // (what.run * threads) if what.run < 8 else 0
+    return _held(what, config) <= most and pointers <= (12 if target >= 80 else 6) and scattered <= SCATTERED
 
 
 def _warpgroup(what: Problem, config: GemmConfig, target: int) -> bool:

@@ -14,7 +14,7 @@ from torch_rtx.lowering.kernels.conv import conv_configs, conv_kernel, conv_time
 from torch_rtx.lowering.kernels.gemm import after_call, gemm_configs, gemm_kernel, gemm_time
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.loops import loop_configs, loop_kernel
-from torch_rtx.lowering.kernels.product import argument
+from torch_rtx.lowering.kernels.product import FEW, argument
 from torch_rtx.lowering.kernels.region import ANCHORS, Region, region, tensor_type
 
 # Per kind of anchor ("" for loops): the configurations for an SM version, best first, and the kernel in one of them.
@@ -79,14 +79,13 @@ def library(body: Graph, sm: int) -> str:
     if found.anchor is None:
         return "none"
     kind, work = family(found), flops(found.anchor)
-    fast = sm == HOPPER and work > LARGE[kind] and _in_whole_rows(found.anchor)
+    fast = sm == HOPPER and work > LARGE[kind] and (_is_usual if kind == "conv" else _in_whole_rows)(found.anchor)
     if fast and kind == "attention":
         fast = elements(shape_of(found.anchor, "key")[-2:-1]) > MANY_KEYS and not found.anchor.arg("is_causal", False)
     elif fast:
         call, rate = CALL[kind]
         ours = gemm_time(found, sm) if kind == "gemm" else conv_time(found, sm)
-        window = shape_of(found.anchor, "weight")[2:] if kind == "conv" else ()
-        fast = call + work / rate + after_call(found, sm) < KERNEL * ours and sum(size != 1 for size in window) != 1
+        fast = call + work / rate + after_call(found, sm) < KERNEL * ours
     return "faster" if fast else "slower"
 
 
@@ -94,7 +93,13 @@ def _in_whole_rows(anchor: Node) -> bool:
     """Whether the rows of everything that a call reads and writes can begin at multiples of 16 bytes."""
     types = [value.type for value in (*anchor.inputs, *anchor.outputs) if value is not None]
     shapes = [type_.shape for type_ in types if isinstance(type_, TensorType) and len(type_.shape) > 1]
-    return all(elements(shape[-1:]) % 8 == 0 for shape in shapes) or ANCHORS[anchor.op] != "gemm"
+    return all(elements(shape[-1:]) % 8 == 0 for shape in shapes) or ANCHORS[anchor.op] == "attention"
+
+
+def _is_usual(convolution: Node) -> bool:
+    """Whether a convolution is one that libraries are made for: not of sequences, nor of few channels."""
+    _, channels, *window = shape_of(convolution, "weight")
+    return elements((channels,)) >= FEW and sum(size != 1 for size in window) != 1
 
 
 def shape_of(anchor: Node, name: str) -> tuple[Dim, ...]:
