@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -218,6 +219,16 @@ def test_knobs_of_the_user_come_back() -> None:
         assert vars(knobs.compilation)["disable_line_info"] is False
     finally:
         del vars(knobs.compilation)["disable_line_info"]
+
+
+@pytest.mark.parametrize(
+    ("version", "sm", "expected"), [("12.8", 80, 80), ("12.8", 90, 120), ("12.9", 90, 90), ("13.0", 90, 90)]
+)
+def test_hopper_gets_a_ptxas_that_is_right(version: str, sm: int, expected: int) -> None:
+    """Triton's own, unless it is too old: PTX is written for the one that Triton was told to use."""
+    tools = {80: version, 90: version, 120: "12.9"}
+    triton: Any = SimpleNamespace(get_ptxas=lambda sm: SimpleNamespace(version=tools[sm], sm=sm))
+    assert toolchain._assembler(triton, sm).sm == expected
 
 
 # ---- what goes wrong -------------------------------------------------------------------------------------------------

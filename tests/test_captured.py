@@ -486,3 +486,22 @@ def test_attention_draws_only_for_dropout() -> None:
 )
 def test_small_inputs_of_many_kernels_are_copied(kernels: int, nbytes: int, expected: bool) -> None:
     assert is_worth(kernels, nbytes) is expected
+
+
+def test_copies_that_make_others_necessary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory is shared in another way once something is copied: what kernels then have elsewhere is copied, too."""
+    module = Module(monkeypatch, CHAIN)
+    asked: list[set[str]] = []
+
+    class Found(cudagraph.Captured):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            asked.append(set(*given[4:]))
+            self.missing = {"x", "y"} - asked[-1] and {min({"x", "y"} - asked[-1])}
+
+    monkeypatch.setattr(cudagraph, "Captured", Found)
+    for _ in range(4):
+        x, y = torch.randn(2, 16).unbind()
+        torch.testing.assert_close(module(x, y)[0], 2 * x + y)
+    assert asked == [set(), {"x"}, {"x", "y"}]
+    assert FakeGraph.last.kinds() == ["copy", "copy", "kernel", "kernel"]

@@ -145,10 +145,11 @@ class GraphPool:
         with _CAPTURING, _no_collection():
             others = memory.begin()  # held meanwhile
             try:
-                found = Captured(self, code, inputs, store)
-                if found.missing:
-                    log.debug("these are copied after all, kernels have them elsewhere: %s", found.missing)
-                    found = Captured(self, code, inputs, store, found.missing)
+                found, copied = Captured(self, code, inputs, store), set[str]()
+                while found.missing:  # with other copies memory is shared in another way: more may have to be
+                    copied |= found.missing
+                    log.debug("these are copied after all, kernels have them elsewhere: %s", copied)
+                    found = Captured(self, code, inputs, store, copied)
             except RuntimeError as error:
                 self.disabled = str(error).partition("\n")[0]
                 log.warning("no CUDA graphs for this module, it can't be captured: %s", self.disabled)

@@ -26,6 +26,7 @@ from torch_rtx.lowering.kernels.turing import NoTensorCores, rewrite
 
 OLDEST = (3, 6)  # version of Triton
 HOPPER, BLACKWELL = 90, 120
+SOUND = (12, 9)  # version of ptxas, see `_assembler`
 PTX_VERSION = 80  # of sm_75, 80 and 86: drivers of CUDA 12.0 and later take it
 _lock = threading.Lock()
 _parsing = threading.Lock()
@@ -247,10 +248,7 @@ def _ptx(triton: _Triton, job: Job, ttir: str) -> tuple[str, dict[str, Any]]:
 
 def _ptxas(triton: _Triton, job: Job, ptx: str) -> tuple[bytes, int, int, int]:
     """The binary, and its registers, spill stores and stack. Binaries hold the command line: it is always the same."""
-    # Triton takes ptxas 12.8 for Hopper. Where tiles of several widths follow each other at one address, that computes
-    # a descriptor from a register that nothing writes: attention with values narrower than keys was wrong. The ptxas
-    # for Blackwell, 12.9 or later, does not.
-    tool = triton.get_ptxas(BLACKWELL if job.sm == HOPPER else job.sm)
+    tool = _assembler(triton, job.sm)
     arch = triton.arch_name(job.sm)
     # Triton's own workaround for a bug of ptxas 13.
     extra = ["--regAllocOptLevel=2"] if int(tool.version.partition(".")[0]) >= 13 else []
@@ -266,6 +264,18 @@ def _ptxas(triton: _Triton, job: Job, ptx: str) -> tuple[bytes, int, int, int]:
     if registers is None or frame is None:
         raise _error(job, "ptxas", f"it does not say what the kernel uses: {result.stderr}")
     return cubin, int(registers[1]), int(frame[2]), int(frame[1])
+
+
+def _assembler(triton: _Triton, sm: int) -> Any:
+    """The ptxas for an SM version: Triton's, or the one that the user or PyTorch has named to it.
+
+    For Hopper that may be too old: where tiles of several widths follow each other at one address, ptxas 12.8 computes
+    a descriptor from a register that nothing writes, and attention with values narrower than keys was wrong. Triton's
+    ptxas for Blackwell is a later one.
+    """
+    tool = triton.get_ptxas(sm)
+    number = tuple(int(part) for part in tool.version.split(".")[:2])
+    return triton.get_ptxas(BLACKWELL) if sm == HOPPER and number < SOUND else tool
 
 
 def _error(job: Job, who: str, message: str) -> KernelError:
