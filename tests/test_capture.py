@@ -351,3 +351,24 @@ def test_guard_registry_is_checked_before_it_is_used():
     for guard in (0, 8, ctypes.addressof(text)):  # empty, unmapped, mapped but no object
         with pytest.raises(CaptureError, match="device guard registry"):
             fake_cuda._check_guard(guard)
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("masked", ["nothing", "keys", "scores"])
+def test_the_fast_path_of_encoder_layers(norm_first, activation, masked, inference, graphs):
+    """Dynamo has one operator for a whole layer in inference."""
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, norm_first=norm_first, activation=activation)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    model, x, options = layer.eval(), torch.randn(2, 5, 16), {}
+    if masked == "keys":
+        options["src_key_padding_mask"] = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    if masked == "scores":
+        options["src_mask"] = torch.rand(5, 5).fill_diagonal_(0) > 0.6
+    with torch.no_grad():
+        expected = model(x, **options)
+        torch.testing.assert_close(torch.compile(model, backend=inference, fullgraph=True)(x, **options), expected)
+    found = op_names(graphs[0])
+    assert {"linear", "layer_norm", "scaled_dot_product_attention"} <= set(found)
+    assert "_transformer_encoder_layer_fwd" not in found

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from torch_rtx.backend.fake_cuda import install_cuda_guard
+from torch_rtx.backend.fast_path import FAST_PATH
 from torch_rtx.errors import CaptureError
 
 # `compiler(gm, example_inputs) -> callable`: `gm` is an ATen GraphModule, the inputs are FakeTensors and SymInts.
@@ -135,7 +136,7 @@ def capture_inference(
     backend = aot_autograd(
         fw_compiler=_refuse_autograd,
         inference_compiler=compiler,
-        decompositions={},
+        decompositions=FAST_PATH,
         keep_inference_input_mutations=True,
     )
     with keep_ops():
@@ -239,7 +240,7 @@ def _decompose(program: torch.export.ExportedProgram) -> torch.export.ExportedPr
             program = _decompose_exported_program(
                 program,
                 cia_to_decomp={},
-                python_decomp_table={},
+                python_decomp_table=FAST_PATH,
                 joint_loss_index=None,
                 decompose_custom_triton_ops=False,
             )
