@@ -310,6 +310,29 @@ def test_a_driver_that_refuses_addresses(monkeypatch: pytest.MonkeyPatch) -> Non
     torch.testing.assert_close(results[0], 2 * x + y)
 
 
+def test_a_replay_that_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The only executable of a graph that draws random numbers is that of PyTorch: the next call sets it again."""
+    module = Module(monkeypatch, CHAIN.replace("return", "c: f32[s] = extern aten.rand_like.default(self=y)\n  return"))
+    x, y, z = torch.randn(3, 16).unbind()
+    for _ in range(3):
+        module(x, y)
+
+    def interrupted(*given: Any) -> None:
+        raise KeyboardInterrupt
+
+    (captured,) = module.pool.captured.values()
+    nodes = {node for port in captured._executables._ports for *_, node in port}
+    with monkeypatch.context() as patch:
+        for node in nodes:
+            patch.setitem(vars(node), "set_params", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            module(z, y)
+    before = module.driver.set
+    module(z, y)
+    assert module.driver.set == before + len(nodes)
+    assert module.driver.executables == []
+
+
 def test_no_memory_for_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is set then, so that the next call does."""
     module = Module(monkeypatch, CHAIN)

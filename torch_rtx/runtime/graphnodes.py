@@ -162,9 +162,8 @@ class Executables:
         self._ports, self._most = ports, most
         self._unset = [self._driver.CUgraphExec(graph.raw_cuda_graph_exec())]
         self.ready: dict[Addresses, Any] = {}
-        made: list[Any] = []  # beside PyTorch's own
-        self._made = made
-        weakref.finalize(self, _destroy, self._driver, made).atexit = False
+        self._made: list[Any] = []  # beside PyTorch's own
+        weakref.finalize(self, _destroy, self._driver, self._made).atexit = False
 
     def at(self, addresses: Addresses) -> Any:
         """The handle of an executable for a replay with its ports at `addresses`.
@@ -178,10 +177,10 @@ class Executables:
     def _moved(self, addresses: Addresses) -> Any:
         """One that was set to other addresses, or a new one."""
         before = (-1,) * len(addresses)
-        handle = self._unset.pop() if self._unset else self._new()
-        if handle is None:
+        if not self._unset and not self._new():
             before = next(iter(self.ready))
-            handle = self.ready.pop(before)
+            self._unset.append(self.ready.pop(before))
+        handle = self._unset[-1]  # and stays there should this fail: the next replay then sets all of its addresses
         nodes: dict[Node, None] = {}
         for port, address, old in zip(self._ports, addresses, before, strict=True):
             for holder, attribute, offset, node in port:
@@ -191,22 +190,22 @@ class Executables:
         for node in nodes:
             (status,) = node.set_params(handle, *node.arguments)
             if status != 0:
-                self._unset.append(handle)  # the next replay sets all of its addresses
                 raise RuntimeError(f"CUDA driver: {status.name} when setting the addresses of a node")
-        self.ready[addresses] = handle
+        self.ready[addresses] = self._unset.pop()
         return handle
 
-    def _new(self) -> Any:
-        """One more; None where there are as many as there may be, or the device has no memory for it."""
+    def _new(self) -> bool:
+        """Makes one more; False where there are as many as there may be, or the device has no memory for it."""
         if len(self.ready) >= self._most:
-            return None
+            return False
         flags = self._driver.CUgraphInstantiate_flags.CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH
         status, handle = self._driver.cuGraphInstantiate(self._graph, int(flags))
         if status != 0:
             self._most = len(self.ready)
-            return None
+            return False
         self._made.append(handle)
-        return handle
+        self._unset.append(handle)
+        return True
 
 
 def _destroy(cuda: Any, handles: Sequence[Any]) -> None:
