@@ -114,6 +114,20 @@ def test_keep_ops_leaves_the_operators_as_they_were():
         assert tables() == before
 
 
+def test_keep_ops_that_is_interrupted_leaves_the_operators_as_they_were(monkeypatch):
+    class Interrupted(dict):
+        def items(self):
+            yield next(iter(super().items()))
+            raise KeyboardInterrupt
+
+    before = capture._tables()
+    tables = Interrupted(capture._overridden())
+    monkeypatch.setattr(capture, "_overridden", lambda: tables)
+    with pytest.raises(KeyboardInterrupt), capture.keep_ops():
+        pass
+    assert capture._tables() == before
+
+
 def test_mutated_input_is_a_trailing_copy(inference, graphs):
     def step(cache, x):
         cache.add_(x)

@@ -97,8 +97,8 @@ def keep_ops() -> Iterator[None]:
     """
     with compile_lock:
         overridden, before = _overridden(), _tables()
-        _put(overridden)
         try:
+            _put(overridden)
             yield
         finally:
             _put(before)
