@@ -414,6 +414,8 @@ def test_edges_with_another_operand() -> None:
         same_edges(A.div.Tensor_mode, finite, finite.t().contiguous(), rounding_mode=mode)
     same_edges(A.clamp.Tensor, every, every.t().contiguous())
     same_edges(A.clamp.Tensor, every, None, every.t().contiguous())
+    for limits in ((math.nan, None), (0.0, math.nan), (-math.inf, 1.0)):
+        same_edges(A.clamp.default, EDGES, *limits)
     same_edges(A.pow.Tensor_Scalar, EDGES, 0)
 
 
@@ -435,6 +437,20 @@ def test_quotients_near_integers(op: torch._ops.OpOverload) -> None:
     for call, kwargs in ((op, {}), (getattr(A.div, name), {"rounding_mode": "floor"})):
         same_edges(call, x, other, **kwargs)
         same_edges(call, 3 * x, -other, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("op", "args"),
+    [
+        (A.remainder.Tensor, (torch.tensor([5.0], dtype=torch.float64), torch.tensor([0.1], dtype=torch.float64))),
+        (A.pow.Tensor_Scalar, (ROWS.half(), math.inf)),
+        (A.pow.Tensor_Scalar, (ROWS.half(), math.nan)),
+    ],
+)
+def test_what_no_formula_is_right_for(op: torch._ops.OpOverload, args: tuple[Any, ...]) -> None:
+    """What is left of a quotient of 64 bits is not exact in these; a power that is no number has no code."""
+    with pytest.raises(Unsupported, match="f64|power"):
+        region(Body(op, args, {}, op(*args)).graph)
 
 
 def test_extremes_of_truth_values() -> None:

@@ -251,6 +251,8 @@ def div_mode(self: Tensor, other: Operand, rounding_mode: str | None, *, out: Ty
 def _wide(out: Types, self: Tensor, other: Operand) -> tuple[Tensor, Tensor, Tensor]:
     """The operands of a rounded quotient and what is left of it, of the sign of the first one: in f64, where it is
     exact for all floats of 32 bits whose quotient has less than 29. In f32, 5 / 0.1 is 50, with nothing left."""
+    if out[0].dtype == "f64":
+        raise Unsupported("a rounded quotient in f64, of which nothing wider says what is left")
     given = (tensor(one, register(out[0].dtype)) for one in (self, other))
     first, second = (cast(pointwise("{0}", t.dtype, t) if isinstance(t, Number) else t, "f64") for t in given)
     whole = f"{{0}} - {_TRUNC.replace('{0}', '({0} / {1})')} * {{1}}"
@@ -299,7 +301,7 @@ def power(self: Tensor, exponent: Scalar, *, out: Types) -> Tensor:
     exact = {0.5: "tl.sqrt({0})", -0.5: "tl.rsqrt({0})", -1: "1.0 / {0}", -2: "1.0 / ({0} * {0})"}
     if exponent in exact:
         return compute(exact[exponent], out, self)
-    if out[0].dtype not in ("f16", "bf16") or float(exponent).is_integer():
+    if out[0].dtype not in ("f16", "bf16") or not math.isfinite(exponent) or float(exponent).is_integer():
         raise Unsupported(f"the power {exponent} in {out[0].dtype}")
     return compute(f"tl.exp2({float(exponent)!r} * tl.log2({{0}}))", out, self)
 
@@ -364,7 +366,7 @@ def minimum(self: Tensor, other: Operand, *, out: Types) -> Tensor:
 @op("clamp.default", "clamp.Tensor")
 def clamp(self: Tensor, min: Operand | None = None, max: Operand | None = None, *, out: Types) -> Tensor:
     """x limited from below and above; NaN stays NaN, and as a limit makes NaN."""
-    if isinstance(min, Tensor) or isinstance(max, Tensor):
+    if any(isinstance(limit, Tensor) or limit != limit for limit in (min, max)):
         above = self if min is None else maximum(self, min, out=out)
         return above if max is None else minimum(above, max, out=out)
     if min is not None:
