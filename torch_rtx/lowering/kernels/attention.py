@@ -36,11 +36,10 @@ from torch_rtx.lowering.kernels.tensor import (
     children,
     expand,
 )
-from torch_rtx.targets import SHARED
+from torch_rtx.targets import HOPPER, SHARED
 
 DTYPES = ("f16", "bf16", "f32")
 MAX_WIDTH = 256  # the widest head
-HOPPER = 90
 PACKED = 64  # most rows of a block that are the queries of several heads
 PROGRAMS = 128  # about as many as a large GPU has multiprocessors
 TOGETHER = 3  # programs of narrow heads on one of Hopper's multiprocessors: some multiply, others compute weights

@@ -24,7 +24,7 @@ from torch_rtx.lowering.kernels.place import place
 from torch_rtx.lowering.kernels.product import MOST_ROWS, GemmConfig, Product, Steps, dot_dtype, in_memory
 from torch_rtx.lowering.kernels.region import Region, tensor_type
 from torch_rtx.lowering.kernels.tensor import ZERO, Load, Map, Move, Tensor, everything
-from torch_rtx.targets import SHARED
+from torch_rtx.targets import HOPPER, SHARED
 
 TYPICAL = 1024  # what a symbolic size without a typical one is taken for, within its range
 LAUNCH = 1.5  # until the first program has its first operands, and after the last one
@@ -301,13 +301,13 @@ def _fits_registers(what: Problem, config: GemmConfig, target: int) -> bool:
     width = config.block_m + config.width * what.accumulators
     threads = 32 * config.num_warps
     pointers = width * config.block_k * SIZES[what.dtype] // (16 * threads)
-    scattered = config.block_m * config.block_k // (what.run * threads) if what.run < 8 else 0
+    scattered = config.block_m * config.block_k // (what.run * threads) if what.run * SIZES[what.dtype] < 16 else 0
     return _held(what, config) <= most and pointers <= (12 if target >= 80 else 6) and scattered <= SCATTERED
 
 
 def _warpgroup(what: Problem, config: GemmConfig, target: int) -> bool:
     """Hopper's products, which take operands from shared memory."""
-    return target == 90 and what.dtype != "f32" and config.block_m >= 64 and config.num_warps >= 4
+    return target == HOPPER and what.dtype != "f32" and config.block_m >= 64 and config.num_warps >= 4
 
 
 def shared_memory(what: Problem, config: GemmConfig, target: int) -> int:
@@ -369,8 +369,8 @@ def _step(what: Problem, config: GemmConfig, target: int, count: int) -> float:
         while across * across < warps and config.block_m // across > 16:
             across *= 2
         parts = warps * (config.block_m / across + width / max(warps // across, 1))
-        rate /= 2 if target == 90 else 1  # older instructions
-    parts += config.block_m + width if target == 90 else 0  # what copies write
+        rate /= 2 if target == HOPPER else 1  # older instructions
+    parts += config.block_m + width if target == HOPPER else 0  # what copies write
     products = 2 * config.block_m * width * config.block_k / rate
     local = parts * config.block_k * size / (128e3 * on.clock)
     cache = (config.block_m + width) * config.block_k * size / (on.cache * 1e3 * on.clock)

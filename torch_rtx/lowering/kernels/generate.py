@@ -16,6 +16,7 @@ from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.loops import loop_configs, loop_kernel
 from torch_rtx.lowering.kernels.product import FEW, argument
 from torch_rtx.lowering.kernels.region import ANCHORS, Region, region, tensor_type
+from torch_rtx.targets import HOPPER
 
 # Per kind of anchor ("" for loops): the configurations for an SM version, best first, and the kernel in one of them.
 Family = tuple[Callable[[Region, int], Sequence[Any]], Callable[[Region, str, Any], Kernel]]
@@ -26,7 +27,6 @@ FAMILIES: Mapping[str, Family] = {
     "gemm": (gemm_configs, gemm_kernel),
 }
 
-HOPPER = 90
 # Floating-point operations beyond which library calls may be faster.
 LARGE = {"gemm": 1.5e9, "conv": 5e9, "attention": 1.6e10}
 # Of library calls on an H200: microseconds, and operations in one. This is within 5 % (root mean square) of 14 products

@@ -23,9 +23,9 @@ from typing import Any
 
 from torch_rtx.errors import KernelError
 from torch_rtx.lowering.kernels.turing import NoTensorCores, rewrite
+from torch_rtx.targets import BLACKWELL, HOPPER
 
 OLDEST = (3, 6)  # version of Triton
-HOPPER, BLACKWELL = 90, 120
 SOUND = (12, 9)  # version of ptxas, see `_assembler`
 PTX_VERSION = 80  # of sm_75, 80 and 86: drivers of CUDA 12.0 and later take it
 _lock = threading.Lock()
