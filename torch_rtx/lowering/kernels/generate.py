@@ -79,30 +79,30 @@ def library(body: Graph, sm: int) -> str:
     if found.anchor is None:
         return "none"
     kind, work = family(found), flops(found.anchor)
-    fast = sm == HOPPER and work > LARGE[kind] and (_is_usual if kind == "conv" else _in_whole_rows)(found.anchor)
-    if fast and kind == "attention":
-        fast = elements(shape_of(found.anchor, "key")[-2:-1]) > MANY_KEYS and not found.anchor.arg("is_causal", False)
-    elif fast:
-        call, rate = CALL[kind]
-        ours = gemm_time(found, sm) if kind == "gemm" else conv_time(found, sm)
-        fast = call + work / rate + after_call(found, sm) < KERNEL * ours
-    return "faster" if fast else "slower"
+    if sm != HOPPER or work <= LARGE[kind] or not _is_usual(found.anchor):
+        return "slower"
+    if kind == "attention":
+        return "faster"
+    call, rate = CALL[kind]
+    ours = gemm_time(found, sm) if kind == "gemm" else conv_time(found, sm)
+    return "faster" if call + work / rate + after_call(found, sm) < KERNEL * ours else "slower"
 
 
-def _in_whole_rows(anchor: Node) -> bool:
-    """Whether the rows of everything that a call reads and writes can begin at multiples of 16 bytes."""
+def _is_usual(anchor: Node) -> bool:
+    """Whether a call is one that libraries are made for: attention to many keys, all of them seen; a convolution that
+    is not of sequences, nor of few channels; a product of rows that can all begin at multiples of 16 bytes."""
+    kind = ANCHORS[anchor.op]
+    if kind == "attention":
+        return elements(_shape(anchor, "key")[-2:-1]) > MANY_KEYS and not anchor.arg("is_causal", False)
+    if kind == "conv":
+        _, channels, *window = _shape(anchor, "weight")
+        return elements((channels,)) >= FEW and sum(size != 1 for size in window) != 1
     types = [value.type for value in (*anchor.inputs, *anchor.outputs) if value is not None]
     shapes = [type_.shape for type_ in types if isinstance(type_, TensorType) and len(type_.shape) > 1]
-    return all(elements(shape[-1:]) % 8 == 0 for shape in shapes) or ANCHORS[anchor.op] == "attention"
+    return all(elements(shape[-1:]) % 8 == 0 for shape in shapes)
 
 
-def _is_usual(convolution: Node) -> bool:
-    """Whether a convolution is one that libraries are made for: not of sequences, nor of few channels."""
-    _, channels, *window = shape_of(convolution, "weight")
-    return elements((channels,)) >= FEW and sum(size != 1 for size in window) != 1
-
-
-def shape_of(anchor: Node, name: str) -> tuple[Dim, ...]:
+def _shape(anchor: Node, name: str) -> tuple[Dim, ...]:
     """The shape of an operand."""
     return tensor_type(argument(anchor, name)).shape
 
