@@ -253,6 +253,8 @@ def _wide(out: Types, self: Tensor, other: Operand) -> tuple[Tensor, Tensor, Ten
     exact for all floats of 32 bits whose quotient has less than 29. In f32, 5 / 0.1 is 50, with nothing left."""
     if out[0].dtype == "f64":
         raise Unsupported("a rounded quotient in f64, of which nothing wider says what is left")
+    if isinstance(other, float) and out[0].dtype in ("f16", "bf16") and not _exact(other, out[0].dtype):
+        raise Unsupported(f"what {out[0].dtype} leaves of a division by {other!r}, which is rounded first")
     given = (tensor(one, register(out[0].dtype)) for one in (self, other))
     first, second = (cast(pointwise("{0}", t.dtype, t) if isinstance(t, Number) else t, "f64") for t in given)
     whole = f"{{0}} - {_TRUNC.replace('{0}', '({0} / {1})')} * {{1}}"
