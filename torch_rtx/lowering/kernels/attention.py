@@ -237,6 +237,8 @@ def attention_configs(region: Region, target: int) -> list[AttentionConfig]:
     if not configs:
         raise Unsupported(f"attention with heads of {width} elements on sm_{target}")
     hopper, wide = target == HOPPER, width > 64
+    # On an H200 whole warpgroups won with far fewer programs than it has multiprocessors: for wide heads with 64, and
+    # not with 16.
     wanted = PROGRAMS if not hopper else PROGRAMS // 2 if wide else PROGRAMS // 8
 
     def order(config: AttentionConfig) -> tuple[bool, int, bool, int]:
