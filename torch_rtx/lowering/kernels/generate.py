@@ -30,7 +30,7 @@ FAMILIES: Mapping[str, Family] = {
 # Floating-point operations beyond which library calls may be faster.
 LARGE = {"gemm": 1.5e9, "conv": 5e9, "attention": 1.6e10}
 # Of library calls on an H200: microseconds, and operations in one. This is within 5 % (root mean square) of 14 products
-# from 3072 x 768 x 768 to 4608 x 9216 x 3072; of 74 convolutions of a U-Net and a ResNet it chooses what takes 0.6 %
+# from 3072 x 768 x 768 to 4608 x 9216 x 3072; of 73 convolutions of three models it chooses what takes 0.6 %
 # longer than the better of both. Kernels took a tenth longer than their model says, of which KERNEL is counted: what is
 # as fast both ways is left to the kernel.
 CALL = {"gemm": (3.75, 730e6), "conv": (5.0, 500e6)}
