@@ -89,7 +89,7 @@ class Captured:
         executables = self._executables
         handle = executables.ready.get(tuple([tensor.data_ptr() for tensor in (*given, *fresh)]))
         if handle is None:
-            given = [fit(x, strides) for x, (_, strides, fit) in zip(given, self._sources, strict=True)]
+            given = [fit(x, strides) for x, (_, strides, fit) in zip(given, sources, strict=True)]
             handle = executables.at(tuple([tensor.data_ptr() for tensor in (*given, *fresh)]))
         memory = self.memory
         with memory.lock:

@@ -77,9 +77,8 @@ class CompiledModule(nn.Module):
         self._store = WeightStore(graph, device, constants, engine.manifest.unused_names, streamer)
         profiles = engine.manifest.profiles
         self.session = Session(graph, self._store, settings, callables, trusted, kernels, profiles, tools)
-        self._run: Callable[[tuple[Any, ...], Mapping[str, Any]], Any] = _without_weights
-        if not self._store.parameters:
-            self._begin()
+        self._with_weights = _caller(self._signature, Apart(graph, self._store), self._store, self.session)
+        self._run = _without_weights if self._store.parameters else self._with_weights
 
     @property
     def profiles(self) -> tuple[Mapping[str, Shape], ...]:
@@ -104,7 +103,7 @@ class CompiledModule(nn.Module):
             isinstance(t, torch.Tensor) and t.is_cuda for t in tensors.values()
         ):
             log.warning("the model keeps its weights in device memory: streaming them saves nothing while it does")
-        self._begin()
+        self._run = self._with_weights
         self._keep(tensors, copy=False)
 
     def refit(self, weights: WeightSource) -> None:
@@ -119,22 +118,8 @@ class CompiledModule(nn.Module):
             kept = weights.state_dict(keep_vars=True).keys()
             tensors = {name: tensor for name, tensor in tensors.items() if name in known or name in kept}
         self._store.refit(tensors)
-        self._begin()
+        self._run = self._with_weights
         self._keep(tensors, copy=True)
-
-    def _begin(self) -> None:
-        """It has weights: from now on it can be called."""
-        signature, store, session = self._signature, self._store, self.session
-        apart = Apart(self.engine.graph, store)
-
-        def run(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-            inputs = signature.flatten(args, kwargs)
-            if apart.needed:
-                inputs = apart(inputs)
-            store.refresh()
-            return signature.unflatten(session(inputs))
-
-        self._run = run
 
     def _attributes(self, weights: WeightSource) -> dict[str, torch.Tensor]:
         """The plain attributes of a module that the engine needs: tensors that had no data when it was built."""
@@ -181,7 +166,23 @@ class CompiledModule(nn.Module):
         return f"nodes={len(self.engine.graph.nodes)}, device={self.device}"
 
 
-def _without_weights(args: object, kwargs: object) -> Any:
+Call = Callable[[tuple[Any, ...], Mapping[str, Any]], Any]  # of a module, with positional and named arguments
+
+
+def _caller(signature: Signature, apart: Apart, store: WeightStore, session: Session) -> Call:
+    """How a module that has weights is called: a function, since attributes of an `nn.Module` take long to read."""
+
+    def call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        inputs = signature.flatten(args, kwargs)
+        if apart.needed:
+            inputs = apart(inputs)
+        store.refresh()
+        return signature.unflatten(session(inputs))
+
+    return call
+
+
+def _without_weights(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     raise RtxError("this engine is weight-stripped", hint="give it weights first: module.refit(...)")
 
 
@@ -249,7 +250,7 @@ def load(
         module.attach(weights)
     elif engine.weights is not None:
         module._store.attach(engine.weights)
-        module._begin()
+        module._run = module._with_weights
     return module
 
 

@@ -243,9 +243,10 @@ def attention_configs(region: Region, target: int) -> list[AttentionConfig]:
 
     def order(config: AttentionConfig) -> tuple[bool, int, bool, int]:
         # A single stage loads and multiplies in turn: better a smaller tile.
-        crowded = hopper and TOGETHER * _shared(found, config.rows, config.keys, config.num_stages) > SHARED[target]
+        shared = _shared(found, config.rows, config.keys, config.num_stages)
+        crowded = hopper and not wide and TOGETHER * shared > SHARED[target]
         waits = -config.num_stages if hopper and wide else 0
-        return config.num_stages == 1, _rank(found, config, wanted), crowded and not wide, waits
+        return config.num_stages == 1, _rank(found, config, wanted), crowded, waits
 
     return sorted(configs, key=order)
 
@@ -519,16 +520,16 @@ class _Writer:
 
     def _store(self) -> None:
         found = self.found
-        texts = ("", "top[:, None]", "total[:, None]")
+        rows = {1: "top[:, None]", 2: "total[:, None]"}  # results that have one number for each row
         for index, output in enumerate(self.region.outputs):
             anchors = _anchors(output)
             which = found.results.index(anchors[0]) if anchors else 0
-            if which == 0:
-                for name in self._pieces("E"):
-                    at, text = variable(name, self.sizes[name]), f"acc{name[1:]}"
-                    self._store_piece(index, name, at, Operand(text, frozenset(("M", name))))
-            else:
-                self._store_piece(index, "E", ZERO, Operand(texts[which], frozenset(("M",))))
+            if which in rows:
+                self._store_piece(index, "E", ZERO, Operand(rows[which], frozenset(("M",))))
+                continue
+            for name in self._pieces("E"):
+                result = Operand(f"acc{name[1:]}", frozenset(("M", name)))
+                self._store_piece(index, name, variable(name, self.sizes[name]), result)
 
     def _store_piece(self, index: int, name: str, column: Index, result: Operand) -> None:
         """Store columns of the output number `index`, for which the call's result at `column` is `result`."""
