@@ -18,6 +18,8 @@ pytestmark = pytest.mark.gpu
 CASES = {
     "64, values of 32": (64, 32, 300, 77, False),
     "16, values of 64": (16, 64, 300, 77, False),
+    "40": (40, 40, 300, 77, False),
+    "48, causal": (48, 48, 300, 300, True),
     "72": (72, 72, 300, 300, False),
     "80": (80, 80, 300, 77, False),
     "96, causal": (96, 96, 300, 300, True),

@@ -177,6 +177,7 @@ CASES = {
     "odd lengths": Case(plain(1, 2, 19, 45, 16), attend),
     "narrow head, wide values": Case({"q": ((1, 2, 5, 12),), "k": ((1, 2, 7, 12),), "v": ((1, 2, 7, 40),)}, attend),
     "head of 72": Case(plain(1, 1, 17, 33, 72), attend, AttentionConfig(32, 32, 4, 1)),
+    "head of 40 in two pieces": Case(plain(1, 2, 17, 33, 40), attend, AttentionConfig(16, 16, 4, 1, piece=32)),
     "head of 80, epilogue": Case(plain(1, 2, 18, 18, 80, residual=((1, 18, 160),)), with_residual),
     "head of 96, values of 65": Case({"q": ((1, 2, 5, 96),), "k": ((1, 2, 19, 96),), "v": ((1, 2, 19, 65),)}, attend),
     "head of 80, causal": Case(plain(1, 1, 20, 20, 80), options(is_causal=True)),
@@ -327,6 +328,16 @@ def test_wide_heads_have_whole_warpgroups_and_three_blocks_on_hopper() -> None:
         assert config.rows >= 64
         assert config.num_stages == 3
     assert attention_configs(a_region(1, 2, 64, 160), 90)[0].rows == 16  # else there are two programs
+
+
+def test_heads_of_40_are_multiplied_in_two_pieces_but_on_hopper() -> None:
+    found = a_region(2, 8, 4096, 40)
+    pieces = {
+        sm: attention_kernel(found, "k", attention_configs(found, sm)[0]).source.count("tl.dot(")
+        for sm in (80, 89, 90, 120)
+    }
+    assert pieces[90] == 2
+    assert pieces[80] == pieces[89] == pieces[120] == 4
 
 
 def test_the_library_is_faster_at_long_rows_of_keys_on_hopper() -> None:
