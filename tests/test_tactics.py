@@ -91,6 +91,8 @@ graph import {{
         ((32, 28, 28), (128, 128), (3, 3), 90, "slower"),
         ((2, 8, 8), (1280, 1280), (3, 3), 90, "slower"),  # too few programs for either
         ((8, 1, 3000), (768, 768), (1, 3), 90, "slower"),  # a sequence
+        ((16, 64, 64), (320, 320), (1, 1), 90, "slower"),  # a product
+        ((16, 64, 64), (640, 640), (3, 3), 90, "faster"),
     ],
 )
 def test_convolutions(
