@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass, field
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -45,17 +46,34 @@ class Node:
     params: Params
     call: Callable[[], Any] | None = None
 
+    def __int__(self) -> int:
+        return id(self)
+
+
+@dataclass
+class EdgeData:
+    """Of an edge between two nodes; `type` 1: programmatic."""
+
+    from_port: int = 0
+    to_port: int = 0
+    type: int = 0
+
 
 class FakeGraph:
     """In the place of `torch.cuda.CUDAGraph`."""
 
     last: FakeGraph
+    edges: list[tuple[Node, Node, EdgeData]]
 
     def __init__(self, keep_graph: bool = False) -> None:
         self.nodes: list[Node] = []
         self.replays = 0  # by PyTorch
         self.memory: list[torch.Tensor] = []
         FakeGraph.last = self
+
+    def end(self) -> None:
+        """The end of a capture: each node follows the one before it."""
+        self.edges = [(one, other, EdgeData()) for one, other in pairwise(self.nodes)]
 
     def instantiate(self) -> None:
         self.executable = FakeExecutable(self)
@@ -127,6 +145,7 @@ class GraphDriver(FakeDriver):
         refuse: answers that setting them fails.
         executables: those that were instantiated beside PyTorch's own.
         full: answers that there is no memory for another.
+        version: of CUDA.
         stream: the current one.
         streams: those of the replays.
         waits: which stream was made to wait for which.
@@ -138,6 +157,9 @@ class GraphDriver(FakeDriver):
         self.set, self.refuse = 0, False
         self.executables: list[FakeExecutable] = []
         self.full = False
+        self.version = 13_000
+        self.CUgraphEdgeData = EdgeData
+        self.CUgraphDependencyType = SimpleNamespace(CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC=1)
         self.CUgraphInstantiate_flags = SimpleNamespace(CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH=1)
         self.stream = STREAM
         self.waits: list[tuple[int, int]] = []
@@ -170,6 +192,26 @@ class GraphDriver(FakeDriver):
 
     def cuGraphGetNodes(self, graph: FakeGraph, count: int = 0) -> tuple[Status, Any, int]:
         return Status.CUDA_SUCCESS, graph.nodes if count else None, len(graph.nodes)
+
+    def cuDriverGetVersion(self) -> tuple[Status, int]:
+        return Status.CUDA_SUCCESS, self.version
+
+    def cuGraphGetEdges(self, graph: FakeGraph, count: int = 0) -> tuple[Any, ...]:
+        ones, others, datas = zip(*graph.edges[:count], strict=True) if count else ((), (), ())
+        return Status.CUDA_SUCCESS, list(ones), list(others), list(datas), len(graph.edges)
+
+    def cuGraphRemoveDependencies(
+        self, graph: FakeGraph, ones: Sequence[Node], others: Sequence[Node], datas: Sequence[EdgeData], count: int
+    ) -> tuple[Status]:
+        for edge in zip(ones, others, datas, strict=True):
+            graph.edges.remove(edge)
+        return (Status.CUDA_SUCCESS,)
+
+    def cuGraphAddDependencies(
+        self, graph: FakeGraph, ones: Sequence[Node], others: Sequence[Node], datas: Sequence[EdgeData], count: int
+    ) -> tuple[Status]:
+        graph.edges += zip(ones, others, datas, strict=True)
+        return (Status.CUDA_SUCCESS,)
 
     def cuGraphNodeGetType(self, node: Node) -> tuple[Status, str]:
         return Status.CUDA_SUCCESS, node.kind
@@ -228,6 +270,7 @@ def install(monkeypatch: pytest.MonkeyPatch, driver: GraphDriver) -> None:
                 yield
         finally:
             driver.capturing = False
+        graph.end()
 
     empty = code.EMPTY["cpu"]
 

@@ -54,11 +54,13 @@ def program(text: str) -> Graph:
 class Module:
     """A graph with kernels `k`, which add, and the pool of its CUDA graphs."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, text: str, size: Dim = S, **options: Any) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, text: str, size: Dim = S, waits: bool = False, **options: Any
+    ) -> None:
         self.driver = GraphDriver(SIZES, {"entry": add})
         install(monkeypatch, self.driver)
         self.graph = program(text)
-        launch = Launch((Target(90),), (size,), (1, 1, 1), False, Variant(DIGEST, "entry", 4, 0, 32, 0), None)
+        launch = Launch((Target(90),), (size,), (1, 1, 1), False, Variant(DIGEST, "entry", 4, 0, 32, 0, waits), None)
         table = KernelTable({"k": (launch,)}, {DIGEST: BINARY})
         kernels = launchers(table, self.graph, DEVICE, driver=self.driver)
         self.code = compile_graph(self.graph, CPU, kernels=kernels)
@@ -89,6 +91,42 @@ def test_kernels_alone_need_no_copies(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(got, expected)
     assert FakeGraph.last.kinds() == ["kernel", "kernel"]
     assert (module.pool.captures, module.pool.replays) == (2, 10)
+
+
+INTERRUPTED = """
+  input x: f32[s]
+  input y: f32[s]
+  a: f32[s] = kernel k(in0=x, in1=y) KERNEL
+  b: f32[s] = kernel k(in0=a, in1=x) KERNEL
+  c: f32[s] = op aten.neg.default(self=b)
+  d: f32[s] = kernel k(in0=c, in1=a) KERNEL
+  e: f32[s] = kernel k(in0=d, in1=a) KERNEL
+  return [e]
+"""
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_kernels_that_wait_start_early(monkeypatch: pytest.MonkeyPatch, waits: bool) -> None:
+    """Those that follow a kernel; what follows anything else, and calls, start when all before them has ended."""
+    module = Module(monkeypatch, INTERRUPTED, waits=waits)
+    x, y = torch.randn(2, 16).unbind()
+    for _ in range(4):
+        torch.testing.assert_close(module(x, y)[0], 2 * (x + y) - (2 * x + y))
+    graph = FakeGraph.last
+    assert graph.kinds() == ["kernel", "kernel", "call", "kernel", "kernel"]
+    places = {node: place for place, node in enumerate(graph.nodes)}
+    edges = sorted((places[one], places[other], data.type, data.from_port) for one, other, data in graph.edges)
+    early = int(waits)
+    assert edges == [(0, 1, early, early), (1, 2, 0, 0), (2, 3, 0, 0), (3, 4, early, early)]
+
+
+def test_drivers_that_do_not_know_early_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = Module(monkeypatch, CHAIN, waits=True)
+    module.driver.version = 12_020
+    x, y = torch.randn(2, 16).unbind()
+    for _ in range(4):
+        torch.testing.assert_close(module(x, y)[0], 2 * x + y)
+    assert all(data.type == 0 for _, _, data in FakeGraph.last.edges)
 
 
 def test_only_what_has_moved_is_set(monkeypatch: pytest.MonkeyPatch) -> None:

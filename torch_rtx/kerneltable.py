@@ -37,6 +37,7 @@ class Variant:
         num_warps: warps of a block.
         shared: bytes of dynamic shared memory of a block.
         registers, spills: registers, and bytes of spill stores, per thread.
+        waits: it waits for the kernels before it by itself (programmatic dependent launch).
     """
 
     binary: str
@@ -45,6 +46,7 @@ class Variant:
     shared: int
     registers: int
     spills: int
+    waits: bool = False
 
 
 @dataclass(frozen=True)
@@ -281,7 +283,8 @@ def _library(value: Any) -> str:
 
 
 def _variant(value: Any) -> Variant:
-    given = _fields(value, Variant)
+    given = _fields({"waits": False, **exactly(dict)(value)}, Variant)  # the first files of format 4 do not say
+    exactly(bool)(given["waits"])
     for name in ("num_warps", "shared", "registers", "spills"):
         if not 0 <= exactly(int)(given[name]) < 2**31:
             raise ValueError(f"{name} is {given[name]}")

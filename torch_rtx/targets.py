@@ -20,7 +20,7 @@ GRID = (2**31 - 1, 65535, 65535)  # most blocks along x, y and z
 ALIGNMENT = 16  # bytes: of every address that a kernel gets; vector loads and asynchronous copies are as wide
 # The first SM version that has it.
 FEATURES = {"mma": 75, "cp_async": 80, "bf16": 80, "tf32": 80, "int4": 80, "fp8": 89, "tma": 90, "wgmma": 90}
-FEATURES["fp4"] = 120
+FEATURES |= {"griddepcontrol": 90, "fp4": 120}
 HOPPER, BLACKWELL = 90, 120  # SM versions
 # The feature that a dtype needs. The names that the IR does not have yet are PyTorch's, shortened in the same way.
 DTYPE_FEATURES = {

@@ -278,6 +278,7 @@ class Launcher:
     Attributes:
         scalars, grid: what a call has to give, as dims of the graph.
         library: see `Launch`.
+        waiting: the driver's handles of what waits for the kernels before it, see `Variant.waits`.
         pointers: how many tensors the kernel gets: the first of its parameters are their addresses.
         parameters: how many it has.
 
@@ -313,6 +314,7 @@ class Launcher:
         except RuntimeError as error:  # an EngineFormatError of a damaged binary, too
             raise KernelError(f"the binary of kernel {op} for {target} can't be loaded: {error}") from None
         self._aligned, self._generic = codes[0], codes[-1]
+        self.waiting = tuple(int(code[0]) for code, v in zip(codes, launch.variants, strict=True) if v.waits)
         self._check_scalars = launch.generic is not None
         self._pack = struct.Struct(f"@{pointers}Q{len(launch.scalars)}{'q' if launch.wide else 'i'}").pack_into
         self._parameters = _Parameters(gpu, pointers, len(launch.scalars), launch.wide)

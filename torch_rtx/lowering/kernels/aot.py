@@ -114,7 +114,9 @@ def _jobs(kernel: Kernel, sm: int) -> tuple[Job, ...]:
     always = tuple(multiple(dim) % ALIGNMENT == 0 for dim in kernel.scalars)
     cases = dict.fromkeys(((True,) * len(always), always))
     wide, warps, stages = kernel.wide, kernel.num_warps, kernel.num_stages
-    return tuple(Job(kernel.name, kernel.source, kernel.pointers, case, wide, warps, stages, sm) for case in cases)
+    return tuple(
+        Job(kernel.name, kernel.source, kernel.pointers, case, wide, warps, stages, sm, kernel.early) for case in cases
+    )
 
 
 def multiple(dim: Dim) -> int:

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from torch_rtx.errors import KernelError
+from torch_rtx.lowering.kernels.dependent import WAIT, dependent
 from torch_rtx.lowering.kernels.turing import NoTensorCores, rewrite
-from torch_rtx.targets import BLACKWELL, HOPPER
+from torch_rtx.targets import BLACKWELL, HOPPER, Target
 
 OLDEST = (3, 6)  # version of Triton
 SOUND = (12, 9)  # version of ptxas, see `_assembler`
@@ -47,6 +48,7 @@ class Job:
         scalars: one entry per scalar: whether it is always a multiple of 16.
         wide: the scalars are 64 bit.
         sm: SM version.
+        early: see `Kernel`.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Job:
     num_warps: int
     num_stages: int
     sm: int
+    early: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,11 @@ class Code:
     registers: int
     spills: int
     stack: int
+
+    @property
+    def waits(self) -> bool:
+        """Whether it waits for the kernels before it, see `dependent`."""
+        return WAIT.encode() in self.ptx
 
 
 @dataclass(frozen=True)
@@ -243,7 +251,11 @@ def _ptx(triton: _Triton, job: Job, ttir: str) -> tuple[str, dict[str, Any]]:
         module = backend.make_ttgir(module, metadata, options, job.sm)
     llir = backend.make_llir(module, metadata, options, job.sm)
     ptx = backend.make_ptx(llir, metadata, options, job.sm)
-    return rewrite(ptx) if turing else ptx, metadata
+    if turing:
+        ptx = rewrite(ptx)
+    elif Target(job.sm).has("griddepcontrol"):
+        ptx = dependent(ptx, job.early)
+    return ptx, metadata
 
 
 def _ptxas(triton: _Triton, job: Job, ptx: str) -> tuple[bytes, int, int, int]:
