@@ -38,7 +38,7 @@ SHARED = Launch(
     (dim_expr("//", dim_expr("+", S, 1023), 1024), 1, 2),
     False,
     Variant(FIRST, "add", 4, 0, 24, 0),
-    Variant(SECOND, "add", 4, 1024, 32, 8),
+    Variant(SECOND, "add", 4, 1024, 32, 8, waits=True),
 )
 ONE = Launch((PTX,), (), (1, 1, 1), True, Variant(THIRD, "both$1", 32, 99 << 10, 255, 0), None)
 TABLE = KernelTable({"add": (SHARED, replace(SHARED, targets=(Target(120),))), "both": (ONE,)}, BINARIES)
@@ -237,6 +237,7 @@ REFUSED: dict[str, Callable[[dict[str, Any]], object]] = {
     "negative shared memory": change(*VARIANT, "shared", to=-1),
     "huge shared memory": change(*VARIANT, "shared", to=2**31),
     "half a register": change(*VARIANT, "registers", to=0.5),
+    "waits as a number": change(*VARIANT, "waits", to=1),
     "table without its binaries": lambda program: program["kernels"].pop("both"),
     "no table for binaries": lambda program: program.pop("kernels"),
     "null": lambda program: program.update(kernels=None),
@@ -301,6 +302,17 @@ def test_a_forged_table_can_be_right(tmp_path: Path) -> None:
 
     got = load(forge(tmp_path / "a.rtx", edit, what=WITH_KERNELS)).kernels.launches["add"]
     assert got == (replace(SHARED, targets=(*SHARED.targets, Target(150))), replace(SHARED, targets=(Target(120),)))
+
+
+def test_files_that_do_not_say_whether_kernels_wait(tmp_path: Path) -> None:
+    """No kernel of theirs does."""
+
+    def edit(program: dict[str, Any]) -> None:
+        for launch in program["kernels"]["add"]:
+            assert [launch[name].pop("waits") for name in ("aligned", "generic")] == [False, True]
+
+    got = load(forge(tmp_path / "a.rtx", edit, what=WITH_KERNELS)).kernels.launches["add"]
+    assert not any(variant.waits for launch in got for variant in launch.variants)
 
 
 def binary(**changes: Any) -> Callable[[dict[str, Any]], None]:

@@ -35,10 +35,10 @@ def dependent(ptx: str, early: bool) -> str:
     assert body is not None
     first = _FIRST.search(ptx, body.end())
     assert first is not None  # at least the end of the kernel
-    begin, rest = ptx[: first.start()], ptx[first.start() :]
+    head, begin, rest = ptx[: body.end()], ptx[body.end() : first.start()], ptx[first.start() :]
     if early:
-        return f"{begin}\t{LAUNCH}\n\t{WAIT}\n{rest}"
+        return f"{head}\t{LAUNCH}\n{begin}\t{WAIT}\n{rest}"
     store = _STORE.search(rest)
     if store is not None:
         rest = f"{rest[: store.start()]}\t{LAUNCH}\n{rest[store.start() :]}"
-    return f"{begin}\t{WAIT}\n{rest}"
+    return f"{head}{begin}\t{WAIT}\n{rest}"
