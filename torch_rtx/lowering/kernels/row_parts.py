@@ -30,7 +30,7 @@ TOTAL = 4096  # partial results that one program makes the whole of, if parts ne
 STEP, ELEMENTS = 0.3, 2048  # microseconds of a step of a long row, and its elements; most of them are in a cache
 SECTOR, CACHE = 32, 1.3  # bytes that a cache has at least of a place in memory; how much faster it is than that
 TOUCH, RUN = 0.09, 20  # cycles of a processor for an element that is read or written; twice that in runs of so many
-SMALL = 2.8  # of a kernel between others, whatever it does
+LEAST = (3.6, 8.4)  # microseconds of two kernels, and of three, whatever they do
 RESIDENT = 6  # programs that a processor holds
 
 
@@ -327,7 +327,7 @@ def _times(found: Region, rows: int, size: int, together: int, target: int) -> t
     each = min((bytes_of(type_) // (rows * size) for type_ in inputs if _elements_in(type_) == rows * size), default=4)
     sectors = moved * SECTOR / (config.rows * together * each * CACHE)
     again = 1.6 if after else 1
-    return LAUNCH + max(busy, worked, moved, sectors), (2 + after) * SMALL + again * moved
+    return LAUNCH + max(busy, worked, moved, sectors), LEAST[after] + again * moved
 
 
 def _elements_in(type_: TensorType) -> int:
