@@ -267,29 +267,48 @@ def _not_measured(section: Section) -> str:
     return "".join(lines)
 
 
-def _describe(environment: dict[str, Any]) -> str:
-    """One environment in a line."""
-    packages = environment.get("packages", {})
+def _described(environments: Iterable[dict[str, Any]]) -> str:
+    """Environments, a line for all that differ in measured rates, clocks and commits alone."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for environment in environments:
+        groups.setdefault(_fixed(environment), []).append(environment)
+    lines = []
+    for fixed, group in sorted(groups.items()):
+        clocks = [int(one["clocks"]["sm_mhz"]) for one in group if one.get("clocks")]
+        rates = [one["rates"] for one in group if one.get("rates")]
+        parts = [fixed, f"{_range(clocks)} MHz" if clocks else ""]
+        if rates:
+            parts.append(f"measured {_range([one['bytes_per_s'] / 1e9 for one in rates])} GB/s")
+            for dtype in rates[0]["flops_per_s"]:
+                flops = [one["flops_per_s"][dtype] / 1e12 for one in rates if dtype in one["flops_per_s"]]
+                parts.append(f"{_range(flops)} TFLOP/s in {dtype}")
+        commits = sorted({one["commit"] for one in group if one.get("commit")})
+        parts.append(f"commit {' and '.join(commits)}" if commits else "")
+        parts += dict.fromkeys(one.get("note", "") for one in group)
+        lines.append(f"Measured with {', '.join(filter(None, parts))}.\n")
+    return "".join(lines)
+
+
+def _fixed(environment: dict[str, Any]) -> str:
+    """What an environment is made of."""
+    packages, clocks = environment.get("packages", {}), environment.get("clocks", {})
     parts = [environment.get("cpu"), f"{environment['threads']} threads" if "threads" in environment else None]
     parts += [f"{name} {packages[name]}" for name in ("torch", "triton", "transformers") if name in packages]
-    clocks = environment.get("clocks", {})
     parts.append(f"CUDA {environment['cuda']}" if environment.get("cuda") else None)
-    parts.append(f"driver {clocks['driver']}, {clocks['sm_mhz']} MHz" if clocks else None)
-    rates = environment.get("rates")
-    if rates:
-        flops = ", ".join(f"{number(rate / 1e12)} TFLOP/s in {t}" for t, rate in rates["flops_per_s"].items())
-        parts.append(f"measured {number(rates['bytes_per_s'] / 1e9)} GB/s, {flops}")
-    parts.append(f"commit {environment['commit']}" if environment.get("commit") else None)
-    parts.append(environment.get("note"))
+    parts.append(f"driver {clocks['driver']}" if clocks else None)
     return ", ".join(filter(None, parts))
+
+
+def _range(values: Sequence[float]) -> str:
+    """A number, or from the smallest to the largest."""
+    return DASH.join(dict.fromkeys(map(number, (min(values), max(values)))))
 
 
 def section_text(section: Section, environments: dict[str, dict[str, Any]]) -> str:
     """A section as Markdown."""
     size = ", small models" if section.size == "small" else ""
     text = f"\n## {section.suite.name}: {section.suite.help}\n\n{section.device}{size}.\n"
-    used = sorted({row["environment"] for row in section.rows})
-    text += "".join(f"Measured with {_describe(environments[name])}.\n" for name in used)
+    text += _described(environments[name] for name in sorted({row["environment"] for row in section.rows}))
     if section.suite.name == "latency" and section.ok:
         text += "\n" + _overview(section, environments)
     columns = COLUMNS.get(section.suite.name, [])
