@@ -57,6 +57,7 @@ class Device:
         wrong_for: the scalars for which they do so.
         broken: what building raises, if anything.
         calls: microseconds of runs that call libraries; launches take 1.
+        waits: kernels start early in CUDA graphs.
         parts: how many those regions are cut in that can be.
         builds: per build how many regions were asked for.
     """
@@ -65,6 +66,7 @@ class Device:
     wrong_for: Callable[[Sequence[int]], bool] = lambda scalars: True
     broken: str | None = None
     calls: float = 2.0
+    waits: bool = False
     builds: list[int] = field(default_factory=list)
     kernels: dict[str, tuple[Kernel, bool]] = field(default_factory=dict)
     timed: int = 0
@@ -98,7 +100,9 @@ class Device:
     def load(self, op: str, candidate: Candidate, pointers: int) -> Launcher:
         kernel, spoil = self.kernels[candidate.launch.aligned.binary]
         assert len(kernel.pointers) == pointers
-        return Emulated(kernel, self.wrong_for if spoil else lambda scalars: False)  # type: ignore[return-value]
+        launcher = Emulated(kernel, self.wrong_for if spoil else lambda scalars: False)
+        launcher.waiting = (1,) if self.waits else ()
+        return launcher  # type: ignore[return-value]
 
     def time(self, runs: Sequence[Run]) -> float:
         self.timed += 1

@@ -53,6 +53,8 @@ def run(kernel: Kernel, tensors: Sequence[torch.Tensor], dims: dict[str, int] | 
 class Interpreted:
     """Stands for a launcher: runs a kernel in the memory that it is given addresses of."""
 
+    waiting: tuple[int, ...] = ()
+
     def __init__(self, kernel: Kernel) -> None:
         self.kernel, self.scalars, self.grid = kernel, kernel.scalars, kernel.grid
         self.launches = 0

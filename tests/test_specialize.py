@@ -23,6 +23,7 @@ from tests.emulated import Device, Emulated
 from tests.fake_driver import Kept
 from torch_rtx.backend import reuse
 from torch_rtx.errors import KernelError, SettingsError
+from torch_rtx.ir import kernel_nodes
 from torch_rtx.kerneltable import KernelTable
 from torch_rtx.runtime import driver as driver_api
 from torch_rtx.runtime import job as jobs
@@ -250,6 +251,33 @@ def test_the_fastest_stays(background: Background) -> None:
     assert region.tactic is not None
     assert region.tactic.microseconds[CALLS] == 0.5
     assert len(region.tactic.microseconds) > 2
+    right(made, model)
+
+
+CAPTURE = RuntimeSettings().cuda_graph_strategy
+
+
+@pytest.mark.parametrize(
+    ("calls", "waits", "graphs", "kept"),
+    [
+        (0.9, False, CAPTURE, True),
+        (0.9, True, CAPTURE, False),
+        (0.9, True, "disabled", True),
+        (0.5, True, CAPTURE, True),
+    ],
+)
+def test_early_starts_count(background: Background, calls: float, waits: bool, graphs: str, kept: bool) -> None:
+    """Kernels take 1 us alone, and less in a graph where they start early: as do those that follow a call."""
+    settings = replace(LAZY, cuda_graph_strategy=graphs)
+    made, model = session(Device(calls=calls, waits=waits), background, settings)
+    right(made, model)
+    assert made.specializer.wait(60)
+    regions = made.specializer.base.regions
+    anchored = [region for region in regions if region.tactic and CALLS in region.tactic.microseconds]
+    alone = [region for region in anchored if not list(kernel_nodes(region.body))]
+    assert 0 < len(alone) < len(anchored)
+    assert all(region.kind == CALLS for region in anchored if region not in alone)
+    assert all((region.kind == CALLS) is kept for region in alone)
     right(made, model)
 
 
