@@ -98,13 +98,24 @@ BEGINNING = ".visible .entry k(\n\t.param .u64 .ptr .global .align 1 k_param_0\n
         "ld.b32 \t%r1, [%rd1];",
         "atom.global.add.u32 \t%r1, [%rd1], 1;",
         "@%p1 bra \t$L__BB0_2;",
+        "brx.idx \t%r1, $L_brx_0;",
         "$L__BB0_1:",
+        "{ .reg .b32 %r2; ld.global.b32 %r2, [%rd1]; }",
+        "mov.b32 \t%r1, 0; ld.global.b32 %r1, [%rd1];",
+        "{",
+        "shfl.sync.idx.b32 \t%r1, %r1, 0, 31, -1;",
+        "call.uni \t(retval0), read, (param0);",
         "ret;",
     ],
 )
 def test_what_ends_the_beginning(line: str) -> None:
     begin = BEGINNING + "\tld.param.b64 \t%rd1, [k_param_0];\n\tmov.u32 \t%r1, %tid.x;\n"
     assert dependent(f"{begin}\t{line}\n\tret;\n}}\n", False) == f"{begin}\t{WAIT}\n\t{line}\n\tret;\n}}\n"
+
+
+def test_functions_before_a_kernel() -> None:
+    function = ".func (.param .b32 out) read()\n{\n\t.reg .b32 \t%r<2>;\n\tld.global.b32 \t%r1, [x];\n\tret;\n}\n"
+    assert dependent(f"{function}{BEGINNING}\tret;\n}}\n", False) == f"{function}{BEGINNING}\t{WAIT}\n\tret;\n}}\n"
 
 
 def test_kernels_without_results_wait_too() -> None:

@@ -15,12 +15,11 @@ from __future__ import annotations
 import re
 
 WAIT, LAUNCH = "griddepcontrol.wait;", "griddepcontrol.launch_dependents;"
-_BODY = re.compile(r"^\{\n(?:\s*\.(?:reg|local|shared)\b.*\n)*", re.MULTILINE)
-# Accesses of memory that others see, and all where the flow of control may divide.
-_FIRST = re.compile(
-    r"^.*(?:\.global\b|\bcp\.|\btensormap\b|\bmbarrier\b|\bld\.(?!param)|\bst\.|\batom\.|\bred\.|@|\bbra\b|\bcall\b|\bret;)"
-    r"|^\s*[\w$]+:",
-    re.MULTILINE,
+_BODY = re.compile(r"\.entry\b[^{]*\{\n(?:\s*\.(?:reg|local|shared)\b.*\n)*")
+# Lines of one instruction that has to do with registers and parameters alone. Whatever else there is waits.
+_BEGIN = re.compile(
+    r"(?:[ \t]*(?:(?:ld\.param|mov|cvta?|prmt|selp|setp?|add|sub|mul|mad|div|rem|neg|abs|min|max|shl|shr|shf|and|or|xor|not"
+    r"|lop3|bfe|bfi)\b[^;\n]*;[ \t]*)?(?://.*)?\n)*"
 )
 _STORE = re.compile(r"^.*\bst\.(?:\w+\.)*global\b", re.MULTILINE)
 
@@ -33,12 +32,12 @@ def dependent(ptx: str, early: bool) -> str:
     """
     body = _BODY.search(ptx)
     assert body is not None
-    first = _FIRST.search(ptx, body.end())
-    assert first is not None  # at least the end of the kernel
-    head, begin, rest = ptx[: body.end()], ptx[body.end() : first.start()], ptx[first.start() :]
+    begin = _BEGIN.match(ptx, body.end())
+    assert begin is not None  # it may be empty
+    head, rest = ptx[: body.end()], ptx[begin.end() :]
     if early:
-        return f"{head}\t{LAUNCH}\n{begin}\t{WAIT}\n{rest}"
+        return f"{head}\t{LAUNCH}\n{begin[0]}\t{WAIT}\n{rest}"
     store = _STORE.search(rest)
     if store is not None:
         rest = f"{rest[: store.start()]}\t{LAUNCH}\n{rest[store.start() :]}"
-    return f"{head}{begin}\t{WAIT}\n{rest}"
+    return f"{head}{begin[0]}\t{WAIT}\n{rest}"
