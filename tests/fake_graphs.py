@@ -146,6 +146,8 @@ class GraphDriver(FakeDriver):
         executables: those that were instantiated beside PyTorch's own.
         full: answers that there is no memory for another.
         version: of CUDA.
+        programmatic: takes programmatic edges.
+        fixed: removes no edges.
         stream: the current one.
         streams: those of the replays.
         waits: which stream was made to wait for which.
@@ -157,7 +159,7 @@ class GraphDriver(FakeDriver):
         self.set, self.refuse = 0, False
         self.executables: list[FakeExecutable] = []
         self.full = False
-        self.version = 13_000
+        self.version, self.programmatic, self.fixed = 13_000, True, False
         self.CUgraphEdgeData = EdgeData
         self.CUgraphDependencyType = SimpleNamespace(CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC=1)
         self.CUgraphInstantiate_flags = SimpleNamespace(CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH=1)
@@ -197,19 +199,26 @@ class GraphDriver(FakeDriver):
         return Status.CUDA_SUCCESS, self.version
 
     def cuGraphGetEdges(self, graph: FakeGraph, count: int = 0) -> tuple[Any, ...]:
-        ones, others, datas = zip(*graph.edges[:count], strict=True) if count else ((), (), ())
-        return Status.CUDA_SUCCESS, list(ones), list(others), list(datas), len(graph.edges)
+        """The data is not that of the edges: many versions of cuda-bindings give what they have freed."""
+        ones, others, _ = zip(*graph.edges[:count], strict=True) if count else ((), (), ())
+        freed = [EdgeData(0xAB, 0xCD, 0xEF) for _ in ones]
+        return Status.CUDA_SUCCESS, list(ones), list(others), freed, len(graph.edges)
 
     def cuGraphRemoveDependencies(
         self, graph: FakeGraph, ones: Sequence[Node], others: Sequence[Node], datas: Sequence[EdgeData], count: int
     ) -> tuple[Status]:
-        for edge in zip(ones, others, datas, strict=True):
+        edges = list(zip(ones, others, datas, strict=True))
+        if self.fixed or any(edge not in graph.edges for edge in edges):
+            return (Status.CUDA_ERROR_INVALID_VALUE,)
+        for edge in edges:
             graph.edges.remove(edge)
         return (Status.CUDA_SUCCESS,)
 
     def cuGraphAddDependencies(
         self, graph: FakeGraph, ones: Sequence[Node], others: Sequence[Node], datas: Sequence[EdgeData], count: int
     ) -> tuple[Status]:
+        if any(data.type for data in datas) and not self.programmatic:
+            return (Status.CUDA_ERROR_INVALID_VALUE,)
         graph.edges += zip(ones, others, datas, strict=True)
         return (Status.CUDA_SUCCESS,)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from types import SimpleNamespace
@@ -120,13 +120,40 @@ def test_kernels_that_wait_start_early(monkeypatch: pytest.MonkeyPatch, waits: b
     assert edges == [(0, 1, early, early), (1, 2, 0, 0), (2, 3, 0, 0), (3, 4, early, early)]
 
 
-def test_drivers_that_do_not_know_early_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+REFUSALS: dict[str, Callable[[Module], object]] = {
+    "an old driver": lambda module: setattr(module.driver, "version", 12_020),
+    "old bindings": lambda module: delattr(module.driver, "CUgraphEdgeData"),
+    "no programmatic edges": lambda module: setattr(module.driver, "programmatic", False),
+    "memory that is allocated in the graph": lambda module: setattr(module.driver, "fixed", True),
+}
+
+
+@pytest.mark.parametrize("refusal", REFUSALS)
+def test_edges_that_stay(monkeypatch: pytest.MonkeyPatch, refusal: str) -> None:
+    """The graph is replayed as it was captured."""
     module = Module(monkeypatch, CHAIN, waits=True)
-    module.driver.version = 12_020
+    REFUSALS[refusal](module)
     x, y = torch.randn(2, 16).unbind()
     for _ in range(4):
         torch.testing.assert_close(module(x, y)[0], 2 * x + y)
-    assert all(data.type == 0 for _, _, data in FakeGraph.last.edges)
+    assert (module.pool.captures, module.pool.replays) == (1, 3)
+    assert [data.type for _, _, data in FakeGraph.last.edges] == [0]
+
+
+def test_edges_with_data_of_their_own_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library made them."""
+    module, end = Module(monkeypatch, CHAIN, waits=True), FakeGraph.end
+
+    def ended(graph: FakeGraph) -> None:
+        end(graph)
+        for _, _, data in graph.edges:
+            data.from_port = 2
+
+    monkeypatch.setattr(FakeGraph, "end", ended)
+    x, y = torch.randn(2, 16).unbind()
+    for _ in range(4):
+        torch.testing.assert_close(module(x, y)[0], 2 * x + y)
+    assert [(data.from_port, data.type) for _, _, data in FakeGraph.last.edges] == [(2, 0)]
 
 
 def test_only_what_has_moved_is_set(monkeypatch: pytest.MonkeyPatch) -> None:

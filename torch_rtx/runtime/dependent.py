@@ -30,7 +30,7 @@ def launch_early(cuda: Any, graph: torch.cuda.CUDAGraph, kernels: Mapping[str, W
         kernels: what it may launch.
 
     Raises:
-        RuntimeError: the driver refuses it.
+        RuntimeError: the driver can't say what the graph is, or an edge is lost.
     """
     waiting = {function for launcher in launched(kernels).values() for function in launcher.waiting}
     if not waiting or not hasattr(cuda, "CUgraphEdgeData") or checked(cuda.cuDriverGetVersion()) < _OLDEST:
@@ -45,35 +45,42 @@ def launch_early(cuda: Any, graph: torch.cuda.CUDAGraph, kernels: Mapping[str, W
         return int(checked(cuda.cuGraphKernelNodeGetParams(node)).func)
 
     before, after = (Counter(int(edge[side]) for edge in edges) for side in (1, 0))
-    changed = [
-        (one, other, data)
-        for one, other, data in edges
+    return sum(
+        _make_programmatic(cuda, raw, one, other)
+        for one, other in edges
         if before[int(other)] == after[int(one)] == 1  # where streams part or meet, all is left as it is
-        and int(data.from_port) == int(data.to_port) == 0
         and function(other) in waiting
         and function(one) is not None
-    ]
-    if not changed:
-        return 0
-    ones, others, datas = (list(side) for side in zip(*changed, strict=True))
-    early = cuda.CUgraphEdgeData()
+    )
+
+
+def _make_programmatic(cuda: Any, graph: Any, one: Any, other: Any) -> bool:
+    """Change the edge between two kernels; False where it stays: it is no plain one, or the graph allocates memory, of
+    which the driver removes no edges."""
+    remove, add = _newest(cuda, "cuGraphRemoveDependencies"), _newest(cuda, "cuGraphAddDependencies")
+    plain, early = cuda.CUgraphEdgeData(), cuda.CUgraphEdgeData()
     early.from_port = _PROGRAMMATIC_PORT
     early.type = cuda.CUgraphDependencyType.CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC
-    checked(_newest(cuda, "cuGraphRemoveDependencies")(raw, ones, others, datas, len(changed)))
-    checked(_newest(cuda, "cuGraphAddDependencies")(raw, ones, others, [early] * len(changed), len(changed)))
-    return len(changed)
+    (refused,) = remove(graph, [one], [other], [plain], 1)
+    if refused:
+        return False
+    (refused,) = add(graph, [one], [other], [early], 1)
+    if refused:
+        checked(add(graph, [one], [other], [plain], 1))
+    return not refused
 
 
-def _edges(cuda: Any, graph: Any) -> list[tuple[Any, Any, Any]]:
-    """From which node to which, and how."""
+def _edges(cuda: Any, graph: Any) -> list[tuple[Any, Any]]:
+    """From which node to which. The data of edges is not to be read: in many versions of cuda-bindings it lies in memory
+    that they have freed (NVIDIA/cuda-python, issue 1804)."""
     get = _newest(cuda, "cuGraphGetEdges")
     status, *_, count = get(graph)
     checked((status,))
     if not count:
         return []
-    status, ones, others, datas, count = get(graph, count)
+    status, ones, others, _, count = get(graph, count)
     checked((status,))
-    return list(zip(ones[:count], others[:count], datas[:count], strict=True))
+    return list(zip(ones[:count], others[:count], strict=True))
 
 
 def _newest(cuda: Any, name: str) -> Any:
