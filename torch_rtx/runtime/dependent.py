@@ -71,7 +71,7 @@ def _make_programmatic(cuda: Any, graph: Any, one: Any, other: Any) -> bool:
 
 
 def _edges(cuda: Any, graph: Any) -> list[tuple[Any, Any]]:
-    """From which node to which. The data of edges is not to be read: in many versions of cuda-bindings it lies in memory
+    """From which node to which. The data of edges is not to be read: many versions of cuda-bindings give it in memory
     that they have freed (NVIDIA/cuda-python, issue 1804)."""
     get = _newest(cuda, "cuGraphGetEdges")
     status, *_, count = get(graph)

@@ -18,8 +18,8 @@ WAIT, LAUNCH = "griddepcontrol.wait;", "griddepcontrol.launch_dependents;"
 _BODY = re.compile(r"\.entry\b[^{]*\{\n(?:\s*\.(?:reg|local|shared)\b.*\n)*")
 # Lines of one instruction that has to do with registers and parameters alone. Whatever else there is waits.
 _BEGIN = re.compile(
-    r"(?:[ \t]*(?:(?:ld\.param|mov|cvta?|prmt|selp|setp?|add|sub|mul|mad|div|rem|neg|abs|min|max|shl|shr|shf|and|or|xor|not"
-    r"|lop3|bfe|bfi)\b[^;\n]*;[ \t]*)?(?://.*)?\n)*"
+    r"(?:[ \t]*(?:(?:ld\.param|mov|cvta?|prmt|selp|setp?|add|sub|mul|mad|div|rem|neg|abs|min|max|shl|shr|shf|and|or|xor"
+    r"|not|lop3|bfe|bfi)\b[^;\n]*;[ \t]*)?(?://.*)?\n)*"
 )
 _STORE = re.compile(r"^.*\bst\.(?:\w+\.)*global\b", re.MULTILINE)
 
