@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.fake_graphs import FakeGraph, GraphDriver, install
+from tests.fake_graphs import EdgeData, FakeGraph, GraphDriver, install
 from torch_rtx.errors import InputError
 from torch_rtx.ir import Dim, Graph, Sym
 from torch_rtx.irparse import parse
@@ -120,6 +120,26 @@ def test_kernels_that_wait_start_early(monkeypatch: pytest.MonkeyPatch, waits: b
     assert edges == [(0, 1, early, early), (1, 2, 0, 0), (2, 3, 0, 0), (3, 4, early, early)]
 
 
+LONG = """
+  input x: f32[s]
+  input y: f32[s]
+  a: f32[s] = kernel k(in0=x, in1=y) KERNEL
+  b: f32[s] = kernel k(in0=a, in1=x) KERNEL
+  c: f32[s] = kernel k(in0=b, in1=a) KERNEL
+  d: f32[s] = kernel k(in0=c, in1=a) KERNEL
+  return [d]
+"""
+
+
+def connected(edges: Sequence[tuple[int, int]], data: EdgeData | None = None) -> Callable[[FakeGraph], None]:
+    """What ends captures whose nodes, by number, have these edges."""
+
+    def end(graph: FakeGraph) -> None:
+        graph.edges = [(graph.nodes[one], graph.nodes[other], data or EdgeData()) for one, other in edges]
+
+    return end
+
+
 REFUSALS: dict[str, Callable[[Module], object]] = {
     "an old driver": lambda module: setattr(module.driver, "version", 12_020),
     "old bindings": lambda module: delattr(module.driver, "CUgraphEdgeData"),
@@ -140,20 +160,37 @@ def test_edges_that_stay(monkeypatch: pytest.MonkeyPatch, refusal: str) -> None:
     assert [data.type for _, _, data in FakeGraph.last.edges] == [0]
 
 
+@pytest.mark.parametrize(
+    ("edges", "early"),
+    [
+        ([(0, 1), (0, 2), (1, 3), (2, 3)], []),
+        ([(0, 1), (1, 2), (1, 3)], [(0, 1)]),
+        ([(0, 2), (1, 2), (2, 3)], [(2, 3)]),
+        ([(0, 1), (0, 1), (2, 3)], [(2, 3)]),
+    ],
+)
+def test_edges_stay_where_streams_part_or_meet(
+    monkeypatch: pytest.MonkeyPatch, edges: list[tuple[int, int]], early: list[tuple[int, int]]
+) -> None:
+    monkeypatch.setattr(FakeGraph, "end", connected(edges))
+    module = Module(monkeypatch, LONG, waits=True)
+    x, y = torch.randn(2, 16).unbind()
+    for _ in range(2):
+        module(x, y)
+    graph = FakeGraph.last
+    places = {node: place for place, node in enumerate(graph.nodes)}
+    changed = [(places[one], places[other]) for one, other, data in graph.edges if data.type]
+    assert (sorted(changed), len(graph.edges)) == (early, len(edges))
+
+
 def test_edges_with_data_of_their_own_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     """A library made them."""
-    module, end = Module(monkeypatch, CHAIN, waits=True), FakeGraph.end
-
-    def ended(graph: FakeGraph) -> None:
-        end(graph)
-        for _, _, data in graph.edges:
-            data.from_port = 2
-
-    monkeypatch.setattr(FakeGraph, "end", ended)
+    monkeypatch.setattr(FakeGraph, "end", connected([(0, 1), (1, 2), (2, 3)], EdgeData(from_port=2)))
+    module = Module(monkeypatch, LONG, waits=True)
     x, y = torch.randn(2, 16).unbind()
-    for _ in range(4):
-        torch.testing.assert_close(module(x, y)[0], 2 * x + y)
-    assert [(data.from_port, data.type) for _, _, data in FakeGraph.last.edges] == [(2, 0)]
+    for _ in range(2):
+        module(x, y)
+    assert [(data.from_port, data.type) for _, _, data in FakeGraph.last.edges] == 3 * [(2, 0)]
 
 
 def test_only_what_has_moved_is_set(monkeypatch: pytest.MonkeyPatch) -> None:

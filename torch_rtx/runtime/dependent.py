@@ -55,19 +55,19 @@ def launch_early(cuda: Any, graph: torch.cuda.CUDAGraph, kernels: Mapping[str, W
 
 
 def _make_programmatic(cuda: Any, graph: Any, one: Any, other: Any) -> bool:
-    """Change the edge between two kernels; False where it stays: it is no plain one, or the graph allocates memory, of
-    which the driver removes no edges."""
+    """Change the edge between two kernels; False where it stays as it is: it is no plain one, or the graph allocates
+    memory, and the driver removes no edges of such."""
     remove, add = _newest(cuda, "cuGraphRemoveDependencies"), _newest(cuda, "cuGraphAddDependencies")
     plain, early = cuda.CUgraphEdgeData(), cuda.CUgraphEdgeData()
     early.from_port = _PROGRAMMATIC_PORT
     early.type = cuda.CUgraphDependencyType.CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC
-    (refused,) = remove(graph, [one], [other], [plain], 1)
-    if refused:
+    (status,) = remove(graph, [one], [other], [plain], 1)
+    if status != 0:
         return False
-    (refused,) = add(graph, [one], [other], [early], 1)
-    if refused:
+    (status,) = add(graph, [one], [other], [early], 1)
+    if status != 0:
         checked(add(graph, [one], [other], [plain], 1))
-    return not refused
+    return bool(status == 0)
 
 
 def _edges(cuda: Any, graph: Any) -> list[tuple[Any, Any]]:
