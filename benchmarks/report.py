@@ -279,7 +279,7 @@ def _described(environments: Iterable[dict[str, Any]]) -> str:
         parts = [fixed, f"{_range(clocks)} MHz" if clocks else ""]
         if rates:
             parts.append(f"measured {_range([one['bytes_per_s'] / 1e9 for one in rates])} GB/s")
-            for dtype in rates[0]["flops_per_s"]:
+            for dtype in dict.fromkeys(dtype for one in rates for dtype in one["flops_per_s"]):
                 flops = [one["flops_per_s"][dtype] / 1e12 for one in rates if dtype in one["flops_per_s"]]
                 parts.append(f"{_range(flops)} TFLOP/s in {dtype}")
         commits = sorted({one["commit"] for one in group if one.get("commit")})

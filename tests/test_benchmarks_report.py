@@ -285,6 +285,32 @@ def test_report(tmp_path: Path) -> None:
     )
 
 
+def test_environments_that_differ_in_what_was_measured_alone_share_a_line(tmp_path: Path) -> None:
+    found = Results()
+    for model, cpu, clock, flops, commit in (
+        ("gpt2", "a CPU", 1965, {"float16": 8e14}, "a1"),
+        ("resnet50", "a CPU", 1830, {"float16": 7e14, "bfloat16": 9e14}, "b2"),
+        ("vit_b_16", "another CPU", 1965, {"float16": 8e14}, "a1"),
+    ):
+        name = found.add_environment(
+            {
+                "cpu": cpu,
+                "clocks": {"driver": "580.1", "sm_mhz": clock},
+                "rates": {"bytes_per_s": 4e12, "flops_per_s": flops},
+                "commit": commit,
+            }
+        )
+        metrics = {"device_ms": {"median": 1.0, "p5": 1.0, "p95": 1.0}, "work": {"flops": 8e11, "bytes": 1e9}}
+        found.add({**row("rtx", model, metrics=metrics), "environment": name})
+    found.save(tmp_path / "a.json")
+    text = report.page(results.load(tmp_path / "a.json"))
+    assert [line for line in text.splitlines() if line.startswith("Measured with")] == [
+        "Measured with a CPU, driver 580.1, 1830–1965 MHz, measured 4000 GB/s, 700–800 TFLOP/s in float16, 900 TFLOP/s "
+        "in bfloat16, commit a1 and b2.",
+        "Measured with another CPU, driver 580.1, 1965 MHz, measured 4000 GB/s, 800 TFLOP/s in float16, commit a1.",
+    ]
+
+
 @pytest.mark.parametrize(
     ("value", "text"), [(0.0, "0"), (5, "5"), (0.01234, "0.0123"), (1.0, "1.00"), (123.4, "123"), (9999.9, "10000")]
 )
