@@ -668,3 +668,24 @@ def test_sizes_that_the_data_decides_go_through_a_file(function, tmp_path):
     if function is counted:
         with pytest.raises(RuntimeError, match="Runtime assertion failed"):
             loaded(torch.ones(5))
+
+
+class Selected(nn.Module):
+    """Convolutions over as many positions as the data has."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(4, 3, 3, padding=1)
+
+    def forward(self, x, chosen):
+        x = self.conv(x[torch.nonzero(chosen)[:, 0]].T[None])
+        return x, x.flatten(1) + 1
+
+
+def test_convolutions_over_sizes_that_the_data_decides():
+    """PyTorch writes their strides as those of a size of at least 1."""
+    model, x = Selected().eval().requires_grad_(False), torch.randn(5, 4)
+    settings = torch_rtx.CompilationSettings(device="cuda", targets="later")
+    module = torch_rtx.compile(model, (x, torch.tensor([1, 0, 1, 1, 0])), settings=settings)
+    for chosen in ((1, 0, 1, 1, 0), (0, 0, 0, 1, 0)):
+        torch.testing.assert_close(module(x, torch.tensor(chosen)), model(x, torch.tensor(chosen)))
