@@ -350,6 +350,33 @@ def test_guard_leaves_cpu_training_alone():
         torch.zeros(1, device="cuda")
 
 
+SCALARS = {
+    "used": lambda x: x + torch.tensor(2.0, device=x.device) * 3,
+    "moved": lambda x: x + torch.tensor(2.0).to(x.device, torch.float64),
+    "like": lambda x: x + torch.full_like(torch.tensor(3.0), 2.0, device=x.device),
+    "empty": lambda x: torch.cat((x, torch.tensor([], device=x.device))),
+    "read": lambda x: x[: torch.tensor(2, device=x.device)] * torch.tensor(3.0, device=x.device).item(),
+    "asked": lambda x: x if torch.tensor(True, device=x.device) else -x,
+}
+
+
+@needs_no_gpu
+@pytest.mark.parametrize("name", SCALARS)
+def test_scalar_constants_on_a_gpu_that_is_not_there(name):
+    """Their values are carried along by the trace, which moves them to the GPU as the model does."""
+    x, function = torch.randn(4), SCALARS[name]
+    program = capture.capture_export(Function(function), (x,), device="cuda")
+    results = program.graph.output_node().args[0]
+    assert {result.meta["val"].device.type for result in results} == {"cuda"}
+    again = capture.capture_export(program, device="cuda")  # its constants are on the CPU, the rest is not
+    assert op_names(again.graph) == op_names(program.graph)
+    for device in ("cpu", "meta"):
+        with pytest.raises(CaptureError, match="cannot be moved"):
+            capture.capture_export(program, device=device)
+    with pytest.raises((AssertionError, RuntimeError)):  # nothing is left behind
+        torch.ones(1).to("cuda")
+
+
 @pytest.mark.skipif(torch.backends.cuda.is_built(), reason="a CUDA build brings its own guard")
 def test_guard_that_cannot_be_installed(monkeypatch):
     monkeypatch.setattr(fake_cuda, "_REGISTRY", "no_such_symbol")

@@ -170,3 +170,15 @@ def test_rows_of_images_of_any_size(text: str) -> None:
     text = f"dim s = 1, 64, 1\ndim h = 2, 64, 1\ndim w = 2, 64, 1\nx: f32[s, 6, h, w]\n{text}"
     kernel = check(text, loop_kernel, None, dims={"s": 2, "h": 3, "w": 5})
     assert compile_kernels([(kernel, Target(80))])[kernel, Target(80)].problem is None
+
+
+def test_parts_whose_neighbours_nobody_reads() -> None:
+    """A result that is not used has no type: the others have theirs all the same."""
+    text = """in0: f32[2, 16, 4, 4]
+v1: f32[16, 4, 4], _ = unbind.int(self=in0)
+v2: f32[16, 4, 4] = exp.default(self=v1)
+_, v3: f32[16, 4, 4] = unbind.int(self=in0)
+v4: f32[16, 4, 4] = relu.default(self=v3)
+return v2, v4
+"""
+    check(text, loop_kernel, None)

@@ -648,3 +648,44 @@ def test_results_do_not_hold_each_other() -> None:
         assert (result.hidden_states, result.attentions) == (None, None)
         assert torch.equal(result.last_hidden_state, X * step + 1)
         assert result[0] is result["last_hidden_state"] is result.last_hidden_state
+
+
+def counted(x):
+    count = (x > 0).sum().item()
+    torch._check(count >= 0)
+    torch._check(count <= 3)
+    return x[:count] * 2
+
+
+@pytest.mark.parametrize(
+    "function", [lambda x: torch.nonzero(x > 0) * 2, lambda x: x[x > 0] + 1, counted], ids=["nonzero", "mask", "item"]
+)
+def test_sizes_that_the_data_decides_go_through_a_file(function, tmp_path):
+    """What torch.export checks of such sizes is in the file, and still checked."""
+    loaded = through_file(torch_rtx.compile(Function(function), (torch.randn(5),)), tmp_path)
+    for x in (torch.tensor([1.0, -1, 2, -1, 3]), -torch.ones(5), torch.tensor([1.0, -1, -1, -1, -1])):
+        same(loaded(x), function(x))
+    if function is counted:
+        with pytest.raises(RuntimeError, match="Runtime assertion failed"):
+            loaded(torch.ones(5))
+
+
+class Selected(nn.Module):
+    """Convolutions over as many positions as the data has."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(4, 3, 3, padding=1)
+
+    def forward(self, x, chosen):
+        x = self.conv(x[torch.nonzero(chosen)[:, 0]].T[None])
+        return x, x.flatten(1) + 1
+
+
+def test_convolutions_over_sizes_that_the_data_decides():
+    """PyTorch writes their strides as those of a size of at least 1."""
+    model, x = Selected().eval().requires_grad_(False), torch.randn(5, 4)
+    settings = torch_rtx.CompilationSettings(device="cuda", targets="later")
+    module = torch_rtx.compile(model, (x, torch.tensor([1, 0, 1, 1, 0])), settings=settings)
+    for chosen in ((1, 0, 1, 1, 0), (0, 0, 0, 1, 0)):
+        torch.testing.assert_close(module(x, torch.tensor(chosen)), model(x, torch.tensor(chosen)))

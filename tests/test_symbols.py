@@ -9,7 +9,7 @@ from torch.utils._sympy.functions import ToFloat, TruncToInt
 
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Sym, evaluate
-from torch_rtx.lowering.symbols import Symbols, convert
+from torch_rtx.lowering.symbols import Symbols, compared, convert
 
 N = sympy.Symbol("n", integer=True, nonnegative=True)
 
@@ -30,6 +30,19 @@ def test_scales_that_floating_point_rounds_are_no_dims():
     with pytest.raises(Unsupported, match="1.7"):
         Symbols(torch.device("cpu")).dim(size)
     assert Symbols(torch.device("cpu")).dim(size, opaque=True) == Sym("d0")
+
+
+def test_conditions_on_sizes_are_dims():
+    m = sympy.Symbol("m", integer=True)
+    for condition in (m <= N, m < N, m + 1 >= N, 2 * m > N, sympy.Eq(N, m), sympy.Ne(N, m)):
+        for expr in (condition, sympy.Or(condition, m > 3), sympy.And(condition, N > 2)):
+            dim = compared(expr, lambda part: Sym(str(part)))
+            for n in range(5):
+                for k in range(-2, 5):
+                    assert evaluate(dim, {"n": n, "m": k}) == int(bool(expr.subs({N: n, m: k}))), (expr, n, k)
+    assert (compared(sympy.true, str), compared(sympy.false, str)) == (1, 0)
+    with pytest.raises(Unsupported, match="condition"):
+        compared(sympy.Xor(N > 1, m > 1), lambda part: Sym(str(part)))
 
 
 def test_interpolation_of_a_symbolic_size_runs_in_the_engine():

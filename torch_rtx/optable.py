@@ -48,11 +48,13 @@ arange.default arange.start arange.start_step empty.memory_format empty_permuted
 eye.default eye.m full.default hann_window.default linspace.default logspace.default ones.default scalar_tensor.default
 tril_indices.default triu_indices.default zeros.default
 # other: contractions, reductions, normalizations, indexing, copies, solvers
-_adaptive_avg_pool2d.default _adaptive_avg_pool3d.default _assert_async.msg _batch_norm_with_update_functional.default
+_adaptive_avg_pool2d.default _adaptive_avg_pool3d.default _assert_async.msg _assert_scalar.default
+_batch_norm_with_update_functional.default
 _cdist_forward.default _chunk_cat.default _embedding_bag.default _embedding_bag_forward_only.default _fft_c2c.default
 _fft_c2r.default _fft_r2c.default _fused_rms_norm.default _grouped_mm.default _histogramdd_bin_edges.default
 _histogramdd_from_bin_cts.default _histogramdd_from_bin_tensors.default _int_mm.default _linalg_det.default
-_linalg_eigh.default _linalg_slogdet.default _linalg_solve_ex.default _linalg_svd.default _log_softmax.default
+_linalg_eigh.default _linalg_slogdet.default _linalg_solve_ex.default _linalg_svd.default _local_scalar_dense.default
+_log_softmax.default
 _native_batch_norm_legit.no_stats _native_batch_norm_legit_functional.default
 _native_batch_norm_legit_no_training.default _pdist_forward.default _prelu_kernel.default _safe_softmax.default
 _scaled_mm.default _softmax.default _thnn_fused_lstm_cell.default _to_copy.default _trilinear.default
@@ -90,7 +92,7 @@ max_pool3d_with_indices.default max_unpool2d.default max_unpool3d.default mean.d
 median.dim min.default min.dim mkldnn_rnn_layer.default mm.default mode.default mse_loss.default mv.default
 nanmedian.default nanmedian.dim nansum.default narrow_copy.default native_batch_norm.default native_group_norm.default
 native_layer_norm.default new_empty.default new_empty_strided.default new_full.default new_ones.default
-new_zeros.default nll_loss2d_forward.default nll_loss_forward.default nonzero_static.default norm.Scalar
+new_zeros.default nll_loss2d_forward.default nll_loss_forward.default nonzero.default nonzero_static.default norm.Scalar
 norm.ScalarOpt_dim one_hot.default ones_like.default ormqr.default permute_copy.default pixel_shuffle.default
 pixel_unshuffle.default polar.default prelu.default prod.default prod.dim_int put.default reflection_pad1d.default
 reflection_pad2d.default reflection_pad3d.default renorm.default repeat.default repeat_interleave.self_Tensor

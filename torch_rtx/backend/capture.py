@@ -20,7 +20,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from torch_rtx.backend.fake_cuda import install_cuda_guard
+from torch_rtx.backend.fake_cuda import constants_on_cpu, install_cuda_guard
 from torch_rtx.backend.fast_path import FAST_PATH
 from torch_rtx.errors import CaptureError
 
@@ -195,7 +195,8 @@ def capture_export(
     if isinstance(model, torch.export.ExportedProgram):
         if args is not None or kwargs or dynamic_shapes is not None:
             raise CaptureError("an ExportedProgram is already traced: pass no args, kwargs or dynamic_shapes")
-        return _decompose(_on_device(model, device))
+        with compile_lock, constants_on_cpu():
+            return _decompose(_on_device(model, device))
     if not isinstance(model, torch.nn.Module):
         raise CaptureError(f"cannot export a {type(model).__name__}: pass an nn.Module or an ExportedProgram")
     if not isinstance(args, tuple):
@@ -206,7 +207,7 @@ def capture_export(
     twins = _FakeTwins(device)
     with twins.swapped_into(model):
         fake_args, fake_kwargs = pytree.tree_map_only(torch.Tensor, twins.get, (args, dict(kwargs or {})))
-        with twins.mode:
+        with twins.mode, compile_lock, constants_on_cpu():
             program = _decompose(_export(model, fake_args, fake_kwargs, dynamic_shapes))
     _put_back(twins, program.state_dict)
     _put_back(twins, program.constants)
@@ -253,7 +254,7 @@ def _decompose(program: torch.export.ExportedProgram) -> torch.export.ExportedPr
 def _on_device(program: torch.export.ExportedProgram, device: torch.device | None) -> torch.export.ExportedProgram:
     values = [node.meta.get("val") for node in program.graph.find_nodes(op="placeholder")]
     found = {value.device.type for value in values if isinstance(value, torch.Tensor)}
-    if device is not None and found - {device.type}:
+    if device is not None and found and (device.type not in found or found - {device.type, "cpu"}):  # constants: on cpu
         raise CaptureError(
             f"the ExportedProgram was traced on {', '.join(sorted(found))} and cannot be moved to {device.type}",
             hint=f"capture the model itself with device={device.type!r}",

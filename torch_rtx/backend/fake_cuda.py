@@ -5,12 +5,19 @@ a CUDA tensor asks c10 for the *device guard* of CUDA (the object that switches 
 PyTorch has none: slicing a fake CUDA tensor fails with "PyTorch is not linked with support for cuda devices". PyTorch
 installs a no-op guard itself when it was built with CUDA and finds no GPU (`c10::impl::ensureCUDADeviceGuardSet`); for
 CPU builds this module does the same by hand: it copies the CPU's guard, which is a no-op too, into the slot of CUDA.
+
+Not all that a trace computes is fake: the value of a scalar constant (`torch.tensor(2.0, device=x.device)`) is carried
+along with the graph, in case the model asks for it, and the moves of the constant are made with it. Where there is no
+GPU, what such a move allocates on `cuda` comes from the CPU (`constants_on_cpu`).
 """
 
+import contextlib
 import ctypes
 import os
 import struct
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -51,6 +58,25 @@ def install_cuda_guard() -> None:
         _check_guard(installed)
     else:
         ctypes.c_void_p.from_address(address + _CUDA * _WORD).value = guard
+
+
+@contextlib.contextmanager
+def constants_on_cpu() -> Iterator[None]:
+    """While this is active, a real tensor on `cuda` is one on the CPU, in a process that can have no others.
+
+    Changes the process's table of operators: trace under it, and under a lock.
+    """
+    if torch.cuda.is_available():
+        yield
+        return
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        for op in (torch.ops.aten.empty.memory_format, torch.ops.aten.empty_strided.default):
+            library.impl(op, _on_cpu(op), "CUDA")
+        yield
+
+
+def _on_cpu(op: torch._ops.OpOverload) -> Any:
+    return lambda *args, **kwargs: op(*args, **{**kwargs, "device": "cpu", "pin_memory": False})
 
 
 def _registry_address() -> int:

@@ -98,6 +98,13 @@ def is_sym_node(node: fx.Node) -> bool:
     return not any(isinstance(v, torch.Tensor | torch.SymFloat | tuple | list) for v in values)
 
 
+def is_asserted(node: fx.Node) -> bool:
+    """Whether the node is a condition on sizes that is only checked: torch.export checks what it takes for granted of
+    sizes that the data decides. The check takes any number for a condition, so that a dim can say whether it holds."""
+    assertion = torch.ops.aten._assert_scalar.default
+    return isinstance(node.meta["val"], torch.SymBool) and all(user.target is assertion for user in node.users)
+
+
 def is_fixed(placeholder: fx.Node) -> bool:
     """Whether the capture specialized this input to a constant (and guards it): it is no input of the graph."""
     return isinstance(placeholder.meta["val"], PLAIN)
@@ -284,7 +291,8 @@ class _Importer:
             return
         if is_sym_node(node):
             try:
-                self.env[node] = self.sym(node.meta["val"])
+                size = node.meta["val"]
+                self.env[node] = self.symbols.condition(size) if is_asserted(node) else self.sym(size)
                 return
             except Unsupported:
                 pass  # computed in Python at run time instead

@@ -63,19 +63,30 @@ class Symbols:
             return size
         expr = size.node.expr
         if expr not in self._dims:
-            known = size.node.shape_env.var_to_range
-
-            def leaf(part: sympy.Expr) -> Dim:
-                if part.is_Symbol:
-                    return self.sym(part, known)
-                if part not in self._opaque:
-                    if not opaque:
-                        raise Unsupported(f"the size {part}")
-                    self._opaque[part] = Sym(f"d{len(self._opaque)}")
-                return self._opaque[part]
-
-            self._dims[expr] = convert(expr, leaf)
+            self._dims[expr] = convert(expr, lambda part: self._leaf(part, size, opaque))
         return self._dims[expr]
+
+    def condition(self, value: bool | torch.SymBool) -> Dim:
+        """A condition on sizes as a dim: 1 where it holds, else 0.
+
+        Raises:
+            Unsupported: it is not made of comparisons of whole numbers that dims can express.
+        """
+        if isinstance(value, bool):
+            return int(value)
+        if not all(symbol.is_integer for symbol in value.node.expr.free_symbols):
+            raise Unsupported("a condition on what are no sizes")
+        return compared(value.node.expr, lambda part: self._leaf(part, value, opaque=False))
+
+    def _leaf(self, part: sympy.Expr, value: torch.SymInt | torch.SymBool, opaque: bool) -> Dim:
+        """The dim of a symbol in `value`, or of a function that dims lack."""
+        if part.is_Symbol:
+            return self.sym(part, value.node.shape_env.var_to_range)
+        if part not in self._opaque:
+            if not opaque:
+                raise Unsupported(f"the size {part}")
+            self._opaque[part] = Sym(f"d{len(self._opaque)}")
+        return self._opaque[part]
 
     def sym(self, symbol: sympy.Symbol, known: Mapping[sympy.Symbol, Any]) -> Sym:
         """A symbol with its range: the promised one, else that of its environment (`known`)."""
@@ -127,6 +138,43 @@ def convert(expr: sympy.Expr, leaf: Callable[[sympy.Expr], Dim]) -> Dim:
     if expr.func not in FUNCTIONS:
         return leaf(expr)
     return dim_expr(FUNCTIONS[expr.func], *(convert(arg, leaf) for arg in expr.args))
+
+
+def compared(expr: sympy.Basic, leaf: Callable[[sympy.Expr], Dim]) -> Dim:
+    """A condition over integers as a dim that is 1 where it holds, else 0; `leaf` as for `convert`.
+
+    Raises:
+        Unsupported: `leaf` does, or it is no condition that dims can express.
+    """
+
+    def at_least(a: Dim, b: Dim) -> Dim:
+        return dim_expr("max", 0, dim_expr("min", 1, dim_expr("+", a, dim_expr("*", -1, b), 1)))
+
+    if expr in (sympy.true, sympy.false):
+        return int(expr is sympy.true)
+    if isinstance(expr, sympy.And | sympy.Or):
+        parts = (compared(arg, leaf) for arg in expr.args)
+        return dim_expr("min" if isinstance(expr, sympy.And) else "max", *parts)
+    if isinstance(expr, sympy.Not):
+        return _negated(compared(expr.args[0], leaf))
+    if not isinstance(expr, sympy.core.relational.Relational):
+        raise Unsupported(f"the condition {expr}")
+    left, right = (convert(arg, leaf) for arg in (expr.lhs, expr.rhs))
+    above, below = at_least(left, right), at_least(right, left)
+    equal = dim_expr("min", above, below)
+    results = {
+        sympy.Ge: above,
+        sympy.Le: below,
+        sympy.Gt: _negated(below),
+        sympy.Lt: _negated(above),
+        sympy.Eq: equal,
+        sympy.Ne: _negated(equal),
+    }
+    return results[expr.func]
+
+
+def _negated(condition: Dim) -> Dim:
+    return dim_expr("+", 1, dim_expr("*", -1, condition))
 
 
 def _scaled(expr: sympy.Expr, leaf: Callable[[sympy.Expr], Dim]) -> Dim:

@@ -24,6 +24,7 @@ from torch_rtx.ir import (
     COPY,
     Attr,
     Dim,
+    Expr,
     Graph,
     Node,
     TensorType,
@@ -208,7 +209,7 @@ class _Writer(Rewriter):
         for order in permutations(range(len(type_.shape))):
             back = tuple(map(order.index, range(len(order))))
             moved = contiguous(tuple(type_.shape[axis] for axis in order))
-            if tuple(moved[axis] for axis in back) == type_.strides:
+            if tuple(moved[axis] for axis in back) == tuple(map(_of_some, type_.strides)):
                 rows = self.emit("aten.permute.default", None, None, self=now, dims=order)
                 rows = self.emit("aten.clone.default", None, None, self=rows, memory_format="contiguous_format")
                 return self.emit("aten.permute.default", None, (type_,), self=rows, dims=back)
@@ -226,6 +227,13 @@ class _Writer(Rewriter):
         for old, new in zip(node.outputs, outputs, strict=True):
             if new is not None:
                 self.replace(old, new)
+
+
+def _of_some(stride: Dim) -> Dim:
+    """A stride of a tensor that has elements: PyTorch writes max(size, 1) for sizes that only the data decides."""
+    if not isinstance(stride, Expr):
+        return stride
+    return dim_expr(stride.op, *(_of_some(arg) for arg in stride.args if (stride.op, arg) != ("max", 1)))
 
 
 def _numbered(node: Node) -> Node | None:

@@ -164,7 +164,7 @@ def split_with_sizes(self: Tensor, split_sizes: Sequence[Size], dim: int = 0, *,
 @op("unbind.int", "unbind_copy.int")
 def unbind(self: Tensor, dim: int = 0, *, out: Types) -> tuple[Tensor, ...]:
     """The positions of a dimension, one by one."""
-    return tuple(select(self, dim, which, out=out) for which in range(len(out)))
+    return tuple(select(self, dim, which, out=(type_,)) for which, type_ in enumerate(out))
 
 
 @op("diagonal.default", "diagonal_copy.default")
