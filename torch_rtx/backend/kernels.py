@@ -253,7 +253,7 @@ def _table(
         if binary not in packed:
             packed[binary], stored = pack(binary)
             binaries[packed[binary]] = stored
-        return Variant(packed[binary], code.entry, code.num_warps, code.shared, code.registers, code.spills, code.waits)
+        return code.variant(packed[binary])
 
     shared: dict[str, dict[tuple[Kernel, Variant, Variant | None, str], list[Target]]] = {}
     for (op, target), (kernel, built) in chosen.items():

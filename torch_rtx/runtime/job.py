@@ -292,26 +292,26 @@ class Rivals:
                 raise KernelError(f"a kernel for it is wrong: {problem}")
             if not self.times and isinstance(offer, Candidate):
                 if offer.launch.library != "none":
-                    inside = {node.op for node in kernel_nodes(region.body)}
-                    self._time(CALLS, trial, {name: kernel for name, kernel in job.kernels.items() if name in inside})
+                    inside = {node.op for node in kernel_nodes(region.body)} & job.kernels.keys()
+                    self._time(CALLS, trial, trial.code({name: job.kernels[name] for name in inside}))
                 if job.at_hand(region):
-                    self._time(ENGINE, trial, {op: job.kernels[op]})
-            self._time(name, trial, {op: way}, code)
+                    self._time(ENGINE, trial, trial.code({op: job.kernels[op]}))
+            self._time(name, trial, code)
             self.ways[name] = way, config
         except (RtxError, torch.OutOfMemoryError) as error:
             job.leave(region, error)
 
-    def _time(self, name: str, trial: Trial, kernels: Mapping[str, Way], code: Code | None = None) -> None:
-        """Time the way that is called `name`, which launches `kernels`."""
-        self.times[name] = self.job.tools.time(trial.runs(code or trial.code(kernels)))
-        self.early[name] = sum(bool(launcher.waiting) for launcher in launched(kernels).values())
+    def _time(self, name: str, trial: Trial, code: Code) -> None:
+        """Time `code`, the way that is called `name`."""
+        self.times[name] = self.job.tools.time(trial.runs(code))
+        self.early[name] = sum(bool(launcher.waiting) for launcher in launched(code.kernels).values())
 
     def decide(self) -> None:
         """Use the fastest from now on, and remember it."""
         if not self.ways:
             return
-        graphs = self.job.owner.settings.cuda_graph_strategy != "disabled"
-        best = min(self.times, key=lambda name: self.times[name] - graphs * EARLY * self.early[name])
+        saved = 0.0 if self.job.owner.settings.cuda_graph_strategy == "disabled" else EARLY
+        best = min(self.times, key=lambda name: self.times[name] - saved * self.early[name])
         way, config = self.ways.get(best, (None, 0))
         kind = best.split(" ")[0]
         self.region.tactic = Tactic(kind, config, dict(self.times))

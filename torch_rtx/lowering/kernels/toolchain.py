@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from torch_rtx.errors import KernelError
+from torch_rtx.kerneltable import Variant
 from torch_rtx.lowering.kernels.dependent import WAIT, dependent
 from torch_rtx.lowering.kernels.turing import NoTensorCores, rewrite
 from torch_rtx.targets import BLACKWELL, HOPPER, Target
@@ -87,6 +88,10 @@ class Code:
     def waits(self) -> bool:
         """Whether it waits for the kernels before it, see `dependent`."""
         return WAIT.encode() in self.ptx
+
+    def variant(self, binary: str) -> Variant:
+        """How it is launched, stored under the digest `binary`."""
+        return Variant(binary, self.entry, self.num_warps, self.shared, self.registers, self.spills, self.waits)
 
 
 @dataclass(frozen=True)

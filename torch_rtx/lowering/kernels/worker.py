@@ -76,7 +76,7 @@ def launch_of(kernel: Kernel, built: Built, target: Target, rival: str) -> tuple
     def variant(code: Code) -> Variant:
         digest, stored = pack(code.ptx if target.ptx else code.cubin)
         binaries[digest] = stored
-        return Variant(digest, code.entry, code.num_warps, code.shared, code.registers, code.spills, code.waits)
+        return code.variant(digest)
 
     assert built.aligned is not None  # it fits
     generic = None if built.generic is None else variant(built.generic)
