@@ -49,12 +49,11 @@ eye.default eye.m full.default hann_window.default linspace.default logspace.def
 tril_indices.default triu_indices.default zeros.default
 # other: contractions, reductions, normalizations, indexing, copies, solvers
 _adaptive_avg_pool2d.default _adaptive_avg_pool3d.default _assert_async.msg _assert_scalar.default
-_batch_norm_with_update_functional.default
-_cdist_forward.default _chunk_cat.default _embedding_bag.default _embedding_bag_forward_only.default _fft_c2c.default
-_fft_c2r.default _fft_r2c.default _fused_rms_norm.default _grouped_mm.default _histogramdd_bin_edges.default
-_histogramdd_from_bin_cts.default _histogramdd_from_bin_tensors.default _int_mm.default _linalg_det.default
-_linalg_eigh.default _linalg_slogdet.default _linalg_solve_ex.default _linalg_svd.default _local_scalar_dense.default
-_log_softmax.default
+_batch_norm_with_update_functional.default _cdist_forward.default _chunk_cat.default _embedding_bag.default
+_embedding_bag_forward_only.default _fft_c2c.default _fft_c2r.default _fft_r2c.default _fused_rms_norm.default
+_grouped_mm.default _histogramdd_bin_edges.default _histogramdd_from_bin_cts.default
+_histogramdd_from_bin_tensors.default _int_mm.default _linalg_det.default _linalg_eigh.default _linalg_slogdet.default
+_linalg_solve_ex.default _linalg_svd.default _local_scalar_dense.default _log_softmax.default
 _native_batch_norm_legit.no_stats _native_batch_norm_legit_functional.default
 _native_batch_norm_legit_no_training.default _pdist_forward.default _prelu_kernel.default _safe_softmax.default
 _scaled_mm.default _softmax.default _thnn_fused_lstm_cell.default _to_copy.default _trilinear.default
