@@ -16,23 +16,23 @@ import torch
 
 from torch_rtx.runtime.driver import checked
 from torch_rtx.runtime.inline import launched
-from torch_rtx.runtime.launch import Way
+from torch_rtx.runtime.launch import LoadedTactic
 
 _OLDEST = 12_030  # version of CUDA whose driver and bindings know the data of edges
 _PROGRAMMATIC_PORT = 1  # CU_GRAPH_KERNEL_NODE_PORT_PROGRAMMATIC: all blocks have let the next kernel start, or ended
 
 
-def launch_early(cuda: Any, graph: torch.cuda.CUDAGraph, kernels: Mapping[str, Way]) -> int:
+def launch_early(cuda: Any, graph: torch.cuda.CUDAGraph, tactics: Mapping[str, LoadedTactic]) -> int:
     """Change the edges of a captured graph, before it is instantiated; returns how many.
 
     Args:
         cuda: the driver API.
-        kernels: what it may launch.
+        tactics: what launches its kernels.
 
     Raises:
         RuntimeError: the driver can't say what the graph is, or an edge is lost.
     """
-    waiting = {function for launcher in launched(kernels).values() for function in launcher.waiting}
+    waiting = {function for launcher in launched(tactics).values() for function in launcher.waiting}
     if not waiting or not hasattr(cuda, "CUgraphEdgeData") or checked(cuda.cuDriverGetVersion()) < _OLDEST:
         return 0
     raw, kinds = cuda.CUgraph(graph.raw_cuda_graph()), cuda.CUgraphNodeType
