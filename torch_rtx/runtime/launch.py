@@ -27,7 +27,7 @@ from torch_rtx.runtime.bind import bind, bind_dim
 from torch_rtx.runtime.driver import checked
 from torch_rtx.settings import BEST, CALLS
 from torch_rtx.tactics import KernelTable, Launch, Tactic, Tactics, Variant, unpack
-from torch_rtx.targets import ALIGNMENT, GRID, Target, by_age
+from torch_rtx.targets import ALIGNMENT, GRID, Target, arch_of, by_age
 
 log = logging.getLogger(__name__)
 OPT_IN = 48 << 10  # bytes of shared memory; kernels that need more have to ask for it
@@ -148,7 +148,7 @@ def runnable_tactics(tactics: Mapping[Target, Tactics], sm: int, shared: int) ->
 def _runs_on(target: Target, sm: int) -> bool:
     if target.ptx:
         return target.sm <= sm
-    return target.sm == sm or (not target.exact and target.sm // 10 == sm // 10 and target.sm < sm)
+    return target.sm == sm or (target.sm // 10 == sm // 10 and target.sm < sm and not arch_of(sm).exact)
 
 
 class Store(Protocol):
@@ -337,8 +337,8 @@ class Launcher:
         return tuple(int(function) for function, _, _ in (self._aligned, self._generic))
 
     def is_for(self, sm: int) -> bool:
-        """Whether it was built for this SM version."""
-        return self.target == Target(sm)
+        """Whether it is what is built for this SM version."""
+        return self.target == arch_of(sm).target
 
     def bound(self, sizes: Mapping[str, int]) -> Launcher:
         """The same kernel for a graph in which the symbols that `sizes` names are numbers."""

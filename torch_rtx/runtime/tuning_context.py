@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import replace
 from functools import cache, partial
@@ -26,7 +26,7 @@ from torch_rtx.runtime.tuner import TuningContext
 from torch_rtx.runtime.tuning_db import TuningDatabase, region_key
 from torch_rtx.settings import BEST, RuntimeSettings, runtime_cache_path
 from torch_rtx.tactics import Candidate, KernelTable
-from torch_rtx.targets import Target
+from torch_rtx.targets import arch_of
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def tactics_and_context(
     open_store = partial(_runtime_cache, gpu, device, settings)
     context = TuningContext(
         TuningDatabase(gpu.sm, COMPILE_CLIENT, open_store),
-        load=partial(_load, gpu),
+        load=partial(_load, gpu, open_store),
         jit=partial(load_tactics, table, graph, device, open_store=open_store),
         time=microseconds(device),
         background=BACKGROUND,
@@ -56,8 +56,11 @@ def tactics_and_context(
     return load_tactics(table, graph, device, jit=at_once, open_store=open_store), context
 
 
-def _load(gpu: Gpu, node: Node, candidate: Candidate) -> LoadedTactic:
-    return load(gpu, node, candidate.tactic, Target(gpu.sm), candidate.binaries)
+def _load(
+    gpu: Gpu, open_store: Callable[[], RuntimeCache | None], node: Node, candidate: Candidate
+) -> LoadedTactic:
+    target = arch_of(gpu.sm).target
+    return load(gpu, node, candidate.tactic, target, candidate.binaries, open_store() if target.ptx else None)
 
 
 def _runtime_cache(gpu: Gpu, device: torch.device, settings: RuntimeSettings) -> RuntimeCache | None:

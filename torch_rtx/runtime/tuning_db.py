@@ -21,7 +21,7 @@ from torch_rtx.ir import Graph
 from torch_rtx.runtime.bind import without_locations
 from torch_rtx.runtime.launch import Store
 from torch_rtx.tactics import Candidate, check_tactic, digest, read_tactic, write_tactic
-from torch_rtx.targets import Target
+from torch_rtx.targets import Target, arch_of
 
 log = logging.getLogger(__name__)
 Bodies = Mapping[str, tuple[Graph, int]]  # by name, with the rank of the first tactic to try
@@ -105,7 +105,7 @@ class TuningDatabase:
             if made is not None:
                 found[key] = made
             if self._store is not None and name_of(key) not in refused:
-                value = NEGATIVE_ENTRY if made is None else write_candidate(made, Target(self.sm))
+                value = NEGATIVE_ENTRY if made is None else write_candidate(made, arch_of(self.sm).target)
                 self._store.put(KERNEL, f"{key} {first}", value)
         return found
 
