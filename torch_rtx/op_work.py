@@ -34,7 +34,13 @@ PRODUCTS: Mapping[str, Operands] = {
     "aten._scaled_mm.default": Operands("self", "mat2", "bias"),
     "aten._addmm_activation.default": Operands("mat1", "mat2", "self"),
 }
-SDPA = "aten.scaled_dot_product_attention.default"
+# Operators that a kernel is built around, by the name of the family that has kernels for them: a kernel has one of them
+# at most, the rest of its operations come before and after. The word is TVM's.
+ANCHORS: Mapping[str, str] = {
+    **dict.fromkeys((f"aten.{op}.default" for op in ("mm", "addmm", "bmm", "baddbmm", "linear", "matmul")), "gemm"),
+    **dict.fromkeys((f"aten.{op}.default" for op in ("conv1d", "conv2d", "conv3d", "convolution")), "conv"),
+    "aten.scaled_dot_product_attention.default": "attention",
+}
 
 
 def flops(node: Node, size: Callable[[Dim], int]) -> int:

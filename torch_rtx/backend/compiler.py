@@ -17,13 +17,13 @@ from torch_rtx import aten
 from torch_rtx.backend.partition import check_ops, partition
 from torch_rtx.errors import LoweringError, RtxError, SettingsError
 from torch_rtx.ir import Graph, verify
-from torch_rtx.tactics import KernelTable
 from torch_rtx.lowering.from_fx import Role, from_fx
 from torch_rtx.lowering.location import Locations
 from torch_rtx.lowering.pipeline import PIPELINE, REQUIRED, lower
 from torch_rtx.lowering.support import unsupported_reason
 from torch_rtx.lowering.symbols import Symbols, main_device
 from torch_rtx.settings import CompilationSettings
+from torch_rtx.tactics import KernelTable
 from torch_rtx.targets import LATER
 
 log = logging.getLogger(__name__)

@@ -32,11 +32,11 @@ from torch_rtx.engine import DTYPES
 from torch_rtx.errors import CacheError, RtxError, Uncacheable
 from torch_rtx.ir import Attr, Graph, Loc, Node, Parameter, Value, Weight, attr_map, verify
 from torch_rtx.irparse import parse
-from torch_rtx.tactics import read_table, write_table
 from torch_rtx.lowering.from_fx import Role, is_fixed, python_call, unique_name
 from torch_rtx.lowering.location import Locations
 from torch_rtx.lowering.symbols import Symbols
 from torch_rtx.settings import CompilationSettings, cache_dir
+from torch_rtx.tactics import read_table, write_table
 
 log = logging.getLogger("torch_rtx.cache")
 

@@ -21,7 +21,6 @@ from torch_rtx import engine as engine_file
 from torch_rtx.engine import Engine
 from torch_rtx.errors import EngineFormatError, InvalidIR, RtxError
 from torch_rtx.ir import Parameter, TensorType
-from torch_rtx.tactics import KernelTable
 from torch_rtx.profiles import Shape, profiles_of, shapes
 from torch_rtx.runtime.overlap import Apart
 from torch_rtx.runtime.session import Session
@@ -30,6 +29,7 @@ from torch_rtx.runtime.streaming import stream
 from torch_rtx.runtime.tuning_context import tactics_and_context
 from torch_rtx.runtime.weights import WeightStore, match
 from torch_rtx.settings import RuntimeSettings
+from torch_rtx.tactics import KernelTable
 
 log = logging.getLogger(__name__)
 WeightSource = nn.Module | Mapping[str, torch.Tensor] | str | os.PathLike[str]

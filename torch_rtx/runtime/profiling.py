@@ -24,8 +24,8 @@ from torch_rtx.ir import Loc, Node
 from torch_rtx.runtime.check import bind_sizes
 from torch_rtx.runtime.clocks import Clock, clock_of, overhead
 from torch_rtx.runtime.code import Code
-from torch_rtx.runtime.node_cost import Cost, cost, is_view, operator, steps
 from torch_rtx.runtime.inline import inline_kernels, launched
+from torch_rtx.runtime.node_cost import Cost, cost, is_view, operator, steps
 from torch_rtx.runtime.profile_page import brief, digits, page
 from torch_rtx.runtime.session import Session, watched_calls
 

@@ -27,9 +27,9 @@ from torch_rtx.runtime.cudagraph import GraphPool, why_not
 from torch_rtx.runtime.launch import LoadedTactic
 from torch_rtx.runtime.plan import Memory
 from torch_rtx.runtime.specialize import Specializer
+from torch_rtx.runtime.stats import Stats, stats_of
 from torch_rtx.runtime.tuner import TuningContext
 from torch_rtx.runtime.variant import Variant
-from torch_rtx.runtime.stats import Stats, stats_of
 from torch_rtx.runtime.weights import WeightStore
 from torch_rtx.settings import RuntimeSettings
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from itertools import count
 from typing import Any
 
 import torch
@@ -196,16 +197,18 @@ class Tuner:
         """Measure what was not measured, as long as there is time, and use the fastest."""
         end = time.monotonic() + self.of.settings.tuning_seconds
         contests = {r.key: Contest(self, r) for r in regions if r.choice is None and not r.body.syms}
-        ranks = dict.fromkeys(contests, 0)
+        open_ = dict(contests)
         try:
-            while ranks and time.monotonic() < end:
-                wanted = {key: (contests[key].region.body, rank) for key, rank in ranks.items()}
-                made = self.context.database.candidates(wanted)
+            for rank in count():
+                wanted = {key: (one.region.body, rank) for key, one in open_.items() if rank not in one.ranks}
+                if not open_ or time.monotonic() >= end:
+                    break
+                made = self.context.database.candidates(wanted) if wanted else {}
                 for key, candidate in made.items():
                     self.context.background.step()
                     if time.monotonic() < end:
                         contests[key].measure(candidate)
-                ranks = {key: one.rank + 1 for key, one in made.items() if not contests[key].is_over}
+                open_ = {k: one for k, one in open_.items() if not one.is_over and (k in made or k not in wanted)}
         except KernelError as error:
             self.context.background.step()
             warn_once(f"nothing more is measured: {error}")
@@ -220,6 +223,7 @@ class Contest:
         times: microseconds, by the name of the tactic.
         early_starts: how many kernels of each tactic start early in a CUDA graph, see `launch_early`: here, none does.
         loaded: the candidates with their ranks.
+        ranks: those of all candidates that were tried.
     """
 
     def __init__(self, tuner: Tuner, region: Region) -> None:
@@ -227,6 +231,7 @@ class Contest:
         self.times: dict[str, float] = {}
         self.early_starts: dict[str, int] = {}
         self.loaded: dict[str, tuple[LoadedTactic, int]] = {}
+        self.ranks: set[int] = set()
         self._kinds: Counter[str] = Counter()
 
     @property
@@ -238,6 +243,9 @@ class Contest:
         """Check and time a candidate; with the first one, the tactic that the engine brought."""
         tuner, region, op = self.tuner, self.region, self.region.node.op
         kind = candidate.tactic.kind
+        if candidate.rank in self.ranks:
+            return
+        self.ranks.add(candidate.rank)
         self._kinds[kind] += 1
         try:
             tactic = tuner.context.load(region.node, candidate)

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from torch_rtx.errors import KernelError
-from torch_rtx.tactics import Variant
 from torch_rtx.lowering.kernels.dependent import WAIT, dependent
 from torch_rtx.lowering.kernels.turing import NoTensorCores, rewrite
+from torch_rtx.tactics import Variant
 from torch_rtx.targets import NEWEST, arch_of
 
 OLDEST = (3, 6)  # version of Triton
