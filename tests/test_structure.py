@@ -127,10 +127,11 @@ def test_public_names_are_documented(path: Path) -> None:
 
 
 def test_passes_are_one_file_each() -> None:
-    from torch_rtx.lowering.pipeline import PIPELINE
+    from torch_rtx.lowering.pipeline import PASSES, PIPELINE
 
     files = {path.stem for path in (PACKAGE / "lowering" / "passes").glob("*.py")} - {"__init__"}
-    assert files == set(PIPELINE)
+    assert files == set(PASSES)
+    assert len(PASSES) == len(PIPELINE)
 
 
 @pytest.mark.parametrize(
