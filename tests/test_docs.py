@@ -13,7 +13,7 @@ import torch_rtx
 from torch_rtx import settings
 from torch_rtx.ir import verify
 from torch_rtx.irparse import parse
-from torch_rtx.lowering.pipeline import PIPELINE, REQUIRED
+from torch_rtx.lowering.pipeline import PASSES, PIPELINE
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -37,13 +37,13 @@ def test_settings_name_passes_and_modes() -> None:
     text = (DOCS / "settings.md").read_text()
     named = re.search(r"`disabled_passes` can name are (.*?);", text, re.DOTALL)
     assert named is not None
-    assert re.findall(r"`(\w+)`", named[1]) == [name for name in PIPELINE if name not in REQUIRED]
+    assert re.findall(r"`(\w+)`", named[1]) == [step.name for step in PIPELINE if not step.required]
     assert all(f"`{mode}`" in text for mode in settings.MODES)
 
 
 def test_passes_table() -> None:
     rows = re.findall(r"^\| `(\w+)` \|", (DOCS / "architecture.md").read_text(), re.MULTILINE)
-    assert rows == list(PIPELINE)
+    assert rows == list(PASSES)
 
 
 def test_ir_example() -> None:

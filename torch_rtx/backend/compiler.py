@@ -19,7 +19,7 @@ from torch_rtx.errors import LoweringError, RtxError, SettingsError
 from torch_rtx.ir import Graph, verify
 from torch_rtx.lowering.from_fx import Role, from_fx
 from torch_rtx.lowering.location import Locations
-from torch_rtx.lowering.pipeline import PIPELINE, REQUIRED, lower
+from torch_rtx.lowering.pipeline import PASSES, lower
 from torch_rtx.lowering.support import unsupported_reason
 from torch_rtx.lowering.symbols import Symbols, main_device
 from torch_rtx.settings import CompilationSettings
@@ -80,11 +80,12 @@ def check_settings(settings: CompilationSettings) -> None:
     """Raises SettingsError for operators that do not exist, and for passes that do not, or that no engine can do
     without."""
     check_ops(settings)
-    unknown, required = settings.disabled_passes - PIPELINE.keys(), settings.disabled_passes & REQUIRED
+    unknown = settings.disabled_passes - PASSES.keys()
+    required = {name for name in settings.disabled_passes - unknown if PASSES[name].required}
     if unknown or required:
         names = ", ".join(sorted(unknown or required))
         problem = f"unknown passes {names}" if unknown else f"{names} can't be disabled"
-        raise SettingsError(f"disabled_passes: {problem}", hint=f"the passes are {', '.join(PIPELINE)}")
+        raise SettingsError(f"disabled_passes: {problem}", hint=f"the passes are {', '.join(PASSES)}")
 
 
 def compile_fx(
