@@ -121,8 +121,8 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """The header of an intact file. `tensors` has the keys of the file; the graph is text, the tactics of its kernels are
-    JSON (None: there are none; `kernels` and `splits` are those of formats 2 to 4), and none of these was checked."""
+    """The header of an intact file. `tensors` has the keys of the file; the graph is text, the tactics of its kernels
+    are JSON (None: there are none; `kernels` and `splits`: those of formats 2 to 4), and none of these was checked."""
 
     manifest: Manifest
     graph_text: str

@@ -327,8 +327,8 @@ def read_body(value: Any) -> Graph:
 
 
 def read_launch(value: Any, syms: Mapping[str, Sym]) -> Launch:
-    """A launch from JSON; see `read_tactic`."""
-    given = {item.name: exactly(dict)(value)[item.name] for item in fields(Launch)}  # others may come with later formats
+    """A launch from JSON, see `read_tactic`; fields that are not known yet are ignored, as in the manifest."""
+    given = {item.name: exactly(dict)(value)[item.name] for item in fields(Launch)}
     x, y, z = (_dim(text, syms) for text in exactly(list)(given["grid"]))
     return Launch(
         tuple(_dim(text, syms) for text in exactly(list)(given["scalars"])),

@@ -11,16 +11,14 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
 
-import torch
-
-from torch_rtx.backend.compiler import Program
+from torch_rtx.backend.compiler import Program, named_targets
 from torch_rtx.errors import InvalidIR, LoweringError, Unsupported
 from torch_rtx.ir import Graph, Node, TensorType, kernel_nodes
 from torch_rtx.lowering.kernels.build import Binaries, Progress, build
 from torch_rtx.lowering.kernels.generate import Form, forms
 from torch_rtx.settings import CompilationSettings
 from torch_rtx.tactics import OWN, KernelTable, Launch, Tactics, check, fastest_first
-from torch_rtx.targets import LATER, Option, Target, by_age, is_explicit, parse_targets, usable
+from torch_rtx.targets import LATER, Option, Target, by_age, is_explicit, usable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -120,15 +118,6 @@ def targets_for(option: Option, graph: Graph) -> tuple[Target, ...]:
     return kept
 
 
-def named_targets(option: Option) -> tuple[Target, ...]:
-    """The targets that the option `targets` names on this machine.
-
-    Raises:
-        SettingsError: an unknown target, or "current" without a GPU.
-    """
-    return parse_targets(option, torch.cuda.get_device_capability() if torch.cuda.is_available() else None)
-
-
 def _dtypes(graph: Graph) -> Iterator[tuple[str, str]]:
     """Op and dtype of everything that kernels read, compute and write."""
     for node in kernel_nodes(graph):
@@ -136,6 +125,15 @@ def _dtypes(graph: Graph) -> Iterator[tuple[str, str]]:
             for value in (*inner.inputs, *inner.outputs):
                 if value is not None and isinstance(value.type, TensorType):
                     yield inner.op, value.type.dtype
+
+
+def generated(node: Node, target: Target) -> list[Form]:
+    """The forms of a kernel node on a target; none where no kernel computes it."""
+    assert node.body is not None
+    try:
+        return forms(node.body, node.op, target.arch)
+    except Unsupported:
+        return []
 
 
 def build_kernels(
@@ -184,16 +182,8 @@ def build_kernels(
     except InvalidIR as error:
         raise LoweringError(f"the kernels do not fit the graph: {error}") from error
     reports = tuple(_report(op, name, launch, targets, made) for launch, (op, name, targets) in kept.items())
-    return made, BuildReport(reports, tuple(missing), sum(map(len, made.binaries.values())), time.perf_counter() - start)
-
-
-def generated(node: Node, target: Target) -> list[Form]:
-    """The forms of a kernel node on a target; none where no kernel computes it."""
-    assert node.body is not None
-    try:
-        return forms(node.body, node.op, target.arch)
-    except Unsupported:
-        return []
+    nbytes = sum(map(len, made.binaries.values()))
+    return made, BuildReport(reports, tuple(missing), nbytes, time.perf_counter() - start)
 
 
 def _may_be_fastest(found: list[Form]) -> list[Form]:

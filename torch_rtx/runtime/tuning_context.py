@@ -56,9 +56,7 @@ def tactics_and_context(
     return load_tactics(table, graph, device, jit=at_once, open_store=open_store), context
 
 
-def _load(
-    gpu: Gpu, open_store: Callable[[], RuntimeCache | None], node: Node, candidate: Candidate
-) -> LoadedTactic:
+def _load(gpu: Gpu, open_store: Callable[[], RuntimeCache | None], node: Node, candidate: Candidate) -> LoadedTactic:
     target = arch_of(gpu.sm).target
     return load(gpu, node, candidate.tactic, target, candidate.binaries, open_store() if target.ptx else None)
 

@@ -17,7 +17,9 @@ Partial = Callable[[Calls, Node, int], tuple[Value, ...]]  # the partial results
 Finish = Callable[[Calls, Node, tuple[Value, ...]], Value]  # from these the whole result, in f32
 
 
-def split_anchor(body: Graph, name: str, anchor: Node, parts: int, partial: Partial, finish: Finish, last: str) -> Graph:
+def split_anchor(
+    body: Graph, name: str, anchor: Node, parts: int, partial: Partial, finish: Finish, last: str
+) -> Graph:
     """`body`, of the kernel `name`, with its anchor cut in `parts`, which must divide what is cut.
 
     Args:

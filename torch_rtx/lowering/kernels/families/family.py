@@ -1,4 +1,4 @@
-"""What a family of kernels says of the regions that it is for: which ways there are to run one, and how long each takes.
+"""What a family of kernels says of the regions that it is for: the ways to run one, and how long each takes.
 
 A family is all that knows how many ways there are: builds, tuning and the runtime take its tactics one by one.
 """

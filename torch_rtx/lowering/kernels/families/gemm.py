@@ -176,6 +176,7 @@ def _product_sum(calls: Calls, anchor: Node, partials: tuple[Value, ...]) -> Val
 
 # ---- library calls ---------------------------------------------------------------------------------------------------
 
+
 def _others(region: Region, name: str, arch: Arch, us: float) -> Iterator[Offer]:
     parts, split_us = best_parts(region, gemm_product(region), arch)
     yield from splits(gemm_split, region.body, name, parts, split_us * MODEL_ERROR, us)
@@ -197,8 +198,8 @@ def _starts_at_16_bytes(anchor: Node) -> bool:
 
 
 def _with_activation(body: Graph) -> Graph | None:
-    """`body` as one call of cuBLASLt (`aten._addmm_activation`), where it is a product in half precision with a bias and
-    a ReLU or tanh GELU."""
+    """`body` as one call of cuBLASLt (`aten._addmm_activation`), where it is a product in half precision with a bias
+    and a ReLU or tanh GELU."""
     *before, anchor, last = flat(body) if len(body.nodes) > 1 else body.nodes * 2
     is_gelu = last.op == "aten.gelu.default" and last.arg("approximate") == "tanh"
     if anchor.op not in OPS or not (is_gelu or last.op == "aten.relu.default") or last.inputs != anchor.outputs:
