@@ -25,7 +25,7 @@ from torch_rtx.runtime.job import Tools
 from torch_rtx.runtime.knowledge import Knowledge, region_key
 from torch_rtx.runtime.launch import Gpu, Launcher, Way, gpu_of, launchers
 from torch_rtx.runtime.trial import microseconds
-from torch_rtx.settings import RuntimeSettings, runtime_cache_path
+from torch_rtx.settings import RuntimeSettings, opens_stages, runtime_cache_path
 from torch_rtx.targets import Target
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ def _load(gpu: Gpu, op: str, candidate: Candidate, pointers: int) -> Launcher:
 
 
 def _runtime_cache(gpu: Gpu, device: torch.device, settings: RuntimeSettings) -> RuntimeCache | None:
-    path = runtime_cache_path(settings)
+    path = None if opens_stages(settings) else runtime_cache_path(settings)
     return None if path is None else _open(path, settings.runtime_cache_size, device_key(gpu, device))
 
 

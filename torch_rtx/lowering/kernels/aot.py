@@ -14,13 +14,15 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 
 from torch_rtx.ir import Dim, Expr, Sym
+from torch_rtx.lowering.kernels.artefacts import Artefacts
 from torch_rtx.lowering.kernels.kernel import Kernel
-from torch_rtx.lowering.kernels.toolchain import Code, Job, lower
+from torch_rtx.lowering.kernels.toolchain import Code, Job, disassemble, lower, lower_to_ttir
 from torch_rtx.lowering.kernels.turing import NoTensorCores
 from torch_rtx.targets import ALIGNMENT, BLOCK_REGISTERS, Target, lacks
 
 MAX_SPILLS = 128  # bytes of spill stores per thread; up to this much costs less than a smaller tile
 Wanted = tuple[Kernel, Target]
+NONE = Artefacts()
 
 
 @dataclass(frozen=True)
@@ -48,27 +50,39 @@ class Built:
 
 
 def compile_kernels(
-    wanted: Iterable[Wanted], workers: int | None = None, progress: Callable[[int, int], object] | None = None
+    wanted: Iterable[Wanted],
+    workers: int | None = None,
+    progress: Callable[[int, int], object] | None = None,
+    artefacts: Mapping[Wanted, Artefacts] | None = None,
 ) -> dict[Wanted, Built]:
     """Compile kernels, each for a target. Equal code is compiled once, also over several calls in one process.
 
     Args:
         workers: threads; None: one per core. Triton gives the interpreter free, and ptxas is a process of its own.
         progress: called in this thread with how many compilations are done and how many there are.
+        artefacts: where the stages of kernels are written, and what overrides them. Both happen whether code is
+            compiled here or was kept by this process.
 
     Raises:
-        KernelError: Triton can't be used, or it or ptxas refuses a kernel. That a kernel does not fit is a result.
+        KernelError: Triton can't be used, it or ptxas refuses a kernel, or an override can't be read. That a kernel
+            does not fit is a result.
     """
     pairs = list(dict.fromkeys(wanted))
+    files = artefacts or {}
     targets: dict[Kernel, list[Target]] = {}
     for kernel, target in pairs:
         targets.setdefault(kernel, []).append(target)
     jobs = {
-        (kernel, target): _jobs(kernel, _code_sm(kernel, target, targets[kernel]))
+        (kernel, target): _jobs(kernel, _code_sm(kernel, target, targets[kernel]), files.get((kernel, target), NONE))
         for kernel, target in pairs
         if not any(lacks(target, dtype) for dtype in kernel.pointers)
     }
+    shown = [pair for pair in jobs if pair in files]
+    for pair in shown:  # also if a compiler refuses it
+        files[pair].write("py", jobs[pair][0].source)
     done = _run(dict.fromkeys(job for both in jobs.values() for job in both), workers, progress)
+    for pair in shown:
+        _write(files[pair], jobs[pair], done)
     return {pair: _built(*pair, [done[job] for job in jobs.get(pair, ())]) for pair in pairs}
 
 
@@ -109,14 +123,34 @@ def _code_sm(kernel: Kernel, target: Target, targets: Iterable[Target]) -> int:
     return min(sm for sm in of_generation if not any(lacks(Target(sm), dtype) for dtype in kernel.pointers))
 
 
-def _jobs(kernel: Kernel, sm: int) -> tuple[Job, ...]:
-    """The job of the aligned case, and that of the generic one if there is such a case."""
+def _jobs(kernel: Kernel, sm: int, artefacts: Artefacts) -> tuple[Job, ...]:
+    """The job of the aligned case, and that of the generic one if there is such a case, with their overrides."""
     always = tuple(multiple(dim) % ALIGNMENT == 0 for dim in kernel.scalars)
     cases = dict.fromkeys(((True,) * len(always), always))
     wide, warps, stages = kernel.wide, kernel.num_warps, kernel.num_stages
+    edited = artefacts.read("py")
+    source = kernel.source if edited is None else edited
     return tuple(
-        Job(kernel.name, kernel.source, kernel.pointers, case, wide, warps, stages, sm, kernel.early) for case in cases
+        Job(kernel.name, source, kernel.pointers, case, wide, warps, stages, sm, kernel.early, *texts)
+        for case, texts in zip(cases, ((a.read("ttir"), a.read("ptx")) for a in _cases(artefacts)), strict=False)
     )
+
+
+def _cases(artefacts: Artefacts) -> tuple[Artefacts, Artefacts]:
+    """The files of the aligned case and of the generic one."""
+    return artefacts, artefacts.of("generic")
+
+
+def _write(artefacts: Artefacts, jobs: Iterable[Job], done: Mapping[Job, Code | NoTensorCores]) -> None:
+    """Write the stages that came after the source."""
+    for job, files in zip(jobs, _cases(artefacts), strict=False):
+        code = done[job]
+        files.write("ttir", lower_to_ttir(job))
+        if isinstance(code, Code):
+            files.write("ptx", code.ptx.decode())
+            sass = disassemble(code.cubin)
+            if sass is not None:
+                files.write("sass", sass)
 
 
 def multiple(dim: Dim) -> int:

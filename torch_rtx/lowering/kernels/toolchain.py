@@ -9,6 +9,7 @@ one command line, equal sources give equal bytes, in any process.
 from __future__ import annotations
 
 import linecache
+import logging
 import re
 import subprocess
 import tempfile
@@ -27,6 +28,7 @@ from torch_rtx.lowering.kernels.dependent import WAIT, dependent
 from torch_rtx.lowering.kernels.turing import NoTensorCores, rewrite
 from torch_rtx.targets import BLACKWELL, HOPPER, Target
 
+log = logging.getLogger(__name__)
 OLDEST = (3, 6)  # version of Triton
 SOUND = (12, 9)  # version of ptxas, see `_assembler`
 PTX_VERSION = 80  # of sm_75, 80 and 86: drivers of CUDA 12.0 and later take it
@@ -50,6 +52,7 @@ class Job:
         wide: the scalars are 64 bit.
         sm: SM version.
         early: see `Kernel`.
+        ttir, ptx: texts that take the place of what Triton makes of `source`; None: there are none.
     """
 
     name: str
@@ -61,6 +64,8 @@ class Job:
     num_stages: int
     sm: int
     early: bool = False
+    ttir: str | None = None
+    ptx: str | None = None
 
 
 @dataclass(frozen=True)
@@ -162,8 +167,8 @@ def lower(job: Job) -> Code:
     triton = _triton()
     try:
         with _no_line_info(triton):
-            ttir = _ttir(replace(job, sm=job.sm if any(p.startswith("f8") for p in job.pointers) else 80))
-            ptx, metadata = _ptx(triton, job, ttir)
+            generated, metadata = _ptx(triton, job, lower_to_ttir(job))
+        ptx = generated if job.ptx is None else job.ptx
         cubin, registers, spills, stack = _ptxas(triton, job, ptx)
     except (KernelError, NoTensorCores):
         raise
@@ -174,6 +179,18 @@ def lower(job: Job) -> Code:
         raise _error(job, "the launcher", "the kernel needs scratch memory, which launches do not give it")
     warps = metadata.get("num_warps", job.num_warps)  # warp specialization changes it
     return Code(ptx.encode(), cubin, metadata["name"], warps, metadata["shared"], registers, spills, stack)
+
+
+def lower_to_ttir(job: Job) -> str:
+    """The TTIR of a job: its own, else what Triton makes of its source, which is kept with what `lower` keeps.
+
+    Raises:
+        KernelError: Triton refuses the source.
+    """
+    if job.ttir is not None:
+        return job.ttir
+    any_sm = job.sm if any(dtype.startswith("f8") for dtype in job.pointers) else 80
+    return _ttir(replace(job, sm=any_sm, ptx=None))
 
 
 @lru_cache(maxsize=KEPT)
@@ -281,6 +298,27 @@ def _ptxas(triton: _Triton, job: Job, ptx: str) -> tuple[bytes, int, int, int]:
     if registers is None or frame is None:
         raise _error(job, "ptxas", f"it does not say what the kernel uses: {result.stderr}")
     return cubin, int(registers[1]), int(frame[2]), int(frame[1])
+
+
+def disassemble(cubin: bytes) -> str | None:
+    """The SASS of a binary, by the nvdisasm that Triton brings; None, logged once, where there is none."""
+    tool = _disassembler()
+    if tool is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "kernel.cubin").write_bytes(cubin)
+        command = [tool, "-c", "kernel.cubin"]
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    return result.stdout if result.returncode == 0 else result.stderr
+
+
+@cache
+def _disassembler() -> str | None:
+    try:
+        return str(import_module("triton").knobs.nvidia.nvdisasm.path)
+    except (AttributeError, RuntimeError) as error:
+        log.info("kernels are not disassembled: Triton brings no nvdisasm: %s", error)
+        return None
 
 
 def _assembler(triton: _Triton, sm: int) -> Any:
