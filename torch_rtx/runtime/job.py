@@ -262,7 +262,7 @@ class Rivals:
     """The ways to run one region, measured against each other.
 
     Attributes:
-        early: how many of the kernels of each way start early in a CUDA graph, see `launch_early`: here, none does.
+        early: how many kernels of each way use PDL in a CUDA graph, see `use_programmatic_edges`; here, none does.
     """
 
     def __init__(self, job: Job, region: Region) -> None:
