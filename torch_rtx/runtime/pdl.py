@@ -55,8 +55,8 @@ def use_programmatic_edges(cuda: Any, graph: torch.cuda.CUDAGraph, kernels: Mapp
 
 
 def _make_programmatic(cuda: Any, graph: Any, one: Any, other: Any) -> bool:
-    """Make the edge between two kernels programmatic. False if it stays as it is: it has edge data already, or the graph
-    allocates memory, and the driver removes no edges of such graphs."""
+    """Make the edge between two kernels programmatic. False if it stays as it is: it has edge data already, or the
+    graph allocates memory, and the driver removes no edges of such graphs."""
     remove, add = _newest(cuda, "cuGraphRemoveDependencies"), _newest(cuda, "cuGraphAddDependencies")
     plain, programmatic = cuda.CUgraphEdgeData(), cuda.CUgraphEdgeData()
     programmatic.from_port = _PROGRAMMATIC_PORT
