@@ -30,17 +30,15 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from torch_rtx import kerneltable
+from torch_rtx import tactics
 from torch_rtx.errors import EngineFormatError, InvalidIR, RtxError
 from torch_rtx.ir import UPDATES, Graph, Node, Parameter, verify
 from torch_rtx.irparse import parse
-from torch_rtx.kerneltable import KernelTable
 from torch_rtx.manifest import (
     FORMAT_VERSION,
-    KERNEL_READER,
     PLAIN_READER,
     PROFILE_READER,
-    SPLIT_READER,
+    TACTIC_READER,
     UPDATE_READER,
     Json,
     Manifest,
@@ -48,6 +46,8 @@ from torch_rtx.manifest import (
 )
 from torch_rtx.optable import ALLOWED
 from torch_rtx.profiles import Shape, check_profiles, profiles_of, shapes, shapes_text
+from torch_rtx.tactics import KernelTable
+from torch_rtx.tactics_v4 import read_table_v4
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -121,14 +121,15 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """The header of an intact file. `tensors` has the keys of the file; the graph is text, the launches of its kernels
-    and their split bodies are JSON (None: there are none), and none of these was checked."""
+    """The header of an intact file. `tensors` has the keys of the file; the graph is text, the tactics of its kernels
+    are JSON (None: there are none; `kernels` and `splits`: those of formats 2 to 4), and none of these was checked."""
 
     manifest: Manifest
     graph_text: str
     tensors: Mapping[str, TensorInfo]
     data_digest: str
     file_bytes: int
+    tactics: Json = None
     kernels: Json = None
     splits: Json = None
 
@@ -152,7 +153,7 @@ def save(engine: Engine, path: Path) -> None:
 
     text = str(engine.graph)
     _parsed(text)
-    kerneltable.check(engine.kernels, engine.graph)
+    tactics.check(engine.kernels, engine.graph)
     check_profiles(engine.graph, engine.manifest.profiles)
     tensors = dict(_tensors_to_save(engine))
     manifest = replace(
@@ -163,8 +164,7 @@ def save(engine: Engine, path: Path) -> None:
         digests={**engine.manifest.digests, "graph": hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()},
     )
     digests = dict.fromkeys(("header_digest", "data_digest"), ZEROS.decode())
-    table = {"kernels": kerneltable.write_launches(engine.kernels)} if engine.kernels else {}
-    table |= {"splits": kerneltable.write_splits(engine.kernels)} if engine.kernels.splits else {}
+    table = {"tactics": tactics.write_table(engine.kernels)} if engine.kernels else {}
     metadata = json.dumps({**digests, "manifest": asdict(manifest), "graph": text, **table}, separators=(",", ":"))
     read_manifest(json.loads(metadata)["manifest"])
     target = os.path.realpath(path)
@@ -189,15 +189,15 @@ def save(engine: Engine, path: Path) -> None:
 
 
 def _oldest_reader(engine: Engine) -> int:
-    """Older readers do not allow updates, do not know split bodies and typical values, and take calls between the
-    profiles of one that has several."""
+    """Older readers do not know tactics, updates and typical values, and take calls between the profiles of an engine
+    that has several."""
+    if engine.kernels:
+        return TACTIC_READER
     if any(node.op in UPDATES for node in engine.graph.nodes):
         return UPDATE_READER
-    if engine.kernels.splits:
-        return SPLIT_READER
     if len(engine.manifest.profiles) > 1 or any(sym.typical is not None for sym in engine.graph.syms.values()):
         return PROFILE_READER
-    return KERNEL_READER if engine.kernels else PLAIN_READER
+    return PLAIN_READER
 
 
 def _tensors_to_save(engine: Engine) -> Iterator[tuple[str, Tensor]]:
@@ -294,7 +294,7 @@ def load(path: Path) -> Engine:
             kind, _, name = key.partition("/")
             parts[kind][name] = tensor.clone() if kind == "constant" else tensor
         binaries = {name: tensor.numpy().tobytes() for name, tensor in parts["kernel"].items()}
-        wrong = [name for name, stored in binaries.items() if kerneltable.digest(stored) != name]
+        wrong = [name for name, stored in binaries.items() if tactics.digest(stored) != name]
         if wrong:
             raise EngineFormatError(f"kernel/{wrong[0]} is not the binary that its name says")
     weights = None if header.manifest.stripped else parts["weight"]
@@ -344,7 +344,8 @@ def _header(file: BufferedIOBase) -> Header:
     tensors, end = _tensor_table(outer)
     if 8 + count + end != size:
         raise EngineFormatError(f"the file has {size} bytes, its header speaks of {8 + count + end}")
-    return Header(manifest, text, tensors, match[2].decode(), size, inner.get("kernels"), inner.get("splits"))
+    table = (inner.get(name) for name in ("tactics", "kernels", "splits"))
+    return Header(manifest, text, tensors, match[2].decode(), size, *table)
 
 
 def _unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
@@ -417,7 +418,7 @@ def _parsed(text: str) -> Graph:
 
 def _check_names(keys: set[str], graph: Graph, stripped: bool, table: KernelTable, error: type[RtxError]) -> None:
     wanted = {_key(parameter) for parameter in graph.parameters if parameter.constant or not stripped}
-    wanted |= {f"kernel/{name}" for name in kerneltable.digests(table.launches)}
+    wanted |= {f"kernel/{name}" for name in tactics.digests(table)}
     if keys != wanted:
         missing, extra = ", ".join(sorted(wanted - keys)), ", ".join(sorted(keys - wanted))
         raise error(f"the tensors do not fit the graph; missing: {missing or 'none'}; unexpected: {extra or 'none'}")
@@ -431,8 +432,10 @@ def _program(header: Header) -> tuple[Graph, KernelTable]:
         raise
     except RtxError as error:
         raise EngineFormatError(str(error)) from None
-    launches, splits = ({} if part is None else part for part in (header.kernels, header.splits))
-    table = kerneltable.read_table(launches, splits, graph)
+    if header.tactics is None:
+        table = read_table_v4(header.kernels, header.splits, graph)
+    else:
+        table = tactics.read_table(header.tactics, graph)
     check_profiles(graph, header.manifest.profiles)
     _check_names(set(header.tensors), graph, header.manifest.stripped, table, EngineFormatError)
     for parameter in graph.parameters:
@@ -468,6 +471,7 @@ class Inspection:
         engine_bytes: the size of the file without weights.
         weight_bytes: the size of all weights, be they in the file or not.
         kernels: per target, how many kernels are compiled for it and the size of their binaries, which targets share.
+        tactics: per target, how many kernel nodes have a tactic of each kind that is expected to be the fastest.
         profiles: of each optimization profile the shape of each input: sizes that are numbers, and ranges.
     """
 
@@ -479,6 +483,7 @@ class Inspection:
     weight_bytes: int
     graph_text: str
     kernels: Mapping[str, tuple[int, int]]
+    tactics: Mapping[str, Mapping[str, int]]
     profiles: tuple[Mapping[str, Shape], ...] = ()
 
     def __str__(self) -> str:
@@ -493,7 +498,10 @@ class Inspection:
             "nodes: " + (", ".join(f"{count} {kind}" for kind, count in self.kinds.items()) or "none"),
             *(f"  {count:>6} {op}" for op, count in self.ops.items()),
             "kernels: " + ("none" if not self.kernels else "compiled for"),
-            *(f"  {target}: {count}, {_size(size)}" for target, (count, size) in self.kernels.items()),
+            *(
+                f"  {target}: {count}, {_size(size)}; fastest by expectation: {_counts(self.tactics[target])}"
+                for target, (count, size) in self.kernels.items()
+            ),
             f"parameters: {len(self.parameters)}",
         ]
         for info in self.parameters:
@@ -525,11 +533,14 @@ def inspect(path: Path) -> Inspection:
         header.file_bytes - stored,
         sum(info.nbytes for info in parameters if not info.constant),
         header.graph_text,
-        kerneltable.bytes_of(
-            table.launches, {key.removeprefix("kernel/"): i.nbytes for key, i in header.tensors.items()}
-        ),
+        tactics.bytes_of(table, {key.removeprefix("kernel/"): i.nbytes for key, i in header.tensors.items()}),
+        tactics.kinds_of(table),
         tuple(shapes(graph, profile) for profile in profiles_of(graph, header.manifest.profiles)),
     )
+
+
+def _counts(kinds: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in kinds.items())
 
 
 def _size(count: float) -> str:

@@ -17,10 +17,10 @@ from torch_rtx.profiles import Profile, read_profiles
 #   2: kernels
 #   3: typical values of symbols, profiles
 #   4: updates in place, split bodies of kernels
-FORMAT_VERSION = 4
-# The oldest readers: of files without kernels, with kernels, with several profiles or typical values, with updates or
-# split bodies.
-PLAIN_READER, KERNEL_READER, PROFILE_READER, UPDATE_READER, SPLIT_READER = 1, 2, 3, 4, 4
+#   5: tactics in place of launches and split bodies
+FORMAT_VERSION = 5
+# The oldest readers of files without kernels, with several profiles or typical values, with updates, with kernels.
+PLAIN_READER, PROFILE_READER, UPDATE_READER, TACTIC_READER = 1, 3, 4, 5
 OLDEST_READABLE = 1
 
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]

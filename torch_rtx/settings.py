@@ -19,7 +19,8 @@ from torch_rtx.errors import SettingsError
 from torch_rtx.targets import LATER, parse_targets
 
 STRATEGIES = ("lazy", "eager", "none")
-TACTICS = ("best", "generated", "split", "library", "calls")
+BEST, CALLS = "best", "calls"
+KINDS = re.compile(r"[a-z][a-z0-9_]*(,[a-z][a-z0-9_]*)*")  # names of tactics' kinds
 CUDA_GRAPH_STRATEGIES = ("whole_graph_capture", "disabled")
 # What torch.compile's `mode=` means here. CUDA graphs are used in any case, so that two of the four agree.
 MODES: dict[str, dict[str, object]] = {
@@ -193,11 +194,11 @@ class RuntimeSettings(_Checked):
         "Replay the whole module as one CUDA graph per input shape, or never.",
     )
     tactics: str = _option(
-        "best",
-        " or ".join(map(repr, TACTICS)),
-        lambda v: v in TACTICS,
-        "Which of an engine's kernels run: the best, all, all in their split form where there is one, all but "
-        "those with a library call as a rival, or none.",
+        BEST,
+        "'best', 'calls' or kinds such as 'kernel', 'split', 'library', separated by commas",
+        lambda v: isinstance(v, str) and KINDS.fullmatch(v) is not None,
+        "Which tactic runs each kernel node: the fastest, or the fastest of these kinds where the node has one; "
+        "'calls': all operations are called one by one.",
     )
     specialization_strategy: str = _option(
         "lazy",

@@ -17,14 +17,14 @@ from torch_rtx import aten
 from torch_rtx.backend.partition import check_ops, partition
 from torch_rtx.errors import LoweringError, RtxError, SettingsError
 from torch_rtx.ir import Graph, verify
-from torch_rtx.kerneltable import KernelTable
 from torch_rtx.lowering.from_fx import Role, from_fx
 from torch_rtx.lowering.location import Locations
 from torch_rtx.lowering.pipeline import PASSES, lower
 from torch_rtx.lowering.support import unsupported_reason
 from torch_rtx.lowering.symbols import Symbols, main_device
 from torch_rtx.settings import CompilationSettings
-from torch_rtx.targets import LATER
+from torch_rtx.tactics import KernelTable
+from torch_rtx.targets import LATER, PORTABLE, Option, Target, parse_targets
 
 log = logging.getLogger(__name__)
 REPRODUCTION = """\"\"\"Runs the pipeline on the graph that failed: python reproduce.py\"\"\"
@@ -33,10 +33,11 @@ from pathlib import Path
 from torch_rtx.irparse import parse
 from torch_rtx.lowering.pipeline import lower
 from torch_rtx.settings import CompilationSettings
+from torch_rtx.targets import parse_targets
 
 text = (Path(__file__).parent / "00_import.rtxir").read_text()
 settings = CompilationSettings(disabled_passes={disabled!r}, copy_weights={copy_weights!r})
-print(lower(parse(text), settings, kernels={kernels!r})[0])
+print(lower(parse(text), settings, targets=parse_targets({targets!r}))[0])
 """
 
 
@@ -110,6 +111,7 @@ def compile_fx(
     start = time.perf_counter()
     check_settings(settings)
     device = device_of(gm)
+    targets = formed_for(settings, device)
     if settings.targets not in (None, LATER) and device.type != "cuda":
         log.warning("targets has no effect: the model is captured for the %s, which runs no kernels", device.type)
     symbols = Symbols(device, ranges, typical)
@@ -124,7 +126,7 @@ def compile_fx(
         imported = from_fx(gm, roles, parts.fallbacks, symbols, writes)
         graph = imported.graph
         verify(graph, aten.ALLOWED)
-        lowered, _ = lower(graph, settings, folder, _has_kernels(settings, device))
+        lowered, _ = lower(graph, settings, folder, targets)
     except Exception as error:
         raise _bug(error, gm, graph, settings, folder) from error
     seconds = time.perf_counter() - start
@@ -139,8 +141,25 @@ def log_fallbacks(fallbacks: Mapping[fx.Node, str]) -> None:
         log.info("fallback: %s: %s", node.target, why)
 
 
-def _has_kernels(settings: CompilationSettings, device: torch.device) -> bool:
-    return settings.targets is not None and device.type == "cuda"
+def named_targets(option: Option) -> tuple[Target, ...]:
+    """The targets that the option `targets` names on this machine.
+
+    Raises:
+        SettingsError: an unknown target, or "current" without a GPU.
+    """
+    return parse_targets(option, torch.cuda.get_device_capability() if torch.cuda.is_available() else None)
+
+
+def formed_for(settings: CompilationSettings, device: torch.device) -> tuple[Target, ...]:
+    """What the kernels of an engine are formed for; none: it has no kernels. Those that are compiled where the engine
+    runs may be for any of the portable targets.
+
+    Raises:
+        SettingsError: see `named_targets`.
+    """
+    if settings.targets is None or device.type != "cuda":
+        return ()
+    return PORTABLE if settings.targets == LATER else named_targets(settings.targets)
 
 
 def device_of(gm: fx.GraphModule) -> torch.device:
@@ -167,7 +186,7 @@ def _reproduction(settings: CompilationSettings, device: torch.device) -> str:
     return REPRODUCTION.format(
         disabled=sorted(settings.disabled_passes),
         copy_weights=settings.copy_weights,
-        kernels=_has_kernels(settings, device),
+        targets=[str(target) for target in formed_for(settings, device)] or LATER,
     )
 
 

@@ -27,7 +27,7 @@ from torch_rtx.errors import PartitionError, SettingsError
 from torch_rtx.lowering.from_fx import Role, is_fixed
 from torch_rtx.lowering.location import module_path
 from torch_rtx.runtime.session import Session
-from torch_rtx.runtime.tools import kernels_and_tools
+from torch_rtx.runtime.tuning_context import tactics_and_context
 from torch_rtx.runtime.weights import WeightStore
 from torch_rtx.settings import CompilationSettings, RuntimeSettings, from_options
 
@@ -132,9 +132,9 @@ def _bind(
     store = WeightStore(program.graph, program.device, program.constants)
     # The fallbacks come from a model of this process, not from a file: there is nobody to distrust.
     called = frozenset(node.op for node in program.graph.nodes if node.kind == "fallback")
-    kernels, tools = kernels_and_tools(program.kernels, program.graph, program.device, runtime)
-    given = program.callables, called, kernels
-    template = Session(program.graph, store, runtime, *given, tools=tools, shares_memory=True, guarded=True)
+    tactics, context = tactics_and_context(program.kernels, program.graph, program.device, runtime)
+    given = program.callables, called, tactics
+    template = Session(program.graph, store, runtime, *given, context=context, shares_memory=True, guarded=True)
     program.dump("run.py", template.source)
     sessions = _Sessions(template)
     used = {parameter.name for parameter in store.parameters}

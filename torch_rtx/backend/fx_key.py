@@ -29,7 +29,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 import torch_rtx
-from torch_rtx.backend.kernels import named_targets
+from torch_rtx.backend.compiler import named_targets
 from torch_rtx.cache.key import Key, Part, digest
 from torch_rtx.errors import Uncacheable
 from torch_rtx.ir import Sym

@@ -56,11 +56,12 @@ def run(text: str, passes: Iterable[str], check: Verify = Verify.EACH) -> str:
     from torch_rtx.lowering.infer import Inference
     from torch_rtx.lowering.pipeline import PASSES, Context
     from torch_rtx.settings import CompilationSettings
+    from torch_rtx.targets import PORTABLE
 
     unknown = [name for name in passes if name not in PASSES]
     if unknown:
         raise SettingsError(f"unknown passes {', '.join(unknown)}", hint=f"the passes are {', '.join(PASSES)}")
-    graph, infer, context = parse(text), Inference(), Context(CompilationSettings(), kernels=True)
+    graph, infer, context = parse(text), Inference(), Context(CompilationSettings(), PORTABLE)
     if check != Verify.NONE:
         verify(graph, aten.ALLOWED)
     for name in passes:

@@ -32,11 +32,11 @@ from torch_rtx.engine import DTYPES
 from torch_rtx.errors import CacheError, RtxError, Uncacheable
 from torch_rtx.ir import Attr, Graph, Loc, Node, Parameter, Value, Weight, attr_map, verify
 from torch_rtx.irparse import parse
-from torch_rtx.kerneltable import read_table, write_launches, write_splits
 from torch_rtx.lowering.from_fx import Role, is_fixed, python_call, unique_name
 from torch_rtx.lowering.location import Locations
 from torch_rtx.lowering.symbols import Symbols
 from torch_rtx.settings import CompilationSettings, cache_dir, opens_stages
+from torch_rtx.tactics import read_table, write_table
 
 log = logging.getLogger("torch_rtx.cache")
 
@@ -157,8 +157,7 @@ def to_bytes(built: Built, site: Site) -> bytes:
         "inputs": site.inputs,
         "parameters": {p.name: position[p.name] for p in graph.parameters if p.name not in constants},
         "locations": [None if origin is None else number[origin] for origin in origins],
-        "kernels": write_launches(built.program.kernels),
-        "splits": write_splits(built.program.kernels),
+        "tactics": write_table(built.program.kernels),
         "called": [number[node] for node in built.called],
         "fallbacks": [(number[node], why) for node, why in built.fallbacks.items()],
     }
@@ -196,7 +195,7 @@ def from_bytes(body: bytes, site: Site) -> Program:
         graph = _bind(parse(fields["graph"]), fields, constants.keys(), site)
         graph = _with_locations(graph, _places(origins))
         verify(graph, aten.ALLOWED)
-        kernels = replace(read_table(fields["kernels"], fields["splits"], graph), binaries=binaries)
+        kernels = replace(read_table(fields["tactics"], graph), binaries=binaries)
         known = {str(node.target) for node in site.nodes} | {"python"}
         strange = {node.op for node in graph.nodes if node.kind == "fallback"} - known
         if strange:

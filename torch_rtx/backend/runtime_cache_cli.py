@@ -115,13 +115,13 @@ def generate(
     """Compile the kernels of an engine for a GPU that need not be here, so that its first process finds them."""
     from torch_rtx import engine as engine_file  # these take their time, and no other command needs them
     from torch_rtx.backend.profile_cli import sizes_given
-    from torch_rtx.runtime.tools import pregenerate
+    from torch_rtx.runtime.tuning_context import pregenerate
 
     with errors():
         graph = engine_file.load(engine).graph
         sizes = sizes_given(graph, size) if size else {}
         count = pregenerate(graph, sizes, DeviceKey(gpu, sm, driver, ""), _path(file))
-    print(f"{count} kernels for {gpu}")
+    print(f"{count} regions for {gpu}")
 
 
 @app.command()

@@ -30,6 +30,7 @@ from torch_rtx.lowering.passes.simplify import simplify
 from torch_rtx.lowering.passes.simplify_masks import simplify_masks
 from torch_rtx.lowering.passes.write_in_place import write_in_place
 from torch_rtx.settings import CompilationSettings
+from torch_rtx.targets import Target
 
 log = logging.getLogger(__name__)
 
@@ -40,11 +41,11 @@ class Context:
 
     Attributes:
         settings: the options of the engine.
-        kernels: the engine has GPU targets, so kernels are formed.
+        targets: what kernels are formed for; none: no kernels are.
     """
 
     settings: CompilationSettings
-    kernels: bool = False
+    targets: tuple[Target, ...] = ()
 
     @property
     def weight_copies(self) -> bool:
@@ -121,16 +122,16 @@ PIPELINE = (
     Pass(raise_attention),
     Pass(raise_gelu),
     Pass(simplify_masks),
-    Pass(read_in_place, needs=("kernels",)),
+    Pass(read_in_place, needs=("targets",)),
     Pass(fold_batch_norm),
-    Pass(affine_batch_norm, needs=("kernels",)),
-    Pass(expand_norms, needs=("kernels",)),
+    Pass(affine_batch_norm, needs=("targets",)),
+    Pass(expand_norms, needs=("targets",)),
     Pass(merge_linears, needs=("weight_copies",)),
-    Pass(channels_last, needs=("kernels",)),
+    Pass(channels_last, needs=("targets",)),
     Pass(write_in_place),
     Pass(hoist_weights),
     Pass(dce),
-    Pass(fuse, needs=("kernels",)),
+    Pass(fuse, needs=("targets",), takes=("targets",)),
     Pass(finish, ensures="fused"),
 )
 PASSES = {step.name: step for step in PIPELINE}
@@ -145,12 +146,12 @@ class Report:
 
 
 def lower(
-    graph: Graph, settings: CompilationSettings, dump: Path | None = None, kernels: bool = False
+    graph: Graph, settings: CompilationSettings, dump: Path | None = None, targets: tuple[Target, ...] = ()
 ) -> tuple[Graph, Report]:
     """Run the pipeline over a graph of level import.
 
     Args:
-        kernels: form kernels.
+        targets: what kernels are formed for; none: no kernels are.
         dump: folder for `NN_pass.rtxir` after each pass and `NN_pass.diff` where it changed something.
 
     Returns:
@@ -160,7 +161,7 @@ def lower(
         LoweringError: a pass failed, left a graph that does not verify, or changed the inputs or the types of the
             results; the message names it and the passes before it.
     """
-    context = Context(settings, kernels)
+    context = Context(settings, targets)
     infer, report = Inference(), Report()
     _write(dump, 0, "import", graph, None)
     for index, step in enumerate(PIPELINE, 1):

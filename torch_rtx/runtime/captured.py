@@ -55,7 +55,7 @@ class Captured:
     ) -> None:
         self.code, self.memory, self.used = code, pool.memory, 0
         self._device = pool.device.index
-        graph = inline_kernels(code.graph, code.kernels)
+        graph = inline_kernels(code.graph, code.tactics)
         uses = {name: use for name, use in kernel_uses(graph).items() if use[0] not in copied}
         given = _Inputs(pool.graph, inputs, pool.written, uses)
         kept = zip(pool.graph.weights, store.values, strict=True)
@@ -68,9 +68,9 @@ class Captured:
             given.copy()
             results = pool.run(code, given.tensors, store.values)
             made = _Outputs(pool.graph, results, given, pinned, uses, pool.static_outputs)
-        use_programmatic_edges(driver(), self.graph, code.kernels)
+        use_programmatic_edges(driver(), self.graph, code.tactics)
         self.graph.instantiate()
-        self._nodes = nodes = GraphNodes(self.graph, code.kernels)
+        self._nodes = nodes = GraphNodes(self.graph, code.tactics)
         ports = {**given.ports(nodes), **made.ports(nodes)}
         self.missing = {name for name, port in ports.items() if port is None}
         found = [port for port in ports.values() if port is not None]

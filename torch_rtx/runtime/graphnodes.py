@@ -18,7 +18,7 @@ from torch_rtx import aten
 from torch_rtx.ir import Graph, TensorType
 from torch_rtx.runtime.driver import checked, driver
 from torch_rtx.runtime.inline import launched
-from torch_rtx.runtime.launch import Launcher, Way
+from torch_rtx.runtime.launch import Launcher, LoadedTactic
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,14 +80,14 @@ class GraphNodes:
     """Finds the ports of a captured graph, and lives as long as they are used.
 
     Args:
-        kernels: what it may launch.
+        tactics: what launches its kernels.
     """
 
-    def __init__(self, graph: torch.cuda.CUDAGraph, kernels: Mapping[str, Way]) -> None:
+    def __init__(self, graph: torch.cuda.CUDAGraph, tactics: Mapping[str, LoadedTactic]) -> None:
         cuda = driver()
         raw = cuda.CUgraph(graph.raw_cuda_graph())
         context, kinds = checked(cuda.cuCtxGetCurrent()), cuda.CUgraphNodeType
-        known = {function: launcher for launcher in launched(kernels).values() for function in launcher.functions}
+        known = {function: launcher for launcher in launched(tactics).values() for function in launcher.functions}
         self._copies: dict[tuple[int, int], tuple[Node, Any]] = {}
         self._arguments: list[tuple[int, Node, ctypes.c_uint64]] = []
         self._kept: list[object] = []  # the parameters of kernels

@@ -21,15 +21,15 @@ from torch_rtx import engine as engine_file
 from torch_rtx.engine import Engine
 from torch_rtx.errors import EngineFormatError, InvalidIR, RtxError
 from torch_rtx.ir import Parameter, TensorType
-from torch_rtx.kerneltable import KernelTable
 from torch_rtx.profiles import Shape, profiles_of, shapes
 from torch_rtx.runtime.overlap import Apart
 from torch_rtx.runtime.session import Session
 from torch_rtx.runtime.signature import Signature
 from torch_rtx.runtime.streaming import stream
-from torch_rtx.runtime.tools import kernels_and_tools
+from torch_rtx.runtime.tuning_context import tactics_and_context
 from torch_rtx.runtime.weights import WeightStore, match
 from torch_rtx.settings import RuntimeSettings
+from torch_rtx.tactics import KernelTable
 
 log = logging.getLogger(__name__)
 WeightSource = nn.Module | Mapping[str, torch.Tensor] | str | os.PathLike[str]
@@ -72,11 +72,11 @@ class CompiledModule(nn.Module):
         constants = dict(engine.constants)
         settings, trusted = settings or RuntimeSettings(), frozenset(trusted_ops)
         graph = engine.graph
-        kernels, tools = kernels_and_tools(engine.kernels, graph, device, settings)
+        tactics, context = tactics_and_context(engine.kernels, graph, device, settings)
         streamer = stream(graph, device, settings.weight_streaming_budget, trusted)
         self._store = WeightStore(graph, device, constants, engine.manifest.unused_names, streamer)
         profiles = engine.manifest.profiles
-        self.session = Session(graph, self._store, settings, callables, trusted, kernels, profiles, tools)
+        self.session = Session(graph, self._store, settings, callables, trusted, tactics, profiles, context)
         self._with_weights = _caller(self._signature, Apart(graph, self._store), self._store, self.session)
         self._run = _without_weights if self._store.parameters else self._with_weights
 

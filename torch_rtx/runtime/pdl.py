@@ -16,23 +16,23 @@ import torch
 
 from torch_rtx.runtime.driver import checked
 from torch_rtx.runtime.inline import launched
-from torch_rtx.runtime.launch import Way
+from torch_rtx.runtime.launch import LoadedTactic
 
 _OLDEST = 12_030  # first version of CUDA with edge data
 _PROGRAMMATIC_PORT = 1  # CU_GRAPH_KERNEL_NODE_PORT_PROGRAMMATIC: all blocks have triggered or ended
 
 
-def use_programmatic_edges(cuda: Any, graph: torch.cuda.CUDAGraph, kernels: Mapping[str, Way]) -> int:
+def use_programmatic_edges(cuda: Any, graph: torch.cuda.CUDAGraph, tactics: Mapping[str, LoadedTactic]) -> int:
     """Make edges of a captured graph programmatic, before it is instantiated; returns how many.
 
     Args:
         cuda: the driver API.
-        kernels: launchers of the kernels that the graph may contain.
+        tactics: what launches the kernels that the graph may contain.
 
     Raises:
         RuntimeError: the driver can't list the graph, or an edge that was removed can't be added back.
     """
-    waiting = {function for launcher in launched(kernels).values() for function in launcher.waiting}
+    waiting = {function for launcher in launched(tactics).values() for function in launcher.waiting}
     if not waiting or not hasattr(cuda, "CUgraphEdgeData") or checked(cuda.cuDriverGetVersion()) < _OLDEST:
         return 0
     raw, kinds = cuda.CUgraph(graph.raw_cuda_graph()), cuda.CUgraphNodeType

@@ -24,8 +24,8 @@ from torch_rtx.ir import Loc, Node
 from torch_rtx.runtime.check import bind_sizes
 from torch_rtx.runtime.clocks import Clock, clock_of, overhead
 from torch_rtx.runtime.code import Code
-from torch_rtx.runtime.costs import Cost, cost, is_view, operator, steps
 from torch_rtx.runtime.inline import inline_kernels, launched
+from torch_rtx.runtime.node_cost import Cost, cost, is_view, operator, steps
 from torch_rtx.runtime.profile_page import brief, digits, page
 from torch_rtx.runtime.session import Session, watched_calls
 
@@ -261,7 +261,7 @@ def _measure(
     session: Session, inputs: Sequence[Any], code: Code, repeats: int, warmup: int
 ) -> tuple[tuple[Node, ...], list[tuple[float, ...]]]:
     """The nodes that run, and per node the microseconds of each run, less what the marks themselves take."""
-    nodes = inline_kernels(code.graph, code.kernels).nodes
+    nodes = inline_kernels(code.graph, code.tactics).nodes
     clock = clock_of(session.device, queued=True)
     idle = overhead(clock)
     probed = session.probed(code, clock)
@@ -283,7 +283,7 @@ def _rows(
 ) -> Iterator[Row]:
     """The rows of one session, for inputs of these sizes; `first` is the position of its first."""
     makers: dict[str, int] = {}
-    kernels = launched(code.kernels)
+    kernels = launched(code.tactics)
     for index, (node, times) in enumerate(zip(nodes, measured, strict=True), first):
         launcher = kernels.get(node.op) if node.kind == "kernel" else None
         tier = "fallback" if node.kind == "fallback" else "library call"

@@ -24,11 +24,12 @@ from torch_rtx.profiles import Profile
 from torch_rtx.runtime.check import check_inputs
 from torch_rtx.runtime.code import Code, compile_graph, undisturbed
 from torch_rtx.runtime.cudagraph import GraphPool, why_not
-from torch_rtx.runtime.job import Tools
-from torch_rtx.runtime.launch import Way
+from torch_rtx.runtime.launch import LoadedTactic
 from torch_rtx.runtime.plan import Memory
-from torch_rtx.runtime.specialize import Specializer, Variant
+from torch_rtx.runtime.specialize import Specializer
 from torch_rtx.runtime.stats import Stats, stats_of
+from torch_rtx.runtime.tuner import TuningContext
+from torch_rtx.runtime.variant import Variant
 from torch_rtx.runtime.weights import WeightStore
 from torch_rtx.settings import RuntimeSettings
 
@@ -76,8 +77,8 @@ class Session:
         store: its weights.
         callables: Python fallbacks by index.
         trusted_ops: operators outside the allow-list that it may call.
-        kernels: its kernels that can be launched, see `runtime.launch`; the bodies of others run call by call.
-        tools: what makes kernels while the session is used; None: it stays as it is.
+        tactics: run its kernel nodes, see `runtime.launch`; the bodies of others run call by call.
+        context: what tuners work with while the session is used; None: nothing is tuned.
         shares_memory: its CUDA graphs are in the memory of those of other such sessions, see `GraphPool`.
         profiles: one of these must hold all sizes of a call, see `check_inputs`.
         guarded: guards of its caller check the inputs: they have the types of the graph, and the session checks none.
@@ -93,9 +94,9 @@ class Session:
         settings: RuntimeSettings,
         callables: Sequence[Callable[..., Any]] = (),
         trusted_ops: frozenset[str] = frozenset(),
-        kernels: Mapping[str, Way] | None = None,
+        tactics: Mapping[str, LoadedTactic] | None = None,
         profiles: Sequence[Profile] = (),
-        tools: Tools | None = None,
+        context: TuningContext | None = None,
         shares_memory: bool = False,
         guarded: bool = False,
     ) -> None:
@@ -105,10 +106,10 @@ class Session:
         self.settings, self._shares_memory = settings, shares_memory
         self.streamer = streamer = store.streamer
 
-        def compiled(graph: Graph, kernels: Mapping[str, Way]) -> Code:
-            return compile_graph(graph, store.device, callables, trusted_ops, kernels=kernels, streamer=streamer)
+        def compiled(graph: Graph, tactics: Mapping[str, LoadedTactic]) -> Code:
+            return compile_graph(graph, store.device, callables, trusted_ops, tactics=tactics, streamer=streamer)
 
-        self.specializer = Specializer(graph, compiled, kernels or {}, store.device, settings, tools)
+        self.specializer = Specializer(graph, compiled, tactics or {}, store.device, settings, context)
         self._guarded, self._count = guarded, len(graph.inputs)
         self._open = [i for i, value in enumerate(graph.inputs) if _is_open(value.type)]
         self._known: dict[object, object] = {}  # the key of calls, by the types of their inputs, which need no check
@@ -127,9 +128,9 @@ class Session:
         return self.specializer.base.code.source
 
     @property
-    def kernels(self) -> Mapping[str, Way]:
-        """What is launched for any sizes, by the `op` of nodes."""
-        return self.specializer.base.code.kernels
+    def tactics(self) -> Mapping[str, LoadedTactic]:
+        """What runs the kernel nodes for any sizes, by their `op`."""
+        return self.specializer.base.code.tactics
 
     def memory(self, **sizes: int) -> Memory:
         """What a call takes on the device, known before the first one.
@@ -166,7 +167,7 @@ class Session:
     def probed(self, code: Code, probe: Callable[[], None]) -> Code:
         """Code for measuring, which does what `code` does and calls `probe`, see `compile_graph`."""
         given = self._callables, self._trusted_ops
-        options: dict[str, Any] = {"kernels": code.kernels, "probe": probe, "streamer": self.streamer}
+        options: dict[str, Any] = {"tactics": code.tactics, "probe": probe, "streamer": self.streamer}
         return compile_graph(code.graph, self.device, *given, name="probed", **options)
 
     def run(self, code: Code, inputs: Sequence[Any], weights: Sequence[torch.Tensor]) -> list[Any]:

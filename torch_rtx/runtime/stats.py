@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch_rtx.runtime.cudagraph import GraphPool
-from torch_rtx.runtime.job import Region
-from torch_rtx.runtime.specialize import Specializer, Variant
+from torch_rtx.runtime.inline import launched
+from torch_rtx.runtime.specialize import Specializer
+from torch_rtx.runtime.variant import Region, Variant
+from torch_rtx.settings import CALLS
 
 if TYPE_CHECKING:
     from torch_rtx.cache.runtime import RuntimeCacheStats
@@ -22,15 +24,15 @@ class RegionStats:
         op: the name of its nodes.
         where: the place in the model of one of them.
         nodes: how many nodes of the graph it stands for.
-        launched: its kernel is launched; else its operations are called.
-        microseconds: what was measured, by the name of the tactic.
-        problems: why kernels are not used.
+        tactic: the kind of the tactic that runs it; "calls": its operations are called one by one.
+        microseconds: what was measured, by the kind and rank of the tactic.
+        problems: why tactics are not used.
     """
 
     op: str
     where: str
     nodes: int
-    launched: bool
+    tactic: str
     microseconds: Mapping[str, float]
     problems: tuple[str, ...]
 
@@ -81,8 +83,7 @@ class Stats:
             yield f"{sizes}: {variant.tier}, {variant.kernels} kernels{busy}"
             for region in variant.regions:
                 times = ", ".join(f"{name} {us:.1f} us" for name, us in region.microseconds.items())
-                what = "kernel" if region.launched else "calls"
-                yield f"  {region.op} x{region.nodes} {region.where}: {what}{'; ' * bool(times)}{times}"
+                yield f"  {region.op} x{region.nodes} {region.where}: {region.tactic}{'; ' * bool(times)}{times}"
                 yield from (f"    {problem}" for problem in region.problems)
         yield f"CUDA graphs: {self.no_graphs or f'{self.graphs}, {self.captures} captures, {self.replays} replays'}"
         if self.runtime_cache is not None:
@@ -97,7 +98,7 @@ def stats_of(specializer: Specializer, pool: GraphPool | None) -> Stats:
         pool: its CUDA graphs; None: it has none.
     """
     variants = tuple(_variant(variant, specializer) for variant in [specializer.base, *specializer.variants.values()])
-    store = None if specializer.tools is None else specializer.tools.knowledge.opened
+    store = None if specializer.context is None else specializer.context.database.opened
     found = None if store is None else store.stats
     if pool is None:
         return Stats(variants, 0, 0, 0, "this module has none", found)
@@ -107,11 +108,12 @@ def stats_of(specializer: Specializer, pool: GraphPool | None) -> Stats:
 def _variant(variant: Variant, specializer: Specializer) -> VariantStats:
     regions = tuple(_region(region, variant) for region in variant.regions)
     busy = specializer.is_met and not variant.done.is_set()
-    return VariantStats(variant.sizes, variant.tier, busy, len(variant.code.kernels), regions)
+    return VariantStats(variant.sizes, variant.tier, busy, len(launched(variant.code.tactics)), regions)
 
 
 def _region(region: Region, variant: Variant) -> RegionStats:
-    times = {} if region.tactic is None else region.tactic.microseconds
+    times = {} if region.choice is None else region.choice.microseconds
     nodes = sum(node.op in region.ops for node in variant.code.graph.nodes)
-    launched = region.node.op in variant.code.kernels
-    return RegionStats(region.node.op, str(region.node.loc or ""), nodes, launched, times, tuple(region.problems))
+    tactic = variant.code.tactics.get(region.node.op)
+    kind, where = CALLS if tactic is None else tactic.kind, str(region.node.loc or "")
+    return RegionStats(region.node.op, where, nodes, kind, times, tuple(region.problems))

@@ -18,7 +18,7 @@ from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Attr, Dim, Graph, Node, TensorType, Value, contiguous, dim_expr
 from torch_rtx.lowering.kernels.attention import LEAST, Attention
 from torch_rtx.lowering.kernels.calls import Calls, needed, type_of
-from torch_rtx.lowering.kernels.cost import BARRIER, CLEAR, LATENCY, LAUNCH, PARTS, typical
+from torch_rtx.lowering.kernels.cost import BARRIER, LATENCY, LAUNCH, PARTS, typical
 from torch_rtx.lowering.kernels.product import argument
 from torch_rtx.targets import Arch
 
@@ -28,12 +28,12 @@ RESIDENT = 4  # such programs on a processor
 SDPA = "aten.scaled_dot_product_attention.default"
 
 
-def keys_in_parts(found: Attention, keys: Dim, arch: Arch, gain: float = CLEAR) -> int:
-    """In how many ranges the keys of an attention are best cut, so that they fill the chip; 1: in none, which is also
-    the answer where the gain would be less than `gain`."""
+def key_ranges(found: Attention, keys: Dim, arch: Arch) -> tuple[int, float, float]:
+    """In how many ranges the keys of an attention are best cut, so that they fill the chip; and microseconds: of the
+    kernels for that, and of one kernel for all keys. (1, infinity, 0): only attention of few queries has ranges."""
     on = arch.chip
     if found.causal or not isinstance(found.queries, int) or found.queries > FEW_QUERIES:
-        return 1
+        return 1, math.inf, 0.0
     width = (found.width + found.value_width) * (4 if found.dtype == "f32" else 2)
     groups, count = math.prod(map(typical, found.groups)), typical(keys)
     result = 4 * groups * typical(found.rows) * (found.value_width + 2)
@@ -50,7 +50,8 @@ def keys_in_parts(found: Attention, keys: Dim, arch: Arch, gain: float = CLEAR) 
     def both(parts: int) -> float:
         return time(parts) + LAUNCH + LATENCY + 2 * parts * result / (on.memory * 1e3)
 
-    return min([(time(1) / gain, 1), *((both(parts), parts) for parts in PARTS)])[1]
+    split_us, parts = min((both(parts), parts) for parts in PARTS)
+    return parts, split_us, time(1)
 
 
 # ---- the two kernels -------------------------------------------------------------------------------------------------

@@ -11,21 +11,8 @@ from torch_rtx.lowering.kernels.index import from_dim
 from torch_rtx.lowering.kernels.ops import gradients, indexing, pointwise, pooling, reductions, views
 from torch_rtx.lowering.kernels.ops.registry import OPS
 from torch_rtx.lowering.kernels.tensor import TRITON, Reduce, Tensor, children, everything, load
+from torch_rtx.op_work import ANCHORS
 
-# Operators that a kernel is built around: one of them at most, the rest of its body comes before and after.
-ANCHORS = {
-    "aten.mm.default": "gemm",
-    "aten.addmm.default": "gemm",
-    "aten.bmm.default": "gemm",
-    "aten.baddbmm.default": "gemm",
-    "aten.linear.default": "gemm",
-    "aten.matmul.default": "gemm",
-    "aten.conv1d.default": "conv",
-    "aten.conv2d.default": "conv",
-    "aten.conv3d.default": "conv",
-    "aten.convolution.default": "conv",
-    "aten.scaled_dot_product_attention.default": "attention",
-}
 DECLARED = (gradients, indexing, pointwise, pooling, reductions, views)  # importing them fills OPS
 
 

@@ -263,27 +263,27 @@ def reduces(node: Node) -> bool:
 # ---- where it is better ----------------------------------------------------------------------------------------------
 
 
-def best_row_parts(found: Region, arch: Arch, gain: float) -> int:
-    """In about how many parts the rows that a region reduces are best cut; 1: in none, which is also the answer where
-    the gain is less than `gain`."""
+def row_split(found: Region, arch: Arch) -> tuple[int, float, float] | None:
+    """In about how many parts the rows that a region reduces are best cut (1: in none); and microseconds: of the
+    kernels for that, and of one kernel. None: it reduces no rows, or has no such form."""
     node = next(filter(reduces, found.body.nodes), None)
     if not reductions_of(found.outputs) or node is None or node.op not in RULES:
-        return 1
+        return None
     operand, axes = RULES[node.op].operand(Calls(set()), node)
     type_, on = type_of(operand), arch.chip
     order, run = _longest(type_, axes)
     size, every = _elements(type_, axes), _elements(type_, order)
     if not every:
-        return 1
+        return None
     neighbours = run[-1] == [axis for axis in order if type_.shape[axis] != 1][-1]
     lengths = _powers(PART)[::-1] if neighbours else _powers(SHORT_PART)
     enough = [each for each in lengths if (every >= 2 * each * on.processors if neighbours else size <= each * TOTAL)]
     wanted = enough[0] if enough else lengths[-1]
     parts = max(ceil(_elements(type_, run) / (2 * wanted - 1)), 2)
     if 2 * _place(type_, axes, parts).length(type_) < wanted:
-        return 1
+        parts = 1
     whole, split = _times(found, every // size, size, _together(type_, axes), arch)
-    return parts if split * gain <= whole else 1
+    return parts, split, whole
 
 
 def _powers(bounds: tuple[int, int]) -> list[int]:

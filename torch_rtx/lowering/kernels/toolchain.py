@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from torch_rtx.errors import KernelError
-from torch_rtx.kerneltable import Variant
 from torch_rtx.lowering.kernels.pdl import WAIT, insert_pdl
 from torch_rtx.lowering.kernels.turing import NoTensorCores, rewrite
+from torch_rtx.tactics import Variant
 from torch_rtx.targets import NEWEST, arch_of
 
 log = logging.getLogger(__name__)

@@ -10,17 +10,20 @@ element by element.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from math import ceil
 
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import Attr, Dim, Node, Value, dim_expr
-from torch_rtx.lowering.kernels.cost import best_time, configurations, typical
+from torch_rtx.ir import Attr, Dim, Graph, Node, TensorType, Value, contiguous, dim_expr
+from torch_rtx.lowering.kernels.calls import Calls, type_of
+from torch_rtx.lowering.kernels.cost import LAUNCH, best_parts, bytes_of, config_us, configurations, loop_time, typical
 from torch_rtx.lowering.kernels.emit import Axis, Emitter, Operand
+from torch_rtx.lowering.kernels.families.family import MODEL_ERROR, SLOWER, Family, Offer, flat, library_us, splits
 from torch_rtx.lowering.kernels.index import Index, constant, from_dim, unravel
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.product import (
+    FEW,
     TAPS,
     DotWriter,
     GemmConfig,
@@ -37,7 +40,22 @@ from torch_rtx.lowering.kernels.product import (
     result,
 )
 from torch_rtx.lowering.kernels.region import Region, tensor_type
-from torch_rtx.lowering.kernels.tensor import ONE, ZERO, Load, Move, Position, Tensor, Within, cast, number, pointwise
+from torch_rtx.lowering.kernels.split import added, split_anchor
+from torch_rtx.lowering.kernels.tensor import (
+    ONE,
+    ZERO,
+    Load,
+    Map,
+    Move,
+    Position,
+    Tensor,
+    Within,
+    cast,
+    everything,
+    number,
+    pointwise,
+)
+from torch_rtx.op_work import ANCHORS
 from torch_rtx.targets import Arch
 
 
@@ -60,15 +78,6 @@ def conv_configs(region: Region, arch: Arch, input_precision: str = "ieee") -> l
     """
     of = conv_product(region)
     return _windows(of, arch) if is_depthwise(of) else configurations(region, of, arch, input_precision)
-
-
-def conv_time(region: Region, arch: Arch) -> float:
-    """The time that the kernel should take on `arch`, in microseconds.
-
-    Raises:
-        Unsupported: see `conv_configs`.
-    """
-    return best_time(region, conv_product(region), arch)
 
 
 def _windows(of: Product, arch: Arch) -> list[GemmConfig]:
@@ -209,3 +218,125 @@ def _finish(region: Region, node: Node, out: Load) -> Callable[[Tensor], Tensor]
         return pointwise("{0} + {1}", out.dtype, total, cast(wide, "f32"))
 
     return finish
+
+
+# ---- split-K ---------------------------------------------------------------------------------------------------------
+
+
+def conv_split(body: Graph, name: str, parts: int) -> Graph:
+    """`body`, of the kernel `name`, with the channels of its convolution in `parts`; see `split_anchor`."""
+    anchor = next(node for node in body.nodes if node.op in OPS)
+    return split_anchor(body, name, anchor, parts, _convolution, _convolution_sum, "bias")
+
+
+def _convolution(calls: Calls, anchor: Node, parts: int) -> tuple[Value, ...]:
+    """[batch, parts * filters, *places]: a convolution in groups, each of which has a range of the channels."""
+    (result,) = anchor.outputs
+    assert result is not None
+    weight = calls.cast(argument(anchor, "weight"), "f32")
+    filters, channels, *window = type_of(weight).shape
+    grouped = calls.first(calls.divided(weight, 1, parts), 1)
+    shape = (dim_expr("*", parts, filters), dim_expr("//", channels, parts), *window)
+    batch, _, *places = type_of(result).shape
+    given = {
+        "input": calls.cast(argument(anchor, "input"), "f32"),
+        "weight": calls.reshaped(grouped, shape),
+        **({"bias": None} if anchor.op == "aten.convolution.default" else {}),
+        **{name: attr for name, attr in anchor.args if name not in ("input", "weight", "bias", "groups")},
+        "groups": parts,
+    }
+    out = (batch, shape[0], *places)
+    strides = _channels_last(out) if type_of(result).strides[1] == 1 else contiguous(out)
+    return (calls.call(anchor.op.removeprefix("aten."), TensorType("f32", out, strides), **given),)
+
+
+def _channels_last(shape: tuple[Dim, ...]) -> tuple[Dim, ...]:
+    """Strides of images, or the like, whose channels lie closest together."""
+    order = (0, *range(2, len(shape)), 1)
+    found = dict(zip(order, contiguous(tuple(shape[axis] for axis in order)), strict=True))
+    return tuple(found[axis] for axis in range(len(shape)))
+
+
+def _convolution_sum(calls: Calls, anchor: Node, partials: tuple[Value, ...]) -> Value:
+    (result,) = anchor.outputs
+    assert result is not None
+    strides = type_of(result).strides
+    filters, *places = type_of(result).shape[1:]
+    count = dim_expr("//", type_of(partials[0]).shape[1], filters)
+    assert isinstance(count, int)  # `conv_product` takes weights of static shapes alone
+    total = added(calls, calls.unbound(calls.divided(partials[0], 1, count), 1), strides)
+    bias = anchor.arg("bias")
+    if isinstance(bias, Value):
+        wide = calls.reshaped(bias, (filters, *(1 for _ in places)))
+        total = calls.same("add.Tensor", total, other=wide)
+    return total
+
+
+# ---- library calls ---------------------------------------------------------------------------------------------------
+
+
+def _others(region: Region, name: str, arch: Arch, us: float) -> Iterator[Offer]:
+    of = conv_product(region)
+    if of.batch == 1 and not is_depthwise(of):
+        parts, split_us = best_parts(region, of, arch)
+        yield from splits(conv_split, region.body, name, parts, split_us * MODEL_ERROR, us)
+    assert region.anchor is not None
+    # Libraries are made for images of many channels; a window of one pixel makes a product of them.
+    _, channels, *window = tensor_type(argument(region.anchor, "weight")).shape
+    usual = typical(channels) >= FEW and sum(size != 1 for size in window) > 1
+    after_us = loop_time(region, arch) if any(isinstance(one, Map) for one in everything(region.outputs)) else 0.0
+    expected_us = library_us(FAMILY.name, region, arch, us, after_us, usual)
+    yield Offer("library", expected_us)
+    fused = _with_relu(region.body)
+    if fused is not None:  # cuDNN may refuse it: never expected to be the fastest, but measured
+        yield Offer("cudnn", max(expected_us, SLOWER * us), fused)
+
+
+def _with_relu(body: Graph) -> Graph | None:
+    """`body` as one call of cuDNN, where it is a convolution of images in half precision with a bias and a ReLU, and
+    perhaps a sum of both with a tensor of the result's type (`aten.cudnn_convolution_add_relu`)."""
+    nodes = flat(body)
+    anchor = next((node for node in nodes if node.op in OPS), None)
+    if anchor is None or nodes[-1].op != "aten.relu.default" or not isinstance(anchor.arg("bias"), Value):
+        return None
+    before, after, result = nodes[: nodes.index(anchor)], nodes[nodes.index(anchor) + 1 : -1], body.outputs[0]
+    other = _added_to(anchor, after[0]) if len(after) == 1 else None
+    if body.outputs != nodes[-1].outputs or len(after) > 1 or (after and other is None):
+        return None
+    if nodes[-1].inputs != (after[0] if after else anchor).outputs or not isinstance(result, Value):
+        return None
+    source, weight = argument(anchor, "input"), argument(anchor, "weight")
+    rank = len(type_of(weight).shape) - 2
+    if type_of(source).dtype not in ("f16", "bf16") or rank != 2 or anchor.arg("transposed", False):
+        return None
+    names = (("stride", 1), ("padding", 0), ("dilation", 1))
+    sizes = {key: tuple(one.number for one in _sizes(anchor.arg(key, default), rank)) for key, default in names}
+    calls = Calls({value.name for value in body.values()} | body.syms.keys(), before)
+    op = "cudnn_convolution_relu.default" if other is None else "cudnn_convolution_add_relu.default"
+    given = {"self": source, "weight": weight, **({} if other is None else {"z": other, "alpha": None})}
+    groups = anchor.arg("groups", 1)
+    calls.call(op, type_of(result), **given, bias=anchor.arg("bias"), **sizes, groups=groups)
+    calls.ends_in(result)
+    return Graph("import", body.inputs, nodes=tuple(calls.nodes), outputs=(result,))
+
+
+def _added_to(anchor: Node, node: Node) -> Value | None:
+    """What `node` adds to the anchor's result, where that has its type."""
+    (value,) = anchor.outputs
+    given = [node.arg("self"), node.arg("other")]
+    if node.op != "aten.add.Tensor" or node.arg("alpha", 1) != 1 or value not in given:
+        return None
+    other = given[1 - given.index(value)]
+    return other if isinstance(other, Value) and value is not None and other.type == value.type else None
+
+
+def _expected_us(region: Region, arch: Arch, config: GemmConfig) -> float:
+    of = conv_product(region)
+    if is_depthwise(of):
+        types = [tensor_type(value) for value in region.body.inputs] + list(region.types)
+        return LAUNCH + sum(map(bytes_of, types)) / (arch.chip.memory * 1e3)
+    return MODEL_ERROR * config_us(region, of, arch, config)
+
+
+OPS = frozenset(op for op, kind in ANCHORS.items() if kind == "conv")
+FAMILY = Family("conv", OPS, conv_configs, conv_kernel, _expected_us, conv_split, _others)

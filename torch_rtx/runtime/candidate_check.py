@@ -17,7 +17,7 @@ from torch_rtx import aten
 from torch_rtx.errors import RtxError
 from torch_rtx.ir import Attr, Graph, Node, TensorType, Value, attr_map
 from torch_rtx.runtime.code import Code, compile_graph
-from torch_rtx.runtime.launch import Way
+from torch_rtx.runtime.launch import LoadedTactic
 
 Run = Callable[[], object]
 # Below this relative error two results are the same for the dtype, whatever the error of the calls happens to be.
@@ -30,7 +30,7 @@ MOST_HELD = 0.05  # seconds that a stream is held back at most
 MEMORY = 0.25  # of the free memory of a device; what a trial may take
 
 
-class Trial:
+class CandidateCheck:
     """The node `node`, whose types have numbers for all sizes, with random inputs on `device`.
 
     Args:
@@ -72,9 +72,9 @@ class Trial:
         if 8 * nbytes > MEMORY * free:  # as they are, in float64, and once more while computing
             raise RtxError(f"trying it takes {8 * nbytes >> 20} MiB, {free >> 20} MiB are free")
 
-    def code(self, kernels: Mapping[str, Way]) -> Code:
-        """The node as it runs when `kernels` are launched and all else is called."""
-        return compile_graph(self.graph, self.device, kernels=kernels)
+    def code(self, tactics: Mapping[str, LoadedTactic]) -> Code:
+        """The node as it runs by `tactics`; what they do not launch is called."""
+        return compile_graph(self.graph, self.device, tactics=tactics)
 
     def problem(self, code: Code) -> str | None:
         """What is wrong with the results of `code`; None if nothing is."""

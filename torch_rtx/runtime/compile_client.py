@@ -1,4 +1,4 @@
-"""Starts the process that compiles kernels, and asks it."""
+"""The client of the compile worker: it starts the process that compiles kernels, and asks it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from torch_rtx.errors import KernelError
 from torch_rtx.ir import Graph
-from torch_rtx.kerneltable import Candidate, Request, SplitCandidate
+from torch_rtx.tactics import Candidate
 
 LIMIT = 600.0  # seconds for a request: a compiler that hangs holds up all that comes after it
 # What the process runs, with this very package wherever it is.
@@ -23,12 +23,12 @@ MAIN = """\
 import signal, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 sys.path[:] = sys.argv[1:]
-from torch_rtx.lowering.kernels.worker import main
+from torch_rtx.lowering.kernels.compile_worker import main
 main()
 """
 
 
-class Builder:
+class CompileClient:
     """A process of its own that compiles kernels. It starts with the first request and ends with this process."""
 
     def __init__(self) -> None:
@@ -37,20 +37,15 @@ class Builder:
         self._stopped = False
 
     def build(self, bodies: Mapping[str, tuple[Graph, int]], sm: int) -> dict[str, Candidate]:
-        """What `worker.build` returns. One thread at a time.
+        """What `compile_worker.build` returns. One thread at a time.
 
         Raises:
             KernelError: kernels can't be compiled here; it says why.
         """
-        found: dict[str, Candidate] = self._ask(Request(bodies, sm))
+        found: dict[str, Candidate] = self._ask((bodies, sm))
         return found
 
-    def build_split(self, bodies: Mapping[str, tuple[Graph, int]], sm: int) -> dict[str, SplitCandidate]:
-        """What `worker.build_split` returns; else as `build`."""
-        found: dict[str, SplitCandidate] = self._ask(Request(bodies, sm, split=True))
-        return found
-
-    def _ask(self, request: Request) -> Any:
+    def _ask(self, request: tuple[Mapping[str, tuple[Graph, int]], int]) -> Any:
         with self._lock:
             timer: threading.Timer | None = None
             try:
@@ -104,4 +99,4 @@ class Builder:
         self._process = None
 
 
-BUILDER = Builder()
+COMPILE_CLIENT = CompileClient()

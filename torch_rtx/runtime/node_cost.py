@@ -8,10 +8,8 @@ from dataclasses import dataclass
 
 from torch_rtx import aten
 from torch_rtx.ir import COPY, Dim, Node, ScalarType, TensorType, Value, evaluate
+from torch_rtx.op_work import flops
 
-# By operator: the argument whose last dimension a matrix product sums over.
-PRODUCTS = {"mm": "self", "bmm": "self", "mv": "self", "dot": "self", "_int_mm": "self", "_scaled_mm": "self"}
-PRODUCTS |= {"linear": "input", "addmm": "mat1", "baddbmm": "batch1"}
 # By operator: the argument that is a table, of which a call reads as many elements as it returns.
 GATHERS = {"embedding": "weight", "index_select": "self", "gather": "self", "index": "self"}
 
@@ -35,7 +33,7 @@ def cost(node: Node, sizes: dict[str, int]) -> Cost | None:
     """What `node` costs where the symbols are `sizes`; None where a size depends on data."""
     try:
         read, written = _traffic(node, sizes)
-        return Cost(read, written, sum(_flops(step, sizes) for step in steps(node)))
+        return Cost(read, written, sum(flops(step, lambda dim: _number(dim, sizes)) for step in steps(node)))
     except LookupError:
         return None
 
@@ -74,24 +72,6 @@ def _traffic(node: Node, sizes: dict[str, int]) -> tuple[int, int]:
     return read, sum(_bytes(value, sizes) for value in node.outputs)
 
 
-def _flops(node: Node, sizes: dict[str, int]) -> int:
-    """Twice the multiplications of a product, a convolution or an attention."""
-    name = operator(node.op)
-    out = node.outputs[0] if node.outputs else None
-    if out is None or node.kind == "fallback":
-        return 0
-    if name in PRODUCTS:
-        return 2 * _numel(out, sizes) * _shape(node.arg(PRODUCTS[name]), sizes)[-1]
-    if name.startswith("conv") and "backward" not in name:
-        swapped = "transpose" in name or node.arg("transposed") is True
-        weight = _shape(node.arg("weight"), sizes)
-        return 2 * _numel(node.arg("input") if swapped else out, sizes) * math.prod(weight[1:])
-    if "scaled_dot_product" in name and "backward" not in name:
-        keys = _shape(node.arg("key"), sizes)[-2]
-        return 2 * keys * (_numel(node.arg("query"), sizes) + _numel(out, sizes))
-    return 0
-
-
 def operator(op: str) -> str:
     """`linear` of `aten.linear.default`; names of kernels and of Python functions as they are."""
     parts = op.split(".")
@@ -102,10 +82,6 @@ def _shape(value: object, sizes: dict[str, int]) -> list[int]:
     assert isinstance(value, Value)
     assert isinstance(value.type, TensorType)
     return [_number(dim, sizes) for dim in value.type.shape]
-
-
-def _numel(value: object, sizes: dict[str, int]) -> int:
-    return math.prod(_shape(value, sizes))
 
 
 def _bytes(value: Value | None, sizes: dict[str, int]) -> int:
