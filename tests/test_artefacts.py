@@ -10,10 +10,10 @@ import pytest
 pytest.importorskip("triton", reason="kernels are built with Triton, which is not installed")
 
 from tests.kernels import ADD
+from torch_rtx.artefacts import Artefacts
 from torch_rtx.errors import KernelError
 from torch_rtx.lowering.kernels import toolchain
 from torch_rtx.lowering.kernels.aot import Built, compile_kernels
-from torch_rtx.lowering.kernels.artefacts import Artefacts
 from torch_rtx.targets import PTX, Target
 
 SM80, SM90 = Target(80), Target(90)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from torch_rtx.artefacts import Artefacts
 from torch_rtx.cache.runtime import RuntimeCache
 from torch_rtx.cache.runtime_file import DeviceKey
 from torch_rtx.ir import Graph, Node, kernel_nodes
@@ -46,7 +47,7 @@ def tactics_and_context(
     BACKGROUND.on_stop(COMPILE_CLIENT.stop)
     open_store = partial(_runtime_cache, gpu, device, settings)
     context = TuningContext(
-        TuningDatabase(gpu.sm, COMPILE_CLIENT, open_store),
+        TuningDatabase(gpu.sm, COMPILE_CLIENT, open_store, Artefacts.at(settings.dump_dir, settings.override_dir)),
         load=partial(_load, gpu, open_store),
         jit=partial(load_tactics, table, graph, device, open_store=open_store),
         time=microseconds(device),

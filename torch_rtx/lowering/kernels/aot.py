@@ -13,8 +13,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 
+from torch_rtx.artefacts import Artefacts
 from torch_rtx.ir import Dim, Expr, Sym
-from torch_rtx.lowering.kernels.artefacts import Artefacts
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.toolchain import Code, Job, disassemble, lower, lower_to_ttir
 from torch_rtx.lowering.kernels.turing import NoTensorCores

@@ -1,21 +1,22 @@
 """The stages of kernels as text files: each stage is written under its name, and can be read back in its place.
 
 A file is called `NNN_OP.TARGET.STAGE`, e.g. `003_linear_gelu_ab12.sm_89.ptx`. NNN counts the kernels in the order in
-which they are first written. Between target and stage stands what tells kernels of one op apart: the number of the
-configuration, if it is not the first (`config2`), and `generic` for code that takes any sizes where there is other code
-for multiples of 16. A file in the folder of overrides has the same name; its number is ignored and may be missing.
+which they are first written. Between TARGET and STAGE stands what tells kernels of one op apart: the rank of the
+tactic, if it is not the first (`rank2`), and `generic` for code that accepts any sizes where other code needs multiples
+of 16. A file in the folder of overrides has the same name; its number is ignored, and may be missing.
 
-    region    the operations of the kernel, in the text form of the IR; no target
+    region    the operations of the kernel, in the text form of the IR; has no TARGET
     py        Triton source
-    ttir      Triton's IR, before anything depends on the target
+    ttir      Triton's IR before target-specific lowering
     ptx       PTX, as ptxas gets it
-    sass      the disassembled binary
-    ranking   the configurations in the order in which they are tried, with what became of each
+    sass      the disassembled cubin
+    ranking   the tactics in the order in which they are tried, with expected and measured times
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +24,6 @@ from pathlib import Path
 from torch_rtx.errors import KernelError
 
 log = logging.getLogger(__name__)
-OVERRIDABLE = ("py", "ttir", "ptx")
 
 
 @dataclass(frozen=True)
@@ -40,16 +40,31 @@ class Artefacts:
     override: str | None = None
     name: str = ""
 
+    @staticmethod
+    def at(dump: str | os.PathLike[str] | None, override: str | None) -> Artefacts:
+        """The files of all kernels of a graph, or of the just-in-time compiler.
+
+        Args:
+            dump: a folder of which the folder `kernels` gets them.
+        """
+        kernels = None if dump is None else os.path.abspath(os.path.join(dump, "kernels"))
+        return Artefacts(kernels, None if override is None else os.path.abspath(override))
+
+    def __bool__(self) -> bool:
+        return self.dump is not None or self.override is not None
+
     def of(self, *parts: object) -> Artefacts:
         """The files whose names go on with `parts`; empty parts are left out."""
         return replace(self, name=".".join(filter(None, (self.name, *map(str, parts)))))
 
-    def write(self, stage: str, text: str) -> None:
-        """Write the text of a stage, if there is a folder for it."""
+    def write(self, stage: str, text: str, append: bool = False) -> None:
+        """Write the text of a stage, or add to it, if there is a folder for it."""
         if self.dump is not None:
             folder = Path(self.dump)
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{_number(folder, self.name.partition('.')[0]):03}_{self.name}.{stage}").write_text(text)
+            number = _number(folder, self.name.partition(".")[0])
+            with (folder / f"{number:03}_{self.name}.{stage}").open("a" if append else "w") as file:
+                file.write(text)
 
     def read(self, stage: str) -> str | None:
         """The text that takes the place of a stage; None: there is none. Each use is logged as a warning.
