@@ -241,7 +241,15 @@ def test_every_option_says_whether_it_makes_another_engine() -> None:
         "targets",
     }
     assert {item.name for item in fields(CompilationSettings)} - marked == {
-        *("fallback_on_error", "strip_weights", "device", "dump_dir", "cache_built_engines", "reuse_cached_engines"),
+        *(
+            "fallback_on_error",
+            "strip_weights",
+            "device",
+            "dump_dir",
+            "override_dir",
+            "cache_built_engines",
+            "reuse_cached_engines",
+        ),
         *("engine_cache_dir", "engine_cache_size", "engine_cache"),
     }
 

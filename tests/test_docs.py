@@ -28,7 +28,7 @@ def table_in(page: str) -> str:
 
 
 def test_settings_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("TORCH_RTX_DUMP", "TORCH_RTX_CACHE_DIR"):
+    for name in ("TORCH_RTX_DUMP", "TORCH_RTX_OVERRIDE", "TORCH_RTX_CACHE_DIR"):
         monkeypatch.delenv(name, raising=False)
     assert table_in("settings.md") == settings.table()
 

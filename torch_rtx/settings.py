@@ -63,6 +63,20 @@ def _folder(help_: str, env: str) -> Any:
     return _option(None, "None or a folder", lambda v: v is None or _is_str(v), help_, env)
 
 
+def _dump_dir() -> Any:
+    return _folder(
+        "Folder that gets the graph after each pass and every stage of every kernel; caches are not used meanwhile.",
+        "TORCH_RTX_DUMP",
+    )
+
+
+def _override_dir() -> Any:
+    return _folder(
+        "Folder of edited stages of kernels, which replace the generated ones; caches are not used meanwhile.",
+        "TORCH_RTX_OVERRIDE",
+    )
+
+
 def _is_store(value: object) -> bool:
     return value is None or all(callable(getattr(value, name, None)) for name in ("get", "put", "delete", "entries"))
 
@@ -156,9 +170,8 @@ class CompilationSettings(_Checked):
         "GPUs to build kernels for. `later`: where the engine runs. None: every operation is a call of PyTorch's.",
         key=True,
     )
-    dump_dir: str | None = _folder(
-        "Folder that gets every stage's artefact; engines are then built anew.", "TORCH_RTX_DUMP"
-    )
+    dump_dir: str | None = _dump_dir()
+    override_dir: str | None = _override_dir()
     cache_built_engines: bool = _flag(True, "Keep engines that are built in the engine cache.")
     reuse_cached_engines: bool = _flag(True, "Take engines from the engine cache instead of building them.")
     engine_cache_dir: str | None = _folder(
@@ -222,6 +235,8 @@ class RuntimeSettings(_Checked):
         "File that keeps what is learnt on devices; None: `runtime.sqlite` in the folder of the caches.",
     )
     runtime_cache_size: int = _count(512 << 20, "Most bytes of that file; what was used least recently goes first.")
+    dump_dir: str | None = _dump_dir()
+    override_dir: str | None = _override_dir()
 
 
 def from_options(
@@ -235,13 +250,13 @@ def from_options(
     if mode is not None and mode not in MODES:
         raise SettingsError(f"unknown mode {mode!r}", hint=f"known modes are {', '.join(MODES)}")
     given = {**MODES[mode or "default"], **(options or {})}
-    kinds = (CompilationSettings, RuntimeSettings)
-    known = {item.name: kind for kind in kinds for item in fields(kind)}
-    unknown = sorted(given.keys() - known.keys())
+    names = [{item.name for item in fields(kind)} for kind in (CompilationSettings, RuntimeSettings)]
+    known = names[0] | names[1]
+    unknown = sorted(given.keys() - known)
     if unknown:
         hint = f"known options are {', '.join(sorted(known))}"
         raise SettingsError(f"unknown option {', '.join(unknown)}", hint=hint)
-    compilation, runtime = ({k: v for k, v in given.items() if known[k] is kind} for kind in kinds)
+    compilation, runtime = ({name: value for name, value in given.items() if name in own} for own in names)
     return CompilationSettings(**compilation), RuntimeSettings(**runtime)  # type: ignore[arg-type]
 
 
@@ -260,6 +275,12 @@ def assemblers() -> dict[str, str]:
             status = os.stat(path) if os.path.exists(path) else None
             found[name] = f"{path} {status and (status.st_size, status.st_mtime_ns)}"
     return found
+
+
+def opens_stages(settings: CompilationSettings | RuntimeSettings) -> bool:
+    """Kernels are dumped or overridden. They are then neither taken from a cache, whose kernels have no stages to look
+    at, nor kept in one."""
+    return settings.dump_dir is not None or settings.override_dir is not None
 
 
 def cache_dir(settings: CompilationSettings) -> str:
@@ -285,9 +306,11 @@ def runtime_cache_path(runtime: RuntimeSettings, compilation: CompilationSetting
 def table() -> str:
     """The options as a Markdown table: name, default, meaning, environment variable."""
     lines = ["| option | default | meaning | variable |", "|---|---|---|---|"]
+    shown_once: set[str] = set()
     for kind in (CompilationSettings, RuntimeSettings):
         defaults = kind()
-        for item in fields(kind):
+        for item in (item for item in fields(kind) if item.name not in shown_once):
+            shown_once.add(item.name)
             default = getattr(defaults, item.name)
             shown = "none" if default == frozenset() else repr(default)
             meaning = f"{item.metadata['help']} Expects {item.metadata['expects']}."

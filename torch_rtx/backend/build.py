@@ -53,6 +53,7 @@ def compile(
         InputError: an `Input` contradicts another, `dynamic_shapes` or the settings.
     """
     settings = settings or CompilationSettings()
+    runtime = runtime or RuntimeSettings(dump_dir=settings.dump_dir, override_dir=settings.override_dir)
     if settings.fallback_on_error:
         log.warning("fallback_on_error has no effect ahead of time: an engine that can't be built is an error")
     declared = declare(model, args, kwargs, dynamic_shapes, settings.device)

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
 
+from torch_rtx.artefacts import Artefacts
 from torch_rtx.backend.compiler import Program, named_targets
 from torch_rtx.errors import InvalidIR, LoweringError, Unsupported
 from torch_rtx.ir import Graph, Node, TensorType, kernel_nodes
-from torch_rtx.lowering.kernels.build import Binaries, Progress, build
+from torch_rtx.lowering.kernels.build import NONE, Binaries, Progress, build, show_offers, show_results
 from torch_rtx.lowering.kernels.generate import Form, forms
 from torch_rtx.settings import CompilationSettings
 from torch_rtx.tactics import OWN, KernelTable, Launch, Tactics, check, fastest_first
@@ -83,7 +84,8 @@ def kernels_of(program: Program, settings: CompilationSettings) -> KernelTable:
     assert settings.targets is not None
     targets = targets_for(settings.targets, program.graph)
     with progress_bar() as progress:
-        table, report = build_kernels(program.graph, targets, progress=progress)
+        artefacts = Artefacts.at(program.folder, settings.override_dir)
+        table, report = build_kernels(program.graph, targets, progress=progress, artefacts=artefacts)
     log.info("%s", report)
     program.dump("kernels.txt", str(report))
     return table
@@ -137,14 +139,18 @@ def generated(node: Node, target: Target) -> list[Form]:
 
 
 def build_kernels(
-    graph: Graph, targets: Iterable[Target], forms: Forms = generated, progress: Progress | None = None
+    graph: Graph,
+    targets: Iterable[Target],
+    forms: Forms = generated,
+    progress: Progress | None = None,
+    artefacts: Artefacts = NONE,
 ) -> tuple[KernelTable, BuildReport]:
     """Build every kernel node of `graph` for every target: the tactics that may be the fastest, each in its first
     configuration that fits.
 
     Args:
         forms: see `generate.forms`; asked once per op and target: nodes of one op have equal bodies.
-        progress: see `kernels.build.build`.
+        progress, artefacts: see `kernels.build.build`.
 
     Raises:
         KernelError: see `compile_kernels`.
@@ -158,7 +164,12 @@ def build_kernels(
         for place in places
         for which, (head, rest) in enumerate(_may_be_fastest(forms(nodes[place[0]], place[1])))
     }
-    chosen, reasons = build(wanted, progress)
+    if artefacts.dump is not None:
+        for op, target in ((op, target) for op in reversed(nodes) for target in by_age(set(targets))):
+            _show(nodes[op], target, forms(nodes[op], target), artefacts)
+    chosen, tried = build(wanted, progress, artefacts)
+    for (op, target, _), results in tried.items():
+        show_results(artefacts, op, target, results)
     binaries = Binaries()
     table: dict[str, dict[Target, Tactics]] = {}
     kept: dict[Launch, tuple[str, str, list[Target]]] = {}
@@ -167,7 +178,7 @@ def build_kernels(
         results = [chosen[key] for key in wanted if key[:2] == (op, target) and key in chosen]
         fitting = [result for result in results if result.problem is None] or results
         if not any(result.built for result in fitting):
-            why = [reason for key in wanted if key[:2] == (op, target) for reason in reasons[key]]
+            why = [one.problem for key in wanted if key[:2] == (op, target) for one in tried[key] if one.problem]
             missing.append((op, target, "; ".join(why) or "no code"))
             continue
         tactics = fastest_first(map(binaries.tactic, fitting))
@@ -184,6 +195,13 @@ def build_kernels(
     reports = tuple(_report(op, name, launch, targets, made) for launch, (op, name, targets) in kept.items())
     nbytes = sum(map(len, made.binaries.values()))
     return made, BuildReport(reports, tuple(missing), nbytes, time.perf_counter() - start)
+
+
+def _show(node: Node, target: Target, found: list[Form], artefacts: Artefacts) -> None:
+    """Begin the ranking of a kernel node: its forms, each with ranks of its own."""
+    assert node.body is not None
+    offers = chain.from_iterable(enumerate(chain((head,), rest)) for head, rest in found)
+    show_offers(artefacts, node.op, node.body, target, offers)
 
 
 def _may_be_fastest(found: list[Form]) -> list[Form]:

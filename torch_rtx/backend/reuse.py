@@ -35,7 +35,7 @@ from torch_rtx.irparse import parse
 from torch_rtx.lowering.from_fx import Role, is_fixed, python_call, unique_name
 from torch_rtx.lowering.location import Locations
 from torch_rtx.lowering.symbols import Symbols
-from torch_rtx.settings import CompilationSettings, cache_dir
+from torch_rtx.settings import CompilationSettings, cache_dir, opens_stages
 from torch_rtx.tactics import read_table, write_table
 
 log = logging.getLogger("torch_rtx.cache")
@@ -57,7 +57,7 @@ def obtain(
 ) -> Program:
     """The program of `gm`: from the engine cache if it has one, else built, and kept there.
 
-    With `dump_dir` it is always built: whoever wants to see every stage gets every stage.
+    While stages are dumped or overridden, it is always built.
 
     Args and raises: see `compile_fx`.
     """
@@ -106,8 +106,8 @@ def _build(
 
 
 def caching(settings: CompilationSettings) -> bool:
-    """Whether the engine cache is used at all. Who asks for the artefacts of every stage gets every stage."""
-    return (settings.cache_built_engines or settings.reuse_cached_engines) and settings.dump_dir is None
+    """Whether the engine cache is used at all: not while stages are dumped or overridden."""
+    return (settings.cache_built_engines or settings.reuse_cached_engines) and not opens_stages(settings)
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from torch_rtx.ir import Graph, TensorType, Value, evaluate
 from torch_rtx.ir import Node as Step
 from torch_rtx.runtime.check import bind_sizes
 from torch_rtx.runtime.code import EMPTY, PLACED, Code, aligned, copy_strided, restride
-from torch_rtx.runtime.dependent import launch_early
 from torch_rtx.runtime.driver import checked, driver
 from torch_rtx.runtime.graphnodes import Executables, GraphNodes, Port, kernel_uses
 from torch_rtx.runtime.inline import inline_kernels
+from torch_rtx.runtime.pdl import use_programmatic_edges
 from torch_rtx.runtime.weights import WeightStore
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Captured:
             given.copy()
             results = pool.run(code, given.tensors, store.values)
             made = _Outputs(pool.graph, results, given, pinned, uses, pool.static_outputs)
-        launch_early(driver(), self.graph, code.tactics)
+        use_programmatic_edges(driver(), self.graph, code.tactics)
         self.graph.instantiate()
         self._nodes = nodes = GraphNodes(self.graph, code.tactics)
         ports = {**given.ports(nodes), **made.ports(nodes)}

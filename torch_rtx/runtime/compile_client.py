@@ -11,10 +11,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from torch_rtx.artefacts import Artefacts
 from torch_rtx.errors import KernelError
 from torch_rtx.ir import Graph
 from torch_rtx.tactics import Candidate
 
+NONE = Artefacts()
 LIMIT = 600.0  # seconds for a request: a compiler that hangs holds up all that comes after it
 # What the process runs, with this very package wherever it is.
 # What is found here is found there, and nothing of the folder that the program happens to run in. Ctrl-C in a terminal
@@ -36,16 +38,18 @@ class CompileClient:
         self._lock = threading.Lock()
         self._stopped = False
 
-    def build(self, bodies: Mapping[str, tuple[Graph, int]], sm: int) -> dict[str, Candidate]:
+    def build(
+        self, bodies: Mapping[str, tuple[Graph, int]], sm: int, artefacts: Artefacts = NONE
+    ) -> dict[str, Candidate]:
         """What `compile_worker.build` returns. One thread at a time.
 
         Raises:
             KernelError: kernels can't be compiled here; it says why.
         """
-        found: dict[str, Candidate] = self._ask((bodies, sm))
+        found: dict[str, Candidate] = self._ask((bodies, sm, artefacts))
         return found
 
-    def _ask(self, request: tuple[Mapping[str, tuple[Graph, int]], int]) -> Any:
+    def _ask(self, request: tuple[Mapping[str, tuple[Graph, int]], int, Artefacts]) -> Any:
         with self._lock:
             timer: threading.Timer | None = None
             try:

@@ -221,7 +221,7 @@ class Contest:
 
     Attributes:
         times: microseconds, by the name of the tactic.
-        early_starts: how many kernels of each tactic start early in a CUDA graph, see `launch_early`: here, none does.
+        early_starts: per tactic, how many of its kernels use PDL in a CUDA graph; while they are measured, none does.
         loaded: the candidates with their ranks.
         ranks: those of all candidates that were tried.
     """

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from torch_rtx.artefacts import Artefacts
 from torch_rtx.cache.runtime import RuntimeCache
 from torch_rtx.cache.runtime_file import DeviceKey
 from torch_rtx.ir import Graph, Node, kernel_nodes
@@ -24,7 +25,7 @@ from torch_rtx.runtime.driver import checked
 from torch_rtx.runtime.launch import Gpu, LoadedTactic, gpu_of, load, load_tactics
 from torch_rtx.runtime.tuner import TuningContext
 from torch_rtx.runtime.tuning_db import TuningDatabase, region_key
-from torch_rtx.settings import BEST, RuntimeSettings, runtime_cache_path
+from torch_rtx.settings import BEST, RuntimeSettings, opens_stages, runtime_cache_path
 from torch_rtx.tactics import Candidate, KernelTable
 from torch_rtx.targets import arch_of
 
@@ -46,7 +47,7 @@ def tactics_and_context(
     BACKGROUND.on_stop(COMPILE_CLIENT.stop)
     open_store = partial(_runtime_cache, gpu, device, settings)
     context = TuningContext(
-        TuningDatabase(gpu.sm, COMPILE_CLIENT, open_store),
+        TuningDatabase(gpu.sm, COMPILE_CLIENT, open_store, Artefacts.at(settings.dump_dir, settings.override_dir)),
         load=partial(_load, gpu, open_store),
         jit=partial(load_tactics, table, graph, device, open_store=open_store),
         time=microseconds(device),
@@ -62,7 +63,7 @@ def _load(gpu: Gpu, open_store: Callable[[], RuntimeCache | None], node: Node, c
 
 
 def _runtime_cache(gpu: Gpu, device: torch.device, settings: RuntimeSettings) -> RuntimeCache | None:
-    path = runtime_cache_path(settings)
+    path = None if opens_stages(settings) else runtime_cache_path(settings)
     return None if path is None else _open(path, settings.runtime_cache_size, device_key(gpu, device))
 
 

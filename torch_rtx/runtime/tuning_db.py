@@ -16,6 +16,7 @@ from functools import cache, cached_property
 from importlib import metadata
 from typing import Any, Protocol
 
+from torch_rtx.artefacts import Artefacts
 from torch_rtx.errors import InvalidIR, KernelError
 from torch_rtx.ir import Graph
 from torch_rtx.runtime.bind import without_locations
@@ -25,6 +26,7 @@ from torch_rtx.targets import Target, arch_of
 
 log = logging.getLogger(__name__)
 Bodies = Mapping[str, tuple[Graph, int]]  # by name, with the rank of the first tactic to try
+NONE = Artefacts()
 FAILURES = 2  # after so many failures with no success, assume that the toolchain is broken
 NEGATIVE_ENTRY = b""  # the value of a key under which there is no candidate
 KERNEL, TACTIC = "kernel", "tactic"  # kinds of entries
@@ -48,8 +50,8 @@ class Choice:
 class Compiler(Protocol):
     """Compiles candidates: `CompileClient`."""
 
-    def build(self, bodies: Bodies, sm: int) -> Mapping[str, Candidate]:
-        """Per name the first tactic that fits the GPU, from a rank on."""
+    def build(self, bodies: Bodies, sm: int, artefacts: Artefacts) -> Mapping[str, Candidate]:
+        """Per name the first tactic that fits the GPU, from a rank on; `artefacts` gets the stages of its kernels."""
 
 
 class TuningDatabase:
@@ -58,10 +60,17 @@ class TuningDatabase:
     Args:
         compiler: compiles candidates.
         open_store: opens what outlives the process, if anything does; called when it is first needed.
+        artefacts: where the stages of kernels are written and overridden.
     """
 
-    def __init__(self, sm: int, compiler: Compiler, open_store: Callable[[], Store | None] = lambda: None) -> None:
-        self.sm, self._compiler, self._open_store = sm, compiler, open_store
+    def __init__(
+        self,
+        sm: int,
+        compiler: Compiler,
+        open_store: Callable[[], Store | None] = lambda: None,
+        artefacts: Artefacts = NONE,
+    ) -> None:
+        self.sm, self._compiler, self._open_store, self._artefacts = sm, compiler, open_store, artefacts
 
     @cached_property
     def _store(self) -> Store | None:
@@ -117,7 +126,7 @@ class TuningDatabase:
             KernelError: nothing can be compiled here, as it seems.
         """
         try:
-            return self._compiler.build(wanted, self.sm), {}
+            return self._compiler.build(wanted, self.sm, self._artefacts), {}
         except KernelError:
             if len(wanted) == 1:
                 raise
@@ -125,7 +134,7 @@ class TuningDatabase:
         refused: dict[str, KernelError] = {}
         for name, entry in wanted.items():
             try:
-                built.update(self._compiler.build({name: entry}, self.sm))
+                built.update(self._compiler.build({name: entry}, self.sm, self._artefacts))
             except KernelError as error:
                 refused[name] = error
                 if len(refused) == FAILURES and not built:
@@ -148,7 +157,11 @@ class TuningDatabase:
             return None
 
     def remember(self, key: str, choice: Choice) -> None:
-        """Keep the fastest tactic of a region."""
+        """Keep the fastest tactic of a region, and add the measurements to its ranking."""
+        files = self._artefacts.of(name_of(key), arch_of(self.sm).target)
+        files.write(
+            "ranking", "".join(f"measured {t:.2f} us: {n}\n" for n, t in choice.microseconds.items()), append=True
+        )
         if self._store is not None:
             self._store.put(TACTIC, key, json.dumps(vars(choice)).encode())
 

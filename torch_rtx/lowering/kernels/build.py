@@ -6,10 +6,12 @@ compile worker for the tactics of some regions from a rank on. It needs neither 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from torch_rtx.artefacts import Artefacts
+from torch_rtx.ir import Graph, kernel_nodes
 from torch_rtx.lowering.kernels.aot import Built, compile_kernels
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.toolchain import Code
@@ -19,6 +21,7 @@ from torch_rtx.targets import Target
 Key = TypeVar("Key", bound=Hashable)
 Ranked = tuple[int, Tactic[Kernel]]  # a tactic with its rank
 Progress = Callable[[int, int], object]
+NONE = Artefacts()
 
 
 @dataclass(frozen=True)
@@ -52,34 +55,62 @@ class Result:
 
 
 def build(
-    wanted: Mapping[Key, tuple[Iterator[Ranked], Target]], progress: Progress | None = None
-) -> tuple[dict[Key, Result], dict[Key, list[str]]]:
+    wanted: Mapping[Key, tuple[Iterator[Ranked], Target]],
+    progress: Progress | None = None,
+    artefacts: Artefacts = NONE,
+) -> tuple[dict[Key, Result], dict[Key, list[Result]]]:
     """Per key the first of its tactics whose kernels fit the target. Where tactics only spill too much, the one that
-    spills least. And per key what is wrong with the others.
+    spills least. And per key all that were tried.
 
     Args:
         progress: see `compile_kernels`; starts again with each round of tactics.
+        artefacts: where the stages of kernels are written and overridden.
 
     Raises:
         KernelError: see `compile_kernels`.
     """
     chosen: dict[Key, Result] = {}
-    reasons: dict[Key, list[str]] = {key: [] for key in wanted}
+    tried: dict[Key, list[Result]] = {key: [] for key in wanted}
     pending = list(wanted)
     while pending:
         offered = {key: ranked for key in pending if (ranked := next(wanted[key][0], None)) is not None}
-        kernels = [(kernel, wanted[key][1]) for key, (_, one) in offered.items() for kernel in one.kernels.values()]
-        compiled = compile_kernels(kernels, progress=progress)
+        kernels = {
+            (kernel, wanted[key][1]): artefacts.of(kernel.name, wanted[key][1], f"rank{rank}" if rank else "")
+            for key, (rank, tactic) in offered.items()
+            for kernel in tactic.kernels.values()
+        }
+        compiled = compile_kernels(kernels, progress=progress, artefacts=kernels if artefacts else None)
         for key, (rank, tactic) in offered.items():
             target = wanted[key][1]
             built = {op: compiled[kernel, target] for op, kernel in tactic.kernels.items()}
             result = Result(rank, tactic, target, built)
-            if result.problem is not None:
-                reasons[key].append(result.problem)
+            tried[key].append(result)
             if result.runs and (key not in chosen or result.spills < chosen[key].spills):
                 chosen[key] = result
         pending = [key for key in offered if key not in chosen or chosen[key].problem is not None]
-    return chosen, reasons
+    return chosen, tried
+
+
+def show_offers(artefacts: Artefacts, name: str, body: Graph, target: Target, offers: Iterable[Ranked]) -> None:
+    """Write the regions of the kernel `name` and of the kernels inside of its tactics, and begin its ranking."""
+    artefacts.of(name).write("region", str(body))
+    lines = ["rank  expected us  tactic"]
+    for rank, tactic in offers:
+        kernels = (f"{k.name} ({k.num_warps} warps, {k.num_stages} stages)" for k in tactic.kernels.values())
+        lines.append(f"{rank:4}  {tactic.expected_us:11.2f}  {tactic.kind:8} {', '.join(kernels)}".rstrip())
+        for node in () if tactic.body is None else kernel_nodes(tactic.body):
+            artefacts.of(node.op).write("region", str(node.body))
+    artefacts.of(name, target).write("ranking", "\n".join(lines) + "\n")
+
+
+def show_results(artefacts: Artefacts, name: str, target: Target, results: Iterable[Result]) -> None:
+    """Add what was built to the ranking of the kernel `name`."""
+    lines = []
+    for result in results:
+        codes = [(result.tactic.kernels[op].name, code) for op, built in result.built.items() for code in built.codes]
+        used = [f"{op}: {c.registers} registers, {c.spills} B spilled, {c.shared} B shared" for op, c in codes]
+        lines.append(f"built {result.tactic.kind} {result.rank}: {'; '.join((result.problem or 'fits', *used))}\n")
+    artefacts.of(name, target).write("ranking", "".join(lines), append=True)
 
 
 @dataclass

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import BinaryIO
 
+from torch_rtx.artefacts import Artefacts
 from torch_rtx.errors import RtxError, Unsupported
 from torch_rtx.ir import Graph
 from torch_rtx.lowering.kernels import build as kernel_build
@@ -24,20 +25,30 @@ from torch_rtx.targets import Arch, arch_of
 NICENESS = 10  # the program that waits for nobody comes first
 
 
-def build(bodies: Mapping[str, tuple[Graph, int]], sm: int) -> dict[str, Candidate]:
+def build(
+    bodies: Mapping[str, tuple[Graph, int]], sm: int, artefacts: Artefacts = kernel_build.NONE
+) -> dict[str, Candidate]:
     """Per name of a region the first tactic that fits the GPU, from a rank on; regions without one are left out.
 
     Args:
         bodies: by name, with the rank of the first tactic to try.
         sm: the SM version of the GPU.
+        artefacts: where the stages of kernels are written and overridden.
 
     Raises:
         KernelError: see `compile_kernels`.
     """
     target = arch_of(sm).target
     wanted = {name: (_ranked(body, name, target.arch, first), target) for name, (body, first) in bodies.items()}
+    for name, (body, first) in bodies.items() if artefacts.dump is not None else ():
+        if first == 0:
+            offers = sorted(_ranked(body, name, target.arch, first), key=lambda one: one[0])
+            kernel_build.show_offers(artefacts, name, body, target, offers)
     found = {}
-    for name, result in kernel_build.build(wanted)[0].items():
+    chosen, tried = kernel_build.build(wanted, artefacts=artefacts)
+    for name, results in tried.items():
+        kernel_build.show_results(artefacts, name, target, results)
+    for name, result in chosen.items():
         binaries = kernel_build.Binaries()
         found[name] = Candidate(binaries.tactic(result), result.rank, binaries.stored)
     return found
@@ -58,12 +69,12 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
     """Answer requests until there are no more: with what `build` returns, or with the error that it raised."""
     while True:
         try:
-            bodies, sm = pickle.load(requests)
+            request = pickle.load(requests)
         except EOFError:
             return
         answer: dict[str, Candidate] | str
         try:
-            answer = build(bodies, sm)
+            answer = build(*request)
         except (RtxError, OSError) as error:
             answer = str(error)
         except Exception as error:  # a bug, which the other process logs

@@ -21,7 +21,7 @@ class Kernel:
         grid: how many programs there are along x, y and z; dims of the graph. Nothing is launched where one is 0.
         num_warps, num_stages: Triton's options of these names.
         wide: the scalars are 64 bit, not 32.
-        early: the kernel after it may be placed as soon as all its programs have begun, see `dependent`.
+        trigger_early: see `insert_pdl`.
     """
 
     name: str
@@ -32,4 +32,4 @@ class Kernel:
     num_warps: int = 4
     num_stages: int = 1
     wide: bool = False
-    early: bool = False
+    trigger_early: bool = False

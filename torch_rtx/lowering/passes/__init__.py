@@ -1,2 +1,2 @@
-"""Passes, one per file, each a function `(graph, infer) -> graph`. `lowering.pipeline.PIPELINE` says in which order, and
-what each one needs."""
+"""Passes, one per file, each a function `(graph, infer) -> graph`; `lowering.pipeline.PIPELINE` orders them, and says
+what each needs."""

@@ -8,8 +8,8 @@ import pytest
 
 from torch_rtx.irparse import parse
 from torch_rtx.lowering.kernels.aot import compile_kernels
-from torch_rtx.lowering.kernels.dependent import LAUNCH, WAIT, dependent
 from torch_rtx.lowering.kernels.generate import generate
+from torch_rtx.lowering.kernels.pdl import TRIGGER, WAIT, insert_pdl
 from torch_rtx.targets import Target
 
 pytest.importorskip("triton", reason="kernels are built with Triton, which is not installed")
@@ -54,7 +54,11 @@ def instructions(name: str, sm: int) -> tuple[list[str], bool, bool]:
     assert code is not None
     text = code.ptx.decode()
     lines = [line.strip() for line in text[text.index("{\n") :].splitlines()]
-    return [line for line in lines if line and not line.startswith(("//", ".", "{"))], code.waits, kernel.early
+    return (
+        [line for line in lines if line and not line.startswith(("//", ".", "{"))],
+        code.uses_pdl,
+        kernel.trigger_early,
+    )
 
 
 @pytest.mark.parametrize("sm", [90, 120])
@@ -63,19 +67,19 @@ def test_kernels_wait_before_they_touch_memory(name: str, sm: int) -> None:
     lines, waits, early = instructions(name, sm)
     assert waits
     assert early == (name == "few rows" and sm == 90)  # on sm_120 it has a tile like any other
-    assert lines.count(WAIT) == lines.count(LAUNCH) == 1
+    assert lines.count(WAIT) == lines.count(TRIGGER) == 1
     before = lines[: lines.index(WAIT)]
     allowed = re.compile(
         r"(ld\.param|mov|shl|shr|and|or|xor|add|sub|mul|mad|div|rem|bfe|bfi|prmt|cvt|cvta|setp|selp)\b"
     )
-    assert all(allowed.match(line) or line == LAUNCH for line in before), before
+    assert all(allowed.match(line) or line == TRIGGER for line in before), before
     assert any("%ctaid" in line for line in before)  # addresses are computed meanwhile
     store = next(place for place, line in enumerate(lines) if "st.global" in line)
     if early:
-        assert lines.index(LAUNCH) < lines.index(WAIT)
+        assert lines.index(TRIGGER) < lines.index(WAIT)
     else:
-        assert lines.index(WAIT) < lines.index(LAUNCH) < store
-        assert store - lines.index(LAUNCH) <= 2
+        assert lines.index(WAIT) < lines.index(TRIGGER) < store
+        assert store - lines.index(TRIGGER) <= 2
 
 
 def test_older_targets_have_no_such_instruction() -> None:
@@ -110,13 +114,13 @@ BEGINNING = ".visible .entry k(\n\t.param .u64 .ptr .global .align 1 k_param_0\n
 )
 def test_what_ends_the_beginning(line: str) -> None:
     begin = BEGINNING + "\tld.param.b64 \t%rd1, [k_param_0];\n\tmov.u32 \t%r1, %tid.x;\n"
-    assert dependent(f"{begin}\t{line}\n\tret;\n}}\n", False) == f"{begin}\t{WAIT}\n\t{line}\n\tret;\n}}\n"
+    assert insert_pdl(f"{begin}\t{line}\n\tret;\n}}\n", False) == f"{begin}\t{WAIT}\n\t{line}\n\tret;\n}}\n"
 
 
 def test_functions_before_a_kernel() -> None:
     function = ".func (.param .b32 out) read()\n{\n\t.reg .b32 \t%r<2>;\n\tld.global.b32 \t%r1, [x];\n\tret;\n}\n"
-    assert dependent(f"{function}{BEGINNING}\tret;\n}}\n", False) == f"{function}{BEGINNING}\t{WAIT}\n\tret;\n}}\n"
+    assert insert_pdl(f"{function}{BEGINNING}\tret;\n}}\n", False) == f"{function}{BEGINNING}\t{WAIT}\n\tret;\n}}\n"
 
 
 def test_kernels_without_results_wait_too() -> None:
-    assert dependent(BEGINNING + "\tret;\n}\n", False) == f"{BEGINNING}\t{WAIT}\n\tret;\n}}\n"
+    assert insert_pdl(BEGINNING + "\tret;\n}\n", False) == f"{BEGINNING}\t{WAIT}\n\tret;\n}}\n"

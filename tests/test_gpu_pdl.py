@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="kernels are built with Triton, which is no
 
 import torch_rtx
 from torch_rtx.runtime import captured
-from torch_rtx.runtime.dependent import launch_early
+from torch_rtx.runtime.pdl import use_programmatic_edges
 from torch_rtx.targets import arch_of
 
 pytestmark = pytest.mark.gpu
@@ -35,10 +35,10 @@ def test_replays_of_long_chains(rows: int, tactics: str, target: str, monkeypatc
     changed: list[int] = []
 
     def spy(*given: Any) -> int:
-        changed.append(launch_early(*given))
+        changed.append(use_programmatic_edges(*given))
         return changed[-1]
 
-    monkeypatch.setattr(captured, "launch_early", spy)
+    monkeypatch.setattr(captured, "use_programmatic_edges", spy)
     model = nn.Sequential(*(Block() for _ in range(12))).half().cuda()
     inputs = [torch.randn(rows, WIDTH, device="cuda", dtype=torch.float16) for _ in range(16)]
     settings = torch_rtx.CompilationSettings(targets=[target])
