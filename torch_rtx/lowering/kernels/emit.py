@@ -5,24 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from torch_rtx.dtypes import FLOATS, register
 from torch_rtx.errors import Unsupported
 from torch_rtx.lowering.kernels.index import Index, linear, variable, within
-from torch_rtx.lowering.kernels.tensor import (
-    FLOATS,
-    TRITON,
+from torch_rtx.lowering.kernels.kernel_ir import (
     ZERO,
+    Const,
     Gather,
     Iota,
     Load,
-    Map,
-    Move,
-    Number,
+    Pointwise,
     Position,
     Reduce,
+    Select,
     Tensor,
-    Within,
-    register,
+    View,
 )
+from torch_rtx.lowering.kernels.triton_ops import literal, template, tl_dtype
 
 Axes = frozenset[str]
 NONE: Axes = frozenset()
@@ -146,34 +145,36 @@ class Emitter:
 
     def _value(self, tensor: Tensor, position: Position, conditions: tuple[Operand, ...]) -> Operand:
         match tensor:
-            case Move():
+            case View():
                 return self.value(tensor.source, tensor.at(position), conditions)
-            case Map():
-                return self._map(tensor, position, conditions)
-            case Number():
-                return Operand(literal(tensor))
+            case Pointwise():
+                return self._pointwise(tensor, position, conditions)
+            case Const():
+                return Operand(_number(tensor))
             case Load():
                 return self._load(tensor, position, conditions)
             case Iota():
                 at = tensor.at(position)
-                text = str(at) if at.number is not None else f"({at}).to({TRITON[tensor.dtype]})"
+                text = str(at) if at.number is not None else f"({at}).to({tl_dtype(tensor.dtype)})"
                 return self.assign(text, self.varies(at)) if at.number is None else _full(text, tensor.dtype)
-            case Within():
-                return self._within(tensor, position, conditions)
+            case Select():
+                return self._select(tensor, position, conditions)
             case Gather():
                 return self._gather(tensor, position, conditions)
             case Reduce():
                 return self._reduced(tensor, position)
         raise AssertionError(tensor)
 
-    def _map(self, tensor: Map, position: Position, conditions: tuple[Operand, ...]) -> Operand:
-        if tensor.text == "{0}" and isinstance(tensor.args[0], Number):
-            return _full(literal(tensor.args[0]), tensor.dtype)
+    def _pointwise(self, tensor: Pointwise, position: Position, conditions: tuple[Operand, ...]) -> Operand:
+        same = tensor.same_register
+        if isinstance(same, Const):
+            return _full(_number(same), tensor.dtype)
         args = [self.value(arg, position, conditions) for arg in tensor.args]
-        axes = frozenset[str]().union(*(arg.axes for arg in args))
-        if tensor.text == "{0}":
+        if same is not None:
             return args[0]
-        return self._once((tensor.text, *args), axes, tensor.text.format(*(arg.text for arg in args)))
+        axes = frozenset[str]().union(*(arg.axes for arg in args))
+        text = template(tensor.expression, [arg.dtype for arg in tensor.args])
+        return self._once((text, *args), axes, text.format(*(arg.text for arg in args)))
 
     def _load(self, tensor: Load, position: Position, conditions: tuple[Operand, ...]) -> Operand:
         if tensor.anchor:
@@ -192,7 +193,7 @@ class Emitter:
         masked = f", mask={' & '.join(m.text for m in masks)}, other=0" if masks else ""
         text = f"tl.load({place}{masked})"
         if dtype != tensor.dtype:
-            text += f".to({TRITON[dtype]})"
+            text += f".to({tl_dtype(dtype)})"
         return self._once(("load", text), wide, text)
 
     def _pointer(self, name: str, address: Index) -> str:
@@ -228,7 +229,7 @@ class Emitter:
         named = (axis for axis in self.axes.values() if axis.name in axes and axis.mask)
         return [Operand(axis.mask, frozenset((axis.name,)) | self._varying.get(axis.mask, NONE)) for axis in named]
 
-    def inside(self, tensor: Within, position: Position) -> tuple[Position, tuple[Operand, ...]]:
+    def inside(self, tensor: Select, position: Position) -> tuple[Position, tuple[Operand, ...]]:
         """The position in the inner tensor, and the conditions that say that it is inside of it."""
         moved = tuple(p - start for p, start in zip(position, tensor.starts, strict=True))
         tests = []
@@ -239,7 +240,7 @@ class Emitter:
                 tests.append((f"{self._kept(at)} < {start + size}", self.varies(at)))
         return moved, tuple(self._once(("within", text), axes, text, "c") for text, axes in tests)
 
-    def _within(self, tensor: Within, position: Position, conditions: tuple[Operand, ...]) -> Operand:
+    def _select(self, tensor: Select, position: Position, conditions: tuple[Operand, ...]) -> Operand:
         moved, tests = self.inside(tensor, position)
         inner = self.value(tensor.inner, moved, (*conditions, *tests))
         if not tests:
@@ -293,20 +294,20 @@ class Emitter:
         return " + ".join(f"({part})" for part in parts.values()) if len(odd) > 1 else f"({address})"
 
 
-def literal(tensor: Number) -> str:
+def _number(tensor: Const) -> str:
     """A number as Triton reads it: without more the language takes a float for f32."""
     value, dtype = tensor.value, register(tensor.dtype)
     if isinstance(value, Index):
-        return f"({value}).to({TRITON[dtype]})" if value.number is None else str(value)
+        return f"({value}).to({tl_dtype(dtype)})" if value.number is None else str(value)
     if dtype in FLOATS:
-        text = repr(float(value)) if abs(value) < float("inf") else f'float("{float(value)}")'
+        text = literal(float(value))
         return f"tl.full((), {text}, tl.float64)" if dtype == "f64" else text
     return str(value)
 
 
 def _full(text: str, dtype: str) -> Operand:
     """A number where a tensor is needed."""
-    return Operand(text if text.startswith("tl.full") else f"tl.full((), {text}, {TRITON[register(dtype)]})")
+    return Operand(text if text.startswith("tl.full") else f"tl.full((), {text}, {tl_dtype(register(dtype))})")
 
 
 def indent(lines: Iterable[str], by: int = 1) -> list[str]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from torch_rtx.dtypes import register
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import MAIN, Attr, Expr, Graph, Node, Sym, TensorType, Value, attr_values
 from torch_rtx.lowering.kernels.index import from_dim
+from torch_rtx.lowering.kernels.kernel_ir import Reduce, Tensor, children, everything, load
 from torch_rtx.lowering.kernels.ops import gradients, indexing, pointwise, pooling, reductions, views
 from torch_rtx.lowering.kernels.ops.registry import OPS
-from torch_rtx.lowering.kernels.tensor import TRITON, Reduce, Tensor, children, everything, load
 
 # Operators that a kernel is built around: one of them at most, the rest of its body comes before and after.
 ANCHORS = {
@@ -102,7 +103,7 @@ def tensor_type(value: Value) -> TensorType:
         Unsupported: a number, another device, a dtype that kernels do not have.
     """
     type_ = value.type
-    if not isinstance(type_, TensorType) or type_.device != MAIN or type_.dtype not in TRITON:
+    if not isinstance(type_, TensorType) or type_.device != MAIN or not register(type_.dtype):
         raise Unsupported(f"{value.type} in a kernel")
     return type_
 

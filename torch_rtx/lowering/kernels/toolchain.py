@@ -21,6 +21,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from torch_rtx.dtypes import DTYPES
 from torch_rtx.errors import KernelError
 from torch_rtx.kerneltable import Variant
 from torch_rtx.lowering.kernels.dependent import WAIT, dependent
@@ -33,9 +34,7 @@ PTX_VERSION = 80  # of sm_75, 80 and 86: drivers of CUDA 12.0 and later take it
 _lock = threading.Lock()
 _parsing = threading.Lock()
 KEPT = 256  # lowered kernels that are kept for the builds to come; some 100 KB each
-# What Triton calls the dtypes that it has.
-_POINTERS = {name: name for name in ("bf16", "i64", "i32", "i16", "i8", "u64", "u32", "u16", "u8")}
-_POINTERS |= {"f64": "fp64", "f32": "fp32", "f16": "fp16", "f8e4m3fn": "fp8e4nv", "f8e5m2": "fp8e5", "bool": "i1"}
+_POINTERS = {name: dtype.pointer for name, dtype in DTYPES.items() if dtype.pointer}
 _DIVISIBLE = [["tt.divisibility", 16]]
 
 
