@@ -10,7 +10,7 @@ stored or cast on purpose, so that a kernel is no less precise than the calls th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch_rtx.dtypes import INTS, highest, lowest, register, wrapped
@@ -269,14 +269,20 @@ def everything(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
 # ---- text ------------------------------------------------------------------------------------------------------------
 
 
-def text(outputs: Sequence[Tensor]) -> str:
-    """The DAG below `outputs`, one value a line, operands first; the last line names the outputs. `i0`, `i1`, ... stand
-    for the position."""
-    names: dict[Tensor, str] = {}
-    lines = []
-    for tensor in everything(outputs):
-        names[tensor] = f"%{len(names)}"
-        lines.append(f"{names[tensor]}: {tensor.dtype}{_list(tensor.shape)} = {_node_text(tensor, names)}")
+def text(outputs: Sequence[Tensor], op: str = "", args: Mapping[str, object] | None = None) -> str:
+    """The DAG below `outputs`, one value a line, arguments first. Numbers stand where they are used; `i0`, `i1`, ...
+    are the position. `op` is the anchor's, `args` are its arguments by name, tensors among them."""
+    given, names, lines = args or {}, dict[Tensor, str](), list[str]()
+    for tensor in everything([*(one for one in given.values() if isinstance(one, Tensor)), *outputs]):
+        if isinstance(tensor, Const):
+            names[tensor] = str(tensor.value)
+            continue
+        found = _node_text(tensor, names)
+        if isinstance(tensor, Load) and tensor.anchor:
+            texts = (f"{key}={names[one] if isinstance(one, Tensor) else one}" for key, one in given.items())
+            found = f"{op}({', '.join(texts)})"
+        names[tensor] = f"%{len(lines)}"
+        lines.append(f"{names[tensor]}: {tensor.dtype}{_list(tensor.shape)} = {found}")
     return "\n".join([*lines, f"return {', '.join(names[output] for output in outputs)}", ""])
 
 
@@ -289,9 +295,7 @@ def _node_text(tensor: Tensor, names: dict[Tensor, str]) -> str:
     position = tuple(variable(f"i{axis}", size) for axis, size in enumerate(tensor.shape))
     match tensor:
         case Load():
-            return f"{'anchor' if tensor.anchor else 'load'} {tensor.name}, strides={_list(tensor.strides)}"
-        case Const(value=value):
-            return f"const {value}"
+            return f"load {tensor.name}, strides={_list(tensor.strides)}"
         case Iota():
             return f"iota {tensor.at(position)}"
         case Pointwise():

@@ -25,7 +25,7 @@ class Code:
 
     text: str
     level: int = ATOM
-    operands: tuple[int, ...] = (ATOM, ATOM)
+    operands: tuple[int, ...] = (ATOM,)
     expensive: bool = False
 
 
@@ -78,7 +78,7 @@ CODES = {
     "to_bool": Code("({0} != 0)"),
     "cast": Code("{0}.to(tl.{held})"),
     "round_to": Code("{0}.to(tl.{stored}).to(tl.{held})"),
-    "cast_like": Code("{0}.to({1}.dtype)"),
+    "cast_like": Code("{0}.to({1}.dtype)", operands=(ATOM, ATOM)),
 }
 
 
@@ -98,12 +98,8 @@ def _written(expression: Expression, dtypes: Sequence[str]) -> tuple[str, int]:
             return _written(inner, dtypes)
         case Apply(op, operands, dtype):
             code = CODES[op]
-            texts = [
-                text if level >= least else f"({text})"
-                for (text, level), least in zip(
-                    (_written(one, dtypes) for one in operands), code.operands, strict=False
-                )
-            ]
+            written = zip((_written(one, dtypes) for one in operands), code.operands, strict=True)
+            texts = [text if level >= least else f"({text})" for (text, level), least in written]
             held, stored = (DTYPES[name].tl for name in (register(dtype), dtype)) if dtype else ("", "")
             return code.text.format(*texts, held=held, stored=stored), code.level
     raise AssertionError(expression)
