@@ -38,7 +38,7 @@ class Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Load(Tensor):
-    """What is in memory at `name`, or, where `anchor` is set, what the kernel's matrix product has in registers."""
+    """The kernel parameter `name` with `strides` in elements; with `anchor`, the anchor's result in registers."""
 
     name: str
     strides: Shape
@@ -47,7 +47,7 @@ class Load(Tensor):
 
 @dataclass(frozen=True, eq=False)
 class Const(Tensor):
-    """One number, the same everywhere; a dim is an Index."""
+    """One number for all positions; an Index for a dim."""
 
     value: Scalar
 
@@ -108,7 +108,7 @@ class Gather(Tensor):
 
 @dataclass(frozen=True, eq=False)
 class Reduce(Tensor):
-    """`source` reduced over `axes`, whose sizes become 1. `kind` is one of REDUCTIONS."""
+    """`source` reduced over `axes`, whose sizes become 1. `kind` is a key of REDUCTIONS."""
 
     kind: str
     source: Tensor
@@ -117,7 +117,7 @@ class Reduce(Tensor):
 
 @dataclass(frozen=True, eq=False)
 class Scan(Reduce):
-    """The reductions of all beginnings of a row; `kind` is sum or prod."""
+    """The inclusive prefix reduction along one axis; `kind` is sum or prod."""
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,8 @@ class Reduction:
     """A kind of reduction.
 
     Attributes:
-        combine: the reduction of two halves from those of each.
-        neutral: what changes no result, for a dtype.
+        combine: the reduction of two parts (A, B) from the reduction of each.
+        neutral: the neutral element of a dtype.
     """
 
     combine: Expression
@@ -144,10 +144,10 @@ REDUCTIONS = {
 
 
 def load(name: str, type_: TensorType, anchor: bool = False) -> Load:
-    """The tensor that the parameter `name` of the kernel points to.
+    """The tensor that the kernel parameter `name` points to.
 
     Raises:
-        Unsupported: a dtype that kernels do not have.
+        Unsupported: generated kernels do not have the dtype.
     """
     if not register(type_.dtype):
         raise Unsupported(f"dtype {type_.dtype} in a kernel")
@@ -156,12 +156,12 @@ def load(name: str, type_: TensorType, anchor: bool = False) -> Load:
 
 
 def number(value: Scalar, dtype: str) -> Const:
-    """`value` as a tensor without dimensions."""
+    """`value` as a tensor of shape ()."""
     return Const((), dtype, value)
 
 
 def broadcast(tensors: Sequence[Tensor]) -> Shape:
-    """The shape that `tensors` have together."""
+    """The broadcast shape of `tensors`; Unsupported where symbolic sizes are not known to agree."""
     rank = max((len(t.shape) for t in tensors), default=0)
     found = [ONE] * rank
     for tensor in tensors:
@@ -174,7 +174,7 @@ def broadcast(tensors: Sequence[Tensor]) -> Shape:
 
 
 def expand(tensor: Tensor, shape: Shape) -> Tensor:
-    """`tensor` repeated to `shape`."""
+    """`tensor` broadcast to `shape`."""
     if tensor.shape == shape or isinstance(tensor, Const):
         return tensor
     skip = len(shape) - len(tensor.shape)
@@ -220,7 +220,7 @@ def reduce(kind: str, tensor: Tensor, axes: Sequence[int], keep: bool = True) ->
 
 
 def scan(kind: str, tensor: Tensor, axis: int) -> Tensor:
-    """The reductions of all beginnings of a row, along `axis`."""
+    """The inclusive prefix reductions of `tensor` along `axis`."""
     if not tensor.shape or tensor.shape[axis] == ONE or ZERO in tensor.shape:
         return tensor
     return Scan(tensor.shape, tensor.dtype, kind, tensor, (axis % len(tensor.shape),))
@@ -238,7 +238,7 @@ def squeeze(tensor: Tensor, axes: set[int]) -> Tensor:
 
 
 def children(tensor: Tensor) -> tuple[Tensor, ...]:
-    """The tensors that `tensor` is made of."""
+    """The operands of `tensor`."""
     match tensor:
         case Pointwise():
             return tensor.args
@@ -252,7 +252,7 @@ def children(tensor: Tensor) -> tuple[Tensor, ...]:
 
 
 def everything(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
-    """All that `tensors` are made of, each once, what is needed first."""
+    """The nodes of the DAG below `tensors` in post-order: each once, operands first."""
     seen: set[Tensor] = set()
 
     def visit(tensor: Tensor) -> Iterator[Tensor]:
