@@ -163,7 +163,7 @@ def test_split_bodies() -> None:
 
 def test_a_split_body_must_fit_its_kernel() -> None:
     other = parse(str(DIVIDED).replace("return [t, u]", "return [t]"))
-    with pytest.raises(LoweringError, match="returns what the kernel returns"):
+    with pytest.raises(LoweringError, match="must have the kernel's output types"):
         build_kernels(one("k"), [Target(80)], from_list(SMALL), divide=lambda *_: other)
 
 

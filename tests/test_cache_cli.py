@@ -115,7 +115,7 @@ ERRORS: dict[str, tuple[tuple[Any, ...], str]] = {
     "size": (("prune", "--size", "much"), "'much' is not a size"),
     "endless size": (("prune", "--size", "inf"), "'inf' is not a size"),
     "no file": (("import", "absent.tar"), "No such file"),
-    "no archive": (("import", __file__), "is no archive of entries"),
+    "no archive": (("import", __file__), "is not an archive of entries"),
     "no folder": (("export", "absent/all.tar"), "No such file"),
 }
 

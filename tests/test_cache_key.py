@@ -351,7 +351,7 @@ def test_why() -> None:
     assert a.differing(b) == ["settings", "graph"]
     assert a.why(b) == [
         "settings: y 2 -> 3; z none -> 4",
-        "graph: the outline is the same, the details are not",
+        "graph: equal summaries, different content",
     ]
     assert a.why(a) == []
     long = Key({"settings": Part.of("\n".join(f"{i}: {i}" for i in range(9)))})

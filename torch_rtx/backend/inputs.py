@@ -134,7 +134,7 @@ def _bounds(ranges: Sequence[Range]) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class Declared:
+class DeclaredInputs:
     """The arguments of `capture_export`, with an example tensor for each `Input`.
 
     Attributes:
@@ -250,7 +250,7 @@ def declare(
     kwargs: Mapping[str, Any] | None,
     dynamic_shapes: Any,
     device: str | None,
-) -> Declared:
+) -> DeclaredInputs:
     """Replace every `Input` in the arguments of `capture_export` by an example tensor.
 
     Raises:
@@ -259,7 +259,7 @@ def declare(
     leaves, spec = pytree.tree_flatten_with_path((args, dict(kwargs or {})))
     inputs = {number: leaf for number, (_, leaf) in enumerate(leaves) if isinstance(leaf, Input)}
     if not inputs or not isinstance(model, nn.Module) or not isinstance(args, tuple):
-        return Declared(model, args, kwargs, dynamic_shapes, device)  # the capture refuses an Input here
+        return DeclaredInputs(model, args, kwargs, dynamic_shapes, device)  # the capture refuses an Input here
     names = {number: given.name for number, given in inputs.items() if given.name is not None}
     labels = {number: names.get(number) or _label(model, leaves[number][0]) for number in inputs}
     axes = [axis for number, given in inputs.items() for axis in _axes(number, given, labels[number])]
@@ -268,7 +268,7 @@ def declare(
     for number, given in inputs.items():
         values[number] = _example(model, given, labels[number], device)
     args, kwargs = pytree.tree_unflatten(values, spec)
-    return Declared(model, args, kwargs, dynamic_shapes, device, axes, names)
+    return DeclaredInputs(model, args, kwargs, dynamic_shapes, device, axes, names)
 
 
 def _label(model: nn.Module, path: tuple[Any, ...]) -> str:

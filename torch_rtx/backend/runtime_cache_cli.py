@@ -14,7 +14,7 @@ import typer
 
 from torch_rtx.backend.cache_cli import AsJson, errors, size_of, time_text
 from torch_rtx.cache.runtime import intact
-from torch_rtx.cache.runtime_file import DeviceKey, Held, RuntimeFile, export_file
+from torch_rtx.cache.runtime_file import DeviceKey, DeviceSummary, RuntimeFile, export_file
 from torch_rtx.errors import CacheDamaged, CacheError
 from torch_rtx.settings import RuntimeSettings, runtime_cache_path
 
@@ -31,9 +31,9 @@ def _path(file: str | None) -> str:
     return path
 
 
-def _held(path: str) -> list[Held]:
+def _devices(path: str) -> list[DeviceSummary]:
     with suppress(FileNotFoundError), closing(RuntimeFile(path)) as cache:
-        return cache.held()
+        return cache.devices()
     return []
 
 
@@ -46,26 +46,26 @@ def info(file: File = None, as_json: AsJson = False) -> None:
     """List the devices with their numbers of entries, the most recently used first."""
     with errors():
         path = _path(file)
-        found = _held(path)
+        found = _devices(path)
     if as_json:
-        print(json.dumps([asdict(held) for held in found], indent=1))
+        print(json.dumps([asdict(summary) for summary in found], indent=1))
         return
     from rich.console import Console  # importing rich takes 0.1 s, and only tables need it
     from rich.markup import escape
     from rich.table import Table
 
     table = Table("GPU", "SM", "driver", "kernels", "tactics", "KiB", "last used", "made by", box=None)
-    for held in found:
-        device = held.device
-        counts = [str(held.counts.get(kind, 0)) for kind in ("kernel", "tactic")]
-        about = f"{held.bytes / 1024:.1f}", time_text(held.used), escape(device.versions)
+    for summary in found:
+        device = summary.device
+        counts = [str(summary.counts.get(kind, 0)) for kind in ("kernel", "tactic")]
+        about = f"{summary.bytes / 1024:.1f}", time_text(summary.used), escape(device.versions)
         table.add_row(escape(device.name), str(device.sm), str(device.driver), *counts, *about)
     if found:
         console = Console()
         if not console.is_terminal:
             console.width = 10_000  # one line per device in a pipe
         console.print(table, highlight=False)
-    entries, size = sum(sum(held.counts.values()) for held in found), sum(held.bytes for held in found)
+    entries, size = sum(sum(summary.counts.values()) for summary in found), sum(summary.bytes for summary in found)
     print(f"{entries} entries of {len(found)} devices, {size / 1024**2:.1f} MiB, in {path}")
 
 
@@ -138,8 +138,8 @@ def prune(
     removed, left = 0, 0
     with errors():
         path = _path(file)
-        held = _held(path)
-        latest = {one.device.sm: one.device.versions for one in reversed(held)}  # the most recently used one wins
+        devices = _devices(path)
+        latest = {one.device.sm: one.device.versions for one in reversed(devices)}  # the most recently used one wins
 
         def removes(kind: str, device: DeviceKey) -> bool:
             is_outdated = outdated and latest.get(device.sm) != device.versions
