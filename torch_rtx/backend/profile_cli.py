@@ -72,12 +72,7 @@ def _random(types: Iterable[Type], sizes: Mapping[str, int], device: Any) -> lis
             values.append({"int": int, "float": float, "bool": bool}[type_.kind](number or 0))
             continue
         shape = [evaluate(dim, sizes) or 0 for dim in type_.shape]
-        tensor_device = aten.to_torch("Device", type_.device, device)
         dtype = aten.DTYPES[type_.dtype]
-        value = (
-            torch.rand(shape, device=tensor_device)
-            if dtype.is_floating_point
-            else torch.zeros(shape, device=tensor_device)
-        )
-        values.append(value.to(dtype))
+        fill = torch.rand if dtype.is_floating_point else torch.zeros
+        values.append(fill(shape, device=aten.to_torch("Device", type_.device, device)).to(dtype))
     return values

@@ -126,15 +126,12 @@ def _merged(group: list[Node], rewriter: Rewriter) -> Value:
             return node.arg("bias")
         return rewriter.emit("aten.new_zeros.default", node.loc, self=node.arg("weight"), size=(_rows(node),))
 
-    def concatenated(tensors: Sequence[Attr]) -> Value:
+    def cat(tensors: Sequence[Attr]) -> Value:
         return rewriter.emit("aten.cat.default", group[0].loc, tensors=tuple(tensors))
 
     source = group[0].arg("input")
     assert isinstance(source, Value)
-    args: dict[str, Attr] = {
-        "input": rewriter.current(source),
-        "weight": concatenated([node.arg("weight") for node in group]),
-    }
+    args: dict[str, Attr] = {"input": rewriter.current(source), "weight": cat([n.arg("weight") for n in group])}
     if any(node.arg("bias") is not None for node in group):
-        args["bias"] = concatenated([bias_of(node) for node in group])
+        args["bias"] = cat([bias_of(node) for node in group])
     return rewriter.emit(LINEAR, group[0].loc, **args)
