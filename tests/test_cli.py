@@ -57,10 +57,10 @@ def test_what_is_no_engine(path, tmp_path):
     damaged.write_bytes(path.read_bytes()[:500])
     (tmp_path / "text.rtx").write_text("hello")
     messages = {
-        damaged: "no complete header",
-        tmp_path / "text.rtx": "no .rtx file",
+        damaged: "its header is incomplete",
+        tmp_path / "text.rtx": "not an .rtx file",
         tmp_path / "absent.rtx": "No such file",
-        tmp_path: "a folder is no .rtx file",
+        tmp_path: "this is a folder, not an .rtx file",
     }
     for file, message in messages.items():
         for option in ((), ("--json",), ("--graph",)):

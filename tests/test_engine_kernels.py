@@ -399,7 +399,7 @@ def test_a_binary_that_is_another(tmp_path: Path) -> None:
     raw = saved(tmp_path / "a.rtx", WITH_KERNELS)
     data = raw[8 + int.from_bytes(raw[:8], "little") :]
     path = forge(tmp_path / "a.rtx", data=data[:-1] + bytes([data[-1] ^ 1]), what=WITH_KERNELS)
-    with pytest.raises(EngineFormatError, match="is not the binary that its name says"):
+    with pytest.raises(EngineFormatError, match="is damaged: its digest is not its name"):
         load(path)
 
 

@@ -19,7 +19,7 @@ from benchmarks.numerics import assert_right, in_float64
 from tests.eager_memory import most_held
 from tests.interpreter import run
 from torch_rtx import aten
-from torch_rtx.backend import reuse
+from torch_rtx.backend import program_cache
 from torch_rtx.ir import Graph, Node, Sym, TensorType, Value, evaluate
 from torch_rtx.irparse import parse
 from torch_rtx.lowering.kernels.generate import generate
@@ -48,7 +48,7 @@ def fused(name: str, dtype: torch.dtype, dynamic: bool = False) -> tuple[nn.Modu
         args_shapes, kwargs_shapes = torch.utils._pytree.tree_map_only(torch.Tensor, lambda _: {0: batch}, leaves)
         shapes = dict(kwargs_shapes) if kwargs and not args else args_shapes
     settings = CompilationSettings(device="cuda", targets="sm_80", reuse_cached_engines=False)
-    with patch.object(reuse, "kernels_of", lambda *_: KernelTable()):  # interpreted here, not compiled
+    with patch.object(program_cache, "kernels_of", lambda *_: KernelTable()):  # interpreted here, not compiled
         module = torch_rtx.compile(copy.deepcopy(model), args, kwargs, dynamic_shapes=shapes, settings=settings)
     return model, module
 
@@ -199,7 +199,7 @@ def test_first_convolution(
     args = (torch.randn(2, conv[0], *size).to(dtype),)
     shapes = ({axis: torch.export.Dim(f"size{axis}", min=2 if axis == 0 else 8, max=64) for axis in dynamic},)
     settings = CompilationSettings(device="cuda", targets="sm_80", reuse_cached_engines=False)
-    with patch.object(reuse, "kernels_of", lambda *_: KernelTable()):
+    with patch.object(program_cache, "kernels_of", lambda *_: KernelTable()):
         module = torch_rtx.compile(copy.deepcopy(model), args, dynamic_shapes=shapes, settings=settings)
     nodes = kernels(module.engine.graph)
     copied, convolved = (next(node for name, node in nodes.items() if word in name) for word in ("pad", "conv"))

@@ -305,7 +305,7 @@ def test_calls_that_hold_for_some_sizes_only_are_refused():
 def test_sizes_that_may_be_equal_are_not_taken_as_equal():
     infer = Inference()
     tight = [value("f32", Sym(name, 2, 3)) for name in ("s0", "s1")]
-    with pytest.raises(Unsupported, match="only where"):
+    with pytest.raises(Unsupported, match="only if"):
         infer("aten.add.Tensor", (("self", tight[0]), ("other", tight[1])))
 
 

@@ -594,8 +594,8 @@ def test_command_line(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "(the model itself)" in done.stdout
     for arguments, message in (
-        ((), f"the sizes that vary are: --size {symbol}=1..64"),
-        (("--size", f"{symbol}=three"), "the sizes that vary are"),
+        ((), f"the dynamic sizes are: --size {symbol}=1..64"),
+        (("--size", f"{symbol}=three"), "the dynamic sizes are"),
         (("--size", f"{symbol}=100"), "outside its range"),
         (("--size", f"{symbol}=3", "--weights", tmp_path / "none"), "error"),
     ):

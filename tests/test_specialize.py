@@ -21,7 +21,7 @@ from torch import nn
 import torch_rtx
 from tests.emulated import Device, Emulated
 from tests.fake_driver import Kept
-from torch_rtx.backend import reuse
+from torch_rtx.backend import program_cache
 from torch_rtx.errors import KernelError, SettingsError
 from torch_rtx.ir import kernel_nodes
 from torch_rtx.runtime import candidate_check, places, specialize
@@ -70,7 +70,7 @@ def session(
     model = make().eval()
     shapes = ({0: torch.export.Dim("batch", min=2, max=64)},) if dynamic else None
     compilation = CompilationSettings(device="cuda", targets="sm_80", reuse_cached_engines=False)
-    with patch.object(reuse, "kernels_of", lambda *_: KernelTable()):
+    with patch.object(program_cache, "kernels_of", lambda *_: KernelTable()):
         module = torch_rtx.compile(model, (x,), dynamic_shapes=shapes, settings=compilation)
     graph, context = module.engine.graph, device.context(background, store)
     of = module.session

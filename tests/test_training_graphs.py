@@ -60,14 +60,14 @@ COUNTS: dict[str, tuple[tuple[int, dict[str, int]], tuple[int, dict[str, int]]]]
 def recorded() -> Iterator[list[Graph]]:
     """The graphs that are compiled meanwhile, as they are where there are kernels; here these run as calls."""
     graphs: list[Graph] = []
-    obtain, patch = entry.obtain, pytest.MonkeyPatch()
+    get_or_build, patch = entry.get_or_build, pytest.MonkeyPatch()
 
     def kept(*args: Any) -> Any:
-        program = obtain(*args)
+        program = get_or_build(*args)
         graphs.append(program.graph)
         return program
 
-    patch.setattr(entry, "obtain", kept)
+    patch.setattr(entry, "get_or_build", kept)
     patch.setattr(compiler, "formed_for", lambda *_: PORTABLE)
     yield graphs
     patch.undo()

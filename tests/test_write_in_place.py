@@ -18,7 +18,7 @@ from tests.ahead import Function, through_file
 from tests.compiled import Recorder, check, compile_rtx, same
 from tests.test_passes import assert_same_numbers
 from torch_rtx import aten
-from torch_rtx.backend import reuse
+from torch_rtx.backend import program_cache
 from torch_rtx.backend.capture import capture_export
 from torch_rtx.errors import InputError, Unsupported
 from torch_rtx.ir import COPY, UPDATES, Graph, Node, TensorType, Value, contiguous, verify
@@ -340,7 +340,7 @@ def test_decoders_over_several_steps(name, tmp_path, monkeypatch):
     gpu = CompilationSettings(device="cuda", targets="sm_80", reuse_cached_engines=False)
     for setting in (CompilationSettings(), gpu):
         fresh = copy.deepcopy(ahead)
-        with patch.object(reuse, "kernels_of", lambda *_: KernelTable()):
+        with patch.object(program_cache, "kernels_of", lambda *_: KernelTable()):
             module = torch_rtx.compile(fresh, args, kwargs, settings=setting)
         assert updates(module.engine.graph).count("index_copy_") == 2 * layers
         module = through_file(module, tmp_path, weights=fresh)
@@ -355,7 +355,7 @@ def test_halves_over_several_steps() -> None:
     model, args, kwargs = models.build("llama_decode", dtype=torch.bfloat16)
     wide = copy.deepcopy(model).double()
     gpu = CompilationSettings(device="cuda", targets="sm_80", reuse_cached_engines=False)
-    with patch.object(reuse, "kernels_of", lambda *_: KernelTable()):
+    with patch.object(program_cache, "kernels_of", lambda *_: KernelTable()):
         module = torch_rtx.compile(copy.deepcopy(model), args, kwargs, settings=gpu)
     exact = steps(wide, 0)
     assert_right(steps(module, 0), steps(model, 0), exact)

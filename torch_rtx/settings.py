@@ -1,8 +1,8 @@
 """The options of torch_rtx, as two frozen dataclasses, and the only place that reads a `TORCH_RTX_*` variable.
 
-`CompilationSettings` decide what an engine is, `RuntimeSettings` how it runs. `torch.compile(options=...)` takes the
-fields of both under their own names. docs/settings.md holds the table that `table()` prints. `key_settings` gives the
-options that decide what an engine is: each field of `CompilationSettings` says whether it is one of them.
+`CompilationSettings` determine the engine, `RuntimeSettings` its execution. `torch.compile(options=...)` accepts the
+fields of both by name. docs/settings.md contains the output of `table()`. Fields with `key=True` change the content of
+an engine and are part of its cache key (`key_settings`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ STRATEGIES = ("lazy", "eager", "none")
 BEST, CALLS = "best", "calls"
 KINDS = re.compile(r"[a-z][a-z0-9_]*(,[a-z][a-z0-9_]*)*")  # names of tactics' kinds
 CUDA_GRAPH_STRATEGIES = ("whole_graph_capture", "disabled")
-# What torch.compile's `mode=` means here. CUDA graphs are used in any case, so that two of the four agree.
+# The options of torch.compile's `mode=`. CUDA graphs are on by default, so that two of the modes agree.
 MODES: dict[str, dict[str, object]] = {
     "default": {},
     "reduce-overhead": {},
@@ -40,8 +40,8 @@ _BUDGET = re.compile(rf"(\d+(?:\.\d+)?) ?(%|{'|'.join(_UNITS)})", re.ASCII)
 def _option(
     default: object, expects: str, check: Callable[[Any], bool], help_: str, env: str = "", *, key: bool = False
 ) -> Any:
-    """A field: what it `expects` in words, the check of that, one line for the table, the variable that sets it, and
-    whether another value makes another engine, so that it belongs in the engine's key."""
+    """A dataclass field: the text and the check of valid values, the line in the table, the environment variable, and
+    whether it is part of the engine's cache key."""
     make = (lambda: os.environ.get(env) or default) if env else (lambda: default)
     metadata = {"expects": expects, "check": check, "help": help_, "env": env, "key": key}
     return field(default_factory=make, metadata=metadata)
@@ -84,15 +84,15 @@ def _is_store(value: object) -> bool:
 def _is_targets(value: object) -> bool:
     if not isinstance(value, str | int | tuple) or isinstance(value, bool):
         return value is None
-    parse_targets(value, capability=(8, 0))  # a known one: whether there is a GPU is for the build to see
+    parse_targets(value, capability=(8, 0))  # any valid one: the build checks whether there is a GPU
     return True
 
 
 def read_budget(budget: int | str) -> int | float:
-    """A budget as bytes (an int), or as a share from 0 to 1 (a float) for such as "50%".
+    """A budget in bytes (int), or for a percentage such as "50%" as a fraction from 0 to 1 (float).
 
     Raises:
-        ValueError: it is neither.
+        ValueError: the text is not a budget.
     """
     if isinstance(budget, int):
         return budget
@@ -114,12 +114,12 @@ def _is_str(value: object) -> bool:
 
 
 def _name(entry: object) -> object:
-    """Operators are given as `torch.ops` objects or as text; their text is the name. Whatever else stays as it is."""
+    """The name of an operator, given as a `torch.ops` object or as text; `_Checked` refuses other objects."""
     return str(entry).removeprefix("torch.ops.") if _is_str(entry) or type(entry).__module__ == "torch._ops" else entry
 
 
 class _Checked:
-    """Field checks, named sets and tuples for the frozen dataclasses below."""
+    """Checks the fields of the frozen dataclasses below; normalizes collections of names and lists."""
 
     def __post_init__(self) -> None:
         for item in fields(self):  # type: ignore[arg-type]
@@ -136,7 +136,7 @@ class _Checked:
 
 @dataclass(frozen=True)
 class CompilationSettings(_Checked):
-    """What an engine is built of. Equal settings and an equal graph give an equal engine."""
+    """Options of a build. Equal settings and an equal graph give an equal engine."""
 
     min_block_size: int = _count(
         1, "Smallest number of nodes that make a block of the engine; smaller ones fall back.", key=True
@@ -185,7 +185,7 @@ class CompilationSettings(_Checked):
 
 @dataclass(frozen=True)
 class RuntimeSettings(_Checked):
-    """How an engine runs; changing one of these never needs a new engine."""
+    """Options of execution. A change of these never needs a new engine."""
 
     cuda_graph_strategy: str = _option(
         "whole_graph_capture",
@@ -242,7 +242,7 @@ class RuntimeSettings(_Checked):
 def from_options(
     options: Mapping[str, object] | None = None, mode: str | None = None
 ) -> tuple[CompilationSettings, RuntimeSettings]:
-    """The settings that torch.compile's `options=` and `mode=` ask for.
+    """The settings for torch.compile's `options=` and `mode=`.
 
     Raises:
         SettingsError: an unknown option or mode (the message lists the known ones), or a value of the wrong type.
@@ -261,13 +261,13 @@ def from_options(
 
 
 def key_settings(settings: CompilationSettings) -> dict[str, str]:
-    """The options that decide what an engine is, as text that is the same in every process."""
+    """The options that change the content of an engine, as text that is equal in all processes."""
     shown = {item.name: getattr(settings, item.name) for item in fields(settings) if item.metadata["key"]}
     return {name: repr(sorted(value) if isinstance(value, Set) else value) for name, value in shown.items()}
 
 
 def assemblers() -> dict[str, str]:
-    """The programs that Triton is told to take in place of its own ptxas, by variable, each with its size and age."""
+    """The assemblers that replace Triton's own ptxas, by environment variable: path, size and modification time."""
     found = {}
     for name in ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH"):
         path = os.environ.get(name)
@@ -284,7 +284,7 @@ def opens_stages(settings: CompilationSettings | RuntimeSettings) -> bool:
 
 
 def cache_dir(settings: CompilationSettings) -> str:
-    """The folder of the caches: the one that is set, else that of the platform."""
+    """The folder of the caches: the configured one, else the platform's."""
     if settings.engine_cache_dir is not None:
         return settings.engine_cache_dir
     if sys.platform == "win32":
@@ -297,7 +297,7 @@ def cache_dir(settings: CompilationSettings) -> str:
 
 
 def runtime_cache_path(runtime: RuntimeSettings, compilation: CompilationSettings | None = None) -> str | None:
-    """The file of the runtime cache; None: it is off. By default it is beside the engine cache of `compilation`."""
+    """The file of the runtime cache; None if it is off. By default it is in the cache folder of `compilation`."""
     if runtime.runtime_cache == "off":
         return None
     return runtime.runtime_cache or os.path.join(cache_dir(compilation or CompilationSettings()), "runtime.sqlite")

@@ -32,7 +32,7 @@ def inspect(
     graph: Annotated[bool, typer.Option("--graph", help="Print the program instead of the summary.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
-    """Say what an engine holds, without loading it; needs neither torch nor a GPU."""
+    """Print a summary of an engine without loading it; needs neither torch nor a GPU."""
     try:
         found = engine.inspect(path)
     except (RtxError, OSError) as error:

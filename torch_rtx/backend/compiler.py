@@ -1,4 +1,4 @@
-"""One way from a captured FX graph to a fused graph, for torch.compile and for builds ahead of time."""
+"""From a captured FX graph to a fused graph: the driver that torch.compile and ahead-of-time builds share."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ print(lower(parse(text), settings, targets=parse_targets({targets!r}))[0])
 
 @dataclass
 class Program:
-    """A lowered graph with what it needs beside its weights.
+    """A lowered graph, the data of its constants, the callables of its Python fallbacks, and its kernels.
 
     Attributes:
-        kernels: those of its kernel nodes that were built.
-        folder: where its artefacts are dumped.
-        entry, origins: where it stands in the engine cache, and the FX node of each of its nodes' locations.
+        folder: receives dumped artefacts; None: no dump.
+        entry: the key of its entry in the engine cache, if it has one.
+        origins: for each location in the graph, the FX node that it comes from.
     """
 
     graph: Graph
@@ -61,15 +61,14 @@ class Program:
     origins: Sequence[fx.Node | None] = ()
 
     def dump(self, name: str, text: str) -> None:
-        """Write one more artefact, if artefacts are wanted."""
+        """Write an artefact to `folder`, if there is one."""
         if self.folder is not None:
             (self.folder / name).write_text(text)
 
 
 @dataclass
 class Built:
-    """A new program, and what of it came from which node of the FX graph: its locations, Python fallbacks, fallbacks
-    with their reasons."""
+    """A new program, and the FX nodes of its locations, of its Python fallbacks, and of its fallbacks with reasons."""
 
     program: Program
     locations: Locations
@@ -78,8 +77,7 @@ class Built:
 
 
 def check_settings(settings: CompilationSettings) -> None:
-    """Raises SettingsError for operators that do not exist, and for passes that do not, or that no engine can do
-    without."""
+    """Raises SettingsError if the settings name an unknown operator or pass, or disable a required pass."""
     check_ops(settings)
     unknown = settings.disabled_passes - PASSES.keys()
     required = {name for name in settings.disabled_passes - unknown if PASSES[name].required}
@@ -97,16 +95,16 @@ def compile_fx(
     ranges: Mapping[Any, Any] | None = None,
     typical: Mapping[Any, int] | None = None,
 ) -> Built:
-    """Partition, import and lower `gm`, without a look at the engine cache.
+    """Partition, import and lower `gm`, bypassing the engine cache.
 
     Args:
-        roles: what each placeholder is.
+        roles: one per placeholder.
         writes: see `from_fx`.
         ranges, typical: see `Symbols`.
 
     Raises:
         PartitionError: a node falls back although `require_full_compilation` is set.
-        LoweringError: a bug of torch_rtx, with the folder that has the graph and a script to reproduce it.
+        LoweringError: a bug of torch_rtx; names the folder with the graph and a script that reproduces the bug.
     """
     start = time.perf_counter()
     check_settings(settings)
@@ -136,7 +134,7 @@ def compile_fx(
 
 
 def log_fallbacks(fallbacks: Mapping[fx.Node, str]) -> None:
-    """Say which nodes stay in PyTorch, and why."""
+    """Log which nodes stay in PyTorch, and why."""
     for node, why in fallbacks.items():
         log.info("fallback: %s: %s", node.target, why)
 
@@ -163,12 +161,12 @@ def formed_for(settings: CompilationSettings, device: torch.device) -> tuple[Tar
 
 
 def device_of(gm: fx.GraphModule) -> torch.device:
-    """The device that the engine of `gm` runs on."""
+    """The device on which the engine of `gm` runs."""
     return main_device(node.meta.get("val") for node in gm.graph.nodes)
 
 
 def _folder(dump_dir: str | None) -> Path | None:
-    """A new folder `graph_NNN` in `dump_dir`, safe with other processes that dump to the same place."""
+    """A new folder `graph_NNN` in `dump_dir`; several processes may dump there at the same time."""
     if dump_dir is None:
         return None
     root = Path(dump_dir)
@@ -193,7 +191,7 @@ def _reproduction(settings: CompilationSettings, device: torch.device) -> str:
 def _bug(
     error: Exception, gm: fx.GraphModule, graph: Graph | None, settings: CompilationSettings, folder: Path | None
 ) -> LoweringError:
-    """An error that says where to find the graph and how to reproduce it; writes both."""
+    """Write the graph and a script that reproduces the failure; the error names them."""
     folder = folder or Path(tempfile.mkdtemp(prefix="torch_rtx_"))
     (folder / "00_fx.py").write_text(gm.print_readable(print_output=False))
     script = folder / "00_fx.py"

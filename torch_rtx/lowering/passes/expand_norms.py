@@ -59,7 +59,7 @@ class _Calls:
         value = self.node.arg(name)
         if not isinstance(value, Value):
             raise Unsupported(f"{self.node.op} without {name}")
-        now = self.rewriter.now(value)
+        now = self.rewriter.current(value)
         return self.emit("_to_copy.default", self=now, dtype="f32") if _type(value).dtype in HALF else now  # type: ignore[return-value]
 
     def has(self, name: str) -> bool:

@@ -1,13 +1,13 @@
-"""The key of a captured FX graph: all that lowering reads of it, without names.
+"""The cache key of a captured FX graph: everything that lowering reads of the graph, except names.
 
-Nodes are numbered in the order in which a walk along the arguments first completes them. The walk starts at the
-nodes with an effect and those that nobody reads, in the graph's order, and ends at the output: independent nodes may
-stand in any order, while random draws, writes and calls whose effects nobody knows keep theirs. Two equal calls have
-two numbers, so that a value used twice differs from a value computed twice: whoever gets both results could tell. A
-node that follows a write says after how many.
+Nodes are numbered in post-order of a traversal along the arguments, whose roots are the nodes with side effects and the
+nodes without users, in the graph's order; the output is last. So the order of independent nodes does not matter, while
+random draws, writes and calls with unknown effects keep theirs. Two equal calls get two numbers: a value used twice
+differs from a value computed twice, since a caller that gets both results can tell. The record of a node after a write
+contains the number of writes before it.
 
-What is hashed is the `repr` of nested lists and tuples of numbers, strings and None, which Python writes in one way
-only (True, 1 and 1.0 differ, so do 0.0 and -0.0); all else stands in them as bytes, which no argument of a graph is.
+The digest is of the `repr` of nested lists and tuples of numbers, strings and None, which is unambiguous (True, 1 and
+1.0 differ, so do 0.0 and -0.0). Everything else is encoded as bytes, a type that no argument of a graph has.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ from torch_rtx.lowering.from_fx import Role
 from torch_rtx.lowering.symbols import Symbols
 from torch_rtx.settings import CompilationSettings, assemblers, key_settings
 
-MISSING = b"missing"  # in place of the value that a node's meta does not have
-PLAIN = frozenset((int, float, bool, str, complex, type(None)))
+MISSING = b"missing"  # stands for the value of a node without meta["val"]
+LITERALS = frozenset((int, float, bool, str, complex, type(None)))
 NAMED = (torch.dtype, torch.layout, torch.memory_format, torch.device)  # their text is their identity
-PURE_NAMESPACES = frozenset(("aten", "prims", "prim"))  # their schemas are true: what writes or draws says so
+PURE_NAMESPACES = frozenset(("aten", "prims", "prim"))  # their schemas and tags declare every write and random draw
 PURE_MODULES = frozenset(("_operator", "math", "builtins"))
-# Higher-order operators that depend on their arguments alone. Others look things up in tables of the process.
+# Higher-order operators that depend on their arguments alone. Others read global state of the process.
 HIGHER_ORDER = frozenset(
     ("cond", "while_loop", "scan", "associative_scan", "map_impl", "invoke_subgraph", "flex_attention", "with_effects")
     + ("auto_functionalized", "auto_functionalized_v2", "wrap_with_set_grad_enabled", "wrap_with_autocast")
     + ("run_and_save_rng_state", "run_with_rng_state", "flex_attention_backward")
 )
-# Global state that ATen calls, their fake twins or library calls of the engine depend on.
+# Global state on which ATen calls, their meta functions or the engine's library calls depend.
 FLAGS = tuple(
     name
     for name in (
@@ -65,7 +65,7 @@ PRECISIONS = (("generic", "all"), ("cuda", "matmul"), ("cuda", "conv"), ("cuda",
 
 @dataclass(frozen=True)
 class GraphKey:
-    """The key of a graph, and its `nodes` in canonical order: the same order in every graph of the same key."""
+    """The key of a graph, and its `nodes` in canonical order, the same for all graphs with one key."""
 
     key: Key
     nodes: list[fx.Node]
@@ -78,27 +78,27 @@ def graph_key(
     symbols: Symbols,
     writes: Mapping[int, str] | None = None,
 ) -> GraphKey:
-    """The key of the engine that `compile_fx` makes of the same arguments.
+    """The key of the engine that `compile_fx` builds from the same arguments.
 
     Raises:
-        Uncacheable: something in the graph has no name outside of this process.
+        Uncacheable: the graph contains an object without a process-independent identity.
     """
-    shared = Shared(symbols)
-    walk = Walk(gm, shared)
-    numbers = {node.name: walk.numbers[node] for node in walk.placeholders}
-    walk.records.append([(position, numbers[name]) for position, name in sorted((writes or {}).items())])
-    inputs, weights = _placeholders(walk, roles)
+    shared = SharedTables(symbols)
+    hasher = GraphHasher(gm, shared)
+    numbers = {node.name: hasher.numbers[node] for node in hasher.placeholders}
+    hasher.records.append([(position, numbers[name]) for position, name in sorted((writes or {}).items())])
+    inputs, weights = _placeholders(hasher, roles)
     parts = {
         "kind": Part.of("engine"),
-        "graph": Part.of(walk.summary, encode((walk.records, list(shared.callees)))),
+        "graph": Part.of(hasher.summary, encode((hasher.records, list(shared.callees)))),
         "inputs": Part.of(lambda: _type_lines(inputs), encode(inputs)),
         "weights": Part.of(lambda: _type_lines(weights), encode(weights)),
-        "types": Part.of(f"tensors: {len(walk.types)}", encode(_numbered(walk.types))),
+        "types": Part.of(f"tensors: {len(hasher.types)}", encode(_numbered(hasher.types))),
         "symbols": Part.of("\n".join(shared.ranges)),
         "constants": Part.of("\n".join(shared.constants)),
-        **surroundings(settings, symbols.main),
+        **environment_parts(settings, symbols.main),
     }
-    return GraphKey(Key(parts), walk.nodes)
+    return GraphKey(Key(parts), hasher.nodes)
 
 
 def encode(content: object) -> bytes:
@@ -106,42 +106,41 @@ def encode(content: object) -> bytes:
     return repr(content).encode("utf-8", "surrogatepass")
 
 
-def surroundings(settings: CompilationSettings, device: torch.device) -> dict[str, Part]:
-    """The parts of a key that no graph is part of."""
+def environment_parts(settings: CompilationSettings, device: torch.device) -> dict[str, Part]:
+    """The parts of a key that do not depend on the graph."""
     return {
         "settings": Part.of(lines(key_settings(settings))),
-        "state": Part.of(lines(state())),
+        "state": Part.of(lines(torch_state())),
         "target": Part.of(lines({"device": device.type, "platform": "any", **_targets(settings, device)})),
         "versions": versions(),
     }
 
 
 def _targets(settings: CompilationSettings, device: torch.device) -> dict[str, str]:
-    """The targets by name, since "current" is another one on another machine; and what compiles for them, where that is
-    not part of the Triton whose version is in the key."""
+    """The targets by name, since "current" differs between machines, and the assemblers that replace Triton's own."""
     if settings.targets is None or device.type != "cuda":
         return {"kernels": "none"}
     return {"kernels": ", ".join(map(str, named_targets(settings.targets))), **assemblers()}
 
 
 def _numbered(types: Sequence[object]) -> object:
-    """`types`, in which the same few tensors come again and again, by the number of each in a table."""
+    """`types` as indices into a table of distinct tensor types, of which a graph has few."""
     table: dict[object, int] = {}
     numbers = [table.setdefault(t, len(table)) if type(t) is tuple and len(t) == 4 else [t] for t in types]
     return numbers, list(table)
 
 
 def lines(values: Mapping[str, object]) -> str:
-    """The text of a part."""
+    """The text of a part: one "name: value" per line."""
     return "\n".join(f"{name}: {value}" for name, value in values.items())
 
 
-def _placeholders(walk: Walk, roles: Sequence[Role]) -> tuple[list[object], list[object]]:
-    """Of each placeholder its position, kind, type, and to which other it is tied: the inputs, and all others."""
+def _placeholders(hasher: GraphHasher, roles: Sequence[Role]) -> tuple[list[object], list[object]]:
+    """(position, kind, type, position of the placeholder it is tied to) of the inputs and of all other placeholders."""
     inputs: list[object] = []
     weights: list[object] = []
     first: dict[str, int] = {}
-    for position, (type_, role) in enumerate(zip(walk.types, roles, strict=False)):  # the placeholders come first
+    for position, (type_, role) in enumerate(zip(hasher.types, roles, strict=False)):  # the placeholders come first
         if role.kind == "input":
             inputs.append((position, role.kind, type_, None))
             continue
@@ -153,7 +152,7 @@ def _placeholders(walk: Walk, roles: Sequence[Role]) -> tuple[list[object], list
 
 
 def _type_lines(encoded: Sequence[Any]) -> str:
-    """What `_placeholders` gives, for people."""
+    """The result of `_placeholders` as text for people."""
     shown = {}
     for position, kind, type_, tied in encoded:
         words = ("" if kind == "input" else kind, _type_text(type_), "" if tied is None else f"tied to {tied}")
@@ -173,16 +172,17 @@ def _size_text(size: object) -> str:
     return size.decode() if isinstance(size, bytes) else str(size)
 
 
-# ---- the walk --------------------------------------------------------------------------------------------------------
+# ---- the traversal ---------------------------------------------------------------------------------------------------
 
 
 @dataclass
-class Shared:
-    """What a graph and the graphs nested in it number together: what they call, symbols, and constants.
+class SharedTables:
+    """Numbering of callees, symbols and constants that a graph shares with the graphs nested in it.
 
     Attributes:
+        ranges, constants: one line of the key per symbol and per constant.
         texts: names of dtypes and devices, as bytes.
-        callees: the number of each identity that is called.
+        callees: the number of each callee's identity.
     """
 
     symbols: Symbols
@@ -194,7 +194,7 @@ class Shared:
     _exprs: dict[tuple[type, sympy.Expr], bytes] = field(default_factory=dict)
 
     def text(self, named: Any) -> bytes:
-        """The name of a dtype, layout or memory format, and the name that the IR has for a device."""
+        """The name of a dtype, layout or memory format; of a device, its name in the IR."""
         found = self.texts.get(named)
         if found is None:
             name = self.symbols.device(named) if isinstance(named, torch.device) else str(named)
@@ -202,14 +202,14 @@ class Shared:
         return found
 
     def expr(self, value: torch.SymInt | torch.SymFloat | torch.SymBool) -> bytes:
-        """A symbolic number, its symbols numbered in the order of their first appearance."""
+        """A symbolic number, with its symbols numbered in order of first appearance."""
         expr = value.node.expr
         found = self._exprs.get((type(value), expr))
         if found is None:
             known = value.node.shape_env.var_to_range
             for symbol in sorted(expr.free_symbols - self._syms.keys(), key=str):
                 self._add(symbol, self.symbols.sym(symbol, known))
-            # `srepr` has every digit of a float, and the renamed symbols put the terms of a sum in their own order.
+            # `srepr` writes every digit of a float; renaming the symbols first makes the order of terms canonical.
             text = f"{type(value).__name__} {sympy.srepr(expr.xreplace(self._syms))}"
             found = self._exprs[type(value), expr] = text.encode()
         return found
@@ -218,14 +218,14 @@ class Shared:
         name = f"d{len(self._syms)}"
         facts = {fact: value for fact, value in symbol.assumptions0.items() if value is not None}
         self._syms[symbol] = sympy.Symbol(name, **facts)
-        # The first letters of PyTorch's name say whether the shape or the data of a tensor decides the number.
+        # The prefix of PyTorch's name tells backed symbols (sizes of inputs) from unbacked ones (data-dependent).
         kind = re.match(r"[a-z_]*", str(symbol))
         self.ranges.append(f"{name}: {kind and kind[0]} {sym.min} {sym.max} {sym.multiple} {sym.typical}")
 
     def constant(self, tensor: torch.Tensor) -> int:
-        """The number of a constant; its type and bytes are a line of their part."""
+        """The number of a constant; adds its type and the digest of its bytes to `constants`."""
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout != torch.strided or tensor.is_meta:
-            raise Uncacheable(f"a constant of type {type(tensor).__name__} has no bytes")
+            raise Uncacheable(f"a constant of type {type(tensor).__name__}, without readable bytes")
         plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
         data = plain.reshape(-1).view(torch.uint8).numpy().tobytes()
         type_ = f"{tensor.dtype}{list(tensor.shape)}{tensor.stride()} {self.symbols.device(tensor.device)}"
@@ -233,19 +233,19 @@ class Shared:
         return len(self.constants) - 1
 
 
-class Walk:
-    """One graph, numbered and encoded.
+class GraphHasher:
+    """Numbers and encodes the nodes of one graph.
 
     Args:
-        ordered: keep every node in its place, as a graph needs whose calls may write to their arguments.
+        ordered: keep the graph's order of all nodes, for graphs whose calls may write to their arguments.
 
     Attributes:
-        numbers: of each node, as the bytes that stand for it.
+        numbers: the number of each node, as bytes.
         nodes: in the order of their numbers, placeholders first.
-        records, types: what each node is, and the type of its value (where there is one: ATen graphs have it).
+        records, types: for each node its encoded call, and the type of its value (`MISSING` outside of ATen graphs).
     """
 
-    def __init__(self, gm: fx.GraphModule, shared: Shared, ordered: bool = False) -> None:
+    def __init__(self, gm: fx.GraphModule, shared: SharedTables, ordered: bool = False) -> None:
         self.gm, self.shared = gm, shared
         self.numbers: dict[fx.Node, bytes] = {}
         self.nodes: list[fx.Node] = []
@@ -259,7 +259,7 @@ class Walk:
                 after[node] = writes
             if node.op == "call_function":
                 called = _CALLEES.get(id(node.target)) or callee(node.target)
-                if ordered or called.stays or not node.users:
+                if ordered or called.ordered or not node.users:
                     roots.append(node)
                 writes += called.writes
             elif node.op == "placeholder":
@@ -270,7 +270,7 @@ class Walk:
         self._visit(roots, after)
 
     def summary(self) -> str:
-        """How many nodes there are, and how many of each operator."""
+        """The number of nodes in total and of each operator."""
         calls = (n for n in self.nodes if n.op in ("call_function", "call_method"))
         counts = Counter(name_of(n.target) if n.op == "call_function" else f".{n.target}" for n in calls)
         return lines({"nodes": len(self.nodes), **dict(sorted(counts.items()))})
@@ -282,9 +282,9 @@ class Walk:
         self.types.append(self.tensor(value) if type(value) is FakeTensor else self.value(value))
 
     def _visit(self, roots: list[fx.Node], after: dict[fx.Node, int]) -> None:
-        """Number and encode what each root needs, then the root; a loop: graphs are deeper than Python's stack."""
+        """Number and encode each root in post-order; iterative, since graphs are deeper than Python's stack."""
         numbers, stack = self.numbers, roots[::-1]
-        ready: set[fx.Node] = set()  # what they need has a number, or stands above them
+        ready: set[fx.Node] = set()  # their arguments have a number, or are above them on the stack
         while stack:
             node = stack[-1]
             if node in numbers:
@@ -302,7 +302,7 @@ class Walk:
 
     def _record(self, node: fx.Node) -> object:
         numbers, argument, callees = self.numbers, self.argument, self.shared.callees
-        args = [numbers[a] if type(a) is fx.Node else a if type(a) in PLAIN else argument(a) for a in node.args]
+        args = [numbers[a] if type(a) is fx.Node else a if type(a) in LITERALS else argument(a) for a in node.args]
         if node.op == "call_function":
             called = callee(node.target)
             if called.problem:
@@ -310,7 +310,7 @@ class Walk:
             index = callees.setdefault(called.identity, len(callees))
             if not node.kwargs and called.schema:
                 return index, args
-            # Arguments by name in the order in which they are given: a Python fallback gets its inputs in this order.
+            # Keyword arguments keep their order: a Python fallback receives its inputs in this order.
             kwargs = [(name, argument(given)) for name, given in node.kwargs.items()]
             needed = None if called.schema else [numbers[needed] for needed in node.all_input_nodes]
             return index, args, kwargs, needed
@@ -320,7 +320,7 @@ class Walk:
             return b"output", args
         if node.op == "call_method":
             return b"method", node.target, args, [(name, argument(given)) for name, given in node.kwargs.items()]
-        raise Uncacheable(f"the graph calls the module {node.target}")
+        raise Uncacheable(f"a call of the module {node.target}")
 
     def _attribute(self, node: fx.Node) -> object:
         content: Any = self.gm
@@ -329,16 +329,16 @@ class Walk:
         if isinstance(content, torch.Tensor):
             return b"constant", self.shared.constant(content)
         if isinstance(content, fx.GraphModule):
-            inner = Walk(content, self.shared)
+            inner = GraphHasher(content, self.shared)
             return b"graph", inner.records, inner.types
         raise Uncacheable(f"an attribute of type {type(content).__name__}")
 
     def argument(self, given: Any) -> object:
-        """An argument as nested lists and tuples of plain values and bytes."""
+        """An argument as nested lists and tuples of literals and bytes."""
         kind = type(given)
         if kind is fx.Node:
             return self.numbers[given]
-        if kind in PLAIN:
+        if kind in LITERALS:
             return given
         if isinstance(given, list):
             return [self.argument(item) for item in given]
@@ -359,12 +359,12 @@ class Walk:
         raise Uncacheable(f"an argument of type {kind.__name__}")
 
     def value(self, content: Any) -> object:
-        """What lowering reads of a node's value: types and sizes, and for plain numbers the number."""
+        """The properties of a node's value that lowering reads: types and sizes; of literals, the value."""
         if isinstance(content, torch.Tensor):
             return self.tensor(content)
         if isinstance(content, torch.SymInt | torch.SymFloat | torch.SymBool):
             return self.shared.expr(content)
-        if type(content) in PLAIN or content is MISSING:
+        if type(content) in LITERALS or content is MISSING:
             return content
         if isinstance(content, list | tuple):
             return [self.value(item) for item in content]
@@ -373,7 +373,7 @@ class Walk:
         raise Uncacheable(f"a value of type {type(content).__name__}")
 
     def tensor(self, tensor: torch.Tensor) -> object:
-        """The type of a tensor; of one that is not strided no engine holds more than that it is none."""
+        """The type of a tensor. Lowering reads only layout, dtype and shape of a tensor that is not strided."""
         if tensor.layout != torch.strided:
             return str(tensor.layout).encode(), str(tensor.dtype).encode(), tuple(map(str, tensor.shape))
         shape: tuple[object, ...] = tensor.shape
@@ -394,29 +394,30 @@ class Walk:
 
 @dataclass(frozen=True, slots=True)
 class Callee:
-    """What a call calls.
+    """The target of a call.
 
     Attributes:
-        identity: a name that means the same in every process of the same versions.
-        schema: whether it is an operator with a schema.
-        stays: whether calls keep their order among those that do.
-        writes: whether it may write to something.
-        problem: why it has no such name, if it has none.
+        target: the object itself; referenced, so that no other object can get its id.
+        identity: its name, the same in every process of the same versions.
+        schema: it is an operator with a schema.
+        ordered: its calls keep their order among each other and those of other ordered callees.
+        writes: it may write to its arguments or to global state.
+        problem: why it has no process-independent identity; empty if it has one.
     """
 
-    target: Any  # held, so that no other object gets its id
+    target: Any
     identity: bytes
     schema: bool
-    stays: bool
+    ordered: bool
     writes: bool
     problem: str = ""
 
 
-_CALLEES: dict[int, Callee] = {}  # by id: hashing an operator takes longer than all else that is done to a node
+_CALLEES: dict[int, Callee] = {}  # by id: hashing an operator takes longer than all other work on a node
 
 
 def callee(target: Any) -> Callee:
-    """What is to be known of the target of a call."""
+    """The `Callee` of a call's target."""
     found = _CALLEES.get(id(target))
     if found is None:
         found = _operator(target) if isinstance(target, torch._ops.OpOverload) else _function(target)
@@ -426,7 +427,7 @@ def callee(target: Any) -> Callee:
 
 
 def _operator(op: torch._ops.OpOverload) -> Callee:
-    # Another library's schema may not tell all that its operator does, or draws.
+    # Schemas of other libraries need not declare all writes and random draws.
     unknown = op.namespace not in PURE_NAMESPACES
     writes = unknown or op._schema.is_mutable
     random = torch.Tag.nondeterministic_seeded in op.tags
@@ -453,7 +454,7 @@ def _module(name: str) -> Any:
 
 
 def name_of(target: Any) -> str:
-    """The name of a call's target, with its module."""
+    """The qualified name of a call's target."""
     if isinstance(target, torch._ops.OpOverload):
         return str(target)
     return f"{getattr(target, '__module__', None)}.{getattr(target, '__name__', type(target).__name__)}"
@@ -462,8 +463,8 @@ def name_of(target: Any) -> str:
 # ---- the process -----------------------------------------------------------------------------------------------------
 
 
-def state() -> dict[str, object]:
-    """Settings of PyTorch that a capture, its lowering or the library calls of an engine may depend on."""
+def torch_state() -> dict[str, object]:
+    """PyTorch's global settings on which a capture, its lowering or the engine's library calls may depend."""
     found: dict[str, object] = {name.removeprefix("_get_"): getattr(torch._C, name)() for name in FLAGS}
     for backend, op in PRECISIONS:
         found[f"fp32_precision {backend} {op}"] = torch._C._get_fp32_precision_getter(backend, op)
@@ -478,7 +479,7 @@ def state() -> dict[str, object]:
 
 @cache
 def versions() -> Part:
-    """The versions of all that makes an engine, and a digest of this package's own sources."""
+    """The versions of everything that builds an engine, and a digest of this package's sources."""
     found = {
         "torch": f"{torch.__version__} {torch.version.git_version}",
         "cuda": torch.version.cuda,

@@ -1,16 +1,16 @@
-"""Captures that need not be made again: from a Dynamo graph straight to the engine that it once became.
+"""Cache of captures: maps a Dynamo graph to its cached engine, so that a warm start skips AOTAutograd.
 
-AOTAutograd takes most of the time that a warm start still spends. Its work is a function of the Dynamo graph, the types
-of the inputs and PyTorch's settings, and of nothing else where all of this holds, which `Recall` checks:
+AOTAutograd takes most of the time of a warm start. `CaptureEntry` checks the conditions under which its result depends
+on the Dynamo graph, the types of the inputs and PyTorch's settings alone:
 
-- inference, of plain tensors of static shapes: no guards are made, and no symbols, while it traces;
-- the graph calls PyTorch's own public functions and methods alone, nothing that a user wrote or registered;
-- AOTAutograd left nothing to do at run time: no input is written to, no result is a view of an input or of another
-  result, no effects need an order;
-- the whole graph is in the engine.
+- inference on plain tensors of static shapes: tracing adds neither guards nor symbols;
+- the graph calls only PyTorch's own public functions and methods, nothing that a user wrote or registered;
+- AOTAutograd needs no wrapper at run time: no input is written to, no result is a view of an input or of another
+  result, no effects are ordered by tokens;
+- no node falls back to PyTorch.
 
-An entry of kind `capture` holds the name of the engine's entry, which inputs are parameters, and the places in the
-Dynamo graph that the engine's locations come from.
+An entry of kind `capture` stores the key of the engine's entry, the indices of the inputs that are parameters, and for
+each location in the engine the index of its Dynamo node.
 """
 
 from __future__ import annotations
@@ -31,8 +31,17 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from torch_rtx.backend.capture import needs_autograd
 from torch_rtx.backend.compiler import Program
-from torch_rtx.backend.fx_key import PURE_MODULES, PURE_NAMESPACES, Shared, Walk, encode, lines, name_of, surroundings
-from torch_rtx.backend.reuse import Site, caching, engine_cache
+from torch_rtx.backend.fx_hash import (
+    PURE_MODULES,
+    PURE_NAMESPACES,
+    GraphHasher,
+    SharedTables,
+    encode,
+    environment_parts,
+    lines,
+    name_of,
+)
+from torch_rtx.backend.program_cache import GraphSite, engine_cache, uses_cache
 from torch_rtx.cache.key import Key, Part
 from torch_rtx.errors import Uncacheable
 from torch_rtx.lowering.from_fx import Role
@@ -41,7 +50,7 @@ from torch_rtx.settings import CompilationSettings
 
 log = logging.getLogger("torch_rtx.cache")
 
-# Where PyTorch's own functions are that Dynamo puts into graphs. Others may look things up in tables of the process.
+# Modules of the PyTorch functions that Dynamo puts into graphs. Others may read global state of the process.
 PUBLIC_MODULES = PURE_MODULES | {
     *("torch", "torch.functional", "torch.nn.functional", "torch.amp.autocast_mode"),
     *("torch._C", "torch._C._nn", "torch._C._linalg", "torch._C._fft", "torch._C._special"),
@@ -49,8 +58,8 @@ PUBLIC_MODULES = PURE_MODULES | {
 
 
 @dataclass(frozen=True)
-class Recall:
-    """A Dynamo graph whose capture may be known: its key, and its nodes in their order."""
+class CaptureEntry:
+    """The cache entry of one Dynamo graph: its key, and the graph's nodes in canonical order."""
 
     gm: fx.GraphModule
     key: Key
@@ -59,20 +68,20 @@ class Recall:
     settings: CompilationSettings
 
     @staticmethod
-    def of(gm: fx.GraphModule, example_inputs: Sequence[Any], settings: CompilationSettings) -> Recall | None:
-        """None where the capture can't be told from the graph."""
-        if not caching(settings):
+    def of(gm: fx.GraphModule, example_inputs: Sequence[Any], settings: CompilationSettings) -> CaptureEntry | None:
+        """The entry of `gm`; None if the capture depends on more than the graph."""
+        if not uses_cache(settings):
             return None
         try:
             _check_inputs(gm, example_inputs)
             key, nodes, device = _key(gm, settings)
         except Uncacheable as error:
-            log.debug("the capture has to be made: %s", error.message)
+            log.debug("the capture is not cacheable: %s", error.message)
             return None
-        return Recall(gm, key, nodes, device, settings)
+        return CaptureEntry(gm, key, nodes, device, settings)
 
-    def find(self, names: Sequence[str]) -> tuple[Program, list[Role]] | None:
-        """The program of the graph and the roles of its placeholders, which are called `names`."""
+    def load(self, names: Sequence[str]) -> tuple[Program, list[Role]] | None:
+        """The cached program and the roles of its placeholders, which get the names `names`; None on a miss."""
         if not self.settings.reuse_cached_engines:
             return None
         start = time.perf_counter()
@@ -89,9 +98,9 @@ class Recall:
         engine = cache.body(name)
         if engine is None:
             return None
-        roles = [Role("parameter" if index in static else "input", known) for index, known in enumerate(names)]
+        roles = [Role("parameter" if index in static else "input", label) for index, label in enumerate(names)]
         inputs = [role.name for role in roles if role.kind == "input"]
-        site = Site(self.gm, self.nodes, roles, inputs, self.device, locations)
+        site = GraphSite(self.gm, self.nodes, roles, inputs, self.device, locations)
         program = site.program(cache, name, engine)
         if program is None:
             return None
@@ -99,13 +108,13 @@ class Recall:
         log.info("hit: %s without a capture, %.0f ms", name[:12], milliseconds)
         return program, roles
 
-    def remember(self, program: Program, parameters: Sequence[int]) -> None:
-        """Keep that the graph becomes `program`, whose placeholders at these positions are parameters."""
-        whole = program.entry is not None and all(node.kind != "fallback" for node in program.graph.nodes)
-        if not self.settings.cache_built_engines or not whole or not _leaves_nothing_to_do():
+    def store(self, program: Program, parameters: Sequence[int]) -> None:
+        """Cache `program`, whose placeholders at the positions `parameters` are parameters, if it is cacheable."""
+        cacheable = program.entry is not None and all(node.kind != "fallback" for node in program.graph.nodes)
+        if not self.settings.cache_built_engines or not cacheable or not _needs_no_wrapper():
             return
         number = {node.name: index for index, node in enumerate(self.nodes)}
-        locations = [None if origin is None else _place(origin, number) for origin in program.origins]
+        locations = [None if origin is None else _index_of(origin, number) for origin in program.origins]
         if -1 in locations:
             return
         fields = {"engine": program.entry, "parameters": sorted(parameters), "locations": locations}
@@ -124,11 +133,11 @@ def _check_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
     if needs_autograd(example_inputs):
         raise Uncacheable("gradients are needed")
     if not all(isinstance(fake, FakeTensor) for fake in fakes) or len({id(fake) for fake in fakes}) != len(fakes):
-        raise Uncacheable("an input is no plain tensor, or is given twice")
+        raise Uncacheable("an input is not a plain tensor, or is passed twice")
     if not all(
         type(given) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor) for given in example_inputs
     ):
-        raise Uncacheable("an input is of a class of its own")
+        raise Uncacheable("an input is of a tensor subclass")
 
 
 def _key(gm: fx.GraphModule, settings: CompilationSettings) -> tuple[Key, list[fx.Node], torch.device]:
@@ -138,26 +147,26 @@ def _key(gm: fx.GraphModule, settings: CompilationSettings) -> tuple[Key, list[f
         if node.op == "call_function" and not _is_public(node.target):
             raise Uncacheable(f"the graph calls {name_of(node.target)}")
     device = main_device(node.meta.get("example_value") for node in gm.graph.nodes)
-    shared = Shared(Symbols(device))
-    walk = Walk(gm, shared, ordered=True)
-    inputs = [_input(walk, node) for node in walk.placeholders]
+    shared = SharedTables(Symbols(device))
+    hasher = GraphHasher(gm, shared, ordered=True)
+    inputs = [_input(hasher, node) for node in hasher.placeholders]
     capture = {"grad": torch.is_grad_enabled(), "functorch": functorch_config.get_hash().hex()}
     parts = {
         "kind": Part.of("capture"),
-        "graph": Part.of(walk.summary, encode((walk.records, list(shared.callees)))),
+        "graph": Part.of(hasher.summary, encode((hasher.records, list(shared.callees)))),
         "inputs": Part.of(lambda: lines({str(index): item for index, item in enumerate(inputs)}), encode(inputs)),
         "capture": Part.of(lines(capture)),
-        **surroundings(settings, device),
+        **environment_parts(settings, device),
     }
-    return Key(parts), walk.nodes, device
+    return Key(parts), hasher.nodes, device
 
 
-def _input(walk: Walk, node: fx.Node) -> tuple[object, ...]:
-    """All that AOTAutograd can see of an input, the values apart."""
+def _input(hasher: GraphHasher, node: fx.Node) -> tuple[object, ...]:
+    """Everything that AOTAutograd can see of an input except its values."""
     fake = node.meta["example_value"]
     static = node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type")
     marks = (fake.requires_grad, fake.is_leaf, fake.is_conj(), fake.is_neg(), fake.is_inference())
-    return walk.value(fake), fake.storage_offset(), marks, type(fake).__name__, str(static)
+    return hasher.value(fake), fake.storage_offset(), marks, type(fake).__name__, str(static)
 
 
 def _is_public(target: Any) -> bool:
@@ -167,14 +176,14 @@ def _is_public(target: Any) -> bool:
     return module in PUBLIC_MODULES and not isinstance(target, torch._ops.HigherOrderOperator)
 
 
-def _leaves_nothing_to_do() -> bool:
-    """Whether AOTAutograd's wrappers around the program that was just traced do nothing."""
+def _needs_no_wrapper() -> bool:
+    """AOTAutograd's runtime wrappers around the program traced last do nothing."""
     context = TracingContext.try_get()
     meta = context.fw_metadata if context is not None else None
     if meta is None:
         return False
     classes = (*meta.subclass_inp_meta, *meta.subclass_fw_graph_out_meta)
-    # Some of these are newer than the oldest PyTorch that is supported.
+    # The oldest supported PyTorch lacks some of these.
     work = ("tokens", "num_intermediate_bases", "act_input_indices", "num_graphsafe_rng_states")
     return (
         not any(getattr(meta, name, None) for name in work)
@@ -185,6 +194,6 @@ def _leaves_nothing_to_do() -> bool:
     )
 
 
-def _place(origin: fx.Node, number: dict[str, int]) -> int:
-    """The index of the Dynamo node that a node of the capture comes from; -1 if that is not known."""
+def _index_of(origin: fx.Node, number: dict[str, int]) -> int:
+    """The index of the Dynamo node that a captured node comes from; -1 if unknown."""
     return next((number[s.name] for s in origin.meta.get("from_node") or () if s.name in number), -1)

@@ -1,10 +1,9 @@
-"""Programs through the engine cache: a graph of the same key becomes the program that was built first, under its own
-names.
+"""Cache of compiled programs: graphs with the same key share one program, each under its own names.
 
-The body of an entry is the fused graph as text, without locations, its kernels, and the data of its constants. Beside
-them stands what ties the graph to whatever FX graph has the key: the positions of the placeholders that its inputs and
-parameters are, and, in the key's order of nodes, where each location, Python fallback and fallback comes from. Weights
-are no part of it: a hit is refitted like any engine, by its recipes.
+The body of an entry holds the fused graph as text without locations, its kernels, and the data of its constants. To
+bind it to another FX graph with the same key, the entry also stores the placeholder index of each input and parameter,
+and the node index, in the key's canonical order, of each location, Python fallback and fallback. Entries contain no
+weights: a hit computes them from the model's by its recipes, like any engine.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from torch import fx
 
 from torch_rtx import aten
 from torch_rtx.backend.compiler import Built, Program, check_settings, compile_fx, device_of, log_fallbacks
-from torch_rtx.backend.fx_key import graph_key
+from torch_rtx.backend.fx_hash import graph_key
 from torch_rtx.backend.kernels import kernels_of
 from torch_rtx.cache.entries import EngineCache
 from torch_rtx.cache.store import FileStore, Store
@@ -47,7 +46,7 @@ def engine_cache(settings: CompilationSettings) -> EngineCache:
     return EngineCache(store or FileStore(os.path.join(cache_dir(settings), "engines"), settings.engine_cache_size))
 
 
-def obtain(
+def get_or_build(
     gm: fx.GraphModule,
     roles: Sequence[Role],
     settings: CompilationSettings,
@@ -55,38 +54,38 @@ def obtain(
     ranges: Mapping[Any, Any] | None = None,
     typical: Mapping[Any, int] | None = None,
 ) -> Program:
-    """The program of `gm`: from the engine cache if it has one, else built, and kept there.
+    """The program of `gm`, from the engine cache; built and stored there on a miss.
 
     While stages are dumped or overridden, it is always built.
 
     Args and raises: see `compile_fx`.
     """
     check_settings(settings)
-    if not caching(settings):
+    if not uses_cache(settings):
         return _build(gm, roles, settings, writes, ranges, typical).program
     start = time.perf_counter()
     device = device_of(gm)
     try:
-        found = graph_key(gm, roles, settings, Symbols(device, ranges, typical), writes)
+        graph_id = graph_key(gm, roles, settings, Symbols(device, ranges, typical), writes)
     except Uncacheable as error:
-        log.info("not cached, since it has no name outside of this process: %s", error.message)
+        log.info("not cached, since other processes cannot identify %s", error.message)
         return _build(gm, roles, settings, writes, ranges, typical).program
     cache = engine_cache(settings)
-    inputs = [r.name for n, r in zip(found.nodes, roles, strict=False) if r.kind == "input" and not is_fixed(n)]
-    site = Site(gm, found.nodes, roles, inputs, device)
-    with cache.building(found.key):
-        body = cache.get(found.key) if settings.reuse_cached_engines else None
-        program = None if body is None else site.program(cache, found.key.digest, body)
+    inputs = [r.name for n, r in zip(graph_id.nodes, roles, strict=False) if r.kind == "input" and not is_fixed(n)]
+    site = GraphSite(gm, graph_id.nodes, roles, inputs, device)
+    with cache.building(graph_id.key):
+        body = cache.get(graph_id.key) if settings.reuse_cached_engines else None
+        program = None if body is None else site.program(cache, graph_id.key.digest, body)
         if program is not None:
-            log.info("hit: %s, %.0f ms", found.key.digest[:12], 1e3 * (time.perf_counter() - start))
+            log.info("hit: %s, %.0f ms", graph_id.key.digest[:12], 1e3 * (time.perf_counter() - start))
             return program
         if settings.reuse_cached_engines and log.isEnabledFor(logging.INFO):
-            log.info("miss: %s; %s", found.key.digest[:12], cache.explain(found.key))
+            log.info("miss: %s; %s", graph_id.key.digest[:12], cache.explain(graph_id.key))
         built = _build(gm, roles, settings, writes, ranges, typical)
         if settings.cache_built_engines:
             try:
-                cache.put(found.key, to_bytes(built, site))
-                built.program.entry = found.key.digest
+                cache.put(graph_id.key, to_bytes(built, site))
+                built.program.entry = graph_id.key.digest
             except Uncacheable as error:
                 log.info("not cached: %s", error.message)
     return built.program
@@ -105,20 +104,20 @@ def _build(
     return built
 
 
-def caching(settings: CompilationSettings) -> bool:
-    """Whether the engine cache is used at all: not while stages are dumped or overridden."""
+def uses_cache(settings: CompilationSettings) -> bool:
+    """The settings read or write the engine cache. Dumping or overriding stages disables it: a hit runs no stage."""
     return (settings.cache_built_engines or settings.reuse_cached_engines) and not opens_stages(settings)
 
 
 @dataclass(frozen=True)
-class Site:
-    """The graph that a program is for.
+class GraphSite:
+    """The FX graph to which a cached program is bound.
 
     Attributes:
-        nodes: in an order that is the same for every graph of its key, placeholders first.
-        roles: of its placeholders.
-        inputs: the names of those that are inputs of the program.
-        locations: the index of the node that each location of the program comes from; None: as the entry says.
+        nodes: in canonical order, the same for all graphs with one key; placeholders first.
+        roles: one per placeholder.
+        inputs: the names of the placeholders that are inputs of the program.
+        locations: the index of the source node of each location in the program; None: those stored in the entry.
     """
 
     gm: fx.GraphModule
@@ -129,7 +128,7 @@ class Site:
     locations: Sequence[int | None] | None = None
 
     def program(self, cache: EngineCache, name: str, body: bytes) -> Program | None:
-        """The program in the body of the entry `name`; None, and a warning, if it can't be one."""
+        """The program in the body of the entry `name`; None, and a warning, if the body is damaged."""
         try:
             program = from_bytes(body, self)
         except CacheError as error:
@@ -142,8 +141,8 @@ class Site:
 # ---- the body of an entry --------------------------------------------------------------------------------------------
 
 
-def to_bytes(built: Built, site: Site) -> bytes:
-    """The body of an entry. Leaves in the program where its locations come from.
+def to_bytes(built: Built, site: GraphSite) -> bytes:
+    """Serialize `built` as the body of an entry. Also sets `built.program.origins`.
 
     Raises:
         Uncacheable: a constant has a dtype that safetensors lacks.
@@ -165,11 +164,10 @@ def to_bytes(built: Built, site: Site) -> bytes:
     for parameter in graph.parameters:
         if parameter.name in constants:
             if DTYPES[parameter.type.dtype][0] is None:
-                raise Uncacheable(f"a constant is {parameter.type.dtype}, which no file can hold")
+                raise Uncacheable(f"a constant has the dtype {parameter.type.dtype}, which safetensors lacks")
             tensor = constants[parameter.name].detach().resolve_conj().resolve_neg().cpu()
-            data[f"constant/{parameter.name}"] = tensor.clone(
-                memory_format=torch.contiguous_format
-            )  # no two may share memory
+            # safetensors refuses tensors that share memory
+            data[f"constant/{parameter.name}"] = tensor.clone(memory_format=torch.contiguous_format)
     head = json.dumps(fields).encode()
     return len(head).to_bytes(8, "little") + head + save(data)
 
@@ -178,11 +176,11 @@ def _bytes(stored: bytes) -> torch.Tensor:
     return torch.frombuffer(bytearray(stored), dtype=torch.uint8)
 
 
-def from_bytes(body: bytes, site: Site) -> Program:
-    """The program in the body of an entry, under the names of the site.
+def from_bytes(body: bytes, site: GraphSite) -> Program:
+    """Deserialize the body of an entry and bind the program to `site`.
 
     Raises:
-        CacheError: the body is none, or does not fit the graph.
+        CacheError: the body is damaged or does not fit the graph.
     """
     start = 8 + int.from_bytes(body[:8], "little")
     try:
@@ -193,13 +191,13 @@ def from_bytes(body: bytes, site: Site) -> Program:
         indices = fields["locations"] if site.locations is None else site.locations
         origins = [None if index is None else site.nodes[index] for index in indices]
         graph = _bind(parse(fields["graph"]), fields, constants.keys(), site)
-        graph = _with_locations(graph, _places(origins))
+        graph = _with_locations(graph, _locations(origins))
         verify(graph, aten.ALLOWED)
         kernels = replace(read_table(fields["tactics"], graph), binaries=binaries)
-        known = {str(node.target) for node in site.nodes} | {"python"}
-        strange = {node.op for node in graph.nodes if node.kind == "fallback"} - known
-        if strange:
-            raise CacheError(f"it calls {', '.join(sorted(strange))}, and the graph does not")
+        called = {str(node.target) for node in site.nodes} | {"python"}
+        unexpected = {node.op for node in graph.nodes if node.kind == "fallback"} - called
+        if unexpected:
+            raise CacheError(f"it calls {', '.join(sorted(unexpected))}, which the graph does not call")
         callables = [python_call(site.gm, site.nodes[index]) for index in fields["called"]]
         log_fallbacks({site.nodes[index]: why for index, why in fields["fallbacks"]})
     except CacheError:
@@ -209,13 +207,13 @@ def from_bytes(body: bytes, site: Site) -> Program:
     return Program(graph, constants, callables, site.device, kernels=kernels, origins=origins)
 
 
-def _bind(graph: Graph, fields: Mapping[str, Any], constants: Collection[str], site: Site) -> Graph:
-    """`graph` with the names of the site."""
-    here = [site.roles[fields["parameters"][p.name]] if p.name not in constants else None for p in graph.parameters]
-    name = {p.name: role.name if role else p.name for p, role in zip(graph.parameters, here, strict=True)}
+def _bind(graph: Graph, fields: Mapping[str, Any], constants: Collection[str], site: GraphSite) -> Graph:
+    """`graph` with the input and parameter names of `site`."""
+    roles = [site.roles[fields["parameters"][p.name]] if p.name not in constants else None for p in graph.parameters]
+    name = {p.name: role.name if role else p.name for p, role in zip(graph.parameters, roles, strict=True)}
     parameters = tuple(
         p if role is None else Parameter(role.name, p.type, role.aliases, p.constant)
-        for p, role in zip(graph.parameters, here, strict=True)
+        for p, role in zip(graph.parameters, roles, strict=True)
     )
     weights = tuple(Weight(w.value, tuple(map(name.__getitem__, w.names)), w.recipe) for w in graph.weights)
     bound = replace(graph, parameters=parameters, weights=weights)
@@ -223,7 +221,7 @@ def _bind(graph: Graph, fields: Mapping[str, Any], constants: Collection[str], s
 
 
 def _rename_inputs(graph: Graph, names: Sequence[str]) -> Graph:
-    """`graph` with other names for its inputs, or names like them where something else has them."""
+    """`graph` with its inputs renamed to `names`, each made unique among the graph's other names."""
     inputs = {value.name for value in graph.inputs}
     taken = {value.name for value in graph.values() if value.name not in inputs} | graph.syms.keys()
     renamed: dict[str, Value] = {}
@@ -231,24 +229,24 @@ def _rename_inputs(graph: Graph, names: Sequence[str]) -> Graph:
         renamed[value.name] = Value(unique_name(name, taken), value.type)
         taken.add(renamed[value.name].name)
 
-    def now(value: Value) -> Attr:
+    def rename(value: Value) -> Attr:
         return renamed.get(value.name, value)
 
     nodes = tuple(
-        replace(node, args=node.map_inputs(now)) if any(v.name in renamed for v in node.inputs) else node
+        replace(node, args=node.map_inputs(rename)) if any(v.name in renamed for v in node.inputs) else node
         for node in graph.nodes
     )
-    outputs = tuple(attr_map(attr, now) for attr in graph.outputs)
+    outputs = tuple(attr_map(attr, rename) for attr in graph.outputs)
     return replace(graph, inputs=tuple(renamed.values()), nodes=nodes, outputs=outputs)
 
 
-def _places(origins: Iterable[fx.Node | None]) -> Iterator[Loc | None]:
+def _locations(origins: Iterable[fx.Node | None]) -> Iterator[Loc | None]:
     locations = Locations()
     return (None if origin is None else locations.of(origin) for origin in origins)
 
 
 def _nodes(graph: Graph) -> Iterator[Node]:
-    """Every node, those of kernels and recipes too, in the order of `_with_locations`."""
+    """Every node, including those in kernel bodies and recipes, in the order of `_with_locations`."""
     for node in graph.nodes:
         yield node
         if node.body is not None:
@@ -258,16 +256,16 @@ def _nodes(graph: Graph) -> Iterator[Node]:
             yield from _nodes(weight.recipe)
 
 
-def _with_locations(graph: Graph, places: Iterator[Loc | None]) -> Graph:
-    """`graph` with the next of `places` for each node."""
+def _with_locations(graph: Graph, locations: Iterator[Loc | None]) -> Graph:
+    """`graph` with the next of `locations` in each node."""
 
-    def place(node: Node) -> Node:
-        loc = next(places)
-        body = None if node.body is None else _with_locations(node.body, places)
+    def locate(node: Node) -> Node:
+        loc = next(locations)
+        body = None if node.body is None else _with_locations(node.body, locations)
         return Node(node.kind, node.op, node.args, node.outputs, body, loc)
 
-    nodes = tuple([place(node) for node in graph.nodes])
+    nodes = tuple([locate(node) for node in graph.nodes])
     weights = tuple(
-        w if w.recipe is None else Weight(w.value, w.names, _with_locations(w.recipe, places)) for w in graph.weights
+        w if w.recipe is None else Weight(w.value, w.names, _with_locations(w.recipe, locations)) for w in graph.weights
     )
     return replace(graph, nodes=nodes, weights=weights)
