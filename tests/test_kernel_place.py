@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from torch_rtx.errors import Unsupported
 from torch_rtx.lowering.kernels.index import constant, variable
+from torch_rtx.lowering.kernels.kernel_ir import ZERO, Load, Position, Tensor
 from torch_rtx.lowering.kernels.ops.views import move, permute, reshape
 from torch_rtx.lowering.kernels.place import Tile, needs, place
-from torch_rtx.lowering.kernels.tensor import ZERO, Load, Position, Tensor
 
 N = constant
 

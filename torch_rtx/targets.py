@@ -119,8 +119,8 @@ _H200 = Library(
     many_keys=3000,
 )
 # PTX of version 8.0 is taken by drivers of CUDA 12.0 and later. Shared memory: CUDA C++ Programming Guide, table
-# "Technical Specifications per Compute Capability". Chips of sm_87, 100, 103, 110 and 121 are derived from data sheets
-# in the ratio of those that were measured.
+# "Technical Specifications per Compute Capability". Chips of sm_87, 100, 103, 110 and 121 are estimates from data
+# sheets, about which nothing was measured.
 _KNOWN = (
     Arch(75, 64 << 10, _TURING, Chip(68, 45, 13, 560, 1.5), False, 75, 80),  # RTX 2080 Ti
     Arch(80, 163 << 10, _AMPERE, Chip(108, 250, 19, 1400, 1.4), False, 80, 80),  # A100

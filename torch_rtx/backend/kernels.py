@@ -116,7 +116,7 @@ def targets_for(option: Option, graph: Graph) -> tuple[Target, ...]:
         if target not in kept:
             log.warning("the engine has no kernels for %s, which lacks a dtype of the model", target)
     if not is_explicit(option):
-        log.info('the portable targets leave out RTX 20 and T4: targets=["portable", "sm_75"] adds them')
+        log.info('the portable targets leave out RTX 20 and T4 (sm_75): targets=["portable", "sm_75"] adds them')
     return kept
 
 

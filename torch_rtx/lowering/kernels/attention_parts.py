@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from torch_rtx.dtypes import DTYPES
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Attr, Dim, Graph, Node, TensorType, Value, contiguous, dim_expr
 from torch_rtx.lowering.kernels.attention import LEAST, Attention
@@ -34,7 +35,7 @@ def key_ranges(found: Attention, keys: Dim, arch: Arch) -> tuple[int, float, flo
     on = arch.chip
     if found.causal or not isinstance(found.queries, int) or found.queries > FEW_QUERIES:
         return 1, math.inf, 0.0
-    width = (found.width + found.value_width) * (4 if found.dtype == "f32" else 2)
+    width = (found.width + found.value_width) * DTYPES[found.dtype].bytes
     groups, count = math.prod(map(typical, found.groups)), typical(keys)
     result = 4 * groups * typical(found.rows) * (found.value_width + 2)
 

@@ -25,7 +25,7 @@ from torch_rtx.lowering.kernels.index import (
     upper,
     variable,
 )
-from torch_rtx.lowering.kernels.tensor import ONE, ZERO, Load, Map, Move, Position, Shape, Tensor
+from torch_rtx.lowering.kernels.kernel_ir import ONE, ZERO, Load, Pointwise, Position, Shape, Tensor, View
 
 MARK = "@"  # of the variables that are solved for; no dim has such a name
 
@@ -148,9 +148,9 @@ def needs(tensor: Tensor, position: Position, out: Load) -> list[Position]:
         seen.add((tensor, position))
         if tensor is out:
             found[position] = None
-        elif isinstance(tensor, Move):
+        elif isinstance(tensor, View):
             visit(tensor.source, tensor.at(position))
-        elif isinstance(tensor, Map):
+        elif isinstance(tensor, Pointwise):
             for arg in tensor.args:
                 visit(arg, position)
 

@@ -20,20 +20,20 @@ from torch_rtx.ir import Dim, Node, TensorType, Value, dim_expr
 from torch_rtx.lowering.kernels.emit import Axis, Emitter, Operand, indent
 from torch_rtx.lowering.kernels.index import Index, constant, from_dim, linear, substitute, unravel, variable
 from torch_rtx.lowering.kernels.kernel import Kernel
+from torch_rtx.lowering.kernels.kernel_ir import (
+    ZERO,
+    Const,
+    Load,
+    Pointwise,
+    Position,
+    Select,
+    Tensor,
+    View,
+)
 from torch_rtx.lowering.kernels.place import Placement, Tile, place
 from torch_rtx.lowering.kernels.region import ANCHORS, Region, tensor_type
 from torch_rtx.lowering.kernels.source import assemble, blocks, is_wide
-from torch_rtx.lowering.kernels.tensor import (
-    TRITON,
-    ZERO,
-    Load,
-    Map,
-    Move,
-    Number,
-    Position,
-    Tensor,
-    Within,
-)
+from torch_rtx.lowering.kernels.triton_ops import tl_dtype
 
 Z, M, N, EXTRA, KA, KB = "Z", "M", "N", "N1", "KA", "KB"
 LOOP = "step"  # the loop over K, as one of the axes that a value varies with
@@ -148,11 +148,11 @@ def in_memory(tensor: Tensor) -> Load | None:
     match tensor:
         case Load(anchor=False):
             return tensor
-        case Move():
+        case View():
             return in_memory(tensor.source)
-        case Map(text="{0}", args=(inner,)):
+        case Pointwise(same_register=Tensor() as inner):
             return in_memory(inner)
-        case Within(outer=Number(value=0)):
+        case Select(outer=Const(value=0)):
             return in_memory(tensor.inner)
     return None
 
@@ -446,7 +446,7 @@ def operand(
         found = emitter.value(tensor, position)
         text = f"tl.where({mask}, {found.text}, 0.0)" if mask else found.text
         if dtype != "f32":
-            text = f"({text}).to({TRITON[dtype]})" if mask else f"{text}.to({TRITON[dtype]})"
+            text = f"({text}).to({tl_dtype(dtype)})" if mask else f"{text}.to({tl_dtype(dtype)})"
     else:
         text = found.text
     axes = frozenset(emitter.axes)
@@ -460,11 +460,11 @@ def _stored(
     match tensor:
         case Load(anchor=False):
             return emitter.memory(tensor, position, conditions, dtype)
-        case Move():
+        case View():
             return _stored(emitter, tensor.source, tensor.at(position), conditions, dtype)
-        case Map(text="{0}", args=(inner,)):
+        case Pointwise(same_register=Tensor() as inner):
             return _stored(emitter, inner, position, conditions, dtype)
-        case Within(outer=Number(value=0)):
+        case Select(outer=Const(value=0)):
             moved, tests = emitter.inside(tensor, position)
             return _stored(emitter, tensor.inner, moved, (*conditions, *tests), dtype)
     return None

@@ -20,10 +20,10 @@ from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Dim, Graph, Node, TensorType, Value, attr_values, dim_expr
 from torch_rtx.lowering.kernels.calls import Calls, kernel, needed, type_of
 from torch_rtx.lowering.kernels.cost import LAUNCH, bytes_of, typical
+from torch_rtx.lowering.kernels.kernel_ir import Reduce, Tensor, children, everything, load
 from torch_rtx.lowering.kernels.loops import loop_configs
 from torch_rtx.lowering.kernels.region import ANCHORS, Region, express, reductions_of, tensor_type
 from torch_rtx.lowering.kernels.row_rules import RULES, Dims, Values
-from torch_rtx.lowering.kernels.tensor import Reduce, Tensor, children, everything, load
 from torch_rtx.targets import Arch
 
 PART, SHORT_PART = (512, 4096), (64, 512)  # elements of a part; where threads read neighbours of a row, and where not

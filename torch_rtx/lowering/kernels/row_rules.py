@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import NamedTuple
 
+from torch_rtx.dtypes import register
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Attr, Node, TensorType, Value, contiguous, dim_expr
 from torch_rtx.lowering.kernels.calls import Calls, type_of
 from torch_rtx.lowering.kernels.product import argument
-from torch_rtx.lowering.kernels.tensor import register
 
 Dims = tuple[int, ...]
 

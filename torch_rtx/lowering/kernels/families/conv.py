@@ -19,9 +19,24 @@ from torch_rtx.ir import Attr, Dim, Graph, Node, TensorType, Value, contiguous, 
 from torch_rtx.lowering.kernels.calls import Calls, type_of
 from torch_rtx.lowering.kernels.cost import LAUNCH, best_parts, bytes_of, config_us, configurations, loop_time, typical
 from torch_rtx.lowering.kernels.emit import Axis, Emitter, Operand
+from torch_rtx.lowering.kernels.expressions import A, B
 from torch_rtx.lowering.kernels.families.family import MODEL_ERROR, SLOWER, Family, Offer, flat, library_us, splits
 from torch_rtx.lowering.kernels.index import Index, constant, from_dim, unravel
 from torch_rtx.lowering.kernels.kernel import Kernel
+from torch_rtx.lowering.kernels.kernel_ir import (
+    ONE,
+    ZERO,
+    Load,
+    Pointwise,
+    Position,
+    Select,
+    Tensor,
+    View,
+    cast,
+    everything,
+    number,
+    pointwise,
+)
 from torch_rtx.lowering.kernels.product import (
     FEW,
     TAPS,
@@ -41,20 +56,6 @@ from torch_rtx.lowering.kernels.product import (
 )
 from torch_rtx.lowering.kernels.region import Region, tensor_type
 from torch_rtx.lowering.kernels.split import added, split_anchor
-from torch_rtx.lowering.kernels.tensor import (
-    ONE,
-    ZERO,
-    Load,
-    Map,
-    Move,
-    Position,
-    Tensor,
-    Within,
-    cast,
-    everything,
-    number,
-    pointwise,
-)
 from torch_rtx.op_work import ANCHORS
 from torch_rtx.targets import Arch
 
@@ -204,7 +205,7 @@ def _sizes(given: Attr, rank: int) -> list[Index]:
 def _padded(source: Tensor, padding: list[Index]) -> Tensor:
     """`source` with zeros around it."""
     shape = source.shape[:2] + tuple(s + p + p for s, p in zip(source.shape[2:], padding, strict=True))
-    return Within(shape, source.dtype, source, number(0, source.dtype), (ZERO, ZERO, *padding))
+    return Select(shape, source.dtype, source, number(0, source.dtype), (ZERO, ZERO, *padding))
 
 
 def _finish(region: Region, node: Node, out: Load) -> Callable[[Tensor], Tensor]:
@@ -214,8 +215,8 @@ def _finish(region: Region, node: Node, out: Load) -> Callable[[Tensor], Tensor]
     added = region.values[bias.name]
 
     def finish(total: Tensor) -> Tensor:
-        wide = Move(out.shape, added.dtype, added, lambda position: (position[1],))
-        return pointwise("{0} + {1}", out.dtype, total, cast(wide, "f32"))
+        wide = View(out.shape, added.dtype, added, lambda position: (position[1],))
+        return pointwise(A + B, out.dtype, total, cast(wide, "f32"))
 
     return finish
 
@@ -284,7 +285,7 @@ def _others(region: Region, name: str, arch: Arch, us: float) -> Iterator[Offer]
     # Libraries are made for images of many channels; a window of one pixel makes a product of them.
     _, channels, *window = tensor_type(argument(region.anchor, "weight")).shape
     usual = typical(channels) >= FEW and sum(size != 1 for size in window) > 1
-    after_us = loop_time(region, arch) if any(isinstance(one, Map) for one in everything(region.outputs)) else 0.0
+    after_us = loop_time(region, arch) if any(isinstance(one, Pointwise) for one in everything(region.outputs)) else 0.0
     expected_us = library_us(FAMILY.name, region, arch, us, after_us, usual)
     yield Offer("library", expected_us)
     fused = _with_relu(region.body)

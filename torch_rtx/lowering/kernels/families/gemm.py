@@ -8,17 +8,15 @@ from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Dim, Graph, Node, TensorType, Value, contiguous, dim_expr
 from torch_rtx.lowering.kernels.calls import Calls, type_of
 from torch_rtx.lowering.kernels.cost import best_parts, config_us, configurations, loop_time, typical
+from torch_rtx.lowering.kernels.expressions import A, B
 from torch_rtx.lowering.kernels.families.family import MODEL_ERROR, Family, Offer, flat, library_us, splits
 from torch_rtx.lowering.kernels.index import Index, from_dim, unravel
 from torch_rtx.lowering.kernels.kernel import Kernel
-from torch_rtx.lowering.kernels.product import DotWriter, GemmConfig, Product, SumWriter, argument, result
-from torch_rtx.lowering.kernels.region import Region, tensor_type
-from torch_rtx.lowering.kernels.split import added, split_anchor
-from torch_rtx.lowering.kernels.tensor import (
+from torch_rtx.lowering.kernels.kernel_ir import (
     ONE,
     ZERO,
     Load,
-    Map,
+    Pointwise,
     Position,
     Tensor,
     cast,
@@ -26,6 +24,9 @@ from torch_rtx.lowering.kernels.tensor import (
     number,
     pointwise,
 )
+from torch_rtx.lowering.kernels.product import DotWriter, GemmConfig, Product, SumWriter, argument, result
+from torch_rtx.lowering.kernels.region import Region, tensor_type
+from torch_rtx.lowering.kernels.split import added, split_anchor
 from torch_rtx.op_work import ANCHORS, PRODUCTS
 from torch_rtx.targets import Arch
 
@@ -107,12 +108,12 @@ def _finish(region: Region, node: Node, out: Load, added: str) -> Callable[[Tens
         other = region.values[argument(node, added).name]
 
     def finish(total: Tensor) -> Tensor:
-        found = total if alpha == 1 else pointwise("{0} * {1}", "f32", total, number(alpha, "f32"))
+        found = total if alpha == 1 else pointwise(A * B, "f32", total, number(alpha, "f32"))
         if other is None:
             return found
         scaled = cast(other, "f32")
-        scaled = scaled if beta == 1 else pointwise("{0} * {1}", "f32", scaled, number(beta, "f32"))
-        return pointwise("{0} + {1}", out.dtype, found, scaled)
+        scaled = scaled if beta == 1 else pointwise(A * B, "f32", scaled, number(beta, "f32"))
+        return pointwise(A + B, out.dtype, found, scaled)
 
     return finish
 
@@ -182,7 +183,7 @@ def _others(region: Region, name: str, arch: Arch, us: float) -> Iterator[Offer]
     yield from splits(gemm_split, region.body, name, parts, split_us * MODEL_ERROR, us)
     assert region.anchor is not None
     usual = _starts_at_16_bytes(region.anchor)
-    after_us = loop_time(region, arch) if any(isinstance(one, Map) for one in everything(region.outputs)) else 0.0
+    after_us = loop_time(region, arch) if any(isinstance(one, Pointwise) for one in everything(region.outputs)) else 0.0
     yield Offer("library", library_us(FAMILY.name, region, arch, us, after_us, usual))
     fused = _with_activation(region.body)
     if fused is not None:

@@ -6,12 +6,11 @@ import math
 from collections.abc import Sequence
 from functools import partial
 
+from torch_rtx.dtypes import register
 from torch_rtx.errors import Unsupported
+from torch_rtx.lowering.kernels.expressions import A, B, C, absolute, eq, exp, fmax, log, ne, rsqrt, sqrt, where
 from torch_rtx.lowering.kernels.index import Index, constant, product, ravel
-from torch_rtx.lowering.kernels.ops.pointwise import filled, floating, tensor
-from torch_rtx.lowering.kernels.ops.registry import Types, op
-from torch_rtx.lowering.kernels.ops.views import reshape
-from torch_rtx.lowering.kernels.tensor import (
+from torch_rtx.lowering.kernels.kernel_ir import (
     ONE,
     Iota,
     Scalar,
@@ -20,10 +19,12 @@ from torch_rtx.lowering.kernels.tensor import (
     number,
     pointwise,
     reduce,
-    register,
     scan,
     squeeze,
 )
+from torch_rtx.lowering.kernels.ops.pointwise import filled, floating, tensor
+from torch_rtx.lowering.kernels.ops.registry import Types, op
+from torch_rtx.lowering.kernels.ops.views import reshape
 
 Axes = int | Sequence[int] | None
 
@@ -50,17 +51,17 @@ def size_as(value: Index, dtype: str) -> Tensor:
 def mean_of(self: Tensor, axes: Sequence[int]) -> Tensor:
     """The mean over axes, which stay with size 1; `self` is a float in its register's dtype."""
     total = reduce("sum", self, axes)
-    return pointwise("{0} / {1}", self.dtype, total, size_as(count_of(self, axes), self.dtype))
+    return pointwise(A / B, self.dtype, total, size_as(count_of(self, axes), self.dtype))
 
 
 def variance_of(self: Tensor, axes: Sequence[int], correction: float = 0) -> tuple[Tensor, Tensor]:
     """Variance and mean over axes, which stay with size 1. Two passes: the mean first, as nothing is lost that way."""
     mean = mean_of(self, axes)
-    squares = pointwise("({0} - {1}) * ({0} - {1})", self.dtype, self, mean)
+    squares = pointwise((A - B) * (A - B), self.dtype, self, mean)
     count = size_as(count_of(self, axes), self.dtype)
     if correction:
-        count = pointwise("tl.maximum({0} - {1}, 0.0)", self.dtype, count, number(correction, self.dtype))
-    return pointwise("{0} / {1}", self.dtype, reduce("sum", squares, axes), count), mean
+        count = pointwise(fmax(A - B, 0.0), self.dtype, count, number(correction, self.dtype))
+    return pointwise(A / B, self.dtype, reduce("sum", squares, axes), count), mean
 
 
 def _finish(found: Tensor, axes: Sequence[int], keepdim: bool, out: Types, which: int = 0) -> Tensor:
@@ -121,8 +122,8 @@ def _position(self: Tensor, extreme: Tensor, axes: Sequence[int]) -> Tensor:
     count = product(sizes)
     dtype = "i32" if (count.number or 1 << 31) < 1 << 31 else "i64"
     place = Iota(self.shape, dtype, lambda position: ravel(tuple(position[axis] for axis in wanted), sizes))
-    here = pointwise("({0} == {1}) | ({0} != {0})", "bool", self, extreme)
-    found = pointwise("tl.where({0}, {1}, {2})", dtype, here, place, number(count, dtype))
+    here = pointwise(eq(A, B) | ne(A, A), "bool", self, extreme)
+    found = pointwise(where(A, B, C), dtype, here, place, number(count, dtype))
     return reduce("min", found, wanted)
 
 
@@ -177,7 +178,7 @@ def std(
     """The standard deviation over dimensions."""
     floating(out)
     found, _ = variance_of(_wide(self, out), _axes(dim), _correction(correction))
-    return _finish(pointwise("tl.sqrt({0})", found.dtype, found), _axes(dim), keepdim, out)
+    return _finish(pointwise(sqrt(A), found.dtype, found), _axes(dim), keepdim, out)
 
 
 @op("var_mean.correction")
@@ -203,10 +204,10 @@ def vector_norm(
 ) -> Tensor:
     """A norm of the elements as a vector: 1, 2 or infinite."""
     floating(out)
-    value = pointwise("tl.abs({0})", register(out[0].dtype), _wide(self, out))
+    value = pointwise(absolute(A), register(out[0].dtype), _wide(self, out))
     if ord == 2:
-        total = reduce("sum", pointwise("{0} * {0}", value.dtype, value), _axes(dim))
-        found = pointwise("tl.sqrt({0})", value.dtype, total)
+        total = reduce("sum", pointwise(A * A, value.dtype, value), _axes(dim))
+        found = pointwise(sqrt(A), value.dtype, total)
     elif ord in (1, math.inf):
         found = reduce("sum" if ord == 1 else "max", value, _axes(dim))
     else:
@@ -221,8 +222,8 @@ def _exponentials(self: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """x less its maximum, the exponential of that, and the sum of these."""
     value = cast(self, register(self.dtype))
     largest = reduce("max", value, [dim])
-    shifted = pointwise("{0} - {1}", value.dtype, value, largest)
-    power = pointwise("tl.exp({0})", value.dtype, shifted)
+    shifted = pointwise(A - B, value.dtype, value, largest)
+    power = pointwise(exp(A), value.dtype, shifted)
     return shifted, power, reduce("sum", power, [dim])
 
 
@@ -231,7 +232,7 @@ def softmax(self: Tensor, dim: int, dtype: str | None = None, *, out: Types) -> 
     """exp(x) over the sum of these along a dimension."""
     floating(out)
     _, power, total = _exponentials(cast(self, out[0].dtype), dim)
-    return cast(pointwise("{0} / {1}", power.dtype, power, total), out[0].dtype)
+    return cast(pointwise(A / B, power.dtype, power, total), out[0].dtype)
 
 
 @op("_softmax.default")
@@ -246,8 +247,8 @@ def safe_softmax(self: Tensor, dim: int, dtype: str | None = None, *, out: Types
     floating(out)
     value = cast(self, register(out[0].dtype))
     found = softmax(self, dim, out=out)
-    empty = pointwise('{0} == float("-inf")', "bool", reduce("max", value, [dim]))
-    return pointwise("tl.where({0}, 0.0, {1})", found.dtype, empty, found)
+    empty = pointwise(eq(A, -math.inf), "bool", reduce("max", value, [dim]))
+    return pointwise(where(A, 0.0, B), found.dtype, empty, found)
 
 
 @op("log_softmax.int")
@@ -255,7 +256,7 @@ def log_softmax(self: Tensor, dim: int, dtype: str | None = None, *, out: Types)
     """The logarithm of the softmax."""
     floating(out)
     shifted, _, total = _exponentials(cast(self, out[0].dtype), dim)
-    return cast(pointwise("{0} - tl.log({1})", shifted.dtype, shifted, total), out[0].dtype)
+    return cast(pointwise(A - log(B), shifted.dtype, shifted, total), out[0].dtype)
 
 
 @op("_log_softmax.default")
@@ -270,9 +271,9 @@ def logsumexp(self: Tensor, dim: Axes, keepdim: bool = False, *, out: Types) -> 
     floating(out)
     value = _wide(self, out)
     largest = reduce("max", value, _axes(dim))
-    base = pointwise('tl.where(tl.abs({0}) == float("inf"), 0.0, {0})', value.dtype, largest)
-    total = reduce("sum", pointwise("tl.exp({0} - {1})", value.dtype, value, base), _axes(dim))
-    return _finish(pointwise("tl.log({0}) + {1}", value.dtype, total, base), _axes(dim), keepdim, out)
+    base = pointwise(where(eq(absolute(A), math.inf), 0.0, A), value.dtype, largest)
+    total = reduce("sum", pointwise(exp(A - B), value.dtype, value, base), _axes(dim))
+    return _finish(pointwise(log(A) + B, value.dtype, total, base), _axes(dim), keepdim, out)
 
 
 # ---- norms -----------------------------------------------------------------------------------------------------------
@@ -280,15 +281,15 @@ def logsumexp(self: Tensor, dim: Axes, keepdim: bool = False, *, out: Types) -> 
 
 def _affine(normal: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     if weight is not None:
-        normal = pointwise("{0} * {1}", normal.dtype, normal, cast(weight, normal.dtype))
-    return normal if bias is None else pointwise("{0} + {1}", normal.dtype, normal, cast(bias, normal.dtype))
+        normal = pointwise(A * B, normal.dtype, normal, cast(weight, normal.dtype))
+    return normal if bias is None else pointwise(A + B, normal.dtype, normal, cast(bias, normal.dtype))
 
 
 def _standardized(value: Tensor, axes: Sequence[int], eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """(x - mean) / sqrt(variance + eps), the mean, and what is multiplied by."""
     variance, mean = variance_of(value, axes)
-    scale = pointwise("tl.rsqrt({0} + {1})", value.dtype, variance, number(eps, value.dtype))
-    return pointwise("({0} - {1}) * {2}", value.dtype, value, mean, scale), mean, scale
+    scale = pointwise(rsqrt(A + B), value.dtype, variance, number(eps, value.dtype))
+    return pointwise((A - B) * C, value.dtype, value, mean, scale), mean, scale
 
 
 def _per_channel(values: Tensor, image: Tensor) -> Tensor:
@@ -337,9 +338,9 @@ def native_layer_norm(
 
 
 def _rms(value: Tensor, axes: Sequence[int], eps: float | None) -> Tensor:
-    squares = mean_of(pointwise("{0} * {0}", value.dtype, value), axes)
+    squares = mean_of(pointwise(A * A, value.dtype, value), axes)
     least = {"f64": 2.220446049250313e-16}.get(value.dtype, 1.1920928955078125e-07) if eps is None else eps
-    return pointwise("tl.rsqrt({0} + {1})", value.dtype, squares, number(least, value.dtype))
+    return pointwise(rsqrt(A + B), value.dtype, squares, number(least, value.dtype))
 
 
 @op("rms_norm.default")
@@ -353,7 +354,7 @@ def rms_norm(
 ) -> Tensor:
     """x over the root of its mean square over the last dimensions (Zhang and Sennrich, 2019)."""
     value = cast(input, register(input.dtype))
-    scaled = pointwise("{0} * {1}", value.dtype, value, _rms(value, _trailing(normalized_shape), eps))
+    scaled = pointwise(A * B, value.dtype, value, _rms(value, _trailing(normalized_shape), eps))
     return cast(_affine(scaled, weight, None), out[0].dtype)
 
 
@@ -364,7 +365,7 @@ def fused_rms_norm(
     """`rms_norm` with what is multiplied by."""
     value = cast(input, register(input.dtype))
     scale = _rms(value, _trailing(normalized_shape), eps)
-    scaled = pointwise("{0} * {1}", value.dtype, value, scale)
+    scaled = pointwise(A * B, value.dtype, value, scale)
     return cast(_affine(scaled, weight, None), out[0].dtype), cast(scale, out[1].dtype)
 
 
@@ -402,6 +403,6 @@ def batch_norm(
     """Standardization by running statistics (Ioffe and Szegedy, 2015); the saved ones are empty."""
     value = cast(input, register(input.dtype))
     mean, variance = (cast(_per_channel(one, input), value.dtype) for one in (running_mean, running_var))
-    scale = pointwise("tl.rsqrt({0} + {1})", value.dtype, variance, number(eps, value.dtype))
-    normal = pointwise("({0} - {1}) * {2}", value.dtype, value, mean, scale)
+    scale = pointwise(rsqrt(A + B), value.dtype, variance, number(eps, value.dtype))
+    normal = pointwise((A - B) * C, value.dtype, value, mean, scale)
     return cast(_affine_channels(normal, weight, bias), out[0].dtype), filled(0, out[1:]), filled(0, out[2:])
