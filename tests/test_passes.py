@@ -39,6 +39,7 @@ from torch_rtx.lowering.rewrite import Rewriter
 from torch_rtx.runtime.code import compile_graph
 from torch_rtx.runtime.weights import WeightStore
 from torch_rtx.settings import CompilationSettings
+from torch_rtx.targets import PORTABLE
 
 CPU = torch.device("cpu")
 
@@ -104,7 +105,7 @@ def test_text(name, before, after, monkeypatch):
     monkeypatch.setattr(hoist_weights, "GROWTH_BYTES", 64)
     program = graph(before)
     verify(program, aten.ALLOWED)
-    result = PASSES[name](program, Inference(), Context(CompilationSettings(), kernels=True))
+    result = PASSES[name](program, Inference(), Context(CompilationSettings(), PORTABLE))
     expected = program if after.strip() == "the same" else graph(after, result.level)
     assert str(result) == str(expected)
     assert_same_numbers(program, result, {"s0": 3, "s1": 5})
@@ -216,7 +217,7 @@ graph import {
 
 def one_pass(run, **declared):
     """What a pipeline of one pass makes of a graph."""
-    context = Context(CompilationSettings(), kernels=True)
+    context = Context(CompilationSettings(), PORTABLE)
     return Pass(run, **declared)(parse(ADD.strip()), Inference(), context)
 
 
@@ -264,19 +265,19 @@ def test_a_pass_leaves_the_level_that_it_ensures():
 
 
 def test_a_pass_gets_what_it_takes():
-    def inspect(graph, infer, kernels, settings):
-        assert kernels
+    def inspect(graph, infer, targets, settings):
+        assert targets == PORTABLE
         assert settings == CompilationSettings()
         return graph
 
-    assert one_pass(inspect, takes=("kernels", "settings"))
+    assert one_pass(inspect, takes=("targets", "settings"))
 
 
 @pytest.mark.parametrize("name", ["fuse", "merge_linears"])
 def test_a_pass_is_left_out_without_what_it_needs(name):
     needy = CompilationSettings(copy_weights=False)
-    assert PASSES[name].applies(Context(CompilationSettings(), kernels=True))
-    assert not PASSES[name].applies(Context(needy, kernels=False))
+    assert PASSES[name].applies(Context(CompilationSettings(), PORTABLE))
+    assert not PASSES[name].applies(Context(needy))
 
 
 # ---- types of new calls ----
