@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +11,10 @@ from typing import Annotated
 import typer
 
 from torch_rtx.errors import RtxError, SettingsError
+from torch_rtx.ir import verify
+from torch_rtx.irparse import parse
+from torch_rtx.settings import CompilationSettings
+from torch_rtx.targets import parse_targets
 
 
 class Verify(StrEnum):
@@ -45,7 +49,7 @@ def opt(
         raise typer.Exit(1) from None
 
 
-def run(text: str, passes: Iterable[str], targets: Iterable[str], check: Verify) -> str:
+def run(text: str, passes: Sequence[str], targets: Sequence[str], check: Verify) -> str:
     """The text of the graph that `passes` make of the graph `text`.
 
     Raises:
@@ -54,12 +58,8 @@ def run(text: str, passes: Iterable[str], targets: Iterable[str], check: Verify)
         LoweringError: a pass failed, or changed the inputs or the types of the results.
     """
     from torch_rtx import aten
-    from torch_rtx.ir import verify
-    from torch_rtx.irparse import parse
     from torch_rtx.lowering.infer import Inference
     from torch_rtx.lowering.pipeline import PASSES, Context
-    from torch_rtx.settings import CompilationSettings
-    from torch_rtx.targets import parse_targets
 
     unknown = [name for name in passes if name not in PASSES]
     if unknown:
