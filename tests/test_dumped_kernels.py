@@ -56,8 +56,9 @@ def test_a_build_ahead_of_time_leaves_every_stage(tmp_path: Path) -> None:
     table = built(tmp_path, dump_dir=str(tmp_path / "dump"))
     (op,) = table.tactics
     kernels = tmp_path / "dump" / "graph_000" / "kernels"
-    assert files_of(kernels) == [f"000_{op}.region", *(f"000_{op}.sm_89.{stage}" for stage in STAGES)]
+    assert files_of(kernels) == [f"000_{op}.kir", f"000_{op}.region", *(f"000_{op}.sm_89.{stage}" for stage in STAGES)]
     assert "aten.sin.default" in (kernels / f"000_{op}.region").read_text()
+    assert "sin(%0)" in (kernels / f"000_{op}.kir").read_text()
     assert f"def {op}(" in (kernels / f"000_{op}.sm_89.py").read_text()
     lines = (kernels / f"000_{op}.sm_89.ranking").read_text().splitlines()
     assert lines[1].split()[0] == "0"
@@ -73,7 +74,7 @@ def test_a_cache_hit_leaves_every_stage(tmp_path: Path) -> None:
         built(tmp_path, dump_dir=str(tmp_path / name))
     first, second = (files_of(tmp_path / name / "graph_000" / "kernels") for name in ("first", "second"))
     assert first == second
-    assert len(first) == 1 + len(STAGES)
+    assert len(first) == 2 + len(STAGES)
     assert files_of(tmp_path / "caches" / "engines") == entries
 
 
@@ -136,9 +137,9 @@ def binary(candidate: Candidate) -> bytes:
 def test_the_compile_worker_leaves_every_stage(tmp_path: Path, client: CompileClient) -> None:
     for folder in (tmp_path / "first", tmp_path / "second"):  # the worker knows the code the second time
         client.build({"region_k": (BODY, 0)}, 89, Artefacts.at(folder, None))
-        names = ["000_region_k.region", *(f"000_region_k.sm_89.{stage}" for stage in STAGES)]
+        names = ["000_region_k.kir", "000_region_k.region", *(f"000_region_k.sm_89.{stage}" for stage in STAGES)]
         assert files_of(folder / "kernels") == names
-        assert (folder / "kernels" / names[0]).read_text() == str(BODY)
+        assert (folder / "kernels" / names[1]).read_text() == str(BODY)
 
 
 def test_each_rank_has_stages_of_its_own(tmp_path: Path, client: CompileClient) -> None:

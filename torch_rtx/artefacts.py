@@ -6,6 +6,7 @@ tactic, if it is not the first (`rank2`), and `generic` for code that accepts an
 of 16. A file in the folder of overrides has the same name; its number is ignored, and may be missing.
 
     region    the operations of the kernel, in the text form of the IR; has no TARGET
+    kir       the same in the kernel IR: what each element is; has no TARGET
     py        Triton source
     ttir      Triton's IR before target-specific lowering
     ptx       PTX, as ptxas gets it
