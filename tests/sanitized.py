@@ -34,7 +34,7 @@ def main(names: Sequence[str]) -> None:
             module = torch_rtx.compile(copy.deepcopy(model), args, kwargs, None, target, settings)
             worst = assert_right(module(*args, **kwargs), eager, exact)
             print(
-                f"{name} {tactics}: {len(module.session.kernels)} kernels, {worst:.2f} of the error allowed", flush=True
+                f"{name} {tactics}: {len(module.session.tactics)} kernels, {worst:.2f} of the error allowed", flush=True
             )
 
 

@@ -20,7 +20,7 @@ from benchmarks.numerics import assert_right, in_float64
 from benchmarks.suites.shapes import dynamic_shapes
 from torch_rtx.backend import reuse
 from torch_rtx.ir import Graph, kernel_nodes
-from torch_rtx.kerneltable import KernelTable
+from torch_rtx.tactics import KernelTable
 from torch_rtx.lowering.kernels.region import ANCHORS
 from torch_rtx.runtime.bind import bind
 from torch_rtx.runtime.check import bind_sizes

@@ -49,7 +49,7 @@ def test_generated(name: str, form: str) -> None:
     model, module = built(name, form, torch.float16, "generated")
     ops = {node.op for node in module.engine.graph.nodes if node.kind == "kernel"}
     assert ops
-    assert module.session.kernels.keys() >= ops & module.engine.kernels.launches.keys()
+    assert module.session.tactics.keys() >= ops & module.engine.kernels.launches.keys()
     missing = ops - module.engine.kernels.launches.keys()
     assert not missing, f"no kernel was built for {missing}"
     for seed in range(3):
@@ -63,7 +63,7 @@ def test_generated(name: str, form: str) -> None:
 def test_tactics(name: str, tactics: str) -> None:
     model, module = built(name, "current", torch.bfloat16, tactics)
     launches = module.engine.kernels.launches
-    rivals = {launch.library for op in module.session.kernels for launch in launches[op]}
+    rivals = {launch.library for op in module.session.tactics for launch in launches[op]}
     assert rivals <= ({"none", "slower"} if tactics == "best" else {"none"})
     for seed in range(2):
         check(name, model, module, torch.bfloat16, seed=seed)
@@ -82,7 +82,7 @@ def test_torch_compile(name: str) -> None:
     torch._dynamo.reset()
     from torch_rtx.backend.entry import rtx
 
-    options = {"targets": "current", "tactics": "generated"}
+    options = {"targets": "current", "tactics": "kernel"}
     compiled = torch.compile(copy.deepcopy(model), backend=rtx, fullgraph=True, options=options)
     for seed in range(3):
         with torch.no_grad():

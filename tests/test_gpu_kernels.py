@@ -19,7 +19,7 @@ from torch_rtx.errors import KernelError
 from torch_rtx.ir import Graph
 from torch_rtx.irparse import parse
 from torch_rtx.lowering.kernels.kernel import Kernel
-from torch_rtx.runtime.launch import launchers
+from torch_rtx.runtime.launch import load_tactics
 from torch_rtx.runtime.session import Session
 from torch_rtx.runtime.weights import WeightStore
 from torch_rtx.settings import RuntimeSettings
@@ -86,7 +86,7 @@ def session(kernel: Kernel, graph: Graph, target: Target, strategy: str = "disab
     table, report = build_kernels(graph, [target], lambda node, target, config: kernel if config == 0 else None)
     assert not report.missing, str(report)
     device = torch.device("cuda", torch.cuda.current_device())
-    found = launchers(table, graph, device)
+    found = load_tactics(table, graph, device)
     assert found["k"].target == target
     settings = RuntimeSettings(cuda_graph_strategy=strategy)
     return Session(graph, WeightStore(graph, device, {}), settings, kernels=found)
@@ -228,8 +228,8 @@ def test_engine_file(path: Path) -> None:
     weights = path.with_suffix(".weights.safetensors")
     module = torch_rtx.load(path, weights=weights, device="cuda")
     plain = torch_rtx.load(path, weights=weights, device="cuda", trust_binaries=False)
-    assert set(module.session.kernels) == {"add_k"}
-    assert not plain.session.kernels
+    assert set(module.session.tactics) == {"add_k"}
+    assert not plain.session.tactics
     for size in (3, 64, 3, 64):
         x, y = torch.randn(2, size, 8, device="cuda")
         torch.testing.assert_close(module(x, y), plain(x, y))

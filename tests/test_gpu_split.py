@@ -12,7 +12,7 @@ from torch_rtx.backend.kernels import build_kernels
 from torch_rtx.ir import kernel_nodes
 from torch_rtx.runtime.code import compile_graph
 from torch_rtx.runtime.inline import launched
-from torch_rtx.runtime.launch import launchers
+from torch_rtx.runtime.launch import load_tactics
 from torch_rtx.runtime.session import Session
 from torch_rtx.runtime.weights import WeightStore
 from torch_rtx.settings import RuntimeSettings
@@ -31,7 +31,7 @@ def test_right(name: str, form: str) -> None:
     made, divide = forced(4)
     table, _ = build_kernels(graph, [target], made, divide=divide)
     device = torch.device("cuda", torch.cuda.current_device())
-    kernels = launchers(table, graph, device, "split")
+    kernels = load_tactics(table, graph, device, "split")
     (form,) = table.splits["k"]
     assert launched(kernels).keys() == {node.op for node in kernel_nodes(form.body)}
     session = Session(graph, WeightStore(graph, device, {}), RuntimeSettings(), kernels=kernels)

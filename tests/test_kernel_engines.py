@@ -16,7 +16,7 @@ from benchmarks import models
 from torch_rtx import CompilationSettings
 from torch_rtx.backend import reuse
 from torch_rtx.ir import Graph
-from torch_rtx.kerneltable import KernelTable
+from torch_rtx.tactics import KernelTable
 
 # Launches of a forward: per layer, how many layers the small model has, and those around them (embedding, final norm,
 # head, masks). The copy of ResNet's input to channels-last is left out: a caller may give it so.

@@ -8,7 +8,7 @@ from expecttest import TestCase
 from tests.kernel_bodies import body, check
 from torch_rtx.errors import Unsupported
 from torch_rtx.lowering.kernels.cost import LAUNCH, problem, shared_memory
-from torch_rtx.lowering.kernels.gemm import GemmConfig, after_call, gemm_configs, gemm_kernel, gemm_product
+from torch_rtx.lowering.kernels.families.gemm import GemmConfig, after_call, gemm_configs, gemm_kernel, gemm_product
 from torch_rtx.lowering.kernels.generate import library
 from torch_rtx.lowering.kernels.region import region
 from torch_rtx.targets import ARCHES, Arch, arch_of

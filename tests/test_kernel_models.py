@@ -22,7 +22,7 @@ from torch_rtx import aten
 from torch_rtx.backend import reuse
 from torch_rtx.ir import Graph, Node, Sym, TensorType, Value, evaluate
 from torch_rtx.irparse import parse
-from torch_rtx.kerneltable import KernelTable
+from torch_rtx.tactics import KernelTable
 from torch_rtx.lowering.kernels.generate import generate
 from torch_rtx.lowering.kernels.loops import loop_configs, loop_kernel
 from torch_rtx.lowering.kernels.region import region

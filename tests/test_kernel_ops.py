@@ -26,7 +26,7 @@ from torch_rtx import aten
 from torch_rtx.backend.kernels import build_kernels
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Attr, Graph, Node, TensorType, Value, attr_values
-from torch_rtx.kerneltable import KernelTable
+from torch_rtx.tactics import KernelTable
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.loops import PERSISTENT, loop_kernel
 from torch_rtx.lowering.kernels.ops.registry import OPS

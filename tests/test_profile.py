@@ -27,7 +27,7 @@ from torch_rtx.irparse import parse
 from torch_rtx.runtime import profiling
 from torch_rtx.runtime.check import bind_sizes
 from torch_rtx.runtime.clocks import SPANS_AT_ONCE, Clock, DeviceClock, overhead
-from torch_rtx.runtime.costs import Cost, cost
+from torch_rtx.runtime.node_cost import Cost, cost
 from torch_rtx.runtime.profile_page import lanes
 from torch_rtx.runtime.profiling import Profile, Row
 from torch_rtx.runtime.session import Session, watched_calls

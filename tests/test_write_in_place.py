@@ -22,7 +22,7 @@ from torch_rtx.backend import reuse
 from torch_rtx.backend.capture import capture_export
 from torch_rtx.errors import InputError, Unsupported
 from torch_rtx.ir import COPY, UPDATES, Graph, Node, TensorType, Value, contiguous, verify
-from torch_rtx.kerneltable import KernelTable
+from torch_rtx.tactics import KernelTable
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.passes.write_in_place import write_in_place
 from torch_rtx.lowering.pipeline import lower
