@@ -22,7 +22,7 @@ from torch_rtx.engine import Engine, Manifest, inspect, load, save
 from torch_rtx.errors import LoweringError, SettingsError
 from torch_rtx.ir import Graph, Node
 from torch_rtx.irparse import parse
-from torch_rtx.kerneltable import Split, unpack
+from torch_rtx.tactics import Split, unpack
 from torch_rtx.lowering.kernels.aot import Built, Code
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.targets import PORTABLE, PTX, Target

@@ -17,7 +17,7 @@ from tests.fake_graphs import EdgeData, FakeGraph, GraphDriver, install
 from torch_rtx.errors import InputError
 from torch_rtx.ir import Dim, Graph, Sym
 from torch_rtx.irparse import parse
-from torch_rtx.kerneltable import KernelTable, Launch, Variant, pack
+from torch_rtx.tactics import KernelTable, Launch, Variant, pack
 from torch_rtx.runtime import code, cudagraph
 from torch_rtx.runtime.captured import EXECUTABLES, is_worth, may_draw
 from torch_rtx.runtime.code import compile_graph

@@ -20,12 +20,12 @@ from benchmarks.numerics import assert_right, in_float64
 from benchmarks.suites.shapes import dynamic_shapes
 from torch_rtx.backend import reuse
 from torch_rtx.ir import Graph, kernel_nodes
-from torch_rtx.tactics import KernelTable
-from torch_rtx.lowering.kernels.region import ANCHORS
+from torch_rtx.op_work import ANCHORS
 from torch_rtx.runtime.bind import bind
 from torch_rtx.runtime.check import bind_sizes
-from torch_rtx.runtime.knowledge import region_key
+from torch_rtx.runtime.tuning_db import region_key
 from torch_rtx.settings import CompilationSettings
+from torch_rtx.tactics import KernelTable
 
 LENGTH = 32
 # Kernels of a call of the dynamic engine besides: rotary tables, which are weights where the length is fixed.

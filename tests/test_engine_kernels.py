@@ -25,7 +25,7 @@ from torch_rtx.engine import Engine, Manifest, inspect, load, save
 from torch_rtx.errors import EngineFormatError, InvalidIR, RtxError
 from torch_rtx.ir import Expr, Sym, dim_expr
 from torch_rtx.irparse import parse, parse_dim
-from torch_rtx.kerneltable import MAX_BINARY, KernelTable, Launch, Split, Variant, pack, unpack
+from torch_rtx.tactics import MAX_BINARY, KernelTable, Launch, Split, Variant, pack, unpack
 from torch_rtx.manifest import FORMAT_VERSION
 from torch_rtx.targets import PTX, Target
 

@@ -24,9 +24,9 @@ def check(bodies: list[Body]) -> None:
     """Compile all of them, launch them, and compare each result."""
     graph, table = built(bodies, target_of("native"))
     device = torch.device("cuda", torch.cuda.current_device())
-    kernels = load_tactics(table, graph, device)
+    tactics = load_tactics(table, graph, device)
     settings = RuntimeSettings(cuda_graph_strategy="disabled")
-    session = Session(graph, WeightStore(graph, device, {}), settings, kernels=kernels)
+    session = Session(graph, WeightStore(graph, device, {}), settings, tactics=tactics)
     results = iter(session([tensor.to(device) for body in bodies for tensor in body.tensors]))
     torch.cuda.synchronize()
     for body in bodies:

@@ -28,7 +28,7 @@ class Block(nn.Module):
         return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
 
 
-@pytest.mark.parametrize("tactics", ["generated", "split", "library"])
+@pytest.mark.parametrize("tactics", ["kernel", "split", "library"])
 @pytest.mark.parametrize("rows", [1, 64, 4096])
 @pytest.mark.parametrize("target", ["current", "compute_80"])
 def test_replays_of_long_chains(rows: int, tactics: str, target: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,6 @@ from torch_rtx import aten
 from torch_rtx.backend import reuse
 from torch_rtx.ir import Graph, Node, Sym, TensorType, Value, evaluate
 from torch_rtx.irparse import parse
-from torch_rtx.tactics import KernelTable
 from torch_rtx.lowering.kernels.generate import generate
 from torch_rtx.lowering.kernels.loops import loop_configs, loop_kernel
 from torch_rtx.lowering.kernels.region import region
@@ -30,6 +29,8 @@ from torch_rtx.runtime.code import compile_graph
 from torch_rtx.runtime.inline import inline_kernels
 from torch_rtx.runtime.plan import Plan, most_alive
 from torch_rtx.settings import CompilationSettings
+from torch_rtx.tactics import KernelTable
+from torch_rtx.targets import arch_of
 
 CPU = torch.device("cpu")
 PROGRAMS = 6
@@ -76,7 +77,7 @@ def body_in_float64(graph: Graph) -> Graph:
 def small(node: Node, sizes: dict[str, int], which: int = 0) -> bool:
     """Whether the kernel of `node` has this configuration, and the interpreter takes no more than seconds for it."""
     assert node.body is not None
-    kernel = generate(node.body, node.op, 80, which)
+    kernel = generate(node.body, node.op, arch_of(80), which)
     assert which or kernel is not None, node.op
     return kernel is not None and (region(node.body).anchor is None or evaluate(kernel.grid[0], sizes) <= LARGEST)
 
@@ -84,7 +85,7 @@ def small(node: Node, sizes: dict[str, int], which: int = 0) -> bool:
 def check(node: Node, sizes: dict[str, int], which: int = 0) -> None:
     """Runs the kernel of `node` in a configuration."""
     assert node.body is not None
-    kernel = generate(node.body, node.op, 80, which)
+    kernel = generate(node.body, node.op, arch_of(80), which)
     assert kernel is not None
     found = region(node.body)
     # The interpreter takes its time for each of them.

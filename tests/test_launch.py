@@ -53,7 +53,8 @@ def table_of(launches: Mapping[Target, Launch], binaries: Mapping[str, bytes] = 
     return KernelTable({"k": tactics}, binaries)
 
 
-NATIVE = {Target(90): launch(generic=variant(b"generic 90"))}
+SM90 = Target(90)
+NATIVE = {SM90: launch(generic=variant(b"generic 90"))}
 FROM_PTX = {PTX: launch(image=b"ptx text")}
 SIZES = (8, 8, 8, 4, 4, 8, 8)  # three pointers, two scalars, two of scratch memory
 
@@ -218,9 +219,9 @@ def test_nobody_waits_for_what_the_driver_compiles() -> None:
 
 def test_large_shared_memory_is_asked_for() -> None:
     driver = FakeDriver(SIZES)
-    assert made(driver, {Target(90): launch(shared=48 << 10)}) is not None
+    assert made(driver, {SM90: launch(shared=48 << 10)}) is not None
     assert driver.opted_in == {}
-    assert made(driver, {Target(90): launch(shared=200 << 10)}) is not None
+    assert made(driver, {SM90: launch(shared=200 << 10)}) is not None
     assert driver.opted_in == {"entry": 200 << 10}
 
 
@@ -230,7 +231,7 @@ def test_large_shared_memory_is_asked_for() -> None:
 def test_parameters() -> None:
     driver = FakeDriver(SIZES)
     aligned = variant(b"aligned 90", 1234, warps=8)
-    launcher = made(driver, {Target(90): replace(NATIVE[Target(90)], aligned=aligned)})
+    launcher = made(driver, {SM90: replace(NATIVE[SM90], aligned=aligned)})
     assert launcher is not None
     assert (launcher.scalars, launcher.grid) == ((S, S), (S, 2, 1))
     high = 2**64 - 16
@@ -251,7 +252,7 @@ def test_parameters() -> None:
 )
 def test_layouts(scalars: Sequence[int], wide: bool, sizes: tuple[int, ...]) -> None:
     driver = FakeDriver((8, 8, *sizes, 8, 8))
-    launches = {Target(90): replace(launch(), scalars=(S,) * len(scalars), wide=wide)}
+    launches = {SM90: replace(launch(), scalars=(S,) * len(scalars), wide=wide)}
     graph = parse(
         str(GRAPH).replace(", z: f32[4] =", " =").replace("return [a, b]", "return [a]").replace("[y, z]", "[y]")
     )
@@ -263,7 +264,7 @@ def test_layouts(scalars: Sequence[int], wide: bool, sizes: tuple[int, ...]) -> 
 
 def test_without_a_generic_variant_any_scalar_is_fine() -> None:
     driver = FakeDriver(SIZES)
-    launcher = made(driver, {Target(90): launch()})
+    launcher = made(driver, {SM90: launch()})
     assert launcher is not None
     launcher((16, 16, 16), (1, 3), (1, 1, 1))
     assert driver.launched[0].image == b"aligned 90"
@@ -390,7 +391,7 @@ ORDERS = {
 }
 
 
-def table(order: str, image: bytes = b"aligned 90", target: Target = Target(90)) -> KernelTable:
+def table(order: str, image: bytes = b"aligned 90", target: Target = SM90) -> KernelTable:
     """Tactics of the kernels of NESTED, the outer one in this order; `image` is that of its split body's second
     kernel."""
     plain = replace(launch(), scalars=(), grid=(1, 1, 1))
@@ -480,8 +481,8 @@ def test_tactics_that_do_not_fit_their_node() -> None:
     }
     for message, tactic in wrong.items():
         with pytest.raises(InvalidIR, match=message):
-            check(KernelTable({**kept, "anchored": {Target(90): (tactic,)}}), NESTED)
+            check(KernelTable({**kept, "anchored": {SM90: (tactic,)}}), NESTED)
     with pytest.raises(InvalidIR, match="a target without tactics"):
-        check(KernelTable({**kept, "loop": {Target(90): ()}}), NESTED)
+        check(KernelTable({**kept, "loop": {SM90: ()}}), NESTED)
     with pytest.raises(InvalidIR, match="the graph has no kernel parts"):
         check(KernelTable({**kept, "parts": kept["loop"]}), NESTED)

@@ -277,7 +277,7 @@ def test_a_pass_gets_what_it_takes():
 def test_a_pass_is_left_out_without_what_it_needs(name):
     needy = CompilationSettings(copy_weights=False)
     assert PASSES[name].applies(Context(CompilationSettings(), PORTABLE))
-    assert not PASSES[name].applies(Context(needy))
+    assert not PASSES[name].applies(Context(needy, ()))
 
 
 # ---- types of new calls ----

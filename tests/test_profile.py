@@ -33,6 +33,7 @@ from torch_rtx.runtime.profiling import Profile, Row
 from torch_rtx.runtime.session import Session, watched_calls
 from torch_rtx.runtime.weights import WeightStore
 from torch_rtx.settings import RuntimeSettings
+from torch_rtx.tactics import OWN, Tactic
 
 CPU = torch.device("cpu")
 BATCH = torch.export.Dim("batch", min=1, max=64)
@@ -214,7 +215,8 @@ def test_kernels() -> None:
     """Kernels that are launched are one row, with what is inside; the bodies of others are rows of their own."""
     launcher = add()
     launcher.target = "sm_90"  # type: ignore[attr-defined]
-    session = Session(GRAPH, WeightStore(GRAPH, CPU, {}), RuntimeSettings(), kernels={"add": launcher})  # type: ignore[dict-item]
+    tactic: Any = Tactic("kernel", 0.0, {OWN: launcher})
+    session = Session(GRAPH, WeightStore(GRAPH, CPU, {}), RuntimeSettings(), tactics={"add": tactic})
     profile = torch_rtx.profile(session, list(torch.randn(2, 16)), repeats=2)
     assert [(row.kind, row.tier, row.what) for row in profile.rows] == [
         ("kernel", "kernel for sm_90", "add"),

@@ -27,6 +27,7 @@ from torch_rtx.irparse import parse
 from torch_rtx.lowering.kernels.generate import generate
 from torch_rtx.profiles import Range, check_profiles, shapes
 from torch_rtx.runtime.check import check_inputs
+from torch_rtx.targets import arch_of
 
 CPU = torch.device("cpu")
 
@@ -227,7 +228,7 @@ PRODUCT = """graph import {{
 
 def test_kernels_are_chosen_for_typical_sizes() -> None:
     few, many, unknown = (parse(PRODUCT.format(typical=text)) for text in (", 16", ", 16384", ""))
-    sources = [generate(graph, "k", 89, 0) for graph in (few, many, unknown)]
+    sources = [generate(graph, "k", arch_of(89), 0) for graph in (few, many, unknown)]
     assert all(sources)
     assert sources[0] != sources[1]
     assert str(parse(str(few))) == str(few)

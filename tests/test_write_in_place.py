@@ -22,7 +22,6 @@ from torch_rtx.backend import reuse
 from torch_rtx.backend.capture import capture_export
 from torch_rtx.errors import InputError, Unsupported
 from torch_rtx.ir import COPY, UPDATES, Graph, Node, TensorType, Value, contiguous, verify
-from torch_rtx.tactics import KernelTable
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.passes.write_in_place import write_in_place
 from torch_rtx.lowering.pipeline import lower
@@ -31,6 +30,8 @@ from torch_rtx.lowering.support import unsupported_reason
 from torch_rtx.lowering.symbols import Symbols
 from torch_rtx.manifest import UPDATE_READER
 from torch_rtx.settings import CompilationSettings
+from torch_rtx.tactics import KernelTable
+from torch_rtx.targets import PORTABLE
 
 CPU = torch.device("cpu")
 UNPASSED = CompilationSettings(disabled_passes=["write_in_place"])
@@ -124,7 +125,7 @@ def test_drawn_graphs(program):
     event(f"in place: {sum(node.op in UPDATES for node in passed.nodes)}")
     assert passed.written == program.written
     assert_same_numbers(program, passed)
-    fused, _ = lower(program, CompilationSettings(), kernels=True)
+    fused, _ = lower(program, CompilationSettings(), targets=PORTABLE)
     assert_same_numbers(program, fused)
 
 

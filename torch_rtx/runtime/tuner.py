@@ -25,7 +25,7 @@ from torch_rtx.runtime.bind import bind, bind_node
 from torch_rtx.runtime.candidate_check import CandidateCheck, Run
 from torch_rtx.runtime.code import Code, undisturbed
 from torch_rtx.runtime.driver import new_stream, relaxed
-from torch_rtx.runtime.inline import launched
+from torch_rtx.runtime.inline import inline_kernels, launched
 from torch_rtx.runtime.launch import LoadedTactic, bound
 from torch_rtx.runtime.plan import TYPICAL
 from torch_rtx.runtime.tuning_db import Choice, TuningDatabase, region_key
@@ -266,7 +266,8 @@ class Contest:
 
     def _time(self, name: str, check: CandidateCheck, code: Code) -> None:
         self.times[name] = self.tuner.context.time(check.runs(code))
-        self.early_starts[name] = sum(bool(launcher.waiting) for launcher in launched(code.tactics).values())
+        kernels, nodes = launched(code.tactics), inline_kernels(code.graph, code.tactics).nodes
+        self.early_starts[name] = sum(bool(kernels[node.op].waiting) for node in nodes if node.kind == "kernel")
 
     def decide(self) -> None:
         """Use the fastest from now on, and remember it."""

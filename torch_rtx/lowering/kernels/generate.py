@@ -83,15 +83,16 @@ def _other(offer: Offer, arch: Arch) -> Iterator[Tactic[Kernel]]:
 
 
 def tactics(body: Graph, name: str, arch: Arch) -> Iterator[Tactic[Kernel]]:
-    """The tactics of the kernel nodes `name`, in the order in which to try them: the first of each kind, the one that
-    is expected to be fastest first, then all others.
+    """The tactics of the kernel nodes `name`, in the order in which to try them: the first of each form, the one that
+    is expected to be fastest first; then the nodes' own kernel in further configurations, and other forms in theirs.
 
     Raises:
         Unsupported: no kernel computes this.
     """
     found = forms(body, name, arch)
     yield from (head for head, _ in found)
-    yield from chain.from_iterable(rest for _, rest in found)
+    own_first = sorted(found, key=lambda form: form[0].body is not None)
+    yield from chain.from_iterable(rest for _, rest in own_first)
 
 
 def split_in(body: Graph, name: str, parts: int) -> Graph:
