@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -197,3 +198,20 @@ def test_what_was_measured_is_added_to_the_ranking(tmp_path: Path) -> None:
 def test_the_runtime_cache_is_off_while_stages_are_open(option: str, tmp_path: Path) -> None:
     settings = RuntimeSettings(runtime_cache=str(tmp_path / "cache"), **{option: str(tmp_path)})
     assert tuning_context._runtime_cache(None, torch.device("cpu"), settings) is None  # type: ignore[arg-type]
+
+
+def test_the_folders_reach_the_compile_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the options of a build, over the settings of its module, to what tunes it on a GPU."""
+    options = {"dump_dir": str(tmp_path), "override_dir": str(tmp_path)}
+    module = torch_rtx.compile(Model(), (torch.ones(64),), settings=CompilationSettings(**options))
+    compiler = Compiler()
+    monkeypatch.setattr(tuning_context, "COMPILE_CLIENT", SimpleNamespace(build=compiler.build, stop=None))
+    monkeypatch.setattr(tuning_context, "BACKGROUND", SimpleNamespace(on_stop=lambda stop: None))
+    monkeypatch.setattr(tuning_context.driver_api, "driver", object)
+    monkeypatch.setattr(tuning_context, "gpu_of", lambda driver, index: SimpleNamespace(sm=89))
+    monkeypatch.setattr(tuning_context, "microseconds", lambda device: None)
+    device, settings = torch.device("cuda", 0), module.session.settings
+    _, context = tuning_context.tactics_and_context(KernelTable(), BODY, device, settings)
+    assert context is not None
+    context.database.candidates({"ab": (BODY, 0)})
+    assert compiler.given == [Artefacts.at(tmp_path, str(tmp_path))]
