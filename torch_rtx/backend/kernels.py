@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -15,7 +15,7 @@ from torch_rtx.artefacts import Artefacts
 from torch_rtx.backend.compiler import Program, named_targets
 from torch_rtx.errors import InvalidIR, LoweringError, Unsupported
 from torch_rtx.ir import Graph, Node, TensorType, kernel_nodes
-from torch_rtx.lowering.kernels.build import NONE, Binaries, Progress, build, show_offers, show_results
+from torch_rtx.lowering.kernels.build import NONE, Binaries, Progress, Result, build, show_offers, show_results
 from torch_rtx.lowering.kernels.generate import Form, forms
 from torch_rtx.settings import CompilationSettings
 from torch_rtx.tactics import OWN, KernelTable, Launch, Tactics, check, fastest_first
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 Forms = Callable[[Node, Target], list[Form]]
+Place = tuple[str, Target]  # the op of a kernel node, and what it is built for
 
 
 @dataclass(frozen=True)
@@ -159,42 +160,59 @@ def build_kernels(
     start = time.perf_counter()
     nodes = {node.op: node for node in reversed(list(kernel_nodes(graph)))}
     places = [(op, target) for op in sorted(nodes) for target in by_age(set(targets))]
+    offers = {(op, target): _may_be_fastest(forms(nodes[op], target)) for op, target in places}
     wanted = {
-        (*place, which): (enumerate(chain((head,), rest)), place[1])
-        for place in places
-        for which, (head, rest) in enumerate(_may_be_fastest(forms(nodes[place[0]], place[1])))
+        (place, which): (enumerate(chain((head,), rest)), place[1])
+        for place, found in offers.items()
+        for which, (head, rest) in enumerate(found)
     }
     if artefacts.dump is not None:
         for op, target in ((op, target) for op in reversed(nodes) for target in by_age(set(targets))):
             _show(nodes[op], target, forms(nodes[op], target), artefacts)
     chosen, tried = build(wanted, progress, artefacts)
-    for (op, target, _), results in tried.items():
+    for ((op, target), _), results in tried.items():
         show_results(artefacts, op, target, results)
-    binaries = Binaries()
-    table: dict[str, dict[Target, Tactics]] = {}
-    kept: dict[Launch, tuple[str, str, list[Target]]] = {}
+    built: dict[Place, list[Result]] = {}
     missing = []
-    for op, target in places:
-        results = [chosen[key] for key in wanted if key[:2] == (op, target) and key in chosen]
-        fitting = [result for result in results if result.problem is None] or results
-        if not any(result.built for result in fitting):
-            why = [one.problem for key in wanted if key[:2] == (op, target) for one in tried[key] if one.problem]
-            missing.append((op, target, "; ".join(why) or "no code"))
-            continue
-        tactics = fastest_first(map(binaries.tactic, fitting))
-        table.setdefault(op, {})[target] = tactics
-        for result, tactic in ((r, t) for r in fitting for t in tactics if t.kind == r.tactic.kind):
-            for inner, launch in tactic.kernels.items():
-                shown = op if inner == OWN else inner
-                kept.setdefault(launch, (shown, result.tactic.kernels[inner].name, []))[2].append(target)
-    made = KernelTable(table, binaries.stored)
+    for place, found in offers.items():
+        keys = [(place, which) for which in range(len(found))]
+        built[place] = _fitting([chosen[key] for key in keys if key in chosen])
+        if not built[place]:
+            problems = [result.problem for key in keys for result in tried[key] if result.problem]
+            missing.append((*place, "; ".join(problems) or "no code"))
+    table, reports = _table(built)
     try:
-        check(made, graph)
+        check(table, graph)
     except InvalidIR as error:
         raise LoweringError(f"the kernels do not fit the graph: {error}") from error
-    reports = tuple(_report(op, name, launch, targets, made) for launch, (op, name, targets) in kept.items())
-    nbytes = sum(map(len, made.binaries.values()))
-    return made, BuildReport(reports, tuple(missing), nbytes, time.perf_counter() - start)
+    nbytes = sum(map(len, table.binaries.values()))
+    return table, BuildReport(reports, tuple(missing), nbytes, time.perf_counter() - start)
+
+
+def _fitting(results: list[Result]) -> list[Result]:
+    """The tactics to bring: those whose kernels fit; where none has kernels, also those that spill too much; none if
+    nothing is launched."""
+    fitting = [result for result in results if result.problem is None]
+    if not any(result.built for result in fitting):
+        fitting += [result for result in results if result.problem is not None]
+    return fitting if any(result.built for result in fitting) else []
+
+
+def _table(built: Mapping[Place, list[Result]]) -> tuple[KernelTable, tuple[KernelReport, ...]]:
+    """The table of what was built, and an account in which targets that run the same binaries share a row."""
+    binaries = Binaries()
+    table: dict[str, dict[Target, Tactics]] = {}
+    rows: dict[tuple[str, str, Launch], list[Target]] = {}
+    for (op, target), results in built.items():
+        tactics = [binaries.tactic(result) for result in results]
+        if tactics:
+            table.setdefault(op, {})[target] = fastest_first(tactics)
+        for result, tactic in zip(results, tactics, strict=True):
+            for inner, launch in tactic.kernels.items():
+                row = op if inner == OWN else inner, result.tactic.kernels[inner].name, launch
+                rows.setdefault(row, []).append(target)
+    made = KernelTable(table, binaries.stored)
+    return made, tuple(_report(*row, targets, made) for row, targets in rows.items())
 
 
 def _show(node: Node, target: Target, found: list[Form], artefacts: Artefacts) -> None:

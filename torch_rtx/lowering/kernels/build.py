@@ -6,6 +6,7 @@ compile worker for the tactics of some regions from a rank on. It needs neither 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -21,6 +22,7 @@ from torch_rtx.lowering.kernels.toolchain import Code
 from torch_rtx.tactics import Launch, Tactic, Variant, pack
 from torch_rtx.targets import Target
 
+log = logging.getLogger(__name__)
 Key = TypeVar("Key", bound=Hashable)
 Ranked = tuple[int, Tactic[Kernel]]  # a tactic with its rank
 Progress = Callable[[int, int], object]
@@ -88,6 +90,9 @@ def build(
             built = {op: compiled[kernel, target] for op, kernel in tactic.kernels.items()}
             result = Result(rank, tactic, target, built)
             tried[key].append(result)
+            if result.problem is not None:
+                names = ", ".join(kernel.name for kernel in tactic.kernels.values())
+                log.debug("%s does not fit %s: %s", names, target, result.problem)
             if result.runs and (key not in chosen or result.spills < chosen[key].spills):
                 chosen[key] = result
         pending = [key for key in offered if key not in chosen or chosen[key].problem is not None]
