@@ -17,13 +17,13 @@ from tests.fake_graphs import EdgeData, FakeGraph, GraphDriver, install
 from torch_rtx.errors import InputError
 from torch_rtx.ir import Dim, Graph, Sym
 from torch_rtx.irparse import parse
-from torch_rtx.tactics import KernelTable, Launch, Variant, pack
 from torch_rtx.runtime import code, cudagraph
 from torch_rtx.runtime.captured import EXECUTABLES, is_worth, may_draw
 from torch_rtx.runtime.code import compile_graph
 from torch_rtx.runtime.cudagraph import GraphPool
 from torch_rtx.runtime.graphnodes import kernel_uses
-from torch_rtx.runtime.launch import launchers
+from torch_rtx.runtime.launch import load_tactics
+from torch_rtx.tactics import OWN, KernelTable, Launch, Tactic, Variant, pack
 from torch_rtx.targets import Target
 
 CPU, DEVICE = torch.device("cpu"), torch.device("cuda", 0)
@@ -60,10 +60,10 @@ class Module:
         self.driver = GraphDriver(SIZES, {"entry": add})
         install(monkeypatch, self.driver)
         self.graph = program(text)
-        launch = Launch((Target(90),), (size,), (1, 1, 1), False, Variant(DIGEST, "entry", 4, 0, 32, 0, waits), None)
-        table = KernelTable({"k": (launch,)}, {DIGEST: BINARY})
-        kernels = launchers(table, self.graph, DEVICE, driver=self.driver)
-        self.code = compile_graph(self.graph, CPU, kernels=kernels)
+        launch = Launch((size,), (1, 1, 1), False, Variant(DIGEST, "entry", 4, 0, 32, 0, waits), None)
+        table = KernelTable({"k": {Target(90): (Tactic("kernel", 1.0, {OWN: launch}),)}}, {DIGEST: BINARY})
+        tactics = load_tactics(table, self.graph, DEVICE, driver=self.driver)
+        self.code = compile_graph(self.graph, CPU, tactics=tactics)
         self.store = SimpleNamespace(generation=0, values=[])
         self.pool = GraphPool(self.graph, lambda code, inputs, weights: code.run(inputs, weights), DEVICE, 4, **options)
 

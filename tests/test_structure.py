@@ -25,28 +25,26 @@ ARROWS = {
     "settings": {"errors", "targets"},
     "ir": {"dtypes", "errors"},
     "irparse": {"dtypes", "errors", "ir"},
+    "op_work": {"ir"},
     "aten": {"dtypes", "errors", "ir", "optable"},
     "profiles": {"errors", "ir"},
     "manifest": {"errors", "profiles"},
-    "kerneltable": {"errors", "ir", "irparse", "manifest", "optable", "targets"},
+    "tactics": {"errors", "ir", "irparse", "manifest", "optable", "targets"},
+    "tactics_v4": {"ir", "manifest", "tactics", "targets"},
     # aten inside `save` alone: it needs torch
-    "engine": {"dtypes", "errors", "ir", "irparse", "optable", "profiles", "manifest", "kerneltable", "aten"},
+    "engine": {
+        *("dtypes", "errors", "ir", "irparse", "optable", "profiles", "manifest", "tactics", "tactics_v4", "aten"),
+    },
     "cache": {"errors"},
-    "lowering": {"errors", "ir", "aten", "settings", "lowering.kernels"},
-    "lowering.kernels": {
-        "artefacts",
-        "dtypes",
-        "errors",
-        "ir",
-        "targets",
-        "kerneltable",
-    },  # no torch: workers of a build start fast without it
+    "lowering": {"errors", "ir", "op_work", "aten", "settings", "targets", "lowering.kernels"},
+    # no torch: workers of a build start fast without it
+    "lowering.kernels": {"artefacts", "dtypes", "errors", "ir", "op_work", "targets", "tactics"},
     "runtime": {
-        *("errors", "ir", "irparse", "optable", "aten", "settings", "targets", "profiles", "manifest", "kerneltable"),
-        *("dtypes", "engine", "cache", "artefacts"),
+        *("errors", "ir", "irparse", "optable", "op_work", "aten", "settings", "targets", "profiles", "manifest"),
+        *("dtypes", "tactics", "engine", "cache", "artefacts"),
     },
     "backend": {
-        *("errors", "ir", "irparse", "aten", "settings", "targets", "profiles", "kerneltable", "engine", "cache"),
+        *("errors", "ir", "irparse", "aten", "settings", "targets", "profiles", "tactics", "engine", "cache"),
         *("lowering", "lowering.kernels", "runtime", "__init__", "artefacts"),
     },
     "__init__": set(),  # its imports are for type checkers, and lazy

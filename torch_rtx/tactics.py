@@ -378,7 +378,8 @@ def check(table: KernelTable, graph: Graph) -> None:
 
     Raises:
         InvalidIR: a kernel that is not in the graph; one name for two kernels; a node that can't be launched; a target
-            without tactics; a body that is no body of its kernel; a launch of a kernel that is not in the body.
+            without tactics; a body that is no body of its kernel; a launch of a kernel that is not in the body; PTX
+            that is launched as a binary.
     """
     nodes: dict[str, Node] = {}
     for node in kernel_nodes(graph):
@@ -393,6 +394,9 @@ def check(table: KernelTable, graph: Graph) -> None:
         assert body is not None  # `kernel_nodes` gives no others
         for tactic in (tactic for tactics in found.values() for tactic in tactics):
             check_tactic(tactic, op, body)
+    used = {(variant.binary, target.ptx) for target, launch in table.launches() for variant in launch.variants}
+    if len({binary for binary, _ in used}) != len(used):
+        raise InvalidIR("one binary is launched as PTX and as a binary")
 
 
 def check_tactic(tactic: Tactic[Launch], op: str, body: Graph) -> None:

@@ -38,8 +38,10 @@ def read_table_v4(launches: Any, splits: Any, graph: Graph) -> KernelTable:
     """
 
     def read() -> dict[str, dict[Target, Tactics]]:
-        known = {op: _launches(rows, graph.syms) for op, rows in exactly(dict)(launches or {}).items()}
-        bodies = {op: _bodies(rows) for op, rows in exactly(dict)(splits or {}).items()}
+        known = {
+            op: _launches(rows, graph.syms) for op, rows in exactly(dict)({} if launches is None else launches).items()
+        }
+        bodies = {op: _bodies(rows) for op, rows in exactly(dict)({} if splits is None else splits).items()}
         inner = {node.op for found in bodies.values() for body in found.values() for node in kernel_nodes(body)}
         if left := bodies.keys() - known.keys():
             raise ValueError(f"split bodies of {', '.join(sorted(left))}, which have no launches")
@@ -67,6 +69,8 @@ def _bodies(rows: Any) -> dict[Target, Graph]:
 
 
 def _tactics(op: str, known: Launches, bodies: Mapping[Target, Graph]) -> dict[Target, Tactics]:
+    if bodies.keys() - known[op].keys():
+        raise ValueError(f"a split body of {op} is for a target that {op} has no launch for")
     found: dict[Target, Tactics] = {}
     for target, (launch, library) in known[op].items():
         tactics = [Tactic("kernel", KERNEL_US, {OWN: launch})]
