@@ -108,7 +108,7 @@ def text_of(form: Kernel | Graph | str) -> str:
     """All that a form is, as text: of a kernel its launch and its source."""
     if not isinstance(form, Kernel):
         return str(form).rstrip("\n") + "\n"
-    flags = [name for name in ("wide", "early") if getattr(form, name)]
+    flags = [name for name, is_set in (("wide", form.wide), ("early", form.trigger_early)) if is_set]
     launch = {
         "pointers": ", ".join(form.pointers),
         "scalars": ", ".join(map(str, form.scalars)),

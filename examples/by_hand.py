@@ -35,6 +35,7 @@ from torch_rtx.runtime.code import compile_graph
 from torch_rtx.runtime.session import Session
 from torch_rtx.runtime.weights import WeightStore
 from torch_rtx.settings import CompilationSettings, RuntimeSettings
+from torch_rtx.targets import PORTABLE
 
 warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.`", FutureWarning)  # torch.export's own
 CPU = torch.device("cpu")
@@ -88,7 +89,7 @@ def import_graph(program: torch.export.ExportedProgram) -> Graph:
 
 def lower(graph: Graph) -> Graph:
     """Stage 4: the passes, one by one."""
-    infer, context = Inference(), Context(CompilationSettings(), kernels=True)
+    infer, context = Inference(), Context(CompilationSettings(), PORTABLE)
     title("4. passes")
     for step in PIPELINE:
         after = step(graph, infer, context)

@@ -109,7 +109,9 @@ def test_opt_runs_passes_in_order(tmp_path):
     assert "aten.add.Tensor(self=a, other=a)" in merged.stdout
     assert "b: f32" not in merged.stdout
     (tmp_path / "graph.rtxir").write_text(GRAPH)
-    fused = opt(tmp_path / "graph.rtxir", "-p", "cse", "-p", "dce", "-p", "fuse", "-o", tmp_path / "out.rtxir")
+    fused = opt(
+        tmp_path / "graph.rtxir", "-p", "cse", "-p", "dce", "-p", "fuse", "-t", "sm_90", "-o", tmp_path / "out.rtxir"
+    )
     assert fused.exit_code == 0
     assert fused.stdout == ""
     assert "kernel exp_add_" in (tmp_path / "out.rtxir").read_text()
@@ -123,6 +125,7 @@ def test_opt_lists_the_passes():
 @pytest.mark.parametrize(
     ("args", "text", "message"),
     [
+        (("-t", "sm_13"), GRAPH, "unknown target 'sm_13'"),
         (("-p", "fuze"), GRAPH, "error: -: unknown passes fuze\n  the passes are simplify, cse"),
         ((), GRAPH.replace("f32[2, 3] = op aten.add", "f32[2, = op aten.add"), "error: -: line 5: "),
         ((), GRAPH.replace("other=b", "other=d"), "error: -: line 5: "),

@@ -61,7 +61,7 @@ BAD = {
     "targets": 8.6,
     "dump_dir": 3,
     "override_dir": True,
-    "tactics": "fastest",
+    "tactics": "kernel library",
     "cache_built_engines": 1,
     "reuse_cached_engines": "no",
     "engine_cache_dir": 3,

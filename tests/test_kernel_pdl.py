@@ -10,7 +10,7 @@ from torch_rtx.irparse import parse
 from torch_rtx.lowering.kernels.aot import compile_kernels
 from torch_rtx.lowering.kernels.generate import generate
 from torch_rtx.lowering.kernels.pdl import TRIGGER, WAIT, insert_pdl
-from torch_rtx.targets import Target
+from torch_rtx.targets import Target, arch_of
 
 pytest.importorskip("triton", reason="kernels are built with Triton, which is not installed")
 
@@ -48,7 +48,7 @@ BODIES = {
 
 def instructions(name: str, sm: int) -> tuple[list[str], bool, bool]:
     """Those of a kernel in PTX, whether it is known to wait, and whether it lets the next one start at once."""
-    kernel = generate(parse(HEAD + BODIES[name] + TAIL), "k", sm, 0)
+    kernel = generate(parse(HEAD + BODIES[name] + TAIL), "k", arch_of(sm), 0)
     assert kernel is not None
     code = compile_kernels([(kernel, Target(sm))])[kernel, Target(sm)].aligned
     assert code is not None

@@ -6,6 +6,7 @@ tactic, if it is not the first (`rank2`), and `generic` for code that accepts an
 of 16. A file in the folder of overrides has the same name; its number is ignored, and may be missing.
 
     region    the operations of the kernel, in the text form of the IR; has no TARGET
+    kir       the same in the kernel IR: what each element is; has no TARGET
     py        Triton source
     ttir      Triton's IR before target-specific lowering
     ptx       PTX, as ptxas gets it
@@ -19,6 +20,7 @@ import logging
 import os
 import re
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 from torch_rtx.errors import KernelError
@@ -87,8 +89,9 @@ class Artefacts:
         return text
 
 
+@lru_cache(maxsize=4096)  # a portable engine has thousands of files
 def _number(folder: Path, op: str) -> int:
-    """The number of the files of `op`, or the next one."""
+    """The number of the files of `op`, or the next one. The caller writes such a file at once."""
     numbered = [match for path in folder.iterdir() if (match := re.match(r"(\d+)_([^.]*)\.", path.name))]
     own = [int(match[1]) for match in numbered if match[2] == op]
     return own[0] if own else max((int(match[1]) for match in numbered), default=-1) + 1

@@ -12,9 +12,12 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from torch_rtx.artefacts import Artefacts
+from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Graph, kernel_nodes
 from torch_rtx.lowering.kernels.aot import Built, compile_kernels
+from torch_rtx.lowering.kernels.attention_parts import as_attention
 from torch_rtx.lowering.kernels.kernel import Kernel
+from torch_rtx.lowering.kernels.region import region
 from torch_rtx.lowering.kernels.toolchain import Code
 from torch_rtx.tactics import Launch, Tactic, Variant, pack
 from torch_rtx.targets import Target
@@ -98,14 +101,23 @@ def build(
 
 def show_offers(artefacts: Artefacts, name: str, body: Graph, target: Target, offers: Iterable[Ranked]) -> None:
     """Write the regions of the kernel `name` and of the kernels inside of its tactics, and begin its ranking."""
-    artefacts.of(name).write("region", str(body))
+    _show_region(artefacts.of(name), body)
     lines = ["rank  expected us  tactic"]
     for rank, tactic in offers:
         kernels = (f"{k.name} ({k.num_warps} warps, {k.num_stages} stages)" for k in tactic.kernels.values())
         lines.append(f"{rank:4}  {tactic.expected_us:11.2f}  {tactic.kind:8} {', '.join(kernels)}".rstrip())
         for node in () if tactic.body is None else kernel_nodes(tactic.body):
-            artefacts.of(node.op).write("region", str(node.body))
+            if node.body is not None:
+                _show_region(artefacts.of(node.op), node.body)
     artefacts.of(name, target).write("ranking", "\n".join(lines) + "\n")
+
+
+def _show_region(files: Artefacts, body: Graph) -> None:
+    files.write("region", str(body))
+    try:
+        files.write("kir", str(region(as_attention(body))))
+    except Unsupported:
+        return  # it runs call by call
 
 
 def show_results(artefacts: Artefacts, name: str, target: Target, results: Iterable[Result]) -> None:
