@@ -15,7 +15,7 @@ import pytest
 from tests.forking import forked, say_to
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -27,7 +27,7 @@ def blocks(language: str) -> list[Any]:
         for match in BLOCK.finditer(text):
             if match[1] == language:
                 line = text.count("\n", 0, match.start()) + 1
-                found.append(pytest.param(match[2], id=f"{page.name}:{line}"))
+                found.append(pytest.param(match[2], id=f"{page.relative_to(ROOT)}:{line}"))
     return found
 
 
@@ -83,15 +83,19 @@ def test_by_hand() -> None:
     assert "8. against eager" in done.stdout
 
 
+def anchors(page: Path) -> set[str]:
+    """The headings of a page, as GitHub makes names of them that links can use."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in titles}
+
+
 def test_links() -> None:
-    """Links to files of the repository lead somewhere, and so do those to a heading of the same page."""
+    """Links to files of the repository lead somewhere, and so do those to a heading of a page."""
     for page in PAGES:
-        text = page.read_text()
-        titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
-        headings = {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in titles}
-        prose = re.sub(r"^```.*?^```$|`[^`\n]*`", "", text, flags=re.MULTILINE | re.DOTALL)
+        prose = re.sub(r"^```.*?^```$|`[^`\n]*`", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
         for target in re.findall(r"\]\(([^)\s]+)\)", prose):
             path, _, heading = target.partition("#")
             if "://" not in target:
-                assert not path or (page.parent / path).exists(), f"{page.name}: {target}"
-                assert path or heading in headings, f"{page.name}: {target}"
+                other = page.parent / path if path else page
+                assert other.exists(), f"{page.relative_to(ROOT)}: {target}"
+                assert not heading or heading in anchors(other), f"{page.relative_to(ROOT)}: {target}"
