@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import torch_rtx
+from tests.test_structure import ARROWS
 from torch_rtx import settings
 from torch_rtx.ir import verify
 from torch_rtx.irparse import parse
@@ -17,14 +18,23 @@ from torch_rtx.lowering.pipeline import PIPELINE, REQUIRED
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+SHORT = 2500  # words that a newcomer reads in fifteen minutes
 
 
-def table_in(page: str) -> str:
-    """The first table of a page."""
-    lines = (DOCS / page).read_text().splitlines(keepends=True)
+def table_in(page: str, heading: str = "") -> str:
+    """The first table of a page, or of what follows a heading of it."""
+    text = (DOCS / page).read_text()
+    lines = text[text.index(heading) :].splitlines(keepends=True)
     start = next(index for index, line in enumerate(lines) if line.startswith("|"))
     end = next(index for index in range(start, len(lines)) if not lines[index].startswith("|"))
     return "".join(lines[start:end])
+
+
+def rows_of(table: str) -> list[list[str]]:
+    """The cells of a table below its head, without quotes."""
+    lines = table.splitlines()[2:]
+    return [[cell.strip().replace("`", "") for cell in line.strip("|").split("|")] for line in lines]
 
 
 def test_settings_table(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,9 +52,37 @@ def test_settings_name_passes_and_modes() -> None:
 
 
 def test_passes_table() -> None:
-    text = (DOCS / "architecture" / "ir-and-passes.md").read_text()
-    passes = text.partition("## The passes")[2]
-    assert re.findall(r"^\| `(\w+)` \|", passes, re.MULTILINE) == list(PIPELINE)
+    table = table_in("architecture/ir-and-passes.md", "## The passes")
+    assert [name for name, _ in rows_of(table)] == list(PIPELINE)
+
+
+def test_parts_table() -> None:
+    """architecture.md says of every part of the package what test_structure.py lets it import."""
+    rows = rows_of(table_in("architecture.md", "## The parts"))
+    drawn = {part: set(filter(None, arrows.split(", "))) for part, _, arrows in rows}
+    assert drawn == ARROWS
+
+
+def test_architecture_is_short() -> None:
+    assert len((DOCS / "architecture.md").read_text().split()) <= SHORT
+
+
+def test_index_names_every_page() -> None:
+    index = (DOCS / "README.md").read_text()
+    assert [page for page in PAGES if f"({page.relative_to(DOCS)})" not in index and page.name != "README.md"] == []
+
+
+def test_figures_of_a_device_are_in_performance_alone() -> None:
+    """What was measured on a GPU goes stale in prose; results that a benchmark rewrites do not."""
+    pages = [page for page in PAGES if page.name != "performance.md"]
+    assert [page.name for page in pages if re.search(r"\b[AHB][1-3]00\b.*\d (us|ms|%)", page.read_text())] == []
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: str(page.relative_to(ROOT)))
+def test_paths_exist(page: Path) -> None:
+    """Files and folders of this repository that a page names are there."""
+    named = re.findall(r"`((?:torch_rtx|tests|examples|benchmarks|docs)/[\w/.]*)`", page.read_text())
+    assert [path for path in named if not (ROOT / path).exists()] == []
 
 
 def test_ir_example() -> None:
