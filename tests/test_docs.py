@@ -15,6 +15,7 @@ from torch_rtx import settings
 from torch_rtx.ir import verify
 from torch_rtx.irparse import parse
 from torch_rtx.lowering.pipeline import PIPELINE, REQUIRED
+from torch_rtx.targets import PORTABLE, by_age, parse_targets
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -61,6 +62,15 @@ def test_parts_table() -> None:
     rows = rows_of(table_in("architecture.md", "## The parts"))
     drawn = {part: set(filter(None, arrows.split(", "))) for part, _, arrows in rows}
     assert drawn == ARROWS
+
+
+def test_portable_gpus() -> None:
+    """README.md says of which GPUs the portable set has kernels."""
+    text = (ROOT / "README.md").read_text()
+    rows = rows_of(text[text.index("| GPU |") :].partition("\n\n")[0])
+    named = [target for _, name, marked in rows if marked == "yes" for target in parse_targets(name)]
+    assert by_age(named) == list(PORTABLE)
+    assert all(parse_targets(name) for _, name, _ in rows)
 
 
 def test_architecture_is_short() -> None:
