@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,22 @@ def test_portable_gpus() -> None:
     named = [target for _, name, marked in rows if marked == "yes" for target in parse_targets(name)]
     assert by_age(named) == list(PORTABLE)
     assert all(parse_targets(name) for _, name, _ in rows)
+
+
+def test_defaults_in_prose() -> None:
+    """Pages name defaults of options that they explain, and what the package needs."""
+    engine, runtime = settings.CompilationSettings(), settings.RuntimeSettings()
+    needs = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    torch = next(name for name in needs["dependencies"] if name.startswith("torch"))
+    for page, text in (
+        ("docs/caching.md", f"{engine.engine_cache_size >> 30} GiB by default"),
+        ("docs/caching.md", f"{runtime.runtime_cache_size >> 20} MiB by default"),
+        ("docs/dynamic-shapes.md", f"({runtime.specialized_shapes} combinations, `specialized_shapes`)"),
+        ("docs/dynamic-shapes.md", f"({runtime.cuda_graph_pool_size}, `cuda_graph_pool_size`)"),
+        ("README.md", f"Python {needs['requires-python'].removeprefix('>=')} or later"),
+        ("README.md", f"PyTorch {torch.removeprefix('torch>=')} or later"),
+    ):
+        assert text in " ".join((ROOT / page).read_text().split()), f"{page}: {text}"
 
 
 def test_architecture_is_short() -> None:

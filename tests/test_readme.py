@@ -60,14 +60,16 @@ def test_command_exists(command: str) -> None:
     if program == "make":
         assert re.search(rf"^{re.escape(first)}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
     elif program == "torch-rtx":
+        import typer
+
         from torch_rtx.backend.cli import app
 
-        group, names = app, [first, *rest]
-        while groups := {g.name: g.typer_instance for g in group.registered_groups if g.name == names[0]}:
-            group = groups[names.pop(0)]
-            if not names:
-                return  # the group as a whole
-        assert names[0] in {f.name or getattr(f.callback, "__name__", "") for f in group.registered_commands}
+        found: Any = typer.main.get_command(app)
+        words = [first, *rest]
+        while words and hasattr(found, "commands"):
+            found = found.commands[words.pop(0)]
+        flags = {flag for parameter in found.params for flag in parameter.opts}
+        assert {word for word in words if word.startswith("-")} <= flags
     elif first == "-m":
         assert find_spec(rest[0]) is not None
     else:
