@@ -13,8 +13,9 @@ import pytest
 import torch_rtx
 from tests.test_structure import ARROWS
 from torch_rtx import settings
-from torch_rtx.ir import verify
+from torch_rtx.ir import kernel_nodes, verify
 from torch_rtx.irparse import parse
+from torch_rtx.lowering.kernels.generate import generate
 from torch_rtx.lowering.pipeline import PIPELINE, REQUIRED
 from torch_rtx.targets import PORTABLE, by_age, parse_targets
 
@@ -112,14 +113,30 @@ def test_paths_exist(page: Path) -> None:
     assert [path for path in named if not (ROOT / path).exists()] == []
 
 
-def test_ir_example() -> None:
-    """The graph in ir-and-passes.md is valid, and is written as the text form writes it."""
-    text = (DOCS / "architecture" / "ir-and-passes.md").read_text()
-    examples = re.findall(r"^```\n(graph .*?)^```$", text, re.MULTILINE | re.DOTALL)
-    assert len(examples) == 1
-    graph = parse(examples[0])
+@pytest.mark.parametrize("page", ["ir-and-passes.md", "fusion-and-kernels.md"])
+def test_ir_example(page: str) -> None:
+    """The graph in a page is valid, and is written as the text form writes it."""
+    graph = parse(ir_example(page))
     verify(graph)
-    assert str(graph) == examples[0]
+    assert str(graph) == ir_example(page)
+
+
+def test_kernel_example() -> None:
+    """The source in fusion-and-kernels.md is what is generated for a kernel of the graph there."""
+    text = (DOCS / "architecture" / "fusion-and-kernels.md").read_text()
+    sources = re.findall(r"^```py\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    node = next(kernel_nodes(parse(ir_example("fusion-and-kernels.md"))))
+    assert node.body is not None
+    kernel = generate(node.body, "softmax", 89, 0)
+    assert kernel is not None
+    assert sources == [kernel.source]
+
+
+def ir_example(page: str) -> str:
+    """The one graph that a page of the architecture shows."""
+    text = (DOCS / "architecture" / page).read_text()
+    (example,) = re.findall(r"^```\n(graph .*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return str(example)
 
 
 @pytest.mark.parametrize("name", torch_rtx.__all__)
