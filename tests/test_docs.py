@@ -113,7 +113,7 @@ def test_paths_exist(page: Path) -> None:
     assert [path for path in named if not (ROOT / path).exists()] == []
 
 
-@pytest.mark.parametrize("page", ["ir-and-passes.md", "fusion-and-kernels.md"])
+@pytest.mark.parametrize("page", ["ir-and-passes.md", "fusion-and-kernels.md", "tactics-and-tuning.md"])
 def test_ir_example(page: str) -> None:
     """The graph in a page is valid, and is written as the text form writes it."""
     graph = parse(ir_example(page))
