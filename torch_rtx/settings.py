@@ -139,47 +139,49 @@ class CompilationSettings(_Checked):
     """Options of a build. Equal settings and an equal graph give an equal engine."""
 
     min_block_size: int = _count(
-        1, "Smallest number of nodes that make a block of the engine; smaller ones fall back.", key=True
+        1, "Smallest block of the engine, in nodes; the nodes of smaller blocks fall back to PyTorch.", key=True
     )
     torch_executed_ops: Set[str] = _names(
-        "Operators that stay in PyTorch: `aten.softmax`, `aten.softmax.int`.", key=True
+        "Operators that always fall back to PyTorch: `aten.softmax` (all overloads), `aten.softmax.int`.", key=True
     )
     require_full_compilation: bool = _flag(
-        False, "Raise `PartitionError` instead of leaving any node to PyTorch.", key=True
+        False, "Raise `PartitionError` if a node of a graph would fall back to PyTorch.", key=True
     )
-    fallback_on_error: bool = _flag(False, "Run a graph in PyTorch, with a warning, when compiling it fails on a bug.")
-    disabled_passes: Set[str] = _names("Passes of the pipeline to leave out, by name.", key=True)
+    fallback_on_error: bool = _flag(False, "Run a graph in PyTorch, with a warning, if a bug makes compiling it fail.")
+    disabled_passes: Set[str] = _names("Passes to skip, by name.", key=True)
     copy_weights: bool | None = _option(
         None,
         "None or a bool",
         lambda v: v is None or isinstance(v, bool),
-        "Let `merge_linears` keep a merged copy of parameters beside the model's own. None: ahead of time only.",
+        "Merge linear layers although that copies their weights. None: only in engines built ahead of time.",
         key=True,
     )
-    strip_weights: bool = _flag(True, "Save engines without their weights, which `load` or `refit` then has to give.")
+    strip_weights: bool = _flag(True, "Save engines without weights; `load` or `refit` supplies them.")
     device: str | None = _option(
         None,
         'None, "cpu" or "cuda"',
         lambda v: v in (None, "cpu", "cuda"),
-        "Device to capture for ahead of time; None: the model's own. `cuda` needs no GPU.",
+        "Device to build an engine for; None: the model's own. `cuda` needs no GPU.",
     )
     targets: str | int | tuple[str | int, ...] | None = _option(
         LATER,
         'None, "portable", "current", "later", or a list such as ["RTX 4090", "sm_120", "ptx"]',
         _is_targets,
-        "GPUs to build kernels for. `later`: where the engine runs. None: every operation is a call of PyTorch's.",
+        "GPUs to compile kernels for. `later`: the one that runs the engine, when it runs. None: no kernels.",
         key=True,
     )
     dump_dir: str | None = _dump_dir()
     override_dir: str | None = _override_dir()
-    cache_built_engines: bool = _flag(True, "Keep engines that are built in the engine cache.")
-    reuse_cached_engines: bool = _flag(True, "Take engines from the engine cache instead of building them.")
+    cache_built_engines: bool = _flag(True, "Write built engines to the engine cache.")
+    reuse_cached_engines: bool = _flag(True, "Read engines from the engine cache.")
     engine_cache_dir: str | None = _folder(
-        "Folder of the caches; None: `torch_rtx` in the user's own cache folder.", "TORCH_RTX_CACHE_DIR"
+        "Folder of both caches; None: `torch_rtx` in the user's cache folder.", "TORCH_RTX_CACHE_DIR"
     )
-    engine_cache_size: int = _count(5 << 30, "Most bytes of engines that the folder keeps; the least recently used go.")
+    engine_cache_size: int = _count(
+        5 << 30, "Limit on the engine cache, in bytes; the least recently used are evicted."
+    )
     engine_cache: Any = _option(
-        None, "None or a store", _is_store, "A store of your own for engines, in place of the folder."
+        None, "None or a store", _is_store, "An object that stores engines, in place of the folder."
     )
 
 
@@ -191,7 +193,7 @@ class RuntimeSettings(_Checked):
         "whole_graph_capture",
         " or ".join(map(repr, CUDA_GRAPH_STRATEGIES)),
         lambda v: v in CUDA_GRAPH_STRATEGIES,
-        "Replay the whole module as one CUDA graph per input shape, or never.",
+        "Replay the whole module as one CUDA graph per combination of input shapes, or never.",
     )
     tactics: str = _option(
         BEST,
@@ -204,37 +206,39 @@ class RuntimeSettings(_Checked):
         "lazy",
         " or ".join(map(repr, STRATEGIES)),
         lambda v: v in STRATEGIES,
-        "Compile and measure kernels for this GPU and the sizes that are met: in the background, before the call "
-        "returns, or never.",
+        "When to compile and measure kernels for this GPU and the sizes that occur: in the background (`lazy`), before "
+        "the call returns (`eager`), or never.",
     )
     specialized_shapes: int = _count(
-        8, "Most combinations of sizes that a module has kernels of their own for: those that come again most."
+        8, "Most combinations of sizes that have kernels of their own; the most frequent ones get them."
     )
     tuning_seconds: float = _option(
         60.0,
         "a number of at least 0",
         lambda v: type(v) in (int, float) and 0 <= v < math.inf,
-        "Longest time that is spent on measuring kernels, per combination of sizes; 0: the expected best is taken.",
+        "Limit on measuring tactics, in seconds per combination of sizes; 0: the expected best is used unmeasured.",
     )
     static_outputs: bool = _flag(
-        False, "Results of a CUDA graph stay in its own memory, which the next call overwrites: none is made per call."
+        False, "Return results in the memory of the CUDA graph, which the next call overwrites, not in new tensors."
     )
     cuda_graph_pool_size: int = _count(
-        16, "Most CUDA graphs that a module keeps: those of the shapes that come again most."
+        16, "Most CUDA graphs of a module; the most frequent combinations of shapes get them."
     )
     weight_streaming_budget: int | str | None = _option(
         None,
         'None, bytes such as 2_000_000_000 or "2GiB", or a share such as "50%"',
         _is_budget,
-        "Most device memory for weights; the others stay in host memory, and each call copies them ahead of their use.",
+        "Limit on device memory for weights; the others stay in host memory and are copied ahead of their use.",
     )
     runtime_cache: str | None = _option(
         None,
         'None, "off" or a file',
         lambda v: v is None or (_is_str(v) and v != ""),
-        "File that keeps what is learnt on devices; None: `runtime.sqlite` in the folder of the caches.",
+        "File of the runtime cache; None: `runtime.sqlite` in the folder of the caches.",
     )
-    runtime_cache_size: int = _count(512 << 20, "Most bytes of that file; what was used least recently goes first.")
+    runtime_cache_size: int = _count(
+        512 << 20, "Limit on that file, in bytes; the least recently used entries are evicted."
+    )
     dump_dir: str | None = _dump_dir()
     override_dir: str | None = _override_dir()
 

@@ -168,9 +168,9 @@ class Profile:
         """What the table ends with: the sum of the rows beside the times of whole calls."""
         runs = len(self.rows[0].times) if self.rows else 0
         yield f"{len(self.rows)} nodes on {self.device}, medians of {runs} runs: {self.us:.1f} us"
-        yield f"their code, call by call: {self.plain_us:.1f} us, {self.plain_us - self.us:+.1f} us beside the nodes"
+        yield f"unprofiled code, without CUDA graphs: {self.plain_us:.1f} us (nodes {self.plain_us - self.us:+.1f} us)"
         how = ", as CUDA graphs" if self.cuda_graph else ""
-        yield f"the whole call{how}: {self.call_us:.1f} us, {self.call_us - self.us:+.1f} us beside the nodes"
+        yield f"whole call{how}: {self.call_us:.1f} us (nodes {self.call_us - self.us:+.1f} us)"
 
     def __str__(self) -> str:
         return self.table()
