@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.fake_driver import STREAM, FakeDriver, Function, Status
 from torch_rtx import aten
-from torch_rtx.runtime import captured, code, graphmemory, graphnodes
+from torch_rtx.runtime import captured, code, graph_params, graphmemory
 
 Kernel = Callable[[Sequence[int], Sequence[int]], None]
 
@@ -300,5 +300,5 @@ def install(monkeypatch: pytest.MonkeyPatch, driver: GraphDriver) -> None:
     for kind in ("cpu", "cuda"):
         monkeypatch.setitem(code.EMPTY, kind, allocate)
     monkeypatch.setattr(graphmemory, "new_stream", lambda device: FakeStream(99, driver.waits))
-    monkeypatch.setattr(graphnodes, "driver", lambda: driver)
+    monkeypatch.setattr(graph_params, "driver", lambda: driver)
     monkeypatch.setattr(captured, "driver", lambda: driver)

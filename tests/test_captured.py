@@ -18,11 +18,12 @@ from torch_rtx.errors import InputError
 from torch_rtx.ir import Dim, Graph, Sym
 from torch_rtx.irparse import parse
 from torch_rtx.kerneltable import KernelTable, Launch, Variant, pack
-from torch_rtx.runtime import code, cudagraph
-from torch_rtx.runtime.captured import EXECUTABLES, is_worth, may_draw
+from torch_rtx.runtime import captured, code, cudagraph
+from torch_rtx.runtime.captured import EXECUTABLES, may_draw
 from torch_rtx.runtime.code import compile_graph
 from torch_rtx.runtime.cudagraph import GraphPool
-from torch_rtx.runtime.graphnodes import kernel_uses
+from torch_rtx.runtime.graph_borders import is_worth
+from torch_rtx.runtime.graph_params import kernel_uses
 from torch_rtx.runtime.launch import launchers
 from torch_rtx.targets import Target
 
@@ -422,8 +423,8 @@ def test_a_replay_that_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*given: Any) -> None:
         raise KeyboardInterrupt
 
-    (captured,) = module.pool.captured.values()
-    nodes = {node for port in captured._executables._ports for *_, node in port}
+    (graph,) = module.pool.captured.values()
+    nodes = {node for slots in graph._executables._slots for *_, node in slots}
     with monkeypatch.context() as patch:
         for node in nodes:
             patch.setitem(vars(node), "set_params", interrupted)
@@ -618,13 +619,13 @@ def test_copies_that_make_others_necessary(monkeypatch: pytest.MonkeyPatch) -> N
     module = Module(monkeypatch, CHAIN)
     asked: list[set[str]] = []
 
-    class Found(cudagraph.Captured):
+    class Found(captured.Captured):
         def __init__(self, *given: Any) -> None:
             super().__init__(*given)
             asked.append(set(*given[4:]))
             self.missing = {"x", "y"} - asked[-1] and {min({"x", "y"} - asked[-1])}
 
-    monkeypatch.setattr(cudagraph, "Captured", Found)
+    monkeypatch.setattr(captured, "Captured", Found)
     for _ in range(4):
         x, y = torch.randn(2, 16).unbind()
         torch.testing.assert_close(module(x, y)[0], 2 * x + y)

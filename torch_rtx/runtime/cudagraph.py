@@ -13,14 +13,14 @@ from __future__ import annotations
 import gc
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 
 from torch_rtx.ir import MAIN, Graph, ScalarType, TensorType, dim_syms, type_dims
-from torch_rtx.runtime.captured import Captured
+from torch_rtx.runtime.captured import Captured, CaptureSpec, RunCode, capture
 from torch_rtx.runtime.code import Code
 from torch_rtx.runtime.driver import driver
 from torch_rtx.runtime.graphmemory import GraphMemory, shared_memory
@@ -30,7 +30,6 @@ from torch_rtx.runtime.weights import WeightStore
 log = logging.getLogger(__name__)
 # CUDA captures per process, not per session: the synchronization at the start of a capture would break another one.
 _CAPTURING = threading.Lock()
-RunCode = Callable[[Code, Sequence[Any], Sequence[torch.Tensor]], list[Any]]
 
 
 def why_not(graph: Graph) -> str | None:
@@ -145,11 +144,9 @@ class GraphPool:
         with _CAPTURING, _no_collection():
             others = memory.begin()  # held meanwhile
             try:
-                found, copied = Captured(self, code, inputs, store), set[str]()
-                while found.missing:  # with other copies memory is shared in another way: more may have to be
-                    copied |= found.missing
-                    log.debug("these are copied after all, kernels have them elsewhere: %s", copied)
-                    found = Captured(self, code, inputs, store, copied)
+                spec = CaptureSpec(self.graph, self.run, self.device, memory, self.written, self.static_outputs)
+                found = capture(spec, code, inputs, store)
+                memory.hold(found)
             except RuntimeError as error:
                 self.disabled = str(error).partition("\n")[0]
                 log.warning("no CUDA graphs for this module, it can't be captured: %s", self.disabled)

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from torch_rtx.runtime.profiling import Profile, Row
+from torch_rtx.runtime.profile_row import Row
 
 HEIGHT = 24  # of a row, in pixels; all lengths are
 LANE, LANES = 14, 280  # width of a lane, and most of all lanes together
@@ -21,12 +19,16 @@ TIME, BAR, LABEL = 64, 120, 640  # widths of the columns beside the graph
 OPERATIONS = 48  # characters of a row's operations in the drawing
 
 
-def page(profile: Profile) -> str:
-    """The page as text."""
-    rows = profile.rows
+def page(rows: Sequence[Row], totals: Iterable[str]) -> str:
+    """The page as HTML text.
+
+    Args:
+        rows: the nodes in the order in which they ran.
+        totals: lines for the head of the page.
+    """
     longest = max((row.us for row in rows), default=0.0) or 1.0
     order = sorted(range(len(rows)), key=lambda index: -rows[index].us)
-    totals = "".join(f"<li>{escape(line)}</li>" for line in profile.totals())
+    head = "".join(f"<li>{escape(line)}</li>" for line in totals)
     data = json.dumps([_details(row) for row in rows]).replace("<", "\\u003c")
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -39,7 +41,7 @@ def page(profile: Profile) -> str:
 <style>{STYLE}</style>
 </head>
 <body>
-<header><h1>Where the time goes</h1><ul>{totals}</ul></header>
+<header><h1>Where the time goes</h1><ul>{head}</ul></header>
 <main>
 <section id="graph" aria-label="The graph in the order in which it runs">{_drawing(rows, longest)}</section>
 <section id="side">

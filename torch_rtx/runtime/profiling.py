@@ -8,7 +8,6 @@ profile also says what its parts do not explain: launches, copies at the border,
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,81 +19,18 @@ from typing import Any
 import torch
 
 from torch_rtx.errors import RtxError, SettingsError
-from torch_rtx.ir import Loc, Node
+from torch_rtx.ir import Node
 from torch_rtx.runtime.check import bind_sizes
 from torch_rtx.runtime.clocks import Clock, clock_of, overhead
 from torch_rtx.runtime.code import Code
-from torch_rtx.runtime.costs import Cost, cost, is_view, operator, steps
+from torch_rtx.runtime.costs import cost, is_view, operator, steps
 from torch_rtx.runtime.inline import inline_kernels, launched
 from torch_rtx.runtime.profile_page import brief, digits, page
+from torch_rtx.runtime.profile_row import Row
 from torch_rtx.runtime.session import Session, watched_calls
 
 SHOWN = 30  # rows of a printed profile
 WIDTH = 44  # characters of the operations in it
-
-
-@dataclass(frozen=True)
-class Row:
-    """One node of a graph that ran.
-
-    Attributes:
-        name: its first result, as the graph's text calls it.
-        kind: "kernel", "extern", "view" or "fallback".
-        tier: how it ran: "kernel for sm_90", "library call" or "fallback".
-        operations: the calls that it stands for: those inside of a kernel, by their short names.
-        locs: where these come from in the model, each once; that of the node itself first.
-        times: microseconds of each run, in order.
-        share: of the sum of all rows' medians, 0 to 1.
-        cost: bytes and FLOPs, see `costs.Cost`; None where a size depends on data.
-        inputs: positions of the rows whose results it reads.
-    """
-
-    name: str
-    kind: str
-    op: str
-    tier: str
-    operations: tuple[str, ...]
-    locs: tuple[Loc, ...]
-    times: tuple[float, ...]
-    share: float
-    cost: Cost | None
-    inputs: tuple[int, ...]
-
-    @property
-    def module(self) -> str:
-        """The path of the module that the node comes from; empty for the model itself."""
-        return self.locs[0].module if self.locs else ""
-
-    @property
-    def where(self) -> str:
-        """Module path, file and line."""
-        return str(self.locs[0]) if self.locs else ""
-
-    @property
-    def what(self) -> str:
-        """The operations as one text."""
-        return " + ".join(self.operations)
-
-    @property
-    def us(self) -> float:
-        """The median, in microseconds."""
-        return median(self.times)
-
-    @property
-    def p95(self) -> float:
-        """The 95th percentile, in microseconds."""
-        return sorted(self.times)[math.ceil(0.95 * len(self.times)) - 1]
-
-    @property
-    def gbps(self) -> float | None:
-        """Bytes read and written over the median, in GB/s; None for views and where it is not known."""
-        total = 0 if self.cost is None else self.cost.read + self.cost.written
-        return total / self.us / 1e3 if total and self.us else None
-
-    @property
-    def tflops(self) -> float | None:
-        """FLOPs over the median, in TFLOP/s; None where there are none to count."""
-        return self.cost.flops / self.us / 1e6 if self.cost is not None and self.cost.flops and self.us else None
 
 
 @dataclass(frozen=True)
@@ -202,7 +138,7 @@ class Profile:
     def html(self, path: str | os.PathLike[str]) -> None:
         """Write a page that draws the graph coloured by time, with a table: one file, for any browser, that loads
         nothing."""
-        Path(path).write_text(page(self), encoding="utf-8")
+        Path(path).write_text(page(self.rows, self.totals()), encoding="utf-8")
 
 
 def profile(model: Callable[..., Any], *args: Any, repeats: int = 20, warmup: int = 3, **kwargs: Any) -> Profile:
