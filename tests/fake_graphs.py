@@ -21,9 +21,36 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.fake_driver import STREAM, FakeDriver, Function, Status
 from torch_rtx import aten
+from torch_rtx.ir import Graph, Sym
+from torch_rtx.irparse import parse
 from torch_rtx.runtime import captured, code, graph_params, graphmemory
 
 Kernel = Callable[[Sequence[int], Sequence[int]], None]
+S = Sym("s")
+# A kernel that adds: bytes of its parameters (two inputs, a result, how many elements, two of scratch memory), body of
+# its node, and what it does.
+SIZES = (8, 8, 8, 4, 8, 8)
+BODY = """graph import {
+    dim s = 1, 64, 1
+    input in0: f32[s]
+    input in1: f32[s]
+    r: f32[s] = op aten.add.Tensor(self=in0, other=in1)
+    return [r]
+  }"""
+
+
+def add(pointers: Sequence[int], scalars: Sequence[int]) -> None:
+    """The kernel."""
+    a, b, result = (
+        torch.frombuffer((ctypes.c_float * scalars[0]).from_address(p), dtype=torch.float32) for p in pointers
+    )
+    torch.add(a, b, out=result)
+
+
+def program(text: str) -> Graph:
+    """A graph of level "fused" in which KERNEL stands for the body of an adding kernel."""
+    body = text.strip("\n").replace("KERNEL", BODY)
+    return parse(f"graph fused {{\n  dim s = 1, 64, 1\n{body}\n}}\n")
 
 
 @dataclass(eq=False)
@@ -166,7 +193,7 @@ class GraphDriver(FakeDriver):
         self.stream = STREAM
         self.waits: list[tuple[int, int]] = []
         self.streams: list[int] = []
-        self.CUgraphNodeType = SimpleNamespace(CU_GRAPH_NODE_TYPE_KERNEL="kernel", CU_GRAPH_NODE_TYPE_MEMCPY="copy")
+        self.CUgraphNodeType = SimpleNamespace(CU_GRAPH_NODE_TYPE_KERNEL=0, CU_GRAPH_NODE_TYPE_MEMCPY=1)
         self.CUgraph = self.CUgraphExec = lambda raw: raw
 
     def cuLaunchKernel(self, function: Function, *given: Any) -> tuple[Status]:
@@ -222,8 +249,8 @@ class GraphDriver(FakeDriver):
         graph.edges += zip(ones, others, datas, strict=True)
         return (Status.CUDA_SUCCESS,)
 
-    def cuGraphNodeGetType(self, node: Node) -> tuple[Status, str]:
-        return Status.CUDA_SUCCESS, node.kind
+    def cuGraphNodeGetType(self, node: Node) -> tuple[Status, int]:
+        return Status.CUDA_SUCCESS, {"kernel": 0, "copy": 1, "call": 3}[node.kind]
 
     def cuGraphKernelNodeGetParams(self, node: Node) -> tuple[Status, Params]:
         return Status.CUDA_SUCCESS, copy(node.params)
@@ -272,13 +299,16 @@ def install(monkeypatch: pytest.MonkeyPatch, driver: GraphDriver) -> None:
     """Let captures and replays go to `driver`."""
 
     @contextmanager
-    def capture(graph: FakeGraph, *given: Any, **named: Any) -> Iterator[None]:
-        driver.capturing = True
+    def capture(
+        graph: FakeGraph, pool: object = None, stream: FakeStream | None = None, capture_error_mode: str = "global"
+    ) -> Iterator[None]:
+        before, driver.capturing = driver.stream, True
+        driver.stream = before if stream is None else stream.raw
         try:
             with _Recorder(graph):
                 yield
         finally:
-            driver.capturing = False
+            driver.stream, driver.capturing = before, False
         graph.end()
 
     empty = code.EMPTY["cpu"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,10 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.fake_graphs import EdgeData, FakeGraph, GraphDriver, install
+from tests.fake_graphs import SIZES, EdgeData, FakeGraph, GraphDriver, S, add, install, program
 from torch_rtx.errors import InputError
-from torch_rtx.ir import Dim, Graph, Sym
-from torch_rtx.irparse import parse
+from torch_rtx.ir import Dim
 from torch_rtx.kerneltable import KernelTable, Launch, Variant, pack
 from torch_rtx.runtime import captured, code, cudagraph
 from torch_rtx.runtime.captured import EXECUTABLES, may_draw
@@ -28,28 +26,7 @@ from torch_rtx.runtime.launch import launchers
 from torch_rtx.targets import Target
 
 CPU, DEVICE = torch.device("cpu"), torch.device("cuda", 0)
-S = Sym("s")
 DIGEST, BINARY = pack(b"an image")
-SIZES = (8, 8, 8, 4, 8, 8)  # two inputs, a result, how many elements, two of scratch memory
-BODY = """graph import {
-    dim s = 1, 64, 1
-    input in0: f32[s]
-    input in1: f32[s]
-    r: f32[s] = op aten.add.Tensor(self=in0, other=in1)
-    return [r]
-  }"""
-
-
-def add(pointers: Sequence[int], scalars: Sequence[int]) -> None:
-    a, b, result = (
-        torch.frombuffer((ctypes.c_float * scalars[0]).from_address(p), dtype=torch.float32) for p in pointers
-    )
-    torch.add(a, b, out=result)
-
-
-def program(text: str) -> Graph:
-    body = text.strip("\n").replace("KERNEL", BODY)
-    return parse(f"graph fused {{\n  dim s = 1, 64, 1\n{body}\n}}\n")
 
 
 class Module:
