@@ -23,7 +23,7 @@ from torch_rtx.errors import EngineFormatError, InvalidIR, RtxError
 from torch_rtx.ir import Parameter, TensorType
 from torch_rtx.kerneltable import KernelTable
 from torch_rtx.profiles import Shape, profiles_of, shapes
-from torch_rtx.runtime.overlap import Apart
+from torch_rtx.runtime.alias_guard import AliasGuard
 from torch_rtx.runtime.session import Session
 from torch_rtx.runtime.signature import Signature
 from torch_rtx.runtime.streaming import stream
@@ -77,7 +77,7 @@ class CompiledModule(nn.Module):
         self._store = WeightStore(graph, device, constants, engine.manifest.unused_names, streamer)
         profiles = engine.manifest.profiles
         self.session = Session(graph, self._store, settings, callables, trusted, kernels, profiles, tools)
-        self._with_weights = _caller(self._signature, Apart(graph, self._store), self._store, self.session)
+        self._with_weights = _caller(self._signature, AliasGuard(graph, self._store), self._store, self.session)
         self._run = _without_weights if self._store.parameters else self._with_weights
 
     @property
@@ -169,13 +169,13 @@ class CompiledModule(nn.Module):
 Call = Callable[[tuple[Any, ...], Mapping[str, Any]], Any]  # of a module, with positional and named arguments
 
 
-def _caller(signature: Signature, apart: Apart, store: WeightStore, session: Session) -> Call:
+def _caller(signature: Signature, guard: AliasGuard, store: WeightStore, session: Session) -> Call:
     """How a module that has weights is called: a function, since attributes of an `nn.Module` take long to read."""
 
     def call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         inputs = signature.flatten(args, kwargs)
-        if apart.needed:
-            inputs = apart(inputs)
+        if guard.needed:
+            inputs = guard(inputs)
         store.refresh()
         return signature.unflatten(session(inputs))
 

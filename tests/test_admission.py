@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from torch_rtx.runtime.places import MET_PER_PLACE, PATIENCE, RECURS, Places
+from torch_rtx.runtime.admission import MISSES_FOR_FREE_SLOT, PATIENCE, TRACKED_PER_SLOT, AdmissionPolicy
 
 
 class Kept:
@@ -16,7 +16,7 @@ class Kept:
 
     def __init__(self, count: int, doubling: bool = False) -> None:
         self.holders: dict[int, SimpleNamespace] = {}
-        self.places = Places(self.holders, count, doubling)
+        self.policy = AdmissionPolicy(self.holders, count, doubling)
         self.made: list[int] = []
         self.hits = self.calls = 0
 
@@ -25,10 +25,10 @@ class Kept:
             self.calls += 1
             if key in self.holders:
                 self.hits += 1
-            elif self.places.meet(key):
-                place = self.places.take(key)
-                if place is not None:
-                    del self.holders[place]
+            elif self.policy.record_miss(key):
+                evicted = self.policy.evict_for(key)
+                if evicted is not None:
+                    del self.holders[evicted]
                 self.holders[key] = SimpleNamespace()
                 self.made.append(key)
             if key in self.holders:
@@ -38,8 +38,8 @@ class Kept:
 def test_free_places_go_to_what_recurs() -> None:
     kept = Kept(2)
     kept.call([1, 2, 3, 1, 1])
-    assert (kept.made, kept.hits) == ([1], RECURS - 1)
-    assert not kept.places.full
+    assert (kept.made, kept.hits) == ([1], MISSES_FOR_FREE_SLOT - 1)
+    assert not kept.policy.full
 
 
 @pytest.mark.parametrize("keys", [9, 24, 400])
@@ -89,4 +89,4 @@ def test_keys_that_are_all_different() -> None:
     kept = Kept(8)
     kept.call(range(10_000))
     assert kept.made == []
-    assert len(kept.places._met) == 8 * MET_PER_PLACE
+    assert len(kept.policy._misses) == 8 * TRACKED_PER_SLOT
