@@ -15,15 +15,15 @@ class Row:
     """One node of a graph that ran.
 
     Attributes:
-        name: its first result, as the graph's text calls it.
+        name: its first result in the graph's text.
         kind: "kernel", "extern", "view" or "fallback".
-        tier: how it ran: "kernel for sm_90", "library call" or "fallback".
-        operations: the calls that it stands for: those inside of a kernel, by their short names.
-        locs: where these come from in the model, each once; that of the node itself first.
+        tier: "kernel for sm_90", "library call" or "fallback".
+        operations: short names of the operations, for a kernel those in its body.
+        locs: where the operations come from in the model, without duplicates; the node's own first.
         times: microseconds of each run, in order.
         share: of the sum of all rows' medians, 0 to 1.
-        cost: bytes and FLOPs, see `costs.Cost`; None where a size depends on data.
-        inputs: positions of the rows whose results it reads.
+        cost: bytes and FLOPs, see `costs.Cost`; None if a size depends on data.
+        inputs: positions of the rows whose results the node reads.
     """
 
     name: str
@@ -64,11 +64,11 @@ class Row:
 
     @property
     def gbps(self) -> float | None:
-        """Bytes read and written over the median, in GB/s; None for views and where it is not known."""
+        """Bytes read and written over the median, in GB/s; None for views and if unknown."""
         total = 0 if self.cost is None else self.cost.read + self.cost.written
         return total / self.us / 1e3 if total and self.us else None
 
     @property
     def tflops(self) -> float | None:
-        """FLOPs over the median, in TFLOP/s; None where there are none to count."""
+        """FLOPs over the median, in TFLOP/s; None if there are none or they are unknown."""
         return self.cost.flops / self.us / 1e6 if self.cost is not None and self.cost.flops and self.us else None

@@ -1,8 +1,8 @@
-"""`profile`: where the time of a call goes, node by node, in the names of the user's modules.
+"""`profile`: measures the time of a call node by node, in terms of the user's modules.
 
-The sessions that a call runs in are found by watching one. Each is then measured apart: a variant of its code marks the
-time after every node, and several runs give a median per node. The whole call is measured without marks, so that a
-profile also says what its parts do not explain: launches, copies at the border, the signature, Python around sessions.
+Watching one call finds the sessions that it runs. Each is then measured alone: probed code marks the time after every
+node, and several runs yield a median per node. The whole call is measured without marks, so that a profile also shows
+the time outside of nodes: launches, copies at the border, the signature, and Python around sessions.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from torch_rtx.runtime.profile_row import Row
 from torch_rtx.runtime.session import Session, watched_calls
 
 SHOWN = 30  # rows of a printed profile
-WIDTH = 44  # characters of the operations in it
+WIDTH = 44  # characters of the column of operations
 
 
 @dataclass(frozen=True)
 class ModuleTime:
-    """The rows of one module and all below it: how many, the sum of their medians in microseconds, and its share."""
+    """The nodes of one module and its submodules: their number, the sum of their medians in microseconds, its share."""
 
     module: str
     nodes: int
@@ -45,7 +45,7 @@ class ModuleTime:
 
 @dataclass(frozen=True)
 class ModuleTable:
-    """Times by module, the longest first; `print` it."""
+    """Times by module, longest first; `print` it."""
 
     rows: tuple[ModuleTime, ...]
 
@@ -56,15 +56,15 @@ class ModuleTable:
 
 @dataclass(frozen=True)
 class Profile:
-    """Where the time of a call goes; `print` it.
+    """The times of a call; `print` it.
 
     Attributes:
-        rows: the nodes in the order in which they run, those of all graphs of a call one after another.
+        rows: the nodes in the order of execution, of all graphs of the call.
         device: the name of the device.
-        call_us: one call as it was made, median in microseconds; on a GPU from the end of one call to the end of the
-            next, with no waiting for results in between.
-        plain_us: the code of its graphs alone, call by call, measured in the same way.
-        cuda_graph: whether (all of) the call runs as CUDA graphs.
+        call_us: the whole call, median in microseconds; on a GPU from the end of one call to the end of the next,
+            without waiting for results in between.
+        plain_us: the code of the graphs alone, without CUDA graphs, measured alike.
+        cuda_graph: the call runs as CUDA graphs entirely.
     """
 
     rows: tuple[Row, ...]
@@ -79,7 +79,7 @@ class Profile:
         return sum(row.us for row in self.rows)
 
     def by_module(self, depth: int = 2) -> ModuleTable:
-        """The times by module, counted to the module `depth` names below the model."""
+        """The times by module; submodules deeper than `depth` names count for the module at that depth."""
         found: dict[str, list[Row]] = {}
         for row in self.rows:
             found.setdefault(".".join(row.module.split(".")[:depth]), []).append(row)
@@ -90,7 +90,7 @@ class Profile:
         return ModuleTable(tuple(sorted(times, key=lambda time: -time.us)))
 
     def table(self, limit: int | None = SHOWN) -> str:
-        """The rows as text, the longest first, `limit` of them, and the totals."""
+        """The totals and the `limit` longest rows as text; None: all rows."""
         rows = sorted(self.rows, key=lambda row: -row.us)
         shown = rows[:limit]
         head = ("us", "p95", "share", "GB/s", "TFLOP/s", "operations", "runs as", "where")
@@ -101,7 +101,7 @@ class Profile:
         return "\n".join([*lines, "", *self.totals()])
 
     def totals(self) -> Iterator[str]:
-        """What the table ends with: the sum of the rows beside the times of whole calls."""
+        """The last lines of the table: the sum of the rows beside the times of whole calls."""
         runs = len(self.rows[0].times) if self.rows else 0
         yield f"{len(self.rows)} nodes on {self.device}, medians of {runs} runs: {self.us:.1f} us"
         yield f"their code, call by call: {self.plain_us:.1f} us, {self.plain_us - self.us:+.1f} us beside the nodes"
@@ -113,20 +113,20 @@ class Profile:
 
     @cached_property
     def run(self) -> int:
-        """Which of the runs is shown as one: the one whose sum is the median of all."""
+        """The run that a trace shows: the one whose sum is the median of all."""
         sums = [sum(times) for times in zip(*(row.times for row in self.rows), strict=True)]
         return sorted(range(len(sums)), key=lambda run: sums[run])[(len(sums) - 1) // 2] if sums else 0
 
     def trace(self, path: str | os.PathLike[str]) -> None:
-        """Write one run as a trace for Perfetto (ui.perfetto.dev) or chrome://tracing: nodes inside of their modules,
-        one after another."""
+        """Write one run as a trace for Perfetto (ui.perfetto.dev) or chrome://tracing: nodes one after
+        another, nested in their modules."""
         Path(path).write_text(json.dumps({"traceEvents": list(self._events()), "displayTimeUnit": "ns"}, indent=0))
 
     def _events(self) -> Iterator[dict[str, Any]]:
         process = {"ph": "M", "pid": 1, "tid": 1}
         yield {**process, "name": "process_name", "args": {"name": "torch_rtx"}}
         yield {**process, "name": "thread_name", "args": {"name": self.device}}
-        marks = [0]  # nanoseconds as integers: what is nested must not stick out by a rounding error
+        marks = [0]  # integers, in ns: a rounding error would break the nesting
         for row in self.rows:
             marks.append(marks[-1] + round(1000 * row.times[self.run]))
         for name, start, end, above in _nested([row.module.split(".") for row in self.rows]):
@@ -136,8 +136,7 @@ class Profile:
             yield _event(_title(row), row.kind, marks[index], marks[index + 1], about)
 
     def html(self, path: str | os.PathLike[str]) -> None:
-        """Write a page that draws the graph coloured by time, with a table: one file, for any browser, that loads
-        nothing."""
+        """Write a self-contained HTML page: the graph, coloured by time, and a table."""
         Path(path).write_text(page(self.rows, self.totals()), encoding="utf-8")
 
 
@@ -168,7 +167,7 @@ def profile(model: Callable[..., Any], *args: Any, repeats: int = 20, warmup: in
     device = calls[0][0].device
     whole = clock_of(device, queued=False)
     call_us = _per_call(whole, partial(model, *args, **kwargs), repeats, warmup)
-    codes = [session.current(inputs).code for session, inputs in calls]  # others may take their place meanwhile
+    codes = [session.current(inputs).code for session, inputs in calls]  # a background job may swap it
     runs = [partial(s.run, code, inputs, s.store.values) for (s, inputs), code in zip(calls, codes, strict=True)]
     plain_us = sum(_per_call(whole, run, repeats, warmup) for run in runs)
     found = [_measure(*call, code, repeats, warmup) for call, code in zip(calls, codes, strict=True)]
@@ -196,7 +195,7 @@ def _per_call(clock: Clock, call: Callable[[], Any], repeats: int, warmup: int) 
 def _measure(
     session: Session, inputs: Sequence[Any], code: Code, repeats: int, warmup: int
 ) -> tuple[tuple[Node, ...], list[tuple[float, ...]]]:
-    """The nodes that run, and per node the microseconds of each run, less what the marks themselves take."""
+    """The nodes that run, and per node the microseconds of each run, minus the overhead of a mark."""
     nodes = inline_kernels(code.graph, code.kernels).nodes
     clock = clock_of(session.device, queued=True)
     idle = overhead(clock)
@@ -217,7 +216,7 @@ def _rows(
     total: float,
     first: int,
 ) -> Iterator[Row]:
-    """The rows of one session, for inputs of these sizes; `first` is the position of its first."""
+    """The rows of one session for inputs of these sizes, numbered from `first`."""
     makers: dict[str, int] = {}
     kernels = launched(code.kernels)
     for index, (node, times) in enumerate(zip(nodes, measured, strict=True), first):
@@ -261,7 +260,7 @@ def _event(name: str, category: str, start: int, end: int, about: dict[str, str]
 
 
 def _title(row: Row) -> str:
-    """What the row computes, in few words."""
+    """A short title of the row."""
     return row.op if row.kind == "kernel" else operator(row.op)
 
 
@@ -272,7 +271,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def _columns(head: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> list[str]:
-    """Lines of aligned cells; the last `left` columns are flush left."""
+    """Lines of aligned cells; the last `left` columns are aligned to the left."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     sides = [">"] * (len(head) - left) + ["<"] * left
     return [
