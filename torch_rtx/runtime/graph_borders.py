@@ -1,8 +1,8 @@
 """Border tensors of a captured graph: how each input gets in and how each result gets out.
 
-Inputs are `InPlaceInput | CopiedInput | Pinned`, buffers for results `InPlaceResult | CopiedResult`, and results
-themselves `Fresh | Alias | View | Pinned | Late`. `input_kind` and `Results` decide. The kinds of inputs and buffers
-hold tensors of the capture and end with it; a replay needs the `Source` of each input and the kinds of the results.
+Inputs are `InPlace | Copied | Pinned`. Results are `Fresh | Alias | View | Pinned | Late`; a fresh one lies in a buffer
+that each replay allocates and fills `InPlace | Copied`. `Inputs` and `Results` decide. They hold tensors of the capture
+and end with it; a replay needs the `Source` of each input, the `Like` of each buffer and the kind of each result.
 """
 
 from __future__ import annotations
@@ -29,12 +29,70 @@ Strides = tuple[int, ...]
 Like = tuple[tuple[int, ...], Strides, torch.dtype]  # shape, strides, dtype
 
 
-def is_worth(kernels: int, nbytes: int) -> bool:
-    """Setting a pointer in so many kernels costs less than copying so many bytes."""
-    return kernels <= KERNELS_PER_COPY + nbytes // BYTES_PER_KERNEL
+@dataclass(frozen=True, eq=False)
+class InPlace:
+    """Kernels alone touch the tensor: each replay points them to the caller's input, or to a new tensor.
+
+    Attributes:
+        memory: of the tensor that stands for it in the capture.
+        uses: how many kernel arguments must point into `memory`.
+    """
+
+    memory: torch.UntypedStorage
+    uses: int
 
 
-# ---- inputs ----------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, eq=False)
+class Copied:
+    """A node of the graph copies an input into the graph's memory, or a result from there to a new tensor."""
+
+    source: torch.Tensor
+    target: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Pinned:
+    """The value of the capture serves every replay: a number, an empty input, or memory that outlives the graph."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """A result in buffer `index` of the replay: all of it, or the `part` with this shape, strides and offset."""
+
+    index: int
+    part: tuple[tuple[int, ...], Strides, int] | None = None
+
+
+@dataclass(frozen=True)
+class Alias:
+    """A result that is the caller's input `index` itself."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class View:
+    """A result that is a view of the caller's input `index`.
+
+    Attributes:
+        strides: those of the input in the capture.
+        above: bytes from the input's first element to the view's.
+    """
+
+    index: int
+    name: str
+    strides: Strides
+    above: int
+    like: Like
+
+
+@dataclass(frozen=True, eq=False)
+class Late:
+    """A result that each replay copies after the launch: empty, or a thin slice of something large."""
+
+    value: torch.Tensor
 
 
 class Source(NamedTuple):
@@ -45,219 +103,60 @@ class Source(NamedTuple):
     fit: Callable[[torch.Tensor, Strides], torch.Tensor]
 
 
-@dataclass(frozen=True, eq=False)
-class InPlaceInput:
-    """Kernels alone read the input: each replay points them to the caller's tensor.
-
-    Attributes:
-        stand_in: what the capture reads.
-        uses: how many kernel arguments must point into it.
-    """
-
-    source: Source
-    stand_in: torch.Tensor
-    uses: int
-
-    def enter(self) -> torch.Tensor:
-        """What the captured code reads."""
-        return self.stand_in
-
-    def slots(self, nodes: GraphNodes, stand_in: torch.Tensor) -> Slots | None:
-        """Where a replay sets the address of the input; None if kernels got another pointer."""
-        return nodes.kernels(stand_in.untyped_storage(), self.uses)
+Result = Fresh | Alias | View | Pinned | Late
 
 
-@dataclass(frozen=True, eq=False)
-class CopiedInput:
-    """A library call reads the input, or too many kernels do: the first nodes of the graph copy it into its memory.
-
-    Attributes:
-        given: the tensor that the captured node copies.
-    """
-
-    source: Source
-    given: torch.Tensor
-
-    def enter(self) -> torch.Tensor:
-        """What the captured code reads: a copy that a captured node makes."""
-        return torch.empty_like(self.given).copy_(self.given)
-
-    def slots(self, nodes: GraphNodes, stand_in: torch.Tensor) -> Slots:
-        """Where a replay sets the address of the input."""
-        return nodes.copy(self.given, stand_in)[0]
-
-
-@dataclass(frozen=True, eq=False)
-class Pinned:
-    """The value of the capture serves every replay: a number, an empty tensor, or memory that outlives the graph."""
-
-    value: Any
-
-    def enter(self) -> Any:
-        """What the captured code reads."""
-        return self.value
-
-    def result(self, inputs: Sequence[Any], fresh: Sequence[torch.Tensor]) -> Any:
-        """The result of a replay; a tensor gets metadata of its own."""
-        return self.value.detach() if isinstance(self.value, torch.Tensor) else self.value
-
-
-Input = InPlaceInput | CopiedInput | Pinned
-
-
-def input_kind(index: int, value: Value, given: Any, uses: Uses, sizes: Mapping[str, int]) -> Input:
-    """The kind of input `index`, which the graph does not write to."""
-    if not isinstance(value.type, TensorType):
-        return Pinned(given)
-    if not given.numel():
-        return Pinned(torch.empty_like(given))
-    strides = tuple(evaluate(dim, sizes) or 0 for dim in value.type.strides)
-    _, count = uses.get(value.name, ("", None))
-    if count is not None and is_worth(count, given.nbytes) and aligned(given, strides) is given:
-        stand_in = torch.empty_strided(given.shape, strides, dtype=given.dtype, device=given.device)
-        return InPlaceInput(Source(index, strides, aligned), stand_in, count)
-    strides = torch.empty_like(given, device="meta").stride()
-    return CopiedInput(Source(index, strides, restride), restride(given, strides))
+def is_worth(kernels: int, nbytes: int) -> bool:
+    """Setting a pointer in so many kernels costs less than copying so many bytes."""
+    return kernels <= KERNELS_PER_COPY + nbytes // BYTES_PER_KERNEL
 
 
 class Inputs:
     """The inputs of a capture; made before it, entered in it.
 
+    Args:
+        written: positions of the inputs that the program writes to, which are captured at their address.
+
     Attributes:
-        names: of all inputs, in order.
+        names: of all inputs.
         sources: what a replay reads, in the order of `slots`.
         tensors: what the captured code reads.
         stand_ins: by the address of its memory, the position of each input that replays replace.
     """
 
     def __init__(self, graph: Graph, inputs: Sequence[Any], written: Collection[int], uses: Uses) -> None:
-        self.names = [value.name for value in graph.inputs]
+        self.names, self.tensors = [value.name for value in graph.inputs], list(inputs)
+        self.sources: list[Source] = []
+        self._given: dict[int, torch.Tensor] = {}  # to be copied
+        self._kinds: dict[int, InPlace | Copied] = {}
         sizes = bind_sizes(graph, inputs)
-        self._kinds = [
-            Pinned(given) if index in written else input_kind(index, value, given, uses, sizes)
-            for index, (value, given) in enumerate(zip(graph.inputs, inputs, strict=True))
-        ]
-        self._replaced = {index: kind for index, kind in enumerate(self._kinds) if not isinstance(kind, Pinned)}
-        self.sources = [kind.source for kind in self._replaced.values()]
+        for index, (value, given) in enumerate(zip(graph.inputs, inputs, strict=True)):
+            if index in written or not isinstance(value.type, TensorType):
+                continue
+            strides = tuple(evaluate(dim, sizes) or 0 for dim in value.type.strides)
+            _, count = uses.get(value.name, ("", None))
+            if not given.numel():
+                self.tensors[index] = torch.empty_like(given)
+            elif count is not None and is_worth(count, given.nbytes) and aligned(given, strides) is given:
+                stand_in = torch.empty_strided(given.shape, strides, dtype=given.dtype, device=given.device)
+                self.tensors[index], self._kinds[index] = stand_in, InPlace(stand_in.untyped_storage(), count)
+                self.sources.append(Source(index, strides, aligned))
+            else:
+                strides = torch.empty_like(given, device="meta").stride()
+                self._given[index] = restride(given, strides)
+                self.sources.append(Source(index, strides, restride))
 
     def enter(self) -> None:
         """Capture the copies."""
-        self.tensors = [kind.enter() for kind in self._kinds]
-        self.stand_ins = {self.tensors[index].untyped_storage().data_ptr(): index for index in self._replaced}
+        for index, given in self._given.items():
+            self.tensors[index] = torch.empty_like(given).copy_(given)
+            self._kinds[index] = Copied(given, self.tensors[index])
+        self.stand_ins = {self.tensors[index].untyped_storage().data_ptr(): index for index in self._kinds}
 
     def slots(self, nodes: GraphNodes) -> dict[str, Slots | None]:
-        """By name, the slots of each source; None if kernels got another pointer."""
-        return {self.names[index]: kind.slots(nodes, self.tensors[index]) for index, kind in self._replaced.items()}
-
-
-# ---- buffers that a replay allocates for results ---------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class InPlaceResult:
-    """Kernels alone write and read the memory: each replay points them to a new tensor.
-
-    Attributes:
-        name: the value that owns the memory.
-        like: the tensor that a replay allocates.
-        memory: the memory in the capture.
-        uses: how many kernel arguments must point into it.
-    """
-
-    name: str
-    like: Like
-    memory: torch.UntypedStorage
-    uses: int
-
-    def slots(self, nodes: GraphNodes) -> Slots | None:
-        """Where a replay sets the address of the new tensor; None if kernels got another pointer."""
-        return nodes.kernels(self.memory, self.uses)
-
-
-@dataclass(frozen=True, eq=False)
-class CopiedResult:
-    """The last nodes of the graph copy `source`, in its memory, to a new tensor, whose stand-in is `target`."""
-
-    name: str
-    like: Like
-    source: torch.Tensor
-    target: torch.Tensor
-
-    def slots(self, nodes: GraphNodes) -> Slots:
-        """Where a replay sets the address of the new tensor; an empty result has no slots."""
-        return nodes.copy(self.source, self.target)[1] if self.target.numel() else []
-
-
-# ---- results ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Fresh:
-    """Buffer `index` of the replay, or the `part` of it with this shape, strides and offset."""
-
-    index: int
-    part: tuple[tuple[int, ...], Strides, int] | None = None
-
-    def result(self, inputs: Sequence[Any], fresh: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The result of a replay with these inputs and buffers."""
-        return fresh[self.index] if self.part is None else PLACED(fresh[self.index], *self.part)
-
-
-@dataclass(frozen=True)
-class Alias:
-    """The caller's input `index` itself."""
-
-    index: int
-
-    def result(self, inputs: Sequence[Any], fresh: Sequence[torch.Tensor]) -> Any:
-        """The result of a replay."""
-        return inputs[self.index]
-
-
-@dataclass(frozen=True)
-class View:
-    """A view of the caller's input `index`.
-
-    Attributes:
-        strides: those of the input in the capture.
-        above: bytes from the input's first element to the view's.
-        like: the view.
-    """
-
-    index: int
-    name: str
-    strides: Strides
-    above: int
-    like: Like
-
-    def result(self, inputs: Sequence[Any], fresh: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The result of a replay.
-
-        Raises:
-            InputError: the view's dtype is wider than the input's, and the input is not aligned to it.
-        """
-        shape, strides, dtype = self.like
-        tensor = restride(inputs[self.index], self.strides).detach()
-        start, rest = divmod(_start(tensor) + self.above, dtype.itemsize)
-        if rest:
-            raise InputError(f"input {self.name!r} does not begin at a multiple of the size of {dtype}")
-        if tensor.dtype != dtype:
-            tensor = tensor.new_empty(0, dtype=dtype).set_(tensor.untyped_storage(), 0, (0,), (1,))
-        return tensor.as_strided(shape, strides, start)
-
-
-@dataclass(frozen=True, eq=False)
-class Late:
-    """A thin slice of something large in the graph's memory: each replay copies it after the launch."""
-
-    value: torch.Tensor
-
-    def result(self, inputs: Sequence[Any], fresh: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The result of a replay."""
-        return copy_strided(self.value, self.value.stride())
-
-
-Result = Fresh | Alias | View | Pinned | Late
+        """By name, where a replay sets the address of each source; None if kernels got another pointer."""
+        kinds = [(self.names[source.position], self._kinds[source.position]) for source in self.sources]
+        return {name: _slots(kind, nodes, 0) for name, kind in kinds}
 
 
 class Results:
@@ -270,13 +169,14 @@ class Results:
 
     Attributes:
         kinds: one per result.
-        buffers: what a replay allocates.
+        likes: one per buffer.
     """
 
     def __init__(
         self, graph: Graph, results: Sequence[Any], inputs: Inputs, pinned: Collection[int], uses: Uses, static: bool
     ) -> None:
-        self.buffers: list[InPlaceResult | CopiedResult] = []
+        self.likes: list[Like] = []
+        self._buffers: dict[str, InPlace | Copied] = {}
         self._names = [attr.name if isinstance(attr, Value) else "" for attr in graph.outputs]
         # No kernel result lies in an input's memory, although code may have copied it from there.
         self._uses = {name: use for name, use in uses.items() if use[0] not in inputs.names}
@@ -296,7 +196,12 @@ class Results:
     @property
     def are_buffers(self) -> bool:
         """The results are the buffers, in order."""
-        return self.kinds == [Fresh(index) for index in range(len(self.buffers))]
+        return self.kinds == [Fresh(index) for index in range(len(self.likes))]
+
+    def _buffer(self, name: str, like: Like, kind: InPlace | Copied) -> int:
+        self._buffers[name] = kind
+        self.likes.append(like)
+        return len(self.likes) - 1
 
     def _in_place(self, group: Mapping[int, torch.Tensor]) -> dict[int, Result] | None:
         """Let kernels write results that share memory into one buffer; None if they have to be copied."""
@@ -309,27 +214,29 @@ class Results:
         if not is_worth(owner[1], memory.nbytes()) or length > 2 * sum(result.numel() for result in group.values()):
             return None
         whole = len(group) == 1 and aten.extent(first.shape, first.stride()) == length
-        like: Like = (tuple(first.shape), first.stride(), first.dtype) if whole else ((length,), (1,), first.dtype)
-        self.buffers.append(InPlaceResult(owner[0], like, memory, owner[1]))
-        index = len(self.buffers) - 1
+        like = _like(first) if whole else ((length,), (1,), first.dtype)
+        index = self._buffer(owner[0], like, InPlace(memory, owner[1]))
         return {position: Fresh(index, None if whole else _part(result)) for position, result in group.items()}
 
     def _copied(self, position: int, result: torch.Tensor) -> Result:
-        """Capture the copy of a result to a buffer, unless most of its extent lies between its elements."""
+        """Capture the copy of a result to a buffer, with what lies between its elements unless that is most of it."""
         extent = aten.extent(result.shape, result.stride())
-        if extent > 2 * result.numel():
+        if not 0 < extent <= 2 * result.numel():
             return Late(result)
-        source = target = result
-        if result.numel():  # as one piece of memory, with what lies between the elements
-            source = result.as_strided((extent,), (1,))
-            target = torch.empty_like(source).copy_(source)
-        like = tuple(result.shape), result.stride(), result.dtype
-        self.buffers.append(CopiedResult(f"_{position}", like, source, target))
-        return Fresh(len(self.buffers) - 1)
+        source = result.as_strided((extent,), (1,))
+        target = torch.empty_like(source).copy_(source)
+        return Fresh(self._buffer(f"_{position}", _like(result), Copied(source, target)))
 
     def slots(self, nodes: GraphNodes) -> dict[str, Slots | None]:
-        """By name, the slots of each buffer; None if kernels got another pointer."""
-        return {buffer.name: buffer.slots(nodes) for buffer in self.buffers}
+        """By name, where a replay sets the address of each buffer; None if kernels got another pointer."""
+        return {name: _slots(kind, nodes, 1) for name, kind in self._buffers.items()}
+
+
+def _slots(kind: InPlace | Copied, nodes: GraphNodes, side: int) -> Slots | None:
+    """The slots of an input (`side` 0: the source of a copy) or of a buffer (1: its target)."""
+    if isinstance(kind, InPlace):
+        return nodes.kernels(kind.memory, kind.uses)
+    return nodes.copy(kind.source, kind.target)[side]
 
 
 def _kept(name: str, result: Any, inputs: Inputs, pinned: Collection[int], static: bool) -> Result | None:
@@ -339,18 +246,49 @@ def _kept(name: str, result: Any, inputs: Inputs, pinned: Collection[int], stati
     if not isinstance(result, torch.Tensor):
         return Pinned(result)
     storage = result.untyped_storage().data_ptr()
-    if storage in pinned:
-        return Pinned(result)
-    if storage in inputs.stand_ins:
+    if storage in inputs.stand_ins and storage not in pinned:
         index = inputs.stand_ins[storage]
         own = inputs.tensors[index]
-        like = tuple(result.shape), result.stride(), result.dtype
-        return View(index, inputs.names[index], own.stride(), _start(result) - _start(own), like)
-    return Pinned(result) if static else None
+        return View(index, inputs.names[index], own.stride(), _start(result) - _start(own), _like(result))
+    return Pinned(result) if static or storage in pinned else None
 
 
-def _part(result: torch.Tensor) -> tuple[tuple[int, ...], Strides, int]:
-    return tuple(result.shape), result.stride(), int(result.storage_offset())
+def result_of(kind: Result, inputs: Sequence[Any], fresh: Sequence[torch.Tensor]) -> Any:
+    """The result of a replay with these inputs and buffers, after the launch.
+
+    Raises:
+        InputError: a view's dtype is wider than its input's, and the input is not aligned to it.
+    """
+    match kind:
+        case Fresh(index, part):
+            return fresh[index] if part is None else PLACED(fresh[index], *part)
+        case Alias(index):
+            return inputs[index]
+        case View():
+            return _view(kind, inputs[kind.index])
+        case Late(value):
+            return copy_strided(value, value.stride())
+        case Pinned(value):
+            return value.detach() if isinstance(value, torch.Tensor) else value
+
+
+def _view(kind: View, given: torch.Tensor) -> torch.Tensor:
+    shape, strides, dtype = kind.like
+    tensor = restride(given, kind.strides).detach()
+    start, rest = divmod(_start(tensor) + kind.above, dtype.itemsize)
+    if rest:
+        raise InputError(f"input {kind.name!r} does not begin at a multiple of the size of {dtype}")
+    if tensor.dtype != dtype:
+        tensor = tensor.new_empty(0, dtype=dtype).set_(tensor.untyped_storage(), 0, (0,), (1,))
+    return tensor.as_strided(shape, strides, start)
+
+
+def _like(tensor: torch.Tensor) -> Like:
+    return tuple(tensor.shape), tensor.stride(), tensor.dtype
+
+
+def _part(tensor: torch.Tensor) -> tuple[tuple[int, ...], Strides, int]:
+    return tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset())
 
 
 def _start(tensor: torch.Tensor) -> int:
