@@ -314,6 +314,20 @@ def test_a_result_that_is_an_input_in_another_dtype(monkeypatch: pytest.MonkeyPa
         module(torch.randn(25)[1:].view(6, 4))
 
 
+def test_an_empty_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No node of the graph writes it, and each replay returns another tensor."""
+    text = """
+      input x: f32[s, 4]
+      v: f32[0, 4] = view aten.slice.Tensor(self=x, dim=0, start=2, end=2)
+      e: f32[0, 4] = extern aten.exp.default(self=v)
+      return [e]"""
+    module = Module(monkeypatch, text)
+    results = [module(torch.randn(8, 4))[0] for _ in range(4)]
+    assert all((result.shape, result.stride()) == ((0, 4), (4, 1)) for result in results)
+    assert len({id(result) for result in results}) == 4
+    assert module.pool.replays == 3
+
+
 @pytest.mark.parametrize("results", ["t", "t, t", "x, t, t"])
 def test_a_view_of_an_input_that_was_captured_with_other_strides(monkeypatch: pytest.MonkeyPatch, results: str) -> None:
     """Its strides are others than the result's, so that the code has to copy it; no kernel reads it."""

@@ -15,7 +15,7 @@ from torch_rtx.ir import Node as Step
 from torch_rtx.runtime.code import EMPTY, Code
 from torch_rtx.runtime.dependent import launch_early
 from torch_rtx.runtime.driver import checked, driver
-from torch_rtx.runtime.graph_borders import Inputs, Results, result_of
+from torch_rtx.runtime.graph_borders import Inputs, Results
 from torch_rtx.runtime.graph_params import Executables, GraphNodes, kernel_uses
 from torch_rtx.runtime.graphmemory import GraphMemory
 from torch_rtx.runtime.inline import inline_kernels
@@ -134,7 +134,7 @@ class Captured:
             if status[0]:
                 checked(status)
             if self._results is not None:  # after the launch: copies of inputs have what the graph wrote to these
-                results = [result_of(kind, inputs, fresh) for kind in self._results]
+                results = [kind.result(inputs, fresh) for kind in self._results]
         if self._written or self._written_inputs:
             _count_writes([*self._written, *(inputs[index] for index in self._written_inputs)])
         return results

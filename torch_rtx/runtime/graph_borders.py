@@ -56,6 +56,10 @@ class Pinned:
 
     value: Any
 
+    def result(self, inputs: Sequence[Any], fresh: Sequence[torch.Tensor]) -> Any:
+        """The result of a replay with these inputs and buffers, after the launch."""
+        return self.value.detach() if isinstance(self.value, torch.Tensor) else self.value
+
 
 @dataclass(frozen=True)
 class Fresh:
@@ -64,12 +68,20 @@ class Fresh:
     index: int
     part: tuple[tuple[int, ...], Strides, int] | None = None
 
+    def result(self, inputs: Sequence[Any], fresh: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The result of a replay with these inputs and buffers, after the launch."""
+        return fresh[self.index] if self.part is None else PLACED(fresh[self.index], *self.part)
+
 
 @dataclass(frozen=True)
 class Alias:
     """A result that is the caller's input `index` itself."""
 
     index: int
+
+    def result(self, inputs: Sequence[Any], fresh: Sequence[torch.Tensor]) -> Any:
+        """The result of a replay with these inputs and buffers, after the launch."""
+        return inputs[self.index]
 
 
 @dataclass(frozen=True)
@@ -87,12 +99,31 @@ class View:
     above: int
     like: Like
 
+    def result(self, inputs: Sequence[Any], fresh: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The result of a replay with these inputs and buffers, after the launch.
+
+        Raises:
+            InputError: the view's dtype is wider than the input's, and the input is not aligned to it.
+        """
+        shape, strides, dtype = self.like
+        tensor = restride(inputs[self.index], self.strides).detach()
+        start, rest = divmod(_start(tensor) + self.above, dtype.itemsize)
+        if rest:
+            raise InputError(f"input {self.name!r} does not begin at a multiple of the size of {dtype}")
+        if tensor.dtype != dtype:
+            tensor = tensor.new_empty(0, dtype=dtype).set_(tensor.untyped_storage(), 0, (0,), (1,))
+        return tensor.as_strided(shape, strides, start)
+
 
 @dataclass(frozen=True, eq=False)
 class Late:
     """A result that each replay copies after the launch: empty, or a thin slice of something large."""
 
     value: torch.Tensor
+
+    def result(self, inputs: Sequence[Any], fresh: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The result of a replay with these inputs and buffers, after the launch."""
+        return copy_strided(self.value, self.value.stride())
 
 
 class Source(NamedTuple):
@@ -251,36 +282,6 @@ def _kept(name: str, result: Any, inputs: Inputs, pinned: Collection[int], stati
         own = inputs.tensors[index]
         return View(index, inputs.names[index], own.stride(), _start(result) - _start(own), _like(result))
     return Pinned(result) if static or storage in pinned else None
-
-
-def result_of(kind: Result, inputs: Sequence[Any], fresh: Sequence[torch.Tensor]) -> Any:
-    """The result of a replay with these inputs and buffers, after the launch.
-
-    Raises:
-        InputError: a view's dtype is wider than its input's, and the input is not aligned to it.
-    """
-    match kind:
-        case Fresh(index, part):
-            return fresh[index] if part is None else PLACED(fresh[index], *part)
-        case Alias(index):
-            return inputs[index]
-        case View():
-            return _view(kind, inputs[kind.index])
-        case Late(value):
-            return copy_strided(value, value.stride())
-        case Pinned(value):
-            return value.detach() if isinstance(value, torch.Tensor) else value
-
-
-def _view(kind: View, given: torch.Tensor) -> torch.Tensor:
-    shape, strides, dtype = kind.like
-    tensor = restride(given, kind.strides).detach()
-    start, rest = divmod(_start(tensor) + kind.above, dtype.itemsize)
-    if rest:
-        raise InputError(f"input {kind.name!r} does not begin at a multiple of the size of {dtype}")
-    if tensor.dtype != dtype:
-        tensor = tensor.new_empty(0, dtype=dtype).set_(tensor.untyped_storage(), 0, (0,), (1,))
-    return tensor.as_strided(shape, strides, start)
 
 
 def _like(tensor: torch.Tensor) -> Like:
