@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from torch_rtx import aten
-from torch_rtx.ir import Graph
-from torch_rtx.ir import Node as Step
+from torch_rtx.ir import Graph, Node
 from torch_rtx.runtime.code import EMPTY, Code
 from torch_rtx.runtime.dependent import launch_early
 from torch_rtx.runtime.driver import checked, driver
@@ -51,7 +50,8 @@ def capture(spec: CaptureSpec, code: Code, inputs: Sequence[Any], store: WeightS
     """Capture `code` for `inputs`.
 
     Capturing repeats until every address is found: code copies a misaligned tensor before a kernel reads it, which only
-    the capture shows, and a copy at the border changes which values share memory. Each round copies one tensor more.
+        the capture shows, and a copy at the border changes which values share memory. Each round copies at least one
+        tensor more.
 
     Raises:
         RuntimeError: CUDA refuses.
@@ -162,7 +162,7 @@ def may_draw(graph: Graph) -> bool:
     return any(node.kind == "fallback" or (node.kind != "kernel" and _draws(node)) for node in graph.nodes)
 
 
-def _draws(node: Step) -> bool:
+def _draws(node: Node) -> bool:
     op = aten.overload(node.op)
     without = "dropout_p" in aten.schema(op) and node.arg("dropout_p", 0.0) == 0.0
     return aten.is_random(op) and not without

@@ -112,10 +112,8 @@ class Session:
         self._guarded, self._count = guarded, len(graph.inputs)
         self._open = [i for i, value in enumerate(graph.inputs) if _is_open(value.type)]
         self._known: dict[object, object] = {}  # keys by the types of inputs that are valid
-        self._last: tuple[Callable[..., bool], object] = (
-            _never,
-            None,
-        )  # matches inputs of the last call; its key
+        # Of the last call: compares other inputs with its own, and its key.
+        self._last: tuple[Callable[..., bool], object] = _never, None
         self.pool: GraphPool | None = None
         if store.device.type == "cuda" and settings.cuda_graph_strategy != "disabled":
             reason = why_not(graph) or (streamer and streamer.pageable)

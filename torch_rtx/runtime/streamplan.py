@@ -165,7 +165,7 @@ def _spans(weights: Sequence[WeightUse]) -> list[_Span]:
     positions, before = [first for first, _ in starts], [0, *accumulate(size for _, size in starts)]
 
     def used(low: int, high: int) -> int:
-        """Bytes of the weights whose first use is after `low` and before `high`."""
+        """Bytes of the weights with uses that begin after `low` and before `high`."""
         return before[bisect_left(positions, high)] - before[bisect_left(positions, low + 1)]
 
     found: list[_Span] = []
