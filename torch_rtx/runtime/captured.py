@@ -50,8 +50,8 @@ def capture(spec: CaptureSpec, code: Code, inputs: Sequence[Any], store: WeightS
     """Capture `code` for `inputs`.
 
     Capturing repeats until every address is found: code copies a misaligned tensor before a kernel reads it, which only
-        the capture shows, and a copy at the border changes which values share memory. Each round copies at least one
-        tensor more.
+    the capture shows, and a copy at the border changes which values share memory. Each round copies at least one tensor
+    more.
 
     Raises:
         RuntimeError: CUDA refuses.
