@@ -21,11 +21,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.fake_driver import STREAM, FakeDriver, Function, Status
 from torch_rtx import aten
-from torch_rtx.ir import Graph, Sym
+from torch_rtx.ir import Dim, Graph, Sym
 from torch_rtx.irparse import parse
+from torch_rtx.kerneltable import KernelTable, Launch, Variant, pack
 from torch_rtx.runtime import captured, code, graph_params, graphmemory
+from torch_rtx.runtime.launch import launchers
+from torch_rtx.targets import Target
 
 Kernel = Callable[[Sequence[int], Sequence[int]], None]
+DEVICE = torch.device("cuda", 0)
 S = Sym("s")
 # A kernel that adds: bytes of its parameters (two inputs, a result, how many elements, two of scratch memory), body of
 # its node, and what it does.
@@ -51,6 +55,15 @@ def program(text: str) -> Graph:
     """A graph of level "fused" in which KERNEL stands for the body of an adding kernel."""
     body = text.strip("\n").replace("KERNEL", BODY)
     return parse(f"graph fused {{\n  dim s = 1, 64, 1\n{body}\n}}\n")
+
+
+def adders(graph: Graph, driver: Any, ptx: bytes | None = None, size: Dim = S, waits: bool = False) -> Any:
+    """What launches the kernels `k` of `graph`, which add, through `driver`: a binary, or `ptx` for sm_90."""
+    digest, binary = pack(ptx or b"an image")
+    launch = Launch(
+        (Target(90, ptx is not None),), (size,), (1, 1, 1), False, Variant(digest, "entry", 4, 0, 32, 0, waits), None
+    )
+    return launchers(KernelTable({"k": (launch,)}, {digest: binary}), graph, DEVICE, driver=driver)
 
 
 @dataclass(eq=False)

@@ -12,21 +12,17 @@ from typing import Any
 import pytest
 import torch
 
-from tests.fake_graphs import SIZES, EdgeData, FakeGraph, GraphDriver, S, add, install, program
+from tests.fake_graphs import DEVICE, SIZES, EdgeData, FakeGraph, GraphDriver, S, add, adders, install, program
 from torch_rtx.errors import InputError
 from torch_rtx.ir import Dim
-from torch_rtx.kerneltable import KernelTable, Launch, Variant, pack
 from torch_rtx.runtime import captured, code, cudagraph
 from torch_rtx.runtime.captured import EXECUTABLES, may_draw
 from torch_rtx.runtime.code import compile_graph
 from torch_rtx.runtime.cudagraph import GraphPool
 from torch_rtx.runtime.graph_borders import is_worth
 from torch_rtx.runtime.graph_params import kernel_uses
-from torch_rtx.runtime.launch import launchers
-from torch_rtx.targets import Target
 
-CPU, DEVICE = torch.device("cpu"), torch.device("cuda", 0)
-DIGEST, BINARY = pack(b"an image")
+CPU = torch.device("cpu")
 
 
 class Module:
@@ -38,9 +34,7 @@ class Module:
         self.driver = GraphDriver(SIZES, {"entry": add})
         install(monkeypatch, self.driver)
         self.graph = program(text)
-        launch = Launch((Target(90),), (size,), (1, 1, 1), False, Variant(DIGEST, "entry", 4, 0, 32, 0, waits), None)
-        table = KernelTable({"k": (launch,)}, {DIGEST: BINARY})
-        kernels = launchers(table, self.graph, DEVICE, driver=self.driver)
+        kernels = adders(self.graph, self.driver, size=size, waits=waits)
         self.code = compile_graph(self.graph, CPU, kernels=kernels)
         self.store = SimpleNamespace(generation=0, values=[])
         self.pool = GraphPool(self.graph, lambda code, inputs, weights: code.run(inputs, weights), DEVICE, 4, **options)

@@ -17,17 +17,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.driver_trace import Tracer
-from tests.fake_graphs import SIZES, GraphDriver, S, add, install, program
-from torch_rtx.kerneltable import KernelTable, Launch, Variant, pack
+from tests.fake_graphs import DEVICE, SIZES, GraphDriver, add, adders, install, program
 from torch_rtx.runtime import captured, code, graph_params
 from torch_rtx.runtime.code import compile_graph
 from torch_rtx.runtime.cudagraph import GraphPool
 from torch_rtx.runtime.driver import driver
-from torch_rtx.runtime.launch import launchers
-from torch_rtx.targets import Target
 
 GOLDEN = Path(__file__).parent / "driver_trace.json"
-DEVICE = torch.device("cuda", 0)
 # r[i] = a[i] + b[i]; it waits by itself for the kernels before it, and uses no scratch memory.
 PTX = b"""
 .version 7.8
@@ -118,10 +114,7 @@ def record(monkeypatch: pytest.MonkeyPatch, api: Any, device: torch.device, name
     monkeypatch.setattr(graph_params, "driver", lambda: tracer)
     for kind, make in list(code.EMPTY.items()):
         monkeypatch.setitem(code.EMPTY, kind, kept.keeping(make))
-    digest, binary = pack(PTX)
-    variant = Variant(digest, "entry", 4, 0, 32, 0, waits=True)
-    launch = Launch((Target(90, ptx=True),), (S,), (1, 1, 1), False, variant, None)
-    kernels = launchers(KernelTable({"k": (launch,)}, {digest: binary}), graph, DEVICE, driver=tracer)
+    kernels = adders(graph, tracer, PTX, waits=True)
     compiled = compile_graph(graph, device, kernels=kernels)
     pool = GraphPool(graph, lambda code, inputs, weights: code.run(inputs, weights), DEVICE, 4)
     store: Any = SimpleNamespace(generation=0, values=[])
