@@ -24,12 +24,12 @@ from tests.fake_driver import Kept
 from torch_rtx.backend import program_cache
 from torch_rtx.errors import KernelError, SettingsError
 from torch_rtx.ir import kernel_nodes
-from torch_rtx.runtime import candidate_check, places, specialize
+from torch_rtx.runtime import admission, candidate_check, specialize
 from torch_rtx.runtime import driver as driver_api
 from torch_rtx.runtime import tuner as tuners
+from torch_rtx.runtime.admission import PATIENCE
 from torch_rtx.runtime.background import Background
 from torch_rtx.runtime.inline import launched
-from torch_rtx.runtime.places import PATIENCE
 from torch_rtx.runtime.session import Session
 from torch_rtx.runtime.tuning_db import KERNEL, TACTIC
 from torch_rtx.runtime.variant import PORTABLE, REFERENCE, SPECIALIZED, Region
@@ -529,13 +529,13 @@ def test_more_sizes_than_places(background: Background) -> None:
 
 def test_what_is_remembered_of_calls_is_bounded(background: Background, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes that are all different, and numbers: a program may make calls for ever."""
-    monkeypatch.setattr(places, "MET_PER_PLACE", 4)
+    monkeypatch.setattr(admission, "TRACKED_PER_SLOT", 4)
     monkeypatch.setattr(specialize, "MAX_KEYS", 16)
     settings = RuntimeSettings(specialization_strategy="lazy", specialized_shapes=2, tuning_seconds=0)
     made, model = session(Device(broken="none"), background, settings, dynamic=True)
     for size in range(2, 40):
         right(made, model, torch.randn(size, 16))
-    assert len(made.specializer._places._met) <= 8
+    assert len(made.specializer._policy._misses) <= 8
     right(made, model)
     right(made, model)
     for number in range(40):

@@ -161,7 +161,7 @@ def test_overlapping_inputs_are_read_as_they_were() -> None:
 def test_memory_beside_an_updated_input_is_not_copied() -> None:
     module = torch_rtx.compile(Function(cached), (ROWS.clone(), ROWS.clone(), NEW, AT))
     memory = torch.cat([ROWS, ROWS])
-    with patch("torch_rtx.runtime.overlap.copy_strided") as copied:
+    with patch("torch_rtx.runtime.alias_guard.copy_strided") as copied:
         result = module(memory[:8], memory[8:], NEW, AT)
     copied.assert_not_called()
     assert torch.equal(result, memory[:8].sum(0) + ROWS.sum(0))

@@ -12,7 +12,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TokenArgument
 
-import torch_rtx
 from torch_rtx.backend.compiler import Program
 from torch_rtx.backend.inputs import declare, forward_names, user_inputs
 from torch_rtx.backend.program_cache import get_or_build
@@ -23,6 +22,7 @@ from torch_rtx.profiles import Profile
 from torch_rtx.runtime.module import CompiledModule
 from torch_rtx.runtime.signature import Fixed, Signature
 from torch_rtx.settings import CompilationSettings, RuntimeSettings
+from torch_rtx.version import __version__
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ def _engine(
         device=lowered.device.type,
         inputs=tuple(value.name for value in lowered.graph.inputs),
         signature=_saved(signature),
-        producer={"torch_rtx": torch_rtx.__version__, "torch": torch.__version__},
+        producer={"torch_rtx": __version__, "torch": torch.__version__},
         unused_names=tuple(sorted(n for n in program.state_dict if n not in needed)),
         profiles=profiles,
     )

@@ -28,7 +28,6 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-import torch_rtx
 from torch_rtx.backend.compiler import named_targets
 from torch_rtx.cache.key import Key, Part, digest
 from torch_rtx.errors import Uncacheable
@@ -36,6 +35,7 @@ from torch_rtx.ir import Sym
 from torch_rtx.lowering.from_fx import Role
 from torch_rtx.lowering.symbols import Symbols
 from torch_rtx.settings import CompilationSettings, assemblers, key_settings
+from torch_rtx.version import __version__
 
 MISSING = b"missing"  # stands for the value of a node without meta["val"]
 LITERALS = frozenset((int, float, bool, str, complex, type(None)))
@@ -484,7 +484,7 @@ def versions() -> Part:
         "torch": f"{torch.__version__} {torch.version.git_version}",
         "cuda": torch.version.cuda,
         "sympy": sympy.__version__,
-        "torch_rtx": torch_rtx.__version__,
+        "torch_rtx": __version__,
         "sources": _sources(),
     }
     for package in ("triton", "triton-windows"):  # each brings the ptxas that it calls
@@ -496,7 +496,7 @@ def versions() -> Part:
 
 
 def _sources() -> str:
-    folder = Path(torch_rtx.__file__).parent
+    folder = Path(__file__).parent.parent
     hashed = hashlib.blake2b(digest_size=16)
     for path in sorted(folder.rglob("*.py")):
         data = path.read_bytes()

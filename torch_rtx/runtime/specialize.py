@@ -17,12 +17,12 @@ from typing import Any
 import torch
 
 from torch_rtx.ir import Graph, dim_syms, kernel_nodes, type_dims
+from torch_rtx.runtime.admission import AdmissionPolicy
 from torch_rtx.runtime.background import attempt
 from torch_rtx.runtime.check import bind_sizes
 from torch_rtx.runtime.code import Code
 from torch_rtx.runtime.inline import launched
 from torch_rtx.runtime.launch import LoadedTactic, is_for
-from torch_rtx.runtime.places import Places
 from torch_rtx.runtime.tuner import TunedGraph, Tuner, TuningContext
 from torch_rtx.runtime.variant import PORTABLE, REFERENCE, Variant
 from torch_rtx.settings import RuntimeSettings
@@ -71,7 +71,7 @@ class Specializer:
         self.base.ready = self.context is None or all(node.op in native for node in nodes)
         self.variants: dict[tuple[int, ...], Variant] = {}
         self.is_met = False
-        self._places = Places(self.variants, settings.specialized_shapes, doubling=True)
+        self._policy = AdmissionPolicy(self.variants, settings.specialized_shapes, doubling=True)
         self._by_key: dict[object, Variant] = {}
         self._lock = threading.RLock()
         self._calls = 0
@@ -107,14 +107,14 @@ class Specializer:
                 self.is_met = True
                 started.append((self.base, sizes))
             found = self.base if self.static else self.variants.get(dims)
-            if found is None and (self._places.meet(dims) or (strategy == "eager" and not self._places.full)):
+            if found is None and (self._policy.record_miss(dims) or (strategy == "eager" and not self._policy.full)):
                 found = self._specialized(dims, sizes)
                 started.append((found, {}))
             if found is not None:
                 if len(self._by_key) >= MAX_KEYS:  # an input that is a number may be another one in each call
                     self._by_key = {}
                 self._by_key[key] = found
-            elif self._places.full:  # these sizes stay with what is there for all
+            elif self._policy.full:  # these sizes stay with what is there for all
                 self.base.ready = self.base.done.is_set()
         self._start(started, strategy)
         if found is not None and strategy == "eager":
@@ -123,9 +123,9 @@ class Specializer:
 
     def _specialized(self, dims: tuple[int, ...], sizes: Mapping[str, int]) -> Variant:
         """A new variant for given sizes, which may take the place of another."""
-        place = self._places.take(dims)
-        if place is not None:
-            dropped = self.variants.pop(place)
+        evicted = self._policy.evict_for(dims)
+        if evicted is not None:
+            dropped = self.variants.pop(evicted)
             self._by_key = {key: variant for key, variant in self._by_key.items() if variant is not dropped}
         found = self.variants[dims] = Variant(sizes, self.base.code, self.base.tier, used=self._calls)
         return found

@@ -1,4 +1,4 @@
-"""What a session does at the moment: its tiers, tactics and CUDA graphs, as plain data and as a table."""
+"""Statistics of a session: its tiers, tactics and CUDA graphs, as plain data and as a table."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RegionStats:
-    """A region.
+    """Statistics of a region: equal kernel nodes of a graph.
 
     Attributes:
-        op: the name of its nodes.
-        where: the place in the model of one of them.
-        nodes: how many nodes of the graph it stands for.
-        tactic: the kind of the tactic that runs it; "calls": its operations are called one by one.
-        microseconds: what was measured, by the kind and rank of the tactic.
+        op: name of the nodes.
+        where: where one of them comes from in the model.
+        nodes: how many there are.
+        tactic: kind of the tactic that runs it; "calls": the operations are called one by one.
+        microseconds: measured time of a run, by kind and rank of the tactic.
         problems: why tactics are not used.
     """
 
@@ -39,12 +39,12 @@ class RegionStats:
 
 @dataclass(frozen=True)
 class VariantStats:
-    """A graph for some sizes.
+    """Statistics of a graph for some sizes.
 
     Attributes:
-        sizes: of the symbols; none: it is for all sizes.
+        sizes: the sizes of the symbols; none: the graph is for all sizes.
         tier: "reference", "portable" or "specialized".
-        busy: something is being done for it in the background, or waits there.
+        busy: a background job for it runs or waits.
         kernels: how many kernels can be launched.
     """
 
@@ -57,13 +57,14 @@ class VariantStats:
 
 @dataclass(frozen=True)
 class Stats:
-    """A session. `print` it, or read it.
+    """Statistics of a session. `print` them, or read the fields.
 
     Attributes:
-        variants: that for all sizes first, then those for some.
-        graphs: how many CUDA graphs there are; `captures` and `replays` count since the beginning.
-        no_graphs: why there are none; None: there may be.
-        runtime_cache: of the process, for the device; None where none is used, or not yet.
+        variants: the variant for all sizes first, then those for given sizes.
+        graphs: how many CUDA graphs the session has now.
+        captures, replays: since the session was made.
+        no_graphs: why the session captures none; None if it may.
+        runtime_cache: of the process, for the device; None if none is open.
     """
 
     variants: tuple[VariantStats, ...]
@@ -95,7 +96,7 @@ def stats_of(specializer: Specializer, pool: GraphPool | None) -> Stats:
     """The stats of a session.
 
     Args:
-        pool: its CUDA graphs; None: it has none.
+        pool: the CUDA graphs; None: the session captures none.
     """
     variants = tuple(_variant(variant, specializer) for variant in [specializer.base, *specializer.variants.values()])
     store = None if specializer.context is None else specializer.context.database.opened

@@ -1,4 +1,4 @@
-"""Which keys get a place, for orders of calls that are known to be hard."""
+"""Which keys are admitted, for orders of calls that are known to be hard."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from torch_rtx.runtime.places import MET_PER_PLACE, PATIENCE, RECURS, Places
+from torch_rtx.runtime.admission import MISSES_FOR_FREE_SLOT, PATIENCE, TRACKED_PER_SLOT, AdmissionPolicy
 
 
 class Kept:
-    """Something that keeps a few keys, and what it did: `made` lists the keys that got a place, in order."""
+    """Something that keeps a few keys, and what it did: `made` lists the keys that were admitted, in order."""
 
     def __init__(self, count: int, doubling: bool = False) -> None:
         self.holders: dict[int, SimpleNamespace] = {}
-        self.places = Places(self.holders, count, doubling)
+        self.policy = AdmissionPolicy(self.holders, count, doubling)
         self.made: list[int] = []
         self.hits = self.calls = 0
 
@@ -25,33 +25,33 @@ class Kept:
             self.calls += 1
             if key in self.holders:
                 self.hits += 1
-            elif self.places.meet(key):
-                place = self.places.take(key)
-                if place is not None:
-                    del self.holders[place]
+            elif self.policy.record_miss(key):
+                evicted = self.policy.evict_for(key)
+                if evicted is not None:
+                    del self.holders[evicted]
                 self.holders[key] = SimpleNamespace()
                 self.made.append(key)
             if key in self.holders:
                 self.holders[key].used = self.calls
 
 
-def test_free_places_go_to_what_recurs() -> None:
+def test_free_slots_go_to_what_recurs() -> None:
     kept = Kept(2)
     kept.call([1, 2, 3, 1, 1])
-    assert (kept.made, kept.hits) == ([1], RECURS - 1)
-    assert not kept.places.full
+    assert (kept.made, kept.hits) == ([1], MISSES_FOR_FREE_SLOT - 1)
+    assert not kept.policy.full
 
 
 @pytest.mark.parametrize("keys", [9, 24, 400])
-def test_more_keys_than_places_in_turn(keys: int) -> None:
+def test_more_keys_than_slots_in_turn(keys: int) -> None:
     kept = Kept(8)
     kept.call(list(range(keys)) * 100)
     assert kept.made == list(range(8))
     assert kept.hits == 8 * 98
 
 
-def test_more_keys_than_places_by_chance() -> None:
-    """Places hardly ever change hands: one in 2^PATIENCE tries at first, and fewer with each that does."""
+def test_more_keys_than_slots_by_chance() -> None:
+    """Slots hardly ever change hands: one in 2^PATIENCE tries at first, and fewer with each that does."""
     chance, kept = random.Random(0), Kept(8, doubling=True)
     kept.call(chance.choices(range(24), k=200_000))
     assert len(kept.made) < 8 * 4
@@ -66,7 +66,7 @@ def test_what_comes_more_often_gets_in() -> None:
 
 
 def test_other_keys_from_some_time_on() -> None:
-    """They take all places, as soon as each was met a few times."""
+    """They take all slots, as soon as each was met a few times."""
     kept = Kept(4, doubling=True)
     kept.call([0, 1, 2, 3] * 1000)
     before = kept.calls
@@ -76,7 +76,7 @@ def test_other_keys_from_some_time_on() -> None:
 
 
 def test_keys_in_bursts() -> None:
-    """Each comes often enough in a row to get a place, again and again: the work grows with the logarithm of calls."""
+    """Each comes often enough in a row to be admitted, again and again: the work grows with the logarithm of calls."""
     work = []
     for turns in (10, 100, 1000):
         kept = Kept(4, doubling=True)
@@ -89,4 +89,4 @@ def test_keys_that_are_all_different() -> None:
     kept = Kept(8)
     kept.call(range(10_000))
     assert kept.made == []
-    assert len(kept.places._met) == 8 * MET_PER_PLACE
+    assert len(kept.policy._misses) == 8 * TRACKED_PER_SLOT

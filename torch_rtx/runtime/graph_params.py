@@ -1,7 +1,7 @@
-"""The nodes of a captured graph that hold addresses of its inputs and outputs: these are set before each replay.
+"""Parameters of the nodes of a captured graph: finds and sets those that are addresses of its inputs and outputs.
 
-They are copies, and kernels of an engine, whose parameters begin with the addresses of their tensors. What is set in
-the instantiated graph counts for later launches; one that is running or queued keeps what it was launched with.
+Such nodes are copies, and kernels of an engine, whose parameters begin with the pointers to their tensors. A parameter
+set in the instantiated graph counts for later launches; a launch that runs or is queued keeps its own.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from torch_rtx.runtime.launch import Launcher, LoadedTactic
 
 
 @dataclass(frozen=True, eq=False)
-class Node:
-    """A node of a graph that holds addresses.
+class ParamNode:
+    """A node whose parameters hold addresses.
 
     Attributes:
-        set_params: the driver's call that sets its parameters in an executable.
-        arguments: of this call, after the executable.
+        set_params: the driver's call that sets the node's parameters in an executable.
+        arguments: arguments of this call after the executable.
     """
 
     set_params: Callable[..., tuple[Any]]
@@ -35,13 +35,15 @@ class Node:
 
 
 def kernel_uses(graph: Graph) -> dict[str, tuple[str, int]]:
-    """The inputs, and the results of kernels, that nothing but kernels touches, and the views of these: of each, by
-    name, whose memory it lies in and how many arguments of kernels do.
+    """The inputs and kernel results that kernels alone touch, and views of these.
 
-    Nothing is known of the parameters of library calls and fallbacks: the addresses in them can't be set.
+    The parameters of library calls and fallbacks are unknown: the addresses in them can't be set.
 
     Args:
         graph: as it is run, see `inline_kernels`.
+
+    Returns:
+        by name, the value that owns the memory, and how many kernel arguments point into this memory.
     """
     root = {value.name: value.name for value in graph.inputs if isinstance(value.type, TensorType)}
     uses = dict.fromkeys(root, 0)
@@ -63,24 +65,23 @@ def kernel_uses(graph: Graph) -> dict[str, tuple[str, int]]:
     return {name: (owner, uses[owner]) for name, owner in root.items() if owner in uses}
 
 
-class Place(NamedTuple):
-    """An address in the parameters of `node`: where it stands, and how many bytes it lies above the beginning of the
-    tensor."""
+class AddressSlot(NamedTuple):
+    """One address in the parameters of `node`: `holder.attribute`, `offset` bytes above the start of the tensor."""
 
     holder: Any
     attribute: str
     offset: int
-    node: Node
+    node: ParamNode
 
 
-Port = Sequence[Place]  # an input or output of a graph: all that hold an address in it
+Slots = Sequence[AddressSlot]  # all addresses in one input or output of a graph
 
 
 class GraphNodes:
-    """Finds the ports of a captured graph, and lives as long as they are used.
+    """Finds the address slots of a captured graph, and owns the parameters that they point to.
 
     Args:
-        tactics: what launches its kernels.
+        tactics: the tactics whose kernels the graph may launch.
     """
 
     def __init__(self, graph: torch.cuda.CUDAGraph, tactics: Mapping[str, LoadedTactic]) -> None:
@@ -88,25 +89,25 @@ class GraphNodes:
         raw = cuda.CUgraph(graph.raw_cuda_graph())
         context, kinds = checked(cuda.cuCtxGetCurrent()), cuda.CUgraphNodeType
         known = {function: launcher for launcher in launched(tactics).values() for function in launcher.functions}
-        self._copies: dict[tuple[int, int], tuple[Node, Any]] = {}
-        self._arguments: list[tuple[int, Node, ctypes.c_uint64]] = []
+        self._copies: dict[tuple[int, int], tuple[ParamNode, Any]] = {}
+        self._arguments: list[tuple[int, ParamNode, ctypes.c_uint64]] = []
         self._kept: list[object] = []  # the parameters of kernels
         for node in _nodes(cuda, raw):
             kind = checked(cuda.cuGraphNodeGetType(node))
             if kind == kinds.CU_GRAPH_NODE_TYPE_MEMCPY:
                 params = checked(cuda.cuGraphMemcpyNodeGetParams(node))
-                made = Node(cuda.cuGraphExecMemcpyNodeSetParams, (node, params, context))
+                made = ParamNode(cuda.cuGraphExecMemcpyNodeSetParams, (node, params, context))
                 self._copies[int(params.srcDevice), int(params.dstDevice)] = made, params
             elif kind == kinds.CU_GRAPH_NODE_TYPE_KERNEL:
                 params = checked(cuda.cuGraphKernelNodeGetParams(node))
                 if int(params.func) in known:
-                    made = Node(cuda.cuGraphExecKernelNodeSetParams, (node, params))
+                    made = ParamNode(cuda.cuGraphExecKernelNodeSetParams, (node, params))
                     self._arguments += [
                         (cell.value, made, cell) for cell in self._cells(params, known[int(params.func)])
                     ]
 
     def _cells(self, params: Any, launcher: Launcher) -> list[ctypes.c_uint64]:
-        """The addresses that a kernel gets, which are in memory of our own from now on."""
+        """The pointers among the kernel's parameters, moved from the driver's memory to cells of our own."""
         theirs = (ctypes.c_void_p * launcher.parameters).from_address(int(params.kernelParams))
         values = (ctypes.c_uint64.from_address(place or 0).value for place in theirs[: launcher.pointers])
         cells = [ctypes.c_uint64(value) for value in values]
@@ -115,58 +116,57 @@ class GraphNodes:
         self._kept.append((ours, cells))
         return cells
 
-    def kernels(self, memory: torch.UntypedStorage, uses: int) -> Port | None:
-        """The port of a tensor that begins where `memory` does.
-
-        Args:
-            uses: how many arguments of kernels have to be addresses in `memory`; None if it is another number.
-        """
+    def kernels(self, memory: torch.UntypedStorage, uses: int) -> Slots | None:
+        """The kernel arguments that point into `memory`; None unless there are `uses` of them."""
         start, end = memory.data_ptr(), memory.data_ptr() + memory.nbytes()
         found = [
-            Place(cell, "value", address - start, node)
+            AddressSlot(cell, "value", address - start, node)
             for address, node, cell in self._arguments
             if start <= address < end
         ]
         return found if len(found) == uses else None
 
-    def copy(self, source: torch.Tensor, target: torch.Tensor) -> tuple[Port, Port]:
-        """The ports of a copy of `source` to `target`: from where, and to where.
+    def copy(self, source: torch.Tensor, target: torch.Tensor) -> tuple[Slots, Slots]:
+        """The slots of the source and of the target of the node that copies `source` to `target`.
 
         Raises:
-            RuntimeError: it was captured as something else than a copy.
+            RuntimeError: the copy was captured as another kind of node.
         """
         found = self._copies.get((source.data_ptr(), target.data_ptr()))
         if found is None:
             raise RuntimeError("a copy at the border of the graph was not captured as one")
         node, params = found
-        return [Place(params, "srcDevice", 0, node)], [Place(params, "dstDevice", 0, node)]
+        return [AddressSlot(params, "srcDevice", 0, node)], [AddressSlot(params, "dstDevice", 0, node)]
 
 
-Addresses = tuple[int, ...]  # of the ports of a graph, in order
+Addresses = tuple[int, ...]  # of the inputs and outputs of a graph, in the order of their slots
 
 
 class Executables:
-    """The executables of one graph: at most `most`, since addresses come again. Programs fill buffers in turn, and the
-    allocator gives back what was freed; where an executable has the addresses of a replay, nothing is set.
+    """A cache of the executables of one graph, at most `most`, by the addresses set in each.
+
+    Addresses recur: programs fill buffers in turn, and the allocator hands out freed memory again. A replay whose
+    addresses are cached sets no parameter.
 
     Args:
-        graph: it has the first of them.
+        graph: owns the first executable.
+        slots: per input and output, its slots.
 
     Attributes:
-        ready: the driver's handles of those that have addresses, by these; the one that was set longest ago first.
+        ready: the driver's handles by addresses, least recently set first.
     """
 
-    def __init__(self, graph: torch.cuda.CUDAGraph, ports: Sequence[Port], most: int) -> None:
+    def __init__(self, graph: torch.cuda.CUDAGraph, slots: Sequence[Slots], most: int) -> None:
         self._driver = driver()
         self._graph = self._driver.CUgraph(graph.raw_cuda_graph())
-        self._ports, self._most = ports, most
+        self._slots, self._most = slots, most
         self._unset = [self._driver.CUgraphExec(graph.raw_cuda_graph_exec())]
         self.ready: dict[Addresses, Any] = {}
         self._made: list[Any] = []  # beside PyTorch's own
         weakref.finalize(self, _destroy, self._driver, self._made).atexit = False
 
     def at(self, addresses: Addresses) -> Any:
-        """The handle of an executable for a replay with its ports at `addresses`.
+        """The executable whose inputs and outputs are at `addresses`.
 
         Raises:
             RuntimeError: the driver refuses an address.
@@ -175,15 +175,15 @@ class Executables:
         return self._moved(addresses) if found is None else found
 
     def _moved(self, addresses: Addresses) -> Any:
-        """One that was set to other addresses, or a new one."""
+        """Sets `addresses` in a new executable, or in the least recently set one."""
         before = (-1,) * len(addresses)
         if not self._unset and not self._new():
             before = next(iter(self.ready))
             self._unset.append(self.ready.pop(before))
-        handle = self._unset[-1]  # and stays there should this fail: the next replay then sets all of its addresses
-        nodes: dict[Node, None] = {}
-        for port, address, old in zip(self._ports, addresses, before, strict=True):
-            for holder, attribute, offset, node in port:
+        handle = self._unset[-1]  # stays there if setting fails: the next replay then sets all addresses
+        nodes: dict[ParamNode, None] = {}
+        for slots, address, old in zip(self._slots, addresses, before, strict=True):
+            for holder, attribute, offset, node in slots:
                 setattr(holder, attribute, address + offset)
                 if address != old:
                     nodes[node] = None
@@ -195,7 +195,7 @@ class Executables:
         return handle
 
     def _new(self) -> bool:
-        """Makes one more; False where there are as many as there may be, or the device has no memory for it."""
+        """Instantiate the graph once more; False at the limit, or if the device has no memory left."""
         if len(self.ready) >= self._most:
             return False
         flags = self._driver.CUgraphInstantiate_flags.CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH

@@ -1,6 +1,6 @@
-"""Inputs that share memory with what a graph updates in place: they are to be read as they were when the call began.
+"""Copies the inputs that alias a tensor which the graph updates in place, so that it reads their values at the call.
 
-Under `torch.compile` AOTAutograd sees to that. A module made ahead of time takes whatever tensors it is given.
+Under `torch.compile` AOTAutograd does this. A module that was made ahead of time takes whatever tensors it is given.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch_rtx.runtime.weights import WeightStore
 Span = tuple[int, int]
 
 
-class Apart:
-    """Keeps the inputs of `graph` apart from the inputs and weights that it updates.
+class AliasGuard:
+    """Separates the inputs of `graph` from the inputs and weights that it updates.
 
     Attributes:
-        needed: it updates any.
+        needed: the graph updates an input or weight.
     """
 
     def __init__(self, graph: Graph, store: WeightStore) -> None:
@@ -34,10 +34,10 @@ class Apart:
         self.needed = bool(self._inputs or self._weights)
 
     def __call__(self, inputs: Sequence[Any]) -> Sequence[Any]:
-        """`inputs`, with copies of those that overlap a tensor which the graph updates.
+        """`inputs`, with copies of those that overlap an updated tensor.
 
         Raises:
-            InputError: two inputs that the graph writes to are the same memory.
+            InputError: two inputs that the graph writes to are in the same memory.
         """
         spans: dict[Span, int] = {}
         for index in self._inputs:
@@ -50,15 +50,15 @@ class Apart:
                 )
             if span is not None:
                 spans[span] = index
-        kept = [span for index in self._weights if (span := _span(self._store.values[index])) is not None]
+        weights = [span for index in self._weights if (span := _span(self._store.values[index])) is not None]
         return [
-            x if index in self._inputs or not _overlaps(_span(x), (*spans, *kept)) else copy_strided(x, x.stride())
+            x if index in self._inputs or not _overlaps(_span(x), (*spans, *weights)) else copy_strided(x, x.stride())
             for index, x in enumerate(inputs)
         ]
 
 
 def _span(given: object) -> Span | None:
-    """The addresses of a tensor's first byte and of the one after its last; None where it has none."""
+    """[start, end) of a tensor's addresses; None for empty and sparse tensors and for other values."""
     if not isinstance(given, torch.Tensor) or given.layout != torch.strided or not given.numel():
         return None
     last = sum((size - 1) * stride for size, stride in zip(given.shape, given.stride(), strict=True))
