@@ -1,6 +1,6 @@
 """Dtypes: one row per name of the IR, with all that the project knows of it. A leaf: no torch, no Triton.
 
-Kernels hold f16, bf16 and the f8 formats as f32 in registers and round where a value is stored or cast on purpose.
+Kernels hold f16 and bf16 as f32 in registers and round where a value is stored or cast on purpose.
 """
 
 from __future__ import annotations

@@ -20,9 +20,9 @@ from math import ceil, gcd, inf, prod
 from torch_rtx.dtypes import DTYPES, TF32
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Dim, TensorType, typical_size
+from torch_rtx.lowering.kernels.epilogue_index import epilogue_indexing
 from torch_rtx.lowering.kernels.index import from_dim, linear, variable
 from torch_rtx.lowering.kernels.kernel_ir import ZERO, Load, Pointwise, Tensor, View, everything
-from torch_rtx.lowering.kernels.place import place
 from torch_rtx.lowering.kernels.product import MOST_ROWS, GemmConfig, Product, Steps, dot_dtype, in_memory
 from torch_rtx.lowering.kernels.region import Region, tensor_type
 from torch_rtx.lowering.kernels.triton_ops import is_expensive
@@ -74,13 +74,13 @@ def problem(region: Region, of: Product, arch: Arch, input_precision: str = "iee
     """The problem that a region is, with symbolic sizes taken for typical ones.
 
     Raises:
-        Unsupported: a dtype that the target's tensor cores do not have; or the region has no placement.
+        Unsupported: a dtype that the target's tensor cores do not have; or the region has no epilogue.
     """
     dtype = dot_dtype(of)
     if dtype == "bf16" and "bf16" not in arch.features:
         raise Unsupported(f"a matrix product of bf16 on sm_{arch.sm}")
-    placement = place(region.outputs, of.tile())
-    width = placement.width.number
+    epilogue = epilogue_indexing(region.outputs, of.tile())
+    width = epilogue.width.number
     tensors = [tensor_type(value) for value in region.body.inputs] + list(region.types)
     depth, taps, run = typical(of.depth), prod(of.taps), 8
     if Steps(of, 1).flat:
@@ -91,7 +91,7 @@ def problem(region: Region, of: Product, arch: Arch, input_precision: str = "iee
         columns=typical(of.columns) if width is None else width,
         depth=depth,
         taps=taps,
-        accumulators=len(placement.columns),
+        accumulators=len(epilogue.columns),
         dtype="tf32" if dtype == "f32" and input_precision != "ieee" else dtype,
         moved=sum(map(bytes_of, tensors)),
         columns_last=_stride(of) == 1,
