@@ -102,9 +102,9 @@ graph fused {
     )
     x, y = torch.randn(2, 5)
     check(run(graph, x, y), expected(x, y))
-    kept = inline_kernels(graph, {"add": add()})  # type: ignore[dict-item]
+    kept = inline_kernels(graph, whole({"add": add()}))
     assert [node.kind for node in kept.nodes] == ["kernel", "extern", "kernel", "op", "op", "op"]
-    assert inline_kernels(graph, {"add": add(), "both": add()}) is graph  # type: ignore[dict-item]
+    assert inline_kernels(graph, whole({"add": add(), "both": add()})) is graph
 
 
 ODD = """\
