@@ -5,17 +5,16 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-from pathlib import Path
 
 import pytest
 
 import torch_rtx
+from tests.paths import ROOT
 from torch_rtx import settings
 from torch_rtx.ir import verify
 from torch_rtx.irparse import parse
 from torch_rtx.lowering.pipeline import PIPELINE, REQUIRED
 
-ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 
 

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import torch_rtx
 from tests.engine_files import ENGINE, forge, saved
-from tests.kernels import GRAPH
+from tests.helpers.kernels import GRAPH
 from torch_rtx import kerneltable
 from torch_rtx.backend.cli import app
 from torch_rtx.engine import Engine, Manifest, inspect, load, save

@@ -11,8 +11,7 @@ from safetensors.torch import load_file
 
 import torch_rtx
 from tests import write_engines
-
-ENGINES = Path(__file__).parent / "engines"
+from tests.paths import ENGINES
 
 
 def check(path: Path) -> None:

@@ -19,7 +19,7 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 import torch_rtx
-from tests.kernels import ADD, blocks
+from tests.helpers.kernels import ADD, blocks
 from torch_rtx.backend.kernels import build_kernels
 from torch_rtx.ir import Graph, Node, TensorType, Value, dim_expr
 from torch_rtx.irparse import parse

@@ -1,0 +1,201 @@
+"""Building the kernels of a graph: the best configuration that fits each target, and the account of it."""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections.abc import Iterable
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+pytest.importorskip("triton", reason="kernels are built with Triton, which is not installed")
+
+from tests.helpers.kernels import ADD, ADD_1000, GRAPH, S16, matmul
+from torch_rtx.backend import kernels
+from torch_rtx.backend.kernels import build_kernels, progress_bar, targets_for
+from torch_rtx.engine import Engine, Manifest, inspect, load, save
+from torch_rtx.errors import LoweringError, SettingsError
+from torch_rtx.ir import Graph, Node
+from torch_rtx.irparse import parse
+from torch_rtx.kerneltable import Split, unpack
+from torch_rtx.lowering.kernels.aot import Built, Code
+from torch_rtx.lowering.kernels.kernel import Kernel
+from torch_rtx.targets import PORTABLE, PTX, Target
+
+BOTH = replace(ADD_1000, name="both", source=ADD_1000.source.replace("add_1000", "both"))
+SMALL, LARGE = matmul(64, 2, deep=32, size=S16), matmul(128, 5, size=S16)
+
+
+def one(op: str) -> Graph:
+    """A graph of one kernel."""
+    node = next(node for node in GRAPH.nodes if node.op == "both")
+    return replace(GRAPH, nodes=(replace(node, op=op, args=(("in0", GRAPH.inputs[0]),)),), outputs=node.outputs)
+
+
+def from_list(*configs: Kernel):
+    return lambda node, target, index: configs[index] if index < len(configs) else None
+
+
+def test_every_node_and_target(tmp_path: Path) -> None:
+    asked: list[tuple[str, str, int]] = []
+
+    def generate(node: Node, target: Target, index: int) -> Kernel | None:
+        asked.append((node.op, str(target), index))
+        return {"add": ADD, "both": BOTH}[node.op]
+
+    progress: list[tuple[int, int]] = []
+    table, report = build_kernels(GRAPH, PORTABLE, generate, progress=lambda *step: progress.append(step))
+    assert sorted(asked) == sorted((op, str(target), 0) for op in ("add", "both") for target in PORTABLE)
+    assert progress[-1] == (9, 9)  # three binaries, of add for two cases: PTX is that of sm_80
+    generation = (Target(80), Target(86), Target(89))
+    for op, variants in (("add", 2), ("both", 1)):
+        launches = table.launches[op]
+        assert [launch.targets for launch in launches] == [generation, (Target(90),), (Target(120),), (PTX,)]
+        assert {len(launch.variants) for launch in launches} == {variants}
+        assert launches[0].scalars == ((ADD.scalars) if op == "add" else ())
+        assert unpack(table.binaries[launches[0].aligned.binary])[:4] == b"\x7fELF"
+        assert unpack(table.binaries[launches[3].aligned.binary]).lstrip().startswith(b"//")
+    assert len(table.binaries) == 12
+    assert report.missing == ()
+    assert report.nbytes == sum(map(len, table.binaries.values())) == sum(kernel.nbytes for kernel in report.kernels)
+    lines = str(report).splitlines()
+    assert lines[0].startswith("2 kernels, ")
+    assert lines[2].split()[:5] == ["add", "4", str(report.kernels[0].registers), "0", "0"]
+    assert lines[2].endswith("sm_80, sm_86, sm_89")
+    again, _ = build_kernels(GRAPH, PORTABLE, generate)
+    assert again == table
+    save(Engine(GRAPH, Manifest("cuda", ("x", "y")), {}, None, table), tmp_path / "a.rtx")
+    assert load(tmp_path / "a.rtx").kernels == table
+    assert inspect(tmp_path / "a.rtx").kernels["sm_86"][0] == 2
+
+
+def test_the_first_configuration_that_fits() -> None:
+    table, report = build_kernels(one("k"), [Target(86), Target(80)], from_list(LARGE, SMALL))
+    first, second = table.launches["k"]
+    assert (first.targets, first.aligned.shared) == ((Target(80),), 131072)
+    assert second.targets == (Target(86),)
+    assert second.aligned.shared < 64 << 10
+    assert (first.grid, second.grid) == (LARGE.grid, SMALL.grid)
+    binaries = [unpack(stored) for stored in table.binaries.values()]
+    assert sum(map(len, table.binaries.values())) < 0.85 * sum(len(zlib.compress(binary, 9)) for binary in binaries)
+    assert report.missing == ()
+
+
+def test_none_fits() -> None:
+    table, report = build_kernels(one("k"), [Target(80), Target(86)], from_list(LARGE))
+    assert [launch.targets for launch in table.launches["k"]] == [(Target(80),)]
+    reason = "a block needs 131072 bytes of shared memory, sm_86 has 101376"
+    assert report.missing == (("k", Target(86), reason),)
+    assert str(report).splitlines()[-1] == f"  k runs call by call on sm_86: {reason}"
+    table, report = build_kernels(one("k"), [Target(86)], lambda *_: None)
+    assert not table
+    assert (
+        str(report)
+        == f"0 kernels, 0.0 KiB of binaries, {report.seconds:.1f} s\n  k runs call by call on sm_86: no code"
+    )
+
+
+@pytest.mark.parametrize(("spills", "taken"), [((500, 300, 400), 300), ((500, 0, 0), 0), ((300,), 300)])
+def test_spilling_is_the_last_resort(monkeypatch: pytest.MonkeyPatch, spills: tuple[int, ...], taken: int) -> None:
+    """The least of what spills, unless a later configuration does not."""
+
+    def compile_kernels(
+        wanted: Iterable[tuple[Kernel, Target]], progress: object
+    ) -> dict[tuple[Kernel, Target], Built]:
+        found = {}
+        for kernel, target in wanted:
+            code = Code(b"ptx", b"cubin", "k", 4, 0, 255, kernel.num_stages, 0)
+            found[kernel, target] = Built(code, None, f"spills {kernel.num_stages}" if kernel.num_stages else None)
+        return found
+
+    monkeypatch.setattr(kernels, "compile_kernels", compile_kernels)
+    configs = [replace(BOTH, num_stages=count) for count in spills]
+    table, report = build_kernels(one("k"), [Target(80)], from_list(*configs))
+    assert table.launches["k"][0].aligned.spills == taken
+    assert [kernel.spills for kernel in report.kernels] == [taken]
+    assert report.missing == ()
+
+
+DIVIDED = parse("""graph import {
+  dim s = 1, 1048576, 1
+  input in0: f32[s]
+  t: f32[s], u: f32[s] = kernel inner(in0=in0) graph import {
+    dim s = 1, 1048576, 1
+    input in0: f32[s]
+    a: f32[s] = op aten.exp.default(self=in0)
+    b: f32[s] = op aten.neg.default(self=in0)
+    return [a, b]
+  }
+  return [t, u]
+}
+""")
+
+
+def test_split_bodies() -> None:
+    """Of the targets for which there is one, those that every kernel in it fits; these have launches, others none."""
+    inner = replace(LARGE, name="matmul")
+    asked = []
+
+    def generate(node: Node, target: Target, index: int) -> Kernel | None:
+        asked.append((node.op, target))
+        return None if index else inner if node.op == "inner" else SMALL
+
+    def divide(node: Node, target: Target) -> Graph | None:
+        assert node.op == "k"
+        return None if target == Target(120) else DIVIDED
+
+    targets = (Target(80), Target(86), Target(90), Target(120))
+    table, report = build_kernels(one("k"), targets, generate, lambda *_: "slower", divide)
+    assert table.splits == {"k": (Split((Target(80), Target(90)), DIVIDED),)}  # LARGE does not fit sm_86
+    built = {op: {t for launch in found for t in launch.targets} for op, found in table.launches.items()}
+    assert built == {"k": set(targets), "inner": {Target(80), Target(90)}}
+    assert ("inner", Target(120)) not in asked
+    assert {launch.library for launch in table.launches["k"]} == {"slower"}
+    assert {launch.library for launch in table.launches["inner"]} == {"none"}
+    assert report.missing == ()
+    assert sorted(kernel.op for kernel in report.kernels) == ["inner"] * 2 + ["k"] * 3
+
+
+def test_a_split_body_must_fit_its_kernel() -> None:
+    other = parse(str(DIVIDED).replace("return [t, u]", "return [t]"))
+    with pytest.raises(LoweringError, match="returns what the kernel returns"):
+        build_kernels(one("k"), [Target(80)], from_list(SMALL), divide=lambda *_: other)
+
+
+def test_names_must_be_apart() -> None:
+    text = str(GRAPH).replace("aten.add.Tensor(self=in0, other=in1)", "aten.sub.Tensor(self=in0, other=in1)", 1)
+    with pytest.raises(LoweringError, match="two different kernels are called add"):
+        build_kernels(parse(text), [Target(80)], from_list(ADD))
+
+
+def test_targets_of_a_graph(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert targets_for("portable", GRAPH) == PORTABLE
+    half = parse(str(GRAPH).replace("a: f32[s] = op aten.exp", "a: f8e4m3fn[s] = op aten.exp"))
+    assert [str(target) for target in targets_for("portable", half)] == ["sm_89", "sm_90", "sm_120"]
+    assert "no kernels for sm_80, which lacks a dtype" in caplog.text
+    with pytest.raises(SettingsError, match=r"aten.exp.default computes in f8e4m3fn, which sm_86 lacks"):
+        targets_for(["sm_86", 90], half)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
+    assert targets_for("current", GRAPH) == (Target(89),)
+
+
+def test_misfits_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, "torch_rtx"):
+        build_kernels(one("k"), [Target(86)], from_list(LARGE, BOTH))
+    assert "matmul does not fit sm_86: a block needs 131072 bytes" in caplog.text
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_bar(terminal: bool) -> None:
+    file = StringIO()
+    with progress_bar(Console(file=file, force_terminal=terminal)) as progress:
+        for done in range(4):
+            progress(done, 3)
+    assert ("building kernels" in file.getvalue()) is terminal
+    assert ("100%" in file.getvalue()) is terminal

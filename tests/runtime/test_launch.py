@@ -1,0 +1,465 @@
+"""Launching without a GPU: which binary is chosen, and what the driver is given, byte by byte."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.doubles.fake_driver import STREAM, FakeDriver, Kept, Status
+from torch_rtx.errors import KernelError
+from torch_rtx.ir import Graph, Sym
+from torch_rtx.irparse import parse
+from torch_rtx.kerneltable import KernelTable, Launch, Split, Variant, check, pack
+from torch_rtx.runtime import driver as driver_api
+from torch_rtx.runtime.inline import Parts, inline_kernels, launched
+from torch_rtx.runtime.launch import Launcher, candidates, launchers
+from torch_rtx.targets import PTX, Target
+
+S = Sym("s")
+DEVICE = torch.device("cuda", 0)
+GRAPH: Graph = parse("""\
+graph fused {
+  input x: f32[4]
+  y: f32[4], z: f32[4] = kernel k(in0=x) graph import {
+    input in0: f32[4]
+    a: f32[4] = op aten.neg.default(self=in0)
+    b: f32[4] = op aten.exp.default(self=in0)
+    return [a, b]
+  }
+  return [y, z]
+}
+""")
+BINARIES = dict(pack(text) for text in (b"aligned 90", b"generic 90", b"80", b"86", b"ptx text"))
+NAMES = dict(zip((b"aligned 90", b"generic 90", b"80", b"86", b"ptx text"), BINARIES, strict=True))
+
+
+def variant(image: bytes, shared: int = 0, warps: int = 4) -> Variant:
+    return Variant(NAMES[image], "entry", warps, shared, 32, 0)
+
+
+def launch(*targets: Target, image: bytes = b"aligned 90", generic: Variant | None = None, shared: int = 0) -> Launch:
+    return Launch(targets, (S, S), (S, 2, 1), False, variant(image, shared), generic)
+
+
+NATIVE = launch(Target(90), generic=variant(b"generic 90"))
+SIZES = (8, 8, 8, 4, 4, 8, 8)  # three pointers, two scalars, two of scratch memory
+
+
+@pytest.fixture(autouse=True)
+def current_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: STREAM + index, raising=False)
+
+
+def made(driver: FakeDriver, *launches: Launch, binaries: Mapping[str, bytes] = BINARIES) -> Launcher | None:
+    return launchers(KernelTable({"k": launches}, binaries), GRAPH, DEVICE, driver=driver).get("k")
+
+
+# ---- choosing --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sm", "expected"),
+    [
+        (75, []),
+        (80, ["sm_80", "compute_80"]),
+        (86, ["sm_86", "sm_80", "compute_80"]),
+        (87, ["sm_86", "sm_80", "compute_80"]),
+        (89, ["sm_86", "sm_80", "compute_80"]),
+        (90, ["sm_90", "compute_90", "compute_80"]),
+        (100, ["compute_90", "compute_80"]),  # code for sm_90 is for sm_90 alone
+        (120, ["sm_120", "compute_90", "compute_80"]),
+        (121, ["compute_90", "compute_80"]),
+    ],
+)
+def test_candidates(sm: int, expected: list[str]) -> None:
+    launches = [launch(Target(80), Target(86)), launch(Target(90), Target(120)), launch(Target(90, True), PTX)]
+    assert [str(target) for _, target in candidates(launches, sm, 99 << 10)] == expected
+
+
+def test_candidates_fit_the_device() -> None:
+    launches = [launch(Target(80), shared=120 << 10), launch(PTX, shared=99 << 10)]
+    assert [str(target) for _, target in candidates(launches, 80, 163 << 10)] == ["sm_80", "compute_80"]
+    assert [str(target) for _, target in candidates(launches, 86, 99 << 10)] == ["compute_80"]
+
+
+def test_no_binary(caplog: pytest.LogCaptureFixture) -> None:
+    driver = FakeDriver(SIZES, (7, 5))
+    assert made(driver, NATIVE) is None
+    assert "kernel k runs call by call: it has no binary for sm_75" in caplog.text
+    assert driver.loaded == []
+
+
+def test_a_binary_that_the_driver_refuses(caplog: pytest.LogCaptureFixture) -> None:
+    driver = FakeDriver(SIZES, refused=(b"aligned 90",))
+    found = made(driver, NATIVE, launch(PTX, image=b"ptx text"))
+    assert found is not None
+    assert found.target == PTX
+    assert driver.loaded == [b"compiled ptx text"]
+    assert "binary of kernel k for sm_90 can't be loaded: CUDA driver: CUDA_ERROR_INVALID_PTX" in caplog.text
+    driver = FakeDriver(SIZES, refused=(b"aligned 90",))
+    assert made(driver, NATIVE) is None
+    assert "kernel k runs call by call: none of its binaries can be loaded" in caplog.text
+
+
+def test_what_the_driver_compiled_is_kept() -> None:
+    """PTX is compiled once; the next process loads the binary."""
+    kept, text = Kept(), KernelTable({"k": (launch(PTX, image=b"ptx text"),)}, BINARIES)
+    first, second = FakeDriver(SIZES), FakeDriver(SIZES)
+    for driver in (first, second):
+        assert launchers(text, GRAPH, DEVICE, driver=driver, open_store=lambda: kept)["k"].target == PTX
+        assert driver.loaded == [b"compiled ptx text"]
+    assert (first.linked, second.linked) == (1, 0)
+    assert kept == {("kernel", f"ptx {NAMES[b'ptx text']}"): b"compiled ptx text"}
+
+
+def test_nothing_is_compiled_where_nobody_waits() -> None:
+    driver = FakeDriver(SIZES, (10, 0))
+    table = KernelTable({"k": (NATIVE, launch(PTX, image=b"ptx text"))}, BINARIES)
+    assert launchers(table, GRAPH, DEVICE, driver=driver, jit=False) == {}
+    assert driver.linked == 0
+    native = launchers(table, GRAPH, DEVICE, driver=FakeDriver(SIZES), jit=False)
+    assert native["k"].is_for(90)
+    assert not native["k"].is_for(120)
+
+
+def test_for_given_sizes() -> None:
+    driver = FakeDriver(SIZES)
+    launcher = made(driver, NATIVE)
+    assert launcher is not None
+    bound = launcher.bound({"s": 7})
+    assert (bound.scalars, bound.grid, launcher.scalars) == ((7, 7), (7, 2, 1), (S, S))
+    bound((16, 32, 48), bound.scalars, bound.grid)  # type: ignore[arg-type]
+    assert driver.launched[0].grid == (7, 2, 1)
+
+
+def test_a_damaged_binary(caplog: pytest.LogCaptureFixture) -> None:
+    assert (
+        made(FakeDriver(SIZES), NATIVE, binaries=dict.fromkeys(BINARIES, b"no LZMA, but long enough to be some"))
+        is None
+    )
+    assert "can't be decompressed" in caplog.text
+
+
+def test_a_block_that_is_too_large(caplog: pytest.LogCaptureFixture) -> None:
+    driver = FakeDriver(SIZES)
+    driver.max_threads = 64
+    assert made(driver, NATIVE) is None
+    assert "a block can't have 128 threads" in caplog.text
+
+
+def test_where_nothing_is_launched(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    table = KernelTable({"k": (NATIVE,)}, BINARIES)
+    assert launchers(table, GRAPH, torch.device("cpu"), driver=FakeDriver(SIZES)) == {}
+    assert launchers(KernelTable(), GRAPH, DEVICE, driver=FakeDriver(SIZES)) == {}
+    assert caplog.text == ""
+    monkeypatch.setattr(driver_api, "driver", lambda: None)
+    assert launchers(table, GRAPH, DEVICE) == {}
+    assert "cuda-bindings is not installed" in caplog.text
+
+
+def test_loaded_once_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    driver = FakeDriver(SIZES)
+    with caplog.at_level(logging.INFO, "torch_rtx"):
+        assert made(driver, NATIVE) is not made(driver, NATIVE)
+    assert driver.loaded == [b"aligned 90", b"generic 90"]
+    assert "1 of 1 kernels run from the engine's binaries on sm_90" in caplog.text
+
+
+def test_nobody_waits_for_what_the_driver_compiles() -> None:
+    """Another thread loads a binary meanwhile."""
+    driver, entered, leave = FakeDriver(SIZES), threading.Event(), threading.Event()
+    complete = driver.cuLinkComplete
+
+    def slow(state: list[object]) -> object:
+        entered.set()
+        assert leave.wait(30)
+        return complete(state)
+
+    driver.cuLinkComplete = slow  # type: ignore[method-assign,assignment]
+    compiling = threading.Thread(target=lambda: made(driver, launch(PTX, image=b"ptx text")))
+    compiling.start()
+    assert entered.wait(30)
+    loading = threading.Thread(target=lambda: made(driver, NATIVE))
+    loading.start()
+    loading.join(10)
+    waits = loading.is_alive()
+    leave.set()
+    compiling.join()
+    loading.join()
+    assert not waits
+    assert driver.loaded == [b"aligned 90", b"generic 90", b"compiled ptx text"]
+
+
+def test_large_shared_memory_is_asked_for() -> None:
+    driver = FakeDriver(SIZES)
+    assert made(driver, launch(Target(90), shared=48 << 10)) is not None
+    assert driver.opted_in == {}
+    assert made(driver, launch(Target(90), shared=200 << 10)) is not None
+    assert driver.opted_in == {"entry": 200 << 10}
+
+
+# ---- launching -------------------------------------------------------------------------------------------------------
+
+
+def test_parameters() -> None:
+    driver = FakeDriver(SIZES)
+    launcher = made(driver, replace(NATIVE, aligned=variant(b"aligned 90", 1234, warps=8)))
+    assert launcher is not None
+    assert (launcher.scalars, launcher.grid) == ((S, S), (S, 2, 1))
+    high = 2**64 - 16
+    launcher((16, high, 32), (2**31 - 16, -32), (2**31 - 1, 65535, 65535))
+    launcher((16, 32, 48), (16, 33), (1, 2, 3))
+    first, second = driver.launched
+    assert first.parameters == (16, high, 32, 2**31 - 16, -32, 0, 0)
+    assert second.parameters == (16, 32, 48, 16, 33, 0, 0)
+    assert (first.image, first.block, first.shared) == (b"aligned 90", (256, 1, 1), 1234)
+    assert (second.image, second.block, second.shared) == (b"generic 90", (128, 1, 1), 0)
+    assert (first.grid, second.grid) == ((2**31 - 1, 65535, 65535), (1, 2, 3))
+    assert first.stream == second.stream == STREAM
+
+
+@pytest.mark.parametrize(
+    ("scalars", "wide", "sizes"),
+    [((), False, ()), ((5,), False, (4,)), ((5, 6, 7), False, (4, 4, 4)), ((2**40, -1), True, (8, 8))],
+)
+def test_layouts(scalars: Sequence[int], wide: bool, sizes: tuple[int, ...]) -> None:
+    driver = FakeDriver((8, 8, *sizes, 8, 8))
+    launches = replace(NATIVE, scalars=(S,) * len(scalars), wide=wide, generic=None)
+    graph = parse(
+        str(GRAPH).replace(", z: f32[4] =", " =").replace("return [a, b]", "return [a]").replace("[y, z]", "[y]")
+    )
+    launcher = launchers(KernelTable({"k": (launches,)}, BINARIES), graph, DEVICE, driver=driver)["k"]
+    launcher((16, 32), scalars, (1, 1, 1))
+    unsigned = tuple(value % 2**64 if wide else value for value in scalars)
+    assert driver.launched[0].parameters == (16, 32, *unsigned, 0, 0)
+
+
+def test_without_a_generic_variant_any_scalar_is_fine() -> None:
+    driver = FakeDriver(SIZES)
+    launcher = made(driver, replace(NATIVE, generic=None))
+    assert launcher is not None
+    launcher((16, 16, 16), (1, 3), (1, 1, 1))
+    assert driver.launched[0].image == b"aligned 90"
+
+
+@pytest.mark.parametrize("grid", [(0, 1, 1), (4, 0, 1), (4, 1, 0), (0, 65536, 1)])
+def test_empty_grids(grid: tuple[int, int, int]) -> None:
+    driver = FakeDriver(SIZES)
+    launcher = made(driver, NATIVE)
+    assert launcher is not None
+    launcher((16, 16, 16), (0, 0), grid)
+    assert driver.launched == []
+
+
+@pytest.mark.parametrize("grid", [(2**31, 1, 1), (1, 65536, 1), (1, 1, 65536), (-1, 1, 1), (-1, -1, 1)])
+def test_grids_that_are_too_large(grid: tuple[int, int, int]) -> None:
+    driver = FakeDriver(SIZES)
+    launcher = made(driver, NATIVE)
+    assert launcher is not None
+    with pytest.raises(KernelError, match=f"kernel k can't be launched with {grid[0]} x {grid[1]} x"):
+        launcher((16, 16, 16), (1, 1), grid)
+    assert driver.launched == []
+
+
+def test_scalars_that_are_too_large() -> None:
+    launcher = made(FakeDriver(SIZES), NATIVE)
+    assert launcher is not None
+    with pytest.raises(KernelError, match=r"kernel k can't be launched with the sizes \[2147483648, 1\]"):
+        launcher((16, 16, 16), (2**31, 1), (1, 1, 1))
+
+
+def test_launches_that_fail() -> None:
+    driver = FakeDriver(SIZES)
+    launcher = made(driver, NATIVE)
+    assert launcher is not None
+    driver.status = Status.CUDA_ERROR_INVALID_VALUE
+    with pytest.raises(KernelError, match="launching kernel k for sm_90 failed: CUDA_ERROR_INVALID_VALUE"):
+        launcher((16, 16, 16), (1, 1), (1, 1, 1))
+
+
+def test_threads_have_parameters_of_their_own() -> None:
+    """The driver reads the parameters while another thread writes its own: it must not see those."""
+    driver = FakeDriver(SIZES)
+    launcher = made(driver, NATIVE)
+    assert launcher is not None
+    read, meet = driver.cuLaunchKernel, threading.Barrier(2, timeout=30)
+
+    def together(*args: int) -> tuple[Status]:
+        meet.wait()  # both threads have written by now
+        return read(*args)  # type: ignore[arg-type]
+
+    launcher._launch = together
+
+    def work(number: int) -> None:
+        for step in range(50):
+            launcher((16 * number,) * 3, (number, step), (1, 1, 1))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    expected = {(16 * n, 16 * n, 16 * n, n, step, 0, 0) for n in (1, 2) for step in range(50)}
+    assert len(driver.launched) == 100
+    assert {found.parameters for found in driver.launched} == expected
+
+
+def test_making_a_launcher_changes_no_current_device() -> None:
+    """In a thread that has made no call of CUDA yet, a context would decide which device is the current one."""
+    driver = FakeDriver(SIZES)
+    launcher = made(driver, NATIVE)
+    assert launcher is not None
+    assert driver.cuCtxGetCurrent()[1] == 0
+    launcher((16, 16, 16), (1, 1), (1, 1, 1))
+    assert driver.cuCtxGetCurrent()[1] == 1100
+
+
+# ---- tactics ---------------------------------------------------------------------------------------------------------
+
+NESTED = parse("""graph fused {
+  input x: f32[4]
+  y: f32[4] = kernel anchored(in0=x) graph import {
+    input in0: f32[4]
+    a: f32[4] = op aten.exp.default(self=in0)
+    b: f32[4] = kernel loop(in0=a) graph import {
+      input in0: f32[4]
+      a: f32[4] = op aten.neg.default(self=in0)
+      return [a]
+    }
+    return [b]
+  }
+  return [y]
+}
+""")
+
+
+@pytest.mark.parametrize(
+    ("tactics", "library", "expected"),
+    [
+        ("best", "slower", {"anchored", "loop"}),
+        ("best", "faster", {"loop"}),
+        ("generated", "faster", {"anchored", "loop"}),
+        ("library", "slower", {"loop"}),
+        ("calls", "slower", set()),
+    ],
+)
+def test_tactics(tactics: str, library: str, expected: set[str]) -> None:
+    plain = replace(NATIVE, scalars=(), grid=(1, 1, 1), generic=None)
+    table = KernelTable({"anchored": (replace(plain, library=library),), "loop": (plain,)}, BINARIES)
+    found = launchers(table, NESTED, DEVICE, tactics, FakeDriver((8, 8, 8, 8)))
+    assert found.keys() == expected
+    left = [node.op for node in inline_kernels(NESTED, found).nodes]
+    assert (
+        left
+        == {0: ["aten.exp.default", "aten.neg.default"], 1: ["aten.exp.default", "loop"], 2: ["anchored"]}[
+            len(expected)
+        ]
+    )
+
+
+SPLIT = parse("""graph import {
+  input in0: f32[4]
+  t: f32[4] = kernel parts(in0=in0) graph import {
+    input in0: f32[4]
+    a: f32[4] = op aten.exp.default(self=in0)
+    return [a]
+  }
+  b: f32[4] = kernel sum(in0=t) graph import {
+    input in0: f32[4]
+    a: f32[4] = kernel loop(in0=in0) graph import {
+      input in0: f32[4]
+      a: f32[4] = op aten.neg.default(self=in0)
+      return [a]
+    }
+    return [a]
+  }
+  return [b]
+}
+""")
+
+
+def split_table(library: str, image: bytes = b"aligned 90") -> KernelTable:
+    """The kernels of NESTED, with a split body of the outer one; `image` is that of the body's second kernel."""
+    plain = replace(NATIVE, scalars=(), grid=(1, 1, 1), generic=None)
+    outer = replace(plain, library=library)
+    second = replace(plain, aligned=variant(image))
+    launches = {"anchored": (outer,), "loop": (plain,), "parts": (plain,), "sum": (second,)}
+    return KernelTable(launches, BINARIES, {"anchored": (Split((Target(90),), SPLIT),)})
+
+
+@pytest.mark.parametrize(
+    ("tactics", "library", "expected"),
+    [
+        ("best", "slower", ["parts", "sum"]),
+        ("best", "none", ["parts", "sum"]),
+        ("best", "faster", ["aten.exp.default", "loop"]),
+        ("split", "faster", ["parts", "sum"]),
+        ("generated", "slower", ["anchored"]),
+        ("library", "slower", ["aten.exp.default", "loop"]),
+        ("library", "none", ["parts", "sum"]),
+        ("calls", "slower", ["aten.exp.default", "aten.neg.default"]),
+    ],
+)
+def test_split_bodies(tactics: str, library: str, expected: list[str]) -> None:
+    table = split_table(library)
+    check(table, NESTED)
+    found = launchers(table, NESTED, DEVICE, tactics, FakeDriver((8, 8, 8, 8)))
+    assert [node.op for node in inline_kernels(NESTED, found).nodes] == expected
+    assert {op for op in expected if not op.startswith("aten.")} <= launched(found).keys()
+    assert isinstance(found.get("anchored"), Parts) == (expected == ["parts", "sum"])
+
+
+def test_where_nothing_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    table, driver = split_table("slower"), FakeDriver((8, 8, 8, 8))
+    assert launchers(table, NESTED, torch.device("cpu"), "split", driver) == {}
+    whole = launchers(replace(table, splits={}), NESTED, DEVICE, "split", driver)
+    assert isinstance(whole["anchored"], Launcher)
+    other = FakeDriver((8, 8, 8, 8), (8, 0))  # the table has nothing for it
+    assert launchers(table, NESTED, DEVICE, "split", other) == {}
+    monkeypatch.setattr(driver_api, "driver", lambda: None)
+    assert launchers(table, NESTED, DEVICE, "split") == {}
+
+
+def test_a_split_body_of_which_a_kernel_is_refused() -> None:
+    """The node's own kernel runs then."""
+    driver = FakeDriver((8, 8, 8, 8), refused=(b"generic 90",))
+    found = launchers(split_table("slower", b"generic 90"), NESTED, DEVICE, driver=driver)
+    assert isinstance(found["anchored"], Launcher)
+
+
+def test_split_bodies_for_given_sizes() -> None:
+    found = launchers(split_table("slower"), NESTED, DEVICE, driver=FakeDriver((8, 8, 8, 8)))["anchored"]
+    assert isinstance(found, Parts)
+    assert found.is_for(90)
+    assert not found.is_for(120)
+    bound = found.bound({"s": 7})
+    assert (bound.body, bound.kernels.keys()) == (SPLIT, {"parts", "sum", "loop"})
+
+
+@pytest.mark.parametrize(("library", "best"), [("slower", Launcher), ("none", Parts)])
+def test_what_the_driver_would_compile_is_split_by_itself_if_it_is_a_loop(library: str, best: type) -> None:
+    table = split_table(library)
+    launches = {op: tuple(replace(one, targets=(PTX,)) for one in found) for op, found in table.launches.items()}
+    table = replace(table, launches=launches, splits={"anchored": (Split((PTX,), SPLIT),)})
+    driver = FakeDriver((8, 8, 8, 8))
+    assert isinstance(launchers(table, NESTED, DEVICE, "best", driver)["anchored"], best)
+    assert isinstance(launchers(table, NESTED, DEVICE, "split", driver)["anchored"], Parts)
+
+
+def test_tactics_of_a_table() -> None:
+    orders = {library: split_table(library).tactics("anchored", Target(90)) for library in ("none", "slower", "faster")}
+    assert orders == {
+        "none": ("split", "kernel"),
+        "slower": ("split", "kernel", "library"),
+        "faster": ("library", "split", "kernel"),
+    }
+    table = split_table("slower")
+    assert table.tactics("loop", Target(90)) == ("kernel",)
+    assert table.tactics("anchored", Target(80)) == table.tactics("other", Target(90)) == ()
+    assert table.split("anchored", Target(90)) == SPLIT
+    assert table.split("anchored", Target(80)) is None
