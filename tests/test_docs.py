@@ -26,6 +26,7 @@ def table_in(page: str) -> str:
     return "".join(lines[start:end])
 
 
+@pytest.mark.quick
 def test_settings_table(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("TORCH_RTX_DUMP", "TORCH_RTX_CACHE_DIR"):
         monkeypatch.delenv(name, raising=False)
@@ -40,11 +41,13 @@ def test_settings_name_passes_and_modes() -> None:
     assert all(f"`{mode}`" in text for mode in settings.MODES)
 
 
+@pytest.mark.quick
 def test_passes_table() -> None:
     rows = re.findall(r"^\| `(\w+)` \|", (DOCS / "architecture.md").read_text(), re.MULTILINE)
     assert rows == list(PIPELINE)
 
 
+@pytest.mark.quick
 def test_ir_example() -> None:
     """The graph in architecture.md is valid, and is written as the text form writes it."""
     examples = re.findall(r"^```\n(graph .*?)^```$", (DOCS / "architecture.md").read_text(), re.MULTILINE | re.DOTALL)
@@ -54,6 +57,7 @@ def test_ir_example() -> None:
     assert str(graph) == examples[0]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", torch_rtx.__all__)
 def test_public_name(name: str) -> None:
     """A public name has a docstring of its own and typed arguments, and docs/api.md speaks of it."""

@@ -72,6 +72,7 @@ WITH_SPLITS = replace(WITH_KERNELS, kernels=SPLIT_TABLE)
 # ---- round trip ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick
 def test_round_trip(tmp_path: Path) -> None:
     raw = saved(tmp_path / "a.rtx", WITH_KERNELS)
     got = load(tmp_path / "a.rtx")

@@ -78,6 +78,7 @@ def imports(path: Path) -> set[str]:
     return found
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("path", FILES, ids=module_of)
 def test_arrows(path: Path) -> None:
     own = part_of(module_of(path))
@@ -86,10 +87,12 @@ def test_arrows(path: Path) -> None:
         assert other == own or other in ARROWS[own], f"{module_of(path)} must not import {imported}"
 
 
+@pytest.mark.quick
 def test_every_part_has_its_arrows() -> None:
     assert {part_of(module_of(path)) for path in FILES} == set(ARROWS)
 
 
+@pytest.mark.quick
 def test_no_cycles() -> None:
     graph = {module_of(path): imports(path) for path in FILES}
     done: set[str] = set()
@@ -105,6 +108,7 @@ def test_no_cycles() -> None:
         visit(module, ())
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("path", FILES, ids=module_of)
 def test_lengths(path: Path) -> None:
     text = path.read_text()
@@ -115,6 +119,7 @@ def test_lengths(path: Path) -> None:
             assert length <= MAX_FUNCTION, f"{node.name} has {length} lines"
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("path", FILES, ids=module_of)
 def test_public_names_are_documented(path: Path) -> None:
     tree = ast.parse(path.read_text())
@@ -127,6 +132,7 @@ def test_public_names_are_documented(path: Path) -> None:
                     assert ast.get_docstring(inner), f"{node.name}.{inner.name} has no docstring"
 
 
+@pytest.mark.quick
 def test_passes_are_one_file_each() -> None:
     from torch_rtx.lowering.pipeline import PIPELINE
 
@@ -134,6 +140,7 @@ def test_passes_are_one_file_each() -> None:
     assert files == set(PIPELINE)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("statement", "absent"),
     [
@@ -148,6 +155,7 @@ def test_imports_are_light(statement: str, absent: tuple[str, ...]) -> None:
     subprocess.run([sys.executable, "-c", check], check=True, cwd=ROOT)
 
 
+@pytest.mark.quick
 def test_variables_are_read_in_settings_alone() -> None:
     for path in FILES:
         if path.name != "settings.py":

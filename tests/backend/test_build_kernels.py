@@ -74,6 +74,7 @@ def test_every_node_and_target(tmp_path: Path) -> None:
     assert inspect(tmp_path / "a.rtx").kernels["sm_86"][0] == 2
 
 
+@pytest.mark.quick
 def test_the_first_configuration_that_fits() -> None:
     table, report = build_kernels(one("k"), [Target(86), Target(80)], from_list(LARGE, SMALL))
     first, second = table.launches["k"]

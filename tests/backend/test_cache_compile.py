@@ -50,6 +50,7 @@ def renamed(model: nn.Module) -> nn.Module:
 # ---- torch.compile ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick
 @torch.no_grad()
 def test_other_weights_and_names(traffic: Traffic, recorder: Recorder) -> None:
     """One build serves every model of the architecture, each with its own weights, recipes and names."""

@@ -147,6 +147,7 @@ def test_functions_that_differ(pair: str, keys: Keys) -> None:
     assert "graph" in first.differing(second)
 
 
+@pytest.mark.quick
 def test_constants(keys: Keys) -> None:
     """Constants of the graph are built into the engine: their bytes and types are in the key."""
     base = keys(lambda x: x + torch.tensor([1.0, 2.0, 3.0, 4.0]), X)

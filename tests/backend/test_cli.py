@@ -27,6 +27,7 @@ def call(*args):
     return CliRunner().invoke(app, list(map(str, args)))
 
 
+@pytest.mark.quick
 def test_inspect(path):
     result = call("inspect", path)
     assert result.exit_code == 0

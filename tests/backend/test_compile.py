@@ -39,6 +39,7 @@ def test_one_graph_for_many_shapes(dynamic, recorder):
     assert recorder.fallbacks == []
 
 
+@pytest.mark.quick
 def test_sizes_zero_and_one():
     compiled, counter = counted(lambda x: (x.relu().sum(0), x * 2, x.shape[0]), dynamic=True)
     for rows in (4, 1, 0, 7):
@@ -124,6 +125,7 @@ class Batch:
     extra: dict
 
 
+@pytest.mark.quick
 def test_nested_arguments_and_results():
     def f(batch, *, scale, pair=None):
         x = batch.x * scale["by"][0] + batch.extra["bias"]

@@ -113,6 +113,7 @@ def test_dropout_draws_what_aot_eager_draws():
     same(*results)
 
 
+@pytest.mark.quick
 def test_gradients_of_inputs_and_frozen_parameters():
     model, _ = make("mlp")
     model[0].weight.requires_grad_(False)

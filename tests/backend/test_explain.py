@@ -36,6 +36,7 @@ def test_a_model_that_is_all_engine():
     assert str(found) == "1 graph: 2 nodes in engines, 0 fall back to PyTorch\ngraph 0: blocks of 2 nodes"
 
 
+@pytest.mark.quick
 def test_fallbacks_have_reason_and_location():
     model = Model()
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):

@@ -68,6 +68,7 @@ def sym(module: torch_rtx.CompiledModule, name: str, axis: int = 0) -> Sym:
 # ---- what is built ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick
 def test_one_profile(tmp_path: Path) -> None:
     """Right at the ends of the ranges, at the opt shape and between; nothing outside of them."""
     batch = {0: "batch"}

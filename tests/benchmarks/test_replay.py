@@ -58,6 +58,7 @@ def again(before: Path, *options: str) -> Path:
     return folder
 
 
+@pytest.mark.quick
 def test_equal_code_gives_equal_files(before: Path, capsys: pytest.CaptureFixture[str]) -> None:
     after = again(before, "--workers", "1")
     (one,), (two,) = before.iterdir(), after.iterdir()

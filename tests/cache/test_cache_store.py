@@ -38,6 +38,7 @@ def store(tmp_path: Path) -> FileStore:
     return FileStore(tmp_path / "engines", 1000)
 
 
+@pytest.mark.quick
 def test_bytes_by_name(store: FileStore) -> None:
     assert store.get(NAMES[0]) is None
     assert store.entries() == []
@@ -118,6 +119,7 @@ def test_what_killed_writers_left_is_removed(store: FileStore) -> None:
 # ---- entries ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick
 def test_entries(store: FileStore) -> None:
     cache, first = EngineCache(store), key("nodes: 1")
     assert cache.get(first) is None

@@ -69,6 +69,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 # ---- what is found ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick
 def test_round_trip(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cache = RuntimeCache(path, ADA)
     assert cache.get("kernel", "a") is None

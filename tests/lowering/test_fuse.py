@@ -204,6 +204,7 @@ def test_units_that_would_wait_for_each_other(count: int) -> None:
     assert {node.kind for node in fused.nodes} == {"kernel"}
 
 
+@pytest.mark.quick
 def test_a_sum_over_several_dims_is_a_kernel() -> None:
     """The row of such a sum is a place in a shape of symbols alone."""
     length = Sym("s1", 2, 64)

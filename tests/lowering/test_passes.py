@@ -99,6 +99,7 @@ def assert_same_numbers(before: Graph, after: Graph, sizes: dict[str, int] | Non
         assert given_.stride() == wanted.stride()
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("name", "before", "after"), cases())
 def test_text(name, before, after, monkeypatch):
     monkeypatch.setattr(hoist_weights, "GROWTH_BYTES", 64)

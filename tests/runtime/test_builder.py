@@ -51,6 +51,7 @@ def builder() -> Iterator[Builder]:
     made.close()
 
 
+@pytest.mark.quick
 def test_an_answer_is_what_is_built_here(builder: Builder) -> None:
     bodies = {"k0": (body(), 0), "k1": (body("sin", "s"), 0), "none": (body(), 99)}
     found = builder.build(bodies, 86)

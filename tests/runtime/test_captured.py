@@ -80,6 +80,7 @@ CHAIN = """
 """
 
 
+@pytest.mark.quick
 def test_kernels_alone_need_no_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other addresses in each call, results that are kept, and several shapes in turn."""
     module = Module(monkeypatch, CHAIN)
@@ -294,6 +295,7 @@ def views(monkeypatch: pytest.MonkeyPatch, index: int, results: str) -> Module:
     return Module(monkeypatch, VIEWS.replace("INDEX", str(index)).replace("RESULTS", results), 4)
 
 
+@pytest.mark.quick
 def test_views_move_with_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel reads a part of an input; two results are views of one kernel's, a third is a view of an input."""
     module = views(monkeypatch, 1, "t, w, a")

@@ -40,6 +40,7 @@ def call(pool: GraphPool, key: object, store: Any = STORE, code: Any = None) -> 
     return found is not None
 
 
+@pytest.mark.quick
 def test_plain_then_captured(pool: GraphPool) -> None:
     assert [call(pool, "a") for _ in range(4)] == [False, True, True, True]
     assert pool.captures == 1

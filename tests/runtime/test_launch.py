@@ -87,6 +87,7 @@ def test_candidates_fit_the_device() -> None:
     assert [str(target) for _, target in candidates(launches, 86, 99 << 10)] == ["compute_80"]
 
 
+@pytest.mark.quick
 def test_no_binary(caplog: pytest.LogCaptureFixture) -> None:
     driver = FakeDriver(SIZES, (7, 5))
     assert made(driver, NATIVE) is None
@@ -127,6 +128,7 @@ def test_nothing_is_compiled_where_nobody_waits() -> None:
     assert not native["k"].is_for(120)
 
 
+@pytest.mark.quick
 def test_for_given_sizes() -> None:
     driver = FakeDriver(SIZES)
     launcher = made(driver, NATIVE)

@@ -78,6 +78,7 @@ def test_in_a_new_process(transformers, tmp_path):
     assert all(torch.equal(load_file(tmp_path / "outputs.safetensors")[key], expected[key]) for key in expected)
 
 
+@pytest.mark.quick
 def test_inspect_without_torch(tmp_path):
     torch_rtx.save(torch_rtx.compile(Net().eval(), (IMAGE,)), tmp_path / "model.rtx")
     code = "import sys; sys.modules['torch'] = None; import torch_rtx; print(torch_rtx.inspect(sys.argv[1]))"

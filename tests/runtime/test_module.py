@@ -248,6 +248,7 @@ def test_containers_without_a_name_run_and_are_not_saved(tmp_path):
         torch_rtx.save(keyed, tmp_path / "model.rtx")
 
 
+@pytest.mark.quick
 def test_inputs_are_named():
     module = torch_rtx.compile(Function(lambda **kw: kw["b"] + kw["a"]), (), {"a": A, "b": B})
     assert len(module.engine.manifest.inputs) == 2
@@ -424,6 +425,7 @@ def test_tied_and_unsaved_weights(tmp_path):
         same(loaded(X), model(X))
 
 
+@pytest.mark.quick
 def test_with_weights_in_the_file(tmp_path):
     settings = torch_rtx.CompilationSettings(strip_weights=False)
     for model, args in ((Net().eval(), (IMAGE,)), (Tied(), (IDS,))):

@@ -123,6 +123,7 @@ graph fused {
 """)
 
 
+@pytest.mark.quick
 def test_what_lies_in_the_arena() -> None:
     plan = Plan(GRAPH, frozenset(), frozenset({"s"}))
     found = {buffer.name: (buffer.first, buffer.last) for buffer in plan.buffers}
@@ -170,6 +171,7 @@ def test_library_calls_write_to_the_arena() -> None:
         torch.testing.assert_close(f, (w @ (w @ c)).t())
 
 
+@pytest.mark.quick
 def test_a_session_tells_its_memory() -> None:
     store = WeightStore(GRAPH, CPU, {})
     session = Session(GRAPH, store, RuntimeSettings())

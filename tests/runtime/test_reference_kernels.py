@@ -73,6 +73,7 @@ def test_bodies(size: int) -> None:
     check(run(GRAPH, x, y), expected(x, y))
 
 
+@pytest.mark.quick
 def test_inlined_graph() -> None:
     """Names inside a body are new ones: `k3_a` of the outer graph and of the body, and `a` of both, are four values."""
     graph = parse(str(GRAPH).replace("input y:", "input k3_a:").replace("=y", "=k3_a"))
@@ -127,6 +128,7 @@ def test_outputs_that_are_inputs_or_equal() -> None:
     assert "k0_tx" in compile_graph(graph, CPU).source
 
 
+@pytest.mark.quick
 def test_session_runs_bodies_or_launches() -> None:
     x, y = torch.randn(2, 9)
     launcher = add()

@@ -68,6 +68,7 @@ def test_equal_to_a_fresh_build(name, tmp_path):
     assert equal(results(attached, args, kwargs), built[1])
 
 
+@pytest.mark.quick
 def test_there_and_back(net):
     a, b, engine = net
     seen = []

@@ -96,6 +96,7 @@ def right(made: Session, model: nn.Module, x: torch.Tensor = X) -> None:
         torch.testing.assert_close(got, model(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.quick
 def test_from_calls_to_kernels(background: Background) -> None:
     device = Device()
     made, model = session(device, background)

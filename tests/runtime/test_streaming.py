@@ -446,6 +446,7 @@ def test_a_failed_call_does_no_harm(deep: tuple[Deep, Deep, Path], monkeypatch: 
     assert equal(results(module, (X,)), expected)
 
 
+@pytest.mark.quick
 def test_budgets(deep: tuple[Deep, Deep, Path], caplog: pytest.LogCaptureFixture) -> None:
     a, _, path = deep
     for budget in ("100%", "1GiB", "1 GB", 1 << 40):

@@ -74,6 +74,7 @@ def test_ptx_is_for_old_drivers() -> None:
     assert b".loc" not in aligned.ptx
 
 
+@pytest.mark.quick
 def test_variants() -> None:
     aligned, generic = built(ADD, 80).codes
     assert b"ld.global.v4" in aligned.ptx
@@ -84,6 +85,7 @@ def test_variants() -> None:
     assert wide.count(b"\t.param .u64") == 6
 
 
+@pytest.mark.quick
 def test_multiples() -> None:
     t = Sym("t", multiple=8)
     dims = (S, t, 48, dim_expr("*", 2, t), dim_expr("+", dim_expr("*", 32, S), 16), dim_expr("//", t, 2), 0)

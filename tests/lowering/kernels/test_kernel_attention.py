@@ -254,6 +254,7 @@ def test_other_dtypes(name: str, dtype: str) -> None:
     CASES[name].check(dtype)
 
 
+@pytest.mark.quick
 def test_rows_without_a_key_are_zero() -> None:
     case = masked((2, 2, 18, 21))
     graph = case.graph("f32")

@@ -179,6 +179,7 @@ return y
     check(text, conv_kernel, SMALL, dims={"s": size, "t": 5})
 
 
+@pytest.mark.quick
 def test_a_convolution_of_points_is_a_matrix_product() -> None:
     source = conv_kernel(region(body(call((2, 32, 8, 8), (16, 32, 1, 1)))), "kernel", SMALL).source
     assert "//" not in source.replace("(tile //", """""")

@@ -340,6 +340,7 @@ def test_few_rows(rows: int, dtype: str) -> None:
     check(text, gemm_kernel, SUMS, dtype)
 
 
+@pytest.mark.quick
 def test_few_rows_of_batches() -> None:
     check(CALLS["matmul, broadcast"].replace("20", "2"), gemm_kernel, GemmConfig(16, 16, 64, sums=True, programs=5))
 

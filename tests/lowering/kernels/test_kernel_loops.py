@@ -76,6 +76,7 @@ BODIES = {
 BODIES = {name: text.replace("(16 * 96)", "1536") for name, text in BODIES.items()}
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", BODIES)
 def test_source(name: str) -> None:
     """The text is what it was: whoever changes it reads the difference, and writes the file anew."""
@@ -99,6 +100,7 @@ def test_indices_have_the_bits_that_sizes_need(most: str, wide: bool) -> None:
     torch.testing.assert_close(found, given.sum(1))
 
 
+@pytest.mark.quick
 def test_configurations_get_smaller_and_stay_right() -> None:
     found = region(
         parse(BODIES["residual and norm"].replace("8, 384, 768", "2, 3, 768").replace("3072, 768", "6, 768"))

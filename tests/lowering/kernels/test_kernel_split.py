@@ -71,6 +71,7 @@ def test_other_dtypes_of_products(text: str, dtype: str) -> None:
     check_split(text, 2, dtype)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("size", [0, 1, 9])
 def test_symbolic_rows(size: int) -> None:
     form = check_split(SYMBOLIC.replace("LAST", "4096"), 4, dims={"s": size})
