@@ -18,8 +18,9 @@ from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Attr, Dim, Graph, Node, TensorType, Value, contiguous, dim_expr
 from torch_rtx.lowering.kernels.attention import LEAST, Attention
 from torch_rtx.lowering.kernels.calls import Calls, needed, type_of
-from torch_rtx.lowering.kernels.cost import BARRIER, CLEAR, LATENCY, LAUNCH, PARTS, chip, typical
+from torch_rtx.lowering.kernels.cost import BARRIER, CLEAR, LATENCY, LAUNCH, PARTS, typical
 from torch_rtx.lowering.kernels.product import argument
+from torch_rtx.targets import Arch
 
 FEW_QUERIES = 16
 STEP = 64  # keys that a program of few rows takes at once
@@ -27,10 +28,10 @@ RESIDENT = 4  # such programs on a processor
 SDPA = "aten.scaled_dot_product_attention.default"
 
 
-def keys_in_parts(found: Attention, keys: Dim, target: int, gain: float = CLEAR) -> int:
+def keys_in_parts(found: Attention, keys: Dim, arch: Arch, gain: float = CLEAR) -> int:
     """In how many ranges the keys of an attention are best cut, so that they fill the chip; 1: in none, which is also
     the answer where the gain would be less than `gain`."""
-    on = chip(target)
+    on = arch.chip
     if found.causal or not isinstance(found.queries, int) or found.queries > FEW_QUERIES:
         return 1
     width = (found.width + found.value_width) * (4 if found.dtype == "f32" else 2)

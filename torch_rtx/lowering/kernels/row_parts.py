@@ -19,11 +19,12 @@ from typing import NamedTuple
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Dim, Graph, Node, TensorType, Value, attr_values, dim_expr
 from torch_rtx.lowering.kernels.calls import Calls, kernel, needed, type_of
-from torch_rtx.lowering.kernels.cost import LAUNCH, bytes_of, chip, typical
+from torch_rtx.lowering.kernels.cost import LAUNCH, bytes_of, typical
 from torch_rtx.lowering.kernels.loops import loop_configs
 from torch_rtx.lowering.kernels.region import ANCHORS, Region, express, reductions_of, tensor_type
 from torch_rtx.lowering.kernels.row_rules import RULES, Dims, Values
 from torch_rtx.lowering.kernels.tensor import Reduce, Tensor, children, everything, load
+from torch_rtx.targets import Arch
 
 PART, SHORT_PART = (512, 4096), (64, 512)  # elements of a part; where threads read neighbours of a row, and where not
 TOTAL = 4096  # partial results that one program makes the whole of, if parts need not be too long for that
@@ -262,14 +263,14 @@ def reduces(node: Node) -> bool:
 # ---- where it is better ----------------------------------------------------------------------------------------------
 
 
-def best_row_parts(found: Region, target: int, gain: float) -> int:
+def best_row_parts(found: Region, arch: Arch, gain: float) -> int:
     """In about how many parts the rows that a region reduces are best cut; 1: in none, which is also the answer where
     the gain is less than `gain`."""
     node = next(filter(reduces, found.body.nodes), None)
     if not reductions_of(found.outputs) or node is None or node.op not in RULES:
         return 1
     operand, axes = RULES[node.op].operand(Calls(set()), node)
-    type_, on = type_of(operand), chip(target)
+    type_, on = type_of(operand), arch.chip
     order, run = _longest(type_, axes)
     size, every = _elements(type_, axes), _elements(type_, order)
     if not every:
@@ -281,7 +282,7 @@ def best_row_parts(found: Region, target: int, gain: float) -> int:
     parts = max(ceil(_elements(type_, run) / (2 * wanted - 1)), 2)
     if 2 * _place(type_, axes, parts).length(type_) < wanted:
         return 1
-    whole, split = _times(found, every // size, size, _together(type_, axes), target)
+    whole, split = _times(found, every // size, size, _together(type_, axes), arch)
     return parts if split * gain <= whole else 1
 
 
@@ -301,7 +302,7 @@ def _together(type_: TensorType, axes: Dims) -> int:
     return last
 
 
-def _times(found: Region, rows: int, size: int, together: int, target: int) -> tuple[float, float]:
+def _times(found: Region, rows: int, size: int, together: int, arch: Arch) -> tuple[float, float]:
     """What one kernel takes, and what those of parts do: a program waits for memory in each of its steps, which read a
     row once per level of reductions and once more for what comes after. Loads of 8 bytes and more take the shortest,
     and of neighbours in memory that are of other rows than its own a program reads what completes a sector. Where there
@@ -310,7 +311,7 @@ def _times(found: Region, rows: int, size: int, together: int, target: int) -> t
 
     This is within 40 % (root mean square) of 88 group norms of a UNet with 2 and 16 images on an H200, and within 12 %
     of their forms in parts."""
-    on, inputs = chip(target), [tensor_type(value) for value in found.body.inputs]
+    on, inputs = arch.chip, [tensor_type(value) for value in found.body.inputs]
     config = loop_configs(found)[0]
     after = any(_elements_in(type_) > rows for type_ in found.types)
     at_once = size <= config.elements
