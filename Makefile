@@ -26,6 +26,7 @@ $(STAMP): requirements-ci.txt pyproject.toml
 
 lint: setup
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 # One minute on two cores: lint beside a few tests of every subsystem.
