@@ -1,5 +1,5 @@
-"""Types of new nodes: the node's own ATen call, run on fake tensors. No shape function is written by hand; a call that
-PyTorch cannot run there is written out as others."""
+"""Types of new nodes: the node's own ATen call, run on fake tensors. No shape function is written by hand, but for four
+views in bodies of kernels (`kernels.view_types`); a call that PyTorch cannot run there is written out as others."""
 
 from __future__ import annotations
 

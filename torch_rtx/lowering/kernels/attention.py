@@ -22,7 +22,7 @@ from torch_rtx.lowering.kernels.emit import Axis, Emitter, Operand, Scope, inden
 from torch_rtx.lowering.kernels.index import Index, constant, from_dim, linear, product, ravel, unravel, variable
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.product import in_memory, operand
-from torch_rtx.lowering.kernels.region import Region
+from torch_rtx.lowering.kernels.region import ANCHORS, Region
 from torch_rtx.lowering.kernels.source import assemble, blocks, is_wide
 from torch_rtx.lowering.kernels.tensor import (
     ONE,
@@ -141,7 +141,7 @@ def attention_of(region: Region) -> Attention:
         Unsupported: dropout, an open or too large head dimension, dtypes that tensor cores do not multiply.
     """
     node = region.anchor
-    if node is None or not node.op.startswith("aten.scaled_dot_product_attention."):
+    if node is None or ANCHORS[node.op] != "attention":
         raise Unsupported("a region without attention")
     result = node.outputs[0]
     if node.arg("dropout_p", 0.0) != 0.0:

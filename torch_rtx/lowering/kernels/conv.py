@@ -16,6 +16,7 @@ from math import ceil
 
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Attr, Dim, Node, Value, dim_expr
+from torch_rtx.lowering.kernels.body_builder import argument
 from torch_rtx.lowering.kernels.cost import best_time, chip, configurations, typical
 from torch_rtx.lowering.kernels.emit import Axis, Emitter, Operand
 from torch_rtx.lowering.kernels.index import Index, constant, from_dim, unravel
@@ -30,7 +31,6 @@ from torch_rtx.lowering.kernels.product import (
     Steps,
     SumWriter,
     TileWriter,
-    argument,
     dot_dtype,
     in_memory,
     operand,

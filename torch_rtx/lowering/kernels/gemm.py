@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Node, dim_expr
+from torch_rtx.lowering.kernels.body_builder import argument
 from torch_rtx.lowering.kernels.cost import best_time, configurations, loop_time
 from torch_rtx.lowering.kernels.index import Index, from_dim, unravel
 from torch_rtx.lowering.kernels.kernel import Kernel
-from torch_rtx.lowering.kernels.product import DotWriter, GemmConfig, Product, SumWriter, argument, result
+from torch_rtx.lowering.kernels.product import DotWriter, GemmConfig, Product, SumWriter, result
 from torch_rtx.lowering.kernels.region import Region, tensor_type
 from torch_rtx.lowering.kernels.tensor import (
     ONE,

@@ -9,12 +9,12 @@ from typing import Any
 
 from torch_rtx.ir import Dim, Graph, Node, TensorType, Value, typical_size
 from torch_rtx.lowering.kernels.attention import attention_configs, attention_kernel
-from torch_rtx.lowering.kernels.attention_parts import as_attention
+from torch_rtx.lowering.kernels.body_builder import argument
 from torch_rtx.lowering.kernels.conv import conv_configs, conv_kernel, conv_time
 from torch_rtx.lowering.kernels.gemm import after_call, gemm_configs, gemm_kernel, gemm_time
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.loops import loop_configs, loop_kernel
-from torch_rtx.lowering.kernels.product import FEW, argument
+from torch_rtx.lowering.kernels.product import FEW
 from torch_rtx.lowering.kernels.region import ANCHORS, Region, region, tensor_type
 from torch_rtx.targets import HOPPER
 
@@ -52,7 +52,7 @@ def generate(body: Graph, name: str, sm: int, which: int) -> Kernel | None:
 
 @lru_cache(maxsize=1024)  # asked for once per configuration, and for equal regions of many layers
 def _prepared(body: Graph, sm: int) -> tuple[Region, Sequence[Any]]:
-    found = region(as_attention(body))
+    found = region(body)
     return found, FAMILIES[family(found)][0](found, sm)
 
 
@@ -75,7 +75,7 @@ def library(body: Graph, sm: int) -> str:
     960 channels of 64 x 64 pixels, 23 against 20 for 256 of 14 x 14; one of sequences 110 against 86; one by windows of
     one pixel 85 against 46 for 16 images of 64 x 64 and 320 channels.
     """
-    found = region(as_attention(body))
+    found = region(body)
     if found.anchor is None:
         return "none"
     kind, work = family(found), flops(found.anchor)
