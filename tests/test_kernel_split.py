@@ -168,7 +168,7 @@ def test_partial_attention_is_one_call() -> None:
     for name in ("plain", "mask of keys", "added mask", "grouped heads"):
         partial = split_in(attention.CASES[name].graph("f16"), "k", 2).nodes[0].body
         assert partial is not None
-        (call,) = (node for node in partial.nodes if node.op == "rtx.attention_partial.default")
+        (call,) = (node for node in partial.nodes if node.op == "torch_rtx.attention_partial.default")
         assert [one.type.dtype for one in call.inputs[:3]] == ["f16"] * 3  # type: ignore[union-attr]
         assert partial.outputs == call.outputs
 

@@ -169,7 +169,7 @@ def _attention_partial(
 
 
 # What kernels compute in a step of a split form and ATen has no call for; where no kernel is launched, this runs.
-_LIBRARY = torch.library.Library("rtx", "DEF")
+_LIBRARY = torch.library.Library("torch_rtx", "DEF")
 _LIBRARY.define(
     "attention_partial(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, *, float scale)"
     " -> (Tensor, Tensor, Tensor)"

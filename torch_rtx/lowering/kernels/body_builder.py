@@ -17,14 +17,14 @@ class BodyBuilder:
         self.nodes, self._taken = list(nodes), taken
 
     def call(self, op: str, type_: TensorType, /, **args: Attr) -> Value:
-        """The result, of type `type_`, of an overload of ATen (`add.Tensor`) or of this package (`rtx.x.default`);
+        """The result, of type `type_`, of an overload of ATen (`add.Tensor`) or of this package (`torch_rtx.x.default`);
         arguments in the order of its schema."""
         return self.calls(op, (type_,), **args)[0]
 
     def calls(self, op: str, types: Iterable[TensorType], /, **args: Attr) -> Values:
         """As `call`, for several results."""
         values = tuple(Value(self._name(), type_) for type_ in types)
-        self.nodes.append(Node("op", op if op.startswith("rtx.") else f"aten.{op}", tuple(args.items()), values))
+        self.nodes.append(Node("op", op if op.startswith("torch_rtx.") else f"aten.{op}", tuple(args.items()), values))
         return values
 
     def _name(self) -> str:

@@ -28,7 +28,7 @@ ANCHORS = {
     "aten.conv3d.default": "conv",
     "aten.convolution.default": "conv",
     "aten.scaled_dot_product_attention.default": "attention",
-    "rtx.attention_partial.default": "attention",
+    "torch_rtx.attention_partial.default": "attention",
 }
 DECLARED = (gradients, indexing, pointwise, pooling, reductions, views)  # importing them fills OPS
 

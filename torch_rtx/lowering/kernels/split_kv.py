@@ -1,6 +1,6 @@
 """Split-KV attention for few queries over many keys (Flash-Decoding, Dao et al. 2023).
 
-The keys are cut into ranges. The first kernel is one call of `rtx.attention_partial` (see `aten`) for all ranges, which
+The keys are cut into ranges. The first kernel is one call of `torch_rtx.attention_partial` (see `aten`) for all ranges, which
 have a leading dimension of their own: per range the weighted sum of its values, the largest score, and the sum of the
 weights, relative to that score. The second kernel rescales the ranges to their common maximum, adds them and divides.
 
@@ -18,7 +18,7 @@ from torch_rtx.lowering.kernels.attention import Attention
 from torch_rtx.lowering.kernels.body_builder import BodyBuilder, Values, argument, type_of
 from torch_rtx.lowering.kernels.cost import BARRIER, CLEAR, LATENCY, LAUNCH, PARTS, chip, typical
 
-ATTENTION_PARTIAL = "rtx.attention_partial.default"
+ATTENTION_PARTIAL = "torch_rtx.attention_partial.default"
 MAX_QUERIES = 16
 KEYS_PER_STEP = 64  # of a program of few rows
 PROGRAMS_PER_PROCESSOR = 4
@@ -82,7 +82,7 @@ def split_attention(body: BodyBuilder, anchor: Node, splits: int) -> Values:
 
 
 def _partial(body: BodyBuilder, query: Value, sides: list[Value], scale: Attr) -> Values:
-    """The call of `rtx.attention_partial`; `sides` are keys, values and, if there is one, a mask."""
+    """The call of `torch_rtx.attention_partial`; `sides` are keys, values and, if there is one, a mask."""
     pairs = zip(type_of(query).shape[:-1], (*type_of(sides[0]).shape[:-2], 1), strict=True)
     rows = [a if b == 1 else b for a, b in pairs]
     shapes = [(*rows, last) for last in (type_of(sides[1]).shape[-1], 1, 1)]
