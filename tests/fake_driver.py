@@ -10,6 +10,8 @@ from enum import IntEnum
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+from torch_rtx.targets import arch_of
+
 STREAM = 77  # what `torch._C._cuda_getCurrentRawStream` is patched to return
 
 
@@ -94,7 +96,7 @@ class FakeDriver:
         return Status.CUDA_SUCCESS, 1000 + device
 
     def cuDeviceGetAttribute(self, name: int, device: int) -> tuple[Status, int]:
-        shared = {(7, 5): 64, (8, 0): 163, (9, 0): 227}.get(self.capability, 99) << 10
+        shared = arch_of(10 * self.capability[0] + self.capability[1]).shared
         return Status.CUDA_SUCCESS, {75: self.capability[0], 76: self.capability[1], 97: shared}[name]
 
     def cuCtxGetCurrent(self) -> tuple[Status, int]:

@@ -24,7 +24,7 @@ from torch_rtx.lowering.kernels.aot import Built, _too_large, compile_kernels, m
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.toolchain import Code
 from torch_rtx.lowering.kernels.turing import NoTensorCores, rewrite
-from torch_rtx.targets import PORTABLE, PTX, Target
+from torch_rtx.targets import NEWEST, PORTABLE, PTX, Target
 
 ROOT = Path(__file__).parent.parent
 ALL = (Target(75), *PORTABLE)
@@ -222,11 +222,11 @@ def test_knobs_of_the_user_come_back() -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "sm", "expected"), [("12.8", 80, 80), ("12.8", 90, 120), ("12.9", 90, 90), ("13.0", 90, 90)]
+    ("version", "sm", "expected"), [("12.8", 80, 80), ("12.8", 90, NEWEST), ("12.9", 90, 90), ("13.0", 90, 90)]
 )
 def test_hopper_gets_a_ptxas_that_is_right(version: str, sm: int, expected: int) -> None:
     """Triton's own, unless it is too old: PTX is written for the one that Triton was told to use."""
-    tools = {80: version, 90: version, 120: "12.9"}
+    tools = {80: version, 90: version, NEWEST: "12.9"}
     triton: Any = SimpleNamespace(get_ptxas=lambda sm: SimpleNamespace(version=tools[sm], sm=sm))
     assert toolchain._assembler(triton, sm).sm == expected
 

@@ -174,7 +174,9 @@ def test_names_must_be_apart() -> None:
 
 
 def test_targets_of_a_graph(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert targets_for("portable", GRAPH) == PORTABLE
+    with caplog.at_level(logging.INFO, "torch_rtx"):
+        assert targets_for("portable", GRAPH) == PORTABLE
+    assert caplog.text.count('targets=["portable", "sm_75"] adds them') == 1
     half = parse(str(GRAPH).replace("a: f32[s] = op aten.exp", "a: f8e4m3fn[s] = op aten.exp"))
     assert [str(target) for target in targets_for("portable", half)] == ["sm_89", "sm_90", "sm_120"]
     assert "no kernels for sm_80, which lacks a dtype" in caplog.text

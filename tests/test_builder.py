@@ -27,13 +27,14 @@ from torch_rtx.errors import KernelError
 from torch_rtx.ir import Graph, kernel_nodes
 from torch_rtx.irparse import parse
 from torch_rtx.kerneltable import Candidate, Request, SplitCandidate, unpack
-from torch_rtx.lowering.kernels.worker import build
+from torch_rtx.lowering.kernels.worker import build, build_split
 from torch_rtx.runtime import builder as builder_module
 from torch_rtx.runtime import knowledge
 from torch_rtx.runtime.bind import bind
 from torch_rtx.runtime.builder import BUILDER, Builder
 from torch_rtx.runtime.knowledge import Knowledge, region_key
 from torch_rtx.runtime.tools import versions
+from torch_rtx.targets import ARCHES, arch_of
 
 
 def body(op: str = "exp", size: object = 100) -> Graph:
@@ -49,6 +50,28 @@ def builder() -> Iterator[Builder]:
     made = Builder()
     yield made
     made.close()
+
+
+PRODUCT = parse(
+    "graph import {\n  input in0: f16[128, 256]\n  input in1: f16[512, 256]\n"
+    "  a: f16[128, 512] = op aten.linear.default(input=in0, weight=in1)\n"
+    "  b: f16[128, 512] = op aten.relu.default(self=a)\n  return [b]\n}\n"
+)
+
+
+@pytest.mark.parametrize("sm", [*ARCHES, 88, 101, 130])
+def test_every_gpu_has_kernels(sm: int) -> None:
+    """Those that are not known have PTX, which their driver compiles; a later GPU's PTX names no one architecture."""
+    found = build(Request({"relu": (body("relu"), 0), "product": (PRODUCT, 0)}, sm))
+    assert set(found) == {"relu", "product"}
+    build_split(Request({"relu": (body("relu"), 0), "product": (PRODUCT, 0)}, sm))
+    for candidate in found.values():
+        assert candidate.launch.targets == (arch_of(sm).target,)
+        binary = unpack(candidate.binaries[candidate.launch.aligned.binary])
+        if sm in ARCHES:
+            assert binary[:4] == b"\x7fELF"
+        else:
+            assert f".target sm_{arch_of(sm).portable}\n".encode() in binary
 
 
 def test_an_answer_is_what_is_built_here(builder: Builder) -> None:

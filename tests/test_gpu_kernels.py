@@ -23,7 +23,7 @@ from torch_rtx.runtime.launch import launchers
 from torch_rtx.runtime.session import Session
 from torch_rtx.runtime.weights import WeightStore
 from torch_rtx.settings import RuntimeSettings
-from torch_rtx.targets import SHARED, Target
+from torch_rtx.targets import ARCHES, Target
 
 pytestmark = pytest.mark.gpu
 ENGINES = Path(__file__).parent / "engines"
@@ -72,7 +72,7 @@ def target_of(form: str) -> Target:
     major, minor = torch.cuda.get_device_capability()
     sm = 10 * major + minor
     if form == "native":
-        if sm not in SHARED:
+        if sm not in ARCHES:
             pytest.skip(f"no target for this GPU, which is sm_{sm}")
         return Target(sm)
     target = Target(int(form.removeprefix("compute_")), ptx=True)

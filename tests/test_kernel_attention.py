@@ -26,7 +26,7 @@ from torch_rtx.lowering.kernels.generate import library
 from torch_rtx.lowering.kernels.region import Region, region
 from torch_rtx.lowering.rewrite import Rewriter
 from torch_rtx.runtime.code import compile_graph
-from torch_rtx.targets import SHARED, Target
+from torch_rtx.targets import ARCHES, Arch, Target, arch_of
 
 CPU = torch.device("cpu")
 SMALL = AttentionConfig(16, 16, 4, 1)
@@ -270,15 +270,15 @@ def a_region(*shape: int, dtype: str = "f16", keys: int | None = None, **args: A
     return region(Case(plain(b, h, q, keys or q, d), options(**args)).graph(dtype))
 
 
-@pytest.mark.parametrize("target", SHARED)
+@pytest.mark.parametrize("arch", ARCHES.values(), ids=ARCHES)
 @pytest.mark.parametrize("width", [12, 40, 64, 72, 80, 96, 128, 160, 192, 256])
-def test_configurations_fit_the_target(width: int, target: int) -> None:
-    configs = attention_configs(a_region(2, 12, 512, width), target)
+def test_configurations_fit_the_target(width: int, arch: Arch) -> None:
+    configs = attention_configs(a_region(2, 12, 512, width), arch)
     assert len(set(configs)) == len(configs)
     for config in configs:
         columns = math.ceil(width / 16) * 16 if width > 64 else 64
         shared = 2 * config.num_stages * config.keys * 2 * min(columns, max(16, 1 << (width - 1).bit_length()))
-        assert shared <= SHARED[target]
+        assert shared <= arch.shared
 
 
 def unwritten(cubin: bytes, folder: Path) -> set[str]:
@@ -310,30 +310,30 @@ def test_values_narrower_than_keys_on_hopper(tmp_path: Path) -> None:
 
 
 def test_few_rows_get_short_blocks() -> None:
-    assert attention_configs(a_region(1, 8, 1, 64, keys=4096), 90)[0].rows == 16
-    assert attention_configs(a_region(8, 12, 384, 64), 80)[0].rows == 128
-    assert attention_configs(a_region(1, 12, 128, 64), 80)[0].rows < 64
+    assert attention_configs(a_region(1, 8, 1, 64, keys=4096), arch_of(90))[0].rows == 16
+    assert attention_configs(a_region(8, 12, 384, 64), arch_of(80))[0].rows == 128
+    assert attention_configs(a_region(1, 12, 128, 64), arch_of(80))[0].rows < 64
 
 
 def test_programs_share_a_multiprocessor_of_hopper() -> None:
     for queries, keys in ((384, 384), (512, 512), (1500, 1500)):
-        config = attention_configs(a_region(1, 12, queries, 64, keys=keys), 90)[0]
+        config = attention_configs(a_region(1, 12, queries, 64, keys=keys), arch_of(90))[0]
         assert (config.rows, config.num_warps) == (64, 4)
-        assert 3 * 2 * 64 * (config.rows + 2 * config.num_stages * config.keys) <= SHARED[90]
+        assert 3 * 2 * 64 * (config.rows + 2 * config.num_stages * config.keys) <= arch_of(90).shared
 
 
 def test_wide_heads_have_whole_warpgroups_and_three_blocks_on_hopper() -> None:
     for width in (72, 80, 96, 128, 160, 192, 256):
-        config = attention_configs(a_region(1, 24, 2048, width), 90)[0]
+        config = attention_configs(a_region(1, 24, 2048, width), arch_of(90))[0]
         assert config.rows >= 64
         assert config.num_stages == 3
-    assert attention_configs(a_region(1, 2, 64, 160), 90)[0].rows == 16  # else there are two programs
+    assert attention_configs(a_region(1, 2, 64, 160), arch_of(90))[0].rows == 16  # else there are two programs
 
 
 def test_heads_of_40_are_multiplied_in_two_pieces_but_on_hopper() -> None:
     found = a_region(2, 8, 4096, 40)
     pieces = {
-        sm: attention_kernel(found, "k", attention_configs(found, sm)[0]).source.count("tl.dot(")
+        sm: attention_kernel(found, "k", attention_configs(found, arch_of(sm))[0]).source.count("tl.dot(")
         for sm in (80, 89, 90, 120)
     }
     assert pieces[90] == 2
@@ -366,7 +366,7 @@ def test_heads_that_share_keys_are_packed() -> None:
 )
 def test_refused(shape: tuple[int, ...], dtype: str, args: dict[str, Attr], reason: str) -> None:
     with pytest.raises(Unsupported, match=reason):
-        attention_configs(a_region(*shape, dtype=dtype, **args), 80)
+        attention_configs(a_region(*shape, dtype=dtype, **args), arch_of(80))
 
 
 def test_an_output_of_other_elements_is_refused() -> None:

@@ -10,10 +10,11 @@ from expecttest import TestCase
 from tests.kernel_bodies import body, check
 from torch_rtx.errors import Unsupported
 from torch_rtx.lowering.kernels.conv import conv_configs, conv_kernel, conv_product
-from torch_rtx.lowering.kernels.cost import CHIPS, chip, problem, shared_memory
+from torch_rtx.lowering.kernels.cost import problem, shared_memory
 from torch_rtx.lowering.kernels.gemm import GemmConfig
 from torch_rtx.lowering.kernels.region import region
 from torch_rtx.lowering.kernels.toolchain import Job, lower
+from torch_rtx.targets import ARCHES, Arch, arch_of
 
 SMALL = GemmConfig(64, 16, 16)
 DTYPES = ("f16", "bf16", "f32")
@@ -224,15 +225,15 @@ def test_refused(reason: str) -> None:
         conv_kernel(region(body(REFUSED[reason])), "kernel", SMALL)
 
 
-@pytest.mark.parametrize("target", CHIPS)
+@pytest.mark.parametrize("arch", ARCHES.values(), ids=ARCHES)
 @pytest.mark.parametrize("name", SHAPES)
-def test_configurations_fit_their_target(name: str, target: int) -> None:
+def test_configurations_fit_their_target(name: str, arch: Arch) -> None:
     given = region(body(call(**SHAPES[name])))
-    configs = conv_configs(given, target)
+    configs = conv_configs(given, arch)
     assert len(configs) == len(set(configs)) > 0
-    what = problem(given, conv_product(given), target)
+    what = problem(given, conv_product(given), arch)
     for config in configs:
-        assert shared_memory(what, config, target) <= chip(target).shared
+        assert shared_memory(what, config, arch) <= arch.shared
     assert conv_kernel(given, "kernel", configs[0]) == conv_kernel(given, "kernel", configs[0])
 
 
@@ -240,12 +241,12 @@ def test_configurations_fit_their_target(name: str, target: int) -> None:
 @pytest.mark.parametrize("name", ["3x3", "few channels", "groups", "depthwise"])
 def test_the_best_configuration_is_right(name: str, channels_last: bool) -> None:
     text = call(channels_last=channels_last, **SHAPES[name])
-    check(text, conv_kernel, conv_configs(region(body(text)), 86)[0])
+    check(text, conv_kernel, conv_configs(region(body(text)), arch_of(86))[0])
 
 
 def test_one_pixel_is_summed_without_tensor_cores() -> None:
     text = call((1, 96, 1, 1), (40, 96, 1, 1))
-    config = conv_configs(region(body(text)), 90)[0]
+    config = conv_configs(region(body(text)), arch_of(90))[0]
     assert config.sums
     check(text, conv_kernel, config)
 

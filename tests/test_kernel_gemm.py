@@ -7,10 +7,11 @@ from expecttest import TestCase
 
 from tests.kernel_bodies import body, check
 from torch_rtx.errors import Unsupported
-from torch_rtx.lowering.kernels.cost import CHIPS, LAUNCH, chip, problem, shared_memory
+from torch_rtx.lowering.kernels.cost import LAUNCH, problem, shared_memory
 from torch_rtx.lowering.kernels.gemm import GemmConfig, after_call, gemm_configs, gemm_kernel, gemm_product
 from torch_rtx.lowering.kernels.generate import library
 from torch_rtx.lowering.kernels.region import region
+from torch_rtx.targets import ARCHES, Arch, arch_of
 
 SMALL = GemmConfig(32, 32, 32, group_m=2)
 WIDE = GemmConfig(64, 32, 64)
@@ -482,44 +483,45 @@ return y
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("target", CHIPS)
+@pytest.mark.parametrize("arch", ARCHES.values(), ids=ARCHES)
 @pytest.mark.parametrize("rows", [1, 16, 3072, "s"])
-def test_configurations_fit_their_target(rows: int | str, target: int, dtype: str) -> None:
+def test_configurations_fit_their_target(rows: int | str, arch: Arch, dtype: str) -> None:
     given = region(body(linear(rows, 2304, 768), dtype))
-    if (target, dtype) == (75, "bf16"):
+    if (arch.sm, dtype) == (75, "bf16"):
         with pytest.raises(Unsupported, match="bf16 on sm_75"):
-            gemm_configs(given, target)
+            gemm_configs(given, arch)
         return
-    configs = gemm_configs(given, target)
+    configs = gemm_configs(given, arch)
     assert len(configs) == len(set(configs)) > 0
-    what = problem(given, gemm_product(given), target)
+    what = problem(given, gemm_product(given), arch)
     for config in configs:
-        assert config.sums or shared_memory(what, config, target) <= chip(target).shared
+        assert config.sums or shared_memory(what, config, arch) <= arch.shared
     assert gemm_kernel(given, "kernel", configs[0]) == gemm_kernel(given, "kernel", configs[0])
 
 
 def best(rows: int, columns: int, depth: int, target: int) -> GemmConfig:
     """The first configuration of a linear layer in f16."""
-    return gemm_configs(region(body(linear(rows, columns, depth))), target)[0]
+    return gemm_configs(region(body(linear(rows, columns, depth))), arch_of(target))[0]
 
 
 def test_f32_on_tensor_cores() -> None:
     given = region(body(linear(1024, 1024, 1024), "f32"))
-    exact, fast = (gemm_configs(given, 90, precision)[0] for precision in ("ieee", "tf32"))
+    exact, fast = (gemm_configs(given, arch_of(90), precision)[0] for precision in ("ieee", "tf32"))
     assert fast.block_m * fast.block_n > exact.block_m * exact.block_n
     assert (fast.input_precision, exact.input_precision) == ("tf32", "ieee")
-    assert {config.input_precision for config in gemm_configs(given, 75, "tf32")} == {"ieee"}  # Turing has none
+    assert {config.input_precision for config in gemm_configs(given, arch_of(75), "tf32")} == {
+        "ieee"
+    }  # Turing has none
 
 
 def test_the_model_of_costs() -> None:
     assert best(1, 8192, 2048, 90).sums
     assert not best(8, 8192, 2048, 90).sums
     by_columns = linear(1, 8192, 2048).replace("[8192, 2048]", "[8192, 2048](1, 8192)")
-    assert not any(config.sums for config in gemm_configs(region(body(by_columns)), 90))
+    assert not any(config.sums for config in gemm_configs(region(body(by_columns)), arch_of(90)))
     large, small = best(4096, 4096, 4096, 90), best(128, 768, 768, 90)
     assert large.block_m * large.block_n >= 128 * 128 > 64 * 64 >= small.block_m * small.block_n
     assert best(16, 2048, 2048, 89).block_m == 16
-    assert chip(121) == CHIPS[120]
     with pytest.raises(Unsupported, match="sm_70"):
         best(16, 16, 16, 70)
 
@@ -544,14 +546,14 @@ def test_large_products_are_the_library_s_on_hopper() -> None:
 
 def test_what_follows_a_library_call_reads_residuals_too() -> None:
     def after(text: str) -> float:
-        return after_call(region(body(text)), 90)
+        return after_call(region(body(text)), arch_of(90))
 
     plain = linear(2048, 1024, 64)
     gelu = plain.replace("return y", "z: H[2048, 1024] = gelu.default(self=y)\nreturn z")
     residual = f"r: H[2048, 1024]\n{plain}".replace(
         "return y", "z: H[2048, 1024] = add.Tensor(self=y, other=r)\nreturn z"
     )
-    result = 2048 * 1024 * 2 / (CHIPS[90].memory * 1e3)
+    result = 2048 * 1024 * 2 / (arch_of(90).chip.memory * 1e3)
     assert after(plain) == 0
     assert after(gelu) == pytest.approx(LAUNCH + 2 * result)
     assert after(residual) == pytest.approx(LAUNCH + 3 * result)
@@ -559,7 +561,7 @@ def test_what_follows_a_library_call_reads_residuals_too() -> None:
 
 @pytest.mark.parametrize("name", ["mm", "linear", "bmm", "baddbmm"])
 def test_the_best_configurations_are_right(name: str) -> None:
-    for config in gemm_configs(region(body(CALLS[name])), 89)[:2]:
+    for config in gemm_configs(region(body(CALLS[name])), arch_of(89))[:2]:
         check(CALLS[name], gemm_kernel, config)
 
 

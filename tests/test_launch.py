@@ -14,10 +14,11 @@ from tests.fake_driver import STREAM, FakeDriver, Kept, Status
 from torch_rtx.errors import KernelError
 from torch_rtx.ir import Graph, Sym
 from torch_rtx.irparse import parse
-from torch_rtx.kerneltable import KernelTable, Launch, Split, Variant, check, pack
+from torch_rtx.kerneltable import Candidate, KernelTable, Launch, Split, Variant, check, pack
 from torch_rtx.runtime import driver as driver_api
+from torch_rtx.runtime import tools
 from torch_rtx.runtime.inline import Parts, inline_kernels, launched
-from torch_rtx.runtime.launch import Launcher, candidates, launchers
+from torch_rtx.runtime.launch import Gpu, Launcher, candidates, launchers
 from torch_rtx.targets import PTX, Target
 
 S = Sym("s")
@@ -115,6 +116,15 @@ def test_what_the_driver_compiled_is_kept() -> None:
         assert driver.loaded == [b"compiled ptx text"]
     assert (first.linked, second.linked) == (1, 0)
     assert kept == {("kernel", f"ptx {NAMES[b'ptx text']}"): b"compiled ptx text"}
+
+
+def test_kernels_for_a_gpu_that_is_not_known_are_compiled_by_its_driver() -> None:
+    driver, kept = FakeDriver(SIZES, (13, 0)), Kept()
+    candidate = Candidate(launch(Target(120, ptx=True), image=b"ptx text"), BINARIES, 0)
+    found = tools._load(Gpu(driver, 0), lambda: kept, "k", candidate, 3)  # type: ignore[arg-type, return-value]
+    assert found.is_for(130)
+    assert not found.is_for(120)
+    assert driver.loaded == list(kept.values()) == [b"compiled ptx text"]
 
 
 def test_nothing_is_compiled_where_nobody_waits() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from functools import cache
@@ -152,3 +153,16 @@ def test_variables_are_read_in_settings_alone() -> None:
         if path.name != "settings.py":
             assert "os.environ" not in path.read_text(), path
             assert "getenv" not in path.read_text(), path
+
+
+def test_sm_versions_are_compared_in_targets_alone() -> None:
+    """What depends on the SM version is asked of its record, so that a new one is one line."""
+    sizes = {75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121}
+    names = re.compile(r"\b(sm|target|capability|major|arch)\b")
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())) if path.name != "targets.py" else ():
+            if isinstance(node, ast.Compare):
+                numbers = {one.value for one in ast.walk(node) if isinstance(one, ast.Constant)}
+                assert not (numbers & sizes and names.search(ast.unparse(node))), f"{path.name}: {ast.unparse(node)}"
+            elif isinstance(node, ast.ImportFrom) and node.module == "torch_rtx.targets":
+                assert "ARCHES" not in {alias.name for alias in node.names}, path.name

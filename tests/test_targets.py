@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from torch_rtx import CompilationSettings, SettingsError
+from torch_rtx.errors import Unsupported
 from torch_rtx.settings import from_options
-from torch_rtx.targets import PORTABLE, PTX, SHARED, Target, is_explicit, lacks, parse_targets, usable
+from torch_rtx.targets import ARCHES, PORTABLE, PTX, Target, arch_of, is_explicit, lacks, parse_targets, usable
 
 
 def test_portable() -> None:
@@ -29,6 +31,16 @@ def test_portable() -> None:
         (["portable", 75], ["sm_75", *map(str, PORTABLE)]),
         ("current", ["sm_90"]),
         (["current", "sm_90"], ["sm_90"]),
+        ("Portable", [*map(str, PORTABLE)]),
+        (["SM_80", "8.9", "12.0"], ["sm_80", "sm_89", "sm_120"]),
+        ("RTX 4090", ["sm_89"]),
+        (["rtx4090", "rtx-20", "RTX_30", "rtx50"], ["sm_75", "sm_86", "sm_89", "sm_120"]),
+        ("RTX 3060 Ti", ["sm_86"]),
+        ("H100 SXM5", ["sm_90"]),
+        (["DGX Spark", "B200", "B300"], ["sm_100", "sm_103", "sm_121"]),
+        (["Jetson Orin", "Jetson Thor"], ["sm_87", "sm_110"]),
+        (["Turing", "Ampere", "ada", "Hopper"], ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90"]),
+        ("blackwell", ["sm_100", "sm_103", "sm_110", "sm_120", "sm_121"]),
     ],
 )
 def test_options(option: Any, names: list[str]) -> None:
@@ -36,7 +48,7 @@ def test_options(option: Any, names: list[str]) -> None:
     assert CompilationSettings(targets=option).targets in (option, tuple(option) if isinstance(option, list) else ())
 
 
-REFUSED = ["sm_85", "volta", 70, [], "", ["sm_80", "x"], "sm_80a", "SM_80", 8.6, True, ["sm_\u0668\u0660"]]
+REFUSED = ["sm_85", "volta", 70, [], "", ["sm_80", "x"], "sm_80a", "rtx6000", 8.6, True, ["sm_\u0668\u0660"]]
 
 
 @pytest.mark.parametrize("option", REFUSED)
@@ -54,21 +66,70 @@ def test_errors_say_what_is_known() -> None:
         parse_targets("current")
     with pytest.raises(SettingsError, match="unknown target 70"):
         parse_targets("current", (7, 0))
+    with pytest.raises(SettingsError, match=r"unknown target 'RTX 4099'\n  did you mean 'rtx4090'"):
+        parse_targets("RTX 4099")
+    with pytest.raises(SettingsError, match=r"did you mean .*'hopper'"):
+        parse_targets("hoper")
+
+
+NAMES = {
+    75: [
+        "NVIDIA GeForce RTX 2080 Ti",
+        "NVIDIA GeForce GTX 1660 SUPER",
+        "Tesla T4",
+        "Quadro RTX 6000",
+        "NVIDIA TITAN RTX",
+    ],
+    80: ["NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe", "NVIDIA A100-SXM4-40GB MIG 3g.20gb", "NVIDIA A30"],
+    86: ["NVIDIA GeForce RTX 3070 Laptop GPU", "NVIDIA GeForce RTX 3060 12GB", "NVIDIA RTX A6000", "NVIDIA A10G"],
+    87: ["Orin", "Jetson AGX Orin", "Jetson Orin Nano"],
+    89: ["NVIDIA GeForce RTX 4070 Ti SUPER", "NVIDIA RTX 6000 Ada Generation", "NVIDIA L4", "NVIDIA L40S"],
+    90: ["NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA H200", "NVIDIA GH200 480GB"],
+    100: ["NVIDIA B200", "NVIDIA GB200"],
+    103: ["NVIDIA GB300"],
+    110: ["NVIDIA Thor", "Jetson AGX Thor"],
+    120: ["NVIDIA GeForce RTX 5090", "NVIDIA RTX PRO 6000 Blackwell Workstation Edition", "RTX PRO 6000"],
+    121: ["NVIDIA GB10"],
+}
+
+
+@pytest.mark.parametrize("sm", NAMES)
+def test_names_of_devices(sm: int) -> None:
+    for name in NAMES[sm]:
+        assert parse_targets(name) == (Target(sm),), name
+
+
+def test_gpus_that_are_not_known() -> None:
+    """The nearest older record, without binaries, which are for one SM version."""
+    assert arch_of(130) == replace(arch_of(121), sm=130, like=121)
+    assert [str(arch_of(sm).target) for sm in (88, 101, 130)] == ["compute_87", "compute_89", "compute_120"]
+    assert parse_targets("current", (13, 0)) == (Target(120, ptx=True),)
+    with pytest.raises(Unsupported, match="older than sm_75"):
+        arch_of(70)
+
+
+def test_code_that_later_gpus_take() -> None:
+    for sm, arch in ARCHES.items():
+        assert arch.target == Target(sm)
+        code = Target(sm, ptx=True).arch
+        assert code.sm <= sm
+        assert all(code.features <= later.features for at, later in ARCHES.items() if at >= sm)
 
 
 def test_limits() -> None:
     """The table "Technical Specifications per Compute Capability" of the CUDA C++ Programming Guide, in KB."""
-    assert {sm: Target(sm).shared // 1024 for sm in SHARED} == {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 120: 99}
+    found = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
+    assert {sm: Target(sm).shared // 1024 for sm in ARCHES} == found
     assert PTX.shared == 99 << 10  # it has to fit sm_86 and sm_120 as well
     assert Target(120, ptx=True).shared == 99 << 10
 
 
 def test_dtypes() -> None:
     found = {
-        dtype: [t.sm for t in map(Target, SHARED) if lacks(t, dtype)] for dtype in ("f16", "bf16", "f8e4m3fn", "i4")
+        dtype: [t.sm for t in map(Target, ARCHES) if lacks(t, dtype)] for dtype in ("f16", "bf16", "f8e4m3fn", "i4")
     }
-    assert found == {"f16": [], "bf16": [75], "f8e4m3fn": [75, 80, 86], "i4": [75]}
-    assert [t.sm for t in map(Target, SHARED) if lacks(t, "f4e2m1fn_x2")] == [75, 80, 86, 89, 90]
+    assert found == {"f16": [], "bf16": [75], "f8e4m3fn": [75, 80, 86, 87], "i4": [75]}
+    assert [t.sm for t in map(Target, ARCHES) if lacks(t, "f4e2m1fn_x2")] == [75, 80, 86, 87, 89, 90]
     assert lacks(PTX, "f8e5m2")
 
 

@@ -150,7 +150,7 @@ class CompilationSettings(_Checked):
     )
     targets: str | int | tuple[str | int, ...] | None = _option(
         LATER,
-        'None, "portable", "current", "later", or a list such as ["sm_86", "sm_120", "ptx"]',
+        'None, "portable", "current", "later", or a list such as ["RTX 4090", "sm_120", "ptx"]',
         _is_targets,
         "GPUs to build kernels for. `later`: where the engine runs. None: every operation is a call of PyTorch's.",
         key=True,

@@ -1,27 +1,22 @@
-"""SM targets: what code can be compiled for, what each GPU generation can hold, and the user's option `targets`.
+"""SM targets: one record per kind of GPU of everything that depends on it, and the user's option `targets`.
 
 A target is a kind of GPU (`sm_89`: a binary for it), or the PTX of one (`compute_80`), which the driver of any GPU that
-is as new compiles when it loads it. Limits are those of the CUDA C++ Programming Guide, table "Technical Specifications
-per Compute Capability". Neither torch nor triton is needed here.
+is as new compiles when it loads it. Neither torch nor triton is needed here.
 """
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache
+from math import inf
 
-from torch_rtx.errors import SettingsError
+from torch_rtx.errors import SettingsError, Unsupported
 
-# Shared memory that one block can have at most, where the kernel opts in; bytes, by SM version.
-SHARED = {75: 64 << 10, 80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}
-BLOCK_REGISTERS = 64 << 10  # 32-bit registers that the threads of one block have together
 GRID = (2**31 - 1, 65535, 65535)  # most blocks along x, y and z
 ALIGNMENT = 16  # bytes: of every address that a kernel gets; vector loads and asynchronous copies are as wide
-# The first SM version that has it.
-FEATURES = {"mma": 75, "cp_async": 80, "bf16": 80, "tf32": 80, "int4": 80, "fp8": 89, "tma": 90, "wgmma": 90}
-FEATURES |= {"griddepcontrol": 90, "fp4": 120}
-HOPPER, BLACKWELL = 90, 120  # SM versions
 # The feature that a dtype needs. The names that the IR does not have yet are PyTorch's, shortened in the same way.
 DTYPE_FEATURES = {
     "bf16": "bf16",
@@ -31,6 +26,134 @@ DTYPE_FEATURES = {
     "f8e5m2": "fp8",
     "f4e2m1fn_x2": "fp4",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Chip:
+    """A typical GPU of an SM version, for the model of costs.
+
+    Attributes:
+        processors: how many multiprocessors.
+        tensor: TFLOP/s of dense f16 products that are summed in f32, as generated code reaches them.
+        plain: TFLOP/s of f32 without tensor cores.
+        memory: GB/s.
+        clock: GHz.
+        cache: bytes of the L2 cache that a multiprocessor reads in a cycle.
+        overlap: how much of what is not the bottleneck is hidden behind it.
+    """
+
+    processors: int
+    tensor: float
+    plain: float
+    memory: float
+    clock: float
+    cache: float = 32
+    overlap: float = 0.8
+
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """Measured rates of library calls, by kind of anchor.
+
+    Attributes:
+        large: FLOP beyond which a call may be faster than a kernel.
+        call: microseconds of overhead, and FLOP per microsecond.
+        many_keys: keys beyond which a call of attention is faster.
+    """
+
+    large: Mapping[str, float]
+    call: Mapping[str, tuple[float, float]]
+    many_keys: int
+
+
+@dataclass(frozen=True, slots=True)
+class Arch:
+    """An SM version.
+
+    Attributes:
+        sm: compute capability without its dot.
+        shared: bytes of shared memory that one block can have at most, where the kernel opts in.
+        features: what its code can use. `mma_k16`: matrix products of fragments that are 16 deep, which Triton's
+            layouts need. `cp_async`: copies from memory right to shared memory. `wgmma`: products by warpgroups, from
+            shared memory. `griddepcontrol`: kernels that wait for those before them. Others: see `DTYPE_FEATURES`.
+        chip: a typical GPU.
+        exact: a binary runs on this SM version alone, since it may use features of one architecture (`sm_90a`). Others
+            run on later versions of the same generation as well (sm_80 on sm_86 and sm_89).
+        portable: the SM version whose code, as PTX without features of one architecture, is for this and all later
+            GPUs. Triton has no such code for sm_90 to sm_110.
+        ptx_version: the version in which PTX is written; None: the newest that the ptxas knows.
+        oldest_ptxas: where Triton's ptxas for this SM version is older, its latest one is taken.
+        library: rates of library calls; None: they were not measured, and are taken for slower than kernels.
+        registers: 32-bit registers that the threads of one block have together.
+        like: the known SM version that an unknown one is taken for.
+    """
+
+    sm: int
+    shared: int
+    features: frozenset[str]
+    chip: Chip
+    exact: bool
+    portable: int
+    ptx_version: int | None = None
+    oldest_ptxas: tuple[int, int] = (0, 0)
+    library: Library | None = field(default=None, hash=False)
+    registers: int = 64 << 10
+    like: int | None = None
+
+    @property
+    def target(self) -> Target:
+        """What kernels for a GPU of this SM version are built as: a binary, or where no ptxas is known to make one,
+        PTX that its driver compiles."""
+        return Target(self.sm) if self.like is None else Target(self.portable, ptx=True)
+
+
+_TURING: frozenset[str] = frozenset()
+_AMPERE = frozenset({"mma_k16", "cp_async", "bf16", "tf32", "int4"})
+_ADA = _AMPERE | {"fp8"}
+_HOPPER = _ADA | {"wgmma", "griddepcontrol"}
+_BLACKWELL = _ADA | {"griddepcontrol", "fp4"}
+# Measured on an H200: products from 3072 x 768 x 768 to 4608 x 21504 x 3072 and convolutions of 7.5e9 to 483e9 FLOP.
+_H200 = Library(
+    large={"gemm": 1.5e9, "conv": 5e9, "attention": 1.6e10},
+    call={"gemm": (5.0, 775e6), "conv": (12.0, 640e6)},
+    many_keys=3000,
+)
+# PTX of version 8.0 is taken by drivers of CUDA 12.0 and later. Shared memory: CUDA C++ Programming Guide, table
+# "Technical Specifications per Compute Capability". Chips of sm_87, 100, 103, 110 and 121 are estimates from data
+# sheets, about which nothing was measured.
+_KNOWN = (
+    Arch(75, 64 << 10, _TURING, Chip(68, 45, 13, 560, 1.5), False, 75, 80),  # RTX 2080 Ti
+    Arch(80, 163 << 10, _AMPERE, Chip(108, 250, 19, 1400, 1.4), False, 80, 80),  # A100
+    Arch(86, 99 << 10, _AMPERE, Chip(82, 65, 30, 850, 1.7), False, 86, 80),  # RTX 3090
+    Arch(87, 163 << 10, _AMPERE, Chip(16, 35, 5, 180, 1.3), False, 87, 80),  # Jetson AGX Orin
+    Arch(89, 99 << 10, _ADA, Chip(128, 150, 75, 900, 2.5), False, 89),  # RTX 4090
+    # ptxas 12.8 is wrong for Hopper: where tiles of several widths follow each other at one address, it computes a
+    # descriptor from a register that nothing writes, in attention with values narrower than keys. The chip is an H200,
+    # see `cost`.
+    Arch(90, 227 << 10, _HOPPER, Chip(132, 865, 60, 4200, 1.6, inf, 1), True, 89, oldest_ptxas=(12, 9), library=_H200),
+    Arch(100, 227 << 10, _BLACKWELL, Chip(148, 1100, 70, 7000, 1.9), True, 89),  # B200
+    Arch(103, 227 << 10, _BLACKWELL, Chip(148, 1100, 70, 7000, 1.9), True, 89),  # B300
+    Arch(110, 227 << 10, _BLACKWELL, Chip(20, 130, 8, 250, 1.6), True, 89),  # Jetson Thor
+    Arch(120, 99 << 10, _BLACKWELL, Chip(170, 200, 95, 1600, 2.4), True, 120),  # RTX 5090
+    Arch(121, 99 << 10, _BLACKWELL, Chip(48, 56, 29, 250, 2.4), True, 120),  # DGX Spark
+)
+ARCHES: Mapping[int, Arch] = {arch.sm: arch for arch in _KNOWN}
+NEWEST = max(ARCHES)
+
+
+@cache
+def arch_of(sm: int) -> Arch:
+    """The record of an SM version; an unknown one is taken for the nearest older one that is known.
+
+    Raises:
+        Unsupported: it is older than all that are known.
+    """
+    if sm in ARCHES:
+        return ARCHES[sm]
+    older = [known for known in ARCHES if known < sm]
+    if not older:
+        raise Unsupported(f"kernels for sm_{sm}: GPUs older than sm_{min(ARCHES)} are not supported")
+    return replace(ARCHES[max(older)], sm=sm, like=max(older))
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,33 +167,59 @@ class Target:
         return f"{'compute' if self.ptx else 'sm'}_{self.sm}"
 
     @property
-    def shared(self) -> int:
-        """Shared memory of a block, in bytes. PTX has to fit every later GPU."""
-        return min(size for sm, size in SHARED.items() if sm >= self.sm) if self.ptx else SHARED[self.sm]
-
-    def has(self, feature: str) -> bool:
-        """Whether it has one of `FEATURES`."""
-        return self.sm >= FEATURES[feature]
+    def arch(self) -> Arch:
+        """The SM version whose code it is."""
+        own = arch_of(self.sm)
+        return arch_of(own.portable) if self.ptx else own
 
     @property
-    def exact(self) -> bool:
-        """Whether a binary runs on this SM version alone: from sm_90 on they use features of one architecture
-        (`sm_90a`). Others run on later versions of the same generation as well (sm_80 on sm_86 and sm_89)."""
-        return self.sm >= 90
+    def shared(self) -> int:
+        """Shared memory of a block, in bytes. PTX has to fit every later GPU."""
+        return min(a.shared for a in _KNOWN if a.sm >= self.arch.sm) if self.ptx else self.arch.shared
 
 
 PTX = Target(80, ptx=True)
 PORTABLE = (*(Target(sm) for sm in (80, 86, 89, 90, 120)), PTX)
 CURRENT, LATER, NAMED = "current", "later", {"portable": PORTABLE, "ptx": (PTX,)}
 Option = str | int | Iterable[str | int]
+# SM version: names of series, GPUs and architectures, without makers, spaces and hyphens.
+_GPUS = {
+    75: "rtx20 rtx2060 rtx2070 rtx2080 gtx16 gtx1630 gtx1650 gtx1660 titanrtx t4 t4g t400 t600 t1000 t1200 turing "
+    "quadrortx3000 quadrortx4000 quadrortx5000 quadrortx6000 quadrortx8000",
+    80: "a100 a800 a30 ampere",
+    86: "rtx30 rtx3050 rtx3060 rtx3070 rtx3080 rtx3090 rtx2050 mx570 a2 a10 a10g a10m a16 a40 rtxa400 rtxa500 rtxa1000 "
+    "rtxa2000 rtxa3000 rtxa4000 rtxa4500 rtxa5000 rtxa5500 rtxa6000 ampere",
+    87: "orin",
+    89: "rtx40 rtx4050 rtx4060 rtx4070 rtx4080 rtx4090 l2 l4 l20 l40 l40s l40g rtx500ada rtx1000ada rtx2000ada "
+    "rtx3000ada rtx3500ada rtx4000ada rtx4500ada rtx5000ada rtx5880ada rtx6000ada rtx4000sffada ada adalovelace",
+    90: "h20 h100 h200 h800 gh200 hopper",
+    100: "b100 b200 gb200 blackwell",
+    103: "b300 gb300 blackwell",
+    110: "thor blackwell",
+    120: "rtx50 rtx5050 rtx5060 rtx5070 rtx5080 rtx5090 rtxpro500 rtxpro1000 rtxpro2000 rtxpro3000 rtxpro4000 "
+    "rtxpro4500 rtxpro5000 rtxpro6000 blackwell",
+    121: "gb10 dgxspark blackwell",
+}
+_NAMES = {
+    name: tuple(Target(sm) for sm, names in _GPUS.items() if name in names.split())
+    for every in _GPUS.values()
+    for name in every.split()
+}
+_MAKERS = re.compile(r"nvidia|geforce|tesla|jetson|agx|[\s_-]")
+# What PyTorch and shops add to a name, and leaves the SM version as it is.
+_VARIANT = re.compile(
+    r"(?:ti|super|d|v2|\d+gb|laptop|gpu|maxq|mobile|sxm\d?|pcie|nvl|hbm\d?e?|mig.*|generation|blackwell|sff|workstation|"
+    r"server|edition|nx|nano|series)*"
+)
 
 
 def parse_targets(option: Option, capability: tuple[int, int] | None = None) -> tuple[Target, ...]:
     """The targets that a user's option names, without repeats, in order of SM version, PTX last.
 
     Args:
-        option: "portable", "current", or such as "sm_86", "sm_120", 89, "ptx", "compute_80"; one or several. "later":
-            none, kernels are compiled where the engine runs.
+        option: "portable", "current", or such as "sm_86", "12.0", 89, "ptx", "compute_80", and names of GPUs, series
+            and architectures: "RTX 4090", "rtx30", "hopper"; one or several. Case, spaces, hyphens and underscores
+            make no difference. "later": none, kernels are compiled where the engine runs.
         capability: compute capability of the GPU that "current" stands for.
 
     Raises:
@@ -86,21 +235,31 @@ def parse_targets(option: Option, capability: tuple[int, int] | None = None) -> 
 
 
 def _targets(entry: object, capability: tuple[int, int] | None) -> tuple[Target, ...]:
-    if entry == CURRENT:
+    name = _MAKERS.sub("", str(entry).lower())
+    if name == CURRENT:
         if capability is None:
             raise SettingsError('targets: "current" needs a CUDA GPU in this process', hint=_known())
-        entry = capability[0] * 10 + capability[1]
-    if isinstance(entry, str) and entry in NAMED:
-        return NAMED[entry]
-    match = re.fullmatch(r"(?:(sm|compute)_?)?(\d{2,3})", str(entry), re.ASCII)
-    if match is None or isinstance(entry, bool) or int(match[2]) not in SHARED:
-        raise SettingsError(f"targets: unknown target {entry!r}", hint=_known())
-    return (Target(int(match[2]), match[1] == "compute"),)
+        sm = capability[0] * 10 + capability[1]
+        if sm >= min(ARCHES):
+            return (arch_of(sm).target,)
+        name = str(entry := sm)
+    if name in NAMED:
+        return NAMED[name]
+    match = re.fullmatch(r"(sm|compute)?(\d{1,2})\.?(\d)", name, re.ASCII)
+    if match is not None and isinstance(entry, str | int) and int(match[2] + match[3]) in ARCHES:
+        return (Target(int(match[2] + match[3]), match[1] == "compute"),)
+    for known in sorted(_NAMES, key=len, reverse=True):
+        if name.startswith(known) and _VARIANT.fullmatch(name, len(known)):
+            return _NAMES[known]
+    names = [*_NAMES, *NAMED, CURRENT, LATER, *(f"sm{sm}" for sm in ARCHES)]
+    near = difflib.get_close_matches(name, names, cutoff=0.7)
+    asked = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+    raise SettingsError(f"targets: unknown target {entry!r}", hint=asked + _known())
 
 
 def _known() -> str:
-    names = ", ".join(str(Target(sm)) for sm in SHARED)
-    return f'known are {names}, "ptx" (also compute_80, ...), "portable", "current" and "later"'
+    names = ", ".join(str(Target(sm)) for sm in ARCHES)
+    return f'known are {names}, "ptx" (also compute_80, ...), "portable", "current", "later" and such as "RTX 4090"'
 
 
 def by_age(targets: Iterable[Target]) -> list[Target]:
@@ -110,13 +269,13 @@ def by_age(targets: Iterable[Target]) -> list[Target]:
 
 def is_explicit(option: Option) -> bool:
     """Whether the user named targets one by one: what one of them lacks is then an error."""
-    return option != "portable"
+    return not (isinstance(option, str) and option.lower() == "portable")
 
 
 def lacks(target: Target, dtype: str) -> bool:
     """Whether `target` can't compute in `dtype`, as the IR names it."""
     feature = DTYPE_FEATURES.get(dtype)
-    return feature is not None and not target.has(feature)
+    return feature is not None and feature not in target.arch.features
 
 
 def usable(targets: Iterable[Target], dtypes: Iterable[tuple[str, str]], explicit: bool) -> tuple[Target, ...]:

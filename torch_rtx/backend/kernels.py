@@ -109,17 +109,17 @@ def progress_bar(console: Console | None = None) -> Iterator[Callable[[int, int]
 
 def _generate(node: Node, target: Target, which: int) -> Kernel | None:
     assert node.body is not None
-    return generate(node.body, node.op, target.sm, which)
+    return generate(node.body, node.op, target.arch.sm, which)
 
 
 def _library(node: Node, target: Target) -> str:
     assert node.body is not None
-    return library(node.body, target.sm)
+    return library(node.body, target.arch.sm)
 
 
 def _split(node: Node, target: Target) -> Graph | None:
     assert node.body is not None
-    return split(node.body, node.op, target.sm)
+    return split(node.body, node.op, target.arch.sm)
 
 
 def targets_for(option: Option, graph: Graph) -> tuple[Target, ...]:
@@ -133,6 +133,8 @@ def targets_for(option: Option, graph: Graph) -> tuple[Target, ...]:
     for target in targets:
         if target not in kept:
             log.warning("the engine has no kernels for %s, which lacks a dtype of the model", target)
+    if not is_explicit(option):
+        log.info('the portable targets leave out RTX 20 and T4 (sm_75): targets=["portable", "sm_75"] adds them')
     return kept
 
 

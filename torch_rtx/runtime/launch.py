@@ -25,7 +25,7 @@ from torch_rtx.runtime import driver as driver_api
 from torch_rtx.runtime.bind import bind_dim
 from torch_rtx.runtime.driver import checked
 from torch_rtx.runtime.inline import Parts
-from torch_rtx.targets import ALIGNMENT, GRID, Target, by_age
+from torch_rtx.targets import ALIGNMENT, GRID, Target, arch_of, by_age
 
 log = logging.getLogger(__name__)
 # Per setting of `tactics`, which kernels are launched, by what their library call is expected to be.
@@ -134,7 +134,7 @@ def candidates(launches: Sequence[Launch], sm: int, shared: int) -> list[tuple[L
 def _runs_on(target: Target, sm: int) -> bool:
     if target.ptx:
         return target.sm <= sm
-    return target.sm == sm or (not target.exact and target.sm // 10 == sm // 10 and target.sm < sm)
+    return target.sm == sm or (target.sm // 10 == sm // 10 and target.sm < sm and not arch_of(sm).exact)
 
 
 class Store(Protocol):
@@ -325,8 +325,8 @@ class Launcher:
         return tuple(int(function) for function, _, _ in (self._aligned, self._generic))
 
     def is_for(self, sm: int) -> bool:
-        """Whether it was built for this SM version."""
-        return self.target == Target(sm)
+        """Whether it is what is built for this SM version."""
+        return self.target == arch_of(sm).target
 
     def bound(self, sizes: Mapping[str, int]) -> Launcher:
         """The same kernel for a graph in which the symbols that `sizes` names are numbers."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import replace
 from functools import cache, partial
@@ -26,7 +26,6 @@ from torch_rtx.runtime.knowledge import Knowledge, region_key
 from torch_rtx.runtime.launch import Gpu, Launcher, Way, gpu_of, launchers
 from torch_rtx.runtime.trial import microseconds
 from torch_rtx.settings import RuntimeSettings, runtime_cache_path
-from torch_rtx.targets import Target
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +47,7 @@ def kernels_and_tools(
     knowledge = Knowledge(gpu.sm, BUILDER, open_store)
     tools = Tools(
         knowledge,
-        load=partial(_load, gpu),
+        load=partial(_load, gpu, open_store),
         jit=partial(launchers, table, graph, device, open_store=open_store),
         time=microseconds(device),
         background=BACKGROUND,
@@ -57,8 +56,12 @@ def kernels_and_tools(
     return launchers(table, graph, device, jit=at_once, open_store=open_store), tools
 
 
-def _load(gpu: Gpu, op: str, candidate: Candidate, pointers: int) -> Launcher:
-    return Launcher(gpu, op, candidate.launch, Target(gpu.sm), candidate.binaries, pointers)
+def _load(
+    gpu: Gpu, open_store: Callable[[], RuntimeCache | None], op: str, candidate: Candidate, pointers: int
+) -> Launcher:
+    (target,) = candidate.launch.targets
+    store = open_store() if target.ptx else None
+    return Launcher(gpu, op, candidate.launch, target, candidate.binaries, pointers, store)
 
 
 def _runtime_cache(gpu: Gpu, device: torch.device, settings: RuntimeSettings) -> RuntimeCache | None:

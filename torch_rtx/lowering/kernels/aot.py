@@ -17,7 +17,7 @@ from torch_rtx.ir import Dim, Expr, Sym
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.toolchain import Code, Job, lower
 from torch_rtx.lowering.kernels.turing import NoTensorCores
-from torch_rtx.targets import ALIGNMENT, BLOCK_REGISTERS, Target, lacks
+from torch_rtx.targets import ALIGNMENT, Target, lacks
 
 MAX_SPILLS = 128  # bytes of spill stores per thread; up to this much costs less than a smaller tile
 Wanted = tuple[Kernel, Target]
@@ -64,7 +64,7 @@ def compile_kernels(
     for kernel, target in pairs:
         targets.setdefault(kernel, []).append(target)
     jobs = {
-        (kernel, target): _jobs(kernel, _code_sm(kernel, target, targets[kernel]))
+        (kernel, target): _jobs(kernel, _code_sm(kernel, target, targets[kernel]), target.ptx and target.arch.exact)
         for kernel, target in pairs
         if not any(lacks(target, dtype) for dtype in kernel.pointers)
     }
@@ -103,19 +103,20 @@ def _code_sm(kernel: Kernel, target: Target, targets: Iterable[Target]) -> int:
     Code for sm_80 runs on sm_86 and sm_89 as well. What Triton and ptxas make for the three differs by the order of
     instructions and a few registers, in either direction: one binary saves two thirds of the size.
     """
-    if target.ptx or target.exact:
-        return target.sm
+    if target.ptx or target.arch.exact:
+        return target.arch.sm
     of_generation = [t.sm for t in targets if not t.ptx and t.sm // 10 == target.sm // 10]
     return min(sm for sm in of_generation if not any(lacks(Target(sm), dtype) for dtype in kernel.pointers))
 
 
-def _jobs(kernel: Kernel, sm: int) -> tuple[Job, ...]:
+def _jobs(kernel: Kernel, sm: int, portable: bool = False) -> tuple[Job, ...]:
     """The job of the aligned case, and that of the generic one if there is such a case."""
     always = tuple(multiple(dim) % ALIGNMENT == 0 for dim in kernel.scalars)
     cases = dict.fromkeys(((True,) * len(always), always))
     wide, warps, stages = kernel.wide, kernel.num_warps, kernel.num_stages
     return tuple(
-        Job(kernel.name, kernel.source, kernel.pointers, case, wide, warps, stages, sm, kernel.early) for case in cases
+        Job(kernel.name, kernel.source, kernel.pointers, case, wide, warps, stages, sm, kernel.early, portable)
+        for case in cases
     )
 
 
@@ -154,6 +155,6 @@ def _too_large(code: Code, target: Target) -> str | None:
     if code.shared > target.shared:
         return f"a block needs {code.shared} bytes of shared memory, {target} has {target.shared}"
     registers = code.num_warps * 32 * math.ceil(code.registers / 8) * 8  # in units of 8 per thread
-    if registers > BLOCK_REGISTERS:
-        return f"a block needs {registers} registers, {target} has {BLOCK_REGISTERS}"
+    if registers > target.arch.registers:
+        return f"a block needs {registers} registers, {target} has {target.arch.registers}"
     return None

@@ -36,7 +36,7 @@ from torch_rtx.lowering.kernels.tensor import (
     children,
     expand,
 )
-from torch_rtx.targets import HOPPER, SHARED
+from torch_rtx.targets import Arch
 
 DTYPES = ("f16", "bf16", "f32")
 MAX_WIDTH = 256  # the widest head
@@ -222,8 +222,8 @@ def _varies(found: Attention, tensor: Tensor) -> bool:
 # ---- configurations --------------------------------------------------------------------------------------------------
 
 
-def attention_configs(region: Region, target: int) -> list[AttentionConfig]:
-    """Configurations that fit the SM version `target`, best first.
+def attention_configs(region: Region, arch: Arch) -> list[AttentionConfig]:
+    """Configurations that fit `arch`, best first.
 
     As many rows as the accumulators leave registers for, fewer where there would be less than one program for each
     multiprocessor. On Hopper four warps multiply 64 rows together; of narrow heads, blocks of keys are short enough for
@@ -232,17 +232,17 @@ def attention_configs(region: Region, target: int) -> list[AttentionConfig]:
     heads, since with 16 its tensor cores would wait for the tiles of K and V; and 40 elements take 9 to 15 % less in
     two pieces (2 and 16 x 4096 x 8 heads, code for sm_80 and sm_89 on an H200).
     """
-    found, hopper = attention_of(region), target == HOPPER
+    found, hopper = attention_of(region), "wgmma" in arch.features
     piece = 64 if hopper else 32
     width = max(_padded(found.width, piece), _padded(found.value_width, piece))
     configs = [
         config
-        for rows, keys, warps in _shapes(width, found.dtype, target)
-        for stages in ((1,) if target < 80 else (3, 2, 1))
-        if _shared(found, config := AttentionConfig(rows, keys, warps, stages, piece)) <= SHARED[target]
+        for rows, keys, warps in _shapes(width, found.dtype, arch)
+        for stages in ((3, 2, 1) if "cp_async" in arch.features else (1,))
+        if _shared(found, config := AttentionConfig(rows, keys, warps, stages, piece)) <= arch.shared
     ]
     if not configs:
-        raise Unsupported(f"attention with heads of {width} elements on sm_{target}")
+        raise Unsupported(f"attention with heads of {width} elements on sm_{arch.sm}")
     wide = width > 64
     # On an H200 whole warpgroups won with far fewer programs than it has multiprocessors: for wide heads with 64, and
     # not with 16.
@@ -250,24 +250,23 @@ def attention_configs(region: Region, target: int) -> list[AttentionConfig]:
 
     def order(config: AttentionConfig) -> tuple[bool, int, bool, int]:
         # A single stage loads and multiplies in turn: better a smaller tile.
-        crowded = hopper and not wide and TOGETHER * _shared(found, config) > SHARED[target]
+        crowded = hopper and not wide and TOGETHER * _shared(found, config) > arch.shared
         waits = -config.num_stages if hopper and wide else 0
         return config.num_stages == 1, _rank(found, config, wanted), crowded, waits
 
     return sorted(configs, key=order)
 
 
-def _shapes(width: int, dtype: str, target: int) -> list[tuple[int, int, int]]:
+def _shapes(width: int, dtype: str, arch: Arch) -> list[tuple[int, int, int]]:
     """Rows, keys and warps of programs for heads of this width, the best first where all of them have work."""
+    hopper = "wgmma" in arch.features
     if dtype == "f32":
         # Products in full precision have no tensor cores: each thread has its part of both operands in registers.
         return [(32, 32, 4), (16, 32, 4), (16, 16, 4)]
     few = [(32, 64, 4), (16, 128, 4), (16, 64, 4), (16, 32, 4)]
     if width <= 64:
-        many = (
-            [(64, 64, 4), (64, 128, 4), (128, 64, 8)] if target == HOPPER else [(128, 32, 4), (128, 64, 4), (64, 64, 4)]
-        )
-    elif target != HOPPER:
+        many = [(64, 64, 4), (64, 128, 4), (128, 64, 8)] if hopper else [(128, 32, 4), (128, 64, 4), (64, 64, 4)]
+    elif not hopper:
         many = [(128, 64, 8) if width <= 128 else (64, 32, 8), (64, 32, 4)]
     elif width == 128:
         many = [(64, 64, 4), (128, 64, 8), (128, 128, 8)]

@@ -17,8 +17,8 @@ class BodyBuilder:
         self.nodes, self._taken = list(nodes), taken
 
     def call(self, op: str, type_: TensorType, /, **args: Attr) -> Value:
-        """The result, of type `type_`, of an overload of ATen (`add.Tensor`) or of this package (`torch_rtx.x.default`);
-        arguments in the order of its schema."""
+        """The result, of type `type_`, of an overload: `add.Tensor` is one of ATen, `torch_rtx.x.default` one of this
+        package. Arguments in the order of its schema."""
         return self.calls(op, (type_,), **args)[0]
 
     def calls(self, op: str, types: Iterable[TensorType], /, **args: Attr) -> Values:

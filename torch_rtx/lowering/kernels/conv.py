@@ -17,7 +17,7 @@ from math import ceil
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Attr, Dim, Node, Value, dim_expr
 from torch_rtx.lowering.kernels.body_builder import argument
-from torch_rtx.lowering.kernels.cost import best_time, chip, configurations, typical
+from torch_rtx.lowering.kernels.cost import best_time, configurations, typical
 from torch_rtx.lowering.kernels.emit import Axis, Emitter, Operand
 from torch_rtx.lowering.kernels.index import Index, constant, from_dim, unravel
 from torch_rtx.lowering.kernels.kernel import Kernel
@@ -38,6 +38,7 @@ from torch_rtx.lowering.kernels.product import (
 )
 from torch_rtx.lowering.kernels.region import Region, tensor_type
 from torch_rtx.lowering.kernels.tensor import ONE, ZERO, Load, Move, Position, Tensor, Within, cast, number, pointwise
+from torch_rtx.targets import Arch
 
 
 def conv_kernel(region: Region, name: str, config: GemmConfig) -> Kernel:
@@ -51,26 +52,26 @@ def conv_kernel(region: Region, name: str, config: GemmConfig) -> Kernel:
     return _writer(of, config)(region, of, config).kernel(name)
 
 
-def conv_configs(region: Region, target: int, input_precision: str = "ieee") -> list[GemmConfig]:
-    """Configurations for `sm_{target}`, those that should be fastest first; `input_precision` is that of f32 operands.
+def conv_configs(region: Region, arch: Arch, input_precision: str = "ieee") -> list[GemmConfig]:
+    """Configurations for `arch`, those that should be fastest first; `input_precision` is that of f32 operands.
 
     Raises:
         Unsupported: see `conv_kernel`, or a dtype that the target does not multiply.
     """
     of = conv_product(region)
-    return _windows(of, target) if is_depthwise(of) else configurations(region, of, target, input_precision)
+    return _windows(of, arch) if is_depthwise(of) else configurations(region, of, arch, input_precision)
 
 
-def conv_time(region: Region, target: int) -> float:
-    """The time that the kernel should take on `sm_{target}`, in microseconds.
+def conv_time(region: Region, arch: Arch) -> float:
+    """The time that the kernel should take on `arch`, in microseconds.
 
     Raises:
         Unsupported: see `conv_configs`.
     """
-    return best_time(region, conv_product(region), target)
+    return best_time(region, conv_product(region), arch)
 
 
-def _windows(of: Product, target: int) -> list[GemmConfig]:
+def _windows(of: Product, arch: Arch) -> list[GemmConfig]:
     """Windows are bound by memory: along what is contiguous in there tiles are long enough for whole cache lines, and
     as large as the chip is kept busy with, since neighbouring pixels share what they read."""
     source = in_memory(of.a)
@@ -85,7 +86,7 @@ def _windows(of: Product, target: int) -> list[GemmConfig]:
         tiles = ceil(pixels / config.block_m) * ceil(channels / config.block_n)
         area = config.block_m * config.block_n
         share = tiles * area * (1 + 128 / area)  # what is computed in vain, and the start of a program
-        return share / min(tiles / chip(target).processors / 4, 1)
+        return share / min(tiles / arch.chip.processors / 4, 1)
 
     return sorted(found, key=cost)
 

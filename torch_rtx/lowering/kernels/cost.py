@@ -24,7 +24,7 @@ from torch_rtx.lowering.kernels.place import place
 from torch_rtx.lowering.kernels.product import MOST_ROWS, GemmConfig, Product, Steps, dot_dtype, in_memory
 from torch_rtx.lowering.kernels.region import Region, tensor_type
 from torch_rtx.lowering.kernels.tensor import ZERO, Load, Map, Move, Tensor, everything
-from torch_rtx.targets import HOPPER, SHARED
+from torch_rtx.targets import Arch, Chip
 
 TYPICAL = 1024  # what a symbolic size without a typical one is taken for, within its range
 LAUNCH = 1.5  # until the first program has its first operands, and after the last one
@@ -36,56 +36,9 @@ CLEAR = 1.15  # the gain that two kernels in the place of one must promise
 FILLED, TILE = 0.75, 64  # a chip is full with this many tiles of this size for each processor
 DEPTH = 32  # elements of a depth that every part has a multiple of
 SCATTERED = 16  # loads of a thread for one step, each of less than 16 bytes
-
-
-@dataclass(frozen=True)
-class Chip:
-    """A typical GPU of a target.
-
-    Attributes:
-        processors: how many multiprocessors.
-        shared: bytes of shared memory that a block may have, which are also taken for all that a processor has.
-        tensor: TFLOP/s of dense f16 products that are summed in f32, as generated code reaches them.
-        plain: TFLOP/s of f32 without tensor cores.
-        memory: GB/s.
-        clock: GHz.
-        cache: bytes of the L2 cache that a multiprocessor reads in a cycle.
-        overlap: how much of what is not the bottleneck is hidden behind it.
-    """
-
-    processors: int
-    shared: int
-    tensor: float
-    plain: float
-    memory: float
-    clock: float
-    cache: float = 32
-    overlap: float = 0.8
-
-
-CHIPS = {
-    75: Chip(68, SHARED[75], 45, 13, 560, 1.5),  # RTX 2080 Ti
-    80: Chip(108, SHARED[80], 250, 19, 1400, 1.4),  # A100
-    86: Chip(82, SHARED[86], 65, 30, 850, 1.7),  # RTX 3090
-    89: Chip(128, SHARED[89], 150, 75, 900, 2.5),  # RTX 4090
-    90: Chip(132, SHARED[90], 865, 60, 4200, 1.6, cache=inf, overlap=1),  # H200; see `_step`
-    120: Chip(170, SHARED[120], 200, 95, 1600, 2.4),  # RTX 5090
-}
 LONG = ("tl.erf", "tl.log", "tl.sin", "tl.cos")  # functions of many instructions
 SIZES = {"bool": 1, "i8": 1, "u8": 1, "i16": 2, "f16": 2, "bf16": 2, "i32": 4, "f32": 4, "tf32": 4}  # bytes, else 8
 RATES = {"f16": 1, "bf16": 1, "tf32": 0.5}  # of tensor cores
-
-
-def chip(target: int) -> Chip:
-    """The chip of the latest known target that is not newer.
-
-    Raises:
-        Unsupported: all are newer.
-    """
-    known = [sm for sm in CHIPS if sm <= target]
-    if not known:
-        raise Unsupported(f"kernels for sm_{target}")
-    return CHIPS[max(known)]
 
 
 @dataclass(frozen=True)
@@ -116,15 +69,15 @@ class Problem:
     run: int = 8
 
 
-def problem(region: Region, of: Product, target: int, input_precision: str = "ieee") -> Problem:
+def problem(region: Region, of: Product, arch: Arch, input_precision: str = "ieee") -> Problem:
     """The problem that a region is, with symbolic sizes taken for typical ones.
 
     Raises:
         Unsupported: a dtype that the target's tensor cores do not have; or the region has no placement.
     """
     dtype = dot_dtype(of)
-    if dtype == "bf16" and target < 80:
-        raise Unsupported(f"a matrix product of bf16 on sm_{target}")
+    if dtype == "bf16" and "bf16" not in arch.features:
+        raise Unsupported(f"a matrix product of bf16 on sm_{arch.sm}")
     placement = place(region.outputs, of.tile())
     width = placement.width.number
     tensors = [tensor_type(value) for value in region.body.inputs] + list(region.types)
@@ -178,29 +131,29 @@ def typical(dim: Dim) -> int:
     return typical_size(dim, TYPICAL)
 
 
-def configurations(region: Region, of: Product, target: int, input_precision: str) -> list[GemmConfig]:
+def configurations(region: Region, of: Product, arch: Arch, input_precision: str) -> list[GemmConfig]:
     """The best configurations, best first.
 
     Raises:
         Unsupported: see `problem`.
     """
-    precision = input_precision if target >= 80 else "ieee"
-    best = [config for _, config in _ranked(problem(region, of, target, precision), _few(of), target)]
+    precision = input_precision if "tf32" in arch.features else "ieee"
+    best = [config for _, config in _ranked(problem(region, of, arch, precision), _few(of), arch)]
     tiles = [(config.sums, config.block_m, config.width) for config in best]
     kept = [config for at, config in enumerate(best) if tiles[:at].count(tiles[at]) < ALIKE][:KEPT]
     return [replace(config, input_precision=precision) for config in kept]
 
 
-def best_time(region: Region, of: Product, target: int) -> float:
+def best_time(region: Region, of: Product, arch: Arch) -> float:
     """The time of the best configuration.
 
     Raises:
         Unsupported: see `problem`.
     """
-    return _ranked(problem(region, of, target), _few(of), target)[0][0]
+    return _ranked(problem(region, of, arch), _few(of), arch)[0][0]
 
 
-def loop_time(region: Region, target: int) -> float:
+def loop_time(region: Region, arch: Arch) -> float:
     """The time of a kernel that reads what the anchor has written, and all else that the results need, and writes
     these."""
     assert region.anchor is not None
@@ -208,7 +161,7 @@ def loop_time(region: Region, target: int) -> float:
     moved = [value for value in region.body.inputs if value.name in read]
     moved += [value for value in region.anchor.outputs if value is not None]
     types = [*map(tensor_type, moved), *region.types]
-    return LAUNCH + sum(map(bytes_of, types)) / (chip(target).memory * 1e3)
+    return LAUNCH + sum(map(bytes_of, types)) / (arch.chip.memory * 1e3)
 
 
 def _few(of: Product) -> bool:
@@ -217,30 +170,30 @@ def _few(of: Product) -> bool:
 
 
 @lru_cache(maxsize=1024)
-def _ranked(what: Problem, few: bool, target: int) -> list[tuple[float, GemmConfig]]:
+def _ranked(what: Problem, few: bool, arch: Arch) -> list[tuple[float, GemmConfig]]:
     """All configurations with their times, the fastest first."""
-    found = [(dots_time(what, config, target), config) for config in _dots(what, target)]
+    found = [(dots_time(what, config, arch), config) for config in _dots(what, arch)]
     if few:
-        found += [(sums_time(what, config, chip(target)), config) for config in _sums(what)]
+        found += [(sums_time(what, config, arch.chip), config) for config in _sums(what)]
     return sorted(found, key=lambda one: one[0])
 
 
 # ---- parts -----------------------------------------------------------------------------------------------------------
 
 
-def best_parts(region: Region, of: Product, target: int, gain: float = CLEAR) -> int:
+def best_parts(region: Region, of: Product, arch: Arch, gain: float = CLEAR) -> int:
     """In how many parts the depth of a product is best cut, so that they fill the chip; 1: in none, which is also the
     answer where the gain is less than `gain`.
 
     Raises:
         Unsupported: see `problem`.
     """
-    what, on = problem(region, of, target), chip(target)
+    what, on = problem(region, of, arch), arch.chip
     columns = typical(of.columns)  # of all accumulators
     tiles = what.batch * ceil(what.rows / TILE) * ceil(columns / TILE)
     if not isinstance(of.depth, int) or tiles > FILLED * on.processors:
         return 1
-    whole, fastest = _ranked(what, _few(of), target)[0][0], inf
+    whole, fastest = _ranked(what, _few(of), arch)[0][0], inf
     result = what.batch * what.rows * columns
     operands = what.batch * (what.rows + columns * what.taps) * what.depth * SIZES[what.dtype]
     best = 1
@@ -251,7 +204,7 @@ def best_parts(region: Region, of: Product, target: int, gain: float = CLEAR) ->
         partial = replace(what, batch=what.batch * parts, columns=columns, accumulators=1, moved=moved, plain=True)
         partial = replace(partial, depth=what.depth // parts)
         rest = LAUNCH + (4 * parts * result + max(what.moved - operands, 0)) / (on.memory * 1e3)
-        time = _ranked(partial, _few(of), target)[0][0] + rest
+        time = _ranked(partial, _few(of), arch)[0][0] + rest
         if time >= fastest:
             break  # more parts are no better
         fastest, best = time, parts
@@ -261,11 +214,10 @@ def best_parts(region: Region, of: Product, target: int, gain: float = CLEAR) ->
 # ---- tensor cores ----------------------------------------------------------------------------------------------------
 
 
-def _dots(what: Problem, target: int) -> Iterator[GemmConfig]:
-    on = chip(target)
+def _dots(what: Problem, arch: Arch) -> Iterator[GemmConfig]:
     tiles = [(16, 32, 64, 128, 256), (16, 32, 64, 128, 256), (16, 32, 64, 128)]
     most_m, most_n, most_k = (max(16, _power(size)) for size in (what.rows, what.columns, what.depth))
-    stages = (1,) if target == 75 else (2, 3, 4, 5)
+    stages = (2, 3, 4, 5) if "cp_async" in arch.features else (1,)
     for block_m, block_n, block_k, extra in itertools.product(*tiles, (False, True)):
         if block_m > most_m or block_n > most_n or not min(most_k, 32) <= block_k <= most_k:
             continue
@@ -276,9 +228,9 @@ def _dots(what: Problem, target: int) -> Iterator[GemmConfig]:
         warps = [count for count in (2, 4, 8) if 256 <= area // count <= 4096] or [1]
         for num_warps, num_stages in itertools.product(warps, stages):
             config = GemmConfig(block_m, block_n, block_k, num_warps, num_stages, extra_n=extra_n)
-            if extra and not (64 <= block_n <= 128 and block_k >= 64 and _warpgroup(what, config, target)):
+            if extra and not (64 <= block_n <= 128 and block_k >= 64 and _warpgroup(what, config, arch)):
                 continue  # measured on Hopper alone
-            if shared_memory(what, config, target) <= on.shared and _fits_registers(what, config, target):
+            if shared_memory(what, config, arch) <= arch.shared and _fits_registers(what, config, arch):
                 yield config
 
 
@@ -291,44 +243,48 @@ def _held(what: Problem, config: GemmConfig) -> int:
     return config.block_m * config.width * what.accumulators // (32 * config.num_warps)
 
 
-def _fits_registers(what: Problem, config: GemmConfig, target: int) -> bool:
+def _fits_registers(what: Problem, config: GemmConfig, arch: Arch) -> bool:
     """Whether nothing should have to be spilled, as far as that was seen: of 255 registers sums take a quarter, or half
     where products read shared memory and little follows; loads of 16 bytes take a pointer each, and on Turing, where
     they cannot go right to shared memory, their data as well. Shorter ones, of windows over few channels, take more of
     both than would leave room for a second program: 102 us against 82 for 256 rows of ResNet's first convolution."""
-    roomy = _warpgroup(what, config, target) and what.plain
+    roomy = _warpgroup(what, config, arch) and what.plain
     most = 16 if what.dtype == "f32" else 128 if roomy else 64
     width = config.block_m + config.width * what.accumulators
     threads = 32 * config.num_warps
     pointers = width * config.block_k * SIZES[what.dtype] // (16 * threads)
     scattered = config.block_m * config.block_k // (what.run * threads) if what.run * SIZES[what.dtype] < 16 else 0
-    return _held(what, config) <= most and pointers <= (12 if target >= 80 else 6) and scattered <= SCATTERED
+    return (
+        _held(what, config) <= most
+        and pointers <= (12 if "cp_async" in arch.features else 6)
+        and scattered <= SCATTERED
+    )
 
 
-def _warpgroup(what: Problem, config: GemmConfig, target: int) -> bool:
+def _warpgroup(what: Problem, config: GemmConfig, arch: Arch) -> bool:
     """Hopper's products, which take operands from shared memory."""
-    return target == HOPPER and what.dtype != "f32" and config.block_m >= 64 and config.num_warps >= 4
+    return "wgmma" in arch.features and what.dtype != "f32" and config.block_m >= 64 and config.num_warps >= 4
 
 
-def shared_memory(what: Problem, config: GemmConfig, target: int) -> int:
+def shared_memory(what: Problem, config: GemmConfig, arch: Arch) -> int:
     """Bytes for the steps in flight; Hopper's products keep one more step there while they read it."""
     width = config.width * what.accumulators
     step = (config.block_m + width) * config.block_k * SIZES[what.dtype]
-    steps = config.num_stages - (not _warpgroup(what, config, target))
+    steps = config.num_stages - (not _warpgroup(what, config, arch))
     return max(step * max(steps, 1), config.block_m * config.block_n * 2)
 
 
-def dots_time(what: Problem, config: GemmConfig, target: int) -> float:
+def dots_time(what: Problem, config: GemmConfig, arch: Arch) -> float:
     """The time of a product by `tl.dot`."""
-    on = chip(target)
+    on = arch.chip
     width = config.width * what.accumulators
     tiles = what.batch * ceil(what.rows / config.block_m) * ceil(what.columns / config.width)
     steps = what.taps * ceil(what.depth / config.block_k)
-    resident = _resident(what, config, target)
+    resident = _resident(what, config, arch)
     whole, rest = divmod(tiles, on.processors * resident)
     waves = [resident] * whole + ([ceil(rest / on.processors)] if rest else [])
     store = config.block_m * width * 2 / (on.memory * 1e3 / on.processors)
-    busy = sum(LATENCY + steps * _step(what, config, target, count) + count * store for count in waves)
+    busy = sum(LATENCY + steps * _step(what, config, arch, count) + count * store for count in waves)
     return LAUNCH + _overlapped(on, busy, what.moved / (on.memory * 1e3))
 
 
@@ -338,28 +294,26 @@ def _overlapped(on: Chip, *times: float) -> float:
     return longest + (1 - on.overlap) * (sum(times) - longest)
 
 
-def _resident(what: Problem, config: GemmConfig, target: int) -> int:
+def _resident(what: Problem, config: GemmConfig, arch: Arch) -> int:
     """How many programs a processor holds."""
     threads = 32 * config.num_warps
-    registers = min(_held(what, config) + (56 if _warpgroup(what, config, target) else 80), 255)
+    registers = min(_held(what, config) + (56 if _warpgroup(what, config, arch) else 80), 255)
     return max(
         1,
-        min(
-            chip(target).shared // shared_memory(what, config, target), 65536 // (threads * registers), 1536 // threads
-        ),
+        min(arch.shared // shared_memory(what, config, arch), 65536 // (threads * registers), 1536 // threads),
     )
 
 
-def _step(what: Problem, config: GemmConfig, target: int, count: int) -> float:
+def _step(what: Problem, config: GemmConfig, arch: Arch, count: int) -> float:
     """The time of a step of `count` programs on one processor.
 
     What is said of Hopper predicts 1860 measured times of 31 products on an H200 within 16 % (root mean square); the
     first configuration took 3 % longer than the best one, in the geometric mean.
     """
-    on, size, warps = chip(target), SIZES[what.dtype], config.num_warps
+    on, size, warps = arch.chip, SIZES[what.dtype], config.num_warps
     width = config.width * what.accumulators
     rate = (on.plain if what.dtype == "f32" else on.tensor * RATES[what.dtype]) * 1e6 / on.processors
-    if _warpgroup(what, config, target):
+    if _warpgroup(what, config, arch):
         # 64 rows at a time read all columns, and for each accumulator these rows once.
         ranges = what.accumulators * (2 if config.extra_n else 1) * max(warps * 16 // config.block_m, 1)
         parts = config.block_m * ranges + width * config.block_m / 64
@@ -369,8 +323,8 @@ def _step(what: Problem, config: GemmConfig, target: int, count: int) -> float:
         while across * across < warps and config.block_m // across > 16:
             across *= 2
         parts = warps * (config.block_m / across + width / max(warps // across, 1))
-        rate /= 2 if target == HOPPER else 1  # older instructions
-    parts += config.block_m + width if target == HOPPER else 0  # what copies write
+        rate /= 2 if "wgmma" in arch.features else 1  # older instructions
+    parts += config.block_m + width if "wgmma" in arch.features else 0  # what copies write
     products = 2 * config.block_m * width * config.block_k / rate
     local = parts * config.block_k * size / (128e3 * on.clock)
     cache = (config.block_m + width) * config.block_k * size / (on.cache * 1e3 * on.clock)

@@ -24,6 +24,7 @@ from torch_rtx.lowering.kernels.tensor import (
     number,
     pointwise,
 )
+from torch_rtx.targets import Arch
 
 # Operator: the arguments that are multiplied and what is added, by name.
 OPERANDS = {
@@ -47,27 +48,27 @@ def gemm_kernel(region: Region, name: str, config: GemmConfig) -> Kernel:
     return writer(region, gemm_product(region), config).kernel(name)
 
 
-def gemm_configs(region: Region, target: int, input_precision: str = "ieee") -> list[GemmConfig]:
-    """Configurations for `sm_{target}`, those that should be fastest first; `input_precision` is that of f32 operands.
+def gemm_configs(region: Region, arch: Arch, input_precision: str = "ieee") -> list[GemmConfig]:
+    """Configurations for `arch`, those that should be fastest first; `input_precision` is that of f32 operands.
 
     Raises:
         Unsupported: see `gemm_kernel`, or a dtype that the target does not multiply.
     """
-    return configurations(region, gemm_product(region), target, input_precision)
+    return configurations(region, gemm_product(region), arch, input_precision)
 
 
-def gemm_time(region: Region, target: int) -> float:
-    """The time that the kernel should take on `sm_{target}`, in microseconds.
+def gemm_time(region: Region, arch: Arch) -> float:
+    """The time that the kernel should take on `arch`, in microseconds.
 
     Raises:
         Unsupported: see `gemm_configs`.
     """
-    return best_time(region, gemm_product(region), target)
+    return best_time(region, gemm_product(region), arch)
 
 
-def after_call(region: Region, target: int) -> float:
+def after_call(region: Region, arch: Arch) -> float:
     """The time of what is left of the region when a library call has multiplied, in microseconds."""
-    return loop_time(region, target) if any(isinstance(one, Map) for one in everything(region.outputs)) else 0.0
+    return loop_time(region, arch) if any(isinstance(one, Map) for one in everything(region.outputs)) else 0.0
 
 
 def gemm_product(region: Region) -> Product:

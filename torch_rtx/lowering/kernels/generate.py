@@ -16,25 +16,20 @@ from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.loops import loop_configs, loop_kernel
 from torch_rtx.lowering.kernels.product import FEW
 from torch_rtx.lowering.kernels.region import ANCHORS, Region, region, tensor_type
-from torch_rtx.targets import HOPPER
+from torch_rtx.targets import Arch, Library, arch_of
 
 # Per kind of anchor ("" for loops): the configurations for an SM version, best first, and the kernel in one of them.
-Family = tuple[Callable[[Region, int], Sequence[Any]], Callable[[Region, str, Any], Kernel]]
+Family = tuple[Callable[[Region, Arch], Sequence[Any]], Callable[[Region, str, Any], Kernel]]
 FAMILIES: Mapping[str, Family] = {
-    "": (lambda found, sm: loop_configs(found), loop_kernel),
+    "": (lambda found, arch: loop_configs(found), loop_kernel),
     "attention": (attention_configs, attention_kernel),
     "conv": (conv_configs, conv_kernel),
     "gemm": (gemm_configs, gemm_kernel),
 }
 
-# Floating-point operations beyond which library calls may be faster.
-LARGE = {"gemm": 1.5e9, "conv": 5e9, "attention": 1.6e10}
-# Of library calls on an H200: microseconds, and operations in one, of products from 3072 x 768 x 768 to
-# 4608 x 21504 x 3072 and convolutions of 7.5e9 to 483e9 operations. Kernels took a tenth longer than their model says,
-# of which KERNEL is counted: what is as fast both ways is left to the kernel.
-CALL = {"gemm": (5.0, 775e6), "conv": (12.0, 640e6)}
+# Kernels took a tenth longer than their model says, of which this is counted: what is as fast both ways is left to the
+# kernel.
 KERNEL = 1.07
-MANY_KEYS = 3000  # where attention by a library call is faster
 TYPICAL = 16  # a size that is known only at run time, and has no typical value
 
 
@@ -53,7 +48,7 @@ def generate(body: Graph, name: str, sm: int, which: int) -> Kernel | None:
 @lru_cache(maxsize=1024)  # asked for once per configuration, and for equal regions of many layers
 def _prepared(body: Graph, sm: int) -> tuple[Region, Sequence[Any]]:
     found = region(body)
-    return found, FAMILIES[family(found)][0](found, sm)
+    return found, FAMILIES[family(found)][0](found, arch_of(sm))
 
 
 def family(found: Region) -> str:
@@ -79,21 +74,23 @@ def library(body: Graph, sm: int) -> str:
     if found.anchor is None:
         return "none"
     kind, work = family(found), flops(found.anchor)
-    if sm != HOPPER or work <= LARGE[kind] or not _is_usual(found.anchor):
+    arch = arch_of(sm)
+    rates = arch.library
+    if rates is None or work <= rates.large[kind] or not _is_usual(found.anchor, rates):
         return "slower"
     if kind == "attention":
         return "faster"
-    call, rate = CALL[kind]
-    ours = gemm_time(found, sm) if kind == "gemm" else conv_time(found, sm)
-    return "faster" if call + work / rate + after_call(found, sm) < KERNEL * ours else "slower"
+    call, rate = rates.call[kind]
+    ours = gemm_time(found, arch) if kind == "gemm" else conv_time(found, arch)
+    return "faster" if call + work / rate + after_call(found, arch) < KERNEL * ours else "slower"
 
 
-def _is_usual(anchor: Node) -> bool:
+def _is_usual(anchor: Node, rates: Library) -> bool:
     """Whether a call is one that libraries are made for: attention to many keys, all of them seen; a convolution of
     images that is no product, nor of few channels; a product of rows that can all begin at multiples of 16 bytes."""
     kind = ANCHORS[anchor.op]
     if kind == "attention":
-        return elements(_shape(anchor, "key")[-2:-1]) > MANY_KEYS and not anchor.arg("is_causal", False)
+        return elements(_shape(anchor, "key")[-2:-1]) > rates.many_keys and not anchor.arg("is_causal", False)
     if kind == "conv":
         _, channels, *window = _shape(anchor, "weight")
         return elements((channels,)) >= FEW and sum(size != 1 for size in window) > 1

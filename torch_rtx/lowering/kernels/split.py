@@ -21,13 +21,14 @@ from torch_rtx.lowering.kernels.generate import family, generate
 from torch_rtx.lowering.kernels.region import ANCHORS, Region, region
 from torch_rtx.lowering.kernels.split_kv import best_kv_splits, combine_attention, split_attention
 from torch_rtx.lowering.kernels.split_reduction import best_chunks, split_reductions
+from torch_rtx.targets import Arch, arch_of
 
 
 def split(body: Graph, name: str, sm: int, gain: float = CLEAR) -> Graph | None:
     """The split form of the body of kernel `name` on SM version `sm` (89); None where it has none, or is not expected
     to be faster by the factor `gain`."""
     try:
-        parts = _parts(region(body), sm, gain)
+        parts = _parts(region(body), arch_of(sm), gain)
         if parts == 1:
             return None
         graph = split_in(body, name, parts)
@@ -39,18 +40,18 @@ def split(body: Graph, name: str, sm: int, gain: float = CLEAR) -> Graph | None:
     return graph
 
 
-def _parts(found: Region, sm: int, gain: float) -> int:
+def _parts(found: Region, arch: Arch, gain: float) -> int:
     """In how many parts a region is best cut; 1: in none."""
     match family(found):
         case "gemm":
-            return best_parts(found, gemm_product(found), sm, gain)
+            return best_parts(found, gemm_product(found), arch, gain)
         case "conv":
             of = conv_product(found)
-            return 1 if of.batch != 1 or is_depthwise(of) else best_parts(found, of, sm, gain)
+            return 1 if of.batch != 1 or is_depthwise(of) else best_parts(found, of, arch, gain)
         case "attention":
             assert found.anchor is not None
-            return best_kv_splits(attention_of(found), type_of(argument(found.anchor, "key")).shape[-2], sm, gain)
-    return best_chunks(found, sm, gain)
+            return best_kv_splits(attention_of(found), type_of(argument(found.anchor, "key")).shape[-2], arch, gain)
+    return best_chunks(found, arch, gain)
 
 
 def split_in(body: Graph, name: str, parts: int) -> Graph:

@@ -1,8 +1,8 @@
 """Split-KV attention for few queries over many keys (Flash-Decoding, Dao et al. 2023).
 
-The keys are cut into ranges. The first kernel is one call of `torch_rtx.attention_partial` (see `aten`) for all ranges, which
-have a leading dimension of their own: per range the weighted sum of its values, the largest score, and the sum of the
-weights, relative to that score. The second kernel rescales the ranges to their common maximum, adds them and divides.
+The keys are cut into ranges, which become a leading dimension. The first kernel is one call of
+`torch_rtx.attention_partial` (see `aten`): per range the weighted sum of its values, the largest score, and the sum of
+the weights, relative to that score. The second kernel rescales the ranges to their common maximum, adds and divides.
 
 Ranges are equally long. Where their length does not divide the number of keys, padding is added, and masked.
 """
@@ -16,7 +16,8 @@ from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Attr, Dim, Node, TensorType, Value, contiguous, dim_expr
 from torch_rtx.lowering.kernels.attention import Attention
 from torch_rtx.lowering.kernels.body_builder import BodyBuilder, Values, argument, type_of
-from torch_rtx.lowering.kernels.cost import BARRIER, CLEAR, LATENCY, LAUNCH, PARTS, chip, typical
+from torch_rtx.lowering.kernels.cost import BARRIER, CLEAR, LATENCY, LAUNCH, PARTS, typical
+from torch_rtx.targets import Arch
 
 ATTENTION_PARTIAL = "torch_rtx.attention_partial.default"
 MAX_QUERIES = 16
@@ -24,10 +25,10 @@ KEYS_PER_STEP = 64  # of a program of few rows
 PROGRAMS_PER_PROCESSOR = 4
 
 
-def best_kv_splits(found: Attention, keys: Dim, target: int, gain: float = CLEAR) -> int:
-    """In how many ranges the keys of an attention are best cut on `sm_{target}`; 1: in none, also where that is not
+def best_kv_splits(found: Attention, keys: Dim, arch: Arch, gain: float = CLEAR) -> int:
+    """In how many ranges the keys of an attention are best cut on `arch`; 1: in none, also where that is not
     expected to be faster by the factor `gain`."""
-    on = chip(target)
+    on = arch.chip
     if found.causal or not isinstance(found.queries, int) or found.queries > MAX_QUERIES:
         return 1
     width = (found.width + found.value_width) * (4 if found.dtype == "f32" else 2)

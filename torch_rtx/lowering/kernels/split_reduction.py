@@ -33,11 +33,12 @@ from typing import NamedTuple
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Dim, Graph, Node, TensorType, Value, attr_values, dim_expr
 from torch_rtx.lowering.kernels.body_builder import BodyBuilder, Values, kernel, needed, type_of
-from torch_rtx.lowering.kernels.cost import LAUNCH, bytes_of, chip, typical
+from torch_rtx.lowering.kernels.cost import LAUNCH, bytes_of, typical
 from torch_rtx.lowering.kernels.loops import loop_configs
 from torch_rtx.lowering.kernels.reduction_rules import RULES, Dims
 from torch_rtx.lowering.kernels.region import ANCHORS, Region, express, reductions_of, tensor_type
 from torch_rtx.lowering.kernels.tensor import Reduce, Tensor, children, everything, load
+from torch_rtx.targets import Arch
 
 # Fewest and most elements of a chunk: where threads read neighbours of one row, and where they read across rows.
 CHUNK_CONTIGUOUS, CHUNK_STRIDED = (512, 4096), (64, 512)
@@ -288,14 +289,14 @@ def reduces(node: Node) -> bool:
 # ---- when it is faster -----------------------------------------------------------------------------------------------
 
 
-def best_chunks(found: Region, target: int, gain: float) -> int:
-    """In about how many chunks the rows that a region reduces are best cut on `sm_{target}`; 1: in none, also where
+def best_chunks(found: Region, arch: Arch, gain: float) -> int:
+    """In about how many chunks the rows that a region reduces are best cut on `arch`; 1: in none, also where
     that is not expected to be faster by the factor `gain`."""
     node = next(filter(reduces, found.body.nodes), None)
     if not reductions_of(found.outputs) or node is None or node.op not in RULES:
         return 1
     operand, axes = RULES[node.op].operand(BodyBuilder(set()), node)
-    type_, on = type_of(operand), chip(target)
+    type_, on = type_of(operand), arch.chip
     order, run = _longest_run(type_, axes)
     size, every = _elements(type_, axes), _elements(type_, order)
     if not every:
@@ -309,7 +310,7 @@ def best_chunks(found: Region, target: int, gain: float) -> int:
     chunks = max(ceil(_elements(type_, run) / (2 * wanted - 1)), 2)
     if 2 * _cut(type_, axes, chunks).length(type_) < wanted:
         return 1
-    one, several = _times(found, every // size, size, _run_length(type_, axes), target)
+    one, several = _times(found, every // size, size, _run_length(type_, axes), arch)
     return chunks if several * gain <= one else 1
 
 
@@ -329,7 +330,7 @@ def _run_length(type_: TensorType, axes: Dims) -> int:
     return last
 
 
-def _times(found: Region, rows: int, size: int, run: int, target: int) -> tuple[float, float]:
+def _times(found: Region, rows: int, size: int, run: int, arch: Arch) -> tuple[float, float]:
     """The time of one kernel and of the split kernels, in us, for `rows` rows of `size` elements in runs of `run`.
 
     Of one kernel: the largest of the latency of its steps, the instructions of its elements, the bytes that it moves,
@@ -337,7 +338,7 @@ def _times(found: Region, rows: int, size: int, run: int, target: int) -> tuple[
     of less than 8 bytes, and runs that are short, take more of everything. Within 40 % (root mean square) of 88 group
     norms of a UNet with 2 and 16 images on an H200; the split kernels within 12 %.
     """
-    on, inputs = chip(target), [tensor_type(value) for value in found.body.inputs]
+    on, inputs = arch.chip, [tensor_type(value) for value in found.body.inputs]
     config = loop_configs(found)[0]
     after = any(_elements_in(type_) > rows for type_ in found.types)
     at_once = size <= config.elements

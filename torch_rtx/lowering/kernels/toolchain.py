@@ -25,11 +25,10 @@ from torch_rtx.errors import KernelError
 from torch_rtx.kerneltable import Variant
 from torch_rtx.lowering.kernels.dependent import WAIT, dependent
 from torch_rtx.lowering.kernels.turing import NoTensorCores, rewrite
-from torch_rtx.targets import BLACKWELL, HOPPER, Target
+from torch_rtx.targets import NEWEST, arch_of
 
 OLDEST = (3, 6)  # version of Triton
-SOUND = (12, 9)  # version of ptxas, see `_assembler`
-PTX_VERSION = 80  # of sm_75, 80 and 86: drivers of CUDA 12.0 and later take it
+PORTABLE_PTX = 87  # version of PTX for sm_120 and later: drivers of CUDA 12.8 and later take it
 _lock = threading.Lock()
 _parsing = threading.Lock()
 KEPT = 256  # lowered kernels that are kept for the builds to come; some 100 KB each
@@ -50,6 +49,7 @@ class Job:
         wide: the scalars are 64 bit.
         sm: SM version.
         early: see `Kernel`.
+        portable: the PTX is for later SM versions, too, although a binary would not be.
     """
 
     name: str
@@ -61,6 +61,7 @@ class Job:
     num_stages: int
     sm: int
     early: bool = False
+    portable: bool = False
 
 
 @dataclass(frozen=True)
@@ -156,13 +157,17 @@ def lower(job: Job) -> Code:
     """Compile a kernel. Safe to call from many threads; equal jobs are compiled once per process.
 
     Raises:
-        KernelError: Triton or ptxas refuses the kernel, or Triton can't be used.
+        KernelError: Triton or ptxas refuses the kernel, Triton can't be used, or the SM version is unknown.
         NoTensorCores: sm_75 has no instruction for its matrix product.
     """
+    if arch_of(job.sm).like is not None:
+        hint = f"build {arch_of(job.sm).target} instead, which its driver compiles"
+        raise KernelError(f"no ptxas is known that makes binaries for sm_{job.sm}", hint=hint)
     triton = _triton()
     try:
         with _no_line_info(triton):
-            ttir = _ttir(replace(job, sm=job.sm if any(p.startswith("f8") for p in job.pointers) else 80))
+            sm = job.sm if any(p.startswith("f8") for p in job.pointers) else 80
+            ttir = _ttir(replace(job, sm=sm, portable=False))
             ptx, metadata = _ptx(triton, job, ttir)
         cubin, registers, spills, stack = _ptxas(triton, job, ptx)
     except (KernelError, NoTensorCores):
@@ -232,7 +237,7 @@ def _backend(triton: _Triton, job: Job) -> tuple[Any, Any, Any]:
         "num_warps": job.num_warps,
         "num_stages": job.num_stages,
         "enable_fp_fusion": True,
-        "ptx_version": PTX_VERSION if job.sm < 89 else None,
+        "ptx_version": PORTABLE_PTX if job.portable else arch_of(job.sm).ptx_version,
     }
     context = triton.ir.context()
     triton.ir.load_dialects(context)
@@ -249,16 +254,19 @@ def _ptx(triton: _Triton, job: Job, ttir: str) -> tuple[str, dict[str, Any]]:
         module = triton.ir.parse_mlir_module(str(path), context)
     module.context = context
     metadata: dict[str, Any] = {}
-    turing = job.sm == 75 and "tt.dot" in ttir
-    if turing:
+    arch = arch_of(job.sm)
+    rewritten = "mma_k16" not in arch.features and "tt.dot" in ttir
+    if rewritten:
         module = backend.make_ttgir(module, metadata, replace(options, num_stages=1), 80)
     else:
         module = backend.make_ttgir(module, metadata, options, job.sm)
     llir = backend.make_llir(module, metadata, options, job.sm)
     ptx = backend.make_ptx(llir, metadata, options, job.sm)
-    if turing:
+    if job.portable:
+        ptx = ptx.replace(f".target {triton.arch_name(job.sm)}", f".target {_gpu_name(triton, job)}")
+    if rewritten:
         ptx = rewrite(ptx)
-    elif Target(job.sm).has("griddepcontrol"):
+    elif "griddepcontrol" in arch.features:
         ptx = dependent(ptx, job.early)
     return ptx, metadata
 
@@ -266,10 +274,9 @@ def _ptx(triton: _Triton, job: Job, ttir: str) -> tuple[str, dict[str, Any]]:
 def _ptxas(triton: _Triton, job: Job, ptx: str) -> tuple[bytes, int, int, int]:
     """The binary, and its registers, spill stores and stack. Binaries hold the command line: it is always the same."""
     tool = _assembler(triton, job.sm)
-    arch = triton.arch_name(job.sm)
     # Triton's own workaround for a bug of ptxas 13.
     extra = ["--regAllocOptLevel=2"] if int(tool.version.partition(".")[0]) >= 13 else []
-    command = [tool.path, "-v", *extra, f"--gpu-name={arch}", "kernel.ptx", "-o", "kernel.cubin"]
+    command = [tool.path, "-v", *extra, f"--gpu-name={_gpu_name(triton, job)}", "kernel.ptx", "-o", "kernel.cubin"]
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "kernel.ptx").write_text(ptx)
         result = subprocess.run(command, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
@@ -283,16 +290,17 @@ def _ptxas(triton: _Triton, job: Job, ptx: str) -> tuple[bytes, int, int, int]:
     return cubin, int(registers[1]), int(frame[2]), int(frame[1])
 
 
-def _assembler(triton: _Triton, sm: int) -> Any:
-    """The ptxas for an SM version: Triton's, or the one that the user or PyTorch has named to it.
+def _gpu_name(triton: _Triton, job: Job) -> str:
+    """Of PTX and for ptxas, "sm_90a"."""
+    return f"sm_{job.sm}" if job.portable else str(triton.arch_name(job.sm))
 
-    For Hopper that may be too old: where tiles of several widths follow each other at one address, ptxas 12.8 computes
-    a descriptor from a register that nothing writes, and attention with values narrower than keys was wrong. Triton's
-    ptxas for Blackwell is a later one.
-    """
+
+def _assembler(triton: _Triton, sm: int) -> Any:
+    """The ptxas for an SM version: Triton's, or the one that the user or PyTorch has named to it. Where that is too old
+    for the SM version, the one for the newest."""
     tool = triton.get_ptxas(sm)
     number = tuple(int(part) for part in tool.version.split(".")[:2])
-    return triton.get_ptxas(BLACKWELL) if sm == HOPPER and number < SOUND else tool
+    return triton.get_ptxas(NEWEST) if number < arch_of(sm).oldest_ptxas else tool
 
 
 def _error(job: Job, who: str, message: str) -> KernelError:

@@ -19,7 +19,7 @@ from torch_rtx.lowering.kernels.aot import Built, Code, compile_kernels
 from torch_rtx.lowering.kernels.generate import generate, library
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.split import split
-from torch_rtx.targets import Target
+from torch_rtx.targets import Target, arch_of
 
 MAYBE = 0.75  # a split form is measured if it is expected to be this much faster: expectations may be wrong
 NICENESS = 10  # the program that waits for nobody comes first
@@ -31,17 +31,19 @@ def build(request: Request) -> dict[str, Candidate]:
     Raises:
         KernelError: see `compile_kernels`.
     """
-    target = Target(request.sm)
+    target = arch_of(request.sm).target
     found: dict[str, Candidate] = {}
     pending = {name: first for name, (_, first) in request.bodies.items()}
     while pending:
-        made = {name: generate(request.bodies[name][0], name, request.sm, config) for name, config in pending.items()}
+        made = {
+            name: generate(request.bodies[name][0], name, target.arch.sm, config) for name, config in pending.items()
+        }
         kernels = {name: kernel for name, kernel in made.items() if kernel is not None}
         built = compile_kernels((kernel, target) for kernel in kernels.values())
         for name, kernel in kernels.items():
             result = built[kernel, target]
             if result.problem is None:
-                rival = library(request.bodies[name][0], request.sm)
+                rival = library(request.bodies[name][0], target.arch.sm)
                 found[name] = Candidate(*launch_of(kernel, result, target, rival), pending[name])
         pending = {name: pending[name] + 1 for name in kernels if name not in found}
     return found
@@ -53,7 +55,8 @@ def build_split(request: Request) -> dict[str, SplitCandidate]:
     Raises:
         KernelError: see `compile_kernels`.
     """
-    divided = {name: split(body, name, request.sm, MAYBE) for name, (body, _) in request.bodies.items()}
+    sm = arch_of(request.sm).target.arch.sm
+    divided = {name: split(body, name, sm, MAYBE) for name, (body, _) in request.bodies.items()}
     bodies = {name: body for name, body in divided.items() if body is not None}
     inside = {name: {node.op: node.body for node in kernel_nodes(body)} for name, body in bodies.items()}
     wanted = {op: (body, 0) for found in inside.values() for op, body in found.items() if body is not None}
