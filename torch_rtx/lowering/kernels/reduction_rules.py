@@ -150,6 +150,7 @@ def _dims(node: Node) -> Dims:
 
 
 def _wide(body: BodyBuilder, node: Node) -> tuple[Value, Dims]:
+    """The operand in the dtype to reduce in."""
     (result, *_) = (type_of(value) for value in node.outputs if value is not None)
     value = argument(node, "self")
     return value if result.dtype == "bool" else body.cast(value, register(result.dtype)), _dims(node)
@@ -229,12 +230,16 @@ def _trailing(body: BodyBuilder, node: Node) -> tuple[Value, Dims]:
 
 
 def _channels(body: BodyBuilder, node: Node) -> tuple[Value, Dims]:
-    """The operand of a batch norm: all dimensions but the channels, which are the second one."""
+    """The operand of a batch norm."""
     value = argument(node, "input")
     if node.arg("training", True) is False:
         raise Unsupported(f"{node.op} by running statistics", loc=node.loc)
-    rank = len(type_of(value).shape)
-    return body.cast(value, register(type_of(value).dtype)), (0, *range(2, rank))
+    return body.cast(value, register(type_of(value).dtype)), _all_but_channels(value)
+
+
+def _all_but_channels(image: Value) -> Dims:
+    """The dimensions of an image, or the like, but the second one."""
+    return (0, *range(2, len(type_of(image).shape)))
 
 
 def _groups(name: str, body: BodyBuilder, node: Node) -> tuple[Value, Dims]:
@@ -287,7 +292,7 @@ def _batch_norm(body: BodyBuilder, node: Node, operand: Value, totals: Values) -
     found = _image_norm(body, node, operand, totals)
     if not isinstance(node.arg("running_mean"), Value):
         return found
-    momentum, count = node.arg("momentum"), _count(operand, _channels(BodyBuilder(set()), node)[1])
+    momentum, count = node.arg("momentum"), _count(operand, _all_but_channels(operand))
     assert isinstance(momentum, int | float)
     variance, mean = totals
     unbiased = body.pointwise("mul.Scalar", variance, other=count)
