@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 from torch_rtx.ir import Attr, Dim, Graph, Node, TensorType, Value, attr_values, contiguous, dim_expr
 from torch_rtx.lowering.kernels import view_types
+from torch_rtx.lowering.kernels.tensor import register
 
 Values = tuple[Value, ...]
 
@@ -58,6 +59,10 @@ class BodyBuilder:
             if old.dtype == dtype
             else self.call("_to_copy.default", TensorType(dtype, old.shape, old.strides), self=value, dtype=dtype)
         )
+
+    def widen(self, value: Value) -> Value:
+        """`value` in the dtype that kernels compute in: halves in float32."""
+        return self.cast(value, register(type_of(value).dtype))
 
     def pointwise(self, op: str, value: Value, /, **args: Attr) -> Value:
         """A pointwise call whose first argument is `value` and whose result has the type of `value`."""

@@ -226,7 +226,7 @@ def _trailing(body: BodyBuilder, node: Node) -> tuple[Value, Dims]:
     value, sizes = argument(node, "input"), node.arg("normalized_shape")
     assert isinstance(sizes, tuple)
     rank = len(type_of(value).shape)
-    return body.cast(value, register(type_of(value).dtype)), tuple(range(rank - len(sizes), rank))
+    return body.widen(value), tuple(range(rank - len(sizes), rank))
 
 
 def _channels(body: BodyBuilder, node: Node) -> tuple[Value, Dims]:
@@ -234,7 +234,7 @@ def _channels(body: BodyBuilder, node: Node) -> tuple[Value, Dims]:
     value = argument(node, "input")
     if node.arg("training", True) is False:
         raise Unsupported(f"{node.op} by running statistics", loc=node.loc)
-    return body.cast(value, register(type_of(value).dtype)), _all_but_channels(value)
+    return body.widen(value), _all_but_channels(value)
 
 
 def _all_but_channels(image: Value) -> Dims:
@@ -246,7 +246,7 @@ def _groups(name: str, body: BodyBuilder, node: Node) -> tuple[Value, Dims]:
     """The operand of a group norm as [batch, groups, channels of a group, ...]."""
     value, groups = argument(node, "input"), node.arg(name)
     assert isinstance(groups, int)
-    grouped = body.split_dim(body.cast(value, register(type_of(value).dtype)), 1, groups)
+    grouped = body.split_dim(body.widen(value), 1, groups)
     return grouped, tuple(range(2, len(type_of(grouped).shape)))
 
 

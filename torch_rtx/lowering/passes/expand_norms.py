@@ -17,7 +17,6 @@ from torch_rtx.ir import Attr, Dim, Graph, Node, TensorType, Value, contiguous, 
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.kernels.body_builder import BodyBuilder, Values, argument, type_of
 from torch_rtx.lowering.kernels.reduction_rules import written_out
-from torch_rtx.lowering.kernels.tensor import register
 from torch_rtx.lowering.rewrite import Rewriter, rewrite
 
 Axes = tuple[int, ...]
@@ -78,7 +77,7 @@ class _Norm(BodyBuilder):
         value = self.node.arg(name)
         if not isinstance(value, Value):
             raise Unsupported(f"{self.node.op} without {name}")
-        wide = self.cast(value, register(type_of(value).dtype))
+        wide = self.widen(value)
         return wide if shape is None else self.reshape(wide, shape)
 
     def has(self, name: str) -> bool:
