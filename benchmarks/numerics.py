@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from torch_rtx.runtime.trial import SAME, relative_error
+from torch_rtx.runtime.trial import relative_error, tolerance
 
 
 def tensors(tree: Any) -> list[torch.Tensor]:
@@ -52,7 +52,7 @@ def assert_right(got: Any, eager: Any, reference: list[torch.Tensor]) -> float:
         if not mine.is_floating_point():
             assert torch.equal(mine, eagers), f"output {index} differs from eager's"
             continue
-        limit = max(2 * relative_error(eagers, exact), SAME[mine.dtype])
+        limit = max(2 * relative_error(eagers, exact), tolerance(mine.dtype))
         error = relative_error(mine, exact)
         assert error <= limit, f"output {index}: error {error:.2e} against float64, eager's allows {limit:.2e}"
         worst = max(worst, error / limit)

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from hypothesis import strategies as st
 
+from torch_rtx.dtypes import DTYPES
 from torch_rtx.ir import (
     DIM_OPS,
-    DTYPES,
     Attr,
     Dim,
     Graph,
@@ -39,7 +39,7 @@ words = (
 )
 paths = words.filter(bool)
 locs = st.none() | st.builds(Loc, paths) | st.builds(Loc, words, paths, st.integers(0, 10**6))
-STORED = sorted(DTYPES - {"c128", "c32"})  # the dtypes that a file can hold
+STORED = sorted(DTYPES.keys() - {"c128", "c32"})  # the dtypes that a file can hold
 OPS = ["aten.add.Tensor", "aten.relu.default", "aten.view.default", "aten.linear.default"]
 
 

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from tests import strategies
 from tests.engine_files import ENGINE, GRAPH, MANIFEST, SMALL, digest_of, same, saved
 from torch_rtx import aten, engine
+from torch_rtx.dtypes import DTYPES as IR_DTYPES
 from torch_rtx.engine import DTYPES, Engine, Manifest, inspect, load, read_header, save
 from torch_rtx.errors import EngineFormatError, InvalidIR, RtxError
-from torch_rtx.ir import DTYPES as IR_DTYPES
 from torch_rtx.ir import Graph, Loc, Node, Parameter, TensorType, Value, Weight, contiguous
 
 
@@ -108,7 +108,7 @@ def test_any_engine_comes_back(tmp_path: Path, drawn: Engine) -> None:
 
 
 def test_the_dtype_table_is_complete() -> None:
-    assert DTYPES.keys() == IR_DTYPES == aten.DTYPES.keys()
+    assert DTYPES.keys() == IR_DTYPES.keys() == aten.DTYPES.keys()
     assert {name: size for name, (_, size) in DTYPES.items()} == {name: aten.DTYPES[name].itemsize for name in DTYPES}
 
 

@@ -10,7 +10,7 @@ import torch
 from tests.kernel_bodies import body
 from torch_rtx.ir import Graph, Value
 from torch_rtx.lowering.kernels.index import Index, constant, substitute
-from torch_rtx.lowering.kernels.tensor import Position
+from torch_rtx.lowering.kernels.kernel_ir import Position
 from torch_rtx.lowering.positions import AtLeastZero, Element, Positions
 from torch_rtx.runtime.bind import bind
 from torch_rtx.runtime.code import compile_graph

@@ -18,20 +18,22 @@ MAX_FILE, MAX_FUNCTION = 600, 60
 # Each part of the package and the parts that it may import; docs/architecture.md draws the same.
 ARROWS = {
     "errors": set(),
+    "dtypes": set(),
     "optable": set(),
     "targets": {"errors"},
     "settings": {"errors", "targets"},
-    "ir": {"errors"},
-    "irparse": {"errors", "ir"},
-    "aten": {"errors", "ir", "optable"},
+    "ir": {"dtypes", "errors"},
+    "irparse": {"dtypes", "errors", "ir"},
+    "aten": {"dtypes", "errors", "ir", "optable"},
     "profiles": {"errors", "ir"},
     "manifest": {"errors", "profiles"},
     "kerneltable": {"errors", "ir", "irparse", "manifest", "optable", "targets"},
     # aten inside `save` alone: it needs torch
-    "engine": {"errors", "ir", "irparse", "optable", "profiles", "manifest", "kerneltable", "aten"},
+    "engine": {"dtypes", "errors", "ir", "irparse", "optable", "profiles", "manifest", "kerneltable", "aten"},
     "cache": {"errors"},
     "lowering": {"errors", "ir", "aten", "settings", "lowering.kernels"},
     "lowering.kernels": {
+        "dtypes",
         "errors",
         "ir",
         "targets",
@@ -39,7 +41,7 @@ ARROWS = {
     },  # no torch: workers of a build start fast without it
     "runtime": {
         *("errors", "ir", "irparse", "optable", "aten", "settings", "targets", "profiles", "manifest", "kerneltable"),
-        *("engine", "cache"),
+        *("dtypes", "engine", "cache"),
     },
     "backend": {
         *("errors", "ir", "irparse", "aten", "settings", "targets", "profiles", "kerneltable", "engine", "cache"),

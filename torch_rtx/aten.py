@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from torch_rtx import dtypes
 from torch_rtx.errors import InvalidIR, Unsupported
-from torch_rtx.ir import DTYPES as IR_DTYPES
 from torch_rtx.ir import MAIN, Attr
 from torch_rtx.optable import ALLOWED
 
@@ -23,13 +23,8 @@ __all__ = [
     *("dtype_name", "is_random", "is_view", "out_of", "overload", "schema", "to_torch"),
 ]
 
-# The IR's names are PyTorch's, shortened: f8e4m3fn is torch.float8_e4m3fn.
-_KINDS = {"bf": "bfloat", "f": "float", "i": "int", "u": "uint", "c": "complex", "bool": "bool"}
-_PARTS = {name: re.fullmatch(r"(bool|[a-z]+)(\d*)(\w*)", name) for name in IR_DTYPES}
 DTYPES: dict[str, torch.dtype] = {
-    name: getattr(torch, attribute)
-    for name, parts in _PARTS.items()
-    if parts and hasattr(torch, attribute := f"{_KINDS[parts[1]]}{parts[2]}{'_' if parts[3] else ''}{parts[3]}")
+    name: getattr(torch, dtype.torch) for name, dtype in dtypes.DTYPES.items() if hasattr(torch, dtype.torch)
 }
 # What these do depends on the strides of their inputs, or needs some: they must get those that the capture saw.
 STRIDED = frozenset(

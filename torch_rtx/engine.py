@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from torch_rtx import kerneltable
+from torch_rtx import dtypes, kerneltable
 from torch_rtx.errors import EngineFormatError, InvalidIR, RtxError
 from torch_rtx.ir import UPDATES, Graph, Node, Parameter, verify
 from torch_rtx.irparse import parse
@@ -60,29 +60,7 @@ PREFIX = re.compile(
     rb'\{"__metadata__":\{"torch_rtx":"\{\\"header_digest\\":\\"([0-9a-f]{64})\\",\\"data_digest\\":\\"([0-9a-f]{64})\\",'
 )
 # Dtype of the IR: its name in safetensors (None: it has none) and its bytes.
-DTYPES: dict[str, tuple[str | None, int]] = {
-    "f64": ("F64", 8),
-    "f32": ("F32", 4),
-    "f16": ("F16", 2),
-    "bf16": ("BF16", 2),
-    "i64": ("I64", 8),
-    "i32": ("I32", 4),
-    "i16": ("I16", 2),
-    "i8": ("I8", 1),
-    "u64": ("U64", 8),
-    "u32": ("U32", 4),
-    "u16": ("U16", 2),
-    "u8": ("U8", 1),
-    "bool": ("BOOL", 1),
-    "f8e4m3fn": ("F8_E4M3", 1),
-    "f8e5m2": ("F8_E5M2", 1),
-    "f8e4m3fnuz": ("F8_E4M3FNUZ", 1),
-    "f8e5m2fnuz": ("F8_E5M2FNUZ", 1),
-    "f8e8m0fnu": ("F8_E8M0", 1),
-    "c128": (None, 16),
-    "c64": ("C64", 8),
-    "c32": (None, 4),
-}
+DTYPES = {name: (dtype.safetensors, dtype.bytes) for name, dtype in dtypes.DTYPES.items()}
 _STORED = {name: (dtype, size) for dtype, (name, size) in DTYPES.items() if name is not None}
 
 Path = str | os.PathLike[str]

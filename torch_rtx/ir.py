@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from keyword import iskeyword
 
+from torch_rtx.dtypes import DTYPES
 from torch_rtx.errors import InvalidIR
 
 MAIN = "main"  # the device of a session; every other device is named ("cpu")
@@ -29,10 +30,6 @@ COPY = "aten.copy_.default"  # the new contents of a whole input or weight; it h
 UPDATES = frozenset(f"aten.{name}" for name in ("index_copy_.default", "index_put_.default"))
 UPDATES |= {"aten.scatter_.src", "aten.scatter_.value"}
 LEVELS = {"import": ("op", "kernel", "fallback"), "fused": ("kernel", "extern", "view", "fallback")}
-DTYPES = frozenset(
-    ("f64", "f32", "f16", "bf16", "f8e4m3fn", "f8e5m2", "f8e4m3fnuz", "f8e5m2fnuz", "f8e8m0fnu")
-    + ("i64", "i32", "i16", "i8", "u64", "u32", "u16", "u8", "bool", "c128", "c64", "c32")
-)
 SCALARS = frozenset(("int", "float", "bool"))
 DIM_OPS: dict[str, Callable[[Sequence[int]], int]] = {
     "+": sum,

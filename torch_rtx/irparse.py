@@ -10,9 +10,9 @@ import ast
 from collections.abc import Iterator, Mapping
 from keyword import iskeyword
 
+from torch_rtx.dtypes import DTYPES
 from torch_rtx.errors import InvalidIR
 from torch_rtx.ir import (
-    DTYPES,
     LEVELS,
     MAIN,
     SCALARS,

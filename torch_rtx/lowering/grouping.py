@@ -19,10 +19,10 @@ from torch_rtx.errors import Unsupported
 from torch_rtx.ir import COPY, Graph, Loc, Node, TensorType, Value, attr_values
 from torch_rtx.lowering.kernels.generate import generate
 from torch_rtx.lowering.kernels.index import Index, from_dim, product
+from torch_rtx.lowering.kernels.kernel_ir import Load, Pointwise, Tensor, View, everything, load
 from torch_rtx.lowering.kernels.loops import loop_kernel, rows_of
 from torch_rtx.lowering.kernels.region import ANCHORS, Region, express, region, tensor_type
 from torch_rtx.lowering.kernels.split import split
-from torch_rtx.lowering.kernels.tensor import Load, Map, Move, Tensor, everything, load
 
 MAX_MEMBERS = 64
 MAX_POINTERS = 24
@@ -322,7 +322,7 @@ class Grouping:
         return has_code and self._computes(self.nodes[unit.members[0]])
 
     def _computes(self, node: Node) -> bool:
-        computed = (not isinstance(tensor, Load | Move) for tensor in everything(_expressed(node)))
+        computed = (not isinstance(tensor, Load | View) for tensor in everything(_expressed(node)))
         return any(computed) and bool(node.inputs)
 
 
@@ -370,7 +370,7 @@ def domain_of(node: Node) -> tuple[Domain | None, int]:
         rows = rows_of(found)
     except Unsupported:
         return None, 0
-    cost = sum(isinstance(inner, Map) for inner in everything(tensors))
+    cost = sum(isinstance(inner, Pointwise) for inner in everything(tensors))
     if not rows.axes:
         return Domain(product(tensors[0].shape)), cost
     return Domain(rows.count, rows.size, rows.inner), cost

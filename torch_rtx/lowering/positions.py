@@ -6,29 +6,29 @@ for positions. So it is known for all sizes at once that a mask is causal, or hi
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Graph, Node, Value
+from torch_rtx.lowering.kernels.expressions import Apply, Arg, Expression, Literal
 from torch_rtx.lowering.kernels.index import Index, constant, variable, within
-from torch_rtx.lowering.kernels.region import express, tensor_type
-from torch_rtx.lowering.kernels.tensor import (
+from torch_rtx.lowering.kernels.kernel_ir import (
     ONE,
     ZERO,
+    Const,
     Gather,
     Iota,
-    Map,
-    Move,
-    Number,
+    Pointwise,
     Position,
     Scan,
+    Select,
     Shape,
     Tensor,
-    Within,
+    View,
     load,
 )
+from torch_rtx.lowering.kernels.region import express, tensor_type
 
 EXACT = ("bool", "i64")  # dtypes that hold every position, and what is computed from them
 
@@ -88,18 +88,17 @@ class Positions:
 
     def _at(self, tensor: Tensor, position: Position) -> Element | None:
         match tensor:
-            case Number(value=value):
+            case Const(value=value):
                 return value if isinstance(value, Index) else constant(int(value))
             case Iota(at=at):
                 return at(position)
-            case Move(source=source, at=moved):
+            case View(source=source, at=moved):
                 return self.at(source, moved(position))
-            case Map():
-                return _result(
-                    tensor, [self.at(arg, () if isinstance(arg, Number) else position) for arg in tensor.args]
-                )
-            case Within():
-                return self._within(tensor, position)
+            case Pointwise():
+                args = [self.at(arg, () if isinstance(arg, Const) else position) for arg in tensor.args]
+                return _evaluated(tensor.expression, args, tensor.dtype == "bool")
+            case Select():
+                return self._select(tensor, position)
             case Gather():
                 there = self._source(tensor, position)
                 return None if there is None else self.at(tensor.source, there)
@@ -107,7 +106,7 @@ class Positions:
                 return ZERO if self.at(source, everywhere(source.shape)) == ZERO else None
         return None
 
-    def _within(self, tensor: Within, position: Position) -> Element | None:
+    def _select(self, tensor: Select, position: Position) -> Element | None:
         inner = tuple(p - start for p, start in zip(position, tensor.starts, strict=True))
         sides = list(zip(inner, tensor.inner.shape, strict=True))
         if any(is_natural(p - size) or is_natural(ZERO - p - ONE) for p, size in sides):
@@ -134,80 +133,76 @@ def is_natural(index: Index) -> bool:
     return all(count >= 0 for _, count in index.terms)
 
 
-def _result(tensor: Map, args: Sequence[Element | None]) -> Element | None:
-    """What the text of `tensor` makes of its arguments."""
-    names = [f"_{which}" for which in range(len(args))]
-    tree = ast.parse(tensor.text.format(*names), mode="eval").body
-    return _evaluated(tree, dict(zip(names, args, strict=True)), tensor.dtype == "bool")
-
-
-def _evaluated(tree: ast.expr, known: dict[str, Element | None], truth: bool) -> Element | None:
-    match tree:
-        case ast.Name(id=name):
-            return known.get(name)
-        case ast.Constant(value=int(number)):
+def _evaluated(expression: Expression, args: Sequence[Element | None], truth: bool) -> Element | None:
+    """What `expression` makes of `args`, as a truth or as a number."""
+    match expression:
+        case Arg(index):
+            return args[index]
+        case Literal(int(number)):
             return constant(number)
-        case ast.BinOp(left=left, op=op, right=right):
-            one, two = _evaluated(left, known, truth), _evaluated(right, known, truth)
-            return _logic(op, one, two) if truth else _sum(op, one, two)
-        case ast.Compare(left=left, ops=[op], comparators=[right]):
-            return _compared(op, _evaluated(left, known, False), _evaluated(right, known, False))
-        case ast.Call(func=ast.Attribute(value=value, attr="to")):
-            return _evaluated(value, known, truth)
-        case ast.Call(func=ast.Attribute(attr="where"), args=[condition, one, two]):
-            chosen = _evaluated(condition, known, True)
-            first, second = _evaluated(one, known, truth), _evaluated(two, known, truth)
+        case Apply("cast" | "cast_like", (inner, *_)):
+            return _evaluated(inner, args, truth)
+        case Apply("to_bool", (inner,)):
+            return _compared("ne", _evaluated(inner, args, False), ZERO)
+        case Apply("eq" | "ne" | "lt" | "le" | "gt" | "ge" as op, (left, right)):
+            return _compared(op, _evaluated(left, args, False), _evaluated(right, args, False))
+        case Apply("where", (condition, one, two)):
+            chosen = _evaluated(condition, args, True)
+            first, second = _evaluated(one, args, truth), _evaluated(two, args, truth)
             if isinstance(chosen, Index):
                 return (first if chosen == ONE else second) if chosen in (ONE, ZERO) else None
             return chosen if truth and (first, second) == (ONE, ZERO) else first if first == second else None
+        case Apply(op, (left, right)):
+            first, second = _evaluated(left, args, truth), _evaluated(right, args, truth)
+            return _logic(op, first, second) if truth else _sum(op, first, second)
     return None
 
 
-def _sum(op: ast.operator, one: Element | None, two: Element | None) -> Element | None:
+def _sum(op: str, one: Element | None, two: Element | None) -> Element | None:
     if not isinstance(one, Index) or not isinstance(two, Index):
         return None
     match op:
-        case ast.Add():
+        case "add":
             return one + two
-        case ast.Sub():
+        case "sub":
             return one - two
-        case ast.Mult():
+        case "mul":
             return one * two
     return None
 
 
-def _logic(op: ast.operator, one: Element | None, two: Element | None) -> Element | None:
+def _logic(op: str, one: Element | None, two: Element | None) -> Element | None:
     """Of truths."""
-    if isinstance(op, ast.BitXor):
+    if op == "xor":
         return one if two == ZERO else _negated(one) if two == ONE else None
-    if not isinstance(op, ast.BitAnd | ast.BitOr):
+    if op not in ("and", "or"):
         return None
-    neutral, decisive = (ONE, ZERO) if isinstance(op, ast.BitAnd) else (ZERO, ONE)
+    neutral, decisive = (ONE, ZERO) if op == "and" else (ZERO, ONE)
     if decisive in (one, two):
         return decisive
     return two if one in (neutral, two) else one if two == neutral else None
 
 
 def _negated(one: Element | None) -> Element | None:
-    return AtLeastZero(ZERO - one.index - ONE) if isinstance(one, AtLeastZero) else _sum(ast.Sub(), ONE, one)
+    return AtLeastZero(ZERO - one.index - ONE) if isinstance(one, AtLeastZero) else _sum("sub", ONE, one)
 
 
-def _compared(op: ast.cmpop, one: Element | None, two: Element | None) -> Element | None:
+def _compared(op: str, one: Element | None, two: Element | None) -> Element | None:
     if not isinstance(one, Index) or not isinstance(two, Index):
         return None
     match op:
-        case ast.GtE():
+        case "ge":
             return _at_least_zero(one - two)
-        case ast.LtE():
+        case "le":
             return _at_least_zero(two - one)
-        case ast.Gt():
+        case "gt":
             return _at_least_zero(one - two - ONE)
-        case ast.Lt():
+        case "lt":
             return _at_least_zero(two - one - ONE)
     below, above = (is_natural(difference - ONE) for difference in (two - one, one - two))
     if one != two and not below and not above:
         return None
-    return constant(int((one == two) == isinstance(op, ast.Eq)))
+    return constant(int((one == two) == (op == "eq")))
 
 
 def _at_least_zero(index: Index) -> Element:

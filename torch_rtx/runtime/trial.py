@@ -14,15 +14,14 @@ from functools import partial
 import torch
 
 from torch_rtx import aten
+from torch_rtx.dtypes import DTYPES
 from torch_rtx.errors import RtxError
 from torch_rtx.ir import Attr, Graph, Node, TensorType, Value, attr_map
 from torch_rtx.runtime.code import Code, compile_graph
 from torch_rtx.runtime.launch import Way
 
 Run = Callable[[], object]
-# Below this relative error two results are the same for the dtype, whatever the error of the calls happens to be.
-SAME = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
-NARROW = ("f16", "bf16", "f32")
+NARROW = tuple(name for name, dtype in DTYPES.items() if dtype.tolerance and name != "f64")
 ROTATED = 128 << 20  # bytes of inputs that runs take in turn: no cache holds them all, as none holds a model's weights
 RUNS = 32  # in a row; so many sets of inputs at most
 CLOCK = 2e9  # a device's cycles per second, about
@@ -60,7 +59,7 @@ class Trial:
         except RuntimeError as error:  # an OutOfMemoryError, too
             raise RtxError(f"the calls of {node.op} can't be tried alone: {str(error).splitlines()[0]}") from None
         self._limits = [
-            max(2 * relative_error(mine, right), SAME.get(mine.dtype, 0.0)) if mine.is_floating_point() else 0.0
+            max(2 * relative_error(mine, right), tolerance(mine.dtype)) if mine.is_floating_point() else 0.0
             for mine, right in zip(self.expected, exact, strict=True)
         ]
         self._exact = exact
@@ -105,6 +104,11 @@ def _bytes(value: Value) -> int:
 def _numbers(type_: TensorType) -> tuple[list[int], list[int]]:
     """Sizes and strides of a type that has numbers for both."""
     return [int(size) for size in type_.shape], [int(stride) for stride in type_.strides]  # type: ignore[arg-type]
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Relative error below which results are the same for `dtype`, whatever the error of the calls happens to be."""
+    return DTYPES[aten.dtype_name(dtype)].tolerance
 
 
 def lowest_size(body: Graph) -> int:

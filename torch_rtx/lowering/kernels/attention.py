@@ -16,26 +16,27 @@ import math
 from dataclasses import dataclass, replace
 from itertools import permutations
 
+from torch_rtx import dtypes
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Dim, Node, Sym, TensorType, Value, dim_expr
 from torch_rtx.lowering.kernels.emit import Axis, Emitter, Operand, Scope, indent
 from torch_rtx.lowering.kernels.index import Index, constant, from_dim, linear, product, ravel, unravel, variable
 from torch_rtx.lowering.kernels.kernel import Kernel
-from torch_rtx.lowering.kernels.product import in_memory, operand
-from torch_rtx.lowering.kernels.region import ANCHORS, Region
-from torch_rtx.lowering.kernels.source import assemble, blocks, is_wide
-from torch_rtx.lowering.kernels.tensor import (
+from torch_rtx.lowering.kernels.kernel_ir import (
     ONE,
-    TRITON,
     ZERO,
     Load,
-    Move,
     Position,
     Shape,
     Tensor,
+    View,
     children,
     expand,
 )
+from torch_rtx.lowering.kernels.product import in_memory, operand
+from torch_rtx.lowering.kernels.region import ANCHORS, Region
+from torch_rtx.lowering.kernels.source import assemble, blocks, is_wide
+from torch_rtx.lowering.kernels.triton_ops import tl_dtype
 from torch_rtx.targets import Arch
 
 DTYPES = ("f16", "bf16", "f32")
@@ -196,7 +197,7 @@ def _repeated(tensor: Tensor, heads: Index) -> Tensor:
     def at(position: Position) -> Position:
         return (*position[:-3], position[-3] // times, *position[-2:])
 
-    return Move((*tensor.shape[:-3], heads, *tensor.shape[-2:]), tensor.dtype, tensor, at)
+    return View((*tensor.shape[:-3], heads, *tensor.shape[-2:]), tensor.dtype, tensor, at)
 
 
 def _packed(found: Attention) -> Attention:
@@ -279,7 +280,7 @@ def _shapes(width: int, dtype: str, arch: Arch) -> list[tuple[int, int, int]]:
 
 def _shared(found: Attention, config: AttentionConfig) -> int:
     """Bytes of shared memory, from above."""
-    size = 4 if found.dtype == "f32" else 2
+    size = dtypes.DTYPES[found.dtype].bytes
     width, value_width = (_padded(one, config.piece) for one in (found.width, found.value_width))
     return size * (config.num_stages * config.keys * (width + value_width) + config.rows * max(width, value_width))
 
@@ -398,7 +399,7 @@ class _Writer:
         masks = [axis.mask for axis in emitter.axes.values() if axis.mask]
         if masks and not _is_plain(tensor):
             found = Operand(f"tl.where({' & '.join(masks)}, {text}, 0.0)", whole)
-        text = f"{found.text}.to({TRITON[self.found.dtype]})"
+        text = f"{found.text}.to({tl_dtype(self.found.dtype)})"
         return text if found.axes == whole else f"tl.broadcast_to({text}, {emitter.shape(whole)})"
 
     # ---- the whole ---------------------------------------------------------------------------------------------------
@@ -481,7 +482,7 @@ class _Writer:
         for name in self._pieces("E"):
             self._tile("J", name, "J", masked)
             v = self._operand(found.value, "J", name, self.lead, key)
-            weights, acc = f"p.to({TRITON[found.dtype]})", f"acc{name[1:]}"
+            weights, acc = f"p.to({tl_dtype(found.dtype)})", f"acc{name[1:]}"
             scope.lines.append(f"{acc} = tl.dot({weights}, {v}, {acc} * decay[:, None]{self._precision()})")
         scope.lines.append("top = peak")
         emitter.scope, emitter.looped = emitter.outer, ""
@@ -551,7 +552,7 @@ class _Writer:
 
 def _is_plain(tensor: Tensor) -> bool:
     """Whether elements of `tensor` are loaded as they are, 0 where a mask is not set."""
-    while isinstance(tensor, Move):
+    while isinstance(tensor, View):
         tensor = tensor.source
     return isinstance(tensor, Load)
 
@@ -566,7 +567,7 @@ def _reached(tensor: Tensor, position: Position) -> Position | None:
     """The element of the result that `tensor` has at `position`; None if it has none."""
     if isinstance(tensor, Load):
         return position if tensor.anchor else None
-    if isinstance(tensor, Move):
+    if isinstance(tensor, View):
         position = tensor.at(position)
     return next((at for child in children(tensor) if (at := _reached(child, position)) is not None), None)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 
+from torch_rtx.dtypes import register
 from torch_rtx.ir import Attr, Dim, Graph, Node, TensorType, Value, attr_values, contiguous, dim_expr
 from torch_rtx.lowering.kernels import view_types
-from torch_rtx.lowering.kernels.tensor import register
 
 Values = tuple[Value, ...]
 

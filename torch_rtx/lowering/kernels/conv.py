@@ -19,8 +19,21 @@ from torch_rtx.ir import Attr, Dim, Node, Value, dim_expr
 from torch_rtx.lowering.kernels.body_builder import argument
 from torch_rtx.lowering.kernels.cost import best_time, configurations, typical
 from torch_rtx.lowering.kernels.emit import Axis, Emitter, Operand
+from torch_rtx.lowering.kernels.expressions import A, B
 from torch_rtx.lowering.kernels.index import Index, constant, from_dim, unravel
 from torch_rtx.lowering.kernels.kernel import Kernel
+from torch_rtx.lowering.kernels.kernel_ir import (
+    ONE,
+    ZERO,
+    Load,
+    Position,
+    Select,
+    Tensor,
+    View,
+    cast,
+    number,
+    pointwise,
+)
 from torch_rtx.lowering.kernels.product import (
     TAPS,
     DotWriter,
@@ -37,7 +50,6 @@ from torch_rtx.lowering.kernels.product import (
     result,
 )
 from torch_rtx.lowering.kernels.region import Region, tensor_type
-from torch_rtx.lowering.kernels.tensor import ONE, ZERO, Load, Move, Position, Tensor, Within, cast, number, pointwise
 from torch_rtx.targets import Arch
 
 
@@ -195,7 +207,7 @@ def _sizes(given: Attr, rank: int) -> list[Index]:
 def _padded(source: Tensor, padding: list[Index]) -> Tensor:
     """`source` with zeros around it."""
     shape = source.shape[:2] + tuple(s + p + p for s, p in zip(source.shape[2:], padding, strict=True))
-    return Within(shape, source.dtype, source, number(0, source.dtype), (ZERO, ZERO, *padding))
+    return Select(shape, source.dtype, source, number(0, source.dtype), (ZERO, ZERO, *padding))
 
 
 def _finish(region: Region, node: Node, out: Load) -> Callable[[Tensor], Tensor]:
@@ -205,7 +217,7 @@ def _finish(region: Region, node: Node, out: Load) -> Callable[[Tensor], Tensor]
     added = region.values[bias.name]
 
     def finish(total: Tensor) -> Tensor:
-        wide = Move(out.shape, added.dtype, added, lambda position: (position[1],))
-        return pointwise("{0} + {1}", out.dtype, total, cast(wide, "f32"))
+        wide = View(out.shape, added.dtype, added, lambda position: (position[1],))
+        return pointwise(A + B, out.dtype, total, cast(wide, "f32"))
 
     return finish

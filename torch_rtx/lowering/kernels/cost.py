@@ -17,13 +17,15 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil, gcd, inf, prod
 
+from torch_rtx.dtypes import DTYPES, TF32
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Dim, TensorType, typical_size
+from torch_rtx.lowering.kernels.epilogue_index import epilogue_indexing
 from torch_rtx.lowering.kernels.index import from_dim, linear, variable
-from torch_rtx.lowering.kernels.place import place
+from torch_rtx.lowering.kernels.kernel_ir import ZERO, Load, Pointwise, Tensor, View, everything
 from torch_rtx.lowering.kernels.product import MOST_ROWS, GemmConfig, Product, Steps, dot_dtype, in_memory
 from torch_rtx.lowering.kernels.region import Region, tensor_type
-from torch_rtx.lowering.kernels.tensor import ZERO, Load, Map, Move, Tensor, everything
+from torch_rtx.lowering.kernels.triton_ops import is_expensive
 from torch_rtx.targets import Arch, Chip
 
 TYPICAL = 1024  # what a symbolic size without a typical one is taken for, within its range
@@ -36,9 +38,9 @@ CLEAR = 1.15  # the gain that two kernels in the place of one must promise
 FILLED, TILE = 0.75, 64  # a chip is full with this many tiles of this size for each processor
 DEPTH = 32  # elements of a depth that every part has a multiple of
 SCATTERED = 16  # loads of a thread for one step, each of less than 16 bytes
-LONG = ("tl.erf", "tl.log", "tl.sin", "tl.cos")  # functions of many instructions
-SIZES = {"bool": 1, "i8": 1, "u8": 1, "i16": 2, "f16": 2, "bf16": 2, "i32": 4, "f32": 4, "tf32": 4}  # bytes, else 8
-RATES = {"f16": 1, "bf16": 1, "tf32": 0.5}  # of tensor cores
+OPERANDS = {**DTYPES, "tf32": TF32}
+SIZES = {name: dtype.bytes for name, dtype in OPERANDS.items()}
+RATES = {name: dtype.tensor_rate for name, dtype in OPERANDS.items() if dtype.tensor_rate}
 
 
 @dataclass(frozen=True)
@@ -73,13 +75,13 @@ def problem(region: Region, of: Product, arch: Arch, input_precision: str = "iee
     """The problem that a region is, with symbolic sizes taken for typical ones.
 
     Raises:
-        Unsupported: a dtype that the target's tensor cores do not have; or the region has no placement.
+        Unsupported: a dtype that the target's tensor cores do not have; or the region has no epilogue.
     """
     dtype = dot_dtype(of)
     if dtype == "bf16" and "bf16" not in arch.features:
         raise Unsupported(f"a matrix product of bf16 on sm_{arch.sm}")
-    placement = place(region.outputs, of.tile())
-    width = placement.width.number
+    epilogue = epilogue_indexing(region.outputs, of.tile())
+    width = epilogue.width.number
     tensors = [tensor_type(value) for value in region.body.inputs] + list(region.types)
     depth, taps, run = typical(of.depth), prod(of.taps), 8
     if Steps(of, 1).flat:
@@ -90,7 +92,7 @@ def problem(region: Region, of: Product, arch: Arch, input_precision: str = "iee
         columns=typical(of.columns) if width is None else width,
         depth=depth,
         taps=taps,
-        accumulators=len(placement.columns),
+        accumulators=len(epilogue.columns),
         dtype="tf32" if dtype == "f32" and input_precision != "ieee" else dtype,
         moved=sum(map(bytes_of, tensors)),
         columns_last=_stride(of) == 1,
@@ -102,18 +104,18 @@ def problem(region: Region, of: Product, arch: Arch, input_precision: str = "iee
 def bytes_of(type_: TensorType) -> int:
     """How much memory a tensor has."""
     sizes = (typical(size) for size, stride in zip(type_.shape, type_.strides, strict=True) if stride != 0)
-    return prod(sizes) * SIZES.get(type_.dtype, 8)
+    return prod(sizes) * SIZES[type_.dtype]
 
 
 def _stride(of: Product) -> int | None:
     """How far apart neighbouring columns of the second operand are in memory; None if that is not one number."""
     column = variable("N", from_dim(of.columns))
     tensor, position = of.b, of.b_at(ZERO, column, (ZERO,) * (len(of.taps) + 1))
-    while isinstance(tensor, Move | Map):
-        if isinstance(tensor, Map) and tensor.text != "{0}":
+    while isinstance(tensor, View | Pointwise):
+        if isinstance(tensor, Pointwise) and tensor.same_register is None:
             return None
-        position = tensor.at(position) if isinstance(tensor, Move) else position
-        tensor = tensor.source if isinstance(tensor, Move) else tensor.args[0]
+        position = tensor.at(position) if isinstance(tensor, View) else position
+        tensor = tensor.source if isinstance(tensor, View) else tensor.args[0]
     if not isinstance(tensor, Load):
         return None
     ((monomial, _),) = column.terms
@@ -122,8 +124,7 @@ def _stride(of: Product) -> int | None:
 
 def _plain(outputs: tuple[Tensor, ...]) -> bool:
     """Whether outputs need none of the functions that take many registers."""
-    maps = [tensor for tensor in everything(outputs) if isinstance(tensor, Map)]
-    return not any(function in tensor.text for tensor in maps for function in LONG)
+    return not any(isinstance(one, Pointwise) and is_expensive(one.expression) for one in everything(outputs))
 
 
 def typical(dim: Dim) -> int:

@@ -1,28 +1,27 @@
-"""From tensors at positions to lines of Triton: each value once, loads masked, what does not vary kept out of loops."""
+"""Kernel IR to lines of Triton: each value once, masked loads, loop-invariant values hoisted."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from torch_rtx.dtypes import FLOATS, register
 from torch_rtx.errors import Unsupported
 from torch_rtx.lowering.kernels.index import Index, linear, variable, within
-from torch_rtx.lowering.kernels.tensor import (
-    FLOATS,
-    TRITON,
+from torch_rtx.lowering.kernels.kernel_ir import (
     ZERO,
+    Const,
     Gather,
     Iota,
     Load,
-    Map,
-    Move,
-    Number,
+    Pointwise,
     Position,
     Reduce,
+    Select,
     Tensor,
-    Within,
-    register,
+    View,
 )
+from torch_rtx.lowering.kernels.triton_ops import literal, template, tl_dtype
 
 Axes = frozenset[str]
 NONE: Axes = frozenset()
@@ -31,7 +30,7 @@ VECTOR = 8  # elements of 2 bytes that are stored at once
 
 @dataclass(frozen=True)
 class Operand:
-    """A value in the kernel: its text, and the loop variables that it varies with."""
+    """A value of the kernel: its text, and the loop variables that it depends on."""
 
     text: str
     axes: Axes = NONE
@@ -39,11 +38,11 @@ class Operand:
 
 @dataclass(frozen=True)
 class Axis:
-    """A loop variable, which is a dimension of every tile.
+    """A loop variable: one dimension of every tile.
 
     Attributes:
-        block: how many values a tile has.
-        mask: the variable that says which of them count; "" if all do.
+        block: elements of a tile along it.
+        mask: the variable that masks elements past the end; "" if the block divides the size.
     """
 
     name: str
@@ -53,7 +52,7 @@ class Axis:
 
 @dataclass
 class Scope:
-    """Lines that run together, and what has a name in them."""
+    """Lines of one loop level, and the values that have a name in them."""
 
     lines: list[str] = field(default_factory=list)
     known: dict[object, Operand] = field(default_factory=dict)
@@ -64,11 +63,11 @@ class Emitter:
 
     Args:
         axes: the dimensions of a tile, outermost first.
-        names: what the names of values begin with, so that two emitters can write one kernel.
+        names: prefix of all names, so that two emitters can write one kernel.
 
     Attributes:
-        reduced: operand and position of each reduction, as far as there are any by now; see `loops`.
-        anchored: what stands for a `Load` with `anchor` set, at each position where it is known; see `product`.
+        reduced: operand and position of each reduction computed so far; see `loops`.
+        anchored: the accumulator for a `Load` with `anchor` set, by position; see `product`.
     """
 
     def __init__(self, axes: Sequence[Axis], names: str = "") -> None:
@@ -77,26 +76,26 @@ class Emitter:
         self.reduced: dict[Tensor, tuple[Operand, Position]] = {}
         self.anchored: dict[tuple[Load, Position], Operand] = {}
         self.outer = self.scope = Scope()
-        self.looped = ""  # the variable of the loop that is being written
+        self.looped = ""  # the variable of the current loop
         self._varying: dict[str, Axes] = {}
         self._count = 0
 
     # ---- names -------------------------------------------------------------------------------------------------------
 
     def assign(self, text: str, axes: Axes, prefix: str = "t") -> Operand:
-        """A name for `text`, in the innermost scope that it varies in."""
+        """Assign `text` to a new name: in the current loop if it varies there, else before it."""
         name = f"{self.names}{prefix}{self._count}"
         self._count += 1
         self._home(axes).lines.append(f"{name} = {text}")
         return Operand(name, axes)
 
     def step(self, loop: str, scalars: Iterable[str]) -> None:
-        """From here on lines are in a loop, which is called `loop` among axes and in which `scalars` change."""
+        """Enter a loop with the variable `loop`, in which `scalars` change."""
         self.scope, self.looped = Scope(), loop
         self._varying.update(dict.fromkeys(scalars, frozenset((loop,))))
 
     def inner(self) -> list[str]:
-        """The lines of the loop, which is done with."""
+        """Leave the loop; returns its lines."""
         lines = [] if self.scope is self.outer else self.scope.lines
         self.scope, self.looped = self.outer, ""
         return lines
@@ -111,7 +110,7 @@ class Emitter:
         return home.known[key]
 
     def varies(self, *indices: Index) -> Axes:
-        """The loop variables that indices depend on."""
+        """The loop variables that `indices` depend on."""
         found: set[str] = set()
         for index in indices:
             for var in index.variables():
@@ -121,16 +120,16 @@ class Emitter:
         return frozenset(found)
 
     def shape(self, axes: Axes) -> str:
-        """The shape of a tile that varies with `axes`."""
+        """The shape of a tile that depends on `axes`, 1 along all others."""
         return "[" + ", ".join(str(a.block if a.name in axes else 1) for a in self.axes.values()) + "]"
 
     # ---- values ------------------------------------------------------------------------------------------------------
 
     def value(self, tensor: Tensor, position: Position, conditions: tuple[Operand, ...] = ()) -> Operand:
-        """The elements of `tensor` at `position`; where a condition does not hold, anything.
+        """The elements of `tensor` at `position`; undefined where a condition does not hold.
 
         Raises:
-            Unsupported: a reduction is needed at a position that is not the row's own.
+            Unsupported: a reduction at another position than the program's own row.
         """
         key = (tensor, position, conditions)
         for scope in (self.scope, self.outer):
@@ -141,39 +140,41 @@ class Emitter:
         return found
 
     def holds(self, tensor: Tensor, position: Position) -> bool:
-        """Whether the elements of `tensor` at `position` were computed by now."""
+        """Whether the elements of `tensor` at `position` have a name already."""
         return any((tensor, position, ()) in scope.known for scope in (self.scope, self.outer))
 
     def _value(self, tensor: Tensor, position: Position, conditions: tuple[Operand, ...]) -> Operand:
         match tensor:
-            case Move():
+            case View():
                 return self.value(tensor.source, tensor.at(position), conditions)
-            case Map():
-                return self._map(tensor, position, conditions)
-            case Number():
-                return Operand(literal(tensor))
+            case Pointwise():
+                return self._pointwise(tensor, position, conditions)
+            case Const():
+                return Operand(_number(tensor))
             case Load():
                 return self._load(tensor, position, conditions)
             case Iota():
                 at = tensor.at(position)
-                text = str(at) if at.number is not None else f"({at}).to({TRITON[tensor.dtype]})"
+                text = str(at) if at.number is not None else f"({at}).to({tl_dtype(tensor.dtype)})"
                 return self.assign(text, self.varies(at)) if at.number is None else _full(text, tensor.dtype)
-            case Within():
-                return self._within(tensor, position, conditions)
+            case Select():
+                return self._select(tensor, position, conditions)
             case Gather():
                 return self._gather(tensor, position, conditions)
             case Reduce():
                 return self._reduced(tensor, position)
         raise AssertionError(tensor)
 
-    def _map(self, tensor: Map, position: Position, conditions: tuple[Operand, ...]) -> Operand:
-        if tensor.text == "{0}" and isinstance(tensor.args[0], Number):
-            return _full(literal(tensor.args[0]), tensor.dtype)
+    def _pointwise(self, tensor: Pointwise, position: Position, conditions: tuple[Operand, ...]) -> Operand:
+        same = tensor.same_register
+        if isinstance(same, Const):
+            return _full(_number(same), tensor.dtype)
         args = [self.value(arg, position, conditions) for arg in tensor.args]
-        axes = frozenset[str]().union(*(arg.axes for arg in args))
-        if tensor.text == "{0}":
+        if same is not None:
             return args[0]
-        return self._once((tensor.text, *args), axes, tensor.text.format(*(arg.text for arg in args)))
+        axes = frozenset[str]().union(*(arg.axes for arg in args))
+        text = template(tensor.expression, [arg.dtype for arg in tensor.args])
+        return self._once((text, *args), axes, text.format(*(arg.text for arg in args)))
 
     def _load(self, tensor: Load, position: Position, conditions: tuple[Operand, ...]) -> Operand:
         if tensor.anchor:
@@ -181,7 +182,7 @@ class Emitter:
         return self.memory(tensor, position, conditions, register(tensor.dtype))
 
     def memory(self, tensor: Load, position: Position, conditions: tuple[Operand, ...], dtype: str) -> Operand:
-        """What is in memory, as `dtype`; 0 where a condition does not hold."""
+        """A masked load, converted to `dtype`; 0 where a condition does not hold."""
         address = linear(position, tensor.strides)
         axes = self.varies(address)
         masks = [*self._masks(axes), *conditions]
@@ -192,11 +193,11 @@ class Emitter:
         masked = f", mask={' & '.join(m.text for m in masks)}, other=0" if masks else ""
         text = f"tl.load({place}{masked})"
         if dtype != tensor.dtype:
-            text += f".to({TRITON[dtype]})"
+            text += f".to({tl_dtype(dtype)})"
         return self._once(("load", text), wide, text)
 
     def _pointer(self, name: str, address: Index) -> str:
-        """Where an element is. In a loop whose steps move a whole tile, the tile of pointers is kept out of it."""
+        """The pointer to an element. In a loop that moves the whole tile, the tile of base pointers is hoisted."""
         still, moving = self._divided(address)
         if not still.terms:
             return f"{name} + ({address})"
@@ -204,14 +205,14 @@ class Emitter:
         return f"{base.text} + ({moving})"
 
     def _divided(self, index: Index) -> tuple[Index, Index]:
-        """`index` as a tile that the loop which is being written does not change, if there is one, and the rest."""
+        """Split `index` into a tile that is invariant in the current loop (0 if there is none) and the rest."""
         moving = Index(tuple(term for term in index.terms if self.looped in self.varies(Index((term,)))))
         still = index - moving
         whole = self.looped not in self.axes and self.varies(moving) == {self.looped}
         return (still, moving) if whole and self.varies(still) else (ZERO, index)
 
     def _kept(self, index: Index) -> Index:
-        """`index` with that tile, if it takes a division, as a variable, which is computed outside of the loop."""
+        """`index` with its invariant tile hoisted into a variable, if that contains a division."""
         still, moving = self._divided(index)
         if "//" not in str(still) and "%" not in str(still):
             return index
@@ -228,8 +229,8 @@ class Emitter:
         named = (axis for axis in self.axes.values() if axis.name in axes and axis.mask)
         return [Operand(axis.mask, frozenset((axis.name,)) | self._varying.get(axis.mask, NONE)) for axis in named]
 
-    def inside(self, tensor: Within, position: Position) -> tuple[Position, tuple[Operand, ...]]:
-        """The position in the inner tensor, and the conditions that say that it is inside of it."""
+    def inside(self, tensor: Select, position: Position) -> tuple[Position, tuple[Operand, ...]]:
+        """The position in `tensor.inner`, and the bounds checks that are not proven to hold."""
         moved = tuple(p - start for p, start in zip(position, tensor.starts, strict=True))
         tests = []
         for at, start, size in zip(position, tensor.starts, tensor.inner.shape, strict=True):
@@ -239,7 +240,7 @@ class Emitter:
                 tests.append((f"{self._kept(at)} < {start + size}", self.varies(at)))
         return moved, tuple(self._once(("within", text), axes, text, "c") for text, axes in tests)
 
-    def _within(self, tensor: Within, position: Position, conditions: tuple[Operand, ...]) -> Operand:
+    def _select(self, tensor: Select, position: Position, conditions: tuple[Operand, ...]) -> Operand:
         moved, tests = self.inside(tensor, position)
         inner = self.value(tensor.inner, moved, (*conditions, *tests))
         if not tests:
@@ -274,7 +275,7 @@ class Emitter:
     # ---- stores ------------------------------------------------------------------------------------------------------
 
     def store(self, name: str, address: Index, value: Operand, axes: Axes) -> None:
-        """`value` to memory, for every position of `axes`."""
+        """Store `value` for a tile of `axes`."""
         masks = self._masks(axes)
         short = axes - self.varies(address)
         place = self._offset(address)
@@ -283,8 +284,8 @@ class Emitter:
         self._home(axes).lines.append(f"tl.store({name} + {place}, {value.text}{masked})")
 
     def _offset(self, address: Index) -> str:
-        """What is added to a pointer. Where neighbouring rows are not alike in their alignment, elements are stored one
-        by one: then rows and columns are added in turn, since a sum for each element takes twice the registers."""
+        """The offset of a store. Rows of unequal alignment can't be stored as vectors: then row and column offsets are
+        added in turn, since a sum for each element takes twice the registers."""
         parts: dict[Axes, Index] = {}
         for term in address.terms:
             axes = self.varies(Index((term,)))
@@ -293,22 +294,22 @@ class Emitter:
         return " + ".join(f"({part})" for part in parts.values()) if len(odd) > 1 else f"({address})"
 
 
-def literal(tensor: Number) -> str:
-    """A number as Triton reads it: without more the language takes a float for f32."""
+def _number(tensor: Const) -> str:
+    """A number in Triton, which takes a plain float for f32."""
     value, dtype = tensor.value, register(tensor.dtype)
     if isinstance(value, Index):
-        return f"({value}).to({TRITON[dtype]})" if value.number is None else str(value)
+        return f"({value}).to({tl_dtype(dtype)})" if value.number is None else str(value)
     if dtype in FLOATS:
-        text = repr(float(value)) if abs(value) < float("inf") else f'float("{float(value)}")'
+        text = literal(float(value))
         return f"tl.full((), {text}, tl.float64)" if dtype == "f64" else text
     return str(value)
 
 
 def _full(text: str, dtype: str) -> Operand:
-    """A number where a tensor is needed."""
-    return Operand(text if text.startswith("tl.full") else f"tl.full((), {text}, {TRITON[register(dtype)]})")
+    """A number where Triton needs a tensor."""
+    return Operand(text if text.startswith("tl.full") else f"tl.full((), {text}, {tl_dtype(register(dtype))})")
 
 
 def indent(lines: Iterable[str], by: int = 1) -> list[str]:
-    """Lines of a block."""
+    """`lines` as a block of Python."""
     return ["    " * by + line for line in lines]

@@ -8,15 +8,14 @@ from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Node, dim_expr
 from torch_rtx.lowering.kernels.body_builder import argument
 from torch_rtx.lowering.kernels.cost import best_time, configurations, loop_time
+from torch_rtx.lowering.kernels.expressions import A, B
 from torch_rtx.lowering.kernels.index import Index, from_dim, unravel
 from torch_rtx.lowering.kernels.kernel import Kernel
-from torch_rtx.lowering.kernels.product import DotWriter, GemmConfig, Product, SumWriter, result
-from torch_rtx.lowering.kernels.region import Region, tensor_type
-from torch_rtx.lowering.kernels.tensor import (
+from torch_rtx.lowering.kernels.kernel_ir import (
     ONE,
     ZERO,
     Load,
-    Map,
+    Pointwise,
     Position,
     Tensor,
     cast,
@@ -24,6 +23,8 @@ from torch_rtx.lowering.kernels.tensor import (
     number,
     pointwise,
 )
+from torch_rtx.lowering.kernels.product import DotWriter, GemmConfig, Product, SumWriter, result
+from torch_rtx.lowering.kernels.region import Region, tensor_type
 from torch_rtx.targets import Arch
 
 # Operator: the arguments that are multiplied and what is added, by name.
@@ -68,7 +69,7 @@ def gemm_time(region: Region, arch: Arch) -> float:
 
 def after_call(region: Region, arch: Arch) -> float:
     """The time of what is left of the region when a library call has multiplied, in microseconds."""
-    return loop_time(region, arch) if any(isinstance(one, Map) for one in everything(region.outputs)) else 0.0
+    return loop_time(region, arch) if any(isinstance(one, Pointwise) for one in everything(region.outputs)) else 0.0
 
 
 def gemm_product(region: Region) -> Product:
@@ -128,11 +129,11 @@ def _finish(region: Region, node: Node, out: Load, added: str) -> Callable[[Tens
         other = region.values[argument(node, added).name]
 
     def finish(total: Tensor) -> Tensor:
-        found = total if alpha == 1 else pointwise("{0} * {1}", "f32", total, number(alpha, "f32"))
+        found = total if alpha == 1 else pointwise(A * B, "f32", total, number(alpha, "f32"))
         if other is None:
             return found
         scaled = cast(other, "f32")
-        scaled = scaled if beta == 1 else pointwise("{0} * {1}", "f32", scaled, number(beta, "f32"))
-        return pointwise("{0} + {1}", out.dtype, found, scaled)
+        scaled = scaled if beta == 1 else pointwise(A * B, "f32", scaled, number(beta, "f32"))
+        return pointwise(A + B, out.dtype, found, scaled)
 
     return finish

@@ -1,14 +1,14 @@
-"""Index arithmetic: integer polynomials over loop variables and dims, which simplify where ranges prove it.
+"""Index arithmetic: integer polynomials over loop variables and dims, simplified where ranges prove it.
 
-A kernel loops over flat variables; views, broadcasts and strides turn these into addresses. Written down plainly that
-is a chain of divisions and remainders. These rules undo it, so that what is contiguous is seen to be contiguous:
+A kernel loops over flat variables; views, broadcasts and strides turn these into addresses: a chain of divisions and
+remainders. These rules undo it, so that contiguous memory is read contiguously:
 
     (c*q + r) // c = q                (c*q + r) % c = r                      where 0 <= r < c
     (g*q + r) // (g*c) = q // c       (g*q + r) % (g*c) = g * (q % c) + r    where 0 <= r < g
     p % (g*c) // g = p // g % c
     c * (p // c) + p % c = p          a * (p // a % c) + p % a = p % (a*c)
 
-Values are at least 0, apart from those that a mask keeps from being used; Triton's `//` and `%` then are these.
+All values are at least 0, unless a mask discards them: Triton's `//` and `%`, which are C's, then agree with these.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from functools import cached_property, lru_cache, reduce
 
 from torch_rtx.ir import Dim, Expr, Sym, dim_expr
 
-# Results that are kept: regions of a model have few shapes, and code is tried for every step of fusion.
+# Entries of each memo: a model has few shapes, and fusion generates code for every step that it tries.
 CACHED = 1 << 14
 
 
 @dataclass(frozen=True)
 class Var:
-    """A variable of a kernel: from 0 to `last`, or a dim, which is its own bound."""
+    """A variable in [0, last]; without `last` a dim, which is its own bound."""
 
     name: str
     last: Index | None = None
@@ -37,7 +37,7 @@ class Var:
 
 @dataclass(frozen=True)
 class Div:
-    """`arg // by`, or where `remainder` is set `arg % by`, to which no rule applies."""
+    """`arg // by`, or with `remainder` `arg % by`, that no rule simplifies."""
 
     arg: Index
     by: Index
@@ -57,7 +57,7 @@ Monomial = tuple[Atom, ...]
 
 @dataclass(frozen=True)
 class Index:
-    """A sum of integer multiples of products of atoms, in one normal form: equal polynomials compare equal."""
+    """A polynomial in atoms with integer coefficients, in a normal form: equal polynomials compare equal."""
 
     terms: tuple[tuple[Monomial, int], ...]
 
@@ -77,25 +77,25 @@ class Index:
 
     @property
     def factor(self) -> str:
-        """The text, in brackets where it is a sum or a product."""
+        """The text as a factor: in parentheses unless it is an atom or a number."""
         return self._text if self.atom is not None or self.number is not None else f"({self._text})"
 
     @property
     def number(self) -> int | None:
-        """The integer that this is, if it is one."""
+        """The value of a constant, else None."""
         if not self.terms:
             return 0
         return self.terms[0][1] if len(self.terms) == 1 and not self.terms[0][0] else None
 
     @property
     def atom(self) -> Atom | None:
-        """The atom that this is, if it is nothing but one."""
+        """The atom, if the polynomial is a single one."""
         if len(self.terms) == 1 and self.terms[0][1] == 1 and len(self.terms[0][0]) == 1:
             return self.terms[0][0][0]
         return None
 
     def variables(self) -> Iterator[Var]:
-        """The variables, also inside divisions, with repeats."""
+        """All variables, those inside divisions too, with repeats."""
         for monomial, _ in self.terms:
             for atom in monomial:
                 if isinstance(atom, Div):
@@ -132,7 +132,7 @@ class Index:
 def _quotient(index: Index, by: Index) -> Index:
     """`index // by` in the normal form."""
     if not index.terms or not by.terms:
-        return constant(0)  # a dimension of size 0 has no positions, and Triton refuses to divide by it
+        return constant(0)  # a dimension of size 0 has no positions; Triton refuses to divide by 0
     whole, rest = _split(index, by)
     if within(rest, by):
         return whole
@@ -170,7 +170,7 @@ def constant(number: int) -> Index:
 
 
 def variable(name: str, size: Index | None = None) -> Index:
-    """A variable from 0 to `size - 1`, or a dim."""
+    """A variable in [0, size), or a dim."""
     return _atom(Var(name, None if size is None else size - constant(1)))
 
 
@@ -181,13 +181,13 @@ def from_dim(dim: Dim) -> Index:
     if isinstance(dim, Sym):
         return variable(dim.name)
     args = [from_dim(arg) for arg in dim.args]
-    if dim.op in ("min", "max"):  # to the index it is one number, whatever it is made of
+    if dim.op in ("min", "max"):  # opaque: one number to the polynomial
         return variable(f"tl.{dim.op}imum({', '.join(map(str, args))})")
     return reduce(_OPS[dim.op], args)
 
 
 def to_dim(index: Index, dims: Iterable[Dim]) -> Dim:
-    """The dim that `index` is: a polynomial in what `dims` are made of."""
+    """`index` as a dim: a polynomial in the symbols and subexpressions of `dims`."""
     named: dict[str, Dim] = {}
     left = list(dims)
     while left:
@@ -208,17 +208,17 @@ def _to_dim(index: Index, named: Mapping[str, Dim]) -> Dim:
 
 
 def product(sizes: Iterable[Index]) -> Index:
-    """The product of sizes; 1 for none."""
+    """The product of `sizes`; 1 without any."""
     return reduce(Index.__mul__, sizes, constant(1))
 
 
 def linear(position: Iterable[Index], strides: Iterable[Index]) -> Index:
-    """The sum of positions times strides."""
+    """The offset of `position`: the dot product with `strides`."""
     return reduce(Index.__add__, (p * s for p, s in zip(position, strides, strict=True)), constant(0))
 
 
 def ravel(position: Iterable[Index], shape: Iterable[Index]) -> Index:
-    """The row-major position in a tensor of `shape`."""
+    """The row-major offset of `position` in a tensor of `shape`."""
     flat = constant(0)
     for at, size in zip(position, shape, strict=True):
         flat = flat * size + at
@@ -227,7 +227,7 @@ def ravel(position: Iterable[Index], shape: Iterable[Index]) -> Index:
 
 @lru_cache(maxsize=CACHED)
 def unravel(flat: Index, shape: tuple[Index, ...]) -> tuple[Index, ...]:
-    """The position in a tensor of `shape` whose row-major position is `flat`: the inverse of `ravel`."""
+    """The position in a tensor of `shape` at the row-major offset `flat`: the inverse of `ravel`."""
     found = []
     for axis, size in reversed(list(enumerate(shape))):
         if size.number == 1:
@@ -240,7 +240,7 @@ def unravel(flat: Index, shape: tuple[Index, ...]) -> tuple[Index, ...]:
 
 
 def substitute(index: Index, values: Mapping[str, Index]) -> Index:
-    """`index` with variables replaced by name."""
+    """`index` with variables replaced by `values`, by name."""
     total = constant(0)
     for monomial, count in index.terms:
         total += product(_substituted(atom, values) for atom in monomial) * constant(count)
@@ -255,7 +255,7 @@ def _substituted(atom: Atom, values: Mapping[str, Index]) -> Index:
 
 
 def upper(index: Index) -> Index | None:
-    """A bound from above, as a polynomial in dims; None where a coefficient is negative."""
+    """An upper bound as a polynomial in dims; None if a coefficient is negative."""
     if any(count < 0 for _, count in index.terms):
         return None
     total = constant(0)
@@ -277,13 +277,13 @@ def _last(atom: Atom) -> Index | None:
 
 
 def within(index: Index, size: Index) -> bool:
-    """Whether `0 <= index < size` is certain."""
+    """Whether `0 <= index < size` is proven."""
     bound = upper(index)
     return bound is not None and all(count >= 0 for _, count in (size - constant(1) - bound).terms)
 
 
 def _split(index: Index, by: Index) -> tuple[Index, Index]:
-    """`whole, rest` with `index = whole * by + rest`: `whole` has the terms that `by` divides."""
+    """`whole, rest` with `index = whole * by + rest`, where `whole` collects the terms that `by` divides."""
     if len(by.terms) != 1:
         return (constant(1), constant(0)) if index == by else (constant(0), index)
     divisor, size = by.terms[0]
@@ -323,7 +323,7 @@ def _common(index: Index, by: Index) -> Iterator[tuple[Index, Index, Index, Inde
 
 
 def _shared(one: Monomial, other: Monomial) -> Monomial:
-    """The atoms that both have."""
+    """The greatest common divisor of two monomials."""
     left, found = list(other), []
     for atom in one:
         if atom in left:
@@ -333,7 +333,7 @@ def _shared(one: Monomial, other: Monomial) -> Monomial:
 
 
 def _index(terms: dict[Monomial, int]) -> Index:
-    """The normal form of a sum: no zeros, remainders joined with what they belong to, a fixed order."""
+    """The normal form of a sum: no zeros, quotients and remainders rejoined, terms in a fixed order."""
     kept: dict[Monomial, int] | None = {monomial: count for monomial, count in terms.items() if count}
     while kept is not None:
         terms, kept = kept, _joined(kept)
@@ -341,7 +341,7 @@ def _index(terms: dict[Monomial, int]) -> Index:
 
 
 def _joined(terms: dict[Monomial, int]) -> dict[Monomial, int] | None:
-    """`terms` after one use of the rules that join; None where there is none."""
+    """`terms` after one rejoining of a quotient and its remainder; None if there is none."""
     for monomial, count in terms.items():
         for atom in monomial:
             if not isinstance(atom, Div) or not atom.remainder:

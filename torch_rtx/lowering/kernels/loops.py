@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from torch_rtx.dtypes import register
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Dim, TensorType
 from torch_rtx.lowering.kernels.emit import Axis, Emitter, Operand, Scope, indent
@@ -26,23 +27,22 @@ from torch_rtx.lowering.kernels.index import (
     variable,
 )
 from torch_rtx.lowering.kernels.kernel import Kernel
-from torch_rtx.lowering.kernels.region import Region, needed, reductions_of
-from torch_rtx.lowering.kernels.source import assemble, blocks, is_wide
-from torch_rtx.lowering.kernels.tensor import (
+from torch_rtx.lowering.kernels.kernel_ir import (
     REDUCTIONS,
-    TRITON,
     ZERO,
     Load,
-    Map,
-    Move,
+    Pointwise,
     Position,
     Reduce,
     Scan,
+    Select,
     Shape,
     Tensor,
-    Within,
-    register,
+    View,
 )
+from torch_rtx.lowering.kernels.region import Region, needed, reductions_of
+from torch_rtx.lowering.kernels.source import assemble, blocks, is_wide
+from torch_rtx.lowering.kernels.triton_ops import literal, template, tl_dtype
 
 X, R = "X", "R"
 PERSISTENT = 8192  # the longest row that a program holds at once
@@ -132,12 +132,12 @@ def _addresses(tensor: Tensor, position: Position, seen: set[tuple[Tensor, Posit
     match tensor:
         case Load():
             yield linear(position, tensor.strides)
-        case Move():
+        case View():
             yield from _addresses(tensor.source, tensor.at(position), seen)
-        case Map():
+        case Pointwise():
             for arg in tensor.args:
                 yield from _addresses(arg, position, seen)
-        case Within():
+        case Select():
             moved = tuple(at - start for at, start in zip(position, tensor.starts, strict=True))
             yield from _addresses(tensor.inner, moved, seen)
             yield from _addresses(tensor.outer, position, seen)
@@ -187,7 +187,9 @@ def loop_kernel(region: Region, name: str, config: LoopConfig | None = None) -> 
     lines = writer.write()
     totals = (reduction for reduction in writer.reductions if not isinstance(reduction, Scan))
     kinds = sorted({reduction.kind for reduction in totals} & {"max", "min", "prod"})
-    functions = "".join(COMBINE.format(kind=kind, text=REDUCTIONS[kind][1].format("a", "b")) for kind in kinds)
+    functions = "".join(
+        COMBINE.format(kind=kind, text=template(REDUCTIONS[kind].combine).format("a", "b")) for kind in kinds
+    )
     programs = blocks(writer.count, writer.config.rows)
     return assemble(region, name, lines, programs, writer.config.num_warps, 2 if writer.steps else 1, functions)
 
@@ -273,7 +275,7 @@ class _Writer:
             def accumulate(ready: list[Reduce] = ready, totals: list[str] = totals) -> None:
                 for reduction, total in zip(ready, totals, strict=True):
                     value = self._masked(reduction, self._source(reduction))
-                    combined = REDUCTIONS[reduction.kind][1].format(total, value)
+                    combined = template(REDUCTIONS[reduction.kind].combine).format(total, value)
                     self.emitter.scope.lines.append(f"{total} = {combined}")
 
             self._loop(accumulate)
@@ -286,7 +288,7 @@ class _Writer:
             self._loop(lambda: self._store(whole))
 
     def _accumulator(self, reduction: Reduce) -> str:
-        dtype = TRITON[register(reduction.dtype)]
+        dtype = tl_dtype(register(reduction.dtype))
         tile = self.emitter.shape(frozenset((X, R)))
         return self.emitter.assign(f"tl.full({tile}, {_neutral(reduction)}, {dtype})", frozenset((X,)), "acc").text
 
@@ -336,15 +338,8 @@ def _nth_in_memory(flat: Index, shape: Shape, strides: tuple[Dim, ...]) -> Posit
 
 
 def _neutral(reduction: Reduce) -> str:
-    text = REDUCTIONS[reduction.kind][0]
-    if text not in ("least", "greatest"):
-        return text
-    if register(reduction.dtype) in ("f32", "f64"):
-        return 'float("-inf")' if text == "least" else 'float("inf")'
-    bits = {"i64": 64, "i32": 32, "i16": 16, "i8": 8, "u8": 8}[reduction.dtype]
-    if reduction.dtype == "u8":
-        return "0" if text == "least" else "255"
-    return str(-(1 << bits - 1)) if text == "least" else str((1 << bits - 1) - 1)
+    """What changes no result, as text."""
+    return literal(REDUCTIONS[reduction.kind].neutral(reduction.dtype))
 
 
 def _total(reduction: Reduce, tile: str) -> str:

@@ -18,22 +18,22 @@ from math import prod
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Dim, Node, TensorType, dim_expr
 from torch_rtx.lowering.kernels.emit import Axis, Emitter, Operand, indent
+from torch_rtx.lowering.kernels.epilogue_index import EpilogueIndexing, Tile, epilogue_indexing
 from torch_rtx.lowering.kernels.index import Index, constant, from_dim, linear, substitute, unravel, variable
 from torch_rtx.lowering.kernels.kernel import Kernel
-from torch_rtx.lowering.kernels.place import Placement, Tile, place
+from torch_rtx.lowering.kernels.kernel_ir import (
+    ZERO,
+    Const,
+    Load,
+    Pointwise,
+    Position,
+    Select,
+    Tensor,
+    View,
+)
 from torch_rtx.lowering.kernels.region import ANCHORS, Region, tensor_type
 from torch_rtx.lowering.kernels.source import assemble, blocks, is_wide
-from torch_rtx.lowering.kernels.tensor import (
-    TRITON,
-    ZERO,
-    Load,
-    Map,
-    Move,
-    Number,
-    Position,
-    Tensor,
-    Within,
-)
+from torch_rtx.lowering.kernels.triton_ops import tl_dtype
 
 Z, M, N, EXTRA, KA, KB = "Z", "M", "N", "N1", "KA", "KB"
 LOOP = "step"  # the loop over K, as one of the axes that a value varies with
@@ -141,11 +141,11 @@ def in_memory(tensor: Tensor) -> Load | None:
     match tensor:
         case Load(anchor=False):
             return tensor
-        case Move():
+        case View():
             return in_memory(tensor.source)
-        case Map(text="{0}", args=(inner,)):
+        case Pointwise(same_register=Tensor() as inner):
             return in_memory(inner)
-        case Within(outer=Number(value=0)):
+        case Select(outer=Const(value=0)):
             return in_memory(tensor.inner)
     return None
 
@@ -175,11 +175,11 @@ class TileWriter:
     def __init__(self, region: Region, of: Product, config: GemmConfig) -> None:
         self.region, self.product, self.config = region, of, config
         self.tile = of.tile()
-        self.placement: Placement = place(region.outputs, self.tile)
+        self.epilogue: EpilogueIndexing = epilogue_indexing(region.outputs, self.tile)
         self.wide = is_wide(region)
         self.z, self.m = batch_of(of), variable(M, from_dim(of.rows))
-        self.n = variable(N, self.placement.width)
-        width = self.placement.width.number
+        self.n = variable(N, self.epilogue.width)
+        width = self.epilogue.width.number
         self.columns: Dim = of.columns if width is None else width
         self.rows_mask = _mask(of.rows, config.block_m, "in_m")
         self.columns_mask = _mask(self.columns, config.width, "in_n")
@@ -261,11 +261,11 @@ class TileWriter:
         def at(position: Position) -> Position:
             return tuple(substitute(index, named) for index in position) if named else position
 
-        for column, total in zip(self.placement.columns, sums, strict=True):
+        for column, total in zip(self.epilogue.columns, sums, strict=True):
             here = at(self.tile.position(column))
             emitter.anchored[raw, here] = total
             emitter.anchored[self.tile.out, here] = emitter.value(result, here)
-        for which, (output, position) in enumerate(zip(self.region.outputs, self.placement.positions, strict=True)):
+        for which, (output, position) in enumerate(zip(self.region.outputs, self.epilogue.positions, strict=True)):
             value = emitter.value(output, at(position))
             address = linear(at(position), map(from_dim, self.region.types[which].strides))
             emitter.store(f"out{which}", address, value, frozenset((M, N, EXTRA)) & frozenset(emitter.axes))
@@ -372,10 +372,10 @@ class DotWriter(TileWriter):
         for part, axis in enumerate(self.ranges):
             b = Emitter([Axis(KB, config.block_k, b_mask), axis], "bc"[part])
             steps.enter(b, b_mask)
-            named = {N: variable(axis.name, self.placement.width)} if part else {}
+            named = {N: variable(axis.name, self.epilogue.width)} if part else {}
             totals = []
-            for which, column in enumerate(self.placement.columns):
-                total = Operand(f"acc{part * len(self.placement.columns) + which}", frozenset((M, axis.name)))
+            for which, column in enumerate(self.epilogue.columns):
+                total = Operand(f"acc{part * len(self.epilogue.columns) + which}", frozenset((M, axis.name)))
                 at = of.b_at(self.z, substitute(column, named), steps.position(KB))
                 dots.append(
                     f"{total.text} = tl.dot({left}, {operand(b, of.b, at, dtype, b_mask)}, {total.text}{precision})"
@@ -413,7 +413,7 @@ class SumWriter(TileWriter):
             operand(emitter, of.a, of.a_at(self.z, constant(row), k), "f32", mask, whole=False) for row in range(rows)
         ]
         sums, totals = [], {}
-        for which, column in enumerate(self.placement.columns):
+        for which, column in enumerate(self.epilogue.columns):
             weight = operand(emitter, of.b, of.b_at(self.z, column, k), "f32", mask, whole=False)
             for row, value in enumerate(values):
                 totals[row, which] = f"acc{which}_{row}"
@@ -423,7 +423,7 @@ class SumWriter(TileWriter):
         lines = self.k_range(KB, "[None, :]") + steps.loop(before, steps.mask(mask, KB), [*emitter.inner(), *sums])
         emitter.outer.lines = []
         for row in range(rows):
-            texts = [f"tl.sum({totals[row, which]}, 1)[:, None]" for which in range(len(self.placement.columns))]
+            texts = [f"tl.sum({totals[row, which]}, 1)[:, None]" for which in range(len(self.epilogue.columns))]
             sums_of_row = [emitter.assign(text, frozenset((N,)), "sum") for text in texts]
             self.finish(emitter, sums_of_row, {M: constant(row)})
         return lines + emitter.outer.lines
@@ -439,7 +439,7 @@ def operand(
         found = emitter.value(tensor, position)
         text = f"tl.where({mask}, {found.text}, 0.0)" if mask else found.text
         if dtype != "f32":
-            text = f"({text}).to({TRITON[dtype]})" if mask else f"{text}.to({TRITON[dtype]})"
+            text = f"({text}).to({tl_dtype(dtype)})" if mask else f"{text}.to({tl_dtype(dtype)})"
     else:
         text = found.text
     axes = frozenset(emitter.axes)
@@ -453,11 +453,11 @@ def _stored(
     match tensor:
         case Load(anchor=False):
             return emitter.memory(tensor, position, conditions, dtype)
-        case Move():
+        case View():
             return _stored(emitter, tensor.source, tensor.at(position), conditions, dtype)
-        case Map(text="{0}", args=(inner,)):
+        case Pointwise(same_register=Tensor() as inner):
             return _stored(emitter, inner, position, conditions, dtype)
-        case Within(outer=Number(value=0)):
+        case Select(outer=Const(value=0)):
             moved, tests = emitter.inside(tensor, position)
             return _stored(emitter, tensor.inner, moved, (*conditions, *tests), dtype)
     return None

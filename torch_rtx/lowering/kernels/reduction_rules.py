@@ -17,10 +17,10 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
+from torch_rtx.dtypes import register
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Attr, Dim, Node, TensorType, Value, contiguous, dim_expr
 from torch_rtx.lowering.kernels.body_builder import BodyBuilder, Values, argument, type_of
-from torch_rtx.lowering.kernels.tensor import register
 
 Dims = tuple[int, ...]
 LOWEST = {"f32": -3.4028234663852886e38, "f64": -1.7976931348623157e308}  # the finite number furthest below 0

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from torch_rtx.dtypes import register
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import MAIN, Attr, Expr, Graph, Node, Sym, TensorType, Value, attr_values
 from torch_rtx.lowering.kernels.body_builder import BodyBuilder
 from torch_rtx.lowering.kernels.index import from_dim
+from torch_rtx.lowering.kernels.kernel_ir import Reduce, Tensor, cast, children, everything, load, text
 from torch_rtx.lowering.kernels.ops import gradients, indexing, pointwise, pooling, reductions, views
 from torch_rtx.lowering.kernels.ops.registry import OPS
 from torch_rtx.lowering.kernels.ops.views import reshape, shape_of
 from torch_rtx.lowering.kernels.reduction_rules import written_out
-from torch_rtx.lowering.kernels.tensor import TRITON, Reduce, Tensor, cast, children, everything, load
 
 # Operators that a kernel is built around: one of them at most, the rest of its body comes before and after.
 ANCHORS = {
@@ -52,6 +53,13 @@ class Region:
     def types(self) -> tuple[TensorType, ...]:
         """The types of the outputs."""
         return tuple(v.type for v in attr_values(self.body.outputs) if isinstance(v.type, TensorType))
+
+    def __str__(self) -> str:
+        """What is computed, see `kernel_ir.text`."""
+        if self.anchor is None:
+            return text(self.outputs)
+        args = {key: self.values[attr.name] if isinstance(attr, Value) else attr for key, attr in self.anchor.args}
+        return text(self.outputs, self.anchor.op, args)
 
 
 def region(body: Graph) -> Region:
@@ -123,7 +131,7 @@ def tensor_type(value: Value) -> TensorType:
         Unsupported: a number, another device, a dtype that kernels do not have.
     """
     type_ = value.type
-    if not isinstance(type_, TensorType) or type_.device != MAIN or type_.dtype not in TRITON:
+    if not isinstance(type_, TensorType) or type_.device != MAIN or not register(type_.dtype):
         raise Unsupported(f"{value.type} in a kernel")
     return type_
 

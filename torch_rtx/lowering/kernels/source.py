@@ -1,4 +1,4 @@
-"""What the kernels of all families have in common: from the lines of a body to a `Kernel`."""
+"""From the lines of a body to a `Kernel`: signature, grid and index width, the same for all families."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def assemble(
     for its outputs, and the body's symbols.
 
     Args:
-        programs: how many there are.
-        functions: the text of functions that the lines call.
+        programs: size of the one-dimensional grid.
+        functions: source of the helper functions that the lines call.
         early: see `Kernel`.
     """
     body = region.body
@@ -49,12 +49,12 @@ def assemble(
 
 
 def blocks(count: Dim, block: int) -> Dim:
-    """How many blocks `count` is, the last of which may be short."""
+    """`count` divided by `block`, rounded up."""
     return dim_expr("//", dim_expr("+", count, block - 1), block)
 
 
 def is_wide(region: Region) -> bool:
-    """Whether a tensor of the region may reach as far as 32 bits do not count."""
+    """Some element offset may exceed int32, so that indices must be int64."""
     types = [value.type for value in region.body.values()]
     return any(_reach(type_) >= 2**31 for type_ in types if isinstance(type_, TensorType))
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from torch_rtx.dtypes import DTYPES
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Attr, Dim, Node, TensorType, Value, contiguous, dim_expr
 from torch_rtx.lowering.kernels.attention import Attention
@@ -31,7 +32,7 @@ def best_kv_splits(found: Attention, keys: Dim, arch: Arch, gain: float = CLEAR)
     on = arch.chip
     if found.causal or not isinstance(found.queries, int) or found.queries > MAX_QUERIES:
         return 1
-    width = (found.width + found.value_width) * (4 if found.dtype == "f32" else 2)
+    width = (found.width + found.value_width) * DTYPES[found.dtype].bytes
     groups, count = math.prod(map(typical, found.groups)), typical(keys)
     result = 4 * groups * typical(found.rows) * (found.value_width + 2)
 

@@ -34,10 +34,10 @@ from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Dim, Graph, Node, TensorType, Value, attr_values, dim_expr
 from torch_rtx.lowering.kernels.body_builder import BodyBuilder, Values, kernel, needed, type_of
 from torch_rtx.lowering.kernels.cost import LAUNCH, bytes_of, typical
+from torch_rtx.lowering.kernels.kernel_ir import Reduce, Tensor, children, everything, load
 from torch_rtx.lowering.kernels.loops import loop_configs
 from torch_rtx.lowering.kernels.reduction_rules import RULES, Dims
 from torch_rtx.lowering.kernels.region import ANCHORS, Region, express, reductions_of, tensor_type
-from torch_rtx.lowering.kernels.tensor import Reduce, Tensor, children, everything, load
 from torch_rtx.targets import Arch
 
 # Fewest and most elements of a chunk: where threads read neighbours of one row, and where they read across rows.

@@ -21,6 +21,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from torch_rtx.dtypes import DTYPES
 from torch_rtx.errors import KernelError
 from torch_rtx.kerneltable import Variant
 from torch_rtx.lowering.kernels.dependent import WAIT, dependent
@@ -32,9 +33,7 @@ PORTABLE_PTX = 87  # version of PTX for sm_120 and later: drivers of CUDA 12.8 a
 _lock = threading.Lock()
 _parsing = threading.Lock()
 KEPT = 256  # lowered kernels that are kept for the builds to come; some 100 KB each
-# What Triton calls the dtypes that it has.
-_POINTERS = {name: name for name in ("bf16", "i64", "i32", "i16", "i8", "u64", "u32", "u16", "u8")}
-_POINTERS |= {"f64": "fp64", "f32": "fp32", "f16": "fp16", "f8e4m3fn": "fp8e4nv", "f8e5m2": "fp8e5", "bool": "i1"}
+_POINTERS = {name: dtype.pointer for name, dtype in DTYPES.items() if dtype.pointer}
 _DIVISIBLE = [["tt.divisibility", 16]]
 
 

@@ -12,7 +12,7 @@ from torch_rtx.ir import MAIN, Attr, Graph, Node, TensorType, Value, contiguous
 from torch_rtx.lowering.constants import LARGEST, Constants
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.kernels.index import from_dim, product, ravel
-from torch_rtx.lowering.kernels.tensor import ONE
+from torch_rtx.lowering.kernels.kernel_ir import ONE
 from torch_rtx.lowering.positions import AtLeastZero, Positions
 from torch_rtx.lowering.rewrite import Rewriter, rewrite, seen_outside
 

@@ -1,1 +1,1 @@
-"""The operators that kernels can hold, one declaration each: an ATen overload as tensors of `kernels.tensor`."""
+"""The operators that kernels can hold, one declaration each: an ATen overload as tensors of `kernels.kernel_ir`."""

@@ -8,10 +8,25 @@ from __future__ import annotations
 import math
 from functools import partial
 
+from torch_rtx.dtypes import register
 from torch_rtx.errors import Unsupported
+from torch_rtx.lowering.kernels.expressions import A, B, C, D, E, Expression, eq, exp, exp2, ne, sigmoid, tanh, where
 from torch_rtx.lowering.kernels.index import Index
+from torch_rtx.lowering.kernels.kernel_ir import (
+    Gather,
+    Scalar,
+    Tensor,
+    cast,
+    expand,
+    number,
+    pointwise,
+    reduce,
+    squeeze,
+)
 from torch_rtx.lowering.kernels.ops.pointwise import (
-    TANH,
+    NORMAL,
+    SIZE,
+    SOFT,
     compute,
     filled,
     floating,
@@ -22,44 +37,32 @@ from torch_rtx.lowering.kernels.ops.pointwise import (
 from torch_rtx.lowering.kernels.ops.reductions import count_of, size_as
 from torch_rtx.lowering.kernels.ops.registry import Types, op
 from torch_rtx.lowering.kernels.ops.views import Size, move, positions, select_scatter, slice_scatter
-from torch_rtx.lowering.kernels.tensor import (
-    Gather,
-    Scalar,
-    Tensor,
-    cast,
-    expand,
-    number,
-    pointwise,
-    reduce,
-    register,
-    squeeze,
-)
 
 # ---- activations -----------------------------------------------------------------------------------------------------
 
-# Of the gradient of the result, {0}, and the argument or, where its name is `output`, the result, {1}.
-OF_OUTPUT = {"tanh": "{0} * (1.0 - {1} * {1})", "sigmoid": "{0} * {1} * (1.0 - {1})"}
+# A: the gradient of the result; B: the result in OF_OUTPUT, the argument in OF_INPUT.
+OF_OUTPUT = {"tanh": A * (1.0 - B * B), "sigmoid": A * B * (1.0 - B)}
 OF_INPUT = {
-    "silu": "{0} * tl.sigmoid({1}) * (1.0 + {1} * (1.0 - tl.sigmoid({1})))",
-    "hardsigmoid": "tl.where(({1} > -3.0) & ({1} < 3.0), {0} / 6.0, 0.0)",
-    "hardswish": "tl.where({1} <= -3.0, 0.0, tl.where({1} < 3.0, {0} * ({1} / 3.0 + 0.5), {0}))",
+    "silu": A * sigmoid(B) * (1.0 + B * (1.0 - sigmoid(B))),
+    "hardsigmoid": where((B > -3.0) & (B < 3.0), A / 6.0, 0.0),
+    "hardswish": where(B <= -3.0, 0.0, where(B < 3.0, A * (B / 3.0 + 0.5), A)),
 }
 
 
-def _of_output(text: str, grad_output: Tensor, output: Tensor, *, out: Types) -> Tensor:
+def _of_output(expression: Expression, grad_output: Tensor, output: Tensor, *, out: Types) -> Tensor:
     floating(out)
-    return compute(text, out, grad_output, output)
+    return compute(expression, out, grad_output, output)
 
 
-def _of_input(text: str, grad_output: Tensor, self: Tensor, *, out: Types) -> Tensor:
+def _of_input(expression: Expression, grad_output: Tensor, self: Tensor, *, out: Types) -> Tensor:
     floating(out)
-    return compute(text, out, grad_output, self)
+    return compute(expression, out, grad_output, self)
 
 
-for _name, _text in OF_OUTPUT.items():
-    op(f"{_name}_backward.default")(partial(_of_output, _text))
-for _name, _text in OF_INPUT.items():
-    op(f"{_name}_backward.default")(partial(_of_input, _text))
+for _name, _expression in OF_OUTPUT.items():
+    op(f"{_name}_backward.default")(partial(_of_output, _expression))
+for _name, _expression in OF_INPUT.items():
+    op(f"{_name}_backward.default")(partial(_of_input, _expression))
 
 
 @op("gelu_backward.default")
@@ -67,29 +70,27 @@ def gelu_backward(grad_output: Tensor, self: Tensor, approximate: str = "none", 
     """g * (Phi(x) + x * phi(x)), or the derivative of the approximation by tanh, which is x * sigmoid(u)."""
     if approximate != "none":
         scale = 2 * math.sqrt(2 / math.pi)
-        soft = compute(f"tl.sigmoid({scale!r} * {{0}} * (1.0 + 0.044715 * {{0}} * {{0}}))", out, self)
-        slope = compute(f"{scale!r} * (1.0 + {3 * 0.044715!r} * {{0}} * {{0}})", out, self)
-        return compute("{0} * {2} * (1.0 + {1} * (1.0 - {2}) * {3})", out, grad_output, self, soft, slope)
-    density = compute(f"{1 / math.sqrt(2 * math.pi)!r} * tl.exp(-0.5 * {{0}} * {{0}})", out, self)
+        soft, slope = compute(SOFT, out, self), compute(scale * (1.0 + 3 * 0.044715 * A * A), out, self)
+        return compute(A * C * (1.0 + B * (1.0 - C) * D), out, grad_output, self, soft, slope)
+    density = compute(1 / math.sqrt(2 * math.pi) * exp(-0.5 * A * A), out, self)
     if out[0].dtype in ("f16", "bf16"):
-        size = compute("tl.minimum(tl.abs({0}), 12.0)", out, self)
-        below = compute("tl.exp2({0})", out, log2_tail(size, out))
-        normal = compute("tl.where({0} < 0, {1}, 1.0 - {1})", out, self, below)
+        below = compute(exp2(A), out, log2_tail(compute(SIZE, out, self), out))
+        normal = compute(where(A < 0, B, 1.0 - B), out, self, below)
     else:
-        normal = compute(f"0.5 * (1.0 + tl.erf({{0}} * {math.sqrt(0.5)!r}))", out, self)
-    return compute("{0} * ({2} + {1} * {3})", out, grad_output, self, normal, density)
+        normal = compute(NORMAL, out, self)
+    return compute(A * (C + B * D), out, grad_output, self, normal, density)
 
 
 @op("threshold_backward.default")
 def threshold_backward(grad_output: Tensor, self: Tensor, threshold: Scalar, *, out: Types) -> Tensor:
     """g where x is above the threshold, as that of relu."""
-    return compute("tl.where({1} <= {2}, 0, {0})", out, grad_output, self, threshold)
+    return compute(where(B <= C, 0, A), out, grad_output, self, threshold)
 
 
 @op("hardtanh_backward.default")
 def hardtanh_backward(grad_output: Tensor, self: Tensor, min_val: Scalar, max_val: Scalar, *, out: Types) -> Tensor:
     """g where x is inside of a range."""
-    return compute("tl.where(({1} <= {2}) | ({1} >= {3}), 0, {0})", out, grad_output, self, min_val, max_val)
+    return compute(where((B <= C) | (B >= D), 0, A), out, grad_output, self, min_val, max_val)
 
 
 @op("leaky_relu_backward.default")
@@ -97,7 +98,7 @@ def leaky_relu_backward(
     grad_output: Tensor, self: Tensor, negative_slope: Scalar, self_is_result: bool, *, out: Types
 ) -> Tensor:
     """g, or slope * g where x, or the result, is not above 0."""
-    return compute("tl.where({1} > 0, {0}, {0} * {2})", out, grad_output, self, negative_slope)
+    return compute(where(B > 0, A, A * C), out, grad_output, self, negative_slope)
 
 
 @op("elu_backward.default")
@@ -112,35 +113,33 @@ def elu_backward(
     out: Types,
 ) -> Tensor:
     """scale * g, or below 0 what the exponential there gives."""
-    low = "{0} * {3} * ({1} + {2} * {4})" if is_result else "{0} * {3} * {2} * {4} * tl.exp({1} * {3})"
-    given = grad_output, self_or_result, scale, input_scale, alpha
-    return compute(f"tl.where({{1}} <= 0, {low}, {{0}} * {{2}})", out, *given)
+    low = A * D * (B + C * E) if is_result else A * D * C * E * exp(B * D)
+    return compute(where(B <= 0, low, A * C), out, grad_output, self_or_result, scale, input_scale, alpha)
 
 
 @op("softplus_backward.default")
 def softplus_backward(grad_output: Tensor, self: Tensor, beta: Scalar, threshold: Scalar, *, out: Types) -> Tensor:
     """g * sigmoid(beta * x), or g above the threshold."""
-    text = "tl.where({1} * {2} > {3}, {0}, {0} * tl.sigmoid({1} * {2}))"
-    return compute(text, out, grad_output, self, beta, threshold)
+    return compute(where(B * C > D, A, A * sigmoid(B * C)), out, grad_output, self, beta, threshold)
 
 
 @op("mish_backward.default")
 def mish_backward(grad_output: Tensor, self: Tensor, *, out: Types) -> Tensor:
     """The derivative of x * tanh(softplus(x)) times g."""
-    bent = compute(TANH, out, softplus(self, out=out))
-    return compute("{0} * ({2} + {1} * tl.sigmoid({1}) * (1.0 - {2} * {2}))", out, grad_output, self, bent)
+    bent = compute(tanh(A), out, softplus(self, out=out))
+    return compute(A * (C + B * sigmoid(B) * (1.0 - C * C)), out, grad_output, self, bent)
 
 
 @op("log_sigmoid_backward.default")
 def log_sigmoid_backward(grad_output: Tensor, self: Tensor, buffer: Tensor, *, out: Types) -> Tensor:
     """g * sigmoid(-x); the buffer is of no use."""
-    return compute("{0} * tl.sigmoid(-{1})", out, grad_output, self)
+    return compute(A * sigmoid(-B), out, grad_output, self)
 
 
 @op("native_dropout_backward.default")
 def native_dropout_backward(grad_output: Tensor, mask: Tensor, scale: Scalar, *, out: Types) -> Tensor:
     """scale * g where the mask is set."""
-    return compute("{0} * {1} * {2}", out, grad_output, mask, scale)
+    return compute(A * B * C, out, grad_output, mask, scale)
 
 
 # ---- views -----------------------------------------------------------------------------------------------------------
@@ -171,9 +170,9 @@ def _wide(value: Tensor) -> Tensor:
 def softmax_backward(grad_output: Tensor, output: Tensor, dim: int, input_dtype: str, *, out: Types) -> Tensor:
     """y * (g - sum(g * y)) along a dimension."""
     held = register(output.dtype)
-    product = pointwise("{0} * {1}", held, cast(grad_output, held), _wide(output))
+    product = pointwise(A * B, held, cast(grad_output, held), _wide(output))
     total = reduce("sum", product, [dim])
-    return cast(pointwise("{0} - {1} * {2}", held, product, _wide(output), total), out[0].dtype)
+    return cast(pointwise(A - B * C, held, product, _wide(output), total), out[0].dtype)
 
 
 @op("_log_softmax_backward_data.default")
@@ -182,7 +181,7 @@ def log_softmax_backward(grad_output: Tensor, output: Tensor, dim: int, input_dt
     held = register(output.dtype)
     gradient = cast(grad_output, held)
     total = reduce("sum", gradient, [dim])
-    return cast(pointwise("{0} - tl.exp({1}) * {2}", held, gradient, _wide(output), total), out[0].dtype)
+    return cast(pointwise(A - exp(B) * C, held, gradient, _wide(output), total), out[0].dtype)
 
 
 # ---- losses ----------------------------------------------------------------------------------------------------------
@@ -195,10 +194,10 @@ def mse_loss_backward(grad_output: Tensor, self: Tensor, target: Tensor, reducti
     """2 * (x - y) * g, of a mean divided by the number of elements."""
     if promote(self, target) != self.dtype:
         raise Unsupported("a loss of operands of different dtypes")
-    found = compute("2.0 * ({1} - {2}) * {0}", out, grad_output, self, target)
+    found = compute(2.0 * (B - C) * A, out, grad_output, self, target)
     if reduction != MEAN:
         return found
-    return compute("{0} / {1}", out, found, size_as(count_of(found, ()), out[0].dtype))
+    return compute(A / B, out, found, size_as(count_of(found, ()), out[0].dtype))
 
 
 def _of_class(weight: Tensor | None, safe: Tensor, dtype: str) -> Tensor:
@@ -210,8 +209,8 @@ def _of_class(weight: Tensor | None, safe: Tensor, dtype: str) -> Tensor:
 
 def _targets(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Which targets count, and the targets, 0 in the place of those that do not."""
-    counts = pointwise("{0} != {1}", "bool", cast(target, "i64"), number(ignore_index, "i64"))
-    return counts, pointwise("tl.where({0}, {1}, 0)", "i64", counts, cast(target, "i64"))
+    counts = pointwise(ne(A, B), "bool", cast(target, "i64"), number(ignore_index, "i64"))
+    return counts, pointwise(where(A, B, 0), "i64", counts, cast(target, "i64"))
 
 
 @op("nll_loss_forward.default")
@@ -224,12 +223,12 @@ def nll_loss_forward(
     held = register(self.dtype)
     counts, safe = _targets(target, ignore_index)
     found = Gather(safe.shape, self.dtype, self, (safe,), self.shape[1:], lambda at, chosen: (at[0], chosen[0]))
-    factor = pointwise("tl.where({0}, {1}, 0.0)", held, counts, _of_class(weight, safe, held))
-    losses = pointwise("tl.where({0}, -{1} * {2}, 0.0)", held, counts, cast(found, held), factor)
+    factor = pointwise(where(A, B, 0.0), held, counts, _of_class(weight, safe, held))
+    losses = pointwise(where(A, -B * C, 0.0), held, counts, cast(found, held), factor)
     if reduction == NONE:
         return cast(losses, out[0].dtype), filled(0, out[1:])
     total, loss = (squeeze(reduce("sum", one, [0]), {0}) for one in (factor, losses))
-    mean = pointwise("{0} / {1}", held, loss, total) if reduction == MEAN else loss
+    mean = pointwise(A / B, held, loss, total) if reduction == MEAN else loss
     return cast(mean, out[0].dtype), cast(total, out[1].dtype)
 
 
@@ -252,8 +251,7 @@ def nll_loss_backward(
     counts, safe = _targets(target, ignore_index)
     gradient = cast(grad_output, held)
     if reduction == MEAN:
-        gradient = pointwise("{0} / {1}", held, gradient, cast(total_weight, held))
-    each = pointwise("-{0} * {1}", held, expand(gradient, safe.shape), _of_class(weight, safe, held))
+        gradient = pointwise(A / B, held, gradient, cast(total_weight, held))
+    each = pointwise(-A * B, held, expand(gradient, safe.shape), _of_class(weight, safe, held))
     rows = [move(one, self.shape, lambda position: position[:1]) for one in (counts, safe, each)]
-    text = "tl.where({0} & ({1} == {3}), {2}, 0.0)"
-    return cast(pointwise(text, held, *rows, positions(self.shape, 1)), out[0].dtype)
+    return cast(pointwise(where(A & eq(B, D), C, 0.0), held, *rows, positions(self.shape, 1)), out[0].dtype)

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
+from torch_rtx.dtypes import INTS
 from torch_rtx.errors import Unsupported
+from torch_rtx.lowering.kernels.expressions import A, B, Expression, absolute, fmax, fmin
 from torch_rtx.lowering.kernels.index import Index
-from torch_rtx.lowering.kernels.ops.registry import Types, op
-from torch_rtx.lowering.kernels.ops.views import index as index_of
-from torch_rtx.lowering.kernels.ops.views import move, shape_of
-from torch_rtx.lowering.kernels.tensor import (
-    INTS,
+from torch_rtx.lowering.kernels.kernel_ir import (
     ONE,
     Gather,
     Iota,
@@ -23,6 +21,9 @@ from torch_rtx.lowering.kernels.tensor import (
     number,
     pointwise,
 )
+from torch_rtx.lowering.kernels.ops.registry import Types, op
+from torch_rtx.lowering.kernels.ops.views import index as index_of
+from torch_rtx.lowering.kernels.ops.views import move, shape_of
 
 
 @op("embedding.default")
@@ -90,15 +91,15 @@ def gather(self: Tensor, dim: int, index: Tensor, sparse_grad: bool = False, *, 
     return Gather(index.shape, self.dtype, self, (cast(index, "i64"),), (self.shape[axis],), at)
 
 
-def _padded(text: str, self: Tensor, padding: Sequence[int | Index], *, out: Types) -> Tensor:
-    """x at positions that `text` makes of the position less what is put before, {0}, and of the last one, {1}."""
+def _padded(mirrored: Expression, self: Tensor, padding: Sequence[int | Index], *, out: Types) -> Tensor:
+    """x at the positions `mirrored` of A, the position less what is put before, and B, the last position."""
     shape, rank = shape_of(out), len(self.shape)
     axes = [rank - 1 - which for which in range(len(padding) // 2)]
     found, sizes = [], []
     for axis, before in zip(axes, padding[::2], strict=True):
         shift = index_of(before)
         moved = Iota(shape, "i64", lambda position, axis=axis, shift=shift: position[axis] - shift)  # type: ignore[misc]
-        found.append(pointwise(text, "i64", moved, number(self.shape[axis] - ONE, "i64")))
+        found.append(pointwise(mirrored, "i64", moved, number(self.shape[axis] - ONE, "i64")))
         sizes.append(self.shape[axis])
 
     def at(position: Position, chosen: Position) -> Position:
@@ -109,5 +110,5 @@ def _padded(text: str, self: Tensor, padding: Sequence[int | Index], *, out: Typ
 
 
 RANKS = (1, 2, 3)
-op(*(f"reflection_pad{rank}d.default" for rank in RANKS))(partial(_padded, "{1} - tl.abs({1} - tl.abs({0}))"))
-op(*(f"replication_pad{rank}d.default" for rank in RANKS))(partial(_padded, "tl.minimum(tl.maximum({0}, 0), {1})"))
+op(*(f"reflection_pad{rank}d.default" for rank in RANKS))(partial(_padded, B - absolute(B - absolute(A))))
+op(*(f"replication_pad{rank}d.default" for rank in RANKS))(partial(_padded, fmin(fmax(A, 0), B)))

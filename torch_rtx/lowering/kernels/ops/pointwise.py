@@ -4,28 +4,60 @@ from __future__ import annotations
 
 import math
 import struct
-from functools import partial
+from functools import partial, reduce
+from operator import mul as times
 
+from torch_rtx.dtypes import DTYPES, FLOATS, INTS, ORDER, register
 from torch_rtx.errors import Unsupported
+from torch_rtx.lowering.kernels.expressions import (
+    A,
+    B,
+    C,
+    D,
+    E,
+    Expression,
+    absolute,
+    apply,
+    cast_like,
+    ceil,
+    cos,
+    eq,
+    erf,
+    exp,
+    exp2,
+    floor,
+    fmin,
+    idiv,
+    irem,
+    log,
+    log1p,
+    log2,
+    maximum,
+    minimum,
+    ne,
+    rint,
+    rsqrt,
+    sigmoid,
+    sin,
+    sqrt,
+    tanh,
+    trunc,
+    where,
+    xor,
+)
 from torch_rtx.lowering.kernels.index import Index, from_dim
-from torch_rtx.lowering.kernels.ops.registry import Types, op
-from torch_rtx.lowering.kernels.tensor import (
-    FLOATS,
-    INTS,
-    REDUCTIONS,
-    TRITON,
-    Number,
+from torch_rtx.lowering.kernels.kernel_ir import (
+    Const,
     Scalar,
     Tensor,
     cast,
     expand,
     number,
     pointwise,
-    register,
 )
+from torch_rtx.lowering.kernels.ops.registry import Types, op
 
 Operand = Tensor | Scalar
-ORDER = ("bool", "u8", "i8", "i16", "i32", "i64", "f16", "bf16", "f32", "f64")
 
 
 def promote(*operands: Operand) -> str:
@@ -34,7 +66,7 @@ def promote(*operands: Operand) -> str:
     best, weight = "bool", (-1, -1, -1)
     for operand in operands:
         dtype = _dtype(operand)
-        category = 2 if dtype in FLOATS else 1 if dtype in INTS else 0
+        category = DTYPES[dtype].kind
         rank = (0 if not isinstance(operand, Tensor) else 2 if operand.shape else 1) if category else 0
         if category > weight[0] or (category == weight[0] and (rank, ORDER.index(dtype)) > weight[1:]):
             mixed = {best, dtype} in ({"f16", "bf16"}, {"u8", "i8"}) and rank == weight[1]
@@ -54,55 +86,55 @@ def tensor(operand: Operand, dtype: str) -> Tensor:
     return cast(operand if isinstance(operand, Tensor) else number(operand, _dtype(operand)), dtype)
 
 
-def compute(text: str, out: Types, *operands: Operand) -> Tensor:
-    """`text` in the dtype of the result."""
+def compute(expression: Expression, out: Types, *operands: Operand) -> Tensor:
+    """`expression` of `operands`, all in the dtype of the result."""
     dtype = out[0].dtype
-    return pointwise(text, dtype, *(tensor(o, dtype) for o in operands))
+    return pointwise(expression, dtype, *(tensor(o, dtype) for o in operands))
 
 
 def floating(out: Types) -> None:
-    """Raises Unsupported unless the result is a float: such texts are wrong for integers."""
+    """Raises Unsupported unless the result is a float: the operation is wrong for integers."""
     if out[0].dtype not in FLOATS:
         raise Unsupported(f"a result of dtype {out[0].dtype}")
 
 
 # ---- one float argument ----------------------------------------------------------------------------------------------
 
-_TANH_SMALL = "{0} * (1.0 + {0} * {0} * (-0.3333333333333333 + {0} * {0} * 0.13333333333333333))"
-TANH = f"tl.where(tl.abs({{0}}) < 0.04, {_TANH_SMALL}, 2.0 * tl.sigmoid(2.0 * {{0}}) - 1.0)"
-_HARD = REDUCTIONS["min"][1].format(REDUCTIONS["max"][1].format("{0} + 3.0", "0.0"), "6.0")
-FLOAT_TEXTS = {
-    "exp": "tl.exp({0})",
-    "exp2": "tl.exp2({0})",
-    "log": "tl.log({0})",
-    "log2": "tl.log2({0})",
-    "log10": f"tl.log2({{0}}) * {math.log10(2)!r}",
-    # Kahan's: exact where 1 + x is rounded
-    "log1p": 'tl.where((1.0 + {0} == 1.0) | ({0} == float("inf")), {0}, '
-    "tl.log(1.0 + {0}) * ({0} / ((1.0 + {0}) - 1.0)))",
-    "sqrt": "tl.sqrt({0})",
-    "rsqrt": "tl.rsqrt({0})",
-    "sin": "tl.sin({0})",
-    "cos": "tl.cos({0})",
-    "erf": "tl.erf({0})",
-    "sigmoid": "tl.sigmoid({0})",
-    "tanh": TANH,
-    "silu": "{0} * tl.sigmoid({0})",
-    "reciprocal": "1.0 / {0}",
-    "hardswish": f"{{0}} * {_HARD} / 6.0",
-    "hardsigmoid": f"{_HARD} / 6.0",
-    "deg2rad": f"{{0}} * {math.pi / 180!r}",
-    "rad2deg": f"{{0}} * {180 / math.pi!r}",
+_HARD = minimum(maximum(A + 3.0, 0.0), 6.0)
+SOFT = sigmoid(
+    2 * math.sqrt(2 / math.pi) * A * (1.0 + 0.044715 * A * A)
+)  # gelu by tanh: 0.5 * (1 + tanh(u)) is sigmoid(2 * u)
+NORMAL = 0.5 * (1.0 + erf(A * math.sqrt(0.5)))  # the distribution function of a normal distribution
+FLOAT_OPS = {
+    "exp": exp(A),
+    "exp2": exp2(A),
+    "log": log(A),
+    "log2": log2(A),
+    "log10": log2(A) * math.log10(2),
+    "log1p": log1p(A),
+    "sqrt": sqrt(A),
+    "rsqrt": rsqrt(A),
+    "sin": sin(A),
+    "cos": cos(A),
+    "erf": erf(A),
+    "sigmoid": sigmoid(A),
+    "tanh": tanh(A),
+    "silu": A * sigmoid(A),
+    "reciprocal": 1.0 / A,
+    "hardswish": A * _HARD / 6.0,
+    "hardsigmoid": _HARD / 6.0,
+    "deg2rad": A * (math.pi / 180),
+    "rad2deg": A * (180 / math.pi),
 }
 
 
-def _float(text: str, self: Tensor, *, out: Types) -> Tensor:
+def _float(expression: Expression, self: Tensor, *, out: Types) -> Tensor:
     floating(out)
-    return compute(text, out, self)
+    return compute(expression, out, self)
 
 
-for _name, _text in FLOAT_TEXTS.items():
-    op(f"{_name}.default")(partial(_float, _text))
+for _name, _expression in FLOAT_OPS.items():
+    op(f"{_name}.default")(partial(_float, _expression))
 
 
 # log2(erfc(a / sqrt(2)) / 2) for a from 0 to 12, highest power first: a minimax fit, weighted so that the relative
@@ -110,18 +142,21 @@ for _name, _text in FLOAT_TEXTS.items():
 _TAIL = (3.244454e-05, -0.0007484183, 0.0079422587, -0.053051794, -0.45917046, -1.1510367, -1.0000075788)
 
 
+SIZE = fmin(absolute(A), 12.0)  # what `log2_tail` is for
+
+
 def _short_gelu(x: Tensor, out: Types) -> Tensor:
     """x * Phi(x) = (x + |x|) / 2 - |x| * erfc(|x| / sqrt(2)) / 2, with the precision of halves, in a third of the
-    instructions of `tl.erf`: those take longer than a product with 768 elements to sum. What is no number stays so."""
-    half, size = compute("0.5 * {0}", out, x), compute("tl.minimum(tl.abs({0}), 12.0)", out, x)
-    return compute("{0} + tl.abs({0}) - {1} * tl.exp2({2})", out, half, size, log2_tail(size, out))
+    instructions of erf: those take longer than a product with 768 elements to sum. What is no number stays so."""
+    half, size = compute(0.5 * A, out, x), compute(SIZE, out, x)
+    return compute(A + absolute(A) - B * exp2(C), out, half, size, log2_tail(size, out))
 
 
 def log2_tail(size: Tensor, out: Types) -> Tensor:
     """The logarithm of what a normal distribution has beyond `size`, from 0 to 12, with the precision of halves."""
-    power = compute(f"{_TAIL[0]} * {{0}} + {_TAIL[1]}", out, size)
+    power = compute(_TAIL[0] * A + _TAIL[1], out, size)
     for factor in _TAIL[2:]:
-        power = compute(f"{{0}} * {{1}} + {factor}", out, power, size)
+        power = compute(A * B + factor, out, power, size)
     return power
 
 
@@ -130,26 +165,21 @@ def gelu(self: Tensor, approximate: str = "none", *, out: Types) -> Tensor:
     """x * Phi(x), or its approximation by tanh (Hendrycks and Gimpel, 2016)."""
     if approximate == "none" and out[0].dtype in ("f16", "bf16"):
         return _short_gelu(self, out)
-    if approximate == "none":
-        return compute(f"0.5 * {{0}} * (1.0 + tl.erf({{0}} * {math.sqrt(0.5)!r}))", out, self)
-    # 0.5 * (1 + tanh(u)) is sigmoid(2 * u)
-    scale = 2 * math.sqrt(2 / math.pi)
-    return compute(f"{{0}} * tl.sigmoid({scale!r} * {{0}} * (1.0 + 0.044715 * {{0}} * {{0}}))", out, self)
+    return compute(0.5 * A * (1.0 + erf(A * math.sqrt(0.5))) if approximate == "none" else A * SOFT, out, self)
 
 
 @op("expm1.default")
 def expm1(self: Tensor, *, out: Types) -> Tensor:
     """exp(x) - 1, by Kahan's method where exp(x) is near 1."""
     floating(out)
-    power = compute("tl.exp({0})", out, self)
-    near = "tl.where({1} == 1.0, {0}, ({1} - 1.0) * ({0} / tl.log({1})))"
-    return compute(f"tl.where(tl.abs({{0}}) < 0.5, {near}, {{1}} - 1.0)", out, self, power)
+    near = where(eq(B, 1.0), A, (B - 1.0) * (A / log(B)))
+    return compute(where(absolute(A) < 0.5, near, B - 1.0), out, self, compute(exp(A), out, self))
 
 
 @op("relu.default")
 def relu(self: Tensor, *, out: Types) -> Tensor:
     """max(x, 0); NaN stays NaN."""
-    return compute("tl.where({0} < 0, 0, {0})", out, self)
+    return compute(where(A < 0, 0, A), out, self)
 
 
 @op("relu6.default")
@@ -167,28 +197,28 @@ def hardtanh(self: Tensor, min_val: Scalar = -1, max_val: Scalar = 1, *, out: Ty
 @op("leaky_relu.default")
 def leaky_relu(self: Tensor, negative_slope: Scalar = 0.01, *, out: Types) -> Tensor:
     """x, or slope * x below 0."""
-    return compute("tl.where({0} > 0, {0}, {0} * {1})", out, self, negative_slope)
+    return compute(where(A > 0, A, A * B), out, self, negative_slope)
 
 
 @op("elu.default")
 def elu(self: Tensor, alpha: Scalar = 1, scale: Scalar = 1, input_scale: Scalar = 1, *, out: Types) -> Tensor:
     """scale * x, or below 0 scale * alpha * (exp(input_scale * x) - 1)."""
-    below = expm1(compute("{0} * {1}", out, self, input_scale), out=out)
-    return compute("tl.where({0} > 0, {0} * {2}, {1} * {3} * {2})", out, self, below, scale, alpha)
+    below = expm1(compute(A * B, out, self, input_scale), out=out)
+    return compute(where(A > 0, A * C, B * D * C), out, self, below, scale, alpha)
 
 
 @op("softplus.default")
 def softplus(self: Tensor, beta: Scalar = 1, threshold: Scalar = 20, *, out: Types) -> Tensor:
     """log(1 + exp(beta * x)) / beta, or x above the threshold."""
-    scaled = compute("{0} * {1}", out, self, beta)
-    soft = compute(FLOAT_TEXTS["log1p"], out, compute("tl.exp({0})", out, scaled))
-    return compute("tl.where({1} > {3}, {0}, {2} / {4})", out, self, scaled, soft, threshold, beta)
+    scaled = compute(A * B, out, self, beta)
+    soft = compute(log1p(A), out, compute(exp(A), out, scaled))
+    return compute(where(B > D, A, C / E), out, self, scaled, soft, threshold, beta)
 
 
 @op("mish.default")
 def mish(self: Tensor, *, out: Types) -> Tensor:
     """x * tanh(softplus(x))."""
-    return compute("{0} * {1}", out, self, compute(TANH, out, softplus(self, out=out)))
+    return compute(A * B, out, self, compute(tanh(A), out, softplus(self, out=out)))
 
 
 # ---- arithmetic ------------------------------------------------------------------------------------------------------
@@ -198,37 +228,38 @@ def mish(self: Tensor, *, out: Types) -> Tensor:
 def add(self: Tensor, other: Operand, alpha: Scalar = 1, *, out: Types) -> Tensor:
     """self + alpha * other."""
     if out[0].dtype == "bool":
-        return compute("{0} | {1} & {2}", out, self, other, bool(alpha))
-    return compute("{0} + {1}", out, self, other) if alpha == 1 else compute("{0} + {1} * {2}", out, self, other, alpha)
+        return compute(A | B & C, out, self, other, bool(alpha))
+    return compute(A + B, out, self, other) if alpha == 1 else compute(A + B * C, out, self, other, alpha)
 
 
 @op("sub.Tensor", "sub.Scalar")
 def sub(self: Tensor, other: Operand, alpha: Scalar = 1, *, out: Types) -> Tensor:
     """self - alpha * other."""
-    return compute("{0} - {1}", out, self, other) if alpha == 1 else compute("{0} - {1} * {2}", out, self, other, alpha)
+    return compute(A - B, out, self, other) if alpha == 1 else compute(A - B * C, out, self, other, alpha)
 
 
 @op("rsub.Tensor", "rsub.Scalar")
 def rsub(self: Tensor, other: Operand, alpha: Scalar = 1, *, out: Types) -> Tensor:
     """other - alpha * self."""
-    return compute("{1} - {0} * {2}", out, self, other, alpha)
+    return compute(B - A * C, out, self, other, alpha)
 
 
 @op("mul.Tensor", "mul.Scalar")
 def mul(self: Tensor, other: Operand, *, out: Types) -> Tensor:
     """self * other."""
-    return compute("{0} & {1}" if out[0].dtype == "bool" else "{0} * {1}", out, self, other)
+    return compute(A & B if out[0].dtype == "bool" else A * B, out, self, other)
 
 
 @op("div.Tensor", "div.Scalar")
 def div(self: Tensor, other: Operand, *, out: Types) -> Tensor:
     """self / other."""
     floating(out)
-    return compute("{0} / {1}", out, self, other)
+    return compute(A / B, out, self, other)
 
 
-# Whether what is left of a division, {2}, has another sign than the divisor, {1}.
-_OTHER = "(({2} != 0) & (({2} < 0) != ({1} < 0)))"
+def _other_sign(rest: Expression, dividend: Expression, divisor: Expression) -> Expression:
+    """Whether `rest`, what a division leaves, is not 0 and the signs of dividend and divisor differ."""
+    return ne(rest, 0) & ne(dividend < 0, divisor < 0)
 
 
 @op("div.Tensor_mode", "div.Scalar_mode")
@@ -239,13 +270,13 @@ def div_mode(self: Tensor, other: Operand, rounding_mode: str | None, *, out: Ty
     if out[0].dtype in ("f16", "bf16"):
         raise Unsupported("a rounded quotient in half precision, which is rounded twice")
     if out[0].dtype in FLOATS:
-        text = "tl.where({1} == 0, {0} / {1}, ({0} - {2}) / {1} - " + _OTHER + ".to(tl.float64))"
-        if rounding_mode == "trunc":  # of a quotient that is rounded, as PyTorch does
-            text = _TRUNC.replace("{0}", f"({{0}} / {{1}}).to({TRITON[out[0].dtype]})")
-        return cast(pointwise(text, "f64", *_wide(out, self, other)), out[0].dtype)
+        down = where(eq(B, 0), A / B, (A - C) / B - apply("cast", _other_sign(C, C, B), dtype="f64"))
+        # "trunc": of a quotient that is rounded, as PyTorch does
+        quotient = trunc(apply("cast", A / B, dtype=out[0].dtype)) if rounding_mode == "trunc" else down
+        return cast(pointwise(quotient, "f64", *_wide(out, self, other)), out[0].dtype)
     if rounding_mode == "trunc":
-        return compute("{0} // {1}", out, self, other)  # Triton's division is C's
-    return compute("{0} // {1} - (({0} % {1} != 0) & (({0} < 0) != ({1} < 0))).to({0}.dtype)", out, self, other)
+        return compute(idiv(A, B), out, self, other)
+    return compute(idiv(A, B) - cast_like(_other_sign(irem(A, B), A, B), A), out, self, other)
 
 
 def _wide(out: Types, self: Tensor, other: Operand) -> tuple[Tensor, Tensor, Tensor]:
@@ -256,9 +287,9 @@ def _wide(out: Types, self: Tensor, other: Operand) -> tuple[Tensor, Tensor, Ten
     if isinstance(other, float) and out[0].dtype in ("f16", "bf16") and not _exact(other, out[0].dtype):
         raise Unsupported(f"what {out[0].dtype} leaves of a division by {other!r}, which is rounded first")
     given = (tensor(one, register(out[0].dtype)) for one in (self, other))
-    first, second = (cast(pointwise("{0}", t.dtype, t) if isinstance(t, Number) else t, "f64") for t in given)
-    whole = f"{{0}} - {_TRUNC.replace('{0}', '({0} / {1})')} * {{1}}"
-    rest = f"tl.where(tl.abs({{0}}) < tl.abs({{1}}), {{0}}, {whole})"  # a finite number, divided by an infinite one
+    first, second = (cast(pointwise(A, t.dtype, t) if isinstance(t, Const) else t, "f64") for t in given)
+    # The first case: a finite number, divided by an infinite one.
+    rest = where(absolute(A) < absolute(B), A, A - trunc(A / B) * B)
     return first, second, pointwise(rest, "f64", first, second)
 
 
@@ -272,22 +303,21 @@ def floor_divide(self: Tensor, other: Operand, *, out: Types) -> Tensor:
 def remainder(self: Tensor, other: Operand, *, out: Types) -> Tensor:
     """The remainder with the sign of the divisor."""
     if out[0].dtype in FLOATS:
-        found = pointwise(f"tl.where({_OTHER}, {{2}} + {{1}}, {{2}})", "f64", *_wide(out, self, other))
+        found = pointwise(where(_other_sign(C, C, B), C + B, C), "f64", *_wide(out, self, other))
         return cast(found, out[0].dtype)
-    rest = compute("{0} % {1}", out, self, other)
-    return compute("tl.where(({0} != 0) & (({0} < 0) != ({1} < 0)), {0} + {1}, {0})", out, rest, other)
+    return compute(where(_other_sign(A, A, B), A + B, A), out, compute(irem(A, B), out, self, other), other)
 
 
 @op("neg.default")
 def neg(self: Tensor, *, out: Types) -> Tensor:
     """-x."""
-    return compute("-{0}", out, self)
+    return compute(-A, out, self)
 
 
 @op("abs.default")
-def absolute(self: Tensor, *, out: Types) -> Tensor:
+def absolute_(self: Tensor, *, out: Types) -> Tensor:
     """|x|."""
-    return compute("tl.abs({0})", out, self)
+    return compute(absolute(A), out, self)
 
 
 @op("pow.Tensor_Scalar")
@@ -298,82 +328,74 @@ def power(self: Tensor, exponent: Scalar, *, out: Types) -> Tensor:
     if exponent == 0:
         return filled(1, out)
     if exponent in (1, 2, 3, 4):
-        return compute(" * ".join(["{0}"] * int(exponent)), out, self)
+        return compute(reduce(times, [A] * int(exponent)), out, self)
     floating(out)
-    exact = {0.5: "tl.sqrt({0})", -0.5: "tl.rsqrt({0})", -1: "1.0 / {0}", -2: "1.0 / ({0} * {0})"}
+    exact = {0.5: sqrt(A), -0.5: rsqrt(A), -1: 1.0 / A, -2: 1.0 / (A * A)}
     if exponent in exact:
         return compute(exact[exponent], out, self)
     if out[0].dtype not in ("f16", "bf16") or not math.isfinite(exponent) or float(exponent).is_integer():
         raise Unsupported(f"the power {exponent} in {out[0].dtype}")
-    return compute(f"tl.exp2({float(exponent)!r} * tl.log2({{0}}))", out, self)
+    return compute(exp2(float(exponent) * log2(A)), out, self)
 
 
 @op("addcmul.default")
 def addcmul(self: Tensor, tensor1: Tensor, tensor2: Tensor, value: Scalar = 1, *, out: Types) -> Tensor:
     """self + value * tensor1 * tensor2."""
-    return compute("{0} + {3} * {1} * {2}", out, self, tensor1, tensor2, value)
+    return compute(A + D * B * C, out, self, tensor1, tensor2, value)
 
 
 @op("addcdiv.default")
 def addcdiv(self: Tensor, tensor1: Tensor, tensor2: Tensor, value: Scalar = 1, *, out: Types) -> Tensor:
     """self + value * tensor1 / tensor2."""
     floating(out)
-    return compute("{0} + {3} * {1} / {2}", out, self, tensor1, tensor2, value)
+    return compute(A + D * B / C, out, self, tensor1, tensor2, value)
 
 
 @op("lerp.Scalar", "lerp.Tensor")
 def lerp(self: Tensor, end: Tensor, weight: Operand, *, out: Types) -> Tensor:
     """self + weight * (end - self), from the nearer end."""
-    text = "tl.where(tl.abs({2}) < 0.5, {0} + {2} * ({1} - {0}), {1} - ({1} - {0}) * (1.0 - {2}))"
-    return compute(text, out, self, end, weight)
+    return compute(where(absolute(C) < 0.5, A + C * (B - A), B - (B - A) * (1.0 - C)), out, self, end, weight)
 
 
 # ---- rounding, limits ------------------------------------------------------------------------------------------------
 
-_TRUNC = "tl.where({0} < 0, tl.ceil({0}), tl.floor({0}))"
-# Half to even. x + 0.5 may be rounded to another integer; x - floor(x) never is to the other side of one half.
-_UP = "({0} - tl.floor({0}) > 0.5) | (({0} - tl.floor({0}) == 0.5) & (tl.floor({0}) != 2.0 * tl.floor(0.5 * {0})))"
-_ROUND = f"tl.floor({{0}}) + tl.where({_UP}, 1.0, 0.0)"
+
+def _rounding(expression: Expression, self: Tensor, *, out: Types) -> Tensor:
+    return compute(expression if out[0].dtype in FLOATS else A, out, self)
 
 
-def _rounding(text: str, self: Tensor, *, out: Types) -> Tensor:
-    return compute(text if out[0].dtype in FLOATS else "{0}", out, self)
-
-
-for _name, _text in {"floor": "tl.floor({0})", "ceil": "tl.ceil({0})", "trunc": _TRUNC, "round": _ROUND}.items():
-    op(f"{_name}.default")(partial(_rounding, _text))
+for _name, _expression in {"floor": floor(A), "ceil": ceil(A), "trunc": trunc(A), "round": rint(A)}.items():
+    op(f"{_name}.default")(partial(_rounding, _expression))
 
 
 @op("sign.default")
 def sign(self: Tensor, *, out: Types) -> Tensor:
     """-1, 0 or 1."""
-    if out[0].dtype == "bool":
-        return compute("{0}", out, self)
-    held = TRITON[register(out[0].dtype)]
-    return compute(f"tl.where({{0}} > 0, 1, tl.where({{0}} < 0, -1, 0)).to({held})", out, self)
+    found = where(A > 0, 1, where(A < 0, -1, 0))
+    return compute(A if out[0].dtype == "bool" else apply("cast", found, dtype=out[0].dtype), out, self)
 
 
 @op("maximum.default")
-def maximum(self: Tensor, other: Operand, *, out: Types) -> Tensor:
+def maximum_(self: Tensor, other: Operand, *, out: Types) -> Tensor:
     """The larger one, or NaN."""
-    return compute("{0} | {1}" if out[0].dtype == "bool" else REDUCTIONS["max"][1], out, self, other)
+    return compute(A | B if out[0].dtype == "bool" else maximum(A, B), out, self, other)
 
 
 @op("minimum.default")
-def minimum(self: Tensor, other: Operand, *, out: Types) -> Tensor:
+def minimum_(self: Tensor, other: Operand, *, out: Types) -> Tensor:
     """The smaller one, or NaN."""
-    return compute("{0} & {1}" if out[0].dtype == "bool" else REDUCTIONS["min"][1], out, self, other)
+    return compute(A & B if out[0].dtype == "bool" else minimum(A, B), out, self, other)
 
 
 @op("clamp.default", "clamp.Tensor")
 def clamp(self: Tensor, min: Operand | None = None, max: Operand | None = None, *, out: Types) -> Tensor:
     """x limited from below and above; NaN stays NaN, and as a limit makes NaN."""
     if any(isinstance(limit, Tensor) or limit != limit for limit in (min, max)):
-        above = self if min is None else maximum(self, min, out=out)
-        return above if max is None else minimum(above, max, out=out)
+        above = self if min is None else maximum_(self, min, out=out)
+        return above if max is None else minimum_(above, max, out=out)
     if min is not None:
-        self = compute("tl.where({0} < {1}, {1}, {0})", out, self, min)
-    return self if max is None else compute("tl.where({0} > {1}, {1}, {0})", out, self, max)
+        self = compute(where(A < B, B, A), out, self, min)
+    return self if max is None else compute(where(A > B, B, A), out, self, max)
 
 
 @op("clamp_min.default", "clamp_min.Tensor")
@@ -391,7 +413,7 @@ def clamp_max(self: Tensor, max: Operand, *, out: Types) -> Tensor:
 @op("threshold.default")
 def threshold(self: Tensor, threshold: Scalar, value: Scalar, *, out: Types) -> Tensor:
     """x above the threshold, else the value."""
-    return compute("tl.where({0} <= {1}, {2}, {0})", out, self, threshold, value)
+    return compute(where(A <= B, C, A), out, self, threshold, value)
 
 
 # ---- comparison, logic -----------------------------------------------------------------------------------------------
@@ -406,56 +428,56 @@ def _exact(value: float, dtype: str) -> bool:
     return dtype != "bf16" or struct.pack("<f", value)[:2] == b"\0\0"
 
 
-def _compare(sign: str, self: Tensor, other: Operand, *, out: Types) -> Tensor:
+def _compare(comparison: Expression, self: Tensor, other: Operand, *, out: Types) -> Tensor:
     dtype = promote(self, other)
     if isinstance(other, float) and not _exact(other, dtype):
         raise Unsupported(f"{dtype} compared with {other!r}, which is rounded first")
-    return pointwise(f"{{0}} {sign} {{1}}", "bool", tensor(self, dtype), tensor(other, dtype))
+    return pointwise(comparison, "bool", tensor(self, dtype), tensor(other, dtype))
 
 
-for _name, _sign in {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}.items():
-    op(f"{_name}.Tensor", f"{_name}.Scalar")(partial(_compare, _sign))
+for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
+    op(f"{_name}.Tensor", f"{_name}.Scalar")(partial(_compare, apply(_name, A, B)))
 
 
-def _logical(text: str, self: Tensor, other: Operand = True, *, out: Types) -> Tensor:
-    return pointwise(text, "bool", tensor(self, "bool"), tensor(other, "bool"))
+def _logical(expression: Expression, self: Tensor, other: Operand = True, *, out: Types) -> Tensor:
+    return pointwise(expression, "bool", tensor(self, "bool"), tensor(other, "bool"))
 
 
-op("logical_and.default")(partial(_logical, "{0} & {1}"))
-op("logical_or.default")(partial(_logical, "{0} | {1}"))
-op("logical_xor.default")(partial(_logical, "{0} ^ {1}"))
-op("logical_not.default")(partial(_logical, "{0} ^ {1}"))
+op("logical_and.default")(partial(_logical, A & B))
+op("logical_or.default")(partial(_logical, A | B))
+op("logical_xor.default")(partial(_logical, xor(A, B)))
+op("logical_not.default")(partial(_logical, xor(A, B)))
 
 
-def _bitwise(text: str, self: Tensor, other: Operand, *, out: Types) -> Tensor:
-    return compute(text, out, self, other)
+def _bitwise(expression: Expression, self: Tensor, other: Operand, *, out: Types) -> Tensor:
+    return compute(expression, out, self, other)
 
 
-for _name, _sign in {"and": "&", "or": "|", "xor": "^"}.items():
-    op(f"bitwise_{_name}.Tensor", f"bitwise_{_name}.Scalar")(partial(_bitwise, f"{{0}} {_sign} {{1}}"))
+for _name in ("and", "or", "xor"):
+    op(f"bitwise_{_name}.Tensor", f"bitwise_{_name}.Scalar")(partial(_bitwise, apply(_name, A, B)))
 
 
-def _shift(text: str, self: Tensor, other: Operand, *, out: Types) -> Tensor:
+def _shift(expression: Expression, self: Tensor, other: Operand, *, out: Types) -> Tensor:
     dtype = out[0].dtype
-    if not isinstance(other, int) or dtype not in INTS or not 0 <= other < int(dtype[1:]):
+    if not isinstance(other, int) or dtype not in INTS or not 0 <= other < DTYPES[dtype].bits:
         raise Unsupported("a shift by a number that is not known, or that shifts everything out")
-    return compute(text, out, self, other)
+    return compute(expression, out, self, other)
 
 
-for _name, _sign in {"left": "<<", "right": ">>"}.items():
-    op(f"bitwise_{_name}_shift.Tensor_Scalar", f"__{_name[0]}shift__.Scalar")(partial(_shift, f"{{0}} {_sign} {{1}}"))
+for _name, _op in {"left": "shl", "right": "shr"}.items():
+    op(f"bitwise_{_name}_shift.Tensor_Scalar", f"__{_name[0]}shift__.Scalar")(partial(_shift, apply(_op, A, B)))
 
 
 @op("bitwise_not.default")
 def bitwise_not(self: Tensor, *, out: Types) -> Tensor:
     """Every bit inverted."""
-    return compute("{0} ^ {1}", out, self, True if out[0].dtype == "bool" else -1)
+    return compute(xor(A, B), out, self, True if out[0].dtype == "bool" else -1)
 
 
 @op("isnan.default")
 def isnan(self: Tensor, *, out: Types) -> Tensor:
     """Whether x is no number."""
-    return pointwise("{0} != {0}", "bool", self)
+    return pointwise(ne(A, A), "bool", self)
 
 
 @op("isinf.default")
@@ -463,22 +485,20 @@ def isinf(self: Tensor, *, out: Types) -> Tensor:
     """Whether x is infinite."""
     if self.dtype not in FLOATS:
         raise Unsupported("isinf of integers")
-    return pointwise('tl.abs({0}) == float("inf")', "bool", cast(self, register(self.dtype)))
+    return pointwise(eq(absolute(A), math.inf), "bool", cast(self, register(self.dtype)))
 
 
 @op("where.self")
-def where(condition: Tensor, self: Operand, other: Operand, *, out: Types) -> Tensor:
+def where_(condition: Tensor, self: Operand, other: Operand, *, out: Types) -> Tensor:
     """One or the other."""
     dtype = out[0].dtype
-    return pointwise(
-        "tl.where({0}, {1}, {2})", dtype, tensor(condition, "bool"), tensor(self, dtype), tensor(other, dtype)
-    )
+    return pointwise(where(A, B, C), dtype, tensor(condition, "bool"), tensor(self, dtype), tensor(other, dtype))
 
 
 @op("masked_fill.Scalar", "masked_fill.Tensor")
 def masked_fill(self: Tensor, mask: Tensor, value: Operand, *, out: Types) -> Tensor:
     """x, or the value where the mask is set."""
-    return where(mask, value, self, out=out)
+    return where_(mask, value, self, out=out)
 
 
 # ---- copies and factories --------------------------------------------------------------------------------------------
@@ -519,7 +539,7 @@ def filled(value: Operand, out: Types) -> Tensor:
     """A tensor of the result's shape that holds one number."""
     shape = tuple(map(from_dim, out[0].shape))
     one = tensor(value, out[0].dtype)
-    return expand(pointwise("{0}", one.dtype, one) if isinstance(one, Number) else one, shape)
+    return expand(pointwise(A, one.dtype, one) if isinstance(one, Const) else one, shape)
 
 
 def _constant(value: Scalar, *, out: Types, **_: object) -> Tensor:

@@ -6,25 +6,24 @@ from collections.abc import Sequence
 from functools import partial, reduce
 from itertools import product as combinations
 
+from torch_rtx.dtypes import FLOATS, register
 from torch_rtx.errors import Unsupported
+from torch_rtx.lowering.kernels.expressions import A, B, maximum
 from torch_rtx.lowering.kernels.index import Index, constant
-from torch_rtx.lowering.kernels.ops.reductions import mean
-from torch_rtx.lowering.kernels.ops.registry import Types, op
-from torch_rtx.lowering.kernels.ops.views import move, shape_of
-from torch_rtx.lowering.kernels.tensor import (
-    FLOATS,
-    REDUCTIONS,
+from torch_rtx.lowering.kernels.kernel_ir import (
     ZERO,
     Position,
     Scalar,
+    Select,
     Shape,
     Tensor,
-    Within,
     cast,
     number,
     pointwise,
-    register,
 )
+from torch_rtx.lowering.kernels.ops.reductions import mean
+from torch_rtx.lowering.kernels.ops.registry import Types, op
+from torch_rtx.lowering.kernels.ops.views import move, shape_of
 
 LARGEST = 64  # elements of a window: each is a load
 
@@ -54,7 +53,7 @@ def _windows(
         size + constant(2 * p + s * 2) for size, p, s in zip(self.shape[kept:], padding, strides, strict=True)
     )
     starts = (*[ZERO] * kept, *map(constant, padding))
-    padded = Within((*self.shape[:kept], *grown), self.dtype, self, edge, starts)
+    padded = Select((*self.shape[:kept], *grown), self.dtype, self, edge, starts)
     found = []
     for place in combinations(*map(range, sizes)):
         offsets = [constant(p * d) for p, d in zip(place, dilation, strict=True)]
@@ -93,7 +92,7 @@ def _max_pool(
         raise Unsupported(f"the largest {self.dtype} of a window")
     edge = number(float("-inf"), self.dtype)
     windows = _windows(self, shape_of(out), sizes, strides, _each(padding, rank), _each(dilation, rank), edge)
-    return reduce(lambda one, two: pointwise(REDUCTIONS["max"][1], self.dtype, one, two), windows)
+    return reduce(lambda one, two: pointwise(maximum(A, B), self.dtype, one, two), windows)
 
 
 def _avg_pool(
@@ -116,9 +115,9 @@ def _avg_pool(
     held = register(self.dtype)
     value = cast(self, held)
     windows = _windows(value, shape_of(out), sizes, strides, borders, [1] * rank, number(0.0, held))
-    total = reduce(lambda one, two: pointwise("{0} + {1}", held, one, two), windows)
+    total = reduce(lambda one, two: pointwise(A + B, held, one, two), windows)
     count = divisor_override or len(windows)
-    return cast(pointwise("{0} / {1}", held, total, number(float(count), held)), out[0].dtype)
+    return cast(pointwise(A / B, held, total, number(float(count), held)), out[0].dtype)
 
 
 for _rank in (1, 2, 3):

@@ -7,11 +7,11 @@ import math
 from collections.abc import Sequence
 from functools import partial
 
+from torch_rtx.dtypes import register
 from torch_rtx.errors import Unsupported
+from torch_rtx.lowering.kernels.expressions import A, B, C, absolute, eq, exp, fmax, log, ne, sqrt, where
 from torch_rtx.lowering.kernels.index import Index, product, ravel
-from torch_rtx.lowering.kernels.ops.pointwise import floating, tensor
-from torch_rtx.lowering.kernels.ops.registry import Types, op
-from torch_rtx.lowering.kernels.tensor import (
+from torch_rtx.lowering.kernels.kernel_ir import (
     ONE,
     Iota,
     Scalar,
@@ -20,10 +20,11 @@ from torch_rtx.lowering.kernels.tensor import (
     number,
     pointwise,
     reduce,
-    register,
     scan,
     squeeze,
 )
+from torch_rtx.lowering.kernels.ops.pointwise import floating, tensor
+from torch_rtx.lowering.kernels.ops.registry import Types, op
 
 Axes = int | Sequence[int] | None
 
@@ -50,17 +51,17 @@ def size_as(value: Index, dtype: str) -> Tensor:
 def mean_of(self: Tensor, axes: Sequence[int]) -> Tensor:
     """The mean over axes, which stay with size 1; `self` is a float in its register's dtype."""
     total = reduce("sum", self, axes)
-    return pointwise("{0} / {1}", self.dtype, total, size_as(count_of(self, axes), self.dtype))
+    return pointwise(A / B, self.dtype, total, size_as(count_of(self, axes), self.dtype))
 
 
 def variance_of(self: Tensor, axes: Sequence[int], correction: float = 0) -> tuple[Tensor, Tensor]:
     """Variance and mean over axes, which stay with size 1. Two passes: the mean first, as nothing is lost that way."""
     mean = mean_of(self, axes)
-    squares = pointwise("({0} - {1}) * ({0} - {1})", self.dtype, self, mean)
+    squares = pointwise((A - B) * (A - B), self.dtype, self, mean)
     count = size_as(count_of(self, axes), self.dtype)
     if correction:
-        count = pointwise("tl.maximum({0} - {1}, 0.0)", self.dtype, count, number(correction, self.dtype))
-    return pointwise("{0} / {1}", self.dtype, reduce("sum", squares, axes), count), mean
+        count = pointwise(fmax(A - B, 0.0), self.dtype, count, number(correction, self.dtype))
+    return pointwise(A / B, self.dtype, reduce("sum", squares, axes), count), mean
 
 
 def _finish(found: Tensor, axes: Sequence[int], keepdim: bool, out: Types, which: int = 0) -> Tensor:
@@ -121,8 +122,8 @@ def _position(self: Tensor, extreme: Tensor, axes: Sequence[int]) -> Tensor:
     count = product(sizes)
     dtype = "i32" if (count.number or 1 << 31) < 1 << 31 else "i64"
     place = Iota(self.shape, dtype, lambda position: ravel(tuple(position[axis] for axis in wanted), sizes))
-    here = pointwise("({0} == {1}) | ({0} != {0})", "bool", self, extreme)
-    found = pointwise("tl.where({0}, {1}, {2})", dtype, here, place, number(count, dtype))
+    here = pointwise(eq(A, B) | ne(A, A), "bool", self, extreme)
+    found = pointwise(where(A, B, C), dtype, here, place, number(count, dtype))
     return reduce("min", found, wanted)
 
 
@@ -177,7 +178,7 @@ def std(
     """The standard deviation over dimensions."""
     floating(out)
     found, _ = variance_of(_wide(self, out), _axes(dim), _correction(correction))
-    return _finish(pointwise("tl.sqrt({0})", found.dtype, found), _axes(dim), keepdim, out)
+    return _finish(pointwise(sqrt(A), found.dtype, found), _axes(dim), keepdim, out)
 
 
 @op("var_mean.correction")
@@ -203,10 +204,10 @@ def vector_norm(
 ) -> Tensor:
     """A norm of the elements as a vector: 1, 2 or infinite."""
     floating(out)
-    value = pointwise("tl.abs({0})", register(out[0].dtype), _wide(self, out))
+    value = pointwise(absolute(A), register(out[0].dtype), _wide(self, out))
     if ord == 2:
-        total = reduce("sum", pointwise("{0} * {0}", value.dtype, value), _axes(dim))
-        found = pointwise("tl.sqrt({0})", value.dtype, total)
+        total = reduce("sum", pointwise(A * A, value.dtype, value), _axes(dim))
+        found = pointwise(sqrt(A), value.dtype, total)
     elif ord in (1, math.inf):
         found = reduce("sum" if ord == 1 else "max", value, _axes(dim))
     else:
@@ -220,6 +221,6 @@ def logsumexp(self: Tensor, dim: Axes, keepdim: bool = False, *, out: Types) -> 
     floating(out)
     value = _wide(self, out)
     largest = reduce("max", value, _axes(dim))
-    base = pointwise('tl.where(tl.abs({0}) == float("inf"), 0.0, {0})', value.dtype, largest)
-    total = reduce("sum", pointwise("tl.exp({0} - {1})", value.dtype, value, base), _axes(dim))
-    return _finish(pointwise("tl.log({0}) + {1}", value.dtype, total, base), _axes(dim), keepdim, out)
+    base = pointwise(where(eq(absolute(A), math.inf), 0.0, A), value.dtype, largest)
+    total = reduce("sum", pointwise(exp(A - B), value.dtype, value, base), _axes(dim))
+    return _finish(pointwise(log(A) + B, value.dtype, total, base), _axes(dim), keepdim, out)

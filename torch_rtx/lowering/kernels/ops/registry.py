@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from torch_rtx.ir import TensorType
-from torch_rtx.lowering.kernels.tensor import Tensor
+from torch_rtx.lowering.kernels.kernel_ir import Tensor
 
 Result = Tensor | tuple[Tensor | None, ...]
 # Called with the arguments by schema name (tensors, Indexes for dims, plain scalars), defaults left out, and with

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch_rtx.dtypes import register
 from torch_rtx.errors import Unsupported
+from torch_rtx.lowering.kernels.expressions import A, B, C, Expression, eq, sigmoid, where
 from torch_rtx.lowering.kernels.index import Index, constant, from_dim, product, ravel, unravel
-from torch_rtx.lowering.kernels.ops.pointwise import Operand, tensor
-from torch_rtx.lowering.kernels.ops.registry import Types, op
-from torch_rtx.lowering.kernels.tensor import (
+from torch_rtx.lowering.kernels.kernel_ir import (
     ONE,
     ZERO,
     Iota,
-    Move,
     Position,
     Scalar,
+    Select,
     Shape,
     Tensor,
-    Within,
+    View,
     cast,
     expand,
     number,
     pointwise,
     squeeze,
 )
+from torch_rtx.lowering.kernels.ops.pointwise import Operand, tensor
+from torch_rtx.lowering.kernels.ops.registry import Types, op
 
 Size = int | Index
 
@@ -40,7 +42,7 @@ def shape_of(out: Types, which: int = 0) -> Shape:
 
 def move(source: Tensor, shape: Shape, at: object) -> Tensor:
     """`source` at another position."""
-    return Move(shape, source.dtype, source, at)  # type: ignore[arg-type]
+    return View(shape, source.dtype, source, at)  # type: ignore[arg-type]
 
 
 def reshape(source: Tensor, shape: Shape) -> Tensor:
@@ -274,7 +276,7 @@ def cat(tensors: Sequence[Tensor], dim: int = 0, *, out: Types) -> Tensor:
     starts = [sum((part.shape[axis] for part in parts[:which]), start=ZERO) for which in range(len(parts))]
     found = _strided(parts[-1], axis, ZERO - starts[-1], 1, shape)
     for part, start in reversed(list(zip(parts, starts, strict=True))[:-1]):
-        found = Within(shape, dtype, part, found, tuple(start if a == axis else ZERO for a in range(len(shape))))
+        found = Select(shape, dtype, part, found, tuple(start if a == axis else ZERO for a in range(len(shape))))
     return found
 
 
@@ -292,25 +294,25 @@ def constant_pad_nd(self: Tensor, pad: Sequence[Size], value: Scalar = 0, *, out
     before = [ZERO] * rank
     for which, size in enumerate(pad[::2]):
         before[rank - 1 - which] = index(size)
-    return Within(shape_of(out), self.dtype, self, number(value, self.dtype), tuple(before))
+    return Select(shape_of(out), self.dtype, self, number(value, self.dtype), tuple(before))
 
 
 @op("tril.default")
 def tril(self: Tensor, diagonal: Size = 0, *, out: Types) -> Tensor:
     """x on and below a diagonal, else 0."""
-    return _triangle("{0} - {1} <= {2}", self, diagonal)
+    return _triangle(A - B <= C, self, diagonal)
 
 
 @op("triu.default")
 def triu(self: Tensor, diagonal: Size = 0, *, out: Types) -> Tensor:
     """x on and above a diagonal, else 0."""
-    return _triangle("{0} - {1} >= {2}", self, diagonal)
+    return _triangle(A - B >= C, self, diagonal)
 
 
-def _triangle(test: str, self: Tensor, diagonal: Size) -> Tensor:
+def _triangle(test: Expression, self: Tensor, diagonal: Size) -> Tensor:
     column, row = (positions(self.shape, axis) for axis in (-1, -2))
     inside = pointwise(test, "bool", column, row, number(diagonal, "i64"))
-    return pointwise("tl.where({0}, {1}, {2})", self.dtype, inside, self, number(0, self.dtype))
+    return pointwise(where(A, B, C), self.dtype, inside, self, number(0, self.dtype))
 
 
 def positions(shape: Shape, axis: int) -> Tensor:
@@ -323,9 +325,9 @@ def _arange(start: Operand, step: Operand, out: Types) -> Tensor:
     found = positions(shape_of(out), 0)
     if (start, step) == (0, 1):
         return cast(found, dtype)
-    where = "f32" if dtype in ("f16", "bf16") else dtype
-    values = (tensor(x, where) for x in (found, step, start))
-    return cast(pointwise("{0} * {1} + {2}", where, *values), dtype)
+    held = register(dtype)
+    values = (tensor(x, held) for x in (found, step, start))
+    return cast(pointwise(A * B + C, held, *values), dtype)
 
 
 @op("arange.default")
@@ -344,7 +346,7 @@ def arange_start(start: Scalar, end: Scalar, step: Scalar = 1, *, out: Types, **
 def eye(*, out: Types, **_: object) -> Tensor:
     """1 on the diagonal."""
     shape = shape_of(out)
-    same = pointwise("{0} == {1}", "bool", positions(shape, 0), positions(shape, 1))
+    same = pointwise(eq(A, B), "bool", positions(shape, 0), positions(shape, 1))
     return cast(same, out[0].dtype) if out[0].dtype != "bool" else same
 
 
@@ -355,7 +357,7 @@ def select_scatter(self: Tensor, src: Tensor, dim: int, index: Size, *, out: Typ
     at = constant(index) if isinstance(index, int) else index
     at = at + self.shape[axis] if at.number is not None and at.number < 0 else at
     starts = tuple(at if a == axis else ZERO for a in range(len(self.shape)))
-    return Within(self.shape, self.dtype, unsqueeze(cast(src, self.dtype), axis, out=out), self, starts)
+    return Select(self.shape, self.dtype, unsqueeze(cast(src, self.dtype), axis, out=out), self, starts)
 
 
 @op("slice_scatter.default")
@@ -374,7 +376,7 @@ def slice_scatter(
         raise Unsupported("a slice with steps")
     first = _limited(index(0 if start is None else start), self.shape[dim])
     starts = tuple(first if a == dim % len(self.shape) else ZERO for a in range(len(self.shape)))
-    return Within(self.shape, self.dtype, cast(src, self.dtype), self, starts)
+    return Select(self.shape, self.dtype, cast(src, self.dtype), self, starts)
 
 
 @op("glu.default")
@@ -382,7 +384,7 @@ def glu(self: Tensor, dim: int = -1, *, out: Types) -> Tensor:
     """The first half times the sigmoid of the second (Dauphin et al., 2017)."""
     axis, shape = dim % len(self.shape), shape_of(out)
     first, second = (_strided(self, axis, start, 1, shape) for start in (ZERO, shape[axis]))
-    return pointwise("{0} * tl.sigmoid({1})", self.dtype, first, second)
+    return pointwise(A * sigmoid(B), self.dtype, first, second)
 
 
 def _nearest(self: Tensor, *, out: Types, **_: object) -> Tensor:

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torch_rtx.errors import Unsupported
+from torch_rtx.lowering.kernels.epilogue_index import Tile, epilogue_indexing, needs
 from torch_rtx.lowering.kernels.index import constant, variable
+from torch_rtx.lowering.kernels.kernel_ir import ZERO, Load, Position, Tensor
 from torch_rtx.lowering.kernels.ops.views import move, permute, reshape
-from torch_rtx.lowering.kernels.place import Tile, needs, place
-from torch_rtx.lowering.kernels.tensor import ZERO, Load, Position, Tensor
 
 N = constant
 
@@ -65,19 +65,19 @@ def outputs(draw: st.DrawFn) -> tuple[Tile, Tensor]:
 def test_an_accepted_inverse_is_right(case: tuple[Tile, Tensor]) -> None:
     tile, output = case
     try:
-        placement = place([output], tile)
+        epilogue = epilogue_indexing([output], tile)
     except Unsupported:
         return
-    (position,) = placement.positions
-    own = {tile.position(column) for column in placement.columns}
+    (position,) = epilogue.positions
+    own = {tile.position(column) for column in epilogue.columns}
     if not set(needs(output, position, tile.out)) <= own:
         return  # the emitter refuses it
     rows = math.prod(size.number or 0 for size in tile.lead)
     reached = set()
-    for m, n in itertools.product(range(rows), range(placement.width.number or 0)):
+    for m, n in itertools.product(range(rows), range(epilogue.width.number or 0)):
         reached.add(tuple(eval(str(index), {}, {"M": m, "N": n}) for index in position))
     assert reached == set(itertools.product(*map(range, sizes(output))))
-    assert len(reached) == rows * (placement.width.number or 0)
+    assert len(reached) == rows * (epilogue.width.number or 0)
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
@@ -90,5 +90,5 @@ def test_permutes_and_reshapes_have_an_inverse(axis: int, order: tuple[int, ...]
     first, second, *rest = sizes(mixed)
     merged = reshape(mixed, (N(first * second), N(math.prod(rest))))
     for output in (permuted, reshape(permuted, (N(120),)), mixed, merged):
-        (position,) = place([output], tile).positions
+        (position,) = epilogue_indexing([output], tile).positions
         assert needs(output, position, tile.out) == [tile.position(variable("N", tile.columns))]

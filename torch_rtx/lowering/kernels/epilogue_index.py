@@ -1,10 +1,9 @@
-"""Where the result of a matrix product is needed, and where an output goes.
+"""Epilogue indexing: which position of each output a program computes from its tile of a matrix product.
 
-A program of a product holds a tile of it: batch Z, rows M, columns N. An epilogue may need it in another shape, with
-its dimensions in another order, or only some of its columns: the gate and the value of a gated unit are two ranges of
-columns, which one program computes side by side. Views are functions from a position in an output to one in the
-product; here they are inverted. The emitter evaluates the output at what is found, and refuses where the product is
-then needed elsewhere: a wrong inverse cannot become a wrong kernel.
+A program holds a tile of a product: batch Z, rows M, columns N. Its epilogue may reshape or permute it, or take ranges
+of columns: the gate and the value of a gated unit are two ranges, which one program computes side by side. A view maps
+a position in an output to one in the product; here these maps are inverted. The emitter evaluates each output at the
+position found and refuses if that needs the product elsewhere: a wrong inverse can't become a wrong kernel.
 """
 
 from __future__ import annotations
@@ -25,21 +24,21 @@ from torch_rtx.lowering.kernels.index import (
     upper,
     variable,
 )
-from torch_rtx.lowering.kernels.tensor import ONE, ZERO, Load, Map, Move, Position, Shape, Tensor
+from torch_rtx.lowering.kernels.kernel_ir import ONE, ZERO, Load, Pointwise, Position, Shape, Tensor, View
 
-MARK = "@"  # of the variables that are solved for; no dim has such a name
+MARK = "@"  # prefix of the variables that are solved for; no dim has such a name
 
 
 @dataclass(frozen=True)
 class Tile:
-    """The result of a product as its programs number it.
+    """The result of a product in the coordinates of its programs.
 
     Attributes:
         out: the result.
-        axis: the dimension of `out` that is made of columns; the others are rows.
-        row: the number of a row, among all positions of those other dimensions in row-major order.
-        first: the column that N counts from.
-        columns: how many columns N counts.
+        axis: the dimension of `out` that holds columns; all others together are rows.
+        row: the row-major index of a row.
+        first: the column where N is 0.
+        columns: the range of N.
     """
 
     out: Load
@@ -49,7 +48,7 @@ class Tile:
     columns: Index
 
     def position(self, column: Index) -> Position:
-        """The position in `out` of this row in a column."""
+        """The position in `out` of the element of this row in `column`."""
         rest = iter(unravel(self.row, self.lead))
         return tuple(self.first + column if axis == self.axis else next(rest) for axis in range(len(self.out.shape)))
 
@@ -60,13 +59,13 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class Placement:
-    """What programs compute of a product.
+class EpilogueIndexing:
+    """What a program computes, in terms of Z, M and N.
 
     Attributes:
         columns: the column of each accumulator, a function of N.
-        width: how many values N has.
-        positions: where each output is evaluated, a function of Z, M and N.
+        width: the range of N.
+        positions: the position at which each output is evaluated.
     """
 
     columns: tuple[Index, ...]
@@ -74,25 +73,25 @@ class Placement:
     positions: tuple[Position, ...]
 
 
-def place(outputs: Sequence[Tensor], tile: Tile) -> Placement:
-    """Where outputs that are made of a product are computed.
+def epilogue_indexing(outputs: Sequence[Tensor], tile: Tile) -> EpilogueIndexing:
+    """The indexing of an epilogue with `outputs`.
 
     Raises:
-        Unsupported: outputs that do not all take the same part of the product, or that have no inverse.
+        Unsupported: the outputs take different parts of the product, or a view can't be inverted.
     """
     whole = product(tile.out.shape)
     if all(product(output.shape) == whole for output in outputs):
         n = variable("N", tile.columns)
         flat = ravel(tile.position(n), tile.out.shape)
-        return Placement((n,), tile.columns, tuple(_whole(output, tile, flat) for output in outputs))
-    parts = [_Part(output, tile) for output in outputs]
+        return EpilogueIndexing((n,), tile.columns, tuple(_whole(output, tile, flat) for output in outputs))
+    parts = [_ColumnRanges(output, tile) for output in outputs]
     widths = {(part.step, part.width) for part in parts}
     if len(widths) > 1 or tile.first.terms or parts[0].width.number is None:
         raise Unsupported("outputs that take different parts of a matrix product")
     n = variable("N", parts[0].width)
     starts = sorted({start for part in parts for start in part.starts})
     columns = tuple(n * constant(parts[0].step) + constant(start) for start in starts)
-    return Placement(columns, parts[0].width, tuple(part.position(tile, n) for part in parts))
+    return EpilogueIndexing(columns, parts[0].width, tuple(part.position(tile, n) for part in parts))
 
 
 def _variables(tensor: Tensor) -> Position:
@@ -100,15 +99,15 @@ def _variables(tensor: Tensor) -> Position:
 
 
 def _whole(output: Tensor, tile: Tile, flat: Index) -> Position:
-    """The position in an output of as many elements as the product."""
+    """The position in an output that has as many elements as the product."""
     needed = needs(output, _variables(output), tile.out)
     if not needed:
         return unravel(flat, output.shape)
     return _assembled(output.shape, _digits(ravel(needed[0], tile.out.shape), flat, product(tile.out.shape)))
 
 
-class _Part:
-    """The columns of a product that an output takes: `step * N + start`, for each of `starts`."""
+class _ColumnRanges:
+    """The columns that an output reads: `step * N + start` for each of `starts`."""
 
     def __init__(self, output: Tensor, tile: Tile) -> None:
         needed = needs(output, _variables(output), tile.out)
@@ -138,7 +137,7 @@ class _Part:
 
 
 def needs(tensor: Tensor, position: Position, out: Load) -> list[Position]:
-    """The positions of the product that an element needs; those behind choices and gathers are left to the emitter."""
+    """The positions of the product that an element reads; those behind selects and gathers are left to the emitter."""
     found: dict[Position, None] = {}
     seen: set[tuple[Tensor, Position]] = set()
 
@@ -148,9 +147,9 @@ def needs(tensor: Tensor, position: Position, out: Load) -> list[Position]:
         seen.add((tensor, position))
         if tensor is out:
             found[position] = None
-        elif isinstance(tensor, Move):
+        elif isinstance(tensor, View):
             visit(tensor.source, tensor.at(position))
-        elif isinstance(tensor, Map):
+        elif isinstance(tensor, Pointwise):
             for arg in tensor.args:
                 visit(arg, position)
 
@@ -158,12 +157,11 @@ def needs(tensor: Tensor, position: Position, out: Load) -> list[Position]:
     return list(found)
 
 
-Digits = dict[str, Index]  # by variable of an output, what is known of it
+Digits = dict[str, Index]  # by variable of an output, its value as far as it is solved
 
 
 def _digits(number: Index, value: Index, total: Index) -> Digits:
-    """Where `number`, a sum of digits of variables times weights that is below `total`, is `value`: the variables, as
-    far as they are made of these digits."""
+    """Solve `number == value` for the digits of variables in `number`, a mixed-radix number below `total`."""
     found: Digits = {}
     for monomial, count in number.terms:
         digits = [atom for atom in monomial if _is_digit(atom)]
@@ -187,7 +185,7 @@ def _is_digit(atom: Atom) -> bool:
 
 
 def _meaning(digit: Atom) -> tuple[str, Index]:
-    """The variable that a digit belongs to, and its weight in there."""
+    """The variable that a digit belongs to, and the weight of the digit in it."""
     if isinstance(digit, Var):
         return digit.name, ONE
     if digit.arg.atom is None:

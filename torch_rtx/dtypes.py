@@ -1,0 +1,106 @@
+"""Dtypes: one row per name of the IR, with all that the project knows of it. A leaf: no torch, no Triton.
+
+Kernels hold f16 and bf16 as f32 in registers and round where a value is stored or cast on purpose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+BOOL, INT, FLOAT, COMPLEX = range(4)  # kinds, in the order of PyTorch's type promotion
+
+
+@dataclass(frozen=True, slots=True)
+class DType:
+    """A dtype.
+
+    Attributes:
+        bits: size of an element in memory.
+        kind: BOOL, INT, FLOAT or COMPLEX.
+        torch: attribute of the `torch` module.
+        safetensors: name in a safetensors file; None if files can't hold it.
+        pointer: what Triton calls it in a kernel's signature; "" if Triton has no pointers to it.
+        tl: attribute of `triton.language`; "" if generated kernels do not have the dtype.
+        register: the dtype that kernels compute in; "" if they do not have the dtype.
+        tensor_rate: throughput of tensor cores relative to f16, summed in f32; None without such products.
+        tolerance: relative error below which two results are the same for the dtype; 0 for exact comparison.
+    """
+
+    bits: int
+    kind: int
+    torch: str
+    safetensors: str | None
+    pointer: str = ""
+    tl: str = ""
+    register: str = ""
+    tensor_rate: float | None = None
+    tolerance: float = 0.0
+
+    @property
+    def bytes(self) -> int:
+        """Size of an element in memory."""
+        return self.bits // 8
+
+    @property
+    def signed(self) -> bool:
+        """Whether an integer has a sign."""
+        return self.kind == INT and not self.torch.startswith("u")
+
+
+# In the order in which PyTorch promotes dtypes of one kind.
+DTYPES: Mapping[str, DType] = {
+    "bool": DType(8, BOOL, "bool", "BOOL", "i1", "int1", "bool"),
+    "u8": DType(8, INT, "uint8", "U8", "u8", "uint8", "u8"),
+    "i8": DType(8, INT, "int8", "I8", "i8", "int8", "i8"),
+    "u16": DType(16, INT, "uint16", "U16", "u16"),
+    "i16": DType(16, INT, "int16", "I16", "i16", "int16", "i16"),
+    "u32": DType(32, INT, "uint32", "U32", "u32"),
+    "i32": DType(32, INT, "int32", "I32", "i32", "int32", "i32"),
+    "u64": DType(64, INT, "uint64", "U64", "u64"),
+    "i64": DType(64, INT, "int64", "I64", "i64", "int64", "i64"),
+    "f8e8m0fnu": DType(8, FLOAT, "float8_e8m0fnu", "F8_E8M0"),
+    "f8e5m2fnuz": DType(8, FLOAT, "float8_e5m2fnuz", "F8_E5M2FNUZ"),
+    "f8e4m3fnuz": DType(8, FLOAT, "float8_e4m3fnuz", "F8_E4M3FNUZ"),
+    "f8e5m2": DType(8, FLOAT, "float8_e5m2", "F8_E5M2", "fp8e5"),
+    "f8e4m3fn": DType(8, FLOAT, "float8_e4m3fn", "F8_E4M3", "fp8e4nv"),
+    "f16": DType(16, FLOAT, "float16", "F16", "fp16", "float16", "f32", 1.0, 1e-3),
+    "bf16": DType(16, FLOAT, "bfloat16", "BF16", "bf16", "bfloat16", "f32", 1.0, 8e-3),
+    "f32": DType(32, FLOAT, "float32", "F32", "fp32", "float32", "f32", tolerance=2e-6),
+    "f64": DType(64, FLOAT, "float64", "F64", "fp64", "float64", "f64", tolerance=1e-12),
+    "c32": DType(32, COMPLEX, "complex32", None),
+    "c64": DType(64, COMPLEX, "complex64", "C64"),
+    "c128": DType(128, COMPLEX, "complex128", None),
+}
+# What f32 operands of a product become where tensor cores may multiply them: in memory they are f32.
+TF32 = DType(32, FLOAT, "float32", None, tensor_rate=0.5)
+FLOATS = tuple(name for name, dtype in DTYPES.items() if dtype.register and dtype.kind == FLOAT)
+INTS = tuple(name for name, dtype in DTYPES.items() if dtype.register and dtype.kind == INT)
+ORDER = tuple(DTYPES)  # of promotion
+
+
+def register(dtype: str) -> str:
+    """The dtype that kernels compute in for a value of `dtype`."""
+    return DTYPES[dtype].register
+
+
+def lowest(dtype: str) -> int | float:
+    """The value below all others of `dtype`."""
+    return _integers(dtype)[0] if DTYPES[dtype].kind == INT else float("-inf")
+
+
+def highest(dtype: str) -> int | float:
+    """The value above all others of `dtype`."""
+    return _integers(dtype)[1] if DTYPES[dtype].kind == INT else float("inf")
+
+
+def wrapped(value: int, dtype: str) -> int:
+    """`value` as an integer of `dtype`, as PyTorch makes it: what does not fit loses its higher bits."""
+    least, most = _integers(dtype)
+    return (value - least) % (most - least + 1) + least
+
+
+def _integers(dtype: str) -> tuple[int, int]:
+    """The least and the largest integer of `dtype`."""
+    count, signed = 1 << DTYPES[dtype].bits, DTYPES[dtype].signed
+    return (-count // 2, count // 2 - 1) if signed else (0, count - 1)

@@ -1,0 +1,315 @@
+"""The kernel IR: tensors as functions of a position, before anything is said of loops.
+
+A region's body becomes a DAG of these nodes. Views are position arithmetic, pointwise operators are expressions of
+named operations, and what is left are loads, gathers, reductions and selects. `emit` writes Triton for a position of
+them; `text` prints the DAG itself.
+
+A value is held in the register dtype of its dtype, see `dtypes`: halves are f32 there and are rounded where they are
+stored or cast on purpose, so that a kernel is no less precise than the calls that it stands for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch_rtx.dtypes import INTS, highest, lowest, register, wrapped
+from torch_rtx.errors import Unsupported
+from torch_rtx.ir import TensorType
+from torch_rtx.lowering.kernels.expressions import A, Apply, Arg, B, Expression, apply, maximum, minimum, to_bool
+from torch_rtx.lowering.kernels.expressions import text as expression_text
+from torch_rtx.lowering.kernels.index import Index, constant, from_dim, variable
+
+Position = tuple[Index, ...]
+Shape = tuple[Index, ...]
+Scalar = bool | int | float | Index
+
+ZERO = constant(0)
+ONE = constant(1)
+
+
+@dataclass(frozen=True, eq=False)
+class Tensor:
+    """A tensor of `shape` and `dtype`; two are the same only if they are one object."""
+
+    shape: Shape
+    dtype: str
+
+
+@dataclass(frozen=True, eq=False)
+class Load(Tensor):
+    """The kernel parameter `name` with `strides` in elements; with `anchor`, the anchor's result in registers."""
+
+    name: str
+    strides: Shape
+    anchor: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Const(Tensor):
+    """One number for all positions; an Index for a dim."""
+
+    value: Scalar
+
+
+@dataclass(frozen=True, eq=False)
+class Iota(Tensor):
+    """At each position the integer `at(position)`."""
+
+    at: Callable[[Position], Index]
+
+
+@dataclass(frozen=True, eq=False)
+class Pointwise(Tensor):
+    """`expression` of the elements of `args`, which have the same shape."""
+
+    expression: Expression
+    args: tuple[Tensor, ...]
+
+    @property
+    def same_register(self) -> Tensor | None:
+        """The argument, if its register already holds the result: a cast that takes no code."""
+        match self.expression:
+            case Arg(0):
+                return self.args[0]
+            case Apply("cast", (Arg(0),), dtype) if register(dtype) == register(self.args[0].dtype):
+                return self.args[0]
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class View(Tensor):
+    """The element of `source` at the position `at(position)`."""
+
+    source: Tensor
+    at: Callable[[Position], Position]
+
+
+@dataclass(frozen=True, eq=False)
+class Select(Tensor):
+    """`inner[position - starts]` where that is in bounds, else `outer[position]`: pad, cat, scatter of a slice."""
+
+    inner: Tensor
+    outer: Tensor
+    starts: Shape
+
+
+@dataclass(frozen=True, eq=False)
+class Gather(Tensor):
+    """`source` at the position `at(position, elements of indices)`. An index out of the range of its entry in `sizes`
+    gives 0; with `wrap`, negative ones count from the end."""
+
+    source: Tensor
+    indices: tuple[Tensor, ...]
+    sizes: Shape
+    at: Callable[[Position, Position], Position]
+    wrap: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Reduce(Tensor):
+    """`source` reduced over `axes`, whose sizes become 1. `kind` is a key of REDUCTIONS."""
+
+    kind: str
+    source: Tensor
+    axes: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Scan(Reduce):
+    """The inclusive prefix reduction along one axis; `kind` is sum or prod."""
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """A kind of reduction.
+
+    Attributes:
+        combine: the reduction of two parts (A, B) from the reduction of each.
+        neutral: the neutral element of a dtype.
+    """
+
+    combine: Expression
+    neutral: Callable[[str], bool | int | float]
+
+
+REDUCTIONS = {
+    "sum": Reduction(A + B, lambda dtype: 0),
+    "prod": Reduction(A * B, lambda dtype: 1),
+    "max": Reduction(maximum(A, B), lowest),
+    "min": Reduction(minimum(A, B), highest),
+    "any": Reduction(A | B, lambda dtype: False),
+    "all": Reduction(A & B, lambda dtype: True),
+}
+
+
+def load(name: str, type_: TensorType, anchor: bool = False) -> Load:
+    """The tensor that the kernel parameter `name` points to.
+
+    Raises:
+        Unsupported: generated kernels do not have the dtype.
+    """
+    if not register(type_.dtype):
+        raise Unsupported(f"dtype {type_.dtype} in a kernel")
+    shape, strides = (tuple(map(from_dim, dims)) for dims in (type_.shape, type_.strides))
+    return Load(shape, type_.dtype, name, strides, anchor)
+
+
+def number(value: Scalar, dtype: str) -> Const:
+    """`value` as a tensor of shape ()."""
+    return Const((), dtype, value)
+
+
+def broadcast(tensors: Sequence[Tensor]) -> Shape:
+    """The broadcast shape of `tensors`; Unsupported where symbolic sizes are not known to agree."""
+    rank = max((len(t.shape) for t in tensors), default=0)
+    found = [ONE] * rank
+    for tensor in tensors:
+        for axis, size in enumerate(tensor.shape, rank - len(tensor.shape)):
+            if found[axis] == ONE:
+                found[axis] = size
+            elif size not in (ONE, found[axis]):
+                raise Unsupported(f"sizes {found[axis]} and {size} together")
+    return tuple(found)
+
+
+def expand(tensor: Tensor, shape: Shape) -> Tensor:
+    """`tensor` broadcast to `shape`."""
+    if tensor.shape == shape or isinstance(tensor, Const):
+        return tensor
+    skip = len(shape) - len(tensor.shape)
+    fixed = [size == ONE and shape[axis] != ONE for axis, size in enumerate(tensor.shape, skip)]
+
+    def at(position: Position) -> Position:
+        return tuple(ZERO if one else p for p, one in zip(position[skip:], fixed, strict=True))
+
+    return View(shape, tensor.dtype, tensor, at)
+
+
+def pointwise(expression: Expression, dtype: str, *args: Tensor) -> Tensor:
+    """`expression` of the elements of `args`, broadcast to one shape."""
+    shape = broadcast(args)
+    return Pointwise(shape, dtype, expression, tuple(expand(arg, shape) for arg in args))
+
+
+def cast(tensor: Tensor, dtype: str, rounded: bool = False) -> Tensor:
+    """`tensor` in `dtype`; with `rounded`, to the precision of the dtype instead of that of its register."""
+    if isinstance(tensor, Const) and not isinstance(tensor.value, Index):
+        if dtype in INTS:
+            return number(wrapped(int(tensor.value), dtype), dtype)
+        return number(bool(tensor.value) if dtype == "bool" else float(tensor.value), dtype)
+    if tensor.dtype == dtype:
+        return tensor
+    if dtype == "bool":
+        return pointwise(to_bool(A), dtype, tensor)
+    if rounded and register(dtype) != dtype:  # by way of f32, as in PyTorch
+        return pointwise(apply("round_to", apply("cast", A, dtype=register(dtype)), dtype=dtype), dtype, tensor)
+    return pointwise(apply("cast", A, dtype=dtype), dtype, tensor)
+
+
+def reduce(kind: str, tensor: Tensor, axes: Sequence[int], keep: bool = True) -> Tensor:
+    """`tensor` reduced over `axes` (all, if there are none)."""
+    rank = len(tensor.shape)
+    if not rank:
+        return tensor
+    wanted = {axis % rank for axis in axes} if axes else set(range(rank))
+    shape = tuple(ONE if axis in wanted else size for axis, size in enumerate(tensor.shape))
+    one = shape == tensor.shape  # rows of one element
+    found = tensor if one else Reduce(shape, tensor.dtype, kind, tensor, tuple(sorted(wanted)))
+    return found if keep else squeeze(found, wanted)
+
+
+def scan(kind: str, tensor: Tensor, axis: int) -> Tensor:
+    """The inclusive prefix reductions of `tensor` along `axis`."""
+    if not tensor.shape or tensor.shape[axis] == ONE or ZERO in tensor.shape:
+        return tensor
+    return Scan(tensor.shape, tensor.dtype, kind, tensor, (axis % len(tensor.shape),))
+
+
+def squeeze(tensor: Tensor, axes: set[int]) -> Tensor:
+    """`tensor` without the dimensions `axes`, which have size 1."""
+    shape = tuple(size for axis, size in enumerate(tensor.shape) if axis not in axes)
+
+    def at(position: Position) -> Position:
+        rest = iter(position)
+        return tuple(ZERO if axis in axes else next(rest) for axis in range(len(tensor.shape)))
+
+    return View(shape, tensor.dtype, tensor, at)
+
+
+def children(tensor: Tensor) -> tuple[Tensor, ...]:
+    """The operands of `tensor`."""
+    match tensor:
+        case Pointwise():
+            return tensor.args
+        case View() | Reduce():
+            return (tensor.source,)
+        case Select():
+            return (tensor.inner, tensor.outer)
+        case Gather():
+            return (tensor.source, *tensor.indices)
+    return ()
+
+
+def everything(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The nodes of the DAG below `tensors` in post-order: each once, operands first."""
+    seen: set[Tensor] = set()
+
+    def visit(tensor: Tensor) -> Iterator[Tensor]:
+        if tensor not in seen:
+            seen.add(tensor)
+            for child in children(tensor):
+                yield from visit(child)
+            yield tensor
+
+    for tensor in tensors:
+        yield from visit(tensor)
+
+
+# ---- text ------------------------------------------------------------------------------------------------------------
+
+
+def text(outputs: Sequence[Tensor], op: str = "", args: Mapping[str, object] | None = None) -> str:
+    """The DAG below `outputs`, one value a line, arguments first. Numbers stand where they are used; `i0`, `i1`, ...
+    are the position. `op` is the anchor's, `args` are its arguments by name, tensors among them."""
+    given, names, lines = args or {}, dict[Tensor, str](), list[str]()
+    for tensor in everything([*(one for one in given.values() if isinstance(one, Tensor)), *outputs]):
+        if isinstance(tensor, Const):
+            names[tensor] = str(tensor.value)
+            continue
+        found = _node_text(tensor, names)
+        if isinstance(tensor, Load) and tensor.anchor:
+            texts = (f"{key}={names[one] if isinstance(one, Tensor) else one}" for key, one in given.items())
+            found = f"{op}({', '.join(texts)})"
+        names[tensor] = f"%{len(lines)}"
+        lines.append(f"{names[tensor]}: {tensor.dtype}{_list(tensor.shape)} = {found}")
+    return "\n".join([*lines, f"return {', '.join(names[output] for output in outputs)}", ""])
+
+
+def _list(indices: Iterable[Index]) -> str:
+    return f"[{', '.join(map(str, indices))}]"
+
+
+def _node_text(tensor: Tensor, names: dict[Tensor, str]) -> str:
+    """The right side of a line."""
+    position = tuple(variable(f"i{axis}", size) for axis, size in enumerate(tensor.shape))
+    match tensor:
+        case Load():
+            return f"load {tensor.name}, strides={_list(tensor.strides)}"
+        case Iota():
+            return f"iota {tensor.at(position)}"
+        case Pointwise():
+            return expression_text(tensor.expression, tuple(names[arg] for arg in tensor.args))
+        case View():
+            return f"view {names[tensor.source]}{_list(tensor.at(position))}"
+        case Select():
+            return f"select {names[tensor.inner]}, {names[tensor.outer]}, starts={_list(tensor.starts)}"
+        case Gather():
+            found = tuple(
+                variable(names[index], size) for index, size in zip(tensor.indices, tensor.sizes, strict=True)
+            )
+            return f"gather {names[tensor.source]}{_list(tensor.at(position, found))}{', wrap' * tensor.wrap}"
+        case Reduce():
+            word = "scan" if isinstance(tensor, Scan) else "reduce"
+            return f"{word} {tensor.kind} {names[tensor.source]}, axes={list(tensor.axes)}"
+    raise AssertionError(tensor)

@@ -1,0 +1,120 @@
+"""How Triton writes the operations of `expressions`: one row per name, and what the cost model has to know of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch_rtx.dtypes import DTYPES, register
+from torch_rtx.lowering.kernels.expressions import Apply, Arg, Expression, Literal, operations
+
+# How tightly a text holds together, as in Python; an operand that is looser than its place gets parentheses.
+COMPARE, OR, XOR, AND, SHIFT, SUM, PRODUCT, SIGN, ATOM = range(9)
+
+
+@dataclass(frozen=True)
+class Code:
+    """An operation in Triton.
+
+    Attributes:
+        text: with a hole for each operand; `{held}` and `{stored}` are the register dtype and the dtype in memory.
+        level: how tightly `text` holds together.
+        operands: the least level of each operand.
+        expensive: it takes many instructions and registers.
+    """
+
+    text: str
+    level: int = ATOM
+    operands: tuple[int, ...] = (ATOM,)
+    expensive: bool = False
+
+
+def _infix(sign: str, level: int) -> Code:
+    left = level + 1 if level == COMPARE else level  # Python would chain comparisons
+    return Code(f"{{0}} {sign} {{1}}", level, (left, level + 1))
+
+
+def _call(name: str, arity: int = 1, more: str = "", expensive: bool = False) -> Code:
+    holes = ", ".join(f"{{{hole}}}" for hole in range(arity))
+    return Code(f"tl.{name}({holes}{more})", operands=(COMPARE,) * arity, expensive=expensive)
+
+
+_NAN = ", propagate_nan=tl.PropagateNan.ALL"
+_TANH_SMALL = "{0} * (1.0 + {0} * {0} * (-0.3333333333333333 + {0} * {0} * 0.13333333333333333))"
+# Half to even. x + 0.5 may be rounded to another integer; x - floor(x) never is to the other side of one half.
+_UP = "({0} - tl.floor({0}) > 0.5) | (({0} - tl.floor({0}) == 0.5) & (tl.floor({0}) != 2.0 * tl.floor(0.5 * {0})))"
+# Kahan's: exact where 1 + x is rounded.
+_LOG1P = 'tl.where((1.0 + {0} == 1.0) | ({0} == float("inf")), {0}, tl.log(1.0 + {0}) * ({0} / ((1.0 + {0}) - 1.0)))'
+CODES = {
+    "add": _infix("+", SUM),
+    "sub": _infix("-", SUM),
+    "mul": _infix("*", PRODUCT),
+    "div": _infix("/", PRODUCT),
+    "idiv": _infix("//", PRODUCT),  # Triton's division of integers is C's
+    "irem": _infix("%", PRODUCT),
+    "and": _infix("&", AND),
+    "or": _infix("|", OR),
+    "xor": _infix("^", XOR),
+    "shl": _infix("<<", SHIFT),
+    "shr": _infix(">>", SHIFT),
+    "eq": _infix("==", COMPARE),
+    "ne": _infix("!=", COMPARE),
+    "lt": _infix("<", COMPARE),
+    "le": _infix("<=", COMPARE),
+    "gt": _infix(">", COMPARE),
+    "ge": _infix(">=", COMPARE),
+    "neg": Code("-{0}", SIGN, (SIGN,)),
+    **{name: _call(name) for name in ("abs", "floor", "ceil", "sqrt", "rsqrt", "exp", "exp2", "sigmoid")},
+    **{name: _call(name, expensive=True) for name in ("log", "log2", "sin", "cos", "erf")},
+    "log1p": Code(_LOG1P, expensive=True),
+    "tanh": Code(f"tl.where(tl.abs({{0}}) < 0.04, {_TANH_SMALL}, 2.0 * tl.sigmoid(2.0 * {{0}}) - 1.0)"),
+    "trunc": Code("tl.where({0} < 0, tl.ceil({0}), tl.floor({0}))"),
+    "rint": Code(f"tl.floor({{0}}) + tl.where({_UP}, 1.0, 0.0)", SUM),
+    "minimum": _call("minimum", 2, _NAN),
+    "maximum": _call("maximum", 2, _NAN),
+    "fmin": _call("minimum", 2),
+    "fmax": _call("maximum", 2),
+    "where": _call("where", 3),
+    "to_bool": Code("({0} != 0)"),
+    "cast": Code("{0}.to(tl.{held})"),
+    "round_to": Code("{0}.to(tl.{stored}).to(tl.{held})"),
+    "cast_like": Code("{0}.to({1}.dtype)", operands=(ATOM, ATOM)),
+}
+
+
+def template(expression: Expression, dtypes: Sequence[str] = ()) -> str:
+    """`expression` with a hole `{0}`, `{1}`, ... for each argument; `dtypes` are those of the arguments."""
+    return _written(expression, dtypes)[0]
+
+
+def _written(expression: Expression, dtypes: Sequence[str]) -> tuple[str, int]:
+    """The text of an expression, and how tightly it holds together."""
+    match expression:
+        case Arg(index):
+            return f"{{{index}}}", ATOM
+        case Literal(value):
+            return literal(value), ATOM
+        case Apply("cast", (Arg(index) as inner,), dtype) if register(dtypes[index]) == register(dtype):
+            return _written(inner, dtypes)
+        case Apply(op, operands, dtype):
+            code = CODES[op]
+            written = zip((_written(one, dtypes) for one in operands), code.operands, strict=True)
+            texts = [text if level >= least else f"({text})" for (text, level), least in written]
+            held, stored = (DTYPES[name].tl for name in (register(dtype), dtype)) if dtype else ("", "")
+            return code.text.format(*texts, held=held, stored=stored), code.level
+    raise AssertionError(expression)
+
+
+def literal(value: float) -> str:
+    """A Python number as Triton reads it."""
+    return str(value) if abs(value) < float("inf") else f'float("{value}")'
+
+
+def tl_dtype(dtype: str) -> str:
+    """A dtype in the text of a kernel."""
+    return f"tl.{DTYPES[dtype].tl}"
+
+
+def is_expensive(expression: Expression) -> bool:
+    """Whether an operation in `expression` takes many instructions and registers."""
+    return any(CODES[op].expensive for op in operations(expression))
