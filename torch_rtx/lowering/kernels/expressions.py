@@ -83,19 +83,14 @@ def apply(op: str, *operands: Term, dtype: str = "") -> Apply:
     return Apply(op, tuple(one if isinstance(one, Expression) else Literal(one) for one in operands), dtype)
 
 
-absolute, floor, ceil, trunc, rint, sqrt, rsqrt, exp, exp2, log, log2, log1p, sin, cos, erf, tanh, sigmoid, to_bool = (
-    partial(apply, op)
-    for op in (
-        *("abs", "floor", "ceil", "trunc", "rint", "sqrt", "rsqrt"),
-        *("exp", "exp2", "log", "log2", "log1p", "sin", "cos", "erf", "tanh", "sigmoid", "to_bool"),
-    )
-)
-xor, shl, shr, eq, ne, idiv, irem, minimum, maximum, fmin, fmax, cast_like, where = (
-    partial(apply, op)
-    for op in (
-        *("xor", "shl", "shr", "eq", "ne", "idiv", "irem", "minimum", "maximum", "fmin", "fmax", "cast_like", "where"),
-    )
-)
+def _functions(ops: str) -> Iterator[partial[Apply]]:
+    return (partial(apply, op) for op in ops.split())
+
+
+absolute, sqrt, rsqrt, exp, exp2, log, log1p, log2 = _functions("abs sqrt rsqrt exp exp2 log log1p log2")
+erf, tanh, sigmoid, trunc, to_bool, where = _functions("erf tanh sigmoid trunc to_bool where")
+xor, eq, ne, idiv, irem, cast_like = _functions("xor eq ne idiv irem cast_like")
+minimum, maximum, fmin, fmax = _functions("minimum maximum fmin fmax")
 
 
 def operations(expression: Expression) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""What a backward graph calls: gradients of pointwise operators, views, softmax and losses, each one loop.
+"""Operators of backward graphs: gradients of pointwise operators, views, softmax and losses, each one loop.
 
 Gradients that take several loops, as those of norms do, are written out by the pass `expand_norms`.
 """
@@ -132,7 +132,7 @@ def mish_backward(grad_output: Tensor, self: Tensor, *, out: Types) -> Tensor:
 
 @op("log_sigmoid_backward.default")
 def log_sigmoid_backward(grad_output: Tensor, self: Tensor, buffer: Tensor, *, out: Types) -> Tensor:
-    """g * sigmoid(-x); the buffer is of no use."""
+    """g * sigmoid(-x); `buffer` is unused."""
     return compute(A * sigmoid(-B), out, grad_output, self)
 
 
@@ -208,7 +208,7 @@ def _of_class(weight: Tensor | None, safe: Tensor, dtype: str) -> Tensor:
 
 
 def _targets(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Which targets count, and the targets, 0 in the place of those that do not."""
+    """The mask of targets other than `ignore_index`, and the targets with 0 for ignored ones."""
     counts = pointwise(ne(A, B), "bool", cast(target, "i64"), number(ignore_index, "i64"))
     return counts, pointwise(where(A, B, 0), "i64", counts, cast(target, "i64"))
 
@@ -217,7 +217,7 @@ def _targets(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
 def nll_loss_forward(
     self: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int | Index, *, out: Types
 ) -> tuple[Tensor, Tensor]:
-    """The negative likelihoods of the targets, of rows of logarithms; their mean or sum, and the sum of weights."""
+    """The negative log-likelihood of the targets, reduced, and the sum of the class weights."""
     if len(self.shape) != 2 or isinstance(ignore_index, Index):
         raise Unsupported("the likelihood of one row by index")
     held = register(self.dtype)
@@ -244,7 +244,7 @@ def nll_loss_backward(
     *,
     out: Types,
 ) -> Tensor:
-    """-g times the weight where a class is the row's target, else 0."""
+    """-g times the class weight at each row's target, 0 elsewhere."""
     if len(self.shape) != 2 or isinstance(ignore_index, Index):
         raise Unsupported("the likelihood of one row by index")
     held = register(self.dtype)

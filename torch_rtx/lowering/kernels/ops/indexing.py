@@ -1,4 +1,4 @@
-"""Operators that read where another tensor says."""
+"""Operators that read at data-dependent positions."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def embedding(
     *,
     out: Types,
 ) -> Tensor:
-    """Rows of a matrix by number."""
+    """Rows of `weight` at `indices`."""
     rows = cast(indices, "i64")
     wide = move(rows, shape_of(out), lambda position: position[:-1])
     return Gather(shape_of(out), weight.dtype, weight, (wide,), weight.shape[:1], lambda at, found: (found[0], at[-1]))
@@ -44,7 +44,7 @@ def embedding(
 
 @op("index.Tensor", "_unsafe_index.Tensor")
 def index(self: Tensor, indices: Sequence[Tensor | None], *, out: Types) -> Tensor:
-    """Positions of neighbouring dimensions from tensors; negative ones count from the end."""
+    """`self` indexed by broadcast index tensors along adjacent dimensions; negative indices wrap."""
     axes = [axis for axis, one in enumerate(indices) if one is not None]
     given = [one for one in indices if one is not None]
     if axes != list(range(axes[0], axes[0] + len(axes))) or any(one.dtype not in INTS for one in given):
@@ -66,7 +66,7 @@ def index(self: Tensor, indices: Sequence[Tensor | None], *, out: Types) -> Tens
 
 @op("index_select.default")
 def index_select(self: Tensor, dim: int, index: Tensor, *, out: Types) -> Tensor:
-    """Positions of one dimension by number."""
+    """The slices of `self` at `index` along one dimension."""
     if not self.shape:
         raise Unsupported("a single number by index")
     axis, shape = dim % len(self.shape), shape_of(out)
@@ -80,7 +80,7 @@ def index_select(self: Tensor, dim: int, index: Tensor, *, out: Types) -> Tensor
 
 @op("gather.default")
 def gather(self: Tensor, dim: int, index: Tensor, sparse_grad: bool = False, *, out: Types) -> Tensor:
-    """At each position, along one dimension, the element that the index says."""
+    """`self` with the position along `dim` taken from `index`."""
     if not self.shape or len(index.shape) != len(self.shape):
         raise Unsupported("a single number by index, or an index of another rank")
     axis = dim % len(self.shape)
@@ -92,7 +92,7 @@ def gather(self: Tensor, dim: int, index: Tensor, sparse_grad: bool = False, *, 
 
 
 def _padded(mirrored: Expression, self: Tensor, padding: Sequence[int | Index], *, out: Types) -> Tensor:
-    """x at the positions `mirrored` of A, the position less what is put before, and B, the last position."""
+    """`self` at the positions `mirrored(A, B)`; A is the position less the padding before, B the last valid one."""
     shape, rank = shape_of(out), len(self.shape)
     axes = [rank - 1 - which for which in range(len(padding) // 2)]
     found, sizes = [], []

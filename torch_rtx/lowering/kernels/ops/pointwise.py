@@ -19,13 +19,10 @@ from torch_rtx.lowering.kernels.expressions import (
     absolute,
     apply,
     cast_like,
-    ceil,
-    cos,
     eq,
     erf,
     exp,
     exp2,
-    floor,
     fmin,
     idiv,
     irem,
@@ -35,10 +32,8 @@ from torch_rtx.lowering.kernels.expressions import (
     maximum,
     minimum,
     ne,
-    rint,
     rsqrt,
     sigmoid,
-    sin,
     sqrt,
     tanh,
     trunc,
@@ -101,24 +96,12 @@ def floating(out: Types) -> None:
 # ---- one float argument ----------------------------------------------------------------------------------------------
 
 _HARD = minimum(maximum(A + 3.0, 0.0), 6.0)
-SOFT = sigmoid(
-    2 * math.sqrt(2 / math.pi) * A * (1.0 + 0.044715 * A * A)
-)  # gelu by tanh: 0.5 * (1 + tanh(u)) is sigmoid(2 * u)
+# gelu by tanh: 0.5 * (1 + tanh(u)) is sigmoid(2 * u)
+SOFT = sigmoid(2 * math.sqrt(2 / math.pi) * A * (1.0 + 0.044715 * A * A))
 NORMAL = 0.5 * (1.0 + erf(A * math.sqrt(0.5)))  # the distribution function of a normal distribution
-FLOAT_OPS = {
-    "exp": exp(A),
-    "exp2": exp2(A),
-    "log": log(A),
-    "log2": log2(A),
+_NAMED = ("exp", "exp2", "log", "log2", "log1p", "sqrt", "rsqrt", "sin", "cos", "erf", "sigmoid", "tanh")
+FLOAT_OPS = {name: apply(name, A) for name in _NAMED} | {
     "log10": log2(A) * math.log10(2),
-    "log1p": log1p(A),
-    "sqrt": sqrt(A),
-    "rsqrt": rsqrt(A),
-    "sin": sin(A),
-    "cos": cos(A),
-    "erf": erf(A),
-    "sigmoid": sigmoid(A),
-    "tanh": tanh(A),
     "silu": A * sigmoid(A),
     "reciprocal": 1.0 / A,
     "hardswish": A * _HARD / 6.0,
@@ -364,8 +347,8 @@ def _rounding(expression: Expression, self: Tensor, *, out: Types) -> Tensor:
     return compute(expression if out[0].dtype in FLOATS else A, out, self)
 
 
-for _name, _expression in {"floor": floor(A), "ceil": ceil(A), "trunc": trunc(A), "round": rint(A)}.items():
-    op(f"{_name}.default")(partial(_rounding, _expression))
+for _name, _op in {"floor": "floor", "ceil": "ceil", "trunc": "trunc", "round": "rint"}.items():
+    op(f"{_name}.default")(partial(_rounding, apply(_op, A)))
 
 
 @op("sign.default")

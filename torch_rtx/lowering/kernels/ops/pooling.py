@@ -1,4 +1,4 @@
-"""Pooling: a window around each position, unrolled."""
+"""Pooling: the window around each position, unrolled into one load per element."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LARGEST = 64  # elements of a window: each is a load
 
 
 def _each(sizes: Scalar | Sequence[int], rank: int) -> list[int]:
-    """One number per dimension: PyTorch takes one for all."""
+    """One number per dimension; a single one stands for all."""
     found = [sizes] if isinstance(sizes, int | float | Index) else list(sizes)
     if not all(isinstance(size, int) for size in found):
         raise Unsupported("a window whose size is a dim")
@@ -45,7 +45,7 @@ def _windows(
     dilation: list[int],
     edge: Tensor,
 ) -> list[Tensor]:
-    """For each place in a window the tensor of what is there; `edge` where it is outside."""
+    """For each element of the window a tensor of `shape`; `edge` where it is out of bounds."""
     rank = len(sizes)
     kept = len(self.shape) - rank
     # The padding as part of the tensor; windows may reach beyond it by less than a stride (ceil_mode).
@@ -128,7 +128,7 @@ for _rank in (2, 3):
 
 @op("adaptive_avg_pool2d.default", "_adaptive_avg_pool2d.default")
 def adaptive_avg_pool2d(self: Tensor, output_size: Sequence[int | Index], *, out: Types) -> Tensor:
-    """Means over equal parts of the image; the sizes have to divide."""
+    """Means over equal tiles of the image; the output size must divide the input size."""
     shape = shape_of(out)
     if all(size.number == 1 for size in shape[-2:]):
         return mean(self, [-2, -1], keepdim=True, out=out)

@@ -1,4 +1,4 @@
-"""Where declarations meet their names."""
+"""The table of operators: ATen overload -> declaration."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Types = tuple[TensorType, ...]
 
 
 def op(*names: str) -> Callable[[D], D]:
-    """Declares the ATen overloads `names`."""
+    """Declare the ATen overloads `names`."""
 
     def register(declaration: D) -> D:
         for name in names:

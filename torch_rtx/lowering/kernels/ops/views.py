@@ -1,4 +1,4 @@
-"""Operators that only say where an element comes from: views, concatenation, padding, repetition."""
+"""Operators that are position arithmetic alone: views, concatenation, padding, repetition, factories of positions."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def shape_of(out: Types, which: int = 0) -> Shape:
 
 
 def move(source: Tensor, shape: Shape, at: object) -> Tensor:
-    """`source` at another position."""
+    """`source` at the positions that `at` maps to."""
     return View(shape, source.dtype, source, at)  # type: ignore[arg-type]
 
 
@@ -98,7 +98,7 @@ def t(self: Tensor, *, out: Types) -> Tensor:
 
 @op("unsqueeze.default", "unsqueeze_copy.default")
 def unsqueeze(self: Tensor, dim: int, *, out: Types) -> Tensor:
-    """One more dimension, of size 1."""
+    """`self` with a dimension of size 1 inserted."""
     axis = dim % (len(self.shape) + 1)
     shape = (*self.shape[:axis], ONE, *self.shape[axis:])
     return move(self, shape, lambda position: (*position[:axis], *position[axis + 1 :]))
@@ -106,7 +106,7 @@ def unsqueeze(self: Tensor, dim: int, *, out: Types) -> Tensor:
 
 @op("squeeze.default", "squeeze.dim", "squeeze.dims", "squeeze_copy.default", "squeeze_copy.dim")
 def squeeze_(self: Tensor, dim: int | Sequence[int] | None = None, *, out: Types) -> Tensor:
-    """Without dimensions of size 1."""
+    """`self` without dimensions of size 1."""
     rank = len(self.shape)
     asked = range(rank) if dim is None else [dim] if isinstance(dim, int) else dim
     return squeeze(self, {axis % rank for axis in asked if self.shape[axis % rank] == ONE} if rank else set())
@@ -122,7 +122,7 @@ def slice_(
 
 
 def _limited(first: Index, size: Index) -> Index:
-    """Where a slice begins in a dimension of `size`: negative positions count from its end."""
+    """The start of a slice in a dimension of `size`, negative starts wrapped, clamped to the size."""
     at, end = first.number, size.number
     if at is None or (at < 0 and end is None):
         raise Unsupported("a slice from a position that is a dim, or that counts from an end that is one")
@@ -150,7 +150,7 @@ def select(self: Tensor, dim: int, index: Size, *, out: Types) -> Tensor:
 
 @op("split.Tensor", "unsafe_split.Tensor")
 def split(self: Tensor, split_size: Size, dim: int = 0, *, out: Types) -> tuple[Tensor, ...]:
-    """Equal parts of a dimension, the last one with what is left."""
+    """Chunks of `split_size` along a dimension, the last one with the rest."""
     size = index(split_size)
     firsts = [size * constant(which) for which in range(len(out))]
     return tuple(_strided(self, dim % len(self.shape), f, 1, shape_of(out, i)) for i, f in enumerate(firsts))
@@ -158,14 +158,14 @@ def split(self: Tensor, split_size: Size, dim: int = 0, *, out: Types) -> tuple[
 
 @op("split_with_sizes.default", "split_with_sizes_copy.default")
 def split_with_sizes(self: Tensor, split_sizes: Sequence[Size], dim: int = 0, *, out: Types) -> tuple[Tensor, ...]:
-    """Parts of a dimension."""
+    """Chunks of the given sizes along a dimension."""
     firsts = [sum(map(index, split_sizes[:which]), start=ZERO) for which in range(len(out))]
     return tuple(_strided(self, dim % len(self.shape), f, 1, shape_of(out, i)) for i, f in enumerate(firsts))
 
 
 @op("unbind.int", "unbind_copy.int")
 def unbind(self: Tensor, dim: int = 0, *, out: Types) -> tuple[Tensor, ...]:
-    """The positions of a dimension, one by one."""
+    """The slices along a dimension."""
     return tuple(select(self, dim, which, out=(type_,)) for which, type_ in enumerate(out))
 
 
@@ -269,7 +269,7 @@ def pixel_unshuffle(self: Tensor, downscale_factor: int, *, out: Types) -> Tenso
 
 @op("cat.default")
 def cat(tensors: Sequence[Tensor], dim: int = 0, *, out: Types) -> Tensor:
-    """Tensors behind each other."""
+    """Tensors concatenated along a dimension."""
     shape, dtype = shape_of(out), out[0].dtype
     parts = [cast(part, dtype) for part in tensors if part.shape != (ZERO,) or shape == (ZERO,)]
     axis = dim % len(shape)
@@ -282,14 +282,14 @@ def cat(tensors: Sequence[Tensor], dim: int = 0, *, out: Types) -> Tensor:
 
 @op("stack.default")
 def stack(tensors: Sequence[Tensor], dim: int = 0, *, out: Types) -> Tensor:
-    """Tensors as the positions of a new dimension."""
+    """Tensors stacked along a new dimension."""
     axis = dim % len(out[0].shape)
     return cat([unsqueeze(part, axis, out=out) for part in tensors], axis, out=out)
 
 
 @op("constant_pad_nd.default")
 def constant_pad_nd(self: Tensor, pad: Sequence[Size], value: Scalar = 0, *, out: Types) -> Tensor:
-    """A border of one number; a negative one takes away."""
+    """A constant border; a negative width crops."""
     rank = len(self.shape)
     before = [ZERO] * rank
     for which, size in enumerate(pad[::2]):
@@ -388,7 +388,7 @@ def glu(self: Tensor, dim: int = -1, *, out: Types) -> Tensor:
 
 
 def _nearest(self: Tensor, *, out: Types, **_: object) -> Tensor:
-    """Every pixel repeated: only where the sizes are multiples, since other factors are rounded as floats."""
+    """Nearest-neighbour interpolation by integer factors; PyTorch rounds others in floating point."""
     shape = shape_of(out)
     factors = [
         new.number // old.number if new.number and old.number else 0 for new, old in zip(shape, self.shape, strict=True)
