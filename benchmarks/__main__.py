@@ -1,4 +1,4 @@
-"""The benchmarks from the command line. docs/architecture.md says how they work.
+"""The benchmarks from the command line. docs/architecture/checking.md says how they work.
 
     python -m benchmarks run --suite latency --models resnet50-b1,bert_base --out results.json
     python -m benchmarks report results.json more.json --plots plots

@@ -27,7 +27,7 @@ from torch._inductor.codecache import compiled_fx_graph_hash
 from benchmarks import models
 from torch_rtx.backend.capture import capture_inference
 from torch_rtx.backend.compiler import device_of
-from torch_rtx.backend.fx_key import graph_key
+from torch_rtx.backend.fx_hash import graph_key
 from torch_rtx.lowering.from_fx import Role
 from torch_rtx.lowering.symbols import Symbols
 from torch_rtx.settings import CompilationSettings

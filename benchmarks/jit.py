@@ -20,8 +20,8 @@ import torch_rtx
 from benchmarks import models
 from torch_rtx.cache.runtime import DeviceKey, RuntimeCache
 from torch_rtx.ir import Graph, kernel_nodes
-from torch_rtx.runtime.builder import BUILDER
-from torch_rtx.runtime.knowledge import Knowledge, region_key
+from torch_rtx.runtime.compile_client import COMPILE_CLIENT
+from torch_rtx.runtime.tuning_db import TuningDatabase, region_key
 from torch_rtx.settings import CompilationSettings
 
 app = typer.Typer(add_completion=False)
@@ -50,11 +50,11 @@ def main(
             for _ in range(2):
                 start = time.perf_counter()
                 cache = RuntimeCache(Path(folder) / "runtime.sqlite", device)
-                found = Knowledge(sm, BUILDER, lambda cache=cache: cache).kernels(wanted)  # type: ignore[misc]
+                found = TuningDatabase(sm, COMPILE_CLIENT, lambda cache=cache: cache).candidates(wanted)  # type: ignore[misc]
                 spent.append(time.perf_counter() - start)
                 assert found.keys() == wanted.keys()
                 cache.close()
-        BUILDER.close()
+        COMPILE_CLIENT.close()
         cold, warm = spent
         print(f"{name:12} {len(wanted):7} {cold:7.2f} {1e3 * warm:8.1f} {cold / warm:6.0f}")
 

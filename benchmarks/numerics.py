@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from torch_rtx.runtime.trial import relative_error, tolerance
+from torch_rtx.runtime.candidate_check import relative_error, tolerance
 
 
 def tensors(tree: Any) -> list[torch.Tensor]:

@@ -25,15 +25,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Graph, Node, kernel_nodes
 from torch_rtx.irparse import parse
-from torch_rtx.lowering.kernels.generate import generate, library
+from torch_rtx.lowering.kernels.generate import forms
 from torch_rtx.lowering.kernels.kernel import Kernel
-from torch_rtx.lowering.kernels.split import split
+from torch_rtx.tactics import OWN
+from torch_rtx.targets import arch_of
 
 SMS = (75, 80, 86, 89, 90, 120)
 DTYPES = {"f16": "float16", "bf16": "bfloat16", "f32": "float32"}
@@ -91,20 +93,22 @@ def offered(node: Node, sm: int) -> Iterator[tuple[str, Kernel | Graph | str]]:
     """The forms of a kernel node on an SM version, each with its kind, best first: nothing else here asks code
     generation. A graph is a body with kernels of its own, whose forms follow by themselves; a string is a remark."""
     assert node.body is not None
-    which = 0
-    while (kernel := generate(node.body, node.op, sm, which)) is not None:
-        yield "kernel", kernel
-        which += 1
-    yield "library", library(node.body, sm)
-    if (divided := split(node.body, node.op, sm)) is not None:
-        yield "split", divided
+    found = forms(node.body, node.op, arch_of(sm))
+    own, configs = next((head, rest) for head, rest in found if OWN in head.kernels)
+    for tactic in chain((own,), configs):
+        yield "kernel", tactic.kernels[OWN]
+    calls = [head.expected_us for head, _ in found if not head.kernels and head.body is None]
+    yield "library", "none" if not calls else "faster" if calls[0] < own.expected_us else "slower"
+    for head, _ in found:
+        if head.body is not None and (not head.kernels or head.expected_us <= own.expected_us):
+            yield head.kind, head.body
 
 
 def text_of(form: Kernel | Graph | str) -> str:
     """All that a form is, as text: of a kernel its launch and its source."""
     if not isinstance(form, Kernel):
         return str(form).rstrip("\n") + "\n"
-    flags = [name for name in ("wide", "early") if getattr(form, name)]
+    flags = [name for name, is_set in (("wide", form.wide), ("early", form.trigger_early)) if is_set]
     launch = {
         "pointers": ", ".join(form.pointers),
         "scalars": ", ".join(map(str, form.scalars)),

@@ -20,23 +20,34 @@ NO_COMPILER = ("eager", "aot_eager")
 HEAD = """\
 # Performance
 
-`python -m benchmarks report --out docs/performance.md` writes this page from `benchmarks/results/`, and a test checks
-that it has. `python -m benchmarks run --suite S,.. --models M,.. --peers P,.. --out results.json` measures;
-`python -m benchmarks list` names suites, models and peers. Weights are random, inputs change from call to call, and the
-results of every peer are compared with a float64 run before anything is timed. Do not compare times of different
-machines or different sections: a ratio here is always between peers that took turns in one process, round by round.
+`python -m benchmarks report --out docs/performance.md` generates this page from `benchmarks/results/`; a test checks
+that it is up to date. To measure, in a clone: `python -m benchmarks run --suite S,.. --models M,.. --peers P,.. --out
+results.json`; `python -m benchmarks list` names suites, models and peers.
 
-- Times are medians, with the 5th and 95th percentile in brackets.
-- *device*: from the end of one call to the end of the next, by device events, in a row of calls that nobody waits for.
-  *wall*: one call by itself, until its result is there.
-- *of floor*: how many times the least time it takes, which is the larger of FLOPs over the measured rate of a large
-  matrix product and compulsory bytes (weights, inputs and outputs, once) over the measured rate of a large copy.
-- *of best*: relative to the fastest peer of the same process that is not torch_rtx.
+Weights are random and inputs change from call to call. The results of every peer are compared with a float64 run before
+anything is timed. Ratios are between peers that took turns in one process, round by round; do not compare times of
+different machines or sections.
+
+- Times are medians, with the 5th and 95th percentile in parentheses.
+- *device*: time per call in a row of calls without waiting, by device events. *wall*: one call alone, until its result
+  is there.
+- *of floor*: time relative to a lower bound, the larger of FLOPs over the measured rate of a large matrix product and
+  compulsory bytes (weights, inputs, outputs, once) over the measured rate of a large copy.
+- *of best*: time relative to the fastest peer of the same process that is not torch_rtx.
+
+| peer | what it is |
+| --- | --- |
+| inductor, reduce-overhead, max-autotune | `torch.compile` with Inductor, by mode |
+| aoti | AOTInductor |
+| rtx, rtx-exported | torch_rtx by library calls alone: `torch.compile`, an engine file |
+| rtx-lazy, rtx-exported-lazy | the default, after specialization: `torch.compile`, an engine file |
+| rtx-kernels | an engine file with kernels for this GPU, not specialized |
+| rtx-generated, rtx-split, rtx-library | the same with one kind of tactics: kernels, split kernels, library calls |
 """
 IN_SHORT = """
 ## In short
 
-How many times faster a call is, in a row of calls, than with the fastest other compiler that was measured beside it.
+How many times faster a call is than with the fastest other compiler that ran beside it, in a row of calls.
 
 """
 

@@ -28,13 +28,14 @@ from torch_rtx.engine import save as save_engine
 from torch_rtx.ir import Graph, verify
 from torch_rtx.lowering.from_fx import Role, from_fx
 from torch_rtx.lowering.infer import Inference
-from torch_rtx.lowering.pipeline import PIPELINE
+from torch_rtx.lowering.pipeline import PIPELINE, Context
 from torch_rtx.lowering.support import unsupported_reason
 from torch_rtx.lowering.symbols import Symbols
 from torch_rtx.runtime.code import compile_graph
 from torch_rtx.runtime.session import Session
 from torch_rtx.runtime.weights import WeightStore
 from torch_rtx.settings import CompilationSettings, RuntimeSettings
+from torch_rtx.targets import PORTABLE
 
 warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.`", FutureWarning)  # torch.export's own
 CPU = torch.device("cpu")
@@ -88,14 +89,13 @@ def import_graph(program: torch.export.ExportedProgram) -> Graph:
 
 def lower(graph: Graph) -> Graph:
     """Stage 4: the passes, one by one."""
-    infer = Inference()
+    infer, context = Inference(), Context(CompilationSettings(), PORTABLE)
     title("4. passes")
-    for name, run in PIPELINE.items():
-        after = run(graph, infer)
-        verify(after, aten.ALLOWED)
+    for step in PIPELINE:
+        after = step(graph, infer, context)
         change = f"{len(graph.nodes)} -> {len(after.nodes)} nodes" if after != graph else "nothing to do"
-        purpose = (sys.modules[run.__module__].__doc__ or "").splitlines()[0]
-        print(f"{name:16} {change:16} {purpose}")
+        purpose = (sys.modules[step.run.__module__].__doc__ or "").splitlines()[0]
+        print(f"{step.name:16} {change:16} {purpose}")
         graph = after
     title("   level `fused`: computed weights have recipes")
     print(graph, end="")

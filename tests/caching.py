@@ -12,7 +12,7 @@ import torch_rtx
 from tests.ahead import Function
 from tests.compiled import compile_rtx
 from torch_rtx import CompilationSettings
-from torch_rtx.backend import reuse
+from torch_rtx.backend import program_cache
 from torch_rtx.cache.key import Key
 
 
@@ -41,14 +41,14 @@ class Keys:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.found: list[Key] = []
-        compute = reuse.graph_key
+        compute = program_cache.graph_key
 
         def record(*args: Any, **kwargs: Any) -> Any:
             result = compute(*args, **kwargs)
             self.found.append(result.key)
             return result
 
-        monkeypatch.setattr(reuse, "graph_key", record)
+        monkeypatch.setattr(program_cache, "graph_key", record)
 
     def __call__(self, function: Any, *args: Any, options: dict[str, Any] | None = None, **kwargs: Any) -> Key:
         """The key of the only graph of `function` for these arguments; `options` are those of the compilation."""

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from tests.interpreter import Interpreted
+from torch_rtx.artefacts import Artefacts
 from torch_rtx.errors import KernelError, Unsupported
-from torch_rtx.ir import Dim, Graph, kernel_nodes
-from torch_rtx.kerneltable import Candidate, Launch, SplitCandidate, Variant, pack
-from torch_rtx.lowering.kernels.generate import generate, library
+from torch_rtx.ir import Dim, Graph, Node
+from torch_rtx.lowering.kernels.generate import generate, split_in, tactics
 from torch_rtx.lowering.kernels.kernel import Kernel
-from torch_rtx.lowering.kernels.split import split_in
 from torch_rtx.runtime.background import Background
 from torch_rtx.runtime.bind import bind_dim
-from torch_rtx.runtime.job import Tools
-from torch_rtx.runtime.knowledge import Knowledge
-from torch_rtx.runtime.launch import Launcher, Store
-from torch_rtx.runtime.trial import Run
-from torch_rtx.targets import Target
+from torch_rtx.runtime.candidate_check import Run
+from torch_rtx.runtime.launch import LoadedTactic, Store
+from torch_rtx.runtime.tuner import TuningContext
+from torch_rtx.runtime.tuning_db import TuningDatabase
+from torch_rtx.tactics import Candidate, Launch, Tactic, Variant, pack
+from torch_rtx.targets import Target, arch_of
 
 SM = 80
 
@@ -72,41 +72,59 @@ class Device:
     timed: int = 0
     parts: int = 1
 
-    def build(self, bodies: Mapping[str, tuple[Graph, int]], sm: int) -> dict[str, Candidate]:
+    def build(
+        self, bodies: Mapping[str, tuple[Graph, int]], sm: int, artefacts: Artefacts | None = None
+    ) -> dict[str, Candidate]:
         if self.broken is not None:
             raise KernelError(self.broken)
         self.builds.append(len(bodies))
         found = {}
-        for name, (body, config) in bodies.items():
-            kernel = generate(body, name, sm, config)
-            if kernel is not None:
-                digest, stored = pack(repr(kernel).encode())
-                self.kernels[digest] = kernel, self.wrong is not None and self.wrong in str(body)
-                variant = Variant(digest, kernel.name, kernel.num_warps, 0, 32, 0)
-                rival = library(body, sm)
-                launch = Launch((Target(sm),), kernel.scalars, kernel.grid, kernel.wide, variant, None, rival)
-                found[name] = Candidate(launch, {digest: stored}, config)
+        for name, (body, first) in bodies.items():
+            offered = next(islice(self.offered(body, name, sm), first, None), None)
+            if offered is not None:
+                binaries: dict[str, bytes] = {}
+                spoiled = self.wrong is not None and self.wrong in str(body)
+
+                def launch(op: str, kernel: Kernel, stored: dict[str, bytes] = binaries, bad: bool = spoiled) -> Launch:
+                    digest, stored[digest] = (packed := pack(repr(kernel).encode()))[0], packed[1]
+                    self.kernels[digest] = kernel, bad
+                    variant = Variant(digest, kernel.name, kernel.num_warps, 0, 32, 0)
+                    return Launch(kernel.scalars, kernel.grid, kernel.wide, variant, None)
+
+                found[name] = Candidate(offered.with_kernels(launch), first, binaries)
         return found
 
-    def build_split(self, bodies: Mapping[str, tuple[Graph, int]], sm: int) -> dict[str, SplitCandidate]:
-        found = {}
-        for name, (body, _) in bodies.items() if self.parts > 1 else ():
-            with suppress(Unsupported):  # a loop that reduces nothing
-                divided = split_in(body, name, self.parts)
-                inside = {node.op: (node.body, 0) for node in kernel_nodes(divided) if node.body is not None}
-                found[name] = SplitCandidate(divided, self.build(inside, sm))
-        return found
+    def offered(self, body: Graph, name: str, sm: int) -> Iterator[Tactic[Kernel]]:
+        """What code generation offers, but for split bodies and calls that only a GPU has: in place of the first, one
+        in `parts`."""
+        known = [one for one in tactics(body, name, arch_of(sm)) if one.kind in ("kernel", "library")]
+        own, *others = sorted(known, key=lambda one: one.kind != "kernel")
+        yield own
+        yield from (one for one in others if one.kind == "library")
+        try:
+            divided = split_in(body, name, self.parts) if self.parts > 1 else None
+        except Unsupported:  # a loop that reduces nothing
+            divided = None
+        if divided is not None:
+            inside = {node.op: generate(node.body, node.op, arch_of(sm), 0) for node in divided.nodes if node.body}
+            yield Tactic("split", own.expected_us, {op: kernel for op, kernel in inside.items() if kernel}, divided)
+        yield from (one for one in others if one.kind == "kernel")
 
-    def load(self, op: str, candidate: Candidate, pointers: int) -> Launcher:
-        kernel, spoil = self.kernels[candidate.launch.aligned.binary]
-        assert len(kernel.pointers) == pointers
-        launcher = Emulated(kernel, self.wrong_for if spoil else lambda scalars: False)
-        launcher.waiting = (1,) if self.waits else ()
-        return launcher  # type: ignore[return-value]
+    def load(self, node: Node, candidate: Candidate) -> LoadedTactic:
+        nodes = candidate.tactic.nodes(node)
+
+        def launcher(op: str, launch: Launch) -> Emulated:
+            kernel, spoil = self.kernels[launch.aligned.binary]
+            assert len(kernel.pointers) == len(nodes[op].inputs) + len(nodes[op].outputs)
+            found = Emulated(kernel, self.wrong_for if spoil else lambda scalars: False)
+            found.waiting = (1,) if self.waits else ()
+            return found
+
+        return candidate.tactic.with_kernels(launcher)  # type: ignore[return-value]
 
     def time(self, runs: Sequence[Run]) -> float:
         self.timed += 1
         return self.calls if "_aten_" in runs[0].func.source else 1.0  # type: ignore[attr-defined]
 
-    def tools(self, background: Background, store: Store | None = None) -> Tools:
-        return Tools(Knowledge(SM, self, lambda: store), self.load, dict, self.time, background)
+    def context(self, background: Background, store: Store | None = None) -> TuningContext:
+        return TuningContext(TuningDatabase(SM, self, lambda: store), self.load, dict, self.time, background)

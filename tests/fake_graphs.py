@@ -21,9 +21,48 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.fake_driver import STREAM, FakeDriver, Function, Status
 from torch_rtx import aten
-from torch_rtx.runtime import captured, code, graphmemory, graphnodes
+from torch_rtx.ir import Dim, Graph, Sym
+from torch_rtx.irparse import parse
+from torch_rtx.runtime import captured, code, graph_params, graphmemory
+from torch_rtx.runtime.launch import load_tactics
+from torch_rtx.tactics import OWN, KernelTable, Launch, Tactic, Variant, pack
+from torch_rtx.targets import Target
 
 Kernel = Callable[[Sequence[int], Sequence[int]], None]
+DEVICE = torch.device("cuda", 0)
+S = Sym("s")
+# A kernel that adds: bytes of its parameters (two inputs, a result, how many elements, two of scratch memory), body of
+# its node, and what it does.
+SIZES = (8, 8, 8, 4, 8, 8)
+BODY = """graph import {
+    dim s = 1, 64, 1
+    input in0: f32[s]
+    input in1: f32[s]
+    r: f32[s] = op aten.add.Tensor(self=in0, other=in1)
+    return [r]
+  }"""
+
+
+def add(pointers: Sequence[int], scalars: Sequence[int]) -> None:
+    """The kernel."""
+    a, b, result = (
+        torch.frombuffer((ctypes.c_float * scalars[0]).from_address(p), dtype=torch.float32) for p in pointers
+    )
+    torch.add(a, b, out=result)
+
+
+def program(text: str) -> Graph:
+    """A graph of level "fused" in which KERNEL stands for the body of an adding kernel."""
+    body = text.strip("\n").replace("KERNEL", BODY)
+    return parse(f"graph fused {{\n  dim s = 1, 64, 1\n{body}\n}}\n")
+
+
+def adders(graph: Graph, driver: Any, ptx: bytes | None = None, size: Dim = S, waits: bool = False) -> Any:
+    """What launches the kernels `k` of `graph`, which add, through `driver`: a binary, or `ptx` for sm_90."""
+    digest, binary = pack(ptx or b"an image")
+    launch = Launch((size,), (1, 1, 1), False, Variant(digest, "entry", 4, 0, 32, 0, waits), None)
+    tactics = {Target(90, ptx is not None): (Tactic("kernel", 1.0, {OWN: launch}),)}
+    return load_tactics(KernelTable({"k": tactics}, {digest: binary}), graph, DEVICE, driver=driver)
 
 
 @dataclass(eq=False)
@@ -166,7 +205,7 @@ class GraphDriver(FakeDriver):
         self.stream = STREAM
         self.waits: list[tuple[int, int]] = []
         self.streams: list[int] = []
-        self.CUgraphNodeType = SimpleNamespace(CU_GRAPH_NODE_TYPE_KERNEL="kernel", CU_GRAPH_NODE_TYPE_MEMCPY="copy")
+        self.CUgraphNodeType = SimpleNamespace(CU_GRAPH_NODE_TYPE_KERNEL=0, CU_GRAPH_NODE_TYPE_MEMCPY=1)
         self.CUgraph = self.CUgraphExec = lambda raw: raw
 
     def cuLaunchKernel(self, function: Function, *given: Any) -> tuple[Status]:
@@ -222,8 +261,8 @@ class GraphDriver(FakeDriver):
         graph.edges += zip(ones, others, datas, strict=True)
         return (Status.CUDA_SUCCESS,)
 
-    def cuGraphNodeGetType(self, node: Node) -> tuple[Status, str]:
-        return Status.CUDA_SUCCESS, node.kind
+    def cuGraphNodeGetType(self, node: Node) -> tuple[Status, int]:
+        return Status.CUDA_SUCCESS, {"kernel": 0, "copy": 1, "call": 3}[node.kind]
 
     def cuGraphKernelNodeGetParams(self, node: Node) -> tuple[Status, Params]:
         return Status.CUDA_SUCCESS, copy(node.params)
@@ -272,13 +311,16 @@ def install(monkeypatch: pytest.MonkeyPatch, driver: GraphDriver) -> None:
     """Let captures and replays go to `driver`."""
 
     @contextmanager
-    def capture(graph: FakeGraph, *given: Any, **named: Any) -> Iterator[None]:
-        driver.capturing = True
+    def capture(
+        graph: FakeGraph, pool: object = None, stream: FakeStream | None = None, capture_error_mode: str = "global"
+    ) -> Iterator[None]:
+        before, driver.capturing = driver.stream, True
+        driver.stream = before if stream is None else stream.raw
         try:
             with _Recorder(graph):
                 yield
         finally:
-            driver.capturing = False
+            driver.stream, driver.capturing = before, False
         graph.end()
 
     empty = code.EMPTY["cpu"]
@@ -300,5 +342,5 @@ def install(monkeypatch: pytest.MonkeyPatch, driver: GraphDriver) -> None:
     for kind in ("cpu", "cuda"):
         monkeypatch.setitem(code.EMPTY, kind, allocate)
     monkeypatch.setattr(graphmemory, "new_stream", lambda device: FakeStream(99, driver.waits))
-    monkeypatch.setattr(graphnodes, "driver", lambda: driver)
+    monkeypatch.setattr(graph_params, "driver", lambda: driver)
     monkeypatch.setattr(captured, "driver", lambda: driver)

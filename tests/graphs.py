@@ -11,7 +11,7 @@ import torch
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from torch_rtx.backend.fx_key import graph_key
+from torch_rtx.backend.fx_hash import graph_key
 from torch_rtx.cache.key import Key
 from torch_rtx.lowering.from_fx import Role
 from torch_rtx.lowering.symbols import Symbols

@@ -9,21 +9,23 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 
 from benchmarks.numerics import assert_right
 from tests.interpreter import run
+from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Graph, TensorType, attr_values, evaluate, verify
 from torch_rtx.irparse import parse
-from torch_rtx.lowering.kernels.generate import generate
+from torch_rtx.lowering.kernels.generate import Form, forms, generate, split_in
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.region import Region, region
-from torch_rtx.lowering.kernels.split import split_in
 from torch_rtx.optable import ALLOWED
 from torch_rtx.runtime.code import compile_graph, copy_strided
+from torch_rtx.tactics import OWN, Tactic
+from torch_rtx.targets import arch_of
 
 DTYPES = {
     "f64": torch.float64,
@@ -118,7 +120,7 @@ def check_split_graph(
     values = {value.name: tensor for value, tensor in zip(graph.inputs, inputs, strict=True)}
     for node in form.nodes:
         assert node.body is not None
-        kernel = generate(node.body, node.op, 80, 0)
+        kernel = generate(node.body, node.op, arch_of(80), 0)
         assert kernel is not None
         made = {value.name: _empty(value.type, sizes) for value in node.outputs if value is not None}
         run(kernel, [*(values[value.name] for value in node.inputs), *made.values()], dict(sizes))
@@ -126,3 +128,45 @@ def check_split_graph(
     assert_right([values[value.name] for value in attr_values(form.outputs)], eager, wide)
     assert_right(compile_graph(form, cpu)(inputs, ()), eager, wide)
     return form
+
+
+# ---- tactics ---------------------------------------------------------------------------------------------------------
+
+
+def offered(graph: Graph, sm: int, name: str = "k") -> dict[str, Tactic[Kernel]]:
+    """The first tactic of each kind for a body on SM version `sm`, the one expected to be fastest first."""
+    heads = [head for head, _ in forms(graph, name, arch_of(sm))]
+    assert [head.expected_us for head in heads] == sorted(head.expected_us for head in heads)
+    assert [head.kind for head in heads if OWN in head.kernels] == ["kernel"]
+    found = {head.kind: head for head in heads}
+    assert len(found) == len(heads)
+    return found
+
+
+def split(graph: Graph, name: str, sm: int) -> Graph | None:
+    """The split form of a body where it is expected to be faster than the body's own kernel; None where it is not, and
+    where no kernel computes the body."""
+    try:
+        found = offered(graph, sm, name)
+    except Unsupported:
+        return None
+    if "split" not in found or found["split"].expected_us > found["kernel"].expected_us:
+        return None
+    assert found["split"].body is not None
+    return found["split"].body
+
+
+def library(graph: Graph, sm: int) -> str:
+    """What the library call in a body is expected to be against its kernel: "slower", "faster", or "none" if there is
+    none."""
+    found = offered(graph, sm)
+    if "library" not in found:
+        return "none"
+    assert (found["library"].body, found["library"].kernels) == (None, {})  # the calls of the body itself
+    return "faster" if found["library"].expected_us < found["kernel"].expected_us else "slower"
+
+
+def whole(kernels: Iterable[Kernel]) -> Form:
+    """The form of a node that is launched whole, by kernels that stand for its configurations."""
+    found = (Tactic("kernel", 0.0, {OWN: kernel}) for kernel in kernels)
+    return next(found), found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -17,7 +17,7 @@ pytest.importorskip("transformers")
 from benchmarks import models
 from benchmarks.numerics import assert_right, in_float64
 from tests.interpreter import Interpreted
-from tests.test_fuse import Drawn, execute
+from tests.test_fuse import TARGETS, Drawn, execute
 from tests.test_fuse import numbers as concrete
 from tests.test_kernel_models import CPU, fused, kernels, numbers
 from torch_rtx import aten
@@ -31,19 +31,26 @@ from torch_rtx.lowering.passes.finish import finish
 from torch_rtx.lowering.passes.fuse import fuse
 from torch_rtx.runtime.bind import bind
 from torch_rtx.runtime.code import EMPTY, compile_graph
+from torch_rtx.tactics import OWN, Tactic
+from torch_rtx.targets import arch_of
 
 PROGRAMS = 4  # of a loop; the interpreter takes its time for each
 
 
 def interpreted(node: Node, sizes: dict[str, int]) -> Interpreted:
     assert node.body is not None
-    kernel = generate(node.body, node.op, 80, 0)
+    kernel = generate(node.body, node.op, arch_of(80), 0)
     assert kernel is not None
     found = region(node.body)
     if found.anchor is None and (programs := evaluate(kernel.grid[0], sizes) or 0) > PROGRAMS:
         config = loop_configs(found)[0]
         kernel = loop_kernel(found, node.op, replace(config, rows=config.rows << (programs // PROGRAMS).bit_length()))
     return Interpreted(kernel)
+
+
+def whole_nodes(launchers: Mapping[str, Interpreted]) -> dict[str, Any]:
+    """The tactics by which these are launched, by the op of kernel nodes."""
+    return {op: Tactic("kernel", 0.0, {OWN: launcher}) for op, launcher in launchers.items()}
 
 
 @pytest.mark.parametrize(("name", "dynamic"), [("bert_base", True), ("gpt2", False), ("llama_decode", False)])
@@ -55,7 +62,7 @@ def test_models(name: str, dynamic: bool) -> None:
     args, kwargs = models.inputs(name, "small", dtype=torch.float32, seed=7)
     exact = in_float64(model, args, kwargs)
     flat = module._signature.flatten(args, kwargs)
-    code = compile_graph(graph, CPU, kernels=launched)  # type: ignore[arg-type]
+    code = compile_graph(graph, CPU, tactics=whole_nodes(launched))
     assert code.plan.buffers
     inputs = [x.clone() if isinstance(x, torch.Tensor) else x for x in flat]
     launches = sum(node.kind == "kernel" for node in graph.nodes)
@@ -91,7 +98,7 @@ class Chained(Drawn):
 
 @st.composite
 def chained(draw: st.DrawFn) -> Graph:
-    graph = fuse(dce(Chained(draw).graph(), Inference()), Inference())
+    graph = fuse(dce(Chained(draw).graph(), Inference()), Inference(), TARGETS)
     return finish(graph, Inference())
 
 
@@ -114,8 +121,9 @@ def test_random_graphs(graph: Graph, seed: int, static: bool, data: st.DataObjec
     verify(found, aten.ALLOWED)
     nodes = kernels(found)
     called = data.draw(st.sets(st.sampled_from(sorted(nodes)), max_size=1)) if nodes else set()
+    launched = {op: interpreted(nodes[op], sizes) for op in nodes.keys() - called}
     with patch.dict(EMPTY, {"cpu": poisoned}):
-        code = compile_graph(found, CPU, kernels={op: interpreted(nodes[op], sizes) for op in nodes.keys() - called})  # type: ignore[misc]
+        code = compile_graph(found, CPU, tactics=whole_nodes(launched))
         got = code([x.clone() for x in inputs], ())
     calls = compile_graph(found, CPU)([x.clone() for x in inputs], ())
     assert_right(got, calls, exact)

@@ -16,15 +16,15 @@ from rich.console import Console
 pytest.importorskip("triton", reason="kernels are built with Triton, which is not installed")
 
 from tests.kernels import ADD, ADD_1000, GRAPH, S16, matmul
-from torch_rtx.backend import kernels
 from torch_rtx.backend.kernels import build_kernels, progress_bar, targets_for
 from torch_rtx.engine import Engine, Manifest, inspect, load, save
 from torch_rtx.errors import LoweringError, SettingsError
 from torch_rtx.ir import Graph, Node
 from torch_rtx.irparse import parse
-from torch_rtx.kerneltable import Split, unpack
+from torch_rtx.lowering.kernels import build
 from torch_rtx.lowering.kernels.aot import Built, Code
 from torch_rtx.lowering.kernels.kernel import Kernel
+from torch_rtx.tactics import OWN, KernelTable, Launch, Tactic, unpack
 from torch_rtx.targets import PORTABLE, PTX, Target
 
 BOTH = replace(ADD_1000, name="both", source=ADD_1000.source.replace("add_1000", "both"))
@@ -37,29 +37,43 @@ def one(op: str) -> Graph:
     return replace(GRAPH, nodes=(replace(node, op=op, args=(("in0", GRAPH.inputs[0]),)),), outputs=node.outputs)
 
 
+def form(us: float, *configs: Kernel):
+    """The node's own kernel in these configurations, and what it is expected to take."""
+    head, *rest = (Tactic("kernel", us, {OWN: config}) for config in configs)
+    return head, iter(rest)
+
+
 def from_list(*configs: Kernel):
-    return lambda node, target, index: configs[index] if index < len(configs) else None
+    return lambda node, target: [form(1.0, *configs)] if configs else []
+
+
+def own(table: KernelTable, op: str) -> dict[Target, Launch]:
+    """The launches of the nodes' own kernels."""
+    found = {target: [t for t in tactics if OWN in t.kernels] for target, tactics in table.tactics[op].items()}
+    return {target: tactics[0].kernels[OWN] for target, tactics in found.items() if tactics}
 
 
 def test_every_node_and_target(tmp_path: Path) -> None:
-    asked: list[tuple[str, str, int]] = []
+    asked: list[tuple[str, str]] = []
 
-    def generate(node: Node, target: Target, index: int) -> Kernel | None:
-        asked.append((node.op, str(target), index))
-        return {"add": ADD, "both": BOTH}[node.op]
+    def forms(node: Node, target: Target):
+        asked.append((node.op, str(target)))
+        return [form(1.0, {"add": ADD, "both": BOTH}[node.op])]
 
     progress: list[tuple[int, int]] = []
-    table, report = build_kernels(GRAPH, PORTABLE, generate, progress=lambda *step: progress.append(step))
-    assert sorted(asked) == sorted((op, str(target), 0) for op in ("add", "both") for target in PORTABLE)
+    table, report = build_kernels(GRAPH, PORTABLE, forms, progress=lambda *step: progress.append(step))
+    assert sorted(asked) == sorted((op, str(target)) for op in ("add", "both") for target in PORTABLE)
     assert progress[-1] == (9, 9)  # three binaries, of add for two cases: PTX is that of sm_80
     generation = (Target(80), Target(86), Target(89))
     for op, variants in (("add", 2), ("both", 1)):
-        launches = table.launches[op]
-        assert [launch.targets for launch in launches] == [generation, (Target(90),), (Target(120),), (PTX,)]
-        assert {len(launch.variants) for launch in launches} == {variants}
-        assert launches[0].scalars == ((ADD.scalars) if op == "add" else ())
-        assert unpack(table.binaries[launches[0].aligned.binary])[:4] == b"\x7fELF"
-        assert unpack(table.binaries[launches[3].aligned.binary]).lstrip().startswith(b"//")
+        launches = own(table, op)
+        assert tuple(launches) == PORTABLE
+        assert len({launches[target] for target in generation}) == 1
+        assert len(set(launches.values())) == 4
+        assert {len(launch.variants) for launch in launches.values()} == {variants}
+        assert launches[Target(80)].scalars == ((ADD.scalars) if op == "add" else ())
+        assert unpack(table.binaries[launches[Target(80)].aligned.binary])[:4] == b"\x7fELF"
+        assert unpack(table.binaries[launches[PTX].aligned.binary]).lstrip().startswith(b"//")
     assert len(table.binaries) == 12
     assert report.missing == ()
     assert report.nbytes == sum(map(len, table.binaries.values())) == sum(kernel.nbytes for kernel in report.kernels)
@@ -67,7 +81,7 @@ def test_every_node_and_target(tmp_path: Path) -> None:
     assert lines[0].startswith("2 kernels, ")
     assert lines[2].split()[:5] == ["add", "4", str(report.kernels[0].registers), "0", "0"]
     assert lines[2].endswith("sm_80, sm_86, sm_89")
-    again, _ = build_kernels(GRAPH, PORTABLE, generate)
+    again, _ = build_kernels(GRAPH, PORTABLE, forms)
     assert again == table
     save(Engine(GRAPH, Manifest("cuda", ("x", "y")), {}, None, table), tmp_path / "a.rtx")
     assert load(tmp_path / "a.rtx").kernels == table
@@ -76,9 +90,10 @@ def test_every_node_and_target(tmp_path: Path) -> None:
 
 def test_the_first_configuration_that_fits() -> None:
     table, report = build_kernels(one("k"), [Target(86), Target(80)], from_list(LARGE, SMALL))
-    first, second = table.launches["k"]
-    assert (first.targets, first.aligned.shared) == ((Target(80),), 131072)
-    assert second.targets == (Target(86),)
+    launches = own(table, "k")
+    assert tuple(launches) == (Target(80), Target(86))
+    first, second = launches.values()
+    assert first.aligned.shared == 131072
     assert second.aligned.shared < 64 << 10
     assert (first.grid, second.grid) == (LARGE.grid, SMALL.grid)
     binaries = [unpack(stored) for stored in table.binaries.values()]
@@ -88,11 +103,11 @@ def test_the_first_configuration_that_fits() -> None:
 
 def test_none_fits() -> None:
     table, report = build_kernels(one("k"), [Target(80), Target(86)], from_list(LARGE))
-    assert [launch.targets for launch in table.launches["k"]] == [(Target(80),)]
+    assert list(table.tactics["k"]) == [Target(80)]
     reason = "a block needs 131072 bytes of shared memory, sm_86 has 101376"
     assert report.missing == (("k", Target(86), reason),)
     assert str(report).splitlines()[-1] == f"  k runs call by call on sm_86: {reason}"
-    table, report = build_kernels(one("k"), [Target(86)], lambda *_: None)
+    table, report = build_kernels(one("k"), [Target(86)], from_list())
     assert not table
     assert (
         str(report)
@@ -104,19 +119,19 @@ def test_none_fits() -> None:
 def test_spilling_is_the_last_resort(monkeypatch: pytest.MonkeyPatch, spills: tuple[int, ...], taken: int) -> None:
     """The least of what spills, unless a later configuration does not."""
 
-    def compile_kernels(
-        wanted: Iterable[tuple[Kernel, Target]], progress: object
-    ) -> dict[tuple[Kernel, Target], Built]:
+    def compile_kernels(wanted: Iterable[tuple[Kernel, Target]], **_: object) -> dict[tuple[Kernel, Target], Built]:
         found = {}
         for kernel, target in wanted:
             code = Code(b"ptx", b"cubin", "k", 4, 0, 255, kernel.num_stages, 0)
             found[kernel, target] = Built(code, None, f"spills {kernel.num_stages}" if kernel.num_stages else None)
         return found
 
-    monkeypatch.setattr(kernels, "compile_kernels", compile_kernels)
+    monkeypatch.setattr(build, "compile_kernels", compile_kernels)
     configs = [replace(BOTH, num_stages=count) for count in spills]
-    table, report = build_kernels(one("k"), [Target(80)], from_list(*configs))
-    assert table.launches["k"][0].aligned.spills == taken
+    library = Tactic[Kernel]("library", 2.0)
+    for others in ([], [(library, iter(()))]):
+        table, report = build_kernels(one("k"), [Target(80)], lambda *_, more=others: [form(1.0, *configs), *more])
+    assert own(table, "k")[Target(80)].aligned.spills == taken
     assert [kernel.spills for kernel in report.kernels] == [taken]
     assert report.missing == ()
 
@@ -136,35 +151,34 @@ DIVIDED = parse("""graph import {
 """)
 
 
-def test_split_bodies() -> None:
-    """Of the targets for which there is one, those that every kernel in it fits; these have launches, others none."""
+def test_what_may_be_the_fastest() -> None:
+    """The node's own kernel, what is expected to be faster where all of its kernels fit, and what has no kernels."""
     inner = replace(LARGE, name="matmul")
-    asked = []
 
-    def generate(node: Node, target: Target, index: int) -> Kernel | None:
-        asked.append((node.op, target))
-        return None if index else inner if node.op == "inner" else SMALL
-
-    def divide(node: Node, target: Target) -> Graph | None:
+    def forms(node: Node, target: Target):
         assert node.op == "k"
-        return None if target == Target(120) else DIVIDED
+        split_us = 9.0 if target == Target(120) else 1.0
+        split = Tactic("split", split_us, {"inner": inner}, DIVIDED)
+        return [form(2.0, SMALL), (Tactic[Kernel]("library", 3.0), iter(())), (split, iter(()))]
 
     targets = (Target(80), Target(86), Target(90), Target(120))
-    table, report = build_kernels(one("k"), targets, generate, lambda *_: "slower", divide)
-    assert table.splits == {"k": (Split((Target(80), Target(90)), DIVIDED),)}  # LARGE does not fit sm_86
-    built = {op: {t for launch in found for t in launch.targets} for op, found in table.launches.items()}
-    assert built == {"k": set(targets), "inner": {Target(80), Target(90)}}
-    assert ("inner", Target(120)) not in asked
-    assert {launch.library for launch in table.launches["k"]} == {"slower"}
-    assert {launch.library for launch in table.launches["inner"]} == {"none"}
+    table, report = build_kernels(one("k"), targets, forms)
+    kinds = {target: [tactic.kind for tactic in tactics] for target, tactics in table.tactics["k"].items()}
+    assert kinds == {  # LARGE does not fit sm_86
+        Target(80): ["split", "kernel", "library"],
+        Target(86): ["kernel", "library"],
+        Target(90): ["split", "kernel", "library"],
+        Target(120): ["kernel", "library"],
+    }
+    assert {tactic.body for tactic in table.tactics["k"][Target(80)]} == {DIVIDED, None}
     assert report.missing == ()
     assert sorted(kernel.op for kernel in report.kernels) == ["inner"] * 2 + ["k"] * 3
 
 
-def test_a_split_body_must_fit_its_kernel() -> None:
-    other = parse(str(DIVIDED).replace("return [t, u]", "return [t]"))
-    with pytest.raises(LoweringError, match="returns what the kernel returns"):
-        build_kernels(one("k"), [Target(80)], from_list(SMALL), divide=lambda *_: other)
+def test_a_body_must_fit_its_kernel() -> None:
+    other = Tactic("split", 1.0, {"inner": SMALL}, parse(str(DIVIDED).replace("return [t, u]", "return [t]")))
+    with pytest.raises(LoweringError, match="takes or returns other types than k"):
+        build_kernels(one("k"), [Target(80)], lambda *_: [form(2.0, SMALL), (other, iter(()))])
 
 
 def test_names_must_be_apart() -> None:

@@ -112,10 +112,10 @@ ERRORS: dict[str, tuple[tuple[Any, ...], str]] = {
     "no such key": (("show", "123"), "no entry begins with '123'"),
     "no key at all": (("show", "xyz"), "no entry begins with 'xyz'"),
     "not unique": (("show", ""), "2 entries begin with ''"),
-    "size": (("prune", "--size", "much"), "'much' is no size"),
-    "endless size": (("prune", "--size", "inf"), "'inf' is no size"),
+    "size": (("prune", "--size", "much"), "'much' is not a size"),
+    "endless size": (("prune", "--size", "inf"), "'inf' is not a size"),
     "no file": (("import", "absent.tar"), "No such file"),
-    "no archive": (("import", __file__), "is no archive of entries"),
+    "no archive": (("import", __file__), "is not an archive of entries"),
     "no folder": (("export", "absent/all.tar"), "No such file"),
 }
 

@@ -19,8 +19,8 @@ from tests.ahead import IDS, IMAGE, Net, Tied
 from tests.caching import Traffic
 from tests.compiled import Recorder, check, compile_rtx, same
 from torch_rtx import CompilationSettings, SettingsError
-from torch_rtx.backend import entry, fx_key, reuse
-from torch_rtx.backend.recall import Recall
+from torch_rtx.backend import entry, fx_hash, program_cache
+from torch_rtx.backend.capture_cache import CaptureEntry
 from torch_rtx.errors import PartitionError
 
 ROOT = Path(__file__).parent.parent
@@ -71,7 +71,7 @@ def test_a_hit_is_the_program_that_was_built(
 ) -> None:
     """To the letter: names, types, locations."""
     if not capture:
-        monkeypatch.setattr(Recall, "of", lambda *args: None)
+        monkeypatch.setattr(CaptureEntry, "of", lambda *args: None)
     model = Net().eval()
     results = []
     for _ in range(2):
@@ -92,7 +92,7 @@ def test_a_known_capture_is_not_made_again(traffic: Traffic, monkeypatch: pytest
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("this was to be skipped")
 
-    for module, name in ((entry, "capture"), (entry, "obtain"), (reuse, "compile_fx")):
+    for module, name in ((entry, "capture"), (entry, "get_or_build"), (program_cache, "compile_fx")):
         monkeypatch.setattr(module, name, fail)
     torch._dynamo.reset()
     assert torch.equal(compile_rtx(model)(IMAGE), expected)
@@ -138,8 +138,8 @@ def test_identical_subgraphs_are_built_once(traffic: Traffic) -> None:
 
 def test_threads_build_once(traffic: Traffic, monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[object] = []
-    build = reuse.compile_fx
-    monkeypatch.setattr(reuse, "compile_fx", lambda *args: built.append(1) or build(*args))
+    build = program_cache.compile_fx
+    monkeypatch.setattr(program_cache, "compile_fx", lambda *args: built.append(1) or build(*args))
     model = torch.export.export(nn.Sequential(nn.Linear(4, 4), nn.ReLU()).eval(), (X,))
     threads = [threading.Thread(target=torch_rtx.compile, args=(model,)) for _ in range(4)]
     for thread in threads:
@@ -460,21 +460,19 @@ def test_kernels_are_kept(traffic: Traffic, tmp_path: Path, monkeypatch: pytest.
     torch_rtx.save(built(make(), "sm_86"), tmp_path / "first.rtx")
     traffic.clear()
     with monkeypatch.context() as without:
-        without.setattr(reuse, "kernels_of", None)
+        without.setattr(program_cache, "kernels_of", None)
         again = built(make(), "sm_86")
     assert traffic.counts == (1, 0)
     torch_rtx.save(again, tmp_path / "second.rtx")
     assert (tmp_path / "first.rtx").read_bytes() == (tmp_path / "second.rtx").read_bytes()
-    assert {str(t) for found in again.engine.kernels.launches.values() for one in found for t in one.targets} == {
-        "sm_86"
-    }
+    assert {str(target) for target in again.engine.kernels.targets} == {"sm_86"}
     model = make()
     again.refit(model)
     same(again(X), model(X), atol=1e-5, rtol=1e-4)
     built(make(), ["sm_86", "ptx"])
     assert traffic.counts == (1, 1)
     with monkeypatch.context() as other:
-        other.setattr(fx_key, "assemblers", lambda: {"TRITON_PTXAS_PATH": "/opt/ptxas (1, 2)"})
+        other.setattr(fx_hash, "assemblers", lambda: {"TRITON_PTXAS_PATH": "/opt/ptxas (1, 2)"})
         built(make(), "sm_86")
     assert traffic.counts == (1, 2)
     assert "TRITON_PTXAS_PATH none -> /opt/ptxas (1, 2)" in traffic("miss")[-1]

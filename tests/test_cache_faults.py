@@ -149,7 +149,7 @@ def test_damaged_entries_are_built_anew(
         data[-1] ^= 1
         path.write_bytes(data)
     run()
-    assert len(traffic("damaged entry of the engine cache, the engine is built anew: entry")) == 2
+    assert len(traffic("damaged entry of the engine cache, the engine is rebuilt: entry")) == 2
     assert traffic.counts == (0, 2)
     run()
     assert traffic.counts == (1, 2)
@@ -212,7 +212,7 @@ def test_a_full_disk(cache_folder: Path, fresh_dynamo: None, monkeypatch: pytest
     monkeypatch.setattr(store, "open", lambda *args: Full(open(*args)), raising=False)  # noqa: SIM115
     run()
     run()
-    assert caplog.text.count("can't be written, this engine is not kept: [Errno 28]") == 1
+    assert caplog.text.count("can't be written, this engine is not cached: [Errno 28]") == 1
     assert files(cache_folder) == []
 
 

@@ -21,7 +21,7 @@ from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_mut
 
 from tests.caching import Keys
 from tests.graphs import FAKES, Spec, build, canonical, key_of, reordered, specs
-from torch_rtx.backend import fx_key
+from torch_rtx.backend import fx_hash
 from torch_rtx.cache.key import Key, Part
 from torch_rtx.errors import Uncacheable
 from torch_rtx.settings import CompilationSettings, assemblers, key_settings
@@ -241,7 +241,15 @@ def test_every_option_says_whether_it_makes_another_engine() -> None:
         "targets",
     }
     assert {item.name for item in fields(CompilationSettings)} - marked == {
-        *("fallback_on_error", "strip_weights", "device", "dump_dir", "cache_built_engines", "reuse_cached_engines"),
+        *(
+            "fallback_on_error",
+            "strip_weights",
+            "device",
+            "dump_dir",
+            "override_dir",
+            "cache_built_engines",
+            "reuse_cached_engines",
+        ),
         *("engine_cache_dir", "engine_cache_size", "engine_cache"),
     }
 
@@ -272,16 +280,16 @@ def test_versions(name: str, keys: Keys, monkeypatch: pytest.MonkeyPatch) -> Non
     if name == "torch":
         monkeypatch.setattr(torch, "__version__", "9.9")
     elif name == "triton":
-        found = fx_key.metadata.version
-        monkeypatch.setattr(fx_key.metadata, "version", lambda n: "9.9" if n == "triton" else found(n))
+        found = fx_hash.metadata.version
+        monkeypatch.setattr(fx_hash.metadata, "version", lambda n: "9.9" if n == "triton" else found(n))
     else:
-        monkeypatch.setattr(fx_key, "_sources", lambda: "other")
-    fx_key.versions.cache_clear()
+        monkeypatch.setattr(fx_hash, "_sources", lambda: "other")
+    fx_hash.versions.cache_clear()
     try:
         assert base.differing(keys(torch.relu, X)) == ["versions"]
     finally:
         monkeypatch.undo()
-        fx_key.versions.cache_clear()
+        fx_hash.versions.cache_clear()
 
 
 def test_custom_operators() -> None:
@@ -313,7 +321,7 @@ def test_what_has_no_name_has_no_key() -> None:
         graph.output((node,))
         gm = torch.fx.GraphModule({}, graph)
         node.target, node.args = target, (argument,)
-        fx_key.Walk(gm, fx_key.Shared(fx_key.Symbols(torch.device("cpu"))))
+        fx_hash.GraphHasher(gm, fx_hash.SharedTables(fx_hash.Symbols(torch.device("cpu"))))
 
     for argument in (Local(), object(), torch.Generator(), walk):
         with pytest.raises(Uncacheable, match="an argument of type"):
@@ -336,8 +344,10 @@ def test_reading_before_and_after_a_write() -> None:
         graph.output((early or graph.call_function(torch.ops.aten.relu.default, (x,)),))
         return torch.fx.GraphModule({}, graph)
 
-    walks = [fx_key.Walk(graph(b), fx_key.Shared(fx_key.Symbols(torch.device("cpu")))) for b in (True, False)]
-    assert fx_key.encode(walks[0].records) != fx_key.encode(walks[1].records)
+    walks = [
+        fx_hash.GraphHasher(graph(b), fx_hash.SharedTables(fx_hash.Symbols(torch.device("cpu")))) for b in (True, False)
+    ]
+    assert fx_hash.encode(walks[0].records) != fx_hash.encode(walks[1].records)
 
 
 # ---- keys by themselves ----------------------------------------------------------------------------------------------
@@ -349,7 +359,7 @@ def test_why() -> None:
     assert a.differing(b) == ["settings", "graph"]
     assert a.why(b) == [
         "settings: y 2 -> 3; z none -> 4",
-        "graph: the outline is the same, the details are not",
+        "graph: equal summaries, different content",
     ]
     assert a.why(a) == []
     long = Key({"settings": Part.of("\n".join(f"{i}: {i}" for i in range(9)))})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,42 +12,17 @@ from typing import Any
 import pytest
 import torch
 
-from tests.fake_graphs import EdgeData, FakeGraph, GraphDriver, install
+from tests.fake_graphs import DEVICE, SIZES, EdgeData, FakeGraph, GraphDriver, S, add, adders, install, program
 from torch_rtx.errors import InputError
-from torch_rtx.ir import Dim, Graph, Sym
-from torch_rtx.irparse import parse
-from torch_rtx.kerneltable import KernelTable, Launch, Variant, pack
-from torch_rtx.runtime import code, cudagraph
-from torch_rtx.runtime.captured import EXECUTABLES, is_worth, may_draw
+from torch_rtx.ir import Dim
+from torch_rtx.runtime import captured, code, cudagraph
+from torch_rtx.runtime.captured import EXECUTABLES, may_draw
 from torch_rtx.runtime.code import compile_graph
 from torch_rtx.runtime.cudagraph import GraphPool
-from torch_rtx.runtime.graphnodes import kernel_uses
-from torch_rtx.runtime.launch import launchers
-from torch_rtx.targets import Target
+from torch_rtx.runtime.graph_borders import is_worth
+from torch_rtx.runtime.graph_params import kernel_uses
 
-CPU, DEVICE = torch.device("cpu"), torch.device("cuda", 0)
-S = Sym("s")
-DIGEST, BINARY = pack(b"an image")
-SIZES = (8, 8, 8, 4, 8, 8)  # two inputs, a result, how many elements, two of scratch memory
-BODY = """graph import {
-    dim s = 1, 64, 1
-    input in0: f32[s]
-    input in1: f32[s]
-    r: f32[s] = op aten.add.Tensor(self=in0, other=in1)
-    return [r]
-  }"""
-
-
-def add(pointers: Sequence[int], scalars: Sequence[int]) -> None:
-    a, b, result = (
-        torch.frombuffer((ctypes.c_float * scalars[0]).from_address(p), dtype=torch.float32) for p in pointers
-    )
-    torch.add(a, b, out=result)
-
-
-def program(text: str) -> Graph:
-    body = text.strip("\n").replace("KERNEL", BODY)
-    return parse(f"graph fused {{\n  dim s = 1, 64, 1\n{body}\n}}\n")
+CPU = torch.device("cpu")
 
 
 class Module:
@@ -60,10 +34,8 @@ class Module:
         self.driver = GraphDriver(SIZES, {"entry": add})
         install(monkeypatch, self.driver)
         self.graph = program(text)
-        launch = Launch((Target(90),), (size,), (1, 1, 1), False, Variant(DIGEST, "entry", 4, 0, 32, 0, waits), None)
-        table = KernelTable({"k": (launch,)}, {DIGEST: BINARY})
-        kernels = launchers(table, self.graph, DEVICE, driver=self.driver)
-        self.code = compile_graph(self.graph, CPU, kernels=kernels)
+        tactics = adders(self.graph, self.driver, size=size, waits=waits)
+        self.code = compile_graph(self.graph, CPU, tactics=tactics)
         self.store = SimpleNamespace(generation=0, values=[])
         self.pool = GraphPool(self.graph, lambda code, inputs, weights: code.run(inputs, weights), DEVICE, 4, **options)
 
@@ -336,6 +308,20 @@ def test_a_result_that_is_an_input_in_another_dtype(monkeypatch: pytest.MonkeyPa
         module(torch.randn(25)[1:].view(6, 4))
 
 
+def test_an_empty_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No node of the graph writes it, and each replay returns another tensor."""
+    text = """
+      input x: f32[s, 4]
+      v: f32[0, 4] = view aten.slice.Tensor(self=x, dim=0, start=2, end=2)
+      e: f32[0, 4] = extern aten.exp.default(self=v)
+      return [e]"""
+    module = Module(monkeypatch, text)
+    results = [module(torch.randn(8, 4))[0] for _ in range(4)]
+    assert all((result.shape, result.stride()) == ((0, 4), (4, 1)) for result in results)
+    assert len({id(result) for result in results}) == 4
+    assert module.pool.replays == 3
+
+
 @pytest.mark.parametrize("results", ["t", "t, t", "x, t, t"])
 def test_a_view_of_an_input_that_was_captured_with_other_strides(monkeypatch: pytest.MonkeyPatch, results: str) -> None:
     """Its strides are others than the result's, so that the code has to copy it; no kernel reads it."""
@@ -422,8 +408,8 @@ def test_a_replay_that_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*given: Any) -> None:
         raise KeyboardInterrupt
 
-    (captured,) = module.pool.captured.values()
-    nodes = {node for port in captured._executables._ports for *_, node in port}
+    (graph,) = module.pool.captured.values()
+    nodes = {node for slots in graph._executables._slots for *_, node in slots}
     with monkeypatch.context() as patch:
         for node in nodes:
             patch.setitem(vars(node), "set_params", interrupted)
@@ -618,13 +604,13 @@ def test_copies_that_make_others_necessary(monkeypatch: pytest.MonkeyPatch) -> N
     module = Module(monkeypatch, CHAIN)
     asked: list[set[str]] = []
 
-    class Found(cudagraph.Captured):
+    class Found(captured.Captured):
         def __init__(self, *given: Any) -> None:
             super().__init__(*given)
             asked.append(set(*given[4:]))
             self.missing = {"x", "y"} - asked[-1] and {min({"x", "y"} - asked[-1])}
 
-    monkeypatch.setattr(cudagraph, "Captured", Found)
+    monkeypatch.setattr(captured, "Captured", Found)
     for _ in range(4):
         x, y = torch.randn(2, 16).unbind()
         torch.testing.assert_close(module(x, y)[0], 2 * x + y)

@@ -20,7 +20,7 @@ from torch_rtx.errors import LoweringError, PartitionError, SettingsError
 from torch_rtx.lowering import pipeline
 from torch_rtx.settings import MODES, CompilationSettings, RuntimeSettings, from_options, table
 
-FIELDS = [field.name for kind in (CompilationSettings, RuntimeSettings) for field in dataclasses.fields(kind)]
+FIELDS = sorted({item.name for kind in (CompilationSettings, RuntimeSettings) for item in dataclasses.fields(kind)})
 GOOD = {
     "min_block_size": 2,
     "torch_executed_ops": {"aten.exp"},
@@ -32,6 +32,7 @@ GOOD = {
     "device": "cpu",
     "targets": ("sm_86", 120, "ptx"),
     "dump_dir": "dumps",
+    "override_dir": "edited",
     "tactics": "library",
     "cache_built_engines": False,
     "reuse_cached_engines": False,
@@ -59,7 +60,8 @@ BAD = {
     "device": "tpu",
     "targets": 8.6,
     "dump_dir": 3,
-    "tactics": "fastest",
+    "override_dir": True,
+    "tactics": "kernel library",
     "cache_built_engines": 1,
     "reuse_cached_engines": "no",
     "engine_cache_dir": 3,
@@ -116,9 +118,8 @@ def test_new_process_finds_the_backend_logs_and_dumps(tmp_path):
     assert re.search(r"simplify: \d+ -> \d+ nodes", result.stderr)  # DEBUG
     assert "1 blocks, 0 fallback nodes" in result.stderr  # INFO
     written = {path.name for path in (tmp_path / "dumps" / "graph_000").iterdir()}
-    names = enumerate(("import", *pipeline.PIPELINE))
-    stages = [f"{index:02}_{name}.rtxir" for index, name in names if name not in pipeline.COPYING | pipeline.FORMING]
-    assert written >= {"00_fx.py", "00_partition.txt", "run.py", *stages}
+    stages = {f"{index:02}_{step.name}.rtxir" for index, step in enumerate(pipeline.PIPELINE, 1) if not step.needs}
+    assert written >= {"00_fx.py", "00_import.rtxir", "00_partition.txt", "run.py", *stages}
 
 
 def test_importing_the_package_is_cheap(tmp_path):
@@ -135,7 +136,7 @@ def test_importing_the_package_is_cheap(tmp_path):
 
 
 def test_every_option_is_tested_here():
-    assert sorted(GOOD) == sorted(BAD) == sorted(FIELDS)
+    assert sorted(GOOD) == sorted(BAD) == FIELDS
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -201,7 +202,7 @@ def test_table_names_every_option():
 def test_dump_variable_is_read_when_settings_are_made(monkeypatch):
     monkeypatch.setenv("TORCH_RTX_DUMP", "somewhere")
     assert CompilationSettings().dump_dir == "somewhere"
-    assert from_options({"dump_dir": "else"})[0].dump_dir == "else"
+    assert [settings.dump_dir for settings in from_options({"dump_dir": "else"})] == ["else", "else"]
 
 
 # Partition -----------------------------------------------------------------------------------------------------------
@@ -260,13 +261,19 @@ class Broken(nn.Module):
         return self.fc(x).relu()
 
 
-def broken_pass(graph, infer):
+def failing(graph, infer):
     raise ValueError("off by one")
+
+
+def in_place_of(name, run):
+    """The pipeline with another function for a pass."""
+    run.__name__ = name
+    return tuple(dataclasses.replace(step, run=run) if step.name == name else step for step in pipeline.PIPELINE)
 
 
 @pytest.fixture
 def broken(monkeypatch):
-    monkeypatch.setitem(pipeline.PIPELINE, "cse", broken_pass)
+    monkeypatch.setattr(pipeline, "PIPELINE", in_place_of("cse", failing))
 
 
 @pytest.mark.usefixtures("broken")
@@ -288,7 +295,7 @@ def test_failing_pass_says_where_and_how_to_reproduce(tmp_path):
 
 def test_reproduction_runs_where_the_bug_is_fixed(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        patch.setitem(pipeline.PIPELINE, "dce", broken_pass)
+        patch.setattr(pipeline, "PIPELINE", in_place_of("dce", failing))
         compiled = compile_rtx(Broken(), options={"dump_dir": str(tmp_path), "disabled_passes": ["cse"]})
         with torch.no_grad(), pytest.raises(BackendCompilerFailed):
             compiled(torch.ones(2, 4))

@@ -5,30 +5,43 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 
 import torch_rtx
+from tests.test_structure import ARROWS
 from torch_rtx import settings
-from torch_rtx.ir import verify
+from torch_rtx.ir import kernel_nodes, verify
 from torch_rtx.irparse import parse
-from torch_rtx.lowering.pipeline import PIPELINE, REQUIRED
+from torch_rtx.lowering.kernels.generate import generate
+from torch_rtx.lowering.pipeline import PASSES, PIPELINE
+from torch_rtx.targets import PORTABLE, arch_of, by_age, parse_targets
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+SHORT = 2500  # words that a newcomer reads in fifteen minutes
 
 
-def table_in(page: str) -> str:
-    """The first table of a page."""
-    lines = (DOCS / page).read_text().splitlines(keepends=True)
+def table_in(page: str, heading: str = "") -> str:
+    """The first table of a page, or of what follows a heading of it."""
+    text = (DOCS / page).read_text()
+    lines = text[text.index(heading) :].splitlines(keepends=True)
     start = next(index for index, line in enumerate(lines) if line.startswith("|"))
     end = next(index for index in range(start, len(lines)) if not lines[index].startswith("|"))
     return "".join(lines[start:end])
 
 
+def rows_of(table: str) -> list[list[str]]:
+    """The cells of a table below its head, without quotes."""
+    lines = table.splitlines()[2:]
+    return [[cell.strip().replace("`", "") for cell in line.strip("|").split("|")] for line in lines]
+
+
 def test_settings_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("TORCH_RTX_DUMP", "TORCH_RTX_CACHE_DIR"):
+    for name in ("TORCH_RTX_DUMP", "TORCH_RTX_OVERRIDE", "TORCH_RTX_CACHE_DIR"):
         monkeypatch.delenv(name, raising=False)
     assert table_in("settings.md") == settings.table()
 
@@ -37,22 +50,94 @@ def test_settings_name_passes_and_modes() -> None:
     text = (DOCS / "settings.md").read_text()
     named = re.search(r"`disabled_passes` can name are (.*?);", text, re.DOTALL)
     assert named is not None
-    assert re.findall(r"`(\w+)`", named[1]) == [name for name in PIPELINE if name not in REQUIRED]
+    assert re.findall(r"`(\w+)`", named[1]) == [step.name for step in PIPELINE if not step.required]
     assert all(f"`{mode}`" in text for mode in settings.MODES)
 
 
 def test_passes_table() -> None:
-    rows = re.findall(r"^\| `(\w+)` \|", (DOCS / "architecture.md").read_text(), re.MULTILINE)
-    assert rows == list(PIPELINE)
+    table = table_in("architecture/ir-and-passes.md", "## The passes")
+    assert [name for name, _ in rows_of(table)] == list(PASSES)
 
 
-def test_ir_example() -> None:
-    """The graph in architecture.md is valid, and is written as the text form writes it."""
-    examples = re.findall(r"^```\n(graph .*?)^```$", (DOCS / "architecture.md").read_text(), re.MULTILINE | re.DOTALL)
-    assert len(examples) == 1
-    graph = parse(examples[0])
+def test_parts_table() -> None:
+    """architecture.md says of every part of the package what test_structure.py lets it import."""
+    rows = rows_of(table_in("architecture.md", "## The parts"))
+    drawn = {part: set(filter(None, arrows.split(", "))) for part, _, arrows in rows}
+    assert drawn == ARROWS
+
+
+def test_portable_gpus() -> None:
+    """README.md says of which GPUs the portable set has kernels."""
+    text = (ROOT / "README.md").read_text()
+    rows = rows_of(text[text.index("| GPU |") :].partition("\n\n")[0])
+    named = [target for _, name, marked in rows if marked == "yes" for target in parse_targets(name)]
+    assert by_age(named) == [target for target in PORTABLE if not target.ptx]
+    for gpus, name, _ in rows:
+        assert {target for gpu in gpus.split(", ") for target in parse_targets(gpu)} == set(parse_targets(name)), gpus
+
+
+def test_defaults_in_prose() -> None:
+    """Pages name defaults of options that they explain, and what the package needs."""
+    engine, runtime = settings.CompilationSettings(), settings.RuntimeSettings()
+    needs = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    torch = next(name for name in needs["dependencies"] if name.startswith("torch"))
+    for page, text in (
+        ("docs/caching.md", f"{engine.engine_cache_size >> 30} GiB by default"),
+        ("docs/caching.md", f"{runtime.runtime_cache_size >> 20} MiB by default"),
+        ("docs/dynamic-shapes.md", f"({runtime.specialized_shapes} combinations, `specialized_shapes`)"),
+        ("docs/dynamic-shapes.md", f"({runtime.cuda_graph_pool_size}, `cuda_graph_pool_size`)"),
+        ("README.md", f"Python {needs['requires-python'].removeprefix('>=')} or later"),
+        ("README.md", f"PyTorch {torch.removeprefix('torch>=')} or later"),
+    ):
+        assert text in " ".join((ROOT / page).read_text().split()), f"{page}: {text}"
+
+
+def test_architecture_is_short() -> None:
+    assert len((DOCS / "architecture.md").read_text().split()) <= SHORT
+
+
+def test_index_names_every_page() -> None:
+    index = (DOCS / "README.md").read_text()
+    assert [page for page in PAGES if f"({page.relative_to(DOCS)})" not in index and page.name != "README.md"] == []
+
+
+def test_figures_of_a_device_are_in_performance_alone() -> None:
+    """What was measured on a GPU goes stale in prose; results that a benchmark rewrites do not."""
+    pages = [page for page in PAGES if page.name != "performance.md"]
+    assert [page.name for page in pages if re.search(r"\b[AHB][1-3]00\b.*\d (us|ms|%)", page.read_text())] == []
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: str(page.relative_to(ROOT)))
+def test_paths_exist(page: Path) -> None:
+    """Files and folders of this repository that a page names are there."""
+    named = re.findall(r"`((?:torch_rtx|tests|examples|benchmarks|docs)/[\w/.]*)`", page.read_text())
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("page", ["ir-and-passes.md", "fusion-and-kernels.md", "tactics-and-tuning.md"])
+def test_ir_example(page: str) -> None:
+    """The graph in a page is valid, and is written as the text form writes it."""
+    graph = parse(ir_example(page))
     verify(graph)
-    assert str(graph) == examples[0]
+    assert str(graph) == ir_example(page)
+
+
+def test_kernel_example() -> None:
+    """The source in fusion-and-kernels.md is what is generated for a kernel of the graph there."""
+    text = (DOCS / "architecture" / "fusion-and-kernels.md").read_text()
+    sources = re.findall(r"^```py\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    node = next(kernel_nodes(parse(ir_example("fusion-and-kernels.md"))))
+    assert node.body is not None
+    kernel = generate(node.body, "softmax", arch_of(89), 0)
+    assert kernel is not None
+    assert sources == [kernel.source]
+
+
+def ir_example(page: str) -> str:
+    """The one graph that a page of the architecture shows."""
+    text = (DOCS / "architecture" / page).read_text()
+    (example,) = re.findall(r"^```\n(graph .*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return str(example)
 
 
 @pytest.mark.parametrize("name", torch_rtx.__all__)

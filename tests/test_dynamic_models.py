@@ -18,14 +18,14 @@ import torch_rtx
 from benchmarks import models
 from benchmarks.numerics import assert_right, in_float64
 from benchmarks.suites.shapes import dynamic_shapes
-from torch_rtx.backend import reuse
+from torch_rtx.backend import program_cache
 from torch_rtx.ir import Graph, kernel_nodes
-from torch_rtx.kerneltable import KernelTable
-from torch_rtx.lowering.kernels.region import ANCHORS
+from torch_rtx.op_work import ANCHORS
 from torch_rtx.runtime.bind import bind
 from torch_rtx.runtime.check import bind_sizes
-from torch_rtx.runtime.knowledge import region_key
+from torch_rtx.runtime.tuning_db import region_key
 from torch_rtx.settings import CompilationSettings
+from torch_rtx.tactics import KernelTable
 
 LENGTH = 32
 # Kernels of a call of the dynamic engine besides: rotary tables, which are weights where the length is fixed.
@@ -50,7 +50,7 @@ def engine(name: str, batch: int, dynamic: bool) -> tuple[nn.Module, torch_rtx.C
         trace = [(batch, length), (batch + (batch > 1), length), (batch, length and length - 8)]
         shapes = dynamic_shapes(model, [models.inputs(name, "small", batch=b, length=n) for b, n in trace])
     settings = CompilationSettings(device="cuda", targets="sm_80", reuse_cached_engines=False)
-    with patch.object(reuse, "kernels_of", lambda *_: KernelTable()):  # nothing is launched here
+    with patch.object(program_cache, "kernels_of", lambda *_: KernelTable()):  # nothing is launched here
         module = torch_rtx.compile(copy.deepcopy(model), *inputs, dynamic_shapes=shapes, settings=settings)
     args, kwargs = inputs
     return model, module, (args, kwargs)

@@ -67,7 +67,7 @@ def test_damage_is_found(tmp_path: Path, data: st.DataObject) -> None:
 def test_trailing_bytes(tmp_path: Path, extra: bytes) -> None:
     path = tmp_path / "model.rtx"
     path.write_bytes(saved(path) + extra)
-    with pytest.raises(EngineFormatError, match="its header speaks of"):
+    with pytest.raises(EngineFormatError, match="its header describes"):
         read_header(path)
 
 
@@ -75,7 +75,7 @@ def test_trailing_bytes(tmp_path: Path, extra: bytes) -> None:
 def test_length_field_lies(tmp_path: Path, length: int) -> None:
     path = tmp_path / "model.rtx"
     path.write_bytes(length.to_bytes(8, "little") + saved(path)[8:])
-    with pytest.raises(EngineFormatError, match="no .rtx file"):
+    with pytest.raises(EngineFormatError, match="not an .rtx file"):
         read_header(path)
 
 
@@ -83,11 +83,11 @@ def test_files_of_other_kinds(tmp_path: Path) -> None:
     path = tmp_path / "other"
     for content in (b"", b"\x80\x02}q\x00.", b"PK\x03\x04" + bytes(60), b"\0" * 8, bytes([2, *[0] * 7]) + b"{}"):
         path.write_bytes(content)
-        with pytest.raises(EngineFormatError, match=r"no .rtx file.*other"):
+        with pytest.raises(EngineFormatError, match=r"not an .rtx file.*other"):
             load(path)
     for metadata in (None, {"format": "pt"}, {"torch_rtx": "{}"}):
         save_file({"a": torch.zeros(2)}, path, metadata)
-        with pytest.raises(EngineFormatError, match="no .rtx file"):
+        with pytest.raises(EngineFormatError, match="not an .rtx file"):
             load(path)
     with pytest.raises(EngineFormatError, match="folder"):
         load(tmp_path)
@@ -255,7 +255,7 @@ def test_tables_that_are_refused(tmp_path: Path, edit: Callable[[dict[str, Any]]
 
 def test_data_of_another_size(tmp_path: Path) -> None:
     for data in (b"", bytes(41), bytes(43)):
-        with pytest.raises(EngineFormatError, match="its header speaks of"):
+        with pytest.raises(EngineFormatError, match="its header describes"):
             read_header(forge(tmp_path / "a.rtx", data=data))
 
 
@@ -286,7 +286,7 @@ def test_headers_that_are_no_json(tmp_path: Path) -> None:
         lambda raw: raw.rstrip()[:-1] + b',"__metadata__":{"torch_rtx":"{}"}}',
     ):
         saved(path)
-        with pytest.raises(EngineFormatError, match="no JSON of an engine"):
+        with pytest.raises(EngineFormatError, match="not the JSON of an engine"):
             load(resign(path, change))
     saved(path)
     assert load(resign(path, lambda raw: raw + b"        ")).graph == GRAPH

@@ -19,29 +19,35 @@ from typer.testing import CliRunner
 import torch_rtx
 from tests.engine_files import ENGINE, forge, saved
 from tests.kernels import GRAPH
-from torch_rtx import kerneltable
+from torch_rtx import tactics
 from torch_rtx.backend.cli import app
 from torch_rtx.engine import Engine, Manifest, inspect, load, save
 from torch_rtx.errors import EngineFormatError, InvalidIR, RtxError
 from torch_rtx.ir import Expr, Sym, dim_expr
 from torch_rtx.irparse import parse, parse_dim
-from torch_rtx.kerneltable import MAX_BINARY, KernelTable, Launch, Split, Variant, pack, unpack
 from torch_rtx.manifest import FORMAT_VERSION
+from torch_rtx.tactics import MAX_BINARY, OWN, KernelTable, Launch, Tactic, Variant, pack, unpack
+from torch_rtx.tactics_v4 import read_table_v4
 from torch_rtx.targets import PTX, Target
 
 S = GRAPH.syms["s"]
 BINARIES = dict(pack(bytes([number]) * (500 + number)) for number in range(3))
 FIRST, SECOND, THIRD = BINARIES
 SHARED = Launch(
-    (Target(80), Target(86)),
     (S, dim_expr("*", 4, S)),
     (dim_expr("//", dim_expr("+", S, 1023), 1024), 1, 2),
     False,
     Variant(FIRST, "add", 4, 0, 24, 0),
     Variant(SECOND, "add", 4, 1024, 32, 8, waits=True),
 )
-ONE = Launch((PTX,), (), (1, 1, 1), True, Variant(THIRD, "both$1", 32, 99 << 10, 255, 0), None)
-TABLE = KernelTable({"add": (SHARED, replace(SHARED, targets=(Target(120),))), "both": (ONE,)}, BINARIES)
+ONE = Launch((), (1, 1, 1), True, Variant(THIRD, "both$1", 32, 99 << 10, 255, 0), None)
+ADD = (Tactic("kernel", 1.5, {OWN: SHARED}), Tactic("library", 2.5))
+ADD_120 = (Tactic("library", 0.5), Tactic("kernel", 1.25, {OWN: SHARED}))
+BOTH = (Tactic("kernel", 3.0, {OWN: ONE}),)
+TABLE = KernelTable(
+    {"add": {Target(80): ADD, Target(86): ADD, Target(120): ADD_120}, "both": {PTX: BOTH}},
+    BINARIES,
+)
 MANIFEST = Manifest("cuda", ("x", "y"))
 WITH_KERNELS = Engine(GRAPH, MANIFEST, {}, None, TABLE)
 BODY = """graph import {
@@ -64,8 +70,8 @@ BODY = """graph import {
   return [b, a]
 }
 """
-SPLIT = Split((PTX,), parse(BODY))
-SPLIT_TABLE = replace(TABLE, launches={**TABLE.launches, "part": (ONE,), "rest": (ONE,)}, splits={"both": (SPLIT,)})
+SPLIT = Tactic("split", 2.0, {"part": ONE, "rest": ONE}, parse(BODY))
+SPLIT_TABLE = replace(TABLE, tactics={**TABLE.tactics, "both": {PTX: (SPLIT, *BOTH)}})
 WITH_SPLITS = replace(WITH_KERNELS, kernels=SPLIT_TABLE)
 
 
@@ -78,14 +84,14 @@ def test_round_trip(tmp_path: Path) -> None:
     assert got.kernels == TABLE
     assert got.graph == GRAPH
     assert raw == saved(tmp_path / "b.rtx", got)
-    turned = KernelTable(dict(reversed(TABLE.launches.items())), dict(reversed(BINARIES.items())))
+    turned = KernelTable(dict(reversed(TABLE.tactics.items())), dict(reversed(BINARIES.items())))
     assert raw == saved(tmp_path / "c.rtx", replace(WITH_KERNELS, kernels=turned))
     with safetensors.safe_open(tmp_path / "a.rtx", "pt") as file:
         assert sorted(file.keys()) == sorted(f"kernel/{name}" for name in BINARIES)
 
 
 def test_readers_of_format_1_read_files_without_kernels(tmp_path: Path) -> None:
-    for engine, reader in ((WITH_KERNELS, 2), (replace(WITH_KERNELS, kernels=KernelTable()), 1), (ENGINE, 1)):
+    for engine, reader in ((WITH_KERNELS, 5), (replace(WITH_KERNELS, kernels=KernelTable()), 1), (ENGINE, 1)):
         save(engine, tmp_path / "a.rtx")
         manifest = load(tmp_path / "a.rtx").manifest
         assert (manifest.format_version, manifest.min_reader) == (FORMAT_VERSION, reader)
@@ -97,10 +103,9 @@ def test_split_bodies(tmp_path: Path) -> None:
     raw = saved(tmp_path / "a.rtx", WITH_SPLITS)
     got = load(tmp_path / "a.rtx")
     assert got.kernels == SPLIT_TABLE
-    assert (got.manifest.format_version, got.manifest.min_reader) == (FORMAT_VERSION, 4)
+    assert (got.manifest.format_version, got.manifest.min_reader) == (FORMAT_VERSION, 5)
     assert raw == saved(tmp_path / "b.rtx", got)
     assert inspect(tmp_path / "a.rtx").kernels["compute_80"][0] == 3
-    assert b"splits" not in saved(tmp_path / "c.rtx", WITH_KERNELS)
 
 
 def test_inspect(tmp_path: Path) -> None:
@@ -110,7 +115,8 @@ def test_inspect(tmp_path: Path) -> None:
     expected = {"sm_80": (1, both), "sm_86": (1, both), "sm_120": (1, both), "compute_80": (1, len(BINARIES[THIRD]))}
     assert seen.kernels == expected
     assert list(seen.kernels) == list(expected)
-    assert f"kernels: compiled for\n  sm_80: 1, {both} B\n" in str(seen)
+    assert f"kernels: compiled for\n  sm_80: 1, {both} B; fastest by expectation: 1 kernel\n" in str(seen)
+    assert seen.tactics == {name: {"library" if name == "sm_120" else "kernel": 1} for name in expected}
     assert seen.engine_bytes == (tmp_path / "a.rtx").stat().st_size
     save(ENGINE, tmp_path / "b.rtx")
     assert "kernels: none\n" in str(inspect(tmp_path / "b.rtx"))
@@ -123,7 +129,7 @@ def test_binaries_of_a_file_can_be_ignored(tmp_path: Path) -> None:
     text = "graph fused {\n  input input: f32[2]\n  y: f32[2] = kernel k(in0=input) graph import {\n    "
     text += "input in0: f32[2]\n    y: f32[2] = op aten.relu.default(self=in0)\n    return [y]\n  }\n  return [y]\n}\n"
     launch = replace(ONE, aligned=replace(ONE.aligned, binary=FIRST))
-    table = KernelTable({"k": (launch,)}, {FIRST: BINARIES[FIRST]})
+    table = KernelTable({"k": {PTX: (Tactic("kernel", 1.0, {OWN: launch}),)}}, {FIRST: BINARIES[FIRST]})
     save(Engine(parse(text), Manifest("cpu", ("input",), signature), {}, None, table), tmp_path / "a.rtx")
     x = torch.tensor([-1.0, 2.0])
     for trust in (True, False):
@@ -139,7 +145,7 @@ def test_pack() -> None:
     binary = bytes(range(256)) * 100
     name, stored = pack(binary)
     assert len(stored) < 1000
-    assert name == kerneltable.digest(stored) != kerneltable.digest(binary)
+    assert name == tactics.digest(stored) != tactics.digest(binary)
     assert unpack(stored) == binary
     assert pack(binary) == (name, stored)
 
@@ -184,7 +190,7 @@ def change(*path: Any, to: Any) -> Callable[[dict[str, Any]], None]:
     """Replaces one place in the table of a file."""
 
     def edit(program: dict[str, Any]) -> None:
-        at = program["kernels"]
+        at = program["tactics"]
         for key in path[:-1]:
             at = at[key]
         at[path[-1]] = to
@@ -192,38 +198,51 @@ def change(*path: Any, to: Any) -> Callable[[dict[str, Any]], None]:
     return edit
 
 
-def without(name: str) -> Callable[[dict[str, Any]], None]:
-    return lambda program: program["kernels"]["add"][0].pop(name)
+def without(*path: Any) -> Callable[[dict[str, Any]], None]:
+    def edit(program: dict[str, Any]) -> None:
+        at = program["tactics"]["add"][0]
+        for key in path[:-1]:
+            at = at[key]
+        at.pop(path[-1])
+
+    return edit
 
 
-VARIANT = ("add", 0, "aligned")
+LAUNCH = ("add", 0, "kernels", OWN)
+VARIANT = (*LAUNCH, "aligned")
 REFUSED: dict[str, Callable[[dict[str, Any]], object]] = {
-    "no table": lambda program: program.update(kernels=[1]),
-    "table is text": lambda program: program.update(kernels="x"),
-    "launches are no list": change("add", to={}),
-    "no launch": change("add", to=[]),
-    "launch is none": change("add", 0, to=None),
+    "no table": lambda program: program.update(tactics=[1]),
+    "table is text": lambda program: program.update(tactics="x"),
+    "tactics are no list": change("add", to={}),
+    "no tactic": change("add", to=[]),
+    "tactic is none": change("add", 0, to=None),
     "unknown kernel": change("other", to=[]),
-    **{f"no {name}": without(name) for name in ("targets", "scalars", "grid", "wide", "aligned", "generic")},
-    "no targets at all": change("add", 0, "targets", to=[]),
-    "a target twice": change("add", 0, "targets", to=["sm_80", "sm_80"]),
-    "a target in two launches": change("add", 1, "targets", to=["sm_86"]),
-    "PTX and binaries": change("add", 0, "targets", to=["sm_80", "compute_80"]),
-    "targets are text": change("add", 0, "targets", to="sm_80"),
-    "strange target": change("add", 0, "targets", to=["sm_80a"]),
-    "target is a number": change("add", 0, "targets", to=[80]),
-    "grid of two": change("add", 0, "grid", to=["1", "1"]),
-    "grid of four": change("add", 0, "grid", to=["1"] * 4),
-    "grid of numbers": change("add", 0, "grid", to=[1, 1, 1]),
-    "negative grid": change("add", 0, "grid", to=["-1", "1", "1"]),
-    "unknown symbol": change("add", 0, "scalars", to=["t"]),
-    "value as a scalar": change("add", 0, "scalars", to=["x"]),
-    "scalar is code": change("add", 0, "scalars", to=["__import__('os').getpid()"]),
-    "scalars are none": change("add", 0, "scalars", to=None),
-    "deep scalar": change("add", 0, "scalars", to=["s" + " // 3" * 3000]),
-    "wide is a number": change("add", 0, "wide", to=1),
+    **{f"no {name}": without(name) for name in ("kind", "body", "kernels", "expected_us")},
+    **{f"no {name}": without("kernels", OWN, name) for name in ("scalars", "grid", "wide", "aligned", "generic")},
+    "kind is a number": change("add", 0, "kind", to=1),
+    "kernels are a list": change("add", 0, "kernels", to=[]),
+    "a kernel that is not there": change("add", 0, "kernels", "other", to=None),
+    "targets are a list": change("add", 0, "expected_us", to=["sm_80"]),
+    "PTX and binaries": change("add", 0, "expected_us", to={"sm_80": 1.0, "compute_80": 1.0}),
+    "strange target": change("add", 0, "expected_us", to={"sm_80a": 1.0}),
+    "a time that is text": change("add", 0, "expected_us", to={"sm_80": "1.0"}),
+    "a time that is a bool": change("add", 0, "expected_us", to={"sm_80": True}),
+    "a negative time": change("add", 0, "expected_us", to={"sm_80": -1.0}),
+    "a time that is no number": change("add", 0, "expected_us", to={"sm_80": float("nan")}),
+    "an endless time": change("add", 0, "expected_us", to={"sm_80": float("inf")}),
+    "grid of two": change(*LAUNCH, "grid", to=["1", "1"]),
+    "grid of four": change(*LAUNCH, "grid", to=["1"] * 4),
+    "grid of numbers": change(*LAUNCH, "grid", to=[1, 1, 1]),
+    "negative grid": change(*LAUNCH, "grid", to=["-1", "1", "1"]),
+    "unknown symbol": change(*LAUNCH, "scalars", to=["t"]),
+    "value as a scalar": change(*LAUNCH, "scalars", to=["x"]),
+    "scalar is code": change(*LAUNCH, "scalars", to=["__import__('os').getpid()"]),
+    "scalars are none": change(*LAUNCH, "scalars", to=None),
+    "deep scalar": change(*LAUNCH, "scalars", to=["s" + " // 3" * 3000]),
+    "wide is a number": change(*LAUNCH, "wide", to=1),
+    "launch is none": change(*LAUNCH, to=None),
     "no aligned variant": change(*VARIANT, to=None),
-    "generic is text": change("add", 0, "generic", to="x"),
+    "generic is text": change(*LAUNCH, "generic", to="x"),
     "no such binary": change(*VARIANT, "binary", to="0" * 32),
     "digest is short": change(*VARIANT, "binary", to="0" * 31),
     "digest is a path": change(*VARIANT, "binary", to="../../../../../etc/passwd"),
@@ -238,9 +257,9 @@ REFUSED: dict[str, Callable[[dict[str, Any]], object]] = {
     "huge shared memory": change(*VARIANT, "shared", to=2**31),
     "half a register": change(*VARIANT, "registers", to=0.5),
     "waits as a number": change(*VARIANT, "waits", to=1),
-    "table without its binaries": lambda program: program["kernels"].pop("both"),
-    "no table for binaries": lambda program: program.pop("kernels"),
-    "null": lambda program: program.update(kernels=None),
+    "table without its binaries": lambda program: program["tactics"].pop("both"),
+    "no table for binaries": lambda program: program.pop("tactics"),
+    "null": lambda program: program.update(tactics=None),
 }
 
 
@@ -254,35 +273,23 @@ def test_tables_that_are_refused(tmp_path: Path, edit: Callable[[dict[str, Any]]
 
 
 def split(text: str = BODY, **changes: Any) -> Callable[[dict[str, Any]], None]:
-    """Replaces fields of the split body of a file; `text` is the body's."""
-    return lambda program: program["splits"]["both"][0].update({"body": text, **changes})
+    """Replaces fields of the split tactic of a file; `text` is its body's."""
+    return lambda program: program["tactics"]["both"][0].update({"body": text, **changes})
 
 
 REFUSED_SPLITS: dict[str, Callable[[dict[str, Any]], object]] = {
-    "no table of splits": lambda program: program.update(splits=[1]),
-    "splits are no list": lambda program: program["splits"].update(both={}),
-    "no split": lambda program: program["splits"].update(both=[]),
-    "split is none": lambda program: program["splits"].update(both=[None]),
-    "unknown kernel": lambda program: program["splits"].update(other=program["splits"].pop("both")),
-    "kernel without launches": lambda program: program["splits"].update(strange=program["splits"]["both"]),
-    "no body": lambda program: program["splits"]["both"][0].pop("body"),
     "body is none": split(body=None),
+    "body is a number": split(body=1),
     "body is no graph": split("print()"),
-    "no targets": split(targets=[]),
-    "a target twice": split(targets=["compute_80"] * 2),
-    "a target without launches": split(targets=["compute_80", "sm_90"]),
     "other spaces": split(BODY.replace("  input", " input", 1)),
     "other inputs": split(BODY.replace("input in0: f32[s]\n  t", "input in0: f16[s]\n  t")),
     "other outputs": split(BODY.replace("return [b, a]\n}\n", "return [b]\n}\n")),
     "an op that is not allowed": split(BODY.replace("aten.exp.default", "aten.resize_.default")),
-    "an op outside of kernels": split(
-        BODY.replace("  return [b, a]\n}\n", "  c: f32[s] = op aten.neg.default(self=b)\n  return [c, a]\n}\n")
-    ),
     "kernels of another name": split(BODY.replace("kernel part", "kernel other")),
-    "a name for two kernels": split(BODY.replace("kernel part", "kernel add")),
+    "a name for two kernels": split(BODY.replace("kernel part", "kernel rest")),
+    "the whole node in a body": split(kernels={OWN: None}),
     "deep": split("graph import {\n" * 2000),
-    "left out": lambda program: program.pop("splits"),
-    "null": lambda program: program.update(splits=None),
+    "left out": lambda program: program["tactics"]["both"].clear(),
 }
 
 
@@ -297,22 +304,75 @@ def test_split_bodies_that_are_refused(tmp_path: Path, edit: Callable[[dict[str,
 
 def test_a_forged_table_can_be_right(tmp_path: Path) -> None:
     def edit(program: dict[str, Any]) -> None:  # what a later release may add is ignored
-        program["kernels"]["add"][0]["new"] = program["kernels"]["add"][0]["aligned"]["new"] = 1
-        program["kernels"]["add"][0]["targets"].append("sm_150")
+        row = program["tactics"]["add"][0]
+        row["new"] = row["kernels"][OWN]["new"] = row["kernels"][OWN]["aligned"]["new"] = 1
+        row["expected_us"]["sm_150"] = 1.5
 
-    got = load(forge(tmp_path / "a.rtx", edit, what=WITH_KERNELS)).kernels.launches["add"]
-    assert got == (replace(SHARED, targets=(*SHARED.targets, Target(150))), replace(SHARED, targets=(Target(120),)))
+    got = load(forge(tmp_path / "a.rtx", edit, what=WITH_KERNELS)).kernels.tactics["add"]
+    assert got == {**TABLE.tactics["add"], Target(150): ADD[:1]}
 
 
 def test_files_that_do_not_say_whether_kernels_wait(tmp_path: Path) -> None:
     """No kernel of theirs does."""
 
     def edit(program: dict[str, Any]) -> None:
-        for launch in program["kernels"]["add"]:
+        launches = [launch for row in program["tactics"]["add"] for launch in row["kernels"].values()]
+        assert launches
+        for launch in launches:
             assert [launch[name].pop("waits") for name in ("aligned", "generic")] == [False, True]
 
-    got = load(forge(tmp_path / "a.rtx", edit, what=WITH_KERNELS)).kernels.launches["add"]
-    assert not any(variant.waits for launch in got for variant in launch.variants)
+    got = load(forge(tmp_path / "a.rtx", edit, what=WITH_KERNELS)).kernels
+    assert not any(variant.waits for _, launch in got.launches() for variant in launch.variants)
+
+
+# ---- formats 2 to 4 --------------------------------------------------------------------------------------------------
+
+OLD_LAUNCH = {**tactics._write_launch(ONE), "targets": ["sm_80", "sm_86"], "library": "slower"}  # type: ignore[dict-item]
+OLD = {"both": [OLD_LAUNCH], "part": [OLD_LAUNCH], "rest": [OLD_LAUNCH]}
+OLD_SPLITS = {"both": [{"targets": ["sm_86"], "body": BODY}]}
+
+
+@pytest.mark.parametrize(
+    ("library", "with_split", "expected"),
+    [
+        ("none", False, ["kernel"]),
+        ("slower", False, ["kernel", "library"]),
+        ("faster", False, ["library", "kernel"]),
+        ("none", True, ["split", "kernel"]),
+        ("slower", True, ["split", "kernel", "library"]),
+        ("faster", True, ["library", "split", "kernel"]),
+    ],
+)
+def test_tactics_of_old_files(library: str, with_split: bool, expected: list[str]) -> None:
+    """Launches, split bodies and what was said of the library call are tactics, in the order that they had."""
+    launches = {op: [{**OLD_LAUNCH, "library": library}] for op in (OLD if with_split else ["both"])}
+    table = read_table_v4(launches, OLD_SPLITS if with_split else None, GRAPH)
+    assert [tactic.kind for tactic in table.tactics["both"][Target(86)]] == expected
+    assert [tactic.kind for tactic in table.tactics["both"][Target(80)]] == [k for k in expected if k != "split"]
+    assert table.tactics.keys() == {"both"}
+    if with_split:
+        split = next(tactic for tactic in table.tactics["both"][Target(86)] if tactic.kind == "split")
+        assert (split.body, split.kernels) == (SPLIT.body, SPLIT.kernels)
+
+
+@pytest.mark.parametrize(
+    ("launches", "splits"),
+    [
+        ([], None),
+        ({"both": [{**OLD_LAUNCH, "library": "fastest"}]}, None),
+        ({"both": [{**OLD_LAUNCH, "targets": ["sm_80a"]}]}, None),
+        ({"both": [{**OLD_LAUNCH, "targets": ["sm_80", "compute_80"]}]}, None),
+        ({"other": [OLD_LAUNCH]}, None),
+        ({"both": []}, None),
+        (OLD, {"strange": OLD_SPLITS["both"]}),
+        ({"both": [OLD_LAUNCH]}, OLD_SPLITS),
+        (OLD, {"both": [{"targets": ["sm_90"], "body": BODY}]}),
+        (OLD, {"both": [{"targets": ["sm_86"], "body": BODY.replace("return [b, a]\n}\n", "return [b]\n}\n")}]}),
+    ],
+)
+def test_old_tables_that_are_refused(launches: Any, splits: Any) -> None:
+    with pytest.raises(EngineFormatError, match="the table of kernels is not right"):
+        read_table_v4(launches, splits, GRAPH)
 
 
 def binary(**changes: Any) -> Callable[[dict[str, Any]], None]:
@@ -339,7 +399,7 @@ def test_a_binary_that_is_another(tmp_path: Path) -> None:
     raw = saved(tmp_path / "a.rtx", WITH_KERNELS)
     data = raw[8 + int.from_bytes(raw[:8], "little") :]
     path = forge(tmp_path / "a.rtx", data=data[:-1] + bytes([data[-1] ^ 1]), what=WITH_KERNELS)
-    with pytest.raises(EngineFormatError, match="is not the binary that its name says"):
+    with pytest.raises(EngineFormatError, match="is damaged: its digest is not its name"):
         load(path)
 
 
@@ -370,11 +430,12 @@ def table(**changes: Any) -> Engine:
 ON_CPU = graph("input y: f32[s]", "input y: f32[s].cpu")
 ON_CPU = replace(ON_CPU, graph=parse(str(ON_CPU.graph).replace("input in1: f32[s]", "input in1: f32[s].cpu")))
 UNSAVED: dict[str, Engine] = {
-    "the graph has no kernel other": table(launches={**TABLE.launches, "other": (ONE,)}),
+    "the graph has no kernel other": table(tactics={**TABLE.tactics, "other": {PTX: BOTH}}),
     "two different kernels are called add": graph("aten.add.Tensor(self=in0", "aten.sub.Tensor(self=in0"),
     "must take and return tensors of the session's device": ON_CPU,
-    "must have each target once": table(launches={**TABLE.launches, "both": ()}),
-    "has PTX and binaries": table(launches={**TABLE.launches, "both": (replace(ONE, targets=(PTX, Target(80))),)}),
+    "both has a target without tactics": table(tactics={**TABLE.tactics, "both": {PTX: ()}}),
+    "kernel both has a target without": table(tactics={**TABLE.tactics, "both": {}}),
+    "launched as PTX and as a binary": table(tactics={**TABLE.tactics, "both": {PTX: BOTH, Target(80): BOTH}}),
     "missing: kernel/": table(binaries={FIRST: BINARIES[FIRST], SECOND: BINARIES[SECOND]}),
     "unexpected: kernel/": table(binaries={**BINARIES, "0" * 32: b""}),
 }
@@ -387,11 +448,10 @@ def test_kernels_must_fit_the_graph(tmp_path: Path, message: str, engine: Engine
     assert list(tmp_path.iterdir()) == []
 
 
-def test_reading_changes_nothing_of_the_json(tmp_path: Path) -> None:
-    """`read_table` is the inverse of `write_launches`, and leaves what it is given as it is."""
-    written = kerneltable.write_launches(TABLE)
-    before = copy.deepcopy(written)
-    assert kerneltable.read_table(written, {}, GRAPH) == replace(TABLE, binaries={})
-    assert written == before
-    parts = kerneltable.write_launches(SPLIT_TABLE), kerneltable.write_splits(SPLIT_TABLE)
-    assert kerneltable.read_table(*parts, GRAPH) == replace(SPLIT_TABLE, binaries={})
+def test_reading_changes_nothing_of_the_json() -> None:
+    """`read_table` is the inverse of `write_table`, and leaves what it is given as it is."""
+    for made in (TABLE, SPLIT_TABLE):
+        written = tactics.write_table(made)
+        before = copy.deepcopy(written)
+        assert tactics.read_table(written, GRAPH) == replace(made, binaries={})
+        assert written == before

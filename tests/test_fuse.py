@@ -33,11 +33,13 @@ from torch_rtx.lowering.kernels.generate import generate
 from torch_rtx.lowering.passes.dce import dce
 from torch_rtx.lowering.passes.fuse import fuse
 from torch_rtx.lowering.rewrite import Rewriter
+from torch_rtx.targets import Target, arch_of
 
 SHAPES = [(2, 3, 4), (3, 4), (4,), (2, 1, 4), (2, 3, 1), (6, 4), (1,)]
 BATCH = Sym("s0", 2, 64)
 SYMBOLIC = [(BATCH, 3, 4), (3, 4), (4,), (BATCH, 1, 4), (BATCH, 3, 1), (BATCH, 12), (1,)]
 UNARY = ["relu", "neg", "exp", "sigmoid", "clone", "abs"]
+TARGETS = (Target(80),)  # what kernels are formed for, and interpreted as
 BINARY = ["add.Tensor", "mul.Tensor", "sub.Tensor", "maximum.default"]
 
 
@@ -140,7 +142,7 @@ def execute(graph: Graph, inputs, sizes, wide: bool = False):
     values = dict(zip([value.name for value in graph.inputs], inputs, strict=True))
     for node in graph.nodes:
         if node.kind == "kernel":
-            kernel = generate(node.body, node.op, 80, 0)
+            kernel = generate(node.body, node.op, arch_of(80), 0)
             types = [
                 (numbers(v.type.shape, sizes), numbers(v.type.strides, sizes), aten.DTYPES[v.type.dtype])
                 for v in node.outputs
@@ -174,7 +176,7 @@ def programs(draw: st.DrawFn) -> Graph:
 @given(programs(), st.integers(0, 100))
 def test_fused_is_unfused(graph: Graph, seed: int) -> None:
     verify(graph, aten.ALLOWED)
-    fused = fuse(graph, Inference())
+    fused = fuse(graph, Inference(), TARGETS)
     verify(fused, aten.ALLOWED)
     torch.manual_seed(seed)
     sizes = dict.fromkeys(graph.syms, 2 + seed % 5)
@@ -199,7 +201,7 @@ def test_units_that_would_wait_for_each_other(count: int) -> None:
     second = emit("mm.default", self=narrow, mat2=b)
     results = emit("add.Tensor", self=second, other=y), last
     graph = Graph("import", (y, x, a, b), nodes=tuple(rewriter.nodes), outputs=(*results, first, second))
-    fused = fuse(graph, Inference())
+    fused = fuse(graph, Inference(), TARGETS)
     verify(fused, aten.ALLOWED)
     assert {node.kind for node in fused.nodes} == {"kernel"}
 
@@ -210,9 +212,9 @@ def test_a_sum_over_several_dims_is_a_kernel() -> None:
     x = Value("x", TensorType("f32", (BATCH, length, 12), contiguous((BATCH, length, 12))))
     rewriter = Rewriter(Graph("import", (x,)), Inference())
     total = rewriter.emit("aten.sum.dim_IntList", None, self=x, dim=(0, 1))
-    (node,) = fuse(Graph("import", (x,), nodes=tuple(rewriter.nodes), outputs=(total,)), Inference()).nodes
+    (node,) = fuse(Graph("import", (x,), nodes=tuple(rewriter.nodes), outputs=(total,)), Inference(), TARGETS).nodes
     assert node.kind == "kernel"
-    assert generate(node.body, node.op, 80, 0) is not None
+    assert generate(node.body, node.op, arch_of(80), 0) is not None
 
 
 def test_a_loop_without_code_is_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +224,7 @@ def test_a_loop_without_code_is_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
     graph = Graph("import", (x,), nodes=tuple(rewriter.nodes), outputs=(total,))
 
     monkeypatch.setattr(grouping, "_is_loop", lambda body: False)
-    assert fuse(graph, Inference()).nodes == graph.nodes
+    assert fuse(graph, Inference(), TARGETS).nodes == graph.nodes
 
 
 def test_results_that_nobody_reads_have_no_names_in_a_body() -> None:
@@ -234,6 +236,6 @@ def test_results_that_nobody_reads_have_no_names_in_a_body() -> None:
         Node("op", "aten.add.Scalar", (("self", place), ("other", 1)), (shifted,)),
         Node("op", "aten.amax.default", (("self", x), ("dim", (1,))), (extreme,)),
     )
-    fused = fuse(Graph("import", (x,), nodes=nodes, outputs=(shifted, extreme)), Inference())
+    fused = fuse(Graph("import", (x,), nodes=nodes, outputs=(shifted, extreme)), Inference(), TARGETS)
     verify(fused, aten.ALLOWED)
     assert [node.kind for node in fused.nodes] == ["kernel"]

@@ -13,8 +13,8 @@ import torch_rtx
 from tests.pools import graph_pools
 from torch_rtx import RuntimeSettings
 from torch_rtx.backend.entry import rtx
+from torch_rtx.runtime.admission import PATIENCE
 from torch_rtx.runtime.cudagraph import GraphPool
-from torch_rtx.runtime.places import PATIENCE
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("unspecialized")]
 

@@ -13,7 +13,9 @@ pytest.importorskip("triton")  # builds; running needs the driver alone
 import torch_rtx
 from benchmarks import models
 from benchmarks.numerics import assert_right, in_float64
+from torch_rtx.runtime.inline import launched
 from torch_rtx.settings import CompilationSettings, RuntimeSettings
+from torch_rtx.tactics import OWN
 
 pytestmark = pytest.mark.gpu
 # Code for this GPU, and the PTX of older generations through the driver's compiler, within their limits.
@@ -46,11 +48,16 @@ def check(name: str, model: Any, module: Any, dtype: torch.dtype, batch: int | N
 @pytest.mark.parametrize("name", models.names())
 def test_generated(name: str, form: str) -> None:
     """Every kernel runs, none of its calls; plain, captured and replayed."""
-    model, module = built(name, form, torch.float16, "generated")
+    model, module = built(name, form, torch.float16, "kernel")
     ops = {node.op for node in module.engine.graph.nodes if node.kind == "kernel"}
     assert ops
-    assert module.session.kernels.keys() >= ops & module.engine.kernels.launches.keys()
-    missing = ops - module.engine.kernels.launches.keys()
+    built_whole = {
+        op
+        for op, found in module.engine.kernels.tactics.items()
+        if any(OWN in tactic.kernels for tactics in found.values() for tactic in tactics)
+    }
+    assert launched(module.session.tactics).keys() >= ops & built_whole
+    missing = ops - built_whole
     assert not missing, f"no kernel was built for {missing}"
     for seed in range(3):
         check(name, model, module, torch.float16, seed=seed)
@@ -62,16 +69,17 @@ def test_generated(name: str, form: str) -> None:
 @pytest.mark.parametrize("name", models.names())
 def test_tactics(name: str, tactics: str) -> None:
     model, module = built(name, "current", torch.bfloat16, tactics)
-    launches = module.engine.kernels.launches
-    rivals = {launch.library for op in module.session.kernels for launch in launches[op]}
-    assert rivals <= ({"none", "slower"} if tactics == "best" else {"none"})
+    for op, tactic in module.session.tactics.items():
+        (offered,) = module.engine.kernels.tactics[op].values()
+        kinds = [one.kind for one in offered]
+        assert tactic.kind == ("library" if tactics == "library" and "library" in kinds else kinds[0])
     for seed in range(2):
         check(name, model, module, torch.bfloat16, seed=seed)
 
 
 @pytest.mark.parametrize("name", DYNAMIC)
 def test_dynamic_batch(name: str) -> None:
-    model, module = built(name, "current", torch.float16, "generated", dynamic=True)
+    model, module = built(name, "current", torch.float16, "kernel", dynamic=True)
     for batch in (1, 3, 16):
         check(name, model, module, torch.float16, batch)
 
@@ -82,7 +90,7 @@ def test_torch_compile(name: str) -> None:
     torch._dynamo.reset()
     from torch_rtx.backend.entry import rtx
 
-    options = {"targets": "current", "tactics": "generated"}
+    options = {"targets": "current", "tactics": "kernel"}
     compiled = torch.compile(copy.deepcopy(model), backend=rtx, fullgraph=True, options=options)
     for seed in range(3):
         with torch.no_grad():

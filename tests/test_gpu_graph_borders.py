@@ -27,7 +27,7 @@ GENERATED = CompilationSettings(targets="current")
 def compiled(model: nn.Module, *args: torch.Tensor, dynamic: bool = False, **settings: Any) -> torch_rtx.CompiledModule:
     """Every kernel that can be generated is."""
     dims = tuple({0: torch.export.Dim("n", min=1, max=64)} for _ in args) if dynamic else None
-    runtime = RuntimeSettings(tactics="generated", specialization_strategy="none", **settings)
+    runtime = RuntimeSettings(tactics="kernel", specialization_strategy="none", **settings)
     return torch_rtx.compile(model, args, dynamic_shapes=dims, settings=GENERATED, runtime=runtime)
 
 
@@ -184,7 +184,7 @@ class Cache(nn.Module):
 
 def test_caches_are_written_in_place() -> None:
     torch._dynamo.reset()
-    options = {"targets": "current", "tactics": "generated", "specialization_strategy": "none"}
+    options = {"targets": "current", "tactics": "kernel", "specialization_strategy": "none"}
     run = torch.compile(Cache(), backend=rtx, fullgraph=True, options=options)
     mine, eagers = (torch.zeros(32, 8, device="cuda") for _ in range(2))
     others = [torch.zeros(32, 8, device="cuda") for _ in range(3)]
@@ -215,7 +215,7 @@ def test_with_weight_streaming(tmp_path: Path) -> None:
     model = nn.Sequential(*(Block(512) for _ in range(4))).cuda().half()
     path = tmp_path / "model.rtx"
     torch_rtx.save(torch_rtx.compile(model, (halves(16, 512),), settings=GENERATED), path)
-    settings = RuntimeSettings(tactics="generated", weight_streaming_budget="50%", specialization_strategy="none")
+    settings = RuntimeSettings(tactics="kernel", weight_streaming_budget="50%", specialization_strategy="none")
     module = torch_rtx.load(path, device="cuda", settings=settings)
     module.refit(model)
     with torch.no_grad():
@@ -244,7 +244,7 @@ def test_frames_share_memory(targets: str | None) -> None:
     torch._dynamo.reset()
     model = Model().cuda().half()
     before = graph_pools()
-    options = {"targets": targets, "tactics": "generated", "specialization_strategy": "none"}
+    options = {"targets": targets, "tactics": "kernel", "specialization_strategy": "none"}
     run = torch.compile(model, backend=rtx, dynamic=False, options=options)
     pairs = []
     with torch.no_grad():

@@ -13,16 +13,19 @@ pytest.importorskip("triton", reason="kernels are built with Triton, which is no
 
 import torch_rtx
 from benchmarks.numerics import assert_right
+from tests.kernel_bodies import whole
 from tests.kernels import ADD, ADD_BF16, SOFTMAX, matmul
 from torch_rtx.backend.kernels import build_kernels
 from torch_rtx.errors import KernelError
 from torch_rtx.ir import Graph
 from torch_rtx.irparse import parse
 from torch_rtx.lowering.kernels.kernel import Kernel
-from torch_rtx.runtime.launch import launchers
+from torch_rtx.runtime.inline import launched
+from torch_rtx.runtime.launch import load_tactics
 from torch_rtx.runtime.session import Session
 from torch_rtx.runtime.weights import WeightStore
 from torch_rtx.settings import RuntimeSettings
+from torch_rtx.tactics import OWN
 from torch_rtx.targets import ARCHES, Target
 
 pytestmark = pytest.mark.gpu
@@ -83,13 +86,13 @@ def target_of(form: str) -> Target:
 
 def session(kernel: Kernel, graph: Graph, target: Target, strategy: str = "disabled") -> Session:
     """A session that launches the kernel, from the code for one target."""
-    table, report = build_kernels(graph, [target], lambda node, target, config: kernel if config == 0 else None)
+    table, report = build_kernels(graph, [target], lambda *_: [whole([kernel])])
     assert not report.missing, str(report)
     device = torch.device("cuda", torch.cuda.current_device())
-    found = launchers(table, graph, device)
-    assert found["k"].target == target
+    found = load_tactics(table, graph, device)
+    assert found["k"].kernels[OWN].target == target
     settings = RuntimeSettings(cuda_graph_strategy=strategy)
-    return Session(graph, WeightStore(graph, device, {}), settings, kernels=found)
+    return Session(graph, WeightStore(graph, device, {}), settings, tactics=found)
 
 
 def check(made: Session, graph: Graph, inputs: list[torch.Tensor]) -> None:
@@ -120,8 +123,10 @@ def test_right(case: str, form: str) -> None:
 def test_large_shared_memory() -> None:
     """The matrix product of `test_right` needs more than a kernel gets without asking."""
     kernel, graph, _ = CASES["matmul"]
-    table, _ = build_kernels(graph, [target_of("native")], lambda *_: kernel)
-    assert table.launches["k"][0].aligned.shared > 48 << 10
+    target = target_of("native")
+    table, _ = build_kernels(graph, [target], lambda *_: [whole([kernel])])
+    (tactic,) = table.tactics["k"][target]
+    assert tactic.kernels[OWN].aligned.shared > 48 << 10
 
 
 def test_odd_addresses_and_strides() -> None:
@@ -228,8 +233,8 @@ def test_engine_file(path: Path) -> None:
     weights = path.with_suffix(".weights.safetensors")
     module = torch_rtx.load(path, weights=weights, device="cuda")
     plain = torch_rtx.load(path, weights=weights, device="cuda", trust_binaries=False)
-    assert set(module.session.kernels) == {"add_k"}
-    assert not plain.session.kernels
+    assert set(launched(module.session.tactics)) == {"add_k"}
+    assert not plain.session.tactics
     for size in (3, 64, 3, 64):
         x, y = torch.randn(2, size, 8, device="cuda")
         torch.testing.assert_close(module(x, y), plain(x, y))

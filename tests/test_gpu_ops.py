@@ -12,7 +12,7 @@ pytest.importorskip("expecttest", reason="PyTorch's samples need it")
 
 from tests.test_gpu_kernels import target_of
 from tests.test_kernel_ops import BUILT_CHUNKS, CALLS, Body, assert_near, built, compilable, of_chunk
-from torch_rtx.runtime.launch import launchers
+from torch_rtx.runtime.launch import load_tactics
 from torch_rtx.runtime.session import Session
 from torch_rtx.runtime.weights import WeightStore
 from torch_rtx.settings import RuntimeSettings
@@ -24,9 +24,9 @@ def check(bodies: list[Body]) -> None:
     """Compile all of them, launch them, and compare each result."""
     graph, table = built(bodies, target_of("native"))
     device = torch.device("cuda", torch.cuda.current_device())
-    kernels = launchers(table, graph, device)
+    tactics = load_tactics(table, graph, device)
     settings = RuntimeSettings(cuda_graph_strategy="disabled")
-    session = Session(graph, WeightStore(graph, device, {}), settings, kernels=kernels)
+    session = Session(graph, WeightStore(graph, device, {}), settings, tactics=tactics)
     results = iter(session([tensor.to(device) for body in bodies for tensor in body.tensors]))
     torch.cuda.synchronize()
     for body in bodies:

@@ -49,7 +49,7 @@ def test_profile(targets: str | None) -> None:
     model = nn.Sequential(nn.Linear(1024, 4096), nn.GELU(), nn.Linear(4096, 1024), nn.LayerNorm(1024)).half().cuda()
     x = torch.randn(2048, 1024, device="cuda", dtype=torch.float16)
     settings = torch_rtx.CompilationSettings(targets=targets)
-    runtime = torch_rtx.RuntimeSettings(tactics="generated", specialization_strategy="none")
+    runtime = torch_rtx.RuntimeSettings(tactics="kernel", specialization_strategy="none")
     with torch.no_grad():
         module = torch_rtx.compile(model, (x,), settings=settings, runtime=runtime)
         expected = module(x)

@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 import torch_rtx
 from benchmarks import models
 from benchmarks.numerics import assert_right, in_float64
-from torch_rtx.runtime.job import SPECIALIZED
+from torch_rtx.runtime.variant import SPECIALIZED
 from torch_rtx.settings import CompilationSettings, RuntimeSettings
 
 pytestmark = pytest.mark.gpu
@@ -74,8 +74,8 @@ def test_a_second_process_compiles_and_measures_nothing(cache: str) -> None:
     assert second.session.wait(300)
     spent = time.perf_counter() - start
     assert spent < 2
-    ops = {r.op: (r.launched, r.microseconds) for r in first.session.stats().variants[0].regions}
-    assert {r.op: (r.launched, r.microseconds) for r in second.session.stats().variants[0].regions} == ops
+    ops = {r.op: (r.tactic, r.microseconds) for r in first.session.stats().variants[0].regions}
+    assert {r.op: (r.tactic, r.microseconds) for r in second.session.stats().variants[0].regions} == ops
 
 
 def test_torch_compile(cache: str) -> None:

@@ -12,7 +12,7 @@ from torch_rtx.backend.kernels import build_kernels
 from torch_rtx.ir import kernel_nodes
 from torch_rtx.runtime.code import compile_graph
 from torch_rtx.runtime.inline import launched
-from torch_rtx.runtime.launch import launchers
+from torch_rtx.runtime.launch import load_tactics
 from torch_rtx.runtime.session import Session
 from torch_rtx.runtime.weights import WeightStore
 from torch_rtx.settings import RuntimeSettings
@@ -28,13 +28,13 @@ def test_right(name: str, form: str) -> None:
     if target.sm < 80 and "bf16" in str(BUILT[name]):
         pytest.skip("sm_75 has no bf16")
     graph = kernel_graph(BUILT[name], "k")
-    made, divide = forced(4)
-    table, _ = build_kernels(graph, [target], made, divide=divide)
+    table, _ = build_kernels(graph, [target], forced(4))
     device = torch.device("cuda", torch.cuda.current_device())
-    kernels = launchers(table, graph, device, "split")
-    (form,) = table.splits["k"]
-    assert launched(kernels).keys() == {node.op for node in kernel_nodes(form.body)}
-    session = Session(graph, WeightStore(graph, device, {}), RuntimeSettings(), kernels=kernels)
+    tactics = load_tactics(table, graph, device, "split")
+    (split,) = (tactic for tactic in table.tactics["k"][target] if tactic.kind == "split")
+    assert split.body is not None
+    assert launched(tactics).keys() == {node.op for node in kernel_nodes(split.body)}
+    session = Session(graph, WeightStore(graph, device, {}), RuntimeSettings(), tactics=tactics)
     inputs = [tensor.to(device) for tensor in random_inputs(BUILT[name], 1000)]
     exact = compile_graph(BUILT[name], device)([x.double() if x.is_floating_point() else x for x in inputs], ())
     first, *others = [[tensor.clone() for tensor in session(inputs)] for _ in range(4)]

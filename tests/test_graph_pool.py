@@ -11,9 +11,9 @@ import torch
 
 from torch_rtx.ir import Graph
 from torch_rtx.runtime import graphmemory
+from torch_rtx.runtime.admission import PATIENCE, TRACKED_PER_SLOT
 from torch_rtx.runtime.cudagraph import GraphPool
 from torch_rtx.runtime.graphmemory import GraphMemory
-from torch_rtx.runtime.places import MET_PER_PLACE, PATIENCE
 from torch_rtx.runtime.session import _number
 
 STORE = SimpleNamespace(generation=0, values=[])
@@ -74,7 +74,7 @@ def test_more_shapes_than_graphs(pool: GraphPool) -> None:
 def test_keys_met_once_are_bounded(pool: GraphPool) -> None:
     for key in range(1000):
         assert not call(pool, key)
-    assert len(pool._places._met) == MET_PER_PLACE * 2
+    assert len(pool._policy._misses) == TRACKED_PER_SLOT * 2
 
 
 def test_moved_weights_empty_the_pool(pool: GraphPool) -> None:

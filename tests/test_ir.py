@@ -165,7 +165,7 @@ VIEW = Node("view", "aten.alias.default", (("self", X),), (V,))
 
 RULES = {
     "unknown level 'final'": broken(level="final"),
-    "two parameters have one name": broken(parameters=(P, P)),
+    "two parameters have the same name": broken(parameters=(P, P)),
     "needs unknown parameters q": with_weight(W, ("p", "q"), recipe()),
     "has no recipe and must be one parameter": with_weight(W, ("p", "p")),
     "must take its parameters and return one static tensor": with_weight(W, ("p", "p"), recipe()),
@@ -180,42 +180,44 @@ RULES = {
     ),
     "(?#type)must be one parameter, of its type": with_weight(Value("w", TensorType("f32", (9,), (1,))), ("p",)),
     "symbol|no static shape": broken(parameters=(Parameter("p", TensorType("f32", (S,), (1,))),)),
-    "(?#alias)two parameters have one name": broken(parameters=(Parameter("p", F2, ("q",)), Parameter("q", F2))),
-    "has no value": broken(inputs=(X, Value("n", ScalarType("int", Sym("t", 5, 2))))),
-    "(?#zero)has no value": broken(inputs=(X, Value("n", ScalarType("int", Sym("t", 5, None, 0))))),
-    "dim t = 2, 8, 1, 9 never has its typical value": broken(outputs=(Sym("t", 2, 8, 1, 9),)),
-    "(?#multiple)never has its typical value": broken(outputs=(Sym("t", 2, 64, 8, 12),)),
-    "(?#nothing)never has its typical value": broken(outputs=(Sym("t", 0, 8, 1, 0),)),
-    "which names no device": broken(inputs=(X, Value("d", TensorType("f32", (), (), "a:b")))),
-    "takes what the kernel takes": with_node("kernel", "k", (), (), Graph("import", (X,))),
-    "returns what the kernel returns": with_node("kernel", "k", (("x", X),), (), Graph("import", (X,), outputs=(X,))),
+    "(?#alias)two parameters have the same name": broken(parameters=(Parameter("p", F2, ("q",)), Parameter("q", F2))),
+    "has an empty range": broken(inputs=(X, Value("n", ScalarType("int", Sym("t", 5, 2))))),
+    "(?#zero)has an empty range": broken(inputs=(X, Value("n", ScalarType("int", Sym("t", 5, None, 0))))),
+    "dim t = 2, 8, 1, 9 has a typical value outside of its range": broken(outputs=(Sym("t", 2, 8, 1, 9),)),
+    "(?#multiple)has a typical value outside of its range": broken(outputs=(Sym("t", 2, 64, 8, 12),)),
+    "(?#nothing)has a typical value outside of its range": broken(outputs=(Sym("t", 0, 8, 1, 0),)),
+    "is on the unknown device": broken(inputs=(X, Value("d", TensorType("f32", (), (), "a:b")))),
+    "must have the kernel's input types": with_node("kernel", "k", (), (), Graph("import", (X,))),
+    "must have the kernel's output types": with_node(
+        "kernel", "k", (("x", X),), (), Graph("import", (X,), outputs=(X,))
+    ),
     "(?#recipe)kind 'extern' does not belong in level 'import'": with_weight(W, ("p",), recipe(RELU, output=Y)),
     "kind 'op' does not belong in level 'fused'": with_node("op", "aten.relu.default", (), ()),
     "kind 'extern' does not belong in level 'import'": broken(level="import"),
     "os.system is not on the allow-list": with_node("extern", "os.system", (), ()),
     "(?#view)aten.rm.default is not on the allow-list": with_node("view", "aten.rm.default", (), ()),
-    "a kernel has a body": with_node("kernel", "k", (), ()),
-    "and nothing else has": with_node("extern", "aten.relu.default", (), (), Graph("fused")),
+    "a kernel must have a body": with_node("kernel", "k", (), ()),
+    "and other nodes must not": with_node("extern", "aten.relu.default", (), (), Graph("fused")),
     "an argument is given twice": with_node("fallback", "a.b", (("x", 1), ("x", 2)), ()),
     "value z is used before it is defined": with_node("fallback", "a.b", (("x", ((1, Value("z", F2)),)),), ()),
     "value x is used before it is defined, or with another type": with_node(
         "fallback", "a.b", (("x", Value("x", ScalarType("int"))),), ()
     ),
-    "copy_ writes to an input or weight": with_node("extern", "aten.copy_.default", (("self", Y), ("src", X)), ()),
-    "(?#no target)copy_ writes to an input or weight": with_node("extern", "aten.copy_.default", (), ()),
-    "writes to nothing but its results": with_node(
+    "copy_ must write to an input or weight": with_node("extern", "aten.copy_.default", (("self", Y), ("src", X)), ()),
+    "(?#no target)copy_ must write to an input or weight": with_node("extern", "aten.copy_.default", (), ()),
+    "must not write to its inputs": with_node(
         "kernel",
         "k",
         (("x", X),),
         (),
         Graph("import", (X,), nodes=(Node("op", "aten.copy_.default", (("self", X), ("src", X)), ()),)),
     ),
-    "index_copy_ writes to an input or weight": with_node("extern", UPDATE, (("self", Y), ("source", X)), ()),
-    "returns what it writes to": with_node("extern", UPDATE, (("self", X),), ()),
-    "(?#type)returns what it writes to, of its type": with_node(
+    "index_copy_ must write to an input or weight": with_node("extern", UPDATE, (("self", Y), ("source", X)), ()),
+    "must return its target": with_node("extern", UPDATE, (("self", X),), ()),
+    "(?#type)must return its target with its type": with_node(
         "extern", UPDATE, (("self", X),), (Value("z", TensorType("f64", (2,), (1,))),)
     ),
-    "reads it in no other way": with_node("extern", UPDATE, (("self", X), ("source", X)), (Z,)),
+    "and read it in no other argument": with_node("extern", UPDATE, (("self", X), ("source", X)), (Z,)),
     "value x is read after it was written to": broken(
         nodes=(RELU, UPDATED, Node("extern", "aten.relu.default", (("self", X),), (V,)))
     ),
@@ -225,14 +227,14 @@ RULES = {
     "(?#again)value x is read after it was written to": broken(
         nodes=(RELU, UPDATED, Node("extern", UPDATE, (("self", X),), (V,)))
     ),
-    "(?#body)is a graph of ops": with_node("kernel", "k", (), (), Graph("final")),
+    "(?#body)must be a graph of ops": with_node("kernel", "k", (), (), Graph("final")),
     "(?#twice)value x is defined twice": broken(inputs=(X, X)),
     "(?#by a weight)value x is defined twice": with_weight(X, ("p",)),
     "(?#by a node)value x is defined twice": with_node("fallback", "a.b", (), (X,)),
-    "'not a name' is no name": broken(inputs=(X, Value("not a name", F2))),
-    "'lambda' is no name": broken(inputs=(X, Value("lambda", F2))),
-    "'f32' is no name": broken(inputs=(X, Value("f32", F2))),
-    "'é' is no name": broken(inputs=(X, Value("é", F2))),
+    "'not a name' is not a valid name": broken(inputs=(X, Value("not a name", F2))),
+    "'lambda' is not a valid name": broken(inputs=(X, Value("lambda", F2))),
+    "'f32' is not a valid name": broken(inputs=(X, Value("f32", F2))),
+    "'é' is not a valid name": broken(inputs=(X, Value("é", F2))),
     "unknown dtype 'f33'": typed(TensorType("f33", (), ())),
     "1 sizes and 0 strides": typed(TensorType("f32", (1,), ())),
     "negative size": typed(TensorType("f32", (-1,), (1,))),

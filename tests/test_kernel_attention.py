@@ -16,13 +16,13 @@ from triton import knobs
 
 from benchmarks.numerics import assert_right
 from tests.interpreter import run
+from tests.kernel_bodies import library
 from torch_rtx import aten
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Attr, Dim, Graph, Sym, TensorType, Value, contiguous
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.kernels.aot import compile_kernels
 from torch_rtx.lowering.kernels.attention import AttentionConfig, attention_configs, attention_kernel, attention_of
-from torch_rtx.lowering.kernels.generate import library
 from torch_rtx.lowering.kernels.region import Region, region
 from torch_rtx.lowering.rewrite import Rewriter
 from torch_rtx.runtime.code import compile_graph

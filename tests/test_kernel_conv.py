@@ -9,9 +9,9 @@ from expecttest import TestCase
 
 from tests.kernel_bodies import body, check
 from torch_rtx.errors import Unsupported
-from torch_rtx.lowering.kernels.conv import conv_configs, conv_kernel, conv_product
 from torch_rtx.lowering.kernels.cost import problem, shared_memory
-from torch_rtx.lowering.kernels.gemm import GemmConfig
+from torch_rtx.lowering.kernels.families.conv import conv_configs, conv_kernel, conv_product
+from torch_rtx.lowering.kernels.families.gemm import GemmConfig
 from torch_rtx.lowering.kernels.region import region
 from torch_rtx.lowering.kernels.toolchain import Job, lower
 from torch_rtx.targets import ARCHES, Arch, arch_of

@@ -14,9 +14,9 @@ pytest.importorskip("transformers")
 import torch_rtx
 from benchmarks import models
 from torch_rtx import CompilationSettings
-from torch_rtx.backend import reuse
+from torch_rtx.backend import program_cache
 from torch_rtx.ir import Graph
-from torch_rtx.kerneltable import KernelTable
+from torch_rtx.tactics import KernelTable
 
 # Launches of a forward: per layer, how many layers the small model has, and those around them (embedding, final norm,
 # head, masks). The copy of ResNet's input to channels-last is left out: a caller may give it so.
@@ -33,7 +33,7 @@ def graph(name: str) -> Graph:
         )
         model = model.to(memory_format=torch.channels_last)
     settings = CompilationSettings(device="cuda", targets="sm_80", reuse_cached_engines=False)
-    with patch.object(reuse, "kernels_of", lambda *_: KernelTable()):  # counted, not compiled
+    with patch.object(program_cache, "kernels_of", lambda *_: KernelTable()):  # counted, not compiled
         return torch_rtx.compile(model, args, kwargs, settings=settings).engine.graph
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 from expecttest import TestCase
 
-from tests.kernel_bodies import body, check
+from tests.kernel_bodies import body, check, library, offered
 from torch_rtx.errors import Unsupported
 from torch_rtx.lowering.kernels.cost import LAUNCH, problem, shared_memory
-from torch_rtx.lowering.kernels.gemm import GemmConfig, after_call, gemm_configs, gemm_kernel, gemm_product
-from torch_rtx.lowering.kernels.generate import library
+from torch_rtx.lowering.kernels.families.gemm import GemmConfig, gemm_configs, gemm_kernel, gemm_product
 from torch_rtx.lowering.kernels.region import region
 from torch_rtx.targets import ARCHES, Arch, arch_of
 
@@ -546,9 +545,13 @@ def test_large_products_are_the_library_s_on_hopper() -> None:
 
 def test_what_follows_a_library_call_reads_residuals_too() -> None:
     def after(text: str) -> float:
-        return after_call(region(body(text)), arch_of(90))
+        """The time of a library call beyond that of the product itself."""
+        rates = arch_of(90).library
+        assert rates is not None
+        overhead_us, flops_per_us = rates.call["gemm"]
+        return offered(body(text), 90)["library"].expected_us - (overhead_us + 2 * 2048 * 1024 * 1024 / flops_per_us)
 
-    plain = linear(2048, 1024, 64)
+    plain = linear(2048, 1024, 1024)
     gelu = plain.replace("return y", "z: H[2048, 1024] = gelu.default(self=y)\nreturn z")
     residual = f"r: H[2048, 1024]\n{plain}".replace(
         "return y", "z: H[2048, 1024] = add.Tensor(self=y, other=r)\nreturn z"

@@ -19,10 +19,9 @@ from benchmarks.numerics import assert_right, in_float64
 from tests.eager_memory import most_held
 from tests.interpreter import run
 from torch_rtx import aten
-from torch_rtx.backend import reuse
+from torch_rtx.backend import program_cache
 from torch_rtx.ir import Graph, Node, Sym, TensorType, Value, evaluate
 from torch_rtx.irparse import parse
-from torch_rtx.kerneltable import KernelTable
 from torch_rtx.lowering.kernels.generate import generate
 from torch_rtx.lowering.kernels.loops import loop_configs, loop_kernel
 from torch_rtx.lowering.kernels.region import region
@@ -30,6 +29,8 @@ from torch_rtx.runtime.code import compile_graph
 from torch_rtx.runtime.inline import inline_kernels
 from torch_rtx.runtime.plan import Plan, most_alive
 from torch_rtx.settings import CompilationSettings
+from torch_rtx.tactics import KernelTable
+from torch_rtx.targets import arch_of
 
 CPU = torch.device("cpu")
 PROGRAMS = 6
@@ -47,7 +48,7 @@ def fused(name: str, dtype: torch.dtype, dynamic: bool = False) -> tuple[nn.Modu
         args_shapes, kwargs_shapes = torch.utils._pytree.tree_map_only(torch.Tensor, lambda _: {0: batch}, leaves)
         shapes = dict(kwargs_shapes) if kwargs and not args else args_shapes
     settings = CompilationSettings(device="cuda", targets="sm_80", reuse_cached_engines=False)
-    with patch.object(reuse, "kernels_of", lambda *_: KernelTable()):  # interpreted here, not compiled
+    with patch.object(program_cache, "kernels_of", lambda *_: KernelTable()):  # interpreted here, not compiled
         module = torch_rtx.compile(copy.deepcopy(model), args, kwargs, dynamic_shapes=shapes, settings=settings)
     return model, module
 
@@ -76,7 +77,7 @@ def body_in_float64(graph: Graph) -> Graph:
 def small(node: Node, sizes: dict[str, int], which: int = 0) -> bool:
     """Whether the kernel of `node` has this configuration, and the interpreter takes no more than seconds for it."""
     assert node.body is not None
-    kernel = generate(node.body, node.op, 80, which)
+    kernel = generate(node.body, node.op, arch_of(80), which)
     assert which or kernel is not None, node.op
     return kernel is not None and (region(node.body).anchor is None or evaluate(kernel.grid[0], sizes) <= LARGEST)
 
@@ -84,7 +85,7 @@ def small(node: Node, sizes: dict[str, int], which: int = 0) -> bool:
 def check(node: Node, sizes: dict[str, int], which: int = 0) -> None:
     """Runs the kernel of `node` in a configuration."""
     assert node.body is not None
-    kernel = generate(node.body, node.op, 80, which)
+    kernel = generate(node.body, node.op, arch_of(80), which)
     assert kernel is not None
     found = region(node.body)
     # The interpreter takes its time for each of them.
@@ -198,7 +199,7 @@ def test_first_convolution(
     args = (torch.randn(2, conv[0], *size).to(dtype),)
     shapes = ({axis: torch.export.Dim(f"size{axis}", min=2 if axis == 0 else 8, max=64) for axis in dynamic},)
     settings = CompilationSettings(device="cuda", targets="sm_80", reuse_cached_engines=False)
-    with patch.object(reuse, "kernels_of", lambda *_: KernelTable()):
+    with patch.object(program_cache, "kernels_of", lambda *_: KernelTable()):
         module = torch_rtx.compile(copy.deepcopy(model), args, dynamic_shapes=shapes, settings=settings)
     nodes = kernels(module.engine.graph)
     copied, convolved = (next(node for name, node in nodes.items() if word in name) for word in ("pad", "conv"))

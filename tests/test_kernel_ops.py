@@ -21,17 +21,18 @@ from torch.utils._pytree import tree_map_only
 
 from benchmarks.numerics import widened
 from tests.interpreter import run
+from tests.kernel_bodies import whole
 from tests.test_op_db import operators, pick, spaced
 from torch_rtx import aten
 from torch_rtx.backend.kernels import build_kernels
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Attr, Graph, Node, TensorType, Value, attr_values
-from torch_rtx.kerneltable import KernelTable
-from torch_rtx.lowering.kernels.kernel import Kernel
+from torch_rtx.lowering.kernels.generate import Form
 from torch_rtx.lowering.kernels.loops import PERSISTENT, loop_kernel
 from torch_rtx.lowering.kernels.ops.registry import OPS
 from torch_rtx.lowering.kernels.reduction_rules import RULES
 from torch_rtx.lowering.kernels.region import region
+from torch_rtx.tactics import KernelTable
 from torch_rtx.targets import Target
 
 DTYPES = ((torch.float32,), (torch.float16, torch.bfloat16), (torch.int64, torch.int32), (torch.bool,))
@@ -250,11 +251,11 @@ def built(bodies: list[Body], target: Target) -> tuple[Graph, KernelTable]:
     """The graph of `program`, and its kernels for a target."""
     graph = program(bodies)
 
-    def generate(node: Node, _: Target, config: int) -> Kernel | None:
+    def forms(node: Node, _: Target) -> list[Form]:
         assert node.body is not None
-        return loop_kernel(region(node.body), node.op) if config == 0 else None
+        return [whole([loop_kernel(region(node.body), node.op)])]
 
-    table, report = build_kernels(graph, [target], generate)
+    table, report = build_kernels(graph, [target], forms)
     assert not report.missing, str(report)
     return graph, table
 

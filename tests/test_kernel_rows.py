@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.kernel_bodies import body, check_split, check_split_graph, random_tensor
+from tests.kernel_bodies import body, check_split, check_split_graph, random_tensor, split
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Graph
-from torch_rtx.lowering.kernels.generate import generate
-from torch_rtx.lowering.kernels.split import split, split_in
+from torch_rtx.lowering.kernels.generate import generate, split_in
+from torch_rtx.targets import arch_of
 
 DTYPES = ("f16", "bf16", "f32")
 IMAGE, FLAT = "[2, 12, 6, 10](720, 1, 120, 12)", "[2, 12, 6, 10]"
@@ -142,7 +142,7 @@ def test_a_residual_is_stored_once(dtype: str) -> None:
     assert [value.name for value in first.outputs][-1] == "h"  # type: ignore[union-attr]
     assert [value.name for value in last.inputs][:3] == ["w", "b", "h"]
     assert [node.op for node in last.body.nodes].count("aten.add.Tensor") == 1  # type: ignore[union-attr]
-    kernel = generate(first.body, "k", 80, 0)  # type: ignore[arg-type]
+    kernel = generate(first.body, "k", arch_of(80), 0)  # type: ignore[arg-type]
     assert kernel is not None
     assert kernel.source.count("tl.load") == 2  # each element once, though it is summed and stored
 
@@ -269,7 +269,7 @@ def test_many_rows_of_short_runs(sm: int) -> None:
 def test_neighbouring_threads_read_neighbouring_channels() -> None:
     form = split(body(normed(320, 64)), "k", 90)
     assert isinstance(form, Graph)
-    first, _, last = (generate(node.body, node.op, 90, 0) for node in form.nodes)  # type: ignore[arg-type]
+    first, _, last = (generate(node.body, node.op, arch_of(90), 0) for node in form.nodes)  # type: ignore[arg-type]
     assert first is not None
     assert last is not None
     assert "tl.load(h + ((X % 320) + 20480 * (X // 320) + 320 * R))" in first.source

@@ -3,6 +3,7 @@ interpreter against ATen; and where they are chosen."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import nn
 
 import torch_rtx
 from tests import test_kernel_attention as attention
-from tests.kernel_bodies import body, check_split, check_split_graph, random_tensor
+from tests.kernel_bodies import body, check_split, check_split_graph, random_tensor, split
 from tests.test_kernel_conv import CALLS as CONVOLUTIONS
 from tests.test_kernel_gemm import CALLS, EPILOGUES, GATED, PROLOGUES, SYMBOLIC, linear
 from torch_rtx import CompilationSettings
@@ -21,13 +22,13 @@ from torch_rtx.backend.kernels import build_kernels
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Graph, Loc, Node, Value, kernel_nodes, verify
 from torch_rtx.irparse import parse
-from torch_rtx.lowering.kernels.generate import generate
-from torch_rtx.lowering.kernels.kernel import Kernel
-from torch_rtx.lowering.kernels.split import split, split_in
+from torch_rtx.lowering.kernels.families.family import Offer
+from torch_rtx.lowering.kernels.generate import Form, _other, forms, generate, split_in
 from torch_rtx.optable import ALLOWED
 from torch_rtx.runtime.code import compile_graph
-from torch_rtx.runtime.inline import Parts, inline_kernels
-from torch_rtx.targets import PORTABLE, Target
+from torch_rtx.runtime.inline import inline_kernels
+from torch_rtx.tactics import OWN, Tactic
+from torch_rtx.targets import PORTABLE, Target, arch_of
 
 DTYPES = ("f16", "bf16", "f32")
 CONV = """
@@ -78,7 +79,7 @@ def test_symbolic_rows(size: int) -> None:
 
 def test_partial_products_are_dots_of_halves() -> None:
     form = split_in(body(linear(40, 48, 256)), "k", 4)
-    kernel = generate(form.nodes[0].body, "k", 80, 0)  # type: ignore[arg-type]
+    kernel = generate(form.nodes[0].body, "k", arch_of(80), 0)  # type: ignore[arg-type]
     assert kernel is not None
     assert ".to(tl.float32)" not in kernel.source
     assert kernel.pointers == ("f16", "f16", "f32")
@@ -192,7 +193,7 @@ def test_in_the_graph_of_an_engine() -> None:
     graph = replace(graph, nodes=(replace(graph.nodes[0], loc=Loc("model.ff", "model.py", 3)),))
     form = split_in(inner, "k", 4)
     inside: Any = dict.fromkeys(node.op for node in kernel_nodes(form))
-    divided = inline_kernels(graph, {"k": Parts(form, inside)})
+    divided = inline_kernels(graph, {"k": Tactic("split", 0.0, inside, form)})
     verify(divided, ALLOWED)
     assert [(node.kind, node.op, str(node.loc)) for node in divided.nodes] == [
         ("kernel", "k_parts4", "model.ff @ model.py:3"),
@@ -305,18 +306,16 @@ def random_inputs(inner: Graph, size: int) -> list[torch.Tensor]:
     return [random_tensor(value.type, dict.fromkeys(inner.syms, size)) for value in inner.inputs]
 
 
-def forced(parts: int) -> tuple[Any, Any]:
+def forced(parts: int) -> Callable[[Node, Target], list[Form]]:
     """What `build_kernels` asks for, so that every kernel is split in `parts`."""
 
-    def made(node: Node, target: Target, which: int) -> Kernel | None:
+    def made(node: Node, target: Target) -> list[Form]:
         assert node.body is not None
-        return generate(node.body, node.op, target.sm, which)
+        whole = next(form for form in forms(node.body, node.op, target.arch) if OWN in form[0].kernels)
+        tactics = _other(Offer("split", 0.0, split_in(node.body, node.op, parts)), target.arch)
+        return [(next(tactics), tactics), whole]
 
-    def divide(node: Node, target: Target) -> Graph:
-        assert node.body is not None
-        return split_in(node.body, node.op, parts)
-
-    return made, divide
+    return made
 
 
 @pytest.mark.parametrize("name", BUILT)
@@ -325,9 +324,8 @@ def test_every_target_without_spills(name: str) -> None:
     targets = {"linear": (Target(75), *PORTABLE), "open attention": PORTABLE}.get(
         name, tuple(map(Target, (80, 90, 120)))
     )
-    made, divide = forced(4)
-    table, report = build_kernels(kernel_graph(BUILT[name], "k"), targets, made, divide=divide)
-    assert {target for one in table.splits["k"] for target in one.targets} == set(targets)
+    table, report = build_kernels(kernel_graph(BUILT[name], "k"), targets, forced(4))
+    assert {target for target, tactics in table.tactics["k"].items() if tactics[0].kind == "split"} == set(targets)
     assert report.missing == ()
     assert [kernel for kernel in report.kernels if kernel.spills and kernel.op != "k"] == []
 
@@ -340,10 +338,12 @@ def test_engines_with_split_bodies(tmp_path: Path) -> None:
     module, again = (torch_rtx.compile(layers, (x,), settings=settings) for _ in range(2))
     table = module.engine.kernels
     assert again.engine.kernels == table  # from the cache
-    ((op, splits),) = table.splits.items()
-    assert {str(target) for one in splits for target in one.targets} == {"sm_80", "sm_86"}
-    assert table.tactics(op, Target(80)) == ("split", "kernel", "library")
-    assert table.tactics(op, Target(90)) == ()
+    (found,) = (
+        found for found in table.tactics.values() if any(tactics[0].kind == "split" for tactics in found.values())
+    )
+    assert {str(target) for target, tactics in found.items() if tactics[0].kind == "split"} == {"sm_80", "sm_86"}
+    assert [tactic.kind for tactic in found[Target(80)]] == ["split", "kernel", "library"]
+    assert Target(90) not in found
     torch_rtx.save(module, tmp_path / "a.rtx")
     loaded = torch_rtx.load(tmp_path / "a.rtx", weights=layers.state_dict(), device="cpu")
     assert loaded.engine.kernels == table

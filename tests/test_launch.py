@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from tests.fake_driver import STREAM, FakeDriver, Kept, Status
-from torch_rtx.errors import KernelError
+from torch_rtx.errors import InvalidIR, KernelError
 from torch_rtx.ir import Graph, Sym
 from torch_rtx.irparse import parse
-from torch_rtx.kerneltable import Candidate, KernelTable, Launch, Split, Variant, check, pack
 from torch_rtx.runtime import driver as driver_api
-from torch_rtx.runtime import tools
-from torch_rtx.runtime.inline import Parts, inline_kernels, launched
-from torch_rtx.runtime.launch import Gpu, Launcher, candidates, launchers
+from torch_rtx.runtime import tuning_context
+from torch_rtx.runtime.inline import inline_kernels, launched
+from torch_rtx.runtime.launch import Gpu, Launcher, bound, is_for, load_tactics, runnable_tactics
+from torch_rtx.tactics import OWN, Candidate, KernelTable, Launch, Tactic, Variant, check, fastest_first, pack
 from torch_rtx.targets import PTX, Target
 
 S = Sym("s")
@@ -43,11 +43,19 @@ def variant(image: bytes, shared: int = 0, warps: int = 4) -> Variant:
     return Variant(NAMES[image], "entry", warps, shared, 32, 0)
 
 
-def launch(*targets: Target, image: bytes = b"aligned 90", generic: Variant | None = None, shared: int = 0) -> Launch:
-    return Launch(targets, (S, S), (S, 2, 1), False, variant(image, shared), generic)
+def launch(image: bytes = b"aligned 90", generic: Variant | None = None, shared: int = 0) -> Launch:
+    return Launch((S, S), (S, 2, 1), False, variant(image, shared), generic)
 
 
-NATIVE = launch(Target(90), generic=variant(b"generic 90"))
+def table_of(launches: Mapping[Target, Launch], binaries: Mapping[str, bytes] = BINARIES) -> KernelTable:
+    """One kernel, `k`."""
+    tactics = {target: (Tactic("kernel", 1.0, {OWN: one}),) for target, one in launches.items()}
+    return KernelTable({"k": tactics}, binaries)
+
+
+SM90 = Target(90)
+NATIVE = {SM90: launch(generic=variant(b"generic 90"))}
+FROM_PTX = {PTX: launch(image=b"ptx text")}
 SIZES = (8, 8, 8, 4, 4, 8, 8)  # three pointers, two scalars, two of scratch memory
 
 
@@ -56,8 +64,10 @@ def current_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: STREAM + index, raising=False)
 
 
-def made(driver: FakeDriver, *launches: Launch, binaries: Mapping[str, bytes] = BINARIES) -> Launcher | None:
-    return launchers(KernelTable({"k": launches}, binaries), GRAPH, DEVICE, driver=driver).get("k")
+def made(
+    driver: FakeDriver, launches: Mapping[Target, Launch], binaries: Mapping[str, bytes] = BINARIES
+) -> Launcher | None:
+    return launched(load_tactics(table_of(launches, binaries), GRAPH, DEVICE, driver=driver)).get("k")
 
 
 # ---- choosing --------------------------------------------------------------------------------------------------------
@@ -77,15 +87,16 @@ def made(driver: FakeDriver, *launches: Launch, binaries: Mapping[str, bytes] = 
         (121, ["compute_90", "compute_80"]),
     ],
 )
-def test_candidates(sm: int, expected: list[str]) -> None:
-    launches = [launch(Target(80), Target(86)), launch(Target(90), Target(120)), launch(Target(90, True), PTX)]
-    assert [str(target) for _, target in candidates(launches, sm, 99 << 10)] == expected
+def test_runnable_tactics(sm: int, expected: list[str]) -> None:
+    targets = [Target(80), Target(86), Target(90), Target(120), Target(90, ptx=True), PTX]
+    tactics = table_of(dict.fromkeys(targets, launch())).tactics["k"]
+    assert [str(target) for _, target in runnable_tactics(tactics, sm, 99 << 10)] == expected
 
 
-def test_candidates_fit_the_device() -> None:
-    launches = [launch(Target(80), shared=120 << 10), launch(PTX, shared=99 << 10)]
-    assert [str(target) for _, target in candidates(launches, 80, 163 << 10)] == ["sm_80", "compute_80"]
-    assert [str(target) for _, target in candidates(launches, 86, 99 << 10)] == ["compute_80"]
+def test_runnable_tactics_fit_the_device() -> None:
+    tactics = table_of({Target(80): launch(shared=120 << 10), PTX: launch(shared=99 << 10)}).tactics["k"]
+    assert [str(target) for _, target in runnable_tactics(tactics, 80, 163 << 10)] == ["sm_80", "compute_80"]
+    assert [str(target) for _, target in runnable_tactics(tactics, 86, 99 << 10)] == ["compute_80"]
 
 
 def test_no_binary(caplog: pytest.LogCaptureFixture) -> None:
@@ -97,7 +108,7 @@ def test_no_binary(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_a_binary_that_the_driver_refuses(caplog: pytest.LogCaptureFixture) -> None:
     driver = FakeDriver(SIZES, refused=(b"aligned 90",))
-    found = made(driver, NATIVE, launch(PTX, image=b"ptx text"))
+    found = made(driver, NATIVE | FROM_PTX)
     assert found is not None
     assert found.target == PTX
     assert driver.loaded == [b"compiled ptx text"]
@@ -109,10 +120,11 @@ def test_a_binary_that_the_driver_refuses(caplog: pytest.LogCaptureFixture) -> N
 
 def test_what_the_driver_compiled_is_kept() -> None:
     """PTX is compiled once; the next process loads the binary."""
-    kept, text = Kept(), KernelTable({"k": (launch(PTX, image=b"ptx text"),)}, BINARIES)
+    kept, text = Kept(), table_of(FROM_PTX)
     first, second = FakeDriver(SIZES), FakeDriver(SIZES)
     for driver in (first, second):
-        assert launchers(text, GRAPH, DEVICE, driver=driver, open_store=lambda: kept)["k"].target == PTX
+        found = launched(load_tactics(text, GRAPH, DEVICE, driver=driver, open_store=lambda: kept))
+        assert found["k"].target == PTX
         assert driver.loaded == [b"compiled ptx text"]
     assert (first.linked, second.linked) == (1, 0)
     assert kept == {("kernel", f"ptx {NAMES[b'ptx text']}"): b"compiled ptx text"}
@@ -120,30 +132,30 @@ def test_what_the_driver_compiled_is_kept() -> None:
 
 def test_kernels_for_a_gpu_that_is_not_known_are_compiled_by_its_driver() -> None:
     driver, kept = FakeDriver(SIZES, (13, 0)), Kept()
-    candidate = Candidate(launch(Target(120, ptx=True), image=b"ptx text"), BINARIES, 0)
-    found = tools._load(Gpu(driver, 0), lambda: kept, "k", candidate, 3)  # type: ignore[arg-type, return-value]
-    assert found.is_for(130)
-    assert not found.is_for(120)
+    candidate = Candidate(Tactic("kernel", 1.0, {OWN: launch(image=b"ptx text")}), 0, BINARIES)
+    found = tuning_context._load(Gpu(driver, 0), lambda: kept, GRAPH.nodes[0], candidate)  # type: ignore[arg-type, return-value]
+    assert is_for(found, 130)
+    assert not is_for(found, 120)
     assert driver.loaded == list(kept.values()) == [b"compiled ptx text"]
 
 
 def test_nothing_is_compiled_where_nobody_waits() -> None:
     driver = FakeDriver(SIZES, (10, 0))
-    table = KernelTable({"k": (NATIVE, launch(PTX, image=b"ptx text"))}, BINARIES)
-    assert launchers(table, GRAPH, DEVICE, driver=driver, jit=False) == {}
+    table = table_of(NATIVE | FROM_PTX)
+    assert load_tactics(table, GRAPH, DEVICE, driver=driver, jit=False) == {}
     assert driver.linked == 0
-    native = launchers(table, GRAPH, DEVICE, driver=FakeDriver(SIZES), jit=False)
-    assert native["k"].is_for(90)
-    assert not native["k"].is_for(120)
+    native = load_tactics(table, GRAPH, DEVICE, driver=FakeDriver(SIZES), jit=False)
+    assert is_for(native["k"], 90)
+    assert not is_for(native["k"], 120)
 
 
 def test_for_given_sizes() -> None:
     driver = FakeDriver(SIZES)
     launcher = made(driver, NATIVE)
     assert launcher is not None
-    bound = launcher.bound({"s": 7})
-    assert (bound.scalars, bound.grid, launcher.scalars) == ((7, 7), (7, 2, 1), (S, S))
-    bound((16, 32, 48), bound.scalars, bound.grid)  # type: ignore[arg-type]
+    seven = launcher.bound({"s": 7})
+    assert (seven.scalars, seven.grid, launcher.scalars) == ((7, 7), (7, 2, 1), (S, S))
+    seven((16, 32, 48), seven.scalars, seven.grid)  # type: ignore[arg-type]
     assert driver.launched[0].grid == (7, 2, 1)
 
 
@@ -163,12 +175,12 @@ def test_a_block_that_is_too_large(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_where_nothing_is_launched(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    table = KernelTable({"k": (NATIVE,)}, BINARIES)
-    assert launchers(table, GRAPH, torch.device("cpu"), driver=FakeDriver(SIZES)) == {}
-    assert launchers(KernelTable(), GRAPH, DEVICE, driver=FakeDriver(SIZES)) == {}
+    table = table_of(NATIVE)
+    assert load_tactics(table, GRAPH, torch.device("cpu"), driver=FakeDriver(SIZES)) == {}
+    assert load_tactics(KernelTable(), GRAPH, DEVICE, driver=FakeDriver(SIZES)) == {}
     assert caplog.text == ""
     monkeypatch.setattr(driver_api, "driver", lambda: None)
-    assert launchers(table, GRAPH, DEVICE) == {}
+    assert load_tactics(table, GRAPH, DEVICE) == {}
     assert "cuda-bindings is not installed" in caplog.text
 
 
@@ -177,7 +189,7 @@ def test_loaded_once_and_said(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "torch_rtx"):
         assert made(driver, NATIVE) is not made(driver, NATIVE)
     assert driver.loaded == [b"aligned 90", b"generic 90"]
-    assert "1 of 1 kernels run from the engine's binaries on sm_90" in caplog.text
+    assert "tactics of 1 of 1 kernels on sm_90: 1 kernel" in caplog.text
 
 
 def test_nobody_waits_for_what_the_driver_compiles() -> None:
@@ -191,7 +203,7 @@ def test_nobody_waits_for_what_the_driver_compiles() -> None:
         return complete(state)
 
     driver.cuLinkComplete = slow  # type: ignore[method-assign,assignment]
-    compiling = threading.Thread(target=lambda: made(driver, launch(PTX, image=b"ptx text")))
+    compiling = threading.Thread(target=lambda: made(driver, FROM_PTX))
     compiling.start()
     assert entered.wait(30)
     loading = threading.Thread(target=lambda: made(driver, NATIVE))
@@ -207,9 +219,9 @@ def test_nobody_waits_for_what_the_driver_compiles() -> None:
 
 def test_large_shared_memory_is_asked_for() -> None:
     driver = FakeDriver(SIZES)
-    assert made(driver, launch(Target(90), shared=48 << 10)) is not None
+    assert made(driver, {SM90: launch(shared=48 << 10)}) is not None
     assert driver.opted_in == {}
-    assert made(driver, launch(Target(90), shared=200 << 10)) is not None
+    assert made(driver, {SM90: launch(shared=200 << 10)}) is not None
     assert driver.opted_in == {"entry": 200 << 10}
 
 
@@ -218,7 +230,8 @@ def test_large_shared_memory_is_asked_for() -> None:
 
 def test_parameters() -> None:
     driver = FakeDriver(SIZES)
-    launcher = made(driver, replace(NATIVE, aligned=variant(b"aligned 90", 1234, warps=8)))
+    aligned = variant(b"aligned 90", 1234, warps=8)
+    launcher = made(driver, {SM90: replace(NATIVE[SM90], aligned=aligned)})
     assert launcher is not None
     assert (launcher.scalars, launcher.grid) == ((S, S), (S, 2, 1))
     high = 2**64 - 16
@@ -239,11 +252,11 @@ def test_parameters() -> None:
 )
 def test_layouts(scalars: Sequence[int], wide: bool, sizes: tuple[int, ...]) -> None:
     driver = FakeDriver((8, 8, *sizes, 8, 8))
-    launches = replace(NATIVE, scalars=(S,) * len(scalars), wide=wide, generic=None)
+    launches = {SM90: replace(launch(), scalars=(S,) * len(scalars), wide=wide)}
     graph = parse(
         str(GRAPH).replace(", z: f32[4] =", " =").replace("return [a, b]", "return [a]").replace("[y, z]", "[y]")
     )
-    launcher = launchers(KernelTable({"k": (launches,)}, BINARIES), graph, DEVICE, driver=driver)["k"]
+    launcher = launched(load_tactics(table_of(launches), graph, DEVICE, driver=driver))["k"]
     launcher((16, 32), scalars, (1, 1, 1))
     unsigned = tuple(value % 2**64 if wide else value for value in scalars)
     assert driver.launched[0].parameters == (16, 32, *unsigned, 0, 0)
@@ -251,7 +264,7 @@ def test_layouts(scalars: Sequence[int], wide: bool, sizes: tuple[int, ...]) -> 
 
 def test_without_a_generic_variant_any_scalar_is_fine() -> None:
     driver = FakeDriver(SIZES)
-    launcher = made(driver, replace(NATIVE, generic=None))
+    launcher = made(driver, {SM90: launch()})
     assert launcher is not None
     launcher((16, 16, 16), (1, 3), (1, 1, 1))
     assert driver.launched[0].image == b"aligned 90"
@@ -348,30 +361,6 @@ NESTED = parse("""graph fused {
 """)
 
 
-@pytest.mark.parametrize(
-    ("tactics", "library", "expected"),
-    [
-        ("best", "slower", {"anchored", "loop"}),
-        ("best", "faster", {"loop"}),
-        ("generated", "faster", {"anchored", "loop"}),
-        ("library", "slower", {"loop"}),
-        ("calls", "slower", set()),
-    ],
-)
-def test_tactics(tactics: str, library: str, expected: set[str]) -> None:
-    plain = replace(NATIVE, scalars=(), grid=(1, 1, 1), generic=None)
-    table = KernelTable({"anchored": (replace(plain, library=library),), "loop": (plain,)}, BINARIES)
-    found = launchers(table, NESTED, DEVICE, tactics, FakeDriver((8, 8, 8, 8)))
-    assert found.keys() == expected
-    left = [node.op for node in inline_kernels(NESTED, found).nodes]
-    assert (
-        left
-        == {0: ["aten.exp.default", "aten.neg.default"], 1: ["aten.exp.default", "loop"], 2: ["anchored"]}[
-            len(expected)
-        ]
-    )
-
-
 SPLIT = parse("""graph import {
   input in0: f32[4]
   t: f32[4] = kernel parts(in0=in0) graph import {
@@ -393,83 +382,107 @@ SPLIT = parse("""graph import {
 """)
 
 
-def split_table(library: str, image: bytes = b"aligned 90") -> KernelTable:
-    """The kernels of NESTED, with a split body of the outer one; `image` is that of the body's second kernel."""
-    plain = replace(NATIVE, scalars=(), grid=(1, 1, 1), generic=None)
-    outer = replace(plain, library=library)
-    second = replace(plain, aligned=variant(image))
-    launches = {"anchored": (outer,), "loop": (plain,), "parts": (plain,), "sum": (second,)}
-    return KernelTable(launches, BINARIES, {"anchored": (Split((Target(90),), SPLIT),)})
+# Expected times, in microseconds, by kind: in the order of each, and one of a loop, which has no library call.
+ORDERS = {
+    "slower": {"split": 1.0, "kernel": 2.0, "library": 3.0},
+    "faster": {"library": 1.0, "split": 2.0, "kernel": 3.0},
+    "loop": {"split": 1.0, "kernel": 2.0},
+    "whole": {"kernel": 1.0, "library": 2.0},
+}
+
+
+def table(order: str, image: bytes = b"aligned 90", target: Target = SM90) -> KernelTable:
+    """Tactics of the kernels of NESTED, the outer one in this order; `image` is that of its split body's second
+    kernel."""
+    plain = replace(launch(), scalars=(), grid=(1, 1, 1))
+    own = Tactic("kernel", 0.0, {OWN: plain})
+    forms = {
+        "kernel": own,
+        "library": Tactic("library", 0.0),
+        "split": Tactic("split", 0.0, {"parts": plain, "sum": replace(plain, aligned=variant(image))}, SPLIT),
+    }
+    outer = fastest_first(replace(forms[kind], expected_us=us) for kind, us in ORDERS[order].items())
+    return KernelTable({"anchored": {target: outer}, "loop": {target: (own,)}}, BINARIES)
+
+
+WHOLE, PARTS, CALL = ["anchored"], ["parts", "sum"], ["aten.exp.default", "loop"]
 
 
 @pytest.mark.parametrize(
-    ("tactics", "library", "expected"),
+    ("wanted", "order", "expected"),
     [
-        ("best", "slower", ["parts", "sum"]),
-        ("best", "none", ["parts", "sum"]),
-        ("best", "faster", ["aten.exp.default", "loop"]),
-        ("split", "faster", ["parts", "sum"]),
-        ("generated", "slower", ["anchored"]),
-        ("library", "slower", ["aten.exp.default", "loop"]),
-        ("library", "none", ["parts", "sum"]),
+        ("best", "slower", PARTS),
+        ("best", "loop", PARTS),
+        ("best", "faster", CALL),
+        ("best", "whole", WHOLE),
+        ("split", "faster", PARTS),
+        ("split", "whole", WHOLE),  # there is no split body
+        ("kernel", "slower", WHOLE),
+        ("kernel,split", "slower", WHOLE),
+        ("split,kernel", "faster", PARTS),
+        ("library", "slower", CALL),
+        ("library", "whole", CALL),
+        ("library", "loop", PARTS),
         ("calls", "slower", ["aten.exp.default", "aten.neg.default"]),
     ],
 )
-def test_split_bodies(tactics: str, library: str, expected: list[str]) -> None:
-    table = split_table(library)
-    check(table, NESTED)
-    found = launchers(table, NESTED, DEVICE, tactics, FakeDriver((8, 8, 8, 8)))
+def test_tactics(wanted: str, order: str, expected: list[str]) -> None:
+    check(table(order), NESTED)
+    found = load_tactics(table(order), NESTED, DEVICE, wanted, FakeDriver((8, 8, 8, 8)))
     assert [node.op for node in inline_kernels(NESTED, found).nodes] == expected
     assert {op for op in expected if not op.startswith("aten.")} <= launched(found).keys()
-    assert isinstance(found.get("anchored"), Parts) == (expected == ["parts", "sum"])
 
 
-def test_where_nothing_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    table, driver = split_table("slower"), FakeDriver((8, 8, 8, 8))
-    assert launchers(table, NESTED, torch.device("cpu"), "split", driver) == {}
-    whole = launchers(replace(table, splits={}), NESTED, DEVICE, "split", driver)
-    assert isinstance(whole["anchored"], Launcher)
+def test_a_kind_that_there_is_not(caplog: pytest.LogCaptureFixture) -> None:
+    found = load_tactics(table("whole"), NESTED, DEVICE, "generated", FakeDriver((8, 8, 8, 8)))
+    assert found["anchored"].kind == "kernel"
+    assert "tactics='generated': no kernel has such a tactic; there are kernel, library" in caplog.text
+
+
+def test_where_no_tactic_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = FakeDriver((8, 8, 8, 8))
+    assert load_tactics(table("slower"), NESTED, torch.device("cpu"), "split", driver) == {}
     other = FakeDriver((8, 8, 8, 8), (8, 0))  # the table has nothing for it
-    assert launchers(table, NESTED, DEVICE, "split", other) == {}
+    assert load_tactics(table("slower"), NESTED, DEVICE, "split", other) == {}
     monkeypatch.setattr(driver_api, "driver", lambda: None)
-    assert launchers(table, NESTED, DEVICE, "split") == {}
+    assert load_tactics(table("slower"), NESTED, DEVICE, "split") == {}
 
 
 def test_a_split_body_of_which_a_kernel_is_refused() -> None:
-    """The node's own kernel runs then."""
+    """The next tactic runs then: the node's own kernel."""
     driver = FakeDriver((8, 8, 8, 8), refused=(b"generic 90",))
-    found = launchers(split_table("slower", b"generic 90"), NESTED, DEVICE, driver=driver)
-    assert isinstance(found["anchored"], Launcher)
+    found = load_tactics(table("slower", b"generic 90"), NESTED, DEVICE, driver=driver)
+    assert found["anchored"].kind == "kernel"
 
 
 def test_split_bodies_for_given_sizes() -> None:
-    found = launchers(split_table("slower"), NESTED, DEVICE, driver=FakeDriver((8, 8, 8, 8)))["anchored"]
-    assert isinstance(found, Parts)
-    assert found.is_for(90)
-    assert not found.is_for(120)
-    bound = found.bound({"s": 7})
-    assert (bound.body, bound.kernels.keys()) == (SPLIT, {"parts", "sum", "loop"})
+    found = load_tactics(table("slower"), NESTED, DEVICE, driver=FakeDriver((8, 8, 8, 8)))["anchored"]
+    assert is_for(found, 90)
+    assert not is_for(found, 120)
+    seven = bound(found, {"s": 7})
+    assert (seven.body, seven.kernels.keys()) == (SPLIT, {"parts", "sum"})
 
 
-@pytest.mark.parametrize(("library", "best"), [("slower", Launcher), ("none", Parts)])
-def test_what_the_driver_would_compile_is_split_by_itself_if_it_is_a_loop(library: str, best: type) -> None:
-    table = split_table(library)
-    launches = {op: tuple(replace(one, targets=(PTX,)) for one in found) for op, found in table.launches.items()}
-    table = replace(table, launches=launches, splits={"anchored": (Split((PTX,), SPLIT),)})
-    driver = FakeDriver((8, 8, 8, 8))
-    assert isinstance(launchers(table, NESTED, DEVICE, "best", driver)["anchored"], best)
-    assert isinstance(launchers(table, NESTED, DEVICE, "split", driver)["anchored"], Parts)
+@pytest.mark.parametrize(("order", "kind"), [("slower", "split"), ("whole", "kernel"), ("faster", "library")])
+def test_what_the_driver_would_compile(order: str, kind: str) -> None:
+    """Until it has, kernels run call by call; a tactic that is a call needs nobody to wait."""
+    text, driver = table(order, target=PTX), FakeDriver((8, 8, 8, 8))
+    assert load_tactics(text, NESTED, DEVICE, driver=driver)["anchored"].kind == kind
+    at_once = load_tactics(text, NESTED, DEVICE, driver=driver, jit=False)
+    assert at_once.keys() == ({"anchored"} if kind == "library" else set())
 
 
-def test_tactics_of_a_table() -> None:
-    orders = {library: split_table(library).tactics("anchored", Target(90)) for library in ("none", "slower", "faster")}
-    assert orders == {
-        "none": ("split", "kernel"),
-        "slower": ("split", "kernel", "library"),
-        "faster": ("library", "split", "kernel"),
+def test_tactics_that_do_not_fit_their_node() -> None:
+    kept = table("slower").tactics
+    wrong = {
+        "launches other": Tactic("split", 1.0, {"other": launch()}, SPLIT),
+        "launches self": Tactic("split", 1.0, {OWN: launch()}, SPLIT),
+        "takes or returns other types": Tactic("split", 1.0, {}, parse(str(SPLIT).replace("f32[4]", "f32[5]"))),
     }
-    table = split_table("slower")
-    assert table.tactics("loop", Target(90)) == ("kernel",)
-    assert table.tactics("anchored", Target(80)) == table.tactics("other", Target(90)) == ()
-    assert table.split("anchored", Target(90)) == SPLIT
-    assert table.split("anchored", Target(80)) is None
+    for message, tactic in wrong.items():
+        with pytest.raises(InvalidIR, match=message):
+            check(KernelTable({**kept, "anchored": {SM90: (tactic,)}}), NESTED)
+    with pytest.raises(InvalidIR, match="a target without tactics"):
+        check(KernelTable({**kept, "loop": {SM90: ()}}), NESTED)
+    with pytest.raises(InvalidIR, match="the graph has no kernel parts"):
+        check(KernelTable({**kept, "parts": kept["loop"]}), NESTED)

@@ -27,12 +27,13 @@ from torch_rtx.irparse import parse
 from torch_rtx.runtime import profiling
 from torch_rtx.runtime.check import bind_sizes
 from torch_rtx.runtime.clocks import SPANS_AT_ONCE, Clock, DeviceClock, overhead
-from torch_rtx.runtime.costs import Cost, cost
+from torch_rtx.runtime.node_cost import Cost, cost
 from torch_rtx.runtime.profile_page import lanes
 from torch_rtx.runtime.profiling import Profile, Row
 from torch_rtx.runtime.session import Session, watched_calls
 from torch_rtx.runtime.weights import WeightStore
 from torch_rtx.settings import RuntimeSettings
+from torch_rtx.tactics import OWN, Tactic
 
 CPU = torch.device("cpu")
 BATCH = torch.export.Dim("batch", min=1, max=64)
@@ -214,7 +215,8 @@ def test_kernels() -> None:
     """Kernels that are launched are one row, with what is inside; the bodies of others are rows of their own."""
     launcher = add()
     launcher.target = "sm_90"  # type: ignore[attr-defined]
-    session = Session(GRAPH, WeightStore(GRAPH, CPU, {}), RuntimeSettings(), kernels={"add": launcher})  # type: ignore[dict-item]
+    tactic: Any = Tactic("kernel", 0.0, {OWN: launcher})
+    session = Session(GRAPH, WeightStore(GRAPH, CPU, {}), RuntimeSettings(), tactics={"add": tactic})
     profile = torch_rtx.profile(session, list(torch.randn(2, 16)), repeats=2)
     assert [(row.kind, row.tier, row.what) for row in profile.rows] == [
         ("kernel", "kernel for sm_90", "add"),
@@ -592,8 +594,8 @@ def test_command_line(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "(the model itself)" in done.stdout
     for arguments, message in (
-        ((), f"the sizes that vary are: --size {symbol}=1..64"),
-        (("--size", f"{symbol}=three"), "the sizes that vary are"),
+        ((), f"the dynamic sizes are: --size {symbol}=1..64"),
+        (("--size", f"{symbol}=three"), "the dynamic sizes are"),
         (("--size", f"{symbol}=100"), "outside its range"),
         (("--size", f"{symbol}=3", "--weights", tmp_path / "none"), "error"),
     ):

@@ -27,6 +27,7 @@ from torch_rtx.irparse import parse
 from torch_rtx.lowering.kernels.generate import generate
 from torch_rtx.profiles import Range, check_profiles, shapes
 from torch_rtx.runtime.check import check_inputs
+from torch_rtx.targets import arch_of
 
 CPU = torch.device("cpu")
 
@@ -227,7 +228,7 @@ PRODUCT = """graph import {{
 
 def test_kernels_are_chosen_for_typical_sizes() -> None:
     few, many, unknown = (parse(PRODUCT.format(typical=text)) for text in (", 16", ", 16384", ""))
-    sources = [generate(graph, "k", 89, 0) for graph in (few, many, unknown)]
+    sources = [generate(graph, "k", arch_of(89), 0) for graph in (few, many, unknown)]
     assert all(sources)
     assert sources[0] != sources[1]
     assert str(parse(str(few))) == str(few)
@@ -279,7 +280,7 @@ def test_inspect(tmp_path: Path) -> None:
     x = Input(profiles=[((1, 3), (2, 3), (4, 3)), ((8, 3), (8, 3), (16, 3))])
     torch_rtx.save(torch_rtx.compile(nn.ReLU(), (x,)), tmp_path / "m.rtx")
     seen = torch_rtx.inspect(tmp_path / "m.rtx")
-    assert (seen.manifest.format_version, seen.manifest.min_reader) == (4, 3)
+    assert (seen.manifest.format_version, seen.manifest.min_reader) == (5, 3)
     assert "profile 0: input [1..4 (opt 2), 3]\nprofile 1: input [8..16 (opt 8), 3]\n" in str(seen)
     assert CliRunner().invoke(app, ["inspect", str(tmp_path / "m.rtx")]).stdout == f"{seen}\n"
     found = json.loads(CliRunner().invoke(app, ["inspect", str(tmp_path / "m.rtx"), "--json"]).stdout)
@@ -335,21 +336,24 @@ A, B = ((1, 8), (2, 8), (4, 8)), ((8, 8), (8, 8), (16, 8))
         ({"shape": (2,), "profiles": [A]}, "an Input has shape=(2,), profiles=[((1, 8), (2, 8), (4, 8))]\n"),
         (
             {"min_shape": (1,), "max_shape": (4,)},
-            "profile 0 of an Input has opt_shape=None, which is no tuple of sizes",
+            "profile 0 of an Input has opt_shape=None, which is not a tuple of sizes",
         ),
-        ({"shape": (2, -1)}, "profile 0 of an Input has min_shape=(2, -1), which is no tuple of sizes"),
-        ({"shape": (2, True)}, "has min_shape=(2, True), which is no tuple of sizes"),
-        ({"shape": 4}, "has min_shape=4, which is no tuple of sizes"),
-        ({"shape": (1 << 31,)}, "has min_shape=(2147483648,), which is no tuple of sizes"),
+        ({"shape": (2, -1)}, "profile 0 of an Input has min_shape=(2, -1), which is not a tuple of sizes"),
+        ({"shape": (2, True)}, "has min_shape=(2, True), which is not a tuple of sizes"),
+        ({"shape": 4}, "has min_shape=4, which is not a tuple of sizes"),
+        ({"shape": (1 << 31,)}, "has min_shape=(2147483648,), which is not a tuple of sizes"),
         ({"profiles": [A, ((8, 8), (4, 8), (16, 8))]}, "profile 1 of an Input has on axis 0 min 8, opt 4, max 16"),
         ({"profiles": [A, ((8,), (8, 8), (16, 8))]}, "profile 1 of an Input has 1, 2, 2 axes"),
         ({"profiles": [A, ((8,), (8,), (16,))]}, "the profiles of an Input have 2, 1 axes"),
         ({"profiles": [A, ((8, 8), (16, 8))]}, "profile 1 of an Input must be (min_shape, opt_shape, max_shape), not"),
         ({"profiles": []}, "the profiles of an Input must be a list of at least one, not []"),
         ({"shape": (2,), "dtype": None, "name": "x"}, "the dtype of input 'x' must be a torch.dtype, not None"),
-        ({"shape": (2,), "name": "x y"}, "'x y' is no name of an input"),
+        ({"shape": (2,), "name": "x y"}, "'x y' is not a valid name of an input"),
         ({"shape": (2,), "shared_dims": {1: "n"}, "name": "x"}, "shared_dims of input 'x' names axis 1 of 1"),
-        ({"shape": (2,), "shared_dims": {0: "a b"}}, "shared_dims of an Input calls axis 0 'a b', which is no name"),
+        (
+            {"shape": (2,), "shared_dims": {0: "a b"}},
+            "names axis 0 'a b', which is not a valid name",
+        ),
     ],
 )
 def test_an_input_that_contradicts_itself(fields: dict[str, Any], message: str) -> None:
@@ -379,14 +383,14 @@ def test_an_input_that_contradicts_itself(fields: dict[str, Any], message: str) 
         (
             (Input(profiles=[((2,), (2,), (2,))] * 2), Input((2,))),
             None,
-            "there are 2 profiles, and no size in them varies",
+            "there are 2 profiles, but no size varies",
         ),
         (
             (Input(profiles=[A, B], shared_dims={0: "n"}), Input(profiles=[B, A], shared_dims={0: "n"})),
             None,
             "and have the ranges 1..4 (opt 2), 8..16 (opt 8) and 8..16 (opt 8), 1..4 (opt 2)",
         ),
-        ((Input((2,), name="y"), Input((2,))), None, "two inputs are called 'y'"),
+        ((Input((2,), name="y"), Input((2,))), None, "two inputs have the name 'y'"),
         (
             (Input(min_shape=(0,), opt_shape=(1,), max_shape=(1,)), Input((2,))),
             None,

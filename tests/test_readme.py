@@ -15,7 +15,7 @@ import pytest
 from tests.forking import forked, say_to
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -27,7 +27,7 @@ def blocks(language: str) -> list[Any]:
         for match in BLOCK.finditer(text):
             if match[1] == language:
                 line = text.count("\n", 0, match.start()) + 1
-                found.append(pytest.param(match[2], id=f"{page.name}:{line}"))
+                found.append(pytest.param(match[2], id=f"{page.relative_to(ROOT)}:{line}"))
     return found
 
 
@@ -60,14 +60,16 @@ def test_command_exists(command: str) -> None:
     if program == "make":
         assert re.search(rf"^{re.escape(first)}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
     elif program == "torch-rtx":
+        import typer
+
         from torch_rtx.backend.cli import app
 
-        group, names = app, [first, *rest]
-        while groups := {g.name: g.typer_instance for g in group.registered_groups if g.name == names[0]}:
-            group = groups[names.pop(0)]
-            if not names:
-                return  # the group as a whole
-        assert names[0] in {f.name or getattr(f.callback, "__name__", "") for f in group.registered_commands}
+        found: Any = typer.main.get_command(app)
+        words = [first, *rest]
+        while words and hasattr(found, "commands"):
+            found = found.commands[words.pop(0)]
+        flags = {flag for parameter in found.params for flag in parameter.opts}
+        assert {word for word in words if word.startswith("-")} <= flags
     elif first == "-m":
         assert find_spec(rest[0]) is not None
     else:
@@ -83,15 +85,19 @@ def test_by_hand() -> None:
     assert "8. against eager" in done.stdout
 
 
+def anchors(page: Path) -> set[str]:
+    """The headings of a page, as GitHub makes names of them that links can use."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in titles}
+
+
 def test_links() -> None:
-    """Links to files of the repository lead somewhere, and so do those to a heading of the same page."""
+    """Links to files of the repository lead somewhere, and so do those to a heading of a page."""
     for page in PAGES:
-        text = page.read_text()
-        titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
-        headings = {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in titles}
-        prose = re.sub(r"^```.*?^```$|`[^`\n]*`", "", text, flags=re.MULTILINE | re.DOTALL)
+        prose = re.sub(r"^```.*?^```$|`[^`\n]*`", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
         for target in re.findall(r"\]\(([^)\s]+)\)", prose):
             path, _, heading = target.partition("#")
             if "://" not in target:
-                assert not path or (page.parent / path).exists(), f"{page.name}: {target}"
-                assert path or heading in headings, f"{page.name}: {target}"
+                other = page.parent / path if path else page
+                assert other.exists(), f"{page.relative_to(ROOT)}: {target}"
+                assert not heading or heading in anchors(other), f"{page.relative_to(ROOT)}: {target}"

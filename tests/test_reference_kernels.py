@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -19,6 +19,7 @@ from torch_rtx.runtime.inline import inline_kernels
 from torch_rtx.runtime.session import Session
 from torch_rtx.runtime.weights import WeightStore
 from torch_rtx.settings import RuntimeSettings
+from torch_rtx.tactics import OWN, Tactic
 
 CPU = torch.device("cpu")
 
@@ -48,9 +49,14 @@ def add() -> Launched:
     return Launched(lambda x, y: [[a + b for a, b in zip(x, y, strict=True)]], (S, S, S), 2)
 
 
+def whole(kernels: Mapping[str, Any]) -> dict[str, Any]:
+    """Tactics that launch whole nodes."""
+    return {op: Tactic("kernel", 1.0, {OWN: kernel}) for op, kernel in kernels.items()}
+
+
 def run(graph: Graph, *inputs: torch.Tensor, **kernels: Any) -> list[torch.Tensor]:
     verify(graph, ALLOWED)
-    return compile_graph(graph, CPU, kernels=kernels)(inputs, ())
+    return compile_graph(graph, CPU, tactics=whole(kernels))(inputs, ())
 
 
 def expected(x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
@@ -131,7 +137,7 @@ def test_session_runs_bodies_or_launches() -> None:
     x, y = torch.randn(2, 9)
     launcher = add()
     for kernels in ({}, {"add": launcher}):
-        session = Session(GRAPH, WeightStore(GRAPH, CPU, {}), RuntimeSettings(), kernels=kernels)  # type: ignore[arg-type]
+        session = Session(GRAPH, WeightStore(GRAPH, CPU, {}), RuntimeSettings(), tactics=whole(kernels))  # type: ignore[arg-type]
         check(session([x, y]), expected(x, y))
         check(session.sibling()([x, y]), expected(x, y))
     assert len(launcher.calls) == 4
@@ -217,7 +223,7 @@ def test_dims_must_be_known() -> None:
 
 def test_values_are_dropped() -> None:
     """What a launch copied is gone after it, and kernels take part in the bookkeeping of last uses."""
-    source = compile_graph(GRAPH, CPU, kernels={"add": add(), "both": add()}).source  # type: ignore[dict-item]
+    source = compile_graph(GRAPH, CPU, tactics=whole({"add": add(), "both": add()})).source  # type: ignore[dict-item]
     lines = [line.strip() for line in source.splitlines()]
     assert lines.count("del _in0, _in1") == 2
     assert "del b, y" in lines or "del y, b" in lines

@@ -89,7 +89,7 @@ def test_round_trip(path: Path, caplog: pytest.LogCaptureFixture) -> None:
 
 def test_kinds(path: Path) -> None:
     cache = RuntimeCache(path, ADA)
-    with pytest.raises(CacheError, match="'engine' is no kind of entry"):
+    with pytest.raises(CacheError, match="unknown kind of entry 'engine'"):
         cache.put("engine", "a", b"")
     with pytest.raises(CacheError, match="kinds are kernel, tactic"):
         cache.get("", "a")
@@ -143,7 +143,7 @@ def test_many_devices_in_one_file(path: Path) -> None:
     }
     assert {device: kernels(path, "a", device=device)[0] for device in expected} == expected
     with closing(RuntimeFile(path)) as file:
-        assert {held.device: held.counts for held in file.held()} == {
+        assert {summary.device: summary.counts for summary in file.devices()} == {
             device: {"kernel": 1} for device in (ADA, BLACKWELL, SMALL_ADA, replace(ADA, driver=12080))
         }
 
@@ -179,12 +179,12 @@ def test_what_is_larger_than_the_cache(path: Path, caplog: pytest.LogCaptureFixt
     cache.put("kernel", "small", b"small")
     cache.close()
     assert kernels(path, "large", "small") == [None, b"small"]
-    assert "kernel large is larger than the whole runtime cache may be" in caplog.text
+    assert "kernel large exceeds the size limit of the runtime cache" in caplog.text
 
 
 def test_memory_is_bounded(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Values are held in memory up to a limit, and what is beyond is read again."""
-    monkeypatch.setattr(runtime, "MEMORY", 100_000)
+    monkeypatch.setattr(runtime, "MEMORY_BYTES", 100_000)
     cache = RuntimeCache(path, ADA)
     for number in range(10):
         cache.put("kernel", str(number), bytes([number]) * 30_000)
@@ -238,7 +238,7 @@ def test_load_of_what_is_no_cache(path: Path, tmp_path: Path) -> None:
     with pytest.raises(CacheError, match="is damaged: file is not a database"):
         cache.load(tmp_path / "text")
     sqlite3.connect(tmp_path / "other").execute("CREATE TABLE users (name)").connection.close()
-    with pytest.raises(CacheError, match="is no runtime cache but another database"):
+    with pytest.raises(CacheError, match="is another program's database"):
         cache.load(tmp_path / "other")
     with pytest.raises(CacheError, match="shipped"):
         cache.save(tmp_path / "text" / "shipped")
@@ -397,7 +397,7 @@ def works_in_memory(path: Path) -> None:
 def test_a_locked_file(path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody waits for whoever holds the file, and what was learnt is written when it is free."""
     monkeypatch.setattr(runtime, "WRITE_TIMEOUT", 0.1)
-    monkeypatch.setattr(runtime, "RETRY", 0.1)
+    monkeypatch.setattr(runtime, "RETRY_SECONDS", 0.1)
     fill(path, a=b"a")
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("PRAGMA locking_mode = EXCLUSIVE")
@@ -432,8 +432,8 @@ def test_a_writer_holds_nobody_up(path: Path) -> None:
 def test_a_full_disk(path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """SQLite refuses to make the file larger; once there is room, everything is written."""
     fill(path, a=b"a")
-    monkeypatch.setattr(runtime, "MEMORY", 300_000)
-    monkeypatch.setattr(runtime, "RETRY", 1e9)
+    monkeypatch.setattr(runtime, "MEMORY_BYTES", 300_000)
+    monkeypatch.setattr(runtime, "RETRY_SECONDS", 1e9)
     connect = sqlite3.connect
 
     def full(*args: Any, **kwargs: Any) -> sqlite3.Connection:
@@ -507,7 +507,7 @@ def test_a_folder_that_can_only_be_read(mode: str, readable: Path) -> None:
     out, err = as_a_reader(path, "write")
     assert out == ["b'a' {}", "False b'b' 1"]
     assert err.count("WARNING") == 1
-    assert "can't be written, what is learnt stays in memory" in err
+    assert "can't be written, new entries stay in memory" in err
 
 
 def test_a_path_that_can_not_be(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -536,7 +536,7 @@ def test_another_database_is_left_alone(path: Path, caplog: pytest.LogCaptureFix
     before = path.read_bytes()
     works_in_memory(path)
     assert path.read_bytes() == before
-    assert "is no runtime cache but another database" in warnings(caplog)[0]
+    assert "is another program's database" in warnings(caplog)[0]
 
 
 # ---- damage ----------------------------------------------------------------------------------------------------------
@@ -562,7 +562,7 @@ def test_damaged_rows(name: str, path: Path, caplog: pytest.LogCaptureFixture) -
     assert cache.get("kernel", "b") == b"b"
     assert cache.stats.misses == {"damaged": 2}
     assert cache.flush()
-    assert warnings(caplog) == [f"the runtime cache {path} has an entry that is damaged and of no use: kernel a"]
+    assert warnings(caplog) == [f"the runtime cache {path} has a damaged entry, which is ignored: kernel a"]
     assert cache.get("kernel", "a") is None
     assert cache.stats.misses == {"damaged": 2, "never met": 1}
     cache.put("kernel", "a", b"again")
@@ -576,11 +576,11 @@ def test_rows_of_a_device_that_is_none(path: Path) -> None:
     assert kernels(path, "a") == [None]
     with closing(RuntimeFile(path)) as file:
         assert list(file.entries()) == [None]
-        assert file.held() == []
+        assert file.devices() == []
         assert file.prune(which=lambda kind, device: False) == 1
 
 
-def set_aside_and_begun_anew(path: Path) -> None:
+def renamed_and_replaced(path: Path) -> None:
     """What damage leads to: the file is kept under another name, and the cache works."""
     cache = RuntimeCache(path, ADA)
     assert cache.get("kernel", "a") is None
@@ -597,8 +597,8 @@ def set_aside_and_begun_anew(path: Path) -> None:
 def test_a_truncated_file(size: int, path: Path, caplog: pytest.LogCaptureFixture) -> None:
     fill(path, a=bytes(30_000))
     os.truncate(path, size)
-    set_aside_and_begun_anew(path)
-    assert any("is damaged; it is kept as" in message for message in warnings(caplog))
+    renamed_and_replaced(path)
+    assert any("is damaged and was renamed to" in message for message in warnings(caplog))
 
 
 def test_an_empty_file_is_a_new_one(path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -613,7 +613,7 @@ def test_an_empty_file_is_a_new_one(path: Path, caplog: pytest.LogCaptureFixture
 def test_a_file_that_is_no_database(path: Path) -> None:
     path.parent.mkdir()
     path.write_text("hello" * 1000)
-    set_aside_and_begun_anew(path)
+    renamed_and_replaced(path)
     assert path.with_name("runtime.sqlite.damaged").read_text() == "hello" * 1000
 
 
@@ -621,7 +621,7 @@ def test_a_file_that_is_no_database(path: Path) -> None:
 def test_other_tables(statement: str, path: Path) -> None:
     fill(path, a=b"a")
     change(path, statement)
-    set_aside_and_begun_anew(path)
+    renamed_and_replaced(path)
 
 
 def test_a_file_that_is_damaged_while_it_is_open(path: Path) -> None:
@@ -749,12 +749,12 @@ def test_close_is_quick_and_final(path: Path) -> None:
 
 def test_entries_that_are_none(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cache = RuntimeCache(path, ADA)
-    with pytest.raises(CacheError, match="is no text"):
+    with pytest.raises(CacheError, match="can't be encoded as UTF-8"):
         cache.put("kernel", "\ud800", b"")
     cache.put("kernel", "\0 é 中", b"text")
     cache.put("kernel", "b", "no bytes")  # type: ignore[arg-type]
     assert not cache.flush()
-    assert "2 entries of the runtime cache can't be kept" in caplog.text
+    assert "2 entries of the runtime cache can't be written" in caplog.text
     cache.put("kernel", "\0 é 中", b"text")
     cache.put("kernel", "a", b"a")
     assert cache.flush()

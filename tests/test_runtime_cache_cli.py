@@ -115,7 +115,7 @@ ERRORS: dict[str, tuple[tuple[Any, ...], str]] = {
     "nothing to import": (("import", "absent"), "there is no runtime cache"),
     "no database": (("import", __file__), "file is not a database"),
     "off": (("info", "--file", "off"), "the runtime cache is off"),
-    "size": (("prune", "--size", "much"), "'much' is no size"),
+    "size": (("prune", "--size", "much"), "'much' is not a size"),
     "verify": (("verify", "--file", "absent"), "there is no runtime cache"),
 }
 

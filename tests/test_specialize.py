@@ -21,19 +21,20 @@ from torch import nn
 import torch_rtx
 from tests.emulated import Device, Emulated
 from tests.fake_driver import Kept
-from torch_rtx.backend import reuse
+from torch_rtx.backend import program_cache
 from torch_rtx.errors import KernelError, SettingsError
 from torch_rtx.ir import kernel_nodes
-from torch_rtx.kerneltable import KernelTable
+from torch_rtx.runtime import admission, candidate_check, specialize
 from torch_rtx.runtime import driver as driver_api
-from torch_rtx.runtime import job as jobs
-from torch_rtx.runtime import places, specialize, trial
+from torch_rtx.runtime import tuner as tuners
+from torch_rtx.runtime.admission import PATIENCE
 from torch_rtx.runtime.background import Background
-from torch_rtx.runtime.job import PORTABLE, REFERENCE, SPECIALIZED
-from torch_rtx.runtime.knowledge import CALLS, ENGINE, KERNEL, TACTIC
-from torch_rtx.runtime.places import PATIENCE
+from torch_rtx.runtime.inline import launched
 from torch_rtx.runtime.session import Session
+from torch_rtx.runtime.tuning_db import KERNEL, TACTIC
+from torch_rtx.runtime.variant import PORTABLE, REFERENCE, SPECIALIZED, Region
 from torch_rtx.settings import CompilationSettings, RuntimeSettings
+from torch_rtx.tactics import KernelTable
 
 LAZY = RuntimeSettings(specialization_strategy="lazy")
 X = torch.randn(4, 16)
@@ -69,11 +70,11 @@ def session(
     model = make().eval()
     shapes = ({0: torch.export.Dim("batch", min=2, max=64)},) if dynamic else None
     compilation = CompilationSettings(device="cuda", targets="sm_80", reuse_cached_engines=False)
-    with patch.object(reuse, "kernels_of", lambda *_: KernelTable()):
+    with patch.object(program_cache, "kernels_of", lambda *_: KernelTable()):
         module = torch_rtx.compile(model, (x,), dynamic_shapes=shapes, settings=compilation)
-    graph, tools = module.engine.graph, device.tools(background, store)
+    graph, context = module.engine.graph, device.context(background, store)
     of = module.session
-    return Session(graph, module._store, settings, of._callables, of._trusted_ops, tools=tools), model
+    return Session(graph, module._store, settings, of._callables, of._trusted_ops, context=context), model
 
 
 def held_back() -> tuple[Device, threading.Event, threading.Event]:
@@ -107,8 +108,8 @@ def test_from_calls_to_kernels(background: Background) -> None:
     assert (base.tier, base.ready) == (SPECIALIZED, True)
     assert base.code is not calls
     ops = {node.op for node in base.code.graph.nodes}
-    assert ops <= set(base.code.kernels)  # there are some inside of others, too
-    kernels = {op: kernel for op, kernel in base.code.kernels.items() if isinstance(kernel, Emulated)}
+    assert ops <= launched(base.code.tactics).keys()  # there are some inside of others, too
+    kernels = {op: kernel for op, kernel in launched(base.code.tactics).items() if isinstance(kernel, Emulated)}
     before = {op: kernel.launches for op, kernel in kernels.items()}
     right(made, model)
     assert {op for op, kernel in kernels.items() if kernel.launches > before[op]} == ops
@@ -153,8 +154,8 @@ def test_wrong_kernels_are_not_used(background: Background, caplog: pytest.LogCa
     right(made, model)
     (bad,) = (region for region in made.specializer.base.regions if region.problems)
     assert "layer_norm" in str(bad.body)
-    assert not set(bad.ops) & set(made.specializer.base.code.kernels)
-    assert made.specializer.base.code.kernels
+    assert not set(bad.ops) & launched(made.specializer.base.code.tactics).keys()
+    assert launched(made.specializer.base.code.tactics)
     assert "its kernel is wrong: output 0 has a relative error of" in caplog.text
 
 
@@ -168,7 +169,7 @@ def test_kernels_for_any_size_are_checked_in_both_their_forms(background: Backgr
         assert made.specializer.wait(60)
         base = made.specializer.base
         assert {bool(region.problems) for region in base.regions if "linear" in str(region.body)} == {True}
-        assert not any("linear" in op for op in base.code.kernels)
+        assert not any("linear" in op for op in launched(base.code.tactics))
         right(made, model, torch.randn(batch, 16))
 
 
@@ -193,7 +194,7 @@ def test_products_that_write_to_a_place(background: Background, caplog: pytest.L
     made, model = session(Device(), background, make=Product)
     right(made, model)
     assert made.specializer.wait(60)
-    assert made.specializer.base.code.kernels
+    assert launched(made.specializer.base.code.tactics)
     assert "can't be tried" not in caplog.text
     right(made, model)
 
@@ -215,8 +216,10 @@ def test_sizes_that_depend_on_data(background: Background, caplog: pytest.LogCap
     assert caplog.text.count("making it faster failed") == 0
     variant = made.current([X])
     assert variant.tier == SPECIALIZED
-    assert {node.op for node in variant.code.graph.nodes if node.kind == "kernel"} <= variant.code.kernels.keys()
-    assert not any(region.tactic for region in variant.regions if region.body.syms)
+    assert {node.op for node in variant.code.graph.nodes if node.kind == "kernel"} <= launched(
+        variant.code.tactics
+    ).keys()
+    assert not any(region.choice for region in variant.regions if region.body.syms)
     right(made, model, torch.randn(4, 16))
 
 
@@ -234,8 +237,22 @@ def test_a_bug_in_the_background(background: Background, caplog: pytest.LogCaptu
 # ---- measuring -------------------------------------------------------------------------------------------------------
 
 
-def tactics(made: Session) -> dict[str, str]:
-    return {region.node.op: region.tactic.kind for region in made.specializer.base.regions if region.tactic}
+LIBRARY, ENGINE = "library", "engine"
+
+
+def kind(region: Region) -> str | None:
+    """What was measured fastest: the kind of a candidate, or "engine"."""
+    return region.choice and region.choice.name.split(" ")[0]
+
+
+def tactics(made: Session) -> dict[str, str | None]:
+    return {region.node.op: kind(region) for region in made.specializer.base.regions if region.choice}
+
+
+def measured_library(region: Region) -> float | None:
+    """Microseconds of the library tactic, if it was measured."""
+    times = {} if region.choice is None else region.choice.microseconds
+    return next((us for name, us in times.items() if name.startswith(LIBRARY)), None)
 
 
 def test_the_fastest_stays(background: Background) -> None:
@@ -244,13 +261,13 @@ def test_the_fastest_stays(background: Background) -> None:
     right(made, model)
     assert made.specializer.wait(60)
     found = tactics(made)
-    anchored = {op for op, kind in found.items() if kind == CALLS}
+    anchored = {op for op, kind in found.items() if kind == LIBRARY}
     assert len(anchored) == 2
-    assert set(found) - anchored == set(made.specializer.base.code.kernels)
+    assert set(found) - anchored == launched(made.specializer.base.code.tactics).keys()
     region = next(region for region in made.specializer.base.regions if region.node.op in anchored)
-    assert region.tactic is not None
-    assert region.tactic.microseconds[CALLS] == 0.5
-    assert len(region.tactic.microseconds) > 2
+    assert region.choice is not None
+    assert measured_library(region) == 0.5
+    assert len(region.choice.microseconds) > 2
     right(made, model)
 
 
@@ -273,11 +290,11 @@ def test_early_starts_count(background: Background, calls: float, waits: bool, g
     right(made, model)
     assert made.specializer.wait(60)
     regions = made.specializer.base.regions
-    anchored = [region for region in regions if region.tactic and CALLS in region.tactic.microseconds]
+    anchored = [region for region in regions if measured_library(region) is not None]
     alone = [region for region in anchored if not list(kernel_nodes(region.body))]
     assert 0 < len(alone) < len(anchored)
-    assert all(region.kind == CALLS for region in anchored if region not in alone)
-    assert all((region.kind == CALLS) is kept for region in alone)
+    assert all(kind(region) == LIBRARY for region in anchored if region not in alone)
+    assert all((kind(region) == LIBRARY) is kept for region in alone)
     right(made, model)
 
 
@@ -291,34 +308,34 @@ def test_measuring_that_changes_nothing(background: Background, settings: Runtim
         right(made, model)
     assert background.wait(60)
     again, model = session(Device(kernels=first.kernels), background, settings, dynamic, store=memory)
-    swap, codes = jobs.Job.swap, []
-    with patch.object(jobs.Job, "swap", lambda job: (swap(job), codes.append(job.variant.code))):
+    swap, codes = tuners.Tuner.swap, []
+    with patch.object(tuners.Tuner, "swap", lambda tuner: (swap(tuner), codes.append(tuner.variant.code))):
         for _ in range(2):
             right(again, model)
         assert background.wait(60)
     compiled, measured = codes[-2:]
-    assert compiled.kernels
+    assert compiled.tactics
     assert measured is compiled
 
 
 def test_no_memory_to_measure_in(background: Background, caplog: pytest.LogCaptureFixture) -> None:
     """Regions whose inputs find no memory go on with calls, and the others get their kernels."""
     made, model = session(Device(), background)
-    find = trial.drawn
+    find = candidate_check.drawn
 
     def scarce(value: Any, *given: Any) -> torch.Tensor:
         if value.type.shape == (32, 16):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nin detail")
         return find(value, *given)
 
-    with patch.object(trial, "drawn", scarce):
+    with patch.object(candidate_check, "drawn", scarce):
         right(made, model)
         assert made.specializer.wait(60)
     base = made.specializer.base
     without = [region for region in base.regions if region.problems]
     assert without
-    assert not {op for region in without for op in region.ops} & set(base.code.kernels)
-    assert base.code.kernels
+    assert not {op for region in without for op in region.ops} & launched(base.code.tactics).keys()
+    assert launched(base.code.tactics)
     assert "goes on as it ran: CUDA out of memory. Tried to allocate 2.00 GiB" in caplog.text
     assert "in detail" not in caplog.text
     right(made, model)
@@ -328,9 +345,9 @@ def test_what_a_job_has_compiled_is_no_kernel_of_the_engine(background: Backgrou
     made, model = session(Device(), background)
     right(made, model)
     assert made.specializer.wait(60)
-    measured = [region.tactic.microseconds for region in made.specializer.base.regions if region.tactic]
+    measured = [region.choice.microseconds for region in made.specializer.base.regions if region.choice]
     assert measured
-    assert not any(ENGINE in times for times in measured)
+    assert not any(name.startswith(ENGINE) for times in measured for name in times)
 
 
 def test_the_kernel_of_another_engine_was_the_fastest(background: Background) -> None:
@@ -343,7 +360,7 @@ def test_the_kernel_of_another_engine_was_the_fastest(background: Background) ->
         if kind == KERNEL:
             del memory[kind, key]
         else:
-            memory[kind, key] = b'{"kind": "engine", "config": 0, "microseconds": {"engine": 1.0}}'
+            memory[kind, key] = b'{"name": "engine kernel", "rank": null, "microseconds": {"engine kernel": 1.0}}'
     device = Device(wrong="layer_norm")
     again, model = session(device, background, store=memory)
     right(again, model)
@@ -378,8 +395,8 @@ def test_a_split_body_that_is_the_fastest(background: Background) -> None:
         assert made.specializer.wait(60)
         right(made, model, x)
         (region,) = (region for region in made.stats().variants[0].regions if region.nodes)
-        assert region.launched
-        assert region.microseconds["split"] == 0.5
+        assert region.tactic == "split"
+        assert {us for name, us in region.microseconds.items() if name.startswith("split")} == {0.5}
         assert "_parts4" in made.current([x]).code.source
         assert bool(device.builds) == bool(device.timed) == builds
 
@@ -408,9 +425,9 @@ def test_what_was_learnt_is_remembered(background: Background) -> None:
     assert again.specializer.wait(60)
     assert (second.builds, second.timed) == ([], 0)
     assert tactics(again) == tactics(made)
-    assert {op: k.kernel for op, k in again.specializer.base.code.kernels.items()} == {  # type: ignore[attr-defined]
+    assert {op: k.kernel for op, k in launched(again.specializer.base.code.tactics).items()} == {  # type: ignore[attr-defined]
         op: k.kernel
-        for op, k in made.specializer.base.code.kernels.items()  # type: ignore[attr-defined]
+        for op, k in launched(made.specializer.base.code.tactics).items()  # type: ignore[attr-defined]
     }
     right(again, model)
 
@@ -420,10 +437,10 @@ def test_a_kernel_that_the_compiler_refuses(background: Background, caplog: pyte
     memory, device = Kept(), Device()
     build = device.build
 
-    def picky(bodies: Any, sm: int) -> Any:
+    def picky(bodies: Any, *given: Any) -> Any:
         if any("layer_norm" in str(body) for body, _ in bodies.values()):
             raise KernelError("ptxas ended with an error")
-        return build(bodies, sm)
+        return build(bodies, *given)
 
     device.build = picky  # type: ignore[method-assign]
     made, model = session(device, background, store=memory)
@@ -431,9 +448,9 @@ def test_a_kernel_that_the_compiler_refuses(background: Background, caplog: pyte
     assert made.specializer.wait(60)
     regions = made.specializer.base.regions
     (bad,) = (region for region in regions if "layer_norm" in str(region.body))
-    launched = made.specializer.base.code.kernels.keys()
-    assert launched == {op for region in regions if region is not bad for op in region.ops}
-    assert {region.key for region in regions if region.tactic} == {r.key for r in regions if r is not bad}
+    ops = launched(made.specializer.base.code.tactics).keys()
+    assert ops == {op for region in regions if region is not bad for op in region.ops}
+    assert {region.key for region in regions if region.choice} == {r.key for r in regions if r is not bad}
     assert not any(bad.key in key for _, key in memory)
     assert "is not compiled: ptxas ended with an error" in caplog.text
     right(made, model)
@@ -470,7 +487,7 @@ def test_sizes_that_recur(background: Background) -> None:
     assert list(specializer.variants) == [(7,)]
     (variant,) = specializer.variants.values()
     assert (variant.tier, variant.ready, variant.code.graph.syms) == (SPECIALIZED, True, {})
-    assert all(not kernel.scalars for kernel in variant.code.kernels.values())
+    assert all(not kernel.scalars for kernel in launched(variant.code.tactics).values())
     for size in (3, 5, 7):
         right(made, model, torch.randn(size, 16))
     assert made.current([torch.randn(7, 16)]) is variant
@@ -512,13 +529,13 @@ def test_more_sizes_than_places(background: Background) -> None:
 
 def test_what_is_remembered_of_calls_is_bounded(background: Background, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes that are all different, and numbers: a program may make calls for ever."""
-    monkeypatch.setattr(places, "MET_PER_PLACE", 4)
+    monkeypatch.setattr(admission, "TRACKED_PER_SLOT", 4)
     monkeypatch.setattr(specialize, "MAX_KEYS", 16)
     settings = RuntimeSettings(specialization_strategy="lazy", specialized_shapes=2, tuning_seconds=0)
     made, model = session(Device(broken="none"), background, settings, dynamic=True)
     for size in range(2, 40):
         right(made, model, torch.randn(size, 16))
-    assert len(made.specializer._places._met) <= 8
+    assert len(made.specializer._policy._misses) <= 8
     right(made, model)
     right(made, model)
     for number in range(40):
@@ -573,10 +590,10 @@ def test_an_interrupted_call_starts_over(background: Background) -> None:
         raise KeyboardInterrupt
 
     made, model = session(device, background, settings, dynamic=True)
-    made.specializer.tools.knowledge._compiler = SimpleNamespace(build=interrupted)  # type: ignore[union-attr]
+    made.specializer.context.database._compiler = SimpleNamespace(build=interrupted)  # type: ignore[union-attr]
     with pytest.raises(KeyboardInterrupt):
         made([X])
-    made.specializer.tools.knowledge._compiler = device  # type: ignore[union-attr]
+    made.specializer.context.database._compiler = device  # type: ignore[union-attr]
     thread = threading.Thread(target=lambda: right(made, model), daemon=True)
     thread.start()
     thread.join(60)
@@ -643,13 +660,13 @@ def test_stats(background: Background) -> None:
     everything, six = stats.variants
     assert (everything.sizes, everything.tier, everything.busy) == ({}, PORTABLE, False)
     assert (list(six.sizes.values()), six.tier, six.busy) == ([6], SPECIALIZED, False)
-    assert six.kernels == len(made.current([torch.randn(6, 16)]).code.kernels)
+    assert six.kernels == len(launched(made.current([torch.randn(6, 16)]).code.tactics))
     assert {region.where.split(" ")[0] for region in six.regions if region.nodes} == {"up", "norm", "@"}
     bad = [region for region in six.regions if region.problems]
-    assert [region.launched for region in bad] == [False]
+    assert [region.tactic for region in bad] == ["calls"]
     timed = [region for region in six.regions if len(region.microseconds) > 1]
-    assert all(region.launched for region in timed)
-    assert sum("calls" in region.microseconds for region in timed) == 2  # the products
+    assert all(region.tactic == "kernel" for region in timed)
+    assert sum(any(name.startswith(LIBRARY) for name in region.microseconds) for region in timed) == 2  # the products
     text = str(stats)
     assert "all sizes: portable" in text
     assert "= 6: specialized" in text
@@ -764,8 +781,8 @@ def test_stopping_is_no_failure(caplog: pytest.LogCaptureFixture) -> None:
     asked: list[int] = []
     device.build = build  # type: ignore[method-assign]
     made, model = session(device, background)
-    tools = replace(made.specializer.tools, jit=lambda: asked.append(1) or {})  # type: ignore[type-var]
-    made.specializer.tools = tools
+    context = replace(made.specializer.context, jit=lambda: asked.append(1) or {})  # type: ignore[type-var]
+    made.specializer.context = context
     background.on_stop(leave.set)
     background.on_stop(leave.set)
     assert len(background._closing) == 1
@@ -822,9 +839,9 @@ def test_jobs_do_not_break_captures(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(driver_api, "driver", lambda: driver)
     monkeypatch.setattr(torch.cuda, "stream", stream)
-    monkeypatch.setattr(jobs, "new_stream", lambda device: object())
+    monkeypatch.setattr(tuners, "new_stream", lambda device: object())
     for _ in range(2):
-        with suppress(ZeroDivisionError), jobs._aside(torch.device("cuda", 7)):
+        with suppress(ZeroDivisionError), tuners._own_stream(torch.device("cuda", 7)):
             seen.append(driver.mode)
             1 / 0  # noqa: B018
         assert driver.mode == 0
@@ -833,7 +850,7 @@ def test_jobs_do_not_break_captures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(driver_api, "driver", lambda: None)
     with driver_api.relaxed():
         assert driver.mode == 0
-    jobs._stream.cache_clear()
+    tuners._stream.cache_clear()
 
 
 def test_a_model_that_is_gone_needs_no_kernels(background: Background) -> None:

@@ -7,8 +7,10 @@ import re
 
 import pytest
 
+from tests.kernel_bodies import library
 from torch_rtx.irparse import parse
-from torch_rtx.lowering.kernels.generate import flops, library
+from torch_rtx.lowering.kernels.cost import typical
+from torch_rtx.op_work import flops
 
 PRODUCT = """graph import {{
   input in0: f16[{m}, {k}]
@@ -38,7 +40,7 @@ OTHERS = {
   return [v2]
 }
 """,
-        2 * (16 * 12 * 128 * 256) * (64 + 32),
+        2 * (64 * 12 * 128 * 256) * (64 + 32),
     ),
 }
 
@@ -46,7 +48,7 @@ OTHERS = {
 @pytest.mark.parametrize("kind", OTHERS)
 def test_flops(kind: str) -> None:
     text, expected = OTHERS[kind]
-    assert flops(parse(text).nodes[0]) == expected
+    assert flops(parse(text).nodes[0], typical) == expected
 
 
 @pytest.mark.parametrize(
@@ -62,7 +64,7 @@ def test_flops(kind: str) -> None:
 def test_products(sizes: tuple[int, int, int], sm: int, expected: str) -> None:
     m, k, n = sizes
     body = parse(PRODUCT.format(m=m, k=k, n=n))
-    assert flops(body.nodes[0]) == 2 * m * k * n
+    assert flops(body.nodes[0], typical) == 2 * m * k * n
     assert library(body, sm) == expected
 
 

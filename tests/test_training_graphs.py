@@ -27,14 +27,14 @@ from torch_rtx.backend import compiler, entry
 from torch_rtx.backend.kernels import build_kernels
 from torch_rtx.ir import Graph, Node
 from torch_rtx.lowering.infer import Inference
-from torch_rtx.lowering.kernels.generate import generate
-from torch_rtx.lowering.kernels.kernel import Kernel
+from torch_rtx.lowering.kernels.generate import Form, forms
 from torch_rtx.lowering.kernels.region import region
 from torch_rtx.lowering.passes.expand_norms import expand_norms
 from torch_rtx.lowering.pipeline import lower
 from torch_rtx.runtime.code import compile_graph
 from torch_rtx.settings import CompilationSettings
-from torch_rtx.targets import Target
+from torch_rtx.tactics import OWN
+from torch_rtx.targets import PORTABLE, Target
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 OPTIONS = {"reuse_cached_engines": False}
@@ -60,15 +60,15 @@ COUNTS: dict[str, tuple[tuple[int, dict[str, int]], tuple[int, dict[str, int]]]]
 def recorded() -> Iterator[list[Graph]]:
     """The graphs that are compiled meanwhile, as they are where there are kernels; here these run as calls."""
     graphs: list[Graph] = []
-    obtain, patch = entry.obtain, pytest.MonkeyPatch()
+    get_or_build, patch = entry.get_or_build, pytest.MonkeyPatch()
 
     def kept(*args: Any) -> Any:
-        program = obtain(*args)
+        program = get_or_build(*args)
         graphs.append(program.graph)
         return program
 
-    patch.setattr(entry, "obtain", kept)
-    patch.setattr(compiler, "_has_kernels", lambda *_: True)
+    patch.setattr(entry, "get_or_build", kept)
+    patch.setattr(compiler, "formed_for", lambda *_: PORTABLE)
     yield graphs
     patch.undo()
 
@@ -137,14 +137,19 @@ def test_loops_compile_without_spills(name: str, target: int) -> None:
 def spilling(graph: Graph, target: Target) -> list[str]:
     """The loops of `graph` that spill more than a few numbers."""
     loops = tuple(node for node in kernels(graph).values() if node.body and region(node.body).anchor is None)
-    table, report = build_kernels(Graph("fused", graph.inputs, nodes=loops), [target], generated)
+    table, report = build_kernels(Graph("fused", graph.inputs, nodes=loops), [target], own_kernel)
     assert not report.missing, str(report)
-    return [name for name, launches in table.launches.items() if any(one.aligned.spills > SPILLS for one in launches)]
+    return [
+        name
+        for name, found in table.tactics.items()
+        if any(launch.aligned.spills > SPILLS for (tactic,) in found.values() for launch in tactic.kernels.values())
+    ]
 
 
-def generated(node: Node, target: Target, config: int) -> Kernel | None:
+def own_kernel(node: Node, target: Target) -> list[Form]:
+    """A kernel node as it is launched whole, in all configurations."""
     assert node.body is not None
-    return generate(node.body, node.op, target.sm, config)
+    return [form for form in forms(node.body, node.op, target.arch) if OWN in form[0].kernels]
 
 
 class Residual(nn.Module):
@@ -220,7 +225,7 @@ NORMS = {
 @pytest.mark.parametrize("name", NORMS)
 def test_norms_in_parts(name: str, dtype: str) -> None:
     torch.manual_seed(0)
-    lowered, _ = lower(body(re.sub(r"([,(])\s*\n", r"\1 ", NORMS[name]), dtype), CompilationSettings(), None, True)
+    lowered, _ = lower(body(re.sub(r"([,(])\s*\n", r"\1 ", NORMS[name]), dtype), CompilationSettings(), None, PORTABLE)
     found = [node.body for node in lowered.nodes if node.body is not None]
     assert len(found) == (2 if "layer" in name else 1)
     for part in found:

@@ -18,11 +18,10 @@ from tests.ahead import Function, through_file
 from tests.compiled import Recorder, check, compile_rtx, same
 from tests.test_passes import assert_same_numbers
 from torch_rtx import aten
-from torch_rtx.backend import reuse
+from torch_rtx.backend import program_cache
 from torch_rtx.backend.capture import capture_export
 from torch_rtx.errors import InputError, Unsupported
 from torch_rtx.ir import COPY, UPDATES, Graph, Node, TensorType, Value, contiguous, verify
-from torch_rtx.kerneltable import KernelTable
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.passes.write_in_place import write_in_place
 from torch_rtx.lowering.pipeline import lower
@@ -31,6 +30,8 @@ from torch_rtx.lowering.support import unsupported_reason
 from torch_rtx.lowering.symbols import Symbols
 from torch_rtx.manifest import UPDATE_READER
 from torch_rtx.settings import CompilationSettings
+from torch_rtx.tactics import KernelTable
+from torch_rtx.targets import PORTABLE
 
 CPU = torch.device("cpu")
 UNPASSED = CompilationSettings(disabled_passes=["write_in_place"])
@@ -124,7 +125,7 @@ def test_drawn_graphs(program):
     event(f"in place: {sum(node.op in UPDATES for node in passed.nodes)}")
     assert passed.written == program.written
     assert_same_numbers(program, passed)
-    fused, _ = lower(program, CompilationSettings(), kernels=True)
+    fused, _ = lower(program, CompilationSettings(), targets=PORTABLE)
     assert_same_numbers(program, fused)
 
 
@@ -160,7 +161,7 @@ def test_overlapping_inputs_are_read_as_they_were() -> None:
 def test_memory_beside_an_updated_input_is_not_copied() -> None:
     module = torch_rtx.compile(Function(cached), (ROWS.clone(), ROWS.clone(), NEW, AT))
     memory = torch.cat([ROWS, ROWS])
-    with patch("torch_rtx.runtime.overlap.copy_strided") as copied:
+    with patch("torch_rtx.runtime.alias_guard.copy_strided") as copied:
         result = module(memory[:8], memory[8:], NEW, AT)
     copied.assert_not_called()
     assert torch.equal(result, memory[:8].sum(0) + ROWS.sum(0))
@@ -339,7 +340,7 @@ def test_decoders_over_several_steps(name, tmp_path, monkeypatch):
     gpu = CompilationSettings(device="cuda", targets="sm_80", reuse_cached_engines=False)
     for setting in (CompilationSettings(), gpu):
         fresh = copy.deepcopy(ahead)
-        with patch.object(reuse, "kernels_of", lambda *_: KernelTable()):
+        with patch.object(program_cache, "kernels_of", lambda *_: KernelTable()):
             module = torch_rtx.compile(fresh, args, kwargs, settings=setting)
         assert updates(module.engine.graph).count("index_copy_") == 2 * layers
         module = through_file(module, tmp_path, weights=fresh)
@@ -354,7 +355,7 @@ def test_halves_over_several_steps() -> None:
     model, args, kwargs = models.build("llama_decode", dtype=torch.bfloat16)
     wide = copy.deepcopy(model).double()
     gpu = CompilationSettings(device="cuda", targets="sm_80", reuse_cached_engines=False)
-    with patch.object(reuse, "kernels_of", lambda *_: KernelTable()):
+    with patch.object(program_cache, "kernels_of", lambda *_: KernelTable()):
         module = torch_rtx.compile(copy.deepcopy(model), args, kwargs, settings=gpu)
     exact = steps(wide, 0)
     assert_right(steps(module, 0), steps(model, 0), exact)

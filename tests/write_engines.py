@@ -1,4 +1,4 @@
-"""Writes the engines of `tests/engines/v4`, which every later release must read: python -m tests.write_engines
+"""Writes the engines of `tests/engines/v5`, which every later release must read: python -m tests.write_engines
 
 Each is written beside what it needs: `NAME.rtx`, `NAME.weights.safetensors` if it is weight-stripped, and
 `NAME.calls.safetensors` with the inputs and outputs of some calls, eager's, as `CALL/in/POSITION` and
@@ -23,11 +23,11 @@ from tests.kernels import ADD, blocks
 from torch_rtx.backend.kernels import build_kernels
 from torch_rtx.ir import Graph, Node, TensorType, Value, dim_expr
 from torch_rtx.irparse import parse
-from torch_rtx.lowering.kernels.generate import generate
-from torch_rtx.lowering.kernels.split import split_in
+from torch_rtx.lowering.kernels.generate import forms, generate, split_in
+from torch_rtx.tactics import OWN, Tactic
 from torch_rtx.targets import PORTABLE, Target
 
-FOLDER = Path(__file__).parent / "engines" / "v4"
+FOLDER = Path(__file__).parent / "engines" / "v5"
 
 
 def mlp() -> tuple[nn.Module, list[tuple[Any, ...]], Any]:
@@ -118,7 +118,9 @@ def with_kernel(engine: torch_rtx.Engine) -> torch_rtx.Engine:
     count = dim_expr("*", *type_.shape)
     made = replace(ADD, scalars=(count,), grid=(blocks(count, 1024), 1, 1))
     graph = parse(text)
-    table, _ = build_kernels(graph, (Target(75), *PORTABLE), lambda node, target, config: made if config == 0 else None)
+    table, _ = build_kernels(
+        graph, (Target(75), *PORTABLE), lambda *_: [(Tactic("kernel", 1.0, {OWN: made}), iter(()))]
+    )
     return replace(engine, graph=graph, kernels=table)
 
 
@@ -141,10 +143,12 @@ def with_split(engine: torch_rtx.Engine) -> torch_rtx.Engine:
     args = tuple((new.name, old) for old, new in given.items())
     graph = replace(engine.graph, nodes=(Node("kernel", "layer", args, outputs, body, node.loc),))
 
-    def made(node: Node, target: Target, which: int) -> Any:
-        return generate(node.body, node.op, target.sm, which)  # type: ignore[arg-type]
-
-    table, _ = build_kernels(graph, [Target(120)], made, divide=lambda *_: split_in(body, "layer", 2))
+    target = Target(120)
+    divided = split_in(body, "layer", 2)
+    inside = {one.op: generate(one.body, one.op, target.arch, 0) for one in divided.nodes}  # type: ignore[arg-type]
+    (own,) = (form for form in forms(body, "layer", target.arch) if OWN in form[0].kernels)
+    split_form = Tactic("split", own[0].expected_us / 2, inside, divided), iter(())
+    table, _ = build_kernels(graph, [target], lambda *_: [own, split_form])  # type: ignore[list-item]
     return replace(engine, graph=graph, kernels=table)
 
 

@@ -6,7 +6,7 @@
     torch_rtx.save(module, "model.rtx")                          without weights
     module = torch_rtx.load("model.rtx", weights=model)          anywhere
 
-Importing this package loads nothing else; each name below is loaded when it is first used.
+Importing the package loads no other part of it: each name below is imported on its first use.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from torch_rtx.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from torch_rtx.backend.build import compile

@@ -1,7 +1,7 @@
-"""The ATen calls that an engine may make, and how the IR's plain attributes become their arguments.
+"""The ATen calls that an engine may make, and the conversion of IR attributes to their arguments.
 
-An op of the IR is named like `aten.linear.default`; its meaning is that call. Only the names in `ALLOWED` are ever
-looked up, so that the text of an engine can't reach anything else.
+An op of the IR has the name and the meaning of an ATen overload such as `aten.linear.default`. Only the names in
+`ALLOWED` are ever looked up, so that the text of an engine can't reach anything else.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = [
 DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, dtype.torch) for name, dtype in dtypes.DTYPES.items() if hasattr(torch, dtype.torch)
 }
-# What these do depends on the strides of their inputs, or needs some: they must get those that the capture saw.
+# Ops whose result depends on the strides of their inputs: these must be the strides of the capture.
 STRIDED = frozenset(
     f"aten.{name}"
     for name in (
@@ -36,9 +36,9 @@ STRIDED = frozenset(
         "_reshape_alias.default",
     )
 ) | {"aten.view.dtype", "aten.view_as_complex.default"}
-# Library calls that write to a given place by themselves; what others call `out=` is a copy afterwards.
+# Library calls whose `out=` writes the result in place; the `out=` of others copies it there.
 OUT = frozenset(f"aten.{name}.default" for name in ("mm", "addmm", "bmm", "baddbmm"))
-# Calls whose results may be what they were given, or parts of it, though their schemas say that these are new.
+# Ops whose results may alias an input although their schemas do not say so.
 MAY_ALIAS = frozenset(
     f"aten.{name}" for name in ("_unsafe_view.default", "lift.default", "native_dropout.default", "unsafe_split.Tensor")
 )
@@ -62,7 +62,7 @@ def overload(name: str, trusted: frozenset[str] = frozenset()) -> torch._ops.OpO
     """The operator called `name` (namespace.op.overload).
 
     Args:
-        trusted: names that are allowed beside the allow-list, for operators that fall back.
+        trusted: names allowed in addition to the allow-list, for operators that fall back.
 
     Raises:
         InvalidIR: not allowed, or not registered in this process.
@@ -81,14 +81,13 @@ def overload(name: str, trusted: frozenset[str] = frozenset()) -> torch._ops.OpO
 
 @cache
 def schema(op: torch._ops.OpOverload) -> dict[str, tuple[str, bool]]:
-    """Per argument of `op`, in order: its type as the schema says it (`ScalarType`, be it optional or not), and whether
-    it is keyword-only."""
+    """For each argument of `op`, in order: its schema type without Optional, and whether it is keyword-only."""
     types = ((arg, _OPTIONAL.sub(r"\1", str(arg.real_type))) for arg in op._schema.arguments)
     return {arg.name: (type_, arg.kwarg_only) for arg, type_ in types}
 
 
 def out_of(name: str) -> torch._ops.OpOverload:
-    """The form of an operator of `OUT` that writes to its argument `out`."""
+    """The `out=` overload of an operator of `OUT`."""
     return getattr(torch.ops.aten, name.split(".")[1]).out
 
 
@@ -100,7 +99,7 @@ def is_view(op: torch._ops.OpOverload) -> bool:
 
 
 def extent(shape: Sequence[int], strides: Sequence[int]) -> int:
-    """Elements from a tensor's first to its last in memory, with what lies between; 0 for a tensor of none."""
+    """The span in memory from a tensor's first to its last element, in elements; 0 for an empty tensor."""
     return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) if all(shape) else 0
 
 
@@ -112,7 +111,7 @@ def is_random(op: torch._ops.OpOverload) -> bool:
 
 @cache
 def _device(name: str) -> torch.device:
-    """`cpu`, or such as `cuda1`."""
+    """The torch.device of `cpu`, `cuda`, `cuda1`, ..."""
     match = re.fullmatch(r"([a-z]+)(\d*)", name)
     if match is None or match[1] not in ("cpu", "cuda"):
         raise InvalidIR(f"no device {name!r}")
@@ -120,13 +119,13 @@ def _device(name: str) -> torch.device:
 
 
 def to_torch(type_: str, attr: Attr, device: torch.device) -> Any:
-    """The torch object for an attribute of schema type `type_` which is no value, dim, number or list; else `attr`.
+    """The torch object for an attribute of schema type ScalarType, Device or MemoryFormat; else `attr`.
 
     Args:
         device: the device that MAIN stands for.
 
     Raises:
-        InvalidIR: no such dtype, device or memory format.
+        InvalidIR: unknown dtype, device or memory format.
     """
     if attr is None or not isinstance(attr, str):
         return attr

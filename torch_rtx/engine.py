@@ -3,14 +3,14 @@
     key `constant/NAME`, `weight/NAME`   the data of the graph's parameters; a weight-stripped engine has no weights
     key `kernel/DIGEST`                  the binaries of the graph's kernels, compressed
     metadata, one key `torch_rtx`        JSON {"header_digest", "data_digest", "manifest", "graph"} and, if there are
-                                         any, "kernels", in this order
+                                         any, "kernels" and "splits", in this order
 
-`data_digest` is the SHA-256 of all that follows the header, `header_digest` that of the header and its length field,
-taken with zeros for its own digits: no byte of the file can change unseen. They find damage, not forgery. Reading a
-file executes nothing of it, and the calls that it names must be on the allow-list, except those of fallback operators,
-which the runtime refuses unless its user trusts them. Kernels run on the GPU when the engine does.
+`data_digest` is the SHA-256 of all bytes after the header; `header_digest` is that of the header and its length field,
+with zeros for its own digits. Together they cover every byte. They detect damage, not forgery. Reading a file executes
+nothing in it. Calls in the graph must be on the allow-list, except those of fallback operators, which the runtime
+refuses unless its user trusts them. Kernels run on the GPU when the engine runs.
 
-`read_header` and `inspect` need no torch: they work on a build machine or in a packager without it.
+`read_header` and `inspect` need no torch, so that build machines and packagers without it can use them.
 """
 
 from __future__ import annotations
@@ -30,17 +30,15 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from torch_rtx import dtypes, kerneltable
+from torch_rtx import dtypes, tactics
 from torch_rtx.errors import EngineFormatError, InvalidIR, RtxError
 from torch_rtx.ir import UPDATES, Graph, Node, Parameter, verify
 from torch_rtx.irparse import parse
-from torch_rtx.kerneltable import KernelTable
 from torch_rtx.manifest import (
     FORMAT_VERSION,
-    KERNEL_READER,
     PLAIN_READER,
     PROFILE_READER,
-    SPLIT_READER,
+    TACTIC_READER,
     UPDATE_READER,
     Json,
     Manifest,
@@ -48,6 +46,8 @@ from torch_rtx.manifest import (
 )
 from torch_rtx.optable import ALLOWED
 from torch_rtx.profiles import Shape, check_profiles, profiles_of, shapes, shapes_text
+from torch_rtx.tactics import KernelTable
+from torch_rtx.tactics_v4 import read_table_v4
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
 MAX_RANK = 64  # as in PyTorch; bounds the product of a hostile shape
 ZEROS = b"0" * 64
-# The exact bytes that start the header, so that the digests have known places.
+# The exact start of the header, so that the digests have fixed offsets.
 PREFIX = re.compile(
     rb'\{"__metadata__":\{"torch_rtx":"\{\\"header_digest\\":\\"([0-9a-f]{64})\\",\\"data_digest\\":\\"([0-9a-f]{64})\\",'
 )
@@ -65,7 +65,7 @@ _STORED = {name: (dtype, size) for dtype, (name, size) in DTYPES.items() if name
 
 Path = str | os.PathLike[str]
 
-# ---- what a file holds -----------------------------------------------------------------------------------------------
+# ---- contents of a file ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,10 +75,10 @@ class Engine:
     Attributes:
         graph: of level "fused".
         manifest: see `Manifest`.
-        constants: the data of each parameter of the graph that is `constant`, by name; dtype and shape are the
-            parameter's, strides may be any (`load` gives contiguous tensors on the CPU).
+        constants: the data of each `constant` parameter of the graph, by name, with the parameter's dtype and shape and
+            any strides (`load` returns contiguous tensors on the CPU).
         weights: the same for the other parameters; None if the engine is weight-stripped.
-        kernels: how kernel nodes are launched, and their binaries.
+        kernels: launches of the kernel nodes, and their binaries.
     """
 
     graph: Graph
@@ -99,14 +99,15 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """The header of an intact file. `tensors` has the keys of the file; the graph is text, the launches of its kernels
-    and their split bodies are JSON (None: there are none), and none of these was checked."""
+    """The header of an intact file. `tensors` has the keys of the file. The graph (text) and the tactics of its kernels
+    (JSON, None if there are none; `kernels` and `splits`: those of formats 2 to 4) are unchecked."""
 
     manifest: Manifest
     graph_text: str
     tensors: Mapping[str, TensorInfo]
     data_digest: str
     file_bytes: int
+    tactics: Json = None
     kernels: Json = None
     splits: Json = None
 
@@ -115,22 +116,23 @@ class Header:
 
 
 def save(engine: Engine, path: Path) -> None:
-    """Writes `engine` to `path`, all or nothing: equal engines give equal bytes, and a failure leaves the old file.
+    """Writes `engine` to `path` atomically: a failure leaves the old file. Equal engines give equal bytes.
 
-    Who has the old file open or mapped keeps the old bytes (on Windows, replacing a mapped file is a PermissionError).
+    Processes that have the old file open or mapped keep its bytes (on Windows, replacing a mapped file is a
+    PermissionError).
 
     Raises:
         RtxError: a fallback node calls a Python function; a tensor is missing, unexpected, without data, of a dtype
             that safetensors lacks, or not of the dtype and shape in the graph; a manifest field is of the wrong type.
-        InvalidIR: the graph is no valid graph of level "fused", or its text does not read back; the kernels do not fit
-            the graph.
+        InvalidIR: the graph is not a valid graph of level "fused", its text does not parse back to the same graph, or
+            the kernels do not fit the graph.
         OSError: the file can't be written.
     """
     from safetensors.torch import save_file  # imports torch, which reading a header must not
 
     text = str(engine.graph)
     _parsed(text)
-    kerneltable.check(engine.kernels, engine.graph)
+    tactics.check(engine.kernels, engine.graph)
     check_profiles(engine.graph, engine.manifest.profiles)
     tensors = dict(_tensors_to_save(engine))
     manifest = replace(
@@ -141,8 +143,7 @@ def save(engine: Engine, path: Path) -> None:
         digests={**engine.manifest.digests, "graph": hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()},
     )
     digests = dict.fromkeys(("header_digest", "data_digest"), ZEROS.decode())
-    table = {"kernels": kerneltable.write_launches(engine.kernels)} if engine.kernels else {}
-    table |= {"splits": kerneltable.write_splits(engine.kernels)} if engine.kernels.splits else {}
+    table = {"tactics": tactics.write_table(engine.kernels)} if engine.kernels else {}
     metadata = json.dumps({**digests, "manifest": asdict(manifest), "graph": text, **table}, separators=(",", ":"))
     read_manifest(json.loads(metadata)["manifest"])
     target = os.path.realpath(path)
@@ -150,8 +151,8 @@ def save(engine: Engine, path: Path) -> None:
     try:
         with open(temporary, "xb") as file:
             mode = os.fstat(file.fileno()).st_mode
-        save_file(tensors, temporary, {"torch_rtx": metadata})  # one key: several get a random order
-        os.chmod(temporary, mode)  # safetensors lets only the owner read its files
+        save_file(tensors, temporary, {"torch_rtx": metadata})  # one key: safetensors shuffles several
+        os.chmod(temporary, mode)  # safetensors creates files that only the owner can read
         with open(temporary, "r+b") as file:
             _write_digests(file)
             file.flush()
@@ -167,19 +168,18 @@ def save(engine: Engine, path: Path) -> None:
 
 
 def _oldest_reader(engine: Engine) -> int:
-    """Older readers do not allow updates, do not know split bodies and typical values, and take calls between the
-    profiles of one that has several."""
+    """Older readers refuse tactics, updates and typical values, and accept sizes between several profiles."""
+    if engine.kernels:
+        return TACTIC_READER
     if any(node.op in UPDATES for node in engine.graph.nodes):
         return UPDATE_READER
-    if engine.kernels.splits:
-        return SPLIT_READER
     if len(engine.manifest.profiles) > 1 or any(sym.typical is not None for sym in engine.graph.syms.values()):
         return PROFILE_READER
-    return KERNEL_READER if engine.kernels else PLAIN_READER
+    return PLAIN_READER
 
 
 def _tensors_to_save(engine: Engine) -> Iterator[tuple[str, Tensor]]:
-    """Key and contiguous CPU tensor of all data; no two share memory, which safetensors refuses."""
+    """Key and contiguous CPU tensor of all data. No two tensors share memory, which safetensors refuses."""
     import torch
 
     from torch_rtx import aten  # imports torch, too
@@ -234,11 +234,11 @@ def _write_digests(file: BufferedIOBase) -> None:
 
 
 def read_header(path: Path) -> Header:
-    """The header of the file, without torch, the data unread.
+    """Reads the header alone. Needs no torch.
 
     Raises:
-        EngineFormatError: no `.rtx` file, a damaged header, or a file of another size than the header says.
-        EngineVersionError: the file is of a format that this release can't read.
+        EngineFormatError: not an `.rtx` file, a damaged header, or a file size that contradicts the header.
+        EngineVersionError: this release can't read the format of the file.
         OSError: the file can't be opened.
     """
     with _reading(path) as file:
@@ -246,14 +246,14 @@ def read_header(path: Path) -> Header:
 
 
 def load(path: Path) -> Engine:
-    """The engine in the file, with every digest, name, type and rule of the graph checked.
+    """Loads an engine, and checks every digest, name, type and rule of the graph.
 
-    The tensors are contiguous and on the CPU. Weights map the file: writing to them does not change it. Constants do
-    not: some of PyTorch's CPU kernels round otherwise where memory is not aligned as PyTorch allocates it.
+    The tensors are contiguous and on the CPU. Weights map the file, copy on write. Constants are copied: some of
+    PyTorch's CPU kernels round differently for memory with another alignment than that of PyTorch's allocator.
 
     Raises:
-        EngineFormatError: no `.rtx` file, or anything in it is damaged, missing, unexpected or not allowed.
-        EngineVersionError: the file is of a format that this release can't read.
+        EngineFormatError: not an `.rtx` file, or its content is damaged, incomplete, unexpected or not allowed.
+        EngineVersionError: this release can't read the format of the file.
         OSError: the file can't be opened.
     """
     from safetensors.torch import load_file  # imports torch, which reading a header must not
@@ -264,7 +264,7 @@ def load(path: Path) -> Engine:
         if hashlib.file_digest(file, "sha256").hexdigest() != header.data_digest:
             raise EngineFormatError("the data is damaged: its digest is not the one in the header")
         tensors = load_file(path)
-        # safetensors opens the path anew: it must still be the file that was checked.
+        # safetensors opens the path again: it must still be the file checked above.
         if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
             raise EngineFormatError("the file was replaced while it was read")
         parts: dict[str, dict[str, Tensor]] = {"constant": {}, "weight": {}, "kernel": {}}
@@ -272,19 +272,19 @@ def load(path: Path) -> Engine:
             kind, _, name = key.partition("/")
             parts[kind][name] = tensor.clone() if kind == "constant" else tensor
         binaries = {name: tensor.numpy().tobytes() for name, tensor in parts["kernel"].items()}
-        wrong = [name for name, stored in binaries.items() if kerneltable.digest(stored) != name]
+        wrong = [name for name, stored in binaries.items() if tactics.digest(stored) != name]
         if wrong:
-            raise EngineFormatError(f"kernel/{wrong[0]} is not the binary that its name says")
+            raise EngineFormatError(f"kernel/{wrong[0]} is damaged: its digest is not its name")
     weights = None if header.manifest.stripped else parts["weight"]
     return Engine(graph, header.manifest, parts["constant"], weights, replace(table, binaries=binaries))
 
 
 @contextmanager
 def _reading(path: Path) -> Iterator[BufferedIOBase]:
-    """The open file; what turns out to be wrong with it is an EngineFormatError that names the path."""
+    """Opens the file, and adds the path to EngineFormatErrors."""
     try:
         if os.path.isdir(path):
-            raise EngineFormatError("a folder is no .rtx file")
+            raise EngineFormatError("this is a folder, not an .rtx file")
         with open(path, "rb") as file:
             yield file
     except EngineFormatError as error:
@@ -292,7 +292,7 @@ def _reading(path: Path) -> Iterator[BufferedIOBase]:
     except InvalidIR as error:
         raise EngineFormatError(f"the graph is not valid: {error}", loc=os.fspath(path)) from None
     except SafetensorError as error:
-        raise EngineFormatError(f"no safetensors file: {error}", loc=os.fspath(path)) from None
+        raise EngineFormatError(f"not a safetensors file: {error}", loc=os.fspath(path)) from None
 
 
 def _header(file: BufferedIOBase) -> Header:
@@ -300,19 +300,19 @@ def _header(file: BufferedIOBase) -> Header:
     length = file.read(8)
     count = int.from_bytes(length, "little")
     if len(length) < 8 or count > MAX_HEADER or 8 + count > size:
-        raise EngineFormatError("no .rtx file, or a truncated one: it has no complete header")
+        raise EngineFormatError("not an .rtx file, or truncated: its header is incomplete")
     raw = file.read(count)
     match = PREFIX.match(raw)
     if match is None:
-        raise EngineFormatError("no .rtx file: its header does not start like one of torch_rtx")
+        raise EngineFormatError("not an .rtx file: its header was not written by torch_rtx")
     zeroed = raw[: match.start(1)] + ZEROS + raw[match.end(1) :]
     if hashlib.sha256(length + zeroed).hexdigest().encode() != match[1]:
-        raise EngineFormatError("the header is damaged: its digest is not the one that it holds")
+        raise EngineFormatError("the header is damaged: its digest does not match")
     try:
         outer = json.loads(raw, object_pairs_hook=_unique)
         inner = json.loads(outer.pop("__metadata__")["torch_rtx"], object_pairs_hook=_unique)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise EngineFormatError(f"the header is no JSON of an engine: {error}") from None
+        raise EngineFormatError(f"the header is not the JSON of an engine: {error}") from None
     manifest = read_manifest(inner.get("manifest"))
     text = inner.get("graph")
     if not isinstance(text, str):
@@ -321,20 +321,21 @@ def _header(file: BufferedIOBase) -> Header:
         raise EngineFormatError("the graph is not the one that the manifest was written for")
     tensors, end = _tensor_table(outer)
     if 8 + count + end != size:
-        raise EngineFormatError(f"the file has {size} bytes, its header speaks of {8 + count + end}")
-    return Header(manifest, text, tensors, match[2].decode(), size, inner.get("kernels"), inner.get("splits"))
+        raise EngineFormatError(f"the file has {size} bytes, its header describes {8 + count + end}")
+    table = (inner.get(name) for name in ("tactics", "kernels", "splits"))
+    return Header(manifest, text, tensors, match[2].decode(), size, *table)
 
 
 def _unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
-    """A JSON object; a name that it gives twice could mean one thing here and another to safetensors."""
+    """A JSON object without duplicate names, which this parser and safetensors' could resolve differently."""
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a name is given twice")
+        raise ValueError("a name occurs twice")
     return found
 
 
 def _tensor_table(outer: dict[str, Any]) -> tuple[dict[str, TensorInfo], int]:
-    """The tensors by key and the bytes they take: they must follow each other without hole or overlap."""
+    """The tensors by key, and their total bytes; checks that they are stored without gaps and overlaps."""
     spans: list[tuple[int, int, str, TensorInfo]] = []
     for key, entry in outer.items():
         match entry:
@@ -347,11 +348,11 @@ def _tensor_table(outer: dict[str, Any]) -> tuple[dict[str, TensorInfo], int]:
                 dtype, itemsize = _STORED[name]
                 spans.append((begin, end, key, TensorInfo(dtype, tuple(shape), math.prod(shape) * itemsize)))
             case _:
-                raise EngineFormatError(f"the header does not describe the tensor {key!r} rightly")
+                raise EngineFormatError(f"the header has an invalid description of the tensor {key!r}")
     at = 0
     for begin, end, key, info in sorted(spans, key=lambda span: span[:2]):
         if begin != at or end - begin != info.nbytes:
-            raise EngineFormatError(f"tensor {key!r} is not where it should be, or not of the size of its shape")
+            raise EngineFormatError(f"tensor {key!r} has a wrong offset, or a size that contradicts its shape")
         at = end
     return {key: info for _, _, key, info in spans}, at
 
@@ -374,18 +375,18 @@ def _nodes(graph: Graph) -> Iterator[Node]:
 
 
 def _parsed(text: str) -> Graph:
-    """The graph of a file's text.
+    """Parses and checks the graph of a file.
 
     Raises:
-        InvalidIR: no valid graph of level "fused" with static parameters.
-        RtxError: a node that only the process which captured the model could run.
+        InvalidIR: not a valid graph of level "fused" with static parameters.
+        RtxError: a node calls a Python function, which exists only in the process of the capture.
     """
     graph = parse(text)
     verify(graph, ALLOWED)
     if graph.level != "fused":
         raise InvalidIR(f"the graph of an engine is of level 'fused', not {graph.level!r}")
     if str(graph) != text:
-        raise InvalidIR("the text of the graph is not as this format writes it")
+        raise InvalidIR("the text of the graph is not in the normal form of this format")
     for node in _nodes(graph):
         if node.kind == "fallback" and node.op == "python":
             names = ", ".join(str(value) for value in node.outputs if value) or "without outputs"
@@ -395,22 +396,24 @@ def _parsed(text: str) -> Graph:
 
 def _check_names(keys: set[str], graph: Graph, stripped: bool, table: KernelTable, error: type[RtxError]) -> None:
     wanted = {_key(parameter) for parameter in graph.parameters if parameter.constant or not stripped}
-    wanted |= {f"kernel/{name}" for name in kerneltable.digests(table.launches)}
+    wanted |= {f"kernel/{name}" for name in tactics.digests(table)}
     if keys != wanted:
         missing, extra = ", ".join(sorted(wanted - keys)), ", ".join(sorted(keys - wanted))
         raise error(f"the tensors do not fit the graph; missing: {missing or 'none'}; unexpected: {extra or 'none'}")
 
 
 def _program(header: Header) -> tuple[Graph, KernelTable]:
-    """The graph of a file and its kernels, without their binaries, checked against the tensors of the file."""
+    """The graph of a file and its kernels without binaries, checked against the table of tensors."""
     try:
         graph = _parsed(header.graph_text)
     except InvalidIR:
         raise
     except RtxError as error:
         raise EngineFormatError(str(error)) from None
-    launches, splits = ({} if part is None else part for part in (header.kernels, header.splits))
-    table = kerneltable.read_table(launches, splits, graph)
+    if header.tactics is None:
+        table = read_table_v4(header.kernels, header.splits, graph)
+    else:
+        table = tactics.read_table(header.tactics, graph)
     check_profiles(graph, header.manifest.profiles)
     _check_names(set(header.tensors), graph, header.manifest.stripped, table, EngineFormatError)
     for parameter in graph.parameters:
@@ -419,7 +422,7 @@ def _program(header: Header) -> tuple[Graph, KernelTable]:
             raise EngineFormatError(f"{_key(parameter)} is {info.dtype}{list(info.shape)}, not {parameter.type}")
     for key, info in header.tensors.items():
         if key.startswith("kernel/") and (info.dtype, len(info.shape)) != ("u8", 1):
-            raise EngineFormatError(f"{key} is {info.dtype}{list(info.shape)}, which holds no binary")
+            raise EngineFormatError(f"{key} is {info.dtype}{list(info.shape)}, not a binary of bytes")
     return graph, table
 
 
@@ -439,14 +442,15 @@ class ParameterInfo:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What is in a file; `str()` is a summary.
+    """The contents of a file; `str()` is a summary.
 
     Attributes:
-        kinds, ops: how many nodes there are of each kind and op, most frequent first (recipes and bodies apart).
+        kinds, ops: numbers of nodes by kind and op, most frequent first, without those in recipes and bodies.
         engine_bytes: the size of the file without weights.
-        weight_bytes: the size of all weights, be they in the file or not.
-        kernels: per target, how many kernels are compiled for it and the size of their binaries, which targets share.
-        profiles: of each optimization profile the shape of each input: sizes that are numbers, and ranges.
+        weight_bytes: the size of all weights, including those not in the file.
+        kernels: for each target, the number of its kernels and the size of their binaries; targets may share binaries.
+        tactics: per target, for how many kernel nodes each kind of tactic is expected to be the fastest.
+        profiles: for each optimization profile, the shape of each input: static sizes and ranges.
     """
 
     manifest: Manifest
@@ -457,6 +461,7 @@ class Inspection:
     weight_bytes: int
     graph_text: str
     kernels: Mapping[str, tuple[int, int]]
+    tactics: Mapping[str, Mapping[str, int]]
     profiles: tuple[Mapping[str, Shape], ...] = ()
 
     def __str__(self) -> str:
@@ -471,7 +476,10 @@ class Inspection:
             "nodes: " + (", ".join(f"{count} {kind}" for kind, count in self.kinds.items()) or "none"),
             *(f"  {count:>6} {op}" for op, count in self.ops.items()),
             "kernels: " + ("none" if not self.kernels else "compiled for"),
-            *(f"  {target}: {count}, {_size(size)}" for target, (count, size) in self.kernels.items()),
+            *(
+                f"  {target}: {count}, {_size(size)}; fastest by expectation: {_counts(self.tactics[target])}"
+                for target, (count, size) in self.kernels.items()
+            ),
             f"parameters: {len(self.parameters)}",
         ]
         for info in self.parameters:
@@ -481,10 +489,10 @@ class Inspection:
 
 
 def inspect(path: Path) -> Inspection:
-    """What is in the file, without torch, the data unread.
+    """Summarizes the contents of a file without reading its data. Needs no torch.
 
     Raises:
-        EngineFormatError, EngineVersionError, OSError: as `load`, the digest of the data apart.
+        EngineFormatError, EngineVersionError, OSError: as `load`, but the digest of the data is not checked.
     """
     with _reading(path) as file:
         header = _header(file)
@@ -492,7 +500,7 @@ def inspect(path: Path) -> Inspection:
     parameters = tuple(
         ParameterInfo(p.name, p.type.dtype, shape, math.prod(shape) * DTYPES[p.type.dtype][1], p.constant)
         for p in graph.parameters
-        for shape in [tuple(dim for dim in p.type.shape if isinstance(dim, int))]  # `_parsed` saw that all are
+        for shape in [tuple(dim for dim in p.type.shape if isinstance(dim, int))]  # `_parsed` checked that all are
     )
     stored = sum(info.nbytes for key, info in header.tensors.items() if key.startswith("weight/"))
     return Inspection(
@@ -503,11 +511,14 @@ def inspect(path: Path) -> Inspection:
         header.file_bytes - stored,
         sum(info.nbytes for info in parameters if not info.constant),
         header.graph_text,
-        kerneltable.bytes_of(
-            table.launches, {key.removeprefix("kernel/"): i.nbytes for key, i in header.tensors.items()}
-        ),
+        tactics.bytes_of(table, {key.removeprefix("kernel/"): i.nbytes for key, i in header.tensors.items()}),
+        tactics.kinds_of(table),
         tuple(shapes(graph, profile) for profile in profiles_of(graph, header.manifest.profiles)),
     )
+
+
+def _counts(kinds: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in kinds.items())
 
 
 def _size(count: float) -> str:

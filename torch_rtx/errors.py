@@ -1,34 +1,34 @@
-"""Every exception that torch_rtx raises on purpose.
+"""The exceptions of torch_rtx.
 
     RtxError (RuntimeError)
     ├── SettingsError (also ValueError)   an option that is unknown, mistyped or contradicts another
     ├── CaptureError                      a model could not be captured as a graph
-    ├── Unsupported                       a node that the engine can't hold: it falls back, and no user sees this
-    ├── PartitionError                    `require_full_compilation` and something must fall back
+    ├── Unsupported                       internal: no lowering or kernel for an op, dtype, shape or GPU; always handled
+    ├── PartitionError                    `require_full_compilation` is set and a node must fall back
     ├── InvalidIR                         text or graph that breaks a rule of the IR
     ├── LoweringError                     a bug of the compiler: names the pass or op, the dump and the reproduction
     ├── KernelError                       a generated kernel that can't be compiled, loaded or launched
-    ├── EngineFormatError (also ValueError)   a file that is no engine, or a damaged one
-    │   └── EngineVersionError            an engine of a format this release can't read
+    ├── EngineFormatError (also ValueError)   a file that is not an engine, or a damaged one
+    │   └── EngineVersionError            an engine of a format that this release can't read
     ├── RefitError (also ValueError)      weights that are missing, unexpected or of another type
     ├── InputError (also ValueError)      an argument of a wrong dtype, device, rank or shape
-    ├── CacheError                        an entry of a cache that is not there or damaged, a bad archive
-    │   └── CacheDamaged                  a runtime cache's file that is no intact database
-    └── Uncacheable                       a graph that has no key: it is built each time, and no user sees this
+    ├── CacheError                        a missing or damaged cache entry, or an invalid archive
+    │   └── CacheDamaged                  a damaged runtime cache file
+    └── Uncacheable                       internal: a graph without a key, which is built each time; always handled
 
-Anything else that comes out of torch_rtx is a bug.
+Any other exception from torch_rtx's own code is a bug.
 """
 
 from __future__ import annotations
 
 
 class RtxError(RuntimeError):
-    """Base of the tree.
+    """Base class of all errors.
 
     Args:
-        message: what is wrong, in one sentence.
-        loc: where in the user's model or file, if known.
-        hint: what to do about it, if known.
+        message: the problem, in one sentence.
+        loc: its location in the user's model or file, if known.
+        hint: the remedy, if known.
     """
 
     def __init__(self, message: str, *, loc: object = None, hint: str | None = None) -> None:
@@ -46,7 +46,11 @@ class CaptureError(RtxError):
 
 
 class Unsupported(RtxError):
-    """The engine can't hold this node: it falls back to PyTorch. Only ever raised before code generation."""
+    """No lowering or kernel for an op, dtype, shape or GPU.
+
+    The importer, the passes and code generation raise it. The compiler handles every one: the node falls back to
+    PyTorch, a pass leaves the call unchanged, grouping forms a smaller region, or the next implementation is tried.
+    """
 
 
 class PartitionError(RtxError):
@@ -58,26 +62,26 @@ class InvalidIR(RtxError):
 
 
 class LoweringError(RtxError):
-    """A pass failed: a bug of torch_rtx, with what is needed to report it."""
+    """A pass failed: a bug of torch_rtx; the message names the files to report."""
 
 
 class KernelError(RtxError):
-    """A generated kernel can't be compiled, loaded or launched: it names the kernel, the target and what refused it."""
+    """A generated kernel can't be compiled, loaded or launched; names the kernel, the target and the failing tool."""
 
 
 class EngineFormatError(RtxError, ValueError):
-    """The file is no engine, or it is damaged. Nothing of it was executed or kept."""
+    """The file is not an engine, or it is damaged. Nothing in it was executed or kept."""
 
 
 class EngineVersionError(EngineFormatError):
-    """The engine needs a newer reader than this release, or is older than what it reads."""
+    """The engine needs a newer release of torch_rtx, or its format is too old for this one."""
 
 
 class RefitError(RtxError, ValueError):
     """The weights do not fit the engine; nothing was changed.
 
     Attributes:
-        missing, unexpected, mismatched: the names concerned (`mismatched` maps a name to what is wrong with it).
+        missing, unexpected, mismatched: names of weights (`mismatched` maps each name to its problem).
     """
 
     def __init__(
@@ -94,12 +98,12 @@ class InputError(RtxError, ValueError):
 
 
 class CacheError(RtxError):
-    """An entry of a cache is not there or damaged, or a file holds no entries or can't be used."""
+    """A cache entry is missing or damaged, or a cache file is not one or can't be used."""
 
 
 class CacheDamaged(CacheError):
-    """The file of a runtime cache is no intact database."""
+    """The file of a runtime cache is damaged."""
 
 
 class Uncacheable(RtxError):
-    """What a graph depends on has no name outside of this process, so that it has no key: it is built each time."""
+    """The graph contains an object that other processes can't identify: it has no key and is built each time."""

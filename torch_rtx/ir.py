@@ -1,14 +1,14 @@
-"""The one intermediate representation, from capture to launch: frozen values, a text form, and a verifier.
+"""The only intermediate representation, from capture to launch: immutable classes, a text form, and a verifier.
 
-A `Graph` is a list of `Node`s in topological order over named `Value`s. The same classes hold every level; a level is
-an invariant that `verify` checks:
+A `Graph` is a list of `Node`s in topological order over named `Value`s. All levels use the same classes; a level is an
+invariant that `verify` checks:
 
     import   nodes of kind `op` (an ATen overload, by name), `fallback` and, once regions are formed, `kernel`
     fused    nodes of kind `kernel` (its body is a Graph), `extern` (an ATen call), `view` (an ATen call that moves no
              data) and `fallback`: the runtime matches on these four and never learns a new op
 
 `str(graph)` is the text form and `parse` reads it back: `parse(str(g)) == g`. Right-hand sides, types and dims are
-Python expressions, read by Python's own parser and never evaluated. This file needs neither torch nor triton.
+Python expressions, parsed by Python's own parser and never evaluated. This file imports neither torch nor triton.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from torch_rtx.dtypes import DTYPES
 from torch_rtx.errors import InvalidIR
 
 MAIN = "main"  # the device of a session; every other device is named ("cpu")
-COPY = "aten.copy_.default"  # the new contents of a whole input or weight; it has no result
-# Writes to parts of an input or weight, in place. As in PyTorch the result is the tensor that was written: what reads
-# the new contents reads the result, and nothing reads the target after the write. So edges alone order them.
+COPY = "aten.copy_.default"  # overwrites an input or weight; has no result
+# In-place updates of elements of an input or weight. As in PyTorch they return the written tensor: readers of the new
+# contents read the result, and nothing reads the target after the write, so that edges alone order the accesses.
 UPDATES = frozenset(f"aten.{name}" for name in ("index_copy_.default", "index_put_.default"))
 UPDATES |= {"aten.scatter_.src", "aten.scatter_.value"}
 LEVELS = {"import": ("op", "kernel", "fallback"), "fused": ("kernel", "extern", "view", "fallback")}
@@ -46,7 +46,7 @@ DIM_OPS: dict[str, Callable[[Sequence[int]], int]] = {
 @dataclass(frozen=True, slots=True)
 class Sym:
     """A dimension known only at run time: `min <= value <= max` (None: unbounded), a multiple of `multiple`. `typical`
-    is the value to be fast for, if one is known."""
+    is the value to optimize for, if known."""
 
     name: str
     min: int = 0
@@ -60,7 +60,7 @@ class Sym:
 
 @dataclass(frozen=True, slots=True)
 class Expr:
-    """`op` over dims, op one of DIM_OPS. Make one with `dim_expr`, which keeps sums and products in one normal form."""
+    """`op` of DIM_OPS applied to dims. Construct it by `dim_expr`, which normalizes sums and products."""
 
     op: str
     args: tuple[Dim, ...]
@@ -75,7 +75,7 @@ Dim = int | Sym | Expr
 
 
 def dim_expr(op: str, *args: Dim) -> Dim:
-    """`op` applied to dims; folds integers, flattens and orders sums and products.
+    """`op` applied to dims; folds integers, flattens and sorts sums and products.
 
     Raises:
         InvalidIR: unknown op, or a division by zero.
@@ -109,7 +109,7 @@ def dim_syms(dim: Dim) -> Iterator[Sym]:
 
 
 def evaluate(dim: Dim, sizes: Mapping[str, int]) -> int | None:
-    """The number that `dim` is for `sizes`; None where a symbol of it has none."""
+    """The value of `dim` for `sizes`; None if a symbol of it has no size."""
     if isinstance(dim, int):
         return dim
     if isinstance(dim, Sym):
@@ -120,8 +120,8 @@ def evaluate(dim: Dim, sizes: Mapping[str, int]) -> int | None:
 
 
 def typical_size(dim: Dim, default: int) -> int:
-    """A number to be fast for: that of `dim` for the typical values of its symbols. A symbol that has none is taken for
-    what in its range is nearest to `default`."""
+    """The size to optimize for: the value of `dim` for the typical values of its symbols. A symbol without one counts
+    as the number in its range nearest to `default`."""
     if isinstance(dim, int):
         return dim
     if isinstance(dim, Sym):
@@ -131,8 +131,8 @@ def typical_size(dim: Dim, default: int) -> int:
 
 
 def contiguous(shape: tuple[Dim, ...]) -> tuple[Dim, ...]:
-    """Row-major strides of `shape`, in elements. A size of 0 counts as 1 for the strides to its left, as in PyTorch; a
-    symbol counts as itself, as PyTorch has it for sizes that it takes as at least 2."""
+    """Row-major strides of `shape`, in elements. As in PyTorch, a size of 0 counts as 1 for the strides to its left; a
+    symbol counts as itself, since PyTorch assumes that it is at least 2."""
     strides: list[Dim] = []
     step: Dim = 1
     for size in reversed(shape):
@@ -162,7 +162,7 @@ class TensorType:
 
 @dataclass(frozen=True, slots=True)
 class ScalarType:
-    """A Python number; an int may carry the dim that it is."""
+    """A Python number; `dim`: the dim that an int equals, if known."""
 
     kind: str
     dim: Dim | None = None
@@ -176,7 +176,7 @@ Type = TensorType | ScalarType
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """A name, unique in its graph, and the type of what it holds."""
+    """An SSA value: a name, unique in its graph, and a type."""
 
     name: str
     type: Type
@@ -221,7 +221,7 @@ def type_dims(type_: Type) -> tuple[Dim, ...]:
 
 
 def attr_text(attr: Attr) -> str:
-    """An attribute as the text form writes it."""
+    """The text form of an attribute."""
     if isinstance(attr, tuple):
         return f"[{', '.join(map(attr_text, attr))}]"
     return str(attr) if isinstance(attr, Value | Sym | Expr) else repr(attr)
@@ -232,9 +232,9 @@ def attr_text(attr: Attr) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Loc:
-    """Where a node comes from in the user's model: module path, source file, line.
+    """The origin of a node in the user's model: module path, source file, line.
 
-    The text form gives a meaning to line ends, " @ ", "  #" and "{", so that none of them may be in a path.
+    Paths must not contain line ends, " @ ", "  #" and "{", which are delimiters of the text form.
     """
 
     module: str = ""
@@ -242,13 +242,13 @@ class Loc:
     line: int = 0
 
     def __str__(self) -> str:
-        place = f"@ {self.file}:{self.line}" if self.file else ""
-        return f"{self.module} {place}".strip()
+        position = f"@ {self.file}:{self.line}" if self.file else ""
+        return f"{self.module} {position}".strip()
 
 
 @dataclass(frozen=True)
 class Node:
-    """`outputs = kind op(args)`: `args` are (schema name, attribute) pairs; an output nobody gets is None."""
+    """`outputs = kind op(args)`: `args` are (schema name, attribute) pairs; an unused output is None."""
 
     kind: str
     op: str
@@ -262,24 +262,29 @@ class Node:
         """The values that the node reads, in argument order, with repeats."""
         return tuple(value for _, attr in self.args for value in attr_values(attr))
 
+    @cached_property
+    def results(self) -> tuple[Value, ...]:
+        """The used outputs, in order."""
+        return tuple(value for value in self.outputs if value is not None)
+
     @property
     def writes(self) -> bool:
         """Whether the node writes to its argument `self`, an input or weight of the graph."""
         return self.kind != "fallback" and (self.op == COPY or self.op in UPDATES)
 
     def arg(self, name: str, default: Attr = None) -> Attr:
-        """The argument `name`, or `default` where the call leaves it out."""
+        """The argument `name`, or `default` if the call omits it."""
         return next((attr for key, attr in self.args if key == name), default)
 
     def map_inputs(self, fn: Callable[[Value], Attr]) -> tuple[tuple[str, Attr], ...]:
-        """`args` with each value replaced by what `fn` gives for it."""
+        """`args` with each value replaced by the result of `fn`."""
         return tuple((key, attr_map(attr, fn)) for key, attr in self.args)
 
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A named tensor of the model that the engine needs. `aliases` are further names of the same (tied) tensor. The
-    data of a `constant` is no weight: it always travels with the engine."""
+    """A named tensor of the model that the engine needs. `aliases` are other names of the same (tied) tensor. The data
+    of a `constant` is part of the engine file, even if weights are stripped."""
 
     name: str
     type: TensorType
@@ -289,7 +294,7 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """A value computed from parameters alone: the parameter itself, or the only output of `recipe`, whose inputs are
+    """A value computed from parameters alone: the parameter itself, or the single output of `recipe`, whose inputs are
     the parameters in the order of `names`."""
 
     value: Value
@@ -311,7 +316,7 @@ class Graph:
 
     @cached_property
     def syms(self) -> dict[str, Sym]:
-        """Every symbol that occurs, by name, sorted."""
+        """All symbols of the graph, by name, sorted."""
         found: dict[str, Sym] = {}
 
         def add(dims: Iterator[Dim]) -> None:
@@ -331,29 +336,28 @@ class Graph:
     @cached_property
     def written(self) -> frozenset[str]:
         """The names of the inputs and weights that the graph writes to."""
-        first: dict[str, str] = {}  # of the result of an update: what it is an update of
+        updated: dict[str, str] = {}  # from the result of an update to the input or weight that it updates
         found = set()
         for node in self.nodes:
             target = node.arg("self") if node.writes else None
             if isinstance(target, Value):
-                found.add(first.get(target.name, target.name))
-                first |= {
-                    value.name: first.get(target.name, target.name) for value in node.outputs if value is not None
-                }
+                name = updated.get(target.name, target.name)
+                found.add(name)
+                updated |= {value.name: name for value in node.results}
         return frozenset(found)
 
     def values(self) -> Iterator[Value]:
         """Every value that the graph defines, in order of definition."""
         yield from self.inputs
         yield from (weight.value for weight in self.weights)
-        yield from (value for node in self.nodes for value in node.outputs if value is not None)
+        yield from (value for node in self.nodes for value in node.results)
 
     def __str__(self) -> str:
         return "\n".join(_lines(self)) + "\n"
 
 
 def kernel_nodes(graph: Graph) -> Iterator[Node]:
-    """The nodes of kind `kernel`, also inside of the bodies of others, in order."""
+    """The nodes of kind `kernel` in order, including those in bodies of other kernels."""
     for node in graph.nodes:
         if node.kind == "kernel" and node.body is not None:
             yield node
@@ -361,9 +365,9 @@ def kernel_nodes(graph: Graph) -> Iterator[Node]:
 
 
 def node_text(node: Node) -> str:
-    """One node as the text form writes it, without its body."""
+    """The text form of one node, without its body."""
     left = ", ".join("_" if value is None else f"{value.name}: {value.type}" for value in node.outputs)
-    # Some ops have an argument called `from`, which Python's parser would not take as a name.
+    # Some ops have an argument `from`, which Python's parser does not accept as a name.
     args = [f"{key}{'_' * iskeyword(key)}={attr_text(attr)}" for key, attr in node.args]
     right = f"{node.kind} {node.op}({', '.join(args)})"
     return f"{left} = {right}" if left else right
@@ -384,7 +388,7 @@ def _lines(graph: Graph) -> Iterator[str]:
         yield from _with_body(line, weight.recipe)
     for node in graph.nodes:
         line = "  " + node_text(node)
-        if node.loc or "  #" in line:  # a string may hold the mark of a comment: the last one in the line counts
+        if node.loc or "  #" in line:  # a string may contain "  #": the last one in the line starts the comment
             line += f"  # {node.loc or ''}"
         yield from _with_body(line, node.body)
     yield f"  return {attr_text(graph.outputs)}"
@@ -409,13 +413,13 @@ def _with_body(line: str, body: Graph | None) -> Iterator[str]:
 
 
 def verify(graph: Graph, ops: Container[str] | None = None) -> None:
-    """Check the rules of `graph.level`. A graph never changes: one that has passed, with the same `ops`, has passed.
+    """Check the rules of `graph.level`. Graphs are immutable: the result is cached per `ops`.
 
     Args:
-        ops: the ATen overloads that `op`, `extern` and `view` nodes may name; None leaves the names unchecked.
+        ops: the ATen overloads that `op`, `extern` and `view` nodes may name; None: unchecked.
 
     Raises:
-        InvalidIR: which rule is broken, with the nodes around the place.
+        InvalidIR: the broken rule, with the nodes before and at the failure.
     """
     if vars(graph).get("_passed", graph) is ops:
         return
@@ -425,7 +429,7 @@ def verify(graph: Graph, ops: Container[str] | None = None) -> None:
     parameters = {p.name: p.type for p in graph.parameters}
     names = [name for p in graph.parameters for name in (p.name, *p.aliases)]
     if len(set(names)) != len(names):
-        raise InvalidIR("two parameters have one name")
+        raise InvalidIR("two parameters have the same name")
     for name, type_ in parameters.items():
         _verify_type(f"parameter {name!r}", type_)
         if not all(type(dim) is int for dim in type_dims(type_)):
@@ -435,16 +439,16 @@ def verify(graph: Graph, ops: Container[str] | None = None) -> None:
     for weight in graph.weights:
         _verify_weight(weight, parameters, ops)
         _define(weight.value, known)
-    memory = _Memory(set(known), graph.level)
+    writes = _WriteChecker(set(known), graph.level)
     for sym in graph.syms.values():
         high = math.inf if sym.max is None else sym.max
         if not is_name(sym.name) or sym.min < 0 or sym.multiple < 1 or high < sym.min:
-            raise InvalidIR(f"dim {_dim_text(sym)} has no value")
+            raise InvalidIR(f"dim {_dim_text(sym)} has an empty range or an invalid name")
         if sym.typical is not None and (not max(sym.min, 1) <= sym.typical <= high or sym.typical % sym.multiple):
-            raise InvalidIR(f"dim {_dim_text(sym)} never has its typical value")
+            raise InvalidIR(f"dim {_dim_text(sym)} has a typical value outside of its range")
     for index, node in enumerate(graph.nodes):
         try:
-            _verify_node(node, graph.level, known, memory, ops)
+            _verify_node(node, graph.level, known, writes, ops)
         except InvalidIR as error:
             around = "\n".join(f"    {node_text(n)}" for n in graph.nodes[max(0, index - 3) : index + 1])
             raise InvalidIR(f"{error.message}\n{around}", loc=node.loc) from None
@@ -453,7 +457,7 @@ def verify(graph: Graph, ops: Container[str] | None = None) -> None:
     clash = graph.syms.keys() & known.keys()
     if clash:
         raise InvalidIR(f"{', '.join(sorted(clash))} names both a dim and a value")
-    vars(graph)["_passed"] = ops  # beside the fields, as the cached properties: it is no part of the value
+    vars(graph)["_passed"] = ops  # like a cached property: not a field, so that equality ignores it
 
 
 def _verify_weight(weight: Weight, parameters: dict[str, TensorType], ops: Container[str] | None) -> None:
@@ -474,20 +478,22 @@ def _verify_weight(weight: Weight, parameters: dict[str, TensorType], ops: Conta
     verify(recipe, ops)
 
 
-def _verify_node(node: Node, level: str, known: dict[str, Value], memory: _Memory, ops: Container[str] | None) -> None:
+def _verify_node(
+    node: Node, level: str, known: dict[str, Value], writes: _WriteChecker, ops: Container[str] | None
+) -> None:
     if node.kind not in LEVELS[level]:
         raise InvalidIR(f"a node of kind {node.kind!r} does not belong in level {level!r}")
     if node.kind in ("op", "extern", "view") and ops is not None and node.op not in ops:
         raise InvalidIR(f"op {node.op} is not on the allow-list")
     if (node.kind == "kernel") != (node.body is not None):
-        raise InvalidIR("a kernel has a body, and nothing else has")
+        raise InvalidIR("a kernel must have a body, and other nodes must not")
     if len({key for key, _ in node.args}) != len(node.args):
         raise InvalidIR("an argument is given twice")
     for value in node.inputs:
         _use(value, known)
-    memory.pass_(node)
+    writes.visit(node)
     if re.fullmatch(r"[A-Za-z0-9_.]+", node.op) is None:
-        raise InvalidIR(f"{node.op!r} is no name of an op")
+        raise InvalidIR(f"{node.op!r} is not a valid op name")
     if node.body is not None:
         _verify_body(node, node.body, ops)
     for output in node.outputs:
@@ -495,55 +501,55 @@ def _verify_node(node: Node, level: str, known: dict[str, Value], memory: _Memor
             _define(output, known)
 
 
-class _Memory:
-    """Which values may be written to, and which no longer hold what they did: in level fused, where it shows what is a
-    view, nothing but views takes those."""
+class _WriteChecker:
+    """Checks that nodes write only to inputs and weights, and do not read a tensor after it was overwritten. Level
+    fused, which distinguishes views, checks reads."""
 
     def __init__(self, mutable: set[str], level: str) -> None:
-        self.mutable, self.ordered = mutable, level == "fused"
-        self.old: set[str] = set()
-        self.base: dict[str, str] = {}  # of a view: what it is a view of
+        self.mutable, self.checks_reads = mutable, level == "fused"
+        self.overwritten: set[str] = set()
+        self.base: dict[str, str] = {}  # from a view to its base tensor
 
-    def pass_(self, node: Node) -> None:
-        """Check what `node` reads and writes."""
+    def visit(self, node: Node) -> None:
+        """Check the reads and writes of `node`."""
         names = [self.base.get(value.name, value.name) for value in node.inputs]
         if node.kind == "view" and not node.writes:
-            self.base |= {value.name: names[0] for value in node.outputs if value is not None and names}
+            self.base |= {value.name: names[0] for value in node.results if names}
             return
         for name in names:
-            if name in self.old and self.ordered:
-                raise InvalidIR(f"value {name} is read after it was written to; what it holds is the write's result")
+            if name in self.overwritten and self.checks_reads:
+                raise InvalidIR(f"value {name} is read after it was written to; read the result of the write instead")
         if not node.writes:
             return
         target = node.arg("self")
         if not isinstance(target, Value) or target.name not in self.mutable:
-            raise InvalidIR(f"{node.op.split('.')[1]} writes to an input or weight, and to nothing else")
+            raise InvalidIR(f"{node.op.split('.')[1]} must write to an input or weight")
         if node.op == COPY and node.outputs:
-            raise InvalidIR("copy_ writes to an input or weight, and returns nothing")
+            raise InvalidIR("copy_ must not return anything")
         if node.op in UPDATES:
-            self.old.add(target.name)
-            results = [value for value in node.outputs if value is not None]
-            if len(node.outputs) != 1 or names.count(target.name) != 1 or any(v.type != target.type for v in results):
-                raise InvalidIR(f"{node.op} returns what it writes to, of its type, and reads it in no other way")
-            self.mutable.update(value.name for value in results)
+            self.overwritten.add(target.name)
+            changed = any(value.type != target.type for value in node.results)
+            if len(node.outputs) != 1 or names.count(target.name) != 1 or changed:
+                raise InvalidIR(f"{node.op} must return its target with its type, and read it in no other argument")
+            self.mutable.update(value.name for value in node.results)
 
 
 def _verify_body(node: Node, body: Graph, ops: Container[str] | None) -> None:
     outputs = [value for value in body.outputs if isinstance(value, Value)]
     if body.level != "import" or body.weights or len(outputs) != len(body.outputs):
-        raise InvalidIR("a kernel's body is a graph of ops that returns tensors")
+        raise InvalidIR("a kernel's body must be a graph of ops that returns tensors")
     if body.written:
-        raise InvalidIR("a kernel's body writes to nothing but its results")
+        raise InvalidIR("a kernel's body must not write to its inputs")
     if [v.type for v in body.inputs] != [v.type for v in node.inputs]:
-        raise InvalidIR("a kernel's body takes what the kernel takes")
-    if [v.type for v in outputs] != [v.type for v in node.outputs if v is not None]:
-        raise InvalidIR("a kernel's body returns what the kernel returns")
+        raise InvalidIR("a kernel's body must have the kernel's input types")
+    if [v.type for v in outputs] != [v.type for v in node.results]:
+        raise InvalidIR("a kernel's body must have the kernel's output types")
     verify(body, ops)
 
 
 def _define(value: Value, known: dict[str, Value]) -> None:
     if not is_name(value.name):
-        raise InvalidIR(f"{value.name!r} is no name")
+        raise InvalidIR(f"{value.name!r} is not a valid name")
     if value.name in known:
         raise InvalidIR(f"value {value.name} is defined twice")
     _verify_type(f"value {value.name}", value.type)
@@ -562,7 +568,7 @@ def _verify_type(what: str, type_: Type) -> None:
     if any(isinstance(dim, int) and dim < 0 for dim in type_dims(type_)):
         raise InvalidIR(f"{what} has a negative size or stride")
     if re.fullmatch(r"[a-z]+\d*", type_.device) is None:
-        raise InvalidIR(f"{what} is on {type_.device!r}, which names no device")
+        raise InvalidIR(f"{what} is on the unknown device {type_.device!r}")
 
 
 def _use(value: Value, known: dict[str, Value]) -> None:
@@ -571,7 +577,7 @@ def _use(value: Value, known: dict[str, Value]) -> None:
 
 
 def is_name(text: str) -> bool:
-    """Whether `text` may name a value or symbol: an ASCII identifier that is no keyword, dtype or word of the text, and
-    does not begin with `_`: such names are those of generated code."""
+    """Whether `text` is a valid name of a value or symbol: an ASCII identifier, except keywords, dtypes, words of the
+    text form, and names with a leading `_`, which generated code uses."""
     reserved = text in DTYPES or text in SCALARS or text in ("inf", "nan", "min", "max") or iskeyword(text)
     return not reserved and re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", text) is not None

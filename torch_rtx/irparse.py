@@ -1,7 +1,7 @@
 """Reads the text form of the IR: `parse(str(graph)) == graph`.
 
-Lines are split by hand; types, dims and arguments are Python expressions, which Python's own parser turns into a syntax
-tree that is walked here and never evaluated. Text from a file that nobody trusts is safe to parse.
+Lines are split by hand; types, dims and arguments are Python expressions. Python's own parser turns them into a syntax
+tree, which is walked and never evaluated: untrusted text is safe to parse.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from torch_rtx.ir import (
     is_name,
 )
 
-MAX_DEPTH = 8  # of nested graphs: a kernel in a recipe in a kernel is already more than exists
+MAX_DEPTH = 8  # of nested graphs; real ones have at most 3
 KINDS = frozenset(kind for kinds in LEVELS.values() for kind in kinds)
 OPERATORS = {ast.Add: "+", ast.Mult: "*", ast.FloorDiv: "//", ast.Mod: "%"}
 CONSTANTS: dict[str, Attr] = {"inf": float("inf"), "nan": float("nan")}
@@ -51,7 +51,7 @@ def parse(text: str) -> Graph:
         graph = reader.graph(reader.next(), 0)
         if any(line.strip() for line in reader.lines[reader.at :]):
             raise InvalidIR("text follows the end of the graph")
-        str(graph)  # fails here, not in a message later, on what Python can't print: huge integers, deep dims
+        str(graph)  # fails now, not in a later message, on huge integers and deep dims that Python can't print
     except InvalidIR as error:
         raise InvalidIR(f"line {reader.at}: {error.message}", hint=reader.line.strip()[:200]) from None
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -60,10 +60,10 @@ def parse(text: str) -> Graph:
 
 
 def parse_dim(text: str, syms: Mapping[str, Sym]) -> Dim:
-    """The dim that `text` writes, over the symbols `syms`.
+    """Parse a dim over the symbols `syms`.
 
     Raises:
-        InvalidIR: the text is no dim, or has another symbol.
+        InvalidIR: the text is not a dim, or has an unknown symbol.
     """
     scope = _Scope()
     scope.syms.update(syms)
@@ -71,7 +71,7 @@ def parse_dim(text: str, syms: Mapping[str, Sym]) -> Dim:
         dim = _dim(_expression(text), scope)
         str(dim)  # as in `parse`
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise InvalidIR(f"{text[:200]!r} is no dim: {error}") from None
+        raise InvalidIR(f"{text[:200]!r} is not a dim: {error}") from None
     return dim
 
 
@@ -139,7 +139,7 @@ class _Reader:
         if "  #" in line:
             line, _, comment = line.rpartition("  #")
             loc = _loc(comment.strip()) if comment.strip() else None
-        # A node without outputs starts with its kind; a string argument may hold any mark.
+        # A node without outputs starts with its kind; a string argument may contain any delimiter.
         left, _, right = ("", "", line) if line.partition(" ")[0] in KINDS else line.partition(" = ")
         kind, _, text = right.strip().partition(" ")
         call = _expression(text)
@@ -160,7 +160,7 @@ def _expression(text: str) -> ast.expr:
 
 
 def _values(text: str, scope: _Scope) -> Iterator[Value]:
-    """`a: type, b: type`, entered in the scope."""
+    """Parse `a: type, b: type` and add the values to the scope."""
     for value in _outputs(text, scope):
         if value is None:
             raise InvalidIR("value _ has no type")
@@ -168,7 +168,7 @@ def _values(text: str, scope: _Scope) -> Iterator[Value]:
 
 
 def _outputs(text: str, scope: _Scope) -> Iterator[Value | None]:
-    """`a: type, _, b: type`: as `_values`, with None for an output that nobody gets."""
+    """Parse `a: type, _, b: type`: as `_values`, with None for an unused output."""
     module = ast.parse(f"def f({text}): 0")
     definition = module.body[0]
     if len(module.body) != 1 or not isinstance(definition, ast.FunctionDef) or len(definition.body) != 1:
@@ -191,8 +191,8 @@ def _dim_line(text: str, scope: _Scope) -> None:
     name, _, right = text.partition(" = ")
     fields = ast.literal_eval(f"({right})")
     numbers = fields if isinstance(fields, tuple) and len(fields) in (3, 4) else (None,)
-    whole = all(type(number) is int or (place == 1 and number is None) for place, number in enumerate(numbers))
-    if not is_name(name) or not whole:
+    valid = all(type(number) is int or (index == 1 and number is None) for index, number in enumerate(numbers))
+    if not is_name(name) or not valid:
         raise InvalidIR("expected `dim NAME = MIN, MAX, MULTIPLE` or `dim NAME = MIN, MAX, MULTIPLE, TYPICAL`")
     scope.syms[name] = Sym(name, *numbers)
 
@@ -202,7 +202,7 @@ def _parameter(text: str, constant: bool, scope: _Scope) -> Parameter:
     name, *aliases = _strings(_expression(f"[{text[:cut]}]"))
     type_ = _type(_expression(text[cut:].removeprefix(":")), scope)
     if not isinstance(type_, TensorType):
-        raise InvalidIR(f"parameter {name} is no tensor")
+        raise InvalidIR(f"parameter {name} is not a tensor")
     return Parameter(name, type_, tuple(aliases), constant)
 
 
@@ -222,10 +222,10 @@ def _dotted(tree: ast.expr) -> str:
 
 
 def _loc(text: str) -> Loc:
-    module, at, place = (" " + text).rpartition(" @ ")
+    module, at, position = (" " + text).rpartition(" @ ")
     if not at:
         return Loc(text)
-    file, colon, line = place.rpartition(":")
+    file, colon, line = position.rpartition(":")
     if not file or not colon:
         raise InvalidIR("expected `# MODULE @ FILE:LINE`")
     return Loc(module.strip(), file, int(line))

@@ -1,4 +1,4 @@
-"""The manifest: what an engine file says about itself, and in which format it is."""
+"""The manifest: metadata and format version of an engine file."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ from typing import Any
 from torch_rtx.errors import EngineFormatError, EngineVersionError
 from torch_rtx.profiles import Profile, read_profiles
 
-# Raise FORMAT_VERSION with every change of the format. The oldest reader of a file rises with it if older releases
-# would refuse or misread what is in that file: they ignore fields that they do not know and refuse tensors that they do
-# not know. The digests and the manifest's two version fields never change: every release can tell why it can't read a
-# file.
+# Raise FORMAT_VERSION with every change of the format. Raise the `min_reader` of a file, too, if older releases would
+# misread its content or refuse it: they ignore unknown fields and refuse unknown tensors. The digests and the two
+# version fields of the manifest never change, so that every release can say why it can't read a file.
 #   1: the first format
 #   2: kernels
 #   3: typical values of symbols, profiles
 #   4: updates in place, split bodies of kernels
-FORMAT_VERSION = 4
-# The oldest readers: of files without kernels, with kernels, with several profiles or typical values, with updates or
-# split bodies.
-PLAIN_READER, KERNEL_READER, PROFILE_READER, UPDATE_READER, SPLIT_READER = 1, 2, 3, 4, 4
+#   5: tactics in place of launches and split bodies
+FORMAT_VERSION = 5
+# The oldest readers of files without kernels, with several profiles or typical values, with updates, with kernels.
+PLAIN_READER, PROFILE_READER, UPDATE_READER, TACTIC_READER = 1, 3, 4, 5
 OLDEST_READABLE = 1
 
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
@@ -28,17 +27,17 @@ Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an engine says about itself; all of it can be written as JSON.
+    """Metadata of an engine, serializable as JSON.
 
     `save` fills in the version fields, `stripped` and `digests["graph"]` (SHA-256 of the graph's text).
 
     Attributes:
-        device: what the model was captured for: "cpu" or "cuda".
+        device: the device of the capture: "cpu" or "cuda".
         inputs: the names of the flat inputs, in order.
-        signature: how the module is called, as `runtime.signature` writes it; opaque here.
+        signature: the call signature in the JSON of `runtime.signature`; opaque here.
         producer: versions of the libraries that built the engine, by name.
-        platform: "any", or the one that the engine runs on.
-        unused_names: parameters of the model that the engine does not need: refit takes and ignores them.
+        platform: "any", or the only platform that can run the engine.
+        unused_names: parameters of the model that the engine does not need; refit ignores them.
         profiles: see `profiles.profiles_of`.
         stripped: whether the file has no weights.
         format_version, min_reader: the format of the file, and the oldest reader that understands it.
@@ -58,10 +57,10 @@ class Manifest:
 
 
 def exactly(kind: type) -> Callable[[Any], Any]:
-    """A check that a value from JSON is of this type: it returns the value, or raises TypeError."""
+    """A function that returns a value of exactly this type, and raises TypeError for others."""
 
     def check(value: Any) -> Any:
-        if type(value) is not kind:  # a bool is no int
+        if type(value) is not kind:  # isinstance would accept a bool as an int
             raise TypeError(f"expected {kind.__name__}")
         return value
 
@@ -89,20 +88,20 @@ _FIELDS: dict[str, Callable[[Any], Any]] = {
     "stripped": exactly(bool),
     "digests": _string_map,
 }
-_SINCE: Mapping[str, tuple[int, Any]] = {"profiles": (3, ())}  # the first format with a field; what it is before
+_SINCE: Mapping[str, tuple[int, Any]] = {"profiles": (3, ())}  # (first format with the field, value in older ones)
 
 
 def read_manifest(value: Any) -> Manifest:
-    """The manifest in the JSON of a header.
+    """Read the manifest from the JSON of a header.
 
     Raises:
-        EngineVersionError: the file is of a format that this release can't read.
-        EngineFormatError: a field is missing, or of the wrong type.
+        EngineVersionError: this release can't read the format of the file.
+        EngineFormatError: a field is missing or has the wrong type.
     """
     if not isinstance(value, dict):
         raise EngineFormatError("the header has no manifest")
     fields: dict[str, Any] = {}
-    for name, check in _FIELDS.items():  # the versions first: what follows depends on them
+    for name, check in _FIELDS.items():  # the versions come first: the other fields depend on them
         if name in _SINCE and fields["format_version"] < _SINCE[name][0]:
             fields[name] = _SINCE[name][1]
             continue

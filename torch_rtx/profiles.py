@@ -1,7 +1,7 @@
-"""Optimization profiles: in which ranges the sizes of an engine's inputs may be, together, and for which it is fast.
+"""Optimization profiles: joint ranges of an engine's dynamic input sizes, and the sizes to optimize for.
 
-A *profile* has a `Range` for each symbol of the inputs. A call is inside of it if all of its sizes are. The range of
-the symbol itself, in the graph, spans those of all profiles, and its typical value is that of the first.
+A *profile* has a `Range` for each symbol of the inputs. A call fits a profile if all of its sizes are in the ranges. In
+the graph, a symbol's range spans all profiles, and its typical value is the `opt` of the first.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch_rtx.ir import Dim, Graph, TensorType, Type, dim_syms, evaluate, type_
 
 
 class Range(NamedTuple):
-    """The sizes from `min` to `max` (None: unbounded), and the one to be fastest for, `opt` (None: unknown)."""
+    """The sizes from `min` to `max` (None: unbounded), and the size to optimize for, `opt` (None: unknown)."""
 
     min: int
     opt: int | None
@@ -35,7 +35,7 @@ class Range(NamedTuple):
         return math.inf if self.max is None else self.max
 
     def holds(self, size: int) -> bool:
-        """Whether `size` is one of the range."""
+        """Whether `size` is in the range."""
         return self.min <= size <= self.end
 
 
@@ -44,21 +44,20 @@ Shape = tuple[int | Range, ...]
 
 
 def own_profile(graph: Graph) -> dict[str, Range]:
-    """The profile that the symbols of a graph's inputs are by themselves; empty if all sizes are numbers."""
+    """The profile of the ranges in a graph's own symbols; empty if all input sizes are static."""
     syms = {sym.name: sym for value in graph.inputs for dim in _sizes(value.type) for sym in dim_syms(dim)}
     return {name: Range(sym.min, sym.typical, sym.max) for name, sym in sorted(syms.items())}
 
 
 def profiles_of(graph: Graph, given: Sequence[Profile]) -> tuple[Profile, ...]:
-    """The profiles of an engine whose manifest has those `given`: one without any has that of its graph, or none if all
-    sizes are numbers."""
+    """The profiles of an engine: those `given` by its manifest, else its graph's own, if a size is dynamic."""
     own = own_profile(graph)
     return tuple(given) or ((own,) if own else ())
 
 
 def shapes(graph: Graph, profile: Profile) -> dict[str, Shape]:
-    """The shape of each input in a profile, by name; an integer that is a size is a shape of one. The range of a size
-    that is an expression goes from its value for the smallest sizes to that for the largest."""
+    """The shape of each input in a profile, by name; (size,) for an integer input. The range of an expression goes from
+    its value for the smallest sizes to its value for the largest."""
     ends = [{name: number for name, r in profile.items() if (number := r[end]) is not None} for end in range(3)]
 
     def size(dim: Dim) -> int | Range:
@@ -72,18 +71,18 @@ def shapes(graph: Graph, profile: Profile) -> dict[str, Shape]:
 
 
 def _sizes(type_: Type) -> tuple[Dim, ...]:
-    """The dims that a call gives numbers to."""
+    """The dims whose sizes a call determines."""
     return type_.shape if isinstance(type_, TensorType) else type_dims(type_)
 
 
 def shapes_text(found: Mapping[str, Shape]) -> str:
-    """The shapes that have a range, in one line."""
+    """The dynamic shapes in one line."""
     varying = {name: shape for name, shape in found.items() if any(isinstance(size, Range) for size in shape)}
     return ", ".join(f"{name} [{', '.join(map(str, shape))}]" for name, shape in varying.items())
 
 
 def check_profiles(graph: Graph, profiles: Sequence[Profile]) -> None:
-    """Raises InvalidIR unless each profile has a range for each symbol of the inputs, inside of the symbol's own."""
+    """Raises InvalidIR unless each profile has a range for each symbol of the inputs, within the symbol's own range."""
     own = own_profile(graph)
     for number, profile in enumerate(profiles):
         if profile.keys() != own.keys() or not own:
@@ -98,7 +97,7 @@ def read_profiles(value: Any) -> tuple[dict[str, Range], ...]:
     """The profiles in the JSON of a manifest.
 
     Raises:
-        TypeError: it is not such JSON.
+        TypeError: the JSON has another structure.
     """
     if type(value) is not list or not all(type(profile) is dict for profile in value):
         raise TypeError("expected a list of objects")

@@ -1,8 +1,8 @@
 """The options of torch_rtx, as two frozen dataclasses, and the only place that reads a `TORCH_RTX_*` variable.
 
-`CompilationSettings` decide what an engine is, `RuntimeSettings` how it runs. `torch.compile(options=...)` takes the
-fields of both under their own names. docs/settings.md holds the table that `table()` prints. `key_settings` gives the
-options that decide what an engine is: each field of `CompilationSettings` says whether it is one of them.
+`CompilationSettings` determine the engine, `RuntimeSettings` its execution. `torch.compile(options=...)` accepts the
+fields of both by name. docs/settings.md contains the output of `table()`. Fields with `key=True` change the content of
+an engine and are part of its cache key (`key_settings`).
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from torch_rtx.errors import SettingsError
 from torch_rtx.targets import LATER, parse_targets
 
 STRATEGIES = ("lazy", "eager", "none")
-TACTICS = ("best", "generated", "split", "library", "calls")
+BEST, CALLS = "best", "calls"
+KINDS = re.compile(r"[a-z][a-z0-9_]*(,[a-z][a-z0-9_]*)*")  # names of tactics' kinds
 CUDA_GRAPH_STRATEGIES = ("whole_graph_capture", "disabled")
-# What torch.compile's `mode=` means here. CUDA graphs are used in any case, so that two of the four agree.
+# The options of torch.compile's `mode=`. CUDA graphs are on by default, so that two of the modes agree.
 MODES: dict[str, dict[str, object]] = {
     "default": {},
     "reduce-overhead": {},
@@ -39,8 +40,8 @@ _BUDGET = re.compile(rf"(\d+(?:\.\d+)?) ?(%|{'|'.join(_UNITS)})", re.ASCII)
 def _option(
     default: object, expects: str, check: Callable[[Any], bool], help_: str, env: str = "", *, key: bool = False
 ) -> Any:
-    """A field: what it `expects` in words, the check of that, one line for the table, the variable that sets it, and
-    whether another value makes another engine, so that it belongs in the engine's key."""
+    """A dataclass field: the text and the check of valid values, the line in the table, the environment variable, and
+    whether it is part of the engine's cache key."""
     make = (lambda: os.environ.get(env) or default) if env else (lambda: default)
     metadata = {"expects": expects, "check": check, "help": help_, "env": env, "key": key}
     return field(default_factory=make, metadata=metadata)
@@ -62,6 +63,20 @@ def _folder(help_: str, env: str) -> Any:
     return _option(None, "None or a folder", lambda v: v is None or _is_str(v), help_, env)
 
 
+def _dump_dir() -> Any:
+    return _folder(
+        "Folder that gets the graph after each pass and every stage of every kernel; caches are not used meanwhile.",
+        "TORCH_RTX_DUMP",
+    )
+
+
+def _override_dir() -> Any:
+    return _folder(
+        "Folder of edited stages of kernels, which replace the generated ones; caches are not used meanwhile.",
+        "TORCH_RTX_OVERRIDE",
+    )
+
+
 def _is_store(value: object) -> bool:
     return value is None or all(callable(getattr(value, name, None)) for name in ("get", "put", "delete", "entries"))
 
@@ -69,15 +84,15 @@ def _is_store(value: object) -> bool:
 def _is_targets(value: object) -> bool:
     if not isinstance(value, str | int | tuple) or isinstance(value, bool):
         return value is None
-    parse_targets(value, capability=(8, 0))  # a known one: whether there is a GPU is for the build to see
+    parse_targets(value, capability=(8, 0))  # any valid one: the build checks whether there is a GPU
     return True
 
 
 def read_budget(budget: int | str) -> int | float:
-    """A budget as bytes (an int), or as a share from 0 to 1 (a float) for such as "50%".
+    """A budget in bytes (int), or for a percentage such as "50%" as a fraction from 0 to 1 (float).
 
     Raises:
-        ValueError: it is neither.
+        ValueError: the text is not a budget.
     """
     if isinstance(budget, int):
         return budget
@@ -99,12 +114,12 @@ def _is_str(value: object) -> bool:
 
 
 def _name(entry: object) -> object:
-    """Operators are given as `torch.ops` objects or as text; their text is the name. Whatever else stays as it is."""
+    """The name of an operator, given as a `torch.ops` object or as text; `_Checked` refuses other objects."""
     return str(entry).removeprefix("torch.ops.") if _is_str(entry) or type(entry).__module__ == "torch._ops" else entry
 
 
 class _Checked:
-    """Field checks, named sets and tuples for the frozen dataclasses below."""
+    """Checks the fields of the frozen dataclasses below; normalizes collections of names and lists."""
 
     def __post_init__(self) -> None:
         for item in fields(self):  # type: ignore[arg-type]
@@ -121,112 +136,117 @@ class _Checked:
 
 @dataclass(frozen=True)
 class CompilationSettings(_Checked):
-    """What an engine is built of. Equal settings and an equal graph give an equal engine."""
+    """Options of a build. Equal settings and an equal graph give an equal engine."""
 
     min_block_size: int = _count(
-        1, "Smallest number of nodes that make a block of the engine; smaller ones fall back.", key=True
+        1, "Smallest block of the engine, in nodes; the nodes of smaller blocks fall back to PyTorch.", key=True
     )
     torch_executed_ops: Set[str] = _names(
-        "Operators that stay in PyTorch: `aten.softmax`, `aten.softmax.int`.", key=True
+        "Operators that always fall back to PyTorch: `aten.softmax` (all overloads), `aten.softmax.int`.", key=True
     )
     require_full_compilation: bool = _flag(
-        False, "Raise `PartitionError` instead of leaving any node to PyTorch.", key=True
+        False, "Raise `PartitionError` if a node of a graph would fall back to PyTorch.", key=True
     )
-    fallback_on_error: bool = _flag(False, "Run a graph in PyTorch, with a warning, when compiling it fails on a bug.")
-    disabled_passes: Set[str] = _names("Passes of the pipeline to leave out, by name.", key=True)
+    fallback_on_error: bool = _flag(False, "Run a graph in PyTorch, with a warning, if a bug makes compiling it fail.")
+    disabled_passes: Set[str] = _names("Passes to skip, by name.", key=True)
     copy_weights: bool | None = _option(
         None,
         "None or a bool",
         lambda v: v is None or isinstance(v, bool),
-        "Let `merge_linears` keep a merged copy of parameters beside the model's own. None: ahead of time only.",
+        "Merge linear layers although that copies their weights. None: only in engines built ahead of time.",
         key=True,
     )
-    strip_weights: bool = _flag(True, "Save engines without their weights, which `load` or `refit` then has to give.")
+    strip_weights: bool = _flag(True, "Save engines without weights; `load` or `refit` supplies them.")
     device: str | None = _option(
         None,
         'None, "cpu" or "cuda"',
         lambda v: v in (None, "cpu", "cuda"),
-        "Device to capture for ahead of time; None: the model's own. `cuda` needs no GPU.",
+        "Device to build an engine for; None: the model's own. `cuda` needs no GPU.",
     )
     targets: str | int | tuple[str | int, ...] | None = _option(
         LATER,
         'None, "portable", "current", "later", or a list such as ["RTX 4090", "sm_120", "ptx"]',
         _is_targets,
-        "GPUs to build kernels for. `later`: where the engine runs. None: every operation is a call of PyTorch's.",
+        "GPUs to compile kernels for. `later`: the one that runs the engine, when it runs. None: no kernels.",
         key=True,
     )
-    dump_dir: str | None = _folder(
-        "Folder that gets every stage's artefact; engines are then built anew.", "TORCH_RTX_DUMP"
-    )
-    cache_built_engines: bool = _flag(True, "Keep engines that are built in the engine cache.")
-    reuse_cached_engines: bool = _flag(True, "Take engines from the engine cache instead of building them.")
+    dump_dir: str | None = _dump_dir()
+    override_dir: str | None = _override_dir()
+    cache_built_engines: bool = _flag(True, "Write built engines to the engine cache.")
+    reuse_cached_engines: bool = _flag(True, "Read engines from the engine cache.")
     engine_cache_dir: str | None = _folder(
-        "Folder of the caches; None: `torch_rtx` in the user's own cache folder.", "TORCH_RTX_CACHE_DIR"
+        "Folder of both caches; None: `torch_rtx` in the user's cache folder.", "TORCH_RTX_CACHE_DIR"
     )
-    engine_cache_size: int = _count(5 << 30, "Most bytes of engines that the folder keeps; the least recently used go.")
+    engine_cache_size: int = _count(
+        5 << 30, "Limit on the engine cache, in bytes; the least recently used are evicted."
+    )
     engine_cache: Any = _option(
-        None, "None or a store", _is_store, "A store of your own for engines, in place of the folder."
+        None, "None or a store", _is_store, "An object that stores engines, in place of the folder."
     )
 
 
 @dataclass(frozen=True)
 class RuntimeSettings(_Checked):
-    """How an engine runs; changing one of these never needs a new engine."""
+    """Options of execution. A change of these never needs a new engine."""
 
     cuda_graph_strategy: str = _option(
         "whole_graph_capture",
         " or ".join(map(repr, CUDA_GRAPH_STRATEGIES)),
         lambda v: v in CUDA_GRAPH_STRATEGIES,
-        "Replay the whole module as one CUDA graph per input shape, or never.",
+        "Replay the whole module as one CUDA graph per combination of input shapes, or never.",
     )
     tactics: str = _option(
-        "best",
-        " or ".join(map(repr, TACTICS)),
-        lambda v: v in TACTICS,
-        "Which of an engine's kernels run: the best, all, all in their split form where there is one, all but "
-        "those with a library call as a rival, or none.",
+        BEST,
+        "'best', 'calls' or kinds such as 'kernel', 'split', 'library', separated by commas",
+        lambda v: isinstance(v, str) and KINDS.fullmatch(v) is not None,
+        "Which tactic runs each kernel node: the fastest, or the fastest of these kinds where the node has one; "
+        "'calls': all operations are called one by one.",
     )
     specialization_strategy: str = _option(
         "lazy",
         " or ".join(map(repr, STRATEGIES)),
         lambda v: v in STRATEGIES,
-        "Compile and measure kernels for this GPU and the sizes that are met: in the background, before the call "
-        "returns, or never.",
+        "When to compile and measure kernels for this GPU and the sizes that occur: in the background (`lazy`), before "
+        "the call returns (`eager`), or never.",
     )
     specialized_shapes: int = _count(
-        8, "Most combinations of sizes that a module has kernels of their own for: those that come again most."
+        8, "Most combinations of sizes that have kernels of their own; the most frequent ones get them."
     )
     tuning_seconds: float = _option(
         60.0,
         "a number of at least 0",
         lambda v: type(v) in (int, float) and 0 <= v < math.inf,
-        "Longest time that is spent on measuring kernels, per combination of sizes; 0: the expected best is taken.",
+        "Limit on measuring tactics, in seconds per combination of sizes; 0: the expected best is used unmeasured.",
     )
     static_outputs: bool = _flag(
-        False, "Results of a CUDA graph stay in its own memory, which the next call overwrites: none is made per call."
+        False, "Return results in the memory of the CUDA graph, which the next call overwrites, not in new tensors."
     )
     cuda_graph_pool_size: int = _count(
-        16, "Most CUDA graphs that a module keeps: those of the shapes that come again most."
+        16, "Most CUDA graphs of a module; the most frequent combinations of shapes get them."
     )
     weight_streaming_budget: int | str | None = _option(
         None,
         'None, bytes such as 2_000_000_000 or "2GiB", or a share such as "50%"',
         _is_budget,
-        "Most device memory for weights; the others stay in host memory, and each call copies them ahead of their use.",
+        "Limit on device memory for weights; the others stay in host memory and are copied ahead of their use.",
     )
     runtime_cache: str | None = _option(
         None,
         'None, "off" or a file',
         lambda v: v is None or (_is_str(v) and v != ""),
-        "File that keeps what is learnt on devices; None: `runtime.sqlite` in the folder of the caches.",
+        "File of the runtime cache; None: `runtime.sqlite` in the folder of the caches.",
     )
-    runtime_cache_size: int = _count(512 << 20, "Most bytes of that file; what was used least recently goes first.")
+    runtime_cache_size: int = _count(
+        512 << 20, "Limit on that file, in bytes; the least recently used entries are evicted."
+    )
+    dump_dir: str | None = _dump_dir()
+    override_dir: str | None = _override_dir()
 
 
 def from_options(
     options: Mapping[str, object] | None = None, mode: str | None = None
 ) -> tuple[CompilationSettings, RuntimeSettings]:
-    """The settings that torch.compile's `options=` and `mode=` ask for.
+    """The settings for torch.compile's `options=` and `mode=`.
 
     Raises:
         SettingsError: an unknown option or mode (the message lists the known ones), or a value of the wrong type.
@@ -234,24 +254,24 @@ def from_options(
     if mode is not None and mode not in MODES:
         raise SettingsError(f"unknown mode {mode!r}", hint=f"known modes are {', '.join(MODES)}")
     given = {**MODES[mode or "default"], **(options or {})}
-    kinds = (CompilationSettings, RuntimeSettings)
-    known = {item.name: kind for kind in kinds for item in fields(kind)}
-    unknown = sorted(given.keys() - known.keys())
+    names = [{item.name for item in fields(kind)} for kind in (CompilationSettings, RuntimeSettings)]
+    known = names[0] | names[1]
+    unknown = sorted(given.keys() - known)
     if unknown:
         hint = f"known options are {', '.join(sorted(known))}"
         raise SettingsError(f"unknown option {', '.join(unknown)}", hint=hint)
-    compilation, runtime = ({k: v for k, v in given.items() if known[k] is kind} for kind in kinds)
+    compilation, runtime = ({name: value for name, value in given.items() if name in own} for own in names)
     return CompilationSettings(**compilation), RuntimeSettings(**runtime)  # type: ignore[arg-type]
 
 
 def key_settings(settings: CompilationSettings) -> dict[str, str]:
-    """The options that decide what an engine is, as text that is the same in every process."""
+    """The options that change the content of an engine, as text that is equal in all processes."""
     shown = {item.name: getattr(settings, item.name) for item in fields(settings) if item.metadata["key"]}
     return {name: repr(sorted(value) if isinstance(value, Set) else value) for name, value in shown.items()}
 
 
 def assemblers() -> dict[str, str]:
-    """The programs that Triton is told to take in place of its own ptxas, by variable, each with its size and age."""
+    """The assemblers that replace Triton's own ptxas, by environment variable: path, size and modification time."""
     found = {}
     for name in ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH"):
         path = os.environ.get(name)
@@ -261,8 +281,14 @@ def assemblers() -> dict[str, str]:
     return found
 
 
+def opens_stages(settings: CompilationSettings | RuntimeSettings) -> bool:
+    """Kernels are dumped or overridden. They are then neither taken from a cache, whose kernels have no stages to look
+    at, nor kept in one."""
+    return settings.dump_dir is not None or settings.override_dir is not None
+
+
 def cache_dir(settings: CompilationSettings) -> str:
-    """The folder of the caches: the one that is set, else that of the platform."""
+    """The folder of the caches: the configured one, else the platform's."""
     if settings.engine_cache_dir is not None:
         return settings.engine_cache_dir
     if sys.platform == "win32":
@@ -275,7 +301,7 @@ def cache_dir(settings: CompilationSettings) -> str:
 
 
 def runtime_cache_path(runtime: RuntimeSettings, compilation: CompilationSettings | None = None) -> str | None:
-    """The file of the runtime cache; None: it is off. By default it is beside the engine cache of `compilation`."""
+    """The file of the runtime cache; None if it is off. By default it is in the cache folder of `compilation`."""
     if runtime.runtime_cache == "off":
         return None
     return runtime.runtime_cache or os.path.join(cache_dir(compilation or CompilationSettings()), "runtime.sqlite")
@@ -284,9 +310,11 @@ def runtime_cache_path(runtime: RuntimeSettings, compilation: CompilationSetting
 def table() -> str:
     """The options as a Markdown table: name, default, meaning, environment variable."""
     lines = ["| option | default | meaning | variable |", "|---|---|---|---|"]
+    shown_once: set[str] = set()
     for kind in (CompilationSettings, RuntimeSettings):
         defaults = kind()
-        for item in fields(kind):
+        for item in (item for item in fields(kind) if item.name not in shown_once):
+            shown_once.add(item.name)
             default = getattr(defaults, item.name)
             shown = "none" if default == frozenset() else repr(default)
             meaning = f"{item.metadata['help']} Expects {item.metadata['expects']}."

@@ -1,4 +1,4 @@
-"""Engines ahead of time: `compile` exports a model, lowers it and binds the model's weights."""
+"""Ahead-of-time builds: `compile` exports a model, lowers it and binds the model's weights."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TokenArgument
 
-import torch_rtx
 from torch_rtx.backend.compiler import Program
 from torch_rtx.backend.inputs import declare, forward_names, user_inputs
-from torch_rtx.backend.reuse import obtain
+from torch_rtx.backend.program_cache import get_or_build
 from torch_rtx.engine import Engine, Json, Manifest
 from torch_rtx.errors import CaptureError, RtxError
 from torch_rtx.lowering.from_fx import Role
@@ -23,6 +22,7 @@ from torch_rtx.profiles import Profile
 from torch_rtx.runtime.module import CompiledModule
 from torch_rtx.runtime.signature import Fixed, Signature
 from torch_rtx.settings import CompilationSettings, RuntimeSettings
+from torch_rtx.version import __version__
 
 log = logging.getLogger(__name__)
 
@@ -37,24 +37,25 @@ def compile(
 ) -> CompiledModule:
     """Build an engine ahead of time, for inference.
 
-    The result uses the model's own tensors where it can, and sees changes of them in place. With
-    `CompilationSettings(device="cuda")` it is built on a machine without a GPU, from a model that may be on the `meta`
-    device. Where there is no such device the result runs on the CPU; without weights it can be saved, and called after
-    a refit.
+    The module shares the model's own tensors where it can, and then sees writes to them. A build with
+    `CompilationSettings(device="cuda")` needs no GPU, and the model may be on the `meta` device. On a machine without
+    the engine's device the module runs on the CPU. A module without weights can be saved, and called after a refit.
 
     Args:
-        args, kwargs, dynamic_shapes: as for `torch.export.export`, with an `Input` in the place of any tensor; none
-            for an ExportedProgram.
-        runtime: how the result runs.
+        args, kwargs, dynamic_shapes: as for `torch.export.export`, with an `Input` in place of any tensor; None for an
+            ExportedProgram.
+        runtime: settings of the returned module.
 
     Raises:
-        CaptureError, PartitionError, LoweringError: the model can't be captured, must be one engine and can't, or a
-            bug.
+        CaptureError: the model can't be captured as one graph.
+        PartitionError: `require_full_compilation` is set and a node falls back.
+        LoweringError: a bug of torch_rtx.
         InputError: an `Input` contradicts another, `dynamic_shapes` or the settings.
     """
     settings = settings or CompilationSettings()
+    runtime = runtime or RuntimeSettings(dump_dir=settings.dump_dir, override_dir=settings.override_dir)
     if settings.fallback_on_error:
-        log.warning("fallback_on_error has no effect ahead of time: an engine that can't be built is an error")
+        log.warning("fallback_on_error has no effect ahead of time: a failed build raises an error")
     declared = declare(model, args, kwargs, dynamic_shapes, settings.device)
     program = declared.capture()
     tensors = _tensors(program)
@@ -62,14 +63,14 @@ def compile(
     names = {user_inputs(program)[number].arg.name: name for number, name in declared.names.items()}
     roles = [_role(spec, tensors, written, names) for spec in program.graph_signature.input_specs]
     roles = _with_aliases(roles, tensors)
-    known = program.range_constraints, declared.typical(program)
-    lowered = obtain(program.graph_module, roles, settings, _writes(program), *known)
+    sizes = program.range_constraints, declared.typical(program)
+    lowered = get_or_build(program.graph_module, roles, settings, _writes(program), *sizes)
     signature = _signature(program, forward_names(model))
     profiles = declared.profiles(lowered.graph, signature.leaves)
     engine = _engine(program, lowered, signature, tensors, settings, profiles)
     runs_here = lowered.device.type == "cpu" or torch.cuda.is_available()
     device = lowered.device if runs_here else torch.device("cpu")
-    # The fallbacks come from a model of this process, not from a file: there is nobody to distrust.
+    # Trusted: the fallbacks come from a model of this process, not from a file.
     called = {node.op for node in lowered.graph.nodes if node.kind == "fallback"}
     module = CompiledModule(engine, device, runtime, lowered.callables, called, signature)
     lowered.dump("run.py", module.session.source)
@@ -91,11 +92,11 @@ def _has_data(tensor: torch.Tensor | None) -> bool:
 
 
 def _role(spec: Any, tensors: Mapping[str, torch.Tensor], written: Container[str], names: Mapping[str, str]) -> Role:
-    """What an input of the exported graph is. Data that no state dict has travels in the engine, if it is there."""
+    """The role of an input of the exported graph. The engine stores tensors that are not in the state dict."""
     if spec.kind is InputKind.USER_INPUT:
         return Role("input", names.get(spec.arg.name, spec.arg.name))
     if spec.kind not in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
-        raise CaptureError(f"the model has an input of kind {spec.kind.name}, which engines do not have")
+        raise CaptureError(f"the model has an input of kind {spec.kind.name}, which engines do not support")
     in_state = spec.kind is InputKind.PARAMETER or (spec.kind is InputKind.BUFFER and spec.persistent is not False)
     tensor = tensors.get(spec.target)
     if in_state or tensor is None or not _has_data(tensor):
@@ -105,7 +106,7 @@ def _role(spec: Any, tensors: Mapping[str, torch.Tensor], written: Container[str
 
 
 def _with_aliases(roles: list[Role], tensors: Mapping[str, torch.Tensor]) -> list[Role]:
-    """Give each parameter the other names of the same tensor: a state dict may have any of them."""
+    """Give each parameter the other names of its tensor: a state dict may use any of them."""
     names: dict[int, list[str]] = {}
     for name, tensor in tensors.items():
         names.setdefault(id(tensor), []).append(name)
@@ -118,7 +119,7 @@ def _with_aliases(roles: list[Role], tensors: Mapping[str, torch.Tensor]) -> lis
 
 
 def _writes(program: ExportedProgram) -> dict[int, str]:
-    """Positions of the outputs that are new contents of a buffer or input, with the placeholder they belong to."""
+    """Positions of the outputs that are written back to a buffer or input, with the name of its placeholder."""
     signature = program.graph_signature
     buffers = {target: name for name, target in signature.inputs_to_buffers.items()}
     writes = {}
@@ -128,7 +129,7 @@ def _writes(program: ExportedProgram) -> dict[int, str]:
         elif spec.kind is OutputKind.USER_INPUT_MUTATION:
             writes[position] = spec.target
         elif spec.kind is not OutputKind.USER_OUTPUT or isinstance(spec.arg, TokenArgument):
-            raise CaptureError(f"the model has an output of kind {spec.kind.name}, which engines do not have")
+            raise CaptureError(f"the model has an output of kind {spec.kind.name}, which engines do not support")
     return writes
 
 
@@ -146,7 +147,7 @@ def _engine(
         device=lowered.device.type,
         inputs=tuple(value.name for value in lowered.graph.inputs),
         signature=_saved(signature),
-        producer={"torch_rtx": torch_rtx.__version__, "torch": torch.__version__},
+        producer={"torch_rtx": __version__, "torch": torch.__version__},
         unused_names=tuple(sorted(n for n in program.state_dict if n not in needed)),
         profiles=profiles,
     )
@@ -162,7 +163,7 @@ def _engine(
 
 
 def _saved(signature: Signature) -> Json:
-    """The signature as an engine holds it; None if it can't: the engine then runs here, and `save` says why."""
+    """The signature for the manifest; None if it can't be serialized: the engine runs here, and `save` says why."""
     try:
         return signature.to_json()
     except RtxError as error:

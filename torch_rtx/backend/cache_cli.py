@@ -1,4 +1,4 @@
-"""`torch-rtx cache`: look at the engine cache, compare its keys, clear it, and take it to another machine."""
+"""`torch-rtx cache`: list the engine cache, compare its keys, clear it, and export it to another machine."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from torch_rtx.cache.store import FileStore, Stored
 from torch_rtx.errors import CacheError, RtxError
 from torch_rtx.settings import CompilationSettings, cache_dir
 
-app = typer.Typer(no_args_is_help=True, help="The engine cache: what it holds, and why something was not found in it.")
-Folder = Annotated[str | None, typer.Option("--dir", help="Folder of the caches; else that of the settings.")]
+app = typer.Typer(no_args_is_help=True, help="The engine cache: its entries, and the reasons of misses.")
+Folder = Annotated[str | None, typer.Option("--dir", help="Folder of the caches; default: that of the settings.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Name = Annotated[str, typer.Argument(help="A key, or as many of its first digits as are unique.")]
-SHORT = 12  # digits of a key that are shown
+Name = Annotated[str, typer.Argument(help="A key, or a unique prefix of one.")]
+SHORT = 12  # digits of a key that `ls` prints
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 @contextmanager
 def errors() -> Iterator[None]:
-    """What goes wrong as one line and exit status 1."""
+    """Print errors as one line and exit with status 1."""
     try:
         yield
     except (RtxError, OSError) as error:
@@ -54,13 +54,13 @@ def size_of(text: str) -> int:
     """The bytes that `500M` or `2G` stands for.
 
     Raises:
-        CacheError: it is no size.
+        CacheError: `text` is not a size.
     """
     number, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
     try:
         return int(float(number) * UNITS[unit])
     except (KeyError, ValueError, OverflowError):
-        raise CacheError(f"{text!r} is no size", hint="sizes look like 500M or 2G") from None
+        raise CacheError(f"{text!r} is not a size", hint="sizes look like 500M or 2G") from None
 
 
 def time_text(seconds: float) -> str:
@@ -72,7 +72,7 @@ def time_text(seconds: float) -> str:
 
 
 def _title(head: Head) -> str:
-    """A line about an entry: how large its graph is, and its most frequent operators."""
+    """The number of nodes of an entry's graph, and its most frequent operators, as one line."""
     graph = head.key.parts.get("graph")
     pairs = [line.partition(": ")[::2] for line in graph.text.splitlines()] if graph else []
     counts = {name: int(count) for name, count in pairs if count.isdigit()}
@@ -118,7 +118,7 @@ def show(key: Name, directory: Folder = None, as_json: AsJson = False) -> None:
         parts = {part: {"digest": p.digest, "text": p.text} for part, p in head.key.parts.items()}
         print(json.dumps({"key": name, "created": head.created, "bytes": head.body_bytes, "parts": parts}, indent=1))
         return
-    print(f"{name}\n{head.key.kind}, {head.body_bytes / 1024:.1f} KiB, made {time_text(head.created)}")
+    print(f"{name}\n{head.key.kind}, {head.body_bytes / 1024:.1f} KiB, created {time_text(head.created)}")
     for part, content in head.key.parts.items():
         print(f"{part}: {content.digest}")
         print("".join(f"  {line}\n" for line in content.text.splitlines()), end="")
@@ -126,7 +126,7 @@ def show(key: Name, directory: Folder = None, as_json: AsJson = False) -> None:
 
 @app.command()
 def why(a: Name, b: Name, directory: Folder = None) -> None:
-    """Say in which parts the keys of two entries differ, and how: the values of A, an arrow, the values of B."""
+    """Print the parts in which the keys of two entries differ: the values of A, an arrow, the values of B."""
     with errors():
         cache, store = _open(directory)
         first, second = (cache.head(_find(store, key)).key for key in (a, b))
@@ -135,11 +135,11 @@ def why(a: Name, b: Name, directory: Folder = None) -> None:
 
 @app.command()
 def prune(
-    size: Annotated[str | None, typer.Option("--size", help="Keep at most so much: 500M, 2G.")] = None,
+    size: Annotated[str | None, typer.Option("--size", help="Keep at most this size: 500M, 2G.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="Remove every entry.")] = False,
     directory: Folder = None,
 ) -> None:
-    """Remove the least recently used entries, down to a size; without options, to the size of the settings."""
+    """Remove the least recently used entries, down to a size; default: the size of the settings."""
     with errors():
         _, store = _open(directory)
         removed = store.prune(0 if everything else None if size is None else size_of(size))
@@ -151,7 +151,7 @@ def prune(
 
 @app.command()
 def verify(directory: Folder = None) -> None:
-    """Read every entry and check its digests. Exit status 1 if one is damaged; it stays where it is."""
+    """Read every entry and check its digests. Exit status 1 if one is damaged; damaged entries are not removed."""
     damaged = 0
     with errors():
         _, store = _open(directory)
@@ -172,7 +172,7 @@ def verify(directory: Folder = None) -> None:
 @app.command(name="export")
 def export_(
     path: Annotated[Path, typer.Argument(help="The file to write.")],
-    keys: Annotated[list[str] | None, typer.Argument(help="Keys, or first digits; all entries if none.")] = None,
+    keys: Annotated[list[str] | None, typer.Argument(help="Keys, or unique prefixes; default: all entries.")] = None,
     directory: Folder = None,
 ) -> None:
     """Write entries to one file."""
@@ -187,7 +187,7 @@ def export_(
 def import_(
     path: Annotated[Path, typer.Argument(help="A file that `export` wrote.")], directory: Folder = None
 ) -> None:
-    """Take in the entries of a file, after all of them were found intact."""
+    """Import the entries of a file; checks all of them before it writes any."""
     with errors():
         _, store = _open(directory)
         count = import_entries(store, path)

@@ -1,7 +1,7 @@
 """Capture: from a model to a functional ATen graph, for torch.compile (inference, training) and ahead of time.
 
-Every inference path keeps the same *composite* operators whole (`KEEP`) and decomposes nothing else but the other
-composites, so the importer sees one op set however the model came in.
+Every inference path keeps the same CompositeImplicit operators (`KEEP`) and decomposes the other ones and nothing else,
+so that the importer sees one op set for every frontend.
 """
 
 import contextlib
@@ -27,8 +27,8 @@ from torch_rtx.errors import CaptureError
 # `compiler(gm, example_inputs) -> callable`: `gm` is an ATen GraphModule, the inputs are FakeTensors and SymInts.
 GraphCompiler = Callable[[torch.fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 
-# CompositeImplicit operators for which a kernel or a library call exists: decomposed they could only be found again by
-# pattern matching, and some (attention, LSTM) decompose differently on CPU, on fake CUDA and on a real GPU.
+# CompositeImplicit operators that have a kernel or a library call. Only pattern matching could recover them from their
+# decompositions, and some (attention, LSTM) decompose differently on CPU, on fake CUDA and on a real GPU.
 _KEEP_NAMES = """
     linear bilinear matmul
     conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d
@@ -45,24 +45,24 @@ _KEEP_NAMES = """
 """.split()  # noqa: SIM905
 
 
-def _keep_whole(*args: Any, **kwargs: Any) -> Any:
+def _keep(*args: Any, **kwargs: Any) -> Any:
     """The "decomposition" of a kept op: NotImplemented makes the tracer record the op itself."""
     return NotImplemented
 
 
 def _overloads(names: Sequence[str]) -> Iterator[torch._ops.OpOverload]:
     for name in names:
-        packet = getattr(torch.ops.aten, name, None)  # a name that this PyTorch does not have has nothing to keep
+        packet = getattr(torch.ops.aten, name, None)  # an older PyTorch may lack the operator
         for overload in packet.overloads() if packet else ():
             yield getattr(packet, overload)
 
 
 KEEP: dict[torch._ops.OpOverload, Callable[..., Any]] = {
-    op: _keep_whole for op in _overloads(_KEEP_NAMES) if _is_preservable_cia_op(op)
+    op: _keep for op in _overloads(_KEEP_NAMES) if _is_preservable_cia_op(op)
 }
 
 
-# Per op of `KEEP`, its kernels in Python by dispatch key, and its rule for FakeTensors, if it has one.
+# For each op of `KEEP`: its Python kernels by dispatch key, and its FakeTensor implementation, if it has one.
 _Tables = dict[torch._ops.OpOverload, tuple[dict[Any, Callable[..., Any]], Callable[..., Any] | None]]
 
 
@@ -70,7 +70,7 @@ def _tables() -> _Tables:
     return {op: (dict(op.py_kernels), op_implementations_dict.get(op)) for op in KEEP}
 
 
-def _put(tables: _Tables) -> None:
+def _install(tables: _Tables) -> None:
     for op, (kernels, rule) in tables.items():
         op.py_kernels.clear()
         op.py_kernels.update(kernels)
@@ -83,40 +83,40 @@ def _put(tables: _Tables) -> None:
 
 @cache
 def _overridden() -> _Tables:
-    """The tables under PyTorch's own override, which takes milliseconds: too long for every graph."""
+    """The tables under PyTorch's own override; cached, since the override takes milliseconds per graph."""
     with _override_composite_implicit_decomp(KEEP):
         return _tables()
 
 
 @contextlib.contextmanager
 def keep_ops() -> Iterator[None]:
-    """Trace the ops of `KEEP` whole while this is active. For inference only, see `capture_training`.
+    """Do not decompose the ops of `KEEP` inside of this context. For inference only, see `capture_training`.
 
-    The override patches the operators for the whole process. Dynamo's own lock guards it: another torch.compile in
-    another thread must not trace under it, and a lock of our own could deadlock with Dynamo's.
+    The override patches the operators for the whole process. It holds Dynamo's own lock: torch.compile in another
+    thread must not trace meanwhile, and a second lock could deadlock with Dynamo's.
     """
     with compile_lock:
         overridden, before = _overridden(), _tables()
         try:
-            _put(overridden)
+            _install(overridden)
             yield
         finally:
-            _put(before)
+            _install(before)
 
 
 class NeedsAutograd(CaptureError):
-    """A graph captured for inference computes gradients after all: it enables them itself."""
+    """A graph captured for inference computes gradients: it enables them itself."""
 
 
 def needs_autograd(example_inputs: Sequence[Any]) -> bool:
-    """Whether the graph must be captured for training: gradients are on and an input (or parameter) asks for one."""
+    """The graph must be captured for training: gradients are enabled and an input (or parameter) requires one."""
     return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs)
 
 
 def capture(
     gm: torch.fx.GraphModule, example_inputs: Sequence[Any], inference: GraphCompiler, training: GraphCompiler
 ) -> Callable[..., Any]:
-    """Turn a Dynamo graph into ATen graphs: for `inference` if no gradients are needed, else two for `training`."""
+    """Turn a Dynamo graph into one ATen graph for `inference`, or into two for `training` if gradients are needed."""
     if not needs_autograd(example_inputs):
         with contextlib.suppress(NeedsAutograd):
             return capture_inference(gm, example_inputs, inference)
@@ -128,10 +128,10 @@ def capture_inference(
 ) -> Callable[..., Any]:
     """Turn a Dynamo graph into one functional ATen graph, hand it to `compiler`, return the callable for Dynamo.
 
-    Placeholders of the ATen graph stand in the order of `example_inputs`. A mutated input appears as a trailing
-    `aten.copy_` to its placeholder; views of inputs that are returned are made again outside of the graph.
+    Placeholders of the ATen graph have the order of `example_inputs`. A mutated input appears as a trailing
+    `aten.copy_` to its placeholder. AOTAutograd recreates returned views of inputs outside of the graph.
 
-    Raises NeedsAutograd when the graph turns out to need gradients (use `capture_training`).
+    Raises NeedsAutograd if the graph needs gradients (use `capture_training`).
     """
     backend = aot_autograd(
         fw_compiler=_refuse_autograd,
@@ -144,7 +144,7 @@ def capture_inference(
 
 
 def _refuse_autograd(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-    # AOTAutograd found an output that requires grad. Traced with kept ops, its gradients would silently be None.
+    # An output requires grad. Kept ops have no autograd formula: its gradients would silently be None.
     raise NeedsAutograd("this graph computes gradients, which inference capture would lose")
 
 
@@ -153,13 +153,13 @@ def capture_training(
 ) -> Callable[..., Any]:
     """Turn a Dynamo graph into a forward and a backward ATen graph, return the callable for Dynamo.
 
-    `compiler_bw` is called lazily, at the first backward. A graph that needs no gradient after all goes to
-    `compiler_fw` alone, with its mutated inputs in the graph as in `capture_inference`. The min-cut partitioner decides
-    what is saved for the backward and what is computed again.
+    The first backward calls `compiler_bw`. A graph that needs no gradients goes to `compiler_fw` alone, with its
+    mutated inputs in the graph as in `capture_inference`. The min-cut partitioner decides which tensors are saved for
+    the backward and which are recomputed.
     """
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 
-    # No keep_ops() here: a kept op has no autograd formula, so every gradient behind it would silently become None.
+    # No keep_ops() here: a kept op has no autograd formula, so all gradients through it would silently be None.
     backend = aot_autograd(
         fw_compiler=compiler_fw,
         bw_compiler=compiler_bw,
@@ -178,18 +178,18 @@ def capture_export(
     dynamic_shapes: Any = None,
     device: torch.device | str | None = None,
 ) -> torch.export.ExportedProgram:
-    """Export `model` for inference as a functional ATen program in which the ops of `KEEP` are whole.
+    """Export `model` for inference as a functional ATen program that keeps the ops of `KEEP`.
 
-    `args`, `kwargs`, `dynamic_shapes` are those of `torch.export.export`. With `device=None` the model is traced where
-    it is. With a `device`, parameters, buffers, tensor attributes and arguments are replaced by FakeTensors there while
-    the model is traced: this needs neither that device nor memory for weights, so the model may live on `meta`, or hold
-    FakeTensors. The model is unchanged afterwards, also when the export fails. In the result `state_dict` and
-    `constants` hold the model's own tensors, on their own devices; the graph's values are on `device`.
+    `args`, `kwargs`, `dynamic_shapes` are those of `torch.export.export`. `device=None` traces the model on its own
+    device. With a `device`, FakeTensors on it replace parameters, buffers, tensor attributes and arguments during the
+    trace: this needs neither the device nor memory for weights, so the model may be on `meta` or have FakeTensors. The
+    model is unchanged afterwards, also if the export fails. `state_dict` and `constants` of the result have the model's
+    own tensors, on their own devices; the graph's values are on `device`.
 
-    An ExportedProgram is taken as it is, and only decomposed if it was not; `args` must then be None.
+    An ExportedProgram is only decomposed, if it was not; `args` must then be None.
 
-    Raises CaptureError for arguments that do not fit together, for tensors that have no fake twin (sparse, subclasses),
-    for a trace on `meta` and where fake CUDA tensors are impossible; torch.export's own errors are passed on.
+    Raises CaptureError for arguments that contradict each other, for tensors that can't be faked (sparse, subclasses),
+    for a trace on `meta`, and where fake CUDA tensors are impossible. Errors of torch.export propagate.
     """
     device = None if device is None else torch.device(device)
     if isinstance(model, torch.export.ExportedProgram):
@@ -204,22 +204,22 @@ def capture_export(
     device = _trace_device(model, device)
     if device is None:
         return _decompose(_export(model, args, kwargs, dynamic_shapes))
-    twins = _FakeTwins(device)
-    with twins.swapped_into(model):
-        fake_args, fake_kwargs = pytree.tree_map_only(torch.Tensor, twins.get, (args, dict(kwargs or {})))
-        with twins.mode, compile_lock, constants_on_cpu():
+    fakes = _FakeCopies(device)
+    with fakes.swapped_into(model):
+        fake_args, fake_kwargs = pytree.tree_map_only(torch.Tensor, fakes.get, (args, dict(kwargs or {})))
+        with fakes.mode, compile_lock, constants_on_cpu():
             program = _decompose(_export(model, fake_args, fake_kwargs, dynamic_shapes))
-    _put_back(twins, program.state_dict)
-    _put_back(twins, program.constants)
+    _restore(fakes, program.state_dict)
+    _restore(fakes, program.constants)
     return program
 
 
 def _trace_device(model: torch.nn.Module, device: torch.device | None) -> torch.device | None:
-    """Where to trace with FakeTensors; None when the model's own tensors can be traced as they are."""
-    held = [*model.parameters(), *model.buffers()]
+    """The device of a trace with FakeTensors; None to trace with the model's own tensors."""
+    tensors = [*model.parameters(), *model.buffers()]
     if device is None:
-        device = next((tensor.device for tensor in held if isinstance(tensor, FakeTensor)), None)
-    if "meta" in ({tensor.device.type for tensor in held} if device is None else {device.type}):
+        device = next((tensor.device for tensor in tensors if isinstance(tensor, FakeTensor)), None)
+    if "meta" in ({tensor.device.type for tensor in tensors} if device is None else {device.type}):
         # torch.tensor([...]) in a traced forward would lose its data there.
         raise CaptureError(
             "cannot trace on the meta device", hint="pass the device the engine is for, e.g. device='cuda'"
@@ -228,15 +228,15 @@ def _trace_device(model: torch.nn.Module, device: torch.device | None) -> torch.
 
 
 def _export(model: torch.nn.Module, args: tuple[Any, ...], kwargs: Any, dynamic_shapes: Any) -> Any:
-    # Without gradients, `with torch.no_grad()` inside the model is no change of mode and leaves no trace in the graph.
+    # With gradients disabled, `with torch.no_grad()` inside the model changes no mode and adds no node to the graph.
     with torch.no_grad(), compile_lock:
         return torch.export.export(model, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False)
 
 
 def _decompose(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """Functionalise, and take apart the composite ops that are not in `KEEP`; nothing else, as in torch.compile."""
+    """Functionalize, and decompose the composite ops that are not in `KEEP`; nothing else, as in torch.compile."""
     if program.verifier.dialect == "TRAINING":
-        # What `run_decompositions` does, but for its override of every composite op, which takes longer than the rest.
+        # `run_decompositions` without its override of every composite op, which takes longer than the rest.
         with torch.no_grad(), keep_ops(), unset_fake_temporarily():
             program = _decompose_exported_program(
                 program,
@@ -246,7 +246,7 @@ def _decompose(program: torch.export.ExportedProgram) -> torch.export.ExportedPr
                 decompose_custom_triton_ops=False,
             )
     for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
-        program.graph.erase_node(node)  # it asserts about the traced dtypes and devices, which a capture fixes anyway
+        program.graph.erase_node(node)  # checks dtypes and devices, which the capture fixes anyway
     program.graph_module.recompile()
     return program
 
@@ -264,8 +264,8 @@ def _on_device(program: torch.export.ExportedProgram, device: torch.device | Non
     return program
 
 
-class _FakeTwins:
-    """FakeTensors on `device` in place of given tensors: the same tensor always gets the same twin (tied weights)."""
+class _FakeCopies:
+    """FakeTensors on `device` that replace real tensors. A tensor has one fake copy, so that tied weights stay tied."""
 
     def __init__(self, device: torch.device):
         if device.type == "cuda":
@@ -273,52 +273,52 @@ class _FakeTwins:
         self.device = device
         self.mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
         self._by_original: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._by_twin: dict[int, torch.Tensor] = {}
+        self._by_fake: dict[int, torch.Tensor] = {}
 
     def get(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The twin of `tensor`: same shape, strides, dtype; a Parameter's twin is a Parameter."""
+        """The fake copy of `tensor`: same shape, strides, dtype; a Parameter for a Parameter."""
         if id(tensor) not in self._by_original:
-            twin = self._make(tensor)
-            self._by_original[id(tensor)] = tensor, twin  # holds both, so that neither id is used again
-            self._by_twin[id(twin)] = tensor
+            fake = self._create(tensor)
+            self._by_original[id(tensor)] = tensor, fake  # references both, so that neither id is reused
+            self._by_fake[id(fake)] = tensor
         return self._by_original[id(tensor)][1]
 
     def original(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor whose twin is `tensor`; `tensor` itself when it is no twin."""
-        return self._by_twin.get(id(tensor), tensor)
+        """The tensor whose fake copy is `tensor`; `tensor` itself if it is not a copy."""
+        return self._by_fake.get(id(tensor), tensor)
 
-    def _make(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _create(self, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.layout != torch.strided or is_traceable_wrapper_subclass(tensor):
             raise CaptureError(
                 f"cannot capture a {type(tensor).__name__} of layout {tensor.layout} on another device",
                 hint="pass device=None to trace the model where it is",
             )
         with self.mode:
-            twin = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=self.device)
+            fake = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=self.device)
         if isinstance(tensor, torch.nn.Parameter):
-            return torch.nn.Parameter(twin, requires_grad=tensor.requires_grad)
-        return twin
+            return torch.nn.Parameter(fake, requires_grad=tensor.requires_grad)
+        return fake
 
     @contextlib.contextmanager
     def swapped_into(self, model: torch.nn.Module) -> Iterator[None]:
-        """Replace every parameter, buffer and tensor attribute of `model` by its twin; put the same objects back."""
+        """Replace every parameter, buffer and tensor attribute of `model` by its fake copy; restore them at the end."""
         undo: list[tuple[dict[str, Any], str, Any]] = []
         try:
             for module in model.modules():
                 for slots in (module._parameters, module._buffers, module.__dict__):
                     for name, value in slots.items():
-                        own = name in ("_parameters", "_buffers", "_modules")  # in __dict__, but visited by themselves
-                        twin = None if own else self._twin_of(value)
-                        if twin is not None:
+                        visited = name in ("_parameters", "_buffers", "_modules")  # in __dict__, too
+                        fake = None if visited else self._copy_of(value)
+                        if fake is not None:
                             undo.append((slots, name, value))
-                            slots[name] = twin
+                            slots[name] = fake
             yield
         finally:
             for slots, name, value in undo:
                 slots[name] = value
 
-    def _twin_of(self, value: Any) -> Any:
-        """`value`, a tensor or a container of tensors (nn.LSTM has a list), with twins; None when it has no tensor."""
+    def _copy_of(self, value: Any) -> Any:
+        """A tensor or container of tensors (nn.LSTM has a list) as fake copies; None if `value` has no tensor."""
         if not isinstance(value, (torch.Tensor, list, tuple, dict)):
             return None
         if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value)):
@@ -326,7 +326,7 @@ class _FakeTwins:
         return pytree.tree_map_only(torch.Tensor, self.get, value)
 
 
-def _put_back(twins: _FakeTwins, tensors: dict[str, Any]) -> None:
+def _restore(fakes: _FakeCopies, tensors: dict[str, Any]) -> None:
     for name, value in tensors.items():
         if isinstance(value, torch.Tensor):
-            tensors[name] = twins.original(value)
+            tensors[name] = fakes.original(value)

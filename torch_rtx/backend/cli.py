@@ -10,13 +10,14 @@ from typing import Annotated
 import typer
 
 from torch_rtx import engine
-from torch_rtx.backend import cache_cli, profile_cli, runtime_cache_cli
+from torch_rtx.backend import cache_cli, opt_cli, profile_cli, runtime_cache_cli
 from torch_rtx.errors import RtxError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Tools for torch_rtx engines.")
 cache_cli.app.add_typer(runtime_cache_cli.app, name="runtime")
 app.add_typer(cache_cli.app, name="cache")
 app.command()(profile_cli.profile)
+app.command()(opt_cli.opt)
 File = Annotated[Path, typer.Argument(help="An engine (.rtx).")]
 
 
@@ -31,7 +32,7 @@ def inspect(
     graph: Annotated[bool, typer.Option("--graph", help="Print the program instead of the summary.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
-    """Say what an engine holds, without loading it; needs neither torch nor a GPU."""
+    """Print a summary of an engine without loading it; needs neither torch nor a GPU."""
     try:
         found = engine.inspect(path)
     except (RtxError, OSError) as error:

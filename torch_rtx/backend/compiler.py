@@ -1,4 +1,4 @@
-"""One way from a captured FX graph to a fused graph, for torch.compile and for builds ahead of time."""
+"""From a captured FX graph to a fused graph: the driver that torch.compile and ahead-of-time builds share."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from torch_rtx import aten
 from torch_rtx.backend.partition import check_ops, partition
 from torch_rtx.errors import LoweringError, RtxError, SettingsError
 from torch_rtx.ir import Graph, verify
-from torch_rtx.kerneltable import KernelTable
 from torch_rtx.lowering.from_fx import Role, from_fx
 from torch_rtx.lowering.location import Locations
-from torch_rtx.lowering.pipeline import PIPELINE, REQUIRED, lower
+from torch_rtx.lowering.pipeline import PASSES, lower
 from torch_rtx.lowering.support import unsupported_reason
 from torch_rtx.lowering.symbols import Symbols, main_device
 from torch_rtx.settings import CompilationSettings
-from torch_rtx.targets import LATER
+from torch_rtx.tactics import KernelTable
+from torch_rtx.targets import LATER, PORTABLE, Option, Target, parse_targets
 
 log = logging.getLogger(__name__)
 REPRODUCTION = """\"\"\"Runs the pipeline on the graph that failed: python reproduce.py\"\"\"
@@ -33,21 +33,22 @@ from pathlib import Path
 from torch_rtx.irparse import parse
 from torch_rtx.lowering.pipeline import lower
 from torch_rtx.settings import CompilationSettings
+from torch_rtx.targets import parse_targets
 
 text = (Path(__file__).parent / "00_import.rtxir").read_text()
 settings = CompilationSettings(disabled_passes={disabled!r}, copy_weights={copy_weights!r})
-print(lower(parse(text), settings, kernels={kernels!r})[0])
+print(lower(parse(text), settings, targets=parse_targets({targets!r}))[0])
 """
 
 
 @dataclass
 class Program:
-    """A lowered graph with what it needs beside its weights.
+    """A lowered graph, the data of its constants, the callables of its Python fallbacks, and its kernels.
 
     Attributes:
-        kernels: those of its kernel nodes that were built.
-        folder: where its artefacts are dumped.
-        entry, origins: where it stands in the engine cache, and the FX node of each of its nodes' locations.
+        folder: receives dumped artefacts; None: no dump.
+        entry: the key of its entry in the engine cache, if it has one.
+        origins: for each location in the graph, the FX node that it comes from.
     """
 
     graph: Graph
@@ -60,15 +61,14 @@ class Program:
     origins: Sequence[fx.Node | None] = ()
 
     def dump(self, name: str, text: str) -> None:
-        """Write one more artefact, if artefacts are wanted."""
+        """Write an artefact to `folder`, if there is one."""
         if self.folder is not None:
             (self.folder / name).write_text(text)
 
 
 @dataclass
 class Built:
-    """A new program, and what of it came from which node of the FX graph: its locations, Python fallbacks, fallbacks
-    with their reasons."""
+    """A new program, and the FX nodes of its locations, of its Python fallbacks, and of its fallbacks with reasons."""
 
     program: Program
     locations: Locations
@@ -77,14 +77,14 @@ class Built:
 
 
 def check_settings(settings: CompilationSettings) -> None:
-    """Raises SettingsError for operators that do not exist, and for passes that do not, or that no engine can do
-    without."""
+    """Raises SettingsError if the settings name an unknown operator or pass, or disable a required pass."""
     check_ops(settings)
-    unknown, required = settings.disabled_passes - PIPELINE.keys(), settings.disabled_passes & REQUIRED
+    unknown = settings.disabled_passes - PASSES.keys()
+    required = {name for name in settings.disabled_passes - unknown if PASSES[name].required}
     if unknown or required:
         names = ", ".join(sorted(unknown or required))
         problem = f"unknown passes {names}" if unknown else f"{names} can't be disabled"
-        raise SettingsError(f"disabled_passes: {problem}", hint=f"the passes are {', '.join(PIPELINE)}")
+        raise SettingsError(f"disabled_passes: {problem}", hint=f"the passes are {', '.join(PASSES)}")
 
 
 def compile_fx(
@@ -95,20 +95,21 @@ def compile_fx(
     ranges: Mapping[Any, Any] | None = None,
     typical: Mapping[Any, int] | None = None,
 ) -> Built:
-    """Partition, import and lower `gm`, without a look at the engine cache.
+    """Partition, import and lower `gm`, bypassing the engine cache.
 
     Args:
-        roles: what each placeholder is.
+        roles: one per placeholder.
         writes: see `from_fx`.
         ranges, typical: see `Symbols`.
 
     Raises:
         PartitionError: a node falls back although `require_full_compilation` is set.
-        LoweringError: a bug of torch_rtx, with the folder that has the graph and a script to reproduce it.
+        LoweringError: a bug of torch_rtx; names the folder with the graph and a script that reproduces the bug.
     """
     start = time.perf_counter()
     check_settings(settings)
     device = device_of(gm)
+    targets = formed_for(settings, device)
     if settings.targets not in (None, LATER) and device.type != "cuda":
         log.warning("targets has no effect: the model is captured for the %s, which runs no kernels", device.type)
     symbols = Symbols(device, ranges, typical)
@@ -123,7 +124,7 @@ def compile_fx(
         imported = from_fx(gm, roles, parts.fallbacks, symbols, writes)
         graph = imported.graph
         verify(graph, aten.ALLOWED)
-        lowered, _ = lower(graph, settings, folder, _has_kernels(settings, device))
+        lowered, _ = lower(graph, settings, folder, targets)
     except Exception as error:
         raise _bug(error, gm, graph, settings, folder) from error
     seconds = time.perf_counter() - start
@@ -133,22 +134,39 @@ def compile_fx(
 
 
 def log_fallbacks(fallbacks: Mapping[fx.Node, str]) -> None:
-    """Say which nodes stay in PyTorch, and why."""
+    """Log which nodes stay in PyTorch, and why."""
     for node, why in fallbacks.items():
         log.info("fallback: %s: %s", node.target, why)
 
 
-def _has_kernels(settings: CompilationSettings, device: torch.device) -> bool:
-    return settings.targets is not None and device.type == "cuda"
+def named_targets(option: Option) -> tuple[Target, ...]:
+    """The targets that the option `targets` names on this machine.
+
+    Raises:
+        SettingsError: an unknown target, or "current" without a GPU.
+    """
+    return parse_targets(option, torch.cuda.get_device_capability() if torch.cuda.is_available() else None)
+
+
+def formed_for(settings: CompilationSettings, device: torch.device) -> tuple[Target, ...]:
+    """What the kernels of an engine are formed for; none: it has no kernels. Those that are compiled where the engine
+    runs may be for any of the portable targets.
+
+    Raises:
+        SettingsError: see `named_targets`.
+    """
+    if settings.targets is None or device.type != "cuda":
+        return ()
+    return PORTABLE if settings.targets == LATER else named_targets(settings.targets)
 
 
 def device_of(gm: fx.GraphModule) -> torch.device:
-    """The device that the engine of `gm` runs on."""
+    """The device on which the engine of `gm` runs."""
     return main_device(node.meta.get("val") for node in gm.graph.nodes)
 
 
 def _folder(dump_dir: str | None) -> Path | None:
-    """A new folder `graph_NNN` in `dump_dir`, safe with other processes that dump to the same place."""
+    """A new folder `graph_NNN` in `dump_dir`; several processes may dump there at the same time."""
     if dump_dir is None:
         return None
     root = Path(dump_dir)
@@ -166,14 +184,14 @@ def _reproduction(settings: CompilationSettings, device: torch.device) -> str:
     return REPRODUCTION.format(
         disabled=sorted(settings.disabled_passes),
         copy_weights=settings.copy_weights,
-        kernels=_has_kernels(settings, device),
+        targets=[str(target) for target in formed_for(settings, device)] or LATER,
     )
 
 
 def _bug(
     error: Exception, gm: fx.GraphModule, graph: Graph | None, settings: CompilationSettings, folder: Path | None
 ) -> LoweringError:
-    """An error that says where to find the graph and how to reproduce it; writes both."""
+    """Write the graph and a script that reproduces the failure; the error names them."""
     folder = folder or Path(tempfile.mkdtemp(prefix="torch_rtx_"))
     (folder / "00_fx.py").write_text(gm.print_readable(print_output=False))
     script = folder / "00_fx.py"

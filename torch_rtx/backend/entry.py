@@ -20,14 +20,14 @@ from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from torch_rtx.backend.capture import capture
+from torch_rtx.backend.capture_cache import CaptureEntry
 from torch_rtx.backend.compiler import Program, check_settings
-from torch_rtx.backend.recall import Recall
-from torch_rtx.backend.reuse import obtain
+from torch_rtx.backend.program_cache import get_or_build
 from torch_rtx.errors import PartitionError, SettingsError
 from torch_rtx.lowering.from_fx import Role, is_fixed
 from torch_rtx.lowering.location import module_path
 from torch_rtx.runtime.session import Session
-from torch_rtx.runtime.tools import kernels_and_tools
+from torch_rtx.runtime.tuning_context import tactics_and_context
 from torch_rtx.runtime.weights import WeightStore
 from torch_rtx.settings import CompilationSettings, RuntimeSettings, from_options
 
@@ -48,7 +48,7 @@ def rtx(
         options: fields of `CompilationSettings` and `RuntimeSettings` by name.
 
     Raises:
-        SettingsError: an unknown or mistyped option or mode, or one that has no meaning here.
+        SettingsError: an option or mode is unknown, has the wrong type, or does not apply to torch.compile.
         PartitionError, LoweringError: see `compile_fx`.
     """
     compilation, runtime = from_options(options, mode)
@@ -57,34 +57,34 @@ def rtx(
         hint = "torch_rtx.compile builds an engine, which torch_rtx.load streams from the file of its weights"
         raise SettingsError("weight_streaming_budget: torch.compile runs on the model's own parameters", hint=hint)
     if compilation.copy_weights is None:
-        # The model's own weights stay in memory, and a write to them through `.data`, as peft merges adapters, is seen
-        # only where the weight is the parameter itself.
+        # The model keeps its weights in memory anyway. A write through `.data`, as peft does to merge adapters, reaches
+        # the session only if it reads the parameter itself.
         compilation = replace(compilation, copy_weights=False)
     names = [_source_name(node) for node in gm.graph.nodes if node.op == "placeholder"]
-    recall = Recall.of(gm, example_inputs, compilation)
-    call = None if recall is None else _recalled(recall, names, compilation, runtime)
+    entry = CaptureEntry.of(gm, example_inputs, compilation)
+    call = None if entry is None else _from_cache(entry, names, compilation, runtime)
     if call is not None:
         return disable(lambda *args: call(list(args)), reason="do not trace compiled code")
 
     def inference(graph: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
-        return _compile(graph, names, _static_inputs(graph), compilation, runtime, recall)
+        return _compile(graph, names, _static_inputs(graph), compilation, runtime, entry)
 
-    # A training step's saved tensors outlive the call: replaying it as a CUDA graph would have to copy them all.
+    # The saved tensors of a training step outlive the call: a CUDA graph would have to copy all of them.
     plain = replace(runtime, cuda_graph_strategy="disabled")
 
     def training(graph: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         return _compile(graph, [], frozenset(), compilation, plain)
 
-    # Calls with effects (a check that may raise, a print) are kept in order by tokens. As inputs these would be None.
+    # Tokens order the calls with effects (a check that may raise, a print). As inputs of the graph they would be None.
     with functorch_config.patch(unlift_effect_tokens=True):
         return capture(gm, example_inputs, inference, training)
 
 
-def _recalled(
-    recall: Recall, names: Sequence[str], compilation: CompilationSettings, runtime: RuntimeSettings
+def _from_cache(
+    entry: CaptureEntry, names: Sequence[str], compilation: CompilationSettings, runtime: RuntimeSettings
 ) -> Callable[..., Any] | None:
-    """A boxed callable for a Dynamo graph whose capture is known; None if it is not."""
-    found = recall.find(_unique(names))
+    """A boxed callable for a Dynamo graph whose capture is cached; None on a miss."""
+    found = entry.load(_unique(names))
     if found is None:
         return None
     try:
@@ -93,7 +93,7 @@ def _recalled(
     except Exception:
         if not compilation.fallback_on_error:
             raise
-        return None  # the same will happen after a capture, whose graph can run in PyTorch
+        return None  # it will fail again after a capture, which yields a graph to run in PyTorch
 
 
 def _compile(
@@ -102,22 +102,22 @@ def _compile(
     static: frozenset[int],
     compilation: CompilationSettings,
     runtime: RuntimeSettings,
-    recall: Recall | None = None,
+    entry: CaptureEntry | None = None,
 ) -> Callable[..., Any]:
-    """A boxed callable for a functional ATen graph; inputs at the positions `static` are parameters."""
+    """A boxed callable for a functional ATen graph; placeholders at the positions `static` are parameters."""
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    known = names if len(names) == len(placeholders) else [node.name for node in placeholders]
+    labels = names if len(names) == len(placeholders) else [node.name for node in placeholders]
     kinds = ("parameter" if index in static else "input" for index in range(len(placeholders)))
-    roles = [Role(kind, name) for kind, name in zip(kinds, _unique(known), strict=True)]
+    roles = [Role(kind, name) for kind, name in zip(kinds, _unique(labels), strict=True)]
     fixed = frozenset(index for index, node in enumerate(placeholders) if is_fixed(node))
     try:
-        with unset_fake_temporarily():  # the capture's fake mode is still on, and recipes of constants run now
-            program = obtain(gm, roles, compilation)
-            if recall is not None and known is names:
-                recall.remember(program, sorted(static))
+        with unset_fake_temporarily():  # recipes of constants run now, while the capture's fake mode is still active
+            program = get_or_build(gm, roles, compilation)
+            if entry is not None and labels is names:
+                entry.store(program, sorted(static))
             return _bind(program, roles, fixed, runtime)
     except (PartitionError, SettingsError):
-        raise  # what the user asked for, and no bug that fallback_on_error is about
+        raise  # caused by the settings: fallback_on_error covers bugs alone
     except Exception as error:
         if not compilation.fallback_on_error:
             raise
@@ -128,80 +128,80 @@ def _compile(
 def _bind(
     program: Program, roles: Sequence[Role], fixed: frozenset[int], runtime: RuntimeSettings
 ) -> Callable[..., Any]:
-    """A boxed callable for a program; placeholders at the positions `fixed` are constants of it."""
+    """A boxed callable for a program; the program has the values of the placeholders at the positions `fixed`."""
     store = WeightStore(program.graph, program.device, program.constants)
-    # The fallbacks come from a model of this process, not from a file: there is nobody to distrust.
+    # Trusted: the fallbacks come from a model of this process, not from a file.
     called = frozenset(node.op for node in program.graph.nodes if node.kind == "fallback")
-    kernels, tools = kernels_and_tools(program.kernels, program.graph, program.device, runtime)
-    given = program.callables, called, kernels
-    template = Session(program.graph, store, runtime, *given, tools=tools, shares_memory=True, guarded=True)
+    tactics, context = tactics_and_context(program.kernels, program.graph, program.device, runtime)
+    given = program.callables, called, tactics
+    template = Session(program.graph, store, runtime, *given, context=context, shares_memory=True, guarded=True)
     program.dump("run.py", template.source)
     sessions = _Sessions(template)
     used = {parameter.name for parameter in store.parameters}
-    weights = _taker([i for i, role in enumerate(roles) if role.name in used and role.kind == "parameter"])
-    inputs = _taker([i for i, role in enumerate(roles) if role.kind == "input" and i not in fixed])
+    weights = _tuple_getter([i for i, role in enumerate(roles) if role.name in used and role.kind == "parameter"])
+    inputs = _tuple_getter([i for i, role in enumerate(roles) if role.kind == "input" and i not in fixed])
 
     def call(args: list[Any]) -> list[Any]:
         session = sessions.of(weights(args))
         given = inputs(args)
-        args.clear()  # the boxed convention: an activation that nobody else holds may go as soon as it is used
+        args.clear()  # boxed calling convention: the session can free an activation after its last use
         return session(given)
 
     call._boxed_call = True  # type: ignore[attr-defined]
     return call
 
 
-def _taker(indices: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
-    """What takes the items at `indices` out of a sequence."""
+def _tuple_getter(indices: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """A function from a sequence to the tuple of its items at `indices`."""
     return itemgetter(*indices) if len(indices) > 1 else lambda items: tuple([items[index] for index in indices])
 
 
 def identities(objects: tuple[object, ...]) -> bytes:
-    """The ids of `objects`, as machine words: what the tuple itself holds in CPython. Hundreds of parameters are told
-    from others by one copy, where a tuple of their ids would take as long as the rest of a call."""
+    """The ids of `objects` as machine words. In CPython these are the tuple's own memory: one copy makes the key of
+    hundreds of parameters, while a tuple of their ids would take as long as the rest of a call."""
     return string_at(id(objects) + tuple.__basicsize__, len(objects) * sizeof(c_void_p))
 
 
 class _Sessions:
-    """The sessions of one graph, one per set of parameters: Dynamo shares a graph between modules of the same code.
+    """The sessions of one graph, one per set of parameters: modules of the same code share a Dynamo graph.
 
-    A session lives as long as its parameters do, and keeps none of them alive.
+    A session references its parameters weakly and is dropped with the first of them.
     """
 
     def __init__(self, template: Session) -> None:
         self._template = template
-        self._found: dict[bytes, tuple[Session, list[weakref.ref[torch.Tensor]]]] = {}
+        self._sessions: dict[bytes, tuple[Session, list[weakref.ref[torch.Tensor]]]] = {}
         self._lock = threading.Lock()
 
     def of(self, parameters: tuple[torch.Tensor, ...]) -> Session:
         """The session of these parameters, with its weights up to date. Safe to call from many threads."""
         key = identities(parameters)
-        with self._lock:  # not only for the dict: no thread may run on weights that another is still computing
-            found = self._found.get(key)
+        with self._lock:  # guards `update`, too: no thread may run on weights that another is still computing
+            found = self._sessions.get(key)
             if found is None:
-                found = self._found[key] = self._template.sibling(), self._follow(key, parameters)
+                found = self._sessions[key] = self._template.sibling(), self._follow(key, parameters)
             session = found[0]
             session.store.update(parameters)
         return session
 
     def _follow(self, key: bytes, parameters: Sequence[torch.Tensor]) -> list[weakref.ref[torch.Tensor]]:
-        """References that drop the session with the first of its parameters, before an id can be used again."""
+        """Weak references that drop the session when the first of its parameters dies, before its id is reused."""
         owner = weakref.ref(self)
 
         def drop(_: object) -> None:
             sessions = owner()
             if sessions is not None:
-                sessions._found.pop(key, None)  # no lock: the collector may call this in a thread that holds it
+                sessions._sessions.pop(key, None)  # no lock: the collector may call this in a thread that holds it
 
         return [weakref.ref(parameter, drop) for parameter in parameters]
 
 
 def _static_inputs(gm: fx.GraphModule) -> frozenset[int]:
-    """Positions of the parameters, buffers and tensor attributes that the graph only reads."""
+    """Positions of the parameters, buffers and tensor attributes that the graph does not write."""
     context = TracingContext.try_get()
     static = getattr(getattr(context, "fw_metadata", None), "static_input_indices", None) or ()
     if gm.graph.find_nodes(op="call_function", target=torch.ops.prims._make_token.default):
-        return frozenset()  # PyTorch still counts the tokens that it has taken out of the inputs
+        return frozenset()  # PyTorch's indices still count the tokens, which are no longer inputs
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     written = {node.args[0] for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)}
     candidates = [i for i in static if i < len(placeholders) and placeholders[i] not in written]

@@ -1,4 +1,4 @@
-"""`explain`: what of a model runs in the engine, what falls back to PyTorch, and why; as text and as data."""
+"""`explain`: reports which nodes of a model run in the engine, which fall back to PyTorch, and why."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from torch_rtx.settings import CompilationSettings
 
 @dataclass(frozen=True)
 class Fallback:
-    """A node that stays in PyTorch: its operator, why, and where the model calls it."""
+    """A node that stays in PyTorch: its operator, the reason, and the line of the model that calls it."""
 
     op: str
     reason: str
@@ -32,7 +32,7 @@ class Fallback:
 
 @dataclass(frozen=True)
 class GraphReport:
-    """One captured graph: node counts of the engine's blocks, the fallbacks, and why capture stopped after it."""
+    """One captured graph: node counts of the engine's blocks, the fallbacks, and the reason of the graph break."""
 
     blocks: tuple[int, ...]
     fallbacks: tuple[Fallback, ...]
@@ -41,7 +41,7 @@ class GraphReport:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What torch.compile(backend="rtx") does with a model. `print` it, or read `graphs`."""
+    """How torch.compile(backend="rtx") partitions a model. `print` it, or read `graphs`."""
 
     graphs: tuple[GraphReport, ...]
 
@@ -78,8 +78,8 @@ def explain(
     """Capture `model` for inference as torch.compile would, run it once in PyTorch, and report how it is partitioned.
 
     Args:
-        model: a module or function; args and kwargs are those of one call of it.
-        settings: as for the compilation that is to be explained, but `require_full_compilation` raises nothing here.
+        model: a module or function; `args` and `kwargs` are passed to it.
+        settings: those of the compilation to explain; `require_full_compilation` is ignored.
     """
     settings = replace(settings or CompilationSettings(), require_full_compilation=False)
     check_settings(settings)
@@ -97,7 +97,7 @@ def explain(
 
     hooked = isinstance(model, nn.Module) and (model._forward_hooks or model._forward_pre_hooks)
     function = model.forward if isinstance(model, nn.Module) and not hooked else model
-    # Dynamo compiles a function a few times only: a question must neither meet that limit nor use it up for the user.
+    # Dynamo limits the recompilations of a function: `explain` must neither hit that limit nor count towards it.
     known = signature(torch.compile).parameters
     isolated: dict[str, Any] = {"isolate_recompiles": True} if "isolate_recompiles" in known else {}
     with torch.no_grad():
@@ -106,7 +106,7 @@ def explain(
 
 
 def report(gm: fx.GraphModule, settings: CompilationSettings, break_reason: str | None = None) -> GraphReport:
-    """The partition of one functional ATen graph as data."""
+    """The partition of one functional ATen graph as a `GraphReport`."""
     symbols = Symbols(device_of(gm))
     parts = partition(gm, lambda node: unsupported_reason(node, symbols), settings)
     locations = Locations()

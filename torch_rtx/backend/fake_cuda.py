@@ -2,13 +2,13 @@
 
 Building an engine needs shapes, dtypes and devices, never data, so a FakeTensorMode is enough. But every ATen call on
 a CUDA tensor asks c10 for the *device guard* of CUDA (the object that switches the current device), and a CPU build of
-PyTorch has none: slicing a fake CUDA tensor fails with "PyTorch is not linked with support for cuda devices". PyTorch
-installs a no-op guard itself when it was built with CUDA and finds no GPU (`c10::impl::ensureCUDADeviceGuardSet`); for
-CPU builds this module does the same by hand: it copies the CPU's guard, which is a no-op too, into the slot of CUDA.
+PyTorch has none: slicing a fake CUDA tensor fails with "PyTorch is not linked with support for cuda devices". A CUDA
+build that finds no GPU installs a no-op guard itself (`c10::impl::ensureCUDADeviceGuardSet`). This module does the same
+for CPU builds: it copies the CPU's guard, a no-op too, into the slot of CUDA.
 
-Not all that a trace computes is fake: the value of a scalar constant (`torch.tensor(2.0, device=x.device)`) is carried
-along with the graph, in case the model asks for it, and the moves of the constant are made with it. Where there is no
-GPU, what such a move allocates on `cuda` comes from the CPU (`constants_on_cpu`).
+A trace also computes real values: PyTorch carries the value of a scalar constant (`torch.tensor(2.0, device=x.device)`)
+along with the graph, in case the model reads it, and copies it to the constant's device. Without a GPU,
+`constants_on_cpu` lets such a copy allocate its "cuda" memory on the CPU.
 """
 
 import contextlib
@@ -41,9 +41,8 @@ class _DlInfo(ctypes.Structure):
 def install_cuda_guard() -> None:
     """Make FakeTensors on `cuda` usable in this process, with or without a GPU.
 
-    Does nothing where PyTorch was built with CUDA. Otherwise the no-op guard stays installed until the process ends,
-    because graphs that were captured with it are looked at again (shape inference) long after the capture; real CUDA
-    tensors stay as impossible as before. Calling it again is free.
+    A CUDA build of PyTorch needs nothing. Otherwise the no-op guard stays installed until the process ends, because
+    shape inference reads captured graphs long after the capture. Real CUDA tensors remain impossible. Idempotent.
 
     Raises CaptureError when the guard cannot be installed: not Linux, or a PyTorch whose guard registry is unknown.
     """
@@ -62,9 +61,9 @@ def install_cuda_guard() -> None:
 
 @contextlib.contextmanager
 def constants_on_cpu() -> Iterator[None]:
-    """While this is active, a real tensor on `cuda` is one on the CPU, in a process that can have no others.
+    """Allocate real `cuda` tensors on the CPU inside of this context, if the process has no GPU.
 
-    Changes the process's table of operators: trace under it, and under a lock.
+    Changes the process's operator table: hold a lock around it.
     """
     if torch.cuda.is_available():
         yield

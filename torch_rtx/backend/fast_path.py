@@ -1,6 +1,6 @@
-"""PyTorch's fast path of `nn.TransformerEncoderLayer` in inference, as the operations that it stands for.
+"""Decomposes PyTorch's fast path of `nn.TransformerEncoderLayer` in inference.
 
-Dynamo captures a whole layer as one operator, of which nothing could be fused with anything.
+Dynamo captures the layer as one operator, which would be opaque to fusion.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ def _encoder_layer(
     mask: Tensor | None = None,
     mask_type: int | None = None,
 ) -> Any:
-    """The arguments are those of the operator. What a mask has that is not 0 is hidden; `mask_type` 1 is one of keys,
-    (batch, keys), others are of scores and can be broadcast to them."""
+    """Same arguments as the operator. Nonzero elements of `mask` are masked out; `mask_type` 1 is a key padding mask,
+    [batch, keys], all others broadcast to the scores."""
     if src.is_nested:
         return NotImplemented
-    shown = None
+    keep = None
     if mask is not None:
-        shown = mask.to(torch.bool).logical_not()
-        shown = shown[:, None, None, :] if mask_type == 1 else shown
+        keep = mask.to(torch.bool).logical_not()
+        keep = keep[:, None, None, :] if mask_type == 1 else keep
 
     def attention(x: Tensor) -> Tensor:
-        parts = F.linear(x, qkv_weight, qkv_bias).chunk(3, -1)
-        query, key, value = (part.unflatten(-1, (num_heads, -1)).transpose(1, 2) for part in parts)
-        result = F.scaled_dot_product_attention(query, key, value, shown)
+        qkv = F.linear(x, qkv_weight, qkv_bias).chunk(3, -1)
+        query, key, value = (tensor.unflatten(-1, (num_heads, -1)).transpose(1, 2) for tensor in qkv)
+        result = F.scaled_dot_product_attention(query, key, value, keep)
         return F.linear(result.transpose(1, 2).flatten(2), proj_weight, proj_bias)
 
     def feed_forward(x: Tensor) -> Tensor:

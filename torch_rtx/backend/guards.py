@@ -1,4 +1,4 @@
-"""Guards that a model need not pay for in each call."""
+"""A filter for Dynamo's guards that shortens the host time of each call."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import torch
 
 
 def skip_layer_guards(guards: Sequence[Any]) -> list[bool]:
-    """Which of Dynamo's guards to keep: all but those on PyTorch's own layers, and of these whether they train.
+    """Drop Dynamo's guards on PyTorch's own layers, except those on their `training` flag: True for each guard to keep.
 
         torch.compile(model, backend="rtx", options={"guard_filter_fn": torch_rtx.skip_layer_guards})
 
-    Most of a small model's host time goes into guards on each layer's attributes and tensors. Without them a call still
-    sees switches between training and evaluation, other inputs, and whatever a model's own modules use. Other contents,
-    other memory and other parameters are seen by the session, which refuses those of another type (`RefitError`). What
-    nobody sees any more: a layer that is replaced by one of another kind, other options of a layer (`eps`, `stride`,
-    `p`), hooks that are added to it, another `requires_grad` of its parameters, another shape or stride in the same
-    memory. Call `torch._dynamo.reset()` after such a change.
+    Most of a small model's host time goes into guards on each layer's attributes and tensors. The remaining guards
+    still detect a switch between training and evaluation, other inputs, and changes of the model's own modules. The
+    session detects new values, new memory and new parameters, and refuses parameters of another type (`RefitError`).
+    Undetected remain: a layer replaced by one of another class, changed options of a layer (`eps`, `stride`, `p`),
+    added hooks, a changed `requires_grad` of a parameter, another shape or stride in the same memory. Call
+    `torch._dynamo.reset()` after such a change.
 
-    Where gradients are on, or a layer trains, guards on tensors stay: parameters and statistics are inputs of such a
-    graph, which a session does not check.
+    Guards on tensors stay if gradients are enabled or a layer trains: parameters and statistics are inputs of such a
+    graph, and a session does not check inputs.
     """
     trains = torch.is_grad_enabled() or any(guard.value is True for guard in guards if _is_mode(guard))
     return [
@@ -33,5 +33,5 @@ def skip_layer_guards(guards: Sequence[Any]) -> list[bool]:
 
 
 def _is_mode(guard: Any) -> bool:
-    """Whether a guard is on what says that a module trains."""
+    """The guard is on a module's `training` flag."""
     return bool(guard.name.endswith(".training"))

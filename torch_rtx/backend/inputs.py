@@ -1,4 +1,4 @@
-"""Inputs by their shapes, in place of example tensors: what `torch_rtx.Input` declares, and how it is captured."""
+"""`torch_rtx.Input`: inputs declared by shape ranges instead of example tensors, and their capture."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ SPAN = ("min_shape", "opt_shape", "max_shape")
 
 
 class Input:
-    """A tensor input, without an example: a `shape`, or a `min_shape`, `opt_shape` and `max_shape`, or `profiles`.
+    """A tensor input without an example: a `shape`, or a `min_shape`, `opt_shape` and `max_shape`, or `profiles`.
 
-    An axis is dynamic where the smallest and the largest of its sizes differ, over all profiles. A call must be inside
-    of one profile as a whole, with all of its inputs. Kernels are chosen for the first profile's `opt_shape`.
+    An axis is dynamic if its sizes differ, over all profiles. All inputs of a call must fit one profile. The first
+    profile's `opt_shape` selects the kernels.
 
     Args:
         shape: the only shape, in elements.
         min_shape, opt_shape, max_shape: the only profile.
         dtype: of the tensor.
-        name: what errors and the engine call it; None: as the model's forward does.
-        device: where the tensor is; None: where `CompilationSettings.device` says, or where the model is.
-        profiles: several of `(min_shape, opt_shape, max_shape)`, as many in all inputs that have a dynamic axis.
-        shared_dims: axes by name. All axes of one name, here and in other inputs, have the same size in every call;
-            they must have the same ranges.
+        name: the name in errors and in the engine; None: the parameter of the model's forward.
+        device: of the tensor; None: `CompilationSettings.device`, or the model's device.
+        profiles: a list of `(min_shape, opt_shape, max_shape)`. Inputs with a dynamic axis must have equally many.
+        shared_dims: names by axis. All axes with one name, here and in other inputs, have equal sizes in every call,
+            and must have equal ranges.
 
     Raises:
-        InputError: these contradict each other; it has the numbers.
+        InputError: the arguments contradict each other; the message has the numbers.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Input:
         self.dtype, self.name, self.device, self.shared_dims = dtype, name, device, dict(shared_dims or {})
         what = "an Input" if name is None else f"input {name!r}"
         if name is not None and not (isinstance(name, str) and is_name(name)):
-            raise InputError(f"{name!r} is no name of an input", hint="it takes letters, digits and _")
+            raise InputError(f"{name!r} is not a valid name of an input", hint="use letters, digits and _")
         if not isinstance(dtype, torch.dtype):
             raise InputError(f"the dtype of {what} must be a torch.dtype, not {dtype!r}")
         span = (min_shape, opt_shape, max_shape)
@@ -83,7 +83,7 @@ class Input:
             if type(axis) is not int or not 0 <= axis < ranks[0]:
                 raise InputError(f"shared_dims of {what} names axis {axis!r} of {ranks[0]}")
             if not isinstance(shared, str) or not is_name(shared):
-                raise InputError(f"shared_dims of {what} calls axis {axis} {shared!r}, which is no name")
+                raise InputError(f"shared_dims of {what} names axis {axis} {shared!r}, which is not a valid name")
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"[{', '.join(map(str, profile))}]" for profile in self.profiles)
@@ -96,7 +96,7 @@ def _profile(what: str, number: int, given: Any) -> tuple[Range, ...]:
         raise InputError(f"profile {number} of {what} must be ({', '.join(SPAN)}), not {given!r}")
     for name, shape in zip(SPAN, given, strict=True):
         if not isinstance(shape, Sequence) or not all(type(n) is int and 0 <= n < UNBOUNDED for n in shape):
-            raise InputError(f"profile {number} of {what} has {name}={shape!r}, which is no tuple of sizes")
+            raise InputError(f"profile {number} of {what} has {name}={shape!r}, which is not a tuple of sizes")
     if len({len(shape) for shape in given}) != 1:
         raise InputError(f"profile {number} of {what} has {', '.join(f'{len(shape)}' for shape in given)} axes")
     for axis, (low, opt, high) in enumerate(zip(*given, strict=True)):
@@ -107,32 +107,39 @@ def _profile(what: str, number: int, given: Any) -> tuple[Range, ...]:
 
 @dataclass(frozen=True)
 class Axis:
-    """A dynamic axis: the number of its flat argument, its own, what errors call it, its range in each profile, and the
-    name that it shares with others or a number that it shares with none."""
+    """A dynamic axis.
+
+    Attributes:
+        leaf: the index of the flat argument.
+        axis: the dimension of that argument.
+        label: the name in errors.
+        ranges: one per profile.
+        dim: the name of the torch.export.Dim: the shared name, or a unique one.
+    """
 
     leaf: int
     axis: int
-    place: str
+    label: str
     ranges: tuple[Range, ...]
     dim: str
 
     @property
-    def whole(self) -> tuple[int, int]:
-        """The smallest and the largest size."""
-        return _whole(self.ranges)
+    def bounds(self) -> tuple[int, int]:
+        """The smallest and the largest size over all profiles."""
+        return _bounds(self.ranges)
 
 
-def _whole(ranges: Sequence[Range]) -> tuple[int, int]:
+def _bounds(ranges: Sequence[Range]) -> tuple[int, int]:
     return min(found.min for found in ranges), max(found.max or 0 for found in ranges)
 
 
 @dataclass(frozen=True)
-class Declared:
-    """The arguments of `capture_export`, with example tensors in the place of each `Input`.
+class DeclaredInputs:
+    """The arguments of `capture_export`, with an example tensor for each `Input`.
 
     Attributes:
-        axes: those that are dynamic.
-        names: what flat arguments are called that were given a name, by their number.
+        axes: the dynamic axes.
+        names: declared names, by the index of the flat argument.
     """
 
     model: nn.Module | ExportedProgram
@@ -147,11 +154,11 @@ class Declared:
         """See `capture_export`.
 
         Raises:
-            CaptureError: also where the model does not take every size that its inputs declare.
+            CaptureError: also if the model does not accept every declared size.
         """
         if not self.axes:
             return self._capture(self.dynamic_shapes)
-        dims = {axis.dim: Dim(axis.dim, min=axis.whole[0], max=axis.whole[1]) for axis in self.axes}
+        dims = {axis.dim: Dim(axis.dim, min=axis.bounds[0], max=axis.bounds[1]) for axis in self.axes}
         try:
             return self._capture(self._shapes([dims[axis.dim] for axis in self.axes]))
         except UserError as error:
@@ -171,9 +178,9 @@ class Declared:
         return shapes.dynamic_shapes(self.model, self.args, self.kwargs)
 
     def _refusal(self, error: UserError) -> CaptureError:
-        """What to tell instead of torch.export's error, which speaks of symbols that are not the user's. A capture that
-        leaves it to the model which sizes are free shows what became of each."""
-        program = self._capture(self._shapes([Dim.AUTO(min=a.whole[0], max=a.whole[1]) for a in self.axes]))
+        """Replaces torch.export's error, whose symbols the user does not know. A second capture with Dim.AUTO shows
+        which sizes the model fixes or ties together."""
+        program = self._capture(self._shapes([Dim.AUTO(min=a.bounds[0], max=a.bounds[1]) for a in self.axes]))
         problems = list(_problems(self.axes, self._sizes(program), program.range_constraints))
         if not problems:
             said = " ".join(line.strip(" -") for line in str(error).splitlines() if line.startswith("  - "))
@@ -184,53 +191,53 @@ class Declared:
         )
 
     def _sizes(self, program: ExportedProgram) -> list[int | torch.SymInt]:
-        """What each axis is in `program`."""
+        """The size of each axis in `program`."""
         values = {node.name: node.meta["val"] for node in program.graph.find_nodes(op="placeholder")}
         given = user_inputs(program)
         return [values[given[axis.leaf].arg.name].shape[axis.axis] for axis in self.axes]
 
     def typical(self, program: ExportedProgram) -> dict[sympy.Symbol, int]:
-        """The typical values of the symbols of `program`. There is nothing to be fast for in a size of 0."""
+        """The typical values of the symbols of `program`; none for an `opt` of 0, for which no kernel is tuned."""
         sizes = zip(self._sizes(program), self.axes, strict=True)
         return {size.node.expr: opt for size, axis in sizes if (opt := axis.ranges[0].opt)}  # type: ignore[union-attr]
 
     def profiles(self, graph: Graph, positions: Sequence[Any]) -> tuple[Profile, ...]:
-        """The profiles of the graph that was made of it.
+        """The profiles of the lowered `graph`.
 
         Args:
-            positions: of each flat argument, its place among the graph's inputs.
+            positions: for each flat argument, its index among the graph's inputs.
         """
         count = len(self.axes[0].ranges) if self.axes else 0
         dims = [graph.inputs[positions[axis.leaf]].type.shape[axis.axis] for axis in self.axes]
-        found = list(zip(map(str, dims), self.axes, strict=True))  # all are symbols: what is none was refused
-        return tuple({name: axis.ranges[number] for name, axis in found} for number in range(count))
+        named = list(zip(map(str, dims), self.axes, strict=True))  # all are symbols: `capture` refuses others
+        return tuple({name: axis.ranges[number] for name, axis in named} for number in range(count))
 
 
 def user_inputs(program: ExportedProgram) -> list[InputSpec]:
-    """What the flat arguments of a call are in `program`, in order."""
+    """The input specs of `program` for the flat arguments of a call, in order."""
     return [spec for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
 
 
 def _problems(
     axes: Sequence[Axis], sizes: Sequence[Any], ranges: Mapping[sympy.Symbol, Any]
 ) -> Iterator[tuple[str, str]]:
-    """What is wrong with each axis that is not as free as it was declared, and what to do about it."""
+    """(problem, remedy) for each axis that the model restricts more than its `Input` declares."""
     first: dict[sympy.Expr, Axis] = {}
     for axis, size in zip(axes, sizes, strict=True):
-        low, high = axis.whole
+        low, high = axis.bounds
         expr = sympy.Integer(size) if isinstance(size, int) else size.node.expr
-        bounds = ranges.get(expr)
-        # A capture takes every size to be at least 2, whatever its range.
-        least = low if bounds is None or bounds.lower <= max(low, 2) else bounds.lower
+        captured = ranges.get(expr)
+        # torch.export assumes that every dynamic size is at least 2, whatever its declared range.
+        least = low if captured is None or captured.lower <= max(low, 2) else captured.lower
         if expr.is_Integer:
-            yield f"{axis.place} can only be {expr}, not {low}..{high}", f"declare the size {expr} alone"
+            yield f"{axis.label} can only be {expr}, not {low}..{high}", f"declare the size {expr} alone"
         elif not expr.is_Symbol:
-            text = expr.xreplace({e: sympy.Symbol(f"({a.place})") for e, a in first.items()})
-            yield f"{axis.place} is always {text}", "declare this by torch.export.Dim in dynamic_shapes"
+            text = expr.xreplace({e: sympy.Symbol(f"({a.label})") for e, a in first.items()})
+            yield f"{axis.label} is always {text}", "declare this by torch.export.Dim in dynamic_shapes"
         elif expr in first and axis.dim != first[expr].dim:
-            yield f"{axis.place} always equals {first[expr].place}", "give both one name in shared_dims"
-        elif bounds is not None and (least > low or bounds.upper < high):
-            yield f"{axis.place} can only be {least}..{bounds.upper}, not {low}..{high}", "declare that range"
+            yield f"{axis.label} always equals {first[expr].label}", "give both one name in shared_dims"
+        elif captured is not None and (least > low or captured.upper < high):
+            yield f"{axis.label} can only be {least}..{captured.upper}, not {low}..{high}", "declare that range"
         first.setdefault(expr, axis)
 
 
@@ -243,8 +250,8 @@ def declare(
     kwargs: Mapping[str, Any] | None,
     dynamic_shapes: Any,
     device: str | None,
-) -> Declared:
-    """The arguments of `capture_export` without any `Input` in them.
+) -> DeclaredInputs:
+    """Replace every `Input` in the arguments of `capture_export` by an example tensor.
 
     Raises:
         InputError: inputs contradict each other, `dynamic_shapes` or `device`.
@@ -252,7 +259,7 @@ def declare(
     leaves, spec = pytree.tree_flatten_with_path((args, dict(kwargs or {})))
     inputs = {number: leaf for number, (_, leaf) in enumerate(leaves) if isinstance(leaf, Input)}
     if not inputs or not isinstance(model, nn.Module) or not isinstance(args, tuple):
-        return Declared(model, args, kwargs, dynamic_shapes, device)  # refused by the capture, if there is an Input
+        return DeclaredInputs(model, args, kwargs, dynamic_shapes, device)  # the capture refuses an Input here
     names = {number: given.name for number, given in inputs.items() if given.name is not None}
     labels = {number: names.get(number) or _label(model, leaves[number][0]) for number in inputs}
     axes = [axis for number, given in inputs.items() for axis in _axes(number, given, labels[number])]
@@ -261,17 +268,17 @@ def declare(
     for number, given in inputs.items():
         values[number] = _example(model, given, labels[number], device)
     args, kwargs = pytree.tree_unflatten(values, spec)
-    return Declared(model, args, kwargs, dynamic_shapes, device, axes, names)
+    return DeclaredInputs(model, args, kwargs, dynamic_shapes, device, axes, names)
 
 
 def _label(model: nn.Module, path: tuple[Any, ...]) -> str:
-    """What the model's forward calls an argument."""
+    """The name of an argument in the model's forward, for errors."""
     of_kwargs, first, *rest = path
     if of_kwargs.idx == 1:
         label = str(first.key)
     else:
-        known = forward_names(model)
-        label = known[first.idx] if first.idx < len(known) else f"#{first.idx}"
+        names = forward_names(model)
+        label = names[first.idx] if first.idx < len(names) else f"#{first.idx}"
     return label + pytree.keystr(tuple(rest))
 
 
@@ -279,7 +286,7 @@ def _axes(number: int, given: Input, label: str) -> Iterator[Axis]:
     """The dynamic axes of an input."""
     for index, ranges in enumerate(zip(*given.profiles, strict=True)):
         axis = Axis(number, index, f"dimension {index} of input {label!r}", ranges, f"_{number}_{index}")
-        if axis.whole[0] != axis.whole[1]:
+        if axis.bounds[0] != axis.bounds[1]:
             yield replace(axis, dim=given.shared_dims.get(index, axis.dim))
 
 
@@ -287,20 +294,20 @@ def _check(inputs: Mapping[int, Input], labels: Mapping[int, str], axes: Sequenc
     """Raises InputError if inputs contradict each other or `dynamic_shapes`."""
     again = [name for name, count in Counter(labels.values()).items() if count > 1]
     if again:
-        raise InputError(f"two inputs are called {again[0]!r}")
+        raise InputError(f"two inputs have the name {again[0]!r}")
     count = max(len(given.profiles) for given in inputs.values())
     if not axes and count > 1:
-        raise InputError(f"there are {count} profiles, and no size in them varies", hint="give a shape")
-    free = {axis.place: len(axis.ranges) for axis in axes}
+        raise InputError(f"there are {count} profiles, but no size varies", hint="give a shape")
+    free = {axis.label: len(axis.ranges) for axis in axes}
     if len(set(free.values())) > 1:
-        said = ", ".join(f"{place} has {number}" for place, number in free.items())
-        raise InputError(f"inputs have different numbers of profiles: {said}")
-    narrow = [axis.place for axis in axes if axis.whole[1] < 2]
+        counts = ", ".join(f"{label} has {number}" for label, number in free.items())
+        raise InputError(f"inputs have different numbers of profiles: {counts}")
+    narrow = [axis.label for axis in axes if axis.bounds[1] < 2]
     if narrow:
         raise InputError(f"{narrow[0]} has the range 0..1, which can't be captured", hint="let its max be 2 or more")
     _check_shared(inputs, labels)
     if axes and dynamic_shapes is not None:
-        raise InputError(f"dynamic_shapes is given, and {axes[0].place} has its own range", hint="give one of both")
+        raise InputError(f"dynamic_shapes is given, and {axes[0].label} has its own range", hint="give one of the two")
 
 
 def _check_shared(inputs: Mapping[int, Input], labels: Mapping[int, str]) -> None:
@@ -308,33 +315,35 @@ def _check_shared(inputs: Mapping[int, Input], labels: Mapping[int, str]) -> Non
     first: dict[str, tuple[str, tuple[Range, ...]]] = {}
     for number, given in inputs.items():
         for axis, name in given.shared_dims.items():
-            place, ranges = f"dimension {axis} of input {labels[number]!r}", tuple(p[axis] for p in given.profiles)
+            label, ranges = f"dimension {axis} of input {labels[number]!r}", tuple(p[axis] for p in given.profiles)
             ranges = ranges[:1] if len(set(ranges)) == 1 else ranges  # inputs of one shape have one profile
-            other, others = first.setdefault(name, (place, ranges))
+            other, others = first.setdefault(name, (label, ranges))
             if ranges != others:
-                said = [", ".join(map(str, found)) for found in (others, ranges)]
-                raise InputError(f"{other} and {place} are both {name!r}, and have the ranges {said[0]} and {said[1]}")
+                texts = [", ".join(map(str, found)) for found in (others, ranges)]
+                raise InputError(
+                    f"{other} and {label} are both {name!r}, and have the ranges {texts[0]} and {texts[1]}"
+                )
 
 
 def _example(model: nn.Module, given: Input, label: str, device: str | None) -> torch.Tensor:
-    """A tensor to trace with, of zeros: valid as indices, too. Its sizes are those to be fast for, but never 0 or 1 on
-    a dynamic axis: a capture would take it to be that number."""
+    """A tensor of zeros (valid indices, too) to trace with. It has the `opt` sizes, but at least 2 on a dynamic axis:
+    a capture specializes on sizes 0 and 1."""
     sizes = []
     for ranges in zip(*given.profiles, strict=True):
-        low, high = _whole(ranges)
+        low, high = _bounds(ranges)
         sizes.append(low if low == high else min(max(ranges[0].opt or 0, 2), high))
     if device is not None:
         wanted = torch.device(given.device or device)
         if wanted.type != torch.device(device).type:
             raise InputError(f"input {label!r} is on {wanted}, and the engine is for {device}")
-        return torch.empty(sizes, dtype=given.dtype, device="meta")  # only its type is looked at
+        return torch.empty(sizes, dtype=given.dtype, device="meta")  # the capture reads only its type
     tensors = (*model.parameters(), *model.buffers())
-    held = (t.device for t in tensors if not t.is_meta and not isinstance(t, FakeTensor))
-    return torch.zeros(sizes, dtype=given.dtype, device=given.device or next(held, "cpu"))
+    devices = (t.device for t in tensors if not t.is_meta and not isinstance(t, FakeTensor))
+    return torch.zeros(sizes, dtype=given.dtype, device=given.device or next(devices, "cpu"))
 
 
 def forward_names(model: nn.Module | ExportedProgram) -> tuple[str, ...]:
-    """The names of the positional parameters of the model's forward, as far as they are known."""
+    """The names of the positional parameters of the model's forward; may be incomplete."""
     if not isinstance(model, nn.Module):
         captured = next((entry.signature for entry in model.module_call_graph if entry.fqn == ""), None)
         return tuple(captured.forward_arg_names or ()) if captured is not None else ()

@@ -3,33 +3,30 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING
 
-import torch
-
-from torch_rtx.backend.compiler import Program
-from torch_rtx.errors import InvalidIR, LoweringError
+from torch_rtx.artefacts import Artefacts
+from torch_rtx.backend.compiler import Program, named_targets
+from torch_rtx.errors import InvalidIR, LoweringError, Unsupported
 from torch_rtx.ir import Graph, Node, TensorType, kernel_nodes
-from torch_rtx.kerneltable import KernelTable, Launch, Split, Variant, check, pack
-from torch_rtx.lowering.kernels.aot import Built, Code, compile_kernels
-from torch_rtx.lowering.kernels.generate import generate, library
-from torch_rtx.lowering.kernels.kernel import Kernel
-from torch_rtx.lowering.kernels.split import split
+from torch_rtx.lowering.kernels.build import NONE, Binaries, Progress, Result, build, show_offers, show_results
+from torch_rtx.lowering.kernels.generate import Form, forms
 from torch_rtx.settings import CompilationSettings
-from torch_rtx.targets import LATER, Option, Target, by_age, is_explicit, parse_targets, usable
+from torch_rtx.tactics import OWN, KernelTable, Launch, Tactics, check, fastest_first
+from torch_rtx.targets import LATER, Option, Target, by_age, is_explicit, usable
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 log = logging.getLogger(__name__)
-Generate = Callable[[Node, Target, int], Kernel | None]
-Divide = Callable[[Node, Target], Graph | None]
-Choice = tuple[str, Target]  # the op of a kernel node, and a target
-Progress = Callable[[int, int], object]
+Forms = Callable[[Node, Target], list[Form]]
+Place = tuple[str, Target]  # the op of a kernel node, and what it is built for
 
 
 @dataclass(frozen=True)
@@ -88,7 +85,8 @@ def kernels_of(program: Program, settings: CompilationSettings) -> KernelTable:
     assert settings.targets is not None
     targets = targets_for(settings.targets, program.graph)
     with progress_bar() as progress:
-        table, report = build_kernels(program.graph, targets, _generate, _library, _split, progress)
+        artefacts = Artefacts.at(program.folder, settings.override_dir)
+        table, report = build_kernels(program.graph, targets, progress=progress, artefacts=artefacts)
     log.info("%s", report)
     program.dump("kernels.txt", str(report))
     return table
@@ -107,21 +105,6 @@ def progress_bar(console: Console | None = None) -> Iterator[Callable[[int, int]
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _generate(node: Node, target: Target, which: int) -> Kernel | None:
-    assert node.body is not None
-    return generate(node.body, node.op, target.arch.sm, which)
-
-
-def _library(node: Node, target: Target) -> str:
-    assert node.body is not None
-    return library(node.body, target.arch.sm)
-
-
-def _split(node: Node, target: Target) -> Graph | None:
-    assert node.body is not None
-    return split(node.body, node.op, target.arch.sm)
-
-
 def targets_for(option: Option, graph: Graph) -> tuple[Target, ...]:
     """The targets that the option `targets` means for `graph`; the log names those that lack a dtype of its kernels.
 
@@ -138,15 +121,6 @@ def targets_for(option: Option, graph: Graph) -> tuple[Target, ...]:
     return kept
 
 
-def named_targets(option: Option) -> tuple[Target, ...]:
-    """The targets that the option `targets` names on this machine.
-
-    Raises:
-        SettingsError: an unknown target, or "current" without a GPU.
-    """
-    return parse_targets(option, torch.cuda.get_device_capability() if torch.cuda.is_available() else None)
-
-
 def _dtypes(graph: Graph) -> Iterator[tuple[str, str]]:
     """Op and dtype of everything that kernels read, compute and write."""
     for node in kernel_nodes(graph):
@@ -156,24 +130,28 @@ def _dtypes(graph: Graph) -> Iterator[tuple[str, str]]:
                     yield inner.op, value.type.dtype
 
 
+def generated(node: Node, target: Target) -> list[Form]:
+    """The forms of a kernel node on a target; none where no kernel computes it."""
+    assert node.body is not None
+    try:
+        return forms(node.body, node.op, target.arch)
+    except Unsupported:
+        return []
+
+
 def build_kernels(
     graph: Graph,
     targets: Iterable[Target],
-    generate: Generate,
-    library: Callable[[Node, Target], str] = lambda node, target: "none",
-    divide: Divide = lambda node, target: None,
+    forms: Forms = generated,
     progress: Progress | None = None,
+    artefacts: Artefacts = NONE,
 ) -> tuple[KernelTable, BuildReport]:
-    """Build every kernel node of `graph` for every target.
+    """Build every kernel node of `graph` for every target: the tactics that may be the fastest, each in its first
+    configuration that fits.
 
     Args:
-        generate: the source of a node for a target in its n-th best configuration, from 0; None where there are no
-            more. Called once per op: nodes of one op have equal bodies. The first that fits is taken. Where only
-            spilling ones do, it is the one that spills least.
-        library: the field of this name of a node's `Launch` for a target.
-        divide: the split body of a node for a target; None where there is none. It is left out where one of its kernels
-            does not fit the target.
-        progress: see `compile_kernels`; starts again with each round of configurations.
+        forms: see `generate.forms`; asked once per op and target: nodes of one op have equal bodies.
+        progress, artefacts: see `kernels.build.build`.
 
     Raises:
         KernelError: see `compile_kernels`.
@@ -181,110 +159,85 @@ def build_kernels(
     """
     start = time.perf_counter()
     nodes = {node.op: node for node in reversed(list(kernel_nodes(graph)))}
-    wanted = {(op, target): nodes[op] for op in sorted(nodes) for target in by_age(set(targets))}
-    bodies = {(op, target): divide(node, target) for (op, target), node in wanted.items()}
-    splits = {choice: body for choice, body in bodies.items() if body is not None}
-    chosen, reasons = _fitting(wanted | _inside(splits), generate, progress)
-
-    def fits(choice: Choice) -> bool:
-        return choice in chosen and chosen[choice][1].problem is None
-
-    splits = {
-        choice: body for choice, body in splits.items() if fits(choice) and all(map(fits, _inside({choice: body})))
+    places = [(op, target) for op in sorted(nodes) for target in by_age(set(targets))]
+    offers = {(op, target): _may_be_fastest(forms(nodes[op], target)) for op, target in places}
+    wanted = {
+        (place, which): (enumerate(chain((head,), rest)), place[1])
+        for place, found in offers.items()
+        for which, (head, rest) in enumerate(found)
     }
-    kept = wanted | _inside(splits)
-    chosen = {choice: found for choice, found in chosen.items() if choice in kept}
-    rivals = {choice: library(wanted[choice], choice[1]) if choice in wanted else "none" for choice in chosen}
-    table, reports = _table(chosen, rivals)
-    table = replace(table, splits=_shared(splits))
+    if artefacts.dump is not None:
+        for op, target in ((op, target) for op in reversed(nodes) for target in by_age(set(targets))):
+            _show(nodes[op], target, forms(nodes[op], target), artefacts)
+    chosen, tried = build(wanted, progress, artefacts)
+    for ((op, target), _), results in tried.items():
+        show_results(artefacts, op, target, results)
+    built: dict[Place, list[Result]] = {}
+    missing = []
+    for place, found in offers.items():
+        keys = [(place, which) for which in range(len(found))]
+        built[place] = _fitting([chosen[key] for key in keys if key in chosen])
+        if not built[place]:
+            problems = [result.problem for key in keys for result in tried[key] if result.problem]
+            missing.append((*place, "; ".join(problems) or "no code"))
+    table, reports = _table(built)
     try:
         check(table, graph)
     except InvalidIR as error:
         raise LoweringError(f"the kernels do not fit the graph: {error}") from error
-    missing = tuple((*choice, "; ".join(reasons[choice]) or "no code") for choice in wanted if choice not in chosen)
     nbytes = sum(map(len, table.binaries.values()))
-    return table, BuildReport(reports, missing, nbytes, time.perf_counter() - start)
+    return table, BuildReport(reports, tuple(missing), nbytes, time.perf_counter() - start)
 
 
-def _fitting(
-    wanted: Mapping[Choice, Node], generate: Generate, progress: Progress | None
-) -> tuple[dict[Choice, tuple[Kernel, Built]], dict[Choice, list[str]]]:
-    """The best configuration that fits, of each node that has one for its target; and why others do not fit."""
-    chosen: dict[Choice, tuple[Kernel, Built]] = {}
-    reasons: dict[Choice, list[str]] = {choice: [] for choice in wanted}
-    pending = list(wanted)
-    config = 0
-    while pending:
-        made = {choice: generate(wanted[choice], choice[1], config) for choice in pending}
-        kernels = {choice: kernel for choice, kernel in made.items() if kernel is not None}
-        built = compile_kernels(((kernel, choice[1]) for choice, kernel in kernels.items()), progress=progress)
-        for choice, kernel in kernels.items():
-            found = built[kernel, choice[1]]
-            if found.problem is not None:
-                reasons[choice].append(found.problem)
-                log.debug("%s does not fit %s: %s", kernel.name, choice[1], found.problem)
-            if found.codes and (choice not in chosen or found.spills < chosen[choice][1].spills):
-                chosen[choice] = kernel, found
-        pending = [choice for choice in kernels if choice not in chosen or chosen[choice][1].problem is not None]
-        config += 1
-    return chosen, reasons
+def _fitting(results: list[Result]) -> list[Result]:
+    """The tactics to bring: those whose kernels fit; where none has kernels, also those that spill too much; none if
+    nothing is launched."""
+    fitting = [result for result in results if result.problem is None]
+    if not any(result.built for result in fitting):
+        fitting += [result for result in results if result.problem is not None]
+    return fitting if any(result.built for result in fitting) else []
 
 
-def _inside(splits: Mapping[Choice, Graph]) -> dict[Choice, Node]:
-    """The kernels of split bodies, each with the target that it is for."""
-    return {(node.op, target): node for (_, target), body in splits.items() for node in kernel_nodes(body)}
+def _table(built: Mapping[Place, list[Result]]) -> tuple[KernelTable, tuple[KernelReport, ...]]:
+    """The table of what was built, and an account in which targets that run the same binaries share a row."""
+    binaries = Binaries()
+    table: dict[str, dict[Target, Tactics]] = {}
+    rows: dict[tuple[str, str, Launch], list[Target]] = {}
+    for (op, target), results in built.items():
+        tactics = [binaries.tactic(result) for result in results]
+        if tactics:
+            table.setdefault(op, {})[target] = fastest_first(tactics)
+        for result, tactic in zip(results, tactics, strict=True):
+            for inner, launch in tactic.kernels.items():
+                row = op if inner == OWN else inner, result.tactic.kernels[inner].name, launch
+                rows.setdefault(row, []).append(target)
+    made = KernelTable(table, binaries.stored)
+    return made, tuple(_report(*row, targets, made) for row, targets in rows.items())
 
 
-def _shared(splits: Mapping[Choice, Graph]) -> dict[str, tuple[Split, ...]]:
-    """Split bodies by op; targets that have the same one share it."""
-    found: dict[str, dict[Graph, list[Target]]] = {}
-    for (op, target), body in splits.items():
-        found.setdefault(op, {}).setdefault(body, []).append(target)
-    return {op: tuple(Split(tuple(some), body) for body, some in bodies.items()) for op, bodies in found.items()}
+def _show(node: Node, target: Target, found: list[Form], artefacts: Artefacts) -> None:
+    """Begin the ranking of a kernel node: its forms, each with ranks of its own."""
+    assert node.body is not None
+    offers = chain.from_iterable(enumerate(chain((head,), rest)) for head, rest in found)
+    show_offers(artefacts, node.op, node.body, target, offers)
 
 
-def _table(
-    chosen: dict[Choice, tuple[Kernel, Built]], rivals: dict[Choice, str]
-) -> tuple[KernelTable, tuple[KernelReport, ...]]:
-    """The table of the chosen kernels; targets that run the same binaries in the same way share a launch."""
-    binaries: dict[str, bytes] = {}
-    packed: dict[bytes, str] = {}
-
-    def variant(code: Code, ptx: bool) -> Variant:
-        binary = code.ptx if ptx else code.cubin
-        if binary not in packed:
-            packed[binary], stored = pack(binary)
-            binaries[packed[binary]] = stored
-        return code.variant(packed[binary])
-
-    shared: dict[str, dict[tuple[Kernel, Variant, Variant | None, str], list[Target]]] = {}
-    for (op, target), (kernel, built) in chosen.items():
-        assert built.aligned is not None  # what was not compiled is not chosen
-        generic = None if built.generic is None else variant(built.generic, target.ptx)
-        key = kernel, variant(built.aligned, target.ptx), generic, rivals[op, target]
-        shared.setdefault(op, {}).setdefault(key, []).append(target)
-    launches: dict[str, tuple[Launch, ...]] = {}
-    reports = []
-    for op, found in shared.items():
-        launches[op] = tuple(
-            Launch(tuple(targets), kernel.scalars, kernel.grid, kernel.wide, aligned, generic, rival)
-            for (kernel, aligned, generic, rival), targets in found.items()
-        )
-        reports += [
-            _report(op, kernel.name, launch, binaries) for (kernel, *_), launch in zip(found, launches[op], strict=True)
-        ]
-    return KernelTable(launches, binaries), tuple(reports)
+def _may_be_fastest(found: list[Form]) -> list[Form]:
+    """The forms that an engine brings: the node's own kernel, what is expected to be faster, and what needs no
+    binaries."""
+    own_us = min((head.expected_us for head, _ in found if head.body is None and head.kernels), default=math.inf)
+    return [form for form in found if not form[0].kernels or form[0].expected_us <= own_us]
 
 
-def _report(op: str, name: str, launch: Launch, binaries: dict[str, bytes]) -> KernelReport:
-    worst = launch.variants
+def _report(op: str, name: str, launch: Launch, targets: Sequence[Target], table: KernelTable) -> KernelReport:
+    variants = launch.variants
     return KernelReport(
         op,
         name,
-        launch.targets,
-        max(variant.num_warps for variant in worst),
-        max(variant.registers for variant in worst),
-        max(variant.spills for variant in worst),
-        max(variant.shared for variant in worst),
-        sum(len(binaries[digest]) for digest in {variant.binary for variant in worst}),
+        tuple(targets),
+        max(variant.num_warps for variant in variants),
+        max(variant.registers for variant in variants),
+        max(variant.spills for variant in variants),
+        max(variant.shared for variant in variants),
+        sum(len(table.binaries[digest]) for digest in {variant.binary for variant in variants}),
     )

@@ -1,8 +1,8 @@
-"""Splits a captured FX graph in blocks of the engine and nodes that fall back to PyTorch, in linear time.
+"""Partitions a captured FX graph into engine blocks and nodes that fall back to PyTorch, in linear time.
 
-Each node gets a level; a node of the engine climbs one level above the fallback nodes that it depends on. The engine's
-nodes of one level form a block: whatever runs between two nodes of a block is in the block, so that it could run as one
-piece. Blocks and fallback nodes stay in one graph and one plan.
+Each node gets a level: the maximum over its inputs, plus one where an engine node reads a fallback node. The engine
+nodes of one level form a block. No path between two nodes of a block leaves it, so that a block could run as one unit.
+Blocks and fallback nodes stay in one graph and one plan.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def partition(gm: fx.GraphModule, reason: Callable[[fx.Node], str | None], setti
     """The partition of `gm`.
 
     Args:
-        reason: why a node can't be in the engine, or None.
+        reason: returns why the engine can't hold a node, or None.
 
     Raises:
         PartitionError: `require_full_compilation` is set and a node falls back.
@@ -64,7 +64,7 @@ def partition(gm: fx.GraphModule, reason: Callable[[fx.Node], str | None], setti
 
 
 def check_ops(settings: CompilationSettings) -> None:
-    """Raises SettingsError where `torch_executed_ops` names an operator that does not exist."""
+    """Raises SettingsError if `torch_executed_ops` names an unknown operator."""
     for name in sorted(settings.torch_executed_ops):
         if not _exists(name):
             hint = "names look like aten.exp or aten.exp.default"
@@ -72,8 +72,8 @@ def check_ops(settings: CompilationSettings) -> None:
 
 
 def _computes(node: fx.Node) -> bool:
-    """Whether the node is work at all: not an index into a result, a size, or a check that the IR makes needless. Nor
-    is the write of an input's new contents, which the program does at its end, whatever computed them."""
+    """The node computes something: it is not getitem, a size, a check that the IR makes redundant, or the trailing
+    `copy_` into an input, which the program executes whether or not the copied value falls back."""
     if node.target is torch.ops.aten.copy_.default and node.args[0].op == "placeholder":  # type: ignore[union-attr]
         return False
     return (
@@ -85,7 +85,7 @@ def _computes(node: fx.Node) -> bool:
 
 
 def _exists(name: str) -> bool:
-    """Whether there is an operator of this name: namespace.op, namespace.op.overload, or a higher-order op."""
+    """There is an operator `name`: namespace.op, namespace.op.overload, or the name of a higher-order operator."""
     namespace, *path = name.split(".") if "." in name else ("higher_order", name)
     found = getattr(torch.ops, namespace)
     for part in path:

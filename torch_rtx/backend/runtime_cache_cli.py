@@ -1,4 +1,4 @@
-"""`torch-rtx cache runtime`: look at the runtime cache, take what it knows to another machine, and clear it."""
+"""`torch-rtx cache runtime`: list the runtime cache, export it to another machine, fill it ahead of time, clear it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import typer
 
 from torch_rtx.backend.cache_cli import AsJson, errors, size_of, time_text
 from torch_rtx.cache.runtime import intact
-from torch_rtx.cache.runtime_file import DeviceKey, Held, RuntimeFile, export_file
+from torch_rtx.cache.runtime_file import DeviceKey, DeviceSummary, RuntimeFile, export_file
 from torch_rtx.errors import CacheDamaged, CacheError
 from torch_rtx.settings import RuntimeSettings, runtime_cache_path
 
-app = typer.Typer(no_args_is_help=True, help="The runtime cache: what was learnt on which device.")
-File = Annotated[str | None, typer.Option("--file", help="The runtime cache; else that of the settings.")]
+app = typer.Typer(no_args_is_help=True, help="The runtime cache: kernels and tuning results by device.")
+File = Annotated[str | None, typer.Option("--file", help="The runtime cache; default: that of the settings.")]
 Gpu = Annotated[str | None, typer.Option("--gpu", help="Only entries of GPUs whose name contains this.")]
-LOGS = ("", "-wal", "-shm")  # SQLite's files
+SUFFIXES = ("", "-wal", "-shm")  # of SQLite's files
 
 
 def _path(file: str | None) -> str:
@@ -31,9 +31,9 @@ def _path(file: str | None) -> str:
     return path
 
 
-def _held(path: str) -> list[Held]:
+def _devices(path: str) -> list[DeviceSummary]:
     with suppress(FileNotFoundError), closing(RuntimeFile(path)) as cache:
-        return cache.held()
+        return cache.devices()
     return []
 
 
@@ -43,35 +43,35 @@ def _named(gpu: str | None) -> Callable[[DeviceKey], bool]:
 
 @app.command()
 def info(file: File = None, as_json: AsJson = False) -> None:
-    """Say what there is of each device, the most recently used first."""
+    """List the devices with their numbers of entries, the most recently used first."""
     with errors():
         path = _path(file)
-        found = _held(path)
+        found = _devices(path)
     if as_json:
-        print(json.dumps([asdict(held) for held in found], indent=1))
+        print(json.dumps([asdict(summary) for summary in found], indent=1))
         return
-    from rich.console import Console  # a tenth of a second, which only tables have to spend
+    from rich.console import Console  # importing rich takes 0.1 s, and only tables need it
     from rich.markup import escape
     from rich.table import Table
 
     table = Table("GPU", "SM", "driver", "kernels", "tactics", "KiB", "last used", "made by", box=None)
-    for held in found:
-        made = held.device
-        counts = [str(held.counts.get(kind, 0)) for kind in ("kernel", "tactic")]
-        about = f"{held.bytes / 1024:.1f}", time_text(held.used), escape(made.versions)
-        table.add_row(escape(made.name), str(made.sm), str(made.driver), *counts, *about)
+    for summary in found:
+        device = summary.device
+        counts = [str(summary.counts.get(kind, 0)) for kind in ("kernel", "tactic")]
+        about = f"{summary.bytes / 1024:.1f}", time_text(summary.used), escape(device.versions)
+        table.add_row(escape(device.name), str(device.sm), str(device.driver), *counts, *about)
     if found:
         console = Console()
         if not console.is_terminal:
-            console.width = 10_000  # whoever reads this through a pipe gets one line for each device
+            console.width = 10_000  # one line per device in a pipe
         console.print(table, highlight=False)
-    entries, size = sum(sum(held.counts.values()) for held in found), sum(held.bytes for held in found)
+    entries, size = sum(sum(summary.counts.values()) for summary in found), sum(summary.bytes for summary in found)
     print(f"{entries} entries of {len(found)} devices, {size / 1024**2:.1f} MiB, in {path}")
 
 
 @app.command()
 def verify(file: File = None) -> None:
-    """Read every entry and check its digest. Exit status 1 if one is damaged; it stays where it is."""
+    """Read every entry and check its digest. Exit status 1 if one is damaged; damaged entries are not removed."""
     with errors(), closing(RuntimeFile(_path(file))) as cache:
         found = [entry is not None for entry in cache.entries()]
     print(f"{sum(found)} of {len(found)} entries are intact")
@@ -83,7 +83,7 @@ def verify(file: File = None) -> None:
 def export_(
     path: Annotated[Path, typer.Argument(help="The file to write.")], gpu: Gpu = None, file: File = None
 ) -> None:
-    """Write entries to a file that can be shipped: it is a runtime cache itself."""
+    """Write entries to a file to ship; the file is a runtime cache itself."""
     with errors(), closing(RuntimeFile(_path(file))) as cache:
         named = _named(gpu)
         count = export_file((entry for entry in intact(cache) if named(entry.device)), path)
@@ -95,7 +95,7 @@ def import_(
     paths: Annotated[list[Path], typer.Argument(help="Files that `export` wrote, or other runtime caches.")],
     file: File = None,
 ) -> None:
-    """Take in the entries of files that are new or newer; running programs may use the cache meanwhile."""
+    """Import entries that are new or newer; running programs may use the cache meanwhile."""
     limit = RuntimeSettings().runtime_cache_size
     for path in paths:
         with errors(), closing(RuntimeFile(path)) as other, closing(RuntimeFile(_path(file), create=True)) as cache:
@@ -105,65 +105,65 @@ def import_(
 
 @app.command()
 def generate(
-    engine: Annotated[Path, typer.Argument(help="An engine; its regions get kernels.")],
-    gpu: Annotated[str, typer.Option("--gpu", help="The GPU's name, as CUDA gives it.")],
+    engine: Annotated[Path, typer.Argument(help="The engine to compile kernels for.")],
+    gpu: Annotated[str, typer.Option("--gpu", help="The GPU's name, as CUDA reports it.")],
     sm: Annotated[int, typer.Option("--sm", help="Its SM version: 89.")],
-    driver: Annotated[int, typer.Option("--driver", help="The oldest driver, as CUDA counts: 12080.")],
-    size: Annotated[list[str] | None, typer.Option("--size", help="Of a symbol: s77=8. Else: for any sizes.")] = None,
+    driver: Annotated[int, typer.Option("--driver", help="The oldest driver, as CUDA reports it: 12080.")],
+    size: Annotated[list[str] | None, typer.Option("--size", help="A dynamic size: s77=8. Default: any size.")] = None,
     file: File = None,
 ) -> None:
-    """Compile the kernels of an engine for a GPU that need not be here, so that its first process finds them."""
-    from torch_rtx import engine as engine_file  # these take their time, and no other command needs them
+    """Compile the kernels of an engine for a GPU that this machine need not have, to ship with the engine."""
+    from torch_rtx import engine as engine_file  # slow imports that only this command needs
     from torch_rtx.backend.profile_cli import sizes_given
-    from torch_rtx.runtime.tools import pregenerate
+    from torch_rtx.runtime.tuning_context import pregenerate
 
     with errors():
         graph = engine_file.load(engine).graph
         sizes = sizes_given(graph, size) if size else {}
         count = pregenerate(graph, sizes, DeviceKey(gpu, sm, driver, ""), _path(file))
-    print(f"{count} kernels for {gpu}")
+    print(f"{count} regions for {gpu}")
 
 
 @app.command()
 def prune(
-    size: Annotated[str | None, typer.Option("--size", help="Keep at most so much: 100M, 2G.")] = None,
-    days: Annotated[float | None, typer.Option("--days", help="Remove what was not used for so many days.")] = None,
+    size: Annotated[str | None, typer.Option("--size", help="Keep at most this size: 100M, 2G.")] = None,
+    days: Annotated[float | None, typer.Option("--days", help="Remove entries unused for this many days.")] = None,
     outdated: Annotated[
-        bool, typer.Option("--outdated", help="Remove what other versions made than those that were used last.")
+        bool, typer.Option("--outdated", help="Remove entries of versions other than the most recently used ones.")
     ] = False,
-    gpu: Annotated[str | None, typer.Option("--gpu", help="Remove what is of GPUs whose name contains this.")] = None,
+    gpu: Annotated[str | None, typer.Option("--gpu", help="Remove entries of GPUs whose name contains this.")] = None,
     file: File = None,
 ) -> None:
     """Remove entries; without options, the least recently used beyond the size of the settings."""
     removed, left = 0, 0
     with errors():
         path = _path(file)
-        held = _held(path)
-        latest = {one.device.sm: one.device.versions for one in reversed(held)}  # the most recently used comes last
+        devices = _devices(path)
+        latest = {one.device.sm: one.device.versions for one in reversed(devices)}  # the most recently used one wins
 
-        def goes(kind: str, device: DeviceKey) -> bool:
-            other = outdated and latest.get(device.sm) != device.versions
-            return other or (gpu is not None and _named(gpu)(device))
+        def removes(kind: str, device: DeviceKey) -> bool:
+            is_outdated = outdated and latest.get(device.sm) != device.versions
+            return is_outdated or (gpu is not None and _named(gpu)(device))
 
         limit = size_of(size) if size is not None else RuntimeSettings().runtime_cache_size
         with suppress(FileNotFoundError), closing(RuntimeFile(path)) as cache:
-            removed = cache.prune(limit, None if days is None else time.time() - days * 86400, goes)
+            removed = cache.prune(limit, None if days is None else time.time() - days * 86400, removes)
             left = cache.size()[0]
     print(f"removed {removed} entries; {left} are left")
 
 
 @app.command()
 def clear(file: File = None) -> None:
-    """Remove every entry, and damaged files that were set aside; running programs may use the cache meanwhile."""
+    """Remove every entry and all renamed damaged files; running programs may use the cache meanwhile."""
     removed = 0
     with errors():
         path = _path(file)
-        old = {f".damaged{log}" for log in LOGS}
+        old = {f".damaged{suffix}" for suffix in SUFFIXES}
         try:
             with suppress(FileNotFoundError), closing(RuntimeFile(path)) as cache:
                 removed = cache.prune(which=lambda kind, device: True)
         except CacheDamaged:
-            old |= set(LOGS)
+            old |= set(SUFFIXES)
         for suffix in old:
             Path(path + suffix).unlink(missing_ok=True)
     print(f"removed {removed} entries")

@@ -1,3 +1,3 @@
-"""The engine cache: keys of named parts, stores of bytes, entries. The runtime cache: one file of what was learnt on
-devices. Both need nothing of the package but its errors.
+"""The engine cache: keys of named parts, byte stores, entries. The runtime cache: one file of kernels and tuning
+results by device. Both import nothing of the package except its errors.
 """

@@ -1,4 +1,4 @@
-"""Entries in one file, to take them to another machine: a tar of `NAME.rtxcache`, read with nothing taken on trust."""
+"""Export and import of entries as one file, an untrusted tar of `NAME.rtxcache` members."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MEMBER = re.compile(f"({NAME.pattern}){re.escape(SUFFIX)}")
 
 
 def export_entries(store: Store, names: Sequence[str], path: str | os.PathLike[str]) -> int:
-    """Write the entries `names` to the file `path`, all or nothing. Returns how many: one may be gone by now.
+    """Write the entries `names` to the file `path` atomically, without those evicted meanwhile. Returns their number.
 
     Raises:
         CacheError: an entry is damaged.
@@ -45,10 +45,10 @@ def export_entries(store: Store, names: Sequence[str], path: str | os.PathLike[s
 
 
 def import_entries(store: Store, path: str | os.PathLike[str]) -> int:
-    """Put the entries of the file `path` into `store`, after every one of them was found intact. Returns how many.
+    """Check every entry of the file `path`, then put all of them into `store`. Returns their number.
 
     Raises:
-        CacheError: the file is no such archive, or something in it is no intact entry; nothing was kept.
+        CacheError: the file is not such an archive, or a member is not an intact entry; nothing was imported.
         OSError: the file can't be read, or the store can't be written.
     """
     for _ in _entries(path):
@@ -67,9 +67,9 @@ def _entries(path: str | os.PathLike[str]) -> Iterator[tuple[str, bytes]]:
                 match = MEMBER.fullmatch(member.name)
                 file = archive.extractfile(member) if match and member.isreg() and not member.issparse() else None
                 if match is None or file is None:
-                    raise CacheError(f"{member.name!r} in the archive is no entry")
+                    raise CacheError(f"{member.name!r} in the archive is not an entry")
                 data = file.read()
                 unpack(match[1], data)
                 yield match[1], data
     except (tarfile.TarError, EOFError) as error:
-        raise CacheError(f"{os.fspath(path)} is no archive of entries: {error}") from None
+        raise CacheError(f"{os.fspath(path)} is not an archive of entries: {error}") from None

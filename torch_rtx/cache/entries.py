@@ -1,4 +1,4 @@
-"""Entries: a key and a body as one piece of bytes, every one of which a digest covers; and the cache over a store.
+"""Entries, which serialize a key and a body with digests over every byte; and the cache of entries in a store.
 
     8 bytes magic | lengths of head and body | digest of the body | digest of all before and of the head | head | body
 
@@ -28,13 +28,13 @@ log = logging.getLogger("torch_rtx.cache")
 MAGIC = b"rtxcach2"
 PREFIX = struct.Struct("<8sIQ32s")
 START = PREFIX.size + 32
-FIRST_READ = 1 << 16  # holds the head of nearly every entry
-MAX_COMPARED = 64  # the most recently used entries that a miss is compared with
+HEAD_READ_BYTES = 1 << 16  # enough for the head of nearly every entry
+MAX_COMPARED = 64  # most recently used entries to compare a miss with
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What an entry says about itself: its key, the size of its body, and when it was made, in seconds since 1970."""
+    """The head of an entry: its key, the size of its body, and its creation time in seconds since 1970."""
 
     key: Key
     body_bytes: int
@@ -42,7 +42,7 @@ class Head:
 
 
 def pack(key: Key, body: bytes) -> bytes:
-    """An entry."""
+    """Serialize an entry."""
     parts = {name: [part.digest, part.text] for name, part in key.parts.items()}
     head = json.dumps({"parts": parts, "created": time.time()}).encode()
     prefix = PREFIX.pack(MAGIC, len(head), len(body), hashlib.sha256(body).digest())
@@ -53,7 +53,7 @@ def unpack(name: str, data: bytes) -> tuple[Head, bytes]:
     """Head and body of the entry called `name`.
 
     Raises:
-        CacheError: the bytes are no entry, another one, or damaged.
+        CacheError: the bytes are not this entry, or damaged.
     """
     head, end = _head(name, data)
     body = data[end:]
@@ -63,9 +63,9 @@ def unpack(name: str, data: bytes) -> tuple[Head, bytes]:
 
 
 def _head(name: str, data: bytes) -> tuple[Head, int]:
-    """The head of an entry, and where its body begins; `data` may end anywhere after the head."""
+    """The head of an entry, and the offset of its body; `data` may be truncated after the head."""
     if len(data) < START or not data.startswith(MAGIC):
-        raise CacheError(f"entry {name} is no entry of this version of the cache")
+        raise CacheError(f"entry {name} is not of this version of the cache")
     _, length, body_bytes, _ = PREFIX.unpack_from(data)
     end = START + length
     if hashlib.sha256(data[: PREFIX.size] + data[START:end]).digest() != data[PREFIX.size : START]:
@@ -75,16 +75,16 @@ def _head(name: str, data: bytes) -> tuple[Head, int]:
         key = Key({str(part): Part(str(digest), str(text)) for part, (digest, text) in fields["parts"].items()})
         head = Head(key, body_bytes, float(fields["created"]))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CacheError(f"entry {name} has a head that is none: {error}") from None
+        raise CacheError(f"entry {name} has an invalid head: {error}") from None
     if key.digest != name:
-        raise CacheError(f"entry {name} holds the key {key.digest}")
+        raise CacheError(f"entry {name} has the key {key.digest}")
     return head, end
 
 
 class EngineCache:
-    """Bodies by key in a `Store`. What a store does wrong does not reach the caller: it is a miss, with one warning."""
+    """Bodies by key in a `Store`. A failure of the store is a miss with one warning, never an exception."""
 
-    _warned: set[object] = set()  # one per process: a full disk is said once, not once per model
+    _warned: set[object] = set()  # per process: one warning for a full disk, not one per model
     _building: WeakValueDictionary[str, _Lock] = WeakValueDictionary()
     _guard = threading.Lock()
 
@@ -93,22 +93,22 @@ class EngineCache:
 
     @contextmanager
     def building(self, key: Key) -> Iterator[None]:
-        """Held while the engine of `key` is looked up or built, so that threads of this process build it once."""
+        """A lock for the lookup and build of `key`, so that the threads of this process build an engine once."""
         with self._guard:
             lock = self._building.setdefault(key.digest, _Lock())
         with lock.lock:
             yield
 
     def get(self, key: Key) -> bytes | None:
-        """The body that was put under `key`, intact; None, which is a miss, in every other case."""
+        """The intact body stored under `key`; None on a miss or any failure."""
         return self.body(key.digest)
 
     def body(self, name: str) -> bytes | None:
-        """The body of the entry called `name`, which is the digest of its key, as `get`."""
+        """As `get`, by the digest of the key."""
         try:
             data = self.store.get(name)
-        except Exception as error:  # a store may be anybody's code
-            self._warn("the engine cache can't be read, engines are built anew:", error)
+        except Exception as error:  # users may pass their own store
+            self._warn("the engine cache can't be read, engines are rebuilt:", error)
             return None
         if data is None:
             return None
@@ -119,29 +119,29 @@ class EngineCache:
             return None
 
     def put(self, key: Key, body: bytes) -> None:
-        """Keep `body`; a store that can't is a warning."""
+        """Store `body`; a failure of the store is a warning."""
         try:
             self.store.put(key.digest, pack(key, body))
         except Exception as error:
-            self._warn("the engine cache can't be written, this engine is not kept:", error)
+            self._warn("the engine cache can't be written, this engine is not cached:", error)
 
     def discard(self, name: str, why: str) -> None:
-        """Remove an entry that turned out to be of no use, and say so."""
-        log.warning("damaged entry of the engine cache, the engine is built anew: %s", why)
+        """Remove a damaged entry, with a warning."""
+        log.warning("damaged entry of the engine cache, the engine is rebuilt: %s", why)
         try:
             self.store.delete(name)
         except Exception as error:
             self._warn("a damaged entry of the engine cache can't be removed:", error)
 
     def head(self, name: str) -> Head:
-        """The head of an entry; its body is not read.
+        """The head of an entry, read without its body.
 
         Raises:
             CacheError: there is no such entry, or it is damaged.
             OSError: the store can't be read.
         """
-        data = self.store.get(name, FIRST_READ)
-        if data is not None and len(data) == FIRST_READ < START + PREFIX.unpack_from(data)[1]:
+        data = self.store.get(name, HEAD_READ_BYTES)
+        if data is not None and len(data) == HEAD_READ_BYTES < START + PREFIX.unpack_from(data)[1]:
             data = self.store.get(name)
         if data is None:
             raise CacheError(f"there is no entry {name}")
@@ -156,7 +156,7 @@ class EngineCache:
         return sorted(self.store.entries(), key=lambda entry: entry.used, reverse=True)
 
     def explain(self, key: Key) -> str:
-        """Why nothing was found: how `key` differs from the entry that is most like it, of those last used."""
+        """The reason of a miss: how `key` differs from the most similar of the recently used entries."""
         nearest: tuple[str, Key] | None = None
         try:
             for entry in self.entries()[:MAX_COMPARED]:
@@ -182,7 +182,7 @@ class EngineCache:
 
 
 class _Lock:
-    """A lock that a weak dictionary can hold."""
+    """A lock that can be weakly referenced."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()

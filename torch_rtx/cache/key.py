@@ -1,8 +1,8 @@
-"""Keys: what an engine depends on, as named parts that can be compared.
+"""Cache keys: everything that an engine depends on, as named parts that can be compared.
 
-A part is a digest of everything it covers and a text for people, in lines `name: value`. Texts of small parts
-(settings, versions, inputs) are all there is to know; that of a large one (the graph) is a summary. The digest of a key
-is taken over the names and digests of its parts alone. The part `kind` says what the key is one of.
+A part is a digest of its content and a text for people, in lines `name: value`. The text of a small part (settings,
+versions, inputs) is its content; that of a large one (the graph) is a summary. The digest of a key covers the names and
+digests of its parts alone. The part `kind` tells keys of engines from keys of captures.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 DIGEST_BYTES = 20
-SHOWN = 4  # lines of a part's difference that are printed
+SHOWN = 4  # printed lines per part that differs
 
 
 def digest(content: str | bytes) -> str:
@@ -23,7 +23,7 @@ def digest(content: str | bytes) -> str:
 
 
 class Part:
-    """One of the things that an engine depends on: `digest` of all of it, and a text for people."""
+    """A part of a key: the digest of its content, and a text for people."""
 
     __slots__ = ("_text", "digest")
 
@@ -32,7 +32,7 @@ class Part:
 
     @staticmethod
     def of(text: str | Callable[[], str], content: str | bytes | None = None) -> Part:
-        """A part of this `content`; None: the text is all of it. A text that only a miss needs may come later."""
+        """A part with this `content`; None: the text is the content. A callable text is evaluated on first use."""
         if content is None:
             assert isinstance(text, str)
             content = text
@@ -54,28 +54,28 @@ class Key:
 
     @cached_property
     def digest(self) -> str:
-        """The name of the key: equal for equal parts, whatever their order."""
+        """The name of the key, independent of the order of its parts."""
         return digest("".join(f"{name}={part.digest}\n" for name, part in sorted(self.parts.items())))
 
     @property
     def kind(self) -> str:
-        """What this is a key of: `engine` or `capture`."""
+        """The kind of entry: `engine` or `capture`."""
         return self.parts["kind"].text if "kind" in self.parts else "unknown"
 
     def differing(self, other: Key) -> list[str]:
-        """The names of the parts that are not the same in both keys."""
+        """The names of the parts that differ between the keys."""
         names = [*self.parts, *(name for name in other.parts if name not in self.parts)]
         return [name for name in names if _digest_of(self, name) != _digest_of(other, name)]
 
     def why(self, other: Key) -> list[str]:
-        """What `other` has differently, one line per part: names, the values here, an arrow, the values there."""
+        """One line per part that differs: names, the values of this key, an arrow, the values of `other`."""
         return [f"{name}: {_compare(_lines(self, name), _lines(other, name))}" for name in self.differing(other)]
 
 
 def _compare(here: dict[str, str], there: dict[str, str]) -> str:
     labels = [label for label in {**here, **there} if here.get(label) != there.get(label)]
     if not labels:
-        return "the outline is the same, the details are not"
+        return "equal summaries, different content"
     shown = [f"{label} {here.get(label, 'none')} -> {there.get(label, 'none')}" for label in labels[:SHOWN]]
     return "; ".join(shown) + (f"; and {len(labels) - SHOWN} more" if len(labels) > SHOWN else "")
 

@@ -1,8 +1,7 @@
-"""The runtime cache: what was learnt on a device while programs ran, shared by processes and kept in one file.
+"""The runtime cache: kernels compiled just in time and measured tactics, in one file that processes share.
 
-Kernels that were compiled just in time and tactics that were chosen by measuring are entries: bytes under a kind and a
-key, with the device that they were learnt on. A caller never waits for the file to be written, and nothing that is
-wrong with it reaches the caller: a file that can't be used is a warning, and the cache then works in memory.
+An entry is bytes under a kind, a key and the device that it was created on. Callers never wait for a write, and
+failures of the file never reach them: an unusable file is a warning, and the cache then works in memory.
 """
 
 from __future__ import annotations
@@ -26,34 +25,34 @@ from torch_rtx.cache.runtime_file import (
     export_file,
     identity_of,
     is_busy,
-    set_aside,
+    rename_damaged,
 )
 from torch_rtx.errors import CacheDamaged, CacheError
 
 log = logging.getLogger("torch_rtx.cache")
 
-MEMORY = 64 << 20  # most bytes of values that a process holds, and most that wait for a file that can't be written
-GATHER = 0.05  # seconds that the writer waits for more to write at once
-RETRY = 5.0  # seconds until a file that could not be used is tried again
-READ_TIMEOUT, WRITE_TIMEOUT = 0.05, 2.0  # seconds to wait for other processes that hold the file
-CLOSE_TIMEOUT = 5.0
+MEMORY_BYTES = 64 << 20  # limit of the values in memory, and of those that wait for an unwritable file
+BATCH_SECONDS = 0.05  # the writer waits this long for more entries to write at once
+RETRY_SECONDS = 5.0  # between attempts to use a file that failed
+READ_TIMEOUT, WRITE_TIMEOUT = 0.05, 2.0  # seconds to wait for locks of other processes
+CLOSE_TIMEOUT = 5.0  # seconds
 NEVER, GONE, DAMAGED, UNUSABLE = "never met", "evicted meanwhile", "damaged", "the file can't be used"
 
-_warned: set[tuple[str, str]] = set()  # of this process: a full disk is said once, not once per session
+_warned: set[tuple[str, str]] = set()  # per process: one warning for a full disk, not one per session
 _caches: set[RuntimeCache] = set()
-_held: list[threading.Lock] = []  # while the process forks
-_abandoned: list[RuntimeFile | None] = []  # connections of the process that this one was forked from
+_fork_locks: list[threading.Lock] = []  # acquired during a fork
+_abandoned: list[RuntimeFile | None] = []  # connections of the parent process; a forked child must not close them
 
 
 @dataclass(frozen=True)
 class RuntimeCacheStats:
-    """What a cache did in this process, and what its file holds.
+    """Counters of a cache in this process, and the size of its file.
 
     Attributes:
-        hits: how often an entry was found.
-        misses: how often none was, by reason.
-        entries, bytes: what the file holds, of all devices; 0 if it can't be read.
-        waiting: entries that are not written yet.
+        hits: number of lookups that found an entry.
+        misses: number of other lookups, by reason.
+        entries, bytes: size of the file, over all devices; 0 if it can't be read.
+        waiting: number of entries not written yet.
         problem: why the file can't be used now; None if it can.
     """
 
@@ -65,11 +64,11 @@ class RuntimeCacheStats:
     problem: str | None
 
 
-def obstacle(kind: str, made: DeviceKey, here: DeviceKey) -> tuple[int, str] | None:
-    """Why an entry that was learnt on `made` does not apply to `here`, after how far off it is; None if it applies.
+def mismatch(kind: str, made: DeviceKey, here: DeviceKey) -> tuple[int, str] | None:
+    """(severity, reason) why an entry created on `made` does not apply to `here`; None if it applies.
 
-    Binaries run on GPUs of their SM version, with the driver that they were made with or a newer one; measured choices
-    are those of one GPU model. Both are for the versions that made them.
+    Binaries run on GPUs of their SM version, with their driver version or a newer one. Measured tactics are valid for
+    one GPU model. Both are valid only for the versions that created them.
     """
     if made.sm != here.sm or (kind == "tactic" and made.name != here.name):
         return 3, f"another GPU: {made.name}"
@@ -81,33 +80,32 @@ def obstacle(kind: str, made: DeviceKey, here: DeviceKey) -> tuple[int, str] | N
 
 
 class RuntimeCache:
-    """Entries for one device, in memory and in the file `path`, which holds those of other devices too.
+    """Entries of one device, in memory and in the file `path`, which may have entries of other devices, too.
 
-    A file that is damaged, locked or can't be written never raises: it is logged once. A damaged one is renamed to
-    `path.damaged`, and a new one begun; one that another release or program made is left alone. All methods may be
-    called from many threads.
+    A damaged, locked or unwritable file never raises: it is logged once. A damaged file is renamed to `path.damaged`
+    and replaced by a new one; a file of a newer release or another program is not touched. Thread-safe.
 
     Args:
-        path: the file; it is made when there is something to write.
-        device: what entries are put for and looked up for.
-        size: most bytes of the file; the entries that were used least recently go first.
+        path: the file; the first write creates it.
+        device: the device of all entries to put and get.
+        size: limit of the file in bytes; the least recently used entries are evicted.
     """
 
     def __init__(self, path: str | os.PathLike[str], device: DeviceKey, *, size: int = 512 << 20) -> None:
         self.path, self.device, self.size = os.path.abspath(os.fspath(path)), device, size
         self._hits, self._misses = 0, Counter[str]()
-        self._recent = _Recent(MEMORY)
+        self._recent = _LruCache(MEMORY_BYTES)
         self._problem: str | None = None
         self._closed = False
-        self._start_over()
+        self._reset()
         _caches.add(self)
         with self._reading:
-            self._reader_now()
+            self._open_reader()
 
-    def _start_over(self) -> None:
-        """No locks, thread, connections or work: as a new cache, and in a forked process, has none."""
-        self._changed = threading.Condition()  # and the lock of everything in memory
-        self._reading, self._writing = threading.Lock(), threading.Lock()  # of a connection each; taken before it
+    def _reset(self) -> None:
+        """Reset to the state of a new cache: new locks; no thread, connections or pending writes."""
+        self._changed = threading.Condition()  # also guards all state in memory
+        self._reading, self._writing = threading.Lock(), threading.Lock()  # one per connection; acquired first
         self._reader: RuntimeFile | None = None
         self._writer: RuntimeFile | None = None
         self._thread: threading.Thread | None = None
@@ -120,10 +118,10 @@ class RuntimeCache:
     # ---- foreground ----
 
     def get(self, kind: str, key: str) -> bytes | None:
-        """The value that was put under a kind, "kernel" or "tactic", and a key, and applies to this device.
+        """The value under a kind, "kernel" or "tactic", and a key that applies to this device; None on a miss.
 
         Raises:
-            CacheError: there is no such kind, or the key is no text.
+            CacheError: the kind is unknown, or the key can't be encoded as UTF-8.
         """
         _check(kind, key)
         with self._changed:
@@ -144,10 +142,10 @@ class RuntimeCache:
         return value
 
     def put(self, kind: str, key: str, value: bytes) -> None:
-        """Keep a value for this device. It is found from now on, and written in the background.
+        """Store a value for this device. `get` returns it at once; a background thread writes it.
 
         Raises:
-            CacheError: there is no such kind, or the key is no text.
+            CacheError: the kind is unknown, or the key can't be encoded as UTF-8.
         """
         _check(kind, key)
         entry = Entry(kind, key, self.device, value, time.time())
@@ -158,10 +156,10 @@ class RuntimeCache:
                 self._wake()
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Write now what is waiting, and when entries were used. Whether the file has all of it.
+        """Write all pending entries and times of use now. Returns True if the file has all of them.
 
         Args:
-            timeout: seconds to wait for the background thread; None: as long as it takes, which is limited.
+            timeout: seconds to wait for the background thread; None: no limit, though the thread has its own.
         """
         if not self._writing.acquire(timeout=-1 if timeout is None else timeout):
             return False
@@ -171,7 +169,7 @@ class RuntimeCache:
             self._writing.release()
 
     def close(self) -> None:
-        """Write what is waiting and let go of the file. What is put later stays in memory. Done at exit, too."""
+        """Write all pending entries and close the file. Later puts stay in memory. Runs at exit, too."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -182,30 +180,30 @@ class RuntimeCache:
         with self._reading:
             self._close_reader()
             self._read_again = float("inf")
-        if self._writing.acquire(timeout=0):  # else the thread hangs in a file system
+        if self._writing.acquire(timeout=0):  # else the background thread hangs in the file system
             self._close_writer()
             self._writing.release()
         _caches.discard(self)
 
     @property
     def stats(self) -> RuntimeCacheStats:
-        """Hits, misses by reason, and what the file holds."""
+        """Hits, misses by reason, and the size of the file."""
         entries = size = 0
         with self._reading:
-            file = self._reader_now()
+            file = self._open_reader()
             if file is not None:
                 try:
                     entries, size = file.size()
                 except CacheError as error:
-                    self._lost_reader(error)
+                    self._drop_reader(error)
         with self._changed:
             waiting, problem = len(self._waiting), self._problem
             return RuntimeCacheStats(self._hits, dict(self._misses), entries, size, waiting, problem)
 
-    # ---- whole files ----
+    # ---- export and import ----
 
     def save(self, path: str | os.PathLike[str]) -> int:
-        """Write all entries, of all devices, to a file of their own, in place of `path`. Returns how many.
+        """Export all entries, of all devices, to the file `path`, replacing it. Returns their number.
 
         Raises:
             CacheError: the new file can't be written, or is in use.
@@ -214,7 +212,7 @@ class RuntimeCache:
         return export_file(self._entries(), path)
 
     def _entries(self) -> Iterator[Entry]:
-        """Every intact entry: those of the file, then those that could not be written."""
+        """Every intact entry: those of the file, then those not written yet."""
         with self._changed:
             waiting = list(self._waiting.values())
         try:
@@ -223,16 +221,16 @@ class RuntimeCache:
         except FileNotFoundError:
             pass
         except CacheError as error:
-            self._warn("can't be read, what is in memory is saved alone:", error)
+            self._warn("can't be read, only the entries in memory are saved:", error)
         yield from waiting
 
     def load(self, path: str | os.PathLike[str]) -> int:
-        """Take in the entries of a file that `save` wrote, or of another process's cache: those that are new or newer.
-        Others may use both files meanwhile. Returns how many; damaged ones are left out, with a warning.
+        """Merge new and newer entries of a file that `save` wrote, or of another cache. Other processes may use both
+        files meanwhile. Returns the number of merged entries; damaged ones are skipped with a warning.
 
         Raises:
-            FileNotFoundError: there is no file, or nothing in it.
-            CacheError: it is no runtime cache, or of a newer release.
+            FileNotFoundError: the file does not exist or is empty.
+            CacheError: it is not a runtime cache, or of a newer release.
         """
         self.flush()
         with closing(RuntimeFile(path)) as other:
@@ -240,21 +238,21 @@ class RuntimeCache:
                 with closing(RuntimeFile(self.path, create=True, timeout=WRITE_TIMEOUT)) as own:
                     return own.merge(intact(other), self.size)
             except CacheError as error:
-                self._warn("can't be written, what applies is loaded into memory:", error)
+                self._warn("can't be written, entries for this device are loaded into memory:", error)
             count = 0
             for entry in intact(other):
-                if obstacle(entry.kind, entry.device, self.device) is None:
+                if mismatch(entry.kind, entry.device, self.device) is None:
                     self.put(entry.kind, entry.key, entry.value)
                     count += 1
             return count
 
     def prune(self, *, size: int | None = None, days: float | None = None, inapplicable: bool = False) -> int:
-        """Remove entries from the file. Returns how many.
+        """Remove entries from the file. Returns their number.
 
         Args:
-            size: bytes that may stay; the least recently used entries go.
-            days: entries that were not used for so long go.
-            inapplicable: entries of this GPU go that can't apply to it any more: made by other versions, or with a
+            size: limit in bytes; removes the least recently used entries beyond it.
+            days: removes entries unused for this many days.
+            inapplicable: removes entries of this GPU that no longer apply to it: those of other versions, or of a
                 newer driver.
 
         Raises:
@@ -262,7 +260,7 @@ class RuntimeCache:
         """
 
         def outdated(kind: str, made: DeviceKey) -> bool:
-            found = obstacle(kind, made, self.device)
+            found = mismatch(kind, made, self.device)
             return found is not None and found[0] < 3
 
         self.flush()
@@ -276,22 +274,22 @@ class RuntimeCache:
     # ---- reading ----
 
     def _read(self, kind: str, key: str) -> tuple[bytes | None, str]:
-        """The value in the file, or why there is none."""
+        """The value in the file, or None and the reason of the miss."""
         with self._reading:
-            file = self._reader_now()
+            file = self._open_reader()
             if file is None:
                 return None, UNUSABLE if self._problem else NEVER
             try:
                 return self._look_up(file, kind, key)
             except CacheError as error:
-                self._lost_reader(error)
+                self._drop_reader(error)
                 return None, UNUSABLE
 
     def _look_up(self, file: RuntimeFile, kind: str, key: str) -> tuple[bytes | None, str]:
-        found = [(obstacle(kind, made, self.device), row, made) for row, made in file.find(kind, key)]
-        fitting = [(made.driver, made.name == self.device.name, row) for why, row, made in found if why is None]
+        found = [(mismatch(kind, made, self.device), row, made) for row, made in file.find(kind, key)]
+        candidates = [(made.driver, made.name == self.device.name, row) for why, row, made in found if why is None]
         reason = min((why for why, _, _ in found if why is not None), default=(0, NEVER))[1]
-        for *_, row in sorted(fitting, reverse=True):
+        for *_, row in sorted(candidates, reverse=True):
             read = file.read(row)
             if read is None:
                 reason = GONE
@@ -301,32 +299,32 @@ class RuntimeCache:
                 with self._changed:
                     self._uses[row] = time.time()
                 return entry.value, ""
-            self._warn("has an entry that is damaged and of no use:", CacheError(f"{kind} {key}"))
+            self._warn("has a damaged entry, which is ignored:", CacheError(f"{kind} {key}"))
             reason = DAMAGED
             with self._changed:
                 self._bad.add((row, digest))
                 self._wake()
         return None, reason
 
-    def _reader_now(self) -> RuntimeFile | None:
-        """The connection to read with; None if the file can't be read now. `_reading` is held."""
+    def _open_reader(self) -> RuntimeFile | None:
+        """The connection to read with, opened on demand; None if the file can't be read now. Requires `_reading`."""
         if self._reader is None and time.monotonic() >= self._read_again:
             identity = identity_of(self.path)
             try:
                 self._reader = RuntimeFile(self.path, timeout=READ_TIMEOUT)
                 self._problem = None
             except FileNotFoundError:
-                pass  # it comes with the first thing to write
+                pass  # the first write creates it
             except CacheError as error:
-                self._lost_reader(error, identity)
+                self._drop_reader(error, identity)
         return self._reader
 
-    def _lost_reader(self, error: CacheError, identity: Identity | None = None) -> None:
-        """After an error: read nothing for a while, and let the background thread see to a damaged file."""
+    def _drop_reader(self, error: CacheError, identity: Identity | None = None) -> None:
+        """After an error: close the reader until the next retry; the background thread renames a damaged file."""
         if self._reader is not None and isinstance(error, CacheDamaged):
             identity = self._reader.identity
         self._close_reader()
-        self._read_again = time.monotonic() + RETRY
+        self._read_again = time.monotonic() + RETRY_SECONDS
         self._problem = error.message
         if not isinstance(error, CacheDamaged):
             self._warn("can't be read:", error)
@@ -338,12 +336,12 @@ class RuntimeCache:
     # ---- writing ----
 
     def _wake(self) -> None:
-        """Have the background thread look for work. `_changed` is held."""
+        """Notify the background thread; starts it on demand. Requires `_changed`."""
         if self._thread is None and not self._closed:
             thread = threading.Thread(target=self._run, name="torch_rtx runtime cache", daemon=True)
             try:
                 thread.start()
-            except RuntimeError:  # the interpreter ends: `close` writes what is left
+            except RuntimeError:  # the interpreter is shutting down: `close` writes the pending entries
                 return
             self._thread = thread
         self._changed.notify_all()
@@ -355,7 +353,7 @@ class RuntimeCache:
                 while not self._closed and not self._due():
                     work = self._waiting or self._bad or self._damaged
                     self._changed.wait(max(self._write_again - time.monotonic(), 0.0) if work else None)
-                self._changed.wait_for(lambda: self._closed, GATHER)
+                self._changed.wait_for(lambda: self._closed, BATCH_SECONDS)
             if not self._closed:
                 with self._writing:
                     self._write()
@@ -365,28 +363,28 @@ class RuntimeCache:
         return bool(work) and time.monotonic() >= self._write_again
 
     def _write(self) -> bool:
-        """Write what is waiting now. Whether the file has it; `_writing` is held."""
+        """Write all pending entries. Returns True if the file has them. Requires `_writing`."""
         with self._changed:
             entries, uses, bad = list(self._waiting.values()), dict(self._uses), set(self._bad)
             if not (entries or uses or bad or self._damaged):
                 return True
-        for _ in range(2):  # the second time to a new file
+        for _ in range(2):  # the second attempt writes to a new file
             try:
-                file = self._writer_now()
+                file = self._open_writer()
                 if entries or uses or bad:
-                    file.write(self._kept(entries), self.size, uses=uses.items(), damaged=bad)
+                    file.write(self._within_limit(entries), self.size, uses=uses.items(), damaged=bad)
             except CacheDamaged as error:
                 self._damaged = self._damaged or (self._writer.identity if self._writer else identity_of(self.path))
                 uses, bad = {}, set()  # rows of the damaged file
                 log.debug("%s", error)
             except CacheError as error:
-                if not (entries or bad or self._damaged):  # times of use alone, of a file that can only be read
+                if not (entries or bad or self._damaged):  # only times of use, and the file is read-only
                     self._written(entries, uses, bad)
                     return True
                 self._not_written(error)
                 return False
-            except Exception:  # of a caller's values or ours: to try again would keep all that follows from the file
-                log.warning("%d entries of the runtime cache can't be kept:", len(entries), exc_info=True)
+            except Exception:  # drop the entries: they would fail again and block all later ones
+                log.warning("%d entries of the runtime cache can't be written:", len(entries), exc_info=True)
                 self._written(entries, uses, bad)
                 return False
             else:
@@ -395,12 +393,12 @@ class RuntimeCache:
         self._not_written(CacheError(f"{self.path} is damaged"))
         return False
 
-    def _kept(self, entries: list[Entry]) -> Iterator[Entry]:
+    def _within_limit(self, entries: list[Entry]) -> Iterator[Entry]:
         for entry in entries:
             if len(entry.value) <= self.size:
                 yield entry
             else:
-                log.info("%s %s is larger than the whole runtime cache may be", entry.kind, entry.key)
+                log.info("%s %s exceeds the size limit of the runtime cache", entry.kind, entry.key)
 
     def _written(self, entries: list[Entry], uses: dict[int, float], bad: set[tuple[int, bytes]]) -> None:
         with self._changed:
@@ -414,27 +412,27 @@ class RuntimeCache:
                 self._read_again = 0.0
 
     def _not_written(self, error: CacheError) -> None:
-        self._warn("can't be written, what is learnt stays in memory:", error)
+        self._warn("can't be written, new entries stay in memory:", error)
         with self._changed:
             self._problem = error.message
-            self._write_again = time.monotonic() + RETRY
-            excess = sum(len(entry.value) for entry in self._waiting.values()) - MEMORY
+            self._write_again = time.monotonic() + RETRY_SECONDS
+            excess = sum(len(entry.value) for entry in self._waiting.values()) - MEMORY_BYTES
             while excess > 0:
                 excess -= len(self._waiting.pop(next(iter(self._waiting))).value)
 
-    def _writer_now(self) -> RuntimeFile:
-        """The connection to write with, to the file that has our name now; a damaged one is out of the way before."""
+    def _open_writer(self) -> RuntimeFile:
+        """The connection to write with, to the file now at `path`; renames a damaged file first."""
         if self._damaged is not None:
-            self._set_aside(self._damaged)
+            self._replace_damaged(self._damaged)
         here = identity_of(self.path)
         if any(file is not None and file.identity != here for file in (self._writer, self._reader)):
-            self._let_go()  # somebody removed the file, or set it aside
+            self._disconnect()  # another process removed or renamed the file
         if self._writer is None:
             self._writer = RuntimeFile(self.path, create=True, timeout=WRITE_TIMEOUT)
         return self._writer
 
-    def _let_go(self) -> None:
-        """Close both connections to a file that is not ours any more; its rows are others than those of the next."""
+    def _disconnect(self) -> None:
+        """Close both connections to a removed or renamed file, and forget its row numbers."""
         with self._reading:
             self._close_reader()
             self._read_again = 0.0
@@ -452,26 +450,26 @@ class RuntimeCache:
             self._writer.close()
         self._writer = None
 
-    def _set_aside(self, identity: Identity) -> None:
-        self._let_go()
+    def _replace_damaged(self, identity: Identity) -> None:
+        self._disconnect()
         try:
-            kept = set_aside(self.path, identity)
+            renamed = rename_damaged(self.path, identity)
         except OSError as error:
             raise CacheError(f"{self.path} is damaged and can't be renamed: {error}") from None
         self._damaged = None
-        if kept is not None:
-            log.warning("the runtime cache %s is damaged; it is kept as %s, and a new one begun", self.path, kept)
+        if renamed is not None:
+            log.warning("the runtime cache %s is damaged and was renamed to %s", self.path, renamed)
 
     def _warn(self, what: str, error: CacheError) -> None:
         if (what, error.message) not in _warned:
             _warned.add((what, error.message))
-            # A reader that comes while a file is begun finds it later; a writer warns if the file stays locked.
+            # A reader may find the file locked by its creator and retries; a writer warns if the lock persists.
             level = logging.INFO if is_busy(error) and what == "can't be read:" else logging.WARNING
             log.log(level, "the runtime cache %s %s %s", self.path, what, error)
 
 
-class _Recent:
-    """Values by key, at most `limit` bytes of them: the least recently used go first."""
+class _LruCache:
+    """Values by key, at most `limit` bytes of them; evicts the least recently used."""
 
     def __init__(self, limit: int) -> None:
         self._values: OrderedDict[tuple[str, str], bytes] = OrderedDict()
@@ -491,7 +489,7 @@ class _Recent:
 
 
 def intact(file: RuntimeFile) -> Iterator[Entry]:
-    """The entries of a file but the damaged ones, which are a warning."""
+    """The intact entries of a file; warns of damaged ones."""
     damaged = 0
     try:
         for entry in file.entries():
@@ -500,19 +498,19 @@ def intact(file: RuntimeFile) -> Iterator[Entry]:
             else:
                 yield entry
     except CacheDamaged as error:
-        log.warning("the rest of a runtime cache is left out: %s", error)
+        log.warning("the rest of a runtime cache is skipped: %s", error)
     if damaged:
-        log.warning("%d damaged entries of the runtime cache %s are left out", damaged, file.path)
+        log.warning("%d damaged entries of the runtime cache %s are skipped", damaged, file.path)
 
 
 def _check(kind: str, key: str) -> None:
     if kind not in KINDS:
-        raise CacheError(f"{kind!r} is no kind of entry", hint=f"kinds are {', '.join(KINDS)}")
+        raise CacheError(f"unknown kind of entry {kind!r}", hint=f"kinds are {', '.join(KINDS)}")
     if not key.isascii():
         try:
             key.encode()
         except UnicodeEncodeError:
-            raise CacheError(f"the key {key!r} is no text", hint="keys are texts that UTF-8 can hold") from None
+            raise CacheError(f"the key {key!r} can't be encoded as UTF-8") from None
 
 
 def _close_all() -> None:
@@ -521,23 +519,23 @@ def _close_all() -> None:
 
 
 def _before_fork() -> None:
-    """No thread is inside of SQLite while the process forks: its locks would be held for ever in the new one."""
+    """Keep all threads out of SQLite during a fork: the child would inherit locks that nobody releases."""
     for cache in list(_caches):
-        _held.extend(lock for lock in (cache._writing, cache._reading) if lock.acquire(timeout=READ_TIMEOUT))
+        _fork_locks.extend(lock for lock in (cache._writing, cache._reading) if lock.acquire(timeout=READ_TIMEOUT))
 
 
 def _after_fork_in_parent() -> None:
-    while _held:
-        _held.pop().release()
+    while _fork_locks:
+        _fork_locks.pop().release()
 
 
 def _after_fork_in_child() -> None:
-    """Begin anew: SQLite's connections must not be used, nor closed, on both sides of a fork. What is waiting is
-    written by the process that it was put in."""
-    _held.clear()
+    """Reset every cache: a child must neither use nor close its parent's SQLite connections. The parent writes its own
+    pending entries."""
+    _fork_locks.clear()
     for cache in _caches:
         _abandoned.extend((cache._reader, cache._writer))
-        cache._start_over()
+        cache._reset()
 
 
 atexit.register(_close_all)

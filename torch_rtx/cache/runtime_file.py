@@ -1,10 +1,10 @@
-"""The file of the runtime cache: an SQLite database of entries that were learnt on devices, for many processes at once.
+"""The file of the runtime cache: an SQLite database of entries by kind, key and device, shared by many processes.
 
     application_id, user_version | entry (id, kind, key, name, sm, driver, versions, created, used, digest, value)
 
-One row is one entry, and its digest covers all that says what it is and what it applies to. The file is in WAL mode,
-so that readers never wait for the writer, and a killed process leaves what it committed and nothing else. Nothing in
-the file is executed by reading it: a file with any other schema than this one is damaged.
+One row is one entry; its digest covers the kind, key, device and value. The file is in WAL mode: readers never wait for
+the writer, and a killed process leaves only committed transactions. Reading executes nothing in the file: a file with
+another schema than this one counts as damaged.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 from torch_rtx.errors import CacheDamaged, CacheError
 
 APPLICATION = 0x52545843  # "RTXC", in the file's header
-SCHEMA = 1  # raise it with every change of the tables: a release leaves files of a newer schema alone
+SCHEMA = 1  # raise it with every change of the tables: a release does not touch files of a newer schema
 TABLES = (
     "CREATE TABLE entry (id INTEGER PRIMARY KEY, kind TEXT, key TEXT, name TEXT, sm INTEGER, driver INTEGER,"
     " versions TEXT, created REAL, used REAL, digest BLOB, value BLOB)",
@@ -35,15 +35,15 @@ PUT = f"""INSERT INTO entry ({COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
     ON CONFLICT (kind, key, name, sm, driver, versions) DO UPDATE
     SET created = excluded.created, used = excluded.used, digest = excluded.digest, value = excluded.value"""
 MERGE = f"{PUT} WHERE excluded.created > entry.created"
-# A file whose tables do not answer to these statements is as damaged as one that SQLite itself finds malformed.
+# A file on whose tables these statements fail is damaged, like a file that SQLite itself finds malformed.
 DAMAGE = (
     *(sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR),
     *(sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH),
 )
 REFUSED = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY)
 BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
-CHUNK = 64  # rows that are read or merged at once
-AHEAD = 60.0  # seconds that the clocks of machines which share a file may differ; later times are not believed
+CHUNK = 64  # rows to read or merge at once
+CLOCK_SKEW_SECONDS = 60.0  # tolerated between machines that share a file; later times are invalid
 KINDS = ("kernel", "tactic")
 
 Identity = tuple[int, int]
@@ -51,13 +51,14 @@ Identity = tuple[int, int]
 
 @dataclass(frozen=True)
 class DeviceKey:
-    """What entries are learnt on, and what they are looked up for.
+    """The device and software versions of an entry or of a lookup.
 
     Args:
         name: the device's name, `NVIDIA GeForce RTX 4090`.
         sm: its SM version, 89.
-        driver: the version of its driver as CUDA counts it, 13000.
-        versions: what made the entries, as text: a digest of the sources that generate them, Triton's version, ...
+        driver: the version of its driver as CUDA reports it, 13000.
+        versions: of the software that created the entry, as text: a digest of the code generator's sources, Triton's
+            version, ...
     """
 
     name: str
@@ -68,7 +69,7 @@ class DeviceKey:
 
 @dataclass(frozen=True)
 class Entry:
-    """A value and what it was learnt on; `created` in seconds since 1970."""
+    """A value and its device; `created` in seconds since 1970."""
 
     kind: str
     key: str
@@ -78,17 +79,17 @@ class Entry:
 
     @property
     def digest(self) -> bytes:
-        """20 bytes that cover everything but the time."""
-        made = self.device
-        head = json.dumps([self.kind, self.key, made.name, made.sm, made.driver, made.versions])
-        covered = hashlib.blake2b(head.encode() + b"\0", digest_size=20)  # JSON holds no zero byte
-        covered.update(self.value)
-        return covered.digest()
+        """20 bytes over everything except the time."""
+        device = self.device
+        head = json.dumps([self.kind, self.key, device.name, device.sm, device.driver, device.versions])
+        hashed = hashlib.blake2b(head.encode() + b"\0", digest_size=20)  # JSON contains no zero byte
+        hashed.update(self.value)
+        return hashed.digest()
 
 
 @dataclass(frozen=True)
-class Held:
-    """What a file holds of one device: numbers of entries by kind, bytes of values, time of last use."""
+class DeviceSummary:
+    """The entries of one device in a file: their numbers by kind, bytes of values, time of last use."""
 
     device: DeviceKey
     counts: dict[str, int]
@@ -97,19 +98,19 @@ class Held:
 
 
 class RuntimeFile:
-    """A connection to the file `path`, to be used by one thread at a time.
+    """A connection to the file `path`, for one thread at a time.
 
     Args:
-        create: begin the file if there is none.
-        timeout: seconds to wait for other processes that hold the file.
-        shared: False: a file for this process alone, which is then complete without files beside it.
+        create: create the file if it does not exist.
+        timeout: seconds to wait for locks of other processes.
+        shared: False: for this process alone, without WAL mode, so that the file is complete without `-wal`.
 
     Raises:
-        FileNotFoundError: there is no file, or an empty one, and `create` is False.
-        CacheDamaged: the file is no intact database.
+        FileNotFoundError: the file does not exist or is empty, and `create` is False.
+        CacheDamaged: the file is damaged.
         CacheError: it is of a newer release or not a runtime cache, or it can't be opened, read or written.
 
-    The methods raise the last two of these.
+    All methods raise CacheDamaged and CacheError, too.
     """
 
     def __init__(
@@ -120,11 +121,11 @@ class RuntimeFile:
             try:
                 os.makedirs(os.path.dirname(self.path), exist_ok=True)
             except OSError as error:
-                raise CacheError(f"{self.path} can't be made: {error}") from None
+                raise CacheError(f"{self.path} can't be created: {error}") from None
         elif not os.path.exists(self.path):
             raise FileNotFoundError(f"there is no runtime cache {self.path}")
         self.identity = identity_of(self.path)
-        # A folder that can't be written has no place for the files of WAL mode: SQLite then reads the file as it is.
+        # WAL mode creates files in the folder. In a read-only folder SQLite can still read the file as immutable.
         for query in ("mode=rwc",) if create else ("mode=rw", "immutable=1"):
             try:
                 self._open(query, create, timeout, shared)
@@ -149,9 +150,9 @@ class RuntimeFile:
             raise
 
     def _prepare(self, create: bool, shared: bool, end: float) -> None:
-        """Set the connection up and see that the file is one of ours."""
-        self._db.text_factory = lambda data: data.decode("utf-8", "replace")  # a wrong text has a wrong digest
-        # A file that was cut short must not end the process, as reading it through memory would.
+        """Set up the connection and check the schema; create the tables of a new file."""
+        self._db.text_factory = lambda data: data.decode("utf-8", "replace")  # the digest detects damaged texts
+        # No mmap: reading a truncated file through it would kill the process by SIGBUS.
         for pragma in ("mmap_size = 0", "trusted_schema = OFF", "cell_size_check = ON", "synchronous = NORMAL"):
             self._db.execute(f"PRAGMA {pragma}")
         while True:
@@ -161,31 +162,31 @@ class RuntimeFile:
                 if not ours and not create:
                     raise FileNotFoundError(f"{self.path} is empty")
                 if not ours:
-                    self._begin()
+                    self._create_tables()
                 if create and shared:
                     self._db.execute("PRAGMA journal_mode = WAL")
                 return
-            except sqlite3.OperationalError as error:  # the change to WAL mode does not wait by itself
+            except sqlite3.OperationalError as error:  # SQLite's timeout does not cover the change to WAL mode
                 if _code(error) not in BUSY or time.monotonic() > end:
                     raise
                 time.sleep(0.005)
 
     def _is_ours(self) -> bool:
-        """Whether the file has our tables; it has none at all if not. To be asked within a transaction."""
+        """True if the file has our tables, False if it is empty. Requires a transaction."""
         application, version = self._number("application_id"), self._number("user_version")
         tables = [sql for (sql,) in self._db.execute("SELECT sql FROM sqlite_master ORDER BY rowid")]
         if not tables and not application:
             return False
         if application == APPLICATION and version > SCHEMA:
-            hint = "a newer release of torch_rtx made it; it is left alone"
+            hint = "a newer release of torch_rtx created it; it is not changed"
             raise CacheError(f"{self.path} has schema {version}, this release reads {SCHEMA}", hint=hint)
         if application != APPLICATION and tables != list(TABLES):
-            raise CacheError(f"{self.path} is no runtime cache but another database", hint="name another file")
+            raise CacheError(f"{self.path} is another program's database", hint="name another file")
         if (application, version, tables) != (APPLICATION, SCHEMA, list(TABLES)):
             raise CacheDamaged(f"{self.path} is damaged: its tables are not those of a runtime cache")
         return True
 
-    def _begin(self) -> None:
+    def _create_tables(self) -> None:
         with self._transaction():
             if not self._is_ours():  # another process may have been first
                 for table in TABLES:
@@ -209,25 +210,25 @@ class RuntimeFile:
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
-        """SQLite's errors as ours."""
+        """Raise SQLite's errors as CacheError or CacheDamaged."""
         try:
             yield
         except sqlite3.Error as error:
             if _code(error) in DAMAGE:
                 raise CacheDamaged(f"{self.path} is damaged: {error}") from error
             raise CacheError(f"{self.path}: {error}") from error
-        except UnicodeDecodeError:  # of SQLite's message about a schema: texts in rows are decoded whatever they are
-            raise CacheDamaged(f"{self.path} is damaged: its schema is no text") from None
+        except UnicodeDecodeError:  # in SQLite's message about a schema; `text_factory` decodes texts in rows
+            raise CacheDamaged(f"{self.path} is damaged: its schema is not text") from None
 
     def close(self) -> None:
-        """Close the connection; the last one of all processes folds the files of WAL mode into the file."""
+        """Close the connection; the last one of all processes checkpoints the WAL into the file."""
         with suppress(sqlite3.Error):
             self._db.close()
 
     # ---- reading ----
 
     def find(self, kind: str, key: str) -> list[tuple[int, DeviceKey]]:
-        """The rows of all entries under a key, and what each of them was learnt on."""
+        """The row numbers and devices of all entries under a key."""
         with self._translated():
             rows = self._db.execute(
                 "SELECT id, name, sm, driver, versions FROM entry WHERE kind = ? AND key = ?", (kind, key)
@@ -236,13 +237,13 @@ class RuntimeFile:
         return [(row, device) for row, device in found if device is not None]
 
     def read(self, row: int) -> tuple[bytes, Entry | None] | None:
-        """The digest of a row and its entry, None if it is damaged; None if there is no such row any more."""
+        """The digest of a row and its entry (None if damaged); None if the row no longer exists."""
         with self._translated():
             fields = self._db.execute(f"SELECT {COLUMNS} FROM entry WHERE id = ?", (row,)).fetchone()
         return None if fields is None else (fields[-2], _entry(*fields))
 
     def entries(self) -> Iterator[Entry | None]:
-        """Every entry, in the order of rows; None in the place of a damaged one. Others may write meanwhile."""
+        """Every entry by row number, None for a damaged one. Other processes may write meanwhile."""
         last = -(2**63)
         while True:
             with self._translated():
@@ -255,24 +256,24 @@ class RuntimeFile:
             if not rows:
                 return
 
-    def held(self) -> list[Held]:
-        """What there is of each device, the most recently used first."""
+    def devices(self) -> list[DeviceSummary]:
+        """A summary for each device, the most recently used first."""
         with self._translated():
             rows = self._db.execute(
                 "SELECT name, sm, driver, versions, kind, COUNT(*), SUM(length(value)), MAX(used) FROM entry"
                 " GROUP BY name, sm, driver, versions, kind"
             ).fetchall()
-        found: dict[DeviceKey, Held] = {}
+        found: dict[DeviceKey, DeviceSummary] = {}
         for *fields, kind, count, size, used in rows:
             device = _device(*fields)
             if device is not None:
-                before = found.get(device, Held(device, {}, 0, 0.0))
-                counts = {**before.counts, str(kind): int(count)}
-                found[device] = Held(device, counts, before.bytes + int(size or 0), max(before.used, float(used or 0)))
-        return sorted(found.values(), key=lambda held: held.used, reverse=True)
+                old = found.get(device, DeviceSummary(device, {}, 0, 0.0))
+                counts, last = {**old.counts, str(kind): int(count)}, max(old.used, float(used or 0))
+                found[device] = DeviceSummary(device, counts, old.bytes + int(size or 0), last)
+        return sorted(found.values(), key=lambda summary: summary.used, reverse=True)
 
     def size(self) -> tuple[int, int]:
-        """Entries, and bytes that they and their index take in the file."""
+        """The number of entries, and the bytes of the file's used pages."""
         with self._translated():
             return int(self._db.execute("SELECT COUNT(*) FROM entry").fetchone()[0]), self._bytes()
 
@@ -290,13 +291,13 @@ class RuntimeFile:
         damaged: Iterable[tuple[int, bytes]] = (),
         merge: bool = False,
     ) -> int:
-        """Put entries in place of their like, all or none, and evict what is beyond `limit` bytes. Returns how many
-        were put.
+        """Insert or replace entries in one transaction, and evict entries beyond `limit` bytes. Returns the number of
+        entries written.
 
         Args:
-            uses: rows and the times when they were used.
-            damaged: rows to remove if they still have this digest.
-            merge: leave newer entries in place.
+            uses: (row, time of use) to update.
+            damaged: (row, digest) to remove if the row still has this digest.
+            merge: do not replace newer entries.
         """
         now = time.time()
         with self._translated(), self._transaction():
@@ -309,7 +310,7 @@ class RuntimeFile:
         return put
 
     def merge(self, entries: Iterable[Entry], limit: int) -> int:
-        """Put those entries that are not there or older. Returns how many; others may write meanwhile."""
+        """Write the entries that are new or newer. Returns their number. Other processes may write meanwhile."""
         count = 0
         for chunk in _chunks(entries):
             count += self.write(chunk, limit, merge=True)
@@ -321,18 +322,20 @@ class RuntimeFile:
         before: float | None = None,
         which: Callable[[str, DeviceKey], bool] | None = None,
     ) -> int:
-        """Remove entries and give their space back. Returns how many.
+        """Remove entries and shrink the file. Returns the number of removed entries.
 
         Args:
-            limit: bytes that may stay; the least recently used entries go.
-            before: a time; entries that were not used since go.
-            which: entries of these kinds and devices go.
+            limit: in bytes; removes the least recently used entries beyond it.
+            before: a time; removes entries unused since then.
+            which: a predicate of kind and device; removes entries for which it is true.
         """
         with self._translated():
             with self._transaction():
                 start = self._db.total_changes
                 if before is not None:
-                    self._db.execute("DELETE FROM entry WHERE used < ? OR used > ?", (before, time.time() + AHEAD))
+                    self._db.execute(
+                        "DELETE FROM entry WHERE used < ? OR used > ?", (before, time.time() + CLOCK_SKEW_SECONDS)
+                    )
                 if which is not None:
                     groups = "SELECT DISTINCT kind, name, sm, driver, versions FROM entry"
                     for kind, *fields in self._db.execute(groups).fetchall():
@@ -343,7 +346,7 @@ class RuntimeFile:
                 if limit is not None:
                     self._evict(limit)
                 removed = self._db.total_changes - start
-            with suppress(sqlite3.OperationalError):  # others use the file now: its free pages serve what comes next
+            with suppress(sqlite3.OperationalError):  # in use by other processes: later writes reuse the free pages
                 self._db.execute("VACUUM")
         return removed
 
@@ -352,7 +355,7 @@ class RuntimeFile:
             oldest = self._db.execute(
                 "SELECT id, length(value) FROM entry"
                 f" ORDER BY CASE WHEN used <= ? THEN used ELSE 0 END, id LIMIT {CHUNK}",
-                (time.time() + AHEAD,),
+                (time.time() + CLOCK_SKEW_SECONDS,),
             ).fetchall()
             if not oldest:
                 return
@@ -364,10 +367,10 @@ class RuntimeFile:
 
 
 def export_file(entries: Iterable[Entry], path: str | os.PathLike[str]) -> int:
-    """Write a file of these entries, all or nothing, in place of the file `path`. Returns how many they are.
+    """Write the entries to a new file and rename it to `path`. Returns their number.
 
     Raises:
-        CacheError: the file can't be written, or others have it open as their cache.
+        CacheError: the file can't be written, or a process has `path` open as its cache.
     """
     path = os.path.abspath(os.fspath(path))
     if os.path.exists(f"{path}-wal"):
@@ -388,7 +391,7 @@ def export_file(entries: Iterable[Entry], path: str | os.PathLike[str]) -> int:
 
 
 def identity_of(path: str) -> Identity | None:
-    """What tells this file from another of the same name; None if there is none."""
+    """Device and inode, which tell a file from its replacement at the same path; None if there is no file."""
     try:
         status = os.stat(path)
     except OSError:
@@ -396,21 +399,21 @@ def identity_of(path: str) -> Identity | None:
     return status.st_dev, status.st_ino
 
 
-def set_aside(path: str, identity: Identity | None) -> str | None:
-    """Rename a damaged file to `path.damaged`, in place of an older one, unless another process has already done so.
-    Returns its new name; None: it is not there any more.
+def rename_damaged(path: str, identity: Identity | None) -> str | None:
+    """Rename a damaged file to `path.damaged`, replacing an older one, unless another process has already done so.
+    Returns the new name; None if `path` is no longer this file.
 
     Raises:
-        OSError: it can't be renamed.
+        OSError: the file can't be renamed.
     """
     if identity is None or identity_of(path) != identity:
         return None
-    kept = f"{path}.damaged"
-    # The log goes first: a new file must never meet the log of an old one.
+    renamed = f"{path}.damaged"
+    # The log first: SQLite must never apply it to a new file at `path`.
     for suffix in ("-wal", "-shm", ""):
         with suppress(FileNotFoundError):
-            os.replace(path + suffix, kept + suffix)
-    return kept
+            os.replace(path + suffix, renamed + suffix)
+    return renamed
 
 
 def _code(error: sqlite3.Error) -> int:
@@ -423,7 +426,7 @@ def _caused_by(error: CacheError, codes: Sequence[int]) -> bool:
 
 
 def is_busy(error: CacheError) -> bool:
-    """Whether other processes held the file for longer than was to be waited."""
+    """The timeout expired while another process held a lock."""
     return _caused_by(error, BUSY)
 
 
@@ -434,8 +437,8 @@ def _device(name: Any, sm: Any, driver: Any, versions: Any) -> DeviceKey | None:
 
 def _entry(kind: Any, key: Any, *fields: Any) -> Entry | None:
     """The entry of a row; None if the row is damaged."""
-    *made, created, _, digest, value = fields
-    device = _device(*made)
+    *device_fields, created, _, digest, value = fields
+    device = _device(*device_fields)
     if device is None or kind not in KINDS or not isinstance(key, str):
         return None
     if not isinstance(value, bytes) or not isinstance(created, float):
@@ -445,9 +448,9 @@ def _entry(kind: Any, key: Any, *fields: Any) -> Entry | None:
 
 
 def _fields(entry: Entry, used: float) -> tuple[Any, ...]:
-    made = entry.device
-    about = entry.kind, entry.key, made.name, made.sm, made.driver, made.versions
-    return *about, entry.created, used, entry.digest, entry.value
+    device = entry.device
+    head = entry.kind, entry.key, device.name, device.sm, device.driver, device.versions
+    return *head, entry.created, used, entry.digest, entry.value
 
 
 def _chunks(entries: Iterable[Entry]) -> Iterator[Sequence[Entry]]:

@@ -1,4 +1,4 @@
-"""Where entries are kept: the `Store` protocol, and `FileStore`, files in a folder that processes share."""
+"""Storage of entries: the `Store` protocol, and `FileStore`, files in a folder that processes share."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ log = logging.getLogger(__name__)
 NAME = re.compile(r"[0-9a-f]{1,128}")
 SUFFIX = ".rtxcache"
 TEMPORARY = ".tmp-"
-STALE = 3600.0  # seconds after which a temporary file is one that a killed process left
-AHEAD = 60.0  # seconds that the clocks of machines which share a folder may differ
+STALE_SECONDS = 3600.0  # age at which a temporary file must be the remains of a killed process
+CLOCK_SKEW_SECONDS = 60.0  # tolerated between machines that share a folder
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """An entry of a store: its name, its size in bytes, and when it was last used, in seconds since 1970."""
+    """An entry of a store: its name, its size in bytes, and the time of its last use in seconds since 1970."""
 
     name: str
     size: int
@@ -33,31 +33,31 @@ class Stored:
 
 @runtime_checkable
 class Store(Protocol):
-    """What the engine cache needs of a store: bytes by name. Names are of hexadecimal digits.
+    """The interface of the engine cache to its storage: bytes by name. Names consist of hexadecimal digits.
 
-    A store may lose entries, return damaged ones, and raise: entries carry digests, and each of these is a miss.
-    `put` must be all or nothing for whoever reads at the same time. All methods may be called from many threads.
+    A store may lose entries, return damaged ones (entries carry digests), and raise: the cache treats each as a miss.
+    `put` must be atomic for concurrent readers. All methods must be thread-safe.
     """
 
     def get(self, name: str, size: int | None = None) -> bytes | None:
         """The bytes of an entry, or the first `size` of them; None if there is none."""
 
     def put(self, name: str, data: bytes) -> None:
-        """Keep `data` as `name`, in place of what had that name."""
+        """Store `data` as `name`, replacing an older entry."""
 
     def delete(self, name: str) -> None:
-        """Remove an entry, if it is there."""
+        """Remove an entry, if it exists."""
 
     def entries(self) -> Iterable[Stored]:
-        """What there is, in any order."""
+        """All entries, in any order."""
 
 
 class FileStore:
-    """Entries as files `NAME.rtxcache` in `folder`, at most `limit` bytes of them: the least recently used goes first.
+    """Entries as files `NAME.rtxcache` in `folder`: an LRU cache of at most `limit` bytes.
 
-    Files are written under a temporary name and renamed, so that a reader or a killed writer never leaves half of one
-    in place. A file's modification time is that of its last use. Nothing is locked: of several writers of one name the
-    last one wins, and a reader that has a file open keeps it when it is evicted.
+    Files are written under a temporary name and renamed: a reader never sees a partial file, and a killed writer leaves
+    none. A file's modification time is the time of its last use. There are no locks: of several writers of one name the
+    last one wins, and a reader can finish reading a file that is evicted meanwhile.
     """
 
     def __init__(self, folder: str | os.PathLike[str], limit: int) -> None:
@@ -65,11 +65,11 @@ class FileStore:
 
     def _path(self, name: str) -> str:
         if NAME.fullmatch(name) is None:
-            raise ValueError(f"{name!r} is no name of an entry")
+            raise ValueError(f"{name!r} is not a name of an entry")
         return os.path.join(self.folder, name + SUFFIX)
 
     def get(self, name: str, size: int | None = None) -> bytes | None:
-        """The bytes of an entry, or the first `size` of them, which is not counted as a use; None if there is none."""
+        """The bytes of an entry, or its first `size` bytes, which does not count as a use; None if there is none."""
         path = self._path(name)
         try:
             with open(path, "rb") as file:
@@ -77,15 +77,15 @@ class FileStore:
         except FileNotFoundError:
             return None
         if size is None:
-            with suppress(OSError):  # a folder that can only be read has no order of use
+            with suppress(OSError):  # a read-only folder records no uses
                 os.utime(path)
         return data
 
     def put(self, name: str, data: bytes) -> None:
-        """Keep `data` as `name` and evict what is beyond the limit; data that is beyond it alone is not kept."""
+        """Store `data` as `name` and evict entries beyond the limit; `data` larger than the limit is not stored."""
         path = self._path(name)
         if len(data) > self.limit:
-            log.info("an entry of %d bytes is larger than the whole cache may be", len(data))
+            log.info("an entry of %d bytes exceeds the size limit of the cache", len(data))
             return
         os.makedirs(self.folder, exist_ok=True)
         temporary = os.path.join(self.folder, f"{TEMPORARY}{secrets.token_hex(8)}")
@@ -100,12 +100,12 @@ class FileStore:
         self.prune(keep=name)
 
     def delete(self, name: str) -> None:
-        """Remove an entry, if it is there and may be removed."""
+        """Remove an entry, if it exists and can be removed."""
         _remove(self._path(name))
 
     def entries(self) -> list[Stored]:
-        """What there is, most recently used first. A time in the future says nothing and counts as the oldest."""
-        now = time.time() + AHEAD
+        """All entries, most recently used first. A time in the future is invalid and counts as the oldest."""
+        now = time.time() + CLOCK_SKEW_SECONDS
         found = [
             Stored(name.removesuffix(SUFFIX), size, used if used <= now else 0.0)
             for name, size, used in self._files()
@@ -114,15 +114,15 @@ class FileStore:
         return sorted(found, key=lambda entry: entry.used, reverse=True)
 
     def prune(self, limit: int | None = None, keep: str = "") -> list[Stored]:
-        """Remove the least recently used entries until the rest takes at most `limit` bytes (None: the store's own),
-        and what killed writers have left. Returns the entries that were removed.
+        """Remove the least recently used entries until the others take at most `limit` bytes (None: the store's
+        limit), and the temporary files of killed writers. Returns the removed entries.
 
         Args:
-            keep: the entry that was just written, which goes last whatever the clock says.
+            keep: the name of the entry written last, to evict after all others even if the clock is wrong.
         """
         now = time.time()
         for name, _, used in self._files():
-            if name.startswith(TEMPORARY) and not now - STALE <= used <= now + STALE:
+            if name.startswith(TEMPORARY) and abs(now - used) > STALE_SECONDS:
                 _remove(os.path.join(self.folder, name))
         entries = self.entries()
         excess = sum(entry.size for entry in entries) - (self.limit if limit is None else limit)
@@ -136,7 +136,7 @@ class FileStore:
         return removed
 
     def _files(self) -> Iterator[tuple[str, int, float]]:
-        """Name, size and modification time of the files in the folder; others may vanish meanwhile."""
+        """Name, size and modification time of each file in the folder, skipping those deleted meanwhile."""
         try:
             scan = os.scandir(self.folder)
         except FileNotFoundError:
@@ -150,7 +150,7 @@ class FileStore:
 
 
 def _remove(path: str) -> bool:
-    """Whether the file is gone. On Windows nobody can remove what another process reads; it goes next time."""
+    """Delete a file; False if it still exists, as on Windows while another process reads it."""
     try:
         os.unlink(path)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""What a graph computes from nothing: masks and positions made of `arange`, `full` and comparisons."""
+"""Evaluates constant subgraphs: masks and positions computed by `arange`, `full` and comparisons."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ import torch
 from torch_rtx import aten
 from torch_rtx.ir import Attr, Graph, Node, TensorType, Value, attr_dims, type_dims
 
-LARGEST = 1 << 24  # elements: larger tensors are not evaluated
+MAX_ELEMENTS = 1 << 24  # larger tensors are not evaluated
 CPU = torch.device("cpu")
 
 
 class Constants:
-    """The values of a graph that depend on no input and no weight, found by running their own ATen calls."""
+    """The values of a graph that do not depend on inputs and weights, computed by their ATen calls."""
 
     def __init__(self, graph: Graph) -> None:
-        self.producer = {v.name: node for node in graph.nodes for v in node.outputs if v is not None}
+        self.producer = {v.name: node for node in graph.nodes for v in node.results}
         self._known: dict[str, torch.Tensor | None] = {}
 
     def find(self, value: Attr) -> torch.Tensor | None:
-        """The elements of `value`, on the CPU; None where they are not known, or too many."""
+        """The elements of `value` on the CPU; None if it is not constant, or too large."""
         if not isinstance(value, Value) or value.name not in self.producer:
             return None
         if value.name not in self._known:
             node = self.producer[value.name]
-            self._known |= dict.fromkeys((v.name for v in node.outputs if v is not None), None)
+            self._known |= dict.fromkeys((v.name for v in node.results), None)
             self._known |= self._run(node)
         return self._known[value.name]
 
@@ -56,4 +56,4 @@ def _is_small(value: Value | None) -> bool:
     dims = type_dims(value.type)
     if not isinstance(value.type, TensorType) or not all(isinstance(dim, int) for dim in dims):
         return False
-    return math.prod(value.type.shape) <= LARGEST  # type: ignore[arg-type]
+    return math.prod(value.type.shape) <= MAX_ELEMENTS  # type: ignore[arg-type]

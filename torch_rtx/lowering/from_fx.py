@@ -1,8 +1,8 @@
 """Imports a captured FX graph into the IR.
 
-Symbolic sizes are no nodes of the IR: an FX node that only computes one disappears and its expression stands where it
-is used. `getitem` disappears into the outputs of the node it indexes. Nodes on the partition's fallback list become
-`fallback` nodes: a call by name where the IR can express it, else a Python callable, which no file can hold.
+Symbolic sizes are not nodes of the IR: an expression replaces each use of an FX node that only computes a size.
+`getitem` nodes become the outputs of the node that they index. Nodes on the partition's fallback list become `fallback`
+nodes: a call by name if the IR can express it, else a Python callable, which engine files can't store.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from torch_rtx.lowering.location import Locations
 from torch_rtx.lowering.symbols import Symbols
 
 SYM_QUERIES = frozenset((torch.ops.aten.sym_size.int, torch.ops.aten.sym_stride.int, torch.ops.aten.sym_numel.default))
-# Checks that hold by the types of the IR or by the ranges of its dims.
+# Checks that the types of the IR and the ranges of its dims guarantee.
 DROPPED = frozenset(
     getattr(torch.ops.aten, name).default
     for name in ("_assert_tensor_metadata", "sym_constrain_range", "sym_constrain_range_for_size")
     if hasattr(torch.ops.aten, name)
 )
-# Views that only mark a tensor as conjugated or negated. The types of the IR have no such mark, and in a functional
-# graph nobody can tell a view from a copy.
-UNMARKED = {"aten._conj.default": "aten._conj_physical.default", "aten._neg_view.default": "aten.neg.default"}
+# Views that only set a tensor's conjugate or negative bit, by copies that apply it: the types of the IR have no such
+# bits, and a functional graph can't tell a view from a copy.
+MATERIALIZED = {"aten._conj.default": "aten._conj_physical.default", "aten._neg_view.default": "aten.neg.default"}
 PLAIN = (bool, int, float, str, type(None))
 
 
 @dataclass(frozen=True)
 class Role:
-    """What a placeholder is, by name: an `input` of each call, a `parameter` (weights, buffers), a `constant`, or
-    `zeros`: state, such as a cache, that starts as zeros, so that no file need hold it."""
+    """The role of a placeholder: an `input` of each call, a `parameter` (weights, buffers), a `constant`, or `zeros`:
+    state that starts as zeros, such as a KV cache, and needs no data in the file."""
 
     kind: str
     name: str
@@ -46,8 +46,8 @@ class Role:
 
 @dataclass
 class Imported:
-    """A graph of level `import` and what can't be in it: the data of its constants, the Python fallback callables and
-    the FX nodes that these stand for, and the origins of its locations."""
+    """A graph of level `import`, the data of its constants, its Python fallback callables with their FX nodes
+    (`called`), and the origins of its locations."""
 
     graph: Graph
     constants: dict[str, torch.Tensor]
@@ -63,22 +63,22 @@ def from_fx(
     symbols: Symbols,
     writes: Mapping[int, str] | None = None,
 ) -> Imported:
-    """The graph of `gm` in the IR.
+    """Import `gm`.
 
     Args:
         roles: one per placeholder, in order.
         fallbacks: the nodes that must not run in the engine, each with its reason.
-        symbols: those of the graph's device.
-        writes: positions of outputs which are the new contents of an input or buffer, with that placeholder's name.
+        symbols: of the graph.
+        writes: positions of outputs that are written back to an input or buffer, with the name of its placeholder.
 
     Raises:
-        Unsupported: a node outside `fallbacks` that the IR can't express; `lowering.support` finds these before.
+        Unsupported: the IR can't express a node outside of `fallbacks`; `lowering.support` prevents this.
     """
     importer = _Importer(gm, fallbacks, symbols)
-    waiting = list(roles)
+    remaining = iter(roles)
     for node in gm.graph.nodes:
         if node.op == "placeholder":
-            importer.placeholder(node, waiting.pop(0))
+            importer.placeholder(node, next(remaining))
         elif node.op == "get_attr":
             importer.get_attr(node)
         elif node.op == "output":
@@ -89,7 +89,7 @@ def from_fx(
 
 
 def is_sym_node(node: fx.Node) -> bool:
-    """Whether the node only computes a size or a condition on sizes, which the IR writes as an expression."""
+    """Whether the node only computes a size or a condition on sizes, which is an expression in the IR."""
     if not isinstance(node.meta.get("val"), torch.SymInt | torch.SymBool | int | bool):
         return False
     if node.target in SYM_QUERIES:
@@ -99,28 +99,28 @@ def is_sym_node(node: fx.Node) -> bool:
 
 
 def is_asserted(node: fx.Node) -> bool:
-    """Whether the node is a condition on sizes that is only checked: torch.export checks what it takes for granted of
-    sizes that the data decides. The check takes any number for a condition, so that a dim can say whether it holds."""
+    """Whether the node is a condition on sizes that only assertions read. torch.export asserts its assumptions about
+    data-dependent sizes. The assertion accepts any number, so that a dim of 0 or 1 can replace the condition."""
     assertion = torch.ops.aten._assert_scalar.default
     return isinstance(node.meta["val"], torch.SymBool) and all(user.target is assertion for user in node.users)
 
 
 def is_fixed(placeholder: fx.Node) -> bool:
-    """Whether the capture specialized this input to a constant (and guards it): it is no input of the graph."""
+    """Whether the capture specialized this input to a constant (and guards on it): it is not an input of the graph."""
     return isinstance(placeholder.meta["val"], PLAIN)
 
 
 def _content(node: fx.Node) -> Any:
-    """What a call returns, as fake tensors. The partitioner inserts calls whose parts alone say it."""
+    """The result of a call as fake tensors. Calls that the partitioner inserted have none: their getitems do."""
     users = [user for user in node.users if user.target is operator.getitem]
-    parts: dict[Any, Any] = {user.args[1]: user.meta.get("val") for user in users}
-    if "val" in node.meta or not parts:
+    items: dict[Any, Any] = {user.args[1]: user.meta.get("val") for user in users}
+    if "val" in node.meta or not items:
         return node.meta.get("val")
-    return tuple(parts.get(index) for index in range(max(parts) + 1))
+    return tuple(items.get(index) for index in range(max(items) + 1))
 
 
 def _is_nested(content: Any) -> bool:
-    """Whether a call returns more than a tensor or a flat sequence of them."""
+    """Whether a call returns a dict or nested sequences."""
     return isinstance(content, dict) or (isinstance(content, tuple | list) and any(map(_is_container, content)))
 
 
@@ -129,7 +129,7 @@ def _is_container(content: Any) -> bool:
 
 
 def _leaves(content: Any, like: Any) -> Iterator[Any]:
-    """What stands in `content` where `like` has its leaves."""
+    """The items of `content` at the positions of the leaves of `like`."""
     if _is_container(like):
         for key, part in like.items() if isinstance(like, dict) else enumerate(like):
             yield from _leaves(content[key], part)
@@ -138,9 +138,9 @@ def _leaves(content: Any, like: Any) -> Iterator[Any]:
 
 
 def unique_name(name: str, taken: Container[str]) -> str:
-    """A name for a value, `name` where that is one and free."""
+    """A valid name that is not in `taken`: `name` itself, if possible."""
     name = "".join(c if c.isalnum() and c.isascii() else "_" for c in name)
-    # `s0`, `u0`, `d0` and the like may be the name of a dim in this graph.
+    # Dims of this graph may have names such as `s0`, `u0`, `d0`.
     base = name if is_name(name) and not (name[0] in "suzd" and name[-1].isdigit()) else f"x_{name}"
     unique, count = base, 1
     while unique in taken:
@@ -149,7 +149,7 @@ def unique_name(name: str, taken: Container[str]) -> str:
 
 
 def attribute(gm: fx.GraphModule, node: fx.Node) -> Any:
-    """What a `get_attr` node refers to."""
+    """The object of a `get_attr` node."""
     content: Any = gm
     for part in str(node.target).split("."):
         content = getattr(content, part)
@@ -157,10 +157,10 @@ def attribute(gm: fx.GraphModule, node: fx.Node) -> Any:
 
 
 def python_call(gm: fx.GraphModule, node: fx.Node) -> Callable[..., Any]:
-    """A callable that does what the FX node does, given its inputs (without graph modules), returning a tuple.
+    """A callable that runs the FX node: takes its inputs without graph modules, returns a flat tuple.
 
     Raises:
-        Unsupported: the node calls no function.
+        Unsupported: the node does not call a function.
     """
     if not callable(node.target):
         raise Unsupported(f"a node of kind {node.op}", loc=Locations().of(node))
@@ -181,18 +181,18 @@ def _is_module(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _dim_or_value(value: Value | None) -> Attr:
-    """How arguments refer to a value: a size by its dim."""
+    """The attribute that refers to a value: the dim of a size, else the value."""
     is_size = value is not None and isinstance(value.type, ScalarType) and value.type.dim is not None
     return value.type.dim if is_size else value  # type: ignore[union-attr]
 
 
 def op_name(node: fx.Node) -> str:
-    """The name of the op that stands for the node in the IR."""
-    return UNMARKED.get(str(node.target), str(node.target))
+    """The name of the node's op in the IR."""
+    return MATERIALIZED.get(str(node.target), str(node.target))
 
 
 def call_arguments(node: fx.Node) -> list[tuple[str, Any]]:
-    """The call's arguments by the names of its schema, in schema order, without those that are at their default."""
+    """The call's arguments by their schema names, in schema order, without those equal to their defaults."""
     arguments = node.target._schema.arguments  # type: ignore[union-attr]
     given: dict[str, Any] = {**dict(zip((a.name for a in arguments), node.args, strict=False)), **node.kwargs}
     kept = []
@@ -232,7 +232,7 @@ class _Importer:
         return Imported(graph, self.constants, self.callables, self.called, self.locations)
 
     def value(self, name: str, type_: Type) -> Value:
-        """A new value, called `name` where that is free."""
+        """A new value, called `name` if no other value is."""
         unique = unique_name(name, self.names)
         self.names.add(unique)
         return Value(unique, type_)
@@ -295,7 +295,7 @@ class _Importer:
                 self.env[node] = self.symbols.condition(size) if is_asserted(node) else self.sym(size)
                 return
             except Unsupported:
-                pass  # computed in Python at run time instead
+                pass  # a fallback computes it at run time
         loc = self.locations.of(node)
         if node.target is torch.ops.aten.copy_.default and node not in self.fallbacks:
             self.env[node] = self.env[node.args[0]]  # type: ignore[index]
@@ -333,7 +333,7 @@ class _Importer:
         return self.symbols.dim(value) if isinstance(value, torch.SymInt) else value
 
     def node_outputs(self, node: fx.Node) -> tuple[Value | None, ...]:
-        """New values for what the node returns; enters them in the environment."""
+        """New values for the node's results; adds them to `env`."""
         content = _content(node)
         if content is None:
             self.env[node] = None
@@ -346,7 +346,7 @@ class _Importer:
             if isinstance(item, tuple | list):
                 return tuple(enter(part, used) for part in item)
             flat.append(None if item is None or not used else self.next_value(self.symbols.type(item, opaque=True)))
-            # A size that a fallback computes is from here on the dim it stands for.
+            # The dim of a size that a fallback computes replaces the value from here on.
             return _dim_or_value(flat[-1])
 
         if isinstance(content, tuple | list):

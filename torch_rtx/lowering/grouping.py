@@ -17,12 +17,13 @@ from hashlib import blake2b
 from torch_rtx import aten
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import COPY, Graph, Loc, Node, TensorType, Value, attr_values
-from torch_rtx.lowering.kernels.generate import generate
+from torch_rtx.lowering.kernels.generate import forms, generate
 from torch_rtx.lowering.kernels.index import Index, from_dim, product
 from torch_rtx.lowering.kernels.kernel_ir import Load, Pointwise, Tensor, View, everything, load
 from torch_rtx.lowering.kernels.loops import loop_kernel, rows_of
-from torch_rtx.lowering.kernels.region import ANCHORS, Region, express, region, tensor_type
-from torch_rtx.lowering.kernels.split import split
+from torch_rtx.lowering.kernels.region import Region, express, region, tensor_type
+from torch_rtx.op_work import ANCHORS
+from torch_rtx.targets import Arch
 
 MAX_MEMBERS = 64
 MAX_POINTERS = 24
@@ -32,7 +33,6 @@ TINY = 4096  # elements of a loop that takes no longer than a launch
 LONG_ROW = 16384  # so few rows of this size leave a GPU idle, unless they are reduced in parts
 FEW_ROWS = 64
 PLAIN = {"_native_batch_norm_legit_no_training": "batch_norm"}  # what operators are called in the names of kernels
-TRIAL = 80  # the SM version that shows whether there is code at all
 
 
 @dataclass(frozen=True)
@@ -71,20 +71,32 @@ def _is_loop(body: Graph) -> bool:
 
 
 @lru_cache(maxsize=1024)
-def _is_kernel(body: Graph) -> bool:
-    """Whether a kernel can be generated for `body`."""
-    try:
-        generate(body, "trial", TRIAL, 0)
-    except Unsupported:
-        return False
-    return True
+def _is_kernel(body: Graph, arches: tuple[Arch, ...]) -> bool:
+    """Whether a kernel can be generated for `body` on any of `arches`: on others it runs call by call."""
+    for arch in arches:
+        try:
+            generate(body, "trial", arch, 0)
+        except Unsupported:
+            continue
+        return True
+    return False
+
+
+@lru_cache(maxsize=1024)
+def _is_split(body: Graph, arches: tuple[Arch, ...]) -> bool:
+    """Whether a body of several kernels is expected to be the fastest way to run `body` on any of `arches`."""
+    return any(forms(body, "trial", arch)[0][0].body is not None for arch in arches)
 
 
 class Grouping:
-    """The units of `graph`, merged."""
+    """The units of `graph`, merged.
 
-    def __init__(self, graph: Graph) -> None:
-        self.graph, self.nodes = graph, graph.nodes
+    Args:
+        arches: what kernels are for.
+    """
+
+    def __init__(self, graph: Graph, arches: tuple[Arch, ...]) -> None:
+        self.graph, self.nodes, self.arches = graph, graph.nodes, arches
         self.producer = {v.name: i for i, n in enumerate(graph.nodes) for v in n.outputs if v is not None}
         self.views = {i for i, node in enumerate(graph.nodes) if absorbed(node)}
         self.unit: dict[int, Unit] = {}  # of every node that is no view
@@ -234,7 +246,7 @@ class Grouping:
         if len(inputs) + len(outputs) > MAX_POINTERS:
             return False
         if unit.steps is not None:
-            return _is_kernel(self.body(unit))
+            return _is_kernel(self.body(unit), self.arches)
         # maps of any kind are one loop
         return unit.domain is None or unit.domain.size is None or _is_loop(self.body(unit))
 
@@ -315,7 +327,7 @@ class Grouping:
             return unit.steps is not None
         count, size = unit.domain.count.number, None if unit.domain.size is None else unit.domain.size.number
         if size is not None and count is not None and count < FEW_ROWS and size > LONG_ROW:
-            return len(unit.members) > 1 and split(self.body(unit), "trial", TRIAL) is not None
+            return len(unit.members) > 1 and _is_split(self.body(unit), self.arches)
         if len(unit.members) > 1:  # merging has seen to it that there is code
             return True
         has_code = unit.domain.size is None or _is_loop(self.body(unit))

@@ -1,5 +1,4 @@
-"""Types of new nodes: the node's own ATen call, run on fake tensors. No shape function is written by hand, but for four
-views in bodies of kernels (`kernels.view_types`); a call that PyTorch cannot run there is written out as others."""
+"""Type inference of new nodes: runs the node's ATen call on fake tensors instead of handwritten shape functions."""
 
 from __future__ import annotations
 
@@ -27,15 +26,15 @@ OPERATORS = {
     "min": torch.sym_min,
     "max": torch.sym_max,
 }
-# What stands for MAIN: static calls run on meta tensors, calls with symbols in a fake mode, which costs ten times as
-# much.
+# Devices that replace MAIN: static calls run on meta tensors, symbolic ones in a FakeTensorMode, which takes 10 times
+# as long.
 META, FAKE = torch.device("meta"), torch.device("cpu")
-# PyTorch's own function for the types of this call broadcasts no symbolic sizes.
-WRITTEN_OUT = {"aten.addcmul.default": lambda self, tensor1, tensor2, value=1: self + value * tensor1 * tensor2}
+# Calls whose meta functions in PyTorch do not broadcast symbolic sizes, by other calls.
+DECOMPOSED = {"aten.addcmul.default": lambda self, tensor1, tensor2, value=1: self + value * tensor1 * tensor2}
 
 
 class Inference:
-    """Types of calls over one graph's symbols; equal calls are run once."""
+    """Infers types of calls over one graph's symbols; caches equal calls."""
 
     def __init__(self) -> None:
         self._cache: dict[object, tuple[Type, ...]] = {}
@@ -48,11 +47,11 @@ class Inference:
         self._dims: dict[Any, Dim] = {}
 
     def __call__(self, op: str, args: Sequence[tuple[str, Attr]]) -> tuple[Type, ...]:
-        """The types of what `op(args)` returns.
+        """The types of the results of `op(args)`.
 
         Raises:
-            Unsupported: the call does not accept these types, or only for some sizes of those that the symbols stand
-                for, or a size comes out that dims can't express.
+            Unsupported: the call rejects these types, accepts them for some sizes in the symbols' ranges only, or
+                returns a size that dims can't express.
         """
         key = (op, tuple([(name, _key(attr)) for name, attr in args]))
         if key not in self._cache:
@@ -67,14 +66,14 @@ class Inference:
             device = FAKE if symbolic else META
             given = {name: aten.to_torch(schema[name][0], self._concrete(attr, device), device) for name, attr in args}
             try:
-                result = (WRITTEN_OUT.get(op, overload) if symbolic else overload)(**given)
+                result = (DECOMPOSED.get(op, overload) if symbolic else overload)(**given)
             except (RuntimeError, TypeError, ValueError, IndexError) as error:
                 self._new_symbols()
                 raise Unsupported(f"{op} does not take these arguments: {error}") from None
         if self._env.guards:
             condition = self._env.guards[-1].expr
-            self._new_symbols()  # the old ones would take the condition as given from here on
-            raise Unsupported(f"{op} takes these arguments only where {condition}")
+            self._new_symbols()  # the old environment would assume the condition from now on
+            raise Unsupported(f"{op} takes these arguments only if {condition}")
         return tuple(self._type(item) for item in (result if isinstance(result, tuple | list) else (result,)))
 
     def _concrete(self, attr: Attr, device: torch.device) -> Any:
@@ -94,8 +93,8 @@ class Inference:
             return dim
         if isinstance(dim, Sym):
             if dim.name not in self._symints:
-                # A size of its own where its range allows: PyTorch would first ask whether equal sizes are equal. As in
-                # a capture, sizes are at least 2; what is true of these is taken to be true of 0 and 1.
+                # Distinct hints, if the range allows: PyTorch would guard on the equality of equal hints. As in a
+                # capture, sizes are at least 2, and the results are assumed to hold for 0 and 1, too.
                 low, high = max(dim.min, 2), UNBOUNDED if dim.max is None else max(dim.max, 2)
                 hint = min(low + 1009 + 2 * len(self._symints), high)
                 source = ConstantSource(dim.name)
@@ -121,7 +120,7 @@ class Inference:
 
 
 def _key(attr: Attr) -> object:
-    """What the type of a result depends on. True, 1 and 1.0 are equal and give different dtypes."""
+    """A cache key. Includes Python types: True, 1 and 1.0 are equal but lead to different dtypes."""
     if isinstance(attr, Value):
         return attr.type
     return tuple(map(_key, attr)) if isinstance(attr, tuple) else (type(attr), attr)

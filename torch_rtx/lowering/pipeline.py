@@ -1,17 +1,17 @@
-"""The passes in their order, and the driver that times, checks and dumps each of them."""
+"""The passes in their order, and the driver that times, checks and dumps the graph after each of them."""
 
 from __future__ import annotations
 
 import difflib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch_rtx import aten
 from torch_rtx.errors import InvalidIR, LoweringError, RtxError
-from torch_rtx.ir import Graph, verify
+from torch_rtx.ir import Graph, attr_values, verify
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.passes.affine_batch_norm import affine_batch_norm
 from torch_rtx.lowering.passes.channels_last import channels_last
@@ -30,33 +30,111 @@ from torch_rtx.lowering.passes.simplify import simplify
 from torch_rtx.lowering.passes.simplify_masks import simplify_masks
 from torch_rtx.lowering.passes.write_in_place import write_in_place
 from torch_rtx.settings import CompilationSettings
+from torch_rtx.targets import Target
 
 log = logging.getLogger(__name__)
 
-Pass = Callable[[Graph, Inference], Graph]
-PIPELINE: Mapping[str, Pass] = {
-    "simplify": simplify,
-    "cse": cse,
-    "raise_attention": raise_attention,
-    "raise_gelu": raise_gelu,
-    "simplify_masks": simplify_masks,
-    "read_in_place": read_in_place,
-    "fold_batch_norm": fold_batch_norm,
-    "affine_batch_norm": affine_batch_norm,
-    "expand_norms": expand_norms,
-    "merge_linears": merge_linears,
-    "channels_last": channels_last,
-    "write_in_place": write_in_place,
-    "hoist_weights": hoist_weights,
-    "dce": dce,
-    "fuse": fuse,
-    "finish": finish,
-}
-REQUIRED = frozenset(("finish",))
-# Passes that form kernels and get them what they are best at: only for engines that have a GPU target.
-FORMING = frozenset(("affine_batch_norm", "channels_last", "expand_norms", "fuse", "read_in_place"))
-# Passes whose recipes double the memory of large weights, where the model keeps its own: see `copy_weights`.
-COPYING = frozenset(("merge_linears",))
+
+@dataclass(frozen=True)
+class Context:
+    """What passes may ask for beside the graph.
+
+    Attributes:
+        settings: the options of the engine.
+        targets: what kernels are formed for; none: no kernels are.
+    """
+
+    settings: CompilationSettings
+    targets: tuple[Target, ...] = ()
+
+    @property
+    def weight_copies(self) -> bool:
+        """A recipe may hold a second copy of large weights, beside the model's own."""
+        return self.settings.copy_weights is not False
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One step of the pipeline, from a graph of level import to a graph with the same inputs and types of results.
+
+    Attributes:
+        run: `run(graph, infer, **arguments) -> graph`; its name is the name of the pass.
+        needs: names of attributes of `Context`; the pass is left out where one of them is false or empty.
+        takes: names of attributes of `Context` that `run` gets as keyword arguments.
+        ensures: level of the graph that it returns.
+    """
+
+    run: Callable[..., Graph]
+    needs: tuple[str, ...] = ()
+    takes: tuple[str, ...] = ()
+    ensures: str = "import"
+
+    @property
+    def name(self) -> str:
+        """The name in `disabled_passes`, in logs and in dumps."""
+        return self.run.__name__
+
+    @property
+    def required(self) -> bool:
+        """No engine can do without a pass that lowers the graph to the next level."""
+        return self.ensures != "import"
+
+    def applies(self, context: Context) -> bool:
+        """Everything that the pass needs is there."""
+        return all(getattr(context, name) for name in self.needs)
+
+    def __call__(self, graph: Graph, infer: Inference, context: Context, checked: bool = True) -> Graph:
+        """Run the pass and, if `checked`, check what it returns.
+
+        Raises:
+            LoweringError: the pass failed, or it returned a graph that breaks a rule of the IR, has another level than
+                `ensures`, or has other inputs or types of results than `graph`.
+        """
+        try:
+            after = self.run(graph, infer, **{name: getattr(context, name) for name in self.takes})
+        except Exception as error:
+            raise LoweringError(
+                f"pass {self.name} failed with {type(error).__name__}: {_message(error)}",
+                loc=getattr(error, "loc", None),
+            ) from error
+        if checked:
+            self._check(graph, after)
+        return after
+
+    def _check(self, before: Graph, after: Graph) -> None:
+        try:
+            verify(after, aten.ALLOWED)
+        except InvalidIR as error:
+            message = f"pass {self.name} left a graph that does not verify: {error.message}"
+            raise LoweringError(message, loc=error.loc) from error
+        for what, was, now in (
+            ("level", self.ensures, after.level),
+            ("inputs", _inputs(before), _inputs(after)),
+            ("types of the results", _result_types(before), _result_types(after)),
+        ):
+            if was != now:
+                raise LoweringError(f"pass {self.name} changed the {what}: expected {was}, found {now}")
+
+
+PIPELINE = (
+    Pass(simplify),
+    Pass(cse),
+    Pass(raise_attention),
+    Pass(raise_gelu),
+    Pass(simplify_masks),
+    Pass(read_in_place, needs=("targets",)),
+    Pass(fold_batch_norm),
+    Pass(affine_batch_norm, needs=("targets",)),
+    Pass(expand_norms, needs=("targets",)),
+    Pass(merge_linears, needs=("weight_copies",)),
+    Pass(channels_last, needs=("targets",)),
+    Pass(write_in_place),
+    Pass(hoist_weights),
+    Pass(dce),
+    Pass(fuse, needs=("targets",), takes=("targets",)),
+    Pass(finish, ensures="fused"),
+)
+PASSES = {step.name: step for step in PIPELINE}
 
 
 @dataclass
@@ -68,35 +146,34 @@ class Report:
 
 
 def lower(
-    graph: Graph, settings: CompilationSettings, dump: Path | None = None, kernels: bool = False
+    graph: Graph, settings: CompilationSettings, dump: Path | None = None, targets: tuple[Target, ...] = ()
 ) -> tuple[Graph, Report]:
     """Run the pipeline over a graph of level import.
 
     Args:
-        kernels: form kernels.
+        targets: what kernels are formed for; none: no kernels are.
         dump: folder for `NN_pass.rtxir` after each pass and `NN_pass.diff` where it changed something.
 
     Returns:
         The graph of level fused, and the report.
 
     Raises:
-        LoweringError: a pass failed or left a graph that does not verify; the message names it and those before it.
-        SettingsError: never here; `settings.disabled_passes` is checked by `check_settings`.
+        LoweringError: a pass failed, left a graph that does not verify, or changed the inputs or the types of the
+            results; the message names it and the passes before it.
     """
+    context = Context(settings, targets)
     infer, report = Inference(), Report()
     _write(dump, 0, "import", graph, None)
-    for index, (name, run) in enumerate(PIPELINE.items(), 1):
-        if name in settings.disabled_passes or (name in COPYING and settings.copy_weights is False):
-            continue
-        if name in FORMING and not kernels:
+    for index, step in enumerate(PIPELINE, 1):
+        name = step.name
+        if name in settings.disabled_passes or not step.applies(context):
             continue
         start = time.perf_counter()
         try:
-            after = run(graph, infer)
-            verify(after, aten.ALLOWED)
-        except Exception as error:
+            after = step(graph, infer, context)
+        except LoweringError as error:
             _write(dump, index, f"{name}.before", graph, None)
-            raise _bug(name, report, dump, error) from error
+            raise _with_hint(error, name, report, dump) from error.__cause__
         report.seconds[name] = time.perf_counter() - start
         report.nodes[name] = len(after.nodes)
         log.debug("%s: %d -> %d nodes, %.1f ms", name, len(graph.nodes), len(after.nodes), 1e3 * report.seconds[name])
@@ -105,17 +182,23 @@ def lower(
     return graph, report
 
 
-def _bug(name: str, report: Report, dump: Path | None, error: Exception) -> LoweringError:
+def _inputs(graph: Graph) -> str:
+    return ", ".join(f"{value.name}: {value.type}" for value in graph.inputs) or "none"
+
+
+def _result_types(graph: Graph) -> str:
+    return ", ".join(str(value.type) for value in attr_values(graph.outputs)) or "none"
+
+
+def _message(error: Exception) -> str:
+    return error.message if isinstance(error, RtxError) else str(error)
+
+
+def _with_hint(error: LoweringError, name: str, report: Report, dump: Path | None) -> LoweringError:
     where = f"the graph before it is in {dump}" if dump else "set TORCH_RTX_DUMP=dir to get the graph before it"
     before = ", ".join(report.seconds) or "none"
-    kind = (
-        "left a graph that does not verify" if isinstance(error, InvalidIR) else f"failed with {type(error).__name__}"
-    )
-    return LoweringError(
-        f"pass {name} {kind}: {error.message if isinstance(error, RtxError) else error}",
-        loc=getattr(error, "loc", None),
-        hint=f"passes before it: {before}; {where}; disabled_passes=[{name!r}] leaves it out",
-    )
+    hint = f"passes before it: {before}; {where}; disabled_passes=[{name!r}] leaves it out"
+    return LoweringError(error.message, loc=error.loc, hint=hint)
 
 
 def _write(dump: Path | None, index: int, name: str, graph: Graph, before: Graph | None) -> None:

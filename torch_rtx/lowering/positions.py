@@ -1,7 +1,7 @@
-"""What a graph computes from positions alone, as formulas: the counterpart of `constants` for sizes that are symbols.
+"""Symbolic evaluation of tensors that depend on positions and sizes alone: `constants` for dynamic sizes.
 
-The declarations that kernels are made of say what an element is at a position; here they are evaluated with variables
-for positions. So it is known for all sizes at once that a mask is causal, or hides nothing.
+The declarations of kernel ops give an element as a function of its position. Evaluated with symbolic positions, they
+prove for all sizes at once that a mask is causal or hides no key.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from torch_rtx.lowering.kernels.kernel_ir import (
 )
 from torch_rtx.lowering.kernels.region import express, tensor_type
 
-EXACT = ("bool", "i64")  # dtypes that hold every position, and what is computed from them
+EXACT = ("bool", "i64")  # dtypes that represent positions, and arithmetic on them, exactly
 
 
 @dataclass(frozen=True)
 class AtLeastZero:
-    """A truth that depends on the position: whether `index` is at least 0."""
+    """A boolean element that is true where `index` is at least 0."""
 
     index: Index
 
@@ -57,7 +57,7 @@ class Positions:
                     continue
 
     def element(self, value: Value) -> tuple[Position, Element | None]:
-        """A variable for each dimension of `value`, and its element there; None where that is not known."""
+        """A symbolic position in `value`, one variable per dimension, and the element there; None if unknown."""
         tensor = self._tensors.get(value.name)
         if tensor is None:
             return (), None
@@ -65,8 +65,8 @@ class Positions:
         return position, self.at(tensor, position)
 
     def taken(self, node: Node) -> tuple[Position, Position | None]:
-        """A variable for each dimension of the result of `node`, and the position in its first input that the element
-        there is from; None where that is not known."""
+        """A symbolic position in the result of `node`, and the position in its first input from which the element there
+        is gathered; None if unknown."""
         source, (output,) = node.inputs[0], node.outputs
         assert output is not None
         if any(value.name not in self._tensors for value in node.inputs[1:]):
@@ -117,19 +117,19 @@ class Positions:
         return None
 
     def _source(self, tensor: Gather, position: Position) -> Position | None:
-        """Where an element of the source is taken; a call with an index out of range has no result at all."""
+        """The position of an element's source; assumes indices in range, since the call fails for others."""
         found = [self.at(index, position) for index in tensor.indices]
         chosen = [index for index in found if isinstance(index, Index) and is_natural(index)]
         return tensor.at(position, tuple(chosen)) if len(chosen) == len(found) else None
 
 
 def everywhere(shape: Shape) -> Position:
-    """Any position in a tensor of `shape`: a variable per dimension."""
+    """A symbolic position in a tensor of `shape`: a variable per dimension."""
     return tuple(ZERO if size == ONE else variable(f"@{axis}", size) for axis, size in enumerate(shape))
 
 
 def is_natural(index: Index) -> bool:
-    """Whether `index` is certainly at least 0, as variables and dims are."""
+    """Whether `index` is provably at least 0, given that variables and dims are."""
     return all(count >= 0 for _, count in index.terms)
 
 

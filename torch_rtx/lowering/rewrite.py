@@ -1,4 +1,4 @@
-"""What passes are made of: walk a graph's nodes, keep, replace or add, and get the new graph."""
+"""The graph rewriter of the passes, and queries about uses and escaping values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COPIES = frozenset(f"aten.{name}.default" for name in ("_to_copy", "clone", "lif
 
 
 def users(graph: Graph) -> Users:
-    """Per value name, the nodes that read it, in order; a node that reads it twice stands once."""
+    """The nodes that read each value, by its name, in order and without repeats."""
     found: Users = {}
     for node in graph.nodes:
         for name in dict.fromkeys(value.name for value in node.inputs):
@@ -27,35 +27,34 @@ def returned(graph: Graph) -> set[str]:
     return {value.name for value in attr_values(graph.outputs)}
 
 
-def seen_outside(graph: Graph, writes: bool = True) -> set[str]:
-    """The values whose memory others than the graph's calls get, through views as well: a copy there has a purpose.
+def escaping(graph: Graph, writes: bool = True) -> set[str]:
+    """The names of the values whose memory escapes, directly or through views: passes must keep their copies.
 
-    Others are the caller, fallbacks, which may keep or write to what they get, and writes to inputs: a copy of an input
-    that is written later has to hold what was there before. Calls that address memory, as `as_strided` does, count
-    as well: what they read depends on where a tensor begins, which no type says.
+    Memory escapes to the caller; to fallbacks, which may keep it or write to it; to writes of inputs, since a copy of
+    an input must preserve its old contents; and to calls such as `as_strided`, which address memory directly and depend
+    on the storage offset, which is not part of a type.
 
     Args:
-        writes: whether writes count. They take elements, not memory: who merges equal values need not tell those apart.
+        writes: count writes of inputs. They read elements only, so that merging equal values can ignore them.
     """
-    final = (n for n in graph.nodes if n.kind == "fallback" or (writes and n.writes) or n.op in aten.STRIDED)
-    return behind_views(graph, returned(graph) | {value.name for node in final for value in node.inputs})
+    sinks = (n for n in graph.nodes if n.kind == "fallback" or (writes and n.writes) or n.op in aten.STRIDED)
+    return with_sources(graph, returned(graph) | {value.name for node in sinks for value in node.inputs})
 
 
-def behind_views(graph: Graph, names: Set[str]) -> set[str]:
-    """`names`, and the values that they are views or copies of."""
+def with_sources(graph: Graph, names: Set[str]) -> set[str]:
+    """`names`, and the names of all values of which they are views or copies."""
     found = set(names)
     for node in reversed(graph.nodes):
-        leads = any(value is not None and value.name in found for value in node.outputs)
+        leads = any(value.name in found for value in node.results)
         if leads and node.kind != "fallback" and (node.op in COPIES or aten.is_view(aten.overload(node.op))):
             found.update(value.name for value in node.inputs)
     return found
 
 
 class Rewriter:
-    """Builds the successor of `graph`, node by node, in order.
+    """Builds the rewritten `graph`, node by node, in order.
 
-    `keep` takes a node over, `emit` adds a call whose type is inferred, `replace` makes later nodes read something
-    else.
+    `keep` copies a node, `emit` adds a call with inferred types, `replace` substitutes a value in later nodes.
     """
 
     def __init__(self, graph: Graph, infer: Inference) -> None:
@@ -65,31 +64,30 @@ class Rewriter:
         self._names = {value.name for value in graph.values()} | set(graph.syms)
         self._count = 0
 
-    def now(self, value: Value) -> Attr:
-        """What stands for `value` of the old graph by now."""
+    def current(self, value: Value) -> Attr:
+        """The replacement of `value` of the old graph, or `value` itself."""
         return self._replaced.get(value.name, value)
 
     def replace(self, value: Value | None, by: Attr) -> None:
-        """Let nodes that follow read `by` in place of `value`."""
+        """Make later nodes read `by` instead of `value`."""
         if value is not None:
             self._replaced[value.name] = by
 
     def keep(self, node: Node) -> None:
-        """Take `node` over, reading the replacements."""
+        """Add `node`, with its inputs replaced."""
         if any(value.name in self._replaced for value in node.inputs):
-            node = replace(node, args=node.map_inputs(self.now))
+            node = replace(node, args=node.map_inputs(self.current))
         self.nodes.append(node)
 
     def emit(self, op: str, loc: Loc | None = None, types: tuple[Type, ...] | None = None, /, **args: Attr) -> Value:
-        """A new call with one result, or the first of its results.
+        """Add a call; returns its first result.
 
         Args:
-            types: those of the results where they are known, as between operands of one type: inference takes time.
+            types: of the results, if known; None: inferred, on MAIN, which takes time.
 
         Raises:
             Unsupported: the op does not take these arguments.
         """
-        # A recipe is built from the types of the reference device; MAIN or not, weights live where the engine does.
         pairs = tuple(args.items())
         outputs = tuple(self._fresh(type_) for type_ in types or self.infer(op, pairs))
         self.nodes.append(Node("op", op, pairs, outputs, None, loc))
@@ -103,12 +101,12 @@ class Rewriter:
 
     def finish(self) -> Graph:
         """The new graph."""
-        outputs = tuple(attr_map(attr, self.now) for attr in self.graph.outputs)
+        outputs = tuple(attr_map(attr, self.current) for attr in self.graph.outputs)
         return replace(self.graph, nodes=tuple(self.nodes), outputs=outputs)
 
 
 def rewrite(graph: Graph, infer: Inference, visit: Callable[[Node, Rewriter], bool]) -> Graph:
-    """Walk the nodes; `visit` returns True where it has dealt with the node, else the node is kept."""
+    """Visit all nodes in order. `visit` returns True if it replaced or removed the node; False keeps the node."""
     rewriter = Rewriter(graph, infer)
     for node in graph.nodes:
         if node.kind != "op" or not visit(node, rewriter):
@@ -117,7 +115,7 @@ def rewrite(graph: Graph, infer: Inference, visit: Callable[[Node, Rewriter], bo
 
 
 def only_user(values: Iterable[Value | None], found: Users, outputs: set[str]) -> Node | None:
-    """The only node that reads any of `values`, if there is one and the graph returns none of them."""
+    """The single node that reads any of `values`; None if there are several, or if the graph returns a value."""
     readers = [node for value in values if value is not None for node in found.get(value.name, ())]
     if len(readers) != 1 or any(value is not None and value.name in outputs for value in values):
         return None

@@ -1,4 +1,4 @@
-"""Which FX nodes an engine can hold, and why it can't hold the others."""
+"""Decides which FX nodes an engine can run, and gives the reason for the others."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from torch_rtx.lowering.symbols import Symbols, unbacked
 
 
 def unsupported_reason(node: fx.Node, symbols: Symbols) -> str | None:
-    """Why the `call_function` node must stay in PyTorch, in words for the user; None if the engine takes it.
+    """Why the `call_function` node must fall back to PyTorch, as text for the user; None if the engine can run it.
 
     Args:
-        symbols: those of the node's graph.
+        symbols: of the node's graph.
     """
     op = node.target
     if not isinstance(op, torch._ops.OpOverload):
@@ -27,9 +27,7 @@ def unsupported_reason(node: fx.Node, symbols: Symbols) -> str | None:
     if op_name(node) not in aten.ALLOWED:
         return f"operator {op} is not on the allow-list"
     if op_name(node) in UPDATES:
-        return (
-            "it writes to its argument"  # captures are functional: whatever brought it here, nobody vouches for order
-        )
+        return "it writes to its argument"  # captures are functional: the order of other accesses is unknown
     outputs = node.meta.get("val")
     inputs = [value for n in node.all_input_nodes for value in _tensors(n.meta.get("val"))]
     try:
@@ -42,12 +40,12 @@ def unsupported_reason(node: fx.Node, symbols: Symbols) -> str | None:
     except Unsupported as error:
         return error.message
     if not isinstance(outputs, torch.Tensor | tuple | list):
-        return "its result is a number that the host needs"
+        return "its result is a number on the host"
     known = set().union(*map(unbacked, inputs), *(unbacked(n.meta.get("val")) for n in node.all_input_nodes))
     if any(unbacked(value) - known for value in _tensors(outputs)):
         return "the size of its result depends on the data"
     if str(op) == "aten.copy_.default" and node.args[0].op != "placeholder":  # type: ignore[union-attr]
-        return "copy_ into something that is no input"
+        return "copy_ to a tensor that is not an input"
     return None
 
 

@@ -1,4 +1,4 @@
-"""PyTorch's symbolic shapes, which are sympy expressions, as dims of the IR, and tensors as types."""
+"""Converts PyTorch's symbolic shapes (sympy expressions) to dims of the IR, and tensors to types."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch_rtx.aten import dtype_name
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import MAIN, Dim, ScalarType, Sym, TensorType, Type, dim_expr
 
-UNBOUNDED = 2**31  # PyTorch writes "no bound" in several ways; a dim beyond this is none that it could have meant
-EXACT = 2**20  # a number below it times a size below UNBOUNDED has a place in the 53 bits of a float
+UNBOUNDED = 2**31  # PyTorch writes "no bound" in several ways; every bound from here on counts as none
+EXACT = 2**20  # a number below it times a size below UNBOUNDED fits the 53 mantissa bits of a double
 FUNCTIONS = {
     sympy.Add: "+",
     sympy.Mul: "*",
@@ -31,13 +31,13 @@ FUNCTIONS = {
 
 
 class Symbols:
-    """Turns the sizes, scalars and tensors of one FX graph into dims and types.
+    """Converts the sizes, scalars and tensors of one FX graph to dims and types.
 
     Args:
-        main: the device that MAIN stands for.
-        ranges: the ranges that torch.export promises, by sympy symbol. What the symbols' own environment holds is
-            narrower: tracing takes every size to be at least 2, which holds for 0 and 1 as well where export says so.
-        typical: the typical values of symbols, as far as they are known.
+        main: the device of MAIN.
+        ranges: the ranges that torch.export promises, by sympy symbol. Those of the ShapeEnv are narrower: tracing
+            assumes sizes of at least 2, although torch.export may promise that the graph holds for 0 and 1, too.
+        typical: the known typical values of symbols.
     """
 
     def __init__(
@@ -54,10 +54,10 @@ class Symbols:
         """A size as a dim.
 
         Args:
-            opaque: let what dims can't express be a symbol of its own, which a fallback's result gives its number.
+            opaque: replace a function that dims lack by a new symbol, whose value is the result of a fallback.
 
         Raises:
-            Unsupported: a function that dims do not have, and that no fallback has computed.
+            Unsupported: dims lack a function, and no fallback computes it.
         """
         if isinstance(size, int):
             return size
@@ -67,15 +67,15 @@ class Symbols:
         return self._dims[expr]
 
     def condition(self, value: bool | torch.SymBool) -> Dim:
-        """A condition on sizes as a dim: 1 where it holds, else 0.
+        """A condition on sizes as a dim: 1 if it holds, else 0.
 
         Raises:
-            Unsupported: it is not made of comparisons of whole numbers that dims can express.
+            Unsupported: dims can't express the condition.
         """
         if isinstance(value, bool):
             return int(value)
         if not all(symbol.is_integer for symbol in value.node.expr.free_symbols):
-            raise Unsupported("a condition on what are no sizes")
+            raise Unsupported("a condition on numbers other than sizes")
         return compared(value.node.expr, lambda part: self._leaf(part, value, opaque=False))
 
     def _leaf(self, part: sympy.Expr, value: torch.SymInt | torch.SymBool, opaque: bool) -> Dim:
@@ -89,11 +89,11 @@ class Symbols:
         return self._opaque[part]
 
     def sym(self, symbol: sympy.Symbol, known: Mapping[sympy.Symbol, Any]) -> Sym:
-        """A symbol with its range: the promised one, else that of its environment (`known`)."""
+        """A symbol with its range: the promised one, else that of its ShapeEnv (`known`)."""
         return _sym(symbol, self._ranges.get(symbol) or known.get(symbol), self._typical.get(symbol))
 
     def device(self, device: torch.device) -> str:
-        """The IR's name of a device: MAIN, "cpu", or such as "cuda1" for another accelerator."""
+        """The IR's name of a device: MAIN, "cpu", or e.g. "cuda1" for another accelerator."""
         if device == self.main or (device.type == self.main.type and device.index is None):
             return MAIN
         return device.type if device.index is None else f"{device.type}{device.index}"
@@ -102,7 +102,7 @@ class Symbols:
         """The type of a (fake) tensor, symbolic scalar or number; `opaque` as for `dim`.
 
         Raises:
-            Unsupported: anything else, and tensors that are not plain and strided.
+            Unsupported: anything else, including quantized tensors and tensors that are not strided.
         """
         if isinstance(value, torch.Tensor):
             if value.layout != torch.strided:
@@ -122,7 +122,7 @@ class Symbols:
 
 
 def convert(expr: sympy.Expr, leaf: Callable[[sympy.Expr], Dim]) -> Dim:
-    """A sympy expression over integers as a dim; `leaf` gives the dim of a symbol, and of a function that dims lack.
+    """An integer sympy expression as a dim; `leaf` maps symbols, and functions that dims lack.
 
     Raises:
         Unsupported: `leaf` does.
@@ -141,10 +141,10 @@ def convert(expr: sympy.Expr, leaf: Callable[[sympy.Expr], Dim]) -> Dim:
 
 
 def compared(expr: sympy.Basic, leaf: Callable[[sympy.Expr], Dim]) -> Dim:
-    """A condition over integers as a dim that is 1 where it holds, else 0; `leaf` as for `convert`.
+    """A condition on integers as a dim: 1 if it holds, else 0; `leaf` as for `convert`.
 
     Raises:
-        Unsupported: `leaf` does, or it is no condition that dims can express.
+        Unsupported: `leaf` does, or dims can't express the condition.
     """
 
     def at_least(a: Dim, b: Dim) -> Dim:
@@ -178,9 +178,9 @@ def _negated(condition: Dim) -> Dim:
 
 
 def _scaled(expr: sympy.Expr, leaf: Callable[[sympy.Expr], Dim]) -> Dim:
-    """The size trunc(c * n) that interpolation by a factor c gives, in integers: 1.5 * n is 3 * n // 2.
+    """trunc(c * n), the size of an interpolation by the factor c, as an integer division: 1.5 * n is 3 * n // 2.
 
-    A factor may have so many digits (1.7 has) that floating point rounds the product, which `//` would not: a leaf.
+    A factor with many digits (such as 1.7) is a leaf: floating point rounds the product, and `//` would not.
     """
     factors = sympy.Mul.make_args(expr.args[0])
     scales = [factor for factor in factors if factor.is_Float]
@@ -200,7 +200,7 @@ def _sym(symbol: sympy.Symbol, bounds: Any, typical: int | None) -> Sym:
 
 
 def unbacked(value: Any) -> set[sympy.Symbol]:
-    """The symbols in a value's sizes whose numbers only the data decides (`u0`, from nonzero or item)."""
+    """The data-dependent symbols in a value's sizes (`u0`, from nonzero or item)."""
     sizes = value.shape if isinstance(value, torch.Tensor) else (value,)
     found: set[sympy.Symbol] = set()
     for size in sizes:
@@ -210,6 +210,6 @@ def unbacked(value: Any) -> set[sympy.Symbol]:
 
 
 def main_device(values: Any) -> torch.device:
-    """The device an engine runs on: that of the first tensor which is not on the CPU, else the CPU."""
+    """The device of an engine: that of the first tensor that is not on the CPU, else the CPU."""
     devices = [value.device for value in values if isinstance(value, torch.Tensor)]
     return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))

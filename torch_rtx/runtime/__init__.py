@@ -1,5 +1,4 @@
-"""Runtime: an engine and its weights on a device, made callable.
+"""Runtime: makes an engine with weights callable on a device.
 
-May import `engine`, `ir`, `aten`, `settings` and `errors`; nothing of lowering's passes or of the backend, so that an
-application which only loads engines needs neither.
+It imports nothing of lowering or the backend, so that an application which only loads engines needs neither.
 """

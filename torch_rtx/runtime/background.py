@@ -1,8 +1,8 @@
-"""What happens beside the calls of a program: one thread per process that runs jobs, one after the other. What a job
-leaves for later waits until all others have run: no model waits for its first kernels while another's are measured.
+"""One background thread per process, which compiles and measures while the program makes calls.
 
-A job is cooperative: between its steps it asks whether to go on. At the end of the process the thread is told to stop,
-what may keep a job waiting is closed, and nothing hangs.
+It runs jobs in order. A second phase of a job (`later`) runs only when no job is waiting, so that no model waits for
+its first kernels while those of another are measured. Jobs are cooperative: between steps they ask whether the process
+ends. At its end `stop` closes whatever a job may be waiting for, so that nothing hangs.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from dataclasses import dataclass, field
 
 log = logging.getLogger(__name__)
 Job = Callable[[], object]
-SWITCH_S = 1e-4  # a thread that wants Python's interpreter waits that long at most for a job to give it up
-PATIENCE = 5.0  # seconds that the end of a process waits for the step that runs
+SWITCH_S = 1e-4  # the longest time that another thread waits for a job to release the interpreter lock
+STOP_TIMEOUT_S = 5.0  # the longest time that the end of the process waits for a running step
 
 
 class Stopped(Exception):
-    """The process is about to end: a job gives up between two steps."""
+    """The process is about to end: the job must give up."""
 
 
 @dataclass(order=True)
 class _Entry:
-    """What the thread is to do, in order; without a job, to end."""
+    """An entry of the queue, in the order of execution; without a job it ends the thread."""
 
     rank: int
     number: int
@@ -44,7 +44,7 @@ FIRST, LATER, LAST = range(3)  # ranks
 
 
 def attempt(job: Job) -> bool:
-    """Run a job; a failure is logged. Whether it ran to its end."""
+    """Run a job and log a failure; True if it ran to its end."""
     try:
         job()
         return True
@@ -57,7 +57,7 @@ def attempt(job: Job) -> bool:
 
 
 class Background:
-    """A thread that runs jobs in the order in which they came, and then what they left for later."""
+    """A thread that runs jobs in the order of their submission, and then their second phases."""
 
     def __init__(self) -> None:
         self._jobs: queue.PriorityQueue[_Entry] = queue.PriorityQueue()
@@ -66,14 +66,14 @@ class Background:
         self._thread: threading.Thread | None = None
         self._process = 0
         self._closing: list[Callable[[], None]] = []
-        self._waiting: list[threading.Event] = []  # of the jobs that have not run yet, in order
+        self._waiting: list[threading.Event] = []  # `done` of unfinished jobs, in order
         self.stopping = False
 
     def submit(self, job: Job, done: threading.Event, later: Job | None = None) -> None:
-        """Run `job` some time, and when it has run and nothing else is left to do, `later`.
+        """Queue `job`, and `later` to follow once no other job waits. Failures are logged.
 
         Args:
-            done: set when both have run, failed, or never will. A failure is logged.
+            done: set when both have run or failed, or will never run.
         """
         with self._lock:
             if self.stopping:
@@ -81,8 +81,8 @@ class Background:
                 return
             if self._thread is None or not self._thread.is_alive() or self._process != os.getpid():
                 try:
-                    self._start()  # the first job, or the first in a process that was forked
-                except RuntimeError as error:  # the process ends, or has too many threads: no reason to fail a call
+                    self._start()  # the first job of the process, which may be a fork
+                except RuntimeError as error:  # the process ends or has too many threads: calls must not fail
                     log.warning("nothing is made faster: %s", error)
                     done.set()
                     return
@@ -90,7 +90,7 @@ class Background:
             self._jobs.put(_Entry(FIRST, next(self._numbers), job, done, later))
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait for all jobs that were submitted; False if that takes longer than `timeout` seconds."""
+        """Wait for all submitted jobs; False after `timeout` seconds."""
         end = None if timeout is None else time.monotonic() + timeout
         with self._lock:
             waiting = list(self._waiting)
@@ -112,17 +112,17 @@ class Background:
             try:
                 with _switching():
                     ran = not self.stopping and attempt(entry.job)
-            except BaseException as error:  # there is nobody here whom it could end or interrupt
+            except BaseException as error:  # this thread has no caller to pass it on to
                 log.warning("making it faster was ended by %r", error)
             finally:
                 if ran and entry.later is not None:
                     jobs.put(_Entry(LATER, next(self._numbers), entry.later, entry.done))
                 else:
                     entry.done.set()
-            del entry  # what a job holds may be large
+            del entry  # a job may hold much memory
 
     def step(self) -> None:
-        """What a job calls between its steps.
+        """A job calls this between its steps.
 
         Raises:
             Stopped: the process is about to end.
@@ -131,13 +131,13 @@ class Background:
             raise Stopped
 
     def on_stop(self, close: Callable[[], None]) -> None:
-        """Call `close`, which ends what a job may be waiting for, when the process ends; once, if it comes again."""
+        """Register `close`, which ends what a job may wait for, to be called once when the process ends."""
         with self._lock:
             if close not in self._closing:
                 self._closing.append(close)
 
     def stop(self) -> None:
-        """Run no more jobs; wait for the step that runs."""
+        """Start no more jobs, and wait for the running step."""
         with self._lock:
             self.stopping = True
             closing = list(self._closing)
@@ -145,13 +145,13 @@ class Background:
             close()
         self._jobs.put(_Entry(LAST, next(self._numbers)))
         if self._thread is not None and self._process == os.getpid():
-            self._thread.join(PATIENCE)
+            self._thread.join(STOP_TIMEOUT_S)
 
 
 @contextmanager
 def _switching() -> Iterator[None]:
-    """While a job runs, the program's threads get the interpreter back soon. They give it up in every call of PyTorch,
-    and would wait 5 ms each time, many times as long as a call takes."""
+    """Shorten the interpreter's switch interval while a job runs. The program's threads release the lock in every call
+    of PyTorch, and would wait 5 ms to get it back, many times the duration of a call."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(min(before, SWITCH_S))
     try:
@@ -164,6 +164,6 @@ BACKGROUND = Background()
 
 
 def wait(timeout: float | None = None) -> bool:
-    """Wait until nothing more is being compiled or measured in the background of this process; False if that takes
-    longer than `timeout` seconds. What calls at new sizes start meanwhile is not waited for."""
+    """Wait until background compiling and measuring in this process have ended; False after `timeout` seconds. Jobs
+    that calls start meanwhile are not waited for."""
     return BACKGROUND.wait(timeout)

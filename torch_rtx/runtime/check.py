@@ -18,11 +18,11 @@ def check_inputs(graph: Graph, inputs: Sequence[Any], device: torch.device, prof
     """Check a flat list of inputs against the types of `graph.inputs`.
 
     Args:
-        profiles: one of these must hold all of the sizes; none are needed where that is what the symbols say.
+        profiles: one of these must hold all sizes; without profiles the ranges of the symbols must.
 
     Raises:
-        InputError: the first input that does not fit: what was expected and what came. The sizes that no profile holds
-            together, and the profiles.
+        InputError: names the first input that does not fit, what was expected and what came; or the sizes that no
+            profile holds together, and the profiles.
     """
     if len(inputs) != len(graph.inputs):
         raise InputError(f"expected {len(graph.inputs)} inputs, got {len(inputs)}")
@@ -42,7 +42,7 @@ def check_inputs(graph: Graph, inputs: Sequence[Any], device: torch.device, prof
 
 
 def bind_sizes(graph: Graph, inputs: Sequence[Any]) -> dict[str, int]:
-    """The numbers of the symbols that `inputs`, which fit the graph, determine, by name."""
+    """The sizes of the symbols that `inputs` determine, by name. The inputs must fit the graph."""
     sizes: dict[str, int] = {}
     pairs: list[tuple[Dim, int]] = []
     for value, given in zip(graph.inputs, inputs, strict=True):
@@ -58,7 +58,7 @@ def bind_sizes(graph: Graph, inputs: Sequence[Any]) -> dict[str, int]:
 
 
 def _dims(value: Value, given: object, device: torch.device) -> list[tuple[Dim, int, str]]:
-    """Check everything of one input but its sizes; return those as (expected, given, what it is)."""
+    """Check one input except for its sizes, which are returned as (expected, given, description)."""
     name, type_ = f"input {value.name!r}", value.type
     if isinstance(type_, ScalarType):
         kinds = {"int": int, "float": (int, float), "bool": bool}
@@ -78,7 +78,7 @@ def _dims(value: Value, given: object, device: torch.device) -> list[tuple[Dim, 
 
 
 class _Sizes:
-    """What the symbols are in a call, and where that shows."""
+    """The sizes of the symbols in a call, and which dimension each comes from."""
 
     def __init__(self, profiles: Sequence[Profile]) -> None:
         self.profiles = profiles
@@ -86,7 +86,11 @@ class _Sizes:
         self.places: dict[str, str] = {}
 
     def bind(self, sym: Sym, size: int, place: str) -> None:
-        """Let `sym` be `size`, as `place` has it."""
+        """Bind `sym` to `size`, which dimension `place` has.
+
+        Raises:
+            InputError: another dimension says otherwise, or `size` is out of range.
+        """
         name = sym.name
         if self.known.get(name, size) != size:
             raise InputError(f"{place} is {size}, but {self.places[name]} is {self.known[name]} and both are {name}")
@@ -98,9 +102,13 @@ class _Sizes:
             raise InputError(f"{place} is {size}, outside its range {name} = {spans}{of}")
 
     def derive(self, dim: Dim, size: int, place: str) -> None:
-        """Let `dim` be `size`, which may tell what one more symbol is."""
+        """Check that `dim` is `size`, after binding the symbol that this determines, if one is unbound.
+
+        Raises:
+            InputError: it is not.
+        """
         found = invert(dim, size, self.known)
-        if found is not None:  # the only place that tells what this symbol is
+        if found is not None:  # no dimension is this symbol itself
             symbol, number = found
             if evaluate(dim, {**self.known, symbol.name: number}) != size:
                 raise InputError(f"{place} is {size}, which is not of the form {dim}")
@@ -110,7 +118,7 @@ class _Sizes:
             raise InputError(f"{place} is {size}, expected {dim} = {expected}")
 
     def check_profiles(self) -> None:
-        """Raises InputError if there are profiles and none holds all sizes."""
+        """Raises InputError if profiles exist and none holds all sizes."""
         known = self.known.items()
         if not self.profiles or any(all(p[name].holds(size) for name, size in known) for p in self.profiles):
             return
@@ -127,9 +135,8 @@ def _shape(type_: TensorType) -> str:
 
 
 def invert(dim: Dim, size: int, sizes: Mapping[str, int]) -> tuple[Sym, int] | None:
-    """The symbol of `dim` that `sizes` lacks, and the number that makes `dim` about `size`: what generated code does to
-    bind its dims (`code.solve`), in numbers. None where there are none or several, or `dim` does not determine it.
-    """
+    """The one symbol of `dim` that `sizes` lacks, and its number if `dim` is `size`, rounded down. None if no symbol or
+    several are missing, or `dim` does not determine it. Generated code does the same, see `code.solve`."""
     if isinstance(dim, Sym):
         return (dim, size) if dim.name not in sizes else None
     if isinstance(dim, int) or dim.op not in ("*", "+"):

@@ -1,4 +1,4 @@
-"""Clocks for measuring: what passes between marks, on the host or on a GPU."""
+"""Clocks that measure the time between marks, on the host or on a GPU."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 
-# A GPU that gets its work one call at a time waits for the host between them, and events around a call would measure
-# that. The work of this many spans is therefore queued behind a delay that outlasts the queueing. The queue itself
-# holds about a thousand entries; a span is an event and, seldom, more than two or three kernels.
+# Events around single calls would also measure how long the GPU waits for the host. So many spans are therefore queued
+# behind a delay that outlasts the queueing. The queue of the GPU holds about a thousand entries; a span is an event and
+# rarely more than two or three kernels.
 SPANS_AT_ONCE = 100
-DELAY_CYCLES = 10_000_000  # some 5 ms: 50 us of the host's time per span
+DELAY_CYCLES = 10_000_000  # about 5 ms: 50 us of host time per span
 
 
 class Clock:
-    """The host's. Calling it makes a mark."""
+    """The clock of the host. Calling it sets a mark."""
 
     def __init__(self) -> None:
         self._marks: list[int] = []
@@ -27,17 +27,17 @@ class Clock:
         self._marks.append(time.perf_counter_ns())
 
     def read(self) -> list[float]:
-        """The microseconds between neighbouring marks, which are forgotten."""
+        """The microseconds between neighbouring marks; clears the marks."""
         marks, self._marks = self._marks, []
         return [(end - start) / 1000 for start, end in pairwise(marks)]
 
 
 class DeviceClock(Clock):
-    """A GPU's: marks are events on the current stream, and nothing waits for the device before `read`.
+    """The clock of a GPU: marks are events on the current stream, and only `read` waits for the device.
 
     Args:
         record: records an event with `synchronize` and `elapsed_time` (milliseconds), as those of `torch.cuda`.
-        delay: occupies the device for a while, before the first of every SPANS_AT_ONCE spans.
+        delay: occupies the device before every SPANS_AT_ONCE spans, longer than the host needs to queue these.
     """
 
     def __init__(self, record: Callable[[], Any], delay: Callable[[], None] | None = None) -> None:
@@ -67,7 +67,7 @@ def clock_of(device: torch.device, queued: bool) -> Clock:
     """The clock of a device.
 
     Args:
-        queued: measure what the device spends on its work alone; else its waiting for the host counts as well.
+        queued: leave out the time that the device waits for the host.
     """
     if device.type != "cuda":
         return Clock()
@@ -85,7 +85,7 @@ def clock_of(device: torch.device, queued: bool) -> Clock:
 
 
 def overhead(clock: Clock, marks: int = 64) -> float:
-    """The microseconds that `clock` sees between two marks with nothing in between."""
+    """The median microseconds between two marks with no work in between."""
     for _ in range(marks):
         clock()
     return median(clock.read())

@@ -37,7 +37,7 @@ from torch_rtx.ir import (
     type_dims,
 )
 from torch_rtx.runtime.inline import in_place, inline_kernels, launched
-from torch_rtx.runtime.launch import Launcher, Way
+from torch_rtx.runtime.launch import Launcher, LoadedTactic
 from torch_rtx.runtime.plan import Plan, aliases
 from torch_rtx.runtime.streaming import Lines, Streamer
 from torch_rtx.targets import ALIGNMENT
@@ -52,14 +52,14 @@ class Code:
     Attributes:
         source: its text.
         plan: its memory.
-        graph, kernels: what it was made of, and what it launches.
+        graph, tactics: what it was made of: the tactics run kernel nodes, by their `op`.
     """
 
     run: Runner
     source: str
     plan: Plan
     graph: Graph
-    kernels: Mapping[str, Way]
+    tactics: Mapping[str, LoadedTactic]
 
     def __call__(self, inputs: Sequence[Any], weights: Sequence[torch.Tensor]) -> list[Any]:
         """The outputs."""
@@ -128,7 +128,7 @@ def compile_graph(
     callables: Sequence[Callable[..., Any]] = (),
     trusted_ops: frozenset[str] = frozenset(),
     name: str = "graph",
-    kernels: Mapping[str, Way] | None = None,
+    tactics: Mapping[str, LoadedTactic] | None = None,
     probe: Callable[[], None] | None = None,
     streamer: Streamer | None = None,
 ) -> Code:
@@ -138,25 +138,25 @@ def compile_graph(
         device: the device that MAIN stands for.
         callables: what the `python` fallback nodes call, by index.
         trusted_ops: operators outside the allow-list that fallback nodes may name.
-        kernels: ways to run kernel nodes, see `runtime.launch`; their device must be the current one when the function
-            is called.
+        tactics: run kernel nodes, see `runtime.launch`; their device must be the current one when the function is
+            called.
         probe: what the function calls before the first node and after each; for measuring.
         streamer: brings weights to the device; the function must then be called in a turn of it.
 
     Raises:
         InvalidIR: an op that does not exist here, or a dim that no input determines.
     """
-    kernels = kernels or {}
-    writer = _Writer(inline_kernels(graph, kernels), device, callables, trusted_ops, launched(kernels), probe)
+    tactics = tactics or {}
+    writer = _Writer(inline_kernels(graph, tactics), device, callables, trusted_ops, launched(tactics), probe)
     if streamer is not None:
-        writer.names["_stream"], writer.streaming = streamer, streamer.lines(graph, in_place(graph, kernels))
+        writer.names["_stream"], writer.streaming = streamer, streamer.lines(graph, in_place(graph, tactics))
     source = writer.write()
     file = f"<torch_rtx {name} {id(writer.names):x}>"  # these live as long as the function
     linecache.cache[file] = (len(source), None, source.splitlines(True), file)  # tracebacks show the generated line
     exec(compile(source, file, "exec"), writer.names)
     run: Runner = writer.names["run"]
     weakref.finalize(run, linecache.cache.pop, file, None)
-    return Code(run, source, writer.plan, graph, kernels)
+    return Code(run, source, writer.plan, graph, tactics)
 
 
 @dataclass
@@ -320,7 +320,7 @@ class _Writer:
             self.lines.append(f"{held[-1]} = {self.name_of('aligned', aligned)}({value.name}, {self.strides(value)})")
             addresses.append(f"{held[-1]}.data_ptr()")
         for output in node.outputs:
-            assert output is not None  # `kerneltable.check` saw to it
+            assert output is not None  # `tactics.check` saw to it
             assert isinstance(output.type, TensorType)
             if output.name not in self.offsets:
                 dtype = aten.to_torch("ScalarType", output.type.dtype, self.device)

@@ -1,11 +1,9 @@
 """Unified CUDA graphs: a whole module, engine and fallback operators together, replayed as one graph per input shape.
 
-The first call with a combination of shapes runs the plain code, a later one captures it, the rest replay; where more
-combinations come again than there may be graphs, some go on with the plain code (`runtime.places`). A caller may pass
-other tensors in each call and keep all results. What only kernels touch is read and written where the caller has it:
-the addresses in these kernels are set before each replay. Other inputs are copied into memory of the graph, and other
-results out of it, by the graph's own first and last nodes, whose addresses are set just so: no copy costs a launch.
-Inputs that the module writes to (caches) are captured at their address instead, which is part of the key.
+The first call with a combination of shapes runs the plain code, a later one captures it, the rest replay. If more
+combinations recur than the pool has graphs, some keep running the plain code (`runtime.admission`). A caller may pass
+other tensors in each call and keep all results: `runtime.graph_borders` says how these get in and out. Inputs that the
+module writes to (caches) are captured at their address, which is part of the key.
 """
 
 from __future__ import annotations
@@ -13,28 +11,27 @@ from __future__ import annotations
 import gc
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 
 from torch_rtx.ir import MAIN, Graph, ScalarType, TensorType, dim_syms, type_dims
-from torch_rtx.runtime.captured import Captured
+from torch_rtx.runtime.admission import AdmissionPolicy
+from torch_rtx.runtime.captured import Captured, CaptureSpec, RunCode, capture
 from torch_rtx.runtime.code import Code
 from torch_rtx.runtime.driver import driver
 from torch_rtx.runtime.graphmemory import GraphMemory, shared_memory
-from torch_rtx.runtime.places import Places
 from torch_rtx.runtime.weights import WeightStore
 
 log = logging.getLogger(__name__)
-# CUDA captures per process, not per session: the synchronization at the start of a capture would break another one.
+# One capture at a time per process: the synchronization that begins a capture would break another one.
 _CAPTURING = threading.Lock()
-RunCode = Callable[[Code, Sequence[Any], Sequence[torch.Tensor]], list[Any]]
 
 
 def why_not(graph: Graph) -> str | None:
-    """Why the program can't be one CUDA graph; None if it can be tried."""
+    """The reason why the program can't be one CUDA graph; None if a capture may succeed."""
     known = {sym.name for value in graph.inputs for dim in type_dims(value.type) for sym in dim_syms(dim)}
     for value in graph.inputs:
         if isinstance(value.type, TensorType) and value.type.device != MAIN:
@@ -57,13 +54,16 @@ def why_not(graph: Graph) -> str | None:
 
 
 class GraphPool:
-    """The CUDA graphs of one session: at most `size`, see `Places`. Many threads may call it.
+    """The CUDA graphs of one session: at most `size`, see `AdmissionPolicy`. Thread-safe.
+
+    The pool owns them, not the variant whose code they were captured from: sessions of equal layers share variants,
+    while a graph holds the addresses of one session's weights.
 
     Args:
         run: runs code of `graph` with inputs and weights.
         static_outputs: results stay in the memory of their graph.
-        shared: its graphs are in the `shared_memory` of the stream on which the first of them is captured; else they
-            share memory among themselves alone. Static outputs would not be safe there.
+        shared: the graphs use the `shared_memory` of the stream that captures the first of them; otherwise they share
+            memory only with each other. Static outputs would be overwritten there and are never shared.
     """
 
     def __init__(
@@ -76,13 +76,13 @@ class GraphPool:
         shared: bool = False,
     ) -> None:
         self.graph, self.run, self.device, self.size = graph, run, device, size
-        self._index = device.index  # of this one, asking for it takes a while
+        self._index = device.index  # reading it from the device is slow
         self.static_outputs = static_outputs
         self.captured: dict[object, Captured] = {}
         self.written = [i for i, value in enumerate(graph.inputs) if value.name in graph.written]
         self.captures = self.replays = 0
         self.disabled: str | None = None
-        self._places = Places(self.captured, size)
+        self._policy = AdmissionPolicy(self.captured, size)
         self._memory = None if shared and not static_outputs else GraphMemory(device)
         self._lock = threading.RLock()
         self._warm = threading.local()
@@ -90,7 +90,7 @@ class GraphPool:
 
     @property
     def memory(self) -> GraphMemory:
-        """Where its graphs are."""
+        """The memory of the graphs."""
         if self._memory is None:
             self._memory = shared_memory(self.device)
         return self._memory
@@ -99,14 +99,14 @@ class GraphPool:
         """The outputs for `inputs`.
 
         Args:
-            key: says all that captured code depends on but addresses.
-            code: what to run; a graph of other code with the same key is dropped.
+            key: everything that captured code depends on, except addresses.
+            code: the code to run. A graph that was captured from other code, before a swap, is dropped.
         """
         if torch._C._cuda_getDevice() != self._index:
             with torch.cuda.device(self.device):
                 return self(key, code, inputs, store)
         if self.disabled is not None or torch.cuda.is_current_stream_capturing():
-            return self.run(code, inputs, store.values)  # in a caller's own capture its graph holds ours, call by call
+            return self.run(code, inputs, store.values)  # into the caller's own capture
         if self.written:
             key = (key, tuple([(inputs[i].data_ptr(), inputs[i].stride()) for i in self.written]))
         with self._lock:
@@ -115,46 +115,44 @@ class GraphPool:
                 self.replays += 1
                 return found.replay(inputs)
         outputs = self.run(code, inputs, store.values)
-        # Library handles are per thread, and a capture can't make them: a thread captures only after a plain call.
+        # Library handles are per thread and can't be created in a capture: a thread captures only after a plain call.
         self._warm.done = True
         return outputs
 
     def _find(self, key: object, code: Code, inputs: Sequence[Any], store: WeightStore) -> Captured | None:
-        """The graph for `key`, captured now if that is due; None where this call has to run the plain code."""
+        """The graph for `key`, captured now if the policy admits it; None if this call has to run the plain code."""
         if self._generation != store.generation:
             self.captured.clear()
             self._generation = store.generation
         found = self.captured.get(key)
         if found is None or found.code is not code:
             self.captured.pop(key, None)
-            if not self._places.meet(key) or not getattr(self._warm, "done", False):
+            if not self._policy.record_miss(key) or not getattr(self._warm, "done", False):
                 return None
             found = self._capture(code, inputs, store)
             if found is None:
                 return None
-            place = self._places.take(key)
-            if place is not None:
-                del self.captured[place]
+            evicted = self._policy.evict_for(key)
+            if evicted is not None:
+                del self.captured[evicted]
             self.captured[key] = found
         found.used = self.replays
         return found
 
     def _capture(self, code: Code, inputs: Sequence[Any], store: WeightStore) -> Captured | None:
-        """Capture the module for these inputs; None, and never tried again, where CUDA refuses."""
+        """Capture the module for these inputs; None if CUDA refuses, which disables the pool."""
         memory, stream = self.memory, torch.cuda.current_stream(self.device)
         with _CAPTURING, _no_collection():
-            others = memory.begin()  # held meanwhile
+            others = memory.begin()  # held until this graph is in the memory
             try:
-                found, copied = Captured(self, code, inputs, store), set[str]()
-                while found.missing:  # with other copies memory is shared in another way: more may have to be
-                    copied |= found.missing
-                    log.debug("these are copied after all, kernels have them elsewhere: %s", copied)
-                    found = Captured(self, code, inputs, store, copied)
+                spec = CaptureSpec(self.graph, self.run, self.device, memory, self.written, self.static_outputs)
+                found = capture(spec, code, inputs, store)
+                memory.hold(found)
             except RuntimeError as error:
                 self.disabled = str(error).partition("\n")[0]
                 log.warning("no CUDA graphs for this module, it can't be captured: %s", self.disabled)
                 _end_failed_capture(self.device, memory)
-                torch.cuda.set_stream(stream)  # PyTorch stays on that of a capture which can't be ended
+                torch.cuda.set_stream(stream)  # PyTorch stays on the stream of a capture that it can't end
                 memory.leave()
                 return None
             del others
@@ -165,8 +163,7 @@ class GraphPool:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """No cyclic garbage is collected meanwhile: a CUDA graph among it would be destroyed by the thread that captures,
-    which ends the capture."""
+    """Pause garbage collection: destroying a CUDA graph on the capturing thread would end the capture."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -177,9 +174,9 @@ def _no_collection() -> Iterator[None]:
 
 
 def _end_failed_capture(device: torch.device, memory: GraphMemory) -> None:
-    """Undo what a failed capture leaves behind in PyTorch: memory that is still being allocated for it, and the random
-    number generator in the state of a capture, out of which a capture that ends takes it."""
-    with suppress(RuntimeError):  # it is not, where the capture was ended and something else failed
+    """Undo what a failed capture leaves behind in PyTorch: an allocator that still allocates to the graph's pool, and a
+    random number generator in the state of a capture, which the end of another capture resets."""
+    with suppress(RuntimeError):  # PyTorch ended the capture, and something else failed
         torch._C._cuda_endAllocateToPool(device.index, memory.handle)
     try:
         graph = torch.cuda.CUDAGraph()

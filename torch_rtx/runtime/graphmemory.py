@@ -1,7 +1,7 @@
-"""The memory of CUDA graphs: that of all graphs of a session, or of several sessions, is one.
+"""The memory pool of CUDA graphs, which all graphs of a session, or of several sessions, share.
 
-A graph needs its memory only while it is replayed, since inputs come in and results go out by each replay. So graphs
-can lie in the same memory if their replays follow each other.
+A graph needs its memory only during a replay, since each replay brings inputs in and results out. Graphs can therefore
+use the same memory if their replays run one after another.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ import torch
 
 from torch_rtx.runtime.driver import new_stream
 
-_IDLE: dict[int, list[torch.cuda.Stream]] = defaultdict(list)  # streams that captured for memories that are gone
+_IDLE: dict[int, list[torch.cuda.Stream]] = defaultdict(list)  # by device, the streams of memories that are gone
 
 
 class GraphMemory:
-    """Memory that graphs on `device` share. The lock is held where one is given to the device.
+    """Memory that graphs on `device` share.
 
     Attributes:
-        lock: to be held around `follow` and the launch after it, and while results are still in this memory.
-        handle: what PyTorch knows it by.
-        stream: the driver's handle of the stream of the last replay; -1: there was none.
+        lock: must be held around `follow` and the launch after it, and while results are in this memory.
+        handle: PyTorch's handle of the memory pool.
+        stream: the driver's handle of the stream of the last replay; -1 before the first.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -39,31 +39,31 @@ class GraphMemory:
 
     @cached_property
     def capture_stream(self) -> torch.cuda.Stream:
-        """The stream that captures its graphs, which no other memory has: libraries keep a workspace per stream, and
-        graphs of two memories may be replayed at once. To be read by one thread at a time."""
+        """The stream that captures the graphs. No other memory uses it: libraries keep a workspace per stream, and
+        graphs of two memories may be replayed at once. Not thread-safe."""
         idle = _IDLE[self._device.index]
         stream = idle.pop() if idle else new_stream(self._device)
         weakref.finalize(self, idle.append, stream).atexit = False
         return stream
 
     def begin(self) -> Sequence[object]:
-        """Captures follow, one at a time. Where no graph is left, they begin a new memory: PyTorch gives one back with
-        the last of its graphs. Returns those that are left, which the caller has to hold until its own is captured."""
+        """Call before a capture. Starts a new pool if no graph is left, since PyTorch frees a pool with its last graph.
+        Returns the graphs that are left, which the caller must hold until its own graph is captured."""
         graphs = list(self._graphs)
         if not graphs:
             self.handle = torch.cuda.graph_pool_handle()
         return graphs
 
     def hold(self, graph: object) -> None:
-        """A graph was captured in it."""
+        """Register a graph that was captured in this memory; it is held weakly."""
         self._graphs.add(graph)
 
     def leave(self) -> None:
-        """Capture elsewhere from now on; what is captured stays, and its replays go on following each other."""
+        """Let the next capture start a new pool. The graphs in the old one stay, and their replays stay in order."""
         self._graphs = weakref.WeakSet()
 
     def follow(self, raw: int) -> None:
-        """Order what the current stream, whose handle is `raw`, is given from now on after the last replay."""
+        """Make the current stream, whose handle is `raw`, wait for the last replay."""
         stream = torch.cuda.current_stream(self._device)
         if self._stream is not None:
             stream.wait_stream(self._stream)
@@ -75,8 +75,7 @@ _LOCK = threading.Lock()
 
 
 def shared_memory(device: torch.device) -> GraphMemory:
-    """The memory of graphs that are captured by calls on the current stream: their replays follow each other there in
-    any case."""
+    """The memory of all graphs that calls on the current stream capture: one stream replays them in order anyway."""
     key = device.index, torch._C._cuda_getCurrentRawStream(device.index)
     with _LOCK:
         found = _SHARED.get(key)

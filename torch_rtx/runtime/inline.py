@@ -1,67 +1,42 @@
-"""Kernels that are not launched: their bodies take their place in the graph, and run node by node."""
+"""Kernels that are not launched: the body of their tactic, or their own, takes their place in the graph."""
 
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 from torch_rtx.ir import Graph, Node, Value
-from torch_rtx.runtime.bind import bind
+from torch_rtx.tactics import OWN, Tactic
 
-if TYPE_CHECKING:
-    from torch_rtx.runtime.launch import Launcher
-
-
-@dataclass(frozen=True, eq=False)
-class Parts:
-    """A way to run a kernel node: by a split body (see `kerneltable.Split`), whose kernels are launched.
-
-    Attributes:
-        kernels: their launchers, by op.
-    """
-
-    body: Graph
-    kernels: Mapping[str, Launcher]
-
-    def bound(self, sizes: Mapping[str, int]) -> Parts:
-        """The same for a graph in which the symbols that `sizes` names are numbers."""
-        return Parts(bind(self.body, sizes), {op: kernel.bound(sizes) for op, kernel in self.kernels.items()})
-
-    def is_for(self, sm: int) -> bool:
-        """Whether all of it was built for this SM version."""
-        return all(kernel.is_for(sm) for kernel in self.kernels.values())
+K = TypeVar("K")
 
 
-def launched(ways: Mapping[str, Launcher | Parts]) -> dict[str, Launcher]:
-    """Everything that is launched, by op: kernels of nodes, and those inside of split bodies."""
-    found: dict[str, Launcher] = {}
-    for op, way in ways.items():
-        if isinstance(way, Parts):
-            found |= way.kernels
-        else:
-            found[op] = way
-    return found
+def launched(tactics: Mapping[str, Tactic[K]]) -> dict[str, K]:
+    """Everything that `tactics` of nodes launch, by op: kernels of whole nodes, and those inside of bodies."""
+    return {
+        op if key == OWN else key: kernel for op, tactic in tactics.items() for key, kernel in tactic.kernels.items()
+    }
 
 
-def inline_kernels(graph: Graph, ways: Mapping[str, Launcher | Parts]) -> Graph:
-    """`graph` with a body in the place of each kernel that is not launched: its split body where `ways` has one, else
-    its own; the same for kernels in bodies.
+def inline_kernels(graph: Graph, tactics: Mapping[str, Tactic[K]]) -> Graph:
+    """`graph` with a body in place of each kernel node that is not launched whole: that of its tactic where it has one,
+    else its own; the same for kernel nodes in bodies.
 
     The values inside get names of their own. Nodes of kind `op` then stand in a graph of level "fused".
     """
-    keep = launched(ways)
+    keep = launched(tactics)
     if all(node.kind != "kernel" or node.op in keep for node in graph.nodes):
         return graph
-    return replace(graph, nodes=tuple(chain.from_iterable(in_place(graph, ways))))
+    return replace(graph, nodes=tuple(chain.from_iterable(in_place(graph, tactics))))
 
 
-def in_place(graph: Graph, ways: Mapping[str, Launcher | Parts]) -> list[list[Node]]:
+def in_place(graph: Graph, tactics: Mapping[str, Tactic[K]]) -> list[list[Node]]:
     """Per node of `graph`, the nodes that take its place in `inline_kernels(graph, ways)`."""
     taken = {value.name for value in graph.values()} | graph.syms.keys()
-    keep = launched(ways)
-    bodies = {op: way.body for op, way in ways.items() if isinstance(way, Parts)}
+    keep = launched(tactics)
+    bodies = {op: tactic.body for op, tactic in tactics.items() if tactic.body is not None}
     return [
         list(_inlined(node, f"k{index}", taken, keep, bodies))
         if node.kind == "kernel" and node.op not in keep

@@ -11,8 +11,10 @@ import logging
 import operator
 import struct
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
+from dataclasses import replace
 from functools import cache, reduce
 from typing import Any, Protocol
 
@@ -20,115 +22,127 @@ import torch
 
 from torch_rtx.errors import KernelError
 from torch_rtx.ir import Graph, Node, kernel_nodes
-from torch_rtx.kerneltable import KernelTable, Launch, Variant, unpack
 from torch_rtx.runtime import driver as driver_api
-from torch_rtx.runtime.bind import bind_dim
+from torch_rtx.runtime.bind import bind, bind_dim
 from torch_rtx.runtime.driver import checked
-from torch_rtx.runtime.inline import Parts
+from torch_rtx.settings import BEST, CALLS
+from torch_rtx.tactics import KernelTable, Launch, Tactic, Tactics, Variant, unpack
 from torch_rtx.targets import ALIGNMENT, GRID, Target, arch_of, by_age
 
 log = logging.getLogger(__name__)
-# Per setting of `tactics`, which kernels are launched, by what their library call is expected to be.
-CHOSEN = {"best": ("none", "slower"), "library": ("none",), "calls": ()}
-CHOSEN |= dict.fromkeys(("generated", "split"), ("none", "slower", "faster"))
 OPT_IN = 48 << 10  # bytes of shared memory; kernels that need more have to ask for it
 _MAX_X, _MAX_Y, _MAX_Z = GRID
+Choice = tuple[Tactic[Launch], Target]  # with the target that the tactic is for
 
 
-def launchers(
+def load_tactics(
     table: KernelTable,
     graph: Graph,
     device: torch.device,
-    tactics: str = "best",
+    wanted: str = BEST,
     driver: Any = None,
     jit: bool = True,
     open_store: Callable[[], Store | None] = lambda: None,
-) -> dict[str, Way]:
-    """The ways to run those kernels of `graph` that can be launched on `device`, by the `op` of their nodes; all others
-    run call by call, and the log says why.
+) -> dict[str, LoadedTactic]:
+    """The tactics that run the kernel nodes of `graph` on `device`, by the `op` of the nodes; all others run call by
+    call, and the log says why.
 
     Args:
-        tactics: see `RuntimeSettings.tactics`.
+        wanted: see `RuntimeSettings.tactics`.
         driver: the driver API; None: the one of this process.
-        jit: False leaves out those that the driver would have to compile from PTX, which takes its time.
+        jit: False leaves out tactics that the driver would have to compile from PTX, which takes its time.
         open_store: opens what keeps the binaries that the driver compiled.
     """
-    if not table or device.type != "cuda":
+    if not table or device.type != "cuda" or wanted == CALLS:
         return {}
     driver = driver or driver_api.driver()
     if driver is None:
         log.warning("the engine's kernels are not used: the package cuda-bindings is not installed")
         return {}
     gpu = gpu_of(driver, device.index)
-    store = open_store() if any(target.ptx for target in _targets(table)) else None
-    found: dict[str, Way] = {}
-    tried: set[str] = set()
-
-    def load(node: Node) -> Launcher | None:
-        return _launcher(gpu, node.op, table, len(node.inputs) + len(node.outputs), jit, store)
-
-    for node in kernel_nodes(graph):
-        if node.op in table.launches and node.op not in tried:
-            tried.add(node.op)
-            body = _split(gpu, node.op, table, tactics)
-            parts = {} if body is None else {inner.op: load(inner) for inner in kernel_nodes(body)}
-            kernels = {op: launcher for op, launcher in parts.items() if launcher is not None}
-            own = None if body is not None and len(kernels) == len(parts) else load(node)
-            if body is not None and own is None:
-                found[node.op] = Parts(body, kernels)
-            elif own is not None and own.library in CHOSEN[tactics]:
-                found[node.op] = own
-    splits = sum(isinstance(way, Parts) for way in found.values())
-    about = len(found), len(table.launches), gpu.sm, splits
-    log.info("%d of %d kernels run from the engine's binaries on sm_%d, %d of them split", *about)
+    store = open_store() if any(target.ptx for target in table.targets) else None
+    nodes = {node.op: node for node in kernel_nodes(graph) if node.op in table.tactics}
+    chosen = {op: _loaded(gpu, node, table, wanted, jit, store) for op, node in nodes.items()}
+    found = {op: tactic for op, tactic in chosen.items() if tactic is not None}
+    _check_kinds(table, wanted)
+    kinds = Counter(tactic.kind for tactic in found.values())
+    about = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()) or "none"
+    log.info("tactics of %d of %d kernels on sm_%d: %s", len(found), len(nodes), gpu.sm, about)
     return found
 
 
-def _split(gpu: Gpu, op: str, table: KernelTable, tactics: str) -> Graph | None:
-    """The split body of a kernel node, where that is the way to run it. A product is split only by what has binaries:
-    as long as the driver compiles PTX, kernels run call by call, and a library call is better than partial results. A
-    loop has no such rival."""
-    for launch, target in candidates(table.launches[op], gpu.sm, gpu.shared)[:1]:
-        loop = launch.library == "none" and tactics in ("best", "library")
-        best = table.tactics(op, target)[0] == "split" and (loop or (tactics == "best" and not target.ptx))
-        return table.split(op, target) if best or tactics == "split" else None
-    return None
+def _check_kinds(table: KernelTable, wanted: str) -> None:
+    """Say so where the option has no effect."""
+    kinds = {t.kind for found in table.tactics.values() for tactics in found.values() for t in tactics}
+    if wanted != BEST and kinds.isdisjoint(wanted.split(",")):
+        log.warning("tactics=%r: no kernel has such a tactic; there are %s", wanted, ", ".join(sorted(kinds)))
 
 
-def _targets(table: KernelTable) -> set[Target]:
-    return {target for launches in table.launches.values() for launch in launches for target in launch.targets}
-
-
-def _launcher(gpu: Gpu, op: str, table: KernelTable, pointers: int, jit: bool, store: Store | None) -> Launcher | None:
-    choices = candidates(table.launches[op], gpu.sm, gpu.shared)
-    if not jit and choices and choices[0][1].ptx:
-        return None
-    for launch, target in choices:
+def _loaded(
+    gpu: Gpu, node: Node, table: KernelTable, wanted: str, jit: bool, store: Store | None
+) -> LoadedTactic | None:
+    """The tactic to run `node` by: the first that can be loaded."""
+    runnable = runnable_tactics(table.tactics[node.op], gpu.sm, gpu.shared)
+    for tactic, target in preferred(runnable, wanted):
+        if target.ptx and tactic.kernels and not jit:
+            return None
         try:
-            return Launcher(gpu, op, launch, target, table.binaries, pointers, store)
+            return load(gpu, node, tactic, target, table.binaries, store)
         except KernelError as error:
             log.warning("%s", error)
-    reason = "none of its binaries can be loaded" if choices else f"it has no binary for sm_{gpu.sm}"
-    log.warning("kernel %s runs call by call: %s", op, reason)
+    reason = "none of its binaries can be loaded" if runnable else f"it has no binary for sm_{gpu.sm}"
+    log.warning("kernel %s runs call by call: %s", node.op, reason)
     return None
 
 
-def candidates(launches: Sequence[Launch], sm: int, shared: int) -> list[tuple[Launch, Target]]:
+def load(
+    gpu: Gpu,
+    node: Node,
+    tactic: Tactic[Launch],
+    target: Target,
+    binaries: Mapping[str, bytes],
+    store: Store | None = None,
+) -> LoadedTactic:
+    """A tactic of `node` with its kernels on the device, ready to be launched.
+
+    Args:
+        target: what `tactic` is for.
+        binaries: see `KernelTable`.
+        store: see `Gpu.function`.
+
+    Raises:
+        KernelError: the driver refuses a binary.
+    """
+    nodes = tactic.nodes(node)
+
+    def launcher(op: str, launch: Launch) -> Launcher:
+        kernel = nodes[op]
+        return Launcher(gpu, kernel.op, launch, target, binaries, len(kernel.inputs) + len(kernel.outputs), store)
+
+    return tactic.with_kernels(launcher)
+
+
+def preferred(runnable: Sequence[Choice], wanted: str) -> list[Choice]:
+    """`runnable` in the order in which to try them: the kinds that `wanted` names come first, in its order."""
+    kinds = [] if wanted == BEST else wanted.split(",")
+    return sorted(runnable, key=lambda one: kinds.index(one[0].kind) if one[0].kind in kinds else len(kinds))
+
+
+def runnable_tactics(tactics: Mapping[Target, Tactics], sm: int, shared: int) -> list[Choice]:
     """What can run on a GPU, the best first: code for its SM version, then for the nearest older one of its generation,
-    then PTX, the newest first.
+    then PTX, the newest first; of one target, the tactic that is expected to be the fastest.
 
     Args:
         sm: its compute capability without the dot.
         shared: most bytes of shared memory that a block can have there.
     """
-    fits = {
-        target: launch
-        for launch in launches
-        for target in launch.targets
-        if all(variant.shared <= shared for variant in launch.variants) and _runs_on(target, sm)
-    }
-    newest = by_age(fits)[::-1]
-    return [(fits[target], target) for ptx in (False, True) for target in newest if target.ptx is ptx]
+    newest = by_age(target for target in tactics if _runs_on(target, sm))[::-1]
+    return [
+        (tactic, target)
+        for target in sorted(newest, key=lambda target: target.ptx)
+        for tactic in tactics[target]
+        if all(variant.shared <= shared for launch in tactic.kernels.values() for variant in launch.variants)
+    ]
 
 
 def _runs_on(target: Target, sm: int) -> bool:
@@ -277,7 +291,6 @@ class Launcher:
 
     Attributes:
         scalars, grid: what a call has to give, as dims of the graph.
-        library: see `Launch`.
         waiting: the driver's handles of what waits for the kernels before it, see `Variant.waits`.
         pointers: how many tensors the kernel gets: the first of its parameters are their addresses.
         parameters: how many it has.
@@ -303,7 +316,6 @@ class Launcher:
         store: Store | None = None,
     ) -> None:
         self.op, self.target, self.scalars, self.grid = op, target, launch.scalars, launch.grid
-        self.library = launch.library
         self.pointers, self.parameters = pointers, pointers + len(launch.scalars) + 2
         self._index, self._launch = gpu.index, gpu.driver.cuLaunchKernel
         try:
@@ -365,4 +377,15 @@ class Launcher:
             raise KernelError(f"launching kernel {self.op} for {self.target} failed: {status.name}")
 
 
-Way = Launcher | Parts  # to run a kernel node
+LoadedTactic = Tactic[Launcher]
+
+
+def bound(tactic: LoadedTactic, sizes: Mapping[str, int]) -> LoadedTactic:
+    """The same tactic for a graph in which the symbols that `sizes` names are numbers."""
+    body = None if tactic.body is None else bind(tactic.body, sizes)
+    return replace(tactic.with_kernels(lambda op, launcher: launcher.bound(sizes)), body=body)
+
+
+def is_for(tactic: LoadedTactic, sm: int) -> bool:
+    """Whether all kernels of a tactic were built for this SM version."""
+    return all(launcher.is_for(sm) for launcher in tactic.kernels.values())

@@ -1,4 +1,4 @@
-"""A compiled module: an engine with weights on a device, called like the model it was made of."""
+"""A compiled module: an engine with weights on a device, called like the model that it was built from."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from torch_rtx import engine as engine_file
 from torch_rtx.engine import Engine
 from torch_rtx.errors import EngineFormatError, InvalidIR, RtxError
 from torch_rtx.ir import Parameter, TensorType
-from torch_rtx.kerneltable import KernelTable
 from torch_rtx.profiles import Shape, profiles_of, shapes
-from torch_rtx.runtime.overlap import Apart
+from torch_rtx.runtime.alias_guard import AliasGuard
 from torch_rtx.runtime.session import Session
 from torch_rtx.runtime.signature import Signature
 from torch_rtx.runtime.streaming import stream
-from torch_rtx.runtime.tools import kernels_and_tools
+from torch_rtx.runtime.tuning_context import tactics_and_context
 from torch_rtx.runtime.weights import WeightStore, match
 from torch_rtx.settings import RuntimeSettings
+from torch_rtx.tactics import KernelTable
 
 log = logging.getLogger(__name__)
 WeightSource = nn.Module | Mapping[str, torch.Tensor] | str | os.PathLike[str]
@@ -38,21 +38,20 @@ WeightSource = nn.Module | Mapping[str, torch.Tensor] | str | os.PathLike[str]
 class CompiledModule(nn.Module):
     """Runs an engine; made by `torch_rtx.compile` and `torch_rtx.load`.
 
-    It computes without gradients. It holds no parameters of its own in the sense of `nn.Module`: weights go in through
-    `refit`.
+    It computes without gradients, and has no parameters in the sense of `nn.Module`: `refit` sets its weights.
 
     Args:
         engine: the program.
         device: where to run it.
         settings: how to run it.
-        callables: what the Python fallbacks of an engine call that was built in this process.
+        callables: the functions of Python fallbacks, for an engine that was built in this process.
         trusted_ops: operators outside the allow-list that the engine may call.
-        signature: how it is called; None: as the engine says.
+        signature: the call signature; None: the engine's own.
 
     Raises:
         EngineFormatError: the engine's own signature is damaged.
         InvalidIR: the engine names an operator that is not allowed or does not exist here.
-        RtxError: the engine has Python fallbacks and `callables` does not have them.
+        RtxError: `callables` lacks a Python fallback of the engine.
         SettingsError: `weight_streaming_budget` is too small for the engine.
     """
 
@@ -72,24 +71,24 @@ class CompiledModule(nn.Module):
         constants = dict(engine.constants)
         settings, trusted = settings or RuntimeSettings(), frozenset(trusted_ops)
         graph = engine.graph
-        kernels, tools = kernels_and_tools(engine.kernels, graph, device, settings)
+        tactics, context = tactics_and_context(engine.kernels, graph, device, settings)
         streamer = stream(graph, device, settings.weight_streaming_budget, trusted)
         self._store = WeightStore(graph, device, constants, engine.manifest.unused_names, streamer)
         profiles = engine.manifest.profiles
-        self.session = Session(graph, self._store, settings, callables, trusted, kernels, profiles, tools)
-        self._with_weights = _caller(self._signature, Apart(graph, self._store), self._store, self.session)
+        self.session = Session(graph, self._store, settings, callables, trusted, tactics, profiles, context)
+        self._with_weights = _caller(self._signature, AliasGuard(graph, self._store), self._store, self.session)
         self._run = _without_weights if self._store.parameters else self._with_weights
 
     @property
     def profiles(self) -> tuple[Mapping[str, Shape], ...]:
-        """The optimization profiles: in each, the shape of every input by name, of sizes that are numbers and of ranges
-        `Range(min, opt, max)`. None if all sizes are numbers; `opt` is None where it is not known."""
+        """The optimization profiles: each maps every input's name to a shape of numbers and of `Range(min, opt, max)`.
+        Empty if all sizes are numbers; `opt` is None if unknown."""
         graph = self.engine.graph
         return tuple(shapes(graph, profile) for profile in profiles_of(graph, self.engine.manifest.profiles))
 
     def attach(self, weights: WeightSource) -> None:
-        """Use the tensors of a module or state dict themselves where no recipe changes them: no second copy in memory,
-        and a change of them in place is seen by the next call. A file is read.
+        """Use the tensors of a module or state dict themselves unless a recipe changes them: they are not copied, and
+        the next call sees changes in place. A file is read as in `refit`.
 
         Raises:
             RefitError: a tensor that the engine needs is missing or of another shape or dtype.
@@ -107,13 +106,13 @@ class CompiledModule(nn.Module):
         self._keep(tensors, copy=False)
 
     def refit(self, weights: WeightSource) -> None:
-        """Take the values of `weights`: a module, a state dict, or the path of a .safetensors file. They are copied.
+        """Copy the values of `weights`: a module, a state dict, or the path of a .safetensors file.
 
         Raises:
             RefitError: lists the names that are missing, unexpected or of another shape or dtype; nothing was changed.
         """
         tensors = tensors_of(weights) | self._attributes(weights)
-        if isinstance(weights, nn.Module):  # has its own buffers as well, which a state dict would not show
+        if isinstance(weights, nn.Module):  # also has the buffers that no state dict has
             known = {name for p in self._store.parameters for name in (p.name, *p.aliases)}
             kept = weights.state_dict(keep_vars=True).keys()
             tensors = {name: tensor for name, tensor in tensors.items() if name in known or name in kept}
@@ -122,7 +121,7 @@ class CompiledModule(nn.Module):
         self._keep(tensors, copy=True)
 
     def _attributes(self, weights: WeightSource) -> dict[str, torch.Tensor]:
-        """The plain attributes of a module that the engine needs: tensors that had no data when it was built."""
+        """The plain attributes of a module that the engine needs: tensors that had no data at build time."""
         found = {}
         for parameter in self._store.parameters if isinstance(weights, nn.Module) else ():
             with suppress(AttributeError):
@@ -130,7 +129,7 @@ class CompiledModule(nn.Module):
         return {name: tensor.detach() for name, tensor in found.items() if isinstance(tensor, torch.Tensor)}
 
     def _keep(self, tensors: Mapping[str, torch.Tensor], copy: bool) -> None:
-        """An engine that is saved with its weights is saved with those that it runs with."""
+        """Keep the weights in the engine, if it is one that is saved with weights."""
         if self.engine.weights is not None:
             pairs = zip(self._store.parameters, match(self._store.parameters, tensors, None), strict=True)
             kept = {p.name: tensor.detach().clone() if copy else tensor.detach() for p, tensor in pairs}
@@ -140,15 +139,14 @@ class CompiledModule(nn.Module):
         """The model's result, in its own structure.
 
         Raises:
-            InputError: an argument does not fit; it names the argument, the dimension and the range.
+            InputError: an argument does not fit; the message names argument, dimension and range.
             RtxError: the engine has no weights yet.
         """
         return self._run(args, kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As `nn.Module` calls `forward`, whose own way takes a tenth of a replayed call to find that there are no
-        hooks."""
-        own = self.__dict__  # as its attributes they take long to read
+        """Call `forward`. `nn.Module` spends a tenth of a replayed call on finding that no hooks are set."""
+        own = self.__dict__  # faster than attributes of an nn.Module
         if (
             own["_forward_hooks"]
             or own["_forward_pre_hooks"]
@@ -166,16 +164,16 @@ class CompiledModule(nn.Module):
         return f"nodes={len(self.engine.graph.nodes)}, device={self.device}"
 
 
-Call = Callable[[tuple[Any, ...], Mapping[str, Any]], Any]  # of a module, with positional and named arguments
+Call = Callable[[tuple[Any, ...], Mapping[str, Any]], Any]  # takes args and kwargs
 
 
-def _caller(signature: Signature, apart: Apart, store: WeightStore, session: Session) -> Call:
-    """How a module that has weights is called: a function, since attributes of an `nn.Module` take long to read."""
+def _caller(signature: Signature, guard: AliasGuard, store: WeightStore, session: Session) -> Call:
+    """The call of a module that has weights, as a closure, since attributes of an `nn.Module` are slow to read."""
 
     def call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         inputs = signature.flatten(args, kwargs)
-        if apart.needed:
-            inputs = apart(inputs)
+        if guard.needed:
+            inputs = guard(inputs)
         store.refresh()
         return signature.unflatten(session(inputs))
 
@@ -187,8 +185,7 @@ def _without_weights(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 
 
 def tensors_of(weights: WeightSource) -> dict[str, torch.Tensor]:
-    """The named tensors of a module (also the buffers that its state dict leaves out), a state dict or a safetensors
-    file.
+    """The named tensors of a module (with the buffers that its state dict leaves out), state dict or safetensors file.
 
     Raises:
         EngineFormatError: the file is no safetensors file.
@@ -211,7 +208,7 @@ def save(module: CompiledModule | Engine, path: str | os.PathLike[str]) -> None:
         RtxError: a fallback is a Python function, or a container of the signature has no name that a file can hold.
     """
     if isinstance(module, CompiledModule):
-        module._signature.to_json()  # says what can't be saved; such an engine has no signature in its manifest
+        module._signature.to_json()  # raises if it can't be saved; the manifest has no signature then
         module = module.engine
     engine_file.save(module, path)
 
@@ -228,11 +225,11 @@ def load(
 
     Args:
         weights: a module or state dict, whose tensors are used themselves where possible, or the path of a
-            .safetensors file; None: those in the engine, or none yet (`refit` gives them).
-        device: None: the device the engine was built for, or the CPU (with a warning) where there is none.
+            .safetensors file; None: those in the engine, or none until `refit`.
+        device: None: the device the engine was built for, or the CPU (with a warning) if this machine has none.
         trusted_ops: names of operators outside the allow-list that the file may call; they must be registered.
-        trust_binaries: False ignores the kernels that the file brings for the GPU: their operations run one by one.
-            They are machine code, which can read and write all of the GPU memory of this process.
+        trust_binaries: False ignores the GPU kernels in the file, and runs their operations one by one. Kernels are
+            machine code, which can read and write all GPU memory of this process.
 
     Raises:
         EngineFormatError, EngineVersionError: see `engine.load`.
@@ -255,7 +252,7 @@ def load(
 
 
 def resolve_device(device: torch.device | str | None, built_for: str) -> torch.device:
-    """The device with its index; None is the kind that the engine was built for, if this machine has one."""
+    """The device with its index; for None the kind that the engine was built for, or the CPU if it is missing."""
     if device is None:
         if built_for == "cuda" and not torch.cuda.is_available():
             log.warning("the engine was built for cuda, which is not available: it runs on the CPU")
@@ -270,8 +267,8 @@ def resolve_device(device: torch.device | str | None, built_for: str) -> torch.d
 def refit_module_weights(module: nn.Module, weights: WeightSource) -> None:
     """Give a compiled module other weights, without compiling: a `CompiledModule`, or what `torch.compile` returned.
 
-    Under torch.compile the values are copied into the model's own parameters, and the next call sees them. This is also
-    the way to make it see parameters that were changed through `.data` (pass the model itself).
+    Under torch.compile the values are copied into the model's own parameters, and the next call sees them. To make it
+    see parameters that were changed through `.data`, pass the model itself.
 
     Raises:
         RefitError: lists the names that are missing, unexpected or of another shape or dtype; nothing was changed.
@@ -297,7 +294,7 @@ def refit_module_weights(module: nn.Module, weights: WeightSource) -> None:
 
 
 def _parameters(state: Mapping[str, torch.Tensor]) -> list[Parameter]:
-    """The tensors of a state dict as parameters; tied ones are one, by any of its names."""
+    """The tensors of a state dict as parameters; tied tensors are one parameter with aliases."""
     names: dict[int, list[str]] = {}
     for name, tensor in state.items():
         names.setdefault(id(tensor), []).append(name)

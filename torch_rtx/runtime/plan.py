@@ -1,10 +1,10 @@
-"""The memory of a graph's intermediate values: one arena, in which values that are not alive at once share memory.
+"""Memory planning: an arena for a graph's intermediate values, in which values that are not live at once share memory.
 
-Offsets are functions of the dims. A packing is made once, for typical sizes: values in the order of their first use get
-the lowest place that is free while they live, and as long as that takes more than is alive at once, the value that
-sticks out is placed first in the next round. What is kept of it is which value lies below which. For other sizes a
-value begins where the last of those below it ends, which can't overlap at any size and is the same packing in other
-proportions.
+Offsets are functions of the dims. One packing is made, for typical sizes: in the order of first uses, each value gets
+the lowest offset that is free while it is live. While the arena exceeds the peak of live bytes, the value that ends
+highest is moved to the front of the order and the packing repeated. The plan keeps which value lies below which. For
+other sizes a value begins where the highest of those below it ends: values can't overlap at any size, and the packing
+is the same in other proportions.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from torch_rtx.ir import (
     typical_size,
 )
 
-PIECE = 256  # bytes: places in the arena are multiples of it, as those of PyTorch's allocator are
-TYPICAL = 1024  # what a symbolic size is taken for, within its range
-ROUNDS = 60  # of packing; 14 were the most that a model needed
-PACKINGS_KEPT = 256  # sizes whose offsets are remembered
+PIECE = 256  # bytes: alignment of offsets in the arena, as in PyTorch's allocator
+TYPICAL = 1024  # assumed for a symbolic size, within its range
+ROUNDS = 60  # of packing; no model needed more than 14
+PACKINGS_KEPT = 256  # combinations of sizes whose offsets are cached
 
 
 @dataclass(frozen=True)
 class Buffer:
-    """The memory of a value: how many bytes, and between which nodes it is in use, by position."""
+    """The memory of a value: its bytes, and the positions of the first and last node that use it."""
 
     name: str
     size: Dim
@@ -47,12 +47,12 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the device that a call takes for what it computes, beside weights and inputs.
+    """Device memory that a call takes besides weights and inputs, in bytes.
 
     Attributes:
-        arena: of intermediate values, one piece.
-        others: the most that results of library calls which can't write into the arena, and the outputs, take at once.
-            What library calls need while they run (workspaces) is not known ahead.
+        arena: of intermediate values, in one allocation.
+        others: the peak of outputs and of results of library calls that can't write into the arena. Workspaces of
+            library calls are not known ahead and do not count.
     """
 
     arena: int
@@ -60,22 +60,22 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        """The most that is in use at once."""
+        """The sum of both."""
         return self.arena + self.others
 
 
 class Plan:
-    """Which values of `graph` lie in the arena, and where.
+    """The values of `graph` that lie in the arena, and their offsets.
 
     Args:
-        graph: as it is run: its kernels are launched, its other nodes are calls.
+        graph: as it is run: kernels are launched, all other nodes are calls.
         trusted_ops: see `compile_graph`.
-        known: the symbols that the inputs determine. Values of other sizes, which depend on data, are not planned.
+        known: the symbols that the inputs determine. Values whose size depends on data are not planned.
 
     Attributes:
-        buffers: those in the arena, lowest first.
-        index: the place of each in this list, by name.
-        symbols: the names of the symbols that offsets depend on, in order; none where all sizes are numbers.
+        buffers: the buffers in the arena, lowest first.
+        index: by name, the position in `buffers`.
+        symbols: names of the symbols that offsets depend on, in order; none for a static graph.
     """
 
     def __init__(self, graph: Graph, trusted_ops: frozenset[str], known: frozenset[str]) -> None:
@@ -93,7 +93,7 @@ class Plan:
         self.offsets = lru_cache(maxsize=PACKINGS_KEPT)(self._offsets)
 
     def _offsets(self, *dims: int) -> tuple[int, ...]:
-        """The bytes of the arena, then the offset of each buffer.
+        """The size of the arena, then the offset of each buffer, in bytes.
 
         Args:
             dims: the sizes of `symbols`, in order.
@@ -112,10 +112,10 @@ class Plan:
         return [numbers[buffer.size] for buffer in buffers]
 
     def memory(self, sizes: Mapping[str, int]) -> Memory:
-        """What a call takes.
+        """The memory of a call.
 
         Args:
-            sizes: of each symbol of the graph, by name.
+            sizes: by name, the size of each symbol of the graph.
         """
         dims = [sizes[name] for name in self.symbols]
         alive = zip(self._others, self._sizes(dims, self._others), strict=True)
@@ -126,9 +126,9 @@ class Plan:
 
 
 def _lifetimes(graph: Graph, trusted_ops: frozenset[str]) -> tuple[list[Buffer], set[str]]:
-    """The memory of everything that the nodes of `graph` compute on the session's device, and the names of those that
-    have memory of their own: outputs, what fallbacks see, which may keep it, and results of calls without `out=`."""
-    root: dict[str, str] = {}  # of a value, the one whose memory it lies in
+    """The buffers of all values that the nodes of `graph` compute on the session's device, and the names of those
+    outside the arena: outputs, values that a fallback sees and may keep, and results of calls without `out=`."""
+    root: dict[str, str] = {}  # the value that owns the memory of a value
     first: dict[str, tuple[int, TensorType]] = {}
     last: dict[str, int] = {}
     kept: set[str] = set()
@@ -142,7 +142,7 @@ def _lifetimes(graph: Graph, trusted_ops: frozenset[str]) -> tuple[list[Buffer],
         if node.kind == "fallback":
             kept.update(sources)
         if node.writes:
-            continue  # its result is an input or weight, in no memory of a plan
+            continue  # its result is an input or weight, which no plan holds
         alias = aliases(node, trusted_ops)
         for value in node.outputs:
             if value is None or not isinstance(value.type, TensorType):
@@ -153,7 +153,7 @@ def _lifetimes(graph: Graph, trusted_ops: frozenset[str]) -> tuple[list[Buffer],
                 last[value.name] = position
                 if not in_arena(node, value.type):
                     kept.add(value.name)
-            elif sources:  # of one value; where there are several, of any of them
+            elif sources:  # an alias of one of them; of several any may be it
                 root[value.name] = sources[0]
                 kept.update(sources if len(sources) > 1 else ())
     returned = set(roots(attr_values(graph.outputs)))
@@ -168,20 +168,20 @@ def _lifetimes(graph: Graph, trusted_ops: frozenset[str]) -> tuple[list[Buffer],
 
 
 def aliases(node: Node, trusted_ops: frozenset[str]) -> bool:
-    """Whether results of `node` may lie in the memory of what it reads."""
+    """A result of `node` may alias an input of it."""
     if node.kind == "kernel" or node.op == "python":
-        return False  # what a Python function reads has memory of its own in any case
+        return False  # values that a Python function reads are outside the arena anyway
     op = aten.overload(node.op, trusted_ops)
     return node.op in aten.MAY_ALIAS or any(result.alias_info is not None for result in op._schema.returns)
 
 
 def in_arena(node: Node, type_: TensorType) -> bool:
-    """Whether a result of `node` can be written to a given place."""
+    """A result of `node` can be written to a given address."""
     return type_.device == MAIN and (node.kind == "kernel" or node.op in aten.OUT)
 
 
 def size_of(type_: TensorType) -> Dim:
-    """Bytes from the first to the last element of a tensor, in pieces."""
+    """Bytes from the first to the last element of a tensor, rounded up to PIECE."""
     count: Dim
     if type_.strides == contiguous(type_.shape):
         count = dim_expr("*", *type_.shape) if type_.shape else 1
@@ -196,7 +196,7 @@ def size_of(type_: TensorType) -> Dim:
 
 
 def most_alive(sized: Iterable[tuple[Buffer, int]]) -> int:
-    """The most bytes that are in use at once: no packing is smaller."""
+    """The peak of live bytes: no packing is smaller."""
     changes: dict[int, int] = {}
     for buffer, size in sized:
         changes[buffer.first] = changes.get(buffer.first, 0) + size
@@ -209,7 +209,7 @@ def most_alive(sized: Iterable[tuple[Buffer, int]]) -> int:
 
 
 def neighbours(buffers: Iterable[Buffer]) -> dict[str, list[Buffer]]:
-    """Per buffer, by name, those that are in use together with it."""
+    """By name, the buffers that are live together with each buffer."""
     found: dict[str, list[Buffer]] = {}
     active: list[Buffer] = []
     for buffer in sorted(buffers, key=lambda buffer: buffer.first):
@@ -224,7 +224,7 @@ def neighbours(buffers: Iterable[Buffer]) -> dict[str, list[Buffer]]:
 def best_packing(
     buffers: Sequence[Buffer], sizes: Mapping[str, int], together: Mapping[str, Sequence[Buffer]]
 ) -> dict[str, int]:
-    """An offset for each buffer, by name: the lowest packing that was found."""
+    """By name, the offset of each buffer in the smallest packing found."""
     least = most_alive((buffer, sizes[buffer.name]) for buffer in buffers)
     order = sorted(buffers, key=lambda buffer: (buffer.first, -sizes[buffer.name]))
     best: dict[str, int] = {}
@@ -244,7 +244,7 @@ def best_packing(
 def _packing(
     buffers: Sequence[Buffer], sizes: Mapping[str, int], together: Mapping[str, Sequence[Buffer]]
 ) -> dict[str, int]:
-    """Offsets when each buffer in turn gets the lowest place that is free while it is in use."""
+    """First fit: each buffer in turn gets the lowest offset that is free while it is live."""
     places: dict[str, int] = {}
     for buffer in buffers:
         taken = sorted((places[b.name], sizes[b.name]) for b in together[buffer.name] if b.name in places)
@@ -258,7 +258,7 @@ def _packing(
 
 
 def _below(buffers: Sequence[Buffer], together: Mapping[str, Sequence[Buffer]]) -> list[tuple[int, ...]]:
-    """Per buffer, those of the earlier ones that it has to lie above; without those that lie below another of them."""
+    """Per buffer, the earlier buffers that it must lie above, without those implied by others."""
     index = {buffer.name: number for number, buffer in enumerate(buffers)}
     below: list[tuple[int, ...]] = []
     for number, buffer in enumerate(buffers):

@@ -1,32 +1,34 @@
-"""A profile as one HTML page: the graph in the order in which it runs, coloured by time, and a table.
+"""A profile as one HTML page: the graph in the order of execution, coloured by time, and a table.
 
-The page loads nothing and says so to the browser. Nodes and table are plain markup; the script only selects and
-filters. All text of the model's (module names are anybody's) is escaped, and the script sets it as text.
+The page loads nothing, and its content security policy forbids it to. Nodes and table are plain markup; the script only
+selects and filters. Text from the model, such as module names, is escaped, and the script inserts it as text.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from torch_rtx.runtime.profiling import Profile, Row
+from torch_rtx.runtime.profile_row import Row
 
-HEIGHT = 24  # of a row, in pixels; all lengths are
-LANE, LANES = 14, 280  # width of a lane, and most of all lanes together
+HEIGHT = 24  # of a row; all lengths are in pixels
+LANE, LANES = 14, 280  # width of a lane, and the maximum for all lanes
 TIME, BAR, LABEL = 64, 120, 640  # widths of the columns beside the graph
-OPERATIONS = 48  # characters of a row's operations in the drawing
+OPERATIONS = 48  # characters of the operations of a row in the drawing
 
 
-def page(profile: Profile) -> str:
-    """The page as text."""
-    rows = profile.rows
+def page(rows: Sequence[Row], totals: Iterable[str]) -> str:
+    """The page as HTML text.
+
+    Args:
+        rows: the nodes in the order of execution.
+        totals: lines for the head of the page.
+    """
     longest = max((row.us for row in rows), default=0.0) or 1.0
     order = sorted(range(len(rows)), key=lambda index: -rows[index].us)
-    totals = "".join(f"<li>{escape(line)}</li>" for line in profile.totals())
+    head = "".join(f"<li>{escape(line)}</li>" for line in totals)
     data = json.dumps([_details(row) for row in rows]).replace("<", "\\u003c")
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -39,7 +41,7 @@ def page(profile: Profile) -> str:
 <style>{STYLE}</style>
 </head>
 <body>
-<header><h1>Where the time goes</h1><ul>{totals}</ul></header>
+<header><h1>Where the time goes</h1><ul>{head}</ul></header>
 <main>
 <section id="graph" aria-label="The graph in the order in which it runs">{_drawing(rows, longest)}</section>
 <section id="side">
@@ -60,7 +62,8 @@ def page(profile: Profile) -> str:
 
 
 def lanes(inputs: Sequence[Sequence[int]]) -> list[int]:
-    """Per row, the lane in which its result waits for its last reader, as few as possible beside each other.
+    """Interval colouring: per row, the lane that its result occupies until its last reader, with as few lanes as
+    possible.
 
     Args:
         inputs: per row, the positions of the rows that it reads.
@@ -96,7 +99,7 @@ def _drawing(rows: Sequence[Row], longest: float) -> str:
 
 
 def _curve(x: float, y: float, to_x: float, to_y: float) -> str:
-    """Straight down the lane of the source, and into that of the reader within the last row."""
+    """An edge: straight down the lane of the source, and into the lane of the reader within the last row."""
     bend = to_y - HEIGHT
     return f"M{x:g} {y:g}V{bend:g}C{x:g} {bend + HEIGHT / 2:g} {to_x:g} {bend + HEIGHT / 2:g} {to_x:g} {to_y:g}"
 
@@ -104,7 +107,7 @@ def _curve(x: float, y: float, to_x: float, to_y: float) -> str:
 def _node(index: int, row: Row, point: tuple[float, float], left: float, longest: float) -> str:
     x, y = point
     text = y + 4
-    heat = 100 * math.sqrt(row.us / longest)  # the root: what takes a hundredth of the longest still has a colour
+    heat = 100 * math.sqrt(row.us / longest)  # the root shows a hundredth of the longest time as a tenth of the colour
     label = f"{escape(brief(row.what, OPERATIONS))} <tspan>{escape(row.module)}</tspan>"
     return (
         f'<g class="node {row.kind}" data-i="{index}" style="--heat:{heat:.0f}%">'
@@ -127,12 +130,12 @@ def _line(index: int, row: Row, longest: float) -> str:
 
 
 def brief(text: str, width: int) -> str:
-    """`text`, or as much of its beginning as fits."""
+    """`text`, truncated to `width` characters."""
     return text if len(text) <= width else f"{text[: width - 3]}..."
 
 
 def digits(number: float) -> str:
-    """Three digits or more, none of them in an exponent where the number is large."""
+    """`number` with three significant digits, or all digits before the point."""
     return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
 
 
@@ -141,7 +144,7 @@ def _tooltip(row: Row) -> str:
 
 
 def _details(row: Row) -> list[tuple[str, str]]:
-    """What the panel shows: titles and texts."""
+    """The (title, text) pairs of the panel."""
     shown = [
         ("node", f"{row.name} = {row.kind} {row.op}"),
         ("time", f"{row.us:.2f} us, 95th percentile {row.p95:.2f} us, {row.share:.2%} of all nodes"),

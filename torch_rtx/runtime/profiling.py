@@ -1,14 +1,13 @@
-"""`profile`: where the time of a call goes, node by node, in the names of the user's modules.
+"""`profile`: measures the time of a call node by node, in terms of the user's modules.
 
-The sessions that a call runs in are found by watching one. Each is then measured apart: a variant of its code marks the
-time after every node, and several runs give a median per node. The whole call is measured without marks, so that a
-profile also says what its parts do not explain: launches, copies at the border, the signature, Python around sessions.
+Watching one call finds the sessions that it runs. Each is then measured alone: probed code marks the time after every
+node, and several runs yield a median per node. The whole call is measured without marks, so that a profile also shows
+the time outside of nodes: launches, copies at the border, the signature, and Python around sessions.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,86 +19,23 @@ from typing import Any
 import torch
 
 from torch_rtx.errors import RtxError, SettingsError
-from torch_rtx.ir import Loc, Node
+from torch_rtx.ir import Node
 from torch_rtx.runtime.check import bind_sizes
 from torch_rtx.runtime.clocks import Clock, clock_of, overhead
 from torch_rtx.runtime.code import Code
-from torch_rtx.runtime.costs import Cost, cost, is_view, operator, steps
 from torch_rtx.runtime.inline import inline_kernels, launched
+from torch_rtx.runtime.node_cost import cost, is_view, operator, steps
 from torch_rtx.runtime.profile_page import brief, digits, page
+from torch_rtx.runtime.profile_row import Row
 from torch_rtx.runtime.session import Session, watched_calls
 
 SHOWN = 30  # rows of a printed profile
-WIDTH = 44  # characters of the operations in it
-
-
-@dataclass(frozen=True)
-class Row:
-    """One node of a graph that ran.
-
-    Attributes:
-        name: its first result, as the graph's text calls it.
-        kind: "kernel", "extern", "view" or "fallback".
-        tier: how it ran: "kernel for sm_90", "library call" or "fallback".
-        operations: the calls that it stands for: those inside of a kernel, by their short names.
-        locs: where these come from in the model, each once; that of the node itself first.
-        times: microseconds of each run, in order.
-        share: of the sum of all rows' medians, 0 to 1.
-        cost: bytes and FLOPs, see `costs.Cost`; None where a size depends on data.
-        inputs: positions of the rows whose results it reads.
-    """
-
-    name: str
-    kind: str
-    op: str
-    tier: str
-    operations: tuple[str, ...]
-    locs: tuple[Loc, ...]
-    times: tuple[float, ...]
-    share: float
-    cost: Cost | None
-    inputs: tuple[int, ...]
-
-    @property
-    def module(self) -> str:
-        """The path of the module that the node comes from; empty for the model itself."""
-        return self.locs[0].module if self.locs else ""
-
-    @property
-    def where(self) -> str:
-        """Module path, file and line."""
-        return str(self.locs[0]) if self.locs else ""
-
-    @property
-    def what(self) -> str:
-        """The operations as one text."""
-        return " + ".join(self.operations)
-
-    @property
-    def us(self) -> float:
-        """The median, in microseconds."""
-        return median(self.times)
-
-    @property
-    def p95(self) -> float:
-        """The 95th percentile, in microseconds."""
-        return sorted(self.times)[math.ceil(0.95 * len(self.times)) - 1]
-
-    @property
-    def gbps(self) -> float | None:
-        """Bytes read and written over the median, in GB/s; None for views and where it is not known."""
-        total = 0 if self.cost is None else self.cost.read + self.cost.written
-        return total / self.us / 1e3 if total and self.us else None
-
-    @property
-    def tflops(self) -> float | None:
-        """FLOPs over the median, in TFLOP/s; None where there are none to count."""
-        return self.cost.flops / self.us / 1e6 if self.cost is not None and self.cost.flops and self.us else None
+WIDTH = 44  # characters of the column of operations
 
 
 @dataclass(frozen=True)
 class ModuleTime:
-    """The rows of one module and all below it: how many, the sum of their medians in microseconds, and its share."""
+    """The nodes of one module and its submodules: their number, the sum of their medians in microseconds, its share."""
 
     module: str
     nodes: int
@@ -109,7 +45,7 @@ class ModuleTime:
 
 @dataclass(frozen=True)
 class ModuleTable:
-    """Times by module, the longest first; `print` it."""
+    """Times by module, longest first; `print` it."""
 
     rows: tuple[ModuleTime, ...]
 
@@ -120,15 +56,15 @@ class ModuleTable:
 
 @dataclass(frozen=True)
 class Profile:
-    """Where the time of a call goes; `print` it.
+    """The times of a call; `print` it.
 
     Attributes:
-        rows: the nodes in the order in which they run, those of all graphs of a call one after another.
+        rows: the nodes in the order of execution, of all graphs of the call.
         device: the name of the device.
-        call_us: one call as it was made, median in microseconds; on a GPU from the end of one call to the end of the
-            next, with no waiting for results in between.
-        plain_us: the code of its graphs alone, call by call, measured in the same way.
-        cuda_graph: whether (all of) the call runs as CUDA graphs.
+        call_us: the whole call, median in microseconds; on a GPU from the end of one call to the end of the next,
+            without waiting for results in between.
+        plain_us: the code of the graphs alone, without CUDA graphs, measured alike.
+        cuda_graph: the call runs as CUDA graphs entirely.
     """
 
     rows: tuple[Row, ...]
@@ -143,7 +79,7 @@ class Profile:
         return sum(row.us for row in self.rows)
 
     def by_module(self, depth: int = 2) -> ModuleTable:
-        """The times by module, counted to the module `depth` names below the model."""
+        """The times by module; submodules deeper than `depth` names count for the module at that depth."""
         found: dict[str, list[Row]] = {}
         for row in self.rows:
             found.setdefault(".".join(row.module.split(".")[:depth]), []).append(row)
@@ -154,7 +90,7 @@ class Profile:
         return ModuleTable(tuple(sorted(times, key=lambda time: -time.us)))
 
     def table(self, limit: int | None = SHOWN) -> str:
-        """The rows as text, the longest first, `limit` of them, and the totals."""
+        """The totals and the `limit` longest rows as text; None: all rows."""
         rows = sorted(self.rows, key=lambda row: -row.us)
         shown = rows[:limit]
         head = ("us", "p95", "share", "GB/s", "TFLOP/s", "operations", "runs as", "where")
@@ -165,32 +101,32 @@ class Profile:
         return "\n".join([*lines, "", *self.totals()])
 
     def totals(self) -> Iterator[str]:
-        """What the table ends with: the sum of the rows beside the times of whole calls."""
+        """The last lines of the table: the sum of the rows beside the times of whole calls."""
         runs = len(self.rows[0].times) if self.rows else 0
         yield f"{len(self.rows)} nodes on {self.device}, medians of {runs} runs: {self.us:.1f} us"
-        yield f"their code, call by call: {self.plain_us:.1f} us, {self.plain_us - self.us:+.1f} us beside the nodes"
+        yield f"unprofiled code, without CUDA graphs: {self.plain_us:.1f} us (nodes {self.plain_us - self.us:+.1f} us)"
         how = ", as CUDA graphs" if self.cuda_graph else ""
-        yield f"the whole call{how}: {self.call_us:.1f} us, {self.call_us - self.us:+.1f} us beside the nodes"
+        yield f"whole call{how}: {self.call_us:.1f} us (nodes {self.call_us - self.us:+.1f} us)"
 
     def __str__(self) -> str:
         return self.table()
 
     @cached_property
     def run(self) -> int:
-        """Which of the runs is shown as one: the one whose sum is the median of all."""
+        """The run that a trace shows: the one whose sum is the median of all."""
         sums = [sum(times) for times in zip(*(row.times for row in self.rows), strict=True)]
         return sorted(range(len(sums)), key=lambda run: sums[run])[(len(sums) - 1) // 2] if sums else 0
 
     def trace(self, path: str | os.PathLike[str]) -> None:
-        """Write one run as a trace for Perfetto (ui.perfetto.dev) or chrome://tracing: nodes inside of their modules,
-        one after another."""
+        """Write one run as a trace for Perfetto (ui.perfetto.dev) or chrome://tracing: nodes one after
+        another, nested in their modules."""
         Path(path).write_text(json.dumps({"traceEvents": list(self._events()), "displayTimeUnit": "ns"}, indent=0))
 
     def _events(self) -> Iterator[dict[str, Any]]:
         process = {"ph": "M", "pid": 1, "tid": 1}
         yield {**process, "name": "process_name", "args": {"name": "torch_rtx"}}
         yield {**process, "name": "thread_name", "args": {"name": self.device}}
-        marks = [0]  # nanoseconds as integers: what is nested must not stick out by a rounding error
+        marks = [0]  # integers, in ns: a rounding error would break the nesting
         for row in self.rows:
             marks.append(marks[-1] + round(1000 * row.times[self.run]))
         for name, start, end, above in _nested([row.module.split(".") for row in self.rows]):
@@ -200,9 +136,8 @@ class Profile:
             yield _event(_title(row), row.kind, marks[index], marks[index + 1], about)
 
     def html(self, path: str | os.PathLike[str]) -> None:
-        """Write a page that draws the graph coloured by time, with a table: one file, for any browser, that loads
-        nothing."""
-        Path(path).write_text(page(self), encoding="utf-8")
+        """Write a self-contained HTML page: the graph, coloured by time, and a table."""
+        Path(path).write_text(page(self.rows, self.totals()), encoding="utf-8")
 
 
 def profile(model: Callable[..., Any], *args: Any, repeats: int = 20, warmup: int = 3, **kwargs: Any) -> Profile:
@@ -232,7 +167,7 @@ def profile(model: Callable[..., Any], *args: Any, repeats: int = 20, warmup: in
     device = calls[0][0].device
     whole = clock_of(device, queued=False)
     call_us = _per_call(whole, partial(model, *args, **kwargs), repeats, warmup)
-    codes = [session.current(inputs).code for session, inputs in calls]  # others may take their place meanwhile
+    codes = [session.current(inputs).code for session, inputs in calls]  # a background job may swap it
     runs = [partial(s.run, code, inputs, s.store.values) for (s, inputs), code in zip(calls, codes, strict=True)]
     plain_us = sum(_per_call(whole, run, repeats, warmup) for run in runs)
     found = [_measure(*call, code, repeats, warmup) for call, code in zip(calls, codes, strict=True)]
@@ -260,8 +195,8 @@ def _per_call(clock: Clock, call: Callable[[], Any], repeats: int, warmup: int) 
 def _measure(
     session: Session, inputs: Sequence[Any], code: Code, repeats: int, warmup: int
 ) -> tuple[tuple[Node, ...], list[tuple[float, ...]]]:
-    """The nodes that run, and per node the microseconds of each run, less what the marks themselves take."""
-    nodes = inline_kernels(code.graph, code.kernels).nodes
+    """The nodes that run, and per node the microseconds of each run, minus the overhead of a mark."""
+    nodes = inline_kernels(code.graph, code.tactics).nodes
     clock = clock_of(session.device, queued=True)
     idle = overhead(clock)
     probed = session.probed(code, clock)
@@ -281,9 +216,9 @@ def _rows(
     total: float,
     first: int,
 ) -> Iterator[Row]:
-    """The rows of one session, for inputs of these sizes; `first` is the position of its first."""
+    """The rows of one session for inputs of these sizes, numbered from `first`."""
     makers: dict[str, int] = {}
-    kernels = launched(code.kernels)
+    kernels = launched(code.tactics)
     for index, (node, times) in enumerate(zip(nodes, measured, strict=True), first):
         launcher = kernels.get(node.op) if node.kind == "kernel" else None
         tier = "fallback" if node.kind == "fallback" else "library call"
@@ -325,7 +260,7 @@ def _event(name: str, category: str, start: int, end: int, about: dict[str, str]
 
 
 def _title(row: Row) -> str:
-    """What the row computes, in few words."""
+    """A short title of the row."""
     return row.op if row.kind == "kernel" else operator(row.op)
 
 
@@ -336,7 +271,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def _columns(head: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> list[str]:
-    """Lines of aligned cells; the last `left` columns are flush left."""
+    """Lines of aligned cells; the last `left` columns are aligned to the left."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     sides = [">"] * (len(head) - left) + ["<"] * left
     return [

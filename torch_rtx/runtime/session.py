@@ -1,7 +1,7 @@
 """A session: one engine with its weights on one device, called with a flat list of inputs.
 
-Calls check the inputs against the graph's types and ranges (once per combination that is met), and run the code of
-their sizes, at whatever tier it is by then; on CUDA as one CUDA graph per input shape once that code is final.
+A call checks the inputs against the graph's types and ranges (once per combination of types) and runs the code for
+their sizes, at its current tier; on CUDA as one CUDA graph per combination of shapes once that code is final.
 """
 
 from __future__ import annotations
@@ -24,37 +24,38 @@ from torch_rtx.profiles import Profile
 from torch_rtx.runtime.check import check_inputs
 from torch_rtx.runtime.code import Code, compile_graph, undisturbed
 from torch_rtx.runtime.cudagraph import GraphPool, why_not
-from torch_rtx.runtime.job import Tools
-from torch_rtx.runtime.launch import Way
+from torch_rtx.runtime.launch import LoadedTactic
 from torch_rtx.runtime.plan import Memory
-from torch_rtx.runtime.specialize import Specializer, Variant
+from torch_rtx.runtime.specialize import Specializer
 from torch_rtx.runtime.stats import Stats, stats_of
+from torch_rtx.runtime.tuner import TuningContext
+from torch_rtx.runtime.variant import Variant
 from torch_rtx.runtime.weights import WeightStore
 from torch_rtx.settings import RuntimeSettings
 
 log = logging.getLogger(__name__)
-MAX_KNOWN = 1024  # combinations of input types that are remembered as checked, each with its key
-# What hears of each call of a session; empty but inside of `watched_calls`.
+MAX_KNOWN = 1024  # combinations of input types that are known to be valid, each with its key
+# Called at each call of a session; empty except inside `watched_calls`.
 _WATCHERS: list[Callable[[Session, Sequence[Any]], None]] = []
 
 
-# Changes of the settings for the calls of this context; see `runtime_settings`.
+# What `runtime_settings` changes in this context.
 _CHANGES: ContextVar[Callable[[RuntimeSettings], RuntimeSettings] | None] = ContextVar("torch_rtx", default=None)
 PER_CALL = ("specialization_strategy", "cuda_graph_strategy")
 
 
 @contextmanager
 def runtime_settings(**changes: Any) -> Iterator[None]:
-    """Calls inside of this context, in this thread, run with other settings:
+    """Change settings for the calls in this context, in this thread:
 
         with torch_rtx.runtime_settings(specialization_strategy="none", cuda_graph_strategy="disabled"):
             y = model(x)
 
     Args:
-        changes: `specialization_strategy` or `cuda_graph_strategy`; all others are those that a module was made with.
+        changes: `specialization_strategy` or `cuda_graph_strategy`; a module fixes all other settings.
 
     Raises:
-        SettingsError: another option, or a value that is none of its.
+        SettingsError: another option, or an invalid value.
     """
     unknown = [name for name in changes if name not in PER_CALL]
     if unknown:
@@ -73,14 +74,14 @@ class Session:
     """Runs `graph` (level fused).
 
     Args:
-        store: its weights.
+        store: the weights.
         callables: Python fallbacks by index.
-        trusted_ops: operators outside the allow-list that it may call.
-        kernels: its kernels that can be launched, see `runtime.launch`; the bodies of others run call by call.
-        tools: what makes kernels while the session is used; None: it stays as it is.
-        shares_memory: its CUDA graphs are in the memory of those of other such sessions, see `GraphPool`.
+        trusted_ops: operators outside the allow-list that the graph may call.
+        tactics: run the kernel nodes, see `runtime.launch`; the bodies of others run call by call.
+        context: what tuners work with while the session is used; None: nothing is tuned.
+        shares_memory: CUDA graphs share memory with those of other such sessions, see `GraphPool`.
         profiles: one of these must hold all sizes of a call, see `check_inputs`.
-        guarded: guards of its caller check the inputs: they have the types of the graph, and the session checks none.
+        guarded: guards of the caller have checked the inputs, so that the session does not.
 
     Raises:
         InvalidIR: an op does not exist here or a dim can't be determined.
@@ -93,9 +94,9 @@ class Session:
         settings: RuntimeSettings,
         callables: Sequence[Callable[..., Any]] = (),
         trusted_ops: frozenset[str] = frozenset(),
-        kernels: Mapping[str, Way] | None = None,
+        tactics: Mapping[str, LoadedTactic] | None = None,
         profiles: Sequence[Profile] = (),
-        tools: Tools | None = None,
+        context: TuningContext | None = None,
         shares_memory: bool = False,
         guarded: bool = False,
     ) -> None:
@@ -105,14 +106,15 @@ class Session:
         self.settings, self._shares_memory = settings, shares_memory
         self.streamer = streamer = store.streamer
 
-        def compiled(graph: Graph, kernels: Mapping[str, Way]) -> Code:
-            return compile_graph(graph, store.device, callables, trusted_ops, kernels=kernels, streamer=streamer)
+        def compiled(graph: Graph, tactics: Mapping[str, LoadedTactic]) -> Code:
+            return compile_graph(graph, store.device, callables, trusted_ops, tactics=tactics, streamer=streamer)
 
-        self.specializer = Specializer(graph, compiled, kernels or {}, store.device, settings, tools)
+        self.specializer = Specializer(graph, compiled, tactics or {}, store.device, settings, context)
         self._guarded, self._count = guarded, len(graph.inputs)
         self._open = [i for i, value in enumerate(graph.inputs) if _is_open(value.type)]
-        self._known: dict[object, object] = {}  # the key of calls, by the types of their inputs, which need no check
-        self._last: tuple[Callable[..., bool], object] = _never, None  # whether inputs have the types of the last call
+        self._known: dict[object, object] = {}  # keys by the types of inputs that are valid
+        # Of the last call: compares other inputs with its own, and its key.
+        self._last: tuple[Callable[..., bool], object] = _never, None
         self.pool: GraphPool | None = None
         if store.device.type == "cuda" and settings.cuda_graph_strategy != "disabled":
             reason = why_not(graph) or (streamer and streamer.pageable)
@@ -123,19 +125,19 @@ class Session:
 
     @property
     def source(self) -> str:
-        """The plain code, as Python text: that for any sizes."""
+        """The code for any sizes, as Python text."""
         return self.specializer.base.code.source
 
     @property
-    def kernels(self) -> Mapping[str, Way]:
-        """What is launched for any sizes, by the `op` of nodes."""
-        return self.specializer.base.code.kernels
+    def tactics(self) -> Mapping[str, LoadedTactic]:
+        """The tactics of the code for any sizes, by the `op` of nodes."""
+        return self.specializer.base.code.tactics
 
     def memory(self, **sizes: int) -> Memory:
-        """What a call takes on the device, known before the first one.
+        """The device memory that a call takes, known before the first call.
 
         Args:
-            sizes: of the graph's symbols, by name; none where all sizes are numbers.
+            sizes: the sizes of the graph's symbols, by name; none for a static graph.
 
         Raises:
             InputError: the size of a symbol is missing.
@@ -147,7 +149,7 @@ class Session:
         return plan.memory(sizes)
 
     def sibling(self) -> Session:
-        """A session of the same graph for other parameters, which shares the code; see `WeightStore.sibling`."""
+        """A session of the same graph with other parameters; it shares the variants. See `WeightStore.sibling`."""
         other = copy(self)
         other.store = self.store.sibling()
         if self.pool is not None:
@@ -159,14 +161,14 @@ class Session:
         return GraphPool(self.graph, self.run, self.device, size, static, self._shares_memory)
 
     def current(self, inputs: Sequence[Any]) -> Variant:
-        """What runs these inputs now."""
+        """The variant that runs these inputs now."""
         types = self._types(inputs)
         return self.specializer.current(self._known.get(types, types))
 
     def probed(self, code: Code, probe: Callable[[], None]) -> Code:
-        """Code for measuring, which does what `code` does and calls `probe`, see `compile_graph`."""
+        """`code` with a call of `probe` before the first node and after each, for measuring."""
         given = self._callables, self._trusted_ops
-        options: dict[str, Any] = {"kernels": code.kernels, "probe": probe, "streamer": self.streamer}
+        options: dict[str, Any] = {"tactics": code.tactics, "probe": probe, "streamer": self.streamer}
         return compile_graph(code.graph, self.device, *given, name="probed", **options)
 
     def run(self, code: Code, inputs: Sequence[Any], weights: Sequence[torch.Tensor]) -> list[Any]:
@@ -175,7 +177,7 @@ class Session:
             return code.run(inputs, weights)
 
     def _turn(self) -> AbstractContextManager[None]:
-        """Around a call: with weights that are streamed, one at a time."""
+        """Held during a call: calls with streamed weights run one at a time."""
         return nullcontext() if self.streamer is None else self.streamer.turn()
 
     def __call__(self, inputs: Sequence[Any]) -> list[Any]:
@@ -197,7 +199,7 @@ class Session:
             settings = changes(settings)
         variant = self.specializer.variant(key, inputs, settings.specialization_strategy)
         pool = self.pool
-        final = variant.ready or settings.specialization_strategy == "none"  # nothing better is on its way
+        final = variant.ready or settings.specialization_strategy == "none"  # no better code is being compiled
         if pool is None or not final or settings.cuda_graph_strategy == "disabled":
             return self.run(variant.code, inputs, self.store.values)
         if self.streamer is None:
@@ -206,12 +208,12 @@ class Session:
             return pool(key, variant.code, inputs, self.store)
 
     def _types(self, inputs: Sequence[Any]) -> tuple[object, ...]:
-        """What a call depends on in its inputs but their contents, addresses and strides."""
+        """Everything about the inputs that a call depends on, except contents, addresses and strides."""
         given = [inputs[index] for index in self._open] if self._guarded else inputs
         return tuple([(x.shape, x.dtype, x.device) if isinstance(x, torch.Tensor) else _number(x) for x in given])
 
     def _key(self, inputs: Sequence[Any]) -> object:
-        """The key of a call: one object for equal types, so that no table has to hash sizes to find what is for them.
+        """The key of a call: one object for equal types, so that no table has to hash sizes.
 
         Raises:
             InputError: see `check_inputs`.
@@ -231,17 +233,17 @@ class Session:
         return key
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until nothing more is being compiled or measured; False if that takes longer than `timeout` seconds."""
+        """Wait until compiling and measuring have ended; False after `timeout` seconds."""
         return self.specializer.wait(timeout)
 
     def stats(self) -> Stats:
-        """What runs now, and why."""
+        """The current tiers, tactics and CUDA graphs."""
         return stats_of(self.specializer, self.pool)
 
 
 @contextmanager
 def watched_calls() -> Iterator[list[tuple[Session, list[Any]]]]:
-    """Notes the calls that this thread makes of any session, each with its inputs, in the list that it gives."""
+    """Record the calls of this thread to any session, each with its inputs, in the list that is yielded."""
     calls: list[tuple[Session, list[Any]]] = []
     thread = threading.get_ident()
 
@@ -257,7 +259,7 @@ def watched_calls() -> Iterator[list[tuple[Session, list[Any]]]]:
 
 
 def _plain(inputs: Sequence[Any]) -> Sequence[Any]:
-    """`inputs` without pending conjugations and negations, which the types of the IR do not have."""
+    """`inputs` with pending conjugations and negations resolved, since types of the IR do not express them."""
     for given in inputs:
         if isinstance(given, torch.Tensor) and (given.is_conj() or given.is_neg()):
             return [x.resolve_conj().resolve_neg() if isinstance(x, torch.Tensor) else x for x in inputs]
@@ -265,23 +267,23 @@ def _plain(inputs: Sequence[Any]) -> Sequence[Any]:
 
 
 def _is_open(type_: TensorType | ScalarType) -> bool:
-    """Whether inputs of this type may differ in more than contents and addresses."""
+    """Inputs of this type may differ in more than contents and addresses."""
     return not isinstance(type_, TensorType) or any(True for dim in type_dims(type_) for _ in dim_syms(dim))
 
 
 def _never(*inputs: Any) -> bool:
-    """Whether inputs have the types of those of the last call: nothing is known of these."""
+    """Before the first call no input matches."""
     return False
 
 
 def _always(*inputs: Any) -> bool:
-    """As `_never`, where there are no other types."""
+    """A guarded static graph has inputs of one combination of types."""
     return True
 
 
 def _same_types(inputs: Sequence[Any]) -> Callable[..., bool]:
-    """Whether other inputs, as many, have the types and strides of these, told by one call: it was made for guards, and
-    knows pending conjugations and negations, too. Where it says no they may have them nevertheless."""
+    """Compares as many other inputs with these, in one call of PyTorch's guards. True: types, strides, conjugations and
+    negations agree; False decides nothing."""
     if not inputs or not all(isinstance(given, torch.Tensor) for given in inputs):
         return _never
     guards = torch._C._dynamo.guards.TensorGuards(*inputs, dynamic_dims_sizes=None, dynamic_dims_strides=None)
@@ -289,8 +291,7 @@ def _same_types(inputs: Sequence[Any]) -> Callable[..., bool]:
 
 
 def _number(given: object) -> object:
-    """What a call depends on in an input that is no tensor: 2 and 2.0 differ, 0.0 and -0.0 too; all but numbers will be
-    refused."""
+    """The key of an input that is no tensor: 2 and 2.0 differ, as do 0.0 and -0.0. Only numbers are valid."""
     if isinstance(given, float):
         return float, given.hex()
     return (type(given), given) if isinstance(given, int) else type(given)

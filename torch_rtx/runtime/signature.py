@@ -1,14 +1,13 @@
-"""The call signature of a module: from its own arguments to the flat inputs of a graph, and back for the results.
+"""The call signature of a module: flattens its arguments to the inputs of a graph and unflattens the results.
 
-Structures are PyTorch's pytrees. A file holds them as plain JSON; reading it imports nothing: a container type that
-this process does not know comes back as a dict or a tuple, with a warning.
+Structures are PyTorch's pytrees. A file holds them as plain JSON. Reading it imports nothing: a container type that
+this process does not know becomes a dict or a tuple, with a warning.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import operator
 from collections import OrderedDict, defaultdict, deque, namedtuple
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,12 +18,13 @@ from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.utils import _pytree as pytree
 
 from torch_rtx.errors import EngineFormatError, InputError, RtxError
+from torch_rtx.runtime.result_builder import builder
 
 log = logging.getLogger(__name__)
 Json = Any
 LEAF = pytree.tree_flatten(0)[1]
 MAX_DEPTH = 64
-# Of the factories of a defaultdict only these are kept: a file must not name what this process then calls.
+# The only factories of a defaultdict that a file may name: this process calls them.
 FACTORIES: dict[Any, Any] = {kind.__name__: kind for kind in (dict, float, int, list, set, str, tuple)}
 KEYED, LISTED = (dict, OrderedDict, defaultdict, immutable_dict), (tuple, list, immutable_list)
 
@@ -42,7 +42,8 @@ class Signature:
 
     Args:
         names: the parameter names of the module's forward, in order, as far as they are known.
-        in_spec: the structure of `(args, kwargs)` at capture; `out_spec` that of the result.
+        in_spec: the structure of `(args, kwargs)` at capture.
+        out_spec: the structure of the result.
         leaves: per flat argument, its position among the graph's inputs, or the constant it was specialized to.
     """
 
@@ -56,10 +57,10 @@ class Signature:
         self.names, self.in_spec, self.out_spec, self.leaves = tuple(names), in_spec, out_spec, tuple(leaves)
         args, kwargs = in_spec.children()
         self._count, self._keywords = args.num_children, tuple(kwargs.context)
-        # Known once, so that a call with plain tensors needs no walk through its structure.
+        # Computed once: a call with plain tensors then needs no walk through its structure.
         self._specs = (*args.children(), *kwargs.children())
         self._flat = all(child.is_leaf() for child in self._specs)
-        # What each argument is called; those of `*args` have no name to be passed by.
+        # Names of the arguments; those of `*args` can't be passed by name.
         unnamed = (f"#{index}" for index in range(len(self.names), self._count))
         self._positional = (*self.names, *unnamed)
         self._captured = (*self._positional[: self._count], *self._keywords)
@@ -89,7 +90,7 @@ class Signature:
         return inputs
 
     def _flattened(self, given: Sequence[Any]) -> list[Any]:
-        """The leaves of the arguments; entries of dictionaries may come in any order."""
+        """The leaves of the arguments, in the order of the capture; a dictionary may have its entries in another."""
         leaves = []
         for name, spec, value in zip(self._captured, self._specs, given, strict=True):
             try:
@@ -99,7 +100,7 @@ class Signature:
         return leaves
 
     def _as_captured(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The same call with arguments by position and by name as they were at capture."""
+        """The same call with arguments passed by position or by name as at capture."""
         if len(args) > len(self._positional):
             raise InputError(f"got {len(args)} positional arguments, the engine was built for {len(self._positional)}")
         given = dict(zip(self._positional, args, strict=False))
@@ -119,7 +120,7 @@ class Signature:
         """The module's result from the graph's outputs."""
         if self._build is None:
             tree = pytree.tree_unflatten(outputs, self.out_spec)
-            self._build = _builder(self.out_spec, outputs, tree)
+            self._build = builder(self.out_spec, outputs, tree)
             return tree
         return self._build(outputs)
 
@@ -127,7 +128,7 @@ class Signature:
         """The signature as plain JSON.
 
         Raises:
-            RtxError: a container whose type has no registered serialized name, or keys that JSON does not have.
+            RtxError: a container's type has no registered serialized name, or its keys are no JSON.
         """
         leaves = [leaf if isinstance(leaf, int) else {"name": leaf.name, "value": leaf.value} for leaf in self.leaves]
         specs = {"in": _encode(self.in_spec, 0), "out": _encode(self.out_spec, 0)}
@@ -138,7 +139,7 @@ class Signature:
         """Inverse of `to_json`.
 
         Raises:
-            EngineFormatError: not such a tree.
+            EngineFormatError: `tree` is no signature.
         """
         try:
             leaves = tuple(
@@ -156,50 +157,15 @@ class Signature:
             return Signature(names, in_spec, out_spec, leaves)
         except EngineFormatError:
             raise
-        # What registered containers make of a context that they did not write is up to them: these cover PyTorch's.
+        # A registered container may raise anything on a context that it did not write; PyTorch's raise these.
         except (LookupError, TypeError, ValueError, AttributeError, AssertionError, NotImplementedError) as error:
             raise EngineFormatError(f"damaged call signature: {type(error).__name__}: {error}") from None
 
     def check(self, inputs: int, outputs: int) -> None:
-        """Raises EngineFormatError unless this is the signature of a graph with that many inputs and outputs."""
+        """Raises EngineFormatError unless the signature fits a graph with so many inputs and outputs."""
         taken = sum(isinstance(leaf, int) for leaf in self.leaves)
         if (taken, self.out_spec.num_leaves) != (inputs, outputs):
             raise EngineFormatError("the signature does not fit the graph")
-
-
-def _builder(spec: pytree.TreeSpec, outputs: list[Any], tree: Any) -> Callable[[list[Any]], Any]:
-    """A way to build results of the structure `spec`, faster than pytree's where one is known to build an equal `tree`.
-
-    A dictionary with attributes, as transformers returns, takes 12 us to make by its own constructor, as long as the
-    rest of a replayed call.
-    """
-    kind, keys = spec.type, spec.context
-    if spec.is_leaf():
-        return operator.itemgetter(0)
-    if not all(child.is_leaf() for child in spec.children()):
-        return lambda values: pytree.tree_unflatten(values, spec)
-    if kind in (tuple, list):
-        return kind
-    if kind is dict:
-        return lambda values: dict(zip(keys, values, strict=True))
-    if isinstance(tree, dict) and list(tree) == keys and all(map(operator.is_, tree.values(), outputs)):
-        set_item = OrderedDict.__setitem__ if isinstance(tree, OrderedDict) else dict.__setitem__
-        found: dict[str, Any] = getattr(tree, "__dict__", {})
-        # Attributes that are its entries, and such as are None: so are those of every other result.
-        if found.keys() >= set(keys) and all(value is tree.get(name) for name, value in found.items()):
-            new, attributes = kind.__new__, dict.fromkeys(found)
-
-            def build(values: list[Any]) -> Any:
-                made = new(kind)
-                fields = made.__dict__
-                fields |= attributes
-                for key, value in zip(keys, values, strict=False):
-                    set_item(made, key, value)
-                    fields[key] = value
-                return made
-
-            return build
-    return lambda values: pytree.tree_unflatten(values, spec)
 
 
 def _encode(spec: pytree.TreeSpec, depth: int) -> Json:
@@ -253,8 +219,8 @@ def _decode(tree: Json, depth: int) -> pytree.TreeSpec:
 
 
 def _container(name: str, context: Json, count: int) -> tuple[Any, Any]:
-    """Type and context of a container with `count` children. PyTorch's own reader would import modules that `name` or
-    `context` tell it to; this one makes nothing but what is known here already."""
+    """Type and context of a container with `count` children, of a type that this process knows. PyTorch's own reader
+    would import modules that `name` or `context` tell it to."""
     type_ = pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE.get(name) if name != pytree.NO_SERIALIZED_TYPE_NAME_FOUND else None
     if name.startswith("torch.return_types."):
         type_ = vars(torch.return_types).get(name.rpartition(".")[2])

@@ -1,7 +1,7 @@
 """The tiers of a session: it starts with what there is, and gets faster in the background while it is called.
 
-A `Variant` is the graph for some sizes, or for all, with the code that runs now. A `Job` takes it up the tiers (see
-`runtime.job`). No call waits for that under the strategy "lazy", and what fails leaves the code as it is.
+A `Variant` is the graph for some sizes, or for all, with the code that runs now. A `Tuner` takes it up the tiers (see
+`runtime.tuner`). No call waits for that under the strategy "lazy", and what fails leaves the code as it is.
 """
 
 from __future__ import annotations
@@ -11,48 +11,26 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 
 from torch_rtx.ir import Graph, dim_syms, kernel_nodes, type_dims
+from torch_rtx.runtime.admission import AdmissionPolicy
 from torch_rtx.runtime.background import attempt
 from torch_rtx.runtime.check import bind_sizes
 from torch_rtx.runtime.code import Code
-from torch_rtx.runtime.job import PORTABLE, REFERENCE, Job, Region, Tools
-from torch_rtx.runtime.launch import Way
-from torch_rtx.runtime.places import Places
+from torch_rtx.runtime.inline import launched
+from torch_rtx.runtime.launch import LoadedTactic, is_for
+from torch_rtx.runtime.tuner import TunedGraph, Tuner, TuningContext
+from torch_rtx.runtime.variant import PORTABLE, REFERENCE, Variant
 from torch_rtx.settings import RuntimeSettings
 
 log = logging.getLogger(__name__)
 MAX_KEYS = 1024  # combinations of inputs whose variant is known without a lock
-Compile = Callable[[Graph, Mapping[str, Way]], Code]
+Compile = Callable[[Graph, Mapping[str, LoadedTactic]], Code]
 Step = Callable[[], object]
-
-
-@dataclass(eq=False)
-class Variant:
-    """A graph on its way up the tiers.
-
-    Attributes:
-        sizes: numbers for symbols of the graph, which this variant is for; none: it is for all sizes.
-        code: what runs now: that of the session's graph until a job has put the numbers in.
-        tier: REFERENCE (calls), PORTABLE (kernels for any size, or those of the engine) or SPECIALIZED.
-        ready: nothing better is on its way to the calls that it runs, but for what measuring may still change: worth a
-            CUDA graph.
-        regions: what jobs found out, see `Region`.
-        done: nothing more is being done for it.
-    """
-
-    sizes: Mapping[str, int]
-    code: Code
-    tier: str
-    ready: bool = False
-    regions: Sequence[Region] = ()
-    used: int = 0
-    done: threading.Event = field(default_factory=threading.Event)
 
 
 class Specializer:
@@ -60,13 +38,12 @@ class Specializer:
 
     Args:
         graph: level fused.
-        compiled: makes the code of a graph of which some kernels are launched.
-        kernels: those of the engine that can be launched at once.
-        tools: None where nothing can be specialized: the code stays what it is.
+        compiled: makes the code of a graph that runs by given tactics.
+        tactics: those of the engine that can be used at once.
+        context: None where nothing can be tuned: the code stays what it is.
 
     Attributes:
         base: the variant for all sizes, or for the only ones.
-        native: the kernels of the engine that are as good as compiled here: built for this GPU and the only sizes.
         variants: those for some sizes, by the sizes of the symbols.
         is_met: whether any call was made that asked for kernels.
     """
@@ -75,25 +52,26 @@ class Specializer:
         self,
         graph: Graph,
         compiled: Compile,
-        kernels: Mapping[str, Way],
+        tactics: Mapping[str, LoadedTactic],
         device: torch.device,
         settings: RuntimeSettings,
-        tools: Tools | None,
+        context: TuningContext | None,
     ) -> None:
-        self.graph, self.compiled, self.device, self.settings = graph, compiled, device, settings
+        self.graph = graph
         nodes = list(kernel_nodes(graph))
-        self.tools = tools if nodes else None
+        self.context = context if nodes else None
         self.static = not any(dim_syms_of(graph))
-        self.native: frozenset[str] = frozenset()
-        if self.tools is not None and self.static:
-            sm = self.tools.knowledge.sm
-            self.native = frozenset(op for op, launcher in kernels.items() if launcher.is_for(sm))
-        self.base = Variant({}, compiled(graph, kernels), PORTABLE if kernels else REFERENCE)
+        native: frozenset[str] = frozenset()
+        if self.context is not None and self.static:
+            sm = self.context.database.sm
+            native = frozenset(op for op, tactic in tactics.items() if is_for(tactic, sm))
+        self.tuned = TunedGraph(graph, compiled, device, settings, native)
+        self.base = Variant({}, compiled(graph, tactics), PORTABLE if launched(tactics) else REFERENCE)
         # Calls have nothing to wait for.
-        self.base.ready = self.tools is None or all(node.op in self.native for node in nodes)
+        self.base.ready = self.context is None or all(node.op in native for node in nodes)
         self.variants: dict[tuple[int, ...], Variant] = {}
         self.is_met = False
-        self._places = Places(self.variants, settings.specialized_shapes, doubling=True)
+        self._policy = AdmissionPolicy(self.variants, settings.specialized_shapes, doubling=True)
         self._by_key: dict[object, Variant] = {}
         self._lock = threading.RLock()
         self._calls = 0
@@ -111,7 +89,7 @@ class Specializer:
         """
         found = self._by_key.get(key)
         if found is None:
-            if self.tools is None or strategy == "none":
+            if self.context is None or strategy == "none":
                 return self.base
             found = self._meet(key, inputs, strategy)
         elif strategy == "eager":
@@ -129,14 +107,14 @@ class Specializer:
                 self.is_met = True
                 started.append((self.base, sizes))
             found = self.base if self.static else self.variants.get(dims)
-            if found is None and (self._places.meet(dims) or (strategy == "eager" and not self._places.full)):
+            if found is None and (self._policy.record_miss(dims) or (strategy == "eager" and not self._policy.full)):
                 found = self._specialized(dims, sizes)
                 started.append((found, {}))
             if found is not None:
                 if len(self._by_key) >= MAX_KEYS:  # an input that is a number may be another one in each call
                     self._by_key = {}
                 self._by_key[key] = found
-            elif self._places.full:  # these sizes stay with what is there for all
+            elif self._policy.full:  # these sizes stay with what is there for all
                 self.base.ready = self.base.done.is_set()
         self._start(started, strategy)
         if found is not None and strategy == "eager":
@@ -145,9 +123,9 @@ class Specializer:
 
     def _specialized(self, dims: tuple[int, ...], sizes: Mapping[str, int]) -> Variant:
         """A new variant for given sizes, which may take the place of another."""
-        place = self._places.take(dims)
-        if place is not None:
-            dropped = self.variants.pop(place)
+        evicted = self._policy.evict_for(dims)
+        if evicted is not None:
+            dropped = self.variants.pop(evicted)
             self._by_key = {key: variant for key, variant in self._by_key.items() if variant is not dropped}
         found = self.variants[dims] = Variant(sizes, self.base.code, self.base.tier, used=self._calls)
         return found
@@ -158,11 +136,11 @@ class Specializer:
         Args:
             started: each with the sizes of the symbols that it is not for but is checked with.
         """
-        assert self.tools is not None
+        assert self.context is not None
         if strategy != "eager":
             for variant, sizes in started:
                 compile_, measure = self._parts(variant, sizes)
-                self.tools.background.submit(compile_, variant.done, measure)
+                self.context.background.submit(compile_, variant.done, measure)
             return
         try:
             for variant, sizes in started:
@@ -180,8 +158,8 @@ class Specializer:
 
     def _parts(self, variant: Variant, sizes: Mapping[str, int]) -> tuple[Step, Step | None]:
         """What takes a variant up the tiers: first, and when there is time."""
-        compile_ = partial(_step, weakref.ref(self), variant, sizes, Job.compile)
-        return compile_, None if sizes else partial(_step, weakref.ref(self), variant, sizes, Job.measure)
+        compile_ = partial(_step, weakref.ref(self), variant, sizes, Tuner.compile)
+        return compile_, None if sizes else partial(_step, weakref.ref(self), variant, sizes, Tuner.measure)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until nothing more is being specialized; False if that takes longer than `timeout` seconds."""
@@ -192,14 +170,14 @@ class Specializer:
 
 
 def _step(
-    owner: weakref.ref[Specializer], variant: Variant, sizes: Mapping[str, int], step: Callable[[Job], None]
+    owner: weakref.ref[Specializer], variant: Variant, sizes: Mapping[str, int], step: Callable[[Tuner], None]
 ) -> None:
-    """A step of a variant's job, unless nobody needs it: the model is gone, or other sizes have taken its place."""
+    """A step of a variant's tuner, unless nobody needs it: the model is gone, or other sizes have taken its place."""
     specializer = owner()
-    if specializer is None or specializer.tools is None:
+    if specializer is None or specializer.context is None:
         return
     if variant is specializer.base or any(variant is other for other in list(specializer.variants.values())):
-        step(Job(specializer, variant, sizes, specializer.tools))
+        step(Tuner(specializer.tuned, variant, sizes, specializer.context))
 
 
 def dim_syms_of(graph: Graph) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a session does at the moment: its tiers, tactics and CUDA graphs, as plain data and as a table."""
+"""Statistics of a session: its tiers, tactics and CUDA graphs, as plain data and as a table."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch_rtx.runtime.cudagraph import GraphPool
-from torch_rtx.runtime.job import Region
-from torch_rtx.runtime.specialize import Specializer, Variant
+from torch_rtx.runtime.inline import launched
+from torch_rtx.runtime.specialize import Specializer
+from torch_rtx.runtime.variant import Region, Variant
+from torch_rtx.settings import CALLS
 
 if TYPE_CHECKING:
     from torch_rtx.cache.runtime import RuntimeCacheStats
@@ -16,33 +18,33 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RegionStats:
-    """A region.
+    """Statistics of a region: equal kernel nodes of a graph.
 
     Attributes:
-        op: the name of its nodes.
-        where: the place in the model of one of them.
-        nodes: how many nodes of the graph it stands for.
-        launched: its kernel is launched; else its operations are called.
-        microseconds: what was measured, by the name of the tactic.
-        problems: why kernels are not used.
+        op: name of the nodes.
+        where: where one of them comes from in the model.
+        nodes: how many there are.
+        tactic: kind of the tactic that runs it; "calls": the operations are called one by one.
+        microseconds: measured time of a run, by kind and rank of the tactic.
+        problems: why tactics are not used.
     """
 
     op: str
     where: str
     nodes: int
-    launched: bool
+    tactic: str
     microseconds: Mapping[str, float]
     problems: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class VariantStats:
-    """A graph for some sizes.
+    """Statistics of a graph for some sizes.
 
     Attributes:
-        sizes: of the symbols; none: it is for all sizes.
+        sizes: the sizes of the symbols; none: the graph is for all sizes.
         tier: "reference", "portable" or "specialized".
-        busy: something is being done for it in the background, or waits there.
+        busy: a background job for it runs or waits.
         kernels: how many kernels can be launched.
     """
 
@@ -55,13 +57,14 @@ class VariantStats:
 
 @dataclass(frozen=True)
 class Stats:
-    """A session. `print` it, or read it.
+    """Statistics of a session. `print` them, or read the fields.
 
     Attributes:
-        variants: that for all sizes first, then those for some.
-        graphs: how many CUDA graphs there are; `captures` and `replays` count since the beginning.
-        no_graphs: why there are none; None: there may be.
-        runtime_cache: of the process, for the device; None where none is used, or not yet.
+        variants: the variant for all sizes first, then those for given sizes.
+        graphs: how many CUDA graphs the session has now.
+        captures, replays: since the session was made.
+        no_graphs: why the session captures none; None if it may.
+        runtime_cache: of the process, for the device; None if none is open.
     """
 
     variants: tuple[VariantStats, ...]
@@ -81,8 +84,7 @@ class Stats:
             yield f"{sizes}: {variant.tier}, {variant.kernels} kernels{busy}"
             for region in variant.regions:
                 times = ", ".join(f"{name} {us:.1f} us" for name, us in region.microseconds.items())
-                what = "kernel" if region.launched else "calls"
-                yield f"  {region.op} x{region.nodes} {region.where}: {what}{'; ' * bool(times)}{times}"
+                yield f"  {region.op} x{region.nodes} {region.where}: {region.tactic}{'; ' * bool(times)}{times}"
                 yield from (f"    {problem}" for problem in region.problems)
         yield f"CUDA graphs: {self.no_graphs or f'{self.graphs}, {self.captures} captures, {self.replays} replays'}"
         if self.runtime_cache is not None:
@@ -94,10 +96,10 @@ def stats_of(specializer: Specializer, pool: GraphPool | None) -> Stats:
     """The stats of a session.
 
     Args:
-        pool: its CUDA graphs; None: it has none.
+        pool: the CUDA graphs; None: the session captures none.
     """
     variants = tuple(_variant(variant, specializer) for variant in [specializer.base, *specializer.variants.values()])
-    store = None if specializer.tools is None else specializer.tools.knowledge.opened
+    store = None if specializer.context is None else specializer.context.database.opened
     found = None if store is None else store.stats
     if pool is None:
         return Stats(variants, 0, 0, 0, "this module has none", found)
@@ -107,11 +109,12 @@ def stats_of(specializer: Specializer, pool: GraphPool | None) -> Stats:
 def _variant(variant: Variant, specializer: Specializer) -> VariantStats:
     regions = tuple(_region(region, variant) for region in variant.regions)
     busy = specializer.is_met and not variant.done.is_set()
-    return VariantStats(variant.sizes, variant.tier, busy, len(variant.code.kernels), regions)
+    return VariantStats(variant.sizes, variant.tier, busy, len(launched(variant.code.tactics)), regions)
 
 
 def _region(region: Region, variant: Variant) -> RegionStats:
-    times = {} if region.tactic is None else region.tactic.microseconds
+    times = {} if region.choice is None else region.choice.microseconds
     nodes = sum(node.op in region.ops for node in variant.code.graph.nodes)
-    launched = region.node.op in variant.code.kernels
-    return RegionStats(region.node.op, str(region.node.loc or ""), nodes, launched, times, tuple(region.problems))
+    tactic = variant.code.tactics.get(region.node.op)
+    kind, where = CALLS if tactic is None else tactic.kind, str(region.node.loc or "")
+    return RegionStats(region.node.op, where, nodes, kind, times, tuple(region.problems))

@@ -1,12 +1,12 @@
 """Weight streaming: weights beyond a budget stay in host memory and are copied to the device ahead of their use.
 
-`stream` plans for a graph; a `Streamer` carries the plan out. Generated code calls `begin` first, `wait` before a load
-is used and `release` after. Copies run on a stream of their own: a copy waits for the computations whose weights it
-overwrites, and computations wait for the copies that they use, by events. A capture takes the same path: the first
-event that the copy stream waits for brings it into the capture, and the last copy is waited for before the end.
+`stream` plans for a graph; a `Streamer` executes the plan. Generated code calls `begin` first, `wait` before the first
+use of a load and `release` after the last. Copies run on a stream of their own and are ordered by events: a copy waits
+for the computations whose weights it overwrites, and computations wait for the copies that they use. A capture works
+alike: the first event that the copy stream waits for brings it into the capture, which waits for the last copy.
 
-Nothing is copied ahead for the next call: replays of a CUDA graph follow each other as a whole, and the weights that a
-call begins with are among those that stay.
+No copy starts ahead of its call: replays of a CUDA graph follow each other as a whole, and the weights at the start of
+the program stay on the device.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from torch_rtx.runtime.streamplan import ALIGNMENT, Plan, WeightUse, budget_byte
 from torch_rtx.settings import read_budget
 
 log = logging.getLogger(__name__)
-TINY = 64 << 10  # bytes; a copy of fewer takes as long to begin as to run, so that these weights stay on the device
+TINY = 64 << 10  # bytes; smaller weights stay on the device: their copies take longer to start than to run
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What streaming does to the weights of a session, in bytes.
+    """Where the weights of a session are, in bytes.
 
     Attributes:
-        resident: of weights that stay on the device, among them all of less than 64 KiB.
-        staging: of the buffer on the device that the others share.
-        streamed: what each call copies to the device, in `copies` pieces.
-        host: of weights in host memory.
+        resident: weights that stay on the device, among them all smaller than 64 KiB.
+        staging: the buffer on the device that the other weights share.
+        streamed: bytes that each call copies to the device, in `copies` copies.
+        host: weights in host memory.
     """
 
     resident: int
@@ -62,7 +62,7 @@ class Summary:
 def stream(
     graph: Graph, device: torch.device, budget: int | str | None, trusted_ops: frozenset[str] = frozenset()
 ) -> Streamer | None:
-    """What streams the weights of `graph` (level fused); None where all of them stay.
+    """The streamer for the weights of `graph` (level fused); None if all fit on the device.
 
     Args:
         budget: `RuntimeSettings.weight_streaming_budget`.
@@ -84,11 +84,11 @@ def stream(
 
 
 def weight_uses(graph: Graph, trusted_ops: frozenset[str] = frozenset()) -> list[WeightUse]:
-    """How the nodes of `graph` use its weights. Those that have to stay on the device: what is written, returned, tiny,
-    given to a Python function (which may keep it), or on another device."""
+    """How the nodes of `graph` use its weights. A weight is fixed to the device if it is written, returned, tiny,
+    passed to a Python function (which may keep it), or on another device."""
     indices = {weight.value.name: index for index, weight in enumerate(graph.weights)}
     spans: list[list[list[int]]] = [[] for _ in graph.weights]
-    views: dict[str, list[list[int]]] = {}  # of weights, by name: the spans that each of them is part of
+    views: dict[str, list[list[int]]] = {}  # by name, the spans of the weights that a view is of
     kept = {indices[name] for name in graph.written if name in indices}
     owner = {}
     for position, node in enumerate(graph.nodes):
@@ -120,7 +120,7 @@ def weight_uses(graph: Graph, trusted_ops: frozenset[str] = frozenset()) -> list
 
 
 def _disjoint(spans: Sequence[Sequence[int]]) -> tuple[tuple[int, int], ...]:
-    """Spans that are in the order of their beginnings, those that overlap as one."""
+    """Merge overlapping spans, which must be sorted."""
     merged: list[tuple[int, int]] = []
     for first, last in spans:
         if merged and first <= merged[-1][1]:
@@ -131,7 +131,7 @@ def _disjoint(spans: Sequence[Sequence[int]]) -> tuple[tuple[int, int], ...]:
 
 
 def nbytes(type_: TensorType) -> int:
-    """Bytes from the first element of a tensor to its last, with what lies between."""
+    """Bytes from the first to the last element of a tensor, gaps included."""
     return aten.extent(_numbers(type_.shape), _numbers(type_.strides)) * aten.DTYPES[type_.dtype].itemsize
 
 
@@ -144,40 +144,40 @@ Lines = tuple[Sequence[str], Mapping[int, Sequence[str]], Mapping[int, Sequence[
 
 
 class Copies(Protocol):
-    """What a streamer needs to know of a device: how copies and computations are put in order."""
+    """Orders copies and computations on a device."""
 
     def begin(self) -> None:
-        """A call begins, on the current stream."""
+        """A call begins on the current stream."""
 
     def follow(self) -> None:
-        """Copies from now on come after all computations so far."""
+        """Later copies wait for all earlier computations."""
 
     def copy(self, index: int, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Copy a load."""
+        """Copy load `index`."""
 
     def wait(self, index: int) -> None:
-        """Computations from now on come after the copy of a load."""
+        """Later computations wait for the copy of load `index`."""
 
     def enter(self) -> None:
-        """What the caller's stream is given from now on comes after all calls so far."""
+        """The current stream waits for all earlier calls."""
 
     def leave(self) -> None:
-        """A call, or the replay of one, has been given to the current stream."""
+        """A call or replay has been queued on the current stream."""
 
     def finish(self) -> None:
-        """Wait, on the host, for the end of all calls so far."""
+        """Block the host until all earlier calls have ended."""
 
 
 class Streamer:
-    """Streams the weights of one session. Its calls share the staging: each is given to the device in a `turn`.
+    """Streams the weights of one session. All calls share the staging, so that each is queued in a `turn`.
 
     Attributes:
-        plan, summary: what stays, what is streamed.
-        hosts: the streamed weights in host memory, by index; to be written in `idle` alone.
-        pageable: why host memory could not be pinned, so that CUDA graphs can't copy from it; None if it is.
+        plan, summary: which weights stay and which are streamed.
+        hosts: the streamed weights in host memory, by index; written only in `idle`.
+        pageable: the reason why host memory is not pinned, so that CUDA graphs can't copy from it; None if it is.
 
     Args:
-        copies: how to copy; None: as the device does.
+        copies: None: the device's own.
     """
 
     @torch.inference_mode(False)
@@ -198,7 +198,7 @@ class Streamer:
             self.pageable = _pinned(host, device)
             self._copies = _Streams(device, copies_on)
             end = weakref.finalize(self, _close, host, self.pageable is None, copies_on, device)
-            end.atexit = False  # the process gives everything back
+            end.atexit = False  # the end of the process frees everything
         self.hosts = {i: _tensor(host[starts[i] : starts[i] + sizes[i]], types[i]) for i in indices}
         self._bytes, self._tensors = [], []
         self._issued: dict[int | None, list[int]] = {}
@@ -211,17 +211,17 @@ class Streamer:
         self.summary = Summary(plan.resident, plan.staging, plan.streamed, ends[-1], len(plan.loads))
 
     def begin(self) -> None:
-        """Start the copies that need not wait for a release. The first call of generated code."""
+        """Start the copies that wait for no release. Generated code calls this first."""
         self._copies.begin()
         self._issue(None)
 
     def wait(self, index: int) -> torch.Tensor:
-        """The weight of a load on the device, for computations that the current stream is given before `release`."""
+        """The weight of a load on the device, valid for computations that are queued before `release`."""
         self._copies.wait(index)
         return self._tensors[index]
 
     def release(self, index: int) -> None:
-        """All that uses a load has been given to the current stream: start the copies that need its place."""
+        """All uses of a load are queued: start the copies that reuse its memory."""
         if index in self._issued:
             self._copies.follow()
             self._issue(index)
@@ -232,7 +232,7 @@ class Streamer:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Around a call or the replay of one: calls of several threads and streams follow each other."""
+        """Held during a call or replay: calls of several threads and streams run one after another."""
         with self._lock:
             self._copies.enter()
             try:
@@ -242,17 +242,16 @@ class Streamer:
 
     @contextmanager
     def idle(self) -> Iterator[None]:
-        """Around writes to `hosts`: no call is running, on the device either."""
+        """Held while `hosts` are written: no call runs, neither on the host nor on the device."""
         with self._lock:
             self._copies.finish()
             yield
 
     def lines(self, graph: Graph, nodes: Sequence[Sequence[Node]]) -> Lines:
-        """The calls of generated code for `graph`, a line each: those that come first, and by position those before and
-        those after a node.
+        """The lines of generated code for `graph`: the first lines, and by position those before and after a node.
 
         Args:
-            nodes: what takes the place of each node of `graph`; positions count these.
+            nodes: the nodes that each node of `graph` is inlined to; positions count these.
         """
         ends = [0, *accumulate(map(len, nodes))]
         names = [weight.value.name for weight in graph.weights]
@@ -262,7 +261,7 @@ class Streamer:
             before.setdefault(ends[load.first], []).append(f"{names[load.weight]} = _stream.wait({index})")
             if index in self._issued:
                 after.setdefault(ends[load.last + 1] - 1, []).append(f"_stream.release({index})")
-        unbound = ", ".join(names[index] for index in self.hosts)  # a use without `wait` is an error, not host memory
+        unbound = ", ".join(names[index] for index in self.hosts)  # a use without `wait` raises
         return [f"del {unbound}", "_stream.begin()"], before, after
 
 
@@ -272,7 +271,7 @@ def _tensor(memory: torch.Tensor, type_: object) -> torch.Tensor:
 
 
 class _AtOnce:
-    """On the CPU: a copy has ended when it is asked for."""
+    """Copies on the CPU, which are synchronous."""
 
     def copy(self, index: int, target: torch.Tensor, source: torch.Tensor) -> None:
         target.copy_(source)
@@ -287,10 +286,10 @@ class _AtOnce:
 
 
 class _Streams:
-    """On CUDA: copies run on a stream of their own, in the order in which they are asked for.
+    """Copies on CUDA, in order on a stream of their own.
 
     Args:
-        stream: the one for copies, see `new_stream`.
+        stream: the stream for copies, see `new_stream`.
         cuda: the module `torch.cuda`.
     """
 
@@ -323,7 +322,7 @@ class _Streams:
     def leave(self) -> None:
         if not self._capturing():
             stream = self._cuda.current_stream(self._device)
-            stream.wait_event(self._stream.record_event())  # a call that failed did not wait for all of its copies
+            stream.wait_event(self._stream.record_event())  # a failed call has not waited for all of its copies
             self._done = stream.record_event()
 
     def finish(self) -> None:
@@ -331,13 +330,13 @@ class _Streams:
             self._done.synchronize()
 
     def _capturing(self) -> bool:
-        """Whether the call becomes part of a caller's graph, which no event from outside may order."""
+        """The caller captures the call, and no event from outside may order it."""
         with self._cuda.device(self._device):
             return bool(self._cuda.is_current_stream_capturing())
 
 
 def _pinned(memory: torch.Tensor, device: torch.device) -> str | None:
-    """Lock memory to its place, so that the device can copy from it on its own; why not, if it can't be."""
+    """Pin host memory, so that copies from it are asynchronous; returns the reason if that fails, else None."""
     cuda, reason = driver(), "the package cuda-bindings is not installed"
     if cuda is not None:
         with torch.cuda.device(device):
@@ -350,7 +349,7 @@ def _pinned(memory: torch.Tensor, device: torch.device) -> str | None:
 
 
 def _close(memory: torch.Tensor, pinned: bool, stream: Any, device: torch.device) -> None:
-    """Give back what a streamer had on CUDA, when no copy is running."""
+    """Free a streamer's CUDA resources, after its last copy."""
     torch.cuda.synchronize(device)
     cuda = driver()
     if pinned:

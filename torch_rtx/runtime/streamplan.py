@@ -1,12 +1,12 @@
-"""Which weights stay on the device under a budget, and where and when the others are copied there. Needs no torch.
+"""Plans weight streaming: which weights stay on the device, and where and when the others are copied. Needs no torch.
 
-Weights that do not stay share a buffer on the device, the *staging*. A *load* is one copy of a weight into it, good for
-the span of the program from its first use to its last. Copies follow each other in the order of first uses, each as
-early as its place in the staging is free: when the load that had the place before is *released*, after its last use.
+Streamed weights share a buffer on the device, the *staging*. A *load* is one copy of a weight into it, valid from the
+first to the last use in a span of the program. Copies run in the order of first uses. Each starts as soon as its memory
+in the staging is free: when the load that had it is *released*, after its last use.
 
-The time of a call is that of its copies or that of its computations, whichever is longer, as long as neither waits for
-the other. `make_plan` tries some sizes of the staging (more of it lets copies run further ahead, but leaves less for
-weights that stay), follows the clock through each, and keeps the fastest.
+A call takes as long as its copies or its computations, whichever is longer, if neither waits for the other. `make_plan`
+tries several sizes of the staging (a larger one lets copies run further ahead, but leaves less for resident weights),
+simulates a call with each, and keeps the fastest.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from typing import NamedTuple
 
 from torch_rtx.errors import SettingsError
 
-ALIGNMENT = 512  # of addresses in the staging, and of what PyTorch allocates, in bytes
-DEPTHS = (1.0, 1.5, 2.0, 3.0, 4.0)  # sizes of the staging to try, as multiples of what is in use at one time
-MAX_CEILINGS = 8  # sizes to try above which no weight is streamed
+ALIGNMENT = 512  # bytes; of addresses in the staging, as in PyTorch's allocator
+DEPTHS = (1.0, 1.5, 2.0, 3.0, 4.0)  # sizes of the staging to try, as multiples of the peak of live bytes
+MAX_CEILINGS = 8  # how many limits to try above which no weight is streamed
 
 
 @dataclass(frozen=True)
 class WeightUse:
-    """A weight as the program uses it.
+    """The uses of a weight in the program.
 
     Attributes:
-        name: what messages call it.
-        size: its bytes on the device.
-        spans: the positions in the program, first and last, between which it or a view of it is used; apart, in order.
-        fixed: it has to stay on the device.
+        name: its name in messages.
+        size: bytes on the device.
+        spans: disjoint, sorted ranges (first, last) of positions in the program that use it or a view of it.
+        fixed: it must stay on the device.
     """
 
     name: str
@@ -47,10 +47,10 @@ class Load:
     """One copy of a weight into the staging.
 
     Attributes:
-        weight: its index.
-        offset: where it goes, in bytes.
-        first, last: the positions of the program that use it.
-        after: the load whose release lets the copy begin; None: it may begin with the program.
+        weight: index of the weight.
+        offset: in the staging, in bytes.
+        first, last: positions of the first and last use.
+        after: the load whose release starts the copy; None: the copy starts with the program.
     """
 
     weight: int
@@ -62,11 +62,12 @@ class Load:
 
 @dataclass(frozen=True)
 class Plan:
-    """What stays and what is streamed.
+    """The resident and the streamed weights.
 
     Attributes:
-        loads: in the order of their copies and of their first uses.
-        resident, staging: bytes on the device: of weights that stay, and of the staging. Their sum is in the budget.
+        loads: in the order of their copies, which is that of their first uses.
+        resident: bytes of weights that stay on the device.
+        staging: bytes of the staging; `resident + staging` is within the budget.
         streamed: bytes that each call copies to the device.
     """
 
@@ -84,14 +85,14 @@ class _Span(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """Where a load goes, and how many releases must have happened before it is copied."""
+    """Offset of a load in the staging, and how many releases must precede its copy."""
 
     offset: int
     releases: int
 
 
 def budget_bytes(weights: Sequence[WeightUse], budget: int | float) -> int:
-    """A budget in bytes; a share of the weights that can be streamed, as a float, comes on top of those that can't."""
+    """A budget in bytes. A float is the share of the streamable weights that may stay, besides the fixed ones."""
     if isinstance(budget, int):
         return budget
     sizes = {fixed: sum(_aligned(w.size) for w in weights if w.fixed is fixed) for fixed in (False, True)}
@@ -102,7 +103,7 @@ def make_plan(weights: Sequence[WeightUse], budget: int) -> Plan:
     """The plan for `budget` bytes on the device, staging included.
 
     Raises:
-        SettingsError: the budget is too small; it names the largest weight that is in the way, and the least budget.
+        SettingsError: the budget is too small; the message names the largest weight at the peak and the least budget.
     """
     total = sum(_aligned(weight.size) for weight in weights)
     if total <= budget:
@@ -113,17 +114,17 @@ def make_plan(weights: Sequence[WeightUse], budget: int) -> Plan:
     room = budget - fixed
     if room < least:
         raise _too_small(weights, spans, budget, fixed, min(fixed + least, total))
-    # What the computations take when they are as slow as the copies: every wait of one for the other shows.
+    # With computations as slow as the copies, every wait of one for the other shows.
     work = durations(weights, total - budget)
     plans = [_plan(*tried, total) for tried in _layouts(spans, room, least, tight)]
     return min(plans, key=lambda plan: makespan(plan, weights, work))
 
 
 def makespan(plan: Plan, weights: Sequence[WeightUse], work: Mapping[int, float]) -> float:
-    """When a call ends.
+    """The simulated duration of a call, in units of the time to copy one byte.
 
     Args:
-        work: how long the program computes at a position, in the time that a byte takes to be copied.
+        work: duration of the computation at each position, in the same unit.
     """
     waits: dict[int, list[Load]] = {}
     for load in plan.loads:
@@ -141,7 +142,7 @@ def makespan(plan: Plan, weights: Sequence[WeightUse], work: Mapping[int, float]
 
 
 def durations(weights: Sequence[WeightUse], total: float) -> dict[int, float]:
-    """How long each position computes, if all take `total`: in proportion to the bytes of the weights that it uses."""
+    """Distributes `total` over the positions, in proportion to the bytes of the weights that each uses."""
     sizes = Counter[int]()
     for weight in weights:
         for first, _ in weight.spans:
@@ -155,16 +156,16 @@ def _aligned(size: float) -> int:
 
 
 def _spans(weights: Sequence[WeightUse]) -> list[_Span]:
-    """The loads that there would be if all was streamed, in the order of their first uses.
+    """The loads if all weights were streamed, in the order of their first uses.
 
-    Between two uses a weight stays, unless the weights that are used in between need more memory than it has: then a
-    second copy is cheaper than the place that it would take from them.
+    Between two uses a weight stays in the staging, unless the weights used in between are larger than it: then a second
+    copy costs less than the memory that it would take from them.
     """
     starts = sorted((first, _aligned(weight.size)) for weight in weights for first, _ in weight.spans)
     positions, before = [first for first, _ in starts], [0, *accumulate(size for _, size in starts)]
 
     def used(low: int, high: int) -> int:
-        """Bytes of the weights whose use begins after `low` and before `high`."""
+        """Bytes of the weights with uses that begin after `low` and before `high`."""
         return before[bisect_left(positions, high)] - before[bisect_left(positions, low + 1)]
 
     found: list[_Span] = []
@@ -181,7 +182,7 @@ def _spans(weights: Sequence[WeightUse]) -> list[_Span]:
 
 
 def _peak(spans: Iterable[_Span]) -> tuple[int, int]:
-    """The most bytes that are in use at one time, and a position of it."""
+    """The peak of live bytes, and a position where it is reached."""
     changes = sorted(change for s in spans for change in ((s.first, 1, s.size), (s.last, 2, -s.size)))
     most = at = level = 0
     for position, _, change in changes:
@@ -192,7 +193,7 @@ def _peak(spans: Iterable[_Span]) -> tuple[int, int]:
 
 
 def _tightest(spans: Sequence[_Span]) -> tuple[int, dict[_Span, int]]:
-    """The smallest staging that is found for all of `spans`, and their offsets in it."""
+    """The smallest staging found that holds all `spans`, and their offsets in it."""
     peak, _ = _peak(spans)
     size, enough = peak, sum(span.size for span in spans)
     while (places := _places(spans, size)) is None:
@@ -220,7 +221,7 @@ _Layout = tuple[Sequence[_Span], Sequence[_Place], int]
 
 
 def _layouts(spans: Sequence[_Span], room: int, least: int, tight: Mapping[_Span, int]) -> Iterator[_Layout]:
-    """The streamed spans, their places and the size of the staging, in the ways that are worth a try."""
+    """Candidate layouts: the streamed spans, their places and the size of the staging."""
     for ceiling in _ceilings(spans):
         peak, _ = _peak(span for span in spans if span.size <= ceiling)
         for depth in DEPTHS:
@@ -234,7 +235,7 @@ def _layouts(spans: Sequence[_Span], room: int, least: int, tight: Mapping[_Span
                     yield streamed, places, staging
     kept = _resident(spans, _ceilings(spans)[0], room - least, least)
     streamed = [span for span in spans if span.weight not in (kept or {})]
-    places = _places(streamed, least, tight)  # what has a place beside all others has it beside some
+    places = _places(streamed, least, tight)  # the layout of all spans also works for some
     assert places is not None
     yield streamed, places, least
 
@@ -248,14 +249,14 @@ def _ceilings(spans: Sequence[_Span]) -> list[int]:
 
 
 def _resident(spans: Sequence[_Span], ceiling: int, room: int, ahead: int) -> dict[int, int] | None:
-    """The weights that stay, with their sizes: those above `ceiling`, those that would be copied several times a call,
-    and of the rest so many that the streamed ones are spread evenly over the program.
+    """The resident weights with their sizes: first those larger than `ceiling`, then those that need several copies per
+    call, then so many others that the streamed ones are spread evenly over the program.
 
     Args:
-        ahead: bytes of weights to keep at the start of the program, while whose use the first copies run.
+        ahead: bytes of weights to keep at the start of the program, whose use hides the first copies.
 
     Returns:
-        None where those above the ceiling are more than `room` bytes.
+        None if the weights larger than `ceiling` exceed `room` bytes.
     """
     copies = Counter(span.weight for span in spans)
     sizes = {span.weight: span.size for span in spans}  # in the order of first uses
@@ -287,17 +288,17 @@ def _resident(spans: Sequence[_Span], ceiling: int, room: int, ahead: int) -> di
 
 
 def _places(spans: Sequence[_Span], staging: int, given: Mapping[_Span, int] | None = None) -> list[_Place] | None:
-    """A place for each span in `staging` bytes: the one that is free the earliest.
+    """A place for each span in `staging` bytes: the one that is free earliest.
 
     Args:
-        given: the offsets, if they are known.
+        given: the offsets; None: choose them.
 
     Returns:
-        None where a span finds none.
+        None if a span has no place.
     """
     releases = sorted((span.last, index) for index, span in enumerate(spans))
     count = {index: number for number, (_, index) in enumerate(releases, 1)}
-    memory = [(0, staging, 0)]  # in order: start, end, how many releases must have happened before it is overwritten
+    memory = [(0, staging, 0)]  # sorted: start, end, how many releases must precede overwriting it
     places = []
     for index, span in enumerate(spans):
         released = bisect_left(releases, (span.first, 0))
@@ -320,7 +321,7 @@ def _places(spans: Sequence[_Span], staging: int, given: Mapping[_Span, int] | N
 
 def _plan(spans: Sequence[_Span], places: Sequence[_Place], staging: int, total: int) -> Plan:
     releases = sorted((span.last, index) for index, span in enumerate(spans))
-    # Copies follow each other: none begins before the one before it may.
+    # Copies run in order: none starts before its predecessor may.
     needed = accumulate((place.releases for place in places), max)
     loads = tuple(
         Load(span.weight, place.offset, span.first, span.last, releases[number - 1][1] if number else None)

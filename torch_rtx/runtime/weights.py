@@ -1,9 +1,9 @@
-"""The weights of a session: recipes run on parameters, seen again when a parameter changes, and refitted.
+"""The weights of a session: computed from parameters by recipes, recomputed when a parameter changes, and refitted.
 
-A weight without a recipe is the parameter itself, and a recipe of views alone gives an alias of it: neither costs
-memory, and a change in place is seen at once. Every other weight has storage of its own; changed parameters and refit
-write into that storage, so that addresses, and with them captured CUDA graphs, stay valid. The storage of weights that
-are streamed is in host memory, and their values do not pass through the device unless a recipe computes them.
+A weight without a recipe is the parameter itself, and a recipe of views alone yields an alias of it: neither takes
+memory, and a call sees changes in place. Every other weight owns storage, which recomputing and refit overwrite:
+addresses stay valid, and with them captured CUDA graphs. Streamed weights have their storage in host memory; their
+values pass through the device only if a recipe computes them.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ class WeightStore:
     """The tensors of `graph.weights` on `device`.
 
     Attributes:
-        parameters: what `attach` and `refit` need, by name and type.
+        parameters: what `attach` and `refit` need.
         values: one tensor per weight, in order; in host memory if the weight is streamed.
-        generation: goes up whenever a value moves to another address.
+        generation: incremented when a value moves to another address.
 
     Args:
         constants: the data of the graph's constants, by name.
-        unused_names: parameters of the model that the graph does not need; refit takes and ignores them.
-        streamer: what brings weights to the device that are not resident.
+        unused_names: parameters of the model that the graph does not need; refit accepts and ignores them.
+        streamer: copies weights to the device that are not resident.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class WeightStore:
         self._recipes = [
             None if w.recipe is None else compile_graph(w.recipe, device, name="recipe") for w in graph.weights
         ]
-        # Per weight: may it change, and is its storage ours to write to?
+        # Per weight: it depends on a parameter that is no constant.
         self._variable = [any(name not in self._constants for name in w.names) for w in graph.weights]
         for index in self._hosts:
             if not self._variable[index]:
@@ -72,8 +72,8 @@ class WeightStore:
         self._detach()
 
     def sibling(self) -> WeightStore:
-        """A store of the same graph for other parameters: shares the recipes' code and what only constants decide."""
-        assert self.streamer is None  # it has the values of one store
+        """A store of the same graph for other parameters; shares recipes and the weights computed from constants."""
+        assert self.streamer is None  # a streamer holds the values of one store
         other = copy(self)
         other.values = [torch.empty(0) if v else value for v, value in zip(self._variable, self.values, strict=True)]
         other._detach()
@@ -86,11 +86,11 @@ class WeightStore:
 
     def _forget(self) -> None:
         self._sources: dict[str, torch.Tensor] = {}
-        self._watched: list[torch.Tensor] = []  # the sources of the weights with storage of their own
+        self._watched: list[torch.Tensor] = []  # the sources of owned weights
         self._stamps: list[object] = []
 
     def attach(self, sources: Tensors) -> None:
-        """Use the tensors of `sources` themselves, by name: copies are only what recipes make. `refresh` sees changes.
+        """Use the tensors of `sources` themselves, by name; only recipes copy. `refresh` sees changes of them.
 
         Raises:
             RefitError: names are missing, or a tensor does not fit its parameter.
@@ -98,13 +98,14 @@ class WeightStore:
         self._attach(match(self.parameters, sources, None))
 
     def update(self, tensors: Sequence[torch.Tensor]) -> None:
-        """`attach` and `refresh` in one for the tensors of `parameters`, in order, before each call of a live module.
+        """`attach` and `refresh` in one, before each call of a live module.
 
-        They must be the same objects in each call: a store follows one set of parameters, and holds their memory but
-        not them. Their contents may change, and through `parameter.data = other` their memory.
+        Args:
+            tensors: one per entry of `parameters`, the same objects in each call: the store keeps their memory alive
+                but not them. Their contents may change, and their memory through `parameter.data = other`.
 
         Raises:
-            RefitError: a tensor does not fit its parameter: guards that would have seen it were left out.
+            RefitError: a tensor does not fit its parameter, which guards that were left out would have found.
         """
         addresses = list(map(_ADDRESS, tensors))
         if addresses == self._addresses:
@@ -118,7 +119,7 @@ class WeightStore:
         sources = {p.name: t.detach() for p, t in zip(self.parameters, tensors, strict=True)}
         storages = {tensor.untyped_storage().data_ptr() for tensor in tensors}
         made = {index: self._make(index, sources) for index, variable in enumerate(self._variable) if variable}
-        self._sources = sources  # only now: what failed so far changed nothing
+        self._sources = sources  # after all recipes: a failure changes nothing
         with self._writing():
             for index, fresh in made.items():
                 own = index in self._hosts or fresh.untyped_storage().data_ptr() not in storages
@@ -128,9 +129,10 @@ class WeightStore:
         self._stamps = _stamps(self._watched)
 
     def refresh(self) -> None:
-        """Compute again the weights of their own storage whose parameters changed in place, and no others.
+        """Recompute the owned weights whose parameters changed in place.
 
-        A change is seen by the tensor's version counter, which every in-place operation moves but those on `.data`.
+        The version counters of the parameters show changes. Every in-place operation increments them, except on
+        `.data`.
         """
         if not self._watched:
             return
@@ -144,13 +146,13 @@ class WeightStore:
             for index, weight in enumerate(self.weights):
                 if self._owned[index] and not names.isdisjoint(weight.names):
                     overwrite(self.values[index], self._make(index, self._sources))
-        self._stamps = stamps  # only now: should a recipe fail, the next call runs it again
+        self._stamps = stamps  # after all recipes: if one fails, the next call runs it again
 
     def refit(self, sources: Tensors) -> None:
-        """Take the values of `sources`, by name; no reference to them is kept, and nothing of the caller's is written.
+        """Copy the values of `sources`, by name. The store keeps no reference to them and writes to no caller's tensor.
 
-        Every recipe is run before anything changes, so that a failure changes nothing. Until then the new values of a
-        store that streams are in host memory, all of them.
+        All recipes run before any value changes, so that a failure changes nothing. A store that streams holds all new
+        values in host memory until then.
 
         Raises:
             RefitError: names are missing or unexpected, shapes or dtypes differ, or tied parameters differ.
@@ -168,7 +170,7 @@ class WeightStore:
         self._forget()
 
     def _store(self, index: int, value: torch.Tensor, owned: bool) -> None:
-        """Make `value` the weight's value; in place where both the old and the new storage are ours."""
+        """Set the weight's value; in place if the store owns both the old and the new storage."""
         if owned and self._owned[index]:
             overwrite(self.values[index], value)
         else:
@@ -176,14 +178,14 @@ class WeightStore:
             self.generation += 1
 
     def _writing(self) -> AbstractContextManager[None]:
-        """Around writes to values: nothing copies from those in host memory."""
+        """Held while values are written: the streamer copies none from host memory."""
         return nullcontext() if self.streamer is None else self.streamer.idle()
 
     def _make(self, index: int, sources: Tensors, host: bool = False) -> torch.Tensor:
         """The weight computed from `sources`; shares their memory where its recipe allows.
 
         Args:
-            host: leave it in host memory, as those that are streamed.
+            host: return it in host memory, as for a streamed weight.
         """
         weight, recipe = self.weights[index], self._recipes[index]
         host = host or index in self._hosts
@@ -203,7 +205,7 @@ class WeightStore:
         return copied
 
     def _place(self, name: str, tensor: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
-        """`tensor` with the strides of the parameter `name` and on its device, or `device`: itself if possible."""
+        """`tensor` with the strides of parameter `name`, on its device or on `device`; no copy unless necessary."""
         type_ = self._types[name]
         moved = tensor.detach().to(device or aten.to_torch("Device", type_.device, self.device))
         return restride(moved, type_.strides)  # type: ignore[arg-type]
@@ -213,10 +215,10 @@ def match(parameters: Sequence[Parameter], sources: Tensors, unused: Collection[
     """The tensor of each parameter, in order.
 
     Args:
-        unused: names to ignore in `sources`; None ignores all that no parameter has.
+        unused: names to ignore in `sources`; None: ignore all that no parameter has.
 
     Raises:
-        RefitError: lists every name that is missing, unexpected or does not fit.
+        RefitError: lists all names that are missing, are unexpected or do not fit.
     """
     found, missing, mismatched = [], [], {}
     for parameter in parameters:
@@ -268,7 +270,8 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _stamps(tensors: Sequence[torch.Tensor]) -> list[object]:
-    """What changes when a tensor's contents may have. One made in inference mode has no version counter: always."""
+    """A stamp per tensor that changes with its contents: the version counter. An inference tensor has none, and its
+    stamp always changes."""
     try:
         return list(map(_VERSION, tensors))
     except RuntimeError:

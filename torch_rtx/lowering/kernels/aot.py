@@ -1,8 +1,8 @@
-"""Kernels ahead of time: every kernel for every target, without a GPU, checked against the target's limits.
+"""Compiles kernels for targets in parallel, without a GPU, and checks the result against the target's limits.
 
-Each kernel is compiled for two cases that share everything but code: `aligned`, where all scalars are multiples of 16,
-and `generic`. Where the first always holds there is no second. All addresses are multiples of 16 in both: the launch
-sees to that, so that rows which start at such addresses keep their vector loads whatever the batch size is.
+Each kernel is compiled for up to two cases, which share the launch and differ in code: `aligned`, where every scalar is
+a multiple of 16, and `generic`, which is left out if scalars are always aligned. Addresses are multiples of 16 bytes in
+both, which the launch guarantees: rows that start at such addresses keep vector loads for any batch size.
 """
 
 from __future__ import annotations
@@ -13,23 +13,25 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 
+from torch_rtx.artefacts import Artefacts
 from torch_rtx.ir import Dim, Expr, Sym
 from torch_rtx.lowering.kernels.kernel import Kernel
-from torch_rtx.lowering.kernels.toolchain import Code, Job, lower
+from torch_rtx.lowering.kernels.toolchain import Code, Job, disassemble, lower, lower_to_ttir
 from torch_rtx.lowering.kernels.turing import NoTensorCores
 from torch_rtx.targets import ALIGNMENT, Target, lacks
 
-MAX_SPILLS = 128  # bytes of spill stores per thread; up to this much costs less than a smaller tile
+MAX_SPILLS = 128  # bytes of spill stores per thread; up to this a smaller tile is slower
 Wanted = tuple[Kernel, Target]
+NONE = Artefacts()
 
 
 @dataclass(frozen=True)
 class Built:
-    """What became of a kernel for a target.
+    """The result of compiling a kernel for a target.
 
     Attributes:
-        aligned, generic: see the head of this file; None where there is no such case, or where compiling failed.
-        problem: why the kernel does not fit the target; None if it does. One that only spills has its code as well.
+        aligned, generic: the code of the two cases; None if there is no such case, or the kernel does not fit.
+        problem: why the kernel does not fit the target; None if it does. If it only spills, the code is there as well.
     """
 
     aligned: Code | None
@@ -38,37 +40,53 @@ class Built:
 
     @property
     def codes(self) -> tuple[Code, ...]:
-        """What was compiled."""
+        """The code of all cases."""
         return tuple(code for code in (self.aligned, self.generic) if code is not None)
 
     @property
     def spills(self) -> int:
-        """Bytes of spill stores per thread, of the worse case."""
+        """Bytes of spill stores per thread, the larger of the two cases."""
         return max((code.spills for code in self.codes), default=0)
 
 
 def compile_kernels(
-    wanted: Iterable[Wanted], workers: int | None = None, progress: Callable[[int, int], object] | None = None
+    wanted: Iterable[Wanted],
+    workers: int | None = None,
+    progress: Callable[[int, int], object] | None = None,
+    artefacts: Mapping[Wanted, Artefacts] | None = None,
 ) -> dict[Wanted, Built]:
-    """Compile kernels, each for a target. Equal code is compiled once, also over several calls in one process.
+    """Compile kernels, each for a target. Equal code is compiled once per process.
 
     Args:
-        workers: threads; None: one per core. Triton gives the interpreter free, and ptxas is a process of its own.
-        progress: called in this thread with how many compilations are done and how many there are.
+        workers: number of threads; None: one per core. Triton releases the GIL, and ptxas is a process.
+        progress: called in this thread with the number of finished compilations and of all.
+        artefacts: the files of kernels: stages are written, and overrides read, also if the code is cached.
 
     Raises:
-        KernelError: Triton can't be used, or it or ptxas refuses a kernel. That a kernel does not fit is a result.
+        KernelError: Triton can't be used, it or ptxas rejects a kernel, or an override can't be read. A kernel that
+            does not fit is no error.
     """
     pairs = list(dict.fromkeys(wanted))
+    files = artefacts or {}
     targets: dict[Kernel, list[Target]] = {}
     for kernel, target in pairs:
         targets.setdefault(kernel, []).append(target)
     jobs = {
-        (kernel, target): _jobs(kernel, _code_sm(kernel, target, targets[kernel]), target.ptx and target.arch.exact)
+        (kernel, target): _jobs(
+            kernel,
+            _code_sm(kernel, target, targets[kernel]),
+            target.ptx and target.arch.exact,
+            files.get((kernel, target), NONE),
+        )
         for kernel, target in pairs
         if not any(lacks(target, dtype) for dtype in kernel.pointers)
     }
+    shown = [pair for pair in jobs if pair in files]
+    for pair in shown:  # before it is compiled: a compiler may reject it
+        files[pair].write("py", jobs[pair][0].source)
     done = _run(dict.fromkeys(job for both in jobs.values() for job in both), workers, progress)
+    for pair in shown:
+        _write(files[pair], jobs[pair], done)
     return {pair: _built(*pair, [done[job] for job in jobs.get(pair, ())]) for pair in pairs}
 
 
@@ -98,10 +116,10 @@ def _cores() -> Collection[int]:
 
 
 def _code_sm(kernel: Kernel, target: Target, targets: Iterable[Target]) -> int:
-    """The SM version whose code `target` runs: the oldest wanted one of its generation.
+    """The SM version whose code `target` runs: the oldest of `targets` in its generation.
 
-    Code for sm_80 runs on sm_86 and sm_89 as well. What Triton and ptxas make for the three differs by the order of
-    instructions and a few registers, in either direction: one binary saves two thirds of the size.
+    Code for sm_80 also runs on sm_86 and sm_89. Code that is compiled for these differs in instruction order and a few
+    registers, for better or worse: sharing one binary saves two thirds of the size.
     """
     if target.ptx or target.arch.exact:
         return target.arch.sm
@@ -109,19 +127,38 @@ def _code_sm(kernel: Kernel, target: Target, targets: Iterable[Target]) -> int:
     return min(sm for sm in of_generation if not any(lacks(Target(sm), dtype) for dtype in kernel.pointers))
 
 
-def _jobs(kernel: Kernel, sm: int, portable: bool = False) -> tuple[Job, ...]:
-    """The job of the aligned case, and that of the generic one if there is such a case."""
+def _jobs(kernel: Kernel, sm: int, portable: bool, artefacts: Artefacts) -> tuple[Job, ...]:
+    """The jobs of the aligned case and, if there is one, of the generic case, with their overrides."""
     always = tuple(multiple(dim) % ALIGNMENT == 0 for dim in kernel.scalars)
     cases = dict.fromkeys(((True,) * len(always), always))
     wide, warps, stages = kernel.wide, kernel.num_warps, kernel.num_stages
+    edited = artefacts.read("py")
+    source = kernel.source if edited is None else edited
     return tuple(
-        Job(kernel.name, kernel.source, kernel.pointers, case, wide, warps, stages, sm, kernel.early, portable)
-        for case in cases
+        Job(kernel.name, source, kernel.pointers, case, wide, warps, stages, sm, kernel.trigger_early, portable, *texts)
+        for case, texts in zip(cases, ((a.read("ttir"), a.read("ptx")) for a in _cases(artefacts)), strict=False)
     )
 
 
+def _cases(artefacts: Artefacts) -> tuple[Artefacts, Artefacts]:
+    """The files of the aligned case and of the generic one."""
+    return artefacts, artefacts.of("generic")
+
+
+def _write(artefacts: Artefacts, jobs: Iterable[Job], done: Mapping[Job, Code | NoTensorCores]) -> None:
+    """Write the stages that came after the source."""
+    for job, files in zip(jobs, _cases(artefacts), strict=False):
+        code = done[job]
+        files.write("ttir", lower_to_ttir(job))
+        if isinstance(code, Code):
+            files.write("ptx", code.ptx.decode())
+            sass = disassemble(code.cubin)
+            if sass is not None:
+                files.write("sass", sass)
+
+
 def multiple(dim: Dim) -> int:
-    """A number that `dim` is always a multiple of; 0 if the dim is always 0."""
+    """A known divisor of `dim`; 0 if the dim is always 0."""
     if isinstance(dim, int):
         return dim
     if isinstance(dim, Sym):
@@ -151,7 +188,7 @@ def _built(kernel: Kernel, target: Target, results: list[Code | NoTensorCores]) 
 
 
 def _too_large(code: Code, target: Target) -> str | None:
-    """Why no block of the kernel can start on the target; Triton does not check it."""
+    """Why the target can't launch a block of the kernel, which Triton does not check; None if it can."""
     if code.shared > target.shared:
         return f"a block needs {code.shared} bytes of shared memory, {target} has {target.shared}"
     registers = code.num_warps * 32 * math.ceil(code.registers / 8) * 8  # in units of 8 per thread

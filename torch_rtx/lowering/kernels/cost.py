@@ -34,7 +34,6 @@ LATENCY = 0.8  # of memory under load
 BARRIER = 0.03  # of a step
 KEPT, ALIKE = 12, 2  # configurations, and those of one tile among them
 PARTS = (2, 4, 8, 16)  # in which a depth is cut
-CLEAR = 1.15  # the gain that two kernels in the place of one must promise
 FILLED, TILE = 0.75, 64  # a chip is full with this many tiles of this size for each processor
 DEPTH = 32  # elements of a depth that every part has a multiple of
 SCATTERED = 16  # loads of a thread for one step, each of less than 16 bytes
@@ -145,13 +144,14 @@ def configurations(region: Region, of: Product, arch: Arch, input_precision: str
     return [replace(config, input_precision=precision) for config in kept]
 
 
-def best_time(region: Region, of: Product, arch: Arch) -> float:
-    """The time of the best configuration.
+def config_us(region: Region, of: Product, arch: Arch, config: GemmConfig) -> float:
+    """The time of a kernel in a configuration, in microseconds.
 
     Raises:
         Unsupported: see `problem`.
     """
-    return _ranked(problem(region, of, arch), _few(of), arch)[0][0]
+    what = problem(region, of, arch, config.input_precision)
+    return sums_time(what, config, arch.chip) if config.sums else dots_time(what, config, arch)
 
 
 def loop_time(region: Region, arch: Arch) -> float:
@@ -182,9 +182,9 @@ def _ranked(what: Problem, few: bool, arch: Arch) -> list[tuple[float, GemmConfi
 # ---- parts -----------------------------------------------------------------------------------------------------------
 
 
-def best_parts(region: Region, of: Product, arch: Arch, gain: float = CLEAR) -> int:
-    """In how many parts the depth of a product is best cut, so that they fill the chip; 1: in none, which is also the
-    answer where the gain is less than `gain`.
+def best_parts(region: Region, of: Product, arch: Arch) -> tuple[int, float]:
+    """In how many parts the depth of a product is best cut, so that they fill the chip, and the time of its kernels in
+    microseconds; (1, infinity): the depth can't be cut, or whole tiles fill the chip.
 
     Raises:
         Unsupported: see `problem`.
@@ -192,12 +192,11 @@ def best_parts(region: Region, of: Product, arch: Arch, gain: float = CLEAR) -> 
     what, on = problem(region, of, arch), arch.chip
     columns = typical(of.columns)  # of all accumulators
     tiles = what.batch * ceil(what.rows / TILE) * ceil(columns / TILE)
+    best, fastest = 1, inf
     if not isinstance(of.depth, int) or tiles > FILLED * on.processors:
-        return 1
-    whole, fastest = _ranked(what, _few(of), arch)[0][0], inf
+        return best, fastest
     result = what.batch * what.rows * columns
     operands = what.batch * (what.rows + columns * what.taps) * what.depth * SIZES[what.dtype]
-    best = 1
     for parts in PARTS:
         if of.depth % (parts * DEPTH) or tiles * parts > 2 * on.processors:
             continue
@@ -209,7 +208,7 @@ def best_parts(region: Region, of: Product, arch: Arch, gain: float = CLEAR) -> 
         if time >= fastest:
             break  # more parts are no better
         fastest, best = time, parts
-    return best if fastest * gain <= whole else 1
+    return best, fastest
 
 
 # ---- tensor cores ----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What code generation makes: Triton source, with all that is needed to compile and to launch it."""
+"""The result of code generation: Triton source with what a build needs to compile it, and a launch to run it."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ class Kernel:
 
     Attributes:
         name: the function that `source` defines; equal sources have equal names.
-        source: the text of a Python module. It imports triton alone and has no constexpr parameters: sizes that are
-            known stand in it as numbers.
-        pointers: dtype, as the IR names it, of each pointer: the tensors that the region reads, in the order of its
-            node's arguments, then those that it writes.
-        scalars: the integer parameters that follow, as dims of the graph.
-        grid: how many programs there are along x, y and z; dims of the graph. Nothing is launched where one is 0.
+        source: text of a Python module that imports triton alone. It has no constexpr parameters: known sizes are
+            literals.
+        pointers: dtype, as the IR names it, of each pointer parameter: the tensors that the region reads, in the order
+            of its node's arguments, then those that it writes.
+        scalars: the integer parameters, which follow the pointers, as dims of the graph.
+        grid: number of programs along x, y and z, as dims of the graph. Nothing is launched if one is 0.
         num_warps, num_stages: Triton's options of these names.
-        wide: the scalars are 64 bit, not 32.
-        early: the kernel after it may be placed as soon as all its programs have begun, see `dependent`.
+        wide: scalars are int64, not int32.
+        trigger_early: see `insert_pdl`.
     """
 
     name: str
@@ -32,4 +32,4 @@ class Kernel:
     num_warps: int = 4
     num_stages: int = 1
     wide: bool = False
-    early: bool = False
+    trigger_early: bool = False

@@ -206,7 +206,7 @@ class TileWriter:
             grid = dim_expr("min", count, config.programs)
         else:
             lines.insert(0, f"tile = {start}{'.to(tl.int64)' if self.wide else ''}")
-        return assemble(self.region, name, lines, grid, config.num_warps, config.num_stages, early=config.sums)
+        return assemble(self.region, name, lines, grid, config.num_warps, config.num_stages, trigger_early=config.sums)
 
     def program(self) -> list[str]:
         """Which rows and columns a program has: those that run together share operands, which the L2 cache holds."""

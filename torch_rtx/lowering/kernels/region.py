@@ -15,22 +15,8 @@ from torch_rtx.lowering.kernels.ops import gradients, indexing, pointwise, pooli
 from torch_rtx.lowering.kernels.ops.registry import OPS
 from torch_rtx.lowering.kernels.ops.views import reshape, shape_of
 from torch_rtx.lowering.kernels.reduction_rules import written_out
+from torch_rtx.op_work import ANCHORS
 
-# Operators that a kernel is built around: one of them at most, the rest of its body comes before and after.
-ANCHORS = {
-    "aten.mm.default": "gemm",
-    "aten.addmm.default": "gemm",
-    "aten.bmm.default": "gemm",
-    "aten.baddbmm.default": "gemm",
-    "aten.linear.default": "gemm",
-    "aten.matmul.default": "gemm",
-    "aten.conv1d.default": "conv",
-    "aten.conv2d.default": "conv",
-    "aten.conv3d.default": "conv",
-    "aten.convolution.default": "conv",
-    "aten.scaled_dot_product_attention.default": "attention",
-    "torch_rtx.attention_partial.default": "attention",
-}
 DECLARED = (gradients, indexing, pointwise, pooling, reductions, views)  # importing them fills OPS
 
 

@@ -21,7 +21,7 @@ def assemble(
     num_warps: int,
     num_stages: int,
     functions: str = "",
-    early: bool = False,
+    trigger_early: bool = False,
 ) -> Kernel:
     """The kernel whose body are `lines`. Its parameters are the inputs of the region by name, `out0`, `out1`, ...
     for its outputs, and the body's symbols.
@@ -29,7 +29,7 @@ def assemble(
     Args:
         programs: size of the one-dimensional grid.
         functions: source of the helper functions that the lines call.
-        early: see `Kernel`.
+        trigger_early: see `Kernel`.
     """
     body = region.body
     names = [value.name for value in body.inputs] + [f"out{i}" for i in range(len(region.outputs))] + [*body.syms]
@@ -44,7 +44,7 @@ def assemble(
         num_warps,
         num_stages,
         is_wide(region),
-        early,
+        trigger_early,
     )
 
 

@@ -17,7 +17,7 @@ from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Attr, Dim, Node, TensorType, Value, contiguous, dim_expr
 from torch_rtx.lowering.kernels.attention import Attention
 from torch_rtx.lowering.kernels.body_builder import BodyBuilder, Values, argument, type_of
-from torch_rtx.lowering.kernels.cost import BARRIER, CLEAR, LATENCY, LAUNCH, PARTS, typical
+from torch_rtx.lowering.kernels.cost import BARRIER, LATENCY, LAUNCH, PARTS, typical
 from torch_rtx.targets import Arch
 
 ATTENTION_PARTIAL = "torch_rtx.attention_partial.default"
@@ -26,12 +26,12 @@ KEYS_PER_STEP = 64  # of a program of few rows
 PROGRAMS_PER_PROCESSOR = 4
 
 
-def best_kv_splits(found: Attention, keys: Dim, arch: Arch, gain: float = CLEAR) -> int:
-    """In how many ranges the keys of an attention are best cut on `arch`; 1: in none, also where that is not
-    expected to be faster by the factor `gain`."""
+def best_kv_splits(found: Attention, keys: Dim, arch: Arch) -> tuple[int, float, float]:
+    """In how many ranges the keys of an attention are best cut; and the times, in us, of the kernels for that and of
+    one kernel for all keys. (1, infinity, 0) where the keys are not cut: with many queries, or causal."""
     on = arch.chip
     if found.causal or not isinstance(found.queries, int) or found.queries > MAX_QUERIES:
-        return 1
+        return 1, math.inf, 0.0
     width = (found.width + found.value_width) * DTYPES[found.dtype].bytes
     groups, count = math.prod(map(typical, found.groups)), typical(keys)
     result = 4 * groups * typical(found.rows) * (found.value_width + 2)
@@ -48,7 +48,8 @@ def best_kv_splits(found: Attention, keys: Dim, arch: Arch, gain: float = CLEAR)
     def both_us(splits: int) -> float:
         return partial_us(splits) + LAUNCH + LATENCY + 2 * splits * result / (on.memory * 1e3)
 
-    return min([(partial_us(1) / gain, 1), *((both_us(splits), splits) for splits in PARTS)])[1]
+    split_us, splits = min((both_us(splits), splits) for splits in PARTS)
+    return splits, split_us, partial_us(1)
 
 
 # ---- the two kernels -------------------------------------------------------------------------------------------------

@@ -289,18 +289,18 @@ def reduces(node: Node) -> bool:
 # ---- when it is faster -----------------------------------------------------------------------------------------------
 
 
-def best_chunks(found: Region, arch: Arch, gain: float) -> int:
-    """In about how many chunks the rows that a region reduces are best cut on `arch`; 1: in none, also where
-    that is not expected to be faster by the factor `gain`."""
+def best_chunks(found: Region, arch: Arch) -> tuple[int, float, float] | None:
+    """In about how many chunks the rows that a region reduces are best cut (1: in none); and the times, in us, of the
+    kernels for that and of one kernel. None: the region reduces no rows, or by an operator without a rule."""
     node = next(filter(reduces, found.body.nodes), None)
     if not reductions_of(found.outputs) or node is None or node.op not in RULES:
-        return 1
+        return None
     operand, axes = RULES[node.op].operand(BodyBuilder(set()), node)
     type_, on = type_of(operand), arch.chip
     order, run = _longest_run(type_, axes)
     size, every = _elements(type_, axes), _elements(type_, order)
     if not every:
-        return 1
+        return None
     neighbours = run[-1] == [axis for axis in order if type_.shape[axis] != 1][-1]
     lengths = _powers(CHUNK_CONTIGUOUS)[::-1] if neighbours else _powers(CHUNK_STRIDED)
     enough = [
@@ -309,9 +309,9 @@ def best_chunks(found: Region, arch: Arch, gain: float) -> int:
     wanted = enough[0] if enough else lengths[-1]
     chunks = max(ceil(_elements(type_, run) / (2 * wanted - 1)), 2)
     if 2 * _cut(type_, axes, chunks).length(type_) < wanted:
-        return 1
+        chunks = 1
     one, several = _times(found, every // size, size, _run_length(type_, axes), arch)
-    return chunks if several * gain <= one else 1
+    return chunks, several, one
 
 
 def _powers(bounds: tuple[int, int]) -> list[int]:

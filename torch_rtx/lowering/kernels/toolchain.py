@@ -1,14 +1,15 @@
-"""Triton and ptxas without a GPU: from the source of a kernel to PTX and a binary for one SM version.
+"""Triton and ptxas without a GPU: compiles the source of a kernel to PTX and a cubin for one SM version.
 
-Triton's stages are called one by one instead of `triton.compile`: that needs no driver, no cache folder and no torch,
-makes the target-independent form (TTIR) once for all targets, and leaves the run of ptxas to this file. These stages
-are no public interface of Triton: `_triton` checks that they are there. Without line information, and with ptxas under
-one command line, equal sources give equal bytes, in any process.
+Triton's stages are called one by one in place of `triton.compile`. That needs no driver, cache folder or torch; TTIR,
+which does not depend on the target, is made once for all targets; and ptxas is run from here. The stages are not a
+public interface of Triton: `_triton` checks that they exist. Output is deterministic: equal sources give equal bytes in
+any process, since line information is left out and the command line of ptxas never changes.
 """
 
 from __future__ import annotations
 
 import linecache
+import logging
 import re
 import subprocess
 import tempfile
@@ -23,32 +24,34 @@ from typing import Any
 
 from torch_rtx.dtypes import DTYPES
 from torch_rtx.errors import KernelError
-from torch_rtx.kerneltable import Variant
-from torch_rtx.lowering.kernels.dependent import WAIT, dependent
+from torch_rtx.lowering.kernels.pdl import WAIT, insert_pdl
 from torch_rtx.lowering.kernels.turing import NoTensorCores, rewrite
+from torch_rtx.tactics import Variant
 from torch_rtx.targets import NEWEST, arch_of
 
+log = logging.getLogger(__name__)
 OLDEST = (3, 6)  # version of Triton
 PORTABLE_PTX = 87  # version of PTX for sm_120 and later: drivers of CUDA 12.8 and later take it
 _lock = threading.Lock()
 _parsing = threading.Lock()
-KEPT = 256  # lowered kernels that are kept for the builds to come; some 100 KB each
+KEPT = 256  # size of the caches of compiled kernels and of TTIR, in entries of some 100 KB
 _POINTERS = {name: dtype.pointer for name, dtype in DTYPES.items() if dtype.pointer}
 _DIVISIBLE = [["tt.divisibility", 16]]
 
 
 @dataclass(frozen=True)
 class Job:
-    """One lowering.
+    """The inputs of one compilation.
 
     Attributes:
         name, source: see `Kernel`.
-        pointers: dtypes as the IR names them; all addresses are multiples of 16.
-        scalars: one entry per scalar: whether it is always a multiple of 16.
-        wide: the scalars are 64 bit.
+        pointers: dtype of each pointer, as the IR names it; all addresses are multiples of 16 bytes.
+        scalars: per scalar, true if it is always a multiple of 16.
+        wide: scalars are int64, not int32.
         sm: SM version.
-        early: see `Kernel`.
-        portable: the PTX is for later SM versions, too, although a binary would not be.
+        trigger_early: see `Kernel`.
+        portable: the PTX must run on later SM versions, too: it has no features of one architecture (no "a" suffix).
+        ttir, ptx: overrides of the stages of these names; None: the stage is generated.
     """
 
     name: str
@@ -59,8 +62,10 @@ class Job:
     num_warps: int
     num_stages: int
     sm: int
-    early: bool = False
+    trigger_early: bool = False
     portable: bool = False
+    ttir: str | None = None
+    ptx: str | None = None
 
 
 @dataclass(frozen=True)
@@ -69,10 +74,10 @@ class Code:
 
     Attributes:
         ptx, cubin: the same code, as text and as a binary.
-        entry: the name of the kernel in both.
-        num_warps: warps of a block.
-        shared: bytes of dynamic shared memory that a launch has to give.
-        registers, spills, stack: registers, bytes of spill stores and bytes of stack per thread, as ptxas counts them.
+        entry: name of the kernel in both.
+        num_warps: warps per block.
+        shared: dynamic shared memory per block, in bytes; a launch has to request it.
+        registers, spills, stack: per thread, as ptxas reports them: registers, bytes of spill stores, bytes of stack.
     """
 
     ptx: bytes
@@ -85,18 +90,18 @@ class Code:
     stack: int
 
     @property
-    def waits(self) -> bool:
-        """Whether it waits for the kernels before it, see `dependent`."""
+    def uses_pdl(self) -> bool:
+        """The kernel waits for its predecessors by itself, see `insert_pdl`."""
         return WAIT.encode() in self.ptx
 
     def variant(self, binary: str) -> Variant:
-        """How it is launched, stored under the digest `binary`."""
-        return Variant(binary, self.entry, self.num_warps, self.shared, self.registers, self.spills, self.waits)
+        """The record of this code in an engine; `binary` is the digest that it is stored under."""
+        return Variant(binary, self.entry, self.num_warps, self.shared, self.registers, self.spills, self.uses_pdl)
 
 
 @dataclass(frozen=True)
 class _Triton:
-    """What is used of Triton."""
+    """The parts of Triton that are used here."""
 
     version: str
     backend: Any
@@ -111,7 +116,7 @@ class _Triton:
 
 @cache
 def _triton() -> _Triton:
-    """Triton, if it is a version whose stages this file knows.
+    """Triton, if its version has the stages that are called here.
 
     Raises:
         KernelError: it is missing, too old, or has other stages.
@@ -153,11 +158,11 @@ def versions() -> dict[str, str]:
 
 @lru_cache(maxsize=KEPT)
 def lower(job: Job) -> Code:
-    """Compile a kernel. Safe to call from many threads; equal jobs are compiled once per process.
+    """Compile a kernel. Thread-safe; results are cached per process.
 
     Raises:
-        KernelError: Triton or ptxas refuses the kernel, Triton can't be used, or the SM version is unknown.
-        NoTensorCores: sm_75 has no instruction for its matrix product.
+        KernelError: Triton or ptxas rejects the kernel, Triton can't be used, or the SM version is unknown.
+        NoTensorCores: the kernel has a matrix product that no instruction of sm_75 computes.
     """
     if arch_of(job.sm).like is not None:
         hint = f"build {arch_of(job.sm).target} instead, which its driver compiles"
@@ -165,14 +170,13 @@ def lower(job: Job) -> Code:
     triton = _triton()
     try:
         with _no_line_info(triton):
-            sm = job.sm if any(p.startswith("f8") for p in job.pointers) else 80
-            ttir = _ttir(replace(job, sm=sm, portable=False))
-            ptx, metadata = _ptx(triton, job, ttir)
+            generated, metadata = _ptx(triton, job, lower_to_ttir(job))
+        ptx = generated if job.ptx is None else job.ptx
         cubin, registers, spills, stack = _ptxas(triton, job, ptx)
     except (KernelError, NoTensorCores):
         raise
-    except Exception as error:  # Triton's own are of many types, and those of its C++ parts are RuntimeErrors
-        cause = f"\n{error.__cause__!r}" if error.__cause__ else ""  # often all that a CompilationError has to say
+    except Exception as error:  # Triton has many exception types; its C++ parts raise RuntimeError
+        cause = f"\n{error.__cause__!r}" if error.__cause__ else ""  # often the only text of a CompilationError
         raise _error(job, "Triton", f"{type(error).__name__}: {error}{cause}") from error
     if metadata["global_scratch_size"] or metadata.get("profile_scratch_size"):
         raise _error(job, "the launcher", "the kernel needs scratch memory, which launches do not give it")
@@ -180,9 +184,21 @@ def lower(job: Job) -> Code:
     return Code(ptx.encode(), cubin, metadata["name"], warps, metadata["shared"], registers, spills, stack)
 
 
+def lower_to_ttir(job: Job) -> str:
+    """The TTIR of a job: the override if there is one, else generated from the source; cached per process.
+
+    Raises:
+        KernelError: Triton rejects the source.
+    """
+    if job.ttir is not None:
+        return job.ttir
+    any_sm = job.sm if any(dtype.startswith("f8") for dtype in job.pointers) else 80
+    return _ttir(replace(job, sm=any_sm, portable=False, ptx=None))
+
+
 @lru_cache(maxsize=KEPT)
 def _ttir(job: Job) -> str:
-    """The kernel in the form that is the same for every SM version, the dtypes of 8 bits apart."""
+    """TTIR. It is the same for every SM version, except with fp8."""
     triton = _triton()
     function = _function(triton, job)
     types = [f"*{_POINTERS[dtype]}" if dtype in _POINTERS else "" for dtype in job.pointers]
@@ -199,8 +215,8 @@ def _ttir(job: Job) -> str:
     )
     backend, options, context = _backend(triton, job)
     helpers = backend.get_codegen_implementation(options), backend.get_module_map()
-    # CPython's parser counts its depth in one place for all threads: two at once may fail for no reason, with "AST
-    # constructor recursion depth mismatch". Who else parses can't be known: one failure is not the last word.
+    # CPython's AST constructor keeps its recursion depth in a global: with two threads parsing, it may fail spuriously
+    # ("AST constructor recursion depth mismatch"). Other code may parse without this lock, so try twice.
     for attempt in (1, 2):
         try:
             with _parsing:
@@ -213,10 +229,10 @@ def _ttir(job: Job) -> str:
 
 
 def _function(triton: _Triton, job: Job) -> Any:
-    """The JIT function that the source defines. Triton reads the source back through `linecache`, once."""
+    """The JIT function that the source defines. Triton reads the source through `linecache`, at definition only."""
     file = f"<torch_rtx kernel {job.name}>"
     names: dict[str, Any] = {"__name__": "torch_rtx_kernel"}
-    with _lock:  # another thread may define the same one
+    with _lock:  # another thread may define a kernel of the same name
         linecache.cache[file] = (len(job.source), None, job.source.splitlines(True), file)
         try:
             exec(compile(job.source, file, "exec"), names)
@@ -245,7 +261,7 @@ def _backend(triton: _Triton, job: Job) -> tuple[Any, Any, Any]:
 
 
 def _ptx(triton: _Triton, job: Job, ttir: str) -> tuple[str, dict[str, Any]]:
-    """PTX, and what Triton says about the kernel."""
+    """PTX, and Triton's metadata of the kernel."""
     backend, options, context = _backend(triton, job)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ttir"
@@ -266,14 +282,15 @@ def _ptx(triton: _Triton, job: Job, ttir: str) -> tuple[str, dict[str, Any]]:
     if rewritten:
         ptx = rewrite(ptx)
     elif "griddepcontrol" in arch.features:
-        ptx = dependent(ptx, job.early)
+        ptx = insert_pdl(ptx, job.trigger_early)
     return ptx, metadata
 
 
 def _ptxas(triton: _Triton, job: Job, ptx: str) -> tuple[bytes, int, int, int]:
-    """The binary, and its registers, spill stores and stack. Binaries hold the command line: it is always the same."""
+    """The cubin, and per thread: registers, bytes of spill stores, bytes of stack. A cubin contains the command line of
+    ptxas, so file names are fixed."""
     tool = _assembler(triton, job.sm)
-    # Triton's own workaround for a bug of ptxas 13.
+    # Triton passes this option too, as a workaround for a bug of ptxas 13.
     extra = ["--regAllocOptLevel=2"] if int(tool.version.partition(".")[0]) >= 13 else []
     command = [tool.path, "-v", *extra, f"--gpu-name={_gpu_name(triton, job)}", "kernel.ptx", "-o", "kernel.cubin"]
     with tempfile.TemporaryDirectory() as folder:
@@ -289,14 +306,35 @@ def _ptxas(triton: _Triton, job: Job, ptx: str) -> tuple[bytes, int, int, int]:
     return cubin, int(registers[1]), int(frame[2]), int(frame[1])
 
 
+def disassemble(cubin: bytes) -> str | None:
+    """The SASS of a cubin, from the nvdisasm that Triton ships; None if it ships none, which is logged once."""
+    tool = _disassembler()
+    if tool is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "kernel.cubin").write_bytes(cubin)
+        command = [tool, "-c", "kernel.cubin"]
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    return result.stdout if result.returncode == 0 else result.stderr
+
+
+@cache
+def _disassembler() -> str | None:
+    try:
+        return str(import_module("triton").knobs.nvidia.nvdisasm.path)
+    except (AttributeError, RuntimeError) as error:
+        log.info("kernels are not disassembled: Triton brings no nvdisasm: %s", error)
+        return None
+
+
 def _gpu_name(triton: _Triton, job: Job) -> str:
-    """Of PTX and for ptxas, "sm_90a"."""
+    """The name of the architecture in PTX and for ptxas, such as "sm_90a"."""
     return f"sm_{job.sm}" if job.portable else str(triton.arch_name(job.sm))
 
 
 def _assembler(triton: _Triton, sm: int) -> Any:
-    """The ptxas for an SM version: Triton's, or the one that the user or PyTorch has named to it. Where that is too old
-    for the SM version, the one for the newest."""
+    """The ptxas for an SM version: Triton's choice, which the user or PyTorch can set. If that is too old for the SM
+    version, Triton's ptxas for the newest one."""
     tool = triton.get_ptxas(sm)
     number = tuple(int(part) for part in tool.version.split(".")[:2])
     return triton.get_ptxas(NEWEST) if number < arch_of(sm).oldest_ptxas else tool
@@ -304,7 +342,7 @@ def _assembler(triton: _Triton, sm: int) -> Any:
 
 def _error(job: Job, who: str, message: str) -> KernelError:
     lines = [line[:300] for line in message.strip().splitlines()]
-    if len(lines) > 9:  # ptxas begins with what matters, Triton ends with it
+    if len(lines) > 9:  # the cause is in the first lines of ptxas and in the last lines of Triton
         lines[4:-4] = ["..."]
     shown = "\n  ".join(lines)
     return KernelError(
@@ -317,15 +355,15 @@ def _error(job: Job, who: str, message: str) -> KernelError:
 
 _KNOB = "disable_line_info"
 _running = 0
-_before: list[Any] = []  # what the user had set the knob to, while lowerings run
+_before: list[Any] = []  # the user's value of the knob while compilations run; empty: not set
 
 
 @contextmanager
 def _no_line_info(triton: _Triton) -> Iterator[None]:
-    """Triton leaves out line information meanwhile, in every thread; the environment stays as it is.
+    """Turn Triton's line information off, in every thread, while any compilation runs.
 
-    With it, binaries are four times as large and differ from run to run. The knob is written past its descriptor, which
-    would set an environment variable as well.
+    Line information makes binaries four times as large and different in each run. The knob is written past its
+    descriptor, which would also set an environment variable.
     """
     global _running
     knobs = vars(triton.knobs)
@@ -346,6 +384,6 @@ def _no_line_info(triton: _Triton) -> Iterator[None]:
 
 
 def forget() -> None:
-    """Drop what this process keeps of its builds, so that the next one takes the time of a first one."""
+    """Clear the caches of this process: the next build is a cold one."""
     lower.cache_clear()
     _ttir.cache_clear()

@@ -1,9 +1,8 @@
-"""Matrix products for Turing (sm_75), which Triton compiles to scalar code only.
+"""Tensor cores on Turing (sm_75), for which Triton itself emits scalar FMAs only.
 
-The kernel is lowered as for sm_80 up to its layouts. sm_80's product of fp16 fragments that are 16 deep is then written
-as two of sm_75's, which are 8 deep; the fragments' registers agree ("Matrix fragments for mma.m16n8k16" and
-"mma.m16n8k8" in the PTX ISA). No other product of sm_80 has such a form, and sm_75 has no asynchronous copies, so that
-there is no pipelining.
+TTGIR, and so the layouts, are those of sm_80. Each fp16 `mma.m16n8k16` of sm_80 in the PTX is then replaced by two
+`mma.m16n8k8` of sm_75: the register fragments agree ("Matrix fragments for mma.m16n8k16" and "mma.m16n8k8" in the PTX
+ISA). No other mma of sm_80 can be replaced so. There is no software pipelining, since sm_75 lacks `cp.async`.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ _HALF = "mma.sync.aligned.m16n8k8.row.col.{d}.f16.f16.{c}"
 
 
 class NoTensorCores(Exception):
-    """The kernel has a product that sm_75's tensor cores do not do."""
+    """The kernel has an mma instruction that sm_75 has no counterpart of."""
 
 
 def rewrite(ptx: str) -> str:
-    """`ptx`, of a kernel that was lowered as for sm_80, with products of sm_75.
+    """Replace the mma instructions of sm_80 in `ptx` by those of sm_75.
 
     Raises:
-        NoTensorCores: a product of other operands than fp16; names its instruction.
+        NoTensorCores: an mma has other operands than fp16; the message is the instruction.
     """
     text = _MMA.sub(_two_halves, ptx)
     for found in _LEFT.findall(text):
@@ -39,7 +38,7 @@ def _two_halves(match: re.Match[str]) -> str:
     d_type, c_type, d, a, b, c = match.groups()
     a_regs, b_regs = ([reg.strip() for reg in regs.split(",")] for regs in (a, b))
     count = len(d.split(","))
-    # The first half's sum goes to registers of its own: those of the result may be operands of the second half.
+    # The first mma accumulates into scratch registers: the destination may alias operands of the second one.
     between = ", ".join(f"%half{index}" for index in range(count))
     first, second = _HALF.format(d=d_type, c=c_type), _HALF.format(d=d_type, c=d_type)
     return (

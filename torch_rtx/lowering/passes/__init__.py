@@ -1,1 +1,2 @@
-"""Passes, one per file, each a function `(graph, infer) -> graph`. `lowering.pipeline.PIPELINE` is their only order."""
+"""Passes, one per file, each a function `(graph, infer) -> graph`; `lowering.pipeline.PIPELINE` orders them, and says
+what each needs."""

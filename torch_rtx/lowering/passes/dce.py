@@ -1,4 +1,4 @@
-"""Removes what nothing needs: nodes, results, weights and parameters."""
+"""Dead code elimination: removes unused nodes, results, weights and parameters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch_rtx.lowering.rewrite import returned
 
 
 def dce(graph: Graph, infer: Inference) -> Graph:
-    """Any level to the same level. Writes to inputs and calls without a result are needed as such."""
+    """Any level to the same level. Writes to inputs, fallbacks and calls without results are effects, and stay."""
     needed = returned(graph)
     kept: list[Node] = []
     for node in reversed(graph.nodes):

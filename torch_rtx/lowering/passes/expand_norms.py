@@ -29,7 +29,7 @@ def expand_norms(graph: Graph, infer: Inference) -> Graph:
     def visit(node: Node, rewriter: Rewriter) -> bool:
         if node.kind != "op" or node.op not in NORMS:
             return False
-        norm = _Norm(replace(node, args=node.map_inputs(rewriter.now)), rewriter)
+        norm = _Norm(replace(node, args=node.map_inputs(rewriter.current)), rewriter)
         try:
             found = NORMS[node.op](norm, norm.node)
             fitting = [norm.fit(*pair) for pair in zip(found, node.outputs, strict=True)]

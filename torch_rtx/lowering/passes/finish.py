@@ -1,4 +1,4 @@
-"""The last step of lowering, level import to level fused: what is no kernel by now is a view or a call."""
+"""The last pass: marks the ops that are not in kernels as views or library calls."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch_rtx.lowering.infer import Inference
 
 
 def finish(graph: Graph, infer: Inference) -> Graph:
-    """An op becomes a `view` where it only makes an alias, else an `extern` call. Recipes keep level import: refit runs
-    them call by call."""
+    """Level import to level fused. An op that only returns an alias becomes a `view`, others become `extern` calls.
+    Recipes keep level import: refit runs them call by call."""
     return replace(graph, level="fused", nodes=tuple(map(_kind, graph.nodes)))
 
 

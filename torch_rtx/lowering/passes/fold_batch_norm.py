@@ -1,9 +1,9 @@
 """Folds an inference batch norm into the convolution before it: scale into the weight, shift into the bias.
 
 conv(x, w) * s + t equals conv(x, w * s) + t for s = gamma / sqrt(var + eps), t = beta + (bias - mean) * s, which depend
-on parameters alone: `hoist_weights` makes them a recipe. Weights in half precision are left alone: rounding the product
-shifts whole channels, which no mean over the image evens out (the error of MobileNet v3 in float16 grows fivefold), and
-kernels apply the norm to their sums in float32 anyway: see `affine_batch_norm`.
+on parameters alone: `hoist_weights` makes them a recipe. Half-precision weights are not folded: rounding w * s biases
+all elements of a channel alike (the error of MobileNet v3 in float16 grows fivefold), and kernels apply the norm to the
+float32 accumulator anyway: see `affine_batch_norm`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ CONVOLUTIONS = frozenset(f"aten.conv{n}d.{overload}" for n in (1, 2, 3) for over
 
 
 def fold_batch_norm(graph: Graph, infer: Inference) -> Graph:
-    """Level import to level import. A convolution whose result is read elsewhere too is left alone."""
+    """Level import to level import. A convolution with other readers than the norm is not folded."""
     readers, outputs = users(graph), returned(graph)
     weights = {weight.value.name for weight in graph.weights}
     norm_of: dict[str, Node] = {}  # by the convolution's output
@@ -41,19 +41,19 @@ def fold_batch_norm(graph: Graph, infer: Inference) -> Graph:
         return True
 
     folded = rewrite(graph, infer, visit)
-    # The batch norms that were folded read a convolution that is gone.
+    # Remove the folded batch norms, whose convolution no longer exists.
     defined = {value.name for value in folded.values()}
     nodes = tuple(n for n in folded.nodes if n.op != BATCH_NORM or all(v.name in defined for v in n.inputs))
     return Graph(folded.level, folded.inputs, folded.parameters, folded.weights, nodes, folded.outputs)
 
 
 def _foldable(convolution: Node, norm: Node, weights: set[str]) -> bool:
-    """Whether all that the two need besides the input are weights, and the norm's other results are unused."""
+    """Whether all operands except the input are f32 or f64 weights, and the norm's other results are unused."""
     if norm.op != BATCH_NORM or norm.kind != "op" or any(norm.outputs[1:]):
         return False
     if norm.arg("input") != convolution.outputs[0]:
         return False
-    # Of an unbatched convolution the norm takes other dimensions for batch and channels.
+    # For an unbatched convolution, the norm would use other dimensions as batch and channels.
     weight, mean, result = convolution.arg("weight"), norm.arg("running_mean"), convolution.outputs[0]
     ranks = {len(v.type.shape) for v in (weight, result) if isinstance(v, Value) and isinstance(v.type, TensorType)}
     if len(ranks) != 1 or not isinstance(mean, Value) or type_dims(mean.type)[:1] != type_dims(weight.type)[:1]:  # type: ignore[union-attr]

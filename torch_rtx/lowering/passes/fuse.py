@@ -9,11 +9,16 @@ from dataclasses import replace
 from torch_rtx.ir import Graph, Node, attr_values
 from torch_rtx.lowering.grouping import Grouping
 from torch_rtx.lowering.infer import Inference
+from torch_rtx.targets import Target
 
 
-def fuse(graph: Graph, infer: Inference) -> Graph:
-    """Level import to the same level, with nodes of kind `kernel`. Recipes are not fused: refit runs them once."""
-    grouping = Grouping(graph)
+def fuse(graph: Graph, infer: Inference, targets: tuple[Target, ...]) -> Graph:
+    """Level import to the same level, with nodes of kind `kernel`. Recipes are not fused: refit runs them once.
+
+    Args:
+        targets: what kernels are for: operations are fused if code can be generated for one of them.
+    """
+    grouping = Grouping(graph, tuple(dict.fromkeys(target.arch for target in targets)))
     units = {id(unit): unit for unit in grouping.unit.values()}
     fused: list[tuple[tuple[int, int], list[Node]]] = []
     for unit in units.values():

@@ -1,8 +1,8 @@
-"""Merges linear layers that read the same input into one, over concatenated weights: query, key and value above all.
+"""Merges linear layers that read the same input into one with concatenated weights, such as query, key and value.
 
-One large product uses the GPU better than three small ones. The concatenation is a recipe (`hoist_weights` moves it),
-the results are slices of the one product. Layers whose results are not needed at once merge only where that takes
-little memory: keys and values that all layers of a decoder take from one encoder would be there until the last layer.
+One large matmul uses the GPU better than three small ones. The concatenation is a recipe (`hoist_weights` moves it);
+the results are slices of the merged result. Layers with results of different lifetimes merge only if that takes little
+memory: the keys and values that all decoder layers compute from one encoder would stay alive until the last layer.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch_rtx.ir import Attr, Graph, Node, TensorType, Value
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.kernels.index import from_dim, product
 from torch_rtx.lowering.kernels.region import ANCHORS
-from torch_rtx.lowering.rewrite import Rewriter, behind_views, returned, rewrite
+from torch_rtx.lowering.rewrite import Rewriter, returned, rewrite, with_sources
 
 LINEAR = "aten.linear.default"
 
@@ -25,14 +25,15 @@ LINEAR = "aten.linear.default"
 def merge_linears(graph: Graph, infer: Inference) -> Graph:
     """Level import to level import.
 
-    Layers merge if their weights are parameters of one dtype, nobody relies on the strides of the result (a slice has
-    others), and no product or attention between them needs one of them, or all that they give is no larger than
-    something that the graph has anyway. A bias that is missing is zero.
+    Layers merge if their weights are parameters of one dtype, nothing depends on the strides of their results (slices
+    have others), and no anchor between them depends on one of them, unless the merged result is no larger than the
+    largest other tensor of the graph. A missing bias counts as zeros.
     """
     weights = {weight.value.name for weight in graph.weights} - graph.written
-    fixed = returned(graph) | {v.name for n in graph.nodes if n.kind == "fallback" for v in n.inputs}
-    fixed |= behind_views(graph, {v.name for n in graph.nodes if n.op in aten.STRIDED for v in n.inputs})
-    layers = {id(n): _group(n, weights) for n in graph.nodes if not any(v and v.name in fixed for v in n.outputs)}
+    layout_visible = returned(graph) | {v.name for n in graph.nodes if n.kind == "fallback" for v in n.inputs}
+    layout_visible |= with_sources(graph, {v.name for n in graph.nodes if n.op in aten.STRIDED for v in n.inputs})
+    candidates = (n for n in graph.nodes if not any(v.name in layout_visible for v in n.results))
+    layers = {id(node): _group(node, weights) for node in candidates}
     groups = _groups(graph, layers)
     group_of = {id(node): group for group in groups if len(group) > 1 for node in group}
     merged: dict[int, Value] = {}
@@ -43,7 +44,7 @@ def merge_linears(graph: Graph, infer: Inference) -> Graph:
             return False
         if node is group[0]:
             with suppress(Unsupported):
-                merged[id(group)] = _product(group, rewriter)
+                merged[id(group)] = _merged(group, rewriter)
         if id(group) not in merged:
             return False
         start = sum(_rows(other) for other in group[: next(i for i, n in enumerate(group) if n is node)])
@@ -57,30 +58,34 @@ def merge_linears(graph: Graph, infer: Inference) -> Graph:
 
 
 def _groups(graph: Graph, layers: Mapping[int, object]) -> list[list[Node]]:
-    """The nodes of equal keys in `layers`, which has them by id, that are to be merged."""
-    most = max((_bytes(node, unknown=0) for node in graph.nodes), default=0)
-    found: list[list[Node]] = []
-    for parts in _at_once(graph, layers).values():
-        whole = [node for part in parts for node in part]
-        found += [whole] if sum(_bytes(node, unknown=inf) for node in whole) <= most else parts
-    return found
+    """The groups of nodes to merge.
+
+    Args:
+        layers: the key of each candidate, by node id; nodes with equal keys can merge.
+    """
+    largest = max((_bytes(node, unknown=0) for node in graph.nodes), default=0)
+    groups: list[list[Node]] = []
+    for subgroups in _independent(graph, layers).values():
+        merged = [node for subgroup in subgroups for node in subgroup]
+        groups += [merged] if sum(_bytes(node, unknown=inf) for node in merged) <= largest else subgroups
+    return groups
 
 
 def _bytes(node: Node, unknown: float) -> float:
-    """Of the largest result whose sizes are numbers; `unknown` where there is none."""
-    types = [value.type for value in node.outputs if value is not None and isinstance(value.type, TensorType)]
+    """Bytes of the node's largest static result; `unknown` if it has none."""
+    types = [value.type for value in node.results if isinstance(value.type, TensorType)]
     counts = [(type_.dtype, product(map(from_dim, type_.shape)).number) for type_ in types]
     known = [count * aten.DTYPES[dtype].itemsize for dtype, count in counts if count is not None]
     return max(known, default=unknown)
 
 
-def _at_once(graph: Graph, layers: Mapping[int, object]) -> dict[object, list[list[Node]]]:
-    """The nodes of each key, in parts: no product needs one node of a part before the last one of it."""
+def _independent(graph: Graph, layers: Mapping[int, object]) -> dict[object, list[list[Node]]]:
+    """The nodes of each key in subgroups: no anchor between two nodes of a subgroup depends on one of them."""
     found: dict[object, list[list[Node]]] = {}
-    current: dict[object, list[Node]] = {}  # the part of each key that its next node is for
-    needing: dict[str, set[object]] = {}  # keys of those parts that a value is made of without a product
+    current: dict[object, list[Node]] = {}  # the open subgroup of each key
+    sources: dict[str, set[object]] = {}  # keys of the open subgroups on which a value depends without an anchor
     for node in graph.nodes:
-        needed = set[object]().union(*(needing.get(value.name, ()) for value in node.inputs))
+        needed = set[object]().union(*(sources.get(value.name, ()) for value in node.inputs))
         if node.op in ANCHORS:
             for key in needed:
                 current.pop(key, None)
@@ -92,12 +97,12 @@ def _at_once(graph: Graph, layers: Mapping[int, object]) -> dict[object, list[li
                 found.setdefault(key, []).append(current[key])
             current[key].append(node)
             needed = {key}
-        needing.update((value.name, needed) for value in node.outputs if value is not None and needed)
+        sources.update((value.name, needed) for value in node.results if needed)
     return found
 
 
 def _group(node: Node, weights: set[str]) -> object:
-    """What linear layers must share to be merged; None for every other node."""
+    """The properties that linear layers must share to merge; None for other nodes."""
     if node.op != LINEAR or node.kind != "op":
         return None
     source, weight, bias = node.arg("input"), node.arg("weight"), node.arg("bias")
@@ -115,18 +120,18 @@ def _rows(node: Node) -> int:
     return weight.type.shape[0]  # type: ignore[return-value]  # parameters have no symbolic sizes
 
 
-def _product(group: list[Node], rewriter: Rewriter) -> Value:
+def _merged(group: list[Node], rewriter: Rewriter) -> Value:
     def bias_of(node: Node) -> Attr:
         if node.arg("bias") is not None:
             return node.arg("bias")
         return rewriter.emit("aten.new_zeros.default", node.loc, self=node.arg("weight"), size=(_rows(node),))
 
-    def stacked(parts: Sequence[Attr]) -> Value:
-        return rewriter.emit("aten.cat.default", group[0].loc, tensors=tuple(parts))
+    def cat(tensors: Sequence[Attr]) -> Value:
+        return rewriter.emit("aten.cat.default", group[0].loc, tensors=tuple(tensors))
 
     source = group[0].arg("input")
     assert isinstance(source, Value)
-    args: dict[str, Attr] = {"input": rewriter.now(source), "weight": stacked([node.arg("weight") for node in group])}
+    args: dict[str, Attr] = {"input": rewriter.current(source), "weight": cat([n.arg("weight") for n in group])}
     if any(node.arg("bias") is not None for node in group):
-        args["bias"] = stacked([bias_of(node) for node in group])
+        args["bias"] = cat([bias_of(node) for node in group])
     return rewriter.emit(LINEAR, group[0].loc, **args)

@@ -1,11 +1,11 @@
-"""Raises attention that a model spells out, as products around a softmax, to the one call that kernels are made for.
+"""Raises attention written as matmuls around a softmax to `scaled_dot_product_attention`, which has kernels.
 
-    softmax(q k^T * scale + mask) v, with any of: masks added or filled in, a cast to f32 around the softmax, leading
-    dimensions merged by views for `bmm`
+    softmax(q k^T * scale + mask) v, with any of: masks that are added or filled in, a cast to f32 around the softmax,
+    leading dimensions merged by views for `bmm`
 
-What comes out is rounded less often. A row that sees no key at all becomes 0 where the model, with minus infinity in
-its mask, has NaN. A number that is filled in, of -1e4 or less, leaves nothing of a key, and it matters which one it is
-only where a row sees no key: such a row stays a mean over all keys.
+The raised call rounds fewer times. For a query whose keys are all masked by minus infinity it returns 0, the model NaN.
+Any fill value of at most -1e4 makes the weight of a masked key 0. Its exact value matters only for a query whose keys
+are all masked, which attends to all keys equally: the raised call preserves that.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch_rtx.errors import Unsupported
 from torch_rtx.ir import MAIN, Attr, Dim, Graph, Node, TensorType, Value, contiguous
 from torch_rtx.lowering.constants import Constants
 from torch_rtx.lowering.infer import Inference
-from torch_rtx.lowering.passes.simplify_masks import ATTENTION, seen
+from torch_rtx.lowering.passes.simplify_masks import ATTENTION, visible_keys
 from torch_rtx.lowering.rewrite import Rewriter, returned, rewrite, users
 
 PRODUCTS = {
@@ -27,13 +27,13 @@ PRODUCTS = {
 }
 SOFTMAX = ("aten.softmax.int", "aten._softmax.default")
 COPIES = ("aten._to_copy.default", "aten.clone.default", "aten.view.default", "aten._unsafe_view.default")
-HIDDEN = -1e4  # what is filled in to hide a key is at most this
-LEAST = {"f32": -3.4028234663852886e38, "bf16": -3.3895313892515355e38}
+MAX_FILL = -1e4  # largest number that masks a key
+MIN_FINITE = {"f32": -3.4028234663852886e38, "bf16": -3.3895313892515355e38}
 
 
 @dataclass
-class _Found:
-    """An attention: operands, and its masks in the order in which they apply, outermost first."""
+class _Match:
+    """A matched attention: its operands, and its masks, last applied first."""
 
     query: Value
     key: Value  # transposed
@@ -41,12 +41,12 @@ class _Found:
     scale: float
     added: list[Value] = field(default_factory=list)
     filled: list[_Fill] = field(default_factory=list)
-    lead: tuple[Dim, ...] | None = None  # leading dimensions where masks apply
+    lead: tuple[Dim, ...] | None = None  # leading dimensions of the scores to which the masks apply
 
 
 @dataclass(frozen=True)
 class _Fill:
-    """Scores replaced by `number` where the mask is (or, with `keeps`, is not) set."""
+    """A fill of scores by `number` where the mask is True (with `keeps`: False)."""
 
     mask: Value
     keeps: bool
@@ -54,7 +54,7 @@ class _Fill:
 
 
 def raise_attention(graph: Graph, infer: Inference) -> Graph:
-    """Level import to level import. Weights that anyone else reads, as models return them, stay."""
+    """Level import to level import. Attention stays if its weights have another reader, such as the caller."""
     matcher = _Matcher(graph)
 
     def visit(node: Node, rewriter: Rewriter) -> bool:
@@ -73,21 +73,21 @@ def raise_attention(graph: Graph, infer: Inference) -> Graph:
 
 
 class _Matcher:
-    """Finds the operands of attention behind its last product."""
+    """Matches attention backward from its last matmul."""
 
     def __init__(self, graph: Graph) -> None:
         self.constants = Constants(graph)
         self.users, self.returned = users(graph), returned(graph)
 
     def producer(self, value: Attr) -> Node | None:
-        """The node that computes `value` for one reader alone."""
+        """The node that computes `value`, if it has a single reader."""
         if not isinstance(value, Value) or value.name in self.returned or len(self.users.get(value.name, ())) != 1:
             return None
         node = self.constants.producer.get(value.name)
         return node if node is not None and node.kind == "op" else None
 
-    def match(self, last: Node) -> _Found | None:
-        """The attention that ends in the product `last`."""
+    def match(self, last: Node) -> _Match | None:
+        """The attention whose last matmul is `last`."""
         if last.op not in ("aten.matmul.default", "aten.bmm.default"):
             return None
         weights, value = (last.arg(name) for name in PRODUCTS[last.op])
@@ -100,7 +100,7 @@ class _Matcher:
         return self._scores(scores, value)
 
     def _behind_copies(self, value: Attr) -> Node | None:
-        """The producer of `value` apart from casts, and views that leave the last two dimensions as they are."""
+        """The producer of `value`, skipping casts, copies, and views that preserve the last two dimensions."""
         node = self.producer(value)
         while node is not None and node.op in COPIES:
             source = node.arg("self")
@@ -115,8 +115,8 @@ class _Matcher:
             value, node = source, self.producer(source)
         return node
 
-    def _scores(self, scores: Value, value: Value) -> _Found | None:
-        found = _Found(scores, scores, value, 1.0)
+    def _scores(self, scores: Value, value: Value) -> _Match | None:
+        found = _Match(scores, scores, value, 1.0)
         current = scores
         while (node := self._behind_copies(current)) is not None:
             output = node.outputs[0]
@@ -130,19 +130,19 @@ class _Matcher:
                 found.scale *= other if ".mul." in node.op else 1 / other
                 following = node.arg("self")
             elif found.scale != 1.0:
-                return None  # a mask that is scaled as well
+                return None  # the scale applies to the mask, too
             else:
                 following = self._mask(node, found)
                 if found.lead not in (None, _shape(output)[:-2]):
-                    return None  # masks of different forms
+                    return None  # masks of different shapes
                 found.lead = _shape(output)[:-2]
             if not isinstance(following, Value) or _shape(following) != _shape(output):
                 return None
             current = following
         return None
 
-    def _mask(self, node: Node, found: _Found) -> Attr:
-        """The scores that `node` applies a mask to, which it notes in `found`."""
+    def _mask(self, node: Node, found: _Match) -> Attr:
+        """The scores to which `node` applies a mask; adds the mask to `found`."""
         if node.op == "aten.add.Tensor" and node.arg("alpha", 1) == 1:
             first, second = node.arg("self"), node.arg("other")
             if self._leads_to_product(second):
@@ -154,13 +154,13 @@ class _Matcher:
             keeps = node.op == "aten.where.self"
             mask = node.arg("condition" if keeps else "mask")
             number = self._number(node.arg("other" if keeps else "value"))
-            if isinstance(mask, Value) and number is not None and number <= HIDDEN and not found.added:
+            if isinstance(mask, Value) and number is not None and number <= MAX_FILL and not found.added:
                 found.filled.append(_Fill(mask, keeps, number))
                 return node.arg("self")
         return None
 
     def _leads_to_product(self, value: Attr) -> bool:
-        """Whether `value` is a product, apart from its scale."""
+        """Whether `value` is a matmul, possibly scaled."""
         node = self._behind_copies(value)
         while node is not None and node.op in (
             "aten.mul.Tensor",
@@ -171,7 +171,7 @@ class _Matcher:
             node = self._behind_copies(node.arg("self"))
         return node is not None and node.op in PRODUCTS
 
-    def _product(self, node: Node, found: _Found) -> _Found | None:
+    def _product(self, node: Node, found: _Match) -> _Match | None:
         query, key = (node.arg(name) for name in PRODUCTS[node.op])
         if node.op == "aten.baddbmm.default":
             if found.scale != 1.0 or found.filled or node.arg("beta", 1) not in (0, 1):
@@ -213,8 +213,8 @@ def _is_float(value: Value) -> bool:
     return _type(value).dtype in ("f64", "f32", "f16", "bf16")
 
 
-def _emit(found: _Found, last: Node, constants: Constants, rewriter: Rewriter) -> Attr:
-    """The call, in the form in which its masks apply, and its result in the form of the last product."""
+def _emit(found: _Match, last: Node, constants: Constants, rewriter: Rewriter) -> Attr:
+    """Emit the call with the leading dimensions of its masks, and view its result in the shape of the last matmul."""
 
     def emit(op: str, /, **args: Attr) -> Value:
         return rewriter.emit(f"aten.{op}", last.loc, **args)
@@ -223,10 +223,10 @@ def _emit(found: _Found, last: Node, constants: Constants, rewriter: Rewriter) -
     mask = _mask(found, constants, rewriter, last)
     key, rank = constants.producer.get(found.key.name), len(_shape(found.key))
     if key is not None and key.op == "aten.transpose.int" and _axes(key, rank) == {rank - 2, rank - 1}:
-        keys = _now(key.inputs[0], rewriter)
+        keys = _current(key.inputs[0], rewriter)
     else:
-        keys = emit("transpose.int", self=_now(found.key, rewriter), dim0=-2, dim1=-1)
-    operands = [_now(found.query, rewriter), keys, _now(found.value, rewriter)]
+        keys = emit("transpose.int", self=_current(found.key, rewriter), dim0=-2, dim1=-1)
+    operands = [_current(found.query, rewriter), keys, _current(found.value, rewriter)]
     lead = found.lead if mask is not None else None
     if lead is not None and lead != _shape(found.query)[:-2]:
         operands = [emit("view.default", self=v, size=(*lead, *_shape(v)[-2:])) for v in operands]
@@ -242,18 +242,18 @@ def _emit(found: _Found, last: Node, constants: Constants, rewriter: Rewriter) -
     return output
 
 
-def _now(value: Value, rewriter: Rewriter) -> Value:
-    now = rewriter.now(value)
-    assert isinstance(now, Value)
-    return now
+def _current(value: Value, rewriter: Rewriter) -> Value:
+    current = rewriter.current(value)
+    assert isinstance(current, Value)
+    return current
 
 
 def _axes(node: Node, rank: int) -> set[int]:
     return {axis % rank for name in ("dim0", "dim1") if isinstance(axis := node.arg(name), int)}
 
 
-def _mask(found: _Found, constants: Constants, rewriter: Rewriter, last: Node) -> Value | None:
-    """All masks in one: a boolean one where scores are filled in and every row sees a key, else one that is added."""
+def _mask(found: _Match, constants: Constants, rewriter: Rewriter, last: Node) -> Value | None:
+    """Combine all masks: into a boolean one for fills if every query sees a key, else into an additive one."""
 
     def emit(op: str, /, **args: Attr) -> Value:
         return rewriter.emit(f"aten.{op}", last.loc, **args)
@@ -263,19 +263,19 @@ def _mask(found: _Found, constants: Constants, rewriter: Rewriter, last: Node) -
         raise Unsupported("masks of other dtypes, or of both kinds")
     total: Value | None = None
     for mask in found.added:
-        part = _now(mask, rewriter)
-        total = part if total is None else emit("add.Tensor", self=total, other=part)
+        term = _current(mask, rewriter)
+        total = term if total is None else emit("add.Tensor", self=total, other=term)
     for fill in found.filled:
-        part = _now(fill.mask, rewriter)
+        keep = _current(fill.mask, rewriter)
         known = constants.find(fill.mask)
-        some = known is not None and bool((seen(known) if fill.keeps else ~seen(known)).any(-1).all())
-        if math.isinf(fill.number) or (some and len(found.filled) == 1):
-            part = part if fill.keeps else emit("logical_not.default", self=part)
-            total = part if total is None else emit("bitwise_and.Tensor", self=total, other=part)
+        each_row_keeps_a_key = known is not None and bool((visible_keys(known) == fill.keeps).any(-1).all())
+        if math.isinf(fill.number) or (each_row_keeps_a_key and len(found.filled) == 1):
+            keep = keep if fill.keeps else emit("logical_not.default", self=keep)
+            total = keep if total is None else emit("bitwise_and.Tensor", self=total, other=keep)
             continue
-        if dtype not in LEAST or len(found.filled) > 1:
-            raise Unsupported("a row that sees no key would not be the mean of all")
-        numbers = [emit("scalar_tensor.default", s=s, dtype=dtype, device=MAIN) for s in (0.0, LEAST[dtype])]
+        if dtype not in MIN_FINITE or len(found.filled) > 1:
+            raise Unsupported("a fully masked row would not be the mean over all keys")
+        numbers = [emit("scalar_tensor.default", s=s, dtype=dtype, device=MAIN) for s in (0.0, MIN_FINITE[dtype])]
         first, second = numbers if fill.keeps else numbers[::-1]
-        total = emit("where.self", condition=part, self=first, other=second)
+        total = emit("where.self", condition=keep, self=first, other=second)
     return total

@@ -1,7 +1,7 @@
-"""Raises gelu that a model spells out, with tanh or with erf, to the one call.
+"""Raises gelu written with tanh or erf to one call.
 
-It is known by its numbers, not by how it is written, since models write it in many ways: the calls between a product
-and a value are run for a range of numbers. What comes out is rounded less often.
+Models write gelu in many ways, so it is matched by its values, not its structure: the pass runs the calls between a
+final multiplication and a single source on a range of numbers. The raised call rounds fewer times.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ from typing import Any
 import torch
 
 from torch_rtx import aten
-from torch_rtx.ir import Graph, Node, TensorType, Value, attr_dims
+from torch_rtx.ir import Attr, Graph, Node, TensorType, Value, attr_dims
 from torch_rtx.lowering.constants import CPU
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.rewrite import Rewriter, returned, rewrite, users
 
-TELLING = {"aten.tanh.default": "tanh", "aten.erf.default": "none"}  # the argument `approximate` of gelu
+APPROXIMATE = {"aten.tanh.default": "tanh", "aten.erf.default": "none"}  # the argument of gelu, by its only such op
 LAST = "aten.mul.Tensor"
 CALLS = frozenset(f"aten.{name}" for name in ("add.Tensor", "div.Tensor", "mul.Tensor", "neg.default", "sub.Tensor"))
-CALLS |= {"aten.pow.Tensor_Scalar", *TELLING}
-DTYPES = ("f16", "bf16", "f32")  # in f64 it shows that the constants of models are rounded
-MOST = 12  # calls
-NEAR = 1e-6  # the two kinds of gelu differ by 5e-4, and the constants of models by less
+CALLS |= {"aten.pow.Tensor_Scalar", *APPROXIMATE}
+DTYPES = ("f16", "bf16", "f32")  # not f64, in which the rounded constants of models make a difference
+MAX_CALLS = 12
+TOLERANCE = 1e-6  # absolute; the two kinds of gelu differ by 5e-4, rounded constants change less than this
 
 
 @dataclass
 class _Chain:
-    """Calls between a value and a product, the last one first, and what they read."""
+    """Calls up to a final multiplication, last one first, and the values that they read from outside."""
 
     calls: list[Node] = field(default_factory=list)
     reads: list[Value] = field(default_factory=list)
@@ -36,14 +36,14 @@ class _Chain:
 
 def raise_gelu(graph: Graph, infer: Inference) -> Graph:
     """Level import to level import."""
-    place = {value.name: at for at, node in enumerate(graph.nodes) for value in node.outputs if value is not None}
-    readers, outside = users(graph), returned(graph)
+    order = {value.name: index for index, node in enumerate(graph.nodes) for value in node.results}
+    readers, outputs = users(graph), returned(graph)
 
-    def grown(chain: _Chain) -> bool:
-        """Adds the call that comes last of those that make what is read, if it is one of a gelu."""
-        latest = max(chain.reads, key=lambda value: place.get(value.name, -1))
-        node = graph.nodes[place[latest.name]] if latest.name in place else None
-        if node is None or node.op not in CALLS or len(chain.calls) == MOST or latest.name in outside:
+    def extend(chain: _Chain) -> bool:
+        """Add the last producer of a read value to the chain; False if it can't belong to a gelu."""
+        latest = max(chain.reads, key=lambda value: order.get(value.name, -1))
+        node = graph.nodes[order[latest.name]] if latest.name in order else None
+        if node is None or node.op not in CALLS or len(chain.calls) == MAX_CALLS or latest.name in outputs:
             return False
         if any(reader not in chain.calls for reader in readers[latest.name]):
             return False
@@ -55,14 +55,12 @@ def raise_gelu(graph: Graph, infer: Inference) -> Graph:
         if node.op != LAST:
             return False
         chain = _Chain([node], list(dict.fromkeys(node.inputs)))
-        while grown(chain):
-            kinds = [TELLING[call.op] for call in chain.calls if call.op in TELLING]
+        while extend(chain):
+            kinds = [APPROXIMATE[call.op] for call in chain.calls if call.op in APPROXIMATE]
             source = chain.reads[0] if len(chain.reads) == 1 else None
             if source and node.outputs[0] and source.type == node.outputs[0].type and _is_gelu(chain, source, kinds):
-                now = rewriter.now(source)
-                rewriter.replace(
-                    node.outputs[0], rewriter.emit("aten.gelu.default", node.loc, self=now, approximate=kinds[0])
-                )
+                args: dict[str, Attr] = {"self": rewriter.current(source), "approximate": kinds[0]}
+                rewriter.replace(node.outputs[0], rewriter.emit("aten.gelu.default", node.loc, **args))
                 return True
         return False
 
@@ -85,4 +83,4 @@ def _is_gelu(chain: _Chain, source: Value, kinds: list[str]) -> bool:
         assert output is not None
         known[output.name] = aten.overload(node.op)(**{name: concrete(name, attr) for name, attr in node.args})
     exact = torch.nn.functional.gelu(numbers, approximate=kinds[0])
-    return torch.allclose(known[chain.calls[0].outputs[0].name], exact, rtol=0, atol=NEAR)  # type: ignore[union-attr]
+    return torch.allclose(known[chain.calls[0].outputs[0].name], exact, rtol=0, atol=TOLERANCE)  # type: ignore[union-attr]

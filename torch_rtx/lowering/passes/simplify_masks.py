@@ -1,7 +1,7 @@
-"""Simplifies the masks of attention: causal ones become a flag, what hides nothing is left out.
+"""Simplifies attention masks: causal masks become the flag `is_causal`, masks that hide no key are removed.
 
-Models write masks out as comparisons of positions. Those that no input decides are evaluated here, which proves what
-they are whatever form they have: where all sizes are numbers by their elements, else by formulas for these.
+Models compute masks by comparisons of positions. The pass evaluates those that do not depend on inputs, whatever their
+form: with static sizes by their elements, otherwise by a formula for an element.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch
 
 from torch_rtx.ir import MAIN, Attr, Graph, Node, TensorType, Value, contiguous
-from torch_rtx.lowering.constants import LARGEST, Constants
+from torch_rtx.lowering.constants import MAX_ELEMENTS, Constants
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.kernels.index import from_dim, product, ravel
 from torch_rtx.lowering.kernels.kernel_ir import ONE
 from torch_rtx.lowering.positions import AtLeastZero, Positions
-from torch_rtx.lowering.rewrite import Rewriter, rewrite, seen_outside
+from torch_rtx.lowering.rewrite import Rewriter, escaping, rewrite
 
 ATTENTION = "aten.scaled_dot_product_attention.default"
 CONJUNCTIONS = ("aten.bitwise_and.Tensor", "aten.logical_and.default")
@@ -22,24 +22,24 @@ CONJUNCTIONS = ("aten.bitwise_and.Tensor", "aten.logical_and.default")
 
 def simplify_masks(graph: Graph, infer: Inference) -> Graph:
     """Level import to level import."""
-    constants, positions, fresh = Constants(graph), Positions(graph), seen_outside(graph)
+    constants, positions, escapes = Constants(graph), Positions(graph), escaping(graph)
 
     def visit(node: Node, rewriter: Rewriter) -> bool:
         if node.op == "aten.index.Tensor":
-            aliased = any(value is not None and value.name in fresh for value in (*node.inputs, *node.outputs))
+            aliased = any(value is not None and value.name in escapes for value in (*node.inputs, *node.outputs))
             return not aliased and _as_view(node, constants, positions, rewriter)
         mask = node.arg("attn_mask")
         if node.op != ATTENTION or not isinstance(mask, Value) or node.arg("is_causal"):
             return False
-        left = _needed(mask, constants, positions)
+        needed = _needed(mask, constants, positions)
         args: dict[str, Attr] = dict(node.args)
-        if left is None:
+        if needed is None:
             del args["attn_mask"]
-        elif _is_causal(left, _scores(node), constants, positions):
+        elif _is_causal(needed, _scores(node), constants, positions):
             del args["attn_mask"]
             args["is_causal"] = True
-        elif left is not mask and len(left.type.shape) >= 2:  # type: ignore[union-attr]  # a tensor, as what it is from
-            args["attn_mask"] = left
+        elif needed is not mask and len(needed.type.shape) >= 2:  # type: ignore[union-attr]  # a tensor, like `mask`
+            args["attn_mask"] = needed
         else:
             return False
         order = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
@@ -50,32 +50,32 @@ def simplify_masks(graph: Graph, infer: Inference) -> Graph:
     return rewrite(graph, infer, visit)
 
 
-def seen(mask: torch.Tensor) -> torch.Tensor:
-    """Where a mask lets a query see a key. The least number of a dtype stands for minus infinity, as models use it."""
+def visible_keys(mask: torch.Tensor) -> torch.Tensor:
+    """True where a mask lets a query attend to a key. The minimum of a dtype counts as minus infinity, as in models."""
     if mask.dtype == torch.bool:
         return mask
     return mask > torch.finfo(mask.dtype).min
 
 
 def _needed(mask: Value, constants: Constants, positions: Positions) -> Value | None:
-    """What is left of `mask` without the parts that hide nothing."""
+    """`mask` without the operands of conjunctions that hide no key; None if nothing remains."""
     known = constants.find(mask)
     if known is not None:
-        nothing = known if known.dtype == torch.bool else known == 0
-        return None if bool(nothing.all()) else mask
+        neutral = known if known.dtype == torch.bool else known == 0
+        return None if bool(neutral.all()) else mask
     type_ = mask.type
     if isinstance(type_, TensorType) and type_.dtype == "bool" and positions.element(mask)[1] == ONE:
         return None
     node = constants.producer.get(mask.name)
     if node is None or node.op not in CONJUNCTIONS:
         return mask
-    parts = [part for name in ("self", "other") if isinstance(part := node.arg(name), Value)]
-    if any(not isinstance(part.type, TensorType) or part.type.dtype != "bool" for part in parts) or len(parts) < 2:
+    operands = [value for name in ("self", "other") if isinstance(value := node.arg(name), Value)]
+    if any(not isinstance(v.type, TensorType) or v.type.dtype != "bool" for v in operands) or len(operands) < 2:
         return mask
-    left = [part for part in parts if _needed(part, constants, positions) is not None]
-    if len(left) == len(parts):
+    needed = [value for value in operands if _needed(value, constants, positions) is not None]
+    if len(needed) == len(operands):
         return mask
-    return _needed(left[0], constants, positions) if left else None
+    return _needed(needed[0], constants, positions) if needed else None
 
 
 def _scores(node: Node) -> tuple[object, object]:
@@ -88,24 +88,24 @@ def _scores(node: Node) -> tuple[object, object]:
 
 
 def _is_causal(mask: Value, size: tuple[object, object], constants: Constants, positions: Positions) -> bool:
-    """Whether each query sees the keys up to its own position, those that are added as they are."""
+    """Whether each query attends to exactly the keys up to its own position, with nothing added to their scores."""
     source = constants.producer.get(mask.name)
     known = constants.find(mask)
     if known is None and source is not None and source.op == "aten.expand.default":
-        known = constants.find(source.arg("self"))  # to a batch of any size
+        known = constants.find(source.arg("self"))  # expanded to a dynamic batch
     if known is None:
         position, element = positions.element(mask)
-        keeps = len(position) > 1 and mask.type.shape[-2:] == size  # type: ignore[union-attr]  # a tensor, as it has them
-        return keeps and element == AtLeastZero(position[-2] - position[-1])
+        fits = len(position) > 1 and mask.type.shape[-2:] == size  # type: ignore[union-attr]  # it has positions
+        return fits and element == AtLeastZero(position[-2] - position[-1])
     if not all(isinstance(s, int) for s in size) or known.dim() < 2 or known.shape[-2:] != size:
         return False
-    visible = seen(known)
-    plain = known.dtype == torch.bool or bool((known[visible] == 0).all())
-    return plain and bool((visible == torch.ones(known.shape[-2:], dtype=torch.bool).tril()).all())
+    visible = visible_keys(known)
+    adds_nothing = known.dtype == torch.bool or bool((known[visible] == 0).all())
+    return adds_nothing and bool((visible == torch.ones(known.shape[-2:], dtype=torch.bool).tril()).all())
 
 
 def _as_view(node: Node, constants: Constants, positions: Positions, rewriter: Rewriter) -> bool:
-    """An index that takes every element in order is a view, as where padding is looked up by positions."""
+    """Replace an index that reads every element in order by a view, as for lookups of padding by positions."""
     source, indices, output = node.arg("self"), node.arg("indices"), node.outputs[0]
     if not isinstance(source, Value) or not isinstance(indices, tuple) or output is None:
         return False
@@ -116,18 +116,20 @@ def _as_view(node: Node, constants: Constants, positions: Positions, rewriter: R
         _in_order(type_, indices, constants) or _in_order_for_any_size(node, type_, result, positions)
     ):
         return False
-    rewriter.replace(output, rewriter.emit("aten.view.default", node.loc, self=rewriter.now(source), size=result.shape))
+    rewriter.replace(
+        output, rewriter.emit("aten.view.default", node.loc, self=rewriter.current(source), size=result.shape)
+    )
     return True
 
 
 def _in_order(type_: TensorType, indices: tuple[Attr, ...], constants: Constants) -> bool:
-    """Whether these indices of a tensor of numbers for sizes take every element in order."""
+    """Whether constant indices of a tensor with static sizes read every element in order."""
     found = [constants.find(index) for index in indices]
     sizes = [size for size in type_.shape if isinstance(size, int)]
     if any(index is None for index in found) or len(sizes) != len(found):
         return False
     count = int(torch.Size(sizes).numel())
-    if count > LARGEST:
+    if count > MAX_ELEMENTS:
         return False
     taken = torch.arange(count).view(sizes)[tuple(index for index in found if index is not None)]
     return taken.numel() == count and torch.equal(taken.flatten(), torch.arange(count))

@@ -1,7 +1,7 @@
-"""Writes the new part of an input in place, where a capture copies the whole of it twice.
+"""Updates inputs in place, such as a KV cache, where a functional capture copies them twice.
 
-A functional capture of `cache.index_copy_(2, position, keys)` is a copy of the cache with other rows and, at the end, a
-copy of all that back into the cache. Where nobody can tell the difference, the update becomes one of `ir.UPDATES`.
+A functional capture of `cache.index_copy_(2, position, keys)` is an updated copy of the cache, which a trailing `copy_`
+writes back to the cache. If no other reader needs the copy, the update becomes one of `ir.UPDATES`.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from torch_rtx.ir import COPY, MAIN, Dim, Graph, Node, Sym, TensorType, Type, Va
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.rewrite import Rewriter, returned, rewrite, users
 
-# The functional call, and the one in place with the same arguments.
+# From functional calls to in-place calls with the same arguments.
 UPDATES = {
     "aten.index_copy.default": "aten.index_copy_.default",
     "aten.index_put.default": "aten.index_put_.default",
     "aten.scatter.src": "aten.scatter_.src",
     "aten.scatter.value": "aten.scatter_.value",
 }
-# Updates at positions that are numbers; indices are made of these.
+# Updates at positions given by numbers; they become an `index_copy_` with an index tensor.
 SLICE, SELECT = "aten.slice_scatter.default", "aten.select_scatter.default"
-# What may return its input although its schema says a new tensor.
+# Ops that may return a view of their input, although their schemas declare a new tensor.
 HIDDEN_VIEWS = frozenset(f"aten.{name}.default" for name in ("_unsafe_view", "lift", "channel_shuffle"))
 HIDDEN_VIEWS |= {"aten.pixel_shuffle.default", "aten.pixel_unshuffle.default", "aten.unsafe_split.Tensor"}
 
 
 def write_in_place(graph: Graph, infer: Inference) -> Graph:
-    """Level import to level import. An update is written in place if its result is what its input holds in the end,
-    nobody outside gets the result, and whatever else reads the old contents leads to the update."""
+    """Level import to level import. An update is done in place if its result is the final contents of its input, the
+    result does not escape, and all other readers of the old contents precede the update in data flow."""
     search = _Search(graph)
     if not search.copies:
         return graph
@@ -43,15 +43,13 @@ def write_in_place(graph: Graph, infer: Inference) -> Graph:
 
 
 class _Search:
-    """The nodes of `graph` to write in place, and the copies that are then needless, by their ids."""
+    """Finds the nodes of `graph` to do in place, and the copies that become redundant, by their ids."""
 
     def __init__(self, graph: Graph) -> None:
-        self.producer = {value.name: node for node in graph.nodes for value in node.outputs if value is not None}
+        self.producer = {value.name: node for node in graph.nodes for value in node.results}
         self.readers = users(graph)
-        kept = returned(graph) | {
-            value.name for node in graph.nodes if node.kind == "fallback" for value in node.inputs
-        }
-        self.kept = self._aliased(kept, graph)
+        escapes = returned(graph) | {v.name for node in graph.nodes if node.kind == "fallback" for v in node.inputs}
+        self.escapes = self._aliased(escapes, graph)
         self.updates: set[int] = set()
         self.copies: set[int] = set()
         targets = [node.arg("self") for node in graph.nodes if node.writes]
@@ -63,79 +61,79 @@ class _Search:
 
     @staticmethod
     def _aliased(names: set[str], graph: Graph) -> set[str]:
-        """`names`, and the values that may share memory with them, upwards: what they are views of."""
+        """`names`, and the names of all values of which they may be views."""
         found = set(names)
         for node in reversed(graph.nodes):
-            if _aliases(node) and any(value is not None and value.name in found for value in node.outputs):
+            if _aliases(node) and any(value.name in found for value in node.results):
                 found.update(value.name for value in node.inputs)
         return found
 
     def _chain(self, copy: Node) -> list[Node]:
-        """The updates between the old contents of what `copy` writes to and the new ones; none if one of them has to be
-        a copy."""
+        """The updates from the old contents of the target of `copy` to the new ones; empty if one must be a copy."""
         chain: list[Node] = []
         target, value = copy.arg("self"), copy.arg("src")
         while value != target:
             node = self.producer.get(value.name) if isinstance(value, Value) else None
-            if node is None or value.name in self.kept or not _updates(node) or not self._is_last(node, copy):  # type: ignore[union-attr]
+            escapes = isinstance(value, Value) and value.name in self.escapes
+            if node is None or escapes or not _has_in_place_form(node) or not self._is_last(node, copy):
                 return []
             chain.append(node)
             value = node.arg("self")
         return chain
 
     def _is_last(self, node: Node, copy: Node) -> bool:
-        """Whether nothing reads the old contents, through views as well, once `node` has written the new ones."""
+        """Whether all reads of the old contents, directly or through views, precede `node` in data flow."""
         old = node.arg("self")
         assert isinstance(old, Value)
-        names, left = {old.name}, [old.name]
-        reading: list[Node] = []
-        while left:
-            for reader in self.readers.get(left.pop(), ()):
+        names, pending = {old.name}, [old.name]
+        reads: list[Node] = []
+        while pending:
+            for reader in self.readers.get(pending.pop(), ()):
                 if _aliases(reader):
-                    fresh = {value.name for value in reader.outputs if value is not None} - names
-                    names |= fresh
-                    left += fresh
+                    views = {value.name for value in reader.results} - names
+                    names |= views
+                    pending += views
                 if reader is not node and reader is not copy and not _is_view(reader):
-                    reading.append(reader)
+                    reads.append(reader)
         if sum(value.name in names for value in node.inputs) > 1:
             return False
-        before = self._before(node) if reading else set()
-        return all(reader.kind == "op" and id(reader) in before for reader in reading)
+        ancestors = self._ancestors(node) if reads else set()
+        return all(reader.kind == "op" and id(reader) in ancestors for reader in reads)
 
-    def _before(self, node: Node) -> set[int]:
-        """The ids of the nodes that lead to `node`."""
+    def _ancestors(self, node: Node) -> set[int]:
+        """The ids of the nodes on which `node` depends."""
         found: set[int] = set()
-        left = [node]
-        while left:
-            for value in left.pop().inputs:
+        pending = [node]
+        while pending:
+            for value in pending.pop().inputs:
                 producer = self.producer.get(value.name)
                 if producer is not None and id(producer) not in found:
                     found.add(id(producer))
-                    left.append(producer)
+                    pending.append(producer)
         return found
 
     # ---- the calls ---------------------------------------------------------------------------------------------------
 
     def in_place(self, node: Node, rewriter: Rewriter) -> Node:
-        """The call that does what `node` does, to the memory of its argument `self`."""
+        """The in-place form of `node`, which writes to its argument `self`."""
         if node.op in UPDATES:
             return replace(node, op=UPDATES[node.op])
-        source, dim = self._uncopied(node), int(node.arg("dim", 0))  # type: ignore[arg-type]
+        source, dim = self._source(node), int(node.arg("dim", 0))  # type: ignore[arg-type]
         if node.op == SELECT:
             source = rewriter.emit("aten.unsqueeze.default", node.loc, self=source, dim=dim)
         index = _index(node, source.type.shape[dim], rewriter)  # type: ignore[union-attr]
         args = ("self", node.arg("self")), ("dim", dim), ("index", index), ("source", source)
         return replace(node, op="aten.index_copy_.default", args=args)
 
-    def _uncopied(self, node: Node) -> Value:
-        """What `node` writes, without the copy to the layout of the old contents that a capture makes of it."""
+    def _source(self, node: Node) -> Value:
+        """The values that `node` writes, without the capture's copy of them to the layout of the old contents."""
         source = node.arg("src")
         assert isinstance(source, Value)
         copy = self.producer.get(source.name)
-        before = copy.arg("src") if copy is not None and copy.op == "aten.copy.default" else None
-        if not isinstance(before, Value) or len(self.readers[source.name]) > 1 or source.name in self.kept:
+        original = copy.arg("src") if copy is not None and copy.op == "aten.copy.default" else None
+        if not isinstance(original, Value) or len(self.readers[source.name]) > 1 or source.name in self.escapes:
             return source
-        return before if _plain(before) == _plain(source) else source
+        return original if _without_strides(original) == _without_strides(source) else source
 
 
 def _is_view(node: Node) -> bool:
@@ -143,25 +141,25 @@ def _is_view(node: Node) -> bool:
 
 
 def _aliases(node: Node) -> bool:
-    """Whether a result of `node` may share memory with what it reads."""
+    """Whether a result of `node` may share memory with an input."""
     return _is_view(node) or (node.kind == "op" and node.op in HIDDEN_VIEWS)
 
 
-def _updates(node: Node) -> bool:
-    """Whether `node` has a counterpart in place that gives the same tensor."""
+def _has_in_place_form(node: Node) -> bool:
+    """Whether `node` has an in-place form with the same result."""
     old, (new, *_) = node.arg("self"), node.outputs or (None,)
     if node.kind != "op" or not isinstance(old, Value) or new is None or new.type != old.type:
         return False
     return node.op in UPDATES or (node.op in (SLICE, SELECT) and _starts(node) is not None)
 
 
-def _plain(value: Value) -> object:
+def _without_strides(value: Value) -> object:
     """The type of a tensor without its strides."""
     return isinstance(value.type, TensorType) and (value.type.dtype, value.type.shape, value.type.device)
 
 
 def _starts(node: Node) -> Dim | None:
-    """The first position that a SLICE or SELECT writes; None where a range of positions can't be made of it."""
+    """The first position that a SLICE or SELECT writes; None if an index tensor can't express the positions."""
     old, source, dim = node.arg("self"), node.arg("src"), node.arg("dim", 0)
     assert isinstance(old, Value)
     assert isinstance(source, Value)
@@ -172,7 +170,7 @@ def _starts(node: Node) -> Dim | None:
     if isinstance(first, int) and isinstance(size, int):
         return min(max(first + size, 0) if first < 0 else first, size)
     if isinstance(first, Sym) and node.arg("step", 1) == 1:
-        return first  # never negative, and the size of what is written says that it ends in time
+        return first  # a size is not negative, and the size of `src` bounds the range
     return None
 
 

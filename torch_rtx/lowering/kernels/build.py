@@ -1,0 +1,154 @@
+"""The build of kernels, ahead of time and just in time: of the tactics that code generation offers the first that fits.
+
+One loop serves both: a build ahead of time asks for every kind of tactic of every kernel node on every target, the
+compile worker for the tactics of some regions from a rank on. It needs neither torch nor a GPU.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from torch_rtx.artefacts import Artefacts
+from torch_rtx.errors import Unsupported
+from torch_rtx.ir import Graph, kernel_nodes
+from torch_rtx.lowering.kernels.aot import Built, compile_kernels
+from torch_rtx.lowering.kernels.kernel import Kernel
+from torch_rtx.lowering.kernels.region import region
+from torch_rtx.lowering.kernels.toolchain import Code
+from torch_rtx.tactics import Launch, Tactic, Variant, pack
+from torch_rtx.targets import Target
+
+log = logging.getLogger(__name__)
+Key = TypeVar("Key", bound=Hashable)
+Ranked = tuple[int, Tactic[Kernel]]  # a tactic with its rank
+Progress = Callable[[int, int], object]
+NONE = Artefacts()
+
+
+@dataclass(frozen=True)
+class Result:
+    """A tactic that was built.
+
+    Attributes:
+        rank: the tactic's.
+        built: its kernels as compiled for the target, by their keys in the tactic.
+    """
+
+    rank: int
+    tactic: Tactic[Kernel]
+    target: Target
+    built: Mapping[str, Built]
+
+    @property
+    def problem(self) -> str | None:
+        """Why a kernel does not fit the target; None: all do."""
+        return next((one.problem for one in self.built.values() if one.problem is not None), None)
+
+    @property
+    def runs(self) -> bool:
+        """The target can run all kernels, though some may spill."""
+        return all(one.codes for one in self.built.values())
+
+    @property
+    def spills(self) -> int:
+        """Bytes of spill stores per thread, of all kernels."""
+        return sum(one.spills for one in self.built.values())
+
+
+def build(
+    wanted: Mapping[Key, tuple[Iterator[Ranked], Target]],
+    progress: Progress | None = None,
+    artefacts: Artefacts = NONE,
+) -> tuple[dict[Key, Result], dict[Key, list[Result]]]:
+    """Per key the first of its tactics whose kernels fit the target. Where tactics only spill too much, the one that
+    spills least. And per key all that were tried.
+
+    Args:
+        progress: see `compile_kernels`; starts again with each round of tactics.
+        artefacts: where the stages of kernels are written and overridden.
+
+    Raises:
+        KernelError: see `compile_kernels`.
+    """
+    chosen: dict[Key, Result] = {}
+    tried: dict[Key, list[Result]] = {key: [] for key in wanted}
+    pending = list(wanted)
+    while pending:
+        offered = {key: ranked for key in pending if (ranked := next(wanted[key][0], None)) is not None}
+        kernels = {
+            (kernel, wanted[key][1]): artefacts.of(kernel.name, wanted[key][1], f"rank{rank}" if rank else "")
+            for key, (rank, tactic) in offered.items()
+            for kernel in tactic.kernels.values()
+        }
+        compiled = compile_kernels(kernels, progress=progress, artefacts=kernels if artefacts else None)
+        for key, (rank, tactic) in offered.items():
+            target = wanted[key][1]
+            built = {op: compiled[kernel, target] for op, kernel in tactic.kernels.items()}
+            result = Result(rank, tactic, target, built)
+            tried[key].append(result)
+            if result.problem is not None:
+                names = ", ".join(kernel.name for kernel in tactic.kernels.values())
+                log.debug("%s does not fit %s: %s", names, target, result.problem)
+            if result.runs and (key not in chosen or result.spills < chosen[key].spills):
+                chosen[key] = result
+        pending = [key for key in offered if key not in chosen or chosen[key].problem is not None]
+    return chosen, tried
+
+
+def show_offers(artefacts: Artefacts, name: str, body: Graph, target: Target, offers: Iterable[Ranked]) -> None:
+    """Write the regions of the kernel `name` and of the kernels inside of its tactics, and begin its ranking."""
+    _show_region(artefacts.of(name), body)
+    lines = ["rank  expected us  tactic"]
+    for rank, tactic in offers:
+        kernels = (f"{k.name} ({k.num_warps} warps, {k.num_stages} stages)" for k in tactic.kernels.values())
+        lines.append(f"{rank:4}  {tactic.expected_us:11.2f}  {tactic.kind:8} {', '.join(kernels)}".rstrip())
+        for node in () if tactic.body is None else kernel_nodes(tactic.body):
+            if node.body is not None:
+                _show_region(artefacts.of(node.op), node.body)
+    artefacts.of(name, target).write("ranking", "\n".join(lines) + "\n")
+
+
+def _show_region(files: Artefacts, body: Graph) -> None:
+    files.write("region", str(body))
+    try:
+        files.write("kir", str(region(body)))
+    except Unsupported:
+        return  # it runs call by call
+
+
+def show_results(artefacts: Artefacts, name: str, target: Target, results: Iterable[Result]) -> None:
+    """Add what was built to the ranking of the kernel `name`."""
+    lines = []
+    for result in results:
+        codes = [(result.tactic.kernels[op].name, code) for op, built in result.built.items() for code in built.codes]
+        used = [f"{op}: {c.registers} registers, {c.spills} B spilled, {c.shared} B shared" for op, c in codes]
+        lines.append(f"built {result.tactic.kind} {result.rank}: {'; '.join((result.problem or 'fits', *used))}\n")
+    artefacts.of(name, target).write("ranking", "".join(lines), append=True)
+
+
+@dataclass
+class Binaries:
+    """The binaries of launches, each stored once: by digest of the compressed bytes."""
+
+    stored: dict[str, bytes] = field(default_factory=dict)
+    _digests: dict[bytes, str] = field(default_factory=dict)
+
+    def tactic(self, result: Result) -> Tactic[Launch]:
+        """What was built as it is launched."""
+        return result.tactic.with_kernels(lambda op, kernel: self._launch(kernel, result.built[op], result.target))
+
+    def _launch(self, kernel: Kernel, built: Built, target: Target) -> Launch:
+        assert built.aligned is not None  # what does not run is not chosen
+        generic = None if built.generic is None else self._variant(built.generic, target)
+        aligned = self._variant(built.aligned, target)
+        return Launch(kernel.scalars, kernel.grid, kernel.wide, aligned, generic)
+
+    def _variant(self, code: Code, target: Target) -> Variant:
+        binary = code.ptx if target.ptx else code.cubin
+        if binary not in self._digests:
+            self._digests[binary], stored = pack(binary)
+            self.stored[self._digests[binary]] = stored
+        return code.variant(self._digests[binary])

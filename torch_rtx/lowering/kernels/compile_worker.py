@@ -1,0 +1,92 @@
+"""The compile worker: the process that compiles kernels for a running program, so that its threads don't wait for the
+interpreter lock.
+
+It reads requests from its input and writes answers to its output, both pickled: it talks to the process that started it
+and to nobody else.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from typing import BinaryIO
+
+from torch_rtx.artefacts import Artefacts
+from torch_rtx.errors import RtxError, Unsupported
+from torch_rtx.ir import Graph
+from torch_rtx.lowering.kernels import build as kernel_build
+from torch_rtx.lowering.kernels.generate import tactics
+from torch_rtx.tactics import Candidate
+from torch_rtx.targets import Arch, arch_of
+
+NICENESS = 10  # the program that waits for nobody comes first
+
+
+def build(
+    bodies: Mapping[str, tuple[Graph, int]], sm: int, artefacts: Artefacts = kernel_build.NONE
+) -> dict[str, Candidate]:
+    """Per name of a region the first tactic that fits the GPU, from a rank on; regions without one are left out.
+
+    Args:
+        bodies: by name, with the rank of the first tactic to try.
+        sm: the SM version of the GPU.
+        artefacts: where the stages of kernels are written and overridden.
+
+    Raises:
+        KernelError: see `compile_kernels`.
+    """
+    target = arch_of(sm).target
+    wanted = {name: (_ranked(body, name, target.arch, first), target) for name, (body, first) in bodies.items()}
+    for name, (body, first) in bodies.items() if artefacts.dump is not None else ():
+        if first == 0:
+            offers = sorted(_ranked(body, name, target.arch, first), key=lambda one: one[0])
+            kernel_build.show_offers(artefacts, name, body, target, offers)
+    found = {}
+    chosen, tried = kernel_build.build(wanted, artefacts=artefacts)
+    for name, results in tried.items():
+        kernel_build.show_results(artefacts, name, target, results)
+    for name, result in chosen.items():
+        binaries = kernel_build.Binaries()
+        found[name] = Candidate(binaries.tactic(result), result.rank, binaries.stored)
+    return found
+
+
+def _ranked(body: Graph, name: str, arch: Arch, first: int) -> Iterator[kernel_build.Ranked]:
+    """The tactic of a rank; where it does not fit, the later ones of its kind, then all others."""
+    try:
+        later = islice(enumerate(tactics(body, name, arch)), first, None)
+        for rank, tactic in later:
+            yield rank, tactic
+            yield from sorted(later, key=lambda one: one[1].kind != tactic.kind)
+    except Unsupported:
+        return
+
+
+def serve(requests: BinaryIO, answers: BinaryIO) -> None:
+    """Answer requests until there are no more: with what `build` returns, or with the error that it raised."""
+    while True:
+        try:
+            request = pickle.load(requests)
+        except EOFError:
+            return
+        answer: dict[str, Candidate] | str
+        try:
+            answer = build(*request)
+        except (RtxError, OSError) as error:
+            answer = str(error)
+        except Exception as error:  # a bug, which the other process logs
+            answer = f"{type(error).__name__}: {error}"
+        pickle.dump(answer, answers)
+        answers.flush()
+
+
+def main() -> None:
+    """The process."""
+    if hasattr(os, "nice"):
+        os.nice(NICENESS)
+    pipe = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever a compiler prints must not get between the answers
+    serve(sys.stdin.buffer, pipe)

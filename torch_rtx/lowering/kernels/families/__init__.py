@@ -1,0 +1,1 @@
+"""Families of kernels: one file for each kind of anchor, see `family`."""

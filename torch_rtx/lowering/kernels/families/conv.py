@@ -1,0 +1,342 @@
+"""Kernels around a convolution.
+
+implicit GEMM (Chetlur et al., 2014): rows are the pixels of the result, columns its channels, and K is the window
+times the channels of the input. The window is a loop of its own outside of the channels, so that a step reads a
+run of channels of one pixel: with channels innermost in memory this is as good as a matrix product. Groups are batches.
+
+windows: where each channel has a group of its own there is nothing to share, and each program sums its window up
+element by element.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from math import ceil
+
+from torch_rtx.errors import Unsupported
+from torch_rtx.ir import Attr, Dim, Graph, Node, TensorType, Value, contiguous, dim_expr
+from torch_rtx.lowering.kernels.body_builder import BodyBuilder, argument, type_of
+from torch_rtx.lowering.kernels.cost import LAUNCH, best_parts, bytes_of, config_us, configurations, loop_time, typical
+from torch_rtx.lowering.kernels.emit import Axis, Emitter, Operand
+from torch_rtx.lowering.kernels.expressions import A, B
+from torch_rtx.lowering.kernels.families.family import MODEL_ERROR, SLOWER, Family, Offer, flat, library_us, splits
+from torch_rtx.lowering.kernels.index import Index, constant, from_dim, unravel
+from torch_rtx.lowering.kernels.kernel import Kernel
+from torch_rtx.lowering.kernels.kernel_ir import (
+    ONE,
+    ZERO,
+    Load,
+    Pointwise,
+    Position,
+    Select,
+    Tensor,
+    View,
+    cast,
+    everything,
+    number,
+    pointwise,
+)
+from torch_rtx.lowering.kernels.product import (
+    FEW,
+    TAPS,
+    DotWriter,
+    GemmConfig,
+    M,
+    N,
+    Product,
+    Steps,
+    SumWriter,
+    TileWriter,
+    dot_dtype,
+    in_memory,
+    operand,
+    result,
+)
+from torch_rtx.lowering.kernels.region import Region, tensor_type
+from torch_rtx.lowering.kernels.split import added, split_anchor
+from torch_rtx.op_work import ANCHORS
+from torch_rtx.targets import Arch
+
+
+def conv_kernel(region: Region, name: str, config: GemmConfig) -> Kernel:
+    """The kernel that computes a region around a convolution.
+
+    Raises:
+        Unsupported: another anchor, a convolution that is transposed or has no batch, a dtype that has no product, a
+            result that is needed in a shape that no tile of it has.
+    """
+    of = conv_product(region)
+    return _writer(of, config)(region, of, config).kernel(name)
+
+
+def conv_configs(region: Region, arch: Arch, input_precision: str = "ieee") -> list[GemmConfig]:
+    """Configurations for `arch`, those that should be fastest first; `input_precision` is that of f32 operands.
+
+    Raises:
+        Unsupported: see `conv_kernel`, or a dtype that the target does not multiply.
+    """
+    of = conv_product(region)
+    return _windows(of, arch) if is_depthwise(of) else configurations(region, of, arch, input_precision)
+
+
+def _windows(of: Product, arch: Arch) -> list[GemmConfig]:
+    """Windows are bound by memory: along what is contiguous in there tiles are long enough for whole cache lines, and
+    as large as the chip is kept busy with, since neighbouring pixels share what they read."""
+    source = in_memory(of.a)
+    channels_last = source is None or source.strides[1] == ONE
+    pixels, channels = typical(dim_expr("*", of.batch, of.rows)), typical(of.columns)
+    found = []
+    for block_m, block_n in [(64, 64), (32, 64), (16, 64), (8, 64), (32, 32), (16, 32), (8, 32)]:
+        config = GemmConfig(block_m, block_n, 1, 4 if block_m * block_n > 512 else 2, 1)
+        found.append(config if channels_last else replace(config, block_m=4 * block_m, block_n=block_n // 4))
+
+    def cost(config: GemmConfig) -> float:
+        tiles = ceil(pixels / config.block_m) * ceil(channels / config.block_n)
+        area = config.block_m * config.block_n
+        share = tiles * area * (1 + 128 / area)  # what is computed in vain, and the start of a program
+        return share / min(tiles / arch.chip.processors / 4, 1)
+
+    return sorted(found, key=cost)
+
+
+def _writer(of: Product, config: GemmConfig) -> type[TileWriter]:
+    if is_depthwise(of):
+        return WindowWriter
+    return SumWriter if config.sums else DotWriter
+
+
+def is_depthwise(of: Product) -> bool:
+    """Whether each channel of the input has a group of its own."""
+    return of.depth == 1 and of.a.shape[1].number != 1
+
+
+def conv_product(region: Region) -> Product:
+    """The convolution that a region is built around, as a product.
+
+    Raises:
+        Unsupported: see `conv_kernel`.
+    """
+    node, out, type_ = result(region, "conv")
+    source, weight = (tensor_type(argument(node, name)) for name in ("input", "weight"))
+    rank, groups = len(weight.shape) - 2, node.arg("groups", 1)
+    if node.arg("transposed", False) or len(source.shape) != rank + 2 or not 1 <= rank <= len(TAPS):
+        raise Unsupported("a transposed convolution, or one without a batch")
+    window, filters = weight.shape[2:], weight.shape[0]
+    if not isinstance(groups, int) or not isinstance(filters, int) or not all(isinstance(tap, int) for tap in window):
+        raise Unsupported("a convolution whose weight has no static shape")
+    stride, padding, dilation = (
+        _sizes(node.arg(name, default), rank) for name, default in (("stride", 1), ("padding", 0), ("dilation", 1))
+    )
+    padded = _padded(region.values[argument(node, "input").name], padding)
+    depth, pixels = constant(_number(weight.shape[1])), (type_.shape[0], *type_.shape[2:])
+    pixels_shape = tuple(map(from_dim, pixels))
+    each = constant(filters // groups)
+    depthwise = weight.shape[1] == 1 and groups > 1
+
+    def a_at(z: Index, m: Index, k: Position) -> Position:
+        batch, *places = unravel(m, pixels_shape)
+        moved = zip(places, k[:-1], stride, dilation, strict=True)
+        return (batch, z * depth + k[-1], *(place * s + tap * d for place, tap, s, d in moved))
+
+    def b_at(z: Index, n: Index, k: Position) -> Position:
+        return (z * each + n, k[-1], *k[:-1])
+
+    return Product(
+        out=out,
+        axis=1,
+        batch=1 if depthwise else groups,
+        rows=dim_expr("*", 1, *pixels),
+        columns=filters if depthwise else filters // groups,
+        grouped=True,
+        taps=tuple(map(_number, window)),
+        depth=weight.shape[1],
+        channels_last=weight.strides[1] == 1,
+        a=padded,
+        b=region.values[argument(node, "weight").name],
+        a_at=a_at,
+        b_at=b_at,
+        finish=_finish(region, node, out),
+    )
+
+
+class WindowWriter(TileWriter):
+    """A convolution in which each channel of the input makes channels of its own."""
+
+    def body(self) -> list[str]:
+        """Pointers, the window, and the rest of the region."""
+        config, of = self.config, self.product
+        dot_dtype(of)
+        emitter = Emitter([Axis(M, config.block_m, self.rows_mask), Axis(N, config.block_n, self.columns_mask)])
+        steps = Steps(of, 1, flat=False)
+        steps.enter(emitter, "")
+        tap = (*steps.at, ZERO)
+        channels = of.a.shape[1].number
+        assert isinstance(of.columns, int)
+        assert channels is not None
+        group = self.n // constant(of.columns // channels)
+        pixel = operand(emitter, of.a, of.a_at(group, self.m, tap), "f32", whole=False)
+        weight = operand(emitter, of.b, of.b_at(ZERO, self.n, tap), "f32", whole=False)
+        total = Operand("acc0", frozenset((M, N)))
+        before = [*emitter.outer.lines, f"{total.text} = tl.zeros({emitter.shape(total.axes)}, tl.float32)"]
+        sums = [*emitter.inner(), f"{total.text} += {pixel} * {weight}"]
+        # Unrolled, so that all loads of a window are in flight at once.
+        lines = steps.loop(before, [], sums, "tl.static_range")
+        emitter.outer.lines = []
+        self.finish(emitter, [total])
+        return lines + emitter.outer.lines
+
+
+def _number(dim: Dim) -> int:
+    assert isinstance(dim, int)
+    return dim
+
+
+def _sizes(given: Attr, rank: int) -> list[Index]:
+    """An argument that is one number, or one for each dimension."""
+    found = list(given) if isinstance(given, tuple) else [given]
+    if not all(isinstance(one, int) for one in found):
+        raise Unsupported(f"a convolution with {given}")
+    numbers = [constant(one) for one in found if isinstance(one, int)]
+    return numbers * rank if len(numbers) == 1 else numbers
+
+
+def _padded(source: Tensor, padding: list[Index]) -> Tensor:
+    """`source` with zeros around it."""
+    shape = source.shape[:2] + tuple(s + p + p for s, p in zip(source.shape[2:], padding, strict=True))
+    return Select(shape, source.dtype, source, number(0, source.dtype), (ZERO, ZERO, *padding))
+
+
+def _finish(region: Region, node: Node, out: Load) -> Callable[[Tensor], Tensor]:
+    bias = node.arg("bias")
+    if not isinstance(bias, Value):
+        return lambda total: total
+    added = region.values[bias.name]
+
+    def finish(total: Tensor) -> Tensor:
+        wide = View(out.shape, added.dtype, added, lambda position: (position[1],))
+        return pointwise(A + B, out.dtype, total, cast(wide, "f32"))
+
+    return finish
+
+
+# ---- split-K ---------------------------------------------------------------------------------------------------------
+
+
+def conv_split(body: Graph, name: str, parts: int) -> Graph:
+    """`body`, of the kernel `name`, with the channels of its convolution in `parts`; see `split_anchor`."""
+    anchor = next(node for node in body.nodes if node.op in OPS)
+    return split_anchor(body, name, anchor, parts, _convolution, _convolution_sum, "bias")
+
+
+def _convolution(calls: BodyBuilder, anchor: Node, parts: int) -> tuple[Value, ...]:
+    """[batch, parts * filters, *places]: a convolution in groups, each of which has a range of the channels."""
+    (result,) = anchor.outputs
+    assert result is not None
+    weight = calls.cast(argument(anchor, "weight"), "f32")
+    filters, channels, *window = type_of(weight).shape
+    grouped = calls.move_to_front(calls.split_dim(weight, 1, parts), 1)
+    shape = (dim_expr("*", parts, filters), dim_expr("//", channels, parts), *window)
+    batch, _, *places = type_of(result).shape
+    given = {
+        "input": calls.cast(argument(anchor, "input"), "f32"),
+        "weight": calls.reshape(grouped, shape),
+        **({"bias": None} if anchor.op == "aten.convolution.default" else {}),
+        **{name: attr for name, attr in anchor.args if name not in ("input", "weight", "bias", "groups")},
+        "groups": parts,
+    }
+    out = (batch, shape[0], *places)
+    strides = _channels_last(out) if type_of(result).strides[1] == 1 else contiguous(out)
+    return (calls.call(anchor.op.removeprefix("aten."), TensorType("f32", out, strides), **given),)
+
+
+def _channels_last(shape: tuple[Dim, ...]) -> tuple[Dim, ...]:
+    """Strides of images, or the like, whose channels lie closest together."""
+    order = (0, *range(2, len(shape)), 1)
+    found = dict(zip(order, contiguous(tuple(shape[axis] for axis in order)), strict=True))
+    return tuple(found[axis] for axis in range(len(shape)))
+
+
+def _convolution_sum(calls: BodyBuilder, anchor: Node, partials: tuple[Value, ...]) -> Value:
+    (result,) = anchor.outputs
+    assert result is not None
+    strides = type_of(result).strides
+    filters, *places = type_of(result).shape[1:]
+    count = dim_expr("//", type_of(partials[0]).shape[1], filters)
+    assert isinstance(count, int)  # `conv_product` takes weights of static shapes alone
+    total = added(calls, calls.unbind(calls.split_dim(partials[0], 1, count), 1), strides)
+    bias = anchor.arg("bias")
+    if isinstance(bias, Value):
+        wide = calls.reshape(bias, (filters, *(1 for _ in places)))
+        total = calls.pointwise("add.Tensor", total, other=wide)
+    return total
+
+
+# ---- library calls ---------------------------------------------------------------------------------------------------
+
+
+def _others(region: Region, name: str, arch: Arch, us: float) -> Iterator[Offer]:
+    of = conv_product(region)
+    if of.batch == 1 and not is_depthwise(of):
+        parts, split_us = best_parts(region, of, arch)
+        yield from splits(conv_split, region.body, name, parts, split_us * MODEL_ERROR, us)
+    assert region.anchor is not None
+    # Libraries are made for images of many channels; a window of one pixel makes a product of them.
+    _, channels, *window = tensor_type(argument(region.anchor, "weight")).shape
+    usual = typical(channels) >= FEW and sum(size != 1 for size in window) > 1
+    after_us = loop_time(region, arch) if any(isinstance(one, Pointwise) for one in everything(region.outputs)) else 0.0
+    expected_us = library_us(FAMILY.name, region, arch, us, after_us, usual)
+    yield Offer("library", expected_us)
+    fused = _with_relu(region.body)
+    if fused is not None:  # cuDNN may refuse it: never expected to be the fastest, but measured
+        yield Offer("cudnn", max(expected_us, SLOWER * us), fused)
+
+
+def _with_relu(body: Graph) -> Graph | None:
+    """`body` as one call of cuDNN, where it is a convolution of images in half precision with a bias and a ReLU, and
+    perhaps a sum of both with a tensor of the result's type (`aten.cudnn_convolution_add_relu`)."""
+    nodes = flat(body)
+    anchor = next((node for node in nodes if node.op in OPS), None)
+    if anchor is None or nodes[-1].op != "aten.relu.default" or not isinstance(anchor.arg("bias"), Value):
+        return None
+    before, after, result = nodes[: nodes.index(anchor)], nodes[nodes.index(anchor) + 1 : -1], body.outputs[0]
+    other = _added_to(anchor, after[0]) if len(after) == 1 else None
+    if body.outputs != nodes[-1].outputs or len(after) > 1 or (after and other is None):
+        return None
+    if nodes[-1].inputs != (after[0] if after else anchor).outputs or not isinstance(result, Value):
+        return None
+    source, weight = argument(anchor, "input"), argument(anchor, "weight")
+    rank = len(type_of(weight).shape) - 2
+    if type_of(source).dtype not in ("f16", "bf16") or rank != 2 or anchor.arg("transposed", False):
+        return None
+    names = (("stride", 1), ("padding", 0), ("dilation", 1))
+    sizes = {key: tuple(one.number for one in _sizes(anchor.arg(key, default), rank)) for key, default in names}
+    calls = BodyBuilder({value.name for value in body.values()} | body.syms.keys(), before)
+    op = "cudnn_convolution_relu.default" if other is None else "cudnn_convolution_add_relu.default"
+    given = {"self": source, "weight": weight, **({} if other is None else {"z": other, "alpha": None})}
+    groups = anchor.arg("groups", 1)
+    calls.call(op, type_of(result), **given, bias=anchor.arg("bias"), **sizes, groups=groups)
+    calls.name_last(result)
+    return Graph("import", body.inputs, nodes=tuple(calls.nodes), outputs=(result,))
+
+
+def _added_to(anchor: Node, node: Node) -> Value | None:
+    """What `node` adds to the anchor's result, where that has its type."""
+    (value,) = anchor.outputs
+    given = [node.arg("self"), node.arg("other")]
+    if node.op != "aten.add.Tensor" or node.arg("alpha", 1) != 1 or value not in given:
+        return None
+    other = given[1 - given.index(value)]
+    return other if isinstance(other, Value) and value is not None and other.type == value.type else None
+
+
+def _expected_us(region: Region, arch: Arch, config: GemmConfig) -> float:
+    of = conv_product(region)
+    if is_depthwise(of):
+        types = [tensor_type(value) for value in region.body.inputs] + list(region.types)
+        return LAUNCH + sum(map(bytes_of, types)) / (arch.chip.memory * 1e3)
+    return MODEL_ERROR * config_us(region, of, arch, config)
+
+
+OPS = frozenset(op for op, kind in ANCHORS.items() if kind == "conv")
+FAMILY = Family("conv", OPS, conv_configs, conv_kernel, _expected_us, conv_split, _others)

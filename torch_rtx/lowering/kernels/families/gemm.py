@@ -1,0 +1,241 @@
+"""Kernels around a matrix product: mm, addmm, bmm, baddbmm, linear, matmul."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from torch_rtx.errors import Unsupported
+from torch_rtx.ir import Dim, Graph, Node, TensorType, Value, contiguous, dim_expr
+from torch_rtx.lowering.kernels.body_builder import BodyBuilder, argument, type_of
+from torch_rtx.lowering.kernels.cost import best_parts, config_us, configurations, loop_time, typical
+from torch_rtx.lowering.kernels.expressions import A, B
+from torch_rtx.lowering.kernels.families.family import MODEL_ERROR, Family, Offer, flat, library_us, splits
+from torch_rtx.lowering.kernels.index import Index, from_dim, unravel
+from torch_rtx.lowering.kernels.kernel import Kernel
+from torch_rtx.lowering.kernels.kernel_ir import (
+    ONE,
+    ZERO,
+    Load,
+    Pointwise,
+    Position,
+    Tensor,
+    cast,
+    everything,
+    number,
+    pointwise,
+)
+from torch_rtx.lowering.kernels.product import DotWriter, GemmConfig, Product, SumWriter, result
+from torch_rtx.lowering.kernels.region import Region, tensor_type
+from torch_rtx.lowering.kernels.split import added, split_anchor
+from torch_rtx.op_work import ANCHORS, PRODUCTS
+from torch_rtx.targets import Arch
+
+
+def gemm_kernel(region: Region, name: str, config: GemmConfig) -> Kernel:
+    """The kernel that computes a region around a matrix product.
+
+    Raises:
+        Unsupported: another anchor, a dtype that has no product, a result that is needed in a shape that no tile of it
+            has.
+    """
+    writer = SumWriter if config.sums else DotWriter
+    return writer(region, gemm_product(region), config).kernel(name)
+
+
+def gemm_configs(region: Region, arch: Arch, input_precision: str = "ieee") -> list[GemmConfig]:
+    """Configurations for `arch`, those that should be fastest first; `input_precision` is that of f32 operands.
+
+    Raises:
+        Unsupported: see `gemm_kernel`, or a dtype that the target does not multiply.
+    """
+    return configurations(region, gemm_product(region), arch, input_precision)
+
+
+def gemm_product(region: Region) -> Product:
+    """The product that a region is built around.
+
+    Raises:
+        Unsupported: there is none, or it is one of vectors.
+    """
+    node, out, type_ = result(region, "gemm")
+    shape = type_.shape
+    first, second, added = PRODUCTS[node.op]
+    a, b = (region.values[argument(node, name).name] for name in (first, second))
+    if len(a.shape) < 1 + (node.op != "aten.linear.default") or len(b.shape) < 2:
+        raise Unsupported("a matrix product with a vector")
+    transposed = node.op == "aten.linear.default"
+    # Where all batches have one second operand, they are rows of one product.
+    lead = shape[:-1] if len(b.shape) == 2 else shape[-2:-1]
+    batch = shape[: len(shape) - 1 - len(lead)]
+    batch_shape, rows_shape = (tuple(map(from_dim, dims)) for dims in (batch, lead))
+
+    def a_at(z: Index, m: Index, k: Position) -> Position:
+        return (*_batch_at(z, batch_shape, a.shape[: len(a.shape) - 1 - len(lead)]), *unravel(m, rows_shape), *k)
+
+    def b_at(z: Index, n: Index, k: Position) -> Position:
+        return (n, *k) if transposed else (*_batch_at(z, batch_shape, b.shape[:-2]), *k, n)
+
+    return Product(
+        out=out,
+        axis=len(shape) - 1,
+        batch=dim_expr("*", 1, *batch),
+        rows=dim_expr("*", 1, *lead),
+        columns=shape[-1],
+        grouped=False,
+        taps=(),
+        depth=tensor_type(argument(node, first)).shape[-1],
+        channels_last=True,
+        a=a,
+        b=b,
+        a_at=a_at,
+        b_at=b_at,
+        finish=_finish(region, node, out, added),
+    )
+
+
+def _batch_at(z: Index, batch: Position, own: Position) -> Position:
+    """The position of a batch in the leading dimensions of an operand, some of which may be broadcast."""
+    position = unravel(z, batch)[len(batch) - len(own) :]
+    return tuple(ZERO if size == ONE else at for at, size in zip(position, own, strict=True))
+
+
+def _finish(region: Region, node: Node, out: Load, added: str) -> Callable[[Tensor], Tensor]:
+    beta, alpha = (node.arg(name, 1) for name in ("beta", "alpha"))
+    if not isinstance(beta, int | float) or not isinstance(alpha, int | float):
+        raise Unsupported("a factor of a matrix product that is a dim")
+    other = None
+    if added and node.arg(added) is not None and beta != 0:
+        other = region.values[argument(node, added).name]
+
+    def finish(total: Tensor) -> Tensor:
+        found = total if alpha == 1 else pointwise(A * B, "f32", total, number(alpha, "f32"))
+        if other is None:
+            return found
+        scaled = cast(other, "f32")
+        scaled = scaled if beta == 1 else pointwise(A * B, "f32", scaled, number(beta, "f32"))
+        return pointwise(A + B, out.dtype, found, scaled)
+
+    return finish
+
+
+# ---- split-K ---------------------------------------------------------------------------------------------------------
+
+
+def gemm_split(body: Graph, name: str, parts: int) -> Graph:
+    """`body`, of the kernel `name`, with the depth of its product in `parts`; see `split_anchor`."""
+    anchor = next(node for node in body.nodes if node.op in OPS)
+    return split_anchor(body, name, anchor, parts, _product, _product_sum, PRODUCTS[anchor.op].added)
+
+
+def _merged(a: Value, b: Value) -> bool:
+    """Whether all batches have one second operand, so that they are rows of one product."""
+    return len(type_of(b).shape) == 2 and len(type_of(a).shape) != 2
+
+
+def _product(calls: BodyBuilder, anchor: Node, parts: int) -> tuple[Value, ...]:
+    """[parts, *batch, rows, columns]: a product of [parts, *batch, rows, depth / parts] and the like."""
+    a, b = (argument(anchor, name) for name in PRODUCTS[anchor.op][:2])
+    if anchor.op == "aten.linear.default":
+        b = calls.permute(b, (1, 0))
+    if _merged(a, b):
+        *lead, depth = type_of(a).shape
+        a = calls.reshape(a, (dim_expr("*", 1, *lead), depth))
+    rank = max(len(type_of(a).shape), len(type_of(b).shape))
+    shape = _broadcast(type_of(a).shape[:-2], type_of(b).shape[:-2])
+    shape = (parts, *shape, type_of(a).shape[-2], type_of(b).shape[-1])
+    sides = []
+    for side, axis in ((a, -1), (b, -2)):
+        own = len(type_of(side).shape)
+        side = calls.move_to_front(calls.split_dim(side, own + axis, parts), own + axis)
+        for _ in range(rank - own):
+            side = calls.unsqueeze(side, 1)
+        sides.append(calls.cast(side, "f32"))
+    return (calls.call("matmul.default", TensorType("f32", shape, contiguous(shape)), self=sides[0], other=sides[1]),)
+
+
+def _broadcast(one: tuple[Dim, ...], two: tuple[Dim, ...]) -> tuple[Dim, ...]:
+    rank = max(len(one), len(two))
+    pairs = zip((1,) * (rank - len(one)) + one, (1,) * (rank - len(two)) + two, strict=True)
+    return tuple(b if a == 1 else a for a, b in pairs)
+
+
+def _product_sum(calls: BodyBuilder, anchor: Node, partials: tuple[Value, ...]) -> Value:
+    (result,) = anchor.outputs
+    assert result is not None
+    parts = calls.unbind(partials[0], 0)
+    total = added(calls, parts, type_of(parts[0]).strides)
+    total = calls.reshape(total, type_of(result).shape)
+    alpha, beta = anchor.arg("alpha", 1), anchor.arg("beta", 1)
+    if alpha != 1:
+        total = calls.pointwise("mul.Scalar", total, other=alpha)
+    term = anchor.arg(PRODUCTS[anchor.op].added)
+    if isinstance(term, Value) and beta != 0:
+        other = term if beta == 1 else calls.pointwise("mul.Scalar", calls.cast(term, "f32"), other=beta)
+        total = calls.pointwise("add.Tensor", total, other=other)
+    return total
+
+
+# ---- library calls ---------------------------------------------------------------------------------------------------
+
+
+def _others(region: Region, name: str, arch: Arch, us: float) -> Iterator[Offer]:
+    parts, split_us = best_parts(region, gemm_product(region), arch)
+    yield from splits(gemm_split, region.body, name, parts, split_us * MODEL_ERROR, us)
+    assert region.anchor is not None
+    usual = _starts_at_16_bytes(region.anchor)
+    after_us = loop_time(region, arch) if any(isinstance(one, Pointwise) for one in everything(region.outputs)) else 0.0
+    yield Offer("library", library_us(FAMILY.name, region, arch, us, after_us, usual))
+    fused = _with_activation(region.body)
+    if fused is not None:
+        yield Offer("cublaslt", library_us(FAMILY.name, region, arch, us, 0.0, usual), fused)
+
+
+def _starts_at_16_bytes(anchor: Node) -> bool:
+    """Whether rows can all begin at multiples of 16 bytes: a product of 512 x 768 x 50257 took a library four times as
+    long as a kernel."""
+    types = [value.type for value in (*anchor.inputs, *anchor.outputs) if value is not None]
+    shapes = [type_.shape for type_ in types if isinstance(type_, TensorType) and len(type_.shape) > 1]
+    return all(typical(shape[-1]) % 8 == 0 for shape in shapes)
+
+
+def _with_activation(body: Graph) -> Graph | None:
+    """`body` as one call of cuBLASLt (`aten._addmm_activation`), where it is a product in half precision with a bias
+    and a ReLU or tanh GELU."""
+    *before, anchor, last = flat(body) if len(body.nodes) > 1 else body.nodes * 2
+    is_gelu = last.op == "aten.gelu.default" and last.arg("approximate") == "tanh"
+    if anchor.op not in OPS or not (is_gelu or last.op == "aten.relu.default") or last.inputs != anchor.outputs:
+        return None
+    bias, result = anchor.arg(PRODUCTS[anchor.op].added), body.outputs[0]
+    if not isinstance(bias, Value) or len(type_of(bias).shape) != 1 or type_of(bias).dtype not in ("f16", "bf16"):
+        return None
+    if body.outputs != last.outputs or (anchor.arg("alpha", 1), anchor.arg("beta", 1)) != (1, 1):
+        return None
+    assert isinstance(result, Value)
+    if type_of(result).strides != contiguous(type_of(result).shape):
+        return None
+    calls = BodyBuilder({value.name for value in body.values()} | body.syms.keys(), before)
+    first, second = (argument(anchor, operand) for operand in PRODUCTS[anchor.op][:2])
+    if anchor.op == "aten.linear.default":
+        second = calls.permute(second, (1, 0))
+    *lead, columns = type_of(result).shape
+    rows = dim_expr("*", 1, *lead)
+    shape = rows, columns
+    total = calls.call(
+        "_addmm_activation.default",
+        TensorType(type_of(result).dtype, shape, contiguous(shape)),
+        self=bias,
+        mat1=calls.reshape(first, (rows, type_of(first).shape[-1])),
+        mat2=second,
+        **({"use_gelu": True} if is_gelu else {}),
+    )
+    calls.reshape(total, type_of(result).shape)
+    calls.name_last(result)
+    return Graph("import", body.inputs, nodes=tuple(calls.nodes), outputs=(result,))
+
+
+def _expected_us(region: Region, arch: Arch, config: GemmConfig) -> float:
+    return MODEL_ERROR * config_us(region, gemm_product(region), arch, config)
+
+
+OPS = frozenset(op for op, kind in ANCHORS.items() if kind == "gemm")
+FAMILY = Family("gemm", OPS, gemm_configs, gemm_kernel, _expected_us, gemm_split, _others)

@@ -1,0 +1,76 @@
+"""What matrix products, convolutions and attention multiply: the operands of each operator by name, and its FLOPs.
+
+Everything that has to know them (fusion, code generation, the choice of tactics, profiles) reads this table. It needs
+neither torch nor triton.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from torch_rtx.ir import Dim, Node, TensorType, Value
+
+
+class Operands(NamedTuple):
+    """The names of the arguments of a product: what is multiplied, and what is added to it ("": nothing)."""
+
+    first: str
+    second: str
+    added: str = ""
+
+
+PRODUCTS: Mapping[str, Operands] = {
+    "aten.mm.default": Operands("self", "mat2"),
+    "aten.bmm.default": Operands("self", "mat2"),
+    "aten.matmul.default": Operands("self", "other"),
+    "aten.linear.default": Operands("input", "weight", "bias"),
+    "aten.addmm.default": Operands("mat1", "mat2", "self"),
+    "aten.baddbmm.default": Operands("batch1", "batch2", "self"),
+    "aten.mv.default": Operands("self", "vec"),
+    "aten.dot.default": Operands("self", "tensor"),
+    "aten._int_mm.default": Operands("self", "mat2"),
+    "aten._scaled_mm.default": Operands("self", "mat2", "bias"),
+    "aten._addmm_activation.default": Operands("mat1", "mat2", "self"),
+}
+# Operators that a kernel is built around, by the name of the family that has kernels for them: a kernel has one of them
+# at most, the rest of its operations come before and after. The word is TVM's.
+ANCHORS: Mapping[str, str] = {
+    **dict.fromkeys((f"aten.{op}.default" for op in ("mm", "addmm", "bmm", "baddbmm", "linear", "matmul")), "gemm"),
+    **dict.fromkeys((f"aten.{op}.default" for op in ("conv1d", "conv2d", "conv3d", "convolution")), "conv"),
+    "aten.scaled_dot_product_attention.default": "attention",
+    "torch_rtx.attention_partial.default": "attention",
+}
+
+
+def flops(node: Node, size: Callable[[Dim], int]) -> int:
+    """Twice the multiplications of a product, a convolution or an attention (masked or not); 0 for other operations.
+
+    Args:
+        size: the number for a dim.
+    """
+    name = node.op.split(".")[1] if node.op.count(".") == 2 else node.op
+    result = node.outputs[0] if node.outputs else None
+    if result is None or node.kind == "fallback":
+        return 0
+    if node.op in PRODUCTS:
+        return 2 * _numel(result, size) * _shape(node.arg(PRODUCTS[node.op].first), size)[-1]
+    if name.removeprefix("cudnn_").startswith("conv") and "backward" not in name:
+        swapped = "transpose" in name or node.arg("transposed") is True
+        weight = _shape(node.arg("weight"), size)
+        return 2 * _numel(node.arg("input") if swapped else result, size) * math.prod(weight[1:])
+    if ("scaled_dot_product" in name or name == "attention_partial") and "backward" not in name:
+        keys = _shape(node.arg("key"), size)[-2]
+        return 2 * keys * (_numel(node.arg("query"), size) + _numel(result, size))
+    return 0
+
+
+def _shape(value: object, size: Callable[[Dim], int]) -> list[int]:
+    assert isinstance(value, Value)
+    assert isinstance(value.type, TensorType)
+    return [size(dim) for dim in value.type.shape]
+
+
+def _numel(value: object, size: Callable[[Dim], int]) -> int:
+    return math.prod(_shape(value, size))

@@ -1,0 +1,297 @@
+"""Border tensors of a captured graph: how each input gets in and how each result gets out.
+
+Inputs are `InPlace | Copied | Pinned`. Results are `Fresh | Alias | View | Pinned | Late`; a fresh one lies in a buffer
+that each replay allocates and fills `InPlace | Copied`. `Inputs` and `Results` decide. They hold tensors of the capture
+and end with it; a replay needs the `Source` of each input, the `Like` of each buffer and the kind of each result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from torch_rtx import aten
+from torch_rtx.errors import InputError
+from torch_rtx.ir import Graph, TensorType, Value, evaluate
+from torch_rtx.runtime.check import bind_sizes
+from torch_rtx.runtime.code import PLACED, aligned, copy_strided, restride
+from torch_rtx.runtime.graph_params import GraphNodes, Slots
+
+# A pointer set in one kernel costs about 1 us of host time. A captured copy costs 2 us of host and 2 us of device time,
+# and 1 us of device time more per BYTES_PER_KERNEL.
+KERNELS_PER_COPY = 4
+BYTES_PER_KERNEL = 512 << 10
+Uses = Mapping[str, tuple[str, int]]  # see `kernel_uses`
+Strides = tuple[int, ...]
+Like = tuple[tuple[int, ...], Strides, torch.dtype]  # shape, strides, dtype
+
+
+@dataclass(frozen=True, eq=False)
+class InPlace:
+    """Kernels alone touch the tensor: each replay points them to the caller's input, or to a new tensor.
+
+    Attributes:
+        memory: of the tensor that stands for it in the capture.
+        uses: how many kernel arguments must point into `memory`.
+    """
+
+    memory: torch.UntypedStorage
+    uses: int
+
+
+@dataclass(frozen=True, eq=False)
+class Copied:
+    """A node of the graph copies an input into the graph's memory, or a result from there to a new tensor."""
+
+    source: torch.Tensor
+    target: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Pinned:
+    """The value of the capture serves every replay: a number, an empty input, or memory that outlives the graph."""
+
+    value: Any
+
+    def result(self, inputs: Sequence[Any], fresh: Sequence[torch.Tensor]) -> Any:
+        """The result of a replay with these inputs and buffers, after the launch."""
+        return self.value.detach() if isinstance(self.value, torch.Tensor) else self.value
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """A result in buffer `index` of the replay: all of it, or the `part` with this shape, strides and offset."""
+
+    index: int
+    part: tuple[tuple[int, ...], Strides, int] | None = None
+
+    def result(self, inputs: Sequence[Any], fresh: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The result of a replay with these inputs and buffers, after the launch."""
+        return fresh[self.index] if self.part is None else PLACED(fresh[self.index], *self.part)
+
+
+@dataclass(frozen=True)
+class Alias:
+    """A result that is the caller's input `index` itself."""
+
+    index: int
+
+    def result(self, inputs: Sequence[Any], fresh: Sequence[torch.Tensor]) -> Any:
+        """The result of a replay with these inputs and buffers, after the launch."""
+        return inputs[self.index]
+
+
+@dataclass(frozen=True)
+class View:
+    """A result that is a view of the caller's input `index`.
+
+    Attributes:
+        strides: those of the input in the capture.
+        above: bytes from the input's first element to the view's.
+    """
+
+    index: int
+    name: str
+    strides: Strides
+    above: int
+    like: Like
+
+    def result(self, inputs: Sequence[Any], fresh: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The result of a replay with these inputs and buffers, after the launch.
+
+        Raises:
+            InputError: the view's dtype is wider than the input's, and the input is not aligned to it.
+        """
+        shape, strides, dtype = self.like
+        tensor = restride(inputs[self.index], self.strides).detach()
+        start, rest = divmod(_start(tensor) + self.above, dtype.itemsize)
+        if rest:
+            raise InputError(f"input {self.name!r} does not begin at a multiple of the size of {dtype}")
+        if tensor.dtype != dtype:
+            tensor = tensor.new_empty(0, dtype=dtype).set_(tensor.untyped_storage(), 0, (0,), (1,))
+        return tensor.as_strided(shape, strides, start)
+
+
+@dataclass(frozen=True, eq=False)
+class Late:
+    """A result that each replay copies after the launch: empty, or a thin slice of something large."""
+
+    value: torch.Tensor
+
+    def result(self, inputs: Sequence[Any], fresh: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The result of a replay with these inputs and buffers, after the launch."""
+        return copy_strided(self.value, self.value.stride())
+
+
+class Source(NamedTuple):
+    """What a replay reads of an input: `fit(inputs[position], strides)`."""
+
+    position: int
+    strides: Strides
+    fit: Callable[[torch.Tensor, Strides], torch.Tensor]
+
+
+Result = Fresh | Alias | View | Pinned | Late
+
+
+def is_worth(kernels: int, nbytes: int) -> bool:
+    """Setting a pointer in so many kernels costs less than copying so many bytes."""
+    return kernels <= KERNELS_PER_COPY + nbytes // BYTES_PER_KERNEL
+
+
+class Inputs:
+    """The inputs of a capture; made before it, entered in it.
+
+    Args:
+        written: positions of the inputs that the program writes to, which are captured at their address.
+
+    Attributes:
+        names: of all inputs.
+        sources: what a replay reads, in the order of `slots`.
+        tensors: what the captured code reads.
+        stand_ins: by the address of its memory, the position of each input that replays replace.
+    """
+
+    def __init__(self, graph: Graph, inputs: Sequence[Any], written: Collection[int], uses: Uses) -> None:
+        self.names, self.tensors = [value.name for value in graph.inputs], list(inputs)
+        self.sources: list[Source] = []
+        self._given: dict[int, torch.Tensor] = {}  # to be copied
+        self._kinds: dict[int, InPlace | Copied] = {}
+        sizes = bind_sizes(graph, inputs)
+        for index, (value, given) in enumerate(zip(graph.inputs, inputs, strict=True)):
+            if index in written or not isinstance(value.type, TensorType):
+                continue
+            strides = tuple(evaluate(dim, sizes) or 0 for dim in value.type.strides)
+            _, count = uses.get(value.name, ("", None))
+            if not given.numel():
+                self.tensors[index] = torch.empty_like(given)
+            elif count is not None and is_worth(count, given.nbytes) and aligned(given, strides) is given:
+                stand_in = torch.empty_strided(given.shape, strides, dtype=given.dtype, device=given.device)
+                self.tensors[index], self._kinds[index] = stand_in, InPlace(stand_in.untyped_storage(), count)
+                self.sources.append(Source(index, strides, aligned))
+            else:
+                strides = torch.empty_like(given, device="meta").stride()
+                self._given[index] = restride(given, strides)
+                self.sources.append(Source(index, strides, restride))
+
+    def enter(self) -> None:
+        """Capture the copies."""
+        for index, given in self._given.items():
+            self.tensors[index] = torch.empty_like(given).copy_(given)
+            self._kinds[index] = Copied(given, self.tensors[index])
+        self.stand_ins = {self.tensors[index].untyped_storage().data_ptr(): index for index in self._kinds}
+
+    def slots(self, nodes: GraphNodes) -> dict[str, Slots | None]:
+        """By name, where a replay sets the address of each source; None if kernels got another pointer."""
+        kinds = [(self.names[source.position], self._kinds[source.position]) for source in self.sources]
+        return {name: _slots(kind, nodes, 0) for name, kind in kinds}
+
+
+class Results:
+    """The results of a capture, and how replays return them; made in the capture.
+
+    Args:
+        results: what the captured code returned.
+        pinned: addresses of the memory of weights and of inputs that are captured at their address.
+        static: results stay in the graph's memory.
+
+    Attributes:
+        kinds: one per result.
+        likes: one per buffer.
+    """
+
+    def __init__(
+        self, graph: Graph, results: Sequence[Any], inputs: Inputs, pinned: Collection[int], uses: Uses, static: bool
+    ) -> None:
+        self.likes: list[Like] = []
+        self._buffers: dict[str, InPlace | Copied] = {}
+        self._names = [attr.name if isinstance(attr, Value) else "" for attr in graph.outputs]
+        # No kernel result lies in an input's memory, although code may have copied it from there.
+        self._uses = {name: use for name, use in uses.items() if use[0] not in inputs.names}
+        kinds: dict[int, Result] = {}
+        groups: dict[tuple[int, int], dict[int, torch.Tensor]] = {}  # results that share memory, by position
+        for position, (name, result) in enumerate(zip(self._names, results, strict=True)):
+            kept = _kept(name, result, inputs, pinned, static)
+            if kept is None:
+                key = result.untyped_storage().data_ptr(), 0 if result.numel() else position
+                groups.setdefault(key, {})[position] = result
+            else:
+                kinds[position] = kept
+        for group in groups.values():
+            kinds |= self._in_place(group) or {position: self._copied(position, group[position]) for position in group}
+        self.kinds = [kinds[position] for position in range(len(results))]
+
+    @property
+    def are_buffers(self) -> bool:
+        """The results are the buffers, in order."""
+        return self.kinds == [Fresh(index) for index in range(len(self.likes))]
+
+    def _buffer(self, name: str, like: Like, kind: InPlace | Copied) -> int:
+        self._buffers[name] = kind
+        self.likes.append(like)
+        return len(self.likes) - 1
+
+    def _in_place(self, group: Mapping[int, torch.Tensor]) -> dict[int, Result] | None:
+        """Let kernels write results that share memory into one buffer; None if they have to be copied."""
+        owners = {self._uses.get(self._names[position]) for position in group}
+        owner, first = owners.pop(), next(iter(group.values()))
+        memory = first.untyped_storage()
+        length = memory.nbytes() // first.element_size()
+        if owners or owner is None or any(result.dtype != first.dtype for result in group.values()):
+            return None
+        if not is_worth(owner[1], memory.nbytes()) or length > 2 * sum(result.numel() for result in group.values()):
+            return None
+        whole = len(group) == 1 and aten.extent(first.shape, first.stride()) == length
+        like = _like(first) if whole else ((length,), (1,), first.dtype)
+        index = self._buffer(owner[0], like, InPlace(memory, owner[1]))
+        return {position: Fresh(index, None if whole else _part(result)) for position, result in group.items()}
+
+    def _copied(self, position: int, result: torch.Tensor) -> Result:
+        """Capture the copy of a result to a buffer, with what lies between its elements unless that is most of it."""
+        extent = aten.extent(result.shape, result.stride())
+        if not 0 < extent <= 2 * result.numel():
+            return Late(result)
+        source = result.as_strided((extent,), (1,))
+        target = torch.empty_like(source).copy_(source)
+        return Fresh(self._buffer(f"_{position}", _like(result), Copied(source, target)))
+
+    def slots(self, nodes: GraphNodes) -> dict[str, Slots | None]:
+        """By name, where a replay sets the address of each buffer; None if kernels got another pointer."""
+        return {name: _slots(kind, nodes, 1) for name, kind in self._buffers.items()}
+
+
+def _slots(kind: InPlace | Copied, nodes: GraphNodes, side: int) -> Slots | None:
+    """The slots of an input (`side` 0: the source of a copy) or of a buffer (1: its target)."""
+    if isinstance(kind, InPlace):
+        return nodes.kernels(kind.memory, kind.uses)
+    return nodes.copy(kind.source, kind.target)[side]
+
+
+def _kept(name: str, result: Any, inputs: Inputs, pinned: Collection[int], static: bool) -> Result | None:
+    """The kind of a result that is no new tensor; None if each replay has to make one."""
+    if name in inputs.names:
+        return Alias(inputs.names.index(name))
+    if not isinstance(result, torch.Tensor):
+        return Pinned(result)
+    storage = result.untyped_storage().data_ptr()
+    if storage in inputs.stand_ins and storage not in pinned:
+        index = inputs.stand_ins[storage]
+        own = inputs.tensors[index]
+        return View(index, inputs.names[index], own.stride(), _start(result) - _start(own), _like(result))
+    return Pinned(result) if static or storage in pinned else None
+
+
+def _like(tensor: torch.Tensor) -> Like:
+    return tuple(tensor.shape), tensor.stride(), tensor.dtype
+
+
+def _part(tensor: torch.Tensor) -> tuple[tuple[int, ...], Strides, int]:
+    return tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset())
+
+
+def _start(tensor: torch.Tensor) -> int:
+    """Bytes from the beginning of a tensor's memory to its first element."""
+    return int(tensor.storage_offset()) * tensor.element_size()

@@ -1,0 +1,99 @@
+"""What a node costs for given sizes, by its types alone: bytes of memory traffic, and operations of its products."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch_rtx import aten
+from torch_rtx.ir import COPY, Dim, Node, ScalarType, TensorType, Value, evaluate
+from torch_rtx.op_work import flops
+
+# By operator: the argument that is a table, of which a call reads as many elements as it returns.
+GATHERS = {"embedding": "weight", "index_select": "self", "gather": "self", "index": "self"}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a node has to do at least.
+
+    Attributes:
+        read, written: bytes; each tensor counts once, and a table only with the rows that are taken from it.
+        flops: additions and multiplications of matrix products, convolutions and attention (masked or not); 0 for all
+            other operations.
+    """
+
+    read: int
+    written: int
+    flops: int
+
+
+def cost(node: Node, sizes: dict[str, int]) -> Cost | None:
+    """What `node` costs where the symbols are `sizes`; None where a size depends on data."""
+    try:
+        read, written = _traffic(node, sizes)
+        return Cost(read, written, sum(flops(step, lambda dim: _number(dim, sizes)) for step in steps(node)))
+    except LookupError:
+        return None
+
+
+def steps(node: Node) -> Iterator[Node]:
+    """The operations inside of a kernel, and inside of kernels in it; of any other node, itself."""
+    for step in node.body.nodes if node.body is not None else ():
+        yield from steps(step)
+    if node.body is None:
+        yield node
+
+
+def is_view(node: Node) -> bool:
+    """Whether the node moves no data."""
+    return node.kind == "view" or (node.kind == "op" and aten.is_view(aten.overload(node.op)))
+
+
+def _traffic(node: Node, sizes: dict[str, int]) -> tuple[int, int]:
+    if is_view(node):
+        return 0, 0
+    if node.writes:
+        target, *rest = node.inputs
+        part = node.arg(
+            "source", node.arg("values", node.arg("src"))
+        )  # of an update; a single number counts as nothing
+        written = target if node.op == COPY else part if isinstance(part, Value) else None
+        return sum(_bytes(value, sizes) for value in rest), _bytes(written, sizes)
+    body, given = ((node,), node.inputs) if node.body is None else (node.body.nodes, node.body.inputs)
+    read = 0
+    for value in dict.fromkeys(given):
+        users = [step for step in body if value in step.inputs]
+        gathers = [step for step in users if step.arg(GATHERS.get(operator(step.op), "")) == value]
+        whole = _bytes(value, sizes)
+        taken = [_bytes(step.outputs[0], sizes) for step in gathers]
+        read += min(whole, sum(taken)) if users and len(gathers) == len(users) else whole
+    return read, sum(_bytes(value, sizes) for value in node.outputs)
+
+
+def operator(op: str) -> str:
+    """`linear` of `aten.linear.default`; names of kernels and of Python functions as they are."""
+    parts = op.split(".")
+    return parts[1] if len(parts) == 3 else op
+
+
+def _shape(value: object, sizes: dict[str, int]) -> list[int]:
+    assert isinstance(value, Value)
+    assert isinstance(value.type, TensorType)
+    return [_number(dim, sizes) for dim in value.type.shape]
+
+
+def _bytes(value: Value | None, sizes: dict[str, int]) -> int:
+    """Of the tensor in memory, where what is expanded is one element."""
+    if value is None or isinstance(value.type, ScalarType):
+        return 0
+    pairs = zip(_shape(value, sizes), value.type.strides, strict=True)
+    return math.prod(size for size, stride in pairs if stride != 0) * aten.DTYPES[value.type.dtype].itemsize
+
+
+def _number(dim: Dim, sizes: dict[str, int]) -> int:
+    number = evaluate(dim, sizes)
+    if number is None:
+        raise LookupError(f"no input determines {dim}")
+    return number

@@ -1,0 +1,101 @@
+"""What the graphs of a session on a GPU of this machine are tuned with."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+
+from torch_rtx.artefacts import Artefacts
+from torch_rtx.cache.runtime import RuntimeCache
+from torch_rtx.cache.runtime_file import DeviceKey
+from torch_rtx.ir import Graph, Node, kernel_nodes
+from torch_rtx.runtime import driver as driver_api
+from torch_rtx.runtime.background import BACKGROUND
+from torch_rtx.runtime.bind import bind
+from torch_rtx.runtime.candidate_check import microseconds
+from torch_rtx.runtime.compile_client import COMPILE_CLIENT
+from torch_rtx.runtime.driver import checked
+from torch_rtx.runtime.launch import Gpu, LoadedTactic, gpu_of, load, load_tactics
+from torch_rtx.runtime.tuner import TuningContext
+from torch_rtx.runtime.tuning_db import TuningDatabase, region_key
+from torch_rtx.settings import BEST, RuntimeSettings, opens_stages, runtime_cache_path
+from torch_rtx.tactics import Candidate, KernelTable
+from torch_rtx.targets import arch_of
+
+log = logging.getLogger(__name__)
+
+
+def tactics_and_context(
+    table: KernelTable, graph: Graph, device: torch.device, settings: RuntimeSettings
+) -> tuple[Mapping[str, LoadedTactic], TuningContext | None]:
+    """The tactics of an engine that can be used at once, and what tuners work with; None: nothing is tuned.
+
+    Args:
+        table: the engine's kernels.
+    """
+    driver = driver_api.driver() if device.type == "cuda" else None
+    if driver is None or settings.tactics != BEST:
+        return load_tactics(table, graph, device, settings.tactics), None
+    gpu = gpu_of(driver, device.index)
+    BACKGROUND.on_stop(COMPILE_CLIENT.stop)
+    open_store = partial(_runtime_cache, gpu, device, settings)
+    context = TuningContext(
+        TuningDatabase(gpu.sm, COMPILE_CLIENT, open_store, Artefacts.at(settings.dump_dir, settings.override_dir)),
+        load=partial(_load, gpu, open_store),
+        jit=partial(load_tactics, table, graph, device, open_store=open_store),
+        time=microseconds(device),
+        background=BACKGROUND,
+    )
+    at_once = settings.specialization_strategy != "lazy"
+    return load_tactics(table, graph, device, jit=at_once, open_store=open_store), context
+
+
+def _load(gpu: Gpu, open_store: Callable[[], RuntimeCache | None], node: Node, candidate: Candidate) -> LoadedTactic:
+    target = arch_of(gpu.sm).target
+    return load(gpu, node, candidate.tactic, target, candidate.binaries, open_store() if target.ptx else None)
+
+
+def _runtime_cache(gpu: Gpu, device: torch.device, settings: RuntimeSettings) -> RuntimeCache | None:
+    path = None if opens_stages(settings) else runtime_cache_path(settings)
+    return None if path is None else _open(path, settings.runtime_cache_size, device_key(gpu, device))
+
+
+_open = cache(lambda path, size, key: RuntimeCache(path, key, size=size))  # one per file and device
+
+
+def device_key(gpu: Gpu, device: torch.device) -> DeviceKey:
+    """The device that a tuning result is valid for."""
+    driver = int(checked(gpu.driver.cuDriverGetVersion()))
+    return DeviceKey(torch.cuda.get_device_name(device), gpu.sm, driver, versions())
+
+
+def pregenerate(graph: Graph, sizes: Mapping[str, int], device: DeviceKey, path: str) -> int:
+    """Put the tactics expected to be fastest on a GPU that need not be here in a runtime cache; returns how many.
+
+    Args:
+        graph: of an engine whose regions are formed.
+        sizes: numbers of its symbols, by name; none: for any sizes.
+        device: the GPU; its `versions` are filled in.
+
+    Raises:
+        KernelError: see `CompileClient.build`.
+    """
+    bodies = (node.body for node in kernel_nodes(bind(graph, sizes)) if node.body is not None)
+    wanted = {region_key(body): (body, 0) for body in bodies}
+    with closing(RuntimeCache(path, replace(device, versions=versions()))) as store:
+        return len(TuningDatabase(device.sm, COMPILE_CLIENT, lambda: store).candidates(wanted))
+
+
+@cache
+def versions() -> str:
+    """What generates kernels, in short: a digest of its sources."""
+    home = Path(__file__).parents[1] / "lowering" / "kernels"
+    sources = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(home.rglob("*.py"))))
+    return f"kernels {sources.hexdigest()[:12]}"

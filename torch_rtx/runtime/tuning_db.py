@@ -1,0 +1,232 @@
+"""The tuning database: candidates that were compiled for regions, and which tactic of a region was measured fastest.
+
+A region is known by the text of its operations and types, not by its place in a model. Records go to the runtime cache,
+if there is one; the compile worker is asked only for what the cache lacks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from base64 import b64decode, b64encode
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from importlib import metadata
+from typing import Any, Protocol
+
+from torch_rtx.artefacts import Artefacts
+from torch_rtx.errors import InvalidIR, KernelError
+from torch_rtx.ir import Graph
+from torch_rtx.runtime.bind import without_locations
+from torch_rtx.runtime.launch import Store
+from torch_rtx.tactics import Candidate, check_tactic, digest, read_tactic, write_tactic
+from torch_rtx.targets import Target, arch_of
+
+log = logging.getLogger(__name__)
+Bodies = Mapping[str, tuple[Graph, int]]  # by name, with the rank of the first tactic to try
+NONE = Artefacts()
+FAILURES = 2  # after so many failures with no success, assume that the toolchain is broken
+NEGATIVE_ENTRY = b""  # the value of a key under which there is no candidate
+KERNEL, TACTIC = "kernel", "tactic"  # kinds of entries
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The fastest tactic of a region, by measurement.
+
+    Attributes:
+        name: its key in `microseconds`.
+        rank: see `Candidate`; None: the tactic that the engine brought.
+        microseconds: what each tactic took, by name.
+    """
+
+    name: str
+    rank: int | None
+    microseconds: Mapping[str, float]
+
+
+class Compiler(Protocol):
+    """Compiles candidates: `CompileClient`."""
+
+    def build(self, bodies: Bodies, sm: int, artefacts: Artefacts) -> Mapping[str, Candidate]:
+        """Per name the first tactic that fits the GPU, from a rank on; `artefacts` gets the stages of its kernels."""
+
+
+class TuningDatabase:
+    """Candidates and choices for one SM version.
+
+    Args:
+        compiler: compiles candidates.
+        open_store: opens what outlives the process, if anything does; called when it is first needed.
+        artefacts: where the stages of kernels are written and overridden.
+    """
+
+    def __init__(
+        self,
+        sm: int,
+        compiler: Compiler,
+        open_store: Callable[[], Store | None] = lambda: None,
+        artefacts: Artefacts = NONE,
+    ) -> None:
+        self.sm, self._compiler, self._open_store, self._artefacts = sm, compiler, open_store, artefacts
+
+    @cached_property
+    def _store(self) -> Store | None:
+        return self._open_store()
+
+    @property
+    def opened(self) -> Store | None:
+        """What outlives the process, if it was needed already."""
+        found: Store | None = self.__dict__.get("_store")
+        return found
+
+    def candidates(self, wanted: Bodies) -> dict[str, Candidate]:
+        """Per region the first tactic that fits the GPU from a rank on; regions without one are left out.
+
+        Args:
+            wanted: bodies and ranks, by the keys of the regions.
+
+        Raises:
+            KernelError: see `CompileClient.build`; not where some candidates were known.
+        """
+        found: dict[str, Candidate] = {}
+        missing: dict[str, tuple[Graph, int]] = {}
+        for key, (body, first) in wanted.items():
+            stored = None if self._store is None else self._store.get(KERNEL, f"{key} {first}")
+            known = None if stored is None else _read(stored, body)
+            if known is not None:
+                found[key] = known
+            elif stored != NEGATIVE_ENTRY:
+                missing[key] = body, first
+        if not missing:
+            return found
+        try:
+            built, refused = self._each({name_of(key): entry for key, entry in missing.items()})
+        except KernelError as error:
+            if not found:
+                raise
+            log.warning("%d of %d kernels are not compiled: %s", len(missing), len(wanted), error)
+            return found
+        for key, (_, first) in missing.items():
+            made = built.get(name_of(key))
+            if made is not None:
+                found[key] = made
+            if self._store is not None and name_of(key) not in refused:
+                value = NEGATIVE_ENTRY if made is None else write_candidate(made, arch_of(self.sm).target)
+                self._store.put(KERNEL, f"{key} {first}", value)
+        return found
+
+    def _each(self, wanted: Bodies) -> tuple[Mapping[str, Candidate], Mapping[str, KernelError]]:
+        """What can be built, together or else one by one, and by name what is wrong with the others: a kernel that the
+        compiler refuses, or that ends it, costs nobody but itself.
+
+        Raises:
+            KernelError: nothing can be compiled here, as it seems.
+        """
+        try:
+            return self._compiler.build(wanted, self.sm, self._artefacts), {}
+        except KernelError:
+            if len(wanted) == 1:
+                raise
+        built: dict[str, Candidate] = {}
+        refused: dict[str, KernelError] = {}
+        for name, entry in wanted.items():
+            try:
+                built.update(self._compiler.build({name: entry}, self.sm, self._artefacts))
+            except KernelError as error:
+                refused[name] = error
+                if len(refused) == FAILURES and not built:
+                    raise
+        for name, problem in refused.items():
+            log.warning("%s is not compiled: %s", name, problem)
+        return built, refused
+
+    def choice(self, key: str) -> Choice | None:
+        """The tactic of a region that was measured fastest; None: nothing was measured."""
+        stored = None if self._store is None else self._store.get(TACTIC, key)
+        if stored is None:
+            return None
+        try:
+            given = json.loads(stored)
+            times = {str(name): float(time) for name, time in given["microseconds"].items()}
+            return Choice(str(given["name"]), None if given["rank"] is None else int(given["rank"]), times)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            log.warning("a tactic in the runtime cache can't be read, the region is measured again: %s", error)
+            return None
+
+    def remember(self, key: str, choice: Choice) -> None:
+        """Keep the fastest tactic of a region, and add the measurements to its ranking."""
+        files = self._artefacts.of(name_of(key), arch_of(self.sm).target)
+        files.write(
+            "ranking", "".join(f"measured {t:.2f} us: {n}\n" for n, t in choice.microseconds.items()), append=True
+        )
+        if self._store is not None:
+            self._store.put(TACTIC, key, json.dumps(vars(choice)).encode())
+
+
+def region_key(body: Graph) -> str:
+    """The name of a region: equal for equal operations and types, wherever they come from."""
+    return hashlib.sha256(str(_unnamed(without_locations(body))).encode()).hexdigest()[:32]
+
+
+def _unnamed(body: Graph) -> Graph:
+    """`body` without the names of the kernels in it, which are those of the sizes of the capture."""
+    nodes = (
+        node if node.body is None else replace(node, op=node.kind, body=_unnamed(node.body)) for node in body.nodes
+    )
+    return replace(body, nodes=tuple(nodes))
+
+
+def name_of(key: str) -> str:
+    """The name of a region's kernel in its code."""
+    return f"region_{key[:16]}"
+
+
+@cache
+def triton_version() -> str | None:
+    """The version of Triton that is installed here; None: none is."""
+    try:
+        return metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def write_candidate(candidate: Candidate, target: Target) -> bytes:
+    """A candidate as JSON."""
+    binaries = {name: b64encode(stored).decode() for name, stored in candidate.binaries.items()}
+    tactic = write_tactic(candidate.tactic, target)
+    return json.dumps(
+        {"tactic": tactic, "rank": candidate.rank, "binaries": binaries, "triton": triton_version()}
+    ).encode()
+
+
+def _read(stored: bytes, body: Graph) -> Candidate | None:
+    """What was stored; None if that is nothing, it can't be read, or another Triton than the one here made it."""
+    if stored == NEGATIVE_ENTRY:
+        return None
+    try:
+        given = json.loads(stored)
+        if triton_version() not in (None, given["triton"]):
+            log.info("a kernel is compiled again: the one in the runtime cache is of triton %s", given["triton"])
+            return None
+        return read_candidate(given, body)
+    except (ValueError, TypeError, KeyError, AttributeError, InvalidIR) as error:
+        log.warning("a kernel in the runtime cache can't be read, it is compiled again: %s", error)
+        return None
+
+
+def read_candidate(given: Any, body: Graph) -> Candidate:
+    """Inverse of `write_candidate`, for a region of this body.
+
+    Raises:
+        TypeError, ValueError, KeyError, InvalidIR: not such JSON, or a tactic of another region.
+    """
+    binaries = {str(name): b64decode(text, validate=True) for name, text in given["binaries"].items()}
+    (tactic,) = read_tactic(given["tactic"], body.syms).values()
+    check_tactic(tactic, "a region", body)
+    wanted = {variant.binary for launch in tactic.kernels.values() for variant in launch.variants}
+    if wanted != binaries.keys() or any(digest(data) != name for name, data in binaries.items()):
+        raise ValueError("the binaries are not those of the launches")
+    return Candidate(tactic, int(given["rank"]), binaries)
