@@ -12,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup
 
-.PHONY: setup test gpu-test sanitize demo lint clean
+.PHONY: setup quick smoke test gpu-test sanitize demo lint clean
 
 setup: $(STAMP)
 
@@ -26,7 +26,15 @@ $(STAMP): requirements-ci.txt pyproject.toml
 
 lint: setup
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# One minute on two cores: lint beside a few tests of every subsystem.
+quick: setup
+	$(MAKE) --no-print-directory -j2 lint smoke
+
+smoke: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m quick $$(grep -rl --include='*.py' 'mark\.quick' tests)
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not gpu"

@@ -103,6 +103,6 @@ def fresh_dynamo() -> Iterator[None]:
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Any:
     """What the test compiles, see `Recorder`."""
-    from tests.compiled import Recorder
+    from tests.helpers.compiled import Recorder
 
     return Recorder(monkeypatch)

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("triton", reason="kernels are built with Triton, which is not installed")
 
-from tests.kernels import ADD
+from tests.helpers.kernels import ADD
 from torch_rtx.artefacts import Artefacts
 from torch_rtx.errors import KernelError
 from torch_rtx.lowering.kernels import toolchain

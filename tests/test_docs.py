@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import torch_rtx
+from tests.paths import ROOT
 from tests.test_structure import ARROWS
 from torch_rtx import settings
 from torch_rtx.ir import kernel_nodes, verify
@@ -19,7 +20,6 @@ from torch_rtx.lowering.kernels.generate import generate
 from torch_rtx.lowering.pipeline import PASSES, PIPELINE
 from torch_rtx.targets import PORTABLE, arch_of, by_age, parse_targets
 
-ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 SHORT = 2500  # words that a newcomer reads in fifteen minutes
@@ -54,6 +54,7 @@ def test_settings_name_passes_and_modes() -> None:
     assert all(f"`{mode}`" in text for mode in settings.MODES)
 
 
+@pytest.mark.quick
 def test_passes_table() -> None:
     table = table_in("architecture/ir-and-passes.md", "## The passes")
     assert [name for name, _ in rows_of(table)] == list(PASSES)
@@ -140,6 +141,7 @@ def ir_example(page: str) -> str:
     return str(example)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", torch_rtx.__all__)
 def test_public_name(name: str) -> None:
     """A public name has a docstring of its own and typed arguments, and docs/api.md speaks of it."""

@@ -35,6 +35,7 @@ def one_parameter(dtype: str, tensor: torch.Tensor, constant: bool = False) -> E
 # ---- round trip ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick
 def test_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "model.rtx"
     save(ENGINE, path)
@@ -181,6 +182,7 @@ assert "torch" not in sys.modules and "numpy" not in sys.modules
     assert "format 4, built by torch_rtx 0.1.0, torch 2.13.0\n" in result.stdout
 
 
+@pytest.mark.quick
 def test_inspect(tmp_path: Path) -> None:
     size = len(saved(tmp_path / "a.rtx"))
     seen = inspect(tmp_path / "a.rtx")

@@ -63,6 +63,7 @@ def test_damage_is_found(tmp_path: Path, data: st.DataObject) -> None:
             load(path)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("extra", [b"\0", b"trailing bytes"])
 def test_trailing_bytes(tmp_path: Path, extra: bytes) -> None:
     path = tmp_path / "model.rtx"

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import torch_rtx
 from tests.engine_files import ENGINE, forge, saved
-from tests.kernels import GRAPH
+from tests.helpers.kernels import GRAPH
 from torch_rtx import tactics
 from torch_rtx.backend.cli import app
 from torch_rtx.engine import Engine, Manifest, inspect, load, save
@@ -78,6 +78,7 @@ WITH_SPLITS = replace(WITH_KERNELS, kernels=SPLIT_TABLE)
 # ---- round trip ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick
 def test_round_trip(tmp_path: Path) -> None:
     raw = saved(tmp_path / "a.rtx", WITH_KERNELS)
     got = load(tmp_path / "a.rtx")

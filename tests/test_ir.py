@@ -62,6 +62,7 @@ def test_text_reads_back(graph: Graph) -> None:
     assert str(parse(text)) == text
 
 
+@pytest.mark.quick
 def test_text_of_a_program() -> None:
     text = """\
 graph fused {
@@ -254,6 +255,7 @@ def test_the_valid_graph_is_valid() -> None:
     verify(with_weight(W, ("p",), recipe()), ALLOWED)
 
 
+@pytest.mark.quick
 def test_updates_follow_each_other() -> None:
     twice = broken(nodes=(RELU, VIEW, UPDATED, Node("extern", UPDATE, (("self", Z),), (None,))), outputs=(X,))
     verify(twice, ALLOWED)
@@ -261,6 +263,7 @@ def test_updates_follow_each_other() -> None:
     assert with_node("fallback", UPDATE, (("self", X),), (Z,)).written == frozenset()
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("message", "graph"), RULES.items())
 def test_verifier(message: str, graph: Graph) -> None:
     with pytest.raises(InvalidIR, match=message):

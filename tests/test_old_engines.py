@@ -11,8 +11,7 @@ from safetensors.torch import load_file
 
 import torch_rtx
 from tests import write_engines
-
-ENGINES = Path(__file__).parent / "engines"
+from tests.paths import ENGINES
 
 
 def check(path: Path) -> None:
@@ -36,6 +35,7 @@ def check(path: Path) -> None:
             torch.testing.assert_close(result, wanted, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("path", sorted(ENGINES.rglob("*.rtx")), ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_old_engine(path: Path, tmp_path: Path) -> None:
     assert path.stat().st_size < 16 << 10

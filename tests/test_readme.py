@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from tests.forking import forked, say_to
+from tests.doubles.forking import forked, say_to
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.paths import ROOT
+
 PACKAGE = ROOT / "torch_rtx"
 FILES = sorted(PACKAGE.rglob("*.py"))
 MAX_FILE, MAX_FUNCTION = 600, 60
@@ -83,6 +84,7 @@ def imports(path: Path, types: bool = False) -> set[str]:
     return found
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("path", FILES, ids=module_of)
 def test_arrows(path: Path) -> None:
     own = part_of(module_of(path))
@@ -91,6 +93,7 @@ def test_arrows(path: Path) -> None:
         assert other == own or other in ARROWS[own], f"{module_of(path)} must not import {imported}"
 
 
+@pytest.mark.quick
 def test_every_part_has_its_arrows() -> None:
     assert {part_of(module_of(path)) for path in FILES} == set(ARROWS)
 
@@ -118,6 +121,7 @@ def test_no_cycles() -> None:
     assert cycles() == set()
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("path", FILES, ids=module_of)
 def test_lengths(path: Path) -> None:
     text = path.read_text()
@@ -128,6 +132,7 @@ def test_lengths(path: Path) -> None:
             assert length <= MAX_FUNCTION, f"{node.name} has {length} lines"
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("path", FILES, ids=module_of)
 def test_public_names_are_documented(path: Path) -> None:
     tree = ast.parse(path.read_text())
@@ -140,6 +145,7 @@ def test_public_names_are_documented(path: Path) -> None:
                     assert ast.get_docstring(inner), f"{node.name}.{inner.name} has no docstring"
 
 
+@pytest.mark.quick
 def test_passes_are_one_file_each() -> None:
     from torch_rtx.lowering.pipeline import PASSES, PIPELINE
 
@@ -148,6 +154,7 @@ def test_passes_are_one_file_each() -> None:
     assert len(PASSES) == len(PIPELINE)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("statement", "absent"),
     [
@@ -162,6 +169,7 @@ def test_imports_are_light(statement: str, absent: tuple[str, ...]) -> None:
     subprocess.run([sys.executable, "-c", check], check=True, cwd=ROOT)
 
 
+@pytest.mark.quick
 def test_variables_are_read_in_settings_alone() -> None:
     for path in FILES:
         if path.name != "settings.py":

@@ -15,11 +15,13 @@ from torch_rtx.settings import from_options
 from torch_rtx.targets import ARCHES, PORTABLE, PTX, Target, arch_of, is_explicit, lacks, parse_targets, usable
 
 
+@pytest.mark.quick
 def test_portable() -> None:
     assert [str(target) for target in PORTABLE] == ["sm_80", "sm_86", "sm_89", "sm_90", "sm_120", "compute_80"]
     assert parse_targets("portable") == PORTABLE
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("option", "names"),
     [

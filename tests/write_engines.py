@@ -19,7 +19,8 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 import torch_rtx
-from tests.kernels import ADD, blocks
+from tests.helpers.kernels import ADD, blocks
+from tests.paths import ENGINES
 from torch_rtx.backend.kernels import build_kernels
 from torch_rtx.ir import Graph, Node, TensorType, Value, dim_expr
 from torch_rtx.irparse import parse
@@ -27,7 +28,7 @@ from torch_rtx.lowering.kernels.generate import forms, generate, split_in
 from torch_rtx.tactics import OWN, Tactic
 from torch_rtx.targets import PORTABLE, Target
 
-FOLDER = Path(__file__).parent / "engines" / "v5"
+FOLDER = ENGINES / "v5"
 
 
 def mlp() -> tuple[nn.Module, list[tuple[Any, ...]], Any]:

@@ -22,6 +22,7 @@ from torch_rtx.lowering.kernels.index import Index, from_dim, product
 from torch_rtx.lowering.kernels.kernel_ir import Load, Pointwise, Tensor, View, everything, load
 from torch_rtx.lowering.kernels.loops import loop_kernel, rows_of
 from torch_rtx.lowering.kernels.region import Region, express, region, tensor_type
+from torch_rtx.lowering.widening import widens
 from torch_rtx.op_work import ANCHORS
 from torch_rtx.targets import Arch
 
@@ -253,17 +254,39 @@ class Grouping:
     # ---- anchors -----------------------------------------------------------------------------------------------------
 
     def _anchor(self, index: int) -> None:
-        """Makes a kernel of the anchor at `index`: with the loop after it, if that alone reads its result, else by
-        itself. The loop stays a kernel inside of that kernel: the anchor can so be left to a library call."""
-        anchor, node = self.unit[index], self.nodes[index]
+        """Makes a kernel of the anchor at `index`: with the chains that widen its operands (the prologue) and the loop
+        over its result (the epilogue), where these are its alone and there is code for all. Both stay kernels inside
+        of that kernel: the anchor can so be left to a library call."""
+        anchor = self.unit[index]
         readers = {id(self.unit[i]): self.unit[i] for i in self.users(anchor)}
         tail = next(iter(readers.values())) if len(readers) == 1 and not self.escapes(anchor) else None
-        if tail is not None and self._follows(tail, anchor):
-            after = [self.kernel(tail)] if self.worthwhile(tail) else [self.nodes[i] for i in tail.members]
-            members = sorted(anchor.members + tail.members)
-            if self._adopt(Unit(members, anchor.epoch, steps=[node, *after])):
+        after = [tail] if tail is not None and self._follows(tail, anchor) else []
+        before = self._prologue(index)
+        choices = ([*before, anchor, *after], [anchor, *after], [*before, anchor], [anchor])
+        for units in (units for at, units in enumerate(choices) if units not in choices[:at]):
+            steps = [node for unit in units for node in self._steps(unit)]
+            members = sorted(member for unit in units for member in unit.members)
+            if self._adopt(Unit(members, anchor.epoch, steps=steps)):
                 return
-        self._adopt(Unit(anchor.members, anchor.epoch, steps=[node]))
+
+    def _steps(self, unit: Unit) -> list[Node]:
+        """A unit inside of a kernel: a kernel of its own, or the calls where these are better."""
+        loop = unit.domain is not None and self.worthwhile(unit)
+        return [self.kernel(unit)] if loop else [self.nodes[member] for member in unit.members]
+
+    def _prologue(self, index: int) -> list[Unit]:
+        """The loops that widen operands of the anchor at `index` for it alone."""
+        found: dict[int, Unit] = {}
+        for value in self.nodes[index].inputs:
+            unit = self.unit.get(self.producer.get(self.base(value).name, -1))
+            if unit is None or unit.domain is None or unit.domain.size is not None or self.escapes(unit):
+                continue
+            inputs, outputs = self.interface(unit)
+            types = [value.type for value in (*inputs, *outputs) if isinstance(value.type, TensorType)]
+            alone = set(self.users(unit)) == {index} and len(outputs) == 1
+            if alone and unit.epoch == self.unit[index].epoch and widens(types[:-1], types[-1]):
+                found[id(unit)] = unit
+        return list(found.values())
 
     def _follows(self, tail: Unit, anchor: Unit) -> bool:
         """Whether `tail` is a loop over the elements of the anchor's result."""

@@ -129,7 +129,7 @@ PIPELINE = (
     Pass(merge_linears, needs=("weight_copies",)),
     Pass(channels_last, needs=("targets",)),
     Pass(write_in_place),
-    Pass(hoist_weights),
+    Pass(hoist_weights, takes=("targets",)),
     Pass(dce),
     Pass(fuse, needs=("targets",), takes=("targets",)),
     Pass(finish, ensures="fused"),

@@ -165,6 +165,13 @@ def loop_time(region: Region, arch: Arch) -> float:
     return LAUNCH + sum(map(bytes_of, types)) / (arch.chip.memory * 1e3)
 
 
+def prologue_time(region: Region, arch: Arch) -> float:
+    """The time of the kernels that write the anchor's operands to memory, where these are computed on the way."""
+    assert region.anchor is not None
+    computed = [value for value in region.anchor.inputs if in_memory(region.values[value.name]) is None]
+    return sum(LAUNCH + bytes_of(tensor_type(value)) / (arch.chip.memory * 1e3) for value in computed)
+
+
 def _few(of: Product) -> bool:
     """Whether there are so few rows that they need no tensor cores."""
     return isinstance(of.rows, int) and of.rows <= MOST_ROWS

@@ -1,7 +1,7 @@
 """Types of views, as ATen gives them: pure functions of a type, for code generation, which runs without torch.
 
 Everywhere else types of new calls are inferred from the calls themselves (`lowering.infer`). These four are the only
-shape functions written by hand; tests/test_view_types.py compares them with that inference.
+shape functions written by hand; tests/lowering/kernels/test_view_types.py compares them with that inference.
 """
 
 from __future__ import annotations

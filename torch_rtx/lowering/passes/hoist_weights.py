@@ -1,26 +1,36 @@
 """Moves whatever depends on parameters alone into recipes: casts, transposes, folded norms, stacked weights, tables.
 
 The recipe of a weight is the slice of the graph that computes it. Refit replays recipes and nothing else, so that a
-refitted engine and a new one are the same.
+refitted engine and a new one are the same. A chain that widens a weight for one product stays in the graph, where there
+are kernels: see `lowering.widening`.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 
 from torch_rtx import aten
 from torch_rtx.ir import Expr, Graph, Node, ScalarType, Sym, TensorType, Value, Weight, attr_dims
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.rewrite import returned
+from torch_rtx.lowering.widening import widens
+from torch_rtx.op_work import ANCHORS
+from torch_rtx.targets import Target
 
 # A recipe may not make a weight of more bytes than this unless its sources are about as large: a mask or table that is
 # broadcast to gigabytes is cheaper to compute in each call than to keep.
 GROWTH_BYTES, GROWTH_FACTOR = 64 << 20, 4
 
 
-def hoist_weights(graph: Graph, infer: Inference) -> Graph:
-    """Level import to level import. Parameters that the graph itself writes to stay where they are."""
+def hoist_weights(graph: Graph, infer: Inference, targets: tuple[Target, ...] = ()) -> Graph:
+    """Level import to level import. Parameters that the graph itself writes to stay where they are.
+
+    Args:
+        targets: what kernels are formed for; none: no product has a prologue.
+    """
     source = {w.value.name: w for w in graph.weights if w.value.name not in graph.written and w.recipe is None}
     made: dict[str, Node] = {}  # by output: the nodes that a recipe can hold
     origins = {name: frozenset((name,)) for name in source}  # by value: the weights that it is computed from
@@ -33,6 +43,11 @@ def hoist_weights(graph: Graph, infer: Inference) -> Graph:
             made |= {value.name: node for value in node.outputs if value is not None}
         else:
             rest.append(node)
+    if targets:
+        prologues = {id(node) for node in _prologues(rest, returned(graph), made, source)}
+        left = prologues | {id(node) for node in rest}
+        rest = [node for node in graph.nodes if id(node) in left]
+        made = {name: node for name, node in made.items() if id(node) not in prologues}
     read = dict.fromkeys(value.name for node in rest for value in node.inputs)
     frontier = [name for name in (*read, *sorted(returned(graph) - read.keys())) if name in made]
     weights = [*graph.weights]
@@ -40,6 +55,37 @@ def hoist_weights(graph: Graph, infer: Inference) -> Graph:
         value = next(v for v in made[name].outputs if v is not None and v.name == name)
         weights.append(_weight(value, made, source))
     return replace(graph, weights=tuple(weights), nodes=tuple(rest))
+
+
+def _prologues(rest: list[Node], outside: set[str], made: dict[str, Node], source: dict[str, Weight]) -> Iterator[Node]:
+    """The nodes among `made` that widen the operand of one product in `rest`, down to the values that take the least
+    memory."""
+    readers = Counter(name for node in rest for name in {value.name for value in node.inputs})
+    for value in (value for node in rest if node.op in ANCHORS for value in node.inputs):
+        if value.name in made and readers[value.name] == 1 and value.name not in outside:
+            stored = _smallest(value, made, source)
+            types = [type_ for one in stored.values() if isinstance(type_ := one.type, TensorType)]
+            assert isinstance(value.type, TensorType)
+            if widens(types, value.type):
+                yield from _between(value, stored, made)
+
+
+def _smallest(value: Value, made: dict[str, Node], source: dict[str, Weight]) -> dict[str, Value]:
+    """The values, by name, that `value` can be computed from and that take the least memory together: those nearest to
+    the parameters, where several do."""
+    if value.name in source:
+        return {value.name: value}
+    below = {name: one for given in made[value.name].inputs for name, one in _smallest(given, made, source).items()}
+    own = {value.name: value}
+    return below if sum(_bytes(one.type) for one in below.values()) <= _bytes(value.type) else own
+
+
+def _between(value: Value, stored: dict[str, Value], made: dict[str, Node]) -> Iterator[Node]:
+    """The nodes that compute `value` from the values `stored`."""
+    if value.name not in stored:
+        yield made[value.name]
+        for given in made[value.name].inputs:
+            yield from _between(given, stored, made)
 
 
 def _hoistable(node: Node, source: dict[str, Weight], made: dict[str, Node], size: int) -> bool:

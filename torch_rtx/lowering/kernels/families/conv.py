@@ -17,10 +17,19 @@ from math import ceil
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Attr, Dim, Graph, Node, TensorType, Value, contiguous, dim_expr
 from torch_rtx.lowering.kernels.body_builder import BodyBuilder, argument, type_of
-from torch_rtx.lowering.kernels.cost import LAUNCH, best_parts, bytes_of, config_us, configurations, loop_time, typical
+from torch_rtx.lowering.kernels.cost import (
+    LAUNCH,
+    best_parts,
+    bytes_of,
+    config_us,
+    configurations,
+    loop_time,
+    prologue_time,
+    typical,
+)
 from torch_rtx.lowering.kernels.emit import Axis, Emitter, Operand
 from torch_rtx.lowering.kernels.expressions import A, B
-from torch_rtx.lowering.kernels.families.family import MODEL_ERROR, SLOWER, Family, Offer, flat, library_us, splits
+from torch_rtx.lowering.kernels.families.family import MODEL_ERROR, SLOWER, Family, Offer, around, library_us, splits
 from torch_rtx.lowering.kernels.index import Index, constant, from_dim, unravel
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.kernel_ir import (
@@ -284,8 +293,9 @@ def _others(region: Region, name: str, arch: Arch, us: float) -> Iterator[Offer]
     # Libraries are made for images of many channels; a window of one pixel makes a product of them.
     _, channels, *window = tensor_type(argument(region.anchor, "weight")).shape
     usual = typical(channels) >= FEW and sum(size != 1 for size in window) > 1
+    before_us = prologue_time(region, arch)
     after_us = loop_time(region, arch) if any(isinstance(one, Pointwise) for one in everything(region.outputs)) else 0.0
-    expected_us = library_us(FAMILY.name, region, arch, us, after_us, usual)
+    expected_us = library_us(FAMILY.name, region, arch, us, before_us + after_us, usual)
     yield Offer("library", expected_us)
     fused = _with_relu(region.body)
     if fused is not None:  # cuDNN may refuse it: never expected to be the fastest, but measured
@@ -295,15 +305,14 @@ def _others(region: Region, name: str, arch: Arch, us: float) -> Iterator[Offer]
 def _with_relu(body: Graph) -> Graph | None:
     """`body` as one call of cuDNN, where it is a convolution of images in half precision with a bias and a ReLU, and
     perhaps a sum of both with a tensor of the result's type (`aten.cudnn_convolution_add_relu`)."""
-    nodes = flat(body)
-    anchor = next((node for node in nodes if node.op in OPS), None)
-    if anchor is None or nodes[-1].op != "aten.relu.default" or not isinstance(anchor.arg("bias"), Value):
+    before, anchor, after = around(body, OPS)
+    if not after or after[-1].op != "aten.relu.default" or not isinstance(anchor.arg("bias"), Value):
         return None
-    before, after, result = nodes[: nodes.index(anchor)], nodes[nodes.index(anchor) + 1 : -1], body.outputs[0]
-    other = _added_to(anchor, after[0]) if len(after) == 1 else None
-    if body.outputs != nodes[-1].outputs or len(after) > 1 or (after and other is None):
+    *sums, last = after
+    other, result = _added_to(anchor, sums[0]) if len(sums) == 1 else None, body.outputs[0]
+    if body.outputs != last.outputs or len(sums) > 1 or (sums and other is None):
         return None
-    if nodes[-1].inputs != (after[0] if after else anchor).outputs or not isinstance(result, Value):
+    if last.inputs != (sums[0] if sums else anchor).outputs or not isinstance(result, Value):
         return None
     source, weight = argument(anchor, "input"), argument(anchor, "weight")
     rank = len(type_of(weight).shape) - 2

@@ -70,12 +70,12 @@ def splits(
             return
 
 
-def library_us(kind: str, region: Region, arch: Arch, us: float, after_us: float, usual: bool) -> float:
+def library_us(kind: str, region: Region, arch: Arch, us: float, around_us: float, usual: bool) -> float:
     """What the library call at the heart of a region should take, in microseconds.
 
     Args:
         us: the time of the region's own kernel.
-        after_us: the time of what is left to do after the call.
+        around_us: the time of what is left to do before and after the call.
         usual: whether the call is one that libraries are made for.
     """
     assert region.anchor is not None
@@ -83,13 +83,19 @@ def library_us(kind: str, region: Region, arch: Arch, us: float, after_us: float
     if rates is None or work <= rates.large[kind] or not usual:
         return SLOWER * us
     overhead_us, flops_per_us = rates.call[kind]
-    return overhead_us + work / flops_per_us + after_us
+    return overhead_us + work / flops_per_us + around_us
 
 
-def flat(body: Graph) -> list[Node]:
-    """The operations of a body, those of the kernels in it among them, under names of the body."""
+def around(body: Graph, ops: frozenset[str]) -> tuple[list[Node], Node, list[Node]]:
+    """The nodes of a body before its anchor, which is one of `ops`; the anchor; and the operations after it, also those
+    inside of kernels, under names of the body."""
+    at = next(index for index, node in enumerate(body.nodes) if node.op in ops)
+    return list(body.nodes[:at]), body.nodes[at], _flat(body.nodes[at + 1 :])
+
+
+def _flat(nodes: Sequence[Node]) -> list[Node]:
     found: list[Node] = []
-    for node in body.nodes:
+    for node in nodes:
         if node.body is None:
             found.append(node)
             continue

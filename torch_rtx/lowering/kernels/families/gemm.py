@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Dim, Graph, Node, TensorType, Value, contiguous, dim_expr
 from torch_rtx.lowering.kernels.body_builder import BodyBuilder, argument, type_of
-from torch_rtx.lowering.kernels.cost import best_parts, config_us, configurations, loop_time, typical
+from torch_rtx.lowering.kernels.cost import best_parts, config_us, configurations, loop_time, prologue_time, typical
 from torch_rtx.lowering.kernels.expressions import A, B
-from torch_rtx.lowering.kernels.families.family import MODEL_ERROR, Family, Offer, flat, library_us, splits
+from torch_rtx.lowering.kernels.families.family import MODEL_ERROR, Family, Offer, around, library_us, splits
 from torch_rtx.lowering.kernels.index import Index, from_dim, unravel
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.kernel_ir import (
@@ -183,11 +183,12 @@ def _others(region: Region, name: str, arch: Arch, us: float) -> Iterator[Offer]
     yield from splits(gemm_split, region.body, name, parts, split_us * MODEL_ERROR, us)
     assert region.anchor is not None
     usual = _starts_at_16_bytes(region.anchor)
+    before_us = prologue_time(region, arch)
     after_us = loop_time(region, arch) if any(isinstance(one, Pointwise) for one in everything(region.outputs)) else 0.0
-    yield Offer("library", library_us(FAMILY.name, region, arch, us, after_us, usual))
+    yield Offer("library", library_us(FAMILY.name, region, arch, us, before_us + after_us, usual))
     fused = _with_activation(region.body)
     if fused is not None:
-        yield Offer("cublaslt", library_us(FAMILY.name, region, arch, us, 0.0, usual), fused)
+        yield Offer("cublaslt", library_us(FAMILY.name, region, arch, us, before_us, usual), fused)
 
 
 def _starts_at_16_bytes(anchor: Node) -> bool:
@@ -201,9 +202,12 @@ def _starts_at_16_bytes(anchor: Node) -> bool:
 def _with_activation(body: Graph) -> Graph | None:
     """`body` as one call of cuBLASLt (`aten._addmm_activation`), where it is a product in half precision with a bias
     and a ReLU or tanh GELU."""
-    *before, anchor, last = flat(body) if len(body.nodes) > 1 else body.nodes * 2
+    before, anchor, after = around(body, OPS)
+    if len(after) != 1 or after[0].inputs != anchor.outputs:
+        return None
+    (last,) = after
     is_gelu = last.op == "aten.gelu.default" and last.arg("approximate") == "tanh"
-    if anchor.op not in OPS or not (is_gelu or last.op == "aten.relu.default") or last.inputs != anchor.outputs:
+    if not is_gelu and last.op != "aten.relu.default":
         return None
     bias, result = anchor.arg(PRODUCTS[anchor.op].added), body.outputs[0]
     if not isinstance(bias, Value) or len(type_of(bias).shape) != 1 or type_of(bias).dtype not in ("f16", "bf16"):
@@ -213,8 +217,10 @@ def _with_activation(body: Graph) -> Graph | None:
     assert isinstance(result, Value)
     if type_of(result).strides != contiguous(type_of(result).shape):
         return None
-    calls = BodyBuilder({value.name for value in body.values()} | body.syms.keys(), before)
     first, second = (argument(anchor, operand) for operand in PRODUCTS[anchor.op][:2])
+    if len(type_of(second).shape) != 2:
+        return None
+    calls = BodyBuilder({value.name for value in body.values()} | body.syms.keys(), before)
     if anchor.op == "aten.linear.default":
         second = calls.permute(second, (1, 0))
     *lead, columns = type_of(result).shape

@@ -1,0 +1,68 @@
+"""Every model of the zoo through torch.compile(backend="rtx"), against eager, without any fallback; built, and again
+from the engine cache."""
+
+import pytest
+import torch
+
+from tests.helpers.caching import Traffic
+from tests.helpers.compiled import counted, same
+
+pytest.importorskip("transformers")
+
+from benchmarks import models
+
+TOLERANCE = {"atol": 2e-4, "rtol": 1e-3}
+# Capturing a graph of any batch size takes longest, and a hit of the cache needs it again.
+AGAIN = {"vit_b_16", "bert_base", "gpt2", "whisper_encoder", "sd15_unet"}
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    with torch.no_grad():
+        yield
+    torch._dynamo.reset()
+
+
+def tensors(result):
+    """The tensors of a model's result, in order: transformers' result classes are dicts, and differ in nothing else."""
+    leaves = torch.utils._pytree.tree_leaves(dict(result) if hasattr(result, "keys") else result)
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_model(name, caplog):
+    """Two calls with other inputs; where the model takes any batch size, two more with others, in one more graph. Then
+    the first graph from the engine cache, whose results are the same bit for bit; of `AGAIN` the second one, too."""
+    traffic = Traffic(caplog)
+    again = 1 + (name in AGAIN)
+    model, args, kwargs = models.build(name)
+    options = {"require_full_compilation": True}
+    compiled, counter = counted(model, options=options)
+    state = {key: tensor.clone() for key, tensor in model.named_buffers()}
+
+    def results(call, args, kwargs):
+        for key, buffer in model.named_buffers():
+            buffer.copy_(state[key])
+        return [*tensors(call(*args, **kwargs)), *(buffer.clone() for buffer in model.buffers())]
+
+    def check(args, kwargs):
+        same(results(compiled, args, kwargs), results(model, args, kwargs), **TOLERANCE)
+
+    check(args, kwargs)
+    check(*models.inputs(name, seed=1))
+    assert counter.frame_count == 1
+    calls = [(args, kwargs)]
+    if models.spec(name).dynamic_batch:
+        calls.append(models.inputs(name, batch=3, seed=2))
+        check(*calls[-1])
+        check(*models.inputs(name, batch=5, seed=3))
+        assert counter.frame_count == 2
+    assert traffic.counts == (0, len(calls))
+
+    built = [results(compiled, *call) for call in calls[:again]]
+    torch._dynamo.reset()
+    cached, _ = counted(model, options=options)
+    for call, expected in zip(calls, built, strict=False):
+        assert all(map(torch.equal, results(cached, *call), expected))
+    assert traffic.counts == (len(built), len(calls))

@@ -1,0 +1,261 @@
+"""PyTorch's own operator samples (`op_db`) through the backend, against eager.
+
+An operator passes for a dtype when the whole graph of each chosen sample runs in the engine, nothing left to PyTorch,
+and gives what eager gives: values, dtypes, shapes, strides, and the same changes of its inputs. op_db_failing.txt names
+the others, each with the reason, and may only get shorter: both a failure that it does not name and a line whose
+operator passes are errors here. `python -m tests.backend.test_op_db --write` writes it anew, and with NAMES for an
+argument it shows what becomes of these operators.
+
+Each operator is tried in float32, and every second one, told by its name, in float16 too; `pytest --all-dtypes` tries
+all of them in both.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+import sys
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from keyword import iskeyword
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.utils import _pytree as pytree
+
+from torch_rtx import aten
+from torch_rtx.backend.entry import rtx
+from torch_rtx.errors import PartitionError
+from torch_rtx.ir import COPY, UPDATES
+
+LIST = Path(__file__).with_name("op_db_failing.txt")
+CHUNKS = 48
+OPTIONS = {"require_full_compilation": True, "fallback_on_error": False}
+OPTIONS |= {"cache_built_engines": False, "reuse_cached_engines": False}  # thousands of graphs, each met once
+# How many samples to try per dtype. The second line is for operators that take neither dtype of the first.
+SAMPLES = {torch.float32: 3, torch.float16: 2}
+OTHERWISE = {torch.int64: 2, torch.bool: 2, torch.complex64: 2}
+# Operators that draw are compared value by value: op_db sets this seed where it calls them, so we set it before ours.
+SEED = 42
+# What comes out is whatever was in memory.
+UNDEFINED = frozenset(("empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided"))
+
+T = TypeVar("T")
+
+
+@cache
+def operators() -> dict[str, Any]:
+    """The OpInfos by name. Imported late: it takes seconds, and forbids to set flags of torch.backends."""
+    allowed = torch.backends.__allow_nonbracketed_mutation_flag
+    from torch.testing._internal import common_utils
+    from torch.testing._internal.common_methods_invocations import op_db
+    from torch.testing._internal.opinfo import core
+
+    torch.backends.__allow_nonbracketed_mutation_flag = allowed
+    # For each sample it looks for a unittest in all frames of the stack, which takes as long as all the rest.
+    common_utils.extract_test_fn = core.extract_test_fn = lambda: None
+    common_utils.set_rng_seed = reseed
+    return {op.full_name: op for op in op_db}
+
+
+def reseed(value: int = SEED) -> None:
+    """What op_db does before each sample, but on the CPU alone: for other devices torch writes down the stack."""
+    import numpy as np
+
+    torch.default_generator.manual_seed(value)
+    random.seed(value)
+    np.random.seed(value)
+
+
+def pick(name: str, choices: Sequence[T]) -> T:
+    """One of the choices, always the same for a name."""
+    return choices[zlib.crc32(name.encode()) % len(choices)]
+
+
+def dtypes(op: Any, every: bool) -> dict[torch.dtype, int]:
+    """The dtypes to try, each with the number of samples."""
+    for group in (SAMPLES, OTHERWISE):
+        found = {dtype: count for dtype, count in group.items() if op.supports_dtype(dtype, "cpu")}
+        if found:
+            several = group is SAMPLES and (every or pick(op.full_name, (True, False)))
+            return found if several else dict([next(iter(found.items()))])
+    return {}
+
+
+def chosen(op: Any, dtype: torch.dtype, count: int) -> list[Any]:
+    """`count` samples spread from the first to the last; those between them are made non-contiguous."""
+    samples = list(op.sample_inputs("cpu", dtype))
+    steps = [round((len(samples) - 1) * step / (count - 1)) for step in range(count)]
+    picked = [samples[i] for i in sorted(set(steps))] if samples else []
+    return [spaced(x) if 0 < i < len(picked) - 1 else x for i, x in enumerate(picked)]
+
+
+def spaced(sample: Any) -> Any:
+    """`sample` with gaps in the memory of its tensors."""
+    tensors = [x for x in pytree.tree_leaves((sample.input, sample.args, sample.kwargs)) if isinstance(x, torch.Tensor)]
+    return sample.noncontiguous() if all(x.layout == torch.strided for x in tensors) else sample
+
+
+class EagerRefuses(Exception):
+    """The sample is not one for this machine."""
+
+
+class Flat:
+    """The call of an operator on a sample as a function of its tensors alone, with a flat list of results."""
+
+    def __init__(self, op: Callable[..., Any], sample: Any) -> None:
+        self.op, self.copies = op, False
+        self.leaves, self.spec = pytree.tree_flatten(((sample.input, *sample.args), sample.kwargs))
+        self.places = [i for i, leaf in enumerate(self.leaves) if isinstance(leaf, torch.Tensor)]
+        self.tensors = [self.leaves[i] for i in self.places]
+
+    def run(self, *tensors: torch.Tensor) -> list[Any]:
+        leaves = list(self.leaves)
+        for place, tensor in zip(self.places, tensors, strict=True):
+            leaves[place] = tensor
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        results = pytree.tree_leaves(self.op(*args, **kwargs))
+        return [x.clone() if self.copies and isinstance(x, torch.Tensor) else x for x in results]
+
+    def traced(self) -> fx.GraphModule:
+        """What Dynamo would hand to the backend, without the time it takes."""
+        graph = fx.Graph()
+        graph.output(graph.call_function(self.run, tuple(graph.placeholder(f"x{i}") for i in range(len(self.tensors)))))
+        return fx.GraphModule(torch.nn.Module(), graph)
+
+
+def check_sample(op: Any, sample: Any) -> None:
+    """Raises what keeps the backend from doing what eager does."""
+    call = Flat(op.op, sample)
+    assert all(x.layout == torch.strided for x in call.tensors), "a sparse tensor as an input"
+    eager_inputs, inputs = copy.deepcopy(call.tensors), copy.deepcopy(call.tensors)
+    reseed()
+    try:
+        expected = call.run(*eager_inputs)
+    except Exception as error:
+        raise EagerRefuses(f"eager does not run it here: {reason(error)}") from None
+    memory = {x.untyped_storage().data_ptr() for x in eager_inputs}
+    tensors = [x for x in expected if isinstance(x, torch.Tensor) and x.layout == torch.strided]
+    if any(x.untyped_storage().data_ptr() in memory for x in tensors) and not changed(call.tensors, eager_inputs):
+        # A view of an input is made again outside of the engine, whatever the engine returns: have it return copies.
+        call.copies = True
+        expected = call.run(*eager_inputs)
+    compiled = rtx(call.traced(), inputs, options=OPTIONS)
+    reseed()
+    results = compiled(*inputs)
+    assert len(results) == len(expected), f"{len(results)} results, not {len(expected)}"
+    for result, wanted in zip(results, expected, strict=True):
+        compare(result, wanted, values=op.name not in UNDEFINED)
+    for result, wanted in zip(inputs, eager_inputs, strict=True):
+        compare(result, wanted, values=True)
+
+
+def changed(before: list[torch.Tensor], after: list[torch.Tensor]) -> bool:
+    return any(a._version != b._version for a, b in zip(before, after, strict=True))
+
+
+def compare(result: Any, wanted: Any, values: bool) -> None:
+    """Asserts that eager's result and ours are the same; strides where eager's memory has no gaps."""
+    if not isinstance(wanted, torch.Tensor):
+        assert type(result) is type(wanted), f"a {type(result).__name__}, not a {type(wanted).__name__}"
+        same = result == wanted or (isinstance(wanted, float) and math.isnan(result) and math.isnan(wanted))
+        assert same, f"{result}, not {wanted}"
+        return
+    assert isinstance(result, torch.Tensor), f"a {type(result).__name__}, not a tensor"
+    assert result.dtype == wanted.dtype, f"dtype {result.dtype}, not {wanted.dtype}"
+    assert result.shape == wanted.shape, f"shape {list(result.shape)}, not {list(wanted.shape)}"
+    if wanted.layout == torch.strided and torch.ops.aten.is_non_overlapping_and_dense(wanted):
+        pairs = zip(wanted.shape, result.stride(), wanted.stride(), strict=True)
+        same = wanted.numel() == 0 or all(a == b for size, a, b in pairs if size > 1)
+        assert same, f"strides {list(result.stride())}, not {list(wanted.stride())}"
+    if values:
+        torch.testing.assert_close(result, wanted, equal_nan=True, msg=lambda text: "values: " + text.splitlines()[0])
+
+
+def failure(op: Any, dtype: torch.dtype, count: int) -> str | None:
+    """Why `op` does not pass for `dtype`, in one line; None if it passes."""
+    refused, ran = "no samples", False
+    for sample in chosen(op, dtype, count):
+        try:
+            check_sample(op, sample)
+            ran = True
+        except EagerRefuses as error:
+            refused = str(error)
+        except Exception as error:
+            return reason(error)
+    return None if ran else refused
+
+
+def reason(error: Exception) -> str:
+    if isinstance(error, PartitionError):  # its first line says that nodes must fall back, the others which
+        return error.message.splitlines()[1].strip().removesuffix(" (at None)").split(": ", 1)[1]
+    if isinstance(error, DataDependentOutputException):
+        return f"the host needs a number of {error.func}"
+    if isinstance(error, DynamicOutputShapeException):
+        return f"the size of what {error.func} returns depends on the data"
+    kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
+    return f"{kind}{error}".splitlines()[0][:160]
+
+
+def results(names: list[str], every: bool = True) -> Iterator[tuple[str, str | None]]:
+    """Per `OPERATOR DTYPE`, why it does not pass, or None."""
+    for name in names:
+        op = operators()[name]
+        for dtype, count in dtypes(op, every).items():
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                why = failure(op, dtype, count)
+            yield f"{name} {str(dtype).removeprefix('torch.')}", why
+
+
+def listed() -> dict[str, str]:
+    """The lines `OPERATOR DTYPE: REASON` of the file."""
+    lines = LIST.read_text().splitlines()
+    return dict(line.split(": ", 1) for line in lines if not line.startswith("#"))
+
+
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+def test_operators(chunk, all_dtypes):
+    known = listed()
+    found = dict(results(list(operators())[chunk::CHUNKS], all_dtypes))
+    new = [f"{key}: {why}" for key, why in found.items() if why is not None and key not in known]
+    stale = [key for key, why in found.items() if why is None and key in known]
+    assert not new, "these fail:\n" + "\n".join(new)
+    assert not stale, f"these pass, remove their lines from {LIST.name}:\n" + "\n".join(stale)
+
+
+def test_list_names_operators_that_exist():
+    unknown = {key.split()[0] for key in listed()} - operators().keys()
+    assert not unknown
+
+
+def test_allowed_operators_exist_and_are_functional_but_for_writes():
+    found = {name: aten.overload(name) for name in aten.ALLOWED}
+    assert {name for name, op in found.items() if op._schema.is_mutable} == {COPY} | UPDATES
+
+
+def test_arguments_of_allowed_operators_can_be_written_as_text():
+    names = {argument for name in aten.ALLOWED for argument in aten.schema(aten.overload(name))}
+    assert not [name for name in names if iskeyword(name)]  # `from` of aten.uniform is one
+
+
+def main(arguments: list[str]) -> None:
+    torch.set_num_threads(1)
+    if arguments != ["--write"]:
+        for key, why in results(arguments):
+            print(f"{key}: {why or 'passes'}")
+        return
+    lines = [f"{key}: {why}" for key, why in results(sorted(operators())) if why is not None]
+    LIST.write_text("\n".join(["# written by python -m tests.backend.test_op_db --write", *lines]) + "\n")
+    print(f"{len(lines)} lines")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

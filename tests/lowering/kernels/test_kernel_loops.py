@@ -1,0 +1,186 @@
+"""Loop kernels: their source as text, 64-bit indices, configurations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.doubles.interpreter import run
+from tests.lowering.kernels.kernel_bodies import check
+from torch_rtx.errors import Unsupported
+from torch_rtx.irparse import parse
+from torch_rtx.lowering.kernels.aot import compile_kernels
+from torch_rtx.lowering.kernels.loops import PERSISTENT, LoopConfig, loop_configs, loop_kernel
+from torch_rtx.lowering.kernels.region import region
+from torch_rtx.targets import Target
+
+SOURCES = Path(__file__).with_name("sources")
+BODIES = {
+    "residual and norm": """graph import {
+  input in0: f16[8, 384, 768]
+  input in1: f16[3072, 768]
+  input in2: f16[768]
+  v3: f16[8, 384, 768] = op aten.view.default(self=in1, size=[8, 384, 768])
+  v4: f16[8, 384, 768] = op aten.add.Tensor(self=in0, other=v3)
+  v5: f16[8, 384, 768] = op aten.layer_norm.default(input=v4, normalized_shape=[768], weight=in2)
+  return [v4, v5]
+}
+""",
+    "heads of a slice, any batch": """graph import {
+  dim s0 = 1, 64, 1
+  input in0: f16[s0, 16, 96]
+  v1: f16[s0, 16, 64]((16 * 96), 96, 1) = op aten.slice.Tensor(self=in0, dim=2, start=0, end=64)
+  v2: f16[s0, 16, 4, 16]((16 * 96), 96, 16, 1) = op aten.view.default(self=v1, size=[s0, 16, 4, 16])
+  v3: f16[s0, 4, 16, 16]((16 * 96), 16, 96, 1) = op aten.permute.default(self=v2, dims=[0, 2, 1, 3])
+  v4: f16[s0, 4, 16, 16] = op aten.relu.default(self=v3)
+  return [v4]
+}
+""",
+    "positions from a mask": """graph import {
+  input in0: i64[4, 77]
+  v1: bool[4, 77] = op aten.ne.Scalar(self=in0, other=1)
+  v2: i64[4, 77] = op aten.cumsum.default(self=v1, dim=1)
+  v3: i64[4, 77] = op aten.mul.Tensor(self=v2, other=v1)
+  return [v3]
+}
+""",
+    "the largest of long rows": """graph import {
+  input in0: f16[80, 32000]
+  v1: i64[80] = op aten.argmax.default(self=in0, dim=-1)
+  return [v1]
+}
+""",
+    "softmax of long rows": """graph import {
+  input in0: f32[5, 9000]
+  v1: f32[5, 9000] = op aten.softmax.int(self=in0, dim=-1)
+  return [v1]
+}
+""",
+    "groups of images side by side": """graph import {
+  input in0: f16[2, 40, 8, 8](2560, 1, 320, 40)
+  input in1: f16[2, 24, 8, 8](1536, 1, 192, 24)
+  v2: f16[2, 64, 8, 8](4096, 1, 512, 64) = op aten.cat.default(tensors=[in0, in1], dim=1)
+  v3: f16[2, 64, 8, 8](4096, 1, 512, 64) = op aten.group_norm.default(input=v2, num_groups=8)
+  return [v3]
+}
+""",
+    "means of columns": """graph import {
+  input in0: f16[64, 49, 512]
+  v1: f16[64, 512] = op aten.mean.dim(self=in0, dim=[1])
+  return [v1]
+}
+""",
+}
+BODIES = {name: text.replace("(16 * 96)", "1536") for name, text in BODIES.items()}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", BODIES)
+def test_source(name: str) -> None:
+    """The text is what it was: whoever changes it reads the difference, and writes the file anew."""
+    kernel = loop_kernel(region(parse(BODIES[name])), "kernel")
+    assert kernel.source == (SOURCES / f"loops, {name}.txt").read_text()
+
+
+@pytest.mark.parametrize(("most", "wide"), [("None", True), ("1000000", False), ("100000000000", True)])
+def test_indices_have_the_bits_that_sizes_need(most: str, wide: bool) -> None:
+    body = parse(f"""graph import {{
+  dim s0 = 1, {most}, 1
+  input in0: f32[s0, 128]
+  v1: f32[s0] = op aten.sum.dim_IntList(self=in0, dim=[1])
+  return [v1]
+}}
+""")
+    kernel = loop_kernel(region(body), "kernel")
+    assert kernel.wide is wide
+    given, found = torch.randn(7, 128), torch.full((7,), torch.nan)
+    run(kernel, [given, found], {"s0": 7})
+    torch.testing.assert_close(found, given.sum(1))
+
+
+@pytest.mark.quick
+def test_configurations_get_smaller_and_stay_right() -> None:
+    found = region(
+        parse(BODIES["residual and norm"].replace("8, 384, 768", "2, 3, 768").replace("3072, 768", "6, 768"))
+    )
+    configs = loop_configs(found)
+    assert len(configs) == len(set(configs)) > 2
+    x, y, weight = torch.randn(2, 3, 768).half(), torch.randn(6, 768).half(), torch.randn(768).half()
+    expected = torch.nn.functional.layer_norm(x + y.view(2, 3, 768), [768], weight)
+    for config in [*configs, LoopConfig(2, 256, 4)]:  # the last one in steps
+        outputs = [torch.full((2, 3, 768), torch.nan, dtype=torch.float16) for _ in range(2)]
+        run(loop_kernel(found, "kernel", config), [x, y, weight, *outputs])
+        torch.testing.assert_close(outputs[1], expected, rtol=2e-3, atol=4e-3)
+
+
+def test_what_is_no_loop() -> None:
+    rows = parse("""graph import {
+  input in0: f32[4, 8]
+  v1: f32[4] = op aten.sum.dim_IntList(self=in0, dim=[1])
+  v2: f32[8] = op aten.sum.dim_IntList(self=in0, dim=[0])
+  return [v1, v2]
+}
+""")
+    with pytest.raises(Unsupported, match="rows of 4 and of 8 elements in one kernel"):
+        loop_kernel(region(rows), "kernel")
+    product = parse("""graph import {
+  input in0: f32[4, 4]
+  v1: f32[4, 4] = op aten.mm.default(self=in0, mat2=in0)
+  return [v1]
+}
+""")
+    with pytest.raises(Unsupported, match="aten.mm.default as a plain loop"):
+        loop_kernel(region(product), "kernel")
+
+
+def test_scans_and_positions_for_every_target() -> None:
+    targets = [Target(sm) for sm in (75, 80, 86, 89, 90, 120)]
+    bodies = [BODIES["positions from a mask"], BODIES["the largest of long rows"]]
+    bodies += [
+        bodies[0].replace("cumsum", "cumprod"),
+        bodies[1].replace("32000", "1000"),
+        f"""graph import {{
+  input in0: bf16[3, {PERSISTENT}]
+  v1: bf16[3, {PERSISTENT}] = op aten.cumsum.default(self=in0, dim=1)
+  v2: bf16[3], v3: i64[3] = op aten.min.dim(self=in0, dim=1)
+  return [v1, v2, v3]
+}}
+""",
+    ]
+    for body in bodies:
+        found = region(parse(body))
+        fitting = targets[1:] if "bf16" in body else targets
+        wanted = [(loop_kernel(found, "kernel"), target) for target in fitting]
+        assert [built.problem for built in compile_kernels(wanted).values()] == [None] * len(wanted), body
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "n: f32[s, 6, h, w] = group_norm.default(input=x, num_groups=3, weight=None, bias=None)\nreturn n",
+        "a: f32[s, 6, (h * w)] = view.default(self=x, size=[s, 6, -1])\n"
+        "n: f32[s, 6, (h * w)] = softmax.int(self=a, dim=-1)\nreturn n",
+        "n: f32[6] = sum.dim_IntList(self=x, dim=[0, 2, 3])\nreturn n",
+        "g: bool[s, 6, h, w] = gt.Scalar(self=x, other=-2.0)\nn: bool[()] = all.default(self=g)\nreturn n",
+        "g: bool[s, 6, h, w] = gt.Scalar(self=x, other=1.0)\nn: bool[6] = any.dims(self=g, dim=[0, 2, 3])\nreturn n",
+    ],
+)
+def test_rows_of_images_of_any_size(text: str) -> None:
+    """How many rows there are follows from what is reduced, where no result has as many elements."""
+    text = f"dim s = 1, 64, 1\ndim h = 2, 64, 1\ndim w = 2, 64, 1\nx: f32[s, 6, h, w]\n{text}"
+    kernel = check(text, loop_kernel, None, dims={"s": 2, "h": 3, "w": 5})
+    assert compile_kernels([(kernel, Target(80))])[kernel, Target(80)].problem is None
+
+
+def test_parts_whose_neighbours_nobody_reads() -> None:
+    """A result that is not used has no type: the others have theirs all the same."""
+    text = """in0: f32[2, 16, 4, 4]
+v1: f32[16, 4, 4], _ = unbind.int(self=in0)
+v2: f32[16, 4, 4] = exp.default(self=v1)
+_, v3: f32[16, 4, 4] = unbind.int(self=in0)
+v4: f32[16, 4, 4] = relu.default(self=v3)
+return v2, v4
+"""
+    check(text, loop_kernel, None)

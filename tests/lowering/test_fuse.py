@@ -1,0 +1,242 @@
+"""Fusion: random graphs compute the same with kernels, in Triton's interpreter, as call by call."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.numerics import assert_right
+from tests.doubles.interpreter import run
+from torch_rtx import aten
+from torch_rtx.errors import Unsupported
+from torch_rtx.ir import (
+    Attr,
+    Expr,
+    Graph,
+    Node,
+    Sym,
+    TensorType,
+    Value,
+    attr_map,
+    contiguous,
+    dim_expr,
+    evaluate,
+    verify,
+)
+from torch_rtx.lowering import grouping
+from torch_rtx.lowering.infer import Inference
+from torch_rtx.lowering.kernels.generate import generate
+from torch_rtx.lowering.passes.dce import dce
+from torch_rtx.lowering.passes.fuse import fuse
+from torch_rtx.lowering.rewrite import Rewriter
+from torch_rtx.targets import Target, arch_of
+
+SHAPES = [(2, 3, 4), (3, 4), (4,), (2, 1, 4), (2, 3, 1), (6, 4), (1,)]
+BATCH = Sym("s0", 2, 64)
+SYMBOLIC = [(BATCH, 3, 4), (3, 4), (4,), (BATCH, 1, 4), (BATCH, 3, 1), (BATCH, 12), (1,)]
+UNARY = ["relu", "neg", "exp", "sigmoid", "clone", "abs"]
+TARGETS = (Target(80),)  # what kernels are formed for, and interpreted as
+BINARY = ["add.Tensor", "mul.Tensor", "sub.Tensor", "maximum.default"]
+
+
+class Drawn:
+    """A graph of operations on what there already is, with types from the calls themselves."""
+
+    def __init__(self, draw: st.DrawFn) -> None:
+        self.draw = draw
+        self.shapes = draw(st.sampled_from([SHAPES, SHAPES, SYMBOLIC]))
+        shapes = draw(st.lists(st.sampled_from(self.shapes), min_size=1, max_size=3))
+        dtypes = st.sampled_from(["f32", "f16"])
+        types = [TensorType(draw(dtypes), shape, contiguous(shape)) for shape in shapes]
+        self.inputs = tuple(Value(f"x{i}", type_) for i, type_ in enumerate(types))
+        self.values = list(self.inputs)
+        self.rewriter = Rewriter(Graph("import", self.inputs), Inference())
+
+    def graph(self) -> Graph:
+        for _ in range(self.draw(st.integers(1, 12))):
+            try:
+                self.step(self.draw(st.sampled_from(self.values)))
+            except Unsupported:
+                continue
+        made = self.values[len(self.inputs) :]
+        outputs = self.draw(st.lists(st.sampled_from(made), min_size=1, max_size=3)) if made else []
+        return Graph("import", self.inputs, nodes=tuple(self.rewriter.nodes), outputs=tuple(dict.fromkeys(outputs)))
+
+    def step(self, x: Value) -> None:
+        draw, rank = self.draw, len(x.type.shape)
+        kind = draw(st.integers(0, 9))
+        if kind < 2:
+            self.add(f"aten.{draw(st.sampled_from(UNARY))}.default", self=x)
+        elif kind < 5:
+            self.add(f"aten.{draw(st.sampled_from(BINARY))}", self=x, other=draw(st.sampled_from(self.values)))
+        elif kind == 5 and rank:
+            op = draw(st.sampled_from(["sum.dim_IntList", "mean.dim", "amax.default"]))
+            self.add(f"aten.{op}", self=x, dim=(draw(st.integers(-rank, rank - 1)),), keepdim=draw(st.booleans()))
+        elif kind == 6 and rank:
+            op = draw(
+                st.sampled_from(
+                    ["softmax.int", "cumsum.default", "argmax.default", "layer_norm.default", "rms_norm.default"]
+                )
+            )
+            if op == "argmax.default":  # of numbers that nobody has rounded: the nearest ones may change places
+                given = self.draw(st.sampled_from(self.inputs))
+                found = self.rewriter.emit("aten.argmax.default", None, self=given, dim=draw(st.integers(-1, 0)))
+                self.add("aten._to_copy.default", self=found, dtype="f32")
+            elif op in ("softmax.int", "cumsum.default"):
+                self.add(f"aten.{op}", self=x, dim=draw(st.integers(-rank, rank - 1)))
+            else:
+                self.add(f"aten.{op}", input=x, normalized_shape=x.type.shape[-1:])
+        elif kind == 7:
+            self.add("aten.permute.default", self=x, dims=tuple(draw(st.permutations(range(rank)))))
+        elif kind == 8:
+            same = [shape for shape in self.shapes if dim_expr("*", 1, *shape) == dim_expr("*", 1, *x.type.shape)]
+            self.add("aten.view.default", self=x, size=draw(st.sampled_from(same or [(-1,)])))
+        elif rank:
+            self.move(x, rank)
+
+    def move(self, x: Value, rank: int) -> None:
+        kind, axis = self.draw(st.integers(0, 3)), self.draw(st.integers(0, rank - 1))
+        if kind == 0:
+            size = x.type.shape[axis]
+            first = self.draw(st.integers(0, size - 1 if isinstance(size, int) else 1))
+            self.add("aten.slice.Tensor", self=x, dim=axis, start=first, end=2**63 - 1)
+        elif kind == 1:
+            self.add("aten.cat.default", tensors=(x, self.draw(st.sampled_from(self.values))), dim=axis)
+        elif kind == 2:
+            self.add("aten.unsqueeze.default", self=x, dim=axis)
+        else:
+            self.add("aten._to_copy.default", self=x, dtype=self.draw(st.sampled_from(["f32", "f16"])))
+
+    def add(self, op: str, /, **args: Attr) -> None:
+        self.values.append(self.rewriter.emit(op, **args))
+
+
+def numbers(dims, sizes):
+    """Dims as numbers."""
+    return tuple(evaluate(dim, sizes) for dim in dims)
+
+
+def call(node, values, sizes):
+    """One ATen call."""
+    op = aten.overload(node.op)
+    schema = aten.schema(op)
+
+    def concrete(attr):
+        if isinstance(attr, Value):
+            return values[attr.name]
+        if isinstance(attr, Sym | Expr):
+            return evaluate(attr, sizes)
+        return [concrete(item) for item in attr] if isinstance(attr, tuple) else attr
+
+    given = {key: aten.to_torch(schema[key][0], concrete(attr), torch.device("cpu")) for key, attr in node.args}
+    found = op(**given)
+    return found if isinstance(found, tuple | list) else [found]
+
+
+def execute(graph: Graph, inputs, sizes, wide: bool = False):
+    """The outputs of a graph; kernels run in the interpreter. `wide`: in float64."""
+    values = dict(zip([value.name for value in graph.inputs], inputs, strict=True))
+    for node in graph.nodes:
+        if node.kind == "kernel":
+            kernel = generate(node.body, node.op, arch_of(80), 0)
+            types = [
+                (numbers(v.type.shape, sizes), numbers(v.type.strides, sizes), aten.DTYPES[v.type.dtype])
+                for v in node.outputs
+            ]
+            results = [
+                torch.empty_strided(shape, strides, dtype=dtype).fill_(math.nan if dtype.is_floating_point else 1)
+                for shape, strides, dtype in types
+            ]
+            run(kernel, [*(values[value.name] for value in node.inputs), *results], sizes)
+        else:
+            node = widened(node) if wide else node
+            results = call(node, values, sizes)
+        for value, result in zip(node.outputs, results, strict=True):
+            assert (
+                wide or result.stride() == numbers(value.type.strides, sizes) or 1 in result.shape or 0 in result.shape
+            )
+            values[value.name] = result
+    return [attr_map(value, lambda v: values[v.name]) for value in graph.outputs]
+
+
+def widened(node):
+    args = tuple((key, "f64" if key == "dtype" else attr) for key, attr in node.args)
+    return type(node)(node.kind, node.op, args, node.outputs)
+
+
+@st.composite
+def programs(draw: st.DrawFn) -> Graph:
+    return dce(Drawn(draw).graph(), Inference())
+
+
+@given(programs(), st.integers(0, 100))
+def test_fused_is_unfused(graph: Graph, seed: int) -> None:
+    verify(graph, aten.ALLOWED)
+    fused = fuse(graph, Inference(), TARGETS)
+    verify(fused, aten.ALLOWED)
+    torch.manual_seed(seed)
+    sizes = dict.fromkeys(graph.syms, 2 + seed % 5)
+    inputs = [torch.randn(numbers(x.type.shape, sizes)).to(aten.DTYPES[x.type.dtype]) for x in graph.inputs]
+    exact = execute(graph, [x.double() for x in inputs], sizes, wide=True)
+    assert_right(execute(fused, inputs, sizes), execute(graph, inputs, sizes), exact)
+
+
+@pytest.mark.parametrize("count", [4, 1000])
+def test_units_that_would_wait_for_each_other(count: int) -> None:
+    """Two loops that read the same input, of which one needs the other by a way through a unit of scattered nodes."""
+    shapes = {"y": (count, 16), "x": (count, 8), "a": (16, 8), "b": (8, 16)}
+    y, x, a, b = (Value(name, TensorType("f32", shape, contiguous(shape))) for name, shape in shapes.items())
+    rewriter = Rewriter(Graph("import", (y, x, a, b)), Inference())
+
+    def emit(name: str, **args: Attr) -> Value:
+        return rewriter.emit(f"aten.{name}", None, **args)
+
+    wide, narrow = emit("cos.default", self=y), emit("sin.default", self=x)
+    first = emit("mm.default", self=wide, mat2=a)
+    last = emit("mul.Tensor", self=first, other=x)
+    second = emit("mm.default", self=narrow, mat2=b)
+    results = emit("add.Tensor", self=second, other=y), last
+    graph = Graph("import", (y, x, a, b), nodes=tuple(rewriter.nodes), outputs=(*results, first, second))
+    fused = fuse(graph, Inference(), TARGETS)
+    verify(fused, aten.ALLOWED)
+    assert {node.kind for node in fused.nodes} == {"kernel"}
+
+
+@pytest.mark.quick
+def test_a_sum_over_several_dims_is_a_kernel() -> None:
+    """The row of such a sum is a place in a shape of symbols alone."""
+    length = Sym("s1", 2, 64)
+    x = Value("x", TensorType("f32", (BATCH, length, 12), contiguous((BATCH, length, 12))))
+    rewriter = Rewriter(Graph("import", (x,)), Inference())
+    total = rewriter.emit("aten.sum.dim_IntList", None, self=x, dim=(0, 1))
+    (node,) = fuse(Graph("import", (x,), nodes=tuple(rewriter.nodes), outputs=(total,)), Inference(), TARGETS).nodes
+    assert node.kind == "kernel"
+    assert generate(node.body, node.op, arch_of(80), 0) is not None
+
+
+def test_a_loop_without_code_is_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = Value("x", TensorType("f32", (6, 4), contiguous((6, 4))))
+    rewriter = Rewriter(Graph("import", (x,)), Inference())
+    total = rewriter.emit("aten.sum.dim_IntList", None, self=x, dim=(0,))
+    graph = Graph("import", (x,), nodes=tuple(rewriter.nodes), outputs=(total,))
+
+    monkeypatch.setattr(grouping, "_is_loop", lambda body: False)
+    assert fuse(graph, Inference(), TARGETS).nodes == graph.nodes
+
+
+def test_results_that_nobody_reads_have_no_names_in_a_body() -> None:
+    x = Value("x", TensorType("f32", (6, 4), contiguous((6, 4))))
+    extreme, place = Value("m", TensorType("f32", (6,), (1,))), Value("p", TensorType("i64", (6,), (1,)))
+    shifted = Value("s", TensorType("i64", (6,), (1,)))
+    nodes = (
+        Node("op", "aten.max.dim", (("self", x), ("dim", 1)), (None, place)),
+        Node("op", "aten.add.Scalar", (("self", place), ("other", 1)), (shifted,)),
+        Node("op", "aten.amax.default", (("self", x), ("dim", (1,))), (extreme,)),
+    )
+    fused = fuse(Graph("import", (x,), nodes=nodes, outputs=(shifted, extreme)), Inference(), TARGETS)
+    verify(fused, aten.ALLOWED)
+    assert [node.kind for node in fused.nodes] == ["kernel"]

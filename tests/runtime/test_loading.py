@@ -1,0 +1,329 @@
+"""Engines in another process, from damaged and from hostile files; and models of the zoo there and back."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+import torch_rtx
+from benchmarks.numerics import assert_right, in_float64, tensors
+from tests.engine_files import forge
+from tests.helpers.ahead import IMAGE, Function, Net
+from tests.helpers.compiled import same
+from tests.paths import ROOT
+from torch_rtx.engine import load as load_engine
+from torch_rtx.errors import EngineFormatError
+from torch_rtx.runtime.signature import Signature
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+def in_new_process(code: str, *arguments: object) -> tuple[str, str]:
+    """Standard output and error of a Python process that runs `code`."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    return result.stdout, result.stderr
+
+
+# Another process ------------------------------------------------------------------------------------------------------
+
+RUN = """
+import logging, sys
+logging.basicConfig(level=logging.WARNING)
+import torch, torch_rtx
+from safetensors.torch import load_file, save_file
+if "{transformers}" == "with":
+    import transformers.utils.generic, transformers.modeling_outputs
+folder = sys.argv[1]
+module = torch_rtx.load(f"{{folder}}/bert.rtx", weights=f"{{folder}}/bert.safetensors")
+result = module(**load_file(f"{{folder}}/inputs.safetensors"))
+print(type(result).__name__, list(result), result["pooler_output"] is result.get("pooler_output"))
+print("transformers" in sys.modules, hasattr(result, "last_hidden_state"))
+save_file({{name: tensor.contiguous() for name, tensor in result.items()}}, f"{{folder}}/outputs.safetensors")
+"""
+
+
+@pytest.mark.parametrize("transformers", ["with", "without"])
+def test_in_a_new_process(transformers, tmp_path):
+    pytest.importorskip("transformers")
+    from benchmarks import models
+
+    model, args, kwargs = models.build("bert_base")
+    module = torch_rtx.compile(model, args, kwargs)
+    torch_rtx.save(module, tmp_path / "bert.rtx")
+    save_file(model.state_dict(), tmp_path / "bert.safetensors")
+    save_file(kwargs, tmp_path / "inputs.safetensors")
+    out, err = in_new_process(RUN.format(transformers=transformers), tmp_path)
+    expected = module(**kwargs)
+    name, known = type(expected).__name__, transformers == "with"
+    assert out.splitlines() == [f"{name if known else 'dict'} {list(expected)} True", f"{known} {known}"]
+    assert (f"{name} is unknown here and becomes a dict; import it before load" in err) is not known
+    from safetensors.torch import load_file
+
+    assert all(torch.equal(load_file(tmp_path / "outputs.safetensors")[key], expected[key]) for key in expected)
+
+
+@pytest.mark.quick
+def test_inspect_without_torch(tmp_path):
+    torch_rtx.save(torch_rtx.compile(Net().eval(), (IMAGE,)), tmp_path / "model.rtx")
+    code = "import sys; sys.modules['torch'] = None; import torch_rtx; print(torch_rtx.inspect(sys.argv[1]))"
+    out, _ = in_new_process(code, tmp_path / "model.rtx")
+    assert out.rstrip("\n") == str(torch_rtx.inspect(tmp_path / "model.rtx"))
+    assert "'q.weight': f32[8, 8]" in out
+
+
+# The zoo --------------------------------------------------------------------------------------------------------------
+
+
+# One of each kind: convolutions with folded norms, windows, tied weights, two inputs, two towers, skip connections,
+# caches that are written. Each model of the zoo goes through the bytes of its engine in test_models, by the cache.
+ZOO = ["mobilenet_v3", "swin_t", "bert_base", "t5", "clip", "sd15_unet", "gpt2_decode", "llama_decode"]
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_zoo(name, tmp_path):
+    pytest.importorskip("transformers")
+    from benchmarks import models
+
+    model, args, kwargs = models.build(name)
+    state = {key: buffer.clone() for key, buffer in model.named_buffers()}
+    module = torch_rtx.compile(model, args, kwargs)
+    torch_rtx.save(module, tmp_path / "model.rtx")
+    loaded = torch_rtx.load(tmp_path / "model.rtx")
+    assert not any(constant.data_ptr() % 64 for constant in loaded.engine.constants.values())
+    loaded.refit(model)
+    ours = module(*args, **kwargs)
+    theirs = loaded(*args, **kwargs)
+    for key, buffer in model.named_buffers():  # of which the module in this process has used the model's own
+        buffer.copy_(state[key])
+    same(theirs, ours, atol=0, rtol=0)
+    reference = in_float64(model, args, kwargs)
+    assert_right(ours, model(*args, **kwargs), reference)
+    found = torch_rtx.inspect(tmp_path / "model.rtx")
+    assert found.manifest.stripped
+    assert len(found.manifest.inputs) == len(args) + len(kwargs)
+    assert set(found.kinds) <= {"kernel", "extern", "view"}
+    assert found.weight_bytes == sum(p.nbytes for p in found.parameters if not p.constant)
+    assert len(tensors(ours)) > 0
+
+
+def test_full_size_bert(tmp_path):
+    """110 million parameters, built on `meta` in seconds, in a file of a few hundred kilobytes."""
+    pytest.importorskip("transformers")
+    from benchmarks import models
+
+    with torch.device("meta"):
+        model = models.spec("bert_base").model("full").eval()
+    args, kwargs = models.inputs("bert_base", "full")
+    compilation = torch_rtx.CompilationSettings(device="cuda")
+    torch_rtx.save(torch_rtx.compile(model, args, kwargs, settings=compilation), tmp_path / "bert.rtx")
+    found = torch_rtx.inspect(tmp_path / "bert.rtx")
+    assert (tmp_path / "bert.rtx").stat().st_size == found.engine_bytes <= 300_000
+    parameters = sum(p.numel() for p in model.parameters())
+    assert 4 * parameters <= found.weight_bytes <= 4 * parameters + 10_000
+    assert found.manifest.device == "cuda"
+
+
+# Damage ---------------------------------------------------------------------------------------------------------------
+
+
+def test_flipped_bytes_of_a_real_engine(tmp_path):
+    model = Net().eval()
+    compilation = torch_rtx.CompilationSettings(strip_weights=False)
+    module = torch_rtx.compile(model, (IMAGE,), settings=compilation)
+    path = tmp_path / "model.rtx"
+    torch_rtx.save(module, path)
+    raw, generator, expected = path.read_bytes(), random.Random(0), module(IMAGE)
+    for _ in range(300):
+        damaged = bytearray(raw)
+        for _ in range(generator.choice((1, 1, 1, 4))):
+            damaged[generator.randrange(len(raw))] ^= generator.randrange(1, 256)
+        path.write_bytes(damaged)
+        with pytest.raises(EngineFormatError):
+            torch_rtx.load(path, weights=model)
+    for size in [generator.randrange(len(raw)) for _ in range(50)]:
+        path.write_bytes(raw[:size])
+        with pytest.raises(EngineFormatError):
+            torch_rtx.load(path, weights=model)
+    path.write_bytes(raw)
+    assert torch.equal(torch_rtx.load(path)(IMAGE), expected)
+
+
+# Hostile call signatures ----------------------------------------------------------------------------------------------
+
+SIGNATURE = torch_rtx.compile(
+    Function(lambda batch, n: {"a": [batch["x"] * n, (batch["y"],)], "b": batch["x"].max(0)}),
+    ({"x": torch.ones(2, 2), "y": torch.ones(3)}, 3),
+).engine.manifest.signature
+scalars = st.none() | st.booleans() | st.integers(-3, 70) | st.floats() | st.text(max_size=4)
+NAMES = [
+    *(f"builtins.{name}" for name in ("tuple", "list", "dict")),
+    *(f"collections.{name}" for name in ("namedtuple", "OrderedDict", "defaultdict", "deque")),
+    *(f"torch.{name}" for name in ("Size", "return_types.max", "return_types.__name__")),
+    *(f"torch.fx.immutable_collections.immutable_{name}" for name in ("list", "dict")),
+    *("NO_SERIALIZED_TYPE_NAME_FOUND", "os.system", ""),
+]
+contexts = st.recursive(
+    scalars,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["factory", "keys", "name", "fields", "default_factory_module", "default_factory_name"]),
+            inner,
+        )
+    ),
+    max_leaves=4,
+)
+specs = st.recursive(
+    st.none(),
+    lambda inner: st.fixed_dictionaries(
+        {
+            "type": st.sampled_from(NAMES) | scalars,
+            "context": contexts,
+            "children": st.lists(inner, max_size=3) | scalars,
+        }
+    ),
+    max_leaves=5,
+)
+calls = st.fixed_dictionaries(
+    {"type": st.just("builtins.tuple"), "context": st.none(), "children": st.lists(specs, min_size=1, max_size=3)}
+)
+leaves = st.integers(-1, 3) | st.fixed_dictionaries({"name": scalars, "value": contexts}) | scalars
+signatures = st.fixed_dictionaries(
+    {
+        "names": st.just(SIGNATURE["names"]) | st.lists(scalars, max_size=3) | scalars,
+        "leaves": st.just(SIGNATURE["leaves"]) | st.lists(leaves, max_size=3) | scalars,
+        "in": st.just(SIGNATURE["in"]) | specs | calls | scalars,
+        "out": st.just(SIGNATURE["out"]) | specs | scalars,
+    }
+)
+
+
+def read(tree: Any) -> None:
+    """Reads a signature as a file would hold it: it is either refused in the one way, or good enough to be used."""
+    tree = json.loads(json.dumps(tree))
+    before = set(sys.modules)
+    try:
+        signature = Signature.from_json(tree)
+    except EngineFormatError:
+        return
+    finally:
+        assert set(sys.modules) == before
+    signature.unflatten([1] * signature.out_spec.num_leaves)
+    text = json.dumps(signature.to_json())
+    assert json.dumps(Signature.from_json(json.loads(text)).to_json()) == text
+
+
+@settings(max_examples=300, suppress_health_check=list(HealthCheck))
+@given(signatures | contexts)
+def test_hostile_signatures(tree):
+    read(tree)
+
+
+@settings(max_examples=200, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_edited_signatures(data):
+    """A real signature with one place in it replaced."""
+    tree = json.loads(json.dumps(SIGNATURE))
+    at = tree
+    while True:
+        key = data.draw(st.sampled_from(sorted(at) if isinstance(at, dict) else range(len(at))))
+        if isinstance(at[key], dict | list) and at[key] and data.draw(st.integers(0, 3)):
+            at = at[key]
+            continue
+        at[key] = data.draw(contexts | specs | st.sampled_from(NAMES))
+        break
+    read(tree)
+
+
+def container(name: str, context: Any, children: int = 1) -> dict[str, Any]:
+    return {"type": name, "context": context, "children": [None] * children}
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        container("builtins.dict", None),
+        container("builtins.dict", ["a", "b"]),
+        container("builtins.dict", ["a", "a"], 2),
+        container("builtins.dict", [["a"]]),
+        container("collections.defaultdict", {"default_factory_module": "antigravity", "default_factory_name": "x"}),
+        container("collections.namedtuple", "os.stat_result"),
+        container("collections.namedtuple", {"name": "x", "fields": ["a; import antigravity"]}),
+        container("collections.namedtuple", {"name": "x", "fields": ["class"]}),
+        container("collections.namedtuple", {"name": "x", "fields": ["a", "b"]}),
+        container("collections.deque", 0),
+        container("torch.return_types.max", None),
+        container("torch.return_types.os", None),
+        {"type": "builtins.list", "context": None},
+        {"children": [None]},
+        7,
+        "text",
+        [[]],
+    ],
+)
+def test_containers_that_are_refused(spec, tmp_path):
+    tree = {**SIGNATURE, "out": spec}
+    with pytest.raises(EngineFormatError):
+        Signature.from_json(tree)
+    engine = torch_rtx.compile(Net().eval(), (IMAGE,)).engine if spec == 7 else None
+    if engine is not None:  # and so is the file
+        path = forge(tmp_path / "model.rtx", lambda p: p["manifest"]["signature"].update(out=spec), what=engine)
+        load_engine(path)
+        with pytest.raises(EngineFormatError, match="damaged call signature"):
+            torch_rtx.load(path)
+
+
+def test_deep_signatures():
+    for depth in (60, 70, 900):
+        spec = None
+        for _ in range(depth):
+            spec = {"type": "builtins.list", "context": None, "children": [spec]}
+        tree = {**SIGNATURE, "out": spec}
+        if depth < 64:
+            Signature.from_json(tree)
+        else:
+            with pytest.raises(EngineFormatError, match="nested too deep"):
+                Signature.from_json(tree)
+
+
+def test_modules_that_a_file_names_are_not_imported(tmp_path):
+    """In whatever place it names them."""
+    module = "antigravity"
+    engine = torch_rtx.compile(Net().eval(), (IMAGE,)).engine
+    out = [
+        container(f"{module}.Thing", ["value"]),
+        container("collections.defaultdict", {"factory": f"{module}.Thing", "keys": ["a"]}),
+        container("collections.defaultdict", {"default_factory_module": module, "default_factory_name": "x"}),
+    ]
+    paths = []
+    for index, spec in enumerate(out):
+        edit = lambda program, spec=spec: program["manifest"]["signature"].update(out=spec)  # noqa: E731
+        paths.append(forge(tmp_path / f"{index}.rtx", edit, what=engine))
+    code = f"""
+import sys, torch_rtx
+for path in sys.argv[1:]:
+    try:
+        torch_rtx.load(path, weights=None)
+    except torch_rtx.EngineFormatError as error:
+        print(type(error).__name__)
+    else:
+        print("loaded")
+assert {module!r} not in sys.modules
+"""
+    assert in_new_process(code, *paths)[0].split() == ["loaded", "loaded", "EngineFormatError"]

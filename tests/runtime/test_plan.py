@@ -1,0 +1,209 @@
+"""The memory plan: nothing that is alive at once overlaps, at any size, and little is wasted."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from unittest.mock import patch
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from torch_rtx.errors import InputError
+from torch_rtx.ir import Dim, Sym, TensorType, contiguous, dim_expr, evaluate, typical_size
+from torch_rtx.irparse import parse
+from torch_rtx.runtime import plan as planning
+from torch_rtx.runtime.code import compile_graph
+from torch_rtx.runtime.plan import PIECE, Buffer, Plan, best_packing, most_alive, neighbours, size_of
+from torch_rtx.runtime.session import Session
+from torch_rtx.runtime.weights import WeightStore
+from torch_rtx.settings import RuntimeSettings
+
+CPU = torch.device("cpu")
+S, T = Sym("s", 1, 4096), Sym("t", 1, 64)
+SIZES = st.sampled_from([PIECE, 3 * PIECE, 0, dim_expr("*", PIECE, S), dim_expr("*", 3 * PIECE, S, T), T])
+
+
+def typical(dim: Dim) -> int:
+    return typical_size(dim, planning.TYPICAL)
+
+
+@st.composite
+def buffers(draw: st.DrawFn) -> list[Buffer]:
+    count = draw(st.integers(0, 12))
+    found = []
+    for index in range(count):
+        first = draw(st.integers(0, 10))
+        found.append(Buffer(f"b{index}", draw(SIZES), first, first + draw(st.integers(0, 4))))
+    return found
+
+
+def placed(found: list[Buffer]) -> Plan:
+    """A plan of these buffers, which no graph is needed for."""
+    with patch.object(planning, "_lifetimes", lambda *_: (found, set())):
+        return Plan(parse("graph fused {\n  return []\n}\n"), frozenset(), frozenset({"s", "t"}))
+
+
+@given(buffers(), st.integers(1, 4096), st.integers(1, 64))
+def test_nothing_overlaps_at_any_size(found: list[Buffer], s: int, t: int) -> None:
+    plan = placed(found)
+    sizes = {"s": s, "t": t}
+    total, *offsets = plan.offsets(*(sizes[name] for name in plan.symbols))
+    ranges = [
+        (offset, offset + (evaluate(buffer.size, sizes) or 0), buffer)
+        for offset, buffer in zip(offsets, plan.buffers, strict=True)
+    ]
+    assert all(0 <= start <= end <= total for start, end, _ in ranges)
+    for (a, b, one), (c, d, other) in itertools.combinations(ranges, 2):
+        if one.first <= other.last and other.first <= one.last:
+            assert b <= c or d <= a or a == b or c == d
+    assert plan.memory(sizes).arena == total >= most_alive((buffer, end - start) for start, end, buffer in ranges)
+
+
+@given(buffers())
+def test_the_most_that_is_alive(found: list[Buffer]) -> None:
+    sized = [(buffer, typical(buffer.size)) for buffer in found]
+    expected = max((sum(n for b, n in sized if b.first <= at <= b.last) for at in range(20)), default=0)
+    assert most_alive(sized) == expected
+
+
+@given(buffers())
+def test_neighbours(found: list[Buffer]) -> None:
+    together = neighbours(found)
+    for one in found:
+        expected = {b.name for b in found if b is not one and one.first <= b.last and b.first <= one.last}
+        assert {b.name for b in together[one.name]} == expected
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 5), st.integers(0, 3)), max_size=6))
+def test_near_the_best_packing(drawn: list[tuple[int, int, int]]) -> None:
+    """Against every order of placing the buffers, of which one gives the best packing there is."""
+    found = [Buffer(f"b{i}", size * PIECE, first, first + more) for i, (size, first, more) in enumerate(drawn)]
+    sizes, together = {b.name: typical(b.size) for b in found}, neighbours(found)
+
+    def height(places: dict[str, int]) -> int:
+        return max((places[b.name] + sizes[b.name] for b in found), default=0)
+
+    best = min(height(planning._packing(order, sizes, together)) for order in itertools.permutations(found))
+    assert height(best_packing(found, sizes, together)) <= 1.05 * best
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "expected"),
+    [
+        ((2, 3), None, 24),
+        ((), None, 4),
+        ((0, 3), None, 0),
+        ((2, 3), (1, 2), 24),
+        ((2, 3), (8, 1), 44),
+        ((0, 3), (8, 1), 0),
+        ((2, 3), (0, 1), 12),
+    ],
+)
+def test_sizes(shape: tuple[int, ...], strides: tuple[int, ...] | None, expected: int) -> None:
+    found = size_of(TensorType("f32", shape, contiguous(shape) if strides is None else strides))
+    assert found == math.ceil(expected / PIECE) * PIECE
+
+
+GRAPH = parse("""\
+graph fused {
+  dim s = 2, 64, 1
+  input x: f32[s, 64]
+  input w: f32[64, 64]
+  a: f32[s, 64] = extern aten.mm.default(self=x, mat2=w)
+  b: f32[64, s](1, 64) = view aten.permute.default(self=a, dims=[1, 0])
+  c: f32[64, s] = extern aten.exp.default(self=b)
+  d: f32[64, s] = extern aten.mm.default(self=w, mat2=c)
+  e: f32[64, s] = extern aten.mm.default(self=w, mat2=d)
+  f: f32[s, 64](1, s) = view aten.permute.default(self=e, dims=[1, 0])
+  return [f, c]
+}
+""")
+
+
+@pytest.mark.quick
+def test_what_lies_in_the_arena() -> None:
+    plan = Plan(GRAPH, frozenset(), frozenset({"s"}))
+    found = {buffer.name: (buffer.first, buffer.last) for buffer in plan.buffers}
+    assert found == {"a": (0, 2), "d": (3, 4)}  # `a` is read through a view; `e` is returned through one
+    for s in (2, 7, 64):
+        memory = plan.memory({"s": s})
+        piece = 256 * s
+        assert (memory.arena, memory.others, memory.peak) == (piece, 2 * piece, 3 * piece)
+
+
+def test_calls_that_return_what_they_were_given() -> None:
+    """Their schemas say that the results are new; they are parts of `a`, whose place nobody else may get."""
+    graph = parse("""\
+graph fused {
+  input x: f32[4, 64]
+  input w: f32[64, 64]
+  input v: f32[64, 64]
+  a: f32[4, 64] = extern aten.mm.default(self=x, mat2=w)
+  p: f32[2, 64], q: f32[2, 64] = extern aten.unsafe_split.Tensor(self=a, split_size=2)
+  b: f32[4, 64] = extern aten.mm.default(self=x, mat2=v)
+  c: f32[4, 64] = extern aten.mm.default(self=b, mat2=w)
+  d: f32[2, 64] = extern aten.mm.default(self=q, mat2=w)
+  r: f32[4, 64] = extern aten.lift.default(self=c)
+  d2: f32[4, 64] = extern aten.mm.default(self=x, mat2=v)
+  e: f32[4, 64] = extern aten.mm.default(self=d2, mat2=w)
+  f: f32[4, 64] = extern aten.mm.default(self=e, mat2=v)
+  return [p, d, r, f]
+}
+""")
+    x, w, v = torch.randn(4, 64), *(torch.randn(2, 64, 64) / 8)
+    p, d, r, f = compile_graph(graph, CPU)([x, w, v], [])
+    a, c = x @ w, x @ v @ w
+    for mine, other in zip((p, d, r, f), (a[:2], a[2:] @ w, c, c @ v), strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_library_calls_write_to_the_arena() -> None:
+    code = compile_graph(GRAPH, CPU)
+    assert code.source.count("out=") == 2
+    w = torch.randn(64, 64) / 8
+    for s in (2, 7, 64, 7):
+        x = torch.randn(s, 64)
+        f, c = code([x, w], [])
+        assert torch.equal(c, (x @ w).t().exp().contiguous())
+        torch.testing.assert_close(f, (w @ (w @ c)).t())
+
+
+@pytest.mark.quick
+def test_a_session_tells_its_memory() -> None:
+    store = WeightStore(GRAPH, CPU, {})
+    session = Session(GRAPH, store, RuntimeSettings())
+    assert session.memory(s=8).peak == 3 * 8 * 256
+    with pytest.raises(InputError, match="the size of s is missing"):
+        session.memory()
+
+
+def test_fallbacks_get_memory_of_their_own() -> None:
+    """A fallback may keep what it gets."""
+    text = str(GRAPH).replace("extern aten.exp", "fallback aten.exp")
+    assert {b.name for b in Plan(parse(text), frozenset(), frozenset({"s"})).buffers} == {"d"}
+
+
+def test_sizes_that_depend_on_data_are_not_planned() -> None:
+    plan = Plan(GRAPH, frozenset(), frozenset())
+    assert (plan.buffers, plan.symbols, plan.memory({}).peak) == ([], (), 0)
+
+
+def test_what_an_update_writes_is_in_the_arena_and_what_it_returns_is_not() -> None:
+    graph = parse("""\
+graph fused {
+  input x: f32[64, 64]
+  input k: f32[2, 64]
+  input at: i64[2]
+  a: f32[2, 64] = extern aten.mm.default(self=k, mat2=x)
+  b: f32[64, 64] = extern aten.index_copy_.default(self=x, dim=0, index=at, source=a)
+  c: f32[64, 64] = extern aten.mm.default(self=b, mat2=b)
+  d: f32[64, 64] = extern aten.exp.default(self=c)
+  return [d]
+}
+""")
+    plan = Plan(graph, frozenset(), frozenset())
+    assert set(plan.index) == {"a", "c"}
+    assert plan.memory({}).arena == 64 * 64 * 4  # not at once
