@@ -40,6 +40,7 @@ def rows_of(table: str) -> list[list[str]]:
     return [[cell.strip().replace("`", "") for cell in line.strip("|").split("|")] for line in lines]
 
 
+@pytest.mark.quick
 def test_settings_table(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("TORCH_RTX_DUMP", "TORCH_RTX_OVERRIDE", "TORCH_RTX_CACHE_DIR"):
         monkeypatch.delenv(name, raising=False)
@@ -115,6 +116,7 @@ def test_paths_exist(page: Path) -> None:
     assert [path for path in named if not (ROOT / path).exists()] == []
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("page", ["ir-and-passes.md", "fusion-and-kernels.md", "tactics-and-tuning.md"])
 def test_ir_example(page: str) -> None:
     """The graph in a page is valid, and is written as the text form writes it."""

@@ -73,6 +73,7 @@ def test_every_gpu_has_kernels(sm: int) -> None:
                 assert f".target sm_{arch_of(sm).portable}\n".encode() in binary
 
 
+@pytest.mark.quick
 def test_an_answer_is_what_is_built_here(client: CompileClient) -> None:
     bodies = {"k0": (body(), 0), "k1": (body("sin", "s"), 0), "none": (body(), 99)}
     found = client.build(bodies, 86)
