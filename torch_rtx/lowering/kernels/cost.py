@@ -22,8 +22,18 @@ from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Dim, TensorType, typical_size
 from torch_rtx.lowering.kernels.epilogue_index import epilogue_indexing
 from torch_rtx.lowering.kernels.index import from_dim, linear, variable
-from torch_rtx.lowering.kernels.kernel_ir import ZERO, Load, Pointwise, Tensor, View, everything
-from torch_rtx.lowering.kernels.product import MOST_ROWS, GemmConfig, Product, Steps, dot_dtype, in_memory
+from torch_rtx.lowering.kernels.kernel_ir import (
+    ZERO,
+    Load,
+    Pointwise,
+    Position,
+    Select,
+    Tensor,
+    View,
+    children,
+    everything,
+)
+from torch_rtx.lowering.kernels.product import KB, MOST_ROWS, GemmConfig, Product, Steps, dot_dtype, in_memory
 from torch_rtx.lowering.kernels.region import Region, tensor_type
 from torch_rtx.lowering.kernels.triton_ops import is_expensive
 from torch_rtx.targets import Arch, Chip
@@ -55,6 +65,9 @@ class Problem:
         columns_last: neighbouring columns, not elements of K, are neighbours in the memory of the second operand.
         plain: operands are plainly in memory and the result is little more than stored, which needs few registers.
         run: elements of the first operand that are loaded at once, at most 8.
+        scattered: loads for each element of the second operand, where that is computed, whose neighbours along K are no
+            neighbours in memory: packed integers. `tl.dot` has columns in neighbouring threads, so that each thread
+            then reads a sector of its own.
     """
 
     batch: int
@@ -68,6 +81,7 @@ class Problem:
     columns_last: bool
     plain: bool
     run: int = 8
+    scattered: int = 0
 
 
 def problem(region: Region, of: Product, arch: Arch, input_precision: str = "ieee") -> Problem:
@@ -97,7 +111,29 @@ def problem(region: Region, of: Product, arch: Arch, input_precision: str = "iee
         columns_last=_stride(of) == 1,
         plain=prod(of.taps) == 1 and all(in_memory(operand) for operand in (of.a, of.b)) and _plain(region.outputs),
         run=run,
+        scattered=0 if in_memory(of.b) else _scattered(of),
     )
+
+
+def _scattered(of: Product) -> int:
+    """See `Problem.scattered`."""
+    k = variable(KB, from_dim(of.depth))
+
+    def count(tensor: Tensor, position: Position) -> int:
+        match tensor:
+            case Load():
+                address = linear(position, tensor.strides)
+                along = [(atoms, n) for atoms, n in address.terms if any(KB in str(atom) for atom in atoms)]
+                return int(along not in ([], list(k.terms)))
+            case View():
+                return count(tensor.source, tensor.at(position))
+            case Select():
+                moved = tuple(at - start for at, start in zip(position, tensor.starts, strict=True))
+                return count(tensor.inner, moved) + count(tensor.outer, position)
+        return sum(count(child, position) for child in children(tensor) if len(child.shape) == len(position))
+
+    column = variable("N", from_dim(of.columns))
+    return count(of.b, of.b_at(ZERO, column, (*[ZERO] * len(of.taps), k)))
 
 
 def bytes_of(type_: TensorType) -> int:
@@ -142,6 +178,15 @@ def configurations(region: Region, of: Product, arch: Arch, input_precision: str
     tiles = [(config.sums, config.block_m, config.width) for config in best]
     kept = [config for at, config in enumerate(best) if tiles[:at].count(tiles[at]) < ALIKE][:KEPT]
     return [replace(config, input_precision=precision) for config in kept]
+
+
+def plain_us(region: Region, of: Product, arch: Arch) -> float:
+    """The time of the best kernel if all operands were plainly in memory, in microseconds.
+
+    Raises:
+        Unsupported: see `problem`.
+    """
+    return _ranked(replace(problem(region, of, arch), scattered=0), _few(of), arch)[0][0]
 
 
 def config_us(region: Region, of: Product, arch: Arch, config: GemmConfig) -> float:
@@ -337,7 +382,8 @@ def _step(what: Problem, config: GemmConfig, arch: Arch, count: int) -> float:
     cache = (config.block_m + width) * config.block_k * size / (on.cache * 1e3 * on.clock)
     # What a program loads now it multiplies this many steps later.
     latency = (LATENCY + products) / max(config.num_stages - 1, 1)
-    return BARRIER + _overlapped(on, count * products, count * local, count * cache, latency)
+    scattered = what.scattered * width * config.block_k / (on.clock * 1e3)
+    return BARRIER + _overlapped(on, count * products, count * local, count * cache, latency, count * scattered)
 
 
 # ---- sums ------------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from torch_rtx.lowering.kernels.cost import (
     config_us,
     configurations,
     loop_time,
+    plain_us,
     prologue_time,
     typical,
 )
@@ -293,9 +294,10 @@ def _others(region: Region, name: str, arch: Arch, us: float) -> Iterator[Offer]
     # Libraries are made for images of many channels; a window of one pixel makes a product of them.
     _, channels, *window = tensor_type(argument(region.anchor, "weight")).shape
     usual = typical(channels) >= FEW and sum(size != 1 for size in window) > 1
+    plain = us if is_depthwise(of) else MODEL_ERROR * plain_us(region, of, arch)
     before_us = prologue_time(region, arch)
     after_us = loop_time(region, arch) if any(isinstance(one, Pointwise) for one in everything(region.outputs)) else 0.0
-    expected_us = library_us(FAMILY.name, region, arch, us, before_us + after_us, usual)
+    expected_us = library_us(FAMILY.name, region, arch, plain, before_us, after_us, usual)
     yield Offer("library", expected_us)
     fused = _with_relu(region.body)
     if fused is not None:  # cuDNN may refuse it: never expected to be the fastest, but measured

@@ -70,20 +70,22 @@ def splits(
             return
 
 
-def library_us(kind: str, region: Region, arch: Arch, us: float, around_us: float, usual: bool) -> float:
+def library_us(
+    kind: str, region: Region, arch: Arch, us: float, before_us: float, after_us: float, usual: bool
+) -> float:
     """What the library call at the heart of a region should take, in microseconds.
 
     Args:
-        us: the time of the region's own kernel.
-        around_us: the time of what is left to do before and after the call.
+        us: the time of the region's own kernel with operands plainly in memory.
+        before_us, after_us: the times of what is left to do before and after the call.
         usual: whether the call is one that libraries are made for.
     """
     assert region.anchor is not None
     rates, work = arch.library, flops(region.anchor, typical)
     if rates is None or work <= rates.large[kind] or not usual:
-        return SLOWER * us
+        return before_us + SLOWER * us
     overhead_us, flops_per_us = rates.call[kind]
-    return overhead_us + work / flops_per_us + around_us
+    return before_us + overhead_us + work / flops_per_us + after_us
 
 
 def around(body: Graph, ops: frozenset[str]) -> tuple[list[Node], Node, list[Node]]:

@@ -7,7 +7,15 @@ from collections.abc import Callable, Iterator
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Dim, Graph, Node, TensorType, Value, contiguous, dim_expr
 from torch_rtx.lowering.kernels.body_builder import BodyBuilder, argument, type_of
-from torch_rtx.lowering.kernels.cost import best_parts, config_us, configurations, loop_time, prologue_time, typical
+from torch_rtx.lowering.kernels.cost import (
+    best_parts,
+    config_us,
+    configurations,
+    loop_time,
+    plain_us,
+    prologue_time,
+    typical,
+)
 from torch_rtx.lowering.kernels.expressions import A, B
 from torch_rtx.lowering.kernels.families.family import MODEL_ERROR, Family, Offer, around, library_us, splits
 from torch_rtx.lowering.kernels.index import Index, from_dim, unravel
@@ -183,12 +191,12 @@ def _others(region: Region, name: str, arch: Arch, us: float) -> Iterator[Offer]
     yield from splits(gemm_split, region.body, name, parts, split_us * MODEL_ERROR, us)
     assert region.anchor is not None
     usual = _starts_at_16_bytes(region.anchor)
-    before_us = prologue_time(region, arch)
+    plain, before_us = MODEL_ERROR * plain_us(region, gemm_product(region), arch), prologue_time(region, arch)
     after_us = loop_time(region, arch) if any(isinstance(one, Pointwise) for one in everything(region.outputs)) else 0.0
-    yield Offer("library", library_us(FAMILY.name, region, arch, us, before_us + after_us, usual))
+    yield Offer("library", library_us(FAMILY.name, region, arch, plain, before_us, after_us, usual))
     fused = _with_activation(region.body)
     if fused is not None:
-        yield Offer("cublaslt", library_us(FAMILY.name, region, arch, us, before_us, usual), fused)
+        yield Offer("cublaslt", library_us(FAMILY.name, region, arch, plain, before_us, 0.0, usual), fused)
 
 
 def _starts_at_16_bytes(anchor: Node) -> bool:
