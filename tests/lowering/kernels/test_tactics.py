@@ -6,11 +6,17 @@ import math
 import re
 
 import pytest
+import torch
 
 from tests.lowering.kernels.kernel_bodies import library
+from torch_rtx.ir import Graph
 from torch_rtx.irparse import parse
 from torch_rtx.lowering.kernels.cost import typical
+from torch_rtx.lowering.kernels.generate import forms
 from torch_rtx.op_work import flops
+from torch_rtx.runtime.code import compile_graph
+from torch_rtx.tactics import OWN, check_tactic
+from torch_rtx.targets import arch_of
 
 PRODUCT = """graph import {{
   input in0: f16[{m}, {k}]
@@ -105,3 +111,105 @@ def test_convolutions(
     text = CONVOLUTION.format(n=n, c=c, h=h, w=w, o=o, kh=kh, kw=kw, call=call)
     text = re.sub(r"\d+(\*\d+)+", lambda found: str(math.prod(map(int, found[0].split("*")))), text)
     assert library(parse(text), sm) == expected
+
+
+# ---- library calls with what follows them ----------------------------------------------------------------------------
+
+LAYER = """graph import {{
+  input in0: {dtype}[4, 8, 64]
+  input in1: {dtype}[32, 64]
+  input in2: {dtype}[32]
+  v0: {dtype}[4, 8, 32] = op aten.linear.default(input=in0, weight=in1{bias})
+  v1: {dtype}[4, 8, 32] = op aten.{activation}
+  return [{results}]
+}}
+"""
+CHANNELS_LAST = "(3136, 1, 448, 64)"
+WITH_ACTIVATION = """graph import {{
+  input in0: {dtype}[2, 64, 7, 7](3136, 1, 448, 64)
+  input in1: {dtype}[64, 64, 3, 3](576, 1, 192, 64)
+  input in2: {dtype}[64]
+  input in3: {dtype}[2, 64, 7, 7]{strides}
+  v0: {dtype}[2, 64, 7, 7](3136, 1, 448, 64) = op aten.conv2d.default(input=in0, weight=in1{bias}, padding=[1, 1])
+{sum}  v2: {dtype}[2, 64, 7, 7](3136, 1, 448, 64) = op aten.{activation}
+  return [v2]
+}}
+"""
+SUM = "  v1: {dtype}[2, 64, 7, 7](3136, 1, 448, 64) = op aten.add.Tensor(self={self}, other={other})\n"
+
+
+def layer(
+    dtype: str = "f16", activation: str = "relu.default(self=v0)", bias: bool = True, results: str = "v1"
+) -> Graph:
+    text = LAYER.format(dtype=dtype, activation=activation, bias=", bias=in2" if bias else "", results=results)
+    return parse(text if bias else text.replace(f"  input in2: {dtype}[32]\n", ""))
+
+
+def convolution(
+    dtype: str = "f16", activation: str = "relu", bias: bool = True, added: str = "", strides: str = CHANNELS_LAST
+) -> Graph:
+    pair = {"": ("", ""), "left": ("in3", "v0"), "right": ("v0", "in3"), "itself": ("v0", "v0")}[added]
+    text = SUM.format(dtype=dtype, self=pair[0], other=pair[1]) if added else ""
+    source = f"{activation}.default(self={'v1' if added else 'v0'})"
+    text = WITH_ACTIVATION.format(
+        dtype=dtype, strides=strides, bias=", bias=in2" if bias else "", sum=text, activation=source
+    )
+    unused = [name for name in ("in2", "in3") if f"={name}" not in text]
+    return parse("".join(line for line in text.splitlines(True) if not any(f"input {n}:" in line for n in unused)))
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (layer(), True),
+        (layer("bf16"), True),
+        (layer(activation="gelu.default(self=v0, approximate='tanh')"), True),
+        (layer(activation="gelu.default(self=v0)"), False),  # cuBLASLt has the tanh form
+        (layer(activation="sigmoid.default(self=v0)"), False),
+        (layer("f32"), False),
+        (layer(bias=False), False),
+        (layer(results="v1, v0"), False),
+        (convolution(), False),
+    ],
+)
+def test_cublaslt(body: Graph, expected: bool) -> None:
+    found = [head for head, _ in forms(body, "k", arch_of(90)) if head.kind == "cublaslt"]
+    assert bool(found) is expected
+    for tactic in found:
+        check_tactic(tactic.with_kernels(lambda op, kernel: 1 / 0), "k", body)  # it launches nothing
+        assert "aten._addmm_activation.default" in str(tactic.body)
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (convolution(), "cudnn_convolution_relu"),
+        (convolution("bf16", added="left"), "cudnn_convolution_add_relu"),
+        (convolution(added="right"), "cudnn_convolution_add_relu"),
+        (convolution(added="itself"), None),
+        (convolution(added="right", strides=""), None),  # cuDNN wants both of one layout
+        (convolution(activation="sigmoid"), None),
+        (convolution(bias=False), None),
+        (convolution("f32"), None),
+        (layer(), None),
+    ],
+)
+def test_cudnn(body: Graph, expected: str | None) -> None:
+    found = forms(body, "k", arch_of(90))
+    calls = [head for head, _ in found if head.kind == "cudnn"]
+    assert len(calls) == (expected is not None)
+    for tactic in calls:
+        check_tactic(tactic.with_kernels(lambda op, kernel: 1 / 0), "k", body)
+        assert f"aten.{expected}.default" in str(tactic.body)
+        own = next(head for head, _ in found if OWN in head.kernels)
+        assert tactic.expected_us > own.expected_us  # it is measured before it is used
+
+
+def test_a_call_on_the_cpu_gives_what_the_body_does() -> None:
+    body = layer("bf16")
+    (tactic,) = (head for head, _ in forms(body, "k", arch_of(90)) if head.kind == "cublaslt")
+    assert tactic.body is not None
+    inputs = [torch.randn(4, 8, 64), torch.randn(32, 64), torch.randn(32)]
+    given = [x.bfloat16() for x in inputs]
+    cpu = torch.device("cpu")
+    torch.testing.assert_close(compile_graph(tactic.body, cpu)(given, ()), compile_graph(body, cpu)(given, ()))

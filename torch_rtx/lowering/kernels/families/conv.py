@@ -338,7 +338,9 @@ def _added_to(anchor: Node, node: Node) -> Value | None:
     if node.op != "aten.add.Tensor" or node.arg("alpha", 1) != 1 or value not in given:
         return None
     other = given[1 - given.index(value)]
-    return other if isinstance(other, Value) and value is not None and other.type == value.type else None
+    if not isinstance(other, Value) or value is None or other == value:
+        return None
+    return other if other.type == value.type else None
 
 
 def _expected_us(region: Region, arch: Arch, config: GemmConfig) -> float:

@@ -1,0 +1,77 @@
+"""Each kind of tactic on a GPU: it is used where it is asked for, and is right by the float64 criterion."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("triton")  # builds; running needs the driver alone
+
+import torch_rtx
+from benchmarks.numerics import assert_right
+from tests.lowering.test_prologues import Int4, Int8
+from torch_rtx.settings import CompilationSettings, RuntimeSettings
+
+pytestmark = pytest.mark.gpu
+
+
+class Residual(nn.Module):
+    """Convolutions whose results stay channels-last, the last one with a sum before its activation."""
+
+    def __init__(self, channels: int = 64) -> None:
+        super().__init__()
+        self.first, self.second, self.last = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.first(x))
+        return torch.relu(self.last(torch.relu(self.second(x))) + x).mean((2, 3))
+
+
+def layers(activation: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(256, 512), activation, nn.Linear(512, 256), activation)
+
+
+CASES = {
+    "relu": (layers(nn.ReLU()), (48, 256), ("kernel", "library", "cublaslt")),
+    "gelu": (layers(nn.GELU(approximate="tanh")), (2, 24, 256), ("kernel", "library", "cublaslt")),
+    "convolutions": (Residual(), (4, 64, 28, 28), ("kernel", "library", "cudnn")),
+    "few rows": (nn.Sequential(nn.Linear(8192, 512), nn.ReLU()), (16, 8192), ("kernel", "split", "library")),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("case", "kind"), [(name, kind) for name, (*_, kinds) in CASES.items() for kind in kinds])
+def test_kinds(case: str, kind: str, dtype: torch.dtype) -> None:
+    model, shape, _ = CASES[case]
+    model = copy.deepcopy(model).to("cuda", dtype).eval()
+    runtime = RuntimeSettings(tactics=kind, specialization_strategy="none")
+    settings = CompilationSettings(targets="current")
+    x = torch.randn(shape, device="cuda", dtype=dtype)
+    module = torch_rtx.compile(copy.deepcopy(model), (x,), settings=settings, runtime=runtime)
+    assert kind in {tactic.kind for tactic in module.session.tactics.values()}
+    for _ in range(3):  # plain, captured and replayed
+        x = torch.randn(shape, device="cuda", dtype=dtype)
+        with torch.no_grad():
+            expected, exact = model(x), copy.deepcopy(model).double()(x.double())
+        assert_right([module(x)], [expected], [exact])
+
+
+@pytest.mark.parametrize("rows", [1, 16, 100])
+@pytest.mark.parametrize("kind", ["kernel", "library"])
+@pytest.mark.parametrize("make", [Int8, Int4])
+def test_packed_weights(make: type[nn.Module], kind: str, rows: int) -> None:
+    """A product whose kernel widens its weights, and one after a kernel that does."""
+    model = make().cuda().eval()
+    x = torch.randn(rows, 128, device="cuda").half()
+    runtime = RuntimeSettings(tactics=kind, specialization_strategy="none")
+    module = torch_rtx.compile(
+        copy.deepcopy(model), (x,), settings=CompilationSettings(targets="current"), runtime=runtime
+    )
+    assert {"i8", "u8"} & {weight.value.type.dtype for weight in module.engine.graph.weights}
+    for _ in range(3):
+        x = torch.randn(rows, 128, device="cuda").half()
+        exact = copy.deepcopy(model).double()(x.double())
+        assert_right([module(x)], [model(x)], [exact])
