@@ -37,7 +37,7 @@ ARROWS = {
         *("dtypes", "errors", "ir", "irparse", "optable", "profiles", "manifest", "tactics", "tactics_v4", "aten"),
     },
     "cache": {"errors"},
-    "lowering": {"errors", "ir", "op_work", "aten", "settings", "targets", "lowering.kernels"},
+    "lowering": {"dtypes", "errors", "ir", "op_work", "aten", "settings", "targets", "lowering.kernels"},
     # no torch: workers of a build start fast without it
     "lowering.kernels": {"artefacts", "dtypes", "errors", "ir", "op_work", "targets", "tactics"},
     "runtime": {

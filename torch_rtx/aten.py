@@ -140,3 +140,32 @@ def to_torch(type_: str, attr: Attr, device: torch.device) -> Any:
             raise InvalidIR(f"no memory format {attr!r}")
         return getattr(torch, attr)
     return attr
+
+
+def _attention_partial(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    *,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Attention to a range of the keys, before the division by the sum of the weights, in float32: the weighted sums of
+    values, the largest score m of each query, and the sums of the weights exp(score - m). Where every score is minus
+    infinity, m is finite and all weights are 0."""
+    scores = query.float() @ key.float().mT * scale
+    if attn_mask is not None:
+        masked = attn_mask.dtype == torch.bool
+        scores = scores.masked_fill(~attn_mask, -torch.inf) if masked else scores + attn_mask
+    largest = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
+    weights = (scores - largest).exp()
+    return weights @ value.float(), largest, weights.sum(-1, keepdim=True)
+
+
+# What kernels compute in a step of a split form and ATen has no call for; where no kernel is launched, this runs.
+_LIBRARY = torch.library.Library("torch_rtx", "DEF")
+_LIBRARY.define(
+    "attention_partial(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, *, float scale)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+_LIBRARY.impl("attention_partial", _attention_partial, "CompositeImplicitAutograd")

@@ -40,6 +40,7 @@ ANCHORS: Mapping[str, str] = {
     **dict.fromkeys((f"aten.{op}.default" for op in ("mm", "addmm", "bmm", "baddbmm", "linear", "matmul")), "gemm"),
     **dict.fromkeys((f"aten.{op}.default" for op in ("conv1d", "conv2d", "conv3d", "convolution")), "conv"),
     "aten.scaled_dot_product_attention.default": "attention",
+    "torch_rtx.attention_partial.default": "attention",
 }
 
 
@@ -59,7 +60,7 @@ def flops(node: Node, size: Callable[[Dim], int]) -> int:
         swapped = "transpose" in name or node.arg("transposed") is True
         weight = _shape(node.arg("weight"), size)
         return 2 * _numel(node.arg("input") if swapped else result, size) * math.prod(weight[1:])
-    if "scaled_dot_product" in name and "backward" not in name:
+    if ("scaled_dot_product" in name or name == "attention_partial") and "backward" not in name:
         keys = _shape(node.arg("key"), size)[-2]
         return 2 * keys * (_numel(node.arg("query"), size) + _numel(result, size))
     return 0

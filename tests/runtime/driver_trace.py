@@ -117,7 +117,7 @@ class Tracer:
     def _name(self, kind: str, value: Any) -> str:
         number = int(value) if hasattr(type(value), "__int__") else id(value)
         self._objects.append(value)
-        if number == 0 and kind != "stream":
+        if number == 0 and kind not in ("stream", "device"):  # these are numbered from 0
             return "null"
         of_kind = sum(known == kind for known, _ in self._numbers)
         return f"{kind}{self._numbers.setdefault((kind, number), of_kind)}"

@@ -145,7 +145,7 @@ def test_nothing_to_do() -> None:
 
 def test_a_launch_that_the_driver_refuses() -> None:
     kernel, graph, _ = ADD_F32
-    launcher = session(kernel, graph, target_of("native")).kernels["k"]
+    launcher = launched(session(kernel, graph, target_of("native")).tactics)["k"]
     with pytest.raises(KernelError, match="can't be launched with 1 x 65536 x 1 blocks"):
         launcher((0, 0, 0), (0,), (1, 65536, 1))
     with pytest.raises(KernelError, match=r"can't be launched with the sizes \[4294967296\]"):

@@ -30,6 +30,7 @@ from torch_rtx.ir import Attr, Graph, Node, TensorType, Value, attr_values
 from torch_rtx.lowering.kernels.generate import Form
 from torch_rtx.lowering.kernels.loops import PERSISTENT, loop_kernel
 from torch_rtx.lowering.kernels.ops.registry import OPS
+from torch_rtx.lowering.kernels.reduction_rules import RULES
 from torch_rtx.lowering.kernels.region import region
 from torch_rtx.tactics import KernelTable
 from torch_rtx.targets import Target
@@ -38,6 +39,7 @@ DTYPES = ((torch.float32,), (torch.float16, torch.bfloat16), (torch.int64, torch
 SAMPLES = 2
 CHUNKS = 12
 BUILT_CHUNKS = 8
+DECLARED = OPS.keys() | RULES.keys()
 LARGEST = 20_000  # elements: the interpreter takes milliseconds per program
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float64: 1e-6}
 
@@ -66,7 +68,9 @@ class Body:
     def of(op: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Body | None:
         """The call as a body, if the operator is declared and the call is no larger than the interpreter likes."""
         results = result if isinstance(result, tuple | list) else [result]
-        if str(op) not in OPS or not all(isinstance(r, torch.Tensor) and 0 <= r.numel() <= LARGEST for r in results):
+        if str(op) not in DECLARED or not all(
+            isinstance(r, torch.Tensor) and 0 <= r.numel() <= LARGEST for r in results
+        ):
             return None
         return Body(op, args, kwargs, result)
 
@@ -163,7 +167,7 @@ def sampled(name: str, every: bool) -> Iterator[Body]:
 
 
 # Operators whose samples all call what is not declared, or is refused; CALLS has some that are.
-ELSEWHERE = {"pow", "linalg.vector_norm", "nn.functional.group_norm", "nn.functional.upsample_nearest"}
+ELSEWHERE = {"pow", "linalg.vector_norm", "nn.functional.upsample_nearest"}
 ELSEWHERE |= {f"round.decimals_{kind}" for kind in ("0", "3", "neg_3")}
 ELSEWHERE |= {f"bitwise_{side}_shift" for side in ("left", "right")}  # its samples shift by tensors
 ELSEWHERE |= {f"nn.functional.{kind}_pool{rank}d" for kind in ("max", "avg", "adaptive_avg") for rank in (1, 2, 3)}
@@ -171,7 +175,7 @@ ELSEWHERE |= {f"nn.functional.{kind}_pool{rank}d" for kind in ("max", "avg", "ad
 
 def names() -> list[str]:
     """The operators that are declared, as op_db calls them."""
-    packets = {name.split(".")[1] for name in OPS}
+    packets = {name.split(".")[1] for name in DECLARED}
     found = {name for name, op in operators().items() if {op.name, op.aten_name, f"_{op.name}"} & packets}
     return sorted(found - ELSEWHERE)
 

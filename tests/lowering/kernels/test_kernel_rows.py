@@ -47,6 +47,11 @@ FORMS = {
         f"n: H{IMAGE} = group_norm.default(input=h, num_groups=3, eps=1e-06)\nreturn n",
         3,
     ),
+    "group norm with mean and scale": (
+        f"h: H{FLAT}\nn: H{FLAT}, m: H[2, 3], s: H[2, 3] = native_group_norm.default(input=h, weight=None, bias=None, "
+        "N=2, C=12, HxW=60, group=3, eps=1e-05)\nreturn n, m, s",
+        3,
+    ),
     "layer norm": (
         "x: H[3, 120]\nw: H[120]\nb: H[120]\n"
         "y: H[3, 120] = layer_norm.default(input=x, normalized_shape=[120], weight=w, bias=b)\nreturn y",
@@ -67,6 +72,7 @@ FORMS = {
         3,
     ),
     "softmax": (rows("softmax.int(self=x, dim=-1)", "[3, 120]"), 3),
+    "safe softmax": (rows("_safe_softmax.default(self=x, dim=-1)", "[3, 120]"), 3),
     "softmax of columns": (rows("softmax.int(self=x, dim=0)", "[120, 3]", "[120, 3]"), 3),
     "log softmax": (rows("log_softmax.int(self=x, dim=1)", "[3, 120]"), 3),
     "sum of everything": (rows("sum.default(self=x)", "[()]", "[6, 4, 10]"), 2),
@@ -175,7 +181,9 @@ def test_large_means_and_small_variances(text: str, dtype: str) -> None:
     check_split_graph(graph, body(text, "f64"), 4, tensors, {})
 
 
-@pytest.mark.parametrize("name", ["softmax", "log softmax", "logarithm of a sum of exponentials", "largest"])
+@pytest.mark.parametrize(
+    "name", ["softmax", "safe softmax", "log softmax", "logarithm of a sum of exponentials", "largest"]
+)
 def test_rows_of_infinities(name: str) -> None:
     """Parts, and a row, of nothing but minus infinity, which a mask leaves; infinities and NaN as ATen has them."""
     graph = body(FORMS[name][0], "f32")
@@ -201,9 +209,9 @@ def test_places_of_extremes(kind: str) -> None:
 
 def test_what_has_no_form() -> None:
     for text, message in {
-        rows("cumsum.default(self=x, dim=1)", "[3, 120]"): "cumsum.default in parts",
-        rows("softmax.int(self=x, dim=-1)", "[3, 127]", "[3, 127]"): "no equal parts",  # 127 is prime
-        rows("sum.dim_IntList(self=x, dim=[0])", "[3]", "[s, 3]"): "no equal parts",  # of an open number of rows
+        rows("cumsum.default(self=x, dim=1)", "[3, 120]"): "cumsum.default in chunks",
+        rows("softmax.int(self=x, dim=-1)", "[3, 127]", "[3, 127]"): "no equal chunks",  # 127 is prime
+        rows("sum.dim_IntList(self=x, dim=[0])", "[3]", "[s, 3]"): "no equal chunks",  # of an open number of rows
         rows("argmax.default(self=x)", "[()]", "[6, 20]", "i64"): "several dimensions",
         rows("exp.default(self=x)", "[3, 120]"): "without an anchor or rows",
     }.items():

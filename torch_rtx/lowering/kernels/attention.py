@@ -34,7 +34,7 @@ from torch_rtx.lowering.kernels.kernel_ir import (
     expand,
 )
 from torch_rtx.lowering.kernels.product import in_memory, operand
-from torch_rtx.lowering.kernels.region import Region
+from torch_rtx.lowering.kernels.region import ANCHORS, Region
 from torch_rtx.lowering.kernels.source import assemble, blocks, is_wide
 from torch_rtx.lowering.kernels.triton_ops import tl_dtype
 from torch_rtx.targets import Arch
@@ -142,7 +142,7 @@ def attention_of(region: Region) -> Attention:
         Unsupported: dropout, an open or too large head dimension, dtypes that tensor cores do not multiply.
     """
     node = region.anchor
-    if node is None or not node.op.startswith("aten.scaled_dot_product_attention."):
+    if node is None or ANCHORS[node.op] != "attention":
         raise Unsupported("a region without attention")
     result = node.outputs[0]
     if node.arg("dropout_p", 0.0) != 0.0:

@@ -15,7 +15,6 @@ from torch_rtx.artefacts import Artefacts
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Graph, kernel_nodes
 from torch_rtx.lowering.kernels.aot import Built, compile_kernels
-from torch_rtx.lowering.kernels.attention_parts import as_attention
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.region import region
 from torch_rtx.lowering.kernels.toolchain import Code
@@ -115,7 +114,7 @@ def show_offers(artefacts: Artefacts, name: str, body: Graph, target: Target, of
 def _show_region(files: Artefacts, body: Graph) -> None:
     files.write("region", str(body))
     try:
-        files.write("kir", str(region(as_attention(body))))
+        files.write("kir", str(region(body)))
     except Unsupported:
         return  # it runs call by call
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Graph
-from torch_rtx.lowering.kernels.attention_parts import as_attention
 from torch_rtx.lowering.kernels.families import attention, conv, gemm, loop
 from torch_rtx.lowering.kernels.families.family import Family, Offer
 from torch_rtx.lowering.kernels.kernel import Kernel
@@ -33,7 +32,7 @@ def generate(body: Graph, name: str, arch: Arch, which: int) -> Kernel | None:
 
 @lru_cache(maxsize=1024)  # asked for once per configuration, and for equal regions of many layers
 def _prepared(body: Graph, arch: Arch) -> tuple[Region, Sequence[Any]]:
-    found = region(as_attention(body))
+    found = region(body)
     return found, family_of(found).configs(found, arch)
 
 

@@ -323,7 +323,7 @@ class _Writer:
             position, shape = rows.position(self.x, self.r, rows.shape, rows.axes), rows.shape
             axes = frozenset((X, R))
             moved = _nth_in_memory(ravel(position, shape), output.shape, type_.strides)
-            if self.emitter.holds(output, moved):  # rows are laid out as they are in memory: see `row_parts`
+            if self.emitter.holds(output, moved):  # rows are laid out as they are in memory: see `split_reduction`
                 return moved, axes
         return (position if output.shape == shape else unravel(ravel(position, shape), output.shape)), axes
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from math import prod
 
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import Dim, Node, TensorType, Value, dim_expr
+from torch_rtx.ir import Dim, Node, TensorType, dim_expr
 from torch_rtx.lowering.kernels.emit import Axis, Emitter, Operand, indent
 from torch_rtx.lowering.kernels.epilogue_index import EpilogueIndexing, Tile, epilogue_indexing
 from torch_rtx.lowering.kernels.index import Index, constant, from_dim, linear, substitute, unravel, variable
@@ -113,13 +113,6 @@ class Product:
         if self.grouped:
             return Tile(self.out, self.axis, m, z * columns, columns)
         return Tile(self.out, self.axis, z * from_dim(self.rows) + m, ZERO, columns)
-
-
-def argument(node: Node, name: str) -> Value:
-    """The tensor that an anchor gets as `name`."""
-    value = node.arg(name)
-    assert isinstance(value, Value), name
-    return value
 
 
 def result(region: Region, kind: str) -> tuple[Node, Load, TensorType]:

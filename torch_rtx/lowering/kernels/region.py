@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from torch_rtx.dtypes import register
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import MAIN, Attr, Expr, Graph, Node, Sym, TensorType, Value, attr_values
+from torch_rtx.lowering.kernels.body_builder import BodyBuilder
 from torch_rtx.lowering.kernels.index import from_dim
-from torch_rtx.lowering.kernels.kernel_ir import Reduce, Tensor, children, everything, load, text
+from torch_rtx.lowering.kernels.kernel_ir import Reduce, Tensor, cast, children, everything, load, text
 from torch_rtx.lowering.kernels.ops import gradients, indexing, pointwise, pooling, reductions, views
 from torch_rtx.lowering.kernels.ops.registry import OPS
+from torch_rtx.lowering.kernels.ops.views import reshape, shape_of
+from torch_rtx.lowering.kernels.reduction_rules import written_out
 from torch_rtx.op_work import ANCHORS
 
 DECLARED = (gradients, indexing, pointwise, pooling, reductions, views)  # importing them fills OPS
@@ -80,14 +83,31 @@ def express(node: Node, values: dict[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         Unsupported: see `region`.
     """
-    if node.op not in OPS or node.kind not in ("op", "view"):
+    if node.kind not in ("op", "view"):
         raise Unsupported(f"{node.op} in a kernel", loc=node.loc)
+    if node.op not in OPS:
+        return _written_out(node, values)
     given = {key: _given(attr, values) for key, attr in node.args}
     types = tuple(tensor_type(value) if value is not None else TensorType("bool", (), ()) for value in node.outputs)
     found = OPS[node.op](**given, out=types)
     results = found if isinstance(found, tuple) else (found,)
     named = zip(node.outputs, results, strict=True)
     return {value.name: tensor for value, tensor in named if value is not None and tensor is not None}
+
+
+def _written_out(node: Node, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The results of `node` by the calls of its rule."""
+    outputs = [value for value in node.outputs if value is not None]
+    body = BodyBuilder({value.name for value in (*node.inputs, *outputs)})
+    results = written_out(body, node)
+    inner = {value.name: values[value.name] for value in node.inputs}
+    for call in body.nodes:
+        inner.update(express(call, inner))
+    return {
+        value.name: cast(reshape(inner[found.name], shape_of((type_,))), type_.dtype)
+        for value, found in zip(node.outputs, results, strict=True)
+        if value is not None and (type_ := tensor_type(value))
+    }
 
 
 def tensor_type(value: Value) -> TensorType:

@@ -3,7 +3,7 @@
 The first kernel computes partial results in f32: of a product or a convolution over ranges of its depth (split-K), of
 attention over ranges of its keys (split-KV). The second adds them up, in order, and does all that follows; so every run
 gives the same bits, which atomic additions would not. Both are written as ATen calls, like any other body. Loops have a
-form of three kernels, or two for each reduction: see `row_parts`.
+form of three kernels, or two for each reduction: see `split_reduction`.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch_rtx.ir import Dim, Graph, Node, TensorType, Value
-from torch_rtx.lowering.kernels.calls import Calls, kernel, needed, type_of
+from torch_rtx.lowering.kernels.body_builder import BodyBuilder, kernel, needed, type_of
 
-Partial = Callable[[Calls, Node, int], tuple[Value, ...]]  # the partial results of an anchor
-Finish = Callable[[Calls, Node, tuple[Value, ...]], Value]  # from these the whole result, in f32
+Partial = Callable[[BodyBuilder, Node, int], tuple[Value, ...]]  # the partial results of an anchor
+Finish = Callable[[BodyBuilder, Node, tuple[Value, ...]], Value]  # from these the whole result, in f32
 
 
 def split_anchor(
@@ -30,9 +30,9 @@ def split_anchor(
     """
     operands = tuple(attr for name, attr in anchor.args if name != last)
     taken = {value.name for value in body.values()} | body.syms.keys()
-    first = Calls(taken, needed(body.nodes, operands))
+    first = BodyBuilder(taken, needed(body.nodes, operands))
     results = partial(first, anchor, parts)
-    second = Calls(taken)
+    second = BodyBuilder(taken)
     others = [node for node in body.nodes if node is not anchor]
     kept = needed(others, (*body.outputs, anchor.arg(last)))
     for node in body.nodes:
@@ -48,7 +48,7 @@ def split_anchor(
     return Graph("import", body.inputs, nodes=nodes, outputs=body.outputs)
 
 
-def added(calls: Calls, parts: tuple[Value, ...], strides: tuple[Dim, ...]) -> Value:
+def added(calls: BodyBuilder, parts: tuple[Value, ...], strides: tuple[Dim, ...]) -> Value:
     """The sum of partial results, in order; it lies in memory as `strides` say."""
     total, *rest = parts
     for part in rest:
@@ -57,10 +57,10 @@ def added(calls: Calls, parts: tuple[Value, ...], strides: tuple[Dim, ...]) -> V
     return total
 
 
-def _rounded(calls: Calls, total: Value, anchor: Node) -> None:
+def _rounded(calls: BodyBuilder, total: Value, anchor: Node) -> None:
     """The result of `anchor`, from that in f32."""
     (result,) = anchor.outputs
     assert result is not None
     if type_of(result).dtype != "f32":
         calls.call("_to_copy.default", type_of(result), self=total, dtype=type_of(result).dtype)
-    calls.ends_in(result)
+    calls.name_last(result)

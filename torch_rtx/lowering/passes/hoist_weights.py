@@ -43,13 +43,12 @@ def hoist_weights(graph: Graph, infer: Inference, targets: tuple[Target, ...] = 
             made |= {value.name: node for value in node.outputs if value is not None}
         else:
             rest.append(node)
-    if targets:
-        prologues = {id(node) for node in _prologues(rest, returned(graph), made, source)}
-        left = prologues | {id(node) for node in rest}
-        rest = [node for node in graph.nodes if id(node) in left]
-        made = {name: node for name, node in made.items() if id(node) not in prologues}
+    prologues = list(_prologues(rest, returned(graph), made, source)) if targets else []
+    left = {id(node) for node in (*rest, *prologues)}
+    rest = [node for node in graph.nodes if id(node) in left]
+    stored = made.keys() - {value.name for node in prologues for value in node.results}
     read = dict.fromkeys(value.name for node in rest for value in node.inputs)
-    frontier = [name for name in (*read, *sorted(returned(graph) - read.keys())) if name in made]
+    frontier = [name for name in (*read, *sorted(returned(graph) - read.keys())) if name in stored]
     weights = [*graph.weights]
     for name in frontier:
         value = next(v for v in made[name].outputs if v is not None and v.name == name)

@@ -16,7 +16,7 @@ from math import ceil
 
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Attr, Dim, Graph, Node, TensorType, Value, contiguous, dim_expr
-from torch_rtx.lowering.kernels.calls import Calls, type_of
+from torch_rtx.lowering.kernels.body_builder import BodyBuilder, argument, type_of
 from torch_rtx.lowering.kernels.cost import (
     LAUNCH,
     best_parts,
@@ -57,7 +57,6 @@ from torch_rtx.lowering.kernels.product import (
     Steps,
     SumWriter,
     TileWriter,
-    argument,
     dot_dtype,
     in_memory,
     operand,
@@ -239,18 +238,18 @@ def conv_split(body: Graph, name: str, parts: int) -> Graph:
     return split_anchor(body, name, anchor, parts, _convolution, _convolution_sum, "bias")
 
 
-def _convolution(calls: Calls, anchor: Node, parts: int) -> tuple[Value, ...]:
+def _convolution(calls: BodyBuilder, anchor: Node, parts: int) -> tuple[Value, ...]:
     """[batch, parts * filters, *places]: a convolution in groups, each of which has a range of the channels."""
     (result,) = anchor.outputs
     assert result is not None
     weight = calls.cast(argument(anchor, "weight"), "f32")
     filters, channels, *window = type_of(weight).shape
-    grouped = calls.first(calls.divided(weight, 1, parts), 1)
+    grouped = calls.move_to_front(calls.split_dim(weight, 1, parts), 1)
     shape = (dim_expr("*", parts, filters), dim_expr("//", channels, parts), *window)
     batch, _, *places = type_of(result).shape
     given = {
         "input": calls.cast(argument(anchor, "input"), "f32"),
-        "weight": calls.reshaped(grouped, shape),
+        "weight": calls.reshape(grouped, shape),
         **({"bias": None} if anchor.op == "aten.convolution.default" else {}),
         **{name: attr for name, attr in anchor.args if name not in ("input", "weight", "bias", "groups")},
         "groups": parts,
@@ -267,18 +266,18 @@ def _channels_last(shape: tuple[Dim, ...]) -> tuple[Dim, ...]:
     return tuple(found[axis] for axis in range(len(shape)))
 
 
-def _convolution_sum(calls: Calls, anchor: Node, partials: tuple[Value, ...]) -> Value:
+def _convolution_sum(calls: BodyBuilder, anchor: Node, partials: tuple[Value, ...]) -> Value:
     (result,) = anchor.outputs
     assert result is not None
     strides = type_of(result).strides
     filters, *places = type_of(result).shape[1:]
     count = dim_expr("//", type_of(partials[0]).shape[1], filters)
     assert isinstance(count, int)  # `conv_product` takes weights of static shapes alone
-    total = added(calls, calls.unbound(calls.divided(partials[0], 1, count), 1), strides)
+    total = added(calls, calls.unbind(calls.split_dim(partials[0], 1, count), 1), strides)
     bias = anchor.arg("bias")
     if isinstance(bias, Value):
-        wide = calls.reshaped(bias, (filters, *(1 for _ in places)))
-        total = calls.same("add.Tensor", total, other=wide)
+        wide = calls.reshape(bias, (filters, *(1 for _ in places)))
+        total = calls.pointwise("add.Tensor", total, other=wide)
     return total
 
 
@@ -321,12 +320,12 @@ def _with_relu(body: Graph) -> Graph | None:
         return None
     names = (("stride", 1), ("padding", 0), ("dilation", 1))
     sizes = {key: tuple(one.number for one in _sizes(anchor.arg(key, default), rank)) for key, default in names}
-    calls = Calls({value.name for value in body.values()} | body.syms.keys(), before)
+    calls = BodyBuilder({value.name for value in body.values()} | body.syms.keys(), before)
     op = "cudnn_convolution_relu.default" if other is None else "cudnn_convolution_add_relu.default"
     given = {"self": source, "weight": weight, **({} if other is None else {"z": other, "alpha": None})}
     groups = anchor.arg("groups", 1)
     calls.call(op, type_of(result), **given, bias=anchor.arg("bias"), **sizes, groups=groups)
-    calls.ends_in(result)
+    calls.name_last(result)
     return Graph("import", body.inputs, nodes=tuple(calls.nodes), outputs=(result,))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Dim, Graph, Node, TensorType, Value, contiguous, dim_expr
-from torch_rtx.lowering.kernels.calls import Calls, type_of
+from torch_rtx.lowering.kernels.body_builder import BodyBuilder, argument, type_of
 from torch_rtx.lowering.kernels.cost import best_parts, config_us, configurations, loop_time, prologue_time, typical
 from torch_rtx.lowering.kernels.expressions import A, B
 from torch_rtx.lowering.kernels.families.family import MODEL_ERROR, Family, Offer, around, library_us, splits
@@ -24,7 +24,7 @@ from torch_rtx.lowering.kernels.kernel_ir import (
     number,
     pointwise,
 )
-from torch_rtx.lowering.kernels.product import DotWriter, GemmConfig, Product, SumWriter, argument, result
+from torch_rtx.lowering.kernels.product import DotWriter, GemmConfig, Product, SumWriter, result
 from torch_rtx.lowering.kernels.region import Region, tensor_type
 from torch_rtx.lowering.kernels.split import added, split_anchor
 from torch_rtx.op_work import ANCHORS, PRODUCTS
@@ -132,23 +132,23 @@ def _merged(a: Value, b: Value) -> bool:
     return len(type_of(b).shape) == 2 and len(type_of(a).shape) != 2
 
 
-def _product(calls: Calls, anchor: Node, parts: int) -> tuple[Value, ...]:
+def _product(calls: BodyBuilder, anchor: Node, parts: int) -> tuple[Value, ...]:
     """[parts, *batch, rows, columns]: a product of [parts, *batch, rows, depth / parts] and the like."""
     a, b = (argument(anchor, name) for name in PRODUCTS[anchor.op][:2])
     if anchor.op == "aten.linear.default":
-        b = calls.permuted(b, (1, 0))
+        b = calls.permute(b, (1, 0))
     if _merged(a, b):
         *lead, depth = type_of(a).shape
-        a = calls.reshaped(a, (dim_expr("*", 1, *lead), depth))
+        a = calls.reshape(a, (dim_expr("*", 1, *lead), depth))
     rank = max(len(type_of(a).shape), len(type_of(b).shape))
     shape = _broadcast(type_of(a).shape[:-2], type_of(b).shape[:-2])
     shape = (parts, *shape, type_of(a).shape[-2], type_of(b).shape[-1])
     sides = []
     for side, axis in ((a, -1), (b, -2)):
         own = len(type_of(side).shape)
-        side = calls.first(calls.divided(side, own + axis, parts), own + axis)
+        side = calls.move_to_front(calls.split_dim(side, own + axis, parts), own + axis)
         for _ in range(rank - own):
-            side = calls.unsqueezed(side, 1)
+            side = calls.unsqueeze(side, 1)
         sides.append(calls.cast(side, "f32"))
     return (calls.call("matmul.default", TensorType("f32", shape, contiguous(shape)), self=sides[0], other=sides[1]),)
 
@@ -159,19 +159,19 @@ def _broadcast(one: tuple[Dim, ...], two: tuple[Dim, ...]) -> tuple[Dim, ...]:
     return tuple(b if a == 1 else a for a, b in pairs)
 
 
-def _product_sum(calls: Calls, anchor: Node, partials: tuple[Value, ...]) -> Value:
+def _product_sum(calls: BodyBuilder, anchor: Node, partials: tuple[Value, ...]) -> Value:
     (result,) = anchor.outputs
     assert result is not None
-    parts = calls.unbound(partials[0], 0)
+    parts = calls.unbind(partials[0], 0)
     total = added(calls, parts, type_of(parts[0]).strides)
-    total = calls.reshaped(total, type_of(result).shape)
+    total = calls.reshape(total, type_of(result).shape)
     alpha, beta = anchor.arg("alpha", 1), anchor.arg("beta", 1)
     if alpha != 1:
-        total = calls.same("mul.Scalar", total, other=alpha)
+        total = calls.pointwise("mul.Scalar", total, other=alpha)
     term = anchor.arg(PRODUCTS[anchor.op].added)
     if isinstance(term, Value) and beta != 0:
-        other = term if beta == 1 else calls.same("mul.Scalar", calls.cast(term, "f32"), other=beta)
-        total = calls.same("add.Tensor", total, other=other)
+        other = term if beta == 1 else calls.pointwise("mul.Scalar", calls.cast(term, "f32"), other=beta)
+        total = calls.pointwise("add.Tensor", total, other=other)
     return total
 
 
@@ -220,9 +220,9 @@ def _with_activation(body: Graph) -> Graph | None:
     first, second = (argument(anchor, operand) for operand in PRODUCTS[anchor.op][:2])
     if len(type_of(second).shape) != 2:
         return None
-    calls = Calls({value.name for value in body.values()} | body.syms.keys(), before)
+    calls = BodyBuilder({value.name for value in body.values()} | body.syms.keys(), before)
     if anchor.op == "aten.linear.default":
-        second = calls.permuted(second, (1, 0))
+        second = calls.permute(second, (1, 0))
     *lead, columns = type_of(result).shape
     rows = dim_expr("*", 1, *lead)
     shape = rows, columns
@@ -230,12 +230,12 @@ def _with_activation(body: Graph) -> Graph | None:
         "_addmm_activation.default",
         TensorType(type_of(result).dtype, shape, contiguous(shape)),
         self=bias,
-        mat1=calls.reshaped(first, (rows, type_of(first).shape[-1])),
+        mat1=calls.reshape(first, (rows, type_of(first).shape[-1])),
         mat2=second,
         **({"use_gelu": True} if is_gelu else {}),
     )
-    calls.reshaped(total, type_of(result).shape)
-    calls.ends_in(result)
+    calls.reshape(total, type_of(result).shape)
+    calls.name_last(result)
     return Graph("import", body.inputs, nodes=tuple(calls.nodes), outputs=(result,))
 
 

@@ -1,4 +1,5 @@
-"""Reductions, and what is made of them: positions of extremes, running sums, softmax and norms."""
+"""Reductions, positions of extremes, and running sums. What is made of these, such as softmax and norms, is written out
+by `reduction_rules`."""
 
 from __future__ import annotations
 
@@ -8,8 +9,8 @@ from functools import partial
 
 from torch_rtx.dtypes import register
 from torch_rtx.errors import Unsupported
-from torch_rtx.lowering.kernels.expressions import A, B, C, absolute, eq, exp, fmax, log, ne, rsqrt, sqrt, where
-from torch_rtx.lowering.kernels.index import Index, constant, product, ravel
+from torch_rtx.lowering.kernels.expressions import A, B, C, absolute, eq, exp, fmax, log, ne, sqrt, where
+from torch_rtx.lowering.kernels.index import Index, product, ravel
 from torch_rtx.lowering.kernels.kernel_ir import (
     ONE,
     Iota,
@@ -22,9 +23,8 @@ from torch_rtx.lowering.kernels.kernel_ir import (
     scan,
     squeeze,
 )
-from torch_rtx.lowering.kernels.ops.pointwise import filled, floating, tensor
+from torch_rtx.lowering.kernels.ops.pointwise import floating, tensor
 from torch_rtx.lowering.kernels.ops.registry import Types, op
-from torch_rtx.lowering.kernels.ops.views import reshape
 
 Axes = int | Sequence[int] | None
 
@@ -215,56 +215,6 @@ def vector_norm(
     return _finish(found, _axes(dim), keepdim, out)
 
 
-# ---- softmax ---------------------------------------------------------------------------------------------------------
-
-
-def _exponentials(self: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """x less its maximum, the exponential of that, and the sum of these."""
-    value = cast(self, register(self.dtype))
-    largest = reduce("max", value, [dim])
-    shifted = pointwise(A - B, value.dtype, value, largest)
-    power = pointwise(exp(A), value.dtype, shifted)
-    return shifted, power, reduce("sum", power, [dim])
-
-
-@op("softmax.int")
-def softmax(self: Tensor, dim: int, dtype: str | None = None, *, out: Types) -> Tensor:
-    """exp(x) over the sum of these along a dimension."""
-    floating(out)
-    _, power, total = _exponentials(cast(self, out[0].dtype), dim)
-    return cast(pointwise(A / B, power.dtype, power, total), out[0].dtype)
-
-
-@op("_softmax.default")
-def softmax_(self: Tensor, dim: int, half_to_float: bool, *, out: Types) -> Tensor:
-    """See `softmax`."""
-    return softmax(self, dim, out=out)
-
-
-@op("_safe_softmax.default")
-def safe_softmax(self: Tensor, dim: int, dtype: str | None = None, *, out: Types) -> Tensor:
-    """The softmax, and 0 where everything is minus infinity."""
-    floating(out)
-    value = cast(self, register(out[0].dtype))
-    found = softmax(self, dim, out=out)
-    empty = pointwise(eq(A, -math.inf), "bool", reduce("max", value, [dim]))
-    return pointwise(where(A, 0.0, B), found.dtype, empty, found)
-
-
-@op("log_softmax.int")
-def log_softmax(self: Tensor, dim: int, dtype: str | None = None, *, out: Types) -> Tensor:
-    """The logarithm of the softmax."""
-    floating(out)
-    shifted, _, total = _exponentials(cast(self, out[0].dtype), dim)
-    return cast(pointwise(A - log(B), shifted.dtype, shifted, total), out[0].dtype)
-
-
-@op("_log_softmax.default")
-def log_softmax_(self: Tensor, dim: int, half_to_float: bool, *, out: Types) -> Tensor:
-    """See `log_softmax`."""
-    return log_softmax(self, dim, out=out)
-
-
 @op("logsumexp.default")
 def logsumexp(self: Tensor, dim: Axes, keepdim: bool = False, *, out: Types) -> Tensor:
     """The logarithm of the sum of exponentials; infinite maxima are taken out of the difference."""
@@ -274,135 +224,3 @@ def logsumexp(self: Tensor, dim: Axes, keepdim: bool = False, *, out: Types) -> 
     base = pointwise(where(eq(absolute(A), math.inf), 0.0, A), value.dtype, largest)
     total = reduce("sum", pointwise(exp(A - B), value.dtype, value, base), _axes(dim))
     return _finish(pointwise(log(A) + B, value.dtype, total, base), _axes(dim), keepdim, out)
-
-
-# ---- norms -----------------------------------------------------------------------------------------------------------
-
-
-def _affine(normal: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    if weight is not None:
-        normal = pointwise(A * B, normal.dtype, normal, cast(weight, normal.dtype))
-    return normal if bias is None else pointwise(A + B, normal.dtype, normal, cast(bias, normal.dtype))
-
-
-def _standardized(value: Tensor, axes: Sequence[int], eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(x - mean) / sqrt(variance + eps), the mean, and what is multiplied by."""
-    variance, mean = variance_of(value, axes)
-    scale = pointwise(rsqrt(A + B), value.dtype, variance, number(eps, value.dtype))
-    return pointwise((A - B) * C, value.dtype, value, mean, scale), mean, scale
-
-
-def _per_channel(values: Tensor, image: Tensor) -> Tensor:
-    """One value for each channel, the second dimension of `image`, to be broadcast over the others."""
-    return reshape(values, (*values.shape, *[ONE] * (len(image.shape) - 2)))
-
-
-def _affine_channels(normal: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    return _affine(normal, *(None if one is None else _per_channel(one, normal) for one in (weight, bias)))
-
-
-def _trailing(normalized_shape: Sequence[object]) -> list[int]:
-    return list(range(-len(normalized_shape), 0))
-
-
-@op("layer_norm.default")
-def layer_norm(
-    input: Tensor,
-    normalized_shape: Sequence[int | Index],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-05,
-    cudnn_enable: bool = True,
-    *,
-    out: Types,
-) -> Tensor:
-    """Standardization over the last dimensions (Ba et al., 2016)."""
-    normal, _, _ = _standardized(cast(input, register(input.dtype)), _trailing(normalized_shape), eps)
-    return cast(_affine(normal, weight, bias), out[0].dtype)
-
-
-@op("native_layer_norm.default")
-def native_layer_norm(
-    input: Tensor,
-    normalized_shape: Sequence[int | Index],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    *,
-    out: Types,
-) -> tuple[Tensor, ...]:
-    """`layer_norm` with the mean and the reciprocal of the standard deviation."""
-    normal, mean, scale = _standardized(cast(input, register(input.dtype)), _trailing(normalized_shape), eps)
-    found = cast(_affine(normal, weight, bias), out[0].dtype)
-    return found, cast(mean, out[1].dtype), cast(scale, out[2].dtype)
-
-
-def _rms(value: Tensor, axes: Sequence[int], eps: float | None) -> Tensor:
-    squares = mean_of(pointwise(A * A, value.dtype, value), axes)
-    least = {"f64": 2.220446049250313e-16}.get(value.dtype, 1.1920928955078125e-07) if eps is None else eps
-    return pointwise(rsqrt(A + B), value.dtype, squares, number(least, value.dtype))
-
-
-@op("rms_norm.default")
-def rms_norm(
-    input: Tensor,
-    normalized_shape: Sequence[int | Index],
-    weight: Tensor | None = None,
-    eps: float | None = None,
-    *,
-    out: Types,
-) -> Tensor:
-    """x over the root of its mean square over the last dimensions (Zhang and Sennrich, 2019)."""
-    value = cast(input, register(input.dtype))
-    scaled = pointwise(A * B, value.dtype, value, _rms(value, _trailing(normalized_shape), eps))
-    return cast(_affine(scaled, weight, None), out[0].dtype)
-
-
-@op("_fused_rms_norm.default")
-def fused_rms_norm(
-    input: Tensor, normalized_shape: Sequence[int | Index], weight: Tensor | None, eps: float | None, *, out: Types
-) -> tuple[Tensor, Tensor]:
-    """`rms_norm` with what is multiplied by."""
-    value = cast(input, register(input.dtype))
-    scale = _rms(value, _trailing(normalized_shape), eps)
-    scaled = pointwise(A * B, value.dtype, value, scale)
-    return cast(_affine(scaled, weight, None), out[0].dtype), cast(scale, out[1].dtype)
-
-
-@op("group_norm.default")
-def group_norm(
-    input: Tensor,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-05,
-    cudnn_enabled: bool = True,
-    *,
-    out: Types,
-) -> Tensor:
-    """Standardization over groups of channels (Wu and He, 2018)."""
-    batch, channels, *rest = input.shape
-    groups = constant(num_groups)
-    grouped = reshape(cast(input, register(input.dtype)), (batch, groups, channels // groups, *rest))
-    normal, _, _ = _standardized(grouped, list(range(2, 3 + len(rest))), eps)
-    return cast(_affine_channels(reshape(normal, input.shape), weight, bias), out[0].dtype)
-
-
-@op("_native_batch_norm_legit_no_training.default")
-def batch_norm(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    momentum: float,
-    eps: float,
-    *,
-    out: Types,
-) -> tuple[Tensor, ...]:
-    """Standardization by running statistics (Ioffe and Szegedy, 2015); the saved ones are empty."""
-    value = cast(input, register(input.dtype))
-    mean, variance = (cast(_per_channel(one, input), value.dtype) for one in (running_mean, running_var))
-    scale = pointwise(rsqrt(A + B), value.dtype, variance, number(eps, value.dtype))
-    normal = pointwise((A - B) * C, value.dtype, value, mean, scale)
-    return cast(_affine_channels(normal, weight, bias), out[0].dtype), filled(0, out[1:]), filled(0, out[2:])
