@@ -48,8 +48,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Half a million objects that were imported stay to the end: the garbage collector need not visit them again. Dynamo
-    makes millions of short-lived objects, for which the collector runs at each 700th by default: a tenth of all time."""
+    """Half a million imported objects stay to the end, and need not be visited again. Dynamo makes millions of
+    short-lived ones: by default the collector runs at each 700th, which takes a tenth of the time of a capture."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(200_000, 20)
