@@ -69,7 +69,7 @@ def test_command_exists(command: str) -> None:
         while words and hasattr(found, "commands"):
             found = found.commands[words.pop(0)]
         flags = {flag for parameter in found.params for flag in parameter.opts}
-        assert {word for word in words if word.startswith("-")} <= flags
+        assert {word for word in words if word.startswith("-") and word != "-"} <= flags  # "-": standard input
     elif first == "-m":
         assert find_spec(rest[0]) is not None
     else:
