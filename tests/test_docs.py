@@ -110,7 +110,9 @@ def test_figures_of_a_device_are_in_performance_alone() -> None:
     assert [page.name for page in pages if re.search(r"\b[AHB][1-3]00\b.*\d (us|ms|%)", page.read_text())] == []
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES], ids=lambda page: str(page.relative_to(ROOT))
+)
 def test_paths_exist(page: Path) -> None:
     """Files and folders of this repository that a page names are there."""
     named = re.findall(r"`((?:torch_rtx|tests|examples|benchmarks|docs)/[\w/.]*)`", page.read_text())
