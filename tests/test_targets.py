@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from torch_rtx import CompilationSettings, SettingsError
+from torch_rtx import CompilationSettings, SettingsError, targets
 from torch_rtx.errors import Unsupported
 from torch_rtx.settings import from_options
-from torch_rtx.targets import ARCHES, PORTABLE, PTX, Target, arch_of, is_explicit, lacks, parse_targets, usable
+from torch_rtx.targets import ARCHES, NEWEST, PORTABLE, PTX, Target, arch_of, is_explicit, lacks, parse_targets, usable
 
 
 @pytest.mark.quick
@@ -98,21 +98,34 @@ NAMES = {
 @pytest.mark.parametrize("sm", NAMES)
 def test_names_of_devices(sm: int) -> None:
     for name in NAMES[sm]:
-        assert parse_targets(name) == (Target(sm),), name
+        assert parse_targets(name) == (ARCHES[sm].target,), name
 
 
 def test_gpus_that_are_not_known() -> None:
     """The nearest older record, without binaries, which are for one SM version."""
-    assert arch_of(130) == replace(arch_of(121), sm=130, like=121)
-    assert [str(arch_of(sm).target) for sm in (88, 101, 130)] == ["compute_87", "compute_89", "compute_120"]
-    assert parse_targets("current", (13, 0)) == (Target(120, ptx=True),)
+    newest = arch_of(NEWEST)
+    assert arch_of(150) == replace(newest, sm=150, like=NEWEST)
+    assert [str(arch_of(sm).target) for sm in (88, 101)] == ["compute_87", "compute_89"]
+    assert arch_of(150).target == Target(newest.portable, ptx=True)
+    assert parse_targets("current", (15, 0)) == (arch_of(150).target,)
     with pytest.raises(Unsupported, match="older than sm_75"):
         arch_of(70)
 
 
+def test_records_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An SM version that no ptxas knows is PTX however it is named; nothing asks for a binary of it."""
+    monkeypatch.setitem(ARCHES, 140, replace(arch_of(121), sm=140, like=121))  # type: ignore[arg-type]
+    monkeypatch.setitem(targets._NAMES, "rtx7090", (140,))
+    for option in ("RTX 7090", "sm_140", "14.0", 140):
+        assert parse_targets(option) == (Target(120, ptx=True),), option
+    assert parse_targets("compute_140") == (Target(140, ptx=True),)
+    with pytest.raises(SettingsError, match=r"sm_121, sm_140 \(as PTX\), "):
+        parse_targets("sm_85")
+
+
 def test_code_that_later_gpus_take() -> None:
     for sm, arch in ARCHES.items():
-        assert arch.target == Target(sm)
+        assert arch.target == (Target(sm) if arch.like is None else Target(arch.portable, ptx=True))
         code = Target(sm, ptx=True).arch
         assert code.sm <= sm
         assert all(code.features <= later.features for at, later in ARCHES.items() if at >= sm)
@@ -121,7 +134,7 @@ def test_code_that_later_gpus_take() -> None:
 def test_limits() -> None:
     """The table "Technical Specifications per Compute Capability" of the CUDA C++ Programming Guide, in KB."""
     found = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
-    assert {sm: Target(sm).shared // 1024 for sm in ARCHES} == found
+    assert {sm: arch.shared // 1024 for sm, arch in ARCHES.items() if arch.like is None} == found
     assert PTX.shared == 99 << 10  # it has to fit sm_86 and sm_120 as well
     assert Target(120, ptx=True).shared == 99 << 10
 

@@ -85,7 +85,7 @@ class Arch:
         oldest_ptxas: where Triton's ptxas for this SM version is older, its latest one is taken.
         library: rates of library calls; None: they were not measured, and are taken for slower than kernels.
         registers: 32-bit registers that the threads of one block have together.
-        like: the known SM version that an unknown one is taken for.
+        like: the known SM version that this one is taken for; None: Triton's ptxas makes binaries for this one.
     """
 
     sm: int
@@ -201,7 +201,7 @@ _GPUS = {
     121: "gb10 dgxspark blackwell",
 }
 _NAMES = {
-    name: tuple(Target(sm) for sm, names in _GPUS.items() if name in names.split())
+    name: tuple(sm for sm, names in _GPUS.items() if name in names.split())
     for every in _GPUS.values()
     for name in every.split()
 }
@@ -219,7 +219,8 @@ def parse_targets(option: Option, capability: tuple[int, int] | None = None) -> 
     Args:
         option: "portable", "current", or such as "sm_86", "12.0", 89, "ptx", "compute_80", and names of GPUs, series
             and architectures: "RTX 4090", "rtx30", "hopper"; one or several. Case, spaces, hyphens and underscores
-            make no difference. "later": none, kernels are compiled where the engine runs.
+            make no difference. An SM version that no ptxas knows is PTX (`Arch.target`). "later": none, kernels are
+            compiled where the engine runs.
         capability: compute capability of the GPU that "current" stands for.
 
     Raises:
@@ -247,10 +248,11 @@ def _targets(entry: object, capability: tuple[int, int] | None) -> tuple[Target,
         return NAMED[name]
     match = re.fullmatch(r"(sm|compute)?(\d{1,2})\.?(\d)", name, re.ASCII)
     if match is not None and isinstance(entry, str | int) and int(match[2] + match[3]) in ARCHES:
-        return (Target(int(match[2] + match[3]), match[1] == "compute"),)
+        sm = int(match[2] + match[3])
+        return (Target(sm, ptx=True) if match[1] == "compute" else ARCHES[sm].target,)
     for known in sorted(_NAMES, key=len, reverse=True):
         if name.startswith(known) and _VARIANT.fullmatch(name, len(known)):
-            return _NAMES[known]
+            return tuple(ARCHES[sm].target for sm in _NAMES[known])
     names = [*_NAMES, *NAMED, CURRENT, LATER, *(f"sm{sm}" for sm in ARCHES)]
     near = difflib.get_close_matches(name, names, cutoff=0.7)
     asked = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
@@ -258,7 +260,7 @@ def _targets(entry: object, capability: tuple[int, int] | None) -> tuple[Target,
 
 
 def _known() -> str:
-    names = ", ".join(str(Target(sm)) for sm in ARCHES)
+    names = ", ".join(f"sm_{sm}" + " (as PTX)" * (arch.like is not None) for sm, arch in ARCHES.items())
     return f'known are {names}, "ptx" (also compute_80, ...), "portable", "current", "later" and such as "RTX 4090"'
 
 
