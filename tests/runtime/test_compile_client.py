@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 pytest.importorskip("triton")
 
 import torch_rtx
+from tests.test_structure import FILES, imports, module_of
 from torch_rtx import CompilationSettings
 from torch_rtx.backend.cli import app
 from torch_rtx.cache.runtime import RuntimeCache
@@ -30,7 +31,7 @@ from torch_rtx.lowering.kernels.compile_worker import build
 from torch_rtx.runtime import compile_client, tuning_db
 from torch_rtx.runtime.bind import bind
 from torch_rtx.runtime.compile_client import COMPILE_CLIENT, CompileClient
-from torch_rtx.runtime.tuning_context import versions
+from torch_rtx.runtime.tuning_context import generator_sources, versions
 from torch_rtx.runtime.tuning_db import TuningDatabase, region_key
 from torch_rtx.tactics import OWN, Candidate, unpack
 from torch_rtx.targets import ARCHES, arch_of
@@ -260,6 +261,19 @@ def test_kernels_for_another_machine(
     assert f"1 of {len(other)} kernels are not compiled: " in caplog.text
     with pytest.raises(KernelError, match="not installed"):
         TuningDatabase(89, nothing, lambda: store).candidates({"more": (body(), 0)})
+
+
+def test_kernels_of_other_sources() -> None:
+    """All sources that decide what is generated for a region and how it is stored: another one, other kernels."""
+    paths = {module_of(path): path for path in FILES}
+    read: set[str] = set()
+    pending = {"torch_rtx.lowering.kernels.compile_worker"}
+    while pending:
+        read |= pending
+        pending = {name for module in pending for name in imports(paths[module])} - read
+    digested = {module_of(path) for path in generator_sources()}
+    assert read - digested == {"torch_rtx.errors", "torch_rtx.artefacts"}
+    assert {name for name in digested - read if not name.startswith("torch_rtx.lowering")} == set()
 
 
 def test_kernels_of_another_triton(monkeypatch: pytest.MonkeyPatch) -> None:

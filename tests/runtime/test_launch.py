@@ -132,10 +132,10 @@ def test_what_the_driver_compiled_is_kept() -> None:
 
 
 def test_kernels_for_a_gpu_that_is_not_known_are_compiled_by_its_driver() -> None:
-    driver, kept = FakeDriver(SIZES, (13, 0)), Kept()
+    driver, kept = FakeDriver(SIZES, (15, 0)), Kept()
     candidate = Candidate(Tactic("kernel", 1.0, {OWN: launch(image=b"ptx text")}), 0, BINARIES)
     found = tuning_context._load(Gpu(driver, 0), lambda: kept, GRAPH.nodes[0], candidate)  # type: ignore[arg-type, return-value]
-    assert is_for(found, 130)
+    assert is_for(found, 150)
     assert not is_for(found, 120)
     assert driver.loaded == list(kept.values()) == [b"compiled ptx text"]
 
@@ -439,6 +439,17 @@ def test_a_kind_that_there_is_not(caplog: pytest.LogCaptureFixture) -> None:
     found = load_tactics(table("whole"), NESTED, DEVICE, "generated", FakeDriver((8, 8, 8, 8)))
     assert found["anchored"].kind == "kernel"
     assert "tactics='generated': no kernel has such a tactic; there are kernel, library" in caplog.text
+
+
+def test_kinds_of_an_engine_without_kernels(caplog: pytest.LogCaptureFixture) -> None:
+    """`targets="later"`: a session that tunes nothing has no kernels at all."""
+    driver = FakeDriver((8, 8, 8, 8))
+    without = replace(NESTED, nodes=(), outputs=())
+    for wanted, graph in (("best", NESTED), ("calls", NESTED), ("split", without)):
+        assert load_tactics(KernelTable(), graph, DEVICE, wanted, driver) == {}
+    assert caplog.text == ""
+    assert load_tactics(KernelTable(), NESTED, DEVICE, "split,kernel", driver) == {}
+    assert "tactics='split,kernel': the engine contains no kernels and runs call by call: build it" in caplog.text
 
 
 def test_where_no_tactic_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:

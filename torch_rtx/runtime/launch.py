@@ -53,7 +53,12 @@ def load_tactics(
         jit: False leaves out tactics that the driver would have to compile from PTX, which takes its time.
         open_store: opens what keeps the binaries that the driver compiled.
     """
-    if not table or device.type != "cuda" or wanted == CALLS:
+    if device.type != "cuda" or wanted == CALLS:
+        return {}
+    if not table:
+        if wanted != BEST and any(kernel_nodes(graph)):
+            remedy = 'build it with named targets, such as targets="current"'
+            log.warning("tactics=%r: the engine contains no kernels and runs call by call: %s", wanted, remedy)
         return {}
     driver = driver or driver_api.driver()
     if driver is None:

@@ -30,6 +30,7 @@ from torch_rtx.tactics import Candidate, KernelTable
 from torch_rtx.targets import arch_of
 
 log = logging.getLogger(__name__)
+_READ_BY_LOWERING = ("dtypes", "ir", "irparse", "manifest", "op_work", "optable", "profiles", "tactics", "targets")
 
 
 def tactics_and_context(
@@ -95,7 +96,12 @@ def pregenerate(graph: Graph, sizes: Mapping[str, int], device: DeviceKey, path:
 
 @cache
 def versions() -> str:
-    """What generates kernels, in short: a digest of its sources."""
-    home = Path(__file__).parents[1] / "lowering" / "kernels"
-    sources = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(home.rglob("*.py"))))
-    return f"kernels {sources.hexdigest()[:12]}"
+    """What generates and stores kernels, in short: a digest of its sources."""
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in generator_sources()))
+    return f"kernels {digest.hexdigest()[:12]}"
+
+
+def generator_sources() -> list[Path]:
+    """The sources that decide what is generated for a region, and how it is stored: `lowering` and what it reads."""
+    home = Path(__file__).parents[1]
+    return sorted([*(home / "lowering").rglob("*.py"), *(home / f"{name}.py" for name in _READ_BY_LOWERING)])
