@@ -45,28 +45,28 @@ def rows_of(table: str) -> list[list[str]]:
 def test_settings_table(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("TORCH_RTX_DUMP", "TORCH_RTX_OVERRIDE", "TORCH_RTX_CACHE_DIR"):
         monkeypatch.delenv(name, raising=False)
-    assert table_in("settings.md") == settings.table()
+    assert table_in("settings.md") == settings.table(), "docs/settings.md: paste settings.table()"
 
 
-def test_settings_name_passes_and_modes() -> None:
+def test_settings_name_modes_and_required_passes() -> None:
     text = (DOCS / "settings.md").read_text()
-    named = re.search(r"`disabled_passes` can name are (.*?);", text, re.DOTALL)
-    assert named is not None
-    assert re.findall(r"`(\w+)`", named[1]) == [step.name for step in PIPELINE if not step.required]
-    assert all(f"`{mode}`" in text for mode in settings.MODES)
+    required = ", ".join(f"`{step.name}`" for step in PIPELINE if step.required)
+    assert f"{required} can't be skipped" in text, "docs/settings.md: name the passes that no option skips"
+    assert [mode for mode in settings.MODES if f"`{mode}`" not in text] == [], "docs/settings.md: explain these modes"
 
 
 @pytest.mark.quick
 def test_passes_table() -> None:
-    table = table_in("architecture/ir-and-passes.md", "## The passes")
-    assert [name for name, _ in rows_of(table)] == list(PASSES)
+    page = "architecture/ir-and-passes.md"
+    named = [name for name, _ in rows_of(table_in(page, "## The passes"))]
+    assert named == list(PASSES), f"docs/{page}: a row for each pass, in the order of pipeline.py"
 
 
 def test_parts_table() -> None:
     """architecture.md says of every part of the package what test_structure.py lets it import."""
     rows = rows_of(table_in("architecture.md", "## The parts"))
     drawn = {part: set(filter(None, arrows.split(", "))) for part, _, arrows in rows}
-    assert drawn == ARROWS
+    assert drawn == ARROWS, "docs/architecture.md: a row for each part, with the ARROWS of tests/test_structure.py"
 
 
 def test_portable_gpus() -> None:
@@ -74,7 +74,8 @@ def test_portable_gpus() -> None:
     text = (ROOT / "README.md").read_text()
     rows = rows_of(text[text.index("| GPU |") :].partition("\n\n")[0])
     named = [target for _, name, marked in rows if marked == "yes" for target in parse_targets(name)]
-    assert by_age(named) == [target for target in PORTABLE if not target.ptx]
+    binaries = [target for target in PORTABLE if not target.ptx]
+    assert by_age(named) == binaries, "README.md: the rows of GPUs marked `yes` are those of the portable set"
     for gpus, name, _ in rows:
         assert {target for gpu in gpus.split(", ") for target in parse_targets(gpu)} == set(parse_targets(name)), gpus
 
@@ -101,7 +102,8 @@ def test_architecture_is_short() -> None:
 
 def test_index_names_every_page() -> None:
     index = (DOCS / "README.md").read_text()
-    assert [page for page in PAGES if f"({page.relative_to(DOCS)})" not in index and page.name != "README.md"] == []
+    missing = [page for page in PAGES if f"({page.relative_to(DOCS)})" not in index and page.name != "README.md"]
+    assert missing == [], "docs/README.md: link these pages"
 
 
 def test_figures_of_a_device_are_in_performance_alone() -> None:
@@ -116,7 +118,7 @@ def test_figures_of_a_device_are_in_performance_alone() -> None:
 def test_paths_exist(page: Path) -> None:
     """Files and folders of this repository that a page names are there."""
     named = re.findall(r"`((?:torch_rtx|tests|examples|benchmarks|docs)/[\w/.]*)`", page.read_text())
-    assert [path for path in named if not (ROOT / path).exists()] == []
+    assert [path for path in named if not (ROOT / path).exists()] == [], f"{page}: names what is not there"
 
 
 @pytest.mark.quick
@@ -136,8 +138,9 @@ def test_kernel_example() -> None:
     assert node.body is not None
     kernel = generate(node.body, "softmax", arch_of(89), 0)
     assert kernel is not None
-    assert sources == [kernel.source]
-    assert f"```\n{region(node.body)}```\n" in text
+    page = "docs/architecture/fusion-and-kernels.md"
+    assert sources == [kernel.source], f"{page}: replace the source by what generate() gives"
+    assert f"```\n{region(node.body)}```\n" in text, f"{page}: replace the kernel IR by str(region(body))"
 
 
 def ir_example(page: str) -> str:
@@ -162,7 +165,7 @@ def test_public_name(name: str) -> None:
         assert signature.return_annotation is not inspect.Signature.empty, function
         for parameter in list(signature.parameters.values())[isinstance(found, type) :]:
             assert parameter.annotation is not inspect.Parameter.empty, f"{function}: {parameter}"
-    assert f"`{name}" in (DOCS / "api.md").read_text()
+    assert f"`{name}" in (DOCS / "api.md").read_text(), f"docs/api.md: explain {name}"
 
 
 def messages() -> str:
@@ -187,11 +190,13 @@ def test_messages_exist() -> None:
     source = messages()
     parts = [(heading, part.strip()) for heading in headings() for part in heading.split("…") if part.strip()]
     assert len(headings()) > 20
-    assert [(heading, part) for heading, part in parts if part not in source] == []
+    stale = [(heading, part) for heading, part in parts if part not in source]
+    assert stale == [], "docs/troubleshooting.md: no code says this; … stands for what varies"
 
 
 def test_every_error_is_explained() -> None:
     text = (DOCS / "troubleshooting.md").read_text()
     errors = [name for name in torch_rtx.__all__ if isinstance(getattr(torch_rtx, name), type)]
     errors = [name for name in errors if issubclass(getattr(torch_rtx, name), torch_rtx.RtxError)]
-    assert [name for name in errors if name != "Unsupported" and f"## {name}" not in text] == []
+    missing = [name for name in errors if name != "Unsupported" and f"## {name}" not in text]
+    assert missing == [], "docs/troubleshooting.md: a heading for each of these errors"

@@ -49,6 +49,7 @@ ARROWS = {
         *("lowering", "lowering.kernels", "runtime", "version", "artefacts"),
     },
     "version": set(),
+    "__main__": {"backend"},
     "__init__": {"version"},  # its other imports are for type checkers, and lazy
 }
 

@@ -12,12 +12,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
+from difflib import get_close_matches
 from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from benchmarks.numerics import widened
 from tests.backend.test_op_db import operators, pick, spaced
@@ -36,7 +37,6 @@ from torch_rtx.tactics import KernelTable
 from torch_rtx.targets import Target
 
 DTYPES = ((torch.float32,), (torch.float16, torch.bfloat16), (torch.int64, torch.int32), (torch.bool,))
-SAMPLES = 2
 CHUNKS = 12
 BUILT_CHUNKS = 8
 DECLARED = OPS.keys() | RULES.keys()
@@ -148,15 +148,30 @@ def described(body: Body) -> object:
     return node.op, kinds, tuple((t.dtype, t.dim(), t.is_contiguous(), t.numel() > 0) for t in body.tensors)
 
 
+def size(sample: Any) -> int:
+    """The elements of the smallest tensor of a sample: 0, where it has nothing to compute."""
+    leaves = tree_leaves((sample.input, sample.args, sample.kwargs))
+    return min((leaf.numel() for leaf in leaves if isinstance(leaf, torch.Tensor)), default=0)
+
+
+def chosen(samples: list[Any]) -> list[Any]:
+    """The first sample and the largest one, that with gaps in its memory, and of those without elements the last."""
+    full = [sample for sample in samples if 0 < size(sample) <= LARGEST]
+    return [*full[:1], *map(spaced, sorted(full, key=size)[-1:]), *[one for one in samples if size(one) == 0][-1:]]
+
+
 def sampled(name: str, every: bool) -> Iterator[Body]:
-    """Different declared ATen calls that PyTorch makes for samples of an operator."""
-    op = operators()[name]
+    """Different declared ATen calls that PyTorch makes for samples of an operator, in `every` dtype or in some.
+
+    Raises:
+        ValueError: op_db has no operator of this name.
+    """
+    op = operators().get(name)
+    if op is None:
+        raise ValueError(f"op_db has no operator {name!r}; near are {get_close_matches(name, operators())}")
     seen: set[object] = set()
     for dtype in (dtype for kinds in DTYPES for dtype in (kinds if every else [pick(name, kinds)])):
-        samples = list(op.sample_inputs("cpu", dtype)) if op.supports_dtype(dtype, "cpu") else []
-        steps = sorted({round((len(samples) - 1) * step / (SAMPLES - 1)) for step in range(SAMPLES)} if samples else ())
-        for which in steps:
-            sample = spaced(samples[which]) if which % 2 else samples[which]
+        for sample in chosen(list(op.sample_inputs("cpu", dtype)) if op.supports_dtype(dtype, "cpu") else []):
             with Recorder() as recorder, suppress(RuntimeError, NotImplementedError):  # eager refuses some here
                 op.op(sample.input, *sample.args, **sample.kwargs)
             for call in recorder.calls:
@@ -164,6 +179,14 @@ def sampled(name: str, every: bool) -> Iterator[Body]:
                 if body is not None and described(body) not in seen:
                     seen.add(described(body))
                     yield body
+
+
+def lacking() -> list[str]:
+    """The elementwise ATen calls of op_db's operators that kernels lack: each runs as a call of its own."""
+    packets = [getattr(torch.ops.aten, op.aten_name, None) for op in operators().values()]
+    calls = [getattr(packet, name) for packet in packets if packet is not None for name in packet.overloads()]
+    wanted = {str(op) for op in calls if torch.Tag.pointwise in op.tags and not op._schema.is_mutable}
+    return sorted(wanted - DECLARED)
 
 
 # Operators whose samples all call what is not declared, or is refused; CALLS has some that are.
@@ -535,3 +558,7 @@ def test_declarations_have_the_defaults_of_their_schemas() -> None:
                 assert same, f"{name}: {argument.name} is {found!r}, not {expected!r}"
             elif not argument.has_default_value():
                 assert argument.name in known or takes_all, f"{name} does not know {argument.name}"
+
+
+if __name__ == "__main__":
+    print(*lacking(), sep="\n")

@@ -30,7 +30,16 @@ from torch_rtx.lowering.kernels.cost import (
 )
 from torch_rtx.lowering.kernels.emit import Axis, Emitter, Operand
 from torch_rtx.lowering.kernels.expressions import A, B
-from torch_rtx.lowering.kernels.families.family import MODEL_ERROR, SLOWER, Family, Offer, around, library_us, splits
+from torch_rtx.lowering.kernels.families.family import (
+    MODEL_ERROR,
+    SLOWER,
+    Family,
+    Offer,
+    added_to,
+    around,
+    library_us,
+    splits,
+)
 from torch_rtx.lowering.kernels.index import Index, constant, from_dim, unravel
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.kernel_ir import (
@@ -311,7 +320,7 @@ def _with_relu(body: Graph) -> Graph | None:
     if not after or after[-1].op != "aten.relu.default" or not isinstance(anchor.arg("bias"), Value):
         return None
     *sums, last = after
-    other, result = _added_to(anchor, sums[0]) if len(sums) == 1 else None, body.outputs[0]
+    other, result = added_to(anchor, sums[0]) if len(sums) == 1 else None, body.outputs[0]
     if body.outputs != last.outputs or len(sums) > 1 or (sums and other is None):
         return None
     if last.inputs != (sums[0] if sums else anchor).outputs or not isinstance(result, Value):
@@ -329,18 +338,6 @@ def _with_relu(body: Graph) -> Graph | None:
     calls.call(op, type_of(result), **given, bias=anchor.arg("bias"), **sizes, groups=groups)
     calls.name_last(result)
     return Graph("import", body.inputs, nodes=tuple(calls.nodes), outputs=(result,))
-
-
-def _added_to(anchor: Node, node: Node) -> Value | None:
-    """What `node` adds to the anchor's result, where that has its type."""
-    (value,) = anchor.outputs
-    given = [node.arg("self"), node.arg("other")]
-    if node.op != "aten.add.Tensor" or node.arg("alpha", 1) != 1 or value not in given:
-        return None
-    other = given[1 - given.index(value)]
-    if not isinstance(other, Value) or value is None or other == value:
-        return None
-    return other if other.type == value.type else None
 
 
 def _expected_us(region: Region, arch: Arch, config: GemmConfig) -> float:

@@ -95,6 +95,18 @@ def around(body: Graph, ops: frozenset[str]) -> tuple[list[Node], Node, list[Nod
     return list(body.nodes[:at]), body.nodes[at], _flat(body.nodes[at + 1 :])
 
 
+def added_to(anchor: Node, node: Node) -> Value | None:
+    """The tensor that `node` adds to the anchor's result, on either side of the sum, if both have the same type."""
+    (value,) = anchor.outputs
+    given = [node.arg("self"), node.arg("other")]
+    if node.op != "aten.add.Tensor" or node.arg("alpha", 1) != 1 or value not in given:
+        return None
+    other = given[1 - given.index(value)]
+    if not isinstance(other, Value) or value is None or other == value:
+        return None
+    return other if other.type == value.type else None
+
+
 def _flat(nodes: Sequence[Node]) -> list[Node]:
     found: list[Node] = []
     for node in nodes:

@@ -1,0 +1,8 @@
+"""`python -m torch_rtx`: the command line of the Python that runs it, installed or not."""
+
+from __future__ import annotations
+
+from torch_rtx.backend.cli import app
+
+if __name__ == "__main__":
+    app(prog_name="python -m torch_rtx")
