@@ -15,10 +15,16 @@ import pytest
 from tests.paths import ROOT
 
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
-COPIED = ("torch_rtx", "benchmarks", "tests", "pyproject.toml")
+COPIED = ("torch_rtx", "benchmarks", "tests", "docs", "README.md", "pyproject.toml")
 CHECK = "check"
 # Files that each example touches.
-FILES = {"an operator": 1, "a pass": 3, "a tactic": 1, "a target": 1}
+FILES = {"an operator": 1, "a pass": 4, "a tactic": 2, "a target": 2}
+# Tests of what the examples touch together.
+TESTS = (
+    *("tests/test_docs.py", "tests/test_targets.py", "tests/lowering/test_passes.py"),
+    *("tests/lowering/kernels/test_tactics.py", "tests/runtime/test_compile_client.py"),
+    *("-k", "not public_name and not test_paths_exist and (not test_compile_client or every_gpu)"),
+)
 
 
 @dataclass(frozen=True)
@@ -38,14 +44,26 @@ def blocks(example: str) -> list[Block]:
     return [Block(*groups) for groups in found]
 
 
-def changed(text: str, diff: str) -> str:
-    """`text` after a diff whose hunks begin with `@@`, without numbers: what stands in a hunk is in the text once."""
+def changed(text: str, diff: str, title: str) -> str:
+    """`text`, of the file `title`, after a diff whose hunks begin with `@@`, without numbers.
+
+    The lines of a hunk that do not begin with `+` follow each other at one place of the text; of a line that ends with
+    `…` the beginning does.
+    """
     for hunk in re.split(r"^@@\n", diff, flags=re.MULTILINE):
-        lines = hunk.splitlines(keepends=True)
-        assert all(line[0] in " +-\n" for line in lines), hunk
-        old, new = ("".join(line[1:] or line for line in lines if line[0] != mark) for mark in "+-")
-        assert text.count(old) == 1, old
-        text = text.replace(old, new)
+        lines = [line or " " for line in hunk.splitlines()]
+        assert all(line[0] in " +-" for line in lines), hunk
+        old = [line[1:] for line in lines if line[0] != "+"]
+        pattern = "".join(re.escape(line.removesuffix("…")) + ".*" * line.endswith("…") + "\n" for line in old)
+        places = list(re.finditer(f"^{pattern}", text, re.MULTILINE))
+        assert len(places) == 1, (
+            f"the example of CONTRIBUTING.md for {title} does not fit: the file has these lines {len(places)} times; "
+            "write lines there that it has once:\n" + "\n".join(old)
+        )
+        there = iter(places[0][0].splitlines())
+        kept = ((line[0], line[1:] if line[0] == "+" else next(there)) for line in lines)
+        new = "".join(f"{line}\n" for mark, line in kept if mark != "-")
+        text = text[: places[0].start()] + new + text[places[0].end() :]
     return text
 
 
@@ -64,7 +82,7 @@ def change(example: str, folder: Path) -> None:
     for block in blocks(example):
         path = folder / block.title
         if block.language == "diff":
-            path.write_text(changed(path.read_text(), block.text))
+            path.write_text(changed(path.read_text(), block.text, block.title))
         elif block.title != CHECK:
             assert not path.exists(), path
             path.write_text(block.text)
@@ -93,12 +111,21 @@ def test_example(example: str, tmp_path: Path) -> None:
         run(tmp_path, sys.executable, "-c", mine + check.text)
 
 
+def test_a_change_that_does_not_fit() -> None:
+    text = "a = 1\nb = [2, 3]\nb = 4\n"
+    assert changed(text, " a = 1\n+c = 5\n-b = […\n", "x.py") == "a = 1\nc = 5\nb = 4\n"
+    for diff, times in (("+d\n e = 6\n", 0), ("+d\n b = …\n", 2)):
+        with pytest.raises(AssertionError, match=rf"for x\.py does not fit: .* {times} times; .*:\s+[be] = "):
+            changed(text, diff, "x.py")
+
+
 def test_examples_follow_the_rules(tmp_path: Path) -> None:
-    """All of them together, by the structure test and the linters."""
+    """All of them together, by the structure test, the linters, and the tests of what they touch."""
     assert re.findall(r"^## Add (.*)$", TEXT, re.MULTILINE) == list(FILES)
     copy(tmp_path)
     for example in FILES:
         change(example, tmp_path)
     run(tmp_path, sys.executable, "-m", "pytest", "-q", "-m", "quick", "tests/test_structure.py")
+    run(tmp_path, sys.executable, "-m", "pytest", "-q", *TESTS)
     run(tmp_path, "ruff", "check", "torch_rtx")
     run(tmp_path, "ruff", "format", "--check", "torch_rtx")

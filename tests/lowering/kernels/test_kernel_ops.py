@@ -155,9 +155,9 @@ def size(sample: Any) -> int:
 
 
 def chosen(samples: list[Any]) -> list[Any]:
-    """The first sample and the largest one, that with gaps in its memory, and of those without elements the last."""
+    """The first sample that has elements, the largest one, with gaps in its memory, and the last, if it has none."""
     full = [sample for sample in samples if 0 < size(sample) <= LARGEST]
-    return [*full[:1], *map(spaced, sorted(full, key=size)[-1:]), *[one for one in samples if size(one) == 0][-1:]]
+    return [*full[:1], *map(spaced, sorted(full, key=size)[-1:]), *(one for one in samples[-1:] if size(one) == 0)]
 
 
 def sampled(name: str, every: bool) -> Iterator[Body]:
