@@ -22,7 +22,7 @@ from torch_rtx.lowering.kernels.index import Index, from_dim, product
 from torch_rtx.lowering.kernels.kernel_ir import Load, Pointwise, Tensor, View, everything, load
 from torch_rtx.lowering.kernels.loops import loop_kernel, rows_of
 from torch_rtx.lowering.kernels.region import Region, express, region, tensor_type
-from torch_rtx.lowering.widening import widens
+from torch_rtx.lowering.widening import is_elementwise, widens
 from torch_rtx.op_work import ANCHORS
 from torch_rtx.targets import Arch
 
@@ -284,6 +284,7 @@ class Grouping:
             inputs, outputs = self.interface(unit)
             types = [value.type for value in (*inputs, *outputs) if isinstance(value.type, TensorType)]
             alone = set(self.users(unit)) == {index} and len(outputs) == 1
+            alone = alone and all(is_elementwise(self.nodes[member]) for member in unit.members)
             if alone and unit.epoch == self.unit[index].epoch and widens(types[:-1], types[-1]):
                 found[id(unit)] = unit
         return list(found.values())

@@ -11,7 +11,10 @@ import math
 from collections.abc import Iterable
 
 from torch_rtx.dtypes import DTYPES, INT
-from torch_rtx.ir import TensorType
+from torch_rtx.errors import Unsupported
+from torch_rtx.ir import Node, TensorType
+from torch_rtx.lowering.kernels.kernel_ir import Const, Load, Pointwise, Select, Tensor, View, everything, load
+from torch_rtx.lowering.kernels.region import express, tensor_type
 
 FACTOR = 1.5  # least bytes of the result for each byte that it is computed from; halves from int8 and scales have 2
 
@@ -20,6 +23,17 @@ def nbytes(type_: TensorType) -> int | None:
     """Bytes of a tensor; None if a size is known only at run time."""
     sizes = [size for size in type_.shape if isinstance(size, int)]
     return math.prod(sizes) * DTYPES[type_.dtype].bytes if len(sizes) == len(type_.shape) else None
+
+
+def is_elementwise(node: Node) -> bool:
+    """Whether each element that `node` computes comes from elements at known positions: it does not look anything up,
+    where integers are positions and not values, and reduces nothing."""
+    try:
+        values: dict[str, Tensor] = {value.name: load(value.name, tensor_type(value)) for value in node.inputs}
+        tensors = everything(express(node, values).values())
+    except Unsupported:
+        return False
+    return all(isinstance(tensor, Load | Const | Pointwise | View | Select) for tensor in tensors)
 
 
 def widens(sources: Iterable[TensorType], result: TensorType) -> bool:

@@ -16,7 +16,7 @@ from torch_rtx import aten
 from torch_rtx.ir import Expr, Graph, Node, ScalarType, Sym, TensorType, Value, Weight, attr_dims
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.rewrite import returned
-from torch_rtx.lowering.widening import widens
+from torch_rtx.lowering.widening import is_elementwise, widens
 from torch_rtx.op_work import ANCHORS
 from torch_rtx.targets import Target
 
@@ -65,8 +65,9 @@ def _prologues(rest: list[Node], outside: set[str], made: dict[str, Node], sourc
             stored = _smallest(value, made, source)
             types = [type_ for one in stored.values() if isinstance(type_ := one.type, TensorType)]
             assert isinstance(value.type, TensorType)
-            if widens(types, value.type):
-                yield from _between(value, stored, made)
+            chain = list(_between(value, stored, made))
+            if widens(types, value.type) and all(map(is_elementwise, chain)):
+                yield from chain
 
 
 def _smallest(value: Value, made: dict[str, Node], source: dict[str, Weight]) -> dict[str, Value]:
