@@ -18,8 +18,8 @@ class Row:
         name: its first result in the graph's text.
         kind: "kernel", "extern", "view" or "fallback".
         tier: "kernel for sm_90", "library call" or "fallback".
-        tactic: kind of the tactic that runs the kernel node which this node is, or is a part of; "calls": there is no
-            tactic; empty: this is no part of a kernel node.
+        tactic: kind of the tactic of the kernel node that the row is, or is a part of; "calls": that has no tactic; "":
+            the row is no part of a kernel node.
         operations: short names of the operations, for a kernel those in its body.
         locs: where the operations come from in the model, without duplicates; the node's own first.
         times: microseconds of each run, in order.
