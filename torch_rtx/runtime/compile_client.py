@@ -9,7 +9,6 @@ import threading
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from torch_rtx.artefacts import Artefacts
 from torch_rtx.errors import KernelError
@@ -45,10 +44,6 @@ class CompileClient:
         Raises:
             KernelError: the worker can't be started, ended, timed out, or can't compile kernels.
         """
-        found: dict[str, Candidate] = self._ask((bodies, sm, artefacts))
-        return found
-
-    def _ask(self, request: tuple[Mapping[str, tuple[Graph, int]], int, Artefacts]) -> Any:
         with self._lock:
             timer: threading.Timer | None = None
             try:
@@ -58,9 +53,9 @@ class CompileClient:
                 timer.start()
                 assert process.stdin is not None
                 assert process.stdout is not None
-                pickle.dump(request, process.stdin)
+                pickle.dump((bodies, sm, artefacts), process.stdin)
                 process.stdin.flush()
-                answer = pickle.load(process.stdout)
+                answer: dict[str, Candidate] | str = pickle.load(process.stdout)
             except (OSError, EOFError, pickle.UnpicklingError) as error:
                 self.close()
                 late = timer is not None and not timer.is_alive()
