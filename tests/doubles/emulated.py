@@ -13,8 +13,8 @@ from torch_rtx.ir import Dim, Graph, Node
 from torch_rtx.lowering.kernels.generate import generate, split_in, tactics
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.runtime.background import Background
+from torch_rtx.runtime.benchmark import Run
 from torch_rtx.runtime.bind import bind_dim
-from torch_rtx.runtime.candidate_check import Run
 from torch_rtx.runtime.launch import LoadedTactic, Store
 from torch_rtx.runtime.tuner import TuningContext
 from torch_rtx.runtime.tuning_db import TuningDatabase
