@@ -115,7 +115,7 @@ class FusionPlan:
                 self._grow_anchor(index)
         self._merge_siblings()
 
-    # ---- the start ---------------------------------------------------------------------------------------------------
+    # ---- groups ------------------------------------------------------------------------------------------------------
 
     def _start_groups(self) -> None:
         epoch = 0
@@ -293,8 +293,10 @@ class FusionPlan:
     def _is_epilogue(self, tail: FusionGroup, anchor: FusionGroup) -> bool:
         """`tail` is a loop over the elements of the anchor's result."""
         (result,) = self.results(anchor)
-        same = tail.space is not None and tail.space.size is None and tail.epoch == anchor.epoch
-        return same and tail.space.count == elements(result) and not self._would_create_cycle(anchor, tail)  # type: ignore[union-attr]
+        space = tail.space
+        if space is None or space.size is not None or tail.epoch != anchor.epoch:
+            return False
+        return space.count == elements(result) and not self._would_create_cycle(anchor, tail)
 
     # ---- results -----------------------------------------------------------------------------------------------------
 

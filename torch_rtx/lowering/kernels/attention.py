@@ -153,7 +153,7 @@ def attention_of(region: Region) -> Attention:
     mask = _operand(region, node, "attn_mask") if node.arg("attn_mask") is not None else None
     if mask is not None and mask.dtype not in ("bool", "f32", "f16", "bf16"):
         raise Unsupported(f"a mask of dtype {mask.dtype}", loc=node.loc)
-    found = Attention(
+    attn = Attention(
         expand(query, (*heads, *query.shape[-2:])),
         expand(key, (*heads, *key.shape[-2:])),
         expand(value, (*heads, *value.shape[-2:])),
@@ -165,7 +165,7 @@ def attention_of(region: Region) -> Attention:
         packed=1,
         results=tuple(region.values[value.name] for value in node.outputs if value is not None),
     )
-    return _packed(found)
+    return _packed(attn)
 
 
 def _static(size: Index) -> int:
@@ -190,21 +190,21 @@ def _repeated(tensor: Tensor, heads: Index) -> Tensor:
     return View((*tensor.shape[:-3], heads, *tensor.shape[-2:]), tensor.dtype, tensor, at)
 
 
-def _packed(found: Attention) -> Attention:
-    """`found` with as many heads per block of rows as share keys and values and fit."""
-    heads = found.lead[-1] if found.lead else 1
-    if not isinstance(found.queries, int) or not isinstance(heads, int) or not found.queries:
-        return found
-    for count in range(min(heads, MAX_PACKED_ROWS // found.queries), 1, -1):
-        packed = replace(found, packed=count)
-        if heads % count == 0 and not any(_varies(packed, tensor) for tensor in (found.key, found.value)):
+def _packed(attn: Attention) -> Attention:
+    """`attn` with as many heads per block of rows as share keys and values and fit."""
+    heads = attn.lead[-1] if attn.lead else 1
+    if not isinstance(attn.queries, int) or not isinstance(heads, int) or not attn.queries:
+        return attn
+    for count in range(min(heads, MAX_PACKED_ROWS // attn.queries), 1, -1):
+        packed = replace(attn, packed=count)
+        if heads % count == 0 and not any(_varies(packed, tensor) for tensor in (attn.key, attn.value)):
             return packed
-    return found
+    return attn
 
 
-def _varies(found: Attention, tensor: Tensor) -> bool:
+def _varies(attn: Attention, tensor: Tensor) -> bool:
     """The packed rows read different elements of `tensor`."""
-    lead, _ = found.place(found.group(), variable("M", from_dim(found.rows)))
+    lead, _ = attn.place(attn.group(), variable("M", from_dim(attn.rows)))
     return _depends_on_row(tensor, (*lead, variable("J", tensor.shape[-2]), variable("D", tensor.shape[-1])))
 
 
@@ -223,14 +223,14 @@ def attention_configs(region: Region, arch: Arch) -> list[AttentionConfig]:
     without wgmma share one list, and so one binary. They also divide heads of 33 to 48 elements into two pieces, which
     is faster there alone.
     """
-    found, hopper = attention_of(region), "wgmma" in arch.features
+    attn, hopper = attention_of(region), "wgmma" in arch.features
     min_first = 64 if hopper else 32
-    width = max(padded_width(found.width, min_first), padded_width(found.value_width, min_first))
+    width = max(padded_width(attn.width, min_first), padded_width(attn.value_width, min_first))
     configs = [
         config
-        for rows, keys, warps in _shapes(width, found.dtype, arch)
+        for rows, keys, warps in _shapes(width, attn.dtype, arch)
         for stages in ((3, 2, 1) if "cp_async" in arch.features else (1,))
-        if _shared(found, config := AttentionConfig(rows, keys, warps, stages, min_first)) <= arch.shared
+        if _shared(attn, config := AttentionConfig(rows, keys, warps, stages, min_first)) <= arch.shared
     ]
     if not configs:
         raise Unsupported(f"attention with heads of {width} elements on sm_{arch.sm}")
@@ -240,9 +240,9 @@ def attention_configs(region: Region, arch: Arch) -> list[AttentionConfig]:
 
     def order(config: AttentionConfig) -> tuple[bool, int, bool, int]:
         # A single stage does not overlap loads and products: a smaller tile is better.
-        is_crowded = hopper and not wide and RESIDENT_PROGRAMS * _shared(found, config) > arch.shared
+        is_crowded = hopper and not wide and RESIDENT_PROGRAMS * _shared(attn, config) > arch.shared
         stages = -config.num_stages if hopper and wide else 0
-        return config.num_stages == 1, _penalty(found, config, wanted), is_crowded, stages
+        return config.num_stages == 1, _penalty(attn, config, wanted), is_crowded, stages
 
     return sorted(configs, key=order)
 
@@ -271,19 +271,19 @@ def _shapes(width: int, dtype: str, arch: Arch) -> list[tuple[int, int, int]]:
     return many + few
 
 
-def _shared(found: Attention, config: AttentionConfig) -> int:
+def _shared(attn: Attention, config: AttentionConfig) -> int:
     """An upper bound of shared memory per program, in bytes."""
-    size = dtypes.DTYPES[found.dtype].bytes
-    width, value_width = (padded_width(one, config.min_first) for one in (found.width, found.value_width))
+    size = dtypes.DTYPES[attn.dtype].bytes
+    width, value_width = (padded_width(one, config.min_first) for one in (attn.width, attn.value_width))
     return size * (config.num_stages * config.keys * (width + value_width) + config.rows * max(width, value_width))
 
 
-def _penalty(found: Attention, config: AttentionConfig, wanted: int) -> int:
+def _penalty(attn: Attention, config: AttentionConfig, wanted: int) -> int:
     """0 if the grid has `wanted` programs and no tile is mostly padding; +1 for each halving of either."""
-    rows = _most(found.rows)
-    programs = math.ceil(rows / config.rows) * math.prod(map(_most, found.groups))
+    rows = _most(attn.rows)
+    programs = math.ceil(rows / config.rows) * math.prod(map(_most, attn.groups))
     idle = max(0, math.ceil(math.log2(wanted / max(programs, 1)))) if config.rows > 16 else 0
-    keys = UNKNOWN_SIZE if found.keys.number is None else found.keys.number
+    keys = UNKNOWN_SIZE if attn.keys.number is None else attn.keys.number
     unused = max(config.rows // block_of(rows), config.keys // block_of(keys))
     return max(idle, math.ceil(math.log2(max(unused, 1))))
 
@@ -304,35 +304,35 @@ def attention_kernel(region: Region, name: str, config: AttentionConfig) -> Kern
     Raises:
         Unsupported: see `attention_of`; or an output that is not a permutation of the result with pointwise operations.
     """
-    found = attention_of(region)
-    lines = _Writer(region, found, config).write()
-    programs = dim_expr("*", blocks(found.rows, config.rows), *found.groups)
+    attn = attention_of(region)
+    lines = _Writer(region, attn, config).write()
+    programs = dim_expr("*", blocks(attn.rows, config.rows), *attn.groups)
     return assemble(region, name, lines, programs, config.num_warps, config.num_stages)
 
 
 class _Writer:
     """The lines of one attention kernel."""
 
-    def __init__(self, region: Region, found: Attention, config: AttentionConfig) -> None:
-        self.region, self.found, self.config = region, found, config
+    def __init__(self, region: Region, attn: Attention, config: AttentionConfig) -> None:
+        self.region, self.attn, self.config = region, attn, config
         self.cast = ".to(tl.int64)" if needs_int64(region) else ""
         self.emitter = Emitter([])
-        self.group = found.group()
-        self.lead, self.row = found.place(self.group, variable("M", from_dim(found.rows)))
-        sizes = {"M": from_dim(found.rows), "N": found.keys, "J": found.keys}
+        self.group = attn.group()
+        self.lead, self.row = attn.place(self.group, variable("M", from_dim(attn.rows)))
+        sizes = {"M": from_dim(attn.rows), "N": attn.keys, "J": attn.keys}
         cut = {"M": config.rows, "N": config.keys, "J": config.keys}
         self.starts: dict[str, int] = {}  # first column of each piece of a head
-        for letter, width in (("D", found.width), ("E", found.value_width)):
+        for letter, width in (("D", attn.width), ("E", attn.value_width)):
             for name, (start, block) in zip((letter, f"{letter}1"), head_pieces(width, config.min_first), strict=False):
                 sizes[name], cut[name], self.starts[name] = constant(width), block, start
         self.sizes, self.blocks = sizes, cut
         # The scale is folded into the base of the exponential, unless scaled scores are needed, as for an added mask.
-        self.has_additive_mask = found.mask is not None and found.mask.dtype != "bool"
-        self.scale_first = self.has_additive_mask or found.scale <= 0 or found.partial
-        self.factor = LOG2E if self.scale_first else found.scale * LOG2E
+        self.has_additive_mask = attn.mask is not None and attn.mask.dtype != "bool"
+        self.scale_first = self.has_additive_mask or attn.scale <= 0 or attn.partial
+        self.factor = LOG2E if self.scale_first else attn.scale * LOG2E
         # A mask that all rows share takes few registers, so that it can be loaded early.
-        self.mask_at = (*self.lead, self.row, variable("N", found.keys))
-        self.mask_is_per_key = found.mask is not None and not _depends_on_row(found.mask, self.mask_at)
+        self.mask_at = (*self.lead, self.row, variable("N", attn.keys))
+        self.mask_is_per_key = attn.mask is not None and not _depends_on_row(attn.mask, self.mask_at)
 
     # ---- tiles -------------------------------------------------------------------------------------------------------
 
@@ -365,25 +365,24 @@ class _Writer:
         """A [rows, columns] tile of an operand of `tl.dot`, 0 out of bounds."""
         emitter, position = self.emitter, (*lead, row, variable(columns, tensor.shape[-1]))
         if not _is_plain(tensor) and stored_load(tensor) is not None:
-            return operand(emitter, tensor, position, self.found.dtype)
-        found = emitter.value(tensor, position)
-        text = found.text
+            return operand(emitter, tensor, position, self.attn.dtype)
+        value = emitter.value(tensor, position)
         axes = frozenset((rows, columns))
         masks = [axis.mask for axis in emitter.axes.values() if axis.mask]
         if masks and not _is_plain(tensor):
-            found = Operand(f"tl.where({' & '.join(masks)}, {text}, 0.0)", axes)
-        text = f"{found.text}.to({tl_dtype(self.found.dtype)})"
-        return text if found.axes == axes else f"tl.broadcast_to({text}, {emitter.shape(axes)})"
+            value = Operand(f"tl.where({' & '.join(masks)}, {value.text}, 0.0)", axes)
+        text = f"{value.text}.to({tl_dtype(self.attn.dtype)})"
+        return text if value.axes == axes else f"tl.broadcast_to({text}, {emitter.shape(axes)})"
 
     # ---- programs ----------------------------------------------------------------------------------------------------
 
     def write(self) -> list[str]:
         """All lines of the kernel."""
-        found, config, emitter = self.found, self.config, self.emitter
+        attn, config, emitter = self.attn, self.config, self.emitter
         lines = emitter.outer.lines
-        count, groups = from_dim(blocks(found.rows, config.rows)), tuple(map(from_dim, found.groups))
+        count, groups = from_dim(blocks(attn.rows, config.rows)), tuple(map(from_dim, attn.groups))
         program = variable("program", product((count, *groups)))
-        if found.causal:
+        if attn.causal:
             # Blocks of rows that see the most keys start first, so that the tail of the grid is short.
             block, group = count - ONE - program // product(groups), program % product(groups)
         else:
@@ -397,22 +396,22 @@ class _Writer:
             lines += self._range(name, "[None, :]", str(start or ""))
         for name in self._pieces("D"):
             self._tile("M", name)
-            lines.append(f"Q{name[1:]} = {self._operand(found.query, 'M', name, self.lead, self.row)}")
+            lines.append(f"Q{name[1:]} = {self._operand(attn.query, 'M', name, self.lead, self.row)}")
         lines.append(f"top = tl.full([{config.rows}], {LOWEST_F32!r}, tl.float32)")
         lines.append(f"total = tl.zeros([{config.rows}], tl.float32)")
         sums = [f"acc{name[1:]}" for name in self._pieces("E")]
         for name, total in zip(self._pieces("E"), sums, strict=True):
             lines.append(f"{total} = tl.zeros([{config.rows}, {self.blocks[name]}], tl.float32)")
         self._walk()
-        if not found.partial:  # rows without a visible key are 0, as in PyTorch
+        if not attn.partial:  # rows without a visible key are 0, as in PyTorch
             lines += [f"{total} = {total} / tl.where(total == 0, 1, total)[:, None]" for total in sums]
         self._store()
         return lines
 
     def _walk(self) -> None:
         """Loop over blocks of keys: first those that are full and visible to every row, then the others."""
-        block, keys, lines = self.config.keys, self.found.keys, self.emitter.outer.lines
-        if not self.found.causal:
+        block, keys, lines = self.config.keys, self.attn.keys, self.emitter.outer.lines
+        if not self.attn.causal:
             full = keys // constant(block) * constant(block)
             if full != ZERO:
                 self._loop("0", str(full))
@@ -420,8 +419,8 @@ class _Writer:
                 lines.append(f"start = {full}")
                 lines += self._block(masked=True)
             return
-        packed = self.found.packed > 1
-        first, last = ("0", str(from_dim(self.found.queries))) if packed else ("first", f"first + {self.config.rows}")
+        packed = self.attn.packed > 1
+        first, last = ("0", str(from_dim(self.attn.queries))) if packed else ("first", f"first + {self.config.rows}")
         if not packed:
             lines.append(f"whole = tl.minimum({first} + 1, {keys}) // {block} * {block}")
             self._loop("0", "whole")
@@ -434,25 +433,25 @@ class _Writer:
 
     def _block(self, masked: bool, diagonal: bool = False) -> list[str]:
         """The lines of one block of keys, from `start`; what does not vary with keys is emitted before it."""
-        emitter, found = self.emitter, self.found
+        emitter, attn = self.emitter, self.attn
         emitter.scope = scope = Scope()
         scope.lines += self._range("N", "[None, :]", "start", masked)
         scope.lines += self._range("J", "[:, None]", "start", masked)
-        if found.mask is not None and self.mask_is_per_key:  # loaded before the product, to overlap with it
+        if attn.mask is not None and self.mask_is_per_key:  # loaded before the product, to overlap with it
             self._tile("M", "N", "N", masked)
-            self._mask(found.mask)
-        key = variable("J", found.keys)
+            self._mask(attn.mask)
+        key = variable("J", attn.keys)
         for name in self._pieces("D"):
             self._tile("J", name, "J", masked)
-            k = self._operand(found.key, "J", name, self.lead, key)
+            k = self._operand(attn.key, "J", name, self.lead, key)
             before = ", s" if name != "D" else ""
             scope.lines.append(f"s = tl.dot(Q{name[1:]}, tl.trans({k}){before}{self._precision()})")
         self._tile("M", "N", "N", masked)
         self._scores(scope, masked, diagonal)
         for name in self._pieces("E"):
             self._tile("J", name, "J", masked)
-            v = self._operand(found.value, "J", name, self.lead, key)
-            weights, acc = f"p.to({tl_dtype(found.dtype)})", f"acc{name[1:]}"
+            v = self._operand(attn.value, "J", name, self.lead, key)
+            weights, acc = f"p.to({tl_dtype(attn.dtype)})", f"acc{name[1:]}"
             scope.lines.append(f"{acc} = tl.dot({weights}, {v}, {acc} * decay[:, None]{self._precision()})")
         scope.lines.append("top = peak")
         return emitter.inner()
@@ -461,18 +460,18 @@ class _Writer:
         return self.emitter.value(mask, self.mask_at)
 
     def _precision(self) -> str:
-        return ', input_precision="ieee"' if self.found.dtype == "f32" else ""
+        return ', input_precision="ieee"' if self.attn.dtype == "f32" else ""
 
     def _scores(self, scope: Scope, masked: bool, diagonal: bool) -> None:
         """One online-softmax step: row maximum `peak`, weights `p`, and `decay`, which rescales the running sums."""
-        found = self.found
+        attn = self.attn
         seen = ["in_n"] if masked and not self._is_full("N") else []
         if diagonal:
             seen.append(f"({self.row} >= N)")
         if self.scale_first:
-            scope.lines.append(f"s = s * {found.scale!r}")
-        if found.mask is not None:
-            mask = self._mask(found.mask)
+            scope.lines.append(f"s = s * {attn.scale!r}")
+        if attn.mask is not None:
+            mask = self._mask(attn.mask)
             if self.has_additive_mask:
                 scope.lines.append(f"s = s + {mask.text}")
             else:
@@ -493,11 +492,11 @@ class _Writer:
     # ---- the result --------------------------------------------------------------------------------------------------
 
     def _store(self) -> None:
-        found = self.found
+        attn = self.attn
         rows = {1: "top[:, None]", 2: "total[:, None]"}  # results with one number per row, by index
         for index, output in enumerate(self.region.outputs):
             anchors = _anchors(output)
-            which = found.results.index(anchors[0]) if anchors else 0
+            which = attn.results.index(anchors[0]) if anchors else 0
             if which in rows:
                 self._store_piece(index, "E", ZERO, Operand(rows[which], frozenset(("M",))))
                 continue
@@ -507,9 +506,9 @@ class _Writer:
 
     def _store_piece(self, index: int, name: str, column: Index, result: Operand) -> None:
         """Store a column block of output `index`; `result`: the tile of the call's result there."""
-        emitter, found, output = self.emitter, self.found, self.region.outputs[index]
+        emitter, attn, output = self.emitter, self.attn, self.region.outputs[index]
         self._tile("M", name)
-        sizes = (*map(from_dim, found.lead), from_dim(found.queries), ONE if column == ZERO else self.sizes[name])
+        sizes = (*map(from_dim, attn.lead), from_dim(attn.queries), ONE if column == ZERO else self.sizes[name])
         position = (*self.lead, self.row, column)
         place = _position(output, position, sizes)
         for anchor in _anchors(output):
@@ -528,7 +527,7 @@ def _is_plain(tensor: Tensor) -> bool:
 def _anchors(tensor: Tensor) -> list[Load]:
     if isinstance(tensor, Load):
         return [tensor] if tensor.anchor else []
-    return [found for child in children(tensor) for found in _anchors(child)]
+    return [anchor for child in children(tensor) for anchor in _anchors(child)]
 
 
 def _reached(tensor: Tensor, position: Position) -> Position | None:

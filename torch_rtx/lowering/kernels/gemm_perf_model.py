@@ -258,9 +258,9 @@ def best_num_splits(region: Region, contraction: Contraction, arch: Arch) -> tup
     problem, chip = gemm_problem(region, contraction, arch), arch.chip
     columns = typical(contraction.columns)  # of all accumulators
     tiles = problem.batch * ceil(problem.rows / TILE) * ceil(columns / TILE)
-    best, fastest = 1, inf
+    best, fastest_us = 1, inf
     if not isinstance(contraction.depth, int) or tiles > FULL_TILES * chip.processors:
-        return best, fastest
+        return best, fastest_us
     result = problem.batch * problem.rows * columns
     operands = problem.batch * (problem.rows + columns * problem.taps) * problem.depth * SIZES[problem.dtype]
     for num_splits in NUM_SPLITS:
@@ -269,12 +269,13 @@ def best_num_splits(region: Region, contraction: Contraction, arch: Arch) -> tup
         moved = operands + 4 * num_splits * result
         partial = replace(problem, batch=problem.batch * num_splits, columns=columns, depth=problem.depth // num_splits)
         partial = replace(partial, accumulators=1, bytes_moved=moved, needs_few_registers=True)
-        rest = LAUNCH_US + (4 * num_splits * result + max(problem.bytes_moved - operands, 0)) / (chip.memory * 1e3)
-        time = _ranked(partial, _is_gemv(contraction), arch)[0][0] + rest
-        if time >= fastest:
+        combined = 4 * num_splits * result + max(problem.bytes_moved - operands, 0)
+        combine_us = LAUNCH_US + combined / (chip.memory * 1e3)
+        both_us = _ranked(partial, _is_gemv(contraction), arch)[0][0] + combine_us
+        if both_us >= fastest_us:
             break  # more splits are no better
-        fastest, best = time, num_splits
-    return best, fastest
+        fastest_us, best = both_us, num_splits
+    return best, fastest_us
 
 
 # ---- tensor cores ----------------------------------------------------------------------------------------------------
@@ -343,11 +344,11 @@ def mma_us(problem: GemmProblem, config: GemmConfig, arch: Arch) -> float:
     tiles = problem.batch * ceil(problem.rows / config.block_m) * ceil(problem.columns / config.width)
     steps = problem.taps * ceil(problem.depth / config.block_k)
     resident = _resident_programs(problem, config, arch)
-    whole, rest = divmod(tiles, chip.processors * resident)
-    waves = [resident] * whole + ([ceil(rest / chip.processors)] if rest else [])
-    store = config.block_m * width * 2 / (chip.memory * 1e3 / chip.processors)
-    busy = sum(LATENCY_US + steps * _step_us(problem, config, arch, count) + count * store for count in waves)
-    return LAUNCH_US + _overlapped_us(chip, busy, problem.bytes_moved / (chip.memory * 1e3))
+    full_waves, tail = divmod(tiles, chip.processors * resident)
+    waves = [resident] * full_waves + ([ceil(tail / chip.processors)] if tail else [])
+    store_us = config.block_m * width * 2 / (chip.memory * 1e3 / chip.processors)
+    busy_us = sum(LATENCY_US + steps * _step_us(problem, config, arch, count) + count * store_us for count in waves)
+    return LAUNCH_US + _overlapped_us(chip, busy_us, problem.bytes_moved / (chip.memory * 1e3))
 
 
 def _overlapped_us(chip: Chip, *times: float) -> float:
@@ -383,13 +384,14 @@ def _step_us(problem: GemmProblem, config: GemmConfig, arch: Arch, count: int) -
         elements = warps * (config.block_m / across + width / max(warps // across, 1))
         rate /= 2 if "wgmma" in arch.features else 1  # mma.sync on Hopper has half the rate
     elements += config.block_m + width if "wgmma" in arch.features else 0  # copies to shared memory
-    products = 2 * config.block_m * width * config.block_k / rate
-    local = elements * config.block_k * size / (128e3 * chip.clock)
-    cache = (config.block_m + width) * config.block_k * size / (chip.cache * 1e3 * chip.clock)
+    math_us = 2 * config.block_m * width * config.block_k / rate
+    shared_us = elements * config.block_k * size / (128e3 * chip.clock)
+    l2_us = (config.block_m + width) * config.block_k * size / (chip.cache * 1e3 * chip.clock)
     # A load is due num_stages - 1 steps later.
-    latency = (LATENCY_US + products) / max(config.num_stages - 1, 1)
-    scattered = problem.uncoalesced_loads * width * config.block_k / (chip.clock * 1e3)
-    return BARRIER_US + _overlapped_us(chip, count * products, count * local, count * cache, latency, count * scattered)
+    latency_us = (LATENCY_US + math_us) / max(config.num_stages - 1, 1)
+    uncoalesced_us = problem.uncoalesced_loads * width * config.block_k / (chip.clock * 1e3)
+    on_chip_us = count * math_us, count * shared_us, count * l2_us
+    return BARRIER_US + _overlapped_us(chip, *on_chip_us, latency_us, count * uncoalesced_us)
 
 
 # ---- GEMV ------------------------------------------------------------------------------------------------------------
@@ -399,9 +401,9 @@ def _gemv_configs(problem: GemmProblem) -> Iterator[GemmConfig]:
     if problem.columns_last:  # steps would be too short to hide latency
         return
     for block_n, block_k in itertools.product((4, 8, 16, 32), (128, 256, 512, 1024)):
-        held = block_n * block_k * problem.rows * problem.accumulators // 128
+        accumulators = block_n * block_k * problem.rows * problem.accumulators // 128
         waste_k, waste_n = block_k // 2 >= max(problem.depth, 64), block_n // 2 >= max(problem.columns, 32)
-        if 4 <= held <= 64 and not waste_k and not waste_n:
+        if 4 <= accumulators <= 64 and not waste_k and not waste_n:
             yield GemmConfig(16, block_n, block_k, 4, 1, gemv=True)
 
 
@@ -411,8 +413,8 @@ def gemv_us(problem: GemmProblem, config: GemmConfig, chip: Chip) -> float:
     programs = problem.batch * ceil(problem.columns / config.block_n)
     # A multiprocessor holds at most 12 such programs; about half of them saturate its share of bandwidth.
     busy = min(programs / chip.processors / 6, 1)
-    read = problem.batch * weights * SIZES[problem.dtype] / (chip.memory * 1e3 * busy)
+    read_us = problem.batch * weights * SIZES[problem.dtype] / (chip.memory * 1e3 * busy)
     flops = problem.batch * weights * 2 * (problem.rows + 1)
-    work = flops / (chip.plain * 1e6 * min(programs / chip.processors, 1)) * 4
+    fma_us = flops / (chip.plain * 1e6 * min(programs / chip.processors, 1)) * 4
     steps = problem.taps * ceil(problem.depth / config.block_k) * ceil(programs / chip.processors / 12)
-    return LAUNCH_US + _overlapped_us(chip, read, work, steps * LATENCY_US)
+    return LAUNCH_US + _overlapped_us(chip, read_us, fma_us, steps * LATENCY_US)

@@ -191,7 +191,7 @@ def loop_kernel(region: Region, name: str, config: LoopConfig | None = None) -> 
         COMBINE.format(kind=kind, text=template(REDUCTIONS[kind].combine).format("a", "b")) for kind in kinds
     )
     programs = blocks(writer.count, writer.config.rows)
-    return assemble(region, name, lines, programs, writer.config.num_warps, 2 if writer.steps else 1, functions)
+    return assemble(region, name, lines, programs, writer.config.num_warps, 2 if writer.is_looped else 1, functions)
 
 
 class _Writer:
@@ -202,12 +202,12 @@ class _Writer:
         self.reductions = reductions_of(region.outputs)
         size = self.rows.size.number
         self.cast = ".to(tl.int64)" if needs_int64(region) else ""
-        self.steps = bool(self.reductions) and (size is None or size > config.elements)
-        self.flat = not self.reductions
+        self.is_looped = bool(self.reductions) and (size is None or size > config.elements)
+        self.is_pointwise = not self.reductions
         self.x, self.r = variable(X, self.rows.count), variable(R, self.rows.size)
         known = self.rows.count.number
         axes = [Axis(X, config.rows, "" if known is not None and known % config.rows == 0 else "in_x")]
-        if not self.flat:
+        if not self.is_pointwise:
             axes.append(Axis(R, config.elements, "" if size and size % config.elements == 0 else "in_r"))
         self.emitter = Emitter(axes)
         types = (value.type for value in region.body.values())
@@ -217,13 +217,13 @@ class _Writer:
     def write(self) -> list[str]:
         """All lines of the kernel."""
         emitter, config = self.emitter, self.config
-        program = f"tl.program_id(0){self.cast}"
-        lines = [f"{X} = {program} * {config.rows} + tl.arange(0, {config.rows}){'' if self.flat else '[:, None]'}"]
+        side = "" if self.is_pointwise else "[:, None]"
+        lines = [f"{X} = tl.program_id(0){self.cast} * {config.rows} + tl.arange(0, {config.rows}){side}"]
         if emitter.axes[X].mask:
             lines.append(f"in_x = {X} < {self.rows.count}")
-        if not self.flat and not self.steps:
+        if not self.is_pointwise and not self.is_looped:
             lines += self._elements("0")
-        if self.steps:
+        if self.is_looped:
             self._stepwise()
         else:
             for reduction in self.reductions:
@@ -313,10 +313,10 @@ class _Writer:
     def _place(self, output: Tensor, type_: TensorType) -> tuple[Position, frozenset[str]]:
         """The position in an output that X, or X and R, index, and the axes of the store."""
         rows = self.rows
-        if self.flat or product(output.shape) == rows.count:
+        if self.is_pointwise or product(output.shape) == rows.count:
             shape, axes = self.region.outputs[0].shape, frozenset((X,))
             position = _nth_in_memory(self.x, shape, self.region.types[0].strides)
-            if not self.flat:
+            if not self.is_pointwise:
                 return unravel(self.x, output.shape), axes
         else:
             position, shape = rows.position(self.x, self.r, rows.shape, rows.axes), rows.shape
