@@ -245,14 +245,14 @@ for _peer in (
     Peer("rtx-kernels", partial(_rtx_exported, targets="current"), no_kernels, exported=True, ours=True),
     *(
         Peer(
-            f"rtx-{tactics}",
-            partial(_rtx_exported, targets="current", tactics=tactics),
+            f"rtx-{name}",
+            partial(_rtx_exported, targets="current", tactics=kind),
             no_kernels,
             exported=True,
             ours=True,
             by_default=False,
         )
-        for tactics in ("generated", "split", "library")
+        for name, kind in (("generated", "kernel"), ("split", "split"), ("library", "library"))
     ),
 ):
     register(_peer)

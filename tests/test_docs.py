@@ -17,6 +17,7 @@ from torch_rtx import settings
 from torch_rtx.ir import kernel_nodes, verify
 from torch_rtx.irparse import parse
 from torch_rtx.lowering.kernels.generate import generate
+from torch_rtx.lowering.kernels.region import region
 from torch_rtx.lowering.pipeline import PASSES, PIPELINE
 from torch_rtx.targets import PORTABLE, arch_of, by_age, parse_targets
 
@@ -111,7 +112,9 @@ def test_figures_of_a_device_are_in_performance_alone() -> None:
     assert [path.name for path in sources if re.search(r"\b[AHB][1-3]00\b", path.read_text())] == []
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES], ids=lambda page: str(page.relative_to(ROOT))
+)
 def test_paths_exist(page: Path) -> None:
     """Files and folders of this repository that a page names are there."""
     named = re.findall(r"`((?:torch_rtx|tests|examples|benchmarks|docs)/[\w/.]*)`", page.read_text())
@@ -128,7 +131,7 @@ def test_ir_example(page: str) -> None:
 
 
 def test_kernel_example() -> None:
-    """The source in fusion-and-kernels.md is what is generated for a kernel of the graph there."""
+    """Kernel IR and source in fusion-and-kernels.md are what is made of a kernel of the graph there."""
     text = (DOCS / "architecture" / "fusion-and-kernels.md").read_text()
     sources = re.findall(r"^```py\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     node = next(kernel_nodes(parse(ir_example("fusion-and-kernels.md"))))
@@ -136,6 +139,7 @@ def test_kernel_example() -> None:
     kernel = generate(node.body, "softmax", arch_of(89), 0)
     assert kernel is not None
     assert sources == [kernel.source]
+    assert f"```\n{region(node.body)}```\n" in text
 
 
 def ir_example(page: str) -> str:

@@ -1,1 +1,1 @@
-"""How a model gets in: the torch.compile backend, ahead-of-time builds, explain and the command line."""
+"""How a model gets in: the torch.compile backend, ahead-of-time builds, reuse of built engines, `explain`, commands."""

@@ -1,3 +1,3 @@
-"""The engine cache: keys of named parts, byte stores, entries. The runtime cache: one file of kernels and tuning
-results by device. Both import nothing of the package except its errors.
+"""The engine cache: keys of named parts, byte stores, entries. The runtime cache: one file of compiled and of measured
+tactics by device. Both import nothing of the package except its errors.
 """

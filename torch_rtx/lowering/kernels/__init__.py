@@ -1,4 +1,4 @@
-"""Generated kernels: from the body of a fused region to Triton source, and from there to binaries per SM target.
+"""Generated kernels: from the body of a region to its tactics with Triton source, and from there to binaries by target.
 
-May import `ir`, `targets` and `errors`, so that a build worker needs no torch; Triton is imported where it is used.
+It needs no torch, so that processes that compile kernels start fast; Triton is imported where it is used.
 """
