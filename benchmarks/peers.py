@@ -222,8 +222,8 @@ for _peer in (
     Peer("tensorrt-rtx", _tensorrt_rtx, _no_tensorrt_rtx),
     Peer("onnxruntime", _onnxruntime, _no_onnxruntime, exported=True),
     # The tiers of torch_rtx, with CUDA graphs where it can: ATen calls; what torch.compile does by default, kernels
-    # that are compiled and measured in the background; and the engine's kernels: as the engine chose, all that can be
-    # generated, also split wherever there is a split form, and library calls wherever there is one.
+    # that are compiled and measured in the background; and the engine's tactics: those expected to be fastest, or those
+    # of one kind wherever there is one.
     Peer("rtx", partial(_rtx, specialization_strategy="none"), ours=True),
     Peer(
         "rtx-lazy",

@@ -38,7 +38,7 @@ SHARED = Launch(
     (dim_expr("//", dim_expr("+", S, 1023), 1024), 1, 2),
     False,
     Variant(FIRST, "add", 4, 0, 24, 0),
-    Variant(SECOND, "add", 4, 1024, 32, 8, waits=True),
+    Variant(SECOND, "add", 4, 1024, 32, 8, uses_pdl=True),
 )
 ONE = Launch((), (1, 1, 1), True, Variant(THIRD, "both$1", 32, 99 << 10, 255, 0), None)
 ADD = (Tactic("kernel", 1.5, {OWN: SHARED}), Tactic("library", 2.5))
@@ -323,7 +323,7 @@ def test_files_that_do_not_say_whether_kernels_wait(tmp_path: Path) -> None:
             assert [launch[name].pop("waits") for name in ("aligned", "generic")] == [False, True]
 
     got = load(forge(tmp_path / "a.rtx", edit, what=WITH_KERNELS)).kernels
-    assert not any(variant.waits for _, launch in got.launches() for variant in launch.variants)
+    assert not any(variant.uses_pdl for _, launch in got.launches() for variant in launch.variants)
 
 
 # ---- formats 2 to 4 --------------------------------------------------------------------------------------------------
@@ -372,7 +372,7 @@ def test_tactics_of_old_files(library: str, with_split: bool, expected: list[str
     ],
 )
 def test_old_tables_that_are_refused(launches: Any, splits: Any) -> None:
-    with pytest.raises(EngineFormatError, match="the table of kernels is not right"):
+    with pytest.raises(EngineFormatError, match="the table of kernels is invalid"):
         read_table_v4(launches, splits, GRAPH)
 
 

@@ -49,7 +49,7 @@ class Unsupported(RtxError):
     """No lowering or kernel for an op, dtype, shape or GPU.
 
     The importer, the passes and code generation raise it. The compiler handles every one: the node falls back to
-    PyTorch, a pass leaves the call unchanged, grouping forms a smaller region, or the next implementation is tried.
+    PyTorch, a pass leaves the call unchanged, fusion forms a smaller region, or the next implementation is tried.
     """
 
 

@@ -1,7 +1,5 @@
-"""What matrix products, convolutions and attention multiply: the operands of each operator by name, and its FLOPs.
-
-Everything that has to know them (fusion, code generation, the choice of tactics, profiles) reads this table. It needs
-neither torch nor triton.
+"""Operand names and FLOPs of matrix products, convolutions and attention: one table for fusion, code generation,
+performance models and profiles. It imports neither torch nor triton.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ from torch_rtx.ir import Dim, Node, TensorType, Value
 
 
 class Operands(NamedTuple):
-    """The names of the arguments of a product: what is multiplied, and what is added to it ("": nothing)."""
+    """Argument names of a matrix product: the factors, and the addend ("": none)."""
 
     first: str
     second: str
@@ -34,8 +32,8 @@ PRODUCTS: Mapping[str, Operands] = {
     "aten._scaled_mm.default": Operands("self", "mat2", "bias"),
     "aten._addmm_activation.default": Operands("mat1", "mat2", "self"),
 }
-# Operators that a kernel is built around, by the name of the family that has kernels for them: a kernel has one of them
-# at most, the rest of its operations come before and after. The word is TVM's.
+# Anchors: the operators that a kernel is built around (TVM's term), with the family that generates it. A region has at
+# most one; its other operations become prologue and epilogue.
 ANCHORS: Mapping[str, str] = {
     **dict.fromkeys((f"aten.{op}.default" for op in ("mm", "addmm", "bmm", "baddbmm", "linear", "matmul")), "gemm"),
     **dict.fromkeys((f"aten.{op}.default" for op in ("conv1d", "conv2d", "conv3d", "convolution")), "conv"),

@@ -199,7 +199,7 @@ class RuntimeSettings(_Checked):
         BEST,
         "'best', 'calls' or kinds such as 'kernel', 'split', 'library', separated by commas",
         lambda v: isinstance(v, str) and KINDS.fullmatch(v) is not None,
-        "Which tactic runs each kernel node: the fastest, or the fastest of these kinds where the node has one; "
+        "Which tactic runs each kernel node: the fastest, or one of the first of these kinds that the node has; "
         "'calls': all operations are called one by one.",
     )
     specialization_strategy: str = _option(

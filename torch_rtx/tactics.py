@@ -1,11 +1,11 @@
-"""Tactics: the ways to run a kernel node, as values; and the table of those that an engine brings.
+"""Tactics: the alternative implementations of a kernel node, as values; and the table of those in an engine.
 
-A tactic is a graph that takes the place of a node, and what is launched in it. Code generation offers tactics with
-`Kernel`s (Triton source), a build turns these into `Launch`es (binaries), and the runtime into launchers. Nothing asks
-what kind a tactic is: a library call, a fused kernel and a split form differ in their bodies and kernels alone.
+A tactic is a graph that replaces the node, and the kernels that are launched in it. Code generation offers tactics of
+`Kernel`s (Triton source), a build turns these into `Launch`es (binaries), and the runtime into `Launcher`s. No code
+branches on the kind of a tactic: a library call, a fused kernel and a split form differ in body and kernels alone.
 
-The table is written as JSON beside the graph, the binaries as tensors. This file knows both forms and the rules that
-tie them to a graph. It needs neither torch nor triton.
+An engine file has the table as JSON beside the graph, and the binaries as tensors. This module reads, writes and checks
+them. It imports neither torch nor triton.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch_rtx.manifest import Json, exactly
 from torch_rtx.optable import ALLOWED
 from torch_rtx.targets import Target, by_age
 
-MAX_BINARY = 64 << 20  # bytes; bounds what a hostile file can make a reader allocate
+MAX_BINARY = 64 << 20  # bytes; a hostile file can't make a reader allocate more
 DIGEST = re.compile(r"[0-9a-f]{32}")
 OWN = "self"  # the key of a node's own kernel in `Tactic.kernels`
 K = TypeVar("K")
@@ -35,15 +35,16 @@ L = TypeVar("L")
 
 @dataclass(frozen=True)
 class Variant:
-    """One binary of a kernel and its launch.
+    """One binary of a kernel.
 
     Attributes:
         binary: its digest, the key in `KernelTable.binaries`.
-        entry: the name of the kernel in it.
-        num_warps: warps of a block.
-        shared: bytes of dynamic shared memory of a block.
+        entry: the kernel's name in the binary.
+        num_warps: per block.
+        shared: bytes of dynamic shared memory per block.
         registers, spills: registers, and bytes of spill stores, per thread.
-        waits: the kernel waits for those before it by itself (programmatic dependent launch).
+        uses_pdl: the kernel executes `griddepcontrol.wait` before it accesses memory, see `runtime.pdl`. "waits" in
+            files.
     """
 
     binary: str
@@ -52,19 +53,19 @@ class Variant:
     shared: int
     registers: int
     spills: int
-    waits: bool = False
+    uses_pdl: bool = False
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How a compiled kernel is launched. Its parameters are the addresses of the node's inputs, then of its outputs,
-    all multiples of 16; the scalars; and two null addresses, of scratch memory.
+    """How a compiled kernel is launched. Its parameters are the addresses of the node's inputs and outputs, multiples
+    of 16; the scalars; and two null addresses of scratch memory, which Triton's ABI asks for.
 
     Attributes:
-        scalars: the integer parameters, dims of the graph; 64 bit if `wide`, else 32.
-        grid: blocks along x, y and z, dims of the graph. Nothing is launched where one is 0.
+        scalars: the integer parameters, as dims of the graph; int64 if `wide`, else int32.
+        grid: blocks along x, y and z, as dims of the graph. An empty grid is not launched.
         aligned: for calls where every scalar is a multiple of 16.
-        generic: for all others; None: there are none.
+        generic: for all other calls; None: there are no others.
     """
 
     scalars: tuple[Dim, ...]
@@ -81,14 +82,14 @@ class Launch:
 
 @dataclass(frozen=True)
 class Tactic(Generic[K]):
-    """One way to run a kernel node on one target.
+    """One implementation of a kernel node on one target.
 
     Attributes:
         kind: "kernel", "split", "library", ...: a name for people.
-        expected_us: microseconds that the node should take, by the model of the family that offers the tactic.
-        kernels: what is launched, by the op of the kernel nodes in `body`; by OWN, the kernel of the whole node.
-        body: what runs in place of the node: it takes and returns what the node's own body does. None: the node itself
-            where `kernels` has OWN, else its own body.
+        expected_us: time of the node by the performance model of the family that offers the tactic.
+        kernels: the kernels to launch, by the op of kernel nodes in `body`; OWN: the kernel of the node itself.
+        body: the graph that replaces the node; it takes and returns the same values. None: the node itself if `kernels`
+            has OWN, else its own body.
     """
 
     kind: str
@@ -111,11 +112,11 @@ Tactics = tuple[Tactic[Launch], ...]
 
 @dataclass(frozen=True)
 class KernelTable:
-    """The tactics that an engine brings.
+    """The tactics in an engine.
 
     Attributes:
-        tactics: by the `op` of kernel nodes and by target, the one expected to be fastest first. Nodes that are not in
-            the table run their bodies call by call.
+        tactics: by the `op` of kernel nodes and by target, the one expected to be fastest first. The body of a node
+            without tactics runs call by call.
         binaries: compressed, by digest of the compressed bytes.
     """
 
@@ -127,7 +128,7 @@ class KernelTable:
 
     @property
     def targets(self) -> frozenset[Target]:
-        """The targets that anything is built for."""
+        """All targets of tactics."""
         return frozenset(target for found in self.tactics.values() for target in found)
 
     def launches(self) -> Iterator[tuple[Target, Launch]]:
@@ -139,10 +140,10 @@ class KernelTable:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A tactic that was compiled for a running program and fits its GPU.
+    """A tactic that was compiled at run time and fits the GPU.
 
     Attributes:
-        rank: its place among the tactics that code generation offers for the region, from 0.
+        rank: its position among the tactics that code generation offers for the region, from 0.
         binaries: of its launches, see `KernelTable`.
     """
 
@@ -192,13 +193,13 @@ def unpack(stored: bytes) -> bytes:
 
 
 def digests(table: KernelTable) -> Iterator[str]:
-    """The digests of the binaries that are launched, with repeats."""
+    """The digests of all launched binaries, with repeats."""
     for _, launch in table.launches():
         yield from (variant.binary for variant in launch.variants)
 
 
 def bytes_of(table: KernelTable, sizes: Mapping[str, int]) -> dict[str, tuple[int, int]]:
-    """Per target, in order: how many kernels have a launch for it, and the bytes of their binaries.
+    """Per target, the oldest first: the number of launches, and the bytes of their binaries.
 
     Args:
         sizes: stored bytes by digest. A binary that serves several targets counts for each.
@@ -212,7 +213,7 @@ def bytes_of(table: KernelTable, sizes: Mapping[str, int]) -> dict[str, tuple[in
 
 
 def kinds_of(table: KernelTable) -> dict[str, dict[str, int]]:
-    """Per target, in order: for how many kernel nodes a tactic of each kind is the one expected to be fastest."""
+    """Per target, the oldest first: the kinds of the tactics expected to be fastest, with their numbers of kernels."""
     kinds: dict[Target, Counter[str]] = {}
     for found in table.tactics.values():
         for target, tactics in found.items():
@@ -224,7 +225,7 @@ def kinds_of(table: KernelTable) -> dict[str, dict[str, int]]:
 
 
 def write_table(table: KernelTable) -> Json:
-    """The tactics as JSON: per op a list, in which targets that share a tactic share a row."""
+    """The tactics as JSON: a list per op; targets with equal tactics share a row."""
     return {op: _rows(found) for op, found in sorted(table.tactics.items())}
 
 
@@ -253,16 +254,17 @@ def _write_launch(launch: Launch) -> Json:
         "scalars": [str(dim) for dim in launch.scalars],
         "grid": [str(dim) for dim in launch.grid],
         "wide": launch.wide,
-        "aligned": vars(launch.aligned).copy(),
-        "generic": None if launch.generic is None else vars(launch.generic).copy(),
+        "aligned": _write_variant(launch.aligned),
+        "generic": None if launch.generic is None else _write_variant(launch.generic),
     }
 
 
-def read_table(tactics: Any, graph: Graph) -> KernelTable:
-    """The table that JSON describes, without its binaries, checked against the graph.
+def _write_variant(variant: Variant) -> Json:
+    return {("waits" if name == "uses_pdl" else name): value for name, value in vars(variant).items()}
 
-    Args:
-        tactics: what `write_table` gave.
+
+def read_table(tactics: Any, graph: Graph) -> KernelTable:
+    """Inverse of `write_table`: the table without its binaries, checked against the graph.
 
     Raises:
         EngineFormatError: a wrong type or value, or a kernel that is not in the graph.
@@ -271,16 +273,16 @@ def read_table(tactics: Any, graph: Graph) -> KernelTable:
 
 
 def checked_table(read: Callable[[], Mapping[str, Mapping[Target, Tactics]]], graph: Graph) -> KernelTable:
-    """The table that `read` gives, if it is right for the graph.
+    """The table that `read` returns, checked against the graph.
 
     Raises:
-        EngineFormatError: it is not, or `read` fails on what it reads.
+        EngineFormatError: `read` fails, or the table breaks a rule of `check`.
     """
     try:
         table = KernelTable(read())
         check(table, graph)
     except (TypeError, ValueError, KeyError, InvalidIR) as error:
-        raise EngineFormatError(f"the table of kernels is not right: {error}") from None
+        raise EngineFormatError(f"the table of kernels is invalid: {error}") from None
     return table
 
 
@@ -293,13 +295,13 @@ def _by_target(rows: Any, graph: Graph) -> dict[Target, Tactics]:
 
 
 def read_tactic(row: Any, syms: Mapping[str, Sym]) -> dict[Target, Tactic[Launch]]:
-    """Inverse of `write_tactic`, for each of the targets in `row`.
+    """Inverse of `write_tactic`, by the targets in `row`.
 
     Args:
-        syms: the symbols that dims may be made of, by name.
+        syms: the symbols that dims may contain, by name.
 
     Raises:
-        TypeError, ValueError, KeyError, InvalidIR: not such JSON.
+        TypeError, ValueError, KeyError, InvalidIR: other JSON.
     """
     given = exactly(dict)(row)
     kind, body = exactly(str)(given["kind"]), None if given["body"] is None else read_body(given["body"])
@@ -315,10 +317,10 @@ def _microseconds(value: Any) -> float:
 
 
 def read_body(value: Any) -> Graph:
-    """A graph from exactly the text that this format writes for it.
+    """A graph from its text.
 
     Raises:
-        TypeError, ValueError, InvalidIR: another text.
+        TypeError, ValueError, InvalidIR: no graph, or not the text that this format writes for it.
     """
     body = parse(exactly(str)(value))
     if str(body) != value:
@@ -327,7 +329,7 @@ def read_body(value: Any) -> Graph:
 
 
 def read_launch(value: Any, syms: Mapping[str, Sym]) -> Launch:
-    """A launch from JSON, see `read_tactic`; fields that are not known yet are ignored, as in the manifest."""
+    """A launch from JSON, see `read_tactic`. Unknown fields are ignored, as in the manifest."""
     given = {item.name: exactly(dict)(value)[item.name] for item in fields(Launch)}
     x, y, z = (_dim(text, syms) for text in exactly(list)(given["grid"]))
     return Launch(
@@ -340,9 +342,9 @@ def read_launch(value: Any, syms: Mapping[str, Sym]) -> Launch:
 
 
 def _variant(value: Any) -> Variant:
-    named = {"waits": False, **exactly(dict)(value)}  # the first files of format 4 do not say
-    given = {item.name: named[item.name] for item in fields(Variant)}
-    exactly(bool)(given["waits"])
+    named = {"waits": False, **exactly(dict)(value)}  # the first files of format 4 lack it
+    given = {item.name: named["waits" if item.name == "uses_pdl" else item.name] for item in fields(Variant)}
+    exactly(bool)(given["uses_pdl"])
     for name in ("num_warps", "shared", "registers", "spills"):
         if not 0 <= exactly(int)(given[name]) < 2**31:
             raise ValueError(f"{name} is {given[name]}")
@@ -356,7 +358,7 @@ def _variant(value: Any) -> Variant:
 
 
 def read_target(text: Any) -> Target:
-    """A target by its name. Not `parse_targets`: a file may be for GPUs that this release does not know."""
+    """A target by its name. Unlike `parse_targets`, it accepts GPUs that are newer than this release."""
     match = re.fullmatch(r"(sm|compute)_(\d{2,3})", exactly(str)(text), re.ASCII)
     if match is None:
         raise ValueError(f"{text!r} is no target")
@@ -378,8 +380,8 @@ def check(table: KernelTable, graph: Graph) -> None:
 
     Raises:
         InvalidIR: a kernel that is not in the graph; one name for two kernels; a node that can't be launched; a target
-            without tactics; a body that is no body of its kernel; a launch of a kernel that is not in the body; PTX
-            that is launched as a binary.
+            without tactics; a body that does not fit its node; a launch of a kernel that is not in the body; one binary
+            that is launched both as PTX and as a cubin.
     """
     nodes: dict[str, Node] = {}
     for node in kernel_nodes(graph):
@@ -391,7 +393,7 @@ def check(table: KernelTable, graph: Graph) -> None:
         if not found or not all(found.values()):
             raise InvalidIR(f"kernel {op} has a target without tactics")
         body = nodes[op].body
-        assert body is not None  # `kernel_nodes` gives no others
+        assert body is not None  # `kernel_nodes` yields only nodes with one
         for tactic in (tactic for tactics in found.values() for tactic in tactics):
             check_tactic(tactic, op, body)
     used = {(variant.binary, target.ptx) for target, launch in table.launches() for variant in launch.variants}
@@ -400,7 +402,7 @@ def check(table: KernelTable, graph: Graph) -> None:
 
 
 def check_tactic(tactic: Tactic[Launch], op: str, body: Graph) -> None:
-    """The rules of a tactic of the kernel nodes `op`, whose own body is `body`.
+    """The rules of one tactic for the kernel nodes `op`, whose own body is `body`.
 
     Raises:
         InvalidIR: see `check`.
@@ -411,7 +413,7 @@ def check_tactic(tactic: Tactic[Launch], op: str, body: Graph) -> None:
         if _signature(tactic.body) != _signature(body):
             raise InvalidIR(f"the {tactic.kind} tactic of {op} takes or returns other types than {op}")
         if tactic.body.level != "import" or tactic.body.weights or tactic.body.written:
-            raise InvalidIR(f"the {tactic.kind} tactic of {op} has weights or writes to what it is given")
+            raise InvalidIR(f"the {tactic.kind} tactic of {op} has weights or writes to its inputs")
         for inner in kernel_nodes(tactic.body):
             _check_node(inner, inside.setdefault(inner.op, inner))
     for launched in tactic.kernels:
@@ -428,6 +430,6 @@ def _check_node(node: Node, first: Node) -> None:
     values: list[Any] = [*(attr for _, attr in node.args), *node.outputs]
     if not all(isinstance(v, Value) and isinstance(v.type, TensorType) and v.type.device == MAIN for v in values):
         raise InvalidIR(f"kernel {node.op} must take and return tensors of the session's device, and nothing else")
-    # The same body has the same types, so that the dims of the launch are those of every node.
+    # Equal bodies have equal types, so the dims of the launch are valid for every node.
     if node.body != first.body:
         raise InvalidIR(f"two different kernels are called {node.op}")

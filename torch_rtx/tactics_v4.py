@@ -1,5 +1,5 @@
-"""Tables of kernels as formats 2 to 4 wrote them: launches by op, split bodies beside them, and what a library call was
-expected to be. Those formats kept the order of tactics and not their times: the times here only have that order."""
+"""Reads the kernel tables of engine formats 2 to 4: launches by op, bodies of split forms, and whether a library call
+is expected to be faster. These formats have no expected times, so the tactics get times that give the same order."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from torch_rtx.tactics import (
 from torch_rtx.targets import Target
 
 SPLIT_US, KERNEL_US = 0.95, 1.0
-LIBRARY_US = {"slower": 1.1, "faster": 0.9}  # "none": the body is a loop, which has no library call
-Launches = Mapping[str, Mapping[Target, tuple[Launch, str]]]  # by op; with what the library call is expected to be
+LIBRARY_US = {"slower": 1.1, "faster": 0.9}  # the third value, "none", is for loops: no library call exists
+Launches = Mapping[str, Mapping[Target, tuple[Launch, str]]]  # by op; with the estimate of the library call
 
 
 def read_table_v4(launches: Any, splits: Any, graph: Graph) -> KernelTable:
-    """The table that the JSON of formats 2 to 4 describes, without its binaries, checked against the graph.
+    """The table of a file of format 2 to 4, without its binaries, checked against the graph.
 
     Args:
-        launches, splits: the fields `kernels` and `splits` of a header; None: the file has none.
+        launches, splits: the fields `kernels` and `splits` of the header; None: it has no such field.
 
     Raises:
         EngineFormatError: a wrong type or value, or a kernel that is not in the graph.

@@ -129,7 +129,7 @@ _KNOWN = (
     Arch(89, 99 << 10, _ADA, Chip(128, 150, 75, 900, 2.5), False, 89),  # RTX 4090
     # ptxas 12.8 is wrong for Hopper: where tiles of several widths follow each other at one address, it computes a
     # descriptor from a register that nothing writes, in attention with values narrower than keys. The chip is an H200,
-    # see `cost`.
+    # see `gemm_perf_model`.
     Arch(90, 227 << 10, _HOPPER, Chip(132, 865, 60, 4200, 1.6, inf, 1), True, 89, oldest_ptxas=(12, 9), library=_H200),
     Arch(100, 227 << 10, _BLACKWELL, Chip(148, 1100, 70, 7000, 1.9), True, 89),  # B200
     Arch(103, 227 << 10, _BLACKWELL, Chip(148, 1100, 70, 7000, 1.9), True, 89),  # B300

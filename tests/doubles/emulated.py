@@ -13,8 +13,8 @@ from torch_rtx.ir import Dim, Graph, Node
 from torch_rtx.lowering.kernels.generate import generate, split_in, tactics
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.runtime.background import Background
+from torch_rtx.runtime.benchmark import Run
 from torch_rtx.runtime.bind import bind_dim
-from torch_rtx.runtime.candidate_check import Run
 from torch_rtx.runtime.launch import LoadedTactic, Store
 from torch_rtx.runtime.tuner import TuningContext
 from torch_rtx.runtime.tuning_db import TuningDatabase
@@ -57,7 +57,7 @@ class Device:
         wrong_for: the scalars for which they do so.
         broken: what building raises, if anything.
         calls: microseconds of runs that call libraries; launches take 1.
-        waits: kernels start early in CUDA graphs.
+        pdl: kernels start early in CUDA graphs.
         parts: how many those regions are cut in that can be.
         builds: per build how many regions were asked for.
     """
@@ -66,7 +66,7 @@ class Device:
     wrong_for: Callable[[Sequence[int]], bool] = lambda scalars: True
     broken: str | None = None
     calls: float = 2.0
-    waits: bool = False
+    pdl: bool = False
     builds: list[int] = field(default_factory=list)
     kernels: dict[str, tuple[Kernel, bool]] = field(default_factory=dict)
     timed: int = 0
@@ -117,7 +117,7 @@ class Device:
             kernel, spoil = self.kernels[launch.aligned.binary]
             assert len(kernel.pointers) == len(nodes[op].inputs) + len(nodes[op].outputs)
             found = Emulated(kernel, self.wrong_for if spoil else lambda scalars: False)
-            found.waiting = (1,) if self.waits else ()
+            found.pdl_functions = (1,) if self.pdl else ()
             return found
 
         return candidate.tactic.with_kernels(launcher)  # type: ignore[return-value]

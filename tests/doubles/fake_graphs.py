@@ -57,10 +57,10 @@ def program(text: str) -> Graph:
     return parse(f"graph fused {{\n  dim s = 1, 64, 1\n{body}\n}}\n")
 
 
-def adders(graph: Graph, driver: Any, ptx: bytes | None = None, size: Dim = S, waits: bool = False) -> Any:
+def adders(graph: Graph, driver: Any, ptx: bytes | None = None, size: Dim = S, uses_pdl: bool = False) -> Any:
     """What launches the kernels `k` of `graph`, which add, through `driver`: a binary, or `ptx` for sm_90."""
     digest, binary = pack(ptx or b"an image")
-    launch = Launch((size,), (1, 1, 1), False, Variant(digest, "entry", 4, 0, 32, 0, waits), None)
+    launch = Launch((size,), (1, 1, 1), False, Variant(digest, "entry", 4, 0, 32, 0, uses_pdl), None)
     tactics = {Target(90, ptx is not None): (Tactic("kernel", 1.0, {OWN: launch}),)}
     return load_tactics(KernelTable({"k": tactics}, {digest: binary}), graph, DEVICE, driver=driver)
 

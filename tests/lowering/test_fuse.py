@@ -27,7 +27,7 @@ from torch_rtx.ir import (
     evaluate,
     verify,
 )
-from torch_rtx.lowering import grouping
+from torch_rtx.lowering import fusion
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.kernels.generate import generate
 from torch_rtx.lowering.passes.dce import dce
@@ -186,7 +186,7 @@ def test_fused_is_unfused(graph: Graph, seed: int) -> None:
 
 
 @pytest.mark.parametrize("count", [4, 1000])
-def test_units_that_would_wait_for_each_other(count: int) -> None:
+def test_groups_that_would_depend_on_each_other(count: int) -> None:
     """Two loops that read the same input, of which one needs the other by a way through a unit of scattered nodes."""
     shapes = {"y": (count, 16), "x": (count, 8), "a": (16, 8), "b": (8, 16)}
     y, x, a, b = (Value(name, TensorType("f32", shape, contiguous(shape))) for name, shape in shapes.items())
@@ -224,7 +224,7 @@ def test_a_loop_without_code_is_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
     total = rewriter.emit("aten.sum.dim_IntList", None, self=x, dim=(0,))
     graph = Graph("import", (x,), nodes=tuple(rewriter.nodes), outputs=(total,))
 
-    monkeypatch.setattr(grouping, "_is_loop", lambda body: False)
+    monkeypatch.setattr(fusion, "_is_loop", lambda body: False)
     assert fuse(graph, Inference(), TARGETS).nodes == graph.nodes
 
 

@@ -29,12 +29,12 @@ class Module:
     """A graph with kernels `k`, which add, and the pool of its CUDA graphs."""
 
     def __init__(
-        self, monkeypatch: pytest.MonkeyPatch, text: str, size: Dim = S, waits: bool = False, **options: Any
+        self, monkeypatch: pytest.MonkeyPatch, text: str, size: Dim = S, uses_pdl: bool = False, **options: Any
     ) -> None:
         self.driver = GraphDriver(SIZES, {"entry": add})
         install(monkeypatch, self.driver)
         self.graph = program(text)
-        tactics = adders(self.graph, self.driver, size=size, waits=waits)
+        tactics = adders(self.graph, self.driver, size=size, uses_pdl=uses_pdl)
         self.code = compile_graph(self.graph, CPU, tactics=tactics)
         self.store = SimpleNamespace(generation=0, values=[])
         self.pool = GraphPool(self.graph, lambda code, inputs, weights: code.run(inputs, weights), DEVICE, 4, **options)
@@ -78,10 +78,10 @@ INTERRUPTED = """
 """
 
 
-@pytest.mark.parametrize("waits", [True, False])
-def test_kernels_that_wait_start_early(monkeypatch: pytest.MonkeyPatch, waits: bool) -> None:
+@pytest.mark.parametrize("uses_pdl", [True, False])
+def test_kernels_that_wait_start_early(monkeypatch: pytest.MonkeyPatch, uses_pdl: bool) -> None:
     """Those that follow a kernel; what follows anything else, and calls, start when all before them has ended."""
-    module = Module(monkeypatch, INTERRUPTED, waits=waits)
+    module = Module(monkeypatch, INTERRUPTED, uses_pdl=uses_pdl)
     x, y = torch.randn(2, 16).unbind()
     for _ in range(4):
         torch.testing.assert_close(module(x, y)[0], 2 * (x + y) - (2 * x + y))
@@ -89,7 +89,7 @@ def test_kernels_that_wait_start_early(monkeypatch: pytest.MonkeyPatch, waits: b
     assert graph.kinds() == ["kernel", "kernel", "call", "kernel", "kernel"]
     places = {node: place for place, node in enumerate(graph.nodes)}
     edges = sorted((places[one], places[other], data.type, data.from_port) for one, other, data in graph.edges)
-    early = int(waits)
+    early = int(uses_pdl)
     assert edges == [(0, 1, early, early), (1, 2, 0, 0), (2, 3, 0, 0), (3, 4, early, early)]
 
 
@@ -124,7 +124,7 @@ REFUSALS: dict[str, Callable[[Module], object]] = {
 @pytest.mark.parametrize("refusal", REFUSALS)
 def test_edges_that_stay(monkeypatch: pytest.MonkeyPatch, refusal: str) -> None:
     """The graph is replayed as it was captured."""
-    module = Module(monkeypatch, CHAIN, waits=True)
+    module = Module(monkeypatch, CHAIN, uses_pdl=True)
     REFUSALS[refusal](module)
     x, y = torch.randn(2, 16).unbind()
     for _ in range(4):
@@ -146,7 +146,7 @@ def test_edges_stay_where_streams_part_or_meet(
     monkeypatch: pytest.MonkeyPatch, edges: list[tuple[int, int]], early: list[tuple[int, int]]
 ) -> None:
     monkeypatch.setattr(FakeGraph, "end", connected(edges))
-    module = Module(monkeypatch, LONG, waits=True)
+    module = Module(monkeypatch, LONG, uses_pdl=True)
     x, y = torch.randn(2, 16).unbind()
     for _ in range(2):
         module(x, y)
@@ -159,7 +159,7 @@ def test_edges_stay_where_streams_part_or_meet(
 def test_edges_with_data_of_their_own_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     """A library made them."""
     monkeypatch.setattr(FakeGraph, "end", connected([(0, 1), (1, 2), (2, 3)], EdgeData(from_port=2)))
-    module = Module(monkeypatch, LONG, waits=True)
+    module = Module(monkeypatch, LONG, uses_pdl=True)
     x, y = torch.randn(2, 16).unbind()
     for _ in range(2):
         module(x, y)

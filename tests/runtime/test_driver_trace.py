@@ -114,7 +114,7 @@ def record(monkeypatch: pytest.MonkeyPatch, api: Any, device: torch.device, name
     monkeypatch.setattr(graph_params, "driver", lambda: tracer)
     for kind, make in list(code.EMPTY.items()):
         monkeypatch.setitem(code.EMPTY, kind, kept.keeping(make))
-    tactics = adders(graph, tracer, PTX, waits=True)
+    tactics = adders(graph, tracer, PTX, uses_pdl=True)
     compiled = compile_graph(graph, device, tactics=tactics)
     pool = GraphPool(graph, lambda code, inputs, weights: code.run(inputs, weights), DEVICE, 4)
     store: Any = SimpleNamespace(generation=0, values=[])

@@ -36,6 +36,22 @@ from torch_rtx.settings import RuntimeSettings
 from torch_rtx.tactics import OWN, Tactic
 
 CPU = torch.device("cpu")
+SPLIT = """\
+graph import {
+  dim s = 1, 1048576, 1
+  input in0: f32[s]
+  input in1: f32[s]
+  b: f32[s] = op aten.clone.default(self=in1)
+  c: f32[s] = kernel half(in0=in0, in1=b) graph import {
+    dim s = 1, 1048576, 1
+    input in0: f32[s]
+    input in1: f32[s]
+    a: f32[s] = op aten.add.Tensor(self=in0, other=in1)
+    return [a]
+  }
+  return [c]
+}
+"""
 BATCH = torch.export.Dim("batch", min=1, max=64)
 
 
@@ -63,6 +79,7 @@ def made(times: list[tuple[float, ...]], modules: list[str], inputs: list[tuple[
             "extern",
             "aten.exp.default",
             "library call",
+            "calls",
             ("exp",),
             (Loc(module, "model.py", index),),
             spent,
@@ -84,7 +101,7 @@ def test_rows_are_the_nodes(bert: Any) -> None:
     assert [row.op for row in profile.rows] == [node.op for node in nodes]
     assert [row.kind for row in profile.rows] == [node.kind for node in nodes]
     assert [row.name for row in profile.rows] == [node.outputs[0].name for node in nodes]
-    assert {row.tier for row in profile.rows} == {"library call"}
+    assert {(row.tier, row.tactic, row.runs_as) for row in profile.rows} == {("library call", "", "library call")}
     for row, node in zip(profile.rows, nodes, strict=True):
         assert row.locs == ((node.loc,) if node.loc else ())
         read = {profile.rows[source].name for source in row.inputs}
@@ -218,17 +235,34 @@ def test_kernels() -> None:
     tactic: Any = Tactic("kernel", 0.0, {OWN: launcher})
     session = Session(GRAPH, WeightStore(GRAPH, CPU, {}), RuntimeSettings(), tactics={"add": tactic})
     profile = torch_rtx.profile(session, list(torch.randn(2, 16)), repeats=2)
-    assert [(row.kind, row.tier, row.what) for row in profile.rows] == [
+    assert [(row.kind, row.runs_as, row.what) for row in profile.rows] == [
         ("kernel", "kernel for sm_90", "add"),
         ("extern", "library call", "neg"),
         ("kernel", "kernel for sm_90", "add"),
-        ("extern", "library call", "exp"),
-        ("extern", "library call", "mul"),
-        ("extern", "library call", "add"),
+        ("extern", "calls: library call", "exp"),
+        ("extern", "calls: library call", "mul"),
+        ("extern", "calls: library call", "add"),
     ]
+    assert [row.tactic for row in profile.rows] == ["kernel", "", "kernel", "calls", "calls", "calls"]
     assert [row.inputs for row in profile.rows] == [(), (0,), (1,), (2,), (3,), (4, 2)]
     assert profile.rows[2].where == "model.add @ model.py:3"
     assert profile.rows[0].cost == Cost(2 * 64, 64, 0)
+
+
+def test_kinds_of_tactics(tmp_path: Path) -> None:
+    """A node that takes the place of a kernel node has the kind of its tactic, in every form of the profile."""
+    launcher = add()
+    launcher.target = "sm_90"  # type: ignore[attr-defined]
+    tactic: Any = Tactic("split", 0.0, {"half": launcher}, parse(SPLIT))
+    session = Session(GRAPH, WeightStore(GRAPH, CPU, {}), RuntimeSettings(), tactics={"add": tactic})
+    profile = torch_rtx.profile(session, list(torch.randn(2, 16)), repeats=2)
+    kinds = ["split", "split", "", "split", "split", "calls", "calls", "calls"]
+    assert [row.tactic for row in profile.rows] == kinds
+    half = [row for row in profile.rows if row.op == "half"]
+    assert [row.runs_as for row in half] == ["split: kernel for sm_90"] * 2
+    assert profile.table().count("split: library call") == profile.table().count("split: kernel for sm_90") == 2
+    assert [event["args"]["tactic"] for event in events(profile, tmp_path) if event["cat"] != "module"] == kinds
+    assert '["runs as", "split: kernel for sm_90"]' in written(profile, tmp_path)[0]
 
 
 # ---- costs -----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ import typer
 
 from torch_rtx import engine
 from torch_rtx.backend import cache_cli, opt_cli, profile_cli, runtime_cache_cli
-from torch_rtx.errors import RtxError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Tools for torch_rtx engines.")
 cache_cli.app.add_typer(runtime_cache_cli.app, name="runtime")
@@ -33,11 +32,8 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Print a summary of an engine without loading it; needs neither torch nor a GPU."""
-    try:
+    with cache_cli.errors():
         found = engine.inspect(path)
-    except (RtxError, OSError) as error:
-        typer.secho(f"error: {error}", err=True, fg="red")
-        raise typer.Exit(1) from None
     if graph:
         print(found.graph_text, end="")
     elif as_json:

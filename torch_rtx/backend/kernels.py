@@ -1,4 +1,4 @@
-"""Builds the kernels of a graph for its targets: the best configuration that fits each, and an account of them."""
+"""Builds the kernels of a graph ahead of time, with the best configuration that fits each target, and reports them."""
 
 from __future__ import annotations
 
@@ -26,13 +26,20 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 Forms = Callable[[Node, Target], list[Form]]
-Place = tuple[str, Target]  # the op of a kernel node, and what it is built for
+Slot = tuple[str, Target]  # of the table: the op of a kernel node, and a target
 
 
 @dataclass(frozen=True)
 class KernelReport:
-    """A kernel as built for some targets: registers and bytes of spill stores per thread, bytes of shared memory of a
-    block, bytes of its binaries as stored. `name` is that of its code."""
+    """One kernel that was built.
+
+    Attributes:
+        name: of its function in Triton.
+        targets: those that share its binaries.
+        registers, spills: registers, and bytes of spill stores, per thread.
+        shared: bytes of shared memory per block.
+        nbytes: of its binaries, compressed.
+    """
 
     op: str
     name: str
@@ -46,12 +53,12 @@ class KernelReport:
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What a build of kernels made. `print` it, or read it.
+    """The result of a build; `print` it, or read the fields.
 
     Attributes:
-        missing: kernels that no target of a kind can run: op, target, and what was wrong with each configuration.
+        missing: kernels without a binary: op, target, and the problem of each configuration.
         nbytes: of all binaries, each counted once.
-        seconds: the build took.
+        seconds: duration of the build.
     """
 
     kernels: tuple[KernelReport, ...]
@@ -75,7 +82,7 @@ class BuildReport:
 
 
 def kernels_of(program: Program, settings: CompilationSettings) -> KernelTable:
-    """The kernels of a program, built for `settings.targets`; the report goes to the log, and to its dumped artefacts.
+    """Build the kernels of a program for `settings.targets`; the report goes to the log and to the dump.
 
     Raises:
         SettingsError, KernelError, LoweringError: see `targets_for` and `build_kernels`.
@@ -94,9 +101,9 @@ def kernels_of(program: Program, settings: CompilationSettings) -> KernelTable:
 
 @contextmanager
 def progress_bar(console: Console | None = None) -> Iterator[Callable[[int, int], object]]:
-    """What to call with how many binaries are built, and how many there are: a bar, if the console (None: that of
-    errors) is a terminal."""
-    from rich.console import Console  # these take a tenth of a second, which only builds of kernels have to spend
+    """A function of the numbers of finished and of all binaries, which draws a bar if the console (None: stderr) is a
+    terminal."""
+    from rich.console import Console  # slow imports, which only builds of kernels need
     from rich.progress import Progress
 
     console = console or Console(stderr=True)
@@ -106,7 +113,7 @@ def progress_bar(console: Console | None = None) -> Iterator[Callable[[int, int]
 
 
 def targets_for(option: Option, graph: Graph) -> tuple[Target, ...]:
-    """The targets that the option `targets` means for `graph`; the log names those that lack a dtype of its kernels.
+    """The targets that the option `targets` selects for `graph`, without those that lack a dtype of its kernels.
 
     Raises:
         SettingsError: an unknown target; "current" without a GPU; an explicit target, or every one, lacks a dtype.
@@ -122,7 +129,7 @@ def targets_for(option: Option, graph: Graph) -> tuple[Target, ...]:
 
 
 def _dtypes(graph: Graph) -> Iterator[tuple[str, str]]:
-    """Op and dtype of everything that kernels read, compute and write."""
+    """Op and dtype of every tensor in the kernels."""
     for node in kernel_nodes(graph):
         for inner in node.body.nodes if node.body is not None else ():
             for value in (*inner.inputs, *inner.outputs):
@@ -131,7 +138,7 @@ def _dtypes(graph: Graph) -> Iterator[tuple[str, str]]:
 
 
 def generated(node: Node, target: Target) -> list[Form]:
-    """The forms of a kernel node on a target; none where no kernel computes it."""
+    """The forms of a kernel node on a target; none if no code can be generated."""
     assert node.body is not None
     try:
         return forms(node.body, node.op, target.arch)
@@ -150,7 +157,7 @@ def build_kernels(
     configuration that fits.
 
     Args:
-        forms: see `generate.forms`; asked once per op and target: nodes of one op have equal bodies.
+        forms: see `generate.forms`; called once per op and target, since nodes of one op have equal bodies.
         progress, artefacts: see `kernels.build.build`.
 
     Raises:
@@ -159,11 +166,11 @@ def build_kernels(
     """
     start = time.perf_counter()
     nodes = {node.op: node for node in reversed(list(kernel_nodes(graph)))}
-    places = [(op, target) for op in sorted(nodes) for target in by_age(set(targets))]
-    offers = {(op, target): _may_be_fastest(forms(nodes[op], target)) for op, target in places}
+    slots = [(op, target) for op in sorted(nodes) for target in by_age(set(targets))]
+    offers = {(op, target): _may_be_fastest(forms(nodes[op], target)) for op, target in slots}
     wanted = {
-        (place, which): (enumerate(chain((head,), rest)), place[1])
-        for place, found in offers.items()
+        (slot, which): (enumerate(chain((head,), rest)), slot[1])
+        for slot, found in offers.items()
         for which, (head, rest) in enumerate(found)
     }
     if artefacts.dump is not None:
@@ -172,14 +179,14 @@ def build_kernels(
     chosen, tried = build(wanted, progress, artefacts)
     for ((op, target), _), results in tried.items():
         show_results(artefacts, op, target, results)
-    built: dict[Place, list[Result]] = {}
+    built: dict[Slot, list[Result]] = {}
     missing = []
-    for place, found in offers.items():
-        keys = [(place, which) for which in range(len(found))]
-        built[place] = _fitting([chosen[key] for key in keys if key in chosen])
-        if not built[place]:
+    for slot, found in offers.items():
+        keys = [(slot, which) for which in range(len(found))]
+        built[slot] = _fitting([chosen[key] for key in keys if key in chosen])
+        if not built[slot]:
             problems = [result.problem for key in keys for result in tried[key] if result.problem]
-            missing.append((*place, "; ".join(problems) or "no code"))
+            missing.append((*slot, "; ".join(problems) or "no code"))
     table, reports = _table(built)
     try:
         check(table, graph)
@@ -190,16 +197,16 @@ def build_kernels(
 
 
 def _fitting(results: list[Result]) -> list[Result]:
-    """The tactics to bring: those whose kernels fit; where none has kernels, also those that spill too much; none if
-    nothing is launched."""
+    """The tactics for the table: those that fit, and if none of them launches a kernel, also those that spill too much;
+    none if no tactic launches a kernel."""
     fitting = [result for result in results if result.problem is None]
     if not any(result.built for result in fitting):
         fitting += [result for result in results if result.problem is not None]
     return fitting if any(result.built for result in fitting) else []
 
 
-def _table(built: Mapping[Place, list[Result]]) -> tuple[KernelTable, tuple[KernelReport, ...]]:
-    """The table of what was built, and an account in which targets that run the same binaries share a row."""
+def _table(built: Mapping[Slot, list[Result]]) -> tuple[KernelTable, tuple[KernelReport, ...]]:
+    """The table, and the reports; targets with equal binaries share a report."""
     binaries = Binaries()
     table: dict[str, dict[Target, Tactics]] = {}
     rows: dict[tuple[str, str, Launch], list[Target]] = {}
@@ -216,15 +223,14 @@ def _table(built: Mapping[Place, list[Result]]) -> tuple[KernelTable, tuple[Kern
 
 
 def _show(node: Node, target: Target, found: list[Form], artefacts: Artefacts) -> None:
-    """Begin the ranking of a kernel node: its forms, each with ranks of its own."""
+    """Write the ranking of a kernel node: its forms, each ranked on its own."""
     assert node.body is not None
     offers = chain.from_iterable(enumerate(chain((head,), rest)) for head, rest in found)
     show_offers(artefacts, node.op, node.body, target, offers)
 
 
 def _may_be_fastest(found: list[Form]) -> list[Form]:
-    """The forms that an engine brings: the node's own kernel, what is expected to be faster, and what needs no
-    binaries."""
+    """The forms for an engine: the node's own kernel, those expected to be faster, and those without binaries."""
     own_us = min((head.expected_us for head, _ in found if head.body is None and head.kernels), default=math.inf)
     return [form for form in found if not form[0].kernels or form[0].expected_us <= own_us]
 

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from torch_rtx.errors import RtxError, SettingsError
+from torch_rtx.backend.cache_cli import errors
+from torch_rtx.errors import SettingsError
 from torch_rtx.ir import Graph, ScalarType, Type, dim_syms, evaluate, type_dims
 
 
@@ -26,7 +27,7 @@ def profile(
     from torch_rtx.runtime import module as modules_of  # needs torch, which `torch-rtx inspect` does without
     from torch_rtx.runtime import profiling
 
-    try:
+    with errors():
         module = modules_of.load(path, weights, device)
         sizes = sizes_given(module.engine.graph, size or [])
         if weights is None and module.engine.weights is None:
@@ -38,9 +39,6 @@ def profile(
         for target, write in ((trace, found.trace), (html, found.html)):
             if target is not None:
                 write(target)
-    except (RtxError, OSError) as error:
-        typer.secho(f"error: {error}", err=True, fg="red")
-        raise typer.Exit(1) from None
 
 
 def sizes_given(graph: Graph, given: Iterable[str]) -> dict[str, int]:

@@ -51,7 +51,7 @@ def attempt(job: Job) -> bool:
     except Stopped:
         pass
     except Exception as error:
-        log.warning("making it faster failed, it stays as it is: %s", error)
+        log.warning("specialization failed, the code stays as it is: %s", error)
         log.debug("the failure in full", exc_info=True)
     return False
 
@@ -83,7 +83,7 @@ class Background:
                 try:
                     self._start()  # the first job of the process, which may be a fork
                 except RuntimeError as error:  # the process ends or has too many threads: calls must not fail
-                    log.warning("nothing is made faster: %s", error)
+                    log.warning("nothing is specialized: %s", error)
                     done.set()
                     return
             self._waiting = [event for event in self._waiting if not event.is_set()] + [done]
@@ -113,7 +113,7 @@ class Background:
                 with _switching():
                     ran = not self.stopping and attempt(entry.job)
             except BaseException as error:  # this thread has no caller to pass it on to
-                log.warning("making it faster was ended by %r", error)
+                log.warning("specialization was ended by %r", error)
             finally:
                 if ran and entry.later is not None:
                     jobs.put(_Entry(LATER, next(self._numbers), entry.later, entry.done))

@@ -1,4 +1,4 @@
-"""A graph for given sizes: numbers in the place of its symbols."""
+"""Specializes graphs for given sizes: replaces symbols by numbers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch_rtx.ir import Attr, Dim, Expr, Graph, Node, ScalarType, Sym, Type, Va
 
 
 def bind(graph: Graph, sizes: Mapping[str, int]) -> Graph:
-    """`graph` with the number of each symbol that `sizes` names in its place, in types, arguments and bodies."""
+    """`graph` with numbers in place of the symbols in `sizes`: in types, arguments and bodies."""
     if not any(name in sizes for name in graph.syms):
         return graph
     return replace(
@@ -21,7 +21,7 @@ def bind(graph: Graph, sizes: Mapping[str, int]) -> Graph:
 
 
 def bind_node(node: Node, sizes: Mapping[str, int]) -> Node:
-    """As `bind`, of one node."""
+    """As `bind`, for one node."""
     return Node(
         node.kind,
         node.op,
@@ -52,14 +52,14 @@ def _type(type_: Type, sizes: Mapping[str, int]) -> Type:
 
 
 def bind_dim(dim: Dim, sizes: Mapping[str, int]) -> Dim:
-    """As `bind`, of one dim."""
+    """As `bind`, for one dim."""
     if isinstance(dim, Sym):
         return sizes.get(dim.name, dim)
     return dim_expr(dim.op, *(bind_dim(arg, sizes) for arg in dim.args)) if isinstance(dim, Expr) else dim
 
 
 def without_locations(graph: Graph) -> Graph:
-    """`graph` without what says where its nodes come from: equal regions of different layers become equal."""
+    """`graph` without source locations, so that equal regions of different layers compare equal."""
     nodes = (
         replace(node, loc=None, body=None if node.body is None else without_locations(node.body))
         for node in graph.nodes

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-# Events around single calls would also measure how long the GPU waits for the host. So many spans are therefore queued
-# behind a delay that outlasts the queueing. The queue of the GPU holds about a thousand entries; a span is an event and
-# rarely more than two or three kernels.
+# Events around single calls would also measure the GPU's idle time between launches, so spans are queued behind a delay
+# that outlasts the queueing. A GPU's queue holds about 1000 entries; a span is an event and rarely more than 3 kernels.
 SPANS_AT_ONCE = 100
 DELAY_CYCLES = 10_000_000  # about 5 ms: 50 us of host time per span
 
@@ -36,8 +35,8 @@ class DeviceClock(Clock):
     """The clock of a GPU: marks are events on the current stream, and only `read` waits for the device.
 
     Args:
-        record: records an event with `synchronize` and `elapsed_time` (milliseconds), as those of `torch.cuda`.
-        delay: occupies the device before every SPANS_AT_ONCE spans, longer than the host needs to queue these.
+        record: records an event with the methods of `torch.cuda.Event`.
+        delay: occupies the device for longer than the host needs to queue SPANS_AT_ONCE spans.
     """
 
     def __init__(self, record: Callable[[], Any], delay: Callable[[], None] | None = None) -> None:
@@ -52,7 +51,7 @@ class DeviceClock(Clock):
             self._spans.append((self._last, mark))
         if self._delay is not None and len(self._spans) % SPANS_AT_ONCE == 0:
             self._delay()
-            mark = self._record()  # the delay belongs to no span
+            mark = self._record()  # the delay is in no span
         self._last = mark
 
     def read(self) -> list[float]:
@@ -67,7 +66,7 @@ def clock_of(device: torch.device, queued: bool) -> Clock:
     """The clock of a device.
 
     Args:
-        queued: leave out the time that the device waits for the host.
+        queued: measure without the device's idle time between launches.
     """
     if device.type != "cuda":
         return Clock()

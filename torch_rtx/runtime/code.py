@@ -1,10 +1,8 @@
-"""A graph as flat Python code over its ATen calls and launches. It runs on any device and is available at once.
+"""Generates the Python code of a graph: one flat function of ATen calls and kernel launches.
 
-`compile_graph` writes one function for a graph. It binds the dims from the shapes of the inputs, makes each call in
-order, drops every value after its last use, and gives outputs and the inputs of fallback operators the strides that the
-capture saw, whatever strides a library call chose here. Kernels that can be launched are; the bodies of others run call
-by call as well. What kernels hand to each other are addresses in an arena (`runtime.plan`), which has no tensors unless
-a call needs them.
+The function binds symbols from the shapes of the inputs, makes each call in order, and drops every value after its last
+use. Outputs and the inputs of fallback operators get the strides of the capture, whatever strides a library call chose.
+Kernels pass each other addresses in an arena (`runtime.plan`); values in it become tensors only if a call needs them.
 """
 
 from __future__ import annotations
@@ -47,12 +45,12 @@ Runner = Callable[[Sequence[Any], Sequence[torch.Tensor]], list[Any]]
 
 @dataclass(frozen=True, eq=False)
 class Code:
-    """The code of a graph; call it, or `run`, with its inputs and weights.
+    """The code of a graph; call it, or `run`, with inputs and weights.
 
     Attributes:
         source: its text.
         plan: its memory.
-        graph, tactics: what it was made of: the tactics run kernel nodes, by their `op`.
+        graph, tactics: the graph, and the tactics of its kernel nodes by `op`.
     """
 
     run: Runner
@@ -66,20 +64,19 @@ class Code:
         return self.run(inputs, weights)
 
 
-# `torch.empty_strided` on the current device of a kind, without the cost of parsing its arguments: what Inductor's code
-# calls.
+# `torch.empty_strided` on the current device, without the cost of argument parsing; Inductor's code calls the same.
 EMPTY: dict[str, Callable[..., torch.Tensor]] = {
     "cpu": torch._C._dynamo.guards._empty_strided_cpu,  # type: ignore[attr-defined]
     "cuda": torch._C._dynamo.guards._empty_strided_cuda,  # type: ignore[attr-defined]
 }
-# A tensor in the memory of another of its dtype, without that cost.
+# A tensor in the memory of another one of its dtype, equally fast.
 PLACED: Callable[..., torch.Tensor] = torch._C._dynamo.guards._reinterpret_tensor  # type: ignore[attr-defined]
-# A library call may return other strides than its fake: a view of the captured sizes must then be allowed to copy.
+# A library call may return other strides than in the capture, so a view of its result may have to copy.
 RELAXED = dict.fromkeys(("aten.view.default", "aten._unsafe_view.default"), torch.ops.aten.reshape.default)
 
 
 def restride(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
-    """`tensor` itself if its strides are `strides` wherever a size exceeds 1, else a copy that has them."""
+    """`tensor` if it has these strides in all dimensions longer than 1, else a copy with them."""
     if tensor.stride() == strides:
         return tensor
     if all(size < 2 or a == b for size, a, b in zip(tensor.shape, tensor.stride(), strides, strict=True)):
@@ -88,14 +85,14 @@ def restride(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
 
 
 def copy_strided(tensor: torch.Tensor, strides: Sequence[int]) -> torch.Tensor:
-    """A copy in memory of its own, with these strides."""
+    """A copy with these strides."""
     copy = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
     overwrite(copy, tensor)
     return copy
 
 
 def aligned(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
-    """As `restride`, and the address is a multiple of 16: what a kernel expects of its inputs."""
+    """As `restride`, with an address that is a multiple of ALIGNMENT, as kernels expect."""
     if tensor.stride() == strides and not tensor.data_ptr() % ALIGNMENT:
         return tensor
     placed = restride(tensor, strides)
@@ -103,7 +100,7 @@ def aligned(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
 
 
 def overwrite(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Copy values; a dimension of stride 0 is one element in memory and is written once."""
+    """Copy values; a dimension of stride 0 has one element in memory, which is written once."""
     for dim, (size, stride) in enumerate(zip(target.shape, target.stride(), strict=True)):
         if stride == 0 and size > 1:
             target, source = target.narrow(dim, 0, 1), source.narrow(dim, 0, 1)
@@ -113,8 +110,8 @@ def overwrite(target: torch.Tensor, source: torch.Tensor) -> None:
 
 @contextmanager
 def undisturbed(device: torch.device) -> Iterator[None]:
-    """Around the code of a graph for `device`: it has no gradients, its casts were resolved at capture, and its memory
-    and kernels are those of the current device."""
+    """The state in which the code of a graph runs: no gradients, no autocast, since the capture resolved casts, and
+    `device` as the current device."""
     kind = device.type
     autocast = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
     elsewhere = kind == "cuda" and torch._C._cuda_getDevice() != device.index
@@ -132,26 +129,25 @@ def compile_graph(
     probe: Callable[[], None] | None = None,
     streamer: Streamer | None = None,
 ) -> Code:
-    """A function `(inputs, weights) -> outputs` that does what `graph` says.
+    """Compile `graph` to a function `(inputs, weights) -> outputs`.
 
     Args:
         device: the device that MAIN stands for.
-        callables: what the `python` fallback nodes call, by index.
+        callables: the functions of `python` fallback nodes, by index.
         trusted_ops: operators outside the allow-list that fallback nodes may name.
-        tactics: run kernel nodes, see `runtime.launch`; their device must be the current one when the function is
-            called.
-        probe: what the function calls before the first node and after each; for measuring.
+        tactics: of kernel nodes, by op; their device must be the current one during a call.
+        probe: called before the first node and after each node; for measuring.
         streamer: brings weights to the device; the function must then be called in a turn of it.
 
     Raises:
-        InvalidIR: an op that does not exist here, or a dim that no input determines.
+        InvalidIR: an op does not exist in this process, or no input determines a dim.
     """
     tactics = tactics or {}
     writer = _Writer(inline_kernels(graph, tactics), device, callables, trusted_ops, launched(tactics), probe)
     if streamer is not None:
         writer.names["_stream"], writer.streaming = streamer, streamer.lines(graph, in_place(graph, tactics))
     source = writer.write()
-    file = f"<torch_rtx {name} {id(writer.names):x}>"  # these live as long as the function
+    file = f"<torch_rtx {name} {id(writer.names):x}>"  # unique while the function lives
     linecache.cache[file] = (len(source), None, source.splitlines(True), file)  # tracebacks show the generated line
     exec(compile(source, file, "exec"), writer.names)
     run: Runner = writer.names["run"]
@@ -169,13 +165,13 @@ class _Writer:
     probe: Callable[[], None] | None = None
     streaming: Lines = ((), {}, {})
     lines: list[str] = field(default_factory=list)
-    bound: set[str] = field(default_factory=set)  # names of the dims that have a value by now
+    bound: set[str] = field(default_factory=set)  # symbols that have a value by now
     names: dict[str, Any] = field(default_factory=dict)  # the globals of the generated function
-    written: set[str] = field(default_factory=set)  # values that kernels wrote
-    tensors: set[str] = field(default_factory=set)  # values in the arena of which there is a tensor by now
+    written: set[str] = field(default_factory=set)  # values that kernels write
+    tensors: set[str] = field(default_factory=set)  # values in the arena that have become tensors by now
 
     def write(self) -> str:
-        # No value has a name that begins with `_`; what the code itself needs does.
+        # Names of the code itself begin with `_`, those of values never do.
         self.names |= {"_restride": restride, "_copy_strided": copy_strided, "inf": math.inf, "nan": math.nan}
         graph = self.graph
         for source, values in (("_inputs", graph.inputs), ("_weights", [w.value for w in graph.weights])):
@@ -203,13 +199,13 @@ class _Writer:
             self.lines += probe
         shared = self.shared()
         for value in dict.fromkeys(attr_values(graph.outputs)):
-            if value.name in shared:  # one copy per value: what is returned twice stays the same object twice
+            if value.name in shared:  # one copy per value: a value returned twice stays one object
                 self.lines.append(f"{value.name} = _copy_strided({value.name}, {self.strides(value)})")
         self.lines.append(f"return [{', '.join(self.output(attr) for attr in graph.outputs)}]")
         return "def run(_inputs, _weights):\n" + "".join(f"    {line}\n" for line in self.lines)
 
     def arena(self) -> dict[str, int | str]:
-        """Code that allocates the arena; returns the offset of each value in it, a number or code."""
+        """Write the allocation of the arena; returns the offset of each value in it, a number or code."""
         plan = self.plan
         if not plan.buffers:
             return {}
@@ -226,10 +222,10 @@ class _Writer:
         return offsets
 
     def shared(self) -> set[str]:
-        """The values in memory that the engine keeps: constants, what recipes computed, and views of either.
+        """The values in memory that the engine keeps: constants, results of recipes, and views of these.
 
-        Whoever gets such a value as a result may write to it, so that it has to be a copy. Views of parameters are not
-        among them: they alias the parameter for the caller, too.
+        The caller may write to a result, so it gets a copy of such a value. Views of parameters are not copied: they
+        alias the parameter in the original model, too.
         """
         constants = {p.name for p in self.graph.parameters if p.constant}
         kept = {
@@ -245,7 +241,7 @@ class _Writer:
         return kept
 
     def last_uses(self) -> list[list[str]]:
-        """Per node, the values to drop after it. Inputs and weights are dropped too: the caller decides about those."""
+        """Per node, the values to drop after it, inputs and weights included: the caller may hold those longer."""
         seen = {value.name for value in attr_values(self.graph.outputs)}
         drops: list[list[str]] = []
         for node in reversed(self.graph.nodes):
@@ -255,10 +251,10 @@ class _Writer:
         return drops[::-1]
 
     def bind(self, values: Sequence[Value | None]) -> None:
-        """Code that gives a value to each dim which the types of `values` determine."""
+        """Write assignments of the symbols that the types of `values` determine."""
         for value in values:
-            for place, dim in _places(value):
-                for sym, text in solve(dim, place, self.bound):
+            for source, dim in _dim_sources(value):
+                for sym, text in solve(dim, source, self.bound):
                     self.bound.add(sym)
                     self.lines.append(f"{sym} = {text}")
 
@@ -283,7 +279,7 @@ class _Writer:
             self.bind(node.outputs)
 
     def copies(self, run: Sequence[Node]) -> None:
-        """Code that makes all copies of a run, those of one dtype in one launch."""
+        """Write a run of copies, those of one dtype as one call."""
         groups: dict[str, list[Node]] = {}
         for node in run:
             for value in node.inputs:
@@ -294,7 +290,7 @@ class _Writer:
             self.lines.append(f"{self.name_of('copies', torch._foreach_copy_)}({', '.join(lists)})")
 
     def materialize(self, value: Value) -> None:
-        """Code that makes a tensor of a value in the arena, unless there is one already."""
+        """Write the tensor of a value in the arena, unless it is written already."""
         if value.name not in self.offsets or value.name in self.tensors:
             return
         assert isinstance(value.type, TensorType)
@@ -309,14 +305,14 @@ class _Writer:
         self.lines.append(f"{value.name} = {self.name_of('placed', PLACED)}({alias}, {sizes}, {strides}, {at})")
 
     def launch(self, node: Node) -> None:
-        """Code that launches a kernel: it takes inputs of the captured strides and fills outputs of them."""
+        """Write the launch of a kernel, whose inputs and outputs have the captured strides."""
         addresses: list[str] = []
         held: list[str] = []
         for value in node.inputs:
             if value.name in self.written:
                 addresses.append(self.address(value))
                 continue
-            held.append(f"_in{len(held)}")  # a copy, if there is one, has to live until the launch
+            held.append(f"_in{len(held)}")  # possibly a copy, which has to live until the launch
             self.lines.append(f"{held[-1]} = {self.name_of('aligned', aligned)}({value.name}, {self.strides(value)})")
             addresses.append(f"{held[-1]}.data_ptr()")
         for output in node.outputs:
@@ -337,7 +333,7 @@ class _Writer:
             self.lines.append(f"del {', '.join(held)}")
 
     def address(self, value: Value) -> str:
-        """Code of the address of a value that a kernel wrote, which has the strides and alignment of its type."""
+        """The address, as code, of a value that a kernel writes."""
         if value.name in self.offsets:
             return f"_base + {self.offsets[value.name]}"
         return f"{value.name}.data_ptr()"
@@ -348,17 +344,17 @@ class _Writer:
         return f"{function}({', '.join(self.text(a, fallback=True) for a in arguments)})"  # type: ignore[union-attr]
 
     def aten_call(self, node: Node, out: torch._ops.OpOverload | None = None, target: str = "") -> str:
-        """Code of a call; of its form `out`, where there is one, that writes to `target`."""
+        """A call as code; with `out`, of this overload, which writes to `target`."""
         written = aten.overload(node.op, self.trusted_ops)
         op, types = out or RELAXED.get(node.op, written), aten.schema(written)
         fallback = node.kind == "fallback" or node.op in aten.STRIDED
         parts, keyword = [], False
-        names = list(aten.schema(op))  # of the arguments in the form that is called
+        names = list(aten.schema(op))  # the arguments of the called overload
         for position, (key, attr) in enumerate(node.args):
             type_, keyword_only = types.get(key, ("", False))
             if not type_:
                 raise InvalidIR(f"{node.op} has no argument {key!r}", loc=node.loc)
-            # Positional as long as no argument was left out: that is what the dispatcher parses fastest.
+            # Positional until an argument is left out: the dispatcher parses these fastest.
             keyword = keyword or keyword_only or list(types)[position] != key
             text = self.argument(type_, attr, fallback)
             parts.append(f"{key if key in names else names[position]}={text}" if keyword else text)
@@ -370,7 +366,7 @@ class _Writer:
         return self.text(attr, fallback) if value is attr else self.name_of(str(value), value)
 
     def text(self, attr: Attr, fallback: bool = False) -> str:
-        """An attribute as code; the arguments of a fallback operator get the captured strides."""
+        """An attribute as code; `fallback`: tensors get the captured strides."""
         if isinstance(attr, tuple):
             return f"[{', '.join(self.text(item, fallback) for item in attr)}]"
         if isinstance(attr, Value):
@@ -386,12 +382,12 @@ class _Writer:
         return f"_restride({value.name}, {self.strides(value)})"
 
     def strides(self, value: Value) -> str:
-        """The strides that the capture saw, as code."""
+        """The captured strides, as code."""
         assert isinstance(value.type, TensorType)
         return self.numbers(value.type.strides)
 
     def numbers(self, dims: Sequence[Dim]) -> str:
-        """Dims as the code of a tuple."""
+        """Dims as a tuple, as code."""
         for dim in dims:
             self.check_bound(dim)
         return f"({''.join(f'{dim}, ' for dim in dims)})"
@@ -418,8 +414,8 @@ class _Writer:
 
 
 def _runs_of_copies(graph: Graph, trusted_ops: frozenset[str]) -> dict[int, Sequence[Node]]:
-    """Copies that follow one another, by the position of the first one; the others have empty runs. They may be made in
-    any order: what they read was made by the graph, and is nothing that one of them writes to."""
+    """Runs of at least two copies in a row, by the position of the first; the positions of the others have empty runs.
+    The order in a run does not matter: the sources are results of the graph, and the targets inputs or weights."""
     calls = (node for node in graph.nodes if not node.writes and not aliases(node, trusted_ops))
     made = {value.name for node in calls for value in node.outputs if value is not None}
     runs: dict[int, Sequence[Node]] = {}
@@ -435,7 +431,7 @@ def _runs_of_copies(graph: Graph, trusted_ops: frozenset[str]) -> dict[int, Sequ
 
 
 def _is_plain_copy(node: Node, made: set[str]) -> bool:
-    """Whether `node` copies one of the values `made` to an input or weight of its type."""
+    """`node` copies one of the values `made` to an input or weight of its type."""
     target, source = node.arg("self"), node.arg("src")
     if node.op != COPY or not isinstance(target, Value) or not isinstance(source, Value):
         return False
@@ -449,13 +445,13 @@ def _tensor_type(attr: Attr) -> TensorType:
 
 
 def _returns_one(op: torch._ops.OpOverload) -> bool:
-    """Whether the Python call returns its only result bare: a tensor or number, not a tuple or list."""
+    """The Python call returns a bare tensor or number, not a tuple or list."""
     returns = op._schema.returns
     return len(returns) == 1 and not str(returns[0].type).startswith("List")
 
 
-def _places(value: Value | None) -> Iterator[tuple[str, Dim]]:
-    """Where the dims of a value can be read at run time, as code."""
+def _dim_sources(value: Value | None) -> Iterator[tuple[str, Dim]]:
+    """The dims of a value, each with the code that reads it at run time."""
     if value is None:
         return
     if isinstance(value.type, ScalarType):
@@ -465,10 +461,10 @@ def _places(value: Value | None) -> Iterator[tuple[str, Dim]]:
         yield f"{value.name}.shape[{axis}]", dim
 
 
-def solve(dim: Dim, place: str, known: set[str]) -> Iterator[tuple[str, str]]:
-    """`(symbol, code)` if `dim`, readable at `place`, determines a symbol that is not `known`: s, c*s or c+s."""
+def solve(dim: Dim, source: str, known: set[str]) -> Iterator[tuple[str, str]]:
+    """`(symbol, code)` if `dim`, which the code `source` reads, determines an unknown symbol: s, c*s or c+s."""
     if isinstance(dim, Sym) and dim.name not in known:
-        yield dim.name, place
+        yield dim.name, source
     if not isinstance(dim, Expr) or dim.op not in ("*", "+"):
         return
     unknown = [arg for arg in dim.args if any(sym.name not in known for sym in dim_syms(arg))]
@@ -477,7 +473,4 @@ def solve(dim: Dim, place: str, known: set[str]) -> Iterator[tuple[str, str]]:
     rest = " * ".join(str(a) for a in dim.args if a is not unknown[0]) if dim.op == "*" else ""
     if dim.op == "+":
         rest = " - ".join(str(a) for a in dim.args if a is not unknown[0])
-    yield from solve(unknown[0], f"({place} // ({rest}))" if dim.op == "*" else f"({place} - {rest})", known)
-
-
-__all__ = ["Code", "Runner", "compile_graph", "copy_strided", "overwrite", "restride", "solve", "undisturbed"]
+    yield from solve(unknown[0], f"({source} // ({rest}))" if dim.op == "*" else f"({source} - {rest})", known)

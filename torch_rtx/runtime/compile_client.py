@@ -1,4 +1,4 @@
-"""The client of the compile worker: it starts the process that compiles kernels, and asks it."""
+"""The client of the compile worker: starts the process and sends it requests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import threading
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from torch_rtx.artefacts import Artefacts
 from torch_rtx.errors import KernelError
@@ -17,10 +16,9 @@ from torch_rtx.ir import Graph
 from torch_rtx.tactics import Candidate
 
 NONE = Artefacts()
-LIMIT = 600.0  # seconds for a request: a compiler that hangs holds up all that comes after it
-# What the process runs, with this very package wherever it is.
-# What is found here is found there, and nothing of the folder that the program happens to run in. Ctrl-C in a terminal
-# or a notebook reaches every process of a group; this one ends with its input.
+TIMEOUT_S = 600.0  # of a request: a compiler that hangs would block all later ones
+# The program of the worker. Its `sys.path` is ours; `-P` keeps the current folder out. It ignores Ctrl-C, which a
+# terminal sends to all processes of a group, and ends when its input ends.
 MAIN = """\
 import signal, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -31,7 +29,7 @@ main()
 
 
 class CompileClient:
-    """A process of its own that compiles kernels. It starts with the first request and ends with this process."""
+    """A worker process that compiles kernels: starts with the first request and ends with this process."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -41,33 +39,29 @@ class CompileClient:
     def build(
         self, bodies: Mapping[str, tuple[Graph, int]], sm: int, artefacts: Artefacts = NONE
     ) -> dict[str, Candidate]:
-        """What `compile_worker.build` returns. One thread at a time.
+        """Send a request to `compile_worker.build`; requests of several threads run one after another.
 
         Raises:
-            KernelError: kernels can't be compiled here; it says why.
+            KernelError: the worker can't be started, ended, timed out, or can't compile kernels.
         """
-        found: dict[str, Candidate] = self._ask((bodies, sm, artefacts))
-        return found
-
-    def _ask(self, request: tuple[Mapping[str, tuple[Graph, int]], int, Artefacts]) -> Any:
         with self._lock:
             timer: threading.Timer | None = None
             try:
                 process = self._running()
-                timer = threading.Timer(LIMIT, process.kill)
+                timer = threading.Timer(TIMEOUT_S, process.kill)
                 timer.daemon = True
                 timer.start()
                 assert process.stdin is not None
                 assert process.stdout is not None
-                pickle.dump(request, process.stdin)
+                pickle.dump((bodies, sm, artefacts), process.stdin)
                 process.stdin.flush()
-                answer = pickle.load(process.stdout)
+                answer: dict[str, Candidate] | str = pickle.load(process.stdout)
             except (OSError, EOFError, pickle.UnpicklingError) as error:
                 self.close()
                 late = timer is not None and not timer.is_alive()
-                why = f"took more than {LIMIT:g} s" if late else f"ended: {type(error).__name__} {error}"
+                why = f"took more than {TIMEOUT_S:g} s" if late else f"ended: {type(error).__name__} {error}"
                 raise KernelError(f"the process that compiles kernels {why}") from None
-            except BaseException:  # Ctrl-C: its answer would be taken for that of the next request
+            except BaseException:  # Ctrl-C: the next request would read this one's answer
                 self.close()
                 raise
             finally:
@@ -84,18 +78,18 @@ class CompileClient:
             if find_spec("triton") is None:
                 raise OSError("the package triton is not installed")
             if getattr(sys, "frozen", False) or not sys.executable:
-                raise OSError("this program is its own Python, which can't be started once more")
+                raise OSError("no Python interpreter can be started: this program is frozen")
             command = [sys.executable, "-P", "-c", MAIN, *sys.path, str(Path(__file__).parents[2])]
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         return self._process
 
     def stop(self) -> None:
-        """As `close`, and for ever: this process ends."""
+        """Close, and refuse later requests: this process is ending."""
         self._stopped = True
         self.close()
 
     def close(self) -> None:
-        """End the process; whoever waits for it gets an error, and a later request starts another."""
+        """End the worker. A running request gets an error; a later one starts a new worker."""
         process = self._process
         if process is not None:
             process.kill()

@@ -34,8 +34,8 @@ def checked(answer: tuple[Any, ...]) -> Any:
 
 @contextmanager
 def relaxed() -> Iterator[None]:
-    """Let this thread allocate memory, load code and wait while others capture CUDA graphs. PyTorch's captures forbid
-    that to all threads by default, and fail when one does it nevertheless."""
+    """Let this thread allocate memory, load code and synchronize while others capture CUDA graphs. PyTorch's captures
+    fail by default if any thread does so."""
     cuda = driver()
     if cuda is None:
         yield
@@ -49,12 +49,12 @@ def relaxed() -> Iterator[None]:
 
 
 def new_stream(device: torch.device) -> Any:
-    """A stream that nobody else gets: PyTorch hands out 32 in turn, and the work of whoever got the same one would be
-    captured instead of run. Without the driver API it is one of those; nothing is captured then."""
+    """A stream of its own. PyTorch hands out 32 streams in turn, so a capture could catch work of another user of the
+    same stream. Without the driver API, which captures need too, it is one of those."""
     cuda = driver()
     if cuda is None:
         return torch.cuda.Stream(device)
-    context = context_of(cuda, device.index)  # a thread that made no call of the runtime yet has none
+    context = context_of(cuda, device.index)  # a thread that has not called the CUDA runtime has none
     checked(cuda.cuCtxPushCurrent(context))
     try:
         raw = checked(cuda.cuStreamCreate(cuda.CUstream_flags.CU_STREAM_NON_BLOCKING))

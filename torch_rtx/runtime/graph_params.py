@@ -108,10 +108,10 @@ class GraphNodes:
 
     def _cells(self, params: Any, launcher: Launcher) -> list[ctypes.c_uint64]:
         """The pointers among the kernel's parameters, moved from the driver's memory to cells of our own."""
-        theirs = (ctypes.c_void_p * launcher.parameters).from_address(int(params.kernelParams))
-        values = (ctypes.c_uint64.from_address(place or 0).value for place in theirs[: launcher.pointers])
+        theirs = (ctypes.c_void_p * launcher.num_parameters).from_address(int(params.kernelParams))
+        values = (ctypes.c_uint64.from_address(place or 0).value for place in theirs[: launcher.num_pointers])
         cells = [ctypes.c_uint64(value) for value in values]
-        ours = type(theirs)(*map(ctypes.addressof, cells), *theirs[launcher.pointers :])
+        ours = type(theirs)(*map(ctypes.addressof, cells), *theirs[launcher.num_pointers :])
         params.kernelParams = ctypes.addressof(ours)
         self._kept.append((ours, cells))
         return cells

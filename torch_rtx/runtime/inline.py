@@ -1,4 +1,4 @@
-"""Kernels that are not launched: the body of their tactic, or their own, takes their place in the graph."""
+"""Replaces kernel nodes that are not launched as one kernel by the body of their tactic, or by their own body."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ K = TypeVar("K")
 
 
 def launched(tactics: Mapping[str, Tactic[K]]) -> dict[str, K]:
-    """Everything that `tactics` of nodes launch, by op: kernels of whole nodes, and those inside of bodies."""
+    """All kernels of `tactics`, by op: those of whole nodes and those in bodies."""
     return {
         op if key == OWN else key: kernel for op, tactic in tactics.items() for key, kernel in tactic.kernels.items()
     }
 
 
 def inline_kernels(graph: Graph, tactics: Mapping[str, Tactic[K]]) -> Graph:
-    """`graph` with a body in place of each kernel node that is not launched whole: that of its tactic where it has one,
-    else its own; the same for kernel nodes in bodies.
+    """`graph` with a body inlined in place of each kernel node that is not launched: that of its tactic, else its own.
+    Kernel nodes in bodies are treated alike.
 
-    The values inside get names of their own. Nodes of kind `op` then stand in a graph of level "fused".
+    Values in bodies get fresh names. The result has level "fused" and may contain nodes of kind `op`.
     """
     keep = launched(tactics)
     if all(node.kind != "kernel" or node.op in keep for node in graph.nodes):
@@ -33,7 +33,7 @@ def inline_kernels(graph: Graph, tactics: Mapping[str, Tactic[K]]) -> Graph:
 
 
 def in_place(graph: Graph, tactics: Mapping[str, Tactic[K]]) -> list[list[Node]]:
-    """Per node of `graph`, the nodes that take its place in `inline_kernels(graph, ways)`."""
+    """Per node of `graph`, the nodes that take its place in `inline_kernels(graph, tactics)`."""
     taken = {value.name for value in graph.values()} | graph.syms.keys()
     keep = launched(tactics)
     bodies = {op: tactic.body for op, tactic in tactics.items() if tactic.body is not None}
@@ -48,14 +48,14 @@ def in_place(graph: Graph, tactics: Mapping[str, Tactic[K]]) -> list[list[Node]]
 def _inlined(
     node: Node, prefix: str, taken: set[str], keep: Container[str], bodies: Mapping[str, Graph]
 ) -> Iterator[Node]:
-    """The nodes of a body of `node`, which read its inputs and define its outputs."""
+    """The nodes of the body of `node`, on the inputs and outputs of `node`."""
     body = bodies.get(node.op, node.body)
-    assert body is not None  # the verifier sees to it
+    assert body is not None  # by the verifier
     values = {inner.name: outer for inner, outer in zip(body.inputs, node.inputs, strict=True)}
     copies: list[tuple[Value, Value]] = []
     for inner, outer in zip(body.outputs, (value for value in node.outputs if value is not None), strict=True):
         assert isinstance(inner, Value)
-        if inner.name in values:  # an input, or another output too: a kernel writes each into memory of its own
+        if inner.name in values:  # an input or a repeated output: the copy has memory of its own
             copies.append((inner, outer))
         else:
             values[inner.name] = outer
@@ -75,7 +75,7 @@ def _inlined(
 
 
 def _fresh(name: str, taken: set[str]) -> str:
-    """`name`, or a longer one that is not taken yet; taken from now on."""
+    """`name`, or a longer one that is free; adds it to `taken`."""
     while name in taken:
         name += "x"
     taken.add(name)

@@ -1,7 +1,7 @@
-"""Launches the kernels of an engine through the CUDA driver API: no Triton, on every system that has a driver.
+"""Loads and launches kernels through the CUDA driver API, without Triton.
 
-A binary is loaded once per device and process and stays loaded: captured CUDA graphs may hold its kernels. Everything
-is loaded when a session is made, so that nothing is during a capture.
+A binary is loaded once per device and process and never unloaded, since captured CUDA graphs may hold its kernels.
+Loading happens when a session or a tactic is made, never during a capture.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from torch_rtx.tactics import KernelTable, Launch, Tactic, Tactics, Variant, unp
 from torch_rtx.targets import ALIGNMENT, GRID, Target, arch_of, by_age
 
 log = logging.getLogger(__name__)
-OPT_IN = 48 << 10  # bytes of shared memory; kernels that need more have to ask for it
+OPT_IN = 48 << 10  # bytes of shared memory; a kernel that needs more has to opt in
 _MAX_X, _MAX_Y, _MAX_Z = GRID
-Choice = tuple[Tactic[Launch], Target]  # with the target that the tactic is for
+Runnable = tuple[Tactic[Launch], Target]  # with the target that the tactic is for
 
 
 def load_tactics(
@@ -44,14 +44,13 @@ def load_tactics(
     jit: bool = True,
     open_store: Callable[[], Store | None] = lambda: None,
 ) -> dict[str, LoadedTactic]:
-    """The tactics that run the kernel nodes of `graph` on `device`, by the `op` of the nodes; all others run call by
-    call, and the log says why.
+    """Load a tactic for each kernel node of `graph`, by `op`. Nodes without one run call by call; the log says why.
 
     Args:
         wanted: see `RuntimeSettings.tactics`.
-        driver: the driver API; None: the one of this process.
-        jit: False leaves out tactics that the driver would have to compile from PTX, which takes its time.
-        open_store: opens what keeps the binaries that the driver compiled.
+        driver: the driver API; None: that of this process.
+        jit: False skips nodes whose tactic the driver would have to compile from PTX, which takes seconds.
+        open_store: opens the store of binaries that the driver compiled.
     """
     if device.type != "cuda" or wanted == CALLS:
         return {}
@@ -77,7 +76,7 @@ def load_tactics(
 
 
 def _check_kinds(table: KernelTable, wanted: str) -> None:
-    """Say so where the option has no effect."""
+    """Warn if no node has a tactic of a wanted kind."""
     kinds = {t.kind for found in table.tactics.values() for tactics in found.values() for t in tactics}
     if wanted != BEST and kinds.isdisjoint(wanted.split(",")):
         log.warning("tactics=%r: no kernel has such a tactic; there are %s", wanted, ", ".join(sorted(kinds)))
@@ -86,7 +85,7 @@ def _check_kinds(table: KernelTable, wanted: str) -> None:
 def _loaded(
     gpu: Gpu, node: Node, table: KernelTable, wanted: str, jit: bool, store: Store | None
 ) -> LoadedTactic | None:
-    """The tactic to run `node` by: the first that can be loaded."""
+    """The first tactic of `node` that can be loaded."""
     runnable = runnable_tactics(table.tactics[node.op], gpu.sm, gpu.shared)
     for tactic, target in preferred(runnable, wanted):
         if target.ptx and tactic.kernels and not jit:
@@ -108,10 +107,10 @@ def load(
     binaries: Mapping[str, bytes],
     store: Store | None = None,
 ) -> LoadedTactic:
-    """A tactic of `node` with its kernels on the device, ready to be launched.
+    """Load the kernels of a tactic of `node`.
 
     Args:
-        target: what `tactic` is for.
+        target: the one that `tactic` was built for.
         binaries: see `KernelTable`.
         store: see `Gpu.function`.
 
@@ -127,19 +126,19 @@ def load(
     return tactic.with_kernels(launcher)
 
 
-def preferred(runnable: Sequence[Choice], wanted: str) -> list[Choice]:
-    """`runnable` in the order in which to try them: the kinds that `wanted` names come first, in its order."""
+def preferred(runnable: Sequence[Runnable], wanted: str) -> list[Runnable]:
+    """`runnable` in the order in which to try them: the kinds in `wanted` come first, in its order."""
     kinds = [] if wanted == BEST else wanted.split(",")
     return sorted(runnable, key=lambda one: kinds.index(one[0].kind) if one[0].kind in kinds else len(kinds))
 
 
-def runnable_tactics(tactics: Mapping[Target, Tactics], sm: int, shared: int) -> list[Choice]:
-    """What can run on a GPU, the best first: code for its SM version, then for the nearest older one of its generation,
-    then PTX, the newest first; of one target, the tactic that is expected to be the fastest.
+def runnable_tactics(tactics: Mapping[Target, Tactics], sm: int, shared: int) -> list[Runnable]:
+    """The tactics that a GPU can run, best first: code for its SM version, code for the nearest older version of its
+    generation, then PTX, the newest first. Tactics of one target keep their order.
 
     Args:
-        sm: its compute capability without the dot.
-        shared: most bytes of shared memory that a block can have there.
+        sm: compute capability of the GPU, without the dot.
+        shared: its limit of shared memory per block, in bytes.
     """
     newest = by_age(target for target in tactics if _runs_on(target, sm))[::-1]
     return [
@@ -157,25 +156,25 @@ def _runs_on(target: Target, sm: int) -> bool:
 
 
 class Store(Protocol):
-    """Where entries are kept beyond the process: the runtime cache."""
+    """Storage that outlives the process: the runtime cache."""
 
     @property
     def stats(self) -> Any:
-        """What it did, and what it holds."""
+        """Its statistics."""
 
     def get(self, kind: str, key: str) -> bytes | None:
         """The entry, or None."""
 
     def put(self, kind: str, key: str, value: bytes) -> None:
-        """Keep an entry."""
+        """Store an entry."""
 
 
 class Gpu:
-    """A device through the driver API.
+    """A device and the binaries loaded on it.
 
     Attributes:
         sm: compute capability without the dot.
-        shared: most bytes of shared memory that a block can have.
+        shared: limit of shared memory per block, in bytes.
         context: the primary context, which PyTorch uses too.
     """
 
@@ -197,18 +196,19 @@ class Gpu:
         self._lock = threading.Lock()
 
     def function(self, variant: Variant, stored: bytes, ptx: bool, store: Store | None = None) -> Any:
-        """The kernel, loaded and ready to launch.
+        """The driver's handle of a kernel; loads its binary if necessary.
 
         Args:
-            ptx: it is text, which the driver compiles.
-            store: keeps what comes of that.
+            stored: the binary, compressed.
+            ptx: the binary is PTX, which the driver compiles.
+            store: keeps the result of that.
 
         Raises:
-            RuntimeError: the driver refuses it.
+            RuntimeError: the driver refuses the binary.
         """
         driver, attributes = self.driver, self.driver.CUfunction_attribute
         image = b""
-        if variant.binary not in self._modules:  # without the lock: compiling takes its time, loading does not
+        if variant.binary not in self._modules:  # not under the lock: compiling takes seconds
             image = self._compiled(variant.binary, unpack(stored), store) if ptx else unpack(stored)
         with self._lock:
             checked(driver.cuCtxPushCurrent(self.context))
@@ -217,7 +217,7 @@ class Gpu:
                     self._modules[variant.binary] = checked(driver.cuModuleLoadData(image))
                 module = self._modules[variant.binary]
                 function = checked(driver.cuModuleGetFunction(module, variant.entry.encode()))
-                # This also loads the code now, where the driver would otherwise do so at the first launch.
+                # Reading an attribute makes the driver load the code now; by default it does so at the first launch.
                 threads = attributes.CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK
                 if checked(driver.cuFuncGetAttribute(threads, function)) < 32 * variant.num_warps:
                     raise RuntimeError(f"a block can't have {32 * variant.num_warps} threads")
@@ -229,7 +229,7 @@ class Gpu:
         return function
 
     def _compiled(self, name: str, text: bytes, store: Store | None) -> bytes:
-        """The binary of PTX, compiled by the driver unless `store` has it."""
+        """The cubin of PTX: from `store`, else compiled by the driver."""
         driver, key = self.driver, f"ptx {name}"
         known = None if store is None else store.get("kernel", key)
         if known is not None:
@@ -252,7 +252,7 @@ class Gpu:
         return binary
 
     def enter(self) -> None:
-        """Make the context current in a thread that has none: one that made no call of the CUDA runtime yet."""
+        """Make the context current in a thread that has none: it has not called the CUDA runtime yet."""
         if int(checked(self.driver.cuCtxGetCurrent())) == 0:
             checked(self.driver.cuCtxSetCurrent(self.context))
 
@@ -261,10 +261,10 @@ gpu_of = cache(Gpu)
 
 
 class _Parameters(threading.local):
-    """The parameters of a launch in memory, one copy per thread: the driver reads them while other threads run.
+    """The memory of a launch's parameters. One per thread: the driver reads it without the interpreter lock.
 
     Attributes:
-        buffer: pointers, scalars and the two null pointers, laid out as a C compiler does.
+        buffer: pointers, scalars and two null pointers, in the layout of C.
         addresses: address of the array of the parameters' addresses.
     """
 
@@ -275,7 +275,7 @@ class _Parameters(threading.local):
         self._given = given
 
     def __getattr__(self, name: str) -> Any:
-        """Makes both attributes at the first launch of a thread, and not before: then the device is the current one."""
+        """Makes both attributes at the first launch of a thread, when the device is the current one."""
         self._make(*self._given)
         return self.__dict__[name]
 
@@ -292,17 +292,17 @@ class _Parameters(threading.local):
 
 
 class Launcher:
-    """Launches one kernel. Many threads and streams may use it at once.
+    """Launches one kernel. Thread-safe, on any stream.
 
     Attributes:
-        scalars, grid: what a call has to give, as dims of the graph.
-        waiting: the driver's handles of what waits for the kernels before it, see `Variant.waits`.
-        pointers: how many tensors the kernel gets: the first of its parameters are their addresses.
-        parameters: how many it has.
+        scalars, grid: the arguments of a call, as dims of the graph.
+        pdl_functions: the driver's handles of the variants that use PDL, see `Variant.uses_pdl`.
+        num_pointers: number of tensors; their addresses are the first parameters.
+        num_parameters: of the kernel.
 
     Args:
         op: the kernel's name in messages.
-        target: the one of `launch` that is used.
+        target: the one that `launch` was built for.
         binaries: see `KernelTable`.
         store: see `Gpu.function`.
 
@@ -321,32 +321,32 @@ class Launcher:
         store: Store | None = None,
     ) -> None:
         self.op, self.target, self.scalars, self.grid = op, target, launch.scalars, launch.grid
-        self.pointers, self.parameters = pointers, pointers + len(launch.scalars) + 2
+        self.num_pointers, self.num_parameters = pointers, pointers + len(launch.scalars) + 2
         self._index, self._launch = gpu.index, gpu.driver.cuLaunchKernel
         try:
             codes = [
                 (gpu.function(v, binaries[v.binary], target.ptx, store), 32 * v.num_warps, v.shared)
                 for v in launch.variants
             ]
-        except RuntimeError as error:  # an EngineFormatError of a damaged binary, too
+        except RuntimeError as error:  # includes EngineFormatError: a damaged binary
             raise KernelError(f"the binary of kernel {op} for {target} can't be loaded: {error}") from None
         self._aligned, self._generic = codes[0], codes[-1]
-        self.waiting = tuple(int(code[0]) for code, v in zip(codes, launch.variants, strict=True) if v.waits)
+        self.pdl_functions = tuple(int(code[0]) for code, v in zip(codes, launch.variants, strict=True) if v.uses_pdl)
         self._check_scalars = launch.generic is not None
         self._pack = struct.Struct(f"@{pointers}Q{len(launch.scalars)}{'q' if launch.wide else 'i'}").pack_into
         self._parameters = _Parameters(gpu, pointers, len(launch.scalars), launch.wide)
 
     @property
     def functions(self) -> tuple[int, ...]:
-        """The driver's handles of what it launches."""
+        """The driver's handles of both variants."""
         return tuple(int(function) for function, _, _ in (self._aligned, self._generic))
 
     def is_for(self, sm: int) -> bool:
-        """Whether it is what is built for this SM version."""
+        """The kernel was built for this SM version, not for an older one."""
         return self.target == arch_of(sm).target
 
     def bound(self, sizes: Mapping[str, int]) -> Launcher:
-        """The same kernel for a graph in which the symbols that `sizes` names are numbers."""
+        """The same kernel for a graph in which `sizes` replaces symbols."""
         other = copy(self)
         other.scalars = tuple(bind_dim(dim, sizes) for dim in self.scalars)
         x, y, z = (bind_dim(dim, sizes) for dim in self.grid)
@@ -354,12 +354,12 @@ class Launcher:
         return other
 
     def __call__(self, pointers: Sequence[int], scalars: Sequence[int], grid: tuple[int, int, int]) -> None:
-        """Launch on the current stream of the session's device, which must be the current device.
+        """Launch on the current stream of the kernel's device, which must be the current device.
 
         Args:
             pointers: addresses of the inputs, then of the outputs; multiples of ALIGNMENT.
             scalars: the integer parameters.
-            grid: blocks along x, y and z; with a 0 nothing is launched.
+            grid: blocks along x, y and z; an empty grid is not launched.
 
         Raises:
             KernelError: the grid or a scalar is too large, or the driver refuses the launch.
@@ -386,11 +386,11 @@ LoadedTactic = Tactic[Launcher]
 
 
 def bound(tactic: LoadedTactic, sizes: Mapping[str, int]) -> LoadedTactic:
-    """The same tactic for a graph in which the symbols that `sizes` names are numbers."""
+    """The same tactic for a graph in which `sizes` replaces symbols."""
     body = None if tactic.body is None else bind(tactic.body, sizes)
     return replace(tactic.with_kernels(lambda op, launcher: launcher.bound(sizes)), body=body)
 
 
 def is_for(tactic: LoadedTactic, sm: int) -> bool:
-    """Whether all kernels of a tactic were built for this SM version."""
+    """All kernels of the tactic were built for this SM version, not for an older one."""
     return all(launcher.is_for(sm) for launcher in tactic.kernels.values())

@@ -1,4 +1,4 @@
-"""What a node costs for given sizes, by its types alone: bytes of memory traffic, and operations of its products."""
+"""The minimal memory traffic and the FLOPs of a node for given sizes, from its types alone."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ GATHERS = {"embedding": "weight", "index_select": "self", "gather": "self", "ind
 
 @dataclass(frozen=True)
 class Cost:
-    """What a node has to do at least.
+    """The minimal work of a node.
 
     Attributes:
-        read, written: bytes; each tensor counts once, and a table only with the rows that are taken from it.
+        read, written: bytes; each tensor counts once, and of a table the rows that are read.
         flops: additions and multiplications of matrix products, convolutions and attention (masked or not); 0 for all
             other operations.
     """
@@ -30,7 +30,7 @@ class Cost:
 
 
 def cost(node: Node, sizes: dict[str, int]) -> Cost | None:
-    """What `node` costs where the symbols are `sizes`; None where a size depends on data."""
+    """The cost of `node` for these sizes of the symbols; None if a size depends on data."""
     try:
         read, written = _traffic(node, sizes)
         return Cost(read, written, sum(flops(step, lambda dim: _number(dim, sizes)) for step in steps(node)))
@@ -39,7 +39,7 @@ def cost(node: Node, sizes: dict[str, int]) -> Cost | None:
 
 
 def steps(node: Node) -> Iterator[Node]:
-    """The operations inside of a kernel, and inside of kernels in it; of any other node, itself."""
+    """The operations of a kernel node, nested kernels flattened; of another node, the node itself."""
     for step in node.body.nodes if node.body is not None else ():
         yield from steps(step)
     if node.body is None:
@@ -47,7 +47,7 @@ def steps(node: Node) -> Iterator[Node]:
 
 
 def is_view(node: Node) -> bool:
-    """Whether the node moves no data."""
+    """The node moves no data."""
     return node.kind == "view" or (node.kind == "op" and aten.is_view(aten.overload(node.op)))
 
 
@@ -56,10 +56,8 @@ def _traffic(node: Node, sizes: dict[str, int]) -> tuple[int, int]:
         return 0, 0
     if node.writes:
         target, *rest = node.inputs
-        part = node.arg(
-            "source", node.arg("values", node.arg("src"))
-        )  # of an update; a single number counts as nothing
-        written = target if node.op == COPY else part if isinstance(part, Value) else None
+        update = node.arg("source", node.arg("values", node.arg("src")))  # a number counts as nothing
+        written = target if node.op == COPY else update if isinstance(update, Value) else None
         return sum(_bytes(value, sizes) for value in rest), _bytes(written, sizes)
     body, given = ((node,), node.inputs) if node.body is None else (node.body.nodes, node.body.inputs)
     read = 0
@@ -73,7 +71,7 @@ def _traffic(node: Node, sizes: dict[str, int]) -> tuple[int, int]:
 
 
 def operator(op: str) -> str:
-    """`linear` of `aten.linear.default`; names of kernels and of Python functions as they are."""
+    """ "linear" for `aten.linear.default`; the names of kernels and Python functions unchanged."""
     parts = op.split(".")
     return parts[1] if len(parts) == 3 else op
 
@@ -85,7 +83,7 @@ def _shape(value: object, sizes: dict[str, int]) -> list[int]:
 
 
 def _bytes(value: Value | None, sizes: dict[str, int]) -> int:
-    """Of the tensor in memory, where what is expanded is one element."""
+    """The size in memory, where an expanded dimension has one element."""
     if value is None or isinstance(value.type, ScalarType):
         return 0
     pairs = zip(_shape(value, sizes), value.type.strides, strict=True)

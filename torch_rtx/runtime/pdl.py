@@ -32,8 +32,8 @@ def use_programmatic_edges(cuda: Any, graph: torch.cuda.CUDAGraph, tactics: Mapp
     Raises:
         RuntimeError: the driver can't list the graph, or an edge that was removed can't be added back.
     """
-    waiting = {function for launcher in launched(tactics).values() for function in launcher.waiting}
-    if not waiting or not hasattr(cuda, "CUgraphEdgeData") or checked(cuda.cuDriverGetVersion()) < _OLDEST:
+    users = {function for launcher in launched(tactics).values() for function in launcher.pdl_functions}
+    if not users or not hasattr(cuda, "CUgraphEdgeData") or checked(cuda.cuDriverGetVersion()) < _OLDEST:
         return 0
     raw, kinds = cuda.CUgraph(graph.raw_cuda_graph()), cuda.CUgraphNodeType
     edges = _edges(cuda, raw)
@@ -49,7 +49,7 @@ def use_programmatic_edges(cuda: Any, graph: torch.cuda.CUDAGraph, tactics: Mapp
         _make_programmatic(cuda, raw, one, other)
         for one, other in edges
         if before[int(other)] == after[int(one)] == 1  # not where streams fork or join
-        and function(other) in waiting
+        and function(other) in users
         and function(one) is not None
     )
 

@@ -140,7 +140,7 @@ def digits(number: float) -> str:
 
 
 def _tooltip(row: Row) -> str:
-    return f"{row.what}\n{row.us:.1f} us, {row.share:.1%}, {row.tier}\n{row.where}"
+    return f"{row.what}\n{row.us:.1f} us, {row.share:.1%}, {row.runs_as}\n{row.where}"
 
 
 def _details(row: Row) -> list[tuple[str, str]]:
@@ -148,7 +148,7 @@ def _details(row: Row) -> list[tuple[str, str]]:
     shown = [
         ("node", f"{row.name} = {row.kind} {row.op}"),
         ("time", f"{row.us:.2f} us, 95th percentile {row.p95:.2f} us, {row.share:.2%} of all nodes"),
-        ("runs as", row.tier),
+        ("runs as", row.runs_as),
         ("operations", row.what),
         ("where", "\n".join(map(str, row.locs))),
     ]

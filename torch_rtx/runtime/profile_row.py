@@ -18,6 +18,8 @@ class Row:
         name: its first result in the graph's text.
         kind: "kernel", "extern", "view" or "fallback".
         tier: "kernel for sm_90", "library call" or "fallback".
+        tactic: kind of the tactic of the kernel node that the row is, or is a part of; "calls": that has no tactic; "":
+            the row is no part of a kernel node.
         operations: short names of the operations, for a kernel those in its body.
         locs: where the operations come from in the model, without duplicates; the node's own first.
         times: microseconds of each run, in order.
@@ -30,6 +32,7 @@ class Row:
     kind: str
     op: str
     tier: str
+    tactic: str
     operations: tuple[str, ...]
     locs: tuple[Loc, ...]
     times: tuple[float, ...]
@@ -41,6 +44,11 @@ class Row:
     def module(self) -> str:
         """The path of the module that the node comes from; empty for the model itself."""
         return self.locs[0].module if self.locs else ""
+
+    @property
+    def runs_as(self) -> str:
+        """The tier, after the kind of the tactic where the tier does not say it."""
+        return self.tier if self.tactic in ("", "kernel") else f"{self.tactic}: {self.tier}"
 
     @property
     def where(self) -> str:

@@ -23,11 +23,12 @@ from torch_rtx.ir import Node
 from torch_rtx.runtime.check import bind_sizes
 from torch_rtx.runtime.clocks import Clock, clock_of, overhead
 from torch_rtx.runtime.code import Code
-from torch_rtx.runtime.inline import inline_kernels, launched
+from torch_rtx.runtime.inline import in_place, launched
 from torch_rtx.runtime.node_cost import cost, is_view, operator, steps
 from torch_rtx.runtime.profile_page import brief, digits, page
 from torch_rtx.runtime.profile_row import Row
 from torch_rtx.runtime.session import Session, watched_calls
+from torch_rtx.settings import CALLS
 
 SHOWN = 30  # rows of a printed profile
 WIDTH = 44  # characters of the column of operations
@@ -132,8 +133,8 @@ class Profile:
         for name, start, end, above in _nested([row.module.split(".") for row in self.rows]):
             yield _event(name, "module", marks[start], marks[end], {"module": ".".join((*above, name))})
         for index, row in enumerate(self.rows):
-            about = {"node": row.name, "tier": row.tier, "where": row.where, "operations": row.what}
-            yield _event(_title(row), row.kind, marks[index], marks[index + 1], about)
+            about = {"node": row.name, "tier": row.tier, "tactic": row.tactic, "where": row.where}
+            yield _event(_title(row), row.kind, marks[index], marks[index + 1], {**about, "operations": row.what})
 
     def html(self, path: str | os.PathLike[str]) -> None:
         """Write a self-contained HTML page: the graph, coloured by time, and a table."""
@@ -171,10 +172,10 @@ def profile(model: Callable[..., Any], *args: Any, repeats: int = 20, warmup: in
     runs = [partial(s.run, code, inputs, s.store.values) for (s, inputs), code in zip(calls, codes, strict=True)]
     plain_us = sum(_per_call(whole, run, repeats, warmup) for run in runs)
     found = [_measure(*call, code, repeats, warmup) for call, code in zip(calls, codes, strict=True)]
-    total = sum(median(times) for _, measured in found for times in measured)
+    total = sum(median(times) for measured in found for times in measured)
     rows: list[Row] = []
-    for (nodes, measured), (session, inputs), code in zip(found, calls, codes, strict=True):
-        rows += _rows(bind_sizes(session.graph, inputs), code, nodes, measured, total, len(rows))
+    for measured, (session, inputs), code in zip(found, calls, codes, strict=True):
+        rows += _rows(bind_sizes(session.graph, inputs), code, measured, total, len(rows))
     pools = [session.pool for session, _ in calls]
     captured = all(pool is not None and pool.disabled is None for pool in pools)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
@@ -192,11 +193,8 @@ def _per_call(clock: Clock, call: Callable[[], Any], repeats: int, warmup: int) 
     return median(clock.read())
 
 
-def _measure(
-    session: Session, inputs: Sequence[Any], code: Code, repeats: int, warmup: int
-) -> tuple[tuple[Node, ...], list[tuple[float, ...]]]:
-    """The nodes that run, and per node the microseconds of each run, minus the overhead of a mark."""
-    nodes = inline_kernels(code.graph, code.tactics).nodes
+def _measure(session: Session, inputs: Sequence[Any], code: Code, repeats: int, warmup: int) -> list[tuple[float, ...]]:
+    """Per node that runs, the microseconds of each run, minus the overhead of a mark."""
     clock = clock_of(session.device, queued=True)
     idle = overhead(clock)
     probed = session.probed(code, clock)
@@ -204,22 +202,24 @@ def _measure(
     for _ in range(warmup + repeats):
         session.run(probed, inputs, session.store.values)
         runs.append([max(0.0, us - idle) for us in clock.read()])
-    measured = list(zip(*runs[warmup:], strict=True))
-    return nodes, measured
+    return list(zip(*runs[warmup:], strict=True))
+
+
+def _nodes(code: Code) -> Iterator[tuple[Node, str]]:
+    """The nodes that run, each with the kind of its tactic, see `Row.tactic`."""
+    for node, inlined in zip(code.graph.nodes, in_place(code.graph, code.tactics), strict=True):
+        tactic = code.tactics.get(node.op)
+        kind = "" if node.kind != "kernel" else CALLS if tactic is None else tactic.kind
+        yield from ((inner, kind) for inner in inlined)
 
 
 def _rows(
-    sizes: dict[str, int],
-    code: Code,
-    nodes: Sequence[Node],
-    measured: Sequence[tuple[float, ...]],
-    total: float,
-    first: int,
+    sizes: dict[str, int], code: Code, measured: Sequence[tuple[float, ...]], total: float, first: int
 ) -> Iterator[Row]:
     """The rows of one session for inputs of these sizes, numbered from `first`."""
     makers: dict[str, int] = {}
     kernels = launched(code.tactics)
-    for index, (node, times) in enumerate(zip(nodes, measured, strict=True), first):
+    for index, ((node, tactic), times) in enumerate(zip(_nodes(code), measured, strict=True), first):
         launcher = kernels.get(node.op) if node.kind == "kernel" else None
         tier = "fallback" if node.kind == "fallback" else "library call"
         inside = list(steps(node))
@@ -230,6 +230,7 @@ def _rows(
             "view" if is_view(node) else "extern" if node.kind == "op" else node.kind,
             node.op,
             tier if launcher is None else f"kernel for {launcher.target}",
+            tactic,
             tuple(operator(step.op) for step in inside),
             tuple(locs),
             times,
@@ -267,7 +268,7 @@ def _title(row: Row) -> str:
 def _cells(row: Row) -> tuple[str, ...]:
     gbps, tflops = ("" if x is None else digits(x) for x in (row.gbps, row.tflops))
     times = f"{row.us:.1f}", f"{row.p95:.1f}", f"{row.share:.1%}"
-    return *times, gbps, tflops, brief(row.what, WIDTH), row.tier, row.where
+    return *times, gbps, tflops, brief(row.what, WIDTH), row.runs_as, row.where
 
 
 def _columns(head: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> list[str]:

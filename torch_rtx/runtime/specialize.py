@@ -1,7 +1,7 @@
-"""The tiers of a session: it starts with what there is, and gets faster in the background while it is called.
+"""Tiered execution: a session runs at once with the tactics that exist, and is specialized in the background.
 
-A `Variant` is the graph for some sizes, or for all, with the code that runs now. A `Tuner` takes it up the tiers (see
-`runtime.tuner`). No call waits for that under the strategy "lazy", and what fails leaves the code as it is.
+A `Variant` is the graph for some sizes, or for all, with its current code. A `Tuner` takes it up the tiers (see
+`runtime.tuner`). Under the strategy "lazy" no call waits for that, and an error leaves the code unchanged.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch_rtx.runtime.variant import PORTABLE, REFERENCE, Variant
 from torch_rtx.settings import RuntimeSettings
 
 log = logging.getLogger(__name__)
-MAX_KEYS = 1024  # combinations of inputs whose variant is known without a lock
+MAX_KEYS = 1024  # of the table that finds a variant without a lock
 Compile = Callable[[Graph, Mapping[str, LoadedTactic]], Code]
 Step = Callable[[], object]
 
@@ -38,14 +38,14 @@ class Specializer:
 
     Args:
         graph: level fused.
-        compiled: makes the code of a graph that runs by given tactics.
-        tactics: those of the engine that can be used at once.
-        context: None where nothing can be tuned: the code stays what it is.
+        compiled: generates the code of a graph with given tactics.
+        tactics: the engine's tactics that can be used at once.
+        context: None: nothing is tuned.
 
     Attributes:
         base: the variant for all sizes, or for the only ones.
-        variants: those for some sizes, by the sizes of the symbols.
-        is_met: whether any call was made that asked for kernels.
+        variants: those for given sizes, by the sizes of the symbols.
+        is_met: a call asked for specialization.
     """
 
     def __init__(
@@ -60,14 +60,13 @@ class Specializer:
         self.graph = graph
         nodes = list(kernel_nodes(graph))
         self.context = context if nodes else None
-        self.static = not any(dim_syms_of(graph))
+        self.static = not any(sym for value in graph.inputs for dim in type_dims(value.type) for sym in dim_syms(dim))
         native: frozenset[str] = frozenset()
         if self.context is not None and self.static:
             sm = self.context.database.sm
             native = frozenset(op for op, tactic in tactics.items() if is_for(tactic, sm))
         self.tuned = TunedGraph(graph, compiled, device, settings, native)
         self.base = Variant({}, compiled(graph, tactics), PORTABLE if launched(tactics) else REFERENCE)
-        # Calls have nothing to wait for.
         self.base.ready = self.context is None or all(node.op in native for node in nodes)
         self.variants: dict[tuple[int, ...], Variant] = {}
         self.is_met = False
@@ -77,14 +76,14 @@ class Specializer:
         self._calls = 0
 
     def current(self, key: object) -> Variant:
-        """What runs calls with this key now."""
+        """The variant that runs calls with this key now."""
         return self._by_key.get(key, self.base)
 
     def variant(self, key: object, inputs: Sequence[Any], strategy: str) -> Variant:
-        """What runs a call with these inputs.
+        """The variant that runs a call with these inputs.
 
         Args:
-            key: all that the sizes in it depend on.
+            key: equal keys imply equal sizes.
             strategy: see `RuntimeSettings.specialization_strategy`.
         """
         found = self._by_key.get(key)
@@ -98,7 +97,7 @@ class Specializer:
         return found
 
     def _meet(self, key: object, inputs: Sequence[Any], strategy: str) -> Variant:
-        """The variant for inputs that were not met, or not often enough, before."""
+        """The variant for inputs whose key is new, or was not admitted yet."""
         sizes = bind_sizes(self.graph, inputs)
         dims = tuple(sizes.values())
         started: list[tuple[Variant, Mapping[str, int]]] = []
@@ -111,10 +110,10 @@ class Specializer:
                 found = self._specialized(dims, sizes)
                 started.append((found, {}))
             if found is not None:
-                if len(self._by_key) >= MAX_KEYS:  # an input that is a number may be another one in each call
+                if len(self._by_key) >= MAX_KEYS:  # a number among the inputs may differ in each call
                     self._by_key = {}
                 self._by_key[key] = found
-            elif self._policy.full:  # these sizes stay with what is there for all
+            elif self._policy.full:  # these sizes will keep the base variant
                 self.base.ready = self.base.done.is_set()
         self._start(started, strategy)
         if found is not None and strategy == "eager":
@@ -122,7 +121,7 @@ class Specializer:
         return found or self.base
 
     def _specialized(self, dims: tuple[int, ...], sizes: Mapping[str, int]) -> Variant:
-        """A new variant for given sizes, which may take the place of another."""
+        """A new variant for given sizes; may evict another."""
         evicted = self._policy.evict_for(dims)
         if evicted is not None:
             dropped = self.variants.pop(evicted)
@@ -131,23 +130,23 @@ class Specializer:
         return found
 
     def _start(self, started: Sequence[tuple[Variant, Mapping[str, int]]], strategy: str) -> None:
-        """Take variants up the tiers: now under the strategy "eager", else in the background.
+        """Tune variants: now under the strategy "eager", else in the background.
 
         Args:
-            started: each with the sizes of the symbols that it is not for but is checked with.
+            started: each with its example sizes, see `Tuner`.
         """
         assert self.context is not None
         if strategy != "eager":
             for variant, sizes in started:
-                compile_, measure = self._parts(variant, sizes)
+                compile_, measure = self._steps(variant, sizes)
                 self.context.background.submit(compile_, variant.done, measure)
             return
         try:
             for variant, sizes in started:
-                compile_, measure = self._parts(variant, sizes)
+                compile_, measure = self._steps(variant, sizes)
                 if attempt(compile_) and measure is not None:
                     attempt(measure)
-        except BaseException:  # interrupted: the next call starts over
+        except BaseException:  # Ctrl-C: the next call starts over
             with self._lock:
                 self._by_key, self.is_met = {}, False
                 self.variants.clear()
@@ -156,13 +155,13 @@ class Specializer:
             for variant, _ in started:
                 variant.done.set()
 
-    def _parts(self, variant: Variant, sizes: Mapping[str, int]) -> tuple[Step, Step | None]:
-        """What takes a variant up the tiers: first, and when there is time."""
+    def _steps(self, variant: Variant, sizes: Mapping[str, int]) -> tuple[Step, Step | None]:
+        """The two steps that tune a variant: the first is urgent, the second runs when no first step is queued."""
         compile_ = partial(_step, weakref.ref(self), variant, sizes, Tuner.compile)
         return compile_, None if sizes else partial(_step, weakref.ref(self), variant, sizes, Tuner.measure)
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until nothing more is being specialized; False if that takes longer than `timeout` seconds."""
+        """Wait until specialization is done; False after `timeout` seconds."""
         end = None if timeout is None else time.monotonic() + timeout
         with self._lock:
             started = [self.base, *self.variants.values()] if self.is_met else []
@@ -172,15 +171,9 @@ class Specializer:
 def _step(
     owner: weakref.ref[Specializer], variant: Variant, sizes: Mapping[str, int], step: Callable[[Tuner], None]
 ) -> None:
-    """A step of a variant's tuner, unless nobody needs it: the model is gone, or other sizes have taken its place."""
+    """One step of a variant's tuner, unless the model is gone or the variant was evicted."""
     specializer = owner()
     if specializer is None or specializer.context is None:
         return
     if variant is specializer.base or any(variant is other for other in list(specializer.variants.values())):
         step(Tuner(specializer.tuned, variant, sizes, specializer.context))
-
-
-def dim_syms_of(graph: Graph) -> list[str]:
-    """The names of the symbols in the types of a graph's inputs."""
-    dims = (dim for value in graph.inputs for dim in type_dims(value.type))
-    return [sym.name for dim in dims for sym in dim_syms(dim)]

@@ -132,11 +132,12 @@ def _disjoint(spans: Sequence[Sequence[int]]) -> tuple[tuple[int, int], ...]:
 
 def nbytes(type_: TensorType) -> int:
     """Bytes from the first to the last element of a tensor, gaps included."""
-    return aten.extent(_numbers(type_.shape), _numbers(type_.strides)) * aten.DTYPES[type_.dtype].itemsize
+    return aten.extent(numbers(type_.shape), numbers(type_.strides)) * aten.DTYPES[type_.dtype].itemsize
 
 
-def _numbers(dims: Sequence[object]) -> list[int]:
-    assert all(isinstance(dim, int) for dim in dims)  # parameters are static
+def numbers(dims: Sequence[object]) -> list[int]:
+    """The dims of a static type."""
+    assert all(isinstance(dim, int) for dim in dims)
     return [dim for dim in dims if isinstance(dim, int)]
 
 
@@ -267,7 +268,7 @@ class Streamer:
 
 def _tensor(memory: torch.Tensor, type_: object) -> torch.Tensor:
     assert isinstance(type_, TensorType)
-    return memory.view(aten.DTYPES[type_.dtype]).as_strided(_numbers(type_.shape), _numbers(type_.strides))
+    return memory.view(aten.DTYPES[type_.dtype]).as_strided(numbers(type_.shape), numbers(type_.strides))
 
 
 class _AtOnce:

@@ -1,7 +1,7 @@
 """The tuner takes one variant of a graph up the tiers: it compiles, checks and uses tactics, then measures them.
 
-Every tactic is checked against the calls that it stands for, on this device, before it is used. Measuring is bounded in
-time and in memory. What fails is logged once, and the region goes on as it ran before.
+Every tactic is checked on this device against the ATen calls of the region before it is used. Measuring has a limit of
+time and of memory. A failure is logged once, and the region keeps the tactic that it has.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ import torch
 from torch_rtx.errors import KernelError, RtxError
 from torch_rtx.ir import Graph, Node, Sym, kernel_nodes, typical_size
 from torch_rtx.runtime.background import Background
+from torch_rtx.runtime.benchmark import Run
 from torch_rtx.runtime.bind import bind, bind_node
-from torch_rtx.runtime.candidate_check import CandidateCheck, Run
+from torch_rtx.runtime.candidate_check import CandidateCheck
 from torch_rtx.runtime.code import Code, undisturbed
 from torch_rtx.runtime.driver import new_stream, relaxed
 from torch_rtx.runtime.inline import inline_kernels, launched
@@ -35,20 +36,19 @@ from torch_rtx.tactics import Candidate
 from torch_rtx.targets import ALIGNMENT
 
 log = logging.getLogger(__name__)
-MEASURED_OF_A_KIND = 4  # tactics of a region that are measured: so many of the kind that has most
-# What an early start in a CUDA graph saves: 0.26 to 0.51 us for each edge of the graphs of 11 models on an H200.
-EARLY_START_US = 0.4
+MEASURED_OF_A_KIND = 4  # measuring a region ends with so many tactics of one kind
+PDL_SAVES_US = 0.4  # by one kernel that starts early in a CUDA graph (PDL); fitted on an H200
 
 
 @dataclass(frozen=True)
 class TuningContext:
-    """What tuners work with on a device.
+    """The services that tuners use on a device.
 
     Attributes:
         database: of the device's SM version.
-        load: a tactic of a node with its kernels on the device.
-        jit: the tactics of the engine that the driver has to compile first.
-        time: microseconds of one of some equal runs.
+        load: loads the kernels of a candidate for a node.
+        jit: loads the engine's tactics, also those that the driver compiles from PTX.
+        time: times equivalent runs; returns microseconds per run.
         background: runs the tuners.
     """
 
@@ -65,9 +65,9 @@ class TunedGraph:
 
     Attributes:
         graph: level fused.
-        compiled: makes the code of a graph that runs by given tactics.
-        native: the kernel nodes whose tactics come with the engine and are as good as compiled here: built for this SM
-            version and the only sizes.
+        compiled: generates the code of a graph with given tactics.
+        native: ops of the kernel nodes whose tactics come with the engine and are as good as those compiled here: built
+            for this SM version and for the only sizes.
     """
 
     graph: Graph
@@ -81,28 +81,28 @@ class Tuner:
     """Takes `variant` up the tiers.
 
     Args:
-        sizes: example sizes for the symbols that the variant leaves open; used only to check its kernels.
+        sizes: example sizes for symbols that the variant leaves dynamic; used only to check its kernels.
     """
 
     def __init__(self, of: TunedGraph, variant: Variant, sizes: Mapping[str, int], context: TuningContext) -> None:
         self.of, self.variant, self.context = of, variant, context
         self.generic = bool(sizes)
         tactics = variant.code.tactics
-        is_bound = bool(variant.regions) or not variant.sizes  # by the tuner before this one, or nothing is to bind
+        is_bound = bool(variant.regions) or not variant.sizes  # an earlier tuner bound it, or it has no sizes
         self.graph = variant.code.graph if is_bound else bind(of.graph, variant.sizes)
-        # Sizes that depend on data are checked with a typical one.
+        # Kernels with data-dependent sizes are checked at a typical size.
         self.sizes = {name: typical_size(sym, TYPICAL) for name, sym in self.graph.syms.items()} | dict(sizes)
         self.cases = [self.sizes, self.other_case()] if self.generic else [self.sizes]
-        # The same objects where nothing is bound: code is made again, and CUDA graphs are dropped, only for others.
+        # Tactics stay the same objects where nothing is bound: new ones would mean new code, which drops CUDA graphs.
         self.tactics = dict(tactics) if is_bound else {op: bound(one, variant.sizes) for op, one in tactics.items()}
 
     def other_case(self) -> Mapping[str, int]:
-        """Sizes near to those that were met which kernels have other code for: multiples of 16 if these are not."""
+        """Sizes close to the example that select the other variant of kernels: multiples of 16 if those are not."""
         aligned = all(size % ALIGNMENT == 0 for size in self.sizes.values())
         return {name: _nearest(self.graph.syms[name], size, not aligned) for name, size in self.sizes.items()}
 
     def compile(self) -> None:
-        """Compile, check, swap. What goes wrong leaves the variant as it is then."""
+        """Compile and check the first tactic of each region, then swap the code. Errors leave the variant usable."""
         variant = self.variant
         try:
             with undisturbed(self.of.device), _own_stream(self.of.device):
@@ -110,7 +110,7 @@ class Tuner:
                 try:
                     self.specialize(regions)
                 except KernelError as error:  # nothing can be compiled here
-                    self.context.background.step()  # or no more: the process ends
+                    self.context.background.step()  # raises if the process is ending: no reason to warn
                     warn_once(f"{error}; only kernels that come with the engine are used")
                     brought = self.context.jit().items()
                     self.tactics = {op: bound(tactic, variant.sizes) for op, tactic in brought} | self.tactics
@@ -119,13 +119,13 @@ class Tuner:
             variant.ready = not self.generic
 
     def measure(self) -> None:
-        """Measure, swap: what comes after `compile`, for a variant whose sizes are known."""
+        """Measure tactics and swap the code; follows `compile`, for a variant without symbols."""
         with undisturbed(self.of.device), _own_stream(self.of.device):
             self.tune(self.variant.regions)
             self.swap()
 
     def regions(self) -> Iterator[Region]:
-        """The regions, those inside of others first."""
+        """The regions, inner ones first."""
         found: dict[str, Region] = {}
         for node in reversed(list(kernel_nodes(self.graph))):
             assert node.body is not None
@@ -135,13 +135,13 @@ class Tuner:
         return iter(found.values())
 
     def specialize(self, regions: Sequence[Region]) -> None:
-        """Give every region the tactic that was measured fastest, or is expected to be."""
+        """Give each region the tactic that was measured fastest before, else the one expected to be fastest."""
         database = self.context.database
         wanted: dict[str, tuple[Graph, int]] = {}
         for region in regions:
             region.choice = None if self.generic else database.choice(region.key)
             if region.choice is not None and region.choice.rank is None and not self.is_native(region):
-                region.choice = None  # it was measured with another engine
+                region.choice = None  # the tactic of another engine won
             if region.choice is not None and region.choice.rank is not None:
                 wanted[region.key] = region.body, region.choice.rank
             elif not self.is_native(region):
@@ -151,53 +151,53 @@ class Tuner:
             self.context.background.step()
             candidate = made.get(region.key)
             if region.choice is not None and region.choice.rank not in (None, candidate and candidate.rank):
-                region.choice = None  # what was measured can't be built here
+                region.choice = None  # the tactic that won can't be built here
             if candidate is not None:
                 self.try_first(region, candidate)
 
     def is_native(self, region: Region) -> bool:
-        """The engine brought a tactic for the region that is as good as the first candidate."""
+        """The engine's tactic for the region is as good as the first candidate."""
         if self.generic:
             return all(op in self.tactics for op in region.ops)
         return region.node.op in self.of.native
 
     def try_first(self, region: Region, candidate: Candidate) -> None:
-        """Use a candidate if it is right. The one that was measured was checked before."""
+        """Use a candidate if its results are right. One that was measured before was also checked then."""
         try:
             tactic = self.context.load(region.node, candidate)
             for sizes in self.cases if tactic.kernels and region.choice is None else ():
                 check = CandidateCheck(bind_node(region.node, sizes), self.of.device)
                 problem = check.problem(check.code({region.node.op: bound(tactic, sizes)}))
                 if problem is not None:
-                    raise KernelError(f"its kernel is wrong: {problem}")
+                    raise KernelError(f"its kernel computes wrong results: {problem}")
             self.use(region, tactic)
         except (RtxError, torch.OutOfMemoryError) as error:
-            self.leave(region, error)
+            self.reject(region, error)
 
     def use(self, region: Region, tactic: LoadedTactic) -> None:
-        """Run the nodes of a region by a tactic."""
+        """Let a tactic run the nodes of a region."""
         self.tactics.update(dict.fromkeys(region.ops, tactic))
 
-    def leave(self, region: Region, error: Exception) -> None:
-        """Note why a candidate is not used."""
+    def reject(self, region: Region, error: Exception) -> None:
+        """Record why a candidate is not used."""
         region.problems.append(str(error).splitlines()[0])
-        log.warning("%s goes on as it ran: %s", region, region.problems[-1])
+        log.warning("%s: a tactic is not used: %s", region, region.problems[-1])
 
     def swap(self) -> None:
-        """Run the variant by the tactics that were chosen, from its next call on."""
+        """Replace the variant's code by code with the chosen tactics, unless it is the same."""
         variant, tactics, before = self.variant, dict(self.tactics), self.variant.code
         same = tactics.keys() == before.tactics.keys() and all(tactics[op] is before.tactics[op] for op in tactics)
         if not same or before.graph is not self.graph:
             variant.code = self.of.compiled(self.graph, tactics)
         if tactics:
             variant.tier = PORTABLE if self.generic else SPECIALIZED
-        log.debug("%d kernels of %d regions are launched now", len(launched(tactics)), len(variant.regions))
+        log.debug("%d regions, %d kernels are launched", len(variant.regions), len(launched(tactics)))
 
     def tune(self, regions: Sequence[Region]) -> None:
-        """Measure what was not measured, as long as there is time, and use the fastest."""
+        """Measure regions without a choice, rank by rank until the time is up, and use the fastest tactic of each."""
         end = time.monotonic() + self.of.settings.tuning_seconds
-        contests = {r.key: Contest(self, r) for r in regions if r.choice is None and not r.body.syms}
-        open_ = dict(contests)
+        measured = {r.key: Measurements(self, r) for r in regions if r.choice is None and not r.body.syms}
+        open_ = dict(measured)
         try:
             for rank in count():
                 wanted = {key: (one.region.body, rank) for key, one in open_.items() if rank not in one.ranks}
@@ -207,40 +207,40 @@ class Tuner:
                 for key, candidate in made.items():
                     self.context.background.step()
                     if time.monotonic() < end:
-                        contests[key].measure(candidate)
-                open_ = {k: one for k, one in open_.items() if not one.is_over and (k in made or k not in wanted)}
+                        measured[key].add(candidate)
+                open_ = {k: one for k, one in open_.items() if not one.is_done and (k in made or k not in wanted)}
         except KernelError as error:
             self.context.background.step()
-            warn_once(f"nothing more is measured: {error}")
-        for contest in contests.values():
-            contest.decide()
+            warn_once(f"measuring ends: {error}")
+        for one in measured.values():
+            one.select()
 
 
-class Contest:
-    """The tactics of one region, measured against each other.
+class Measurements:
+    """The measured tactics of one region.
 
     Attributes:
         times: microseconds, by the name of the tactic.
-        early_starts: per tactic, how many of its kernels use PDL in a CUDA graph; while they are measured, none does.
-        loaded: the candidates with their ranks.
-        ranks: those of all candidates that were tried.
+        pdl_kernels: by the same names, how many kernels use PDL in a CUDA graph. Measuring runs without it.
+        loaded: by the same names, the candidates with their ranks.
+        ranks: of all candidates that were tried.
     """
 
     def __init__(self, tuner: Tuner, region: Region) -> None:
         self.tuner, self.region = tuner, region
         self.times: dict[str, float] = {}
-        self.early_starts: dict[str, int] = {}
+        self.pdl_kernels: dict[str, int] = {}
         self.loaded: dict[str, tuple[LoadedTactic, int]] = {}
         self.ranks: set[int] = set()
         self._kinds: Counter[str] = Counter()
 
     @property
-    def is_over(self) -> bool:
+    def is_done(self) -> bool:
         """Enough tactics were tried."""
         return max(self._kinds.values(), default=0) >= MEASURED_OF_A_KIND
 
-    def measure(self, candidate: Candidate) -> None:
-        """Check and time a candidate; with the first one, the tactic that the engine brought."""
+    def add(self, candidate: Candidate) -> None:
+        """Check and time a candidate; before the first one, time the engine's tactic."""
         tuner, region, op = self.tuner, self.region, self.region.node.op
         kind = candidate.tactic.kind
         if candidate.rank in self.ranks:
@@ -254,27 +254,27 @@ class Contest:
             code = check.code(inside | {op: tactic})
             problem = check.problem(code)
             if problem is not None:
-                raise KernelError(f"a kernel for it is wrong: {problem}")
+                raise KernelError(f"its kernel computes wrong results: {problem}")
             if not self.times and tuner.is_native(region):
-                brought = tuner.tactics[op]
-                self._time(f"engine {brought.kind}", check, check.code(inside | {op: brought}))
+                native = tuner.tactics[op]
+                self._time(f"engine {native.kind}", check, check.code(inside | {op: native}))
             name = f"{kind} {candidate.rank}"
             self._time(name, check, code)
             self.loaded[name] = tactic, candidate.rank
         except (RtxError, torch.OutOfMemoryError) as error:
-            tuner.leave(region, error)
+            tuner.reject(region, error)
 
     def _time(self, name: str, check: CandidateCheck, code: Code) -> None:
         self.times[name] = self.tuner.context.time(check.runs(code))
         kernels, nodes = launched(code.tactics), inline_kernels(code.graph, code.tactics).nodes
-        self.early_starts[name] = sum(bool(kernels[node.op].waiting) for node in nodes if node.kind == "kernel")
+        self.pdl_kernels[name] = sum(bool(kernels[node.op].pdl_functions) for node in nodes if node.kind == "kernel")
 
-    def decide(self) -> None:
-        """Use the fastest from now on, and remember it."""
+    def select(self) -> None:
+        """Use the fastest tactic and store the choice."""
         if not self.loaded:
             return
-        saved_us = 0.0 if self.tuner.of.settings.cuda_graph_strategy == "disabled" else EARLY_START_US
-        best = min(self.times, key=lambda name: self.times[name] - saved_us * self.early_starts[name])
+        saved_us = 0.0 if self.tuner.of.settings.cuda_graph_strategy == "disabled" else PDL_SAVES_US
+        best = min(self.times, key=lambda name: self.times[name] - saved_us * self.pdl_kernels[name])
         tactic, rank = self.loaded.get(best, (None, None))
         self.region.choice = Choice(best, rank, dict(self.times))
         self.tuner.context.database.remember(self.region.key, self.region.choice)
@@ -283,8 +283,8 @@ class Contest:
 
 
 def _nearest(sym: Sym, size: int, aligned: bool) -> int:
-    """The size nearest to `size` that `sym` may have and that is a multiple of 16, or is none; `size` if there is
-    none."""
+    """The size closest to `size` in the range of `sym` that is a multiple of 16, or with `aligned=False` is not; `size`
+    itself if the range has no such size."""
     steps = (sign * step * max(sym.multiple, 1) for step in range(ALIGNMENT) for sign in (1, -1))
     fits = (n for n in (size + step for step in steps) if sym.min <= n and (sym.max is None or n <= sym.max))
     return next((n for n in fits if (n % ALIGNMENT == 0) == aligned), size)
@@ -298,7 +298,7 @@ def warn_once(message: str) -> None:
 
 @contextmanager
 def _own_stream(device: torch.device) -> Iterator[None]:
-    """Beside the calls of the program: on a stream that nobody else has, and whatever other threads capture."""
+    """Run beside the program's calls: on a stream of the tuners, in a thread that may synchronize during captures."""
     if device.type != "cuda":
         yield
         return
@@ -308,6 +308,6 @@ def _own_stream(device: torch.device) -> Iterator[None]:
 
 @cache
 def _stream(index: int) -> Any:
-    """The tuners' stream on a device: one, since the allocator keeps memory per stream. New streams are of the lowest
-    priority."""
+    """The tuners' stream on a device; one for all, since the allocator keeps memory per stream. Streams have the lowest
+    priority by default."""
     return new_stream(torch.device("cuda", index))

@@ -1,4 +1,4 @@
-"""What the graphs of a session on a GPU of this machine are tuned with."""
+"""Makes the `TuningContext` of a session, and fills runtime caches ahead of time."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from torch_rtx.cache.runtime_file import DeviceKey
 from torch_rtx.ir import Graph, Node, kernel_nodes
 from torch_rtx.runtime import driver as driver_api
 from torch_rtx.runtime.background import BACKGROUND
+from torch_rtx.runtime.benchmark import timer
 from torch_rtx.runtime.bind import bind
-from torch_rtx.runtime.candidate_check import microseconds
 from torch_rtx.runtime.compile_client import COMPILE_CLIENT
 from torch_rtx.runtime.driver import checked
 from torch_rtx.runtime.launch import Gpu, LoadedTactic, gpu_of, load, load_tactics
@@ -36,11 +36,7 @@ _READ_BY_LOWERING = ("dtypes", "ir", "irparse", "manifest", "op_work", "optable"
 def tactics_and_context(
     table: KernelTable, graph: Graph, device: torch.device, settings: RuntimeSettings
 ) -> tuple[Mapping[str, LoadedTactic], TuningContext | None]:
-    """The tactics of an engine that can be used at once, and what tuners work with; None: nothing is tuned.
-
-    Args:
-        table: the engine's kernels.
-    """
+    """The tactics of an engine that can be used at once, and the context of its tuners; None: nothing is tuned."""
     driver = driver_api.driver() if device.type == "cuda" else None
     if driver is None or settings.tactics != BEST:
         return load_tactics(table, graph, device, settings.tactics), None
@@ -51,7 +47,7 @@ def tactics_and_context(
         TuningDatabase(gpu.sm, COMPILE_CLIENT, open_store, Artefacts.at(settings.dump_dir, settings.override_dir)),
         load=partial(_load, gpu, open_store),
         jit=partial(load_tactics, table, graph, device, open_store=open_store),
-        time=microseconds(device),
+        time=timer(device),
         background=BACKGROUND,
     )
     at_once = settings.specialization_strategy != "lazy"
@@ -78,12 +74,12 @@ def device_key(gpu: Gpu, device: torch.device) -> DeviceKey:
 
 
 def pregenerate(graph: Graph, sizes: Mapping[str, int], device: DeviceKey, path: str) -> int:
-    """Put the tactics expected to be fastest on a GPU that need not be here in a runtime cache; returns how many.
+    """Compile the tactics expected to be fastest into a runtime cache; returns how many.
 
     Args:
-        graph: of an engine whose regions are formed.
-        sizes: numbers of its symbols, by name; none: for any sizes.
-        device: the GPU; its `versions` are filled in.
+        graph: level fused.
+        sizes: numbers for its symbols, by name; empty: kernels for any sizes.
+        device: the GPU, which need not be in this machine; its `versions` are filled in.
 
     Raises:
         KernelError: see `CompileClient.build`.
@@ -96,7 +92,7 @@ def pregenerate(graph: Graph, sizes: Mapping[str, int], device: DeviceKey, path:
 
 @cache
 def versions() -> str:
-    """What generates and stores kernels, in short: a digest of its sources."""
+    """The version of the code generator: a digest of the sources that generate and store kernels."""
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in generator_sources()))
     return f"kernels {digest.hexdigest()[:12]}"
 

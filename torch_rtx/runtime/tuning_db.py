@@ -1,7 +1,7 @@
-"""The tuning database: candidates that were compiled for regions, and which tactic of a region was measured fastest.
+"""The tuning database: compiled candidates of regions, and the tactic of each region that was measured fastest.
 
-A region is known by the text of its operations and types, not by its place in a model. Records go to the runtime cache,
-if there is one; the compile worker is asked only for what the cache lacks.
+The key of a region is a digest of its operations and types, whatever model they come from. Entries are stored in the
+runtime cache, if there is one. The compile worker builds only what the cache lacks.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from torch_rtx.tactics import Candidate, check_tactic, digest, read_tactic, writ
 from torch_rtx.targets import Target, arch_of
 
 log = logging.getLogger(__name__)
-Bodies = Mapping[str, tuple[Graph, int]]  # by name, with the rank of the first tactic to try
+Bodies = Mapping[str, tuple[Graph, int]]  # by name; the body of a region and the rank of the first tactic to try
 NONE = Artefacts()
 FAILURES = 2  # after so many failures with no success, assume that the toolchain is broken
-NEGATIVE_ENTRY = b""  # the value of a key under which there is no candidate
+NEGATIVE_ENTRY = b""  # stored where no tactic fits
 KERNEL, TACTIC = "kernel", "tactic"  # kinds of entries
 
 
@@ -38,8 +38,8 @@ class Choice:
 
     Attributes:
         name: its key in `microseconds`.
-        rank: see `Candidate`; None: the tactic that the engine brought.
-        microseconds: what each tactic took, by name.
+        rank: see `Candidate`; None: the tactic comes with the engine.
+        microseconds: time of each tactic, by name.
     """
 
     name: str
@@ -51,7 +51,8 @@ class Compiler(Protocol):
     """Compiles candidates: `CompileClient`."""
 
     def build(self, bodies: Bodies, sm: int, artefacts: Artefacts) -> Mapping[str, Candidate]:
-        """Per name the first tactic that fits the GPU, from a rank on; `artefacts` gets the stages of its kernels."""
+        """By name, the first tactic from the given rank on that fits the GPU. `artefacts` gets the stages of its
+        kernels."""
 
 
 class TuningDatabase:
@@ -59,8 +60,8 @@ class TuningDatabase:
 
     Args:
         compiler: compiles candidates.
-        open_store: opens what outlives the process, if anything does; called when it is first needed.
-        artefacts: where the stages of kernels are written and overridden.
+        open_store: opens the runtime cache, or returns None; called when it is first needed.
+        artefacts: where the stages of kernels are written, and read as overrides.
     """
 
     def __init__(
@@ -78,18 +79,18 @@ class TuningDatabase:
 
     @property
     def opened(self) -> Store | None:
-        """What outlives the process, if it was needed already."""
+        """The store, if it was opened already."""
         found: Store | None = self.__dict__.get("_store")
         return found
 
     def candidates(self, wanted: Bodies) -> dict[str, Candidate]:
-        """Per region the first tactic that fits the GPU from a rank on; regions without one are left out.
+        """By region, the first tactic from the given rank on that fits the GPU; regions without one are left out.
 
         Args:
             wanted: bodies and ranks, by the keys of the regions.
 
         Raises:
-            KernelError: see `CompileClient.build`; not where some candidates were known.
+            KernelError: nothing can be compiled here, and no candidate was stored.
         """
         found: dict[str, Candidate] = {}
         missing: dict[str, tuple[Graph, int]] = {}
@@ -107,7 +108,7 @@ class TuningDatabase:
         except KernelError as error:
             if not found:
                 raise
-            log.warning("%d of %d kernels are not compiled: %s", len(missing), len(wanted), error)
+            log.warning("%d of %d regions are not compiled: %s", len(missing), len(wanted), error)
             return found
         for key, (_, first) in missing.items():
             made = built.get(name_of(key))
@@ -119,11 +120,14 @@ class TuningDatabase:
         return found
 
     def _each(self, wanted: Bodies) -> tuple[Mapping[str, Candidate], Mapping[str, KernelError]]:
-        """What can be built, together or else one by one, and by name what is wrong with the others: a kernel that the
-        compiler refuses, or that ends it, costs nobody but itself.
+        """Build all regions in one request, or if that fails one by one: one region that the compiler refuses, or that
+        crashes it, does not affect the others.
+
+        Returns:
+            the candidates, and the errors of other regions; both by name.
 
         Raises:
-            KernelError: nothing can be compiled here, as it seems.
+            KernelError: nothing can be compiled here, after FAILURES attempts.
         """
         try:
             return self._compiler.build(wanted, self.sm, self._artefacts), {}
@@ -144,7 +148,7 @@ class TuningDatabase:
         return built, refused
 
     def choice(self, key: str) -> Choice | None:
-        """The tactic of a region that was measured fastest; None: nothing was measured."""
+        """The stored choice of a region; None: it was not measured yet."""
         stored = None if self._store is None else self._store.get(TACTIC, key)
         if stored is None:
             return None
@@ -153,11 +157,11 @@ class TuningDatabase:
             times = {str(name): float(time) for name, time in given["microseconds"].items()}
             return Choice(str(given["name"]), None if given["rank"] is None else int(given["rank"]), times)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            log.warning("a tactic in the runtime cache can't be read, the region is measured again: %s", error)
+            log.warning("the runtime cache has an unreadable tactic, the region is measured again: %s", error)
             return None
 
     def remember(self, key: str, choice: Choice) -> None:
-        """Keep the fastest tactic of a region, and add the measurements to its ranking."""
+        """Store the choice of a region, and append the measurements to its dumped ranking."""
         files = self._artefacts.of(name_of(key), arch_of(self.sm).target)
         files.write(
             "ranking", "".join(f"measured {t:.2f} us: {n}\n" for n, t in choice.microseconds.items()), append=True
@@ -167,12 +171,12 @@ class TuningDatabase:
 
 
 def region_key(body: Graph) -> str:
-    """The name of a region: equal for equal operations and types, wherever they come from."""
+    """A digest of the operations and types of a region, without names and locations."""
     return hashlib.sha256(str(_unnamed(without_locations(body))).encode()).hexdigest()[:32]
 
 
 def _unnamed(body: Graph) -> Graph:
-    """`body` without the names of the kernels in it, which are those of the sizes of the capture."""
+    """`body` without the names of kernels in it, which depend on the sizes of the capture."""
     nodes = (
         node if node.body is None else replace(node, op=node.kind, body=_unnamed(node.body)) for node in body.nodes
     )
@@ -180,13 +184,13 @@ def _unnamed(body: Graph) -> Graph:
 
 
 def name_of(key: str) -> str:
-    """The name of a region's kernel in its code."""
+    """The name of a region's kernel in generated code."""
     return f"region_{key[:16]}"
 
 
 @cache
 def triton_version() -> str | None:
-    """The version of Triton that is installed here; None: none is."""
+    """The installed version of Triton, or None."""
     try:
         return metadata.version("triton")
     except metadata.PackageNotFoundError:
@@ -203,17 +207,17 @@ def write_candidate(candidate: Candidate, target: Target) -> bytes:
 
 
 def _read(stored: bytes, body: Graph) -> Candidate | None:
-    """What was stored; None if that is nothing, it can't be read, or another Triton than the one here made it."""
+    """A stored candidate; None: a negative entry, an unreadable one, or one of another version of Triton."""
     if stored == NEGATIVE_ENTRY:
         return None
     try:
         given = json.loads(stored)
         if triton_version() not in (None, given["triton"]):
-            log.info("a kernel is compiled again: the one in the runtime cache is of triton %s", given["triton"])
+            log.info("a region is compiled again: the runtime cache has it from triton %s", given["triton"])
             return None
         return read_candidate(given, body)
     except (ValueError, TypeError, KeyError, AttributeError, InvalidIR) as error:
-        log.warning("a kernel in the runtime cache can't be read, it is compiled again: %s", error)
+        log.warning("the runtime cache has an unreadable kernel, it is compiled again: %s", error)
         return None
 
 
@@ -221,7 +225,7 @@ def read_candidate(given: Any, body: Graph) -> Candidate:
     """Inverse of `write_candidate`, for a region of this body.
 
     Raises:
-        TypeError, ValueError, KeyError, InvalidIR: not such JSON, or a tactic of another region.
+        TypeError, ValueError, KeyError, InvalidIR: other JSON, or a tactic that does not fit `body`.
     """
     binaries = {str(name): b64decode(text, validate=True) for name, text in given["binaries"].items()}
     (tactic,) = read_tactic(given["tactic"], body.syms).values()

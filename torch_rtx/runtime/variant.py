@@ -1,4 +1,4 @@
-"""Variants: the graph of a session for some sizes, or for all, with the code that runs it now."""
+"""Variants: the graph of a session for some sizes, or for all, with its current code."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ REFERENCE, PORTABLE, SPECIALIZED = "reference", "portable", "specialized"  # tie
 
 @dataclass
 class Region:
-    """The equal kernel nodes of a variant, and what tuning found out about them.
+    """The equal kernel nodes of a variant, with their tuning results.
 
     Attributes:
+        key: see `tuning_db.region_key`.
         node: one of the nodes, as the variant's graph has it.
         ops: the names of all of the nodes.
-        choice: the tactic that was measured fastest; None: nothing was measured.
-        problems: why tactics are not used.
+        choice: the tactic that was measured fastest; None: not measured.
+        problems: reasons why tactics are not used.
     """
 
     key: str
@@ -45,13 +46,13 @@ class Variant:
     """A graph on its way up the tiers.
 
     Attributes:
-        sizes: numbers for symbols of the graph, which this variant is for; none: it is for all sizes.
-        code: what runs now: that of the session's graph until a tuner has put the numbers in.
+        sizes: numbers for symbols of the graph; empty: the variant is for all sizes.
+        code: what calls run now. Until a tuner has run, it is the base variant's.
         tier: REFERENCE (calls), PORTABLE (kernels for any size, or those of the engine) or SPECIALIZED.
-        ready: the code changes no more, except by measuring: worth a CUDA graph.
-        regions: what tuners found out.
-        used: the number of the last call that ran this variant.
-        done: nothing more is being compiled or measured for it.
+        ready: only measuring may still change the code, so a CUDA graph is worth capturing.
+        regions: set by the tuner.
+        used: number of the last call that ran this variant, see `admission.Used`.
+        done: set when tuning has ended.
     """
 
     sizes: Mapping[str, int]

@@ -177,7 +177,7 @@ CASES = {
     "odd lengths": Case(plain(1, 2, 19, 45, 16), attend),
     "narrow head, wide values": Case({"q": ((1, 2, 5, 12),), "k": ((1, 2, 7, 12),), "v": ((1, 2, 7, 40),)}, attend),
     "head of 72": Case(plain(1, 1, 17, 33, 72), attend, AttentionConfig(32, 32, 4, 1)),
-    "head of 40 in two pieces": Case(plain(1, 2, 17, 33, 40), attend, AttentionConfig(16, 16, 4, 1, piece=32)),
+    "head of 40 in two pieces": Case(plain(1, 2, 17, 33, 40), attend, AttentionConfig(16, 16, 4, 1, min_first=32)),
     "head of 80, epilogue": Case(plain(1, 2, 18, 18, 80, residual=((1, 18, 160),)), with_residual),
     "head of 96, values of 65": Case({"q": ((1, 2, 5, 96),), "k": ((1, 2, 19, 96),), "v": ((1, 2, 19, 65),)}, attend),
     "head of 80, causal": Case(plain(1, 1, 20, 20, 80), options(is_causal=True)),

@@ -9,9 +9,9 @@ from expecttest import TestCase
 
 from tests.lowering.kernels.kernel_bodies import body, check
 from torch_rtx.errors import Unsupported
-from torch_rtx.lowering.kernels.cost import problem, shared_memory
-from torch_rtx.lowering.kernels.families.conv import conv_configs, conv_kernel, conv_product
+from torch_rtx.lowering.kernels.families.conv import conv_configs, conv_contraction, conv_kernel
 from torch_rtx.lowering.kernels.families.gemm import GemmConfig
+from torch_rtx.lowering.kernels.gemm_perf_model import gemm_problem, shared_memory
 from torch_rtx.lowering.kernels.region import region
 from torch_rtx.lowering.kernels.toolchain import Job, lower
 from torch_rtx.targets import ARCHES, Arch, arch_of
@@ -232,7 +232,7 @@ def test_configurations_fit_their_target(name: str, arch: Arch) -> None:
     given = region(body(call(**SHAPES[name])))
     configs = conv_configs(given, arch)
     assert len(configs) == len(set(configs)) > 0
-    what = problem(given, conv_product(given), arch)
+    what = gemm_problem(given, conv_contraction(given), arch)
     for config in configs:
         assert shared_memory(what, config, arch) <= arch.shared
     assert conv_kernel(given, "kernel", configs[0]) == conv_kernel(given, "kernel", configs[0])
@@ -248,7 +248,7 @@ def test_the_best_configuration_is_right(name: str, channels_last: bool) -> None
 def test_one_pixel_is_summed_without_tensor_cores() -> None:
     text = call((1, 96, 1, 1), (40, 96, 1, 1))
     config = conv_configs(region(body(text)), arch_of(90))[0]
-    assert config.sums
+    assert config.gemv
     check(text, conv_kernel, config)
 
 

@@ -7,14 +7,14 @@ from expecttest import TestCase
 
 from tests.lowering.kernels.kernel_bodies import body, check, library, offered
 from torch_rtx.errors import Unsupported
-from torch_rtx.lowering.kernels.cost import LAUNCH, problem, shared_memory
-from torch_rtx.lowering.kernels.families.gemm import GemmConfig, gemm_configs, gemm_kernel, gemm_product
+from torch_rtx.lowering.kernels.families.gemm import GemmConfig, gemm_configs, gemm_contraction, gemm_kernel
+from torch_rtx.lowering.kernels.gemm_perf_model import LAUNCH_US, gemm_problem, shared_memory
 from torch_rtx.lowering.kernels.region import region
 from torch_rtx.targets import ARCHES, Arch, arch_of
 
 SMALL = GemmConfig(32, 32, 32, group_m=2)
 WIDE = GemmConfig(64, 32, 64)
-SUMS = GemmConfig(16, 16, 64, sums=True)
+GEMV = GemmConfig(16, 16, 64, gemv=True)
 EXTRA = GemmConfig(32, 32, 32, extra_n=16)
 DTYPES = ("f16", "bf16", "f32")
 
@@ -335,14 +335,14 @@ def test_prologues(name: str, dtype: str, config: GemmConfig) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_few_rows(rows: int, dtype: str) -> None:
     text = GATED["two halves"].replace("[2, 10,", f"[{rows}, 1,").replace("480", "48")
-    check(text, gemm_kernel, SUMS, dtype)
+    check(text, gemm_kernel, GEMV, dtype)
     text = PROLOGUES["a norm that is applied"].replace("40", str(rows)).replace("TYPE", repr(dtype))
-    check(text, gemm_kernel, SUMS, dtype)
+    check(text, gemm_kernel, GEMV, dtype)
 
 
 @pytest.mark.quick
 def test_few_rows_of_batches() -> None:
-    check(CALLS["matmul, broadcast"].replace("20", "2"), gemm_kernel, GemmConfig(16, 16, 64, sums=True, programs=5))
+    check(CALLS["matmul, broadcast"].replace("20", "2"), gemm_kernel, GemmConfig(16, 16, 64, gemv=True, programs=5))
 
 
 SYMBOLIC = """
@@ -466,7 +466,7 @@ def test_refused(reason: str) -> None:
 def test_few_rows_are_known_and_few() -> None:
     for text in (MM, SYMBOLIC.replace("LAST", "8")):
         with pytest.raises(Unsupported, match="rows at once"):
-            gemm_kernel(region(body(text)), "kernel", SUMS)
+            gemm_kernel(region(body(text)), "kernel", GEMV)
 
 
 # ---- configurations --------------------------------------------------------------------------------------------------
@@ -493,9 +493,9 @@ def test_configurations_fit_their_target(rows: int | str, arch: Arch, dtype: str
         return
     configs = gemm_configs(given, arch)
     assert len(configs) == len(set(configs)) > 0
-    what = problem(given, gemm_product(given), arch)
+    what = gemm_problem(given, gemm_contraction(given), arch)
     for config in configs:
-        assert config.sums or shared_memory(what, config, arch) <= arch.shared
+        assert config.gemv or shared_memory(what, config, arch) <= arch.shared
     assert gemm_kernel(given, "kernel", configs[0]) == gemm_kernel(given, "kernel", configs[0])
 
 
@@ -514,11 +514,11 @@ def test_f32_on_tensor_cores() -> None:
     }  # Turing has none
 
 
-def test_the_model_of_costs() -> None:
-    assert best(1, 8192, 2048, 90).sums
-    assert not best(8, 8192, 2048, 90).sums
+def test_the_performance_model() -> None:
+    assert best(1, 8192, 2048, 90).gemv
+    assert not best(8, 8192, 2048, 90).gemv
     by_columns = linear(1, 8192, 2048).replace("[8192, 2048]", "[8192, 2048](1, 8192)")
-    assert not any(config.sums for config in gemm_configs(region(body(by_columns)), arch_of(90)))
+    assert not any(config.gemv for config in gemm_configs(region(body(by_columns)), arch_of(90)))
     large, small = best(4096, 4096, 4096, 90), best(128, 768, 768, 90)
     assert large.block_m * large.block_n >= 128 * 128 > 64 * 64 >= small.block_m * small.block_n
     assert best(16, 2048, 2048, 89).block_m == 16
@@ -559,8 +559,8 @@ def test_what_follows_a_library_call_reads_residuals_too() -> None:
     )
     result = 2048 * 1024 * 2 / (arch_of(90).chip.memory * 1e3)
     assert after(plain) == 0
-    assert after(gelu) == pytest.approx(LAUNCH + 2 * result)
-    assert after(residual) == pytest.approx(LAUNCH + 3 * result)
+    assert after(gelu) == pytest.approx(LAUNCH_US + 2 * result)
+    assert after(residual) == pytest.approx(LAUNCH_US + 3 * result)
 
 
 @pytest.mark.parametrize("name", ["mm", "linear", "bmm", "baddbmm"])
@@ -659,7 +659,7 @@ def kernel(x, w, b, out0):
 
     def test_few_rows(self) -> None:
         self.assertExpectedInline(
-            self.source(linear(1, 768, 770), GemmConfig(16, 8, 256, sums=True)),
+            self.source(linear(1, 768, 770), GemmConfig(16, 8, 256, gemv=True)),
             """\
 @triton.jit
 def kernel(x, w, out0):

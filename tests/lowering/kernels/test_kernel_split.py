@@ -24,7 +24,7 @@ from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Graph, Loc, Node, Value, kernel_nodes, verify
 from torch_rtx.irparse import parse
 from torch_rtx.lowering.kernels.families.family import Offer
-from torch_rtx.lowering.kernels.generate import Form, _other, forms, generate, split_in
+from torch_rtx.lowering.kernels.generate import Form, _offered, forms, generate, split_in
 from torch_rtx.optable import ALLOWED
 from torch_rtx.runtime.code import compile_graph
 from torch_rtx.runtime.inline import inline_kernels
@@ -314,7 +314,7 @@ def forced(parts: int) -> Callable[[Node, Target], list[Form]]:
     def made(node: Node, target: Target) -> list[Form]:
         assert node.body is not None
         whole = next(form for form in forms(node.body, node.op, target.arch) if OWN in form[0].kernels)
-        tactics = _other(Offer("split", 0.0, split_in(node.body, node.op, parts)), target.arch)
+        tactics = _offered(Offer("split", 0.0, split_in(node.body, node.op, parts)), target.arch)
         return [(next(tactics), tactics), whole]
 
     return made

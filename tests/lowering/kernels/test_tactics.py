@@ -11,7 +11,7 @@ import torch
 from tests.lowering.kernels.kernel_bodies import library
 from torch_rtx.ir import Graph
 from torch_rtx.irparse import parse
-from torch_rtx.lowering.kernels.cost import typical
+from torch_rtx.lowering.kernels.gemm_perf_model import typical
 from torch_rtx.lowering.kernels.generate import forms
 from torch_rtx.op_work import flops
 from torch_rtx.runtime.code import compile_graph

@@ -1,8 +1,8 @@
 """Compiles kernels for targets in parallel, without a GPU, and checks the result against the target's limits.
 
-Each kernel is compiled for up to two cases, which share the launch and differ in code: `aligned`, where every scalar is
-a multiple of 16, and `generic`, which is left out if scalars are always aligned. Addresses are multiples of 16 bytes in
-both, which the launch guarantees: rows that start at such addresses keep vector loads for any batch size.
+A kernel has up to two variants with one launch: `aligned`, for scalars that are multiples of 16, and `generic`, left
+out if scalars always are. Both may assume 16-byte aligned pointers, which the launch guarantees, so that aligned rows
+keep vector loads for any batch size.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch_rtx.lowering.kernels.toolchain import Code, Job, disassemble, lower, 
 from torch_rtx.lowering.kernels.turing import NoTensorCores
 from torch_rtx.targets import ALIGNMENT, Target, lacks
 
-MAX_SPILLS = 128  # bytes of spill stores per thread; up to this a smaller tile is slower
+MAX_SPILLS = 128  # bytes of spill stores per thread; spilling up to this beats a smaller tile
 Wanted = tuple[Kernel, Target]
 NONE = Artefacts()
 
@@ -30,8 +30,8 @@ class Built:
     """The result of compiling a kernel for a target.
 
     Attributes:
-        aligned, generic: the code of the two cases; None if there is no such case, or the kernel does not fit.
-        problem: why the kernel does not fit the target; None if it does. If it only spills, the code is there as well.
+        aligned, generic: the code of the variants; None if there is no such variant, or the kernel does not fit.
+        problem: why the kernel does not fit the target; None if it does. A kernel that only spills has code as well.
     """
 
     aligned: Code | None
@@ -40,12 +40,12 @@ class Built:
 
     @property
     def codes(self) -> tuple[Code, ...]:
-        """The code of all cases."""
+        """The code of all variants."""
         return tuple(code for code in (self.aligned, self.generic) if code is not None)
 
     @property
     def spills(self) -> int:
-        """Bytes of spill stores per thread, the larger of the two cases."""
+        """Bytes of spill stores per thread, of the variant with more."""
         return max((code.spills for code in self.codes), default=0)
 
 
@@ -60,11 +60,11 @@ def compile_kernels(
     Args:
         workers: number of threads; None: one per core. Triton releases the GIL, and ptxas is a process.
         progress: called in this thread with the number of finished compilations and of all.
-        artefacts: the files of kernels: stages are written, and overrides read, also if the code is cached.
+        artefacts: where stages are written and overridden, also if the code is cached.
 
     Raises:
         KernelError: Triton can't be used, it or ptxas rejects a kernel, or an override can't be read. A kernel that
-            does not fit is no error.
+            does not fit is not an error; see `Built.problem`.
     """
     pairs = list(dict.fromkeys(wanted))
     files = artefacts or {}
@@ -105,21 +105,21 @@ def _run(
                 if progress is not None:
                     progress(len(done), len(futures))
         except BaseException:
-            pool.shutdown(cancel_futures=True)  # the first error is the answer
+            pool.shutdown(cancel_futures=True)  # the first error is raised
             raise
     return done
 
 
 def _cores() -> Collection[int]:
-    """The cores that this process may use."""
+    """The CPU cores that this process may use."""
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
 
 
 def _code_sm(kernel: Kernel, target: Target, targets: Iterable[Target]) -> int:
     """The SM version whose code `target` runs: the oldest of `targets` in its generation.
 
-    Code for sm_80 also runs on sm_86 and sm_89. Code that is compiled for these differs in instruction order and a few
-    registers, for better or worse: sharing one binary saves two thirds of the size.
+    Code for sm_80 also runs on sm_86 and sm_89. Code for these differs little, so one shared binary saves two thirds of
+    the size.
     """
     if target.ptx or target.arch.exact:
         return target.arch.sm
@@ -128,7 +128,7 @@ def _code_sm(kernel: Kernel, target: Target, targets: Iterable[Target]) -> int:
 
 
 def _jobs(kernel: Kernel, sm: int, portable: bool, artefacts: Artefacts) -> tuple[Job, ...]:
-    """The jobs of the aligned case and, if there is one, of the generic case, with their overrides."""
+    """The jobs of the aligned variant and, if there is one, the generic variant, with their overrides."""
     always = tuple(multiple(dim) % ALIGNMENT == 0 for dim in kernel.scalars)
     cases = dict.fromkeys(((True,) * len(always), always))
     wide, warps, stages = kernel.wide, kernel.num_warps, kernel.num_stages
@@ -141,12 +141,12 @@ def _jobs(kernel: Kernel, sm: int, portable: bool, artefacts: Artefacts) -> tupl
 
 
 def _cases(artefacts: Artefacts) -> tuple[Artefacts, Artefacts]:
-    """The files of the aligned case and of the generic one."""
+    """The files of the aligned and the generic variant."""
     return artefacts, artefacts.of("generic")
 
 
 def _write(artefacts: Artefacts, jobs: Iterable[Job], done: Mapping[Job, Code | NoTensorCores]) -> None:
-    """Write the stages that came after the source."""
+    """Write the stages after the source."""
     for job, files in zip(jobs, _cases(artefacts), strict=False):
         code = done[job]
         files.write("ttir", lower_to_ttir(job))

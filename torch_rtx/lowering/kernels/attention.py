@@ -1,13 +1,12 @@
 """Attention kernels: softmax(q k^T * scale + mask) v in one pass over the keys; the scores never reach memory.
 
-A program has a block of query rows (M) and walks over the keys in blocks, with a running maximum and sum per row
-(online softmax, Milakov and Gimelshein 2018; FlashAttention-2, Dao 2023). Keys are the rows of the tiles of K and V
-(J) and the columns of the scores (N); D and E are the columns of Q and K, and of V, D1 and E1 those behind them where a
-head is no power of two wide: 64 and 16 for 80. Operands and masks are tensors as in any region: transposed, sliced and
-repeated views are address arithmetic, and a mask may be computed on the way.
+A program has a block of query rows (M) and loops over blocks of keys with a running maximum and sum per row (online
+softmax, Milakov and Gimelshein 2018; FlashAttention-2, Dao 2023). Keys are the rows of the K and V tiles (J) and the
+columns of the scores (N). D and E are the columns of Q and K, and of V; D1 and E1 those of a second piece of the head
+(see `attention_pieces`). Operands and masks are kernel IR: views are address arithmetic, and a mask may be computed.
 
-Where the heads that share keys and values have few queries each (decoding), their rows are packed into one block: K and
-V are then read once per group, and not once per head.
+With few queries per head (decoding), the rows of heads that share keys and values are packed into one block, so that K
+and V are read once per group instead of once per head.
 """
 
 from __future__ import annotations
@@ -19,61 +18,52 @@ from itertools import permutations
 from torch_rtx import dtypes
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Dim, Node, Sym, TensorType, Value, dim_expr
+from torch_rtx.lowering.kernels.attention_pieces import head_pieces, padded_width
 from torch_rtx.lowering.kernels.emit import Axis, Emitter, Operand, Scope, indent
 from torch_rtx.lowering.kernels.index import Index, constant, from_dim, linear, product, ravel, unravel, variable
 from torch_rtx.lowering.kernels.kernel import Kernel
-from torch_rtx.lowering.kernels.kernel_ir import (
-    ONE,
-    ZERO,
-    Load,
-    Position,
-    Shape,
-    Tensor,
-    View,
-    children,
-    expand,
-)
-from torch_rtx.lowering.kernels.product import in_memory, operand
+from torch_rtx.lowering.kernels.kernel_ir import ONE, ZERO, Load, Position, Shape, Tensor, View, children, expand
+from torch_rtx.lowering.kernels.matmul_template import operand, stored_load
 from torch_rtx.lowering.kernels.region import ANCHORS, Region
-from torch_rtx.lowering.kernels.source import assemble, blocks, is_wide
+from torch_rtx.lowering.kernels.source import assemble, block_of, blocks, needs_int64
 from torch_rtx.lowering.kernels.triton_ops import tl_dtype
 from torch_rtx.targets import Arch
 
 DTYPES = ("f16", "bf16", "f32")
-MAX_WIDTH = 256  # the widest head
-PACKED = 64  # most rows of a block that are the queries of several heads
-PROGRAMS = 128  # about as many as a large GPU has multiprocessors
-TOGETHER = 3  # programs of narrow heads on one of Hopper's multiprocessors: some multiply, others compute weights
-LEAST = -3.4028234663852886e38  # where the maximum begins: it is finite, so that rows without a key give no NaN
-MANY = 4096  # stands for an open size
+MAX_WIDTH = 256  # of a head
+MAX_PACKED_ROWS = 64  # of a block with several heads
+TARGET_PROGRAMS = 128  # about the multiprocessors of a large GPU
+RESIDENT_PROGRAMS = 3  # per multiprocessor with wgmma and narrow heads: the softmax of one overlaps products of others
+LOWEST_F32 = -3.4028234663852886e38  # the initial maximum: finite, so that rows without keys do not become NaN
+UNKNOWN_SIZE = 4096  # stands for a symbolic size
 LOG2E = math.log2(math.e)
 
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """How the scores are cut: query rows and keys of a tile; Triton's options.
+    """The tile of scores, [rows, keys], and Triton's options.
 
     Attributes:
-        piece: the fewest columns of a piece of a head, see `_pieces`.
+        min_first: fewest columns of the first of two pieces of a head, see `head_pieces`.
     """
 
     rows: int
     keys: int
     num_warps: int
     num_stages: int
-    piece: int = 64
+    min_first: int = 64
 
 
 @dataclass(frozen=True)
 class Attention:
-    """The call that a region is built around, over leading dimensions (batch, heads) that all operands have.
+    """The region's call of attention, with all operands expanded to the same leading dimensions (batch, heads).
 
     Attributes:
-        results: of the call, as the region has them: what it computes; or sums of values, the largest scores and the
-            sums of weights, for a range of the keys.
-        lead, queries: sizes of the result; `rows` is `queries` times the heads that are packed.
-        packed: how many heads of the last leading dimension share a block of rows.
         causal: a query sees the keys up to its own position.
+        lead, queries: sizes of the result, [*lead, queries, value_width].
+        packed: heads of the last leading dimension that share a block of rows.
+        results: of the call. Of `attention_partial`: the weighted sums of values, the largest scores and the sums of
+            weights.
     """
 
     query: Tensor
@@ -89,7 +79,7 @@ class Attention:
 
     @property
     def partial(self) -> bool:
-        """Whether this is for a range of the keys, and others will be added."""
+        """The keys are a range of all keys; see `split_kv`."""
         return len(self.results) > 1
 
     @property
@@ -104,12 +94,12 @@ class Attention:
 
     @property
     def rows(self) -> Dim:
-        """The query rows that share keys and values."""
+        """The query rows of a group: of all heads that are packed."""
         return dim_expr("*", self.queries, self.packed)
 
     @property
     def groups(self) -> tuple[Dim, ...]:
-        """The leading dimensions, packed heads counted as one."""
+        """The leading dimensions, with packed heads as one."""
         return (*self.lead[:-1], dim_expr("//", self.lead[-1], self.packed)) if self.lead else ()
 
     @property
@@ -123,12 +113,12 @@ class Attention:
         return _static(self.value.shape[-1])
 
     def group(self) -> Position:
-        """The leading position of a program, in variables."""
+        """The leading position of a program, as variables."""
         sizes = map(from_dim, self.groups)
         return tuple(ZERO if size == ONE else variable(f"Z{axis}", size) for axis, size in enumerate(sizes))
 
     def place(self, group: Position, row: Index) -> tuple[Position, Index]:
-        """Leading position and query of a row."""
+        """The leading position and the query of a row."""
         queries = from_dim(self.queries)
         if self.packed == 1:
             return group, row % queries
@@ -139,7 +129,7 @@ def attention_of(region: Region) -> Attention:
     """The attention of a region.
 
     Raises:
-        Unsupported: dropout, an open or too large head dimension, dtypes that tensor cores do not multiply.
+        Unsupported: dropout, a symbolic or too large head dimension, or a dtype that tensor cores do not multiply.
     """
     node = region.anchor
     if node is None or ANCHORS[node.op] != "attention":
@@ -163,7 +153,7 @@ def attention_of(region: Region) -> Attention:
     mask = _operand(region, node, "attn_mask") if node.arg("attn_mask") is not None else None
     if mask is not None and mask.dtype not in ("bool", "f32", "f16", "bf16"):
         raise Unsupported(f"a mask of dtype {mask.dtype}", loc=node.loc)
-    found = Attention(
+    attn = Attention(
         expand(query, (*heads, *query.shape[-2:])),
         expand(key, (*heads, *key.shape[-2:])),
         expand(value, (*heads, *value.shape[-2:])),
@@ -175,7 +165,7 @@ def attention_of(region: Region) -> Attention:
         packed=1,
         results=tuple(region.values[value.name] for value in node.outputs if value is not None),
     )
-    return _packed(found)
+    return _packed(attn)
 
 
 def _static(size: Index) -> int:
@@ -200,69 +190,72 @@ def _repeated(tensor: Tensor, heads: Index) -> Tensor:
     return View((*tensor.shape[:-3], heads, *tensor.shape[-2:]), tensor.dtype, tensor, at)
 
 
-def _packed(found: Attention) -> Attention:
-    """`found` with as many heads to a block of rows as share keys and values and have room in it."""
-    heads = found.lead[-1] if found.lead else 1
-    if not isinstance(found.queries, int) or not isinstance(heads, int) or not found.queries:
-        return found
-    for count in range(min(heads, PACKED // found.queries), 1, -1):
-        packed = replace(found, packed=count)
-        if heads % count == 0 and not any(_varies(packed, tensor) for tensor in (found.key, found.value)):
+def _packed(attn: Attention) -> Attention:
+    """`attn` with as many heads per block of rows as share keys and values and fit."""
+    heads = attn.lead[-1] if attn.lead else 1
+    if not isinstance(attn.queries, int) or not isinstance(heads, int) or not attn.queries:
+        return attn
+    for count in range(min(heads, MAX_PACKED_ROWS // attn.queries), 1, -1):
+        packed = replace(attn, packed=count)
+        if heads % count == 0 and not any(_varies(packed, tensor) for tensor in (attn.key, attn.value)):
             return packed
-    return found
+    return attn
 
 
-def _varies(found: Attention, tensor: Tensor) -> bool:
-    """Whether the packed rows read different elements of `tensor`."""
-    emitter = Emitter([Axis("M", 1)])
-    lead, _ = found.place(found.group(), variable("M", from_dim(found.rows)))
-    position = (*lead, variable("J", tensor.shape[-2]), variable("D", tensor.shape[-1]))
-    return bool(emitter.value(tensor, position).axes)
+def _varies(attn: Attention, tensor: Tensor) -> bool:
+    """The packed rows read different elements of `tensor`."""
+    lead, _ = attn.place(attn.group(), variable("M", from_dim(attn.rows)))
+    return _depends_on_row(tensor, (*lead, variable("J", tensor.shape[-2]), variable("D", tensor.shape[-1])))
+
+
+def _depends_on_row(tensor: Tensor, position: Position) -> bool:
+    """The element of `tensor` at `position` depends on the row M."""
+    return bool(Emitter([Axis("M", 1)]).value(tensor, position).axes)
 
 
 # ---- configurations --------------------------------------------------------------------------------------------------
 
 
 def attention_configs(region: Region, arch: Arch) -> list[AttentionConfig]:
-    """Configurations that fit `arch`, best first.
+    """Configurations that fit `arch`, the fastest first.
 
-    As many rows as the accumulators leave registers for, fewer where there would be less than one program for each
-    multiprocessor. On Hopper four warps multiply 64 rows together; of narrow heads, blocks of keys are short enough for
-    several such programs on a multiprocessor, wide ones have three blocks on their way; heads of 33 to 48 elements take
-    as long in two pieces as in one. The others share one list, and so one binary: there a warp has 32 rows of narrow
-    heads, since with 16 its tensor cores would wait for the tiles of K and V; and 40 elements take 9 to 15 % less in
-    two pieces (2 and 16 x 4096 x 8 heads, code for sm_80 and sm_89 on an H200).
+    Blocks have as many rows as registers allow for accumulators, fewer if multiprocessors would be idle. SM versions
+    without wgmma share one list, and so one binary. They also divide heads of 33 to 48 elements into two pieces, which
+    is faster there alone.
     """
-    found, hopper = attention_of(region), "wgmma" in arch.features
-    piece = 64 if hopper else 32
-    width = max(_padded(found.width, piece), _padded(found.value_width, piece))
+    attn, hopper = attention_of(region), "wgmma" in arch.features
+    min_first = 64 if hopper else 32
+    width = max(padded_width(attn.width, min_first), padded_width(attn.value_width, min_first))
     configs = [
         config
-        for rows, keys, warps in _shapes(width, found.dtype, arch)
+        for rows, keys, warps in _shapes(width, attn.dtype, arch)
         for stages in ((3, 2, 1) if "cp_async" in arch.features else (1,))
-        if _shared(found, config := AttentionConfig(rows, keys, warps, stages, piece)) <= arch.shared
+        if _shared(attn, config := AttentionConfig(rows, keys, warps, stages, min_first)) <= arch.shared
     ]
     if not configs:
         raise Unsupported(f"attention with heads of {width} elements on sm_{arch.sm}")
     wide = width > 64
-    # On an H200 whole warpgroups won with far fewer programs than it has multiprocessors: for wide heads with 64, and
-    # not with 16.
-    wanted = PROGRAMS if not hopper else PROGRAMS // 2 if wide else PROGRAMS // 8
+    # Full warpgroups win with far fewer programs than multiprocessors.
+    wanted = TARGET_PROGRAMS if not hopper else TARGET_PROGRAMS // 2 if wide else TARGET_PROGRAMS // 8
 
     def order(config: AttentionConfig) -> tuple[bool, int, bool, int]:
-        # A single stage loads and multiplies in turn: better a smaller tile.
-        crowded = hopper and not wide and TOGETHER * _shared(found, config) > arch.shared
-        waits = -config.num_stages if hopper and wide else 0
-        return config.num_stages == 1, _rank(found, config, wanted), crowded, waits
+        # A single stage does not overlap loads and products: a smaller tile is better.
+        is_crowded = hopper and not wide and RESIDENT_PROGRAMS * _shared(attn, config) > arch.shared
+        stages = -config.num_stages if hopper and wide else 0
+        return config.num_stages == 1, _penalty(attn, config, wanted), is_crowded, stages
 
     return sorted(configs, key=order)
 
 
 def _shapes(width: int, dtype: str, arch: Arch) -> list[tuple[int, int, int]]:
-    """Rows, keys and warps of programs for heads of this width, the best first where all of them have work."""
+    """(rows, keys, warps) of tiles for heads of this padded width, the fastest first for many rows.
+
+    With wgmma four warps multiply 64 rows. Without, a warp has 32 rows of narrow heads: with 16 its tensor cores would
+    wait for K and V in shared memory. Wider heads have fewer rows and keys per tile, for registers and shared memory.
+    """
     hopper = "wgmma" in arch.features
     if dtype == "f32":
-        # Products in full precision have no tensor cores: each thread has its part of both operands in registers.
+        # Full-precision products run as FMAs with both operands in registers.
         return [(32, 32, 4), (16, 32, 4), (16, 16, 4)]
     few = [(32, 64, 4), (16, 128, 4), (16, 64, 4), (16, 32, 4)]
     if width <= 64:
@@ -278,47 +271,28 @@ def _shapes(width: int, dtype: str, arch: Arch) -> list[tuple[int, int, int]]:
     return many + few
 
 
-def _shared(found: Attention, config: AttentionConfig) -> int:
-    """Bytes of shared memory, from above."""
-    size = dtypes.DTYPES[found.dtype].bytes
-    width, value_width = (_padded(one, config.piece) for one in (found.width, found.value_width))
+def _shared(attn: Attention, config: AttentionConfig) -> int:
+    """An upper bound of shared memory per program, in bytes."""
+    size = dtypes.DTYPES[attn.dtype].bytes
+    width, value_width = (padded_width(one, config.min_first) for one in (attn.width, attn.value_width))
     return size * (config.num_stages * config.keys * (width + value_width) + config.rows * max(width, value_width))
 
 
-def _rank(found: Attention, config: AttentionConfig, wanted: int) -> int:
-    """0 for at least `wanted` programs without rows and keys that are not there; more, the further from that."""
-    rows = _most(found.rows)
-    programs = math.ceil(rows / config.rows) * math.prod(map(_most, found.groups))
+def _penalty(attn: Attention, config: AttentionConfig, wanted: int) -> int:
+    """0 if the grid has `wanted` programs and no tile is mostly padding; +1 for each halving of either."""
+    rows = _most(attn.rows)
+    programs = math.ceil(rows / config.rows) * math.prod(map(_most, attn.groups))
     idle = max(0, math.ceil(math.log2(wanted / max(programs, 1)))) if config.rows > 16 else 0
-    keys = MANY if found.keys.number is None else found.keys.number
-    unused = max(config.rows // _block(rows), config.keys // _block(keys))
+    keys = UNKNOWN_SIZE if attn.keys.number is None else attn.keys.number
+    unused = max(config.rows // block_of(rows), config.keys // block_of(keys))
     return max(idle, math.ceil(math.log2(max(unused, 1))))
 
 
 def _most(dim: Dim) -> int:
-    """A size; of an open one a large example."""
+    """A size; of a symbolic one its maximum, or UNKNOWN_SIZE."""
     if isinstance(dim, int):
         return dim
-    return dim.max if isinstance(dim, Sym) and dim.max is not None else MANY
-
-
-def _block(size: int) -> int:
-    """The next power of two that is a size of a matrix product."""
-    return max(16, 1 << max(size - 1, 0).bit_length())
-
-
-def _pieces(width: int, least: int) -> list[tuple[int, int]]:
-    """The ranges of columns, each with its start and its block, in which a head of `width` elements is multiplied: one,
-    or two where these are narrower together and the first has `least` columns."""
-    whole = _block(width)
-    first = whole // 2
-    rest = _block(width - first)
-    return [(0, first), (first, rest)] if first >= least and first + rest < whole else [(0, whole)]
-
-
-def _padded(width: int, least: int) -> int:
-    """The columns of all pieces."""
-    return sum(block for _, block in _pieces(width, least))
+    return dim.max if isinstance(dim, Sym) and dim.max is not None else UNKNOWN_SIZE
 
 
 # ---- the kernel ------------------------------------------------------------------------------------------------------
@@ -328,38 +302,37 @@ def attention_kernel(region: Region, name: str, config: AttentionConfig) -> Kern
     """The kernel that computes `region`.
 
     Raises:
-        Unsupported: see `attention_of`; an output that is no permutation of the result with elementwise operations.
+        Unsupported: see `attention_of`; or an output that is not a permutation of the result with pointwise operations.
     """
-    found = attention_of(region)
-    lines = _Writer(region, found, config).write()
-    programs = dim_expr("*", blocks(found.rows, config.rows), *found.groups)
+    attn = attention_of(region)
+    lines = _Writer(region, attn, config).write()
+    programs = dim_expr("*", blocks(attn.rows, config.rows), *attn.groups)
     return assemble(region, name, lines, programs, config.num_warps, config.num_stages)
 
 
 class _Writer:
     """The lines of one attention kernel."""
 
-    def __init__(self, region: Region, found: Attention, config: AttentionConfig) -> None:
-        self.region, self.found, self.config = region, found, config
-        self.cast = ".to(tl.int64)" if is_wide(region) else ""
+    def __init__(self, region: Region, attn: Attention, config: AttentionConfig) -> None:
+        self.region, self.attn, self.config = region, attn, config
+        self.cast = ".to(tl.int64)" if needs_int64(region) else ""
         self.emitter = Emitter([])
-        self.group = found.group()
-        self.lead, self.row = found.place(self.group, variable("M", from_dim(found.rows)))
-        sizes = {"M": from_dim(found.rows), "N": found.keys, "J": found.keys}
+        self.group = attn.group()
+        self.lead, self.row = attn.place(self.group, variable("M", from_dim(attn.rows)))
+        sizes = {"M": from_dim(attn.rows), "N": attn.keys, "J": attn.keys}
         cut = {"M": config.rows, "N": config.keys, "J": config.keys}
-        self.starts: dict[str, int] = {}  # of the pieces of heads
-        for letter, width in (("D", found.width), ("E", found.value_width)):
-            for name, (start, block) in zip((letter, f"{letter}1"), _pieces(width, config.piece), strict=False):
+        self.starts: dict[str, int] = {}  # first column of each piece of a head
+        for letter, width in (("D", attn.width), ("E", attn.value_width)):
+            for name, (start, block) in zip((letter, f"{letter}1"), head_pieces(width, config.min_first), strict=False):
                 sizes[name], cut[name], self.starts[name] = constant(width), block, start
         self.sizes, self.blocks = sizes, cut
-        # The scale goes into the exponent, with the base; a mask that is added comes between the two.
-        self.added = found.mask is not None and found.mask.dtype != "bool"
-        self.early = self.added or found.scale <= 0 or found.partial
-        self.factor = LOG2E if self.early else found.scale * LOG2E
-        # Whether all rows have the mask in common, which then takes few registers.
-        self._tile("M", "N")
-        self.by_key = found.mask is not None and "M" not in self._mask(found.mask).axes
-        self.emitter = Emitter([])
+        # The scale is folded into the base of the exponential, unless scaled scores are needed, as for an added mask.
+        self.has_additive_mask = attn.mask is not None and attn.mask.dtype != "bool"
+        self.scale_first = self.has_additive_mask or attn.scale <= 0 or attn.partial
+        self.factor = LOG2E if self.scale_first else attn.scale * LOG2E
+        # A mask that all rows share takes few registers, so that it can be loaded early.
+        self.mask_at = (*self.lead, self.row, variable("N", attn.keys))
+        self.mask_is_per_key = attn.mask is not None and not _depends_on_row(attn.mask, self.mask_at)
 
     # ---- tiles -------------------------------------------------------------------------------------------------------
 
@@ -367,18 +340,18 @@ class _Writer:
         """The axes of the columns of Q and K, "D", or of V, "E"."""
         return [name for name in self.starts if name[0] == letter]
 
-    def _whole(self, name: str) -> bool:
-        """Whether blocks along `name` have no end that is not there."""
+    def _is_full(self, name: str) -> bool:
+        """The size along `name` is a multiple of the block: no mask is needed."""
         size, block = self.sizes[name].number, self.blocks[name]
         if name in self.starts:
             return size is not None and self.starts[name] + block <= size
         return size is not None and size % block == 0
 
     def _axis(self, name: str, masked: bool) -> Axis:
-        return Axis(name, self.blocks[name], f"in_{name.lower()}" if masked and not self._whole(name) else "")
+        return Axis(name, self.blocks[name], f"in_{name.lower()}" if masked and not self._is_full(name) else "")
 
     def _tile(self, rows: str, columns: str, looped: str = "", masked: bool = True) -> None:
-        """Let the emitter write for tiles of rows and columns; `masked`: those of keys may have an end."""
+        """Point the emitter at a [rows, columns] tile. `masked=False`: key blocks are known to be full."""
         keys = ("N", "J")
         axes = [self._axis(name, masked or name not in keys) for name in (rows, columns)]
         self.emitter.axes, self.emitter.looped = {axis.name: axis for axis in axes}, looped
@@ -386,32 +359,31 @@ class _Writer:
     def _range(self, name: str, side: str, start: str = "", masked: bool = True) -> list[str]:
         block, size = self.blocks[name], self.sizes[name]
         lines = [f"{name} = {f'{start} + ' if start else ''}tl.arange(0, {block}){self.cast}{side}"]
-        return lines + ([f"in_{name.lower()} = {name} < {size}"] if masked and not self._whole(name) else [])
+        return lines + ([f"in_{name.lower()} = {name} < {size}"] if masked and not self._is_full(name) else [])
 
     def _operand(self, tensor: Tensor, rows: str, columns: str, lead: Position, row: Index) -> str:
-        """A tile of a matrix product's operand: 0 where it has no elements."""
+        """A [rows, columns] tile of an operand of `tl.dot`, 0 out of bounds."""
         emitter, position = self.emitter, (*lead, row, variable(columns, tensor.shape[-1]))
-        if not _is_plain(tensor) and in_memory(tensor) is not None:
-            return operand(emitter, tensor, position, self.found.dtype)
-        found = emitter.value(tensor, position)
-        text = found.text
-        whole = frozenset((rows, columns))
+        if not _is_plain(tensor) and stored_load(tensor) is not None:
+            return operand(emitter, tensor, position, self.attn.dtype)
+        value = emitter.value(tensor, position)
+        axes = frozenset((rows, columns))
         masks = [axis.mask for axis in emitter.axes.values() if axis.mask]
         if masks and not _is_plain(tensor):
-            found = Operand(f"tl.where({' & '.join(masks)}, {text}, 0.0)", whole)
-        text = f"{found.text}.to({tl_dtype(self.found.dtype)})"
-        return text if found.axes == whole else f"tl.broadcast_to({text}, {emitter.shape(whole)})"
+            value = Operand(f"tl.where({' & '.join(masks)}, {value.text}, 0.0)", axes)
+        text = f"{value.text}.to({tl_dtype(self.attn.dtype)})"
+        return text if value.axes == axes else f"tl.broadcast_to({text}, {emitter.shape(axes)})"
 
-    # ---- the whole ---------------------------------------------------------------------------------------------------
+    # ---- programs ----------------------------------------------------------------------------------------------------
 
     def write(self) -> list[str]:
         """All lines of the kernel."""
-        found, config, emitter = self.found, self.config, self.emitter
+        attn, config, emitter = self.attn, self.config, self.emitter
         lines = emitter.outer.lines
-        count, groups = from_dim(blocks(found.rows, config.rows)), tuple(map(from_dim, found.groups))
+        count, groups = from_dim(blocks(attn.rows, config.rows)), tuple(map(from_dim, attn.groups))
         program = variable("program", product((count, *groups)))
-        if found.causal:
-            # The blocks of rows that see most keys start first, of all groups: the last ones to end are then short.
+        if attn.causal:
+            # Blocks of rows that see the most keys start first, so that the tail of the grid is short.
             block, group = count - ONE - program // product(groups), program % product(groups)
         else:
             block, group = program % count, program // count
@@ -424,31 +396,31 @@ class _Writer:
             lines += self._range(name, "[None, :]", str(start or ""))
         for name in self._pieces("D"):
             self._tile("M", name)
-            lines.append(f"Q{name[1:]} = {self._operand(found.query, 'M', name, self.lead, self.row)}")
-        lines.append(f"top = tl.full([{config.rows}], {LEAST!r}, tl.float32)")
+            lines.append(f"Q{name[1:]} = {self._operand(attn.query, 'M', name, self.lead, self.row)}")
+        lines.append(f"top = tl.full([{config.rows}], {LOWEST_F32!r}, tl.float32)")
         lines.append(f"total = tl.zeros([{config.rows}], tl.float32)")
         sums = [f"acc{name[1:]}" for name in self._pieces("E")]
         for name, total in zip(self._pieces("E"), sums, strict=True):
             lines.append(f"{total} = tl.zeros([{config.rows}, {self.blocks[name]}], tl.float32)")
         self._walk()
-        if not found.partial:  # rows that see no key at all are 0, as in PyTorch
+        if not attn.partial:  # rows without a visible key are 0, as in PyTorch
             lines += [f"{total} = {total} / tl.where(total == 0, 1, total)[:, None]" for total in sums]
         self._store()
         return lines
 
     def _walk(self) -> None:
-        """All blocks of keys: those that every row sees whole, then the others."""
-        block, keys, lines = self.config.keys, self.found.keys, self.emitter.outer.lines
-        if not self.found.causal:
-            whole = keys // constant(block) * constant(block)
-            if whole != ZERO:
-                self._loop("0", str(whole))
-            if whole != keys:  # an open number may have no rest: then nothing in the block counts
-                lines.append(f"start = {whole}")
-                self._block(masked=True)
+        """Loop over blocks of keys: first those that are full and visible to every row, then the others."""
+        block, keys, lines = self.config.keys, self.attn.keys, self.emitter.outer.lines
+        if not self.attn.causal:
+            full = keys // constant(block) * constant(block)
+            if full != ZERO:
+                self._loop("0", str(full))
+            if full != keys:  # of a symbolic number of keys the last block may be fully masked
+                lines.append(f"start = {full}")
+                lines += self._block(masked=True)
             return
-        packed = self.found.packed > 1
-        first, last = ("0", str(from_dim(self.found.queries))) if packed else ("first", f"first + {self.config.rows}")
+        packed = self.attn.packed > 1
+        first, last = ("0", str(from_dim(self.attn.queries))) if packed else ("first", f"first + {self.config.rows}")
         if not packed:
             lines.append(f"whole = tl.minimum({first} + 1, {keys}) // {block} * {block}")
             self._loop("0", "whole")
@@ -456,63 +428,58 @@ class _Writer:
         self._loop("0" if packed else "whole", "end", diagonal=True)
 
     def _loop(self, begin: str, end: str, diagonal: bool = False) -> None:
-        outer = self.emitter.outer
-        body = Scope()
-        self._block(body, masked=diagonal, diagonal=diagonal)
-        outer.lines.append(f"for start in range({begin}, {end}, {self.config.keys}):")
-        outer.lines += indent(body.lines)
+        body = self._block(masked=diagonal, diagonal=diagonal)
+        self.emitter.outer.lines += [f"for start in range({begin}, {end}, {self.config.keys}):", *indent(body)]
 
-    def _block(self, body: Scope | None = None, masked: bool = False, diagonal: bool = False) -> None:
-        """One block of keys, from `start`."""
-        emitter, found = self.emitter, self.found
-        emitter.scope = scope = Scope() if body is None else body
+    def _block(self, masked: bool, diagonal: bool = False) -> list[str]:
+        """The lines of one block of keys, from `start`; what does not vary with keys is emitted before it."""
+        emitter, attn = self.emitter, self.attn
+        emitter.scope = scope = Scope()
         scope.lines += self._range("N", "[None, :]", "start", masked)
         scope.lines += self._range("J", "[:, None]", "start", masked)
-        if found.mask is not None and self.by_key:  # on its way while keys are multiplied
+        if attn.mask is not None and self.mask_is_per_key:  # loaded before the product, to overlap with it
             self._tile("M", "N", "N", masked)
-            self._mask(found.mask)
-        key = variable("J", found.keys)
+            self._mask(attn.mask)
+        key = variable("J", attn.keys)
         for name in self._pieces("D"):
             self._tile("J", name, "J", masked)
-            k = self._operand(found.key, "J", name, self.lead, key)
+            k = self._operand(attn.key, "J", name, self.lead, key)
             before = ", s" if name != "D" else ""
             scope.lines.append(f"s = tl.dot(Q{name[1:]}, tl.trans({k}){before}{self._precision()})")
         self._tile("M", "N", "N", masked)
         self._scores(scope, masked, diagonal)
         for name in self._pieces("E"):
             self._tile("J", name, "J", masked)
-            v = self._operand(found.value, "J", name, self.lead, key)
-            weights, acc = f"p.to({tl_dtype(found.dtype)})", f"acc{name[1:]}"
+            v = self._operand(attn.value, "J", name, self.lead, key)
+            weights, acc = f"p.to({tl_dtype(attn.dtype)})", f"acc{name[1:]}"
             scope.lines.append(f"{acc} = tl.dot({weights}, {v}, {acc} * decay[:, None]{self._precision()})")
         scope.lines.append("top = peak")
-        emitter.scope, emitter.looped = emitter.outer, ""
-        if body is None:
-            emitter.outer.lines += scope.lines
+        return emitter.inner()
 
     def _mask(self, mask: Tensor) -> Operand:
-        return self.emitter.value(mask, (*self.lead, self.row, variable("N", self.found.keys)))
+        return self.emitter.value(mask, self.mask_at)
 
     def _precision(self) -> str:
-        return ', input_precision="ieee"' if self.found.dtype == "f32" else ""
+        return ', input_precision="ieee"' if self.attn.dtype == "f32" else ""
 
     def _scores(self, scope: Scope, masked: bool, diagonal: bool) -> None:
-        """From products to weights: `p`, the maximum so far, and what that makes of the sums before."""
-        found = self.found
-        seen = ["in_n"] if masked and not self._whole("N") else []
+        """One online-softmax step: row maximum `peak`, weights `p`, and `decay`, which rescales the running sums."""
+        attn = self.attn
+        seen = ["in_n"] if masked and not self._is_full("N") else []
         if diagonal:
             seen.append(f"({self.row} >= N)")
-        if self.early:
-            scope.lines.append(f"s = s * {found.scale!r}")
-        if found.mask is not None:
-            mask = self._mask(found.mask)
-            if self.added:
+        if self.scale_first:
+            scope.lines.append(f"s = s * {attn.scale!r}")
+        if attn.mask is not None:
+            mask = self._mask(attn.mask)
+            if self.has_additive_mask:
                 scope.lines.append(f"s = s + {mask.text}")
             else:
                 seen.append(mask.text)
         if seen:
             scope.lines.append(f's = tl.where({" & ".join(seen)}, s, float("-inf"))')
-        if self.early:
-            # Not in base 2 before the difference: the least number of a mask, times log2(e), would be infinite.
+        if self.scale_first:
+            # The difference comes before the factor: the lowest float, as masks have it, times log2(e) is -inf.
             scope.lines.append("peak = tl.maximum(top, tl.max(s, 1))")
             scope.lines.append(f"p = tl.exp2((s - peak[:, None]) * {self.factor!r})")
             scope.lines.append(f"decay = tl.exp2((top - peak) * {self.factor!r})")
@@ -525,11 +492,11 @@ class _Writer:
     # ---- the result --------------------------------------------------------------------------------------------------
 
     def _store(self) -> None:
-        found = self.found
-        rows = {1: "top[:, None]", 2: "total[:, None]"}  # results that have one number for each row
+        attn = self.attn
+        rows = {1: "top[:, None]", 2: "total[:, None]"}  # results with one number per row, by index
         for index, output in enumerate(self.region.outputs):
             anchors = _anchors(output)
-            which = found.results.index(anchors[0]) if anchors else 0
+            which = attn.results.index(anchors[0]) if anchors else 0
             if which in rows:
                 self._store_piece(index, "E", ZERO, Operand(rows[which], frozenset(("M",))))
                 continue
@@ -538,10 +505,10 @@ class _Writer:
                 self._store_piece(index, name, variable(name, self.sizes[name]), result)
 
     def _store_piece(self, index: int, name: str, column: Index, result: Operand) -> None:
-        """Store columns of the output number `index`, for which the call's result at `column` is `result`."""
-        emitter, found, output = self.emitter, self.found, self.region.outputs[index]
+        """Store a column block of output `index`; `result`: the tile of the call's result there."""
+        emitter, attn, output = self.emitter, self.attn, self.region.outputs[index]
         self._tile("M", name)
-        sizes = (*map(from_dim, found.lead), from_dim(found.queries), ONE if column == ZERO else self.sizes[name])
+        sizes = (*map(from_dim, attn.lead), from_dim(attn.queries), ONE if column == ZERO else self.sizes[name])
         position = (*self.lead, self.row, column)
         place = _position(output, position, sizes)
         for anchor in _anchors(output):
@@ -551,7 +518,7 @@ class _Writer:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether elements of `tensor` are loaded as they are, 0 where a mask is not set."""
+    """`tensor` is a view of a load, which is 0 where a mask is not set."""
     while isinstance(tensor, View):
         tensor = tensor.source
     return isinstance(tensor, Load)
@@ -560,11 +527,11 @@ def _is_plain(tensor: Tensor) -> bool:
 def _anchors(tensor: Tensor) -> list[Load]:
     if isinstance(tensor, Load):
         return [tensor] if tensor.anchor else []
-    return [found for child in children(tensor) for found in _anchors(child)]
+    return [anchor for child in children(tensor) for anchor in _anchors(child)]
 
 
 def _reached(tensor: Tensor, position: Position) -> Position | None:
-    """The element of the result that `tensor` has at `position`; None if it has none."""
+    """The position in the call's result that `tensor` reads at `position`; None if it reads none."""
     if isinstance(tensor, Load):
         return position if tensor.anchor else None
     if isinstance(tensor, View):
@@ -573,10 +540,9 @@ def _reached(tensor: Tensor, position: Position) -> Position | None:
 
 
 def _position(output: Tensor, position: Position, shape: Shape) -> Position:
-    """Where in `output` the element `position` of the result is.
+    """The position in `output` of the element `position` of the result.
 
-    Outputs are reshaped permutations of the result, so that one of the orders of its dimensions, read row by row, is
-    the output's own.
+    An output is a reshaped permutation of the result, so one order of the result's dimensions, flattened, is its own.
     """
     for order in permutations(range(len(shape))):
         flat = ravel([position[axis] for axis in order], [shape[axis] for axis in order])

@@ -49,6 +49,11 @@ class BodyBuilder:
         last = self.nodes.pop()
         self.nodes.append(Node(last.kind, last.op, last.args, (value,)))
 
+    def body(self, inputs: Values, result: Value) -> Graph:
+        """A body of all nodes, the last of which defines `result`."""
+        self.name_last(result)
+        return Graph("import", inputs, nodes=tuple(self.nodes), outputs=(result,))
+
     # ---- casts and pointwise operations ------------------------------------------------------------------------------
 
     def cast(self, value: Value, dtype: str) -> Value:
@@ -122,6 +127,11 @@ class BodyBuilder:
         assert isinstance(count, int)
         args = {"dim": axis} if axis else {}
         return self.calls("unbind.int", [view_types.unbind(old, axis)] * count, self=value, **args)
+
+
+def names_in(body: Graph) -> set[str]:
+    """The names that `body` uses: of its values and symbols."""
+    return {value.name for value in body.values()} | body.syms.keys()
 
 
 def type_of(value: Attr) -> TensorType:

@@ -1,7 +1,7 @@
-"""The build of kernels, ahead of time and just in time: of the tactics that code generation offers the first that fits.
+"""Kernel builds, ahead of time and just in time: per region the first tactic whose kernels fit the target.
 
-One loop serves both: a build ahead of time asks for every kind of tactic of every kernel node on every target, the
-compile worker for the tactics of some regions from a rank on. It needs neither torch nor a GPU.
+An ahead-of-time build asks for every kind of tactic of every kernel node on every target; the compile worker for the
+tactics of some regions from a rank on. Neither torch nor a GPU is needed.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Result:
     """A tactic that was built.
 
     Attributes:
-        rank: the tactic's.
-        built: its kernels as compiled for the target, by their keys in the tactic.
+        rank: of the tactic, in the order of trial.
+        built: the compiled kernels, by their keys in the tactic.
     """
 
     rank: int
@@ -44,17 +44,17 @@ class Result:
 
     @property
     def problem(self) -> str | None:
-        """Why a kernel does not fit the target; None: all do."""
+        """Why a kernel does not fit the target; None if all do."""
         return next((one.problem for one in self.built.values() if one.problem is not None), None)
 
     @property
     def runs(self) -> bool:
-        """The target can run all kernels, though some may spill."""
+        """The target can run all kernels, though some may spill too much."""
         return all(one.codes for one in self.built.values())
 
     @property
     def spills(self) -> int:
-        """Bytes of spill stores per thread, of all kernels."""
+        """Bytes of spill stores per thread, summed over kernels."""
         return sum(one.spills for one in self.built.values())
 
 
@@ -63,11 +63,12 @@ def build(
     progress: Progress | None = None,
     artefacts: Artefacts = NONE,
 ) -> tuple[dict[Key, Result], dict[Key, list[Result]]]:
-    """Per key the first of its tactics whose kernels fit the target. Where tactics only spill too much, the one that
-    spills least. And per key all that were tried.
+    """(the tactic chosen per key, all that were tried per key).
+
+    Chosen is the first tactic whose kernels fit the target, else the one that spills least.
 
     Args:
-        progress: see `compile_kernels`; starts again with each round of tactics.
+        progress: see `compile_kernels`; restarts with each round of tactics.
         artefacts: where the stages of kernels are written and overridden.
 
     Raises:
@@ -99,7 +100,7 @@ def build(
 
 
 def show_offers(artefacts: Artefacts, name: str, body: Graph, target: Target, offers: Iterable[Ranked]) -> None:
-    """Write the regions of the kernel `name` and of the kernels inside of its tactics, and begin its ranking."""
+    """Write the region of the kernel `name`, those of the kernels in its tactics, and the ranking."""
     _show_region(artefacts.of(name), body)
     lines = ["rank  expected us  tactic"]
     for rank, tactic in offers:
@@ -116,11 +117,11 @@ def _show_region(files: Artefacts, body: Graph) -> None:
     try:
         files.write("kir", str(region(body)))
     except Unsupported:
-        return  # it runs call by call
+        return  # not a kernel: it runs call by call
 
 
 def show_results(artefacts: Artefacts, name: str, target: Target, results: Iterable[Result]) -> None:
-    """Add what was built to the ranking of the kernel `name`."""
+    """Append the results to the ranking of the kernel `name`."""
     lines = []
     for result in results:
         codes = [(result.tactic.kernels[op].name, code) for op, built in result.built.items() for code in built.codes]
@@ -131,17 +132,17 @@ def show_results(artefacts: Artefacts, name: str, target: Target, results: Itera
 
 @dataclass
 class Binaries:
-    """The binaries of launches, each stored once: by digest of the compressed bytes."""
+    """The binaries of launches, deduplicated by digest of the compressed bytes."""
 
     stored: dict[str, bytes] = field(default_factory=dict)
     _digests: dict[bytes, str] = field(default_factory=dict)
 
     def tactic(self, result: Result) -> Tactic[Launch]:
-        """What was built as it is launched."""
+        """The tactic with launches in place of kernels."""
         return result.tactic.with_kernels(lambda op, kernel: self._launch(kernel, result.built[op], result.target))
 
     def _launch(self, kernel: Kernel, built: Built, target: Target) -> Launch:
-        assert built.aligned is not None  # what does not run is not chosen
+        assert built.aligned is not None  # only results that run are chosen
         generic = None if built.generic is None else self._variant(built.generic, target)
         aligned = self._variant(built.aligned, target)
         return Launch(kernel.scalars, kernel.grid, kernel.wide, aligned, generic)

@@ -1,8 +1,6 @@
-"""The compile worker: the process that compiles kernels for a running program, so that its threads don't wait for the
-interpreter lock.
+"""The compile worker: a process that compiles kernels for a running program, without contending for its GIL.
 
-It reads requests from its input and writes answers to its output, both pickled: it talks to the process that started it
-and to nobody else.
+Requests on stdin and answers on stdout are pickled: the only peer is the process that started it.
 """
 
 from __future__ import annotations
@@ -22,13 +20,13 @@ from torch_rtx.lowering.kernels.generate import tactics
 from torch_rtx.tactics import Candidate
 from torch_rtx.targets import Arch, arch_of
 
-NICENESS = 10  # the program that waits for nobody comes first
+NICENESS = 10  # the running program has priority
 
 
 def build(
     bodies: Mapping[str, tuple[Graph, int]], sm: int, artefacts: Artefacts = kernel_build.NONE
 ) -> dict[str, Candidate]:
-    """Per name of a region the first tactic that fits the GPU, from a rank on; regions without one are left out.
+    """Per region the first tactic from a rank on that fits the GPU; regions without one are left out.
 
     Args:
         bodies: by name, with the rank of the first tactic to try.
@@ -55,7 +53,7 @@ def build(
 
 
 def _ranked(body: Graph, name: str, arch: Arch, first: int) -> Iterator[kernel_build.Ranked]:
-    """The tactic of a rank; where it does not fit, the later ones of its kind, then all others."""
+    """The tactic of rank `first`, then the later ones of its kind, then all others."""
     try:
         later = islice(enumerate(tactics(body, name, arch)), first, None)
         for rank, tactic in later:
@@ -66,7 +64,7 @@ def _ranked(body: Graph, name: str, arch: Arch, first: int) -> Iterator[kernel_b
 
 
 def serve(requests: BinaryIO, answers: BinaryIO) -> None:
-    """Answer requests until there are no more: with what `build` returns, or with the error that it raised."""
+    """Answer requests until the stream ends: with the result of `build`, or the text of its error."""
     while True:
         try:
             request = pickle.load(requests)
@@ -77,16 +75,16 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
             answer = build(*request)
         except (RtxError, OSError) as error:
             answer = str(error)
-        except Exception as error:  # a bug, which the other process logs
+        except Exception as error:  # a bug: the peer logs it
             answer = f"{type(error).__name__}: {error}"
         pickle.dump(answer, answers)
         answers.flush()
 
 
 def main() -> None:
-    """The process."""
+    """The entry point of the process."""
     if hasattr(os, "nice"):
         os.nice(NICENESS)
     pipe = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever a compiler prints must not get between the answers
+    os.dup2(2, 1)  # what compilers print must not mix with answers
     serve(sys.stdin.buffer, pipe)

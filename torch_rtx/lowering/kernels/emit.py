@@ -67,7 +67,7 @@ class Emitter:
 
     Attributes:
         reduced: operand and position of each reduction computed so far; see `loops`.
-        anchored: the accumulator for a `Load` with `anchor` set, by position; see `product`.
+        anchored: the accumulator for a `Load` with `anchor` set, by position; see `matmul_template`.
     """
 
     def __init__(self, axes: Sequence[Axis], names: str = "") -> None:

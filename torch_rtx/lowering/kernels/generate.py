@@ -17,11 +17,11 @@ from torch_rtx.tactics import OWN, Tactic
 from torch_rtx.targets import Arch
 
 FAMILIES = (gemm.FAMILY, conv.FAMILY, attention.FAMILY, loop.FAMILY)
-Form = tuple[Tactic[Kernel], Iterator[Tactic[Kernel]]]  # a tactic, and what to build where its kernels do not fit
+Form = tuple[Tactic[Kernel], Iterator[Tactic[Kernel]]]  # a tactic, and its fallbacks
 
 
 def generate(body: Graph, name: str, arch: Arch, which: int) -> Kernel | None:
-    """The kernel that computes `body`, in its configuration number `which`; None if there are fewer.
+    """The kernel that computes `body` in configuration `which`, by rank; None if there are fewer.
 
     Raises:
         Unsupported: no kernel computes this.
@@ -30,21 +30,21 @@ def generate(body: Graph, name: str, arch: Arch, which: int) -> Kernel | None:
     return family_of(found).kernel(found, name, configs[which]) if which < len(configs) else None
 
 
-@lru_cache(maxsize=1024)  # asked for once per configuration, and for equal regions of many layers
+@lru_cache(maxsize=1024)  # called per configuration, and for equal regions of many layers
 def _prepared(body: Graph, arch: Arch) -> tuple[Region, Sequence[Any]]:
     found = region(body)
     return found, family_of(found).configs(found, arch)
 
 
 def family_of(found: Region) -> Family:
-    """The family of a region's anchor; that of loops where there is none."""
+    """The family of a region's anchor; of loops if there is none."""
     op = None if found.anchor is None else found.anchor.op
     return next(family for family in FAMILIES if op in family.ops or not family.ops)
 
 
 def forms(body: Graph, name: str, arch: Arch) -> list[Form]:
-    """The forms in which the kernel nodes `name` can run, the one expected to be the fastest first; each with further
-    tactics of the same kind for where its kernels do not fit, or are measured to be slow.
+    """The forms of the kernel nodes `name`, the fastest first by expected time. Each has further tactics of its kind,
+    in case its kernels do not fit or are measured to be slow.
 
     Raises:
         Unsupported: no kernel computes this.
@@ -52,20 +52,20 @@ def forms(body: Graph, name: str, arch: Arch) -> list[Form]:
     found, configs = _prepared(body, arch)
     family = family_of(found)
     own_us = family.expected_us(found, arch, configs[0])
-    made = [_own(found, name, arch), *(_other(offer, arch) for offer in family.others(found, name, arch, own_us))]
+    made = [_own(found, name, arch), *(_offered(offer, arch) for offer in family.others(found, name, arch, own_us))]
     heads = [(head, rest) for rest in made if (head := next(rest, None)) is not None]
     return sorted(heads, key=lambda form: form[0].expected_us)
 
 
 def _own(found: Region, name: str, arch: Arch) -> Iterator[Tactic[Kernel]]:
-    """The region's own kernel, in all configurations."""
+    """The region's own kernel in all configurations."""
     family = family_of(found)
     for config in _prepared(found.body, arch)[1]:
         yield Tactic("kernel", family.expected_us(found, arch, config), {OWN: family.kernel(found, name, config)})
 
 
-def _other(offer: Offer, arch: Arch) -> Iterator[Tactic[Kernel]]:
-    """A tactic of other kernels, or of none, in configurations of these."""
+def _offered(offer: Offer, arch: Arch) -> Iterator[Tactic[Kernel]]:
+    """An offered tactic, in each configuration of its first kernel; once if it has no kernels."""
     inside = [node for node in offer.body.nodes if node.body is not None] if offer.body is not None else []
     for which in range(len(_prepared(inside[0].body, arch)[1]) if inside else 1):
         kernels: dict[str, Kernel] = {}
@@ -82,8 +82,8 @@ def _other(offer: Offer, arch: Arch) -> Iterator[Tactic[Kernel]]:
 
 
 def tactics(body: Graph, name: str, arch: Arch) -> Iterator[Tactic[Kernel]]:
-    """The tactics of the kernel nodes `name`, in the order in which to try them: the first of each form, the one that
-    is expected to be fastest first; then the nodes' own kernel in further configurations, and other forms in theirs.
+    """The tactics of the kernel nodes `name` in the order of trial: first each form's best, by expected time; then the
+    further configurations of the region's own kernel, and those of the other forms.
 
     Raises:
         Unsupported: no kernel computes this.
@@ -94,13 +94,12 @@ def tactics(body: Graph, name: str, arch: Arch) -> Iterator[Tactic[Kernel]]:
     yield from chain.from_iterable(rest for _, rest in own_first)
 
 
-def split_in(body: Graph, name: str, parts: int) -> Graph:
-    """`body`, of the kernel `name`, in `parts`: its anchor's, or, without an anchor, about so many of the rows that it
-    reduces.
+def split_in(body: Graph, name: str, num_splits: int) -> Graph:
+    """The split form of `body`, of the kernel `name`, with its anchor in `num_splits`, or its rows in about as many.
 
     Raises:
-        Unsupported: it has nothing that can be cut.
+        Unsupported: it can't be split.
     """
     ops = {node.op for node in body.nodes}
     family = next(family for family in FAMILIES if not family.ops or not family.ops.isdisjoint(ops))
-    return family.split(body, name, parts)
+    return family.split(body, name, num_splits)

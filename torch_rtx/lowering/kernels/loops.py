@@ -1,9 +1,9 @@
-"""Kernels that are one loop: pointwise ones over all elements, and reductions over rows.
+"""Loop kernels: pointwise operations over elements, and reductions over rows.
 
-A program of a pointwise kernel does a run of elements; X is their number. With reductions X is the number of a row and
-R the place in it: a program does a few rows, each of them at once where it is short enough, else in steps, with one
-loop per level of reductions and one for what comes after. Any reductions share a kernel if they are over rows of one
-size and number; whatever comes before, between and after them is computed in registers. A scan needs its row at once.
+A program of a pointwise kernel computes a block of elements, with index X. With reductions X is the row and R the
+element in it. A program reduces a few rows: short ones are held in registers, longer ones are read in steps, with one
+loop per level of dependent reductions and one for the results. Reductions share a kernel if their rows agree in size
+and number; whatever comes before, between and after them stays in registers. A scan needs its row in registers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from torch_rtx.dtypes import register
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Dim, TensorType
-from torch_rtx.lowering.kernels.emit import Axis, Emitter, Operand, Scope, indent
+from torch_rtx.lowering.kernels.emit import Axis, Emitter, Operand, indent
 from torch_rtx.lowering.kernels.index import (
     Index,
     constant,
@@ -41,12 +41,13 @@ from torch_rtx.lowering.kernels.kernel_ir import (
     View,
 )
 from torch_rtx.lowering.kernels.region import Region, needed, reductions_of
-from torch_rtx.lowering.kernels.source import assemble, blocks, is_wide
+from torch_rtx.lowering.kernels.source import assemble, blocks, needs_int64, next_power_of_2
 from torch_rtx.lowering.kernels.triton_ops import literal, template, tl_dtype
 
 X, R = "X", "R"
-PERSISTENT = 8192  # the longest row that a program holds at once
-TILE = 1024  # elements of a tile where nothing else decides
+PERSISTENT = 8192  # elements of the longest row that is held in registers
+TILE = 1024  # elements of a default tile
+TYPICAL_PROCESSORS = 132
 COMBINE = """
 
 @triton.jit
@@ -57,7 +58,7 @@ def _{kind}(a, b):
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """How a loop is cut: rows and elements of a tile, and Triton's number of warps."""
+    """The tile, [rows, elements of a row], and Triton's number of warps."""
 
     rows: int
     elements: int
@@ -66,7 +67,7 @@ class LoopConfig:
 
 @dataclass(frozen=True)
 class Rows:
-    """The loop of a region: `count` rows of `size` elements, which are the `axes` of a tensor of `shape`."""
+    """The iteration space: `count` rows of `size` elements, reduced over `axes` of a tensor of `shape`."""
 
     count: Index
     size: Index
@@ -74,22 +75,22 @@ class Rows:
     axes: tuple[int, ...] = ()
 
     @property
-    def inner(self) -> bool:
-        """Whether the elements of a row are neighbours: the last dimension is one of `axes`."""
+    def contiguous(self) -> bool:
+        """The last dimension is reduced, so the elements of a row are neighbours."""
         return max(self.axes, default=0) == len(self.shape) - 1
 
     def position(self, row: Index, element: Index, shape: Shape, axes: tuple[int, ...]) -> Position:
-        """The position in a tensor of `shape` that is reduced over `axes`, the last of which runs fastest."""
+        """The position of an element of a row in a tensor of `shape`, reduced over `axes`, the last fastest."""
         kept = iter(unravel(row, tuple(s for a, s in enumerate(shape) if a not in axes)))
         inner = dict(zip(axes, unravel(element, tuple(shape[a] for a in axes)), strict=True))
         return tuple(inner[axis] if axis in inner else next(kept) for axis in range(len(shape)))
 
 
 def rows_of(region: Region) -> Rows:
-    """The loop that computes `region`.
+    """The iteration space of `region`.
 
     Raises:
-        Unsupported: its reductions, or its outputs, do not fit one loop.
+        Unsupported: its reductions and outputs do not share one.
     """
     reductions = reductions_of(region.outputs)
     if region.anchor is not None:
@@ -98,7 +99,7 @@ def rows_of(region: Region) -> Rows:
         count = product(region.outputs[0].shape)
         rows = Rows(count, constant(1))
     else:
-        source, axes = reductions[0].source, in_memory(reductions[0])
+        source, axes = reductions[0].source, memory_order(reductions[0])
         rows = Rows(_kept(reductions[0]), product(source.shape[a] for a in axes), source.shape, axes)
     for reduction in reductions:
         size = product(reduction.source.shape[a] for a in reduction.axes)
@@ -112,8 +113,8 @@ def rows_of(region: Region) -> Rows:
     return rows
 
 
-def in_memory(reduction: Reduce) -> tuple[int, ...]:
-    """The axes that a reduction is over as they lie in the memory of what it reads first, the outermost first."""
+def memory_order(reduction: Reduce) -> tuple[int, ...]:
+    """The reduced axes in the memory order of the first tensor that is read, outermost first."""
     axes, shape = reduction.axes, reduction.source.shape
     names = [f"A{axis}" for axis in range(len(shape))]
     if len(axes) > 1:
@@ -125,7 +126,7 @@ def in_memory(reduction: Reduce) -> tuple[int, ...]:
 
 
 def _addresses(tensor: Tensor, position: Position, seen: set[tuple[Tensor, Position]]) -> Iterator[Index]:
-    """Where the elements of `tensor` at `position` come from in memory."""
+    """The memory offsets that `tensor` reads at `position`."""
     if (tensor, position) in seen:
         return
     seen.add((tensor, position))
@@ -148,8 +149,7 @@ def _kept(reduction: Reduce) -> Index:
 
 
 def loop_configs(region: Region) -> list[LoopConfig]:
-    """The configurations to try, the best first: tiles of about `TILE` elements, longer ones for long rows, and small
-    problems cut in more parts; then smaller tiles with more warps, for bodies that need many registers."""
+    """Configurations, the fastest first; then smaller tiles with more warps, for bodies that need many registers."""
     best = _best_config(region)
     smaller = [replace(best, rows=max(best.rows // 2, 1))]
     if reductions_of(region.outputs):
@@ -162,17 +162,17 @@ def _best_config(region: Region) -> LoopConfig:
     rows = rows_of(region)
     if rows.size.number == 1 and not reductions_of(region.outputs):
         count = rows.count.number
-        elements = TILE if count is None or count >= 132 * TILE else 256
+        elements = TILE if count is None or count >= TYPICAL_PROCESSORS * TILE else 256
         return LoopConfig(elements, 1, 4)
     size = rows.size.number
     if size is None or size > PERSISTENT:
-        return LoopConfig(1, 2048, 8) if rows.inner else LoopConfig(16, 256, 8)
-    block = 1 << max(size - 1, 0).bit_length()
-    if rows.inner:
+        return LoopConfig(1, 2048, 8) if rows.contiguous else LoopConfig(16, 256, 8)
+    block = next_power_of_2(size)
+    if rows.contiguous:
         count = max(TILE // block, 1)
         return LoopConfig(count, block, 4 if block * count <= 2048 else 8)
-    # Neighbours in memory are rows, not elements of one: a tile takes several of them. The fewer threads share a row,
-    # the less they have to wait for each other: 64 elements each.
+    # Rows, not their elements, are neighbours in memory: a tile has several. With 64 elements per thread few
+    # threads have to synchronize on a row.
     count = max(4 * TILE // block, min(16, 16 * TILE // block))
     return LoopConfig(count, block, max(block * count // (2 * TILE), 2))
 
@@ -181,7 +181,7 @@ def loop_kernel(region: Region, name: str, config: LoopConfig | None = None) -> 
     """The kernel that computes `region` in one loop.
 
     Raises:
-        Unsupported: see `rows_of`, or a reduction is needed in another row than its own.
+        Unsupported: see `rows_of`; or a reduction is read in another row than its own.
     """
     writer = _Writer(region, config or _best_config(region))
     lines = writer.write()
@@ -191,7 +191,7 @@ def loop_kernel(region: Region, name: str, config: LoopConfig | None = None) -> 
         COMBINE.format(kind=kind, text=template(REDUCTIONS[kind].combine).format("a", "b")) for kind in kinds
     )
     programs = blocks(writer.count, writer.config.rows)
-    return assemble(region, name, lines, programs, writer.config.num_warps, 2 if writer.steps else 1, functions)
+    return assemble(region, name, lines, programs, writer.config.num_warps, 2 if writer.is_looped else 1, functions)
 
 
 class _Writer:
@@ -201,13 +201,13 @@ class _Writer:
         self.region, self.config, self.rows = region, config, rows_of(region)
         self.reductions = reductions_of(region.outputs)
         size = self.rows.size.number
-        self.wide = is_wide(region)
-        self.steps = bool(self.reductions) and (size is None or size > config.elements)
-        self.flat = not self.reductions
+        self.cast = ".to(tl.int64)" if needs_int64(region) else ""
+        self.is_looped = bool(self.reductions) and (size is None or size > config.elements)
+        self.is_pointwise = not self.reductions
         self.x, self.r = variable(X, self.rows.count), variable(R, self.rows.size)
         known = self.rows.count.number
         axes = [Axis(X, config.rows, "" if known is not None and known % config.rows == 0 else "in_x")]
-        if not self.flat:
+        if not self.is_pointwise:
             axes.append(Axis(R, config.elements, "" if size and size % config.elements == 0 else "in_r"))
         self.emitter = Emitter(axes)
         types = (value.type for value in region.body.values())
@@ -217,13 +217,13 @@ class _Writer:
     def write(self) -> list[str]:
         """All lines of the kernel."""
         emitter, config = self.emitter, self.config
-        program = f"tl.program_id(0){'.to(tl.int64)' if self.wide else ''}"
-        lines = [f"{X} = {program} * {config.rows} + tl.arange(0, {config.rows}){'' if self.flat else '[:, None]'}"]
+        side = "" if self.is_pointwise else "[:, None]"
+        lines = [f"{X} = tl.program_id(0){self.cast} * {config.rows} + tl.arange(0, {config.rows}){side}"]
         if emitter.axes[X].mask:
             lines.append(f"in_x = {X} < {self.rows.count}")
-        if not self.flat and not self.steps:
+        if not self.is_pointwise and not self.is_looped:
             lines += self._elements("0")
-        if self.steps:
+        if self.is_looped:
             self._stepwise()
         else:
             for reduction in self.reductions:
@@ -233,13 +233,13 @@ class _Writer:
 
     def _elements(self, start: str) -> list[str]:
         offset = "" if start == "0" else f"{start} + "
-        lines = [f"{R} = {offset}tl.arange(0, {self.config.elements}){'.to(tl.int64)' if self.wide else ''}[None, :]"]
+        lines = [f"{R} = {offset}tl.arange(0, {self.config.elements}){self.cast}[None, :]"]
         return lines + ([f"in_r = {R} < {self.rows.size}"] if self.emitter.axes[R].mask else [])
 
     # ---- reductions --------------------------------------------------------------------------------------------------
 
     def _source(self, reduction: Reduce) -> Operand:
-        position = self.rows.position(self.x, self.r, reduction.source.shape, in_memory(reduction))
+        position = self.rows.position(self.x, self.r, reduction.source.shape, memory_order(reduction))
         return self.emitter.value(reduction.source, position)
 
     def _known(self, reduction: Reduce, operand: Operand) -> None:
@@ -247,7 +247,7 @@ class _Writer:
         self.emitter.reduced[reduction] = operand, position
 
     def _masked(self, reduction: Reduce, value: Operand) -> str:
-        """The elements to reduce as a whole tile: those that do not count are neutral."""
+        """The full tile to reduce, with masked elements neutral."""
         emitter = self.emitter
         tile = frozenset((X, R))
         masked = emitter.axes[R].mask
@@ -282,10 +282,10 @@ class _Writer:
             for reduction, total in zip(ready, totals, strict=True):
                 self._known(reduction, self.emitter.assign(_total(reduction, total), frozenset((X,)), "r"))
         sizes = [product(output.shape) for output in self.region.outputs]
-        whole = [i for i, size in enumerate(sizes) if size != self.rows.count]
-        self._store([i for i in range(len(sizes)) if i not in whole])
-        if whole:
-            self._loop(lambda: self._store(whole))
+        elementwise = [i for i, size in enumerate(sizes) if size != self.rows.count]
+        self._store([i for i in range(len(sizes)) if i not in elementwise])
+        if elementwise:
+            self._loop(lambda: self._store(elementwise))
 
     def _accumulator(self, reduction: Reduce) -> str:
         dtype = tl_dtype(register(reduction.dtype))
@@ -294,10 +294,9 @@ class _Writer:
 
     def _loop(self, write: Callable[[], None]) -> None:
         emitter = self.emitter
-        emitter.scope, emitter.looped = Scope(), R
+        emitter.step(R, ())
         write()
-        inner, emitter.scope, emitter.looped = emitter.scope, emitter.outer, ""
-        lines = [*self._elements("start"), *inner.lines]
+        lines = [*self._elements("start"), *emitter.inner()]
         emitter.outer.lines.append(f"for start in range(0, {self.rows.size}, {self.config.elements}):")
         emitter.outer.lines += indent(lines)
 
@@ -312,24 +311,24 @@ class _Writer:
             self.emitter.store(f"out{index}", address, value, axes)
 
     def _place(self, output: Tensor, type_: TensorType) -> tuple[Position, frozenset[str]]:
-        """The position that X, or X and R, stand for in an output."""
+        """The position in an output that X, or X and R, index, and the axes of the store."""
         rows = self.rows
-        if self.flat or product(output.shape) == rows.count:
+        if self.is_pointwise or product(output.shape) == rows.count:
             shape, axes = self.region.outputs[0].shape, frozenset((X,))
             position = _nth_in_memory(self.x, shape, self.region.types[0].strides)
-            if not self.flat:
+            if not self.is_pointwise:
                 return unravel(self.x, output.shape), axes
         else:
             position, shape = rows.position(self.x, self.r, rows.shape, rows.axes), rows.shape
             axes = frozenset((X, R))
             moved = _nth_in_memory(ravel(position, shape), output.shape, type_.strides)
-            if self.emitter.holds(output, moved):  # rows are laid out as they are in memory: see `split_reduction`
+            if self.emitter.holds(output, moved):  # rows follow memory order, see `split_reduction`
                 return moved, axes
         return (position if output.shape == shape else unravel(ravel(position, shape), output.shape)), axes
 
 
 def _nth_in_memory(flat: Index, shape: Shape, strides: tuple[Dim, ...]) -> Position:
-    """The position of the element number `flat` in the memory of a tensor, so that neighbours are neighbours there."""
+    """The position of element `flat` in memory order, so that neighbouring threads access neighbours."""
     order = list(range(len(shape)))
     if all(isinstance(stride, int) for stride in strides):
         order.sort(key=lambda axis: strides[axis], reverse=True)  # type: ignore[arg-type, return-value]
@@ -338,12 +337,12 @@ def _nth_in_memory(flat: Index, shape: Shape, strides: tuple[Dim, ...]) -> Posit
 
 
 def _neutral(reduction: Reduce) -> str:
-    """What changes no result, as text."""
+    """The neutral element, as source."""
     return literal(REDUCTIONS[reduction.kind].neutral(reduction.dtype))
 
 
 def _total(reduction: Reduce, tile: str) -> str:
-    """The reduction of a tile over its elements, of shape [rows, 1]."""
+    """The reduction of a tile along its rows, [rows, 1], as source."""
     match reduction.kind:
         case "sum":
             return f"tl.sum({tile}, 1)[:, None]"

@@ -7,9 +7,8 @@ ISA, "griddepcontrol").
 
 `wait` stands before the first instruction that may access memory. Where the trigger stands affects speed only, since
 the next kernel waits as well. After an early trigger, blocks of the next kernel take slots while blocks of this one
-still run, and end up unevenly spread over the SMs: GEMM tiles then took up to 4 % longer on an H200. So the trigger
-stands before the first store to global memory, except in GEMVs: their many short programs stream weights, and trigger
-at their start.
+still run, and end up unevenly spread over the SMs, which slows GEMM tiles down. So the trigger stands before the first
+store to global memory, except in GEMVs: their many short programs stream weights, and trigger at their start.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A region: the body of a kernel node as tensors."""
+"""A region: the body of a kernel node as kernel IR."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Region:
 
     Attributes:
         outputs: the tensors to store.
-        anchor: the node among ANCHORS, if there is one. Its result is a `Load` with `anchor` set.
-        values: every value of the body as a tensor, the anchor's operands among them.
+        anchor: the node among ANCHORS, if any. Its results are `Load`s with `anchor` set.
+        values: every value of the body as kernel IR.
     """
 
     body: Graph
@@ -40,8 +40,13 @@ class Region:
         """The types of the outputs."""
         return tuple(v.type for v in attr_values(self.body.outputs) if isinstance(v.type, TensorType))
 
+    @property
+    def memory_types(self) -> tuple[TensorType, ...]:
+        """The types of the tensors that the kernel reads or writes: the inputs of the body and the outputs."""
+        return (*map(tensor_type, self.body.inputs), *self.types)
+
     def __str__(self) -> str:
-        """What is computed, see `kernel_ir.text`."""
+        """The text form, see `kernel_ir.text`."""
         if self.anchor is None:
             return text(self.outputs)
         args = {key: self.values[attr.name] if isinstance(attr, Value) else attr for key, attr in self.anchor.args}
@@ -49,10 +54,10 @@ class Region:
 
 
 def region(body: Graph) -> Region:
-    """The body of a kernel as tensors.
+    """The body of a kernel as kernel IR.
 
     Raises:
-        Unsupported: an operator, dtype or argument that kernels do not have.
+        Unsupported: an operator, dtype or argument that kernels do not cover; or two anchors.
     """
     values: dict[str, Tensor] = {value.name: load(value.name, tensor_type(value)) for value in body.inputs}
     anchors = list(_fill(body, values))
@@ -63,12 +68,12 @@ def region(body: Graph) -> Region:
 
 
 def _fill(body: Graph, values: dict[str, Tensor]) -> Iterator[Node]:
-    """Adds what the nodes of `body` compute to `values`, which has its inputs; yields the anchors."""
+    """Add the results of the nodes of `body` to `values`, which has the inputs; yields the anchors."""
     for node in body.nodes:
         if node.op in ANCHORS:
             values.update({v.name: load(v.name, tensor_type(v), anchor=True) for v in node.outputs if v is not None})
             yield node
-        elif node.body is not None:  # what follows an anchor, as a kernel of its own
+        elif node.body is not None:  # a prologue or epilogue
             inner = {own.name: values[given.name] for own, given in zip(node.body.inputs, node.inputs, strict=True)}
             yield from _fill(node.body, inner)
             named = zip(node.outputs, attr_values(node.body.outputs), strict=True)
@@ -78,7 +83,7 @@ def _fill(body: Graph, values: dict[str, Tensor]) -> Iterator[Node]:
 
 
 def express(node: Node, values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The results of `node` by name.
+    """The results of `node`, by name.
 
     Raises:
         Unsupported: see `region`.
@@ -96,7 +101,7 @@ def express(node: Node, values: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _written_out(node: Node, values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The results of `node` by the calls of its rule."""
+    """The results of `node`, by the calls of its rule in `reduction_rules`."""
     outputs = [value for value in node.outputs if value is not None]
     body = BodyBuilder({value.name for value in (*node.inputs, *outputs)})
     results = written_out(body, node)
@@ -111,10 +116,10 @@ def _written_out(node: Node, values: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def tensor_type(value: Value) -> TensorType:
-    """The type of a tensor that a kernel can touch.
+    """The type of a tensor that kernels can access.
 
     Raises:
-        Unsupported: a number, another device, a dtype that kernels do not have.
+        Unsupported: a number, another device, or a dtype that kernels do not cover.
     """
     type_ = value.type
     if not isinstance(type_, TensorType) or type_.device != MAIN or not register(type_.dtype):
@@ -131,12 +136,12 @@ def _given(attr: Attr, values: dict[str, Tensor]) -> object:
 
 
 def reductions_of(outputs: tuple[Tensor, ...]) -> list[Reduce]:
-    """Every reduction that `outputs` need, each after those that it needs itself."""
+    """All reductions that `outputs` depend on, in topological order."""
     return [tensor for tensor in everything(outputs) if isinstance(tensor, Reduce)]
 
 
 def needed(tensor: Tensor) -> Iterator[Reduce]:
-    """The reductions right below `tensor`, not those below these."""
+    """The nearest reductions that `tensor` depends on."""
     for child in children(tensor):
         if isinstance(child, Reduce):
             yield child

@@ -10,6 +10,7 @@ from torch_rtx.lowering.kernels.emit import indent
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.region import Region
 
+MIN_BLOCK = 16  # of a dimension of `tl.dot`
 HEADER = "import triton\nimport triton.language as tl\n"
 
 
@@ -43,7 +44,7 @@ def assemble(
         (programs, 1, 1),
         num_warps,
         num_stages,
-        is_wide(region),
+        needs_int64(region),
         trigger_early,
     )
 
@@ -53,7 +54,17 @@ def blocks(count: Dim, block: int) -> Dim:
     return dim_expr("//", dim_expr("+", count, block - 1), block)
 
 
-def is_wide(region: Region) -> bool:
+def next_power_of_2(size: int) -> int:
+    """The smallest power of two that is at least `size`; 1 for 0."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def block_of(size: int) -> int:
+    """The smallest block of a matrix product that holds `size` elements."""
+    return max(MIN_BLOCK, next_power_of_2(size))
+
+
+def needs_int64(region: Region) -> bool:
     """Some element offset may exceed int32, so that indices must be int64."""
     types = [value.type for value in region.body.values()]
     return any(_reach(type_) >= 2**31 for type_ in types if isinstance(type_, TensorType))

@@ -1,9 +1,8 @@
-"""Split forms: a body as two kernels, for results that are too small to fill a chip.
+"""Split forms: two kernels for a result that has too few tiles to fill the GPU.
 
-The first kernel computes partial results in f32: of a product or a convolution over ranges of its depth (split-K), of
-attention over ranges of its keys (split-KV). The second adds them up, in order, and does all that follows; so every run
-gives the same bits, which atomic additions would not. Both are written as ATen calls, like any other body. Loops have a
-form of three kernels, or two for each reduction: see `split_reduction`.
+The first kernel computes partial results in f32, over ranges of K (split-K) or of the keys of attention (split-KV). The
+second combines them in a fixed order and runs the epilogue; unlike with atomics, every run gives the same bits. Both
+bodies are ATen calls, like any other. For reductions without an anchor see `split_reduction`.
 """
 
 from __future__ import annotations
@@ -11,54 +10,54 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch_rtx.ir import Dim, Graph, Node, TensorType, Value
-from torch_rtx.lowering.kernels.body_builder import BodyBuilder, kernel, needed, type_of
+from torch_rtx.lowering.kernels.body_builder import BodyBuilder, kernel, names_in, needed, type_of
 
-Partial = Callable[[BodyBuilder, Node, int], tuple[Value, ...]]  # the partial results of an anchor
-Finish = Callable[[BodyBuilder, Node, tuple[Value, ...]], Value]  # from these the whole result, in f32
+Partial = Callable[[BodyBuilder, Node, int], tuple[Value, ...]]  # the anchor's partial results, per split
+Combine = Callable[[BodyBuilder, Node, tuple[Value, ...]], Value]  # the whole result in f32 from the partial ones
 
 
 def split_anchor(
-    body: Graph, name: str, anchor: Node, parts: int, partial: Partial, finish: Finish, last: str
+    body: Graph, name: str, anchor: Node, num_splits: int, partial: Partial, combine: Combine, last: str
 ) -> Graph:
-    """`body`, of the kernel `name`, with its anchor cut in `parts`, which must divide what is cut.
+    """`body`, of the kernel `name`, with its anchor split into `num_splits`, a divisor of the size that is split.
 
     Args:
-        last: the argument of the anchor that is added in the end.
+        last: the argument of the anchor that the second kernel adds.
 
     Raises:
-        Unsupported: the anchor has nothing that can be cut.
+        Unsupported: the anchor can't be split.
     """
     operands = tuple(attr for name, attr in anchor.args if name != last)
-    taken = {value.name for value in body.values()} | body.syms.keys()
+    taken = names_in(body)
     first = BodyBuilder(taken, needed(body.nodes, operands))
-    results = partial(first, anchor, parts)
+    results = partial(first, anchor, num_splits)
     second = BodyBuilder(taken)
     others = [node for node in body.nodes if node is not anchor]
     kept = needed(others, (*body.outputs, anchor.arg(last)))
     for node in body.nodes:
         if node is anchor:
-            _rounded(second, finish(second, anchor, results), anchor)
+            _rounded(second, combine(second, anchor, results), anchor)
         elif node in kept:
             second.nodes.append(node)
     outputs = tuple(value for value in body.outputs if isinstance(value, Value))
     nodes = (
-        kernel(f"{name}_parts{parts}", body.inputs, first.nodes, results),
-        kernel(f"{name}_sum{parts}", (*results, *body.inputs), second.nodes, outputs),
+        kernel(f"{name}_parts{num_splits}", body.inputs, first.nodes, results),
+        kernel(f"{name}_sum{num_splits}", (*results, *body.inputs), second.nodes, outputs),
     )
     return Graph("import", body.inputs, nodes=nodes, outputs=body.outputs)
 
 
-def added(calls: BodyBuilder, parts: tuple[Value, ...], strides: tuple[Dim, ...]) -> Value:
-    """The sum of partial results, in order; it lies in memory as `strides` say."""
-    total, *rest = parts
-    for part in rest:
-        old = type_of(part)
-        total = calls.call("add.Tensor", TensorType("f32", old.shape, strides), self=total, other=part)
+def added(calls: BodyBuilder, terms: tuple[Value, ...], strides: tuple[Dim, ...]) -> Value:
+    """The sum of partial results, in order, with these strides."""
+    total, *rest = terms
+    for term in rest:
+        old = type_of(term)
+        total = calls.call("add.Tensor", TensorType("f32", old.shape, strides), self=total, other=term)
     return total
 
 
 def _rounded(calls: BodyBuilder, total: Value, anchor: Node) -> None:
-    """The result of `anchor`, from that in f32."""
+    """Define the result of `anchor` by its f32 value."""
     (result,) = anchor.outputs
     assert result is not None
     if type_of(result).dtype != "f32":

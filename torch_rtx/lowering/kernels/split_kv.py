@@ -17,7 +17,7 @@ from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Attr, Dim, Node, TensorType, Value, contiguous, dim_expr
 from torch_rtx.lowering.kernels.attention import Attention
 from torch_rtx.lowering.kernels.body_builder import BodyBuilder, Values, argument, type_of
-from torch_rtx.lowering.kernels.cost import BARRIER, LATENCY, LAUNCH, PARTS, typical
+from torch_rtx.lowering.kernels.gemm_perf_model import BARRIER_US, LATENCY_US, LAUNCH_US, NUM_SPLITS, typical
 from torch_rtx.targets import Arch
 
 ATTENTION_PARTIAL = "torch_rtx.attention_partial.default"
@@ -41,14 +41,14 @@ def best_kv_splits(found: Attention, keys: Dim, arch: Arch) -> tuple[int, float,
         share its bandwidth."""
         programs = groups * splits / on.processors
         together = min(math.ceil(programs), PROGRAMS_PER_PROCESSOR)
-        step = BARRIER + max(LATENCY, together * KEYS_PER_STEP * width / (32e3 * on.clock))
+        step = BARRIER_US + max(LATENCY_US, together * KEYS_PER_STEP * width / (32e3 * on.clock))
         steps = math.ceil(programs / PROGRAMS_PER_PROCESSOR) * math.ceil(count / splits / KEYS_PER_STEP)
-        return LAUNCH + LATENCY + max(steps * step, groups * count * width / (on.memory * 1e3))
+        return LAUNCH_US + LATENCY_US + max(steps * step, groups * count * width / (on.memory * 1e3))
 
     def both_us(splits: int) -> float:
-        return partial_us(splits) + LAUNCH + LATENCY + 2 * splits * result / (on.memory * 1e3)
+        return partial_us(splits) + LAUNCH_US + LATENCY_US + 2 * splits * result / (on.memory * 1e3)
 
-    split_us, splits = min((both_us(splits), splits) for splits in PARTS)
+    split_us, splits = min((both_us(splits), splits) for splits in NUM_SPLITS)
     return splits, split_us, partial_us(1)
 
 
@@ -97,12 +97,12 @@ def _partial(body: BodyBuilder, query: Value, sides: list[Value], scale: Attr) -
 def _mask(body: BodyBuilder, anchor: Node, keys: Dim, padding: Dim) -> Value | None:
     """The mask, padded as the keys are; None if nothing is masked."""
     mask = anchor.arg("attn_mask")
-    whole = dim_expr("+", keys, padding)
+    padded = dim_expr("+", keys, padding)
     if not isinstance(mask, Value):
         if padding == 0:
             return None
-        places = body.call("arange.default", TensorType("i64", (whole,), (1,)), end=whole, device="main")
-        return body.call("lt.Scalar", TensorType("bool", (whole,), (1,)), self=places, other=keys)
+        places = body.call("arange.default", TensorType("i64", (padded,), (1,)), end=padded, device="main")
+        return body.call("lt.Scalar", TensorType("bool", (padded,), (1,)), self=places, other=keys)
     old = type_of(mask)
     if old.shape[-1] != keys:
         shape = (*old.shape[:-1], keys)
@@ -139,10 +139,10 @@ def combine_attention(body: BodyBuilder, anchor: Node, partials: Values) -> Valu
     for one, own, total in zip(sums, peaks, totals, strict=True):
         decay = body.pointwise("exp.default", body.sub(own, peak))
         ranges.append((body.mul(one, decay), body.mul(total, decay)))
-    whole, total = ranges[0]
+    weighted, total = ranges[0]
     for one, other in ranges[1:]:
-        whole, total = body.add(whole, one), body.add(total, other)
-    # Rows that see no key at all are 0, as in PyTorch.
+        weighted, total = body.add(weighted, one), body.add(total, other)
+    # Rows without a visible key are 0, as in PyTorch.
     none = body.call("eq.Scalar", replace(type_of(total), dtype="bool"), self=total, other=0)
     total = body.pointwise("masked_fill.Scalar", total, mask=none, value=1.0)
-    return body.reshape(body.pointwise("div.Tensor", whole, other=total), type_of(result).shape)
+    return body.reshape(body.pointwise("div.Tensor", weighted, other=total), type_of(result).shape)

@@ -32,8 +32,8 @@ from typing import NamedTuple
 
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Dim, Graph, Node, TensorType, Value, attr_values, dim_expr
-from torch_rtx.lowering.kernels.body_builder import BodyBuilder, Values, kernel, needed, type_of
-from torch_rtx.lowering.kernels.cost import LAUNCH, bytes_of, typical
+from torch_rtx.lowering.kernels.body_builder import BodyBuilder, Values, kernel, names_in, needed, type_of
+from torch_rtx.lowering.kernels.gemm_perf_model import LAUNCH_US, bytes_of, typical
 from torch_rtx.lowering.kernels.kernel_ir import Reduce, Tensor, children, everything, load
 from torch_rtx.lowering.kernels.loops import loop_configs
 from torch_rtx.lowering.kernels.reduction_rules import RULES, Dims
@@ -43,7 +43,7 @@ from torch_rtx.targets import Arch
 # Fewest and most elements of a chunk: where threads read neighbours of one row, and where they read across rows.
 CHUNK_CONTIGUOUS, CHUNK_STRIDED = (512, 4096), (64, 512)
 MAX_CHUNKS = 4096  # that one program combines, unless chunks would have to be longer than above for that
-# The model of the time of one kernel, fitted on an H200; see `_times`.
+# The model of the time of one kernel, fitted on Hopper; see `_times`.
 STEP_US, STEP_ELEMENTS = 0.3, 2048  # a step of a loop over a row; most of what it reads is in a cache
 SECTOR_BYTES, CACHE_SPEEDUP = 32, 1.3  # what a cache fetches at once; how much faster it is than memory
 CYCLES_PER_ELEMENT, RUN_OF_DOUBLE_COST = 0.09, 20  # of one processor; elements in runs of so many cost twice as much
@@ -60,19 +60,19 @@ class Cut:
 
     Attributes:
         order: the operand's dimensions as they lie in memory, the outermost first.
-        whole: dimensions that every chunk has all of.
-        split: the dimension that is cut into ranges of `size`; None: each position of the dimensions outside of `whole`
+        full: dimensions that every chunk spans.
+        split: the dimension that is cut into ranges of `size`; None: each position of the dimensions outside of `full`
             is a chunk.
     """
 
     order: Dims
-    whole: Dims
+    full: Dims
     split: int | None
     size: int
 
     def length(self, type_: TensorType) -> int:
         """Elements of a chunk."""
-        return prod(typical(type_.shape[axis]) for axis in self.whole) * self.size
+        return prod(typical(type_.shape[axis]) for axis in self.full) * self.size
 
 
 def _longest_run(type_: TensorType, axes: Dims) -> tuple[Dims, Dims]:
@@ -93,7 +93,7 @@ def _cut(type_: TensorType, axes: Dims, chunks: int) -> Cut:
     """Where to cut for `chunks` chunks or a few more: sizes must be known, and chunks equally long."""
     order, run = _longest_run(type_, axes)
     limit = _elements(type_, run) // chunks
-    whole: list[int] = []
+    full: list[int] = []
     length = 1
     for axis in reversed(run):
         size = type_.shape[axis]
@@ -101,10 +101,10 @@ def _cut(type_: TensorType, axes: Dims, chunks: int) -> Cut:
             break
         fits = max((d for d in range(1, limit // length + 1) if size % d == 0), default=1)
         if fits != size:
-            return Cut(order, tuple(whole), axis if fits > 1 else None, fits)
-        whole.append(axis)
+            return Cut(order, tuple(full), axis if fits > 1 else None, fits)
+        full.append(axis)
         length *= size
-    return Cut(order, tuple(whole), None, 1)
+    return Cut(order, tuple(full), None, 1)
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def _chunked(body: BodyBuilder, operand: Value, axes: Dims, chunks: int) -> Chun
         origin.insert(cut.split, cut.split)
     rank = {axis: place for place, axis in enumerate(cut.order)}
     order = sorted(range(len(origin)), key=lambda dim: (rank[origin[dim]], dim))
-    inner = {dim for dim in order if origin[dim] in cut.whole}
+    inner = {dim for dim in order if origin[dim] in cut.full}
     if cut.split is not None:
         inner.add(cut.split + 1)
     within = tuple(place for place, dim in enumerate(order) if dim in inner)
@@ -185,12 +185,12 @@ class _Splitter:
     Attributes:
         pending: nodes with results that no kernel has stored yet.
         stored: the values that a further kernel can read.
-        unsplit: the reductions that are one node still.
+        unsplit: the reductions that are not split yet.
     """
 
     def __init__(self, body: Graph, name: str, chunks: int) -> None:
         self.body, self.name, self.chunks = body, name, chunks
-        self.taken = {value.name for value in body.values()} | body.syms.keys()
+        self.taken = names_in(body)
         self.pending, self.stored = list(body.nodes), list(body.inputs)
         self.unsplit = [node for node in self.pending if reduces(node)]
         self.kernels: list[Node] = []
@@ -212,7 +212,7 @@ class _Splitter:
         return [value for value in outputs.values() if value not in self.stored]
 
     def _needs_unsplit(self, values: Iterable[Value]) -> bool:
-        """Whether `values` depend on a reduction that is one node still."""
+        """`values` depend on a reduction that is not split yet."""
         return any(node in self.unsplit for node in needed(self.pending, values))
 
     def _split_level(self, ready: list[Node]) -> None:
@@ -279,7 +279,7 @@ def _elements_of(value: Value) -> Dim:
 
 
 def reduces(node: Node) -> bool:
-    """Whether `node` reduces rows, or runs along them."""
+    """`node` is a reduction or a scan of rows."""
     if node.body is not None or node.op in ANCHORS:
         return False
     given: dict[str, Tensor] = {value.name: load(value.name, tensor_type(value)) for value in node.inputs}
@@ -335,8 +335,7 @@ def _times(found: Region, rows: int, size: int, run: int, arch: Arch) -> tuple[f
 
     Of one kernel: the largest of the latency of its steps, the instructions of its elements, the bytes that it moves,
     and the sectors that it fetches. A row is read once per level of reductions, and once more for what follows. Loads
-    of less than 8 bytes, and runs that are short, take more of everything. Within 40 % (root mean square) of 88 group
-    norms of a UNet with 2 and 16 images on an H200; the split kernels within 12 %.
+    of less than 8 bytes, and runs that are short, take more of everything.
     """
     on, inputs = arch.chip, [tensor_type(value) for value in found.body.inputs]
     config = loop_configs(found)[0]
@@ -354,7 +353,7 @@ def _times(found: Region, rows: int, size: int, run: int, arch: Arch) -> tuple[f
     moved = sum(map(bytes_of, [*inputs, *found.types])) / (on.memory * 1e3)
     each = min((bytes_of(type_) // (rows * size) for type_ in inputs if _elements_in(type_) == rows * size), default=4)
     sectors = moved * SECTOR_BYTES / (config.rows * run * each * CACHE_SPEEDUP)
-    one = LAUNCH + max(latency, instructions, moved, sectors)
+    one = LAUNCH_US + max(latency, instructions, moved, sectors)
     return one, MIN_US_THREE_KERNELS + 1.6 * moved if after else MIN_US_TWO_KERNELS + moved
 
 

@@ -1,4 +1,4 @@
-"""How Triton writes the operations of `expressions`: one row per name, and what the cost model has to know of it."""
+"""How Triton writes the operations of `expressions`: one row per name, with what the performance model needs."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Moves whatever depends on parameters alone into recipes: casts, transposes, folded norms, stacked weights, tables.
 
-The recipe of a weight is the slice of the graph that computes it. Refit replays recipes and nothing else, so that a
-refitted engine and a new one are the same. A chain that widens a weight for one product stays in the graph, where there
-are kernels: see `lowering.widening`.
+The recipe of a weight is the slice of the graph that computes it. Refit only replays recipes, so a refitted engine
+equals a new one. If kernels are generated, a chain that widens a weight for one product stays in the graph as its
+prologue: see `lowering.widening`.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from torch_rtx import aten
 from torch_rtx.ir import Expr, Graph, Node, ScalarType, Sym, TensorType, Value, Weight, attr_dims
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.rewrite import returned
-from torch_rtx.lowering.widening import widens
+from torch_rtx.lowering.widening import is_elementwise, widens
 from torch_rtx.op_work import ANCHORS
 from torch_rtx.targets import Target
 
-# A recipe may not make a weight of more bytes than this unless its sources are about as large: a mask or table that is
-# broadcast to gigabytes is cheaper to compute in each call than to keep.
+# A recipe may not produce more bytes than both limits: a mask or table that is broadcast to gigabytes is cheaper to
+# recompute per call than to store.
 GROWTH_BYTES, GROWTH_FACTOR = 64 << 20, 4
 
 
 def hoist_weights(graph: Graph, infer: Inference, targets: tuple[Target, ...] = ()) -> Graph:
-    """Level import to level import. Parameters that the graph itself writes to stay where they are.
+    """Level import to level import. Parameters that the graph itself writes to are not hoisted.
 
     Args:
-        targets: what kernels are formed for; none: no product has a prologue.
+        targets: of kernels; empty: no product has a prologue.
     """
     source = {w.value.name: w for w in graph.weights if w.value.name not in graph.written and w.recipe is None}
-    made: dict[str, Node] = {}  # by output: the nodes that a recipe can hold
-    origins = {name: frozenset((name,)) for name in source}  # by value: the weights that it is computed from
+    made: dict[str, Node] = {}  # by output: nodes that can move into a recipe
+    origins = {name: frozenset((name,)) for name in source}  # by value: the weights it depends on
     sizes = {name: _bytes(weight.value.type) for name, weight in source.items()}
     rest: list[Node] = []
     for node in graph.nodes:
@@ -57,21 +57,22 @@ def hoist_weights(graph: Graph, infer: Inference, targets: tuple[Target, ...] = 
 
 
 def _prologues(rest: list[Node], outside: set[str], made: dict[str, Node], source: dict[str, Weight]) -> Iterator[Node]:
-    """The nodes among `made` that widen the operand of one product in `rest`, down to the values that take the least
-    memory."""
+    """The nodes of `made` that stay in the graph as prologues: they widen an operand of one product in `rest`, starting
+    from the values that take the least memory."""
     readers = Counter(name for node in rest for name in {value.name for value in node.inputs})
     for value in (value for node in rest if node.op in ANCHORS for value in node.inputs):
         if value.name in made and readers[value.name] == 1 and value.name not in outside:
             stored = _smallest(value, made, source)
             types = [type_ for one in stored.values() if isinstance(type_ := one.type, TensorType)]
             assert isinstance(value.type, TensorType)
-            if widens(types, value.type):
-                yield from _between(value, stored, made)
+            chain = list(_between(value, stored, made))
+            if widens(types, value.type) and all(map(is_elementwise, chain)):
+                yield from chain
 
 
 def _smallest(value: Value, made: dict[str, Node], source: dict[str, Weight]) -> dict[str, Value]:
-    """The values, by name, that `value` can be computed from and that take the least memory together: those nearest to
-    the parameters, where several do."""
+    """The values, by name, that `value` can be computed from with the least memory; ties go to those nearest to the
+    parameters."""
     if value.name in source:
         return {value.name: value}
     below = {name: one for given in made[value.name].inputs for name, one in _smallest(given, made, source).items()}
@@ -88,7 +89,7 @@ def _between(value: Value, stored: dict[str, Value], made: dict[str, Node]) -> I
 
 
 def _hoistable(node: Node, source: dict[str, Weight], made: dict[str, Node], size: int) -> bool:
-    """Whether a recipe can hold the node, whose inputs come from weights of `size` bytes in all."""
+    """The node can move into a recipe; `size`: bytes of the weights it depends on."""
     if node.kind != "op" or not node.outputs:
         return False
     op = aten.overload(node.op)

@@ -1,11 +1,10 @@
-"""Kernels around a convolution.
+"""Convolutions.
 
-implicit GEMM (Chetlur et al., 2014): rows are the pixels of the result, columns its channels, and K is the window
-times the channels of the input. The window is a loop of its own outside of the channels, so that a step reads a
-run of channels of one pixel: with channels innermost in memory this is as good as a matrix product. Groups are batches.
+Implicit GEMM (Chetlur et al., 2014): rows are output pixels, columns output channels, and K is the window times the
+input channels. The loop over the window is outside of the one over channels, so with channels-last memory each step
+reads contiguous channels of a pixel, as in a matrix product. Groups are batches.
 
-windows: where each channel has a group of its own there is nothing to share, and each program sums its window up
-element by element.
+Depthwise: with a group per channel there is no contraction over channels; each program sums its window elementwise.
 """
 
 from __future__ import annotations
@@ -16,18 +15,7 @@ from math import ceil
 
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Attr, Dim, Graph, Node, TensorType, Value, contiguous, dim_expr
-from torch_rtx.lowering.kernels.body_builder import BodyBuilder, argument, type_of
-from torch_rtx.lowering.kernels.cost import (
-    LAUNCH,
-    best_parts,
-    bytes_of,
-    config_us,
-    configurations,
-    loop_time,
-    plain_us,
-    prologue_time,
-    typical,
-)
+from torch_rtx.lowering.kernels.body_builder import BodyBuilder, argument, names_in, type_of
 from torch_rtx.lowering.kernels.emit import Axis, Emitter, Operand
 from torch_rtx.lowering.kernels.expressions import A, B
 from torch_rtx.lowering.kernels.families.family import (
@@ -40,37 +28,45 @@ from torch_rtx.lowering.kernels.families.family import (
     library_us,
     splits,
 )
+from torch_rtx.lowering.kernels.gemm_perf_model import (
+    best_num_splits,
+    config_us,
+    epilogue_us,
+    gemm_us,
+    prologue_us,
+    ranked_configs,
+    streaming_us,
+    typical,
+)
 from torch_rtx.lowering.kernels.index import Index, constant, from_dim, unravel
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.kernel_ir import (
     ONE,
     ZERO,
     Load,
-    Pointwise,
     Position,
     Select,
     Tensor,
     View,
     cast,
-    everything,
     number,
     pointwise,
 )
-from torch_rtx.lowering.kernels.product import (
-    FEW,
+from torch_rtx.lowering.kernels.matmul_template import (
+    FEW_CHANNELS,
     TAPS,
-    DotWriter,
+    Contraction,
     GemmConfig,
+    GemvWriter,
+    KLoop,
     M,
+    MmaWriter,
     N,
-    Product,
-    Steps,
-    SumWriter,
     TileWriter,
+    anchor_result,
     dot_dtype,
-    in_memory,
     operand,
-    result,
+    stored_load,
 )
 from torch_rtx.lowering.kernels.region import Region, tensor_type
 from torch_rtx.lowering.kernels.split import added, split_anchor
@@ -82,29 +78,31 @@ def conv_kernel(region: Region, name: str, config: GemmConfig) -> Kernel:
     """The kernel that computes a region around a convolution.
 
     Raises:
-        Unsupported: another anchor, a convolution that is transposed or has no batch, a dtype that has no product, a
-            result that is needed in a shape that no tile of it has.
+        Unsupported: another anchor, a convolution that is transposed or has no batch, a dtype that `tl.dot` does not
+            multiply, or an epilogue whose indices can't be inverted.
     """
-    of = conv_product(region)
-    return _writer(of, config)(region, of, config).kernel(name)
+    contraction = conv_contraction(region)
+    return _writer(contraction, config)(region, contraction, config).kernel(name)
 
 
 def conv_configs(region: Region, arch: Arch, input_precision: str = "ieee") -> list[GemmConfig]:
-    """Configurations for `arch`, those that should be fastest first; `input_precision` is that of f32 operands.
+    """Configurations for `arch`, the fastest first; `input_precision` is that of f32 operands.
 
     Raises:
         Unsupported: see `conv_kernel`, or a dtype that the target does not multiply.
     """
-    of = conv_product(region)
-    return _windows(of, arch) if is_depthwise(of) else configurations(region, of, arch, input_precision)
+    contraction = conv_contraction(region)
+    if is_depthwise(contraction):
+        return _depthwise_configs(contraction, arch)
+    return ranked_configs(region, contraction, arch, input_precision)
 
 
-def _windows(of: Product, arch: Arch) -> list[GemmConfig]:
-    """Windows are bound by memory: along what is contiguous in there tiles are long enough for whole cache lines, and
-    as large as the chip is kept busy with, since neighbouring pixels share what they read."""
-    source = in_memory(of.a)
+def _depthwise_configs(contraction: Contraction, arch: Arch) -> list[GemmConfig]:
+    """Depthwise convolutions are memory-bound. Tiles span cache lines along the contiguous dimension, and are as large
+    as leaves enough programs, since neighbouring pixels share inputs."""
+    source = stored_load(contraction.a)
     channels_last = source is None or source.strides[1] == ONE
-    pixels, channels = typical(dim_expr("*", of.batch, of.rows)), typical(of.columns)
+    pixels, channels = typical(dim_expr("*", contraction.batch, contraction.rows)), typical(contraction.columns)
     found = []
     for block_m, block_n in [(64, 64), (32, 64), (16, 64), (8, 64), (32, 32), (16, 32), (8, 32)]:
         config = GemmConfig(block_m, block_n, 1, 4 if block_m * block_n > 512 else 2, 1)
@@ -113,30 +111,30 @@ def _windows(of: Product, arch: Arch) -> list[GemmConfig]:
     def cost(config: GemmConfig) -> float:
         tiles = ceil(pixels / config.block_m) * ceil(channels / config.block_n)
         area = config.block_m * config.block_n
-        share = tiles * area * (1 + 128 / area)  # what is computed in vain, and the start of a program
+        share = tiles * area * (1 + 128 / area)  # padded work, and a program's overhead
         return share / min(tiles / arch.chip.processors / 4, 1)
 
     return sorted(found, key=cost)
 
 
-def _writer(of: Product, config: GemmConfig) -> type[TileWriter]:
-    if is_depthwise(of):
-        return WindowWriter
-    return SumWriter if config.sums else DotWriter
+def _writer(contraction: Contraction, config: GemmConfig) -> type[TileWriter]:
+    if is_depthwise(contraction):
+        return DepthwiseWriter
+    return GemvWriter if config.gemv else MmaWriter
 
 
-def is_depthwise(of: Product) -> bool:
-    """Whether each channel of the input has a group of its own."""
-    return of.depth == 1 and of.a.shape[1].number != 1
+def is_depthwise(contraction: Contraction) -> bool:
+    """Each input channel is its own group."""
+    return contraction.depth == 1 and contraction.a.shape[1].number != 1
 
 
-def conv_product(region: Region) -> Product:
-    """The convolution that a region is built around, as a product.
+def conv_contraction(region: Region) -> Contraction:
+    """The region's convolution as a contraction.
 
     Raises:
         Unsupported: see `conv_kernel`.
     """
-    node, out, type_ = result(region, "conv")
+    node, out, type_ = anchor_result(region, "conv")
     source, weight = (tensor_type(argument(node, name)) for name in ("input", "weight"))
     rank, groups = len(weight.shape) - 2, node.arg("groups", 1)
     if node.arg("transposed", False) or len(source.shape) != rank + 2 or not 1 <= rank <= len(TAPS):
@@ -161,7 +159,7 @@ def conv_product(region: Region) -> Product:
     def b_at(z: Index, n: Index, k: Position) -> Position:
         return (z * each + n, k[-1], *k[:-1])
 
-    return Product(
+    return Contraction(
         out=out,
         axis=1,
         batch=1 if depthwise else groups,
@@ -175,34 +173,34 @@ def conv_product(region: Region) -> Product:
         b=region.values[argument(node, "weight").name],
         a_at=a_at,
         b_at=b_at,
-        finish=_finish(region, node, out),
+        epilogue=_epilogue(region, node, out),
     )
 
 
-class WindowWriter(TileWriter):
-    """A convolution in which each channel of the input makes channels of its own."""
+class DepthwiseWriter(TileWriter):
+    """A depthwise convolution."""
 
     def body(self) -> list[str]:
-        """Pointers, the window, and the rest of the region."""
-        config, of = self.config, self.product
-        dot_dtype(of)
+        """Pointers, the loop over the window, and the epilogue."""
+        config, contraction = self.config, self.contraction
+        dot_dtype(contraction)
         emitter = Emitter([Axis(M, config.block_m, self.rows_mask), Axis(N, config.block_n, self.columns_mask)])
-        steps = Steps(of, 1, flat=False)
-        steps.enter(emitter, "")
-        tap = (*steps.at, ZERO)
-        channels = of.a.shape[1].number
-        assert isinstance(of.columns, int)
+        k_loop = KLoop(contraction, 1, flat=False)
+        k_loop.enter(emitter, "")
+        tap = (*k_loop.at, ZERO)
+        channels = contraction.a.shape[1].number
+        assert isinstance(contraction.columns, int)
         assert channels is not None
-        group = self.n // constant(of.columns // channels)
-        pixel = operand(emitter, of.a, of.a_at(group, self.m, tap), "f32", whole=False)
-        weight = operand(emitter, of.b, of.b_at(ZERO, self.n, tap), "f32", whole=False)
+        group = self.n // constant(contraction.columns // channels)
+        pixel = operand(emitter, contraction.a, contraction.a_at(group, self.m, tap), "f32", full_tile=False)
+        weight = operand(emitter, contraction.b, contraction.b_at(ZERO, self.n, tap), "f32", full_tile=False)
         total = Operand("acc0", frozenset((M, N)))
         before = [*emitter.outer.lines, f"{total.text} = tl.zeros({emitter.shape(total.axes)}, tl.float32)"]
         sums = [*emitter.inner(), f"{total.text} += {pixel} * {weight}"]
         # Unrolled, so that all loads of a window are in flight at once.
-        lines = steps.loop(before, [], sums, "tl.static_range")
+        lines = k_loop.loop(before, [], sums, "tl.static_range")
         emitter.outer.lines = []
-        self.finish(emitter, [total])
+        self.write_epilogue(emitter, [total])
         return lines + emitter.outer.lines
 
 
@@ -212,7 +210,7 @@ def _number(dim: Dim) -> int:
 
 
 def _sizes(given: Attr, rank: int) -> list[Index]:
-    """An argument that is one number, or one for each dimension."""
+    """An argument that is one number, or one per dimension."""
     found = list(given) if isinstance(given, tuple) else [given]
     if not all(isinstance(one, int) for one in found):
         raise Unsupported(f"a convolution with {given}")
@@ -221,48 +219,48 @@ def _sizes(given: Attr, rank: int) -> list[Index]:
 
 
 def _padded(source: Tensor, padding: list[Index]) -> Tensor:
-    """`source` with zeros around it."""
+    """`source` zero-padded."""
     shape = source.shape[:2] + tuple(s + p + p for s, p in zip(source.shape[2:], padding, strict=True))
     return Select(shape, source.dtype, source, number(0, source.dtype), (ZERO, ZERO, *padding))
 
 
-def _finish(region: Region, node: Node, out: Load) -> Callable[[Tensor], Tensor]:
+def _epilogue(region: Region, node: Node, out: Load) -> Callable[[Tensor], Tensor]:
     bias = node.arg("bias")
     if not isinstance(bias, Value):
         return lambda total: total
     added = region.values[bias.name]
 
-    def finish(total: Tensor) -> Tensor:
+    def epilogue(total: Tensor) -> Tensor:
         wide = View(out.shape, added.dtype, added, lambda position: (position[1],))
         return pointwise(A + B, out.dtype, total, cast(wide, "f32"))
 
-    return finish
+    return epilogue
 
 
 # ---- split-K ---------------------------------------------------------------------------------------------------------
 
 
-def conv_split(body: Graph, name: str, parts: int) -> Graph:
-    """`body`, of the kernel `name`, with the channels of its convolution in `parts`; see `split_anchor`."""
+def conv_split(body: Graph, name: str, num_splits: int) -> Graph:
+    """`body`, of the kernel `name`, with its channels split into `num_splits` (split-K); see `split_anchor`."""
     anchor = next(node for node in body.nodes if node.op in OPS)
-    return split_anchor(body, name, anchor, parts, _convolution, _convolution_sum, "bias")
+    return split_anchor(body, name, anchor, num_splits, _convolution, _convolution_sum, "bias")
 
 
-def _convolution(calls: BodyBuilder, anchor: Node, parts: int) -> tuple[Value, ...]:
-    """[batch, parts * filters, *places]: a convolution in groups, each of which has a range of the channels."""
+def _convolution(calls: BodyBuilder, anchor: Node, num_splits: int) -> tuple[Value, ...]:
+    """[batch, num_splits * filters, *pixels]: a grouped convolution, with a range of the channels per group."""
     (result,) = anchor.outputs
     assert result is not None
     weight = calls.cast(argument(anchor, "weight"), "f32")
     filters, channels, *window = type_of(weight).shape
-    grouped = calls.move_to_front(calls.split_dim(weight, 1, parts), 1)
-    shape = (dim_expr("*", parts, filters), dim_expr("//", channels, parts), *window)
+    grouped = calls.move_to_front(calls.split_dim(weight, 1, num_splits), 1)
+    shape = (dim_expr("*", num_splits, filters), dim_expr("//", channels, num_splits), *window)
     batch, _, *places = type_of(result).shape
     given = {
         "input": calls.cast(argument(anchor, "input"), "f32"),
         "weight": calls.reshape(grouped, shape),
         **({"bias": None} if anchor.op == "aten.convolution.default" else {}),
         **{name: attr for name, attr in anchor.args if name not in ("input", "weight", "bias", "groups")},
-        "groups": parts,
+        "groups": num_splits,
     }
     out = (batch, shape[0], *places)
     strides = _channels_last(out) if type_of(result).strides[1] == 1 else contiguous(out)
@@ -270,7 +268,7 @@ def _convolution(calls: BodyBuilder, anchor: Node, parts: int) -> tuple[Value, .
 
 
 def _channels_last(shape: tuple[Dim, ...]) -> tuple[Dim, ...]:
-    """Strides of images, or the like, whose channels lie closest together."""
+    """Channels-last strides."""
     order = (0, *range(2, len(shape)), 1)
     found = dict(zip(order, contiguous(tuple(shape[axis] for axis in order)), strict=True))
     return tuple(found[axis] for axis in range(len(shape)))
@@ -282,7 +280,7 @@ def _convolution_sum(calls: BodyBuilder, anchor: Node, partials: tuple[Value, ..
     strides = type_of(result).strides
     filters, *places = type_of(result).shape[1:]
     count = dim_expr("//", type_of(partials[0]).shape[1], filters)
-    assert isinstance(count, int)  # `conv_product` takes weights of static shapes alone
+    assert isinstance(count, int)  # `conv_contraction` only takes static weights
     total = added(calls, calls.unbind(calls.split_dim(partials[0], 1, count), 1), strides)
     bias = anchor.arg("bias")
     if isinstance(bias, Value):
@@ -295,27 +293,26 @@ def _convolution_sum(calls: BodyBuilder, anchor: Node, partials: tuple[Value, ..
 
 
 def _others(region: Region, name: str, arch: Arch, us: float) -> Iterator[Offer]:
-    of = conv_product(region)
-    if of.batch == 1 and not is_depthwise(of):
-        parts, split_us = best_parts(region, of, arch)
-        yield from splits(conv_split, region.body, name, parts, split_us * MODEL_ERROR, us)
+    contraction = conv_contraction(region)
+    if contraction.batch == 1 and not is_depthwise(contraction):
+        num_splits, split_us = best_num_splits(region, contraction, arch)
+        yield from splits(conv_split, region.body, name, num_splits, split_us * MODEL_ERROR, us)
     assert region.anchor is not None
-    # Libraries are made for images of many channels; a window of one pixel makes a product of them.
+    # Libraries are tuned for many channels, and for windows in two dimensions.
     _, channels, *window = tensor_type(argument(region.anchor, "weight")).shape
-    usual = typical(channels) >= FEW and sum(size != 1 for size in window) > 1
-    plain = us if is_depthwise(of) else MODEL_ERROR * plain_us(region, of, arch)
-    before_us = prologue_time(region, arch)
-    after_us = loop_time(region, arch) if any(isinstance(one, Pointwise) for one in everything(region.outputs)) else 0.0
-    expected_us = library_us(FAMILY.name, region, arch, plain, before_us, after_us, usual)
+    usual = typical(channels) >= FEW_CHANNELS and sum(size != 1 for size in window) > 1
+    plain = us if is_depthwise(contraction) else MODEL_ERROR * gemm_us(region, contraction, arch)
+    before_us = prologue_us(region, arch)
+    expected_us = library_us(FAMILY.name, region, arch, plain, before_us, epilogue_us(region, arch), usual)
     yield Offer("library", expected_us)
     fused = _with_relu(region.body)
-    if fused is not None:  # cuDNN may refuse it: never expected to be the fastest, but measured
+    if fused is not None:  # cuDNN may refuse the call, so it is measured but never expected to be the fastest
         yield Offer("cudnn", max(expected_us, SLOWER * us), fused)
 
 
 def _with_relu(body: Graph) -> Graph | None:
-    """`body` as one call of cuDNN, where it is a convolution of images in half precision with a bias and a ReLU, and
-    perhaps a sum of both with a tensor of the result's type (`aten.cudnn_convolution_add_relu`)."""
+    """`body` as one call of cuDNN, if it is relu(conv2d + bias) or relu(conv2d + bias + tensor) in half precision
+    (`aten.cudnn_convolution_relu`, `aten.cudnn_convolution_add_relu`)."""
     before, anchor, after = around(body, OPS)
     if not after or after[-1].op != "aten.relu.default" or not isinstance(anchor.arg("bias"), Value):
         return None
@@ -331,21 +328,19 @@ def _with_relu(body: Graph) -> Graph | None:
         return None
     names = (("stride", 1), ("padding", 0), ("dilation", 1))
     sizes = {key: tuple(one.number for one in _sizes(anchor.arg(key, default), rank)) for key, default in names}
-    calls = BodyBuilder({value.name for value in body.values()} | body.syms.keys(), before)
+    calls = BodyBuilder(names_in(body), before)
     op = "cudnn_convolution_relu.default" if other is None else "cudnn_convolution_add_relu.default"
     given = {"self": source, "weight": weight, **({} if other is None else {"z": other, "alpha": None})}
     groups = anchor.arg("groups", 1)
     calls.call(op, type_of(result), **given, bias=anchor.arg("bias"), **sizes, groups=groups)
-    calls.name_last(result)
-    return Graph("import", body.inputs, nodes=tuple(calls.nodes), outputs=(result,))
+    return calls.body(body.inputs, result)
 
 
 def _expected_us(region: Region, arch: Arch, config: GemmConfig) -> float:
-    of = conv_product(region)
-    if is_depthwise(of):
-        types = [tensor_type(value) for value in region.body.inputs] + list(region.types)
-        return LAUNCH + sum(map(bytes_of, types)) / (arch.chip.memory * 1e3)
-    return MODEL_ERROR * config_us(region, of, arch, config)
+    contraction = conv_contraction(region)
+    if is_depthwise(contraction):
+        return streaming_us(region.memory_types, arch)
+    return MODEL_ERROR * config_us(region, contraction, arch, config)
 
 
 OPS = frozenset(op for op, kind in ANCHORS.items() if kind == "conv")

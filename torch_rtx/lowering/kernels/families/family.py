@@ -1,6 +1,6 @@
-"""What a family of kernels says of the regions that it is for: the ways to run one, and how long each takes.
+"""A family: which tactics there are for regions around one kind of anchor, and their expected times.
 
-A family is all that knows how many ways there are: builds, tuning and the runtime take its tactics one by one.
+Builds, tuning and the runtime take a family's tactics one by one and know nothing else of it.
 """
 
 from __future__ import annotations
@@ -11,23 +11,22 @@ from typing import Any
 
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Graph, Node, Value
-from torch_rtx.lowering.kernels.cost import typical
+from torch_rtx.lowering.kernels.gemm_perf_model import typical
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.region import Region
 from torch_rtx.op_work import flops
 from torch_rtx.targets import Arch
 
-# Kernels take longer than their models say, by about a tenth; what is as fast both ways is left to the kernel.
-MODEL_ERROR = 1.07
-SLOWER = 1.1  # times the kernel's: a library call where none was measured, or of a kind that libraries are not made for
-CLEAR = 1.15  # the gain that two kernels in place of one must promise to be expected to be faster,
-MAYBE = 0.75  # and to be worth measuring: expectations may be wrong
+MODEL_ERROR = 1.07  # measured over modelled time of kernels; a little less than it is, so that ties go to kernels
+SLOWER = 1.1  # a library call relative to the kernel, without measurements or outside of what libraries are tuned for
+SPLIT_PENALTY = 1.15  # a split form must promise this speedup to be ranked before the kernel
+SPLIT_MARGIN = 0.75  # and this one to be offered for measuring: models are imprecise
+Split = Callable[[Graph, str, int], Graph]  # from a body, its kernel's name and a number of splits to the split form
 
 
 @dataclass(frozen=True)
 class Offer:
-    """A tactic before code is generated for it: a body in place of the region's own, or (None) the region's own body.
-    The kernel nodes in `body` are launched."""
+    """A tactic before code generation: a body whose kernel nodes are launched, or None for the region's own calls."""
 
     kind: str
     expected_us: float
@@ -36,18 +35,16 @@ class Offer:
 
 @dataclass(frozen=True)
 class Family:
-    """Kernels around one kind of anchor.
+    """Kernels around one kind of anchor. All callables raise `Unsupported` for regions that they do not cover.
 
     Attributes:
-        name: of the kind, for people.
-        ops: the operators that are anchors of it; none: loops.
-        configs: the configurations of the region's own kernel, best first.
-        kernel: the kernel of a region, under a name, in a configuration.
-        expected_us: microseconds that it should take.
-        split: the body, of the kernel of a name, in so many parts; see `split`.
-        others: the further tactics of a region, whose kernel is expected to take the given microseconds.
-
-    All raise `Unsupported` for what they do not have.
+        name: for people.
+        ops: the anchors; empty: loops, which have none.
+        configs: of the region's kernel on an SM version, the fastest first.
+        kernel: from a region, a name and a configuration.
+        expected_us: time of the kernel in a configuration, in microseconds.
+        split: see the module `split`.
+        others: the other tactics of a region, given its name and the expected time of its kernel in microseconds.
     """
 
     name: str
@@ -55,17 +52,15 @@ class Family:
     configs: Callable[[Region, Arch], Sequence[Any]]
     kernel: Callable[[Region, str, Any], Kernel]
     expected_us: Callable[[Region, Arch, Any], float]
-    split: Callable[[Graph, str, int], Graph]
+    split: Split
     others: Callable[[Region, str, Arch, float], Iterator[Offer]]
 
 
-def splits(
-    family_split: Callable[[Graph, str, int], Graph], body: Graph, name: str, parts: int, split_us: float, us: float
-) -> Iterator[Offer]:
-    """The split form of a body, where that may be faster than one kernel, which takes `us` microseconds."""
-    if parts > 1 and split_us * MAYBE <= us:
+def splits(split: Split, body: Graph, name: str, num_splits: int, split_us: float, us: float) -> Iterator[Offer]:
+    """The split form of a body, if it may be faster than the kernel, which takes `us` microseconds."""
+    if num_splits > 1 and split_us * SPLIT_MARGIN <= us:
         try:
-            yield Offer("split", split_us * CLEAR, family_split(body, name, parts))
+            yield Offer("split", split_us * SPLIT_PENALTY, split(body, name, num_splits))
         except Unsupported:
             return
 
@@ -73,12 +68,12 @@ def splits(
 def library_us(
     kind: str, region: Region, arch: Arch, us: float, before_us: float, after_us: float, usual: bool
 ) -> float:
-    """What the library call at the heart of a region should take, in microseconds.
+    """The expected time of a tactic that calls a library for the anchor, in microseconds.
 
     Args:
-        us: the time of the region's own kernel with operands plainly in memory.
-        before_us, after_us: the times of what is left to do before and after the call.
-        usual: whether the call is one that libraries are made for.
+        us: of the generated kernel, if its operands were plain loads.
+        before_us, after_us: of the kernels before and after the call.
+        usual: libraries are tuned for such a call.
     """
     assert region.anchor is not None
     rates, work = arch.library, flops(region.anchor, typical)
@@ -89,8 +84,8 @@ def library_us(
 
 
 def around(body: Graph, ops: frozenset[str]) -> tuple[list[Node], Node, list[Node]]:
-    """The nodes of a body before its anchor, which is one of `ops`; the anchor; and the operations after it, also those
-    inside of kernels, under names of the body."""
+    """The nodes before the anchor, which is one of `ops`; the anchor; and the operations after it, with kernels among
+    them inlined."""
     at = next(index for index, node in enumerate(body.nodes) if node.op in ops)
     return list(body.nodes[:at]), body.nodes[at], _flat(body.nodes[at + 1 :])
 

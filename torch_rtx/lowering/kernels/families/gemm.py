@@ -1,4 +1,4 @@
-"""Kernels around a matrix product: mm, addmm, bmm, baddbmm, linear, matmul."""
+"""Matrix products: mm, addmm, bmm, baddbmm, linear, matmul."""
 
 from __future__ import annotations
 
@@ -6,33 +6,22 @@ from collections.abc import Callable, Iterator
 
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Dim, Graph, Node, TensorType, Value, contiguous, dim_expr
-from torch_rtx.lowering.kernels.body_builder import BodyBuilder, argument, type_of
-from torch_rtx.lowering.kernels.cost import (
-    best_parts,
-    config_us,
-    configurations,
-    loop_time,
-    plain_us,
-    prologue_time,
-    typical,
-)
+from torch_rtx.lowering.kernels.body_builder import BodyBuilder, argument, names_in, type_of
 from torch_rtx.lowering.kernels.expressions import A, B
 from torch_rtx.lowering.kernels.families.family import MODEL_ERROR, Family, Offer, around, library_us, splits
+from torch_rtx.lowering.kernels.gemm_perf_model import (
+    best_num_splits,
+    config_us,
+    epilogue_us,
+    gemm_us,
+    prologue_us,
+    ranked_configs,
+    typical,
+)
 from torch_rtx.lowering.kernels.index import Index, from_dim, unravel
 from torch_rtx.lowering.kernels.kernel import Kernel
-from torch_rtx.lowering.kernels.kernel_ir import (
-    ONE,
-    ZERO,
-    Load,
-    Pointwise,
-    Position,
-    Tensor,
-    cast,
-    everything,
-    number,
-    pointwise,
-)
-from torch_rtx.lowering.kernels.product import DotWriter, GemmConfig, Product, SumWriter, result
+from torch_rtx.lowering.kernels.kernel_ir import ONE, ZERO, Load, Position, Tensor, cast, number, pointwise
+from torch_rtx.lowering.kernels.matmul_template import Contraction, GemmConfig, GemvWriter, MmaWriter, anchor_result
 from torch_rtx.lowering.kernels.region import Region, tensor_type
 from torch_rtx.lowering.kernels.split import added, split_anchor
 from torch_rtx.op_work import ANCHORS, PRODUCTS
@@ -43,36 +32,36 @@ def gemm_kernel(region: Region, name: str, config: GemmConfig) -> Kernel:
     """The kernel that computes a region around a matrix product.
 
     Raises:
-        Unsupported: another anchor, a dtype that has no product, a result that is needed in a shape that no tile of it
-            has.
+        Unsupported: another anchor, a dtype that `tl.dot` does not multiply, or an epilogue whose indices can't be
+            inverted.
     """
-    writer = SumWriter if config.sums else DotWriter
-    return writer(region, gemm_product(region), config).kernel(name)
+    writer = GemvWriter if config.gemv else MmaWriter
+    return writer(region, gemm_contraction(region), config).kernel(name)
 
 
 def gemm_configs(region: Region, arch: Arch, input_precision: str = "ieee") -> list[GemmConfig]:
-    """Configurations for `arch`, those that should be fastest first; `input_precision` is that of f32 operands.
+    """Configurations for `arch`, the fastest first; `input_precision` is that of f32 operands.
 
     Raises:
         Unsupported: see `gemm_kernel`, or a dtype that the target does not multiply.
     """
-    return configurations(region, gemm_product(region), arch, input_precision)
+    return ranked_configs(region, gemm_contraction(region), arch, input_precision)
 
 
-def gemm_product(region: Region) -> Product:
-    """The product that a region is built around.
+def gemm_contraction(region: Region) -> Contraction:
+    """The region's matrix product as a contraction.
 
     Raises:
-        Unsupported: there is none, or it is one of vectors.
+        Unsupported: no matrix product, or one with a vector.
     """
-    node, out, type_ = result(region, "gemm")
+    node, out, type_ = anchor_result(region, "gemm")
     shape = type_.shape
     first, second, added = PRODUCTS[node.op]
     a, b = (region.values[argument(node, name).name] for name in (first, second))
     if len(a.shape) < 1 + (node.op != "aten.linear.default") or len(b.shape) < 2:
         raise Unsupported("a matrix product with a vector")
     transposed = node.op == "aten.linear.default"
-    # Where all batches have one second operand, they are rows of one product.
+    # Batches that share the second operand are rows of one product.
     lead = shape[:-1] if len(b.shape) == 2 else shape[-2:-1]
     batch = shape[: len(shape) - 1 - len(lead)]
     batch_shape, rows_shape = (tuple(map(from_dim, dims)) for dims in (batch, lead))
@@ -83,7 +72,7 @@ def gemm_product(region: Region) -> Product:
     def b_at(z: Index, n: Index, k: Position) -> Position:
         return (n, *k) if transposed else (*_batch_at(z, batch_shape, b.shape[:-2]), *k, n)
 
-    return Product(
+    return Contraction(
         out=out,
         axis=len(shape) - 1,
         batch=dim_expr("*", 1, *batch),
@@ -97,17 +86,17 @@ def gemm_product(region: Region) -> Product:
         b=b,
         a_at=a_at,
         b_at=b_at,
-        finish=_finish(region, node, out, added),
+        epilogue=_epilogue(region, node, out, added),
     )
 
 
 def _batch_at(z: Index, batch: Position, own: Position) -> Position:
-    """The position of a batch in the leading dimensions of an operand, some of which may be broadcast."""
+    """The position of batch `z` in an operand's own leading dimensions, which may be broadcast."""
     position = unravel(z, batch)[len(batch) - len(own) :]
     return tuple(ZERO if size == ONE else at for at, size in zip(position, own, strict=True))
 
 
-def _finish(region: Region, node: Node, out: Load, added: str) -> Callable[[Tensor], Tensor]:
+def _epilogue(region: Region, node: Node, out: Load, added: str) -> Callable[[Tensor], Tensor]:
     beta, alpha = (node.arg(name, 1) for name in ("beta", "alpha"))
     if not isinstance(beta, int | float) or not isinstance(alpha, int | float):
         raise Unsupported("a factor of a matrix product that is a dim")
@@ -115,7 +104,7 @@ def _finish(region: Region, node: Node, out: Load, added: str) -> Callable[[Tens
     if added and node.arg(added) is not None and beta != 0:
         other = region.values[argument(node, added).name]
 
-    def finish(total: Tensor) -> Tensor:
+    def epilogue(total: Tensor) -> Tensor:
         found = total if alpha == 1 else pointwise(A * B, "f32", total, number(alpha, "f32"))
         if other is None:
             return found
@@ -123,25 +112,25 @@ def _finish(region: Region, node: Node, out: Load, added: str) -> Callable[[Tens
         scaled = scaled if beta == 1 else pointwise(A * B, "f32", scaled, number(beta, "f32"))
         return pointwise(A + B, out.dtype, found, scaled)
 
-    return finish
+    return epilogue
 
 
 # ---- split-K ---------------------------------------------------------------------------------------------------------
 
 
-def gemm_split(body: Graph, name: str, parts: int) -> Graph:
-    """`body`, of the kernel `name`, with the depth of its product in `parts`; see `split_anchor`."""
+def gemm_split(body: Graph, name: str, num_splits: int) -> Graph:
+    """`body`, of the kernel `name`, with K of its product split into `num_splits` (split-K); see `split_anchor`."""
     anchor = next(node for node in body.nodes if node.op in OPS)
-    return split_anchor(body, name, anchor, parts, _product, _product_sum, PRODUCTS[anchor.op].added)
+    return split_anchor(body, name, anchor, num_splits, _product, _product_sum, PRODUCTS[anchor.op].added)
 
 
 def _merged(a: Value, b: Value) -> bool:
-    """Whether all batches have one second operand, so that they are rows of one product."""
+    """Batches share the second operand, so they are rows of one product."""
     return len(type_of(b).shape) == 2 and len(type_of(a).shape) != 2
 
 
-def _product(calls: BodyBuilder, anchor: Node, parts: int) -> tuple[Value, ...]:
-    """[parts, *batch, rows, columns]: a product of [parts, *batch, rows, depth / parts] and the like."""
+def _product(calls: BodyBuilder, anchor: Node, num_splits: int) -> tuple[Value, ...]:
+    """[num_splits, *batch, rows, columns]: a batched product over K / num_splits."""
     a, b = (argument(anchor, name) for name in PRODUCTS[anchor.op][:2])
     if anchor.op == "aten.linear.default":
         b = calls.permute(b, (1, 0))
@@ -150,11 +139,11 @@ def _product(calls: BodyBuilder, anchor: Node, parts: int) -> tuple[Value, ...]:
         a = calls.reshape(a, (dim_expr("*", 1, *lead), depth))
     rank = max(len(type_of(a).shape), len(type_of(b).shape))
     shape = _broadcast(type_of(a).shape[:-2], type_of(b).shape[:-2])
-    shape = (parts, *shape, type_of(a).shape[-2], type_of(b).shape[-1])
+    shape = (num_splits, *shape, type_of(a).shape[-2], type_of(b).shape[-1])
     sides = []
     for side, axis in ((a, -1), (b, -2)):
         own = len(type_of(side).shape)
-        side = calls.move_to_front(calls.split_dim(side, own + axis, parts), own + axis)
+        side = calls.move_to_front(calls.split_dim(side, own + axis, num_splits), own + axis)
         for _ in range(rank - own):
             side = calls.unsqueeze(side, 1)
         sides.append(calls.cast(side, "f32"))
@@ -170,8 +159,8 @@ def _broadcast(one: tuple[Dim, ...], two: tuple[Dim, ...]) -> tuple[Dim, ...]:
 def _product_sum(calls: BodyBuilder, anchor: Node, partials: tuple[Value, ...]) -> Value:
     (result,) = anchor.outputs
     assert result is not None
-    parts = calls.unbind(partials[0], 0)
-    total = added(calls, parts, type_of(parts[0]).strides)
+    terms = calls.unbind(partials[0], 0)
+    total = added(calls, terms, type_of(terms[0]).strides)
     total = calls.reshape(total, type_of(result).shape)
     alpha, beta = anchor.arg("alpha", 1), anchor.arg("beta", 1)
     if alpha != 1:
@@ -187,29 +176,28 @@ def _product_sum(calls: BodyBuilder, anchor: Node, partials: tuple[Value, ...]) 
 
 
 def _others(region: Region, name: str, arch: Arch, us: float) -> Iterator[Offer]:
-    parts, split_us = best_parts(region, gemm_product(region), arch)
-    yield from splits(gemm_split, region.body, name, parts, split_us * MODEL_ERROR, us)
+    contraction = gemm_contraction(region)
+    num_splits, split_us = best_num_splits(region, contraction, arch)
+    yield from splits(gemm_split, region.body, name, num_splits, split_us * MODEL_ERROR, us)
     assert region.anchor is not None
-    usual = _starts_at_16_bytes(region.anchor)
-    plain, before_us = MODEL_ERROR * plain_us(region, gemm_product(region), arch), prologue_time(region, arch)
-    after_us = loop_time(region, arch) if any(isinstance(one, Pointwise) for one in everything(region.outputs)) else 0.0
-    yield Offer("library", library_us(FAMILY.name, region, arch, plain, before_us, after_us, usual))
+    usual, before_us = _has_aligned_rows(region.anchor), prologue_us(region, arch)
+    plain = MODEL_ERROR * gemm_us(region, contraction, arch)
+    yield Offer("library", library_us(FAMILY.name, region, arch, plain, before_us, epilogue_us(region, arch), usual))
     fused = _with_activation(region.body)
     if fused is not None:
         yield Offer("cublaslt", library_us(FAMILY.name, region, arch, plain, before_us, 0.0, usual), fused)
 
 
-def _starts_at_16_bytes(anchor: Node) -> bool:
-    """Whether rows can all begin at multiples of 16 bytes: a product of 512 x 768 x 50257 took a library four times as
-    long as a kernel."""
+def _has_aligned_rows(anchor: Node) -> bool:
+    """All rows can start at multiples of 16 bytes; without that libraries are several times slower than kernels."""
     types = [value.type for value in (*anchor.inputs, *anchor.outputs) if value is not None]
     shapes = [type_.shape for type_ in types if isinstance(type_, TensorType) and len(type_.shape) > 1]
     return all(typical(shape[-1]) % 8 == 0 for shape in shapes)
 
 
 def _with_activation(body: Graph) -> Graph | None:
-    """`body` as one call of cuBLASLt (`aten._addmm_activation`), where it is a product in half precision with a bias
-    and a ReLU or tanh GELU."""
+    """`body` as one call of cuBLASLt (`aten._addmm_activation`), if it is relu(product + bias) or the same with a tanh
+    GELU, in half precision."""
     before, anchor, after = around(body, OPS)
     if len(after) != 1 or after[0].inputs != anchor.outputs:
         return None
@@ -228,7 +216,7 @@ def _with_activation(body: Graph) -> Graph | None:
     first, second = (argument(anchor, operand) for operand in PRODUCTS[anchor.op][:2])
     if len(type_of(second).shape) != 2:
         return None
-    calls = BodyBuilder({value.name for value in body.values()} | body.syms.keys(), before)
+    calls = BodyBuilder(names_in(body), before)
     if anchor.op == "aten.linear.default":
         second = calls.permute(second, (1, 0))
     *lead, columns = type_of(result).shape
@@ -243,12 +231,11 @@ def _with_activation(body: Graph) -> Graph | None:
         **({"use_gelu": True} if is_gelu else {}),
     )
     calls.reshape(total, type_of(result).shape)
-    calls.name_last(result)
-    return Graph("import", body.inputs, nodes=tuple(calls.nodes), outputs=(result,))
+    return calls.body(body.inputs, result)
 
 
 def _expected_us(region: Region, arch: Arch, config: GemmConfig) -> float:
-    return MODEL_ERROR * config_us(region, gemm_product(region), arch, config)
+    return MODEL_ERROR * config_us(region, gemm_contraction(region), arch, config)
 
 
 OPS = frozenset(op for op, kind in ANCHORS.items() if kind == "gemm")

@@ -1,0 +1,432 @@
+"""Fusion: which operations become one kernel.
+
+Each operation starts as a fusion group with an iteration space: elements, or rows of a size where it reduces. Producer
+and consumer fuse if their iteration spaces agree, fusing creates no cycle, and code can be generated for the result. A
+producer of another size fuses only into its sole consumer, which recomputes it per element. Views belong to no group:
+kernels absorb the views on their inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import blake2b
+
+from torch_rtx import aten
+from torch_rtx.errors import Unsupported
+from torch_rtx.ir import COPY, Graph, Loc, Node, TensorType, Value, attr_values
+from torch_rtx.lowering.kernels.generate import forms, generate
+from torch_rtx.lowering.kernels.index import Index, from_dim, product
+from torch_rtx.lowering.kernels.kernel_ir import Load, Pointwise, Tensor, View, everything, load
+from torch_rtx.lowering.kernels.loops import loop_kernel, rows_of
+from torch_rtx.lowering.kernels.region import Region, express, region, tensor_type
+from torch_rtx.lowering.widening import is_elementwise, widens
+from torch_rtx.op_work import ANCHORS
+from torch_rtx.targets import Arch
+
+MAX_MEMBERS = 64
+MAX_POINTERS = 24
+MAX_RECOMPUTED_OPS = 4  # per element, of a producer that a larger consumer recomputes
+TINY_ELEMENTS = 4096  # a loop of so few takes no longer than its launch
+FEW_ROWS, LONG_ROW_ELEMENTS = 64, 16384  # fewer rows, longer than this, leave a GPU idle unless they are split
+SHORT_NAMES = {"_native_batch_norm_legit_no_training": "batch_norm"}  # of operators, in names of kernels
+
+
+@dataclass(frozen=True)
+class IterationSpace:
+    """`count` elements, or `count` rows of `size` elements, which are contiguous in memory or not."""
+
+    count: Index
+    size: Index | None = None
+    contiguous: bool = False
+
+    @property
+    def elements(self) -> tuple[Index, ...]:
+        """The numbers of elements that a result may have."""
+        return (self.count,) if self.size is None else (self.count, self.count * self.size)
+
+
+@dataclass(eq=False)
+class FusionGroup:
+    """Nodes, by index, that become one kernel. Without an iteration space: an anchor's kernel, or one plain call."""
+
+    members: list[int]
+    epoch: int
+    space: IterationSpace | None = None
+    cost: int = 0
+    steps: list[Node] | None = None  # of an anchor's kernel: prologue, anchor, epilogue
+
+
+@lru_cache(maxsize=1024)  # layers of a model have equal regions
+def _is_loop(body: Graph) -> bool:
+    """A loop kernel can be generated for `body`."""
+    try:
+        loop_kernel(region(body), "trial")
+    except Unsupported:
+        return False
+    return True
+
+
+@lru_cache(maxsize=1024)
+def _is_kernel(body: Graph, arches: tuple[Arch, ...]) -> bool:
+    """A kernel can be generated for `body` on one of `arches`; on others it runs call by call."""
+    for arch in arches:
+        try:
+            generate(body, "trial", arch, 0)
+        except Unsupported:
+            continue
+        return True
+    return False
+
+
+@lru_cache(maxsize=1024)
+def _prefers_split(body: Graph, arches: tuple[Arch, ...]) -> bool:
+    """A split form of `body` is expected to be the fastest on one of `arches`."""
+    return any(forms(body, "trial", arch)[0][0].body is not None for arch in arches)
+
+
+class FusionPlan:
+    """The fusion groups of `graph`.
+
+    Args:
+        arches: the SM versions that kernels are generated for.
+
+    Attributes:
+        group_of: the group of each node that is not an absorbed view.
+        readers: the nodes that read a value, also through views.
+        reducing: the nodes that reduce rows.
+        outside: the values that the graph returns, by name.
+    """
+
+    def __init__(self, graph: Graph, arches: tuple[Arch, ...]) -> None:
+        self.graph, self.nodes, self.arches = graph, graph.nodes, arches
+        self.producer = {v.name: i for i, n in enumerate(graph.nodes) for v in n.outputs if v is not None}
+        self.views = {i for i, node in enumerate(graph.nodes) if is_absorbed_view(node)}
+        self.group_of: dict[int, FusionGroup] = {}
+        self.readers: dict[str, list[int]] = {}
+        self.reducing: set[int] = set()
+        self.outside: set[str] = {self.base(v).name for v in attr_values(graph.outputs)}
+        self._start_groups()
+        for index in sorted(self.group_of):
+            self._merge_producers(index)
+        for index in sorted(self.group_of):
+            if self.nodes[index].kind == "op" and self.nodes[index].op in ANCHORS:
+                self._grow_anchor(index)
+        self._merge_siblings()
+
+    # ---- groups ------------------------------------------------------------------------------------------------------
+
+    def _start_groups(self) -> None:
+        epoch = 0
+        for index, node in enumerate(self.nodes):
+            if index in self.views:
+                continue
+            for value in node.inputs:
+                self.readers.setdefault(self.base(value).name, []).append(index)
+            barrier = node.kind == "fallback" or node.op == COPY  # no node moves across its memory accesses
+            epoch += barrier
+            space, cost = (None, 0) if barrier or node.kind != "op" else iteration_space_of(node)
+            self.group_of[index] = FusionGroup([index], epoch, space, cost)
+            if space is not None and space.size is not None:
+                self.reducing.add(index)
+            epoch += barrier
+
+    def base(self, value: Value) -> Value:
+        """The value that `value` is a view of, or itself."""
+        index = self.producer.get(value.name)
+        while index in self.views:
+            value = self.nodes[index].inputs[0]
+            index = self.producer.get(value.name)
+        return value
+
+    # ---- merging -----------------------------------------------------------------------------------------------------
+
+    def _merge_producers(self, index: int) -> None:
+        for value in self.nodes[index].inputs:
+            before = self.producer.get(self.base(value).name)
+            if before is None:
+                continue
+            first, second = self.group_of[before], self.group_of[index]
+            space = self._common_space(first, second) if first is not second else None
+            if space is None or self._would_create_cycle(first, second):
+                continue
+            self._merge(first, second, space)
+
+    def _merge(self, first: FusionGroup, second: FusionGroup, space: IterationSpace) -> None:
+        """Fuse two groups, if the result is small enough and code can be generated for it."""
+        merged = FusionGroup(sorted(first.members + second.members), first.epoch, space, first.cost + second.cost)
+        if len(merged.members) <= MAX_MEMBERS:
+            self._try_group(merged)
+
+    def _common_space(self, first: FusionGroup, second: FusionGroup) -> IterationSpace | None:
+        """The iteration space of both fused; None if they do not agree."""
+        one, two = first.space, second.space
+        if one is None or two is None or first.epoch != second.epoch:
+            return None
+        if one.size is not None and two.size is not None:
+            return one if one == two else None
+        if one.size is None and (one.count in two.elements):
+            return two
+        if one.size is not None:
+            return one if two.count in one.elements and not self._feeds_other_axis(second, one) else None
+        sole_user = all(self.group_of[i] is second for i in self.users(first)) and not self.escapes(first)
+        return two if sole_user and (first.cost <= MAX_RECOMPUTED_OPS or _at_most_as_large(two, one)) else None
+
+    def _feeds_other_axis(self, group: FusionGroup, space: IterationSpace) -> bool:
+        """Every consumer of `group` reduces over another axis than `space`, such as columns instead of rows."""
+        users = list(self.users(group))
+        return (
+            bool(users)
+            and not self.escapes(group)
+            and all(i in self.reducing and self.group_of[i].space != space for i in users)
+        )
+
+    def users(self, group: FusionGroup) -> Iterator[int]:
+        """The nodes outside of `group` that read its results, also through views."""
+        for value in self.results(group):
+            yield from (i for i in self.readers.get(value.name, ()) if self.group_of[i] is not group)
+
+    def results(self, group: FusionGroup) -> Iterator[Value]:
+        """All values that `group` computes."""
+        for member in group.members:
+            yield from (value for value in self.nodes[member].outputs if value is not None)
+
+    def escapes(self, group: FusionGroup) -> bool:
+        """The graph returns a result of `group`."""
+        return any(value.name in self.outside for value in self.results(group))
+
+    def _would_create_cycle(self, first: FusionGroup, second: FusionGroup) -> bool:
+        """A third group depends on `first`, and `second` on it."""
+        seen = {id(first), id(second)}
+        left = [self.group_of[i] for i in self.users(first) if self.group_of[i] is not second]
+        while left:
+            group = left.pop()
+            if id(group) in seen:
+                continue
+            seen.add(id(group))
+            for index in self.users(group):
+                if self.group_of[index] is second:
+                    return True
+                left.append(self.group_of[index])
+        return False
+
+    def _merge_siblings(self) -> None:
+        """Fuse independent loops of one iteration space, if they read the same value or are launch-bound."""
+        for readers in self.readers.values():
+            self._merge_independent(readers)
+        self._merge_independent([index for index, group in self.group_of.items() if _is_tiny(group.space)])
+
+    def _merge_independent(self, indices: list[int]) -> None:
+        """Fuse those groups of these nodes that have one iteration space and do not depend on each other."""
+        found: dict[tuple[int, IterationSpace], FusionGroup] = {}
+        for index in indices:
+            second = self.group_of[index]
+            if second.space is None:
+                continue
+            loop = second.epoch, second.space
+            first = found.get(loop, second)
+            if first is not second and not (self._reaches(first, second) or self._reaches(second, first)):
+                self._merge(first, second, second.space)
+            found[loop] = self.group_of[index]
+
+    def _reaches(self, first: FusionGroup, second: FusionGroup) -> bool:
+        """`second` depends on `first`, directly or not."""
+        return any(self.group_of[i] is second for i in self.users(first)) or self._would_create_cycle(first, second)
+
+    def _try_group(self, group: FusionGroup) -> bool:
+        """Replace the groups of the members by `group`, if code can be generated for it. Values that only members read
+        are then not among its outputs."""
+        before = {member: self.group_of[member] for member in group.members}
+        self.group_of.update(dict.fromkeys(group.members, group))
+        if self._can_generate(group):
+            return True
+        self.group_of.update(before)
+        return False
+
+    def _can_generate(self, group: FusionGroup) -> bool:
+        inputs, outputs = self.interface(group)
+        if len(inputs) + len(outputs) > MAX_POINTERS:
+            return False
+        if group.steps is not None:
+            return _is_kernel(self.body(group), self.arches)
+        # pointwise operations always are one loop
+        return group.space is None or group.space.size is None or _is_loop(self.body(group))
+
+    # ---- anchors -----------------------------------------------------------------------------------------------------
+
+    def _grow_anchor(self, index: int) -> None:
+        """Fuse the anchor at `index` with its prologue (loops that widen its operands) and its epilogue (the loop over
+        its result), if nothing else reads these. Both stay kernels inside of the anchor's kernel, so that a library
+        call can replace the anchor alone."""
+        anchor = self.group_of[index]
+        readers = {id(self.group_of[i]): self.group_of[i] for i in self.users(anchor)}
+        tail = next(iter(readers.values())) if len(readers) == 1 and not self.escapes(anchor) else None
+        after = [tail] if tail is not None and self._is_epilogue(tail, anchor) else []
+        before = self._prologue(index)
+        choices = ([*before, anchor, *after], [anchor, *after], [*before, anchor], [anchor])
+        for groups in (groups for at, groups in enumerate(choices) if groups not in choices[:at]):
+            steps = [node for group in groups for node in self._steps(group)]
+            members = sorted(member for group in groups for member in group.members)
+            if self._try_group(FusionGroup(members, anchor.epoch, steps=steps)):
+                return
+
+    def _steps(self, group: FusionGroup) -> list[Node]:
+        """The nodes of a group inside of an anchor's kernel: an inner kernel, or plain calls if that is better."""
+        loop = group.space is not None and self.is_profitable(group)
+        return [self.kernel(group)] if loop else [self.nodes[member] for member in group.members]
+
+    def _prologue(self, index: int) -> list[FusionGroup]:
+        """The loops that widen operands of the anchor at `index` and have no other reader."""
+        found: dict[int, FusionGroup] = {}
+        for value in self.nodes[index].inputs:
+            group = self.group_of.get(self.producer.get(self.base(value).name, -1))
+            if group is None or group.space is None or group.space.size is not None or self.escapes(group):
+                continue
+            inputs, outputs = self.interface(group)
+            types = [value.type for value in (*inputs, *outputs) if isinstance(value.type, TensorType)]
+            sole_user = set(self.users(group)) == {index} and len(outputs) == 1
+            joins = sole_user and group.epoch == self.group_of[index].epoch and widens(types[:-1], types[-1])
+            if joins and all(is_elementwise(self.nodes[member]) for member in group.members):
+                found[id(group)] = group
+        return list(found.values())
+
+    def _is_epilogue(self, tail: FusionGroup, anchor: FusionGroup) -> bool:
+        """`tail` is a loop over the elements of the anchor's result."""
+        (result,) = self.results(anchor)
+        space = tail.space
+        if space is None or space.size is not None or tail.epoch != anchor.epoch:
+            return False
+        return space.count == elements(result) and not self._would_create_cycle(anchor, tail)
+
+    # ---- results -----------------------------------------------------------------------------------------------------
+
+    def interface(self, group: FusionGroup) -> tuple[list[Value], list[Value]]:
+        """The values that `group` reads from memory, and the results that others read."""
+        inside = {value.name for value in self.results(group)}
+        read = (self.base(value) for member in group.members for value in self.nodes[member].inputs)
+        inputs = {value.name: value for value in read if value.name not in inside}
+        needed = self.outside.union(*(self._read_by(index) for index in self.users(group)))
+        return list(inputs.values()), [value for value in self.results(group) if value.name in needed]
+
+    def _read_by(self, index: int) -> set[str]:
+        return {self.base(value).name for value in self.nodes[index].inputs}
+
+    def body(self, group: FusionGroup) -> Graph:
+        """The graph of `group` with the views on its inputs, canonical names and no locations, so that equal regions
+        have equal bodies."""
+        inputs, outputs = self.interface(group)
+        names = {value.name: Value(f"in{i}", value.type) for i, value in enumerate(inputs)}
+        nodes: list[Node] = []
+
+        def add(node: Node) -> None:
+            if all(value is None or value.name in names for value in node.outputs):
+                return
+            for value in node.inputs:
+                if value.name not in names:  # a view: members come in order
+                    add(self.nodes[self.producer[value.name]])
+            first = len(inputs) + sum(len(earlier.outputs) for earlier in nodes)
+            made = [None if v is None else Value(f"v{first + i}", v.type) for i, v in enumerate(node.outputs)]
+            names.update({v.name: m for v, m in zip(node.outputs, made, strict=True) if v and m})
+            args = node.map_inputs(lambda value: names[value.name])
+            nodes.append(Node(node.kind, node.op, args, tuple(made), node.body))
+
+        for node in group.steps or (self.nodes[member] for member in group.members):
+            add(node)
+        taken = tuple(names[value.name] for value in inputs)
+        return Graph("import", taken, nodes=tuple(nodes), outputs=tuple(names[value.name] for value in outputs))
+
+    def kernel(self, group: FusionGroup) -> Node:
+        """`group` as a kernel node."""
+        inputs, outputs = self.interface(group)
+        body = self.body(group)
+        args = tuple((f"in{i}", value) for i, value in enumerate(inputs))
+        return Node("kernel", kernel_name(body), args, tuple(outputs), body, self._loc(group))
+
+    def _loc(self, group: FusionGroup) -> Loc | None:
+        """The location of the first reduction, else of the last node."""
+        rows = [member for member in group.members if member in self.reducing]
+        return self.nodes[rows[0] if rows else group.members[-1]].loc
+
+    def is_profitable(self, group: FusionGroup) -> bool:
+        """A kernel is better than plain calls. It is not for a lone copy; and few long rows need a split form."""
+        if group.space is None:
+            return group.steps is not None
+        count, size = group.space.count.number, None if group.space.size is None else group.space.size.number
+        if size is not None and count is not None and count < FEW_ROWS and size > LONG_ROW_ELEMENTS:
+            return len(group.members) > 1 and _prefers_split(self.body(group), self.arches)
+        if len(group.members) > 1:  # fusion has checked that code can be generated
+            return True
+        has_code = group.space.size is None or _is_loop(self.body(group))
+        return has_code and self._computes(self.nodes[group.members[0]])
+
+    def _computes(self, node: Node) -> bool:
+        computed = (not isinstance(tensor, Load | View) for tensor in everything(_expressed(node)))
+        return any(computed) and bool(node.inputs)
+
+
+def elements(value: Value) -> Index:
+    """Elements of a tensor."""
+    assert isinstance(value.type, TensorType)
+    return product(map(from_dim, value.type.shape))
+
+
+def _is_tiny(space: IterationSpace | None) -> bool:
+    """A pointwise loop is launch-bound."""
+    return space is not None and space.size is None and (space.count.number or TINY_ELEMENTS + 1) <= TINY_ELEMENTS
+
+
+def _at_most_as_large(consumer: IterationSpace, producer: IterationSpace) -> bool:
+    """`consumer` is known to have at most as many elements as `producer`."""
+    here, there = consumer.elements[-1].number, producer.elements[-1].number
+    return here is not None and there is not None and here <= there
+
+
+def is_absorbed_view(node: Node) -> bool:
+    """Kernels absorb `node` as address arithmetic."""
+    if node.kind != "op" or len(node.inputs) != 1 or not aten.is_view(aten.overload(node.op)):
+        return False
+    try:
+        return bool(_expressed(node))
+    except Unsupported:
+        return False
+
+
+def _expressed(node: Node) -> list[Tensor]:
+    values: dict[str, Tensor] = {value.name: load(value.name, tensor_type(value)) for value in node.inputs}
+    return list(express(node, values).values())
+
+
+def iteration_space_of(node: Node) -> tuple[IterationSpace | None, int]:
+    """The iteration space of one operation and its operations per element; None if kernels do not cover it."""
+    if node.op in ANCHORS or not all(isinstance(v.type, TensorType) for v in node.inputs):
+        return None, 0
+    try:
+        tensors = _expressed(node)
+        if not tensors:
+            return None, 0
+        found = Region(Graph("import", outputs=tuple(v for v in node.outputs if v)), tuple(tensors), None, {})
+        rows = rows_of(found)
+    except Unsupported:
+        return None, 0
+    cost = sum(isinstance(inner, Pointwise) for inner in everything(tensors))
+    if not rows.axes:
+        return IterationSpace(product(tensors[0].shape)), cost
+    return IterationSpace(rows.count, rows.size, rows.contiguous), cost
+
+
+def kernel_name(body: Graph) -> str:
+    """The name of the kernel of `body`: its operations and a digest of the body."""
+    ops = [node.op.split(".")[1] for node in _calls(body) if not aten.is_view(aten.overload(node.op))]
+    words = list(dict.fromkeys(SHORT_NAMES.get(op, op.strip("_")) for op in ops))
+    shown = words if len(words) <= 4 else [*words[:2], *words[-2:]]
+    return "_".join([*shown, blake2b(str(body).encode(), digest_size=4).hexdigest()])
+
+
+def _calls(body: Graph) -> Iterator[Node]:
+    """The operations of `body`, also inside of its kernels."""
+    for node in body.nodes:
+        if node.body is None:
+            yield node
+        else:
+            yield from _calls(node.body)

@@ -1,0 +1,420 @@
+"""The performance model: expected kernel times in microseconds, by which tile configurations are ranked.
+
+Thread blocks (programs) run in waves: shared memory and registers bound how many a multiprocessor holds, and the last
+wave may leave most of the chip idle, which favours small tiles for small problems. A step of the loop over K takes as
+long as its slowest resource: tensor cores, shared memory (larger tiles per warp read less), L2 (larger tiles read
+less), or memory latency divided by the pipeline stages. No kernel is faster than its compulsory memory traffic.
+
+The model only has to rank; where there is time, candidates are measured.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from math import ceil, gcd, inf, prod
+
+from torch_rtx.dtypes import DTYPES, TF32
+from torch_rtx.errors import Unsupported
+from torch_rtx.ir import Dim, TensorType, typical_size
+from torch_rtx.lowering.kernels.epilogue_index import epilogue_indexing
+from torch_rtx.lowering.kernels.index import from_dim, linear, variable
+from torch_rtx.lowering.kernels.kernel_ir import (
+    ZERO,
+    Load,
+    Pointwise,
+    Position,
+    Select,
+    Tensor,
+    View,
+    children,
+    everything,
+)
+from torch_rtx.lowering.kernels.matmul_template import (
+    KB,
+    MAX_GEMV_ROWS,
+    Contraction,
+    GemmConfig,
+    KLoop,
+    dot_dtype,
+    stored_load,
+)
+from torch_rtx.lowering.kernels.region import Region, tensor_type
+from torch_rtx.lowering.kernels.source import block_of
+from torch_rtx.lowering.kernels.triton_ops import is_expensive
+from torch_rtx.targets import Arch, Chip
+
+TYPICAL_SIZE = 1024  # stands for a symbolic size without a hint, clamped to its range
+LAUNCH_US = 1.5  # before the first operands arrive, and after the last store
+LATENCY_US = 0.8  # of DRAM under load
+BARRIER_US = 0.03  # per step
+MAX_CONFIGS, MAX_PER_TILE = 12, 2  # configurations kept: in all, and per tile shape
+NUM_SPLITS = (2, 4, 8, 16)  # candidates for split-K and split-KV
+FULL_TILES, TILE = 0.75, 64  # no split-K with more TILE x TILE tiles per multiprocessor than this
+SPLIT_MULTIPLE = 32  # elements of K: each split has a multiple of this
+MAX_NARROW_LOADS = 16  # per thread and step: loads of less than 16 bytes
+OPERANDS = {**DTYPES, "tf32": TF32}
+SIZES = {name: dtype.bytes for name, dtype in OPERANDS.items()}
+RATES = {name: dtype.tensor_rate for name, dtype in OPERANDS.items() if dtype.tensor_rate}
+
+
+@dataclass(frozen=True)
+class GemmProblem:
+    """What the model needs to know of a contraction.
+
+    Attributes:
+        batch, rows, columns, depth: sizes, with `columns` per accumulator; K is `taps` times `depth`.
+        accumulators: column ranges that one program computes side by side.
+        dtype: of the operands; "tf32" for f32 on tensor cores.
+        bytes_moved: compulsory memory traffic.
+        columns_last: the second operand is contiguous along columns, not along K.
+        needs_few_registers: operands are plain loads and the epilogue is cheap.
+        vector_elements: elements of the first operand per load, at most 8.
+        uncoalesced_loads: per element of a computed second operand, the loads that are not contiguous along K, as of
+            packed integers. `tl.dot` has columns in neighbouring threads, so each of these reads its own sector.
+    """
+
+    batch: int
+    rows: int
+    columns: int
+    depth: int
+    taps: int
+    accumulators: int
+    dtype: str
+    bytes_moved: int
+    columns_last: bool
+    needs_few_registers: bool
+    vector_elements: int = 8
+    uncoalesced_loads: int = 0
+
+
+def gemm_problem(region: Region, contraction: Contraction, arch: Arch, input_precision: str = "ieee") -> GemmProblem:
+    """The problem that a region poses, at typical values of its symbolic sizes.
+
+    Raises:
+        Unsupported: the target's tensor cores lack the dtype, or the epilogue can't be indexed.
+    """
+    dtype = dot_dtype(contraction)
+    if dtype == "bf16" and "bf16" not in arch.features:
+        raise Unsupported(f"a matrix product of bf16 on sm_{arch.sm}")
+    epilogue = epilogue_indexing(region.outputs, contraction.tile())
+    width = epilogue.width.number
+    depth, taps, vector = typical(contraction.depth), prod(contraction.taps), 8
+    if KLoop(contraction, 1).flat:
+        depth, taps, vector = depth * taps, 1, gcd(depth, vector) if contraction.channels_last else 1
+    return GemmProblem(
+        batch=typical(contraction.batch),
+        rows=typical(contraction.rows),
+        columns=typical(contraction.columns) if width is None else width,
+        depth=depth,
+        taps=taps,
+        accumulators=len(epilogue.columns),
+        dtype="tf32" if dtype == "f32" and input_precision != "ieee" else dtype,
+        bytes_moved=sum(map(bytes_of, region.memory_types)),
+        columns_last=_column_stride(contraction) == 1,
+        needs_few_registers=_needs_few_registers(region, contraction),
+        vector_elements=vector,
+        uncoalesced_loads=0 if stored_load(contraction.b) else _uncoalesced_loads(contraction),
+    )
+
+
+def _uncoalesced_loads(contraction: Contraction) -> int:
+    """See `GemmProblem.uncoalesced_loads`."""
+    k = variable(KB, from_dim(contraction.depth))
+
+    def count(tensor: Tensor, position: Position) -> int:
+        match tensor:
+            case Load():
+                address = linear(position, tensor.strides)
+                along = [(atoms, n) for atoms, n in address.terms if any(KB in str(atom) for atom in atoms)]
+                return int(along not in ([], list(k.terms)))
+            case View():
+                return count(tensor.source, tensor.at(position))
+            case Select():
+                moved = tuple(at - start for at, start in zip(position, tensor.starts, strict=True))
+                return count(tensor.inner, moved) + count(tensor.outer, position)
+        return sum(count(child, position) for child in children(tensor) if len(child.shape) == len(position))
+
+    column = variable("N", from_dim(contraction.columns))
+    return count(contraction.b, contraction.b_at(ZERO, column, (*[ZERO] * len(contraction.taps), k)))
+
+
+def bytes_of(type_: TensorType) -> int:
+    """Bytes of a tensor in memory at typical sizes; broadcast dimensions count once."""
+    sizes = (typical(size) for size, stride in zip(type_.shape, type_.strides, strict=True) if stride != 0)
+    return prod(sizes) * SIZES[type_.dtype]
+
+
+def _column_stride(contraction: Contraction) -> int | None:
+    """The stride of the second operand along columns, in elements; None if it has no constant one."""
+    column = variable("N", from_dim(contraction.columns))
+    tensor, position = contraction.b, contraction.b_at(ZERO, column, (ZERO,) * (len(contraction.taps) + 1))
+    while isinstance(tensor, View | Pointwise):
+        if isinstance(tensor, Pointwise) and tensor.same_register is None:
+            return None
+        position = tensor.at(position) if isinstance(tensor, View) else position
+        tensor = tensor.source if isinstance(tensor, View) else tensor.args[0]
+    if not isinstance(tensor, Load):
+        return None
+    ((monomial, _),) = column.terms
+    return next((count for atoms, count in linear(position, tensor.strides).terms if atoms == monomial), None)
+
+
+def _needs_few_registers(region: Region, contraction: Contraction) -> bool:
+    """See `GemmProblem.needs_few_registers`."""
+    is_plain = prod(contraction.taps) == 1 and all(map(stored_load, (contraction.a, contraction.b)))
+    computed = (one for one in everything(region.outputs) if isinstance(one, Pointwise))
+    return is_plain and not any(is_expensive(one.expression) for one in computed)
+
+
+def typical(dim: Dim) -> int:
+    """A typical value of a dim."""
+    return typical_size(dim, TYPICAL_SIZE)
+
+
+def ranked_configs(region: Region, contraction: Contraction, arch: Arch, input_precision: str) -> list[GemmConfig]:
+    """At most MAX_CONFIGS configurations, the fastest first.
+
+    Raises:
+        Unsupported: see `gemm_problem`.
+    """
+    precision = input_precision if "tf32" in arch.features else "ieee"
+    problem = gemm_problem(region, contraction, arch, precision)
+    best = [config for _, config in _ranked(problem, _is_gemv(contraction), arch)]
+    tiles = [(config.gemv, config.block_m, config.width) for config in best]
+    kept = [config for at, config in enumerate(best) if tiles[:at].count(tiles[at]) < MAX_PER_TILE][:MAX_CONFIGS]
+    return [replace(config, input_precision=precision) for config in kept]
+
+
+def gemm_us(region: Region, contraction: Contraction, arch: Arch) -> float:
+    """The time of the fastest kernel if its operands were plain loads, in microseconds.
+
+    Raises:
+        Unsupported: see `gemm_problem`.
+    """
+    problem = replace(gemm_problem(region, contraction, arch), uncoalesced_loads=0)
+    return _ranked(problem, _is_gemv(contraction), arch)[0][0]
+
+
+def config_us(region: Region, contraction: Contraction, arch: Arch, config: GemmConfig) -> float:
+    """The time of the kernel in one configuration, in microseconds.
+
+    Raises:
+        Unsupported: see `gemm_problem`.
+    """
+    problem = gemm_problem(region, contraction, arch, config.input_precision)
+    return gemv_us(problem, config, arch.chip) if config.gemv else mma_us(problem, config, arch)
+
+
+def streaming_us(types: Iterable[TensorType], arch: Arch) -> float:
+    """The time of a memory-bound kernel that reads or writes tensors of these types once, in microseconds."""
+    return LAUNCH_US + sum(map(bytes_of, types)) / (arch.chip.memory * 1e3)
+
+
+def epilogue_us(region: Region, arch: Arch) -> float:
+    """The time of a separate kernel for what follows the anchor, in microseconds; 0 if nothing is computed there."""
+    if not any(isinstance(one, Pointwise) for one in everything(region.outputs)):
+        return 0.0
+    assert region.anchor is not None
+    read = {one.name for one in everything(region.outputs) if isinstance(one, Load) and not one.anchor}
+    moved = [value for value in region.body.inputs if value.name in read]
+    moved += [value for value in region.anchor.outputs if value is not None]
+    return streaming_us([*map(tensor_type, moved), *region.types], arch)
+
+
+def prologue_us(region: Region, arch: Arch) -> float:
+    """The time of separate kernels for the anchor's computed operands, in microseconds."""
+    assert region.anchor is not None
+    computed = [value for value in region.anchor.inputs if stored_load(region.values[value.name]) is None]
+    return sum(streaming_us([tensor_type(value)], arch) for value in computed)
+
+
+def _is_gemv(contraction: Contraction) -> bool:
+    """There are few enough rows to do without tensor cores."""
+    return isinstance(contraction.rows, int) and contraction.rows <= MAX_GEMV_ROWS
+
+
+@lru_cache(maxsize=1024)
+def _ranked(problem: GemmProblem, is_gemv: bool, arch: Arch) -> list[tuple[float, GemmConfig]]:
+    """All configurations with their times in microseconds, the fastest first."""
+    found = [(mma_us(problem, config, arch), config) for config in _mma_configs(problem, arch)]
+    if is_gemv:
+        found += [(gemv_us(problem, config, arch.chip), config) for config in _gemv_configs(problem)]
+    return sorted(found, key=lambda one: one[0])
+
+
+# ---- split-K ---------------------------------------------------------------------------------------------------------
+
+
+def best_num_splits(region: Region, contraction: Contraction, arch: Arch) -> tuple[int, float]:
+    """The best number of splits along K, and the time of the two kernels in microseconds. (1, infinity): K has no
+    equal splits, or unsplit tiles fill the chip.
+
+    Raises:
+        Unsupported: see `gemm_problem`.
+    """
+    problem, chip = gemm_problem(region, contraction, arch), arch.chip
+    columns = typical(contraction.columns)  # of all accumulators
+    tiles = problem.batch * ceil(problem.rows / TILE) * ceil(columns / TILE)
+    best, fastest_us = 1, inf
+    if not isinstance(contraction.depth, int) or tiles > FULL_TILES * chip.processors:
+        return best, fastest_us
+    result = problem.batch * problem.rows * columns
+    operands = problem.batch * (problem.rows + columns * problem.taps) * problem.depth * SIZES[problem.dtype]
+    for num_splits in NUM_SPLITS:
+        if contraction.depth % (num_splits * SPLIT_MULTIPLE) or tiles * num_splits > 2 * chip.processors:
+            continue
+        moved = operands + 4 * num_splits * result
+        partial = replace(problem, batch=problem.batch * num_splits, columns=columns, depth=problem.depth // num_splits)
+        partial = replace(partial, accumulators=1, bytes_moved=moved, needs_few_registers=True)
+        combined = 4 * num_splits * result + max(problem.bytes_moved - operands, 0)
+        combine_us = LAUNCH_US + combined / (chip.memory * 1e3)
+        both_us = _ranked(partial, _is_gemv(contraction), arch)[0][0] + combine_us
+        if both_us >= fastest_us:
+            break  # more splits are no better
+        fastest_us, best = both_us, num_splits
+    return best, fastest_us
+
+
+# ---- tensor cores ----------------------------------------------------------------------------------------------------
+
+
+def _mma_configs(problem: GemmProblem, arch: Arch) -> Iterator[GemmConfig]:
+    tiles = [(16, 32, 64, 128, 256), (16, 32, 64, 128, 256), (16, 32, 64, 128)]
+    most_m, most_n, most_k = map(block_of, (problem.rows, problem.columns, problem.depth))
+    stages = (2, 3, 4, 5) if "cp_async" in arch.features else (1,)
+    for block_m, block_n, block_k, extra in itertools.product(*tiles, (False, True)):
+        if block_m > most_m or block_n > most_n or not min(most_k, 32) <= block_k <= most_k:
+            continue
+        if problem.dtype == "f32" and block_k > 32:
+            continue  # operands of FMA products take registers
+        extra_n = block_n // 2 if extra else 0
+        area = block_m * (block_n + extra_n) * problem.accumulators
+        warps = [count for count in (2, 4, 8) if 256 <= area // count <= 4096] or [1]
+        for num_warps, num_stages in itertools.product(warps, stages):
+            config = GemmConfig(block_m, block_n, block_k, num_warps, num_stages, extra_n=extra_n)
+            if extra and not (64 <= block_n <= 128 and block_k >= 64 and _uses_wgmma(problem, config, arch)):
+                continue  # measured for wgmma alone
+            if shared_memory(problem, config, arch) <= arch.shared and _fits_registers(problem, config, arch):
+                yield config
+
+
+def accumulator_regs(problem: GemmProblem, config: GemmConfig) -> int:
+    """Registers per thread for accumulators."""
+    return config.block_m * config.width * problem.accumulators // (32 * config.num_warps)
+
+
+def _fits_registers(problem: GemmProblem, config: GemmConfig, arch: Arch) -> bool:
+    """The kernel should not spill. Empirical: of 255 registers accumulators may take a quarter, or half with wgmma and
+    a cheap epilogue; each 16-byte load takes a pointer and, without `cp.async`, its data; more narrow loads than
+    MAX_NARROW_LOADS would cost the second resident program."""
+    is_light = _uses_wgmma(problem, config, arch) and problem.needs_few_registers
+    most = 16 if problem.dtype == "f32" else 128 if is_light else 64
+    width = config.block_m + config.width * problem.accumulators
+    threads = 32 * config.num_warps
+    pointers = width * config.block_k * SIZES[problem.dtype] // (16 * threads)
+    is_narrow = problem.vector_elements * SIZES[problem.dtype] < 16
+    narrow_loads = config.block_m * config.block_k // (problem.vector_elements * threads) if is_narrow else 0
+    return (
+        accumulator_regs(problem, config) <= most
+        and pointers <= (12 if "cp_async" in arch.features else 6)
+        and narrow_loads <= MAX_NARROW_LOADS
+    )
+
+
+def _uses_wgmma(problem: GemmProblem, config: GemmConfig, arch: Arch) -> bool:
+    """Products run as Hopper's wgmma, which reads operands from shared memory."""
+    return "wgmma" in arch.features and problem.dtype != "f32" and config.block_m >= 64 and config.num_warps >= 4
+
+
+def shared_memory(problem: GemmProblem, config: GemmConfig, arch: Arch) -> int:
+    """Bytes of shared memory per program: of the pipeline stages, one more with wgmma, which reads from there."""
+    width = config.width * problem.accumulators
+    step = (config.block_m + width) * config.block_k * SIZES[problem.dtype]
+    steps = config.num_stages - (not _uses_wgmma(problem, config, arch))
+    return max(step * max(steps, 1), config.block_m * config.block_n * 2)
+
+
+def mma_us(problem: GemmProblem, config: GemmConfig, arch: Arch) -> float:
+    """The time of a `tl.dot` kernel, in microseconds."""
+    chip = arch.chip
+    width = config.width * problem.accumulators
+    tiles = problem.batch * ceil(problem.rows / config.block_m) * ceil(problem.columns / config.width)
+    steps = problem.taps * ceil(problem.depth / config.block_k)
+    resident = _resident_programs(problem, config, arch)
+    full_waves, tail = divmod(tiles, chip.processors * resident)
+    waves = [resident] * full_waves + ([ceil(tail / chip.processors)] if tail else [])
+    store_us = config.block_m * width * 2 / (chip.memory * 1e3 / chip.processors)
+    busy_us = sum(LATENCY_US + steps * _step_us(problem, config, arch, count) + count * store_us for count in waves)
+    return LAUNCH_US + _overlapped_us(chip, busy_us, problem.bytes_moved / (chip.memory * 1e3))
+
+
+def _overlapped_us(chip: Chip, *times: float) -> float:
+    """The time of operations that overlap, as well as the chip overlaps them."""
+    longest = max(times)
+    return longest + (1 - chip.overlap) * (sum(times) - longest)
+
+
+def _resident_programs(problem: GemmProblem, config: GemmConfig, arch: Arch) -> int:
+    """Programs per multiprocessor."""
+    threads = 32 * config.num_warps
+    registers = min(accumulator_regs(problem, config) + (56 if _uses_wgmma(problem, config, arch) else 80), 255)
+    return max(
+        1,
+        min(arch.shared // shared_memory(problem, config, arch), 65536 // (threads * registers), 1536 // threads),
+    )
+
+
+def _step_us(problem: GemmProblem, config: GemmConfig, arch: Arch, count: int) -> float:
+    """The time of one step over K of `count` programs on one multiprocessor, in microseconds; fitted on Hopper."""
+    chip, size, warps = arch.chip, SIZES[problem.dtype], config.num_warps
+    width = config.width * problem.accumulators
+    rate = (chip.plain if problem.dtype == "f32" else chip.tensor * RATES[problem.dtype]) * 1e6 / chip.processors
+    if _uses_wgmma(problem, config, arch):
+        # A warpgroup multiplies 64 rows at a time: it reads all columns, and per accumulator its rows once.
+        ranges = problem.accumulators * (2 if config.extra_n else 1) * max(warps * 16 // config.block_m, 1)
+        elements = config.block_m * ranges + width * config.block_m / 64
+    else:
+        # Warps divide the tile into near squares; each reads its rows and its columns.
+        across = 1
+        while across * across < warps and config.block_m // across > 16:
+            across *= 2
+        elements = warps * (config.block_m / across + width / max(warps // across, 1))
+        rate /= 2 if "wgmma" in arch.features else 1  # mma.sync on Hopper has half the rate
+    elements += config.block_m + width if "wgmma" in arch.features else 0  # copies to shared memory
+    math_us = 2 * config.block_m * width * config.block_k / rate
+    shared_us = elements * config.block_k * size / (128e3 * chip.clock)
+    l2_us = (config.block_m + width) * config.block_k * size / (chip.cache * 1e3 * chip.clock)
+    # A load is due num_stages - 1 steps later.
+    latency_us = (LATENCY_US + math_us) / max(config.num_stages - 1, 1)
+    uncoalesced_us = problem.uncoalesced_loads * width * config.block_k / (chip.clock * 1e3)
+    on_chip_us = count * math_us, count * shared_us, count * l2_us
+    return BARRIER_US + _overlapped_us(chip, *on_chip_us, latency_us, count * uncoalesced_us)
+
+
+# ---- GEMV ------------------------------------------------------------------------------------------------------------
+
+
+def _gemv_configs(problem: GemmProblem) -> Iterator[GemmConfig]:
+    if problem.columns_last:  # steps would be too short to hide latency
+        return
+    for block_n, block_k in itertools.product((4, 8, 16, 32), (128, 256, 512, 1024)):
+        accumulators = block_n * block_k * problem.rows * problem.accumulators // 128
+        waste_k, waste_n = block_k // 2 >= max(problem.depth, 64), block_n // 2 >= max(problem.columns, 32)
+        if 4 <= accumulators <= 64 and not waste_k and not waste_n:
+            yield GemmConfig(16, block_n, block_k, 4, 1, gemv=True)
+
+
+def gemv_us(problem: GemmProblem, config: GemmConfig, chip: Chip) -> float:
+    """The time of a GEMV kernel, in microseconds: bound by memory, or by conversions to f32 and FMAs."""
+    weights = problem.columns * problem.accumulators * problem.depth * problem.taps
+    programs = problem.batch * ceil(problem.columns / config.block_n)
+    # A multiprocessor holds at most 12 such programs; about half of them saturate its share of bandwidth.
+    busy = min(programs / chip.processors / 6, 1)
+    read_us = problem.batch * weights * SIZES[problem.dtype] / (chip.memory * 1e3 * busy)
+    flops = problem.batch * weights * 2 * (problem.rows + 1)
+    fma_us = flops / (chip.plain * 1e6 * min(programs / chip.processors, 1)) * 4
+    steps = problem.taps * ceil(problem.depth / config.block_k) * ceil(programs / chip.processors / 12)
+    return LAUNCH_US + _overlapped_us(chip, read_us, fma_us, steps * LATENCY_US)
