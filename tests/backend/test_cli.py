@@ -38,6 +38,12 @@ def test_inspect(path):
         assert text in result.stdout
 
 
+def test_module_is_the_command_line(path):
+    """`python -m torch_rtx` needs no installation."""
+    command = [sys.executable, "-m", "torch_rtx", "inspect", path]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == call("inspect", path).stdout
+
+
 def test_inspect_json(path):
     found = json.loads(call("inspect", path, "--json").stdout)
     assert found["manifest"]["inputs"] == ["input"]

@@ -203,6 +203,11 @@ def names() -> list[str]:
     return sorted(found - ELSEWHERE)
 
 
+def test_samples_of_no_operator() -> None:
+    with pytest.raises(ValueError, match=r"op_db has no operator 'expn1'; near are .*'expm1'"):
+        next(sampled("expn1", every=False))
+
+
 # Why kernels do not have some calls of operators that they do have.
 REFUSED = (
     "which is rounded",  # the ATen call rounds more often than a kernel would
