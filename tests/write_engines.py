@@ -20,11 +20,12 @@ from torch.utils import _pytree as pytree
 
 import torch_rtx
 from tests.helpers.kernels import ADD, blocks
+from tests.helpers.splits import split_in
 from tests.paths import ENGINES
 from torch_rtx.backend.kernels import build_kernels
 from torch_rtx.ir import Graph, Node, TensorType, Value, dim_expr
 from torch_rtx.irparse import parse
-from torch_rtx.lowering.kernels.generate import forms, generate, split_in
+from torch_rtx.lowering.kernels.generate import forms, generate
 from torch_rtx.tactics import OWN, Tactic
 from torch_rtx.targets import PORTABLE, Target
 

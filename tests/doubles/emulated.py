@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from tests.doubles.interpreter import Interpreted
+from tests.helpers.splits import split_in
 from torch_rtx.artefacts import Artefacts
 from torch_rtx.errors import KernelError, Unsupported
 from torch_rtx.ir import Dim, Graph, Node
-from torch_rtx.lowering.kernels.generate import generate, split_in, tactics
+from torch_rtx.lowering.kernels.generate import generate, tactics
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.runtime.background import Background
 from torch_rtx.runtime.benchmark import Run

@@ -16,10 +16,11 @@ import torch
 
 from benchmarks.numerics import assert_right
 from tests.doubles.interpreter import run
+from tests.helpers.splits import split_in
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Graph, TensorType, attr_values, evaluate, verify
 from torch_rtx.irparse import parse
-from torch_rtx.lowering.kernels.generate import Form, forms, generate, split_in
+from torch_rtx.lowering.kernels.generate import Form, forms, generate
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.region import Region, region
 from torch_rtx.optable import ALLOWED

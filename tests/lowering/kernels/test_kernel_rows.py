@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.helpers.splits import split_in
 from tests.lowering.kernels.kernel_bodies import body, check_split, check_split_graph, random_tensor, split
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Graph
-from torch_rtx.lowering.kernels.generate import generate, split_in
+from torch_rtx.lowering.kernels.generate import generate
 from torch_rtx.targets import arch_of
 
 DTYPES = ("f16", "bf16", "f32")

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import torch_rtx
+from tests.helpers.splits import split_in
 from tests.lowering.kernels import test_kernel_attention as attention
 from tests.lowering.kernels.kernel_bodies import body, check_split, check_split_graph, random_tensor, split
 from tests.lowering.kernels.test_kernel_conv import CALLS as CONVOLUTIONS
@@ -24,7 +25,7 @@ from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Graph, Loc, Node, Value, kernel_nodes, verify
 from torch_rtx.irparse import parse
 from torch_rtx.lowering.kernels.families.family import Offer
-from torch_rtx.lowering.kernels.generate import Form, _offered, forms, generate, split_in
+from torch_rtx.lowering.kernels.generate import Form, _offered, forms, generate
 from torch_rtx.optable import ALLOWED
 from torch_rtx.runtime.code import compile_graph
 from torch_rtx.runtime.inline import inline_kernels
@@ -306,6 +307,15 @@ def random_inputs(inner: Graph, size: int) -> list[torch.Tensor]:
     """Inputs of a body; `size` stands for every symbol."""
     torch.manual_seed(0)
     return [random_tensor(value.type, dict.fromkeys(inner.syms, size)) for value in inner.inputs]
+
+
+def test_an_offer_of_kernels_that_cannot_be_generated_is_left_out() -> None:
+    inner = body(
+        "x: H[4, 8]\na: H[4] = sum.dim_IntList(self=x, dim=[1])\ny: H[4] = softmax.int(self=a, dim=0)\nreturn y"
+    )
+    with pytest.raises(Unsupported):
+        generate(inner, "k", arch_of(90), 0)
+    assert not list(_offered(Offer("split", 0.0, kernel_graph(inner, "k")), arch_of(90)))
 
 
 def forced(parts: int) -> Callable[[Node, Target], list[Form]]:

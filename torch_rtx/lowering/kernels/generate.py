@@ -65,20 +65,19 @@ def _own(found: Region, name: str, arch: Arch) -> Iterator[Tactic[Kernel]]:
 
 
 def _offered(offer: Offer, arch: Arch) -> Iterator[Tactic[Kernel]]:
-    """An offered tactic, in each configuration of its first kernel; once if it has no kernels."""
-    inside = [node for node in offer.body.nodes if node.body is not None] if offer.body is not None else []
-    for which in range(len(_prepared(inside[0].body, arch)[1]) if inside else 1):
-        kernels: dict[str, Kernel] = {}
-        for node in inside:
-            assert node.body is not None
-            try:
-                configs = _prepared(node.body, arch)[1]
-                kernel = generate(node.body, node.op, arch, min(which, len(configs) - 1))
-            except Unsupported:
-                return
-            assert kernel is not None
-            kernels[node.op] = kernel
-        yield Tactic(offer.kind, offer.expected_us, kernels, offer.body)
+    """An offered tactic, in each configuration of its first kernel; once if it has no kernels, and not at all if one of
+    its kernels can't be generated."""
+    nodes = offer.body.nodes if offer.body is not None else ()
+    try:
+        inside = [(node.op, *_prepared(node.body, arch)) for node in nodes if node.body is not None]
+        for which in range(len(inside[0][2]) if inside else 1):
+            kernels = {
+                op: family_of(found).kernel(found, op, configs[min(which, len(configs) - 1)])
+                for op, found, configs in inside
+            }
+            yield Tactic(offer.kind, offer.expected_us, kernels, offer.body)
+    except Unsupported:
+        return
 
 
 def tactics(body: Graph, name: str, arch: Arch) -> Iterator[Tactic[Kernel]]:
@@ -92,14 +91,3 @@ def tactics(body: Graph, name: str, arch: Arch) -> Iterator[Tactic[Kernel]]:
     yield from (head for head, _ in found)
     own_first = sorted(found, key=lambda form: form[0].body is not None)
     yield from chain.from_iterable(rest for _, rest in own_first)
-
-
-def split_in(body: Graph, name: str, num_splits: int) -> Graph:
-    """The split form of `body`, of the kernel `name`, with its anchor in `num_splits`, or its rows in about as many.
-
-    Raises:
-        Unsupported: it can't be split.
-    """
-    ops = {node.op for node in body.nodes}
-    family = next(family for family in FAMILIES if not family.ops or not family.ops.isdisjoint(ops))
-    return family.split(body, name, num_splits)

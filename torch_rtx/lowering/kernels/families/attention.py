@@ -52,4 +52,4 @@ def _expected_us(region: Region, arch: Arch, config: AttentionConfig) -> float:
 
 
 OPS = frozenset(op for op, kind in ANCHORS.items() if kind == "attention")
-FAMILY = Family("attention", OPS, attention_configs, attention_kernel, _expected_us, attention_split, _others)
+FAMILY = Family("attention", OPS, attention_configs, attention_kernel, _expected_us, _others)

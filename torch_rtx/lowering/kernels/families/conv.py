@@ -344,4 +344,4 @@ def _expected_us(region: Region, arch: Arch, config: GemmConfig) -> float:
 
 
 OPS = frozenset(op for op, kind in ANCHORS.items() if kind == "conv")
-FAMILY = Family("conv", OPS, conv_configs, conv_kernel, _expected_us, conv_split, _others)
+FAMILY = Family("conv", OPS, conv_configs, conv_kernel, _expected_us, _others)

@@ -43,7 +43,6 @@ class Family:
         configs: of the region's kernel on an SM version, the fastest first.
         kernel: from a region, a name and a configuration.
         expected_us: time of the kernel in a configuration, in microseconds.
-        split: see the module `split`.
         others: the other tactics of a region, given its name and the expected time of its kernel in microseconds.
     """
 
@@ -52,7 +51,6 @@ class Family:
     configs: Callable[[Region, Arch], Sequence[Any]]
     kernel: Callable[[Region, str, Any], Kernel]
     expected_us: Callable[[Region, Arch, Any], float]
-    split: Split
     others: Callable[[Region, str, Arch, float], Iterator[Offer]]
 
 

@@ -239,4 +239,4 @@ def _expected_us(region: Region, arch: Arch, config: GemmConfig) -> float:
 
 
 OPS = frozenset(op for op, kind in ANCHORS.items() if kind == "gemm")
-FAMILY = Family("gemm", OPS, gemm_configs, gemm_kernel, _expected_us, gemm_split, _others)
+FAMILY = Family("gemm", OPS, gemm_configs, gemm_kernel, _expected_us, _others)

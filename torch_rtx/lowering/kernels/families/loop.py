@@ -26,6 +26,4 @@ def _expected_us(region: Region, arch: Arch, config: LoopConfig) -> float:
     return streaming_us(region.memory_types, arch)
 
 
-FAMILY = Family(
-    "loop", frozenset(), lambda region, arch: loop_configs(region), loop_kernel, _expected_us, split_reductions, _others
-)
+FAMILY = Family("loop", frozenset(), lambda region, arch: loop_configs(region), loop_kernel, _expected_us, _others)
