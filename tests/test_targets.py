@@ -141,11 +141,12 @@ def test_limits() -> None:
 
 def test_dtypes() -> None:
     found = {
-        dtype: [t.sm for t in map(Target, ARCHES) if lacks(t, dtype)] for dtype in ("f16", "bf16", "f8e4m3fn", "i4")
+        dtype: [t.sm for t in map(Target, ARCHES) if lacks(t.arch, dtype)]
+        for dtype in ("f16", "bf16", "f8e4m3fn", "i4")
     }
     assert found == {"f16": [], "bf16": [75], "f8e4m3fn": [75, 80, 86, 87], "i4": [75]}
-    assert [t.sm for t in map(Target, ARCHES) if lacks(t, "f4e2m1fn_x2")] == [75, 80, 86, 87, 89, 90]
-    assert lacks(PTX, "f8e5m2")
+    assert [t.sm for t in map(Target, ARCHES) if lacks(t.arch, "f4e2m1fn_x2")] == [75, 80, 86, 87, 89, 90]
+    assert lacks(PTX.arch, "f8e5m2")
 
 
 def test_usable() -> None:

@@ -274,10 +274,10 @@ def is_explicit(option: Option) -> bool:
     return not (isinstance(option, str) and option.lower() == "portable")
 
 
-def lacks(target: Target, dtype: str) -> bool:
-    """Whether `target` can't compute in `dtype`, as the IR names it."""
+def lacks(arch: Arch, dtype: str) -> bool:
+    """Whether an SM version can't compute in `dtype`, as the IR names it."""
     feature = DTYPE_FEATURES.get(dtype)
-    return feature is not None and feature not in target.arch.features
+    return feature is not None and feature not in arch.features
 
 
 def usable(targets: Iterable[Target], dtypes: Iterable[tuple[str, str]], explicit: bool) -> tuple[Target, ...]:
@@ -294,7 +294,7 @@ def usable(targets: Iterable[Target], dtypes: Iterable[tuple[str, str]], explici
     kept = []
     problem = ""
     for target in targets:
-        found = next(((op, dtype) for op, dtype in pairs if lacks(target, dtype)), None)
+        found = next(((op, dtype) for op, dtype in pairs if lacks(target.arch, dtype)), None)
         if found is None:
             kept.append(target)
             continue

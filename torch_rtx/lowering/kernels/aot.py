@@ -18,7 +18,7 @@ from torch_rtx.ir import Dim, Expr, Sym
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.toolchain import Code, Job, disassemble, lower, lower_to_ttir
 from torch_rtx.lowering.kernels.turing import NoTensorCores
-from torch_rtx.targets import ALIGNMENT, Target, lacks
+from torch_rtx.targets import ALIGNMENT, Target, arch_of, lacks
 
 MAX_SPILLS = 128  # bytes of spill stores per thread; spilling up to this beats a smaller tile
 Wanted = tuple[Kernel, Target]
@@ -79,7 +79,7 @@ def compile_kernels(
             files.get((kernel, target), NONE),
         )
         for kernel, target in pairs
-        if not any(lacks(target, dtype) for dtype in kernel.pointers)
+        if not any(lacks(target.arch, dtype) for dtype in kernel.pointers)
     }
     shown = [pair for pair in jobs if pair in files]
     for pair in shown:  # before it is compiled: a compiler may reject it
@@ -124,7 +124,7 @@ def _code_sm(kernel: Kernel, target: Target, targets: Iterable[Target]) -> int:
     if target.ptx or target.arch.exact:
         return target.arch.sm
     of_generation = [t.sm for t in targets if not t.ptx and t.sm // 10 == target.sm // 10]
-    return min(sm for sm in of_generation if not any(lacks(Target(sm), dtype) for dtype in kernel.pointers))
+    return min(sm for sm in of_generation if not any(lacks(arch_of(sm), dtype) for dtype in kernel.pointers))
 
 
 def _jobs(kernel: Kernel, sm: int, portable: bool, artefacts: Artefacts) -> tuple[Job, ...]:
@@ -173,7 +173,7 @@ def multiple(dim: Dim) -> int:
 def _built(kernel: Kernel, target: Target, results: list[Code | NoTensorCores]) -> Built:
     codes = [result for result in results if isinstance(result, Code)]
     if not results:
-        dtype = next(dtype for dtype in kernel.pointers if lacks(target, dtype))
+        dtype = next(dtype for dtype in kernel.pointers if lacks(target.arch, dtype))
         return Built(None, None, f"{target} lacks {dtype}")
     for result in results:
         if isinstance(result, NoTensorCores):

@@ -44,7 +44,7 @@ from torch_rtx.lowering.kernels.matmul_template import (
 from torch_rtx.lowering.kernels.region import Region, tensor_type
 from torch_rtx.lowering.kernels.source import block_of
 from torch_rtx.lowering.kernels.triton_ops import is_expensive
-from torch_rtx.targets import Arch, Chip
+from torch_rtx.targets import Arch, Chip, lacks
 
 TYPICAL_SIZE = 1024  # stands for a symbolic size without a hint, clamped to its range
 LAUNCH_US = 1.5  # before the first operands arrive, and after the last store
@@ -97,8 +97,8 @@ def gemm_problem(region: Region, contraction: Contraction, arch: Arch, input_pre
         Unsupported: the target's tensor cores lack the dtype, or the epilogue can't be indexed.
     """
     dtype = dot_dtype(contraction)
-    if dtype == "bf16" and "bf16" not in arch.features:
-        raise Unsupported(f"a matrix product of bf16 on sm_{arch.sm}")
+    if lacks(arch, dtype):
+        raise Unsupported(f"a matrix product of {dtype} on sm_{arch.sm}")
     epilogue = epilogue_indexing(region.outputs, contraction.tile())
     width = epilogue.width.number
     depth, taps, vector = typical(contraction.depth), prod(contraction.taps), 8

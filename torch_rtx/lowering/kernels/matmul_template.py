@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 
+from torch_rtx.dtypes import DTYPES
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Dim, Node, TensorType, dim_expr
 from torch_rtx.lowering.kernels.emit import Axis, Emitter, Operand, indent
@@ -27,6 +28,7 @@ from torch_rtx.lowering.kernels.triton_ops import tl_dtype
 
 Z, M, N, EXTRA, KA, KB = "Z", "M", "N", "N1", "KA", "KB"
 LOOP = "step"  # the variable of the loop over K
+DOT_DTYPES = {"f32", *(name for name, dtype in DTYPES.items() if dtype.tensor_rate)}
 TAPS = ("kd", "kh", "kw")
 MAX_GEMV_ROWS = 8  # each row has its own accumulator
 FEW_CHANNELS = 16  # with fewer channels a step of K spans several taps
@@ -149,7 +151,7 @@ def dot_dtype(contraction: Contraction) -> str:
     found = {contraction.a.dtype, contraction.b.dtype}
     if found == {"f32"} and len(halves) == 1 and halves <= {"f16", "bf16"}:
         found = halves
-    if len(found) > 1 or not found <= {"f32", "f16", "bf16"}:
+    if len(found) > 1 or not found <= DOT_DTYPES:
         raise Unsupported(f"a matrix product of {contraction.a.dtype} and {contraction.b.dtype}")
     return found.pop()
 
