@@ -29,6 +29,7 @@ from torch_rtx.runtime import driver as driver_api
 from torch_rtx.runtime import tuner as tuners
 from torch_rtx.runtime.admission import PATIENCE
 from torch_rtx.runtime.background import Background
+from torch_rtx.runtime.candidate_check import CandidateCheck, relative_error
 from torch_rtx.runtime.inline import launched
 from torch_rtx.runtime.session import Session
 from torch_rtx.runtime.tuning_db import KERNEL, TACTIC
@@ -349,6 +350,17 @@ def test_what_a_job_has_compiled_is_no_kernel_of_the_engine(background: Backgrou
     measured = [region.choice.microseconds for region in made.specializer.base.regions if region.choice]
     assert measured
     assert not any(name.startswith(ENGINE) for times in measured for name in times)
+
+
+def test_each_check_has_inputs_of_its_own(background: Background) -> None:
+    """A kernel that writes nothing may be given the memory of an earlier check: its results must be wrong ones now."""
+    made, model = session(Device(), background)
+    right(made, model)
+    assert made.specializer.wait(60)
+    node = next(iter(kernel_nodes(made.specializer.base.code.graph)))
+    one, other = (CandidateCheck(node, torch.device("cpu")) for _ in range(2))
+    assert relative_error(one.expected[0], other.expected[0]) > 0.1
+    assert one.problem(one.code({})) is None
 
 
 def test_the_kernel_of_another_engine_was_the_fastest(background: Background) -> None:

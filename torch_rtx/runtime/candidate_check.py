@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import count
 
 import torch
 
@@ -23,6 +24,7 @@ from torch_rtx.runtime.streaming import nbytes, numbers
 
 NARROW_FLOATS = tuple(name for name, dtype in DTYPES.items() if dtype.tolerance and name != "f64")
 ROTATED_BYTES = 128 << 20  # of inputs that timed runs take in turn: more than an L2 cache holds, as a model's weights
+SEEDS = count()  # each check has other inputs: right results of an earlier check in reused memory are wrong ones now
 MEMORY_SHARE = 0.25  # of the device's free memory that a check may use
 
 
@@ -31,13 +33,12 @@ class CandidateCheck:
 
     Args:
         node: with numbers for all sizes.
-        seed: of the inputs.
 
     Raises:
         RtxError: inputs and results need too much memory, or the calls of the node's body fail.
     """
 
-    def __init__(self, node: Node, device: torch.device, seed: int = 0) -> None:
+    def __init__(self, node: Node, device: torch.device) -> None:
         assert node.body is not None
         self.device = device
         values = tuple({value.name: value for value in node.inputs}.values())
@@ -45,7 +46,7 @@ class CandidateCheck:
         self.graph = Graph("fused", values, nodes=(replace(node, loc=None),), outputs=outputs)
         total = sum(nbytes(value.type) for value in (*values, *outputs) if isinstance(value.type, TensorType))
         self._check_memory(total)
-        generator = torch.Generator(device).manual_seed(seed)
+        generator = torch.Generator(device).manual_seed(next(SEEDS))
         high = smallest_size(node.body)
         sets = max(1, min(RUNS, ROTATED_BYTES // max(total, 1)))
         self._sets = [[random_tensor(value, device, generator, high) for value in values] for _ in range(sets)]
