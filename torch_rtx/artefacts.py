@@ -89,6 +89,9 @@ class Artefacts:
         return text
 
 
+NO_FILES = Artefacts()
+
+
 @lru_cache(maxsize=4096)  # a portable engine has thousands of files
 def _number(folder: Path, op: str) -> int:
     """The number of the files of `op`, or the next one. The caller writes such a file at once."""

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from torch_rtx.artefacts import Artefacts
+from torch_rtx.artefacts import NO_FILES, Artefacts
 from torch_rtx.backend.compiler import Program, named_targets
 from torch_rtx.errors import InvalidIR, LoweringError, Unsupported
 from torch_rtx.ir import Graph, Node, TensorType, kernel_nodes
-from torch_rtx.lowering.kernels.build import NONE, Binaries, Progress, Result, build, show_offers, show_results
+from torch_rtx.lowering.kernels.build import Binaries, Progress, Result, build, show_offers, show_results
 from torch_rtx.lowering.kernels.generate import Form, forms
 from torch_rtx.settings import CompilationSettings
 from torch_rtx.tactics import OWN, KernelTable, Launch, Tactics, check, fastest_first
@@ -151,7 +151,7 @@ def build_kernels(
     targets: Iterable[Target],
     forms: Forms = generated,
     progress: Progress | None = None,
-    artefacts: Artefacts = NONE,
+    artefacts: Artefacts = NO_FILES,
 ) -> tuple[KernelTable, BuildReport]:
     """Build every kernel node of `graph` for every target: the tactics that may be the fastest, each in its first
     configuration that fits.

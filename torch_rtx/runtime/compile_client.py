@@ -10,12 +10,11 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
-from torch_rtx.artefacts import Artefacts
+from torch_rtx.artefacts import NO_FILES, Artefacts
 from torch_rtx.errors import KernelError
 from torch_rtx.ir import Graph
 from torch_rtx.tactics import Candidate
 
-NONE = Artefacts()
 TIMEOUT_S = 600.0  # of a request: a compiler that hangs would block all later ones
 # The program of the worker. Its `sys.path` is ours; `-P` keeps the current folder out. It ignores Ctrl-C, which a
 # terminal sends to all processes of a group, and ends when its input ends.
@@ -37,7 +36,7 @@ class CompileClient:
         self._stopped = False
 
     def build(
-        self, bodies: Mapping[str, tuple[Graph, int]], sm: int, artefacts: Artefacts = NONE
+        self, bodies: Mapping[str, tuple[Graph, int]], sm: int, artefacts: Artefacts = NO_FILES
     ) -> dict[str, Candidate]:
         """Send a request to `compile_worker.build`; requests of several threads run one after another.
 

@@ -16,7 +16,7 @@ from functools import cache, cached_property
 from importlib import metadata
 from typing import Any, Protocol
 
-from torch_rtx.artefacts import Artefacts
+from torch_rtx.artefacts import NO_FILES, Artefacts
 from torch_rtx.errors import InvalidIR, KernelError
 from torch_rtx.ir import Graph
 from torch_rtx.runtime.bind import without_locations
@@ -26,7 +26,6 @@ from torch_rtx.targets import Target, arch_of
 
 log = logging.getLogger(__name__)
 Bodies = Mapping[str, tuple[Graph, int]]  # by name; the body of a region and the rank of the first tactic to try
-NONE = Artefacts()
 FAILURES = 2  # after so many failures with no success, assume that the toolchain is broken
 NEGATIVE_ENTRY = b""  # stored where no tactic fits
 KERNEL, TACTIC = "kernel", "tactic"  # kinds of entries
@@ -69,7 +68,7 @@ class TuningDatabase:
         sm: int,
         compiler: Compiler,
         open_store: Callable[[], Store | None] = lambda: None,
-        artefacts: Artefacts = NONE,
+        artefacts: Artefacts = NO_FILES,
     ) -> None:
         self.sm, self._compiler, self._open_store, self._artefacts = sm, compiler, open_store, artefacts
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 
-from torch_rtx.artefacts import Artefacts
+from torch_rtx.artefacts import NO_FILES, Artefacts
 from torch_rtx.ir import Dim, Expr, Sym
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.toolchain import Code, Job, disassemble, lower, lower_to_ttir
@@ -22,7 +22,6 @@ from torch_rtx.targets import ALIGNMENT, Target, arch_of, lacks
 
 MAX_SPILLS = 128  # bytes of spill stores per thread; spilling up to this beats a smaller tile
 Wanted = tuple[Kernel, Target]
-NONE = Artefacts()
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def compile_kernels(
             kernel,
             _code_sm(kernel, target, targets[kernel]),
             target.ptx and target.arch.exact,
-            files.get((kernel, target), NONE),
+            files.get((kernel, target), NO_FILES),
         )
         for kernel, target in pairs
         if not any(lacks(target.arch, dtype) for dtype in kernel.pointers)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from torch_rtx.artefacts import Artefacts
+from torch_rtx.artefacts import NO_FILES, Artefacts
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Graph, kernel_nodes
 from torch_rtx.lowering.kernels.aot import Built, compile_kernels
@@ -25,7 +25,6 @@ log = logging.getLogger(__name__)
 Key = TypeVar("Key", bound=Hashable)
 Ranked = tuple[int, Tactic[Kernel]]  # a tactic with its rank
 Progress = Callable[[int, int], object]
-NONE = Artefacts()
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Result:
 def build(
     wanted: Mapping[Key, tuple[Iterator[Ranked], Target]],
     progress: Progress | None = None,
-    artefacts: Artefacts = NONE,
+    artefacts: Artefacts = NO_FILES,
 ) -> tuple[dict[Key, Result], dict[Key, list[Result]]]:
     """(the tactic chosen per key, all that were tried per key).
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import BinaryIO
 
-from torch_rtx.artefacts import Artefacts
+from torch_rtx.artefacts import NO_FILES, Artefacts
 from torch_rtx.errors import RtxError, Unsupported
 from torch_rtx.ir import Graph
 from torch_rtx.lowering.kernels import build as kernel_build
@@ -23,9 +23,7 @@ from torch_rtx.targets import Arch, arch_of
 NICENESS = 10  # the running program has priority
 
 
-def build(
-    bodies: Mapping[str, tuple[Graph, int]], sm: int, artefacts: Artefacts = kernel_build.NONE
-) -> dict[str, Candidate]:
+def build(bodies: Mapping[str, tuple[Graph, int]], sm: int, artefacts: Artefacts = NO_FILES) -> dict[str, Candidate]:
     """Per region the first tactic from a rank on that fits the GPU; regions without one are left out.
 
     Args:
