@@ -3,24 +3,29 @@ SHELL := /bin/bash
 
 # The interpreter of the environment: creates .venv, and runs the GPU tests.
 PYTHON ?= python3
+# The pair of PyTorch and Triton that is tested; another one, in an environment of its own:
+# make test TORCH=torch==2.15.0 TRITON=triton==3.9.0 VENV=.venv-newest
 TORCH ?= torch==2.13.0
+TRITON ?= triton==3.7.1
+VENV ?= .venv
 WORKERS ?= 2
 # What `make sanitize` runs; none: all.
 MODELS ?=
 
-VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.setup
+STAMP := $(VENV)/.setup-$(subst =,,$(TORCH)-$(TRITON))
 
 .PHONY: setup quick smoke test gpu-test sanitize demo lint clean
 
 setup: $(STAMP)
 
-# torch comes first and alone: nothing that follows may replace it.
+# torch comes first and alone: nothing that follows may replace it. A CUDA build of it brings a Triton of its own.
 $(STAMP): requirements-ci.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
+	rm -f $(VENV)/.setup*
 	$(BIN)/python -m pip install --quiet '$(TORCH)'
 	$(BIN)/python -m pip install --quiet -r requirements-ci.txt
+	$(BIN)/python -m pip install --quiet --no-deps '$(TRITON)'
 	$(BIN)/python -m pip install --quiet -e . --no-deps --no-build-isolation
 	touch $@
 
