@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,20 @@ from torch import fx
 
 from torch_rtx import aten
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import COPY, Attr, Graph, Node, Parameter, ScalarType, TensorType, Type, Value, Weight, is_name
+from torch_rtx.ir import (
+    COPY,
+    Attr,
+    Graph,
+    Node,
+    Parameter,
+    ScalarType,
+    TensorType,
+    Type,
+    Value,
+    Weight,
+    attr_map,
+    is_name,
+)
 from torch_rtx.lowering.location import Locations
 from torch_rtx.lowering.symbols import Symbols
 
@@ -321,11 +334,33 @@ class _Importer:
     def output(self, node: fx.Node, writes: Mapping[int, str]) -> None:
         results: Any = node.args[0]
         placeholders = {n.name: n for n in self.gm.graph.nodes if n.op == "placeholder"} if writes else {}
+        written: dict[str, Value] = {}
         for position, result in enumerate(results):
             if position in writes:
-                args = (("self", self.attr(placeholders[writes[position]])), ("src", self.attr(result)))
-                self.nodes.append(Node("op", COPY, args, ()))
-        self.outputs = tuple(self.attr(result) for i, result in enumerate(results) if i not in writes)
+                target, source = self.attr(placeholders[writes[position]]), self.attr(result)
+                self.nodes.append(Node("op", COPY, (("self", target), ("src", source)), ()))
+                if isinstance(target, Value) and isinstance(source, Value) and target.type == source.type:
+                    written[source.name] = target
+        makers = {value.name: made for made in self.nodes for value in made.results} if written else {}
+        outputs = (self.attr(result) for i, result in enumerate(results) if i not in writes)
+        self.outputs = tuple(attr_map(attr, lambda value: self.placed(value, written, makers)) for attr in outputs)
+
+    def placed(self, value: Value, written: dict[str, Value], makers: Mapping[str, Node]) -> Value:
+        """A result in the memory where the model has it: what was `written` to an input, and its views, lies there."""
+        if value.name in written:
+            return written[value.name]
+        node = makers.get(value.name)
+        if node is None or node.kind != "op" or not node.inputs or not aten.may_alias(node):
+            return value
+        source = node.inputs[0]
+        moved = self.placed(source, written, makers)
+        if moved is source:
+            return value
+        outputs = tuple(None if old is None else self.next_value(old.type) for old in node.outputs)
+        args = node.map_inputs(lambda given: moved if given == source else given)
+        self.nodes.append(replace(node, args=args, outputs=outputs))
+        written |= {old.name: new for old, new in zip(node.outputs, outputs, strict=True) if old and new}
+        return written[value.name]
 
     def sym(self, value: Any) -> Attr:
         if isinstance(value, torch.SymBool):
