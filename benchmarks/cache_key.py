@@ -25,7 +25,7 @@ from torch._guards import TracingContext
 from torch._inductor.codecache import compiled_fx_graph_hash
 
 from benchmarks import models
-from torch_rtx.backend.capture import capture_inference
+from torch_rtx.backend.capture import capture
 from torch_rtx.backend.compiler import device_of
 from torch_rtx.backend.fx_hash import graph_key
 from torch_rtx.lowering.from_fx import Role
@@ -84,7 +84,7 @@ def measure(name: str, repeats: int = 15) -> dict[str, float]:
     model, args, kwargs = build(name)
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        return capture_inference(gm, example_inputs, compiler)
+        return capture(gm, example_inputs, compiler, compiler)
 
     with torch.no_grad(), suppress(BackendCompilerFailed):
         torch.compile(model, backend=backend)(*args, **kwargs)

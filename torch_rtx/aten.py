@@ -7,6 +7,7 @@ An op of the IR has the name and the meaning of an ATen overload such as `aten.l
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -15,12 +16,12 @@ import torch
 
 from torch_rtx import dtypes
 from torch_rtx.errors import InvalidIR, Unsupported
-from torch_rtx.ir import MAIN, Attr
+from torch_rtx.ir import MAIN, Attr, Graph, Node, attr_values
 from torch_rtx.optable import ALLOWED
 
 __all__ = [
     *("ALLOWED", "DTYPES", "MAY_ALIAS", "OUT", "STRIDED"),
-    *("dtype_name", "is_random", "is_view", "out_of", "overload", "schema", "to_torch"),
+    *("bases", "dtype_name", "extent", "is_random", "is_view", "may_alias", "out_of", "overload", "schema", "shared"),
 ]
 
 DTYPES: dict[str, torch.dtype] = {
@@ -40,7 +41,16 @@ STRIDED = frozenset(
 OUT = frozenset(f"aten.{name}.default" for name in ("mm", "addmm", "bmm", "baddbmm"))
 # Ops whose results may alias an input although their schemas do not say so.
 MAY_ALIAS = frozenset(
-    f"aten.{name}" for name in ("_unsafe_view.default", "lift.default", "native_dropout.default", "unsafe_split.Tensor")
+    f"aten.{name}"
+    for name in (
+        "_unsafe_view.default",
+        "channel_shuffle.default",
+        "lift.default",
+        "native_dropout.default",
+        "pixel_shuffle.default",
+        "pixel_unshuffle.default",
+        "unsafe_split.Tensor",
+    )
 )
 _OPTIONAL = re.compile(r"Optional\[(.*)\]")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -96,6 +106,34 @@ def is_view(op: torch._ops.OpOverload) -> bool:
     """Whether every output of `op` is an alias of an input, so that it moves no data."""
     returns = op._schema.returns
     return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+
+
+def may_alias(node: Node, trusted: frozenset[str] = frozenset()) -> bool:
+    """Whether a result of `node` may lie in the memory of an input. Results of kernels, of Python functions and of
+    fallbacks that are not `trusted` count as new."""
+    if node.kind == "kernel" or node.op == "python" or (node.op not in ALLOWED and node.op not in trusted):
+        return False
+    returns = overload(node.op, trusted)._schema.returns
+    return node.op in MAY_ALIAS or any(result.alias_info is not None for result in returns)
+
+
+def bases(graph: Graph, trusted: frozenset[str] = frozenset()) -> dict[str, str]:
+    """By the name of each value that may be a view: the name of the value in whose memory it lies."""
+    found: dict[str, str] = {}
+    for node in graph.nodes:
+        if may_alias(node, trusted) and node.inputs:
+            source = node.inputs[0].name
+            found.update(dict.fromkeys((value.name for value in node.results), found.get(source, source)))
+    return found
+
+
+def shared(graph: Graph, trusted: frozenset[str] = frozenset()) -> set[str]:
+    """The names of the values in whose memory several results of `graph` lie, and of all views of these."""
+    base = bases(graph, trusted)
+    results = {value.name for value in attr_values(graph.outputs)}
+    counts = Counter(base.get(name, name) for name in results)
+    found = {name for name, count in counts.items() if count > 1}
+    return found | {view for view, name in base.items() if name in found}
 
 
 def extent(shape: Sequence[int], strides: Sequence[int]) -> int:

@@ -102,7 +102,7 @@ rms_norm.default roll.default rot90.default rsub.Tensor scatter.reduce scatter.s
 scatter_add.default scatter_reduce.two searchsorted.Scalar searchsorted.Tensor segment_reduce.default
 select_scatter.default slice_scatter.default smooth_l1_loss.default soft_margin_loss.default softmax.int sort.default
 sort.stable split_with_sizes_copy.default squeeze_copy.default squeeze_copy.dim stack.default std.correction
-std_mean.correction sum.default sum.dim_IntList t_copy.default take.default topk.default trace.default
+std_mean.correction sum.default sum.dim_IntList sym_size.int t_copy.default take.default topk.default trace.default
 transpose_copy.int triangular_solve.default tril.default triu.default unbind_copy.int unfold_copy.default
 unsafe_split.Tensor unsqueeze_copy.default upsample_bicubic2d.default upsample_bicubic2d.vec
 upsample_bilinear2d.default upsample_bilinear2d.vec upsample_linear1d.vec upsample_nearest1d.default

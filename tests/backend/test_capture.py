@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
-from torch._dynamo.exc import BackendCompilerFailed
 from torch._subclasses.fake_impls import op_implementations_dict
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -70,9 +69,18 @@ def recorder(graphs):
     return compiler
 
 
+def refuse(gm, example_inputs):
+    raise AssertionError("captured for training")
+
+
+@pytest.fixture
+def training(recorder):
+    return lambda gm, example_inputs: capture.capture(gm, example_inputs, refuse, recorder)
+
+
 @pytest.fixture
 def inference(recorder):
-    return lambda gm, example_inputs: capture.capture_inference(gm, example_inputs, recorder)
+    return lambda gm, example_inputs: capture.capture(gm, example_inputs, recorder, refuse)
 
 
 def held_tensors(model):
@@ -148,11 +156,6 @@ def test_dynamic_shapes_reach_the_compiler(inference, graphs):
     assert len(graphs) == 1
 
 
-def test_inference_capture_refuses_to_lose_gradients(inference):
-    with pytest.raises(BackendCompilerFailed, match="NeedsAutograd.*gradients"):
-        torch.compile(nn.Linear(8, 8), backend=inference)(torch.randn(2, 8))
-
-
 # ---- torch.compile, training ----
 
 
@@ -169,26 +172,20 @@ def gradients(model, x):
     return {name: p.grad for name, p in model.named_parameters()}
 
 
-def test_training_gradients_are_those_of_eager(recorder, graphs):
+def test_training_gradients_are_those_of_eager(training, graphs):
     model, x = Chain(), torch.randn(2, 4, 8)
     expected = gradients(model, x)
     model.zero_grad()
-    backend = lambda gm, example_inputs: capture.capture_training(gm, example_inputs, recorder, recorder)  # noqa: E731
-    actual = gradients(torch.compile(model, backend=backend, fullgraph=True), x)
+    actual = gradients(torch.compile(model, backend=training, fullgraph=True), x)
     torch.testing.assert_close(list(actual.values()), list(expected.values()))
     assert len(graphs) == 2
+    assert not CHAIN_OPS & {*op_names(graphs[0]), *op_names(graphs[1])}
 
 
-def test_why_training_has_no_keep_set(recorder):
-    """The fact behind capture_training: with the keep set the gradients vanish, and nothing raises."""
-    model, x = Chain(), torch.randn(2, 4, 8)
-
-    def backend(gm, example_inputs):
-        with capture.keep_ops():
-            return aot_autograd(fw_compiler=recorder, decompositions={})(gm, example_inputs)
-
-    assert torch.compile(model, backend=backend)(x).requires_grad
-    assert set(gradients(torch.compile(model, backend=backend), x).values()) == {None}
+def test_what_needs_no_gradient_stays_whole_in_training(training, graphs):
+    model, head, x = Chain().requires_grad_(False), nn.Linear(16, 8), torch.randn(2, 4, 8)
+    torch.compile(lambda x: head(model(x).mean(1)), backend=training, fullgraph=True)(x).sum().backward()
+    assert CHAIN_OPS - set(op_names(graphs[0])) == set()
 
 
 # ---- ahead of time ----

@@ -98,6 +98,13 @@ def assert_same_numbers(before: Graph, after: Graph, sizes: dict[str, int] | Non
     for wanted, given_ in zip([*expected, *expected_inputs], [*outputs, *inputs], strict=True):
         torch.testing.assert_close(given_, wanted, equal_nan=True)
         assert given_.stride() == wanted.stride()
+    assert shared_memory([*inputs, *outputs]) == shared_memory([*expected_inputs, *expected])
+
+
+def shared_memory(tensors: list[Any]) -> list[int]:
+    """By tensor, the first one that lies in the same memory."""
+    addresses = [tensor.untyped_storage().data_ptr() if tensor.numel() else id(tensor) for tensor in tensors]
+    return [addresses.index(address) for address in addresses]
 
 
 @pytest.mark.quick
@@ -236,6 +243,11 @@ def no_result(graph, infer):
     return replace(graph, outputs=())
 
 
+def other_memory(graph, infer):
+    (node,) = graph.nodes
+    return replace(graph, nodes=(replace(node, op="aten.detach.default"),))
+
+
 def undefined(graph, infer):
     return replace(graph, nodes=())
 
@@ -250,6 +262,7 @@ def off_by_one(graph, infer):
         (narrower, r"pass narrower changed the types of the results: expected f32\[2, 3\], found f16\[2, 3\]"),
         (no_result, r"pass no_result changed the types of the results: expected f32\[2, 3\], found none"),
         (no_input, r"pass no_input changed the inputs: expected x: f32\[2, 3\], found none"),
+        (other_memory, "pass other_memory changed the memory that results share: expected result 0, found x"),
         (undefined, "pass undefined left a graph that does not verify"),
         (off_by_one, "pass off_by_one failed with IndexError"),
     ],

@@ -15,6 +15,7 @@ import torch
 from tests.doubles.fake_graphs import DEVICE, SIZES, EdgeData, FakeGraph, GraphDriver, S, add, adders, install, program
 from torch_rtx.errors import InputError
 from torch_rtx.ir import Dim
+from torch_rtx.irparse import parse
 from torch_rtx.runtime import captured, code, cudagraph
 from torch_rtx.runtime.captured import EXECUTABLES, may_draw
 from torch_rtx.runtime.code import compile_graph
@@ -283,6 +284,45 @@ def test_views_move_with_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(t.flatten(), expected)
         assert torch.equal(a, expected)
     assert FakeGraph.last.kinds() == ["kernel"]
+
+
+@pytest.mark.parametrize("results", ["c, t", "w, t", "w, c, w"])
+def test_results_of_calls_share_memory_in_each_replay(monkeypatch: pytest.MonkeyPatch, results: str) -> None:
+    """The result of a library call and views of it, one of which leaves out most of what it spans."""
+    text = f"""
+      input x: f32[s, 8]
+      c: f32[s, 8] = extern aten.exp.default(self=x)
+      t: f32[8, s](1, 8) = view aten.permute.default(self=c, dims=[1, 0])
+      w: f32[s](8) = view aten.select.int(self=c, dim=1, index=2)
+      return [{results}]"""
+    module = Module(monkeypatch, text, 8)
+    held = []
+    for _ in range(4):
+        x = torch.randn(2, 8)
+        first, *others = module(x)
+        first.fill_(7)
+        expected = x.exp()
+        {"c": expected, "w": expected[:, 2]}[results[0]].fill_(7)
+        held += [
+            (other, {"t": expected.t(), "c": expected, "w": expected[:, 2]}[name])
+            for other, name in zip(others, results.split(", ")[1:], strict=True)
+        ]
+    for other, right in held:
+        assert torch.equal(other, right)
+    assert module.pool.replays == 3
+
+
+def test_results_of_several_dtypes_in_one_memory_are_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cudagraph, "driver", lambda: object())
+    text = """
+graph fused {
+  input x: f32[8]
+  y: f32[8] = extern aten.exp.default(self=x)
+  i: i32[8] = view aten.view.dtype(self=OF, dtype='i32')
+  return [y, i]
+}"""
+    reasons = [cudagraph.why_not(parse(text.strip().replace("OF", of))) for of in ("x", "y")]
+    assert reasons == [None, "results of several dtypes share memory"]
 
 
 def test_a_result_that_is_an_input_in_another_dtype(monkeypatch: pytest.MonkeyPatch) -> None:

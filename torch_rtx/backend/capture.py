@@ -1,21 +1,28 @@
 """Capture: from a model to a functional ATen graph, for torch.compile (inference, training) and ahead of time.
 
-Every inference path keeps the same CompositeImplicit operators (`KEEP`) and decomposes the other ones and nothing else,
-so that the importer sees one op set for every frontend.
+Every path keeps the same CompositeImplicit operators (`KEEP`) wherever nothing differentiates them, and decomposes the
+other ones and nothing else, so that the importer sees one op set for every frontend.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.convert_frame import compile_lock
-from torch._export.utils import _is_preservable_cia_op
+from torch._export.utils import _get_decomp_for_cia, _is_preservable_cia_op
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._ops import resolve_key
 from torch._subclasses.fake_impls import op_implementations_dict
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.export.exported_program import _decompose_exported_program, _override_composite_implicit_decomp
+from torch.autograd import forward_ad
+from torch.export.exported_program import (
+    _AUTOGRAD_ALIAS_BACKEND_KEYS_TO_OVERRIDE,
+    _decompose_exported_program,
+    _override_composite_implicit_decomp,
+)
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -45,11 +52,6 @@ _KEEP_NAMES = """
 """.split()  # noqa: SIM905
 
 
-def _keep(*args: Any, **kwargs: Any) -> Any:
-    """The "decomposition" of a kept op: NotImplemented makes the tracer record the op itself."""
-    return NotImplemented
-
-
 def _overloads(names: Sequence[str]) -> Iterator[torch._ops.OpOverload]:
     for name in names:
         packet = getattr(torch.ops.aten, name, None)  # an older PyTorch may lack the operator
@@ -57,9 +59,33 @@ def _overloads(names: Sequence[str]) -> Iterator[torch._ops.OpOverload]:
             yield getattr(packet, overload)
 
 
-KEEP: dict[torch._ops.OpOverload, Callable[..., Any]] = {
-    op: _keep for op in _overloads(_KEEP_NAMES) if _is_preservable_cia_op(op)
-}
+KEEP = tuple(op for op in _overloads(_KEEP_NAMES) if _is_preservable_cia_op(op))
+
+
+def _plain(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether nothing differentiates, batches or wraps this call, so that it may be recorded as it is.
+
+    A kept op has no formula of its own for a derivative, a batch or a tensor subclass: those of its parts are needed.
+    """
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        return False
+    tensors = [leaf for leaf in pytree.arg_tree_leaves(*args, **kwargs) if isinstance(leaf, torch.Tensor)]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return False
+    return not any(map(is_traceable_wrapper_subclass, tensors))
+
+
+def _kept(parts: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The "decomposition" of a kept op: NotImplemented makes the tracer record the op itself."""
+    return NotImplemented if _plain(args, kwargs) else parts(*args, **kwargs)
+
+
+def _below_autograd(op: torch._ops.OpOverload, formula: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The kernel of a kept op where autograd could record it; `formula` is the kernel that it has otherwise."""
+    if not _plain(args, kwargs):
+        return formula(*args, **kwargs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args, **kwargs)
 
 
 # For each op of `KEEP`: its Python kernels by dispatch key, and its FakeTensor implementation, if it has one.
@@ -81,16 +107,26 @@ def _install(tables: _Tables) -> None:
             op_implementations_dict[op] = rule
 
 
+def _kernel(op: torch._ops.OpOverload, key: torch._C.DispatchKey) -> Callable[..., Any]:
+    """The kernel that `op` has for a dispatch key."""
+    found = resolve_key(op, key)
+    return op.py_kernels.get(found) or partial(op._op_dk, found)
+
+
 @cache
 def _overridden() -> _Tables:
     """The tables under PyTorch's own override; cached, since the override takes milliseconds per graph."""
-    with _override_composite_implicit_decomp(KEEP):
-        return _tables()
+    formulas = {op: {key: _kernel(op, key) for key in _AUTOGRAD_ALIAS_BACKEND_KEYS_TO_OVERRIDE} for op in KEEP}
+    with _override_composite_implicit_decomp({op: partial(_kept, _get_decomp_for_cia(op)) for op in KEEP}):
+        tables = _tables()
+    for op, (kernels, _) in tables.items():
+        kernels |= {key: partial(_below_autograd, op, formula) for key, formula in formulas[op].items()}
+    return tables
 
 
 @contextlib.contextmanager
 def keep_ops() -> Iterator[None]:
-    """Do not decompose the ops of `KEEP` inside of this context. For inference only, see `capture_training`.
+    """Do not decompose the ops of `KEEP` inside of this context, except calls that something differentiates or batches.
 
     The override patches the operators for the whole process. It holds Dynamo's own lock: torch.compile in another
     thread must not trace meanwhile, and a second lock could deadlock with Dynamo's.
@@ -104,70 +140,31 @@ def keep_ops() -> Iterator[None]:
             _install(before)
 
 
-class NeedsAutograd(CaptureError):
-    """A graph captured for inference computes gradients: it enables them itself."""
-
-
 def needs_autograd(example_inputs: Sequence[Any]) -> bool:
-    """The graph must be captured for training: gradients are enabled and an input (or parameter) requires one."""
+    """Gradients are enabled, and an input (or parameter) requires one."""
     return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs)
 
 
 def capture(
     gm: torch.fx.GraphModule, example_inputs: Sequence[Any], inference: GraphCompiler, training: GraphCompiler
 ) -> Callable[..., Any]:
-    """Turn a Dynamo graph into one ATen graph for `inference`, or into two for `training` if gradients are needed."""
-    if not needs_autograd(example_inputs):
-        with contextlib.suppress(NeedsAutograd):
-            return capture_inference(gm, example_inputs, inference)
-    return capture_training(gm, example_inputs, training, training)
+    """Turn a Dynamo graph into one functional ATen graph for `inference`, or, if one of its results needs a gradient,
+    into a forward and a backward graph for `training`; return the callable for Dynamo.
 
-
-def capture_inference(
-    gm: torch.fx.GraphModule, example_inputs: Sequence[Any], compiler: GraphCompiler
-) -> Callable[..., Any]:
-    """Turn a Dynamo graph into one functional ATen graph, hand it to `compiler`, return the callable for Dynamo.
-
-    Placeholders of the ATen graph have the order of `example_inputs`. A mutated input appears as a trailing
-    `aten.copy_` to its placeholder. AOTAutograd recreates returned views of inputs outside of the graph.
-
-    Raises NeedsAutograd if the graph needs gradients (use `capture_training`).
+    Placeholders of an inference graph have the order of `example_inputs`. A mutated input appears as a trailing
+    `aten.copy_` to its placeholder. AOTAutograd recreates returned views of inputs outside of the graph. In training
+    the first backward calls `training` again; the min-cut partitioner decides which tensors are saved for it.
     """
     backend = aot_autograd(
-        fw_compiler=_refuse_autograd,
-        inference_compiler=compiler,
+        fw_compiler=training,
+        bw_compiler=training,
+        inference_compiler=inference,
+        partition_fn=min_cut_rematerialization_partition,
         decompositions=FAST_PATH,
         keep_inference_input_mutations=True,
     )
     with keep_ops():
         return backend(gm, example_inputs)
-
-
-def _refuse_autograd(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-    # An output requires grad. Kept ops have no autograd formula: its gradients would silently be None.
-    raise NeedsAutograd("this graph computes gradients, which inference capture would lose")
-
-
-def capture_training(
-    gm: torch.fx.GraphModule, example_inputs: Sequence[Any], compiler_fw: GraphCompiler, compiler_bw: GraphCompiler
-) -> Callable[..., Any]:
-    """Turn a Dynamo graph into a forward and a backward ATen graph, return the callable for Dynamo.
-
-    The first backward calls `compiler_bw`. A graph that needs no gradients goes to `compiler_fw` alone, with its
-    mutated inputs in the graph as in `capture_inference`. The min-cut partitioner decides which tensors are saved for
-    the backward and which are recomputed.
-    """
-    from torch._functorch.partitioners import min_cut_rematerialization_partition
-
-    # No keep_ops() here: a kept op has no autograd formula, so all gradients through it would silently be None.
-    backend = aot_autograd(
-        fw_compiler=compiler_fw,
-        bw_compiler=compiler_bw,
-        partition_fn=min_cut_rematerialization_partition,
-        decompositions={},
-        keep_inference_input_mutations=True,
-    )
-    return backend(gm, example_inputs)
 
 
 def capture_export(

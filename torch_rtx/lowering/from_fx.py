@@ -9,20 +9,36 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.sym_node import SymNode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils import _pytree as pytree
 
 from torch_rtx import aten
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import COPY, Attr, Graph, Node, Parameter, ScalarType, TensorType, Type, Value, Weight, is_name
+from torch_rtx.ir import (
+    COPY,
+    Attr,
+    Graph,
+    Node,
+    Parameter,
+    ScalarType,
+    TensorType,
+    Type,
+    Value,
+    Weight,
+    attr_map,
+    is_name,
+)
 from torch_rtx.lowering.location import Locations
-from torch_rtx.lowering.symbols import Symbols
+from torch_rtx.lowering.symbols import Symbols, unbacked
 
 SYM_QUERIES = frozenset((torch.ops.aten.sym_size.int, torch.ops.aten.sym_stride.int, torch.ops.aten.sym_numel.default))
-# Checks that the types of the IR and the ranges of its dims guarantee.
+# Checks of what types of the IR state, and of ranges that `_assert_scalar` checks as well.
 DROPPED = frozenset(
     getattr(torch.ops.aten, name).default
     for name in ("_assert_tensor_metadata", "sym_constrain_range", "sym_constrain_range_for_size")
@@ -32,6 +48,8 @@ DROPPED = frozenset(
 # bits, and a functional graph can't tell a view from a copy.
 MATERIALIZED = {"aten._conj.default": "aten._conj_physical.default", "aten._neg_view.default": "aten.neg.default"}
 PLAIN = (bool, int, float, str, type(None))
+ASSERTION = torch.ops.aten._assert_scalar.default
+GENERATED = "Runtime assertion failed for expression"  # how messages begin that PyTorch writes for lack of one
 
 
 @dataclass(frozen=True)
@@ -99,10 +117,55 @@ def is_sym_node(node: fx.Node) -> bool:
 
 
 def is_asserted(node: fx.Node) -> bool:
-    """Whether the node is a condition on sizes that only assertions read. torch.export asserts its assumptions about
-    data-dependent sizes. The assertion accepts any number, so that a dim of 0 or 1 can replace the condition."""
-    assertion = torch.ops.aten._assert_scalar.default
-    return isinstance(node.meta["val"], torch.SymBool) and all(user.target is assertion for user in node.users)
+    """Whether the node is a condition on sizes that only assertions read, directly or through other conditions.
+    torch.export asserts its assumptions about data-dependent sizes. The assertion accepts any number, so that a dim of
+    0 or 1 can replace the condition."""
+    known = isinstance(node.meta.get("val"), torch.SymBool) and is_sym_node(node)
+    return known and all(user.target is ASSERTION or is_asserted(user) for user in node.users)
+
+
+class _Exact:
+    """Sizes and conditions as they were before PyTorch replaced what a check proves: after `torch._check(n == 3)`, `n`
+    is 3 in the whole graph, and the condition to be checked is 3 == 3."""
+
+    def __init__(self) -> None:
+        self._env = ShapeEnv()  # without replacements
+        self._values: dict[fx.Node, Any] = {}
+        # By symbol: the name that a second trace gave it first. Any other name is that of another size, proved equal.
+        self._names: dict[Any, Any] = {}
+
+    def __call__(self, node: fx.Node) -> Any:
+        """What the node of a size or of a condition computes."""
+        if node not in self._values:
+            self._values[node] = self._compute(node)
+        return self._values[node]
+
+    def _compute(self, node: fx.Node) -> Any:
+        value = node.meta["val"]
+        if node.op == "call_function" and is_sym_node(node) and node.target not in SYM_QUERIES:
+            return node.target(*fx.map_arg(node.args, self), **fx.map_arg(node.kwargs, self))  # type: ignore[operator]
+        return self._original(value) if isinstance(value, torch.SymInt) else value
+
+    def _original(self, size: torch.SymInt) -> torch.SymInt:
+        now, before = size.node.expr, size.node._expr
+        if now.is_Symbol and unbacked(size):
+            before = now if self._names.setdefault(now, before) == before else before
+        self._env.var_to_range = size.node.shape_env.var_to_range
+        return torch.SymInt(SymNode(before, self._env, int, None))
+
+    def meet(self, node: fx.Node) -> None:
+        """Note the data-dependent sizes of the node's results: those are what their symbols stand for."""
+        for tensor in pytree.tree_leaves(node.meta.get("val")):
+            for size in tensor.shape if isinstance(tensor, torch.Tensor) else (tensor,):
+                if isinstance(size, torch.SymInt):
+                    self._original(size)
+
+    def replaced(self, node: fx.Node) -> bool:
+        """Whether the node reads a size that the data decides, in place of which the graph has another one."""
+        value = node.meta.get("val")
+        if not isinstance(value, torch.SymInt) or (is_sym_node(node) and node.target not in SYM_QUERIES):
+            return False
+        return bool(unbacked(self(node))) and self(node).node.expr != value.node.expr
 
 
 def is_fixed(placeholder: fx.Node) -> bool:
@@ -176,6 +239,19 @@ def python_call(gm: fx.GraphModule, node: fx.Node) -> Callable[..., Any]:
     return call
 
 
+def _is_generated(node: Node) -> bool:
+    """Whether the node is an assertion that PyTorch wrote."""
+    return node.op == str(ASSERTION) and str(node.arg("assert_msg")).startswith(GENERATED)
+
+
+def _may_follow(node: Node, assertion: Node) -> bool:
+    """Whether `node` is an assertion that PyTorch wrote, or computes what such a one reads: a failure should have the
+    message of the user's own `assertion` of the same."""
+    numbers = all(isinstance(value.type, ScalarType) for value in (*node.inputs, *node.results))
+    computes = node.op == "python" and numbers and not set(node.results) & set(assertion.inputs)
+    return _is_generated(node) or computes
+
+
 def _is_module(gm: fx.GraphModule, node: fx.Node) -> bool:
     return node.op == "get_attr" and not isinstance(attribute(gm, node), torch.Tensor)
 
@@ -225,6 +301,7 @@ class _Importer:
     callables: list[Callable[..., Any]] = field(default_factory=list)
     called: list[fx.Node] = field(default_factory=list)
     locations: Locations = field(default_factory=Locations)
+    exact: _Exact = field(default_factory=_Exact)
 
     def result(self) -> Imported:
         inputs, parameters = tuple(self.inputs), tuple(self.parameters)
@@ -289,14 +366,18 @@ class _Importer:
         if node.target is operator.getitem and isinstance(self.env[node.args[0]], tuple | dict):  # type: ignore[index]
             self.env[node] = self.env[node.args[0]][node.args[1]]  # type: ignore[index]
             return
+        loc = self.locations.of(node)
+        if self.exact.replaced(node):
+            value = self.next_value(ScalarType("int", self.symbols.dim(self.exact(node))))
+            self.nodes.append(Node("fallback", str(node.target), self.arguments(node), (value,), None, loc))
+            self.env[node] = self.sym(node.meta["val"])
+            return
         if is_sym_node(node):
             try:
-                size = node.meta["val"]
-                self.env[node] = self.symbols.condition(size) if is_asserted(node) else self.sym(size)
+                self.env[node] = self.host(node)
                 return
             except Unsupported:
                 pass  # a fallback computes it at run time
-        loc = self.locations.of(node)
         if node.target is torch.ops.aten.copy_.default and node not in self.fallbacks:
             self.env[node] = self.env[node.args[0]]  # type: ignore[index]
             self.nodes.append(Node("op", str(node.target), self.arguments(node), (), None, loc))
@@ -316,16 +397,54 @@ class _Importer:
             call, arguments = "python", (("index", len(self.callables)), ("inputs", inputs))
             self.callables.append(python_call(self.gm, node))
             self.called.append(node)
-        self.nodes.append(Node("fallback", call, arguments, outputs, None, loc))
+        self.exact.meet(node)
+        made = Node("fallback", call, arguments, outputs, None, loc)
+        place = len(self.nodes)
+        if node.target is ASSERTION and not _is_generated(made):
+            while place and _may_follow(self.nodes[place - 1], made):
+                place -= 1
+        self.nodes.insert(place, made)
 
     def output(self, node: fx.Node, writes: Mapping[int, str]) -> None:
         results: Any = node.args[0]
         placeholders = {n.name: n for n in self.gm.graph.nodes if n.op == "placeholder"} if writes else {}
+        written: dict[str, Value] = {}
         for position, result in enumerate(results):
             if position in writes:
-                args = (("self", self.attr(placeholders[writes[position]])), ("src", self.attr(result)))
-                self.nodes.append(Node("op", COPY, args, ()))
-        self.outputs = tuple(self.attr(result) for i, result in enumerate(results) if i not in writes)
+                target, source = self.attr(placeholders[writes[position]]), self.attr(result)
+                self.nodes.append(Node("op", COPY, (("self", target), ("src", source)), ()))
+                if isinstance(target, Value) and isinstance(source, Value) and target.type == source.type:
+                    written[source.name] = target
+        makers = {value.name: made for made in self.nodes for value in made.results} if written else {}
+        outputs = (self.attr(result) for i, result in enumerate(results) if i not in writes)
+        self.outputs = tuple(attr_map(attr, lambda value: self.placed(value, written, makers)) for attr in outputs)
+
+    def placed(self, value: Value, written: dict[str, Value], makers: Mapping[str, Node]) -> Value:
+        """A result in the memory where the model has it: what was `written` to an input, and its views, lies there."""
+        if value.name in written:
+            return written[value.name]
+        node = makers.get(value.name)
+        if node is None or node.kind != "op" or not node.inputs or not aten.may_alias(node):
+            return value
+        source = node.inputs[0]
+        moved = self.placed(source, written, makers)
+        if moved is source:
+            return value
+        outputs = tuple(None if old is None else self.next_value(old.type) for old in node.outputs)
+        args = node.map_inputs(lambda given: moved if given == source else given)
+        self.nodes.append(replace(node, args=args, outputs=outputs))
+        written |= {old.name: new for old, new in zip(node.outputs, outputs, strict=True) if old and new}
+        return written[value.name]
+
+    def host(self, node: fx.Node) -> Attr:
+        """The size or condition that the node computes.
+
+        Raises:
+            Unsupported: no dim expresses it.
+        """
+        if any(isinstance(self.env[n], Value) for n in node.all_input_nodes if node.target not in SYM_QUERIES):
+            raise Unsupported("a number that the graph computes")
+        return self.symbols.condition(self.exact(node)) if is_asserted(node) else self.sym(node.meta["val"])
 
     def sym(self, value: Any) -> Attr:
         if isinstance(value, torch.SymBool):
@@ -345,7 +464,10 @@ class _Importer:
                 return {key: enter(part, used) for key, part in item.items()}
             if isinstance(item, tuple | list):
                 return tuple(enter(part, used) for part in item)
-            flat.append(None if item is None or not used else self.next_value(self.symbols.type(item, opaque=True)))
+            type_ = None if item is None or not used else self.symbols.type(item, opaque=True)
+            if isinstance(type_, ScalarType) and isinstance(type_.dim, int):
+                type_ = replace(type_, dim=None)  # what the data decides is no constant, whatever a check proves of it
+            flat.append(None if type_ is None else self.next_value(type_))
             # The dim of a size that a fallback computes replaces the value from here on.
             return _dim_or_value(flat[-1])
 

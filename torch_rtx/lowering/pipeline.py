@@ -88,7 +88,7 @@ class Pass:
 
         Raises:
             LoweringError: the pass failed, or it returned a graph that breaks a rule of the IR, has another level than
-                `ensures`, or has other inputs or types of results than `graph`.
+                `ensures`, or has other inputs than `graph`, or results of other types or in memory shared otherwise.
         """
         try:
             after = self.run(graph, infer, **{name: getattr(context, name) for name in self.takes})
@@ -111,6 +111,7 @@ class Pass:
             ("level", self.ensures, after.level),
             ("inputs", _inputs(before), _inputs(after)),
             ("types of the results", _result_types(before), _result_types(after)),
+            ("memory that results share", _result_memory(before), _result_memory(after)),
         ):
             if was != now:
                 raise LoweringError(f"pass {self.name} changed the {what}: expected {was}, found {now}")
@@ -188,6 +189,14 @@ def _inputs(graph: Graph) -> str:
 
 def _result_types(graph: Graph) -> str:
     return ", ".join(str(value.type) for value in attr_values(graph.outputs)) or "none"
+
+
+def _result_memory(graph: Graph) -> str:
+    """In whose memory each result lies: an input's, a weight's, or that of the first result that lies in the same."""
+    base, names = aten.bases(graph), [value.name for value in attr_values(graph.outputs)]
+    owners = [base.get(name, name) for name in names]
+    given = {value.name for value in graph.inputs} | {weight.value.name for weight in graph.weights}
+    return ", ".join(name if name in given else f"result {owners.index(name)}" for name in owners) or "none"
 
 
 def _message(error: Exception) -> str:

@@ -51,6 +51,15 @@ def with_sources(graph: Graph, names: Set[str]) -> set[str]:
     return found
 
 
+def with_bases(graph: Graph, names: Set[str]) -> set[str]:
+    """`names`, and the names of all values of which they may be views."""
+    found = set(names)
+    for node in reversed(graph.nodes):
+        if aten.may_alias(node) and any(value.name in found for value in node.results):
+            found.update(value.name for value in node.inputs)
+    return found
+
+
 class Rewriter:
     """Builds the rewritten `graph`, node by node, in order.
 

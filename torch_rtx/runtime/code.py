@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import linecache
 import math
+import operator
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -36,7 +37,7 @@ from torch_rtx.ir import (
 )
 from torch_rtx.runtime.inline import in_place, inline_kernels, launched
 from torch_rtx.runtime.launch import Launcher, LoadedTactic
-from torch_rtx.runtime.plan import Plan, aliases
+from torch_rtx.runtime.plan import Plan
 from torch_rtx.runtime.streaming import Lines, Streamer
 from torch_rtx.targets import ALIGNMENT
 
@@ -89,6 +90,33 @@ def copy_strided(tensor: torch.Tensor, strides: Sequence[int]) -> torch.Tensor:
     copy = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
     overwrite(copy, tensor)
     return copy
+
+
+def copy_together(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Copies that share memory with one another as `tensors` do, and with nothing else."""
+    groups: dict[int, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.untyped_storage().data_ptr(), []).append(tensor)
+    copies = {}
+    for address, group in groups.items():
+        first, last = span_of(group)
+        first -= first % ALIGNMENT
+        memory = torch.empty(0, dtype=torch.uint8, device=group[0].device)
+        memory = memory.set_(group[0].untyped_storage(), first, (last - first,), (1,)).clone()
+        copies[address] = memory.untyped_storage(), first
+    made = []
+    for tensor in tensors:
+        memory, first = copies[tensor.untyped_storage().data_ptr()]
+        start = tensor.storage_offset() - first // tensor.element_size()
+        made.append(tensor.new_empty(0).set_(memory, start, tensor.shape, tensor.stride()))
+    return made
+
+
+def span_of(tensors: Sequence[torch.Tensor]) -> tuple[int, int]:
+    """The bytes [first, last) of their common memory in which `tensors` lie."""
+    starts = [int(tensor.storage_offset()) * tensor.element_size() for tensor in tensors]
+    sizes = [aten.extent(tensor.shape, tensor.stride()) * tensor.element_size() for tensor in tensors]
+    return min(starts), max(map(operator.add, starts, sizes))
 
 
 def aligned(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
@@ -169,10 +197,11 @@ class _Writer:
     names: dict[str, Any] = field(default_factory=dict)  # the globals of the generated function
     written: set[str] = field(default_factory=set)  # values that kernels write
     tensors: set[str] = field(default_factory=set)  # values in the arena that have become tensors by now
+    shared: set[str] = field(default_factory=set)  # values in whose memory several results lie
 
     def write(self) -> str:
         # Names of the code itself begin with `_`, those of values never do.
-        self.names |= {"_restride": restride, "_copy_strided": copy_strided, "inf": math.inf, "nan": math.nan}
+        self.names |= {"_restride": restride, "_copy_together": copy_together, "inf": math.inf, "nan": math.nan}
         graph = self.graph
         for source, values in (("_inputs", graph.inputs), ("_weights", [w.value for w in graph.weights])):
             if values:
@@ -180,6 +209,7 @@ class _Writer:
         self.bind(graph.inputs)
         self.plan = Plan(graph, self.trusted_ops, frozenset(self.bound))
         self.offsets = self.arena()
+        self.shared = aten.shared(graph, self.trusted_ops)
         first, before, after = self.streaming
         self.lines += first
         last = self.last_uses()
@@ -197,10 +227,10 @@ class _Writer:
                 self.lines.append(f"del {', '.join(drops)}")
             self.lines += after.get(index, ())
             self.lines += probe
-        shared = self.shared()
-        for value in dict.fromkeys(attr_values(graph.outputs)):
-            if value.name in shared:  # one copy per value: a value returned twice stays one object
-                self.lines.append(f"{value.name} = _copy_strided({value.name}, {self.strides(value)})")
+        kept = self.kept()
+        copied = [value.name for value in dict.fromkeys(attr_values(graph.outputs)) if value.name in kept]
+        if copied:  # one copy per value: a value returned twice stays one object
+            self.lines.append(f"{', '.join(copied)}, = _copy_together([{', '.join(copied)}])")
         self.lines.append(f"return [{', '.join(self.output(attr) for attr in graph.outputs)}]")
         return "def run(_inputs, _weights):\n" + "".join(f"    {line}\n" for line in self.lines)
 
@@ -221,7 +251,7 @@ class _Writer:
         self.lines.append("_base = _arena.data_ptr()")
         return offsets
 
-    def shared(self) -> set[str]:
+    def kept(self) -> set[str]:
         """The values in memory that the engine keeps: constants, results of recipes, and views of these.
 
         The caller may write to a result, so it gets a copy of such a value. Views of parameters are not copied: they
@@ -236,7 +266,7 @@ class _Writer:
             or (weight.recipe is not None and not all(aten.is_view(aten.overload(n.op)) for n in weight.recipe.nodes))
         }
         for node in self.graph.nodes:
-            if aliases(node, self.trusted_ops) and any(value.name in kept for value in node.inputs):
+            if aten.may_alias(node, self.trusted_ops) and any(value.name in kept for value in node.inputs):
                 kept.update(value.name for value in node.outputs if value is not None)
         return kept
 
@@ -277,6 +307,9 @@ class _Writer:
         self.lines.append(f"{left[0]} = {call}" if single else f"{', '.join(left)}, = {call}")
         if node.kind == "fallback":
             self.bind(node.outputs)
+        if not aten.may_alias(node, self.trusted_ops):
+            # In the captured strides where it is made, so that no result has to be copied, away from the others.
+            self.lines += [f"{v.name} = {self.strided(v)}" for v in node.results if v.name in self.shared]
 
     def copies(self, run: Sequence[Node]) -> None:
         """Write a run of copies, those of one dtype as one call."""
@@ -416,7 +449,7 @@ class _Writer:
 def _runs_of_copies(graph: Graph, trusted_ops: frozenset[str]) -> dict[int, Sequence[Node]]:
     """Runs of at least two copies in a row, by the position of the first; the positions of the others have empty runs.
     The order in a run does not matter: the sources are results of the graph, and the targets inputs or weights."""
-    calls = (node for node in graph.nodes if not node.writes and not aliases(node, trusted_ops))
+    calls = (node for node in graph.nodes if not node.writes and not aten.may_alias(node, trusted_ops))
     made = {value.name for node in calls for value in node.outputs if value is not None}
     runs: dict[int, Sequence[Node]] = {}
     first, run = 0, list[Node]()

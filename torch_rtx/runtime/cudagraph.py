@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from torch_rtx.ir import MAIN, Graph, ScalarType, TensorType, dim_syms, type_dims
+from torch_rtx import aten
+from torch_rtx.ir import MAIN, Graph, ScalarType, TensorType, attr_values, dim_syms, type_dims
 from torch_rtx.runtime.admission import AdmissionPolicy
 from torch_rtx.runtime.captured import Captured, CaptureSpec, RunCode, capture
 from torch_rtx.runtime.code import Code
@@ -48,9 +49,22 @@ def why_not(graph: Graph) -> str | None:
                 return f"{node.op} runs on {type_.device} ({node.loc})"
             if any(sym.name not in known for dim in type_dims(type_) for sym in dim_syms(dim)):
                 return f"the size of the result of {node.op} depends on the data ({node.loc})"
+    if _several_dtypes(graph):
+        return "results of several dtypes share memory"
     if driver() is None:
         return "the package cuda-bindings is not installed"
     return None
+
+
+def _several_dtypes(graph: Graph) -> bool:
+    """Whether results of several dtypes lie in the memory of one value that the graph computes."""
+    base, dtypes = aten.bases(graph), dict[str, set[str]]()
+    given = {value.name for value in graph.inputs} | {weight.value.name for weight in graph.weights}
+    for value in attr_values(graph.outputs):
+        owner = base.get(value.name, value.name)
+        if owner not in given and isinstance(value.type, TensorType):
+            dtypes.setdefault(owner, set()).add(value.type.dtype)
+    return any(len(found) > 1 for found in dtypes.values())
 
 
 class GraphPool:

@@ -17,7 +17,7 @@ from torch_rtx import aten
 from torch_rtx.errors import InputError
 from torch_rtx.ir import Graph, TensorType, Value, evaluate
 from torch_rtx.runtime.check import bind_sizes
-from torch_rtx.runtime.code import PLACED, aligned, copy_strided, restride
+from torch_rtx.runtime.code import PLACED, aligned, copy_strided, restride, span_of
 from torch_rtx.runtime.graph_params import GraphNodes, Slots
 
 # A pointer set in one kernel costs about 1 us of host time. A captured copy costs 2 us of host and 2 us of device time,
@@ -221,7 +221,7 @@ class Results:
             else:
                 kinds[position] = kept
         for group in groups.values():
-            kinds |= self._in_place(group) or {position: self._copied(position, group[position]) for position in group}
+            kinds |= self._in_place(group) or self._copied(group)
         self.kinds = [kinds[position] for position in range(len(results))]
 
     @property
@@ -249,14 +249,18 @@ class Results:
         index = self._buffer(owner[0], like, InPlace(memory, owner[1]))
         return {position: Fresh(index, None if whole else _part(result)) for position, result in group.items()}
 
-    def _copied(self, position: int, result: torch.Tensor) -> Result:
-        """Capture the copy of a result to a buffer, with what lies between its elements unless that is most of it."""
-        extent = aten.extent(result.shape, result.stride())
-        if not 0 < extent <= 2 * result.numel():
-            return Late(result)
-        source = result.as_strided((extent,), (1,))
+    def _copied(self, group: Mapping[int, torch.Tensor]) -> dict[int, Result]:
+        """Capture the copy of results that share memory to one buffer, with what lies between their elements. A single
+        result of which that is most is copied after the launch."""
+        position, first = next(iter(group.items()))
+        start, end = (byte // first.element_size() for byte in span_of([*group.values()]))
+        if len(group) == 1 and not 0 < end - start <= 2 * first.numel():
+            return {position: Late(first)}
+        source = first.as_strided((end - start,), (1,), start)
         target = torch.empty_like(source).copy_(source)
-        return Fresh(self._buffer(f"_{position}", _like(result), Copied(source, target)))
+        like = _like(first if len(group) == 1 else source)
+        index = self._buffer(f"_{position}", like, Copied(source, target))
+        return {at: Fresh(index, None if len(group) == 1 else _part(r, start)) for at, r in group.items()}
 
     def slots(self, nodes: GraphNodes) -> dict[str, Slots | None]:
         """By name, where a replay sets the address of each buffer; None if kernels got another pointer."""
@@ -288,8 +292,9 @@ def _like(tensor: torch.Tensor) -> Like:
     return tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
-def _part(tensor: torch.Tensor) -> tuple[tuple[int, ...], Strides, int]:
-    return tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset())
+def _part(tensor: torch.Tensor, start: int = 0) -> tuple[tuple[int, ...], Strides, int]:
+    """`tensor` in a buffer that begins with the element `start` of its memory."""
+    return tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()) - start
 
 
 def _start(tensor: torch.Tensor) -> int:

@@ -143,7 +143,7 @@ def _lifetimes(graph: Graph, trusted_ops: frozenset[str]) -> tuple[list[Buffer],
             kept.update(sources)
         if node.writes:
             continue  # its result is an input or weight, which no plan holds
-        alias = aliases(node, trusted_ops)
+        alias = aten.may_alias(node, trusted_ops)
         for value in node.outputs:
             if value is None or not isinstance(value.type, TensorType):
                 continue
@@ -165,14 +165,6 @@ def _lifetimes(graph: Graph, trusted_ops: frozenset[str]) -> tuple[list[Buffer],
         if type_.device == MAIN
     ]
     return found, kept
-
-
-def aliases(node: Node, trusted_ops: frozenset[str]) -> bool:
-    """A result of `node` may alias an input of it."""
-    if node.kind == "kernel" or node.op == "python":
-        return False  # values that a Python function reads are outside the arena anyway
-    op = aten.overload(node.op, trusted_ops)
-    return node.op in aten.MAY_ALIAS or any(result.alias_info is not None for result in op._schema.returns)
 
 
 def in_arena(node: Node, type_: TensorType) -> bool:

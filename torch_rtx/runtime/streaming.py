@@ -25,7 +25,6 @@ import torch
 from torch_rtx import aten
 from torch_rtx.ir import MAIN, Graph, Node, TensorType, attr_values
 from torch_rtx.runtime.driver import driver, new_stream
-from torch_rtx.runtime.plan import aliases
 from torch_rtx.runtime.streamplan import ALIGNMENT, Plan, WeightUse, budget_bytes, make_plan
 from torch_rtx.settings import read_budget
 
@@ -103,7 +102,7 @@ def weight_uses(graph: Graph, trusted_ops: frozenset[str] = frozenset()) -> list
             span[1] = position
         if node.op == "python":
             kept |= {owner[id(span)] for span in used}
-        elif aliases(node, trusted_ops):
+        elif aten.may_alias(node, trusted_ops):
             views |= {value.name: used for value in node.outputs if value is not None}
     for value in attr_values(graph.outputs):
         kept |= {indices[value.name]} if value.name in indices else set()

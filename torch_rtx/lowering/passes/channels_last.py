@@ -63,6 +63,8 @@ class _Writer(Rewriter):
 
     def __init__(self, graph: Graph, infer: Inference) -> None:
         super().__init__(graph, infer)
+        self._bases, self._shared = aten.bases(graph), aten.shared(graph)
+        self._restored: set[str] = set()  # views that were recomputed
         self._constant = {weight.value.name for weight in graph.weights} - graph.written  # depend on weights alone
         for node in graph.nodes:
             if node.inputs and all(value.name in self._constant for value in node.inputs):
@@ -192,7 +194,14 @@ class _Writer(Rewriter):
     def restore(self, value: Value) -> None:
         """Make later nodes read `value` in its captured layout."""
         current = self.current(value)
-        if not isinstance(current, Value) or current.type == value.type or not isinstance(value.type, TensorType):
+        if not isinstance(current, Value) or not isinstance(value.type, TensorType):
+            return
+        if value.name in self._restored:
+            return
+        if value.name in self._shared and self._bases.get(value.name) in self._replaced:
+            self._restore_view(value)  # a copy would part it from the other results in the same memory
+            return
+        if current.type == value.type:
             return
         for form in FORMATS:
             try:
@@ -222,15 +231,16 @@ class _Writer(Rewriter):
     def _restore_view(self, value: Value) -> None:
         """Recompute the view `value` from its source in the captured layout."""
         node = next(node for node in self.graph.nodes if value in node.outputs)
-        if not aten.is_view(aten.overload(node.op)):
+        if not aten.may_alias(node):
             raise Unsupported(f"the layout {value.type}")
         for given in node.inputs:
             self.restore(given)
         outputs = tuple(None if old is None else self._fresh(old.type) for old in node.outputs)
         self.nodes.append(replace(node, args=node.map_inputs(self.current), outputs=outputs))
         for old, new in zip(node.outputs, outputs, strict=True):
-            if new is not None:
+            if old is not None and new is not None:
                 self.replace(old, new)
+                self._restored.add(old.name)
 
 
 def _of_nonempty(stride: Dim) -> Dim:

@@ -15,7 +15,7 @@ from dataclasses import replace
 from torch_rtx import aten
 from torch_rtx.ir import Expr, Graph, Node, ScalarType, Sym, TensorType, Value, Weight, attr_dims
 from torch_rtx.lowering.infer import Inference
-from torch_rtx.lowering.rewrite import returned
+from torch_rtx.lowering.rewrite import returned, with_bases
 from torch_rtx.lowering.widening import is_elementwise, widens
 from torch_rtx.op_work import ANCHORS
 from torch_rtx.targets import Target
@@ -32,36 +32,36 @@ def hoist_weights(graph: Graph, infer: Inference, targets: tuple[Target, ...] = 
         targets: of kernels; empty: no product has a prologue.
     """
     source = {w.value.name: w for w in graph.weights if w.value.name not in graph.written and w.recipe is None}
+    given = with_bases(graph, returned(graph))  # the caller gets memory of its own: each call makes it
     made: dict[str, Node] = {}  # by output: nodes that can move into a recipe
     origins = {name: frozenset((name,)) for name in source}  # by value: the weights it depends on
     sizes = {name: _bytes(weight.value.type) for name, weight in source.items()}
     rest: list[Node] = []
     for node in graph.nodes:
         needed = frozenset[str]().union(*(origins.get(value.name, ()) for value in node.inputs))
-        if _hoistable(node, source, made, sum(map(sizes.__getitem__, needed))):
-            origins |= {value.name: needed for value in node.outputs if value is not None}
-            made |= {value.name: node for value in node.outputs if value is not None}
-        else:
+        hoistable = _hoistable(node, source, made, sum(map(sizes.__getitem__, needed)))
+        if hoistable:
+            origins |= {value.name: needed for value in node.results}
+            made |= {value.name: node for value in node.results}
+        if not hoistable or any(value.name in given for value in node.results):
             rest.append(node)
-    prologues = list(_prologues(rest, returned(graph), made, source)) if targets else []
+    prologues = list(_prologues(rest, made, source)) if targets else []
     left = {id(node) for node in (*rest, *prologues)}
     rest = [node for node in graph.nodes if id(node) in left]
-    stored = made.keys() - {value.name for node in prologues for value in node.results}
-    read = dict.fromkeys(value.name for node in rest for value in node.inputs)
-    frontier = [name for name in (*read, *sorted(returned(graph) - read.keys())) if name in stored]
+    stored = made.keys() - {value.name for node in rest for value in node.results}
     weights = [*graph.weights]
-    for name in frontier:
+    for name in dict.fromkeys(value.name for node in rest for value in node.inputs if value.name in stored):
         value = next(v for v in made[name].outputs if v is not None and v.name == name)
         weights.append(_weight(value, made, source))
     return replace(graph, weights=tuple(weights), nodes=tuple(rest))
 
 
-def _prologues(rest: list[Node], outside: set[str], made: dict[str, Node], source: dict[str, Weight]) -> Iterator[Node]:
+def _prologues(rest: list[Node], made: dict[str, Node], source: dict[str, Weight]) -> Iterator[Node]:
     """The nodes of `made` that stay in the graph as prologues: they widen an operand of one product in `rest`, starting
     from the values that take the least memory."""
     readers = Counter(name for node in rest for name in {value.name for value in node.inputs})
     for value in (value for node in rest if node.op in ANCHORS for value in node.inputs):
-        if value.name in made and readers[value.name] == 1 and value.name not in outside:
+        if value.name in made and readers[value.name] == 1:
             stored = _smallest(value, made, source)
             types = [type_ for one in stored.values() if isinstance(type_ := one.type, TensorType)]
             assert isinstance(value.type, TensorType)

@@ -32,6 +32,7 @@ def merge_linears(graph: Graph, infer: Inference) -> Graph:
     weights = {weight.value.name for weight in graph.weights} - graph.written
     layout_visible = returned(graph) | {v.name for n in graph.nodes if n.kind == "fallback" for v in n.inputs}
     layout_visible |= with_sources(graph, {v.name for n in graph.nodes if n.op in aten.STRIDED for v in n.inputs})
+    layout_visible |= aten.shared(graph)  # a copy to the captured strides would part results that share memory
     candidates = (n for n in graph.nodes if not any(v.name in layout_visible for v in n.results))
     layers = {id(node): _group(node, weights) for node in candidates}
     groups = _groups(graph, layers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch_rtx.ir import Graph, Node, TensorType, Value
 from torch_rtx.lowering.infer import Inference
-from torch_rtx.lowering.rewrite import COPIES, Rewriter, escaping, rewrite
+from torch_rtx.lowering.rewrite import COPIES, Rewriter, escaping, returned, rewrite
 
 ALIASES = frozenset(f"aten.{name}.default" for name in ("alias", "detach", "lift_fresh", "view", "expand", "permute"))
 COPY_AS = "aten.copy.default"  # `src` in the type of `self`, whose elements it does not read
@@ -13,7 +13,7 @@ SAME_TYPE = ALIASES | COPIES | {COPY_AS, "aten.slice.Tensor", "aten.squeeze.dims
 
 def simplify(graph: Graph, infer: Inference) -> Graph:
     """Level import to level import; the graph computes the same values with fewer nodes."""
-    escapes = escaping(graph)
+    escapes, results = escaping(graph), returned(graph)
     reshaped: dict[str, Value] = {}  # from the result of a view to its source
 
     def visit(node: Node, rewriter: Rewriter) -> bool:
@@ -24,7 +24,8 @@ def simplify(graph: Graph, infer: Inference) -> Graph:
         if not isinstance(current, Value):
             return False
         output = node.outputs[0]
-        if _is_identity(node, current) and not (node.op in (*COPIES, COPY_AS) and output.name in escapes):
+        kept = escapes if node.op in (*COPIES, COPY_AS) else results  # the caller gets a tensor of its own
+        if output.name not in kept and _is_identity(node, current):
             rewriter.replace(output, current)
             return True
         if node.op == "aten.view.default" and current.name in reshaped:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from torch_rtx import aten
 from torch_rtx.ir import COPY, MAIN, Dim, Graph, Node, Sym, TensorType, Type, Value
 from torch_rtx.lowering.infer import Inference
-from torch_rtx.lowering.rewrite import Rewriter, returned, rewrite, users
+from torch_rtx.lowering.rewrite import Rewriter, returned, rewrite, users, with_bases
 
 # From functional calls to in-place calls with the same arguments.
 UPDATES = {
@@ -22,9 +22,6 @@ UPDATES = {
 }
 # Updates at positions given by numbers; they become an `index_copy_` with an index tensor.
 SLICE, SELECT = "aten.slice_scatter.default", "aten.select_scatter.default"
-# Ops that may return a view of their input, although their schemas declare a new tensor.
-HIDDEN_VIEWS = frozenset(f"aten.{name}.default" for name in ("_unsafe_view", "lift", "channel_shuffle"))
-HIDDEN_VIEWS |= {"aten.pixel_shuffle.default", "aten.pixel_unshuffle.default", "aten.unsafe_split.Tensor"}
 
 
 def write_in_place(graph: Graph, infer: Inference) -> Graph:
@@ -49,7 +46,7 @@ class _Search:
         self.producer = {value.name: node for node in graph.nodes for value in node.results}
         self.readers = users(graph)
         escapes = returned(graph) | {v.name for node in graph.nodes if node.kind == "fallback" for v in node.inputs}
-        self.escapes = self._aliased(escapes, graph)
+        self.escapes = with_bases(graph, escapes)
         self.updates: set[int] = set()
         self.copies: set[int] = set()
         targets = [node.arg("self") for node in graph.nodes if node.writes]
@@ -58,15 +55,6 @@ class _Search:
                 chain = self._chain(node)
                 self.updates.update(map(id, chain))
                 self.copies |= {id(node)} if chain else set()
-
-    @staticmethod
-    def _aliased(names: set[str], graph: Graph) -> set[str]:
-        """`names`, and the names of all values of which they may be views."""
-        found = set(names)
-        for node in reversed(graph.nodes):
-            if _aliases(node) and any(value.name in found for value in node.results):
-                found.update(value.name for value in node.inputs)
-        return found
 
     def _chain(self, copy: Node) -> list[Node]:
         """The updates from the old contents of the target of `copy` to the new ones; empty if one must be a copy."""
@@ -89,7 +77,7 @@ class _Search:
         reads: list[Node] = []
         while pending:
             for reader in self.readers.get(pending.pop(), ()):
-                if _aliases(reader):
+                if aten.may_alias(reader):
                     views = {value.name for value in reader.results} - names
                     names |= views
                     pending += views
@@ -138,11 +126,6 @@ class _Search:
 
 def _is_view(node: Node) -> bool:
     return node.kind == "op" and aten.is_view(aten.overload(node.op))
-
-
-def _aliases(node: Node) -> bool:
-    """Whether a result of `node` may share memory with an input."""
-    return _is_view(node) or (node.kind == "op" and node.op in HIDDEN_VIEWS)
 
 
 def _has_in_place_form(node: Node) -> bool:
