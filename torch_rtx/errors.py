@@ -4,7 +4,7 @@
     ├── SettingsError (also ValueError)   an option that is unknown, mistyped or contradicts another
     ├── CaptureError                      a model could not be captured as a graph
     ├── Unsupported                       internal: no lowering or kernel for an op, dtype, shape or GPU; always handled
-    ├── PartitionError                    `require_full_compilation` is set and a node must fall back
+    ├── PartitionError                    `require_full_compilation` is set and something must fall back
     ├── InvalidIR                         text or graph that breaks a rule of the IR
     ├── LoweringError                     a bug of the compiler: names the pass or op, the dump and the reproduction
     ├── KernelError                       a generated kernel that can't be compiled, loaded or launched
@@ -21,6 +21,8 @@ Any other exception from torch_rtx's own code is a bug.
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class RtxError(RuntimeError):
     """Base class of all errors.
@@ -35,6 +37,14 @@ class RtxError(RuntimeError):
         self.message, self.loc, self.hint = message, loc, hint
         where = f" (at {loc})" if loc else ""
         super().__init__(message + where + (f"\n  {hint}" if hint else ""))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _again, (type(self), str(self)), self.__dict__
+
+
+def _again(kind: type[RtxError], text: str) -> RtxError:
+    """An error that came from another process; its attributes follow."""
+    return kind.__new__(kind, text)
 
 
 class SettingsError(RtxError, ValueError):
@@ -54,7 +64,7 @@ class Unsupported(RtxError):
 
 
 class PartitionError(RtxError):
-    """`require_full_compilation` is set and at least one node must fall back."""
+    """`require_full_compilation` is set and a node must fall back, or a graph break leaves code to Python."""
 
 
 class InvalidIR(RtxError):

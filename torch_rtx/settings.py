@@ -145,7 +145,9 @@ class CompilationSettings(_Checked):
         "Operators that always fall back to PyTorch: `aten.softmax` (all overloads), `aten.softmax.int`.", key=True
     )
     require_full_compilation: bool = _flag(
-        False, "Raise `PartitionError` if a node of a graph would fall back to PyTorch.", key=True
+        False,
+        "Raise `PartitionError` if a node would fall back to PyTorch, or a graph break leaves code to it.",
+        key=True,
     )
     fallback_on_error: bool = _flag(False, "Run a graph in PyTorch, with a warning, if a bug makes compiling it fail.")
     disabled_passes: Set[str] = _names("Passes to skip, by name.", key=True)
