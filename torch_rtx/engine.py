@@ -146,7 +146,7 @@ def save(engine: Engine, path: Path) -> None:
     table = {"tactics": tactics.write_table(engine.kernels)} if engine.kernels else {}
     metadata = json.dumps({**digests, "manifest": asdict(manifest), "graph": text, **table}, separators=(",", ":"))
     read_manifest(json.loads(metadata)["manifest"])
-    target = os.path.realpath(path)
+    target = os.path.realpath(_path(path))
     temporary = os.path.join(os.path.dirname(target), f".{secrets.token_hex(8)}.rtx.tmp")
     try:
         with open(temporary, "xb") as file:
@@ -162,6 +162,10 @@ def save(engine: Engine, path: Path) -> None:
         raise RtxError(f"a name can't be written: {error}") from None
     except SafetensorError as error:
         raise OSError(f"can't write {target}: {error}") from error
+    except OSError as error:
+        if error.filename == temporary:
+            error.filename = target
+        raise
     finally:
         with suppress(FileNotFoundError):
             os.unlink(temporary)
@@ -279,11 +283,18 @@ def load(path: Path) -> Engine:
     return Engine(graph, header.manifest, parts["constant"], weights, replace(table, binaries=binaries))
 
 
+def _path(path: Path) -> Path:
+    """Raises RtxError if `path` is no path."""
+    if isinstance(path, str | os.PathLike):
+        return path
+    raise RtxError(f"an engine is a file: pass its path, not a {type(path).__name__}")
+
+
 @contextmanager
 def _reading(path: Path) -> Iterator[BufferedIOBase]:
     """Opens the file, and adds the path to EngineFormatErrors."""
     try:
-        if os.path.isdir(path):
+        if os.path.isdir(_path(path)):
             raise EngineFormatError("this is a folder, not an .rtx file")
         with open(path, "rb") as file:
             yield file

@@ -21,6 +21,7 @@ Any other exception from torch_rtx's own code is a bug.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
@@ -98,9 +99,25 @@ class RefitError(RtxError, ValueError):
         self, missing: tuple[str, ...] = (), unexpected: tuple[str, ...] = (), mismatched: dict[str, str] | None = None
     ) -> None:
         self.missing, self.unexpected, self.mismatched = missing, unexpected, mismatched or {}
-        lines = [f"  missing: {name}" for name in missing] + [f"  unexpected: {name}" for name in unexpected]
-        lines += [f"  {name}: {problem}" for name, problem in self.mismatched.items()]
-        super().__init__("weights do not fit the engine, nothing was changed:\n" + "\n".join(lines))
+        lines = _first(f"  missing: {name}" for name in missing) + _first(
+            f"  unexpected: {name}" for name in unexpected
+        )
+        lines += _first(f"  {name}: {problem}" for name, problem in self.mismatched.items())
+        prefix = _prefix(missing, unexpected)
+        hint = f"give them without their prefix: {{name.removeprefix({prefix!r}): tensor, ...}}" if prefix else None
+        super().__init__("weights do not fit the engine, nothing was changed:\n" + "\n".join(lines), hint=hint)
+
+
+def _first(lines: Iterable[str], most: int = 20) -> list[str]:
+    """The first lines, and how many more there are."""
+    given = list(lines)
+    return given[:most] + [f"  and {len(given) - most} more"] * (len(given) > most)
+
+
+def _prefix(missing: Sequence[str], unexpected: Sequence[str]) -> str:
+    """What stands before every missing name among the unexpected ones, such as `module.`; empty if nothing does."""
+    found = {name.removesuffix(missing[0]) for name in unexpected if missing and name.endswith("." + missing[0])}
+    return next((prefix for prefix in found if {prefix + name for name in missing} <= set(unexpected)), "")
 
 
 class InputError(RtxError, ValueError):

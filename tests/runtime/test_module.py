@@ -263,7 +263,7 @@ def test_inputs_are_named():
 def test_batch_norm_in_training_mode(tmp_path):
     model = nn.BatchNorm1d(3).train()
     eager, here = copy.deepcopy(model), copy.deepcopy(model)
-    module = torch_rtx.compile(here, (X,))
+    module = torch_rtx.compile(torch.export.export(here, (X,)))
     loaded = through_file(module, tmp_path, weights=model.state_dict())
     for _ in range(3):
         expected = eager(X)
@@ -347,7 +347,7 @@ def test_outputs_that_alias(tmp_path):
 
 
 def test_random_ops(tmp_path):
-    here = torch_rtx.compile(Function(lambda x: (torch.rand_like(x), F.dropout(x, 0.5))), (X,))
+    here = torch_rtx.compile(Function(lambda x: (torch.rand_like(x), F.dropout(x, 0.5))).eval(), (X,))
     for module in (here, through_file(here, tmp_path)):
         torch.manual_seed(1)
         a = module(X)

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TokenArgument
 
+from torch_rtx.backend.capture_errors import check_call, check_mode, explained
 from torch_rtx.backend.compiler import Program
 from torch_rtx.backend.inputs import declare, forward_names, user_inputs
 from torch_rtx.backend.program_cache import get_or_build
@@ -21,7 +22,7 @@ from torch_rtx.lowering.from_fx import Role
 from torch_rtx.profiles import Profile
 from torch_rtx.runtime.module import CompiledModule
 from torch_rtx.runtime.signature import Fixed, Signature
-from torch_rtx.settings import CompilationSettings, RuntimeSettings
+from torch_rtx.settings import CompilationSettings, RuntimeSettings, settings_of
 from torch_rtx.version import __version__
 
 log = logging.getLogger(__name__)
@@ -47,17 +48,23 @@ def compile(
         runtime: settings of the returned module.
 
     Raises:
-        CaptureError: the model can't be captured as one graph.
+        SettingsError: `settings` or `runtime` are of another type, or contradict the model.
+        CaptureError: the model can't be captured as one graph, or computes what it computes in training alone, such as
+            dropout.
         PartitionError: `require_full_compilation` is set and a node falls back.
         LoweringError: a bug of torch_rtx.
         InputError: an `Input` contradicts another, `dynamic_shapes` or the settings.
     """
-    settings = settings or CompilationSettings()
-    runtime = runtime or RuntimeSettings(dump_dir=settings.dump_dir, override_dir=settings.override_dir)
+    settings = settings_of(CompilationSettings, settings)
+    defaults = RuntimeSettings(dump_dir=settings.dump_dir, override_dir=settings.override_dir)
+    runtime = defaults if runtime is None else settings_of(RuntimeSettings, runtime, "runtime")
     if settings.fallback_on_error:
         log.warning("fallback_on_error has no effect ahead of time: a failed build raises an error")
+    check_call(model, args, kwargs)
     declared = declare(model, args, kwargs, dynamic_shapes, settings.device)
-    program = declared.capture()
+    with explained():
+        program = declared.capture()
+    check_mode(model, program.graph)
     tensors = _tensors(program)
     written = set(program.graph_signature.buffers_to_mutate.values())
     names = {user_inputs(program)[number].arg.name: name for number, name in declared.names.items()}

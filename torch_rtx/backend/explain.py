@@ -20,7 +20,7 @@ from torch_rtx.ir import Loc
 from torch_rtx.lowering.location import Locations
 from torch_rtx.lowering.support import unsupported_reason
 from torch_rtx.lowering.symbols import Symbols
-from torch_rtx.settings import CompilationSettings
+from torch_rtx.settings import CompilationSettings, settings_of
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def explain(
         model: a module or function; `args` and `kwargs` are passed to it.
         settings: those of the compilation to explain; `require_full_compilation` is ignored.
     """
-    settings = replace(settings or CompilationSettings(), require_full_compilation=False)
+    settings = replace(settings_of(CompilationSettings, settings), require_full_compilation=False)
     check_settings(settings)
     reports: list[GraphReport] = []
     found: list[Break | None] = []
