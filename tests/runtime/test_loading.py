@@ -289,6 +289,12 @@ def test_containers_that_are_refused(spec, tmp_path):
             torch_rtx.load(path)
 
 
+@pytest.mark.parametrize("defaults", [7, [], {"flag": []}, {"flag": {"a": 1}}])
+def test_defaults_that_are_refused(defaults):
+    with pytest.raises(EngineFormatError, match="a default of the signature is no plain value"):
+        Signature.from_json({**SIGNATURE, "defaults": defaults})
+
+
 def test_deep_signatures():
     for depth in (60, 70, 900):
         spec = None

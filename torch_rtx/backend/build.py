@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+import math
 from collections.abc import Container, Mapping
 from typing import Any
 
@@ -21,7 +23,7 @@ from torch_rtx.errors import CaptureError, RtxError
 from torch_rtx.lowering.from_fx import Role
 from torch_rtx.profiles import Profile
 from torch_rtx.runtime.module import CompiledModule
-from torch_rtx.runtime.signature import Fixed, Signature
+from torch_rtx.runtime.signature import PLAIN, Fixed, Plain, Signature
 from torch_rtx.settings import CompilationSettings, RuntimeSettings, settings_of
 from torch_rtx.version import __version__
 
@@ -72,7 +74,7 @@ def compile(
     roles = _with_aliases(roles, tensors)
     sizes = program.range_constraints, declared.typical(program)
     lowered = get_or_build(program.graph_module, roles, settings, _writes(program), *sizes)
-    signature = _signature(program, forward_names(model))
+    signature = _signature(program, forward_names(model), _defaults(model))
     profiles = declared.profiles(lowered.graph, signature.leaves)
     engine = _engine(program, lowered, signature, tensors, settings, profiles)
     runs_here = lowered.device.type == "cpu" or torch.cuda.is_available()
@@ -178,7 +180,15 @@ def _saved(signature: Signature) -> Json:
         return None
 
 
-def _signature(program: ExportedProgram, names: tuple[str, ...]) -> Signature:
+def _defaults(model: nn.Module | ExportedProgram) -> dict[str, Plain]:
+    """The defaults of the parameters of the model's forward that a file can hold."""
+    if not isinstance(model, nn.Module):
+        return {}
+    found = {name: parameter.default for name, parameter in inspect.signature(model.forward).parameters.items()}
+    return {n: v for n, v in found.items() if type(v) in PLAIN and not (type(v) is float and not math.isfinite(v))}
+
+
+def _signature(program: ExportedProgram, names: tuple[str, ...], defaults: Mapping[str, Plain]) -> Signature:
     call = program.call_spec
     assert call.in_spec is not None
     assert call.out_spec is not None
@@ -190,4 +200,4 @@ def _signature(program: ExportedProgram, names: tuple[str, ...]) -> Signature:
         else:
             leaves.append(count)
             count += 1
-    return Signature(names, call.in_spec, call.out_spec, leaves)
+    return Signature(names, call.in_spec, call.out_spec, leaves, defaults)

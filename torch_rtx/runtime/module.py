@@ -11,7 +11,7 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import nn
+from torch import is_grad_enabled, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from torch_rtx import aten
@@ -21,6 +21,7 @@ from torch_rtx.errors import InvalidIR, RtxError, SettingsError
 from torch_rtx.ir import Parameter, TensorType
 from torch_rtx.profiles import Shape, profiles_of, shapes
 from torch_rtx.runtime.alias_guard import AliasGuard
+from torch_rtx.runtime.no_gradients import refuse_gradients
 from torch_rtx.runtime.session import Session
 from torch_rtx.runtime.signature import Signature
 from torch_rtx.runtime.streaming import stream
@@ -175,7 +176,10 @@ def _caller(signature: Signature, guard: AliasGuard, store: WeightStore, session
         if guard.needed:
             inputs = guard(inputs)
         store.refresh()
-        return signature.unflatten(session(inputs))
+        results = session(inputs)
+        if is_grad_enabled():
+            results = refuse_gradients(inputs, results)
+        return signature.unflatten(results)
 
     return call
 
