@@ -11,6 +11,7 @@ import typer
 from torch_rtx.backend.cache_cli import errors
 from torch_rtx.errors import SettingsError
 from torch_rtx.ir import Graph, ScalarType, Type, dim_syms, evaluate, type_dims
+from torch_rtx.profiles import Range
 
 
 def profile(
@@ -28,6 +29,9 @@ def profile(
     from torch_rtx.runtime import profiling
 
     with errors():
+        for target in (trace, html):  # before minutes of measuring, not after
+            if target is not None and not target.absolute().parent.is_dir():
+                raise SettingsError(f"{target} can't be written: there is no such folder")
         module = modules_of.load(path, weights, device)
         sizes = sizes_given(module.engine.graph, size or [])
         if weights is None and module.engine.weights is None:
@@ -45,15 +49,22 @@ def sizes_given(graph: Graph, given: Iterable[str]) -> dict[str, int]:
     """All dynamic sizes of the inputs, by symbol: those in `given`, else the engine's typical ones.
 
     Raises:
-        SettingsError: a size is missing, or is not one of the engine's.
+        SettingsError: a size is missing, out of its range, or not one of the engine's.
     """
     varying = {sym.name: sym for value in graph.inputs for dim in type_dims(value.type) for sym in dim_syms(dim)}
+    ranges = {sym.name: Range(sym.min, None, sym.max) for sym in varying.values()}
     sizes = {name: sym.typical for name, sym in varying.items() if sym.typical is not None}
-    sizes |= {name: int(number) for name, _, number in (text.partition("=") for text in given) if number.isdecimal()}
-    if sizes.keys() != varying.keys():
-        wanted = " ".join(f"--size {s.name}={s.min}..{'' if s.max is None else s.max}" for s in varying.values())
+    problem = None
+    for text in given:
+        name, _, number = text.partition("=")
+        if name not in varying or not number.isdecimal() or not ranges[name].holds(int(number)):
+            problem = f"--size {text} is no size of this engine; "
+            break
+        sizes[name] = int(number)
+    if problem is not None or sizes.keys() != varying.keys():
+        wanted = " ".join(f"--size {name}={found}" for name, found in ranges.items())
         hint = "`torch-rtx inspect --graph` shows the tensors with these sizes"
-        raise SettingsError(f"the dynamic sizes are: {wanted or 'none'}", hint=hint)
+        raise SettingsError(f"{problem or ''}the dynamic sizes are: {wanted or 'none'}", hint=hint)
     return sizes
 
 
