@@ -128,6 +128,15 @@ def test_models(function, message, hint, line):
     assert len(traceback.format_exception(caught.value)) < 30
 
 
+def test_compiled_modules():
+    model = nn.Linear(4, 4)
+    module = torch_rtx.compile(torch.compile(model), (X,))
+    assert [parameter.name for parameter in module.engine.graph.parameters] == ["weight", "bias"]
+    assert torch.equal(module(X), model(X).detach())
+    with pytest.raises(CaptureError, match="compiled already\n  compile the model that it was built from"):
+        torch_rtx.compile(module, (X,))  # its weights would be constants
+
+
 def test_script_module():
     with pytest.raises(
         CaptureError, match="a ScriptModule can't be captured\n  compile the module that it was made of"

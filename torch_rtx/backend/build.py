@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TokenArgument
 
-from torch_rtx.backend.capture_errors import check_call, check_mode, explained
+from torch_rtx.backend.capture_errors import check_mode, checked_model, explained
 from torch_rtx.backend.compiler import Program
 from torch_rtx.backend.inputs import declare, forward_names, user_inputs
 from torch_rtx.backend.program_cache import get_or_build
@@ -62,7 +62,7 @@ def compile(
     runtime = defaults if runtime is None else settings_of(RuntimeSettings, runtime, "runtime")
     if settings.fallback_on_error:
         log.warning("fallback_on_error has no effect ahead of time: a failed build raises an error")
-    check_call(model, args, kwargs)
+    model = checked_model(model, args, kwargs)
     declared = declare(model, args, kwargs, dynamic_shapes, settings.device)
     with explained():
         program = declared.capture()

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._dynamo import config
+from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.exc import UserError, UserErrorType
 from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from torch_rtx.errors import CaptureError, RtxError
 from torch_rtx.lowering.location import Locations
+from torch_rtx.runtime.module import CompiledModule
 
 log = logging.getLogger(__name__)
 # Packages whose frames in a traceback say nothing about the model.
@@ -29,12 +31,20 @@ _OTHERWISE = 'torch.compile(model, backend="rtx") captures more: it breaks the g
 # ---- before a capture ------------------------------------------------------------------------------------------------
 
 
-def check_call(model: object, args: object, kwargs: Mapping[str, Any] | None) -> None:
-    """Raises CaptureError if no capture of `model` can succeed, or if its forward does not take the arguments."""
+def checked_model(model: Any, args: object, kwargs: Mapping[str, Any] | None) -> Any:
+    """The model to capture: of what torch.compile returned the model itself, whose weights have their own names.
+
+    Raises:
+        CaptureError: no capture of `model` can succeed, or its forward does not take the arguments.
+    """
+    if isinstance(model, OptimizedModule):
+        model = model._orig_mod
+    if isinstance(model, CompiledModule):
+        raise CaptureError("a CompiledModule is compiled already", hint="compile the model that it was built from")
     if isinstance(model, torch.jit.ScriptModule):
         raise CaptureError("a ScriptModule can't be captured", hint="compile the module that it was made of")
     if not isinstance(model, nn.Module) or not isinstance(args, tuple):
-        return  # an ExportedProgram; or what `capture_export` refuses
+        return model  # an ExportedProgram; or what `capture_export` refuses
     taken = inspect.signature(model.forward)
     try:
         taken.bind(*args, **(kwargs or {}))
@@ -42,6 +52,7 @@ def check_call(model: object, args: object, kwargs: Mapping[str, Any] | None) ->
         raise CaptureError(
             f"the model's forward does not take these arguments: {error}", hint=f"it is forward{taken}"
         ) from None
+    return model
 
 
 # ---- what torch.export raises ----------------------------------------------------------------------------------------
@@ -137,7 +148,7 @@ def _trains(node: fx.Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
     schema = [argument.name for argument in node.target._schema.arguments]
-    given = {**dict(zip(schema, node.args, strict=False)), **node.kwargs}
+    given: dict[str, Any] = {**dict(zip(schema, node.args, strict=False)), **node.kwargs}
     if "momentum" in schema:  # without running statistics, those of the batch are for evaluation as well
         return given.get("running_mean") is not None and True in (given.get("training"), given.get("use_input_stats"))
     if "train" in schema:
