@@ -295,6 +295,16 @@ def test_defaults_that_are_refused(defaults):
         Signature.from_json({**SIGNATURE, "defaults": defaults})
 
 
+@pytest.mark.parametrize("sizes", [7, [], {"s1": 2}, {"s1": "a b"}, {"s1": "a\x1b"}])
+def test_names_of_sizes_that_are_refused(sizes, tmp_path):
+    with pytest.raises(EngineFormatError, match="invalid names of sizes"):
+        Signature.from_json({**SIGNATURE, "sizes": sizes})
+    engine = torch_rtx.compile(Net().eval(), (IMAGE,)).engine
+    path = forge(tmp_path / "model.rtx", lambda p: p["manifest"]["signature"].update(sizes=sizes), what=engine)
+    with pytest.raises(EngineFormatError, match="invalid names of sizes"):
+        torch_rtx.inspect(path)
+
+
 def test_deep_signatures():
     for depth in (60, 70, 900):
         spec = None

@@ -76,6 +76,7 @@ def compile(
     lowered = get_or_build(program.graph_module, roles, settings, _writes(program), *sizes)
     signature = _signature(program, forward_names(model), _defaults(model))
     profiles = declared.profiles(lowered.graph, signature.leaves)
+    signature.sizes = declared.names_of_sizes(lowered.graph, signature.leaves)
     engine = _engine(program, lowered, signature, tensors, settings, profiles)
     runs_here = lowered.device.type == "cpu" or torch.cuda.is_available()
     device = lowered.device if runs_here else torch.device("cpu")

@@ -112,7 +112,9 @@ def generate(
     gpu: Annotated[str, typer.Option("--gpu", help="The GPU's name, as CUDA reports it.")],
     sm: Annotated[int, typer.Option("--sm", help="Its SM version: 89.")],
     driver: Annotated[int, typer.Option("--driver", help="The oldest driver, as CUDA reports it: 12080.")],
-    size: Annotated[list[str] | None, typer.Option("--size", help="A dynamic size: s77=8. Default: any size.")] = None,
+    size: Annotated[
+        list[str] | None, typer.Option("--size", help="A dynamic size: batch=8. Default: any size.")
+    ] = None,
     file: File = None,
 ) -> None:
     """Compile the kernels of an engine for a GPU that this machine need not have, to ship with the engine."""
@@ -126,7 +128,7 @@ def generate(
         if found.manifest.device != "cuda":
             hint = 'build it with CompilationSettings(device="cuda")'
             raise SettingsError(f"{engine} was built for the {found.manifest.device}, which runs no kernels", hint=hint)
-        sizes = sizes_given(found.graph, size) if size else {}
+        sizes = sizes_given(found, size) if size else {}
         count = pregenerate(found.graph, sizes, DeviceKey(gpu, sm, driver, ""), _path(file))
     print(f"{count} regions for {gpu}")
 

@@ -17,7 +17,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch_rtx import aten
 from torch_rtx import engine as engine_file
 from torch_rtx.engine import Engine
-from torch_rtx.errors import InvalidIR, RtxError, SettingsError
+from torch_rtx.errors import InputError, InvalidIR, RtxError, SettingsError
 from torch_rtx.ir import Parameter, TensorType
 from torch_rtx.profiles import Shape, profiles_of, shapes
 from torch_rtx.runtime.alias_guard import AliasGuard
@@ -176,7 +176,10 @@ def _caller(signature: Signature, guard: AliasGuard, store: WeightStore, session
         if guard.needed:
             inputs = guard(inputs)
         store.refresh()
-        results = session(inputs)
+        try:
+            results = session(inputs)
+        except InputError as error:
+            raise signature.named(error) from None
         if is_grad_enabled():
             results = refuse_gradients(inputs, results)
         return signature.unflatten(results)

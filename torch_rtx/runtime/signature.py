@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections import OrderedDict, defaultdict, deque, namedtuple
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.utils import _pytree as pytree
 
+from torch_rtx.engine import names_of_sizes
 from torch_rtx.errors import EngineFormatError, InputError, RtxError
 from torch_rtx.runtime.result_builder import builder
 
@@ -51,6 +53,7 @@ class Signature:
         leaves: per flat argument, its position among the graph's inputs, or the constant it was specialized to.
         defaults: by name, the defaults of forward's parameters that are plain. An argument that is its default may be
             left out of a call or be given, whatever the capture did.
+        sizes: by symbol of the graph, the caller's name of that size.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class Signature:
         out_spec: pytree.TreeSpec,
         leaves: Sequence[int | Fixed],
         defaults: Mapping[str, Plain] | None = None,
+        sizes: Mapping[str, str] | None = None,
     ) -> None:
         self.names, self.in_spec, self.out_spec, self.leaves = tuple(names), in_spec, out_spec, tuple(leaves)
         args, kwargs = in_spec.children()
@@ -73,7 +77,7 @@ class Signature:
         self._captured = (*self._positional[: self._count], *self._keywords)
         self._straight = all(leaf == index for index, leaf in enumerate(leaves))
         self._build: Callable[[list[Any]], Any] | None = None
-        self.defaults = dict(defaults or {})
+        self.defaults, self.sizes = dict(defaults or {}), dict(sizes or {})
         # What the capture fixed to its default: a call may leave it out.
         self._optional: dict[str, Any] = {}
         start = 0
@@ -134,6 +138,15 @@ class Signature:
             raise InputError(f"{', '.join(parts)}; the engine was built for ({', '.join(wanted)})")
         return tuple(given[name] for name in wanted[: self._count]), {name: given[name] for name in self._keywords}
 
+    def named(self, error: InputError) -> InputError:
+        """The error with the caller's names of sizes in place of the graph's symbols."""
+        if not self.sizes:
+            return error
+        symbols = re.compile(rf"\b({'|'.join(map(re.escape, self.sizes))})\b")
+        texts = (text and symbols.sub(lambda match: self.sizes[match[0]], text) for text in (error.message, error.hint))
+        message, hint = texts
+        return InputError(message or "", loc=error.loc, hint=hint)
+
     def unflatten(self, outputs: list[Any]) -> Any:
         """The module's result from the graph's outputs."""
         if self._build is None:
@@ -150,7 +163,7 @@ class Signature:
         """
         leaves = [leaf if isinstance(leaf, int) else {"name": leaf.name, "value": leaf.value} for leaf in self.leaves]
         specs = {"in": _encode(self.in_spec, 0), "out": _encode(self.out_spec, 0)}
-        return {"names": list(self.names), "leaves": leaves, **specs, "defaults": self.defaults}
+        return {"names": list(self.names), "leaves": leaves, **specs, "defaults": self.defaults, "sizes": self.sizes}
 
     @staticmethod
     def from_json(tree: Json) -> Signature:
@@ -175,7 +188,7 @@ class Signature:
             defaults = tree.get("defaults", {})
             if not isinstance(defaults, dict) or not all(isinstance(value, PLAIN) for value in defaults.values()):
                 raise EngineFormatError("a default of the signature is no plain value")
-            return Signature(names, in_spec, out_spec, leaves, defaults)
+            return Signature(names, in_spec, out_spec, leaves, defaults, names_of_sizes(tree))
         except EngineFormatError:
             raise
         # A registered container may raise anything on a context that it did not write; PyTorch's raise these.
