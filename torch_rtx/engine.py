@@ -374,7 +374,7 @@ def names_of_sizes(signature: Json) -> dict[str, str]:
     Raises:
         EngineFormatError: these are no names.
     """
-    names = signature.get("sizes", {}) if isinstance(signature, dict) else {}
+    names: Any = signature.get("sizes", {}) if isinstance(signature, dict) else {}
     if not isinstance(names, dict) or not all(isinstance(name, str) and name.isidentifier() for name in names.values()):
         raise EngineFormatError("the signature has invalid names of sizes")
     return names

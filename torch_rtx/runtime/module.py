@@ -21,7 +21,7 @@ from torch_rtx.errors import InputError, InvalidIR, RtxError, SettingsError
 from torch_rtx.ir import Parameter, TensorType
 from torch_rtx.profiles import Shape, profiles_of, shapes
 from torch_rtx.runtime.alias_guard import AliasGuard
-from torch_rtx.runtime.no_gradients import refuse_gradients
+from torch_rtx.runtime.no_gradients import refuse_gradients, require_gradients
 from torch_rtx.runtime.session import Session
 from torch_rtx.runtime.signature import Signature
 from torch_rtx.runtime.streaming import stream
@@ -180,7 +180,7 @@ def _caller(signature: Signature, guard: AliasGuard, store: WeightStore, session
             results = session(inputs)
         except InputError as error:
             raise signature.named(error) from None
-        if is_grad_enabled():
+        if is_grad_enabled() and require_gradients(inputs):
             results = refuse_gradients(inputs, results)
         return signature.unflatten(results)
 

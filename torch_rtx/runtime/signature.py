@@ -81,7 +81,7 @@ class Signature:
         # What the capture fixed to its default: a call may leave it out.
         self._optional: dict[str, Any] = {}
         start = 0
-        for argument, spec in zip(self._captured, self._specs, strict=False):
+        for argument, spec in zip(self._captured, self._specs, strict=True):
             leaf = self.leaves[start] if spec.is_leaf() else None
             if isinstance(leaf, Fixed) and argument in self.defaults and _same(leaf.value, self.defaults[argument]):
                 self._optional[argument] = leaf.value
@@ -130,7 +130,7 @@ class Signature:
         given = {**self._optional, **given, **kwargs}
         wanted = self._captured
         parts = [f"missing argument {name}" for name in wanted if name not in given]
-        for name in given.keys() - set(wanted):
+        for name in (name for name in given if name not in wanted):
             default = self.defaults.get(name)  # None for any other argument: it is none
             if not _same(given[name], default):
                 parts.append(f"unexpected argument {name}" + f", which is not {default!r}" * (name in self.defaults))
@@ -143,9 +143,8 @@ class Signature:
         if not self.sizes:
             return error
         symbols = re.compile(rf"\b({'|'.join(map(re.escape, self.sizes))})\b")
-        texts = (text and symbols.sub(lambda match: self.sizes[match[0]], text) for text in (error.message, error.hint))
-        message, hint = texts
-        return InputError(message or "", loc=error.loc, hint=hint)
+        message, hint = (symbols.sub(lambda match: self.sizes[match[0]], s or "") for s in (error.message, error.hint))
+        return InputError(message, loc=error.loc, hint=hint)
 
     def unflatten(self, outputs: list[Any]) -> Any:
         """The module's result from the graph's outputs."""
