@@ -65,13 +65,13 @@ class Explanation:
         return sum(len(graph.fallbacks) for graph in self.graphs)
 
     def __str__(self) -> str:
-        parts = _counted(len(self.graphs), "graph"), _counted(len(self.graph_breaks), "graph break")
-        lines = [
-            f"{', '.join(parts[: 1 + bool(self.graph_breaks)])}: "
-            f"{self.engine_nodes} nodes in engines, {self.fallback_nodes} fall back to PyTorch"
-            + ", and PyTorch runs what is between the graphs"
-            * bool(self.graph_breaks)
-        ]
+        title = _counted(len(self.graphs), "graph")
+        if self.graph_breaks:
+            title += ", " + _counted(len(self.graph_breaks), "graph break")
+        title += f": {self.engine_nodes} nodes in engines, {self.fallback_nodes} fall back to PyTorch"
+        if self.graph_breaks:
+            title += ", and PyTorch runs what is between the graphs"
+        lines = [title]
         for index, graph in enumerate(self.graphs):
             blocks = ", ".join(map(str, graph.blocks)) or "none"
             lines.append(f"graph {index}: blocks of {blocks} nodes")
