@@ -64,7 +64,7 @@ def test_options_that_are_refused(option: Any) -> None:
 def test_errors_say_what_is_known() -> None:
     with pytest.raises(SettingsError, match=r"unknown target 'sm_85'\n.*sm_75, sm_80.*sm_120.*portable.*current"):
         parse_targets("sm_85")
-    with pytest.raises(SettingsError, match="needs a CUDA GPU"):
+    with pytest.raises(SettingsError, match='needs a CUDA GPU in this process\n  name the GPU .*"RTX 4090"'):
         parse_targets("current")
     with pytest.raises(SettingsError, match="unknown target 70"):
         parse_targets("current", (7, 0))

@@ -24,7 +24,7 @@ import secrets
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from io import BufferedIOBase
 from typing import TYPE_CHECKING, Any
 
@@ -146,7 +146,7 @@ def save(engine: Engine, path: Path) -> None:
     table = {"tactics": tactics.write_table(engine.kernels)} if engine.kernels else {}
     metadata = json.dumps({**digests, "manifest": asdict(manifest), "graph": text, **table}, separators=(",", ":"))
     read_manifest(json.loads(metadata)["manifest"])
-    target = os.path.realpath(path)
+    target = os.path.realpath(_path(path))
     temporary = os.path.join(os.path.dirname(target), f".{secrets.token_hex(8)}.rtx.tmp")
     try:
         with open(temporary, "xb") as file:
@@ -162,6 +162,10 @@ def save(engine: Engine, path: Path) -> None:
         raise RtxError(f"a name can't be written: {error}") from None
     except SafetensorError as error:
         raise OSError(f"can't write {target}: {error}") from error
+    except OSError as error:
+        if error.filename == temporary:
+            error.filename = target
+        raise
     finally:
         with suppress(FileNotFoundError):
             os.unlink(temporary)
@@ -279,11 +283,18 @@ def load(path: Path) -> Engine:
     return Engine(graph, header.manifest, parts["constant"], weights, replace(table, binaries=binaries))
 
 
+def _path(path: Path) -> Path:
+    """Raises RtxError if `path` is no path."""
+    if isinstance(path, str | os.PathLike):
+        return path
+    raise RtxError(f"an engine is a file: pass its path, not a {type(path).__name__}")
+
+
 @contextmanager
 def _reading(path: Path) -> Iterator[BufferedIOBase]:
     """Opens the file, and adds the path to EngineFormatErrors."""
     try:
-        if os.path.isdir(path):
+        if os.path.isdir(_path(path)):
             raise EngineFormatError("this is a folder, not an .rtx file")
         with open(path, "rb") as file:
             yield file
@@ -355,6 +366,18 @@ def _tensor_table(outer: dict[str, Any]) -> tuple[dict[str, TensorInfo], int]:
             raise EngineFormatError(f"tensor {key!r} has a wrong offset, or a size that contradicts its shape")
         at = end
     return {key: info for _, _, key, info in spans}, at
+
+
+def names_of_sizes(signature: Json) -> dict[str, str]:
+    """By symbol of the graph, the caller's name of that size, in the signature of a manifest.
+
+    Raises:
+        EngineFormatError: these are no names.
+    """
+    names: Any = signature.get("sizes", {}) if isinstance(signature, dict) else {}
+    if not isinstance(names, dict) or not all(isinstance(name, str) and name.isidentifier() for name in names.values()):
+        raise EngineFormatError("the signature has invalid names of sizes")
+    return names
 
 
 # ---- the graph -------------------------------------------------------------------------------------------------------
@@ -451,6 +474,7 @@ class Inspection:
         kernels: for each target, the number of its kernels and the size of their binaries; targets may share binaries.
         tactics: per target, for how many kernel nodes each kind of tactic is expected to be the fastest.
         profiles: for each optimization profile, the shape of each input: static sizes and ranges.
+        sizes: by symbol of the program, the name of a size.
     """
 
     manifest: Manifest
@@ -463,6 +487,7 @@ class Inspection:
     kernels: Mapping[str, tuple[int, int]]
     tactics: Mapping[str, Mapping[str, int]]
     profiles: tuple[Mapping[str, Shape], ...] = ()
+    sizes: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         manifest = self.manifest
@@ -473,6 +498,7 @@ class Inspection:
             f"engine {_size(self.engine_bytes)}, weights {_size(self.weight_bytes)}"
             + (" (stripped: not in the file)" if manifest.stripped else ""),
             *(f"profile {number}: {shapes_text(profile)}" for number, profile in enumerate(self.profiles)),
+            *(f"size {name}: {symbol} in the program" for symbol, name in self.sizes.items()),
             "nodes: " + (", ".join(f"{count} {kind}" for kind, count in self.kinds.items()) or "none"),
             *(f"  {count:>6} {op}" for op, count in self.ops.items()),
             "kernels: " + ("none" if not self.kernels else "compiled for"),
@@ -497,6 +523,7 @@ def inspect(path: Path) -> Inspection:
     with _reading(path) as file:
         header = _header(file)
         graph, table = _program(header)
+        sizes = names_of_sizes(header.manifest.signature)
     parameters = tuple(
         ParameterInfo(p.name, p.type.dtype, shape, math.prod(shape) * DTYPES[p.type.dtype][1], p.constant)
         for p in graph.parameters
@@ -514,6 +541,7 @@ def inspect(path: Path) -> Inspection:
         tactics.bytes_of(table, {key.removeprefix("kernel/"): i.nbytes for key, i in header.tensors.items()}),
         tactics.kinds_of(table),
         tuple(shapes(graph, profile) for profile in profiles_of(graph, header.manifest.profiles)),
+        sizes,
     )
 
 

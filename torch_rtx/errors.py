@@ -4,7 +4,7 @@
     ├── SettingsError (also ValueError)   an option that is unknown, mistyped or contradicts another
     ├── CaptureError                      a model could not be captured as a graph
     ├── Unsupported                       internal: no lowering or kernel for an op, dtype, shape or GPU; always handled
-    ├── PartitionError                    `require_full_compilation` is set and a node must fall back
+    ├── PartitionError                    `require_full_compilation` is set and something must fall back
     ├── InvalidIR                         text or graph that breaks a rule of the IR
     ├── LoweringError                     a bug of the compiler: names the pass or op, the dump and the reproduction
     ├── KernelError                       a generated kernel that can't be compiled, loaded or launched
@@ -21,6 +21,9 @@ Any other exception from torch_rtx's own code is a bug.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from typing import Any
+
 
 class RtxError(RuntimeError):
     """Base class of all errors.
@@ -35,6 +38,14 @@ class RtxError(RuntimeError):
         self.message, self.loc, self.hint = message, loc, hint
         where = f" (at {loc})" if loc else ""
         super().__init__(message + where + (f"\n  {hint}" if hint else ""))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _again, (type(self), str(self)), self.__dict__
+
+
+def _again(kind: type[RtxError], text: str) -> RtxError:
+    """An error that came from another process; its attributes follow."""
+    return kind.__new__(kind, text)
 
 
 class SettingsError(RtxError, ValueError):
@@ -54,7 +65,7 @@ class Unsupported(RtxError):
 
 
 class PartitionError(RtxError):
-    """`require_full_compilation` is set and at least one node must fall back."""
+    """`require_full_compilation` is set and a node must fall back, or a graph break leaves code to Python."""
 
 
 class InvalidIR(RtxError):
@@ -88,9 +99,25 @@ class RefitError(RtxError, ValueError):
         self, missing: tuple[str, ...] = (), unexpected: tuple[str, ...] = (), mismatched: dict[str, str] | None = None
     ) -> None:
         self.missing, self.unexpected, self.mismatched = missing, unexpected, mismatched or {}
-        lines = [f"  missing: {name}" for name in missing] + [f"  unexpected: {name}" for name in unexpected]
-        lines += [f"  {name}: {problem}" for name, problem in self.mismatched.items()]
-        super().__init__("weights do not fit the engine, nothing was changed:\n" + "\n".join(lines))
+        lines = _first(f"  missing: {name}" for name in missing) + _first(
+            f"  unexpected: {name}" for name in unexpected
+        )
+        lines += _first(f"  {name}: {problem}" for name, problem in self.mismatched.items())
+        prefix = _prefix(missing, unexpected)
+        hint = f"give them without their prefix: {{name.removeprefix({prefix!r}): tensor, ...}}" if prefix else None
+        super().__init__("weights do not fit the engine, nothing was changed:\n" + "\n".join(lines), hint=hint)
+
+
+def _first(lines: Iterable[str], most: int = 20) -> list[str]:
+    """The first lines, and how many more there are."""
+    given = list(lines)
+    return given[:most] + [f"  and {len(given) - most} more"] * (len(given) > most)
+
+
+def _prefix(missing: Sequence[str], unexpected: Sequence[str]) -> str:
+    """What stands before every missing name among the unexpected ones, such as `module.`; empty if nothing does."""
+    found = {name.removesuffix(missing[0]) for name in unexpected if missing and name.endswith("." + missing[0])}
+    return next((prefix for prefix in found if {prefix + name for name in missing} <= set(unexpected)), "")
 
 
 class InputError(RtxError, ValueError):

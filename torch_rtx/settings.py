@@ -7,13 +7,14 @@ an engine and are part of its cache key (`key_settings`).
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Self, TypeVar
 
 from torch_rtx.errors import SettingsError
 from torch_rtx.targets import LATER, parse_targets
@@ -31,10 +32,30 @@ MODES: dict[str, dict[str, object]] = {
 }
 
 
+# What options of Inductor and of Torch-TensorRT are here.
+_ELSEWHERE = {
+    **dict.fromkeys(("triton.cudagraphs", "triton.cudagraph_trees"), "cuda_graph_strategy, which is on by default"),
+    **dict.fromkeys(
+        ("max_autotune", "max_autotune_gemm", "coordinate_descent_tuning", "optimization_level"),
+        'specialization_strategy="eager", which measures before the call returns',
+    ),
+    **dict.fromkeys(("epilogue_fusion", "shape_padding"), "done wherever it pays"),
+    **dict.fromkeys(("trace.enabled", "debug"), "dump_dir"),
+    **dict.fromkeys(
+        ("enabled_precisions", "precision", "use_explicit_typing"),
+        "the dtypes of the model itself: convert it, as by model.half(), or use autocast",
+    ),
+    **dict.fromkeys(("make_refittable", "immutable_weights"), "true of every engine: see refit"),
+    **dict.fromkeys(("inputs", "dynamic_shapes"), "an argument of torch_rtx.compile"),
+    **dict.fromkeys(("dynamic", "fullgraph", "mode"), "an argument of torch.compile"),
+    "enable_weight_streaming": "weight_streaming_budget",
+    "timing_cache_path": "runtime_cache",
+    "dryrun": "torch_rtx.explain",
+}
 NAMES = "a collection of names"
-_UNITS = {unit + end: base**power for power, unit in enumerate("KMGT", 1) for end, base in (("iB", 1024), ("B", 1000))}
-_UNITS["B"] = 1
-_BUDGET = re.compile(rf"(\d+(?:\.\d+)?) ?(%|{'|'.join(_UNITS)})", re.ASCII)
+UNITS = {unit + end: base**power for power, unit in enumerate("KMGT", 1) for end, base in (("iB", 1024), ("B", 1000))}
+UNITS["B"] = 1
+_BUDGET = re.compile(rf"(\d+(?:\.\d+)?) ?(%|{'|'.join(UNITS)})", re.ASCII)
 
 
 def _option(
@@ -99,7 +120,7 @@ def read_budget(budget: int | str) -> int | float:
     match = _BUDGET.fullmatch(budget)
     if match is None or (match[2] == "%" and float(match[1]) > 100):
         raise ValueError(budget)
-    return float(match[1]) / 100 if match[2] == "%" else int(float(match[1]) * _UNITS[match[2]])
+    return float(match[1]) / 100 if match[2] == "%" else int(float(match[1]) * UNITS[match[2]])
 
 
 def _is_budget(value: object) -> bool:
@@ -119,7 +140,15 @@ def _name(entry: object) -> object:
 
 
 class _Checked:
-    """Checks the fields of the frozen dataclasses below; normalizes collections of names and lists."""
+    """Checks the fields of the frozen dataclasses below; normalizes collections of names and lists.
+
+    Raises:
+        SettingsError: an option is unknown, or has the wrong type.
+    """
+
+    def __new__(cls, *args: object, **options: object) -> Self:
+        _check_names(options, cls)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for item in fields(self):  # type: ignore[arg-type]
@@ -145,7 +174,9 @@ class CompilationSettings(_Checked):
         "Operators that always fall back to PyTorch: `aten.softmax` (all overloads), `aten.softmax.int`.", key=True
     )
     require_full_compilation: bool = _flag(
-        False, "Raise `PartitionError` if a node of a graph would fall back to PyTorch.", key=True
+        False,
+        "Raise `PartitionError` if a node would fall back to PyTorch, or a graph break leaves code to it.",
+        key=True,
     )
     fallback_on_error: bool = _flag(False, "Run a graph in PyTorch, with a warning, if a bug makes compiling it fail.")
     disabled_passes: Set[str] = _names("Passes to skip, by name.", key=True)
@@ -254,14 +285,52 @@ def from_options(
     if mode is not None and mode not in MODES:
         raise SettingsError(f"unknown mode {mode!r}", hint=f"known modes are {', '.join(MODES)}")
     given = {**MODES[mode or "default"], **(options or {})}
-    names = [{item.name for item in fields(kind)} for kind in (CompilationSettings, RuntimeSettings)]
-    known = names[0] | names[1]
-    unknown = sorted(given.keys() - known)
-    if unknown:
-        hint = f"known options are {', '.join(sorted(known))}"
-        raise SettingsError(f"unknown option {', '.join(unknown)}", hint=hint)
-    compilation, runtime = ({name: value for name, value in given.items() if name in own} for own in names)
+    kinds = CompilationSettings, RuntimeSettings
+    _check_names(given, *kinds)
+    compilation, runtime = ({n: value for n, value in given.items() if n in _names_of(kind)} for kind in kinds)
     return CompilationSettings(**compilation), RuntimeSettings(**runtime)  # type: ignore[arg-type]
+
+
+def _names_of(kind: type[_Checked]) -> list[str]:
+    return [item.name for item in fields(kind)]  # type: ignore[arg-type]
+
+
+def _check_names(given: Iterable[str], *kinds: type[_Checked]) -> None:
+    """Raises SettingsError if a name is no option of `kinds`; the message says what is like it, here or elsewhere."""
+    known = sorted({name for kind in kinds for name in _names_of(kind)})
+    unknown = sorted(set(given) - set(known))
+    if not unknown:
+        return
+    hints = []
+    for name in unknown:
+        others = [kind.__name__ for kind in (CompilationSettings, RuntimeSettings) if name in _names_of(kind)]
+        near = difflib.get_close_matches(name, known, n=1)
+        if others:
+            hints.append(f"{name} is an option of {others[0]}")
+        elif name in _ELSEWHERE:
+            hints.append(f"what elsewhere is {name} is here {_ELSEWHERE[name]}")
+        elif near:
+            hints.append(f"did you mean {near[0]}?")
+    hints.append(f"known options are {', '.join(known)}")
+    raise SettingsError(f"unknown option {', '.join(unknown)}", hint="\n  ".join(hints))
+
+
+_Kind = TypeVar("_Kind", CompilationSettings, RuntimeSettings)
+
+
+def settings_of(kind: type[_Kind], given: _Kind | None, name: str = "settings") -> _Kind:
+    """What a caller gave as the argument `name`, or the defaults.
+
+    Raises:
+        SettingsError: it is no `kind`.
+    """
+    if given is None:
+        return kind()
+    if isinstance(given, kind):
+        return given
+    options = ", ".join(f"{key}={value!r}" for key, value in given.items()) if isinstance(given, Mapping) else "..."
+    hint = f"write {name}=torch_rtx.{kind.__name__}({options})"
+    raise SettingsError(f"{name} must be a {kind.__name__}, not {type(given).__name__}", hint=hint)
 
 
 def key_settings(settings: CompilationSettings) -> dict[str, str]:

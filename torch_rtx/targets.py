@@ -239,7 +239,8 @@ def _targets(entry: object, capability: tuple[int, int] | None) -> tuple[Target,
     name = _MAKERS.sub("", str(entry).lower())
     if name == CURRENT:
         if capability is None:
-            raise SettingsError('targets: "current" needs a CUDA GPU in this process', hint=_known())
+            hint = 'name the GPU that the engine is for, such as "RTX 4090" or "sm_89", or "portable"'
+            raise SettingsError('targets: "current" needs a CUDA GPU in this process', hint=hint)
         sm = capability[0] * 10 + capability[1]
         if sm >= min(ARCHES):
             return (arch_of(sm).target,)
@@ -261,7 +262,8 @@ def _targets(entry: object, capability: tuple[int, int] | None) -> tuple[Target,
 
 def _known() -> str:
     names = ", ".join(f"sm_{sm}" + " (as PTX)" * (arch.like is not None) for sm, arch in ARCHES.items())
-    return f'known are {names}, "ptx" (also compute_80, ...), "portable", "current", "later" and such as "RTX 4090"'
+    named = '"portable", "current", "later" and such as "RTX 4090"'
+    return f'known are {names}, "ptx" (also compute_80, ...; newer GPUs run it), {named}'
 
 
 def by_age(targets: Iterable[Target]) -> list[Target]:

@@ -82,6 +82,8 @@ def test_usage():
     assert "inspect" in call("--help").stdout
     assert "--json" in call("inspect", "--help").stdout
     assert call("inspect").exit_code == 2
+    both = call("inspect", "model.rtx", "--graph", "--json")
+    assert (both.exit_code, "--json the summary" in both.stderr) == (2, True)
     assert call("nonsense").exit_code == 2
 
 

@@ -2,17 +2,18 @@
 
 import dataclasses
 import os
+import pickle
 import re
 import runpy
 import subprocess
 import sys
 import textwrap
+import traceback
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-from torch._dynamo.exc import BackendCompilerFailed
 
 from tests.helpers.compiled import check, compile_rtx
 from torch_rtx.cache.store import FileStore
@@ -163,18 +164,17 @@ def test_one_name_is_no_collection(name):
 
 
 def test_torch_compile_reports_bad_options():
-    with pytest.raises(BackendCompilerFailed, match="unknown option min_blok_size") as caught:
+    with pytest.raises(SettingsError, match="unknown option min_blok_size") as caught:
         compile_rtx(f, options={"min_blok_size": 3})(torch.ones(3))
-    assert isinstance(caught.value.inner_exception, SettingsError)
     assert all(name in str(caught.value) for name in FIELDS)
-    with pytest.raises(BackendCompilerFailed, match="option min_block_size must be an int of at least 1, not '3'"):
+    with pytest.raises(SettingsError, match="option min_block_size must be an int of at least 1, not '3'"):
         compile_rtx(f, options={"min_block_size": "3"})(torch.ones(3))
-    with pytest.raises(BackendCompilerFailed, match="unknown passes nosuch[\\s\\S]*the passes are simplify"):
+    with pytest.raises(SettingsError, match="unknown passes nosuch[\\s\\S]*the passes are simplify"):
         compile_rtx(f, options={"disabled_passes": ["nosuch"]})(torch.ones(3))
-    with pytest.raises(BackendCompilerFailed, match="finish can't be disabled"):
+    with pytest.raises(SettingsError, match="finish can't be disabled"):
         compile_rtx(f, options={"disabled_passes": ["finish"]})(torch.ones(3))
     for name in ("aten.sofmax", "aten.exp.nosuch", "nosuch.exp", "exp"):
-        with pytest.raises(BackendCompilerFailed, match=f"torch_executed_ops: no operator {name}"):
+        with pytest.raises(SettingsError, match=f"torch_executed_ops: no operator {name}"):
             compile_rtx(f, options={"torch_executed_ops": [name]})(torch.ones(3))
 
 
@@ -184,7 +184,7 @@ def test_modes(mode):
 
 
 def test_bad_modes():
-    with pytest.raises(BackendCompilerFailed, match="unknown mode 'fastest'[\\s\\S]*known modes are default"):
+    with pytest.raises(SettingsError, match="unknown mode 'fastest'[\\s\\S]*known modes are default"):
         compile_rtx(f, mode="fastest")(torch.ones(3))
     with pytest.raises(RuntimeError, match="Either mode or options"):
         compile_rtx(f, mode="default", options={"min_block_size": 1})
@@ -234,19 +234,112 @@ def test_blocks_around_a_fallback(recorder):
 
 def test_require_full_compilation_names_the_node():
     options = {"torch_executed_ops": ["aten.exp"], "require_full_compilation": True}
-    with pytest.raises(BackendCompilerFailed, match="aten.exp.default: listed in torch_executed_ops") as caught:
+    with pytest.raises(PartitionError, match="aten.exp.default: listed in torch_executed_ops") as caught:
         compile_rtx(f, options=options)(torch.ones(3))
-    assert isinstance(caught.value.inner_exception, PartitionError)
     line = f.__code__.co_firstlineno + 1
     assert f"test_compile_options.py:{line}" in str(caught.value)
-    with pytest.raises(BackendCompilerFailed, match="min_block_size is 9"):
+    with pytest.raises(PartitionError, match="min_block_size is 9"):
         compile_rtx(f, options={"min_block_size": 9, "require_full_compilation": True})(torch.ones(3))
 
 
 def test_require_full_compilation_is_stronger_than_fallback_on_error():
     options = {"torch_executed_ops": ["aten.exp"], "require_full_compilation": True, "fallback_on_error": True}
-    with pytest.raises(BackendCompilerFailed, match="these nodes must fall back"):
+    with pytest.raises(PartitionError, match="these nodes must fall back"):
         compile_rtx(f, options=options)(torch.ones(3))
+
+
+def breaks_in_the_middle(x):
+    y = x.exp()
+    torch._dynamo.graph_break()
+    return y.sin()
+
+
+def breaks_first(x):
+    torch._dynamo.graph_break()
+    return x.exp()
+
+
+def branches(x):
+    return x.exp() if x.sum() > 0 else x.sin()
+
+
+def calls_python(x):
+    return in_python(x.exp())
+
+
+@torch.compiler.disable
+def in_python(x):
+    return x.sin()
+
+
+def is_skipped(x):
+    try:
+        torch._dynamo.graph_break()  # Dynamo can't go on within `try`, and compiles what is called there alone
+        return f(x)
+    finally:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("function", "line"),
+    [(breaks_in_the_middle, 2), (breaks_first, 1), (branches, 1), (calls_python, 1), (is_skipped, 3)],
+)
+def test_require_full_compilation_forbids_graph_breaks(function, line):
+    """Also those that leave no graph before them."""
+    where = f"{Path(__file__).name}:{function.__code__.co_firstlineno + line}"
+    options = {"require_full_compilation": True}
+    with pytest.raises(PartitionError, match=f"a graph break leaves code to Python: .*{where}") as caught:
+        compile_rtx(function, options=options, fullgraph=False)(torch.ones(3))
+    assert "fullgraph=True" in caught.value.hint
+
+
+class Wrapped(nn.Module):
+    """Python runs functions of PyTorch's own between the call and what is compiled."""
+
+    @torch.no_grad()
+    def forward(self, x):
+        return f(x)
+
+
+def test_require_full_compilation_knows_what_python_runs_anyway():
+    options = {"require_full_compilation": True}
+    hooked = Wrapped()
+    hooked.register_forward_hook(lambda module, args, result: result + 1)
+    for model in (hooked, Wrapped()):
+        torch._dynamo.reset()
+        check(model, torch.ones(3), compiled=compile_rtx(model, options=options, fullgraph=False))
+    model = Wrapped()
+    model.compile(backend="rtx", options=options)
+    assert torch.equal(model(torch.ones(3)), f(torch.ones(3)))
+    inner = compile_rtx(f, options=options, fullgraph=False)
+    assert torch.equal(breaks_first(inner(torch.ones(3))), f(torch.ones(3)).exp())  # breaks of a caller are its own
+
+
+# Errors --------------------------------------------------------------------------------------------------------------
+
+
+def test_an_error_arrives_as_it_is():
+    """Once, with its type and without Dynamo's frames and advice; and it can go on to another process."""
+    with pytest.raises(SettingsError) as caught:
+        compile_rtx(f, options={"min_blok_size": 3})(torch.ones(3))
+    text = "".join(traceback.format_exception(caught.value))
+    assert text.count("unknown option min_blok_size") == 1
+    assert "PyTorch" not in str(caught.value)
+    frames = [frame.filename for frame in traceback.extract_tb(caught.value.__traceback__)]
+    assert frames[0] == __file__
+    assert len(frames) <= 3, text
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (type(again), str(again), again.hint) == (SettingsError, str(caught.value), caught.value.hint)
+
+
+@pytest.mark.usefixtures("broken")
+def test_an_error_of_a_backward_graph_arrives_as_it_is(monkeypatch):
+    loss = compile_rtx(f)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "PIPELINE", ())
+        result = loss(torch.ones(3, requires_grad=True))
+    with pytest.raises(LoweringError, match="pass cse failed"):
+        result.sum().backward()
 
 
 # Bugs ----------------------------------------------------------------------------------------------------------------
@@ -280,14 +373,15 @@ def broken(monkeypatch):
 def test_failing_pass_says_where_and_how_to_reproduce(tmp_path):
     compiled = compile_rtx(Broken(), options={"dump_dir": str(tmp_path)})
     message = "pass cse failed with ValueError: off by one"
-    with torch.no_grad(), pytest.raises(BackendCompilerFailed, match=message) as caught:
+    with torch.no_grad(), pytest.raises(LoweringError, match=message) as caught:
         compiled(torch.ones(2, 4))
-    error = caught.value.inner_exception
-    assert isinstance(error, LoweringError)
+    error = caught.value
     folder = tmp_path / "graph_000"
     script = Path(re.search(r"reproduce it with (\S+);", str(error))[1])
     assert script.parent == folder
-    assert {"00_fx.py", "00_import.rtxir", "01_simplify.rtxir", "reproduce.py"} <= {p.name for p in folder.iterdir()}
+    assert {"00_fx.py", "00_import.rtxir", "01_simplify.rtxir", "reproduce.py", "error.txt"} <= {
+        p.name for p in folder.iterdir()
+    }
 
     with pytest.raises(LoweringError, match=message):
         runpy.run_path(str(script), run_name="__main__")
@@ -297,7 +391,7 @@ def test_reproduction_runs_where_the_bug_is_fixed(tmp_path, monkeypatch, capsys)
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "PIPELINE", in_place_of("dce", failing))
         compiled = compile_rtx(Broken(), options={"dump_dir": str(tmp_path), "disabled_passes": ["cse"]})
-        with torch.no_grad(), pytest.raises(BackendCompilerFailed):
+        with torch.no_grad(), pytest.raises(LoweringError):
             compiled(torch.ones(2, 4))
     script = tmp_path / "graph_000" / "reproduce.py"
     assert "disabled_passes=['cse']" in script.read_text()
@@ -307,9 +401,9 @@ def test_reproduction_runs_where_the_bug_is_fixed(tmp_path, monkeypatch, capsys)
 
 @pytest.mark.usefixtures("broken")
 def test_folder_without_dump_dir():
-    with pytest.raises(BackendCompilerFailed) as caught:
+    with pytest.raises(LoweringError) as caught:
         compile_rtx(f)(torch.ones(3))
-    script = Path(re.search(r"reproduce it with (\S+);", str(caught.value.inner_exception))[1])
+    script = Path(re.search(r"reproduce it with (\S+);", str(caught.value))[1])
     assert script.is_file()
     for path in script.parent.iterdir():
         path.unlink()

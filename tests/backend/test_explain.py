@@ -55,9 +55,32 @@ def test_graph_breaks():
     assert len(found.graphs) == 2
     assert found.graphs[0].break_reason
     assert "test_explain.py:" in found.graphs[0].break_reason
+    assert found.graph_breaks == (found.graphs[0].break_reason,)
     assert f"graph break: {found.graphs[0].break_reason}" in str(found)
     assert found.graphs[-1].break_reason is None
-    assert str(found).startswith("2 graphs: ")
+    first = str(found).splitlines()[0]
+    assert first.startswith("2 graphs, 1 graph break: ")
+    assert first.endswith("PyTorch runs what is between the graphs")
+
+
+def breaks_first(x):
+    return torch.nonzero(x).float().exp()
+
+
+def is_skipped(x):
+    try:
+        torch._dynamo.graph_break()  # Dynamo can't go on within `try`
+        return x.exp()
+    finally:
+        pass
+
+
+def test_graph_breaks_without_a_graph():
+    """What Dynamo leaves to Python is reported although no graph ends there."""
+    (text,) = explain(breaks_first, X).graph_breaks
+    assert text.endswith(f"test_explain.py:{breaks_first.__code__.co_firstlineno + 1})")
+    found = explain(is_skipped, X)
+    assert (found.graphs, found.graph_breaks) == ((), ("is_skipped can't be compiled as a whole",))
 
 
 def test_settings():

@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import Result
 from typer.testing import CliRunner
 
+import torch_rtx
 from tests.cache.test_runtime_cache import ADA, BLACKWELL, change, kernels
+from torch_rtx.backend.cache_cli import size_of
 from torch_rtx.backend.cli import app
 from torch_rtx.cache.runtime import RuntimeCache
 
@@ -87,6 +90,20 @@ def test_prune(options: tuple[str, ...], removed: int, path: Path) -> None:
         assert kernels(path, "a") == [bytes(30_000)]
 
 
+def test_sizes() -> None:
+    """Those of the options as well, in any case."""
+    given = {"5": 5, "1.5K": 1536, "2m": 2 << 20, "3T": 3 << 40, "500MB": 500 * 10**6, "2 GiB": 2 << 30, "1gb": 10**9}
+    assert {text: size_of(text) for text in given} == given
+
+
+def test_generate_for_the_cpu(tmp_path: Path) -> None:
+    engine = tmp_path / "cpu.rtx"
+    torch_rtx.save(torch_rtx.compile(torch.nn.ReLU(), (torch.ones(3),)), engine)
+    result = call("generate", engine, "--gpu", "RTX 4090", "--sm", 89, "--driver", 12080)
+    assert result.exit_code == 1
+    assert "was built for the cpu, which runs no kernels" in result.stderr
+
+
 def test_verify(path: Path) -> None:
     assert call("verify").stdout == "6 of 6 entries are intact\n"
     change(path, "UPDATE entry SET value = x'00' WHERE kind = 'tactic'")
@@ -116,6 +133,9 @@ ERRORS: dict[str, tuple[tuple[Any, ...], str]] = {
     "no database": (("import", __file__), "file is not a database"),
     "off": (("info", "--file", "off"), "the runtime cache is off"),
     "size": (("prune", "--size", "much"), "'much' is not a size"),
+    "unit": (("prune", "--size", "5 XB"), "'5 XB' is not a size"),
+    "no folder": (("info", "--file", "none/a.sqlite"), "there is no folder of none/a.sqlite"),
+    "sm": (("generate", "a.rtx", "--gpu", "x", "--sm", "999", "--driver", "12080"), "unknown target 999"),
     "verify": (("verify", "--file", "absent"), "there is no runtime cache"),
 }
 

@@ -285,6 +285,18 @@ def test_data_of_a_parameter_is_replaced() -> None:
             torch.testing.assert_close(compiled(x), model(x))
 
 
+def test_a_backward_through_a_replay_is_refused() -> None:
+    model = mlp()
+    module = exported(model, torch.randn(4, 64, device="cuda"))
+    x = torch.randn(4, 64, device="cuda", requires_grad=True)
+    results = [module(x) for _ in range(PATIENCE + 4)]
+    assert len(pool_of(module).captured) == 1
+    for result in results:
+        torch.testing.assert_close(result.detach(), model(x).detach())
+        with pytest.raises(RuntimeError, match="an engine computes no gradients"):
+            result.sum().backward()
+
+
 class Statistics(nn.Module):
     def __init__(self) -> None:
         super().__init__()

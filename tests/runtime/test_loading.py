@@ -289,6 +289,22 @@ def test_containers_that_are_refused(spec, tmp_path):
             torch_rtx.load(path)
 
 
+@pytest.mark.parametrize("defaults", [7, [], {"flag": []}, {"flag": {"a": 1}}])
+def test_defaults_that_are_refused(defaults):
+    with pytest.raises(EngineFormatError, match="a default of the signature is no plain value"):
+        Signature.from_json({**SIGNATURE, "defaults": defaults})
+
+
+@pytest.mark.parametrize("sizes", [7, [], {"s1": 2}, {"s1": "a b"}, {"s1": "a\x1b"}])
+def test_names_of_sizes_that_are_refused(sizes, tmp_path):
+    with pytest.raises(EngineFormatError, match="invalid names of sizes"):
+        Signature.from_json({**SIGNATURE, "sizes": sizes})
+    engine = torch_rtx.compile(Net().eval(), (IMAGE,)).engine
+    path = forge(tmp_path / "model.rtx", lambda p: p["manifest"]["signature"].update(sizes=sizes), what=engine)
+    with pytest.raises(EngineFormatError, match="invalid names of sizes"):
+        torch_rtx.inspect(path)
+
+
 def test_deep_signatures():
     for depth in (60, 70, 900):
         spec = None

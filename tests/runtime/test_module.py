@@ -137,6 +137,49 @@ def test_arguments_that_do_not_fit(args, kwargs, message, tmp_path):
         same(module(A, B, shift=None), expected)  # still works, and None for what the capture left out is no argument
 
 
+class Defaults(nn.Module):
+    def forward(self, x, flag=True, scale=None, *, power=2):
+        y = x**power if flag else x
+        return y if scale is None else y * scale
+
+
+@pytest.mark.parametrize(("args", "kwargs"), [((A,), {}), ((A, True, None), {"power": 2}), ((A,), {"flag": True})])
+def test_defaults_may_be_given_or_left_out(args, kwargs, tmp_path):
+    here = torch_rtx.compile(Defaults(), args, kwargs)
+    for module in (here, through_file(here, tmp_path)):
+        expected = A**2
+        for call in ((A,), {}), ((A, True), {}), ((A, True, None), {"power": 2}), ((A,), {"scale": None, "power": 2}):
+            same(module(*call[0], **call[1]), expected)
+        for name, value in {"flag": False, "power": 3, "scale": 2.0}.items():
+            with pytest.raises(InputError, match=f"argument {name}"):
+                module(A, **{name: value})
+        with pytest.raises(InputError, match="argument flag"):  # 1 == True, but another program may be meant
+            module(A, flag=1)
+
+
+def test_what_is_no_default_must_be_given(tmp_path):
+    here = torch_rtx.compile(Defaults(), (A, False), {"power": 3})
+    for module in (here, through_file(here, tmp_path)):
+        same(module(A, False, power=3), A)
+        with pytest.raises(InputError, match="missing argument flag, missing argument power; the engine was built for"):
+            module(A)
+
+
+def test_gradients_of_what_is_no_result_of_the_engine():
+    module = torch_rtx.compile(Function(lambda x, y: (x, y * 2, y.int(), y.view(-1))), (A, B))
+    with torch.enable_grad():
+        x, y = A.clone().requires_grad_(), B.clone().requires_grad_()
+        same_x, double, whole, flat = module(x, y)
+        assert same_x is x
+        assert not whole.requires_grad
+        double.add_(1)
+        for result in (double, flat):  # a view as well
+            with pytest.raises(RuntimeError, match="an engine computes no gradients"):
+                result.sum().backward()
+        with torch.no_grad():
+            assert not module(x, y)[1].requires_grad
+
+
 def test_var_positional(tmp_path):
     for module in both(Function(lambda *xs: sum(xs)), (A, B, C), tmp_path):
         with pytest.raises(InputError, match="missing argument #2"):
@@ -163,8 +206,8 @@ def test_specialised_constants(tmp_path):
                 module(X, times, mode="add", flag=True)
         with pytest.raises(InputError, match="argument mode is 'sub', the engine was built for 'add'"):
             module(X, 3, mode="sub", flag=True)
-        with pytest.raises(InputError, match="missing argument mode"):
-            module(X, 3, flag=True)
+        with pytest.raises(InputError, match="missing argument times"):
+            module(X)
 
 
 # Structures -----------------------------------------------------------------------------------------------------------
@@ -263,7 +306,7 @@ def test_inputs_are_named():
 def test_batch_norm_in_training_mode(tmp_path):
     model = nn.BatchNorm1d(3).train()
     eager, here = copy.deepcopy(model), copy.deepcopy(model)
-    module = torch_rtx.compile(here, (X,))
+    module = torch_rtx.compile(torch.export.export(here, (X,)))
     loaded = through_file(module, tmp_path, weights=model.state_dict())
     for _ in range(3):
         expected = eager(X)
@@ -347,7 +390,7 @@ def test_outputs_that_alias(tmp_path):
 
 
 def test_random_ops(tmp_path):
-    here = torch_rtx.compile(Function(lambda x: (torch.rand_like(x), F.dropout(x, 0.5))), (X,))
+    here = torch_rtx.compile(Function(lambda x: (torch.rand_like(x), F.dropout(x, 0.5))).eval(), (X,))
     for module in (here, through_file(here, tmp_path)):
         torch.manual_seed(1)
         a = module(X)
@@ -366,8 +409,11 @@ def test_gradients(tmp_path):
     with torch.enable_grad():
         x = IMAGE.clone().requires_grad_()
         result = module(x)
-        assert not result.requires_grad
-        same(result, model(IMAGE).detach(), atol=1e-5, rtol=1e-4)
+        same(result.detach(), model(IMAGE).detach(), atol=1e-5, rtol=1e-4)
+        with pytest.raises(RuntimeError, match="an engine computes no gradients: train through torch.compile"):
+            (result * 2).sum().backward()  # not: no gradient for x
+        assert not module(IMAGE).requires_grad
+        result = result.detach()
     with torch.inference_mode():
         same(module(IMAGE), result, atol=0, rtol=0)
 

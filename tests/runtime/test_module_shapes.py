@@ -40,10 +40,39 @@ def test_range_of_a_dim(tmp_path):
             x = torch.randn(size, 3, 2)
             same(module(x), model(x))
         for size in (0, 10, 100):
-            with pytest.raises(InputError, match=rf"dimension 0 of input 'x' is {size}, outside its range \w+ = 1..9"):
+            with pytest.raises(InputError, match=f"dimension 0 of input 'x' is {size}, outside its range batch = 1..9"):
                 module(torch.randn(size, 3, 2))
         with pytest.raises(InputError, match="dimension 2 of input 'x' is 3, the engine was built for 2"):
             module(torch.randn(4, 3, 3))
+
+
+def test_names_of_dims(tmp_path):
+    """In whatever form dynamic_shapes has, and in the file."""
+
+    class Model(nn.Module):
+        def forward(self, x, pair, *, z):
+            return x.sum() + pair["a"][0].sum() + z.sum()
+
+    rows, half = Dim("rows", max=64), Dim("half", min=2, max=8)
+    args, kwargs = (torch.ones(3, 4), {"a": [torch.ones(5, 2)]}), {"z": torch.ones(6)}
+    forms = (
+        {"x": {0: rows}, "pair": {"a": [(Dim("n", max=99), Dim.STATIC)]}, "z": {0: 2 * half}},
+        ((rows, Dim.STATIC), {"a": [{0: Dim("n", max=99)}]}, [2 * half]),
+    )
+    for form in forms:
+        here = torch_rtx.compile(Model(), args, kwargs, dynamic_shapes=form)
+        for module in (here, through_file(here, tmp_path)):
+            for other, message in (
+                ((torch.ones(65, 4), *args[1:], torch.ones(6)), "outside its range rows = 0..64"),
+                ((args[0], {"a": [torch.ones(100, 2)]}, torch.ones(6)), "outside its range n = 0..99"),
+                ((*args, torch.ones(18)), r"is 18 = \(2 \* half\), so that half is 9, outside its range half = 2..8"),
+            ):
+                with pytest.raises(InputError, match=message):
+                    module(*other[:2], z=other[2])
+    path = tmp_path / "named.rtx"
+    torch_rtx.save(here, path)
+    assert sorted(torch_rtx.inspect(path).sizes.values()) == ["half", "n", "rows"]
+    assert "size rows: " in str(torch_rtx.inspect(path))
 
 
 def test_two_inputs_share_a_dim(tmp_path):
@@ -57,7 +86,7 @@ def test_two_inputs_share_a_dim(tmp_path):
         for size in (1, 2, 64):
             args = torch.randn(size, 2), torch.randn(size, 4)
             same(module(*args), model(*args))
-        match = r"dimension 0 of input 'y' is 4, but dimension 0 of input 'x' is 5 and both are"
+        match = r"dimension 0 of input 'y' is 4, but dimension 0 of input 'x' is 5 and both are n$"
         with pytest.raises(InputError, match=match):
             module(torch.ones(5, 2), torch.ones(4, 4))
 

@@ -613,7 +613,8 @@ def test_command_line(tmp_path: Path) -> None:
     model = Net().eval()
     torch_rtx.save(torch_rtx.compile(model, (IMAGE,), dynamic_shapes=({0: BATCH},)), tmp_path / "m.rtx")
     save_file(model.state_dict(), tmp_path / "w.safetensors")
-    symbol = next(iter(torch_rtx.inspect(tmp_path / "m.rtx").graph_text.split("dim ")[1].split()))
+    symbol, name = next(iter(torch_rtx.inspect(tmp_path / "m.rtx").sizes.items()))
+    assert name == BATCH.__name__
 
     def call(*args: object) -> Any:
         return CliRunner().invoke(app, ["profile", str(tmp_path / "m.rtx"), *map(str, args)])
@@ -624,13 +625,16 @@ def test_command_line(tmp_path: Path) -> None:
     assert "conv @ " in done.stdout
     assert (tmp_path / "p.html").stat().st_size > 1000
     assert json.loads((tmp_path / "t.json").read_text())["traceEvents"]
-    done = call("--size", f"{symbol}=3", "--modules", 1, "--repeats", 1)
+    done = call("--size", f"{name}=3", "--modules", 1, "--repeats", 1)
     assert done.exit_code == 0, done.output
     assert "(the model itself)" in done.stdout
     for arguments, message in (
-        ((), f"the dynamic sizes are: --size {symbol}=1..64"),
-        (("--size", f"{symbol}=three"), "the dynamic sizes are"),
-        (("--size", f"{symbol}=100"), "outside its range"),
+        ((), f"the dynamic sizes are: --size {name}=1..64"),
+        (("--size", f"{symbol}=three"), f"--size {symbol}=three is no size of this engine; the dynamic sizes are"),
+        (("--size", f"{symbol}=100"), f"--size {symbol}=100 is no size of this engine"),
+        (("--size", "rows=3"), "--size rows=3 is no size of this engine"),
+        (("--size", f"{symbol}=3", "--device", "gpu"), "an engine can't run on 'gpu'"),
+        (("--size", f"{symbol}=3", "--html", tmp_path / "none" / "a.html"), "a.html can't be written: there is no"),
         (("--size", f"{symbol}=3", "--weights", tmp_path / "none"), "error"),
     ):
         done = call(*arguments)

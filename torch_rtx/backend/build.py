@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+import math
 from collections.abc import Container, Mapping
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TokenArgument
 
+from torch_rtx.backend.capture_errors import check_mode, checked_model, explained
 from torch_rtx.backend.compiler import Program
 from torch_rtx.backend.inputs import declare, forward_names, user_inputs
 from torch_rtx.backend.program_cache import get_or_build
@@ -20,8 +23,8 @@ from torch_rtx.errors import CaptureError, RtxError
 from torch_rtx.lowering.from_fx import Role
 from torch_rtx.profiles import Profile
 from torch_rtx.runtime.module import CompiledModule
-from torch_rtx.runtime.signature import Fixed, Signature
-from torch_rtx.settings import CompilationSettings, RuntimeSettings
+from torch_rtx.runtime.signature import PLAIN, Fixed, Plain, Signature
+from torch_rtx.settings import CompilationSettings, RuntimeSettings, settings_of
 from torch_rtx.version import __version__
 
 log = logging.getLogger(__name__)
@@ -47,17 +50,23 @@ def compile(
         runtime: settings of the returned module.
 
     Raises:
-        CaptureError: the model can't be captured as one graph.
+        SettingsError: `settings` or `runtime` are of another type, or contradict the model.
+        CaptureError: the model can't be captured as one graph, or computes what it computes in training alone, such as
+            dropout.
         PartitionError: `require_full_compilation` is set and a node falls back.
         LoweringError: a bug of torch_rtx.
         InputError: an `Input` contradicts another, `dynamic_shapes` or the settings.
     """
-    settings = settings or CompilationSettings()
-    runtime = runtime or RuntimeSettings(dump_dir=settings.dump_dir, override_dir=settings.override_dir)
+    settings = settings_of(CompilationSettings, settings)
+    defaults = RuntimeSettings(dump_dir=settings.dump_dir, override_dir=settings.override_dir)
+    runtime = defaults if runtime is None else settings_of(RuntimeSettings, runtime, "runtime")
     if settings.fallback_on_error:
         log.warning("fallback_on_error has no effect ahead of time: a failed build raises an error")
+    model = checked_model(model, args, kwargs)
     declared = declare(model, args, kwargs, dynamic_shapes, settings.device)
-    program = declared.capture()
+    with explained():
+        program = declared.capture()
+    check_mode(model, program.graph)
     tensors = _tensors(program)
     written = set(program.graph_signature.buffers_to_mutate.values())
     names = {user_inputs(program)[number].arg.name: name for number, name in declared.names.items()}
@@ -65,8 +74,9 @@ def compile(
     roles = _with_aliases(roles, tensors)
     sizes = program.range_constraints, declared.typical(program)
     lowered = get_or_build(program.graph_module, roles, settings, _writes(program), *sizes)
-    signature = _signature(program, forward_names(model))
+    signature = _signature(program, forward_names(model), _defaults(model))
     profiles = declared.profiles(lowered.graph, signature.leaves)
+    signature.sizes = declared.names_of_sizes(lowered.graph, signature.leaves)
     engine = _engine(program, lowered, signature, tensors, settings, profiles)
     runs_here = lowered.device.type == "cpu" or torch.cuda.is_available()
     device = lowered.device if runs_here else torch.device("cpu")
@@ -171,7 +181,15 @@ def _saved(signature: Signature) -> Json:
         return None
 
 
-def _signature(program: ExportedProgram, names: tuple[str, ...]) -> Signature:
+def _defaults(model: nn.Module | ExportedProgram) -> dict[str, Plain]:
+    """The defaults of the parameters of the model's forward that a file can hold."""
+    if not isinstance(model, nn.Module):
+        return {}
+    found = {name: parameter.default for name, parameter in inspect.signature(model.forward).parameters.items()}
+    return {n: v for n, v in found.items() if type(v) in PLAIN and not (type(v) is float and not math.isfinite(v))}
+
+
+def _signature(program: ExportedProgram, names: tuple[str, ...], defaults: Mapping[str, Plain]) -> Signature:
     call = program.call_spec
     assert call.in_spec is not None
     assert call.out_spec is not None
@@ -183,4 +201,4 @@ def _signature(program: ExportedProgram, names: tuple[str, ...]) -> Signature:
         else:
             leaves.append(count)
             count += 1
-    return Signature(names, call.in_spec, call.out_spec, leaves)
+    return Signature(names, call.in_spec, call.out_spec, leaves, defaults)

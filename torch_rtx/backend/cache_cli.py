@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from string import ascii_letters
 from typing import Annotated
 
 import typer
@@ -16,14 +17,14 @@ from torch_rtx.cache.archive import export_entries, import_entries
 from torch_rtx.cache.entries import EngineCache, Head, unpack
 from torch_rtx.cache.store import FileStore, Stored
 from torch_rtx.errors import CacheError, RtxError
-from torch_rtx.settings import CompilationSettings, cache_dir
+from torch_rtx.settings import UNITS, CompilationSettings, cache_dir
 
 app = typer.Typer(no_args_is_help=True, help="The engine cache: its entries, and the reasons of misses.")
 Folder = Annotated[str | None, typer.Option("--dir", help="Folder of the caches; default: that of the settings.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Name = Annotated[str, typer.Argument(help="A key, or a unique prefix of one.")]
 SHORT = 12  # digits of a key that `ls` prints
-UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+SIZES = {"": 1, **{unit: 1024**power for power, unit in enumerate("KMGT", 1)}, **UNITS}
 
 
 @contextmanager
@@ -51,16 +52,17 @@ def _find(store: FileStore, prefix: str) -> str:
 
 
 def size_of(text: str) -> int:
-    """The bytes that `500M` or `2G` stands for.
+    """The bytes that `500M` or `2G` stands for, or a size as options take them: `500MB`, `2GiB`.
 
     Raises:
         CacheError: `text` is not a size.
     """
-    number, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
+    number = text.rstrip(ascii_letters)
+    units = {unit.upper(): count for unit, count in SIZES.items()}
     try:
-        return int(float(number) * UNITS[unit])
+        return int(float(number) * units[text[len(number) :].upper()])
     except (KeyError, ValueError, OverflowError):
-        raise CacheError(f"{text!r} is not a size", hint="sizes look like 500M or 2G") from None
+        raise CacheError(f"{text!r} is not a size", hint="sizes look like 500M, 2G, 500MB (of 1000) or 2GiB") from None
 
 
 def time_text(seconds: float) -> str:

@@ -32,6 +32,8 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Print a summary of an engine without loading it; needs neither torch nor a GPU."""
+    if graph and as_json:
+        raise typer.BadParameter("--graph prints the program as text, --json the summary: give one of them")
     with cache_cli.errors():
         found = engine.inspect(path)
     if graph:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -199,9 +200,11 @@ def _bug(
         (folder / "00_import.rtxir").write_text(str(graph))
         script = folder / "reproduce.py"
         script.write_text(_reproduction(settings, device_of(gm)))
+    (folder / "error.txt").write_text("".join(traceback.format_exception(error)))
     message = error.message if isinstance(error, RtxError) else f"{type(error).__name__}: {error}"
     return LoweringError(
         f"compiling a graph of {len(gm.graph.nodes)} nodes failed, which is a bug of torch_rtx: {message}",
         loc=getattr(error, "loc", None),
-        hint=f"reproduce it with {script}; fallback_on_error=True runs such graphs in PyTorch",
+        hint=f"reproduce it with {script}; report it to torch_rtx with that folder\n"
+        "  fallback_on_error=True runs such graphs in PyTorch",
     )

@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch_rtx.backend.capture import capture
 from torch_rtx.backend.capture_cache import CaptureEntry
 from torch_rtx.backend.compiler import Program, check_settings
+from torch_rtx.backend.dynamo import passes_errors, require_one_graph
 from torch_rtx.backend.program_cache import get_or_build
 from torch_rtx.errors import PartitionError, SettingsError
 from torch_rtx.lowering.from_fx import Role, is_fixed
@@ -34,6 +35,7 @@ from torch_rtx.settings import CompilationSettings, RuntimeSettings, from_option
 log = logging.getLogger(__name__)
 
 
+@passes_errors
 def rtx(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
@@ -49,7 +51,8 @@ def rtx(
 
     Raises:
         SettingsError: an option or mode is unknown, has the wrong type, or does not apply to torch.compile.
-        PartitionError, LoweringError: see `compile_fx`.
+        PartitionError: see `compile_fx`; also if `require_full_compilation` is set and Dynamo breaks the graph.
+        LoweringError: see `compile_fx`.
     """
     compilation, runtime = from_options(options, mode)
     check_settings(compilation)
@@ -60,6 +63,8 @@ def rtx(
         # The model keeps its weights in memory anyway. A write through `.data`, as peft does to merge adapters, reaches
         # the session only if it reads the parameter itself.
         compilation = replace(compilation, copy_weights=False)
+    if compilation.require_full_compilation:
+        require_one_graph(gm)
     names = [_source_name(node) for node in gm.graph.nodes if node.op == "placeholder"]
     entry = CaptureEntry.of(gm, example_inputs, compilation)
     call = None if entry is None else _from_cache(entry, names, compilation, runtime)

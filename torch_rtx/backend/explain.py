@@ -9,16 +9,18 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dynamo.utils import counters
 from torch._functorch._aot_autograd.utils import make_boxed_func
 
 from torch_rtx.backend.capture import capture
 from torch_rtx.backend.compiler import check_settings, device_of
+from torch_rtx.backend.dynamo import Break, break_after, break_before, breaks
 from torch_rtx.backend.partition import partition
 from torch_rtx.ir import Loc
 from torch_rtx.lowering.location import Locations
 from torch_rtx.lowering.support import unsupported_reason
 from torch_rtx.lowering.symbols import Symbols
-from torch_rtx.settings import CompilationSettings
+from torch_rtx.settings import CompilationSettings, settings_of
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,16 @@ class GraphReport:
 
 @dataclass(frozen=True)
 class Explanation:
-    """How torch.compile(backend="rtx") partitions a model. `print` it, or read `graphs`."""
+    """How torch.compile(backend="rtx") partitions a model. `print` it, or read its attributes.
+
+    Attributes:
+        graphs: in the order in which they were captured.
+        graph_breaks: where Dynamo leaves code to Python, and why. How many nodes that code would be is unknown: they
+            are in no count.
+    """
 
     graphs: tuple[GraphReport, ...]
+    graph_breaks: tuple[str, ...] = ()
 
     @property
     def engine_nodes(self) -> int:
@@ -52,14 +61,17 @@ class Explanation:
 
     @property
     def fallback_nodes(self) -> int:
-        """Nodes that stay in PyTorch."""
+        """Nodes of the graphs that stay in PyTorch."""
         return sum(len(graph.fallbacks) for graph in self.graphs)
 
     def __str__(self) -> str:
-        lines = [
-            f"{len(self.graphs)} graph{'s' * (len(self.graphs) != 1)}: "
-            f"{self.engine_nodes} nodes in engines, {self.fallback_nodes} fall back to PyTorch"
-        ]
+        title = _counted(len(self.graphs), "graph")
+        if self.graph_breaks:
+            title += ", " + _counted(len(self.graph_breaks), "graph break")
+        title += f": {self.engine_nodes} nodes in engines, {self.fallback_nodes} fall back to PyTorch"
+        if self.graph_breaks:
+            title += ", and PyTorch runs what is between the graphs"
+        lines = [title]
         for index, graph in enumerate(self.graphs):
             blocks = ", ".join(map(str, graph.blocks)) or "none"
             lines.append(f"graph {index}: blocks of {blocks} nodes")
@@ -67,8 +79,7 @@ class Explanation:
                 lines.append(f"  fallback {fallback.op}: {fallback.reason}")
                 if fallback.loc is not None:
                     lines.append(f"    at {fallback.loc}")
-            if graph.break_reason is not None:
-                lines.append(f"  graph break: {graph.break_reason}")
+        lines += [f"graph break: {text}" for text in self.graph_breaks]
         return "\n".join(lines)
 
 
@@ -81,16 +92,17 @@ def explain(
         model: a module or function; `args` and `kwargs` are passed to it.
         settings: those of the compilation to explain; `require_full_compilation` is ignored.
     """
-    settings = replace(settings or CompilationSettings(), require_full_compilation=False)
+    settings = replace(settings_of(CompilationSettings, settings), require_full_compilation=False)
     check_settings(settings)
     reports: list[GraphReport] = []
+    found: list[Break | None] = []
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        reason = getattr(gm, "compile_subgraph_reason", None)
-        stopped = getattr(reason, "graph_break", False)
+        after = break_after(gm)
+        found.extend((break_before(), after))
 
         def compiler(graph: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
-            reports.append(report(graph, settings, _break_text(reason) if stopped else None))
+            reports.append(report(graph, settings, None if after is None else str(after)))
             return make_boxed_func(graph.forward)
 
         return capture(gm, example_inputs, compiler, compiler)
@@ -100,9 +112,13 @@ def explain(
     # Dynamo limits the recompilations of a function: `explain` must neither hit that limit nor count towards it.
     known = signature(torch.compile).parameters
     isolated: dict[str, Any] = {"isolate_recompiles": True} if "isolate_recompiles" in known else {}
+    start, left = len(breaks(0)), _left()
     with torch.no_grad():
         torch.compile(function, backend=backend, **isolated)(*args, **kwargs)
-    return Explanation(tuple(reports))
+    found += reversed(breaks(start))  # those without a graph before them
+    if not reports and _left() > left:
+        found.append(Break(f"{getattr(function, '__qualname__', function)} can't be compiled as a whole", "", 0))
+    return Explanation(tuple(reports), tuple(dict.fromkeys(str(one) for one in found if one is not None)))
 
 
 def report(gm: fx.GraphModule, settings: CompilationSettings, break_reason: str | None = None) -> GraphReport:
@@ -114,7 +130,10 @@ def report(gm: fx.GraphModule, settings: CompilationSettings, break_reason: str 
     return GraphReport(tuple(map(len, parts.blocks)), fallbacks, break_reason)
 
 
-def _break_text(reason: Any) -> str:
-    frame = reason.user_stack[-1] if reason.user_stack else None
-    text = str(reason.reason).strip().splitlines()[0]
-    return f"{text} ({frame.filename}:{frame.lineno})" if frame is not None else text
+def _left() -> int:
+    """How many functions this process has tried to compile in vain."""
+    return counters["frames"]["total"] - counters["frames"]["ok"]
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"

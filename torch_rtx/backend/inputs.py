@@ -14,12 +14,13 @@ from torch import nn
 from torch._dynamo.exc import UserError, UserErrorType
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.export.dynamic_shapes import _tree_map_with_path
 from torch.export.graph_signature import InputKind, InputSpec
 from torch.utils import _pytree as pytree
 
 from torch_rtx.backend.capture import capture_export
 from torch_rtx.errors import CaptureError, InputError
-from torch_rtx.ir import Graph, is_name
+from torch_rtx.ir import Graph, dim_syms, is_name
 from torch_rtx.lowering.symbols import UNBOUNDED
 from torch_rtx.profiles import Profile, Range
 
@@ -211,6 +212,42 @@ class DeclaredInputs:
         dims = [graph.inputs[positions[axis.leaf]].type.shape[axis.axis] for axis in self.axes]
         named = list(zip(map(str, dims), self.axes, strict=True))  # all are symbols: `capture` refuses others
         return tuple({name: axis.ranges[number] for name, axis in named} for number in range(count))
+
+    def names_of_sizes(self, graph: Graph, positions: Sequence[Any]) -> dict[str, str]:
+        """By symbol of the lowered `graph`, the caller's name of that size: of its `Dim`, or in `shared_dims`.
+
+        Args:
+            positions: see `profiles`.
+        """
+        named = {(axis.leaf, axis.axis): axis.dim for axis in self.axes if is_name(axis.dim)}
+        found: dict[str, str] = {}
+        for (leaf, axis), name in {**named, **self._names_of_dims()}.items():
+            if type(positions[leaf]) is int:
+                for sym in dim_syms(graph.inputs[positions[leaf]].type.shape[axis]):
+                    found.setdefault(sym.name, name)
+        return found
+
+    def _names_of_dims(self) -> dict[tuple[int, int], str]:
+        """The names of the `Dim`s in `dynamic_shapes`, by flat argument and axis."""
+        shapes = self.dynamic_shapes
+        if not shapes or not isinstance(self.model, nn.Module):
+            return {}
+        if isinstance(shapes, ShapesCollection):
+            shapes = shapes.dynamic_shapes(self.model, self.args, self.kwargs)
+        given = inspect.signature(self.model.forward).bind(*(self.args or ()), **(self.kwargs or {})).arguments
+        given = given if isinstance(shapes, Mapping) else type(shapes)(given.values())
+        leaves = {id(leaf): index for index, leaf in enumerate(pytree.tree_leaves((self.args, self.kwargs)))}
+        names = {}
+
+        def visit(_: Any, leaf: Any, shape: Any) -> None:
+            if not isinstance(leaf, torch.Tensor):
+                return
+            axes = shape.items() if isinstance(shape, Mapping) else enumerate(shape or ())
+            roots = {axis: getattr(dim, "root", dim) for axis, dim in axes}  # of 2 * dim + 1 as well
+            names.update({(leaves[id(leaf)], axis): dim.__name__ for axis, dim in roots.items() if type(dim) is Dim})
+
+        _tree_map_with_path(visit, given, shapes, tree_name="inputs")
+        return names
 
 
 def user_inputs(program: ExportedProgram) -> list[InputSpec]:

@@ -9,14 +9,16 @@ from typing import Annotated, Any
 import typer
 
 from torch_rtx.backend.cache_cli import errors
+from torch_rtx.engine import Engine, names_of_sizes
 from torch_rtx.errors import SettingsError
-from torch_rtx.ir import Graph, ScalarType, Type, dim_syms, evaluate, type_dims
+from torch_rtx.ir import ScalarType, Type, dim_syms, evaluate, type_dims
+from torch_rtx.profiles import Range
 
 
 def profile(
     path: Annotated[Path, typer.Argument(help="An engine (.rtx).")],
     weights: Annotated[Path | None, typer.Option(help="A .safetensors file; default: random weights.")] = None,
-    size: Annotated[list[str] | None, typer.Option(help="A dynamic size, as s77=8; may be repeated.")] = None,
+    size: Annotated[list[str] | None, typer.Option(help="A dynamic size, as batch=8; may be repeated.")] = None,
     device: Annotated[str | None, typer.Option(help="The device; default: the one that it was built for.")] = None,
     repeats: Annotated[int, typer.Option(help="Number of measured runs.")] = 20,
     modules: Annotated[int | None, typer.Option(help="Print times by module, down to this depth.")] = None,
@@ -28,8 +30,11 @@ def profile(
     from torch_rtx.runtime import profiling
 
     with errors():
+        for target in (trace, html):  # before minutes of measuring, not after
+            if target is not None and not target.absolute().parent.is_dir():
+                raise SettingsError(f"{target} can't be written: there is no such folder")
         module = modules_of.load(path, weights, device)
-        sizes = sizes_given(module.engine.graph, size or [])
+        sizes = sizes_given(module.engine, size or [])
         if weights is None and module.engine.weights is None:
             named = {p.name: p.type for p in module.engine.graph.parameters if not p.constant}
             module.refit(dict(zip(named, _random(named.values(), sizes, module.device), strict=True)))
@@ -41,19 +46,32 @@ def profile(
                 write(target)
 
 
-def sizes_given(graph: Graph, given: Iterable[str]) -> dict[str, int]:
+def sizes_given(engine: Engine, given: Iterable[str]) -> dict[str, int]:
     """All dynamic sizes of the inputs, by symbol: those in `given`, else the engine's typical ones.
 
+    Args:
+        given: such as `batch=8`, with the name of a `Dim`, or a symbol.
+
     Raises:
-        SettingsError: a size is missing, or is not one of the engine's.
+        SettingsError: a size is missing, out of its range, or not one of the engine's.
     """
-    varying = {sym.name: sym for value in graph.inputs for dim in type_dims(value.type) for sym in dim_syms(dim)}
+    varying = {sym.name: sym for value in engine.graph.inputs for dim in type_dims(value.type) for sym in dim_syms(dim)}
+    ranges = {sym.name: Range(sym.min, None, sym.max) for sym in varying.values()}
     sizes = {name: sym.typical for name, sym in varying.items() if sym.typical is not None}
-    sizes |= {name: int(number) for name, _, number in (text.partition("=") for text in given) if number.isdecimal()}
-    if sizes.keys() != varying.keys():
-        wanted = " ".join(f"--size {s.name}={s.min}..{'' if s.max is None else s.max}" for s in varying.values())
+    names = names_of_sizes(engine.manifest.signature)
+    symbols = {name: symbol for symbol, name in names.items()}
+    problem = None
+    for text in given:
+        named, _, number = text.partition("=")
+        name = symbols.get(named, named)
+        if name not in varying or not number.isdecimal() or not ranges[name].holds(int(number)):
+            problem = f"--size {text} is no size of this engine; "
+            break
+        sizes[name] = int(number)
+    if problem is not None or sizes.keys() != varying.keys():
+        wanted = " ".join(f"--size {names.get(name, name)}={found}" for name, found in ranges.items())
         hint = "`torch-rtx inspect --graph` shows the tensors with these sizes"
-        raise SettingsError(f"the dynamic sizes are: {wanted or 'none'}", hint=hint)
+        raise SettingsError(f"{problem or ''}the dynamic sizes are: {wanted or 'none'}", hint=hint)
     return sizes
 
 

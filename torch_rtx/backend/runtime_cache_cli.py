@@ -15,8 +15,9 @@ import typer
 from torch_rtx.backend.cache_cli import AsJson, errors, size_of, time_text
 from torch_rtx.cache.runtime import intact
 from torch_rtx.cache.runtime_file import DeviceKey, DeviceSummary, RuntimeFile, export_file
-from torch_rtx.errors import CacheDamaged, CacheError
+from torch_rtx.errors import CacheDamaged, CacheError, SettingsError
 from torch_rtx.settings import RuntimeSettings, runtime_cache_path
+from torch_rtx.targets import parse_targets
 
 app = typer.Typer(no_args_is_help=True, help="The runtime cache: kernels and tuning results by device.")
 File = Annotated[str | None, typer.Option("--file", help="The runtime cache; default: that of the settings.")]
@@ -28,6 +29,8 @@ def _path(file: str | None) -> str:
     path = runtime_cache_path(RuntimeSettings() if file is None else RuntimeSettings(runtime_cache=file))
     if path is None:
         raise CacheError("the runtime cache is off", hint="name a file with --file")
+    if file is not None and not Path(path).absolute().parent.is_dir():
+        raise CacheError(f"there is no folder of {path}")
     return path
 
 
@@ -109,7 +112,9 @@ def generate(
     gpu: Annotated[str, typer.Option("--gpu", help="The GPU's name, as CUDA reports it.")],
     sm: Annotated[int, typer.Option("--sm", help="Its SM version: 89.")],
     driver: Annotated[int, typer.Option("--driver", help="The oldest driver, as CUDA reports it: 12080.")],
-    size: Annotated[list[str] | None, typer.Option("--size", help="A dynamic size: s77=8. Default: any size.")] = None,
+    size: Annotated[
+        list[str] | None, typer.Option("--size", help="A dynamic size: batch=8. Default: any size.")
+    ] = None,
     file: File = None,
 ) -> None:
     """Compile the kernels of an engine for a GPU that this machine need not have, to ship with the engine."""
@@ -118,9 +123,13 @@ def generate(
     from torch_rtx.runtime.tuning_context import pregenerate
 
     with errors():
-        graph = engine_file.load(engine).graph
-        sizes = sizes_given(graph, size) if size else {}
-        count = pregenerate(graph, sizes, DeviceKey(gpu, sm, driver, ""), _path(file))
+        parse_targets(sm)  # raises if it does not exist
+        found = engine_file.load(engine)
+        if found.manifest.device != "cuda":
+            hint = 'build it with CompilationSettings(device="cuda")'
+            raise SettingsError(f"{engine} was built for the {found.manifest.device}, which runs no kernels", hint=hint)
+        sizes = sizes_given(found, size) if size else {}
+        count = pregenerate(found.graph, sizes, DeviceKey(gpu, sm, driver, ""), _path(file))
     print(f"{count} regions for {gpu}")
 
 

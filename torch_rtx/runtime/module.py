@@ -11,28 +11,28 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import nn
+from torch import is_grad_enabled, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from torch_rtx import aten
 from torch_rtx import engine as engine_file
 from torch_rtx.engine import Engine
-from torch_rtx.errors import EngineFormatError, InvalidIR, RtxError
+from torch_rtx.errors import InputError, InvalidIR, RtxError, SettingsError
 from torch_rtx.ir import Parameter, TensorType
 from torch_rtx.profiles import Shape, profiles_of, shapes
 from torch_rtx.runtime.alias_guard import AliasGuard
+from torch_rtx.runtime.no_gradients import refuse_gradients, require_gradients
 from torch_rtx.runtime.session import Session
 from torch_rtx.runtime.signature import Signature
 from torch_rtx.runtime.streaming import stream
 from torch_rtx.runtime.tuning_context import tactics_and_context
+from torch_rtx.runtime.weight_files import read_weights
 from torch_rtx.runtime.weights import WeightStore, match
-from torch_rtx.settings import RuntimeSettings
+from torch_rtx.settings import RuntimeSettings, settings_of
 from torch_rtx.tactics import KernelTable
 
 log = logging.getLogger(__name__)
-WeightSource = nn.Module | Mapping[str, torch.Tensor] | str | os.PathLike[str]
+WeightSource = nn.Module | Mapping[str, torch.Tensor] | str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
 class CompiledModule(nn.Module):
@@ -88,16 +88,17 @@ class CompiledModule(nn.Module):
 
     def attach(self, weights: WeightSource) -> None:
         """Use the tensors of a module or state dict themselves unless a recipe changes them: they are not copied, and
-        the next call sees changes in place. A file is read as in `refit`.
+        the next call sees changes in place. Files are read as in `refit`.
 
         Raises:
-            RefitError: a tensor that the engine needs is missing or of another shape or dtype.
+            RefitError: a tensor that the engine needs is missing or of another shape or dtype, or a state dict has
+                names that the model did not have.
         """
-        if isinstance(weights, str | os.PathLike):
+        if not isinstance(weights, nn.Module | Mapping):
             self.refit(weights)
             return
         tensors = tensors_of(weights) | self._attributes(weights)
-        self._store.attach(tensors)
+        self._store.attach(tensors, strict=not isinstance(weights, nn.Module))
         if self._store.streamer is not None and any(
             isinstance(t, torch.Tensor) and t.is_cuda for t in tensors.values()
         ):
@@ -106,7 +107,7 @@ class CompiledModule(nn.Module):
         self._keep(tensors, copy=False)
 
     def refit(self, weights: WeightSource) -> None:
-        """Copy the values of `weights`: a module, a state dict, or the path of a .safetensors file.
+        """Copy the values of `weights`: a module, a state dict, or safetensors files, see `load`.
 
         Raises:
             RefitError: lists the names that are missing, unexpected or of another shape or dtype; nothing was changed.
@@ -175,7 +176,13 @@ def _caller(signature: Signature, guard: AliasGuard, store: WeightStore, session
         if guard.needed:
             inputs = guard(inputs)
         store.refresh()
-        return signature.unflatten(session(inputs))
+        try:
+            results = session(inputs)
+        except InputError as error:
+            raise signature.named(error) from None
+        if is_grad_enabled() and require_gradients(inputs):
+            results = refuse_gradients(inputs, results)
+        return signature.unflatten(results)
 
     return call
 
@@ -185,28 +192,38 @@ def _without_weights(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 
 
 def tensors_of(weights: WeightSource) -> dict[str, torch.Tensor]:
-    """The named tensors of a module (with the buffers that its state dict leaves out), state dict or safetensors file.
+    """The named tensors of a module (with the buffers that its state dict leaves out), state dict or safetensors files.
 
     Raises:
-        EngineFormatError: the file is no safetensors file.
+        EngineFormatError, FileNotFoundError: see `read_weights`.
+        RtxError: `weights` is none of these.
     """
     if isinstance(weights, nn.Module):
         named = [*weights.named_parameters(remove_duplicate=False), *weights.named_buffers(remove_duplicate=False)]
         return {name: tensor.detach() for name, tensor in named}
     if isinstance(weights, Mapping):
         return dict(weights)
-    try:
-        return load_file(weights)
-    except SafetensorError as error:
-        raise EngineFormatError(f"{os.fspath(weights)} is no safetensors file: {error}") from None
+    if isinstance(weights, bytes) or not isinstance(weights, str | os.PathLike | Sequence):
+        hint = "pass a module, a state dict, or the path of a safetensors file"
+        raise RtxError(f"weights can't be a {type(weights).__name__}", hint=hint)
+    return read_weights(weights)
 
 
 def save(module: CompiledModule | Engine, path: str | os.PathLike[str]) -> None:
     """Write an engine to `path`, as `engine.save`; with weights if it was built with `strip_weights=False`.
 
     Raises:
-        RtxError: a fallback is a Python function, or a container of the signature has no name that a file can hold.
+        RtxError: a fallback is a Python function, a container of the signature has no name that a file can hold, or
+            `module` is not compiled ahead of time.
+        OSError: the file can't be written.
     """
+    if not isinstance(module, CompiledModule | Engine):
+        hint = "build an engine: torch_rtx.compile(model, args)"
+        if isinstance(module, str | os.PathLike):
+            hint = "the module comes first: torch_rtx.save(module, path)"
+        elif hasattr(module, "_orig_mod"):
+            hint = "torch.compile leaves nothing to save; " + hint
+        raise RtxError(f"save takes a compiled module, not a {type(module).__name__}", hint=hint)
     if isinstance(module, CompiledModule):
         module._signature.to_json()  # raises if it can't be saved; the manifest has no signature then
         module = module.engine
@@ -224,8 +241,9 @@ def load(
     """Load an engine.
 
     Args:
-        weights: a module or state dict, whose tensors are used themselves where possible, or the path of a
-            .safetensors file; None: those in the engine, or none until `refit`.
+        weights: a module or state dict, whose tensors are used themselves where possible; the path of a .safetensors
+            file, a list of such paths, or a folder with an index of them; None: those in the engine, or none until
+            `refit`.
         device: None: the device the engine was built for, or the CPU (with a warning) if this machine has none.
         trusted_ops: names of operators outside the allow-list that the file may call; they must be registered.
         trust_binaries: False ignores the GPU kernels in the file, and runs their operations one by one. Kernels are
@@ -233,10 +251,12 @@ def load(
 
     Raises:
         EngineFormatError, EngineVersionError: see `engine.load`.
-        RefitError: the weights do not fit.
+        FileNotFoundError: there is no such engine, or file of weights.
+        RefitError: the weights do not fit, or a state dict or file has names that the model did not have.
         InvalidIR: the engine calls an operator that is neither allowed nor trusted.
-        SettingsError: `weight_streaming_budget` is too small for the engine.
+        SettingsError: `weight_streaming_budget` is too small for the engine, or there is no such device.
     """
+    settings = settings_of(RuntimeSettings, settings)
     engine = engine_file.load(path)
     if any(node.op == "python" for node in engine.graph.nodes):
         raise InvalidIR("the engine calls a Python function, which no file can hold")
@@ -252,13 +272,26 @@ def load(
 
 
 def resolve_device(device: torch.device | str | None, built_for: str) -> torch.device:
-    """The device with its index; for None the kind that the engine was built for, or the CPU if it is missing."""
+    """The device with its index; for None the kind that the engine was built for, or the CPU if it is missing.
+
+    Raises:
+        SettingsError: there is no such device here.
+    """
     if device is None:
         if built_for == "cuda" and not torch.cuda.is_available():
             log.warning("the engine was built for cuda, which is not available: it runs on the CPU")
             return torch.device("cpu")
         device = built_for
-    resolved = torch.device(device)
+    try:
+        resolved = torch.device(device)
+    except (RuntimeError, TypeError):
+        resolved = torch.device("meta")
+    if resolved.type not in ("cpu", "cuda"):
+        raise SettingsError(f"an engine can't run on {device!r}", hint='devices are "cpu", "cuda" and such as "cuda:1"')
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if resolved.type == "cuda" and (resolved.index or 0) >= count:
+        hint = 'device="cpu" runs the engine on the CPU, and so does None where there is no GPU'
+        raise SettingsError(f"there is no device {device}: this process has {count} CUDA devices", hint=hint)
     if resolved.type == "cuda" and resolved.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return resolved

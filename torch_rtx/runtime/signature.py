@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections import OrderedDict, defaultdict, deque, namedtuple
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.utils import _pytree as pytree
 
+from torch_rtx.engine import names_of_sizes
 from torch_rtx.errors import EngineFormatError, InputError, RtxError
 from torch_rtx.runtime.result_builder import builder
 
@@ -29,12 +31,16 @@ FACTORIES: dict[Any, Any] = {kind.__name__: kind for kind in (dict, float, int, 
 KEYED, LISTED = (dict, OrderedDict, defaultdict, immutable_dict), (tuple, list, immutable_list)
 
 
+Plain = None | bool | int | float | str
+PLAIN = (type(None), bool, int, float, str)
+
+
 @dataclass(frozen=True)
 class Fixed:
     """An argument that the capture specialized to a constant."""
 
     name: str
-    value: None | bool | int | float | str
+    value: Plain
 
 
 class Signature:
@@ -45,6 +51,9 @@ class Signature:
         in_spec: the structure of `(args, kwargs)` at capture.
         out_spec: the structure of the result.
         leaves: per flat argument, its position among the graph's inputs, or the constant it was specialized to.
+        defaults: by name, the defaults of forward's parameters that are plain. An argument that is its default may be
+            left out of a call or be given, whatever the capture did.
+        sizes: by symbol of the graph, the caller's name of that size.
     """
 
     def __init__(
@@ -53,6 +62,8 @@ class Signature:
         in_spec: pytree.TreeSpec,
         out_spec: pytree.TreeSpec,
         leaves: Sequence[int | Fixed],
+        defaults: Mapping[str, Plain] | None = None,
+        sizes: Mapping[str, str] | None = None,
     ) -> None:
         self.names, self.in_spec, self.out_spec, self.leaves = tuple(names), in_spec, out_spec, tuple(leaves)
         args, kwargs = in_spec.children()
@@ -66,6 +77,15 @@ class Signature:
         self._captured = (*self._positional[: self._count], *self._keywords)
         self._straight = all(leaf == index for index, leaf in enumerate(leaves))
         self._build: Callable[[list[Any]], Any] | None = None
+        self.defaults, self.sizes = dict(defaults or {}), dict(sizes or {})
+        # What the capture fixed to its default: a call may leave it out.
+        self._optional: dict[str, Any] = {}
+        start = 0
+        for argument, spec in zip(self._captured, self._specs, strict=True):
+            leaf = self.leaves[start] if spec.is_leaf() else None
+            if isinstance(leaf, Fixed) and argument in self.defaults and _same(leaf.value, self.defaults[argument]):
+                self._optional[argument] = leaf.value
+            start += spec.num_leaves
 
     def flatten(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sequence[Any]:
         """The graph's inputs for a call.
@@ -107,14 +127,24 @@ class Signature:
         twice = given.keys() & kwargs.keys()
         if twice:
             raise InputError(f"argument {', '.join(sorted(twice))} is given twice, by position and by name")
-        given |= kwargs
+        given = {**self._optional, **given, **kwargs}
         wanted = self._captured
-        missing, extra = [n for n in wanted if n not in given], [n for n in given if n not in wanted]
-        extra = [name for name in extra if given[name] is not None]
-        if missing or extra:
-            parts = [f"missing argument {name}" for name in missing] + [f"unexpected argument {name}" for name in extra]
+        parts = [f"missing argument {name}" for name in wanted if name not in given]
+        for name in (name for name in given if name not in wanted):
+            default = self.defaults.get(name)  # None for any other argument: it is none
+            if not _same(given[name], default):
+                parts.append(f"unexpected argument {name}" + f", which is not {default!r}" * (name in self.defaults))
+        if parts:
             raise InputError(f"{', '.join(parts)}; the engine was built for ({', '.join(wanted)})")
         return tuple(given[name] for name in wanted[: self._count]), {name: given[name] for name in self._keywords}
+
+    def named(self, error: InputError) -> InputError:
+        """The error with the caller's names of sizes in place of the graph's symbols."""
+        if not self.sizes:
+            return error
+        symbols = re.compile(rf"\b({'|'.join(map(re.escape, self.sizes))})\b")
+        message, hint = (symbols.sub(lambda match: self.sizes[match[0]], s or "") for s in (error.message, error.hint))
+        return InputError(message, loc=error.loc, hint=hint)
 
     def unflatten(self, outputs: list[Any]) -> Any:
         """The module's result from the graph's outputs."""
@@ -132,7 +162,7 @@ class Signature:
         """
         leaves = [leaf if isinstance(leaf, int) else {"name": leaf.name, "value": leaf.value} for leaf in self.leaves]
         specs = {"in": _encode(self.in_spec, 0), "out": _encode(self.out_spec, 0)}
-        return {"names": list(self.names), "leaves": leaves, **specs}
+        return {"names": list(self.names), "leaves": leaves, **specs, "defaults": self.defaults, "sizes": self.sizes}
 
     @staticmethod
     def from_json(tree: Json) -> Signature:
@@ -154,7 +184,10 @@ class Signature:
                 raise EngineFormatError("the signature does not number its inputs one by one")
             if any(isinstance(leaf, Fixed) and isinstance(leaf.value, dict | list) for leaf in leaves):
                 raise EngineFormatError("a fixed argument of the signature is no plain value")
-            return Signature(names, in_spec, out_spec, leaves)
+            defaults = tree.get("defaults", {})
+            if not isinstance(defaults, dict) or not all(isinstance(value, PLAIN) for value in defaults.values()):
+                raise EngineFormatError("a default of the signature is no plain value")
+            return Signature(names, in_spec, out_spec, leaves, defaults, names_of_sizes(tree))
         except EngineFormatError:
             raise
         # A registered container may raise anything on a context that it did not write; PyTorch's raise these.
@@ -166,6 +199,10 @@ class Signature:
         taken = sum(isinstance(leaf, int) for leaf in self.leaves)
         if (taken, self.out_spec.num_leaves) != (inputs, outputs):
             raise EngineFormatError("the signature does not fit the graph")
+
+
+def _same(a: object, b: Plain) -> bool:
+    return type(a) is type(b) and a == b
 
 
 def _encode(spec: pytree.TreeSpec, depth: int) -> Json:

@@ -89,13 +89,13 @@ class WeightStore:
         self._watched: list[torch.Tensor] = []  # the sources of owned weights
         self._stamps: list[object] = []
 
-    def attach(self, sources: Tensors) -> None:
+    def attach(self, sources: Tensors, strict: bool = False) -> None:
         """Use the tensors of `sources` themselves, by name; only recipes copy. `refresh` sees changes of them.
 
         Raises:
-            RefitError: names are missing, or a tensor does not fit its parameter.
+            RefitError: names are missing, a tensor does not fit its parameter, or, if `strict`, names are unexpected.
         """
-        self._attach(match(self.parameters, sources, None))
+        self._attach(match(self.parameters, sources, self._unused if strict else None))
 
     def update(self, tensors: Sequence[torch.Tensor]) -> None:
         """`attach` and `refresh` in one, before each call of a live module.
@@ -235,8 +235,8 @@ def match(parameters: Sequence[Parameter], sources: Tensors, unused: Collection[
             mismatched[given[0]] = problem
         found.append(tensor)
     names = {name for parameter in parameters for name in (parameter.name, *parameter.aliases)}
-    unexpected = () if unused is None else tuple(n for n in sources if n not in names and n not in unused)
-    if missing or unexpected or mismatched:
+    unexpected = tuple(n for n in sources if n not in names and n not in (unused or ()))
+    if missing or mismatched or (unexpected and unused is not None):
         raise RefitError(tuple(missing), unexpected, mismatched)
     return found
 

@@ -1,0 +1,191 @@
+"""What users get wrong: each mistake is an error of its own type that says what, where and what to do, in few lines."""
+
+from __future__ import annotations
+
+import io
+import json
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import torch_rtx
+from torch_rtx.errors import CaptureError, EngineFormatError, RefitError, RtxError, SettingsError
+
+X = torch.ones(2, 4)
+
+
+@dataclass
+class Place:
+    """A folder with an engine `model.rtx` of a model, and the model."""
+
+    folder: Path
+    model: nn.Module
+    engine: torch_rtx.CompiledModule
+
+    def __truediv__(self, name: str) -> str:
+        return str(self.folder / name)
+
+    def load(self, **kwargs: object) -> torch_rtx.CompiledModule:
+        return torch_rtx.load(self / "model.rtx", **kwargs)  # type: ignore[arg-type]
+
+    def state(self, prefix: str = "") -> dict[str, torch.Tensor]:
+        return {prefix + name: tensor for name, tensor in self.model.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
+    found = Place(tmp_path_factory.mktemp("mistakes"), model, torch_rtx.compile(model, (X,)))
+    torch_rtx.save(found.engine, found / "model.rtx")
+    torch.save(model.state_dict(), found / "model.pt")
+    (found.folder / "empty").mkdir()
+    return found
+
+
+def rtx(**options: object) -> object:
+    return torch.compile(torch.relu, backend="rtx", options=options)(X)
+
+
+# Name, call, type of the error, what it says, what to do.
+MISTAKES: list[tuple[str, Callable[[Place], object], type[Exception], str, str]] = [
+    # options
+    ("misspelt option", lambda p: rtx(min_blok_size=3), SettingsError, "min_blok_size", "did you mean min_block_size?"),
+    ("of Inductor", lambda p: rtx(**{"triton.cudagraphs": True}), SettingsError, "triton.c", "cuda_graph_strategy"),
+    ("of Inductor", lambda p: rtx(max_autotune=True), SettingsError, "max_autotune", "specialization_strategy"),
+    (
+        "of Torch-TensorRT",
+        lambda p: torch_rtx.CompilationSettings(enabled_precisions={torch.half}),  # type: ignore[call-arg]
+        SettingsError,
+        "unknown option enabled_precisions",
+        "model.half()",
+    ),
+    (
+        "of the other kind",
+        lambda p: torch_rtx.CompilationSettings(tactics="library"),  # type: ignore[call-arg]
+        SettingsError,
+        "unknown option tactics",
+        "an option of RuntimeSettings",
+    ),
+    (
+        "a dictionary",
+        lambda p: torch_rtx.compile(p.model, (X,), settings={"device": "cpu"}),  # type: ignore[arg-type]
+        SettingsError,
+        "settings must be a CompilationSettings, not dict",
+        "settings=torch_rtx.CompilationSettings(device='cpu')",
+    ),
+    (
+        "the wrong settings",
+        lambda p: p.load(settings=torch_rtx.CompilationSettings()),
+        SettingsError,
+        "must be a RuntimeSettings",
+        "RuntimeSettings(...)",
+    ),
+    (
+        "the wrong runtime settings",
+        lambda p: torch_rtx.compile(p.model, (X,), runtime=torch_rtx.CompilationSettings()),  # type: ignore[arg-type]
+        SettingsError,
+        "runtime must be a RuntimeSettings",
+        "runtime=torch_rtx.RuntimeSettings(...)",
+    ),
+    (
+        "an SM version that is not known",
+        lambda p: torch_rtx.CompilationSettings(targets="sm_999"),
+        SettingsError,
+        "unknown target 'sm_999'",
+        '"ptx" (also compute_80, ...; newer GPUs run it)',
+    ),
+    # save
+    ("a module", lambda p: torch_rtx.save(p.model, p / "a.rtx"), RtxError, "not a Sequential", "torch_rtx.compile("),  # type: ignore[arg-type]
+    (
+        "what torch.compile returned",
+        lambda p: torch_rtx.save(torch.compile(p.model), p / "a.rtx"),
+        RtxError,
+        "not a OptimizedModule",
+        "leaves nothing to save; build an engine",
+    ),
+    ("swapped", lambda p: torch_rtx.save(p / "a.rtx", p.engine), RtxError, "not a str", "the module comes first"),  # type: ignore[arg-type]
+    ("a buffer", lambda p: torch_rtx.save(p.engine, io.BytesIO()), RtxError, "BytesIO", "pass its path"),  # type: ignore[arg-type]
+    ("no folder", lambda p: torch_rtx.save(p.engine, p / "no/a.rtx"), FileNotFoundError, "No such file", "no/a.rtx"),
+    # load
+    ("no such device", lambda p: p.load(device="gpu"), SettingsError, "can't run on 'gpu'", '"cpu", "cuda"'),
+    ("another device", lambda p: p.load(device="meta"), SettingsError, "can't run on 'meta'", '"cpu", "cuda"'),
+    ("too many devices", lambda p: p.load(device="cuda:99"), SettingsError, "no device cuda:99", 'device="cpu"'),
+    ("bytes", lambda p: torch_rtx.load(b"\0"), RtxError, "not a bytes", "pass its path"),  # type: ignore[arg-type]
+    ("no engine", lambda p: torch_rtx.load(p / "b.rtx"), FileNotFoundError, "No such file", "b.rtx"),
+    ("a folder", lambda p: torch_rtx.load(p / "empty"), EngineFormatError, "this is a folder", "not an .rtx file"),
+    # weights
+    ("no weights", lambda p: p.load(weights=p / "w.safetensors"), FileNotFoundError, "no file", "w.safetensors"),
+    ("a checkpoint", lambda p: p.load(weights=p / "model.pt"), EngineFormatError, "model.pt is no", "save_file"),
+    ("an empty folder", lambda p: p.load(weights=p / "empty"), EngineFormatError, "has 0 safetensors", "name the file"),
+    ("an object", lambda p: p.load(weights=3), RtxError, "can't be a int", "a state dict"),
+    ("a prefix", lambda p: p.load(weights=p.state("module.")), RefitError, "missing: 0.bias", "prefix('module.')"),
+    (
+        "a prefix",
+        lambda p: p.engine.refit(p.state("_orig_mod.")),
+        RefitError,
+        "unexpected: _orig",
+        "prefix('_orig_mod.')",
+    ),
+    ("too many", lambda p: p.load(weights=p.state() | {"lora": X}), RefitError, "weights do not", "unexpected: lora"),
+    # capture
+    ("a function", lambda p: torch_rtx.compile(torch.relu, (X,)), CaptureError, "cannot export", "pass an nn.Module"),  # type: ignore[arg-type]
+    ("no tuple", lambda p: torch_rtx.compile(p.model, X), CaptureError, "not Tensor", "must be a tuple"),  # type: ignore[arg-type]
+]
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize(("call", "kind", "what", "remedy"), [m[1:] for m in MISTAKES], ids=[m[0] for m in MISTAKES])
+def test_mistake(call: Callable[[Place], object], kind: type[Exception], what: str, remedy: str, place: Place) -> None:
+    with pytest.raises(kind) as caught:
+        call(place)
+    assert type(caught.value).__name__ == kind.__name__  # no class below it, and none that Dynamo puts around it
+    text = str(caught.value)
+    assert what in text
+    assert remedy in text
+    assert "PyTorch" not in text
+    frames = traceback.extract_tb(caught.value.__traceback__)
+    assert len(frames) <= 9
+    assert sum("/torch/" in frame.filename for frame in frames) <= 1, "of PyTorch there is the call alone"
+    assert caught.value.__cause__ is None
+
+
+def test_many_names_are_counted() -> None:
+    names = tuple(f"layers.{number}.weight" for number in range(100))
+    error = RefitError(names, names[:3])
+    assert error.missing == names
+    assert len(str(error).splitlines()) < 30
+    assert "and 80 more" in str(error)
+
+
+def test_weights_in_several_files(place: Place, tmp_path: Path) -> None:
+    state = place.state()
+    shards = {name: f"{index % 2}.safetensors" for index, name in enumerate(state)}
+    for file in set(shards.values()):
+        save_file({name: state[name] for name in state if shards[name] == file}, tmp_path / file)
+    paths = [tmp_path / "0.safetensors", tmp_path / "1.safetensors"]
+    index = tmp_path / "model.safetensors.index.json"
+    with pytest.raises(EngineFormatError, match="2 safetensors files and 0 indexes"):
+        place.load(weights=tmp_path)
+    index.write_text(json.dumps({"metadata": {}, "weight_map": shards}))
+    expected = place.engine(X)
+    for weights in (paths, [str(path) for path in paths], tmp_path, index):
+        assert torch.equal(place.load(weights=weights)(X), expected)
+        module = place.load()
+        module.refit(weights)
+        assert torch.equal(module(X), expected)
+    with pytest.raises(EngineFormatError, match="is in two files"):
+        place.load(weights=[*paths, paths[0]])
+    for text in ("[]", "{}", "no json", json.dumps({"weight_map": {"a": "../0.safetensors"}})):
+        index.write_text(text)
+        with pytest.raises(EngineFormatError, match="is no index of safetensors files"):
+            place.load(weights=index)
+    index.unlink()
+    paths[1].unlink()
+    with pytest.raises(RefitError, match="missing"):
+        place.load(weights=tmp_path)
