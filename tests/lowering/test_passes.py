@@ -112,6 +112,36 @@ def test_text(name, before, after, monkeypatch):
     assert_same_numbers(program, result, {"s0": 3, "s1": 5})
 
 
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+@pytest.mark.parametrize("fill", ["-10000.0", "-65504.0", "-inf"])
+def test_raised_attention_hides_what_the_model_hides(fill, dtype):
+    """Scores of visible keys below the number that is filled in, and a query that sees no key."""
+    program = graph(f"""
+        input q: {dtype}[1, 9, 16]
+        input k: {dtype}[1, 16, 9]
+        input v: {dtype}[1, 9, 16]
+        input z: bool[9, 9]
+        a: {dtype}[1, 9, 9] = op aten.matmul.default(self=q, other=k)
+        b: {dtype}[1, 9, 9] = op aten.masked_fill.Scalar(self=a, mask=z, value={fill})
+        c: {dtype}[1, 9, 9] = op aten.softmax.int(self=b, dim=-1)
+        d: {dtype}[1, 9, 16] = op aten.matmul.default(self=c, other=v)
+        return [d]""")
+    raised = PASSES["raise_attention"](program, Inference(), Context(CompilationSettings(), PORTABLE))
+    raised = PASSES["dce"](raised, Inference(), Context(CompilationSettings(), PORTABLE))
+    assert [node.op for node in raised.nodes][-1] == "torch_rtx.attention.default"
+    torch.manual_seed(0)
+    held = aten.DTYPES[dtype]
+    q, k, v = (x.abs().to(held) for x in torch.randn(3, 1, 9, 16))
+    hidden = torch.arange(9).expand(9, 9) >= torch.tensor(6)
+    hidden = hidden.clone()
+    hidden[2] = True
+    for scale in (1, 30 if dtype == "f16" else 100):
+        given_ = [scale * q, -scale * k.mT, v, hidden]
+        (wanted,), (found,) = (compile_graph(one, CPU)(given_, []) for one in (program, raised))
+        torch.testing.assert_close(found, wanted, equal_nan=True, atol=2e-3, rtol=2e-3)
+        assert wanted[0, 2].isnan().all() == (fill == "-inf")
+
+
 def test_every_pass_has_texts():
     assert {case.values[0] for case in cases()} == PASSES.keys()
 
