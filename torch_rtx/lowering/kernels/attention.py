@@ -22,7 +22,18 @@ from torch_rtx.lowering.kernels.attention_pieces import head_pieces, padded_widt
 from torch_rtx.lowering.kernels.emit import Axis, Emitter, Operand, Scope, indent
 from torch_rtx.lowering.kernels.index import Index, constant, from_dim, linear, product, ravel, unravel, variable
 from torch_rtx.lowering.kernels.kernel import Kernel
-from torch_rtx.lowering.kernels.kernel_ir import ONE, ZERO, Load, Position, Shape, Tensor, View, children, expand
+from torch_rtx.lowering.kernels.kernel_ir import (
+    ONE,
+    ZERO,
+    Load,
+    Position,
+    Shape,
+    Tensor,
+    View,
+    children,
+    everything,
+    expand,
+)
 from torch_rtx.lowering.kernels.matmul_template import operand, stored_load
 from torch_rtx.lowering.kernels.region import Region
 from torch_rtx.lowering.kernels.source import assemble, block_of, blocks, needs_int64
@@ -536,18 +547,18 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def _anchors(tensor: Tensor) -> list[Load]:
-    if isinstance(tensor, Load):
-        return [tensor] if tensor.anchor else []
-    return [anchor for child in children(tensor) for anchor in _anchors(child)]
+    return [one for one in everything([tensor]) if isinstance(one, Load) and one.anchor]
 
 
 def _reached(tensor: Tensor, position: Position) -> Position | None:
     """The position in the call's result that `tensor` reads at `position`; None if it reads none."""
-    if isinstance(tensor, Load):
-        return position if tensor.anchor else None
-    if isinstance(tensor, View):
-        position = tensor.at(position)
-    return next((at for child in children(tensor) if (at := _reached(child, position)) is not None), None)
+    while _anchors(tensor):
+        if isinstance(tensor, Load):
+            return position
+        if isinstance(tensor, View):
+            position = tensor.at(position)
+        tensor = next(child for child in children(tensor) if _anchors(child))
+    return None
 
 
 def _position(output: Tensor, position: Position, shape: Shape) -> Position:
