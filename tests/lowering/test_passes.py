@@ -142,6 +142,23 @@ def test_raised_attention_hides_what_the_model_hides(fill, dtype):
         assert wanted[0, 2].isnan().all() == (fill == "-inf")
 
 
+def test_softmax_of_halves_with_a_float_result_names_the_dtype():
+    """The form that CUDA has of it can't run on a CPU, nor in float64."""
+    program = graph("""
+        input x: f16[2, 3]
+        a: f32[2, 3] = op aten._softmax.default(self=x, dim=1, half_to_float=True)
+        b: f32[2, 3] = op aten._log_softmax.default(self=x, dim=1, half_to_float=True)
+        c: f32[2, 3] = op aten._softmax.default(self=b, dim=1, half_to_float=False)
+        return [a, b, c]""")
+    result = PASSES["simplify"](program, Inference(), Context(CompilationSettings(), PORTABLE))
+    assert [node.op for node in result.nodes] == ["aten.softmax.int", "aten.log_softmax.int", "aten._softmax.default"]
+    x = torch.randn(2, 3).half()
+    softmax, logarithm, again = compile_graph(result, CPU)([x], [])
+    assert torch.equal(softmax, x.softmax(1, torch.float32))
+    assert torch.equal(logarithm, x.log_softmax(1, torch.float32))
+    assert torch.equal(again, logarithm.softmax(1))
+
+
 def test_every_pass_has_texts():
     assert {case.values[0] for case in cases()} == PASSES.keys()
 
