@@ -200,8 +200,36 @@ def _attention_partial(
     return weights @ value.float(), largest, weights.sum(-1, keepdim=True)
 
 
-# What kernels compute in a step of a split form and ATen has no call for; where no kernel is launched, this runs.
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    *,
+    scale: float,
+    fill: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """Attention as models write it out. It differs from `aten.scaled_dot_product_attention` for scores that a boolean
+    mask hides: they become `fill`, by default minus infinity. So a query that sees no key attends to all keys equally,
+    or is NaN."""
+    if enable_gqa:
+        key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
+    scores = (query @ key.mT).to(torch.promote_types(query.dtype, torch.float32)) * scale
+    if attn_mask is not None:
+        masked = attn_mask.dtype == torch.bool
+        number = -torch.inf if fill is None else fill
+        scores = scores.masked_fill(~attn_mask, number) if masked else scores + attn_mask
+    return scores.softmax(-1).to(value.dtype) @ value
+
+
+# What kernels compute and ATen has no call for; where no kernel is launched, this runs.
 _LIBRARY = torch.library.Library("torch_rtx", "DEF")
+_LIBRARY.define(
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, *, float scale, float? fill=None,"
+    " bool enable_gqa=False) -> Tensor"
+)
+_LIBRARY.impl("attention", _attention, "CompositeImplicitAutograd")
 _LIBRARY.define(
     "attention_partial(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, *, float scale)"
     " -> (Tensor, Tensor, Tensor)"

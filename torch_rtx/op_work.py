@@ -32,12 +32,15 @@ PRODUCTS: Mapping[str, Operands] = {
     "aten._scaled_mm.default": Operands("self", "mat2", "bias"),
     "aten._addmm_activation.default": Operands("mat1", "mat2", "self"),
 }
+SDPA = "aten.scaled_dot_product_attention.default"
+ATTENTION = "torch_rtx.attention.default"  # as models write it out, see `aten`
 # Anchors: the operators that a kernel is built around (TVM's term), with the family that generates it. A region has at
 # most one; its other operations become prologue and epilogue.
 ANCHORS: Mapping[str, str] = {
     **dict.fromkeys((f"aten.{op}.default" for op in ("mm", "addmm", "bmm", "baddbmm", "linear", "matmul")), "gemm"),
     **dict.fromkeys((f"aten.{op}.default" for op in ("conv1d", "conv2d", "conv3d", "convolution")), "conv"),
-    "aten.scaled_dot_product_attention.default": "attention",
+    SDPA: "attention",
+    ATTENTION: "attention",
     "torch_rtx.attention_partial.default": "attention",
 }
 
@@ -58,7 +61,7 @@ def flops(node: Node, size: Callable[[Dim], int]) -> int:
         swapped = "transpose" in name or node.arg("transposed") is True
         weight = _shape(node.arg("weight"), size)
         return 2 * _numel(node.arg("input") if swapped else result, size) * math.prod(weight[1:])
-    if ("scaled_dot_product" in name or name == "attention_partial") and "backward" not in name:
+    if ("scaled_dot_product" in name or ANCHORS.get(node.op) == "attention") and "backward" not in name:
         keys = _shape(node.arg("key"), size)[-2]
         return 2 * keys * (_numel(node.arg("query"), size) + _numel(result, size))
     return 0

@@ -144,7 +144,7 @@ rrelu_with_noise_functional.default scaled_dot_product_attention.default
 # effect: writes to an input or a weight
 copy_.default index_copy_.default index_put_.default scatter_.src scatter_.value
 """
-INTERNAL = frozenset(("torch_rtx.attention_partial.default",))  # calls inside of kernels, which `aten` defines
+INTERNAL = frozenset(("torch_rtx.attention.default", "torch_rtx.attention_partial.default"))  # `aten` defines them
 ALLOWED: frozenset[str] = INTERNAL | {
     f"aten.{name}" for line in _NAMES.splitlines() if not line.startswith("#") for name in line.split()
 }

@@ -1,8 +1,9 @@
 """Runs generated kernels on the CPU, in Triton's interpreter.
 
 The interpreter replaces functions of `triton.language` for the time of a call, so that kernels can be interpreted and
-compiled in one process. Three of its gaps are filled here: it multiplies the bit patterns of bfloat16, it truncates
-where a GPU rounds to bfloat16, and it reduces and scans one element at a time, which takes a hundred times as long.
+compiled in one process. Four of its gaps are filled here: it multiplies the bit patterns of bfloat16, it truncates
+where a GPU rounds to bfloat16, it has no functions of libdevice, and it reduces and scans one element at a time, which
+takes a hundred times as long.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
+from triton.language.extra import libdevice
 from triton.runtime.jit import JITFunction
 
 from torch_rtx.aten import DTYPES
@@ -26,6 +29,7 @@ from torch_rtx.ir import Sym, dim_syms, evaluate
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.targets import ALIGNMENT
 
+LIBRARY = ("fmod", "rint")  # the functions of libdevice that kernels call
 LOCK = threading.RLock()  # the interpreter replaces functions for all threads
 
 
@@ -86,6 +90,7 @@ def _interpreting() -> Iterator[None]:
             (interpreter.ReduceOps, "generic_reduce"),
             (interpreter.ScanOps, "generic_scan"),
             (interpreter.interpreter_builder, "options"),
+            *((libdevice, name) for name in LIBRARY),
         )
     ]
     dot, cast = interpreter.InterpreterBuilder.create_dot, interpreter.InterpreterBuilder.cast_impl
@@ -115,12 +120,21 @@ def _interpreting() -> Iterator[None]:
     interpreter.ScanOps.generic_scan = _scanned
     # Otherwise overflows of integers are computed, which takes longer than all the rest, and reported in `debug` alone.
     interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
+    for name in LIBRARY:
+        setattr(libdevice, name, partial(_library, getattr(np, name)))
     try:
         yield
     finally:
         for owner, name, before in replaced:
             setattr(owner, name, before)
         scope.restore()
+
+
+def _library(function: Callable[..., np.ndarray], first: Any, *others: Any) -> Any:
+    """A function of libdevice by that of NumPy."""
+    result = sum(others, first)  # of the type of the function's
+    data = function(*(one.handle.data for one in (first, *others)))
+    return tl.tensor(interpreter.TensorHandle(data, result.handle.dtype), result.type)
 
 
 def _combined(ops: Any, types: Sequence[Any], first: Sequence[np.ndarray], second: Sequence[np.ndarray]) -> Any:

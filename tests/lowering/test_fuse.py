@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -29,6 +31,7 @@ from torch_rtx.ir import (
 )
 from torch_rtx.lowering import fusion
 from torch_rtx.lowering.infer import Inference
+from torch_rtx.lowering.kernels.emit import MAX_VALUES
 from torch_rtx.lowering.kernels.generate import generate
 from torch_rtx.lowering.passes.dce import dce
 from torch_rtx.lowering.passes.fuse import fuse
@@ -224,7 +227,7 @@ def test_a_loop_without_code_is_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
     total = rewriter.emit("aten.sum.dim_IntList", None, self=x, dim=(0,))
     graph = Graph("import", (x,), nodes=tuple(rewriter.nodes), outputs=(total,))
 
-    monkeypatch.setattr(fusion, "_is_loop", lambda body: False)
+    monkeypatch.setattr(fusion, "_loop_us", lambda body, arches: math.inf)
     assert fuse(graph, Inference(), TARGETS).nodes == graph.nodes
 
 
@@ -240,3 +243,79 @@ def test_results_that_nobody_reads_have_no_names_in_a_body() -> None:
     fused = fuse(Graph("import", (x,), nodes=nodes, outputs=(shifted, extreme)), Inference(), TARGETS)
     verify(fused, aten.ALLOWED)
     assert [node.kind for node in fused.nodes] == ["kernel"]
+
+
+IMAGE = TensorType("f32", (1, 2, 64, 64), contiguous((1, 2, 64, 64)))
+END = 2**63 - 1
+
+
+def shifted(emit: Rewriter, x: Value, *ranges: tuple[int, int]) -> tuple[Value, ...]:
+    """Ranges of the columns of `x`."""
+    cut = (emit.emit("aten.slice.Tensor", None, self=x, dim=-1, start=start, end=end) for start, end in ranges)
+    return tuple(cut)
+
+
+def pieces(emit: Rewriter, x: Value) -> Value:
+    """A sum with its columns in another order, 4 at a time."""
+    parts = shifted(emit, x, *((at, at + 4) for at in range(60, -1, -4)))
+    return emit.emit("aten.add.Tensor", None, self=x, other=emit.emit("aten.cat.default", None, tensors=parts, dim=-1))
+
+
+def written(emit: Rewriter, x: Value) -> Value:
+    """A sum with a copy that is changed in places."""
+    (part,) = shifted(emit, x, (0, 8))
+    changed = emit.emit("aten.slice_scatter.default", None, self=x, src=part, dim=-1, start=4, end=12)
+    return emit.emit("aten.add.Tensor", None, self=changed, other=x)
+
+
+def with_itself(op: str) -> Callable[[Rewriter, Value], Value]:
+    """A product with itself after `op`."""
+    return lambda emit, x: emit.emit("aten.mul.Tensor", None, self=x, other=emit.emit(f"aten.{op}", None, self=x))
+
+
+DEEP: dict[str, Callable[[Rewriter, Value], Value]] = {
+    "max_pool2d": lambda emit, x: emit.emit(
+        "aten.max_pool2d.default", None, self=x, kernel_size=(5, 5), stride=(1, 1), padding=(2, 2)
+    ),
+    "avg_pool2d": lambda emit, x: emit.emit(
+        "aten.avg_pool2d.default", None, self=x, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1)
+    ),
+    "stencil": lambda emit, x: emit.emit(
+        "aten.add.Tensor", None, self=(p := shifted(emit, x, (0, -1), (1, END)))[0], other=p[1]
+    ),
+    "turned by one": lambda emit, x: emit.emit(
+        "aten.mul.Tensor",
+        None,
+        self=x,
+        other=emit.emit("aten.cat.default", None, tensors=shifted(emit, x, (1, END), (0, 1)), dim=-1),
+    ),
+    "pieces": pieces,
+    "written": written,
+    "read twice": with_itself("sigmoid.default"),
+    "read twice, in steps": with_itself("mish.default"),
+    "gelu": lambda emit, x: emit.emit("aten.gelu.default", None, self=x),
+    "softmax": lambda emit, x: emit.emit("aten.softmax.int", None, self=x, dim=-1),
+}
+
+
+SHALLOW = ("read twice", "read twice, in steps", "gelu", "softmax")  # by one operation more the work grows by one
+
+
+@pytest.mark.parametrize("kind", DEEP)
+def test_chains_have_kernels_of_bounded_size(kind: str) -> None:
+    """Operations of a kind, one after the other, that read their operand once, twice or often: what a kernel computes
+    again at each position must not grow with their number."""
+    x = Value("x", IMAGE)
+    rewriter, value, count = Rewriter(Graph("import", (x,)), Inference()), x, 30 if kind in SHALLOW else 7
+    for _ in range(count):
+        value = DEEP[kind](rewriter, value)
+    graph = Graph("import", (x,), nodes=tuple(rewriter.nodes), outputs=(value,))
+    start = time.process_time()
+    fused = fuse(graph, Inference(), TARGETS)
+    kernels = [generate(node.body, node.op, arch_of(80), 0) for node in fused.nodes if node.body is not None]
+    assert time.process_time() - start < 10
+    assert max(kernel.source.count("\n") for kernel in kernels if kernel is not None) < MAX_VALUES
+    if kind in SHALLOW:
+        assert len(kernels) <= 2, "nothing is computed twice there"
+    if kind == "max_pool2d":
+        assert len(kernels) == count, "each would be computed 25 times"

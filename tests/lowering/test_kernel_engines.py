@@ -45,6 +45,38 @@ def test_launches(name: str) -> None:
     assert len(nodes) <= per_layer * layers + around
 
 
+LAST, LAST_3D = torch.channels_last, torch.channels_last_3d
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "image", "weight", "expected"),
+    [
+        (nn.Conv2d(8, 8, 3), (2, 8, 6, 6), LAST, torch.contiguous_format, LAST),
+        (nn.Conv2d(8, 8, 3), (2, 8, 6, 6), torch.contiguous_format, LAST, LAST),
+        (nn.Conv2d(8, 8, 3), (2, 8, 6, 6), torch.contiguous_format, torch.contiguous_format, torch.contiguous_format),
+        (nn.Conv2d(8, 8, 3).double(), (2, 8, 6, 6), LAST, LAST, torch.contiguous_format),
+        (nn.ConvTranspose2d(8, 8, 3), (2, 8, 6, 6), LAST, torch.contiguous_format, LAST),
+        (nn.Conv3d(8, 8, 3), (2, 8, 4, 6, 6), LAST_3D, torch.contiguous_format, LAST_3D),
+    ],
+)
+def test_results_of_convolutions_have_the_layout_of_eager(
+    model: nn.Module,
+    shape: tuple[int, ...],
+    image: torch.memory_format,
+    weight: torch.memory_format,
+    expected: torch.memory_format,
+) -> None:
+    """That of cuDNN, also where PyTorch was built without it; and no kernel copies for it."""
+    x = torch.randn(shape, dtype=next(model.parameters()).dtype).contiguous(memory_format=image)
+    settings = CompilationSettings(device="cuda", targets="sm_89", reuse_cached_engines=False)
+    with patch.object(program_cache, "kernels_of", lambda *_: KernelTable()):
+        program = torch_rtx.compile(model.to(memory_format=weight), (x,), settings=settings).engine.graph
+    (result,) = program.outputs
+    assert result.type.strides == model(x).contiguous(memory_format=expected).stride()  # type: ignore[union-attr]
+    if image == expected != torch.contiguous_format:
+        assert not any("clone" in node.op for node in program.nodes)
+
+
 def test_equal_builds_are_equal_bytes(tmp_path: Path) -> None:
     class Block(nn.Module):
         def __init__(self) -> None:

@@ -119,6 +119,53 @@ def test_text(name, before, after, monkeypatch):
     assert_same_numbers(program, result, {"s0": 3, "s1": 5})
 
 
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+@pytest.mark.parametrize("fill", ["-10000.0", "-65504.0", "-inf"])
+def test_raised_attention_hides_what_the_model_hides(fill, dtype):
+    """Scores of visible keys below the number that is filled in, and a query that sees no key."""
+    program = graph(f"""
+        input q: {dtype}[1, 9, 16]
+        input k: {dtype}[1, 16, 9]
+        input v: {dtype}[1, 9, 16]
+        input z: bool[9, 9]
+        a: {dtype}[1, 9, 9] = op aten.matmul.default(self=q, other=k)
+        b: {dtype}[1, 9, 9] = op aten.masked_fill.Scalar(self=a, mask=z, value={fill})
+        c: {dtype}[1, 9, 9] = op aten.softmax.int(self=b, dim=-1)
+        d: {dtype}[1, 9, 16] = op aten.matmul.default(self=c, other=v)
+        return [d]""")
+    raised = PASSES["raise_attention"](program, Inference(), Context(CompilationSettings(), PORTABLE))
+    raised = PASSES["dce"](raised, Inference(), Context(CompilationSettings(), PORTABLE))
+    assert [node.op for node in raised.nodes][-1] == "torch_rtx.attention.default"
+    torch.manual_seed(0)
+    held = aten.DTYPES[dtype]
+    q, k, v = (x.abs().to(held) for x in torch.randn(3, 1, 9, 16))
+    hidden = torch.arange(9).expand(9, 9) >= torch.tensor(6)
+    hidden = hidden.clone()
+    hidden[2] = True
+    for scale in (1, 30 if dtype == "f16" else 100):
+        given_ = [scale * q, -scale * k.mT, v, hidden]
+        (wanted,), (found,) = (compile_graph(one, CPU)(given_, []) for one in (program, raised))
+        torch.testing.assert_close(found, wanted, equal_nan=True, atol=2e-3, rtol=2e-3)
+        assert wanted[0, 2].isnan().all() == (fill == "-inf")
+
+
+def test_softmax_of_halves_with_a_float_result_names_the_dtype():
+    """The form that CUDA has of it can't run on a CPU, nor in float64."""
+    program = graph("""
+        input x: f16[2, 3]
+        a: f32[2, 3] = op aten._softmax.default(self=x, dim=1, half_to_float=True)
+        b: f32[2, 3] = op aten._log_softmax.default(self=x, dim=1, half_to_float=True)
+        c: f32[2, 3] = op aten._softmax.default(self=b, dim=1, half_to_float=False)
+        return [a, b, c]""")
+    result = PASSES["simplify"](program, Inference(), Context(CompilationSettings(), PORTABLE))
+    assert [node.op for node in result.nodes] == ["aten.softmax.int", "aten.log_softmax.int", "aten._softmax.default"]
+    x = torch.randn(2, 3).half()
+    softmax, logarithm, again = compile_graph(result, CPU)([x], [])
+    assert torch.equal(softmax, x.softmax(1, torch.float32))
+    assert torch.equal(logarithm, x.log_softmax(1, torch.float32))
+    assert torch.equal(again, logarithm.softmax(1))
+
+
 def test_every_pass_has_texts():
     assert {case.values[0] for case in cases()} == PASSES.keys()
 

@@ -24,6 +24,7 @@ from tests.doubles.fake_driver import Kept
 from torch_rtx.backend import program_cache
 from torch_rtx.errors import KernelError, SettingsError
 from torch_rtx.ir import kernel_nodes
+from torch_rtx.irparse import parse
 from torch_rtx.runtime import admission, candidate_check, specialize
 from torch_rtx.runtime import driver as driver_api
 from torch_rtx.runtime import tuner as tuners
@@ -361,6 +362,31 @@ def test_each_check_has_inputs_of_its_own(background: Background) -> None:
     one, other = (CandidateCheck(node, torch.device("cpu")) for _ in range(2))
     assert relative_error(one.expected[0], other.expected[0]) > 0.1
     assert one.problem(one.code({})) is None
+
+
+@pytest.mark.parametrize(
+    ("call", "result"),
+    [
+        ("aten.softmax.int(self=x, dim=-1, dtype='f32')", "f32"),
+        ("aten._softmax_backward_data.default(grad_output=y, output=y, dim=1, input_dtype='f16')", "f16"),
+    ],
+)
+def test_a_check_of_calls_that_name_dtypes(call: str, result: str) -> None:
+    """They name wide ones where the check computes in float64."""
+    (node,) = parse(f"""graph fused {{
+      input x: f16[4, 8]
+      input y: f16[4, 8]
+      r: {result}[4, 8] = kernel k(in0=x, in1=y) graph import {{
+        input x: f16[4, 8]
+        input y: f16[4, 8]
+        r: {result}[4, 8] = op {call}
+        return [r]
+      }}
+      return [r]
+    }}""").nodes
+    check = CandidateCheck(node, torch.device("cpu"))
+    assert check._exact[0].dtype == torch.float64
+    assert check.problem(check.code({})) is None
 
 
 def test_the_kernel_of_another_engine_was_the_fastest(background: Background) -> None:

@@ -6,6 +6,10 @@ PyTorch has none: slicing a fake CUDA tensor fails with "PyTorch is not linked w
 build that finds no GPU installs a no-op guard itself (`c10::impl::ensureCUDADeviceGuardSet`). This module does the same
 for CPU builds: it copies the CPU's guard, a no-op too, into the slot of CUDA.
 
+A CPU build does not know either that cuDNN computes the convolutions of CUDA tensors, and which layout it returns. A
+FakeTensor gets its memory format from `torch._C._conv_determine_backend_memory_format`, which is replaced by one that
+does.
+
 A trace also computes real values: PyTorch carries the value of a scalar constant (`torch.tensor(2.0, device=x.device)`)
 along with the graph, in case the model reads it, and copies it to the constant's device. Without a GPU,
 `constants_on_cpu` lets such a copy allocate its "cuda" memory on the CPU.
@@ -20,12 +24,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch._prims_common import suggest_memory_format
 
 from torch_rtx.errors import CaptureError
 
 _REGISTRY = "_ZN3c104impl26device_guard_impl_registryE"  # c10::impl::device_guard_impl_registry
 _CPU, _CUDA = 0, 1  # c10::DeviceType, which is serialized in checkpoints and therefore does not change
 _WORD = struct.calcsize("P")
+_known_format = torch._C._conv_determine_backend_memory_format
 _HINT = "capture on the CPU (device=None with a CPU model), or on a machine with a CUDA build of PyTorch"
 
 
@@ -41,8 +47,9 @@ class _DlInfo(ctypes.Structure):
 def install_cuda_guard() -> None:
     """Make FakeTensors on `cuda` usable in this process, with or without a GPU.
 
-    A CUDA build of PyTorch needs nothing. Otherwise the no-op guard stays installed until the process ends, because
-    shape inference reads captured graphs long after the capture. Real CUDA tensors remain impossible. Idempotent.
+    A CUDA build of PyTorch needs nothing. Otherwise the no-op guard and the layout of convolutions stay installed until
+    the process ends, because shape inference reads captured graphs long after the capture. Real CUDA tensors remain
+    impossible. Idempotent.
 
     Raises CaptureError when the guard cannot be installed: not Linux, or a PyTorch whose guard registry is unknown.
     """
@@ -57,6 +64,16 @@ def install_cuda_guard() -> None:
         _check_guard(installed)
     else:
         ctypes.c_void_p.from_address(address + _CUDA * _WORD).value = guard
+    torch._C._conv_determine_backend_memory_format = _convolution_format
+
+
+def _convolution_format(image: torch.Tensor, weight: torch.Tensor, backend: Any) -> torch.memory_format:
+    """The memory format of a convolution's result: of cuDNN's (`cudnn_conv_suggest_memory_format`) on CUDA."""
+    if image.device.type != "cuda":
+        return _known_format(image, weight, backend)
+    formats = {suggest_memory_format(image), suggest_memory_format(weight)} - {torch.contiguous_format}
+    wide = torch.float64 in (image.dtype, weight.dtype)  # for which cuDNN has contiguous kernels alone
+    return formats.pop() if formats and not wide else torch.contiguous_format
 
 
 @contextlib.contextmanager

@@ -1,9 +1,10 @@
 """Fusion: which operations become one kernel.
 
 Each operation starts as a fusion group with an iteration space: elements, or rows of a size where it reduces. Producer
-and consumer fuse if their iteration spaces agree, fusing creates no cycle, and code can be generated for the result. A
-producer of another size fuses only into its sole consumer, which recomputes it per element. Views belong to no group:
-kernels absorb the views on their inputs.
+and consumer fuse if their iteration spaces agree, fusing creates no cycle, and code can be generated for the result
+that is expected to be no slower than that of both: a consumer that reads its producer at many positions computes it
+again at each. A producer of another size fuses only into its sole consumer, which recomputes it per element. Views
+belong to no group: kernels absorb the views on their inputs.
 """
 
 from __future__ import annotations
@@ -12,14 +13,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
+from math import inf
 
 from torch_rtx import aten
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import COPY, Graph, Loc, Node, TensorType, Value, attr_values
+from torch_rtx.lowering.kernels.gemm_perf_model import LAUNCH_US, streaming_us, typical
 from torch_rtx.lowering.kernels.generate import forms, generate
 from torch_rtx.lowering.kernels.index import Index, from_dim, product
 from torch_rtx.lowering.kernels.kernel_ir import Load, Pointwise, Tensor, View, everything, load
-from torch_rtx.lowering.kernels.loops import loop_kernel, rows_of
+from torch_rtx.lowering.kernels.loops import loop_operations, rows_of
 from torch_rtx.lowering.kernels.region import Region, express, region, tensor_type
 from torch_rtx.lowering.widening import is_elementwise, widens
 from torch_rtx.op_work import ANCHORS
@@ -59,13 +62,20 @@ class FusionGroup:
 
 
 @lru_cache(maxsize=1024)  # layers of a model have equal regions
-def _is_loop(body: Graph) -> bool:
-    """A loop kernel can be generated for `body`."""
+def _loop_us(body: Graph, arches: tuple[Arch, ...]) -> float:
+    """The expected microseconds of the loop kernel of `body`, summed over `arches`; infinite if no code can be
+    generated."""
     try:
-        loop_kernel(region(body), "trial")
+        found = region(body)
+        operations, tiles = loop_operations(found)
     except Unsupported:
-        return False
-    return True
+        return inf
+    total = 0.0
+    for arch in arches:
+        in_turn = max(typical(tiles) / arch.chip.processors, 1.0)
+        compute_us = operations * in_turn / (arch.chip.plain / 2 / arch.chip.processors * 1e6)
+        total += max(streaming_us(found.memory_types, arch), LAUNCH_US + compute_us)
+    return total
 
 
 @lru_cache(maxsize=1024)
@@ -154,10 +164,13 @@ class FusionPlan:
             self._merge(first, second, space)
 
     def _merge(self, first: FusionGroup, second: FusionGroup, space: IterationSpace) -> None:
-        """Fuse two groups, if the result is small enough and code can be generated for it."""
+        """Fuse two groups, if the result is small enough, and no slower."""
         merged = FusionGroup(sorted(first.members + second.members), first.epoch, space, first.cost + second.cost)
         if len(merged.members) <= MAX_MEMBERS:
-            self._try_group(merged)
+            self._try_group(merged, self._us(first) + self._us(second))
+
+    def _us(self, group: FusionGroup) -> float:
+        return _loop_us(self.body(group), self.arches)
 
     def _common_space(self, first: FusionGroup, second: FusionGroup) -> IterationSpace | None:
         """The iteration space of both fused; None if they do not agree."""
@@ -234,24 +247,24 @@ class FusionPlan:
         """`second` depends on `first`, directly or not."""
         return any(self.group_of[i] is second for i in self.users(first)) or self._would_create_cycle(first, second)
 
-    def _try_group(self, group: FusionGroup) -> bool:
-        """Replace the groups of the members by `group`, if code can be generated for it. Values that only members read
-        are then not among its outputs."""
+    def _try_group(self, group: FusionGroup, before_us: float = inf) -> bool:
+        """Replace the groups of the members by `group`, if code can be generated for it, which takes no longer than
+        `before_us`. Values that only members read are then not among its outputs."""
         before = {member: self.group_of[member] for member in group.members}
         self.group_of.update(dict.fromkeys(group.members, group))
-        if self._can_generate(group):
+        if self._can_generate(group, before_us):
             return True
         self.group_of.update(before)
         return False
 
-    def _can_generate(self, group: FusionGroup) -> bool:
+    def _can_generate(self, group: FusionGroup, before_us: float) -> bool:
         inputs, outputs = self.interface(group)
         if len(inputs) + len(outputs) > MAX_POINTERS:
             return False
         if group.steps is not None:
             return _is_kernel(self.body(group), self.arches)
-        # pointwise operations always are one loop
-        return group.space is None or group.space.size is None or _is_loop(self.body(group))
+        us = self._us(group)
+        return us < inf and us <= before_us
 
     # ---- anchors -----------------------------------------------------------------------------------------------------
 
@@ -357,8 +370,7 @@ class FusionPlan:
             return len(group.members) > 1 and _prefers_split(self.body(group), self.arches)
         if len(group.members) > 1:  # fusion has checked that code can be generated
             return True
-        has_code = group.space.size is None or _is_loop(self.body(group))
-        return has_code and self._computes(self.nodes[group.members[0]])
+        return self._us(group) < inf and self._computes(self.nodes[group.members[0]])
 
     def _computes(self, node: Node) -> bool:
         computed = (not isinstance(tensor, Load | View) for tensor in everything(_expressed(node)))

@@ -64,6 +64,11 @@ class Positions:
         position = everywhere(tensor.shape)
         return position, self.at(tensor, position)
 
+    def row_start(self, value: Value) -> Element | None:
+        """The element at the start of every row of `value`, at a symbolic position; None if unknown."""
+        tensor = self._tensors.get(value.name)
+        return None if tensor is None or not tensor.shape else self.at(tensor, (*everywhere(tensor.shape)[:-1], ZERO))
+
     def taken(self, node: Node) -> tuple[Position, Position | None]:
         """A symbolic position in the result of `node`, and the position in its first input from which the element there
         is gathered; None if unknown."""

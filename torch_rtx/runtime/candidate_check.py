@@ -130,7 +130,7 @@ def in_float64(graph: Graph) -> Graph:
         return replace(v, type=replace(v.type, dtype="f64"))
 
     def attr(name: str, given: Attr) -> Attr:
-        return "f64" if name == "dtype" and given in NARROW_FLOATS else attr_map(given, value)
+        return "f64" if "dtype" in name and given in NARROW_FLOATS else attr_map(given, value)
 
     def node(n: Node) -> Node:
         args = tuple((name, attr(name, given)) for name, given in n.args)

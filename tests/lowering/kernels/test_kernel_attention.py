@@ -20,6 +20,7 @@ from tests.lowering.kernels.kernel_bodies import library
 from torch_rtx import aten
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Attr, Dim, Graph, Sym, TensorType, Value, contiguous
+from torch_rtx.irparse import parse
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.kernels.aot import compile_kernels
 from torch_rtx.lowering.kernels.attention import AttentionConfig, attention_configs, attention_kernel, attention_of
@@ -264,6 +265,41 @@ def test_rows_without_a_key_are_zero() -> None:
     run(attention_kernel(region(graph), "attention", SMALL), [q, k, v, mask, out])
     assert torch.equal(out[0, 1, 3], torch.zeros(16))
     torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(q, k, v, mask))
+
+
+WRITTEN_OUT = """graph import {{
+  input q: f32[2, 2, 18, 16]
+  input k: f32[2, 2, 21, 16]
+  input v: f32[2, 2, 21, 16]
+  input m: {mask}
+  y: f32[2, 2, 18, 16] = op torch_rtx.attention.default(query=q, key=k, value=v, attn_mask=m, scale=0.5{fill})
+  return [y]
+}}"""
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+@pytest.mark.parametrize("queries", [1, 18])
+@pytest.mark.parametrize("fill", [None, -1e4, -3.4028234663852886e38, 0.0, "added"])
+def test_as_models_write_it_out(fill: float | str | None, queries: int) -> None:
+    """Scores lie on both sides of the number that is filled in; and some queries see no key."""
+    added = fill == "added"
+    mask = torch.rand(2, 1, queries, 21) < 0.5
+    mask[0], mask[1, :, :, :3] = False, True
+    text = WRITTEN_OUT.format(
+        mask=f"{'f32' if added else 'bool'}[2, 1, {queries}, 21]",
+        fill=f", fill={fill}" if isinstance(fill, float) else "",
+    )
+    torch.manual_seed(0)
+    q, k, v = (60 * torch.randn(2, 2, length, 16) for length in (18, 21, 21))
+    q[:, :, ::2], k[:, :, ::2] = 10 * q[:, :, ::2].abs(), -10 * k[:, :, ::2].abs()
+    number = fill if isinstance(fill, float) else -math.inf
+    given = torch.where(mask, 0.0, -math.inf) if added else mask
+    expected = (q @ k.mT * 0.5).masked_fill(~mask, number).softmax(-1) @ v
+    assert expected[0].isnan().all() == (number == -math.inf)
+    out = torch.full_like(q, 7.0)
+    run(attention_kernel(region(parse(text)), "attention", SMALL), [q, k, v, given, out])
+    torch.testing.assert_close(out, expected, equal_nan=True)
+    torch.testing.assert_close(compile_graph(parse(text), CPU)([q, k, v, given], [])[0], expected, equal_nan=True)
 
 
 def a_region(*shape: int, dtype: str = "f16", keys: int | None = None, **args: Attr) -> Region:

@@ -167,6 +167,19 @@ def test_rows_and_ranges_that_see_no_key() -> None:
     assert torch.equal(out[0], torch.zeros_like(out[0]))
 
 
+def test_parts_of_attention_as_models_write_it_out() -> None:
+    """A query that sees no key is NaN; keys that are hidden by a number have a weight, which parts do not know."""
+    text = attention.WRITTEN_OUT.format(mask="bool[2, 1, 1, 21]", fill="")
+    tensors = [*torch.randn(1, 2, 2, 18, 16), *torch.randn(2, 2, 2, 21, 16), torch.rand(2, 1, 1, 21) < 0.6]
+    tensors[3][0] = False
+    form = check_split_graph(parse(text), parse(text.replace("f32", "f64")), 4, tensors, {})
+    (out,) = compile_graph(form, torch.device("cpu"))(tensors, ())
+    assert out[0].isnan().all()
+    assert out[1].isfinite().all()
+    with pytest.raises(Unsupported, match="hidden too"):
+        split_in(parse(attention.WRITTEN_OUT.format(mask="bool[2, 1, 1, 21]", fill=", fill=-10000.0")), "k", 4)
+
+
 def test_partial_attention_is_one_call() -> None:
     """Operands stay in their dtype: a kernel multiplies halves with tensor cores."""
     for name in ("plain", "mask of keys", "added mask", "grouped heads"):

@@ -22,11 +22,23 @@ from torch_rtx.lowering.kernels.attention_pieces import head_pieces, padded_widt
 from torch_rtx.lowering.kernels.emit import Axis, Emitter, Operand, Scope, indent
 from torch_rtx.lowering.kernels.index import Index, constant, from_dim, linear, product, ravel, unravel, variable
 from torch_rtx.lowering.kernels.kernel import Kernel
-from torch_rtx.lowering.kernels.kernel_ir import ONE, ZERO, Load, Position, Shape, Tensor, View, children, expand
+from torch_rtx.lowering.kernels.kernel_ir import (
+    ONE,
+    ZERO,
+    Load,
+    Position,
+    Shape,
+    Tensor,
+    View,
+    children,
+    everything,
+    expand,
+)
 from torch_rtx.lowering.kernels.matmul_template import operand, stored_load
-from torch_rtx.lowering.kernels.region import ANCHORS, Region
+from torch_rtx.lowering.kernels.region import Region
 from torch_rtx.lowering.kernels.source import assemble, block_of, blocks, needs_int64
 from torch_rtx.lowering.kernels.triton_ops import tl_dtype
+from torch_rtx.op_work import ANCHORS, ATTENTION
 from torch_rtx.targets import Arch
 
 DTYPES = ("f16", "bf16", "f32")
@@ -34,7 +46,7 @@ MAX_WIDTH = 256  # of a head
 MAX_PACKED_ROWS = 64  # of a block with several heads
 TARGET_PROGRAMS = 128  # about the multiprocessors of a large GPU
 RESIDENT_PROGRAMS = 3  # per multiprocessor with wgmma and narrow heads: the softmax of one overlaps products of others
-LOWEST_F32 = -3.4028234663852886e38  # the initial maximum: finite, so that rows without keys do not become NaN
+LOWEST_F32 = -3.4028234663852886e38  # the initial maximum: finite, so that the weights of rows without keys are 0
 UNKNOWN_SIZE = 4096  # stands for a symbolic size
 LOG2E = math.log2(math.e)
 
@@ -60,6 +72,8 @@ class Attention:
 
     Attributes:
         causal: a query sees the keys up to its own position.
+        fill: the score of a key that a boolean mask hides; None: its weight is 0.
+        safe: a query that sees no key gets 0, else NaN.
         lead, queries: sizes of the result, [*lead, queries, value_width].
         packed: heads of the last leading dimension that share a block of rows.
         results: of the call. Of `attention_partial`: the weighted sums of values, the largest scores and the sums of
@@ -72,6 +86,8 @@ class Attention:
     mask: Tensor | None
     causal: bool
     scale: float
+    fill: float | None
+    safe: bool
     lead: tuple[Dim, ...]
     queries: Dim
     packed: int
@@ -151,6 +167,7 @@ def attention_of(region: Region) -> Attention:
         key, value = (_repeated(tensor, heads[-1]) for tensor in (key, value))
     scale = node.arg("scale")
     mask = _operand(region, node, "attn_mask") if node.arg("attn_mask") is not None else None
+    fill = node.arg("fill")
     if mask is not None and mask.dtype not in ("bool", "f32", "f16", "bf16"):
         raise Unsupported(f"a mask of dtype {mask.dtype}", loc=node.loc)
     attn = Attention(
@@ -160,6 +177,8 @@ def attention_of(region: Region) -> Attention:
         None if mask is None else expand(mask, (*heads, from_dim(queries), key.shape[-2])),
         bool(node.arg("is_causal")),
         float(scale) if isinstance(scale, int | float) else 1 / math.sqrt(_static(query.shape[-1])),
+        float(fill) if isinstance(fill, int | float) and math.isfinite(fill) else None,
+        node.op != ATTENTION,
         tuple(lead),
         queries,
         packed=1,
@@ -328,7 +347,7 @@ class _Writer:
         self.sizes, self.blocks = sizes, cut
         # The scale is folded into the base of the exponential, unless scaled scores are needed, as for an added mask.
         self.has_additive_mask = attn.mask is not None and attn.mask.dtype != "bool"
-        self.scale_first = self.has_additive_mask or attn.scale <= 0 or attn.partial
+        self.scale_first = self.has_additive_mask or attn.fill is not None or attn.scale <= 0 or attn.partial
         self.factor = LOG2E if self.scale_first else attn.scale * LOG2E
         # A mask that all rows share takes few registers, so that it can be loaded early.
         self.mask_at = (*self.lead, self.row, variable("N", attn.keys))
@@ -403,8 +422,9 @@ class _Writer:
         for name, total in zip(self._pieces("E"), sums, strict=True):
             lines.append(f"{total} = tl.zeros([{config.rows}, {self.blocks[name]}], tl.float32)")
         self._walk()
-        if not attn.partial:  # rows without a visible key are 0, as in PyTorch
-            lines += [f"{total} = {total} / tl.where(total == 0, 1, total)[:, None]" for total in sums]
+        if not attn.partial:
+            weights = "tl.where(total == 0, 1, total)" if attn.safe else "total"
+            lines += [f"{total} = {total} / {weights}[:, None]" for total in sums]
         self._store()
         return lines
 
@@ -474,6 +494,8 @@ class _Writer:
             mask = self._mask(attn.mask)
             if self.has_additive_mask:
                 scope.lines.append(f"s = s + {mask.text}")
+            elif attn.fill is not None:
+                scope.lines.append(f"s = tl.where({mask.text}, s, {attn.fill!r})")
             else:
                 seen.append(mask.text)
         if seen:
@@ -525,18 +547,18 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def _anchors(tensor: Tensor) -> list[Load]:
-    if isinstance(tensor, Load):
-        return [tensor] if tensor.anchor else []
-    return [anchor for child in children(tensor) for anchor in _anchors(child)]
+    return [one for one in everything([tensor]) if isinstance(one, Load) and one.anchor]
 
 
 def _reached(tensor: Tensor, position: Position) -> Position | None:
     """The position in the call's result that `tensor` reads at `position`; None if it reads none."""
-    if isinstance(tensor, Load):
-        return position if tensor.anchor else None
-    if isinstance(tensor, View):
-        position = tensor.at(position)
-    return next((at for child in children(tensor) if (at := _reached(child, position)) is not None), None)
+    while _anchors(tensor):
+        if isinstance(tensor, Load):
+            return position
+        if isinstance(tensor, View):
+            position = tensor.at(position)
+        tensor = next(child for child in children(tensor) if _anchors(child))
+    return None
 
 
 def _position(output: Tensor, position: Position, shape: Shape) -> Position:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -26,6 +27,9 @@ from torch_rtx.lowering.kernels.triton_ops import literal, template, tl_dtype
 Axes = frozenset[str]
 NONE: Axes = frozenset()
 VECTOR = 8  # elements of 2 bytes that are stored at once
+LOAD = 4  # operations that take as long as a load from the L1 cache
+MAX_VALUES = 2048  # of a kernel: a larger one takes a second to write, and many to compile
+MAX_DEPTH = 150  # of values that need each other: Python's stack ends before 1000 calls
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class Emitter:
     Attributes:
         reduced: operand and position of each reduction computed so far; see `loops`.
         anchored: the accumulator for a `Load` with `anchor` set, by position; see `matmul_template`.
+        operations: how many a program executes for each element of a tile, by the axes of the tile.
     """
 
     def __init__(self, axes: Sequence[Axis], names: str = "") -> None:
@@ -77,8 +82,9 @@ class Emitter:
         self.anchored: dict[tuple[Load, Position], Operand] = {}
         self.outer = self.scope = Scope()
         self.looped = ""  # the variable of the current loop
+        self.operations: Counter[Axes] = Counter()
         self._varying: dict[str, Axes] = {}
-        self._count = 0
+        self._count = self._values = self._depth = 0
 
     # ---- names -------------------------------------------------------------------------------------------------------
 
@@ -86,6 +92,7 @@ class Emitter:
         """Assign `text` to a new name: in the current loop if it varies there, else before it."""
         name = f"{self.names}{prefix}{self._count}"
         self._count += 1
+        self.operations[axes] += LOAD if text.startswith("tl.load") else 1
         self._home(axes).lines.append(f"{name} = {text}")
         return Operand(name, axes)
 
@@ -129,13 +136,18 @@ class Emitter:
         """The elements of `tensor` at `position`; undefined where a condition does not hold.
 
         Raises:
-            Unsupported: a reduction at another position than the program's own row.
+            Unsupported: a reduction at another position than the program's own row; or too many values.
         """
         key = (tensor, position, conditions)
         for scope in (self.scope, self.outer):
             if key in scope.known:
                 return scope.known[key]
+        self._values += 1
+        self._depth += 1
+        if self._values > MAX_VALUES or self._depth > MAX_DEPTH:
+            raise Unsupported(f"a kernel of more than {MAX_VALUES} values, or {MAX_DEPTH} that need each other")
         found = self._value(tensor, position, conditions)
+        self._depth -= 1
         self._home(found.axes).known[key] = found
         return found
 

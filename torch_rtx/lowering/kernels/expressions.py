@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 
 UNARY = (
-    *("neg", "abs", "floor", "ceil", "trunc", "rint", "sqrt", "rsqrt"),
+    "neg",  # of floats
+    *("abs", "floor", "ceil", "trunc", "rint", "sqrt", "rsqrt"),
     *("exp", "exp2", "log", "log2", "log1p", "sin", "cos", "erf", "tanh", "sigmoid"),
     "to_bool",  # x != 0
     "cast",  # to the register dtype of `dtype`: no code where the value has it already
@@ -20,7 +21,9 @@ UNARY = (
 )
 BINARY = (
     *("add", "sub", "mul", "div", "and", "or", "xor", "shl", "shr", "eq", "ne", "lt", "le", "gt", "ge"),
+    "divide",  # f32, rounded once; `div` is a little less exact
     *("idiv", "irem"),  # of integers, rounded towards zero as in C; `irem` has the sign of the first operand
+    "fmod",  # of floats: exact, with the sign of the first operand
     *("minimum", "maximum"),  # NaN if an operand is NaN
     *("fmin", "fmax"),  # the other operand if one is NaN
     "cast_like",  # the first operand in the register dtype of the second one
@@ -88,8 +91,8 @@ def _functions(ops: str) -> Iterator[partial[Apply]]:
 
 
 absolute, sqrt, rsqrt, exp, exp2, log, log1p, log2 = _functions("abs sqrt rsqrt exp exp2 log log1p log2")
-erf, tanh, sigmoid, trunc, to_bool, where = _functions("erf tanh sigmoid trunc to_bool where")
-xor, eq, ne, idiv, irem, cast_like = _functions("xor eq ne idiv irem cast_like")
+erf, tanh, sigmoid, floor, trunc, to_bool, where = _functions("erf tanh sigmoid floor trunc to_bool where")
+xor, eq, ne, divide, idiv, irem, fmod, cast_like = _functions("xor eq ne divide idiv irem fmod cast_like")
 minimum, maximum, fmin, fmax = _functions("minimum maximum fmin fmax")
 
 

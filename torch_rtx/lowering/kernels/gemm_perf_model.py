@@ -123,8 +123,12 @@ def gemm_problem(region: Region, contraction: Contraction, arch: Arch, input_pre
 def _uncoalesced_loads(contraction: Contraction) -> int:
     """See `GemmProblem.uncoalesced_loads`."""
     k = variable(KB, from_dim(contraction.depth))
+    seen: set[tuple[Tensor, Position]] = set()  # what is read twice is loaded once
 
     def count(tensor: Tensor, position: Position) -> int:
+        if (tensor, position) in seen:
+            return 0
+        seen.add((tensor, position))
         match tensor:
             case Load():
                 address = linear(position, tensor.strides)

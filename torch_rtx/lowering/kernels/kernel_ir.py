@@ -254,16 +254,16 @@ def children(tensor: Tensor) -> tuple[Tensor, ...]:
 def everything(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
     """The nodes of the DAG below `tensors` in post-order: each once, operands first."""
     seen: set[Tensor] = set()
-
-    def visit(tensor: Tensor) -> Iterator[Tensor]:
-        if tensor not in seen:
-            seen.add(tensor)
-            for child in children(tensor):
-                yield from visit(child)
-            yield tensor
-
-    for tensor in tensors:
-        yield from visit(tensor)
+    for root in tensors:
+        found, path = root, list[tuple[Tensor, Iterator[Tensor]]]()  # nodes with the operands that are left to visit
+        while found not in seen or path:
+            if found not in seen:
+                seen.add(found)
+                path.append((found, iter(children(found))))
+            below = next((child for child in path[-1][1] if child not in seen), None)
+            found = path[-1][0] if below is None else below
+            if below is None:
+                yield path.pop()[0]
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from math import prod
 
 from torch_rtx.dtypes import register
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import Dim, TensorType
+from torch_rtx.ir import Dim, TensorType, dim_expr
 from torch_rtx.lowering.kernels.emit import Axis, Emitter, Operand, indent
 from torch_rtx.lowering.kernels.index import (
     Index,
@@ -48,6 +49,7 @@ X, R = "X", "R"
 PERSISTENT = 8192  # elements of the longest row that is held in registers
 TILE = 1024  # elements of a default tile
 TYPICAL_PROCESSORS = 132
+UNKNOWN = 1 << 14  # elements of a row of symbolic size
 COMBINE = """
 
 @triton.jit
@@ -192,6 +194,22 @@ def loop_kernel(region: Region, name: str, config: LoopConfig | None = None) -> 
     )
     programs = blocks(writer.count, writer.config.rows)
     return assemble(region, name, lines, programs, writer.config.num_warps, 2 if writer.is_looped else 1, functions)
+
+
+def loop_operations(region: Region) -> tuple[int, Dim]:
+    """How many operations the kernel that computes `region` executes for a tile, and how many tiles there are: a long
+    row has several, which a split form computes side by side.
+
+    Raises:
+        Unsupported: see `loop_kernel`.
+    """
+    config = _best_config(region)
+    writer = _Writer(region, config)
+    writer.write()
+    tile = {X: config.rows, R: config.elements}
+    each = (count * prod(tile[axis] for axis in axes) for axes, count in writer.emitter.operations.items())
+    steps = -(-(writer.rows.size.number or UNKNOWN) // config.elements) if writer.is_looped else 1
+    return sum(each), dim_expr("*", steps, blocks(writer.count, config.rows))
 
 
 class _Writer:

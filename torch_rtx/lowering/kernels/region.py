@@ -142,8 +142,13 @@ def reductions_of(outputs: tuple[Tensor, ...]) -> list[Reduce]:
 
 def needed(tensor: Tensor) -> Iterator[Reduce]:
     """The nearest reductions that `tensor` depends on."""
-    for child in children(tensor):
-        if isinstance(child, Reduce):
-            yield child
-        else:
-            yield from needed(child)
+    seen: set[Tensor] = set()
+    left = [tensor]
+    while left:
+        for child in children(left.pop()):
+            if child not in seen:
+                seen.add(child)
+                if isinstance(child, Reduce):
+                    yield child
+                else:
+                    left.append(child)

@@ -12,6 +12,7 @@ from torch_rtx.lowering.kernels.region import Region
 
 MIN_BLOCK = 16  # of a dimension of `tl.dot`
 HEADER = "import triton\nimport triton.language as tl\n"
+LIBDEVICE = "from triton.language.extra import libdevice\n"  # NVIDIA's mathematical functions
 
 
 def assemble(
@@ -36,9 +37,10 @@ def assemble(
     names = [value.name for value in body.inputs] + [f"out{i}" for i in range(len(region.outputs))] + [*body.syms]
     head = f"\n\n@triton.jit\ndef {name}({', '.join(names)}):\n"
     types = [value.type for value in body.inputs] + list(region.types)
+    text = functions + head + "\n".join(indent(lines)) + "\n"
     return Kernel(
         name,
-        HEADER + functions + head + "\n".join(indent(lines)) + "\n",
+        HEADER + (LIBDEVICE if "libdevice." in text else "") + text,
         tuple(type_.dtype for type_ in types if isinstance(type_, TensorType)),
         tuple(body.syms.values()),
         (programs, 1, 1),

@@ -18,6 +18,7 @@ from torch_rtx.ir import Attr, Dim, Node, TensorType, Value, contiguous, dim_exp
 from torch_rtx.lowering.kernels.attention import Attention
 from torch_rtx.lowering.kernels.body_builder import BodyBuilder, Values, argument, type_of
 from torch_rtx.lowering.kernels.gemm_perf_model import BARRIER_US, LATENCY_US, LAUNCH_US, NUM_SPLITS, typical
+from torch_rtx.op_work import ATTENTION
 from torch_rtx.targets import Arch
 
 ATTENTION_PARTIAL = "torch_rtx.attention_partial.default"
@@ -62,6 +63,8 @@ def split_attention(body: BodyBuilder, anchor: Node, splits: int) -> Values:
     rank, keys = len(type_of(query).shape), type_of(key).shape[-2]
     if anchor.arg("is_causal") or rank < 3 or any(len(type_of(one).shape) != rank for one in (key, value)):
         raise Unsupported("split attention that is causal, without heads, or with operands of different rank")
+    if anchor.arg("fill") is not None:
+        raise Unsupported("split attention to all keys, those that are hidden too")
     size = dim_expr("//", dim_expr("+", keys, splits - 1), splits)
     padding = dim_expr("+", dim_expr("*", splits, size), dim_expr("*", -1, keys))
     mask = _mask(body, anchor, keys, padding)
@@ -142,7 +145,7 @@ def combine_attention(body: BodyBuilder, anchor: Node, partials: Values) -> Valu
     weighted, total = ranges[0]
     for one, other in ranges[1:]:
         weighted, total = body.add(weighted, one), body.add(total, other)
-    # Rows without a visible key are 0, as in PyTorch.
-    none = body.call("eq.Scalar", replace(type_of(total), dtype="bool"), self=total, other=0)
-    total = body.pointwise("masked_fill.Scalar", total, mask=none, value=1.0)
+    if anchor.op != ATTENTION:  # rows without a visible key are 0
+        none = body.call("eq.Scalar", replace(type_of(total), dtype="bool"), self=total, other=0)
+        total = body.pointwise("masked_fill.Scalar", total, mask=none, value=1.0)
     return body.reshape(body.pointwise("div.Tensor", weighted, other=total), type_of(result).shape)

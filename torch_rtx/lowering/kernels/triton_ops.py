@@ -9,7 +9,7 @@ from torch_rtx.dtypes import DTYPES, register
 from torch_rtx.lowering.kernels.expressions import Apply, Arg, Expression, Literal, operations
 
 # How tightly a text holds together, as in Python; an operand that is looser than its place gets parentheses.
-COMPARE, OR, XOR, AND, SHIFT, SUM, PRODUCT, SIGN, ATOM = range(9)
+COMPARE, OR, XOR, AND, SHIFT, SUM, PRODUCT, ATOM = range(8)
 
 
 @dataclass(frozen=True)
@@ -41,15 +41,16 @@ def _call(name: str, arity: int = 1, more: str = "", expensive: bool = False) ->
 
 _NAN = ", propagate_nan=tl.PropagateNan.ALL"
 _TANH_SMALL = "{0} * (1.0 + {0} * {0} * (-0.3333333333333333 + {0} * {0} * 0.13333333333333333))"
-# Half to even. x + 0.5 may be rounded to another integer; x - floor(x) never is to the other side of one half.
-_UP = "({0} - tl.floor({0}) > 0.5) | (({0} - tl.floor({0}) == 0.5) & (tl.floor({0}) != 2.0 * tl.floor(0.5 * {0})))"
 # Kahan's: exact where 1 + x is rounded.
 _LOG1P = 'tl.where((1.0 + {0} == 1.0) | ({0} == float("inf")), {0}, tl.log(1.0 + {0}) * ({0} / ((1.0 + {0}) - 1.0)))'
+_RINT = "libdevice.rint({0})"
 CODES = {
     "add": _infix("+", SUM),
     "sub": _infix("-", SUM),
     "mul": _infix("*", PRODUCT),
     "div": _infix("/", PRODUCT),
+    "divide": _call("div_rn", 2),
+    "fmod": Code("libdevice.fmod({0}, {1})", operands=(COMPARE, COMPARE)),
     "idiv": _infix("//", PRODUCT),  # Triton's division of integers is C's
     "irem": _infix("%", PRODUCT),
     "and": _infix("&", AND),
@@ -63,13 +64,16 @@ CODES = {
     "le": _infix("<=", COMPARE),
     "gt": _infix(">", COMPARE),
     "ge": _infix(">=", COMPARE),
-    "neg": Code("-{0}", SIGN, (SIGN,)),
-    **{name: _call(name) for name in ("abs", "floor", "ceil", "sqrt", "rsqrt", "exp", "exp2", "sigmoid")},
+    "neg": Code("{0} * -1.0", PRODUCT, (PRODUCT,)),  # Triton's -x is 0 - x, so that -0 would be 0
+    **{name: _call(name) for name in ("abs", "sqrt", "rsqrt", "exp", "exp2", "sigmoid")},
     **{name: _call(name, expensive=True) for name in ("log", "log2", "sin", "cos", "erf")},
     "log1p": Code(_LOG1P, expensive=True),
     "tanh": Code(f"tl.where(tl.abs({{0}}) < 0.04, {_TANH_SMALL}, 2.0 * tl.sigmoid(2.0 * {{0}}) - 1.0)"),
     "trunc": Code("tl.where({0} < 0, tl.ceil({0}), tl.floor({0}))"),
-    "rint": Code(f"tl.floor({{0}}) + tl.where({_UP}, 1.0, 0.0)", SUM),
+    "rint": Code(_RINT, operands=(COMPARE,)),
+    # Triton's functions take subnormal numbers for 0.
+    "floor": Code(f"tl.where({_RINT} > {{0}}, {_RINT} - 1.0, {_RINT})"),
+    "ceil": Code(f"tl.where({_RINT} < {{0}}, {_RINT} + 1.0, {_RINT})"),
     "minimum": _call("minimum", 2, _NAN),
     "maximum": _call("maximum", 2, _NAN),
     "fmin": _call("minimum", 2),
@@ -106,7 +110,9 @@ def _written(expression: Expression, dtypes: Sequence[str]) -> tuple[str, int]:
 
 
 def literal(value: float) -> str:
-    """A Python number as Triton reads it."""
+    """A Python number as Triton reads it; of zeros it reads no sign."""
+    if str(value) == "-0.0":
+        return "(-1.0 * tl.full((), 0.0, tl.float32))"
     return str(value) if abs(value) < float("inf") else f'float("{value}")'
 
 

@@ -1,24 +1,31 @@
-"""Raises attention written as matmuls around a softmax to `scaled_dot_product_attention`, which has kernels.
+"""Raises attention written as matmuls around a softmax to one call, which has kernels.
 
     softmax(q k^T * scale + mask) v, with any of: masks that are added or filled in, a cast to f32 around the softmax,
     leading dimensions merged by views for `bmm`
 
-The raised call rounds fewer times. For a query whose keys are all masked by minus infinity it returns 0, the model NaN.
-Any fill value of at most -1e4 makes the weight of a masked key 0. Its exact value matters only for a query whose keys
-are all masked, which attends to all keys equally: the raised call preserves that.
+The raised call rounds fewer times. It is `scaled_dot_product_attention` where that gives the same: masks hide keys, and
+leave one to each query. Otherwise it is `torch_rtx.attention`, by which a query that sees no key is NaN, and keys that
+are filled with a number still count, where a query has no higher scores.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass, field
+from functools import cached_property, reduce
 
+import torch
+
+from torch_rtx import aten
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import MAIN, Attr, Dim, Graph, Node, TensorType, Value, contiguous
+from torch_rtx.ir import Attr, Dim, Graph, Node, TensorType, Value, contiguous
 from torch_rtx.lowering.constants import Constants
 from torch_rtx.lowering.infer import Inference
-from torch_rtx.lowering.passes.simplify_masks import ATTENTION, visible_keys
+from torch_rtx.lowering.kernels.kernel_ir import ONE, ZERO
+from torch_rtx.lowering.positions import Positions
 from torch_rtx.lowering.rewrite import Rewriter, returned, rewrite, users
+from torch_rtx.op_work import ATTENTION, SDPA
 
 PRODUCTS = {
     "aten.matmul.default": ("self", "other"),
@@ -27,8 +34,6 @@ PRODUCTS = {
 }
 SOFTMAX = ("aten.softmax.int", "aten._softmax.default")
 COPIES = ("aten._to_copy.default", "aten.clone.default", "aten.view.default", "aten._unsafe_view.default")
-MAX_FILL = -1e4  # largest number that masks a key
-MIN_FINITE = {"f32": -3.4028234663852886e38, "bf16": -3.3895313892515355e38}
 
 
 @dataclass
@@ -46,11 +51,26 @@ class _Match:
 
 @dataclass(frozen=True)
 class _Fill:
-    """A fill of scores by `number` where the mask is True (with `keeps`: False)."""
+    """A fill of scores of `dtype` by `number` where the mask is True (with `keeps`: False)."""
 
     mask: Value
     keeps: bool
     number: float
+    dtype: str
+
+
+@dataclass(frozen=True)
+class _Mask:
+    """All masks of an attention as one.
+
+    Attributes:
+        fill: what a boolean mask makes of the scores that it hides; None: minus infinity.
+        hides: the mask leaves a key to each query, and no visible score can be below those that are hidden.
+    """
+
+    value: Value
+    fill: float | None
+    hides: bool
 
 
 def raise_attention(graph: Graph, infer: Inference) -> Graph:
@@ -63,7 +83,7 @@ def raise_attention(graph: Graph, infer: Inference) -> Graph:
             return False
         before = len(rewriter.nodes)
         try:
-            rewriter.replace(node.outputs[0], _emit(found, node, matcher.constants, rewriter))
+            rewriter.replace(node.outputs[0], _emit(found, node, matcher, rewriter))
         except Unsupported:
             del rewriter.nodes[before:]
             return False
@@ -76,7 +96,7 @@ class _Matcher:
     """Matches attention backward from its last matmul."""
 
     def __init__(self, graph: Graph) -> None:
-        self.constants = Constants(graph)
+        self.graph, self.constants = graph, Constants(graph)
         self.users, self.returned = users(graph), returned(graph)
 
     def producer(self, value: Attr) -> Node | None:
@@ -153,9 +173,10 @@ class _Matcher:
         elif node.op in ("aten.masked_fill.Scalar", "aten.masked_fill.Tensor", "aten.where.self"):
             keeps = node.op == "aten.where.self"
             mask = node.arg("condition" if keeps else "mask")
-            number = self._number(node.arg("other" if keeps else "value"))
-            if isinstance(mask, Value) and number is not None and number <= MAX_FILL and not found.added:
-                found.filled.append(_Fill(mask, keeps, number))
+            number, dtype = self._number(node.arg("other" if keeps else "value")), _type(node.outputs[0]).dtype
+            if isinstance(mask, Value) and number is not None and number < math.inf and not found.added:
+                held = float(torch.tensor(number, dtype=torch.float64).to(aten.DTYPES[dtype]))
+                found.filled.append(_Fill(mask, keeps, held, dtype))
                 return node.arg("self")
         return None
 
@@ -198,6 +219,25 @@ class _Matcher:
         known = self.constants.find(attr)
         return float(known) if known is not None and known.numel() == 1 else None
 
+    # ---- what masks leave --------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _positions(self) -> Positions:
+        return Positions(self.graph)
+
+    def leaves_a_key(self, found: _Match) -> bool:
+        """Each query provably sees a key, whatever the inputs: one that is not minus infinity."""
+        known = [self.constants.find(mask) for mask in (*found.added, *(fill.mask for fill in found.filled))]
+        visible: list[torch.Tensor] = []
+        for mask, fill in zip(known, (*[None] * len(found.added), *found.filled), strict=True):
+            if mask is not None:
+                visible.append(torch.atleast_1d(mask > -torch.inf if fill is None else mask == fill.keeps))
+            elif fill is None or self._positions.row_start(fill.mask) != (ONE if fill.keeps else ZERO):
+                return False
+        if len(visible) < len(known):  # the others show the first key
+            visible = [mask[..., :1] for mask in visible]
+        return not visible or bool(reduce(operator.and_, visible).any(-1).all())
+
 
 def _type(value: Value | None) -> TensorType:
     if value is None or not isinstance(value.type, TensorType):
@@ -213,15 +253,15 @@ def _is_float(value: Value) -> bool:
     return _type(value).dtype in ("f64", "f32", "f16", "bf16")
 
 
-def _emit(found: _Match, last: Node, constants: Constants, rewriter: Rewriter) -> Attr:
+def _emit(found: _Match, last: Node, matcher: _Matcher, rewriter: Rewriter) -> Attr:
     """Emit the call with the leading dimensions of its masks, and view its result in the shape of the last matmul."""
 
     def emit(op: str, /, **args: Attr) -> Value:
         return rewriter.emit(f"aten.{op}", last.loc, **args)
 
     result = last.outputs[0]
-    mask = _mask(found, constants, rewriter, last)
-    key, rank = constants.producer.get(found.key.name), len(_shape(found.key))
+    mask = _mask(found, matcher, rewriter, last)
+    key, rank = matcher.constants.producer.get(found.key.name), len(_shape(found.key))
     if key is not None and key.op == "aten.transpose.int" and _axes(key, rank) == {rank - 2, rank - 1}:
         keys = _current(key.inputs[0], rewriter)
     else:
@@ -231,10 +271,13 @@ def _emit(found: _Match, last: Node, constants: Constants, rewriter: Rewriter) -
     if lead is not None and lead != _shape(found.query)[:-2]:
         operands = [emit("view.default", self=v, size=(*lead, *_shape(v)[-2:])) for v in operands]
     names = ("query", "key", "value", "attn_mask")
-    given = dict(zip(names, [*operands, *([] if mask is None else [mask])], strict=False))
+    given: dict[str, Attr] = dict(zip(names, [*operands, *([] if mask is None else [mask.value])], strict=False))
+    given["scale"] = found.scale
+    if mask is not None and not mask.hides and mask.fill is not None:
+        given["fill"] = mask.fill
     shape = (*_shape(operands[0])[:-1], _shape(operands[2])[-1])
     type_ = TensorType(_type(found.query).dtype, shape, contiguous(shape), _type(found.query).device)
-    output = rewriter.emit(ATTENTION, last.loc, (type_,), **given, scale=found.scale)
+    output = rewriter.emit(SDPA if mask is None or mask.hides else ATTENTION, last.loc, (type_,), **given)
     if shape != _shape(result):
         output = emit("view.default", self=output, size=_shape(result))
     if output.type != _type(result):
@@ -252,30 +295,30 @@ def _axes(node: Node, rank: int) -> set[int]:
     return {axis % rank for name in ("dim0", "dim1") if isinstance(axis := node.arg(name), int)}
 
 
-def _mask(found: _Match, constants: Constants, rewriter: Rewriter, last: Node) -> Value | None:
-    """Combine all masks: into a boolean one for fills if every query sees a key, else into an additive one."""
+def _mask(found: _Match, matcher: _Matcher, rewriter: Rewriter, last: Node) -> _Mask | None:
+    """Combine all masks, those of fills into a boolean one."""
 
     def emit(op: str, /, **args: Attr) -> Value:
         return rewriter.emit(f"aten.{op}", last.loc, **args)
 
-    dtype = _type(found.query).dtype
-    if any(_type(mask).dtype != dtype for mask in found.added) or (found.added and found.filled):
-        raise Unsupported("masks of other dtypes, or of both kinds")
+    dtype, numbers = _type(found.query).dtype, {fill.number for fill in found.filled}
+    if any(_type(mask).dtype != dtype for mask in found.added) or (found.added and found.filled) or len(numbers) > 1:
+        raise Unsupported("masks of other dtypes, of both kinds, or filled with different numbers")
     total: Value | None = None
     for mask in found.added:
         term = _current(mask, rewriter)
         total = term if total is None else emit("add.Tensor", self=total, other=term)
+    hides = matcher.leaves_a_key(found)
     for fill in found.filled:
         keep = _current(fill.mask, rewriter)
-        known = constants.find(fill.mask)
-        each_row_keeps_a_key = known is not None and bool((visible_keys(known) == fill.keeps).any(-1).all())
-        if math.isinf(fill.number) or (each_row_keeps_a_key and len(found.filled) == 1):
-            keep = keep if fill.keeps else emit("logical_not.default", self=keep)
-            total = keep if total is None else emit("bitwise_and.Tensor", self=total, other=keep)
-            continue
-        if dtype not in MIN_FINITE or len(found.filled) > 1:
-            raise Unsupported("a fully masked row would not be the mean over all keys")
-        numbers = [emit("scalar_tensor.default", s=s, dtype=dtype, device=MAIN) for s in (0.0, MIN_FINITE[dtype])]
-        first, second = numbers if fill.keeps else numbers[::-1]
-        total = emit("where.self", condition=keep, self=first, other=second)
-    return total
+        keep = keep if fill.keeps else emit("logical_not.default", self=keep)
+        total = keep if total is None else emit("bitwise_and.Tensor", self=total, other=keep)
+        hides = hides and fill.number <= max(_lowest(fill.dtype), _lowest(dtype) * max(1.0, abs(found.scale)))
+    if total is None:
+        return None
+    return _Mask(total, next((number for number in numbers if math.isfinite(number)), None), hides)
+
+
+def _lowest(dtype: str) -> float:
+    """The smallest finite number of a dtype."""
+    return torch.finfo(aten.DTYPES[dtype]).min

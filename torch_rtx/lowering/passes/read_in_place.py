@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from torch_rtx.ir import Attr, Dim, Graph, Node, TensorType, Value, dim_expr
 from torch_rtx.lowering.infer import Inference
-from torch_rtx.lowering.passes.simplify_masks import ATTENTION
 from torch_rtx.lowering.rewrite import Rewriter, rewrite
+from torch_rtx.op_work import ATTENTION, SDPA
 
 CLONE = "aten.clone.default"
 RESHAPES = ("aten.view.default", "aten._unsafe_view.default")
@@ -45,7 +45,7 @@ def read_in_place(graph: Graph, infer: Inference) -> Graph:
         return heads if flat == (shape[0], dim_expr("*", *repeated[1:3]), *shape[2:]) else None
 
     def visit(node: Node, rewriter: Rewriter) -> bool:
-        if node.op != ATTENTION:
+        if node.op not in (SDPA, ATTENTION):
             return False
         operands = {name: skip_copies(node.arg(name)) for name in ("query", "key", "value")}
         shared = {name: skip_copies(key_value_heads(operands[name])) for name in ("key", "value")}

@@ -1,4 +1,8 @@
-"""Removes no-ops: aliases, views and casts to the same type, and copies of values that do not escape."""
+"""Removes no-ops: aliases, views and casts to the same type, and copies of values that do not escape.
+
+Softmax of halves with a float result has one form for CUDA alone, which takes no other dtypes: it becomes the call that
+names the dtype, and has the same meaning everywhere.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from torch_rtx.lowering.rewrite import COPIES, Rewriter, escaping, returned, rew
 
 ALIASES = frozenset(f"aten.{name}.default" for name in ("alias", "detach", "lift_fresh", "view", "expand", "permute"))
 COPY_AS = "aten.copy.default"  # `src` in the type of `self`, whose elements it does not read
+HALF_TO_FLOAT = {"aten._softmax.default": "aten.softmax.int", "aten._log_softmax.default": "aten.log_softmax.int"}
 SAME_TYPE = ALIASES | COPIES | {COPY_AS, "aten.slice.Tensor", "aten.squeeze.dims", "aten.transpose.int"}
 
 
@@ -24,6 +29,10 @@ def simplify(graph: Graph, infer: Inference) -> Graph:
         if not isinstance(current, Value):
             return False
         output = node.outputs[0]
+        if node.op in HALF_TO_FLOAT and node.arg("half_to_float") is True:
+            args = ("self", current), ("dim", node.arg("dim")), ("dtype", "f32")
+            rewriter.nodes.append(Node("op", HALF_TO_FLOAT[node.op], args, node.outputs, None, node.loc))
+            return True
         kept = escapes if node.op in (*COPIES, COPY_AS) else results  # the caller gets a tensor of its own
         if output.name not in kept and _is_identity(node, current):
             rewriter.replace(output, current)

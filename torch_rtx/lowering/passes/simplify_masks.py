@@ -15,8 +15,8 @@ from torch_rtx.lowering.kernels.index import from_dim, product, ravel
 from torch_rtx.lowering.kernels.kernel_ir import ONE
 from torch_rtx.lowering.positions import AtLeastZero, Positions
 from torch_rtx.lowering.rewrite import Rewriter, escaping, rewrite
+from torch_rtx.op_work import ATTENTION, SDPA
 
-ATTENTION = "aten.scaled_dot_product_attention.default"
 CONJUNCTIONS = ("aten.bitwise_and.Tensor", "aten.logical_and.default")
 
 
@@ -29,22 +29,24 @@ def simplify_masks(graph: Graph, infer: Inference) -> Graph:
             aliased = any(value is not None and value.name in escapes for value in (*node.inputs, *node.outputs))
             return not aliased and _as_view(node, constants, positions, rewriter)
         mask = node.arg("attn_mask")
-        if node.op != ATTENTION or not isinstance(mask, Value) or node.arg("is_causal"):
+        if node.op not in (SDPA, ATTENTION) or not isinstance(mask, Value) or node.arg("is_causal"):
             return False
-        needed = _needed(mask, constants, positions)
+        needed, op = _needed(mask, constants, positions), node.op
         args: dict[str, Attr] = dict(node.args)
         if needed is None:
             del args["attn_mask"]
-        elif _is_causal(needed, _scores(node), constants, positions):
+            args.pop("fill", None)
+            op = SDPA
+        elif op == SDPA and _is_causal(needed, _scores(node), constants, positions):
             del args["attn_mask"]
             args["is_causal"] = True
         elif needed is not mask and len(needed.type.shape) >= 2:  # type: ignore[union-attr]  # a tensor, like `mask`
             args["attn_mask"] = needed
         else:
             return False
-        order = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+        order = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "fill", "enable_gqa")
         pairs = tuple((name, args[name]) for name in order if name in args)
-        rewriter.keep(Node("op", node.op, pairs, node.outputs, None, node.loc))
+        rewriter.keep(Node("op", op, pairs, node.outputs, None, node.loc))
         return True
 
     return rewrite(graph, infer, visit)

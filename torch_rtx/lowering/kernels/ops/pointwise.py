@@ -19,11 +19,14 @@ from torch_rtx.lowering.kernels.expressions import (
     absolute,
     apply,
     cast_like,
+    divide,
     eq,
     erf,
     exp,
     exp2,
+    floor,
     fmin,
+    fmod,
     idiv,
     irem,
     log,
@@ -161,8 +164,8 @@ def expm1(self: Tensor, *, out: Types) -> Tensor:
 
 @op("relu.default")
 def relu(self: Tensor, *, out: Types) -> Tensor:
-    """max(x, 0); NaN stays NaN."""
-    return compute(where(A < 0, 0, A), out, self)
+    """max(x, 0); NaN stays NaN, and -0 becomes 0."""
+    return compute(where(A <= 0, 0, A), out, self)
 
 
 @op("relu6.default")
@@ -253,27 +256,36 @@ def div_mode(self: Tensor, other: Operand, rounding_mode: str | None, *, out: Ty
     if out[0].dtype in ("f16", "bf16"):
         raise Unsupported("a rounded quotient in half precision, which is rounded twice")
     if out[0].dtype in FLOATS:
-        down = where(eq(B, 0), A / B, (A - C) / B - apply("cast", _other_sign(C, C, B), dtype="f64"))
-        # "trunc": of a quotient that is rounded, as PyTorch does
-        quotient = trunc(apply("cast", A / B, dtype=out[0].dtype)) if rounding_mode == "trunc" else down
-        return cast(pointwise(quotient, "f64", *_wide(out, self, other)), out[0].dtype)
+        return _rounded_quotient(rounding_mode, out, self, other)
     if rounding_mode == "trunc":
         return compute(idiv(A, B), out, self, other)
     return compute(idiv(A, B) - cast_like(_other_sign(irem(A, B), A, B), A), out, self, other)
 
 
-def _wide(out: Types, self: Tensor, other: Operand) -> tuple[Tensor, Tensor, Tensor]:
-    """The operands of a rounded quotient and what is left of it, of the sign of the first one: in f64, where it is
-    exact for all floats of 32 bits whose quotient has less than 29. In f32, 5 / 0.1 is 50, with nothing left."""
-    if out[0].dtype == "f64":
-        raise Unsupported("a rounded quotient in f64, of which nothing wider says what is left")
-    if isinstance(other, float) and out[0].dtype in ("f16", "bf16") and not _exact(other, out[0].dtype):
-        raise Unsupported(f"what {out[0].dtype} leaves of a division by {other!r}, which is rounded first")
-    given = (tensor(one, register(out[0].dtype)) for one in (self, other))
-    first, second = (cast(pointwise(A, t.dtype, t) if isinstance(t, Const) else t, "f64") for t in given)
-    # The first case: a finite number, divided by an infinite one.
-    rest = where(absolute(A) < absolute(B), A, A - trunc(A / B) * B)
-    return first, second, pointwise(rest, "f64", first, second)
+def _rounded_quotient(mode: str, out: Types, self: Tensor, other: Operand) -> Tensor:
+    """By the steps of PyTorch's own kernel, which round where these do. The sign of a zero is that of the quotient."""
+    dtype = out[0].dtype
+    first, second, rest = _divided(out, self, other)
+    over = divide(A, B) if dtype == "f32" else A / B
+    quotient = compute(over, out, first, second)
+    if mode == "trunc":
+        return compute(trunc(A), out, quotient)
+    whole = compute(over, out, compute(A - B, out, first, rest), second)
+    whole = compute(A - apply("cast", _other_sign(B, B, C), dtype=dtype), out, whole, rest, second)
+    nearest = compute(floor(A) + apply("cast", A - floor(A) > 0.5, dtype=dtype), out, whole)
+    return compute(where(eq(B, 0), C, where(eq(A, 0), 0.0 * C, D)), out, whole, second, quotient, nearest)
+
+
+def _divided(out: Types, self: Tensor, other: Operand) -> tuple[Tensor, Tensor, Tensor]:
+    """The operands of a division and what it leaves, exactly, with the sign of the first operand: by way of f64, since
+    the function for f32 takes subnormal numbers for 0."""
+    dtype = out[0].dtype
+    if isinstance(other, float) and dtype in ("f16", "bf16") and not _exact(other, dtype):
+        raise Unsupported(f"what {dtype} leaves of a division by {other!r}, which is rounded first")
+    given = (tensor(one, register(dtype)) for one in (self, other))
+    first, second = (pointwise(A, t.dtype, t) if isinstance(t, Const) else t for t in given)
+    rest = pointwise(fmod(A, B), "f64", cast(first, "f64"), cast(second, "f64"))
+    return first, second, cast(rest, register(dtype))
 
 
 @op("floor_divide.default")
@@ -282,19 +294,27 @@ def floor_divide(self: Tensor, other: Operand, *, out: Types) -> Tensor:
     return div_mode(self, other, "floor", out=out)
 
 
+@op("fmod.Tensor", "fmod.Scalar")
+def fmod_(self: Tensor, other: Operand, *, out: Types) -> Tensor:
+    """The remainder with the sign of self."""
+    if out[0].dtype in FLOATS:
+        return cast(_divided(out, self, other)[2], out[0].dtype)
+    return compute(irem(A, B), out, self, other)
+
+
 @op("remainder.Tensor", "remainder.Scalar")
 def remainder(self: Tensor, other: Operand, *, out: Types) -> Tensor:
     """The remainder with the sign of the divisor."""
     if out[0].dtype in FLOATS:
-        found = pointwise(where(_other_sign(C, C, B), C + B, C), "f64", *_wide(out, self, other))
-        return cast(found, out[0].dtype)
+        _, second, rest = _divided(out, self, other)
+        return compute(where(_other_sign(A, A, B), A + B, A), out, rest, second)
     return compute(where(_other_sign(A, A, B), A + B, A), out, compute(irem(A, B), out, self, other), other)
 
 
 @op("neg.default")
 def neg(self: Tensor, *, out: Types) -> Tensor:
     """-x."""
-    return compute(-A, out, self)
+    return compute(-A if out[0].dtype in FLOATS else 0 - A, out, self)
 
 
 @op("abs.default")
@@ -372,13 +392,18 @@ def minimum_(self: Tensor, other: Operand, *, out: Types) -> Tensor:
 
 @op("clamp.default", "clamp.Tensor")
 def clamp(self: Tensor, min: Operand | None = None, max: Operand | None = None, *, out: Types) -> Tensor:
-    """x limited from below and above; NaN stays NaN, and as a limit makes NaN."""
+    """x limited from below and above; NaN stays NaN, and as a limit makes NaN. Of two zeros -0 is the smaller one."""
     if any(isinstance(limit, Tensor) or limit != limit for limit in (min, max)):
         above = self if min is None else maximum_(self, min, out=out)
         return above if max is None else minimum_(above, max, out=out)
     if min is not None:
-        self = compute(where(A < B, B, A), out, self, min)
-    return self if max is None else compute(where(A > B, B, A), out, self, max)
+        self = compute(where(A <= B if _is_zero(min, 1) else A < B, B, A), out, self, min)
+    return self if max is None else compute(where(A >= B if _is_zero(max, -1) else A > B, B, A), out, self, max)
+
+
+def _is_zero(number: Operand, sign: int) -> bool:
+    """Whether a number is the zero of this sign."""
+    return isinstance(number, int | float) and number == 0 and math.copysign(1, number) == sign
 
 
 @op("clamp_min.default", "clamp_min.Tensor")
