@@ -8,6 +8,7 @@ nodes: a call by name if the IR can express it, else a Python callable, which en
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -140,8 +141,7 @@ def _leaves(content: Any, like: Any) -> Iterator[Any]:
 def unique_name(name: str, taken: Container[str]) -> str:
     """A valid name that is not in `taken`: `name` itself, if possible."""
     name = "".join(c if c.isalnum() and c.isascii() else "_" for c in name)
-    # Dims of this graph may have names such as `s0`, `u0`, `d0`.
-    base = name if is_name(name) and not (name[0] in "suzd" and name[-1].isdigit()) else f"x_{name}"
+    base = name if is_name(name) and not re.fullmatch(r"[sd]\d+", name) else f"x_{name}"  # dims: see `Symbols`
     unique, count = base, 1
     while unique in taken:
         unique, count = f"{base}_{count}", count + 1
