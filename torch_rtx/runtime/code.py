@@ -43,6 +43,11 @@ from torch_rtx.targets import ALIGNMENT
 Runner = Callable[[Sequence[Any], Sequence[torch.Tensor]], list[Any]]
 
 
+class Owned(list[Any]):
+    """Inputs that nothing but their call needs: the code empties the list as soon as each input has a name, so that it
+    frees a tensor after its last use. Activations of a training step are such."""
+
+
 @dataclass(frozen=True, eq=False)
 class Code:
     """The code of a graph; call it, or `run`, with inputs and weights.
@@ -177,6 +182,8 @@ class _Writer:
         for source, values in (("_inputs", graph.inputs), ("_weights", [w.value for w in graph.weights])):
             if values:
                 self.lines.append(f"{', '.join(v.name for v in values)}, = {source}")
+        if graph.inputs:
+            self.lines.append(f"if type(_inputs) is {self.name_of('owned', Owned)}: _inputs.clear()")
         self.bind(graph.inputs)
         self.plan = Plan(graph, self.trusted_ops, frozenset(self.bound))
         self.offsets = self.arena()
