@@ -13,16 +13,17 @@ from typing import Any
 
 import torch
 
-from torch_rtx import dtypes
+from torch_rtx import dtypes, host_ops
 from torch_rtx.errors import InvalidIR, Unsupported
 from torch_rtx.ir import MAIN, Attr
 from torch_rtx.optable import ALLOWED
 
 __all__ = [
     *("ALLOWED", "DTYPES", "MAY_ALIAS", "OUT", "STRIDED"),
-    *("dtype_name", "is_random", "is_view", "out_of", "overload", "schema", "to_torch"),
+    *("dtype_name", "is_random", "is_view", "number_op", "out_of", "overload", "schema", "to_torch"),
 ]
 
+number_op = host_ops.number_op
 DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, dtype.torch) for name, dtype in dtypes.DTYPES.items() if hasattr(torch, dtype.torch)
 }

@@ -1,4 +1,4 @@
-"""The allow-list: every overload that an engine may call, of ATen but for INTERNAL. To allow an op is to add its name.
+"""The allow-list: every overload that an engine may call, of ATen but for INTERNAL and NUMBERS. To allow one, add it.
 
 All are functional except those under the last heading. The headings are for the reader; the code asks the op's own
 schema and tags.
@@ -145,6 +145,17 @@ rrelu_with_noise_functional.default scaled_dot_product_attention.default
 copy_.default index_copy_.default index_put_.default scatter_.src scatter_.value
 """
 INTERNAL = frozenset(("torch_rtx.attention_partial.default",))  # calls inside of kernels, which `aten` defines
-ALLOWED: frozenset[str] = INTERNAL | {
-    f"aten.{name}" for line in _NAMES.splitlines() if not line.startswith("#") for name in line.split()
-}
+NUMBERS = frozenset(  # Python's arithmetic on numbers of the host, which `host_ops` defines
+    f"torch_rtx.{name}.default"
+    for name in (
+        *("abs", "neg", "pos", "ceil", "floor", "trunc", "round", "sym_float", "sym_int", "sym_not", "sym_ite"),
+        *("sqrt", "log2", "sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh"),
+        *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "sym_min", "sym_max"),
+        *("eq", "ne", "lt", "le", "gt", "ge", "and_", "or_", "xor", "lshift", "rshift"),
+    )
+)
+ALLOWED: frozenset[str] = (
+    INTERNAL
+    | NUMBERS
+    | {f"aten.{name}" for line in _NAMES.splitlines() if not line.startswith("#") for name in line.split()}
+)

@@ -16,7 +16,7 @@ from torch_rtx.backend.compiler import check_settings, device_of
 from torch_rtx.backend.partition import partition
 from torch_rtx.ir import Loc
 from torch_rtx.lowering.location import Locations
-from torch_rtx.lowering.support import unsupported_reason
+from torch_rtx.lowering.support import reasons
 from torch_rtx.lowering.symbols import Symbols
 from torch_rtx.settings import CompilationSettings
 
@@ -108,7 +108,7 @@ def explain(
 def report(gm: fx.GraphModule, settings: CompilationSettings, break_reason: str | None = None) -> GraphReport:
     """The partition of one functional ATen graph as a `GraphReport`."""
     symbols = Symbols(device_of(gm))
-    parts = partition(gm, lambda node: unsupported_reason(node, symbols), settings)
+    parts = partition(gm, reasons(gm, symbols), settings)
     locations = Locations()
     fallbacks = tuple(Fallback(str(node.target), why, locations.of(node)) for node, why in parts.fallbacks.items())
     return GraphReport(tuple(map(len, parts.blocks)), fallbacks, break_reason)

@@ -34,6 +34,7 @@ from torch_rtx.ir import (
     dim_syms,
     type_dims,
 )
+from torch_rtx.optable import NUMBERS
 from torch_rtx.runtime.inline import in_place, inline_kernels, launched
 from torch_rtx.runtime.launch import Launcher, LoadedTactic
 from torch_rtx.runtime.plan import Plan, aliases
@@ -282,7 +283,7 @@ class _Writer:
         left = [value.name if value is not None else "_" for value in node.outputs]
         single = node.op != "python" and _returns_one(aten.overload(node.op, self.trusted_ops))
         self.lines.append(f"{left[0]} = {call}" if single else f"{', '.join(left)}, = {call}")
-        if node.kind == "fallback":
+        if node.kind == "fallback" or node.op in NUMBERS:
             self.bind(node.outputs)
 
     def copies(self, run: Sequence[Node]) -> None:

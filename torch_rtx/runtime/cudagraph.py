@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from torch_rtx.ir import MAIN, Graph, ScalarType, TensorType, dim_syms, type_dims
+from torch_rtx.optable import NUMBERS
 from torch_rtx.runtime.admission import AdmissionPolicy
 from torch_rtx.runtime.captured import Captured, CaptureSpec, RunCode, capture
 from torch_rtx.runtime.code import Code
@@ -41,6 +42,9 @@ def why_not(graph: Graph) -> str | None:
         if isinstance(type_, TensorType) and type_.device != MAIN and type_.shape:
             return f"weight {', '.join(weight.names) or weight.value.name} is on {type_.device}"
     for node in graph.nodes:
+        if node.op in NUMBERS and node.kind == "extern":  # a function of sizes, which are those of the capture
+            known |= {sym.name for value in node.results for dim in type_dims(value.type) for sym in dim_syms(dim)}
+            continue
         for type_ in (value.type for value in node.outputs if value is not None):
             if isinstance(type_, ScalarType):
                 return f"the host needs the result of {node.op} ({node.loc})"
