@@ -20,6 +20,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from torch_rtx.backend.decompositions import DECOMPOSITIONS
 from torch_rtx.backend.fake_cuda import constants_on_cpu, install_cuda_guard
 from torch_rtx.backend.fast_path import FAST_PATH
 from torch_rtx.errors import CaptureError
@@ -164,7 +165,7 @@ def capture_training(
         fw_compiler=compiler_fw,
         bw_compiler=compiler_bw,
         partition_fn=min_cut_rematerialization_partition,
-        decompositions={},
+        decompositions=DECOMPOSITIONS,
         keep_inference_input_mutations=True,
     )
     return backend(gm, example_inputs)

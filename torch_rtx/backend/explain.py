@@ -15,6 +15,7 @@ from torch_rtx.backend.capture import capture
 from torch_rtx.backend.compiler import check_settings, device_of
 from torch_rtx.backend.partition import partition
 from torch_rtx.ir import Loc
+from torch_rtx.lowering.effects import drop_tokens
 from torch_rtx.lowering.location import Locations
 from torch_rtx.lowering.support import reasons
 from torch_rtx.lowering.symbols import Symbols
@@ -107,6 +108,7 @@ def explain(
 
 def report(gm: fx.GraphModule, settings: CompilationSettings, break_reason: str | None = None) -> GraphReport:
     """The partition of one functional ATen graph as a `GraphReport`."""
+    drop_tokens(gm)
     symbols = Symbols(device_of(gm))
     parts = partition(gm, reasons(gm, symbols), settings)
     locations = Locations()

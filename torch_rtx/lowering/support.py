@@ -51,7 +51,7 @@ def unsupported_reason(node: fx.Node, symbols: Symbols) -> str | None:
             _check_argument(argument)
     except Unsupported as error:
         return error.message
-    if not isinstance(outputs, torch.Tensor | tuple | list):
+    if op._schema.returns and not isinstance(outputs, torch.Tensor | tuple | list):
         return "its result is a number on the host"
     known = set().union(*map(unbacked, inputs), *(unbacked(n.meta.get("val")) for n in node.all_input_nodes))
     if any(unbacked(value) - known for value in _tensors(outputs)):

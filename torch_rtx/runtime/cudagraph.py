@@ -27,6 +27,7 @@ from torch_rtx.runtime.graphmemory import GraphMemory, shared_memory
 from torch_rtx.runtime.weights import WeightStore
 
 log = logging.getLogger(__name__)
+CHECKS = frozenset(("aten._linalg_check_errors.default",))  # calls that wait for the device and may raise
 # One capture at a time per process: the synchronization that begins a capture would break another one.
 _CAPTURING = threading.Lock()
 
@@ -45,6 +46,8 @@ def why_not(graph: Graph) -> str | None:
         if node.op in NUMBERS and node.kind == "extern":  # a function of sizes, which are those of the capture
             known |= {sym.name for value in node.results for dim in type_dims(value.type) for sym in dim_syms(dim)}
             continue
+        if node.op in CHECKS:
+            return f"the host waits for the result that {node.op} checks ({node.loc})"
         for type_ in (value.type for value in node.outputs if value is not None):
             if isinstance(type_, ScalarType):
                 return f"the host needs the result of {node.op} ({node.loc})"
