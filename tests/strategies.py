@@ -45,7 +45,7 @@ OPS = ["aten.add.Tensor", "aten.relu.default", "aten.view.default", "aten.linear
 
 def syms() -> st.SearchStrategy[tuple[Sym, ...]]:
     """Up to three symbols of different names; some have a typical value, a multiple like all of their values."""
-    ranges = st.tuples(st.integers(0, 9), st.none() | st.integers(9, 10**6), st.integers(1, 64), st.integers(0, 10**4))
+    ranges = st.tuples(st.integers(-9, 9), st.none() | st.integers(9, 10**6), st.integers(1, 64), st.integers(0, 10**4))
     entries = st.dictionaries(names.map(lambda name: f"s_{name}"), ranges, max_size=3)
     return entries.map(lambda found: tuple(_sym(name, *fields) for name, fields in found.items()))
 

@@ -14,16 +14,29 @@ from typing import Any
 
 import torch
 
-from torch_rtx import dtypes
+from torch_rtx import dtypes, host_ops
 from torch_rtx.errors import InvalidIR, Unsupported
 from torch_rtx.ir import MAIN, Attr, Graph, Node, attr_values
 from torch_rtx.optable import ALLOWED
 
 __all__ = [
     *("ALLOWED", "DTYPES", "MAY_ALIAS", "OUT", "STRIDED"),
-    *("bases", "dtype_name", "extent", "is_random", "is_view", "may_alias", "out_of", "overload", "schema", "shared"),
+    *(
+        "bases",
+        "dtype_name",
+        "extent",
+        "is_random",
+        "is_view",
+        "may_alias",
+        "number_op",
+        "out_of",
+        "overload",
+        "schema",
+    ),
+    *("shared", "to_torch"),
 ]
 
+number_op = host_ops.number_op
 DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, dtype.torch) for name, dtype in dtypes.DTYPES.items() if hasattr(torch, dtype.torch)
 }

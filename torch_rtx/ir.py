@@ -24,6 +24,7 @@ from torch_rtx.dtypes import DTYPES
 from torch_rtx.errors import InvalidIR
 
 MAIN = "main"  # the device of a session; every other device is named ("cpu")
+INT64_MIN = -(2**63)
 COPY = "aten.copy_.default"  # overwrites an input or weight; has no result
 # In-place updates of elements of an input or weight. As in PyTorch they return the written tensor: readers of the new
 # contents read the result, and nothing reads the target after the write, so that edges alone order the accesses.
@@ -45,8 +46,8 @@ DIM_OPS: dict[str, Callable[[Sequence[int]], int]] = {
 
 @dataclass(frozen=True, slots=True)
 class Sym:
-    """A dimension known only at run time: `min <= value <= max` (None: unbounded), a multiple of `multiple`. `typical`
-    is the value to optimize for, if known."""
+    """A number known only at run time: `min <= value <= max` (None: unbounded), a multiple of `multiple`. A size is at
+    least 0; other integers may be negative, down to INT64_MIN. `typical` is the value to optimize for, if known."""
 
     name: str
     min: int = 0
@@ -442,7 +443,7 @@ def verify(graph: Graph, ops: Container[str] | None = None) -> None:
     writes = _WriteChecker(set(known), graph.level)
     for sym in graph.syms.values():
         high = math.inf if sym.max is None else sym.max
-        if not is_name(sym.name) or sym.min < 0 or sym.multiple < 1 or high < sym.min:
+        if not is_name(sym.name) or sym.multiple < 1 or high < sym.min:
             raise InvalidIR(f"dim {_dim_text(sym)} has an empty range or an invalid name")
         if sym.typical is not None and (not max(sym.min, 1) <= sym.typical <= high or sym.typical % sym.multiple):
             raise InvalidIR(f"dim {_dim_text(sym)} has a typical value outside of its range")

@@ -1,4 +1,4 @@
-"""The allow-list: every overload that an engine may call, of ATen but for INTERNAL. To allow an op is to add its name.
+"""The allow-list: every overload that an engine may call, of ATen but for INTERNAL and NUMBERS. To allow one, add it.
 
 All are functional except those under the last heading. The headings are for the reader; the code asks the op's own
 schema and tags.
@@ -38,6 +38,20 @@ special_shifted_chebyshev_polynomial_t.default special_shifted_chebyshev_polynom
 special_shifted_chebyshev_polynomial_v.default special_shifted_chebyshev_polynomial_w.default
 special_spherical_bessel_j0.default special_xlog1py.default special_zeta.default sqrt.default sub.Scalar sub.Tensor
 tan.default tanh.default threshold.default trunc.default where.self xlogy.Tensor
+bitwise_and.Scalar_Tensor bitwise_left_shift.Scalar_Tensor bitwise_or.Scalar_Tensor bitwise_right_shift.Scalar_Tensor
+bitwise_xor.Scalar_Tensor
+floor_divide.Scalar special_chebyshev_polynomial_t.n_scalar special_chebyshev_polynomial_t.x_scalar
+special_chebyshev_polynomial_u.n_scalar special_chebyshev_polynomial_u.x_scalar special_chebyshev_polynomial_v.n_scalar
+special_chebyshev_polynomial_v.x_scalar special_chebyshev_polynomial_w.n_scalar special_chebyshev_polynomial_w.x_scalar
+special_hermite_polynomial_h.n_scalar special_hermite_polynomial_h.x_scalar special_hermite_polynomial_he.n_scalar
+special_hermite_polynomial_he.x_scalar special_laguerre_polynomial_l.n_scalar special_laguerre_polynomial_l.x_scalar
+special_legendre_polynomial_p.n_scalar special_legendre_polynomial_p.x_scalar
+special_shifted_chebyshev_polynomial_t.n_scalar special_shifted_chebyshev_polynomial_t.x_scalar
+special_shifted_chebyshev_polynomial_u.n_scalar special_shifted_chebyshev_polynomial_u.x_scalar
+special_shifted_chebyshev_polynomial_v.n_scalar special_shifted_chebyshev_polynomial_v.x_scalar
+special_shifted_chebyshev_polynomial_w.n_scalar special_shifted_chebyshev_polynomial_w.x_scalar
+special_xlog1py.other_scalar special_xlog1py.self_scalar special_zeta.other_scalar special_zeta.self_scalar
+xlogy.Scalar_Other xlogy.Scalar_Self
 # view: no data moves
 _reshape_alias.default alias.default as_strided.default detach.default diagonal.default expand.default
 lift_fresh.default permute.default select.int slice.Tensor split.Tensor split_with_sizes.default squeeze.default
@@ -109,6 +123,9 @@ upsample_bilinear2d.default upsample_bilinear2d.vec upsample_linear1d.vec upsamp
 upsample_nearest1d.vec upsample_nearest2d.default upsample_nearest2d.vec upsample_nearest3d.default
 upsample_nearest3d.vec upsample_trilinear3d.vec var.correction var_mean.correction vdot.default view_copy.default
 zero.default zeros_like.default
+_linalg_check_errors.default _upsample_bicubic2d_aa.default addmm.dtype baddbmm.dtype bmm.dtype isin.Scalar_Tensor
+isin.Tensor_Scalar linspace.Scalar_Tensor logspace.Scalar_Tensor mm.dtype repeat_interleave.Tensor squeeze_copy.dims
+upsample_linear1d.default upsample_trilinear3d.default view_copy.dtype
 # backward: gradients
 _adaptive_avg_pool2d_backward.default _adaptive_avg_pool3d_backward.default _cdist_backward.default
 _embedding_bag_dense_backward.default _fused_rms_norm_backward.default _log_softmax_backward_data.default
@@ -141,10 +158,24 @@ lstm.input multinomial.default native_dropout.default normal.Tensor_Tensor norma
 normal.float_float normal_functional.default rand.default rand_like.default randint.default randint.low
 randint_like.default randint_like.low_dtype randn.default randn_like.default randperm.default
 rrelu_with_noise_functional.default scaled_dot_product_attention.default
+bernoulli.Tensor rand.generator rand_like.generator randint.generator randint.low_generator randint_like.Tensor
+randint_like.Tensor_generator randint_like.generator randint_like.low_generator_dtype randn.generator
+randn_like.generator randperm.generator uniform.default
 # effect: writes to an input or a weight
 copy_.default index_copy_.default index_put_.default scatter_.src scatter_.value
 """
 INTERNAL = frozenset(("torch_rtx.attention.default", "torch_rtx.attention_partial.default"))  # `aten` defines them
-ALLOWED: frozenset[str] = INTERNAL | {
-    f"aten.{name}" for line in _NAMES.splitlines() if not line.startswith("#") for name in line.split()
-}
+NUMBERS = frozenset(  # Python's arithmetic on numbers of the host, which `host_ops` defines
+    f"torch_rtx.{name}.default"
+    for name in (
+        *("abs", "neg", "pos", "ceil", "floor", "trunc", "round", "sym_float", "sym_int", "sym_not", "sym_ite"),
+        *("sqrt", "log2", "sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh"),
+        *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "sym_min", "sym_max"),
+        *("eq", "ne", "lt", "le", "gt", "ge", "and_", "or_", "xor", "lshift", "rshift"),
+    )
+)
+ALLOWED: frozenset[str] = (
+    INTERNAL
+    | NUMBERS
+    | {f"aten.{name}" for line in _NAMES.splitlines() if not line.startswith("#") for name in line.split()}
+)

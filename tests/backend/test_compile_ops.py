@@ -10,6 +10,7 @@ from torch import nn
 from tests.helpers.compiled import check, compile_rtx, counted, same
 
 CUSTOM = "torch_rtx_tests"
+aten = torch.ops.aten
 
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -149,7 +150,7 @@ def takes_item(x):
     return torch.zeros(n) + x[0], n + 1
 
 
-@pytest.mark.parametrize("f", [masked, takes_item, lambda x: x * x.max().item(), lambda x: x.unique()])
+@pytest.mark.parametrize("f", [masked, takes_item, lambda x: x * x.long().max().item(), lambda x: x.unique()])
 def test_sizes_that_data_decides(f, recorder):
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True):
         compiled, counter = counted(f)
@@ -218,7 +219,7 @@ def test_cond(recorder):
 
 
 @pytest.mark.parametrize("grad", [False, True])
-def test_calls_with_effects(grad):
+def test_calls_with_effects(grad, recorder):
     """`torch.linalg.inv` checks its result by a call that may raise, and so has to happen."""
     model = nn.Linear(3, 3)
     compiled = compile_rtx(lambda x: torch.linalg.inv(model(x)))
@@ -226,6 +227,7 @@ def test_calls_with_effects(grad):
         check(lambda x: torch.linalg.inv(model(x)), torch.randn(3, 3), compiled=compiled)
         with pytest.raises(RuntimeError, match="singular"):
             compiled(torch.zeros(3, 3))
+    assert recorder.fallbacks == []
 
 
 OPERATIONS = {
@@ -278,7 +280,119 @@ def test_modules(name):
     ],
     ids=["factor", "root", "abs", "ceil"],
 )
-def test_sizes_that_dims_cannot_express_fall_back(function):
+def test_sizes_that_dims_cannot_express_are_computed(function, recorder):
     compiled = compile_rtx(function, dynamic=True)
     for size in (10, 7, 13):
         check(function, torch.randn(size, 2), runs=1, compiled=compiled)
+    assert recorder.fallbacks == []
+
+
+# Numbers ------------------------------------------------------------------------------------------------------------
+
+
+def test_integers_that_dynamo_makes_symbols_may_be_negative(recorder):
+    def f(x, n):
+        return x[n] * 2 + n, x.roll(n % 3), x + n // 2, torch.arange(n, 9)
+
+    compiled = compile_rtx(f)
+    for n in (2, 3, -7, -2, 5):  # the first is a constant, the second makes a symbol, the third another graph
+        check(f, torch.arange(7.0), n, runs=1, compiled=compiled)
+    assert len(recorder) <= 3
+
+
+def test_numbers_of_every_kind_as_arguments(recorder):
+    def f(x, number, flag):
+        return (x * number if flag else x - number), x.clamp(max=number)
+
+    compiled = compile_rtx(f)
+    for number in (1.5, -2.25, 0.0, 3, -3):
+        check(f, torch.randn(3), number, number > 0, runs=1, compiled=compiled)
+    assert recorder.fallbacks == []
+
+
+def test_more_numbers_from_the_data_than_pytorch_has_names_for():
+    """Their names in PyTorch are `u0` to `u16`, two of which are dtypes."""
+
+    def f(x):
+        total = 0
+        for n in x.tolist():
+            torch._check(n >= 0)
+            total = total + n
+        return x.new_ones(total)
+
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        check(f, torch.arange(17), runs=1)
+
+
+ARITHMETIC = {
+    "floats": lambda x, n, m: (x * n**-0.5, x / math.sqrt(n), x * (1 / n), x + n * 0.1 - m % 2.5, x.double() * n**0.3),
+    "chains": lambda x, n, m: (x * (n / m) * math.log2(n), x.long() + n * 0.3, x * float(n), x * min(n, 2.5)),
+    "roundings": lambda x, n, m: (
+        x * round(n / 3, 2),
+        x.new_ones(round(n / 3)),
+        x * math.trunc(n * 0.7),
+        x * abs(n - 8),
+    ),
+    "choices": lambda x, n, m: (x * torch.sym_ite(n > 2 * m, n, m), x * torch.sym_max(n, m)),
+    "results": lambda x, n, m: (x + 1, n / 2, n + 1, int(n**0.5), n > m),
+}
+
+
+@pytest.mark.parametrize("name", ARITHMETIC)
+def test_arithmetic_on_sizes_is_that_of_python(name, recorder):
+    def f(x):
+        return ARITHMETIC[name](x, *x.shape)
+
+    compiled = compile_rtx(f, dynamic=True)
+    for shape in ((5, 8), (9, 3), (17, 2)):
+        x = torch.randn(shape)
+        same(compiled(x), f(x), rtol=0, atol=0)
+    assert recorder.fallbacks == []
+
+
+# Operators outside of ATen's core ------------------------------------------------------------------------------------
+
+OTHERS = {
+    "prims": lambda x: (
+        torch.ops.prims.sum(x, [0]),
+        torch.ops.prims.div(x, x + 9),
+        torch.ops.prims.iota(4, start=1, step=2, dtype=torch.int64, device="cpu", requires_grad=False),
+        torch.ops.prims.convert_element_type(x, torch.float64),
+    ),
+    "foreach": lambda x: (
+        *torch._foreach_add([x, x[0]], [x, x[1]], alpha=2),
+        *torch._foreach_addcdiv([x, x[0]], [x, x[1]], [x + 9, x[2] + 9], [0.5, 2.0]),
+        *torch._foreach_maximum([x, x[0]], 0.5),
+        *torch._foreach_norm([x, x[0]], 1),
+    ),
+    "resized": lambda x: (aten.resize(x, [2, 3]), aten.resize(x.T, [3, 2]), aten.resize_as(x, x[0])),
+    "scalar first": lambda x: (5 & x.long(), torch.bitwise_left_shift(2, x.long().abs()), torch.isin(1.0, x)),
+    "polynomials": lambda x: (
+        torch.special.hermite_polynomial_h(x, 2) + torch.special.legendre_polynomial_p(0.5, x.abs())
+    ),
+    "repeated": lambda x: x.repeat_interleave(torch.tensor([1, 0, 2, 1]), 0, output_size=4),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_operators_that_are_replaced_or_rare_run_in_the_engine(name, recorder):
+    with torch.no_grad():
+        check(OTHERS[name], torch.randn(4, 4), runs=1)
+    assert recorder.fallbacks == []
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_a_compiled_optimizer_step(foreach, recorder):
+    torch.manual_seed(0)
+    models = [nn.Linear(3, 3), nn.Linear(3, 3)]
+    models[1].load_state_dict(models[0].state_dict())
+    x = torch.randn(2, 3)
+    for model, compiles in zip(models, (False, True), strict=True):
+        optimizer = torch.optim.AdamW(model.parameters(), 0.1, foreach=foreach)
+        step = compile_rtx(optimizer.step, fullgraph=False) if compiles else optimizer.step
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+            step()
+    same(dict(models[1].named_parameters()), dict(models[0].named_parameters()))
+    assert recorder.fallbacks == []

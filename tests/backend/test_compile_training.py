@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from tests.helpers.compiled import compile_rtx, same
+from torch_rtx.runtime.session import Session
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -294,3 +295,18 @@ def test_gradients_in_the_engine(name, recorder):
     compile_rtx(function, options={"require_full_compilation": True})(compiled).square().sum().backward()
     same(compiled.grad, eager.grad)
     assert len(recorder) == 2
+
+
+def test_activations_are_freed_after_their_last_use(monkeypatch):
+    """The code has the only references to its inputs: the list that brought them is empty when it ends."""
+    left, run = [], Session.run
+
+    def recorded(session, code, inputs, weights):
+        results = run(session, code, inputs, weights)
+        left.append(len(inputs))
+        return results
+
+    monkeypatch.setattr(Session, "run", recorded)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    compile_rtx(model)(torch.randn(2, 4)).sum().backward()
+    assert left == [0, 0]

@@ -6,6 +6,7 @@ parameter and the weight that is that parameter.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -257,6 +258,38 @@ def test_pipeline_keeps_the_numbers(program):
     lowered, _ = lower(program, CompilationSettings())
     assert parse(str(lowered)) == lowered
     assert_same_numbers(program, lowered, {"s0": 5})
+
+
+# ---- graphs without tensors to read, of single elements, of none ----
+
+
+def spare(op: str) -> Graph:
+    """Calls of `op` on numbers, 0-d tensors, constants, parameters and empty tensors, and calls that read their results
+    as activations do."""
+    types = {name: TensorType("f32", shape, contiguous(shape)) for name, shape in (("x", ()), ("e", (0, 3)))}
+    inputs = tuple(Value(name, type_) for name, type_ in types.items())
+    parameter = Parameter("w", types["x"])
+    weight = Weight(Value("w", types["x"]), ("w",))
+    rewriter = Rewriter(Graph("import", inputs, (parameter,), (weight,)), Inference())
+    operands = (4, 3.3, *inputs, weight.value, rewriter.emit("aten.full.default", size=(), fill_value=2.0))
+    outputs = []
+    for one, two in itertools.product(operands, repeat=2):
+        made = rewriter.emit(op, self=one, other=two)
+        half = rewriter.emit("aten.mul.Tensor", self=rewriter.emit("aten.tanh.default", self=made), other=0.5)
+        outputs += [
+            rewriter.emit("aten.mul.Tensor", self=half, other=made),
+            rewriter.emit("aten.sum.default", self=half),
+        ]
+    return replace(rewriter.finish(), outputs=tuple(outputs))
+
+
+@pytest.mark.parametrize("op", ["aten.mul.Tensor", "aten.div.Tensor"])
+def test_passes_take_graphs_with_nothing_in_them(op):
+    program = after = spare(op)
+    context = Context(CompilationSettings(), PORTABLE[-1:])
+    for step in PASSES.values():
+        after = step(after, Inference(), context)
+    assert_same_numbers(program, after)
 
 
 # ---- what the driver checks ----

@@ -4,11 +4,14 @@ import pytest
 import sympy
 import torch
 import torch.nn.functional as F
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch._dynamo.source import ConstantSource
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils._sympy.functions import ToFloat, TruncToInt
 
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import Sym, evaluate
+from torch_rtx.ir import INT64_MIN, Graph, ScalarType, Sym, TensorType, Value, evaluate, is_name, verify
+from torch_rtx.irparse import parse
+from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.symbols import Symbols, compared, convert
 
 N = sympy.Symbol("n", integer=True, nonnegative=True)
@@ -26,10 +29,31 @@ def test_scales_that_floating_point_rounds_are_no_dims():
     assert convert(expr, lambda leaf: asked.append(leaf) or Sym("d0")) == Sym("d0")
     assert asked == [expr]  # as a whole, not its symbol
     env = ShapeEnv()
-    size = env.create_symintnode(expr, hint=17)
+    symbol = env.create_symbol(10, ConstantSource("n"), DimDynamic.DYNAMIC)
+    size = env.create_symintnode(expr.xreplace({N: symbol}), hint=17)
     with pytest.raises(Unsupported, match="1.7"):
         Symbols(torch.device("cpu")).dim(size)
     assert Symbols(torch.device("cpu")).dim(size, opaque=True) == Sym("d0")
+
+
+def test_symbols_get_names_and_ranges_that_the_ir_takes():
+    """PyTorch's ninth number that the data decides is `u8`, which is a dtype; integers may be negative."""
+    env, symbols = ShapeEnv(), Symbols(torch.device("cpu"))
+    found = [symbols.dim(env.create_unbacked_symint()) for _ in range(40)]
+    assert len({sym.name for sym in found}) == 40
+    assert all(is_name(sym.name) for sym in found)
+    assert {sym.min for sym in found} == {INT64_MIN}
+    negative = env.create_symbol(-7, ConstantSource("n"), DimDynamic.DYNAMIC, None, None)
+    size = env.create_symintnode(negative, hint=-7)
+    env.constrain_symbol_range(negative, -9, -1)
+    value = Value("v", ScalarType("int", symbols.dim(size)))
+    graph = Graph("import", (value,), outputs=(value,))
+    verify(graph)
+    assert parse(str(graph)) == graph
+    (sym,) = graph.syms.values()
+    assert (sym.min, sym.max) == (-9, -1)
+    found, *_ = Inference()("aten.add.Tensor", (("self", Value("x", TensorType("i64", (2,), (1,)))), ("other", sym)))
+    assert str(found) == "i64[2]"
 
 
 def test_conditions_on_sizes_are_dims():

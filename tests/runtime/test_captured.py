@@ -19,7 +19,7 @@ from torch_rtx.irparse import parse
 from torch_rtx.runtime import captured, code, cudagraph
 from torch_rtx.runtime.captured import EXECUTABLES, may_draw
 from torch_rtx.runtime.code import compile_graph
-from torch_rtx.runtime.cudagraph import GraphPool
+from torch_rtx.runtime.cudagraph import GraphPool, why_not
 from torch_rtx.runtime.graph_borders import is_worth
 from torch_rtx.runtime.graph_params import kernel_uses
 
@@ -658,3 +658,24 @@ def test_copies_that_make_others_necessary(monkeypatch: pytest.MonkeyPatch) -> N
         torch.testing.assert_close(module(x, y)[0], 2 * x + y)
     assert asked == [set(), {"x"}, {"x", "y"}]
     assert FakeGraph.last.kinds() == ["copy", "copy", "kernel", "kernel"]
+
+
+COMPUTED = """
+graph fused {
+  dim d0 = 0, None, 1
+  dim n = 2, 64, 1
+  input x: f32[n]
+  a: float = KIND torch_rtx.truediv.default(a=NUMBER, b=n)
+  m: int[d0] = extern torch_rtx.round.default(number=a)
+  y: f32[n] = extern aten.mul.Tensor(self=x, other=a)
+  z: f32[d0] = extern aten.zeros.default(size=[d0])
+  return [y, z]
+}
+"""
+
+
+def test_arithmetic_on_sizes_can_be_captured_and_on_data_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cudagraph, "driver", lambda: "a driver")
+    text = COMPUTED.strip()
+    assert why_not(parse(text.replace("KIND", "extern").replace("NUMBER", "1"))) is None
+    assert "the host needs" in str(why_not(parse(text.replace("KIND", "fallback").replace("NUMBER", "1"))))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import re
 import threading
 import weakref
@@ -29,6 +30,7 @@ from torch_rtx.errors import (
     RefitError,
     RtxError,
 )
+from torch_rtx.optable import NUMBERS
 
 X = torch.linspace(-2, 2, 6).view(2, 3)
 
@@ -716,6 +718,24 @@ def test_sizes_that_the_data_decides_go_through_a_file(function, tmp_path):
     if function is counted:
         with pytest.raises(RuntimeError, match="Runtime assertion failed"):
             loaded(torch.ones(5))
+
+
+def test_arithmetic_on_sizes_goes_through_a_file(tmp_path):
+    """Bit for bit that of Python, for each size; a file may call nothing else by these names."""
+
+    def function(x):
+        n, m = x.shape
+        return x * n**-0.5, x * (1 / n) + m * 0.1, x * round(n / 3, 2), x * math.trunc(1.7 * n), n / m
+
+    sizes = {0: Dim("n", min=2, max=64), 1: Dim("m", min=2, max=40)}
+    module = torch_rtx.compile(Function(function), (torch.randn(5, 8),), dynamic_shapes=((sizes,),))
+    loaded = through_file(module, tmp_path)
+    for shape in ((5, 8), (64, 2), (13, 7)):
+        x = torch.randn(shape)
+        same(loaded(x), function(x), rtol=0, atol=0)
+    kinds = {node.op: node.kind for node in loaded.engine.graph.nodes if node.op in NUMBERS}
+    assert set(kinds.values()) == {"extern"}
+    assert "torch_rtx.truediv.default" in kinds
 
 
 class Selected(nn.Module):

@@ -21,7 +21,7 @@ from torch_rtx.ir import Graph, verify
 from torch_rtx.lowering.from_fx import Role, from_fx
 from torch_rtx.lowering.location import Locations
 from torch_rtx.lowering.pipeline import PASSES, lower
-from torch_rtx.lowering.support import unsupported_reason
+from torch_rtx.lowering.support import reasons
 from torch_rtx.lowering.symbols import Symbols, main_device
 from torch_rtx.settings import CompilationSettings
 from torch_rtx.tactics import KernelTable
@@ -114,7 +114,7 @@ def compile_fx(
     if settings.targets not in (None, LATER) and device.type != "cuda":
         log.warning("targets has no effect: the model is captured for the %s, which runs no kernels", device.type)
     symbols = Symbols(device, ranges, typical)
-    parts = partition(gm, lambda node: unsupported_reason(node, symbols), settings)
+    parts = partition(gm, reasons(gm, symbols), settings)
     log_fallbacks(parts.fallbacks)
     folder = _folder(settings.dump_dir)
     graph = None

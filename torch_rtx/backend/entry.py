@@ -27,6 +27,7 @@ from torch_rtx.backend.program_cache import get_or_build
 from torch_rtx.errors import PartitionError, SettingsError
 from torch_rtx.lowering.from_fx import Role, is_fixed
 from torch_rtx.lowering.location import module_path
+from torch_rtx.runtime.code import Owned
 from torch_rtx.runtime.session import Session
 from torch_rtx.runtime.tuning_context import tactics_and_context
 from torch_rtx.runtime.weights import WeightStore
@@ -150,7 +151,11 @@ def _bind(
         session = sessions.of(weights(args))
         given = inputs(args)
         args.clear()  # boxed calling convention: the session can free an activation after its last use
-        return session(given)
+        if session.pool is not None:  # a CUDA graph may read the inputs again
+            return session(given)
+        owned = Owned(given)
+        del given
+        return session(owned)
 
     call._boxed_call = True  # type: ignore[attr-defined]
     return call

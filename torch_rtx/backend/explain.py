@@ -17,8 +17,9 @@ from torch_rtx.backend.compiler import check_settings, device_of
 from torch_rtx.backend.dynamo import Break, break_after, break_before, breaks
 from torch_rtx.backend.partition import partition
 from torch_rtx.ir import Loc
+from torch_rtx.lowering.effects import drop_tokens
 from torch_rtx.lowering.location import Locations
-from torch_rtx.lowering.support import unsupported_reason
+from torch_rtx.lowering.support import reasons
 from torch_rtx.lowering.symbols import Symbols
 from torch_rtx.settings import CompilationSettings, settings_of
 
@@ -123,8 +124,9 @@ def explain(
 
 def report(gm: fx.GraphModule, settings: CompilationSettings, break_reason: str | None = None) -> GraphReport:
     """The partition of one functional ATen graph as a `GraphReport`."""
+    drop_tokens(gm)
     symbols = Symbols(device_of(gm))
-    parts = partition(gm, lambda node: unsupported_reason(node, symbols), settings)
+    parts = partition(gm, reasons(gm, symbols), settings)
     locations = Locations()
     fallbacks = tuple(Fallback(str(node.target), why, locations.of(node)) for node, why in parts.fallbacks.items())
     return GraphReport(tuple(map(len, parts.blocks)), fallbacks, break_reason)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from torch_rtx.backend.decompositions import DECOMPOSITIONS
+
 
 def _encoder_layer(
     src: Tensor,
@@ -68,5 +70,6 @@ def _encoder_layer(
 
 
 FAST_PATH: dict[torch._ops.OperatorBase, Callable[..., Any]] = {
-    torch.ops.aten._transformer_encoder_layer_fwd.default: _encoder_layer
+    torch.ops.aten._transformer_encoder_layer_fwd.default: _encoder_layer,
+    **DECOMPOSITIONS,
 }

@@ -31,6 +31,7 @@ from torch_rtx.engine import DTYPES
 from torch_rtx.errors import CacheError, RtxError, Uncacheable
 from torch_rtx.ir import Attr, Graph, Loc, Node, Parameter, Value, Weight, attr_map, verify
 from torch_rtx.irparse import parse
+from torch_rtx.lowering.effects import drop_tokens
 from torch_rtx.lowering.from_fx import Role, is_fixed, python_call, unique_name
 from torch_rtx.lowering.location import Locations
 from torch_rtx.lowering.symbols import Symbols
@@ -61,6 +62,7 @@ def get_or_build(
     Args and raises: see `compile_fx`.
     """
     check_settings(settings)
+    drop_tokens(gm)
     if not uses_cache(settings):
         return _build(gm, roles, settings, writes, ranges, typical).program
     start = time.perf_counter()

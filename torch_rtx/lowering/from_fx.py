@@ -1,6 +1,7 @@
 """Imports a captured FX graph into the IR.
 
-Symbolic sizes are not nodes of the IR: an expression replaces each use of an FX node that only computes a size.
+Symbolic sizes are not nodes of the IR: an expression replaces each use of an FX node that only computes a size. Other
+arithmetic on numbers of the host is calls of `host_ops`, before all other nodes where sizes of the inputs decide them.
 `getitem` nodes become the outputs of the node that they index. Nodes on the partition's fallback list become `fallback`
 nodes: a call by name if the IR can express it, else a Python callable, which engine files can't store.
 """
@@ -8,6 +9,7 @@ nodes: a call by name if the IR can express it, else a Python callable, which en
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,7 +20,7 @@ from torch.fx.experimental.sym_node import SymNode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
-from torch_rtx import aten
+from torch_rtx import aten, optable
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import (
     COPY,
@@ -31,8 +33,12 @@ from torch_rtx.ir import (
     Type,
     Value,
     Weight,
+    attr_dims,
     attr_map,
+    attr_values,
+    dim_syms,
     is_name,
+    type_dims,
 )
 from torch_rtx.lowering.location import Locations
 from torch_rtx.lowering.symbols import Symbols, unbacked
@@ -44,12 +50,19 @@ DROPPED = frozenset(
     for name in ("_assert_tensor_metadata", "sym_constrain_range", "sym_constrain_range_for_size")
     if hasattr(torch.ops.aten, name)
 )
-# Views that only set a tensor's conjugate or negative bit, by copies that apply it: the types of the IR have no such
-# bits, and a functional graph can't tell a view from a copy.
-MATERIALIZED = {"aten._conj.default": "aten._conj_physical.default", "aten._neg_view.default": "aten.neg.default"}
+# Operators by others that take the same arguments and mean the same. Views that only set a tensor's conjugate or
+# negative bit become copies that apply it: the types of the IR have no such bits, and a functional graph can't tell a
+# view from a copy. PyTorch inserts the cast after decomposition.
+SAME = {
+    torch.ops.aten._conj.default: torch.ops.aten._conj_physical.default,
+    torch.ops.aten._neg_view.default: torch.ops.aten.neg.default,
+    torch.ops.prims.convert_element_type.default: torch.ops.aten._to_copy.default,
+}
 PLAIN = (bool, int, float, str, type(None))
 ASSERTION = torch.ops.aten._assert_scalar.default
 GENERATED = "Runtime assertion failed for expression"  # how messages begin that PyTorch writes for lack of one
+NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool, bool, int, float)
+Arguments = tuple[tuple[str, Attr], ...]
 
 
 @dataclass(frozen=True)
@@ -114,6 +127,11 @@ def is_sym_node(node: fx.Node) -> bool:
         return True
     values = [n.meta.get("val") for n in node.all_input_nodes]
     return not any(isinstance(v, torch.Tensor | torch.SymFloat | tuple | list) for v in values)
+
+
+def is_number(node: fx.Node) -> bool:
+    """Whether the node is arithmetic on numbers of the host that `host_ops` has."""
+    return aten.number_op(node.target) is not None and isinstance(node.meta.get("val"), NUMBERS)
 
 
 def is_asserted(node: fx.Node) -> bool:
@@ -203,8 +221,7 @@ def _leaves(content: Any, like: Any) -> Iterator[Any]:
 def unique_name(name: str, taken: Container[str]) -> str:
     """A valid name that is not in `taken`: `name` itself, if possible."""
     name = "".join(c if c.isalnum() and c.isascii() else "_" for c in name)
-    # Dims of this graph may have names such as `s0`, `u0`, `d0`.
-    base = name if is_name(name) and not (name[0] in "suzd" and name[-1].isdigit()) else f"x_{name}"
+    base = name if is_name(name) and not re.fullmatch(r"[sd]\d+", name) else f"x_{name}"  # dims: see `Symbols`
     unique, count = base, 1
     while unique in taken:
         unique, count = f"{base}_{count}", count + 1
@@ -248,7 +265,11 @@ def _may_follow(node: Node, assertion: Node) -> bool:
     """Whether `node` is an assertion that PyTorch wrote, or computes what such a one reads: a failure should have the
     message of the user's own `assertion` of the same."""
     numbers = all(isinstance(value.type, ScalarType) for value in (*node.inputs, *node.results))
-    computes = node.op == "python" and numbers and not set(node.results) & set(assertion.inputs)
+    computes = (
+        (node.op == "python" or node.op in optable.NUMBERS)
+        and numbers
+        and not set(node.results) & set(assertion.inputs)
+    )
     return _is_generated(node) or computes
 
 
@@ -262,14 +283,15 @@ def _dim_or_value(value: Value | None) -> Attr:
     return value.type.dim if is_size else value  # type: ignore[union-attr]
 
 
-def op_name(node: fx.Node) -> str:
-    """The name of the node's op in the IR."""
-    return MATERIALIZED.get(str(node.target), str(node.target))
+def op_of(node: fx.Node) -> Any:
+    """What the node calls in the IR: an operator, if it can be called by name."""
+    target: Any = node.target
+    return aten.number_op(target) or SAME.get(target, target)
 
 
 def call_arguments(node: fx.Node) -> list[tuple[str, Any]]:
     """The call's arguments by their schema names, in schema order, without those equal to their defaults."""
-    arguments = node.target._schema.arguments  # type: ignore[union-attr]
+    arguments = op_of(node)._schema.arguments
     given: dict[str, Any] = {**dict(zip((a.name for a in arguments), node.args, strict=False)), **node.kwargs}
     kept = []
     for argument in arguments:
@@ -296,6 +318,7 @@ class _Importer:
     weights: list[Weight] = field(default_factory=list)
     by_name: dict[str, Value] = field(default_factory=dict)  # of parameters
     nodes: list[Node] = field(default_factory=list)
+    numbers: list[Node] = field(default_factory=list)  # calls of `host_ops` that sizes of inputs decide
     outputs: tuple[Attr, ...] = ()
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
     callables: list[Callable[..., Any]] = field(default_factory=list)
@@ -305,7 +328,7 @@ class _Importer:
 
     def result(self) -> Imported:
         inputs, parameters = tuple(self.inputs), tuple(self.parameters)
-        graph = Graph("import", inputs, parameters, tuple(self.weights), tuple(self.nodes), self.outputs)
+        graph = Graph("import", inputs, parameters, tuple(self.weights), (*self.numbers, *self.nodes), self.outputs)
         return Imported(graph, self.constants, self.callables, self.called, self.locations)
 
     def value(self, name: str, type_: Type) -> Value:
@@ -372,19 +395,25 @@ class _Importer:
             self.nodes.append(Node("fallback", str(node.target), self.arguments(node), (value,), None, loc))
             self.env[node] = self.sym(node.meta["val"])
             return
-        if is_sym_node(node):
+        if is_sym_node(node) or (is_number(node) and isinstance(node.meta.get("val"), torch.SymInt)):
             try:
                 self.env[node] = self.host(node)
                 return
             except Unsupported:
-                pass  # a fallback computes it at run time
+                pass  # a call computes it at run time
         if node.target is torch.ops.aten.copy_.default and node not in self.fallbacks:
             self.env[node] = self.env[node.args[0]]  # type: ignore[index]
             self.nodes.append(Node("op", str(node.target), self.arguments(node), (), None, loc))
             return
         outputs = self.node_outputs(node)
+        if is_number(node):
+            arguments = self.arguments(node)
+            first = self.decided(arguments)
+            made = Node("op" if first else "fallback", str(op_of(node)), arguments, outputs, None, loc)
+            (self.numbers if first else self.nodes).append(made)
+            return
         if node not in self.fallbacks and not is_sym_node(node):
-            self.nodes.append(Node("op", op_name(node), self.arguments(node), outputs, None, loc))
+            self.nodes.append(Node("op", str(op_of(node)), self.arguments(node), outputs, None, loc))
             return
         try:
             if not isinstance(node.target, torch._ops.OpOverload):
@@ -404,6 +433,14 @@ class _Importer:
             while place and _may_follow(self.nodes[place - 1], made):
                 place -= 1
         self.nodes.insert(place, made)
+
+    def decided(self, arguments: Arguments) -> bool:
+        """Whether inputs that are numbers, and sizes of inputs, decide all arguments."""
+        values = [*self.inputs, *(value for node in self.numbers for value in node.results)]
+        known = {sym for value in values for dim in type_dims(value.type) for sym in dim_syms(dim)}
+        attrs = [attr for _, attr in arguments]
+        read = {value for attr in attrs for value in attr_values(attr)}
+        return read <= set(values) and {sym for attr in attrs for d in attr_dims(attr) for sym in dim_syms(d)} <= known
 
     def output(self, node: fx.Node, writes: Mapping[int, str]) -> None:
         results: Any = node.args[0]
@@ -442,13 +479,14 @@ class _Importer:
         Raises:
             Unsupported: no dim expresses it.
         """
-        if any(isinstance(self.env[n], Value) for n in node.all_input_nodes if node.target not in SYM_QUERIES):
+        read = node.all_input_nodes if is_sym_node(node) and node.target not in SYM_QUERIES else ()
+        if any(isinstance(self.env[n], Value) for n in read):
             raise Unsupported("a number that the graph computes")
         return self.symbols.condition(self.exact(node)) if is_asserted(node) else self.sym(node.meta["val"])
 
     def sym(self, value: Any) -> Attr:
-        if isinstance(value, torch.SymBool):
-            raise Unsupported("a condition on sizes")
+        if isinstance(value, torch.SymBool) or self.symbols.is_computed(value):
+            raise Unsupported("a condition on sizes, or a size that a call computes")
         return self.symbols.dim(value) if isinstance(value, torch.SymInt) else value
 
     def node_outputs(self, node: fx.Node) -> tuple[Value | None, ...]:
@@ -478,7 +516,7 @@ class _Importer:
             self.env[node] = enter(content)
         return tuple(flat)
 
-    def arguments(self, node: fx.Node) -> tuple[tuple[str, Attr], ...]:
+    def arguments(self, node: fx.Node) -> Arguments:
         return tuple((name, self.attr(value)) for name, value in call_arguments(node))
 
     def attr(self, argument: Any) -> Attr:

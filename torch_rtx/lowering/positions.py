@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Graph, Node, Value
 from torch_rtx.lowering.kernels.expressions import Apply, Arg, Expression, Literal
-from torch_rtx.lowering.kernels.index import Index, constant, variable, within
+from torch_rtx.lowering.kernels.index import Index, constant, is_natural, variable, within
 from torch_rtx.lowering.kernels.kernel_ir import (
     ONE,
     ZERO,
@@ -131,11 +131,6 @@ class Positions:
 def everywhere(shape: Shape) -> Position:
     """A symbolic position in a tensor of `shape`: a variable per dimension."""
     return tuple(ZERO if size == ONE else variable(f"@{axis}", size) for axis, size in enumerate(shape))
-
-
-def is_natural(index: Index) -> bool:
-    """Whether `index` is provably at least 0, given that variables and dims are."""
-    return all(count >= 0 for _, count in index.terms)
 
 
 def _evaluated(expression: Expression, args: Sequence[Element | None], truth: bool) -> Element | None:

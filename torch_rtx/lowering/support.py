@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,8 +12,16 @@ from torch import fx
 from torch_rtx import aten
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import MAIN, UPDATES, TensorType
-from torch_rtx.lowering.from_fx import call_arguments, op_name
+from torch_rtx.lowering.from_fx import call_arguments, is_number, op_of
 from torch_rtx.lowering.symbols import Symbols, unbacked
+
+
+def reasons(gm: fx.GraphModule, symbols: Symbols) -> Callable[[fx.Node], str | None]:
+    """`unsupported_reason` for the nodes of `gm`, whose `symbols` get the sizes that calls of `host_ops` compute."""
+    for node in gm.graph.nodes:
+        if is_number(node) and isinstance(node.meta["val"], torch.SymInt):
+            symbols.define(node.meta["val"])
+    return partial(unsupported_reason, symbols=symbols)
 
 
 def unsupported_reason(node: fx.Node, symbols: Symbols) -> str | None:
@@ -20,13 +30,15 @@ def unsupported_reason(node: fx.Node, symbols: Symbols) -> str | None:
     Args:
         symbols: of the node's graph.
     """
-    op = node.target
+    op = op_of(node)
+    if is_number(node):
+        return None
     if not isinstance(op, torch._ops.OpOverload):
         kind = "higher-order operator" if isinstance(op, torch._ops.HigherOrderOperator) else "Python function"
         return f"{kind} {getattr(op, '__name__', op)}"
-    if op_name(node) not in aten.ALLOWED:
+    if str(op) not in aten.ALLOWED:
         return f"operator {op} is not on the allow-list"
-    if op_name(node) in UPDATES:
+    if str(op) in UPDATES:
         return "it writes to its argument"  # captures are functional: the order of other accesses is unknown
     outputs = node.meta.get("val")
     inputs = [value for n in node.all_input_nodes for value in _tensors(n.meta.get("val"))]
@@ -39,7 +51,7 @@ def unsupported_reason(node: fx.Node, symbols: Symbols) -> str | None:
             _check_argument(argument)
     except Unsupported as error:
         return error.message
-    if not isinstance(outputs, torch.Tensor | tuple | list):
+    if op._schema.returns and not isinstance(outputs, torch.Tensor | tuple | list):
         return "its result is a number on the host"
     known = set().union(*map(unbacked, inputs), *(unbacked(n.meta.get("val")) for n in node.all_input_nodes))
     if any(unbacked(value) - known for value in _tensors(outputs)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.utils._sympy.numbers import int_oo
 
 from torch_rtx.aten import dtype_name
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import MAIN, Dim, ScalarType, Sym, TensorType, Type, dim_expr
+from torch_rtx.ir import INT64_MIN, MAIN, Dim, ScalarType, Sym, TensorType, Type, dim_expr
 
 UNBOUNDED = 2**31  # PyTorch writes "no bound" in several ways; every bound from here on counts as none
 EXACT = 2**20  # a number below it times a size below UNBOUNDED fits the 53 mantissa bits of a double
@@ -48,7 +49,8 @@ class Symbols:
     ) -> None:
         self.main, self._ranges, self._typical = main, ranges or {}, typical or {}
         self._dims: dict[sympy.Expr, Dim] = {}
-        self._opaque: dict[sympy.Expr, Sym] = {}
+        self._named: dict[sympy.Expr, str] = {}
+        self._computed: dict[sympy.Expr, Sym] = {}
 
     def dim(self, size: int | torch.SymInt, opaque: bool = False) -> Dim:
         """A size as a dim.
@@ -82,15 +84,44 @@ class Symbols:
         """The dim of a symbol in `value`, or of a function that dims lack."""
         if part.is_Symbol:
             return self.sym(part, value.node.shape_env.var_to_range)
-        if part not in self._opaque:
-            if not opaque:
-                raise Unsupported(f"the size {part}")
-            self._opaque[part] = Sym(f"d{len(self._opaque)}")
-        return self._opaque[part]
+        if part in self._computed:
+            return self._computed[part]
+        if not opaque:
+            raise Unsupported(f"the size {part}")
+        return self._new(part, value)
+
+    def define(self, size: torch.SymInt) -> None:
+        """Let a new symbol stand for `size`, which a call of `host_ops` computes, unless dims can express it."""
+        expr = size.node.expr
+        try:
+            self.dim(size)
+        except Unsupported:
+            self._dims[expr] = self._computed[expr] = self._new(expr, size)
+
+    def is_computed(self, size: int | torch.SymInt) -> bool:
+        """Whether `size` is a symbol of its own, see `define`."""
+        return isinstance(size, torch.SymInt) and size.node.expr in self._computed
+
+    def _new(self, part: sympy.Expr, value: torch.SymInt | torch.SymBool) -> Sym:
+        """A symbol for a part of `value`. The known ranges may be too narrow: only the sign is taken from them."""
+        env = value.node.shape_env
+        try:
+            natural = bool(env.bound_sympy(part).lower >= 0)
+        except AttributeError:  # PyTorch has no bounds of conditional expressions
+            natural = False
+        return Sym(self._name(part), 0 if natural else INT64_MIN)
 
     def sym(self, symbol: sympy.Symbol, known: Mapping[sympy.Symbol, Any]) -> Sym:
         """A symbol with its range: the promised one, else that of its ShapeEnv (`known`)."""
-        return _sym(symbol, self._ranges.get(symbol) or known.get(symbol), self._typical.get(symbol))
+        bounds = self._ranges.get(symbol) or known.get(symbol)
+        return _sym(self._name(symbol), bounds, self._typical.get(symbol))
+
+    def _name(self, part: sympy.Expr) -> str:
+        """PyTorch's name for the size of an input (`s8`). Numbers of other origin get names of our own: PyTorch's may
+        mean something else in the IR, as `u8` does."""
+        if part.is_Symbol and re.fullmatch(r"s\d+", part.name):
+            return str(part.name)
+        return self._named.setdefault(part, f"d{len(self._named)}")
 
     def device(self, device: torch.device) -> str:
         """The IR's name of a device: MAIN, "cpu", or e.g. "cuda1" for another accelerator."""
@@ -191,12 +222,12 @@ def _scaled(expr: sympy.Expr, leaf: Callable[[sympy.Expr], Dim]) -> Dim:
     return dim_expr("//", dim_expr("*", above, convert(sizes[0], leaf)), below)
 
 
-def _sym(symbol: sympy.Symbol, bounds: Any, typical: int | None) -> Sym:
+def _sym(name: str, bounds: Any, typical: int | None) -> Sym:
     if bounds is None:
-        return Sym(str(symbol))
-    low = 0 if bounds.lower in (-int_oo, -sympy.oo) else int(bounds.lower)
+        return Sym(name)
+    low = INT64_MIN if bounds.lower in (-int_oo, -sympy.oo) else max(int(bounds.lower), INT64_MIN)
     high = UNBOUNDED if bounds.upper in (int_oo, sympy.oo) else int(bounds.upper)
-    return Sym(str(symbol), max(low, 0), high if high < UNBOUNDED else None, typical=typical)
+    return Sym(name, low, high if high < UNBOUNDED else None, typical=typical)
 
 
 def unbacked(value: Any) -> set[sympy.Symbol]:

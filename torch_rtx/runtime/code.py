@@ -35,6 +35,7 @@ from torch_rtx.ir import (
     dim_syms,
     type_dims,
 )
+from torch_rtx.optable import NUMBERS
 from torch_rtx.runtime.inline import in_place, inline_kernels, launched
 from torch_rtx.runtime.launch import Launcher, LoadedTactic
 from torch_rtx.runtime.plan import Plan
@@ -42,6 +43,11 @@ from torch_rtx.runtime.streaming import Lines, Streamer
 from torch_rtx.targets import ALIGNMENT
 
 Runner = Callable[[Sequence[Any], Sequence[torch.Tensor]], list[Any]]
+
+
+class Owned(list[Any]):
+    """Inputs that nothing but their call needs: the code empties the list as soon as each input has a name, so that it
+    frees a tensor after its last use. Activations of a training step are such."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,6 +212,8 @@ class _Writer:
         for source, values in (("_inputs", graph.inputs), ("_weights", [w.value for w in graph.weights])):
             if values:
                 self.lines.append(f"{', '.join(v.name for v in values)}, = {source}")
+        if graph.inputs:
+            self.lines.append(f"if type(_inputs) is {self.name_of('owned', Owned)}: _inputs.clear()")
         self.bind(graph.inputs)
         self.plan = Plan(graph, self.trusted_ops, frozenset(self.bound))
         self.offsets = self.arena()
@@ -305,7 +313,7 @@ class _Writer:
         left = [value.name if value is not None else "_" for value in node.outputs]
         single = node.op != "python" and _returns_one(aten.overload(node.op, self.trusted_ops))
         self.lines.append(f"{left[0]} = {call}" if single else f"{', '.join(left)}, = {call}")
-        if node.kind == "fallback":
+        if node.kind == "fallback" or node.op in NUMBERS:
             self.bind(node.outputs)
         if not aten.may_alias(node, self.trusted_ops):
             # In the captured strides where it is made, so that no result has to be copied, away from the others.

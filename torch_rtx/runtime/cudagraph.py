@@ -19,6 +19,7 @@ import torch
 
 from torch_rtx import aten
 from torch_rtx.ir import MAIN, Graph, ScalarType, TensorType, attr_values, dim_syms, type_dims
+from torch_rtx.optable import NUMBERS
 from torch_rtx.runtime.admission import AdmissionPolicy
 from torch_rtx.runtime.captured import Captured, CaptureSpec, RunCode, capture
 from torch_rtx.runtime.code import Code
@@ -27,6 +28,7 @@ from torch_rtx.runtime.graphmemory import GraphMemory, shared_memory
 from torch_rtx.runtime.weights import WeightStore
 
 log = logging.getLogger(__name__)
+CHECKS = frozenset(("aten._linalg_check_errors.default",))  # calls that wait for the device and may raise
 # One capture at a time per process: the synchronization that begins a capture would break another one.
 _CAPTURING = threading.Lock()
 
@@ -42,6 +44,11 @@ def why_not(graph: Graph) -> str | None:
         if isinstance(type_, TensorType) and type_.device != MAIN and type_.shape:
             return f"weight {', '.join(weight.names) or weight.value.name} is on {type_.device}"
     for node in graph.nodes:
+        if node.op in NUMBERS and node.kind == "extern":  # a function of sizes, which are those of the capture
+            known |= {sym.name for value in node.results for dim in type_dims(value.type) for sym in dim_syms(dim)}
+            continue
+        if node.op in CHECKS:
+            return f"the host waits for the result that {node.op} checks ({node.loc})"
         for type_ in (value.type for value in node.outputs if value is not None):
             if isinstance(type_, ScalarType):
                 return f"the host needs the result of {node.op} ({node.loc})"

@@ -5,12 +5,20 @@ from __future__ import annotations
 import itertools
 import math
 
+import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torch_rtx.ir import Sym, dim_expr
+from tests.doubles.interpreter import Interpreted
+from tests.strategies import dims
+from torch_rtx.errors import Unsupported
+from torch_rtx.ir import Sym, dim_expr, evaluate
+from torch_rtx.irparse import parse
+from torch_rtx.lowering.kernels.generate import generate
 from torch_rtx.lowering.kernels.index import (
     Index,
+    bounds,
     constant,
     from_dim,
     linear,
@@ -21,6 +29,8 @@ from torch_rtx.lowering.kernels.index import (
     unravel,
     variable,
 )
+from torch_rtx.lowering.kernels.region import region
+from torch_rtx.lowering.kernels.source import needs_int64
 
 N = constant
 shapes = st.lists(st.integers(1, 6), min_size=1, max_size=4)
@@ -128,3 +138,53 @@ def test_products_read_as_written() -> None:
     assert value((a + b) * (a + N(1)) % N(5) // N(2), A=2, B=3) == 15 % 5 // 2
     assert str((a * N(2)) // variable("s")) == "((2 * A) // s)"
     assert str(N(3) // (variable("s") + N(1))) == "(3 // (s + 1))"
+
+
+SIGNED, SIZE = Sym("n", -6, 6), Sym("s", 2, 9)
+
+
+@given(dims((SIGNED, SIZE)), st.integers(-6, 6), st.integers(2, 9))
+def test_bounds_hold(dim, n, s):
+    low, high = bounds(dim)
+    try:
+        found = evaluate(dim, {"n": n, "s": s})
+    except ZeroDivisionError:
+        return
+    assert found is not None
+    assert low <= found <= high
+
+
+TAKEN = """
+graph import {{
+  dim n = {range}, 1
+  input x: f32[9]
+  y: f32[()] = op aten.select.int(self=x, dim=0, index=n)
+  z: f32[()] = op aten.add.Tensor(self=y, other=n)
+  return [z]
+}}
+"""
+ADDED = """
+graph import {
+  dim n = -9, 9, 1
+  input x: f32[9]
+  y: f32[9] = op aten.add.Tensor(self=x, other=(n + (2 * n)))
+  z: f32[9] = op aten.mul.Tensor(self=y, other=OTHER)
+  return [z]
+}
+"""
+
+
+def test_numbers_that_may_be_negative_are_added_but_neither_divided_nor_taken_as_positions():
+    """Triton's division is C's, and a position counts from the end if it is negative."""
+    assert needs_int64(region(parse(TAKEN.format(range="0, None").strip())))
+    assert not needs_int64(region(parse(TAKEN.format(range="0, 8").strip())))
+    with pytest.raises(Unsupported, match="from the end"):
+        region(parse(TAKEN.format(range="-9, -1").strip()))
+    kernel = Interpreted(generate(parse(ADDED.strip().replace("OTHER", "n")), "k", 89, 0))
+    x, z = (torch.arange(16.0).clone() for _ in range(2))
+    for n in (-9, -1, 0, 4):
+        kernel((x.data_ptr(), z.data_ptr()), (n,), (1, 1, 1))
+        assert torch.equal(z[:9], ((x + 3 * n) * n)[:9])
+    for other in ("(n // 2)", "(1 + (n % 3))", "max(0, (n // 2))"):
+        with pytest.raises(Unsupported, match="negative"):
+            region(parse(ADDED.strip().replace("OTHER", other)))

@@ -9,12 +9,14 @@ remainders. These rules undo it, so that contiguous memory is read contiguously:
     c * (p // c) + p % c = p          a * (p // a % c) + p % a = p % (a*c)
 
 All values are at least 0, unless a mask discards them: Triton's `//` and `%`, which are C's, then agree with these.
+Numbers that may be negative are `signed` variables, of which nothing is proven; kernels do not divide them.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, reduce
 
@@ -26,10 +28,11 @@ CACHED = 1 << 14
 
 @dataclass(frozen=True)
 class Var:
-    """A variable in [0, last]; without `last` a dim, which is its own bound."""
+    """A variable in [0, last]; without `last` a dim, which is its own bound, or, if `signed`, any number."""
 
     name: str
     last: Index | None = None
+    signed: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -174,15 +177,49 @@ def variable(name: str, size: Index | None = None) -> Index:
     return _atom(Var(name, None if size is None else size - constant(1)))
 
 
+def bounds(dim: Dim) -> tuple[float, float]:
+    """The smallest and the largest value of `dim` for the ranges of its symbols, each taken on its own."""
+    if isinstance(dim, int):
+        return dim, dim
+    if isinstance(dim, Sym):
+        return dim.min, math.inf if dim.max is None else dim.max
+    lows, highs = zip(*map(bounds, dim.args), strict=True)
+    match dim.op:
+        case "+":
+            return sum(lows), sum(highs)
+        case "min" | "max":
+            pick = min if dim.op == "min" else max
+            return pick(lows), pick(highs)
+        case "*":
+            ends = [_product(corner) for corner in itertools.product(*zip(lows, highs, strict=True))]
+            return min(ends), max(ends)
+    low = max(lows[1], 1)  # of the divisor: no call divides by 0
+    if lows[1] < 0:
+        return -math.inf, math.inf
+    if dim.op == "%":
+        return 0, highs[1] - 1 if lows[0] < 0 else min(highs[1] - 1, highs[0])
+    ends = [_divided(above, below) for above in (lows[0], highs[0]) for below in (low, highs[1])]
+    return min(ends), max(ends)
+
+
+def _product(factors: Sequence[float]) -> float:
+    return 0 if 0 in factors else math.prod(factors)
+
+
+def _divided(above: float, below: float) -> float:
+    return above if math.isinf(above) else above // below
+
+
 def from_dim(dim: Dim) -> Index:
     """A dim of a graph as an index; its symbols are variables of the same names."""
     if isinstance(dim, int):
         return constant(dim)
     if isinstance(dim, Sym):
-        return variable(dim.name)
+        return _atom(Var(dim.name, signed=dim.min < 0))
     args = [from_dim(arg) for arg in dim.args]
     if dim.op in ("min", "max"):  # opaque: one number to the polynomial
-        return variable(f"tl.{dim.op}imum({', '.join(map(str, args))})")
+        signed = any(var.signed for arg in args for var in arg.variables()) and bounds(dim)[0] < 0
+        return _atom(Var(f"tl.{dim.op}imum({', '.join(map(str, args))})", signed=signed))
     return reduce(_OPS[dim.op], args)
 
 
@@ -254,9 +291,14 @@ def _substituted(atom: Atom, values: Mapping[str, Index]) -> Index:
     return values.get(atom.name, _atom(atom))
 
 
+def is_natural(index: Index) -> bool:
+    """Whether `index` is provably at least 0."""
+    return all(count >= 0 for _, count in index.terms) and not any(var.signed for var in index.variables())
+
+
 def upper(index: Index) -> Index | None:
-    """An upper bound as a polynomial in dims; None if a coefficient is negative."""
-    if any(count < 0 for _, count in index.terms):
+    """An upper bound as a polynomial in dims; None if `index` may be negative."""
+    if not is_natural(index):
         return None
     total = constant(0)
     for monomial, count in index.terms:
@@ -279,7 +321,7 @@ def _last(atom: Atom) -> Index | None:
 def within(index: Index, size: Index) -> bool:
     """Whether `0 <= index < size` is proven."""
     bound = upper(index)
-    return bound is not None and all(count >= 0 for _, count in (size - constant(1) - bound).terms)
+    return bound is not None and is_natural(size - constant(1) - bound)
 
 
 def _split(index: Index, by: Index) -> tuple[Index, Index]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch_rtx.dtypes import register
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import MAIN, Attr, Expr, Graph, Node, Sym, TensorType, Value, attr_values
+from torch_rtx.ir import MAIN, Attr, Dim, Expr, Graph, Node, Sym, TensorType, Value, attr_values, dim_syms
 from torch_rtx.lowering.kernels.body_builder import BodyBuilder
 from torch_rtx.lowering.kernels.index import from_dim
 from torch_rtx.lowering.kernels.kernel_ir import Reduce, Tensor, cast, children, everything, load, text
@@ -131,8 +131,18 @@ def _given(attr: Attr, values: dict[str, Tensor]) -> object:
     if isinstance(attr, Value):
         return values[attr.name]
     if isinstance(attr, Sym | Expr):
+        if _divides_signed(attr):
+            raise Unsupported(f"{attr}, a division of a number that may be negative")
         return from_dim(attr)
     return tuple(_given(item, values) for item in attr) if isinstance(attr, tuple) else attr
+
+
+def _divides_signed(dim: Dim) -> bool:
+    """Whether `dim` divides a number that may be negative, which Triton rounds towards 0."""
+    if not isinstance(dim, Expr):
+        return False
+    signed = dim.op in ("//", "%") and any(sym.min < 0 for sym in dim_syms(dim))
+    return signed or any(map(_divides_signed, dim.args))
 
 
 def reductions_of(outputs: tuple[Tensor, ...]) -> list[Reduce]:

@@ -41,6 +41,8 @@ def raise_gelu(graph: Graph, infer: Inference) -> Graph:
 
     def extend(chain: _Chain) -> bool:
         """Add the last producer of a read value to the chain; False if it can't belong to a gelu."""
+        if not chain.reads:  # products of numbers
+            return False
         latest = max(chain.reads, key=lambda value: order.get(value.name, -1))
         node = graph.nodes[order[latest.name]] if latest.name in order else None
         if node is None or node.op not in CALLS or len(chain.calls) == MAX_CALLS or latest.name in outputs:

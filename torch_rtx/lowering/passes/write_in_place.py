@@ -152,8 +152,8 @@ def _starts(node: Node) -> Dim | None:
     first = node.arg("index" if node.op == SELECT else "start") or 0
     if isinstance(first, int) and isinstance(size, int):
         return min(max(first + size, 0) if first < 0 else first, size)
-    if isinstance(first, Sym) and node.arg("step", 1) == 1:
-        return first  # a size is not negative, and the size of `src` bounds the range
+    if isinstance(first, Sym) and first.min >= 0 and node.arg("step", 1) == 1:
+        return first  # the size of `src` bounds the range
     return None
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch_rtx.dtypes import register
 from torch_rtx.errors import Unsupported
 from torch_rtx.lowering.kernels.expressions import A, B, C, Expression, eq, sigmoid, where
-from torch_rtx.lowering.kernels.index import Index, constant, from_dim, product, ravel, unravel
+from torch_rtx.lowering.kernels.index import Index, constant, from_dim, is_natural, product, ravel, unravel
 from torch_rtx.lowering.kernels.kernel_ir import (
     ONE,
     ZERO,
@@ -142,10 +142,18 @@ def _strided(self: Tensor, axis: int, first: Index, step: int, shape: Shape) -> 
 def select(self: Tensor, dim: int, index: Size, *, out: Types) -> Tensor:
     """One position of a dimension."""
     axis = dim % len(self.shape)
+    at = _counted(index, self.shape[axis])
+    return move(self, shape_of(out), lambda position: (*position[:axis], at, *position[axis:]))
+
+
+def _counted(index: Size, size: Index) -> Index:
+    """A position in a dimension of `size`; negative ones count from the end."""
     at = constant(index) if isinstance(index, int) else index
     if at.number is not None and at.number < 0:
-        at = at + self.shape[axis]
-    return move(self, shape_of(out), lambda position: (*position[:axis], at, *position[axis:]))
+        return at + size
+    if not is_natural(at):
+        raise Unsupported("a position that may count from the end")
+    return at
 
 
 @op("split.Tensor", "unsafe_split.Tensor")
@@ -354,8 +362,7 @@ def eye(*, out: Types, **_: object) -> Tensor:
 def select_scatter(self: Tensor, src: Tensor, dim: int, index: Size, *, out: Types) -> Tensor:
     """x with one position of a dimension replaced."""
     axis = dim % len(self.shape)
-    at = constant(index) if isinstance(index, int) else index
-    at = at + self.shape[axis] if at.number is not None and at.number < 0 else at
+    at = _counted(index, self.shape[axis])
     starts = tuple(at if a == axis else ZERO for a in range(len(self.shape)))
     return Select(self.shape, self.dtype, unsqueeze(cast(src, self.dtype), axis, out=out), self, starts)
 

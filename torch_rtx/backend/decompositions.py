@@ -1,0 +1,76 @@
+"""Operators that capture replaces by other ATen calls: those of `prims`, of lists of tensors, and `resize`.
+
+Composite operators decompose by themselves, see `capture`. These do not, and would be opaque to an engine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import _prims as prims
+from torch._inductor import inductor_prims
+
+Overload = torch._ops.OpOverload
+
+# What `_foreach_NAME` does to one item of the lists, where `torch.NAME` does not do it.
+_ITEM: dict[str, Callable[..., Tensor]] = {
+    "norm": lambda x, ord=2, dtype=None: torch.linalg.vector_norm(x, ord, dtype=dtype),
+    "addcdiv": lambda x, one, two, value=1: torch.addcdiv(x, one, two, value=value),
+    "addcmul": lambda x, one, two, value=1: torch.addcmul(x, one, two, value=value),
+    "maximum": lambda x, other: (torch.maximum if isinstance(other, Tensor) else torch.clamp_min)(x, other),
+    "minimum": lambda x, other: (torch.minimum if isinstance(other, Tensor) else torch.clamp_max)(x, other),
+}
+
+
+def _prims() -> Iterator[tuple[Overload, Callable[..., Any]]]:
+    """Each operator of `prims`, and the ATen calls that PyTorch implements it by."""
+    for operator in (*vars(prims).values(), getattr(inductor_prims, "fma", None)):  # fma: of optimizers
+        if isinstance(operator, Overload) and operator.namespace == "prims" and not operator._schema.is_mutable:
+            yield operator, operator.impl_aten  # type: ignore[attr-defined]
+
+
+def _foreach() -> Iterator[tuple[Overload, Callable[..., Any]]]:
+    """Each functional operator on lists of tensors, as one call per item of the lists."""
+    for schema in torch._C._jit_get_all_schemas():
+        name, overload = schema.name.removeprefix("aten::_foreach_"), schema.overload_name or "default"
+        function = _ITEM.get(name) or getattr(torch, name, None)
+        if name != schema.name and not schema.is_mutable and "out" not in overload and function is not None:
+            packet = getattr(torch.ops.aten, f"_foreach_{name}")
+            if "Tensor scalars" not in str(schema):  # a tensor of numbers on the host
+                yield getattr(packet, overload), partial(_by_item, function)
+
+
+def _by_item(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+    count = next(len(arg) for arg in args if isinstance(arg, list | tuple))
+    items = [[arg[i] if isinstance(arg, list | tuple) else arg for arg in args] for i in range(count)]
+    return [function(*item, **kwargs) for item in items]
+
+
+def _resize(self: Tensor, size: Sequence[int], *, memory_format: torch.memory_format | None = None) -> Any:
+    """The first elements in memory in another shape; those beyond the old ones, which have no defined value in PyTorch,
+    are 0."""
+    if memory_format not in (None, torch.contiguous_format):
+        return NotImplemented
+    flat = self.reshape(-1) if self.is_contiguous() else self.clone().as_strided((self.numel(),), (1,))
+    count = math.prod(size)
+    if count > flat.shape[0]:
+        flat = torch.cat((flat, flat.new_zeros(count - flat.shape[0])))
+    return flat[:count].clone().view(size)
+
+
+def _resize_as(self: Tensor, the_template: Tensor, *, memory_format: torch.memory_format | None = None) -> Any:
+    return _resize(self, the_template.shape, memory_format=memory_format)
+
+
+DECOMPOSITIONS: dict[torch._ops.OperatorBase, Callable[..., Any]] = {
+    **dict(_prims()),
+    **dict(_foreach()),
+    torch.ops.prims.convert_element_type.default: lambda a, dtype: torch.ops.aten._to_copy(a, dtype=dtype),
+    torch.ops.aten.resize.default: _resize,
+    torch.ops.aten.resize_as.default: _resize_as,
+}
