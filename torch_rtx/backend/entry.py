@@ -129,7 +129,7 @@ def _bind(
     program: Program, roles: Sequence[Role], fixed: frozenset[int], runtime: RuntimeSettings
 ) -> Callable[..., Any]:
     """A boxed callable for a program; the program has the values of the placeholders at the positions `fixed`."""
-    store = WeightStore(program.graph, program.device, program.constants)
+    store = WeightStore(program.graph, program.device, program.constants, sampled=runtime.watch_weights)
     # Trusted: the fallbacks come from a model of this process, not from a file.
     called = frozenset(node.op for node in program.graph.nodes if node.kind == "fallback")
     tactics, context = tactics_and_context(program.kernels, program.graph, program.device, runtime)

@@ -73,10 +73,11 @@ class CompiledModule(nn.Module):
         graph = engine.graph
         tactics, context = tactics_and_context(engine.kernels, graph, device, settings)
         streamer = stream(graph, device, settings.weight_streaming_budget, trusted)
-        self._store = WeightStore(graph, device, constants, engine.manifest.unused_names, streamer)
+        names, sampled = engine.manifest.unused_names, settings.watch_weights
+        self._store = WeightStore(graph, device, constants, names, streamer, sampled)
         profiles = engine.manifest.profiles
         self.session = Session(graph, self._store, settings, callables, trusted, tactics, profiles, context)
-        self._with_weights = _caller(self._signature, AliasGuard(graph, self._store), self._store, self.session)
+        self._with_weights = _caller(self._signature, AliasGuard(graph, self._store), self.session)
         self._run = _without_weights if self._store.parameters else self._with_weights
 
     @property
@@ -167,14 +168,13 @@ class CompiledModule(nn.Module):
 Call = Callable[[tuple[Any, ...], Mapping[str, Any]], Any]  # takes args and kwargs
 
 
-def _caller(signature: Signature, guard: AliasGuard, store: WeightStore, session: Session) -> Call:
+def _caller(signature: Signature, guard: AliasGuard, session: Session) -> Call:
     """The call of a module that has weights, as a closure, since attributes of an `nn.Module` are slow to read."""
 
     def call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         inputs = signature.flatten(args, kwargs)
         if guard.needed:
             inputs = guard(inputs)
-        store.refresh()
         return signature.unflatten(session(inputs))
 
     return call
@@ -246,7 +246,7 @@ def load(
     if weights is not None:
         module.attach(weights)
     elif engine.weights is not None:
-        module._store.attach(engine.weights)
+        module._store.attach(engine.weights, shared=False)
         module._run = module._with_weights
     return module
 
