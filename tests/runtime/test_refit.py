@@ -414,3 +414,16 @@ def test_an_engine_of_a_live_model_sees_writes_through_data(stripped, net):
     assert not torch.allclose(without(IMAGE), engine(IMAGE), atol=1e-3)
     without.attach(model)
     assert torch.equal(without(IMAGE), engine(IMAGE))
+
+
+def test_weights_that_are_first_made_in_inference_mode(stripped, net):
+    model, other, engine = net
+    with torch.inference_mode():
+        attached = torch_rtx.load(stripped, weights=model)
+        attached(IMAGE)
+        engine.refit(model)
+    for change in (lambda: model.conv.weight.mul_(2), lambda: model.conv.weight.data.mul_(2)):
+        change()
+        same(attached(IMAGE), model(IMAGE), atol=1e-5, rtol=1e-4)
+    engine.refit(other)
+    same(engine(IMAGE), other(IMAGE), atol=1e-5, rtol=1e-4)

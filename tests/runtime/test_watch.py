@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
 
+from tests.doubles.fake_graphs import FakeStream, GraphDriver, install
 from torch_rtx.runtime import watch
 from torch_rtx.runtime.watch import Watch, same_bits
 
@@ -138,3 +141,67 @@ def test_in_inference_mode_and_out_of_it() -> None:
     assert found.take() == {"t0"}
     with torch.inference_mode():
         assert not found.changed()
+
+
+# On a device ----------------------------------------------------------------------------------------------------------
+
+
+class Event:
+    """Of CUDA; `log` gets what happens to it."""
+
+    log: list[str]
+
+    def record(self, stream: object) -> None:
+        self.log.append("record")
+
+    def wait(self, stream: object) -> None:
+        self.log.append("wait")
+
+    def synchronize(self) -> None:
+        self.log.append("synchronize")
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[GraphDriver]:
+    """Makes host memory stand for that of a device."""
+    found = GraphDriver((8, 8), {})
+    install(monkeypatch, found)
+    zeros = torch.zeros
+    Event.log = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None)
+    monkeypatch.setattr(torch, "zeros", lambda *args, pin_memory=False, **given: zeros(*args, **given))
+    monkeypatch.setattr(watch, "driver", lambda: found)
+    monkeypatch.setattr(watch, "relaxed", nullcontext)
+    monkeypatch.setattr(FakeStream, "cuda_stream", 99, raising=False)
+    watch._memory.cache_clear()
+    yield found
+    watch._memory.cache_clear()
+
+
+@pytest.mark.parametrize("captures", [True, False])
+def test_a_comparison_on_a_device(device: GraphDriver, captures: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*given: object, **options: object) -> None:
+        raise RuntimeError("no capture")
+
+    if not captures:
+        monkeypatch.setattr(torch.cuda, "graph", refuse)
+        monkeypatch.setattr(watch, "end_failed_capture", lambda device, memory: None)
+    tensors = {"a": torch.randn(1000, 8), "b": torch.randn(7, dtype=torch.float64), "c": torch.ones(3)}
+    sample = watch.DeviceSample(tensors, 96)
+    assert not sample.exact
+    assert sample.count == 3
+    for turn in range(8):
+        sample.launch()
+        assert Event.log == ["record", "wait", "record"]
+        assert not sample.wait()
+        assert Event.log.pop() == "synchronize"
+        Event.log.clear()
+        silently(tensors["abc"[turn % 3]]).view(-1)[0] = turn + 10
+        sample.launch()
+        assert sample.wait()
+        Event.log.clear()
+        sample.take({"abc"[turn % 3]} if turn % 2 else tensors.keys())
+    assert (sample._replay is not None) == captures
+    assert device.streams == [99] * (16 - watch.EAGER_RUNS) * captures

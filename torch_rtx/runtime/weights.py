@@ -278,6 +278,7 @@ class WeightStore:
             self.writes += 1
             yield
 
+    @torch.inference_mode(False)  # whose tensors nobody may overwrite outside of it
     def _make(self, index: int, sources: Tensors, host: bool = False) -> torch.Tensor:
         """The weight computed from `sources`; shares their memory where its recipe allows.
 
@@ -294,6 +295,7 @@ class WeightStore:
             value = recipe(inputs, ())[0]
         return value.to(_HOST) if host else value
 
+    @torch.inference_mode(False)
     def _copy(self, index: int, value: torch.Tensor) -> torch.Tensor:
         """A copy of `value` in memory of its own, on the device of the weight."""
         device = aten.to_torch("Device", self.weights[index].value.type.device, self.device)  # type: ignore[union-attr]
