@@ -78,7 +78,7 @@ def test_the_comparison_is_a_cuda_graph(monkeypatch: pytest.MonkeyPatch) -> None
         module(x)
     watch = module.session.store.watch
     assert watch is not None
-    assert watch.devices[0]._replay is not None
+    assert watch.late[0]._replay is not None
     settled: list[bool] = []
     settle = WeightStore.settle
     monkeypatch.setattr(WeightStore, "settle", lambda *args: (settled.append(settle(*args)), settled[-1])[1])
@@ -157,4 +157,4 @@ def test_the_opt_out() -> None:
     before = module(x)
     model.conv.weight.data.mul_(2)
     assert torch.equal(module(x), before)
-    assert not module.session.store.watch.devices  # type: ignore[union-attr]
+    assert not module.session.store.watch.late  # type: ignore[union-attr]

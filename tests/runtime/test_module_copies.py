@@ -90,6 +90,12 @@ def test_a_copy_is_of_the_present_weights() -> None:
         assert torch.equal(copied(IMAGE), expected)
 
 
+def test_what_is_pickled_has_no_tensors(engine: tuple[nn.Module, CompiledModule]) -> None:
+    """A process that is spawned later would not find temporary ones in the shared memory of this process."""
+    assert b"multiprocessing.reductions" in bytes(ForkingPickler.dumps(engine[0]))
+    assert b"multiprocessing.reductions" not in bytes(ForkingPickler.dumps(engine[1]))
+
+
 def test_a_deep_copy_shares_engine_and_code(engine: tuple[nn.Module, CompiledModule]) -> None:
     module = engine[1]
     pair = copy.deepcopy([module, module])

@@ -121,6 +121,24 @@ def test_counters_tell_which_tensor_changed() -> None:
     assert counters.take() == {"t0"}
 
 
+def test_beside_a_call() -> None:
+    """What is in host memory, while a device is busy."""
+    tensor = torch.randn(5)
+    found = Watch({"t": tensor.detach()}, True, beside=True)
+    found.launch()
+    assert not found.wait()
+    silently(tensor).add_(1)
+    assert not found.changed()
+    found.launch()
+    assert found.wait()
+    assert found.differs()
+    assert found.take() == set()
+    assert found.take(everything=True) == {"t"}
+    assert not found.differs()
+    tensor.add_(1)
+    assert found.changed()
+
+
 def test_inference_tensors_always_changed() -> None:
     with torch.inference_mode():
         inference = torch.randn(3)

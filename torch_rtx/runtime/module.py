@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import replace
+from io import BytesIO
 from operator import attrgetter
 from tempfile import TemporaryDirectory
 from typing import Any, Self
@@ -243,7 +244,8 @@ class CompiledModule(nn.Module):
         return other
 
     def __getstate__(self) -> dict[str, Any]:
-        """The engine as the bytes of its file, and copies of the weights in host memory.
+        """The engine as the bytes of its file, and the weights as bytes: workers that are spawned would look for
+        tensors in the memory of this process, where these are copies that are gone by then.
 
         Raises:
             RtxError: the engine can't be saved, see `save`.
@@ -254,12 +256,15 @@ class CompiledModule(nn.Module):
                 values = [_on_host(value) for value in current]
         if weights is not None:
             weights = {name: _on_host(tensor) for name, tensor in weights.items()}
+        tensors = BytesIO()
+        torch.save((weights, values), tensors)
         given = self.device, session.settings, session._trusted_ops
-        return {**self._others(), _ENGINE: (_to_bytes(self), weights, *given, values)}
+        return {**self._others(), _ENGINE: (_to_bytes(self), tensors.getvalue(), *given)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Run on the same device, or on the CPU if this machine has none."""
-        content, weights, device, settings, trusted, values = state.pop(_ENGINE)
+        content, tensors, device, settings, trusted = state.pop(_ENGINE)
+        weights, values = torch.load(BytesIO(tensors))
         engine = replace(_from_bytes(content), weights=weights)
         device = resolve_device(device if device.type != "cuda" or torch.cuda.is_available() else None, device.type)
         self.__init__(engine, device, settings, (), trusted)  # type: ignore[misc]

@@ -2,8 +2,8 @@
 
 Every in-place operation on a tensor moves its version counter. Writes through `.data`, through NumPy, through a buffer
 that the tensor is a part of, or by another process do not. So some words of each tensor are compared as well: all of a
-small one, else a sample that is spread evenly over its memory. On CUDA the comparison runs on the device, on a stream
-of its own beside the work of the call.
+small one, else a sample that is spread evenly over its memory. Tensors on CUDA are compared there, on a stream of its
+own beside the work of the call.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 HOST_WORDS, DEVICE_WORDS, LEAST_WORDS = 1 << 13, 1 << 16, 32
 EAGER_RUNS = 3  # comparisons on a device before one is captured as a CUDA graph
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_VERSION = attrgetter("_version")
+_VERSION, _HOST = attrgetter("_version"), torch.device("cpu")
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -46,27 +46,29 @@ class Watch:
 
     Args:
         sampled: compare values, too, and not version counters alone.
+        beside: compare those in host memory beside a call, too, which then runs on a device.
 
     Attributes:
         partial: values are compared, but not all words of all tensors.
-        devices: those with tensors that `launch` compares.
+        late: what is compared between `launch` and `wait`.
     """
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], sampled: bool) -> None:
+    def __init__(self, tensors: Mapping[str, torch.Tensor], sampled: bool, beside: bool = False) -> None:
         self._names, self._tensors = tuple(tensors), tuple(tensors.values())
         self._stamps = _stamps(self._tensors)
         groups: dict[torch.device, dict[str, torch.Tensor]] = {}
         for name, tensor in tensors.items() if sampled else ():
             if _has_words(tensor):
                 groups.setdefault(tensor.device, {})[name] = tensor
-        self._host = Sample(found, HOST_WORDS) if (found := groups.pop(torch.device("cpu"), None)) else None
-        self.devices = [DeviceSample(found, DEVICE_WORDS) for found in groups.values()]
-        samples = [*self.devices, *([self._host] if self._host else [])]
-        self.partial = sampled and sum(sample.count for sample in samples if sample.exact) < len(tensors)
+        host: list[Sample] = [Sample(groups.pop(_HOST), HOST_WORDS)] if _HOST in groups else []
+        devices: list[Sample] = [DeviceSample(found, DEVICE_WORDS) for found in groups.values()]
+        self.late, self._early = ([*devices, *host], []) if beside else (devices, host)
+        exact = sum(sample.count for sample in (*devices, *host) if sample.exact)
+        self.partial = sampled and exact < len(tensors)
 
     def changed(self) -> bool:
-        """Whether a tensor may have changed since `take`, as far as the host can tell."""
-        return _stamps(self._tensors) != self._stamps or (self._host is not None and self._host.differs())
+        """Whether a tensor may have changed since `take`, as far as can be told before the call."""
+        return _stamps(self._tensors) != self._stamps or any(sample.differs() for sample in self._early)
 
     def take(self, everything: bool = False) -> set[str]:
         """The names of the tensors that changed, whose present values are now taken for known.
@@ -77,23 +79,23 @@ class Watch:
         names = {n for n, now, before in zip(self._names, stamps, self._stamps, strict=True) if now != before}
         self._stamps = stamps
         self._sample(names)
-        if everything or (self._host is not None and self._host.differs()):
+        if everything or any(sample.differs() for sample in self._early):
             names = set(self._names)
             self._sample(names)
         return names
 
     def _sample(self, names: Collection[str]) -> None:
-        for sample in (*self.devices, *([self._host] if self._host else [])):
+        for sample in (*self.late, *self._early):
             sample.take(names)
 
     def launch(self) -> None:
-        """Queue the comparisons on devices, after what is queued on their current streams."""
-        for sample in self.devices:
+        """Begin the late comparisons; on a device after what is queued on its current stream."""
+        for sample in self.late:
             sample.launch()
 
     def wait(self) -> bool:
-        """Wait for the last launch; True if a tensor changed since `take`."""
-        found = [sample.wait() for sample in self.devices]  # for all of them: they still read the tensors
+        """End the late comparisons; True if a tensor changed since `take`."""
+        found = [sample.wait() for sample in self.late]  # for all of them: they still read the tensors
         return any(found)
 
     def differs(self) -> bool:
@@ -138,6 +140,13 @@ class Sample:
     def differs(self) -> bool:
         """Compare now. A tensor of its own for each comparison, as several threads may compare."""
         return not all(torch.equal(torch.cat(parts), kept) for parts, kept in self._groups)
+
+    def launch(self) -> None:
+        """Begin a comparison."""
+
+    def wait(self) -> bool:
+        """End it; True if a word differed."""
+        return self.differs()
 
 
 class DeviceSample(Sample):

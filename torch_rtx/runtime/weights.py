@@ -39,7 +39,7 @@ _UNSEEN = (
     "they were written in few elements and without a version counter (`.data`, NumPy, another process); call "
     "refit_module_weights or attach after such writes"
 )
-Check = tuple[Watch, int]  # a comparison on a device that is under way, and the store's `writes` when it was queued
+Check = tuple[Watch, int]  # a comparison that is under way, and the store's `writes` when it began
 
 
 class WeightStore:
@@ -137,9 +137,10 @@ class WeightStore:
         if addresses == self._addresses:
             return
         with self._lock:
-            check(self.parameters, tensors)
-            self._attach(tensors, True)
-            self._addresses = addresses
+            if addresses != self._addresses:  # no other thread was faster
+                check(self.parameters, tensors)
+                self._attach(tensors, True)
+                self._addresses = addresses
 
     def _attach(self, tensors: Sequence[torch.Tensor], shared: bool) -> None:
         sources = {p.name: t.detach() for p, t in zip(self.parameters, tensors, strict=True)}
@@ -155,7 +156,7 @@ class WeightStore:
             names = [w.names for w, owned in zip(self.weights, self._owned, strict=True) if owned]
             watched = {n: sources[n] for n in dict.fromkeys(sum(names, ())) if n in sources}
             if watched:
-                self.watch = Watch(watched, shared and self._sampled)
+                self.watch = Watch(watched, shared and self._sampled, self.device.type == "cuda")
                 self._due = perf_counter() + AUDIT_GAP if self.watch.partial else math.inf
 
     def refresh(self, wait: bool = False) -> Check | None:
@@ -165,10 +166,10 @@ class WeightStore:
         nothing can be compared on a device.
 
         Args:
-            wait: for the comparison on a device.
+            wait: for late comparisons.
 
         Returns:
-            The comparison that is under way, which `settle` needs after the call.
+            The late comparison, which `settle` needs after the call.
         """
         watch = self.watch
         if watch is None:
@@ -178,7 +179,7 @@ class WeightStore:
             self._audit(watch)
         if self._stale or watch.changed():
             self._recompute(watch)
-        if captured or not watch.devices:
+        if captured or not watch.late:
             return None
         pending = watch, self.writes
         watch.launch()
@@ -188,7 +189,7 @@ class WeightStore:
         return pending
 
     def settle(self, pending: Check) -> bool:
-        """Wait for a comparison. True: the weights were old, or are written since; the call has to run again."""
+        """End a late comparison. True: the weights were old, or are written since; the call has to run again."""
         watch, writes = pending
         if watch.wait():
             self._recompute(watch, writes)
@@ -222,7 +223,10 @@ class WeightStore:
             index = owned[self._audited % len(owned)]
             self._audited += 1
             try:
-                same = same_bits(self._make(index, self._sources), self.values[index])
+                fresh = self._make(index, self._sources)
+                same = same_bits(fresh, self.values[index])
+                if not same and not same_bits(fresh, self._make(index, self._sources)):
+                    same = True  # its recipe is not deterministic
             except torch.OutOfMemoryError:
                 same = True  # there is no room for another copy of it
             self._due = perf_counter() + max(AUDIT_GAP, AUDIT_FACTOR * (perf_counter() - start))
