@@ -156,14 +156,14 @@ class WeightStore:
             names = [w.names for w, owned in zip(self.weights, self._owned, strict=True) if owned]
             watched = {n: sources[n] for n in dict.fromkeys(sum(names, ())) if n in sources}
             if watched:
-                self.watch = Watch(watched, shared and self._sampled, self.device.type == "cuda")
+                sampled = shared and self._sampled and not self._captured()
+                self.watch = Watch(watched, sampled, self.device.type == "cuda")
                 self._due = perf_counter() + AUDIT_GAP if self.watch.partial else math.inf
 
     def refresh(self, wait: bool = False) -> Check | None:
         """Recompute the owned weights whose parameters changed, before a call.
 
-        Version counters and samples of the values show changes, see `runtime.watch`. In a capture of the caller's
-        nothing can be compared on a device.
+        Version counters and samples of the values show changes, see `runtime.watch`.
 
         Args:
             wait: for late comparisons.
@@ -174,7 +174,7 @@ class WeightStore:
         watch = self.watch
         if watch is None:
             return None
-        captured = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        captured = self._captured()
         if perf_counter() >= self._due and not captured:
             self._audit(watch)
         if self._stale or watch.changed():
@@ -187,6 +187,10 @@ class WeightStore:
             self.settle(pending)
             return None
         return pending
+
+    def _captured(self) -> bool:
+        """The caller captures the call, in which nothing can be compared on a device."""
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def settle(self, pending: Check) -> bool:
         """End a late comparison. True: the weights were old, or are written since; the call has to run again."""
