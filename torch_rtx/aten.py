@@ -21,19 +21,8 @@ from torch_rtx.optable import ALLOWED
 
 __all__ = [
     *("ALLOWED", "DTYPES", "MAY_ALIAS", "OUT", "STRIDED"),
-    *(
-        "bases",
-        "dtype_name",
-        "extent",
-        "is_random",
-        "is_view",
-        "may_alias",
-        "number_op",
-        "out_of",
-        "overload",
-        "schema",
-    ),
-    *("shared", "to_torch"),
+    *("bases", "dtype_name", "extent", "is_random", "is_view", "may_alias", "number_op", "out_of"),
+    *("overload", "schema", "shared", "to_torch"),
 ]
 
 number_op = host_ops.number_op

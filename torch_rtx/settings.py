@@ -255,6 +255,11 @@ class RuntimeSettings(_Checked):
     cuda_graph_pool_size: int = _count(
         16, "Most CUDA graphs of a module; the most frequent combinations of shapes get them."
     )
+    watch_weights: bool = _flag(
+        True,
+        "Compare values of the parameters that weights are computed from, before each call, to see writes that no "
+        "version counter tells of. False: such a write needs `refit_module_weights` or `attach` after it.",
+    )
     weight_streaming_budget: int | str | None = _option(
         None,
         'None, bytes such as 2_000_000_000 or "2GiB", or a share such as "50%"',

@@ -10,7 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import torch_rtx
 from tests.helpers.compiled import compile_rtx, counted, same
+from torch_rtx.runtime import watch, weights
+from torch_rtx.runtime.session import Session
 from torch_rtx.runtime.weights import WeightStore
 
 
@@ -52,6 +55,7 @@ class Made(list):
             return original(store, index, sources)
 
         monkeypatch.setattr(WeightStore, "_make", make)
+        monkeypatch.setattr(weights, "AUDIT_GAP", float("inf"))
 
     def since(self):
         """Which of the two parts were computed since the last question, and how many recipes ran."""
@@ -312,28 +316,182 @@ def test_functional_call_with_other_parameters():
 # What no version counter tells ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", ["add_", "+="])
-def test_writes_through_data_are_not_seen_where_a_recipe_made_a_copy(form, net):
-    """A documented limit: `parameter.data` is an alias with a version counter of its own, so that nothing tells.
+def through_data(model):
+    model.v.weight.data.add_(0.5)
+    model.conv.weight.data *= 2
 
-    A weight that is the parameter itself shows the write; one that a recipe computed keeps its old value until the
-    parameter changes in a way that is counted.
-    """
+
+def through_numpy(model):
+    model.v.bias.detach().numpy()[3] += 5
+
+
+def momentum_encoder(model):
+    for parameter in model.parameters():
+        parameter.data.mul_(0.5).add_(torch.ones_like(parameter), alpha=0.5)
+
+
+UNSEEN = {
+    "data": through_data,
+    "numpy": through_numpy,
+    "momentum": momentum_encoder,
+    "element": lambda m: m.v.bias.data[2].add_(9),
+    "statistics": lambda m: m.bn.running_var.data.mul_(3),
+    "with_a_counter": lambda m: (m.v.weight.data.mul_(3), m.bn.weight.add_(1)),
+}
+
+
+def test_writes_without_a_version_counter_are_seen(net, made):
     model, compiled = net
+    for write in UNSEEN.values():
+        before = compiled(X)
+        write(model)
+        after = compiled(X)
+        same(after, model(X), atol=1e-5, rtol=1e-4)
+        assert not torch.allclose(before, after, atol=1e-3)
+        made.clear()
+        same(compiled(X), after)
+        assert made.since() == (set(), 0)
+
+
+def test_writes_to_a_flat_buffer_are_seen(made):
+    model = Net().eval()
+    flat = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    pieces = flat.split([parameter.numel() for parameter in model.parameters()])
+    for parameter, piece in zip(model.parameters(), pieces, strict=True):
+        parameter.data = piece.view_as(parameter)
+    compiled = compile_rtx(model, options=COPY)
+    compiled(X)
+    flat.mul_(3)
+    same(compiled(X), model(X), atol=1e-5, rtol=1e-4)
+
+
+def test_the_opt_out():
+    model = Net().eval()
+    compiled = compile_rtx(model, options={**COPY, "watch_weights": False})
     before = compiled(X)
+    model.conv.weight.data.mul_(2)
+    assert torch.equal(compiled(X), before)
+    torch_rtx.refit_module_weights(compiled, model)
+    same(compiled(X), model(X), atol=1e-5, rtol=1e-4)
 
-    def write(parameter):
-        if form == "add_":
-            parameter.data.add_(0.5)
-        else:
-            parameter.data += 0.5
 
-    write(model.out.bias)
-    same(compiled(X), before + 0.5, atol=1e-5, rtol=1e-4)
-    write(model.q.weight)
-    same(compiled(X), before + 0.5, atol=1e-5, rtol=1e-4)  # stale
-    torch._C._autograd._unsafe_set_version_counter((model.q.weight,), (model.q.weight._version + 1,))
-    same(compiled(X), model(X), atol=1e-5, rtol=1e-4)  # whoever knows of the write can say so
+class Wide(nn.Module):
+    """A computed weight of which the sample has a small part."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(512, 512))
+
+    def forward(self, x):
+        return x @ self.weight.sin()
+
+
+def test_a_write_that_misses_the_sample_is_found_and_reported(monkeypatch, caplog):
+    model, x = Wide(), torch.randn(2, 512)
+    compiled, stores, now = compile_rtx(model), used_stores(monkeypatch), [0.0]
+    monkeypatch.setattr(weights, "perf_counter", lambda: now[0])
+    with caplog.at_level("WARNING", "torch_rtx.runtime.weights"):
+        before = compiled(x)
+        (store,) = stores
+        assert store.watch.partial
+        sampled = torch.zeros(512, 512, dtype=torch.bool)
+        sampled.view(-1)[watch._comb(torch.arange(512 * 512).view(512, 512), watch.HOST_WORDS)] = True
+        model.weight.data[tuple((~sampled).nonzero()[7])] = 100.0
+        assert torch.equal(compiled(x), before)
+        assert not caplog.records
+        now[0] += weights.AUDIT_GAP
+        same(compiled(x), model(x), atol=1e-4, rtol=1e-4)
+        assert [record.args[0] for record in caplog.records] == ["weight"]
+        now[0] += weights.AUDIT_GAP
+        same(compiled(x), model(x), atol=1e-4, rtol=1e-4)
+        assert len(caplog.records) == 1
+        noise = lambda *args: torch.rand(512, 512)  # noqa: E731
+        monkeypatch.setattr(WeightStore, "_make", noise)  # a recipe that is not deterministic proves nothing
+        now[0] += weights.AUDIT_GAP
+        same(compiled(x), model(x), atol=1e-4, rtol=1e-4)
+        assert len(caplog.records) == 1
+
+
+class Late(watch.Sample):
+    """As on a device: the comparison runs when it is launched, and the host learns of it when it waits."""
+
+    def __init__(self, found):
+        self.__dict__.update(found.__dict__)
+        self.log = []
+
+    def launch(self):
+        self.log.append("launch")
+        self.answer = self.differs()
+
+    def wait(self):
+        self.log.append("wait")
+        return self.answer
+
+
+def late(store):
+    """Let the comparison of `store` run as on a device."""
+    (early,) = store.watch._early
+    store.watch.late, store.watch._early = [Late(early)], []
+    return store.watch.late[0].log
+
+
+def test_a_call_runs_again_if_the_device_finds_old_weights(monkeypatch):
+    model = Net().eval()
+    compiled, stores = compile_rtx(model, options=COPY), used_stores(monkeypatch)
+    compiled(X)
+    log, launch = late(stores[-1]), Session._launch
+    monkeypatch.setattr(Session, "_launch", lambda *args: (log.append("run"), launch(*args))[1])
+    same(compiled(X), model(X))
+    assert log == ["launch", "run", "wait"]
+    log.clear()
+    through_data(model)
+    same(compiled(X), model(X), atol=1e-5, rtol=1e-4)
+    assert log == ["launch", "run", "wait", "run"]
+    log.clear()
+    add(model)
+    same(compiled(X), model(X), atol=1e-5, rtol=1e-4)
+    assert log == ["launch", "run", "wait"]  # the counter told before
+
+
+@pytest.mark.parametrize("kind", ["writes", "draws"])
+def test_a_call_that_must_not_run_twice_waits_first(kind, monkeypatch):
+    class Once(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x, total):
+            y = x @ self.weight.sin()
+            return y + torch.rand(()) if kind == "draws" else total.add_(y)
+
+    model, x = Once(), torch.randn(3, 4)
+    compiled, stores = compile_rtx(model), used_stores(monkeypatch)
+    compiled(x, torch.zeros(3, 4))
+    log, launch = late(stores[-1]), Session._launch
+    monkeypatch.setattr(Session, "_launch", lambda *args: (log.append("run"), launch(*args))[1])
+    model.weight.data.mul_(2)
+    mine, theirs = torch.zeros(3, 4), torch.zeros(3, 4)
+    torch.manual_seed(0)
+    actual = compiled(x, mine)
+    torch.manual_seed(0)
+    same(actual, model(x, theirs), atol=1e-5, rtol=1e-4)
+    same(mine, theirs, atol=1e-5, rtol=1e-4)
+    assert log == ["launch", "wait", "run"]
+
+
+def test_another_thread_computes_the_weights_meanwhile(monkeypatch):
+    """The comparison that this thread waits for is of the new weights already; its call ran with the old ones."""
+    model = Net().eval()
+    compiled, stores = compile_rtx(model, options=COPY), used_stores(monkeypatch)
+    compiled(X)
+    store = stores[-1]
+    late(store)
+    through_data(model)
+    pending = store.refresh()
+    store._recompute(store.watch, store.writes)
+    store.watch.launch()
+    assert store.settle(pending)
+    assert not store.settle(store.refresh())
 
 
 def test_assigned_data_of_the_same_memory_is_no_change(net, made):

@@ -8,7 +8,7 @@ from torch import nn
 
 import torch_rtx
 from tests.helpers.compiled import compile_rtx, same
-from torch_rtx.backend.entry import identities
+from torch_rtx.backend.sessions import identities
 from torch_rtx.errors import RefitError
 
 X = torch.linspace(-1, 1, 96).view(2, 3, 4, 4)

@@ -147,7 +147,7 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.copy_.default:
-            target, source = args
+            target, source, *_ = args
             dense = torch.ops.aten.is_non_overlapping_and_dense(target)
             if target.stride() != source.stride() or not dense:  # a kernel
                 self.graph.nodes.append(Node("call", Params(), lambda: target.copy_(source)))

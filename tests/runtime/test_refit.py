@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from contextlib import AbstractContextManager
 
 import pytest
@@ -160,6 +161,8 @@ def test_attached_weights_are_aliases(net, stripped, monkeypatch):
     assert {model.out.weight.data_ptr(), model.out.bias.data_ptr()} <= {value.data_ptr() for value in values}
     assert sorted(value.shape[0] for value in own) == [8, 8, 24, 24]  # the folded convolution, the merged projections
     made, original = [], WeightStore._make
+    monkeypatch.setattr(weights, "AUDIT_GAP", float("inf"))
+    engine.attach(model)
     monkeypatch.setattr(
         WeightStore, "_make", lambda store, i, s: (made.append(store.weights[i].names), original(store, i, s))[1]
     )
@@ -331,3 +334,96 @@ def test_recipes_have_no_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
         module.refit(other)
         assert torch.equal(module(x), expected)
     assert devices == [torch.device("cpu")]
+
+
+# Threads -------------------------------------------------------------------------------------------------------------
+
+
+def test_no_call_during_a_refit_mixes_weights(net):
+    """Each result is that of one set of weights."""
+    models, engine = [*net[:2], Net().eval()], net[2]
+    engine.refit(models[0])
+    expected, stop, torn, failures = [model(IMAGE) for model in models], threading.Event(), [], []
+
+    def call():
+        try:
+            with torch.no_grad():
+                while not stop.is_set():
+                    result = engine(IMAGE)
+                    if not any(torch.allclose(result, one, atol=1e-5) for one in expected):
+                        torn.append(result)
+        except Exception as error:
+            failures.append(error)
+
+    callers = [threading.Thread(target=call) for _ in range(4)]
+    for thread in callers:
+        thread.start()
+    for step in range(150):
+        give = engine.attach if step % 10 == 9 else engine.refit
+        give(models[step % 3])
+    stop.set()
+    for thread in callers:
+        thread.join()
+    assert (torn, failures) == ([], [])
+    same(engine(IMAGE), expected[149 % 3], atol=1e-5, rtol=1e-4)
+
+
+def test_threads_that_see_changes_at_once(net, monkeypatch):
+    """One of them computes the weights; the others wait for it."""
+    model, _, engine = net
+    engine.attach(model)
+    made, original, lock = [], WeightStore._make, threading.Lock()
+
+    def make(store, index, sources):
+        with lock:
+            made.append(store.weights[index].names)
+        return original(store, index, sources)
+
+    monkeypatch.setattr(WeightStore, "_make", make)
+    monkeypatch.setattr(weights, "AUDIT_GAP", float("inf"))
+    for write in (lambda: model.q.bias.add_(1), lambda: model.q.bias.data.add_(1)):
+        made.clear()
+        write()
+        expected, wrong, start = model(IMAGE), [], threading.Barrier(6)
+
+        def call(expected=expected, wrong=wrong, start=start):
+            start.wait()
+            with torch.no_grad():
+                if not torch.allclose(engine(IMAGE), expected, atol=1e-5):
+                    wrong.append(1)
+
+        threads = [threading.Thread(target=call) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert wrong == []
+        assert len(made) == len(set(made))
+
+
+def test_an_engine_of_a_live_model_sees_writes_through_data(stripped, net):
+    model, other, _ = net
+    engine = torch_rtx.load(stripped, weights=model)
+    for parameter, value in zip(model.parameters(), other.parameters(), strict=True):
+        parameter.data.copy_(value)
+    same(engine(IMAGE), model(IMAGE), atol=1e-5, rtol=1e-4)
+    settings = torch_rtx.RuntimeSettings(watch_weights=False)
+    without = torch_rtx.load(stripped, weights=model, settings=settings)
+    model.conv.weight.data.mul_(2)
+    same(engine(IMAGE), model(IMAGE), atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(without(IMAGE), engine(IMAGE), atol=1e-3)
+    without.attach(model)
+    assert torch.equal(without(IMAGE), engine(IMAGE))
+
+
+def test_weights_that_are_first_made_in_inference_mode(stripped, net):
+    model, other, engine = net
+    with torch.inference_mode():
+        attached = torch_rtx.load(stripped, weights=model)
+        attached(IMAGE)
+        engine.refit(model)
+    for change in (lambda: model.conv.weight.mul_(2), lambda: model.conv.weight.data.mul_(2)):
+        change()
+        same(attached(IMAGE), model(IMAGE), atol=1e-5, rtol=1e-4)
+    engine.refit(other)
+    same(engine(IMAGE), other(IMAGE), atol=1e-5, rtol=1e-4)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import logging
-import threading
-import weakref
 from collections.abc import Callable, Mapping, Sequence
-from ctypes import c_void_p, sizeof, string_at
 from dataclasses import replace
 from operator import itemgetter
 from typing import Any
@@ -24,6 +21,7 @@ from torch_rtx.backend.capture_cache import CaptureEntry
 from torch_rtx.backend.compiler import Program, check_settings
 from torch_rtx.backend.dynamo import passes_errors, require_one_graph
 from torch_rtx.backend.program_cache import get_or_build
+from torch_rtx.backend.sessions import Sessions
 from torch_rtx.errors import PartitionError, SettingsError
 from torch_rtx.lowering.from_fx import Role, is_fixed
 from torch_rtx.lowering.location import module_path
@@ -135,14 +133,14 @@ def _bind(
     program: Program, roles: Sequence[Role], fixed: frozenset[int], runtime: RuntimeSettings
 ) -> Callable[..., Any]:
     """A boxed callable for a program; the program has the values of the placeholders at the positions `fixed`."""
-    store = WeightStore(program.graph, program.device, program.constants)
+    store = WeightStore(program.graph, program.device, program.constants, sampled=runtime.watch_weights)
     # Trusted: the fallbacks come from a model of this process, not from a file.
     called = frozenset(node.op for node in program.graph.nodes if node.kind == "fallback")
     tactics, context = tactics_and_context(program.kernels, program.graph, program.device, runtime)
     given = program.callables, called, tactics
     template = Session(program.graph, store, runtime, *given, context=context, shares_memory=True, guarded=True)
     program.dump("run.py", template.source)
-    sessions = _Sessions(template)
+    sessions = Sessions(template)
     used = {parameter.name for parameter in store.parameters}
     weights = _tuple_getter([i for i, role in enumerate(roles) if role.name in used and role.kind == "parameter"])
     inputs = _tuple_getter([i for i, role in enumerate(roles) if role.kind == "input" and i not in fixed])
@@ -164,46 +162,6 @@ def _bind(
 def _tuple_getter(indices: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
     """A function from a sequence to the tuple of its items at `indices`."""
     return itemgetter(*indices) if len(indices) > 1 else lambda items: tuple([items[index] for index in indices])
-
-
-def identities(objects: tuple[object, ...]) -> bytes:
-    """The ids of `objects` as machine words. In CPython these are the tuple's own memory: one copy makes the key of
-    hundreds of parameters, while a tuple of their ids would take as long as the rest of a call."""
-    return string_at(id(objects) + tuple.__basicsize__, len(objects) * sizeof(c_void_p))
-
-
-class _Sessions:
-    """The sessions of one graph, one per set of parameters: modules of the same code share a Dynamo graph.
-
-    A session references its parameters weakly and is dropped with the first of them.
-    """
-
-    def __init__(self, template: Session) -> None:
-        self._template = template
-        self._sessions: dict[bytes, tuple[Session, list[weakref.ref[torch.Tensor]]]] = {}
-        self._lock = threading.Lock()
-
-    def of(self, parameters: tuple[torch.Tensor, ...]) -> Session:
-        """The session of these parameters, with its weights up to date. Safe to call from many threads."""
-        key = identities(parameters)
-        with self._lock:  # guards `update`, too: no thread may run on weights that another is still computing
-            found = self._sessions.get(key)
-            if found is None:
-                found = self._sessions[key] = self._template.sibling(), self._follow(key, parameters)
-            session = found[0]
-            session.store.update(parameters)
-        return session
-
-    def _follow(self, key: bytes, parameters: Sequence[torch.Tensor]) -> list[weakref.ref[torch.Tensor]]:
-        """Weak references that drop the session when the first of its parameters dies, before its id is reused."""
-        owner = weakref.ref(self)
-
-        def drop(_: object) -> None:
-            sessions = owner()
-            if sessions is not None:
-                sessions._sessions.pop(key, None)  # no lock: the collector may call this in a thread that holds it
-
-        return [weakref.ref(parameter, drop) for parameter in parameters]
 
 
 def _static_inputs(gm: fx.GraphModule) -> frozenset[int]:

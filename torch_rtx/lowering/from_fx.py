@@ -20,7 +20,7 @@ from torch.fx.experimental.sym_node import SymNode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
-from torch_rtx import aten, optable
+from torch_rtx import aten
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import (
     COPY,
@@ -265,11 +265,7 @@ def _may_follow(node: Node, assertion: Node) -> bool:
     """Whether `node` is an assertion that PyTorch wrote, or computes what such a one reads: a failure should have the
     message of the user's own `assertion` of the same."""
     numbers = all(isinstance(value.type, ScalarType) for value in (*node.inputs, *node.results))
-    computes = (
-        (node.op == "python" or node.op in optable.NUMBERS)
-        and numbers
-        and not set(node.results) & set(assertion.inputs)
-    )
+    computes = bool(node.results) and numbers and not set(node.results) & set(assertion.inputs)
     return _is_generated(node) or computes
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from copy import deepcopy
 from dataclasses import replace
+from io import BytesIO
 from operator import attrgetter
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, Self
 
 import torch
 from torch import is_grad_enabled, nn
@@ -18,9 +21,10 @@ from torch_rtx import aten
 from torch_rtx import engine as engine_file
 from torch_rtx.engine import Engine
 from torch_rtx.errors import InputError, InvalidIR, RtxError, SettingsError
-from torch_rtx.ir import Parameter, TensorType
+from torch_rtx.ir import Graph, Parameter, TensorType
 from torch_rtx.profiles import Shape, profiles_of, shapes
 from torch_rtx.runtime.alias_guard import AliasGuard
+from torch_rtx.runtime.code import copy_strided
 from torch_rtx.runtime.no_gradients import refuse_gradients, require_gradients
 from torch_rtx.runtime.session import Session
 from torch_rtx.runtime.signature import Signature
@@ -65,19 +69,16 @@ class CompiledModule(nn.Module):
         signature: Signature | None = None,
     ) -> None:
         super().__init__()
-        self.engine, self.device = engine, device
+        self.engine, self.device, self.training = engine, device, _is_training(engine.graph)
         self._signature = signature or Signature.from_json(engine.manifest.signature)
         self._signature.check(len(engine.graph.inputs), len(engine.graph.outputs))
-        constants = dict(engine.constants)
-        settings, trusted = settings or RuntimeSettings(), frozenset(trusted_ops)
-        graph = engine.graph
-        tactics, context = tactics_and_context(engine.kernels, graph, device, settings)
-        streamer = stream(graph, device, settings.weight_streaming_budget, trusted)
-        self._store = WeightStore(graph, device, constants, engine.manifest.unused_names, streamer)
-        profiles = engine.manifest.profiles
-        self.session = Session(graph, self._store, settings, callables, trusted, tactics, profiles, context)
-        self._with_weights = _caller(self._signature, AliasGuard(graph, self._store), self._store, self.session)
-        self._run = _without_weights if self._store.parameters else self._with_weights
+        self._bind(_session(engine, device, settings or RuntimeSettings(), callables, frozenset(trusted_ops)))
+
+    def _bind(self, session: Session, ready: bool = False) -> None:
+        """Use `session`; `ready`: it has weights."""
+        self.session, self._store = session, session.store
+        self._with_weights = _caller(self._signature, AliasGuard(session.graph, self._store), session)
+        self._run = _without_weights if self._store.parameters and not ready else self._with_weights
 
     @property
     def profiles(self) -> tuple[Mapping[str, Shape], ...]:
@@ -160,22 +161,200 @@ class CompiledModule(nn.Module):
             return super().__call__(*args, **kwargs)
         return own["_run"](args, kwargs)
 
+    # What every nn.Module can do
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Call `refit`, or `attach` to `assign`.
+
+        Args:
+            strict: False: ignore names that the model does not have. The engine's own weights are needed either way.
+
+        Raises:
+            RefitError: see `refit`.
+        """
+        names = {name for p in self._store.parameters for name in (p.name, *p.aliases)}
+        names.update(self.engine.manifest.unused_names)
+        given = state_dict if strict else {name: tensor for name, tensor in state_dict.items() if name in names}
+        (self.attach if assign else self.refit)(given)
+        return torch.nn.modules.module._IncompatibleKeys([], [n for n in state_dict if n not in given])
+
+    def train(self, mode: bool = True) -> Self:
+        """Do nothing: an engine stays in the mode in which its model was captured.
+
+        Raises:
+            RtxError: this is the other mode.
+        """
+        if mode != self.training:
+            was, wanted = ("training", "evaluation") if self.training else ("evaluation", "training")
+            call = "train" if mode else "eval"
+            hint = f"build it again from model.{call}()" + (", or train through torch.compile" if mode else "")
+            raise RtxError(f"the engine was built in {was} mode and can't change to {wanted} mode", hint=hint)
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Do nothing: an engine has no gradients.
+
+        Raises:
+            RtxError: they are asked for.
+        """
+        if requires_grad:
+            raise RtxError("an engine has no gradients", hint="train through torch.compile, and build or refit it then")
+        return self
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """Do nothing if `fn` leaves dtype and device of the weights: `.half()`, `.to()`, `.cuda()` and all others of
+        `nn.Module` end here.
+
+        Raises:
+            RtxError: it does not.
+        """
+        for dtype in {torch.uint8} | {aten.DTYPES[p.type.dtype] for p in self._store.parameters}:
+            before = torch.empty(0, dtype=dtype, device=self.device)
+            after = fn(before)
+            if after.device != before.device:
+                hint = f"torch_rtx.save it, then torch_rtx.load(path, weights, device={str(after.device)!r})"
+                raise RtxError(f"the engine runs on {self.device} and can't move to {after.device}", hint=hint)
+            if after.dtype != before.dtype:
+                hint = "convert the model, and build the engine again"
+                raise RtxError(f"the engine's weights are {before.dtype} and can't become {after.dtype}", hint=hint)
+        return self
+
+    # Copies
+
+    def __copy__(self) -> Self:
+        """A module with the same weights."""
+        other = self.__class__.__new__(self.__class__)
+        other.__dict__.update(self.__dict__)
+        return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A module with copies of the weights. Both share the engine, its kernels and the code."""
+        other = self.__class__.__new__(self.__class__)
+        memo[id(self)] = other
+        other.__dict__.update({name: deepcopy(value, memo) for name, value in self._others().items()})
+        other.engine, other.device, other._signature = _with_copies(self.engine), self.device, self._signature
+        session, ready = self.session, self._run is self._with_weights
+        if session.streamer is None:
+            copied = session.sibling()
+        else:
+            copied = _session(self.engine, self.device, session.settings, session._callables, session._trusted_ops)
+        if ready:
+            with self._reading() as values:
+                copied.store.adopt(values)
+        other._bind(copied, ready)
+        return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The engine as the bytes of its file, and the weights as bytes: workers that are spawned would look for
+        tensors in the memory of this process, where these are copies that are gone by then.
+
+        Raises:
+            RtxError: the engine can't be saved, see `save`.
+        """
+        session, weights, values = self.session, self.engine.weights, None
+        if self._run is self._with_weights:
+            with self._reading() as current:
+                values = [_on_host(value) for value in current]
+        if weights is not None:
+            weights = {name: _on_host(tensor) for name, tensor in weights.items()}
+        tensors = BytesIO()
+        torch.save((weights, values), tensors)
+        given = self.device, session.settings, session._trusted_ops
+        return {**self._others(), _ENGINE: (_to_bytes(self), tensors.getvalue(), *given)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Run on the same device, or on the CPU if this machine has none."""
+        content, tensors, device, settings, trusted = state.pop(_ENGINE)
+        weights, values = torch.load(BytesIO(tensors))
+        engine = replace(_from_bytes(content), weights=weights)
+        device = resolve_device(device if device.type != "cuda" or torch.cuda.is_available() else None, device.type)
+        self.__init__(engine, device, settings, (), trusted)  # type: ignore[misc]
+        self.__dict__.update(state)
+        if values is not None:
+            self._store.adopt(values)
+            self._run = self._with_weights
+
+    @contextmanager
+    def _reading(self) -> Iterator[Sequence[torch.Tensor]]:
+        """The present weights; nothing writes to them meanwhile."""
+        self._store.refresh(wait=True)
+        with self._store.gate:
+            yield self._store.values
+
+    def _others(self) -> dict[str, Any]:
+        """The attributes that are not the engine's."""
+        return {name: value for name, value in self.__dict__.items() if name not in _OWN}
+
     def extra_repr(self) -> str:
         """What `print` shows: nodes and device."""
         return f"nodes={len(self.engine.graph.nodes)}, device={self.device}"
 
 
 Call = Callable[[tuple[Any, ...], Mapping[str, Any]], Any]  # takes args and kwargs
+# Attributes of a module that a copy gets in another way.
+_OWN = frozenset(("engine", "device", "session", "_signature", "_store", "_with_weights", "_run"))
+_ENGINE = "_engine"  # the engine in what is pickled
 
 
-def _caller(signature: Signature, guard: AliasGuard, store: WeightStore, session: Session) -> Call:
+def _session(
+    engine: Engine,
+    device: torch.device,
+    settings: RuntimeSettings,
+    callables: Sequence[Callable[..., Any]],
+    trusted_ops: frozenset[str],
+) -> Session:
+    graph, manifest = engine.graph, engine.manifest
+    tactics, context = tactics_and_context(engine.kernels, graph, device, settings)
+    streamer = stream(graph, device, settings.weight_streaming_budget, trusted_ops)
+    constants, sampled = dict(engine.constants), settings.watch_weights
+    store = WeightStore(graph, device, constants, manifest.unused_names, streamer, sampled)
+    return Session(graph, store, settings, callables, trusted_ops, tactics, manifest.profiles, context)
+
+
+def _is_training(graph: Graph) -> bool:
+    """A call in `graph` does what it does in training alone, such as dropout."""
+    return any(
+        node.arg("train") is True or node.arg("training") is True or (node.body is not None and _is_training(node.body))
+        for node in graph.nodes
+    )
+
+
+def _with_copies(engine: Engine) -> Engine:
+    """`engine`, with copies of the weights in it."""
+    weights = engine.weights
+    return engine if weights is None else replace(engine, weights={n: w.detach().clone() for n, w in weights.items()})
+
+
+def _on_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in host memory."""
+    return copy_strided(tensor.detach().cpu(), tensor.stride())
+
+
+def _to_bytes(module: CompiledModule) -> bytes:
+    """The file of the engine, without weights."""
+    module._signature.to_json()  # raises if it can't be saved
+    with TemporaryDirectory() as folder:
+        path = os.path.join(folder, "model.rtx")
+        engine_file.save(replace(module.engine, weights=None), path)
+        with open(path, "rb") as file:
+            return file.read()
+
+
+def _from_bytes(content: bytes) -> Engine:
+    with TemporaryDirectory() as folder:
+        path = os.path.join(folder, "model.rtx")
+        with open(path, "wb") as file:
+            file.write(content)
+        return engine_file.load(path)
+
+
+def _caller(signature: Signature, guard: AliasGuard, session: Session) -> Call:
     """The call of a module that has weights, as a closure, since attributes of an `nn.Module` are slow to read."""
 
     def call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         inputs = signature.flatten(args, kwargs)
         if guard.needed:
             inputs = guard(inputs)
-        store.refresh()
         try:
             results = session(inputs)
         except InputError as error:
@@ -266,7 +445,7 @@ def load(
     if weights is not None:
         module.attach(weights)
     elif engine.weights is not None:
-        module._store.attach(engine.weights)
+        module._store.attach(engine.weights, shared=False)
         module._run = module._with_weights
     return module
 

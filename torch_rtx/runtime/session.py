@@ -21,6 +21,7 @@ import torch
 from torch_rtx.errors import InputError, SettingsError
 from torch_rtx.ir import Graph, ScalarType, TensorType, dim_syms, type_dims
 from torch_rtx.profiles import Profile
+from torch_rtx.runtime.captured import may_draw
 from torch_rtx.runtime.check import check_inputs
 from torch_rtx.runtime.code import Code, compile_graph, undisturbed
 from torch_rtx.runtime.cudagraph import GraphPool, why_not
@@ -111,6 +112,7 @@ class Session:
 
         self.specializer = Specializer(graph, compiled, tactics or {}, store.device, settings, context)
         self._guarded, self._count = guarded, len(graph.inputs)
+        self._repeatable = not graph.written and not may_draw(graph)  # a second run changes nothing but the results
         self._open = [i for i, value in enumerate(graph.inputs) if _is_open(value.type)]
         self._known: dict[object, object] = {}  # keys by the types of inputs that are valid
         # Of the last call: compares other inputs with its own, and its key.
@@ -198,14 +200,22 @@ class Session:
         if changes is not None:
             settings = changes(settings)
         variant = self.specializer.variant(key, inputs, settings.specialization_strategy)
+        # The host waits for a comparison of weights on the device while the call runs, unless it may run only once.
+        pending = self.store.refresh(wait=not self._repeatable)
+        results = self._launch(key, variant, inputs, settings)
+        if pending is not None and self.store.settle(pending):
+            results = self._launch(key, variant, inputs, settings)
+        return results
+
+    def _launch(self, key: object, variant: Variant, inputs: Sequence[Any], settings: RuntimeSettings) -> list[Any]:
+        """Run the call with the weights as they are."""
         pool = self.pool
         final = variant.ready or settings.specialization_strategy == "none"  # no better code is being compiled
-        if pool is None or not final or settings.cuda_graph_strategy == "disabled":
-            return self.run(variant.code, inputs, self.store.values)
-        if self.streamer is None:
-            return pool(key, variant.code, inputs, self.store)
-        with self.streamer.turn():
-            return pool(key, variant.code, inputs, self.store)
+        with self.store.gate:
+            if pool is None or not final or settings.cuda_graph_strategy == "disabled":
+                return self.run(variant.code, inputs, self.store.values)
+            with self._turn():
+                return pool(key, variant.code, inputs, self.store)
 
     def _types(self, inputs: Sequence[Any]) -> tuple[object, ...]:
         """Everything about the inputs that a call depends on, except contents, addresses and strides."""

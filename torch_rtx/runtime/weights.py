@@ -4,14 +4,19 @@ A weight without a recipe is the parameter itself, and a recipe of views alone y
 memory, and a call sees changes in place. Every other weight owns storage, which recomputing and refit overwrite:
 addresses stay valid, and with them captured CUDA graphs. Streamed weights have their storage in host memory; their
 values pass through the device only if a recipe computes them.
+
+All methods may be called from any thread; calls that use `values` hold the `gate`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import logging
+import math
+import threading
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from copy import copy
-from operator import attrgetter
+from time import perf_counter
 
 import torch
 
@@ -19,11 +24,22 @@ from torch_rtx import aten
 from torch_rtx.errors import RefitError
 from torch_rtx.ir import Graph, Parameter, TensorType
 from torch_rtx.runtime.code import compile_graph, overwrite, restride, undisturbed
+from torch_rtx.runtime.gate import Gate
 from torch_rtx.runtime.streaming import Streamer
+from torch_rtx.runtime.watch import Watch, same_bits
 
+log = logging.getLogger(__name__)
 Tensors = Mapping[str, torch.Tensor]
-_ADDRESS, _VERSION = torch.Tensor.data_ptr, attrgetter("_version")
+_ADDRESS = torch.Tensor.data_ptr
 _HOST = torch.device("cpu")
+# One computed weight after another is computed again and compared: each after at least so many seconds, and after so
+# many times the seconds that the last one took, which is half a percent of the time.
+AUDIT_GAP, AUDIT_FACTOR = 0.1, 200
+_UNSEEN = (
+    "they were written in few elements and without a version counter (`.data`, NumPy, another process); call "
+    "refit_module_weights or attach after such writes"
+)
+Check = tuple[Watch, int]  # a comparison that is under way, and the store's `writes` when it began
 
 
 class WeightStore:
@@ -33,11 +49,14 @@ class WeightStore:
         parameters: what `attach` and `refit` need.
         values: one tensor per weight, in order; in host memory if the weight is streamed.
         generation: incremented when a value moves to another address.
+        gate: held by a call while it uses `values`.
+        watch: follows the tensors that owned weights are computed from, if it is attached to any.
 
     Args:
         constants: the data of the graph's constants, by name.
         unused_names: parameters of the model that the graph does not need; refit accepts and ignores them.
         streamer: copies weights to the device that are not resident.
+        sampled: see `RuntimeSettings.watch_weights`.
     """
 
     def __init__(
@@ -47,11 +66,12 @@ class WeightStore:
         constants: Tensors,
         unused_names: Collection[str] = (),
         streamer: Streamer | None = None,
+        sampled: bool = True,
     ) -> None:
-        self.device, self.generation, self.streamer = device, 0, streamer
+        self.device, self.generation, self.streamer, self._sampled = device, 0, streamer, sampled
         self._hosts = {} if streamer is None else streamer.hosts
         self.parameters = tuple(p for p in graph.parameters if not p.constant)
-        self.weights = graph.weights
+        self.weights, self._written = graph.weights, graph.written
         self._types = {p.name: p.type for p in graph.parameters}
         self._constants = {p.name: constants[p.name] for p in graph.parameters if p.constant}
         if streamer is None:
@@ -81,24 +101,30 @@ class WeightStore:
 
     def _detach(self) -> None:
         self._owned = [index in self._hosts for index in range(len(self.weights))]
-        self._addresses: list[int] | None = None
+        self.gate, self.writes = Gate(self.device), 0
+        self._lock = threading.RLock()  # one write at a time
         self._forget()
 
     def _forget(self) -> None:
+        self._addresses: list[int] | None = None
         self._sources: dict[str, torch.Tensor] = {}
-        self._watched: list[torch.Tensor] = []  # the sources of owned weights
-        self._stamps: list[object] = []
+        self.watch: Watch | None = None
+        self._stale: set[str] = set()  # sources whose recipes have to run again
+        self._audited, self._due = 0, math.inf
 
-    def attach(self, sources: Tensors, strict: bool = False) -> None:
+    def attach(self, sources: Tensors, strict: bool = False, shared: bool = True) -> None:
         """Use the tensors of `sources` themselves, by name; only recipes copy. `refresh` sees changes of them.
+
+        Args:
+            shared: others have them, too, and may write to them in any way.
 
         Raises:
             RefitError: names are missing, a tensor does not fit its parameter, or, if `strict`, names are unexpected.
         """
-        self._attach(match(self.parameters, sources, self._unused if strict else None))
+        self._attach(match(self.parameters, sources, self._unused if strict else None), shared)
 
     def update(self, tensors: Sequence[torch.Tensor]) -> None:
-        """`attach` and `refresh` in one, before each call of a live module.
+        """As `attach`, before each call of a live module; does nothing while the tensors lie where they did.
 
         Args:
             tensors: one per entry of `parameters`, the same objects in each call: the store keeps their memory alive
@@ -109,44 +135,109 @@ class WeightStore:
         """
         addresses = list(map(_ADDRESS, tensors))
         if addresses == self._addresses:
-            self.refresh()
             return
-        check(self.parameters, tensors)
-        self._attach(tensors)
-        self._addresses = addresses
+        with self._lock:
+            if addresses != self._addresses:  # no other thread was faster
+                check(self.parameters, tensors)
+                self._attach(tensors, True)
+                self._addresses = addresses
 
-    def _attach(self, tensors: Sequence[torch.Tensor]) -> None:
+    def _attach(self, tensors: Sequence[torch.Tensor], shared: bool) -> None:
         sources = {p.name: t.detach() for p, t in zip(self.parameters, tensors, strict=True)}
         storages = {tensor.untyped_storage().data_ptr() for tensor in tensors}
-        made = {index: self._make(index, sources) for index, variable in enumerate(self._variable) if variable}
-        self._sources = sources  # after all recipes: a failure changes nothing
-        with self._writing():
-            for index, fresh in made.items():
-                own = index in self._hosts or fresh.untyped_storage().data_ptr() not in storages
-                self._store(index, fresh, own)
-        names = [w.names for w, owned in zip(self.weights, self._owned, strict=True) if owned]
-        self._watched = [self._sources[n] for n in dict.fromkeys(sum(names, ())) if n in self._sources]
-        self._stamps = _stamps(self._watched)
+        with self._lock:
+            made = {index: self._make(index, sources) for index, variable in enumerate(self._variable) if variable}
+            self._forget()  # after all recipes: a failure changes nothing
+            self._sources = sources
+            with self._writing():
+                for index, fresh in made.items():
+                    own = index in self._hosts or fresh.untyped_storage().data_ptr() not in storages
+                    self._store(index, fresh, own)
+            names = [w.names for w, owned in zip(self.weights, self._owned, strict=True) if owned]
+            watched = {n: sources[n] for n in dict.fromkeys(sum(names, ())) if n in sources}
+            if watched:
+                sampled = shared and self._sampled and not self._captured()
+                self.watch = Watch(watched, sampled, self.device.type == "cuda")
+                self._due = perf_counter() + AUDIT_GAP if self.watch.partial else math.inf
 
-    def refresh(self) -> None:
-        """Recompute the owned weights whose parameters changed in place.
+    def refresh(self, wait: bool = False) -> Check | None:
+        """Recompute the owned weights whose parameters changed, before a call.
 
-        The version counters of the parameters show changes. Every in-place operation increments them, except on
-        `.data`.
+        Version counters and samples of the values show changes, see `runtime.watch`.
+
+        Args:
+            wait: for late comparisons.
+
+        Returns:
+            The late comparison, which `settle` needs after the call.
         """
-        if not self._watched:
-            return
-        stamps = _stamps(self._watched)
-        if stamps == self._stamps:
-            return
-        pairs = zip(self._watched, stamps, self._stamps, strict=True)
-        changed = {id(tensor) for tensor, now, before in pairs if now != before}
-        names = {name for name, tensor in self._sources.items() if id(tensor) in changed}
-        with self._writing():
-            for index, weight in enumerate(self.weights):
-                if self._owned[index] and not names.isdisjoint(weight.names):
-                    overwrite(self.values[index], self._make(index, self._sources))
-        self._stamps = stamps  # after all recipes: if one fails, the next call runs it again
+        watch = self.watch
+        if watch is None:
+            return None
+        captured = self._captured()
+        if perf_counter() >= self._due and not captured:
+            self._audit(watch)
+        if self._stale or watch.changed():
+            self._recompute(watch)
+        if captured or not watch.late:
+            return None
+        pending = watch, self.writes
+        watch.launch()
+        if wait:
+            self.settle(pending)
+            return None
+        return pending
+
+    def _captured(self) -> bool:
+        """The caller captures the call, in which nothing can be compared on a device."""
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def settle(self, pending: Check) -> bool:
+        """End a late comparison. True: the weights were old, or are written since; the call has to run again."""
+        watch, writes = pending
+        if watch.wait():
+            self._recompute(watch, writes)
+        return writes != self.writes
+
+    def _recompute(self, watch: Watch, writes: int | None = None) -> None:
+        """Run the recipes of all tensors that changed.
+
+        Args:
+            writes: run all recipes, unless there was a write since this one.
+        """
+        with self._lock:
+            if watch is not self.watch or writes not in (None, self.writes):
+                return
+            self._stale |= watch.take(everything=writes is not None)
+            if not self._stale:
+                return  # another thread was faster
+            with self._writing():
+                for index, weight in enumerate(self.weights):
+                    if self._owned[index] and not self._stale.isdisjoint(weight.names):
+                        overwrite(self.values[index], self._make(index, self._sources))
+            self._stale = set()  # after all recipes: if one fails, the next call runs it again
+
+    def _audit(self, watch: Watch) -> None:
+        """Compute one weight again: a write that missed the sample shows when the turn of its weight comes."""
+        with self._lock:
+            start = perf_counter()
+            owned = [index for index, (own, v) in enumerate(zip(self._owned, self._variable, strict=True)) if own and v]
+            if watch is not self.watch or start < self._due or self._stale or watch.changed():
+                return  # another thread was faster, or all is computed again anyway
+            index = owned[self._audited % len(owned)]
+            self._audited += 1
+            try:
+                fresh = self._make(index, self._sources)
+                same = same_bits(fresh, self.values[index])
+                if not same and not same_bits(fresh, self._make(index, self._sources)):
+                    same = True  # its recipe is not deterministic
+            except torch.OutOfMemoryError:
+                same = True  # there is no room for another copy of it
+            self._due = perf_counter() + max(AUDIT_GAP, AUDIT_FACTOR * (perf_counter() - start))
+            if not same and not watch.differs():
+                names = ", ".join(self.weights[index].names)
+                log.warning("results of the last calls used old values of %s: %s", names, _UNSEEN)
+                self._recompute(watch, self.writes)
 
     def refit(self, sources: Tensors) -> None:
         """Copy the values of `sources`, by name. The store keeps no reference to them and writes to no caller's tensor.
@@ -163,11 +254,22 @@ class WeightStore:
             for index, variable in enumerate(self._variable)
             if variable
         }
-        with self._writing():
-            for index, value in fresh.items():
-                self._store(index, value if self._owned[index] else self._copy(index, value), True)
-        self._addresses = None
-        self._forget()
+        self._replace(fresh)
+
+    def adopt(self, values: Sequence[torch.Tensor]) -> None:
+        """Copy the values of a store of the same graph."""
+        written = (weight.value.name in self._written for weight in self.weights)
+        kept = [variable or written for variable, written in zip(self._variable, written, strict=True)]
+        self._replace({index: values[index] for index, keep in enumerate(kept) if keep})
+
+    def _replace(self, fresh: Mapping[int, torch.Tensor]) -> None:
+        """Copy values, by index; whoever was attached to is no longer followed."""
+        with self._lock:
+            copies = {i: value if self._owned[i] else self._copy(i, value) for i, value in fresh.items()}
+            with self._writing():
+                for index, value in copies.items():
+                    self._store(index, value, True)
+            self._forget()
 
     def _store(self, index: int, value: torch.Tensor, owned: bool) -> None:
         """Set the weight's value; in place if the store owns both the old and the new storage."""
@@ -177,10 +279,14 @@ class WeightStore:
             self.values[index], self._owned[index] = value, owned
             self.generation += 1
 
-    def _writing(self) -> AbstractContextManager[None]:
-        """Held while values are written: the streamer copies none from host memory."""
-        return nullcontext() if self.streamer is None else self.streamer.idle()
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Held while values are written: no call uses them, and the streamer copies none from host memory."""
+        with self.gate.writing(), nullcontext() if self.streamer is None else self.streamer.idle():
+            self.writes += 1
+            yield
 
+    @torch.inference_mode(False)  # whose tensors nobody may overwrite outside of it
     def _make(self, index: int, sources: Tensors, host: bool = False) -> torch.Tensor:
         """The weight computed from `sources`; shares their memory where its recipe allows.
 
@@ -197,6 +303,7 @@ class WeightStore:
             value = recipe(inputs, ())[0]
         return value.to(_HOST) if host else value
 
+    @torch.inference_mode(False)
     def _copy(self, index: int, value: torch.Tensor) -> torch.Tensor:
         """A copy of `value` in memory of its own, on the device of the weight."""
         device = aten.to_torch("Device", self.weights[index].value.type.device, self.device)  # type: ignore[union-attr]
@@ -267,12 +374,3 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()):
         return True
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b.to(a.device))
-
-
-def _stamps(tensors: Sequence[torch.Tensor]) -> list[object]:
-    """A stamp per tensor that changes with its contents: the version counter. An inference tensor has none, and its
-    stamp always changes."""
-    try:
-        return list(map(_VERSION, tensors))
-    except RuntimeError:
-        return [object() if tensor.is_inference() else tensor._version for tensor in tensors]

@@ -1,0 +1,253 @@
+"""Notices that tensors changed, however they were written.
+
+Every in-place operation on a tensor moves its version counter. Writes through `.data`, through NumPy, through a buffer
+that the tensor is a part of, or by another process do not. So some words of each tensor are compared as well: all of a
+small one, else a sample that is spread evenly over its memory. Tensors on CUDA are compared there, on a stream of its
+own beside the work of the call.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cache, partial
+from operator import attrgetter
+from typing import Any
+
+import torch
+
+from torch_rtx import aten
+from torch_rtx.runtime.driver import checked, driver, relaxed
+from torch_rtx.runtime.graphmemory import GraphMemory, alone, end_failed_capture
+
+log = logging.getLogger(__name__)
+# Words in the sample of all tensors together, and of each at least. A word that is read takes 32 bytes of traffic.
+HOST_WORDS, DEVICE_WORDS, LEAST_WORDS = 1 << 13, 1 << 16, 32
+EAGER_RUNS = 3  # comparisons on a device before one is captured as a CUDA graph
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_VERSION, _HOST = attrgetter("_version"), torch.device("cpu")
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Equality of values that takes NaN for equal to itself, and zeros of both signs for different."""
+    return torch.equal(_words(one), _words(other))
+
+
+def _words(tensor: torch.Tensor) -> torch.Tensor:
+    """The memory of `tensor` as integers."""
+    tensor = tensor.resolve_conj().resolve_neg()
+    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return tensor.view(_WORDS[tensor.element_size()])
+
+
+class Watch:
+    """Follows named tensors.
+
+    Args:
+        sampled: compare values, too, and not version counters alone.
+        beside: compare those in host memory beside a call, too, which then runs on a device.
+
+    Attributes:
+        partial: values are compared, but not all words of all tensors.
+        late: what is compared between `launch` and `wait`.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], sampled: bool, beside: bool = False) -> None:
+        self._names, self._tensors = tuple(tensors), tuple(tensors.values())
+        self._stamps = _stamps(self._tensors)
+        groups: dict[torch.device, dict[str, torch.Tensor]] = {}
+        for name, tensor in tensors.items() if sampled else ():
+            if _has_words(tensor):
+                groups.setdefault(tensor.device, {})[name] = tensor
+        host: list[Sample] = [Sample(groups.pop(_HOST), HOST_WORDS)] if _HOST in groups else []
+        devices: list[Sample] = [DeviceSample(found, DEVICE_WORDS) for found in groups.values()]
+        self.late, self._early = ([*devices, *host], []) if beside else (devices, host)
+        exact = sum(sample.count for sample in (*devices, *host) if sample.exact)
+        self.partial = sampled and exact < len(tensors)
+
+    def changed(self) -> bool:
+        """Whether a tensor may have changed since `take`, as far as can be told before the call."""
+        return _stamps(self._tensors) != self._stamps or any(sample.differs() for sample in self._early)
+
+    def take(self, everything: bool = False) -> set[str]:
+        """The names of the tensors that changed, whose present values are now taken for known.
+
+        A write that no counter tells of rarely comes alone, so that it counts for all tensors.
+        """
+        stamps = _stamps(self._tensors)
+        names = {n for n, now, before in zip(self._names, stamps, self._stamps, strict=True) if now != before}
+        self._stamps = stamps
+        self._sample(names)
+        if everything or any(sample.differs() for sample in self._early):
+            names = set(self._names)
+            self._sample(names)
+        return names
+
+    def _sample(self, names: Collection[str]) -> None:
+        for sample in (*self.late, *self._early):
+            sample.take(names)
+
+    def launch(self) -> None:
+        """Begin the late comparisons; on a device after what is queued on its current stream."""
+        for sample in self.late:
+            sample.launch()
+
+    def wait(self) -> bool:
+        """End the late comparisons; True if a tensor changed since `take`."""
+        found = [sample.wait() for sample in self.late]  # for all of them: they still read the tensors
+        return any(found)
+
+    def differs(self) -> bool:
+        """Compare everywhere now."""
+        self.launch()
+        return self.wait() or self.changed()
+
+
+class Sample:
+    """Known values of words of tensors on one device.
+
+    Attributes:
+        count: how many tensors.
+        exact: these are all their words.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], words: int) -> None:
+        self.count, self.device = len(tensors), next(iter(tensors.values())).device
+        parts = {name: _comb(tensor, max(LEAST_WORDS, words // len(tensors))) for name, tensor in tensors.items()}
+        self.exact = all(part.stride() == (1,) for part in parts.values())
+        # By dtype of the words: the parts of tensors, and their known values, as one tensor and for each.
+        self._groups: list[tuple[list[torch.Tensor], torch.Tensor]] = []
+        self._kept: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        with torch.inference_mode(False):
+            for dtype in dict.fromkeys(part.dtype for part in parts.values()):
+                group = {name: part for name, part in parts.items() if part.dtype == dtype}
+                kept = torch.cat(list(group.values()))
+                self._groups.append((list(group.values()), kept))
+                pieces = kept.split([part.numel() for part in group.values()])
+                self._kept |= {name: (k, p) for (name, p), k in zip(group.items(), pieces, strict=True)}
+
+    def take(self, names: Collection[str]) -> None:
+        """Take the present values of these tensors for known."""
+        if len(self._kept.keys() & names) == self.count:
+            for parts, kept in self._groups:
+                torch.cat(parts, out=kept)
+            return
+        for name in self._kept.keys() & names:
+            known, now = self._kept[name]
+            known.copy_(now)
+
+    def differs(self) -> bool:
+        """Compare now. A tensor of its own for each comparison, as several threads may compare."""
+        return not all(torch.equal(torch.cat(parts), kept) for parts, kept in self._groups)
+
+    def launch(self) -> None:
+        """Begin a comparison."""
+
+    def wait(self) -> bool:
+        """End it; True if a word differed."""
+        return self.differs()
+
+
+class DeviceSample(Sample):
+    """A sample on a CUDA device, which the host waits for only in `wait`."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], words: int) -> None:
+        super().__init__(tensors, words)
+        with torch.inference_mode(False):
+            self._now = [torch.empty_like(kept) for _, kept in self._groups]
+            self._differ = [torch.empty_like(kept, dtype=torch.bool) for _, kept in self._groups]
+            self._found = torch.zeros(len(self._groups), dtype=torch.bool, device=self.device)
+            self._answer = torch.zeros(len(self._groups), dtype=torch.bool, pin_memory=True)
+        self._before, self._done = torch.cuda.Event(), torch.cuda.Event()
+        self._memory, self._runs = _memory(self.device), 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._replay: Callable[[], tuple[Any, ...]] | None = None  # launches the graph
+
+    def launch(self) -> None:
+        """Queue a comparison, after what is queued on the current stream."""
+        if torch._C._cuda_getDevice() != self.device.index:
+            with torch.cuda.device(self.device):
+                self.launch()
+            return
+        stream = self._memory.capture_stream
+        with self._memory.lock:
+            self._before.record(torch.cuda.current_stream(self.device))
+            self._before.wait(stream)
+            if self._replay is not None:
+                checked(self._replay())
+            else:
+                with torch.cuda.stream(stream):
+                    self._compare()
+            self._done.record(stream)
+            self._runs += 1
+            if self._runs == EAGER_RUNS and driver() is not None:
+                self._replay = self._captured()
+
+    def wait(self) -> bool:
+        """Wait for the last launch; True if a word differed."""
+        with relaxed():
+            self._done.synchronize()
+        return any(self._answer.tolist())
+
+    def _compare(self) -> None:
+        """A handful of kernels. They allocate nothing that outlives them."""
+        for index, (parts, kept) in enumerate(self._groups):
+            torch.cat(parts, out=self._now[index])
+            torch.ne(self._now[index], kept, out=self._differ[index])
+            torch.any(self._differ[index], out=self._found[index])
+        self._answer.copy_(self._found, non_blocking=True)
+
+    def _captured(self) -> Callable[[], tuple[Any, ...]] | None:
+        """Launches the comparison as a CUDA graph; None if CUDA refuses to capture it."""
+        memory, stream, graph = self._memory, self._memory.capture_stream, torch.cuda.CUDAGraph(keep_graph=True)
+        with alone():
+            others = memory.begin()  # held until this graph is in the memory
+            try:
+                with torch.cuda.graph(graph, memory.handle, stream, capture_error_mode="thread_local"):
+                    self._compare()
+                graph.instantiate()
+                memory.hold(graph)
+            except RuntimeError as error:
+                log.info("weights are compared without a CUDA graph: %s", error)
+                end_failed_capture(self.device, memory)
+                memory.leave()
+                return None
+            del others
+        self._graph = graph
+        return partial(driver().cuGraphLaunch, driver().CUgraphExec(graph.raw_cuda_graph_exec()), stream.cuda_stream)
+
+
+@cache
+def _memory(device: torch.device) -> GraphMemory:
+    """The memory of the comparisons on a device, all of which run on its stream."""
+    return GraphMemory(device)
+
+
+def _has_words(tensor: torch.Tensor) -> bool:
+    """A plain tensor with values in memory. Version counters say nothing of inference tensors, which are always taken
+    for changed."""
+    if type(tensor) is not torch.Tensor or tensor.is_inference() or tensor.device.type not in ("cpu", "cuda"):
+        return False
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_conj() or tensor.is_neg():
+        return False
+    return tensor.numel() > 0 and tensor.element_size() in _WORDS
+
+
+def _comb(tensor: torch.Tensor, count: int) -> torch.Tensor:
+    """About `count` words, at equal distances from the first to the last element in memory. No dim of the tensor
+    divides the distance: a comb of a matrix is not one of its columns."""
+    extent = aten.extent(tensor.shape, tensor.stride())
+    step = max(1, extent // count)
+    while math.gcd(step, extent) > 1:
+        step -= 1
+    return tensor.as_strided((-(-extent // step),), (step,)).view(_WORDS[tensor.element_size()])
+
+
+def _stamps(tensors: Sequence[torch.Tensor]) -> list[object]:
+    """A stamp per tensor that changes with its contents: the version counter. An inference tensor has none, and its
+    stamp always changes."""
+    try:
+        return list(map(_VERSION, tensors))
+    except RuntimeError:
+        return [object() if tensor.is_inference() else tensor._version for tensor in tensors]
