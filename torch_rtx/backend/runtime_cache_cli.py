@@ -14,14 +14,13 @@ import typer
 
 from torch_rtx.backend.cache_cli import AsJson, errors, size_of, time_text
 from torch_rtx.cache.runtime import intact
-from torch_rtx.cache.runtime_file import DeviceKey, DeviceSummary, RuntimeFile, export_file
+from torch_rtx.cache.runtime_file import SUFFIXES, DeviceKey, DeviceSummary, RuntimeFile, export_file
 from torch_rtx.errors import CacheDamaged, CacheError
 from torch_rtx.settings import RuntimeSettings, runtime_cache_path
 
 app = typer.Typer(no_args_is_help=True, help="The runtime cache: kernels and tuning results by device.")
 File = Annotated[str | None, typer.Option("--file", help="The runtime cache; default: that of the settings.")]
 Gpu = Annotated[str | None, typer.Option("--gpu", help="Only entries of GPUs whose name contains this.")]
-SUFFIXES = ("", "-wal", "-shm")  # of SQLite's files
 
 
 def _path(file: str | None) -> str:
