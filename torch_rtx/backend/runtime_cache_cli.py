@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from contextlib import closing, suppress
@@ -13,6 +12,7 @@ from typing import Annotated
 import typer
 
 from torch_rtx.backend.cache_cli import AsJson, errors, size_of, time_text
+from torch_rtx.backend.terminal import echo, echo_json, escaped
 from torch_rtx.cache.runtime import intact
 from torch_rtx.cache.runtime_file import SUFFIXES, DeviceKey, DeviceSummary, RuntimeFile, export_file
 from torch_rtx.errors import CacheDamaged, CacheError
@@ -47,7 +47,7 @@ def info(file: File = None, as_json: AsJson = False) -> None:
         path = _path(file)
         found = _devices(path)
     if as_json:
-        print(json.dumps([asdict(summary) for summary in found], indent=1))
+        echo_json([asdict(summary) for summary in found])
         return
     from rich.console import Console  # importing rich takes 0.1 s, and only tables need it
     from rich.markup import escape
@@ -57,15 +57,15 @@ def info(file: File = None, as_json: AsJson = False) -> None:
     for summary in found:
         device = summary.device
         counts = [str(summary.counts.get(kind, 0)) for kind in ("kernel", "tactic")]
-        about = f"{summary.bytes / 1024:.1f}", time_text(summary.used), escape(device.versions)
-        table.add_row(escape(device.name), str(device.sm), str(device.driver), *counts, *about)
+        about = f"{summary.bytes / 1024:.1f}", time_text(summary.used), escape(escaped(device.versions))
+        table.add_row(escape(escaped(device.name)), str(device.sm), str(device.driver), *counts, *about)
     if found:
         console = Console()
         if not console.is_terminal:
             console.width = 10_000  # one line per device in a pipe
         console.print(table, highlight=False)
     entries, size = sum(sum(summary.counts.values()) for summary in found), sum(summary.bytes for summary in found)
-    print(f"{entries} entries of {len(found)} devices, {size / 1024**2:.1f} MiB, in {path}")
+    echo(f"{entries} entries of {len(found)} devices, {size / 1024**2:.1f} MiB, in {path}")
 
 
 @app.command()
@@ -73,7 +73,7 @@ def verify(file: File = None) -> None:
     """Read every entry and check its digest. Exit status 1 if one is damaged; damaged entries are not removed."""
     with errors(), closing(RuntimeFile(_path(file))) as cache:
         found = [entry is not None for entry in cache.entries()]
-    print(f"{sum(found)} of {len(found)} entries are intact")
+    echo(f"{sum(found)} of {len(found)} entries are intact")
     if not all(found):
         raise typer.Exit(1)
 
@@ -86,7 +86,7 @@ def export_(
     with errors(), closing(RuntimeFile(_path(file))) as cache:
         named = _named(gpu)
         count = export_file((entry for entry in intact(cache) if named(entry.device)), path)
-    print(f"{count} entries in {path}")
+    echo(f"{count} entries in {path}")
 
 
 @app.command(name="import")
@@ -99,7 +99,7 @@ def import_(
     for path in paths:
         with errors(), closing(RuntimeFile(path)) as other, closing(RuntimeFile(_path(file), create=True)) as cache:
             count = cache.merge(intact(other), limit)
-        print(f"{count} new entries from {path}")
+        echo(f"{count} new entries from {path}")
 
 
 @app.command()
@@ -120,7 +120,7 @@ def generate(
         graph = engine_file.load(engine).graph
         sizes = sizes_given(graph, size) if size else {}
         count = pregenerate(graph, sizes, DeviceKey(gpu, sm, driver, ""), _path(file))
-    print(f"{count} regions for {gpu}")
+    echo(f"{count} regions for {gpu}")
 
 
 @app.command()
@@ -148,7 +148,7 @@ def prune(
         with suppress(FileNotFoundError), closing(RuntimeFile(path)) as cache:
             removed = cache.prune(limit, None if days is None else time.time() - days * 86400, removes)
             left = cache.size()[0]
-    print(f"removed {removed} entries; {left} are left")
+    echo(f"removed {removed} entries; {left} are left")
 
 
 @app.command()
@@ -165,4 +165,4 @@ def clear(file: File = None) -> None:
             old |= set(SUFFIXES)
         for suffix in old:
             Path(path + suffix).unlink(missing_ok=True)
-    print(f"removed {removed} entries")
+    echo(f"removed {removed} entries")
