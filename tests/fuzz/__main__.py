@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="limit on the time of all kinds together")
     parser.add_argument("--trials", type=int, default=sys.maxsize, help="of each kind")
     parser.add_argument("--only", choices=sorted({*KINDS["cpu"], *KINDS["cuda"]}), action="append")
+    parser.add_argument("--op", action="append", default=[], help="an operator to call; may be repeated")
     parser.add_argument("--first", type=int, default=0, help="number of the first trial")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1)
@@ -68,7 +69,7 @@ def run(options: argparse.Namespace, device: str = "cpu") -> int:
     guard.fill(0)  # before processes have limits
     kinds = {
         "files": (lambda rng, infer: mutant(rng), partial(trial, device=device)),
-        "calls": (hostile_call, partial(trial, device=device)),
+        "calls": (partial(hostile_call, ops=options.op), partial(trial, device=device)),
         "launches": (lambda rng, infer: hostile_table(rng), launches),
         "kernels": (lambda rng, infer: with_kernels(rng), partial(trial, device=device, binaries=True)),
     }

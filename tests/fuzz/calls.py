@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from random import Random
@@ -44,13 +45,14 @@ def _derived(name: str) -> Sample:
     return {arg.name: copy.deepcopy(kinds.get(str(arg.real_type))) for arg in arguments if not arg.has_default_value()}
 
 
-def hostile_call(rng: Random, infer: bool = True) -> tuple[str, bytes]:
+def hostile_call(rng: Random, infer: bool = True, ops: Sequence[str] = ()) -> tuple[str, bytes]:
     """The operator of a file, and the file.
 
     Args:
         infer: the types of the results are those that PyTorch infers, where it infers any.
+        ops: the operators to choose from; none: all that a file may name.
     """
-    name = rng.choice(list(known()))
+    name = rng.choice(ops or list(known()))
     sample = copy.deepcopy(rng.choice(known()[name]))
     given = copy.deepcopy(sample)
     for _ in range(rng.choices((0, 1, 2, 3), (5, 60, 25, 10))[0]):
@@ -144,26 +146,29 @@ class _Maker:
         types = _types(self.name, args) if self.infer else ()
         if not types:  # as if the arguments were those of the sample: the reader has to find out
             types = _types(self.name, tuple((key, _attr(value)) for key, value in sample.items())) or (_F32,)
-        outputs = tuple(Value(f"y{index}", type_) for index, type_ in enumerate(types))
-        if self.name == COPY:
-            outputs = ()
-        return engine_of(self.graph(args, outputs), self.tensors)
+        results = tuple(Value(f"y{index}", type_) for index, type_ in enumerate(types))
+        if not aten.overload(self.name)._schema.returns or self.name == COPY:
+            results = ()
+        return engine_of(self.graph(args, results), self.tensors)
 
-    def graph(self, args: tuple[tuple[str, Attr], ...], outputs: tuple[Value, ...]) -> Graph:
-        """The graph of the call, where it is to stand."""
+    def graph(self, args: tuple[tuple[str, Attr], ...], results: tuple[Value, ...]) -> Graph:
+        """The graph of the call, where it is to stand; results after the first may be unused."""
+        unused = self.rng.random() < 0.3
+        outputs = tuple(None if unused and index else value for index, value in enumerate(results))
+        results = results[:1] if unused else results
         inputs, parameters = tuple(self.inputs), tuple(self.parameters)
         weights = tuple(Weight(Value(p.name, p.type), (p.name,)) for p in parameters)
         values = (*inputs, *(weight.value for weight in weights))
-        body = Graph("import", values, nodes=(Node("op", self.name, args, outputs),), outputs=outputs)
-        if self.place == "recipe" and outputs:
-            recipe = replace(body, outputs=outputs[:1])
-            made = Weight(outputs[0], tuple(p.name for p in parameters), recipe)
-            return Graph("fused", (), parameters, (made,), (), outputs[:1])
-        if self.place == "body" and outputs:
-            node = Node("kernel", "k", tuple((value.name, value) for value in values), outputs, body)
+        body = Graph("import", values, nodes=(Node("op", self.name, args, outputs),), outputs=results)
+        if self.place == "recipe" and results:
+            recipe = replace(body, outputs=results[:1])
+            made = Weight(results[0], tuple(p.name for p in parameters), recipe)
+            return Graph("fused", (), parameters, (made,), (), results[:1])
+        if self.place == "body" and results:
+            node = Node("kernel", "k", tuple((value.name, value) for value in values), results, body)
         else:
             node = Node("view" if aten.is_view(aten.overload(self.name)) else "extern", self.name, args, outputs)
-        return Graph("fused", inputs, parameters, weights, (node,), outputs or inputs)
+        return Graph("fused", inputs, parameters, weights, (node,), results or inputs)
 
     def attr(self, value: Any) -> Attr:
         """An argument: a tensor is an input or a constant, with the values that it asks for."""

@@ -1,9 +1,14 @@
-"""Valid calls of the operators that a file may make, one a line in `samples.txt`; `python -m tests.fuzz samples` writes
-it from PyTorch's own samples. Tensors are `{"t": dtype, "s": shape, "v": values of integers}`."""
+"""Valid calls of the operators that a file may make, one a line of `samples.txt`.
+
+`python -m tests.fuzz samples` writes it, from PyTorch's own samples and, for operators that these do not reach, from
+`samples_by_hand.txt`. Tensors are `{"t": dtype, "s": shape, "v": values of integers}`.
+"""
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -16,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch_rtx import aten
 from torch_rtx.errors import RtxError, Unsupported
 
-LIST = Path(__file__).with_name("samples.txt")
+LIST, BY_HAND = (Path(__file__).with_name(name) for name in ("samples.txt", "samples_by_hand.txt"))
 PER_OP, MAX_ELEMENTS = 3, 256
 Sample = dict[str, Any]  # arguments by name
 
@@ -47,10 +52,21 @@ def write(names: frozenset[str]) -> None:
                             info.op(call.input, *call.args, **call.kwargs)
                     except Exception:
                         continue
+    for line in BY_HAND.read_text().splitlines():
+        op, _, arguments = line.partition(" ")
+        recorder.found[f"aten.{op}"].append(_parsed(arguments))
     lines = [f"{name} {json.dumps(sample)}" for name in sorted(recorder.found) for sample in recorder.found[name]]
     LIST.write_text("\n".join(lines) + "\n")
     lacking = sorted(names - recorder.found.keys())
     print(f"{len(recorder.found)} operators, {len(lines)} samples; without: {' '.join(lacking)}")
+
+
+def _parsed(arguments: str) -> Sample:
+    """The arguments of a line such as `self=f32[2, 3], dim=0`."""
+    tensors = re.sub(r"\b([a-z]+\d+|bool)\[([^\]]*)\]", r"{'t': '\1', 's': [\2]}", arguments)
+    call = ast.parse(f"f({tensors})", mode="eval").body
+    assert isinstance(call, ast.Call)
+    return {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
 
 
 def _calls(info: Any, dtype: torch.dtype) -> Iterator[Any]:

@@ -147,7 +147,8 @@ def _content(result: Any) -> Any:
     plain = result.detach().resolve_conj().resolve_neg()
     if plain.numel() > MAX_INPUT:  # of a few elements, if it has this many: the ends are enough
         plain = plain.flatten()[[0, -1]] if plain.is_contiguous() else plain[(..., *[slice(0, 2)] * plain.dim())]
-    return tuple(plain.shape), plain.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    flat = plain.cpu().reshape(-1).clone(memory_format=torch.contiguous_format)
+    return tuple(plain.shape), flat.view(torch.uint8).numpy().tobytes()
 
 
 def _inputs(graph: Graph, rng: Random, device: torch.device) -> list[Any] | None:
@@ -199,7 +200,8 @@ def values(dtype: torch.dtype, shape: list[int], rng: Random) -> torch.Tensor:
     if dtype == torch.bool:
         numbers: list[Any] = [rng.random() < 0.5 for _ in few]
     elif dtype.is_floating_point or dtype.is_complex:
-        numbers = [rng.choice(HOSTILE_FLOATS) if bad else rng.gauss(0, 1) for bad in few]
+        draw = rng.choice((rng.random, rng.normalvariate))
+        numbers = [rng.choice(HOSTILE_FLOATS) if bad else draw() for bad in few]
     else:
         info = torch.iinfo(dtype)
         numbers = [rng.choice(HOSTILE_INTS) if bad else rng.randrange(3) for bad in few]
