@@ -11,11 +11,14 @@ VENV ?= .venv
 WORKERS ?= 2
 # What `make sanitize` runs; none: all.
 MODELS ?=
+# How long `make fuzz` runs, on how many cores, and with which seed.
+SECONDS ?= 60
+SEED ?= 0
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-$(subst =,,$(TORCH)-$(TRITON))
 
-.PHONY: setup quick smoke test gpu-test sanitize demo lint clean
+.PHONY: setup quick smoke test gpu-test sanitize fuzz demo lint clean
 
 setup: $(STAMP)
 
@@ -51,6 +54,10 @@ gpu-test:
 sanitize:
 	compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 1 $(PYTHON) -m tests.sanitized $(MODELS)
 	compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) -m tests.sanitized $(MODELS)
+
+# Files that show a fault are left in `fuzz/`.
+fuzz: setup
+	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) --seed $(SEED) --workers $(WORKERS)
 
 # The environment's own Python serves when its torch sees a GPU.
 demo:

@@ -12,6 +12,7 @@ import math
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field, fields
 from typing import Any, Self, TypeVar
@@ -362,16 +363,33 @@ def opens_stages(settings: CompilationSettings | RuntimeSettings) -> bool:
 
 
 def cache_dir(settings: CompilationSettings) -> str:
-    """The folder of the caches: the configured one, else the platform's."""
+    """The folder of the caches, as an absolute path: the configured one, else the platform's."""
     if settings.engine_cache_dir is not None:
-        return settings.engine_cache_dir
+        return os.path.abspath(os.path.expanduser(settings.engine_cache_dir))
+    home = _home()
     if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or os.path.join(os.path.expanduser("~"), "AppData", "Local")
+        base = os.environ.get("LOCALAPPDATA") or os.path.join(home, "AppData", "Local")
     elif sys.platform == "darwin":
-        base = os.path.join(os.path.expanduser("~"), "Library", "Caches")
+        base = os.path.join(home, "Library", "Caches")
     else:
-        base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+        base = os.environ.get("XDG_CACHE_HOME") or ""
+        base = base if os.path.isabs(base) else os.path.join(home, ".cache")  # as the XDG specification says
     return os.path.join(base, "torch_rtx")
+
+
+def _home() -> str:
+    """The user's home; a folder for temporary files if there is none, as for the unknown users of some containers."""
+    home = os.path.expanduser("~")
+    if sys.platform == "win32":
+        return home if os.path.isabs(home) else tempfile.gettempdir()  # private to the user there
+    if not os.path.isabs(os.environ.get("HOME", "")):
+        import pwd
+
+        try:
+            home = pwd.getpwuid(os.getuid()).pw_dir
+        except KeyError:
+            return os.path.join(tempfile.gettempdir(), f"torch_rtx-{os.getuid()}")
+    return home
 
 
 def runtime_cache_path(runtime: RuntimeSettings, compilation: CompilationSettings | None = None) -> str | None:

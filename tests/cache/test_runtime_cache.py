@@ -766,7 +766,7 @@ def test_entries_that_are_none(path: Path, caplog: pytest.LogCaptureFixture) -> 
 def test_settings(cache_folder: Path) -> None:
     assert runtime_cache_path(RuntimeSettings()) == str(cache_folder / "runtime.sqlite")
     compilation = CompilationSettings(engine_cache_dir="caches")
-    assert runtime_cache_path(RuntimeSettings(), compilation) == os.path.join("caches", "runtime.sqlite")
+    assert runtime_cache_path(RuntimeSettings(), compilation) == os.path.abspath("caches/runtime.sqlite")
     assert runtime_cache_path(RuntimeSettings(runtime_cache="file")) == "file"
     assert runtime_cache_path(RuntimeSettings(runtime_cache="off")) is None
     with pytest.raises(SettingsError, match='option runtime_cache must be None, "off" or a file'):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from typer.testing import CliRunner
 pytest.importorskip("triton")
 
 import torch_rtx
+from tests.paths import ROOT
 from tests.test_structure import FILES, imports, module_of
 from torch_rtx import CompilationSettings
 from torch_rtx.backend.cli import app
@@ -228,7 +230,49 @@ print(time.time(), flush=True)
     pid, finished = ended.stdout.split()
     assert time.time() - float(finished) < 10
     with pytest.raises(ProcessLookupError):
-        __import__("os").kill(int(pid), 0)
+        os.kill(int(pid), 0)
+
+
+ORPHANED = """\
+import os, sys, threading, time
+from tests.runtime.test_compile_client import body
+from torch_rtx.runtime.compile_client import COMPILE_CLIENT
+COMPILE_CLIENT.build({"k": (body(), 0)}, 80)
+if os.fork() == 0:  # a child that lives on, with copies of all pipes
+    os.close(1)
+    time.sleep(30)
+    os._exit(0)
+busy = {f"k{at}": (body("exp", 100 + at), 0) for at in range(300)}
+if sys.argv[1] == "busy":
+    threading.Thread(target=COMPILE_CLIENT.build, args=(busy, 80)).start()
+    time.sleep(0.5)
+print(COMPILE_CLIENT._process.pid, flush=True)
+time.sleep(30)
+"""
+
+
+def members(group: int) -> list[str]:
+    """The commands of the processes in a group, zombies left out."""
+    rows = subprocess.run(["ps", "-eo", "pgid=,stat=,args="], capture_output=True, text=True, check=True).stdout
+    found = (row.split(maxsplit=2) for row in rows.splitlines())
+    return [args for pgid, state, *args in found if int(pgid) == group and "Z" not in state]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="os.fork is missing")
+@pytest.mark.parametrize("state", ["idle", "busy"])
+def test_it_ends_when_the_program_is_killed(state: str) -> None:
+    """Within two seconds, in the middle of a request, too, with the assemblers that it has started."""
+    command = [sys.executable, "-W", "ignore", "-c", ORPHANED, state]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True) as program:
+        assert program.stdout is not None
+        worker = int(program.stdout.readline())
+        assert len(members(worker)) >= 1
+        program.kill()
+        end = time.monotonic() + 2
+        while (left := members(worker)) and time.monotonic() < end:
+            time.sleep(0.05)
+        os.killpg(program.pid, signal.SIGKILL)  # its fork
+    assert left == []
 
 
 def test_kernels_for_another_machine(

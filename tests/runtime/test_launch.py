@@ -161,6 +161,15 @@ def test_for_given_sizes() -> None:
     assert driver.launched[0].grid == (7, 2, 1)
 
 
+def test_two_variants_of_a_kernel_without_scalars() -> None:
+    """No build makes them, but a file may have them: every call is an aligned one."""
+    driver = FakeDriver(SIZES[:3] + SIZES[-2:])
+    launcher = made(driver, {SM90: Launch((), (1, 1, 1), False, variant(b"aligned 90"), variant(b"generic 90"))})
+    assert launcher is not None
+    launcher((16, 32, 48), (), (1, 1, 1))
+    assert driver.launched[0].image == b"aligned 90"
+
+
 def test_a_damaged_binary(caplog: pytest.LogCaptureFixture) -> None:
     assert (
         made(FakeDriver(SIZES), NATIVE, binaries=dict.fromkeys(BINARIES, b"no LZMA, but long enough to be some"))

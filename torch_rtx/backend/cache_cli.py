@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from torch_rtx.backend.terminal import echo, echo_json
 from torch_rtx.cache.archive import export_entries, import_entries
 from torch_rtx.cache.entries import EngineCache, Head, unpack
 from torch_rtx.cache.store import FileStore, Stored
@@ -33,7 +33,7 @@ def errors() -> Iterator[None]:
     try:
         yield
     except (RtxError, OSError) as error:
-        typer.secho(f"error: {error}", err=True, fg="red")
+        echo(f"error: {error}", problem=True)
         raise typer.Exit(1) from None
 
 
@@ -93,13 +93,13 @@ def ls(directory: Folder = None, as_json: AsJson = False) -> None:
         fields = [
             {"key": e.name, "bytes": e.size, "used": e.used, "kind": h.key.kind if h else "damaged"} for e, h in rows
         ]
-        print(json.dumps(fields, indent=1))
+        echo_json(fields)
         return
     for entry, head in rows:
         kind, title = (head.key.kind, _title(head)) if head else ("damaged", "")
-        print(f"{entry.name[:SHORT]}  {kind:8}{entry.size / 1024:10.1f} KiB  {time_text(entry.used)}  {title}")
+        echo(f"{entry.name[:SHORT]}  {kind:8}{entry.size / 1024:10.1f} KiB  {time_text(entry.used)}  {title}")
     total = sum(entry.size for entry, _ in rows)
-    print(f"{len(rows)} entries, {total / 1024**2:.1f} MiB of {store.limit / 1024**2:.0f} MiB, in {store.folder}")
+    echo(f"{len(rows)} entries, {total / 1024**2:.1f} MiB of {store.limit / 1024**2:.0f} MiB, in {store.folder}")
 
 
 def _head(cache: EngineCache, entry: Stored) -> Head | None:
@@ -118,12 +118,12 @@ def show(key: Name, directory: Folder = None, as_json: AsJson = False) -> None:
         head = cache.head(name)
     if as_json:
         parts = {part: {"digest": p.digest, "text": p.text} for part, p in head.key.parts.items()}
-        print(json.dumps({"key": name, "created": head.created, "bytes": head.body_bytes, "parts": parts}, indent=1))
+        echo_json({"key": name, "created": head.created, "bytes": head.body_bytes, "parts": parts})
         return
-    print(f"{name}\n{head.key.kind}, {head.body_bytes / 1024:.1f} KiB, created {time_text(head.created)}")
+    echo(f"{name}\n{head.key.kind}, {head.body_bytes / 1024:.1f} KiB, created {time_text(head.created)}")
     for part, content in head.key.parts.items():
-        print(f"{part}: {content.digest}")
-        print("".join(f"  {line}\n" for line in content.text.splitlines()), end="")
+        echo(f"{part}: {content.digest}")
+        echo("".join(f"  {line}\n" for line in content.text.splitlines()), end="")
 
 
 @app.command()
@@ -132,7 +132,7 @@ def why(a: Name, b: Name, directory: Folder = None) -> None:
     with errors():
         cache, store = _open(directory)
         first, second = (cache.head(_find(store, key)).key for key in (a, b))
-    print("\n".join(first.why(second)) or "the same key")
+    echo("\n".join(first.why(second)) or "the same key")
 
 
 @app.command()
@@ -146,7 +146,7 @@ def prune(
         _, store = _open(directory)
         removed = store.prune(0 if everything else None if size is None else size_of(size))
         left = len(store.entries())
-    print(f"removed {len(removed)} entries, {sum(e.size for e in removed) / 1024**2:.1f} MiB; {left} are left")
+    echo(f"removed {len(removed)} entries, {sum(e.size for e in removed) / 1024**2:.1f} MiB; {left} are left")
     if everything and left:
         raise typer.Exit(1)
 
@@ -165,8 +165,8 @@ def verify(directory: Folder = None) -> None:
                     unpack(entry.name, data)
             except CacheError as error:
                 damaged += 1
-                typer.secho(f"damaged: {error}", err=True, fg="red")
-    print(f"{len(entries) - damaged} of {len(entries)} entries are intact")
+                echo(f"damaged: {error}", problem=True)
+    echo(f"{len(entries) - damaged} of {len(entries)} entries are intact")
     if damaged:
         raise typer.Exit(1)
 
@@ -182,7 +182,7 @@ def export_(
         _, store = _open(directory)
         names = [_find(store, key) for key in keys] if keys else [entry.name for entry in store.entries()]
         count = export_entries(store, names, path)
-    print(f"{count} entries in {path}")
+    echo(f"{count} entries in {path}")
 
 
 @app.command(name="import")
@@ -193,4 +193,4 @@ def import_(
     with errors():
         _, store = _open(directory)
         count = import_entries(store, path)
-    print(f"{count} entries from {path}")
+    echo(f"{count} entries from {path}")

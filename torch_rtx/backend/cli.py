@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +10,7 @@ import typer
 
 from torch_rtx import engine
 from torch_rtx.backend import cache_cli, opt_cli, profile_cli, runtime_cache_cli
+from torch_rtx.backend.terminal import echo, echo_json
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Tools for torch_rtx engines.")
 cache_cli.app.add_typer(runtime_cache_cli.app, name="runtime")
@@ -37,10 +37,10 @@ def inspect(
     with cache_cli.errors():
         found = engine.inspect(path)
     if graph:
-        print(found.graph_text, end="")
+        echo(found.graph_text, end="")
     elif as_json:
         fields = asdict(found)
         del fields["graph_text"]
-        print(json.dumps(fields, indent=1))
+        echo_json(fields)
     else:
-        print(found)
+        echo(found)

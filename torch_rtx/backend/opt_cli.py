@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from torch_rtx.backend.terminal import echo
 from torch_rtx.errors import RtxError, SettingsError
 from torch_rtx.ir import verify
 from torch_rtx.irparse import parse
@@ -38,14 +39,14 @@ def opt(
         if names:
             from torch_rtx.lowering.pipeline import PASSES  # imports torch, as in `run`
 
-            print("\n".join(PASSES))
+            echo("\n".join(PASSES))
             return
         text = run(
             sys.stdin.read() if file == "-" else Path(file).read_text(), passes or (), target or ["portable"], check
         )
-        print(text, end="") if out is None else out.write_text(text)
+        echo(text, end="") if out is None else out.write_text(text)
     except (RtxError, OSError, UnicodeDecodeError) as error:
-        typer.secho(f"error: {file}: {error}", err=True, fg="red")
+        echo(f"error: {file}: {error}", problem=True)
         raise typer.Exit(1) from None
 
 

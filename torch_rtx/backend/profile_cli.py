@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from torch_rtx.backend.cache_cli import errors
+from torch_rtx.backend.terminal import echo
 from torch_rtx.engine import Engine, names_of_sizes
 from torch_rtx.errors import SettingsError
 from torch_rtx.ir import ScalarType, Type, dim_syms, evaluate, type_dims
@@ -40,7 +41,7 @@ def profile(
             module.refit(dict(zip(named, _random(named.values(), sizes, module.device), strict=True)))
         inputs = _random((value.type for value in module.engine.graph.inputs), sizes, module.device)
         found = profiling.profile(module.session, inputs, repeats=repeats)
-        print(found if modules is None else found.by_module(modules))
+        echo(found if modules is None else found.by_module(modules))
         for target, write in ((trace, found.trace), (html, found.html)):
             if target is not None:
                 write(target)

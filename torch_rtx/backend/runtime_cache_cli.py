@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from contextlib import closing, suppress
@@ -13,8 +12,9 @@ from typing import Annotated
 import typer
 
 from torch_rtx.backend.cache_cli import AsJson, errors, size_of, time_text
+from torch_rtx.backend.terminal import echo, echo_json, escaped
 from torch_rtx.cache.runtime import intact
-from torch_rtx.cache.runtime_file import DeviceKey, DeviceSummary, RuntimeFile, export_file
+from torch_rtx.cache.runtime_file import SUFFIXES, DeviceKey, DeviceSummary, RuntimeFile, export_file
 from torch_rtx.errors import CacheDamaged, CacheError, SettingsError
 from torch_rtx.settings import RuntimeSettings, runtime_cache_path
 from torch_rtx.targets import parse_targets
@@ -22,7 +22,6 @@ from torch_rtx.targets import parse_targets
 app = typer.Typer(no_args_is_help=True, help="The runtime cache: kernels and tuning results by device.")
 File = Annotated[str | None, typer.Option("--file", help="The runtime cache; default: that of the settings.")]
 Gpu = Annotated[str | None, typer.Option("--gpu", help="Only entries of GPUs whose name contains this.")]
-SUFFIXES = ("", "-wal", "-shm")  # of SQLite's files
 
 
 def _path(file: str | None) -> str:
@@ -51,7 +50,7 @@ def info(file: File = None, as_json: AsJson = False) -> None:
         path = _path(file)
         found = _devices(path)
     if as_json:
-        print(json.dumps([asdict(summary) for summary in found], indent=1))
+        echo_json([asdict(summary) for summary in found])
         return
     from rich.console import Console  # importing rich takes 0.1 s, and only tables need it
     from rich.markup import escape
@@ -61,15 +60,15 @@ def info(file: File = None, as_json: AsJson = False) -> None:
     for summary in found:
         device = summary.device
         counts = [str(summary.counts.get(kind, 0)) for kind in ("kernel", "tactic")]
-        about = f"{summary.bytes / 1024:.1f}", time_text(summary.used), escape(device.versions)
-        table.add_row(escape(device.name), str(device.sm), str(device.driver), *counts, *about)
+        about = f"{summary.bytes / 1024:.1f}", time_text(summary.used), escape(escaped(device.versions))
+        table.add_row(escape(escaped(device.name)), str(device.sm), str(device.driver), *counts, *about)
     if found:
         console = Console()
         if not console.is_terminal:
             console.width = 10_000  # one line per device in a pipe
         console.print(table, highlight=False)
     entries, size = sum(sum(summary.counts.values()) for summary in found), sum(summary.bytes for summary in found)
-    print(f"{entries} entries of {len(found)} devices, {size / 1024**2:.1f} MiB, in {path}")
+    echo(f"{entries} entries of {len(found)} devices, {size / 1024**2:.1f} MiB, in {path}")
 
 
 @app.command()
@@ -77,7 +76,7 @@ def verify(file: File = None) -> None:
     """Read every entry and check its digest. Exit status 1 if one is damaged; damaged entries are not removed."""
     with errors(), closing(RuntimeFile(_path(file))) as cache:
         found = [entry is not None for entry in cache.entries()]
-    print(f"{sum(found)} of {len(found)} entries are intact")
+    echo(f"{sum(found)} of {len(found)} entries are intact")
     if not all(found):
         raise typer.Exit(1)
 
@@ -90,7 +89,7 @@ def export_(
     with errors(), closing(RuntimeFile(_path(file))) as cache:
         named = _named(gpu)
         count = export_file((entry for entry in intact(cache) if named(entry.device)), path)
-    print(f"{count} entries in {path}")
+    echo(f"{count} entries in {path}")
 
 
 @app.command(name="import")
@@ -103,7 +102,7 @@ def import_(
     for path in paths:
         with errors(), closing(RuntimeFile(path)) as other, closing(RuntimeFile(_path(file), create=True)) as cache:
             count = cache.merge(intact(other), limit)
-        print(f"{count} new entries from {path}")
+        echo(f"{count} new entries from {path}")
 
 
 @app.command()
@@ -130,7 +129,7 @@ def generate(
             raise SettingsError(f"{engine} was built for the {found.manifest.device}, which runs no kernels", hint=hint)
         sizes = sizes_given(found, size) if size else {}
         count = pregenerate(found.graph, sizes, DeviceKey(gpu, sm, driver, ""), _path(file))
-    print(f"{count} regions for {gpu}")
+    echo(f"{count} regions for {gpu}")
 
 
 @app.command()
@@ -158,7 +157,7 @@ def prune(
         with suppress(FileNotFoundError), closing(RuntimeFile(path)) as cache:
             removed = cache.prune(limit, None if days is None else time.time() - days * 86400, removes)
             left = cache.size()[0]
-    print(f"removed {removed} entries; {left} are left")
+    echo(f"removed {removed} entries; {left} are left")
 
 
 @app.command()
@@ -175,4 +174,4 @@ def clear(file: File = None) -> None:
             old |= set(SUFFIXES)
         for suffix in old:
             Path(path + suffix).unlink(missing_ok=True)
-    print(f"removed {removed} entries")
+    echo(f"removed {removed} entries")

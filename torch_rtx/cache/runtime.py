@@ -83,7 +83,8 @@ class RuntimeCache:
     """Entries of one device, in memory and in the file `path`, which may have entries of other devices, too.
 
     A damaged, locked or unwritable file never raises: it is logged once. A damaged file is renamed to `path.damaged`
-    and replaced by a new one; a file of a newer release or another program is not touched. Thread-safe.
+    and replaced by a new one; a file of a newer release or another program is not touched, and a file that other users
+    may change is not used. Thread-safe.
 
     Args:
         path: the file; the first write creates it.
@@ -216,7 +217,7 @@ class RuntimeCache:
         with self._changed:
             waiting = list(self._waiting.values())
         try:
-            with closing(RuntimeFile(self.path)) as file:
+            with closing(self._file()) as file:
                 yield from intact(file)
         except FileNotFoundError:
             pass
@@ -235,7 +236,7 @@ class RuntimeCache:
         self.flush()
         with closing(RuntimeFile(path)) as other:
             try:
-                with closing(RuntimeFile(self.path, create=True, timeout=WRITE_TIMEOUT)) as own:
+                with closing(self._file(create=True, timeout=WRITE_TIMEOUT)) as own:
                     return own.merge(intact(other), self.size)
             except CacheError as error:
                 self._warn("can't be written, entries for this device are loaded into memory:", error)
@@ -266,10 +267,13 @@ class RuntimeCache:
         self.flush()
         before = None if days is None else time.time() - days * 86400
         try:
-            with closing(RuntimeFile(self.path)) as file:
+            with closing(self._file()) as file:
                 return file.prune(size, before, outdated if inapplicable else None)
         except FileNotFoundError:
             return 0
+
+    def _file(self, *, create: bool = False, timeout: float = 30.0) -> RuntimeFile:
+        return RuntimeFile(self.path, create=create, timeout=timeout, private=True)
 
     # ---- reading ----
 
@@ -311,7 +315,7 @@ class RuntimeCache:
         if self._reader is None and time.monotonic() >= self._read_again:
             identity = identity_of(self.path)
             try:
-                self._reader = RuntimeFile(self.path, timeout=READ_TIMEOUT)
+                self._reader = self._file(timeout=READ_TIMEOUT)
                 self._problem = None
             except FileNotFoundError:
                 pass  # the first write creates it
@@ -428,7 +432,7 @@ class RuntimeCache:
         if any(file is not None and file.identity != here for file in (self._writer, self._reader)):
             self._disconnect()  # another process removed or renamed the file
         if self._writer is None:
-            self._writer = RuntimeFile(self.path, create=True, timeout=WRITE_TIMEOUT)
+            self._writer = self._file(create=True, timeout=WRITE_TIMEOUT)
         return self._writer
 
     def _disconnect(self) -> None:

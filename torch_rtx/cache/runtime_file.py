@@ -14,6 +14,7 @@ import json
 import os
 import secrets
 import sqlite3
+import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch_rtx.cache.private import check_private, make_folder
 from torch_rtx.errors import CacheDamaged, CacheError
 
 APPLICATION = 0x52545843  # "RTXC", in the file's header
@@ -42,6 +44,7 @@ DAMAGE = (
 )
 REFUSED = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY)
 BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+SUFFIXES = ("", "-wal", "-shm", "-journal")  # of SQLite's files
 CHUNK = 64  # rows to read or merge at once
 CLOCK_SKEW_SECONDS = 60.0  # tolerated between machines that share a file; later times are invalid
 KINDS = ("kernel", "tactic")
@@ -104,6 +107,7 @@ class RuntimeFile:
         create: create the file if it does not exist.
         timeout: seconds to wait for locks of other processes.
         shared: False: for this process alone, without WAL mode, so that the file is complete without `-wal`.
+        private: refuse a file that other users may change, or whose folder they may change.
 
     Raises:
         FileNotFoundError: the file does not exist or is empty, and `create` is False.
@@ -114,16 +118,23 @@ class RuntimeFile:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, create: bool = False, timeout: float = 30.0, shared: bool = True
+        self,
+        path: str | os.PathLike[str],
+        *,
+        create: bool = False,
+        timeout: float = 30.0,
+        shared: bool = True,
+        private: bool = False,
     ) -> None:
         self.path = os.path.abspath(os.fspath(path))
         if create:
             try:
-                os.makedirs(os.path.dirname(self.path), exist_ok=True)
+                make_folder(os.path.dirname(self.path))
             except OSError as error:
                 raise CacheError(f"{self.path} can't be created: {error}") from None
         elif not os.path.exists(self.path):
             raise FileNotFoundError(f"there is no runtime cache {self.path}")
+        self._check(private)
         self.identity = identity_of(self.path)
         # WAL mode creates files in the folder. In a read-only folder SQLite can still read the file as immutable.
         for query in ("mode=rwc",) if create else ("mode=rw", "immutable=1"):
@@ -135,6 +146,19 @@ class RuntimeFile:
                 raise
             break
         self.identity = self.identity or identity_of(self.path)
+
+    def _check(self, private: bool) -> None:
+        """Check the file, and what SQLite keeps beside it, before SQLite opens them."""
+        for suffix in SUFFIXES:
+            with suppress(OSError):  # none, or SQLite says what is wrong
+                status = os.stat(self.path + suffix)
+                if not stat.S_ISREG(status.st_mode):
+                    raise CacheError(f"{self.path}{suffix} is not a regular file")
+                if private:
+                    check_private(self.path + suffix, status)
+        if private:
+            with suppress(OSError):
+                check_private(os.path.dirname(self.path))
 
     def _open(self, query: str, create: bool, timeout: float, shared: bool) -> None:
         address = f"{Path(self.path).as_uri()}?{query}"

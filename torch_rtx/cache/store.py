@@ -13,6 +13,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from torch_rtx.cache.private import FILE_MODE, check_private, make_folder, regular_file
+
 log = logging.getLogger(__name__)
 
 NAME = re.compile(r"[0-9a-f]{1,128}")
@@ -58,10 +60,16 @@ class FileStore:
     Files are written under a temporary name and renamed: a reader never sees a partial file, and a killed writer leaves
     none. A file's modification time is the time of its last use. There are no locks: of several writers of one name the
     last one wins, and a reader can finish reading a file that is evicted meanwhile.
+
+    The folder is created for this user alone. One that others may change is refused with a CacheError, and so are such
+    files in it: they decide what readers compute.
+
+    Args:
+        shared: the folder is meant for several users, each of whom is trusted: nothing is refused.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], limit: int) -> None:
-        self.folder, self.limit = os.fspath(folder), limit
+    def __init__(self, folder: str | os.PathLike[str], limit: int, shared: bool = False) -> None:
+        self.folder, self.limit, self.shared = os.path.abspath(os.fspath(folder)), limit, shared
 
     def _path(self, name: str) -> str:
         if NAME.fullmatch(name) is None:
@@ -72,8 +80,13 @@ class FileStore:
         """The bytes of an entry, or its first `size` bytes, which does not count as a use; None if there is none."""
         path = self._path(name)
         try:
-            with open(path, "rb") as file:
-                data = file.read(-1 if size is None else size)
+            self._check(self.folder)
+            with regular_file(path) as file:
+                status = os.fstat(file.fileno())
+                self._check(path, status)
+                if status.st_size > self.limit:  # no entry: `put` writes none of this size
+                    return None
+                data = file.read(status.st_size if size is None else size)
         except FileNotFoundError:
             return None
         if size is None:
@@ -87,10 +100,10 @@ class FileStore:
         if len(data) > self.limit:
             log.info("an entry of %d bytes exceeds the size limit of the cache", len(data))
             return
-        os.makedirs(self.folder, exist_ok=True)
+        self._make_folder()
         temporary = os.path.join(self.folder, f"{TEMPORARY}{secrets.token_hex(8)}")
         try:
-            with open(temporary, "xb") as file:
+            with open(temporary, "xb", opener=self._create) as file:
                 file.write(data)
             os.replace(temporary, path)
         except BaseException:
@@ -98,6 +111,20 @@ class FileStore:
                 os.unlink(temporary)
             raise
         self.prune(keep=name)
+
+    def _make_folder(self) -> None:
+        if self.shared:
+            os.makedirs(self.folder, exist_ok=True)
+        else:
+            make_folder(self.folder)
+            self._check(self.folder)
+
+    def _create(self, path: str, flags: int) -> int:
+        return os.open(path, flags, 0o666 if self.shared else FILE_MODE)
+
+    def _check(self, path: str, status: os.stat_result | None = None) -> None:
+        if not self.shared:
+            check_private(path, status)
 
     def delete(self, name: str) -> None:
         """Remove an entry, if it exists and can be removed."""
@@ -138,6 +165,7 @@ class FileStore:
     def _files(self) -> Iterator[tuple[str, int, float]]:
         """Name, size and modification time of each file in the folder, skipping those deleted meanwhile."""
         try:
+            self._check(self.folder)
             scan = os.scandir(self.folder)
         except FileNotFoundError:
             return

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.util import find_spec
+from io import BufferedReader, BufferedWriter
 from pathlib import Path
 
 from torch_rtx.artefacts import NO_FILES, Artefacts
@@ -16,8 +20,8 @@ from torch_rtx.ir import Graph
 from torch_rtx.tactics import Candidate
 
 TIMEOUT_S = 600.0  # of a request: a compiler that hangs would block all later ones
-# The program of the worker. Its `sys.path` is ours; `-P` keeps the current folder out. It ignores Ctrl-C, which a
-# terminal sends to all processes of a group, and ends when its input ends.
+# The program of the worker. Its `sys.path` is ours; `-P` keeps the current folder out. It ignores Ctrl-C, and ends when
+# its input ends, as it does when this process is killed.
 MAIN = """\
 import signal, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -47,7 +51,7 @@ class CompileClient:
             timer: threading.Timer | None = None
             try:
                 process = self._running()
-                timer = threading.Timer(TIMEOUT_S, process.kill)
+                timer = threading.Timer(TIMEOUT_S, _kill, [process])
                 timer.daemon = True
                 timer.start()
                 assert process.stdin is not None
@@ -79,7 +83,8 @@ class CompileClient:
             if getattr(sys, "frozen", False) or not sys.executable:
                 raise OSError("no Python interpreter can be started: this program is frozen")
             command = [sys.executable, "-P", "-c", MAIN, *sys.path, str(Path(__file__).parents[2])]
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            # A group of its own, so that the assemblers that it starts can be ended with it.
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=0)
         return self._process
 
     def stop(self) -> None:
@@ -91,9 +96,27 @@ class CompileClient:
         """End the worker. A running request gets an error; a later one starts a new worker."""
         process = self._process
         if process is not None:
-            process.kill()
+            _kill(process)
             process.wait()
         self._process = None
 
+    def abandon(self) -> None:
+        """In a fork: the worker is that of the parent, at whose end its pipes have to be closed."""
+        process = self._process
+        for stream in (process.stdin, process.stdout) if process is not None else ():
+            if isinstance(stream, BufferedReader | BufferedWriter):
+                stream.raw.close()  # without a flush: what is buffered is the parent's
+        self._process, self._lock = None, threading.Lock()
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """End the worker and what it has started."""
+    if process.poll() is None and hasattr(os, "killpg"):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+
 
 COMPILE_CLIENT = CompileClient()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=COMPILE_CLIENT.abandon)

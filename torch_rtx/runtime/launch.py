@@ -369,7 +369,7 @@ class Launcher:
             if 0 in grid:
                 return
             raise KernelError(f"kernel {self.op} can't be launched with {x} x {y} x {z} blocks")
-        aligned = not self._check_scalars or reduce(operator.or_, scalars) % ALIGNMENT == 0
+        aligned = not self._check_scalars or reduce(operator.or_, scalars, 0) % ALIGNMENT == 0
         function, threads, shared = self._aligned if aligned else self._generic
         parameters = self._parameters
         try:

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import sys
 from collections.abc import Iterator, Mapping
 from itertools import islice
-from typing import BinaryIO
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any, BinaryIO
 
 from torch_rtx.artefacts import NO_FILES, Artefacts
 from torch_rtx.errors import RtxError, Unsupported
@@ -62,12 +65,22 @@ def _ranked(body: Graph, name: str, arch: Arch, first: int) -> Iterator[kernel_b
 
 
 def serve(requests: BinaryIO, answers: BinaryIO) -> None:
-    """Answer requests until the stream ends: with the result of `build`, or the text of its error."""
-    while True:
+    """Answer requests: with the result of `build`, or the text of its error. When their stream ends, the peer has
+    ended, in whatever way: so does this process, in the middle of a request, too."""
+    received: SimpleQueue[Any] = SimpleQueue()
+
+    def receive() -> None:
         try:
-            request = pickle.load(requests)
+            while True:
+                received.put(pickle.load(requests))
         except EOFError:
-            return
+            pass
+        finally:
+            _end()
+
+    Thread(target=receive, daemon=True).start()
+    while True:
+        request = received.get()
         answer: dict[str, Candidate] | str
         try:
             answer = build(*request)
@@ -77,6 +90,13 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
             answer = f"{type(error).__name__}: {error}"
         pickle.dump(answer, answers)
         answers.flush()
+
+
+def _end() -> None:
+    """End this process at once, and the assemblers that it has started, which are in its group."""
+    if hasattr(os, "killpg") and os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)
+    os._exit(0)
 
 
 def main() -> None:
