@@ -144,12 +144,14 @@ def _bind(
     used = {parameter.name for parameter in store.parameters}
     weights = _tuple_getter([i for i, role in enumerate(roles) if role.name in used and role.kind == "parameter"])
     inputs = _tuple_getter([i for i, role in enumerate(roles) if role.kind == "input" and i not in fixed])
+    # A CUDA graph, or a call that finds old weights, may read the inputs again.
+    again = template.pool is not None or bool(used)
 
     def call(args: list[Any]) -> list[Any]:
         session = sessions.of(weights(args))
         given = inputs(args)
         args.clear()  # boxed calling convention: the session can free an activation after its last use
-        if session.pool is not None:  # a CUDA graph may read the inputs again
+        if again:
             return session(given)
         owned = Owned(given)
         del given
