@@ -14,6 +14,7 @@ from torch import nn
 import torch_rtx
 from tests.helpers.ahead import IMAGE, Net
 from torch_rtx import RuntimeSettings
+from torch_rtx.runtime.watch import DeviceSample
 from torch_rtx.runtime.weights import WeightStore
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("unspecialized")]
@@ -71,14 +72,14 @@ def test_every_write_is_seen_by_the_next_call(how: str) -> None:
         close(actual, expected)
 
 
-def test_the_comparison_is_a_cuda_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_runs_again_only_after_a_write(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = Net().eval().cuda(), IMAGE.cuda()
     module = torch_rtx.compile(model, (x,))
     for _ in range(TURNS):
         module(x)
     watch = module.session.store.watch
     assert watch is not None
-    assert watch.late[0]._replay is not None
+    assert isinstance(watch.late[0], DeviceSample)
     settled: list[bool] = []
     settle = WeightStore.settle
     monkeypatch.setattr(WeightStore, "settle", lambda *args: (settled.append(settle(*args)), settled[-1])[1])

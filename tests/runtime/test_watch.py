@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
-from collections.abc import Iterator
-from contextlib import nullcontext
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 
-from tests.doubles.fake_graphs import FakeStream, GraphDriver, install
-from torch_rtx.runtime import watch
+from torch_rtx.lowering.kernels import toolchain
+from torch_rtx.runtime import watch, words
 from torch_rtx.runtime.watch import Watch, same_bits
 
 DTYPES = [
@@ -164,62 +165,78 @@ def test_in_inference_mode_and_out_of_it() -> None:
 # On a device ----------------------------------------------------------------------------------------------------------
 
 
-class Event:
-    """Of CUDA; `log` gets what happens to it."""
+class HostWords:
+    """`Words` whose device is the host."""
 
-    log: list[str]
+    def __init__(self, addresses: torch.Tensor, device: torch.device) -> None:
+        assert (addresses % 4 == 0).all()
+        self.words = [ctypes.c_int32.from_address(address) for address in addresses.tolist()]
+        self.known = [-1] * len(self.words)
 
-    def record(self, stream: object) -> None:
-        self.log.append("record")
+    def record(self, start: int, count: int) -> None:
+        for index in range(start, start + count):
+            self.known[index] = self.words[index].value
 
-    def wait(self, stream: object) -> None:
-        self.log.append("wait")
+    def compare(self) -> None:
+        self.found = [word.value for word in self.words] != self.known
 
-    def synchronize(self) -> None:
-        self.log.append("synchronize")
+    def differ(self) -> bool:
+        return self.found
 
 
 @pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[GraphDriver]:
-    """Makes host memory stand for that of a device."""
-    found = GraphDriver((8, 8), {})
-    install(monkeypatch, found)
-    zeros = torch.zeros
-    Event.log = []
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None)
-    monkeypatch.setattr(torch, "zeros", lambda *args, pin_memory=False, **given: zeros(*args, **given))
-    monkeypatch.setattr(watch, "driver", lambda: found)
-    monkeypatch.setattr(watch, "relaxed", nullcontext)
-    monkeypatch.setattr(FakeStream, "cuda_stream", 99, raising=False)
-    watch._memory.cache_clear()
-    yield found
-    watch._memory.cache_clear()
+def on_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "Words", HostWords)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
 
 
-@pytest.mark.parametrize("captures", [True, False])
-def test_a_comparison_on_a_device(device: GraphDriver, captures: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*given: object, **options: object) -> None:
-        raise RuntimeError("no capture")
-
-    if not captures:
-        monkeypatch.setattr(torch.cuda, "graph", refuse)
-        monkeypatch.setattr(watch, "end_failed_capture", lambda device, memory: None)
+@pytest.mark.usefixtures("on_host")
+def test_a_comparison_on_a_device() -> None:
     tensors = {"a": torch.randn(1000, 8), "b": torch.randn(7, dtype=torch.float64), "c": torch.ones(3)}
     sample = watch.DeviceSample(tensors, 96)
     assert not sample.exact
     assert sample.count == 3
     for turn in range(8):
         sample.launch()
-        assert Event.log == ["record", "wait", "record"]
         assert not sample.wait()
-        assert Event.log.pop() == "synchronize"
-        Event.log.clear()
         silently(tensors["abc"[turn % 3]]).view(-1)[0] = turn + 10
         sample.launch()
         assert sample.wait()
-        Event.log.clear()
         sample.take({"abc"[turn % 3]} if turn % 2 else tensors.keys())
-    assert (sample._replay is not None) == captures
-    assert device.streams == [99] * (16 - watch.EAGER_RUNS) * captures
+
+
+@pytest.mark.usefixtures("on_host")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_each_word_of_a_small_tensor_on_a_device(dtype: torch.dtype) -> None:
+    flat = torch.ones(17).to(dtype)
+    tensors = {"part": flat[1:16].view(3, 5), "rest": torch.ones(3)}
+    sample = watch.DeviceSample(tensors, 96)
+    assert sample.exact
+    for index in range(1, 16):
+        flat[index] = 0
+        sample.launch()
+        assert sample.wait()
+        sample.take({"part"})
+        sample.launch()
+        assert not sample.wait()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex128, torch.float16, torch.int8], ids=str)
+def test_a_sample_on_a_device_has_each_word_of_large_elements(dtype: torch.dtype) -> None:
+    part = torch.zeros(1 << 16).to(dtype)[::7]
+    offsets = watch._addresses(part) - part.data_ptr()
+    assert len(offsets) == len(part)
+    size = part.element_size()
+    assert set((offsets % max(size, 4)).tolist()) == set(range(0, max(size, 4), 4))
+    elements = offsets // size if size >= 4 else (offsets + 3) // size
+    assert ((elements - torch.arange(len(part)) * 7).abs() <= 3).all()
+
+
+@pytest.mark.parametrize("sm", [75, 80, 90, 120])
+def test_the_kernels_assemble(sm: int, tmp_path: Path) -> None:
+    source, binary = tmp_path / "words.ptx", tmp_path / "words.cubin"
+    source.write_text(words.PTX)
+    subprocess.run(
+        [toolchain._triton().get_ptxas(sm).path, f"-arch=sm_{sm}", source, "-o", binary], check=True, timeout=60
+    )
+    assert {b"record", b"compare"} <= set(binary.read_bytes().split(b"\0"))

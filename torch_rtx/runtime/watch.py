@@ -2,29 +2,26 @@
 
 Every in-place operation on a tensor moves its version counter. Writes through `.data`, through NumPy, through a buffer
 that the tensor is a part of, or by another process do not. So some words of each tensor are compared as well: all of a
-small one, else a sample that is spread evenly over its memory. Tensors on CUDA are compared there, on a stream of its
-own beside the work of the call.
+small one, else a sample that is spread evenly over its memory. Tensors on CUDA are compared there, by a kernel before
+the work of the call.
 """
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import cache, partial
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import accumulate
 from operator import attrgetter
-from typing import Any
 
 import torch
 
 from torch_rtx import aten
-from torch_rtx.runtime.driver import checked, driver, relaxed
-from torch_rtx.runtime.graphmemory import GraphMemory, alone, end_failed_capture
+from torch_rtx.runtime.driver import driver
+from torch_rtx.runtime.words import Words
 
-log = logging.getLogger(__name__)
 # Words in the sample of all tensors together, and of each at least. A word that is read takes 32 bytes of traffic.
 HOST_WORDS, DEVICE_WORDS, LEAST_WORDS = 1 << 13, 1 << 16, 32
-EAGER_RUNS = 3  # comparisons on a device before one is captured as a CUDA graph
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _VERSION, _HOST = attrgetter("_version"), torch.device("cpu")
 
@@ -61,7 +58,9 @@ class Watch:
             if _has_words(tensor):
                 groups.setdefault(tensor.device, {})[name] = tensor
         host: list[Sample] = [Sample(groups.pop(_HOST), HOST_WORDS)] if _HOST in groups else []
-        devices: list[Sample] = [DeviceSample(found, DEVICE_WORDS) for found in groups.values()]
+        # Without the driver API, the host waits for the device.
+        kind = Sample if driver() is None else DeviceSample
+        devices: list[Sample | DeviceSample] = [kind(found, DEVICE_WORDS) for found in groups.values()]
         self.late, self._early = ([*devices, *host], []) if beside else (devices, host)
         exact = sum(sample.count for sample in (*devices, *host) if sample.exact)
         self.partial = sampled and exact < len(tensors)
@@ -149,79 +148,50 @@ class Sample:
         return self.differs()
 
 
-class DeviceSample(Sample):
-    """A sample on a CUDA device, which the host waits for only in `wait`."""
+class DeviceSample:
+    """As `Sample`, on a CUDA device by kernels; the host waits only in `wait`. The caller keeps the tensors."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], words: int) -> None:
-        super().__init__(tensors, words)
-        with torch.inference_mode(False):
-            self._now = [torch.empty_like(kept) for _, kept in self._groups]
-            self._differ = [torch.empty_like(kept, dtype=torch.bool) for _, kept in self._groups]
-            self._found = torch.zeros(len(self._groups), dtype=torch.bool, device=self.device)
-            self._answer = torch.zeros(len(self._groups), dtype=torch.bool, pin_memory=True)
-        self._before, self._done = torch.cuda.Event(), torch.cuda.Event()
-        self._memory, self._runs = _memory(self.device), 0
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._replay: Callable[[], tuple[Any, ...]] | None = None  # launches the graph
+        self.count, self.device = len(tensors), next(iter(tensors.values())).device
+        parts = {name: _comb(tensor, max(LEAST_WORDS, words // len(tensors))) for name, tensor in tensors.items()}
+        self.exact = all(part.stride() == (1,) for part in parts.values())
+        addresses = [_addresses(part) for part in parts.values()]
+        self._words = Words(torch.cat(addresses), self.device)
+        ends = list(accumulate(map(len, addresses), initial=0))
+        self._ranges = {name: (end, len(own)) for name, end, own in zip(parts, ends, addresses, strict=False)}
+        self.take(tensors)
+
+    def take(self, names: Collection[str]) -> None:
+        """Take the present values of these tensors for known."""
+        taken = [span for name, span in self._ranges.items() if name in names]
+        if len(taken) == self.count:
+            taken = [(0, sum(count for _, count in taken))]
+        with _current(self.device):
+            for start, count in taken:
+                self._words.record(start, count)
 
     def launch(self) -> None:
-        """Queue a comparison, after what is queued on the current stream."""
-        if torch._C._cuda_getDevice() != self.device.index:
-            with torch.cuda.device(self.device):
-                self.launch()
-            return
-        stream = self._memory.capture_stream
-        with self._memory.lock:
-            self._before.record(torch.cuda.current_stream(self.device))
-            self._before.wait(stream)
-            if self._replay is not None:
-                checked(self._replay())
-            else:
-                with torch.cuda.stream(stream):
-                    self._compare()
-            self._done.record(stream)
-            self._runs += 1
-            if self._runs == EAGER_RUNS and driver() is not None:
-                self._replay = self._captured()
+        """Queue a comparison on the current stream."""
+        with _current(self.device):
+            self._words.compare()
 
     def wait(self) -> bool:
-        """Wait for the last launch; True if a word differed."""
-        with relaxed():
-            self._done.synchronize()
-        return any(self._answer.tolist())
-
-    def _compare(self) -> None:
-        """A handful of kernels. They allocate nothing that outlives them."""
-        for index, (parts, kept) in enumerate(self._groups):
-            torch.cat(parts, out=self._now[index])
-            torch.ne(self._now[index], kept, out=self._differ[index])
-            torch.any(self._differ[index], out=self._found[index])
-        self._answer.copy_(self._found, non_blocking=True)
-
-    def _captured(self) -> Callable[[], tuple[Any, ...]] | None:
-        """Launches the comparison as a CUDA graph; None if CUDA refuses to capture it."""
-        memory, stream, graph = self._memory, self._memory.capture_stream, torch.cuda.CUDAGraph(keep_graph=True)
-        with alone():
-            others = memory.begin()  # held until this graph is in the memory
-            try:
-                with torch.cuda.graph(graph, memory.handle, stream, capture_error_mode="thread_local"):
-                    self._compare()
-                graph.instantiate()
-                memory.hold(graph)
-            except RuntimeError as error:
-                log.info("weights are compared without a CUDA graph: %s", error)
-                end_failed_capture(self.device, memory)
-                memory.leave()
-                return None
-            del others
-        self._graph = graph
-        return partial(driver().cuGraphLaunch, driver().CUgraphExec(graph.raw_cuda_graph_exec()), stream.cuda_stream)
+        """Wait for the last launch of this thread; True if a word differed."""
+        return self._words.differ()
 
 
-@cache
-def _memory(device: torch.device) -> GraphMemory:
-    """The memory of the comparisons on a device, all of which run on its stream."""
-    return GraphMemory(device)
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    return nullcontext() if torch._C._cuda_getDevice() == device.index else torch.cuda.device(device)
+
+
+def _addresses(part: torch.Tensor) -> torch.Tensor:
+    """The addresses of words of 4 bytes that `part` has elements in: all if it is contiguous, else one per element."""
+    start, size = part.data_ptr(), part.element_size()
+    if part.stride() == (1,):
+        return torch.arange(start // 4 * 4, start + size * len(part), 4)
+    index = torch.arange(len(part))
+    within = index * 4 % size if size > 4 else 0  # each word of large elements in turn
+    return (start + index * (part.stride(0) * size) + within) // 4 * 4
 
 
 def _has_words(tensor: torch.Tensor) -> bool:
