@@ -16,7 +16,7 @@ from tests.doubles.fake_graphs import DEVICE, SIZES, EdgeData, FakeGraph, GraphD
 from torch_rtx.errors import InputError
 from torch_rtx.ir import Dim
 from torch_rtx.irparse import parse
-from torch_rtx.runtime import captured, code, cudagraph, graphmemory
+from torch_rtx.runtime import captured, code, cudagraph
 from torch_rtx.runtime.captured import EXECUTABLES, may_draw
 from torch_rtx.runtime.code import compile_graph
 from torch_rtx.runtime.cudagraph import GraphPool, why_not
@@ -505,7 +505,7 @@ class Allocator:
                 self.underway.remove(handle)
 
         def end(index: int, handle: object) -> None:
-            self.locked.append(graphmemory._CAPTURING.locked())
+            self.locked.append(cudagraph._CAPTURING.locked())
             if handle not in self.underway:
                 raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
             self.underway.remove(handle)

@@ -8,9 +8,11 @@ module writes to (caches) are captured at their address, which is part of the ke
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -22,11 +24,13 @@ from torch_rtx.runtime.admission import AdmissionPolicy
 from torch_rtx.runtime.captured import Captured, CaptureSpec, RunCode, capture
 from torch_rtx.runtime.code import Code
 from torch_rtx.runtime.driver import driver
-from torch_rtx.runtime.graphmemory import GraphMemory, alone, end_failed_capture, shared_memory
+from torch_rtx.runtime.graphmemory import GraphMemory, shared_memory
 from torch_rtx.runtime.weights import WeightStore
 
 log = logging.getLogger(__name__)
 CHECKS = frozenset(("aten._linalg_check_errors.default",))  # calls that wait for the device and may raise
+# One capture at a time per process: the synchronization that begins a capture would break another one.
+_CAPTURING = threading.Lock()
 
 
 def why_not(graph: Graph) -> str | None:
@@ -159,7 +163,7 @@ class GraphPool:
     def _capture(self, code: Code, inputs: Sequence[Any], store: WeightStore) -> Captured | None:
         """Capture the module for these inputs; None if CUDA refuses, which disables the pool."""
         memory, stream = self.memory, torch.cuda.current_stream(self.device)
-        with alone():
+        with _CAPTURING, _no_collection():
             others = memory.begin()  # held until this graph is in the memory
             try:
                 spec = CaptureSpec(self.graph, self.run, self.device, memory, self.written, self.static_outputs)
@@ -168,7 +172,7 @@ class GraphPool:
             except RuntimeError as error:
                 self.disabled = str(error).partition("\n")[0]
                 log.warning("no CUDA graphs for this module, it can't be captured: %s", self.disabled)
-                end_failed_capture(self.device, memory)
+                _end_failed_capture(self.device, memory)
                 torch.cuda.set_stream(stream)  # PyTorch stays on the stream of a capture that it can't end
                 memory.leave()
                 return None
@@ -176,3 +180,28 @@ class GraphPool:
         self.captures += 1
         log.debug("captured a CUDA graph for %s", [tuple(x.shape) for x in inputs if isinstance(x, torch.Tensor)])
         return found
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Pause garbage collection: destroying a CUDA graph on the capturing thread would end the capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _end_failed_capture(device: torch.device, memory: GraphMemory) -> None:
+    """Undo what a failed capture leaves behind in PyTorch: an allocator that still allocates to the graph's pool, and a
+    random number generator in the state of a capture, which the end of another capture resets."""
+    with suppress(RuntimeError):  # PyTorch ended the capture, and something else failed
+        torch._C._cuda_endAllocateToPool(device.index, memory.handle)
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=memory.capture_stream, capture_error_mode="thread_local"):
+            torch.zeros(1, device=device)
+    except RuntimeError as error:
+        log.warning("another capture after one that failed fails, too: %s", error)

@@ -6,13 +6,10 @@ use the same memory if their replays run one after another.
 
 from __future__ import annotations
 
-import gc
-import logging
 import threading
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -20,9 +17,6 @@ import torch
 
 from torch_rtx.runtime.driver import new_stream
 
-log = logging.getLogger(__name__)
-# One capture at a time per process: the synchronization that begins a capture would break another one.
-_CAPTURING = threading.Lock()
 _IDLE: dict[int, list[torch.cuda.Stream]] = defaultdict(list)  # by device, the streams of memories that are gone
 
 
@@ -88,30 +82,3 @@ def shared_memory(device: torch.device) -> GraphMemory:
         if found is None:
             found = _SHARED[key] = GraphMemory(device)
         return found
-
-
-@contextmanager
-def alone() -> Iterator[None]:
-    """Held during a capture. Pauses garbage collection: destroying a CUDA graph on the capturing thread would end the
-    capture."""
-    with _CAPTURING:
-        enabled = gc.isenabled()
-        gc.disable()
-        try:
-            yield
-        finally:
-            if enabled:
-                gc.enable()
-
-
-def end_failed_capture(device: torch.device, memory: GraphMemory) -> None:
-    """Undo what a failed capture leaves behind in PyTorch: an allocator that still allocates to the graph's pool, and a
-    random number generator in the state of a capture, which the end of another capture resets."""
-    with suppress(RuntimeError):  # PyTorch ended the capture, and something else failed
-        torch._C._cuda_endAllocateToPool(device.index, memory.handle)
-    try:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=memory.capture_stream, capture_error_mode="thread_local"):
-            torch.zeros(1, device=device)
-    except RuntimeError as error:
-        log.warning("another capture after one that failed fails, too: %s", error)
