@@ -177,11 +177,11 @@ class HostWords:
         for index in range(start, start + count):
             self.known[index] = self.words[index].value
 
-    def compare(self) -> None:
-        self.found = [word.value for word in self.words] != self.known
+    def mark(self) -> None:
+        self.now = [word.value for word in self.words]
 
     def differ(self) -> bool:
-        return self.found
+        return self.now != self.known
 
 
 @pytest.fixture

@@ -171,13 +171,14 @@ class DeviceSample:
                 self._words.record(start, count)
 
     def launch(self) -> None:
-        """Queue a comparison on the current stream."""
+        """Let a comparison be after what is queued on the current stream."""
         with _current(self.device):
-            self._words.compare()
+            self._words.mark()
 
     def wait(self) -> bool:
-        """Wait for the last launch of this thread; True if a word differed."""
-        return self._words.differ()
+        """Compare, beside what was queued since the last launch of this thread; True if a word differed."""
+        with _current(self.device):
+            return self._words.differ()
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:

@@ -75,46 +75,72 @@ class _Parameters(ctypes.Structure):
     )
 
 
+@cache
+def _side_stream(gpu: Gpu) -> int:
+    """The stream of comparisons. It has the highest priority: other work should not delay their few blocks."""
+    api = gpu.driver
+    checked(api.cuCtxPushCurrent(gpu.context))
+    try:
+        status, _, highest = api.cuCtxGetStreamPriorityRange()
+        checked((status,))
+        return int(checked(api.cuStreamCreateWithPriority(api.CUstream_flags.CU_STREAM_NON_BLOCKING, highest)))
+    finally:
+        checked(api.cuCtxPopCurrent())
+
+
 class Words:
     """Words of 4 bytes at `addresses` of a CUDA device, and what they were when they were recorded.
 
-    Needs the driver API. Whoever records keeps comparisons away, on all streams.
+    Needs the driver API. The device must be the current one in each call.
 
     Args:
         addresses: int64, on the CPU; multiples of 4.
     """
 
     def __init__(self, addresses: torch.Tensor, device: torch.device) -> None:
-        gpu = gpu_of(driver(), device.index)
-        self._index, self._launch, self._kernels = gpu.index, gpu.driver.cuLaunchKernel, _kernels(gpu)
+        self._gpu = gpu_of(driver(), device.index)
+        self._api, self._kernels, self._side = self._gpu.driver, _kernels(self._gpu), _side_stream(self._gpu)
         with torch.inference_mode(False):
             self._addresses = addresses.to(device)
             self._known = torch.empty(len(addresses), dtype=torch.int32, device=device)
             self._found = torch.zeros(1, dtype=torch.int32, pin_memory=True)
         self._flag = ctypes.c_int32.from_address(self._found.data_ptr())
         self._all = self._parameters(0, len(addresses))
-        self._ends = threading.local()  # an event of each thread: that of another may be on another stream
+        self._events = threading.local()  # of each thread: those of another are on another stream
 
     def record(self, start: int, count: int) -> None:
-        """Queue a kernel that records words on the current stream of the device, which must be the current one."""
-        self._run(self._kernels[0], self._parameters(start, count))
+        """Record words, after what is queued on the current stream."""
+        self._run(self._kernels[0], self._parameters(start, count), self._stream())
 
-    def compare(self) -> None:
-        """Queue a kernel that compares all words, likewise."""
-        self._run(self._kernels[1], self._all)
+    def mark(self) -> None:
+        """Let the next comparison of this thread be after what is queued on the current stream."""
         try:
-            end = self._ends.event
+            before = self._events.before
         except AttributeError:
-            end = self._ends.event = torch.cuda.Event()
-        end.record()
+            before = self._new_events()
+        checked(self._api.cuEventRecord(before, self._stream()))
+
+    def _new_events(self) -> int:
+        """Make the handles `before` and `end` for this thread; returns the first."""
+        events = self._events
+        events.owners = torch.cuda.Event(), torch.cuda.Event()
+        for event in events.owners:
+            event.record()  # which makes it
+        events.before, events.end = (int(event.cuda_event) for event in events.owners)
+        return int(events.before)
 
     def differ(self) -> bool:
-        """Whether the last comparison of this thread found another word; waits for it."""
-        end = self._ends.event
-        if not end.query():
-            with relaxed():
-                end.synchronize()
+        """Whether a word has another value after the last mark of this thread. Waits for that, and no other work."""
+        api, events = self._api, self._events
+        checked(api.cuStreamWaitEvent(self._side, events.before, 0))
+        self._run(self._kernels[1], self._all, self._side)
+        checked(api.cuEventRecord(events.end, self._side))
+        with relaxed():
+            checked(api.cuEventSynchronize(events.end))
         return self._flag.value != 0
+
+    def _stream(self) -> int:
+        return int(torch._C._cuda_getCurrentRawStream(self._gpu.index))
 
     def _parameters(self, start: int, count: int) -> tuple[int, int, Any]:
         """Number of blocks, address of the array of the parameters' addresses, and what lies there."""
@@ -124,6 +150,5 @@ class Words:
         array = (ctypes.c_void_p * len(places))(*places)
         return -(-count // THREADS), ctypes.addressof(array), (given, array)
 
-    def _run(self, kernel: Any, parameters: tuple[int, int, Any]) -> None:
-        stream = torch._C._cuda_getCurrentRawStream(self._index)
-        checked(self._launch(kernel, parameters[0], 1, 1, THREADS, 1, 1, 0, stream, parameters[1], 0))
+    def _run(self, kernel: Any, parameters: tuple[int, int, Any], stream: int) -> None:
+        checked(self._api.cuLaunchKernel(kernel, parameters[0], 1, 1, THREADS, 1, 1, 0, stream, parameters[1], 0))
