@@ -59,7 +59,7 @@ def _kernels(gpu: Gpu) -> tuple[Any, Any]:
     try:
         with relaxed():
             module = checked(api.cuModuleLoadData(PTX.encode() + b"\0"))
-            return tuple(checked(api.cuModuleGetFunction(module, name)) for name in (b"record", b"compare"))  # type: ignore[return-value]
+            return tuple(checked(api.cuModuleGetFunction(module, name)) for name in (b"record", b"compare"))
     finally:
         checked(api.cuCtxPopCurrent())
 
