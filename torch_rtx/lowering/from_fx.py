@@ -22,6 +22,7 @@ from torch_rtx import aten
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import (
     COPY,
+    OBJECT,
     Attr,
     Graph,
     Node,
@@ -317,12 +318,19 @@ class _Importer:
     def next_value(self, type_: Type) -> Value:
         return self.value(f"v{len(self.names)}", type_)
 
+    def type(self, content: Any, opaque: bool = False) -> Type:
+        """The type of an input or of the result of a fallback; OBJECT for what only fallbacks can take."""
+        try:
+            return self.symbols.type(content, opaque)
+        except Unsupported:
+            return OBJECT
+
     def placeholder(self, node: fx.Node, role: Role) -> None:
         content = node.meta["val"]
         if is_fixed(node):
             self.env[node] = content
         elif role.kind == "input":
-            value = self.value(role.name, self.symbols.type(content))
+            value = self.value(role.name, self.type(content))
             self.inputs.append(value)
             self.env[node] = _dim_or_value(value)
         elif role.kind == "zeros":
@@ -358,7 +366,7 @@ class _Importer:
             self.constants[name] = content.detach()
             self.env[node] = self.parameter(Role("constant", name), content)
         else:
-            self.env[node] = content  # a graph module that a higher-order operator calls
+            self.env[node] = content  # a graph module that a higher-order operator calls, or an object
 
     def call(self, node: fx.Node) -> None:
         if node.target in DROPPED:
@@ -464,7 +472,7 @@ class _Importer:
                 return {key: enter(part, used) for key, part in item.items()}
             if isinstance(item, tuple | list):
                 return tuple(enter(part, used) for part in item)
-            type_ = None if item is None or not used else self.symbols.type(item, opaque=True)
+            type_ = None if item is None or not used else self.type(item, opaque=True)
             if isinstance(type_, ScalarType) and isinstance(type_.dim, int):
                 type_ = replace(type_, dim=None)  # what the data decides is no constant, whatever a check proves of it
             flat.append(None if type_ is None else self.next_value(type_))
@@ -485,8 +493,8 @@ class _Importer:
         """An FX argument as an attribute of the IR."""
         if isinstance(argument, fx.Node):
             found = self.env[argument]
-            if isinstance(found, fx.GraphModule):
-                raise Unsupported("a graph as an argument")
+            if _is_module(self.gm, argument):
+                raise Unsupported(f"an argument of type {type(found).__name__}")
             return found
         if isinstance(argument, PLAIN):
             return argument

@@ -13,6 +13,9 @@ from torch_rtx.ir import MAIN, UPDATES, TensorType
 from torch_rtx.lowering.from_fx import call_arguments, op_name
 from torch_rtx.lowering.symbols import Symbols, unbacked
 
+ARGUMENTS = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool, bool, int, float, str, type(None))
+ARGUMENTS += (torch.device, torch.layout, torch.memory_format)
+
 
 def unsupported_reason(node: fx.Node, symbols: Symbols) -> str | None:
     """Why the `call_function` node must fall back to PyTorch, as text for the user; None if the engine can run it.
@@ -55,11 +58,11 @@ def _tensors(content: Any) -> tuple[torch.Tensor, ...]:
 
 
 def _check_argument(argument: Any) -> None:
-    kinds = complex | torch.Generator | torch.ScriptObject
-    if isinstance(argument, kinds) or type(argument).__name__ == "FakeScriptObject":
-        raise Unsupported(f"an argument of type {type(argument).__name__}")
-    if isinstance(argument, torch.dtype):
-        aten.dtype_name(argument)
-    if isinstance(argument, list | tuple):
-        for item in argument:
+    value = argument.meta.get("val") if isinstance(argument, fx.Node) else argument
+    if isinstance(value, torch.dtype):
+        aten.dtype_name(value)
+    elif isinstance(value, list | tuple):
+        for item in value:
             _check_argument(item)
+    elif not isinstance(value, ARGUMENTS):
+        raise Unsupported(f"an argument of type {type(value).__name__}")

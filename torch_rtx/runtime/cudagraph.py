@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from torch_rtx import aten
-from torch_rtx.ir import MAIN, Graph, ScalarType, TensorType, attr_values, dim_syms, type_dims
+from torch_rtx.ir import MAIN, OBJECT, Graph, ScalarType, TensorType, attr_values, dim_syms, type_dims
 from torch_rtx.runtime.admission import AdmissionPolicy
 from torch_rtx.runtime.captured import Captured, CaptureSpec, RunCode, capture
 from torch_rtx.runtime.code import Code
@@ -35,6 +35,8 @@ def why_not(graph: Graph) -> str | None:
     """The reason why the program can't be one CUDA graph; None if a capture may succeed."""
     known = {sym.name for value in graph.inputs for dim in type_dims(value.type) for sym in dim_syms(dim)}
     for value in graph.inputs:
+        if value.type == OBJECT:
+            return f"input {value.name} is an object"
         if isinstance(value.type, TensorType) and value.type.device != MAIN:
             return f"input {value.name} is on {value.type.device}"
     for weight in graph.weights:
