@@ -13,8 +13,11 @@ from torch_rtx.ir import MAIN, UPDATES, TensorType
 from torch_rtx.lowering.from_fx import call_arguments, op_name
 from torch_rtx.lowering.symbols import Symbols, unbacked
 
-ARGUMENTS = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool, bool, int, float, str, type(None))
-ARGUMENTS += (torch.device, torch.layout, torch.memory_format)
+# The types of arguments that the IR expresses; it leaves out layouts, all of which are strided.
+ARGUMENTS = (
+    *(torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool, bool, int, float, str, type(None)),
+    *(torch.device, torch.layout, torch.memory_format),
+)
 
 
 def unsupported_reason(node: fx.Node, symbols: Symbols) -> str | None:
