@@ -164,7 +164,8 @@ class _Exact:
     def replaced(self, node: fx.Node) -> bool:
         """Whether the node reads a size that the data decides, in place of which the graph has another one."""
         value = node.meta.get("val")
-        if not isinstance(value, torch.SymInt) or (is_sym_node(node) and node.target not in SYM_QUERIES):
+        reads = isinstance(node.target, torch._ops.OpOverload) and (node.target in SYM_QUERIES or not is_sym_node(node))
+        if not isinstance(value, torch.SymInt) or not reads:
             return False
         return bool(unbacked(self(node))) and self(node).node.expr != value.node.expr
 
