@@ -154,6 +154,27 @@ def test_an_engine_returns_the_input_that_it_writes_to(f):
     assert places[0] == places[1]
 
 
+def conjugates(x):
+    y = x * 2
+    z = y.conj()
+    return y, z, z[1:], z.imag, (x * 3).conj()
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_conjugates_share_memory(ahead):
+    """No type expresses a pending conjugation; a result that nothing else shares is a plain tensor."""
+    x = torch.complex(torch.arange(3.0), torch.ones(3))
+    torch._dynamo.reset()
+    call = torch_rtx.compile(Function(conjugates), (x,)) if ahead else compile_rtx(conjugates)
+    for _ in range(2):
+        found, expected = call(x), conjugates(x)
+        assert not found[-1].is_conj()
+        for results in (found, expected):
+            results[0].mul_(1j)
+            results[2].add_(1j)
+        torch.testing.assert_close(found, expected)
+
+
 def test_what_a_file_holds_is_not_the_callers(tmp_path):
     """A tensor attribute, and views of it: an engine has data of its own."""
 

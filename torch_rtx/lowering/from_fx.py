@@ -46,7 +46,7 @@ DROPPED = frozenset(
     if hasattr(torch.ops.aten, name)
 )
 # Views that only set a tensor's conjugate or negative bit, by copies that apply it: the types of the IR have no such
-# bits, and a functional graph can't tell a view from a copy.
+# bits. Where results of the graph would tell a view from a copy, the call falls back.
 MATERIALIZED = {"aten._conj.default": "aten._conj_physical.default", "aten._neg_view.default": "aten.neg.default"}
 PLAIN = (bool, int, float, str, type(None))
 ASSERTION = torch.ops.aten._assert_scalar.default

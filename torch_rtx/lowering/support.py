@@ -32,6 +32,8 @@ def unsupported_reason(node: fx.Node, symbols: Symbols) -> str | None:
         return f"{kind} {getattr(op, '__name__', op)}"
     if op_name(node) not in aten.ALLOWED:
         return f"operator {op} is not on the allow-list"
+    if op_name(node) != str(op) and _shares_result(node):
+        return "its result is a view of another result that no type expresses"
     if op_name(node) in UPDATES:
         return "it writes to its argument"  # captures are functional: the order of other accesses is unknown
     outputs = node.meta.get("val")
@@ -58,6 +60,29 @@ def unsupported_reason(node: fx.Node, symbols: Symbols) -> str | None:
 def _tensors(content: Any) -> tuple[torch.Tensor, ...]:
     items = content if isinstance(content, tuple | list) else (content,)
     return tuple(item for item in items if isinstance(item, torch.Tensor))
+
+
+def _shares_result(node: fx.Node) -> bool:
+    """Whether the graph returns views of what `node` makes, a view, and lets nothing else read them, and also returns
+    the memory otherwise: a copy would part these results."""
+    base = node
+    while _is_view(base):
+        base = base.args[0]  # type: ignore[assignment]
+    return _only_returned(node) and (base.op != "call_function" or _is_returned(base, node))
+
+
+def _is_view(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and aten.is_view(node.target)
+
+
+def _only_returned(node: fx.Node) -> bool:
+    return all(user.op == "output" or (_is_view(user) and _only_returned(user)) for user in node.users)
+
+
+def _is_returned(node: fx.Node, besides: fx.Node) -> bool:
+    """The graph returns `node` or a view of it, other than views of `besides`."""
+    users = (user for user in node.users if user is not besides)
+    return any(user.op == "output" or (_is_view(user) and _is_returned(user, besides)) for user in users)
 
 
 def _check_argument(argument: Any) -> None:

@@ -108,7 +108,9 @@ def copy_together(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     for tensor in tensors:
         memory, first = copies[tensor.untyped_storage().data_ptr()]
         start = tensor.storage_offset() - first // tensor.element_size()
-        made.append(tensor.new_empty(0).set_(memory, start, tensor.shape, tensor.stride()))
+        copy = tensor.new_empty(0).set_(memory, start, tensor.shape, tensor.stride())
+        copy = copy.conj() if tensor.is_conj() else copy
+        made.append(torch._neg_view(copy) if tensor.is_neg() else copy)
     return made
 
 

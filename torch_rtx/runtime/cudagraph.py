@@ -51,6 +51,8 @@ def why_not(graph: Graph) -> str | None:
                 return f"{node.op} runs on {type_.device} ({node.loc})"
             if any(sym.name not in known for dim in type_dims(type_) for sym in dim_syms(dim)):
                 return f"the size of the result of {node.op} depends on the data ({node.loc})"
+    if any(node.op in ("aten._conj.default", "aten._neg_view.default") for node in graph.nodes):
+        return "a result is the conjugate or the negative of another one, in the same memory"
     if _several_dtypes(graph):
         return "results of several dtypes share memory"
     if driver() is None:
