@@ -113,10 +113,15 @@ def is_view(op: torch._ops.OpOverload) -> bool:
 def may_alias(node: Node, trusted: frozenset[str] = frozenset()) -> bool:
     """Whether a result of `node` may lie in the memory of an input. Results of kernels, of Python functions and of
     fallbacks that are not `trusted` count as new."""
-    if node.kind == "kernel" or node.op == "python" or (node.op not in ALLOWED and node.op not in trusted):
+    return node.kind != "kernel" and _may_alias(node.op, trusted)
+
+
+@cache
+def _may_alias(name: str, trusted: frozenset[str]) -> bool:
+    if name == "python" or (name not in ALLOWED and name not in trusted):
         return False
-    returns = overload(node.op, trusted)._schema.returns
-    return node.op in MAY_ALIAS or any(result.alias_info is not None for result in returns)
+    returns = overload(name, trusted)._schema.returns
+    return name in MAY_ALIAS or any(result.alias_info is not None for result in returns)
 
 
 def bases(graph: Graph, trusted: frozenset[str] = frozenset()) -> dict[str, str]:

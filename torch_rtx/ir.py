@@ -31,7 +31,7 @@ COPY = "aten.copy_.default"  # overwrites an input or weight; has no result
 UPDATES = frozenset(f"aten.{name}" for name in ("index_copy_.default", "index_put_.default"))
 UPDATES |= {"aten.scatter_.src", "aten.scatter_.value"}
 LEVELS = {"import": ("op", "kernel", "fallback"), "fused": ("kernel", "extern", "view", "fallback")}
-SCALARS = frozenset(("int", "float", "bool"))
+SCALARS = frozenset(("int", "float", "bool", "object"))
 DIM_OPS: dict[str, Callable[[Sequence[int]], int]] = {
     "+": sum,
     "*": math.prod,
@@ -163,7 +163,8 @@ class TensorType:
 
 @dataclass(frozen=True, slots=True)
 class ScalarType:
-    """A Python number; `dim`: the dim that an int equals, if known."""
+    """A Python number, or an `object` that fallbacks alone take: a random generator, a process group, a sparse tensor.
+    `dim`: the dim that an int equals, if known."""
 
     kind: str
     dim: Dim | None = None
@@ -173,6 +174,7 @@ class ScalarType:
 
 
 Type = TensorType | ScalarType
+OBJECT = ScalarType("object")
 
 
 @dataclass(frozen=True, slots=True)
@@ -492,6 +494,8 @@ def _verify_node(
         raise InvalidIR("an argument is given twice")
     for value in node.inputs:
         _use(value, known)
+    if node.kind != "fallback" and any(value.type == OBJECT for value in (*node.inputs, *node.results)):
+        raise InvalidIR("only a fallback takes or makes an object")
     writes.visit(node)
     if re.fullmatch(r"[A-Za-z0-9_.]+", node.op) is None:
         raise InvalidIR(f"{node.op!r} is not a valid op name")

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import example, given, note, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import torch_rtx
-from tests.helpers.ahead import through_file
+from tests.helpers.ahead import Function, through_file
 from tests.helpers.compiled import compile_rtx, same
 from torch_rtx.irparse import parse
 from torch_rtx.runtime.code import compile_graph
@@ -128,6 +129,50 @@ def test_results_of_torch_compile(plan):
 @given(plans())
 def test_results_of_an_engine(plan):
     checked(plan, lambda model: torch_rtx.compile(model, (torch.arange(6.0).view(3, 2),)))
+
+
+def copied(x, y):
+    z = y + 1
+    x.copy_(z)
+    return z, x, x.view(-1)
+
+
+def assigned(x, y):
+    x[:] = y
+    y.mul_(2)
+    return y, x[0], x
+
+
+@pytest.mark.parametrize("f", [copied, assigned])
+def test_an_engine_returns_the_input_that_it_writes_to(f):
+    module = torch_rtx.compile(Function(f), (torch.ones(2, 3), torch.ones(2, 3)))
+    places = []
+    for call in (f, module):
+        x, y = torch.ones(2, 3), torch.full((2, 3), 2.0)
+        addresses = [tensor.data_ptr() for tensor in (x, y, *call(x, y))]
+        places.append([addresses.index(address) for address in addresses])
+    assert places[0] == places[1]
+
+
+def conjugates(x):
+    y = x * 2
+    z = y.conj()
+    return y, z, z[1:], z.imag, (x * 3).conj()
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_conjugates_share_memory(ahead):
+    """No type expresses a pending conjugation; a result that nothing else shares is a plain tensor."""
+    x = torch.complex(torch.arange(3.0), torch.ones(3))
+    torch._dynamo.reset()
+    call = torch_rtx.compile(Function(conjugates), (x,)) if ahead else compile_rtx(conjugates)
+    for _ in range(2):
+        found, expected = call(x), conjugates(x)
+        assert not found[-1].is_conj()
+        for results in (found, expected):
+            results[0].mul_(1j)
+            results[2].add_(1j)
+        torch.testing.assert_close(found, expected)
 
 
 def test_what_a_file_holds_is_not_the_callers(tmp_path):

@@ -12,7 +12,7 @@ from torch_rtx.backend.cache_cli import errors
 from torch_rtx.backend.terminal import echo
 from torch_rtx.engine import Engine, names_of_sizes
 from torch_rtx.errors import SettingsError
-from torch_rtx.ir import ScalarType, Type, dim_syms, evaluate, type_dims
+from torch_rtx.ir import OBJECT, ScalarType, Type, dim_syms, evaluate, type_dims
 from torch_rtx.profiles import Range
 
 
@@ -84,6 +84,9 @@ def _random(types: Iterable[Type], sizes: Mapping[str, int], device: Any) -> lis
 
     values: list[Any] = []
     for type_ in types:
+        if type_ == OBJECT:
+            hint = "`torch_rtx.profile` takes the arguments of a call"
+            raise SettingsError("an input is a Python object, which can't be drawn at random", hint=hint)
         if isinstance(type_, ScalarType):
             number = 0 if type_.dim is None else evaluate(type_.dim, sizes)
             values.append({"int": int, "float": float, "bool": bool}[type_.kind](number or 0))

@@ -24,6 +24,7 @@ from torch_rtx import aten
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import (
     COPY,
+    OBJECT,
     Attr,
     Graph,
     Node,
@@ -51,8 +52,8 @@ DROPPED = frozenset(
     if hasattr(torch.ops.aten, name)
 )
 # Operators by others that take the same arguments and mean the same. Views that only set a tensor's conjugate or
-# negative bit become copies that apply it: the types of the IR have no such bits, and a functional graph can't tell a
-# view from a copy. PyTorch inserts the cast after decomposition.
+# negative bit become copies that apply it: the types of the IR have no such bits. Where results of the graph would tell
+# a view from a copy, the call falls back. PyTorch inserts the cast after decomposition.
 SAME = {
     torch.ops.aten._conj.default: torch.ops.aten._conj_physical.default,
     torch.ops.aten._neg_view.default: torch.ops.aten.neg.default,
@@ -181,7 +182,8 @@ class _Exact:
     def replaced(self, node: fx.Node) -> bool:
         """Whether the node reads a size that the data decides, in place of which the graph has another one."""
         value = node.meta.get("val")
-        if not isinstance(value, torch.SymInt) or (is_sym_node(node) and node.target not in SYM_QUERIES):
+        reads = isinstance(node.target, torch._ops.OpOverload) and (node.target in SYM_QUERIES or not is_sym_node(node))
+        if not isinstance(value, torch.SymInt) or not reads:
             return False
         return bool(unbacked(self(node))) and self(node).node.expr != value.node.expr
 
@@ -336,12 +338,19 @@ class _Importer:
     def next_value(self, type_: Type) -> Value:
         return self.value(f"v{len(self.names)}", type_)
 
+    def type(self, content: Any, opaque: bool = False) -> Type:
+        """The type of an input or of the result of a fallback; OBJECT for what only fallbacks can take."""
+        try:
+            return self.symbols.type(content, opaque)
+        except Unsupported:
+            return OBJECT
+
     def placeholder(self, node: fx.Node, role: Role) -> None:
         content = node.meta["val"]
         if is_fixed(node):
             self.env[node] = content
         elif role.kind == "input":
-            value = self.value(role.name, self.symbols.type(content))
+            value = self.value(role.name, self.type(content))
             self.inputs.append(value)
             self.env[node] = _dim_or_value(value)
         elif role.kind == "zeros":
@@ -377,7 +386,7 @@ class _Importer:
             self.constants[name] = content.detach()
             self.env[node] = self.parameter(Role("constant", name), content)
         else:
-            self.env[node] = content  # a graph module that a higher-order operator calls
+            self.env[node] = content  # a graph module that a higher-order operator calls, or an object
 
     def call(self, node: fx.Node) -> None:
         if node.target in DROPPED:
@@ -498,7 +507,7 @@ class _Importer:
                 return {key: enter(part, used) for key, part in item.items()}
             if isinstance(item, tuple | list):
                 return tuple(enter(part, used) for part in item)
-            type_ = None if item is None or not used else self.symbols.type(item, opaque=True)
+            type_ = None if item is None or not used else self.type(item, opaque=True)
             if isinstance(type_, ScalarType) and isinstance(type_.dim, int):
                 type_ = replace(type_, dim=None)  # what the data decides is no constant, whatever a check proves of it
             flat.append(None if type_ is None else self.next_value(type_))
@@ -519,8 +528,8 @@ class _Importer:
         """An FX argument as an attribute of the IR."""
         if isinstance(argument, fx.Node):
             found = self.env[argument]
-            if isinstance(found, fx.GraphModule):
-                raise Unsupported("a graph as an argument")
+            if _is_module(self.gm, argument):
+                raise Unsupported(f"an argument of type {type(found).__name__}")
             return found
         if isinstance(argument, PLAIN):
             return argument

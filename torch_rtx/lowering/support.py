@@ -15,6 +15,12 @@ from torch_rtx.ir import MAIN, UPDATES, TensorType
 from torch_rtx.lowering.from_fx import call_arguments, is_number, op_of
 from torch_rtx.lowering.symbols import Symbols, unbacked
 
+# The types of arguments that the IR expresses; it leaves out layouts, all of which are strided.
+ARGUMENTS = (
+    *(torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool, bool, int, float, str, type(None)),
+    *(torch.device, torch.layout, torch.memory_format),
+)
+
 
 def reasons(gm: fx.GraphModule, symbols: Symbols) -> Callable[[fx.Node], str | None]:
     """`unsupported_reason` for the nodes of `gm`, whose `symbols` get the sizes that calls of `host_ops` compute."""
@@ -38,6 +44,8 @@ def unsupported_reason(node: fx.Node, symbols: Symbols) -> str | None:
         return f"{kind} {getattr(op, '__name__', op)}"
     if str(op) not in aten.ALLOWED:
         return f"operator {op} is not on the allow-list"
+    if op is not node.target and _shares_result(node):
+        return "its result is a view of another result that no type expresses"
     if str(op) in UPDATES:
         return "it writes to its argument"  # captures are functional: the order of other accesses is unknown
     outputs = node.meta.get("val")
@@ -66,12 +74,35 @@ def _tensors(content: Any) -> tuple[torch.Tensor, ...]:
     return tuple(item for item in items if isinstance(item, torch.Tensor))
 
 
+def _shares_result(node: fx.Node) -> bool:
+    """Whether the graph returns views of what `node` makes, a view, and lets nothing else read them, and also returns
+    the memory otherwise: a copy would part these results."""
+    base = node
+    while _is_view(base):
+        base = base.args[0]  # type: ignore[assignment]
+    return _only_returned(node) and (base.op != "call_function" or _is_returned(base, node))
+
+
+def _is_view(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and aten.is_view(node.target)
+
+
+def _only_returned(node: fx.Node) -> bool:
+    return all(user.op == "output" or (_is_view(user) and _only_returned(user)) for user in node.users)
+
+
+def _is_returned(node: fx.Node, besides: fx.Node) -> bool:
+    """The graph returns `node` or a view of it, other than views of `besides`."""
+    users = (user for user in node.users if user is not besides)
+    return any(user.op == "output" or (_is_view(user) and _is_returned(user, besides)) for user in users)
+
+
 def _check_argument(argument: Any) -> None:
-    kinds = complex | torch.Generator | torch.ScriptObject
-    if isinstance(argument, kinds) or type(argument).__name__ == "FakeScriptObject":
-        raise Unsupported(f"an argument of type {type(argument).__name__}")
-    if isinstance(argument, torch.dtype):
-        aten.dtype_name(argument)
-    if isinstance(argument, list | tuple):
-        for item in argument:
+    value = argument.meta.get("val") if isinstance(argument, fx.Node) else argument
+    if isinstance(value, torch.dtype):
+        aten.dtype_name(value)
+    elif isinstance(value, list | tuple):
+        for item in value:
             _check_argument(item)
+    elif not isinstance(value, ARGUMENTS):
+        raise Unsupported(f"an argument of type {type(value).__name__}")

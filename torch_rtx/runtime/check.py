@@ -61,7 +61,7 @@ def _dims(value: Value, given: object, device: torch.device) -> list[tuple[Dim, 
     """Check one input except for its sizes, which are returned as (expected, given, description)."""
     name, type_ = f"input {value.name!r}", value.type
     if isinstance(type_, ScalarType):
-        kinds = {"int": int, "float": (int, float), "bool": bool}
+        kinds = {"int": int, "float": (int, float), "bool": bool, "object": object}
         if not isinstance(given, kinds[type_.kind]):  # type: ignore[arg-type]
             raise InputError(f"{name} is a {type(given).__name__}, expected {type_.kind}")
         return [] if type_.dim is None else [(type_.dim, int(given), name)]  # type: ignore[call-overload]

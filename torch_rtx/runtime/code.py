@@ -107,14 +107,16 @@ def copy_together(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     for address, group in groups.items():
         first, last = span_of(group)
         first -= first % ALIGNMENT
-        memory = torch.empty(0, dtype=torch.uint8, device=group[0].device)
-        memory = memory.set_(group[0].untyped_storage(), first, (last - first,), (1,)).clone()
-        copies[address] = memory.untyped_storage(), first
+        used = torch.empty(0, dtype=torch.uint8, device=group[0].device)
+        used.set_(group[0].untyped_storage(), first, (last - first,), (1,))
+        copies[address] = used.clone().untyped_storage(), first
     made = []
     for tensor in tensors:
         memory, first = copies[tensor.untyped_storage().data_ptr()]
         start = tensor.storage_offset() - first // tensor.element_size()
-        made.append(tensor.new_empty(0).set_(memory, start, tensor.shape, tensor.stride()))
+        copy = tensor.new_empty(0).set_(memory, start, tensor.shape, tensor.stride())
+        copy = copy.conj() if tensor.is_conj() else copy
+        made.append(torch._neg_view(copy) if tensor.is_neg() else copy)
     return made
 
 

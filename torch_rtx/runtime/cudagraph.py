@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from torch_rtx import aten
-from torch_rtx.ir import MAIN, Graph, ScalarType, TensorType, attr_values, dim_syms, type_dims
+from torch_rtx.ir import MAIN, OBJECT, Graph, ScalarType, TensorType, attr_values, dim_syms, type_dims
 from torch_rtx.optable import NUMBERS
 from torch_rtx.runtime.admission import AdmissionPolicy
 from torch_rtx.runtime.captured import Captured, CaptureSpec, RunCode, capture
@@ -37,6 +37,8 @@ def why_not(graph: Graph) -> str | None:
     """The reason why the program can't be one CUDA graph; None if a capture may succeed."""
     known = {sym.name for value in graph.inputs for dim in type_dims(value.type) for sym in dim_syms(dim)}
     for value in graph.inputs:
+        if value.type == OBJECT:
+            return f"input {value.name} is an object"
         if isinstance(value.type, TensorType) and value.type.device != MAIN:
             return f"input {value.name} is on {value.type.device}"
     for weight in graph.weights:
@@ -56,6 +58,8 @@ def why_not(graph: Graph) -> str | None:
                 return f"{node.op} runs on {type_.device} ({node.loc})"
             if any(sym.name not in known for dim in type_dims(type_) for sym in dim_syms(dim)):
                 return f"the size of the result of {node.op} depends on the data ({node.loc})"
+    if any(node.op in ("aten._conj.default", "aten._neg_view.default") for node in graph.nodes):
+        return "a result is the conjugate or the negative of another one, in the same memory"
     if _several_dtypes(graph):
         return "results of several dtypes share memory"
     if driver() is None:

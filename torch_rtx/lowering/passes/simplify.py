@@ -6,6 +6,7 @@ names the dtype, and has the same meaning everywhere.
 
 from __future__ import annotations
 
+from torch_rtx import aten
 from torch_rtx.ir import Graph, Node, TensorType, Value
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.rewrite import COPIES, Rewriter, escaping, returned, rewrite
@@ -18,7 +19,9 @@ SAME_TYPE = ALIASES | COPIES | {COPY_AS, "aten.slice.Tensor", "aten.squeeze.dims
 
 def simplify(graph: Graph, infer: Inference) -> Graph:
     """Level import to level import; the graph computes the same values with fewer nodes."""
-    escapes, results = escaping(graph), returned(graph)
+    escapes, base = escaping(graph), aten.bases(graph)
+    owned = aten.shared(graph) | {v.name for v in (*graph.inputs, *(weight.value for weight in graph.weights))}
+    views = {name for name in returned(graph) if base.get(name) in owned}  # tensors of their own in memory of another
     reshaped: dict[str, Value] = {}  # from the result of a view to its source
 
     def visit(node: Node, rewriter: Rewriter) -> bool:
@@ -33,7 +36,7 @@ def simplify(graph: Graph, infer: Inference) -> Graph:
             args = ("self", current), ("dim", node.arg("dim")), ("dtype", "f32")
             rewriter.nodes.append(Node("op", HALF_TO_FLOAT[node.op], args, node.outputs, None, node.loc))
             return True
-        kept = escapes if node.op in (*COPIES, COPY_AS) else results  # the caller gets a tensor of its own
+        kept = escapes if node.op in (*COPIES, COPY_AS) else views
         if output.name not in kept and _is_identity(node, current):
             rewriter.replace(output, current)
             return True
