@@ -20,7 +20,7 @@ _BITS = 64  # of PyTorch's integers: larger ones only take time
 def _pow(a: float, b: float) -> float:
     if isinstance(a, int) and isinstance(b, int) and abs(a) > 1 and b > _BITS:
         raise OverflowError(f"{a} ** {b} exceeds 64 bits")
-    return a**b  # type: ignore[no-any-return]
+    return a**b
 
 
 def _lshift(a: int, b: int) -> int:

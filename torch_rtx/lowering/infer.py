@@ -95,10 +95,11 @@ class Inference:
             if dim.name not in self._symints:
                 # Distinct hints, if the range allows: PyTorch would guard on the equality of equal hints. As in a
                 # capture, sizes are at least 2, and the results are assumed to hold for 0 and 1, too.
-                low, high = (dim.min if dim.min < 0 else max(dim.min, 2)), UNBOUNDED if dim.max is None else dim.max
-                high = high if dim.min < 0 else max(high, 2)
+                low, high = dim.min, UNBOUNDED if dim.max is None else dim.max
+                positive = None if low < 0 else True  # None: any sign
+                low, high = (max(low, 2), max(high, 2)) if positive else (low, high)
                 hint = min(max(low, 2) + 1009 + 2 * len(self._symints), high)
-                source, positive = ConstantSource(dim.name), None if dim.min < 0 else True
+                source = ConstantSource(dim.name)
                 symbol = self._env.create_symbol(hint, source, DimDynamic.DYNAMIC, None, positive, True)
                 symint = self._env.create_symintnode(symbol, hint=hint, source=source)
                 self._env.constrain_symbol_range(symbol, low, high)

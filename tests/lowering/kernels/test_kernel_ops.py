@@ -332,6 +332,8 @@ CALLS = {
     "linalg_vector_norm": lambda: (A.linalg_vector_norm.default, (ROWS, 2, [1])),
     "upsample_nearest2d": lambda: (A.upsample_nearest2d.default, (IMAGE, [10, 12])),
     "upsample_nearest2d.vec": lambda: (A.upsample_nearest2d.vec, (IMAGE, None, [2.0, 3.0])),
+    "bitwise_and of a number": lambda: (A.bitwise_and.Scalar_Tensor, (5, torch.arange(-9, 9))),
+    "bitwise_xor of a number": lambda: (A.bitwise_xor.Scalar_Tensor, (-3, torch.arange(9, dtype=torch.uint8))),
     "split_with_sizes": lambda: (A.split_with_sizes.default, (ROWS, [7, 33], 1)),
     "split_with_sizes_copy": lambda: (A.split_with_sizes_copy.default, (ROWS, [2, 4])),
     "amax keeps NaN": lambda: (A.amax.default, (torch.tensor([[1.0, math.nan, 3.0], [1.0, 2.0, 3.0]]), [1])),

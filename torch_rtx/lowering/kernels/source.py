@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from math import prod
+from math import inf, prod
 
-from torch_rtx.ir import Dim, TensorType, attr_dims, dim_expr
+from torch_rtx.ir import Dim, Expr, Sym, TensorType, attr_dims, dim_expr
 from torch_rtx.lowering.kernels.emit import indent
 from torch_rtx.lowering.kernels.index import bounds
 from torch_rtx.lowering.kernels.kernel import Kernel
@@ -71,11 +71,30 @@ def needs_int64(region: Region) -> bool:
     """Some element offset, or a number that the kernel computes with, may exceed int32, so that both must be int64."""
     types = [value.type for value in region.body.values()]
     numbers = (dim for node in region.body.nodes for _, attr in node.args for dim in attr_dims(attr))
-    far = any(_reach(type_) >= 2**31 for type_ in types if isinstance(type_, TensorType))
-    return far or any(low < -(2**31) or high >= 2**31 for low, high in map(bounds, numbers))
+    return any(_reach(type_) >= 2**31 for type_ in types if isinstance(type_, TensorType)) or any(map(_is_far, numbers))
+
+
+def _is_far(dim: Dim) -> bool:
+    low, high = bounds(dim)
+    return low < -(2**31) or high >= 2**31 or (isinstance(dim, Expr) and any(map(_is_far, dim.args)))
 
 
 def _reach(type_: TensorType) -> float:
-    sizes, strides = ([bounds(dim)[1] for dim in dims] for dims in (type_.shape, type_.strides))
-    ends = (0 if 0 in pair else prod(pair) for pair in zip(sizes, strides, strict=True))
-    return max(sum(ends), 0 if 0 in sizes else prod(sizes))
+    ends = [_largest(size) * _largest(stride) for size, stride in zip(type_.shape, type_.strides, strict=True)]
+    return max(sum(ends), prod(map(_largest, type_.shape)))
+
+
+def _largest(dim: Dim) -> float:
+    if isinstance(dim, int):
+        return dim
+    if isinstance(dim, Sym):
+        return inf if dim.max is None else dim.max
+    found = [_largest(arg) for arg in dim.args]
+    match dim.op:
+        case "+":
+            return sum(found)
+        case "*":
+            return prod(found)
+        case "//":
+            return found[0]
+    return min(found) if dim.op in ("min", "%") else max(found)

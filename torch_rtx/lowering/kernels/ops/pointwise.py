@@ -288,7 +288,7 @@ def _divided(out: Types, self: Tensor, other: Operand) -> tuple[Tensor, Tensor, 
     return first, second, cast(rest, register(dtype))
 
 
-@op("floor_divide.default")
+@op("floor_divide.default", "floor_divide.Scalar")
 def floor_divide(self: Tensor, other: Operand, *, out: Types) -> Tensor:
     """self / other, rounded down."""
     return div_mode(self, other, "floor", out=out)
@@ -457,12 +457,13 @@ op("logical_xor.default")(partial(_logical, xor(A, B)))
 op("logical_not.default")(partial(_logical, xor(A, B)))
 
 
-def _bitwise(expression: Expression, self: Tensor, other: Operand, *, out: Types) -> Tensor:
+def _bitwise(expression: Expression, self: Operand, other: Operand, *, out: Types) -> Tensor:
     return compute(expression, out, self, other)
 
 
 for _name in ("and", "or", "xor"):
-    op(f"bitwise_{_name}.Tensor", f"bitwise_{_name}.Scalar")(partial(_bitwise, apply(_name, A, B)))
+    _overloads = (f"bitwise_{_name}.{kind}" for kind in ("Tensor", "Scalar", "Scalar_Tensor"))
+    op(*_overloads)(partial(_bitwise, apply(_name, A, B)))
 
 
 def _shift(expression: Expression, self: Tensor, other: Operand, *, out: Types) -> Tensor:
