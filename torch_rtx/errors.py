@@ -21,7 +21,7 @@ Any other exception from torch_rtx's own code is a bug.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -99,19 +99,20 @@ class RefitError(RtxError, ValueError):
         self, missing: tuple[str, ...] = (), unexpected: tuple[str, ...] = (), mismatched: dict[str, str] | None = None
     ) -> None:
         self.missing, self.unexpected, self.mismatched = missing, unexpected, mismatched or {}
-        lines = _first(f"  missing: {name}" for name in missing) + _first(
-            f"  unexpected: {name}" for name in unexpected
+        groups = (
+            [f"  missing: {name}" for name in missing],
+            [f"  unexpected: {name}" for name in unexpected],
+            [f"  {name}: {problem}" for name, problem in self.mismatched.items()],
         )
-        lines += _first(f"  {name}: {problem}" for name, problem in self.mismatched.items())
+        lines = [line for group in groups for line in _first(group)]
         prefix = _prefix(missing, unexpected)
         hint = f"give them without their prefix: {{name.removeprefix({prefix!r}): tensor, ...}}" if prefix else None
         super().__init__("weights do not fit the engine, nothing was changed:\n" + "\n".join(lines), hint=hint)
 
 
-def _first(lines: Iterable[str], most: int = 20) -> list[str]:
+def _first(lines: list[str], most: int = 20) -> list[str]:
     """The first lines, and how many more there are."""
-    given = list(lines)
-    return given[:most] + [f"  and {len(given) - most} more"] * (len(given) > most)
+    return lines[:most] + [f"  and {len(lines) - most} more"] * (len(lines) > most)
 
 
 def _prefix(missing: Sequence[str], unexpected: Sequence[str]) -> str:

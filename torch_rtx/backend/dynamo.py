@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -85,9 +86,11 @@ def _running() -> FrameType | None:
 
 
 def _break(reason: Any) -> Break:
-    """One of Dynamo's reasons: its first line."""
+    """One of Dynamo's reasons: its first line, and its explanation, if there is one."""
     frame = reason.user_stack[-1] if reason.user_stack else None
-    text = str(reason.reason).strip().splitlines()[0]
+    text, _, more = str(reason.reason).strip().partition("\n")
+    found = re.search(r"^ *Explanation: (.*)", more, re.MULTILINE)
+    text += f": {found[1].rstrip('. ')}" if found else ""
     return Break(text, "", 0) if frame is None else Break(text, frame.filename, frame.lineno or 0)
 
 
