@@ -1,9 +1,10 @@
 """Runs generated kernels on the CPU, in Triton's interpreter.
 
 The interpreter replaces functions of `triton.language` for the time of a call, so that kernels can be interpreted and
-compiled in one process. Four of its gaps are filled here: it multiplies the bit patterns of bfloat16, it truncates
-where a GPU rounds to bfloat16, it has no functions of libdevice, and it reduces and scans one element at a time, which
-takes a hundred times as long.
+compiled in one process. Five of its gaps are filled here: it multiplies the bit patterns of bfloat16, it truncates
+where a GPU rounds to bfloat16, it has no functions of libdevice, it makes a tile of integers of a scalar truth value
+(which loads refuse as a mask from Triton 3.9 on), and it reduces and scans one element at a time, which takes a hundred
+times as long.
 """
 
 from __future__ import annotations
@@ -87,6 +88,7 @@ def _interpreting() -> Iterator[None]:
             (JITFunction, "__call__"),
             (interpreter.InterpreterBuilder, "create_dot"),
             (interpreter.InterpreterBuilder, "cast_impl"),
+            (interpreter.InterpreterBuilder, "create_splat"),
             (interpreter.ReduceOps, "generic_reduce"),
             (interpreter.ScanOps, "generic_scan"),
             (interpreter.interpreter_builder, "options"),
@@ -113,9 +115,14 @@ def _interpreting() -> Iterator[None]:
             source = interpreter.TensorHandle(rounded.view(np.float32), source.dtype)
         return cast(self, source, type_)
 
+    def create_splat(_: Any, type_: Any, scalar: Any) -> Any:
+        # A comparison's data are truth values, though its handle keeps the dtype of the operands.
+        return interpreter.TensorHandle(np.full(type_.shape, scalar.data.flat[0]), scalar.dtype.scalar)
+
     JITFunction.__call__ = call
     interpreter.InterpreterBuilder.create_dot = create_dot
     interpreter.InterpreterBuilder.cast_impl = cast_impl
+    interpreter.InterpreterBuilder.create_splat = create_splat
     interpreter.ReduceOps.generic_reduce = _reduced
     interpreter.ScanOps.generic_scan = _scanned
     # Otherwise overflows of integers are computed, which takes longer than all the rest, and reported in `debug` alone.

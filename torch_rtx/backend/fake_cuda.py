@@ -67,12 +67,12 @@ def install_cuda_guard() -> None:
     torch._C._conv_determine_backend_memory_format = _convolution_format
 
 
-def _convolution_format(image: torch.Tensor, weight: torch.Tensor, backend: Any) -> torch.memory_format:
+def _convolution_format(input: torch.Tensor, weight: torch.Tensor, backend: Any) -> torch.memory_format:
     """The memory format of a convolution's result: of cuDNN's (`cudnn_conv_suggest_memory_format`) on CUDA."""
-    if image.device.type != "cuda":
-        return _known_format(image, weight, backend)
-    formats = {suggest_memory_format(image), suggest_memory_format(weight)} - {torch.contiguous_format}
-    wide = torch.float64 in (image.dtype, weight.dtype)  # for which cuDNN has contiguous kernels alone
+    if input.device.type != "cuda":
+        return _known_format(input, weight, backend)
+    formats = {suggest_memory_format(input), suggest_memory_format(weight)} - {torch.contiguous_format}
+    wide = torch.float64 in (input.dtype, weight.dtype)  # for which cuDNN has contiguous kernels alone
     return formats.pop() if formats and not wide else torch.contiguous_format
 
 

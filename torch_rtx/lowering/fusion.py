@@ -59,6 +59,7 @@ class FusionGroup:
     space: IterationSpace | None = None
     cost: int = 0
     steps: list[Node] | None = None  # of an anchor's kernel: prologue, anchor, epilogue
+    us: float | None = None  # see `FusionPlan._us`
 
 
 @lru_cache(maxsize=1024)  # layers of a model have equal regions
@@ -170,7 +171,10 @@ class FusionPlan:
             self._try_group(merged, self._us(first) + self._us(second))
 
     def _us(self, group: FusionGroup) -> float:
-        return _loop_us(self.body(group), self.arches)
+        """What the loop of `group` takes, with the results that others read when this is asked first."""
+        if group.us is None:
+            group.us = _loop_us(self.body(group), self.arches)
+        return group.us
 
     def _common_space(self, first: FusionGroup, second: FusionGroup) -> IterationSpace | None:
         """The iteration space of both fused; None if they do not agree."""

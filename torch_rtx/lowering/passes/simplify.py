@@ -33,8 +33,8 @@ def simplify(graph: Graph, infer: Inference) -> Graph:
             return False
         output = node.outputs[0]
         if node.op in HALF_TO_FLOAT and node.arg("half_to_float") is True:
-            args = ("self", current), ("dim", node.arg("dim")), ("dtype", "f32")
-            rewriter.nodes.append(Node("op", HALF_TO_FLOAT[node.op], args, node.outputs, None, node.loc))
+            named = ("self", current), ("dim", node.arg("dim")), ("dtype", "f32")
+            rewriter.nodes.append(Node("op", HALF_TO_FLOAT[node.op], named, node.outputs, None, node.loc))
             return True
         kept = escapes if node.op in (*COPIES, COPY_AS) else views
         if output.name not in kept and _is_identity(node, current):
