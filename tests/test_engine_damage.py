@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 
 from tests.engine_files import ENGINE, GRAPH, SMALL, forge, saved
 from torch_rtx import engine
-from torch_rtx.engine import FORMAT_VERSION, Manifest, inspect, load, read_header, save
+from torch_rtx.engine import FORMAT_VERSION, Manifest, load, read_header, save
 from torch_rtx.errors import EngineFormatError, EngineVersionError
+from torch_rtx.inspection import inspect
 
 # ---- damage ----------------------------------------------------------------------------------------------------------
 

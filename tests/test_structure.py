@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.paths import ROOT
+from tests.paths import ENGINES, ROOT
 
 PACKAGE = ROOT / "torch_rtx"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -37,6 +37,7 @@ ARROWS = {
     "engine": {
         *("dtypes", "errors", "ir", "irparse", "optable", "profiles", "manifest", "tactics", "tactics_v4", "aten"),
     },
+    "inspection": {"engine", "manifest", "profiles", "tactics"},
     "cache": {"errors"},
     "lowering": {"dtypes", "errors", "ir", "op_work", "aten", "settings", "targets", "lowering.kernels"},
     # no torch: workers of a build start fast without it
@@ -47,7 +48,7 @@ ARROWS = {
     },
     "backend": {
         *("errors", "ir", "irparse", "aten", "settings", "targets", "profiles", "tactics", "engine", "cache"),
-        *("lowering", "lowering.kernels", "runtime", "version", "artefacts"),
+        *("inspection", "lowering", "lowering.kernels", "runtime", "version", "artefacts"),
     },
     "version": set(),
     "__main__": {"backend"},
@@ -164,6 +165,7 @@ def test_passes_are_one_file_each() -> None:
         ("import torch_rtx; torch_rtx.inspect", ("torch", "triton")),
         ("import torch_rtx.__main__", ("torch", "triton")),
         ("import torch_rtx; torch_rtx.RtxError; torch_rtx.CompilationSettings()", ("torch",)),
+        (f"import torch_rtx; torch_rtx.load({str(ENGINES / 'v5' / 'mlp.rtx')!r})", ("torch._dynamo", "triton")),
         ("import torch_rtx; torch_rtx.load", ("torch._dynamo", "triton", "torch_rtx.lowering", "torch_rtx.backend")),
     ],
 )

@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from torch_rtx.backend.explain import Explanation, explain
     from torch_rtx.backend.guards import skip_layer_guards
     from torch_rtx.backend.inputs import Input
-    from torch_rtx.engine import Engine, inspect
+    from torch_rtx.engine import Engine
     from torch_rtx.errors import (
         CacheError,
+        CallError,
         CaptureError,
         EngineFormatError,
         EngineVersionError,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
         SettingsError,
         Unsupported,
     )
+    from torch_rtx.inspection import inspect
     from torch_rtx.runtime.background import wait
     from torch_rtx.runtime.module import CompiledModule, load, refit_module_weights, save
     from torch_rtx.runtime.profiling import Profile, profile
@@ -48,9 +50,11 @@ _HOMES = {
     "torch_rtx.backend.explain": ("Explanation", "explain"),
     "torch_rtx.backend.guards": ("skip_layer_guards",),
     "torch_rtx.backend.inputs": ("Input",),
-    "torch_rtx.engine": ("Engine", "inspect"),
+    "torch_rtx.engine": ("Engine",),
+    "torch_rtx.inspection": ("inspect",),
     "torch_rtx.errors": (
         "CacheError",
+        "CallError",
         "CaptureError",
         "EngineFormatError",
         "EngineVersionError",
@@ -74,6 +78,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "CacheError",
+    "CallError",
     "CaptureError",
     "CompilationSettings",
     "CompiledModule",

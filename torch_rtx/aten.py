@@ -20,7 +20,7 @@ from torch_rtx.ir import MAIN, Attr, Graph, Node, attr_values
 from torch_rtx.optable import ALLOWED
 
 __all__ = [
-    *("ALLOWED", "DTYPES", "MAY_ALIAS", "OUT", "STRIDED"),
+    *("ALLOWED", "DTYPES", "MAY_ALIAS", "OUT", "STRIDED", "UNINITIALIZED"),
     *("bases", "dtype_name", "extent", "is_random", "is_view", "may_alias", "number_op", "out_of"),
     *("overload", "schema", "shared", "to_torch"),
 ]
@@ -29,7 +29,8 @@ number_op = host_ops.number_op
 DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, dtype.torch) for name, dtype in dtypes.DTYPES.items() if hasattr(torch, dtype.torch)
 }
-# Ops whose result depends on the strides of their inputs: these must be the strides of the capture.
+# Ops whose result depends on the strides of their inputs, or that expect some and do not check: these must be the
+# strides of the capture.
 STRIDED = frozenset(
     f"aten.{name}"
     for name in (
@@ -37,6 +38,7 @@ STRIDED = frozenset(
         "as_strided_copy.default",
         "as_strided_scatter.default",
         "_reshape_alias.default",
+        "_weight_norm_interface.default",
     )
 ) | {"aten.view.dtype", "aten.view_as_complex.default"}
 # Library calls whose `out=` writes the result in place; the `out=` of others copies it there.
@@ -52,6 +54,14 @@ MAY_ALIAS = frozenset(
         "pixel_shuffle.default",
         "pixel_unshuffle.default",
         "unsafe_split.Tensor",
+    )
+)
+# Ops whose results PyTorch does not initialize. An engine fills them with zeros: it returns no memory of the process.
+UNINITIALIZED = frozenset(
+    f"aten.{name}"
+    for name in (
+        *("empty.memory_format", "empty_like.default", "empty_permuted.default", "empty_strided.default"),
+        *("new_empty.default", "new_empty_strided.default"),
     )
 )
 _OPTIONAL = re.compile(r"Optional\[(.*)\]")
@@ -164,7 +174,8 @@ def _device(name: str) -> torch.device:
 
 
 def to_torch(type_: str, attr: Attr, device: torch.device) -> Any:
-    """The torch object for an attribute of schema type ScalarType, Device or MemoryFormat; else `attr`.
+    """The torch object for an attribute of schema type ScalarType, Device or MemoryFormat, which the IR has by name
+    alone: PyTorch takes any number for one of these. Else `attr`.
 
     Args:
         device: the device that MAIN stands for.
@@ -173,6 +184,8 @@ def to_torch(type_: str, attr: Attr, device: torch.device) -> Any:
         InvalidIR: unknown dtype, device or memory format.
     """
     if attr is None or not isinstance(attr, str):
+        if attr is not None and type_ in ("ScalarType", "Device", "MemoryFormat", "Layout"):
+            raise InvalidIR(f"{attr!r} is no {type_}")
         return attr
     if type_ == "ScalarType":
         if attr not in DTYPES:

@@ -7,8 +7,7 @@
 
 `data_digest` is the SHA-256 of all bytes after the header; `header_digest` is that of the header and its length field,
 with zeros for its own digits. Together they cover every byte. They detect damage, not forgery. Reading a file executes
-nothing in it. Calls in the graph must be on the allow-list, except those of fallback operators, which the runtime
-refuses unless its user trusts them. Kernels run on the GPU when the engine runs.
+nothing in it. Which calls and kernels in it run is decided when it is made callable, see `runtime.module.load`.
 
 `read_header` and `inspect` need no torch, so that build machines and packagers without it can use them.
 """
@@ -21,10 +20,9 @@ import math
 import os
 import re
 import secrets
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from io import BufferedIOBase
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +30,8 @@ from safetensors import SafetensorError
 
 from torch_rtx import dtypes, tactics
 from torch_rtx.errors import EngineFormatError, InvalidIR, RtxError
-from torch_rtx.ir import UPDATES, Graph, Node, Parameter, verify
-from torch_rtx.irparse import parse
+from torch_rtx.ir import MAX_RANK, UPDATES, Graph, Node, Parameter, verify
+from torch_rtx.irparse import MAX_NAME, parse
 from torch_rtx.manifest import (
     FORMAT_VERSION,
     PLAIN_READER,
@@ -44,8 +42,8 @@ from torch_rtx.manifest import (
     Manifest,
     read_manifest,
 )
-from torch_rtx.optable import ALLOWED
-from torch_rtx.profiles import Shape, check_profiles, profiles_of, shapes, shapes_text
+from torch_rtx.optable import ALLOWED, FILE_OPS
+from torch_rtx.profiles import check_profiles
 from torch_rtx.tactics import KernelTable
 from torch_rtx.tactics_v4 import read_table_v4
 
@@ -53,7 +51,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
-MAX_RANK = 64  # as in PyTorch; bounds the product of a hostile shape
+CHUNK = 1 << 20  # bytes that are read and digested at once, while they are in the processor's cache
 ZEROS = b"0" * 64
 # The exact start of the header, so that the digests have fixed offsets.
 PREFIX = re.compile(
@@ -245,36 +243,37 @@ def read_header(path: Path) -> Header:
         EngineVersionError: this release can't read the format of the file.
         OSError: the file can't be opened.
     """
-    with _reading(path) as file:
-        return _header(file)
+    with reading(path) as file:
+        return parse_header(file)
 
 
-def load(path: Path) -> Engine:
-    """Loads an engine, and checks every digest, name, type and rule of the graph.
+def load(path: Path, mmap: bool = False, sha256: str | None = None) -> Engine:
+    """Loads an engine, and checks every digest, name and rule of the graph; calls in the graph are not checked, see
+    `runtime.file_check`.
 
-    The tensors are contiguous and on the CPU. Weights map the file, copy on write. Constants are copied: some of
-    PyTorch's CPU kernels round differently for memory with another alignment than that of PyTorch's allocator.
+    The tensors are contiguous and on the CPU. They are read into memory, so that nobody who changes the file later can
+    change them.
+
+    Args:
+        mmap: map the weights, copy on write, instead of reading them: faster, and processes share the memory. A process
+            that truncates the file then ends this one (SIGBUS), and one that writes to it changes the weights.
+        sha256: the SHA-256 of the file, as 64 hexadecimal digits; None: any file.
 
     Raises:
-        EngineFormatError: not an `.rtx` file, or its content is damaged, incomplete, unexpected or not allowed.
+        EngineFormatError: not an `.rtx` file, or its content is damaged, incomplete, unexpected or not allowed; or it
+            is another file than `sha256` says.
         EngineVersionError: this release can't read the format of the file.
         OSError: the file can't be opened.
     """
-    from safetensors.torch import load_file  # imports torch, which reading a header must not
-
-    with _reading(path) as file:
-        header = _header(file)
-        graph, table = _program(header)
-        if hashlib.file_digest(file, "sha256").hexdigest() != header.data_digest:
-            raise EngineFormatError("the data is damaged: its digest is not the one in the header")
-        tensors = load_file(path)
-        # safetensors opens the path again: it must still be the file checked above.
-        if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-            raise EngineFormatError("the file was replaced while it was read")
+    with reading(path) as file:
+        header = parse_header(file)
+        graph, table = program_of(header)
         parts: dict[str, dict[str, Tensor]] = {"constant": {}, "weight": {}, "kernel": {}}
-        for key, tensor in tensors.items():
+        for key, tensor in _read_data(file, header, sha256, skip="weight/" if mmap else None):
             kind, _, name = key.partition("/")
-            parts[kind][name] = tensor.clone() if kind == "constant" else tensor
+            parts[kind][name] = tensor
+        if mmap:
+            parts["weight"] = _mapped(path, file)
         binaries = {name: tensor.numpy().tobytes() for name, tensor in parts["kernel"].items()}
         wrong = [name for name, stored in binaries.items() if tactics.digest(stored) != name]
         if wrong:
@@ -290,8 +289,62 @@ def _path(path: Path) -> Path:
     raise RtxError(f"an engine is a file: pass its path, not a {type(path).__name__}")
 
 
+def _read_data(
+    file: BufferedIOBase, header: Header, sha256: str | None, skip: str | None
+) -> Iterator[tuple[str, Tensor]]:
+    """Key and data of each tensor, each in memory of its own, in the order of the file, which is at its data.
+
+    Args:
+        skip: tensors whose keys begin with this are digested alone.
+
+    Raises:
+        EngineFormatError: after the last tensor: the data or the file has another digest.
+    """
+    import torch
+
+    from torch_rtx import aten
+
+    data, whole = hashlib.sha256(), None
+    if sha256 is not None:
+        head = file.tell()
+        file.seek(0)
+        whole = hashlib.sha256(file.read(head))
+    for key, info in header.tensors.items():
+        skipped = skip is not None and key.startswith(skip)
+        raw = torch.empty(min(info.nbytes, CHUNK) if skipped else info.nbytes, dtype=torch.uint8)
+        view = raw.numpy().data
+        for at in range(0, info.nbytes, CHUNK):
+            start = 0 if skipped else at
+            piece = view[start : start + min(CHUNK, info.nbytes - at)]
+            if file.readinto(piece) != len(piece):
+                raise EngineFormatError("the file was truncated while it was read")
+            data.update(piece)
+            if whole is not None:
+                whole.update(piece)
+        if skipped:
+            continue
+        if info.dtype == "bool":
+            raw.clamp_(max=1)  # PyTorch's kernels differ on a bool of 2
+        yield key, raw.view(aten.DTYPES[info.dtype]).reshape(info.shape)
+    if data.hexdigest() != header.data_digest:
+        raise EngineFormatError("the data is damaged: its digest is not the one in the header")
+    if whole is not None and whole.hexdigest() != str(sha256).lower():
+        raise EngineFormatError(f"this is another file: its SHA-256 is {whole.hexdigest()}, not {sha256}")
+
+
+def _mapped(path: Path, file: BufferedIOBase) -> dict[str, Tensor]:
+    """The weights, mapped from the file."""
+    from safetensors.torch import load_file
+
+    named = load_file(path).items()
+    # safetensors opens the path again: it must still be the file checked above.
+    if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+        raise EngineFormatError("the file was replaced while it was read")
+    return {key.removeprefix("weight/"): tensor for key, tensor in named if key.startswith("weight/")}
+
+
 @contextmanager
-def _reading(path: Path) -> Iterator[BufferedIOBase]:
+def reading(path: Path) -> Iterator[BufferedIOBase]:
     """Opens the file, and adds the path to EngineFormatErrors."""
     try:
         if os.path.isdir(_path(path)):
@@ -306,7 +359,7 @@ def _reading(path: Path) -> Iterator[BufferedIOBase]:
         raise EngineFormatError(f"not a safetensors file: {error}", loc=os.fspath(path)) from None
 
 
-def _header(file: BufferedIOBase) -> Header:
+def parse_header(file: BufferedIOBase) -> Header:
     size = os.fstat(file.fileno()).st_size
     length = file.read(8)
     count = int.from_bytes(length, "little")
@@ -346,7 +399,8 @@ def _unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
 
 
 def _tensor_table(outer: dict[str, Any]) -> tuple[dict[str, TensorInfo], int]:
-    """The tensors by key, and their total bytes; checks that they are stored without gaps and overlaps."""
+    """The tensors by key, in the order of the file, and their total bytes; checks that they are stored without gaps and
+    overlaps."""
     spans: list[tuple[int, int, str, TensorInfo]] = []
     for key, entry in outer.items():
         match entry:
@@ -354,6 +408,7 @@ def _tensor_table(outer: dict[str, Any]) -> tuple[dict[str, TensorInfo], int]:
                 not rest
                 and name in _STORED
                 and len(shape) <= MAX_RANK
+                and len(key) <= MAX_NAME
                 and all(type(number) is int and number >= 0 for number in (*shape, begin, end))
             ):
                 dtype, itemsize = _STORED[name]
@@ -361,7 +416,8 @@ def _tensor_table(outer: dict[str, Any]) -> tuple[dict[str, TensorInfo], int]:
             case _:
                 raise EngineFormatError(f"the header has an invalid description of the tensor {key!r}")
     at = 0
-    for begin, end, key, info in sorted(spans, key=lambda span: span[:2]):
+    spans.sort(key=lambda span: span[:2])
+    for begin, end, key, info in spans:
         if begin != at or end - begin != info.nbytes:
             raise EngineFormatError(f"tensor {key!r} has a wrong offset, or a size that contradicts its shape")
         at = end
@@ -387,14 +443,20 @@ def _key(parameter: Parameter) -> str:
     return f"{'constant' if parameter.constant else 'weight'}/{parameter.name}"
 
 
-def _nodes(graph: Graph) -> Iterator[Node]:
-    """The nodes of the graph, its recipes and the bodies of its kernels."""
+def calls(graph: Graph) -> Iterator[Node]:
+    """The nodes of the graph, its recipes and the bodies of its kernels, without the kernels themselves."""
     for recipe in (weight.recipe for weight in graph.weights if weight.recipe):
-        yield from _nodes(recipe)
+        yield from calls(recipe)
     for node in graph.nodes:
-        yield node
-        if node.body:
-            yield from _nodes(node.body)
+        if node.body is None:
+            yield node
+        else:
+            yield from calls(node.body)
+
+
+def needs_trust(graph: Graph) -> tuple[str, ...]:
+    """The operators in a file that it may call only if its user trusts them."""
+    return tuple(sorted({node.op for node in calls(graph)} - FILE_OPS))
 
 
 def _parsed(text: str) -> Graph:
@@ -410,7 +472,7 @@ def _parsed(text: str) -> Graph:
         raise InvalidIR(f"the graph of an engine is of level 'fused', not {graph.level!r}")
     if str(graph) != text:
         raise InvalidIR("the text of the graph is not in the normal form of this format")
-    for node in _nodes(graph):
+    for node in calls(graph):
         if node.kind == "fallback" and node.op == "python":
             names = ", ".join(str(value) for value in node.outputs if value) or "without outputs"
             raise RtxError(f"the fallback node {names} calls a Python function, which no file can hold", loc=node.loc)
@@ -425,7 +487,7 @@ def _check_names(keys: set[str], graph: Graph, stripped: bool, table: KernelTabl
         raise error(f"the tensors do not fit the graph; missing: {missing or 'none'}; unexpected: {extra or 'none'}")
 
 
-def _program(header: Header) -> tuple[Graph, KernelTable]:
+def program_of(header: Header) -> tuple[Graph, KernelTable]:
     """The graph of a file and its kernels without binaries, checked against the table of tensors."""
     try:
         graph = _parsed(header.graph_text)
@@ -447,111 +509,3 @@ def _program(header: Header) -> tuple[Graph, KernelTable]:
         if key.startswith("kernel/") and (info.dtype, len(info.shape)) != ("u8", 1):
             raise EngineFormatError(f"{key} is {info.dtype}{list(info.shape)}, not a binary of bytes")
     return graph, table
-
-
-# ---- inspect ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ParameterInfo:
-    """A parameter of an engine: `dtype` as the IR names it, `shape`, size in bytes, and whether it is a constant."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
-    constant: bool
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """The contents of a file; `str()` is a summary.
-
-    Attributes:
-        kinds, ops: numbers of nodes by kind and op, most frequent first, without those in recipes and bodies.
-        engine_bytes: the size of the file without weights.
-        weight_bytes: the size of all weights, including those not in the file.
-        kernels: for each target, the number of its kernels and the size of their binaries; targets may share binaries.
-        tactics: per target, for how many kernel nodes each kind of tactic is expected to be the fastest.
-        profiles: for each optimization profile, the shape of each input: static sizes and ranges.
-        sizes: by symbol of the program, the name of a size.
-    """
-
-    manifest: Manifest
-    kinds: Mapping[str, int]
-    ops: Mapping[str, int]
-    parameters: tuple[ParameterInfo, ...]
-    engine_bytes: int
-    weight_bytes: int
-    graph_text: str
-    kernels: Mapping[str, tuple[int, int]]
-    tactics: Mapping[str, Mapping[str, int]]
-    profiles: tuple[Mapping[str, Shape], ...] = ()
-    sizes: Mapping[str, str] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        manifest = self.manifest
-        producer = ", ".join(f"{name} {version}" for name, version in manifest.producer.items())
-        lines = [
-            f"format {manifest.format_version}, built by {producer or 'unknown'}",
-            f"device {manifest.device}, platform {manifest.platform}, inputs {', '.join(manifest.inputs) or 'none'}",
-            f"engine {_size(self.engine_bytes)}, weights {_size(self.weight_bytes)}"
-            + (" (stripped: not in the file)" if manifest.stripped else ""),
-            *(f"profile {number}: {shapes_text(profile)}" for number, profile in enumerate(self.profiles)),
-            *(f"size {name}: {symbol} in the program" for symbol, name in self.sizes.items()),
-            "nodes: " + (", ".join(f"{count} {kind}" for kind, count in self.kinds.items()) or "none"),
-            *(f"  {count:>6} {op}" for op, count in self.ops.items()),
-            "kernels: " + ("none" if not self.kernels else "compiled for"),
-            *(
-                f"  {target}: {count}, {_size(size)}; fastest by expectation: {_counts(self.tactics[target])}"
-                for target, (count, size) in self.kernels.items()
-            ),
-            f"parameters: {len(self.parameters)}",
-        ]
-        for info in self.parameters:
-            note = ", constant" if info.constant else ""
-            lines.append(f"  {info.name!r}: {info.dtype}{list(info.shape)}, {_size(info.nbytes)}{note}")
-        return "\n".join(lines)
-
-
-def inspect(path: Path) -> Inspection:
-    """Summarizes the contents of a file without reading its data. Needs no torch.
-
-    Raises:
-        EngineFormatError, EngineVersionError, OSError: as `load`, but the digest of the data is not checked.
-    """
-    with _reading(path) as file:
-        header = _header(file)
-        graph, table = _program(header)
-        sizes = names_of_sizes(header.manifest.signature)
-    parameters = tuple(
-        ParameterInfo(p.name, p.type.dtype, shape, math.prod(shape) * DTYPES[p.type.dtype][1], p.constant)
-        for p in graph.parameters
-        for shape in [tuple(dim for dim in p.type.shape if isinstance(dim, int))]  # `_parsed` checked that all are
-    )
-    stored = sum(info.nbytes for key, info in header.tensors.items() if key.startswith("weight/"))
-    return Inspection(
-        header.manifest,
-        dict(Counter(node.kind for node in graph.nodes).most_common()),
-        dict(Counter(node.op for node in graph.nodes).most_common()),
-        parameters,
-        header.file_bytes - stored,
-        sum(info.nbytes for info in parameters if not info.constant),
-        header.graph_text,
-        tactics.bytes_of(table, {key.removeprefix("kernel/"): i.nbytes for key, i in header.tensors.items()}),
-        tactics.kinds_of(table),
-        tuple(shapes(graph, profile) for profile in profiles_of(graph, header.manifest.profiles)),
-        sizes,
-    )
-
-
-def _counts(kinds: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"

@@ -17,8 +17,9 @@ pytest.importorskip("triton", reason="kernels are built with Triton, which is no
 
 from tests.helpers.kernels import ADD, ADD_1000, GRAPH, S16, matmul
 from torch_rtx.backend.kernels import build_kernels, progress_bar, targets_for
-from torch_rtx.engine import Engine, Manifest, inspect, load, save
+from torch_rtx.engine import Engine, Manifest, load, save
 from torch_rtx.errors import LoweringError, SettingsError
+from torch_rtx.inspection import inspect
 from torch_rtx.ir import Graph, Node
 from torch_rtx.irparse import parse
 from torch_rtx.lowering.kernels import build

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from torch_rtx import engine
+from torch_rtx import inspection
 from torch_rtx.backend import cache_cli, opt_cli, profile_cli, runtime_cache_cli
 from torch_rtx.backend.terminal import echo, echo_json
 
@@ -35,7 +35,7 @@ def inspect(
     if graph and as_json:
         raise typer.BadParameter("--graph prints the program as text, --json the summary: give one of them")
     with cache_cli.errors():
-        found = engine.inspect(path)
+        found = inspection.inspect(path)
     if graph:
         echo(found.graph_text, end="")
     elif as_json:

@@ -21,6 +21,7 @@ def profile(
     weights: Annotated[Path | None, typer.Option(help="A .safetensors file; default: random weights.")] = None,
     size: Annotated[list[str] | None, typer.Option(help="A dynamic size, as batch=8; may be repeated.")] = None,
     device: Annotated[str | None, typer.Option(help="The device; default: the one that it was built for.")] = None,
+    trust_binaries: Annotated[bool, typer.Option(help="Run the GPU kernels in the file, which you trust.")] = False,
     repeats: Annotated[int, typer.Option(help="Number of measured runs.")] = 20,
     modules: Annotated[int | None, typer.Option(help="Print times by module, down to this depth.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Write a trace for ui.perfetto.dev.")] = None,
@@ -34,7 +35,7 @@ def profile(
         for target in (trace, html):  # before minutes of measuring, not after
             if target is not None and not target.absolute().parent.is_dir():
                 raise SettingsError(f"{target} can't be written: there is no such folder")
-        module = modules_of.load(path, weights, device)
+        module = modules_of.load(path, weights, device, trust_binaries=trust_binaries)
         sizes = sizes_given(module.engine, size or [])
         if weights is None and module.engine.weights is None:
             named = {p.name: p.type for p in module.engine.graph.parameters if not p.constant}

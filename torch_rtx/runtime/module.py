@@ -20,11 +20,12 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch_rtx import aten
 from torch_rtx import engine as engine_file
 from torch_rtx.engine import Engine
-from torch_rtx.errors import InputError, InvalidIR, RtxError, SettingsError
+from torch_rtx.errors import CallError, EngineFormatError, InputError, InvalidIR, RtxError, SettingsError
 from torch_rtx.ir import Graph, Parameter, TensorType
 from torch_rtx.profiles import Shape, profiles_of, shapes
 from torch_rtx.runtime.alias_guard import AliasGuard
 from torch_rtx.runtime.code import copy_strided
+from torch_rtx.runtime.file_check import FileCheck
 from torch_rtx.runtime.no_gradients import refuse_gradients, require_gradients
 from torch_rtx.runtime.session import Session
 from torch_rtx.runtime.signature import Signature
@@ -51,6 +52,8 @@ class CompiledModule(nn.Module):
         callables: the functions of Python fallbacks, for an engine that was built in this process.
         trusted_ops: operators outside the allow-list that the engine may call.
         signature: the call signature; None: the engine's own.
+        kernels: those of a loaded engine that may run; None: this process built the engine, and all run.
+        check: has checked a loaded engine, and checks the sizes of calls; None: everything in it is trusted.
 
     Raises:
         EngineFormatError: the engine's own signature is damaged.
@@ -67,17 +70,35 @@ class CompiledModule(nn.Module):
         callables: Sequence[Callable[..., Any]] = (),
         trusted_ops: Collection[str] = (),
         signature: Signature | None = None,
+        kernels: KernelTable | None = None,
+        check: FileCheck | None = None,
     ) -> None:
         super().__init__()
         self.engine, self.device, self.training = engine, device, _is_training(engine.graph)
         self._signature = signature or Signature.from_json(engine.manifest.signature)
         self._signature.check(len(engine.graph.inputs), len(engine.graph.outputs))
-        self._bind(_session(engine, device, settings or RuntimeSettings(), callables, frozenset(trusted_ops)))
+        self._kernels, self._check = kernels, check
+        self._bind(self._session(settings or RuntimeSettings(), callables, frozenset(trusted_ops)))
+
+    def _session(
+        self, settings: RuntimeSettings, callables: Sequence[Callable[..., Any]], trusted_ops: frozenset[str]
+    ) -> Session:
+        graph, manifest = self.engine.graph, self.engine.manifest
+        kernels = self.engine.kernels if self._kernels is None else self._kernels
+        tactics, context = tactics_and_context(kernels, graph, self.device, settings)
+        streamer = stream(graph, self.device, settings.weight_streaming_budget, trusted_ops)
+        constants, sampled = dict(self.engine.constants), settings.watch_weights
+        store = WeightStore(graph, self.device, constants, manifest.unused_names, streamer, sampled)
+        return Session(
+            *(graph, store, settings, callables, trusted_ops, tactics, manifest.profiles, context),
+            check_sizes=None if self._check is None else self._check.at,
+        )
 
     def _bind(self, session: Session, ready: bool = False) -> None:
         """Use `session`; `ready`: it has weights."""
         self.session, self._store = session, session.store
-        self._with_weights = _caller(self._signature, AliasGuard(session.graph, self._store), session)
+        guard, loaded = AliasGuard(session.graph, self._store), self._kernels is not None
+        self._with_weights = _caller(self._signature, guard, session, loaded)
         self._run = _without_weights if self._store.parameters and not ready else self._with_weights
 
     @property
@@ -233,11 +254,12 @@ class CompiledModule(nn.Module):
         memo[id(self)] = other
         other.__dict__.update({name: deepcopy(value, memo) for name, value in self._others().items()})
         other.engine, other.device, other._signature = _with_copies(self.engine), self.device, self._signature
+        other._kernels, other._check = self._kernels, self._check
         session, ready = self.session, self._run is self._with_weights
         if session.streamer is None:
             copied = session.sibling()
         else:
-            copied = _session(self.engine, self.device, session.settings, session._callables, session._trusted_ops)
+            copied = self._session(session.settings, session._callables, session._trusted_ops)
         if ready:
             with self._reading() as values:
                 copied.store.adopt(values)
@@ -259,16 +281,17 @@ class CompiledModule(nn.Module):
             weights = {name: _on_host(tensor) for name, tensor in weights.items()}
         tensors = BytesIO()
         torch.save((weights, values), tensors)
-        given = self.device, session.settings, session._trusted_ops
+        given = self.device, session.settings, session._trusted_ops, self._check is not None
         return {**self._others(), _ENGINE: (_to_bytes(self), tensors.getvalue(), *given)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Run on the same device, or on the CPU if this machine has none."""
-        content, tensors, device, settings, trusted = state.pop(_ENGINE)
+        content, tensors, device, settings, trusted, checked = state.pop(_ENGINE)
         weights, values = torch.load(BytesIO(tensors))
         engine = replace(_from_bytes(content), weights=weights)
         device = resolve_device(device if device.type != "cuda" or torch.cuda.is_available() else None, device.type)
-        self.__init__(engine, device, settings, (), trusted)  # type: ignore[misc]
+        check = FileCheck(engine.graph, device, trusted) if checked else None
+        self.__init__(engine, device, settings, (), trusted, check=check)  # type: ignore[misc]
         self.__dict__.update(state)
         if values is not None:
             self._store.adopt(values)
@@ -292,23 +315,8 @@ class CompiledModule(nn.Module):
 
 Call = Callable[[tuple[Any, ...], Mapping[str, Any]], Any]  # takes args and kwargs
 # Attributes of a module that a copy gets in another way.
-_OWN = frozenset(("engine", "device", "session", "_signature", "_store", "_with_weights", "_run"))
+_OWN = frozenset(("engine", "device", "session", "_signature", "_store", "_with_weights", "_run", "_kernels", "_check"))
 _ENGINE = "_engine"  # the engine in what is pickled
-
-
-def _session(
-    engine: Engine,
-    device: torch.device,
-    settings: RuntimeSettings,
-    callables: Sequence[Callable[..., Any]],
-    trusted_ops: frozenset[str],
-) -> Session:
-    graph, manifest = engine.graph, engine.manifest
-    tactics, context = tactics_and_context(engine.kernels, graph, device, settings)
-    streamer = stream(graph, device, settings.weight_streaming_budget, trusted_ops)
-    constants, sampled = dict(engine.constants), settings.watch_weights
-    store = WeightStore(graph, device, constants, manifest.unused_names, streamer, sampled)
-    return Session(graph, store, settings, callables, trusted_ops, tactics, manifest.profiles, context)
 
 
 def _is_training(graph: Graph) -> bool:
@@ -331,11 +339,12 @@ def _on_host(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _to_bytes(module: CompiledModule) -> bytes:
-    """The file of the engine, without weights."""
+    """The file of the engine, without weights, and without kernels that may not run."""
     module._signature.to_json()  # raises if it can't be saved
     with TemporaryDirectory() as folder:
         path = os.path.join(folder, "model.rtx")
-        engine_file.save(replace(module.engine, weights=None), path)
+        kernels = module.engine.kernels if module._kernels is None else module._kernels
+        engine_file.save(replace(module.engine, weights=None, kernels=kernels), path)
         with open(path, "rb") as file:
             return file.read()
 
@@ -348,8 +357,12 @@ def _from_bytes(content: bytes) -> Engine:
         return engine_file.load(path)
 
 
-def _caller(signature: Signature, guard: AliasGuard, session: Session) -> Call:
-    """The call of a module that has weights, as a closure, since attributes of an `nn.Module` are slow to read."""
+def _caller(signature: Signature, guard: AliasGuard, session: Session, loaded: bool) -> Call:
+    """The call of a module that has weights, as a closure, since attributes of an `nn.Module` are slow to read.
+
+    Args:
+        loaded: errors of operators are CallErrors; else they are as in the model, which this process has.
+    """
 
     def call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         inputs = signature.flatten(args, kwargs)
@@ -359,6 +372,10 @@ def _caller(signature: Signature, guard: AliasGuard, session: Session) -> Call:
             results = session(inputs)
         except InputError as error:
             raise signature.named(error) from None
+        except Exception as error:
+            if not loaded or isinstance(error, RtxError | torch.OutOfMemoryError):
+                raise
+            raise CallError(f"an operator of the engine failed: {type(error).__name__}: {error}") from error
         if is_grad_enabled() and require_gradients(inputs):
             results = refuse_gradients(inputs, results)
         return signature.unflatten(results)
@@ -415,39 +432,62 @@ def load(
     device: torch.device | str | None = None,
     settings: RuntimeSettings | None = None,
     trusted_ops: Sequence[str] = (),
-    trust_binaries: bool = True,
+    trust_binaries: bool = False,
+    sha256: str | None = None,
+    mmap: bool = False,
 ) -> CompiledModule:
-    """Load an engine.
+    """Load an engine. Without the arguments that say so, nothing in the file is trusted: see docs/trust.md.
 
     Args:
         weights: a module or state dict, whose tensors are used themselves where possible; the path of a .safetensors
             file, a list of such paths, or a folder with an index of them; None: those in the engine, or none until
             `refit`.
         device: None: the device the engine was built for, or the CPU (with a warning) if this machine has none.
-        trusted_ops: names of operators outside the allow-list that the file may call; they must be registered.
-        trust_binaries: False ignores the GPU kernels in the file, and runs their operations one by one. Kernels are
-            machine code, which can read and write all GPU memory of this process.
+        trusted_ops: names of operators outside of `optable.FILE_OPS` that the file may call; they must be registered.
+            Their calls are not checked.
+        trust_binaries: run the GPU kernels in the file. They are machine code, which can read and write all GPU memory
+            of this process. Otherwise their operations run one by one, until kernels are compiled here.
+        sha256: the SHA-256 of the file, by which you know that it is yours: another file is refused, and everything in
+            this one is trusted.
+        mmap: map the weights instead of reading them, see `engine.load`.
 
     Raises:
-        EngineFormatError, EngineVersionError: see `engine.load`.
+        EngineFormatError, EngineVersionError: see `engine.load`; or a call in the file is not allowed or is wrong.
         FileNotFoundError: there is no such engine, or file of weights.
         RefitError: the weights do not fit, or a state dict or file has names that the model did not have.
-        InvalidIR: the engine calls an operator that is neither allowed nor trusted.
+        InvalidIR: the engine calls an operator that is neither allowed nor trusted, or does not exist in this process.
         SettingsError: `weight_streaming_budget` is too small for the engine, or there is no such device.
     """
     settings = settings_of(RuntimeSettings, settings)
-    engine = engine_file.load(path)
-    if any(node.op == "python" for node in engine.graph.nodes):
-        raise InvalidIR("the engine calls a Python function, which no file can hold")
-    if not trust_binaries:
-        engine = replace(engine, kernels=KernelTable())
-    module = CompiledModule(engine, resolve_device(device, engine.manifest.device), settings, (), trusted_ops)
-    if weights is not None:
-        module.attach(weights)
-    elif engine.weights is not None:
-        module._store.attach(engine.weights, shared=False)
-        module._run = module._with_weights
+    with _typed(EngineFormatError, f"{path} can't be loaded"):
+        engine = engine_file.load(path, mmap, sha256)
+        if any(node.op == "python" for node in engine.graph.nodes):
+            raise InvalidIR("the engine calls a Python function, which no file can hold")
+        placed = resolve_device(device, engine.manifest.device)
+        check = FileCheck(engine.graph, placed, trusted_ops) if sha256 is None else None
+        kernels = engine.kernels
+        if not trust_binaries and sha256 is None:
+            kernels = KernelTable()
+            if engine.kernels and placed.type == "cuda":
+                log.warning("%s: its kernels do not run: pass trust_binaries=True if you trust the file", path)
+        module = CompiledModule(engine, placed, settings, (), trusted_ops, kernels=kernels, check=check)
+        if weights is not None:
+            module.attach(weights)
+        elif engine.weights is not None:
+            module._store.attach(engine.weights, shared=False)
+            module._run = module._with_weights
     return module
+
+
+@contextmanager
+def _typed(kind: type[RtxError], message: str) -> Iterator[None]:
+    """Turns other errors than torch_rtx's own, the system's and those of full GPU memory into errors of `kind`."""
+    try:
+        yield
+    except (RtxError, OSError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise kind(f"{message}: {type(error).__name__}: {error}") from error
 
 
 def resolve_device(device: torch.device | str | None, built_for: str) -> torch.device:

@@ -1,0 +1,122 @@
+"""What is in an engine file, for people: `inspect`. Needs no torch."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch_rtx import tactics
+from torch_rtx.engine import DTYPES, Path, names_of_sizes, needs_trust, parse_header, program_of, reading
+from torch_rtx.manifest import Manifest
+from torch_rtx.profiles import Shape, profiles_of, shapes, shapes_text
+
+
+@dataclass(frozen=True)
+class ParameterInfo:
+    """A parameter of an engine: `dtype` as the IR names it, `shape`, size in bytes, and whether it is a constant."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    constant: bool
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The contents of a file; `str()` is a summary.
+
+    Attributes:
+        kinds, ops: numbers of nodes by kind and op, most frequent first, without those in recipes and bodies.
+        engine_bytes: the size of the file without weights.
+        weight_bytes: the size of all weights, including those not in the file.
+        kernels: for each target, the number of its kernels and the size of their binaries; targets may share binaries.
+        needs_trust: the operators that the file may call only if `load` gets their names as `trusted_ops`.
+        tactics: per target, for how many kernel nodes each kind of tactic is expected to be the fastest.
+        profiles: for each optimization profile, the shape of each input: static sizes and ranges.
+        sizes: by symbol of the program, the name of a size.
+    """
+
+    manifest: Manifest
+    kinds: Mapping[str, int]
+    ops: Mapping[str, int]
+    parameters: tuple[ParameterInfo, ...]
+    engine_bytes: int
+    weight_bytes: int
+    graph_text: str
+    kernels: Mapping[str, tuple[int, int]]
+    tactics: Mapping[str, Mapping[str, int]]
+    profiles: tuple[Mapping[str, Shape], ...] = ()
+    sizes: Mapping[str, str] = field(default_factory=dict)
+    needs_trust: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        manifest = self.manifest
+        producer = ", ".join(f"{name} {version}" for name, version in manifest.producer.items())
+        lines = [
+            f"format {manifest.format_version}, built by {producer or 'unknown'}",
+            f"device {manifest.device}, platform {manifest.platform}, inputs {', '.join(manifest.inputs) or 'none'}",
+            f"engine {_size(self.engine_bytes)}, weights {_size(self.weight_bytes)}"
+            + (" (stripped: not in the file)" if manifest.stripped else ""),
+            *(f"profile {number}: {shapes_text(profile)}" for number, profile in enumerate(self.profiles)),
+            *(f"size {name}: {symbol} in the program" for symbol, name in self.sizes.items()),
+            "nodes: " + (", ".join(f"{count} {kind}" for kind, count in self.kinds.items()) or "none"),
+            *(f"  {count:>6} {op}" for op, count in self.ops.items()),
+            *(f"needs trusted_ops={list(self.needs_trust)}" for _ in self.needs_trust[:1]),
+            "kernels: " + ("none" if not self.kernels else "compiled for (they run only with trust_binaries=True)"),
+            *(
+                f"  {target}: {count}, {_size(size)}; fastest by expectation: {_counts(self.tactics[target])}"
+                for target, (count, size) in self.kernels.items()
+            ),
+            f"parameters: {len(self.parameters)}",
+        ]
+        for info in self.parameters:
+            note = ", constant" if info.constant else ""
+            lines.append(f"  {info.name!r}: {info.dtype}{list(info.shape)}, {_size(info.nbytes)}{note}")
+        return "\n".join(lines)
+
+
+def inspect(path: Path) -> Inspection:
+    """Summarizes the contents of a file without reading its data. Needs no torch.
+
+    Raises:
+        EngineFormatError, EngineVersionError, OSError: as `load`, but the digest of the data is not checked.
+    """
+    with reading(path) as file:
+        header = parse_header(file)
+        graph, table = program_of(header)
+        sizes = names_of_sizes(header.manifest.signature)
+    parameters = tuple(
+        ParameterInfo(p.name, p.type.dtype, shape, math.prod(shape) * DTYPES[p.type.dtype][1], p.constant)
+        for p in graph.parameters
+        for shape in [tuple(dim for dim in p.type.shape if isinstance(dim, int))]  # `_parsed` checked that all are
+    )
+    stored = sum(info.nbytes for key, info in header.tensors.items() if key.startswith("weight/"))
+    return Inspection(
+        header.manifest,
+        dict(Counter(node.kind for node in graph.nodes).most_common()),
+        dict(Counter(node.op for node in graph.nodes).most_common()),
+        parameters,
+        header.file_bytes - stored,
+        sum(info.nbytes for info in parameters if not info.constant),
+        header.graph_text,
+        tactics.bytes_of(table, {key.removeprefix("kernel/"): i.nbytes for key, i in header.tensors.items()}),
+        tactics.kinds_of(table),
+        tuple(shapes(graph, profile) for profile in profiles_of(graph, header.manifest.profiles)),
+        sizes,
+        needs_trust(graph),
+    )
+
+
+def _counts(kinds: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
