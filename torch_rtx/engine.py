@@ -360,6 +360,7 @@ def reading(path: Path) -> Iterator[BufferedIOBase]:
 
 
 def parse_header(file: BufferedIOBase) -> Header:
+    """The header of an open file, which is at its start. Errors are those of `read_header`."""
     size = os.fstat(file.fileno()).st_size
     length = file.read(8)
     count = int.from_bytes(length, "little")
