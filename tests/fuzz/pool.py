@@ -20,7 +20,7 @@ from random import Random
 
 from tests.fuzz.trial import Bug
 
-CPU_SECONDS, WALL_SECONDS = 2.0, 60.0  # limits of one trial
+CPU_SECONDS, WALL_SECONDS = 2.0, 60.0  # limits of each step of a trial
 ADDRESS_BYTES = 1 << 30  # what a process may add to the address space that it begins with
 BATCH = 3000  # trials of one process
 STATE = struct.Struct("=q120s3000s")  # of a process: number of the trial, what it is doing, JSON of how trials ended
@@ -184,7 +184,6 @@ class _Worker:
         ends: Counter[str] = Counter()
         for number in range(self.next, min(self.next + BATCH * self.step, self.pool.end), self.step):
             rng = Random(f"{self.pool.seed} {self.pool.name} {number}")
-            signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)  # SIGPROF ends the process, also in the middle of C code
             try:
                 ends[self._trial(number, rng)] += 1
             except Bug as bug:
@@ -208,6 +207,7 @@ class _Worker:
 
         def say(phase: str) -> None:
             PHASE.pack_into(self.state, 0, number, f"{label} {phase}".encode()[:119])
+            signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)  # SIGPROF ends the process, also in the middle of C code
 
         say("make")
         label, content = self.pool.make(rng, number not in self.careful)
