@@ -154,7 +154,7 @@ def _rtx_exported(
         )
         torch_rtx.save(made, path)
     settings = torch_rtx.RuntimeSettings(tactics=tactics, specialization_strategy=strategy)
-    module = torch_rtx.load(path, device=subject.device, settings=settings)
+    module = torch_rtx.load(path, device=subject.device, settings=settings, trust_binaries=True)
     module.refit(subject.model)
     return module
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import os
 import subprocess
@@ -281,7 +282,7 @@ def test_a_failure_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Monke
 def test_who_reads_the_old_file_keeps_it(tmp_path: Path) -> None:
     path = tmp_path / "model.rtx"
     old = saved(path)
-    mapped = load(path)
+    mapped = load(path, mmap=True)
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
         save(SMALL, path)
         assert view[:] == old
@@ -300,7 +301,34 @@ def test_a_file_that_is_replaced_while_it_is_read(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr("safetensors.torch.load_file", replaced)
     with pytest.raises(EngineFormatError, match="replaced while it was read"):
-        load(path)
+        load(path, mmap=True)
+
+
+def test_weights_do_not_depend_on_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "model.rtx"
+    raw = saved(path)
+    got = load(path)
+    with open(path, "r+b") as file:
+        file.write(b"\xff" * len(raw))
+        file.truncate(100)
+    assert same(got.weights, ENGINE.weights)
+    assert same(got.constants, ENGINE.constants)
+
+
+def test_a_file_known_by_its_digest(tmp_path: Path) -> None:
+    path = tmp_path / "model.rtx"
+    digest = hashlib.sha256(saved(path)).hexdigest()
+    assert same(load(path, sha256=digest.upper()).weights, ENGINE.weights)
+    saved(path, replace(ENGINE, manifest=replace(MANIFEST, producer={})))
+    with pytest.raises(EngineFormatError, match="this is another file: its SHA-256 is"):
+        load(path, sha256=digest)
+
+
+def test_bools_are_0_or_1(tmp_path: Path) -> None:
+    save(one_parameter("bool", torch.tensor([2, 0], dtype=torch.uint8).view(torch.bool)), tmp_path / "model.rtx")
+    weights = load(tmp_path / "model.rtx").weights
+    assert weights is not None
+    assert weights["t"].view(torch.uint8).tolist() == [1, 0]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX permissions and links")

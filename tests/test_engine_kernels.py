@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import lzma
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,6 +27,7 @@ from torch_rtx.errors import EngineFormatError, InvalidIR, RtxError
 from torch_rtx.ir import Expr, Sym, dim_expr
 from torch_rtx.irparse import parse, parse_dim
 from torch_rtx.manifest import FORMAT_VERSION
+from torch_rtx.runtime.tuning_context import tactics_and_context
 from torch_rtx.tactics import MAX_BINARY, OWN, KernelTable, Launch, Tactic, Variant, pack, unpack
 from torch_rtx.tactics_v4 import read_table_v4
 from torch_rtx.targets import PTX, Target
@@ -125,7 +127,14 @@ def test_inspect(tmp_path: Path) -> None:
     assert f'"sm_86": [\n   1,\n   {both}\n  ]' in result.stdout
 
 
-def test_binaries_of_a_file_can_be_ignored(tmp_path: Path) -> None:
+def test_binaries_of_a_file_run_only_if_it_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables: list[KernelTable] = []
+
+    def recorded(table: KernelTable, *rest: Any) -> Any:
+        tables.append(table)
+        return tactics_and_context(table, *rest)
+
+    monkeypatch.setattr("torch_rtx.runtime.module.tactics_and_context", recorded)
     signature = torch_rtx.compile(torch.nn.ReLU(), (torch.ones(2),)).engine.manifest.signature
     text = "graph fused {\n  input input: f32[2]\n  y: f32[2] = kernel k(in0=input) graph import {\n    "
     text += "input in0: f32[2]\n    y: f32[2] = op aten.relu.default(self=in0)\n    return [y]\n  }\n  return [y]\n}\n"
@@ -133,9 +142,11 @@ def test_binaries_of_a_file_can_be_ignored(tmp_path: Path) -> None:
     table = KernelTable({"k": {PTX: (Tactic("kernel", 1.0, {OWN: launch}),)}}, {FIRST: BINARIES[FIRST]})
     save(Engine(parse(text), Manifest("cpu", ("input",), signature), {}, None, table), tmp_path / "a.rtx")
     x = torch.tensor([-1.0, 2.0])
-    for trust in (True, False):
-        module = torch_rtx.load(tmp_path / "a.rtx", trust_binaries=trust)
-        assert bool(module.engine.kernels) is trust
+    digest = hashlib.sha256((tmp_path / "a.rtx").read_bytes()).hexdigest()
+    for trust in ({"trust_binaries": True}, {"sha256": digest}, {}):
+        module = torch_rtx.load(tmp_path / "a.rtx", **trust)  # type: ignore[arg-type]
+        assert bool(tables.pop()) is bool(trust)
+        assert module.engine.kernels  # saved again
         assert module(x).tolist() == [0, 2]
 
 

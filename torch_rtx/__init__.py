@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch_rtx.engine import Engine, inspect
     from torch_rtx.errors import (
         CacheError,
+        CallError,
         CaptureError,
         EngineFormatError,
         EngineVersionError,
@@ -51,6 +52,7 @@ _HOMES = {
     "torch_rtx.engine": ("Engine", "inspect"),
     "torch_rtx.errors": (
         "CacheError",
+        "CallError",
         "CaptureError",
         "EngineFormatError",
         "EngineVersionError",
@@ -74,6 +76,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "CacheError",
+    "CallError",
     "CaptureError",
     "CompilationSettings",
     "CompiledModule",

@@ -19,7 +19,7 @@ from torch_rtx.ir import MAIN, Attr
 from torch_rtx.optable import ALLOWED
 
 __all__ = [
-    *("ALLOWED", "DTYPES", "MAY_ALIAS", "OUT", "STRIDED"),
+    *("ALLOWED", "DTYPES", "MAY_ALIAS", "OUT", "STRIDED", "UNINITIALIZED"),
     *("dtype_name", "is_random", "is_view", "out_of", "overload", "schema", "to_torch"),
 ]
 
@@ -41,6 +41,14 @@ OUT = frozenset(f"aten.{name}.default" for name in ("mm", "addmm", "bmm", "baddb
 # Ops whose results may alias an input although their schemas do not say so.
 MAY_ALIAS = frozenset(
     f"aten.{name}" for name in ("_unsafe_view.default", "lift.default", "native_dropout.default", "unsafe_split.Tensor")
+)
+# Ops whose results PyTorch does not initialize. An engine fills them with zeros: it returns no memory of the process.
+UNINITIALIZED = frozenset(
+    f"aten.{name}"
+    for name in (
+        *("empty.memory_format", "empty_like.default", "empty_permuted.default", "empty_strided.default"),
+        *("new_empty.default", "new_empty_strided.default"),
+    )
 )
 _OPTIONAL = re.compile(r"Optional\[(.*)\]")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -119,7 +127,8 @@ def _device(name: str) -> torch.device:
 
 
 def to_torch(type_: str, attr: Attr, device: torch.device) -> Any:
-    """The torch object for an attribute of schema type ScalarType, Device or MemoryFormat; else `attr`.
+    """The torch object for an attribute of schema type ScalarType, Device or MemoryFormat, which the IR has by name
+    alone: PyTorch takes any number for one of these. Else `attr`.
 
     Args:
         device: the device that MAIN stands for.
@@ -128,6 +137,8 @@ def to_torch(type_: str, attr: Attr, device: torch.device) -> Any:
         InvalidIR: unknown dtype, device or memory format.
     """
     if attr is None or not isinstance(attr, str):
+        if attr is not None and type_ in ("ScalarType", "Device", "MemoryFormat", "Layout"):
+            raise InvalidIR(f"{attr!r} is no {type_}")
         return attr
     if type_ == "ScalarType":
         if attr not in DTYPES:

@@ -7,8 +7,7 @@
 
 `data_digest` is the SHA-256 of all bytes after the header; `header_digest` is that of the header and its length field,
 with zeros for its own digits. Together they cover every byte. They detect damage, not forgery. Reading a file executes
-nothing in it. Calls in the graph must be on the allow-list, except those of fallback operators, which the runtime
-refuses unless its user trusts them. Kernels run on the GPU when the engine runs.
+nothing in it. Which calls and kernels in it run is decided when it is made callable, see `runtime.module.load`.
 
 `read_header` and `inspect` need no torch, so that build machines and packagers without it can use them.
 """
@@ -32,8 +31,8 @@ from safetensors import SafetensorError
 
 from torch_rtx import dtypes, tactics
 from torch_rtx.errors import EngineFormatError, InvalidIR, RtxError
-from torch_rtx.ir import UPDATES, Graph, Node, Parameter, verify
-from torch_rtx.irparse import parse
+from torch_rtx.ir import MAX_RANK, UPDATES, Graph, Node, Parameter, verify
+from torch_rtx.irparse import MAX_NAME, parse
 from torch_rtx.manifest import (
     FORMAT_VERSION,
     PLAIN_READER,
@@ -44,7 +43,7 @@ from torch_rtx.manifest import (
     Manifest,
     read_manifest,
 )
-from torch_rtx.optable import ALLOWED
+from torch_rtx.optable import ALLOWED, FILE_OPS
 from torch_rtx.profiles import Shape, check_profiles, profiles_of, shapes, shapes_text
 from torch_rtx.tactics import KernelTable
 from torch_rtx.tactics_v4 import read_table_v4
@@ -53,7 +52,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
-MAX_RANK = 64  # as in PyTorch; bounds the product of a hostile shape
+CHUNK = 1 << 20  # bytes that are read and digested at once, while they are in the processor's cache
 ZEROS = b"0" * 64
 # The exact start of the header, so that the digests have fixed offsets.
 PREFIX = re.compile(
@@ -245,38 +244,85 @@ def read_header(path: Path) -> Header:
         return _header(file)
 
 
-def load(path: Path) -> Engine:
-    """Loads an engine, and checks every digest, name, type and rule of the graph.
+def load(path: Path, mmap: bool = False, sha256: str | None = None) -> Engine:
+    """Loads an engine, and checks every digest, name and rule of the graph; calls in the graph are not checked, see
+    `runtime.file_check`.
 
-    The tensors are contiguous and on the CPU. Weights map the file, copy on write. Constants are copied: some of
-    PyTorch's CPU kernels round differently for memory with another alignment than that of PyTorch's allocator.
+    The tensors are contiguous and on the CPU. They are read into memory, so that nobody who changes the file later can
+    change them.
+
+    Args:
+        mmap: map the weights, copy on write, instead of reading them: faster, and processes share the memory. A process
+            that truncates the file then ends this one (SIGBUS), and one that writes to it changes the weights.
+        sha256: the SHA-256 of the file, as 64 hexadecimal digits; None: any file.
 
     Raises:
-        EngineFormatError: not an `.rtx` file, or its content is damaged, incomplete, unexpected or not allowed.
+        EngineFormatError: not an `.rtx` file, or its content is damaged, incomplete, unexpected or not allowed; or it
+            is another file than `sha256` says.
         EngineVersionError: this release can't read the format of the file.
         OSError: the file can't be opened.
     """
-    from safetensors.torch import load_file  # imports torch, which reading a header must not
-
     with _reading(path) as file:
         header = _header(file)
         graph, table = _program(header)
-        if hashlib.file_digest(file, "sha256").hexdigest() != header.data_digest:
-            raise EngineFormatError("the data is damaged: its digest is not the one in the header")
-        tensors = load_file(path)
-        # safetensors opens the path again: it must still be the file checked above.
-        if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-            raise EngineFormatError("the file was replaced while it was read")
         parts: dict[str, dict[str, Tensor]] = {"constant": {}, "weight": {}, "kernel": {}}
-        for key, tensor in tensors.items():
+        for key, tensor in _read_data(file, header, sha256):
             kind, _, name = key.partition("/")
-            parts[kind][name] = tensor.clone() if kind == "constant" else tensor
+            if kind != "weight" or not mmap:
+                parts[kind][name] = tensor
+        if mmap:
+            parts["weight"] = _mapped(path, file)
         binaries = {name: tensor.numpy().tobytes() for name, tensor in parts["kernel"].items()}
         wrong = [name for name, stored in binaries.items() if tactics.digest(stored) != name]
         if wrong:
             raise EngineFormatError(f"kernel/{wrong[0]} is damaged: its digest is not its name")
     weights = None if header.manifest.stripped else parts["weight"]
     return Engine(graph, header.manifest, parts["constant"], weights, replace(table, binaries=binaries))
+
+
+def _read_data(file: BufferedIOBase, header: Header, sha256: str | None) -> Iterator[tuple[str, Tensor]]:
+    """Key and data of each tensor, each in memory of its own, in the order of the file, which is at its data.
+
+    Raises:
+        EngineFormatError: after the last tensor: the data or the file has another digest.
+    """
+    import torch
+
+    from torch_rtx import aten
+
+    data, whole = hashlib.sha256(), None
+    if sha256 is not None:
+        start = file.tell()
+        file.seek(0)
+        whole = hashlib.sha256(file.read(start))
+    for key, info in header.tensors.items():
+        raw = torch.empty(info.nbytes, dtype=torch.uint8)
+        view = memoryview(raw.numpy())
+        for at in range(0, info.nbytes, CHUNK):
+            piece = view[at : at + CHUNK]
+            if file.readinto(piece) != len(piece):
+                raise EngineFormatError("the file was truncated while it was read")
+            data.update(piece)
+            if whole is not None:
+                whole.update(piece)
+        if info.dtype == "bool":
+            raw.clamp_(max=1)  # PyTorch's kernels differ on a bool of 2
+        yield key, raw.view(aten.DTYPES[info.dtype]).reshape(info.shape)
+    if data.hexdigest() != header.data_digest:
+        raise EngineFormatError("the data is damaged: its digest is not the one in the header")
+    if whole is not None and whole.hexdigest() != str(sha256).lower():
+        raise EngineFormatError(f"this is another file: its SHA-256 is {whole.hexdigest()}, not {sha256}")
+
+
+def _mapped(path: Path, file: BufferedIOBase) -> dict[str, Tensor]:
+    """The weights, mapped from the file."""
+    from safetensors.torch import load_file
+
+    named = load_file(path).items()
+    # safetensors opens the path again: it must still be the file checked above.
+    if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+        raise EngineFormatError("the file was replaced while it was read")
+    return {key.removeprefix("weight/"): tensor for key, tensor in named if key.startswith("weight/")}
 
 
 @contextmanager
@@ -335,7 +381,8 @@ def _unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
 
 
 def _tensor_table(outer: dict[str, Any]) -> tuple[dict[str, TensorInfo], int]:
-    """The tensors by key, and their total bytes; checks that they are stored without gaps and overlaps."""
+    """The tensors by key, in the order of the file, and their total bytes; checks that they are stored without gaps and
+    overlaps."""
     spans: list[tuple[int, int, str, TensorInfo]] = []
     for key, entry in outer.items():
         match entry:
@@ -343,6 +390,7 @@ def _tensor_table(outer: dict[str, Any]) -> tuple[dict[str, TensorInfo], int]:
                 not rest
                 and name in _STORED
                 and len(shape) <= MAX_RANK
+                and len(key) <= MAX_NAME
                 and all(type(number) is int and number >= 0 for number in (*shape, begin, end))
             ):
                 dtype, itemsize = _STORED[name]
@@ -350,7 +398,8 @@ def _tensor_table(outer: dict[str, Any]) -> tuple[dict[str, TensorInfo], int]:
             case _:
                 raise EngineFormatError(f"the header has an invalid description of the tensor {key!r}")
     at = 0
-    for begin, end, key, info in sorted(spans, key=lambda span: span[:2]):
+    spans.sort(key=lambda span: span[:2])
+    for begin, end, key, info in spans:
         if begin != at or end - begin != info.nbytes:
             raise EngineFormatError(f"tensor {key!r} has a wrong offset, or a size that contradicts its shape")
         at = end
@@ -364,14 +413,20 @@ def _key(parameter: Parameter) -> str:
     return f"{'constant' if parameter.constant else 'weight'}/{parameter.name}"
 
 
-def _nodes(graph: Graph) -> Iterator[Node]:
-    """The nodes of the graph, its recipes and the bodies of its kernels."""
+def calls(graph: Graph) -> Iterator[Node]:
+    """The nodes of the graph, its recipes and the bodies of its kernels, without the kernels themselves."""
     for recipe in (weight.recipe for weight in graph.weights if weight.recipe):
-        yield from _nodes(recipe)
+        yield from calls(recipe)
     for node in graph.nodes:
-        yield node
-        if node.body:
-            yield from _nodes(node.body)
+        if node.body is None:
+            yield node
+        else:
+            yield from calls(node.body)
+
+
+def needs_trust(graph: Graph) -> tuple[str, ...]:
+    """The operators in a file that it may call only if its user trusts them."""
+    return tuple(sorted({node.op for node in calls(graph)} - FILE_OPS))
 
 
 def _parsed(text: str) -> Graph:
@@ -387,7 +442,7 @@ def _parsed(text: str) -> Graph:
         raise InvalidIR(f"the graph of an engine is of level 'fused', not {graph.level!r}")
     if str(graph) != text:
         raise InvalidIR("the text of the graph is not in the normal form of this format")
-    for node in _nodes(graph):
+    for node in calls(graph):
         if node.kind == "fallback" and node.op == "python":
             names = ", ".join(str(value) for value in node.outputs if value) or "without outputs"
             raise RtxError(f"the fallback node {names} calls a Python function, which no file can hold", loc=node.loc)
@@ -449,6 +504,7 @@ class Inspection:
         engine_bytes: the size of the file without weights.
         weight_bytes: the size of all weights, including those not in the file.
         kernels: for each target, the number of its kernels and the size of their binaries; targets may share binaries.
+        needs_trust: the operators that the file may call only if `load` gets their names as `trusted_ops`.
         tactics: per target, for how many kernel nodes each kind of tactic is expected to be the fastest.
         profiles: for each optimization profile, the shape of each input: static sizes and ranges.
     """
@@ -463,6 +519,7 @@ class Inspection:
     kernels: Mapping[str, tuple[int, int]]
     tactics: Mapping[str, Mapping[str, int]]
     profiles: tuple[Mapping[str, Shape], ...] = ()
+    needs_trust: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         manifest = self.manifest
@@ -475,7 +532,8 @@ class Inspection:
             *(f"profile {number}: {shapes_text(profile)}" for number, profile in enumerate(self.profiles)),
             "nodes: " + (", ".join(f"{count} {kind}" for kind, count in self.kinds.items()) or "none"),
             *(f"  {count:>6} {op}" for op, count in self.ops.items()),
-            "kernels: " + ("none" if not self.kernels else "compiled for"),
+            *(f"needs trusted_ops={list(self.needs_trust)}" for _ in self.needs_trust[:1]),
+            "kernels: " + ("none" if not self.kernels else "compiled for (they run only with trust_binaries=True)"),
             *(
                 f"  {target}: {count}, {_size(size)}; fastest by expectation: {_counts(self.tactics[target])}"
                 for target, (count, size) in self.kernels.items()
@@ -514,6 +572,7 @@ def inspect(path: Path) -> Inspection:
         tactics.bytes_of(table, {key.removeprefix("kernel/"): i.nbytes for key, i in header.tensors.items()}),
         tactics.kinds_of(table),
         tuple(shapes(graph, profile) for profile in profiles_of(graph, header.manifest.profiles)),
+        needs_trust(graph),
     )
 
 

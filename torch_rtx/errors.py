@@ -12,6 +12,7 @@
     │   └── EngineVersionError            an engine of a format that this release can't read
     ├── RefitError (also ValueError)      weights that are missing, unexpected or of another type
     ├── InputError (also ValueError)      an argument of a wrong dtype, device, rank or shape
+    ├── CallError                         an operator of a loaded engine failed during a call
     ├── CacheError                        a missing or damaged cache entry, or an invalid archive
     │   └── CacheDamaged                  a damaged runtime cache file
     └── Uncacheable                       internal: a graph without a key, which is built each time; always handled
@@ -95,6 +96,11 @@ class RefitError(RtxError, ValueError):
 
 class InputError(RtxError, ValueError):
     """An argument of a call has the wrong dtype, device, rank, shape or structure."""
+
+
+class CallError(RtxError):
+    """An operator of a loaded engine failed during a call, such as an index that is out of range; `__cause__` is its
+    own error."""
 
 
 class CacheError(RtxError):

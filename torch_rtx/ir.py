@@ -17,7 +17,7 @@ import math
 import re
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from keyword import iskeyword
 
 from torch_rtx.dtypes import DTYPES
@@ -29,6 +29,7 @@ COPY = "aten.copy_.default"  # overwrites an input or weight; has no result
 # contents read the result, and nothing reads the target after the write, so that edges alone order the accesses.
 UPDATES = frozenset(f"aten.{name}" for name in ("index_copy_.default", "index_put_.default"))
 UPDATES |= {"aten.scatter_.src", "aten.scatter_.value"}
+MAX_RANK = 64  # as in PyTorch
 LEVELS = {"import": ("op", "kernel", "fallback"), "fused": ("kernel", "extern", "view", "fallback")}
 SCALARS = frozenset(("int", "float", "bool"))
 DIM_OPS: dict[str, Callable[[Sequence[int]], int]] = {
@@ -130,6 +131,7 @@ def typical_size(dim: Dim, default: int) -> int:
     return DIM_OPS[dim.op]([typical_size(arg, default) for arg in dim.args])
 
 
+@lru_cache(maxsize=4096)
 def contiguous(shape: tuple[Dim, ...]) -> tuple[Dim, ...]:
     """Row-major strides of `shape`, in elements. As in PyTorch, a size of 0 counts as 1 for the strides to its left; a
     symbol counts as itself, since PyTorch assumes that it is at least 2."""
@@ -565,8 +567,13 @@ def _verify_type(what: str, type_: Type) -> None:
         raise InvalidIR(f"{what} has the unknown dtype {type_.dtype!r}")
     if len(type_.shape) != len(type_.strides):
         raise InvalidIR(f"{what} has {len(type_.shape)} sizes and {len(type_.strides)} strides")
-    if any(isinstance(dim, int) and dim < 0 for dim in type_dims(type_)):
+    if len(type_.shape) > MAX_RANK:
+        raise InvalidIR(f"{what} has {len(type_.shape)} dimensions, more than {MAX_RANK}")
+    numbers = [dim for dim in type_dims(type_) if isinstance(dim, int)]
+    if min(numbers, default=0) < 0:
         raise InvalidIR(f"{what} has a negative size or stride")
+    if max(numbers, default=0) >= 2**63:
+        raise InvalidIR(f"{what} has a size or stride that does not fit in 64 bits")
     if re.fullmatch(r"[a-z]+\d*", type_.device) is None:
         raise InvalidIR(f"{what} is on the unknown device {type_.device!r}")
 

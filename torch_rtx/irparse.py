@@ -1,7 +1,8 @@
 """Reads the text form of the IR: `parse(str(graph)) == graph`.
 
 Lines are split by hand; types, dims and arguments are Python expressions. Python's own parser turns them into a syntax
-tree, which is walked and never evaluated: untrusted text is safe to parse.
+tree, which is walked and never evaluated: untrusted text is safe to parse. Limits bound the time and the memory that a
+text takes, to about a second for each megabyte.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch_rtx.errors import InvalidIR
 from torch_rtx.ir import (
     LEVELS,
     MAIN,
+    MAX_RANK,
     SCALARS,
     Attr,
     Dim,
@@ -35,6 +37,11 @@ from torch_rtx.ir import (
 )
 
 MAX_DEPTH = 8  # of nested graphs; real ones have at most 3
+MAX_NESTING = 64  # of lists and dims in an expression
+MAX_LINES, MAX_LINE = 1 << 18, 1 << 18  # lines, each a node, an input, a parameter, a dim, ...; characters of a line
+MAX_NAME = 1000  # characters of the name of a value, dim, parameter or operator
+MAX_TERMS = 256  # of a dim
+WIDTH = 2**63  # numbers are of 64 bits
 KINDS = frozenset(kind for kinds in LEVELS.values() for kind in kinds)
 OPERATORS = {ast.Add: "+", ast.Mult: "*", ast.FloorDiv: "//", ast.Mod: "%"}
 CONSTANTS: dict[str, Attr] = {"inf": float("inf"), "nan": float("nan")}
@@ -47,11 +54,12 @@ def parse(text: str) -> Graph:
         InvalidIR: the text is not well-formed; the message has the line and its number.
     """
     reader = _Reader(text.splitlines())
+    if len(reader.lines) > MAX_LINES:
+        raise InvalidIR(f"a text of {len(reader.lines)} lines, more than {MAX_LINES}")
     try:
         graph = reader.graph(reader.next(), 0)
         if any(line.strip() for line in reader.lines[reader.at :]):
             raise InvalidIR("text follows the end of the graph")
-        str(graph)  # fails now, not in a later message, on huge integers and deep dims that Python can't print
     except InvalidIR as error:
         raise InvalidIR(f"line {reader.at}: {error.message}", hint=reader.line.strip()[:200]) from None
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -68,11 +76,9 @@ def parse_dim(text: str, syms: Mapping[str, Sym]) -> Dim:
     scope = _Scope()
     scope.syms.update(syms)
     try:
-        dim = _dim(_expression(text), scope)
-        str(dim)  # as in `parse`
+        return _dim(_expression(text), scope)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise InvalidIR(f"{text[:200]!r} is not a dim: {error}") from None
-    return dim
 
 
 class _Scope:
@@ -92,6 +98,8 @@ class _Reader:
             raise InvalidIR("the text ends inside a graph")
         self.line = self.lines[self.at]
         self.at += 1
+        if len(self.line) > MAX_LINE:
+            raise InvalidIR(f"a line of {len(self.line)} characters, more than {MAX_LINE}")
         return self.line.strip()
 
     def graph(self, head: str, depth: int) -> Graph:
@@ -146,7 +154,7 @@ class _Reader:
         if not isinstance(call, ast.Call) or call.args:
             raise InvalidIR("expected a call with named arguments")
         args = tuple((_argument_name(keyword.arg), _attr(keyword.value, scope)) for keyword in call.keywords)
-        return Node(kind, _dotted(call.func), args, tuple(_outputs(left, scope)) if left else (), body, loc)
+        return Node(kind, _short(_dotted(call.func)), args, tuple(_outputs(left, scope)) if left else (), body, loc)
 
 
 def _argument_name(name: str | None) -> str:
@@ -182,7 +190,7 @@ def _outputs(text: str, scope: _Scope) -> Iterator[Value | None]:
             continue
         if argument.annotation is None:
             raise InvalidIR(f"value {argument.arg} has no type")
-        value = Value(argument.arg, _type(argument.annotation, scope))
+        value = Value(_short(argument.arg), _type(argument.annotation, scope))
         scope.values[value.name] = value
         yield value
 
@@ -191,10 +199,13 @@ def _dim_line(text: str, scope: _Scope) -> None:
     name, _, right = text.partition(" = ")
     fields = ast.literal_eval(f"({right})")
     numbers = fields if isinstance(fields, tuple) and len(fields) in (3, 4) else (None,)
-    valid = all(type(number) is int or (index == 1 and number is None) for index, number in enumerate(numbers))
+    valid = all(
+        (type(number) is int and -WIDTH <= number < WIDTH) or (index == 1 and number is None)
+        for index, number in enumerate(numbers)
+    )
     if not is_name(name) or not valid:
         raise InvalidIR("expected `dim NAME = MIN, MAX, MULTIPLE` or `dim NAME = MIN, MAX, MULTIPLE, TYPICAL`")
-    scope.syms[name] = Sym(name, *numbers)
+    scope.syms[name] = Sym(_short(name), *numbers)
 
 
 def _parameter(text: str, constant: bool, scope: _Scope) -> Parameter:
@@ -210,7 +221,13 @@ def _strings(tree: ast.expr) -> tuple[str, ...]:
     items = ast.literal_eval(tree)
     if not all(isinstance(item, str) for item in items):
         raise InvalidIR("expected quoted names")
-    return tuple(items)
+    return tuple(map(_short, items))
+
+
+def _short(name: str) -> str:
+    if len(name) > MAX_NAME:
+        raise InvalidIR(f"a name of {len(name)} characters, more than {MAX_NAME}")
+    return name
 
 
 def _dotted(tree: ast.expr) -> str:
@@ -242,6 +259,8 @@ def _type(tree: ast.expr, scope: _Scope) -> Type:
     if not isinstance(tree, ast.Subscript) or not isinstance(tree.value, ast.Name):
         raise InvalidIR("expected a type such as f32[2, 3]")
     items = tree.slice.elts if isinstance(tree.slice, ast.Tuple) else [tree.slice]
+    if len(items) > MAX_RANK:
+        raise InvalidIR(f"{len(items)} dimensions, more than {MAX_RANK}")
     shape = tuple(_dim(item, scope) for item in items)
     if tree.value.id == "int" and len(shape) == 1 and strides is None and device == MAIN:
         return ScalarType("int", shape[0])
@@ -251,30 +270,56 @@ def _type(tree: ast.expr, scope: _Scope) -> Type:
 
 
 def _dim(tree: ast.expr, scope: _Scope) -> Dim:
-    attr = _attr(tree, scope)
+    return _as_dim(_attr(tree, scope))
+
+
+def _as_dim(attr: Attr) -> Dim:
     if type(attr) is not int and not isinstance(attr, Sym | Expr):
         raise InvalidIR("expected a dim")
     return attr
 
 
-def _attr(tree: ast.expr, scope: _Scope) -> Attr:
+def _attr(tree: ast.expr, scope: _Scope, depth: int = 0) -> Attr:
+    if depth > MAX_NESTING:
+        raise InvalidIR(f"lists or dims are nested more than {MAX_NESTING} deep")
     match tree:
-        case ast.Constant(value=constant) if constant is None or isinstance(constant, bool | int | float | str):
+        case ast.Constant(value=constant) if constant is None or isinstance(constant, bool | float | str):
             return constant
+        case ast.Constant(value=int(number)):
+            return _narrow(number)
         case ast.List(elts=items):
-            return tuple(_attr(item, scope) for item in items)
+            return tuple(_attr(item, scope, depth + 1) for item in items)
         case ast.Name(id=name):
             found = scope.syms.get(name, scope.values.get(name, CONSTANTS.get(name)))
             if found is None:
-                raise InvalidIR(f"{name} is not defined")
+                raise InvalidIR(f"{name[:MAX_NAME]} is not defined")
             return found
         case ast.UnaryOp(op=ast.USub(), operand=operand):
-            value = _attr(operand, scope)
+            value = _attr(operand, scope, depth + 1)
             if isinstance(value, int | float) and not isinstance(value, bool):
                 return -value
-        case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
-            symbol = OPERATORS[type(op)]
-            return dim_expr(symbol, _dim(left, scope), _dim(right, scope))
-        case ast.Call(func=ast.Name(id="min" | "max" as name), args=args, keywords=[]):
-            return dim_expr(name, *(_dim(arg, scope) for arg in args))
+        case ast.BinOp(op=op) if type(op) in OPERATORS:
+            args = [_as_dim(_attr(term, scope, depth + 1)) for term in _terms(tree)]
+            return _narrow(dim_expr(OPERATORS[type(op)], *args))
+        case ast.Call(func=ast.Name(id="min" | "max" as name), args=terms, keywords=[]) if len(terms) <= MAX_TERMS:
+            return _narrow(dim_expr(name, *[_as_dim(_attr(term, scope, depth + 1)) for term in terms]))
     raise InvalidIR("expected None, a number, a string, a list, a value or a dim")
+
+
+def _terms(tree: ast.BinOp) -> list[ast.expr]:
+    """The operands of an operator; of a chain of sums or products all at once, so that it is built in one step."""
+    found: list[ast.expr] = [tree.right]
+    left = tree.left
+    while isinstance(tree.op, ast.Add | ast.Mult) and isinstance(left, ast.BinOp) and type(left.op) is type(tree.op):
+        found.append(left.right)
+        left = left.left
+    if len(found) >= MAX_TERMS:
+        raise InvalidIR(f"a dim of more than {MAX_TERMS} terms")
+    return [left, *found[::-1]]
+
+
+def _narrow(dim: Dim) -> Dim:
+    """`dim`, which must be a number of 64 bits or no number; 2**63 is one, since `-` may stand before it."""
+    if isinstance(dim, int) and not -WIDTH <= dim <= WIDTH:
+        raise InvalidIR("a number does not fit in 64 bits")
+    return dim

@@ -75,10 +75,16 @@ def _string_map(value: Any) -> dict[str, str]:
     return {key: exactly(str)(item) for key, item in exactly(dict)(value).items()}
 
 
+def _device(value: Any) -> str:
+    if exactly(str)(value) not in ("cpu", "cuda"):
+        raise TypeError(f"no engine is built for {value[:100]!r}")
+    return str(value)
+
+
 _FIELDS: dict[str, Callable[[Any], Any]] = {
     "format_version": exactly(int),
     "min_reader": exactly(int),
-    "device": exactly(str),
+    "device": _device,
     "platform": exactly(str),
     "producer": _string_map,
     "inputs": _strings,

@@ -1,7 +1,8 @@
-"""The allow-list: every overload that an engine may call, of ATen but for INTERNAL. To allow an op is to add its name.
+"""The allow-lists: the overloads that an engine may call, of ATen but for INTERNAL. To allow an op is to add its name.
 
-All are functional except those under the last heading. The headings are for the reader; the code asks the op's own
-schema and tags.
+`ALLOWED` is for graphs of this process and of its caches. `FILE_OPS` is for engine files, which may come from anywhere:
+it lacks what inference does not need and what PyTorch does not check, the headings in `UNTRUSTED`. Other headings are
+for the reader; the code asks the op's own schema and tags. All ops are functional except those under "effect".
 """
 
 from __future__ import annotations
@@ -22,106 +23,92 @@ hypot.default i0.default igamma.default igammac.default isinf.default isnan.defa
 lcm.default ldexp.Tensor le.Scalar le.Tensor leaky_relu.default lerp.Scalar lerp.Tensor lgamma.default log.default
 log10.default log1p.default log2.default logaddexp.default logaddexp2.default logical_and.default logical_not.default
 logical_or.default logical_xor.default logit.default lt.Scalar lt.Tensor masked_fill.Scalar maximum.default
-minimum.default mish.default mul.Scalar mul.Tensor mvlgamma.default nan_to_num.default ne.Scalar ne.Tensor neg.default
-nextafter.default polygamma.default pow.Scalar pow.Tensor_Scalar pow.Tensor_Tensor rad2deg.default reciprocal.default
-relu.default relu6.default remainder.Scalar remainder.Scalar_Tensor remainder.Tensor round.decimals round.default
-rsqrt.default rsub.Scalar selu.default sgn.default sigmoid.default sign.default signbit.default silu.default
-sin.default sinc.default sinh.default softplus.default special_airy_ai.default special_bessel_j0.default
-special_bessel_j1.default special_bessel_y0.default special_bessel_y1.default special_chebyshev_polynomial_t.default
-special_chebyshev_polynomial_u.default special_chebyshev_polynomial_v.default special_chebyshev_polynomial_w.default
-special_entr.default special_erfcx.default special_hermite_polynomial_h.default special_hermite_polynomial_he.default
-special_i0e.default special_i1.default special_i1e.default special_laguerre_polynomial_l.default
-special_legendre_polynomial_p.default special_log_ndtr.default special_modified_bessel_i0.default
+minimum.default mish.default mul.Scalar mul.Tensor nan_to_num.default ne.Scalar ne.Tensor neg.default nextafter.default
+polygamma.default pow.Scalar pow.Tensor_Scalar pow.Tensor_Tensor rad2deg.default reciprocal.default relu.default
+relu6.default remainder.Scalar remainder.Scalar_Tensor remainder.Tensor round.decimals round.default rsqrt.default
+rsub.Scalar selu.default sgn.default sigmoid.default sign.default signbit.default silu.default sin.default sinc.default
+sinh.default softplus.default special_airy_ai.default special_bessel_j0.default special_bessel_j1.default
+special_bessel_y0.default special_bessel_y1.default special_entr.default special_erfcx.default special_i0e.default
+special_i1.default special_i1e.default special_log_ndtr.default special_modified_bessel_i0.default
 special_modified_bessel_i1.default special_modified_bessel_k0.default special_modified_bessel_k1.default
 special_ndtri.default special_scaled_modified_bessel_k0.default special_scaled_modified_bessel_k1.default
-special_shifted_chebyshev_polynomial_t.default special_shifted_chebyshev_polynomial_u.default
-special_shifted_chebyshev_polynomial_v.default special_shifted_chebyshev_polynomial_w.default
 special_spherical_bessel_j0.default special_xlog1py.default special_zeta.default sqrt.default sub.Scalar sub.Tensor
 tan.default tanh.default threshold.default trunc.default where.self xlogy.Tensor
 # view: no data moves
-_reshape_alias.default alias.default as_strided.default detach.default diagonal.default expand.default
-lift_fresh.default permute.default select.int slice.Tensor split.Tensor split_with_sizes.default squeeze.default
-squeeze.dim squeeze.dims t.default transpose.int unbind.int unfold.default unsqueeze.default view.default view.dtype
-view_as_complex.default view_as_real.default
+alias.default detach.default diagonal.default expand.default lift_fresh.default permute.default select.int slice.Tensor
+split.Tensor split_with_sizes.default squeeze.default squeeze.dim squeeze.dims t.default transpose.int unbind.int
+unfold.default unsqueeze.default view.default view.dtype view_as_complex.default view_as_real.default
 # factory: no tensor goes in
 arange.default arange.start arange.start_step empty.memory_format empty_permuted.default empty_strided.default
 eye.default eye.m full.default hann_window.default linspace.default logspace.default ones.default scalar_tensor.default
 tril_indices.default triu_indices.default zeros.default
 # other: contractions, reductions, normalizations, indexing, copies, solvers
 _adaptive_avg_pool2d.default _adaptive_avg_pool3d.default _addmm_activation.default _assert_async.msg
-_assert_scalar.default
-_batch_norm_with_update_functional.default _cdist_forward.default _chunk_cat.default _embedding_bag.default
-_embedding_bag_forward_only.default _fft_c2c.default _fft_c2r.default _fft_r2c.default _fused_rms_norm.default
-_grouped_mm.default _histogramdd_bin_edges.default _histogramdd_from_bin_cts.default
-_histogramdd_from_bin_tensors.default _int_mm.default _linalg_det.default _linalg_eigh.default _linalg_slogdet.default
-_linalg_solve_ex.default _linalg_svd.default _local_scalar_dense.default _log_softmax.default
+_assert_scalar.default _batch_norm_with_update_functional.default _cdist_forward.default _fft_c2c.default
+_fft_c2r.default _fft_r2c.default _fused_rms_norm.default _int_mm.default _linalg_det.default _linalg_eigh.default
+_linalg_slogdet.default _linalg_solve_ex.default _linalg_svd.default _local_scalar_dense.default _log_softmax.default
 _native_batch_norm_legit.no_stats _native_batch_norm_legit_functional.default
 _native_batch_norm_legit_no_training.default _pdist_forward.default _prelu_kernel.default _safe_softmax.default
-_scaled_mm.default _softmax.default _thnn_fused_lstm_cell.default _to_copy.default _trilinear.default
-_unsafe_index.Tensor _unsafe_index_put.default _unsafe_masked_index.default _unsafe_masked_index_put_accumulate.default
-_unsafe_view.default _upsample_bicubic2d_aa.vec _upsample_bilinear2d_aa.default _upsample_bilinear2d_aa.vec
-_upsample_nearest_exact1d.default _upsample_nearest_exact1d.vec _upsample_nearest_exact2d.default
-_upsample_nearest_exact2d.vec _upsample_nearest_exact3d.default _upsample_nearest_exact3d.vec
-_weight_norm_interface.default adaptive_avg_pool1d.default adaptive_avg_pool2d.default adaptive_avg_pool3d.default
-adaptive_max_pool1d.default adaptive_max_pool2d.default adaptive_max_pool3d.default affine_grid_generator.default
-addbmm.default addmm.default addmv.default addr.default alias_copy.default all.default all.dim all.dims amax.default
-amin.default aminmax.default any.default any.dim any.dims argmax.default argmin.default as_strided_copy.default
-as_strided_scatter.default avg_pool1d.default avg_pool2d.default avg_pool3d.default baddbmm.default bilinear.default
-binary_cross_entropy.default binary_cross_entropy_with_logits.default block_diag.default bmm.default bucketize.Scalar
-bucketize.Tensor cat.default channel_shuffle.default cholesky.default cholesky_inverse.default cholesky_solve.default
-col2im.default complex.default constant_pad_nd.default conv1d.default conv1d.padding conv2d.default conv2d.padding
-conv3d.default conv3d.padding conv_transpose1d.default conv_transpose2d.input conv_transpose3d.input
-convolution.default copy.default count_nonzero.default count_nonzero.dim_IntList cudnn_batch_norm.default
-cudnn_convolution_add_relu.default cudnn_convolution_relu.default
-cummax.default cummin.default cumprod.default cumsum.default diag_embed.default diagonal_copy.default
-diagonal_scatter.default dist.default dot.default embedding.default embedding_bag.default embedding_bag.padding_idx
+_scaled_mm.default _softmax.default _to_copy.default _trilinear.default _unsafe_index.Tensor _unsafe_view.default
+_upsample_bicubic2d_aa.vec _upsample_bilinear2d_aa.default _upsample_bilinear2d_aa.vec _upsample_nearest_exact1d.default
+_upsample_nearest_exact1d.vec _upsample_nearest_exact2d.default _upsample_nearest_exact2d.vec
+_upsample_nearest_exact3d.default _upsample_nearest_exact3d.vec _weight_norm_interface.default
+adaptive_avg_pool1d.default adaptive_avg_pool2d.default adaptive_avg_pool3d.default adaptive_max_pool1d.default
+adaptive_max_pool2d.default adaptive_max_pool3d.default affine_grid_generator.default addbmm.default addmm.default
+addmv.default addr.default alias_copy.default all.default all.dim all.dims amax.default amin.default aminmax.default
+any.default any.dim any.dims argmax.default argmin.default avg_pool1d.default avg_pool2d.default avg_pool3d.default
+baddbmm.default bilinear.default binary_cross_entropy.default binary_cross_entropy_with_logits.default
+block_diag.default bmm.default bucketize.Scalar bucketize.Tensor cat.default channel_shuffle.default cholesky.default
+cholesky_inverse.default cholesky_solve.default col2im.default complex.default constant_pad_nd.default conv1d.default
+conv1d.padding conv2d.default conv2d.padding conv3d.default conv3d.padding conv_transpose1d.default
+conv_transpose2d.input conv_transpose3d.input convolution.default copy.default count_nonzero.default
+count_nonzero.dim_IntList cudnn_batch_norm.default cummax.default cummin.default cumprod.default cumsum.default
+diag_embed.default diagonal_copy.default diagonal_scatter.default dist.default dot.default embedding.default
 embedding_renorm.default empty_like.default expand_copy.default fill.Scalar fill.Tensor flip.default
-floor_divide.default fractional_max_pool2d.default fractional_max_pool3d.default full_like.default gather.default
-geqrf.default glu.default grid_sampler.default grid_sampler_2d.default grid_sampler_3d.default group_norm.default
-hardswish.default hash_tensor.default histc.default histogram.bin_ct histogram.bins_tensor huber_loss.default
+floor_divide.default full_like.default gather.default geqrf.default glu.default grid_sampler.default
+grid_sampler_2d.default grid_sampler_3d.default group_norm.default hardswish.default histc.default huber_loss.default
 im2col.default index.Tensor index_add.default index_copy.default index_fill.int_Scalar index_fill.int_Tensor
 index_put.default index_reduce.default index_select.default instance_norm.default isin.Tensor_Tensor kthvalue.default
 layer_norm.default lift.default lift_fresh_copy.default linalg_cholesky_ex.default linalg_cross.default
 linalg_eig.default linalg_householder_product.default linalg_inv_ex.default linalg_ldl_factor_ex.default
-linalg_ldl_solve.default linalg_lu.default linalg_lu_factor_ex.default linalg_lu_solve.default
-linalg_matrix_exp.default linalg_pinv.atol_rtol_tensor linalg_qr.default linalg_solve_triangular.default
-linalg_vector_norm.default linear.default linspace.Tensor_Scalar linspace.Tensor_Tensor log_sigmoid.default
-log_sigmoid_forward.default log_softmax.int logcumsumexp.default logspace.Tensor_Scalar logspace.Tensor_Tensor
-logsumexp.default lu_unpack.default masked_fill.Tensor masked_scatter.default matmul.default max.default max.dim
-max_pool1d.default max_pool2d.default max_pool2d_with_indices.default max_pool3d.default
-max_pool3d_with_indices.default max_unpool2d.default max_unpool3d.default mean.default mean.dim median.default
-median.dim min.default min.dim mkldnn_rnn_layer.default mm.default mode.default mse_loss.default mv.default
-nanmedian.default nanmedian.dim nansum.default narrow_copy.default native_batch_norm.default native_group_norm.default
-native_layer_norm.default new_empty.default new_empty_strided.default new_full.default new_ones.default
-new_zeros.default nll_loss2d_forward.default nll_loss_forward.default nonzero.default nonzero_static.default norm.Scalar
-norm.ScalarOpt_dim one_hot.default ones_like.default ormqr.default permute_copy.default pixel_shuffle.default
-pixel_unshuffle.default polar.default prelu.default prod.default prod.dim_int put.default reflection_pad1d.default
-reflection_pad2d.default reflection_pad3d.default renorm.default repeat.default repeat_interleave.self_Tensor
-repeat_interleave.self_int replication_pad1d.default replication_pad2d.default replication_pad3d.default
-rms_norm.default roll.default rot90.default rsub.Tensor scatter.reduce scatter.src scatter.value scatter.value_reduce
-scatter_add.default scatter_reduce.two searchsorted.Scalar searchsorted.Tensor segment_reduce.default
-select_scatter.default slice_scatter.default smooth_l1_loss.default soft_margin_loss.default softmax.int sort.default
-sort.stable split_with_sizes_copy.default squeeze_copy.default squeeze_copy.dim stack.default std.correction
-std_mean.correction sum.default sum.dim_IntList t_copy.default take.default topk.default trace.default
+linalg_lu.default linalg_lu_factor_ex.default linalg_matrix_exp.default linalg_pinv.atol_rtol_tensor linalg_qr.default
+linalg_solve_triangular.default linalg_vector_norm.default linear.default linspace.Tensor_Scalar linspace.Tensor_Tensor
+log_sigmoid.default log_sigmoid_forward.default log_softmax.int logcumsumexp.default logspace.Tensor_Scalar
+logspace.Tensor_Tensor logsumexp.default masked_fill.Tensor masked_scatter.default matmul.default max.default max.dim
+max_pool1d.default max_pool2d.default max_pool2d_with_indices.default max_pool3d.default max_pool3d_with_indices.default
+max_unpool2d.default max_unpool3d.default mean.default mean.dim median.default median.dim min.default min.dim mm.default
+mode.default mse_loss.default mv.default nanmedian.default nanmedian.dim nansum.default narrow_copy.default
+native_batch_norm.default native_group_norm.default native_layer_norm.default new_empty.default
+new_empty_strided.default new_full.default new_ones.default new_zeros.default nll_loss2d_forward.default
+nll_loss_forward.default nonzero.default nonzero_static.default norm.Scalar norm.ScalarOpt_dim one_hot.default
+ones_like.default ormqr.default permute_copy.default pixel_shuffle.default pixel_unshuffle.default polar.default
+prelu.default prod.default prod.dim_int put.default reflection_pad1d.default reflection_pad2d.default
+reflection_pad3d.default renorm.default repeat.default repeat_interleave.self_int replication_pad1d.default
+replication_pad2d.default replication_pad3d.default rms_norm.default roll.default rot90.default rsub.Tensor
+scatter.reduce scatter.src scatter.value scatter.value_reduce scatter_add.default scatter_reduce.two searchsorted.Scalar
+searchsorted.Tensor select_scatter.default slice_scatter.default smooth_l1_loss.default soft_margin_loss.default
+softmax.int sort.default sort.stable split_with_sizes_copy.default squeeze_copy.default squeeze_copy.dim stack.default
+std.correction std_mean.correction sum.default sum.dim_IntList t_copy.default take.default topk.default trace.default
 transpose_copy.int triangular_solve.default tril.default triu.default unbind_copy.int unfold_copy.default
-unsafe_split.Tensor unsqueeze_copy.default upsample_bicubic2d.default upsample_bicubic2d.vec
-upsample_bilinear2d.default upsample_bilinear2d.vec upsample_linear1d.vec upsample_nearest1d.default
-upsample_nearest1d.vec upsample_nearest2d.default upsample_nearest2d.vec upsample_nearest3d.default
-upsample_nearest3d.vec upsample_trilinear3d.vec var.correction var_mean.correction vdot.default view_copy.default
-zero.default zeros_like.default
+unsafe_split.Tensor unsqueeze_copy.default upsample_bicubic2d.default upsample_bicubic2d.vec upsample_bilinear2d.default
+upsample_bilinear2d.vec upsample_linear1d.vec upsample_nearest1d.default upsample_nearest1d.vec
+upsample_nearest2d.default upsample_nearest2d.vec upsample_nearest3d.default upsample_nearest3d.vec
+upsample_trilinear3d.vec var.correction var_mean.correction vdot.default view_copy.default zero.default
+zeros_like.default
 # backward: gradients
 _adaptive_avg_pool2d_backward.default _adaptive_avg_pool3d_backward.default _cdist_backward.default
 _embedding_bag_dense_backward.default _fused_rms_norm_backward.default _log_softmax_backward_data.default
-_pdist_backward.default _prelu_kernel_backward.default _scaled_dot_product_flash_attention_backward.default
+_pdist_backward.default _prelu_kernel_backward.default _scaled_dot_product_cudnn_attention_backward.default
+_scaled_dot_product_efficient_attention_backward.default _scaled_dot_product_flash_attention_backward.default
 _scaled_dot_product_flash_attention_for_cpu_backward.default _softmax_backward_data.default
 _upsample_bicubic2d_aa_backward.default _upsample_bilinear2d_aa_backward.default
 _upsample_nearest_exact1d_backward.default _upsample_nearest_exact2d_backward.default
 _upsample_nearest_exact3d_backward.default _weight_norm_interface_backward.default adaptive_max_pool2d_backward.default
 adaptive_max_pool3d_backward.default avg_pool2d_backward.default avg_pool3d_backward.default
-binary_cross_entropy_backward.default convolution_backward.default elu_backward.default
-embedding_dense_backward.default gelu_backward.default glu_backward.default grid_sampler_2d_backward.default
-grid_sampler_3d_backward.default hardsigmoid_backward.default hardswish_backward.default hardtanh_backward.default
-huber_loss_backward.default leaky_relu_backward.default linear_backward.default log_sigmoid_backward.default
+binary_cross_entropy_backward.default convolution_backward.default elu_backward.default embedding_dense_backward.default
+gelu_backward.default glu_backward.default grid_sampler_2d_backward.default grid_sampler_3d_backward.default
+hardsigmoid_backward.default hardswish_backward.default hardtanh_backward.default huber_loss_backward.default
+leaky_relu_backward.default linear_backward.default log_sigmoid_backward.default
 max_pool2d_with_indices_backward.default max_pool3d_with_indices_backward.default mish_backward.default
 mse_loss_backward.default native_batch_norm_backward.default native_dropout_backward.default
 native_group_norm_backward.default native_layer_norm_backward.default nll_loss2d_backward.default
@@ -133,18 +120,40 @@ tanh_backward.default threshold_backward.default unfold_backward.default upsampl
 upsample_bilinear2d_backward.default upsample_linear1d_backward.default upsample_nearest1d_backward.default
 upsample_nearest2d_backward.default upsample_nearest3d_backward.default upsample_trilinear3d_backward.default
 # random: draws from the random number generator: never hoisted, never merged
-_scaled_dot_product_cudnn_attention.default _scaled_dot_product_cudnn_attention_backward.default
-_scaled_dot_product_efficient_attention.default _scaled_dot_product_efficient_attention_backward.default
+_scaled_dot_product_cudnn_attention.default _scaled_dot_product_efficient_attention.default
 _scaled_dot_product_flash_attention.default _scaled_dot_product_flash_attention_for_cpu.default bernoulli.default
-bernoulli.p cauchy.default exponential.default geometric.default gru.data gru.input log_normal.default lstm.data
-lstm.input multinomial.default native_dropout.default normal.Tensor_Tensor normal.Tensor_float normal.float_Tensor
+bernoulli.p cauchy.default exponential.default geometric.default gru.input log_normal.default lstm.input
+multinomial.default native_dropout.default normal.Tensor_Tensor normal.Tensor_float normal.float_Tensor
 normal.float_float normal_functional.default rand.default rand_like.default randint.default randint.low
 randint_like.default randint_like.low_dtype randn.default randn_like.default randperm.default
-rrelu_with_noise_functional.default scaled_dot_product_attention.default
+scaled_dot_product_attention.default
 # effect: writes to an input or a weight
 copy_.default index_copy_.default index_put_.default scatter_.src scatter_.value
+# unchecked: PyTorch trusts their arguments or data: addresses, offsets, shapes, or how long they run
+_chunk_cat.default _embedding_bag.default _embedding_bag_forward_only.default _grouped_mm.default
+_histogramdd_bin_edges.default _histogramdd_from_bin_cts.default _histogramdd_from_bin_tensors.default
+_reshape_alias.default _thnn_fused_lstm_cell.default _unsafe_index_put.default _unsafe_masked_index.default
+_unsafe_masked_index_put_accumulate.default as_strided.default as_strided_copy.default as_strided_scatter.default
+cudnn_convolution_add_relu.default cudnn_convolution_relu.default embedding_bag.default embedding_bag.padding_idx
+fractional_max_pool2d.default fractional_max_pool3d.default gru.data hash_tensor.default histogram.bin_ct
+histogram.bins_tensor linalg_ldl_solve.default linalg_lu_solve.default lstm.data lu_unpack.default
+mkldnn_rnn_layer.default mvlgamma.default repeat_interleave.self_Tensor rrelu_with_noise_functional.default
+segment_reduce.default special_chebyshev_polynomial_t.default special_chebyshev_polynomial_u.default
+special_chebyshev_polynomial_v.default special_chebyshev_polynomial_w.default special_hermite_polynomial_h.default
+special_hermite_polynomial_he.default special_laguerre_polynomial_l.default special_legendre_polynomial_p.default
+special_shifted_chebyshev_polynomial_t.default special_shifted_chebyshev_polynomial_u.default
+special_shifted_chebyshev_polynomial_v.default special_shifted_chebyshev_polynomial_w.default
 """
 INTERNAL = frozenset(("torch_rtx.attention_partial.default",))  # calls inside of kernels, which `aten` defines
-ALLOWED: frozenset[str] = INTERNAL | {
-    f"aten.{name}" for line in _NAMES.splitlines() if not line.startswith("#") for name in line.split()
-}
+UNTRUSTED = ("backward", "unchecked")  # headings of ops that a file may call only if its user names them
+
+
+def _under_headings() -> dict[str, frozenset[str]]:
+    """The ops by the first word of their heading."""
+    parts = (part.partition("\n") for part in _NAMES.split("\n# ")[1:])
+    return {head.partition(":")[0]: frozenset(f"aten.{name}" for name in names.split()) for head, _, names in parts}
+
+
+_HEADINGS = _under_headings()
+ALLOWED: frozenset[str] = INTERNAL.union(*_HEADINGS.values())
+FILE_OPS: frozenset[str] = ALLOWED.difference(*(_HEADINGS[heading] for heading in UNTRUSTED))

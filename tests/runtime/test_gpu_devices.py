@@ -27,7 +27,7 @@ def test_second_gpu(tmp_path: Path) -> None:
     model = mlp("cuda:1")
     module = torch_rtx.compile(model, (torch.randn(4, 64, device="cuda:1"),))
     torch_rtx.save(module, tmp_path / "m.rtx")
-    loaded = torch_rtx.load(tmp_path / "m.rtx", weights=model, device="cuda:1")
+    loaded = torch_rtx.load(tmp_path / "m.rtx", weights=model, device="cuda:1", trust_binaries=True)
     for _ in range(4):
         x = torch.randn(4, 64, device="cuda:1")
         torch.testing.assert_close(module(x), model(x))
@@ -39,7 +39,8 @@ def test_second_gpu(tmp_path: Path) -> None:
 def test_the_same_engine_on_both(tmp_path: Path) -> None:
     model = mlp("cuda:0")
     torch_rtx.save(torch_rtx.compile(model, (torch.randn(4, 64, device="cuda:0"),)), tmp_path / "m.rtx")
-    modules = [torch_rtx.load(tmp_path / "m.rtx", weights=model, device=f"cuda:{index}") for index in range(2)]
+    devices = [f"cuda:{index}" for index in range(2)]
+    modules = [torch_rtx.load(tmp_path / "m.rtx", model, device, trust_binaries=True) for device in devices]
     for _ in range(4):
         x = torch.randn(4, 64, device="cuda:0")
         for index, module in enumerate(modules):

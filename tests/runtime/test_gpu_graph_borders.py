@@ -216,7 +216,7 @@ def test_with_weight_streaming(tmp_path: Path) -> None:
     path = tmp_path / "model.rtx"
     torch_rtx.save(torch_rtx.compile(model, (halves(16, 512),), settings=GENERATED), path)
     settings = RuntimeSettings(tactics="kernel", weight_streaming_budget="50%", specialization_strategy="none")
-    module = torch_rtx.load(path, device="cuda", settings=settings)
+    module = torch_rtx.load(path, device="cuda", settings=settings, trust_binaries=True)
     module.refit(model)
     with torch.no_grad():
         pairs = [(module(x), model(x)) for x in (halves(16, 512) for _ in range(10))]

@@ -64,7 +64,7 @@ def test_exported(name: str, tmp_path: Any) -> None:
     eager_model = copy.deepcopy(model)
     torch_rtx.save(torch_rtx.compile(model, args, kwargs), tmp_path / "m.rtx")
     settings = torch_rtx.RuntimeSettings(specialization_strategy="none")
-    loaded = torch_rtx.load(tmp_path / "m.rtx", weights=model, settings=settings)
+    loaded = torch_rtx.load(tmp_path / "m.rtx", weights=model, settings=settings, trust_binaries=True)
     for seed in range(3):
         args, kwargs = fresh_inputs(name, "small", torch.float16, seed)
         exact = in_float64(eager_model, args, kwargs)

@@ -61,7 +61,8 @@ def load(folder: Path, budget: int | str | None, weights: Any = None, graphs: bo
     settings = RuntimeSettings(
         weight_streaming_budget=budget, cuda_graph_strategy=strategy, specialization_strategy="none"
     )
-    return torch_rtx.load(folder / "model.rtx", weights or folder / "0.safetensors", "cuda", settings)
+    weights = weights or folder / "0.safetensors"
+    return torch_rtx.load(folder / "model.rtx", weights, "cuda", settings, trust_binaries=True)
 
 
 def inputs(count: int, batch: int = 4) -> list[torch.Tensor]:

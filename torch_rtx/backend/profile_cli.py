@@ -19,6 +19,7 @@ def profile(
     weights: Annotated[Path | None, typer.Option(help="A .safetensors file; default: random weights.")] = None,
     size: Annotated[list[str] | None, typer.Option(help="A dynamic size, as s77=8; may be repeated.")] = None,
     device: Annotated[str | None, typer.Option(help="The device; default: the one that it was built for.")] = None,
+    trust_binaries: Annotated[bool, typer.Option(help="Run the GPU kernels in the file, which you trust.")] = False,
     repeats: Annotated[int, typer.Option(help="Number of measured runs.")] = 20,
     modules: Annotated[int | None, typer.Option(help="Print times by module, down to this depth.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Write a trace for ui.perfetto.dev.")] = None,
@@ -29,7 +30,7 @@ def profile(
     from torch_rtx.runtime import profiling
 
     with errors():
-        module = modules_of.load(path, weights, device)
+        module = modules_of.load(path, weights, device, trust_binaries=trust_binaries)
         sizes = sizes_given(module.engine.graph, size or [])
         if weights is None and module.engine.weights is None:
             named = {p.name: p.type for p in module.engine.graph.parameters if not p.constant}

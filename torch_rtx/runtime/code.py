@@ -169,11 +169,13 @@ class _Writer:
     names: dict[str, Any] = field(default_factory=dict)  # the globals of the generated function
     written: set[str] = field(default_factory=set)  # values that kernels write
     tensors: set[str] = field(default_factory=set)  # values in the arena that have become tensors by now
+    inputs: set[str] = field(default_factory=set)
 
     def write(self) -> str:
         # Names of the code itself begin with `_`, those of values never do.
         self.names |= {"_restride": restride, "_copy_strided": copy_strided, "inf": math.inf, "nan": math.nan}
         graph = self.graph
+        self.inputs = {value.name for value in graph.inputs}
         for source, values in (("_inputs", graph.inputs), ("_weights", [w.value for w in graph.weights])):
             if values:
                 self.lines.append(f"{', '.join(v.name for v in values)}, = {source}")
@@ -269,6 +271,7 @@ class _Writer:
             self.lines.append(self.aten_call(node, aten.out_of(node.op), node.outputs[0].name))
             return
         call = self.python_call(node) if node.op == "python" else self.aten_call(node)
+        call += ".zero_()" * (node.op in aten.UNINITIALIZED)
         if not node.outputs:
             self.lines.append(call)
             return
@@ -393,7 +396,7 @@ class _Writer:
         return f"({''.join(f'{dim}, ' for dim in dims)})"
 
     def output(self, attr: Attr) -> str:
-        if isinstance(attr, Value) and attr.name in {v.name for v in self.graph.inputs}:
+        if isinstance(attr, Value) and attr.name in self.inputs:
             return attr.name
         return self.text(attr, fallback=True)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from operator import attrgetter
 from typing import Any
@@ -19,10 +19,11 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch_rtx import aten
 from torch_rtx import engine as engine_file
 from torch_rtx.engine import Engine
-from torch_rtx.errors import EngineFormatError, InvalidIR, RtxError
+from torch_rtx.errors import CallError, EngineFormatError, InvalidIR, RtxError, SettingsError
 from torch_rtx.ir import Parameter, TensorType
 from torch_rtx.profiles import Shape, profiles_of, shapes
 from torch_rtx.runtime.alias_guard import AliasGuard
+from torch_rtx.runtime.file_check import FileCheck
 from torch_rtx.runtime.session import Session
 from torch_rtx.runtime.signature import Signature
 from torch_rtx.runtime.streaming import stream
@@ -47,6 +48,8 @@ class CompiledModule(nn.Module):
         callables: the functions of Python fallbacks, for an engine that was built in this process.
         trusted_ops: operators outside the allow-list that the engine may call.
         signature: the call signature; None: the engine's own.
+        kernels: those of a loaded engine that may run; None: this process built the engine, and all run.
+        check: has checked a loaded engine, and checks the sizes of calls; None: everything in it is trusted.
 
     Raises:
         EngineFormatError: the engine's own signature is damaged.
@@ -63,6 +66,8 @@ class CompiledModule(nn.Module):
         callables: Sequence[Callable[..., Any]] = (),
         trusted_ops: Collection[str] = (),
         signature: Signature | None = None,
+        kernels: KernelTable | None = None,
+        check: FileCheck | None = None,
     ) -> None:
         super().__init__()
         self.engine, self.device = engine, device
@@ -71,12 +76,17 @@ class CompiledModule(nn.Module):
         constants = dict(engine.constants)
         settings, trusted = settings or RuntimeSettings(), frozenset(trusted_ops)
         graph = engine.graph
-        tactics, context = tactics_and_context(engine.kernels, graph, device, settings)
+        tactics, context = tactics_and_context(engine.kernels if kernels is None else kernels, graph, device, settings)
         streamer = stream(graph, device, settings.weight_streaming_budget, trusted)
         self._store = WeightStore(graph, device, constants, engine.manifest.unused_names, streamer)
         profiles = engine.manifest.profiles
-        self.session = Session(graph, self._store, settings, callables, trusted, tactics, profiles, context)
-        self._with_weights = _caller(self._signature, AliasGuard(graph, self._store), self._store, self.session)
+        self.session = Session(
+            *(graph, self._store, settings, callables, trusted, tactics, profiles, context),
+            check_sizes=None if check is None else check.at,
+        )
+        self._with_weights = _caller(
+            self._signature, AliasGuard(graph, self._store), self._store, self.session, loaded=kernels is not None
+        )
         self._run = _without_weights if self._store.parameters else self._with_weights
 
     @property
@@ -167,15 +177,24 @@ class CompiledModule(nn.Module):
 Call = Callable[[tuple[Any, ...], Mapping[str, Any]], Any]  # takes args and kwargs
 
 
-def _caller(signature: Signature, guard: AliasGuard, store: WeightStore, session: Session) -> Call:
-    """The call of a module that has weights, as a closure, since attributes of an `nn.Module` are slow to read."""
+def _caller(signature: Signature, guard: AliasGuard, store: WeightStore, session: Session, loaded: bool) -> Call:
+    """The call of a module that has weights, as a closure, since attributes of an `nn.Module` are slow to read.
+
+    Args:
+        loaded: errors of operators are CallErrors; else they are as in the model, which this process has.
+    """
 
     def call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        inputs = signature.flatten(args, kwargs)
-        if guard.needed:
-            inputs = guard(inputs)
-        store.refresh()
-        return signature.unflatten(session(inputs))
+        try:
+            inputs = signature.flatten(args, kwargs)
+            if guard.needed:
+                inputs = guard(inputs)
+            store.refresh()
+            return signature.unflatten(session(inputs))
+        except Exception as error:
+            if not loaded or isinstance(error, RtxError | torch.OutOfMemoryError):
+                raise
+            raise CallError(f"an operator of the engine failed: {type(error).__name__}: {error}") from error
 
     return call
 
@@ -219,48 +238,84 @@ def load(
     device: torch.device | str | None = None,
     settings: RuntimeSettings | None = None,
     trusted_ops: Sequence[str] = (),
-    trust_binaries: bool = True,
+    trust_binaries: bool = False,
+    sha256: str | None = None,
+    mmap: bool = False,
 ) -> CompiledModule:
-    """Load an engine.
+    """Load an engine. Without the arguments that say so, nothing in the file is trusted: see docs/trust.md.
 
     Args:
         weights: a module or state dict, whose tensors are used themselves where possible, or the path of a
             .safetensors file; None: those in the engine, or none until `refit`.
         device: None: the device the engine was built for, or the CPU (with a warning) if this machine has none.
-        trusted_ops: names of operators outside the allow-list that the file may call; they must be registered.
-        trust_binaries: False ignores the GPU kernels in the file, and runs their operations one by one. Kernels are
-            machine code, which can read and write all GPU memory of this process.
+        trusted_ops: names of operators outside of `optable.FILE_OPS` that the file may call; they must be registered.
+            Their calls are not checked.
+        trust_binaries: run the GPU kernels in the file. They are machine code, which can read and write all GPU memory
+            of this process. Otherwise their operations run one by one, until kernels are compiled here.
+        sha256: the SHA-256 of the file, by which you know that it is yours: another file is refused, and everything in
+            this one is trusted.
+        mmap: map the weights instead of reading them, see `engine.load`.
 
     Raises:
-        EngineFormatError, EngineVersionError: see `engine.load`.
+        EngineFormatError, EngineVersionError: see `engine.load`; or a call in the file is not allowed or is wrong.
         RefitError: the weights do not fit.
-        InvalidIR: the engine calls an operator that is neither allowed nor trusted.
-        SettingsError: `weight_streaming_budget` is too small for the engine.
+        InvalidIR: the engine calls an operator that is neither allowed nor trusted, or does not exist in this process.
+        SettingsError: `weight_streaming_budget` is too small for the engine; there is no such device.
     """
-    engine = engine_file.load(path)
-    if any(node.op == "python" for node in engine.graph.nodes):
-        raise InvalidIR("the engine calls a Python function, which no file can hold")
-    if not trust_binaries:
-        engine = replace(engine, kernels=KernelTable())
-    module = CompiledModule(engine, resolve_device(device, engine.manifest.device), settings, (), trusted_ops)
-    if weights is not None:
-        module.attach(weights)
-    elif engine.weights is not None:
-        module._store.attach(engine.weights)
-        module._run = module._with_weights
+    with _typed(EngineFormatError, f"{os.fspath(path)} can't be loaded"):
+        engine = engine_file.load(path, mmap, sha256)
+        if any(node.op == "python" for node in engine.graph.nodes):
+            raise InvalidIR("the engine calls a Python function, which no file can hold")
+        placed = resolve_device(device, engine.manifest.device)
+        check = FileCheck(engine.graph, placed, trusted_ops) if sha256 is None else None
+        kernels = engine.kernels
+        if not trust_binaries and sha256 is None:
+            kernels = KernelTable()
+            if engine.kernels and placed.type == "cuda":
+                log.warning("%s: its kernels do not run: pass trust_binaries=True if you trust the file", path)
+        module = CompiledModule(engine, placed, settings, (), trusted_ops, kernels=kernels, check=check)
+        if weights is not None:
+            module.attach(weights)
+        elif engine.weights is not None:
+            module._store.attach(engine.weights)
+            module._run = module._with_weights
     return module
 
 
+@contextmanager
+def _typed(kind: type[RtxError], message: str) -> Iterator[None]:
+    """Turns other errors than torch_rtx's own, the system's and those of full GPU memory into errors of `kind`."""
+    try:
+        yield
+    except (RtxError, OSError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise kind(f"{message}: {type(error).__name__}: {error}") from error
+
+
 def resolve_device(device: torch.device | str | None, built_for: str) -> torch.device:
-    """The device with its index; for None the kind that the engine was built for, or the CPU if it is missing."""
+    """The device with its index; for None the kind that the engine was built for, or the CPU if it is missing.
+
+    Raises:
+        SettingsError: no CPU or GPU that this process can use.
+    """
     if device is None:
         if built_for == "cuda" and not torch.cuda.is_available():
             log.warning("the engine was built for cuda, which is not available: it runs on the CPU")
             return torch.device("cpu")
         device = built_for
-    resolved = torch.device(device)
+    try:
+        resolved = torch.device(device)
+    except RuntimeError:
+        resolved = torch.device("meta")
+    if resolved.type not in ("cpu", "cuda"):
+        raise SettingsError(
+            f"there is no device {str(device)!r} for engines", hint="devices are cpu, cuda, cuda:1, ..."
+        )
     if resolved.type == "cuda" and resolved.index is None:
         return torch.device("cuda", torch.cuda.current_device())
+    if resolved.type == "cuda" and resolved.index >= torch.cuda.device_count():
+        raise SettingsError(f"there is no device {resolved}: this process sees {torch.cuda.device_count()} GPUs")
     return resolved
 
 

@@ -4,11 +4,12 @@ Offsets are functions of the dims. One packing is made, for typical sizes: in th
 the lowest offset that is free while it is live. While the arena exceeds the peak of live bytes, the value that ends
 highest is moved to the front of the order and the packing repeated. The plan keeps which value lies below which. For
 other sizes a value begins where the highest of those below it ends: values can't overlap at any size, and the packing
-is the same in other proportions.
+is the same in other proportions. If more pairs of values are live at once than any model has, values share no memory.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -32,6 +33,7 @@ from torch_rtx.ir import (
 PIECE = 256  # bytes: alignment of offsets in the arena, as in PyTorch's allocator
 TYPICAL = 1024  # assumed for a symbolic size, within its range
 ROUNDS = 60  # of packing; no model needed more than 14
+PAIRS = 1_000_000  # of values that are live at once, in all rounds together: about a second
 PACKINGS_KEPT = 256  # combinations of sizes whose offsets are cached
 
 
@@ -85,11 +87,13 @@ class Plan:
         inside = [buffer for buffer in alive if buffer.name not in kept]
         self._others = [buffer for buffer in alive if buffer.name in kept]
         sizes = {buffer.name: typical_size(buffer.size, TYPICAL) for buffer in inside}
-        together = neighbours(inside)
-        places = best_packing(inside, sizes, together)
+        packed = pairs_alive(inside) <= PAIRS
+        together = neighbours(inside) if packed else {}
+        places = best_packing(inside, sizes, together) if packed else dict.fromkeys(sizes, 0)
         self.buffers = sorted(inside, key=lambda buffer: (places[buffer.name], buffer.first))
         self.index = {buffer.name: index for index, buffer in enumerate(self.buffers)}
-        self._below = _below(self.buffers, together)
+        stack = [(index - 1,) * (index > 0) for index in range(len(inside))]  # each above the one before
+        self._below = _below(self.buffers, together) if packed else stack
         self.offsets = lru_cache(maxsize=PACKINGS_KEPT)(self._offsets)
 
     def _offsets(self, *dims: int) -> tuple[int, ...]:
@@ -208,6 +212,13 @@ def most_alive(sized: Iterable[tuple[Buffer, int]]) -> int:
     return most
 
 
+def pairs_alive(buffers: Sequence[Buffer]) -> int:
+    """How many pairs of buffers are live together."""
+    lasts = sorted(buffer.last for buffer in buffers)
+    firsts = sorted(buffer.first for buffer in buffers)
+    return sum(index - bisect_left(lasts, first) for index, first in enumerate(firsts))
+
+
 def neighbours(buffers: Iterable[Buffer]) -> dict[str, list[Buffer]]:
     """By name, the buffers that are live together with each buffer."""
     found: dict[str, list[Buffer]] = {}
@@ -229,7 +240,8 @@ def best_packing(
     order = sorted(buffers, key=lambda buffer: (buffer.first, -sizes[buffer.name]))
     best: dict[str, int] = {}
     height = -1
-    for _ in range(ROUNDS):
+    rounds = min(ROUNDS, 1 + PAIRS // max(pairs_alive(buffers), 1))
+    for _ in range(rounds):
         places = _packing(order, sizes, together)
         ends = [places[buffer.name] + sizes[buffer.name] for buffer in order]
         total = max(ends, default=0)

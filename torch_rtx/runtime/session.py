@@ -21,7 +21,7 @@ import torch
 from torch_rtx.errors import InputError, SettingsError
 from torch_rtx.ir import Graph, ScalarType, TensorType, dim_syms, type_dims
 from torch_rtx.profiles import Profile
-from torch_rtx.runtime.check import check_inputs
+from torch_rtx.runtime.check import bind_sizes, check_inputs
 from torch_rtx.runtime.code import Code, compile_graph, undisturbed
 from torch_rtx.runtime.cudagraph import GraphPool, why_not
 from torch_rtx.runtime.launch import LoadedTactic
@@ -82,6 +82,8 @@ class Session:
         shares_memory: CUDA graphs share memory with those of other such sessions, see `GraphPool`.
         profiles: one of these must hold all sizes of a call, see `check_inputs`.
         guarded: guards of the caller have checked the inputs, so that the session does not.
+        check_sizes: called with the sizes of the symbols that the inputs determine when they are first met; an error
+            refuses the call.
 
     Raises:
         InvalidIR: an op does not exist here or a dim can't be determined.
@@ -99,6 +101,7 @@ class Session:
         context: TuningContext | None = None,
         shares_memory: bool = False,
         guarded: bool = False,
+        check_sizes: Callable[[Mapping[str, int]], None] | None = None,
     ) -> None:
         self.graph, self.store, self.device = graph, store, store.device
         self.profiles = profiles
@@ -111,6 +114,7 @@ class Session:
 
         self.specializer = Specializer(graph, compiled, tactics or {}, store.device, settings, context)
         self._guarded, self._count = guarded, len(graph.inputs)
+        self._check_sizes = check_sizes if graph.syms else None
         self._open = [i for i, value in enumerate(graph.inputs) if _is_open(value.type)]
         self._known: dict[object, object] = {}  # keys by the types of inputs that are valid
         # Of the last call: compares other inputs with its own, and its key.
@@ -223,6 +227,8 @@ class Session:
         if key is None:
             if not self._guarded:
                 check_inputs(self.graph, inputs, self.device, self.profiles)
+            if self._check_sizes is not None:
+                self._check_sizes(bind_sizes(self.graph, inputs))
             if len(self._known) >= MAX_KNOWN:
                 return types
             key = self._known.setdefault(types, object())

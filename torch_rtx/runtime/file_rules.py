@@ -1,0 +1,205 @@
+"""What PyTorch leaves unchecked in calls of `optable.FILE_OPS`.
+
+Without these rules a call could read or write outside of its tensors, or allocate without bounds. Types of results are
+rules of `file_check`. An operator whose rule would have to look at the contents of tensors is not in `FILE_OPS`.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+Given = Mapping[str, Any]  # the arguments by name: meta tensors, numbers, lists
+Used = Sequence[bool]
+SMALL = 2**31  # PyTorch's kernels compute windows, offsets and strides in 32 bits
+# Enumerations that PyTorch's schemas call an int, by the name of the argument.
+ENUMERATIONS: Mapping[str, tuple[int | None, ...]] = {
+    **dict.fromkeys(("reduction", "normalization", "interpolation_mode", "padding_mode"), (0, 1, 2)),
+    "compute_mode": (None, 0, 1, 2),
+}
+POSITIVE = ("kernel_size", "dilation", "groups", "group", "num_layers", "downscale_factor", "upscale_factor")
+NATURAL = ("padding", "output_padding", "row", "col", "num_samples", "num_classes", "min_length", "bins", "steps")
+
+
+def broken_rule(op: str, given: Given, used: Used) -> str | None:
+    """The rule that the call `op(given)` breaks, as a sentence; None if there is none.
+
+    Args:
+        used: for each result, whether the graph reads it.
+    """
+    for name, value in given.items():
+        numbers = [one for one in (value if isinstance(value, list) else (value,)) if type(one) is int]
+        if name in ENUMERATIONS and value not in ENUMERATIONS[name]:
+            return f"{name} is {value}, not one of {', '.join(map(str, ENUMERATIONS[name]))}"
+        if name in POSITIVE and not all(1 <= number < SMALL for number in numbers):
+            return f"{name} is {value}, not from 1 to 2**31 - 1"
+        if name in NATURAL and not all(0 <= number < SMALL for number in numbers):
+            return f"{name} is {value}, not from 0 to 2**31 - 1"
+    rule = RULES.get(op.partition(".")[2].partition(".")[0])
+    return None if rule is None else rule(given, used)
+
+
+def _buffers(given: Given, used: Used) -> str | None:
+    """Batch norms index their parameters by channel."""
+    channels = given["input"].shape[1:2]
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        tensor = given.get(name)
+        if tensor is not None and tensor.shape != channels:
+            return f"{name} has the shape {list(tensor.shape)}, not {list(channels)}"
+    return None
+
+
+def _evaluated(given: Given, used: Used) -> str | None:
+    """In evaluation the CPU returns no statistics, though the type of the call says so."""
+    return "its statistics are read" if any(used[1:]) else _buffers(given, used)
+
+
+def _group_norm(given: Given, used: Used) -> str | None:
+    shape, sizes = given["input"].shape, (given["N"], given["C"], given["HxW"])
+    if len(shape) < 2 or shape[:2] != sizes[:2] or math.prod(shape) != math.prod(sizes):
+        return f"N, C and HxW are {sizes}, and the input has the shape {list(shape)}"
+    return _buffers(given, used)
+
+
+def _weight_norm(given: Given, used: Used) -> str | None:
+    shape, dim = given["v"].shape, given.get("dim", 0)
+    if not shape or dim not in (0, len(shape) - 1):
+        return f"dim is {dim}, neither the first nor the last"
+    norms = [size if axis == dim else 1 for axis, size in enumerate(shape)]
+    return None if list(given["g"].shape) == norms else f"g has the shape {list(given['g'].shape)}, not {norms}"
+
+
+def _attention(given: Given, used: Used) -> str | None:
+    query, key, value = given["query"].shape, given["key"].shape, given["value"].shape
+    if min(map(len, (query, key, value))) < 2 or key[-1] != query[-1] or value[:-1] != key[:-1]:
+        return f"query, key and value have the shapes {list(query)}, {list(key)} and {list(value)}"
+    mask = given.get("attn_mask", given.get("attn_bias"))
+    wide = (*query[:-1], key[-2])
+    if mask is None or (mask.dim() <= len(wide) and _broadcasts(mask.shape, wide)):
+        return None
+    return f"the mask has the shape {list(mask.shape)}, which does not broadcast to {list(wide)}"
+
+
+def _broadcasts(shape: tuple[int, ...], wide: tuple[int, ...]) -> bool:
+    return all(size in (1, other) for size, other in zip(reversed(shape), reversed(wide), strict=False))
+
+
+def _fft(given: Given, used: Used) -> str | None:
+    tensor, dims = given["self"], given["dim"]
+    rank = tensor.dim()
+    if not dims or not all(-rank <= dim < rank for dim in dims) or len({dim % rank for dim in dims}) != len(dims):
+        return f"dim is {dims} and the tensor has {rank} dimensions"
+    if tensor.is_complex() == ("onesided" in given) or not (tensor.is_complex() or tensor.is_floating_point()):
+        return f"the tensor is {tensor.dtype}"
+    size = given.get("last_dim_size")
+    if size is not None and not 1 <= size <= 2 * tensor.shape[dims[-1]] - 1:
+        return f"last_dim_size is {size} for {tensor.shape[dims[-1]]} frequencies"
+    return None
+
+
+def _upsample(given: Given, used: Used) -> str | None:
+    """A scale must be about the ratio of the sizes."""
+    tensor = given.get("self", given.get("input"))
+    scales = [given.get(name) for name in ("scales_d", "scales_h", "scales_w", "scales")]
+    if "scale_factors" in given and given["scale_factors"] is not None:
+        return None if all(0 < scale < SMALL for scale in given["scale_factors"]) else "a scale is not positive"
+    sizes = list(tensor.shape[2:])
+    for scale, before, after in zip(
+        reversed([one for one in scales if one is not None]),
+        reversed(sizes),
+        reversed(given["output_size"] or ()),
+        strict=False,
+    ):
+        if not abs(before * scale - after) <= 1:
+            return f"a scale is {scale}, and the sizes are {before} and {after}"
+    return None
+
+
+def _pieces(given: Given, used: Used) -> str | None:
+    """The type of a call that returns a list must not be a list of a length that the graph does not take."""
+    shape, dim, size = given["self"].shape, given.get("dim", 0), given.get("split_size", 1)
+    if not -len(shape) <= dim < len(shape):
+        return f"dim is {dim} and the tensor has {len(shape)} dimensions"
+    found = -(-shape[dim] // size) if size > 0 else 0
+    return None if max(found, 1) == len(used) else f"it has {found} results, of which the graph takes {len(used)}"
+
+
+def _recurrent(given: Given, used: Used) -> str | None:
+    """Parameters and states of LSTMs and GRUs must have the sizes of the layers. Projections are not known here."""
+    tensor, states = given["input"], _states(given)
+    directions, gates = 1 + given["bidirectional"], 4 if isinstance(given["hx"], list) else 3
+    count = given["num_layers"] * directions
+    if tensor.dim() != 3 or len(given["params"]) != count * (2 + 2 * given["has_biases"]):
+        return f"{len(given['params'])} parameters for {count} layers, and an input of {tensor.dim()} dimensions"
+    batch, width, size = tensor.shape[0 if given["batch_first"] else 1], tensor.shape[2], states[0].shape[-1:].numel()
+    wanted: list[tuple[int, ...]] = []
+    for number in range(count):
+        columns = width if number < directions else directions * size
+        wanted += [(gates * size, columns), (gates * size, size)]
+        wanted += [(gates * size,)] * (2 * given["has_biases"])
+    if [tuple(one.shape) for one in given["params"]] != wanted:
+        return f"parameters of other shapes than {count} layers of {size} have"
+    fits = [tuple(state.shape) for state in states] == [(count, batch, size)] * (2 if gates == 4 else 1)
+    return None if fits else f"states of other shapes than {[count, batch, size]}"
+
+
+def _states(given: Given) -> list[torch.Tensor]:
+    return given["hx"] if isinstance(given["hx"], list) else [given["hx"]]
+
+
+def _planar(given: Given, used: Used) -> str | None:
+    return None if given["self"].dim() == 2 else f"the tensor has {given['self'].dim()} dimensions, not 2"
+
+
+RULES: Mapping[str, Callable[[Given, Used], str | None]] = {
+    **dict.fromkeys(("native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm"), _evaluated),
+    **dict.fromkeys(("_native_batch_norm_legit", "_native_batch_norm_legit_functional"), _buffers),
+    "_batch_norm_with_update_functional": _buffers,
+    "native_group_norm": _group_norm,
+    "_weight_norm_interface": _weight_norm,
+    **dict.fromkeys(("scaled_dot_product_attention", "_scaled_dot_product_flash_attention_for_cpu"), _attention),
+    **dict.fromkeys(("_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention"), _attention),
+    "_scaled_dot_product_cudnn_attention": _attention,
+    **dict.fromkeys(("_fft_c2c", "_fft_c2r", "_fft_r2c"), _fft),
+    **dict.fromkeys(("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d"), _upsample),
+    **dict.fromkeys(("_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d"), _upsample),
+    **dict.fromkeys(("upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d"), _upsample),
+    **dict.fromkeys(("upsample_bicubic2d", "_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa"), _upsample),
+    **dict.fromkeys(("unbind", "unbind_copy", "split", "unsafe_split"), _pieces),
+    **dict.fromkeys(("lstm", "gru"), _recurrent),
+    "_pdist_forward": _planar,
+}
+
+
+def recurrent_results(given: Given) -> list[torch.Tensor]:
+    """The results of LSTMs and GRUs: running these step by step on meta tensors would take as long as on others."""
+    states = _states(given)
+    width = states[0].shape[-1] * (1 + given["bidirectional"])
+    return [given["input"].new_empty((*given["input"].shape[:-1], width)), *states]
+
+
+def positions(given: Given) -> list[torch.Tensor]:
+    """The result of `nonzero`."""
+    return [torch.empty((ANY, given["self"].dim()), dtype=torch.int64, device="meta")]
+
+
+def elements(given: Given) -> list[torch.Tensor]:
+    """The result of an index by tensors, of which a mask stands for the positions in it, one for each dimension."""
+    found = torch.empty(ANY, dtype=torch.int64, device="meta")
+    masks = (torch.bool, torch.uint8)
+    indices = [[found] * one.dim() if one is not None and one.dtype in masks else [one] for one in given["indices"]]
+    return [torch.ops.aten.index.Tensor(given["self"], [one for some in indices for one in some])]
+
+
+ANY = 2**40 + secrets.randbelow(2**40)  # a size that data decides; no file can know it
+INFERRED: Mapping[str, Callable[[Given], list[Any]]] = {  # None: a number
+    "aten._local_scalar_dense.default": lambda given: [None],
+    "aten.lstm.input": recurrent_results,
+    "aten.gru.input": recurrent_results,
+    "aten.nonzero.default": positions,
+    "aten.index.Tensor": elements,
+}
