@@ -163,6 +163,7 @@ def test_passes_are_one_file_each() -> None:
         ("import torch_rtx; torch_rtx.inspect", ("torch", "triton")),
         ("import torch_rtx.__main__", ("torch", "triton")),
         ("import torch_rtx; torch_rtx.RtxError; torch_rtx.CompilationSettings()", ("torch",)),
+        ("import torch_rtx; torch_rtx.load('tests/engines/v5/mlp.rtx')", ("torch._dynamo", "triton")),
         ("import torch_rtx; torch_rtx.load", ("torch._dynamo", "triton", "torch_rtx.lowering", "torch_rtx.backend")),
     ],
 )

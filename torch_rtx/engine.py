@@ -266,10 +266,9 @@ def load(path: Path, mmap: bool = False, sha256: str | None = None) -> Engine:
         header = _header(file)
         graph, table = _program(header)
         parts: dict[str, dict[str, Tensor]] = {"constant": {}, "weight": {}, "kernel": {}}
-        for key, tensor in _read_data(file, header, sha256):
+        for key, tensor in _read_data(file, header, sha256, skip="weight/" if mmap else None):
             kind, _, name = key.partition("/")
-            if kind != "weight" or not mmap:
-                parts[kind][name] = tensor
+            parts[kind][name] = tensor
         if mmap:
             parts["weight"] = _mapped(path, file)
         binaries = {name: tensor.numpy().tobytes() for name, tensor in parts["kernel"].items()}
@@ -280,8 +279,13 @@ def load(path: Path, mmap: bool = False, sha256: str | None = None) -> Engine:
     return Engine(graph, header.manifest, parts["constant"], weights, replace(table, binaries=binaries))
 
 
-def _read_data(file: BufferedIOBase, header: Header, sha256: str | None) -> Iterator[tuple[str, Tensor]]:
+def _read_data(
+    file: BufferedIOBase, header: Header, sha256: str | None, skip: str | None
+) -> Iterator[tuple[str, Tensor]]:
     """Key and data of each tensor, each in memory of its own, in the order of the file, which is at its data.
+
+    Args:
+        skip: tensors whose keys begin with this are digested alone.
 
     Raises:
         EngineFormatError: after the last tensor: the data or the file has another digest.
@@ -292,19 +296,23 @@ def _read_data(file: BufferedIOBase, header: Header, sha256: str | None) -> Iter
 
     data, whole = hashlib.sha256(), None
     if sha256 is not None:
-        start = file.tell()
+        head = file.tell()
         file.seek(0)
-        whole = hashlib.sha256(file.read(start))
+        whole = hashlib.sha256(file.read(head))
     for key, info in header.tensors.items():
-        raw = torch.empty(info.nbytes, dtype=torch.uint8)
-        view = memoryview(raw.numpy())
+        skipped = skip is not None and key.startswith(skip)
+        raw = torch.empty(min(info.nbytes, CHUNK) if skipped else info.nbytes, dtype=torch.uint8)
+        view = raw.numpy().data
         for at in range(0, info.nbytes, CHUNK):
-            piece = view[at : at + CHUNK]
+            start = 0 if skipped else at
+            piece = view[start : start + min(CHUNK, info.nbytes - at)]
             if file.readinto(piece) != len(piece):
                 raise EngineFormatError("the file was truncated while it was read")
             data.update(piece)
             if whole is not None:
                 whole.update(piece)
+        if skipped:
+            continue
         if info.dtype == "bool":
             raw.clamp_(max=1)  # PyTorch's kernels differ on a bool of 2
         yield key, raw.view(aten.DTYPES[info.dtype]).reshape(info.shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import subprocess
@@ -327,3 +328,65 @@ for path in sys.argv[1:]:
 assert {module!r} not in sys.modules
 """
     assert in_new_process(code, *paths)[0].split() == ["loaded", "loaded", "EngineFormatError"]
+
+
+# Trust ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def engine_file(tmp_path_factory):
+    """Indexes its input; the number of rows is dynamic."""
+    path = tmp_path_factory.mktemp("trust") / "model.rtx"
+    model = Function(lambda x, i: x.index_select(0, i) + 1)
+    rows = {0: torch.export.Dim("rows", min=1, max=64)}
+    module = torch_rtx.compile(
+        model, (torch.ones(4, 3), torch.zeros(2, dtype=torch.int64)), dynamic_shapes=((rows, None),)
+    )
+    torch_rtx.save(module, path)
+    return path, module
+
+
+@pytest.mark.parametrize("device", ["gpu", "meta", "cuda:99", "xpu", "cpu:x", 7])
+def test_devices_that_do_not_exist(device, engine_file):
+    with pytest.raises(torch_rtx.SettingsError, match="there is no device"):
+        torch_rtx.load(engine_file[0], device=device)
+
+
+def test_errors_of_operators(engine_file):
+    """A caller of a loaded engine knows the errors of torch_rtx; one who built it here knows those of the model."""
+    path, module = engine_file
+    wrong = torch.ones(4, 3), torch.tensor([0, 9])
+    with pytest.raises(
+        torch_rtx.CallError, match="an operator of the engine failed: IndexError: .*out of range"
+    ) as caught:
+        torch_rtx.load(path)(*wrong)
+    assert isinstance(caught.value.__cause__, IndexError)
+    with pytest.raises(IndexError):
+        module(*wrong)
+
+
+def test_sizes_of_calls_are_checked_once(engine_file, monkeypatch):
+    checked = []
+    monkeypatch.setattr("torch_rtx.runtime.file_check.FileCheck.at", lambda self, sizes: checked.append(dict(sizes)))
+    module = torch_rtx.load(engine_file[0])
+    for rows in (4, 5, 4, 5, 5):
+        module(torch.ones(rows, 3), torch.zeros(2, dtype=torch.int64))
+    assert [list(sizes.values()) for sizes in checked] == [[4], [5]]
+
+
+def test_a_trusted_file_is_not_checked(engine_file, monkeypatch):
+    monkeypatch.setattr("torch_rtx.runtime.file_check.FileCheck.__init__", None)
+    digest = hashlib.sha256(engine_file[0].read_bytes()).hexdigest()
+    assert torch_rtx.load(engine_file[0], sha256=digest)(torch.ones(4, 3), torch.tensor([1, 0])).shape == (2, 3)
+
+
+def test_inspect_says_what_needs_trust(tmp_path):
+    module = torch_rtx.compile(Function(lambda x: x.as_strided((2, 2), (1, 1)) + 1), (torch.ones(9),))
+    torch_rtx.save(module, tmp_path / "model.rtx")
+    seen = torch_rtx.inspect(tmp_path / "model.rtx")
+    assert seen.needs_trust == ("aten.as_strided.default",)
+    assert "needs trusted_ops=['aten.as_strided.default']" in str(seen)
+    with pytest.raises(torch_rtx.InvalidIR, match="aten.as_strided.default is not on the allow-list for engine files"):
+        torch_rtx.load(tmp_path / "model.rtx")
+    loaded = torch_rtx.load(tmp_path / "model.rtx", trusted_ops=seen.needs_trust)
+    same(loaded(torch.arange(9.0)), module(torch.arange(9.0)))

@@ -16,7 +16,7 @@ from torch_rtx.ir import Dim, Sym, TensorType, contiguous, dim_expr, evaluate, t
 from torch_rtx.irparse import parse
 from torch_rtx.runtime import plan as planning
 from torch_rtx.runtime.code import compile_graph
-from torch_rtx.runtime.plan import PIECE, Buffer, Plan, best_packing, most_alive, neighbours, size_of
+from torch_rtx.runtime.plan import PIECE, Buffer, Plan, best_packing, most_alive, neighbours, pairs_alive, size_of
 from torch_rtx.runtime.session import Session
 from torch_rtx.runtime.weights import WeightStore
 from torch_rtx.settings import RuntimeSettings
@@ -46,9 +46,10 @@ def placed(found: list[Buffer]) -> Plan:
         return Plan(parse("graph fused {\n  return []\n}\n"), frozenset(), frozenset({"s", "t"}))
 
 
-@given(buffers(), st.integers(1, 4096), st.integers(1, 64))
-def test_nothing_overlaps_at_any_size(found: list[Buffer], s: int, t: int) -> None:
-    plan = placed(found)
+@given(buffers(), st.integers(1, 4096), st.integers(1, 64), st.sampled_from([planning.PAIRS, 3]))
+def test_nothing_overlaps_at_any_size(found: list[Buffer], s: int, t: int, pairs: int) -> None:
+    with patch.object(planning, "PAIRS", pairs):  # more pairs are not packed
+        plan = placed(found)
     sizes = {"s": s, "t": t}
     total, *offsets = plan.offsets(*(sizes[name] for name in plan.symbols))
     ranges = [
@@ -75,6 +76,7 @@ def test_neighbours(found: list[Buffer]) -> None:
     for one in found:
         expected = {b.name for b in found if b is not one and one.first <= b.last and b.first <= one.last}
         assert {b.name for b in together[one.name]} == expected
+    assert pairs_alive(found) == sum(map(len, together.values())) / 2
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 5), st.integers(0, 3)), max_size=6))

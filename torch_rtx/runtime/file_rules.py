@@ -39,12 +39,19 @@ def broken_rule(op: str, given: Given, used: Used) -> str | None:
             return f"{name} is {value}, not from 1 to 2**31 - 1"
         if name in NATURAL and not all(0 <= number < SMALL for number in numbers):
             return f"{name} is {value}, not from 0 to 2**31 - 1"
-    rule = RULES.get(op.partition(".")[2].partition(".")[0])
+    name, _, overload = op.removeprefix("aten.").partition(".")
+    rule = RULES.get(name, RULES.get(f"{name}.{overload}"))
     return None if rule is None else rule(given, used)
 
 
-def _buffers(given: Given, used: Used) -> str | None:
-    """Batch norms index their parameters by channel."""
+def _batch_norm(given: Given, used: Used) -> str | None:
+    """Parameters are indexed by channel. In evaluation the CPU returns no statistics, though the type says so."""
+    if not given.get("training", False) and any(used[1:3]):
+        return "its statistics are read"
+    return _channels(given)
+
+
+def _channels(given: Given) -> str | None:
     channels = given["input"].shape[1:2]
     for name in ("weight", "bias", "running_mean", "running_var"):
         tensor = given.get(name)
@@ -53,22 +60,17 @@ def _buffers(given: Given, used: Used) -> str | None:
     return None
 
 
-def _evaluated(given: Given, used: Used) -> str | None:
-    """In evaluation the CPU returns no statistics, though the type of the call says so."""
-    return "its statistics are read" if any(used[1:]) else _buffers(given, used)
-
-
 def _group_norm(given: Given, used: Used) -> str | None:
     shape, sizes = given["input"].shape, (given["N"], given["C"], given["HxW"])
     if len(shape) < 2 or shape[:2] != sizes[:2] or math.prod(shape) != math.prod(sizes):
         return f"N, C and HxW are {sizes}, and the input has the shape {list(shape)}"
-    return _buffers(given, used)
+    return _channels(given)
 
 
 def _weight_norm(given: Given, used: Used) -> str | None:
     shape, dim = given["v"].shape, given.get("dim", 0)
-    if not shape or dim not in (0, len(shape) - 1):
-        return f"dim is {dim}, neither the first nor the last"
+    if not math.prod(shape) or dim not in range(0, len(shape), max(len(shape) - 1, 1)):
+        return f"dim is {dim} of the shape {list(shape)}: neither the first nor the last, or one is empty"
     norms = [size if axis == dim else 1 for axis, size in enumerate(shape)]
     return None if list(given["g"].shape) == norms else f"g has the shape {list(given['g'].shape)}, not {norms}"
 
@@ -82,6 +84,13 @@ def _attention(given: Given, used: Used) -> str | None:
     if mask is None or (mask.dim() <= len(wide) and _broadcasts(mask.shape, wide)):
         return None
     return f"the mask has the shape {list(mask.shape)}, which does not broadcast to {list(wide)}"
+
+
+def _flash_attention_on_cpu(given: Given, used: Used) -> str | None:
+    """It divides by its sizes."""
+    if not all(given[name].numel() for name in ("query", "key", "value")):
+        return "a tensor is empty"
+    return _attention(given, used)
 
 
 def _broadcasts(shape: tuple[int, ...], wide: tuple[int, ...]) -> bool:
@@ -151,17 +160,25 @@ def _states(given: Given) -> list[torch.Tensor]:
     return given["hx"] if isinstance(given["hx"], list) else [given["hx"]]
 
 
+def _normal(given: Given, used: Used) -> str | None:
+    """Its result has the dtype of the mean, though its type has that of both."""
+    return None if given["mean"].dtype == given["std"].dtype else "mean and std have different dtypes"
+
+
 def _planar(given: Given, used: Used) -> str | None:
     return None if given["self"].dim() == 2 else f"the tensor has {given['self'].dim()} dimensions, not 2"
 
 
 RULES: Mapping[str, Callable[[Given, Used], str | None]] = {
-    **dict.fromkeys(("native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm"), _evaluated),
-    **dict.fromkeys(("_native_batch_norm_legit", "_native_batch_norm_legit_functional"), _buffers),
-    "_batch_norm_with_update_functional": _buffers,
+    **dict.fromkeys(
+        ("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_functional"), _batch_norm
+    ),
+    **dict.fromkeys(("_native_batch_norm_legit_no_training", "cudnn_batch_norm"), _batch_norm),
+    "_batch_norm_with_update_functional": lambda given, used: _channels(given),
     "native_group_norm": _group_norm,
     "_weight_norm_interface": _weight_norm,
-    **dict.fromkeys(("scaled_dot_product_attention", "_scaled_dot_product_flash_attention_for_cpu"), _attention),
+    "scaled_dot_product_attention": _attention,
+    "_scaled_dot_product_flash_attention_for_cpu": _flash_attention_on_cpu,
     **dict.fromkeys(("_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention"), _attention),
     "_scaled_dot_product_cudnn_attention": _attention,
     **dict.fromkeys(("_fft_c2c", "_fft_c2r", "_fft_r2c"), _fft),
@@ -172,6 +189,7 @@ RULES: Mapping[str, Callable[[Given, Used], str | None]] = {
     **dict.fromkeys(("unbind", "unbind_copy", "split", "unsafe_split"), _pieces),
     **dict.fromkeys(("lstm", "gru"), _recurrent),
     "_pdist_forward": _planar,
+    "normal.Tensor_Tensor": _normal,
 }
 
 
