@@ -58,6 +58,7 @@ _Raw = argparse.RawDescriptionHelpFormatter
 def run(options: argparse.Namespace, device: str = "cpu") -> int:
     """Fuzz, and say what was found. Returns the exit status."""
     import torch
+    import torch.fx.experimental.symbolic_shapes  # inference imports it: once, not in each process
 
     from tests.fuzz.calls import hostile_call
     from tests.fuzz.launches import hostile_table, launches, with_kernels
