@@ -40,6 +40,10 @@ class Bug(Exception):
         self.detail = str(detail)[:200]
 
 
+class Lost(Exception):
+    """The GPU can't be used by this process any more, after an assertion of a kernel for instance."""
+
+
 def trial(path: str, rng: Random, say: Callable[[str], None], device: str = "cpu", binaries: bool = False) -> str:
     """Load the file `path` and call it. Returns how it ended: `refused`, `failed` (at the call), `ran`, `skipped`.
 
@@ -92,6 +96,8 @@ def typed(action: Callable[[], Any], phase: str, graph: Graph | None = None) -> 
         starved = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
         if starved and graph is not None and _bytes(graph) > MAX_BYTES:
             return None  # it says that it needs this much
+        if "CUDA error" in f"{error} {error.__cause__}":
+            raise Lost from None
         if isinstance(error, RtxError) and not starved:
             return None
         raise Bug(f"{phase}: {type(error).__name__} at {_where(error)}", error) from None
