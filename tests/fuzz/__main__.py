@@ -18,16 +18,19 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
-import shutil
 import sys
 import textwrap
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from random import Random
+from typing import TYPE_CHECKING
 
 from tests.fuzz import guard
+
+if TYPE_CHECKING:
+    from tests.fuzz.pool import Make
 
 
 def main() -> None:
@@ -37,7 +40,7 @@ def main() -> None:
     parser.add_argument("file", nargs="?", type=Path)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="limit on the time of all kinds together")
     parser.add_argument("--trials", type=int, default=sys.maxsize, help="of each kind")
-    parser.add_argument("--only", choices=sorted({*KINDS["cpu"], *KINDS["cuda"]}), action="append")
+    parser.add_argument("--only", choices=sorted({*KINDS["run"], *KINDS["gpu"]}), action="append")
     parser.add_argument("--op", action="append", default=[], help="an operator to call; may be repeated")
     parser.add_argument("--first", type=int, default=0, help="number of the first trial")
     parser.add_argument("--seed", type=int, default=0)
@@ -48,38 +51,49 @@ def main() -> None:
         guard.restart(["-m", "tests.fuzz", *sys.argv[1:]])
     warnings.simplefilter("ignore")
     logging.disable()
-    sys.exit({"run": run, "replay": replay, "gpu": gpu, "samples": samples}[options.command](options))
+    sys.exit({"run": run, "gpu": run, "replay": replay, "samples": samples}[options.command](options))
 
 
-KINDS = {"cpu": ("files", "calls", "launches"), "cuda": ("calls", "files", "kernels")}  # of trials, by device
+KINDS = {"run": ("files", "calls", "launches"), "gpu": ("calls", "files", "kernels")}  # of trials, by command
 _Raw = argparse.RawDescriptionHelpFormatter
 
 
-def run(options: argparse.Namespace, device: str = "cpu") -> int:
+def makers(ops: Sequence[str] = ()) -> dict[str, Make]:
+    """What makes the files of each kind of trials."""
+    from tests.fuzz.calls import hostile_call
+    from tests.fuzz.launches import hostile_table, with_kernels
+    from tests.fuzz.mutants import mutant
+
+    return {
+        "files": lambda rng, infer: mutant(rng),
+        "calls": partial(hostile_call, ops=ops),
+        "launches": lambda rng, infer: hostile_table(rng),
+        "kernels": lambda rng, infer: with_kernels(rng),
+    }
+
+
+def run(options: argparse.Namespace) -> int:
     """Fuzz, and say what was found. Returns the exit status."""
     import torch
+    import torch.fx.experimental.symbolic_shapes  # inference imports it: once, not in each process
 
-    from tests.fuzz.calls import hostile_call
-    from tests.fuzz.launches import hostile_table, launches, with_kernels
-    from tests.fuzz.mutants import mutant
-    from tests.fuzz.pool import ADDRESS_BYTES, Pool
+    from tests.fuzz import gpu
+    from tests.fuzz.launches import launches
+    from tests.fuzz.pool import Pool
     from tests.fuzz.trial import trial
 
     torch.set_num_threads(1)
     guard.fill(0)  # before processes have limits
-    kinds = {
-        "files": (lambda rng, infer: mutant(rng), partial(trial, device=device)),
-        "calls": (partial(hostile_call, ops=options.op), partial(trial, device=device)),
-        "launches": (lambda rng, infer: hostile_table(rng), launches),
-        "kernels": (lambda rng, infer: with_kernels(rng), partial(trial, device=device, binaries=True)),
-    }
-    wanted = options.only or KINDS[device]
+    wanted = options.only or KINDS[options.command]
     faults = 0
     for name in wanted:
-        pool = Pool(
-            name, *kinds[name], options.seed, options.out, options.first, None if device == "cuda" else ADDRESS_BYTES
-        )
-        found = pool(options.trials, options.seconds / len(wanted), options.workers)
+        act = launches if name == "launches" else trial
+        pool = Pool(name, makers(options.op)[name], act, options.seed, options.out, options.first)
+        seconds = options.seconds / len(wanted)
+        if options.command == "gpu":
+            found = gpu.run(pool, options.trials, seconds)
+        else:
+            found = pool(options.trials, seconds, options.workers)
         ends = ", ".join(f"{count} {end}" for end, count in found.ends.most_common())
         rate = found.trials / max(found.cpu_seconds, 1e-3)
         print(
@@ -105,24 +119,6 @@ def replay(options: argparse.Namespace) -> int:
             print(f"\n{bug}")
             return 1
     return 0
-
-
-def gpu(options: argparse.Namespace) -> int:
-    """Fuzz on the GPU. compute-sanitizer, where it is on the path, ends a process at its first wrong access."""
-    if "TORCH_RTX_SANITIZED" not in os.environ and (tool := shutil.which("compute-sanitizer")) is not None:
-        os.environ["TORCH_RTX_SANITIZED"] = "1"
-        flags = [
-            "--tool",
-            "memcheck",
-            "--target-processes",
-            "all",
-            "--report-api-errors",
-            "no",
-            "--error-exitcode",
-            "86",
-        ]
-        os.execv(tool, [tool, *flags, "--kill", "yes", sys.executable, "-m", "tests.fuzz", *sys.argv[1:]])
-    return run(options, "cuda")
 
 
 def samples(options: argparse.Namespace) -> int:

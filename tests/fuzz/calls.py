@@ -17,15 +17,16 @@ from tests.fuzz.files import engine_of
 from tests.fuzz.mutants import DTYPE_NAMES, INTS
 from tests.fuzz.samples import Sample
 from tests.fuzz.trial import HOSTILE_FLOATS, values
-from torch_rtx import aten, optable
+from torch_rtx import aten
 from torch_rtx.engine import DTYPES
 from torch_rtx.ir import COPY, Attr, Graph, Node, Parameter, TensorType, Value, Weight, contiguous
 from torch_rtx.lowering.infer import Inference
+from torch_rtx.optable import FILE_OPS
 
 STRINGS = ("", "mean", "sum", "none", "tanh", "reflect", "zeros", "floor", "trunc", "\x00", "x" * 1000, "main", "cuda")
 MEMORY_FORMATS = ("contiguous_format", "preserve_format", "channels_last", "channels_last_3d")
 PLACES = {"node": 65, "body": 25, "recipe": 10}  # shares; a recipe runs as soon as the engine has weights
-OPS: frozenset[str] = getattr(optable, "FILE_OPS", optable.ALLOWED)
+OPS = FILE_OPS
 
 
 @cache

@@ -13,6 +13,7 @@ from pathlib import Path
 
 SOURCE = Path(__file__).with_name("guard.c")
 VARIABLE = "TORCH_RTX_GUARD"  # the folder of the library, in a process that has it
+OFF = -1
 LIMIT = 256 << 20  # bytes of all tensors that are alive
 
 
@@ -22,7 +23,7 @@ def active() -> bool:
 
 
 def fill(value: int) -> None:
-    """From here on, new tensors begin with this byte."""
+    """From here on, new tensors begin with this byte; OFF: they are allocated as without the library."""
     if active():
         guard = ctypes.CDLL(None).guard_set
         guard.argtypes = [ctypes.c_size_t, ctypes.c_int]

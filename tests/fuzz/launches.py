@@ -11,7 +11,7 @@ import torch
 from tests.doubles.fake_driver import FakeDriver
 from tests.fuzz.files import Parts
 from tests.fuzz.mutants import change_tactics, originals
-from tests.fuzz.trial import Bug, _size, _typed
+from tests.fuzz.trial import Bug, size_of, typed
 from torch_rtx import engine
 from torch_rtx.ir import Graph, evaluate
 from torch_rtx.runtime.inline import launched
@@ -44,16 +44,16 @@ def launches(path: str, rng: Random, say: Callable[[str], None]) -> str:
         Bug: the driver is given what no GPU can run, or an error has no type of ours.
     """
     say("load")
-    found = _typed(lambda: engine.load(path), "load")
+    found = typed(lambda: engine.load(path), "load")
     if found is None:
         return "refused"
     say("launch")
     driver = _Driver((), rng.choice(CAPABILITIES))
     gpu_of.cache_clear()
     with patch.object(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, create=True):
-        tactics = _typed(lambda: load_tactics(found.kernels, found.graph, DEVICE, driver=driver), "launch")
+        tactics = typed(lambda: load_tactics(found.kernels, found.graph, DEVICE, driver=driver), "launch")
         for launcher in launched(tactics or {}).values():
-            _typed(lambda launcher=launcher: _launch(driver, launcher, found.graph, rng), "launch")
+            typed(lambda launcher=launcher: _launch(driver, launcher, found.graph, rng), "launch")
     return "launched" if driver.launched else "none launched"
 
 
@@ -69,7 +69,7 @@ class _Driver(FakeDriver):
 
 
 def _launch(driver: _Driver, launcher: Launcher, graph: Graph, rng: Random) -> None:
-    sizes = {name: _size(sym, rng) for name, sym in graph.syms.items()}
+    sizes = {name: size_of(sym, rng) for name, sym in graph.syms.items()}
     try:
         scalars = [evaluate(dim, sizes) for dim in launcher.scalars]
         x, y, z = (evaluate(dim, sizes) for dim in launcher.grid)

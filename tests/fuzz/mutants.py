@@ -36,7 +36,7 @@ VALUES += (
 TOKEN = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*|\d+|'[^'\n]*'|\n|[^\sA-Za-z0-9_']|[^\S\n]+|'")
 WORDS = ("None", "inf", "nan", "-1", "[]", "True", "'x'", "(", "graph import {", "min(", "// 0", "_", "x", "aten", "''")
 BYTES = rb'0123456789"\{}[],:. xnulltrue-eE' + b"\x00\xff\x1b"
-KINDS = {"bytes": 10, "sealed": 15, "graph": 35, "manifest": 12, "tactics": 16, "table": 6, "data": 6}  # shares
+KINDS = {"bytes": 50, "sealed": 70, "graph": 180, "manifest": 60, "tactics": 80, "table": 30, "data": 29, "large": 1}
 TACTICS = ("tactics", "kernels", "splits")  # the names of their tables in any format
 LAUNCH_INTS = (0, 1, 2, 16, 32, 33, 48 << 10, 100 << 10, 2**20, 2**31 - 1)
 DIMS = ("0", "1", "s", "(2 * s)", "(4294967296 * s)", "(-1 + s)", "(s // 2)", "(1 // s)", "(s % 3)", "min(3, s)")
@@ -62,7 +62,9 @@ def mutant(rng: Random) -> tuple[str, bytes]:
     if kind == "tactics":
         name = rng.choice([name for name in originals() if name.endswith(("kernel", "split"))])
     parts = Parts.of(originals()[name])
-    if kind == "graph":
+    if kind == "large":
+        parts.program["graph"] = _grown(parts.program["graph"], rng)
+    elif kind == "graph":
         parts.program["graph"] = _graph(parts.program["graph"], rng, times)
     elif kind == "manifest":
         change_json({"manifest": parts.program["manifest"]}, rng, times, parts.program)
@@ -153,6 +155,29 @@ def _graph(text: str, rng: Random, times: int) -> str:
         with suppress(RtxError):
             text = str(parse(text))
     return text
+
+
+def _grown(text: str, rng: Random) -> str:
+    """The same with a part of it many times: what takes time, or memory, for each pair of them?"""
+    size = rng.choice((30_000, 100_000, 300_000, 900_000))
+    lines = text.split("\n")
+    nodes = [at for at, line in enumerate(lines) if re.match(r"  \w+: .* = (extern|view) ", line)]
+    if nodes and rng.random() < 0.5:
+        at = rng.choice(nodes)
+        name, _, rest = lines[at].partition(":")
+        source, chained = rng.choice(re.findall(r"=(\w+)", rest) or ["x"]), rng.random() < 0.5
+        copies = []
+        for number in range(size // len(lines[at])):
+            copies.append(f"{name}_{number}:{rest}")
+            if chained and number:
+                copies[-1] = re.sub(rf"={source}\b", f"={name.strip()}_{number - 1}", copies[-1])
+        lines[at + 1 : at + 1] = copies
+        return "\n".join(lines)
+    tokens = TOKEN.findall(text)
+    start = rng.randrange(len(tokens))
+    part = tokens[start : start + rng.choice((1, 1, 2, 3, 4, 12))]
+    tokens[start : start + len(part)] = part * (size // max(1, len("".join(part))))
+    return "".join(tokens)
 
 
 def _lines(text: str, rng: Random) -> str:

@@ -1,4 +1,4 @@
-"""The fuzzer finds what it is to find."""
+"""The fuzzer finds what it is to find; and for a moment it finds nothing in this reader."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.fuzz.files import Parts, resealed
 from tests.fuzz.launches import hostile_table
 from tests.fuzz.mutants import mutant, originals
 from tests.fuzz.pool import Pool
-from tests.fuzz.trial import Bug, _typed, trial
+from tests.fuzz.trial import Bug, trial, typed
 from tests.paths import ROOT
 from torch_rtx import engine
 
@@ -77,7 +77,7 @@ def spins(*_: Any) -> str:
 
 
 def wastes(*_: Any) -> str:
-    return _typed(lambda: str(bytes(1 << 40)), "load")
+    return typed(lambda: str(bytes(1 << 40)), "load")
 
 
 def test_faults_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,3 +165,14 @@ def test_accesses_outside_of_a_tensor_end_the_process() -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     ended = dict(zip(ACCESSES, map(int, done.stdout.split()), strict=False))
     assert ended == {name: status for name, (_, status) in ACCESSES.items()}, done.stderr
+
+
+# ---- this reader -----------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_found(tmp_path: Path) -> None:
+    """`make fuzz` for a moment: the same trials each time, so that a failure is a change of this package."""
+    command = [sys.executable, "-m", "tests.fuzz", "--trials", "200", "--seed", "1", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.endswith("0 faults\n")

@@ -21,6 +21,7 @@ from torch_rtx.runtime.module import CompiledModule
 from torch_rtx.settings import RuntimeSettings
 
 MAX_INPUT = 1 << 20  # elements; larger inputs are not made
+LARGE = 64 << 10  # bytes of a file, whose many nodes would take long with guarded memory or large inputs
 MAX_BYTES = 64 << 20  # of the types in a graph: below, running out of memory is a fault of the reader
 UNCOMPILED = RuntimeSettings(specialization_strategy="none", cuda_graph_strategy="disabled")
 HOSTILE_INTS = (0, 1, -1, 2, 5, 127, -128, 1000, 10**6, -(10**6), 2**31 - 1, -(2**31), 2**33, 2**40, -(2**40), 2**62)
@@ -39,6 +40,10 @@ class Bug(Exception):
         self.detail = str(detail)[:200]
 
 
+class Lost(Exception):
+    """The GPU can't be used by this process any more, after an assertion of a kernel for instance."""
+
+
 def trial(path: str, rng: Random, say: Callable[[str], None], device: str = "cpu", binaries: bool = False) -> str:
     """Load the file `path` and call it. Returns how it ended: `refused`, `failed` (at the call), `ran`, `skipped`.
 
@@ -53,42 +58,48 @@ def trial(path: str, rng: Random, say: Callable[[str], None], device: str = "cpu
     """
     say("inspect")
     if rng.random() < 0.1:
-        _typed(lambda: str(torch_rtx.inspect(path)), "inspect")
+        typed(lambda: str(torch_rtx.inspect(path)), "inspect")
     say("load")
-    guard.fill(0x7F)
+    large = Path(path).stat().st_size > LARGE
+    guard.fill(guard.OFF if large else 0x7F)
     seed = rng.getrandbits(32)
-    module = _typed(lambda: _loaded(path, Random(seed), device, binaries), "load")
+    module = typed(lambda: _loaded(path, Random(seed), device, binaries), "load")
     if module is None:
         return "refused"
     graph = module.engine.graph
-    if (given := _inputs(graph, Random(seed), module.device)) is None:
+
+    def inputs() -> list[Any] | None:
+        return _inputs(graph, Random(seed), module.device, 64 if large else MAX_INPUT)
+
+    if (given := inputs()) is None:
         return "skipped"
     say("call")
-    first = _typed(lambda: _call(module, given), "call", graph)
+    first = typed(lambda: _call(module, given), "call", graph)
     if first is None:
         return "failed"
-    if graph.written or any(aten.is_random(aten.overload(name)) for name in _ops(graph)):
+    if large or graph.written or any(aten.is_random(aten.overload(name)) for name in _ops(graph)):
         return "ran"
     guard.fill(0x35)
     if rng.random() < 0.3:
-        module = _typed(lambda: _loaded(path, Random(seed), device, binaries), "load")
-    second = _typed(lambda: _call(module, _inputs(graph, Random(seed), module.device)), "call", graph)
+        module = typed(lambda: _loaded(path, Random(seed), device, binaries), "load")
+    second = typed(lambda: _call(module, inputs()), "call", graph)
     if guard.active() and second != first:
         raise Bug("call: uninitialised memory in a result")
     return "ran"
 
 
-def _typed(action: Callable[[], Any], phase: str, graph: Graph | None = None) -> Any:
+def typed(action: Callable[[], Any], phase: str, graph: Graph | None = None) -> Any:
     """The result of an action; None: an error of ours."""
     try:
         return action()
-    except RtxError:
-        return None
-    except MemoryError as error:
-        raise Bug(f"{phase}: MemoryError at {_where(error)}") from None
     except Exception as error:
-        if graph is not None and "can't allocate memory" in str(error) and _bytes(graph) > MAX_BYTES:
+        starved = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+        if starved and graph is not None and _bytes(graph) > MAX_BYTES:
             return None  # it says that it needs this much
+        if "CUDA error" in f"{error} {error.__cause__}":
+            raise Lost from None
+        if isinstance(error, RtxError) and not starved:
+            return None
         raise Bug(f"{phase}: {type(error).__name__} at {_where(error)}", error) from None
 
 
@@ -151,18 +162,23 @@ def _content(result: Any) -> Any:
     return tuple(plain.shape), flat.view(torch.uint8).numpy().tobytes()
 
 
-def _inputs(graph: Graph, rng: Random, device: torch.device) -> list[Any] | None:
-    """Values of the types of the inputs, some of them hostile; None if they are too large."""
+def _inputs(graph: Graph, rng: Random, device: torch.device, most: int = MAX_INPUT) -> list[Any] | None:
+    """Values of the types of the inputs, some of them hostile; None if they are too large.
+
+    Args:
+        most: the largest size where sizes vary.
+    """
     sizes: dict[str, int] = {}
     for value in graph.inputs:
         for sym in (sym for dim in type_dims(value.type) for sym in dim_syms(dim)):
-            sizes.setdefault(sym.name, _size(sym, rng))
+            sizes.setdefault(sym.name, size_of(sym, rng, most))
     found = [value_of(value.type, sizes, rng, device) for value in graph.inputs]
     return None if any(one is None for one in found) else found
 
 
-def _size(sym: Sym, rng: Random) -> int:
-    high = min(sym.max if sym.max is not None else 2**20, 2**20)
+def size_of(sym: Sym, rng: Random, most: int = MAX_INPUT) -> int:
+    """A size within the range of a symbol, if that has any up to `most`."""
+    high = most if sym.max is None else min(sym.max, most)
     wanted = rng.choice((sym.min, sym.min + 1, 3, 4, 8, high)) // sym.multiple * sym.multiple
     return wanted if sym.min <= wanted <= high else -(-sym.min // sym.multiple) * sym.multiple
 
