@@ -31,6 +31,7 @@ from torch_rtx.targets import Arch
 MAX_MEMBERS = 64
 MAX_POINTERS = 24
 MAX_RECOMPUTED_OPS = 4  # per element, of a producer that a larger consumer recomputes
+PRICE_ERROR = 1.25  # by as much a kernel may be faster than it is expected to be
 TINY_ELEMENTS = 4096  # a loop of so few takes no longer than its launch
 FEW_ROWS, LONG_ROW_ELEMENTS = 64, 16384  # fewer rows, longer than this, leave a GPU idle unless they are split
 SHORT_NAMES = {"_native_batch_norm_legit_no_training": "batch_norm"}  # of operators, in names of kernels
@@ -168,7 +169,7 @@ class FusionPlan:
         """Fuse two groups, if the result is small enough, and no slower."""
         merged = FusionGroup(sorted(first.members + second.members), first.epoch, space, first.cost + second.cost)
         if len(merged.members) <= MAX_MEMBERS:
-            self._try_group(merged, self._us(first) + self._us(second))
+            self._try_group(merged, PRICE_ERROR * (self._us(first) + self._us(second)))
 
     def _us(self, group: FusionGroup) -> float:
         """What the loop of `group` takes, with the results that others read when this is asked first."""
