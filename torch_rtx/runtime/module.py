@@ -312,10 +312,10 @@ def resolve_device(device: torch.device | str | None, built_for: str) -> torch.d
         raise SettingsError(
             f"there is no device {str(device)!r} for engines", hint="devices are cpu, cuda, cuda:1, ..."
         )
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise SettingsError(f"there is no device {resolved}: this process sees {torch.cuda.device_count()} GPUs")
     if resolved.type == "cuda" and resolved.index is None:
         return torch.device("cuda", torch.cuda.current_device())
-    if resolved.type == "cuda" and resolved.index >= torch.cuda.device_count():
-        raise SettingsError(f"there is no device {resolved}: this process sees {torch.cuda.device_count()} GPUs")
     return resolved
 
 
