@@ -250,6 +250,11 @@ def test_recipes_have_a_budget(name: str) -> None:
         check(f"constant 'c'{given[1:]}", *weight, "return [w]")
 
 
+def test_strides_of_parameters_count() -> None:
+    with pytest.raises(EngineFormatError, match="the recipes of the weights take"):
+        check("constant 'c': f32[2, 2](1000000000, 1)", "weight w: f32[2, 2](1000000000, 1) = 'c'", "return [w]")
+
+
 def test_a_table_of_common_size_is_computed() -> None:
     lines = ["a: i64[4096] = op aten.arange.default(end=4096, device='main')"]
     lines += ["b: i64[4096, 1] = op aten.unsqueeze.default(self=a, dim=1)"]
