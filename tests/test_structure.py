@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.paths import ROOT
+from tests.paths import ENGINES, ROOT
 
 PACKAGE = ROOT / "torch_rtx"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -163,7 +163,7 @@ def test_passes_are_one_file_each() -> None:
         ("import torch_rtx; torch_rtx.inspect", ("torch", "triton")),
         ("import torch_rtx.__main__", ("torch", "triton")),
         ("import torch_rtx; torch_rtx.RtxError; torch_rtx.CompilationSettings()", ("torch",)),
-        ("import torch_rtx; torch_rtx.load('tests/engines/v5/mlp.rtx')", ("torch._dynamo", "triton")),
+        (f"import torch_rtx; torch_rtx.load({str(ENGINES / 'v5' / 'mlp.rtx')!r})", ("torch._dynamo", "triton")),
         ("import torch_rtx; torch_rtx.load", ("torch._dynamo", "triton", "torch_rtx.lowering", "torch_rtx.backend")),
     ],
 )

@@ -26,7 +26,8 @@ __all__ = [
 DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, dtype.torch) for name, dtype in dtypes.DTYPES.items() if hasattr(torch, dtype.torch)
 }
-# Ops whose result depends on the strides of their inputs: these must be the strides of the capture.
+# Ops whose result depends on the strides of their inputs, or that expect some and do not check: these must be the
+# strides of the capture.
 STRIDED = frozenset(
     f"aten.{name}"
     for name in (
@@ -34,6 +35,7 @@ STRIDED = frozenset(
         "as_strided_copy.default",
         "as_strided_scatter.default",
         "_reshape_alias.default",
+        "_weight_norm_interface.default",
     )
 ) | {"aten.view.dtype", "aten.view_as_complex.default"}
 # Library calls whose `out=` writes the result in place; the `out=` of others copies it there.

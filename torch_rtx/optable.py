@@ -20,7 +20,7 @@ div.Tensor_mode elu.default eq.Scalar eq.Tensor erf.default erfc.default erfinv.
 expm1.default floor.default fmax.default fmin.default fmod.Scalar fmod.Tensor frac.default frexp.Tensor gcd.default
 ge.Scalar ge.Tensor gelu.default gt.Scalar gt.Tensor hardsigmoid.default hardtanh.default heaviside.default
 hypot.default i0.default igamma.default igammac.default isinf.default isnan.default isneginf.default isposinf.default
-lcm.default ldexp.Tensor le.Scalar le.Tensor leaky_relu.default lerp.Scalar lerp.Tensor lgamma.default log.default
+lcm.default le.Scalar le.Tensor leaky_relu.default lerp.Scalar lerp.Tensor lgamma.default log.default
 log10.default log1p.default log2.default logaddexp.default logaddexp2.default logical_and.default logical_not.default
 logical_or.default logical_xor.default logit.default lt.Scalar lt.Tensor masked_fill.Scalar maximum.default
 minimum.default mish.default mul.Scalar mul.Tensor nan_to_num.default ne.Scalar ne.Tensor neg.default nextafter.default
@@ -129,14 +129,14 @@ randint_like.default randint_like.low_dtype randn.default randn_like.default ran
 scaled_dot_product_attention.default
 # effect: writes to an input or a weight
 copy_.default index_copy_.default index_put_.default scatter_.src scatter_.value
-# unchecked: PyTorch trusts their arguments or data: addresses, offsets, shapes, or how long they run
+# unchecked: PyTorch trusts addresses, offsets or lengths in them, nothing bounds their time, or their types are wrong
 _chunk_cat.default _embedding_bag.default _embedding_bag_forward_only.default _grouped_mm.default
 _histogramdd_bin_edges.default _histogramdd_from_bin_cts.default _histogramdd_from_bin_tensors.default
 _reshape_alias.default _thnn_fused_lstm_cell.default _unsafe_index_put.default _unsafe_masked_index.default
 _unsafe_masked_index_put_accumulate.default as_strided.default as_strided_copy.default as_strided_scatter.default
 cudnn_convolution_add_relu.default cudnn_convolution_relu.default embedding_bag.default embedding_bag.padding_idx
 fractional_max_pool2d.default fractional_max_pool3d.default gru.data hash_tensor.default histogram.bin_ct
-histogram.bins_tensor linalg_ldl_solve.default linalg_lu_solve.default lstm.data lu_unpack.default
+histogram.bins_tensor ldexp.Tensor linalg_ldl_solve.default linalg_lu_solve.default lstm.data lu_unpack.default
 mkldnn_rnn_layer.default mvlgamma.default repeat_interleave.self_Tensor rrelu_with_noise_functional.default
 segment_reduce.default special_chebyshev_polynomial_t.default special_chebyshev_polynomial_u.default
 special_chebyshev_polynomial_v.default special_chebyshev_polynomial_w.default special_hermite_polynomial_h.default

@@ -24,8 +24,8 @@ def check(*lines: str, trusted: tuple[str, ...] = ()) -> FileCheck:
     return FileCheck(parse(graph(*lines)), CPU, trusted)
 
 
-def call(inputs: str, node: str) -> tuple[str, ...]:
-    return (*(f"input {one}" for one in inputs.split("; ")), node, "return [y]")
+def call(inputs: str, *nodes: str) -> tuple[str, ...]:
+    return (*(f"input {one}" for one in inputs.split("; ")), *nodes, "return [y]")
 
 
 # inputs, the call, and what is wrong with it
@@ -122,6 +122,12 @@ WRONG = {
         "y: f32[1000, 4], _ = extern aten._weight_norm_interface.default(v=x, g=g, dim=0)",
         "g has the shape",
     ),
+    "weight norm of a view": (
+        "x: f32[1, 1]; g: f32[1, 4]",
+        "v: f32[1000, 4](0, 0) = view aten.expand.default(self=x, size=[1000, 4])",
+        "y: f32[1000, 4], _ = extern aten._weight_norm_interface.default(v=v, g=g, dim=1)",
+        "not contiguous",
+    ),
     "group norm": (
         "x: f32[2, 4, 4]",
         "y: f32[2, 4, 4], _, _ = extern aten.native_group_norm.default(input=x, weight=None, bias=None, N=2, C=4, "
@@ -149,9 +155,9 @@ WRONG = {
 @pytest.mark.quick
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_call_is_refused(name: str) -> None:
-    inputs, node, message = WRONG[name]
+    inputs, *nodes, message = WRONG[name]
     with pytest.raises(RtxError, match=message):
-        check(*call(inputs, node))
+        check(*call(inputs, *nodes))
 
 
 RIGHT = {
@@ -242,6 +248,11 @@ def test_recipes_have_a_budget(name: str) -> None:
     weight = (f"weight w: {type_} = 'c' graph import {{", *(f"  {line}" for line in lines), "}")
     with pytest.raises(EngineFormatError, match="the recipes of the weights take"):
         check(f"constant 'c'{given[1:]}", *weight, "return [w]")
+
+
+def test_strides_of_parameters_count() -> None:
+    with pytest.raises(EngineFormatError, match="the recipes of the weights take"):
+        check("constant 'c': f32[2, 2](1000000000, 1)", "weight w: f32[2, 2](1000000000, 1) = 'c'", "return [w]")
 
 
 def test_a_table_of_common_size_is_computed() -> None:

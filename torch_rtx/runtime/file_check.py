@@ -48,6 +48,7 @@ SUPERLINEAR = frozenset(("linalg", "cholesky", "geqrf", "ormqr", "triangular", "
 SUPERLINEAR |= {"bilinear", "trilinear"}
 # Sizes for symbols while no call has said better: different ones, equal ones, small ones.
 SAMPLES = (lambda index: 48 + 8 * index, lambda index: 64, lambda index: 2)
+MAX_KNOWN = 10_000  # calls that are known to be right
 Sizes = Mapping[str, int]
 
 
@@ -77,29 +78,20 @@ class FileCheck:
                 hint=f"load(..., trusted_ops=[{names}]) calls it, if you trust the file",
             )
         self._check_recipes()
-        self(self._samples({}))
+        self.at({})
 
     def at(self, sizes: Sizes) -> None:
-        """Check the graph for sizes of its symbols. Those that only data knows get sample sizes.
+        """Check each call for these sizes of symbols. Others get sample sizes, for one of which the call must be right.
 
         Raises:
             EngineFormatError: see `FileCheck`.
         """
-        self(self._samples(sizes))
-
-    def _samples(self, sizes: Sizes) -> list[Sizes]:
-        open_ = [sym for name, sym in self.graph.syms.items() if name not in sizes]
-        if not open_:
-            return [sizes]
-        return [{**sizes, **{sym.name: _in_range(sym, sample(i)) for i, sym in enumerate(open_)}} for sample in SAMPLES]
-
-    def __call__(self, samples: list[Sizes]) -> None:
-        """Check each call of the graph: it must be right for one of `samples`."""
+        samples = self._samples(sizes)
         for node in calls(self.graph):
             errors: list[InvalidIR] = []
-            for sizes in samples:
+            for sample in samples:
                 try:
-                    self._check(node, sizes)
+                    self._check(node, sample)
                     break
                 except InvalidIR as error:
                     errors.append(error)
@@ -108,17 +100,25 @@ class FileCheck:
                 message = f"{node.op}{f' of {name}' if name else ''}: {errors[0].message}"
                 raise EngineFormatError(message[:2000], loc=node.loc)
 
+    def _samples(self, sizes: Sizes) -> list[Sizes]:
+        open_ = [sym for name, sym in self.graph.syms.items() if name not in sizes]
+        if not open_:
+            return [sizes]
+        return [{**sizes, **{sym.name: _in_range(sym, sample(i)) for i, sym in enumerate(open_)}} for sample in SAMPLES]
+
     def _check_recipes(self) -> None:
         """Raises EngineFormatError if the recipes take more memory or time than a file may. Those of constants run
         before a file without weights gets any."""
         constants = {parameter.name for parameter in self.graph.parameters if parameter.constant}
         fixed = [weight for weight in self.graph.weights if constants.issuperset(weight.names)]
         for weights, known in ((fixed, constants), (self.graph.weights, None)):
-            data = sum(_bytes(p.type) for p in self.graph.parameters if known is None or p.name in known)
+            read = [p.type for p in self.graph.parameters if known is None or p.name in known]
+            stored = [math.prod(_numbers(t.shape, {})) * aten.DTYPES[t.dtype].itemsize for t in read]
+            data = sum(stored)
             recipes = [weight.recipe for weight in weights if weight.recipe is not None]
-            memory = sum(_bytes(weight.value.type) for weight in weights if weight.recipe) + max(
-                map(_peak, recipes), default=0
-            )
+            memory = sum(max(_bytes(t) - size, 0) for t, size in zip(read, stored, strict=True))  # strides with gaps
+            memory += sum(_bytes(weight.value.type) for weight in weights if weight.recipe is not None)
+            memory += max(map(_peak, recipes), default=0)
             time = sum(_time(node) for recipe in recipes for node in recipe.nodes)
             if memory > FREE_BYTES + BYTES_FACTOR * data or time > FREE_TIME + TIME_PER_BYTE * data:
                 about = f"{memory >> 20} MiB and {time / 1e9:.1f} s"
@@ -134,6 +134,8 @@ class FileCheck:
             raise InvalidIR("a size divides by zero") from None
         if key not in self._known:
             _Call(node, sizes, self.device).check(results)
+            if len(self._known) >= MAX_KNOWN:
+                self._known.clear()
             self._known.add(key)
 
 
@@ -218,9 +220,6 @@ class _Call:
         if missing:
             raise InvalidIR(f"the argument {missing[0]!r} is missing")
         given = {name: self._given(name, schema, attr) for name, attr in self.node.args}
-        broken = broken_rule(self.node.op, given, [value is not None for value in self.node.outputs])
-        if broken is not None:
-            raise InvalidIR(broken)
         found = self._infer(given)
         if self.node.outputs and len(found) != len(results):
             raise InvalidIR(f"it has {len(found)} results, not {len(results)}")
@@ -230,10 +229,15 @@ class _Call:
 
     def _infer(self, given: Mapping[str, Any]) -> list[Any]:
         try:
+            broken = broken_rule(self.node.op, given, [value is not None for value in self.node.outputs])
+            if broken is not None:
+                raise InvalidIR(broken)
             with torch.no_grad(), _without_dynamo():
                 result = INFERRED[self.node.op](given) if self.node.op in INFERRED else self.op(**given)
         except NotImplementedError:
             raise InvalidIR("its results can't be checked", hint="name it in trusted_ops") from None
+        except InvalidIR:
+            raise
         except Exception as error:
             raise InvalidIR(f"it does not take these arguments: {error}") from None
         return list(result) if isinstance(result, tuple | list) else [] if result is None else [result]
@@ -248,7 +252,7 @@ class _Call:
         if aten.DTYPES[expected.dtype] != result.dtype or found != shape or result.dim() != len(shape):
             raise InvalidIR(f"it returns {aten.dtype_name(result.dtype)}{list(result.shape)}, not {expected}")
         same = all(size < 2 or a == b for size, a, b in zip(shape, strides, result.stride(), strict=True))
-        if not same and not _dense(shape, strides):
+        if not same and not _dense(shape, strides):  # generated code gives a tensor these strides where they matter
             raise InvalidIR(f"it returns the strides {list(result.stride())}, not {list(strides)}")
         self._check_device(expected)
 

@@ -71,6 +71,8 @@ def _weight_norm(given: Given, used: Used) -> str | None:
     shape, dim = given["v"].shape, given.get("dim", 0)
     if not math.prod(shape) or dim not in range(0, len(shape), max(len(shape) - 1, 1)):
         return f"dim is {dim} of the shape {list(shape)}: neither the first nor the last, or one is empty"
+    if not (given["v"].is_contiguous() and given["g"].is_contiguous()):
+        return "v or g is not contiguous"
     norms = [size if axis == dim else 1 for axis, size in enumerate(shape)]
     return None if list(given["g"].shape) == norms else f"g has the shape {list(given['g'].shape)}, not {norms}"
 
@@ -160,9 +162,10 @@ def _states(given: Given) -> list[torch.Tensor]:
     return given["hx"] if isinstance(given["hx"], list) else [given["hx"]]
 
 
-def _normal(given: Given, used: Used) -> str | None:
-    """Its result has the dtype of the mean, though its type has that of both."""
-    return None if given["mean"].dtype == given["std"].dtype else "mean and std have different dtypes"
+def _one_dtype(given: Given, used: Used) -> str | None:
+    """The result has the dtype of the first tensor, though its type has that of both."""
+    dtypes = {value.dtype for value in given.values() if isinstance(value, torch.Tensor)}
+    return None if len(dtypes) < 2 else "its tensors have different dtypes"
 
 
 def _planar(given: Given, used: Used) -> str | None:
@@ -189,7 +192,7 @@ RULES: Mapping[str, Callable[[Given, Used], str | None]] = {
     **dict.fromkeys(("unbind", "unbind_copy", "split", "unsafe_split"), _pieces),
     **dict.fromkeys(("lstm", "gru"), _recurrent),
     "_pdist_forward": _planar,
-    "normal.Tensor_Tensor": _normal,
+    **dict.fromkeys(("normal.Tensor_Tensor", "huber_loss"), _one_dtype),
 }
 
 
@@ -213,6 +216,11 @@ def elements(given: Given) -> list[torch.Tensor]:
     return [torch.ops.aten.index.Tensor(given["self"], [one for some in indices for one in some])]
 
 
+def reshaped(given: Given) -> list[torch.Tensor]:
+    """The result of a view that may have to copy."""
+    return [torch.ops.aten.reshape.default(given["self"], given["size"])]
+
+
 ANY = 2**40 + secrets.randbelow(2**40)  # a size that data decides; no file can know it
 INFERRED: Mapping[str, Callable[[Given], list[Any]]] = {  # None: a number
     "aten._local_scalar_dense.default": lambda given: [None],
@@ -220,4 +228,6 @@ INFERRED: Mapping[str, Callable[[Given], list[Any]]] = {  # None: a number
     "aten.gru.input": recurrent_results,
     "aten.nonzero.default": positions,
     "aten.index.Tensor": elements,
+    # As generated code calls them, see `runtime.code.RELAXED`.
+    **dict.fromkeys(("aten.view.default", "aten._unsafe_view.default"), reshaped),
 }
