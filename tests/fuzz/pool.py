@@ -60,7 +60,7 @@ class Pool:
 
     def __init__(self, name: str, make: Make, run: Run, seed: int, out: Path, first: int = 0) -> None:
         self.name, self.make, self.run, self.seed, self.out = name, make, run, seed, out
-        self.first = first
+        self.first = self.end = first
         self.found = Found()
 
     def __call__(self, count: int, seconds: float, workers: int = 1) -> Found:
