@@ -44,7 +44,7 @@ def engine(tmp_path: Path) -> Path:
     def edit(inner: dict[str, Any]) -> None:
         manifest = inner["manifest"]
         manifest["producer"] = {HOSTILE: HOSTILE}
-        manifest["inputs"], manifest["device"], manifest["platform"] = [HOSTILE], HOSTILE, HOSTILE
+        manifest["inputs"], manifest["platform"] = [HOSTILE], HOSTILE
         manifest["signature"] = [math.nan, math.inf, HOSTILE]
 
     return forge(tmp_path / "engine.rtx", edit)
