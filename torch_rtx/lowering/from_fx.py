@@ -418,7 +418,7 @@ class _Importer:
             (self.numbers if first else self.nodes).append(made)
             return
         if node not in self.fallbacks and not is_sym_node(node):
-            self.nodes.append(Node("op", str(op_of(node)), self.arguments(node), outputs, None, loc))
+            self.append(Node("op", str(op_of(node)), self.arguments(node), outputs, None, loc))
             return
         try:
             if not isinstance(node.target, torch._ops.OpOverload):
@@ -432,9 +432,12 @@ class _Importer:
             self.callables.append(python_call(self.gm, node))
             self.called.append(node)
         self.exact.meet(node)
-        made = Node("fallback", call, arguments, outputs, None, loc)
+        self.append(Node("fallback", call, arguments, outputs, None, loc))
+
+    def append(self, made: Node) -> None:
+        """Append a node; an assertion of the user's goes before those that PyTorch wrote for it."""
         place = len(self.nodes)
-        if node.target is ASSERTION and not _is_generated(made):
+        if made.op == str(ASSERTION) and not _is_generated(made):
             while place and _may_follow(self.nodes[place - 1], made):
                 place -= 1
         self.nodes.insert(place, made)

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from torch_rtx.optable import NUMBERS
+
 Given = Mapping[str, Any]  # the arguments by name: meta tensors, numbers, lists
 Used = Sequence[bool]
 SMALL = 2**31  # PyTorch's kernels compute windows, offsets and strides in 32 bits
@@ -223,7 +225,8 @@ def reshaped(given: Given) -> list[torch.Tensor]:
 
 ANY = 2**40 + secrets.randbelow(2**40)  # a size that data decides; no file can know it
 INFERRED: Mapping[str, Callable[[Given], list[Any]]] = {  # None: a number
-    "aten._local_scalar_dense.default": lambda given: [None],
+    **dict.fromkeys(("aten._local_scalar_dense.default", "aten.sym_size.int", *NUMBERS), lambda given: [None]),
+    "aten._assert_scalar.default": lambda given: [],  # holds for the sizes of a call, not for any
     "aten.lstm.input": recurrent_results,
     "aten.gru.input": recurrent_results,
     "aten.nonzero.default": positions,
