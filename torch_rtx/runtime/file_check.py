@@ -332,8 +332,8 @@ def _fits(type_: str, attr: Attr) -> bool:
             return all(_fits(inner, item) or (inner == "Tensor" and item is None) for item in attr)
         return inner in ("int", "SymInt", "float", "bool") and _fits(inner, attr)
     if isinstance(attr, Value):
-        tensor = isinstance(attr.type, TensorType)
-        return tensor if type_ == "Tensor" else not tensor and type_ in ("int", "SymInt", "float", "bool", "number")
+        number = isinstance(attr.type, ScalarType)
+        return type_ == "Tensor" or (number and type_ in ("int", "SymInt", "float", "bool", "number"))
     if isinstance(attr, Sym | Expr) or type(attr) is int:
         return type_ in ("int", "SymInt", "float", "number", "Tensor")
     if isinstance(attr, bool):
