@@ -364,7 +364,7 @@ def engine_file(tmp_path_factory):
 
 @pytest.mark.parametrize("device", ["gpu", "meta", "cuda:99", "xpu", "cpu:x", 7])
 def test_devices_that_do_not_exist(device, engine_file):
-    with pytest.raises(torch_rtx.SettingsError, match="there is no device"):
+    with pytest.raises(torch_rtx.SettingsError, match="there is no device|can.t run on"):
         torch_rtx.load(engine_file[0], device=device)
 
 
