@@ -22,9 +22,10 @@ import torch_rtx
 from torch_rtx import aten
 from torch_rtx.backend.capture import capture_export
 from torch_rtx.backend.partition import partition
-from torch_rtx.engine import Engine, Manifest, inspect
+from torch_rtx.engine import Engine, Manifest
 from torch_rtx.engine import load as load_engine
 from torch_rtx.engine import save as save_engine
+from torch_rtx.inspection import inspect
 from torch_rtx.ir import Graph, verify
 from torch_rtx.lowering.from_fx import Role, from_fx
 from torch_rtx.lowering.infer import Inference

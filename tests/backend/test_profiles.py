@@ -144,7 +144,7 @@ def test_nested_inputs_and_keywords(tmp_path: Path) -> None:
     args, kwargs = ({"x": x, "ids": [ids]}, 3), {"z": [Input((2, 2), dtype=torch.float16)], "y": y, "w": torch.ones(2)}
     model = Model()
     module = through_file(torch_rtx.compile(model, args, kwargs), tmp_path)
-    assert module.engine.manifest.inputs == ("image", "batch_ids_0", "x_z_0", "y", "w")
+    assert module.engine.manifest.inputs == ("image", "batch_ids_0", "z_0", "y", "w")
     for size, count in ((2, 1), (4, 2), (6, 7)):
         batch = {"x": torch.randn(size, 3), "ids": [torch.arange(count, dtype=torch.int32)]}
         given = {"z": [torch.ones(2, 2).half()], "y": torch.randn(size, 1).double(), "w": torch.ones(2)}

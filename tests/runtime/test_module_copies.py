@@ -218,7 +218,7 @@ def test_what_would_change_it_is_an_error(engine: tuple[nn.Module, CompiledModul
 
 def test_an_engine_in_training_mode() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)).train()
-    module = torch_rtx.compile(model, (X,))
+    module = torch_rtx.compile(torch.export.export(model, (X,)))
     assert module.training
     assert module.train() is module
     with pytest.raises(RtxError, match="built in training mode and can't change to evaluation mode\n.*model.eval"):

@@ -302,7 +302,7 @@ def kernel(x, w, b, r, out0):
     t1 = acc0 + t0
     t2 = tl.load(r + (64 * M + N)).to(tl.float32)
     t3 = t1 + t2
-    t4 = tl.where(t3 < 0, 0, t3)
+    t4 = tl.where(t3 <= 0, 0, t3)
     tl.store(out0 + (64 * M + N), t4)
 """,
         )
