@@ -76,13 +76,14 @@ index_put.default index_reduce.default index_select.default instance_norm.defaul
 isin.Tensor_Tensor kthvalue.default layer_norm.default lift.default lift_fresh_copy.default linalg_cholesky_ex.default
 linalg_cross.default linalg_eig.default linalg_householder_product.default linalg_inv_ex.default
 linalg_ldl_factor_ex.default linalg_lu.default linalg_lu_factor_ex.default linalg_matrix_exp.default
-linalg_pinv.atol_rtol_tensor linalg_qr.default linalg_solve_triangular.default linalg_vector_norm.default linear.default
-linspace.Scalar_Tensor linspace.Tensor_Scalar linspace.Tensor_Tensor log_sigmoid.default log_sigmoid_forward.default
-log_softmax.int logcumsumexp.default logspace.Scalar_Tensor logspace.Tensor_Scalar logspace.Tensor_Tensor
-logsumexp.default masked_fill.Tensor masked_scatter.default matmul.default max.default max.dim max_pool1d.default
-max_pool2d.default max_pool2d_with_indices.default max_pool3d.default max_pool3d_with_indices.default
-max_unpool2d.default max_unpool3d.default mean.default mean.dim median.default median.dim min.default min.dim mm.default
-mm.dtype mode.default mse_loss.default mv.default nanmedian.default nanmedian.dim nansum.default narrow_copy.default
+linalg_matrix_sqrth.default linalg_pinv.atol_rtol_tensor linalg_polar.default linalg_qr.default
+linalg_solve_triangular.default linalg_vector_norm.default linear.default linspace.Scalar_Tensor linspace.Tensor_Scalar
+linspace.Tensor_Tensor log_sigmoid.default log_sigmoid_forward.default log_softmax.int logcumsumexp.default
+logspace.Scalar_Tensor logspace.Tensor_Scalar logspace.Tensor_Tensor logsumexp.default masked_fill.Tensor
+masked_scatter.default matmul.default max.default max.dim max_pool1d.default max_pool2d.default
+max_pool2d_with_indices.default max_pool3d.default max_pool3d_with_indices.default max_unpool2d.default
+max_unpool3d.default mean.default mean.dim median.default median.dim min.default min.dim mm.default mm.dtype
+mode.default mse_loss.default mv.default nanmedian.default nanmedian.dim nansum.default narrow_copy.default
 native_batch_norm.default native_group_norm.default native_layer_norm.default new_empty.default
 new_empty_strided.default new_full.default new_ones.default new_zeros.default nll_loss2d_forward.default
 nll_loss_forward.default nonzero.default nonzero_static.default norm.Scalar norm.ScalarOpt_dim one_hot.default

@@ -91,7 +91,9 @@ def test_steps(name, kind, recorder):
     same(steps(model, compile_rtx(model), optimizers[1], batches), expected, atol=1e-5, rtol=1e-4)
     assert len(recorder) == 2  # a forward and a backward, for all steps
     # Under a checkpoint the backward repeats the forward's attention with the random numbers that the forward had.
-    assert recorder.fallbacks == (2 * ["!python"] if name == "checkpointed" else [])
+    # Before 2.15, PyTorch left two higher-order operators of a checkpoint in the graph.
+    whole = name != "checkpointed" or torch.torch_version.TorchVersion(torch.__version__) >= (2, 15)
+    assert recorder.fallbacks == ([] if whole else 2 * ["!python"])
 
 
 def test_gradient_accumulation():

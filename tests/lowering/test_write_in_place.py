@@ -255,7 +255,7 @@ def by_mask(cache, new):
         (by_broadcast, ["index_copy_"]),
         (by_cast, ["index_copy_"]),
         (by_list, ["index_put_"]),
-        (by_mask, ["index_put_"]),
+        (by_mask, ["copy_" if torch.torch_version.TorchVersion(torch.__version__) >= (2, 15) else "index_put_"]),
     ],
 )
 def test_ways_to_write(function, expected, monkeypatch):
