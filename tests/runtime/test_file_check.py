@@ -9,6 +9,7 @@ from torch_rtx import aten, optable
 from torch_rtx.errors import EngineFormatError, InvalidIR, RtxError
 from torch_rtx.irparse import parse
 from torch_rtx.runtime.file_check import FileCheck
+from torch_rtx.runtime.file_rules import RULES
 
 CPU = torch.device("cpu")
 ATTENTION = "extern aten.scaled_dot_product_attention.default"
@@ -101,6 +102,18 @@ WRONG = {
         "y: f32[99] = extern aten._fft_c2r.default(self=x, dim=[0], normalization=0, last_dim_size=99)",
         "last_dim_size",
     ),
+    "fft frequencies": (
+        "x: c64[9]",
+        "y: f32[14] = extern aten._fft_c2r.default(self=x, dim=[0], normalization=0, last_dim_size=14)",
+        "last_dim_size",
+    ),
+    "randperm without a device": ("x: i64[1]", "y: i64[1] = extern aten.randperm.default(n=8589934592)", "it returns"),
+    "window without a device": (
+        "x: f32[1]",
+        "y: f32[1] = extern aten.hann_window.default(window_length=8589934592)",
+        "it returns",
+    ),
+    "numbers alone": ("x: f32[1]", "y: f32[1] = extern aten.repeat.default(self=1, repeats=[8589934592])", "numbers"),
     "sampler": (
         "x: f32[1, 1, 4, 4]; g: f32[1, 2, 2, 2]",
         "y: f32[1, 1, 2, 2] = extern aten.grid_sampler_2d.default(input=x, grid=g, interpolation_mode=9, "
@@ -150,6 +163,31 @@ WRONG = {
         "other shapes",
     ),
 }
+
+
+FUSED = ("flash_attention", "cudnn_attention", "efficient_attention", "flash_attention_for_cpu")
+OTHERS = {"fewer heads": (1, 3, 8, 16), "more heads": (1, 8, 8, 16), "batches": (2, 4, 8, 16), "empty": (1, 4, 0, 16)}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("kind", FUSED)
+def test_kernels_of_attention_get_heads_and_batches_that_fit(kind: str, name: str) -> None:
+    query, other = torch.empty(1, 4, 8, 16, device="meta"), torch.empty(OTHERS[name], device="meta")
+    rule = RULES[f"_scaled_dot_product_{kind}"]
+    assert rule({"query": query, "key": other, "value": other}, [True])
+    half = query[:, :2]
+    assert not rule({"query": query, "key": half, "value": half}, [True])
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("loss", ["binary_cross_entropy", "mse_loss", "smooth_l1_loss", "huber_loss"])
+@pytest.mark.parametrize("target", ["f32[0]", "f32[1, 4]", "f32[()]"])
+def test_targets_of_losses_have_the_shape_of_the_input(loss: str, target: str) -> None:
+    with pytest.raises(EngineFormatError, match="the target has the shape"):
+        check(
+            *call(f"x: f32[4]; t: {target}", f"y: f32[4] = extern aten.{loss}.default(self=x, target=t, reduction=0)")
+        )
 
 
 @pytest.mark.quick

@@ -220,6 +220,11 @@ class _Call:
         if missing:
             raise InvalidIR(f"the argument {missing[0]!r} is missing")
         given = {name: self._given(name, schema, attr) for name, attr in self.node.args}
+        if "device" in schema and given.get("device") is None:
+            given["device"] = META
+        tensors = [value for name, value in given.items() if schema[name].type == "Tensor" and value is not None]
+        if tensors and not any(isinstance(value, torch.Tensor) for value in tensors):
+            raise InvalidIR("numbers stand for all of its tensors")
         found = self._infer(given)
         if self.node.outputs and len(found) != len(results):
             raise InvalidIR(f"it has {len(found)} results, not {len(results)}")
