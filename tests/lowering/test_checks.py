@@ -11,7 +11,6 @@ import torch
 import torch_rtx
 from tests.helpers.ahead import Function, through_file
 from tests.helpers.compiled import compile_rtx, same
-from torch_rtx.errors import RtxError
 
 check = torch._check
 
@@ -116,8 +115,4 @@ def test_checks_under_torch_compile(f):
 def test_checks_in_an_engine(f, tmp_path):
     module = torch_rtx.compile(Function(f), (torch.tensor(CHECKS[f][0]),))
     holds(module, f, own_messages=False)
-    if f in (real, truth):  # a condition on these is no expression of sizes
-        with pytest.raises(RtxError, match="calls a Python function, which no file can hold"):
-            torch_rtx.save(module, tmp_path / "model.rtx")
-    else:
-        holds(through_file(module, tmp_path), f, own_messages=False)
+    holds(through_file(module, tmp_path), f, own_messages=False)

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from torch_rtx import aten, optable
-from torch_rtx.errors import EngineFormatError, InvalidIR, RtxError
+from torch_rtx.errors import CallError, EngineFormatError, InvalidIR, RtxError
 from torch_rtx.irparse import parse
+from torch_rtx.runtime.code import compile_graph
 from torch_rtx.runtime.file_check import FileCheck
 from torch_rtx.runtime.file_rules import RULES
 
@@ -157,6 +158,14 @@ WRONG = {
         "y: f32[()] = extern aten.mse_loss.default(self=x, target=x, reduction=7)",
         "reduction is 7",
     ),
+    "number of a size": ("x: f32[4, 3]", "y: int[5] = extern aten.sym_size.int(self=x, dim=0)", "does not return int"),
+    "number of another kind": ("n: int", "y: int = extern torch_rtx.truediv.default(a=n, b=2)", "does not return int"),
+    "number that is a tensor": ("n: int", "y: f32[()] = extern torch_rtx.add.default(a=n, b=2)", "does not return f32"),
+    "item of another kind": (
+        "x: f32[()]",
+        "y: int = extern aten._local_scalar_dense.default(self=x)",
+        "does not return int",
+    ),
     "lstm": (
         "x: f32[5, 2, 4]; h: f32[1, 2, 8]; a: f32[1, 4]; b: f32[32, 8]",
         f"y: f32[5, 2, 8], _, _ = extern aten.lstm.input(input=x, hx=[h, h], params=[a, b], {LSTM}",
@@ -205,6 +214,12 @@ RIGHT = {
     "positions": ("x: f32[4]", "y: i64[u, 1] = extern aten.nonzero.default(self=x)"),
     "masked": ("x: f32[4, 3]; m: bool[4]", "y: f32[u, 3] = extern aten.index.Tensor(self=x, indices=[m])"),
     "item": ("x: i64[()]", "y: int = extern aten._local_scalar_dense.default(self=x)"),
+    "size": ("x: f32[4, 3]", "y: int[4] = extern aten.sym_size.int(self=x, dim=0)"),
+    "quotient": ("n: int", "y: float = extern torch_rtx.truediv.default(a=1, b=n)"),
+    "comparison": ("n: float", "y: bool = extern torch_rtx.lt.default(a=n, b=2)"),
+    "least": ("n: int", "y: float = extern torch_rtx.sym_min.default(a=n, b=1.5)"),
+    "rounded": ("n: float", "y: int[u] = extern torch_rtx.round.default(number=n)"),
+    "product with a number": ("x: f32[4]; n: float", "y: f32[4] = extern aten.mul.Tensor(self=x, other=n)"),
     "grouped heads": (
         "x: f32[1, 4, 8, 16]; k: f32[1, 2, 6, 16]; m: bool[8, 6]",
         f"y: f32[1, 4, 8, 16] = {ATTENTION}(query=x, key=k, value=k, attn_mask=m, enable_gqa=True)",
@@ -299,3 +314,43 @@ def test_a_table_of_common_size_is_computed() -> None:
     lines += ["c: bool[4096, 4096] = op aten.le.Tensor(self=a, other=b)"]
     lines += ["w: f32[4096, 4096] = op aten._to_copy.default(self=c, dtype='f32')", "return [w]"]
     check("weight w: f32[4096, 4096] = graph import {", *(f"  {line}" for line in lines), "}", "return [w]")
+
+
+# What a file may state of a size that data decide, and a call where it is wrong.
+STATED = {
+    "another number": ("i64[5, 1]", "nonzero.default(self=x)", "a size of 3, and the graph has 5"),
+    "another size": ("i64[t, 1]", "nonzero.default(self=x)", "a size of 3, and the graph has 4"),
+    "half of it": ("i64[(2 * u), 1]", "nonzero.default(self=x)", "a size of 3, and the graph has 2"),
+    "a multiple": ("i64[w, 1]", "nonzero.default(self=x)", "a size of 3, which is not from 0 to 8, a multiple of 4"),
+    "a mask": ("f32[5]", "index.Tensor(self=x, indices=[m])", "a size of 3, and the graph has 5"),
+    "an element": ("int[5]", "_local_scalar_dense.default(self=n)", "a size of 3, and the graph has 5"),
+}
+
+
+@pytest.mark.parametrize("name", STATED)
+def test_sizes_that_data_decide_are_compared_with_their_types(name: str) -> None:
+    """Memory and kernels rely on them, and no check before the call can know them."""
+    type_, call_, message = STATED[name]
+    dims = ("dim t = 1, None, 1", "dim u = 0, None, 1", "dim w = 0, 8, 4")
+    given = call("x: f32[3]; m: bool[3]; n: i64[()]; z: f32[t]", f"y: {type_} = extern aten.{call_}")
+    text = parse(graph(*dims, *given))
+    FileCheck(text, CPU)
+    code = compile_graph(text, CPU)
+    with pytest.raises(CallError, match=message):
+        code([torch.ones(3), torch.ones(3, dtype=torch.bool), torch.tensor(3), torch.ones(4)], [])
+
+
+HUGE = 2**62
+ENDLESS = {"pow": (3, HUGE), "lshift": (1, HUGE), "round": (5, -HUGE), "mul": (HUGE, HUGE), "floordiv": (1, 0)}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", ENDLESS)
+def test_arithmetic_of_the_host_is_bounded(name: str) -> None:
+    """Python's own would compute numbers of as many bits as memory holds."""
+    function = aten.overload(f"torch_rtx.{name}.default")
+    if name == "round":
+        assert function(*ENDLESS[name]) == 0
+        return
+    with pytest.raises((ArithmeticError, RuntimeError)):
+        function(*ENDLESS[name])

@@ -227,14 +227,21 @@ def elements(given: Given) -> list[torch.Tensor]:
     return [torch.ops.aten.index.Tensor(given["self"], [one for some in indices for one in some])]
 
 
+def number(given: Given) -> list[Any]:
+    """A number of the kind that a tensor has."""
+    dtype = given["self"].dtype
+    return [None if dtype.is_complex else 1.0 if dtype.is_floating_point else dtype == torch.bool or 1]
+
+
 def reshaped(given: Given) -> list[torch.Tensor]:
     """The result of a view that may have to copy."""
     return [torch.ops.aten.reshape.default(given["self"], given["size"])]
 
 
 ANY = 2**40 + secrets.randbelow(2**40)  # a size that data decides; no file can know it
-INFERRED: Mapping[str, Callable[[Given], list[Any]]] = {  # None: a number
-    "aten._local_scalar_dense.default": lambda given: [None],
+INFERRED: Mapping[str, Callable[[Given], list[Any]]] = {
+    "aten._assert_scalar.default": lambda given: [],  # of a sample it says nothing
+    "aten._local_scalar_dense.default": number,
     "aten.lstm.input": recurrent_results,
     "aten.gru.input": recurrent_results,
     "aten.nonzero.default": positions,
