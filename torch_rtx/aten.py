@@ -16,8 +16,8 @@ import torch
 
 from torch_rtx import dtypes, host_ops
 from torch_rtx.errors import InvalidIR, Unsupported
-from torch_rtx.ir import MAIN, Attr, Graph, Node, attr_values
-from torch_rtx.optable import ALLOWED
+from torch_rtx.ir import MAIN, Attr, Graph, Node, TensorType, Value, attr_values
+from torch_rtx.optable import ALLOWED, DECIDED
 
 __all__ = [
     *("ALLOWED", "DTYPES", "MAY_ALIAS", "OUT", "STRIDED", "UNINITIALIZED"),
@@ -162,6 +162,14 @@ def extent(shape: Sequence[int], strides: Sequence[int]) -> int:
 def is_random(op: torch._ops.OpOverload) -> bool:
     """Whether `op` draws from the random number generator, so that two calls differ."""
     return torch.Tag.nondeterministic_seeded in op.tags
+
+
+def is_decided(node: Node) -> bool:
+    """Whether contents of tensors, or numbers of the host, decide a size or a number among the results."""
+    if node.op == "aten.index.Tensor":
+        masks = [one.type for one in node.arg("indices", ()) if isinstance(one, Value)]  # type: ignore[union-attr]
+        return any(isinstance(type_, TensorType) and type_.dtype in ("bool", "u8") for type_ in masks)
+    return node.op in DECIDED
 
 
 @cache

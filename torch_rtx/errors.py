@@ -127,8 +127,8 @@ class InputError(RtxError, ValueError):
 
 
 class CallError(RtxError):
-    """An operator of a loaded engine failed during a call, such as an index that is out of range; `__cause__` is its
-    own error."""
+    """An operator of a loaded engine failed, such as an index that is out of range, during a call or while weights are
+    computed; `__cause__` is its own error."""
 
 
 class CacheError(RtxError):

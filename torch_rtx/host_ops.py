@@ -29,6 +29,12 @@ def _lshift(a: int, b: int) -> int:
     return a << b
 
 
+def _round(number: float, ndigits: int | None = None) -> float:
+    if isinstance(number, int) and ndigits is not None:
+        ndigits = max(ndigits, -_BITS)  # nothing is left of the number at fewer, either
+    return builtins.round(number, ndigits)
+
+
 # By name: the function as it appears in a captured graph.
 _UNARY: dict[str, Callable[..., Any]] = {
     **{name: getattr(operator, name) for name in ("abs", "neg", "pos")},
@@ -48,7 +54,7 @@ _SCHEMAS = dict.fromkeys(_UNARY, "Scalar a") | dict.fromkeys(_BINARY, "Scalar a,
 _SCHEMAS |= {"sym_ite": "Scalar b, Scalar t, Scalar f", "round": "Scalar number, int? ndigits=None"}
 _NAMES: dict[Any, str] = {function: name for name, function in _FUNCTIONS.items()}
 _LIBRARY = torch.library.Library("torch_rtx", "FRAGMENT")
-for _name, _function in {**_FUNCTIONS, "pow": _pow, "lshift": _lshift}.items():
+for _name, _function in {**_FUNCTIONS, "pow": _pow, "lshift": _lshift, "round": _round}.items():
     _LIBRARY.define(f"{_name}({_SCHEMAS[_name]}) -> Scalar")
     _LIBRARY.impl(_name, _function, "CompositeImplicitAutograd")
 

@@ -173,6 +173,7 @@ NUMBERS = frozenset(  # Python's arithmetic on numbers of the host, which `host_
         *("eq", "ne", "lt", "le", "gt", "ge", "and_", "or_", "xor", "lshift", "rshift"),
     )
 )
+DECIDED = NUMBERS | {"aten.nonzero.default", "aten._local_scalar_dense.default"}  # see `aten.is_decided`
 UNTRUSTED = ("backward", "unchecked")  # headings of ops that a file may call only if its user names them
 
 

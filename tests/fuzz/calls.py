@@ -19,9 +19,9 @@ from tests.fuzz.samples import Sample
 from tests.fuzz.trial import HOSTILE_FLOATS, values
 from torch_rtx import aten
 from torch_rtx.engine import DTYPES
-from torch_rtx.ir import COPY, Attr, Graph, Node, Parameter, TensorType, Value, Weight, contiguous
+from torch_rtx.ir import COPY, Attr, Graph, Node, Parameter, ScalarType, TensorType, Type, Value, Weight, contiguous
 from torch_rtx.lowering.infer import Inference
-from torch_rtx.optable import FILE_OPS
+from torch_rtx.optable import FILE_OPS, NUMBERS
 
 STRINGS = ("", "mean", "sum", "none", "tanh", "reflect", "zeros", "floor", "trunc", "\x00", "x" * 1000, "main", "cuda")
 MEMORY_FORMATS = ("contiguous_format", "preserve_format", "channels_last", "channels_last_3d")
@@ -175,6 +175,9 @@ class _Maker:
         """An argument: a tensor is an input or a constant, with the values that it asks for."""
         if isinstance(value, list):
             return tuple(map(self.attr, value))
+        if self.name in NUMBERS and type(value) in (bool, int, float) and self.rng.random() < 0.5:
+            self.inputs.append(Value(f"x{len(self.inputs)}", ScalarType(type(value).__name__)))
+            return self.inputs[-1]
         if not isinstance(value, dict):
             return value
         made = Value(f"x{len(self.inputs) + len(self.parameters)}", _type(value))
@@ -196,9 +199,11 @@ class _Maker:
 _F32 = TensorType("f32", (2,), (1,))
 
 
-def _types(name: str, args: tuple[tuple[str, Attr], ...]) -> tuple[TensorType, ...]:
+def _types(name: str, args: tuple[tuple[str, Attr], ...]) -> tuple[Type, ...]:
     """What PyTorch infers for the results; nothing where it can't."""
     try:
+        if name in NUMBERS:
+            return (ScalarType(type(aten.overload(name)(**dict(args))).__name__),)
         return tuple(type_ for type_ in Inference()(name, args) if isinstance(type_, TensorType))
     except Exception:
         return ()

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from torch_rtx import aten, optable
-from torch_rtx.errors import EngineFormatError, InvalidIR, RtxError
+from torch_rtx.errors import CallError, EngineFormatError, InvalidIR, RtxError
 from torch_rtx.irparse import parse
+from torch_rtx.runtime.code import compile_graph
 from torch_rtx.runtime.file_check import FileCheck
+from torch_rtx.runtime.file_rules import RULES
 
 CPU = torch.device("cpu")
 ATTENTION = "extern aten.scaled_dot_product_attention.default"
@@ -101,6 +103,18 @@ WRONG = {
         "y: f32[99] = extern aten._fft_c2r.default(self=x, dim=[0], normalization=0, last_dim_size=99)",
         "last_dim_size",
     ),
+    "fft frequencies": (
+        "x: c64[9]",
+        "y: f32[14] = extern aten._fft_c2r.default(self=x, dim=[0], normalization=0, last_dim_size=14)",
+        "last_dim_size",
+    ),
+    "randperm without a device": ("x: i64[1]", "y: i64[1] = extern aten.randperm.default(n=8589934592)", "it returns"),
+    "window without a device": (
+        "x: f32[1]",
+        "y: f32[1] = extern aten.hann_window.default(window_length=8589934592)",
+        "it returns",
+    ),
+    "numbers alone": ("x: f32[1]", "y: f32[1] = extern aten.repeat.default(self=1, repeats=[8589934592])", "numbers"),
     "sampler": (
         "x: f32[1, 1, 4, 4]; g: f32[1, 2, 2, 2]",
         "y: f32[1, 1, 2, 2] = extern aten.grid_sampler_2d.default(input=x, grid=g, interpolation_mode=9, "
@@ -144,12 +158,45 @@ WRONG = {
         "y: f32[()] = extern aten.mse_loss.default(self=x, target=x, reduction=7)",
         "reduction is 7",
     ),
+    "number of a size": ("x: f32[4, 3]", "y: int[5] = extern aten.sym_size.int(self=x, dim=0)", "does not return int"),
+    "number of another kind": ("n: int", "y: int = extern torch_rtx.truediv.default(a=n, b=2)", "does not return int"),
+    "number that is a tensor": ("n: int", "y: f32[()] = extern torch_rtx.add.default(a=n, b=2)", "does not return f32"),
+    "item of another kind": (
+        "x: f32[()]",
+        "y: int = extern aten._local_scalar_dense.default(self=x)",
+        "does not return int",
+    ),
     "lstm": (
         "x: f32[5, 2, 4]; h: f32[1, 2, 8]; a: f32[1, 4]; b: f32[32, 8]",
         f"y: f32[5, 2, 8], _, _ = extern aten.lstm.input(input=x, hx=[h, h], params=[a, b], {LSTM}",
         "other shapes",
     ),
 }
+
+
+FUSED = ("flash_attention", "cudnn_attention", "efficient_attention", "flash_attention_for_cpu")
+OTHERS = {"fewer heads": (1, 3, 8, 16), "more heads": (1, 8, 8, 16), "batches": (2, 4, 8, 16), "empty": (1, 4, 0, 16)}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("kind", FUSED)
+def test_kernels_of_attention_get_heads_and_batches_that_fit(kind: str, name: str) -> None:
+    query, other = torch.empty(1, 4, 8, 16, device="meta"), torch.empty(OTHERS[name], device="meta")
+    rule = RULES[f"_scaled_dot_product_{kind}"]
+    assert rule({"query": query, "key": other, "value": other}, [True])
+    half = query[:, :2]
+    assert not rule({"query": query, "key": half, "value": half}, [True])
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("loss", ["binary_cross_entropy", "mse_loss", "smooth_l1_loss", "huber_loss"])
+@pytest.mark.parametrize("target", ["f32[0]", "f32[1, 4]", "f32[()]"])
+def test_targets_of_losses_have_the_shape_of_the_input(loss: str, target: str) -> None:
+    with pytest.raises(EngineFormatError, match="the target has the shape"):
+        check(
+            *call(f"x: f32[4]; t: {target}", f"y: f32[4] = extern aten.{loss}.default(self=x, target=t, reduction=0)")
+        )
 
 
 @pytest.mark.quick
@@ -167,6 +214,12 @@ RIGHT = {
     "positions": ("x: f32[4]", "y: i64[u, 1] = extern aten.nonzero.default(self=x)"),
     "masked": ("x: f32[4, 3]; m: bool[4]", "y: f32[u, 3] = extern aten.index.Tensor(self=x, indices=[m])"),
     "item": ("x: i64[()]", "y: int = extern aten._local_scalar_dense.default(self=x)"),
+    "size": ("x: f32[4, 3]", "y: int[4] = extern aten.sym_size.int(self=x, dim=0)"),
+    "quotient": ("n: int", "y: float = extern torch_rtx.truediv.default(a=1, b=n)"),
+    "comparison": ("n: float", "y: bool = extern torch_rtx.lt.default(a=n, b=2)"),
+    "least": ("n: int", "y: float = extern torch_rtx.sym_min.default(a=n, b=1.5)"),
+    "rounded": ("n: float", "y: int[u] = extern torch_rtx.round.default(number=n)"),
+    "product with a number": ("x: f32[4]; n: float", "y: f32[4] = extern aten.mul.Tensor(self=x, other=n)"),
     "grouped heads": (
         "x: f32[1, 4, 8, 16]; k: f32[1, 2, 6, 16]; m: bool[8, 6]",
         f"y: f32[1, 4, 8, 16] = {ATTENTION}(query=x, key=k, value=k, attn_mask=m, enable_gqa=True)",
@@ -261,3 +314,43 @@ def test_a_table_of_common_size_is_computed() -> None:
     lines += ["c: bool[4096, 4096] = op aten.le.Tensor(self=a, other=b)"]
     lines += ["w: f32[4096, 4096] = op aten._to_copy.default(self=c, dtype='f32')", "return [w]"]
     check("weight w: f32[4096, 4096] = graph import {", *(f"  {line}" for line in lines), "}", "return [w]")
+
+
+# What a file may state of a size that data decide, and a call where it is wrong.
+STATED = {
+    "another number": ("i64[5, 1]", "nonzero.default(self=x)", "a size of 3, and the graph has 5"),
+    "another size": ("i64[t, 1]", "nonzero.default(self=x)", "a size of 3, and the graph has 4"),
+    "half of it": ("i64[(2 * u), 1]", "nonzero.default(self=x)", "a size of 3, and the graph has 2"),
+    "a multiple": ("i64[w, 1]", "nonzero.default(self=x)", "a size of 3, which is not from 0 to 8, a multiple of 4"),
+    "a mask": ("f32[5]", "index.Tensor(self=x, indices=[m])", "a size of 3, and the graph has 5"),
+    "an element": ("int[5]", "_local_scalar_dense.default(self=n)", "a size of 3, and the graph has 5"),
+}
+
+
+@pytest.mark.parametrize("name", STATED)
+def test_sizes_that_data_decide_are_compared_with_their_types(name: str) -> None:
+    """Memory and kernels rely on them, and no check before the call can know them."""
+    type_, call_, message = STATED[name]
+    dims = ("dim t = 1, None, 1", "dim u = 0, None, 1", "dim w = 0, 8, 4")
+    given = call("x: f32[3]; m: bool[3]; n: i64[()]; z: f32[t]", f"y: {type_} = extern aten.{call_}")
+    text = parse(graph(*dims, *given))
+    FileCheck(text, CPU)
+    code = compile_graph(text, CPU)
+    with pytest.raises(CallError, match=message):
+        code([torch.ones(3), torch.ones(3, dtype=torch.bool), torch.tensor(3), torch.ones(4)], [])
+
+
+HUGE = 2**62
+ENDLESS = {"pow": (3, HUGE), "lshift": (1, HUGE), "round": (5, -HUGE), "mul": (HUGE, HUGE), "floordiv": (1, 0)}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", ENDLESS)
+def test_arithmetic_of_the_host_is_bounded(name: str) -> None:
+    """Python's own would compute numbers of as many bits as memory holds."""
+    function = aten.overload(f"torch_rtx.{name}.default")
+    if name == "round":
+        assert function(*ENDLESS[name]) == 0
+        return
+    with pytest.raises((ArithmeticError, RuntimeError)):
+        function(*ENDLESS[name])

@@ -18,11 +18,13 @@ from safetensors.torch import save_file
 import torch_rtx
 from benchmarks.numerics import assert_right, in_float64, tensors
 from tests.engine_files import forge
+from tests.fuzz.files import engine_of
 from tests.helpers.ahead import IMAGE, Function, Net
 from tests.helpers.compiled import same
 from tests.paths import ROOT
 from torch_rtx.engine import load as load_engine
 from torch_rtx.errors import EngineFormatError
+from torch_rtx.irparse import parse
 from torch_rtx.runtime.signature import Signature
 
 
@@ -364,7 +366,7 @@ def engine_file(tmp_path_factory):
 
 @pytest.mark.parametrize("device", ["gpu", "meta", "cuda:99", "xpu", "cpu:x", 7])
 def test_devices_that_do_not_exist(device, engine_file):
-    with pytest.raises(torch_rtx.SettingsError, match="there is no device|can.t run on"):
+    with pytest.raises(torch_rtx.SettingsError, match="there is no device|an engine can.t run on"):
         torch_rtx.load(engine_file[0], device=device)
 
 
@@ -406,3 +408,27 @@ def test_inspect_says_what_needs_trust(tmp_path):
         torch_rtx.load(tmp_path / "model.rtx")
     loaded = torch_rtx.load(tmp_path / "model.rtx", trusted_ops=seen.needs_trust)
     same(loaded(torch.arange(9.0)), module(torch.arange(9.0)))
+
+
+FAILING = """graph fused {
+  parameter 'p': i64[2]
+  constant 'c': f32[4]
+  weight w: f32[2] = 'c', 'p' graph import {
+    input c: f32[4]
+    input p: i64[2]
+    w: f32[2] = op aten.index_select.default(self=c, dim=0, index=p)
+    return [w]
+  }
+  return [w]
+}
+"""
+
+
+@pytest.mark.parametrize("method", ["attach", "refit"])
+def test_errors_of_recipes(method, tmp_path):
+    data = {"constant/c": ("f32", (4,), bytes(16)), "weight/p": ("i64", (2,), bytes(16))}
+    (tmp_path / "engine.rtx").write_bytes(engine_of(parse(FAILING), data))
+    module = torch_rtx.load(tmp_path / "engine.rtx")
+    with pytest.raises(torch_rtx.CallError, match="a weight can't be computed: IndexError: .*out of range") as caught:
+        getattr(module, method)({"p": torch.tensor([0, 9])})
+    assert isinstance(caught.value.__cause__, IndexError)

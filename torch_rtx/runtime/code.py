@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from torch_rtx import aten
-from torch_rtx.errors import InvalidIR
+from torch_rtx.errors import CallError, InvalidIR
 from torch_rtx.ir import (
     COPY,
     Attr,
@@ -81,6 +81,9 @@ PLACED: Callable[..., torch.Tensor] = torch._C._dynamo.guards._reinterpret_tenso
 # A library call may return other strides than in the capture, so a view of its result may have to copy.
 RELAXED = dict.fromkeys(("aten.view.default", "aten._unsafe_view.default"), torch.ops.aten.reshape.default)
 
+# The model's own checks of sizes, and what these need.
+CHECKS = NUMBERS | {"aten._assert_scalar.default", "aten.sym_size.int"}
+
 
 def restride(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
     """`tensor` if it has these strides in all dimensions longer than 1, else a copy with them."""
@@ -89,6 +92,19 @@ def restride(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
     if all(size < 2 or a == b for size, a, b in zip(tensor.shape, tensor.stride(), strides, strict=True)):
         return tensor
     return copy_strided(tensor, strides)
+
+
+def stated(size: Any, number: int) -> None:
+    """Raises CallError if data decided another size than the type of its value, on which memory and kernels rely."""
+    if not isinstance(size, int) or size != number:
+        raise CallError(f"the data decide a size of {size}, and the graph has {number}")
+
+
+def in_range(size: Any, low: int, high: int | None, multiple: int) -> None:
+    """Raises CallError if data decided a size that its symbol excludes."""
+    if not isinstance(size, int) or size < low or (high is not None and size > high) or size % multiple:
+        wanted = f"from {low} to {high}" + (f", a multiple of {multiple}" if multiple > 1 else "")
+        raise CallError(f"the data decide a size of {size}, which is not {wanted}")
 
 
 def copy_strided(tensor: torch.Tensor, strides: Sequence[int]) -> torch.Tensor:
@@ -207,6 +223,7 @@ class _Writer:
     tensors: set[str] = field(default_factory=set)  # values in the arena that have become tensors by now
     shared: set[str] = field(default_factory=set)  # values in whose memory several results lie
     inputs: set[str] = field(default_factory=set)
+    checks: list[str] = field(default_factory=list)  # of sizes, to come after the model's own
 
     def write(self) -> str:
         # Names of the code itself begin with `_`, those of values never do.
@@ -239,6 +256,7 @@ class _Writer:
                 self.lines.append(f"del {', '.join(drops)}")
             self.lines += after.get(index, ())
             self.lines += probe
+        self.lines += self.checks
         kept = self.kept()
         copied = [value.name for value in dict.fromkeys(attr_values(graph.outputs)) if value.name in kept]
         if copied:  # one copy per value: a value returned twice stays one object
@@ -292,15 +310,30 @@ class _Writer:
             seen.update(names)
         return drops[::-1]
 
-    def bind(self, values: Sequence[Value | None]) -> None:
-        """Write assignments of the symbols that the types of `values` determine."""
+    def bind(self, values: Sequence[Value | None], decided: bool = False) -> None:
+        """Write assignments of the symbols that the types of `values` determine.
+
+        Args:
+            decided: nothing has compared these values with their types yet: write checks, too.
+        """
         for value in values:
             for source, dim in _dim_sources(value):
+                if decided:
+                    size, source = source, f"_size{len(self.lines)}"
+                    self.lines.append(f"{source} = {size}")
+                    self.checks.append(f"{self.name_of('stated', stated)}({source}, {dim})")
                 for sym, text in solve(dim, source, self.bound):
-                    self.bound.add(sym)
+                    self.bound.add(sym.name)
                     self.lines.append(f"{sym} = {text}")
+                    if decided:
+                        limits = f"({sym.name}, {sym.min}, {sym.max}, {sym.multiple})"
+                        self.checks.append(f"{self.name_of('in_range', in_range)}{limits}")
+                self.check_bound(dim)
 
     def node(self, node: Node) -> None:
+        if node.op not in CHECKS:
+            self.lines += self.checks
+            self.checks = []
         if node.kind == "kernel":
             self.launch(node)
             return
@@ -318,8 +351,9 @@ class _Writer:
         left = [value.name if value is not None else "_" for value in node.outputs]
         single = node.op != "python" and _returns_one(aten.overload(node.op, self.trusted_ops))
         self.lines.append(f"{left[0]} = {call}" if single else f"{', '.join(left)}, = {call}")
-        if node.kind == "fallback" or node.op in NUMBERS:
-            self.bind(node.outputs)
+        decided = aten.is_decided(node)
+        if decided or node.kind == "fallback":
+            self.bind(node.outputs, decided)
         if not aten.may_alias(node, self.trusted_ops):
             # In the captured strides where it is made, so that no result has to be copied, away from the others.
             self.lines += [f"{v.name} = {self.strided(v)}" for v in node.results if v.name in self.shared]
@@ -507,10 +541,10 @@ def _dim_sources(value: Value | None) -> Iterator[tuple[str, Dim]]:
         yield f"{value.name}.shape[{axis}]", dim
 
 
-def solve(dim: Dim, source: str, known: set[str]) -> Iterator[tuple[str, str]]:
+def solve(dim: Dim, source: str, known: set[str]) -> Iterator[tuple[Sym, str]]:
     """`(symbol, code)` if `dim`, which the code `source` reads, determines an unknown symbol: s, c*s or c+s."""
     if isinstance(dim, Sym) and dim.name not in known:
-        yield dim.name, source
+        yield dim, source
     if not isinstance(dim, Expr) or dim.op not in ("*", "+"):
         return
     unknown = [arg for arg in dim.args if any(sym.name not in known for sym in dim_syms(arg))]

@@ -49,6 +49,7 @@ SUPERLINEAR |= {"bilinear", "trilinear"}
 # Sizes for symbols while no call has said better: different ones, equal ones, small ones.
 SAMPLES = (lambda index: 48 + 8 * index, lambda index: 64, lambda index: 2)
 MAX_KNOWN = 10_000  # calls that are known to be right
+KINDS = {"int": (int,), "float": (int, float), "bool": (bool,)}  # what a number of each kind may be
 Sizes = Mapping[str, int]
 
 
@@ -220,6 +221,11 @@ class _Call:
         if missing:
             raise InvalidIR(f"the argument {missing[0]!r} is missing")
         given = {name: self._given(name, schema, attr) for name, attr in self.node.args}
+        if "device" in schema and given.get("device") is None:
+            given["device"] = META
+        tensors = [value for name, value in given.items() if schema[name].type == "Tensor" and value is not None]
+        if tensors and not any(isinstance(value, torch.Tensor) for value in tensors):
+            raise InvalidIR("numbers stand for all of its tensors")
         found = self._infer(given)
         if self.node.outputs and len(found) != len(results):
             raise InvalidIR(f"it has {len(found)} results, not {len(results)}")
@@ -244,7 +250,9 @@ class _Call:
 
     def _compare(self, expected: Type, result: Any) -> None:
         if isinstance(expected, ScalarType) or not isinstance(result, torch.Tensor):
-            if not isinstance(expected, ScalarType) or result is not None:
+            kinds = KINDS.get(expected.kind, ()) if isinstance(expected, ScalarType) else ()
+            number = expected.dim if isinstance(expected, ScalarType) else None  # is checked in the call, if decided
+            if not isinstance(result, kinds) or number not in (None, result) and not aten.is_decided(self.node):
                 raise InvalidIR(f"it does not return {expected}")
             return
         shape, strides = _numbers(expected.shape, {}), _numbers(expected.strides, {})
@@ -332,8 +340,8 @@ def _fits(type_: str, attr: Attr) -> bool:
             return all(_fits(inner, item) or (inner == "Tensor" and item is None) for item in attr)
         return inner in ("int", "SymInt", "float", "bool") and _fits(inner, attr)
     if isinstance(attr, Value):
-        number = isinstance(attr.type, ScalarType)
-        return type_ == "Tensor" or (number and type_ in ("int", "SymInt", "float", "bool", "number"))
+        number = isinstance(attr.type, ScalarType) and type_ in ("int", "SymInt", "float", "bool", "number")
+        return number or type_ == "Tensor"
     if isinstance(attr, Sym | Expr) or type(attr) is int:
         return type_ in ("int", "SymInt", "float", "number", "Tensor")
     if isinstance(attr, bool):

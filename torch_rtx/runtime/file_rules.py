@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 
-from torch_rtx.optable import NUMBERS
-
 Given = Mapping[str, Any]  # the arguments by name: meta tensors, numbers, lists
 Used = Sequence[bool]
 SMALL = 2**31  # PyTorch's kernels compute windows, offsets and strides in 32 bits
@@ -90,10 +88,13 @@ def _attention(given: Given, used: Used) -> str | None:
     return f"the mask has the shape {list(mask.shape)}, which does not broadcast to {list(wide)}"
 
 
-def _flash_attention_on_cpu(given: Given, used: Used) -> str | None:
-    """It divides by its sizes."""
-    if not all(given[name].numel() for name in ("query", "key", "value")):
-        return "a tensor is empty"
+def _fused_attention(given: Given, used: Used) -> str | None:
+    """Kernels index keys and values by the batch and the head of a query, and divide by sizes."""
+    query, key, value = given["query"], given["key"], given["value"]
+    if not (query.dim() == key.dim() == value.dim() == 4 and query.numel() and key.numel() and value.numel()):
+        return "a tensor is empty, or has not 4 dimensions"
+    if query.shape[0] != key.shape[0] or query.shape[1] % key.shape[1]:
+        return f"query and key have the shapes {list(query.shape)} and {list(key.shape)}"
     return _attention(given, used)
 
 
@@ -109,7 +110,7 @@ def _fft(given: Given, used: Used) -> str | None:
     if tensor.is_complex() == ("onesided" in given) or not (tensor.is_complex() or tensor.is_floating_point()):
         return f"the tensor is {tensor.dtype}"
     size = given.get("last_dim_size")
-    if size is not None and not 1 <= size <= 2 * tensor.shape[dims[-1]] - 1:
+    if size is not None and (size < 1 or tensor.shape[dims[-1]] != size // 2 + 1):
         return f"last_dim_size is {size} for {tensor.shape[dims[-1]]} frequencies"
     return None
 
@@ -170,6 +171,12 @@ def _one_dtype(given: Given, used: Used) -> str | None:
     return None if len(dtypes) < 2 else "its tensors have different dtypes"
 
 
+def _loss(given: Given, used: Used) -> str | None:
+    """Losses of elements broadcast in part, and leave the rest of the result as it was."""
+    shape, target = given["self"].shape, given["target"].shape
+    return None if shape == target else f"the target has the shape {list(target)}, not {list(shape)}"
+
+
 def _planar(given: Given, used: Used) -> str | None:
     return None if given["self"].dim() == 2 else f"the tensor has {given['self'].dim()} dimensions, not 2"
 
@@ -183,9 +190,9 @@ RULES: Mapping[str, Callable[[Given, Used], str | None]] = {
     "native_group_norm": _group_norm,
     "_weight_norm_interface": _weight_norm,
     "scaled_dot_product_attention": _attention,
-    "_scaled_dot_product_flash_attention_for_cpu": _flash_attention_on_cpu,
-    **dict.fromkeys(("_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention"), _attention),
-    "_scaled_dot_product_cudnn_attention": _attention,
+    **dict.fromkeys(("_scaled_dot_product_flash_attention", "_scaled_dot_product_cudnn_attention"), _fused_attention),
+    "_scaled_dot_product_efficient_attention": _fused_attention,
+    "_scaled_dot_product_flash_attention_for_cpu": _fused_attention,
     **dict.fromkeys(("_fft_c2c", "_fft_c2r", "_fft_r2c"), _fft),
     **dict.fromkeys(("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d"), _upsample),
     **dict.fromkeys(("_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d"), _upsample),
@@ -194,7 +201,9 @@ RULES: Mapping[str, Callable[[Given, Used], str | None]] = {
     **dict.fromkeys(("unbind", "unbind_copy", "split", "unsafe_split"), _pieces),
     **dict.fromkeys(("lstm", "gru"), _recurrent),
     "_pdist_forward": _planar,
-    **dict.fromkeys(("normal.Tensor_Tensor", "huber_loss"), _one_dtype),
+    "normal.Tensor_Tensor": _one_dtype,
+    **dict.fromkeys(("binary_cross_entropy", "mse_loss", "smooth_l1_loss"), _loss),
+    "huber_loss": lambda given, used: _one_dtype(given, used) or _loss(given, used),
 }
 
 
@@ -218,15 +227,21 @@ def elements(given: Given) -> list[torch.Tensor]:
     return [torch.ops.aten.index.Tensor(given["self"], [one for some in indices for one in some])]
 
 
+def number(given: Given) -> list[Any]:
+    """A number of the kind that a tensor has."""
+    dtype = given["self"].dtype
+    return [None if dtype.is_complex else 1.0 if dtype.is_floating_point else dtype == torch.bool or 1]
+
+
 def reshaped(given: Given) -> list[torch.Tensor]:
     """The result of a view that may have to copy."""
     return [torch.ops.aten.reshape.default(given["self"], given["size"])]
 
 
 ANY = 2**40 + secrets.randbelow(2**40)  # a size that data decides; no file can know it
-INFERRED: Mapping[str, Callable[[Given], list[Any]]] = {  # None: a number
-    **dict.fromkeys(("aten._local_scalar_dense.default", "aten.sym_size.int", *NUMBERS), lambda given: [None]),
-    "aten._assert_scalar.default": lambda given: [],  # holds for the sizes of a call, not for any
+INFERRED: Mapping[str, Callable[[Given], list[Any]]] = {
+    "aten._assert_scalar.default": lambda given: [],  # of a sample it says nothing
+    "aten._local_scalar_dense.default": number,
     "aten.lstm.input": recurrent_results,
     "aten.gru.input": recurrent_results,
     "aten.nonzero.default": positions,

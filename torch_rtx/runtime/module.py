@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import replace
 from io import BytesIO
@@ -115,12 +115,14 @@ class CompiledModule(nn.Module):
         Raises:
             RefitError: a tensor that the engine needs is missing or of another shape or dtype, or a state dict has
                 names that the model did not have.
+            CallError: an operator of a loaded engine, which computes a weight from these, failed.
         """
         if not isinstance(weights, nn.Module | Mapping):
             self.refit(weights)
             return
         tensors = tensors_of(weights) | self._attributes(weights)
-        self._store.attach(tensors, strict=not isinstance(weights, nn.Module))
+        with self._computing():
+            self._store.attach(tensors, strict=not isinstance(weights, nn.Module))
         if self._store.streamer is not None and any(
             isinstance(t, torch.Tensor) and t.is_cuda for t in tensors.values()
         ):
@@ -133,15 +135,21 @@ class CompiledModule(nn.Module):
 
         Raises:
             RefitError: lists the names that are missing, unexpected or of another shape or dtype; nothing was changed.
+            CallError: see `attach`.
         """
         tensors = tensors_of(weights) | self._attributes(weights)
         if isinstance(weights, nn.Module):  # also has the buffers that no state dict has
             known = {name for p in self._store.parameters for name in (p.name, *p.aliases)}
             kept = weights.state_dict(keep_vars=True).keys()
             tensors = {name: tensor for name, tensor in tensors.items() if name in known or name in kept}
-        self._store.refit(tensors)
+        with self._computing():
+            self._store.refit(tensors)
         self._run = self._with_weights
         self._keep(tensors, copy=True)
+
+    def _computing(self) -> AbstractContextManager[None]:
+        """Where weights are computed: as for calls, only errors of loaded engines are CallErrors."""
+        return nullcontext() if self._kernels is None else _typed(CallError, "a weight can't be computed")
 
     def _attributes(self, weights: WeightSource) -> dict[str, torch.Tensor]:
         """The plain attributes of a module that the engine needs: tensors that had no data at build time."""
