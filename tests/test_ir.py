@@ -419,3 +419,12 @@ def test_damaged_text_is_a_graph_or_an_error(graph: Graph, data: st.DataObject) 
     except InvalidIR:
         return
     str(damaged)
+
+
+def test_types_that_repeat_are_those_of_their_dims() -> None:
+    """Texts of types are parsed once, until a dim comes; a value without a type has none, whatever came before."""
+    lines = ["dim s = 1, 8, 1", "input x: f32[s]", "input y: f32[s]", "dim s = 2, 4, 2", "input z: f32[s]"]
+    graph = parse("graph fused {\n" + "".join(f"  {line}\n" for line in lines) + "  return [x]\n}\n")
+    assert [value.type.shape[0].min for value in graph.inputs] == [1, 1, 2]
+    with pytest.raises(InvalidIR, match="value z has no type"):
+        parse("graph fused {\n  input x:f32[4]\n  z = extern aten.relu.default(self=x)\n  return [z]\n}\n")

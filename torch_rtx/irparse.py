@@ -87,6 +87,7 @@ class _Scope:
     def __init__(self) -> None:
         self.syms: dict[str, Sym] = {}
         self.values: dict[str, Value] = {}
+        self.types: dict[str, Type] = {}  # by text: most nodes have one output, of a type that another has
 
 
 class _Reader:
@@ -177,6 +178,11 @@ def _values(text: str, scope: _Scope) -> Iterator[Value]:
 
 def _outputs(text: str, scope: _Scope) -> Iterator[Value | None]:
     """Parse `a: type, _, b: type`: as `_values`, with None for an unused output."""
+    name, _, type_ = text.partition(": ")
+    if type_ in scope.types and name != "_" and is_name(name):
+        scope.values[name] = value = Value(_short(name), scope.types[type_])
+        yield value
+        return
     module = ast.parse(f"def f({text}): 0")
     definition = module.body[0]
     if len(module.body) != 1 or not isinstance(definition, ast.FunctionDef) or len(definition.body) != 1:
@@ -192,6 +198,8 @@ def _outputs(text: str, scope: _Scope) -> Iterator[Value | None]:
             raise InvalidIR(f"value {argument.arg} has no type")
         value = Value(_short(argument.arg), _type(argument.annotation, scope))
         scope.values[value.name] = value
+        if type_ and len(definition.args.args) == 1:
+            scope.types[type_] = value.type
         yield value
 
 
@@ -206,6 +214,7 @@ def _dim_line(text: str, scope: _Scope) -> None:
     if not is_name(name) or not valid:
         raise InvalidIR("expected `dim NAME = MIN, MAX, MULTIPLE` or `dim NAME = MIN, MAX, MULTIPLE, TYPICAL`")
     scope.syms[name] = Sym(_short(name), *numbers)
+    scope.types.clear()
 
 
 def _parameter(text: str, constant: bool, scope: _Scope) -> Parameter:

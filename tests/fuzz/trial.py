@@ -123,8 +123,9 @@ def _bytes(graph: Graph) -> float:
         total += 0 if node.body is None else _bytes(node.body)
         for value in node.results:
             if isinstance(value.type, TensorType):
-                sizes = [dim if isinstance(dim, int) else 64 for dim in value.type.shape]
-                total += 16.0 * math.prod(map(float, sizes))
+                dims = value.type.shape, value.type.strides
+                shape, strides = ([dim if isinstance(dim, int) else 64 for dim in one] for one in dims)
+                total += 16.0 * aten.extent(shape, strides)  # from the first to the last element
     return total
 
 

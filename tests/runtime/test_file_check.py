@@ -153,6 +153,12 @@ WRONG = {
         "y: f32[1, 1, 8, 8] = extern aten.upsample_nearest2d.default(self=x, output_size=[8, 8], scales_h=1e-30)",
         "a scale",
     ),
+    "tables of an empty tensor": (
+        "x: f32[0, 1, 8]",
+        "y: f32[0, 1, 4294967296] = extern aten.upsample_linear1d.default(self=x, output_size=[4294967296], "
+        "align_corners=False)",
+        "is empty",
+    ),
     "reduction": (
         "x: f32[4]",
         "y: f32[()] = extern aten.mse_loss.default(self=x, target=x, reduction=7)",

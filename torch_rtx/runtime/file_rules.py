@@ -15,6 +15,7 @@ import torch
 
 Given = Mapping[str, Any]  # the arguments by name: meta tensors, numbers, lists
 Used = Sequence[bool]
+MAX_EMPTY = 2**20  # a size of a tensor without elements, for which memory is needed nevertheless
 SMALL = 2**31  # PyTorch's kernels compute windows, offsets and strides in 32 bits
 # Enumerations that PyTorch's schemas call an int, by the name of the argument.
 ENUMERATIONS: Mapping[str, tuple[int | None, ...]] = {
@@ -116,12 +117,15 @@ def _fft(given: Given, used: Used) -> str | None:
 
 
 def _upsample(given: Given, used: Used) -> str | None:
-    """A scale must be about the ratio of the sizes."""
+    """A scale must be about the ratio of the sizes. Tables of positions are made for a tensor without elements, too."""
     tensor = given.get("self", given.get("input"))
     scales = [given.get(name) for name in ("scales_d", "scales_h", "scales_w", "scales")]
-    if "scale_factors" in given and given["scale_factors"] is not None:
-        return None if all(0 < scale < SMALL for scale in given["scale_factors"]) else "a scale is not positive"
-    sizes = list(tensor.shape[2:])
+    sizes, factors = list(tensor.shape[2:]), given.get("scale_factors")
+    if factors is not None and not all(0 < scale < SMALL for scale in factors):
+        return "a scale is not positive"
+    wanted = given["output_size"] or [size * scale for size, scale in zip(sizes, factors or (), strict=False)]
+    if not tensor.numel() and max(wanted, default=0) > MAX_EMPTY:
+        return f"the tensor is empty, and its new sizes are {wanted}"
     for scale, before, after in zip(
         reversed([one for one in scales if one is not None]),
         reversed(sizes),
