@@ -21,7 +21,7 @@ from torch_rtx.optable import ALLOWED, DECIDED
 
 __all__ = [
     *("ALLOWED", "DTYPES", "MAY_ALIAS", "OUT", "STRIDED", "UNINITIALIZED"),
-    *("bases", "dtype_name", "extent", "is_random", "is_view", "may_alias", "number_op", "out_of"),
+    *("bases", "dtype_name", "exists", "extent", "is_random", "is_view", "may_alias", "number_op", "out_of"),
     *("overload", "schema", "shared", "to_torch"),
 ]
 
@@ -99,6 +99,12 @@ def overload(name: str, trusted: frozenset[str] = frozenset()) -> torch._ops.OpO
     except AttributeError:
         hint = "import the library that registers it first" if namespace != "aten" else f"torch is {torch.__version__}"
         raise InvalidIR(f"op {name} does not exist in this process", hint=hint) from None
+
+
+def exists(name: str) -> bool:
+    """Whether this PyTorch has the operator: some that are allowed come with a release, or go."""
+    namespace, op, overload_name = name.split(".")
+    return hasattr(getattr(getattr(torch.ops, namespace), op, None), overload_name)
 
 
 @cache

@@ -265,12 +265,6 @@ def results(names: list[str], every: bool = True) -> Iterator[tuple[str, Path | 
             yield (key, None, "passes") if error is None else (key, file, reason(error))
 
 
-def exists(name: str) -> bool:
-    """Whether this PyTorch has the operator."""
-    namespace, op, overload = name.split(".")
-    return hasattr(getattr(getattr(torch.ops, namespace), op, None), overload)
-
-
 def listed(file: Path) -> dict[str, str]:
     """The lines `OPERATOR DTYPE: REASON` of a file, but for those that this PyTorch has mended."""
     lines = (line.split(": ", 1) for line in file.read_text().splitlines() if not line.startswith("#"))
@@ -299,13 +293,13 @@ def test_list_names_operators_that_exist():
 
 
 def test_allowed_operators_exist_and_are_functional_but_for_writes():
-    found = {name: aten.overload(name) for name in aten.ALLOWED if name not in CHANGING or exists(name)}
+    found = {name: aten.overload(name) for name in aten.ALLOWED if name not in CHANGING or aten.exists(name)}
     assert {name for name, op in found.items() if op._schema.is_mutable} == {COPY} | UPDATES
 
 
 def test_generated_code_passes_arguments_called_like_keywords_by_position():
     """`from` of aten.uniform is one: it follows `self`, which is always given."""
-    for name in filter(exists, aten.ALLOWED):
+    for name in filter(aten.exists, aten.ALLOWED):
         for position, (argument, (_, keyword_only)) in enumerate(aten.schema(aten.overload(name)).items()):
             assert not iskeyword(argument) or (position == 1 and not keyword_only), name
 

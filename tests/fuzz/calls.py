@@ -26,7 +26,7 @@ from torch_rtx.optable import FILE_OPS, NUMBERS
 STRINGS = ("", "mean", "sum", "none", "tanh", "reflect", "zeros", "floor", "trunc", "\x00", "x" * 1000, "main", "cuda")
 MEMORY_FORMATS = ("contiguous_format", "preserve_format", "channels_last", "channels_last_3d")
 PLACES = {"node": 65, "body": 25, "recipe": 10}  # shares; a recipe runs as soon as the engine has weights
-OPS = FILE_OPS
+OPS = frozenset(filter(aten.exists, FILE_OPS))
 
 
 @cache
