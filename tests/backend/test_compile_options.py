@@ -10,6 +10,7 @@ import sys
 import textwrap
 import traceback
 from pathlib import Path
+from tempfile import mkdtemp
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ GOOD = {
     "reuse_cached_engines": False,
     "engine_cache_dir": "engines",
     "engine_cache_size": 1 << 20,
-    "engine_cache": FileStore("own", 1 << 20),
+    "engine_cache": FileStore(Path(mkdtemp()) / "own", 1 << 20),
     "cuda_graph_strategy": "disabled",
     "cuda_graph_pool_size": 3,
     "watch_weights": False,
