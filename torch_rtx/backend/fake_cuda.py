@@ -6,9 +6,9 @@ PyTorch has none: slicing a fake CUDA tensor fails with "PyTorch is not linked w
 build that finds no GPU installs a no-op guard itself (`c10::impl::ensureCUDADeviceGuardSet`). This module does the same
 for CPU builds: it copies the CPU's guard, a no-op too, into the slot of CUDA.
 
-A CPU build does not know either that cuDNN computes the convolutions of CUDA tensors, and which layout it returns. A
-FakeTensor gets its memory format from `torch._C._conv_determine_backend_memory_format`, which is replaced by one that
-does.
+Without a GPU, PyTorch does not know either that cuDNN computes the convolutions of CUDA tensors, and which layout it
+returns. A FakeTensor gets its memory format from `torch._C._conv_determine_backend_memory_format`, which is replaced by
+one that does.
 
 A trace also computes real values: PyTorch carries the value of a scalar constant (`torch.tensor(2.0, device=x.device)`)
 along with the graph, in case the model reads it, and copies it to the constant's device. Without a GPU,
@@ -47,12 +47,15 @@ class _DlInfo(ctypes.Structure):
 def install_cuda_guard() -> None:
     """Make FakeTensors on `cuda` usable in this process, with or without a GPU.
 
-    A CUDA build of PyTorch needs nothing. Otherwise the no-op guard and the layout of convolutions stay installed until
-    the process ends, because shape inference reads captured graphs long after the capture. Real CUDA tensors remain
-    impossible. Idempotent.
+    With a GPU PyTorch needs nothing. Otherwise the layout of convolutions and, in a CPU build, the no-op guard stay
+    installed until the process ends, because shape inference reads captured graphs long after the capture. Real CUDA
+    tensors remain impossible. Idempotent.
 
     Raises CaptureError when the guard cannot be installed: not Linux, or a PyTorch whose guard registry is unknown.
     """
+    if torch.cuda.is_available():
+        return
+    torch._C._conv_determine_backend_memory_format = _convolution_format
     if torch.backends.cuda.is_built():
         return
     if sys.platform != "linux":
@@ -64,7 +67,6 @@ def install_cuda_guard() -> None:
         _check_guard(installed)
     else:
         ctypes.c_void_p.from_address(address + _CUDA * _WORD).value = guard
-    torch._C._conv_determine_backend_memory_format = _convolution_format
 
 
 def _convolution_format(input: torch.Tensor, weight: torch.Tensor, backend: Any) -> torch.memory_format:
