@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from tests.helpers.compiled import compile_rtx, same
+from tests.helpers.releases import RELEASE
 from torch_rtx.runtime.session import Session
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -92,7 +93,7 @@ def test_steps(name, kind, recorder):
     assert len(recorder) == 2  # a forward and a backward, for all steps
     # Under a checkpoint the backward repeats the forward's attention with the random numbers that the forward had.
     # Before 2.15, PyTorch left two higher-order operators of a checkpoint in the graph.
-    whole = name != "checkpointed" or torch.torch_version.TorchVersion(torch.__version__) >= (2, 15)
+    whole = name != "checkpointed" or RELEASE >= (2, 15)
     assert recorder.fallbacks == ([] if whole else 2 * ["!python"])
 
 

@@ -35,12 +35,12 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
+from tests.helpers.releases import RELEASE
 from torch_rtx import aten
 from torch_rtx.backend.entry import rtx
 from torch_rtx.errors import PartitionError
 from torch_rtx.ir import COPY, UPDATES
 
-RELEASE = tuple(map(int, torch.__version__.split(".")[:2]))
 # What of the lists a release of PyTorch mends; operators that not all releases have.
 MENDED = {
     (2, 15): (

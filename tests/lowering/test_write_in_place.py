@@ -16,6 +16,7 @@ import torch_rtx
 from benchmarks.numerics import assert_right
 from tests.helpers.ahead import Function, through_file
 from tests.helpers.compiled import Recorder, check, compile_rtx, same
+from tests.helpers.releases import RELEASE
 from tests.lowering.test_passes import assert_same_numbers
 from torch_rtx import aten
 from torch_rtx.backend import program_cache
@@ -255,7 +256,7 @@ def by_mask(cache, new):
         (by_broadcast, ["index_copy_"]),
         (by_cast, ["index_copy_"]),
         (by_list, ["index_put_"]),
-        (by_mask, ["copy_" if torch.torch_version.TorchVersion(torch.__version__) >= (2, 15) else "index_put_"]),
+        (by_mask, ["copy_" if RELEASE >= (2, 15) else "index_put_"]),
     ],
 )
 def test_ways_to_write(function, expected, monkeypatch):

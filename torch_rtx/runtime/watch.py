@@ -60,7 +60,7 @@ class Watch:
         host: list[Sample] = [Sample(groups.pop(_HOST), HOST_WORDS)] if _HOST in groups else []
         # Without the driver API, the host waits for the device.
         kind = Sample if driver() is None else DeviceSample
-        devices: list[Sample | DeviceSample] = [kind(found, DEVICE_WORDS) for found in groups.values()]
+        devices: list[Sample] = [kind(found, DEVICE_WORDS) for found in groups.values()]
         self.late, self._early = ([*devices, *host], []) if beside else (devices, host)
         exact = sum(sample.count for sample in (*devices, *host) if sample.exact)
         self.partial = sampled and exact < len(tensors)
@@ -115,6 +115,10 @@ class Sample:
         self.count, self.device = len(tensors), next(iter(tensors.values())).device
         parts = {name: _comb(tensor, max(LEAST_WORDS, words // len(tensors))) for name, tensor in tensors.items()}
         self.exact = all(part.stride() == (1,) for part in parts.values())
+        self._keep(parts)
+
+    def _keep(self, parts: Mapping[str, torch.Tensor]) -> None:
+        """Take the present values of the sampled parts of all tensors for known."""
         # By dtype of the words: the parts of tensors, and their known values, as one tensor and for each.
         self._groups: list[tuple[list[torch.Tensor], torch.Tensor]] = []
         self._kept: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -148,18 +152,15 @@ class Sample:
         return self.differs()
 
 
-class DeviceSample:
-    """As `Sample`, on a CUDA device by kernels; the host waits only in `wait`. The caller keeps the tensors."""
+class DeviceSample(Sample):
+    """A sample on a CUDA device, by kernels; the host waits only in `wait`. The caller keeps the tensors."""
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], words: int) -> None:
-        self.count, self.device = len(tensors), next(iter(tensors.values())).device
-        parts = {name: _comb(tensor, max(LEAST_WORDS, words // len(tensors))) for name, tensor in tensors.items()}
-        self.exact = all(part.stride() == (1,) for part in parts.values())
+    def _keep(self, parts: Mapping[str, torch.Tensor]) -> None:
         addresses = [_addresses(part) for part in parts.values()]
         self._words = Words(torch.cat(addresses), self.device)
         ends = list(accumulate(map(len, addresses), initial=0))
         self._ranges = {name: (end, len(own)) for name, end, own in zip(parts, ends, addresses, strict=False)}
-        self.take(tensors)
+        self.take(parts)
 
     def take(self, names: Collection[str]) -> None:
         """Take the present values of these tensors for known."""
@@ -169,6 +170,11 @@ class DeviceSample:
         with _current(self.device):
             for start, count in taken:
                 self._words.record(start, count)
+
+    def differs(self) -> bool:
+        """Compare now."""
+        self.launch()
+        return self.wait()
 
     def launch(self) -> None:
         """Let a comparison be after what is queued on the current stream."""
