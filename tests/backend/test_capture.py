@@ -75,12 +75,12 @@ def refuse(gm, example_inputs):
 
 @pytest.fixture
 def training(recorder):
-    return lambda gm, example_inputs: capture.capture(gm, example_inputs, refuse, recorder)
+    return lambda gm, example_inputs: capture.capture(gm, example_inputs, refuse, recorder, recorder)
 
 
 @pytest.fixture
 def inference(recorder):
-    return lambda gm, example_inputs: capture.capture(gm, example_inputs, recorder, refuse)
+    return lambda gm, example_inputs: capture.capture(gm, example_inputs, recorder, refuse, refuse)
 
 
 def held_tensors(model):

@@ -207,7 +207,7 @@ def test_gradients_inside_of_a_function(f, whole, mode):
     graphs = []
 
     def backend(gm, example_inputs):
-        return capture.capture(gm, example_inputs, lambda gm, _: graphs.append(gm.graph) or gm, None)
+        return capture.capture(gm, example_inputs, lambda gm, _: graphs.append(gm.graph) or gm, None, None)
 
     with mode():
         torch.testing.assert_close(torch.compile(f, backend=backend, fullgraph=True)(ROWS), f(ROWS))

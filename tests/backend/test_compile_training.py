@@ -313,3 +313,14 @@ def test_activations_are_freed_after_their_last_use(monkeypatch):
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
     compile_rtx(model)(torch.randn(2, 4)).sum().backward()
     assert left == [0, 0]
+
+
+def test_a_graph_that_is_kept_can_be_differentiated_again():
+    model, (x, *_) = make("mlp")
+    compiled = compile_rtx(copy.deepcopy(model))
+    for call in (model, compiled):
+        loss = call(x).square().mean()
+        loss.backward(retain_graph=True)
+        loss.backward()
+    for parameter, own in zip(model.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(own.grad, parameter.grad)

@@ -146,18 +146,22 @@ def needs_autograd(example_inputs: Sequence[Any]) -> bool:
 
 
 def capture(
-    gm: torch.fx.GraphModule, example_inputs: Sequence[Any], inference: GraphCompiler, training: GraphCompiler
+    gm: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    inference: GraphCompiler,
+    forward: GraphCompiler,
+    backward: GraphCompiler,
 ) -> Callable[..., Any]:
     """Turn a Dynamo graph into one functional ATen graph for `inference`, or, if one of its results needs a gradient,
-    into a forward and a backward graph for `training`; return the callable for Dynamo.
+    into a forward and a backward graph; return the callable for Dynamo.
 
     Placeholders of an inference graph have the order of `example_inputs`. A mutated input appears as a trailing
     `aten.copy_` to its placeholder. AOTAutograd recreates returned views of inputs outside of the graph. In training
-    the first backward calls `training` again; the min-cut partitioner decides which tensors are saved for it.
+    the first backward may be what calls `backward`; the min-cut partitioner decides which tensors are saved for it.
     """
     backend = aot_autograd(
-        fw_compiler=training,
-        bw_compiler=training,
+        fw_compiler=forward,
+        bw_compiler=backward,
         inference_compiler=inference,
         partition_fn=min_cut_rematerialization_partition,
         decompositions=FAST_PATH,

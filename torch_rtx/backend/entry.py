@@ -22,6 +22,7 @@ from torch_rtx.backend.compiler import Program, check_settings
 from torch_rtx.backend.dynamo import passes_errors, require_one_graph
 from torch_rtx.backend.program_cache import get_or_build
 from torch_rtx.backend.sessions import Sessions
+from torch_rtx.backend.training import TrainingStep
 from torch_rtx.errors import PartitionError, SettingsError
 from torch_rtx.lowering.from_fx import Role, is_fixed
 from torch_rtx.lowering.location import module_path
@@ -73,15 +74,18 @@ def rtx(
     def inference(graph: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         return _compile(graph, names, _static_inputs(graph), compilation, runtime, entry)
 
-    # The saved tensors of a training step outlive the call: a CUDA graph would have to copy all of them.
-    plain = replace(runtime, cuda_graph_strategy="disabled")
+    step = TrainingStep()
 
-    def training(graph: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
-        return _compile(graph, [], frozenset(), compilation, plain)
+    def forward(graph: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+        pinned, saved = step.forward(graph, _static_inputs(graph))
+        return _compile(graph, [], frozenset(), compilation, runtime, pinned=pinned, saved=saved)
+
+    def backward(graph: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+        return _compile(graph, [], frozenset(), compilation, runtime, pinned=step.backward(graph))
 
     # Tokens order the calls with effects (a check that may raise, a print). As inputs of the graph they would be None.
     with functorch_config.patch(unlift_effect_tokens=True):
-        return capture(gm, example_inputs, inference, training)
+        return capture(gm, example_inputs, inference, forward, backward)
 
 
 def _from_cache(
@@ -107,8 +111,14 @@ def _compile(
     compilation: CompilationSettings,
     runtime: RuntimeSettings,
     entry: CaptureEntry | None = None,
+    pinned: frozenset[int] = frozenset(),
+    saved: frozenset[int] = frozenset(),
 ) -> Callable[..., Any]:
-    """A boxed callable for a functional ATen graph; placeholders at the positions `static` are parameters."""
+    """A boxed callable for a functional ATen graph; placeholders at the positions `static` are parameters.
+
+    Args:
+        pinned, saved: positions of placeholders and results that CUDA graphs leave where they are, see `GraphPool`.
+    """
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     labels = names if len(names) == len(placeholders) else [node.name for node in placeholders]
     kinds = ("parameter" if index in static else "input" for index in range(len(placeholders)))
@@ -119,7 +129,7 @@ def _compile(
             program = get_or_build(gm, roles, compilation)
             if entry is not None and labels is names:
                 entry.store(program, sorted(static))
-            return _bind(program, roles, fixed, runtime)
+            return _bind(program, roles, fixed, runtime, pinned, saved)
     except (PartitionError, SettingsError):
         raise  # caused by the settings: fallback_on_error covers bugs alone
     except Exception as error:
@@ -130,7 +140,12 @@ def _compile(
 
 
 def _bind(
-    program: Program, roles: Sequence[Role], fixed: frozenset[int], runtime: RuntimeSettings
+    program: Program,
+    roles: Sequence[Role],
+    fixed: frozenset[int],
+    runtime: RuntimeSettings,
+    pinned: frozenset[int] = frozenset(),
+    saved: frozenset[int] = frozenset(),
 ) -> Callable[..., Any]:
     """A boxed callable for a program; the program has the values of the placeholders at the positions `fixed`."""
     store = WeightStore(program.graph, program.device, program.constants, sampled=runtime.watch_weights)
@@ -138,14 +153,25 @@ def _bind(
     called = frozenset(node.op for node in program.graph.nodes if node.kind == "fallback")
     tactics, context = tactics_and_context(program.kernels, program.graph, program.device, runtime)
     given = program.callables, called, tactics
-    template = Session(program.graph, store, runtime, *given, context=context, shares_memory=True, guarded=True)
+    positions = [i for i, role in enumerate(roles) if role.kind == "input" and i not in fixed]
+    at = frozenset(index for index, position in enumerate(positions) if position in pinned)
+    template = Session(
+        program.graph,
+        store,
+        runtime,
+        *given,
+        context=context,
+        shares_memory=True,
+        guarded=True,
+        pinned=at,
+        saved=saved,
+    )
     program.dump("run.py", template.source)
     sessions = Sessions(template)
     used = {parameter.name for parameter in store.parameters}
     weights = _tuple_getter([i for i, role in enumerate(roles) if role.name in used and role.kind == "parameter"])
-    inputs = _tuple_getter([i for i, role in enumerate(roles) if role.kind == "input" and i not in fixed])
-    # A CUDA graph, or a call that finds old weights, may read the inputs again.
-    again = template.pool is not None or bool(used)
+    inputs = _tuple_getter(positions)
+    again = bool(used)  # a call that finds old weights reads the inputs again
 
     def call(args: list[Any]) -> list[Any]:
         session = sessions.of(weights(args))

@@ -13,7 +13,7 @@ from torch_rtx import aten
 from torch_rtx.ir import Graph, Node
 from torch_rtx.runtime.code import EMPTY, Code
 from torch_rtx.runtime.driver import checked, driver
-from torch_rtx.runtime.graph_borders import Inputs, Results
+from torch_rtx.runtime.graph_borders import Inputs, Pinned, Result, Results
 from torch_rtx.runtime.graph_params import Executables, GraphNodes, kernel_uses
 from torch_rtx.runtime.graphmemory import GraphMemory
 from torch_rtx.runtime.inline import inline_kernels
@@ -22,6 +22,7 @@ from torch_rtx.runtime.weights import WeightStore
 
 log = logging.getLogger(__name__)
 EXECUTABLES = 4  # of one graph: inputs in one of two places, results in one of two
+_USES: Callable[[int], int] = torch._C._storage_Use_Count  # references to the memory of a tensor
 RunCode = Callable[[Code, Sequence[Any], Sequence[torch.Tensor]], list[Any]]
 
 
@@ -35,7 +36,9 @@ class CaptureSpec:
         device: where it runs, with its index.
         memory: where its CUDA graphs allocate.
         written: positions of the inputs that the program writes to.
-        static_outputs: results stay in the memory of their graph.
+        pinned: positions of the inputs that are captured at their address; these are among them.
+        static: positions of the results that stay in the memory of their graph, and that each replay overwrites.
+        saved: as `static`, for results that no replay may overwrite while somebody has them.
     """
 
     graph: Graph
@@ -43,7 +46,9 @@ class CaptureSpec:
     device: torch.device
     memory: GraphMemory
     written: Sequence[int]
-    static_outputs: bool
+    pinned: Sequence[int]
+    static: frozenset[int]
+    saved: frozenset[int]
 
 
 def capture(spec: CaptureSpec, code: Code, inputs: Sequence[Any], store: WeightStore) -> Captured:
@@ -90,17 +95,17 @@ class Captured:
         self._memory, self._device = spec.memory, spec.device.index
         graph = inline_kernels(code.graph, code.tactics)
         uses = {name: use for name, use in kernel_uses(graph).items() if use[0] not in copied}
-        given = Inputs(spec.graph, inputs, spec.written, uses)
+        given = Inputs(spec.graph, inputs, spec.pinned, uses)
         weights = zip(spec.graph.weights, store.values, strict=True)
         self._written = [value for weight, value in weights if weight.value.name in spec.graph.written]
         self._written_inputs = spec.written
-        pinned = {t.untyped_storage().data_ptr() for t in (*store.values, *(inputs[i] for i in spec.written))}
+        pinned = {t.untyped_storage().data_ptr() for t in (*store.values, *(inputs[i] for i in spec.pinned))}
         self.graph = torch.cuda.CUDAGraph(keep_graph=True)
         stream = spec.memory.capture_stream
         with torch.cuda.graph(self.graph, spec.memory.handle, stream, capture_error_mode="thread_local"):
             given.enter()
             results = spec.run(code, given.tensors, store.values)
-            made = Results(spec.graph, results, given, pinned, uses, spec.static_outputs)
+            made = Results(spec.graph, results, given, pinned, uses, spec.static | spec.saved)
         use_programmatic_edges(driver(), self.graph, code.tactics)
         self.graph.instantiate()
         self._nodes = nodes = GraphNodes(self.graph, code.tactics)
@@ -112,6 +117,11 @@ class Captured:
         self._launch = _with_generator(self.graph) if draws else driver().cuGraphLaunch
         self._sources, self._likes = given.sources, made.likes
         self._results = None if made.are_buffers else made.kinds
+        self._saved = _own_storages([made.kinds[i] for i in sorted(spec.saved)], pinned)
+
+    def is_held(self) -> bool:
+        """Somebody has a saved result of an earlier replay."""
+        return any(_USES(storage._cdata) > count for storage, count in self._saved)
 
     def replay(self, inputs: Sequence[Any]) -> list[Any]:
         """Launch the graph for `inputs` on the current stream of its device, which must be the current device; returns
@@ -138,6 +148,13 @@ class Captured:
         if self._written or self._written_inputs:
             _count_writes([*self._written, *(inputs[index] for index in self._written_inputs)])
         return results
+
+
+def _own_storages(kinds: Sequence[Result], pinned: Collection[int]) -> list[tuple[torch.UntypedStorage, int]]:
+    """The memory of saved results that belongs to the graph, each with the number of references that the graph has."""
+    values = [kind.value for kind in kinds if isinstance(kind, Pinned) and isinstance(kind.value, torch.Tensor)]
+    storages = {s.data_ptr(): s for s in (value.untyped_storage() for value in values)}
+    return [(s, _USES(s._cdata)) for address, s in storages.items() if address and address not in pinned]
 
 
 def _count_writes(tensors: Sequence[torch.Tensor]) -> None:

@@ -89,6 +89,9 @@ class GraphPool:
         static_outputs: results stay in the memory of their graph.
         shared: the graphs use the `shared_memory` of the stream that captures the first of them; otherwise they share
             memory only with each other. Static outputs would be overwritten there and are never shared.
+        pinned: positions of inputs that are captured at their address, beside those that the module writes to.
+        saved: positions of results that stay in the memory of their graph, which is its own then. While somebody has
+            one of them, calls run the plain code.
     """
 
     def __init__(
@@ -99,16 +102,19 @@ class GraphPool:
         size: int,
         static_outputs: bool = False,
         shared: bool = False,
+        pinned: frozenset[int] = frozenset(),
+        saved: frozenset[int] = frozenset(),
     ) -> None:
         self.graph, self.run, self.device, self.size = graph, run, device, size
         self._index = device.index  # reading it from the device is slow
         self.static_outputs = static_outputs
         self.captured: dict[object, Captured] = {}
         self.written = [i for i, value in enumerate(graph.inputs) if value.name in graph.written]
+        self.pinned, self.saved = sorted(pinned.union(self.written)), saved
         self.captures = self.replays = 0
         self.disabled: str | None = None
         self._policy = AdmissionPolicy(self.captured, size)
-        self._memory = None if shared and not static_outputs else GraphMemory(device)
+        self._memory = None if shared and not static_outputs and not saved else GraphMemory(device)
         self._lock = threading.RLock()
         self._warm = threading.local()
         self._generation = -1
@@ -132,11 +138,11 @@ class GraphPool:
                 return self(key, code, inputs, store)
         if self.disabled is not None or torch.cuda.is_current_stream_capturing():
             return self.run(code, inputs, store.values)  # into the caller's own capture
-        if self.written:
-            key = (key, tuple([(inputs[i].data_ptr(), inputs[i].stride()) for i in self.written]))
+        if self.pinned:
+            key = (key, tuple([(inputs[i].data_ptr(), inputs[i].stride()) for i in self.pinned]))
         with self._lock:
             found = self._find(key, code, inputs, store)
-            if found is not None:
+            if found is not None and not found.is_held():
                 self.replays += 1
                 return found.replay(inputs)
         outputs = self.run(code, inputs, store.values)
@@ -170,9 +176,14 @@ class GraphPool:
         with _CAPTURING, _no_collection():
             others = memory.begin()  # held until this graph is in the memory
             try:
-                spec = CaptureSpec(self.graph, self.run, self.device, memory, self.written, self.static_outputs)
+                kept = frozenset(range(len(self.graph.outputs))) if self.static_outputs else frozenset[int]()
+                spec = CaptureSpec(
+                    self.graph, self.run, self.device, memory, self.written, self.pinned, kept, self.saved
+                )
                 found = capture(spec, code, inputs, store)
                 memory.hold(found)
+                if self.saved:
+                    memory.leave()  # what is saved outlives the replay: no other graph may use its memory
             except RuntimeError as error:
                 self.disabled = str(error).partition("\n")[0]
                 log.warning("no CUDA graphs for this module, it can't be captured: %s", self.disabled)

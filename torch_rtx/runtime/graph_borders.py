@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 
@@ -146,7 +146,7 @@ class Inputs:
     """The inputs of a capture; made before it, entered in it.
 
     Args:
-        written: positions of the inputs that the program writes to, which are captured at their address.
+        pinned: positions of the inputs that are captured at their address.
 
     Attributes:
         names: of all inputs.
@@ -155,14 +155,14 @@ class Inputs:
         stand_ins: by the address of its memory, the position of each input that replays replace.
     """
 
-    def __init__(self, graph: Graph, inputs: Sequence[Any], written: Collection[int], uses: Uses) -> None:
+    def __init__(self, graph: Graph, inputs: Sequence[Any], pinned: Collection[int], uses: Uses) -> None:
         self.names, self.tensors = [value.name for value in graph.inputs], list(inputs)
         self.sources: list[Source] = []
         self._given: dict[int, torch.Tensor] = {}  # to be copied
         self._kinds: dict[int, InPlace | Copied] = {}
         sizes = bind_sizes(graph, inputs)
         for index, (value, given) in enumerate(zip(graph.inputs, inputs, strict=True)):
-            if index in written or not isinstance(value.type, TensorType):
+            if index in pinned or not isinstance(value.type, TensorType):
                 continue
             strides = tuple(evaluate(dim, sizes) or 0 for dim in value.type.strides)
             _, count = uses.get(value.name, ("", None))
@@ -196,7 +196,7 @@ class Results:
     Args:
         results: what the captured code returned.
         pinned: addresses of the memory of weights and of inputs that are captured at their address.
-        static: results stay in the graph's memory.
+        static: positions of the results that stay in the graph's memory.
 
     Attributes:
         kinds: one per result.
@@ -204,7 +204,13 @@ class Results:
     """
 
     def __init__(
-        self, graph: Graph, results: Sequence[Any], inputs: Inputs, pinned: Collection[int], uses: Uses, static: bool
+        self,
+        graph: Graph,
+        results: Sequence[Any],
+        inputs: Inputs,
+        pinned: Collection[int],
+        uses: Uses,
+        static: Collection[int],
     ) -> None:
         self.likes: list[Like] = []
         self._buffers: dict[str, InPlace | Copied] = {}
@@ -214,14 +220,15 @@ class Results:
         kinds: dict[int, Result] = {}
         groups: dict[tuple[int, int], dict[int, torch.Tensor]] = {}  # results that share memory, by position
         for position, (name, result) in enumerate(zip(self._names, results, strict=True)):
-            kept = _kept(name, result, inputs, pinned, static)
+            kept = _kept(name, result, inputs, pinned, position in static)
             if kept is None:
                 key = result.untyped_storage().data_ptr(), 0 if result.numel() else position
                 groups.setdefault(key, {})[position] = result
             else:
                 kinds[position] = kept
-        for group in groups.values():
-            kinds |= self._in_place(group) or self._copied(group)
+        fixed = {k.value.untyped_storage().data_ptr() for k in kinds.values() if _is_pinned_tensor(k)}
+        for (address, _), group in groups.items():
+            kinds |= (None if address in fixed else self._in_place(group)) or self._copied(group)
         self.kinds = [kinds[position] for position in range(len(results))]
 
     @property
@@ -286,6 +293,10 @@ def _kept(name: str, result: Any, inputs: Inputs, pinned: Collection[int], stati
         own = inputs.tensors[index]
         return View(index, inputs.names[index], own.stride(), _start(result) - _start(own), _like(result))
     return Pinned(result) if static or storage in pinned else None
+
+
+def _is_pinned_tensor(kind: Result) -> TypeGuard[Pinned]:
+    return isinstance(kind, Pinned) and isinstance(kind.value, torch.Tensor)
 
 
 def _like(tensor: torch.Tensor) -> Like:

@@ -83,6 +83,7 @@ class Session:
         shares_memory: CUDA graphs share memory with those of other such sessions, see `GraphPool`.
         profiles: one of these must hold all sizes of a call, see `check_inputs`.
         guarded: guards of the caller have checked the inputs, so that the session does not.
+        pinned, saved: what CUDA graphs leave where it is, see `GraphPool`.
         check_sizes: called with the sizes of the symbols that the inputs determine when they are first met; an error
             refuses the call.
 
@@ -102,12 +103,15 @@ class Session:
         context: TuningContext | None = None,
         shares_memory: bool = False,
         guarded: bool = False,
+        pinned: frozenset[int] = frozenset(),
+        saved: frozenset[int] = frozenset(),
         check_sizes: Callable[[Mapping[str, int]], None] | None = None,
     ) -> None:
         self.graph, self.store, self.device = graph, store, store.device
         self.profiles = profiles
         self._callables, self._trusted_ops = callables, trusted_ops
         self.settings, self._shares_memory = settings, shares_memory
+        self._pinned, self._saved = pinned, saved
         self.streamer = streamer = store.streamer
 
         def compiled(graph: Graph, tactics: Mapping[str, LoadedTactic]) -> Code:
@@ -164,7 +168,8 @@ class Session:
 
     def _new_pool(self) -> GraphPool:
         size, static = self.settings.cuda_graph_pool_size, self.settings.static_outputs
-        return GraphPool(self.graph, self.run, self.device, size, static, self._shares_memory)
+        given = self._shares_memory, self._pinned, self._saved
+        return GraphPool(self.graph, self.run, self.device, size, static, *given)
 
     def current(self, inputs: Sequence[Any]) -> Variant:
         """The variant that runs these inputs now."""
