@@ -1,0 +1,202 @@
+"""Training steps under CUDA graphs on a GPU: gradients are eager's in whatever order forwards and backwards come."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import torch_rtx
+from torch_rtx.backend.entry import rtx
+from torch_rtx.runtime.session import Session
+
+pytestmark = pytest.mark.gpu
+WORDS = 50
+
+
+class Decoder(nn.Module):
+    """A transformer block between an embedding and a head: library calls, kernels, and an input that is saved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.norm = nn.Embedding(WORDS, 64), nn.LayerNorm(64)
+        self.qkv, self.out = nn.Linear(64, 192), nn.Linear(64, 64)
+        self.mlp = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
+        self.head = nn.Linear(64, WORDS)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        q, k, v = (t.unflatten(-1, (4, 16)).transpose(1, 2) for t in self.qkv(self.norm(x)).chunk(3, -1))
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        return self.head(x + self.mlp(x))
+
+
+Call = Callable[[Tensor], Tensor]
+
+
+def batch(size: int = 4) -> Tensor:
+    return torch.randint(0, WORDS, (size, 32), device="cuda")
+
+
+def loss(call: Call, ids: Tensor) -> Tensor:
+    return F.cross_entropy(call(ids).flatten(0, 1), ids.flatten())
+
+
+class Pair:
+    """A model, and a compiled copy whose forward and backward replay as CUDA graphs."""
+
+    def __init__(self) -> None:
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        self.model = Decoder().cuda()
+        self.own = copy.deepcopy(self.model)
+        self.compiled: Call = torch.compile(self.own, backend=rtx)
+        for _ in range(2):
+            for _ in range(4):
+                self.same(lambda call, module: loss(call, self.ids).backward(), batch())
+            assert torch_rtx.wait(60)  # code that is not final is not captured
+        assert self.replays() >= 2
+
+    def same(self, work: Callable[[Call, nn.Module], object], ids: Tensor) -> None:
+        """`work` leaves equal gradients in both."""
+        self.ids = ids
+        for call, module in ((self.model, self.model), (self.compiled, self.own)):
+            work(call, module)
+        for (name, expected), got in zip(self.model.named_parameters(), self.own.parameters(), strict=True):
+            torch.testing.assert_close(got.grad, expected.grad, rtol=2e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
+        self.model.zero_grad()
+        self.own.zero_grad()
+
+    def replays(self) -> int:
+        """Of graphs that belong to these parameters."""
+        mine = [one for one in gc.get_objects() if type(one) is Session and one.pool is not None]
+        return sum(session.pool.replays for session in mine if session._pinned)
+
+
+@pytest.fixture
+def pair() -> Pair:
+    return Pair()
+
+
+def test_steps(pair: Pair) -> None:
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-3) for model in (pair.model, pair.own)]
+    before = pair.replays()
+    for _ in range(5):
+        ids = batch()
+        losses = [loss(call, ids) for call in (pair.model, pair.compiled)]
+        for one, optimizer in zip(losses, optimizers, strict=True):
+            one.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        torch.testing.assert_close(losses[1], losses[0], rtol=1e-3, atol=1e-3)
+    assert pair.replays() == before + 10
+    pair.own.load_state_dict(pair.model.state_dict())
+    pair.same(lambda call, module: loss(call, pair.ids).backward(), batch())
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_two_forwards_before_a_backward(pair: Pair, order: tuple[int, int]) -> None:
+    other = batch()
+
+    def work(call: Call, _: nn.Module) -> None:
+        losses = loss(call, pair.ids), loss(call, other)
+        for index in order:
+            losses[index].backward()
+
+    pair.same(work, batch())
+
+
+def test_a_graph_is_kept(pair: Pair) -> None:
+    other = batch()
+
+    def work(call: Call, _: nn.Module) -> None:
+        first = loss(call, pair.ids)
+        first.backward(retain_graph=True)
+        second = loss(call, other)
+        first.backward()
+        second.backward()
+
+    pair.same(work, batch())
+
+
+def test_a_backward_never_comes(pair: Pair) -> None:
+    def work(call: Call, _: nn.Module) -> None:
+        loss(call, batch())
+        kept = loss(call, batch())
+        loss(call, pair.ids).backward()
+        del kept
+
+    pair.same(work, batch())
+
+
+def test_evaluation_between_and_a_last_batch_that_is_smaller(pair: Pair) -> None:
+    def work(call: Call, module: nn.Module) -> None:
+        first = loss(call, pair.ids)
+        module.eval()
+        with torch.no_grad():
+            call(pair.ids)
+        module.train()
+        first.backward()
+        loss(call, pair.ids[:3]).backward()
+        loss(call, pair.ids).backward()
+
+    pair.same(work, batch())
+
+
+def test_results_that_the_caller_keeps(pair: Pair) -> None:
+    kept: list[tuple[Tensor, Tensor]] = []
+    before = pair.replays()
+    for _ in range(4):
+        pair.ids = batch()
+        kept.append((pair.model(pair.ids).detach(), pair.compiled(pair.ids)))
+        kept[-1][1].square().mean().backward()
+    for expected, got in kept:
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+    assert pair.replays() == before + 8
+
+
+def test_threads(pair: Pair) -> None:
+    errors: list[Exception] = []
+
+    def work(seed: int) -> None:
+        generator = torch.Generator(device="cuda").manual_seed(seed)
+        try:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                for _ in range(10):
+                    ids = torch.randint(0, WORDS, (4, 32), device="cuda", generator=generator)
+                    expected = torch.autograd.grad(loss(pair.model, ids), list(pair.model.parameters()))
+                    got = torch.autograd.grad(loss(pair.compiled, ids), list(pair.own.parameters()))
+                    torch.testing.assert_close(got, expected, rtol=2e-3, atol=2e-4)
+        except Exception as error:
+            errors.append(error)
+
+    torch.cuda.synchronize()
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+
+
+def test_dropout_draws_new_numbers_that_backward_knows() -> None:
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Dropout(0.5)).cuda()
+    compiled = torch.compile(model, backend=rtx)
+    x = torch.rand(8, 64, device="cuda") + 1
+    seen = []
+    for _ in range(8):
+        result = compiled(x)
+        result.sum().backward()
+        # The gradient of the weights is the sum over rows of what the mask let through.
+        mask = (result != 0).float() * 2
+        torch.testing.assert_close(model[0].weight.grad, mask.T @ x, rtol=1e-3, atol=1e-3)
+        model.zero_grad()
+        seen.append(mask)
+    assert not any(torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
