@@ -660,6 +660,80 @@ def test_copies_that_make_others_necessary(monkeypatch: pytest.MonkeyPatch) -> N
     assert FakeGraph.last.kinds() == ["copy", "copy", "kernel", "kernel"]
 
 
+SAVING = """
+  input x: f32[s]
+  input y: f32[s]
+  a: f32[s] = kernel k(in0=x, in1=y) KERNEL
+  b: f32[s] = op aten.neg.default(self=a)
+  v: f32[s] = op aten.view.default(self=b, size=[s])
+  return [b, v, a]
+"""
+
+
+@pytest.mark.parametrize("saved", [{2}, {0, 2}, {1}])
+def test_saved_results_are_overwritten_only_when_nobody_has_them(
+    monkeypatch: pytest.MonkeyPatch, saved: set[int]
+) -> None:
+    """They stay where they are, also if the caller gets another result in the same memory, which is a copy."""
+    module = Module(monkeypatch, SAVING, saved=frozenset(saved), shared=True)
+
+    def check(results: Sequence[torch.Tensor], x: torch.Tensor, y: torch.Tensor) -> None:
+        torch.testing.assert_close(list(results), [-(x + y), -(x + y), x + y])
+
+    seen = set()
+    for _ in range(5):
+        x, y = torch.randn(2, 16).unbind()
+        results = module(x, y)
+        check(results, x, y)
+        seen.add(tuple(results[index].data_ptr() for index in sorted(saved)))
+        del results
+    replays = module.pool.replays
+    assert (module.pool.captures, replays) == (1, 4)
+    held = []
+    for _ in range(3):
+        x, y = torch.randn(2, 16).unbind()
+        held.append((module(x, y), x, y))
+    assert module.pool.replays == replays + 1  # while the first is held, the others run the plain code
+    for results, x, y in held:
+        check(results, x, y)
+    seen.add(tuple(held[0][0][index].data_ptr() for index in sorted(saved)))
+    assert len(seen) <= 2  # the plain call, and the graph's memory
+    part = held[0][0][min(saved)][2:3]  # holds as much as the whole
+    held.clear()
+    del results
+    expected = part.clone()
+    module(y, x)
+    assert torch.equal(part, expected)
+    assert module.pool.replays == replays + 1
+    del part
+    check(module(y, x), y, x)
+    assert module.pool.replays == replays + 2
+
+
+def test_saved_results_have_memory_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every graph has its own pool of memory: what another graph keeps there lives longer than its replay."""
+    module = Module(monkeypatch, SAVING, saved=frozenset({2}))
+    handles = []
+    for size in (8, 8, 16, 16):
+        module(*torch.randn(2, size).unbind())
+        handles.append(module.pool.memory.handle)
+    assert module.pool.captures == 2
+    assert handles[1] != handles[3]
+
+
+def test_pinned_inputs_are_read_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Library calls read them without a copy; at another address they are inputs of another graph."""
+    module = Module(monkeypatch, SAVING, pinned=frozenset({0}))
+    x, other = torch.randn(2, 16).unbind()
+    for _ in range(4):
+        y = torch.randn(16)
+        torch.testing.assert_close(module(x, y)[2], x + y)
+        x.mul_(2)
+    assert (module.pool.captures, module.pool.replays) == (1, 3)
+    torch.testing.assert_close(module(other, y)[2], other + y)
+    assert (module.pool.captures, module.pool.replays) == (1, 3)
+
+
 COMPUTED = """
 graph fused {
   dim d0 = 0, None, 1

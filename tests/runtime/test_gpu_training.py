@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import threading
 from collections.abc import Callable
 
@@ -13,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torch_rtx
+from tests.runtime.pools import graph_pools
 from torch_rtx.backend.entry import rtx
-from torch_rtx.runtime.session import Session
 
 pytestmark = pytest.mark.gpu
 WORDS = 50
@@ -74,9 +73,8 @@ class Pair:
         self.own.zero_grad()
 
     def replays(self) -> int:
-        """Of graphs that belong to these parameters."""
-        mine = [one for one in gc.get_objects() if type(one) is Session and one.pool is not None]
-        return sum(session.pool.replays for session in mine if session._pinned)
+        """Of all graphs with pinned parameters that are alive, which are those of this pair."""
+        return sum(pool.replays for pool in graph_pools() if pool.pinned)
 
 
 @pytest.fixture

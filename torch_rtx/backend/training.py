@@ -6,7 +6,6 @@ until the backward has read them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -35,9 +34,9 @@ class TrainingStep:
         placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
         results: list[Any] = list(graph.graph.output_node().args[0])  # type: ignore[arg-type]
         # A result may be a view of an input, whose address changes, or be returned to the user as well, who keeps it.
-        others = set(_storages(results[:count]))
-        others |= set(_storages(node for index, node in enumerate(placeholders) if index not in static))
-        saved = {i: node for i, node in enumerate(results) if i >= count and _own(node, others)}
+        changing = [node for index, node in enumerate(placeholders) if index not in static]
+        others = {None, *map(_storage, [*results[:count], *changing])}
+        saved = {i: node for i, node in enumerate(results) if i >= count and _storage(node) not in others}
         self._stay = frozenset(node.name for node in (*saved.values(), *(placeholders[i] for i in static)))
         return static, frozenset(i for i, node in saved.items() if node.op != "placeholder")
 
@@ -47,12 +46,7 @@ class TrainingStep:
         return frozenset(index for index, node in enumerate(placeholders) if node.name in self._stay)
 
 
-def _storages(nodes: Iterable[object]) -> Iterator[StorageWeakRef]:
-    for node in nodes:
-        value = node.meta.get("val") if isinstance(node, fx.Node) else None
-        if isinstance(value, torch.Tensor):
-            yield StorageWeakRef(value.untyped_storage())
-
-
-def _own(node: object, others: set[StorageWeakRef]) -> bool:
-    return isinstance(node, fx.Node) and (found := list(_storages([node]))) != [] and found[0] not in others
+def _storage(node: object) -> StorageWeakRef | None:
+    """The memory of a tensor of the trace, which its views share; None for anything else."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return StorageWeakRef(value.untyped_storage()) if isinstance(value, torch.Tensor) else None

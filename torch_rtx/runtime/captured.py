@@ -13,7 +13,7 @@ from torch_rtx import aten
 from torch_rtx.ir import Graph, Node
 from torch_rtx.runtime.code import EMPTY, Code
 from torch_rtx.runtime.driver import checked, driver
-from torch_rtx.runtime.graph_borders import Inputs, Pinned, Result, Results
+from torch_rtx.runtime.graph_borders import Inputs, Results, pinned_memory
 from torch_rtx.runtime.graph_params import Executables, GraphNodes, kernel_uses
 from torch_rtx.runtime.graphmemory import GraphMemory
 from torch_rtx.runtime.inline import inline_kernels
@@ -37,8 +37,8 @@ class CaptureSpec:
         memory: where its CUDA graphs allocate.
         written: positions of the inputs that the program writes to.
         pinned: positions of the inputs that are captured at their address; these are among them.
-        static: positions of the results that stay in the memory of their graph, and that each replay overwrites.
-        saved: as `static`, for results that no replay may overwrite while somebody has them.
+        kept: positions of the results that stay in the memory of their graph.
+        saved: those of them that no replay may overwrite while somebody has them.
     """
 
     graph: Graph
@@ -47,7 +47,7 @@ class CaptureSpec:
     memory: GraphMemory
     written: Sequence[int]
     pinned: Sequence[int]
-    static: frozenset[int]
+    kept: frozenset[int]
     saved: frozenset[int]
 
 
@@ -67,6 +67,7 @@ def capture(spec: CaptureSpec, code: Code, inputs: Sequence[Any], store: WeightS
         log.debug("copied at the border of a CUDA graph: %s", copied)
         found = Captured(spec, code, inputs, store, copied)
         copied |= found.missing
+    found.count_references()
     return found
 
 
@@ -105,7 +106,7 @@ class Captured:
         with torch.cuda.graph(self.graph, spec.memory.handle, stream, capture_error_mode="thread_local"):
             given.enter()
             results = spec.run(code, given.tensors, store.values)
-            made = Results(spec.graph, results, given, pinned, uses, spec.static | spec.saved)
+            made = Results(spec.graph, results, given, pinned, uses, spec.kept)
         use_programmatic_edges(driver(), self.graph, code.tactics)
         self.graph.instantiate()
         self._nodes = nodes = GraphNodes(self.graph, code.tactics)
@@ -117,11 +118,16 @@ class Captured:
         self._launch = _with_generator(self.graph) if draws else driver().cuGraphLaunch
         self._sources, self._likes = given.sources, made.likes
         self._results = None if made.are_buffers else made.kinds
-        self._saved = _own_storages([made.kinds[i] for i in sorted(spec.saved)], pinned)
+        saved = pinned_memory([made.kinds[index] for index in spec.saved])
+        self._saved = {storage: 0 for address, storage in saved.items() if address not in pinned}
+
+    def count_references(self) -> None:
+        """Count the references that the graph itself has to saved results; the capture must have let go of its own."""
+        self._saved = {storage: _USES(storage._cdata) for storage in self._saved}
 
     def is_held(self) -> bool:
         """Somebody has a saved result of an earlier replay."""
-        return any(_USES(storage._cdata) > count for storage, count in self._saved)
+        return any(_USES(storage._cdata) > count for storage, count in self._saved.items())
 
     def replay(self, inputs: Sequence[Any]) -> list[Any]:
         """Launch the graph for `inputs` on the current stream of its device, which must be the current device; returns
@@ -148,13 +154,6 @@ class Captured:
         if self._written or self._written_inputs:
             _count_writes([*self._written, *(inputs[index] for index in self._written_inputs)])
         return results
-
-
-def _own_storages(kinds: Sequence[Result], pinned: Collection[int]) -> list[tuple[torch.UntypedStorage, int]]:
-    """The memory of saved results that belongs to the graph, each with the number of references that the graph has."""
-    values = [kind.value for kind in kinds if isinstance(kind, Pinned) and isinstance(kind.value, torch.Tensor)]
-    storages = {s.data_ptr(): s for s in (value.untyped_storage() for value in values)}
-    return [(s, _USES(s._cdata)) for address, s in storages.items() if address and address not in pinned]
 
 
 def _count_writes(tensors: Sequence[torch.Tensor]) -> None:

@@ -111,6 +111,7 @@ class GraphPool:
         self.captured: dict[object, Captured] = {}
         self.written = [i for i, value in enumerate(graph.inputs) if value.name in graph.written]
         self.pinned, self.saved = sorted(pinned.union(self.written)), saved
+        self._kept = frozenset(range(len(graph.outputs))) if static_outputs else saved
         self.captures = self.replays = 0
         self.disabled: str | None = None
         self._policy = AdmissionPolicy(self.captured, size)
@@ -176,10 +177,8 @@ class GraphPool:
         with _CAPTURING, _no_collection():
             others = memory.begin()  # held until this graph is in the memory
             try:
-                kept = frozenset(range(len(self.graph.outputs))) if self.static_outputs else frozenset[int]()
-                spec = CaptureSpec(
-                    self.graph, self.run, self.device, memory, self.written, self.pinned, kept, self.saved
-                )
+                fixed = self.written, self.pinned, self._kept, self.saved
+                spec = CaptureSpec(self.graph, self.run, self.device, memory, *fixed)
                 found = capture(spec, code, inputs, store)
                 memory.hold(found)
                 if self.saved:

@@ -7,9 +7,9 @@ and end with it; a replay needs the `Source` of each input, the `Like` of each b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import torch
 
@@ -196,7 +196,7 @@ class Results:
     Args:
         results: what the captured code returned.
         pinned: addresses of the memory of weights and of inputs that are captured at their address.
-        static: positions of the results that stay in the graph's memory.
+        kept: positions of the results that stay in the graph's memory.
 
     Attributes:
         kinds: one per result.
@@ -210,7 +210,7 @@ class Results:
         inputs: Inputs,
         pinned: Collection[int],
         uses: Uses,
-        static: Collection[int],
+        kept: Collection[int],
     ) -> None:
         self.likes: list[Like] = []
         self._buffers: dict[str, InPlace | Copied] = {}
@@ -220,13 +220,13 @@ class Results:
         kinds: dict[int, Result] = {}
         groups: dict[tuple[int, int], dict[int, torch.Tensor]] = {}  # results that share memory, by position
         for position, (name, result) in enumerate(zip(self._names, results, strict=True)):
-            kept = _kept(name, result, inputs, pinned, position in static)
-            if kept is None:
+            kind = _kept(name, result, inputs, pinned, position in kept)
+            if kind is None:
                 key = result.untyped_storage().data_ptr(), 0 if result.numel() else position
                 groups.setdefault(key, {})[position] = result
             else:
-                kinds[position] = kept
-        fixed = {k.value.untyped_storage().data_ptr() for k in kinds.values() if _is_pinned_tensor(k)}
+                kinds[position] = kind
+        fixed = pinned_memory(kinds.values())
         for (address, _), group in groups.items():
             kinds |= (None if address in fixed else self._in_place(group)) or self._copied(group)
         self.kinds = [kinds[position] for position in range(len(results))]
@@ -295,8 +295,10 @@ def _kept(name: str, result: Any, inputs: Inputs, pinned: Collection[int], stati
     return Pinned(result) if static or storage in pinned else None
 
 
-def _is_pinned_tensor(kind: Result) -> TypeGuard[Pinned]:
-    return isinstance(kind, Pinned) and isinstance(kind.value, torch.Tensor)
+def pinned_memory(kinds: Iterable[Result]) -> dict[int, torch.UntypedStorage]:
+    """By address, the memory of results that stay where they are; empty tensors have none."""
+    values = [kind.value for kind in kinds if isinstance(kind, Pinned) and isinstance(kind.value, torch.Tensor)]
+    return {value.untyped_storage().data_ptr(): value.untyped_storage() for value in values if value.numel()}
 
 
 def _like(tensor: torch.Tensor) -> Like:
