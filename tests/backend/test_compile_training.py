@@ -324,3 +324,20 @@ def test_a_graph_that_is_kept_can_be_differentiated_again():
         loss.backward()
     for parameter, own in zip(model.parameters(), compiled.parameters(), strict=True):
         torch.testing.assert_close(own.grad, parameter.grad)
+
+
+def test_gradients_are_new_tensors_whatever_the_settings(monkeypatch):
+    """Under `static_outputs` the next backward would overwrite what `.grad` has taken."""
+    static, run = [], Session.run
+
+    def recorded(session, *given):
+        static.append(session.settings.static_outputs)
+        return run(session, *given)
+
+    monkeypatch.setattr(Session, "run", recorded)
+    compiled = compile_rtx(nn.Linear(4, 4), options={"static_outputs": True})
+    compiled(torch.randn(2, 4)).sum().backward()
+    assert static == [False, False]
+    with torch.no_grad():
+        compiled(torch.randn(2, 4))
+    assert static == [False, False, True]

@@ -75,13 +75,15 @@ def rtx(
         return _compile(graph, names, _static_inputs(graph), compilation, runtime, entry)
 
     step = TrainingStep()
+    # `.grad` takes the tensor that the first backward returns, and the next backward would overwrite it.
+    trained = replace(runtime, static_outputs=False)
 
     def forward(graph: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         pinned, saved = step.forward(graph, _static_inputs(graph))
-        return _compile(graph, [], frozenset(), compilation, runtime, pinned=pinned, saved=saved)
+        return _compile(graph, [], frozenset(), compilation, trained, pinned=pinned, saved=saved)
 
     def backward(graph: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
-        return _compile(graph, [], frozenset(), compilation, runtime, pinned=step.backward(graph))
+        return _compile(graph, [], frozenset(), compilation, trained, pinned=step.backward(graph))
 
     # Tokens order the calls with effects (a check that may raise, a print). As inputs of the graph they would be None.
     with functorch_config.patch(unlift_effect_tokens=True):
