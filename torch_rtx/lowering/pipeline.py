@@ -23,6 +23,7 @@ from torch_rtx.lowering.passes.fold_batch_norm import fold_batch_norm
 from torch_rtx.lowering.passes.fuse import fuse
 from torch_rtx.lowering.passes.hoist_weights import hoist_weights
 from torch_rtx.lowering.passes.merge_linears import merge_linears
+from torch_rtx.lowering.passes.pad_products import pad_products
 from torch_rtx.lowering.passes.raise_attention import raise_attention
 from torch_rtx.lowering.passes.raise_gelu import raise_gelu
 from torch_rtx.lowering.passes.read_in_place import read_in_place
@@ -128,6 +129,7 @@ PIPELINE = (
     Pass(affine_batch_norm, needs=("targets",)),
     Pass(expand_norms, needs=("targets",)),
     Pass(merge_linears, needs=("weight_copies",)),
+    Pass(pad_products, needs=("targets",)),
     Pass(channels_last, needs=("targets",)),
     Pass(write_in_place),
     Pass(hoist_weights, takes=("targets",)),
