@@ -40,8 +40,11 @@ class Module:
         self.store = SimpleNamespace(generation=0, values=[])
         self.pool = GraphPool(self.graph, lambda code, inputs, weights: code.run(inputs, weights), DEVICE, 4, **options)
 
+        self.keys: dict[object, object] = {}  # one object for equal sizes, as sessions have
+
     def __call__(self, *inputs: torch.Tensor) -> list[Any]:
-        return self.pool(tuple(x.shape for x in inputs), self.code, inputs, self.store)  # type: ignore[arg-type]
+        sizes = tuple(x.shape for x in inputs)
+        return self.pool(self.keys.setdefault(sizes, sizes), self.code, inputs, self.store)  # type: ignore[arg-type]
 
 
 CHAIN = """
@@ -721,9 +724,10 @@ def test_saved_results_have_memory_of_their_own(monkeypatch: pytest.MonkeyPatch)
     assert handles[1] != handles[3]
 
 
-def test_pinned_inputs_are_read_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("guarded", [False, True])
+def test_pinned_inputs_are_read_where_they_are(guarded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Library calls read them without a copy; at another address they are inputs of another graph."""
-    module = Module(monkeypatch, SAVING, pinned=frozenset({0}))
+    module = Module(monkeypatch, SAVING, pinned=frozenset({0}), guarded=guarded)
     x, other = torch.randn(2, 16).unbind()
     for _ in range(4):
         y = torch.randn(16)
@@ -732,6 +736,8 @@ def test_pinned_inputs_are_read_where_they_are(monkeypatch: pytest.MonkeyPatch) 
     assert (module.pool.captures, module.pool.replays) == (1, 3)
     torch.testing.assert_close(module(other, y)[2], other + y)
     assert (module.pool.captures, module.pool.replays) == (1, 3)
+    torch.testing.assert_close(module(x, y)[2], x + y)
+    assert (module.pool.captures, module.pool.replays) == (1, 4)
 
 
 COMPUTED = """

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from itertools import starmap
+from operator import gt
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from torch_rtx.runtime.weights import WeightStore
 log = logging.getLogger(__name__)
 EXECUTABLES = 4  # of one graph: inputs in one of two places, results in one of two
 _USES: Callable[[int], int] = torch._C._storage_Use_Count  # references to the memory of a tensor
+_ADDRESS: Callable[[torch.Tensor], int] = torch.Tensor.data_ptr
 RunCode = Callable[[Code, Sequence[Any], Sequence[torch.Tensor]], list[Any]]
 
 
@@ -117,17 +120,19 @@ class Captured:
         self._executables = Executables(self.graph, known, 1 if draws else EXECUTABLES)
         self._launch = _with_generator(self.graph) if draws else driver().cuGraphLaunch
         self._sources, self._likes = given.sources, made.likes
-        self._results = None if made.are_buffers else made.kinds
+        self._results = None if made.are_buffers else made.assembly()
         saved = pinned_memory([made.kinds[index] for index in spec.saved])
-        self._saved = {storage: 0 for address, storage in saved.items() if address not in pinned}
+        self._saved = [storage for address, storage in saved.items() if address not in pinned]
+        self._handles = [storage._cdata for storage in self._saved]
+        self._references = [0 for _ in self._saved]
 
     def count_references(self) -> None:
         """Count the references that the graph itself has to saved results; the capture must have let go of its own."""
-        self._saved = {storage: _USES(storage._cdata) for storage in self._saved}
+        self._references = list(map(_USES, self._handles))
 
     def is_held(self) -> bool:
         """Somebody has a saved result of an earlier replay."""
-        return any(_USES(storage._cdata) > count for storage, count in self._saved.items())
+        return any(map(gt, map(_USES, self._handles), self._references))
 
     def replay(self, inputs: Sequence[Any]) -> list[Any]:
         """Launch the graph for `inputs` on the current stream of its device, which must be the current device; returns
@@ -135,12 +140,12 @@ class Captured:
         # Copies of inputs are held until the launch: nobody else may get their memory before.
         sources, empty = self._sources, EMPTY["cuda"]
         given = [x if (x := inputs[index]).stride() == strides else fit(x, strides) for index, strides, fit in sources]
-        fresh = [empty(*like) for like in self._likes]
+        fresh = list(starmap(empty, self._likes))
         executables = self._executables
-        handle = executables.ready.get(tuple([tensor.data_ptr() for tensor in (*given, *fresh)]))
+        handle = executables.ready.get(tuple(map(_ADDRESS, (*given, *fresh))))
         if handle is None:
             given = [fit(x, strides) for x, (_, strides, fit) in zip(given, sources, strict=True)]
-            handle = executables.at(tuple([tensor.data_ptr() for tensor in (*given, *fresh)]))
+            handle = executables.at(tuple(map(_ADDRESS, (*given, *fresh))))
         memory, results = self._memory, fresh
         with memory.lock:
             stream = torch._C._cuda_getCurrentRawStream(self._device)
@@ -150,7 +155,7 @@ class Captured:
             if status[0]:
                 checked(status)
             if self._results is not None:  # after the launch: copies of inputs have what the graph wrote to these
-                results = [kind.result(inputs, fresh) for kind in self._results]
+                results = self._results(inputs, fresh)
         if self._written or self._written_inputs:
             _count_writes([*self._written, *(inputs[index] for index in self._written_inputs)])
         return results

@@ -92,6 +92,7 @@ class GraphPool:
         pinned: positions of inputs that are captured at their address, beside those that the module writes to.
         saved: positions of results that stay in the memory of their graph, which is its own then. While somebody has
             one of them, calls run the plain code.
+        guarded: the strides of inputs are the same in all calls with one key.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class GraphPool:
         shared: bool = False,
         pinned: frozenset[int] = frozenset(),
         saved: frozenset[int] = frozenset(),
+        guarded: bool = False,
     ) -> None:
         self.graph, self.run, self.device, self.size = graph, run, device, size
         self._index = device.index  # reading it from the device is slow
@@ -119,6 +121,8 @@ class GraphPool:
         self._lock = threading.RLock()
         self._warm = threading.local()
         self._generation = -1
+        self._guarded = guarded
+        self._last_key: tuple[object, list[int | None], object] = None, [], None
 
     @property
     def memory(self) -> GraphMemory:
@@ -140,7 +144,7 @@ class GraphPool:
         if self.disabled is not None or torch.cuda.is_current_stream_capturing():
             return self.run(code, inputs, store.values)  # into the caller's own capture
         if self.pinned:
-            key = (key, tuple([(inputs[i].data_ptr(), inputs[i].stride()) for i in self.pinned]))
+            key = self._key(key, inputs)
         with self._lock:
             found = self._find(key, code, inputs, store)
             if found is not None and not found.is_held():
@@ -150,6 +154,15 @@ class GraphPool:
         # Library handles are per thread and can't be created in a capture: a thread captures only after a plain call.
         self._warm.done = True
         return outputs
+
+    def _key(self, key: object, inputs: Sequence[Any]) -> object:
+        """`key`, and where the pinned inputs are. Training pins hundreds of tensors, mostly where they were last."""
+        before, addresses, full = self._last_key
+        if self._guarded and before is key and _SAME_ADDRESSES(list(inputs), addresses, self.pinned):
+            return full
+        full = key, tuple([(inputs[i].data_ptr(), inputs[i].stride()) for i in self.pinned])
+        self._last_key = key, [x.data_ptr() if isinstance(x, torch.Tensor) else None for x in inputs], full
+        return full
 
     def _find(self, key: object, code: Code, inputs: Sequence[Any], store: WeightStore) -> Captured | None:
         """The graph for `key`, captured now if the policy admits it; None if this call has to run the plain code."""
@@ -194,6 +207,14 @@ class GraphPool:
         self.captures += 1
         log.debug("captured a CUDA graph for %s", [tuple(x.shape) for x in inputs if isinstance(x, torch.Tensor)])
         return found
+
+
+def _same_addresses(inputs: list[Any], addresses: list[int | None], indices: list[int]) -> bool:
+    return all(inputs[index].data_ptr() == addresses[index] for index in indices)
+
+
+# PyTorch has this only where it is built with CUDA.
+_SAME_ADDRESSES = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", _same_addresses)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 
@@ -24,6 +24,7 @@ from torch_rtx.runtime.graph_params import GraphNodes, Slots
 # and 1 us of device time more per BYTES_PER_KERNEL.
 KERNELS_PER_COPY = 4
 BYTES_PER_KERNEL = 512 << 10
+_DETACHED: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.detach
 Uses = Mapping[str, tuple[str, int]]  # see `kernel_uses`
 Strides = tuple[int, ...]
 Like = tuple[tuple[int, ...], Strides, torch.dtype]  # shape, strides, dtype
@@ -58,7 +59,7 @@ class Pinned:
 
     def result(self, inputs: Sequence[Any], fresh: Sequence[torch.Tensor]) -> Any:
         """The result of a replay with these inputs and buffers, after the launch."""
-        return self.value.detach() if isinstance(self.value, torch.Tensor) else self.value
+        return _DETACHED(self.value) if isinstance(self.value, torch.Tensor) else self.value
 
 
 @dataclass(frozen=True)
@@ -236,6 +237,22 @@ class Results:
         """The results are the buffers, in order."""
         return self.kinds == [Fresh(index) for index in range(len(self.likes))]
 
+    def assembly(self) -> Callable[[Sequence[Any], Sequence[torch.Tensor]], list[Any]]:
+        """A function from the inputs and buffers of a replay to its results. A training step has hundreds of results,
+        of which most are buffers or stay where they are: these two kinds need no call in Python."""
+        fixed = {i: kind.value for i, kind in enumerate(self.kinds) if _is_pinned_tensor(kind)}
+        whole = {i: kind.index for i, kind in enumerate(self.kinds) if isinstance(kind, Fresh) and kind.part is None}
+        others = {i: kind for i, kind in enumerate(self.kinds) if i not in fixed and i not in whole}
+        start = len(self.likes)
+        place = whole | {i: start + at for at, i in enumerate((*fixed, *others))}
+        order, values, kinds = [place[i] for i in range(len(self.kinds))], list(fixed.values()), list(others.values())
+
+        def results(inputs: Sequence[Any], fresh: Sequence[torch.Tensor]) -> list[Any]:
+            made = [*fresh, *map(_DETACHED, values), *[kind.result(inputs, fresh) for kind in kinds]]
+            return [made[index] for index in order]
+
+        return results
+
     def _buffer(self, name: str, like: Like, kind: InPlace | Copied) -> int:
         self._buffers[name] = kind
         self.likes.append(like)
@@ -274,6 +291,10 @@ class Results:
         return {name: _slots(kind, nodes, 1) for name, kind in self._buffers.items()}
 
 
+def _is_pinned_tensor(kind: Result) -> TypeGuard[Pinned]:
+    return isinstance(kind, Pinned) and isinstance(kind.value, torch.Tensor)
+
+
 def _slots(kind: InPlace | Copied, nodes: GraphNodes, side: int) -> Slots | None:
     """The slots of an input (`side` 0: the source of a copy) or of a buffer (1: its target)."""
     if isinstance(kind, InPlace):
@@ -297,7 +318,7 @@ def _kept(name: str, result: Any, inputs: Inputs, pinned: Collection[int], stati
 
 def pinned_memory(kinds: Iterable[Result]) -> dict[int, torch.UntypedStorage]:
     """By address, the memory of results that stay where they are; empty tensors have none."""
-    values = [kind.value for kind in kinds if isinstance(kind, Pinned) and isinstance(kind.value, torch.Tensor)]
+    values = [kind.value for kind in kinds if _is_pinned_tensor(kind)]
     return {value.untyped_storage().data_ptr(): value.untyped_storage() for value in values if value.numel()}
 
 

@@ -168,7 +168,7 @@ class Session:
 
     def _new_pool(self) -> GraphPool:
         size, static = self.settings.cuda_graph_pool_size, self.settings.static_outputs
-        given = self._shares_memory, self._pinned, self._saved
+        given = self._shares_memory, self._pinned, self._saved, self._guarded
         return GraphPool(self.graph, self.run, self.device, size, static, *given)
 
     def current(self, inputs: Sequence[Any]) -> Variant:
