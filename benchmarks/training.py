@@ -83,17 +83,21 @@ def learner(name: str, model: nn.Module) -> nn.Module:
             model = _adapted(model)
     if name in CHECKPOINTED:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    # The first forward would find these out, with a side effect that is no part of a graph.
-    if getattr(model, "loss_type", "") is None:
-        model.loss_type = "ForCausalLM"
-    if hasattr(model, "classifier") and hasattr(model, "config"):
-        model.config.problem_type = "single_label_classification"
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if hasattr(module, "drop_prob"):  # of whole residual branches
             module.drop_prob = 0.0
-    return model.train()
+    return traceable(model).train()
+
+
+def traceable(model: nn.Module) -> nn.Module:
+    """The model, told what its first forward would find out with a side effect, which is no part of a graph."""
+    if getattr(model, "loss_type", "") is None:
+        model.loss_type = "ForCausalLM"
+    if hasattr(model, "classifier") and hasattr(model, "config"):
+        model.config.problem_type = "single_label_classification"
+    return model
 
 
 def labelled(model: nn.Module, inputs: Inputs, seed: int) -> Inputs:
