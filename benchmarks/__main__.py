@@ -93,10 +93,10 @@ def _report(options: argparse.Namespace) -> int:
 def _list() -> int:
     print("suites")
     for suite in SUITES.values():
-        own = f" (peers: {', '.join(suite.measured_peers())})" if suite.peers or suite.default_peers else ""
-        print(f"  {suite.name:10} {suite.help}{own}")
+        own = ", ".join(suite.peers or suite.default_peers)
+        print(f"  {suite.name:10} {suite.help}" + (f" (peers: {own})" if own else ""))
         if suite.workloads:
-            print(f"             {', '.join(w.name for w in suite.workloads)}")
+            print(f"  {'':10} {', '.join(w.name for w in suite.workloads)}")
     print("peers\n  " + ", ".join(name if peer.by_default else f"{name} (on request)" for name, peer in PEERS.items()))
     print("models and their shapes")
     known = dict.fromkeys((*WORKLOADS, *TRAINED, *FURTHER_WORKLOADS))

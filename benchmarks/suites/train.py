@@ -32,7 +32,7 @@ def measure(job: Job, out: Reporter) -> None:
         metrics: dict[str, dict[str, Any]] = {}
         for name in job.peers:
             with out.attempt(name, "prepare"):
-                held = _reserved(job.device)
+                held = reserved(job.device)
                 step, first_s = prepare(name, lesson)
                 timing.warm_up(step, job.device)
                 metrics[name] = {"first_s": first_s, **peak(step, held, job.device)}
@@ -68,7 +68,7 @@ def prepare(name: str, lesson: training.Lesson) -> tuple[timing.Call, float]:
     return lesson.step(prepared, own), first_s
 
 
-def _reserved(device: str) -> dict[str, int]:
+def reserved(device: str) -> dict[str, int]:
     """What PyTorch's allocator holds of a device, nothing of it unused, and how much of it tensors have."""
     if device != "cuda":
         return {}
@@ -86,11 +86,11 @@ def peak(step: timing.Call, held: dict[str, int], device: str) -> dict[str, int]
     `allocated_peak_bytes`, PyTorch's `max_memory_allocated`, where a replay seems to need no activations.
 
     Args:
-        held: what `_reserved` said before the peer was prepared.
+        held: what `reserved` said before the peer was prepared.
     """
     if device != "cuda":
         return {}
-    _reserved(device)
+    reserved(device)
     torch.cuda.reset_peak_memory_stats()
     step()
     torch.cuda.synchronize()

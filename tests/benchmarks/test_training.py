@@ -14,6 +14,7 @@ pytest.importorskip("transformers")
 
 from benchmarks import cases, models, training
 from benchmarks.cases import Job, Workload
+from benchmarks.suites import train
 from benchmarks.suites.common import WrongResult, of_best
 
 SMALL = {w.model: replace(w, dtype="float32") for w in cases.workloads([], "small", "cpu", cases.TRAINED)}
@@ -87,6 +88,18 @@ def test_wrong_gradients(lesson: training.Lesson, monkeypatch: pytest.MonkeyPatc
     lesson.check({name: 1.01 * gradient for name, gradient in right.items()})
     with pytest.raises(WrongResult, match=f"wrong gradient of {bias}: error 1.00e"):
         lesson.check({**right, bias: torch.zeros_like(right[bias])})
+
+
+@pytest.mark.gpu
+def test_peak_of_a_graph() -> None:
+    """Memory that only a graph's pool can use is a peer's, though PyTorch takes none of it for allocated."""
+    held = train.reserved("cuda")
+    x, pool, graph = torch.ones(16 << 20, device="cuda"), torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        x.copy_((x + 1) * 2)
+    found = train.peak(graph.replay, held, "cuda")
+    assert found["allocated_peak_bytes"] < 1.1 * x.nbytes
+    assert found["peak_bytes"] >= 2.9 * x.nbytes
 
 
 def test_best_other_peer() -> None:
