@@ -73,14 +73,7 @@ def wall_ms(call: Call, count: int, device: str) -> list[float]:
 
 def host_us(call: Call, count: int, device: str) -> list[float]:
     """Microseconds until a call returns to the host, the device idle before it."""
-    times = []
-    for _ in range(count):
-        synchronize(device)
-        start = time.perf_counter()
-        call()
-        times.append(1e6 * (time.perf_counter() - start))
-    synchronize(device)
-    return times
+    return [1e3 * ms for ms in alone_ms(call, count, device)[0]]
 
 
 def warm_up(call: Call, device: str) -> float:

@@ -23,6 +23,7 @@ def measure(job: Job, out: Reporter) -> None:
 
     `first_s` is the time from `torch.compile` to the end of the first backward. Caches are empty at the start of a
     workload, but Inductor's modes find what an earlier one of them has compiled; suite `first_step` has no such order.
+    `settle_s` is how long the peer then works in the background.
     """
     out.begin(None, "model")
     with training.set_up(job) as lesson:
@@ -33,9 +34,9 @@ def measure(job: Job, out: Reporter) -> None:
         for name in job.peers:
             with out.attempt(name, "prepare"):
                 held = reserved(job.device)
-                step, first_s = prepare(name, lesson)
+                step, seconds = prepare(name, lesson)
                 timing.warm_up(step, job.device)
-                metrics[name] = {"first_s": first_s, **peak(step, held, job.device)}
+                metrics[name] = {**seconds, **peak(step, held, job.device)}
                 steps[name] = step
         times = timing.interleaved(steps, job.device, job.rounds, lambda name: out.begin(name, "measure"))
         clock = "device_ms" if job.device == "cuda" else "wall_ms"
@@ -49,8 +50,8 @@ def measure(job: Job, out: Reporter) -> None:
             out.ok(name, {**row, **own})
 
 
-def prepare(name: str, lesson: training.Lesson) -> tuple[timing.Call, float]:
-    """A peer's training step, and `first_s`.
+def prepare(name: str, lesson: training.Lesson) -> tuple[timing.Call, dict[str, float]]:
+    """A peer's training step, with `first_s` and `settle_s`.
 
     Raises:
         WrongResult: its gradients are wrong, in the first step or at its full speed.
@@ -62,10 +63,12 @@ def prepare(name: str, lesson: training.Lesson) -> tuple[timing.Call, float]:
     first_s = time.perf_counter() - begin
     lesson.check(found)
     del found  # results that are alive may keep it from replaying a CUDA graph
+    begin = time.perf_counter()
     common.settle(name)
+    settle_s = time.perf_counter() - begin
     for _ in range(REPLAYED):
         lesson.check(lesson.gradients(prepared, own))
-    return lesson.step(prepared, own), first_s
+    return lesson.step(prepared, own), {"first_s": first_s, "settle_s": settle_s}
 
 
 def reserved(device: str) -> dict[str, int]:
