@@ -17,7 +17,7 @@ from importlib import import_module
 from pathlib import Path
 
 from benchmarks import report, results, runner
-from benchmarks.cases import FURTHER_WORKLOADS, WORKLOADS, UsageError
+from benchmarks.cases import FURTHER_WORKLOADS, TRAINED, WORKLOADS, UsageError
 from benchmarks.peers import PEERS
 from benchmarks.suites import SUITES
 
@@ -36,12 +36,14 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="measure; what has a row in --out already is skipped")
     run.add_argument("--suite", type=_names, default=("latency",), help="comma-separated, see `list`")
-    run.add_argument("--models", type=_names, default=(), help="models or single shapes of them, see `list`")
-    run.add_argument("--peers", type=_names, default=(), help="default: all but max-autotune")
+    run.add_argument(
+        "--models", type=_names, default=(), help="models or single shapes of them, see `list`; default: the suite's"
+    )
+    run.add_argument("--peers", type=_names, default=(), help="default: as `list` says")
     run.add_argument("--out", type=Path, default=Path("results.json"), help="result file, which may exist")
     run.add_argument("--size", choices=("small", "full"), default="full", help="small: tiny models, for tests")
     run.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    run.add_argument("--rounds", type=int, default=20, help="how often the peers take turns")
+    run.add_argument("--rounds", type=int, help="how often the peers take turns; default: 20, train 8")
     run.add_argument("--limit", type=float, default=150, help="seconds that one case may take")
     run.add_argument("--budget", type=float, default=math.inf, help="seconds that all may take")
     run.add_argument("--again", choices=("failed", "all"), default="", help="measure these again")
@@ -91,12 +93,15 @@ def _report(options: argparse.Namespace) -> int:
 def _list() -> int:
     print("suites")
     for suite in SUITES.values():
-        own = f" (peers: {', '.join(suite.peers)})" if suite.peers else ""
-        print(f"  {suite.name:10} {suite.help}{own}")
+        own = ", ".join(suite.peers or suite.default_peers)
+        print(f"  {suite.name:10} {suite.help}" + (f" (peers: {own})" if own else ""))
+        if suite.workloads:
+            print(f"  {'':10} {', '.join(w.name for w in suite.workloads)}")
     print("peers\n  " + ", ".join(name if peer.by_default else f"{name} (on request)" for name, peer in PEERS.items()))
     print("models and their shapes")
-    for model in dict.fromkeys(w.model for w in (*WORKLOADS, *FURTHER_WORKLOADS)):
-        shapes = ", ".join(w.name for w in (*WORKLOADS, *FURTHER_WORKLOADS) if w.model == model)
+    known = dict.fromkeys((*WORKLOADS, *TRAINED, *FURTHER_WORKLOADS))
+    for model in dict.fromkeys(w.model for w in known):
+        shapes = ", ".join(dict.fromkeys(w.name for w in known if w.model == model))
         print(f"  {model:16} {shapes}")
     return 0
 

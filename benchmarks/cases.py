@@ -87,26 +87,41 @@ WORKLOADS = (
     Workload("gpt2_decode", 1),
     Workload("llama_decode", 1),
 )
+# What users train at these sizes: language models, image classifiers, and LoRA of a denoiser; see `training`.
+TRAINED = (
+    Workload("bert_base", 16, 128),
+    Workload("gpt2", 8, 512),
+    Workload("vit_b_16", 32),
+    Workload("resnet50", 32),
+    Workload("resnet50", 128),
+    Workload("swin_t", 64),
+    Workload("llama", 1, 1024),
+    Workload("sd15_unet", 4),
+)
 # The rest of the zoo, on request by name.
 FURTHER = ("mobilenet_v2", "convnext_t", "swin_t", "qwen3", "t5", "whisper_decoder", "clip", "gpt2_prefill")
 FURTHER_WORKLOADS = tuple(Workload(model) for model in (*FURTHER, "llama_prefill"))
 _SMALL_TRACE = {"resnet50": _batches(2, 4, 3), "bert_base": _lengths(8, 24, 16), "gpt2": _lengths(8, 24, 16)}
 
 
-def workloads(names: Sequence[str], size: Size, device: str) -> list[Workload]:
+def workloads(names: Sequence[str], size: Size, device: str, own: Sequence[Workload] = ()) -> list[Workload]:
     """The workloads that `names` mean: a model's name all of its, `resnet50-b32` one; no names: every model's first.
 
     Of size `small` each model has one, of batch 2.
+
+    Args:
+        own: those of a suite with workloads of its own, which come first: a model's name means them where there are
+            any, and no names mean them all.
 
     Raises:
         UsageError: an unknown name.
     """
     known = [*WORKLOADS, *FURTHER_WORKLOADS]
-    found: list[Workload] = []
-    for name in names or list(dict.fromkeys(w.model for w in WORKLOADS)):
-        matching = [w for w in known if name in (w.model, w.name)]
+    found: list[Workload] = [] if names else list(own)
+    for name in names or ([] if own else list(dict.fromkeys(w.model for w in WORKLOADS))):
+        matching = [w for w in own if name in (w.model, w.name)] or [w for w in known if name in (w.model, w.name)]
         if not matching:
-            models = ", ".join(dict.fromkeys(w.model for w in known))
+            models = ", ".join(dict.fromkeys(w.model for w in (*own, *known)))
             raise UsageError(f"unknown model {name!r}; known models: {models}, or one shape of them as in `list`")
         found += matching if names else matching[:1]
     if size == "small":

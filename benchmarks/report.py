@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from benchmarks.cases import FURTHER_WORKLOADS, WORKLOADS
+from benchmarks.cases import FURTHER_WORKLOADS, TRAINED, WORKLOADS
 from benchmarks.peers import PEERS
 from benchmarks.results import Results, Row, headline, metric
 from benchmarks.suites import SUITES, Suite
@@ -33,7 +33,18 @@ different machines or sections.
   is there.
 - *of floor*: time relative to a lower bound, the larger of FLOPs over the measured rate of a large matrix product and
   compulsory bytes (weights, inputs, outputs, once) over the measured rate of a large copy.
-- *of best*: time relative to the fastest peer of the same process that is not torch_rtx.
+- *of best*: time, host time or memory relative to the best peer of the same process that is not torch_rtx.
+
+A training step is forward, backward and AdamW, without dropout, so that gradients can be compared; those of a wider
+dtype (float32 on a GPU) are the reference. Models of `transformers` compute their loss themselves, from labels. The
+UNet is trained by LoRA of its attention projections, the rest in bfloat16; Llama's layers are checkpointed.
+
+- *host*: time until a step is queued, the device idle before it.
+- *peak*: what PyTorch's allocator takes from the device for a step, with weights and optimizer, if it keeps nothing
+  from earlier steps. Memory pools of CUDA graphs count as a whole: what is free in them is of no use to anything else.
+- *allocated*: PyTorch's `max_memory_allocated` for the same step, which leaves that out.
+- *first step*: from `torch.compile` to the end of the first step (suite `train`: of its backward), caches empty or
+  filled by an earlier process. In `train` Inductor's modes run in one process and share what they have compiled.
 
 | peer | what it is |
 | --- | --- |
@@ -144,7 +155,21 @@ COLUMNS: dict[str, list[tuple[str, Cell]]] = {
         ("outside PyTorch MiB", _of("outside_bytes", MIB)),
         ("process, peak MiB", _of("process_peak_bytes", MIB)),
     ],
-    "train": [*_TIMES, ("peak MiB", _of("peak_bytes", MIB)), _RATIO],
+    "train": [
+        *_TIMES,
+        _RATIO,
+        ("host ms", _of("host_ms")),
+        ("of best", _of("host_ratio")),
+        ("peak MiB", _of("peak_bytes", MIB)),
+        ("of best", _of("peak_ratio")),
+        ("allocated MiB", _of("allocated_peak_bytes", MIB)),
+        ("first step s", _of("first_s")),
+    ],
+    "first_step": [
+        (f"{phase}: {title}", _of(f"{phase}.{name}"))
+        for phase in ("cold", "warm")
+        for title, name in (("import s", "import_s"), ("first step s", "first_s"))
+    ],
     "tiers": [*_TIMES, ("of specialized", _of("ratio"))],
     "host": [
         ("host us", _of("host_us")),
@@ -177,7 +202,7 @@ class Section:
 def sections(results: Results) -> list[Section]:
     """Suites in their order, then devices and sizes; in each, models and peers in theirs."""
     own = [peer for suite in SUITES.values() for peer in suite.peers if peer not in PEERS]
-    models = [w.model for w in (*WORKLOADS, *FURTHER_WORKLOADS)]
+    models = [w.model for w in (*WORKLOADS, *TRAINED, *FURTHER_WORKLOADS)]
     orders = {"suite": list(SUITES), "model": models, "peer": [*own, *PEERS]}
 
     def index(row: Row, name: str) -> tuple[int, str]:

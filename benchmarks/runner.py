@@ -33,8 +33,9 @@ class Plan:
     """What to run.
 
     Attributes:
-        names: models or workloads; empty: the first workload of every model.
+        names: models or workloads; empty: the suite's own, or the first workload of every model.
         peers: empty: those that are measured by default.
+        rounds: None: as the suite has it.
         device: "auto", "cpu" or "cuda".
         limit_s: of one case; budget_s: of the whole run.
         again: measure "failed" cases or "all" again; otherwise whatever has a row in `out` is skipped.
@@ -46,7 +47,7 @@ class Plan:
     peers: tuple[str, ...] = ()
     size: Size = "full"
     device: str = "auto"
-    rounds: int = 20
+    rounds: int | None = None
     limit_s: float = 150
     budget_s: float = float("inf")
     again: Literal["", "failed", "all"] = ""
@@ -66,18 +67,19 @@ class Worker:
 
     Args:
         data: its job, as JSON.
-        folder: for its files; its compilers' caches are in there too, and shared by all workers of a run.
+        folder: for its files.
+        caches: the folder of its compilers' caches, within `folder`.
     """
 
-    def __init__(self, data: dict[str, Any], folder: Path) -> None:
+    def __init__(self, data: dict[str, Any], folder: Path, caches: str = "") -> None:
         self._folder = Path(tempfile.mkdtemp(dir=folder))
         job, self._events = self._folder / "job.json", self._folder / "events.jsonl"
         job.write_text(json.dumps(data))
         self._events.touch()
         self._read = 0
         paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", ""))))
-        caches = {variable: str(folder / "caches" / variable.lower()) for variable in CACHES}
-        environment = {**os.environ, **caches, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
+        kept = {variable: str(folder / "caches" / caches / variable.lower()) for variable in CACHES}
+        environment = {**os.environ, **kept, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "-m", "benchmarks.worker", str(job), str(self._events)]
         with open(self._folder / "log", "wb") as log:
             # A session of its own: with it, all that the worker has started can be killed.
@@ -158,7 +160,8 @@ class Runner:
         for peer in self.plan.peers:
             if peer not in known:
                 raise UsageError(f"unknown peer {peer!r}; known peers: {', '.join(known)}")
-        workloads(self.plan.names, self.plan.size, "cpu")
+        for suite in self.plan.suites:
+            workloads(self.plan.names, self.plan.size, "cpu", SUITES[suite].workloads)
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             self.folder = Path(folder)
             present = self._look_around()
@@ -188,15 +191,15 @@ class Runner:
 
     def _peers(self, suite: Suite) -> list[str]:
         known = suite.known_peers()
-        default = [name for name in known if name not in PEERS or PEERS[name].by_default]
-        return [name for name in self.plan.peers if name in known] if self.plan.peers else default
+        return [name for name in self.plan.peers if name in known] if self.plan.peers else suite.measured_peers()
 
     def _jobs(self, suite: Suite, present: bool) -> Iterator[Job]:
         """What is left to do of a suite; what can't be done gets its row here."""
-        for workload in workloads(self.plan.names, self.plan.size, self.device):
+        rounds = suite.rounds if self.plan.rounds is None else self.plan.rounds
+        for workload in workloads(self.plan.names, self.plan.size, self.device, suite.workloads):
             workload = replace(workload, dtype=suite.dtype or workload.dtype)
             wanted = self._peers(suite)
-            job = Job(suite.name, workload, tuple(wanted), self.device, self.plan.rounds, self.plan.plugins)
+            job = Job(suite.name, workload, tuple(wanted), self.device, rounds, self.plan.plugins)
             left = [peer for peer in wanted if not self._is_done(job, peer)]
             possible = []
             for peer in wanted:
@@ -236,7 +239,8 @@ class Runner:
         while peers:
             if time.monotonic() > self.deadline:
                 raise Stopped("the budget is spent")
-            worker = Worker(replace(job, peers=tuple(peers)).to_json(), self.folder)
+            # Workers of a workload share caches; the next one begins with empty ones, as its first calls are timed.
+            worker = Worker(replace(job, peers=tuple(peers)).to_json(), self.folder, job.workload.name)
             try:
                 self._follow(worker, job, peers)
             finally:

@@ -52,28 +52,28 @@ def device_ms(call: Call, count: int) -> list[float]:
     return [before.elapsed_time(after) for before, after in zip(events, events[1:], strict=False)]
 
 
-def wall_ms(call: Call, count: int, device: str) -> list[float]:
-    """Milliseconds of single calls until their results are there, by the wall clock, the device idle before each."""
-    times = []
+def alone_ms(call: Call, count: int, device: str) -> tuple[list[float], list[float]]:
+    """Milliseconds of single calls by the wall clock, the device idle before each: until the call returns to the host,
+    and until its results are there."""
+    host, wall = [], []
     for _ in range(count):
         synchronize(device)
         start = time.perf_counter()
         call()
+        host.append(1e3 * (time.perf_counter() - start))
         synchronize(device)
-        times.append(1e3 * (time.perf_counter() - start))
-    return times
+        wall.append(1e3 * (time.perf_counter() - start))
+    return host, wall
+
+
+def wall_ms(call: Call, count: int, device: str) -> list[float]:
+    """Milliseconds of single calls until their results are there, by the wall clock, the device idle before each."""
+    return alone_ms(call, count, device)[1]
 
 
 def host_us(call: Call, count: int, device: str) -> list[float]:
     """Microseconds until a call returns to the host, the device idle before it."""
-    times = []
-    for _ in range(count):
-        synchronize(device)
-        start = time.perf_counter()
-        call()
-        times.append(1e6 * (time.perf_counter() - start))
-    synchronize(device)
-    return times
+    return [1e3 * ms for ms in alone_ms(call, count, device)[0]]
 
 
 def warm_up(call: Call, device: str) -> float:
@@ -114,7 +114,7 @@ def calls_per_turn(seconds: float) -> int:
 def interleaved(
     calls: Mapping[str, Call], device: str, rounds: int, begin: Callable[[str], object]
 ) -> dict[str, dict[str, list[list[float]]]]:
-    """Times of calls that take turns: per name, `device_ms` (on a GPU) and `wall_ms`, one list per round.
+    """Times of calls that take turns: per name, `device_ms` and `host_ms` (on a GPU) and `wall_ms`, one list per round.
 
     Args:
         begin: called with the name before each turn.
@@ -123,7 +123,7 @@ def interleaved(
     for name, call in calls.items():
         begin(name)
         counts[name] = calls_per_turn(warm_up(call, device))
-    clocks = ("device_ms", "wall_ms") if device == "cuda" else ("wall_ms",)
+    clocks = ("device_ms", "host_ms", "wall_ms") if device == "cuda" else ("wall_ms",)
     times: dict[str, dict[str, list[list[float]]]] = {name: {clock: [] for clock in clocks} for name in calls}
     with undisturbed():
         for _, name in turns(list(calls), rounds):
@@ -132,7 +132,10 @@ def interleaved(
             call()  # what another peer's turn has left in the caches is not this one's cost
             if device == "cuda":
                 times[name]["device_ms"].append(device_ms(call, count))
-            times[name]["wall_ms"].append(wall_ms(call, min(count, 5), device))
+            host, wall = alone_ms(call, min(count, 5), device)
+            if device == "cuda":
+                times[name]["host_ms"].append(host)
+            times[name]["wall_ms"].append(wall)
     return times
 
 

@@ -11,7 +11,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from benchmarks.cases import Workload
+from benchmarks.cases import TRAINED, Workload
 from benchmarks.peers import PEERS, no_kernels
 
 if TYPE_CHECKING:
@@ -29,6 +29,9 @@ class Suite:
 
     Attributes:
         peers: its own peers by name; empty: all of `PEERS`.
+        default_peers: those that are measured unless `--peers` says otherwise; empty: as the peers have it.
+        workloads: its own workloads, see `cases.workloads`.
+        rounds: how often the peers take turns unless `--rounds` says otherwise.
         together: all peers of a workload share a process and take turns; otherwise each has a process of its own.
         without_device: can be asked for a device that this machine does not have.
         dtype: of the weights, where it is not the workload's.
@@ -40,6 +43,9 @@ class Suite:
     help: str
     headline: tuple[str, ...]
     peers: tuple[str, ...] = ()
+    default_peers: tuple[str, ...] = ()
+    workloads: tuple[Workload, ...] = ()
+    rounds: int = 20
     together: bool = True
     without_device: bool = False
     dtype: str = ""
@@ -52,6 +58,11 @@ class Suite:
     def known_peers(self) -> list[str]:
         """The peers that it can be asked for."""
         return list(self.peers or PEERS)
+
+    def measured_peers(self) -> list[str]:
+        """Those of them that are measured by default."""
+        default = [name for name in self.known_peers() if name not in PEERS or PEERS[name].by_default]
+        return list(self.default_peers) or default
 
     def reason(self, peer: str, workload: Workload, device: str) -> str | None:
         """Why `peer` can't be measured on a device of this kind, None if it can."""
@@ -85,6 +96,8 @@ def _needs_gpu(peer: str, workload: Workload, device: str) -> str | None:
     return PEERS[peer].why_not(device)
 
 
+_LEARNERS = ("eager", "inductor", "reduce-overhead", "rtx-lazy")
+
 SUITES = {
     suite.name: suite
     for suite in (
@@ -105,7 +118,20 @@ SUITES = {
             "train",
             "a training step: forward, backward and AdamW, in bfloat16 autocast on a GPU",
             ("device_ms", "wall_ms"),
+            default_peers=_LEARNERS,
+            workloads=TRAINED,
+            rounds=8,
             dtype="float32",  # as autocast expects
+            why_not=_only_learners,
+        ),
+        Suite(
+            "first_step",
+            "the first training step of a process, caches empty and warm",
+            ("cold.first_s",),
+            default_peers=_LEARNERS,
+            workloads=TRAINED,
+            together=False,
+            dtype="float32",
             why_not=_only_learners,
         ),
         Suite("host", "host time of a call", ("host_us",)),

@@ -126,6 +126,12 @@ def compare(rounds: Mapping[str, Sequence[Sequence[float]]]) -> dict[str, dict[s
     return {name: {"against": best, **timing.ratio(times, rounds[best])} for name, times in rounds.items()}
 
 
+def of_best(values: Mapping[str, float]) -> dict[str, float]:
+    """The ratio of each peer's value to the smallest of those that are not torch_rtx."""
+    others = [value for name, value in values.items() if name not in PEERS or not PEERS[name].ours]
+    return {name: value / min(others) for name, value in values.items()} if others else {}
+
+
 def flat(rounds: Sequence[Sequence[float]]) -> dict[str, float]:
     """Median and percentiles over all calls."""
     return timing.summary([value for times in rounds for value in times])

@@ -2,126 +2,100 @@
 
 from __future__ import annotations
 
-import copy
-import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+import gc
+import time
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from benchmarks import timing
+from benchmarks import timing, training
 from benchmarks.cases import Job
-from benchmarks.numerics import assert_right, tensors, widened
-from benchmarks.peers import PEERS, Prepared
 from benchmarks.suites import common
 from benchmarks.worker import Reporter
 
+REPLAYED = 3  # checked steps after the first: compilers capture CUDA graphs in the second or third
+
 
 def measure(job: Job, out: Reporter) -> None:
-    """`device_ms` (on a GPU) and `wall_ms` of a step, the `ratio` to the best other peer; on a GPU `peak_bytes`."""
+    """Of a step `wall_ms` and its `ratio` to the best other peer. On a GPU also `device_ms`, which `ratio` is of then,
+    `host_ms` until it is queued, `peak_bytes` and `allocated_peak_bytes` (see `peak`), with `host_ratio` and
+    `peak_ratio` to the best other peer.
+
+    `first_s` is the time from `torch.compile` to the end of the first backward. Caches are empty at the start of a
+    workload, but Inductor's modes find what an earlier one of them has compiled; suite `first_step` has no such order.
+    `settle_s` is how long the peer then works in the background.
+    """
     out.begin(None, "model")
-    with common.set_up(job) as setup, torch.enable_grad():
-        model = learner(setup.subject.model)
-        eager, exact = _gradients(model, model, setup), _gradients_in_float64(model, setup)
+    with training.set_up(job) as lesson:
+        out.begin(None, "reference")
+        lesson.expected()
         steps: dict[str, timing.Call] = {}
-        peaks: dict[str, dict[str, int]] = {}
+        metrics: dict[str, dict[str, Any]] = {}
         for name in job.peers:
             with out.attempt(name, "prepare"):
-                before = torch.cuda.memory_allocated() if job.device == "cuda" else 0
-                own = copy.deepcopy(model)
-                prepared = PEERS[name].prepare(replace(setup.subject, model=own))
-                _check(_gradients(prepared, own, setup), eager, exact)
-                common.settle(name)
-                _check(_gradients(prepared, own, setup), eager, exact)
-                step = _step(prepared, own, setup)
+                held = reserved(job.device)
+                step, seconds = prepare(name, lesson)
                 timing.warm_up(step, job.device)
-                peaks[name] = _peak(step, before, job.device)
+                metrics[name] = {**seconds, **peak(step, held, job.device)}
                 steps[name] = step
         times = timing.interleaved(steps, job.device, job.rounds, lambda name: out.begin(name, "measure"))
         clock = "device_ms" if job.device == "cuda" else "wall_ms"
         ratios = common.compare({name: found[clock] for name, found in times.items()})
-        for name in steps:
-            metrics = {clock: common.flat(rounds) for clock, rounds in times[name].items()}
-            out.ok(name, {**metrics, **peaks[name], "ratio": ratios.get(name)})
+        for name, found in times.items():
+            metrics[name] |= {clock: common.flat(rounds) for clock, rounds in found.items()}
+        hosts = common.of_best({name: row["host_ms"]["median"] for name, row in metrics.items() if "host_ms" in row})
+        peaks = common.of_best({name: row["peak_bytes"] for name, row in metrics.items() if "peak_bytes" in row})
+        for name, row in metrics.items():
+            own = {"ratio": ratios.get(name), "host_ratio": hosts.get(name), "peak_ratio": peaks.get(name)}
+            out.ok(name, {**row, **own})
 
 
-def learner(model: nn.Module) -> nn.Module:
-    """The model in training mode, but without dropout: its gradients can be compared."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return model.train()
+def prepare(name: str, lesson: training.Lesson) -> tuple[timing.Call, dict[str, float]]:
+    """A peer's training step, with `first_s` and `settle_s`.
+
+    Raises:
+        WrongResult: its gradients are wrong, in the first step or at its full speed.
+    """
+    begin = time.perf_counter()
+    prepared, own = lesson.pupil(name)
+    found = lesson.gradients(prepared, own)
+    timing.synchronize(lesson.device)
+    first_s = time.perf_counter() - begin
+    lesson.check(found)
+    del found  # results that are alive may keep it from replaying a CUDA graph
+    begin = time.perf_counter()
+    common.settle(name)
+    settle_s = time.perf_counter() - begin
+    for _ in range(REPLAYED):
+        lesson.check(lesson.gradients(prepared, own))
+    return lesson.step(prepared, own), {"first_s": first_s, "settle_s": settle_s}
 
 
-@contextmanager
-def _autocast(device: str) -> Iterator[None]:
-    with torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda"):
-        yield
-
-
-def _loss(result: Any) -> Tensor:
-    return sum(t.float().square().mean() for t in tensors(result) if t.requires_grad)  # type: ignore[return-value]
-
-
-def _joined(model: nn.Module) -> Tensor:
-    """All gradients as one tensor, and none left in the model."""
-    found = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
-    model.zero_grad(set_to_none=True)
-    return torch.cat(found)
-
-
-def _gradients(prepared: Prepared, model: nn.Module, setup: common.Setup) -> Tensor:
-    """The gradients of one step; running statistics end as they began."""
-    state = [buffer.clone() for buffer in model.buffers()]
-    args, kwargs = setup.sets[0]
-    with _autocast(setup.device):
-        loss = _loss(prepared(*args, **kwargs))
-    loss.backward()
-    with torch.no_grad():
-        for buffer, value in zip(model.buffers(), state, strict=True):
-            buffer.copy_(value)
-    return _joined(model)
-
-
-def _gradients_in_float64(model: nn.Module, setup: common.Setup) -> Tensor:
-    wide = copy.deepcopy(model).double()
-    args, kwargs = widened(setup.sets[0])
-    result = wide(*args, **kwargs)
-    sum(t.square().mean() for t in tensors(result) if t.requires_grad).backward()
-    return _joined(wide)
-
-
-def _check(got: Tensor, eager: Tensor, exact: Tensor) -> None:
-    try:
-        assert_right(got, eager, [exact])
-    except AssertionError as error:
-        raise common.WrongResult(f"wrong gradients: {error}") from None
-
-
-def _step(prepared: Prepared, model: nn.Module, setup: common.Setup) -> timing.Call:
-    # So small a rate that the numbers stay in their range however many steps are measured.
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-7, fused=setup.device == "cuda")
-    sets = itertools.cycle(setup.sets)
-
-    def step() -> None:
-        args, kwargs = next(sets)
-        with _autocast(setup.device):
-            loss = _loss(prepared(*args, **kwargs))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
-
-
-def _peak(step: timing.Call, before: int, device: str) -> dict[str, int]:
-    """What a peer holds at most in a step: weights, optimizer, activations and what it keeps of its own."""
+def reserved(device: str) -> dict[str, int]:
+    """What PyTorch's allocator holds of a device, nothing of it unused, and how much of it tensors have."""
     if device != "cuda":
         return {}
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    return {"peak_bytes": torch.cuda.memory_reserved(), "allocated_peak_bytes": torch.cuda.memory_allocated()}
+
+
+def peak(step: timing.Call, held: dict[str, int], device: str) -> dict[str, int]:
+    """What a peer needs of a GPU for a step: weights, optimizer, activations and what it keeps of its own.
+
+    `peak_bytes` is what PyTorch's allocator takes from the device, if it keeps nothing from earlier steps. The memory
+    pools of CUDA graphs are in it as a whole, because nobody else can use what is free in them. It is not in
+    `allocated_peak_bytes`, PyTorch's `max_memory_allocated`, where a replay seems to need no activations.
+
+    Args:
+        held: what `reserved` said before the peer was prepared.
+    """
+    if device != "cuda":
+        return {}
+    reserved(device)
     torch.cuda.reset_peak_memory_stats()
     step()
     torch.cuda.synchronize()
-    return {"peak_bytes": torch.cuda.max_memory_allocated() - before}
+    most = {"peak_bytes": torch.cuda.max_memory_reserved(), "allocated_peak_bytes": torch.cuda.max_memory_allocated()}
+    return {name: value - held[name] for name, value in most.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import signal
 import subprocess
@@ -20,10 +21,10 @@ import torch
 pytest.importorskip("transformers")
 
 import benchmarks
-from benchmarks import environment, models, peers, results, runner, worker
+from benchmarks import cases, environment, models, peers, results, runner, timing, worker
 from benchmarks.__main__ import main
 from benchmarks.cases import Job, Workload
-from benchmarks.suites import SUITES
+from benchmarks.suites import SUITES, cold
 from benchmarks.suites.cold import full_speed
 from benchmarks.suites.shapes import visits
 from tests.doubles.forking import ForkedModule
@@ -112,7 +113,12 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "Event", Event)
     for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
-    for name, value in (("memory_allocated", 5), ("max_memory_allocated", 7), ("memory_reserved", 8)):
+    for name, value in (
+        ("memory_allocated", 5),
+        ("max_memory_allocated", 7),
+        ("memory_reserved", 8),
+        ("max_memory_reserved", 9),
+    ):
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (70, 100))
     adamw = torch.optim.AdamW
@@ -140,7 +146,9 @@ def test_memory_of_a_device(stand_in: None) -> None:
 def test_training_on_a_device(stand_in: None) -> None:
     (metrics,) = measured(perform("train", "eager", device="cuda")).values()
     assert metrics["device_ms"]["median"] > 0
-    assert metrics["peak_bytes"] == 7 - 5
+    assert (metrics["host_ratio"], metrics["peak_ratio"]) == (1, 1)
+    assert 0 < metrics["host_ms"]["median"] < metrics["wall_ms"]["median"]
+    assert (metrics["allocated_peak_bytes"], metrics["peak_bytes"]) == (7 - 5, 9 - 8)
 
 
 def test_bare_replay(stand_in: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,10 +208,31 @@ def test_tiers() -> None:
     assert "CUDA device" in str(SUITES["tiers"].reason("static", BERT, "cpu"))
 
 
-def test_train() -> None:
-    found = measured(perform("train", "eager", "rtx"))
-    assert found["rtx"]["ratio"]["against"] == "eager"
+@pytest.mark.parametrize("workload", cases.workloads([], "small", "cpu", cases.TRAINED), ids=lambda w: w.model)
+def test_train(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The small form of every workload has gradients, and a compiled BERT the right ones."""
+    monkeypatch.setattr(timing, "warm_up", lambda call, device: 1.0)
+    names = ("eager", "rtx") if workload.model == "bert_base" else ("eager",)
+    found = measured(perform("train", *names, workload=workload, rounds=1))
+    for metrics in found.values():
+        assert metrics["ratio"]["against"] == "eager"
+        assert metrics["first_s"] > 0
+
+
+def test_what_can_be_trained() -> None:
     assert SUITES["train"].reason("rtx-exported", BERT, "cpu") == "an exported program has no gradients"
+    assert SUITES["train"].reason("rtx", replace(BERT, model="gpt2_decode"), "cpu") == "a decode step is not trained"
+
+
+def test_first_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What the suite runs in a process of its own, as `cold` does."""
+    job = tmp_path / "job.json"
+    job.write_text(json.dumps(Job("first_step", BERT, ("rtx",), "cpu", 1).to_json()))
+    cold.main(str(job), str(tmp_path), str(time.time() - 1))
+    torch._dynamo.reset()
+    metrics = json.loads(capsys.readouterr().out)
+    assert 1 <= metrics["import_s"] < 1 + metrics["first_s"]
+    assert SUITES["first_step"].measured_peers() == SUITES["train"].measured_peers()
 
 
 def test_memory() -> None:

@@ -19,6 +19,7 @@ from benchmarks.__main__ import CHECKED_IN, main
 from benchmarks.cases import WORKLOADS, Job, Workload, key, workloads
 from benchmarks.diffusion import FluxTransformer
 from benchmarks.results import ConflictError, Results, SchemaError
+from benchmarks.suites import SUITES
 from benchmarks.suites.common import compare
 from tests.paths import ROOT
 from tests.test_structure import MAX_FILE, MAX_FUNCTION
@@ -237,6 +238,15 @@ def test_workloads() -> None:
     assert {w.dtype for w in workloads(["llama", "flux_dit"], "full", "cuda")} == {"bfloat16"}
     assert {w.dtype for w in workloads(["llama"], "full", "cpu")} == {"float32"}
     assert [w.name for w in workloads(["resnet50"], "small", "cpu")] == ["resnet50-b2"]
+
+
+def test_workloads_of_a_suite() -> None:
+    """A model's name means the suite's own shapes where it has some, and the name of a shape any that there is."""
+    own = SUITES["train"].workloads
+    assert [w.name for w in workloads([], "full", "cuda", own)] == [w.name for w in own]
+    names = [w.name for w in workloads(["resnet50", "gpt2-b1-l512", "clip"], "full", "cuda", own)]
+    assert names == ["resnet50-b32", "resnet50-b128", "gpt2-b1-l512", "clip-b2"]
+    assert len(workloads([], "small", "cpu", own)) == len({w.model for w in own})
 
 
 # The report -----------------------------------------------------------------------------------------------------------
