@@ -21,7 +21,7 @@ from torch_rtx.runtime.captured import EXECUTABLES, may_draw
 from torch_rtx.runtime.code import compile_graph
 from torch_rtx.runtime.cudagraph import GraphPool, why_not
 from torch_rtx.runtime.graph_borders import is_worth
-from torch_rtx.runtime.graph_params import kernel_uses
+from torch_rtx.runtime.graph_params import Use, kernel_uses
 
 CPU = torch.device("cpu")
 
@@ -610,8 +610,27 @@ MIXED = """
 def test_what_only_kernels_touch(call: str) -> None:
     """Not `a` and `z`, which something else reads, nor `c`, which it makes; `y` is read by nobody."""
     found = kernel_uses(program(MIXED.replace("CALL", call)))
-    alone = {name: (name, uses) for name, uses in (("x", 2), ("y", 0), ("b", 2), ("d", 1))}
-    assert found == {**alone, "v": ("x", 2), "u": ("x", 2)}
+    alone = {name: Use(name, at) for name, at in (("x", (0, 0)), ("y", ()), ("b", (1, 2)), ("d", (2,)))}
+    assert found == {**alone, "v": alone["x"], "u": alone["x"]}
+
+
+def test_memory_that_another_value_had_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that read a freed value are no users of the result that got its memory. Without the order of the
+    launches, nobody can tell them apart."""
+    module = Module(monkeypatch, CHAIN)
+    x, y = torch.randn(2, 16).unbind()
+    for _ in range(2):
+        module(x, y)
+    (found,) = module.pool.captured.values()
+    memory = torch.arange(64).untyped_storage()
+    nodes = found._nodes
+    slots = [(memory.data_ptr() + 8 * at, at, node, cell) for _, at, node, cell in nodes._arguments]
+    nodes._arguments = slots
+    assert {at for _, at, *_ in slots} == {0, 1}
+    last = [cell for _, at, _, cell in slots if at == 1]
+    assert [slot.holder for slot in nodes.kernels(memory, (1,) * len(last)) or ()] == last
+    nodes._in_order = False
+    assert nodes.kernels(memory, (1,) * len(last)) is None
 
 
 @pytest.mark.parametrize(

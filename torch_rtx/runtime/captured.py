@@ -98,7 +98,7 @@ class Captured:
         self.code, self.used = code, 0
         self._memory, self._device = spec.memory, spec.device.index
         graph = inline_kernels(code.graph, code.tactics)
-        uses = {name: use for name, use in kernel_uses(graph).items() if use[0] not in copied}
+        uses = {name: use for name, use in kernel_uses(graph).items() if use.owner not in copied}
         given = Inputs(spec.graph, inputs, spec.pinned, uses)
         weights = zip(spec.graph.weights, store.values, strict=True)
         self._written = [value for weight, value in weights if weight.value.name in spec.graph.written]
@@ -112,7 +112,7 @@ class Captured:
             made = Results(spec.graph, results, given, pinned, uses, spec.kept)
         use_programmatic_edges(driver(), self.graph, code.tactics)
         self.graph.instantiate()
-        self._nodes = nodes = GraphNodes(self.graph, code.tactics)
+        self._nodes = nodes = GraphNodes(self.graph, graph, code.tactics)
         slots = {**given.slots(nodes), **made.slots(nodes)}
         self.missing = {name for name, found in slots.items() if found is None}
         draws = may_draw(graph)

@@ -18,14 +18,14 @@ from torch_rtx.errors import InputError
 from torch_rtx.ir import Graph, TensorType, Value, evaluate
 from torch_rtx.runtime.check import bind_sizes
 from torch_rtx.runtime.code import PLACED, aligned, copy_strided, restride, span_of
-from torch_rtx.runtime.graph_params import GraphNodes, Slots
+from torch_rtx.runtime.graph_params import GraphNodes, Slots, Use
 
 # A pointer set in one kernel costs about 1 us of host time. A captured copy costs 2 us of host and 2 us of device time,
 # and 1 us of device time more per BYTES_PER_KERNEL.
 KERNELS_PER_COPY = 4
 BYTES_PER_KERNEL = 512 << 10
 _DETACHED: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.detach
-Uses = Mapping[str, tuple[str, int]]  # see `kernel_uses`
+Uses = Mapping[str, Use]  # see `kernel_uses`
 Strides = tuple[int, ...]
 Like = tuple[tuple[int, ...], Strides, torch.dtype]  # shape, strides, dtype
 
@@ -36,11 +36,11 @@ class InPlace:
 
     Attributes:
         memory: of the tensor that stands for it in the capture.
-        uses: how many kernel arguments must point into `memory`.
+        launches: the kernels whose arguments point into `memory`, see `Use`.
     """
 
     memory: torch.UntypedStorage
-    uses: int
+    launches: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,12 +166,12 @@ class Inputs:
             if index in pinned or not isinstance(value.type, TensorType):
                 continue
             strides = tuple(evaluate(dim, sizes) or 0 for dim in value.type.strides)
-            _, count = uses.get(value.name, ("", None))
+            use = uses.get(value.name)
             if not given.numel():
                 self.tensors[index] = torch.empty_like(given)
-            elif count is not None and is_worth(count, given.nbytes) and aligned(given, strides) is given:
+            elif use is not None and is_worth(len(use.launches), given.nbytes) and aligned(given, strides) is given:
                 stand_in = torch.empty_strided(given.shape, strides, dtype=given.dtype, device=given.device)
-                self.tensors[index], self._kinds[index] = stand_in, InPlace(stand_in.untyped_storage(), count)
+                self.tensors[index], self._kinds[index] = stand_in, InPlace(stand_in.untyped_storage(), use.launches)
                 self.sources.append(Source(index, strides, aligned))
             else:
                 strides = torch.empty_like(given, device="meta").stride()
@@ -217,7 +217,7 @@ class Results:
         self._buffers: dict[str, InPlace | Copied] = {}
         self._names = [attr.name if isinstance(attr, Value) else "" for attr in graph.outputs]
         # No kernel result lies in an input's memory, although code may have copied it from there.
-        self._uses = {name: use for name, use in uses.items() if use[0] not in inputs.names}
+        self._uses = {name: use for name, use in uses.items() if use.owner not in inputs.names}
         kinds: dict[int, Result] = {}
         groups: dict[tuple[int, int], dict[int, torch.Tensor]] = {}  # results that share memory, by position
         for position, (name, result) in enumerate(zip(self._names, results, strict=True)):
@@ -261,16 +261,18 @@ class Results:
     def _in_place(self, group: Mapping[int, torch.Tensor]) -> dict[int, Result] | None:
         """Let kernels write results that share memory into one buffer; None if they have to be copied."""
         owners = {self._uses.get(self._names[position]) for position in group}
-        owner, first = owners.pop(), next(iter(group.values()))
+        use, first = owners.pop(), next(iter(group.values()))
         memory = first.untyped_storage()
         length = memory.nbytes() // first.element_size()
-        if owners or owner is None or any(result.dtype != first.dtype for result in group.values()):
+        if owners or use is None or any(result.dtype != first.dtype for result in group.values()):
             return None
-        if not is_worth(owner[1], memory.nbytes()) or length > 2 * sum(result.numel() for result in group.values()):
+        if not is_worth(len(use.launches), memory.nbytes()) or length > 2 * sum(
+            result.numel() for result in group.values()
+        ):
             return None
         whole = len(group) == 1 and aten.extent(first.shape, first.stride()) == length
         like = _like(first) if whole else ((length,), (1,), first.dtype)
-        index = self._buffer(owner[0], like, InPlace(memory, owner[1]))
+        index = self._buffer(use.owner, like, InPlace(memory, use.launches))
         return {position: Fresh(index, None if whole else _part(result)) for position, result in group.items()}
 
     def _copied(self, group: Mapping[int, torch.Tensor]) -> dict[int, Result]:
@@ -298,7 +300,7 @@ def _is_pinned_tensor(kind: Result) -> TypeGuard[Pinned]:
 def _slots(kind: InPlace | Copied, nodes: GraphNodes, side: int) -> Slots | None:
     """The slots of an input (`side` 0: the source of a copy) or of a buffer (1: its target)."""
     if isinstance(kind, InPlace):
-        return nodes.kernels(kind.memory, kind.uses)
+        return nodes.kernels(kind.memory, kind.launches)
     return nodes.copy(kind.source, kind.target)[side]
 
 

@@ -34,7 +34,20 @@ class ParamNode:
     arguments: tuple[Any, ...]
 
 
-def kernel_uses(graph: Graph) -> dict[str, tuple[str, int]]:
+class Use(NamedTuple):
+    """How kernels touch a value, and views of it.
+
+    Attributes:
+        owner: the value that owns the memory.
+        launches: the kernels with a pointer into this memory, as often as they have one, counted from 0 in the order
+            of the graph.
+    """
+
+    owner: str
+    launches: tuple[int, ...]
+
+
+def kernel_uses(graph: Graph) -> dict[str, Use]:
     """The inputs and kernel results that kernels alone touch, and views of these.
 
     The parameters of library calls and fallbacks are unknown: the addresses in them can't be set.
@@ -42,27 +55,27 @@ def kernel_uses(graph: Graph) -> dict[str, tuple[str, int]]:
     Args:
         graph: as it is run, see `inline_kernels`.
 
-    Returns:
-        by name, the value that owns the memory, and how many kernel arguments point into this memory.
     """
     root = {value.name: value.name for value in graph.inputs if isinstance(value.type, TensorType)}
-    uses = dict.fromkeys(root, 0)
+    uses: dict[str, list[int]] = {name: [] for name in root}
+    launches = 0
     for node in graph.nodes:
         made = [value.name for value in node.outputs if value is not None]
         if node.kind == "kernel":
             root |= zip(made, made, strict=True)
-            uses |= dict.fromkeys(made, 0)
+            uses |= {name: [] for name in made}
         touched = [root[name] for name in (*(value.name for value in node.inputs), *made) if name in root]
         if node.kind == "kernel":
             for name in touched:
                 if name in uses:
-                    uses[name] += 1
+                    uses[name].append(launches)
+            launches += 1
         elif node.kind != "fallback" and aten.is_view(aten.overload(node.op)) and len(touched) == 1:
             root |= dict.fromkeys(made, touched[0])
         else:
             for name in touched:
                 uses.pop(name, None)
-    return {name: (owner, uses[owner]) for name, owner in root.items() if owner in uses}
+    return {name: Use(owner, tuple(uses[owner])) for name, owner in root.items() if owner in uses}
 
 
 class AddressSlot(NamedTuple):
@@ -81,17 +94,21 @@ class GraphNodes:
     """Finds the address slots of a captured graph, and owns the parameters that they point to.
 
     Args:
+        graph: captured from `code`.
+        code: the nodes that ran, see `inline_kernels`.
         tactics: the tactics whose kernels the graph may launch.
     """
 
-    def __init__(self, graph: torch.cuda.CUDAGraph, tactics: Mapping[str, LoadedTactic]) -> None:
+    def __init__(self, graph: torch.cuda.CUDAGraph, code: Graph, tactics: Mapping[str, LoadedTactic]) -> None:
         cuda = driver()
         raw = cuda.CUgraph(graph.raw_cuda_graph())
         context, kinds = checked(cuda.cuCtxGetCurrent()), cuda.CUgraphNodeType
-        known = {function: launcher for launcher in launched(tactics).values() for function in launcher.functions}
+        launchers = launched(tactics)
+        known = {function: launcher for launcher in launchers.values() for function in launcher.functions}
         self._copies: dict[tuple[int, int], tuple[ParamNode, Any]] = {}
-        self._arguments: list[tuple[int, ParamNode, ctypes.c_uint64]] = []
+        self._arguments: list[tuple[int, int, ParamNode, ctypes.c_uint64]] = []
         self._kept: list[object] = []  # the parameters of kernels
+        order: list[Launcher] = []
         for node in _nodes(cuda, raw):
             kind = checked(cuda.cuGraphNodeGetType(node))
             if kind == kinds.CU_GRAPH_NODE_TYPE_MEMCPY:
@@ -102,9 +119,11 @@ class GraphNodes:
                 params = checked(cuda.cuGraphKernelNodeGetParams(node))
                 if int(params.func) in known:
                     made = ParamNode(cuda.cuGraphExecKernelNodeSetParams, (node, params))
-                    self._arguments += [
-                        (cell.value, made, cell) for cell in self._cells(params, known[int(params.func)])
-                    ]
+                    launcher, at = known[int(params.func)], len(order)
+                    self._arguments += [(cell.value, at, made, cell) for cell in self._cells(params, launcher)]
+                    order.append(launcher)
+        # The driver lists nodes in the order of their capture, but does not promise it.
+        self._in_order = order == [launchers[node.op] for node in code.nodes if node.kind == "kernel"]
 
     def _cells(self, params: Any, launcher: Launcher) -> list[ctypes.c_uint64]:
         """The pointers among the kernel's parameters, moved from the driver's memory to cells of our own."""
@@ -116,15 +135,18 @@ class GraphNodes:
         self._kept.append((ours, cells))
         return cells
 
-    def kernels(self, memory: torch.UntypedStorage, uses: int) -> Slots | None:
-        """The kernel arguments that point into `memory`; None unless there are `uses` of them."""
+    def kernels(self, memory: torch.UntypedStorage, launches: Sequence[int]) -> Slots | None:
+        """The arguments of the kernels `launches` that point into `memory`, see `Use`; None unless there are as many.
+
+        Other kernels may have used this memory for values that were freed before.
+        """
         start, end = memory.data_ptr(), memory.data_ptr() + memory.nbytes()
         found = [
             AddressSlot(cell, "value", address - start, node)
-            for address, node, cell in self._arguments
-            if start <= address < end
+            for address, at, node, cell in self._arguments
+            if start <= address < end and (at in launches or not self._in_order)
         ]
-        return found if len(found) == uses else None
+        return found if len(found) == len(launches) else None
 
     def copy(self, source: torch.Tensor, target: torch.Tensor) -> tuple[Slots, Slots]:
         """The slots of the source and of the target of the node that copies `source` to `target`.
