@@ -75,6 +75,18 @@ return %6
 return %3, %6
 """,
     ),
+    "labels padded by a float": (
+        """graph import {
+  input in0: i64[9]
+  v1: i64[10] = op aten.constant_pad_nd.default(self=in0, pad=[0, 1], value=-100.0)
+  return [v1]
+}
+""",
+        """%0: i64[9] = load in0, strides=[1]
+%1: i64[10] = select %0, -100, starts=[0]
+return %1
+""",
+    ),
     "a padded softmax": (
         """graph import {
   input in0: f32[4, 9]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch_rtx.dtypes import register
+from torch_rtx.dtypes import INTS, register
 from torch_rtx.errors import Unsupported
 from torch_rtx.lowering.kernels.expressions import A, B, C, Expression, eq, sigmoid, where
 from torch_rtx.lowering.kernels.index import Index, constant, from_dim, is_natural, product, ravel, unravel
@@ -302,6 +302,8 @@ def constant_pad_nd(self: Tensor, pad: Sequence[Size], value: Scalar = 0, *, out
     before = [ZERO] * rank
     for which, size in enumerate(pad[::2]):
         before[rank - 1 - which] = index(size)
+    # `F.pad` passes a float whatever the dtype; in Triton it would make the elements floats.
+    value = int(value) if self.dtype in INTS and isinstance(value, float) else value
     return Select(shape_of(out), self.dtype, self, number(value, self.dtype), tuple(before))
 
 
