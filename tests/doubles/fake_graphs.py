@@ -336,6 +336,7 @@ def install(monkeypatch: pytest.MonkeyPatch, driver: GraphDriver) -> None:
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: driver.stream, raising=False)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: FakeStream(driver.stream, driver.waits))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)

@@ -38,7 +38,7 @@ class Module:
         tactics = adders(self.graph, self.driver, size=size, uses_pdl=uses_pdl)
         self.code = compile_graph(self.graph, CPU, tactics=tactics)
         self.store = SimpleNamespace(generation=0, values=[])
-        self.pool = GraphPool(self.graph, lambda code, inputs, weights: code.run(inputs, weights), DEVICE, 4, **options)
+        self.pool = GraphPool(self.graph, lambda code, *given: code.run(*given), DEVICE, 4, **options)
 
         self.keys: dict[object, object] = {}  # one object for equal sizes, as sessions have
 
@@ -585,6 +585,7 @@ def test_memory_is_shared_by_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     assert driver.waits == [(5, usual)] * 2
 
 
+KEPT = {"static_outputs": True}
 MIXED = """
   input x: f32[s]
   input y: f32[s]
@@ -612,6 +613,19 @@ def test_what_only_kernels_touch(call: str) -> None:
     found = kernel_uses(program(MIXED.replace("CALL", call)))
     alone = {name: Use(name, at) for name, at in (("x", (0, 0)), ("y", ()), ("b", (1, 2)), ("d", (2,)))}
     assert found == {**alone, "v": alone["x"], "u": alone["x"]}
+
+
+@pytest.mark.parametrize(("text", "options", "count"), [("CHAIN", {}, 0), ("SAVING", {}, 1), ("CHAIN", KEPT, 1)])
+def test_a_graph_holds_what_stands_in_for_nothing(
+    text: str, options: dict[str, Any], count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not a result that each replay brings memory for, but one that is copied, since a call reads it, or stays."""
+    module = Module(monkeypatch, globals()[text], **options)
+    x, y = torch.randn(2, 16).unbind()
+    for _ in range(2):
+        module(x, y)
+    (found,) = module.pool.captured.values()
+    assert len(found._stand_ins) == count
 
 
 def test_memory_that_another_value_had_before(monkeypatch: pytest.MonkeyPatch) -> None:

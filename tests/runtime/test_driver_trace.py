@@ -116,7 +116,7 @@ def record(monkeypatch: pytest.MonkeyPatch, api: Any, device: torch.device, name
         monkeypatch.setitem(code.EMPTY, kind, kept.keeping(make))
     tactics = adders(graph, tracer, PTX, uses_pdl=True)
     compiled = compile_graph(graph, device, tactics=tactics)
-    pool = GraphPool(graph, lambda code, inputs, weights: code.run(inputs, weights), DEVICE, 4)
+    pool = GraphPool(graph, lambda code, *given: code.run(*given), DEVICE, 4)
     store: Any = SimpleNamespace(generation=0, values=[])
     pairs = [torch.randn(2, 16, device=device).unbind() for _ in range(4)]
     with kept, torch.no_grad():

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 EXECUTABLES = 4  # of one graph: inputs in one of two places, results in one of two
 _USES: Callable[[int], int] = torch._C._storage_Use_Count  # references to the memory of a tensor
 _ADDRESS: Callable[[torch.Tensor], int] = torch.Tensor.data_ptr
-RunCode = Callable[[Code, Sequence[Any], Sequence[torch.Tensor]], list[Any]]
+RunCode = Callable[..., list[Any]]  # `run(code, inputs, weights)`, then arguments of `Code.run`
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,10 +105,11 @@ class Captured:
         self._written_inputs = spec.written
         pinned = {t.untyped_storage().data_ptr() for t in (*store.values, *(inputs[i] for i in spec.pinned))}
         self.graph = torch.cuda.CUDAGraph(keep_graph=True)
+        stand_ins = _StandIns(spec.device)
         stream = spec.memory.capture_stream
         with torch.cuda.graph(self.graph, spec.memory.handle, stream, capture_error_mode="thread_local"):
             given.enter()
-            results = spec.run(code, given.tensors, store.values)
+            results = spec.run(code, given.tensors, store.values, stand_ins.empty)
             made = Results(spec.graph, results, given, pinned, uses, spec.kept)
         use_programmatic_edges(driver(), self.graph, code.tactics)
         self.graph.instantiate()
@@ -120,6 +121,7 @@ class Captured:
         self._executables = Executables(self.graph, known, 1 if draws else EXECUTABLES)
         self._launch = _with_generator(self.graph) if draws else driver().cuGraphLaunch
         self._sources, self._likes = given.sources, made.likes
+        self._stand_ins = stand_ins.without(made.replaced)  # the graph reads or writes these
         self._results = None if made.are_buffers else made.assembly()
         saved = pinned_memory([made.kinds[index] for index in spec.saved])
         self._saved = [storage for address, storage in saved.items() if address not in pinned]
@@ -159,6 +161,24 @@ class Captured:
         if self._written or self._written_inputs:
             _count_writes([*self._written, *(inputs[index] for index in self._written_inputs)])
         return results
+
+
+class _StandIns:
+    """What kernels write beside the arena in a capture, in ordinary memory: where each replay brings a new tensor, the
+    memory is free after the capture. In the graph's memory, gradients would take twice their size."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream, self._made = torch.cuda.current_stream(device), list[torch.Tensor]()
+
+    def empty(self, *like: Any) -> torch.Tensor:
+        """Allocate as outside of the capture."""
+        with torch.cuda.stream(self._stream):
+            self._made.append(EMPTY["cuda"](*like))
+        return self._made[-1]
+
+    def without(self, replaced: Collection[int]) -> list[torch.Tensor]:
+        """All but those whose memory is at the addresses `replaced`."""
+        return [tensor for tensor in self._made if tensor.untyped_storage().data_ptr() not in replaced]
 
 
 def _count_writes(tensors: Sequence[torch.Tensor]) -> None:

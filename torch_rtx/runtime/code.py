@@ -42,7 +42,7 @@ from torch_rtx.runtime.plan import Plan
 from torch_rtx.runtime.streaming import Lines, Streamer
 from torch_rtx.targets import ALIGNMENT
 
-Runner = Callable[[Sequence[Any], Sequence[torch.Tensor]], list[Any]]
+Runner = Callable[..., list[Any]]  # `run(inputs, weights)`, see `Code`
 
 
 class Owned(list[Any]):
@@ -55,6 +55,8 @@ class Code:
     """The code of a graph; call it, or `run`, with inputs and weights.
 
     Attributes:
+        run: `run(inputs, weights)` returns the outputs. A third argument allocates, with the arguments of a function in
+            `EMPTY`, what kernels write beside the arena.
         source: its text.
         plan: its memory.
         graph, tactics: the graph, and the tactics of its kernel nodes by `op`.
@@ -262,7 +264,8 @@ class _Writer:
         if copied:  # one copy per value: a value returned twice stays one object
             self.lines.append(f"{', '.join(copied)}, = _copy_together([{', '.join(copied)}])")
         self.lines.append(f"return [{', '.join(self.output(attr) for attr in graph.outputs)}]")
-        return "def run(_inputs, _weights):\n" + "".join(f"    {line}\n" for line in self.lines)
+        empty = self.name_of("empty", EMPTY[self.device.type])
+        return f"def run(_inputs, _weights, _new={empty}):\n" + "".join(f"    {line}\n" for line in self.lines)
 
     def arena(self) -> dict[str, int | str]:
         """Write the allocation of the arena; returns the offset of each value in it, a number or code."""
@@ -400,9 +403,8 @@ class _Writer:
             assert isinstance(output.type, TensorType)
             if output.name not in self.offsets:
                 dtype = aten.to_torch("ScalarType", output.type.dtype, self.device)
-                empty = self.name_of("empty", EMPTY[self.device.type])
                 given = f"{self.numbers(output.type.shape)}, {self.strides(output)}, {self.name_of(str(dtype), dtype)}"
-                self.lines.append(f"{output.name} = {empty}({given})")
+                self.lines.append(f"{output.name} = _new({given})")
             self.written.add(output.name)
             addresses.append(self.address(output))
         launcher = self.kernels[node.op]

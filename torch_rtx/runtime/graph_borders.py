@@ -237,6 +237,11 @@ class Results:
         """The results are the buffers, in order."""
         return self.kinds == [Fresh(index) for index in range(len(self.likes))]
 
+    @property
+    def replaced(self) -> set[int]:
+        """The addresses of the memory in place of which replays bring buffers."""
+        return {kind.memory.data_ptr() for kind in self._buffers.values() if isinstance(kind, InPlace)}
+
     def assembly(self) -> Callable[[Sequence[Any], Sequence[torch.Tensor]], list[Any]]:
         """A function from the inputs and buffers of a replay to its results. A training step has hundreds of results,
         of which most are buffers or stay where they are: these two kinds need no call in Python."""

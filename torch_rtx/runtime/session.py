@@ -182,10 +182,10 @@ class Session:
         options: dict[str, Any] = {"tactics": code.tactics, "probe": probe, "streamer": self.streamer}
         return compile_graph(code.graph, self.device, *given, name="probed", **options)
 
-    def run(self, code: Code, inputs: Sequence[Any], weights: Sequence[torch.Tensor]) -> list[Any]:
-        """Run code of the graph."""
+    def run(self, code: Code, inputs: Sequence[Any], weights: Sequence[torch.Tensor], *empty: Any) -> list[Any]:
+        """Run code of the graph; `empty`: as in `Code.run`."""
         with undisturbed(self.device), self._turn():
-            return code.run(inputs, weights)
+            return code.run(inputs, weights, *empty)
 
     def _turn(self) -> AbstractContextManager[None]:
         """Held during a call: calls with streamed weights run one at a time."""
