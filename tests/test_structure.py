@@ -50,6 +50,7 @@ ARROWS = {
         *("errors", "ir", "irparse", "aten", "settings", "targets", "profiles", "tactics", "engine", "cache"),
         *("inspection", "lowering", "lowering.kernels", "runtime", "version", "artefacts"),
     },
+    "integrations": {"errors"},  # modules that an application imports by itself, one for each library
     "version": set(),
     "__main__": {"backend"},
     "__init__": {"version"},  # its other imports are for type checkers, and lazy

@@ -13,6 +13,7 @@
     ├── RefitError (also ValueError)      weights that are missing, unexpected or of another type
     ├── InputError (also ValueError)      an argument of a wrong dtype, device, rank or shape
     ├── CallError                         an operator of a loaded engine failed during a call
+    ├── IntegrationError (also ImportError)   a library is missing, or not as an integration needs it
     ├── CacheError                        a missing or damaged cache entry, or an invalid archive
     │   └── CacheDamaged                  a damaged runtime cache file
     └── Uncacheable                       internal: a graph without a key, which is built each time; always handled
@@ -129,6 +130,10 @@ class InputError(RtxError, ValueError):
 class CallError(RtxError):
     """An operator of a loaded engine failed, such as an index that is out of range, during a call or while weights are
     computed; `__cause__` is its own error."""
+
+
+class IntegrationError(RtxError, ImportError):
+    """A library that `torch_rtx.integrations` is for is missing, or a release of it that is not supported."""
 
 
 class CacheError(RtxError):

@@ -19,6 +19,8 @@ Overload = torch._ops.OpOverload
 
 # What `_foreach_NAME` does to one item of the lists, where `torch.NAME` does not do it.
 _ITEM: dict[str, Callable[..., Tensor]] = {
+    "copy": lambda x, source, non_blocking=False: torch.ops.aten.copy(x, source, non_blocking),
+    "zero": torch.zeros_like,
     "norm": lambda x, ord=2, dtype=None: torch.linalg.vector_norm(x, ord, dtype=dtype),
     "addcdiv": lambda x, one, two, value=1: torch.addcdiv(x, one, two, value=value),
     "addcmul": lambda x, one, two, value=1: torch.addcmul(x, one, two, value=value),

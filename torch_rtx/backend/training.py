@@ -1,17 +1,68 @@
-"""Which tensors of a training step stay where they are, so that CUDA graphs of forward and backward need no copies.
+"""What the forward graph of a training step saves for the backward graph, and which tensors stay where they are.
 
 Parameters keep their addresses from step to step, and saved tensors stay in the memory of the forward's CUDA graph
-until the backward has read them.
+until the backward has read them, so that CUDA graphs of forward and backward need no copies.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 from torch._guards import TracingContext
 from torch.multiprocessing.reductions import StorageWeakRef
+
+Partitioner = Callable[..., tuple[fx.GraphModule, fx.GraphModule]]  # from a joint graph: its forward and backward
+
+
+def saving_old_values(partitioner: Partitioner) -> Partitioner:
+    """`partitioner`, but where it saves an input that the forward graph overwrites, such as a buffer, or a view of one,
+    a copy of the old values is saved. PyTorch's partitioners would let the backward compute with the new ones."""
+
+    def partition(
+        joint: fx.GraphModule, inputs: Sequence[Any], *, num_fwd_outputs: int, **others: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        forward, backward = partitioner(joint, inputs, num_fwd_outputs=num_fwd_outputs, **others)
+        _save_copies(forward, backward, num_fwd_outputs)
+        return forward, backward
+
+    return partition
+
+
+def _save_copies(forward: fx.GraphModule, backward: fx.GraphModule, count: int) -> None:
+    """Save copies of what the forward graph overwrites; its results after the first `count` are saved."""
+    writes = forward.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)
+    written = {_storage(node.args[0]) for node in writes} - {None}
+    output = forward.graph.output_node()
+    results: list[Any] = list(output.args[0])  # type: ignore[arg-type]
+    copies: dict[fx.Node, fx.Node] = {}
+
+    def kept(node: Any) -> Any:
+        """`node`, if nothing overwrites it, else the same in other memory."""
+        if _storage(node) not in written:
+            return node
+        if node not in copies:
+            if node.op == "placeholder":
+                made = forward.graph.call_function(torch.ops.aten.clone.default, (node,))
+            else:
+                made = forward.graph.node_copy(node, kept)
+            args, kwargs = fx.map_arg((made.args, made.kwargs), lambda given: given.meta["val"])
+            made.meta["val"] = made.target(*args, **kwargs)  # type: ignore[operator]
+            copies[node] = made
+        return copies[node]
+
+    with forward.graph.inserting_before(writes[0] if writes else output):
+        saved = [kept(node) for node in results[count:]]
+    if not copies:
+        return
+    output.args = ((*results[:count], *saved),)
+    forward.recompile()
+    by_name = {node.name: made for node, made in copies.items()}
+    for node in backward.graph.find_nodes(op="placeholder"):
+        if node.name in by_name:
+            node.meta["val"] = by_name[node.name].meta["val"]  # a copy has no gaps between its elements
 
 
 class TrainingStep:

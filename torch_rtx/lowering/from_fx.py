@@ -293,9 +293,11 @@ def call_arguments(node: fx.Node) -> list[tuple[str, Any]]:
     given: dict[str, Any] = {**dict(zip((a.name for a in arguments), node.args, strict=False)), **node.kwargs}
     kept = []
     for argument in arguments:
-        if argument.name not in given or argument.name in ("layout", "pin_memory"):
+        value = given.get(argument.name)
+        if argument.name not in given or argument.name == "pin_memory":
             continue
-        value = given[argument.name]
+        if argument.name == "layout" and value in (None, torch.strided):  # no type of the IR has another one
+            continue
         if argument.has_default_value():
             default = argument.default_value
             if value is None and default is None or type(value) is type(default) and value == default:
