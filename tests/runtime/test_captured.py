@@ -741,6 +741,7 @@ def test_saved_results_are_overwritten_only_when_nobody_has_them(
     module(y, x)
     assert torch.equal(part, expected)
     assert module.pool.replays == replays + 1
+    assert module.pool.held
     del part
     check(module(y, x), y, x)
     assert module.pool.replays == replays + 2

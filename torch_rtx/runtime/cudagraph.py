@@ -29,6 +29,7 @@ from torch_rtx.runtime.weights import WeightStore
 
 log = logging.getLogger(__name__)
 CHECKS = frozenset(("aten._linalg_check_errors.default",))  # calls that wait for the device and may raise
+HELD_LOGGED = frozenset((8, 64, 512, 4096))  # calls of a pool that could not replay
 # One capture at a time per process: the synchronization that begins a capture would break another one.
 _CAPTURING = threading.Lock()
 
@@ -114,7 +115,7 @@ class GraphPool:
         self.written = [i for i, value in enumerate(graph.inputs) if value.name in graph.written]
         self.pinned, self.saved = sorted(pinned.union(self.written)), saved
         self._kept = frozenset(range(len(graph.outputs))) if static_outputs else saved
-        self.captures = self.replays = 0
+        self.captures = self.replays = self.held = 0
         self.disabled: str | None = None
         self._policy = AdmissionPolicy(self.captured, size)
         self._memory = None if shared and not static_outputs and not saved else GraphMemory(device)
@@ -147,9 +148,13 @@ class GraphPool:
             key = self._key(key, inputs)
         with self._lock:
             found = self._find(key, code, inputs, store)
-            if found is not None and not found.is_held():
-                self.replays += 1
-                return found.replay(inputs)
+            if found is not None:
+                if not found.is_held():
+                    self.replays += 1
+                    return found.replay(inputs)
+                self.held += 1
+                if self.held in HELD_LOGGED:
+                    log.info("%d calls ran without a CUDA graph: tensors saved for backward were in use", self.held)
         outputs = self.run(code, inputs, store.values)
         # Library handles are per thread and can't be created in a capture: a thread captures only after a plain call.
         self._warm.done = True

@@ -63,6 +63,7 @@ class Stats:
         variants: the variant for all sizes first, then those for given sizes.
         graphs: how many CUDA graphs the session has now.
         captures, replays: since the session was made.
+        held: how many calls could not replay, since tensors that an earlier one saved for backward were in use.
         no_graphs: why the session captures none; None if it may.
         runtime_cache: of the process, for the device; None if none is open.
     """
@@ -71,6 +72,7 @@ class Stats:
     graphs: int
     captures: int
     replays: int
+    held: int
     no_graphs: str | None
     runtime_cache: RuntimeCacheStats | None
 
@@ -86,7 +88,9 @@ class Stats:
                 times = ", ".join(f"{name} {us:.1f} us" for name, us in region.microseconds.items())
                 yield f"  {region.op} x{region.nodes} {region.where}: {region.tactic}{'; ' * bool(times)}{times}"
                 yield from (f"    {problem}" for problem in region.problems)
-        yield f"CUDA graphs: {self.no_graphs or f'{self.graphs}, {self.captures} captures, {self.replays} replays'}"
+        held = f", {self.held} calls before the backward of an earlier one" if self.held else ""
+        counts = f"{self.graphs}, {self.captures} captures, {self.replays} replays{held}"
+        yield f"CUDA graphs: {self.no_graphs or counts}"
         if self.runtime_cache is not None:
             misses = ", ".join(f"{count} {reason}" for reason, count in self.runtime_cache.misses.items())
             yield f"runtime cache: {self.runtime_cache.hits} hits, misses: {misses or 'none'}"
@@ -102,8 +106,8 @@ def stats_of(specializer: Specializer, pool: GraphPool | None) -> Stats:
     store = None if specializer.context is None else specializer.context.database.opened
     found = None if store is None else store.stats
     if pool is None:
-        return Stats(variants, 0, 0, 0, "this module has none", found)
-    return Stats(variants, len(pool.captured), pool.captures, pool.replays, pool.disabled, found)
+        return Stats(variants, 0, 0, 0, 0, "this module has none", found)
+    return Stats(variants, len(pool.captured), pool.captures, pool.replays, pool.held, pool.disabled, found)
 
 
 def _variant(variant: Variant, specializer: Specializer) -> VariantStats:
