@@ -29,6 +29,7 @@ from torch_rtx.ir import (
     evaluate,
     verify,
 )
+from torch_rtx.irparse import parse
 from torch_rtx.lowering import fusion
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.kernels.emit import MAX_VALUES
@@ -319,3 +320,19 @@ def test_chains_have_kernels_of_bounded_size(kind: str) -> None:
         assert len(kernels) <= 2, "nothing is computed twice there"
     if kind == "max_pool2d":
         assert len(kernels) == count, "each would be computed 25 times"
+
+
+def test_kernels_that_read_inputs_alone_come_just_before_their_readers() -> None:
+    """Casts of parameters, for one: the model has them first, and until the products are made they only take memory."""
+    graph = parse("""graph import {
+        input x: f16[256, 256]
+        input w: f32[256, 256]
+        input u: f32[256, 256]
+        a: f16[256, 256] = op aten._to_copy.default(self=w, dtype='f16')
+        b: f16[256, 256] = op aten._to_copy.default(self=u, dtype='f16')
+        c: f16[256, 256] = op aten.mm.default(self=x, mat2=b)
+        d: f16[256, 256] = op aten.mm.default(self=c, mat2=a)
+        return [d]
+    }""")
+    names = [node.outputs[0].name for node in fuse(graph, Inference(), TARGETS).nodes if node.outputs[0] is not None]
+    assert names == ["b", "c", "a", "d"]

@@ -793,3 +793,18 @@ def test_arithmetic_on_sizes_can_be_captured_and_on_data_not(monkeypatch: pytest
     text = COMPUTED.strip()
     assert why_not(parse(text.replace("KIND", "extern").replace("NUMBER", "1"))) is None
     assert "the host needs" in str(why_not(parse(text.replace("KIND", "fallback").replace("NUMBER", "1"))))
+
+
+def test_an_object_that_nothing_reads_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as the generator of a repeated attention without dropout."""
+    monkeypatch.setattr(cudagraph, "driver", lambda: "a driver")
+    text = """graph fused {
+  input x: f32[2]
+  input g: object
+  y: f32[2] = extern aten.neg.default(self=x)
+  z: f32[2] = fallback aten.bernoulli.default(self=y, generator=g)
+  return [RESULT]
+}"""
+    assert why_not(parse(text.replace("RESULT", "z"))) == "input g is an object"
+    unread = "\n".join(line for line in text.split("\n") if "bernoulli" not in line)
+    assert why_not(parse(unread.replace("RESULT", "y"))) is None

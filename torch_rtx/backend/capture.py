@@ -13,7 +13,6 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.convert_frame import compile_lock
 from torch._export.utils import _get_decomp_for_cia, _is_preservable_cia_op
-from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._ops import resolve_key
 from torch._subclasses.fake_impls import op_implementations_dict
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
@@ -29,6 +28,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from torch_rtx.backend.fake_cuda import constants_on_cpu, install_cuda_guard
 from torch_rtx.backend.fast_path import FAST_PATH
+from torch_rtx.backend.rematerialization import partition
 from torch_rtx.backend.training import saving_old_values
 from torch_rtx.errors import CaptureError
 
@@ -158,13 +158,13 @@ def capture(
 
     Placeholders of an inference graph have the order of `example_inputs`. A mutated input appears as a trailing
     `aten.copy_` to its placeholder. AOTAutograd recreates returned views of inputs outside of the graph. In training
-    the first backward may be what calls `backward`; the min-cut partitioner decides which tensors are saved for it.
+    the first backward may be what calls `backward`; `rematerialization` decides which tensors are saved for it.
     """
     backend = aot_autograd(
         fw_compiler=forward,
         bw_compiler=backward,
         inference_compiler=inference,
-        partition_fn=saving_old_values(min_cut_rematerialization_partition),
+        partition_fn=saving_old_values(partition),
         decompositions=FAST_PATH,
         keep_inference_input_mutations=True,
     )

@@ -37,8 +37,9 @@ _CAPTURING = threading.Lock()
 def why_not(graph: Graph) -> str | None:
     """The reason why the program can't be one CUDA graph; None if a capture may succeed."""
     known = {sym.name for value in graph.inputs for dim in type_dims(value.type) for sym in dim_syms(dim)}
+    read = {value.name for node in graph.nodes for value in node.inputs}
     for value in graph.inputs:
-        if value.type == OBJECT:
+        if value.type == OBJECT and value.name in read:
             return f"input {value.name} is an object"
         if isinstance(value.type, TensorType) and value.type.device != MAIN:
             return f"input {value.name} is on {value.type.device}"

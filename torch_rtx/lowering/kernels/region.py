@@ -14,10 +14,15 @@ from torch_rtx.lowering.kernels.kernel_ir import Reduce, Tensor, cast, children,
 from torch_rtx.lowering.kernels.ops import gradients, indexing, pointwise, pooling, reductions, views
 from torch_rtx.lowering.kernels.ops.registry import OPS
 from torch_rtx.lowering.kernels.ops.views import reshape, shape_of
-from torch_rtx.lowering.kernels.reduction_rules import written_out
+from torch_rtx.lowering.kernels.reduction_rules import RULES, written_out
 from torch_rtx.op_work import ANCHORS
 
 DECLARED = (gradients, indexing, pointwise, pooling, reductions, views)  # importing them fills OPS
+
+
+def is_loop(op: str) -> bool:
+    """Whether kernels compute calls of `op` element by element or row by row: it is no anchor."""
+    return op in OPS or op in RULES
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from torch_rtx.ir import Graph, Node, attr_values
 from torch_rtx.lowering.fusion import FusionPlan
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.targets import Target
+
+Group = tuple[tuple[int, int], list[Node]]  # the nodes of a fusion group, and its key: epoch and last member
 
 
 def fuse(graph: Graph, infer: Inference, targets: tuple[Target, ...]) -> Graph:
@@ -20,7 +22,7 @@ def fuse(graph: Graph, infer: Inference, targets: tuple[Target, ...]) -> Graph:
     """
     plan = FusionPlan(graph, tuple(dict.fromkeys(target.arch for target in targets)))
     groups = {id(group): group for group in plan.group_of.values()}
-    fused: list[tuple[tuple[int, int], list[Node]]] = []
+    fused: list[Group] = []
     for group in groups.values():
         calls = [graph.nodes[member] for member in group.members]
         nodes = [plan.kernel(group)] if plan.is_profitable(group) else calls
@@ -29,8 +31,9 @@ def fuse(graph: Graph, infer: Inference, targets: tuple[Target, ...]) -> Graph:
     return replace(graph, nodes=tuple(nodes))
 
 
-def _ordered(graph: Graph, groups: list[tuple[tuple[int, int], list[Node]]], views: list[Node]) -> Iterator[Node]:
-    """The nodes of all groups in topological order, ties by key, and the views that are still read."""
+def _ordered(graph: Graph, groups: list[Group], views: list[Node]) -> Iterator[Node]:
+    """The nodes of all groups in topological order, ties by key, and the views that are still read. A kernel that reads
+    inputs alone comes just before its first reader: until then its results would only take memory."""
     view_of = {value.name: node for node in views for value in node.outputs if value is not None}
     made = {v.name: at for at, (_, nodes) in enumerate(groups) for n in nodes for v in n.outputs if v is not None}
     waits: list[set[int]] = []
@@ -43,7 +46,10 @@ def _ordered(graph: Graph, groups: list[tuple[tuple[int, int], list[Node]]], vie
     for at, wait in enumerate(waits):
         for before in wait:
             followers.setdefault(before, []).append(at)
-    ready = [(groups[at][0], at) for at, wait in enumerate(waits) if not wait]
+    late = {at for at, wait in enumerate(waits) if not wait and _can_wait(at, groups, followers.get(at, ()))}
+    for wait in waits:
+        wait -= late
+    ready = [(groups[at][0], at) for at, wait in enumerate(waits) if not wait and at not in late]
     heapq.heapify(ready)
     done: set[str] = set()
 
@@ -53,13 +59,19 @@ def _ordered(graph: Graph, groups: list[tuple[tuple[int, int], list[Node]]], vie
             yield from needed(node.inputs[0].name)
             done.update(value.name for value in node.outputs if value is not None)
             yield node
+        elif made.get(name) in late:
+            late.remove(made[name])
+            yield from written(made[name])
 
-    while ready:
-        _, at = heapq.heappop(ready)
+    def written(at: int) -> Iterator[Node]:
         for node in groups[at][1]:
             for value in node.inputs:
                 yield from needed(value.name)
             yield node
+
+    while ready:
+        _, at = heapq.heappop(ready)
+        yield from written(at)
         for follower in followers.get(at, ()):
             waits[follower].discard(at)
             if not waits[follower]:
@@ -67,6 +79,12 @@ def _ordered(graph: Graph, groups: list[tuple[tuple[int, int], list[Node]]], vie
     assert not any(waits), "groups that depend on each other"
     for value in attr_values(graph.outputs):
         yield from needed(value.name)
+
+
+def _can_wait(at: int, groups: list[Group], followers: Iterable[int]) -> bool:
+    """A group is a kernel, with a reader before the next write to memory that others see."""
+    (epoch, _), nodes = groups[at]
+    return all(node.kind == "kernel" for node in nodes) and any(groups[other][0][0] == epoch for other in followers)
 
 
 def _root(name: str, view_of: dict[str, Node]) -> str:

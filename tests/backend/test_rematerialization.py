@@ -1,0 +1,197 @@
+"""What the forward of a training step saves: what is cheap to compute again is not, and users may ask for less."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch._functorch import config
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+from tests.helpers.compiled import compile_rtx, same
+from torch_rtx.backend import capture as capture_module
+from torch_rtx.backend.capture import _FakeCopies, capture
+from torch_rtx.backend.rematerialization import _drop_generators
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+WIDTH, TOKENS = 256, 4096
+
+
+class Block(nn.Module):
+    """A transformer block without attention, whose results are large enough to be worth a kernel."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.norm1, self.norm2, self.dropout = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH), nn.Dropout(dropout)
+        self.mix, self.up, self.down = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 1024), nn.Linear(1024, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.dropout(self.mix(self.norm1(x)))
+        return x + self.dropout(self.down(F.gelu(self.up(self.norm2(x)))))
+
+
+class Convolutions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.second = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.Conv2d(16, 4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(F.relu(self.norm(self.first(x))))
+
+
+class Step:
+    """The graphs of a training step of `model`, which is traced without data."""
+
+    def __init__(self, model: nn.Module, *shape: int, function: Callable[..., Any] | None = None) -> None:
+        self.graphs: list[fx.GraphModule] = []
+
+        def compiler(graph: fx.GraphModule, _: Any) -> Callable[..., Any]:
+            self.graphs.append(graph)
+            return graph.forward
+
+        def backend(gm: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+            return capture(gm, inputs, compiler, compiler, compiler)
+
+        fakes = _FakeCopies(torch.device("cpu"))
+        torch._dynamo.reset()
+        with fakes.swapped_into(model), fakes.mode, config.patch(force_non_lazy_backward_lowering=True):
+            torch.compile(function or model, backend=backend, fullgraph=True)(torch.empty(shape, requires_grad=True))
+        forward, self.backward = self.graphs
+        names = {node.name for node in self.backward.graph.find_nodes(op="placeholder")}
+        results: Any = forward.graph.output_node().args[0]
+        self.saved = [node for node in dict.fromkeys(results) if isinstance(node, fx.Node) and node.name in names]
+
+    @property
+    def ops(self) -> set[str]:
+        """The operators whose results are saved, or views of which."""
+        return {name(node) for node in self.saved if node.op == "call_function"}
+
+    @property
+    def nbytes(self) -> int:
+        """Of what is saved, without what the caller has anyway."""
+        memory = {}
+        for node in self.saved:
+            value = node.meta["val"]
+            if node.op == "call_function" and isinstance(value, torch.Tensor):
+                memory[id(value.untyped_storage())] = value.numel() * value.element_size()
+        return sum(memory.values())
+
+    @property
+    def again(self) -> Counter[str]:
+        """What the backward calls."""
+        calls = (str(node.target) for node in self.backward.graph.nodes if node.op == "call_function")
+        return Counter(call.removeprefix("aten.").partition(".")[0] for call in calls)
+
+
+def name(node: fx.Node) -> str:
+    """The operator of a node, below views and items."""
+    while node.op == "call_function" and ("getitem" in str(node.target) or "view" in str(node.target)):
+        (node,) = node.all_input_nodes
+    return str(node.target).removeprefix("aten.").partition(".")[0]
+
+
+def by_default(monkeypatch: pytest.MonkeyPatch, model: nn.Module, *shape: int) -> Step:
+    with monkeypatch.context() as patch:
+        patch.setattr(capture_module, "partition", min_cut_rematerialization_partition)
+        return Step(model, *shape)
+
+
+@pytest.mark.quick
+def test_results_of_norms_and_activations_are_computed_again(monkeypatch):
+    step, default = Step(Block(), TOKENS, WIDTH), by_default(monkeypatch, Block(), TOKENS, WIDTH)
+    assert {"native_layer_norm", "gelu"} <= default.ops
+    assert step.ops <= {"add", "addmm"}
+    assert step.nbytes < 0.6 * default.nbytes
+    assert step.again["native_layer_norm"] == 2
+    assert step.again["gelu"] == 1
+    assert "addmm" not in step.again  # products are not
+
+
+def test_small_results_are_not_worth_a_kernel():
+    assert {"native_layer_norm", "gelu"} <= Step(Block(), 16, WIDTH).ops
+
+
+def test_statistics_of_batch_norms_are_computed_once(monkeypatch):
+    shape = 4, 3, 74, 74
+    step, default = Step(Convolutions(), *shape), by_default(monkeypatch, Convolutions(), *shape)
+    assert "relu" in default.ops
+    assert step.ops == {"convolution", "_native_batch_norm_legit_functional"}
+    assert "_native_batch_norm_legit_functional" not in step.again
+    assert step.nbytes < 0.6 * default.nbytes
+
+
+def test_gradients_of_a_batch_norm_that_is_computed_again():
+    torch.manual_seed(0)
+    model = Convolutions()
+    reference, image = copy.deepcopy(model), torch.randn(4, 3, 74, 74)
+    for call in (compile_rtx(model), reference):
+        call(image).square().mean().backward()
+    same(model.state_dict(), reference.state_dict())
+    for own, expected in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(own.grad, expected.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_a_budget_is_kept():
+    sizes = []
+    for budget in (1.0, 0.5, 0.0):
+        with config.patch(activation_memory_budget=budget):
+            sizes.append(Step(Block(), TOKENS, WIDTH).nbytes)
+    assert sizes[0] > 1.5 * sizes[1] > 0
+    assert sizes[2] == 0
+
+
+def test_regions_of_checkpoint_are_kept():
+    blocks = nn.ModuleList((Block(), Block()))
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        for block in blocks:
+            x = checkpoint(block, x, use_reentrant=False)
+        return x
+
+    step = Step(blocks, TOKENS, WIDTH, function=run)
+    assert step.nbytes <= TOKENS * WIDTH * 4  # what lies between the blocks
+    assert step.again["addmm"] >= 4
+
+
+@pytest.mark.parametrize("budget", [0.5, 0.0])
+def test_dropout_drops_the_same_when_it_is_computed_again(budget):
+    model = Block(dropout=0.5)
+    x = torch.randn(8, WIDTH)
+    found = []
+    for given in (1.0, budget):
+        torch._dynamo.reset()
+        model.zero_grad()
+        torch.manual_seed(3)
+        with config.patch(activation_memory_budget=given):
+            compile_rtx(model)(x).square().sum().backward()
+        found.append([parameter.grad.clone() for parameter in model.parameters()])
+    same(*found, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_attention_draws_where_it_has_dropout_alone(dropout):
+    """For attention under a checkpoint on a GPU, PyTorch adds a generator in either case."""
+    attention, again = torch.ops.aten._scaled_dot_product_flash_attention.default, "graphsafe_run_with_rng_state"
+    graph = fx.Graph()
+    x, generator = graph.placeholder("x"), graph.placeholder("generator")
+    with FakeTensorMode():
+        x.meta["val"] = torch.empty(1, 2, 16, 8, device="meta")
+    node = graph.call_function(
+        getattr(torch.ops.higher_order, again), (attention, x, x, x, dropout), {"rng_state": generator}
+    )
+    graph.output((graph.call_function(operator.getitem, (node, 0)),))
+    _drop_generators(fx.GraphModule({}, graph))
+    if dropout:
+        assert str(node.target) == again
+        return
+    assert (node.target, node.args, node.kwargs) == (attention, (x, x, x, 0.0), {})
+    assert node.meta["val"][0].shape == x.meta["val"].shape
