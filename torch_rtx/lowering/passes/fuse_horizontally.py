@@ -1,0 +1,181 @@
+"""Horizontal fusion: independent loops of equal code over different tensors become one kernel, their parts.
+
+An optimizer updates each parameter by a loop of its own, autocast casts each weight and each gradient, and a batch norm
+updates its statistics: many loops that take hardly longer than their launch. Loops become one kernel where this raises
+the peak of memory nowhere: neither that of the values that only kernels exchange, nor that of all others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+from torch_rtx import aten
+from torch_rtx.errors import Unsupported
+from torch_rtx.ir import COPY, MAIN, Graph, Node, TensorType, Value
+from torch_rtx.lowering.fusion import kernel_name, prefers_split
+from torch_rtx.lowering.infer import Inference
+from torch_rtx.lowering.kernels.gemm_perf_model import bytes_of
+from torch_rtx.lowering.kernels.horizontal import part_function
+from torch_rtx.lowering.rewrite import returned, with_bases
+from torch_rtx.targets import Arch, Target
+
+MAX_PARTS = 64
+MAX_POINTERS = 256  # of 8 bytes each: half of the memory that CUDA always has for parameters
+MAX_BYTES = 128 << 20  # that the parts move: more takes so much longer than a launch that nothing is gained
+
+
+def fuse_horizontally(graph: Graph, infer: Inference, targets: tuple[Target, ...]) -> Graph:
+    """Level import, after `fuse`, to the same level. A kernel with parts has a body of kernels alone.
+
+    Args:
+        targets: loops that are better split on one of these stay alone.
+    """
+    arches = tuple(dict.fromkeys(target.arch for target in targets))
+    schedule = _Schedule(graph)
+    merged = {group[0]: group for group in _groups(graph, schedule, arches)}
+    gone = {index for group in merged.values() for index in group[1:]}
+    order = sorted(range(len(graph.nodes)), key=lambda index: schedule.position[index])
+    nodes = (_kernel([graph.nodes[at] for at in merged.get(index, (index,))]) for index in order if index not in gone)
+    return replace(graph, nodes=tuple(nodes))
+
+
+def _groups(graph: Graph, schedule: _Schedule, arches: tuple[Arch, ...]) -> list[list[int]]:
+    """The positions of the nodes that become one kernel; the schedule has them at one position."""
+    found: list[list[int]] = []
+    growing: dict[object, list[int]] = {}
+    epoch = 0
+    for index, node in enumerate(graph.nodes):
+        epoch += node.kind == "fallback" or node.op == COPY  # nothing moves across its memory accesses
+        key = _code(node, arches)
+        if key is None:
+            continue
+        group = growing.setdefault((epoch, key), [])
+        if not _is_small([graph.nodes[at] for at in (*group, index)]) or not schedule.places([*group, index]):
+            found += schedule.merge(group)
+            group.clear()
+        group.append(index)
+    return found + [merged for group in growing.values() for merged in schedule.merge(group)]
+
+
+def _code(node: Node, arches: tuple[Arch, ...]) -> object:
+    """What loops must share to be parts of one kernel; None for other nodes."""
+    if node.kind != "kernel" or node.body is None or None in node.outputs:
+        return None
+    try:
+        code = part_function(node.body)
+    except Unsupported:
+        return None
+    return None if prefers_split(node.body, arches) else (code, tuple(node.body.syms))
+
+
+def _is_small(nodes: Sequence[Node]) -> bool:
+    values = {value.name: value for node in nodes for value in (*node.inputs, *node.results)}
+    moved = sum(bytes_of(value.type) for value in values.values() if isinstance(value.type, TensorType))
+    return len(nodes) <= MAX_PARTS and len(values) <= MAX_POINTERS and moved <= MAX_BYTES
+
+
+def _kernel(nodes: Sequence[Node]) -> Node:
+    """A kernel whose parts are `nodes`; of one node it is that node."""
+    if len(nodes) == 1:
+        return nodes[0]
+    given = list({value.name: value for node in nodes for value in node.inputs}.values())
+    made = [value for node in nodes for value in node.results]
+    names = {value.name: Value(f"in{i}", value.type) for i, value in enumerate(given)}
+    names |= {value.name: Value(f"v{i}", value.type) for i, value in enumerate(made, len(given))}
+    inner = tuple(
+        replace(
+            node,
+            args=node.map_inputs(lambda value: names[value.name]),
+            outputs=tuple(names[value.name] for value in node.results),
+            loc=None,
+        )
+        for node in nodes
+    )
+    inputs, outputs = (tuple(names[value.name] for value in values) for values in (given, made))
+    body = Graph("import", inputs, nodes=inner, outputs=outputs)
+    args = tuple((f"in{i}", value) for i, value in enumerate(given))
+    return Node("kernel", kernel_name(body), args, tuple(made), body, nodes[0].loc)
+
+
+@dataclass
+class _Memory:
+    """The memory of a result and its views: its bytes, the node that makes it, and the nodes that read it."""
+
+    nbytes: int
+    made: int
+    readers: list[int]
+    in_arena: bool
+
+
+class _Schedule:
+    """The order of the nodes of `graph`, while some are merged.
+
+    Attributes:
+        position: of each node; merged nodes have the same.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.nodes = graph.nodes
+        self.position = list(range(len(graph.nodes)))
+        self._producer = {value.name: index for index, node in enumerate(graph.nodes) for value in node.results}
+        self._readers: dict[str, list[int]] = {}
+        for index, node in enumerate(graph.nodes):
+            for value in node.inputs:
+                self._readers.setdefault(value.name, []).append(index)
+        self._memories = list(self._memory(graph))
+        self._peaks = self._peak(True), self._peak(False)
+
+    def _memory(self, graph: Graph) -> Iterator[_Memory]:
+        base, end = aten.bases(graph), len(graph.nodes)
+        found: dict[str, _Memory] = {}
+        seen = {v.name for node in graph.nodes if node.kind == "fallback" for v in node.inputs}  # it may keep these
+        kept = with_bases(graph, returned(graph))
+        outside = kept | with_bases(graph, seen)
+        for index, value in ((i, value) for i, node in enumerate(graph.nodes) for value in node.results):
+            if isinstance(value.type, TensorType) and value.type.device == MAIN and value.name not in base:
+                node = graph.nodes[index]
+                inside = (node.kind == "kernel" or node.op in aten.OUT) and value.name not in outside
+                found[value.name] = _Memory(bytes_of(value.type), index, [end] if value.name in kept else [], inside)
+        for name, readers in self._readers.items():
+            if (memory := found.get(base.get(name, name))) is not None:
+                memory.readers += readers
+        yield from found.values()
+
+    def _peak(self, in_arena: bool) -> int:
+        """The most bytes that are alive at once, in the arena or outside of it."""
+        changes = [0] * (len(self.nodes) + 2)
+        at = [*self.position, len(self.nodes)]
+        for memory in self._memories:
+            if memory.in_arena == in_arena:
+                changes[at[memory.made]] += memory.nbytes
+                changes[max(at[index] for index in (memory.made, *memory.readers)) + 1] -= memory.nbytes
+        return max(accumulate(changes))
+
+    def places(self, group: Sequence[int]) -> list[int]:
+        """Where the nodes of a group can be one: at the last of them, before others read their results, unless that
+        keeps inputs of the graph, such as activations, longer; or at the first, after their operands are made."""
+        positions = [self.position[index] for index in group]
+        last, first = max(positions), min(positions)
+        operands = {value.name for index in group for value in self.nodes[index].inputs}
+        results = {value.name for index in group for value in self.nodes[index].results}
+        made = [self.position[self._producer[name]] for name in operands if name in self._producer]
+        read = {name: [self.position[at] for at in self._readers.get(name, ())] for name in operands | results}
+        late = all(min(read[name], default=last + 1) > last for name in results)
+        late = late and all(max(read[name]) >= last for name in operands if name not in self._producer)
+        return [last] * late + [first] * all(at < first for at in made)
+
+    def merge(self, group: Sequence[int]) -> list[list[int]]:
+        """Merge the nodes of a group; where this takes memory, those of its halves."""
+        if len(group) < 2:
+            return []
+        before = list(self.position)
+        for place in self.places(group):
+            for index in group:
+                self.position[index] = place
+            if self._peak(True) <= self._peaks[0] and self._peak(False) <= self._peaks[1]:
+                return [[*group]]
+            self.position = list(before)
+        half = len(group) // 2
+        return self.merge(group[:half]) + self.merge(group[half:])
