@@ -13,7 +13,7 @@ from itertools import accumulate
 
 from torch_rtx import aten
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import COPY, MAIN, Graph, Node, TensorType, Value
+from torch_rtx.ir import COPY, MAIN, Graph, Node, TensorType, Value, has_parts
 from torch_rtx.lowering.fusion import kernel_name, prefers_split
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.kernels.gemm_perf_model import bytes_of
@@ -43,25 +43,28 @@ def fuse_horizontally(graph: Graph, infer: Inference, targets: tuple[Target, ...
 
 def _groups(graph: Graph, schedule: _Schedule, arches: tuple[Arch, ...]) -> list[list[int]]:
     """The positions of the nodes that become one kernel; the schedule has them at one position."""
-    found: list[list[int]] = []
-    growing: dict[object, list[int]] = {}
+    equal: dict[object, list[int]] = {}
     epoch = 0
     for index, node in enumerate(graph.nodes):
         epoch += node.kind == "fallback" or node.op == COPY  # nothing moves across its memory accesses
         key = _code(node, arches)
-        if key is None:
-            continue
-        group = growing.setdefault((epoch, key), [])
-        if not _is_small([graph.nodes[at] for at in (*group, index)]) or not schedule.places([*group, index]):
-            found += schedule.merge(group)
-            group.clear()
-        group.append(index)
-    return found + [merged for group in growing.values() for merged in schedule.merge(group)]
+        if key is not None:
+            equal.setdefault((epoch, key), []).append(index)
+    found: list[list[int]] = []
+    for indices in equal.values():
+        group: list[int] = []
+        for index in indices:
+            if not _is_small([graph.nodes[at] for at in (*group, index)]) or not schedule.places([*group, index]):
+                found += schedule.merge(group)
+                group = []
+            group.append(index)
+        found += schedule.merge(group)
+    return found
 
 
 def _code(node: Node, arches: tuple[Arch, ...]) -> object:
     """What loops must share to be parts of one kernel; None for other nodes."""
-    if node.kind != "kernel" or node.body is None or None in node.outputs:
+    if node.kind != "kernel" or node.body is None or None in node.outputs or has_parts(node.body):
         return None
     try:
         code = part_function(node.body)
