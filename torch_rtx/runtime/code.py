@@ -164,7 +164,7 @@ def copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -
     count_writes([target for target, source in zip(targets, sources, strict=True) if target is source])
     left = [(target, source) for target, source in zip(targets, sources, strict=True) if target is not source]
     if left:
-        torch._foreach_copy_(*map(list, zip(*left, strict=True)))
+        torch._foreach_copy_([target for target, _ in left], [source for _, source in left])
 
 
 def count_writes(tensors: Sequence[torch.Tensor]) -> None:

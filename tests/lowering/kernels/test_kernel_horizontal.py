@@ -3,6 +3,7 @@ ptxas makes of many parts."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,14 +11,16 @@ import pytest
 
 from tests.lowering.kernels.kernel_bodies import body
 from tests.lowering.test_kernel_models import check
+from torch_rtx.backend.kernels import build_kernels
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import Node, Value, has_parts
+from torch_rtx.ir import Graph, Node, Value, has_parts
 from torch_rtx.irparse import parse
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.kernels.aot import compile_kernels
 from torch_rtx.lowering.kernels.generate import generate
 from torch_rtx.lowering.passes.fuse import fuse
 from torch_rtx.lowering.passes.fuse_horizontally import fuse_horizontally
+from torch_rtx.tactics import read_table, write_table
 from torch_rtx.targets import PORTABLE, Target, arch_of
 
 SOURCE = Path(__file__).with_name("sources") / "loops, three casts in one kernel.txt"
@@ -127,6 +130,17 @@ def test_source() -> None:
     kernel = generate(node.body, "three_casts", arch_of(80), 0)
     assert kernel is not None
     assert kernel.source == SOURCE.read_text()
+
+
+def test_an_engine_has_one_kernel_for_all_parts() -> None:
+    """It is found again in the engine's text and table; the parts have no kernels of their own."""
+    node = grouped(CASTS)
+    graph = Graph("fused", node.inputs, nodes=(node,), outputs=node.results)
+    table, report = build_kernels(graph, [Target(80)])
+    assert not report.missing
+    assert set(table.tactics) == {node.op}
+    again = read_table(json.loads(json.dumps(write_table(table))), parse(str(graph)))
+    assert again.tactics == table.tactics
 
 
 def test_a_body_that_is_none_of_parts_has_no_kernel() -> None:
