@@ -1,29 +1,33 @@
 """Horizontal fusion: independent loops of equal code over different tensors become one kernel, their parts.
 
 An optimizer updates each parameter by a loop of its own, autocast casts each weight and each gradient, and a batch norm
-updates its statistics: many loops that take hardly longer than their launch. Loops become one kernel where this raises
-the peak of memory nowhere: neither that of the values that only kernels exchange, nor that of all others.
+updates its statistics: many loops that take hardly longer than their launch. Loops become one kernel where this does
+not raise the peak of memory, neither that of the values that only kernels exchange, nor that of all others.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, count
 
 from torch_rtx import aten
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import COPY, MAIN, Graph, Node, TensorType, Value, has_parts
+from torch_rtx.ir import COPY, MAIN, Graph, Node, TensorType, Value, attr_values, has_parts
 from torch_rtx.lowering.fusion import kernel_name, prefers_split
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.kernels.gemm_perf_model import bytes_of
 from torch_rtx.lowering.kernels.horizontal import part_function
+from torch_rtx.lowering.kernels.reduction_rules import RULES
+from torch_rtx.lowering.kernels.split_reduction import split_evenly
 from torch_rtx.lowering.rewrite import returned, with_bases
 from torch_rtx.targets import Arch, Target
 
 MAX_PARTS = 64
 MAX_POINTERS = 256  # of 8 bytes each: half of the memory that CUDA always has for parameters
 MAX_BYTES = 128 << 20  # that the parts move: more takes so much longer than a launch that nothing is gained
+MAX_GROWTH = 1 << 20  # bytes: of each peak of memory, by all kernels with parts together
 
 
 def fuse_horizontally(graph: Graph, infer: Inference, targets: tuple[Target, ...]) -> Graph:
@@ -33,12 +37,55 @@ def fuse_horizontally(graph: Graph, infer: Inference, targets: tuple[Target, ...
         targets: loops that are better split on one of these stay alone.
     """
     arches = tuple(dict.fromkeys(target.arch for target in targets))
+    graph = _in_chunks(graph, arches)
     schedule = _Schedule(graph)
     merged = {group[0]: group for group in _groups(graph, schedule, arches)}
     gone = {index for group in merged.values() for index in group[1:]}
     order = sorted(range(len(graph.nodes)), key=lambda index: schedule.position[index])
     nodes = (_kernel([graph.nodes[at] for at in merged.get(index, (index,))]) for index in order if index not in gone)
     return replace(graph, nodes=tuple(nodes))
+
+
+def _in_chunks(graph: Graph, arches: tuple[Arch, ...]) -> Graph:
+    """`graph` with kernels for the chunks of several long rows, such as norms of gradients, where they can be parts of
+    one kernel. One such row alone is left to a library."""
+    forms = {index: form for index, node in enumerate(graph.nodes) if (form := _chunked(node, arches)) is not None}
+    codes = {index: _code(form.nodes[0], arches) for index, form in forms.items()}
+    counts = Counter(codes.values())
+    taken = {value.name for value in graph.values()} | graph.syms.keys()
+    nodes: list[Node] = []
+    for index, node in enumerate(graph.nodes):
+        nodes += _inlined(node, forms[index], taken) if index in forms and counts[codes[index]] > 1 else [node]
+    return replace(graph, nodes=tuple(nodes))
+
+
+def _chunked(node: Node, arches: tuple[Arch, ...]) -> Graph | None:
+    """The kernels of a call that reduces one long row to a number; None for other nodes."""
+    if node.kind != "op" or len(node.inputs) != 1 or len(node.results) != len(node.outputs) or node.op not in RULES:
+        return None
+    source, names = node.inputs[0], (Value(f"v{i}", value.type) for i, value in enumerate(node.results, 1))
+    operand, results = Value("in0", source.type), tuple(names)
+    call = replace(node, args=node.map_inputs(lambda _: operand), outputs=results, loc=None)
+    body = Graph("import", (operand,), nodes=(call,), outputs=results)
+    try:
+        return split_evenly(body, kernel_name(body)) if prefers_split(body, arches) else None
+    except Unsupported:
+        return None
+
+
+def _inlined(node: Node, form: Graph, taken: set[str]) -> Iterator[Node]:
+    """The kernels of `form` in place of `node`."""
+    inner, outer = (*form.inputs, *attr_values(form.outputs)), (*node.inputs, *node.results)
+    names = {value.name: other for value, other in zip(inner, outer, strict=True)}
+    for kernel in form.nodes:
+        for value in kernel.results:
+            if value.name not in names:
+                base = f"{node.results[0].name}_{value.name}"
+                name = next(name for at in count() if (name := f"{base}_{at}" if at else base) not in taken)
+                taken.add(name)
+                names[value.name] = Value(name, value.type)
+        args, made = kernel.map_inputs(lambda value: names[value.name]), kernel.results
+        yield replace(kernel, args=args, outputs=tuple(names[value.name] for value in made), loc=node.loc)
 
 
 def _groups(graph: Graph, schedule: _Schedule, arches: tuple[Arch, ...]) -> list[list[int]]:
@@ -128,7 +175,7 @@ class _Schedule:
             for value in node.inputs:
                 self._readers.setdefault(value.name, []).append(index)
         self._memories = list(self._memory(graph))
-        self._peaks = self._peak(True), self._peak(False)
+        self._most = [self._peak(in_arena) + MAX_GROWTH for in_arena in (True, False)]
 
     def _memory(self, graph: Graph) -> Iterator[_Memory]:
         base, end = aten.bases(graph), len(graph.nodes)
@@ -177,7 +224,7 @@ class _Schedule:
         for place in self.places(group):
             for index in group:
                 self.position[index] = place
-            if self._peak(True) <= self._peaks[0] and self._peak(False) <= self._peaks[1]:
+            if self._peak(True) <= self._most[0] and self._peak(False) <= self._most[1]:
                 return [[*group]]
             self.position = list(before)
         half = len(group) // 2
