@@ -83,12 +83,17 @@ def learner(name: str, model: nn.Module) -> nn.Module:
             model = _adapted(model)
     if name in CHECKPOINTED:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    return traceable(without_dropout(model)).train()
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    """The model, which drops nothing any more in training."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if hasattr(module, "drop_prob"):  # of whole residual branches
             module.drop_prob = 0.0
-    return traceable(model).train()
+    return model
 
 
 def traceable(model: nn.Module) -> nn.Module:

@@ -362,11 +362,16 @@ class Graph:
 
 
 def kernel_nodes(graph: Graph) -> Iterator[Node]:
-    """The nodes of kind `kernel` in order, including those in bodies of other kernels."""
+    """The nodes of kind `kernel` in order, including those in bodies of other kernels that may be launched alone."""
     for node in graph.nodes:
         if node.kind == "kernel" and node.body is not None:
             yield node
-            yield from kernel_nodes(node.body)
+            yield from () if has_parts(node.body) else kernel_nodes(node.body)
+
+
+def has_parts(body: Graph) -> bool:
+    """`body` is that of a horizontal kernel: several kernels that need nothing of each other, its parts."""
+    return len(body.nodes) > 1 and all(n.kind == "kernel" and {*n.inputs} <= {*body.inputs} for n in body.nodes)
 
 
 def node_text(node: Node) -> str:

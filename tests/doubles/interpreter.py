@@ -30,7 +30,7 @@ from torch_rtx.ir import Sym, dim_syms, evaluate
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.targets import ALIGNMENT
 
-LIBRARY = ("fmod", "rint")  # the functions of libdevice that kernels call
+LIBRARY = ("fmod", "pow", "rint")  # the functions of libdevice that kernels call
 LOCK = threading.RLock()  # the interpreter replaces functions for all threads
 
 

@@ -36,6 +36,7 @@ from torch_rtx.lowering.kernels.emit import MAX_VALUES
 from torch_rtx.lowering.kernels.generate import generate
 from torch_rtx.lowering.passes.dce import dce
 from torch_rtx.lowering.passes.fuse import fuse
+from torch_rtx.lowering.passes.fuse_horizontally import fuse_horizontally
 from torch_rtx.lowering.rewrite import Rewriter
 from torch_rtx.targets import Target, arch_of
 
@@ -180,7 +181,7 @@ def programs(draw: st.DrawFn) -> Graph:
 @given(programs(), st.integers(0, 100))
 def test_fused_is_unfused(graph: Graph, seed: int) -> None:
     verify(graph, aten.ALLOWED)
-    fused = fuse(graph, Inference(), TARGETS)
+    fused = fuse_horizontally(fuse(graph, Inference(), TARGETS), Inference(), TARGETS)
     verify(fused, aten.ALLOWED)
     torch.manual_seed(seed)
     sizes = dict.fromkeys(graph.syms, 2 + seed % 5)

@@ -89,7 +89,7 @@ def check(node: Node, sizes: dict[str, int], which: int = 0) -> None:
     assert kernel is not None
     found = region(node.body)
     # The interpreter takes its time for each of them.
-    if (programs := evaluate(kernel.grid[0], sizes)) > PROGRAMS and found.anchor is None:
+    if (programs := evaluate(kernel.grid[0], sizes)) > PROGRAMS and found.anchor is None and not found.parts:
         config = loop_configs(found)[which]
         rows = config.rows << (programs // PROGRAMS).bit_length()
         kernel = loop_kernel(found, node.op, replace(config, rows=rows))

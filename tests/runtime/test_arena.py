@@ -42,7 +42,7 @@ def interpreted(node: Node, sizes: dict[str, int]) -> Interpreted:
     kernel = generate(node.body, node.op, arch_of(80), 0)
     assert kernel is not None
     found = region(node.body)
-    if found.anchor is None and (programs := evaluate(kernel.grid[0], sizes) or 0) > PROGRAMS:
+    if found.anchor is None and not found.parts and (programs := evaluate(kernel.grid[0], sizes) or 0) > PROGRAMS:
         config = loop_configs(found)[0]
         kernel = loop_kernel(found, node.op, replace(config, rows=config.rows << (programs // PROGRAMS).bit_length()))
     return Interpreted(kernel)

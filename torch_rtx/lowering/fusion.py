@@ -93,7 +93,7 @@ def _is_kernel(body: Graph, arches: tuple[Arch, ...]) -> bool:
 
 
 @lru_cache(maxsize=1024)
-def _prefers_split(body: Graph, arches: tuple[Arch, ...]) -> bool:
+def prefers_split(body: Graph, arches: tuple[Arch, ...]) -> bool:
     """A split form of `body` is expected to be the fastest on one of `arches`."""
     return any(forms(body, "trial", arch)[0][0].body is not None for arch in arches)
 
@@ -372,7 +372,7 @@ class FusionPlan:
             return group.steps is not None
         count, size = group.space.count.number, None if group.space.size is None else group.space.size.number
         if size is not None and count is not None and count < FEW_ROWS and size > LONG_ROW_ELEMENTS:
-            return len(group.members) > 1 and _prefers_split(self.body(group), self.arches)
+            return len(group.members) > 1 and prefers_split(self.body(group), self.arches)
         if len(group.members) > 1:  # fusion has checked that code can be generated
             return True
         return self._us(group) < inf and self._computes(self.nodes[group.members[0]])

@@ -13,7 +13,7 @@ import torch
 
 from torch_rtx import aten
 from torch_rtx.ir import Graph, Node
-from torch_rtx.runtime.code import EMPTY, Code
+from torch_rtx.runtime.code import EMPTY, Code, count_writes
 from torch_rtx.runtime.driver import checked, driver
 from torch_rtx.runtime.graph_borders import Inputs, Results, pinned_memory
 from torch_rtx.runtime.graph_params import Executables, GraphNodes, kernel_uses
@@ -159,7 +159,7 @@ class Captured:
             if self._results is not None:  # after the launch: copies of inputs have what the graph wrote to these
                 results = self._results(inputs, fresh)
         if self._written or self._written_inputs:
-            _count_writes([*self._written, *(inputs[index] for index in self._written_inputs)])
+            count_writes([*self._written, *(inputs[index] for index in self._written_inputs)])
         return results
 
 
@@ -179,13 +179,6 @@ class _StandIns:
     def without(self, replaced: Collection[int]) -> list[torch.Tensor]:
         """All but those whose memory is at the addresses `replaced`."""
         return [tensor for tensor in self._made if tensor.untyped_storage().data_ptr() not in replaced]
-
-
-def _count_writes(tensors: Sequence[torch.Tensor]) -> None:
-    """Increment the version counters of written tensors, as a plain call does."""
-    for tensor in tensors:
-        if not tensor.is_inference():
-            torch.autograd.graph.increment_version(tensor)
 
 
 def _with_generator(graph: torch.cuda.CUDAGraph) -> Callable[[object, int], tuple[int]]:

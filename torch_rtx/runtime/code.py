@@ -38,6 +38,7 @@ from torch_rtx.ir import (
 from torch_rtx.optable import NUMBERS
 from torch_rtx.runtime.inline import in_place, inline_kernels, launched
 from torch_rtx.runtime.launch import Launcher, LoadedTactic
+from torch_rtx.runtime.overwriting import overwritten
 from torch_rtx.runtime.plan import Plan
 from torch_rtx.runtime.streaming import Lines, Streamer
 from torch_rtx.targets import ALIGNMENT
@@ -153,6 +154,26 @@ def aligned(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
     return copy_strided(placed, strides) if placed.data_ptr() % ALIGNMENT else placed
 
 
+def target_of(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
+    """`tensor`, if a kernel can write to it, or else new memory like it, to be copied from."""
+    if tensor.stride() == strides and not tensor.data_ptr() % ALIGNMENT:
+        return tensor
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
+
+
+def copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+    """Copy values between tensors of one dtype; where both are one tensor, a kernel has written to it already."""
+    count_writes([target for target, source in zip(targets, sources, strict=True) if target is source])
+    left = [(target, source) for target, source in zip(targets, sources, strict=True) if target is not source]
+    if left:
+        torch._foreach_copy_([target for target, _ in left], [source for _, source in left])
+
+
+def count_writes(tensors: Sequence[torch.Tensor]) -> None:
+    """Increment the version counters of tensors that kernels have written to, as calls do."""
+    torch.autograd.graph.increment_version(tensors)
+
+
 def overwrite(target: torch.Tensor, source: torch.Tensor) -> None:
     """Copy values; a dimension of stride 0 has one element in memory, which is written once."""
     for dim, (size, stride) in enumerate(zip(target.shape, target.stride(), strict=True)):
@@ -182,6 +203,7 @@ def compile_graph(
     tactics: Mapping[str, LoadedTactic] | None = None,
     probe: Callable[[], None] | None = None,
     streamer: Streamer | None = None,
+    distinct: bool = False,
 ) -> Code:
     """Compile `graph` to a function `(inputs, weights) -> outputs`.
 
@@ -192,6 +214,7 @@ def compile_graph(
         tactics: of kernel nodes, by op; their device must be the current one during a call.
         probe: called before the first node and after each node; for measuring.
         streamer: brings weights to the device; the function must then be called in a turn of it.
+        distinct: inputs that the graph writes to overlap no other ones, so that kernels may write to them.
 
     Raises:
         InvalidIR: an op does not exist in this process, or no input determines a dim.
@@ -200,6 +223,8 @@ def compile_graph(
     writer = _Writer(inline_kernels(graph, tactics), device, callables, trusted_ops, launched(tactics), probe)
     if streamer is not None:
         writer.names["_stream"], writer.streaming = streamer, streamer.lines(graph, in_place(graph, tactics))
+    if distinct:
+        writer.targets = overwritten(writer.graph, trusted_ops)
     source = writer.write()
     file = f"<torch_rtx {name} {id(writer.names):x}>"  # unique while the function lives
     linecache.cache[file] = (len(source), None, source.splitlines(True), file)  # tracebacks show the generated line
@@ -223,6 +248,7 @@ class _Writer:
     names: dict[str, Any] = field(default_factory=dict)  # the globals of the generated function
     written: set[str] = field(default_factory=set)  # values that kernels write
     tensors: set[str] = field(default_factory=set)  # values in the arena that have become tensors by now
+    targets: dict[str, Value] = field(default_factory=dict)  # results that kernels write over inputs
     shared: set[str] = field(default_factory=set)  # values in whose memory several results lie
     inputs: set[str] = field(default_factory=set)
     checks: list[str] = field(default_factory=list)  # of sizes, to come after the model's own
@@ -238,7 +264,7 @@ class _Writer:
         if graph.inputs:
             self.lines.append(f"if type(_inputs) is {self.name_of('owned', Owned)}: _inputs.clear()")
         self.bind(graph.inputs)
-        self.plan = Plan(graph, self.trusted_ops, frozenset(self.bound))
+        self.plan = Plan(graph, self.trusted_ops, frozenset(self.bound), frozenset(self.targets))
         self.offsets = self.arena()
         self.shared = aten.shared(graph, self.trusted_ops)
         first, before, after = self.streaming
@@ -370,7 +396,7 @@ class _Writer:
             groups.setdefault(_tensor_type(node.arg("src")).dtype, []).append(node)
         for group in groups.values():
             lists = (self.text(tuple(node.arg(name) for node in group)) for name in ("self", "src"))
-            self.lines.append(f"{self.name_of('copies', torch._foreach_copy_)}({', '.join(lists)})")
+            self.lines.append(f"{self.name_of('copies', copy_all)}({', '.join(lists)})")
 
     def materialize(self, value: Value) -> None:
         """Write the tensor of a value in the arena, unless it is written already."""
@@ -401,7 +427,10 @@ class _Writer:
         for output in node.outputs:
             assert output is not None  # `tactics.check` saw to it
             assert isinstance(output.type, TensorType)
-            if output.name not in self.offsets:
+            if output.name in self.targets:
+                given = f"{self.targets[output.name].name}, {self.strides(output)}"
+                self.lines.append(f"{output.name} = {self.name_of('target', target_of)}({given})")
+            elif output.name not in self.offsets:
                 dtype = aten.to_torch("ScalarType", output.type.dtype, self.device)
                 given = f"{self.numbers(output.type.shape)}, {self.strides(output)}, {self.name_of(str(dtype), dtype)}"
                 self.lines.append(f"{output.name} = _new({given})")

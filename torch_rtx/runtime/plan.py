@@ -73,6 +73,7 @@ class Plan:
         graph: as it is run: kernels are launched, all other nodes are calls.
         trusted_ops: see `compile_graph`.
         known: the symbols that the inputs determine. Values whose size depends on data are not planned.
+        elsewhere: names of results that have no memory of their own.
 
     Attributes:
         buffers: the buffers in the arena, lowest first.
@@ -80,9 +81,16 @@ class Plan:
         symbols: names of the symbols that offsets depend on, in order; none for a static graph.
     """
 
-    def __init__(self, graph: Graph, trusted_ops: frozenset[str], known: frozenset[str]) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        trusted_ops: frozenset[str],
+        known: frozenset[str],
+        elsewhere: frozenset[str] = frozenset(),
+    ) -> None:
         alive, kept = _lifetimes(graph, trusted_ops)
         alive = [buffer for buffer in alive if all(sym.name in known for sym in dim_syms(buffer.size))]
+        alive = [buffer for buffer in alive if buffer.name not in elsewhere]
         self.symbols = tuple(dict.fromkeys(sym.name for buffer in alive for sym in dim_syms(buffer.size)))
         inside = [buffer for buffer in alive if buffer.name not in kept]
         self._others = [buffer for buffer in alive if buffer.name in kept]

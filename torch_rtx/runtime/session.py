@@ -82,7 +82,8 @@ class Session:
         context: what tuners work with while the session is used; None: nothing is tuned.
         shares_memory: CUDA graphs share memory with those of other such sessions, see `GraphPool`.
         profiles: one of these must hold all sizes of a call, see `check_inputs`.
-        guarded: guards of the caller have checked the inputs, so that the session does not.
+        guarded: guards of the caller have checked the inputs, also that those which the graph writes to overlap no
+            other ones, so that the session does not.
         pinned, saved: what CUDA graphs leave where it is, see `GraphPool`.
         check_sizes: called with the sizes of the symbols that the inputs determine when they are first met; an error
             refuses the call.
@@ -115,7 +116,8 @@ class Session:
         self.streamer = streamer = store.streamer
 
         def compiled(graph: Graph, tactics: Mapping[str, LoadedTactic]) -> Code:
-            return compile_graph(graph, store.device, callables, trusted_ops, tactics=tactics, streamer=streamer)
+            given = callables, trusted_ops, "graph", tactics, None, streamer
+            return compile_graph(graph, store.device, *given, distinct=guarded)
 
         self.specializer = Specializer(graph, compiled, tactics or {}, store.device, settings, context)
         self._guarded, self._count = guarded, len(graph.inputs)
@@ -180,7 +182,7 @@ class Session:
         """`code` with a call of `probe` before the first node and after each, for measuring."""
         given = self._callables, self._trusted_ops
         options: dict[str, Any] = {"tactics": code.tactics, "probe": probe, "streamer": self.streamer}
-        return compile_graph(code.graph, self.device, *given, name="probed", **options)
+        return compile_graph(code.graph, self.device, *given, name="probed", distinct=self._guarded, **options)
 
     def run(self, code: Code, inputs: Sequence[Any], weights: Sequence[torch.Tensor], *empty: Any) -> list[Any]:
         """Run code of the graph; `empty`: as in `Code.run`."""

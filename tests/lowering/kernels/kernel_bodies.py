@@ -47,8 +47,8 @@ def body(text: str, dtype: str = "f16") -> Graph:
             line = line.replace(" = ", " = op aten.")
         elif ":" in line:
             line = f"input {line.strip()}"
-        elif line.strip().startswith("return "):
-            line = f"return [{line.strip().removeprefix('return ')}]"
+        elif line.strip().startswith("return"):
+            line = f"return [{line.strip().removeprefix('return').strip()}]"
         lines.append(line)
     graph = parse("\n".join(["graph import {", *lines, "}"]))
     verify(graph)

@@ -350,6 +350,8 @@ CALLS = {
     "pow 3": lambda: (A.pow.Tensor_Scalar, (ROWS, 3)),
     "pow 0.5": lambda: (A.pow.Tensor_Scalar, (ROWS.abs(), 0.5)),
     "pow 1.7": lambda: (A.pow.Tensor_Scalar, (ROWS.half(), 1.7)),
+    "pow of a number": lambda: (A.pow.Scalar, (0.9, ROWS)),
+    "pow of tensors": lambda: (A.pow.Tensor_Tensor, (ROWS.abs().half(), ROWS[:, :1].half())),
     "clamp_max": lambda: (A.clamp_max.default, (ROWS, 0.5)),
     "max_pool2d": lambda: (A.max_pool2d.default, (IMAGE, [3, 2], [2, 1], [1, 0])),
     "max_pool2d, ceil_mode": lambda: (A.max_pool2d.default, (IMAGE.half(), [3, 3], [2, 2], [1, 1], [1, 1], True)),
@@ -447,6 +449,8 @@ def test_edges_with_another_operand() -> None:
     same_edges(A.clamp.Tensor, every, None, every.t().contiguous())
     for limits in ((math.nan, None), (0.0, math.nan), (-math.inf, 1.0)):
         same_edges(A.clamp.default, EDGES, *limits)
+    same_edges(A.pow.Tensor_Tensor, every, every.t().contiguous())
+    same_edges(A.pow.Scalar, 0.999, EDGES)
     same_edges(A.pow.Tensor_Scalar, EDGES, 0)
 
 

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 
 from torch_rtx.artefacts import NO_FILES, Artefacts
-from torch_rtx.ir import Dim, Expr, Sym
+from torch_rtx.lowering.kernels.index import multiple
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.toolchain import Code, Job, disassemble, lower, lower_to_ttir
 from torch_rtx.lowering.kernels.turing import NoTensorCores
@@ -154,19 +154,6 @@ def _write(artefacts: Artefacts, jobs: Iterable[Job], done: Mapping[Job, Code | 
             sass = disassemble(code.cubin)
             if sass is not None:
                 files.write("sass", sass)
-
-
-def multiple(dim: Dim) -> int:
-    """A known divisor of `dim`; 0 if the dim is always 0."""
-    if isinstance(dim, int):
-        return dim
-    if isinstance(dim, Sym):
-        return dim.multiple
-    if dim.op == "*":
-        return math.prod(map(multiple, dim.args))
-    if isinstance(dim, Expr) and dim.op in ("+", "min", "max"):
-        return math.gcd(*map(multiple, dim.args))
-    return 1
 
 
 def _built(kernel: Kernel, target: Target, results: list[Code | NoTensorCores]) -> Built:

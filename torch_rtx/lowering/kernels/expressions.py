@@ -24,6 +24,7 @@ BINARY = (
     "divide",  # f32, rounded once; `div` is a little less exact
     *("idiv", "irem"),  # of integers, rounded towards zero as in C; `irem` has the sign of the first operand
     "fmod",  # of floats: exact, with the sign of the first operand
+    "pow",  # of floats
     *("minimum", "maximum"),  # NaN if an operand is NaN
     *("fmin", "fmax"),  # the other operand if one is NaN
     "cast_like",  # the first operand in the register dtype of the second one
@@ -92,8 +93,8 @@ def _functions(ops: str) -> Iterator[partial[Apply]]:
 
 absolute, sqrt, rsqrt, exp, exp2, log, log1p, log2 = _functions("abs sqrt rsqrt exp exp2 log log1p log2")
 erf, tanh, sigmoid, floor, trunc, to_bool, where = _functions("erf tanh sigmoid floor trunc to_bool where")
-xor, eq, ne, divide, idiv, irem, fmod, cast_like = _functions("xor eq ne divide idiv irem fmod cast_like")
-minimum, maximum, fmin, fmax = _functions("minimum maximum fmin fmax")
+xor, eq, ne, divide, idiv, irem, cast_like = _functions("xor eq ne divide idiv irem cast_like")
+minimum, maximum, fmin, fmax, fmod, power = _functions("minimum maximum fmin fmax fmod pow")
 
 
 def operations(expression: Expression) -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Graph
-from torch_rtx.lowering.kernels.families import attention, conv, gemm, loop
+from torch_rtx.lowering.kernels.families import attention, conv, gemm, horizontal, loop
 from torch_rtx.lowering.kernels.families.family import Family, Offer
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.region import Region, region
@@ -37,7 +37,9 @@ def _prepared(body: Graph, arch: Arch) -> tuple[Region, Sequence[Any]]:
 
 
 def family_of(found: Region) -> Family:
-    """The family of a region's anchor; of loops if there is none."""
+    """The family of a region's anchor; of loops if there is none, or of several loops."""
+    if found.parts:
+        return horizontal.FAMILY
     op = None if found.anchor is None else found.anchor.op
     return next(family for family in FAMILIES if op in family.ops or not family.ops)
 

@@ -202,6 +202,19 @@ def bounds(dim: Dim) -> tuple[float, float]:
     return min(ends), max(ends)
 
 
+def multiple(dim: Dim) -> int:
+    """A known divisor of `dim`; 0 if the dim is always 0."""
+    if isinstance(dim, int):
+        return dim
+    if isinstance(dim, Sym):
+        return dim.multiple
+    if dim.op == "*":
+        return math.prod(map(multiple, dim.args))
+    if isinstance(dim, Expr) and dim.op in ("+", "min", "max"):
+        return math.gcd(*map(multiple, dim.args))
+    return 1
+
+
 def _product(factors: Sequence[float]) -> float:
     return 0 if 0 in factors else math.prod(factors)
 

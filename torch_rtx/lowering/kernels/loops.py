@@ -21,6 +21,7 @@ from torch_rtx.lowering.kernels.index import (
     constant,
     from_dim,
     linear,
+    multiple,
     product,
     ravel,
     to_dim,
@@ -42,8 +43,9 @@ from torch_rtx.lowering.kernels.kernel_ir import (
     View,
 )
 from torch_rtx.lowering.kernels.region import Region, needed, reductions_of
-from torch_rtx.lowering.kernels.source import assemble, blocks, needs_int64, next_power_of_2
+from torch_rtx.lowering.kernels.source import assemble, blocks, needs_int64, next_power_of_2, parameters
 from torch_rtx.lowering.kernels.triton_ops import literal, template, tl_dtype
+from torch_rtx.targets import ALIGNMENT
 
 X, R = "X", "R"
 PERSISTENT = 8192  # elements of the longest row that is held in registers
@@ -187,13 +189,39 @@ def loop_kernel(region: Region, name: str, config: LoopConfig | None = None) -> 
     """
     writer = _Writer(region, config or _best_config(region))
     lines = writer.write()
-    totals = (reduction for reduction in writer.reductions if not isinstance(reduction, Scan))
-    kinds = sorted({reduction.kind for reduction in totals} & {"max", "min", "prod"})
-    functions = "".join(
-        COMBINE.format(kind=kind, text=template(REDUCTIONS[kind].combine).format("a", "b")) for kind in kinds
-    )
     programs = blocks(writer.count, writer.config.rows)
-    return assemble(region, name, lines, programs, writer.config.num_warps, 2 if writer.is_looped else 1, functions)
+    return assemble(region, name, lines, programs, writer.config.num_warps, writer.num_stages, writer.functions)
+
+
+@dataclass(frozen=True)
+class LoopFunction:
+    """A loop as a function, which loops that differ in their number of rows alone share.
+
+    Attributes:
+        source: of the function `loop`. Its parameters are the loop's first program (`first`), its rows (`size`), and
+            those that a kernel of the loop has.
+        num_stages: see `Kernel`.
+        aligned: the mask of a tile lets its elements be loaded as vectors.
+    """
+
+    source: str
+    config: LoopConfig
+    num_stages: int
+    aligned: bool
+
+
+def loop_function(region: Region, config: LoopConfig) -> tuple[LoopFunction, Dim]:
+    """The loop of `region` as a function, and its number of rows.
+
+    Raises:
+        Unsupported: see `loop_kernel`.
+    """
+    writer = _Writer(region, config, "(tl.program_id(0) - first)", "size")
+    lines = writer.write()
+    head = f"\n\n@triton.jit\ndef loop(first, size, {', '.join(parameters(region))}):\n"
+    source = writer.functions + head + "\n".join(indent(lines)) + "\n"
+    aligned = writer.rows.contiguous or multiple(writer.count) % ALIGNMENT == 0
+    return LoopFunction(source, config, writer.num_stages, aligned), writer.count
 
 
 def loop_operations(region: Region) -> tuple[int, Dim]:
@@ -213,10 +241,16 @@ def loop_operations(region: Region) -> tuple[int, Dim]:
 
 
 class _Writer:
-    """The lines of one loop kernel."""
+    """The lines of one loop kernel.
 
-    def __init__(self, region: Region, config: LoopConfig) -> None:
+    Args:
+        program: the position of the program in the loop, as code.
+        count: the number of rows, as code; "": the number itself.
+    """
+
+    def __init__(self, region: Region, config: LoopConfig, program: str = "tl.program_id(0)", count: str = "") -> None:
         self.region, self.config, self.rows = region, config, rows_of(region)
+        self.program, self.limit = program, count or str(self.rows.count)
         self.reductions = reductions_of(region.outputs)
         size = self.rows.size.number
         self.cast = ".to(tl.int64)" if needs_int64(region) else ""
@@ -224,7 +258,8 @@ class _Writer:
         self.is_pointwise = not self.reductions
         self.x, self.r = variable(X, self.rows.count), variable(R, self.rows.size)
         known = self.rows.count.number
-        axes = [Axis(X, config.rows, "" if known is not None and known % config.rows == 0 else "in_x")]
+        full = not count and known is not None and known % config.rows == 0
+        axes = [Axis(X, config.rows, "" if full else "in_x")]
         if not self.is_pointwise:
             axes.append(Axis(R, config.elements, "" if size and size % config.elements == 0 else "in_r"))
         self.emitter = Emitter(axes)
@@ -232,13 +267,27 @@ class _Writer:
         dims = (dim for type_ in types if isinstance(type_, TensorType) for dim in type_.shape)
         self.count = to_dim(self.rows.count, dims)
 
+    @property
+    def num_stages(self) -> int:
+        """See `Kernel`."""
+        return 2 if self.is_looped else 1
+
+    @property
+    def functions(self) -> str:
+        """Source of the functions that the lines call."""
+        totals = (reduction for reduction in self.reductions if not isinstance(reduction, Scan))
+        kinds = sorted({reduction.kind for reduction in totals} & {"max", "min", "prod"})
+        return "".join(
+            COMBINE.format(kind=kind, text=template(REDUCTIONS[kind].combine).format("a", "b")) for kind in kinds
+        )
+
     def write(self) -> list[str]:
         """All lines of the kernel."""
         emitter, config = self.emitter, self.config
         side = "" if self.is_pointwise else "[:, None]"
-        lines = [f"{X} = tl.program_id(0){self.cast} * {config.rows} + tl.arange(0, {config.rows}){side}"]
+        lines = [f"{X} = {self.program}{self.cast} * {config.rows} + tl.arange(0, {config.rows}){side}"]
         if emitter.axes[X].mask:
-            lines.append(f"in_x = {X} < {self.rows.count}")
+            lines.append(f"in_x = {X} < {self.limit}")
         if not self.is_pointwise and not self.is_looped:
             lines += self._elements("0")
         if self.is_looped:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch_rtx.dtypes import register
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import MAIN, Attr, Dim, Expr, Graph, Node, Sym, TensorType, Value, attr_values, dim_syms
+from torch_rtx.ir import MAIN, Attr, Dim, Expr, Graph, Node, Sym, TensorType, Value, attr_values, dim_syms, has_parts
 from torch_rtx.lowering.kernels.body_builder import BodyBuilder
 from torch_rtx.lowering.kernels.index import from_dim
 from torch_rtx.lowering.kernels.kernel_ir import Reduce, Tensor, cast, children, everything, load, text
@@ -33,12 +33,14 @@ class Region:
         outputs: the tensors to store.
         anchor: the node among ANCHORS, if any. Its results are `Load`s with `anchor` set.
         values: every value of the body as kernel IR.
+        parts: the loops of a horizontal kernel, whose body has a kernel for each of them and nothing else.
     """
 
     body: Graph
     outputs: tuple[Tensor, ...]
     anchor: Node | None
     values: Mapping[str, Tensor]
+    parts: tuple[Region, ...] = ()
 
     @property
     def types(self) -> tuple[TensorType, ...]:
@@ -69,7 +71,8 @@ def region(body: Graph) -> Region:
     if len(anchors) > 1:
         raise Unsupported(f"{anchors[0].op} and {anchors[1].op} in one kernel", loc=anchors[1].loc)
     outputs = tuple(values[value.name] for value in attr_values(body.outputs))
-    return Region(body, outputs, anchors[0] if anchors else None, values)
+    parts = tuple(region(node.body) for node in body.nodes if node.body is not None) if has_parts(body) else ()
+    return Region(body, outputs, anchors[0] if anchors else None, values, parts)
 
 
 def _fill(body: Graph, values: dict[str, Tensor]) -> Iterator[Node]:

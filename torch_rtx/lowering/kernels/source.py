@@ -35,8 +35,7 @@ def assemble(
         trigger_early: see `Kernel`.
     """
     body = region.body
-    names = [value.name for value in body.inputs] + [f"out{i}" for i in range(len(region.outputs))] + [*body.syms]
-    head = f"\n\n@triton.jit\ndef {name}({', '.join(names)}):\n"
+    head = f"\n\n@triton.jit\ndef {name}({', '.join(parameters(region))}):\n"
     types = [value.type for value in body.inputs] + list(region.types)
     text = functions + head + "\n".join(indent(lines)) + "\n"
     return Kernel(
@@ -50,6 +49,12 @@ def assemble(
         needs_int64(region),
         trigger_early,
     )
+
+
+def parameters(region: Region) -> list[str]:
+    """The names of the parameters of a kernel: its inputs, outputs and symbols."""
+    body = region.body
+    return [*(value.name for value in body.inputs), *(f"out{i}" for i in range(len(region.outputs))), *body.syms]
 
 
 def blocks(count: Dim, block: int) -> Dim:

@@ -170,6 +170,22 @@ def split_reductions(body: Graph, name: str, chunks: int) -> Graph:
     return _Splitter(body, name, chunks).graph()
 
 
+def split_evenly(body: Graph, name: str) -> Graph:
+    """As `split_reductions`, of a body that reduces all of its operand: in chunks of a length that does not depend on
+    how many there are, so that those of several operands are rows of one kernel.
+
+    Raises:
+        Unsupported: it reduces something else, or see `split_reductions`.
+    """
+    node = next(filter(reduces, body.nodes), None)
+    if node is None or node.op not in RULES:
+        raise Unsupported("a body without a reduction in chunks")
+    operand, axes = RULES[node.op].operand(BodyBuilder(set()), node)
+    if len(axes) != len(type_of(operand).shape):
+        raise Unsupported("several rows in equal chunks")
+    return split_reductions(body, name, max(_elements(type_of(operand), axes) // CHUNK_CONTIGUOUS[1], 2))
+
+
 class _Chunks(NamedTuple):
     """A reduction whose chunks have statistics by now."""
 

@@ -51,6 +51,7 @@ CODES = {
     "div": _infix("/", PRODUCT),
     "divide": _call("div_rn", 2),
     "fmod": Code("libdevice.fmod({0}, {1})", operands=(COMPARE, COMPARE)),
+    "pow": Code("libdevice.pow({0}, {1})", operands=(COMPARE, COMPARE), expensive=True),
     "idiv": _infix("//", PRODUCT),  # Triton's division of integers is C's
     "irem": _infix("%", PRODUCT),
     "and": _infix("&", AND),

@@ -35,6 +35,7 @@ from torch_rtx.lowering.kernels.expressions import (
     maximum,
     minimum,
     ne,
+    power,
     rsqrt,
     sigmoid,
     sqrt,
@@ -282,10 +283,15 @@ def _divided(out: Types, self: Tensor, other: Operand) -> tuple[Tensor, Tensor, 
     dtype = out[0].dtype
     if isinstance(other, float) and dtype in ("f16", "bf16") and not _exact(other, dtype):
         raise Unsupported(f"what {dtype} leaves of a division by {other!r}, which is rounded first")
-    given = (tensor(one, register(dtype)) for one in (self, other))
-    first, second = (pointwise(A, t.dtype, t) if isinstance(t, Const) else t for t in given)
+    first, second = _tensors(register(dtype), self, other)
     rest = pointwise(fmod(A, B), "f64", cast(first, "f64"), cast(second, "f64"))
     return first, second, cast(rest, register(dtype))
+
+
+def _tensors(dtype: str, *operands: Operand) -> list[Tensor]:
+    """`operands` in `dtype`, also numbers as tensors, as functions of libdevice take them."""
+    given = (tensor(one, dtype) for one in operands)
+    return [pointwise(A, t.dtype, t) if isinstance(t, Const) else t for t in given]
 
 
 @op("floor_divide.default", "floor_divide.Scalar")
@@ -324,7 +330,7 @@ def absolute_(self: Tensor, *, out: Types) -> Tensor:
 
 
 @op("pow.Tensor_Scalar")
-def power(self: Tensor, exponent: Scalar, *, out: Types) -> Tensor:
+def power_of_number(self: Tensor, exponent: Scalar, *, out: Types) -> Tensor:
     """x to a fixed power: by products and roots where these are exact, else by logarithms in half precision."""
     if isinstance(exponent, Index):
         raise Unsupported("a power that is a dim")
@@ -339,6 +345,14 @@ def power(self: Tensor, exponent: Scalar, *, out: Types) -> Tensor:
     if out[0].dtype not in ("f16", "bf16") or not math.isfinite(exponent) or float(exponent).is_integer():
         raise Unsupported(f"the power {exponent} in {out[0].dtype}")
     return compute(exp2(float(exponent) * log2(A)), out, self)
+
+
+@op("pow.Scalar", "pow.Tensor_Tensor")
+def power_of_tensor(self: Operand, exponent: Tensor, *, out: Types) -> Tensor:
+    """self to the powers `exponent`."""
+    floating(out)
+    dtype = register(out[0].dtype)
+    return cast(pointwise(power(A, B), dtype, *_tensors(dtype, self, exponent)), out[0].dtype)
 
 
 @op("addcmul.default")

@@ -1,0 +1,198 @@
+"""Results that kernels write over inputs: when they may, and that the inputs then hold what copies would leave."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.lowering.kernels.kernel_bodies import body, random_tensor
+from tests.runtime.test_arena import CPU, interpreted, whole_nodes
+from torch_rtx.ir import Graph, kernel_nodes
+from torch_rtx.irparse import parse
+from torch_rtx.lowering.infer import Inference
+from torch_rtx.lowering.passes.finish import finish
+from torch_rtx.lowering.passes.fuse import fuse
+from torch_rtx.lowering.passes.fuse_horizontally import fuse_horizontally
+from torch_rtx.runtime.code import Code, compile_graph
+from torch_rtx.runtime.overwriting import overwritten
+from torch_rtx.targets import PORTABLE
+
+STEP = """
+    p: f32[70]
+    m: f32[70]
+    g: f32[70]
+    q: f32[9, 9]
+    n: f32[9, 9]
+    h: f32[9, 9]
+    s: f32[()]
+    t: f32[()] = add.Tensor(self=s, other=1)
+    a: f32[70] = mul.Tensor(self=m, other=0.9)
+    b: f32[70] = add.Tensor(self=a, other=g)
+    c: f32[70] = div.Tensor(self=b, other=t)
+    l: f32[70] = full_like.default(self=p, fill_value=0.5)
+    k: f32[70] = mul.Tensor(self=c, other=l)
+    d: f32[70] = sub.Tensor(self=p, other=k)
+    e: f32[9, 9] = mul.Tensor(self=n, other=0.9)
+    f: f32[9, 9] = add.Tensor(self=e, other=h)
+    i: f32[9, 9] = div.Tensor(self=f, other=t)
+    j: f32[9, 9] = sub.Tensor(self=q, other=i)
+    op aten.copy_.default(self=p, src=d)
+    op aten.copy_.default(self=m, src=b)
+    op aten.copy_.default(self=q, src=j)
+    op aten.copy_.default(self=n, src=f)
+    op aten.copy_.default(self=s, src=t)
+    return"""
+
+
+def lowered(text: str) -> Graph:
+    """The graph of a text, with kernels."""
+    fused = fuse_horizontally(fuse(body(text), Inference(), PORTABLE), Inference(), PORTABLE)
+    return finish(fused, Inference())
+
+
+def compiled(graph: Graph) -> tuple[Code, Code]:
+    """Code that launches kernels, in Triton's interpreter, and code that calls."""
+    launchers = {node.op: interpreted(node, {}) for node in kernel_nodes(graph)}
+    return compile_graph(graph, CPU, tactics=whole_nodes(launchers), distinct=True), compile_graph(graph, CPU)
+
+
+@pytest.mark.quick
+def test_an_optimizer_step_writes_over_its_inputs() -> None:
+    graph = lowered(STEP)
+    assert set(overwritten(graph)) == {"d", "b", "j", "f", "t"}
+    code, calls = compiled(graph)
+    assert code.plan.buffers == [], "no result needs memory"
+    torch.manual_seed(0)
+    inputs = [random_tensor(value.type, {}) for value in graph.inputs]
+    expected, before = [x.clone() for x in inputs], [x._version for x in inputs]
+    for _ in range(3):
+        code(inputs, [])
+        calls(expected, [])
+    torch.testing.assert_close(inputs, expected)
+    written = [value.name in graph.written for value in graph.inputs]
+    assert [x._version > old for x, old in zip(inputs, before, strict=True)] == written
+
+
+def test_a_target_that_kernels_cannot_write_to_gets_a_copy() -> None:
+    """It begins between multiples of 16 bytes, or has other strides than in the capture."""
+    graph = lowered(STEP)
+    code, calls = compiled(graph)
+    inputs = [random_tensor(value.type, {}) for value in graph.inputs]
+    torch.manual_seed(0)
+    inputs[0], inputs[4] = torch.rand(71)[1:], torch.rand(9, 9).T
+    assert inputs[0].data_ptr() % 16
+    expected = [x.clone() for x in inputs]
+    code(inputs, [])
+    calls(expected, [])
+    torch.testing.assert_close(inputs, expected)
+
+
+COPY = "op aten.copy_.default(self=x, src=y)"
+REFUSED = {
+    "a flip": f"""
+        x: f32[6, 8]
+        a: f32[6, 8] = flip.default(self=x, dims=[1])
+        y: f32[6, 8] = exp.default(self=a)
+        {COPY}
+        return""",
+    "a transposition": f"""
+        x: f32[8, 8]
+        a: f32[8, 8](1, 8) = permute.default(self=x, dims=[1, 0])
+        y: f32[8, 8] = mul.Tensor(self=x, other=a)
+        {COPY}
+        return""",
+    "a reduction": f"""
+        x: f32[6, 8]
+        y: f32[6, 8] = softmax.int(self=x, dim=-1)
+        {COPY}
+        return""",
+    "a statistic, which several threads load": f"""
+        x: f32[6]
+        z: f32[6, 8]
+        a: f32[6] = mean.dim(self=z, dim=[1])
+        y: f32[6] = lerp.Scalar(self=x, end=a, weight=0.1)
+        {COPY}
+        return""",
+    "another result needs the old contents": f"""
+        x: f32[6, 8]
+        z: f32[6, 8]
+        y: f32[6, 8] = exp.default(self=z)
+        a: f32[6, 8] = mul.Tensor(self=x, other=z)
+        {COPY}
+        return a""",
+    "a call needs the old contents": f"""
+        x: f32[8, 8]
+        y: f32[8, 8] = exp.default(self=x)
+        a: f32[8] = select.int(self=x, dim=0, index=1)
+        b: f32[8], c: i64[8] = sort.default(self=a)
+        {COPY}
+        return b""",
+    "a caller needs the result": f"""
+        x: f32[6, 8]
+        y: f32[6, 8] = exp.default(self=x)
+        {COPY}
+        return y""",
+    "another dtype": f"""
+        x: f16[6, 8]
+        a: f32[6, 8] = _to_copy.default(self=x, dtype='f32')
+        y: f32[6, 8] = exp.default(self=a)
+        {COPY}
+        return""",
+    "a call computes it": f"""
+        x: f32[6]
+        y: f32[6], c: i64[6] = sort.default(self=x)
+        {COPY}
+        return""",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_results_that_are_copied(name: str) -> None:
+    graph = lowered(REFUSED[name])
+    assert overwritten(graph) == {}
+    code, calls = compiled(graph)
+    torch.manual_seed(0)
+    inputs = [random_tensor(value.type, {}) for value in graph.inputs]
+    expected = [x.clone() for x in inputs]
+    torch.testing.assert_close(code(inputs, []), calls(expected, []))
+    torch.testing.assert_close(inputs, expected)
+
+
+PARTS = """graph fused {
+  input x: f32[6]
+  input w: f32[6]
+  input z: f32[6]
+  y: f32[6], a: f32[6] = kernel adds(in0=x, in1=w, in2=z) graph import {
+    input in0: f32[6]
+    input in1: f32[6]
+    input in2: f32[6]
+    v3: f32[6] = kernel add(in0=in0, in1=in1) graph import {
+      input in0: f32[6]
+      input in1: f32[6]
+      v2: f32[6] = op aten.add.Tensor(self=in0, other=in1)
+      return [v2]
+    }
+    v4: f32[6] = kernel add(in0=in2, in1=in1) graph import {
+      input in0: f32[6]
+      input in1: f32[6]
+      v2: f32[6] = op aten.add.Tensor(self=in0, other=in1)
+      return [v2]
+    }
+    return [v3, v4]
+  }
+  extern aten.copy_.default(self=x, src=y)
+  return [a]
+}
+"""
+
+
+def test_no_other_part_reads_what_a_part_overwrites() -> None:
+    assert set(overwritten(parse(PARTS))) == {"y"}
+    assert overwritten(parse(PARTS.replace("add(in0=in2, in1=in1)", "add(in0=in2, in1=in0)"))) == {}
+
+
+def test_nothing_is_written_early_before_a_fallback_or_another_write() -> None:
+    text = PARTS.replace("  extern", "  b: f32[6] = fallback aten.exp.default(self=w)\n  extern")
+    assert overwritten(parse(text)) == {}
+    again = "  extern aten.copy_.default(self=x, src=w)\n  extern"
+    assert overwritten(parse(PARTS.replace("  extern", again))) == {}

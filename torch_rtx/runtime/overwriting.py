@@ -1,0 +1,94 @@
+"""Results that kernels write over an input, where the program would copy them at its end, as an optimizer does.
+
+The copy costs as much memory, and nearly as much time, as the kernels themselves.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+
+from torch_rtx import aten
+from torch_rtx.ir import COPY, Graph, Node, TensorType, Value, attr_values, has_parts
+
+COPIES = frozenset(f"aten.{name}.default" for name in ("_to_copy", "clone", "copy"))
+SIZES = frozenset(f"aten.{name}_like.default" for name in ("full", "zeros", "ones"))  # calls that need no contents
+
+
+def overwritten(graph: Graph, trusted: frozenset[str] = frozenset()) -> dict[str, Value]:
+    """By the name of a kernel's result: the input that the kernel can write it to, since a copy would do so later, and
+    nothing reads the old contents in between, nor does the caller or a fallback get the result.
+
+    Args:
+        graph: as it is run, see `inline_kernels`; inputs that it writes to must overlap no other ones.
+        trusted: see `compile_graph`.
+    """
+    inputs, base = {value.name for value in graph.inputs}, aten.bases(graph, trusted)
+    makers = {v.name: at for at, node in enumerate(graph.nodes) if node.kind == "kernel" for v in node.results}
+    readers: dict[str, list[int]] = {}
+    for at, node in enumerate(graph.nodes):
+        for name in {base.get(value.name, value.name) for value in node.inputs}:
+            readers.setdefault(name, []).append(at)
+    fallbacks = [at for at, node in enumerate(graph.nodes) if node.kind == "fallback"]
+    given = (value for at in fallbacks for value in graph.nodes[at].inputs)
+    kept = {base.get(value.name, value.name) for value in (*attr_values(graph.outputs), *given)}
+    writes = Counter(
+        base.get(v.name, v.name) for n in graph.nodes if n.writes and isinstance(v := n.arg("self"), Value)
+    )
+    found: dict[str, Value] = {}
+    for at, node in enumerate(graph.nodes):
+        target, source = node.arg("self"), node.arg("src")
+        if node.op != COPY or len(node.args) != 2 or not isinstance(target, Value) or not isinstance(source, Value):
+            continue
+        first = makers.get(source.name)
+        if first is None or source.name in kept or source.type != target.type:
+            continue
+        between = [*fallbacks, *readers[target.name]]
+        if target.name not in inputs or writes[target.name] > 1 or any(first < other < at for other in between):
+            continue
+        if _is_safe(graph.nodes[first], source, target, base):
+            found[source.name] = target
+    return found
+
+
+def _is_safe(node: Node, result: Value, target: Value, base: dict[str, str]) -> bool:
+    """The kernel `node` reads an element of `target` before it writes the element of `result` in its place, if ever."""
+    read = [index for index, value in enumerate(node.inputs) if base.get(value.name, value.name) == target.name]
+    if not read:
+        return True
+    body = node.body
+    if body is None or len(read) > 1 or node.inputs[read[0]] != target:
+        return False
+    inner, made = body.inputs[read[0]], body.outputs[node.outputs.index(result)]
+    if not isinstance(made, Value):
+        return False
+    if has_parts(body):
+        users = [part for part in body.nodes if inner in part.inputs]
+        return all(made in part.outputs and _is_safe(part, made, inner, {}) for part in users)
+    return _comes_from_same_place(body, inner, made)
+
+
+def _comes_from_same_place(body: Graph, source: Value, result: Value) -> bool:
+    """A loop over elements, in which each call that needs `source` computes an element from those at its own place
+    alone, and `result` is of one of these: the thread that stores it has loaded `source` there, and no other has.
+
+    In a loop over rows several threads load what a row has once, and one of them stores it.
+    """
+    assert isinstance(source.type, TensorType)
+    moved = {source.name}
+    for node in body.nodes:
+        if node.op in SIZES:
+            continue
+        reads = not moved.isdisjoint(value.name for value in node.inputs)
+        is_view = not reads and node.kind == "op" and aten.is_view(aten.overload(node.op))
+        if node.kind != "op" or not (is_view or _is_elementwise(node.op)):
+            return False
+        if reads and any(value.type.shape != source.type.shape for value in node.results):  # type: ignore[union-attr]
+            return False
+        moved.update(value.name for value in node.results if reads)
+    return result.name in moved
+
+
+def _is_elementwise(op: str) -> bool:
+    return op in COPIES or torch.Tag.pointwise in aten.overload(op).tags
