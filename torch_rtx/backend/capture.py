@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from torch_rtx.backend.fake_cuda import constants_on_cpu, install_cuda_guard
 from torch_rtx.backend.fast_path import FAST_PATH
+from torch_rtx.backend.joint_graph import rewriting
 from torch_rtx.errors import CaptureError
 
 # `compiler(gm, example_inputs) -> callable`: `gm` is an ATen GraphModule, the inputs are FakeTensors and SymInts.
@@ -163,7 +164,7 @@ def capture(
         fw_compiler=forward,
         bw_compiler=backward,
         inference_compiler=inference,
-        partition_fn=min_cut_rematerialization_partition,
+        partition_fn=rewriting(min_cut_rematerialization_partition),
         decompositions=FAST_PATH,
         keep_inference_input_mutations=True,
     )
