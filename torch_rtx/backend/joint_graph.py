@@ -8,16 +8,21 @@ from typing import Any
 import torch
 from torch import fx
 
+from torch_rtx.backend.row_chunks import chunk_rows, write_out
+
 Partitioner = Callable[..., tuple[fx.GraphModule, fx.GraphModule]]
 ALIASES = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
 
-def rewriting(partition: Partitioner) -> Partitioner:
-    """`partition`, of a joint graph that is rewritten first."""
+def rewriting(partition: Partitioner, logits_bytes: float) -> Partitioner:
+    """`partition`, of a joint graph that is rewritten first. `logits_bytes`: see `chunk_rows`."""
 
     def rewritten(joint: fx.GraphModule, inputs: Any, **options: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
         remove_aliases(joint.graph)
-        return partition(joint, inputs, **options)
+        chunk_rows(joint.graph, logits_bytes)
+        forward, backward = partition(joint, inputs, **options)
+        write_out(forward)
+        return forward, backward
 
     return rewritten
 
@@ -29,3 +34,5 @@ def remove_aliases(graph: fx.Graph) -> None:
     for target in ALIASES:
         for node in graph.find_nodes(op="call_function", target=target):
             node.replace_all_uses_with(node.args[0], delete_user_cb=lambda user: user is not output)
+            if not node.users:
+                graph.erase_node(node)
