@@ -188,6 +188,12 @@ class CompilationSettings(_Checked):
         "Merge linear layers although that copies their weights. None: only in engines built ahead of time.",
         key=True,
     )
+    logits_chunk_bytes: int = _count(
+        128 << 20,
+        "In training, logits of more bytes are computed by chunks of rows, with their loss and its gradients, "
+        "where nothing else reads them and that saves memory.",
+        key=True,
+    )
     strip_weights: bool = _flag(True, "Save engines without weights; `load` or `refit` supplies them.")
     device: str | None = _option(
         None,

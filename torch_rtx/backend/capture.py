@@ -5,6 +5,7 @@ other ones and nothing else, so that the importer sees one op set for every fron
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
@@ -28,6 +29,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from torch_rtx.backend.fake_cuda import constants_on_cpu, install_cuda_guard
 from torch_rtx.backend.fast_path import FAST_PATH
+from torch_rtx.backend.joint_graph import rewriting
 from torch_rtx.backend.rematerialization import partition
 from torch_rtx.backend.training import saving_old_values
 from torch_rtx.errors import CaptureError
@@ -152,6 +154,7 @@ def capture(
     inference: GraphCompiler,
     forward: GraphCompiler,
     backward: GraphCompiler,
+    logits_bytes: float = math.inf,
 ) -> Callable[..., Any]:
     """Turn a Dynamo graph into one functional ATen graph for `inference`, or, if one of its results needs a gradient,
     into a forward and a backward graph; return the callable for Dynamo.
@@ -159,12 +162,13 @@ def capture(
     Placeholders of an inference graph have the order of `example_inputs`. A mutated input appears as a trailing
     `aten.copy_` to its placeholder. AOTAutograd recreates returned views of inputs outside of the graph. In training
     the first backward may be what calls `backward`; `rematerialization` decides which tensors are saved for it.
+    Products of more than `logits_bytes` exist by chunks of rows where only a loss reads them (`row_chunks`).
     """
     backend = aot_autograd(
         fw_compiler=forward,
         bw_compiler=backward,
         inference_compiler=inference,
-        partition_fn=saving_old_values(partition),
+        partition_fn=saving_old_values(rewriting(partition, logits_bytes)),
         decompositions=FAST_PATH,
         keep_inference_input_mutations=True,
     )

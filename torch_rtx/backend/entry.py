@@ -87,7 +87,7 @@ def rtx(
 
     # Tokens order the calls with effects (a check that may raise, a print). As inputs of the graph they would be None.
     with functorch_config.patch(unlift_effect_tokens=True):
-        return capture(gm, example_inputs, inference, forward, backward)
+        return capture(gm, example_inputs, inference, forward, backward, compilation.logits_chunk_bytes)
 
 
 def _from_cache(

@@ -106,7 +106,7 @@ def explain(
             reports.append(report(graph, settings, None if after is None else str(after)))
             return make_boxed_func(graph.forward)
 
-        return capture(gm, example_inputs, compiler, compiler, compiler)
+        return capture(gm, example_inputs, compiler, compiler, compiler, settings.logits_chunk_bytes)
 
     hooked = isinstance(model, nn.Module) and (model._forward_hooks or model._forward_pre_hooks)
     function = model.forward if isinstance(model, nn.Module) and not hooked else model

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torch_rtx.backend.decompositions import DECOMPOSITIONS
+from torch_rtx.backend.losses import LOSSES
 
 
 def _encoder_layer(
@@ -72,4 +73,5 @@ def _encoder_layer(
 FAST_PATH: dict[torch._ops.OperatorBase, Callable[..., Any]] = {
     torch.ops.aten._transformer_encoder_layer_fwd.default: _encoder_layer,
     **DECOMPOSITIONS,
+    **LOSSES,
 }

@@ -32,6 +32,7 @@ MAX_MEMBERS = 64
 MAX_POINTERS = 24
 MAX_RECOMPUTED_OPS = 4  # per element, of a producer that a larger consumer recomputes
 PRICE_ERROR = 1.25  # by as much a kernel may be faster than it is expected to be
+SIBLING_GAIN = 8  # times that the shorter of two independent loops may take what fusing them saves
 TINY_ELEMENTS = 4096  # a loop of so few takes no longer than its launch
 FEW_ROWS, LONG_ROW_ELEMENTS = 64, 16384  # fewer rows, longer than this, leave a GPU idle unless they are split
 SHORT_NAMES = {"_native_batch_norm_legit_no_training": "batch_norm"}  # of operators, in names of kernels
@@ -122,7 +123,8 @@ class FusionPlan:
         self._start_groups()
         for index in sorted(self.group_of):
             self._merge_producers(index)
-        for index in sorted(self.group_of):
+        # The last anchor first: a loop that reads results of several is the epilogue of the one that it waits for.
+        for index in sorted(self.group_of, reverse=True):
             if self.nodes[index].kind == "op" and self.nodes[index].op in ANCHORS:
                 self._grow_anchor(index)
         self._merge_siblings()
@@ -244,9 +246,18 @@ class FusionPlan:
                 continue
             loop = second.epoch, second.space
             first = found.get(loop, second)
-            if first is not second and not (self._reaches(first, second) or self._reaches(second, first)):
+            reach = first is second or self._reaches(first, second) or self._reaches(second, first)
+            if not reach and self._is_gain(first, second):
                 self._merge(first, second, second.space)
             found[loop] = self.group_of[index]
+
+    def _is_gain(self, first: FusionGroup, second: FusionGroup) -> bool:
+        """One launch and what both read are a good part of the time of independent loops. Otherwise these are better
+        off one by one: together they need the memory of the operands of both."""
+        one, two = (self.interface(group)[0] for group in (first, second))
+        shared = [value.type for value in one if value in two and isinstance(value.type, TensorType)]
+        saved = sum(streaming_us(shared, arch) for arch in self.arches)
+        return min(self._us(first), self._us(second)) <= SIBLING_GAIN * saved
 
     def _reaches(self, first: FusionGroup, second: FusionGroup) -> bool:
         """`second` depends on `first`, directly or not."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.doubles.interpreter import run
-from tests.lowering.kernels.kernel_bodies import check
+from tests.lowering.kernels.kernel_bodies import body, check, random_tensor
 from torch_rtx.errors import Unsupported
 from torch_rtx.irparse import parse
 from torch_rtx.lowering.kernels.aot import compile_kernels
@@ -149,11 +150,11 @@ def test_scans_and_positions_for_every_target() -> None:
 }}
 """,
     ]
-    for body in bodies:
-        found = region(parse(body))
-        fitting = targets[1:] if "bf16" in body else targets
+    for text in bodies:
+        found = region(parse(text))
+        fitting = targets[1:] if "bf16" in text else targets
         wanted = [(loop_kernel(found, "kernel"), target) for target in fitting]
-        assert [built.problem for built in compile_kernels(wanted).values()] == [None] * len(wanted), body
+        assert [built.problem for built in compile_kernels(wanted).values()] == [None] * len(wanted), text
 
 
 @pytest.mark.parametrize(
@@ -184,3 +185,64 @@ v4: f32[16, 4, 4] = relu.default(self=v3)
 return v2, v4
 """
     check(text, loop_kernel, None)
+
+
+LOGARITHM = "x: H[9, 120]\ny: H[9, 120] = log_softmax.int(self=x, dim=1)\nreturn y"
+PROBABILITIES = LOGARITHM.replace("log_softmax", "softmax")
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f64", "bf16"])
+@pytest.mark.parametrize("text", [LOGARITHM, PROBABILITIES])
+def test_a_maximum_and_exponentials_below_it_in_one_loop(text: str, dtype: str) -> None:
+    graph = body(text, dtype)
+    kernel = loop_kernel(region(graph), "softmax", LoopConfig(2, 32, 4))
+    assert kernel.source.count("for start") == 2  # of the statistics, and of the results
+    (x,) = (random_tensor(value.type, {}) for value in graph.inputs)
+    x[1], x[2, 5], x[3, 7], x[4, :100], x[5] = -math.inf, math.inf, math.nan, -math.inf, -3e38
+    x[6, 3], x[7, :64], x[8], x[8, 117] = 1e5, -math.inf, -math.inf, 1
+    y = torch.empty_like(x)
+    run(kernel, [x, y], {})
+    expected = (x.double().log_softmax(1) if text == LOGARITHM else x.double().softmax(1)).to(x.dtype)
+    torch.testing.assert_close(y, expected, equal_nan=True)
+
+
+def test_another_difference_takes_two_loops() -> None:
+    """What is taken from x is not its own maximum, or that of another row."""
+    other = """
+        x: H[120, 120]
+        z: H[120, 120]
+        m: H[120, 1] = amax.default(self=z, dim=[1], keepdim=True)
+        d: H[120, 120] = sub.Tensor(self=x, other=m)
+        e: H[120, 120] = exp.default(self=d)
+        s: H[120, 1] = sum.dim_IntList(self=e, dim=[1], keepdim=True)
+        return s"""
+    assert check(other, loop_kernel, LoopConfig(2, 32, 4), "f32").source.count("for start") == 2
+
+
+ONE_HOT = """
+    i: i64[6, 1]
+    v: H[6, 1]
+    z: H[6, 40] = full.default(size=[6, 40], fill_value=0.0, dtype='DTYPE', device='main')
+    h: H[6, 40] = scatter.src(self=z, dim=1, index=i, src=v)
+    """
+
+
+@pytest.mark.parametrize(
+    ("rest", "reductions"),
+    [
+        ("s: H[6, 1] = sum.dim_IntList(self=h, dim=[1], keepdim=True)\nreturn s", 0),
+        ("e: H[6, 40](1, 0) = expand.default(self=v, size=[6, 40])\na: H[6, 40] = add.Tensor(self=h, other=e)\n"
+         "s: H[6, 1] = sum.dim_IntList(self=a, dim=[1], keepdim=True)\nreturn s", 0),
+        ("s: H[6, 1] = sum.dim_IntList(self=h, dim=[1], keepdim=True)\n"
+         "y: H[6, 40] = sub.Tensor(self=h, other=s)\nreturn y, s", 0),
+        ("s: H[1, 40] = sum.dim_IntList(self=h, dim=[0], keepdim=True)\nreturn s", 1),
+        ("q: H[6, 40] = mul.Tensor(self=h, other=h)\n"
+         "s: H[6, 1] = sum.dim_IntList(self=q, dim=[1], keepdim=True)\nreturn s", 1),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+def test_known_sums(rest: str, reductions: int, dtype: str) -> None:
+    """A sum along which one element, or none, differs from zero or from the others is no reduction."""
+    text = (ONE_HOT + rest).replace("DTYPE", dtype)
+    check(text, loop_kernel, LoopConfig(4, 16, 4), dtype)
+    assert str(region(body(text, dtype))).count("reduce") == reductions

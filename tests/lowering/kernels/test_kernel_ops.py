@@ -338,6 +338,8 @@ CALLS = {
     "split_with_sizes_copy": lambda: (A.split_with_sizes_copy.default, (ROWS, [2, 4])),
     "amax keeps NaN": lambda: (A.amax.default, (torch.tensor([[1.0, math.nan, 3.0], [1.0, 2.0, 3.0]]), [1])),
     "_to_copy rounds": lambda: (A._to_copy.default, (ROWS,), {"dtype": torch.bfloat16}),
+    "scatter, one of a row": lambda: (A.scatter.src, (ROWS, 1, torch.tensor([[0], [3], [39], [1], [1], [2]]), ROWS)),
+    "scatter of a number": lambda: (A.scatter.value, (ROWS, 0, torch.randint(0, 6, (1, 40)), 2.5)),
     "unsafe index": lambda: (A._unsafe_index.Tensor, (IMAGE, [None, torch.tensor([-1, 3])])),
     "two indices": lambda: (A.index.Tensor, (IMAGE, [None, torch.tensor([[1], [-2]]), torch.tensor([0, 2, 4])])),
     "bitwise scalars": lambda: (A.bitwise_and.Scalar, (torch.arange(9), 5)),

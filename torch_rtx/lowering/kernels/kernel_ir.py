@@ -13,12 +13,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch_rtx.dtypes import INTS, highest, lowest, register, wrapped
+from torch_rtx.dtypes import FLOATS, INTS, highest, lowest, register, wrapped
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import TensorType
-from torch_rtx.lowering.kernels.expressions import A, Apply, Arg, B, Expression, apply, maximum, minimum, to_bool
+from torch_rtx.lowering.kernels.expressions import (
+    A,
+    Apply,
+    Arg,
+    B,
+    C,
+    Expression,
+    apply,
+    eq,
+    maximum,
+    minimum,
+    to_bool,
+    where,
+)
 from torch_rtx.lowering.kernels.expressions import text as expression_text
-from torch_rtx.lowering.kernels.index import Index, constant, from_dim, variable
+from torch_rtx.lowering.kernels.index import Index, Var, constant, from_dim, linear, product, variable
 
 Position = tuple[Index, ...]
 Shape = tuple[Index, ...]
@@ -208,15 +221,80 @@ def cast(tensor: Tensor, dtype: str, rounded: bool = False) -> Tensor:
 
 
 def reduce(kind: str, tensor: Tensor, axes: Sequence[int], keep: bool = True) -> Tensor:
-    """`tensor` reduced over `axes` (all, if there are none)."""
+    """`tensor` reduced over `axes` (all, if there are none); a sum that is known without one is no reduction."""
     rank = len(tensor.shape)
     if not rank:
         return tensor
     wanted = {axis % rank for axis in axes} if axes else set(range(rank))
     shape = tuple(ONE if axis in wanted else size for axis, size in enumerate(tensor.shape))
     one = shape == tensor.shape  # rows of one element
-    found = tensor if one else Reduce(shape, tensor.dtype, kind, tensor, tuple(sorted(wanted)))
+    known = _known_sum(tensor, wanted) if kind == "sum" and not one else None
+    found = known or (tensor if one else Reduce(shape, tensor.dtype, kind, tensor, tuple(sorted(wanted))))
     return found if keep else squeeze(found, wanted)
+
+
+ONE_HOT = where(eq(A, B), C, 0)  # of the position along an axis, the chosen position, and the value there
+IN_RANGE = where((A >= 0) & (A < B), C, 0.0)  # of the chosen position, the size of the axis, and the value there
+
+
+def _known_sum(tensor: Tensor, axes: set[int]) -> Tensor | None:
+    """The sum of `tensor` over `axes` where it has one form for all rows: of one value at a chosen position and zeros
+    elsewhere, of equal values, and of sums of these. Gradients of losses are such."""
+    position = tuple(variable(f"A{axis}", size) for axis, size in enumerate(tensor.shape))
+    moving = {name for axis in axes for name in position[axis].variables()}
+    shape = tuple(ONE if axis in axes else size for axis, size in enumerate(tensor.shape))
+
+    def row(value: Tensor) -> Tensor:
+        return View(shape, value.dtype, value, lambda position: position)
+
+    def known(tensor: Tensor) -> Tensor | None:
+        match tensor:
+            case Pointwise(same_register=Tensor() as same):
+                found = known(same)
+                return found and cast(found, tensor.dtype)
+            case Pointwise(expression=Apply("add", (Arg(0), Arg(1)))):
+                one, two = map(known, tensor.args)
+                return one and two and pointwise(A + B, tensor.dtype, one, two)
+            case Pointwise(expression=expression, args=(place, chosen, value)) if expression is ONE_HOT:
+                along = [axis for axis in axes if isinstance(place, Iota) and place.at(position) == position[axis]]
+                if along == [*axes] and not any(_varies(one, position, moving) for one in (chosen, value)):
+                    size = number(tensor.shape[along[0]], "i64")
+                    return pointwise(IN_RANGE, tensor.dtype, row(chosen), size, row(value))
+        if tensor.dtype not in FLOATS or _varies(tensor, position, moving):
+            return None
+        count = product(tensor.shape[axis] for axis in axes)
+        size = number(count if count.number is None else count.number, "i64")
+        return pointwise(A * B, tensor.dtype, row(tensor), cast(size, tensor.dtype))
+
+    return known(tensor)
+
+
+def is_zero(tensor: Tensor) -> bool:
+    """All elements of `tensor` are known to be 0."""
+    match tensor:
+        case View() | Pointwise(same_register=Tensor()):
+            return is_zero(tensor.source if isinstance(tensor, View) else tensor.args[0])
+    return isinstance(tensor, Const) and tensor.value == 0
+
+
+def _varies(tensor: Tensor, position: Position, moving: set[Var]) -> bool:
+    """Whether the element of `tensor` at `position` may change with the variables `moving`."""
+    match tensor:
+        case Const():
+            return False
+        case View():
+            return _varies(tensor.source, tensor.at(position), moving)
+        case Pointwise():
+            return any(_varies(arg, position, moving) for arg in tensor.args)
+        case Load():
+            position = (linear(position, tensor.strides),)
+        case Iota():
+            position = (tensor.at(position),)
+        case Reduce():
+            pass
+        case _:
+            return True
+    return any(moving.intersection(index.variables()) for index in position)
 
 
 def scan(kind: str, tensor: Tensor, axis: int) -> Tensor:

@@ -8,14 +8,16 @@ and number; whatever comes before, between and after them stays in registers. A 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 
 from torch_rtx.dtypes import register
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Dim, TensorType, dim_expr
 from torch_rtx.lowering.kernels.emit import Axis, Emitter, Operand, indent
+from torch_rtx.lowering.kernels.expressions import Apply, Arg
 from torch_rtx.lowering.kernels.index import (
     Index,
     constant,
@@ -42,6 +44,7 @@ from torch_rtx.lowering.kernels.kernel_ir import (
     Tensor,
     View,
 )
+from torch_rtx.lowering.kernels.reduction_rules import LOWEST
 from torch_rtx.lowering.kernels.region import Region, needed, reductions_of
 from torch_rtx.lowering.kernels.source import assemble, blocks, needs_int64, next_power_of_2, parameters
 from torch_rtx.lowering.kernels.triton_ops import literal, template, tl_dtype
@@ -100,13 +103,12 @@ def rows_of(region: Region) -> Rows:
     if region.anchor is not None:
         raise Unsupported(f"{region.anchor.op} as a plain loop")
     if not reductions:
-        count = product(region.outputs[0].shape)
-        rows = Rows(count, constant(1))
+        rows = _rows_of_results(region.outputs)
     else:
         source, axes = reductions[0].source, memory_order(reductions[0])
-        rows = Rows(_kept(reductions[0]), product(source.shape[a] for a in axes), source.shape, axes)
+        rows = Rows(_kept(reductions[0]), _size(source.shape, axes), source.shape, axes)
     for reduction in reductions:
-        size = product(reduction.source.shape[a] for a in reduction.axes)
+        size = _size(reduction.source.shape, reduction.axes)
         if (_kept(reduction), size) != (rows.count, rows.size):
             raise Unsupported(f"rows of {size} and of {rows.size} elements in one kernel")
         if isinstance(reduction, Scan) and (size.number is None or size.number > PERSISTENT):
@@ -115,6 +117,23 @@ def rows_of(region: Region) -> Rows:
         if product(output.shape) not in (rows.count, rows.count * rows.size):
             raise Unsupported("outputs of different sizes in one kernel")
     return rows
+
+
+def _rows_of_results(outputs: Sequence[Tensor]) -> Rows:
+    """The iteration space of results without reductions: elements, or rows where some have one element for each."""
+    sizes = {product(output.shape) for output in outputs}
+    if len(sizes) > 1:
+        for shape in (output.shape for output in outputs):
+            rank = len(shape)
+            for axes in (*(tuple(range(at, rank)) for at in range(rank - 1, 0, -1)), *((at,) for at in range(rank))):
+                rows = Rows(product(s for at, s in enumerate(shape) if at not in axes), _size(shape, axes), shape, axes)
+                if sizes == {rows.count, product(shape)}:
+                    return rows
+    return Rows(product(outputs[0].shape), constant(1))
+
+
+def _size(shape: Shape, axes: tuple[int, ...]) -> Index:
+    return product(shape[axis] for axis in axes)
 
 
 def memory_order(reduction: Reduce) -> tuple[int, ...]:
@@ -164,7 +183,7 @@ def loop_configs(region: Region) -> list[LoopConfig]:
 
 def _best_config(region: Region) -> LoopConfig:
     rows = rows_of(region)
-    if rows.size.number == 1 and not reductions_of(region.outputs):
+    if not rows.axes:
         count = rows.count.number
         elements = TILE if count is None or count >= TYPICAL_PROCESSORS * TILE else 256
         return LoopConfig(elements, 1, 4)
@@ -254,8 +273,8 @@ class _Writer:
         self.reductions = reductions_of(region.outputs)
         size = self.rows.size.number
         self.cast = ".to(tl.int64)" if needs_int64(region) else ""
-        self.is_looped = bool(self.reductions) and (size is None or size > config.elements)
-        self.is_pointwise = not self.reductions
+        self.is_pointwise = not self.rows.axes
+        self.is_looped = not self.is_pointwise and (size is None or size > config.elements)
         self.x, self.r = variable(X, self.rows.count), variable(R, self.rows.size)
         known = self.rows.count.number
         full = not count and known is not None and known % config.rows == 0
@@ -318,7 +337,7 @@ class _Writer:
         emitter = self.emitter
         tile = frozenset((X, R))
         masked = emitter.axes[R].mask
-        text = f"tl.where({masked}, {value.text}, {_neutral(reduction)})" if masked else value.text
+        text = f"tl.where({masked}, {value.text}, {literal(_neutral(reduction))})" if masked else value.text
         if value.axes | ({R} if masked else set()) != tile:
             text = f"tl.broadcast_to({text}, {emitter.shape(tile)})"
         return text
@@ -336,28 +355,70 @@ class _Writer:
         left = list(self.reductions)
         while left:
             ready = [one for one in left if all(inner in self.emitter.reduced for inner in needed(one))]
-            left = [one for one in left if one not in ready]
-            totals = [self._accumulator(one) for one in ready]
-
-            def accumulate(ready: list[Reduce] = ready, totals: list[str] = totals) -> None:
-                for reduction, total in zip(ready, totals, strict=True):
-                    value = self._masked(reduction, self._source(reduction))
-                    combined = template(REDUCTIONS[reduction.kind].combine).format(total, value)
-                    self.emitter.scope.lines.append(f"{total} = {combined}")
-
-            self._loop(accumulate)
-            for reduction, total in zip(ready, totals, strict=True):
-                self._known(reduction, self.emitter.assign(_total(reduction, total), frozenset((X,)), "r"))
+            online = {below: one for one in left if (below := self._maximum_below(one, ready)) is not None}
+            left = [one for one in left if one not in (*ready, *online.values())]
+            starts = {one: LOWEST[register(one.dtype)] if one in online else _neutral(one) for one in ready}
+            totals = {one: self._accumulator(one, start) for one, start in starts.items()}
+            powers = {below: self._accumulator(one, 0) for below, one in online.items()}
+            self._loop(partial(self._accumulate, totals, powers))
+            for reduction, total in totals.items():
+                if reduction in online:
+                    self._finish_online(reduction, online[reduction], total, powers[reduction])
+                else:
+                    self._known(reduction, self._row(_total(reduction, total)))
         sizes = [product(output.shape) for output in self.region.outputs]
         elementwise = [i for i, size in enumerate(sizes) if size != self.rows.count]
         self._store([i for i in range(len(sizes)) if i not in elementwise])
         if elementwise:
             self._loop(lambda: self._store(elementwise))
 
-    def _accumulator(self, reduction: Reduce) -> str:
+    def _accumulator(self, reduction: Reduce, start: float) -> str:
         dtype = tl_dtype(register(reduction.dtype))
         tile = self.emitter.shape(frozenset((X, R)))
-        return self.emitter.assign(f"tl.full({tile}, {_neutral(reduction)}, {dtype})", frozenset((X,)), "acc").text
+        return self.emitter.assign(f"tl.full({tile}, {literal(start)}, {dtype})", frozenset((X,)), "acc").text
+
+    def _accumulate(self, totals: dict[Reduce, str], powers: dict[Reduce, str]) -> None:
+        lines = self.emitter.scope.lines
+        for reduction, total in totals.items():
+            value = self._masked(reduction, self._source(reduction))
+            if reduction in powers:
+                above = self.emitter.assign(f"{value} - {total}", frozenset((X, R))).text
+                power = self.emitter.assign(f"tl.exp(-tl.abs({above}))", frozenset((X, R))).text
+                sum_ = powers[reduction]
+                lines.append(f"{sum_} = tl.where({above} > 0, {sum_} * {power} + 1.0, {sum_} + {power})")
+            lines.append(f"{total} = {template(REDUCTIONS[reduction.kind].combine).format(total, value)}")
+
+    def _row(self, text: str) -> Operand:
+        return self.emitter.assign(text, frozenset((X,)), "r")
+
+    # ---- a maximum, and the sum of exp(x - maximum), in one loop: Milakov and Gimelshein, 2018 -----------------------
+
+    # Each place of the tile has a maximum of its own, which begins with a finite number, and the sum below it. Of this
+    # maximum and the next element the larger one has the exponential 1, so that an element takes one exponential.
+
+    def _maximum_below(self, total: Reduce, ready: list[Reduce]) -> Reduce | None:
+        """The maximum of x, among `ready`, where `total` sums exp(x - maximum)."""
+        power = _operands(total.source, "exp") if total.kind == "sum" else ()
+        difference = _operands(power[0], "sub") if power else ()
+        if not difference:
+            return None
+        value, base = difference
+        position = self.rows.position(self.x, self.r, total.source.shape, memory_order(total))
+        while isinstance(base, View):
+            position = base.at(position)
+            base = base.source
+        for one in ready:
+            own = self.rows.position(self.x, ZERO, one.source.shape, one.axes)
+            if one is base and (one.kind, one.source, own) == ("max", value, position):
+                return one
+        return None
+
+    def _finish_online(self, largest: Reduce, power: Reduce, tile: str, powers: str) -> None:
+        """The maximum and the sum of a row. That of nothing but minus infinity is 0 by now, and NaN by definition."""
+        found = self._row(_total(largest, tile))
+        total = self._row(_total(power, f"{powers} * tl.exp({tile} - {found.text})"))
+        self._known(largest, self._row(f'tl.where({total.text} == 0, float("-inf"), {found.text})'))
+        self._known(power, self._row(f'tl.where({total.text} == 0, float("nan"), {total.text})'))
 
     def _loop(self, write: Callable[[], None]) -> None:
         emitter = self.emitter
@@ -403,9 +464,19 @@ def _nth_in_memory(flat: Index, shape: Shape, strides: tuple[Dim, ...]) -> Posit
     return tuple(position[order.index(axis)] for axis in range(len(shape)))
 
 
-def _neutral(reduction: Reduce) -> str:
-    """The neutral element, as source."""
-    return literal(REDUCTIONS[reduction.kind].neutral(reduction.dtype))
+def _operands(tensor: Tensor, op: str) -> tuple[Tensor, ...]:
+    """The operands of `tensor`, if it is the operation `op` of these, in their order."""
+    while isinstance(tensor, Pointwise) and tensor.same_register is not None:
+        tensor = tensor.same_register
+    match tensor:
+        case Pointwise(expression=Apply(name, args), args=operands) if name == op:
+            if [arg.index for arg in args if isinstance(arg, Arg)] == [*range(len(args))]:
+                return operands
+    return ()
+
+
+def _neutral(reduction: Reduce) -> float:
+    return REDUCTIONS[reduction.kind].neutral(reduction.dtype)
 
 
 def _total(reduction: Reduce, tile: str) -> str:

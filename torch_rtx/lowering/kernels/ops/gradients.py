@@ -1,6 +1,7 @@
-"""Operators of backward graphs: gradients of pointwise operators, views, softmax and losses, each one loop.
+"""Operators of backward graphs: gradients of pointwise operators, views and softmax, each one loop.
 
-Gradients that take several loops, as those of norms do, are written out by the pass `expand_norms`.
+Gradients that take several loops, as those of norms do, are written out by the pass `expand_norms`, and those of losses
+of classes by capture.
 """
 
 from __future__ import annotations
@@ -10,18 +11,13 @@ from functools import partial
 
 from torch_rtx.dtypes import register
 from torch_rtx.errors import Unsupported
-from torch_rtx.lowering.kernels.expressions import A, B, C, D, E, Expression, eq, exp, exp2, ne, sigmoid, tanh, where
-from torch_rtx.lowering.kernels.index import Index
+from torch_rtx.lowering.kernels.expressions import A, B, C, D, E, Expression, exp, exp2, sigmoid, tanh, where
 from torch_rtx.lowering.kernels.kernel_ir import (
-    Gather,
     Scalar,
     Tensor,
     cast,
-    expand,
-    number,
     pointwise,
     reduce,
-    squeeze,
 )
 from torch_rtx.lowering.kernels.ops.pointwise import (
     NORMAL,
@@ -36,7 +32,7 @@ from torch_rtx.lowering.kernels.ops.pointwise import (
 )
 from torch_rtx.lowering.kernels.ops.reductions import count_of, size_as
 from torch_rtx.lowering.kernels.ops.registry import Types, op
-from torch_rtx.lowering.kernels.ops.views import Size, move, positions, select_scatter, slice_scatter
+from torch_rtx.lowering.kernels.ops.views import Size, select_scatter, slice_scatter
 
 # ---- activations -----------------------------------------------------------------------------------------------------
 
@@ -175,18 +171,9 @@ def softmax_backward(grad_output: Tensor, output: Tensor, dim: int, input_dtype:
     return cast(pointwise(A - B * C, held, product, _wide(output), total), out[0].dtype)
 
 
-@op("_log_softmax_backward_data.default")
-def log_softmax_backward(grad_output: Tensor, output: Tensor, dim: int, input_dtype: str, *, out: Types) -> Tensor:
-    """g - exp(y) * sum(g) along a dimension."""
-    held = register(output.dtype)
-    gradient = cast(grad_output, held)
-    total = reduce("sum", gradient, [dim])
-    return cast(pointwise(A - exp(B) * C, held, gradient, _wide(output), total), out[0].dtype)
-
-
 # ---- losses ----------------------------------------------------------------------------------------------------------
 
-NONE, MEAN, SUM = range(3)  # how a loss is reduced
+MEAN = 1  # how a loss is reduced
 
 
 @op("mse_loss_backward.default")
@@ -198,60 +185,3 @@ def mse_loss_backward(grad_output: Tensor, self: Tensor, target: Tensor, reducti
     if reduction != MEAN:
         return found
     return compute(A / B, out, found, size_as(count_of(found, ()), out[0].dtype))
-
-
-def _of_class(weight: Tensor | None, safe: Tensor, dtype: str) -> Tensor:
-    """The weight of each target; 1, if classes have none."""
-    if weight is None:
-        return number(1.0, dtype)
-    return cast(Gather(safe.shape, weight.dtype, weight, (safe,), weight.shape, lambda _, found: found), dtype)
-
-
-def _targets(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """The mask of targets other than `ignore_index`, and the targets with 0 for ignored ones."""
-    counts = pointwise(ne(A, B), "bool", cast(target, "i64"), number(ignore_index, "i64"))
-    return counts, pointwise(where(A, B, 0), "i64", counts, cast(target, "i64"))
-
-
-@op("nll_loss_forward.default")
-def nll_loss_forward(
-    self: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int | Index, *, out: Types
-) -> tuple[Tensor, Tensor]:
-    """The negative log-likelihood of the targets, reduced, and the sum of the class weights."""
-    if len(self.shape) != 2 or isinstance(ignore_index, Index):
-        raise Unsupported("the likelihood of one row by index")
-    held = register(self.dtype)
-    counts, safe = _targets(target, ignore_index)
-    found = Gather(safe.shape, self.dtype, self, (safe,), self.shape[1:], lambda at, chosen: (at[0], chosen[0]))
-    factor = pointwise(where(A, B, 0.0), held, counts, _of_class(weight, safe, held))
-    losses = pointwise(where(A, -B * C, 0.0), held, counts, cast(found, held), factor)
-    if reduction == NONE:
-        return cast(losses, out[0].dtype), filled(0, out[1:])
-    total, loss = (squeeze(reduce("sum", one, [0]), {0}) for one in (factor, losses))
-    mean = pointwise(A / B, held, loss, total) if reduction == MEAN else loss
-    return cast(mean, out[0].dtype), cast(total, out[1].dtype)
-
-
-@op("nll_loss_backward.default")
-def nll_loss_backward(
-    grad_output: Tensor,
-    self: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    reduction: int,
-    ignore_index: int | Index,
-    total_weight: Tensor,
-    *,
-    out: Types,
-) -> Tensor:
-    """-g times the class weight at each row's target, 0 elsewhere."""
-    if len(self.shape) != 2 or isinstance(ignore_index, Index):
-        raise Unsupported("the likelihood of one row by index")
-    held = register(self.dtype)
-    counts, safe = _targets(target, ignore_index)
-    gradient = cast(grad_output, held)
-    if reduction == MEAN:
-        gradient = pointwise(A / B, held, gradient, cast(total_weight, held))
-    each = pointwise(-A * B, held, expand(gradient, safe.shape), _of_class(weight, safe, held))
-    rows = [move(one, self.shape, lambda position: position[:1]) for one in (counts, safe, each)]
-    return cast(pointwise(where(A & eq(B, D), C, 0.0), held, *rows, positions(self.shape, 1)), out[0].dtype)

@@ -7,17 +7,20 @@ from functools import partial
 
 from torch_rtx.dtypes import INTS
 from torch_rtx.errors import Unsupported
-from torch_rtx.lowering.kernels.expressions import A, B, Expression, absolute, fmax, fmin
+from torch_rtx.lowering.kernels.expressions import A, B, C, D, Expression, absolute, eq, fmax, fmin, where
 from torch_rtx.lowering.kernels.index import Index
 from torch_rtx.lowering.kernels.kernel_ir import (
     ONE,
+    ONE_HOT,
     Gather,
     Iota,
     Position,
+    Scalar,
     Tensor,
     broadcast,
     cast,
     expand,
+    is_zero,
     number,
     pointwise,
 )
@@ -89,6 +92,22 @@ def gather(self: Tensor, dim: int, index: Tensor, sparse_grad: bool = False, *, 
         return (*position[:axis], *found, *position[axis + 1 :])
 
     return Gather(index.shape, self.dtype, self, (cast(index, "i64"),), (self.shape[axis],), at)
+
+
+@op("scatter.src", "scatter.value")
+def scatter(
+    self: Tensor, dim: int, index: Tensor, src: Tensor | None = None, value: Scalar = 0, *, out: Types
+) -> Tensor:
+    """`self` with the element of each row along `dim` that `index` names replaced; one of a row."""
+    shape, axis = self.shape, dim % max(len(self.shape), 1)
+    if index.shape != (*shape[:axis], ONE, *shape[axis + 1 :]) or not shape:
+        raise Unsupported("a scatter of several elements of a row")
+    source = number(value, self.dtype) if src is None else move(src, index.shape, lambda position: position)
+    place = Iota(shape, "i64", lambda position: position[axis])
+    given = place, cast(index, "i64"), cast(source, self.dtype)
+    if is_zero(self):
+        return pointwise(ONE_HOT, self.dtype, *given)
+    return pointwise(where(eq(A, B), C, D), self.dtype, *given, self)
 
 
 def _padded(mirrored: Expression, self: Tensor, padding: Sequence[int | Index], *, out: Types) -> Tensor:
