@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import optimization_hint, statically_known_true
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -354,15 +354,20 @@ def chunk_rows(graph: fx.Graph, most: float) -> None:
             _replace(graph, node)
 
 
+def _hint(size: int | torch.SymInt) -> int:
+    """A size that was met; 0 if the data decide it."""
+    return size if isinstance(size, int) else int(size.node.hint or 0)
+
+
 def _bytes(node: fx.Node) -> int:
     value = node.meta["val"]
-    return int(optimization_hint(value.numel(), 0)) * value.itemsize
+    return _hint(value.numel()) * value.itemsize
 
 
 def _chunks(product: fx.Node, totals: int) -> int:
     """How many chunks save most memory, a power of two; 1: none do. Alive are a chunk of the product, one of its
     gradient, and, until they are added up, the parts of each sum over rows, of `totals` bytes each."""
-    both, rows = 2 * _bytes(product), int(optimization_hint(product.meta["val"].shape[0], 0))
+    both, rows = 2 * _bytes(product), _hint(product.meta["val"].shape[0])
     chunks = 1 << round(math.log2(both / max(totals, 1)) / 2)
     while chunks > 1 and (rows < chunks * LEAST_ROWS or both * (chunks - 1) <= totals * chunks**2):
         chunks //= 2
