@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import optimization_hint, statically_known_true
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -212,6 +212,8 @@ class _Region:
         inputs = [self.rows.get(one) for one in self.operands(node)]
         if any(one is None or not one.dims for one in inputs):
             raise Unsupported("a value that is not row by row")
+        if not inputs and target is not aten.expand.default and torch.Tag.pointwise not in target.tags:
+            raise Unsupported("a value of other origin")
         turned = any(one.turned for one in inputs if one)
         if target is aten.t.default or (target is aten.permute.default and list(node.args[1]) == [1, 0]):  # type: ignore[arg-type]
             (source,) = self.operands(node)
@@ -219,8 +221,6 @@ class _Region:
                 return Rows(Call(aten.t.default, (source,)), 1, not turned)
         if turned:
             raise Unsupported("columns")
-        if not inputs and target is not aten.expand.default and torch.Tag.pointwise not in target.tags:
-            raise Unsupported("a value of other origin")
         if target in ZEROS:
             return self._zeros(node)
         if target in VIEWS:
@@ -354,15 +354,20 @@ def chunk_rows(graph: fx.Graph, most: float) -> None:
             _replace(graph, node)
 
 
+def _hint(size: int | torch.SymInt) -> int:
+    """A size that was met; 0 if the data decide it."""
+    return size if isinstance(size, int) else int(size.node.hint or 0)
+
+
 def _bytes(node: fx.Node) -> int:
     value = node.meta["val"]
-    return int(optimization_hint(value.numel(), 0)) * value.itemsize
+    return _hint(value.numel()) * value.itemsize
 
 
 def _chunks(product: fx.Node, totals: int) -> int:
     """How many chunks save most memory, a power of two; 1: none do. Alive are a chunk of the product, one of its
     gradient, and, until they are added up, the parts of each sum over rows, of `totals` bytes each."""
-    both, rows = 2 * _bytes(product), int(optimization_hint(product.meta["val"].shape[0], 0))
+    both, rows = 2 * _bytes(product), _hint(product.meta["val"].shape[0])
     chunks = 1 << round(math.log2(both / max(totals, 1)) / 2)
     while chunks > 1 and (rows < chunks * LEAST_ROWS or both * (chunks - 1) <= totals * chunks**2):
         chunks //= 2
@@ -456,9 +461,9 @@ class _Unit:
         if self.tangent is None or self.tangent.meta["val"].dim():
             return False
         along = [node for node in (*self.cone, *self.rows) if node in self.later]
-        if any(node.meta["val"].dtype == torch.float16 for node in along):  # a scaled loss keeps these in range
+        if not all(node is self.tangent or _is_linear(node, self.later) for node in along):
             return False
-        return all(node is self.tangent or _is_linear(node, self.later) for node in along)
+        return all(node.meta["val"].dtype != torch.float16 for node in along)  # a scaled loss keeps these in range
 
     def given_ones(self, before: fx.Node) -> dict[fx.Node, Rows]:
         """The region with its operands computed for a gradient of 1, by copies of nodes before the node `before`."""
