@@ -169,6 +169,27 @@ def test_layers(tied: bool, bias: bool, autocast: torch.dtype | None) -> None:
     assert not is_whole(compared(Model(LOSSES["mean"], tied, bias), *ids(), autocast=autocast))
 
 
+class Deep(Model):
+    """With a layer before it that is as wide."""
+
+    def __init__(self) -> None:
+        super().__init__(LOSSES["mean"])
+        self.layer = nn.Sequential(nn.Linear(WIDTH, 128), nn.GELU(), nn.Linear(128, WIDTH), nn.LayerNorm(WIDTH))
+
+    def forward(self, ids: Tensor, target: Tensor) -> Any:
+        return self.loss(self.head(self.layer(self.embedding(ids))), target)
+
+
+def test_another_wide_layer() -> None:
+    assert not is_whole(compared(Deep(), *ids()))
+
+
+def test_as_many_rows_as_columns() -> None:
+    """Weights have the shapes of values for all rows, too."""
+    given, target = ids()
+    compared(Model(LOSSES["mean"], bias=True), given[:1], target[:1], autocast=None)
+
+
 def test_a_frozen_layer() -> None:
     model = Model(LOSSES["mean"])
     model.head.requires_grad_(False)

@@ -337,3 +337,50 @@ def test_kernels_that_read_inputs_alone_come_just_before_their_readers() -> None
     }""")
     names = [node.outputs[0].name for node in fuse(graph, Inference(), TARGETS).nodes if node.outputs[0] is not None]
     assert names == ["b", "c", "a", "d"]
+
+
+def fused(text: str) -> Graph:
+    """What becomes of a graph of calls."""
+    lines = "\n".join(map(str.strip, text.strip().splitlines()))
+    return fuse(parse(f"graph import {{\n{lines}\n}}"), Inference(), TARGETS)
+
+
+@pytest.mark.parametrize(("rows", "kernels"), [(16, 1), (4096, 2)])
+def test_independent_loops_fuse_where_they_are_short(rows: int, kernels: int) -> None:
+    """Both read `b`, and one launch less is nothing for long loops, whose operands would be in memory together."""
+    graph = fused(f"""
+        input x: f16[{rows}, 4096]
+        input y: f16[{rows}, 4096]
+        input b: f16[4096]
+        c: f16[{rows}, 4096] = op aten.add.Tensor(self=x, other=b)
+        d: f16[{rows}, 4096] = op aten.sub.Tensor(self=y, other=b)
+        return [c, d]""")
+    assert sum(node.kind == "kernel" for node in graph.nodes) == kernels
+
+
+def test_a_loop_over_two_products_belongs_to_the_last() -> None:
+    graph = fused("""
+        input x: f16[64, 64]
+        input w: f16[64, 64]
+        a: f16[64, 64] = op aten.mm.default(self=x, mat2=w)
+        b: f16[64, 64] = op aten.relu.default(self=x)
+        c: f16[64, 64] = op aten.mm.default(self=b, mat2=w)
+        d: f16[64, 64] = op aten.add.Tensor(self=a, other=c)
+        return [d]""")
+    assert [node.op.split("_")[:-1] for node in graph.nodes] == [["mm"], ["relu"], ["mm", "add"]]
+
+
+@pytest.mark.parametrize(("width", "outside"), [(1024, True), (1023, False)])
+def test_ranges_of_rows_are_outside_of_kernels(width: int, outside: bool) -> None:
+    """So these are equal, where the addresses are multiples of what kernels expect."""
+    graph = fused(f"""
+        input x: f16[10, {width}]
+        a: f16[5, {width}] = op aten.slice.Tensor(self=x, start=0, end=5)
+        b: f16[5, {width}] = op aten.slice.Tensor(self=x, start=5, end=10)
+        c: f16[5, {width}] = op aten.exp.default(self=a)
+        d: f16[5, {width}], i: i64[5, {width}] = op aten.sort.default(self=c)
+        e: f16[5, {width}] = op aten.exp.default(self=b)
+        return [d, e]""")
+    assert any(node.op == "aten.slice.Tensor" for node in graph.nodes) == outside
+    names = [node.op for node in graph.nodes if node.kind == "kernel"]
+    assert not outside or (len(names), len(set(names))) == (2, 1)

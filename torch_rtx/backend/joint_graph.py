@@ -11,7 +11,10 @@ from torch import fx
 from torch_rtx.backend.row_chunks import chunk_rows, write_out
 
 Partitioner = Callable[..., tuple[fx.GraphModule, fx.GraphModule]]
-ALIASES = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
+aten = torch.ops.aten
+# What reduces everything, and the same along dimensions.
+TOTALS = {aten.sum.default: aten.sum.dim_IntList, aten.mean.default: aten.mean.dim}
+ALIASES = (aten.detach.default, aten.alias.default)
 
 
 def rewriting(partition: Partitioner, logits_bytes: float) -> Partitioner:
@@ -19,6 +22,7 @@ def rewriting(partition: Partitioner, logits_bytes: float) -> Partitioner:
 
     def rewritten(joint: fx.GraphModule, inputs: Any, **options: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
         remove_aliases(joint.graph)
+        sum_by_rows(joint.graph)
         chunk_rows(joint.graph, logits_bytes)
         forward, backward = partition(joint, inputs, **options)
         write_out(forward)
@@ -36,3 +40,34 @@ def remove_aliases(graph: fx.Graph) -> None:
             node.replace_all_uses_with(node.args[0], delete_user_cb=lambda user: user is not output)
             if not node.users:
                 graph.erase_node(node)
+
+
+def sum_by_rows(graph: fx.Graph) -> None:
+    """Sum what is computed from numbers per row, such as losses of soft targets, along rows first: the kernel that
+    computes these then does not store every element."""
+    for total, along in TOTALS.items():
+        for node in graph.find_nodes(op="call_function", target=total):
+            (value,) = node.args
+            if _is_from_rows(value):
+                with graph.inserting_before(node):
+                    rows = graph.call_function(along, (value, [-1]), dict(node.kwargs))
+                rows.meta = {**node.meta, "val": along(value.meta["val"], [-1], **node.kwargs)}
+                node.args = (rows,)
+
+
+def _is_from_rows(value: fx.Node) -> bool:
+    """Element-wise operations make `value` of numbers per row, among others: its last dimension is one of these."""
+    shape = value.meta["val"].shape
+    left, seen = [value], set[fx.Node]()
+    while left and len(shape) > 1:
+        node = left.pop()
+        seen.add(node)
+        if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.pointwise not in node.target.tags:
+            continue
+        for one in node.all_input_nodes:
+            sizes = getattr(one.meta.get("val"), "shape", None)
+            if sizes == (*shape[:-1], 1) != shape:
+                return True
+            if sizes == shape and one not in seen:
+                left.append(one)
+    return False

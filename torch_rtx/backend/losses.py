@@ -7,6 +7,7 @@ forward reads the probability of each target without storing any other.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -40,17 +41,20 @@ def _log_softmax_backward(grad_output: Tensor, output: Tensor, dim: int, input_d
     return (gradient - _wide(output).exp() * gradient.sum(dim, keepdim=True)).to(input_dtype)
 
 
-def _of_targets(self: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """The positions of the targets along the classes, 0 for ignored ones, and their weights, 0 for ignored ones."""
-    counts = target != ignore_index
-    safe = target.masked_fill(~counts, 0)
-    return safe, counts.to(_wide(self).dtype) if weight is None else _wide(weight)[safe].masked_fill(~counts, 0.0)
+def _of_targets(
+    self: Tensor, axis: int, target: Tensor, weight: Tensor | None, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """Positions of the targets along the classes, and their weights: 0 for ignored ones, NaN for classes that do not
+    exist. A position is in range whatever the target is: kernels that are given a part of all this rely on it."""
+    safe = target.clamp(0, self.shape[axis] - 1)
+    each = torch.ones_like(target, dtype=_wide(self).dtype) if weight is None else _wide(weight)[safe]
+    return safe, each.masked_fill(target != safe, math.nan).masked_fill(target == ignore_index, 0.0)
 
 
 def _nll_loss(self: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int) -> Any:
     """The negative log-likelihood of the targets, [classes] or [batch, classes, ...], and the sum of their weights."""
     axis = min(self.dim(), 2) - 1
-    safe, each = _of_targets(self, target, weight, ignore_index)
+    safe, each = _of_targets(self, axis, target, weight, ignore_index)
     found = _wide(self.gather(axis, safe.unsqueeze(axis)).squeeze(axis))
     losses = (-found * each).masked_fill(target == ignore_index, 0.0)
     if reduction not in (MEAN, SUM):
@@ -70,7 +74,7 @@ def _nll_loss_backward(
 ) -> Any:
     """-g times the weight of its class at each target, 0 elsewhere."""
     axis = min(self.dim(), 2) - 1
-    safe, each = _of_targets(self, target, weight, ignore_index)
+    safe, each = _of_targets(self, axis, target, weight, ignore_index)
     gradient = _wide(grad_output)
     if reduction == MEAN:
         gradient = gradient / _wide(total_weight)

@@ -212,6 +212,8 @@ class _Region:
         inputs = [self.rows.get(one) for one in self.operands(node)]
         if any(one is None or not one.dims for one in inputs):
             raise Unsupported("a value that is not row by row")
+        if not inputs and target is not aten.expand.default and torch.Tag.pointwise not in target.tags:
+            raise Unsupported("a value of other origin")
         turned = any(one.turned for one in inputs if one)
         if target is aten.t.default or (target is aten.permute.default and list(node.args[1]) == [1, 0]):  # type: ignore[arg-type]
             (source,) = self.operands(node)
@@ -219,8 +221,6 @@ class _Region:
                 return Rows(Call(aten.t.default, (source,)), 1, not turned)
         if turned:
             raise Unsupported("columns")
-        if not inputs and target is not aten.expand.default and torch.Tag.pointwise not in target.tags:
-            raise Unsupported("a value of other origin")
         if target in ZEROS:
             return self._zeros(node)
         if target in VIEWS:
@@ -461,9 +461,9 @@ class _Unit:
         if self.tangent is None or self.tangent.meta["val"].dim():
             return False
         along = [node for node in (*self.cone, *self.rows) if node in self.later]
-        if any(node.meta["val"].dtype == torch.float16 for node in along):  # a scaled loss keeps these in range
+        if not all(node is self.tangent or _is_linear(node, self.later) for node in along):
             return False
-        return all(node is self.tangent or _is_linear(node, self.later) for node in along)
+        return all(node.meta["val"].dtype != torch.float16 for node in along)  # a scaled loss keeps these in range
 
     def given_ones(self, before: fx.Node) -> dict[fx.Node, Rows]:
         """The region with its operands computed for a gradient of 1, by copies of nodes before the node `before`."""

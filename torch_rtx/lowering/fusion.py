@@ -16,8 +16,9 @@ from hashlib import blake2b
 from math import inf
 
 from torch_rtx import aten
+from torch_rtx.dtypes import DTYPES
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import COPY, Graph, Loc, Node, TensorType, Value, attr_values
+from torch_rtx.ir import COPY, Graph, Loc, Node, TensorType, Value, attr_values, contiguous
 from torch_rtx.lowering.kernels.gemm_perf_model import LAUNCH_US, streaming_us, typical
 from torch_rtx.lowering.kernels.generate import forms, generate
 from torch_rtx.lowering.kernels.index import Index, from_dim, product
@@ -26,7 +27,7 @@ from torch_rtx.lowering.kernels.loops import loop_operations, rows_of
 from torch_rtx.lowering.kernels.region import Region, express, region, tensor_type
 from torch_rtx.lowering.widening import is_elementwise, widens
 from torch_rtx.op_work import ANCHORS
-from torch_rtx.targets import Arch
+from torch_rtx.targets import ALIGNMENT, Arch
 
 MAX_MEMBERS = 64
 MAX_POINTERS = 24
@@ -115,7 +116,8 @@ class FusionPlan:
     def __init__(self, graph: Graph, arches: tuple[Arch, ...]) -> None:
         self.graph, self.nodes, self.arches = graph, graph.nodes, arches
         self.producer = {v.name: i for i, n in enumerate(graph.nodes) for v in n.outputs if v is not None}
-        self.views = {i for i, node in enumerate(graph.nodes) if is_absorbed_view(node)}
+        self.ranges = set(_ranges_of_rows(graph.nodes))
+        self.views = {i for i, node in enumerate(graph.nodes) if i not in self.ranges and is_absorbed_view(node)}
         self.group_of: dict[int, FusionGroup] = {}
         self.readers: dict[str, list[int]] = {}
         self.reducing: set[int] = set()
@@ -140,7 +142,8 @@ class FusionPlan:
                 self.readers.setdefault(self.base(value).name, []).append(index)
             barrier = node.kind == "fallback" or node.op == COPY  # no node moves across its memory accesses
             epoch += barrier
-            space, cost = (None, 0) if barrier or node.kind != "op" else iteration_space_of(node)
+            loop = node.kind == "op" and not barrier and index not in self.ranges
+            space, cost = iteration_space_of(node) if loop else (None, 0)
             self.group_of[index] = FusionGroup([index], epoch, space, cost)
             if space is not None and space.size is not None:
                 self.reducing.add(index)
@@ -418,6 +421,29 @@ def is_absorbed_view(node: Node) -> bool:
         return bool(_expressed(node))
     except Unsupported:
         return False
+
+
+def _ranges_of_rows(nodes: tuple[Node, ...]) -> Iterator[int]:
+    """Ranges of rows of one tensor, several of one type, at addresses that kernels can take. They stay outside of
+    kernels, which then have equal code for each range."""
+    found: dict[tuple[str, str], list[int]] = {}
+    for index, node in enumerate(nodes):
+        if node.op != "aten.slice.Tensor" or node.arg("dim", 0) != 0 or node.arg("step", 1) != 1:
+            continue
+        (source,), (result,), start = node.inputs, node.outputs, node.arg("start") or 0
+        if result is None or not isinstance(start, int) or not _is_dense(source) or not _is_dense(result):
+            continue
+        type_ = tensor_type(source)
+        row = type_.strides[0]
+        if isinstance(row, int) and start >= 0 and start * row * DTYPES[type_.dtype].bytes % ALIGNMENT == 0:
+            found.setdefault((source.name, str(result.type)), []).append(index)
+    for indices in found.values():
+        if len(indices) > 1:
+            yield from indices
+
+
+def _is_dense(value: Value) -> bool:
+    return isinstance(value.type, TensorType) and value.type.strides == contiguous(value.type.shape)
 
 
 def _expressed(node: Node) -> list[Tensor]:

@@ -155,6 +155,13 @@ def gelu(self: Tensor, approximate: str = "none", *, out: Types) -> Tensor:
     return compute(0.5 * A * (1.0 + erf(A * math.sqrt(0.5))) if approximate == "none" else A * SOFT, out, self)
 
 
+@op("xlogy.Tensor", "xlogy.Scalar_Self", "xlogy.Scalar_Other")
+def xlogy(self: Operand, other: Operand, *, out: Types) -> Tensor:
+    """x * log(y), and 0 for an x of 0 unless y is NaN."""
+    floating(out)
+    return compute(where(ne(B, B), B, where(eq(A, 0), 0, A * log(B))), out, self, other)
+
+
 @op("expm1.default")
 def expm1(self: Tensor, *, out: Types) -> Tensor:
     """exp(x) - 1, by Kahan's method where exp(x) is near 1."""
