@@ -384,3 +384,23 @@ def test_ranges_of_rows_are_outside_of_kernels(width: int, outside: bool) -> Non
     assert any(node.op == "aten.slice.Tensor" for node in graph.nodes) == outside
     names = [node.op for node in graph.nodes if node.kind == "kernel"]
     assert not outside or (len(names), len(set(names))) == (2, 1)
+
+
+def test_loops_do_not_fuse_if_one_had_to_wait_out_of_turn() -> None:
+    """Two layers of a checkpoint, of which each is computed again from what it got: both rotate by the same angles."""
+    tensor = TensorType("f16", (256, 256), contiguous((256, 256)))
+    inputs = x, y, w, angles = tuple(Value(name, tensor) for name in ("x", "y", "w", "angles"))
+    rewriter = Rewriter(Graph("import", inputs), Inference())
+
+    def layer(value: Value) -> Value:
+        value = rewriter.emit("aten.mm.default", None, self=value, mat2=w)
+        value = rewriter.emit("aten.mul.Tensor", None, self=value, other=angles)
+        value = rewriter.emit("aten.cumprod.default", None, self=value, dim=0)
+        for _ in range(fusion.NEAR_NODES):
+            value = rewriter.emit("aten.mm.default", None, self=value, mat2=w)
+        return value
+
+    results = layer(x), layer(y)
+    nodes = fuse(Graph("import", inputs, nodes=tuple(rewriter.nodes), outputs=results), Inference(), TARGETS).nodes
+    order = [value for node in nodes for value in node.outputs]
+    assert order.index(results[0]) == len(nodes) // 2 - 1

@@ -35,6 +35,7 @@ MAX_RECOMPUTED_OPS = 4  # per element, of a producer that a larger consumer reco
 PRICE_ERROR = 1.25  # by as much a kernel may be faster than it is expected to be
 SIBLING_GAIN = 8  # times that the shorter of two independent loops may take what fusing them saves
 TINY_ELEMENTS = 4096  # a loop of so few takes no longer than its launch
+NEAR_NODES = 32  # so far nodes may move from their place
 FEW_ROWS, LONG_ROW_ELEMENTS = 64, 16384  # fewer rows, longer than this, leave a GPU idle unless they are split
 SHORT_NAMES = {"_native_batch_norm_legit_no_training": "batch_norm"}  # of operators, in names of kernels
 
@@ -249,8 +250,7 @@ class FusionPlan:
                 continue
             loop = second.epoch, second.space
             first = found.get(loop, second)
-            reach = first is second or self._reaches(first, second) or self._reaches(second, first)
-            if not reach and self._is_gain(first, second):
+            if first is not second and not self._depend(first, second) and self._is_gain(first, second):
                 self._merge(first, second, second.space)
             found[loop] = self.group_of[index]
 
@@ -261,6 +261,18 @@ class FusionPlan:
         shared = [value.type for value in one if value in two and isinstance(value.type, TensorType)]
         saved = sum(streaming_us(shared, arch) for arch in self.arches)
         return min(self._us(first), self._us(second)) <= SIBLING_GAIN * saved
+
+    def _depend(self, first: FusionGroup, second: FusionGroup) -> bool:
+        """One group depends on the other, or would have to wait for it out of turn: what the backward of a checkpoint
+        computes again for one layer must not come before it is done with another."""
+        pairs = (first, second), (second, first)
+        return any(self._reaches(one, two) or self._reader_is_before(one, two) for one, two in pairs)
+
+    def _reader_is_before(self, first: FusionGroup, second: FusionGroup) -> bool:
+        """A reader of `first` comes long before an operand of `second`."""
+        operands = (self.base(value).name for member in second.members for value in self.nodes[member].inputs)
+        made = max((self.producer[name] for name in operands if name in self.producer), default=-1)
+        return min(self.users(first), default=made) < made - NEAR_NODES
 
     def _reaches(self, first: FusionGroup, second: FusionGroup) -> bool:
         """`second` depends on `first`, directly or not."""
