@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import nn
 
 from tests.lowering.kernels.kernel_bodies import body, random_tensor
+from tests.lowering.test_training_graphs import recorded
 from tests.runtime.test_arena import CPU, interpreted, whole_nodes
-from torch_rtx.ir import Graph, kernel_nodes
+from torch_rtx.ir import Graph, has_parts, kernel_nodes
 from torch_rtx.irparse import parse
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.passes.finish import finish
@@ -196,3 +200,35 @@ def test_nothing_is_written_early_before_a_fallback_or_another_write() -> None:
     assert overwritten(parse(text)) == {}
     again = "  extern aten.copy_.default(self=x, src=w)\n  extern"
     assert overwritten(parse(PARTS.replace("  extern", again))) == {}
+
+
+SIZES = [(70, 64), (9, 7), (9, 7), (33, 3), (64,), (128, 64), (3,), (0, 2), ()]
+
+
+def adamw(parameters: list[nn.Parameter]) -> Callable[[], object]:
+    return torch.optim.AdamW(parameters, 0.1, foreach=True).step
+
+
+def clip(parameters: list[nn.Parameter]) -> Callable[[], object]:
+    return lambda: nn.utils.clip_grad_norm_(parameters, 0.1, foreach=True)
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize(("kind", "count"), [(adamw, len(SIZES)), (clip, len(SIZES) - 1)])
+def test_steps_as_pytorch_writes_them(kind: Callable[[list[nn.Parameter]], Callable[[], object]], count: int) -> None:
+    parameters = [nn.Parameter(torch.randn(shape)) for shape in SIZES[:count]]
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    with recorded() as graphs:
+        torch.compile(kind(parameters), backend="rtx", options={"reuse_cached_engines": False})()
+    graph = graphs[-1]
+    assert any(has_parts(node.body) for node in graph.nodes if node.body is not None)
+    copies = [node for node in graph.nodes if node.writes]
+    assert len(copies) >= count
+    assert len(overwritten(graph)) == len(copies)
+    code, calls = compiled(graph)
+    torch.manual_seed(0)
+    inputs = [torch.rand(value.type.shape) + 0.1 for value in graph.inputs]  # type: ignore[union-attr]
+    expected = [x.clone() for x in inputs]
+    torch.testing.assert_close(code(inputs, []), calls(expected, []))
+    torch.testing.assert_close(inputs, expected)
