@@ -76,7 +76,9 @@ class Interpreted:
 
 
 def _at(address: int, dtype: torch.dtype) -> torch.Tensor:
-    """The element at an address."""
+    """The element at an address; an empty tensor has none."""
+    if not address:
+        return torch.empty(1, dtype=dtype)
     return torch.frombuffer((ctypes.c_char * dtype.itemsize).from_address(address), dtype=dtype)
 
 

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
 
+from tests.doubles.interpreter import Interpreted
 from tests.lowering.kernels.kernel_bodies import body, random_tensor
+from tests.lowering.test_fuse import TARGETS, programs
+from tests.lowering.test_training_graphs import recorded
 from tests.runtime.test_arena import CPU, interpreted, whole_nodes
-from torch_rtx.ir import Graph, kernel_nodes
+from torch_rtx.ir import COPY, Graph, Node, Value, has_parts, kernel_nodes
 from torch_rtx.irparse import parse
 from torch_rtx.lowering.infer import Inference
+from torch_rtx.lowering.kernels.horizontal import horizontal_kernel, part_configs
+from torch_rtx.lowering.kernels.loops import loop_configs, loop_kernel
+from torch_rtx.lowering.kernels.region import region
 from torch_rtx.lowering.passes.finish import finish
 from torch_rtx.lowering.passes.fuse import fuse
 from torch_rtx.lowering.passes.fuse_horizontally import fuse_horizontally
+from torch_rtx.runtime.bind import bind
 from torch_rtx.runtime.code import Code, compile_graph
 from torch_rtx.runtime.overwriting import overwritten
-from torch_rtx.targets import PORTABLE
 
 STEP = """
     p: f32[70]
@@ -46,8 +58,12 @@ STEP = """
 
 def lowered(text: str) -> Graph:
     """The graph of a text, with kernels."""
-    fused = fuse_horizontally(fuse(body(text), Inference(), PORTABLE), Inference(), PORTABLE)
-    return finish(fused, Inference())
+    return with_kernels(body(text))
+
+
+def with_kernels(graph: Graph) -> Graph:
+    """`graph` after the passes that form kernels."""
+    return finish(fuse_horizontally(fuse(graph, Inference(), TARGETS), Inference(), TARGETS), Inference())
 
 
 def compiled(graph: Graph) -> tuple[Code, Code]:
@@ -87,61 +103,61 @@ def test_a_target_that_kernels_cannot_write_to_gets_a_copy() -> None:
     torch.testing.assert_close(inputs, expected)
 
 
-COPY = "op aten.copy_.default(self=x, src=y)"
+WRITE = "op aten.copy_.default(self=x, src=y)"
 REFUSED = {
     "a flip": f"""
         x: f32[6, 8]
         a: f32[6, 8] = flip.default(self=x, dims=[1])
         y: f32[6, 8] = exp.default(self=a)
-        {COPY}
+        {WRITE}
         return""",
     "a transposition": f"""
         x: f32[8, 8]
         a: f32[8, 8](1, 8) = permute.default(self=x, dims=[1, 0])
         y: f32[8, 8] = mul.Tensor(self=x, other=a)
-        {COPY}
+        {WRITE}
         return""",
     "a reduction": f"""
         x: f32[6, 8]
         y: f32[6, 8] = softmax.int(self=x, dim=-1)
-        {COPY}
+        {WRITE}
         return""",
     "a statistic, which several threads load": f"""
         x: f32[6]
         z: f32[6, 8]
         a: f32[6] = mean.dim(self=z, dim=[1])
         y: f32[6] = lerp.Scalar(self=x, end=a, weight=0.1)
-        {COPY}
+        {WRITE}
         return""",
     "another result needs the old contents": f"""
         x: f32[6, 8]
         z: f32[6, 8]
         y: f32[6, 8] = exp.default(self=z)
         a: f32[6, 8] = mul.Tensor(self=x, other=z)
-        {COPY}
+        {WRITE}
         return a""",
     "a call needs the old contents": f"""
         x: f32[8, 8]
         y: f32[8, 8] = exp.default(self=x)
         a: f32[8] = select.int(self=x, dim=0, index=1)
         b: f32[8], c: i64[8] = sort.default(self=a)
-        {COPY}
+        {WRITE}
         return b""",
     "a caller needs the result": f"""
         x: f32[6, 8]
         y: f32[6, 8] = exp.default(self=x)
-        {COPY}
+        {WRITE}
         return y""",
     "another dtype": f"""
         x: f16[6, 8]
         a: f32[6, 8] = _to_copy.default(self=x, dtype='f32')
         y: f32[6, 8] = exp.default(self=a)
-        {COPY}
+        {WRITE}
         return""",
     "a call computes it": f"""
         x: f32[6]
         y: f32[6], c: i64[6] = sort.default(self=x)
-        {COPY}
+        {WRITE}
         return""",
 }
 
@@ -196,3 +212,71 @@ def test_nothing_is_written_early_before_a_fallback_or_another_write() -> None:
     assert overwritten(parse(text)) == {}
     again = "  extern aten.copy_.default(self=x, src=w)\n  extern"
     assert overwritten(parse(PARTS.replace("  extern", again))) == {}
+
+
+SIZES = [(70, 64), (9, 7), (9, 7), (33, 3), (64,), (128, 64), (3,), (0, 2), ()]
+
+
+def adamw(parameters: list[nn.Parameter]) -> Callable[[], object]:
+    return torch.optim.AdamW(parameters, 0.1, foreach=True).step
+
+
+def clip(parameters: list[nn.Parameter]) -> Callable[[], object]:
+    return lambda: nn.utils.clip_grad_norm_(parameters, 0.1, foreach=True)
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize(("kind", "count"), [(adamw, len(SIZES)), (clip, len(SIZES) - 1)])
+def test_steps_as_pytorch_writes_them(kind: Callable[[list[nn.Parameter]], Callable[[], object]], count: int) -> None:
+    parameters = [nn.Parameter(torch.randn(shape)) for shape in SIZES[:count]]
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    with recorded() as graphs:
+        torch.compile(kind(parameters), backend="rtx", options={"reuse_cached_engines": False})()
+    graph = graphs[-1]
+    assert any(has_parts(node.body) for node in graph.nodes if node.body is not None)
+    copies = [node for node in graph.nodes if node.writes]
+    assert len(copies) >= count
+    assert len(overwritten(graph)) == len(copies)
+    code, calls = compiled(graph)
+    torch.manual_seed(0)
+    inputs = [torch.rand(value.type.shape) + 0.1 for value in graph.inputs]  # type: ignore[union-attr]
+    expected = [x.clone() for x in inputs]
+    torch.testing.assert_close(code(inputs, []), calls(expected, []))
+    torch.testing.assert_close(inputs, expected)
+
+
+@st.composite
+def writing(draw: st.DrawFn) -> Graph:
+    """A drawn graph that copies some of its results to inputs of their types at its end."""
+    graph = draw(programs())
+    nodes, left = list(graph.nodes), [value for value in graph.outputs if isinstance(value, Value)]
+    for target in graph.inputs:
+        source = next((value for value in left if value.type == target.type and value not in graph.inputs), None)
+        if source is not None:
+            nodes.append(Node("op", COPY, (("self", target), ("src", source)), ()))
+            left.remove(source)
+    return replace(graph, nodes=tuple(nodes), outputs=tuple(left))
+
+
+def one_by_one(node: Node) -> Interpreted:
+    """A kernel whose programs compute an element or a row each: none has loaded what another one overwrites."""
+    assert node.body is not None
+    found = region(node.body)
+    kernel = horizontal_kernel if found.parts else loop_kernel
+    config = (part_configs(found.parts[0]) if found.parts else loop_configs(found))[0]
+    return Interpreted(kernel(found, node.op, replace(config, rows=1)))
+
+
+@settings(max_examples=30)
+@given(writing())
+def test_drawn_graphs(graph: Graph) -> None:
+    """Equal bits, whether kernels write over inputs or copies do it."""
+    program = with_kernels(bind(graph, dict.fromkeys(graph.syms, 3)))
+    tactics = whole_nodes({node.op: one_by_one(node) for node in kernel_nodes(program)})
+    torch.manual_seed(0)
+    inputs = [random_tensor(value.type, {}) for value in program.inputs]
+    copies = [x.clone() for x in inputs]
+    found = compile_graph(program, CPU, tactics=tactics, distinct=True)(inputs, [])
+    expected = compile_graph(program, CPU, tactics=tactics)(copies, [])
+    torch.testing.assert_close([*found, *inputs], [*expected, *copies], rtol=0, atol=0, equal_nan=True)

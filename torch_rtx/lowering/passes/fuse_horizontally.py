@@ -50,12 +50,12 @@ def _in_chunks(graph: Graph, arches: tuple[Arch, ...]) -> Graph:
     """`graph` with kernels for the chunks of several long rows, such as norms of gradients, where they can be parts of
     one kernel. One such row alone is left to a library."""
     forms = {index: form for index, node in enumerate(graph.nodes) if (form := _chunked(node, arches)) is not None}
-    codes = {index: _code(form.nodes[0], arches) for index, form in forms.items()}
+    codes = {index: code for index, form in forms.items() if (code := _code(form.nodes[0], arches)) is not None}
     counts = Counter(codes.values())
     taken = {value.name for value in graph.values()} | graph.syms.keys()
     nodes: list[Node] = []
     for index, node in enumerate(graph.nodes):
-        nodes += _inlined(node, forms[index], taken) if index in forms and counts[codes[index]] > 1 else [node]
+        nodes += _inlined(node, forms[index], taken) if counts[codes.get(index)] > 1 else [node]
     return replace(graph, nodes=tuple(nodes))
 
 
