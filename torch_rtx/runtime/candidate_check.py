@@ -19,6 +19,7 @@ from torch_rtx.errors import RtxError
 from torch_rtx.ir import Attr, Graph, Node, TensorType, Value, attr_map
 from torch_rtx.runtime.benchmark import RUNS, Run
 from torch_rtx.runtime.code import Code, compile_graph
+from torch_rtx.runtime.index_check import check_positions
 from torch_rtx.runtime.launch import LoadedTactic
 from torch_rtx.runtime.streaming import nbytes, numbers
 
@@ -51,6 +52,7 @@ class CandidateCheck:
         sets = max(1, min(RUNS, ROTATED_BYTES // max(total, 1)))
         self._sets = [[random_tensor(value, device, generator, high) for value in values] for _ in range(sets)]
         try:
+            check_positions(self.graph, device, self._sets[0])
             calls = compile_graph(self.graph, device)
             self.expected: Sequence[torch.Tensor] = calls(self._sets[0], ())
             wide = compile_graph(in_float64(self.graph), device)

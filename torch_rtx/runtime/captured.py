@@ -14,7 +14,7 @@ import torch
 from torch_rtx import aten
 from torch_rtx.ir import Graph, Node
 from torch_rtx.runtime.code import EMPTY, Code, count_writes
-from torch_rtx.runtime.driver import checked, driver
+from torch_rtx.runtime.driver import checked, driver, relaxed
 from torch_rtx.runtime.graph_borders import Inputs, Results, pinned_memory
 from torch_rtx.runtime.graph_params import Executables, GraphNodes, kernel_uses
 from torch_rtx.runtime.graphmemory import GraphMemory
@@ -171,8 +171,8 @@ class _StandIns:
         self._stream, self._made = torch.cuda.current_stream(device), list[torch.Tensor]()
 
     def empty(self, *like: Any) -> torch.Tensor:
-        """Allocate as outside of the capture."""
-        with torch.cuda.stream(self._stream):
+        """Allocate as outside of the capture, which otherwise would fail if the allocator needed more memory."""
+        with relaxed(), torch.cuda.stream(self._stream):
             self._made.append(EMPTY["cuda"](*like))
         return self._made[-1]
 

@@ -1,0 +1,64 @@
+"""Positions that the body of a kernel computes are compared with sizes before calls use them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from torch_rtx.errors import RtxError
+from torch_rtx.irparse import parse
+from torch_rtx.runtime.candidate_check import CandidateCheck
+
+CPU = torch.device("cpu")
+# Where the mask is not that of the program, the last position stays -100.
+MASKED = """
+  p: i64[8] = op aten.constant_pad_nd.default(self=labels, pad=[0, 1], value=-100)
+  i: i64[8] = op aten.masked_fill.Scalar(self=p, mask=mask, value=0)
+  j: i64[8, 1] = op aten.unsqueeze.default(self=i, dim=1)
+"""
+CLAMPED = """
+  p: i64[8] = op aten.constant_pad_nd.default(self=labels, pad=[0, 1], value=-100)
+  i: i64[8] = op aten.clamp.default(self=p, min=0, max=4)
+  j: i64[8, 1] = op aten.unsqueeze.default(self=i, dim=1)
+"""
+CALLS = {
+    "a gather": "r: f16[8, 1] = op aten.gather.default(self=x, dim=1, index=j)",
+    "a scatter": "r: f16[8, 5] = op aten.scatter.value(self=x, dim=-1, index=j, value=1.0)",
+    "an index": "r: f16[8, 8] = op aten.index.Tensor(self=x, indices=[None, i])",
+    "an embedding": "r: f16[8, 5] = op aten.embedding.default(weight=x, indices=i)",
+    "the gradient of one": "r: f16[5, 5] = op aten.embedding_dense_backward.default("
+    "grad_output=x, indices=i, num_weights=5, padding_idx=-1, scale_grad_by_freq=False)",
+}
+
+
+def check_of(call: str, positions: str) -> CandidateCheck:
+    result = call.partition(" = ")[0].removeprefix("r: ")
+    (node,) = parse(f"""graph fused {{
+      input x: f16[8, 5]
+      input labels: i64[7]
+      input mask: bool[8]
+      r: {result} = kernel k(in0=x, in1=labels, in2=mask) graph import {{
+        input x: f16[8, 5]
+        input labels: i64[7]
+        input mask: bool[8]
+        {positions.strip()}
+        {call}
+        return [r]
+      }}
+      return [r]
+    }}""").nodes
+    return CandidateCheck(node, CPU)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_positions_outside_are_an_error_and_not_a_call(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU such a call ends the process."""
+    monkeypatch.setattr(torch, "randint", lambda low, high, size, **_: torch.zeros(size, dtype=torch.int64))  # no mask
+    with pytest.raises(RtxError, match="would get positions outside of a dimension of size (5|8)"):
+        check_of(CALLS[name], MASKED)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_positions_inside(name: str) -> None:
+    check = check_of(CALLS[name], CLAMPED)
+    assert check.problem(check.code({})) is None

@@ -1,0 +1,67 @@
+"""Checks positions that a graph computes before calls read or write there.
+
+An index outside of its tensor ends the process on a GPU: the device asserts, and every later call fails. A region that
+is run alone on random inputs may compute such an index, where the whole program has a mask that comes from elsewhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TypeGuard
+
+import torch
+
+from torch_rtx.errors import RtxError
+from torch_rtx.ir import Attr, Graph, Node, TensorType, Value
+from torch_rtx.runtime.code import compile_graph
+from torch_rtx.runtime.inline import inline_kernels
+from torch_rtx.runtime.streaming import numbers
+
+INTEGERS = frozenset(("i64", "i32", "i16", "i8", "u8"))
+
+
+def check_positions(graph: Graph, device: torch.device, inputs: Sequence[torch.Tensor]) -> None:
+    """Compute the positions that calls of `graph` (static, without weights) get, and compare them with the sizes.
+
+    Raises:
+        RtxError: a position is outside of its tensor.
+    """
+    flat = inline_kernels(graph, {})
+    for node in flat.nodes:
+        for index, size in _positions(node):
+            (found,) = compile_graph(_up_to(flat, index), device)(inputs, ())
+            if found.numel() and not (-size <= int(found.min()) and int(found.max()) < size):
+                raise RtxError(f"{node.op} would get positions outside of a dimension of size {size}", loc=node.loc)
+
+
+def _positions(node: Node) -> Iterator[tuple[Value, int]]:
+    """The operands of a call that are positions, with the size of the dimension that they are for."""
+    base = next(
+        (value for name in ("self", "weight", "grad_output") if isinstance(value := node.arg(name), Value)), None
+    )
+    if node.kind == "fallback" or base is None or not isinstance(base.type, TensorType):
+        return
+    sizes, index, indices = numbers(base.type.shape), node.arg("index"), node.arg("indices")
+    if _is_integers(index):
+        dim = node.arg("dim")
+        yield index, sizes[dim] if isinstance(dim, int) and sizes else math.prod(sizes)
+    elif isinstance(indices, tuple):
+        yield from ((one, size) for one, size in zip(indices, sizes, strict=False) if _is_integers(one))
+    elif _is_integers(indices) and isinstance(count := node.arg("num_weights", sizes[0]), int):
+        yield indices, count
+
+
+def _is_integers(attr: Attr) -> TypeGuard[Value]:
+    return isinstance(attr, Value) and isinstance(attr.type, TensorType) and attr.type.dtype in INTEGERS
+
+
+def _up_to(graph: Graph, value: Value) -> Graph:
+    """The part of `graph` that computes `value`."""
+    needed, nodes = {value.name}, list[Node]()
+    for node in reversed(graph.nodes):
+        if any(made.name in needed for made in node.results):
+            needed.update(given.name for given in node.inputs)
+            nodes.append(node)
+    return replace(graph, nodes=tuple(reversed(nodes)), outputs=(value,))
