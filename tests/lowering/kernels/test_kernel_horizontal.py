@@ -111,6 +111,18 @@ def test_parts(name: str, which: int) -> None:
         check(node, {"s": size}, which)
 
 
+def test_halves_of_two_kinds_are_no_parts_of_one_kernel() -> None:
+    """Their code reads the same, but a pointer has one type."""
+    graph = body("""
+        a: f16[70]
+        b: bf16[9, 9]
+        x: f16[70] = exp.default(self=a)
+        y: bf16[9, 9] = exp.default(self=b)
+        return x, y""")
+    fused = fuse(graph, Inference(), PORTABLE)
+    assert fuse_horizontally(fused, Inference(), PORTABLE) == fused
+
+
 def test_one_tensor_in_two_parts() -> None:
     graph = fuse(
         body("x: f32[7, 9]\ny: bf16[7, 9] = _to_copy.default(self=x, dtype='bf16')\nreturn y"), Inference(), PORTABLE

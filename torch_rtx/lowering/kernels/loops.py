@@ -219,12 +219,13 @@ class LoopFunction:
     Attributes:
         source: of the function `loop`. Its parameters are the loop's first program (`first`), its rows (`size`), and
             those that a kernel of the loop has.
-        num_stages: see `Kernel`.
+        pointers, num_stages: see `Kernel`.
         aligned: the mask of a tile lets its elements be loaded as vectors.
     """
 
     source: str
     config: LoopConfig
+    pointers: tuple[str, ...]
     num_stages: int
     aligned: bool
 
@@ -240,7 +241,8 @@ def loop_function(region: Region, config: LoopConfig) -> tuple[LoopFunction, Dim
     head = f"\n\n@triton.jit\ndef loop(first, size, {', '.join(parameters(region))}):\n"
     source = writer.functions + head + "\n".join(indent(lines)) + "\n"
     aligned = writer.rows.contiguous or multiple(writer.count) % ALIGNMENT == 0
-    return LoopFunction(source, config, writer.num_stages, aligned), writer.count
+    pointers = tuple(type_.dtype for type_ in region.memory_types)
+    return LoopFunction(source, config, pointers, writer.num_stages, aligned), writer.count
 
 
 def loop_operations(region: Region) -> tuple[int, Dim]:
