@@ -6,6 +6,7 @@ import copy
 import operator
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch import fx, nn
 from torch._functorch import config
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from tests.helpers.compiled import compile_rtx, same
 from torch_rtx.backend import capture as capture_module
@@ -88,15 +89,18 @@ class Step:
     @property
     def again(self) -> Counter[str]:
         """What the backward calls."""
-        calls = (str(node.target) for node in self.backward.graph.nodes if node.op == "call_function")
-        return Counter(call.removeprefix("aten.").partition(".")[0] for call in calls)
+        return Counter(name_of(node.target) for node in self.backward.graph.nodes if node.op == "call_function")
 
 
 def name(node: fx.Node) -> str:
     """The operator of a node, below views and items."""
     while node.op == "call_function" and ("getitem" in str(node.target) or "view" in str(node.target)):
         (node,) = node.all_input_nodes
-    return str(node.target).removeprefix("aten.").partition(".")[0]
+    return name_of(node.target)
+
+
+def name_of(target: Any) -> str:
+    return str(target).removeprefix("aten.").partition(".")[0]
 
 
 def by_default(monkeypatch: pytest.MonkeyPatch, model: nn.Module, *shape: int) -> Step:
@@ -162,6 +166,26 @@ def test_regions_of_checkpoint_are_kept():
     assert step.again["addmm"] >= 4
 
 
+def test_what_a_checkpoint_prefers_to_save_is_saved():
+    """Attention, which PyTorch has in no list for the CPU."""
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.PREFER_SAVE if op == attention else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def inner(x: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(x.sin(), x.cos(), x.exp()).tanh()
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        contexts = partial(create_selective_checkpoint_contexts, policy)
+        return checkpoint(inner, x, use_reentrant=False, context_fn=contexts)
+
+    step = Step(nn.Identity(), 2, 4, 64, 32, function=run)
+    assert name_of(attention) in step.ops
+    assert name_of(attention) not in step.again
+    assert step.again["sin"] == 1
+
+
 @pytest.mark.parametrize("budget", [0.5, 0.0])
 def test_dropout_drops_the_same_when_it_is_computed_again(budget):
     model = Block(dropout=0.5)
@@ -195,3 +219,14 @@ def test_attention_draws_where_it_has_dropout_alone(dropout):
         return
     assert (node.target, node.args, node.kwargs) == (attention, (x, x, x, 0.0), {})
     assert node.meta["val"][0].shape == x.meta["val"].shape
+
+
+def test_a_parameter_that_is_cast_again_must_not_change_before():
+    layer = nn.Linear(1024, 1024)
+    compiled = compile_rtx(layer)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = compiled(torch.randn(2, 1024, requires_grad=True)).float().sum()
+    with torch.no_grad():
+        layer.weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

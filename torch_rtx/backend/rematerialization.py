@@ -46,7 +46,8 @@ def partition(joint: fx.GraphModule, inputs: Any, **options: Any) -> tuple[fx.Gr
     later = _computed_from_gradients(joint.graph)
     budget = _budget(joint.graph)
     for node in joint.graph.nodes if later else ():
-        if node in later or node.op != "call_function" or TAG in node.meta:
+        undecided = node.meta.get(TAG) in (None, CheckpointPolicy.PREFER_SAVE)
+        if node in later or node.op != "call_function" or not undecided:
             continue
         if _draws(node.target, node.args, node.kwargs):
             # PyTorch repeats the numbers of tagged nodes alone.
