@@ -192,10 +192,13 @@ class FusionPlan:
             return one if one == two else None
         if one.size is None and (one.count in two.elements):
             return two
-        if one.size is not None:
-            return one if two.count in one.elements and not self._feeds_other_axis(second, one) else None
         sole_user = all(self.group_of[i] is second for i in self.users(first)) and not self.escapes(first)
-        return two if sole_user and (first.cost <= MAX_RECOMPUTED_OPS or _at_most_as_large(two, one)) else None
+        if one.size is not None:
+            if two.count in one.elements:
+                return None if self._feeds_other_axis(second, one) else one
+            return one if sole_user and _is_padded(two, one) else None
+        cheap = first.cost <= MAX_RECOMPUTED_OPS or _at_most_as_large(two, one) or _is_padded(two, one)
+        return two if sole_user and cheap else None
 
     def _feeds_other_axis(self, group: FusionGroup, space: IterationSpace) -> bool:
         """Every consumer of `group` reduces over another axis than `space`, such as columns instead of rows."""
@@ -423,6 +426,12 @@ def _at_most_as_large(consumer: IterationSpace, producer: IterationSpace) -> boo
     """`consumer` is known to have at most as many elements as `producer`."""
     here, there = consumer.elements[-1].number, producer.elements[-1].number
     return here is not None and there is not None and here <= there
+
+
+def _is_padded(consumer: IterationSpace, producer: IterationSpace) -> bool:
+    """`consumer` is known to have a few more elements than `producer`, which is computed once for each of them."""
+    here, there = consumer.elements[-1].number, producer.elements[-1].number
+    return here is not None and there is not None and there < here <= there + there // 8
 
 
 def is_absorbed_view(node: Node) -> bool:

@@ -246,3 +246,18 @@ def test_known_sums(rest: str, reductions: int, dtype: str) -> None:
     text = (ONE_HOT + rest).replace("DTYPE", dtype)
     check(text, loop_kernel, LoopConfig(4, 16, 4), dtype)
     assert str(region(body(text, dtype))).count("reduce") == reductions
+
+
+PADDED = """
+    x: H[9, 117]
+    y: H[9, 117] = softmax.int(self=x, dim=1)
+    m: H[9, 1] = amax.default(self=x, dim=[1], keepdim=True)
+    p: H[9, 120] = constant_pad_nd.default(self=y, pad=[0, 3], value=0.5)
+    return m, p"""
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_rows_are_stored_with_a_padding(dtype: str) -> None:
+    assert "range(0, 120, 32)" in check(PADDED, loop_kernel, LoopConfig(2, 32, 4), dtype).source
+    with pytest.raises(Unsupported, match="at once"):
+        loop_kernel(region(body(PADDED, dtype)), "kernel")

@@ -32,6 +32,7 @@ from torch_rtx.lowering.kernels.index import (
 )
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.kernel_ir import (
+    ONE,
     REDUCTIONS,
     ZERO,
     Load,
@@ -86,6 +87,12 @@ class Rows:
         """The last dimension is reduced, so the elements of a row are neighbours."""
         return max(self.axes, default=0) == len(self.shape) - 1
 
+    def width(self, shape: Shape) -> Index:
+        """Elements of a row of a result of `shape`, which may be longer than a reduced one: padded, for example."""
+        last = len(self.shape) - 1
+        longer = self.axes == (last,) and shape[:last] == self.shape[:last] and len(shape) == len(self.shape)
+        return shape[last] if longer else self.size
+
     def position(self, row: Index, element: Index, shape: Shape, axes: tuple[int, ...]) -> Position:
         """The position of an element of a row in a tensor of `shape`, reduced over `axes`, the last fastest."""
         kept = iter(unravel(row, tuple(s for a, s in enumerate(shape) if a not in axes)))
@@ -114,7 +121,7 @@ def rows_of(region: Region) -> Rows:
         if isinstance(reduction, Scan) and (size.number is None or size.number > PERSISTENT):
             raise Unsupported(f"a scan of {size} elements")
     for output in region.outputs:
-        if product(output.shape) not in (rows.count, rows.count * rows.size):
+        if product(output.shape) not in (rows.count, rows.count * rows.size, rows.count * rows.width(output.shape)):
             raise Unsupported("outputs of different sizes in one kernel")
     return rows
 
@@ -316,13 +323,15 @@ class _Writer:
         else:
             for reduction in self.reductions:
                 self._reduce_at_once(reduction)
+            if any(self._width(output) not in (ONE, self.rows.size) for output in self.region.outputs):
+                raise Unsupported("rows of different sizes at once")
             self._store([*range(len(self.region.outputs))])
         return lines + emitter.outer.lines
 
-    def _elements(self, start: str) -> list[str]:
+    def _elements(self, start: str, width: Index | None = None) -> list[str]:
         offset = "" if start == "0" else f"{start} + "
         lines = [f"{R} = {offset}tl.arange(0, {self.config.elements}){self.cast}[None, :]"]
-        return lines + ([f"in_r = {R} < {self.rows.size}"] if self.emitter.axes[R].mask else [])
+        return lines + ([f"in_r = {R} < {width or self.rows.size}"] if self.emitter.axes[R].mask else [])
 
     # ---- reductions --------------------------------------------------------------------------------------------------
 
@@ -368,11 +377,16 @@ class _Writer:
                     self._finish_online(reduction, online[reduction], total, powers[reduction])
                 else:
                     self._known(reduction, self._row(_total(reduction, total)))
-        sizes = [product(output.shape) for output in self.region.outputs]
-        elementwise = [i for i, size in enumerate(sizes) if size != self.rows.count]
-        self._store([i for i in range(len(sizes)) if i not in elementwise])
-        if elementwise:
-            self._loop(lambda: self._store(elementwise))
+        widths: dict[Index, list[int]] = {}
+        for index, output in enumerate(self.region.outputs):
+            widths.setdefault(self._width(output), []).append(index)
+        self._store(widths.pop(ONE, []))
+        for width, which in widths.items():
+            self._loop(partial(self._store, which, width), width)
+
+    def _width(self, output: Tensor) -> Index:
+        """How many elements of a result a row has."""
+        return ONE if product(output.shape) == self.rows.count else self.rows.width(output.shape)
 
     def _accumulator(self, reduction: Reduce, start: float) -> str:
         dtype = tl_dtype(register(reduction.dtype))
@@ -422,25 +436,25 @@ class _Writer:
         self._known(largest, self._row(f'tl.where({total.text} == 0, float("-inf"), {found.text})'))
         self._known(power, self._row(f'tl.where({total.text} == 0, float("nan"), {total.text})'))
 
-    def _loop(self, write: Callable[[], None]) -> None:
+    def _loop(self, write: Callable[[], None], width: Index | None = None) -> None:
         emitter = self.emitter
         emitter.step(R, ())
         write()
-        lines = [*self._elements("start"), *emitter.inner()]
-        emitter.outer.lines.append(f"for start in range(0, {self.rows.size}, {self.config.elements}):")
+        lines = [*self._elements("start", width), *emitter.inner()]
+        emitter.outer.lines.append(f"for start in range(0, {width or self.rows.size}, {self.config.elements}):")
         emitter.outer.lines += indent(lines)
 
     # ---- stores ------------------------------------------------------------------------------------------------------
 
-    def _store(self, which: list[int]) -> None:
+    def _store(self, which: list[int], width: Index | None = None) -> None:
         for index in which:
             output, type_ = self.region.outputs[index], self.region.types[index]
-            position, axes = self._place(output, type_)
+            position, axes = self._place(output, type_, variable(R, width) if width else self.r)
             value = self.emitter.value(output, position)
             address = linear(position, map(from_dim, type_.strides))
             self.emitter.store(f"out{index}", address, value, axes)
 
-    def _place(self, output: Tensor, type_: TensorType) -> tuple[Position, frozenset[str]]:
+    def _place(self, output: Tensor, type_: TensorType, element: Index) -> tuple[Position, frozenset[str]]:
         """The position in an output that X, or X and R, index, and the axes of the store."""
         rows = self.rows
         if self.is_pointwise or product(output.shape) == rows.count:
@@ -449,8 +463,8 @@ class _Writer:
             if not self.is_pointwise:
                 return unravel(self.x, output.shape), axes
         else:
-            position, shape = rows.position(self.x, self.r, rows.shape, rows.axes), rows.shape
-            axes = frozenset((X, R))
+            shape = output.shape if rows.width(output.shape) != rows.size else rows.shape
+            position, axes = rows.position(self.x, element, shape, rows.axes), frozenset((X, R))
             moved = _nth_in_memory(ravel(position, shape), output.shape, type_.strides)
             if self.emitter.holds(output, moved):  # rows follow memory order, see `split_reduction`
                 return moved, axes
