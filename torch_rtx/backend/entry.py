@@ -17,8 +17,8 @@ from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from torch_rtx.backend.capture import capture
-from torch_rtx.backend.capture_cache import CaptureEntry
-from torch_rtx.backend.compiler import Program, check_settings
+from torch_rtx.backend.capture_cache import CapturedGraph, CaptureEntry
+from torch_rtx.backend.compiler import check_settings
 from torch_rtx.backend.dynamo import passes_errors, require_one_graph
 from torch_rtx.backend.program_cache import get_or_build
 from torch_rtx.backend.sessions import Sessions
@@ -65,25 +65,28 @@ def rtx(
         compilation = replace(compilation, copy_weights=False)
     if compilation.require_full_compilation:
         require_one_graph(gm)
+    # `.grad` takes the tensor that the first backward returns, and the next backward would overwrite it.
+    trained = replace(runtime, static_outputs=False)
     names = [_source_name(node) for node in gm.graph.nodes if node.op == "placeholder"]
     entry = CaptureEntry.of(gm, example_inputs, compilation)
-    call = None if entry is None else _from_cache(entry, names, compilation, runtime)
+    call = None if entry is None else _from_cache(entry, names, compilation, runtime, trained)
     if call is not None:
         return disable(lambda *args: call(list(args)), reason="do not trace compiled code")
 
     def inference(graph: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
-        return _compile(graph, names, _static_inputs(graph), compilation, runtime, entry)
+        done = entry and entry.inference
+        return _compile(graph, names, _static_inputs(graph), compilation, runtime, done)
 
     step = TrainingStep()
-    # `.grad` takes the tensor that the first backward returns, and the next backward would overwrite it.
-    trained = replace(runtime, static_outputs=False)
 
     def forward(graph: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         pinned, saved = step.forward(graph, _static_inputs(graph))
-        return _compile(graph, [], frozenset(), compilation, trained, pinned=pinned, saved=saved)
+        done = entry and entry.forward
+        return _compile(graph, [], frozenset(), compilation, trained, done, pinned, saved)
 
     def backward(graph: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
-        return _compile(graph, [], frozenset(), compilation, trained, pinned=step.backward(graph))
+        done = entry and entry.backward
+        return _compile(graph, [], frozenset(), compilation, trained, done, step.backward(graph))
 
     # Tokens order the calls with effects (a check that may raise, a print). As inputs of the graph they would be None.
     with functorch_config.patch(unlift_effect_tokens=True):
@@ -91,19 +94,25 @@ def rtx(
 
 
 def _from_cache(
-    entry: CaptureEntry, names: Sequence[str], compilation: CompilationSettings, runtime: RuntimeSettings
+    entry: CaptureEntry,
+    names: Sequence[str],
+    compilation: CompilationSettings,
+    runtime: RuntimeSettings,
+    trained: RuntimeSettings,
 ) -> Callable[..., Any] | None:
     """A boxed callable for a Dynamo graph whose capture is cached; None on a miss."""
     found = entry.load(_unique(names))
     if found is None:
         return None
+    settings = runtime if len(found.graphs) == 1 else trained
     try:
         with unset_fake_temporarily():
-            return _bind(*found, frozenset(), runtime)
+            calls = [_bind(graph, frozenset(), settings) for graph in found.graphs]
     except Exception:
         if not compilation.fallback_on_error:
             raise
         return None  # it will fail again after a capture, which yields a graph to run in PyTorch
+    return found.wrap(*calls)
 
 
 def _compile(
@@ -112,13 +121,14 @@ def _compile(
     static: frozenset[int],
     compilation: CompilationSettings,
     runtime: RuntimeSettings,
-    entry: CaptureEntry | None = None,
+    done: Callable[[fx.GraphModule, CapturedGraph], None] | None = None,
     pinned: frozenset[int] = frozenset(),
     saved: frozenset[int] = frozenset(),
 ) -> Callable[..., Any]:
     """A boxed callable for a functional ATen graph; placeholders at the positions `static` are parameters.
 
     Args:
+        done: is given the graph and its program.
         pinned, saved: positions of placeholders and results that CUDA graphs leave where they are, see `GraphPool`.
     """
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
@@ -128,10 +138,10 @@ def _compile(
     fixed = frozenset(index for index, node in enumerate(placeholders) if is_fixed(node))
     try:
         with unset_fake_temporarily():  # recipes of constants run now, while the capture's fake mode is still active
-            program = get_or_build(gm, roles, compilation)
-            if entry is not None and labels is names:
-                entry.store(program, sorted(static))
-            return _bind(program, roles, fixed, runtime, pinned, saved)
+            graph = CapturedGraph(get_or_build(gm, roles, compilation), roles, pinned, saved)
+            if done is not None:
+                done(gm, graph)
+            return _bind(graph, fixed, runtime)
     except (PartitionError, SettingsError):
         raise  # caused by the settings: fallback_on_error covers bugs alone
     except Exception as error:
@@ -141,22 +151,16 @@ def _compile(
         return make_boxed_func(gm.forward)
 
 
-def _bind(
-    program: Program,
-    roles: Sequence[Role],
-    fixed: frozenset[int],
-    runtime: RuntimeSettings,
-    pinned: frozenset[int] = frozenset(),
-    saved: frozenset[int] = frozenset(),
-) -> Callable[..., Any]:
+def _bind(graph: CapturedGraph, fixed: frozenset[int], runtime: RuntimeSettings) -> Callable[..., Any]:
     """A boxed callable for a program; the program has the values of the placeholders at the positions `fixed`."""
+    program, roles = graph.program, graph.roles
     store = WeightStore(program.graph, program.device, program.constants, sampled=runtime.watch_weights)
     # Trusted: the fallbacks come from a model of this process, not from a file.
     called = frozenset(node.op for node in program.graph.nodes if node.kind == "fallback")
     tactics, context = tactics_and_context(program.kernels, program.graph, program.device, runtime)
     given = program.callables, called, tactics
     positions = [i for i, role in enumerate(roles) if role.kind == "input" and i not in fixed]
-    at = frozenset(index for index, position in enumerate(positions) if position in pinned)
+    at = frozenset(index for index, position in enumerate(positions) if position in graph.pinned)
     template = Session(
         program.graph,
         store,
@@ -166,7 +170,7 @@ def _bind(
         shares_memory=True,
         guarded=True,
         pinned=at,
-        saved=saved,
+        saved=graph.saved,
     )
     program.dump("run.py", template.source)
     sessions = Sessions(template)
