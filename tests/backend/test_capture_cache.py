@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._functorch import config as functorch_config
+from torch._inductor import config as inductor_config
 
 from tests.helpers.caching import Traffic
 from tests.helpers.compiled import compile_rtx, same
 from torch_rtx import CompilationSettings
 from torch_rtx.backend import aot_wrappers, entry, program_cache
 from torch_rtx.backend.capture_cache import CaptureEntry
+from torch_rtx.backend.retrace import Retrace
 from torch_rtx.cache.entries import EngineCache
 from torch_rtx.cache.key import Key
 from torch_rtx.cache.store import FileStore
-from torch_rtx.errors import Uncacheable
+from torch_rtx.errors import CaptureError, Uncacheable
 
 X = torch.linspace(-1, 1, 12).view(3, 4)
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -113,6 +116,11 @@ CASES: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+def reaches(start: list[Any], end: Any) -> bool:
+    """A backward from one of `start` runs `end`."""
+    return any(node is end or reaches([f for f, _ in node.next_functions], end) for node in start if node is not None)
+
+
 @dataclass
 class Step:
     """What a step with a copy of `model` gives: results and how they are related, gradients, and what was written."""
@@ -138,6 +146,7 @@ class Step:
             facts += [r.stride(), r.requires_grad, r._is_view(), r is given, r._base is given]
         memory = [t.untyped_storage().data_ptr() for t in (given, *tensors)]
         facts += [[memory.index(m) for m in memory], [b._version for b in model.buffers()]]
+        facts.append(reaches([r.grad_fn for r in tensors if r is not given], given.grad_fn))
         wanted = [r for r in tensors if r.requires_grad]
         torch.autograd.backward(wanted, [torch.full_like(r, i + 1) for i, r in enumerate(wanted)])
         return Step(results, [x.grad, *(p.grad for p in model.parameters())], dict(model.named_buffers()), facts)
@@ -195,14 +204,42 @@ def test_what_cuda_graphs_need_is_known(monkeypatch: pytest.MonkeyPatch, no_capt
     )
     for prepare in (lambda: None, no_capture):
         prepare()
-        Step.of(net, lambda model: torch.compile(model, backend="rtx", options={"static_outputs": True}))
-    cold, warm = [
-        [(args[0], kwargs["pinned"], kwargs["saved"]) for args, kwargs in half] for half in (sessions[:2], sessions[2:])
-    ]
-    assert cold == warm
-    assert all(pinned for _, pinned, _ in cold)
-    assert cold[0][2]
+        Step.of(Conv, lambda model: torch.compile(model, backend="rtx", options={"static_outputs": True}))
+    found = [(str(args[0]), kwargs["pinned"], kwargs["saved"]) for args, kwargs in sessions]
+    assert found[:2] == found[2:]
+    assert all("  # norm @ tests/backend/test_capture_cache.py:" in program and pinned for program, pinned, _ in found)
+    assert found[0][2]
     assert not any(args[2].static_outputs for args, _ in sessions)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiled_autograd_reads_the_backward_graph(autocast: bool, traffic: Traffic) -> None:
+    """It is captured again, also outside of the autocast that the forward had."""
+    expected = []
+    for compiled in (nullcontext, lambda: torch._dynamo.compiled_autograd._enable(lambda gm: gm)):
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        model = net()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = compile_rtx(model)(X).float().sum()
+        with compiled():
+            loss.backward()
+        expected.append([parameter.grad for parameter in model.parameters()])
+    assert traffic.counts == (1, 2)
+    same(*expected, atol=1e-2 if autocast else 1e-6, rtol=1e-2 if autocast else 1e-5)
+
+
+def test_a_backward_graph_of_another_step() -> None:
+    """Settings that changed since may lead to another partition, whose saved tensors are not those of the forward."""
+    found: list[Retrace] = []
+
+    def backend(gm: Any, example_inputs: Any) -> Any:
+        found.append(Retrace(gm, example_inputs))
+        return gm.forward
+
+    torch.compile(net(), backend=backend)(X)
+    with pytest.raises(CaptureError, match=r"another backward graph.*\n.*reuse_cached_engines=False"):
+        found[0].backward(["primals_1"])
 
 
 # ---- what the key covers ---------------------------------------------------------------------------------------------
@@ -228,14 +265,16 @@ def frozen() -> nn.Module:
 
 
 def one_memory() -> nn.Module:
-    """Statistics that are parts of one tensor, as in a flat buffer."""
+    """Statistics that are views of one tensor."""
     norm = nn.BatchNorm1d(4)
-    flat = torch.ones(8)
-    norm.running_mean, norm.running_var = flat[:4], flat[4:]
+    flat = torch.ones(4)
+    norm.running_mean, norm.running_var = flat.view(4), flat.view(4)
     return norm
 
 
 OTHERS: dict[str, Callable[[], str | None]] = {
+    "written, of a leaf without a gradient": lambda: key_of(Function(Tensor.mul_), X.clone()),
+    "written, of another result": lambda: key_of(Function(Tensor.mul_), X.clone().requires_grad_() * 1),
     "weights": lambda: key_of(nn.Sequential(nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 2)), X),
     "a function": lambda: key_of(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), X),
     "a constant": lambda: key_of(nn.Sequential(nn.Linear(4, 4), nn.GELU("tanh"), nn.Linear(4, 2)), X),
@@ -252,6 +291,7 @@ OTHERS: dict[str, Callable[[], str | None]] = {
     "an estimator": lambda: functorch_config.patch(activation_memory_budget_runtime_estimator="profile")(key_of)(
         net(), X
     ),
+    "fusions": lambda: inductor_config.patch(post_grad_fusion_options={"a": {}})(key_of)(net(), X),
     "settings": lambda: key_of(net(), X, settings=CompilationSettings(min_block_size=2)),
     "training": lambda: key_of(nn.BatchNorm1d(4), X),
     "evaluation": lambda: key_of(nn.BatchNorm1d(4).eval(), X),

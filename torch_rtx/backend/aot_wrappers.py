@@ -12,6 +12,7 @@ import dataclasses
 import enum
 from collections.abc import Callable
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,20 +20,14 @@ from torch import fx
 from torch._dynamo import disable
 from torch._functorch import aot_autograd
 from torch._functorch._aot_autograd import aot_autograd_result, descriptors, functional_utils, schemas
-from torch._functorch._aot_autograd.schemas import (
-    InputAliasInfo,
-    MutationType,
-    OutputType,
-    PlainTensorMeta,
-    ViewAndMutationMeta,
-)
+from torch._functorch._aot_autograd.schemas import MutationType, OutputType, PlainTensorMeta, ViewAndMutationMeta
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from torch_rtx.errors import Uncacheable
 
 Call = Callable[[list[Any]], Any]
 
-_VIEWS = torch._C._functionalization  # one class per view operator
+_VIEWS: Any = torch._C._functionalization  # one class per view operator
 _PLAIN = (type(None), bool, int, float, str)
 _NAMED = (torch.device, torch.dtype, torch.memory_format)
 
@@ -103,7 +98,8 @@ def _encode(value: Any) -> Any:
         if isinstance(value, (enum.Enum, _VIEWS.InverseReturnMode)):
             return {"enum": [kind.__name__, value.name]}
         if isinstance(value, functional_utils.ViewMetaSequence):
-            return {"views": [[type(view).__name__, _encode(view.as_tuple())] for view in value.sequence]}
+            views: list[Any] = value.sequence
+            return {"views": [[type(view).__name__, _encode(view.as_tuple())] for view in views]}
         if dataclasses.is_dataclass(kind):
             return {"class": kind.__name__, "fields": {name: _encode(item) for name, item in vars(value).items()}}
     raise Uncacheable(f"AOTAutograd's metadata has a {kind.__name__}")
@@ -146,7 +142,7 @@ def _decode(content: Any) -> Any:
 def detached(backward: fx.GraphModule, meta: ViewAndMutationMeta) -> list[int]:
     """The inputs that get no gradient, which the wrappers detach so that autograd does not run on below them."""
 
-    def detaches(gradient: object, info: InputAliasInfo) -> bool:
+    def detaches(gradient: object, info: schemas.InputAliasInfo) -> bool:
         replaced = info.mutation_type is MutationType.MUTATED_IN_GRAPH and info.mutates_storage_metadata
         return gradient is None and not replaced and info.requires_grad and not info.is_leaf
 
@@ -169,22 +165,32 @@ class _Compiled:
         return result
 
 
-def wrap(meta: ViewAndMutationMeta, detached_inputs: list[int], forward: Call, backward: Call | None) -> Call:
+def wrap(
+    meta: ViewAndMutationMeta,
+    detached_inputs: list[int],
+    forward: Call,
+    backward: Call | None = None,
+    backward_graph: Callable[[], fx.GraphModule] | None = None,
+) -> Call:
     """The function that a capture with this metadata gives to Dynamo, with a list of inputs as its argument.
 
     Autocast has to be as it was for the capture.
+
+    Args:
+        backward_graph: is called by compiled autograd alone.
     """
-    known = {
+    known: dict[str, Any] = {
         "compiled_fw": _Compiled(forward),
         "compiled_bw": None if backward is None else _Compiled(disable(backward, reason="do not trace compiled code")),
         "runtime_metadata": meta,
         "dispatch_wrappers": [],
         "indices_of_inps_to_detach": detached_inputs,
+        "serialized_bw_module": backward_graph and SimpleNamespace(deserialize=backward_graph),
         "forward_time_taken_ns": 0,
         "backward_time_taken_ns": 0,
     }
-    names = [field.name for field in dataclasses.fields(aot_autograd_result.GenericAOTAutogradResult)]
-    result = aot_autograd_result.GenericAOTAutogradResult(**{name: known.get(name) for name in names})
+    result_class: Any = aot_autograd_result.GenericAOTAutogradResult
+    result = result_class(**{field.name: known.get(field.name) for field in dataclasses.fields(result_class)})
     config = schemas.AOTConfig(
         fw_compiler=None,
         bw_compiler=None,

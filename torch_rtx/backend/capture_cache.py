@@ -21,6 +21,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ from torch_rtx.backend.fx_hash import (
     name_of,
 )
 from torch_rtx.backend.program_cache import GraphSite, engine_cache, uses_cache
+from torch_rtx.backend.retrace import Retrace
 from torch_rtx.cache.entries import EngineCache
 from torch_rtx.cache.key import Key, Part
 from torch_rtx.errors import Uncacheable
@@ -64,8 +66,8 @@ PUBLIC_MODULES = PURE_MODULES | {
 }
 
 
-# Settings of the partitioner that may be functions, and are then no part of the key of its configuration.
-PARTITIONER_SETTINGS = ("activation_memory_budget_runtime_estimator", "activation_memory_budget_solver")
+# Settings of functorch that may be functions, which its hash knows by their address.
+FUNCTIONS = ("joint_custom_pass", "activation_memory_budget_runtime_estimator", "activation_memory_budget_solver")
 
 
 @dataclass(frozen=True)
@@ -113,13 +115,13 @@ class CaptureEntry:
             _check_inputs(gm, example_inputs)
             if needs_autograd(example_inputs):
                 _check_training(gm)
-            key, nodes, device = _key(gm, settings)
+            key, nodes, device = _key(gm, example_inputs, settings)
         except Uncacheable as error:
             log.debug("the capture is not cacheable: %s", error.message)
             return None
         return CaptureEntry(gm, key, nodes, len(example_inputs), _guards(), device, settings)
 
-    def load(self, names: Sequence[str]) -> KnownCapture | None:
+    def load(self, names: Sequence[str], example_inputs: Sequence[torch.Tensor]) -> KnownCapture | None:
         """The cached capture; None on a miss.
 
         Args:
@@ -146,11 +148,14 @@ class CaptureEntry:
         if len(found) < len(graphs):
             return None  # the engine of one of them is not in the cache any more
 
-        def wrap(forward: aot_wrappers.Call, backward: aot_wrappers.Call | None = None) -> aot_wrappers.Call:
-            return forward if meta is None else aot_wrappers.wrap(meta, inputs, forward, backward)
-
         engines = ", ".join(graph["engine"][:12] for graph in fields["graphs"])
         log.info("hit: %s without a capture, %.0f ms", engines, 1e3 * (time.perf_counter() - start))
+        if meta is None:
+            return KnownCapture(found, lambda call: call)
+        wrap = partial(aot_wrappers.wrap, meta, inputs)
+        if len(found) > 1:
+            names = [role.name for role in found[1].roles]
+            wrap = partial(wrap, backward_graph=partial(Retrace(self.gm, example_inputs).backward, names))
         return KnownCapture(found, wrap)
 
     def _graph(self, cache: EngineCache, stored: Mapping[str, Any], names: Sequence[str]) -> CapturedGraph | None:
@@ -249,9 +254,10 @@ def _check_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
     if not all(isinstance(fake, FakeTensor) for fake in fakes) or len({id(fake) for fake in fakes}) != len(fakes):
         raise Uncacheable("an input is not a plain tensor, or is passed twice")
     if not all(
-        type(given) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor) for given in example_inputs
+        type(given) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor) and given.layout == torch.strided
+        for given in example_inputs
     ):
-        raise Uncacheable("an input is of a tensor subclass")
+        raise Uncacheable("an input is sparse or of a tensor subclass")
 
 
 def _is_symbolic(value: object) -> bool:
@@ -277,13 +283,13 @@ def _check_training(gm: fx.GraphModule) -> None:
         raise Uncacheable("hooks on saved tensors may be part of the graph")
     if any(node.meta.get("custom") for node in gm.graph.nodes):
         raise Uncacheable("the graph has annotations, which the partitioner may read")
-    if functorch_config.joint_custom_pass is not None:
-        raise Uncacheable("joint_custom_pass is set")
-    if any(callable(getattr(functorch_config, name, None)) for name in PARTITIONER_SETTINGS):
-        raise Uncacheable("a setting of the partitioner is a function")
+    if any(callable(getattr(functorch_config, name, None)) for name in FUNCTIONS):
+        raise Uncacheable("a setting of functorch is a function")
 
 
-def _key(gm: fx.GraphModule, settings: CompilationSettings) -> tuple[Key, list[fx.Node], torch.device]:
+def _key(
+    gm: fx.GraphModule, example_inputs: Sequence[torch.Tensor], settings: CompilationSettings
+) -> tuple[Key, list[fx.Node], torch.device]:
     for node in gm.graph.nodes:
         if node.op not in ("placeholder", "call_function", "call_method", "output"):
             raise Uncacheable(f"the graph has a node of kind {node.op}")
@@ -292,9 +298,11 @@ def _key(gm: fx.GraphModule, settings: CompilationSettings) -> tuple[Key, list[f
     device = main_device(node.meta.get("example_value") for node in gm.graph.nodes)
     shared = SharedTables(Symbols(device))
     hasher = GraphHasher(gm, shared, ordered=True)
-    memory = [StorageWeakRef(node.meta["example_value"].untyped_storage()) for node in hasher.placeholders]
-    inputs = [(_input(hasher, n), memory.index(m)) for n, m in zip(hasher.placeholders, memory, strict=True)]
-    capture = {"grad": torch.is_grad_enabled(), "functorch": functorch_config.get_hash().hex(), **_partitioner()}
+    memory = [StorageWeakRef(given.untyped_storage()) for given in example_inputs]
+    pairs = zip(hasher.placeholders, example_inputs, strict=True)
+    inputs = [(_input(hasher, *pair), memory.index(own)) for pair, own in zip(pairs, memory, strict=True)]
+    capture = {"grad": torch.is_grad_enabled(), "functorch": functorch_config.get_hash().hex()}
+    capture["fusions"] = inductor_config.post_grad_fusion_options  # the partitioner may quantize what is saved
     parts = {
         "kind": Part.of("capture"),
         "graph": Part.of(hasher.summary, encode((hasher.records, list(shared.callees)))),
@@ -305,19 +313,14 @@ def _key(gm: fx.GraphModule, settings: CompilationSettings) -> tuple[Key, list[f
     return Key(parts), hasher.nodes, device
 
 
-def _input(hasher: GraphHasher, node: fx.Node) -> tuple[object, ...]:
-    """Everything that AOTAutograd can see of an input except its values."""
-    fake = node.meta["example_value"]
+def _input(hasher: GraphHasher, node: fx.Node, given: torch.Tensor) -> tuple[object, ...]:
+    """Everything that AOTAutograd can see of an input except its values.
+
+    Dynamo's own tensor of the placeholder may be another one by now: its trace writes to it as the graph does.
+    """
     static = node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type")
-    marks = (fake.requires_grad, fake.is_leaf, fake.is_conj(), fake.is_neg(), fake.is_inference())
-    return hasher.value(fake), fake.storage_offset(), marks, type(fake).__name__, str(static)
-
-
-def _partitioner() -> dict[str, object]:
-    """The settings of the partitioner that functorch's own hash leaves out."""
-    settings = {name: getattr(functorch_config, name, None) for name in PARTITIONER_SETTINGS}
-    fusions = sorted(inductor_config.post_grad_fusion_options)
-    return {**settings, "fallback random": inductor_config.fallback_random, "fusions": fusions}
+    marks = (given.requires_grad, given.is_leaf, given.is_conj(), given.is_neg(), given.is_inference())
+    return hasher.value(given), given.storage_offset(), marks, type(given).__name__, str(static)
 
 
 def _is_public(target: Any) -> bool:

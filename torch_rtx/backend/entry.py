@@ -69,23 +69,23 @@ def rtx(
     trained = replace(runtime, static_outputs=False)
     names = [_source_name(node) for node in gm.graph.nodes if node.op == "placeholder"]
     entry = CaptureEntry.of(gm, example_inputs, compilation)
-    call = None if entry is None else _from_cache(entry, names, compilation, runtime, trained)
+    call = None if entry is None else _from_cache(entry, names, example_inputs, compilation, runtime, trained)
     if call is not None:
         return disable(lambda *args: call(list(args)), reason="do not trace compiled code")
 
     def inference(graph: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
-        done = entry and entry.inference
+        done = None if entry is None else entry.inference
         return _compile(graph, names, _static_inputs(graph), compilation, runtime, done)
 
     step = TrainingStep()
 
     def forward(graph: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         pinned, saved = step.forward(graph, _static_inputs(graph))
-        done = entry and entry.forward
+        done = None if entry is None else entry.forward
         return _compile(graph, [], frozenset(), compilation, trained, done, pinned, saved)
 
     def backward(graph: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
-        done = entry and entry.backward
+        done = None if entry is None else entry.backward
         return _compile(graph, [], frozenset(), compilation, trained, done, step.backward(graph))
 
     # Tokens order the calls with effects (a check that may raise, a print). As inputs of the graph they would be None.
@@ -96,12 +96,13 @@ def rtx(
 def _from_cache(
     entry: CaptureEntry,
     names: Sequence[str],
+    example_inputs: Sequence[torch.Tensor],
     compilation: CompilationSettings,
     runtime: RuntimeSettings,
     trained: RuntimeSettings,
 ) -> Callable[..., Any] | None:
     """A boxed callable for a Dynamo graph whose capture is cached; None on a miss."""
-    found = entry.load(_unique(names))
+    found = entry.load(_unique(names), example_inputs)
     if found is None:
         return None
     settings = runtime if len(found.graphs) == 1 else trained
