@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from tests.helpers.caching import Traffic
-from tests.helpers.compiled import compile_rtx, same
+from tests.helpers.compiled import Recorder, compile_rtx, same
 from torch_rtx import CompilationSettings
 from torch_rtx.backend import aot_wrappers, entry, program_cache
 from torch_rtx.backend.capture_cache import CaptureEntry
@@ -99,7 +100,19 @@ class Function(nn.Module):
         return self.function(x, self.w)
 
 
+class Checkpointed(nn.Module):
+    """Its activations are computed again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = net(), nn.Linear(2, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(checkpoint(self.first, x, use_reentrant=False).sin())
+
+
 CASES: dict[str, Callable[[], nn.Module]] = {
+    "a checkpoint": Checkpointed,
     "layers": net,
     "running statistics": Conv,
     "random": lambda: nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 2)),
@@ -195,6 +208,19 @@ def test_a_known_step_is_used_as_any_other(no_capture: Callable[[], None]) -> No
     same(run(), expected, atol=0.0, rtol=0.0)
 
 
+def test_locations_in_a_checkpoint(recorder: Recorder, no_capture: Callable[[], None]) -> None:
+    """A name of a nested graph is not that of the graph around it; what is not known has no location."""
+    Step.of(Checkpointed, compile_rtx)
+    no_capture()
+    Step.of(Checkpointed, compile_rtx)
+    cold, warm = (
+        [node.loc for s in half for node in s.graph.nodes] for half in (recorder.sessions[:2], recorder.sessions[2:])
+    )
+    assert len(cold) == len(warm)
+    assert all(mine in (None, theirs) for mine, theirs in zip(warm, cold, strict=True))
+    assert any(location is not None and location.module == "last" for location in warm)
+
+
 def test_what_cuda_graphs_need_is_known(monkeypatch: pytest.MonkeyPatch, no_capture: Callable[[], None]) -> None:
     """To the letter: both programs with their locations, and which tensors stay where they are."""
     sessions: list[Any] = []
@@ -272,6 +298,25 @@ def one_memory() -> nn.Module:
     return norm
 
 
+def saved_again(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda x, w: checkpoint(function, x, w, use_reentrant=False)
+
+
+def written(time: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """A method that writes before or after another one reads."""
+
+    def function(x: Tensor, w: Tensor) -> Tensor:
+        y = x * w
+        if time == 1:
+            y.add_(1)
+        total = y.sum()
+        if time == 2:
+            y.add_(1)
+        return y + total
+
+    return function
+
+
 OTHERS: dict[str, Callable[[], str | None]] = {
     "written, of a leaf without a gradient": lambda: key_of(Function(Tensor.mul_), X.clone()),
     "written, of another result": lambda: key_of(Function(Tensor.mul_), X.clone().requires_grad_() * 1),
@@ -292,6 +337,10 @@ OTHERS: dict[str, Callable[[], str | None]] = {
         net(), X
     ),
     "fusions": lambda: inductor_config.patch(post_grad_fusion_options={"a": {}})(key_of)(net(), X),
+    "a checkpoint": lambda: key_of(Function(saved_again(lambda x, w: x - w)), X),
+    "a checkpoint, turned": lambda: key_of(Function(saved_again(lambda x, w: w - x)), X),
+    "a checkpoint, written first": lambda: key_of(Function(saved_again(written(1))), X),
+    "a checkpoint, written last": lambda: key_of(Function(saved_again(written(2))), X),
     "settings": lambda: key_of(net(), X, settings=CompilationSettings(min_block_size=2)),
     "training": lambda: key_of(nn.BatchNorm1d(4), X),
     "evaluation": lambda: key_of(nn.BatchNorm1d(4).eval(), X),
@@ -323,6 +372,18 @@ def test_what_no_key_covers_is_captured(name: str) -> None:
     assert key_of(net(), X) is not None
     with UNKNOWN[name]():
         assert key_of(net(), X) is None
+
+
+def test_a_checkpoint_that_chooses_what_it_saves_is_captured() -> None:
+    """A function of the user decides."""
+
+    def contexts() -> Any:
+        return create_selective_checkpoint_contexts([torch.ops.aten.mul.Tensor])
+
+    def chosen(x: Tensor, w: Tensor) -> Tensor:
+        return checkpoint(torch.mul, x, w, use_reentrant=False, context_fn=contexts)
+
+    assert key_of(Function(chosen), X) is None
 
 
 def test_symbolic_sizes_are_captured() -> None:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -29,6 +29,7 @@ from torch import fx
 from torch._functorch import config as functorch_config
 from torch._functorch._aot_autograd.schemas import ViewAndMutationMeta
 from torch._guards import TracingContext
+from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch._inductor import config as inductor_config
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -174,13 +175,13 @@ class CaptureEntry:
 
     def inference(self, gm: fx.GraphModule, graph: CapturedGraph) -> None:
         """Cache a capture without gradients, if it is cacheable; `gm` is the captured graph."""
-        meta = self._meta(graph)
+        meta = self._meta(gm, graph)
         if meta is not None:
             self._store(None if aot_wrappers.needs_no_wrapper(meta) else meta, [graph])
 
     def forward(self, gm: fx.GraphModule, graph: CapturedGraph) -> None:
         """Note the forward graph of a training step until its backward graph is known."""
-        meta = self._meta(graph)
+        meta = self._meta(gm, graph)
         if meta is not None:
             self._forward[:] = [(graph, meta)]
 
@@ -190,12 +191,14 @@ class CaptureEntry:
             self._store(meta, [forward, graph], aot_wrappers.detached(gm, meta))
         self._forward.clear()
 
-    def _meta(self, graph: CapturedGraph) -> ViewAndMutationMeta | None:
+    def _meta(self, gm: fx.GraphModule, graph: CapturedGraph) -> ViewAndMutationMeta | None:
         """The metadata of the graph captured last; None if it is not cacheable."""
         context = TracingContext.try_get()
         meta: ViewAndMutationMeta | None = None if context is None else context.fw_metadata
-        if meta is None or not len(graph.roles) == len(meta.input_info) == self.inputs or _guards() != self.guards:
-            log.debug("the capture is not cacheable: it has other inputs than the graph, or added guards")
+        same = meta is not None and len(graph.roles) == len(meta.input_info) == self.inputs
+        values = pytree.tree_leaves([node.meta.get("val") for node in gm.graph.nodes])
+        if not same or _guards() != self.guards or any(map(_is_symbolic, values)):
+            log.debug("the capture is not cacheable: it has other inputs than the graph, added guards, or symbols")
             return None
         return meta
 
@@ -248,7 +251,7 @@ def _check_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
     context = TracingContext.try_get()
     if context is None or context.fake_mode is None or len(fakes) != len(example_inputs):
         raise Uncacheable("the graph does not come from Dynamo")
-    values = pytree.tree_leaves([node.meta.get("example_value") for node in gm.graph.nodes])
+    values = pytree.tree_leaves([node.meta.get("example_value") for node in _nodes(gm)])
     if any(map(_is_symbolic, values)):
         raise Uncacheable("sizes are symbolic")
     if not all(isinstance(fake, FakeTensor) for fake in fakes) or len({id(fake) for fake in fakes}) != len(fakes):
@@ -260,6 +263,15 @@ def _check_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
         raise Uncacheable("an input is sparse or of a tensor subclass")
 
 
+def _nodes(gm: fx.GraphModule) -> Iterator[fx.Node]:
+    """The nodes of `gm` and of the graphs in it."""
+    for module in gm.modules():
+        if isinstance(module, fx.GraphModule):
+            if module.meta.get("_checkpoint_context_fn") is not None:
+                raise Uncacheable("a function decides what a checkpoint saves")
+            yield from module.graph.nodes
+
+
 def _is_symbolic(value: object) -> bool:
     if isinstance(value, torch.Tensor):
         return value.layout == torch.strided and value._has_symbolic_sizes_strides
@@ -267,10 +279,10 @@ def _is_symbolic(value: object) -> bool:
 
 
 def _guards() -> tuple[int, ...]:
-    """How many guards, symbols and replacements of symbols there are. An integer in a tensor has a symbol, too."""
+    """How many guards and replacements of symbols there are. An integer in a tensor has a symbol, too."""
     context = TracingContext.get()
     env = None if context.fake_mode is None else context.fake_mode.shape_env
-    found = () if env is None else (env.guards, env.var_to_range, env.replacements)
+    found = () if env is None else (env.guards, env.replacements)
     return tuple(map(len, (context.guards_context.aotautograd_guards, *found)))
 
 
@@ -281,7 +293,7 @@ def _check_training(gm: fx.GraphModule) -> None:
         raise Uncacheable("DDP's buckets count the captures")
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         raise Uncacheable("hooks on saved tensors may be part of the graph")
-    if any(node.meta.get("custom") for node in gm.graph.nodes):
+    if any(node.meta.get("custom") for node in _nodes(gm)):
         raise Uncacheable("the graph has annotations, which the partitioner may read")
     if any(callable(getattr(functorch_config, name, None)) for name in FUNCTIONS):
         raise Uncacheable("a setting of functorch is a function")
@@ -290,8 +302,11 @@ def _check_training(gm: fx.GraphModule) -> None:
 def _key(
     gm: fx.GraphModule, example_inputs: Sequence[torch.Tensor], settings: CompilationSettings
 ) -> tuple[Key, list[fx.Node], torch.device]:
-    for node in gm.graph.nodes:
-        if node.op not in ("placeholder", "call_function", "call_method", "output"):
+    for node in _nodes(gm):
+        nested = node.op == "get_attr" and isinstance(
+            getattr(node.graph.owning_module, str(node.target), None), fx.GraphModule
+        )
+        if node.op not in ("placeholder", "call_function", "call_method", "output") and not nested:
             raise Uncacheable(f"the graph has a node of kind {node.op}")
         if node.op == "call_function" and not _is_public(node.target):
             raise Uncacheable(f"the graph calls {name_of(node.target)}")
@@ -326,5 +341,6 @@ def _input(hasher: GraphHasher, node: fx.Node, given: torch.Tensor) -> tuple[obj
 def _is_public(target: Any) -> bool:
     if isinstance(target, torch._ops.OpOverload):
         return target.namespace in PURE_NAMESPACES
-    module = name_of(target).rpartition(".")[0]
-    return module in PUBLIC_MODULES and not isinstance(target, torch._ops.HigherOrderOperator)
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return target is tag_activation_checkpoint  # AOTAutograd inlines it
+    return name_of(target).rpartition(".")[0] in PUBLIC_MODULES
