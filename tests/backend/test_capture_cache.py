@@ -318,8 +318,8 @@ def written(time: int) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 OTHERS: dict[str, Callable[[], str | None]] = {
-    "written, of a leaf without a gradient": lambda: key_of(Function(Tensor.mul_), X.clone()),
-    "written, of another result": lambda: key_of(Function(Tensor.mul_), X.clone().requires_grad_() * 1),
+    "written, of a leaf without a gradient": lambda: key_of(Function(lambda x, w: x.mul_(w)), X.clone()),
+    "written, of another result": lambda: key_of(Function(lambda x, w: x.mul_(w)), X.clone().requires_grad_() * 1),
     "weights": lambda: key_of(nn.Sequential(nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 2)), X),
     "a function": lambda: key_of(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), X),
     "a constant": lambda: key_of(nn.Sequential(nn.Linear(4, 4), nn.GELU("tanh"), nn.Linear(4, 2)), X),

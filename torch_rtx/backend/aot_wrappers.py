@@ -65,8 +65,10 @@ def to_json(meta: ViewAndMutationMeta) -> object:
     Raises:
         Uncacheable: the wrappers depend on objects of this process.
     """
-    # What the trace was made with. Run-time wrappers need one item per tangent, which is None for a plain tensor.
-    traced = {"traced_tangents": [], "traced_tangent_metas": [None] * len(meta.subclass_tangent_meta)}
+    # What the trace was made with. Run-time wrappers need one item per tangent, which is None for a plain tensor; lines
+    # of the source would be those of another model.
+    traced: dict[str, Any] = {"traced_tangents": [], "tangent_source_stack_traces": None}
+    traced["traced_tangent_metas"] = [None] * len(meta.subclass_tangent_meta)
     return {"class": type(meta).__name__, "fields": {k: _encode(v) for k, v in {**vars(meta), **traced}.items()}}
 
 

@@ -65,8 +65,6 @@ PUBLIC_MODULES = PURE_MODULES | {
     *("torch", "torch.functional", "torch.nn.functional", "torch.amp.autocast_mode"),
     *("torch._C", "torch._C._nn", "torch._C._linalg", "torch._C._fft", "torch._C._special"),
 }
-
-
 # Settings of functorch that may be functions, which its hash knows by their address.
 FUNCTIONS = ("joint_custom_pass", "activation_memory_budget_runtime_estimator", "activation_memory_budget_solver")
 
