@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -260,7 +261,7 @@ def test_a_backward_graph_of_another_step() -> None:
     found: list[Retrace] = []
 
     def backend(gm: Any, example_inputs: Any) -> Any:
-        found.append(Retrace(gm, example_inputs))
+        found.append(Retrace(partial(entry.capture, gm), example_inputs))
         return gm.forward
 
     torch.compile(net(), backend=backend)(X)

@@ -120,10 +120,13 @@ class CaptureEntry:
             return None
         return CaptureEntry(gm, key, nodes, len(example_inputs), _guards(), device, settings)
 
-    def load(self, names: Sequence[str], example_inputs: Sequence[torch.Tensor]) -> KnownCapture | None:
+    def load(
+        self, names: Sequence[str], example_inputs: Sequence[torch.Tensor], capture: Callable[..., object]
+    ) -> KnownCapture | None:
         """The cached capture; None on a miss.
 
         Args:
+            capture: see `Retrace`.
             names: those of the placeholders in inference. In training they have the names that the capture gave them.
         """
         if not self.settings.reuse_cached_engines:
@@ -154,7 +157,7 @@ class CaptureEntry:
         wrap = partial(aot_wrappers.wrap, meta, inputs)
         if len(found) > 1:
             names = [role.name for role in found[1].roles]
-            wrap = partial(wrap, backward_graph=partial(Retrace(self.gm, example_inputs).backward, names))
+            wrap = partial(wrap, backward_graph=partial(Retrace(capture, example_inputs).backward, names))
         return KnownCapture(found, wrap)
 
     def _graph(self, cache: EngineCache, stored: Mapping[str, Any], names: Sequence[str]) -> CapturedGraph | None:
@@ -291,7 +294,7 @@ def _check_training(gm: fx.GraphModule) -> None:
         raise Uncacheable("DDP's buckets count the captures")
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         raise Uncacheable("hooks on saved tensors may be part of the graph")
-    if any(node.meta.get("custom") for node in _nodes(gm)):
+    if any(node.meta.get("custom") or "memory_budget" in node.meta for node in _nodes(gm)):
         raise Uncacheable("the graph has annotations, which the partitioner may read")
     if any(callable(getattr(functorch_config, name, None)) for name in FUNCTIONS):
         raise Uncacheable("a setting of functorch is a function")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from torch_rtx.backend.capture import capture
+from torch_rtx.backend.capture import GraphCompiler, capture
 from torch_rtx.backend.capture_cache import CapturedGraph, CaptureEntry
 from torch_rtx.backend.compiler import check_settings
 from torch_rtx.backend.dynamo import passes_errors, require_one_graph
@@ -69,9 +70,11 @@ def rtx(
     trained = replace(runtime, static_outputs=False)
     names = [_source_name(node) for node in gm.graph.nodes if node.op == "placeholder"]
     entry = CaptureEntry.of(gm, example_inputs, compilation)
-    call = None if entry is None else _from_cache(entry, names, example_inputs, compilation, runtime, trained)
-    if call is not None:
-        return disable(lambda *args: call(list(args)), reason="do not trace compiled code")
+    captured = partial(_capture, gm, compilation)
+    if entry is not None:
+        call = _from_cache(entry, names, example_inputs, captured, compilation, runtime, trained)
+        if call is not None:
+            return disable(lambda *args: call(list(args)), reason="do not trace compiled code")
 
     def inference(graph: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         done = None if entry is None else entry.inference
@@ -88,21 +91,28 @@ def rtx(
         done = None if entry is None else entry.backward
         return _compile(graph, [], frozenset(), compilation, trained, done, step.backward(graph))
 
+    return captured(example_inputs, inference, forward, backward)
+
+
+def _capture(
+    gm: fx.GraphModule, compilation: CompilationSettings, example_inputs: Sequence[Any], *compilers: GraphCompiler
+) -> Callable[..., Any]:
     # Tokens order the calls with effects (a check that may raise, a print). As inputs of the graph they would be None.
     with functorch_config.patch(unlift_effect_tokens=True):
-        return capture(gm, example_inputs, inference, forward, backward)
+        return capture(gm, example_inputs, *compilers)
 
 
 def _from_cache(
     entry: CaptureEntry,
     names: Sequence[str],
     example_inputs: Sequence[torch.Tensor],
+    captured: Callable[..., object],
     compilation: CompilationSettings,
     runtime: RuntimeSettings,
     trained: RuntimeSettings,
 ) -> Callable[..., Any] | None:
     """A boxed callable for a Dynamo graph whose capture is cached; None on a miss."""
-    found = entry.load(_unique(names), example_inputs)
+    found = entry.load(_unique(names), example_inputs, captured)
     if found is None:
         return None
     settings = runtime if len(found.graphs) == 1 else trained

@@ -13,15 +13,18 @@ from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._guards import TracingContext, tracing
 from torch.utils._python_dispatch import _disable_current_modes
 
-from torch_rtx.backend.capture import capture
 from torch_rtx.errors import CaptureError
 
 
 class Retrace:
-    """Captures a Dynamo graph when it is asked to, in the state of PyTorch in which it was created."""
+    """Captures a Dynamo graph when it is asked to, in the state of PyTorch in which it was created.
 
-    def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[torch.Tensor]) -> None:
-        self._gm, self._context = gm, TracingContext.get()
+    Args:
+        capture: see `capture.capture`, without the graph.
+    """
+
+    def __init__(self, capture: Callable[..., object], example_inputs: Sequence[torch.Tensor]) -> None:
+        self._capture, self._context = capture, TracingContext.get()
         fake_mode = self._context.fake_mode
         assert fake_mode is not None
         self._inputs = [fake_mode.from_tensor(given, static_shapes=True) for given in example_inputs]
@@ -46,7 +49,7 @@ class Retrace:
         with ExitStack() as stack, _disable_current_modes(), tracing(self._context), torch.enable_grad(), settings:
             for mode in self._modes:
                 stack.enter_context(mode)
-            capture(self._gm, self._inputs, skip, skip, note)
+            self._capture(self._inputs, skip, skip, note)
         if [node.name for graph in graphs for node in graph.graph.find_nodes(op="placeholder")] != list(names):
             hint = "compile the model while compiled autograd is enabled, or with reuse_cached_engines=False"
             raise CaptureError("compiled autograd needs another backward graph than the cached one", hint=hint)
