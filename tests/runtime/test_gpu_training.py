@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import torch_rtx
 from tests.runtime.pools import graph_pools
+from torch_rtx.backend import entry
 from torch_rtx.backend.entry import rtx
 
 pytestmark = pytest.mark.gpu
@@ -96,6 +97,19 @@ def test_steps(pair: Pair) -> None:
     assert pair.replays() == before + 10
     pair.own.load_state_dict(pair.model.state_dict())
     pair.same(lambda call, module: loss(call, pair.ids).backward(), batch())
+
+
+def test_a_known_step(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that comes from the engine cache replays its graphs like the step that was captured."""
+
+    def fail(*args: object) -> None:
+        raise AssertionError("this was to be skipped")
+
+    before = pair.replays()
+    monkeypatch.setattr(entry, "capture", fail)
+    again = Pair()
+    again.same(lambda call, module: loss(call, again.ids).backward(), batch())
+    assert pair.replays() >= before + 2
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])

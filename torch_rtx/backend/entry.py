@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
@@ -16,9 +17,9 @@ from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from torch_rtx.backend.capture import capture
-from torch_rtx.backend.capture_cache import CaptureEntry
-from torch_rtx.backend.compiler import Program, check_settings
+from torch_rtx.backend.capture import GraphCompiler, capture
+from torch_rtx.backend.capture_cache import CapturedGraph, CaptureEntry
+from torch_rtx.backend.compiler import check_settings
 from torch_rtx.backend.dynamo import passes_errors, require_one_graph
 from torch_rtx.backend.program_cache import get_or_build
 from torch_rtx.backend.sessions import Sessions
@@ -65,45 +66,64 @@ def rtx(
         compilation = replace(compilation, copy_weights=False)
     if compilation.require_full_compilation:
         require_one_graph(gm)
-    names = [_source_name(node) for node in gm.graph.nodes if node.op == "placeholder"]
-    entry = CaptureEntry.of(gm, example_inputs, compilation)
-    call = None if entry is None else _from_cache(entry, names, compilation, runtime)
-    if call is not None:
-        return disable(lambda *args: call(list(args)), reason="do not trace compiled code")
-
-    def inference(graph: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
-        return _compile(graph, names, _static_inputs(graph), compilation, runtime, entry)
-
-    step = TrainingStep()
     # `.grad` takes the tensor that the first backward returns, and the next backward would overwrite it.
     trained = replace(runtime, static_outputs=False)
+    names = [_source_name(node) for node in gm.graph.nodes if node.op == "placeholder"]
+    entry = CaptureEntry.of(gm, example_inputs, compilation)
+    captured = partial(_capture, gm, compilation)
+    if entry is not None:
+        call = _from_cache(entry, names, example_inputs, captured, compilation, runtime, trained)
+        if call is not None:
+            return disable(lambda *args: call(list(args)), reason="do not trace compiled code")
+
+    def inference(graph: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+        done = None if entry is None else entry.inference
+        return _compile(graph, names, _static_inputs(graph), compilation, runtime, done)
+
+    step = TrainingStep()
 
     def forward(graph: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         pinned, saved = step.forward(graph, _static_inputs(graph))
-        return _compile(graph, [], frozenset(), compilation, trained, pinned=pinned, saved=saved)
+        done = None if entry is None else entry.forward
+        return _compile(graph, [], frozenset(), compilation, trained, done, pinned, saved)
 
     def backward(graph: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
-        return _compile(graph, [], frozenset(), compilation, trained, pinned=step.backward(graph))
+        done = None if entry is None else entry.backward
+        return _compile(graph, [], frozenset(), compilation, trained, done, step.backward(graph))
 
+    return captured(example_inputs, inference, forward, backward)
+
+
+def _capture(
+    gm: fx.GraphModule, compilation: CompilationSettings, example_inputs: Sequence[Any], *compilers: GraphCompiler
+) -> Callable[..., Any]:
     # Tokens order the calls with effects (a check that may raise, a print). As inputs of the graph they would be None.
     with functorch_config.patch(unlift_effect_tokens=True):
-        return capture(gm, example_inputs, inference, forward, backward, compilation.logits_chunk_bytes)
+        return capture(gm, example_inputs, *compilers, compilation.logits_chunk_bytes)
 
 
 def _from_cache(
-    entry: CaptureEntry, names: Sequence[str], compilation: CompilationSettings, runtime: RuntimeSettings
+    entry: CaptureEntry,
+    names: Sequence[str],
+    example_inputs: Sequence[torch.Tensor],
+    captured: Callable[..., object],
+    compilation: CompilationSettings,
+    runtime: RuntimeSettings,
+    trained: RuntimeSettings,
 ) -> Callable[..., Any] | None:
     """A boxed callable for a Dynamo graph whose capture is cached; None on a miss."""
-    found = entry.load(_unique(names))
+    found = entry.load(_unique(names), example_inputs, captured)
     if found is None:
         return None
+    settings = runtime if len(found.graphs) == 1 else trained
     try:
         with unset_fake_temporarily():
-            return _bind(*found, frozenset(), runtime)
+            calls = [_bind(graph, frozenset(), settings) for graph in found.graphs]
     except Exception:
         if not compilation.fallback_on_error:
             raise
         return None  # it will fail again after a capture, which yields a graph to run in PyTorch
+    return found.wrap(*calls)
 
 
 def _compile(
@@ -112,13 +132,14 @@ def _compile(
     static: frozenset[int],
     compilation: CompilationSettings,
     runtime: RuntimeSettings,
-    entry: CaptureEntry | None = None,
+    done: Callable[[fx.GraphModule, CapturedGraph], None] | None = None,
     pinned: frozenset[int] = frozenset(),
     saved: frozenset[int] = frozenset(),
 ) -> Callable[..., Any]:
     """A boxed callable for a functional ATen graph; placeholders at the positions `static` are parameters.
 
     Args:
+        done: is given the graph and its program.
         pinned, saved: positions of placeholders and results that CUDA graphs leave where they are, see `GraphPool`.
     """
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
@@ -128,10 +149,10 @@ def _compile(
     fixed = frozenset(index for index, node in enumerate(placeholders) if is_fixed(node))
     try:
         with unset_fake_temporarily():  # recipes of constants run now, while the capture's fake mode is still active
-            program = get_or_build(gm, roles, compilation)
-            if entry is not None and labels is names:
-                entry.store(program, sorted(static))
-            return _bind(program, roles, fixed, runtime, pinned, saved)
+            graph = CapturedGraph(get_or_build(gm, roles, compilation), roles, pinned, saved)
+            if done is not None:
+                done(gm, graph)
+            return _bind(graph, fixed, runtime)
     except (PartitionError, SettingsError):
         raise  # caused by the settings: fallback_on_error covers bugs alone
     except Exception as error:
@@ -141,22 +162,16 @@ def _compile(
         return make_boxed_func(gm.forward)
 
 
-def _bind(
-    program: Program,
-    roles: Sequence[Role],
-    fixed: frozenset[int],
-    runtime: RuntimeSettings,
-    pinned: frozenset[int] = frozenset(),
-    saved: frozenset[int] = frozenset(),
-) -> Callable[..., Any]:
+def _bind(graph: CapturedGraph, fixed: frozenset[int], runtime: RuntimeSettings) -> Callable[..., Any]:
     """A boxed callable for a program; the program has the values of the placeholders at the positions `fixed`."""
+    program, roles = graph.program, graph.roles
     store = WeightStore(program.graph, program.device, program.constants, sampled=runtime.watch_weights)
     # Trusted: the fallbacks come from a model of this process, not from a file.
     called = frozenset(node.op for node in program.graph.nodes if node.kind == "fallback")
     tactics, context = tactics_and_context(program.kernels, program.graph, program.device, runtime)
     given = program.callables, called, tactics
     positions = [i for i, role in enumerate(roles) if role.kind == "input" and i not in fixed]
-    at = frozenset(index for index, position in enumerate(positions) if position in pinned)
+    at = frozenset(index for index, position in enumerate(positions) if position in graph.pinned)
     template = Session(
         program.graph,
         store,
@@ -166,7 +181,7 @@ def _bind(
         shares_memory=True,
         guarded=True,
         pinned=at,
-        saved=saved,
+        saved=graph.saved,
     )
     program.dump("run.py", template.source)
     sessions = Sessions(template)

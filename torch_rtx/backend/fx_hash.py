@@ -46,7 +46,7 @@ PURE_MODULES = frozenset(("_operator", "math", "builtins"))
 HIGHER_ORDER = frozenset(
     ("cond", "while_loop", "scan", "associative_scan", "map_impl", "invoke_subgraph", "flex_attention", "with_effects")
     + ("auto_functionalized", "auto_functionalized_v2", "wrap_with_set_grad_enabled", "wrap_with_autocast")
-    + ("run_and_save_rng_state", "run_with_rng_state", "flex_attention_backward")
+    + ("run_and_save_rng_state", "run_with_rng_state", "flex_attention_backward", "tag_activation_checkpoint")
 )
 # Global state on which ATen calls, their meta functions or the engine's library calls depend.
 FLAGS = tuple(
@@ -246,7 +246,7 @@ class GraphHasher:
     """
 
     def __init__(self, gm: fx.GraphModule, shared: SharedTables, ordered: bool = False) -> None:
-        self.gm, self.shared = gm, shared
+        self.gm, self.shared, self.ordered = gm, shared, ordered
         self.numbers: dict[fx.Node, bytes] = {}
         self.nodes: list[fx.Node] = []
         self.placeholders: list[fx.Node] = []
@@ -329,7 +329,7 @@ class GraphHasher:
         if isinstance(content, torch.Tensor):
             return b"constant", self.shared.constant(content)
         if isinstance(content, fx.GraphModule):
-            inner = GraphHasher(content, self.shared)
+            inner = GraphHasher(content, self.shared, self.ordered)
             return b"graph", inner.records, inner.types
         raise Uncacheable(f"an attribute of type {type(content).__name__}")
 

@@ -204,7 +204,7 @@ def from_bytes(body: bytes, site: GraphSite) -> Program:
         log_fallbacks({site.nodes[index]: why for index, why in fields["fallbacks"]})
     except CacheError:
         raise
-    except (RtxError, SafetensorError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+    except (RtxError, SafetensorError, ValueError, LookupError, TypeError, AttributeError, StopIteration) as error:
         raise CacheError(f"{type(error).__name__}: {error}") from None
     return Program(graph, constants, callables, site.device, kernels=kernels, origins=origins)
 

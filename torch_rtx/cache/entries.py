@@ -25,7 +25,7 @@ from torch_rtx.errors import CacheError
 log = logging.getLogger("torch_rtx.cache")
 
 # Raise it with every change of an entry's layout or of its body: older entries are then misses.
-MAGIC = b"rtxcach2"
+MAGIC = b"rtxcach3"
 PREFIX = struct.Struct("<8sIQ32s")
 START = PREFIX.size + 32
 HEAD_READ_BYTES = 1 << 16  # enough for the head of nearly every entry

@@ -65,7 +65,7 @@ class Locations:
     def of(self, node: fx.Node) -> Loc | None:
         """The node's module path, source file and line; None if the capture recorded none of them."""
         trace = node.meta.get("stack_trace")
-        stack = node.meta.get("nn_module_stack")
+        stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")  # the latter of a gradient
         file, line = _file_line(trace) if trace else ("", 0)
         module = ""
         if stack:
