@@ -95,11 +95,16 @@ def rtx(
 
 
 def _capture(
-    gm: fx.GraphModule, compilation: CompilationSettings, example_inputs: Sequence[Any], *compilers: GraphCompiler
+    gm: fx.GraphModule,
+    compilation: CompilationSettings,
+    example_inputs: Sequence[Any],
+    inference: GraphCompiler,
+    forward: GraphCompiler,
+    backward: GraphCompiler,
 ) -> Callable[..., Any]:
     # Tokens order the calls with effects (a check that may raise, a print). As inputs of the graph they would be None.
     with functorch_config.patch(unlift_effect_tokens=True):
-        return capture(gm, example_inputs, *compilers, compilation.logits_chunk_bytes)
+        return capture(gm, example_inputs, inference, forward, backward, compilation.logits_chunk_bytes)
 
 
 def _from_cache(
