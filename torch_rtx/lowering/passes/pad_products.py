@@ -95,20 +95,31 @@ class _Padder:
 
     def _pays(self, node: Node, pads: Pads, copied: TensorType | None) -> bool:
         """Whether the product is so large that it gains more than the copies cost."""
-        operands = [value for name in pads if isinstance(value := node.arg(name), Value)]
-        types = [value.type for value in operands if value.name not in self._constant]
+        operands = [(value, by) for name, by in pads.items() if isinstance(value := node.arg(name), Value)]
+        types = [value.type for value, by in operands if not self._is_padded(value, by)]
         moved = 2 * sum(_bytes(type_) for type_ in (*types, copied) if isinstance(type_, TensorType))
         return flops(node, typical) >= max(MIN_FLOPS, MIN_FLOPS_PER_BYTE * moved)
+
+    def _is_padded(self, value: Value, by: dict[int, int]) -> bool:
+        """A recipe pads the operand, or another product has had it padded."""
+        source = self._source(value)
+        padded = (value.name, (by[-1], by[-2])) if source is None else (source.name, (by[-2], by[-1]))
+        return value.name in self._constant or padded in self._padded
+
+    def _source(self, value: Value) -> Value | None:
+        """The matrix of which `value` is the transpose; None if it is none."""
+        producer = self._producer.get(value.name)
+        source = producer.arg("self") if producer is not None and producer.op in TRANSPOSES else None
+        return source if isinstance(source, Value) and _is_matrix(source) and _is_matrix(value) else None
 
     def _pad(self, attr: Attr, by: dict[int, int], rewriter: Rewriter) -> Value:
         """`attr` with zeros at the end of the last two dimensions; products that read it, or a transpose of it, share
         the padded copy."""
         assert isinstance(attr, Value)
-        producer = self._producer.get(attr.name)
-        source = producer.arg("self") if producer is not None and producer.op in TRANSPOSES else None
-        if producer is not None and isinstance(source, Value) and _is_matrix(source) and _is_matrix(attr):
+        source = self._source(attr)
+        if source is not None:
             swapped = self._pad(source, {-1: by[-2], -2: by[-1]}, rewriter)
-            return rewriter.emit("aten.permute.default", producer.loc, self=swapped, dims=(1, 0))
+            return rewriter.emit("aten.permute.default", None, self=swapped, dims=(1, 0))
         key = attr.name, (by[-1], by[-2])
         if key not in self._padded:
             self._padded[key] = _zeros_after(rewriter.current(attr), by, rewriter)
