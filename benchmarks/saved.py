@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from benchmarks import models
-from benchmarks.suites.train import learner
+from benchmarks.training import without_dropout
 from torch_rtx.backend import capture, compiler
 from torch_rtx.lowering.from_fx import Role
 from torch_rtx.runtime.plan import Memory, Plan
@@ -55,7 +55,7 @@ def traced(
 ) -> Step:
     """The training step of a model of the zoo, under bfloat16 autocast and without dropout."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = learner(models.without_weights(name, size, batch=batch))
+    model = without_dropout(models.without_weights(name, size, batch=batch)).train()
     if checkpointed:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
     args, kwargs = models.inputs(name, size, batch=batch, length=length)

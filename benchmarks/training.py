@@ -200,11 +200,9 @@ class Lesson:
         dtype = torch.float32 if self.device == "cuda" else torch.float64
         wide = copy.deepcopy(self.model).to(dtype)
         args, kwargs = widened(self.sets[0], dtype)
-        allowed, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
-        try:
+        cudnn = torch.backends.cudnn
+        with cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False):
             loss(wide(*args, **kwargs), args).backward()
-        finally:
-            torch.backends.cudnn.allow_tf32 = allowed
         return _taken(wide, [])
 
     def step(self, prepared: Prepared, model: nn.Module) -> timing.Call:

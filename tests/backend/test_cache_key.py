@@ -226,6 +226,7 @@ def test_settings(keys: Keys) -> None:
         {"require_full_compilation": True},
         {"disabled_passes": ["cse"]},
         {"copy_weights": True},
+        {"logits_chunk_bytes": 1 << 20},
     ):
         assert base.differing(keys(torch.relu, X, options=options)) == ["settings"]
     for options in ({"fallback_on_error": True}, {"cuda_graph_pool_size": 3}, {"strip_weights": False}):
@@ -239,7 +240,7 @@ def test_every_option_says_whether_it_makes_another_engine() -> None:
     marked = {item.name for item in fields(CompilationSettings) if item.metadata["key"]}
     assert marked == {
         *("min_block_size", "torch_executed_ops", "require_full_compilation", "disabled_passes", "copy_weights"),
-        "targets",
+        *("logits_chunk_bytes", "targets"),
     }
     assert {item.name for item in fields(CompilationSettings)} - marked == {
         *(

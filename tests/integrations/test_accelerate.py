@@ -78,7 +78,8 @@ def test_a_member_like_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_other_releases(content: dict[str, Any] | None, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if content is None:
-        monkeypatch.setitem(sys.modules, "accelerate", None)
+        for name in ("accelerate", "accelerate.utils"):
+            monkeypatch.setitem(sys.modules, name, None)
     else:
         released(monkeypatch, **content)
     with pytest.raises(IntegrationError, match=message) as caught:

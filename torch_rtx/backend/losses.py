@@ -47,7 +47,8 @@ def _of_targets(
     """Positions of the targets along the classes, and their weights: 0 for ignored ones, NaN for classes that do not
     exist. A position is in range whatever the target is: kernels that are given a part of all this rely on it."""
     safe = target.clamp(0, self.shape[axis] - 1)
-    each = torch.ones_like(target, dtype=_wide(self).dtype) if weight is None else _wide(weight)[safe]
+    wide = _wide(self).dtype
+    each = torch.ones_like(target, dtype=wide) if weight is None else aten.index.Tensor(_wide(weight), [safe])
     return safe, each.masked_fill(target != safe, math.nan).masked_fill(target == ignore_index, 0.0)
 
 

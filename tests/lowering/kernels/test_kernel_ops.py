@@ -230,6 +230,7 @@ REFUSED = (
     "windows of",
     "parts of different sizes",
     "a scan of",
+    "a scatter of several elements",
 )
 
 

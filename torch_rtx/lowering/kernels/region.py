@@ -11,13 +11,13 @@ from torch_rtx.ir import MAIN, Attr, Dim, Expr, Graph, Node, Sym, TensorType, Va
 from torch_rtx.lowering.kernels.body_builder import BodyBuilder
 from torch_rtx.lowering.kernels.index import from_dim
 from torch_rtx.lowering.kernels.kernel_ir import Reduce, Tensor, cast, children, everything, load, text
-from torch_rtx.lowering.kernels.ops import gradients, indexing, pointwise, pooling, reductions, views
+from torch_rtx.lowering.kernels.ops import factories, gradients, indexing, pointwise, pooling, reductions, views
 from torch_rtx.lowering.kernels.ops.registry import OPS
 from torch_rtx.lowering.kernels.ops.views import reshape, shape_of
 from torch_rtx.lowering.kernels.reduction_rules import RULES, written_out
 from torch_rtx.op_work import ANCHORS
 
-DECLARED = (gradients, indexing, pointwise, pooling, reductions, views)  # importing them fills OPS
+DECLARED = (factories, gradients, indexing, pointwise, pooling, reductions, views)  # importing them fills OPS
 
 
 def is_loop(op: str) -> bool:

@@ -531,7 +531,7 @@ def masked_fill(self: Tensor, mask: Tensor, value: Operand, *, out: Types) -> Te
     return where_(mask, value, self, out=out)
 
 
-# ---- copies and factories --------------------------------------------------------------------------------------------
+# ---- copies ----------------------------------------------------------------------------------------------------------
 
 
 @op("_to_copy.default")
@@ -570,29 +570,3 @@ def filled(value: Operand, out: Types) -> Tensor:
     shape = tuple(map(from_dim, out[0].shape))
     one = tensor(value, out[0].dtype)
     return expand(pointwise(A, one.dtype, one) if isinstance(one, Const) else one, shape)
-
-
-def _constant(value: Scalar, *, out: Types, **_: object) -> Tensor:
-    return filled(value, out)
-
-
-for _name, _value in {"zeros": 0, "ones": 1}.items():
-    op(f"{_name}.default", f"{_name}_like.default", f"new_{_name}.default")(partial(_constant, _value))
-
-
-@op("full.default", "full_like.default", "new_full.default")
-def full(fill_value: Scalar, *, out: Types, **_: object) -> Tensor:
-    """One number everywhere."""
-    return filled(fill_value, out)
-
-
-@op("fill.Scalar", "fill.Tensor")
-def fill(self: Tensor, value: Operand, *, out: Types) -> Tensor:
-    """One number everywhere."""
-    return filled(value, out)
-
-
-@op("scalar_tensor.default")
-def scalar_tensor(s: Scalar, *, out: Types, **_: object) -> Tensor:
-    """One number."""
-    return filled(s, out)
