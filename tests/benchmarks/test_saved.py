@@ -11,7 +11,7 @@ pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 def test_a_step_saves_less_than_by_default():
     own, default = (traced("gpt2", "small", 256, own=own) for own in (True, False))
-    assert 0 < own.saved.total() < 0.7 * default.saved.total()
+    assert 0 < own.saved.total() < 0.8 * default.saved.total()
     assert [memory.arena > 0 for memory in own.memories] == [True, True]
 
 
