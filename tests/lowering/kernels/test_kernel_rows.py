@@ -53,6 +53,18 @@ FORMS = {
         "N=2, C=12, HxW=60, group=3, eps=1e-05)\nreturn n, m, s",
         3,
     ),
+    "an activation beside its gradient, of which columns are sums": (
+        "g: H[120, 6]\nx: H[120, 6]\ny: H[120, 6] = gelu.default(self=x)\n"
+        "d: H[120, 6] = gelu_backward.default(grad_output=g, self=x)\n"
+        "s: H[6] = sum.dim_IntList(self=d, dim=[0])\nreturn y, d, s",
+        2,
+    ),
+    "an activation of something else": (
+        "g: H[120, 6]\nx: H[120, 6]\nz: H[120, 6]\ny: H[120, 6] = gelu.default(self=z)\n"
+        "d: H[120, 6] = gelu_backward.default(grad_output=g, self=x)\n"
+        "s: H[6] = sum.dim_IntList(self=d, dim=[0])\nreturn y, d, s",
+        3,
+    ),
     "layer norm": (
         "x: H[3, 120]\nw: H[120]\nb: H[120]\n"
         "y: H[3, 120] = layer_norm.default(input=x, normalized_shape=[120], weight=w, bias=b)\nreturn y",

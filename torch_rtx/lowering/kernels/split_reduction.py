@@ -14,8 +14,9 @@ for every element. The softmax of x: f32[3, 4000], in 4 chunks, becomes
         y = exp(x - row_m) / row_t
 
 What the bodies compute is written once per operator, in `reduction_rules`. Where only rows are asked for, as by a sum,
-there is no third kernel. A reduction that needs the result of another takes two kernels more. A value that the first
-kernel computes anyway and that others read, such as a residual sum, is stored by it, and read by the third.
+there is no third kernel. A reduction that needs the result of another takes two kernels more. The first kernel stores
+what it computes anyway and others read, such as a residual sum, which the third reads, and what needs no row but reads
+the same elements, such as an activation beside its gradient.
 
 A row is cut along the longest run of its dimensions in memory. A group of channels of channels-last images is reduced
 over ranges of pixels, each channel by itself, so that neighbouring threads read neighbouring channels; the second
@@ -235,18 +236,25 @@ class _Splitter:
         """The two kernels of reductions that do not need each other."""
         started = [self._reduce_chunks(node) for node in ready]
         statistics = [value for one in started for value in one.statistics]
-        before = needed(self.pending, statistics)
+        before, left = needed(self.pending, statistics), [*ready, *self.unsplit]
+        read = {value.name for node in before for value in node.inputs}
         size = _elements_of(started[0].operand)
-        also = [value for value in self._pending_outputs() if _elements_of(value) == size]
-        also = [value for value in also if all(node in before for node in needed(self.pending, [value]))]
-        self._kernel("parts", [*statistics, *also])
+
+        def at_once(value: Value) -> bool:
+            """The first kernel can store `value`: it has all that `value` is computed from, in the same positions."""
+            nodes = needed(self.pending, [value])
+            fresh = {v.name for node in nodes if node not in before for v in node.inputs if v in self.stored}
+            big = {v.name for v in self.stored if isinstance(v.type, TensorType) and _elements_of(v) == size}
+            return _elements_of(value) == size and fresh & big <= read and not any(node in left for node in nodes)
+
+        self._kernel("parts", [*statistics, *filter(at_once, self._pending_outputs())])
         totals = [value for one in started for value in self._combine(one)]
         rows = _elements_of(totals[0])
         ends = [value for value in self._pending_outputs() if _elements_of(value) == rows]
         ends = [value for value in ends if not self._needs_unsplit([value])]
         after = needed(self.pending, [value for value in self._pending_outputs() if value not in ends])
-        read = {value.name for node in after for value in node.inputs}
-        self._kernel("sum", [*(value for value in totals if value.name in read), *ends])
+        wanted = {value.name for node in after for value in node.inputs}
+        self._kernel("sum", [*(value for value in totals if value.name in wanted), *ends])
 
     def _reduce_chunks(self, node: Node) -> _Chunks:
         """Puts the calls that reduce the chunks of `node` before it."""
