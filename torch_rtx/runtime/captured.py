@@ -110,7 +110,7 @@ class Captured:
         with torch.cuda.graph(self.graph, spec.memory.handle, stream, capture_error_mode="thread_local"):
             given.enter()
             results = spec.run(code, given.tensors, store.values, stand_ins.empty)
-            made = Results(spec.graph, results, given, pinned, uses, spec.kept)
+            made = Results(spec.graph, results, given, pinned, uses, spec.kept, stand_ins.empty)
         use_programmatic_edges(driver(), self.graph, code.tactics)
         self.graph.instantiate()
         self._nodes = nodes = GraphNodes(self.graph, graph, code.tactics)

@@ -198,6 +198,7 @@ class Results:
         results: what the captured code returned.
         pinned: addresses of the memory of weights and of inputs that are captured at their address.
         kept: positions of the results that stay in the graph's memory.
+        empty: allocates what stands for a buffer, as a function in `code.EMPTY`.
 
     Attributes:
         kinds: one per result.
@@ -212,7 +213,9 @@ class Results:
         pinned: Collection[int],
         uses: Uses,
         kept: Collection[int],
+        empty: Callable[..., torch.Tensor],
     ) -> None:
+        self._empty = empty
         self.likes: list[Like] = []
         self._buffers: dict[str, InPlace | Copied] = {}
         self._names = [attr.name if isinstance(attr, Value) else "" for attr in graph.outputs]
@@ -240,7 +243,9 @@ class Results:
     @property
     def replaced(self) -> set[int]:
         """The addresses of the memory in place of which replays bring buffers."""
-        return {kind.memory.data_ptr() for kind in self._buffers.values() if isinstance(kind, InPlace)}
+        kinds = self._buffers.values()
+        memories = [kind.memory if isinstance(kind, InPlace) else kind.target.untyped_storage() for kind in kinds]
+        return {memory.data_ptr() for memory in memories}
 
     def assembly(self) -> Callable[[Sequence[Any], Sequence[torch.Tensor]], list[Any]]:
         """A function from the inputs and buffers of a replay to its results. A training step has hundreds of results,
@@ -288,7 +293,7 @@ class Results:
         if len(group) == 1 and not 0 < end - start <= 2 * first.numel():
             return {position: Late(first)}
         source = first.as_strided((end - start,), (1,), start)
-        target = torch.empty_like(source).copy_(source)
+        target = self._empty(*_like(source)).copy_(source)
         like = _like(first if len(group) == 1 else source)
         index = self._buffer(f"_{position}", like, Copied(source, target))
         return {at: Fresh(index, None if len(group) == 1 else _part(r, start)) for at, r in group.items()}
