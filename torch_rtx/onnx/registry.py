@@ -1,0 +1,63 @@
+"""Declarations of ONNX operators as functions of tensors.
+
+    @op("Softmax", since=13)
+    def softmax(x: Tensor, *, axis: int = -1) -> Tensor:
+        return torch.softmax(x, axis)
+
+    @op("Reshape", since=5, ints=("shape",))
+    def reshape(x: Tensor, shape: Ints, *, allowzero: int = 0) -> Tensor: ...
+
+Inputs are positional, in ONNX's order; one that is missing is None. Attributes are keywords with ONNX's names; tensors
+among them are tensors, and graphs are not passed. A function with a keyword-only parameter `outputs` is told how many
+outputs the node has. Several outputs are a tuple, of which trailing ones may be left out if the node does not have them.
+Inputs named in `ints` arrive as lists of Python integers, some of them symbolic; all others as tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+F = TypeVar("F", bound=Callable[..., Any])
+Ints = Sequence["int | torch.SymInt"]
+
+
+@dataclass(frozen=True)
+class Operator:
+    """What an operator does from one version of its opset on.
+
+    Attributes:
+        since: the first version that it is right for; a later declaration of the same name replaces it.
+        ints: parameters that arrive as lists of integers.
+    """
+
+    name: str
+    domain: str
+    since: int
+    ints: tuple[str, ...]
+    function: Callable[..., Any]
+
+
+OPERATORS: dict[tuple[str, str], list[Operator]] = {}
+
+
+def op(*names: str, domain: str = "", since: int = 1, ints: tuple[str, ...] = ()) -> Callable[[F], F]:
+    """Declare a function as the implementation of operators. `domain`: "" is that of ONNX itself."""
+
+    def declare(function: F) -> F:
+        for name in names:
+            versions = OPERATORS.setdefault((domain, name), [])
+            versions.append(Operator(name, domain, since, ints, function))
+            versions.sort(key=lambda operator: operator.since)
+        return function
+
+    return declare
+
+
+def find(domain: str, name: str, version: int) -> Operator | None:
+    """The implementation of an operator in a version of its opset; None: there is none."""
+    known = [operator for operator in OPERATORS.get((domain, name), ()) if operator.since <= version]
+    return known[-1] if known else None
