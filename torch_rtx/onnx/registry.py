@@ -9,7 +9,7 @@
 
 Inputs are positional, in ONNX's order; one that is missing is None. Attributes are keywords with ONNX's names; tensors
 among them are tensors, and graphs are not passed. A function with a keyword-only parameter `outputs` is told how many
-outputs the node has. Several outputs are a tuple, of which trailing ones may be left out if the node does not have them.
+outputs the node has. Several outputs are a tuple; trailing ones that the node lacks may be left out.
 Inputs named in `ints` arrive as lists of Python numbers, some of them symbolic: integers, or floats where ONNX has
 floats, such as the scales of Resize; all others as tensors, on the device of the model's inputs. ONNX's element types
 below a byte are torch.uint4, int4, uint2, int2 and float4_e2m1fn_x2 with one element in each byte, whatever PyTorch
