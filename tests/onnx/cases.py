@@ -1,0 +1,123 @@
+"""The node test cases of the onnx package, run eagerly. `python -m tests.onnx.cases` lists those that pass.
+
+`python -m tests.onnx.cases Softmax Gather` runs the cases of these operators alone, and says why others fail;
+`--write` adds what passes to `passing.txt`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import logging
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from onnx import ModelProto, TensorProto, numpy_helper
+from onnx.backend.test.case.node import collect_testcases
+from torch import Tensor
+
+from torch_rtx.onnx.dtypes import PACKED, SIGNED
+from torch_rtx.onnx.module import from_onnx
+from torch_rtx.onnx.reader import data, ir
+
+PASSING = Path(__file__).with_name("passing.txt")
+
+
+@cache
+def cases() -> dict[str, Any]:
+    """All cases by name."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return {case.name: case for case in collect_testcases(None)}
+
+
+def value_of(given: Any) -> Any:
+    """A value of a case as a tensor, a list of them, or None."""
+    if given is None:
+        return None
+    if isinstance(given, list | tuple):
+        return [value_of(inner) for inner in given]
+    if isinstance(given, TensorProto):
+        return data(ir.serde.deserialize_tensor(given))
+    array = np.asarray(given)
+    return data(ir.serde.deserialize_tensor(numpy_helper.from_array(array)))
+
+
+def compare(found: Any, wanted: Any, rtol: float, atol: float) -> None:
+    """Raises AssertionError if values differ, in type or shape too."""
+    if isinstance(wanted, list):
+        assert isinstance(found, list)
+        assert len(found) == len(wanted)
+        for one, other in zip(found, wanted, strict=True):
+            compare(one, other, rtol, atol)
+        return
+    if wanted is None:
+        assert found is None
+        return
+    assert isinstance(found, Tensor), type(found)
+    assert found.dtype == wanted.dtype, (found.dtype, wanted.dtype)
+    assert found.shape == wanted.shape, (found.shape, wanted.shape)
+    torch.testing.assert_close(_plain(found), _plain(wanted), rtol=rtol, atol=atol, equal_nan=True)
+
+
+def _plain(x: Tensor) -> Tensor:
+    """A tensor of a type that can be compared."""
+    x = x.detach()
+    if x.dtype in PACKED:
+        return x.view(torch.int8 if x.dtype in SIGNED else torch.uint8)
+    return x.float() if x.dtype.is_floating_point and x.element_size() == 1 else x
+
+
+def check(name: str) -> None:
+    """Run a case; raises what differs."""
+    case = cases()[name]
+    with torch.no_grad():
+        module = from_onnx(case.model if isinstance(case.model, ModelProto) else ModelProto())
+        for inputs, outputs in case.data_sets:
+            found = module(*map(value_of, inputs))
+            found = found if isinstance(found, tuple) else (found,)
+            assert len(found) == len(outputs)
+            for one, other in zip(found, outputs, strict=True):
+                compare(one, value_of(other), case.rtol, case.atol)
+
+
+def operators(name: str) -> set[str]:
+    """The operators of a case's model."""
+    return {node.op_type for node in cases()[name].model.graph.node}
+
+
+def passing() -> list[str]:
+    """The names of the cases that pass."""
+    return PASSING.read_text().split() if PASSING.exists() else []
+
+
+def main() -> None:
+    """Run the cases of the operators that the command line names, or all."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("operators", nargs="*")
+    parser.add_argument("--write", action="store_true", help="add what passes to passing.txt")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    chosen = [name for name in cases() if not options.operators or operators(name) & {*options.operators}]
+    good, reasons = set(), collections.defaultdict(list)
+    for name in chosen:
+        try:
+            check(name)
+            good.add(name)
+        except Exception as error:
+            reasons[f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"].append(name)
+    for reason, names in sorted(reasons.items(), key=lambda item: len(item[1])):
+        print(f"{len(names):4} {reason}: {' '.join(names[:4])}")
+    print(f"{len(good)} of {len(chosen)} pass; lost: {sorted({*passing()} & {*chosen} - good)}")
+    if options.write:
+        PASSING.write_text("\n".join(sorted({*passing(), *good})) + "\n")
+
+
+if __name__ == "__main__":
+    main()
