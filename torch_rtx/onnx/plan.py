@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 import torch
 from torch import Tensor
@@ -168,7 +169,7 @@ class _Planner:
         if domain == "" and node.op_type == "Constant":
             self.weight(node.outputs[0], self.constant(attributes, step), scope)
             return
-        function = self.functions.get(node.op_identifier())
+        function = self.functions.get(node.op_identifier()) or _composed(node, domain, scope, step)
         if function is not None:
             yield from self.call(node, function, attributes, scope, step)
             return
@@ -177,19 +178,19 @@ class _Planner:
         values = {key: self.attribute(attr) for key, attr in attributes.items() if not _is_graph(attr)}
         outputs = tuple(self.slot(value) if value.name else None for value in node.outputs)
         step = replace(step, inputs=inputs, outputs=outputs, attributes=values, bodies=bodies)
-        yield self.bound(step, domain, node.op_type, scope)
+        yield self.bound(step, domain, node.op_type, scope, attributes)
 
-    def bound(self, step: Step, domain: str, name: str, scope: _Scope) -> Step:
+    def bound(self, step: Step, domain: str, name: str, scope: _Scope, attributes: Mapping[str, ir.Attr]) -> Step:
         """The step with its operator, whose parameters are checked."""
-        version = scope.opsets.get(domain, scope.opsets.get("ai.onnx") if domain == "" else None)
+        version = _version(domain, scope)
         if version is None:
             raise step.error(f"the model imports no operators of the domain {domain or 'ai.onnx'!r}")
+        _check_attributes(attributes, domain, name, version, step)
         if domain == "" and (name in CONTROL or name in host.OF_TENSORS):
             return step
         operator = find(domain, name, version)
         if operator is None:
-            hint = f"`torch_rtx.onnx.registry.op({name!r}, domain={domain!r})` declares it"
-            raise step.error(f"there is no operator {step.op} in version {version}", hint)
+            raise step.error(f"the operator {step.op} of version {version} is not supported")
         taken = inspect.signature(operator.function).parameters
         positional = [p for p in taken.values() if p.kind is not p.KEYWORD_ONLY]
         told = "outputs" in taken
@@ -259,6 +260,43 @@ class _Planner:
         if attr.type is ir.AttributeType.TENSORS:
             return [reader.data(tensor, self.file) for tensor in attr.value]
         return list(attr.value) if isinstance(attr.value, tuple | list) else attr.value
+
+
+def _version(domain: str, scope: _Scope) -> int | None:
+    return scope.opsets.get(domain, scope.opsets.get("ai.onnx") if domain == "" else None)
+
+
+def _composed(node: ir.Node, domain: str, scope: _Scope, step: Step) -> ir.Function | None:
+    """ONNX's own definition of an operator by others, for one that has no declaration; None: there is none."""
+    version = _version(domain, scope)
+    if version is None or node.op_type in CONTROL or find(domain, node.op_type, version) is not None:
+        return None
+    try:
+        schema = onnx.defs.get_schema(node.op_type, version, domain)
+    except onnx.defs.SchemaError:
+        return None
+    versions = [number for number in schema.function_opset_versions if number <= version]
+    if not versions:
+        return None
+    proto = onnx.FunctionProto.FromString(schema.get_function_with_opset_version(max(versions)))
+    defaults = [
+        ir.serde.deserialize_attribute(attribute.default_value)
+        for attribute in schema.attributes.values()
+        if attribute.default_value.name
+    ]
+    function = ir.serde.deserialize_function(proto)
+    return ir.Function(domain, node.op_type, graph=function.graph, attributes=defaults)
+
+
+def _check_attributes(attributes: Mapping[str, ir.Attr], domain: str, name: str, version: int, step: Step) -> None:
+    """Raises OnnxError if an attribute has another type than ONNX gives it."""
+    try:
+        declared = onnx.defs.get_schema(name, version, domain).attributes
+    except onnx.defs.SchemaError:
+        return
+    for key, attr in attributes.items():
+        if key in declared and declared[key].type.name != attr.type.name:
+            raise step.error(f"attribute {key!r} is of type {attr.type.name}, not {declared[key].type.name}")
 
 
 def function_values(function: ir.Function) -> Iterator[ir.Value]:

@@ -41,12 +41,12 @@ class Runner:
     def run(self, weights: Sequence[Tensor], inputs: Sequence[Tensor | None]) -> list[Tensor]:
         """The results for the inputs; None: an input has its default."""
         values: Values = dict(zip(self.weights, weights, strict=True))
-        values.update((slot, value) for slot, value in zip(self.inputs, inputs, strict=True) if value is not None)
+        given = {slot: value for slot, value in zip(self.inputs, inputs, strict=True) if value is not None}
+        values.update(dict.fromkeys(set(self.inputs) - {*self.weights}) | given)
         tensors = [value for value in (*inputs, *weights) if isinstance(value, Tensor)]
-        call = _Call(self.known, tensors[0].device if tensors else torch.device("cpu"))
         # A default that the caller replaced is no longer known.
-        replaced = {slot for slot, value in zip(self.inputs, inputs, strict=True) if value is not None}
-        call.known = {slot: value for slot, value in self.known.items() if slot not in replaced}
+        known = {slot: value for slot, value in self.known.items() if slot not in given}
+        call = _Call(known, tensors[0].device if tensors else torch.device("cpu"))
         call.steps(self.steps, values)
         return [call.tensor(values[slot]) for slot in self.outputs]
 
