@@ -186,6 +186,8 @@ class _Planner:
         if version is None:
             raise step.error(f"the model imports no operators of the domain {domain or 'ai.onnx'!r}")
         _check_attributes(attributes, domain, name, version, step)
+        if domain == "" and name == "Scan" and version < 9:
+            raise step.error("Scan of version 8 is not supported", hint="convert the model to version 9 or later")
         if domain == "" and (name in CONTROL or name in host.OF_TENSORS):
             return step
         operator = find(domain, name, version)
@@ -275,10 +277,10 @@ def _composed(node: ir.Node, domain: str, scope: _Scope, step: Step) -> ir.Funct
         schema = onnx.defs.get_schema(node.op_type, version, domain)
     except onnx.defs.SchemaError:
         return None
-    versions = [number for number in schema.function_opset_versions if number <= version]
-    if not versions:
+    stored = _definition(schema, node, version, scope)
+    if stored is None:
         return None
-    proto = onnx.FunctionProto.FromString(schema.get_function_with_opset_version(max(versions)))
+    proto = onnx.FunctionProto.FromString(stored)
     defaults = [
         ir.serde.deserialize_attribute(attribute.default_value)
         for attribute in schema.attributes.values()
@@ -286,6 +288,25 @@ def _composed(node: ir.Node, domain: str, scope: _Scope, step: Step) -> ir.Funct
     ]
     function = ir.serde.deserialize_function(proto)
     return ir.Function(domain, node.op_type, graph=function.graph, attributes=defaults)
+
+
+def _definition(schema: onnx.defs.OpSchema, node: ir.Node, version: int, scope: _Scope) -> bytes | None:
+    """The function that defines an operator; some depend on the types of the inputs, which functions do not know."""
+    versions = [number for number in schema.function_opset_versions if number <= version]
+    if versions:
+        return schema.get_function_with_opset_version(max(versions))
+    versions = [number for number in schema.context_dependent_function_opset_versions if number <= version]
+    if not versions or scope.calls or any(value is not None and value.type is None for value in node.inputs):
+        return None
+    types = [onnx.TypeProto() for _ in node.inputs]
+    for value, proto in zip(node.inputs, types, strict=True):
+        if value is not None and value.type is not None:
+            ir.serde.serialize_type_into(proto, value.type)
+            if value.shape is not None:
+                ir.serde.serialize_shape_into(proto, value.shape)
+    return schema.get_context_dependent_function_with_opset_version(
+        max(versions), ir.serde.serialize_node(node).SerializeToString(), [one.SerializeToString() for one in types]
+    )
 
 
 def _check_attributes(attributes: Mapping[str, ir.Attr], domain: str, name: str, version: int, step: Step) -> None:

@@ -218,8 +218,8 @@ def data(tensor: Any, file: str | None = None) -> Tensor:
         raise OnnxError(f"the data of tensor {tensor.name!r} does not fit its shape {shape}", file=file) from error
     if array.dtype.isbuiltin == 1:
         return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), order="C")).reshape(shape)
-    stored = np.ascontiguousarray(array).view(f"{'i' if dtype in SIGNED else 'u'}{array.dtype.itemsize}")
-    return torch.from_numpy(stored.copy()).reshape(shape).view(dtype)
+    stored = array.astype(np.int8) if dtype in SIGNED else np.array(array, order="C").view(f"u{array.dtype.itemsize}")
+    return torch.from_numpy(stored).reshape(shape).view(dtype)
 
 
 def _values(stored: Tensor, dtype: torch.dtype, count: int) -> Tensor:
