@@ -20,7 +20,7 @@ from torch import Tensor
 from torch_rtx.errors import OnnxError
 from torch_rtx.onnx import host, reader
 from torch_rtx.onnx import ops as _declared  # noqa: F401
-from torch_rtx.onnx.registry import Operator, find
+from torch_rtx.onnx.registry import TOLD, Operator, find
 
 CONTROL = ("If", "Loop", "Scan")
 Slots = tuple[int | None, ...]
@@ -35,6 +35,7 @@ class Step:
         inputs, outputs: slots; None: the node does not have this one.
         operator: None for what only the host computes, and for control flow.
         ints: for each input, whether it arrives as a list of numbers.
+        told: the operator's parameters for what it is told of the node.
         bodies: the graphs among the attributes.
         frees: slots that no later step reads.
     """
@@ -47,7 +48,7 @@ class Step:
     attributes: Mapping[str, Any]
     operator: Operator | None
     ints: tuple[bool, ...] = ()
-    told: bool = False
+    told: tuple[str, ...] = ()
     bodies: Mapping[str, Body] = field(default_factory=dict)
     frees: tuple[int, ...] = ()
 
@@ -195,8 +196,8 @@ class _Planner:
             raise step.error(f"the operator {step.op} of version {version} is not supported")
         taken = inspect.signature(operator.function).parameters
         positional = [p for p in taken.values() if p.kind is not p.KEYWORD_ONLY]
-        told = "outputs" in taken
-        given = {**step.attributes, **({"outputs": 0} if told else {})}
+        told = tuple(name for name in TOLD if name in taken)
+        given = {**step.attributes, **dict.fromkeys(told)}
         try:
             inspect.signature(operator.function).bind(*step.inputs, **given)
         except TypeError as error:

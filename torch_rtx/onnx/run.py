@@ -116,7 +116,9 @@ class _Call:
         ]
         attributes = {key: self.placed(value) for key, value in step.attributes.items()}
         if step.told:
-            attributes["outputs"] = len(step.outputs)
+            dtypes = [getattr(value, "dtype", None) for value in inputs]
+            facts = {"outputs": len(step.outputs), "dtypes": dtypes, "device": self.device}
+            attributes.update((name, facts[name]) for name in step.told)
         results = step.operator.function(*arguments, **attributes)
         return results if isinstance(results, tuple) else [results]
 
