@@ -24,6 +24,7 @@ from torch_rtx.onnx.dtypes import PACKED, SIGNED
 from torch_rtx.onnx.module import from_onnx
 from torch_rtx.onnx.reader import data, ir
 
+RANDOM = ("test_bernoulli", "test_training_dropout")
 PASSING = Path(__file__).with_name("passing.txt")
 
 
@@ -61,6 +62,11 @@ def compare(found: Any, wanted: Any, rtol: float, atol: float) -> None:
     assert isinstance(found, Tensor), type(found)
     assert found.dtype == wanted.dtype, (found.dtype, wanted.dtype)
     assert found.shape == wanted.shape, (found.shape, wanted.shape)
+    if wanted.is_floating_point() and wanted.numel():
+        # The cases allow less than a rounding of their results.
+        epsilon = torch.finfo(wanted.dtype).eps if wanted.dtype not in PACKED else 0
+        largest = _plain(wanted).abs().nan_to_num(0, 0).max().item()
+        rtol, atol = max(rtol, 2 * epsilon), max(atol, min(epsilon, 1e-2) * largest)
     torch.testing.assert_close(_plain(found), _plain(wanted), rtol=rtol, atol=atol, equal_nan=True)
 
 
@@ -81,8 +87,11 @@ def check(name: str) -> None:
             found = module(*map(value_of, inputs))
             found = found if isinstance(found, tuple) else (found,)
             assert len(found) == len(outputs)
-            for one, other in zip(found, outputs, strict=True):
-                compare(one, value_of(other), case.rtol, case.atol)
+            for one, other in zip(found, map(value_of, outputs), strict=True):
+                if name.startswith(RANDOM) and "zero_ratio" not in name:  # types and shapes alone
+                    compare(torch.zeros_like(one), torch.zeros_like(other), 0, 0)
+                else:
+                    compare(one, other, case.rtol, case.atol)
 
 
 def operators(name: str) -> set[str]:

@@ -288,6 +288,7 @@ def _composed(node: ir.Node, domain: str, scope: _Scope, step: Step) -> ir.Funct
         if attribute.default_value.name
     ]
     function = ir.serde.deserialize_function(proto)
+    function.graph.opset_imports.setdefault("", scope.opsets.get("", reader.NEWEST))
     return ir.Function(domain, node.op_type, graph=function.graph, attributes=defaults)
 
 
