@@ -17,7 +17,7 @@ from torch_rtx.errors import InputError
 from torch_rtx.onnx import host
 from torch_rtx.onnx.dtypes import dtype_of
 from torch_rtx.onnx.plan import Weight, plan
-from torch_rtx.onnx.reader import read
+from torch_rtx.onnx.reader import read, reading
 from torch_rtx.onnx.run import Runner
 
 if TYPE_CHECKING:
@@ -42,7 +42,10 @@ def from_onnx(source: str | os.PathLike[str] | onnx.ModelProto | ir.Model) -> On
         FileNotFoundError: there is no such file.
     """
     model, file = read(source)
-    return _instance(OnnxModule, model, file)
+    with reading(file):
+        module = OnnxModule(model, file)
+    module.__class__ = _class([(given.argument, given.optional) for given in module.inputs])
+    return module
 
 
 class OnnxInput:
@@ -188,13 +191,6 @@ def _arguments(names: Sequence[str]) -> list[str]:
             argument += "_"
         found.append(argument)
     return found
-
-
-def _instance(base: type[OnnxModule], model: ir.Model, file: str | None) -> OnnxModule:
-    """A module of a class whose `forward` has the model's inputs as its parameters."""
-    module = base(model, file)
-    module.__class__ = _class([(given.argument, given.optional) for given in module.inputs])
-    return module
 
 
 def _class(inputs: Sequence[tuple[str, bool]]) -> type[OnnxModule]:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torch_rtx.errors import IntegrationError, OnnxError
+from torch_rtx.errors import IntegrationError, OnnxError, RtxError
 from torch_rtx.onnx.dtypes import PACKED, SIGNED, dtype_of
 
 try:
@@ -38,27 +38,28 @@ def read(source: str | os.PathLike[str] | onnx.ModelProto | ir.Model) -> tuple[i
         OnnxError: it is damaged or breaks ONNX's rules; the message names the node.
         FileNotFoundError: there is no such file.
     """
-    if isinstance(source, ir.Model):
-        return _checked(source, None), None
-    if isinstance(source, onnx.ModelProto):
-        return _checked(_deserialized(source, None), None), None
-    path = os.fspath(source)
+    path = os.fspath(source) if isinstance(source, str | os.PathLike) else None
+    with reading(path):
+        proto = _parsed(path) if path is not None else source
+        model = proto if isinstance(proto, ir.Model) else _deserialized(proto, path)
+        return _checked(model, path), path
+
+
+def _parsed(path: str) -> onnx.ModelProto:
     proto = onnx.ModelProto()
+    content = Path(path).read_bytes()
     try:
-        proto.ParseFromString(Path(path).read_bytes())
-    except OSError:
-        raise
+        proto.ParseFromString(content)
     except Exception as error:  # the parser's class depends on protobuf's implementation
         raise OnnxError("the file is not an ONNX model, or it is damaged", file=path) from error
     if not proto.HasField("graph"):
         raise OnnxError("the file has no graph: it is not an ONNX model, or it is damaged", file=path)
-    return _checked(_deserialized(proto, path), path), path
+    return proto
 
 
 def _deserialized(proto: onnx.ModelProto, path: str | None) -> ir.Model:
-    with _named(path):
-        _check_names(proto.graph, path)
-        model = ir.serde.deserialize_model(proto)
+    _check_names(proto.graph, path)
+    model = ir.serde.deserialize_model(proto)
     folder = None if path is None else os.path.dirname(os.path.abspath(path))
     for tensor in _tensors(model):
         if isinstance(tensor, ir.ExternalTensor):
@@ -70,11 +71,15 @@ def _deserialized(proto: onnx.ModelProto, path: str | None) -> ir.Model:
 
 
 @contextmanager
-def _named(path: str | None) -> Iterator[None]:
-    """Turns what onnx_ir raises into an OnnxError with its innermost reason."""
+def reading(path: str | None) -> Iterator[None]:
+    """Turns whatever a damaged model makes onnx_ir or this package raise into an OnnxError with the first reason."""
     try:
         yield
-    except (OnnxError, MemoryError):
+    except OnnxError as error:
+        if error.file is not None or path is None:
+            raise
+        raise OnnxError(error.message, file=path, node=error.node, op=error.op, hint=error.hint) from error
+    except (RtxError, OSError, MemoryError):
         raise
     except Exception as error:
         reason: BaseException = error
