@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import onnx_ir
 from onnx import ModelProto, TensorProto
 
 from tests.onnx.models import INT64, external, graph, linear, model, node, one, value
-from torch_rtx.errors import OnnxError
+from torch_rtx.errors import InputError, OnnxError
 from torch_rtx.onnx.module import from_onnx
 from torch_rtx.onnx.reader import data
 
@@ -48,12 +49,8 @@ def test_damaged_files(tmp_path: Path) -> None:
         for place in random.randint(0, len(whole), 3):
             damaged[place] = random.randint(256)
         path.write_bytes(damaged)
-        try:
+        with suppress(OnnxError, InputError):
             from_onnx(path)(torch.ones(2, 3, 4))
-        except (OnnxError, torch.OutOfMemoryError):
-            pass
-        except Exception as error:
-            assert type(error).__name__ == "InputError", error
 
 
 def hostile(kind: str) -> ModelProto:

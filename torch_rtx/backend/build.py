@@ -7,7 +7,6 @@ import logging
 import math
 import os
 from collections.abc import Container, Mapping
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch_rtx.backend.capture_errors import check_mode, checked_model, explained
 from torch_rtx.backend.compiler import Program
 from torch_rtx.backend.inputs import declare, forward_names, user_inputs
-from torch_rtx.backend.onnx_models import declared_inputs, is_onnx
+from torch_rtx.backend.onnx_models import imported
 from torch_rtx.backend.program_cache import get_or_build
 from torch_rtx.engine import Engine, Json, Manifest
 from torch_rtx.errors import CaptureError, RtxError
@@ -68,10 +67,7 @@ def compile(
     runtime = defaults if runtime is None else settings_of(RuntimeSettings, runtime, "runtime")
     if settings.fallback_on_error:
         log.warning("fallback_on_error has no effect ahead of time: a failed build raises an error")
-    if is_onnx(model):
-        model = import_module("torch_rtx.onnx.module").from_onnx(model)
-        if args is None:
-            args, dynamic_shapes = declared_inputs(model, dynamic_shapes), None
+    model, args, dynamic_shapes = imported(model, args, dynamic_shapes)
     model = checked_model(model, args, kwargs)
     declared = declare(model, args, kwargs, dynamic_shapes, settings.device)
     with explained():
@@ -94,12 +90,16 @@ def compile(
     called = {node.op for node in lowered.graph.nodes if node.kind == "fallback"}
     module = CompiledModule(engine, device, runtime, lowered.callables, called, signature)
     lowered.dump("run.py", module.session.source)
-    needed = {p.name for p in engine.graph.parameters if not p.constant}
+    _attach(module, tensors)
+    return module
+
+
+def _attach(module: CompiledModule, tensors: Mapping[str, torch.Tensor]) -> None:
+    needed = {p.name for p in module.engine.graph.parameters if not p.constant}
     if all(_has_data(tensors.get(name)) for name in needed):
         module.attach({name: tensors[name] for name in needed})
     else:
         log.info("the model has no weights here: the engine can be saved, and called after refit")
-    return module
 
 
 def _tensors(program: ExportedProgram) -> dict[str, torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -35,13 +36,10 @@ def build(
         out = path.with_suffix(".rtx") if out is None else out
         if not out.absolute().parent.is_dir():
             raise SettingsError(f"{out} can't be written: there is no such folder")
-        settings = CompilationSettings(device=device, strip_weights=not weights, **_targets(target))
+        settings = CompilationSettings(device=device, strip_weights=not weights)
+        settings = replace(settings, targets=tuple(target)) if target else settings
         save(compile(path, dynamic_shapes=sizes_given(size or []), settings=settings), out)
         echo(f"wrote {out}")
-
-
-def _targets(given: list[str] | None) -> dict[str, tuple[str, ...]]:
-    return {"targets": tuple(given)} if given else {}
 
 
 def sizes_given(given: Iterable[str]) -> dict[str, int | tuple[int, ...]]:

@@ -1,4 +1,4 @@
-"""The command line: `torch-rtx build model.onnx`, `torch-rtx inspect model.rtx`, `torch-rtx profile model.rtx`, `torch-rtx cache ls`."""
+"""The command line: `torch-rtx build model.onnx`, `torch-rtx inspect model.rtx`, `torch-rtx cache ls`."""
 
 from __future__ import annotations
 

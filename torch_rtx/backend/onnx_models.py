@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from torch.export import Dim
@@ -19,10 +20,14 @@ if TYPE_CHECKING:
 Span = tuple[int, int, int]
 
 
-def is_onnx(model: Any) -> bool:
-    """Whether this is a path, an `onnx.ModelProto` or an `onnx_ir.Model`. Imports none of them."""
+def imported(model: Any, args: Any, dynamic_shapes: Any) -> tuple[Any, Any, Any]:
+    """The module, the arguments and their dynamic shapes, where `model` is a path, an `onnx.ModelProto` or an
+    `onnx_ir.Model`; of any other model all as it is. Imports none of these packages for that."""
     package = type(model).__module__.partition(".")[0]
-    return isinstance(model, str | os.PathLike) or package == "onnx_ir" or type(model).__name__ == "ModelProto"
+    if not isinstance(model, str | os.PathLike) and package != "onnx_ir" and type(model).__name__ != "ModelProto":
+        return model, args, dynamic_shapes
+    module = import_module("torch_rtx.onnx.module").from_onnx(model)
+    return (module, declared_inputs(module, dynamic_shapes), None) if args is None else (module, args, dynamic_shapes)
 
 
 def declared_inputs(module: OnnxModule, sizes: Any) -> tuple[Input, ...]:

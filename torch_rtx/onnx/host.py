@@ -24,7 +24,7 @@ from torch_rtx.onnx.registry import Ints
 LIMIT = 64  # elements: what is larger is data, not a shape
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _BITS = {torch.int32: 32, torch.int64: 64}
-_ROUNDED = {torch.float16: np.float16, torch.float32: np.float32}
+_ROUNDED: dict[torch.dtype, Any] = {torch.float16: np.float16, torch.float32: np.float32}
 KNOWN_DTYPES = {torch.bool, *_BITS, *_ROUNDED, torch.float64}
 Attributes = Mapping[str, Any]
 
@@ -136,7 +136,7 @@ def _elementwise(name: str, function: Callable[..., Any], dtype: torch.dtype | N
     HOST_OPS[name] = run
 
 
-for _name, _function in {
+_SAME: dict[str, Callable[..., Any]] = {
     "Add": operator.add,
     "Sub": operator.sub,
     "Mul": operator.mul,
@@ -146,9 +146,10 @@ for _name, _function in {
     "Floor": lambda x: torch.sym_float(math.floor(x)),
     "Ceil": lambda x: torch.sym_float(math.ceil(x)),
     "Identity": lambda x: x,
-}.items():
+}
+for _name, _function in _SAME.items():
     _elementwise(_name, _function)
-for _name, _function in {
+_LOGICAL: dict[str, Callable[..., Any]] = {
     "Equal": operator.eq,
     "Less": operator.lt,
     "LessOrEqual": operator.le,
@@ -157,7 +158,8 @@ for _name, _function in {
     "And": lambda a, b: a and b,
     "Or": lambda a, b: a or b,
     "Not": lambda a: not a,
-}.items():
+}
+for _name, _function in _LOGICAL.items():
     _elementwise(_name, _function, torch.bool)
 
 

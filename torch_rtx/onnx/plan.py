@@ -229,8 +229,8 @@ class _Planner:
         outer, self.slots = self.slots, dict(self.slots)
         for value in function_values(function):
             self.slots.pop(value, None)
-        for parameter, value in zip_longest(function.inputs, node.inputs):
-            self.slots[parameter] = None if value is None else outer[value]
+        for parameter, argument in zip_longest(function.inputs, node.inputs):
+            self.slots[parameter] = None if argument is None else outer[argument]
         given = {attr.name: attr for attr in function.attributes.values() if attr.value is not None} | dict(attributes)
         prefix = f"{scope.prefix}{node.name or function.name}/"
         inner = _Scope(dict(function.opset_imports), given, prefix, (*scope.calls, function.identifier()))
@@ -292,7 +292,7 @@ def _composed(node: ir.Node, domain: str, scope: _Scope, step: Step) -> ir.Funct
     return ir.Function(domain, node.op_type, graph=function.graph, attributes=defaults)
 
 
-def _definition(schema: onnx.defs.OpSchema, node: ir.Node, version: int, scope: _Scope) -> bytes | None:
+def _definition(schema: Any, node: ir.Node, version: int, scope: _Scope) -> bytes | None:
     """The function that defines an operator; some depend on the types of the inputs, which functions do not know."""
     versions = [number for number in schema.function_opset_versions if number <= version]
     if versions:
@@ -314,7 +314,7 @@ def _definition(schema: onnx.defs.OpSchema, node: ir.Node, version: int, scope: 
 def _check_attributes(attributes: Mapping[str, ir.Attr], domain: str, name: str, version: int, step: Step) -> None:
     """Raises OnnxError if an attribute has another type than ONNX gives it."""
     try:
-        declared = onnx.defs.get_schema(name, version, domain).attributes
+        declared: Any = onnx.defs.get_schema(name, version, domain).attributes
     except onnx.defs.SchemaError:
         return
     for key, attr in attributes.items():
@@ -341,7 +341,7 @@ def _attributes(node: ir.Node, scope: _Scope, step: Step) -> dict[str, ir.Attr]:
     """The attributes of a node; of those that refer to a function's, what the call gives."""
     found = {}
     for name, attr in node.attributes.items():
-        given = scope.attributes.get(attr.ref_attr_name) if attr.is_ref() else attr
+        given = scope.attributes.get(attr.ref_attr_name or "") if attr.is_ref() else attr
         if given is not None:
             if given.type is not attr.type:
                 raise step.error(f"attribute {name!r} is {given.type.name}, not {attr.type.name}")

@@ -40,7 +40,7 @@ def read(source: str | os.PathLike[str] | onnx.ModelProto | ir.Model) -> tuple[i
     """
     path = os.fspath(source) if isinstance(source, str | os.PathLike) else None
     with reading(path):
-        proto = _parsed(path) if path is not None else source
+        proto: Any = _parsed(path) if path is not None else source
         model = proto if isinstance(proto, ir.Model) else _deserialized(proto, path)
         return _checked(model, path), path
 
@@ -248,7 +248,7 @@ def _read(tensor: ir.ExternalTensor, file: str | None) -> Tensor:
     with os.fdopen(descriptor, "rb", buffering=0) as opened:
         opened.seek(offset)
         result = torch.empty(_bytes(tensor), dtype=torch.uint8)
-        view = memoryview(result.numpy())
+        view = memoryview(result.numpy().data)
         done = 0
         while done < len(view):
             count = opened.readinto(view[done:])

@@ -71,7 +71,7 @@ def split_to_sequence(x: Tensor, split: Ints | None = None, *, axis: int = 0, ke
     whole = x.shape[axis]
     # One number is the size of each part; so is a list of one, if it is not the whole.
     parts = split if len(split) > 1 or split[0] == whole else split[0]
-    return list(x.split(parts, axis))  # type: ignore[arg-type]
+    return list(x.split(parts, axis))
 
 
 @op("ConcatFromSequence", since=11)
