@@ -27,6 +27,7 @@ import torch
 
 F = TypeVar("F", bound=Callable[..., Any])
 Ints = Sequence["int | torch.SymInt"]
+Numbers = Sequence[Any]  # where stubs of PyTorch want an int, or floats come, too
 TOLD = ("outputs", "dtypes", "device")
 
 
