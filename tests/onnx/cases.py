@@ -1,4 +1,4 @@
-"""The node test cases of the onnx package, run eagerly. `python -m tests.onnx.cases` lists those that pass.
+"""The test cases of the onnx package, run eagerly. `python -m tests.onnx.cases` lists those that pass.
 
 `python -m tests.onnx.cases Softmax Gather` runs the cases of these operators alone, and says why others fail;
 `--write` adds what passes to `passing.txt`.
@@ -10,16 +10,21 @@ import argparse
 import collections
 import logging
 import warnings
-from functools import cache
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
-from onnx import ModelProto, TensorProto, numpy_helper
+from onnx import GraphProto, ModelProto, SequenceProto, TensorProto, TypeProto, numpy_helper
 from onnx.backend.test.case.node import collect_testcases
+from onnx.backend.test.loader import load_model_tests
 from torch import Tensor
 
+from torch_rtx.backend.build import compile
 from torch_rtx.onnx.dtypes import PACKED, SIGNED
 from torch_rtx.onnx.module import LEARNT, from_onnx
 from torch_rtx.onnx.reader import data, ir
@@ -28,12 +33,66 @@ RANDOM = ("test_bernoulli", "test_training_dropout")
 PASSING = Path(__file__).with_name("passing.txt")
 
 
+@dataclass(frozen=True)
+class Case:
+    """A model with inputs and results; `read` gives them."""
+
+    model: ModelProto
+    read: Callable[[], list[tuple[list[Any], list[Any]]]]
+    rtol: float
+    atol: float
+
+
 @cache
-def cases() -> dict[str, Any]:
-    """All cases by name."""
+def cases() -> dict[str, Case]:
+    """All cases by name: those of nodes, and of models in files as `<kind>/<name>`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return {case.name: case for case in collect_testcases(None)}
+        nodes = collect_testcases(None)
+    found = {c.name: Case(c.model, partial(list, c.data_sets), c.rtol, c.atol) for c in nodes}
+    for kind in ("simple", "pytorch-converted", "pytorch-operator"):
+        for case in load_model_tests(kind=kind):
+            model = onnx.load(Path(case.model_dir) / "model.onnx")
+            read = partial(_stored, Path(case.model_dir), model.graph)
+            found[f"{kind}/{case.name}"] = Case(model, read, case.rtol, case.atol)
+    for path in sorted((Path(onnx.__file__).parent / "backend/test/data/light").glob("*.onnx")):
+        model = onnx.load(path)
+        found[f"light/{path.stem}"] = Case(model, partial(_light, path, model.graph), 1e-3, 1e-6)
+    return found
+
+
+def _light(path: Path, graph: GraphProto) -> list[tuple[list[Any], list[Any]]]:
+    """A whole network with weights that follow a rule, for inputs that do, too."""
+    inputs = []
+    known = {tensor.name for tensor in graph.initializer}
+    for value in graph.input:
+        shape = [dim.dim_value or 1 for dim in value.type.tensor_type.shape.dim]
+        count = int(np.prod(shape))
+        if value.name not in known:
+            inputs.append((np.arange(count).reshape(shape) / count).astype(np.float32))
+    outputs = [path.with_name(f"{path.stem}_output_{number}.pb") for number in range(len(graph.output))]
+    return [(inputs, [TensorProto.FromString(file.read_bytes()) for file in outputs])]
+
+
+def _stored(folder: Path, graph: GraphProto) -> list[tuple[list[Any], list[Any]]]:
+    """The values of a case of a model, in the order of the model's inputs."""
+    return [
+        tuple(  # type: ignore[misc]
+            [_value(file.read_bytes(), value.type) for value, file in zip(values, _numbered(data, kind), strict=False)]
+            for values, kind in ((graph.input, "input"), (graph.output, "output"))
+        )
+        for data in sorted(folder.glob("test_data_set_*"))
+    ]
+
+
+def _numbered(folder: Path, kind: str) -> list[Path]:
+    return sorted(folder.glob(f"{kind}_*.pb"), key=lambda path: int(path.stem.rpartition("_")[2]))
+
+
+def _value(content: bytes, type: TypeProto) -> Any:
+    if type.HasField("sequence_type"):
+        return list(SequenceProto.FromString(content).tensor_values)
+    return TensorProto.FromString(content)
 
 
 def value_of(given: Any) -> Any:
@@ -77,13 +136,14 @@ def _plain(x: Tensor) -> Tensor:
     return x.float() if x.dtype.is_floating_point and x.element_size() == 1 else x
 
 
-def check(name: str) -> None:
-    """Run a case; raises what differs."""
+def check(name: str, compiled: bool = False) -> None:
+    """Run a case, in an engine if it is `compiled`; raises what differs."""
     case = cases()[name]
     with torch.no_grad():
-        module = from_onnx(case.model if isinstance(case.model, ModelProto) else ModelProto())
-        for inputs, outputs in case.data_sets:
-            found = module(*map(value_of, inputs))
+        module = from_onnx(case.model)
+        for inputs, outputs in case.read():
+            args = tuple(map(value_of, inputs))
+            found = (compile(module, args) if compiled else module)(*args)
             found = found if isinstance(found, tuple) else (found,)
             assert len(found) == len(outputs)
             for one, other in zip(found, map(value_of, outputs), strict=True):

@@ -1,4 +1,4 @@
-"""The node test cases of the onnx package that pass go on passing."""
+"""The test cases of the onnx package that pass go on passing."""
 
 from __future__ import annotations
 
@@ -26,3 +26,18 @@ def test_cases(chunk: int) -> None:
         except Exception as error:
             failed[name] = f"{type(error).__name__}: {error}"
     assert failed == {}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pytorch-converted/test_GLU",
+        "test_attention_4d_causal_expanded",
+        "test_gru_defaults",
+        "test_lstm_with_peepholes",
+        "test_quantizelinear_axis",
+        "pytorch-converted/test_Conv2d",
+    ],
+)
+def test_engines(name: str) -> None:
+    check(name, compiled=True)
