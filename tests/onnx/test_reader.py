@@ -18,6 +18,7 @@ from onnx import ModelProto, TensorProto
 
 from tests.onnx.models import INT64, external, graph, linear, model, node, one, value
 from torch_rtx.errors import InputError, OnnxError
+from torch_rtx.onnx import wire
 from torch_rtx.onnx.module import from_onnx
 from torch_rtx.onnx.reader import data
 
@@ -27,6 +28,14 @@ WEIGHT = np.arange(24, dtype="<f4").tobytes()
 # ---- damaged models --------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(params=[8, 4096])
+def least(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How large an initializer is whose data stay in the file."""
+    monkeypatch.setattr(wire, "LEAST", request.param)
+    return int(request.param)
+
+
+@pytest.mark.usefixtures("least")
 def test_truncated_files(tmp_path: Path) -> None:
     whole = linear().SerializeToString()
     path = tmp_path / "model.onnx"
@@ -39,12 +48,13 @@ def test_truncated_files(tmp_path: Path) -> None:
         from_onnx(tmp_path / "none.onnx")
 
 
+@pytest.mark.usefixtures("least")
 def test_damaged_files(tmp_path: Path) -> None:
     """Any byte may be any other: a module that runs or gives a typed error, or an OnnxError."""
     whole = bytearray(linear().SerializeToString())
     path = tmp_path / "model.onnx"
     random = np.random.RandomState(0)
-    for _ in range(300):
+    for _ in range(200):
         damaged = bytearray(whole)
         for place in random.randint(0, len(whole), 3):
             damaged[place] = random.randint(256)
@@ -130,6 +140,29 @@ def test_functions_that_call_themselves() -> None:
     made.functions.append(onnx.helper.make_function("mine", "MatMul", ["a", "b"], ["c"], [call], made.opset_import))
     with pytest.raises(OnnxError, match="calls itself"):
         from_onnx(made)
+
+
+def test_weights_stay_in_the_file(tmp_path: Path, least: int) -> None:
+    """The parser gets the model without them, and they are read as if it had."""
+    made = linear()
+    large = np.random.RandomState(0).randn(3, 700).astype(np.float32)
+    for name in ("first", "last"):
+        made.graph.initializer.add().CopyFrom(onnx.numpy_helper.from_array(large, name))
+    path = tmp_path / "model.onnx"
+    onnx.save(made, path)
+    with open(path, "rb") as file:
+        structure, places = wire.split(file)
+        content = path.read_bytes()
+    assert set(places) == ({0, 1, 2, 3} if least == 8 else {2, 3})
+    proto = ModelProto.FromString(structure)
+    for index, (offset, length) in places.items():
+        assert content[offset : offset + length] == made.graph.initializer[index].raw_data
+        proto.graph.initializer[index].raw_data = content[offset : offset + length]
+    assert proto == made
+    assert torch.equal(data(onnx_ir.serde.deserialize_tensor(made.graph.initializer[2])), torch.from_numpy(large))
+    os.link(path, tmp_path / "other.onnx")  # as installers do
+    wanted = from_onnx(made).state_dict()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in from_onnx(path).state_dict().items())
 
 
 # ---- external data ---------------------------------------------------------------------------------------------------

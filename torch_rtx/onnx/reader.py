@@ -12,7 +12,6 @@ import stat
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from torch_rtx.errors import IntegrationError, OnnxError, RtxError
+from torch_rtx.onnx import wire
 from torch_rtx.onnx.dtypes import PACKED, SIGNED, dtype_of
 
 try:
@@ -40,24 +40,42 @@ def read(source: str | os.PathLike[str] | onnx.ModelProto | ir.Model) -> tuple[i
     """
     path = os.fspath(source) if isinstance(source, str | os.PathLike) else None
     with reading(path):
-        proto: Any = _parsed(path) if path is not None else source
-        model = proto if isinstance(proto, ir.Model) else _deserialized(proto, path)
+        if path is not None:
+            model = _parsed(path)
+        else:
+            model = source if isinstance(source, ir.Model) else _deserialized(source, None)
         return _checked(model, path), path
 
 
-def _parsed(path: str) -> onnx.ModelProto:
+class _Inner(ir.ExternalTensor):
+    """A tensor whose data are in the file of the model itself."""
+
+
+def _parsed(path: str) -> ir.Model:
+    """The model in a file; the data of large initializers stay there."""
     proto = onnx.ModelProto()
-    content = Path(path).read_bytes()
-    try:
-        proto.ParseFromString(content)
-    except Exception as error:  # the parser's class depends on protobuf's implementation
-        raise OnnxError("the file is not an ONNX model, or it is damaged", file=path) from error
+    with open(path, "rb") as file:
+        try:
+            structure, places = wire.split(file)
+            proto.ParseFromString(structure)
+        except OSError:
+            raise
+        except Exception as error:  # the parser's class depends on protobuf's implementation
+            raise OnnxError("the file is not an ONNX model, or it is damaged", file=path) from error
     if not proto.HasField("graph"):
         raise OnnxError("the file has no graph: it is not an ONNX model, or it is damaged", file=path)
-    return proto
+    model = _deserialized(proto, path)
+    folder, name = os.path.split(os.path.abspath(path))
+    for index, (offset, length) in places.items():
+        stored = proto.graph.initializer[index]
+        if stored.data_location != onnx.TensorProto.EXTERNAL:
+            shape, dtype = ir.Shape(stored.dims), ir.DataType(stored.data_type)
+            inner = _Inner(name, offset, length, dtype, shape=shape, name=stored.name, base_dir=folder)
+            model.graph.initializers[stored.name].const_value = inner
+    return model
 
 
-def _deserialized(proto: onnx.ModelProto, path: str | None) -> ir.Model:
+def _deserialized(proto: Any, path: str | None) -> ir.Model:
     _check_names(proto.graph, path)
     model = ir.serde.deserialize_model(proto)
     folder = None if path is None else os.path.dirname(os.path.abspath(path))
@@ -179,11 +197,13 @@ def _bytes(tensor: Any) -> int:
 
 def _opened(tensor: ir.ExternalTensor, file: str | None) -> tuple[int, int]:
     """A descriptor of the file with a tensor's data, and the offset in bytes; the file is in the model's folder."""
+    inner = isinstance(tensor, _Inner)
     what = f"the data of {tensor.name!r}, in {os.fspath(tensor.location)!r},"
     folder = os.path.realpath(tensor.base_dir or ".")
     path = os.path.realpath(os.path.join(folder, tensor.location))
-    if os.path.isabs(tensor.location) or os.path.commonpath([folder, path]) != folder:
-        raise OnnxError(f"{what} is outside of the model's folder", file=file)
+    if not inner and (os.path.isabs(tensor.location) or os.path.commonpath([folder, path]) != folder):
+        hint = "put the file itself into the folder, not a link"
+        raise OnnxError(f"{what} is outside of the model's folder", file=file, hint=hint)
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
     except OSError as error:
@@ -192,11 +212,12 @@ def _opened(tensor: ir.ExternalTensor, file: str | None) -> tuple[int, int]:
         found, offset, needed = os.fstat(descriptor), tensor.offset or 0, _bytes(tensor)
         if not stat.S_ISREG(found.st_mode):
             raise OnnxError(f"{what} is not in a regular file", file=file)
-        if found.st_nlink > 1:
+        if found.st_nlink > 1 and not inner:
             hint = "it could be a file from outside of the model's folder: replace the link by a copy"
             raise OnnxError(f"{what} is in a file with {found.st_nlink} hard links", file=file, hint=hint)
         if offset < 0 or tensor.length not in (None, needed):
-            raise OnnxError(f"{what} has {tensor.length} bytes at {offset}, and its shape needs {needed}", file=file)
+            shape = list(tensor.shape)
+            raise OnnxError(f"{what} has {tensor.length} bytes, and its shape {shape} needs {needed}", file=file)
         if offset + needed > found.st_size:
             problem = f"{what} ends at byte {offset + needed}, and the file has {found.st_size}"
             raise OnnxError(problem, file=file)
