@@ -78,7 +78,10 @@ class OnnxInput:
 
 
 def _dim(dim: Any) -> int | str | None:
-    return dim if isinstance(dim, int) else dim.value
+    """The size or its name. Exporters write -1 and `?`, too, for a size that varies."""
+    size = dim if isinstance(dim, int) else dim.value
+    known = size >= 0 if isinstance(size, int) else bool(re.search(r"\w", size or ""))
+    return size if known else None
 
 
 class OnnxModule(nn.Module):

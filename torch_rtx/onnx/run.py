@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -150,19 +150,42 @@ def _if(call: _Call, step: Step, values: Values) -> Sequence[Any]:
     branches = step.bodies["then_branch"], step.bodies["else_branch"]
     if decided is not None:
         return call.body(branches[0 if decided else 1], (), values)
-    captured = list(dict.fromkeys(slot for body in branches for slot in body.captured))
-    operands = [slot for slot in captured if isinstance(values[slot], Tensor)]
+    captured = dict.fromkeys(slot for body in branches for slot in body.captured)
+    leaves, shape = _leaves([values[slot] for slot in captured])
 
     def branch(body: Body) -> Any:
-        def run(*tensors: Tensor) -> list[Tensor]:
-            inner = {**{slot: values[slot] for slot in captured}, **dict(zip(operands, tensors, strict=True))}
+        def run(*given: Any) -> tuple[Tensor, ...]:
+            inner = dict(zip(captured, shape(given), strict=True))
             # A branch may not hand on an input.
-            return [call.tensor(value).clone() for value in call.body(body, (), inner)]
+            return tuple(call.tensor(value).clone() for value in call.body(body, (), inner))
 
         return run
 
-    condition = values[step.inputs[0] or 0].reshape(())
-    return torch.cond(condition, branch(branches[0]), branch(branches[1]), [values[slot] for slot in operands])
+    # Not torch.cond, which has Dynamo trace the branches: they are Python that runs node by node.
+    condition = values[step.inputs[0] or 0].reshape(()).to(torch.bool)
+    return torch.ops.higher_order.cond(condition, branch(branches[0]), branch(branches[1]), tuple(leaves))
+
+
+def _leaves(values: Sequence[Any]) -> tuple[list[Any], Callable[[Sequence[Any]], list[Any]]]:
+    """The tensors and the symbolic numbers in values, and a function that puts others in their places."""
+    leaves: list[Any] = []
+    places: list[Callable[[Sequence[Any]], Any]] = []
+    for value in values:
+        numbers = value.numbers() if isinstance(value, Host) else [value]
+        symbolic = [n for n, one in enumerate(numbers) if isinstance(one, Tensor | torch.SymInt | torch.SymFloat)]
+        first = len(leaves)
+        leaves += [numbers[n] for n in symbolic]
+
+        def put(given: Sequence[Any], value: Any = value, symbolic: list[int] = symbolic, first: int = first) -> Any:
+            if isinstance(value, Host):
+                changed = value.numbers()
+                for offset, n in enumerate(symbolic):
+                    changed[n] = given[first + offset]
+                return host.known(changed, value.array.shape, value.dtype)
+            return given[first] if symbolic else value
+
+        places.append(put)
+    return leaves, lambda given: [put(given) for put in places]
 
 
 def _loop(call: _Call, step: Step, values: Values) -> Sequence[Any]:
