@@ -117,7 +117,12 @@ class _Call:
         attributes = {key: self.placed(value) for key, value in step.attributes.items()}
         if step.told:
             dtypes = [getattr(value, "dtype", None) for value in inputs]
-            facts = {"outputs": len(step.outputs), "dtypes": dtypes, "device": self.device}
+            held = [
+                value if slot is None else self.known.get(slot, value)
+                for slot, value in zip(step.inputs, inputs, strict=True)
+            ]
+            known = [value.array.tolist() if isinstance(value, Host) else None for value in held]
+            facts = {"outputs": len(step.outputs), "dtypes": dtypes, "device": self.device, "known": known}
             attributes.update((name, facts[name]) for name in step.told)
         results = step.operator.function(*arguments, **attributes)
         return results if isinstance(results, tuple) else [results]
