@@ -241,6 +241,21 @@ def test_if_of_data() -> None:
         assert run(torch.ones(2), torch.tensor(False)).tolist() == [11, 11]
 
 
+def test_fixed_inputs() -> None:
+    """They are no inputs any more, and decide what depends on them."""
+    module = from_onnx(branching("flag", []), fixed={"flag": False})
+    assert [given.name for given in module.inputs] == ["x"]
+    program = torch.export.export(module, (torch.ones(2),))
+    assert [str(n.target) for n in program.graph.nodes if n.op == "call_function"] == ["aten.add.Tensor"]
+    assert module(torch.ones(2)).tolist() == [11, 11]
+    assert "flag" not in module.state_dict()
+    compiled = torch_rtx.compile(module, dynamic_shapes={"n": 2})
+    assert compiled(torch.ones(2)).tolist() == [11, 11]
+    for fixed, message in (({"other": 1}, "no input 'other'"), ({"flag": [True]}, "1 axes, not 0")):
+        with pytest.raises(InputError, match=message):
+            from_onnx(branching("flag", []), fixed=fixed)
+
+
 def looping(condition: bool) -> Any:
     """Adds x and its index until the sum of the first element is at least 10; stacks the sums."""
     nodes = [

@@ -21,12 +21,14 @@ Span = tuple[int, int, int]
 
 
 def imported(model: Any, args: Any, dynamic_shapes: Any) -> tuple[Any, Any, Any]:
-    """The module, the arguments and their dynamic shapes, where `model` is a path, an `onnx.ModelProto` or an
-    `onnx_ir.Model`; of any other model all as it is. Imports none of these packages for that."""
-    package = type(model).__module__.partition(".")[0]
-    if not isinstance(model, str | os.PathLike) and package != "onnx_ir" and type(model).__name__ != "ModelProto":
+    """The module, the arguments and their dynamic shapes of an ONNX model: a path, an `onnx.ModelProto`, an
+    `onnx_ir.Model`, or what `from_onnx` made. Any other model stays as it is, and loads none of these packages."""
+    home, name = type(model).__module__, type(model).__name__
+    made = home == "torch_rtx.onnx.module"
+    read = isinstance(model, str | os.PathLike) or home.partition(".")[0] == "onnx_ir" or name == "ModelProto"
+    if not made and not read:
         return model, args, dynamic_shapes
-    module = import_module("torch_rtx.onnx.module").from_onnx(model)
+    module = model if made else import_module("torch_rtx.onnx.module").from_onnx(model)
     return (module, declared_inputs(module, dynamic_shapes), None) if args is None else (module, args, dynamic_shapes)
 
 

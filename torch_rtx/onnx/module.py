@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 LEARNT = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def from_onnx(source: str | os.PathLike[str] | onnx.ModelProto | ir.Model) -> OnnxModule:
+def from_onnx(
+    source: str | os.PathLike[str] | onnx.ModelProto | ir.Model, fixed: Mapping[str, Any] | None = None
+) -> OnnxModule:
     """An ONNX model as a module, in evaluation mode.
 
     It runs eagerly, below `torch.compile` and `torch.export`, and can be trained. Its inputs are positional or have
@@ -35,15 +37,18 @@ def from_onnx(source: str | os.PathLike[str] | onnx.ModelProto | ir.Model) -> On
 
     Args:
         source: a path, an `onnx.ModelProto` or an `onnx_ir.Model`.
+        fixed: values of inputs by ONNX's names, such as a sampling rate: they become part of the program, and what
+            the model decides by them is decided now.
 
     Raises:
         OnnxError: the model is damaged, or has what is not supported; names the file, the node and the operator.
+        InputError: `fixed` has what is no input, or no value of its type and shape.
         IntegrationError: the package onnx_ir is missing.
         FileNotFoundError: there is no such file.
     """
     model, file = read(source)
     with reading(file):
-        module = OnnxModule(model, file)
+        module = OnnxModule(model, file, fixed or {})
     module.__class__ = _class([(given.argument, given.optional) for given in module.inputs])
     return module
 
@@ -98,14 +103,15 @@ class OnnxModule(nn.Module):
         file: the path of the model, if it came from one.
     """
 
-    def __init__(self, model: ir.Model, file: str | None) -> None:
+    def __init__(self, model: ir.Model, file: str | None, fixed: Mapping[str, Any]) -> None:
         super().__init__()
-        steps = plan(model, file)
+        steps = plan(model, file, _fixed(model, fixed))
         self.file = file
         self.onnx_names: dict[str, str] = {}
         self.output_names = tuple(str(value.name) for value in model.graph.outputs)
-        given = [value for value in model.graph.inputs if value.const_value is None]
-        optional = [value for value in model.graph.inputs if value.const_value is not None]
+        free = [value for value in model.graph.inputs if value.name not in fixed]
+        given = [value for value in free if value.const_value is None]
+        optional = [value for value in free if value.const_value is not None]
         slots = dict(zip(model.graph.inputs, steps.inputs, strict=True))
         arguments = _arguments([str(value.name) for value in (*given, *optional)])
         self.inputs = [
@@ -182,6 +188,19 @@ class OnnxModule(nn.Module):
         else:
             owner.register_buffer(name, weight.tensor, persistent=not weight.known and not number)
         return owner, name
+
+
+def _fixed(model: ir.Model, fixed: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The values of inputs that are fixed, as tensors."""
+    inputs = {str(value.name): OnnxInput(value, str(value.name), False) for value in model.graph.inputs}
+    unknown = [name for name in fixed if name not in inputs]
+    if unknown:
+        raise InputError(f"there is no input {unknown[0]!r}", hint=f"the inputs are {', '.join(inputs)}")
+    found = {}
+    for name, value in fixed.items():
+        found[name] = value if isinstance(value, Tensor) else torch.tensor(value, dtype=inputs[name].dtype)
+        inputs[name].check(found[name])
+    return found
 
 
 def _arguments(names: Sequence[str]) -> list[str]:

@@ -99,8 +99,11 @@ class Plan:
     outputs: list[int]
 
 
-def plan(model: ir.Model, file: str | None) -> Plan:
+def plan(model: ir.Model, file: str | None, fixed: Mapping[str, Tensor]) -> Plan:
     """The plan of a checked model.
+
+    Args:
+        fixed: inputs that have one value in every call, by name.
 
     Raises:
         OnnxError: an operator is not known, or has attributes that it does not take.
@@ -108,12 +111,15 @@ def plan(model: ir.Model, file: str | None) -> Plan:
     planner = _Planner(model, file)
     graph = model.graph
     inputs = [planner.slot(value) for value in graph.inputs]
+    for value in graph.inputs:
+        if value.name is not None and value.name in fixed:
+            planner.weight(value, fixed[value.name], _Scope({}, {}))
     planner.initializers(graph)
     steps = planner.steps(graph, _Scope(dict(graph.opset_imports), {}))
     outputs = [planner.slot(value) for value in graph.outputs]
     known = _known_slots(steps, planner.weights)
     for weight in planner.weights.values():
-        weight.known = weight.slot in known
+        weight.known = weight.slot in known or weight.name in fixed
     return Plan(tuple(_freeing(steps, {*inputs, *outputs})), list(planner.weights.values()), inputs, outputs)
 
 
@@ -154,7 +160,7 @@ class _Planner:
     def initializers(self, graph: ir.Graph) -> None:
         """Add the initializers of a graph."""
         for value in graph.initializers.values():
-            if value.const_value is not None:
+            if value.const_value is not None and self.slots.get(value) not in self.weights:
                 self.weight(value, reader.data(value.const_value, self.file))
 
     def steps(self, nodes: Sequence[ir.Node] | ir.Graph, scope: _Scope) -> list[Step]:
