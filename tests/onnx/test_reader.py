@@ -16,6 +16,7 @@ import onnx
 import onnx_ir
 from onnx import ModelProto, TensorProto
 
+from tests.onnx.fuzz import fuzz
 from tests.onnx.models import INT64, external, graph, linear, model, node, one, value
 from torch_rtx.errors import InputError, OnnxError
 from torch_rtx.onnx import wire
@@ -61,6 +62,15 @@ def test_damaged_files(tmp_path: Path) -> None:
         path.write_bytes(damaged)
         with suppress(OnnxError, InputError):
             from_onnx(path)(torch.ones(2, 3, 4))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("least")
+def test_models_with_other_nodes(tmp_path: Path) -> None:
+    """Typed errors are all that comes of them."""
+    outcomes = fuzz(300, 0, tmp_path / "model.onnx")
+    assert outcomes["OnnxError"] > 100
+    assert sum(outcomes.values()) == 300
 
 
 def hostile(kind: str) -> ModelProto:

@@ -15,7 +15,9 @@ from torch_rtx.onnx.host import Host
 from torch_rtx.onnx.plan import Body, Step
 
 UNROLLED = 1024  # the most passes of a loop that a capture writes out
-_PLAIN = (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError, KeyError)
+# Homes of the errors that say what is wrong with a node. Errors of PyTorch's own classes, such as that of a capture
+# which can't go on, are for its callers.
+_PLAIN = ("builtins", "numpy.exceptions")
 Values = dict[int, Any]
 
 
@@ -71,13 +73,13 @@ class _Call:
                     raise
                 raise step.error(error.message, error.hint) from error
             except Exception as error:
-                if type(error) in _PLAIN:
+                if type(error).__module__ in _PLAIN and not isinstance(error, MemoryError):
                     raise step.error(f"{type(error).__name__}: {error}") from error
                 error.add_note(f"at node {step.name!r}, operator {step.op} of the ONNX model")
                 raise
-            for slot, result in zip(step.outputs, results, strict=False):
-                if slot is not None:
-                    values[slot] = result
+            if len(results) < len(step.outputs) and any(slot is not None for slot in step.outputs[len(results) :]):
+                raise step.error(f"the operator has {len(results)} outputs, and the node {len(step.outputs)}")
+            values.update((slot, one) for slot, one in zip(step.outputs, results, strict=False) if slot is not None)
             for slot in step.frees:
                 values.pop(slot, None)
 
