@@ -46,9 +46,10 @@ ARROWS = {
         *("errors", "ir", "irparse", "optable", "op_work", "aten", "settings", "targets", "profiles", "manifest"),
         *("dtypes", "tactics", "engine", "cache", "artefacts"),
     },
+    "onnx": {"errors"},
     "backend": {
         *("errors", "ir", "irparse", "aten", "settings", "targets", "profiles", "tactics", "engine", "cache"),
-        *("inspection", "lowering", "lowering.kernels", "runtime", "version", "artefacts"),
+        *("inspection", "lowering", "lowering.kernels", "onnx", "runtime", "version", "artefacts"),
     },
     "integrations": {"errors"},  # modules that an application imports by itself, one for each library
     "version": set(),

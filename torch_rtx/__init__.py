@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         InvalidIR,
         KernelError,
         LoweringError,
+        OnnxError,
         PartitionError,
         RefitError,
         RtxError,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
         Unsupported,
     )
     from torch_rtx.inspection import inspect
+    from torch_rtx.onnx.module import from_onnx
     from torch_rtx.runtime.background import wait
     from torch_rtx.runtime.module import CompiledModule, load, refit_module_weights, save
     from torch_rtx.runtime.profiling import Profile, profile
@@ -53,6 +55,7 @@ _HOMES = {
     "torch_rtx.backend.inputs": ("Input",),
     "torch_rtx.engine": ("Engine",),
     "torch_rtx.inspection": ("inspect",),
+    "torch_rtx.onnx.module": ("from_onnx",),
     "torch_rtx.errors": (
         "CacheError",
         "CallError",
@@ -64,6 +67,7 @@ _HOMES = {
         "InvalidIR",
         "KernelError",
         "LoweringError",
+        "OnnxError",
         "PartitionError",
         "RefitError",
         "RtxError",
@@ -94,6 +98,7 @@ __all__ = [
     "InvalidIR",
     "KernelError",
     "LoweringError",
+    "OnnxError",
     "PartitionError",
     "Profile",
     "RefitError",
@@ -103,6 +108,7 @@ __all__ = [
     "Unsupported",
     "compile",
     "explain",
+    "from_onnx",
     "inspect",
     "load",
     "profile",

@@ -2,6 +2,7 @@
 
     RtxError (RuntimeError)
     ├── SettingsError (also ValueError)   an option that is unknown, mistyped or contradicts another
+    ├── OnnxError (also ValueError)       an ONNX model that is damaged, or has what is not supported
     ├── CaptureError                      a model could not be captured as a graph
     ├── Unsupported                       internal: no lowering or kernel for an op, dtype, shape or GPU; always handled
     ├── PartitionError                    `require_full_compilation` is set and something must fall back
@@ -52,6 +53,28 @@ def _again(kind: type[RtxError], text: str) -> RtxError:
 
 class SettingsError(RtxError, ValueError):
     """An option is unknown, has the wrong type or contradicts another."""
+
+
+class OnnxError(RtxError, ValueError):
+    """An ONNX model is damaged or breaks ONNX's rules, or it has an operator, version or type that is not supported.
+
+    Attributes:
+        file: the path of the model, or None.
+        node, op: the name and the operator of the node, or None.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        file: str | None = None,
+        node: str | None = None,
+        op: str | None = None,
+        hint: str | None = None,
+    ) -> None:
+        self.file, self.node, self.op = file, node, op
+        where = [file, f"node {node!r}" if node else None, f"operator {op}" if op else None]
+        super().__init__(message, loc=", ".join(filter(None, where)) or None, hint=hint)
 
 
 class CaptureError(RtxError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+import os
 from collections.abc import Container, Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch_rtx.backend.capture_errors import check_mode, checked_model, explained
 from torch_rtx.backend.compiler import Program
 from torch_rtx.backend.inputs import declare, forward_names, user_inputs
+from torch_rtx.backend.onnx_models import imported
 from torch_rtx.backend.program_cache import get_or_build
 from torch_rtx.engine import Engine, Json, Manifest
 from torch_rtx.errors import CaptureError, RtxError
@@ -31,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 def compile(
-    model: nn.Module | ExportedProgram,
+    model: nn.Module | ExportedProgram | str | os.PathLike[str] | Any,
     args: tuple[Any, ...] | None = None,
     kwargs: Mapping[str, Any] | None = None,
     dynamic_shapes: Any = None,
@@ -45,8 +47,10 @@ def compile(
     the engine's device the module runs on the CPU. A module without weights can be saved, and called after a refit.
 
     Args:
+        model: a module, an ExportedProgram, or an ONNX model: a path, an `onnx.ModelProto` or an `onnx_ir.Model`.
         args, kwargs, dynamic_shapes: as for `torch.export.export`, with an `Input` in place of any tensor; None for an
-            ExportedProgram.
+            ExportedProgram. An ONNX model declares its inputs: without `args`, `dynamic_shapes` has a number, or the
+            smallest, typical and largest one, for each size that the model leaves open, by its name there.
         runtime: settings of the returned module.
 
     Raises:
@@ -56,12 +60,14 @@ def compile(
         PartitionError: `require_full_compilation` is set and a node falls back.
         LoweringError: a bug of torch_rtx.
         InputError: an `Input` contradicts another, `dynamic_shapes` or the settings.
+        OnnxError: the ONNX model is damaged, or has what is not supported.
     """
     settings = settings_of(CompilationSettings, settings)
     defaults = RuntimeSettings(dump_dir=settings.dump_dir, override_dir=settings.override_dir)
     runtime = defaults if runtime is None else settings_of(RuntimeSettings, runtime, "runtime")
     if settings.fallback_on_error:
         log.warning("fallback_on_error has no effect ahead of time: a failed build raises an error")
+    model, args, dynamic_shapes = imported(model, args, dynamic_shapes)
     model = checked_model(model, args, kwargs)
     declared = declare(model, args, kwargs, dynamic_shapes, settings.device)
     with explained():
@@ -84,12 +90,16 @@ def compile(
     called = {node.op for node in lowered.graph.nodes if node.kind == "fallback"}
     module = CompiledModule(engine, device, runtime, lowered.callables, called, signature)
     lowered.dump("run.py", module.session.source)
-    needed = {p.name for p in engine.graph.parameters if not p.constant}
+    _attach(module, tensors)
+    return module
+
+
+def _attach(module: CompiledModule, tensors: Mapping[str, torch.Tensor]) -> None:
+    needed = {p.name for p in module.engine.graph.parameters if not p.constant}
     if all(_has_data(tensors.get(name)) for name in needed):
         module.attach({name: tensors[name] for name in needed})
     else:
         log.info("the model has no weights here: the engine can be saved, and called after refit")
-    return module
 
 
 def _tensors(program: ExportedProgram) -> dict[str, torch.Tensor]:

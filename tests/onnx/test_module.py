@@ -1,0 +1,359 @@
+"""`from_onnx`: names, inputs, sizes on the host, functions and control flow; eagerly, exported, compiled, trained."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.export import Dim
+
+pytest.importorskip("onnx_ir")
+
+import onnx
+import onnx_ir
+from onnx import TensorProto, helper
+
+import torch_rtx
+from tests.onnx.models import BOOL, INT64, graph, linear, model, node, one, value
+from torch_rtx.errors import InputError, OnnxError
+from torch_rtx.onnx import registry
+from torch_rtx.onnx.module import from_onnx
+
+X = torch.arange(24.0).reshape(2, 3, 4)
+
+
+def reference(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(len(x), -1) @ module.state_dict()["layer.weight"]
+
+
+@pytest.mark.parametrize("kind", ["path", "proto", "ir"])
+def test_sources(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    onnx.save(linear(), path)
+    module = from_onnx({"path": path, "proto": linear(), "ir": onnx_ir.load(path)}[kind])
+    assert torch.equal(module(X), reference(module, X))
+    assert not module.training
+
+
+# ---- names -----------------------------------------------------------------------------------------------------------
+
+
+def test_state_dict_has_the_names_of_the_model() -> None:
+    module = from_onnx(linear())
+    assert list(module.state_dict()) == ["layer.weight"]
+    assert [name for name, _ in module.named_parameters()] == ["layer.weight"]
+    module.load_state_dict({"layer.weight": torch.ones(12, 2)})
+    assert torch.equal(module(X), X.reshape(2, 12) @ torch.ones(12, 2))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["a", "a.b"],
+        ["a.b", "a"],
+        [".a", "a..b", "a.", "."],
+        ["half", "x.forward", "type", "training"],
+        ["onnx::Conv_1", "/layer/weight", "a b", "ü"],
+    ],
+)
+def test_odd_names(names: list[str]) -> None:
+    """Each tensor is in the state dict, by its name or by one that `onnx_names` explains; `export` finds it."""
+    weights = {name: np.full(2, number, np.float32) for number, name in enumerate(names, 1)}
+    sums = [node("Add", f"s{number} w{number}", f"s{number + 1}") for number in range(len(names))]
+    for number, name in enumerate(names):
+        sums[number].input[1] = name
+    made = graph(sums, [value("s0", [2])], [value(f"s{len(names)}", [2])], weights)
+    module = from_onnx(model(made))
+    found = {module.onnx_names.get(name, name): tensor for name, tensor in module.state_dict().items()}
+    assert {name: tensor[0].item() for name, tensor in found.items()} == {n: w[0] for n, w in weights.items()}
+    total = sum(range(len(names) + 1))
+    assert module(torch.zeros(2)).tolist() == [total, total]
+    assert torch.export.export(module, (torch.zeros(2),)).module()(torch.zeros(2)).tolist() == [total, total]
+    module.load_state_dict(module.state_dict())
+
+
+def test_what_is_a_parameter() -> None:
+    """Floats are parameters, other weights buffers; numbers of Constant nodes and of shapes belong to the program."""
+    nodes = [
+        node("Constant", "", "half", value_float=0.5),
+        node("Constant", "", "row", value_floats=[1.0, 2.0]),
+        node("Mul", "x half", "a"),
+        node("Mul", "a row", "b"),
+        node("Add", "b bias", "c"),
+        node("Gather", "table index", "d"),
+        node("Cast", "d", "e", to=TensorProto.FLOAT),
+        node("Add", "c e", "f"),
+        node("Reshape", "f shape", "y"),
+    ]
+    weights = {
+        "bias": np.float32(1),
+        "table": np.arange(6, dtype=np.int8).reshape(3, 2),
+        "index": np.arange(2),
+        "shape": np.array([4]),
+    }
+    module = from_onnx(model(graph(nodes, [value("x", [2, 2])], [value("y", [4])], weights)))
+    assert {name for name, _ in module.named_parameters()} == {"bias", "row"}
+    assert set(module.state_dict()) == {"bias", "row", "table", "index"}
+    assert module(torch.ones(2, 2)).tolist() == [1.5, 3.0, 3.5, 5.0]
+
+
+def test_state_is_not_learnt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What operators read only as state is a buffer; what is learnt elsewhere is a parameter, and gets no gradient here."""
+    monkeypatch.setattr(registry, "OPERATORS", {**registry.OPERATORS})
+
+    @registry.op("Centred", domain="mine", state=("mean",))
+    def centred(x: torch.Tensor, mean: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        assert not mean.requires_grad
+        return (x - mean) * scale
+
+    calls = [
+        helper.make_node("Centred", ["x", mean, "scale"], [y], domain="mine") for mean, y in (("m", "a"), ("n", "y"))
+    ]
+    calls[1].input[0] = "b"
+    nodes = [calls[0], node("Add", "a n", "b"), calls[1]]
+    weights = {name: np.full(2, number, np.float32) for name, number in {"m": 1, "n": 2, "scale": 3}.items()}
+    whole = model(graph(nodes, [value("x", [2])], [value("y")], weights))
+    whole.opset_import.append(helper.make_opsetid("mine", 1))
+    module = from_onnx(whole)
+    assert {name for name, _ in module.named_parameters()} == {"n", "scale"}
+    assert set(module.state_dict()) == {"m", "n", "scale"}
+    module(torch.zeros(2)).sum().backward()
+    assert module.get_parameter("n").grad.tolist() == [3, 3]
+
+
+# ---- inputs and outputs ----------------------------------------------------------------------------------------------
+
+
+def test_arguments() -> None:
+    made = graph(
+        [node("Add", "input.1 2nd", "y")],
+        [value("input.1", [2]), value("2nd", ["n"])],
+        [value("y")],
+        {"2nd": np.ones(2, np.float32)},
+    )
+    module = from_onnx(model(made))
+    assert str(inspect.signature(module.forward)) == "(input_1, _2nd=None)"
+    assert module(torch.ones(2)).tolist() == [2, 2]
+    assert module(input_1=torch.ones(2), _2nd=torch.zeros(2)).tolist() == [1, 1]
+    for args, kwargs, message in (
+        ((), {}, "the input 'input.1' is missing"),
+        ((X, X, X), {}, "2 inputs"),
+        ((torch.ones(2),), {"other": X}, "no input 'other'"),
+        ((torch.ones(3),), {}, "size 3 on axis 0, not 2"),
+        ((torch.ones(2, 2),), {}, "2 axes, not 1"),
+        ((torch.ones(2, dtype=torch.int32),), {}, "dtype torch.int32, not torch.float32"),
+    ):
+        with pytest.raises(InputError, match=message):
+            module(*args, **kwargs)
+
+
+def test_outputs() -> None:
+    made = graph([node("Identity", "x", "y")], [value("x", [2])], [value("y"), value("x")])
+    module = from_onnx(model(made))
+    found = module(torch.ones(2))
+    assert isinstance(found, tuple)
+    assert module.output_names == ("y", "x")
+
+
+def test_copies() -> None:
+    module = from_onnx(linear())
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(other(X), module(X))
+        with torch.no_grad():
+            other.get_parameter("layer.weight").zero_()
+        assert not other(X).any()
+        assert module(X).any()
+
+
+def test_training() -> None:
+    module = from_onnx(linear())
+    module(X).sum().backward()
+    assert torch.equal(module.get_parameter("layer.weight").grad, X.reshape(2, 12).sum(0)[:, None].expand(12, 2))
+
+
+# ---- capture ---------------------------------------------------------------------------------------------------------
+
+
+def test_sizes_are_symbols_of_a_capture() -> None:
+    module = from_onnx(linear())
+    program = torch.export.export(module, (X,), dynamic_shapes=({0: Dim("batch")},))
+    called = [str(n.target) for n in program.graph.nodes if n.op == "call_function"]
+    assert called == ["aten.sym_size.int", "aten.reshape.default", "aten.matmul.default"]
+    assert torch.equal(program.module()(torch.cat([X, X])), reference(module, torch.cat([X, X])))
+
+
+def test_torch_compile() -> None:
+    module = from_onnx(linear())
+    compiled = torch.compile(module, backend="rtx", dynamic=True, fullgraph=True)
+    for x in (X, torch.cat([X, X])):
+        torch.testing.assert_close(compiled(x), reference(module, x))
+    with torch.no_grad():
+        module.get_parameter("layer.weight").mul_(2)
+    torch.testing.assert_close(compiled(X), reference(module, X))
+
+
+# ---- functions -------------------------------------------------------------------------------------------------------
+
+
+def test_functions_are_called_by_value() -> None:
+    """A function is in the place of each of its calls, with their attributes and optional inputs, and its own opset."""
+    made = graph(
+        [
+            helper.make_node("Scaled", ["x"], ["a"], domain="mine", factor=3.0),
+            helper.make_node("Scaled", ["a", "x"], ["y"], domain="mine"),
+        ],
+        [value("x", [2])],
+        [value("y")],
+    )
+    factor = helper.make_node("Constant", [], ["f"])
+    factor.attribute.append(
+        onnx.AttributeProto(name="value_float", ref_attr_name="factor", type=onnx.AttributeProto.FLOAT)
+    )
+    product = helper.make_node("Mul", ["v", "f"], ["p"])
+    bounded = helper.make_node("Clip", ["p", "low"], ["r"])
+    default = helper.make_attribute("factor", 2.0)
+    function = helper.make_function(
+        "mine", "Scaled", ["v", "low"], ["r"], [factor, product, bounded],
+        [helper.make_opsetid("", 13)], attribute_protos=[default],
+    )  # fmt: skip
+    whole = model(made, functions=[function])
+    whole.opset_import.append(helper.make_opsetid("mine", 1))
+    module = from_onnx(whole)
+    assert module(torch.tensor([1.0, -1.0])).tolist() == [6.0, -1.0]
+
+
+def test_operators_that_onnx_defines_by_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch_rtx.onnx.registry import OPERATORS
+
+    monkeypatch.delitem(OPERATORS, ("", "HardSwish"), raising=False)
+    x = torch.linspace(-4, 4, 9)
+    torch.testing.assert_close(from_onnx(one("HardSwish", {"x": x.numpy()}))(), torch.nn.functional.hardswish(x))
+
+
+# ---- control flow ----------------------------------------------------------------------------------------------------
+
+
+def branching(condition: str, nodes: list[Any]) -> Any:
+    """`2 * x` where the condition holds, else `x + w`."""
+    then = graph([node("Add", "x x", "t")], [], [value("t")])
+    other = graph([node("Add", "x w", "e")], [], [value("e")], {"w": np.full(2, 10, np.float32)})
+    made = [*nodes, node("If", condition, "y", then_branch=then, else_branch=other)]
+    inputs = [value("x", ["n"]), value("flag", [], BOOL)]
+    return model(graph(made, inputs, [value("y")], {"zero": np.float32(0), "two": np.array(2)}))
+
+
+def test_if_is_folded_where_sizes_decide() -> None:
+    sized = [node("Size", "x", "size"), node("Equal", "size two", "is_two")]
+    module = from_onnx(branching("is_two", sized))
+    program = torch.export.export(module, (torch.ones(2), torch.tensor(True)))
+    assert [str(n.target) for n in program.graph.nodes if n.op == "call_function"] == ["aten.add.Tensor"]
+    assert module(torch.ones(2), torch.tensor(False)).tolist() == [2, 2]
+
+
+def test_if_of_data() -> None:
+    """A branch of a tensor is taken in eager mode, and is `torch.cond` in a capture."""
+    module = from_onnx(branching("flag", []))
+    args = torch.ones(2), torch.tensor(True)
+    program = torch.export.export(module, args).module()
+    for run in (module, program):
+        assert run(torch.ones(2), torch.tensor(True)).tolist() == [2, 2]
+        assert run(torch.ones(2), torch.tensor(False)).tolist() == [11, 11]
+
+
+def test_fixed_inputs() -> None:
+    """They are no inputs any more, and decide what depends on them."""
+    module = from_onnx(branching("flag", []), fixed={"flag": False})
+    assert [given.name for given in module.inputs] == ["x"]
+    program = torch.export.export(module, (torch.ones(2),))
+    assert [str(n.target) for n in program.graph.nodes if n.op == "call_function"] == ["aten.add.Tensor"]
+    assert module(torch.ones(2)).tolist() == [11, 11]
+    assert "flag" not in module.state_dict()
+    compiled = torch_rtx.compile(module, dynamic_shapes={"n": 2})
+    assert compiled(torch.ones(2)).tolist() == [11, 11]
+    for fixed, message in (({"other": 1}, "no input 'other'"), ({"flag": [True]}, "1 axes, not 0")):
+        with pytest.raises(InputError, match=message):
+            from_onnx(branching("flag", []), fixed=fixed)
+
+
+def looping(condition: bool) -> Any:
+    """Adds x and its index until the sum of the first element is at least 10; stacks the sums."""
+    nodes = [
+        node("Add", "sum x", "next"),
+        node("Cast", "index", "number", to=TensorProto.FLOAT),
+        node("Add", "next number", "result"),
+        node("ReduceSum", "result", "total", keepdims=0),
+        node("Less", "total ten", "small") if condition else node("Identity", "going", "small"),
+    ]
+    inputs = [value("index", [], INT64), value("going", [], BOOL), value("sum", [2])]
+    outputs = [value("small", [], BOOL), value("result", [2]), value("result", [2])]
+    body = graph(nodes, inputs, outputs)
+    body.output[2].name = "row"
+    body.node.append(node("Identity", "result", "row"))
+    made = graph(
+        [node("Loop", "count yes x", "last rows", body=body)],
+        [value("x", [2])],
+        [value("last"), value("rows")],
+        {"count": np.array(4), "yes": np.array(True), "ten": np.float32(10)},
+    )
+    return model(made)
+
+
+def test_loops() -> None:
+    x = torch.ones(2)
+    counted = from_onnx(looping(condition=False))
+    program = torch.export.export(counted, (x,)).module()
+    for run in (counted, program):
+        last, rows = run(x)
+        assert rows.tolist() == [[2, 2], [4, 4], [7, 7], [11, 11]]
+        assert torch.equal(last, rows[-1])
+    bounded = from_onnx(looping(condition=True))
+    assert bounded(x)[1].tolist() == [[2, 2], [4, 4], [7, 7]]
+    with pytest.raises(OnnxError, match="how often the loop runs depends on data"):
+        torch.export.export(bounded, (x,))
+
+
+def test_scan() -> None:
+    nodes = [node("Add", "sum row", "next"), node("Identity", "next", "out")]
+    body = graph(nodes, [value("sum", [2]), value("row", [2])], [value("next", [2]), value("out", [2])])
+    made = node("Scan", "start x", "last rows", body=body, num_scan_inputs=1, scan_input_directions=[1])
+    given = [value("start", [2]), value("x", ["n", 2])]
+    module = from_onnx(model(graph([made], given, [value("last"), value("rows")])))
+    last, rows = module(torch.zeros(2), torch.tensor([[1.0, 2], [3, 4]]))
+    assert rows.tolist() == [[3, 4], [4, 6]]
+    assert torch.equal(last, rows[-1])
+
+
+# ---- ahead of time ---------------------------------------------------------------------------------------------------
+
+
+def test_compile_takes_a_path(tmp_path: Path) -> None:
+    """Sizes have the model's names, and weights refit by theirs."""
+    path = tmp_path / "model.onnx"
+    onnx.save(linear(), path)
+    compiled = torch_rtx.compile(path, dynamic_shapes={"batch": (1, 2, 8)})
+    module = from_onnx(path)
+    torch.testing.assert_close(compiled(X), reference(module, X))
+    with pytest.raises(InputError, match="batch"):
+        compiled(torch.ones(9, 3, 4))
+    compiled.refit({"layer.weight": torch.ones(12, 2)})
+    torch.testing.assert_close(compiled(X), X.reshape(2, 12) @ torch.ones(12, 2))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (None, "leaves the sizes batch open"),
+        ({"batch": 2, "other": 3}, "no size 'other'"),
+        ({"batch": "2"}, "size 'batch' is '2'"),
+        ([2], "sizes by their names"),
+    ],
+)
+def test_sizes_that_compile_refuses(sizes: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        torch_rtx.compile(linear(), dynamic_shapes=sizes)
