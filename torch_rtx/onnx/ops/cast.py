@@ -5,18 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torch_rtx.errors import InputError
-from torch_rtx.onnx.dtypes import INTEGER_BITS, torch_dtype, type_name
+from torch_rtx.errors import OnnxError
+from torch_rtx.onnx.dtypes import PACKED, SIGNED, dtype_of
 from torch_rtx.onnx.registry import op
 
+FLOAT4 = torch.float4_e2m1fn_x2
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz)
-# from here on a value is rounded to more than the largest one, where PyTorch saturates
+# beyond this a value is rounded to more than the largest one, where PyTorch saturates
 OVERFLOW = {torch.float8_e4m3fn: 464.0}
 
 
 def to_float8(x: Tensor, dtype: torch.dtype, saturate: int) -> Tensor:
     """`x` rounded to a float8 type; what is out of its range becomes the largest value, or else infinite or NaN."""
-    x = x if x.is_floating_point() else x.float()
+    x = x if x.is_floating_point() and x.dtype.itemsize > 1 else x.float()
     if saturate:
         return x.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype)
     if dtype in OVERFLOW:
@@ -26,60 +27,61 @@ def to_float8(x: Tensor, dtype: torch.dtype, saturate: int) -> Tensor:
 
 def to_float8_e8m0(x: Tensor, saturate: int, round_mode: str) -> Tensor:
     """`x` rounded to a power of two: its exponent, as in float32."""
-    bits = x.float().contiguous().view(torch.int32)
+    x = x.float()
+    bits = x.contiguous().view(torch.int32)
     exponent, mantissa = (bits >> 23) & 0xFF, bits & 0x7FFFFF
-    half = 1 << 22
-    small = exponent == 0  # subnormal: the power of two below the others is half of the mantissa's range
+    # A subnormal has the exponent 0, as the power of two 2 ** -127 that is half of the mantissa's range.
+    half, small = 1 << 22, exponent == 0
     if round_mode == "up":
         more = torch.where(small, mantissa > half, mantissa != 0)
     elif round_mode == "nearest":
-        more = torch.where(small, mantissa > half + half // 2, mantissa >= half)
+        more = torch.where(small, mantissa >= half + half // 2, mantissa >= half)
     elif round_mode == "down":
         more = torch.zeros_like(small)
     else:
-        raise InputError(f"Cast: round_mode is {round_mode!r}, not up, down or nearest")
-    rounded = exponent + more
-    if saturate:
-        rounded = rounded.clamp(max=254)
-    else:
-        rounded = torch.where(x.float() == 0, 255, rounded)
-    return torch.where(torch.isnan(x.float()), 255, rounded.clamp(max=255)).to(torch.uint8).view(torch.float8_e8m0fnu)
+        raise OnnxError(f"round_mode is {round_mode!r}, not 'up', 'down' or 'nearest'")
+    rounded = exponent + more.to(torch.int32)
+    rounded = rounded.clamp(max=254) if saturate else torch.where(x == 0, 255, rounded.clamp(max=255))
+    return torch.where(torch.isnan(x), 255, rounded).to(torch.uint8).view(torch.float8_e8m0fnu)
 
 
 def to_float4(x: Tensor) -> Tensor:
-    """`x` rounded to e2m1: half steps below 2, whole ones below 4, then 4 and 6. Larger values are 6."""
+    """`x` rounded to e2m1: half steps below 2, whole ones below 4, then 4 and 6. Larger values are 6, NaN is -0."""
     x = x.float()
     size = x.abs().clamp(max=6)
     step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
-    rounded = torch.copysign(torch.round(size / step) * step, x)
-    return rounded.to(torch.float8_e4m3fn)
+    size = torch.round(size / step) * step
+    code = torch.where(size < 2, size * 2, torch.where(size < 4, size + 2, size / 2 + 4))
+    code = torch.where(torch.isnan(x), 8.0, code + torch.where(torch.signbit(x), 8.0, 0.0))
+    return code.to(torch.uint8).view(FLOAT4)
 
 
-def to_few_bits(x: Tensor, name: str) -> Tensor:
-    """`x` as an integer of 2 or 4 bits, whose higher ones are dropped."""
-    bits, whole = INTEGER_BITS[name], x.to(torch.int32)
-    if name.startswith("U"):
-        return (whole & (1 << bits) - 1).to(torch.uint8)
-    top = 1 << bits - 1
-    return (((whole + top) & (1 << bits) - 1) - top).to(torch.int8)
+def from_packed(x: Tensor) -> Tensor:
+    """The values of a type of less than a byte, as bytes or as float32."""
+    if x.dtype is not FLOAT4:
+        return x.view(torch.int8 if x.dtype in SIGNED else torch.uint8)
+    code = x.view(torch.uint8).to(torch.int32)
+    exponent, mantissa = (code >> 1) & 3, (code & 1).float()
+    size = torch.where(exponent == 0, mantissa / 2, (1 + mantissa / 2) * torch.exp2((exponent - 1).float()))
+    return torch.where(code >= 8, -size, size)
 
 
-@op("Cast")
-def cast(x: Tensor, *, to: int | str, saturate: int = 1, round_mode: str = "up") -> Tensor:
-    """`x` in another data type."""
-    name = type_name(to)
-    dtype = torch_dtype(to)
-    if name == "FLOAT4E2M1":
-        return to_float4(x)
-    if name in INTEGER_BITS:
-        return to_few_bits(x, name)
-    return cast_to(x, dtype, saturate, round_mode)
+def to_few_bits(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` as an integer of 2 or 4 bits; higher bits are dropped."""
+    count, whole = 1 << PACKED[dtype], x.to(torch.int32)
+    low = -count // 2 if dtype in SIGNED else 0
+    return (((whole - low) & (count - 1)) + low).to(torch.int8 if dtype in SIGNED else torch.uint8).view(dtype)
 
 
 def cast_to(x: Tensor, dtype: torch.dtype, saturate: int = 1, round_mode: str = "up") -> Tensor:
     """`x` in another dtype."""
     if dtype is x.dtype:
         return x
+    x = from_packed(x) if x.dtype in PACKED else x
+    if dtype is FLOAT4:
+        return to_float4(x)
+    if dtype in PACKED:
+        return to_few_bits(x, dtype)
     if dtype is torch.float8_e8m0fnu:
         return to_float8_e8m0(x, saturate, round_mode)
     if dtype in FLOAT8:
@@ -87,6 +89,12 @@ def cast_to(x: Tensor, dtype: torch.dtype, saturate: int = 1, round_mode: str = 
     if x.is_floating_point() and dtype in (torch.uint16, torch.uint32):  # through a type that negative values fit
         return x.to(torch.int64).to(dtype)
     return x.to(dtype)
+
+
+@op("Cast")
+def cast(x: Tensor, *, to: int, saturate: int = 1, round_mode: str = "up") -> Tensor:
+    """`x` in another data type."""
+    return cast_to(x, dtype_of(to), saturate, round_mode)
 
 
 @op("CastLike")
@@ -98,9 +106,13 @@ def cast_like(x: Tensor, like: Tensor, *, saturate: int = 1, round_mode: str = "
 @op("BitCast")
 def bit_cast(x: Tensor, *, to: int) -> Tensor:
     """The bits of `x`, as another data type of the same width."""
-    dtype = torch_dtype(to)
-    if type_name(to) in (*INTEGER_BITS, "FLOAT4E2M1"):
-        raise InputError(f"BitCast: the bits of {type_name(to)} can't be reinterpreted")
-    if dtype.itemsize != x.dtype.itemsize:
-        raise InputError(f"BitCast: {x.dtype} and {dtype} have different widths")
-    return x.view(dtype)
+    dtype = dtype_of(to)
+    widths = [PACKED.get(kind, kind.itemsize * 8) for kind in (x.dtype, dtype)]
+    if widths[0] != widths[1]:
+        raise OnnxError(f"{x.dtype} has {widths[0]} bits, {dtype} has {widths[1]}")
+    return to_few_bits(x.view(torch.uint8), dtype) if dtype in PACKED and dtype is not FLOAT4 else _bits(x).view(dtype)
+
+
+def _bits(x: Tensor) -> Tensor:
+    """A byte for each element, of which those of integers below a byte may have their sign in all higher bits."""
+    return x.view(torch.uint8) & ((1 << PACKED[x.dtype]) - 1) if x.dtype in PACKED else x

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torch_rtx.errors import InputError
+from torch_rtx.errors import OnnxError
 from torch_rtx.onnx.ops.unsigned import by_bits, narrow, widen
 from torch_rtx.onnx.registry import Ints, op
 
@@ -58,7 +58,7 @@ def scatter_elements(x: Tensor, indices: Tensor, updates: Tensor, *, axis: int =
 
 def _scatter_reduced(x: Tensor, axis: int, places: Tensor, updates: Tensor, reduction: str) -> Tensor:
     if reduction not in REDUCTIONS:
-        raise InputError(f"reduction {reduction!r} is none of none, {', '.join(REDUCTIONS)}")
+        raise OnnxError(f"reduction {reduction!r} is none of none, {', '.join(REDUCTIONS)}")
     order = reduction in ("max", "min")
     wide, new = widen(x, order=order), widen(updates, order=order)
     return narrow(wide.scatter_reduce(axis, places, new, REDUCTIONS[reduction]), x.dtype, order=order)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torch_rtx.errors import InputError
+from torch_rtx.errors import OnnxError
 from torch_rtx.onnx.ops.unsigned import LOWEST, WIDER, narrow, widen, widened
 from torch_rtx.onnx.registry import op
 
@@ -158,7 +158,7 @@ def mod(a: Tensor, b: Tensor, *, fmod: int = 0) -> Tensor:
 def bit_shift(x: Tensor, y: Tensor, *, direction: str) -> Tensor:
     """`x` shifted by `y` bits; nothing but the sign is left of a value that is shifted by its width or more."""
     if direction not in ("LEFT", "RIGHT"):
-        raise InputError(f"BitShift: direction is {direction!r}, not LEFT or RIGHT")
+        raise OnnxError(f"direction is {direction!r}, not LEFT or RIGHT")
     bits = x.dtype.itemsize * 8
     if x.dtype is torch.uint64 and direction == "RIGHT":
         first = (widen(x) >> 1) & ~LOWEST  # now positive: the arithmetic shift of the rest is a logical one

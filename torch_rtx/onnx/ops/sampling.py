@@ -7,20 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_rtx.onnx.dtypes import torch_dtype
+from torch_rtx.onnx.dtypes import dtype_of
 from torch_rtx.onnx.registry import Ints, op
 
 
 @op("RandomNormal")
 def random_normal(*, shape: list[int], dtype: int = 1, mean: float = 0.0, scale: float = 1.0, seed: float | None = None) -> Tensor:
     """Numbers of a normal distribution."""
-    return torch.randn(shape, dtype=torch_dtype(dtype)) * scale + mean
+    return torch.randn(shape, dtype=dtype_of(dtype)) * scale + mean
 
 
 @op("RandomUniform")
 def random_uniform(*, shape: list[int], dtype: int = 1, low: float = 0.0, high: float = 1.0, seed: float | None = None) -> Tensor:
     """Numbers that are equally likely from `low` to `high`."""
-    return torch.rand(shape, dtype=torch_dtype(dtype)) * (high - low) + low
+    return torch.rand(shape, dtype=dtype_of(dtype)) * (high - low) + low
 
 
 @op("RandomNormalLike")
@@ -40,7 +40,7 @@ def random_uniform_like(
 
 
 def _or_own(dtype: int | None, x: Tensor) -> torch.dtype:
-    return x.dtype if dtype is None else torch_dtype(dtype)
+    return x.dtype if dtype is None else dtype_of(dtype)
 
 
 @op("Bernoulli")
@@ -52,7 +52,7 @@ def bernoulli(x: Tensor, *, dtype: int | None = None, seed: float | None = None)
 @op("Multinomial")
 def multinomial(x: Tensor, *, dtype: int = 6, sample_size: int = 1, seed: float | None = None) -> Tensor:
     """Classes drawn with the logarithms of probabilities that each row of (batch, classes) has."""
-    return torch.multinomial(torch.softmax(x.float(), -1), sample_size, replacement=True).to(torch_dtype(dtype))
+    return torch.multinomial(torch.softmax(x.float(), -1), sample_size, replacement=True).to(dtype_of(dtype))
 
 
 def _dropped(x: Tensor, ratio: float) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torch_rtx.errors import InputError
-from torch_rtx.onnx.dtypes import torch_dtype
+from torch_rtx.errors import OnnxError
+from torch_rtx.onnx.dtypes import dtype_of
 from torch_rtx.onnx.ops.unsigned import by_bits, narrow, widen
 from torch_rtx.onnx.registry import Ints, op
 
@@ -43,6 +43,7 @@ def size(x: Tensor) -> Tensor:
 
 
 @op("Reshape", since=5, ints=("sizes",))
+@by_bits
 def reshape(x: Tensor, sizes: Ints, *, allowzero: int = 0) -> Tensor:
     """`x` in another shape: 0 keeps a size unless `allowzero`, -1 takes what is left."""
     whole = list(sizes)
@@ -80,7 +81,7 @@ def squeeze(x: Tensor, axes: Ints | None = None) -> Tensor:
         return x.squeeze([axis for axis, size in enumerate(x.shape) if is_one(size)])
     for axis in axes:
         if isinstance(x.shape[axis], int) and x.shape[axis] != 1:
-            raise InputError(f"Squeeze: axis {axis} of shape {tuple(x.shape)} has not the size 1")
+            raise OnnxError(f"axis {axis} of shape {tuple(x.shape)} has not the size 1")
     return x.squeeze([int(axis) for axis in axes])
 
 
@@ -106,12 +107,14 @@ def unsqueeze_attribute(x: Tensor, *, axes: list[int]) -> Tensor:
 
 
 @op("Concat")
+@by_bits
 def concat(*xs: Tensor, axis: int = 1) -> Tensor:
     """Tensors one after another along an axis."""
     return torch.cat(xs, axis)
 
 
 @op("Split", since=13, ints=("sizes",))
+@by_bits
 def split_sizes(x: Tensor, sizes: Ints | None = None, *, axis: int = 0, num_outputs: int | None = None, outputs: int) -> tuple[Tensor, ...]:
     """Parts of `x` along an axis, of the sizes that are given, or equal but for a smaller last one."""
     count, length = num_outputs or outputs, x.shape[axis]
@@ -155,6 +158,7 @@ def slice_attributes(x: Tensor, *, starts: list[int], ends: list[int], axes: lis
 
 
 @op("Expand", ints=("sizes",))
+@by_bits
 def expand(x: Tensor, sizes: Ints) -> Tensor:
     """`x` broadcast with a shape, in both directions."""
     x = x[(None,) * max(len(sizes) - x.dim(), 0)]
@@ -163,11 +167,12 @@ def expand(x: Tensor, sizes: Ints) -> Tensor:
         if is_one(whole[axis]):
             whole[axis] = size
         elif isinstance(size, int) and size != 1 and isinstance(whole[axis], int) and size != whole[axis]:
-            raise InputError(f"Expand: shape {tuple(x.shape)} can't be broadcast with {list(sizes)}")
+            raise OnnxError(f"shape {tuple(x.shape)} can't be broadcast with {list(sizes)}")
     return x.expand(whole)
 
 
 @op("Tile", since=6, ints=("repeats",))
+@by_bits
 def tile(x: Tensor, repeats: Ints) -> Tensor:
     """`x`, repeated along each axis."""
     return x.repeat(list(repeats))
@@ -187,7 +192,7 @@ def _padded_places(mode: str, before: Int, after: Int, length: Int, device: torc
     if mode == "wrap":
         return torch.remainder(places, length)
     if mode != "reflect":
-        raise InputError(f"Pad: unknown mode {mode!r}")
+        raise OnnxError(f"unknown mode {mode!r}")
     period = torch.sym_max(2 * (length - 1), 1)
     places = torch.remainder(places, period)
     return torch.where(places >= length, period - places, places)
@@ -264,7 +269,7 @@ def range_(
 def eye_like(x: Tensor, *, dtype: int | None = None, k: int = 0) -> Tensor:
     """Ones on a diagonal, zeros elsewhere, in the shape of a matrix."""
     rows, columns = (torch.arange(size, device=x.device) for size in x.shape)
-    return (columns - rows[:, None] == k).to(x.dtype if dtype is None else torch_dtype(dtype))
+    return (columns - rows[:, None] == k).to(x.dtype if dtype is None else dtype_of(dtype))
 
 
 @op("Trilu", ints=("k",))
@@ -285,7 +290,7 @@ def depth_to_space(x: Tensor, *, blocksize: int, mode: str = "DCR") -> Tensor:
     elif mode == "CRD":
         parts = x.reshape(n, c // blocksize**2, *block, h, w).permute(0, 1, 4, 2, 5, 3)
     else:
-        raise InputError(f"DepthToSpace: mode is {mode!r}, not DCR or CRD")
+        raise OnnxError(f"mode is {mode!r}, not DCR or CRD")
     return parts.reshape(n, c // blocksize**2, h * blocksize, w * blocksize)
 
 
