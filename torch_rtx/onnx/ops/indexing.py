@@ -119,7 +119,7 @@ def compress(x: Tensor, condition: Tensor, *, axis: int | None = None) -> Tensor
 
 @op("Unique")
 def unique(x: Tensor, *, axis: int | None = None, sorted: int = 1) -> tuple[Tensor, ...]:
-    """Different elements or slices of an axis; where each is first, which one each element is, and how many there are."""
+    """Different elements or slices of an axis; where each is first, which each element is, and how many there are."""
     wide, at = widen(x, order=True), 0 if axis is None else axis
     if axis is None:
         wide = wide.reshape(-1)

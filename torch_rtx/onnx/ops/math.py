@@ -33,12 +33,12 @@ def _divide_uint64(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 BINARY: dict[str, Callable[..., Tensor]] = {
-    **{"Add": widened(torch.add), "Sub": widened(torch.sub), "Mul": widened(torch.mul)},
+    "Add": widened(torch.add), "Sub": widened(torch.sub), "Mul": widened(torch.mul),
     "Div": lambda a, b: _divide(a, b) if a.dtype is torch.uint64 else widened(_divide)(a, b),
-    **{"And": torch.logical_and, "Or": torch.logical_or, "Xor": torch.logical_xor},
-    **{"Equal": widened(torch.eq), "Less": widened(torch.lt, order=True), "Greater": widened(torch.gt, order=True)},
-    **{"LessOrEqual": widened(torch.le, order=True), "GreaterOrEqual": widened(torch.ge, order=True)},
-    **{"BitwiseAnd": torch.bitwise_and, "BitwiseOr": torch.bitwise_or, "BitwiseXor": torch.bitwise_xor},
+    "And": torch.logical_and, "Or": torch.logical_or, "Xor": torch.logical_xor,
+    "Equal": widened(torch.eq), "Less": widened(torch.lt, order=True), "Greater": widened(torch.gt, order=True),
+    "LessOrEqual": widened(torch.le, order=True), "GreaterOrEqual": widened(torch.ge, order=True),
+    "BitwiseAnd": torch.bitwise_and, "BitwiseOr": torch.bitwise_or, "BitwiseXor": torch.bitwise_xor,
 }
 
 
@@ -55,7 +55,9 @@ def _declare_binary(name: str, function: Callable[..., Tensor]) -> None:
         return function(a, b)
 
     @op(name)
-    def legacy(a: Tensor, b: Tensor, *, axis: int | None = None, broadcast: int = 0, consumed_inputs: Any = None) -> Tensor:
+    def legacy(
+        a: Tensor, b: Tensor, *, axis: int | None = None, broadcast: int = 0, consumed_inputs: Any = None
+    ) -> Tensor:
         return function(a, _aligned(a, b, axis if broadcast else None))
 
 
@@ -63,11 +65,11 @@ for _name, _function in BINARY.items():
     _declare_binary(_name, _function)
 
 UNARY: dict[str, Callable[..., Tensor]] = {
-    **{"Acos": torch.acos, "Acosh": torch.acosh, "Asin": torch.asin, "Asinh": torch.asinh, "Atan": torch.atan},
-    **{"Atanh": torch.atanh, "Cos": torch.cos, "Cosh": torch.cosh, "Sin": torch.sin, "Sinh": torch.sinh},
-    **{"Tan": torch.tan, "Tanh": torch.tanh, "Exp": torch.exp, "Log": torch.log, "Sqrt": torch.sqrt, "Erf": torch.erf},
-    **{"Ceil": torch.ceil, "Floor": torch.floor, "Round": torch.round, "Reciprocal": torch.reciprocal},
-    **{"Not": torch.logical_not, "IsNaN": torch.isnan, "Neg": torch.neg, "BitwiseNot": widened(torch.bitwise_not)},
+    "Acos": torch.acos, "Acosh": torch.acosh, "Asin": torch.asin, "Asinh": torch.asinh, "Atan": torch.atan,
+    "Atanh": torch.atanh, "Cos": torch.cos, "Cosh": torch.cosh, "Sin": torch.sin, "Sinh": torch.sinh,
+    "Tan": torch.tan, "Tanh": torch.tanh, "Exp": torch.exp, "Log": torch.log, "Sqrt": torch.sqrt, "Erf": torch.erf,
+    "Ceil": torch.ceil, "Floor": torch.floor, "Round": torch.round, "Reciprocal": torch.reciprocal,
+    "Not": torch.logical_not, "IsNaN": torch.isnan, "Neg": torch.neg, "BitwiseNot": widened(torch.bitwise_not),
     "Abs": lambda x: x if x.dtype in WIDER else torch.abs(x),
     "Sign": lambda x: (x != 0).to(x.dtype) if x.dtype in WIDER else torch.sign(x),
 }
@@ -118,7 +120,9 @@ def min_(*xs: Tensor, consumed_inputs: Any = None) -> Tensor:
 
 
 @op("Clip")
-def clip_attributes(x: Tensor, *, min: float | None = None, max: float | None = None, consumed_inputs: Any = None) -> Tensor:
+def clip_attributes(
+    x: Tensor, *, min: float | None = None, max: float | None = None, consumed_inputs: Any = None
+) -> Tensor:
     """`x`, limited by two numbers."""
     return x if min is None and max is None else torch.clamp(x, min, max)
 
@@ -163,13 +167,18 @@ def bit_shift(x: Tensor, y: Tensor, *, direction: str) -> Tensor:
     if x.dtype is torch.uint64 and direction == "RIGHT":
         first = (widen(x) >> 1) & ~LOWEST  # now positive: the arithmetic shift of the rest is a logical one
         count, inside = widen(y), (widen(y) >= 0) & (widen(y) < bits)
-        return narrow(torch.where(inside, torch.where(count == 0, widen(x), first >> (count - 1).clamp(0, 62)), 0), x.dtype)
+        return narrow(
+            torch.where(inside, torch.where(count == 0, widen(x), first >> (count - 1).clamp(0, 62)), 0), x.dtype
+        )
     wide, count = widen(x), widen(y)
     inside = (count >= 0) & (count < bits)
     count = count.clamp(0, bits - 1)
     if direction == "LEFT":
         return narrow(torch.where(inside, torch.bitwise_left_shift(wide, count), 0), x.dtype)
-    return narrow(torch.where(inside, torch.bitwise_right_shift(wide, count), torch.where(wide < 0, -1, 0).to(wide.dtype)), x.dtype)
+    return narrow(
+        torch.where(inside, torch.bitwise_right_shift(wide, count), torch.where(wide < 0, -1, 0).to(wide.dtype)),
+        x.dtype,
+    )
 
 
 @op("Where")
@@ -192,8 +201,8 @@ def gemm(
     *,
     alpha: float = 1.0,
     beta: float = 1.0,
-    transA: int = 0,  # noqa: N803
-    transB: int = 0,  # noqa: N803
+    transA: int = 0,
+    transB: int = 0,
     broadcast: int = 0,
 ) -> Tensor:
     """alpha * A' @ B' + beta * C."""

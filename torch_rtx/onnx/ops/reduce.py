@@ -63,7 +63,7 @@ def _log_sum_exp(x: Tensor, axes: list[int]) -> Tensor:
 
 
 REDUCTIONS: dict[str, Reduction] = {
-    **{"ReduceSum": _sum, "ReduceProd": _prod, "ReduceMax": _extreme("ReduceMax"), "ReduceMin": _extreme("ReduceMin")},
+    "ReduceSum": _sum, "ReduceProd": _prod, "ReduceMax": _extreme("ReduceMax"), "ReduceMin": _extreme("ReduceMin"),
     "ReduceMean": _integral(lambda x, axes: torch.mean(x, axes, keepdim=True)),
     "ReduceL1": lambda x, axes: _sum(x.abs(), axes),
     "ReduceL2": _integral(lambda x, axes: torch.linalg.vector_norm(x, 2, axes, keepdim=True)),
@@ -118,7 +118,9 @@ def arg_min(x: Tensor, *, axis: int = 0, keepdims: int = 1, select_last_index: i
     return _arg(torch.argmin, x, axis, keepdims, select_last_index)
 
 
-def _cumulate(function: Callable[[Tensor, int], Tensor], x: Tensor, axis: int, first: int, exclusive: int, reverse: int) -> Tensor:
+def _cumulate(
+    function: Callable[[Tensor, int], Tensor], x: Tensor, axis: int, first: int, exclusive: int, reverse: int
+) -> Tensor:
     x = x.flip(axis) if reverse else x
     if exclusive:
         start = torch.full_like(x.narrow(axis, 0, 1), first)
@@ -131,7 +133,9 @@ def _cumulate(function: Callable[[Tensor, int], Tensor], x: Tensor, axis: int, f
 def cum_sum(x: Tensor, axis: Ints, *, exclusive: int = 0, reverse: int = 0) -> Tensor:
     """Sums of all elements up to each, or of those before each."""
     (place,) = axis
-    sums = widened(lambda wide: _cumulate(lambda v, at: v.cumsum(at, dtype=v.dtype), wide, int(place), 0, exclusive, reverse))
+    sums = widened(
+        lambda wide: _cumulate(lambda v, at: v.cumsum(at, dtype=v.dtype), wide, int(place), 0, exclusive, reverse)
+    )
     return sums(x)
 
 
@@ -139,7 +143,9 @@ def cum_sum(x: Tensor, axis: Ints, *, exclusive: int = 0, reverse: int = 0) -> T
 def cum_prod(x: Tensor, axis: Ints, *, exclusive: int = 0, reverse: int = 0) -> Tensor:
     """Products of all elements up to each, or of those before each."""
     (place,) = axis
-    products = widened(lambda wide: _cumulate(lambda v, at: v.cumprod(at, dtype=v.dtype), wide, int(place), 1, exclusive, reverse))
+    products = widened(
+        lambda wide: _cumulate(lambda v, at: v.cumprod(at, dtype=v.dtype), wide, int(place), 1, exclusive, reverse)
+    )
     return products(x)
 
 

@@ -12,15 +12,31 @@ from torch_rtx.onnx.registry import Ints, op
 
 
 @op("RandomNormal")
-def random_normal(*, shape: list[int], dtype: int = 1, mean: float = 0.0, scale: float = 1.0, seed: float | None = None) -> Tensor:
+def random_normal(
+    *,
+    shape: list[int],
+    dtype: int = 1,
+    mean: float = 0.0,
+    scale: float = 1.0,
+    seed: float | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
     """Numbers of a normal distribution."""
-    return torch.randn(shape, dtype=dtype_of(dtype)) * scale + mean
+    return torch.randn(shape, dtype=dtype_of(dtype), device=device) * scale + mean
 
 
 @op("RandomUniform")
-def random_uniform(*, shape: list[int], dtype: int = 1, low: float = 0.0, high: float = 1.0, seed: float | None = None) -> Tensor:
+def random_uniform(
+    *,
+    shape: list[int],
+    dtype: int = 1,
+    low: float = 0.0,
+    high: float = 1.0,
+    seed: float | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
     """Numbers that are equally likely from `low` to `high`."""
-    return torch.rand(shape, dtype=dtype_of(dtype)) * (high - low) + low
+    return torch.rand(shape, dtype=dtype_of(dtype), device=device) * (high - low) + low
 
 
 @op("RandomNormalLike")

@@ -29,19 +29,6 @@ def identity(x: Any) -> Any:
     return x
 
 
-@op("Shape")
-def shape(x: Tensor, *, start: int = 0, end: int | None = None) -> Tensor:
-    """The sizes of `x`, or a slice of them."""
-    sizes = list(x.shape)[start:end]
-    return torch.stack([torch.full((), size, dtype=torch.int64) for size in sizes]) if sizes else torch.zeros(0, dtype=torch.int64)
-
-
-@op("Size")
-def size(x: Tensor) -> Tensor:
-    """The number of elements."""
-    return torch.full((), x.numel(), dtype=torch.int64)
-
-
 @op("Reshape", since=5, ints=("sizes",))
 @by_bits
 def reshape(x: Tensor, sizes: Ints, *, allowzero: int = 0) -> Tensor:
@@ -115,7 +102,9 @@ def concat(*xs: Tensor, axis: int = 1) -> Tensor:
 
 @op("Split", since=13, ints=("sizes",))
 @by_bits
-def split_sizes(x: Tensor, sizes: Ints | None = None, *, axis: int = 0, num_outputs: int | None = None, outputs: int) -> tuple[Tensor, ...]:
+def split_sizes(
+    x: Tensor, sizes: Ints | None = None, *, axis: int = 0, num_outputs: int | None = None, outputs: int
+) -> tuple[Tensor, ...]:
     """Parts of `x` along an axis, of the sizes that are given, or equal but for a smaller last one."""
     count, length = num_outputs or outputs, x.shape[axis]
     if not sizes:
@@ -136,9 +125,12 @@ def _slice(x: Tensor, axis: int, start: Int, end: Int, step: int) -> Tensor:
     # from the other end; what counts from the end then counts from the start
     length = x.shape[axis]
     first, last = (
-        -1 - place if isinstance(place, int) and place < 0 else torch.sym_max(length - 1 - place, 0) for place in (start, end)
+        -1 - place if isinstance(place, int) and place < 0 else torch.sym_max(length - 1 - place, 0)
+        for place in (start, end)
     )
-    return torch.ops.aten.slice.Tensor(x.flip(axis), axis, first, min(last, 2**63 - 1) if isinstance(last, int) else last, -step)
+    return torch.ops.aten.slice.Tensor(
+        x.flip(axis), axis, first, min(last, 2**63 - 1) if isinstance(last, int) else last, -step
+    )
 
 
 @op("Slice", since=10, ints=("starts", "ends", "axes", "steps"))
@@ -212,7 +204,12 @@ def _pad(x: Tensor, pads: Ints, mode: str, value: float, axes: Sequence[Any] | N
 
 @op("Pad", since=11, ints=("pads", "constant_value", "axes"))
 def pad(
-    x: Tensor, pads: Ints, constant_value: Sequence[Any] | None = None, axes: Ints | None = None, *, mode: str = "constant"
+    x: Tensor,
+    pads: Ints,
+    constant_value: Sequence[Any] | None = None,
+    axes: Ints | None = None,
+    *,
+    mode: str = "constant",
 ) -> Tensor:
     """`x` with more elements before and after each axis, or with fewer."""
     value = constant_value[0] if constant_value else 0
@@ -245,24 +242,32 @@ def center_crop_pad(x: Tensor, sizes: Ints, *, axes: list[int] | None = None) ->
 
 
 @op("ConstantOfShape", ints=("sizes",))
-def constant_of_shape(sizes: Ints, *, value: Tensor | None = None) -> Tensor:
+def constant_of_shape(sizes: Ints, *, value: Tensor | None = None, device: torch.device | None = None) -> Tensor:
     """A tensor of one value, by default the float32 number 0."""
-    return torch.zeros(list(sizes)) if value is None else value.reshape(()).expand(list(sizes))
+    return torch.zeros(list(sizes), device=device) if value is None else value.reshape(()).expand(list(sizes))
 
 
 @op("Range", ints=("start", "limit", "delta"))
 def range_(
-    start: Sequence[Any], limit: Sequence[Any], delta: Sequence[Any], *, stash_type: int = 1, dtypes: Sequence[torch.dtype] = ()
+    start: Sequence[Any],
+    limit: Sequence[Any],
+    delta: Sequence[Any],
+    *,
+    stash_type: int = 1,
+    dtypes: Sequence[torch.dtype],
+    device: torch.device | None = None,
 ) -> Tensor:
     """start, start + delta, ... before `limit`, in the inputs' dtype."""
     first, end, step = start[0], limit[0], delta[0]
-    dtype = dtypes[0] if dtypes else torch.int64 if isinstance(first, int | torch.SymInt) else torch.float32
+    if isinstance(step, int | float) and step == 0:
+        raise OnnxError("delta is 0")
+    dtype = dtypes[0]
     if not dtype.is_floating_point:
         count = torch.sym_max(-((first - end) // step), 0)
-        return (torch.arange(count) * step + first).to(dtype)
-    count = max(math.ceil((end - first) / step), 0)
+        return (torch.arange(count, device=device) * step + first).to(dtype)
+    count = torch.sym_max(torch.sym_int(math.ceil((end - first) / step)), 0)
     exact = torch.float32 if dtype.itemsize == 2 else dtype
-    return (torch.arange(count).to(exact) * step + first).to(dtype)
+    return (torch.arange(count, device=device).to(exact) * step + first).to(dtype)
 
 
 @op("EyeLike")

@@ -13,16 +13,16 @@ from torch_rtx.onnx.dtypes import PACKED, SIGNED
 
 WIDER = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: torch.int64}
 SAME_WIDTH = {
-    **{torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64},
-    **{torch.float8_e4m3fn: torch.uint8, torch.float8_e4m3fnuz: torch.uint8, torch.float8_e5m2: torch.uint8},
-    **{torch.float8_e5m2fnuz: torch.uint8, torch.float8_e8m0fnu: torch.uint8},
+    torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64,
+    torch.float8_e4m3fn: torch.uint8, torch.float8_e4m3fnuz: torch.uint8, torch.float8_e5m2: torch.uint8,
+    torch.float8_e5m2fnuz: torch.uint8, torch.float8_e8m0fnu: torch.uint8,
     **{dtype: torch.int8 if dtype in SIGNED else torch.uint8 for dtype in PACKED},
 }
 LOWEST = -(2**63)
 
 
 def widen(x: Tensor, *, order: bool = False) -> Tensor:
-    """`x` in a dtype that every kernel takes. uint64 becomes int64, with the same bits or, with `order`, the same order."""
+    """`x` in a dtype that all kernels take. uint64 becomes int64: the same bits or, with `order`, the same order."""
     if x.dtype is torch.uint64:
         return x.view(torch.int64) ^ LOWEST if order else x.view(torch.int64)
     return x.to(WIDER.get(x.dtype, x.dtype))

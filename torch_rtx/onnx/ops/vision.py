@@ -67,9 +67,7 @@ def _kernel(mode: str, distance: Tensor) -> Tensor:
     return torch.where(x <= 1, near, torch.where(x < 2, far, 0))
 
 
-def _padded(
-    places: Tensor, length: int | torch.SymInt, padding_mode: str, align_corners: int
-) -> tuple[Tensor, Tensor]:
+def _padded(places: Tensor, length: int | torch.SymInt, padding_mode: str, align_corners: int) -> tuple[Tensor, Tensor]:
     """The places of an axis that others stand for, and whether these have a value."""
     inside = torch.ones_like(places)
     if padding_mode == "zeros":
@@ -242,13 +240,19 @@ def non_max_suppression(
         chosen = torch.where((rank == step) & found, best, chosen)
         return step + 1, torch.where(dropped & found, -torch.inf, scores), chosen
 
-    state = (torch.zeros((), dtype=torch.int64, device=boxes.device), scores, -torch.ones_like(scores[..., :1], dtype=torch.int64).expand(-1, -1, count).contiguous())
+    state = (
+        torch.zeros((), dtype=torch.int64, device=boxes.device),
+        scores,
+        -torch.ones_like(scores[..., :1], dtype=torch.int64).expand(-1, -1, count).contiguous(),
+    )
     chosen = _while(left, choose, state)[2]
     places = torch.nonzero(chosen >= 0)
     return torch.cat([places[:, :2], chosen[places[:, 0], places[:, 1], places[:, 2], None]], 1)
 
 
-def _while(left: Callable[..., Tensor], body: Callable[..., tuple[Tensor, ...]], state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _while(
+    left: Callable[..., Tensor], body: Callable[..., tuple[Tensor, ...]], state: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
     """A loop that a capture keeps as one."""
     if torch.compiler.is_compiling():
         from torch._higher_order_ops.while_loop import while_loop
