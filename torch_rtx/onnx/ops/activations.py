@@ -13,7 +13,11 @@ from torch.nn import functional as F
 from torch_rtx.onnx.registry import op
 
 PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
-    "Relu": torch.relu, "Sigmoid": torch.sigmoid, "HardSwish": F.hardswish, "Mish": F.mish, "Softsign": F.softsign,
+    "Relu": torch.relu,
+    "Sigmoid": torch.sigmoid,
+    "HardSwish": F.hardswish,
+    "Mish": F.mish,
+    "Softsign": F.softsign,
     # no threshold: torch's softplus is linear from 20 on
     "Softplus": lambda x: torch.logaddexp(x, torch.zeros_like(x)),
 }

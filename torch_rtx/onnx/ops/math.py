@@ -33,12 +33,21 @@ def _divide_uint64(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 BINARY: dict[str, Callable[..., Tensor]] = {
-    "Add": widened(torch.add), "Sub": widened(torch.sub), "Mul": widened(torch.mul),
+    "Add": widened(torch.add),
+    "Sub": widened(torch.sub),
+    "Mul": widened(torch.mul),
     "Div": lambda a, b: _divide(a, b) if a.dtype is torch.uint64 else widened(_divide)(a, b),
-    "And": torch.logical_and, "Or": torch.logical_or, "Xor": torch.logical_xor,
-    "Equal": widened(torch.eq), "Less": widened(torch.lt, order=True), "Greater": widened(torch.gt, order=True),
-    "LessOrEqual": widened(torch.le, order=True), "GreaterOrEqual": widened(torch.ge, order=True),
-    "BitwiseAnd": torch.bitwise_and, "BitwiseOr": torch.bitwise_or, "BitwiseXor": torch.bitwise_xor,
+    "And": torch.logical_and,
+    "Or": torch.logical_or,
+    "Xor": torch.logical_xor,
+    "Equal": widened(torch.eq),
+    "Less": widened(torch.lt, order=True),
+    "Greater": widened(torch.gt, order=True),
+    "LessOrEqual": widened(torch.le, order=True),
+    "GreaterOrEqual": widened(torch.ge, order=True),
+    "BitwiseAnd": torch.bitwise_and,
+    "BitwiseOr": torch.bitwise_or,
+    "BitwiseXor": torch.bitwise_xor,
 }
 
 
@@ -65,11 +74,30 @@ for _name, _function in BINARY.items():
     _declare_binary(_name, _function)
 
 UNARY: dict[str, Callable[..., Tensor]] = {
-    "Acos": torch.acos, "Acosh": torch.acosh, "Asin": torch.asin, "Asinh": torch.asinh, "Atan": torch.atan,
-    "Atanh": torch.atanh, "Cos": torch.cos, "Cosh": torch.cosh, "Sin": torch.sin, "Sinh": torch.sinh,
-    "Tan": torch.tan, "Tanh": torch.tanh, "Exp": torch.exp, "Log": torch.log, "Sqrt": torch.sqrt, "Erf": torch.erf,
-    "Ceil": torch.ceil, "Floor": torch.floor, "Round": torch.round, "Reciprocal": torch.reciprocal,
-    "Not": torch.logical_not, "IsNaN": torch.isnan, "Neg": torch.neg, "BitwiseNot": widened(torch.bitwise_not),
+    "Acos": torch.acos,
+    "Acosh": torch.acosh,
+    "Asin": torch.asin,
+    "Asinh": torch.asinh,
+    "Atan": torch.atan,
+    "Atanh": torch.atanh,
+    "Cos": torch.cos,
+    "Cosh": torch.cosh,
+    "Sin": torch.sin,
+    "Sinh": torch.sinh,
+    "Tan": torch.tan,
+    "Tanh": torch.tanh,
+    "Exp": torch.exp,
+    "Log": torch.log,
+    "Sqrt": torch.sqrt,
+    "Erf": torch.erf,
+    "Ceil": torch.ceil,
+    "Floor": torch.floor,
+    "Round": torch.round,
+    "Reciprocal": torch.reciprocal,
+    "Not": torch.logical_not,
+    "IsNaN": torch.isnan,
+    "Neg": torch.neg,
+    "BitwiseNot": widened(torch.bitwise_not),
     "Abs": lambda x: x if x.dtype in WIDER else torch.abs(x),
     "Sign": lambda x: (x != 0).to(x.dtype) if x.dtype in WIDER else torch.sign(x),
 }

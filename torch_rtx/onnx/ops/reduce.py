@@ -63,7 +63,10 @@ def _log_sum_exp(x: Tensor, axes: list[int]) -> Tensor:
 
 
 REDUCTIONS: dict[str, Reduction] = {
-    "ReduceSum": _sum, "ReduceProd": _prod, "ReduceMax": _extreme("ReduceMax"), "ReduceMin": _extreme("ReduceMin"),
+    "ReduceSum": _sum,
+    "ReduceProd": _prod,
+    "ReduceMax": _extreme("ReduceMax"),
+    "ReduceMin": _extreme("ReduceMin"),
     "ReduceMean": _integral(lambda x, axes: torch.mean(x, axes, keepdim=True)),
     "ReduceL1": lambda x, axes: _sum(x.abs(), axes),
     "ReduceL2": _integral(lambda x, axes: torch.linalg.vector_norm(x, 2, axes, keepdim=True)),

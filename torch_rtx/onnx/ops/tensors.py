@@ -23,12 +23,6 @@ def is_one(size: Int) -> bool:
     return isinstance(size, int) and size == 1
 
 
-@op("Identity")
-def identity(x: Any) -> Any:
-    """The input as it is."""
-    return x
-
-
 @op("Reshape", since=5, ints=("sizes",))
 @by_bits
 def reshape(x: Tensor, sizes: Ints, *, allowzero: int = 0) -> Tensor:

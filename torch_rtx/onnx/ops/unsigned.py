@@ -13,9 +13,14 @@ from torch_rtx.onnx.dtypes import PACKED, SIGNED
 
 WIDER = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: torch.int64}
 SAME_WIDTH = {
-    torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64,
-    torch.float8_e4m3fn: torch.uint8, torch.float8_e4m3fnuz: torch.uint8, torch.float8_e5m2: torch.uint8,
-    torch.float8_e5m2fnuz: torch.uint8, torch.float8_e8m0fnu: torch.uint8,
+    torch.uint16: torch.int16,
+    torch.uint32: torch.int32,
+    torch.uint64: torch.int64,
+    torch.float8_e4m3fn: torch.uint8,
+    torch.float8_e4m3fnuz: torch.uint8,
+    torch.float8_e5m2: torch.uint8,
+    torch.float8_e5m2fnuz: torch.uint8,
+    torch.float8_e8m0fnu: torch.uint8,
     **{dtype: torch.int8 if dtype in SIGNED else torch.uint8 for dtype in PACKED},
 }
 LOWEST = -(2**63)
