@@ -23,6 +23,7 @@ NEAREST: dict[str, Callable[[Tensor], Tensor]] = {
     "floor": torch.floor,
     "ceil": torch.ceil,
 }
+SIMPLE = "simple"  # before opset 11: up where the axis shrinks, else down
 # F.interpolate's modes by ONNX's mode and the number of axes
 INTERPOLATE = {("linear", 1): "linear", ("linear", 2): "bilinear", ("linear", 3): "trilinear", ("cubic", 2): "bicubic"}
 
@@ -60,8 +61,11 @@ class Axis:
 
 
 def _original(options: Options, axis: Axis, device: torch.device) -> Tensor:
-    """The places of the output's elements on the input's axis, in float64 for those that are exact halves."""
-    places, length, size = torch.arange(axis.size, device=device).to(torch.float64), axis.length, axis.size
+    """The places of the output's elements on the input's axis.
+
+    They are float32, as scales are: what is a half or a whole number there has to stay one.
+    """
+    places, length, size = torch.arange(axis.size, device=device).to(torch.float32), axis.length, axis.size
     kind, width = options.transformation, length * axis.scale
     single = isinstance(width, int | float) and width == 1
     if kind == "align_corners":
@@ -115,9 +119,12 @@ def _resize_axis(x: Tensor, axis: Axis, options: Options) -> Tensor:
     place = _original(options, axis, x.device)
     shape = [-1] + [1] * (x.dim() - axis.axis - 1)
     if options.mode == "nearest":
-        if options.nearest_mode not in NEAREST:
-            raise OnnxError(f"unknown nearest_mode {options.nearest_mode!r}")
-        nearest = NEAREST[options.nearest_mode](place).to(torch.int64)
+        kind = options.nearest_mode
+        if kind == SIMPLE:
+            kind = "ceil" if isinstance(axis.scale, int | float) and axis.scale < 1 else "floor"
+        if kind not in NEAREST:
+            raise OnnxError(f"unknown nearest_mode {kind!r}")
+        nearest = NEAREST[kind](place).to(torch.int64)
         result = x.index_select(axis.axis, nearest.clamp(min=0).clamp(max=axis.length - 1))
     else:
         neighbours, weights = _taps(options, axis, place)
@@ -143,7 +150,7 @@ def _interpolated(x: Tensor, axes: Sequence[Axis], options: Options) -> Tensor |
     if not all(axis.exact for axis in axes):  # F.interpolate knows sizes alone
         return None
     if options.mode == "nearest":
-        floor = (options.transformation, options.nearest_mode) == ("asymmetric", "floor")
+        floor = options.transformation == "asymmetric" and options.nearest_mode in ("floor", SIMPLE)
         whole = all(isinstance(axis.scale, int) for axis in axes)
         return F.interpolate(x, sizes, mode="nearest") if floor and whole and len(axes) <= 3 else None
     if key not in INTERPOLATE or (options.mode == "cubic" and options.cubic_coeff_a != -0.75):
@@ -186,14 +193,12 @@ def _unchanged(axis: Axis) -> bool:
 def _scaled_axes(x: Tensor, places: Sequence[int], scales: Sequence[Any], roi: Sequence[Any] | None) -> list[Axis]:
     found = []
     for number, (place, scale) in enumerate(zip(places, scales, strict=True)):
-        length = x.shape[place]
-        whole = isinstance(scale, int | float) and scale == int(scale)
-        region = _region(roi, number, len(places))
-        cropped = region != (0.0, 1.0)
-        factor = int(scale) if whole else scale
-        size = length * factor if whole and not cropped else math.floor(length * (region[1] - region[0]) * factor)
-        exact = whole or (isinstance(size, int) and size == length * factor)
-        found.append(Axis(place, length, size, factor, exact, region))
+        length, exact = x.shape[place], isinstance(scale, int | float) and scale == int(scale)
+        scale = int(scale) if exact else scale
+        # The size does not depend on the region, whatever the operator's documentation says: no implementation does so.
+        size = length * scale if exact else math.floor(length * scale)
+        exact = exact or (isinstance(size, int) and size == length * scale)
+        found.append(Axis(place, length, size, scale, exact, _region(roi, number, len(places))))
     return found
 
 
@@ -257,7 +262,7 @@ def resize(
 @op("Upsample", since=9, ints=("scales",))
 def upsample(x: Tensor, scales: Sequence[Any], *, mode: str = "nearest") -> Tensor:
     """`x` with its axes scaled, where an element of the output is at its place divided by the factor."""
-    return resize(x, None, scales, mode=mode, coordinate_transformation_mode="asymmetric", nearest_mode="floor")
+    return resize(x, None, scales, mode=mode, coordinate_transformation_mode="asymmetric", nearest_mode=SIMPLE)
 
 
 @op("Upsample", since=7)

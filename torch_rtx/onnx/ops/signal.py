@@ -91,7 +91,8 @@ def _dft(x: Tensor, length: Any, axis: int, inverse: int, onesided: int) -> Tens
             raise OnnxError("a one-sided transform needs real numbers")
         result = torch.view_as_real(torch.fft.rfft(numbers, length, axis))
     else:
-        result = torch.view_as_real((torch.fft.ifft if inverse else torch.fft.fft)(numbers, length, axis))
+        spectrum = (torch.fft.ifft if inverse else torch.fft.fft)(numbers, length, axis)
+        result = torch.view_as_real(spectrum.resolve_conj())
     return result.to(x.dtype)
 
 

@@ -191,7 +191,10 @@ def _pad(x: Tensor, pads: Ints, mode: str, value: float, axes: Sequence[Any] | N
     if mode == "constant":
         flat = [size for axis in reversed(range(x.dim())) for size in both.get(axis, (0, 0))]
         return F.pad(x, flat, value=value) if both else x
-    for axis, (before, after) in both.items():
+    for axis, pair in both.items():
+        crop = [min(size, 0) if isinstance(size, int) else 0 for size in pair]
+        x = x.narrow(axis, -crop[0], x.shape[axis] + crop[0] + crop[1])
+        before, after = pair[0] - crop[0], pair[1] - crop[1]
         x = x.index_select(axis, _padded_places(mode, before, after, x.shape[axis], x.device))
     return x
 

@@ -185,7 +185,8 @@ def _largest(counts: Tensor) -> int:
 @op("MaxRoiPool")
 def max_roi_pool(x: Tensor, rois: Tensor, *, pooled_shape: list[int], spatial_scale: float = 1.0) -> Tensor:
     """The largest elements of the parts of regions (count, 5), whole pixels of images (N, C, H, W)."""
-    images, edges = x[rois[:, 0].to(torch.int64)], torch.round(rois[:, 1:] * spatial_scale)
+    images, edges = x[rois[:, 0].to(torch.int64)], rois[:, 1:] * spatial_scale
+    edges = torch.trunc(edges + torch.copysign(torch.full_like(edges, 0.5), edges))  # halves away from zero
     rows = _parts(edges[:, 1], edges[:, 3], pooled_shape[0], x.shape[2])
     columns = _parts(edges[:, 0], edges[:, 2], pooled_shape[1], x.shape[3])
     lowest = torch.full((), -torch.inf, dtype=x.dtype, device=x.device)
