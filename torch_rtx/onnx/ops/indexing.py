@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from torch_rtx.errors import OnnxError
 from torch_rtx.onnx.ops.unsigned import by_bits, narrow, widen
-from torch_rtx.onnx.registry import Ints, op
+from torch_rtx.onnx.registry import Numbers, op
 
 REDUCTIONS = {"add": "sum", "mul": "prod", "max": "amax", "min": "amin"}
 
 
-def _wrapped(places: Tensor, length: int | torch.SymInt) -> Tensor:
+def _wrapped(places: Tensor, length: Any) -> Tensor:
     """Places that count from the start."""
     places = places.to(torch.int64)
     return torch.where(places < 0, places + length, places)
@@ -94,7 +96,7 @@ def tensor_scatter(
 
 
 @op("OneHot", ints=("depth",))
-def one_hot(indices: Tensor, depth: Ints, values: Tensor, *, axis: int = -1) -> Tensor:
+def one_hot(indices: Tensor, depth: Numbers, values: Tensor, *, axis: int = -1) -> Tensor:
     """values[1] where the place on a new axis is the index, values[0] elsewhere."""
     count = int(depth[0]) if isinstance(depth[0], float) else depth[0]
     axis = axis % (indices.dim() + 1)

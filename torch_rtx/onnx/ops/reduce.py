@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from torch_rtx.onnx.ops.unsigned import narrow, widen, widened
-from torch_rtx.onnx.registry import Ints, op
+from torch_rtx.onnx.registry import Numbers, op
 
 Reduction = Callable[[Tensor, list[int]], Tensor]  # along axes that stay, with size 1
 
@@ -76,7 +75,7 @@ REDUCTIONS: dict[str, Reduction] = {
 }
 
 
-def _reduce(function: Reduction, x: Tensor, axes: Sequence[Any] | None, keepdims: int, order: bool) -> Tensor:
+def _reduce(function: Reduction, x: Tensor, axes: Numbers | None, keepdims: int, order: bool) -> Tensor:
     """None: along all axes. An empty list: each element by itself."""
     wide = widen(x, order=order)
     if x.dim() == 0 or (axes is not None and not axes):
@@ -90,7 +89,7 @@ def _declare(name: str, function: Reduction) -> None:
     order = name in ("ReduceMax", "ReduceMin")
 
     @op(name, since=13 if name == "ReduceSum" else 18, ints=("axes",))
-    def run(x: Tensor, axes: Ints | None = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0) -> Tensor:
+    def run(x: Tensor, axes: Numbers | None = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0) -> Tensor:
         return _reduce(function, x, axes or ([] if noop_with_empty_axes else None), keepdims, order)
 
     @op(name)
@@ -133,7 +132,7 @@ def _cumulate(
 
 
 @op("CumSum", ints=("axis",))
-def cum_sum(x: Tensor, axis: Ints, *, exclusive: int = 0, reverse: int = 0) -> Tensor:
+def cum_sum(x: Tensor, axis: Numbers, *, exclusive: int = 0, reverse: int = 0) -> Tensor:
     """Sums of all elements up to each, or of those before each."""
     (place,) = axis
     sums = widened(
@@ -143,7 +142,7 @@ def cum_sum(x: Tensor, axis: Ints, *, exclusive: int = 0, reverse: int = 0) -> T
 
 
 @op("CumProd", ints=("axis",))
-def cum_prod(x: Tensor, axis: Ints, *, exclusive: int = 0, reverse: int = 0) -> Tensor:
+def cum_prod(x: Tensor, axis: Numbers, *, exclusive: int = 0, reverse: int = 0) -> Tensor:
     """Products of all elements up to each, or of those before each."""
     (place,) = axis
     products = widened(
@@ -153,7 +152,7 @@ def cum_prod(x: Tensor, axis: Ints, *, exclusive: int = 0, reverse: int = 0) -> 
 
 
 @op("TopK", since=10, ints=("k",))
-def top_k(x: Tensor, k: Ints, *, axis: int = -1, largest: int = 1, sorted: int = 1) -> tuple[Tensor, Tensor]:
+def top_k(x: Tensor, k: Numbers, *, axis: int = -1, largest: int = 1, sorted: int = 1) -> tuple[Tensor, Tensor]:
     """The `k` largest or smallest elements along an axis and where they are; of equal ones the first.
 
     `torch.topk` takes any of equal ones.

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torch_rtx.errors import OnnxError
-from torch_rtx.onnx.registry import Ints, op
+from torch_rtx.onnx.registry import Numbers, op
 
 NEAREST: dict[str, Callable[[Tensor], Tensor]] = {
     "round_prefer_floor": lambda place: torch.ceil(place - 0.5),
@@ -190,7 +190,7 @@ def _unchanged(axis: Axis) -> bool:
     return axis.size is axis.length
 
 
-def _scaled_axes(x: Tensor, places: Sequence[int], scales: Sequence[Any], roi: Sequence[Any] | None) -> list[Axis]:
+def _scaled_axes(x: Tensor, places: Sequence[int], scales: Numbers, roi: Numbers | None) -> list[Axis]:
     found = []
     for number, (place, scale) in enumerate(zip(places, scales, strict=True)):
         length, exact = x.shape[place], isinstance(scale, int | float) and scale == int(scale)
@@ -202,11 +202,11 @@ def _scaled_axes(x: Tensor, places: Sequence[int], scales: Sequence[Any], roi: S
     return found
 
 
-def _region(roi: Sequence[Any] | None, number: int, count: int) -> tuple[float, float]:
+def _region(roi: Numbers | None, number: int, count: int) -> tuple[float, float]:
     return (float(roi[number]), float(roi[number + count])) if roi else (0.0, 1.0)
 
 
-def _sized_axes(x: Tensor, places: Sequence[int], sizes: Ints, roi: Sequence[Any] | None, policy: str) -> list[Axis]:
+def _sized_axes(x: Tensor, places: Sequence[int], sizes: Numbers, roi: Numbers | None, policy: str) -> list[Axis]:
     lengths = [x.shape[place] for place in places]
     factors = [size / length for size, length in zip(sizes, lengths, strict=True)]
     if policy != "stretch":
@@ -225,9 +225,9 @@ def _sized_axes(x: Tensor, places: Sequence[int], sizes: Ints, roi: Sequence[Any
 @op("Resize", since=11, ints=("roi", "scales", "sizes"))
 def resize(
     x: Tensor,
-    roi: Sequence[Any] | None = None,
-    scales: Sequence[Any] | None = None,
-    sizes: Ints | None = None,
+    roi: Numbers | None = None,
+    scales: Numbers | None = None,
+    sizes: Numbers | None = None,
     *,
     mode: str = "nearest",
     coordinate_transformation_mode: str = "half_pixel",
@@ -260,7 +260,7 @@ def resize(
 
 @op("Resize", since=10, ints=("scales",))
 @op("Upsample", since=9, ints=("scales",))
-def upsample(x: Tensor, scales: Sequence[Any], *, mode: str = "nearest") -> Tensor:
+def upsample(x: Tensor, scales: Numbers, *, mode: str = "nearest") -> Tensor:
     """`x` with its axes scaled, where an element of the output is at its place divided by the factor."""
     return resize(x, None, scales, mode=mode, coordinate_transformation_mode="asymmetric", nearest_mode=SIMPLE)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from torch_rtx.errors import OnnxError
 from torch_rtx.onnx.dtypes import dtype_of
-from torch_rtx.onnx.registry import Ints, op
+from torch_rtx.onnx.registry import Numbers, op
 
 # The factors of cosines: of no, one and two periods in a window.
 WINDOWS = {"HannWindow": (0.5, -0.5), "HammingWindow": (25 / 46, -21 / 46), "BlackmanWindow": (0.42, -0.5, 0.08)}
@@ -20,7 +19,7 @@ WINDOWS = {"HannWindow": (0.5, -0.5), "HammingWindow": (25 / 46, -21 / 46), "Bla
 def _declare_window(name: str, factors: tuple[float, ...]) -> None:
     @op(name, ints=("size",))
     def window(
-        size: Ints, *, output_datatype: int = 1, periodic: int = 1, device: torch.device | None = None
+        size: Numbers, *, output_datatype: int = 1, periodic: int = 1, device: torch.device | None = None
     ) -> Tensor:
         count = size[0]
         period = count if periodic else torch.sym_max(count - 1, 1)
@@ -35,11 +34,11 @@ for _name, _factors in WINDOWS.items():
 
 @op("MelWeightMatrix", ints=("bins", "dft_length", "sample_rate", "lower", "upper"))
 def mel_weight_matrix(
-    bins: Ints,
-    dft_length: Ints,
-    sample_rate: Ints,
-    lower: Sequence[Any],
-    upper: Sequence[Any],
+    bins: Numbers,
+    dft_length: Numbers,
+    sample_rate: Numbers,
+    lower: Numbers,
+    upper: Numbers,
     *,
     output_datatype: int = 1,
     device: torch.device | None = None,
@@ -65,7 +64,12 @@ def _complex(x: Tensor) -> Tensor:
 
 @op("DFT", since=20, ints=("length", "axis"))
 def dft(
-    x: Tensor, length: Ints | None = None, axis: Ints | None = None, *, inverse: int = 0, onesided: int = 0
+    x: Tensor,
+    length: Numbers | None = None,
+    axis: Numbers | None = None,
+    *,
+    inverse: int = 0,
+    onesided: int = 0,
 ) -> Tensor:
     """The discrete Fourier transform along an axis of (..., 1), real, or (..., 2), complex."""
     return _dft(x, length[0] if length else None, int(axis[0]) if axis else -2, inverse, onesided)
@@ -73,7 +77,7 @@ def dft(
 
 @op("DFT", ints=("length",))
 def dft_attribute(
-    x: Tensor, length: Ints | None = None, *, axis: int = 1, inverse: int = 0, onesided: int = 0
+    x: Tensor, length: Numbers | None = None, *, axis: int = 1, inverse: int = 0, onesided: int = 0
 ) -> Tensor:
     """DFT with its axis as an attribute."""
     return _dft(x, length[0] if length else None, axis, inverse, onesided)
@@ -99,9 +103,9 @@ def _dft(x: Tensor, length: Any, axis: int, inverse: int, onesided: int) -> Tens
 @op("STFT", ints=("frame_step", "frame_length"))
 def stft(
     signal: Tensor,
-    frame_step: Ints,
+    frame_step: Numbers,
     window: Tensor | None = None,
-    frame_length: Ints | None = None,
+    frame_length: Numbers | None = None,
     *,
     onesided: int = 1,
 ) -> Tensor:

@@ -13,19 +13,17 @@ from torch.nn import functional as F
 from torch_rtx.errors import OnnxError
 from torch_rtx.onnx.dtypes import dtype_of
 from torch_rtx.onnx.ops.unsigned import by_bits, narrow, widen
-from torch_rtx.onnx.registry import Ints, op
-
-Int = int | torch.SymInt
+from torch_rtx.onnx.registry import Numbers, op
 
 
-def is_one(size: Int) -> bool:
+def is_one(size: Any) -> bool:
     """Whether a size is known to be 1; a symbolic one is not, without a guard on it."""
     return isinstance(size, int) and size == 1
 
 
 @op("Reshape", since=5, ints=("sizes",))
 @by_bits
-def reshape(x: Tensor, sizes: Ints, *, allowzero: int = 0) -> Tensor:
+def reshape(x: Tensor, sizes: Numbers, *, allowzero: int = 0) -> Tensor:
     """`x` in another shape: 0 keeps a size unless `allowzero`, -1 takes what is left."""
     whole = list(sizes)
     if not allowzero:
@@ -56,7 +54,7 @@ def transpose(x: Tensor, *, perm: list[int] | None = None) -> Tensor:
 
 
 @op("Squeeze", since=13, ints=("axes",))
-def squeeze(x: Tensor, axes: Ints | None = None) -> Tensor:
+def squeeze(x: Tensor, axes: Numbers | None = None) -> Tensor:
     """`x` without axes of size 1: those that are named, or all."""
     if axes is None:
         return x.squeeze([axis for axis, size in enumerate(x.shape) if is_one(size)])
@@ -73,7 +71,7 @@ def squeeze_attribute(x: Tensor, *, axes: list[int] | None = None) -> Tensor:
 
 
 @op("Unsqueeze", since=13, ints=("axes",))
-def unsqueeze(x: Tensor, axes: Ints) -> Tensor:
+def unsqueeze(x: Tensor, axes: Numbers) -> Tensor:
     """`x` with axes of size 1, which the axes of the result are named for."""
     rank = x.dim() + len(axes)
     for axis in sorted(int(axis) % rank for axis in axes):
@@ -97,7 +95,7 @@ def concat(*xs: Tensor, axis: int = 1) -> Tensor:
 @op("Split", since=13, ints=("sizes",))
 @by_bits
 def split_sizes(
-    x: Tensor, sizes: Ints | None = None, *, axis: int = 0, num_outputs: int | None = None, outputs: int
+    x: Tensor, sizes: Numbers | None = None, *, axis: int = 0, num_outputs: int | None = None, outputs: int
 ) -> tuple[Tensor, ...]:
     """Parts of `x` along an axis, of the sizes that are given, or equal but for a smaller last one."""
     count, length = num_outputs or outputs, x.shape[axis]
@@ -113,7 +111,7 @@ def split_attribute(x: Tensor, *, split: list[int] | None = None, axis: int = 0,
     return split_sizes(x, split, axis=axis, outputs=outputs)
 
 
-def _slice(x: Tensor, axis: int, start: Int, end: Int, step: int) -> Tensor:
+def _slice(x: Tensor, axis: int, start: Any, end: Any, step: int) -> Tensor:
     if step > 0:
         return torch.ops.aten.slice.Tensor(x, axis, start, end, step)
     # from the other end; what counts from the end then counts from the start
@@ -129,7 +127,13 @@ def _slice(x: Tensor, axis: int, start: Int, end: Int, step: int) -> Tensor:
 
 @op("Slice", since=10, ints=("starts", "ends", "axes", "steps"))
 @by_bits
-def slice_(x: Tensor, starts: Ints, ends: Ints, axes: Ints | None = None, steps: Ints | None = None) -> Tensor:
+def slice_(
+    x: Tensor,
+    starts: Numbers,
+    ends: Numbers,
+    axes: Numbers | None = None,
+    steps: Numbers | None = None,
+) -> Tensor:
     """Elements from `starts` to before `ends`, of `steps`; negative places count from the end."""
     places = range(len(starts)) if axes is None else axes
     for axis, start, end, step in zip(places, starts, ends, steps or [1] * len(starts), strict=True):
@@ -145,10 +149,10 @@ def slice_attributes(x: Tensor, *, starts: list[int], ends: list[int], axes: lis
 
 @op("Expand", ints=("sizes",))
 @by_bits
-def expand(x: Tensor, sizes: Ints) -> Tensor:
+def expand(x: Tensor, sizes: Numbers) -> Tensor:
     """`x` broadcast with a shape, in both directions."""
     x = x[(None,) * max(len(sizes) - x.dim(), 0)]
-    whole = list(x.shape)
+    whole: list[Any] = list(x.shape)
     for axis, size in enumerate(sizes, x.dim() - len(sizes)):
         if is_one(whole[axis]):
             whole[axis] = size
@@ -159,18 +163,18 @@ def expand(x: Tensor, sizes: Ints) -> Tensor:
 
 @op("Tile", since=6, ints=("repeats",))
 @by_bits
-def tile(x: Tensor, repeats: Ints) -> Tensor:
+def tile(x: Tensor, repeats: Numbers) -> Tensor:
     """`x`, repeated along each axis."""
     return x.repeat(list(repeats))
 
 
 @op("Tile", ints=("tiles", "axis"))
-def tile_axis(x: Tensor, tiles: Ints, axis: Ints) -> Tensor:
+def tile_axis(x: Tensor, tiles: Numbers, axis: Numbers) -> Tensor:
     """`x`, repeated along one axis."""
     return x.repeat([tiles[0] if place == int(axis[0]) % x.dim() else 1 for place in range(x.dim())])
 
 
-def _padded_places(mode: str, before: Int, after: Int, length: Int, device: torch.device) -> Tensor:
+def _padded_places(mode: str, before: Any, after: Any, length: Any, device: torch.device) -> Tensor:
     """For each place of a padded axis, the one of the axis that it shows."""
     places = torch.arange(-before, length + after, device=device)
     if mode == "edge":
@@ -179,12 +183,12 @@ def _padded_places(mode: str, before: Int, after: Int, length: Int, device: torc
         return torch.remainder(places, length)
     if mode != "reflect":
         raise OnnxError(f"unknown mode {mode!r}")
-    period = torch.sym_max(2 * (length - 1), 1)
+    period: Any = torch.sym_max(2 * (length - 1), 1)
     places = torch.remainder(places, period)
     return torch.where(places >= length, period - places, places)
 
 
-def _pad(x: Tensor, pads: Ints, mode: str, value: float, axes: Sequence[Any] | None) -> Tensor:
+def _pad(x: Tensor, pads: Numbers, mode: str, value: float, axes: Numbers | None) -> Tensor:
     axes = range(x.dim()) if axes is None else [int(axis) % x.dim() for axis in axes]
     both = {axis: (pads[i], pads[i + len(axes)]) for i, axis in enumerate(axes)}
     both = {axis: pair for axis, pair in both.items() if any(not isinstance(size, int) or size for size in pair)}
@@ -202,9 +206,9 @@ def _pad(x: Tensor, pads: Ints, mode: str, value: float, axes: Sequence[Any] | N
 @op("Pad", since=11, ints=("pads", "constant_value", "axes"))
 def pad(
     x: Tensor,
-    pads: Ints,
-    constant_value: Sequence[Any] | None = None,
-    axes: Ints | None = None,
+    pads: Numbers,
+    constant_value: Numbers | None = None,
+    axes: Numbers | None = None,
     *,
     mode: str = "constant",
 ) -> Tensor:
@@ -226,9 +230,9 @@ def pad_legacy(x: Tensor, *, paddings: list[int], mode: str = "constant", value:
 
 
 @op("CenterCropPad", ints=("sizes",))
-def center_crop_pad(x: Tensor, sizes: Ints, *, axes: list[int] | None = None) -> Tensor:
+def center_crop_pad(x: Tensor, sizes: Numbers, *, axes: list[int] | None = None) -> Tensor:
     """`x` cropped or padded with zeros to other sizes; its center stays, rounded to the left."""
-    pads: list[list[Int]] = [[], []]
+    pads: list[list[Any]] = [[], []]
     places = range(x.dim()) if axes is None else axes
     for axis, size in zip(places, sizes, strict=True):
         more = size - x.shape[axis]
@@ -239,16 +243,16 @@ def center_crop_pad(x: Tensor, sizes: Ints, *, axes: list[int] | None = None) ->
 
 
 @op("ConstantOfShape", ints=("sizes",))
-def constant_of_shape(sizes: Ints, *, value: Tensor | None = None, device: torch.device | None = None) -> Tensor:
+def constant_of_shape(sizes: Numbers, *, value: Tensor | None = None, device: torch.device | None = None) -> Tensor:
     """A tensor of one value, by default the float32 number 0."""
     return torch.zeros(list(sizes), device=device) if value is None else value.reshape(()).expand(list(sizes))
 
 
 @op("Range", ints=("start", "limit", "delta"))
 def range_(
-    start: Sequence[Any],
-    limit: Sequence[Any],
-    delta: Sequence[Any],
+    start: Numbers,
+    limit: Numbers,
+    delta: Numbers,
     *,
     stash_type: int = 1,
     dtypes: Sequence[torch.dtype],
@@ -276,7 +280,7 @@ def eye_like(x: Tensor, *, dtype: int | None = None, k: int = 0) -> Tensor:
 
 @op("Trilu", ints=("k",))
 @by_bits
-def trilu(x: Tensor, k: Ints | None = None, *, upper: int = 1) -> Tensor:
+def trilu(x: Tensor, k: Numbers | None = None, *, upper: int = 1) -> Tensor:
     """The upper or lower triangle of matrices, zeros elsewhere."""
     diagonal = k[0] if k else 0
     return torch.triu(x, diagonal) if upper else torch.tril(x, diagonal)
@@ -308,8 +312,8 @@ def space_to_depth(x: Tensor, *, blocksize: int, mode: str = "DCR") -> Tensor:
 @op("Col2Im", ints=("image", "block"))
 def col2im(
     x: Tensor,
-    image: Ints,
-    block: Ints,
+    image: Numbers,
+    block: Numbers,
     *,
     strides: list[int] | None = None,
     pads: list[int] | None = None,
@@ -321,7 +325,7 @@ def col2im(
     whole = [size + pads[axis] + pads[axis + rank] for axis, size in enumerate(image)]
     crop = [-size for axis in reversed(range(rank)) for size in (pads[axis], pads[axis + rank])]
     if rank == 2:
-        result = F.fold(x, whole, list(block), dilations, 0, strides)
+        result = F.fold(x, tuple(whole), tuple(block), tuple(dilations), 0, tuple(strides))
         return F.pad(result, crop) if any(crop) else result
     flat: Any = torch.zeros([1] * 2 * rank, dtype=torch.int64, device=x.device)
     for axis in range(rank):

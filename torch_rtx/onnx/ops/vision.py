@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from functools import reduce
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from torch_rtx.errors import OnnxError
-from torch_rtx.onnx.registry import Ints, op
+from torch_rtx.onnx.registry import Numbers, op
 
 MODES = {"linear": "bilinear", "bilinear": "bilinear", "nearest": "nearest", "cubic": "bicubic", "bicubic": "bicubic"}
 
@@ -54,8 +55,8 @@ def _grid_sample_nd(x: Tensor, grid: Tensor, mode: str, padding_mode: str, align
     total = torch.zeros((), dtype=x.dtype, device=x.device)
     for taps in product(*(range(weights.shape[-1]) for _, weights in per_axis)):
         places = [neighbours[..., tap] for tap, (neighbours, _) in zip(taps, per_axis, strict=True)]
-        weight = math.prod(weights[..., tap] for tap, (_, weights) in zip(taps, per_axis, strict=True))
-        total = total + x.movedim(1, -1)[(batch, *places)] * weight.unsqueeze(-1)  # type: ignore[attr-defined]
+        weight = reduce(torch.mul, (weights[..., tap] for tap, (_, weights) in zip(taps, per_axis, strict=True)))
+        total = total + x.movedim(1, -1)[(batch, *places)] * weight.unsqueeze(-1)
     return total.movedim(-1, 1)
 
 
@@ -67,22 +68,22 @@ def _kernel(mode: str, distance: Tensor) -> Tensor:
     return torch.where(x <= 1, near, torch.where(x < 2, far, 0))
 
 
-def _padded(places: Tensor, length: int | torch.SymInt, padding_mode: str, align_corners: int) -> tuple[Tensor, Tensor]:
+def _padded(places: Tensor, length: Any, padding_mode: str, align_corners: int) -> tuple[Tensor, Tensor]:
     """The places of an axis that others stand for, and whether these have a value."""
     inside = torch.ones_like(places)
     if padding_mode == "zeros":
         inside = ((places >= 0) & (places < length)).to(places.dtype)
     elif padding_mode == "reflection":
-        low, span = (0, length - 1) if align_corners else (-0.5, length)
+        low, span = (0.0, length - 1) if align_corners else (-0.5, length)
         distance = torch.remainder(places - low, torch.sym_max(2 * span, 1))
         places = torch.where(distance > span, 2 * span - distance, distance) + low
     return places.round().clamp(min=0).clamp(max=length - 1).to(torch.int64), inside
 
 
 @op("AffineGrid", ints=("size",))
-def affine_grid(theta: Tensor, size: Ints, *, align_corners: int = 0) -> Tensor:
+def affine_grid(theta: Tensor, size: Numbers, *, align_corners: int = 0) -> Tensor:
     """Places of affine maps (N, rank, rank + 1) for an image of `size`, as GridSample takes them."""
-    return F.affine_grid(theta, list(size), bool(align_corners))  # type: ignore[arg-type]
+    return F.affine_grid(theta, list(size), bool(align_corners))
 
 
 @op("RoiAlign", since=16)
@@ -150,7 +151,7 @@ Neighbour = tuple[Tensor, Tensor]
 
 
 def _samples(
-    start: Tensor, end: Tensor, bins: int, length: int | torch.SymInt, ratio: int, half: bool
+    start: Tensor, end: Tensor, bins: int, length: Any, ratio: int, half: bool
 ) -> tuple[Neighbour, Neighbour, Neighbour]:
     """The two neighbours of each sample along an axis, with weights, all (count, bins, samples).
 
@@ -195,7 +196,7 @@ def max_roi_pool(x: Tensor, rois: Tensor, *, pooled_shape: list[int], spatial_sc
     return torch.where(pooled == -torch.inf, 0, pooled)
 
 
-def _parts(start: Tensor, end: Tensor, count: int, length: int | torch.SymInt) -> list[Tensor]:
+def _parts(start: Tensor, end: Tensor, count: int, length: Any) -> list[Tensor]:
     """For each part of a region along an axis, which pixels it has, (regions, length)."""
     size = (end - start + 1).clamp(min=1) / count
     pixels = torch.arange(length, device=start.device)
@@ -210,7 +211,7 @@ def _parts(start: Tensor, end: Tensor, count: int, length: int | torch.SymInt) -
 def non_max_suppression(
     boxes: Tensor,
     scores: Tensor,
-    most: Ints | None = None,
+    most: Numbers | None = None,
     iou_threshold: Tensor | None = None,
     score_threshold: Tensor | None = None,
     *,
@@ -258,7 +259,7 @@ def _while(
     if torch.compiler.is_compiling():
         from torch._higher_order_ops.while_loop import while_loop
 
-        return while_loop(left, body, state)  # type: ignore[no-any-return]
+        return while_loop(left, body, state)
     while left(*state):
         state = body(*state)
     return state
