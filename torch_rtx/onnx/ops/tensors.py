@@ -25,12 +25,14 @@ def is_one(size: Any) -> bool:
 @by_bits
 def reshape(x: Tensor, sizes: Numbers, *, allowzero: int = 0) -> Tensor:
     """`x` in another shape: 0 keeps a size unless `allowzero`, -1 takes what is left."""
-    whole = list(sizes)
-    if not allowzero:
-        whole = [x.shape[axis] if isinstance(size, int) and size == 0 else size for axis, size in enumerate(whole)]
-    if x.numel() == 0 and -1 in whole:  # torch doesn't divide by no elements
-        others = math.prod(size for size in whole if size != -1)
-        whole = [x.numel() // max(others, 1) if size == -1 else size for size in whole]
+    copied = [axis for axis, size in enumerate(sizes) if isinstance(size, int) and size == 0 and not allowzero]
+    whole = [x.shape[axis] if axis in copied else size for axis, size in enumerate(sizes)]
+    if -1 in whole and any(
+        isinstance(size, int) and size == 0 for size in x.shape
+    ):  # torch can't divide by no elements
+        given = math.prod(size for axis, size in enumerate(whole) if axis not in copied and size != -1)
+        left = math.prod(size for axis, size in enumerate(x.shape) if axis not in copied) // max(given, 1)
+        whole = [left if size == -1 else size for size in whole]
     return x.reshape(whole)
 
 
@@ -114,15 +116,14 @@ def split_attribute(x: Tensor, *, split: list[int] | None = None, axis: int = 0,
 def _slice(x: Tensor, axis: int, start: Any, end: Any, step: int) -> Tensor:
     if step > 0:
         return torch.ops.aten.slice.Tensor(x, axis, start, end, step)
-    # from the other end; what counts from the end then counts from the start
+    # From the other end, where what counts from the end counts from the start.
     length = x.shape[axis]
     first, last = (
         -1 - place if isinstance(place, int) and place < 0 else torch.sym_max(length - 1 - place, 0)
         for place in (start, end)
     )
-    return torch.ops.aten.slice.Tensor(
-        x.flip(axis), axis, first, min(last, 2**63 - 1) if isinstance(last, int) else last, -step
-    )
+    first = torch.sym_min(first, length - 1) if isinstance(first, int) and first > 0 else first
+    return torch.ops.aten.slice.Tensor(x.flip(axis), axis, first, last, -step)
 
 
 @op("Slice", since=10, ints=("starts", "ends", "axes", "steps"))
@@ -171,7 +172,7 @@ def tile(x: Tensor, repeats: Numbers) -> Tensor:
 @op("Tile", ints=("tiles", "axis"))
 def tile_axis(x: Tensor, tiles: Numbers, axis: Numbers) -> Tensor:
     """`x`, repeated along one axis."""
-    return x.repeat([tiles[0] if place == int(axis[0]) % x.dim() else 1 for place in range(x.dim())])
+    return x.repeat([int(tiles[0]) if place == int(axis[0]) % x.dim() else 1 for place in range(x.dim())])
 
 
 def _padded_places(mode: str, before: Any, after: Any, length: Any, device: torch.device) -> Tensor:
