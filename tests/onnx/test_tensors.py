@@ -113,6 +113,17 @@ def test_elements_of_every_type_move(dtype: torch.dtype) -> None:
     assert plain(call("ScatterND", 18, x, np.array([[1, 1]]), x[0, :1])) == [[0, 1, 2], [3, 0, 5]]
 
 
+@pytest.mark.parametrize("place", [1, -1])
+def test_one_slice_that_is_known_is_a_view(place: int) -> None:
+    for index, expected in ((np.array(place), X[:, place]), (ints(place), X[:, [place]])):
+        found = call("Gather", 13, X, index, axis=-2)
+        assert torch.equal(found, expected)
+        assert found.untyped_storage().data_ptr() == X.untyped_storage().data_ptr()
+        assert torch.equal(call("Gather", 13, X, torch.from_numpy(index), axis=1), expected)
+    with pytest.raises(OnnxError, match="Gather"):
+        call("Gather", 13, X, np.array(4), axis=1)
+
+
 @pytest.mark.parametrize("reduction", ["add", "mul", "max", "min"])
 def test_scattered_slices_meet(reduction: str) -> None:
     function = {"add": np.add, "mul": np.multiply, "max": np.maximum, "min": np.minimum}[reduction]

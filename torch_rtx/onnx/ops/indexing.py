@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,8 +23,13 @@ def _wrapped(places: Tensor, length: Any) -> Tensor:
 
 @op("Gather")
 @by_bits
-def gather(x: Tensor, indices: Tensor, *, axis: int = 0) -> Tensor:
-    """Slices of `x` at `indices` of an axis, whose place their axes take."""
+def gather(x: Tensor, indices: Tensor, *, axis: int = 0, known: Sequence[Any]) -> Tensor:
+    """Slices of `x` at `indices` of an axis, whose place their axes take. One that is known is a view."""
+    match known[1]:
+        case int() | torch.SymInt() as place:
+            return x.select(axis, place)
+        case [int() | torch.SymInt() as place]:
+            return x.select(axis, place).unsqueeze(axis % x.dim())
     return x[(slice(None),) * (axis % x.dim()) + (indices,)]
 
 
