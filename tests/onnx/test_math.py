@@ -15,8 +15,10 @@ pytest.importorskip("onnx_ir")
 
 from onnx import TensorProto
 
+from tests.onnx.models import graph, model, node, value
 from tests.onnx.operators import call
 from torch_rtx.errors import OnnxError
+from torch_rtx.onnx.module import from_onnx
 
 X = torch.arange(24.0).reshape(2, 3, 4) / 7 - 1
 INTEGERS = ["uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"]
@@ -245,3 +247,26 @@ def test_gradients(op: str, opset: int, inputs: tuple[Any, ...], attributes: dic
     x = X.double()[..., :1] if op == "DFT" else X.double()
     x = x.clone().requires_grad_()
     assert torch.autograd.gradcheck(lambda x: call(op, opset, x, *inputs, **attributes), x)
+
+
+def test_lone_numbers_are_no_tensors() -> None:
+    """Constant nodes hold Python's numbers in a capture; a weight can be refitted, and so stays one."""
+    nodes = [
+        node("Constant", "", "two", value_float=2.0),
+        node("Constant", "", "row", value_floats=[3.0]),
+        node("Mul", "two x", "a"),
+        node("Div", "a row", "b"),
+        node("Pow", "b power", "c"),
+        node("Clip", "c - most", "d"),
+        node("Add", "d weight", "y"),
+    ]
+    weights = {"power": np.float32(2), "most": np.float32(0.5), "weight": np.float32(4)}
+    made = from_onnx(model(graph(nodes, [value("x", [2, 3, 4])], [value("y", [2, 3, 4])], weights)))
+    program = torch.export.export(made, (X,), strict=False)
+    torch.testing.assert_close(program.module()(X), (2 * X / 3).square().clamp(max=0.5) + 4)
+    assert list(made.state_dict()) == ["weight"]
+    calls = {str(call.target): call.args[1:] for call in program.graph.nodes if call.op == "call_function"}
+    assert calls["aten.mul.Tensor"] == (2.0,)
+    assert calls["aten.div.Tensor"] == (3.0,)
+    assert calls["aten.pow.Tensor_Scalar"] == (2.0,)
+    assert calls["aten.clamp.default"] == (None, 0.5)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Any
 
@@ -19,7 +19,7 @@ def _divide(a: Tensor, b: Tensor) -> Tensor:
     """Quotients of integers are truncated."""
     if a.dtype is torch.uint64:
         return _divide_uint64(a, b)[0]
-    return torch.div(a, b, rounding_mode=None if a.is_floating_point() or a.is_complex() else "trunc")
+    return torch.div(a, b) if a.is_floating_point() or a.is_complex() else torch.div(a, b, rounding_mode="trunc")
 
 
 def _divide_uint64(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,6 +51,17 @@ BINARY: dict[str, Callable[..., Tensor]] = {
 }
 
 
+def lone(known: Any, x: Tensor) -> Any:
+    """The number that the host knows, to be computed with `x` without a tensor; None: there is none, or it can't be."""
+    depth = 0
+    while isinstance(known, list) and len(known) == 1:
+        known, depth = known[0], depth + 1
+    plain = (
+        type(known) is float if x.is_floating_point() else type(known) is int and x.dtype in (torch.int32, torch.int64)
+    )
+    return known if plain and depth <= x.dim() else None
+
+
 def _aligned(a: Tensor, b: Tensor, axis: int | None) -> Tensor:
     """`b` with its first dimension at `axis` of `a`, as operators broadcast before opset 7; None: at the end."""
     if axis is None:
@@ -60,8 +71,11 @@ def _aligned(a: Tensor, b: Tensor, axis: int | None) -> Tensor:
 
 def _declare_binary(name: str, function: Callable[..., Tensor]) -> None:
     @op(name, since=7)
-    def run(a: Tensor, b: Tensor) -> Tensor:
-        return function(a, b)
+    def run(a: Tensor, b: Tensor, *, constants: Sequence[Any] = (None, None)) -> Tensor:
+        number, first = lone(constants[1], a), lone(constants[0], b)
+        if number is None and first is not None and name in ("Add", "Mul"):
+            return function(b, first)
+        return function(a, b if number is None else number)
 
     @op(name)
     def legacy(
@@ -156,16 +170,22 @@ def clip_attributes(
 
 
 @op("Clip", since=11)
-def clip(x: Tensor, min: Tensor | None = None, max: Tensor | None = None) -> Tensor:
+def clip(x: Tensor, min: Tensor | None = None, max: Tensor | None = None, *, known: Sequence[Any] = ()) -> Tensor:
     """`x`, limited by two scalars; `max` wins."""
+    low, high = (lone(value, x) for value in (*known[1:], None, None)[:2])
+    if (low is None) == (min is None) and (high is None) == (max is None):
+        return x if low is None and high is None else torch.clamp(x, low, high)
     if min is not None:
         x = widened(torch.maximum, order=True)(x, min)
     return x if max is None else widened(torch.minimum, order=True)(x, max)
 
 
 @op("Pow", since=7)
-def pow_(x: Tensor, y: Tensor) -> Tensor:
+def pow_(x: Tensor, y: Tensor, *, known: Sequence[Any] = (None, None)) -> Tensor:
     """`x ** y`, computed in the common type of both and returned in that of `x`."""
+    exponent = lone(known[1], x) if x.is_floating_point() else None
+    if exponent is not None:
+        return torch.pow(x, exponent)
     return narrow(torch.pow(widen(x), widen(y)), x.dtype)
 
 
