@@ -17,9 +17,11 @@ from torch_rtx.onnx.registry import op
 
 def _divide(a: Tensor, b: Tensor) -> Tensor:
     """Quotients of integers are truncated."""
+    if a.is_floating_point() or a.is_complex():
+        return torch.div(a, b)
     if a.dtype is torch.uint64:
         return _divide_uint64(a, b)[0]
-    return torch.div(a, b) if a.is_floating_point() or a.is_complex() else torch.div(a, b, rounding_mode="trunc")
+    return widened(torch.div)(a, b, rounding_mode="trunc")
 
 
 def _divide_uint64(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,7 +38,7 @@ BINARY: dict[str, Callable[..., Tensor]] = {
     "Add": widened(torch.add),
     "Sub": widened(torch.sub),
     "Mul": widened(torch.mul),
-    "Div": lambda a, b: _divide(a, b) if a.dtype is torch.uint64 else widened(_divide)(a, b),
+    "Div": _divide,
     "And": torch.logical_and,
     "Or": torch.logical_or,
     "Xor": torch.logical_xor,
@@ -56,10 +58,8 @@ def lone(known: Any, x: Tensor) -> Any:
     depth = 0
     while isinstance(known, list) and len(known) == 1:
         known, depth = known[0], depth + 1
-    plain = (
-        type(known) is float if x.is_floating_point() else type(known) is int and x.dtype in (torch.int32, torch.int64)
-    )
-    return known if plain and depth <= x.dim() else None
+    kind = float if x.is_floating_point() else int if x.dtype in (torch.int32, torch.int64) else None
+    return known if type(known) is kind and depth <= x.dim() else None
 
 
 def _aligned(a: Tensor, b: Tensor, axis: int | None) -> Tensor:

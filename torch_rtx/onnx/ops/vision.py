@@ -179,8 +179,7 @@ def _samples(
 
 def _largest(counts: Tensor) -> int:
     """The largest of counts, which depend on data."""
-    padded = torch.cat([counts, torch.ones_like(counts[:1]) if counts.shape[0] else counts.new_ones(1)])
-    return int(padded.amax().to(torch.int64).item())
+    return int(torch.cat([counts, counts.new_ones(1)]).amax().to(torch.int64).item())
 
 
 @op("MaxRoiPool")
@@ -198,11 +197,10 @@ def max_roi_pool(x: Tensor, rois: Tensor, *, pooled_shape: list[int], spatial_sc
 
 def _parts(start: Tensor, end: Tensor, count: int, length: Any) -> list[Tensor]:
     """For each part of a region along an axis, which pixels it has, (regions, length)."""
-    size = (end - start + 1).clamp(min=1) / count
+    size, start = ((end - start + 1).clamp(min=1) / count)[:, None], start[:, None]
     pixels = torch.arange(length, device=start.device)
-    bounds: Callable[[Tensor], Tensor] = lambda place: (place + start).clamp(0)[:, None]  # noqa: E731
     return [
-        (pixels >= bounds(torch.floor(part * size))) & (pixels < bounds(torch.ceil((part + 1) * size)))
+        (pixels >= start + torch.floor(part * size)) & (pixels < start + torch.ceil((part + 1) * size))
         for part in range(count)
     ]
 
@@ -235,8 +233,8 @@ def non_max_suppression(
         return (step < count) & (scores > -torch.inf).any()
 
     def choose(step: Tensor, scores: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        score, best = scores.max(-1, keepdim=True)  # (N, classes, 1)
-        found = score > -torch.inf
+        best = scores.argmax(-1, keepdim=True)  # (N, classes, 1); the first of equal ones
+        found = torch.gather(scores, -1, best) > -torch.inf
         overlap = _overlaps(low, high, best)
         dropped = (overlap > limit) | (torch.arange(scores.shape[-1], device=scores.device) == best)
         chosen = torch.where((rank == step) & found, best, chosen)
