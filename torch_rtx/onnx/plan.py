@@ -381,8 +381,11 @@ def _known_slots(steps: Sequence[Step], weights: Mapping[int, Weight]) -> set[in
         inputs = {slot for slot in step.inputs if slot is not None}
         if step.op in CONTROL:
             known |= inputs & integral
+        lone = {slot for slot in inputs & small if weights[slot].tensor.numel() == 1}
         if "known" in step.told:
-            known |= {slot for slot in inputs & integral if weights[slot].tensor.numel() == 1}
+            known |= lone - {step.inputs[0]}
+        if "constants" in step.told:
+            known |= {slot for slot in lone if weights[slot].constant}
         if step.op in host.OF_TENSORS or _on_host(step, inputs, computed, small, integral):
             computed |= {slot for slot in step.outputs if slot is not None}
             known |= inputs & small

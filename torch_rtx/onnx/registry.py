@@ -11,7 +11,8 @@ Inputs are positional, in ONNX's order; one that is missing is None. Attributes 
 among them are tensors, and graphs are not passed. Several outputs are a tuple; trailing ones that the node lacks may be
 left out. A function is told what it has a keyword-only parameter for: `outputs`, how many the node has; `dtypes`, those
 of the inputs, also of the ones that arrive as numbers; `device`, where a tensor that is made of numbers has to be;
-`known`, the numbers of the inputs that the host knows, in nested lists, and None for others.
+`known`, the numbers of the inputs that the host knows, in nested lists, and None for others; `constants`, the same, but
+for a lone number among the weights, which stays one where `known` makes it part of the program.
 Inputs named in `ints` arrive as lists of Python numbers, some of them symbolic: integers, or floats where ONNX has
 floats, such as the scales of Resize; all others as tensors, on the device of the model's inputs. ONNX's element types
 below a byte are torch.uint4, int4, uint2, int2 and float4_e2m1fn_x2 with one element in each byte, whatever PyTorch
@@ -29,7 +30,7 @@ import torch
 F = TypeVar("F", bound=Callable[..., Any])
 Ints = Sequence["int | torch.SymInt"]
 Numbers = Sequence[Any]  # where stubs of PyTorch want an int, or floats come, too
-TOLD = ("outputs", "dtypes", "device", "known")
+TOLD = ("outputs", "dtypes", "device", "known", "constants")
 
 
 @dataclass(frozen=True)

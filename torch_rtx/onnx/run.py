@@ -128,7 +128,8 @@ class _Call:
                 for slot, value in zip(step.inputs, inputs, strict=True)
             ]
             known = [value.array.tolist() if isinstance(value, Host) else None for value in held]
-            facts = {"outputs": len(step.outputs), "dtypes": dtypes, "device": self.device, "known": known}
+            facts = {"outputs": len(step.outputs), "dtypes": dtypes, "device": self.device}
+            facts |= {"known": known, "constants": known}
             attributes.update((name, facts[name]) for name in step.told)
         results = step.operator.function(*arguments, **attributes)
         return results if isinstance(results, tuple) else [results]
