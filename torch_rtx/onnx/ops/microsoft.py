@@ -211,7 +211,7 @@ def embed_layer_normalization(
     epsilon: float = 1e-12,
     mask_index_type: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """ids (B, S) -> (B, S, H); the number of words before the first 0 of the mask, (B) int32; the sum."""
+    """ids (B, S) -> (B, S, H); the number of words by the mask, (B) int32; the sum."""
     if position_ids is None:
         positions = position_embedding[: input_ids.shape[1]]
     else:
@@ -221,7 +221,7 @@ def embed_layer_normalization(
         total = total + F.embedding(segment_ids, segment_embedding)
     index = input_ids.new_zeros(input_ids.shape[:1], dtype=torch.int32)
     if mask is not None:
-        index = (mask != 0).to(torch.int32).cumprod(1).sum(1).to(torch.int32)
+        index = (mask != 0).sum(1).to(torch.int32)
     return F.layer_norm(total, gamma.shape, gamma, beta, epsilon), index, total
 
 

@@ -61,14 +61,26 @@ class Windows:
             for b, e in zip(self.begin, self.end, strict=True)
         )
 
+    def native(self, most: Sizes, ceil_mode: int) -> bool:
+        """Whether PyTorch's pooling does it: it adds half of `most`, and rounds known sizes up."""
+        known = all(isinstance(size, int) for size in self.sizes)
+        return (
+            self.symmetric
+            and (known or not ceil_mode)
+            and all(2 * p <= m for p, m in zip(self.begin, most, strict=True))
+        )
+
     def round_up(self) -> None:
         """`ceil_mode`: adds at the end what the last window lacks, unless it starts after the input."""
         ends = []
-        for i, (span, stride) in enumerate(zip(self.spans, self.strides, strict=True)):
-            before = self.sizes[i] + self.begin[i]
-            last = -(-(before + self.end[i] - span) // stride) * stride
-            last = torch.sym_ite(last >= before, last - stride, last)
-            ends.append(torch.sym_max(last + span - before, self.end[i]))
+        for size, begin, end, span, stride in zip(
+            self.sizes, self.begin, self.end, self.spans, self.strides, strict=True
+        ):
+            before = size + begin
+            last = -(-(before + end - span) // stride) * stride
+            if span - end < stride:  # else it always starts before
+                last = torch.sym_min(last, (before - 1) // stride * stride)
+            ends.append(torch.sym_max(last + span - before, end))
         self.end = ends
 
     def pad(self, x: Tensor, value: float = 0.0) -> Tensor:
@@ -177,11 +189,12 @@ def deform_conv(
         steps = torch.arange(out, device=x.device) * windows.strides[i]
         taps = taps.view(-1, 1, 1, 1) if i == 0 else taps.view(-1, 1, 1)
         at = shifts[:, :, :, :, i] + taps + (steps.view(-1, 1) if i == 0 else steps)
-        grid.append((2 * at + 1) / size - 1)
+        grid.append(2 * at / max(size - 1, 1) - 1)
     points = torch.stack(grid[::-1], -1).reshape(n * offset_group, kh * kw * oh, ow, 2)
-    sampled = F.grid_sample(
-        x.reshape(n * offset_group, channels // offset_group, *sizes), points.to(x.dtype), align_corners=False
-    ).reshape(n, offset_group, channels // offset_group, kh * kw, oh * ow)
+    sized = F.pad(x, (0, int(sizes[1] == 1), 0, int(sizes[0] == 1)))  # a grid has two points at least
+    sized = sized.reshape(n * offset_group, channels // offset_group, *sized.shape[2:])
+    sampled = F.grid_sample(sized, points.to(x.dtype), align_corners=True)
+    sampled = sampled.reshape(n, offset_group, channels // offset_group, kh * kw, oh * ow)
     if mask is not None:
         sampled = sampled * mask.reshape(n, offset_group, 1, kh * kw, oh * ow)
     columns = sampled.reshape(n, group, channels // group * kh * kw, oh * ow)
@@ -196,32 +209,20 @@ def max_pool(
     """x (N, C, D...) -> the largest of each window and, if asked for, its position in all of `x`, int64."""
     windows = Windows(x.shape[2:], kernel_shape, **attributes)
     call = of_rank(MAX_POOL, windows.rank, "MaxPool")
-    if not x.is_floating_point():  # of at most 8 bits: exact
-        y = max_pool(
-            x.float(),
-            kernel_shape=kernel_shape,
-            ceil_mode=ceil_mode,
-            storage_order=storage_order,
-            outputs=outputs,
-            **attributes,
-        )
-        return (y[0].to(x.dtype), y[1]) if isinstance(y, tuple) else y.to(x.dtype)
-    indices = outputs > 1
-    fits = windows.symmetric and all(2 * p <= s for p, s in zip(windows.begin, windows.spans, strict=True))
-    if fits:
-        y = call(x, windows.kernel, windows.strides, windows.begin, windows.dilations, bool(ceil_mode), indices)
-        begin = [0] * windows.rank
-        padded = windows.sizes
+    given = x if x.is_floating_point() else x.float()  # integers have 8 bits
+    begin, padded = [0] * windows.rank, windows.sizes
+    if windows.native(windows.spans, ceil_mode):
+        pads, up = windows.begin, bool(ceil_mode)
     else:
+        pads, up, begin = [0] * windows.rank, False, windows.begin
         if ceil_mode:
             windows.round_up()
-        begin = windows.begin
-        x_padded = windows.pad(x, -math.inf)
-        padded = list(x_padded.shape[2:])
-        y = call(x_padded, windows.kernel, windows.strides, 0, windows.dilations, False, indices)
-    if not indices:
-        return y
-    return y[0], _positions(y[1], list(x.shape), padded, begin, storage_order)
+        given = windows.pad(given, -math.inf)
+        padded = list(given.shape[2:])
+    y = call(given, windows.kernel, windows.strides, pads, windows.dilations, up, outputs > 1)
+    if outputs == 1:
+        return y.to(x.dtype)
+    return y[0].to(x.dtype), _positions(y[1], list(x.shape), padded, begin, storage_order)
 
 
 def _positions(indices: Tensor, shape: Sizes, padded: Sizes, begin: Sizes, storage_order: int) -> Tensor:
@@ -246,8 +247,7 @@ def average_pool(
 ) -> Tensor:
     """x (N, C, D...) -> the mean of each window; elements that `ceil_mode` adds never count."""
     windows = Windows(x.shape[2:], kernel_shape, **attributes)
-    fits = windows.symmetric and all(2 * p <= k for p, k in zip(windows.begin, windows.kernel, strict=True))
-    if fits and windows.spans == windows.kernel and windows.rank in AVG_POOL:
+    if windows.native(windows.kernel, ceil_mode) and windows.spans == windows.kernel and windows.rank in AVG_POOL:
         call = AVG_POOL[windows.rank]
         return call(x, windows.kernel, windows.strides, windows.begin, bool(ceil_mode), bool(count_include_pad))
     counted = windows.pad(x.new_ones([1, 1, *windows.sizes]), float(count_include_pad))
