@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 pytest.importorskip("onnx_ir")
-pytest.importorskip("onnxruntime")
 
 from tests.onnx.runtime import agree, model_of, ours, reference
 from torch_rtx.errors import OnnxError
@@ -233,6 +232,47 @@ def test_group_query_attention_packed() -> None:
     q, k, v, *rest = gqa(5, None, [5, 5], 5)
     arrays = [np.concatenate([q, k, v], -1), None, None, *rest, *ROTARY]
     agree("GroupQueryAttention", arrays, ["y", "k", "v"], domain=MS, num_heads=4, kv_num_heads=2, do_rotary=1)
+
+
+def test_linear_attention() -> None:
+    arrays = [f32(2, 3, 16), f32(2, 3, 8), f32(2, 3, 12), None, -np.abs(f32(2, 3, 2)), np.abs(f32(2, 3, 2))]
+    agree("LinearAttention", arrays, ["y", "state"], domain=MS, q_num_heads=4, kv_num_heads=2)
+
+
+@pytest.mark.parametrize("past", [None, f32(2, 4, 2)])
+def test_causal_conv(past: np.ndarray | None) -> None:
+    arrays = [f32(2, 4, 5), f32(4, 1, 3), f32(4), past]
+    agree("CausalConvWithState", arrays, ["y", "state"], domain=MS, activation="silu", ndim=1)
+
+
+@pytest.mark.parametrize("skip", [f32(2, 4, 4, 6), f32(2, 6)])
+def test_group_norm(skip: np.ndarray) -> None:
+    """onnxruntime has it on GPUs alone; so are the others here."""
+    x, gamma, beta, bias = f32(2, 4, 4, 6), f32(6), f32(6), f32(6)
+    total = x + (skip if skip.ndim == 4 else skip[:, None, None]) + bias
+    arrays: list[np.ndarray | None] = [x, gamma, beta, skip, bias]
+    found, added = ours(model_of("SkipGroupNorm", arrays, ["y", "s"], MS, groups=3, activation=1), arrays)
+    groups = total.reshape(2, 16, 3, 2)
+    mean, var = groups.mean((1, 3), keepdims=True), groups.var((1, 3), keepdims=True)
+    wanted = ((groups - mean) / np.sqrt(var + 1e-5)).reshape(x.shape) * gamma + beta
+    np.testing.assert_allclose(added, total, atol=1e-6)
+    np.testing.assert_allclose(found, wanted / (1 + np.exp(-wanted)), atol=1e-5)
+
+
+def test_bias_split_gelu() -> None:
+    x, bias = f32(2, 3, 8), f32(8)
+    (found,) = ours(model_of("BiasSplitGelu", [x, bias], domain=MS), [x, bias])
+    left, right = np.split(x + bias, 2, -1)
+    (gelu,) = ours(model_of("Gelu", [right], domain=MS), [right])
+    np.testing.assert_allclose(found, left * gelu, atol=1e-6)
+
+
+def test_nhwc_conv() -> None:
+    x, w = f32(2, 5, 6, 4), f32(3, 4, 3, 3)
+    (found,) = ours(model_of("NhwcConv", [x, w], domain=MS, pads=[1, 1, 1, 1]), [x, w])
+    turned = x.transpose(0, 3, 1, 2).copy()
+    (wanted,) = ours(model_of("Conv", [turned, w], pads=[1, 1, 1, 1]), [turned, w])
+    np.testing.assert_allclose(found, wanted.transpose(0, 2, 3, 1), atol=1e-5)
 
 
 def test_quantized_cache_is_refused() -> None:

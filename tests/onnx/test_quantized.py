@@ -9,7 +9,6 @@ import pytest
 import torch
 
 pytest.importorskip("onnx_ir")
-pytest.importorskip("onnxruntime")
 
 from tests.onnx.runtime import agree
 from torch_rtx.onnx.ops.quantized import dequantize, integer_matmul, quantize, saturated, values

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 pytest.importorskip("onnx_ir")
-pytest.importorskip("onnxruntime")
 
 from tests.onnx.runtime import agree, model_of, ours
 from torch_rtx.errors import OnnxError

@@ -11,7 +11,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torch_rtx.errors import OnnxError
-from torch_rtx.onnx.ops.attention import attend, both, join_heads, rotate, split_heads, visible, write
+from torch_rtx.onnx.ops.attention import (
+    attend,
+    both,
+    causal_conv_with_state,
+    join_heads,
+    linear_attention,
+    rotate,
+    split_heads,
+    visible,
+    write,
+)
 from torch_rtx.onnx.registry import Ints, op
 
 MS = "com.microsoft"
@@ -300,3 +310,25 @@ def group_query_attention(
     sink = q.new_zeros(num_heads) if head_sink is None and settings.smooth_softmax > 0 else head_sink
     y, _ = attend(q, k, v, mask, causal=plain, scale=settings.scale or None, softcap=settings.softcap, sink=sink)
     return join_heads(y), k, v
+
+
+@op("LinearAttention", domain=MS)
+def ms_linear_attention(*inputs: Tensor | None, state_window: int = 0, **attributes: Any) -> tuple[Tensor, Tensor]:
+    """ONNX's operator."""
+    refuse("LinearAttention", state_window=state_window)
+    return linear_attention(*inputs, **attributes)  # type: ignore[arg-type]
+
+
+@op("CausalConvWithState", domain=MS)
+def ms_causal_conv_with_state(
+    *inputs: Tensor | None,
+    activation: str = "none",
+    dilation: int = 1,
+    ndim: int = 1,
+    state_channels_last: int = -1,
+    **attributes: Any,
+) -> tuple[Tensor, Tensor]:
+    """ONNX's operator."""
+    differs = {"dilation": dilation != 1, "ndim": ndim != 1, "state_channels_last": state_channels_last > 0}
+    refuse("CausalConvWithState", **differs, **attributes)
+    return causal_conv_with_state(*inputs, activation=activation)  # type: ignore[arg-type]

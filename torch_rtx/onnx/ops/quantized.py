@@ -181,11 +181,9 @@ def integer_matmul(a: Tensor, b: Tensor, most_a: int = 255, most_b: int = 255) -
 
 def integer_conv(x: Tensor, w: Tensor, x_zero: Tensor | None, w_zero: Tensor | None, **attributes: Any) -> Tensor:
     """The exact convolution of integers, float64: algorithms for float32 transform elements, and round them."""
-    if w_zero is not None and w_zero.numel() > 1:
-        w_zero = w_zero.view(-1, *[1] * (w.dim() - 1))
-    zeros = [None if zero is None or zero.numel() > 1 else zero.reshape(()) for zero in (x_zero, w_zero)]
-    w_zero = zeros[1] if zeros[1] is not None else w_zero
-    return nn.conv(centered(x, zeros[0]).double(), centered(w, w_zero).double(), **attributes)
+    x_zero = None if x_zero is None else spread(x_zero, x)
+    w_zero = None if w_zero is None else spread(w_zero, w, 0)
+    return nn.conv(centered(x, x_zero).double(), centered(w, w_zero).double(), **attributes)
 
 
 @op("ConvInteger", since=10)
@@ -228,9 +226,9 @@ def requantize(total: Tensor, factor: Tensor, zero: Tensor) -> Tensor:
     return saturated(torch.round(total.float() * factor.float()) + values(zero).float(), zero.dtype)
 
 
-def _rows(parameter: Tensor | None) -> Tensor | None:
+def _rows(parameter: Tensor) -> Tensor:
     """A parameter of a left factor, one for each of its rows, so that it broadcasts to the matrix."""
-    return parameter.unsqueeze(-1) if parameter is not None and parameter.dim() == 1 else parameter
+    return parameter.unsqueeze(-1) if parameter.dim() == 1 else parameter
 
 
 @op("QLinearMatMul", since=10)
@@ -246,10 +244,10 @@ def qlinear_matmul(
 ) -> Tensor:
     """a (..., M, K) with scales for all or each row, b (..., K, N) for all or each column."""
     if a.is_floating_point():
-        product = dequantize(a, _rows(a_scale)) @ dequantize(b, b_scale, axis=-1)  # type: ignore[arg-type]
-        return quantize(product, _rows(y_scale), y_zero, y_zero.dtype, axis=-2)  # type: ignore[arg-type]
+        product = dequantize(a, _rows(a_scale)) @ dequantize(b, b_scale, axis=-1)
+        return quantize(product, _rows(y_scale), y_zero, y_zero.dtype, axis=-2)
     total = integer_matmul(centered(a, _rows(a_zero)), centered(b, b_zero))
-    factor = _rows(a_scale) * b_scale / _rows(y_scale)  # type: ignore[operator]
+    factor = _rows(a_scale) * b_scale / _rows(y_scale)
     return requantize(total, factor, y_zero if y_zero.numel() == 1 else y_zero.unsqueeze(-1))
 
 
@@ -257,7 +255,7 @@ def matmul_to_float(
     a: Tensor, b: Tensor, scale: Tensor, a_zero: Tensor | None, b_zero: Tensor | None, bias: Tensor | None
 ) -> Tensor:
     """(a - a_zero) @ (b - b_zero) * scale + bias, of 8-bit integers."""
-    y = integer_matmul(centered(a, _rows(a_zero)), centered(b, b_zero)).to(scale.dtype) * scale
+    y = integer_matmul(centered(a, a_zero if a_zero is None else _rows(a_zero)), centered(b, b_zero)) * scale
     return y if bias is None else y + bias
 
 
@@ -272,7 +270,7 @@ def matmul_integer_to_float(
     bias: Tensor | None = None,
 ) -> Tensor:
     """a (..., M, K), b (K, N), 8-bit integers, with scales for all, or each row of a and column of b."""
-    return matmul_to_float(a, b, _rows(a_scale) * b_scale, a_zero, b_zero, bias)  # type: ignore[operator]
+    return matmul_to_float(a, b, _rows(a_scale) * b_scale, a_zero, b_zero, bias)
 
 
 @op("DynamicQuantizeMatMul", domain=MS)
