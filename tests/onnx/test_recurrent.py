@@ -46,7 +46,7 @@ def check(op: str, arrays: list[np.ndarray | None], **attributes: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("op", "direction", "lengths"), product(GATES, ["forward", "reverse", "bidirectional"], [False, True])
+    ("op", "direction", "lengths"), [*product(GATES, ["forward", "reverse", "bidirectional"], [False, True])]
 )
 @pytest.mark.parametrize("full", [False, True])
 def test_directions(op: str, direction: str, lengths: bool, full: bool) -> None:

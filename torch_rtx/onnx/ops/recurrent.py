@@ -65,7 +65,7 @@ Step = Callable[[Tensor, tuple[Tensor, ...], int], tuple[Tensor, ...]]
 Library = Callable[[Tensor, tuple[Tensor, ...], list[Tensor], bool, bool], tuple[Tensor, ...]]
 
 
-def activations(
+def functions_of(
     names: Sequence[str] | None,
     alphas: Sequence[float] | None,
     betas: Sequence[float] | None,
@@ -220,19 +220,19 @@ def rnn(
     *,
     activation_alpha: Sequence[float] | None = None,
     activation_beta: Sequence[float] | None = None,
+    activations: Sequence[str] | None = None,
     clip: float | None = None,
     direction: str = "forward",
     hidden_size: int | None = None,
     layout: int = 0,
     output_sequence: int = 1,
-    **attributes: Any,
 ) -> tuple[Tensor, ...]:
     """h' = f(x W + h R + b) -> Y and the last h."""
     weights = Weights(w, r, b)
-    names = [name.lower() for name in attributes.get("activations") or ["Tanh"] * w.shape[0]]
+    names = [name.lower() for name in activations or ["Tanh"] * w.shape[0]]
     uniform = set(names) in ({"tanh"}, {"relu"}) and clip is None
     library = _library(torch.rnn_relu if "relu" in names else torch.rnn_tanh) if uniform else None
-    functions = activations(names, activation_alpha, activation_beta, ["none"], w.shape[0])
+    functions = functions_of(names, activation_alpha, activation_beta, ["none"], w.shape[0])
     assert functions is not None
 
     def step(now: Tensor, states: tuple[Tensor, ...], at: int) -> tuple[Tensor, ...]:
@@ -260,18 +260,18 @@ def gru(
     *,
     activation_alpha: Sequence[float] | None = None,
     activation_beta: Sequence[float] | None = None,
+    activations: Sequence[str] | None = None,
     clip: float | None = None,
     direction: str = "forward",
     hidden_size: int | None = None,
     layout: int = 0,
     linear_before_reset: int = 0,
     output_sequence: int = 1,
-    **attributes: Any,
 ) -> tuple[Tensor, ...]:
     """Gates in the order update, reset, hidden. PyTorch resets after the product: `linear_before_reset=1`."""
     weights = Weights(w, r, b)
     default = ["Sigmoid", "Tanh"]
-    own = activations(attributes.get("activations"), activation_alpha, activation_beta, default, w.shape[0])
+    own = functions_of(activations, activation_alpha, activation_beta, default, w.shape[0])
     library = _library(torch.gru) if own is None and clip is None and linear_before_reset else None
     functions = own or [torch.sigmoid, torch.tanh] * w.shape[0]
 
@@ -307,18 +307,18 @@ def lstm(
     *,
     activation_alpha: Sequence[float] | None = None,
     activation_beta: Sequence[float] | None = None,
+    activations: Sequence[str] | None = None,
     clip: float | None = None,
     direction: str = "forward",
     hidden_size: int | None = None,
     input_forget: int = 0,
     layout: int = 0,
     output_sequence: int = 1,
-    **attributes: Any,
 ) -> tuple[Tensor, ...]:
     """Gates in the order input, output, forget, cell; p (D, 3 * H) are peepholes of the first three."""
     weights = Weights(w, r, b)
     default = ["Sigmoid", "Tanh", "Tanh"]
-    own = activations(attributes.get("activations"), activation_alpha, activation_beta, default, w.shape[0])
+    own = functions_of(activations, activation_alpha, activation_beta, default, w.shape[0])
     standard = own is None and clip is None and p is None and not input_forget
     functions = own or [torch.sigmoid, torch.tanh, torch.tanh] * w.shape[0]
 
