@@ -124,6 +124,15 @@ def test_attention(mask: str, unidirectional: int) -> None:
     agree("Attention", arrays, domain=MS, num_heads=2, unidirectional=unidirectional)
 
 
+@pytest.mark.parametrize("columns", [False, True])
+def test_qattention(columns: bool) -> None:
+    x, weights = (RNG.integers(0, 256, shape).astype(np.uint8) for shape in ((2, 5, 8), (8, 24)))
+    scale = np.full(24 if columns else (), 0.01, np.float32)
+    zero = np.full(24 if columns else (), 120, np.uint8)
+    arrays = [x, weights, f32(24), np.array(0.01, np.float32), scale, i32(5, 3), np.array(128, np.uint8), zero]
+    agree("QAttention", arrays, domain=MS, num_heads=2)
+
+
 def test_attention_with_a_past() -> None:
     arrays = [f32(2, 2, 8), f32(8, 24), f32(24), i32([1, 1, 1, 0, 1], [1, 1, 1, 1, 1]), f32(2, 2, 2, 3, 4)]
     agree("Attention", arrays, ["y", "present"], domain=MS, num_heads=2, unidirectional=1)
@@ -273,6 +282,23 @@ def test_nhwc_conv() -> None:
     turned = x.transpose(0, 3, 1, 2).copy()
     (wanted,) = ours(model_of("Conv", [turned, w], pads=[1, 1, 1, 1]), [turned, w])
     np.testing.assert_allclose(found, wanted.transpose(0, 2, 3, 1), atol=1e-5)
+
+
+def test_nhwc_forms_of_fused_operators() -> None:
+    x, w, z = f32(2, 5, 6, 4), f32(3, 4, 3, 3), f32(2, 3, 4, 3)
+    arrays: list[np.ndarray | None] = [x, w, None, z]
+    (found,) = ours(model_of("NhwcFusedConv", arrays, domain=MS, activation="Relu"), arrays)
+    arrays = [x.transpose(0, 3, 1, 2).copy(), w, None, z.transpose(0, 3, 1, 2).copy()]
+    (wanted,) = ours(model_of("FusedConv", arrays, domain=MS, activation="Relu"), arrays)
+    np.testing.assert_allclose(found, wanted.transpose(0, 2, 3, 1), atol=1e-5)
+    images = RNG.integers(0, 256, (2, 5, 6, 4)).astype(np.uint8)
+    agree("NhwcMaxPool", [images], domain=MS, kernel_shape=[2, 2], strides=[2, 2])
+
+
+def test_bias_add() -> None:
+    x, bias, skip = f32(2, 3, 4), f32(4), f32(2, 3, 4)
+    (found,) = ours(model_of("BiasAdd", [x, bias, skip], domain=MS), [x, bias, skip])
+    np.testing.assert_allclose(found, x + bias + skip, atol=1e-6)
 
 
 def test_quantized_cache_is_refused() -> None:

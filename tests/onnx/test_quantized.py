@@ -124,6 +124,7 @@ OPERATORS: dict[str, tuple[Given, dict[str, Any]]] = {
     "QLinearGlobalAveragePool": ([*quantized(np.uint8, 2, 5, 6, 3), *END], {"channels_last": 1}),
     "QLinearAveragePool": ([*quantized(np.uint8, 2, 3, 6, 6), *END], {"kernel_shape": [2, 3], "pads": [0, 1, 0, 1]}),
     "QLinearSoftmax": ([*quantized(np.uint8, 2, 8), np.float32(1 / 256), np.array(0, np.uint8)], {"opset": 13}),
+    "QLinearWhere": ([f32(2, 3) > 0, *quantized(np.uint8, 2, 3), *quantized(np.uint8, 3, scale=0.1), *END], {}),
     "QLinearConcat": ([*END, *quantized(np.uint8, 2, 3), *quantized(np.uint8, 2, 2, scale=0.1)], {"axis": 1}),
     "QGemm": (
         [*quantized(np.uint8, 3, 8), *quantized(np.int8, 5, 8), RNG.integers(-99, 99, 5).astype(np.int32), *END],
@@ -147,3 +148,16 @@ def test_products_with_float_results(columns: bool) -> None:
     arrays = [integers(np.uint8, 3, 40), b, np.array(0.1, np.float32), scale, np.array(9, np.uint8), zero, f32(5)]
     agree("MatMulIntegerToFloat", arrays, domain=MS, rtol=1e-4, atol=1e-3)
     agree("DynamicQuantizeMatMul", [f32(3, 40), b, scale, zero, f32(5)], domain=MS, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("lengths", [None, np.array([4, 2], np.int32)])
+@pytest.mark.parametrize("columns", [False, True])
+def test_lstm(lengths: np.ndarray | None, columns: bool) -> None:
+    """onnxruntime rounds the input and the state to 8 bits, too."""
+    weights = [integers(np.int8, 2, 8, 20), integers(np.int8, 2, 5, 20)]
+    points = [np.full((2, 20) if columns else (2,), 0.005, np.float32), np.zeros((2, 20) if columns else (2,), np.int8)]
+    arrays = [f32(4, 2, 8), *weights, f32(2, 40), lengths, f32(2, 2, 5), f32(2, 2, 5), None, *points, *points]
+    names = ["y", "h", "c"]
+    agree(
+        "DynamicQuantizeLSTM", arrays, names, domain=MS, hidden_size=5, direction="bidirectional", rtol=0.1, atol=0.05
+    )

@@ -48,6 +48,12 @@ def bias_split_gelu(x: Tensor, bias: Tensor) -> Tensor:
     return left * F.gelu(right)
 
 
+@op("BiasAdd", domain=MS)
+def bias_add(x: Tensor, bias: Tensor, skip: Tensor) -> Tensor:
+    """The sum of all."""
+    return x + bias + skip
+
+
 @op("FusedMatMul", "TransposeMatMul", domain=MS)
 def fused_matmul(
     a: Tensor,
@@ -125,6 +131,22 @@ def fused_conv(
 def nhwc_conv(x: Tensor, w: Tensor, b: Tensor | None = None, **attributes: Any) -> Tensor:
     """Conv of x (N, H, W, C) and w (M, C / group, kH, kW) -> (N, H, W, M)."""
     return nn.conv(x.movedim(-1, 1), w, b, **attributes).movedim(1, -1)
+
+
+@op("NhwcFusedConv", domain=MS)
+def nhwc_fused_conv(
+    x: Tensor, w: Tensor, b: Tensor | None = None, z: Tensor | None = None, **attributes: Any
+) -> Tensor:
+    """FusedConv of x and z (N, H, W, C) and w (M, C / group, kH, kW) -> (N, H, W, M)."""
+    return fused_conv(x.movedim(-1, 1), w, b, z if z is None else z.movedim(-1, 1), **attributes).movedim(1, -1)
+
+
+@op("NhwcMaxPool", domain=MS)
+def nhwc_max_pool(x: Tensor, **attributes: Any) -> Tensor:
+    """MaxPool of (N, H, W, C)."""
+    y = nn.max_pool(x.movedim(-1, 1), **attributes)
+    assert isinstance(y, Tensor)
+    return y.movedim(1, -1)
 
 
 @op("GroupNorm", domain=MS)

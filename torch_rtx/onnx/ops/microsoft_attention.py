@@ -22,6 +22,7 @@ from torch_rtx.onnx.ops.attention import (
     visible,
     write,
 )
+from torch_rtx.onnx.ops.quantized import matmul_to_float
 from torch_rtx.onnx.registry import Ints, op
 
 MS = "com.microsoft"
@@ -106,8 +107,67 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     """x (B, S, I), weights (I, q + k + v) -> (B, S, v) and keys and values (2, B, N, T, D)."""
     refuse("Attention", do_rotary=do_rotary, past_present_share_buffer=past_present_share_buffer)
-    projected = x @ weights if bias is None else x @ weights + bias
-    sizes = list(qkv_hidden_sizes or [weights.shape[1] // 3] * 3)
+    return _self_attention(
+        x @ weights if bias is None else x @ weights + bias,
+        mask_index,
+        past,
+        attention_bias,
+        num_heads=num_heads,
+        hidden=mask_filter_value,
+        sizes=qkv_hidden_sizes,
+        scale=scale,
+        unidirectional=unidirectional,
+    )
+
+
+@op("QAttention", domain=MS)
+def qattention(
+    x: Tensor,
+    weights: Tensor,
+    bias: Tensor,
+    x_scale: Tensor,
+    weights_scale: Tensor,
+    mask_index: Tensor | None = None,
+    x_zero: Tensor | None = None,
+    weights_zero: Tensor | None = None,
+    past: Tensor | None = None,
+    *,
+    num_heads: int,
+    do_rotary: int = 0,
+    mask_filter_value: float = -10000.0,
+    past_present_share_buffer: int = 0,
+    scale: float | None = None,
+    unidirectional: int = 0,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of x (B, S, I) and weights (I, q + k + v) of 8 bits; `weights_scale` is for all or each column."""
+    refuse("QAttention", do_rotary=do_rotary, past_present_share_buffer=past_present_share_buffer)
+    return _self_attention(
+        matmul_to_float(x, weights, x_scale * weights_scale, x_zero, weights_zero, bias),
+        mask_index,
+        past,
+        None,
+        num_heads=num_heads,
+        hidden=mask_filter_value,
+        sizes=None,
+        scale=scale,
+        unidirectional=unidirectional,
+    )
+
+
+def _self_attention(
+    projected: Tensor,
+    mask_index: Tensor | None,
+    past: Tensor | None,
+    attention_bias: Tensor | None,
+    *,
+    num_heads: int,
+    hidden: float,
+    sizes: Sequence[int] | None,
+    scale: float | None,
+    unidirectional: int,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of queries, keys and values that lie side by side in the last axis."""
+    sizes = list(sizes or [projected.shape[-1] // 3] * 3)
     q, k, v = (split_heads(part, num_heads) for part in projected.split(sizes, -1))
     if past is not None:
         k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
@@ -119,7 +179,7 @@ def attention(
         attention_bias,
         unidirectional=unidirectional,
         scale=scale,
-        hidden=mask_filter_value,
+        hidden=hidden,
         past=0 if past is None else past.shape[3],
     )
     return y, torch.stack([k, v]) if k.shape == v.shape else None

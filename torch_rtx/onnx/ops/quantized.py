@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch_rtx.errors import OnnxError
 from torch_rtx.onnx.dtypes import PACKED, SIGNED, dtype_of
 from torch_rtx.onnx.ops import nn
+from torch_rtx.onnx.ops.recurrent import lstm
 from torch_rtx.onnx.registry import op
 
 MS = "com.microsoft"
@@ -367,6 +368,46 @@ _unary("QLinearSoftmax", lambda x, axis=-1, opset=13: softmax(x, axis, opset))
 def softmax(x: Tensor, axis: int, opset: int) -> Tensor:
     """Until opset 13, of all axes from `axis` on."""
     return torch.softmax(x, axis) if opset >= 13 else torch.softmax(x.flatten(axis), -1).reshape(x.shape)
+
+
+@op("QLinearWhere", domain=MS)
+def qlinear_where(
+    condition: Tensor,
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor,
+    y: Tensor,
+    y_scale: Tensor,
+    y_zero: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+) -> Tensor:
+    """Elements of two quantized tensors."""
+    chosen = torch.where(condition, dequantize(x, x_scale, x_zero), dequantize(y, y_scale, y_zero))
+    return quantize(chosen, scale, zero, zero.dtype)
+
+
+@op("DynamicQuantizeLSTM", domain=MS)
+def dynamic_quantize_lstm(
+    x: Tensor,
+    w: Tensor,
+    r: Tensor,
+    b: Tensor | None,
+    sequence_lens: Tensor | None,
+    initial_h: Tensor | None,
+    initial_c: Tensor | None,
+    p: Tensor | None,
+    w_scale: Tensor,
+    w_zero: Tensor,
+    r_scale: Tensor,
+    r_zero: Tensor,
+    **attributes: Any,
+) -> tuple[Tensor, ...]:
+    """LSTM of w (D, I, 4 * H) and r (D, H, 4 * H) of 8 bits. x and the states stay as they are."""
+    shape = [w.shape[0], 1, -1]
+    w = centered(w, w_zero.reshape(shape)).to(x.dtype) * w_scale.reshape(shape)
+    r = centered(r, r_zero.reshape(shape)).to(x.dtype) * r_scale.reshape(shape)
+    return lstm(x, w.mT, r.mT, b, sequence_lens, initial_h, initial_c, p, **attributes)
 
 
 @op("QLinearConcat", domain=MS)
