@@ -13,7 +13,7 @@ pytest.importorskip("onnx_ir")
 from tests.onnx.runtime import agree, model_of, ours
 from torch_rtx.errors import OnnxError
 from torch_rtx.onnx.module import from_onnx
-from torch_rtx.onnx.ops.attention import linear_attention
+from torch_rtx.onnx.ops.attention import attention, linear_attention
 from torch_rtx.onnx.ops.nn import deform_conv
 
 RNG = np.random.default_rng(0)
@@ -167,6 +167,20 @@ def test_deform_conv_without_shifts_is_a_convolution(sizes: tuple[int, int]) -> 
         x, w, torch.zeros(2, 36, *wanted.shape[2:]), b, group=2, offset_group=2, strides=[2, 2], pads=[2, 2, 2, 2]
     )
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_queries_that_see_nothing_have_gradients(softcap: float) -> None:
+    q, k, v = (torch.randn(1, 2, 3, 4, requires_grad=True) for _ in range(3))
+    mask = torch.tensor([[True, True, False], [False, False, False], [True, False, False]])
+    (y,) = attention(q, k, v, mask, softcap=softcap)
+    assert isinstance(y, torch.Tensor)
+    assert not y[:, :, 1].any()
+    y.square().sum().backward()
+    for x in (q, k, v):
+        assert x.grad is not None
+        assert x.grad.isfinite().all()
+        assert x.grad.any()
 
 
 def test_linear_attention_in_two_parts() -> None:

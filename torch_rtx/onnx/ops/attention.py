@@ -92,7 +92,7 @@ def attend(
     stages.append(scores)
     wide = scores.to(precision or scores.dtype)
     if sink is None:
-        weights = wide.softmax(-1).masked_fill((wide == -math.inf).all(-1, keepdim=True), 0)
+        weights = torch._safe_softmax(wide, -1)  # zeros where no key is seen
     else:
         none = sink.to(wide.dtype).view(-1, 1, 1).expand(*wide.shape[:-1], 1)
         weights = torch.cat([wide, none], -1).softmax(-1)[..., :-1]
