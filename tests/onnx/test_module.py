@@ -104,7 +104,7 @@ def test_what_is_a_parameter() -> None:
 
 
 def test_state_is_not_learnt(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What operators read only as state is a buffer; what is learnt elsewhere is a parameter, and gets no gradient here."""
+    """What operators read only as state is a buffer; what is learnt elsewhere is a parameter without gradient here."""
     monkeypatch.setattr(registry, "OPERATORS", {**registry.OPERATORS})
 
     @registry.op("Centred", domain="mine", state=("mean",))

@@ -11,7 +11,8 @@ import torch
 pytest.importorskip("onnx_ir")
 
 from tests.onnx.runtime import agree
-from torch_rtx.onnx.ops.quantized import dequantize, integer_matmul, quantize, saturated, values
+from torch_rtx.onnx.ops.math import exact_matmul
+from torch_rtx.onnx.ops.quantized import dequantize, quantize, saturated, values
 
 MS = "com.microsoft"
 RNG = np.random.default_rng(0)
@@ -86,7 +87,7 @@ def test_integer_products_are_exact(terms: int) -> None:
     a = torch.randint(-255, 256, (3, terms), dtype=torch.int32)
     b = torch.randint(-255, 256, (terms, 4), dtype=torch.int32)
     a[0], b[:, 0] = 255, -255
-    assert torch.equal(integer_matmul(a, b), (a.long() @ b.long()).int())
+    assert torch.equal(exact_matmul(a, b), (a.long() @ b.long()).int())
 
 
 CONVS: list[dict[str, Any]] = [{}, {"pads": [1, 2, 0, 1], "strides": [2, 1]}, {"auto_pad": "SAME_UPPER"}]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -12,44 +11,27 @@ from torch.nn import functional as F
 from torch_rtx.errors import OnnxError
 from torch_rtx.onnx.dtypes import PACKED, SIGNED, dtype_of
 from torch_rtx.onnx.ops import nn
+from torch_rtx.onnx.ops.cast import from_packed, to_float4, to_float8
+from torch_rtx.onnx.ops.math import exact_matmul
 from torch_rtx.onnx.ops.recurrent import lstm
 from torch_rtx.onnx.registry import op
 
 MS = "com.microsoft"
-FLOAT4 = torch.float4_e2m1fn_x2
 
 
 def values(x: Tensor) -> Tensor:
     """A tensor as one of a dtype that PyTorch can compute with: types below a byte as int8, uint8 or float32."""
-    if x.dtype == FLOAT4:
-        code = x.view(torch.uint8)
-        size = code & 7
-        size = torch.where(size < 4, size * 0.5, (2 + (size & 1)) * torch.where(size < 6, 1.0, 2.0))
-        return torch.where(code < 8, size, -size)
-    if x.dtype in PACKED:
-        return x.view(torch.int8 if x.dtype in SIGNED else torch.uint8)
-    return x
+    return from_packed(x) if x.dtype in PACKED else x
 
 
 def saturated(x: Tensor, dtype: torch.dtype, saturate: bool = True) -> Tensor:
     """Floating-point numbers in a quantized type. What is out of range becomes the nearest, if it saturates."""
-    if dtype == FLOAT4:
-        size = x.abs().clamp(max=6)
-        step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0)).to(x.dtype)
-        size = torch.round(size / step) * step
-        code = torch.where(size < 2, size * 2, torch.where(size < 4, size + 2, size / 2 + 4))
-        return torch.where(torch.signbit(x), code + 8, code).to(torch.uint8).view(dtype)
+    if dtype.is_floating_point:
+        return to_float4(x) if dtype in PACKED else to_float8(x, dtype, saturate)
     if dtype in PACKED:
         bits, signed = PACKED[dtype], dtype in SIGNED
         low = -(1 << bits - 1) if signed else 0
         return x.clamp(low, low + (1 << bits) - 1).to(torch.int8 if signed else torch.uint8).view(dtype)
-    if dtype.is_floating_point:
-        limit = torch.finfo(dtype).max
-        if saturate:
-            x = x.clamp(-limit, limit)
-        elif dtype == torch.float8_e4m3fn:  # PyTorch saturates here; 464 is the first that rounds to more than 448
-            x = x.masked_fill(x.abs() > 464, math.nan)
-        return x.to(dtype)
     limits = torch.iinfo(dtype)
     return x.clamp(limits.min, limits.max).to(torch.int32).to(dtype)
 
@@ -164,22 +146,6 @@ def dynamic_quantize_linear(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return quantize(x, scale, zero, torch.uint8), scale, zero
 
 
-def integer_matmul(a: Tensor, b: Tensor, most_a: int = 255, most_b: int = 255) -> Tensor:
-    """The exact product of int32 matrices with elements of at most `most_a` and `most_b`, int32.
-
-    float32 adds integers below 2**24 without rounding, in any order, and they may pass through TF32; longer sums are
-    made of the products with high and low halves of the elements.
-    """
-    terms = a.shape[-1]
-    if not isinstance(terms, int):
-        return (a.double() @ b.double()).to(torch.int32)
-    if terms * most_a * most_b < 1 << 24:
-        return (a.float() @ b.float()).to(torch.int32)
-    if most_a > most_b:
-        return (integer_matmul(a >> 4, b, most_a // 16 + 1, most_b) << 4) + integer_matmul(a & 15, b, 15, most_b)
-    return (integer_matmul(a, b >> 4, most_a, most_b // 16 + 1) << 4) + integer_matmul(a, b & 15, most_a, 15)
-
-
 def integer_conv(x: Tensor, w: Tensor, x_zero: Tensor | None, w_zero: Tensor | None, **attributes: Any) -> Tensor:
     """The exact convolution of integers, float64: algorithms for float32 transform elements, and round them."""
     x_zero = None if x_zero is None else spread(x_zero, x)
@@ -247,7 +213,7 @@ def qlinear_matmul(
     if a.is_floating_point():
         product = dequantize(a, _rows(a_scale)) @ dequantize(b, b_scale, axis=-1)
         return quantize(product, _rows(y_scale), y_zero, y_zero.dtype, axis=-2)
-    total = integer_matmul(centered(a, _rows(a_zero)), centered(b, b_zero))
+    total = exact_matmul(centered(a, _rows(a_zero)), centered(b, b_zero))
     factor = _rows(a_scale) * b_scale / _rows(y_scale)
     return requantize(total, factor, y_zero if y_zero.numel() == 1 else y_zero.unsqueeze(-1))
 
@@ -256,7 +222,7 @@ def matmul_to_float(
     a: Tensor, b: Tensor, scale: Tensor, a_zero: Tensor | None, b_zero: Tensor | None, bias: Tensor | None
 ) -> Tensor:
     """(a - a_zero) @ (b - b_zero) * scale + bias, of 8-bit integers."""
-    y = integer_matmul(centered(a, a_zero if a_zero is None else _rows(a_zero)), centered(b, b_zero)) * scale
+    y = exact_matmul(centered(a, a_zero if a_zero is None else _rows(a_zero)), centered(b, b_zero)) * scale
     return y if bias is None else y + bias
 
 
@@ -302,7 +268,7 @@ def qgemm(
     """alpha * (a @ b + c) of 8-bit integers, c in int32 steps; float32 if there is no scale for the result."""
     if transB:
         b = b.mT
-    total = integer_matmul(centered(a.mT if transA else a, a_zero), centered(b, b_zero))
+    total = exact_matmul(centered(a.mT if transA else a, a_zero), centered(b, b_zero))
     total = total if c is None else total + c
     factor = alpha * a_scale * b_scale
     if y_scale is None:
