@@ -22,6 +22,7 @@ from onnx import TensorProto, helper
 import torch_rtx
 from tests.onnx.models import BOOL, INT64, graph, linear, model, node, one, value
 from torch_rtx.errors import InputError, OnnxError
+from torch_rtx.onnx import registry
 from torch_rtx.onnx.module import from_onnx
 
 X = torch.arange(24.0).reshape(2, 3, 4)
@@ -100,6 +101,30 @@ def test_what_is_a_parameter() -> None:
     assert {name for name, _ in module.named_parameters()} == {"bias", "row"}
     assert set(module.state_dict()) == {"bias", "row", "table", "index"}
     assert module(torch.ones(2, 2)).tolist() == [1.5, 3.0, 3.5, 5.0]
+
+
+def test_state_is_not_learnt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What operators read only as state is a buffer. A parameter that is both gets no gradient from it."""
+    monkeypatch.setattr(registry, "OPERATORS", {**registry.OPERATORS})
+
+    @registry.op("Centred", domain="mine", state=("mean",))
+    def centred(x: torch.Tensor, mean: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        assert not mean.requires_grad
+        return (x - mean) * scale
+
+    calls = [
+        helper.make_node("Centred", ["x", mean, "scale"], [y], domain="mine") for mean, y in (("m", "a"), ("n", "y"))
+    ]
+    calls[1].input[0] = "b"
+    nodes = [calls[0], node("Add", "a n", "b"), calls[1]]
+    weights = {name: np.full(2, number, np.float32) for name, number in {"m": 1, "n": 2, "scale": 3}.items()}
+    whole = model(graph(nodes, [value("x", [2])], [value("y")], weights))
+    whole.opset_import.append(helper.make_opsetid("mine", 1))
+    module = from_onnx(whole)
+    assert {name for name, _ in module.named_parameters()} == {"n", "scale"}
+    assert set(module.state_dict()) == {"m", "n", "scale"}
+    module(torch.zeros(2)).sum().backward()
+    assert module.get_parameter("n").grad.tolist() == [3, 3]
 
 
 # ---- inputs and outputs ----------------------------------------------------------------------------------------------

@@ -159,7 +159,7 @@ class OnnxModule(nn.Module):
 
     def _add(self, weight: Weight) -> tuple[nn.Module, str]:
         """Register a tensor, in nested modules for the dots of its name; where it is then."""
-        learnt = weight.tensor.dtype in LEARNT
+        learnt = weight.tensor.dtype in LEARNT and not weight.state
         number = weight.constant and weight.tensor.numel() == 1
         owner: nn.Module = self
         *path, leaf = weight.name.split(".")

@@ -34,7 +34,7 @@ class Step:
         name, op, file: for errors.
         inputs, outputs: slots; None: the node does not have this one.
         operator: None for what only the host computes, and for control flow.
-        ints: for each input, whether it arrives as a list of numbers.
+        ints, state: for each input, whether it arrives as a list of numbers, and whether nothing learns it.
         told: the operator's parameters for what it is told of the node.
         bodies: the graphs among the attributes.
         frees: slots that no later step reads.
@@ -48,6 +48,7 @@ class Step:
     attributes: Mapping[str, Any]
     operator: Operator | None
     ints: tuple[bool, ...] = ()
+    state: tuple[bool, ...] = ()
     told: tuple[str, ...] = ()
     bodies: Mapping[str, Body] = field(default_factory=dict)
     frees: tuple[int, ...] = ()
@@ -80,6 +81,7 @@ class Weight:
     Attributes:
         constant: it came from a Constant node.
         known: it takes part in the arithmetic of sizes, and so belongs to the program.
+        state: operators read it only as what nothing learns.
     """
 
     name: str
@@ -87,6 +89,7 @@ class Weight:
     tensor: Tensor
     constant: bool
     known: bool = False
+    state: bool = False
 
 
 @dataclass
@@ -118,8 +121,10 @@ def plan(model: ir.Model, file: str | None, fixed: Mapping[str, Tensor]) -> Plan
     steps = planner.steps(graph, _Scope(dict(graph.opset_imports), {}))
     outputs = [planner.slot(value) for value in graph.outputs]
     known = _known_slots(steps, planner.weights)
+    uses = {use for step in _every(steps) for use in zip_longest(step.inputs, step.state, fillvalue=False)}
     for weight in planner.weights.values():
         weight.known = weight.slot in known or weight.name in fixed
+        weight.state = (weight.slot, True) in uses and (weight.slot, False) not in uses
     return Plan(tuple(_freeing(steps, {*inputs, *outputs})), list(planner.weights.values()), inputs, outputs)
 
 
@@ -208,10 +213,9 @@ class _Planner:
             inspect.signature(operator.function).bind(*step.inputs, **given)
         except TypeError as error:
             raise step.error(f"the node does not fit the operator: {error}") from None
-        ints = tuple(
-            positional[min(number, len(positional) - 1)].name in operator.ints for number in range(len(step.inputs))
-        )
-        return replace(step, operator=operator, ints=ints, told=told)
+        names = [positional[min(number, len(positional) - 1)].name for number in range(len(step.inputs))]
+        ints, state = (tuple(name in kind for name in names) for kind in (operator.ints, operator.state))
+        return replace(step, operator=operator, ints=ints, state=state, told=told)
 
     def body(self, graph: ir.Graph, scope: _Scope) -> Body:
         """A graph inside a node."""

@@ -39,6 +39,8 @@ class Operator:
     Attributes:
         since: the first version that it is right for; a later declaration of the same name replaces it.
         ints: parameters that arrive as lists of integers.
+        state: parameters that nothing learns, such as running statistics: they arrive detached, and weights that are
+            nothing else are buffers.
     """
 
     name: str
@@ -46,18 +48,21 @@ class Operator:
     since: int
     ints: tuple[str, ...]
     function: Callable[..., Any]
+    state: tuple[str, ...] = ()
 
 
 OPERATORS: dict[tuple[str, str], list[Operator]] = {}
 
 
-def op(*names: str, domain: str = "", since: int = 1, ints: tuple[str, ...] = ()) -> Callable[[F], F]:
+def op(
+    *names: str, domain: str = "", since: int = 1, ints: tuple[str, ...] = (), state: tuple[str, ...] = ()
+) -> Callable[[F], F]:
     """Declare a function as the implementation of operators. `domain`: "" is that of ONNX itself."""
 
     def declare(function: F) -> F:
         for name in names:
             versions = OPERATORS.setdefault((domain, name), [])
-            versions.append(Operator(name, domain, since, ints, function))
+            versions.append(Operator(name, domain, since, ints, function, state))
             versions.sort(key=lambda operator: operator.since)
         return function
 

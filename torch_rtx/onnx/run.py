@@ -116,6 +116,10 @@ class _Call:
             host.integers(self.known.get(slot, value) if slot is not None else value) if ints else self.tensor(value)
             for value, ints, slot in zip(inputs, step.ints, step.inputs, strict=True)
         ]
+        arguments = [
+            value.detach() if state and isinstance(value, Tensor) else value
+            for value, state in zip(arguments, step.state, strict=True)
+        ]
         attributes = {key: self.placed(value) for key, value in step.attributes.items()}
         if step.told:
             dtypes = [getattr(value, "dtype", None) for value in inputs]
