@@ -153,6 +153,16 @@ def test_arguments() -> None:
             module(*args, **kwargs)
 
 
+def test_other_dtypes() -> None:
+    """Inputs have the dtype that the module was cast to."""
+    module = from_onnx(linear()).half()
+    assert module(X.half()).dtype == torch.float16
+    with pytest.raises(InputError, match=r"dtype torch.float32, not torch.float16"):
+        module(X)
+    compiled = torch_rtx.compile(module, dynamic_shapes={"batch": 2})
+    torch.testing.assert_close(compiled(X.half()), module(X.half()))
+
+
 def test_outputs() -> None:
     made = graph([node("Identity", "x", "y")], [value("x", [2])], [value("y"), value("x")])
     module = from_onnx(model(made))
