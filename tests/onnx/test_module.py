@@ -104,7 +104,7 @@ def test_what_is_a_parameter() -> None:
 
 
 def test_state_is_not_learnt(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What operators read only as state is a buffer; what is learnt elsewhere is a parameter without gradient here."""
+    """What operators read only as state is a buffer. A parameter that is both gets no gradient from it."""
     monkeypatch.setattr(registry, "OPERATORS", {**registry.OPERATORS})
 
     @registry.op("Centred", domain="mine", state=("mean",))
@@ -151,6 +151,16 @@ def test_arguments() -> None:
     ):
         with pytest.raises(InputError, match=message):
             module(*args, **kwargs)
+
+
+def test_other_dtypes() -> None:
+    """Inputs have the dtype that the module was cast to."""
+    module = from_onnx(linear()).half()
+    assert module(X.half()).dtype == torch.float16
+    with pytest.raises(InputError, match=r"dtype torch.float32, not torch.float16"):
+        module(X)
+    compiled = torch_rtx.compile(module, dynamic_shapes={"batch": 2})
+    torch.testing.assert_close(compiled(X.half()), module(X.half()))
 
 
 def test_outputs() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from keyword import iskeyword
 from typing import TYPE_CHECKING, Any
 
@@ -124,6 +124,13 @@ class OnnxModule(nn.Module):
         self._runner = Runner(steps.steps, inputs, tuple(steps.outputs), known, tuple(w.slot for w in steps.weights))
         self._traced = nonstrict_trace(self._runner.run)
         self.eval()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OnnxModule:
+        """Inputs change their dtype with the weights, by `half()` or `to(torch.bfloat16)`."""
+        for given in self.inputs:
+            if given.dtype is not None and given.dtype.is_floating_point:
+                given.dtype = fn(torch.empty(0, dtype=given.dtype)).dtype
+        return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_traced"}

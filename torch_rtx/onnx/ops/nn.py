@@ -315,7 +315,7 @@ def max_unpool(
     return y
 
 
-@op("BatchNormalization", since=14)
+@op("BatchNormalization", since=14, state=("mean", "var"))
 def batch_normalization(
     x: Tensor,
     scale: Tensor,
@@ -339,7 +339,7 @@ def batch_normalization(
     return y, *running
 
 
-@op("BatchNormalization")
+@op("BatchNormalization", state=("mean", "var"))
 def batch_normalization_1(
     x: Tensor,
     scale: Tensor,
