@@ -75,6 +75,7 @@ DTYPES: Mapping[str, DType] = {
 # What f32 operands of a product become where tensor cores may multiply them: in memory they are f32.
 TF32 = DType(32, FLOAT, "float32", None, tensor_rate=0.5)
 FLOATS = tuple(name for name, dtype in DTYPES.items() if dtype.register and dtype.kind == FLOAT)
+HALVES = frozenset(("f16", "bf16"))
 INTS = tuple(name for name, dtype in DTYPES.items() if dtype.register and dtype.kind == INT)
 ORDER = tuple(DTYPES)  # of promotion
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
 from torch_rtx.backend.row_chunks import chunk_rows, write_out
+from torch_rtx.backend.training import Partitioner
 
-Partitioner = Callable[..., tuple[fx.GraphModule, fx.GraphModule]]
 aten = torch.ops.aten
 # What reduces everything, and the same along dimensions.
 TOTALS = {aten.sum.default: aten.sum.dim_IntList, aten.mean.default: aten.mean.dim}

@@ -22,6 +22,7 @@ from torch._functorch.partitioners import _size_of, min_cut_rematerialization_pa
 from torch.utils.checkpoint import CheckpointPolicy
 
 from torch_rtx import aten
+from torch_rtx.backend.training import traced
 from torch_rtx.lowering.from_fx import op_of
 from torch_rtx.lowering.kernels.region import is_loop
 from torch_rtx.lowering.passes.expand_norms import NORMS
@@ -73,7 +74,7 @@ def _split_batch_norm(graph: fx.Graph, norm: fx.Node) -> None:
 
     def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         node = graph.call_function(target, args, kwargs)
-        node.meta = {**result.meta, "val": _traced(target, args, kwargs)}
+        node.meta = {**result.meta, "val": traced(target, args, kwargs)}
         return node
 
     def cast(node: Any, dtype: torch.dtype) -> Any:
@@ -132,7 +133,7 @@ def _drop_generators(gm: fx.GraphModule) -> fx.GraphModule:
             kwargs = {key: value for key, value in node.kwargs.items() if key != "rng_state"}
             if not _draws(op, args, kwargs):
                 node.target, node.args, node.kwargs = op, tuple(args), kwargs
-                node.meta["val"] = _traced(op, args, kwargs)
+                node.meta["val"] = traced(op, args, kwargs)
     gm.recompile()
     return gm
 
@@ -173,10 +174,3 @@ def _is_view(node: fx.Node) -> bool:
     if node.target is operator.getitem:
         return True
     return isinstance(op, torch._ops.OpOverload) and (aten.is_view(op) or str(op) in aten.MAY_ALIAS)
-
-
-def _traced(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """The result of a call of nodes, as a trace has it."""
-    given, named = fx.map_arg((tuple(args), dict(kwargs)), lambda node: node.meta["val"])
-    with torch.no_grad():
-        return target(*given, **named)

@@ -6,7 +6,7 @@ until the backward has read them, so that CUDA graphs of forward and backward ne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,8 +48,7 @@ def _save_copies(forward: fx.GraphModule, backward: fx.GraphModule, count: int) 
                 made = forward.graph.call_function(torch.ops.aten.clone.default, (node,))
             else:
                 made = forward.graph.node_copy(node, kept)
-            args, kwargs = fx.map_arg((made.args, made.kwargs), lambda given: given.meta["val"])
-            made.meta["val"] = made.target(*args, **kwargs)  # type: ignore[operator]
+            made.meta["val"] = traced(made.target, made.args, made.kwargs)
             copies[node] = made
         return copies[node]
 
@@ -63,6 +62,13 @@ def _save_copies(forward: fx.GraphModule, backward: fx.GraphModule, count: int) 
     for node in backward.graph.find_nodes(op="placeholder"):
         if node.name in by_name:
             node.meta["val"] = by_name[node.name].meta["val"]  # a copy has no gaps between its elements
+
+
+def traced(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The result of a call of nodes, as a trace has it."""
+    given, named = fx.map_arg((tuple(args), dict(kwargs)), lambda node: node.meta["val"])
+    with torch.no_grad():
+        return target(*given, **named)
 
 
 class TrainingStep:

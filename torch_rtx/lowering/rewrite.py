@@ -27,6 +27,15 @@ def returned(graph: Graph) -> set[str]:
     return {value.name for value in attr_values(graph.outputs)}
 
 
+def from_weights(graph: Graph) -> set[str]:
+    """The names of the weights that the graph does not write, and of the values that depend on these alone."""
+    found = {weight.value.name for weight in graph.weights} - graph.written
+    for node in graph.nodes:
+        if node.inputs and all(value.name in found for value in node.inputs):
+            found.update(value.name for value in node.results)
+    return found
+
+
 def escaping(graph: Graph, writes: bool = True) -> set[str]:
     """The names of the values whose memory escapes, directly or through views: passes must keep their copies.
 

@@ -58,8 +58,8 @@ class Pinned:
     value: Any
 
     def result(self, inputs: Sequence[Any], fresh: Sequence[torch.Tensor]) -> Any:
-        """The result of a replay with these inputs and buffers, after the launch."""
-        return _DETACHED(self.value) if isinstance(self.value, torch.Tensor) else self.value
+        """The result of a replay with these inputs and buffers, if it is no tensor; see `Results.assembly`."""
+        return self.value
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from dataclasses import replace
 from itertools import permutations
 
 from torch_rtx import aten
+from torch_rtx.dtypes import HALVES
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import (
     COPY,
@@ -35,13 +36,12 @@ from torch_rtx.ir import (
     dim_expr,
 )
 from torch_rtx.lowering.infer import Inference
-from torch_rtx.lowering.rewrite import Rewriter
+from torch_rtx.lowering.rewrite import Rewriter, from_weights
 
 CONV1D = "aten.conv1d.default"
 NAMED_PADDING = frozenset(("aten.conv1d.padding", "aten.conv2d.padding"))  # "same" or "valid"
 CONVOLUTIONS = frozenset(("aten.conv2d.default", "aten.convolution.default", CONV1D, *NAMED_PADDING))
 FORMATS = ("contiguous_format", "channels_last")
-HALVES = frozenset(("f16", "bf16"))
 VECTOR = 4  # channels per vectorized load
 FEW = 12  # channels; padding to VECTOR gains nothing from here on, since loads are longer vectors anyway
 
@@ -65,10 +65,7 @@ class _Writer(Rewriter):
         super().__init__(graph, infer)
         self._bases, self._shared = aten.bases(graph), aten.shared(graph)
         self._restored: set[str] = set()  # views that were recomputed
-        self._constant = {weight.value.name for weight in graph.weights} - graph.written  # depend on weights alone
-        for node in graph.nodes:
-            if node.inputs and all(value.name in self._constant for value in node.inputs):
-                self._constant.update(value.name for value in node.results)
+        self._constant = from_weights(graph)
 
     def visit(self, node: Node) -> None:
         """Add `node` in the new layout if possible, else with its inputs in the captured layout."""

@@ -7,19 +7,17 @@ for a copy of each operand that no recipe and no producer pads.
 
 from __future__ import annotations
 
-import math
 from contextlib import suppress
 from dataclasses import replace
 
-from torch_rtx.dtypes import DTYPES
+from torch_rtx.dtypes import HALVES
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Attr, Dim, Graph, Node, TensorType, Value, contiguous, dim_expr
 from torch_rtx.lowering.infer import Inference
-from torch_rtx.lowering.kernels.gemm_perf_model import typical
-from torch_rtx.lowering.rewrite import Rewriter, escaping, rewrite
+from torch_rtx.lowering.kernels.gemm_perf_model import bytes_of, typical
+from torch_rtx.lowering.rewrite import Rewriter, escaping, from_weights, rewrite
 from torch_rtx.op_work import ANCHORS, PRODUCTS, flops
 
-HALVES = frozenset(("f16", "bf16"))
 MULTIPLE = 8  # halves in 16 bytes
 TRANSPOSES = frozenset(("aten.t.default", "aten.permute.default", "aten.transpose.int", "aten.numpy_T.default"))
 Pads = dict[str, dict[int, int]]  # by operand: elements after the end of each of the last two dimensions
@@ -49,10 +47,7 @@ class _Padder:
     def __init__(self, graph: Graph) -> None:
         self._producer = {value.name: node for node in graph.nodes for value in node.results}
         self._escaping = escaping(graph)
-        self._constant = {weight.value.name for weight in graph.weights} - graph.written  # need weights alone
-        for node in graph.nodes:
-            if node.inputs and all(value.name in self._constant for value in node.inputs):
-                self._constant.update(value.name for value in node.results)
+        self._constant = from_weights(graph)
         self._padded: dict[tuple[str, tuple[int, ...]], Value] = {}
 
     def visit(self, node: Node, rewriter: Rewriter) -> bool:
@@ -97,7 +92,7 @@ class _Padder:
         """Whether the product is so large that it gains more than the copies cost."""
         operands = [(value, by) for name, by in pads.items() if isinstance(value := node.arg(name), Value)]
         types = [value.type for value, by in operands if not self._is_padded(value, by)]
-        moved = 2 * sum(_bytes(type_) for type_ in (*types, copied) if isinstance(type_, TensorType))
+        moved = 2 * sum(bytes_of(type_) for type_ in (*types, copied) if isinstance(type_, TensorType))
         return flops(node, typical) >= max(MIN_FLOPS, MIN_FLOPS_PER_BYTE * moved)
 
     def _is_padded(self, value: Value, by: dict[int, int]) -> bool:
@@ -155,7 +150,3 @@ def _is_matrix(value: Value) -> bool:
 def _missing(size: Dim) -> int:
     """Elements to the next multiple; 0 for a symbolic size, of which nothing is known."""
     return -size % MULTIPLE if isinstance(size, int) else 0
-
-
-def _bytes(type_: TensorType) -> int:
-    return math.prod(map(typical, type_.shape)) * DTYPES[type_.dtype].bytes
