@@ -146,8 +146,19 @@ def bases(graph: Graph, trusted: frozenset[str] = frozenset()) -> dict[str, str]
     for node in graph.nodes:
         if may_alias(node, trusted) and node.inputs:
             source = node.inputs[0].name
-            found.update(dict.fromkeys((value.name for value in node.results), found.get(source, source)))
+            found.update(dict.fromkeys(_aliases(node, trusted), found.get(source, source)))
     return found
+
+
+def _aliases(node: Node, trusted: frozenset[str]) -> list[str]:
+    """The results of `node`, for which `may_alias` holds, that may lie in the memory of an input."""
+    returns = overload(node.op, trusted)._schema.returns
+    if len(returns) == 1:  # which may be a list
+        return [value.name for value in node.results]
+    declared = [i for i, result in enumerate(returns) if result.alias_info is not None]
+    # Of the ops in MAY_ALIAS with several results, the first is the input itself and the others are new: of a dropout
+    # that drops nothing, the mask.
+    return [value.name for i in declared or [0] if (value := node.outputs[i]) is not None]
 
 
 def shared(graph: Graph, trusted: frozenset[str] = frozenset()) -> set[str]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.doubles.fake_graphs import DEVICE, SIZES, EdgeData, FakeGraph, GraphDriver, S, add, adders, install, program
+from torch_rtx import aten
 from torch_rtx.errors import InputError
 from torch_rtx.ir import Dim
 from torch_rtx.irparse import parse
@@ -326,6 +327,20 @@ graph fused {
 }"""
     reasons = [cudagraph.why_not(parse(text.strip().replace("OF", of))) for of in ("x", "y")]
     assert reasons == [None, "results of several dtypes share memory"]
+
+
+def test_a_dropout_and_its_mask_share_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are saved for the backward together; the first is the input itself if nothing is dropped."""
+    monkeypatch.setattr(cudagraph, "driver", lambda: object())
+    text = """graph fused {
+  input x: f32[8]
+  t: f32[8] = extern aten.tanh.default(self=x)
+  y: f32[8], m: bool[8] = extern aten.native_dropout.default(input=t, p=0.5, train=True)
+  return [t, y, m]
+}"""
+    graph = parse(text)
+    assert cudagraph.why_not(graph) is None
+    assert aten.bases(graph) == {"y": "t"}
 
 
 def test_a_result_that_is_an_input_in_another_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
