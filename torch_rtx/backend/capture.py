@@ -14,6 +14,7 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.convert_frame import compile_lock
 from torch._export.utils import _get_decomp_for_cia, _is_preservable_cia_op
+from torch._guards import TracingContext
 from torch._ops import resolve_key
 from torch._subclasses.fake_impls import op_implementations_dict
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
@@ -32,6 +33,7 @@ from torch_rtx.backend.fast_path import FAST_PATH
 from torch_rtx.backend.joint_graph import rewriting
 from torch_rtx.backend.rematerialization import partition
 from torch_rtx.backend.training import saving_old_values
+from torch_rtx.backend.undefined_gradients import Tolerating, undefined_is_none
 from torch_rtx.errors import CaptureError
 
 # `compiler(gm, example_inputs) -> callable`: `gm` is an ATen GraphModule, the inputs are FakeTensors and SymInts.
@@ -164,16 +166,20 @@ def capture(
     the first backward may be what calls `backward`; `rematerialization` decides which tensors are saved for it.
     Products of more than `logits_bytes` exist by chunks of rows where only a loss reads them (`row_chunks`).
     """
+    partitioner = Tolerating(saving_old_values(rewriting(partition, logits_bytes)))
     backend = aot_autograd(
         fw_compiler=forward,
         bw_compiler=backward,
         inference_compiler=inference,
-        partition_fn=saving_old_values(rewriting(partition, logits_bytes)),
+        partition_fn=partitioner,
         decompositions=FAST_PATH,
         keep_inference_input_mutations=True,
     )
     with keep_ops():
-        return backend(gm, example_inputs)
+        call: Callable[..., Any] = backend(gm, example_inputs)
+    context = TracingContext.try_get()
+    meta = None if context is None or not partitioner.tolerates else context.fw_metadata
+    return call if meta is None else undefined_is_none(call, meta)
 
 
 def capture_export(

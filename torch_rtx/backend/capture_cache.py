@@ -76,20 +76,31 @@ class CapturedGraph:
     Attributes:
         roles: one per placeholder.
         pinned, saved: see `GraphPool`.
+        gradients: positions of the gradients, in a backward, that may be undefined.
+        fixed: positions of the placeholders whose values the program has; undefined gradients are among these.
     """
 
     program: Program
     roles: Sequence[Role]
     pinned: frozenset[int] = frozenset()
     saved: frozenset[int] = frozenset()
+    gradients: Sequence[int] = ()
+    fixed: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
 class KnownCapture:
-    """A cached capture: its graphs, and the function that puts AOTAutograd's wrappers around their callables."""
+    """A cached capture: its graphs, and the function that puts AOTAutograd's wrappers around their callables.
+
+    Attributes:
+        meta: the metadata of the wrappers; None if there are none.
+        backward: captures the backward graph, of a training step.
+    """
 
     graphs: list[CapturedGraph]
     wrap: Callable[..., aot_wrappers.Call]
+    meta: ViewAndMutationMeta | None = None
+    backward: Callable[[], fx.GraphModule] | None = None
 
 
 @dataclass(frozen=True)
@@ -154,11 +165,11 @@ class CaptureEntry:
         log.info("hit: %s without a capture, %.0f ms", engines, 1e3 * (time.perf_counter() - start))
         if meta is None:
             return KnownCapture(found, lambda call: call)
-        wrap = partial(aot_wrappers.wrap, meta, inputs)
-        if len(found) > 1:
-            names = [role.name for role in found[1].roles]
-            wrap = partial(wrap, backward_graph=partial(Retrace(capture, example_inputs).backward, names))
-        return KnownCapture(found, wrap)
+        if len(found) == 1:
+            return KnownCapture(found, partial(aot_wrappers.wrap, meta, inputs), meta)
+        backward = partial(Retrace(capture, example_inputs).backward, [role.name for role in found[1].roles])
+        wrap = partial(aot_wrappers.wrap, meta, inputs, backward_graph=backward)
+        return KnownCapture(found, wrap, meta, backward)
 
     def _graph(self, cache: EngineCache, stored: Mapping[str, Any], names: Sequence[str]) -> CapturedGraph | None:
         name, static = str(stored["engine"]), set(stored["parameters"])
@@ -167,12 +178,14 @@ class CaptureEntry:
         body = cache.body(name)
         if body is None:
             return None
-        inputs = [role.name for role in roles if role.kind == "input"]
+        fixed = frozenset(stored["fixed"])
+        inputs = [role.name for i, role in enumerate(roles) if role.kind == "input" and i not in fixed]
         site = GraphSite(self.gm, self.nodes, roles, inputs, self.device, list(stored["locations"]))
         program = site.program(cache, name, body)
         if program is None:
             return None
-        return CapturedGraph(program, roles, frozenset(stored["pinned"]), frozenset(stored["saved"]))
+        pinned, saved = frozenset(stored["pinned"]), frozenset(stored["saved"])
+        return CapturedGraph(program, roles, pinned, saved, list(stored["gradients"]), fixed)
 
     def inference(self, gm: fx.GraphModule, graph: CapturedGraph) -> None:
         """Cache a capture without gradients, if it is cacheable; `gm` is the captured graph."""
@@ -228,6 +241,8 @@ class CaptureEntry:
             "parameters": [index for index, role in enumerate(graph.roles) if role.kind == "parameter"],
             "pinned": sorted(graph.pinned),
             "saved": sorted(graph.saved),
+            "gradients": list(graph.gradients),
+            "fixed": sorted(graph.fixed),
             "locations": self._origins(graph.program.origins),
         }
 

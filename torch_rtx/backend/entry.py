@@ -24,6 +24,7 @@ from torch_rtx.backend.dynamo import passes_errors, require_one_graph
 from torch_rtx.backend.program_cache import get_or_build
 from torch_rtx.backend.sessions import Sessions
 from torch_rtx.backend.training import TrainingStep
+from torch_rtx.backend.undefined_gradients import positions, specializing, undefined_is_none
 from torch_rtx.errors import PartitionError, SettingsError
 from torch_rtx.lowering.from_fx import Role, is_fixed
 from torch_rtx.lowering.location import module_path
@@ -74,7 +75,7 @@ def rtx(
     if entry is not None:
         call = _from_cache(entry, names, example_inputs, captured, compilation, runtime, trained)
         if call is not None:
-            return disable(lambda *args: call(list(args)), reason="do not trace compiled code")
+            return disable(call, reason="do not trace compiled code")
 
     def inference(graph: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         done = None if entry is None else entry.inference
@@ -88,8 +89,10 @@ def rtx(
         return _compile(graph, [], frozenset(), compilation, trained, done, pinned, saved)
 
     def backward(graph: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
-        done = None if entry is None else entry.backward
-        return _compile(graph, [], frozenset(), compilation, trained, done, step.backward(graph))
+        done = None if entry is None else lambda _, found: entry.backward(graph, found)
+        options: dict[str, Any] = {"done": done, "pinned": step.backward(graph), "gradients": positions(graph)}
+        compile = partial(_compile, names=[], static=frozenset(), compilation=compilation, runtime=trained, **options)
+        return specializing(positions(graph), lambda: graph, compile)
 
     return captured(example_inputs, inference, forward, backward)
 
@@ -116,19 +119,29 @@ def _from_cache(
     runtime: RuntimeSettings,
     trained: RuntimeSettings,
 ) -> Callable[..., Any] | None:
-    """A boxed callable for a Dynamo graph whose capture is cached; None on a miss."""
+    """A callable for a Dynamo graph whose capture is cached; None on a miss."""
     found = entry.load(_unique(names), example_inputs, captured)
     if found is None:
         return None
     settings = runtime if len(found.graphs) == 1 else trained
     try:
         with unset_fake_temporarily():
-            calls = [_bind(graph, frozenset(), settings) for graph in found.graphs]
+            calls = [_bind(graph, settings) for graph in found.graphs]
     except Exception:
         if not compilation.fallback_on_error:
             raise
         return None  # it will fail again after a capture, which yields a graph to run in PyTorch
-    return found.wrap(*calls)
+    last = found.graphs[-1]
+    if found.backward is not None:
+        options: dict[str, Any] = {"compilation": compilation, "runtime": trained, "pinned": last.pinned}
+        compile = partial(_compile, names=[], static=frozenset(), **options)
+        calls[-1] = specializing(last.gradients, found.backward, compile, [(last.fixed, calls[-1])])
+    boxed = found.wrap(*calls)
+
+    def call(*args: Any) -> Any:
+        return boxed(list(args))
+
+    return call if not last.gradients or found.meta is None else undefined_is_none(call, found.meta)
 
 
 def _compile(
@@ -140,12 +153,13 @@ def _compile(
     done: Callable[[fx.GraphModule, CapturedGraph], None] | None = None,
     pinned: frozenset[int] = frozenset(),
     saved: frozenset[int] = frozenset(),
+    gradients: Sequence[int] = (),
 ) -> Callable[..., Any]:
     """A boxed callable for a functional ATen graph; placeholders at the positions `static` are parameters.
 
     Args:
         done: is given the graph and its program.
-        pinned, saved: positions of placeholders and results that CUDA graphs leave where they are, see `GraphPool`.
+        pinned, saved, gradients: see `CapturedGraph`.
     """
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     labels = names if len(names) == len(placeholders) else [node.name for node in placeholders]
@@ -154,10 +168,11 @@ def _compile(
     fixed = frozenset(index for index, node in enumerate(placeholders) if is_fixed(node))
     try:
         with unset_fake_temporarily():  # recipes of constants run now, while the capture's fake mode is still active
-            graph = CapturedGraph(get_or_build(gm, roles, compilation), roles, pinned, saved)
+            program = get_or_build(gm, roles, compilation)
+            graph = CapturedGraph(program, roles, pinned, saved, gradients, fixed)
             if done is not None:
                 done(gm, graph)
-            return _bind(graph, fixed, runtime)
+            return _bind(graph, runtime)
     except (PartitionError, SettingsError):
         raise  # caused by the settings: fallback_on_error covers bugs alone
     except Exception as error:
@@ -167,15 +182,15 @@ def _compile(
         return make_boxed_func(gm.forward)
 
 
-def _bind(graph: CapturedGraph, fixed: frozenset[int], runtime: RuntimeSettings) -> Callable[..., Any]:
-    """A boxed callable for a program; the program has the values of the placeholders at the positions `fixed`."""
+def _bind(graph: CapturedGraph, runtime: RuntimeSettings) -> Callable[..., Any]:
+    """A boxed callable for a program."""
     program, roles = graph.program, graph.roles
     store = WeightStore(program.graph, program.device, program.constants, sampled=runtime.watch_weights)
     # Trusted: the fallbacks come from a model of this process, not from a file.
     called = frozenset(node.op for node in program.graph.nodes if node.kind == "fallback")
     tactics, context = tactics_and_context(program.kernels, program.graph, program.device, runtime)
     given = program.callables, called, tactics
-    positions = [i for i, role in enumerate(roles) if role.kind == "input" and i not in fixed]
+    positions = [i for i, role in enumerate(roles) if role.kind == "input" and i not in graph.fixed]
     at = frozenset(index for index, position in enumerate(positions) if position in graph.pinned)
     template = Session(
         program.graph,

@@ -1,0 +1,184 @@
+"""Gradients of results that no loss depends on: as in eager mode, nothing is computed from them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from itertools import chain, combinations
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from tests.helpers.caching import Traffic
+from tests.helpers.compiled import Recorder, compile_rtx
+from torch_rtx.backend.undefined_gradients import defined, without
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+
+@pytest.fixture
+def traffic(caplog: pytest.LogCaptureFixture) -> Traffic:
+    return Traffic(caplog)
+
+
+class Heads(nn.Module):
+    """Three results, which share a layer; the last depends on the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 5), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        hidden = torch.relu(self.body(x))
+        first, second = self.first(hidden), F.layer_norm(self.second(hidden), [3])
+        return first, second.double(), first.square().mean()
+
+
+def subsets(count: int) -> list[tuple[int, ...]]:
+    return list(chain.from_iterable(combinations(range(count), k) for k in range(1, count + 1)))
+
+
+def step(call: Callable[..., Any], x: Tensor, used: Sequence[int], **options: bool) -> None:
+    results = call(x)
+    sum((i + 1) * results[i].sum() for i in used).backward(**options)  # type: ignore[union-attr]
+
+
+def same(got: nn.Module, expected: nn.Module) -> None:
+    """Both have the same gradients, and the same parameters have none."""
+    for (name, one), other in zip(expected.named_parameters(), got.parameters(), strict=True):
+        assert (one.grad is None) == (other.grad is None), name
+        if one.grad is not None:
+            torch.testing.assert_close(other.grad, one.grad)
+    got.zero_grad()
+    expected.zero_grad()
+
+
+def check(call: Callable[..., Any], model: nn.Module, used: Sequence[int], *size: int, **options: bool) -> None:
+    """One step of `model` by `call` and one in eager mode."""
+    own, x = copy.deepcopy(model), torch.randn(size or (4, 8))
+    step(call, x, used, **options)
+    step(own, x, used)
+    same(model, own)
+
+
+@pytest.mark.parametrize("first", [(2,), (0, 1)], ids=str)
+def test_any_results_are_used(first: tuple[int, ...], traffic: Traffic) -> None:
+    """Also in a process that finds the capture of another one, whose loss depended on the results `first`."""
+    for order in ((first, *subsets(3)), subsets(3)):
+        torch._dynamo.reset()
+        model = Heads()
+        call = compile_rtx(model)
+        for used in order:
+            check(call, model, used)
+    assert any("without a capture" in message for message in traffic("hit"))
+
+
+def test_only_what_is_used_is_computed(recorder: Recorder) -> None:
+    model = Heads()
+    call = compile_rtx(model)
+    check(call, model, (1,))
+    (backward,) = [session.graph for session in recorder.sessions[1:]]
+    assert sum("mm" in node.op for node in backward.nodes) == 3  # of `second` both, of `body` the weight's
+    assert not any("full" in node.op or "zeros" in node.op for node in backward.nodes)
+
+
+def test_results_that_are_views_and_inputs_that_are_written() -> None:
+    class Model(Heads):
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            first, second, loss = super().forward(x)
+            self.body.bias.data.add_(0)
+            return first.view(-1), first[:2], loss, x, second
+
+    model = Model()
+    call = torch.compile(model, backend="rtx")
+    for used in ((0,), (1,), (0, 1), (2,), (4,), (0, 2, 4)):
+        check(call, model, used)
+
+
+def test_sizes_that_change() -> None:
+    model = Heads()
+    call = torch.compile(model, backend="rtx", dynamic=True)
+    for rows, used in enumerate(subsets(3), 3):
+        check(call, model, used, rows, 8)
+
+
+def test_a_graph_that_is_kept_and_two_forwards() -> None:
+    model = Heads()
+    own, x = copy.deepcopy(model), torch.randn(4, 8)
+    for call in (compile_rtx(model), own):
+        results, others = call(x), call(x + 1)
+        results[2].backward(retain_graph=True)
+        others[0].sum().backward()
+        (results[0].sum() + results[2]).backward()
+    same(model, own)
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_compiled_autograd(warm: bool) -> None:
+    for round_ in range(2) if warm else (1,):
+        torch._dynamo.reset()
+        model = Heads()
+        own, x = copy.deepcopy(model), torch.randn(4, 8)
+        call = compile_rtx(model)
+        results = call(x)
+        with torch._dynamo.compiled_autograd._enable(lambda gm: gm) if round_ else nullcontext():
+            (3 * results[2]).backward()
+        step(own, x, (2,))
+        for parameter in own.parameters():  # compiled autograd returns zeros where eager mode has no gradient
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None and round_ else parameter.grad
+        same(model, own)
+
+
+def test_a_result_of_an_earlier_call_is_passed_on() -> None:
+    """The backward of another compiled function, which may not take None, keeps its zeros."""
+    model, before = Heads(), nn.Linear(8, 8)
+    first, call = torch.compile(before, backend="aot_eager"), torch.compile(lambda x: (x, *model(x)), backend="rtx")
+    step(call, first(torch.randn(4, 8)), (3,))
+    assert before.weight.grad is not None
+
+
+# ---- the graph ---------------------------------------------------------------------------------------------------
+
+
+def graph_of(function: Callable[..., Any], *shapes: tuple[int, ...]) -> fx.GraphModule:
+    """`function` as a backward graph whose inputs are all gradients that may be undefined."""
+    args = [torch.ones(shape) for shape in shapes]
+    gm = make_fx(lambda *given: function(*given))(*args)
+    for node in gm.graph.nodes:
+        node.meta.setdefault("val", None)
+    for node, value in zip(gm.graph.find_nodes(op="placeholder"), args, strict=True):
+        with gm.graph.inserting_after(node):
+            made = gm.graph.call_function(defined, (node, list(value.shape), value.dtype, value.device))
+        made.meta["val"] = node.meta["val"] = value
+        node.replace_all_uses_with(made, delete_user_cb=lambda user, made=made: user is not made)
+    return gm
+
+
+FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[tuple[int, ...], ...]]] = {
+    "sums": (lambda a, b: (a + b, a - b, b - a, torch.add(a, b, alpha=3)), ((3,), (3,))),
+    "sums of other sizes": (lambda a, b: (a + b, b.double() + a), ((2, 3), (3,))),
+    "products": (lambda a, b: (a @ b, a * b.t(), torch.exp(a)), ((2, 3), (3, 2))),
+    "parts": (lambda a, b: (torch.cat([a, b]), torch.stack([a, a]), torch.where(a > 0, a, b), b.sum(0)), ((3,), (3,))),
+    "several results": (
+        lambda a, b: (*torch.split(a, 1), torch.native_layer_norm(b, [3], a, None, 0.1)[0]),
+        ((3,), (3,)),
+    ),
+    "others": (lambda a, b: (a.cumsum(0) + b.cos(), torch.maximum(a, b)), ((3,), (3,))),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("missing", [(), (0,), (1,), (0, 1)], ids=str)
+def test_what_is_zero(name: str, missing: tuple[int, ...]) -> None:
+    function, shapes = FUNCTIONS[name]
+    values = [torch.zeros(shape) if i in missing else torch.randn(shape) for i, shape in enumerate(shapes)]
+    results = without(graph_of(function, *shapes), missing)(
+        *[None if i in missing else value for i, value in enumerate(values)]
+    )
+    for result, right in zip(results, function(*values), strict=True):
+        torch.testing.assert_close(torch.zeros_like(right) if result is None else result, right)
