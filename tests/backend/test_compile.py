@@ -351,7 +351,6 @@ def generated_sources():
 
 
 def test_reset_drops_what_was_compiled(recorder):
-    torch._dynamo.reset()  # what earlier tests have compiled is not dropped in the middle of this one
     gc.collect()
     sources = generated_sources()
     model = nn.Linear(2, 2)
@@ -365,7 +364,7 @@ def test_reset_drops_what_was_compiled(recorder):
     torch._dynamo.reset()
     gc.collect()
     assert [reference() for reference in references] == [None] * 4
-    assert generated_sources() == sources
+    assert set(generated_sources()) <= set(sources)  # of earlier tests, some may be gone as well
 
 
 def test_deleted_module_gives_its_memory_back():
