@@ -107,6 +107,7 @@ class FakeGraph:
     def __init__(self, keep_graph: bool = False) -> None:
         self.nodes: list[Node] = []
         self.replays = 0  # by PyTorch
+        self.generators: list[object] = []
         self.memory: list[torch.Tensor] = []
         FakeGraph.last = self
 
@@ -116,6 +117,9 @@ class FakeGraph:
 
     def instantiate(self) -> None:
         self.executable = FakeExecutable(self)
+
+    def register_generator_state(self, generator: object) -> None:
+        self.generators.append(generator)
 
     def raw_cuda_graph(self) -> FakeGraph:
         return self

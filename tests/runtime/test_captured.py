@@ -810,16 +810,47 @@ def test_arithmetic_on_sizes_can_be_captured_and_on_data_not(monkeypatch: pytest
     assert "the host needs" in str(why_not(parse(text.replace("KIND", "fallback").replace("NUMBER", "1"))))
 
 
-def test_an_object_that_nothing_reads_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Such as the generator of a repeated attention without dropout."""
-    monkeypatch.setattr(cudagraph, "driver", lambda: "a driver")
-    text = """graph fused {
-  input x: f32[2]
+class Generator:
+    """In the place of `torch.Generator`, of a GPU."""
+
+    device = DEVICE
+
+
+DRAWS = """
+  input x: f32[s]
   input g: object
-  y: f32[2] = extern aten.neg.default(self=x)
-  z: f32[2] = fallback aten.bernoulli.default(self=y, generator=g)
-  return [RESULT]
-}"""
-    assert why_not(parse(text.replace("RESULT", "z"))) == "input g is an object"
-    unread = "\n".join(line for line in text.split("\n") if "bernoulli" not in line)
-    assert why_not(parse(unread.replace("RESULT", "y"))) is None
+  y: f32[s] = kernel k(in0=x, in1=x) KERNEL
+  READ
+  return [y]
+"""
+BERNOULLI = "_ = fallback aten.bernoulli.default(self=x, generator=g)"
+
+
+def test_graphs_have_the_generators_of_their_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "Generator", Generator)
+    module = Module(monkeypatch, DRAWS.replace("READ", BERNOULLI))
+    monkeypatch.setattr(module.pool, "run", lambda code, inputs, *_: [2 * inputs[0]])
+    one, other, key, x = Generator(), Generator(), ("key",), torch.ones(8)
+    for given in (one, one, other, other, one):
+        module.pool(key, module.code, [x, given], module.store)  # type: ignore[arg-type]
+    assert (module.pool.captures, module.pool.replays) == (2, 3)
+    assert FakeGraph.last.generators == [other]
+
+
+def test_any_other_object_ends_graphs(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Unless nothing reads it."""
+    caplog.set_level("INFO", "torch_rtx")
+    for read, disabled in (
+        ("_ = fallback aten.bernoulli.default(self=x, generator=g)", "an input is a object"),
+        ("", None),
+    ):
+        module = Module(monkeypatch, DRAWS.replace("  READ\n", f"  {read}\n" if read else ""))
+        monkeypatch.setattr(module.pool, "run", lambda code, inputs, *_: [2 * inputs[0]])
+        for _ in range(3):
+            (y,) = module.pool(("key",), module.code, [torch.ones(8), object()], module.store)  # type: ignore[arg-type]
+            assert y.eq(2).all()
+        assert module.pool.disabled == disabled
+        assert module.pool.captures == (disabled is None)
+    assert [record.message for record in caplog.records if "no CUDA graphs" in record.message] == [
+        "no CUDA graphs for this module: an input is a object"
+    ]

@@ -105,6 +105,8 @@ class Captured:
         self._written_inputs = spec.written
         pinned = {t.untyped_storage().data_ptr() for t in (*store.values, *(inputs[i] for i in spec.pinned))}
         self.graph = torch.cuda.CUDAGraph(keep_graph=True)
+        for generator in (given for given in inputs if isinstance(given, torch.Generator)):
+            self.graph.register_generator_state(generator)  # each replay passes its state and advances it
         stand_ins = _StandIns(spec.device)
         stream = spec.memory.capture_stream
         with torch.cuda.graph(self.graph, spec.memory.handle, stream, capture_error_mode="thread_local"):

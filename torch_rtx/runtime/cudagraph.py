@@ -37,10 +37,7 @@ _CAPTURING = threading.Lock()
 def why_not(graph: Graph) -> str | None:
     """The reason why the program can't be one CUDA graph; None if a capture may succeed."""
     known = {sym.name for value in graph.inputs for dim in type_dims(value.type) for sym in dim_syms(dim)}
-    read = {value.name for node in graph.nodes for value in node.inputs}
     for value in graph.inputs:
-        if value.type == OBJECT and value.name in read:
-            return f"input {value.name} is an object"
         if isinstance(value.type, TensorType) and value.type.device != MAIN:
             return f"input {value.name} is on {value.type.device}"
     for weight in graph.weights:
@@ -124,6 +121,8 @@ class GraphPool:
         self._warm = threading.local()
         self._generation = -1
         self._guarded = guarded
+        read = {value.name for node in graph.nodes for value in node.inputs}
+        self._objects = [i for i, value in enumerate(graph.inputs) if value.type == OBJECT and value.name in read]
         self._last_key: tuple[object, list[int | None], object] = None, [], None
 
     @property
@@ -145,6 +144,11 @@ class GraphPool:
                 return self(key, code, inputs, store)
         if self.disabled is not None or torch.cuda.is_current_stream_capturing():
             return self.run(code, inputs, store.values)  # into the caller's own capture
+        if self._objects:
+            objects = tuple([inputs[index] for index in self._objects])
+            if not all(map(self._is_generator, objects)):
+                return self.run(code, inputs, store.values)
+            key = key, objects
         if self.pinned:
             key = self._key(key, inputs)
         with self._lock:
@@ -160,6 +164,14 @@ class GraphPool:
         # Library handles are per thread and can't be created in a capture: a thread captures only after a plain call.
         self._warm.done = True
         return outputs
+
+    def _is_generator(self, given: object) -> bool:
+        """A random number generator of the device, which a graph can have; any other object disables the pool."""
+        if isinstance(given, torch.Generator) and given.device.type == self.device.type:
+            return True
+        self.disabled = f"an input is a {type(given).__name__}"
+        log.info("no CUDA graphs for this module: %s", self.disabled)
+        return False
 
     def _key(self, key: object, inputs: Sequence[Any]) -> object:
         """`key`, and where the pinned inputs are. Training pins hundreds of tensors, mostly where they were last."""
