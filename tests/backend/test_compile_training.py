@@ -278,6 +278,18 @@ def test_buffers_are_updated_at_once(recorder):
     assert recorder.sessions[0].source.count("_copies(") == 2
 
 
+def test_running_statistics_are_not_saved(recorder):
+    """No gradient needs them, although that of a batch norm has them as arguments: nothing keeps them from being
+    updated in place."""
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.ReLU())
+    compile_rtx(model)(torch.randn(8, 3, 64, 64)).square().mean().backward()
+    forward, backward = (session.graph for session in recorder.sessions)
+    (statistics,) = {node.outputs[3:5] for node in forward.nodes if "batch_norm" in node.op}
+    assert all(value is not None and value not in forward.outputs for value in statistics)
+    assert "clone" not in recorder.ops
+    assert [node.arg("running_mean") for node in backward.nodes if "batch_norm_backward" in node.op] == [None]
+
+
 GRADIENTS = {
     "glu": lambda x: F.glu(x, 1),
     "prelu": lambda x: F.prelu(x, x[0, :, 0, 0].detach()),

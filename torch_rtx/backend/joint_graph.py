@@ -13,6 +13,7 @@ from torch_rtx.backend.training import Partitioner
 aten = torch.ops.aten
 # What reduces everything, and the same along dimensions.
 TOTALS = {aten.sum.default: aten.sum.dim_IntList, aten.mean.default: aten.mean.dim}
+RUNNING, TRAIN = (3, 4), 7  # arguments of the gradient of a batch norm
 ALIASES = (aten.detach.default, aten.alias.default)
 
 
@@ -21,6 +22,7 @@ def rewriting(partition: Partitioner, logits_bytes: float) -> Partitioner:
 
     def rewritten(joint: fx.GraphModule, inputs: Any, **options: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
         remove_aliases(joint.graph)
+        drop_running_statistics(joint.graph)
         sum_by_rows(joint.graph)
         chunk_rows(joint.graph, logits_bytes)
         forward, backward = partition(joint, inputs, **options)
@@ -39,6 +41,14 @@ def remove_aliases(graph: fx.Graph) -> None:
             node.replace_all_uses_with(node.args[0], delete_user_cb=lambda user: user is not output)
             if not node.users:
                 graph.erase_node(node)
+
+
+def drop_running_statistics(graph: fx.Graph) -> None:
+    """The gradient of a batch norm by statistics of its own has the running ones as arguments and does not read them.
+    The forward, which overwrites them, would save what they were before."""
+    for node in graph.find_nodes(op="call_function", target=aten.native_batch_norm_backward.default):
+        if node.args[TRAIN]:
+            node.args = tuple(None if index in RUNNING else given for index, given in enumerate(node.args))
 
 
 def sum_by_rows(graph: fx.Graph) -> None:
