@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import pickle
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -367,3 +369,16 @@ def test_compile_takes_a_path(tmp_path: Path) -> None:
 def test_sizes_that_compile_refuses(sizes: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         torch_rtx.compile(linear(), dynamic_shapes=sizes)
+
+
+def test_memory_is_freed_at_once() -> None:
+    """A module is in no cycle, so that its weights do not stay until the next garbage collection."""
+    from_onnx(linear())  # the first one imports Dynamo, and errors in there keep frames
+    module = from_onnx(linear())
+    seen = weakref.ref(module)
+    gc.disable()
+    try:
+        del module
+        assert seen() is None
+    finally:
+        gc.enable()

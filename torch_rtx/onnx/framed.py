@@ -44,6 +44,8 @@ def tensor_at(data: Any, offset: int, dtype: torch.dtype, shape: Sequence[int]) 
     count = math.prod(shape)
     if count == 0:
         return torch.empty(shape, dtype=dtype)
+    if dtype is torch.bool:  # any byte but 0 is true
+        return tensor_at(data, offset, torch.uint8, shape) != 0
     return torch.frombuffer(data, dtype=dtype, count=count, offset=offset).reshape(shape)
 
 

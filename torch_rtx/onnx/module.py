@@ -129,7 +129,9 @@ class OnnxModule(nn.Module):
             OnnxInput(value, argument, value.const_value is not None)
             for value, argument in zip((*given, *optional), arguments, strict=True)
         ]
-        self._weights = [(weight.slot, *self._add(weight)) for weight in steps.weights]
+        where = [(weight.slot, *self._add(weight)) for weight in steps.weights]
+        # Not the module itself, which would be a cycle: its memory would be freed late.
+        self._weights = [(slot, None if owner is self else owner, name) for slot, owner, name in where]
         known = {weight.slot: host.of_tensor(weight.tensor) for weight in steps.weights if weight.known}
         inputs = tuple(slots[value] for value in (*given, *optional))
         self._runner = Runner(steps.steps, inputs, tuple(steps.outputs), known, tuple(w.slot for w in steps.weights))
@@ -155,7 +157,7 @@ class OnnxModule(nn.Module):
         does not come from a file, or its tensors are not as they are there."""
         frame, stored = self._framed
         for slot, owner, name in self._weights:
-            tensor = getattr(owner, name)
+            tensor = getattr(owner or self, name)
             index, size, dtype = stored.get(slot, (None, tensor.nbytes, tensor.dtype))
             if tensor.nbytes != size or tensor.dtype != dtype:
                 return None, {}
@@ -163,7 +165,7 @@ class OnnxModule(nn.Module):
 
     def products(self) -> dict[int, Product]:
         """What is known of the matrices among the tensors, by slot."""
-        ranks = {slot: getattr(owner, name).dim() for slot, owner, name in self._weights}
+        ranks = {slot: getattr(owner or self, name).dim() for slot, owner, name in self._weights}
         return products_of(self._outlined[0], ranks)
 
     def places(self) -> dict[int, tuple[str, Tensor, bool]]:
@@ -172,8 +174,8 @@ class OnnxModule(nn.Module):
         kept = self.state_dict(keep_vars=True).keys()
         found = {}
         for slot, owner, name in self._weights:
-            path = prefixes[id(owner)] + name
-            found[slot] = path, getattr(owner, name).detach(), path not in kept
+            path = prefixes[id(owner or self)] + name
+            found[slot] = path, getattr(owner or self, name).detach(), path not in kept
         return found
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OnnxModule:
@@ -193,7 +195,7 @@ class OnnxModule(nn.Module):
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Run the model."""
         inputs = self._bound(args, kwargs)
-        tensors = [getattr(owner, name) for _, owner, name in self._weights]
+        tensors = [getattr(owner or self, name) for _, owner, name in self._weights]
         run = self._traced if torch.compiler.is_dynamo_compiling() else self._runner.run
         results = run(tensors, inputs)
         return results[0] if len(results) == 1 else tuple(results)

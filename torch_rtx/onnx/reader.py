@@ -243,7 +243,7 @@ def data(tensor: Any, file: str | None = None, mapped: bool = False) -> Tensor:
     """
     dtype, shape = dtype_of(int(tensor.dtype)), list(tensor.shape)
     if isinstance(tensor, ir.ExternalTensor):
-        if mapped and tensor.dtype.bitwidth % 8 == 0 and dtype is not torch.bool:
+        if mapped and tensor.dtype.bitwidth % 8 == 0:
             return _mapped(tensor, dtype, file)
         return _values(_read(tensor, file), dtype, math.prod(shape)).reshape(shape)
     try:

@@ -39,10 +39,9 @@ def program_of(module: OnnxModule) -> Facts:
     outline, places, (frame, indexes) = module.outline(), module.places(), module.frame()
     tensors = [places[slot] for slot in outline.slots]
     initializers = [indexes.get(slot) for slot in outline.slots]
-    weights = [(i, tensor) for i, (_, tensor, fixed) in zip(initializers, tensors, strict=True) if not fixed]
-    plain = all(i is not None and tensor.dtype is not torch.bool for i, tensor in weights)  # their bytes are the values
+    stored = all(fixed or i is not None for i, (_, _, fixed) in zip(initializers, tensors, strict=True))
     return {
-        "frame": frame if plain else None,
+        "frame": frame if stored else None,
         "initializers": initializers,
         "structure": outline.structure,
         "weights": [None if fixed else name for name, _, fixed in tensors],
@@ -100,32 +99,39 @@ def _by_name(module: OnnxModule, wanted: Wanted, products: Facts) -> dict[str, T
     }
     left = {slot: kept[slot] for slot in lost if not _is_of_program(*kept[slot])}
     fitting = {slot: _fitting(own[slot], kept[slot][1], wanted, products) for slot in left.keys() & own.keys()}
+
+    def turned(slot: int, key: str) -> Tensor:
+        return _turned(aligned(kept[slot][1]), own[slot], products[key])
+
     copies: dict[str, list[int]] = {}
-    for slot, matrices in fitting.items():
+    for slot, keys in fitting.items():
         bias = own[slot].bias
         added = kept[bias][0] if bias in kept and bias not in lost else None
-        near = [key for key in matrices if key not in found and _is_near(key, products[key], own[slot].module, added)]
+        near = [key for key in keys if key not in found and _is_near(key, products[key], own[slot].module, added)]
         if len(near) == 1:
             copies.setdefault(near[0], []).append(slot)
     for key, slots in copies.items():
-        if all(torch.equal(fitting[slots[0]][key], fitting[slot][key]) for slot in slots[1:]):
-            found[key] = fitting[slots[0]][key]
-    for slot, matrices in fitting.items():  # those whose values the engine gets, now that all are known
-        if any(key in found and torch.equal(matrix, aligned(found[key])) for key, matrix in matrices.items()):
+        first, *others = (turned(slot, key) for slot in slots)
+        if all(torch.equal(first, other) for other in others):
+            found[key] = first
+            for slot in slots:
+                del left[slot]
+    for slot in left.keys() & own.keys():  # copies of what the engine gets by another name, such as a tied matrix
+        if any(key in found and torch.equal(turned(slot, key), aligned(found[key])) for key in fitting[slot]):
             del left[slot]
     return found | {f"{name} (elsewhere)" if name in wanted else name: tensor for name, tensor in left.values()}
 
 
 def _turned(tensor: Tensor, product: Product | None, fact: Facts | None) -> Tensor:
     """A matrix, transposed if the engine's product sums over its other axis."""
-    return tensor if product is None or fact is None or product.axis == fact["axis"] else aligned(tensor).t()
+    same = product is None or fact is None or product.axis == fact["axis"]
+    return tensor if same else aligned(tensor).t().contiguous()
 
 
-def _fitting(product: Product, tensor: Tensor, wanted: Wanted, products: Facts) -> dict[str, Tensor]:
-    """For the names of all of the engine's matrices that a matrix can be: the matrix with the axes of the engine's."""
-    tensor = aligned(tensor)
-    turned = {key: _turned(tensor, product, fact) for key, fact in products.items()}
-    return {key: one for key, one in turned.items() if key in wanted and tuple(wanted[key][1]) == tuple(one.shape)}
+def _fitting(product: Product, tensor: Tensor, wanted: Wanted, products: Facts) -> list[str]:
+    """The names of all of the engine's matrices whose shape a matrix has, transposed if need be."""
+    shapes = {key: tuple(tensor.shape)[:: 1 if fact["axis"] == product.axis else -1] for key, fact in products.items()}
+    return [key for key, shape in shapes.items() if key in wanted and tuple(wanted[key][1]) == shape]
 
 
 def _is_near(key: str, fact: Facts, module: str | None, added: str | None) -> bool:
