@@ -382,3 +382,12 @@ def test_memory_is_freed_at_once() -> None:
         assert seen() is None
     finally:
         gc.enable()
+
+
+def test_equal_numbers_are_one() -> None:
+    constants = [node("Constant", "", f"c{n}", value_float=number) for n, number in enumerate([2.0, 3.0, 2.0])]
+    constants.append(node("Constant", "", "c3", value_int=2))
+    nodes = [node("Mul", "x c0", "a"), node("Add", "a c1", "b"), node("Mul", "b c2", "c"), node("Pow", "c c3", "y")]
+    module = from_onnx(model(graph([*constants, *nodes], [value("x", [2])], [value("y", [2])])))
+    assert module(torch.tensor([0.0, 1.0])).tolist() == [36.0, 100.0]
+    assert sorted(tensor.item() for tensor in module.buffers()) == [2, 2.0, 3.0]

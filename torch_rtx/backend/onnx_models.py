@@ -61,7 +61,8 @@ def declared_inputs(module: OnnxModule, sizes: Any) -> tuple[Input, ...]:
         example = ", ".join(f"{name!r}: (1, 4, 16)" for name in missing)
         raise InputError(
             f"the model leaves the sizes {', '.join(missing)} open",
-            hint=f"give their smallest, typical and largest values: dynamic_shapes={{{example}}}",
+            hint=f"give their smallest, typical and largest values: dynamic_shapes={{{example}}}, "
+            f"or --size {missing[0]}=1:4:16",
         )
     return tuple(_input(value, given) for value in needed)
 

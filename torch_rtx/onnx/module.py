@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch_rtx.errors import InputError
 from torch_rtx.onnx import host
 from torch_rtx.onnx.dtypes import dtype_of
-from torch_rtx.onnx.outline import Outline, outline
+from torch_rtx.onnx.outline import Outline, digest_of, outline
 from torch_rtx.onnx.plan import Weight, plan
 from torch_rtx.onnx.products import Product, products_of
 from torch_rtx.onnx.reader import FRAME, read, reading
@@ -129,7 +129,8 @@ class OnnxModule(nn.Module):
             OnnxInput(value, argument, value.const_value is not None)
             for value, argument in zip((*given, *optional), arguments, strict=True)
         ]
-        where = [(weight.slot, *self._add(weight)) for weight in steps.weights]
+        numbers: dict[str, tuple[nn.Module, str]] = {}
+        where = [(weight.slot, *self._add(weight, numbers)) for weight in steps.weights]
         # Not the module itself, which would be a cycle: its memory would be freed late.
         self._weights = [(slot, None if owner is self else owner, name) for slot, owner, name in where]
         known = {weight.slot: host.of_tensor(weight.tensor) for weight in steps.weights if weight.known}
@@ -217,8 +218,17 @@ class OnnxModule(nn.Module):
             given.check(value)
         return values
 
-    def _add(self, weight: Weight) -> tuple[nn.Module, str]:
-        """Register a tensor, in nested modules for the dots of its name; where it is then."""
+    def _add(self, weight: Weight, numbers: dict[str, tuple[nn.Module, str]]) -> tuple[nn.Module, str]:
+        """Register a tensor, in nested modules for the dots of its name; where it is then. Equal numbers of Constants
+        are one: a file may have hundreds, and each costs time in a capture."""
+        if not weight.constant or weight.tensor.numel() != 1:
+            return self._place(weight)
+        key = digest_of(weight.tensor)
+        if key not in numbers:
+            numbers[key] = self._place(weight)
+        return numbers[key]
+
+    def _place(self, weight: Weight) -> tuple[nn.Module, str]:
         learnt = weight.tensor.dtype in LEARNT and not weight.state
         number = weight.constant and (weight.tensor.numel() == 1 or weight.tensor.dtype in COUNTED)
         owner: nn.Module = self

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import zip_longest
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch_rtx.onnx import ops as _declared  # noqa: F401
 from torch_rtx.onnx.registry import TOLD, Operator, find
 
 CONTROL = ("If", "Loop", "Scan")
+_signature = cache(inspect.signature)
 Slots = tuple[int | None, ...]
 
 
@@ -209,12 +211,12 @@ class _Planner:
         operator = find(domain, name, version)
         if operator is None:
             raise step.error(f"the operator {step.op} of version {version} is not supported")
-        taken = inspect.signature(operator.function).parameters
+        taken = _signature(operator.function).parameters
         positional = [p for p in taken.values() if p.kind is not p.KEYWORD_ONLY]
         told = tuple(name for name in TOLD if name in taken)
         given = {**step.attributes, **dict.fromkeys(told)}
         try:
-            inspect.signature(operator.function).bind(*step.inputs, **given)
+            _signature(operator.function).bind(*step.inputs, **given)
         except TypeError as error:
             raise step.error(f"the node does not fit the operator: {error}") from None
         names = [positional[min(number, len(positional) - 1)].name for number in range(len(step.inputs))]
