@@ -136,7 +136,7 @@ WRONG: dict[str, list[Any]] = {
     **dict.fromkeys(("producer", "digests"), [None, "x", [["a", "b"]], {"a": 1}, {"a": None}]),
     **dict.fromkeys(("inputs", "unused_names"), [None, "x", {"a": "b"}, [1], [["a"]]]),
     "stripped": [None, 0, "false"],
-    "products": [None, [], {"a": None}, {"a": {"axis": 2, "bias": None}}, {"a": {"axis": 0, "bias": 1}}],
+    "products": [None, [], {"a": None}, {"a": {"axis": 2, "bias": None}}, {"a": {"axis": 0, "module": 1}}],
     "onnx": [1, {}, *({**MODEL, name: wrong} for name in MODEL for wrong in (1, [1.5]))],
     "profiles": [None, {}, [[]], [{"s": 1}], [{"s": [1, 2]}], [{"s": [None, 1, 2]}], [{"s": [1, 2.0, 3]}]],
 }

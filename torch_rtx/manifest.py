@@ -88,10 +88,11 @@ def _device(value: Any) -> str:
 
 def _products(value: Any) -> dict[str, Any]:
     for fact in exactly(dict)(value).values():
-        axis, bias = exactly(dict)(fact).get("axis"), fact.get("bias")
-        if exactly(int)(axis) not in (0, 1) or type(bias) not in (str, type(None)):
-            raise TypeError("expected an axis, and the name of a bias")
-    return {name: {key: fact.get(key) for key in ("axis", "bias")} for name, fact in value.items()}
+        if exactly(int)(exactly(dict)(fact).get("axis")) not in (0, 1):
+            raise TypeError("expected an axis")
+        if any(type(fact.get(key)) not in (str, type(None)) for key in ("bias", "module")):
+            raise TypeError("expected the names of a bias and a module")
+    return {name: {key: fact.get(key) for key in ("axis", "bias", "module")} for name, fact in value.items()}
 
 
 def _onnx(value: Any) -> dict[str, Any] | None:

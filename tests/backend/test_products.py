@@ -36,14 +36,15 @@ class Products(nn.Module):
 
 
 def test_products() -> None:
-    assert products_of(torch.export.export(Products(), (torch.randn(4, 4),))) == {
-        "layer.weight": {"axis": 1, "bias": "layer.bias"},
-        "plain.weight": {"axis": 1, "bias": None},
-        "right": {"axis": 0, "bias": "late"},
-        "turned": {"axis": 1, "bias": "bias"},
-        "twice": {"axis": 0, "bias": None},
-        "unturned": {"axis": 0, "bias": None},
-        "rows": {"axis": 0, "bias": None},
+    found = products_of(torch.export.export(Products(), (torch.randn(4, 4),)))
+    assert {name: tuple(fact.values()) for name, fact in found.items()} == {
+        "layer.weight": (1, "layer.bias", "layer"),
+        "plain.weight": (1, None, "plain"),
+        "right": (0, "late", ""),
+        "turned": (1, "bias", ""),
+        "twice": (0, None, ""),
+        "unturned": (0, None, ""),
+        "rows": (0, None, ""),
     }
 
 
@@ -57,5 +58,6 @@ def test_engines_have_them(onnx: bool) -> None:
         model, args = torch_rtx.from_onnx(linear()), (torch.randn(2, 3, 4),)
     name, axis = ("layer.weight", 0) if onnx else ("weight", 1)
     manifest = torch_rtx.compile(model, args).engine.manifest
-    assert manifest.products == {name: {"axis": axis, "bias": None if onnx else "bias"}}
+    bias, module = (None, None) if onnx else ("bias", "")
+    assert manifest.products == {name: {"axis": axis, "bias": bias, "module": module}}
     assert (manifest.onnx is not None) is onnx

@@ -402,7 +402,10 @@ def test_a_bias_that_exporters_named_tells_nothing(bias: str) -> None:
     """A matrix is not found by a bias, or as one of the model's own, where the names of these come from counting."""
     names = ("first", "second", "onnx::MatMul_7", bias)
     module = from_onnx(network(0, names))
-    products = {"onnx::MatMul_7": {"axis": 0, "bias": bias}, "first": {"axis": 0, "bias": None}}
+    products = {
+        "onnx::MatMul_7": {"axis": 0, "bias": bias, "module": None},
+        "first": {"axis": 0, "bias": None, "module": ""},
+    }
     other = of_another_program(1, ("first", "second", "onnx::MatMul_8", bias))
     for one in other.graph.node:
         one.name = f"/{one.op_type}"  # in no module

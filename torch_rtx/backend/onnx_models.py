@@ -9,9 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from torch.export import Dim
+from torch.export import Dim, ExportedProgram
 
 from torch_rtx.backend.inputs import Input
+from torch_rtx.backend.products import products_of
 from torch_rtx.errors import InputError
 from torch_rtx.ir import is_name
 from torch_rtx.runtime.weight_sources import is_onnx
@@ -31,9 +32,15 @@ def imported(model: Any, args: Any, dynamic_shapes: Any) -> tuple[Any, Any, Any]
     return (module, declared_inputs(module, dynamic_shapes), None) if args is None else (module, args, dynamic_shapes)
 
 
-def onnx_program(model: Any) -> Mapping[str, Any] | None:
-    """What an engine of `model` keeps of its ONNX program, if it is made of one; see `onnx.weights.program_of`."""
-    return import_module("torch_rtx.onnx.weights").program_of(model) if is_onnx(model) else None
+def onnx_facts(model: Any, program: ExportedProgram) -> dict[str, Any]:
+    """What an engine keeps to find its weights in ONNX models: fields of the manifest."""
+    products = products_of(program)
+    if not is_onnx(model):
+        return {"products": products}
+    weights = import_module("torch_rtx.onnx.weights")
+    modules = weights.modules_of(model)
+    named = {name: {**fact, "module": modules.get(name)} for name, fact in products.items()}
+    return {"products": named, "onnx": weights.program_of(model)}
 
 
 def declared_inputs(module: OnnxModule, sizes: Any) -> tuple[Input, ...]:

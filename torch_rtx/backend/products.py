@@ -23,8 +23,9 @@ _SHAPED = ("aten.alias.default", "aten.detach.default", "aten.view.default", "at
 
 
 def products_of(program: ExportedProgram) -> dict[str, Any]:
-    """For each weight that is a matrix of a product, by name: `axis`, which the product sums over, and `bias`, the name
-    of what is added to it, or None. A matrix of which products sum over both axes is left out."""
+    """For each weight that is a matrix of a product, by name: `axis`, which the product sums over; `bias`, the name of
+    what is added to it, or None; and `module`, the path of the module that has the matrix. A matrix of which products
+    sum over both axes is left out."""
     names = {spec.arg.name: spec.target for spec in program.graph_signature.input_specs if spec.target is not None}
     weights = {node: names[node.name] for node in program.graph.nodes if node.name in names}
     found: dict[str, Any] = {}
@@ -38,7 +39,8 @@ def products_of(program: ExportedProgram) -> dict[str, Any]:
             given = node.args[bias_at] if bias_at is not None and len(node.args) > bias_at else None
             bias = next((weights[one] for one in (given, *_added(node)) if one in weights), None)
             name, axis = weights[matrix], 1 - axis if swapped else axis
-            if found.setdefault(name, {"axis": axis, "bias": bias})["axis"] != axis:
+            fact = {"axis": axis, "bias": bias, "module": name.rpartition(".")[0]}
+            if found.setdefault(name, fact)["axis"] != axis:
                 both.add(name)
     return {name: fact for name, fact in found.items() if name not in both}
 

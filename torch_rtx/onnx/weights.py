@@ -49,6 +49,12 @@ def program_of(module: OnnxModule) -> Facts:
     }
 
 
+def modules_of(module: OnnxModule) -> dict[str, str | None]:
+    """By the names of matrices: the modules that an exporter made their products from, or None."""
+    places = module.places()
+    return {places[slot][0]: product.module for slot, product in module.products().items()}
+
+
 def weights_of(
     source: Source | OnnxModule, wanted: Wanted, program: Facts | None, products: Facts
 ) -> dict[str, Tensor]:
@@ -107,7 +113,7 @@ def _by_name(module: OnnxModule, wanted: Wanted, products: Facts) -> dict[str, T
     for slot, keys in fitting.items():
         bias = own[slot].bias
         added = kept[bias][0] if bias in kept and bias not in lost else None
-        near = [key for key in keys if key not in found and _is_near(key, products[key], own[slot].module, added)]
+        near = [key for key in keys if key not in found and _is_near(products[key], own[slot].module, added)]
         if len(near) == 1:
             copies.setdefault(near[0], []).append(slot)
     for key, slots in copies.items():
@@ -134,10 +140,9 @@ def _fitting(product: Product, tensor: Tensor, wanted: Wanted, products: Facts) 
     return [key for key, shape in shapes.items() if key in wanted and tuple(wanted[key][1]) == shape]
 
 
-def _is_near(key: str, fact: Facts, module: str | None, added: str | None) -> bool:
-    """Whether a matrix of the engine has the same bias, or is of the same module, as its name says."""
-    path = None if _COUNTED.fullmatch(key) else key.rpartition(".")[0]
-    return (added is not None and added == fact["bias"]) or (module is not None and module == path)
+def _is_near(fact: Facts, module: str | None, added: str | None) -> bool:
+    """Whether a matrix of the engine has the same bias, or is of the same module."""
+    return (added is not None and added == fact["bias"]) or (module is not None and module == fact["module"])
 
 
 def _is_of_program(name: str, tensor: Tensor) -> bool:
