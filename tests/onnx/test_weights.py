@@ -309,17 +309,18 @@ def test_frames_of_modules_that_changed(tmp_path: Path) -> None:
 
 
 class Layers(nn.Module):
-    """Square layers with and without a bias, a product that is no layer, a tied matrix, and a norm."""
+    """Square layers with and without a bias, a product that is no layer, a tied matrix, and a norm by a name that
+    modules of `from_onnx` have for something else."""
 
     def __init__(self) -> None:
         super().__init__()
         self.table = nn.Embedding(6, 4)
         self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4, bias=False)
         self.third, self.free = nn.Linear(4, 4, bias=False), nn.Parameter(torch.randn(4, 4))
-        self.norm = nn.LayerNorm(4)
+        self.file = nn.LayerNorm(4)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        x = self.norm(self.first(self.table(ids)))
+        x = self.file(self.first(self.table(ids)))
         return (self.second(x) * self.third(x).sigmoid() @ self.free) @ self.table.weight.t()
 
 

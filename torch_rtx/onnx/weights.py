@@ -95,8 +95,11 @@ def _by_place(given: Sequence[Place], program: Facts) -> dict[str, Tensor]:
 
 
 def _by_name(module: OnnxModule, wanted: Wanted, products: Facts) -> dict[str, Tensor]:
-    places, own = module.places(), module.products()
-    kept = {slot: (name, tensor) for slot, (name, tensor, fixed) in places.items() if not fixed or name in wanted}
+    places, own, onnx_names = module.places(), module.products(), module.onnx_names
+    named = {slot: (name if name in wanted else onnx_names.get(name, name)) for slot, (name, *_) in places.items()}
+    kept = {
+        slot: (named[slot], tensor) for slot, (_, tensor, fixed) in places.items() if not fixed or named[slot] in wanted
+    }
     lost = {slot for slot, (name, _) in kept.items() if name not in wanted or _COUNTED.fullmatch(name)}
     found = {
         name: _turned(tensor, own.get(slot), products.get(name))
