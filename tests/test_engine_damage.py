@@ -128,6 +128,7 @@ def test_a_newer_format_that_this_reader_understands(tmp_path: Path) -> None:
     assert load(path).manifest.format_version == FORMAT_VERSION
 
 
+MODEL = {"frame": None, "structure": "", "weights": [None], "initializers": [0], "numbers": [""]}
 FIELDS = [field.name for field in fields(Manifest)]
 WRONG: dict[str, list[Any]] = {
     **dict.fromkeys(("format_version", "min_reader"), [None, "1", 1.0, True, [1]]),
@@ -135,6 +136,8 @@ WRONG: dict[str, list[Any]] = {
     **dict.fromkeys(("producer", "digests"), [None, "x", [["a", "b"]], {"a": 1}, {"a": None}]),
     **dict.fromkeys(("inputs", "unused_names"), [None, "x", {"a": "b"}, [1], [["a"]]]),
     "stripped": [None, 0, "false"],
+    "products": [None, [], {"a": None}, {"a": {"axis": 2, "bias": None}}, {"a": {"axis": 0, "module": 1}}],
+    "onnx": [1, {}, *({**MODEL, name: wrong} for name in MODEL for wrong in (1, [1.5]))],
     "profiles": [None, {}, [[]], [{"s": 1}], [{"s": [1, 2]}], [{"s": [None, 1, 2]}], [{"s": [1, 2.0, 3]}]],
 }
 

@@ -42,7 +42,8 @@ def test_old_engine(path: Path, tmp_path: Path) -> None:
     seen = torch_rtx.inspect(path)
     assert seen.manifest.format_version == int(path.parent.name[1:])
     assert ("sm_120" in seen.kernels) is (path.stem in ("kernel", "split"))
-    assert len(seen.profiles) == {"symbolic": 1, "kernel": 1, "profiles": 2}.get(path.stem, 0)
+    assert len(seen.profiles) == {"symbolic": 1, "kernel": 1, "profiles": 2, "onnx": 1}.get(path.stem, 0)
+    assert (seen.manifest.onnx is not None) is (path.stem == "onnx")
     check(path)
     # Read and written again by this release.
     torch_rtx.save(torch_rtx.load(path), tmp_path / path.name)
@@ -52,8 +53,8 @@ def test_old_engine(path: Path, tmp_path: Path) -> None:
 
 
 def test_every_case_is_kept() -> None:
-    later = {"v1": {"kernel", "profiles", "cache", "split"}, "v2": {"profiles", "cache", "split"}}
-    later |= {"v3": {"cache", "split"}, "v4": set(), "v5": set()}
+    later = {"v1": {"kernel", "profiles", "cache", "split", "onnx"}, "v2": {"profiles", "cache", "split", "onnx"}}
+    later |= {"v3": {"cache", "split", "onnx"}, "v4": {"onnx"}, "v5": {"onnx"}, "v6": set()}
     for folder, names in later.items():
         assert {path.stem for path in (ENGINES / folder).glob("*.rtx")} == set(write_engines.CASES) - names
 

@@ -44,7 +44,7 @@ ARROWS = {
     "lowering.kernels": {"artefacts", "dtypes", "errors", "ir", "op_work", "targets", "tactics"},
     "runtime": {
         *("errors", "ir", "irparse", "optable", "op_work", "aten", "settings", "targets", "profiles", "manifest"),
-        *("dtypes", "tactics", "engine", "cache", "artefacts"),
+        *("dtypes", "tactics", "engine", "cache", "artefacts", "onnx"),
     },
     "onnx": {"errors"},
     "backend": {
@@ -167,7 +167,7 @@ def test_passes_are_one_file_each() -> None:
         ("import torch_rtx; torch_rtx.inspect", ("torch", "triton")),
         ("import torch_rtx.__main__", ("torch", "triton")),
         ("import torch_rtx; torch_rtx.RtxError; torch_rtx.CompilationSettings()", ("torch",)),
-        (f"import torch_rtx; torch_rtx.load({str(ENGINES / 'v5' / 'mlp.rtx')!r})", ("torch._dynamo", "triton")),
+        (f"import torch_rtx; torch_rtx.load({str(ENGINES / 'v6' / 'mlp.rtx')!r})", ("torch._dynamo", "triton")),
         ("import torch_rtx; torch_rtx.load", ("torch._dynamo", "triton", "torch_rtx.lowering", "torch_rtx.backend")),
     ],
 )

@@ -1,4 +1,4 @@
-"""Writes the engines of `tests/engines/v5`, which every later release must read: python -m tests.write_engines
+"""Writes the engines of `tests/engines/v6`, which every later release must read: python -m tests.write_engines
 
 Each is written beside what it needs: `NAME.rtx`, `NAME.weights.safetensors` if it is weight-stripped, and
 `NAME.calls.safetensors` with the inputs and outputs of some calls, eager's, as `CALL/in/POSITION` and
@@ -29,7 +29,7 @@ from torch_rtx.lowering.kernels.generate import forms, generate
 from torch_rtx.tactics import OWN, Tactic
 from torch_rtx.targets import PORTABLE, Target
 
-FOLDER = ENGINES / "v5"
+FOLDER = ENGINES / "v6"
 
 
 def mlp() -> tuple[nn.Module, list[tuple[Any, ...]], Any]:
@@ -100,6 +100,13 @@ def cache() -> tuple[nn.Module, list[tuple[Any, ...]], Any]:
     return Cached(), [(torch.randn(2, 2), torch.tensor(at), torch.randn(4, 2)) for at in ([3, 0], [1, 3])], None
 
 
+def onnx() -> tuple[nn.Module, list[tuple[Any, ...]], Any]:
+    from tests.onnx.models import linear  # needs the package onnx, which those who read engines may lack
+
+    calls = [(torch.randn(n, 3, 4),) for n in (2, 1, 8)]
+    return torch_rtx.from_onnx(linear()), calls, {"x": {0: Dim("batch", min=1, max=8)}}
+
+
 BODY = """kernel add_k(in0=x, in1=y) graph import {{
     {dim}
     input in0: {type}
@@ -162,6 +169,7 @@ CASES = {
     "profiles": profiles,
     "cache": cache,
     "split": split,
+    "onnx": onnx,
 }
 # What a case is built for, if it is not its first call.
 INPUTS = {

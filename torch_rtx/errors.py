@@ -131,7 +131,11 @@ class RefitError(RtxError, ValueError):
         )
         lines = [line for group in groups for line in _first(group)]
         prefix = _prefix(missing, unexpected)
-        hint = f"give them without their prefix: {{name.removeprefix({prefix!r}): tensor, ...}}" if prefix else None
+        hint = None
+        if prefix:
+            hint = f"give them without their prefix: {{name.removeprefix({prefix!r}): tensor, ...}}"
+        elif unexpected and not missing and not mismatched:
+            hint = "if the engine does not need them: module.refit(weights, strict=False)"
         super().__init__("weights do not fit the engine, nothing was changed:\n" + "\n".join(lines), hint=hint)
 
 

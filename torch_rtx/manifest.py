@@ -17,7 +17,8 @@ from torch_rtx.profiles import Profile, read_profiles
 #   3: typical values of symbols, profiles
 #   4: updates in place, split bodies of kernels
 #   5: tactics in place of launches and split bodies
-FORMAT_VERSION = 5
+#   6: how to find weights in ONNX models
+FORMAT_VERSION = 6
 # The oldest readers of files without kernels, with several profiles or typical values, with updates, with kernels.
 PLAIN_READER, PROFILE_READER, UPDATE_READER, TACTIC_READER = 1, 3, 4, 5
 OLDEST_READABLE = 1
@@ -40,6 +41,8 @@ class Manifest:
         unused_names: parameters of the model that the engine does not need; refit ignores them.
         profiles: see `profiles.profiles_of`.
         stripped: whether the file has no weights.
+        products: see `backend.products.products_of`.
+        onnx: for an engine built from an ONNX model: see `onnx.weights.program_of`.
         format_version, min_reader: the format of the file, and the oldest reader that understands it.
     """
 
@@ -51,6 +54,8 @@ class Manifest:
     unused_names: tuple[str, ...] = ()
     profiles: tuple[Profile, ...] = ()
     stripped: bool = False
+    products: Mapping[str, Any] = field(default_factory=dict)
+    onnx: Mapping[str, Any] | None = None
     digests: Mapping[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
     min_reader: int = PLAIN_READER
@@ -81,6 +86,30 @@ def _device(value: Any) -> str:
     return str(value)
 
 
+def _products(value: Any) -> dict[str, Any]:
+    for fact in exactly(dict)(value).values():
+        if exactly(int)(exactly(dict)(fact).get("axis")) not in (0, 1):
+            raise TypeError("expected an axis")
+        if any(type(fact.get(key)) not in (str, type(None)) for key in ("bias", "module")):
+            raise TypeError("expected the names of a bias and a module")
+    return {name: {key: fact.get(key) for key in ("axis", "bias", "module")} for name, fact in value.items()}
+
+
+def _onnx(value: Any) -> dict[str, Any] | None:
+    if value is None:
+        return None
+    fields: dict[str, Any] = {name: exactly(dict)(value).get(name) for name in ("frame", "structure")}
+    fields |= {name: exactly(list)(value.get(name)) for name in ("weights", "initializers", "numbers")}
+    expected = {"weights": (str, type(None)), "initializers": (int, type(None)), "numbers": (str,)}
+    if any(type(one) not in kinds for name, kinds in expected.items() for one in fields[name]):
+        raise TypeError("expected names, indexes and digests")
+    if type(fields["structure"]) is not str or type(fields["frame"]) not in (str, type(None)):
+        raise TypeError("expected digests")
+    if len(fields["weights"]) != len(fields["initializers"]):
+        raise TypeError("expected an index for each name")
+    return fields
+
+
 _FIELDS: dict[str, Callable[[Any], Any]] = {
     "format_version": exactly(int),
     "min_reader": exactly(int),
@@ -92,9 +121,12 @@ _FIELDS: dict[str, Callable[[Any], Any]] = {
     "unused_names": _strings,
     "profiles": read_profiles,
     "stripped": exactly(bool),
+    "products": _products,
+    "onnx": _onnx,
     "digests": _string_map,
 }
-_SINCE: Mapping[str, tuple[int, Any]] = {"profiles": (3, ())}  # (first format with the field, value in older ones)
+# The first format with the field, and its value in older ones.
+_SINCE: Mapping[str, tuple[int, Any]] = {"profiles": (3, ()), "products": (6, {}), "onnx": (6, None)}
 
 
 def read_manifest(value: Any) -> Manifest:

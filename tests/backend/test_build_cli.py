@@ -13,8 +13,8 @@ pytest.importorskip("onnx_ir")
 import onnx
 
 import torch_rtx
-from tests.onnx.models import linear
-from torch_rtx.backend.build_cli import sizes_given
+from tests.onnx.models import INT64, graph, linear, model, node, value
+from torch_rtx.backend.build_cli import sizes_given, values_given
 from torch_rtx.backend.cli import app
 from torch_rtx.errors import SettingsError
 
@@ -39,3 +39,22 @@ def test_sizes() -> None:
     for text in ("batch", "=3", "batch=", "batch=1:2", "batch=a", "batch=-1"):
         with pytest.raises(SettingsError, match="is not a size"):
             sizes_given([text])
+
+
+def test_fixed_inputs(tmp_path: Path) -> None:
+    nodes = [node("Expand", "x shape", "wide"), node("Pow", "wide power", "y")]
+    inputs = [value("x", [1]), value("shape", [2], INT64), value("power", [], INT64)]
+    onnx.save(model(graph(nodes, inputs, [value("y")])), tmp_path / "model.onnx")
+    given = ["build", str(tmp_path / "model.onnx"), "--device", "cpu", "--fix", "shape=[2,3]"]
+    done = CliRunner().invoke(app, [*given, "--fix", "power=2"])
+    assert done.exit_code == 0, done.output
+    assert torch_rtx.load(tmp_path / "model.rtx")(torch.tensor([3.0])).tolist() == [[9.0] * 3] * 2
+    refused = CliRunner().invoke(app, [*given, "--fix", "other=2"])
+    assert (refused.exit_code, "no input 'other'" in refused.output) == (1, True)
+
+
+def test_values() -> None:
+    assert values_given(["sr=16000", "a = b=[1.5, true]", "c=[]"]) == {"sr": 16000, "a = b": [1.5, True], "c": []}
+    for text in ("sr", "=3", "sr=", "sr=a", 'sr="a"', 'sr={"a": 1}', "sr=[[1], null]", "sr=1,2"):
+        with pytest.raises(SettingsError, match="is not the value of an input"):
+            values_given([text])

@@ -82,6 +82,8 @@ def engine_of(graph: Graph, tensors: Tensors) -> bytes:
         "unused_names": [],
         "profiles": [],
         "stripped": False,
+        "products": {},
+        "onnx": None,
         "digests": {},
     }
     table, data = {}, b""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import pickle
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -367,3 +369,25 @@ def test_compile_takes_a_path(tmp_path: Path) -> None:
 def test_sizes_that_compile_refuses(sizes: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         torch_rtx.compile(linear(), dynamic_shapes=sizes)
+
+
+def test_memory_is_freed_at_once() -> None:
+    """A module is in no cycle, so that its weights do not stay until the next garbage collection."""
+    from_onnx(linear())  # the first one imports Dynamo, and errors in there keep frames
+    module = from_onnx(linear())
+    seen = weakref.ref(module)
+    gc.disable()
+    try:
+        del module
+        assert seen() is None
+    finally:
+        gc.enable()
+
+
+def test_equal_numbers_are_one() -> None:
+    constants = [node("Constant", "", f"c{n}", value_float=number) for n, number in enumerate([2.0, 3.0, 2.0])]
+    constants.append(node("Constant", "", "c3", value_int=2))
+    nodes = [node("Mul", "x c0", "a"), node("Add", "a c1", "b"), node("Mul", "b c2", "c"), node("Pow", "c c3", "y")]
+    module = from_onnx(model(graph([*constants, *nodes], [value("x", [2])], [value("y", [2])])))
+    assert module(torch.tensor([0.0, 1.0])).tolist() == [36.0, 100.0]
+    assert sorted(tensor.item() for tensor in module.buffers()) == [2, 2.0, 3.0]

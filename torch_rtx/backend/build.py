@@ -18,7 +18,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch_rtx.backend.capture_errors import check_mode, checked_model, explained
 from torch_rtx.backend.compiler import Program
 from torch_rtx.backend.inputs import declare, forward_names, user_inputs
-from torch_rtx.backend.onnx_models import imported
+from torch_rtx.backend.onnx_models import imported, onnx_facts
 from torch_rtx.backend.program_cache import get_or_build
 from torch_rtx.engine import Engine, Json, Manifest
 from torch_rtx.errors import CaptureError, RtxError
@@ -83,7 +83,7 @@ def compile(
     signature = _signature(program, forward_names(model), _defaults(model))
     profiles = declared.profiles(lowered.graph, signature.leaves)
     signature.sizes = declared.names_of_sizes(lowered.graph, signature.leaves)
-    engine = _engine(program, lowered, signature, tensors, settings, profiles)
+    engine = _engine(program, lowered, signature, tensors, settings, profiles, onnx_facts(model, program))
     runs_here = lowered.device.type == "cpu" or torch.cuda.is_available()
     device = lowered.device if runs_here else torch.device("cpu")
     # Trusted: the fallbacks come from a model of this process, not from a file.
@@ -160,6 +160,7 @@ def _engine(
     tensors: Mapping[str, torch.Tensor],
     settings: CompilationSettings,
     profiles: tuple[Profile, ...],
+    found: Mapping[str, Any],
 ) -> Engine:
     parameters = lowered.graph.parameters
     needed = {name for p in parameters for name in (p.name, *p.aliases)}
@@ -170,6 +171,7 @@ def _engine(
         producer={"torch_rtx": __version__, "torch": torch.__version__},
         unused_names=tuple(sorted(n for n in program.state_dict if n not in needed)),
         profiles=profiles,
+        **found,
     )
     data = {**tensors, **lowered.constants}
     constants = {p.name: data[p.name].detach() for p in parameters if p.constant}

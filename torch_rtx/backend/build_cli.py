@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,12 +16,14 @@ from torch_rtx.errors import SettingsError
 from torch_rtx.settings import CompilationSettings
 
 SIZE_HELP = "A size that the model leaves open, as batch=8, or batch=1:4:16 (smallest, typical, largest); repeatable."
+FIX_HELP = "An input with one value in every call, as sr=16000 or sizes=[1,2]; repeatable."
 
 
 def build(
     path: Annotated[Path, typer.Argument(help="An ONNX model.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The engine; default: model.rtx.")] = None,
     size: Annotated[list[str] | None, typer.Option("--size", "-s", help=SIZE_HELP)] = None,
+    fix: Annotated[list[str] | None, typer.Option("--fix", "-f", help=FIX_HELP)] = None,
     target: Annotated[
         list[str] | None,
         typer.Option("--target", "-t", help="A GPU to compile kernels for, or `portable`; repeatable; default: later."),
@@ -30,6 +33,7 @@ def build(
 ) -> None:
     """Build an engine from an ONNX model; its weights stay in the model, unless --weights is given."""
     from torch_rtx.backend.build import compile  # imports torch, which other commands do without
+    from torch_rtx.onnx.module import from_onnx
     from torch_rtx.runtime.module import save
 
     with errors():
@@ -38,7 +42,8 @@ def build(
             raise SettingsError(f"{out} can't be written: there is no such folder")
         settings = CompilationSettings(device=device, strip_weights=not weights)
         settings = replace(settings, targets=tuple(target)) if target else settings
-        save(compile(path, dynamic_shapes=sizes_given(size or []), settings=settings), out)
+        model = from_onnx(path, values_given(fix or []))
+        save(compile(model, dynamic_shapes=sizes_given(size or []), settings=settings), out)
         echo(f"wrote {out}")
 
 
@@ -56,3 +61,26 @@ def sizes_given(given: Iterable[str]) -> dict[str, int | tuple[int, ...]]:
             raise SettingsError(f"{text!r} is not a size", hint="sizes look like batch=8 or batch=1:4:16")
         found[name] = int(parts[0]) if len(parts) == 1 else tuple(map(int, parts))
     return found
+
+
+def values_given(given: Iterable[str]) -> dict[str, Any]:
+    """The values of inputs that texts such as `sr=16000` or `sizes=[1,2]` stand for.
+
+    Raises:
+        SettingsError: a text is none.
+    """
+    found: dict[str, Any] = {}
+    for text in given:
+        name, _, value = text.rpartition("=")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            name = ""
+        if not name or not _is_numeric(found[name]):
+            hint = "values are numbers, true, false, and lists of them: sr=16000, sizes=[1,2]"
+            raise SettingsError(f"{text!r} is not the value of an input", hint=hint)
+    return found
+
+
+def _is_numeric(value: Any) -> bool:
+    return all(map(_is_numeric, value)) if isinstance(value, list) else isinstance(value, int | float)

@@ -9,13 +9,14 @@ from typing import Annotated
 import typer
 
 from torch_rtx import inspection
-from torch_rtx.backend import build_cli, cache_cli, opt_cli, profile_cli, runtime_cache_cli
+from torch_rtx.backend import build_cli, cache_cli, opt_cli, profile_cli, refit_cli, runtime_cache_cli
 from torch_rtx.backend.terminal import echo, echo_json
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Tools for torch_rtx engines.")
 cache_cli.app.add_typer(runtime_cache_cli.app, name="runtime")
 app.add_typer(cache_cli.app, name="cache")
 app.command()(build_cli.build)
+app.command()(refit_cli.refit)
 app.command()(profile_cli.profile)
 app.command()(opt_cli.opt)
 File = Annotated[Path, typer.Argument(help="An engine (.rtx).")]

@@ -8,11 +8,14 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from torch.export import Dim
+from torch import nn
+from torch.export import Dim, ExportedProgram
 
 from torch_rtx.backend.inputs import Input
+from torch_rtx.backend.products import products_of
 from torch_rtx.errors import InputError
 from torch_rtx.ir import is_name
+from torch_rtx.runtime.weight_sources import is_onnx
 
 if TYPE_CHECKING:
     from torch_rtx.onnx.module import OnnxInput, OnnxModule
@@ -23,13 +26,21 @@ Span = tuple[int, int, int]
 def imported(model: Any, args: Any, dynamic_shapes: Any) -> tuple[Any, Any, Any]:
     """The module, the arguments and their dynamic shapes of an ONNX model: a path, an `onnx.ModelProto`, an
     `onnx_ir.Model`, or what `from_onnx` made. Any other model stays as it is, and loads none of these packages."""
-    home, name = type(model).__module__, type(model).__name__
-    made = home == "torch_rtx.onnx.module"
-    read = isinstance(model, str | os.PathLike) or home.partition(".")[0] == "onnx_ir" or name == "ModelProto"
-    if not made and not read:
+    if not isinstance(model, str | os.PathLike) and not is_onnx(model):
         return model, args, dynamic_shapes
-    module = model if made else import_module("torch_rtx.onnx.module").from_onnx(model)
+    module: Any = model if isinstance(model, nn.Module) else import_module("torch_rtx.onnx.module").from_onnx(model)
     return (module, declared_inputs(module, dynamic_shapes), None) if args is None else (module, args, dynamic_shapes)
+
+
+def onnx_facts(model: Any, program: ExportedProgram) -> dict[str, Any]:
+    """What an engine keeps to find its weights in ONNX models: fields of the manifest."""
+    products = products_of(program)
+    if not is_onnx(model):
+        return {"products": products}
+    weights = import_module("torch_rtx.onnx.weights")
+    modules = weights.modules_of(model)
+    named = {name: {**fact, "module": modules.get(name)} for name, fact in products.items()}
+    return {"products": named, "onnx": weights.program_of(model)}
 
 
 def declared_inputs(module: OnnxModule, sizes: Any) -> tuple[Input, ...]:
@@ -57,7 +68,8 @@ def declared_inputs(module: OnnxModule, sizes: Any) -> tuple[Input, ...]:
         example = ", ".join(f"{name!r}: (1, 4, 16)" for name in missing)
         raise InputError(
             f"the model leaves the sizes {', '.join(missing)} open",
-            hint=f"give their smallest, typical and largest values: dynamic_shapes={{{example}}}",
+            hint=f"give their smallest, typical and largest values: dynamic_shapes={{{example}}}, "
+            f"or --size {missing[0]}=1:4:16",
         )
     return tuple(_input(value, given) for value in needed)
 

@@ -18,7 +18,7 @@ from torch_rtx.profiles import Range
 
 def profile(
     path: Annotated[Path, typer.Argument(help="An engine (.rtx).")],
-    weights: Annotated[Path | None, typer.Option(help="A .safetensors file; default: random weights.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="A .safetensors or .onnx file; default: random weights.")] = None,
     size: Annotated[list[str] | None, typer.Option(help="A dynamic size, as batch=8; may be repeated.")] = None,
     device: Annotated[str | None, typer.Option(help="The device; default: the one that it was built for.")] = None,
     trust_binaries: Annotated[bool, typer.Option(help="Run the GPU kernels in the file, which you trust.")] = False,

@@ -7,29 +7,30 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from keyword import iskeyword
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Union
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo import nonstrict_trace
 
 from torch_rtx.errors import InputError
 from torch_rtx.onnx import host
 from torch_rtx.onnx.dtypes import dtype_of
+from torch_rtx.onnx.outline import Outline, digest_of, outline
 from torch_rtx.onnx.plan import Weight, plan
-from torch_rtx.onnx.reader import read, reading
+from torch_rtx.onnx.products import Product, products_of
+from torch_rtx.onnx.reader import FRAME, read, reading
 from torch_rtx.onnx.run import Runner
 
 if TYPE_CHECKING:
     import onnx
     import onnx_ir as ir
 
+Source = Union[str, os.PathLike[str], "onnx.ModelProto", "ir.Model"]
+COUNTED = (torch.int64, torch.bool)  # indices and masks: in a Constant node they are part of the program
 LEARNT = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def from_onnx(
-    source: str | os.PathLike[str] | onnx.ModelProto | ir.Model, fixed: Mapping[str, Any] | None = None
-) -> OnnxModule:
+def from_onnx(source: Source, fixed: Mapping[str, Any] | None = None) -> OnnxModule:
     """An ONNX model as a module, in evaluation mode.
 
     It runs eagerly, below `torch.compile` and `torch.export`, and can be trained. Its inputs are positional or have
@@ -46,11 +47,21 @@ def from_onnx(
         IntegrationError: the package onnx_ir is missing.
         FileNotFoundError: there is no such file.
     """
+    module = read_module(source, fixed)
+    module.__class__ = _class([(given.argument, given.optional) for given in module.inputs])
+    module.make_traceable()
+    return module
+
+
+def read_module(source: Source, fixed: Mapping[str, Any] | None = None, mapped: bool = False) -> OnnxModule:
+    """As `from_onnx`; but the module can't be compiled, and Dynamo, which takes long, is not loaded.
+
+    Args:
+        mapped: the module is there for its tensors alone, see `reader.data`.
+    """
     model, file = read(source)
     with reading(file):
-        module = OnnxModule(model, file, fixed or {})
-    module.__class__ = _class([(given.argument, given.optional) for given in module.inputs])
-    return module
+        return OnnxModule(model, file, fixed or {}, mapped)
 
 
 class OnnxInput:
@@ -103,9 +114,9 @@ class OnnxModule(nn.Module):
         file: the path of the model, if it came from one.
     """
 
-    def __init__(self, model: ir.Model, file: str | None, fixed: Mapping[str, Any]) -> None:
+    def __init__(self, model: ir.Model, file: str | None, fixed: Mapping[str, Any], mapped: bool = False) -> None:
         super().__init__()
-        steps = plan(model, file, _fixed(model, fixed))
+        steps = plan(model, file, _fixed(model, fixed), mapped)
         self.file = file
         self.onnx_names: dict[str, str] = {}
         self.output_names = tuple(str(value.name) for value in model.graph.outputs)
@@ -118,12 +129,55 @@ class OnnxModule(nn.Module):
             OnnxInput(value, argument, value.const_value is not None)
             for value, argument in zip((*given, *optional), arguments, strict=True)
         ]
-        self._weights = [(weight.slot, *self._add(weight)) for weight in steps.weights]
+        numbers: dict[str, tuple[nn.Module, str]] = {}
+        where = [(weight.slot, *self._add(weight, numbers)) for weight in steps.weights]
+        # Not the module itself, which would be a cycle: its memory would be freed late.
+        self._weights = [(slot, None if owner is self else owner, name) for slot, owner, name in where]
         known = {weight.slot: host.of_tensor(weight.tensor) for weight in steps.weights if weight.known}
         inputs = tuple(slots[value] for value in (*given, *optional))
         self._runner = Runner(steps.steps, inputs, tuple(steps.outputs), known, tuple(w.slot for w in steps.weights))
-        self._traced = nonstrict_trace(self._runner.run)
+        called = [slots[v] for v in model.graph.inputs if v.const_value is None or v.name in fixed]
+        self._outlined = steps.steps, steps.outputs, called
+        frame, stored = model.meta.get(FRAME, (None, {}))
+        own = {weight.slot: (weight, *stored[weight.name]) for weight in steps.weights if weight.name in stored}
+        self._framed = frame, {slot: (index, size, weight.tensor.dtype) for slot, (weight, index, size) in own.items()}
         self.eval()
+
+    def make_traceable(self) -> None:
+        """Have Dynamo trace what the steps do, not the code that runs them."""
+        from torch._dynamo import nonstrict_trace  # takes long to import
+
+        self._traced = nonstrict_trace(self._runner.run)
+
+    def outline(self) -> Outline:
+        """What makes the program besides its weights."""
+        return outline(*self._outlined)
+
+    def frame(self) -> tuple[str | None, dict[int, int]]:
+        """The digest of the file's frame, see `framed`, and the indexes of the initializers, by slot. None: the module
+        does not come from a file, or its tensors are not as they are there."""
+        frame, stored = self._framed
+        for slot, owner, name in self._weights:
+            tensor = getattr(owner or self, name)
+            index, size, dtype = stored.get(slot, (None, tensor.nbytes, tensor.dtype))
+            if tensor.nbytes != size or tensor.dtype != dtype:
+                return None, {}
+        return frame, {slot: index for slot, (index, *_) in stored.items()}
+
+    def products(self) -> dict[int, Product]:
+        """What is known of the matrices among the tensors, by slot."""
+        ranks = {slot: getattr(owner or self, name).dim() for slot, owner, name in self._weights}
+        return products_of(self._outlined[0], ranks)
+
+    def places(self) -> dict[int, tuple[str, Tensor, bool]]:
+        """For the slot of each tensor: its name in this module, the tensor, and whether it is part of the program."""
+        prefixes = {id(module): f"{path}." if path else "" for path, module in self.named_modules()}
+        kept = self.state_dict(keep_vars=True).keys()
+        found = {}
+        for slot, owner, name in self._weights:
+            path = prefixes[id(owner or self)] + name
+            found[slot] = path, getattr(owner or self, name).detach(), path not in kept
+        return found
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OnnxModule:
         """Inputs change their dtype with the weights, by `half()` or `to(torch.bfloat16)`."""
@@ -137,12 +191,12 @@ class OnnxModule(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._traced = nonstrict_trace(self._runner.run)
+        self.make_traceable()
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Run the model."""
         inputs = self._bound(args, kwargs)
-        tensors = [getattr(owner, name) for _, owner, name in self._weights]
+        tensors = [getattr(owner or self, name) for _, owner, name in self._weights]
         run = self._traced if torch.compiler.is_dynamo_compiling() else self._runner.run
         results = run(tensors, inputs)
         return results[0] if len(results) == 1 else tuple(results)
@@ -164,10 +218,19 @@ class OnnxModule(nn.Module):
             given.check(value)
         return values
 
-    def _add(self, weight: Weight) -> tuple[nn.Module, str]:
-        """Register a tensor, in nested modules for the dots of its name; where it is then."""
+    def _add(self, weight: Weight, numbers: dict[str, tuple[nn.Module, str]]) -> tuple[nn.Module, str]:
+        """Register a tensor, in nested modules for the dots of its name; where it is then. Equal numbers of Constants
+        are one: a file may have hundreds, and each costs time in a capture."""
+        if not weight.constant or weight.tensor.numel() != 1:
+            return self._place(weight)
+        key = digest_of(weight.tensor)
+        if key not in numbers:
+            numbers[key] = self._place(weight)
+        return numbers[key]
+
+    def _place(self, weight: Weight) -> tuple[nn.Module, str]:
         learnt = weight.tensor.dtype in LEARNT and not weight.state
-        number = weight.constant and weight.tensor.numel() == 1
+        number = weight.constant and (weight.tensor.numel() == 1 or weight.tensor.dtype in COUNTED)
         owner: nn.Module = self
         *path, leaf = weight.name.split(".")
         for part in path if all((*path, leaf)) else ():

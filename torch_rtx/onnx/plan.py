@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import zip_longest
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch_rtx.onnx import ops as _declared  # noqa: F401
 from torch_rtx.onnx.registry import TOLD, Operator, find
 
 CONTROL = ("If", "Loop", "Scan")
+_signature = cache(inspect.signature)
 Slots = tuple[int | None, ...]
 
 
@@ -38,6 +40,7 @@ class Step:
         told: the operator's parameters for what it is told of the node.
         bodies: the graphs among the attributes.
         frees: slots that no later step reads.
+        scopes: the modules that PyTorch's exporter made the node from, a list as text; or empty.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Step:
     told: tuple[str, ...] = ()
     bodies: Mapping[str, Body] = field(default_factory=dict)
     frees: tuple[int, ...] = ()
+    scopes: str = ""
 
     def error(self, message: str, hint: str | None = None) -> OnnxError:
         """An error at this node."""
@@ -102,16 +106,17 @@ class Plan:
     outputs: list[int]
 
 
-def plan(model: ir.Model, file: str | None, fixed: Mapping[str, Tensor]) -> Plan:
+def plan(model: ir.Model, file: str | None, fixed: Mapping[str, Tensor], mapped: bool = False) -> Plan:
     """The plan of a checked model.
 
     Args:
         fixed: inputs that have one value in every call, by name.
+        mapped: see `reader.data`.
 
     Raises:
         OnnxError: an operator is not known, or has attributes that it does not take.
     """
-    planner = _Planner(model, file)
+    planner = _Planner(model, file, mapped)
     graph = model.graph
     inputs = [planner.slot(value) for value in graph.inputs]
     for value in graph.inputs:
@@ -121,7 +126,7 @@ def plan(model: ir.Model, file: str | None, fixed: Mapping[str, Tensor]) -> Plan
     steps = planner.steps(graph, _Scope(dict(graph.opset_imports), {}))
     outputs = [planner.slot(value) for value in graph.outputs]
     known = _known_slots(steps, planner.weights)
-    uses = {use for step in _every(steps) for use in zip_longest(step.inputs, step.state, fillvalue=False)}
+    uses = {use for step in every(steps) for use in zip_longest(step.inputs, step.state, fillvalue=False)}
     for weight in planner.weights.values():
         weight.known = weight.slot in known or weight.name in fixed
         weight.state = (weight.slot, True) in uses and (weight.slot, False) not in uses
@@ -139,8 +144,8 @@ class _Scope:
 
 
 class _Planner:
-    def __init__(self, model: ir.Model, file: str | None) -> None:
-        self.file, self.functions = file, model.functions
+    def __init__(self, model: ir.Model, file: str | None, mapped: bool) -> None:
+        self.file, self.functions, self.mapped = file, model.functions, mapped
         self.slots: dict[ir.Value, int | None] = {}  # None: an input that a function was not given
         self.count = 0
         self.weights: dict[int, Weight] = {}
@@ -166,7 +171,7 @@ class _Planner:
         """Add the initializers of a graph."""
         for value in graph.initializers.values():
             if value.const_value is not None and self.slots.get(value) not in self.weights:
-                self.weight(value, reader.data(value.const_value, self.file))
+                self.weight(value, reader.data(value.const_value, self.file, self.mapped))
 
     def steps(self, nodes: Sequence[ir.Node] | ir.Graph, scope: _Scope) -> list[Step]:
         """The steps of nodes, in their order."""
@@ -189,7 +194,8 @@ class _Planner:
         bodies = {key: self.body(attr.value, scope) for key, attr in attributes.items() if _is_graph(attr)}
         values = {key: self.attribute(attr) for key, attr in attributes.items() if not _is_graph(attr)}
         outputs = tuple(self.slot(value) if value.name else None for value in node.outputs)
-        step = replace(step, inputs=inputs, outputs=outputs, attributes=values, bodies=bodies)
+        scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
+        step = replace(step, inputs=inputs, outputs=outputs, attributes=values, bodies=bodies, scopes=scopes)
         yield self.bound(step, domain, node.op_type, scope, attributes)
 
     def bound(self, step: Step, domain: str, name: str, scope: _Scope, attributes: Mapping[str, ir.Attr]) -> Step:
@@ -205,12 +211,12 @@ class _Planner:
         operator = find(domain, name, version)
         if operator is None:
             raise step.error(f"the operator {step.op} of version {version} is not supported")
-        taken = inspect.signature(operator.function).parameters
+        taken = _signature(operator.function).parameters
         positional = [p for p in taken.values() if p.kind is not p.KEYWORD_ONLY]
         told = tuple(name for name in TOLD if name in taken)
         given = {**step.attributes, **dict.fromkeys(told)}
         try:
-            inspect.signature(operator.function).bind(*step.inputs, **given)
+            _signature(operator.function).bind(*step.inputs, **given)
         except TypeError as error:
             raise step.error(f"the node does not fit the operator: {error}") from None
         names = [positional[min(number, len(positional) - 1)].name for number in range(len(step.inputs))]
@@ -362,11 +368,12 @@ def _attributes(node: ir.Node, scope: _Scope, step: Step) -> dict[str, ir.Attr]:
 # ---- analyses --------------------------------------------------------------------------------------------------------
 
 
-def _every(steps: Sequence[Step]) -> Iterator[Step]:
+def every(steps: Sequence[Step]) -> Iterator[Step]:
+    """The steps, each followed by those of its bodies."""
     for step in steps:
         yield step
         for body in step.bodies.values():
-            yield from _every(body.steps)
+            yield from every(body.steps)
 
 
 def _known_slots(steps: Sequence[Step], weights: Mapping[int, Weight]) -> set[int]:
@@ -375,7 +382,7 @@ def _known_slots(steps: Sequence[Step], weights: Mapping[int, Weight]) -> set[in
     integral = {slot for slot in small if not weights[slot].tensor.is_floating_point()}
     known: set[int] = set()
     computed: set[int] = set()
-    for step in _every(steps):
+    for step in every(steps):
         wanted = {slot for slot, ints in zip(step.inputs, step.ints, strict=False) if ints and slot in weights}
         known |= {slot for slot in wanted if slot is not None}
         inputs = {slot for slot in step.inputs if slot is not None}

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from torch_rtx.errors import IntegrationError, OnnxError, RtxError
-from torch_rtx.onnx import wire
+from torch_rtx.onnx import framed, wire
 from torch_rtx.onnx.dtypes import PACKED, SIGNED, dtype_of
 
 try:
@@ -28,6 +28,8 @@ try:
 except ImportError as error:
     raise IntegrationError(f"ONNX models need the package {error.name}", hint="pip install 'torch_rtx[onnx]'") from None
 
+# In the meta data of a model from a file: the digest of its frame, and by name the index and the bytes of initializers.
+FRAME = "torch_rtx.frame"
 NEWEST = 28  # the newest version of ONNX's own operators that is known here
 
 
@@ -58,6 +60,7 @@ def _parsed(path: str) -> ir.Model:
         try:
             structure, places = wire.split(file)
             proto.ParseFromString(structure)
+            frame, cut = framed.frame(file)
         except OSError:
             raise
         except Exception as error:  # the parser's class depends on protobuf's implementation
@@ -65,6 +68,8 @@ def _parsed(path: str) -> ir.Model:
     if not proto.HasField("graph"):
         raise OnnxError("the file has no graph: it is not an ONNX model, or it is damaged", file=path)
     model = _deserialized(proto, path)
+    named = {tensor.name: index for index, tensor in enumerate(proto.graph.initializer)}
+    model.meta[FRAME] = frame, {name: (index, cut[index][1]) for name, index in named.items() if index in cut}
     folder, name = os.path.split(os.path.abspath(path))
     for index, (offset, length) in places.items():
         stored = proto.graph.initializer[index]
@@ -227,14 +232,19 @@ def _opened(tensor: ir.ExternalTensor, file: str | None) -> tuple[int, int]:
     return descriptor, offset
 
 
-def data(tensor: Any, file: str | None = None) -> Tensor:
+def data(tensor: Any, file: str | None = None, mapped: bool = False) -> Tensor:
     """The values of an ONNX tensor, in memory of their own.
+
+    Args:
+        mapped: map large data from their file instead; they may begin at any byte, see `framed.tensor_at`.
 
     Raises:
         OnnxError: they do not fit its shape, or are of a type that PyTorch lacks.
     """
     dtype, shape = dtype_of(int(tensor.dtype)), list(tensor.shape)
     if isinstance(tensor, ir.ExternalTensor):
+        if mapped and tensor.dtype.bitwidth % 8 == 0:
+            return _mapped(tensor, dtype, file)
         return _values(_read(tensor, file), dtype, math.prod(shape)).reshape(shape)
     try:
         array = np.asarray(tensor.numpy())
@@ -261,6 +271,13 @@ def _values(stored: Tensor, dtype: torch.dtype, count: int) -> Tensor:
         codes = codes.view(torch.int8)
         codes = torch.where(codes >= 1 << (bits - 1), codes - (1 << bits), codes)
     return codes.view(dtype)
+
+
+def _mapped(tensor: ir.ExternalTensor, dtype: torch.dtype, file: str | None) -> Tensor:
+    """External data as the file has them."""
+    descriptor, offset = _opened(tensor, file)
+    with os.fdopen(descriptor, "rb", buffering=0) as opened:
+        return framed.tensor_at(framed.mapped(opened), offset, dtype, tensor.shape.numpy())
 
 
 def _read(tensor: ir.ExternalTensor, file: str | None) -> Tensor:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
-LEAST = 4096  # bytes of data that stay in the file
+LEAST = 4096
+LONGEST = 10  # bytes of a number of variable length
 GRAPH, INITIALIZER, RAW_DATA = 7, 5, 9  # numbers of fields: of ModelProto, GraphProto and TensorProto
 _SIZES = {1: 8, 5: 4}  # bytes, by wire type
 
@@ -24,14 +25,17 @@ class _Field(NamedTuple):
     end: int
 
 
-def split(file: BinaryIO) -> tuple[bytes, dict[int, tuple[int, int]]]:
+def split(file: BinaryIO, least: int | None = None) -> tuple[bytes, dict[int, tuple[int, int]]]:
     """A serialized model without the data of its large initializers, and their places: offset and length in bytes, by
     the index of the initializer.
+
+    Args:
+        least: data of fewer bytes stay in the model; None: of fewer than LEAST.
 
     Raises:
         ValueError: the file is no protobuf message.
     """
-    size = file.seek(0, 2)
+    least, size = LEAST if least is None else least, file.seek(0, 2)
     graphs = [field for field in _fields(file, 0, size) if (field.number, field.wire) == (GRAPH, 2)]
     if len(graphs) != 1:  # several would be merged
         return _read(file, 0, size), {}
@@ -42,7 +46,7 @@ def split(file: BinaryIO) -> tuple[bytes, dict[int, tuple[int, int]]]:
         if (field.number, field.wire) != (INITIALIZER, 2):
             continue
         raw = [inner for inner in _fields(file, field.begin, field.end) if inner.number == RAW_DATA]
-        if len(raw) == 1 and raw[0].wire == 2 and raw[0].end - raw[0].begin >= LEAST:
+        if len(raw) == 1 and raw[0].wire == 2 and raw[0].end - raw[0].begin >= least:
             places[index] = raw[0].begin, raw[0].end - raw[0].begin
             kept = _read(file, field.begin, raw[0].first) + _read(file, raw[0].end, field.end)
             parts += [_read(file, copied, field.first), _message(INITIALIZER, kept)]
@@ -55,30 +59,29 @@ def split(file: BinaryIO) -> tuple[bytes, dict[int, tuple[int, int]]]:
 def _fields(file: BinaryIO, begin: int, end: int) -> Iterator[_Field]:
     """The fields of the message in these bytes."""
     while begin < end:
-        key, at = _varint(file, begin)
-        wire = key & 7
-        if wire == 0:
-            stop = _varint(file, at)[1]
-        elif wire == 2:
-            size, at = _varint(file, at)
-            stop = at + size
+        head = _read(file, begin, begin + 2 * LONGEST)
+        key, at = _varint(head, 0)
+        wire, size = key & 7, 0
+        if wire in (0, 2):
+            number, stop = _varint(head, at)
+            at, size = (at, stop - at) if wire == 0 else (stop, number)
         elif wire in _SIZES:
-            stop = at + _SIZES[wire]
+            size = _SIZES[wire]
         else:
             raise ValueError(f"there is a field of wire type {wire}")
-        if stop > end:
+        if begin + at + size > end:
             raise ValueError("a field ends after its message")
-        yield _Field(key >> 3, wire, begin, at, stop)
-        begin = stop
+        yield _Field(key >> 3, wire, begin, begin + at, begin + at + size)
+        begin += at + size
 
 
-def _varint(file: BinaryIO, at: int) -> tuple[int, int]:
+def _varint(data: bytes, at: int) -> tuple[int, int]:
     """A number of variable length, and where it ends."""
     value = 0
-    for count, byte in enumerate(_read(file, at, at + 10)):
-        value |= (byte & 127) << (7 * count)
+    for shift, byte in enumerate(data[at : at + LONGEST]):
+        value |= (byte & 127) << (7 * shift)
         if byte < 128:
-            return value, at + count + 1
+            return value, at + shift + 1
     raise ValueError("a number does not end")
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from io import BytesIO
-from operator import attrgetter
 from tempfile import TemporaryDirectory
 from typing import Any, Self
 
@@ -22,6 +21,7 @@ from torch_rtx import engine as engine_file
 from torch_rtx.engine import Engine
 from torch_rtx.errors import CallError, EngineFormatError, InputError, InvalidIR, RtxError, SettingsError
 from torch_rtx.ir import Graph, Parameter, TensorType
+from torch_rtx.manifest import Manifest
 from torch_rtx.profiles import Shape, profiles_of, shapes
 from torch_rtx.runtime.alias_guard import AliasGuard
 from torch_rtx.runtime.code import copy_strided
@@ -31,13 +31,12 @@ from torch_rtx.runtime.session import Session
 from torch_rtx.runtime.signature import Signature
 from torch_rtx.runtime.streaming import stream
 from torch_rtx.runtime.tuning_context import tactics_and_context
-from torch_rtx.runtime.weight_files import read_weights
+from torch_rtx.runtime.weight_sources import WeightSource, is_onnx, tensors_of
 from torch_rtx.runtime.weights import WeightStore, match
 from torch_rtx.settings import RuntimeSettings, settings_of
 from torch_rtx.tactics import KernelTable
 
 log = logging.getLogger(__name__)
-WeightSource = nn.Module | Mapping[str, torch.Tensor] | str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
 class CompiledModule(nn.Module):
@@ -120,7 +119,7 @@ class CompiledModule(nn.Module):
         if not isinstance(weights, nn.Module | Mapping):
             self.refit(weights)
             return
-        tensors = tensors_of(weights) | self._attributes(weights)
+        tensors = tensors_of(weights, self._store.parameters, self.engine.manifest)
         with self._computing():
             self._store.attach(tensors, strict=not isinstance(weights, nn.Module))
         if self._store.streamer is not None and any(
@@ -130,34 +129,29 @@ class CompiledModule(nn.Module):
         self._run = self._with_weights
         self._keep(tensors, copy=False)
 
-    def refit(self, weights: WeightSource) -> None:
-        """Copy the values of `weights`: a module, a state dict, or safetensors files, see `load`.
+    def refit(self, weights: WeightSource, strict: bool = True) -> None:
+        """Copy the values of `weights`: a module, a state dict, safetensors files, or an ONNX model, see `load`.
+
+        Args:
+            strict: False: ignore names that the model does not have.
 
         Raises:
             RefitError: lists the names that are missing, unexpected or of another shape or dtype; nothing was changed.
             CallError: see `attach`.
         """
-        tensors = tensors_of(weights) | self._attributes(weights)
-        if isinstance(weights, nn.Module):  # also has the buffers that no state dict has
+        tensors = tensors_of(weights, self._store.parameters, self.engine.manifest)
+        if isinstance(weights, nn.Module) and not is_onnx(weights):  # also has the buffers that no state dict has
             known = {name for p in self._store.parameters for name in (p.name, *p.aliases)}
             kept = weights.state_dict(keep_vars=True).keys()
             tensors = {name: tensor for name, tensor in tensors.items() if name in known or name in kept}
         with self._computing():
-            self._store.refit(tensors)
+            self._store.refit(tensors, strict)
         self._run = self._with_weights
         self._keep(tensors, copy=True)
 
     def _computing(self) -> AbstractContextManager[None]:
         """Where weights are computed: as for calls, only errors of loaded engines are CallErrors."""
         return nullcontext() if self._kernels is None else _typed(CallError, "a weight can't be computed")
-
-    def _attributes(self, weights: WeightSource) -> dict[str, torch.Tensor]:
-        """The plain attributes of a module that the engine needs: tensors that had no data at build time."""
-        found = {}
-        for parameter in self._store.parameters if isinstance(weights, nn.Module) else ():
-            with suppress(AttributeError):
-                found[parameter.name] = attrgetter(parameter.name)(weights)
-        return {name: tensor.detach() for name, tensor in found.items() if isinstance(tensor, torch.Tensor)}
 
     def _keep(self, tensors: Mapping[str, torch.Tensor], copy: bool) -> None:
         """Keep the weights in the engine, if it is one that is saved with weights."""
@@ -395,24 +389,6 @@ def _without_weights(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     raise RtxError("this engine is weight-stripped", hint="give it weights first: module.refit(...)")
 
 
-def tensors_of(weights: WeightSource) -> dict[str, torch.Tensor]:
-    """The named tensors of a module (with the buffers that its state dict leaves out), state dict or safetensors files.
-
-    Raises:
-        EngineFormatError, FileNotFoundError: see `read_weights`.
-        RtxError: `weights` is none of these.
-    """
-    if isinstance(weights, nn.Module):
-        named = [*weights.named_parameters(remove_duplicate=False), *weights.named_buffers(remove_duplicate=False)]
-        return {name: tensor.detach() for name, tensor in named}
-    if isinstance(weights, Mapping):
-        return dict(weights)
-    if isinstance(weights, bytes) or not isinstance(weights, str | os.PathLike | Sequence):
-        hint = "pass a module, a state dict, or the path of a safetensors file"
-        raise RtxError(f"weights can't be a {type(weights).__name__}", hint=hint)
-    return read_weights(weights)
-
-
 def save(module: CompiledModule | Engine, path: str | os.PathLike[str]) -> None:
     """Write an engine to `path`, as `engine.save`; with weights if it was built with `strip_weights=False`.
 
@@ -448,8 +424,8 @@ def load(
 
     Args:
         weights: a module or state dict, whose tensors are used themselves where possible; the path of a .safetensors
-            file, a list of such paths, or a folder with an index of them; None: those in the engine, or none until
-            `refit`.
+            file, a list of such paths, or a folder with an index of them; an ONNX model: the path of an .onnx file, an
+            `onnx.ModelProto` or an `onnx_ir.Model`; None: those in the engine, or none until `refit`.
         device: None: the device the engine was built for, or the CPU (with a warning) if this machine has none.
         trusted_ops: names of operators outside of `optable.FILE_OPS` that the file may call; they must be registered.
             Their calls are not checked.
@@ -462,6 +438,7 @@ def load(
     Raises:
         EngineFormatError, EngineVersionError: see `engine.load`; or a call in the file is not allowed or is wrong.
         FileNotFoundError: there is no such engine, or file of weights.
+        OnnxError: the ONNX model with the weights is damaged, or has what is not supported.
         RefitError: the weights do not fit, or a state dict or file has names that the model did not have.
         InvalidIR: the engine calls an operator that is neither allowed nor trusted, or does not exist in this process.
         SettingsError: `weight_streaming_budget` is too small for the engine, or there is no such device.
@@ -542,15 +519,24 @@ def refit_module_weights(module: nn.Module, weights: WeightSource) -> None:
     if not isinstance(model, nn.Module):
         hint = "pass a CompiledModule or torch.compile(model)"
         raise RtxError(f"a {type(module).__name__} is not compiled", hint=hint)
-    given = tensors_of(weights)
-    if isinstance(weights, nn.Module):
-        given = {name: given[name] for name in weights.state_dict(keep_vars=True) if name in given}
     state = {n: t for n, t in model.state_dict(keep_vars=True).items() if isinstance(t, torch.Tensor)}
     parameters = _parameters(state)
+    given = tensors_of(weights, parameters, _manifest(model))
+    if isinstance(weights, nn.Module) and not is_onnx(weights):
+        given = {name: given[name] for name in weights.state_dict(keep_vars=True) if name in given}
     found = match(parameters, given, ())
     with torch.no_grad():
         for parameter, tensor in zip(parameters, found, strict=True):
             state[parameter.name].copy_(tensor)
+
+
+def _manifest(model: nn.Module) -> Manifest | None:
+    """What an engine would say of finding weights of `model` in ONNX models."""
+    if not is_onnx(model):
+        return None
+    from torch_rtx.onnx.weights import program_of
+
+    return Manifest("cpu", onnx=program_of(model))  # type: ignore[arg-type]
 
 
 def _parameters(state: Mapping[str, torch.Tensor]) -> list[Parameter]:

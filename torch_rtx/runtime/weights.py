@@ -23,6 +23,7 @@ import torch
 from torch_rtx import aten
 from torch_rtx.errors import RefitError
 from torch_rtx.ir import Graph, Parameter, TensorType
+from torch_rtx.onnx.framed import aligned
 from torch_rtx.runtime.code import compile_graph, overwrite, restride, undisturbed
 from torch_rtx.runtime.gate import Gate
 from torch_rtx.runtime.streaming import Streamer
@@ -239,16 +240,20 @@ class WeightStore:
                 log.warning("results of the last calls used old values of %s: %s", names, _UNSEEN)
                 self._recompute(watch, self.writes)
 
-    def refit(self, sources: Tensors) -> None:
+    def refit(self, sources: Tensors, strict: bool = True) -> None:
         """Copy the values of `sources`, by name. The store keeps no reference to them and writes to no caller's tensor.
 
         All recipes run before any value changes, so that a failure changes nothing. A store that streams holds all new
         values in host memory until then.
 
+        Args:
+            strict: False: ignore names that are unexpected.
+
         Raises:
             RefitError: names are missing or unexpected, shapes or dtypes differ, or tied parameters differ.
         """
-        given = dict(zip((p.name for p in self.parameters), match(self.parameters, sources, self._unused), strict=True))
+        found = match(self.parameters, sources, self._unused if strict else None)
+        given = dict(zip((p.name for p in self.parameters), found, strict=True))
         fresh = {
             index: self._make(index, given, self.streamer is not None)
             for index, variable in enumerate(self._variable)
@@ -298,7 +303,7 @@ class WeightStore:
         given = [self._constants[n] if n in self._constants else sources[n] for n in weight.names]
         if recipe is None:
             return self._place(weight.names[0], given[0], _HOST if host else None)
-        inputs = [self._place(name, tensor) for name, tensor in zip(weight.names, given, strict=True)]
+        inputs = [aligned(self._place(name, tensor)) for name, tensor in zip(weight.names, given, strict=True)]
         with undisturbed(self.device):
             value = recipe(inputs, ())[0]
         return value.to(_HOST) if host else value
@@ -315,7 +320,7 @@ class WeightStore:
         """`tensor` with the strides of parameter `name`, on its device or on `device`; no copy unless necessary."""
         type_ = self._types[name]
         moved = tensor.detach().to(device or aten.to_torch("Device", type_.device, self.device))
-        return restride(moved, type_.strides)  # type: ignore[arg-type]
+        return restride(moved if moved.stride() == type_.strides else aligned(moved), type_.strides)  # type: ignore[arg-type]
 
 
 def match(parameters: Sequence[Parameter], sources: Tensors, unused: Collection[str] | None) -> list[torch.Tensor]:
@@ -373,4 +378,4 @@ def _problem(tensor: object, type_: TensorType) -> str | None:
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()):
         return True
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b.to(a.device))
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(aligned(a), aligned(b.to(a.device)))

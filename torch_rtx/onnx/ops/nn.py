@@ -411,8 +411,8 @@ def layer_normalization(
         results = torch.native_layer_norm(x, shape, weights[0], weights[1], epsilon)
     y, *statistics = results
     if not whole:
-        y = y * scale if bias is None else y * scale + bias
-    return (y.to(x.dtype), *(s.to(torch.promote_types(x.dtype, torch.float32)) for s in statistics))
+        y = (y * scale if bias is None else y * scale + bias).to(x.dtype)
+    return (y, *(s.to(torch.promote_types(x.dtype, torch.float32)) for s in statistics))
 
 
 @op("SimplifiedLayerNormalization")

@@ -1,0 +1,89 @@
+"""What weights come from: a module, a state dict, safetensors files, or an ONNX model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, Union
+
+import torch
+from torch import nn
+
+from torch_rtx import aten
+from torch_rtx.errors import RtxError
+from torch_rtx.ir import Parameter
+from torch_rtx.manifest import Manifest
+from torch_rtx.onnx.framed import weights_in
+from torch_rtx.runtime.weight_files import read_weights
+
+if TYPE_CHECKING:
+    import onnx
+    import onnx_ir
+
+Path = str | os.PathLike[str]
+WeightSource = Union[nn.Module, Mapping[str, torch.Tensor], Path, Sequence[Path], "onnx.ModelProto", "onnx_ir.Model"]
+
+
+def tensors_of(
+    weights: WeightSource, parameters: Sequence[Parameter] = (), manifest: Manifest | None = None
+) -> dict[str, torch.Tensor]:
+    """The named tensors of a source of weights.
+
+    Args:
+        parameters: what they are for. A module also gives plain attributes of these names: tensors that had no data at
+            build time.
+        manifest: of the engine; it says how to find the weights of an ONNX model.
+
+    Raises:
+        EngineFormatError, FileNotFoundError: see `read_weights`.
+        OnnxError, RefitError, IntegrationError: see `onnx.weights.weights_of`.
+        RtxError: `weights` is no source.
+    """
+    if is_onnx(weights):
+        return _tensors_of_onnx(weights, parameters, manifest)
+    if isinstance(weights, nn.Module):
+        return _tensors_of_module(weights, parameters)
+    if isinstance(weights, Mapping):
+        return dict(weights)
+    if isinstance(weights, bytes) or not isinstance(weights, str | os.PathLike | Sequence):
+        hint = "pass a module, a state dict, an ONNX model, or the path of a safetensors or ONNX file"
+        raise RtxError(f"weights can't be a {type(weights).__name__}", hint=hint)
+    return read_weights(weights)
+
+
+def is_onnx(weights: object) -> bool:
+    """Whether these are an ONNX model: a path that ends with `.onnx`, an `onnx.ModelProto`, an `onnx_ir.Model`, or what
+    `from_onnx` made. Imports nothing."""
+    if isinstance(weights, str | os.PathLike):
+        return os.path.splitext(os.fspath(weights))[1] in (".onnx", ".ONNX")
+    home, name = type(weights).__module__, type(weights).__name__
+    return home.partition(".")[0] == "onnx_ir" or name == "ModelProto" or home == "torch_rtx.onnx.module"
+
+
+def _tensors_of_onnx(
+    weights: Any, parameters: Sequence[Parameter], manifest: Manifest | None
+) -> dict[str, torch.Tensor]:
+    types = [(p, (aten.DTYPES[p.type.dtype], p.type.shape)) for p in parameters]
+    wanted: dict[str, Any] = {name: type_ for p, type_ in types for name in (p.name, *p.aliases)}
+    program, products = (None, {}) if manifest is None else (manifest.onnx, manifest.products)
+    if program is not None and program["frame"] is not None and isinstance(weights, str | os.PathLike):
+        mapped = weights_in(weights, program, wanted)
+        if mapped is not None:
+            return mapped
+    from torch_rtx.onnx.weights import weights_of  # imports onnx_ir, which is optional
+
+    return weights_of(weights, wanted, program, products)
+
+
+def _tensors_of_module(module: nn.Module, parameters: Sequence[Parameter]) -> dict[str, torch.Tensor]:
+    """Also the buffers that its state dict leaves out, if `parameters` need them."""
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    found = {name: tensor.detach() for name, tensor in named}
+    for parameter in parameters:
+        with suppress(AttributeError):
+            attribute = attrgetter(parameter.name)(module)
+            if isinstance(attribute, torch.Tensor):
+                found[parameter.name] = attribute.detach()
+    return found
