@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from torch_rtx.errors import OnnxError
 from torch_rtx.onnx.dtypes import dtype_of
@@ -36,10 +37,10 @@ class Host:
     array: np.ndarray
     dtype: torch.dtype
 
-    def tensor(self, device: torch.device) -> Tensor:
-        """The numbers as a tensor."""
+    def tensor(self, device: torch.device, constant: bool = True) -> Tensor:
+        """The numbers as a tensor: a constant, if it may be one, or made by operators."""
         values = self.array.ravel().tolist()
-        if not any(isinstance(value, _SYMBOLIC) for value in values):
+        if not values or (constant and not any(isinstance(value, _SYMBOLIC) for value in values)):
             return torch.tensor(self.array.tolist(), dtype=self.dtype, device=device).reshape(self.array.shape)
         parts = [torch.scalar_tensor(_number(value), dtype=self.dtype, device=device) for value in values]
         return torch.stack(parts).reshape(self.array.shape)
@@ -299,7 +300,9 @@ def _constant_of_shape(attributes: Attributes, shape: Host) -> Host | None:
     dtype = torch.float32 if value is None else value.dtype
     if sizes is None or len(sizes) > 1 or math.prod(sizes) > LIMIT or dtype not in _BITS:
         return None
-    return known([0 if value is None else value.item()] * math.prod(sizes), sizes, dtype)
+    with _disable_current_modes():  # a capture knows no values
+        number = 0 if value is None else value.item()
+    return known([number] * math.prod(sizes), sizes, dtype)
 
 
 @_host("Range")

@@ -122,7 +122,7 @@ class OnnxModule(nn.Module):
         known = {weight.slot: host.of_tensor(weight.tensor) for weight in steps.weights if weight.known}
         inputs = tuple(slots[value] for value in (*given, *optional))
         self._runner = Runner(steps.steps, inputs, tuple(steps.outputs), known, tuple(w.slot for w in steps.weights))
-        self._traced = nonstrict_trace(self._runner.run)
+        self._traced = nonstrict_trace(self._runner.traced)
         self.eval()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OnnxModule:
@@ -137,7 +137,7 @@ class OnnxModule(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._traced = nonstrict_trace(self._runner.run)
+        self._traced = nonstrict_trace(self._runner.traced)
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Run the model."""

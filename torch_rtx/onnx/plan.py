@@ -198,8 +198,6 @@ class _Planner:
         if version is None:
             raise step.error(f"the model imports no operators of the domain {domain or 'ai.onnx'!r}")
         _check_attributes(attributes, domain, name, version, step)
-        if domain == "" and name == "Scan" and version < 9:
-            raise step.error("Scan of version 8 is not supported", hint="convert the model to version 9 or later")
         if domain == "" and (name in CONTROL or name in host.OF_TENSORS):
             return step
         operator = find(domain, name, version)
