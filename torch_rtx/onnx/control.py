@@ -114,6 +114,22 @@ def _settled(values: Sequence[Any]) -> Iterator[None]:
     pending[:0] = waiting
 
 
+# ---- Gradient --------------------------------------------------------------------------------------------------------
+
+
+def gradient(call: Call, step: Step, values: Values) -> Sequence[Any]:
+    """The derivatives of the sum of y by each of the xs, at the values that the node reads."""
+    body, count = step.bodies["y"], len(step.attributes["xs"])
+    at = [call.tensor(values[slot]) for slot in step.inputs if slot is not None]
+    with torch.enable_grad():
+        at = [x.detach().requires_grad_() for x in at[:count]] + at[count:]
+        (y,) = call.body(body, at, values)
+        if not call.tensor(y).requires_grad:
+            return [torch.zeros_like(x) for x in at[:count]]
+        found = torch.autograd.grad(y.sum(), at[:count], allow_unused=True, materialize_grads=True)
+    return [x.detach() for x in found]
+
+
 # ---- what a graph reads ----------------------------------------------------------------------------------------------
 
 

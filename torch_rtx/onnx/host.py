@@ -16,11 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from torch_rtx.errors import OnnxError
 from torch_rtx.onnx.dtypes import dtype_of
-from torch_rtx.onnx.registry import Ints
+from torch_rtx.onnx.registry import Ints, values_of
 
 LIMIT = 64  # elements: what is larger is data, not a shape
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -300,8 +299,7 @@ def _constant_of_shape(attributes: Attributes, shape: Host) -> Host | None:
     dtype = torch.float32 if value is None else value.dtype
     if sizes is None or len(sizes) > 1 or math.prod(sizes) > LIMIT or dtype not in _BITS:
         return None
-    with _disable_current_modes():  # a capture knows no values
-        number = 0 if value is None else value.item()
+    number = 0 if value is None else values_of(value).item()
     return known([number] * math.prod(sizes), sizes, dtype)
 
 

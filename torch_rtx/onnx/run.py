@@ -17,7 +17,7 @@ from torch_rtx.onnx import control, host
 from torch_rtx.onnx.control import Values
 from torch_rtx.onnx.host import Host
 from torch_rtx.onnx.ops.sequences import listed
-from torch_rtx.onnx.plan import Body, Step
+from torch_rtx.onnx.plan import GRADIENT, Body, Step
 
 log = logging.getLogger(__name__)
 # Homes of the errors that say what is wrong with a node. Errors of PyTorch's own classes, such as that of a capture
@@ -159,7 +159,7 @@ class _Call:
             ]
             known = [value.array.tolist() if isinstance(value, Host) else None for value in held]
             facts = {"outputs": len(step.outputs), "dtypes": dtypes, "device": self.device}
-            facts |= {"known": known, "constants": known}
+            facts |= {"known": known, "constants": known, "stored": step.attributes}
             attributes.update((name, facts[name]) for name in step.told)
         results = step.operator.function(*arguments, **attributes)
         return results if isinstance(results, tuple) else [results]
@@ -187,4 +187,4 @@ class _Call:
         return value if control.is_traced([value]) else value.reshape(-1)[0].item()
 
 
-_CONTROL = {"If": control.if_, "Loop": control.loop, "Scan": control.scan}
+_CONTROL = {"If": control.if_, "Loop": control.loop, "Scan": control.scan, GRADIENT: control.gradient}
