@@ -245,6 +245,24 @@ def test_numbers_that_the_host_knows_at_first() -> None:
     captured(module, [(torch.tensor(n),) for n in (4, 11, 1)])
 
 
+def test_places_that_passes_count() -> None:
+    """`x[:, n : n + 1]` has a size of 1 in the pass n, as has the element that `n` alone selects."""
+    body = [
+        node("Reshape", "number one", "first"),
+        node("Add", "first one", "last"),
+        node("Slice", "table first last one", "part"),
+        node("Gather", "table number", "picked", axis=1),
+        node("Squeeze", "part one", "flat"),
+        node("Add", "flat picked", "both"),
+        node("Add", "state both", "next"),
+    ]
+    weights = {"one": np.array([1]), "table": np.arange(10, dtype=np.float32).reshape(2, 5)}
+    module = repeated("n", True, body, weights=weights)
+    calls = [(X, START, YES, torch.tensor(n)) for n in (3, 0, 5)]
+    captured(module, calls)
+    assert module(*calls[0])[1].tolist() == [[1, 11], [3, 23], [7, 37]]
+
+
 def test_no_pass() -> None:
     """What no pass gives has no rows, of the size that a pass would give."""
     last, rows = repeated(0, True)(X, START, YES)
