@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from torch_rtx import detection as _declared  # noqa: F401
 from torch_rtx import dtypes, host_ops
 from torch_rtx.errors import InvalidIR, Unsupported
 from torch_rtx.ir import MAIN, Attr, Graph, Node, TensorType, Value, attr_values

@@ -53,7 +53,7 @@ _linalg_det.default _linalg_eigh.default _linalg_slogdet.default _linalg_solve_e
 _local_scalar_dense.default _log_softmax.default _native_batch_norm_legit.no_stats
 _native_batch_norm_legit_functional.default _native_batch_norm_legit_no_training.default _pdist_forward.default
 _prelu_kernel.default _safe_softmax.default _scaled_mm.default _softmax.default _to_copy.default _trilinear.default
-_unsafe_index.Tensor _unsafe_view.default _upsample_bicubic2d_aa.default _upsample_bicubic2d_aa.vec
+_unique2.default _unsafe_index.Tensor _unsafe_view.default _upsample_bicubic2d_aa.default _upsample_bicubic2d_aa.vec
 _upsample_bilinear2d_aa.default _upsample_bilinear2d_aa.vec _upsample_nearest_exact1d.default
 _upsample_nearest_exact1d.vec _upsample_nearest_exact2d.default _upsample_nearest_exact2d.vec
 _upsample_nearest_exact3d.default _upsample_nearest_exact3d.vec _weight_norm_interface.default
@@ -95,12 +95,12 @@ searchsorted.Tensor select_scatter.default slice_scatter.default smooth_l1_loss.
 softmax.int sort.default sort.stable split_with_sizes_copy.default squeeze_copy.default squeeze_copy.dim
 squeeze_copy.dims stack.default std.correction std_mean.correction sum.default sum.dim_IntList sym_size.int
 t_copy.default take.default topk.default trace.default transpose_copy.int triangular_solve.default tril.default
-triu.default unbind_copy.int unfold_copy.default unsafe_split.Tensor unsqueeze_copy.default upsample_bicubic2d.default
-upsample_bicubic2d.vec upsample_bilinear2d.default upsample_bilinear2d.vec upsample_linear1d.default
-upsample_linear1d.vec upsample_nearest1d.default upsample_nearest1d.vec upsample_nearest2d.default
-upsample_nearest2d.vec upsample_nearest3d.default upsample_nearest3d.vec upsample_trilinear3d.default
-upsample_trilinear3d.vec var.correction var_mean.correction vdot.default view_copy.default view_copy.dtype zero.default
-zeros_like.default
+triu.default unbind_copy.int unfold_copy.default unique_dim.default unsafe_split.Tensor unsqueeze_copy.default
+upsample_bicubic2d.default upsample_bicubic2d.vec upsample_bilinear2d.default upsample_bilinear2d.vec
+upsample_linear1d.default upsample_linear1d.vec upsample_nearest1d.default upsample_nearest1d.vec
+upsample_nearest2d.default upsample_nearest2d.vec upsample_nearest3d.default upsample_nearest3d.vec
+upsample_trilinear3d.default upsample_trilinear3d.vec var.correction var_mean.correction vdot.default view_copy.default
+view_copy.dtype zero.default zeros_like.default
 # backward: gradients
 _adaptive_avg_pool2d_backward.default _adaptive_avg_pool3d_backward.default _cdist_backward.default
 _embedding_bag_dense_backward.default _fused_rms_norm_backward.default _log_softmax_backward_data.default
@@ -162,7 +162,9 @@ special_shifted_chebyshev_polynomial_v.default special_shifted_chebyshev_polynom
 special_shifted_chebyshev_polynomial_v.x_scalar special_shifted_chebyshev_polynomial_w.default
 special_shifted_chebyshev_polynomial_w.n_scalar special_shifted_chebyshev_polynomial_w.x_scalar
 """
-INTERNAL = frozenset(("torch_rtx.attention.default", "torch_rtx.attention_partial.default"))  # `aten` defines them
+INTERNAL = frozenset(  # which `aten` and `detection` define
+    f"torch_rtx.{name}.default" for name in ("attention", "attention_partial", "suppressed")
+)
 NUMBERS = frozenset(  # Python's arithmetic on numbers of the host, which `host_ops` defines
     f"torch_rtx.{name}.default"
     for name in (
@@ -172,7 +174,9 @@ NUMBERS = frozenset(  # Python's arithmetic on numbers of the host, which `host_
         *("eq", "ne", "lt", "le", "gt", "ge", "and_", "or_", "xor", "lshift", "rshift"),
     )
 )
-DECIDED = NUMBERS | {"aten.nonzero.default", "aten._local_scalar_dense.default"}  # see `aten.is_decided`
+DECIDED = NUMBERS | {  # see `aten.is_decided`
+    *("aten.nonzero.default", "aten._local_scalar_dense.default", "aten._unique2.default", "aten.unique_dim.default"),
+}
 UNTRUSTED = ("backward", "unchecked")  # headings of ops that a file may call only if its user names them
 
 

@@ -28,7 +28,7 @@ def model_of(
     ]
     results = [onnx.ValueInfoProto(name=name) for name in outputs if name]
     graph = helper.make_graph([helper.make_node(op, names, outputs, domain=domain, **attributes)], "g", inputs, results)
-    imports = [helper.make_opsetid("", version), helper.make_opsetid("com.microsoft", 1)]
+    imports = [helper.make_opsetid(*one) for one in (("", version), ("com.microsoft", 1), ("ai.onnx.ml", 3))]
     return helper.make_model(graph, opset_imports=imports, ir_version=10)
 
 

@@ -1,4 +1,4 @@
-"""`from_onnx`: names, inputs, sizes on the host, functions and control flow; eagerly, exported, compiled, trained."""
+"""`from_onnx`: names, inputs, sizes on the host, functions; eagerly, exported, compiled, trained."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ import onnx_ir
 from onnx import TensorProto, helper
 
 import torch_rtx
-from tests.onnx.models import BOOL, INT64, graph, linear, model, node, one, value
-from torch_rtx.errors import InputError, OnnxError
+from tests.onnx.models import graph, linear, model, node, one, value
+from torch_rtx.errors import InputError
 from torch_rtx.onnx import registry
 from torch_rtx.onnx.module import from_onnx
 
@@ -210,6 +210,15 @@ def test_torch_compile() -> None:
     torch.testing.assert_close(compiled(X), reference(module, X))
 
 
+def test_torch_compile_of_sizes_of_data() -> None:
+    """A size that data decides may be inside of the model alone."""
+    nodes = [node("NonZero", "x", "places"), node("Cast", "places", "f", to=1), node("ReduceSum", "f", "y", keepdims=0)]
+    module = from_onnx(model(graph(nodes, [value("x", [4])], [value("y")])))
+    compiled = torch.compile(module, backend="rtx", fullgraph=True)
+    for x in (torch.tensor([1.0, 0, 2, 3]), torch.zeros(4)):
+        assert compiled(x) == module(x)
+
+
 # ---- functions -------------------------------------------------------------------------------------------------------
 
 
@@ -246,99 +255,6 @@ def test_operators_that_onnx_defines_by_others(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delitem(OPERATORS, ("", "HardSwish"), raising=False)
     x = torch.linspace(-4, 4, 9)
     torch.testing.assert_close(from_onnx(one("HardSwish", {"x": x.numpy()}))(), torch.nn.functional.hardswish(x))
-
-
-# ---- control flow ----------------------------------------------------------------------------------------------------
-
-
-def branching(condition: str, nodes: list[Any]) -> Any:
-    """`2 * x` where the condition holds, else `x + w`."""
-    then = graph([node("Add", "x x", "t")], [], [value("t")])
-    other = graph([node("Add", "x w", "e")], [], [value("e")], {"w": np.full(2, 10, np.float32)})
-    made = [*nodes, node("If", condition, "y", then_branch=then, else_branch=other)]
-    inputs = [value("x", ["n"]), value("flag", [], BOOL)]
-    return model(graph(made, inputs, [value("y")], {"zero": np.float32(0), "two": np.array(2)}))
-
-
-def test_if_is_folded_where_sizes_decide() -> None:
-    sized = [node("Size", "x", "size"), node("Equal", "size two", "is_two")]
-    module = from_onnx(branching("is_two", sized))
-    program = torch.export.export(module, (torch.ones(2), torch.tensor(True)))
-    assert [str(n.target) for n in program.graph.nodes if n.op == "call_function"] == ["aten.add.Tensor"]
-    assert module(torch.ones(2), torch.tensor(False)).tolist() == [2, 2]
-
-
-def test_if_of_data() -> None:
-    """A branch of a tensor is taken in eager mode, and is `torch.cond` in a capture."""
-    module = from_onnx(branching("flag", []))
-    args = torch.ones(2), torch.tensor(True)
-    program = torch.export.export(module, args).module()
-    for run in (module, program):
-        assert run(torch.ones(2), torch.tensor(True)).tolist() == [2, 2]
-        assert run(torch.ones(2), torch.tensor(False)).tolist() == [11, 11]
-
-
-def test_fixed_inputs() -> None:
-    """They are no inputs any more, and decide what depends on them."""
-    module = from_onnx(branching("flag", []), fixed={"flag": False})
-    assert [given.name for given in module.inputs] == ["x"]
-    program = torch.export.export(module, (torch.ones(2),))
-    assert [str(n.target) for n in program.graph.nodes if n.op == "call_function"] == ["aten.add.Tensor"]
-    assert module(torch.ones(2)).tolist() == [11, 11]
-    assert "flag" not in module.state_dict()
-    compiled = torch_rtx.compile(module, dynamic_shapes={"n": 2})
-    assert compiled(torch.ones(2)).tolist() == [11, 11]
-    for fixed, message in (({"other": 1}, "no input 'other'"), ({"flag": [True]}, "1 axes, not 0")):
-        with pytest.raises(InputError, match=message):
-            from_onnx(branching("flag", []), fixed=fixed)
-
-
-def looping(condition: bool) -> Any:
-    """Adds x and its index until the sum of the first element is at least 10; stacks the sums."""
-    nodes = [
-        node("Add", "sum x", "next"),
-        node("Cast", "index", "number", to=TensorProto.FLOAT),
-        node("Add", "next number", "result"),
-        node("ReduceSum", "result", "total", keepdims=0),
-        node("Less", "total ten", "small") if condition else node("Identity", "going", "small"),
-    ]
-    inputs = [value("index", [], INT64), value("going", [], BOOL), value("sum", [2])]
-    outputs = [value("small", [], BOOL), value("result", [2]), value("result", [2])]
-    body = graph(nodes, inputs, outputs)
-    body.output[2].name = "row"
-    body.node.append(node("Identity", "result", "row"))
-    made = graph(
-        [node("Loop", "count yes x", "last rows", body=body)],
-        [value("x", [2])],
-        [value("last"), value("rows")],
-        {"count": np.array(4), "yes": np.array(True), "ten": np.float32(10)},
-    )
-    return model(made)
-
-
-def test_loops() -> None:
-    x = torch.ones(2)
-    counted = from_onnx(looping(condition=False))
-    program = torch.export.export(counted, (x,)).module()
-    for run in (counted, program):
-        last, rows = run(x)
-        assert rows.tolist() == [[2, 2], [4, 4], [7, 7], [11, 11]]
-        assert torch.equal(last, rows[-1])
-    bounded = from_onnx(looping(condition=True))
-    assert bounded(x)[1].tolist() == [[2, 2], [4, 4], [7, 7]]
-    with pytest.raises(OnnxError, match="how often the loop runs depends on data"):
-        torch.export.export(bounded, (x,))
-
-
-def test_scan() -> None:
-    nodes = [node("Add", "sum row", "next"), node("Identity", "next", "out")]
-    body = graph(nodes, [value("sum", [2]), value("row", [2])], [value("next", [2]), value("out", [2])])
-    made = node("Scan", "start x", "last rows", body=body, num_scan_inputs=1, scan_input_directions=[1])
-    given = [value("start", [2]), value("x", ["n", 2])]
-    module = from_onnx(model(graph([made], given, [value("last"), value("rows")])))
-    last, rows = module(torch.zeros(2), torch.tensor([[1.0, 2], [3, 4]]))
-    assert rows.tolist() == [[3, 4], [4, 6]]
-    assert torch.equal(last, rows[-1])
 
 
 # ---- ahead of time ---------------------------------------------------------------------------------------------------

@@ -218,6 +218,19 @@ RIGHT = {
     "permuted": ("x: f32[2, 3]", "y: f32[2, 3](1, 2) = extern aten.relu.default(self=x)"),
     "broadcast": ("x: f32[4]", "y: f32[2, 4](0, 1) = view aten.expand.default(self=x, size=[2, 4])"),
     "positions": ("x: f32[4]", "y: i64[u, 1] = extern aten.nonzero.default(self=x)"),
+    "different": (
+        "x: f32[4, 3]",
+        "y: f32[u], i: i64[4, 3], c: i64[u] = "
+        "extern aten._unique2.default(self=x, return_inverse=True, return_counts=True)",
+    ),
+    "different rows": (
+        "x: f32[4, 3]",
+        "y: f32[u, 3], i: i64[4], _ = extern aten.unique_dim.default(self=x, dim=-2, return_inverse=True)",
+    ),
+    "boxes": (
+        "b: f32[1, 8, 2]; s: f32[1, 3, 8]; l: f32[()]",
+        "y: i64[1, 3, 5] = extern torch_rtx.suppressed.default(low=b, high=b, scores=s, limit=l, count=5)",
+    ),
     "masked": ("x: f32[4, 3]; m: bool[4]", "y: f32[u, 3] = extern aten.index.Tensor(self=x, indices=[m])"),
     "item": ("x: i64[()]", "y: int = extern aten._local_scalar_dense.default(self=x)"),
     "size": ("x: f32[4, 3]", "y: int[4] = extern aten.sym_size.int(self=x, dim=0)"),

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from torch_rtx.errors import OnnxError
 from torch_rtx.onnx.dtypes import dtype_of
-from torch_rtx.onnx.registry import Ints
+from torch_rtx.onnx.registry import Ints, values_of
 
 LIMIT = 64  # elements: what is larger is data, not a shape
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -36,10 +36,10 @@ class Host:
     array: np.ndarray
     dtype: torch.dtype
 
-    def tensor(self, device: torch.device) -> Tensor:
-        """The numbers as a tensor."""
+    def tensor(self, device: torch.device, constant: bool = True) -> Tensor:
+        """The numbers as a tensor: a constant, if it may be one, or made by operators."""
         values = self.array.ravel().tolist()
-        if not any(isinstance(value, _SYMBOLIC) for value in values):
+        if not values or (constant and not any(isinstance(value, _SYMBOLIC) for value in values)):
             return torch.tensor(self.array.tolist(), dtype=self.dtype, device=device).reshape(self.array.shape)
         parts = [torch.scalar_tensor(_number(value), dtype=self.dtype, device=device) for value in values]
         return torch.stack(parts).reshape(self.array.shape)
@@ -299,7 +299,8 @@ def _constant_of_shape(attributes: Attributes, shape: Host) -> Host | None:
     dtype = torch.float32 if value is None else value.dtype
     if sizes is None or len(sizes) > 1 or math.prod(sizes) > LIMIT or dtype not in _BITS:
         return None
-    return known([0 if value is None else value.item()] * math.prod(sizes), sizes, dtype)
+    number = 0 if value is None else values_of(value).item()
+    return known([number] * math.prod(sizes), sizes, dtype)
 
 
 @_host("Range")

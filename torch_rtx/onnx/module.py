@@ -147,7 +147,7 @@ class OnnxModule(nn.Module):
         """Have Dynamo trace what the steps do, not the code that runs them."""
         from torch._dynamo import nonstrict_trace  # takes long to import
 
-        self._traced = nonstrict_trace(self._runner.run)
+        self._traced = nonstrict_trace(self._runner.traced)
 
     def outline(self) -> Outline:
         """What makes the program besides its weights."""

@@ -21,9 +21,10 @@ from torch import Tensor
 from torch_rtx.errors import OnnxError
 from torch_rtx.onnx import host, reader
 from torch_rtx.onnx import ops as _declared  # noqa: F401
-from torch_rtx.onnx.registry import TOLD, Operator, find
+from torch_rtx.onnx.registry import REFUSED, TOLD, Operator, find
 
-CONTROL = ("If", "Loop", "Scan")
+GRADIENT = "ai.onnx.preview.training.Gradient"
+CONTROL = ("If", "Loop", "Scan", GRADIENT)
 _signature = cache(inspect.signature)
 Slots = tuple[int | None, ...]
 
@@ -175,9 +176,12 @@ class _Planner:
 
     def steps(self, nodes: Sequence[ir.Node] | ir.Graph, scope: _Scope) -> list[Step]:
         """The steps of nodes, in their order."""
-        return [step for node in nodes for step in self.node(node, scope)]
+        found: list[Step] = []
+        for node in nodes:
+            found += self.node(node, scope, found)
+        return found
 
-    def node(self, node: ir.Node, scope: _Scope) -> Iterator[Step]:
+    def node(self, node: ir.Node, scope: _Scope, before: Sequence[Step]) -> Iterator[Step]:
         """The steps of a node: none for a constant, several for the call of a function."""
         domain = "" if node.domain == "ai.onnx" else node.domain
         name, op = scope.prefix + (node.name or ""), f"{domain}.{node.op_type}".lstrip(".")
@@ -193,6 +197,8 @@ class _Planner:
         inputs = tuple(None if value is None else self.slot(value) for value in node.inputs)
         bodies = {key: self.body(attr.value, scope) for key, attr in attributes.items() if _is_graph(attr)}
         values = {key: self.attribute(attr) for key, attr in attributes.items() if not _is_graph(attr)}
+        if op == GRADIENT:
+            bodies = {"y": self.recomputed(node, values, before, step)}
         outputs = tuple(self.slot(value) if value.name else None for value in node.outputs)
         scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
         step = replace(step, inputs=inputs, outputs=outputs, attributes=values, bodies=bodies, scopes=scopes)
@@ -204,13 +210,12 @@ class _Planner:
         if version is None:
             raise step.error(f"the model imports no operators of the domain {domain or 'ai.onnx'!r}")
         _check_attributes(attributes, domain, name, version, step)
-        if domain == "" and name == "Scan" and version < 9:
-            raise step.error("Scan of version 8 is not supported", hint="convert the model to version 9 or later")
-        if domain == "" and (name in CONTROL or name in host.OF_TENSORS):
+        if step.op in CONTROL or step.op in host.OF_TENSORS:
             return step
         operator = find(domain, name, version)
         if operator is None:
-            raise step.error(f"the operator {step.op} of version {version} is not supported")
+            reason = REFUSED.get((domain, name))
+            raise step.error(f"the operator {step.op} of version {version} is not supported", reason)
         taken = _signature(operator.function).parameters
         positional = [p for p in taken.values() if p.kind is not p.KEYWORD_ONLY]
         told = tuple(name for name in TOLD if name in taken)
@@ -228,10 +233,25 @@ class _Planner:
         self.initializers(graph)
         inputs = tuple(self.slot(value) for value in graph.inputs)
         steps = self.steps(graph, scope)
-        outputs = tuple(self.slot(value) for value in graph.outputs)
-        made = {*inputs, *(slot for step in steps for slot in step.outputs)}
-        read = dict.fromkeys([slot for step in steps for slot in step.reads()] + list(outputs))
-        return Body(tuple(steps), inputs, outputs, tuple(slot for slot in read if slot not in made))
+        return _body(steps, inputs, tuple(self.slot(value) for value in graph.outputs))
+
+    def recomputed(self, node: ir.Node, attributes: Mapping[str, Any], before: Sequence[Step], step: Step) -> Body:
+        """The steps that make the value `y` of other values of the graph, the `xs` and `zs`."""
+        named = {value.name: value for one in node.graph or () for value in one.outputs}
+        named |= {value.name: value for value in (node.graph.inputs if isinstance(node.graph, ir.Graph) else ())}
+        names = [*attributes["xs"], *attributes.get("zs", ())]
+        unknown = [name for name in [attributes["y"], *names] if name not in named]
+        if unknown or len(names) != len(node.inputs):
+            raise step.error(
+                f"there is no value {unknown[0]!r}" if unknown else "the inputs are not those of xs and zs"
+            )
+        inputs, output = tuple(self.slot(named[name]) for name in names), self.slot(named[attributes["y"]])
+        needed, found = {output} - {*inputs}, []
+        for one in reversed(before):
+            if needed & {*one.outputs}:
+                found.append(one)
+                needed |= {*one.reads()} - {*inputs}
+        return _body(found[::-1], inputs, (output,))
 
     def call(
         self, node: ir.Node, function: ir.Function, attributes: Mapping[str, ir.Attr], scope: _Scope, step: Step
@@ -279,6 +299,12 @@ class _Planner:
         if attr.type is ir.AttributeType.TENSORS:
             return [reader.data(tensor, self.file) for tensor in attr.value]
         return list(attr.value) if isinstance(attr.value, tuple | list) else attr.value
+
+
+def _body(steps: Sequence[Step], inputs: tuple[int, ...], outputs: tuple[int, ...]) -> Body:
+    made = {*inputs, *(slot for step in steps for slot in step.outputs)}
+    read = dict.fromkeys([slot for step in steps for slot in step.reads()] + list(outputs))
+    return Body(tuple(steps), inputs, outputs, tuple(slot for slot in read if slot not in made))
 
 
 def _version(domain: str, scope: _Scope) -> int | None:

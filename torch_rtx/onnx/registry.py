@@ -12,7 +12,8 @@ among them are tensors, and graphs are not passed. Several outputs are a tuple; 
 left out. A function is told what it has a keyword-only parameter for: `outputs`, how many the node has; `dtypes`, those
 of the inputs, also of the ones that arrive as numbers; `device`, where a tensor that is made of numbers has to be;
 `known`, the numbers of the inputs that the host knows, in nested lists, and None for others; `constants`, the same, but
-for a lone number among the weights, which stays one where `known` makes it part of the program.
+for a lone number among the weights, which stays one where `known` makes it part of the program; `stored`, the node's
+attributes as the model has them, whose tensors `values_of` reads in a capture, too.
 Inputs named in `ints` arrive as lists of Python numbers, some of them symbolic: integers, or floats where ONNX has
 floats, such as the scales of Resize; all others as tensors, on the device of the model's inputs. ONNX's element types
 below a byte are torch.uint4, int4, uint2, int2 and float4_e2m1fn_x2 with one element in each byte, whatever PyTorch
@@ -25,12 +26,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 F = TypeVar("F", bound=Callable[..., Any])
 Ints = Sequence["int | torch.SymInt"]
 Numbers = Sequence[Any]  # where stubs of PyTorch want an int, or floats come, too
-TOLD = ("outputs", "dtypes", "device", "known", "constants")
+TOLD = ("outputs", "dtypes", "device", "known", "constants", "stored")
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,12 @@ class Operator:
 
 
 OPERATORS: dict[tuple[str, str], list[Operator]] = {}
+REFUSED: dict[tuple[str, str], str] = {}  # why operators that are known here have no declaration
+
+
+def refuse(reason: str, *names: str, domain: str = "") -> None:
+    """Say why there are no declarations of operators."""
+    REFUSED.update({(domain, name): reason for name in names})
 
 
 def op(
@@ -68,6 +77,12 @@ def op(
         return function
 
     return declare
+
+
+def values_of(tensor: torch.Tensor) -> np.ndarray:
+    """What a tensor of the model holds, also in a capture, whose operators know no values."""
+    with _disable_current_modes():
+        return tensor.numpy()
 
 
 def find(domain: str, name: str, version: int) -> Operator | None:

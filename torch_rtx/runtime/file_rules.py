@@ -223,6 +223,16 @@ def positions(given: Given) -> list[torch.Tensor]:
     return [torch.empty((ANY, given["self"].dim()), dtype=torch.int64, device="meta")]
 
 
+def different(given: Given) -> list[torch.Tensor]:
+    """The results of `_unique2` and `unique_dim`, of which those that nobody asks for are empty, as on a GPU."""
+    shape, places = [ANY], given["self"].shape
+    if "dim" in given:
+        axis = given["dim"] % given["self"].dim()
+        shape, places = [*places[:axis], ANY, *places[axis + 1 :]], places[axis : axis + 1]
+    sizes = places if given.get("return_inverse") else [0], [ANY] if given.get("return_counts") else [0]
+    return [given["self"].new_empty(shape), *(torch.empty(size, dtype=torch.int64, device="meta") for size in sizes)]
+
+
 def elements(given: Given) -> list[torch.Tensor]:
     """The result of an index by tensors, of which a mask stands for the positions in it, one for each dimension."""
     found = torch.empty(ANY, dtype=torch.int64, device="meta")
@@ -249,6 +259,7 @@ INFERRED: Mapping[str, Callable[[Given], list[Any]]] = {
     "aten.lstm.input": recurrent_results,
     "aten.gru.input": recurrent_results,
     "aten.nonzero.default": positions,
+    **dict.fromkeys(("aten._unique2.default", "aten.unique_dim.default"), different),
     "aten.index.Tensor": elements,
     # As generated code calls them, see `runtime.code.RELAXED`.
     **dict.fromkeys(("aten.view.default", "aten._unsafe_view.default"), reshaped),

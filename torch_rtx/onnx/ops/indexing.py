@@ -30,7 +30,9 @@ def gather(x: Tensor, indices: Tensor, *, axis: int = 0, known: Sequence[Any]) -
             return x.select(axis, place)
         case [int() | torch.SymInt() as place]:
             return x.select(axis, place).unsqueeze(axis % x.dim())
-    return x[(slice(None),) * (axis % x.dim()) + (indices,)]
+    before: tuple[Any, ...] = (slice(None),) * (axis % x.dim())
+    # A tensor without axes would be read, to be a number.
+    return x[(*before, indices)] if indices.dim() else x[(*before, indices.reshape(1))].squeeze(axis)
 
 
 @op("GatherElements")

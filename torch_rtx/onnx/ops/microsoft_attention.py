@@ -107,7 +107,7 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     """x (B, S, I), weights (I, q + k + v) -> (B, S, v) and keys and values (2, B, N, T, D)."""
     refuse("Attention", do_rotary=do_rotary, past_present_share_buffer=past_present_share_buffer)
-    return _self_attention(
+    return attention_of_projections(
         x @ weights if bias is None else x @ weights + bias,
         mask_index,
         past,
@@ -141,7 +141,7 @@ def qattention(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of x (B, S, I) and weights (I, q + k + v) of 8 bits; `weights_scale` is for all or each column."""
     refuse("QAttention", do_rotary=do_rotary, past_present_share_buffer=past_present_share_buffer)
-    return _self_attention(
+    return attention_of_projections(
         matmul_to_float(x, weights, x_scale * weights_scale, x_zero, weights_zero, bias),
         mask_index,
         past,
@@ -154,7 +154,7 @@ def qattention(
     )
 
 
-def _self_attention(
+def attention_of_projections(
     projected: Tensor,
     mask_index: Tensor | None,
     past: Tensor | None,

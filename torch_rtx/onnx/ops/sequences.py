@@ -2,15 +2,57 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from torch_rtx.errors import OnnxError
 from torch_rtx.onnx.registry import Ints, op
 
-Sequence = list[Tensor]
+
+@dataclass(frozen=True)
+class Growing:
+    """A sequence in a pass of a captured loop that appends to it: what this pass has `added`."""
+
+    added: tuple[Tensor, ...] = ()
+
+    def append(self, tensor: Tensor) -> Growing:
+        """The sequence with one more element."""
+        return Growing((*self.added, tensor))
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """A sequence of tensors of one shape, of a length that only a run knows: `rows` (length, ...)."""
+
+    rows: Tensor
+
+    def append(self, tensor: Tensor) -> Stacked:
+        """The sequence with one more element."""
+        return Stacked(torch.cat([self.rows, tensor.unsqueeze(0)]))
+
+
+Sequence = list[Tensor] | Growing | Stacked
+pytree.register_pytree_node(Growing, lambda x: ([*x.added], None), lambda leaves, _: Growing(tuple(leaves)))
+pytree.register_pytree_node(Stacked, lambda x: ([x.rows], None), lambda leaves, _: Stacked(*leaves))
+
+
+def listed(sequence: Sequence) -> list[Tensor]:
+    """A sequence of a known length.
+
+    Raises:
+        OnnxError: a run alone knows its length.
+    """
+    if isinstance(sequence, list):
+        return sequence
+    raise OnnxError(
+        "the length of the sequence depends on data: in a capture, a loop may only append to it, "
+        "and what follows append, stack, concatenate, or take elements",
+        hint="run the module eagerly, or replace the sequence in the model",
+    )
 
 
 @op("SequenceConstruct", since=11)
@@ -25,7 +67,7 @@ def sequence_empty(*, dtype: int = 1) -> Sequence:
     return []
 
 
-def _position(sequence: Sequence, position: Ints | None, default: int, end: int) -> int:
+def _position(sequence: list[Tensor], position: Ints | None, default: int, end: int) -> int:
     """A position as a Python index that is in range."""
     index = default if position is None else position[0]
     if not isinstance(index, int):
@@ -38,29 +80,36 @@ def _position(sequence: Sequence, position: Ints | None, default: int, end: int)
 @op("SequenceAt", since=11, ints=("position",))
 def sequence_at(sequence: Sequence, position: Ints) -> Tensor:
     """The element at a position."""
-    return sequence[_position(sequence, position, 0, len(sequence))]
+    if isinstance(sequence, Stacked):
+        return sequence.rows.select(0, position[0])
+    return listed(sequence)[_position(listed(sequence), position, 0, len(listed(sequence)))]
 
 
 @op("SequenceInsert", since=11, ints=("position",))
 def sequence_insert(sequence: Sequence, tensor: Tensor, position: Ints | None = None) -> Sequence:
     """A sequence with one more element, before a position or at the end."""
-    result = list(sequence)
-    result.insert(_position(sequence, position, len(sequence), len(sequence) + 1), tensor)
+    if position is None and not isinstance(sequence, list):
+        return sequence.append(tensor)
+    result = list(listed(sequence))
+    result.insert(_position(result, position, len(result), len(result) + 1), tensor)
     return result
 
 
 @op("SequenceErase", since=11, ints=("position",))
 def sequence_erase(sequence: Sequence, position: Ints | None = None) -> Sequence:
     """A sequence without the element at a position, or without the last."""
-    result = list(sequence)
-    del result[_position(sequence, position, -1, len(sequence))]
+    result = list(listed(sequence))
+    del result[_position(result, position, -1, len(result))]
     return result
 
 
 @op("SequenceLength", since=11)
 def sequence_length(sequence: Sequence) -> Tensor:
     """The number of elements."""
-    return torch.tensor(len(sequence), device=sequence[0].device if sequence else None)
+    if isinstance(sequence, Stacked):
+        return torch.scalar_tensor(sequence.rows.shape[0], dtype=torch.int64, device=sequence.rows.device)
+    device = listed(sequence)[0].device if sequence else None
+    return torch.scalar_tensor(len(listed(sequence)), dtype=torch.int64, device=device)
 
 
 @op("SplitToSequence", since=11, ints=("split",))
@@ -77,7 +126,10 @@ def split_to_sequence(x: Tensor, split: Ints | None = None, *, axis: int = 0, ke
 @op("ConcatFromSequence", since=11)
 def concat_from_sequence(sequence: Sequence, *, axis: int, new_axis: int = 0) -> Tensor:
     """The elements along an axis that they have, or along a new one."""
-    return torch.stack(sequence, axis) if new_axis else torch.cat(sequence, axis)
+    if isinstance(sequence, Stacked):
+        rows = sequence.rows if new_axis else sequence.rows.movedim(0, axis % (sequence.rows.dim() - 1))
+        return rows.movedim(0, axis) if new_axis else rows.flatten(axis := axis % (rows.dim() - 1), axis + 1)
+    return torch.stack(listed(sequence), axis) if new_axis else torch.cat(listed(sequence), axis)
 
 
 @op("Optional", since=15)
@@ -89,7 +141,8 @@ def optional(value: Any = None, *, type: Any = None) -> Any:
 @op("OptionalHasElement", since=15)
 def optional_has_element(value: Any = None) -> Tensor:
     """Whether there is a value."""
-    return torch.tensor(value is not None, device=value.device if isinstance(value, Tensor) else None)
+    device = value.device if isinstance(value, Tensor) else None
+    return torch.scalar_tensor(value is not None, dtype=torch.bool, device=device)
 
 
 @op("OptionalGetElement", since=15)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.nn import functional as F
 
 from torch_rtx.errors import OnnxError
@@ -114,6 +115,11 @@ def split_attribute(x: Tensor, *, split: list[int] | None = None, axis: int = 0,
 
 
 def _slice(x: Tensor, axis: int, start: Any, end: Any, step: int) -> Tensor:
+    if step == 1 and isinstance(start, torch.SymInt) and free_unbacked_symbols(start):
+        size = (end - start).node.maybe_as_int()
+        if size is not None and size > 0:  # as of `x[i : i + 1]`, where only a run knows i
+            torch._check(start >= 0)
+            return x.narrow(axis, start, size)
     if step > 0:
         return torch.ops.aten.slice.Tensor(x, axis, start, end, step)
     # From the other end, where what counts from the end counts from the start.

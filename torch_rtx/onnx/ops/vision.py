@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import reduce
 from itertools import product
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from torch_rtx.detection import suppressed
 from torch_rtx.errors import OnnxError
 from torch_rtx.onnx.registry import Numbers, op
 
@@ -227,40 +227,9 @@ def non_max_suppression(
     scores = torch.where(candidates, scores, -torch.inf)
     limit = torch.zeros((), device=boxes.device) if iou_threshold is None else iou_threshold.reshape(())
     count = torch.sym_min(most[0] if most else 0, boxes.shape[1])
-    rank = torch.arange(count, device=boxes.device)
-
-    def left(step: Tensor, scores: Tensor, chosen: Tensor) -> Tensor:
-        return (step < count) & (scores > -torch.inf).any()
-
-    def choose(step: Tensor, scores: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        best = scores.argmax(-1, keepdim=True)  # (N, classes, 1); the first of equal ones
-        found = torch.gather(scores, -1, best) > -torch.inf
-        overlap = _overlaps(low, high, best)
-        dropped = (overlap > limit) | (torch.arange(scores.shape[-1], device=scores.device) == best)
-        chosen = torch.where((rank == step) & found, best, chosen)
-        return step + 1, torch.where(dropped & found, -torch.inf, scores), chosen
-
-    state = (
-        torch.zeros((), dtype=torch.int64, device=boxes.device),
-        scores,
-        -torch.ones_like(scores[..., :1], dtype=torch.int64).expand(-1, -1, count).contiguous(),
-    )
-    chosen = _while(left, choose, state)[2]
+    chosen = suppressed(low, high, scores, limit, count)
     places = torch.nonzero(chosen >= 0)
     return torch.cat([places[:, :2], chosen[places[:, 0], places[:, 1], places[:, 2], None]], 1)
-
-
-def _while(
-    left: Callable[..., Tensor], body: Callable[..., tuple[Tensor, ...]], state: tuple[Tensor, ...]
-) -> tuple[Tensor, ...]:
-    """A loop that a capture keeps as one."""
-    if torch.compiler.is_compiling():
-        from torch._higher_order_ops.while_loop import while_loop
-
-        return while_loop(left, body, state)
-    while left(*state):
-        state = body(*state)
-    return state
 
 
 def _corners(boxes: Tensor, center_point_box: int) -> tuple[Tensor, Tensor]:
@@ -269,13 +238,3 @@ def _corners(boxes: Tensor, center_point_box: int) -> tuple[Tensor, Tensor]:
     if center_point_box:
         return first - second / 2, first + second / 2
     return torch.minimum(first, second), torch.maximum(first, second)
-
-
-def _overlaps(low: Tensor, high: Tensor, best: Tensor) -> Tensor:
-    """The intersection over union of all boxes with one for each class: (N, classes, count)."""
-    places = best.expand(*best.shape[:2], 2)
-    own_low, own_high = torch.gather(low, 1, places)[:, :, None], torch.gather(high, 1, places)[:, :, None]
-    low, high = low[:, None], high[:, None]
-    shared = (torch.minimum(high, own_high) - torch.maximum(low, own_low)).clamp(min=0).prod(-1)
-    union = (high - low).prod(-1) + (own_high - own_low).prod(-1) - shared
-    return torch.where(union > 0, shared / union, 0)
