@@ -156,8 +156,10 @@ class _Recorder(TorchDispatchMode):
             self.graph.nodes.append(Node("copy", params))
             return target
         result = func(*args, **(kwargs or {}))
+        if aten.is_view(func):
+            return result
         self.graph.memory.append(result)
-        if "empty" not in str(func) and not aten.is_view(func):
+        if "empty" not in str(func):
             self.graph.nodes.append(Node("call", Params(), lambda: result.copy_(func(*args, **(kwargs or {})))))
         return result
 

@@ -39,7 +39,7 @@ from torch_rtx.optable import NUMBERS
 from torch_rtx.runtime.inline import in_place, inline_kernels, launched
 from torch_rtx.runtime.launch import Launcher, LoadedTactic
 from torch_rtx.runtime.overwriting import overwritten
-from torch_rtx.runtime.plan import Plan
+from torch_rtx.runtime.plan import Plan, Room
 from torch_rtx.runtime.streaming import Lines, Streamer
 from torch_rtx.targets import ALIGNMENT
 
@@ -56,8 +56,8 @@ class Code:
     """The code of a graph; call it, or `run`, with inputs and weights.
 
     Attributes:
-        run: `run(inputs, weights)` returns the outputs. A third argument allocates, with the arguments of a function in
-            `EMPTY`, what kernels write beside the arena.
+        run: `run(inputs, weights)` returns the outputs. A third argument allocates what kernels write beside the arena,
+            as a function in `EMPTY`. A fourth is the memory of the plan's room, as bytes.
         source: its text.
         plan: its memory.
         graph, tactics: the graph, and the tactics of its kernel nodes by `op`.
@@ -204,6 +204,8 @@ def compile_graph(
     probe: Callable[[], None] | None = None,
     streamer: Streamer | None = None,
     distinct: bool = False,
+    stay: frozenset[str] = frozenset(),
+    room: Room | None = None,
 ) -> Code:
     """Compile `graph` to a function `(inputs, weights) -> outputs`.
 
@@ -215,16 +217,17 @@ def compile_graph(
         probe: called before the first node and after each node; for measuring.
         streamer: brings weights to the device; the function must then be called in a turn of it.
         distinct: inputs that the graph writes to overlap no other ones, so that kernels may write to them.
+        stay, room: see `Plan`.
 
     Raises:
         InvalidIR: an op does not exist in this process, or no input determines a dim.
     """
     tactics = tactics or {}
-    writer = _Writer(inline_kernels(graph, tactics), device, callables, trusted_ops, launched(tactics), probe)
+    given = device, callables, trusted_ops, launched(tactics), probe
+    writer = _Writer(inline_kernels(graph, tactics), *given, stay=stay, room=room)
     if streamer is not None:
         writer.names["_stream"], writer.streaming = streamer, streamer.lines(graph, in_place(graph, tactics))
-    if distinct:
-        writer.targets = overwritten(writer.graph, trusted_ops)
+    writer.targets = overwritten(writer.graph, trusted_ops) if distinct else {}
     source = writer.write()
     file = f"<torch_rtx {name} {id(writer.names):x}>"  # unique while the function lives
     linecache.cache[file] = (len(source), None, source.splitlines(True), file)  # tracebacks show the generated line
@@ -243,6 +246,8 @@ class _Writer:
     kernels: Mapping[str, Launcher]
     probe: Callable[[], None] | None = None
     streaming: Lines = ((), {}, {})
+    stay: frozenset[str] = frozenset()
+    room: Room | None = None
     lines: list[str] = field(default_factory=list)
     bound: set[str] = field(default_factory=set)  # symbols that have a value by now
     names: dict[str, Any] = field(default_factory=dict)  # the globals of the generated function
@@ -264,8 +269,10 @@ class _Writer:
         if graph.inputs:
             self.lines.append(f"if type(_inputs) is {self.name_of('owned', Owned)}: _inputs.clear()")
         self.bind(graph.inputs)
-        self.plan = Plan(graph, self.trusted_ops, frozenset(self.bound), frozenset(self.targets))
-        self.offsets = self.arena()
+        known, elsewhere = frozenset(self.bound), frozenset(self.targets)
+        self.plan = Plan(graph, self.trusted_ops, known, elsewhere, self.stay, self.room)
+        self.offsets = {**self.arena(), **self.plan.placed}
+        self.lines += ["_room_base = _room.data_ptr()"] * bool(self.plan.placed)
         self.shared = aten.shared(graph, self.trusted_ops)
         first, before, after = self.streaming
         self.lines += first
@@ -285,13 +292,17 @@ class _Writer:
             self.lines += after.get(index, ())
             self.lines += probe
         self.lines += self.checks
+        for value in attr_values(graph.outputs):
+            self.materialize(value)
         kept = self.kept()
         copied = [value.name for value in dict.fromkeys(attr_values(graph.outputs)) if value.name in kept]
         if copied:  # one copy per value: a value returned twice stays one object
             self.lines.append(f"{', '.join(copied)}, = _copy_together([{', '.join(copied)}])")
         self.lines.append(f"return [{', '.join(self.output(attr) for attr in graph.outputs)}]")
         empty = self.name_of("empty", EMPTY[self.device.type])
-        return f"def run(_inputs, _weights, _new={empty}):\n" + "".join(f"    {line}\n" for line in self.lines)
+        return f"def run(_inputs, _weights, _new={empty}, _room=None):\n" + "".join(
+            f"    {line}\n" for line in self.lines
+        )
 
     def arena(self) -> dict[str, int | str]:
         """Write the allocation of the arena; returns the offset of each value in it, a number or code."""
@@ -404,9 +415,10 @@ class _Writer:
             return
         assert isinstance(value.type, TensorType)
         dtype = aten.DTYPES[value.type.dtype]
-        alias = f"_arena_{value.type.dtype}"
+        memory = "_room" if value.name in self.plan.placed else "_arena"
+        alias = f"{memory}_{value.type.dtype}"
         if alias not in self.tensors:
-            self.lines.append(f"{alias} = _arena.view({self.name_of(str(dtype), dtype)})")
+            self.lines.append(f"{alias} = {memory}.view({self.name_of(str(dtype), dtype)})")
         self.tensors |= {alias, value.name}
         offset = self.offsets[value.name]
         at = offset // dtype.itemsize if isinstance(offset, int) else f"{offset} // {dtype.itemsize}"
@@ -446,7 +458,8 @@ class _Writer:
     def address(self, value: Value) -> str:
         """The address, as code, of a value that a kernel writes."""
         if value.name in self.offsets:
-            return f"_base + {self.offsets[value.name]}"
+            base = "_room_base" if value.name in self.plan.placed else "_base"
+            return f"{base} + {self.offsets[value.name]}"
         return f"{value.name}.data_ptr()"
 
     def python_call(self, node: Node) -> str:
