@@ -1,7 +1,8 @@
 """Where the memory of a training step goes: what it saves for its backward, and what both graphs need, without running
 anything.
 
-    python -m benchmarks.saved gpt2 --batch 8 --length 512 [--small] [--checkpoint] [--default] [--top 20]
+    python -m benchmarks.saved gpt2 --batch 8 --length 512 [--small] [--checkpoint] [--default]
+        [--channels-last] [--top 20]
 
 Weights are traced as FakeTensors: on CUDA where there is a GPU, else on the CPU, whose attention and autocast differ a
 little. `--default` takes PyTorch's own partition instead of `backend.rematerialization`.
@@ -136,7 +137,13 @@ def planned(step: Step, forward: Lowered, backward: Lowered, staying: Collection
 
 
 def traced(
-    name: str, size: models.Size, batch: int, length: int | None = None, checkpointed: bool = False, own: bool = True
+    name: str,
+    size: models.Size,
+    batch: int,
+    length: int | None = None,
+    checkpointed: bool = False,
+    own: bool = True,
+    channels_last: bool = False,
 ) -> Step:
     """The training step of a model of the zoo, under bfloat16 autocast and without dropout."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -144,6 +151,9 @@ def traced(
     if checkpointed:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
     args, kwargs = labelled(model, models.inputs(name, size, batch=batch, length=length), 0)
+    if channels_last:
+        model.to(memory_format=torch.channels_last)
+        args = tuple(x.to(memory_format=torch.channels_last) if x.dim() == 4 else x for x in args)
     step, fakes = Step(), capture._FakeCopies(device)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -201,11 +211,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int)
     parser.add_argument("--top", type=int, default=20)
-    for flag in ("small", "checkpoint", "default"):
+    for flag in ("small", "checkpoint", "default", "channels-last"):
         parser.add_argument(f"--{flag}", action="store_true")
     given = parser.parse_args(arguments)
     size: models.Size = "small" if given.small else "full"
-    step = traced(given.model, size, given.batch, given.length, given.checkpoint, not given.default)
+    step = traced(
+        given.model, size, given.batch, given.length, given.checkpoint, not given.default, given.channels_last
+    )
     for kind, nbytes in step.saved.most_common(given.top):
         print(f"{nbytes / MIB:10.1f} MiB in {step.counts[kind]:3}: {kind[0]} {kind[1]}{list(kind[2])}")
     print(f"{step.saved.total() / MIB:10.1f} MiB saved in {step.counts.total()} tensors")
