@@ -18,7 +18,7 @@ from torch_rtx.runtime.code import EMPTY, Code, count_writes, span_of
 from torch_rtx.runtime.driver import checked, driver, relaxed
 from torch_rtx.runtime.graph_borders import Inputs, Placed, Results, is_pinned_tensor
 from torch_rtx.runtime.graph_params import Executables, GraphNodes, kernel_uses
-from torch_rtx.runtime.graphmemory import Block, GraphMemory
+from torch_rtx.runtime.graphmemory import Block, GraphMemory, references
 from torch_rtx.runtime.inline import inline_kernels
 from torch_rtx.runtime.pdl import use_programmatic_edges
 from torch_rtx.runtime.plan import Room
@@ -102,7 +102,6 @@ def capture(spec: CaptureSpec, code: Code, inputs: Sequence[Any], store: WeightS
         found = Captured(spec, placed, inputs, store, copied)
         copied |= found.missing
     found.code = code
-    found.count_references()
     return found
 
 
@@ -165,21 +164,18 @@ class Captured:
         self._stand_ins = stand_ins.without(made.replaced)  # the graph reads or writes these
         self._results = None if made.are_buffers else made.assembly()
         self._gives = any(isinstance(kind, Placed) for kind in made.kinds)
-        saved: dict[int, list[torch.Tensor]] = {}
-        for kind in (made.kinds[index] for index in spec.saved):
-            if is_pinned_tensor(kind) and kind.value.numel():
-                saved.setdefault(kind.value.untyped_storage().data_ptr(), []).append(kind.value)
-        largest, *others = sorted(saved.keys() - pinned, key=lambda at: -saved[at][0].untyped_storage().nbytes()) or [0]
-        self.block = Block(saved[largest], spec.memory, self.graph) if largest else None
-        self._saved = [saved[address][0].untyped_storage() for address in others]
+        kinds = (made.kinds[index] for index in spec.saved)
+        saved = [kind.value for kind in kinds if is_pinned_tensor(kind) and kind.value.numel()]
+        by_memory: dict[int, list[torch.Tensor]] = {}
+        for tensor in (*saved, *self._stand_ins):
+            by_memory.setdefault(tensor.untyped_storage().data_ptr(), []).append(tensor)
+        memories = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in saved}
+        largest, *others = sorted(memories.keys() - pinned, key=lambda at: -memories[at].nbytes()) or [0]
+        inside = [tensor for tensor in saved if tensor.untyped_storage().data_ptr() == largest]
+        self.block = Block(inside, references(by_memory[largest]), spec.memory, self.graph) if largest else None
+        self._saved = [memories[address] for address in others]
         self._handles = [storage._cdata for storage in self._saved]
-        self._references = [0 for _ in self._saved]
-
-    def count_references(self) -> None:
-        """Count the references that the graph itself has to saved results; the capture must have let go of its own."""
-        self._references = list(map(_USES, self._handles))
-        if self.block is not None:
-            self.block.count_references()
+        self._references = [references(by_memory[address]) for address in others]
 
     @property
     def is_stale(self) -> bool:

@@ -352,7 +352,10 @@ def _kept(name: str, result: Any, inputs: Inputs, pinned: Collection[int], stati
         index = inputs.stand_ins[storage]
         own = inputs.tensors[index]
         return View(index, inputs.names[index], own.stride(), _start(result) - _start(own), _like(result))
-    return Pinned(result) if static or storage in pinned else None
+    if storage in pinned:
+        return Pinned(result)
+    # Not the result itself: if autograd takes it for a view, it holds others.
+    return Pinned(PLACED(result, tuple(result.shape), result.stride(), 0)) if static else None
 
 
 def pinned_memory(kinds: Iterable[Result]) -> dict[int, torch.UntypedStorage]:

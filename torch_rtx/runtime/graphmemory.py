@@ -78,6 +78,7 @@ class Block:
 
     Args:
         tensors: what is saved there.
+        references: of the forward graph to this memory, see `references`.
         memory: of the forward graph.
         graph: keeps PyTorch from freeing the memory pool.
 
@@ -88,18 +89,16 @@ class Block:
             step, one that accumulates them does so once for several backwards.
     """
 
-    def __init__(self, tensors: Sequence[torch.Tensor], memory: GraphMemory, graph: torch.cuda.CUDAGraph) -> None:
+    def __init__(
+        self, tensors: Sequence[torch.Tensor], references: int, memory: GraphMemory, graph: torch.cuda.CUDAGraph
+    ) -> None:
         self.storage = tensors[0].untyped_storage()
         self.parts = [span_of([tensor]) for tensor in tensors]
         self.memory, self.handle, self._graph = memory, memory.handle, graph
         self.takes_gradients, self._moves = True, 0
-        self._cdata, self._references = self.storage._cdata, 0
+        self._cdata, self._references = self.storage._cdata, references
         self._views: dict[torch.dtype, torch.Tensor] = {}
         _BLOCKS[self.storage.data_ptr()] = self
-
-    def count_references(self) -> None:
-        """Count those that the graph itself has; the capture must have let go of its own."""
-        self._references = _USES(self._cdata)
 
     def is_held(self) -> bool:
         """Somebody else has a tensor here."""
@@ -125,6 +124,12 @@ class Block:
         for gradient in inside:
             gradient.data = copy_strided(gradient.detach(), gradient.stride())
         self.count_moves(bool(inside))
+
+
+def references(tensors: Sequence[torch.Tensor]) -> int:
+    """How often these tensors, none of which is a view for autograd, and an `UntypedStorage` refer to the memory that
+    they share. Its count of uses alone would also have what is about to go, such as frames of a traceback."""
+    return min(1 + len(set(map(id, tensors))), _USES(tensors[0].untyped_storage()._cdata))
 
 
 def block_of(tensors: Iterable[torch.Tensor]) -> Block | None:
