@@ -249,9 +249,19 @@ def test_a_backward_that_is_kept_writes_over_nothing(step: Step) -> None:
 
 
 def test_both_graphs_are_in_one_memory(step: Step) -> None:
+    assert next(iter(step.forward.pool.captured.values())).kept_bytes == step.block().storage.nbytes()
     pools = step.forward.pool, step.backward.pool
     (forward, backward) = (graph for pool in pools for graph in pool.captured.values())
     assert backward._memory is forward._memory is step.block().memory
+
+
+def test_memory_that_somebody_gives_back(step: Step) -> None:
+    """They have resized the storage of a gradient: the graph would use memory that it no longer has."""
+    step.block().storage = torch.empty(0).untyped_storage()  # the double's memory can't be given back
+    before = step.forward.pool.captures
+    for _ in range(4):
+        check(step, step.p)
+    assert step.forward.pool.captures == before + 1
 
 
 def test_the_backward_goes_with_its_forward(step: Step) -> None:

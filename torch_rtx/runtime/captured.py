@@ -179,9 +179,18 @@ class Captured:
 
     @property
     def is_stale(self) -> bool:
-        """The forward graph whose saved tensors this one reads is gone, or wants no gradients there any more."""
-        block = None if self._block is None else self._block()
-        return self._block is not None and (block is None or (self._gives and not block.takes_gradients))
+        """The memory of saved tensors is gone: that of this forward graph, since somebody resized it, or that of the
+        forward graph whose tensors this one reads. Or gradients may no longer be left there."""
+        if self._block is None:
+            return self.block is not None and not self.block.storage.nbytes()
+        block = self._block()
+        return block is None or (self._gives and not block.takes_gradients)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Memory that stays in use between replays, for saved tensors and gradients."""
+        block = 0 if self.block is None else self.block.storage.nbytes()
+        return block + sum(storage.nbytes() for storage in self._saved)
 
     def make_free(self, inputs: Sequence[Any], moving: bool) -> bool:
         """Whether nobody has anything in the memory that a replay overwrites: a saved result of an earlier replay, or a

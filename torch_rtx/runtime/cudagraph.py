@@ -166,7 +166,7 @@ class GraphPool:
                     return found.replay(inputs)
                 self.held += 1
                 if self.held in HELD_LOGGED:
-                    log.info("%d calls ran without a CUDA graph: tensors saved for backward were in use", self.held)
+                    log.info("%d calls ran without a CUDA graph: saved tensors or gradients were in use", self.held)
         outputs = self.run(code, inputs, store.values)
         # Library handles are per thread and can't be created in a capture: a thread captures only after a plain call.
         self._warm.done = True
@@ -186,7 +186,7 @@ class GraphPool:
         if self._generation != store.generation:
             self.captured.clear()
             self._generation = store.generation
-        if self._backward:
+        if self.pinned:
             for stale in [other for other, graph in self.captured.items() if graph.is_stale]:
                 del self.captured[stale]
         found = self.captured.get(key)
@@ -230,6 +230,8 @@ class GraphPool:
         # The next capture may use the memory of this one's workspaces, and nobody needs those of calls before it.
         CLEAR_WORKSPACES()
         self.captures += 1
+        if self.saved:
+            log.info("the CUDA graph of a forward keeps %.1f MiB for its backward", found.kept_bytes / 2**20)
         log.debug("captured a CUDA graph for %s", [tuple(x.shape) for x in inputs if isinstance(x, torch.Tensor)])
         return found
 
