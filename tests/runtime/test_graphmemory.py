@@ -222,6 +222,15 @@ def test_autograd_may_call_a_forward_in_a_thread_of_its_own(step: Step) -> None:
     assert step.replays() == (before[0] + 1, before[1] + 1)
 
 
+def test_gradients_without_memory_stay(step: Step) -> None:
+    """A sparse one has no memory of its own."""
+    g = check(step, step.p)[1]
+    step.p.grad = torch.zeros(SIZE).to_sparse()
+    expected = g.clone()
+    check(step, step.p)
+    assert torch.equal(g, expected)
+
+
 def test_no_gradient_moves_while_other_threads_train(step: Step) -> None:
     """They may be adding to it."""
     step.forward.pool._threads.add(-1)
@@ -231,6 +240,10 @@ def test_no_gradient_moves_while_other_threads_train(step: Step) -> None:
     check(step, step.p)
     assert (step.p.grad.data_ptr(), step.replays()) == (place, (before[0] + 1, before[1] + 1))
     assert torch.equal(step.p.grad, expected)
+    for _ in range(MOVES - 1):
+        assert step.block().takes_gradients
+        check(step, step.p)
+    assert not step.block().takes_gradients  # from now on they are in nobody's way
 
 
 def test_a_backward_that_is_kept_writes_over_nothing(step: Step) -> None:

@@ -203,12 +203,11 @@ class Captured:
         if not block.is_held():
             block.count_moves(False)
             return True
-        if moving:
-            with self._memory.lock:
-                stream = torch._C._cuda_getCurrentRawStream(self._device)
-                if stream != self._memory.stream:
-                    self._memory.follow(stream)
-                block.move_gradients([inputs[index] for index in self._pinned])
+        with self._memory.lock:
+            stream = torch._C._cuda_getCurrentRawStream(self._device)
+            if stream != self._memory.stream:
+                self._memory.follow(stream)
+            block.move_gradients([inputs[index] for index in self._pinned], moving)
         return not block.is_held()
 
     def replay(self, inputs: Sequence[Any]) -> list[Any]:

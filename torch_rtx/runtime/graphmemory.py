@@ -113,15 +113,16 @@ class Block:
         return self._views[dtype]
 
     def count_moves(self, moved: bool) -> None:
-        """Tell before each forward whether gradients had to move."""
+        """Tell before each forward whether gradients had to move, or should have moved."""
         self._moves = self._moves + 1 if moved else 0
         self.takes_gradients = self.takes_gradients and self._moves < MOVES
 
-    def move_gradients(self, parameters: Iterable[torch.Tensor]) -> None:
-        """Give those that are still `.grad` memory of their own."""
+    def move_gradients(self, parameters: Iterable[torch.Tensor], moving: bool) -> None:
+        """Give those that are still `.grad` memory of their own; if not `moving`, count that they should have moved."""
         gradients = [parameter.grad for parameter in parameters if parameter.is_leaf]
-        inside = [g for g in gradients if g is not None and g.untyped_storage()._cdata == self._cdata]
-        for gradient in inside:
+        dense = [g for g in gradients if type(g) is torch.Tensor and g.layout == torch.strided]
+        inside = [g for g in dense if g.untyped_storage()._cdata == self._cdata]
+        for gradient in inside if moving else ():
             gradient.data = copy_strided(gradient.detach(), gradient.stride())
         self.count_moves(bool(inside))
 
