@@ -14,7 +14,7 @@ import torch
 
 from torch_rtx import aten
 from torch_rtx.ir import Graph, Node, Value
-from torch_rtx.runtime.code import EMPTY, Code, count_writes, span_of
+from torch_rtx.runtime.code import EMPTY, Code
 from torch_rtx.runtime.driver import checked, driver, relaxed
 from torch_rtx.runtime.graph_borders import Inputs, Placed, Results, is_pinned_tensor
 from torch_rtx.runtime.graph_params import Executables, GraphNodes, kernel_uses
@@ -22,6 +22,7 @@ from torch_rtx.runtime.graphmemory import Block, GraphMemory, references
 from torch_rtx.runtime.inline import inline_kernels
 from torch_rtx.runtime.pdl import use_programmatic_edges
 from torch_rtx.runtime.plan import Room
+from torch_rtx.runtime.strided import count_writes, span_of
 from torch_rtx.runtime.weights import WeightStore
 
 log = logging.getLogger(__name__)

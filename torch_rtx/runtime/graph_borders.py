@@ -19,9 +19,10 @@ from torch_rtx import aten
 from torch_rtx.errors import InputError
 from torch_rtx.ir import Graph, TensorType, Value, evaluate
 from torch_rtx.runtime.check import bind_sizes
-from torch_rtx.runtime.code import PLACED, aligned, copy_strided, restride, span_of
+from torch_rtx.runtime.code import PLACED
 from torch_rtx.runtime.graph_params import GraphNodes, Slots, Use
 from torch_rtx.runtime.graphmemory import Block
+from torch_rtx.runtime.strided import aligned, copy_strided, restride, span_of
 
 # A pointer set in one kernel costs about 1 us of host time. A captured copy costs 2 us of host and 2 us of device time,
 # and 1 us of device time more per BYTES_PER_KERNEL.

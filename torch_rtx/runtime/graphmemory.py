@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from torch_rtx.runtime.code import copy_strided, span_of
 from torch_rtx.runtime.driver import new_stream
+from torch_rtx.runtime.strided import copy_strided, span_of
 
 MOVES = 3  # in a row, after which gradients get memory of their own
 _IDLE: dict[int, list[torch.cuda.Stream]] = defaultdict(list)  # by device, the streams of memories that are gone
