@@ -18,6 +18,7 @@ import argparse
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 from unittest.mock import patch
 
@@ -31,7 +32,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from benchmarks import models
 from benchmarks.training import labelled, learner
-from torch_rtx import aten
 from torch_rtx.backend import capture, compiler, entry
 from torch_rtx.backend.training import TrainingStep
 from torch_rtx.ir import Graph, TensorType, Value, attr_values
@@ -83,11 +83,18 @@ class Lowered:
         called = frozenset(node.op for node in self.graph.nodes if node.kind == "fallback")
         return Plan(self.graph, called, frozenset(), stay=frozenset(stay), room=room)
 
+    @cached_property
+    def _owners(self) -> dict[str, str]:
+        return self.plan().owners
+
+    def owner(self, name: str) -> str:
+        """The value in whose memory a value lies."""
+        return self._owners.get(name, name)
+
     def sizes(self, names: Iterable[str]) -> dict[str, int]:
         """The bytes of the memory of these values, by the name of the value that owns it; none of inputs."""
         types = {value.name: value.type for node in self.graph.nodes for value in node.results}
-        base = aten.bases(self.graph)
-        owners = {base.get(name, name) for name in names}
+        owners = {self.owner(name) for name in names}
         found = {name: size_of(type_) for name in owners if isinstance(type_ := types.get(name), TensorType)}
         return {name: size for name, size in found.items() if isinstance(size, int)}
 
@@ -101,12 +108,12 @@ def planned(step: Step, forward: Lowered, backward: Lowered, staying: Collection
     saved = forward.sizes(value.name for value in values.values())
     total, *offsets = plan.offsets()
     starts = dict(zip(plan.index, offsets, strict=True))
-    base, readers = aten.bases(forward.graph), defaultdict[str, set[str]](set)
+    readers = defaultdict[str, set[str]](set)
     inputs = zip(backward.traced.graph.find_nodes(op="placeholder"), backward.graph.inputs, strict=True)
     read = {node.name: value.name for node, value in inputs}
     for index, value in values.items():
         if traced[index].name in read:
-            readers[base.get(value.name, value.name)].add(read[traced[index].name])
+            readers[forward.owner(value.name)].add(read[traced[index].name])
     others = forward.sizes(value.name for value in attr_values(forward.graph.outputs) if value not in values.values())
     inside = {name: starts[name] for name in saved if name in starts}
     parts = [(start, start + saved[name], frozenset(readers[name])) for name, start in inside.items()]

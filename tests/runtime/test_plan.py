@@ -55,7 +55,7 @@ def buffers(draw: st.DrawFn) -> list[Buffer]:
 
 def placed(found: list[Buffer], room: Room | None = None, **others: Any) -> Plan:
     """A plan of these buffers, which no graph is needed for."""
-    lifetimes = SimpleNamespace(**{"buffers": found, "kept": set(), "returned": set(), **others})
+    lifetimes = SimpleNamespace(**{"buffers": found, "owners": {}, "kept": set(), "returned": set(), **others})
     with patch.object(planning, "_Lifetimes", lambda *_: lifetimes):
         return Plan(parse("graph fused {\n  return []\n}\n"), frozenset(), frozenset({"s", "t"}), room=room)
 
@@ -171,6 +171,7 @@ def test_what_lies_in_the_arena() -> None:
     plan = Plan(GRAPH, frozenset(), frozenset({"s"}))
     found = {buffer.name: (buffer.first, buffer.last) for buffer in plan.buffers}
     assert found == {"a": (0, 2), "d": (3, 4)}  # `a` is read through a view; `e` is returned through one
+    assert [plan.owners[name] for name in ("x", "b", "f")] == ["x", "a", "e"]
     for s in (2, 7, 64):
         memory = plan.memory({"s": s})
         piece = 256 * s

@@ -100,6 +100,7 @@ class Plan:
     Attributes:
         buffers: the buffers in the arena, lowest first.
         placed: by name, the offset of each value in the room, in bytes.
+        owners: by name, the value in whose memory a value lies.
         index: by name, the position in `buffers`.
         symbols: names of the symbols that offsets depend on, in order; none for a static graph.
     """
@@ -116,6 +117,7 @@ class Plan:
         lifetimes = _Lifetimes(graph, trusted_ops, stay)
         alive = [buffer for buffer in lifetimes.buffers if all(sym.name in known for sym in dim_syms(buffer.size))]
         alive = [buffer for buffer in alive if buffer.name not in elsewhere]
+        self.owners = lifetimes.owners
         self.placed = {} if room is None else _placed(room, alive, lifetimes)
         alive = [buffer for buffer in alive if buffer.name not in self.placed]
         kept = lifetimes.kept | lifetimes.returned
@@ -170,6 +172,7 @@ class _Lifetimes:
 
     Attributes:
         buffers: of all values that the nodes compute on the session's device.
+        owners: by name, the value in whose memory a value lies.
         kept: names of those that can lie in no planned memory: values that a fallback sees and may keep, and results of
             calls without `out=`.
         returned: names of those whose memory outputs have, except outputs that `stay`.
@@ -178,7 +181,7 @@ class _Lifetimes:
 
     def __init__(self, graph: Graph, trusted_ops: frozenset[str], stay: frozenset[str]) -> None:
         inputs = [value.name for value in graph.inputs]
-        root = dict(zip(inputs, inputs, strict=True))  # the value that owns the memory of a value
+        root = dict(zip(inputs, inputs, strict=True))
         first: dict[str, tuple[int, TensorType]] = {}
         last = dict.fromkeys(inputs, -1)
         kept: set[str] = set()
@@ -209,7 +212,7 @@ class _Lifetimes:
         outputs = list(attr_values(graph.outputs))
         end = len(graph.nodes)
         last.update(dict.fromkeys([*roots(outputs), *(kept & set(inputs))], end))
-        self.kept = kept
+        self.owners, self.kept = root, kept
         self.returned = set(roots(value for value in outputs if value.name not in stay))
         self.last = {name: last[name] for name in inputs}
         self.end = end
