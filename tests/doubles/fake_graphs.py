@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tests.doubles.fake_driver import STREAM, FakeDriver, Function, Status
 from torch_rtx import aten
@@ -151,19 +152,43 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.copy_.default:
-            target, source, *_ = args
+            target, source, *_ = map(_at, args)
             dense = torch.ops.aten.is_non_overlapping_and_dense(target)
             if target.stride() != source.stride() or not dense:  # a kernel
                 self.graph.nodes.append(Node("call", Params(), lambda: target.copy_(source)))
-                return target
+                return args[0]
             params = Params(srcDevice=source.data_ptr(), dstDevice=target.data_ptr(), nbytes=target.nbytes)
             self.graph.nodes.append(Node("copy", params))
-            return target
-        result = func(*args, **(kwargs or {}))
-        self.graph.memory.append(result)
-        if "empty" not in str(func) and not aten.is_view(func):
-            self.graph.nodes.append(Node("call", Params(), lambda: result.copy_(func(*args, **(kwargs or {})))))
+            return args[0]
+        named = kwargs or {}
+        # A capture writes nothing to memory of others; results of its own are only there for their types.
+        result = named["out"] if "out" in named else func(*args, **named)
+        if aten.is_view(func) or "set_" in str(func):
+            return result
+        held, called = tree_map_only(torch.Tensor, _at, (args, named))
+        if "out" not in named:
+            self.graph.memory += tree_leaves(result)
+            result = tree_map_only(torch.Tensor, _at, result)  # the program's references alone keep it
+        places = [_at(one) for one in tree_leaves(result)]
+
+        def call() -> None:
+            for place, one in zip(places, tree_leaves(func(*held, **called)), strict=True):
+                place.copy_(one)
+
+        if "empty" not in str(func):
+            self.graph.nodes.append(Node("call", Params(), call))
+        elif not result.is_floating_point():
+            result.zero_()  # calls run once in the capture: these may be positions
         return result
+
+
+def _at(given: Any) -> Any:
+    """A tensor at the same address, which holds no memory, like the parameters of a node."""
+    if not isinstance(given, torch.Tensor):
+        return given
+    memory = given.untyped_storage()
+    raw = torch._C._construct_storage_from_data_pointer(memory.data_ptr(), memory.device, memory.nbytes())  # type: ignore[attr-defined]
+    return torch.empty(0, dtype=given.dtype).set_(raw, given.storage_offset(), given.shape, given.stride())
 
 
 @dataclass
@@ -331,9 +356,10 @@ def install(monkeypatch: pytest.MonkeyPatch, driver: GraphDriver) -> None:
 
     def allocate(*given: Any) -> torch.Tensor:
         made = empty(*given)
-        if driver.capturing:
-            FakeGraph.last.memory.append(made)
-        return made
+        if not driver.capturing:
+            return made
+        FakeGraph.last.memory.append(made)
+        return _at(made)
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", capture)

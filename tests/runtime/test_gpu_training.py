@@ -112,6 +112,63 @@ def test_a_known_step(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     assert pair.replays() >= before + 2
 
 
+def test_gradients_are_accumulated(pair: Pair) -> None:
+    """`.grad` of the first backward lies over saved tensors, and moves before the next forward replays."""
+    batches, before = [batch() for _ in range(4)], pair.replays()
+
+    def work(call: Call, _: nn.Module) -> None:
+        for ids in batches:
+            loss(call, ids).backward()
+
+    for _ in range(3):
+        pair.same(work, batch())
+    assert pair.replays() == before + 24
+
+
+def test_gradients_are_cleared_after_the_forward(pair: Pair) -> None:
+    """They would move in each step, and so get memory of their own."""
+
+    def work(call: Call, module: nn.Module) -> None:
+        value = loss(call, pair.ids)
+        module.zero_grad()
+        value.backward()
+
+    for step in range(10):
+        before, pair.ids = pair.replays(), batch()
+        work(pair.model, pair.model)
+        work(pair.compiled, pair.own)
+        for one, other in zip(pair.model.parameters(), pair.own.parameters(), strict=True):
+            torch.testing.assert_close(other.grad, one.grad, rtol=2e-3, atol=2e-4)
+        assert step < 6 or pair.replays() == before + 2
+    gradients = [p.grad for p in pair.own.parameters() if p.grad is not None]
+    places = {gradient.untyped_storage().data_ptr() for gradient in gradients}
+    assert len(places) > len(gradients) / 2
+
+
+def test_gradients_that_the_caller_keeps(pair: Pair) -> None:
+    """Those of `torch.autograd.grad` belong to no parameter: no later step changes them."""
+    parameters = list(pair.own.parameters())
+    kept = [torch.autograd.grad(loss(pair.compiled, batch()), parameters) for _ in range(3)]
+    values = [[gradient.clone() for gradient in gradients] for gradients in kept]
+    for _ in range(3):
+        pair.same(lambda call, module: loss(call, pair.ids).backward(), batch())
+    for gradients, expected in zip(kept, values, strict=True):
+        torch.testing.assert_close(list(gradients), expected, rtol=0, atol=0)
+
+
+def test_a_step_shares_memory(pair: Pair) -> None:
+    """Gradients lie in the memory of the forward."""
+    loss(pair.compiled, pair.ids).backward()
+    (forward,) = (graph for pool in graph_pools() for graph in pool.captured.values() if graph.block is not None)
+    block = forward.block
+    assert block is not None
+    gradients = [p.grad for p in pair.own.parameters() if p.grad is not None]
+    inside = [g for g in gradients if g.untyped_storage().data_ptr() == block.storage.data_ptr()]
+    assert inside
+    handles = {segment["segment_pool_id"] for segment in torch.cuda.memory_snapshot()} - {(0, 0)}
+    assert block.handle in handles
+
+
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_two_forwards_before_a_backward(pair: Pair, order: tuple[int, int]) -> None:
     other = batch()

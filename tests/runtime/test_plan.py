@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -15,8 +17,19 @@ from torch_rtx.errors import InputError
 from torch_rtx.ir import Dim, Sym, TensorType, contiguous, dim_expr, evaluate, typical_size
 from torch_rtx.irparse import parse
 from torch_rtx.runtime import plan as planning
+from torch_rtx.runtime.bind import bind
 from torch_rtx.runtime.code import compile_graph
-from torch_rtx.runtime.plan import PIECE, Buffer, Plan, best_packing, most_alive, neighbours, pairs_alive, size_of
+from torch_rtx.runtime.plan import (
+    PIECE,
+    Buffer,
+    Plan,
+    Room,
+    best_packing,
+    most_alive,
+    neighbours,
+    pairs_alive,
+    size_of,
+)
 from torch_rtx.runtime.session import Session
 from torch_rtx.runtime.weights import WeightStore
 from torch_rtx.settings import RuntimeSettings
@@ -40,10 +53,11 @@ def buffers(draw: st.DrawFn) -> list[Buffer]:
     return found
 
 
-def placed(found: list[Buffer]) -> Plan:
+def placed(found: list[Buffer], room: Room | None = None, **others: Any) -> Plan:
     """A plan of these buffers, which no graph is needed for."""
-    with patch.object(planning, "_lifetimes", lambda *_: (found, set())):
-        return Plan(parse("graph fused {\n  return []\n}\n"), frozenset(), frozenset({"s", "t"}))
+    lifetimes = SimpleNamespace(**{"buffers": found, "owners": {}, "kept": set(), "returned": set(), **others})
+    with patch.object(planning, "_Lifetimes", lambda *_: lifetimes):
+        return Plan(parse("graph fused {\n  return []\n}\n"), frozenset(), frozenset({"s", "t"}), room=room)
 
 
 @given(buffers(), st.integers(1, 4096), st.integers(1, 64), st.sampled_from([planning.PAIRS, 3]))
@@ -61,6 +75,33 @@ def test_nothing_overlaps_at_any_size(found: list[Buffer], s: int, t: int, pairs
         if one.first <= other.last and other.first <= one.last:
             assert b <= c or d <= a or a == b or c == d
     assert plan.memory(sizes).arena == total >= most_alive((buffer, end - start) for start, end, buffer in ranges)
+
+
+@given(buffers(), st.lists(st.tuples(st.integers(0, 9), st.integers(1, 4), st.integers(-2, 12)), max_size=6))
+def test_a_room_is_free_after_the_last_use_of_its_parts(found: list[Buffer], drawn: list[tuple[int, int, int]]) -> None:
+    """Parts that no input reads (here: -2) are never free."""
+    size = 12 * PIECE
+    names = [frozenset({str(index)} if last > -2 else ()) for index, (_, _, last) in enumerate(drawn)]
+    parts = [
+        (start * PIECE, (start + length) * PIECE - 7, name)
+        for (start, length, _), name in zip(drawn, names, strict=True)
+    ]
+    last = {str(index): last for index, (_, _, last) in enumerate(drawn)}
+    returned = {buffer.name for buffer in found if buffer.last == 12}
+    plan = placed(found, Room(size, parts), returned=returned, last=last, end=20)
+    inside = [buffer for buffer in found if buffer.name in plan.placed]
+    ranges = [(plan.placed[buffer.name], plan.placed[buffer.name] + buffer.size, buffer) for buffer in inside]  # type: ignore[operator]
+    assert all(start % PIECE == 0 and start >= 0 and end <= size for start, end, _ in ranges)
+    for (start, end, buffer), (first, stop, name) in itertools.product(ranges, parts):
+        free_after = max((last[one] for one in name), default=20)
+        assert buffer.first > free_after or end <= first or stop <= start or start == end
+    for (a, b, one), (c, d, other) in itertools.combinations(ranges, 2):
+        apart = b <= c or d <= a or a == b or c == d
+        assert apart or one.last < other.first or other.last < one.first
+    assert not plan.placed.keys() & plan.index.keys()
+    if not parts:
+        fitting = [buffer for buffer in found if isinstance(buffer.size, int)]
+        assert plan.placed or not fitting
 
 
 @given(buffers())
@@ -130,10 +171,40 @@ def test_what_lies_in_the_arena() -> None:
     plan = Plan(GRAPH, frozenset(), frozenset({"s"}))
     found = {buffer.name: (buffer.first, buffer.last) for buffer in plan.buffers}
     assert found == {"a": (0, 2), "d": (3, 4)}  # `a` is read through a view; `e` is returned through one
+    assert [plan.owners[name] for name in ("x", "b", "f")] == ["x", "a", "e"]
     for s in (2, 7, 64):
         memory = plan.memory({"s": s})
         piece = 256 * s
         assert (memory.arena, memory.others, memory.peak) == (piece, 2 * piece, 3 * piece)
+
+
+def test_outputs_that_stay_lie_in_the_arena() -> None:
+    """`f` is a view of `e`; `c` is the result of a call that takes no place."""
+    graph = bind(GRAPH, {"s": 4})
+    for stay in ({"f"}, {"f", "c"}):
+        code = compile_graph(graph, CPU, stay=frozenset(stay))
+        assert set(code.plan.index) == {"a", "d", "e"}
+        x, w = torch.randn(4, 64), torch.randn(64, 64) / 8
+        f, c = code([x, w], [])
+        assert torch.equal(c, (x @ w).t().exp())
+        torch.testing.assert_close(f, (w @ (w @ c)).t())
+
+
+def test_values_lie_in_a_room() -> None:
+    """What is read there for the last time gives its place to others, and outputs stay there."""
+    graph = bind(GRAPH, {"s": 4})
+    plain = compile_graph(graph, CPU)
+    memory = torch.randn(4 * 1024 + 64 * 64 * 4, dtype=torch.float32).view(torch.uint8)
+    x, w = (memory.view(torch.float32)[a:b].view(-1, 64) for a, b in ((0, 256), (256, 256 + 64 * 64)))
+    w.div_(8)
+    room = Room(memory.nbytes, [(0, 1024, frozenset("x")), (1024, 1024 + w.nbytes, frozenset("w"))])
+    expected = plain([x.clone(), w.clone()], [])
+    code = compile_graph(graph, CPU, room=room)
+    assert set(code.plan.placed) == {"a", "d", "e"}
+    f, c = code.run([x, w], [], torch.empty_strided, memory)
+    assert f.untyped_storage().data_ptr() == memory.data_ptr() != c.untyped_storage().data_ptr()
+    assert torch.equal(f, expected[0])
+    assert torch.equal(c, expected[1])
 
 
 def test_calls_that_return_what_they_were_given() -> None:

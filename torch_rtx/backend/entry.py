@@ -79,12 +79,12 @@ def rtx(
 
     def inference(graph: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         done = None if entry is None else entry.inference
-        return _compile(graph, names, _static_inputs(graph), compilation, runtime, done)
+        return _compile(graph, names, static_inputs(graph), compilation, runtime, done)
 
     step = TrainingStep()
 
     def forward(graph: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
-        pinned, saved = step.forward(graph, _static_inputs(graph))
+        pinned, saved = step.forward(graph, static_inputs(graph))
         done = None if entry is None else entry.forward
         return _compile(graph, [], frozenset(), compilation, trained, done, pinned, saved)
 
@@ -229,7 +229,7 @@ def _tuple_getter(indices: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any
     return itemgetter(*indices) if len(indices) > 1 else lambda items: tuple([items[index] for index in indices])
 
 
-def _static_inputs(gm: fx.GraphModule) -> frozenset[int]:
+def static_inputs(gm: fx.GraphModule) -> frozenset[int]:
     """Positions of the parameters, buffers and tensor attributes that the graph does not write."""
     context = TracingContext.try_get()
     static = getattr(getattr(context, "fw_metadata", None), "static_input_indices", None) or ()

@@ -12,7 +12,7 @@ import torch
 
 from torch_rtx.errors import InputError
 from torch_rtx.ir import UPDATES, Graph
-from torch_rtx.runtime.code import copy_strided
+from torch_rtx.runtime.strided import copy_strided
 from torch_rtx.runtime.weights import WeightStore
 
 Span = tuple[int, int]

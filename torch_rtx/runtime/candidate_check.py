@@ -18,7 +18,7 @@ from torch_rtx.dtypes import DTYPES
 from torch_rtx.errors import RtxError
 from torch_rtx.ir import Attr, Graph, Node, TensorType, Value, attr_map
 from torch_rtx.runtime.benchmark import RUNS, Run
-from torch_rtx.runtime.code import Code, compile_graph
+from torch_rtx.runtime.code import Code, Owned, compile_graph
 from torch_rtx.runtime.index_check import check_positions
 from torch_rtx.runtime.launch import LoadedTactic
 from torch_rtx.runtime.streaming import nbytes, numbers
@@ -26,6 +26,7 @@ from torch_rtx.runtime.streaming import nbytes, numbers
 NARROW_FLOATS = tuple(name for name, dtype in DTYPES.items() if dtype.tolerance and name != "f64")
 ROTATED_BYTES = 128 << 20  # of inputs that timed runs take in turn: more than an L2 cache holds, as a model's weights
 SEEDS = count()  # each check has other inputs: right results of an earlier check in reused memory are wrong ones now
+PIECE = 1 << 22  # elements that are compared at once
 MEMORY_SHARE = 0.25  # of the device's free memory that a check may use
 
 
@@ -56,14 +57,18 @@ class CandidateCheck:
             calls = compile_graph(self.graph, device)
             self.expected: Sequence[torch.Tensor] = calls(self._sets[0], ())
             wide = compile_graph(in_float64(self.graph), device)
-            exact = wide([x.double() if x.is_floating_point() else x for x in self._sets[0]], ())
+            exact = wide(Owned(x.double() if x.is_floating_point() else x for x in self._sets[0]), ())
         except RuntimeError as error:  # an OutOfMemoryError, too
             raise RtxError(f"the calls of {node.op} fail in the check: {str(error).splitlines()[0]}") from None
         self._limits = [
             max(2 * relative_error(mine, right), tolerance(mine.dtype)) if mine.is_floating_point() else 0.0
             for mine, right in zip(self.expected, exact, strict=True)
         ]
-        self._exact = exact
+        # Float32 is exact enough for narrower results.
+        self._exact = [
+            right.float() if mine.is_floating_point() and mine.itemsize < torch.float32.itemsize else right
+            for mine, right in zip(self.expected, exact, strict=True)
+        ]
 
     def _check_memory(self, total: int) -> None:
         if self.device.type != "cuda":
@@ -145,9 +150,13 @@ def in_float64(graph: Graph) -> Graph:
 
 def relative_error(got: torch.Tensor, reference: torch.Tensor) -> float:
     """Norm of the difference over the norm of the reference; infinite where only one of them is finite."""
-    got, reference = got.double(), reference.double()
-    finite = torch.isfinite(reference)
-    if not torch.equal(torch.isfinite(got), finite):
-        return float("inf")
-    difference = torch.where(finite, got - reference, 0.0)
-    return float(difference.norm() / torch.where(finite, reference, 0.0).norm().clamp_min(1e-30))
+    norms = []
+    pieces = (tensor.reshape(-1).split(PIECE) for tensor in (got, reference))
+    for mine, right in zip(*pieces, strict=True):  # by pieces: numbers of float64 take much memory
+        mine, right = mine.double(), right.double()
+        finite = torch.isfinite(right)
+        if not torch.equal(torch.isfinite(mine), finite):
+            return float("inf")
+        norms.append(torch.stack([torch.where(finite, x, 0.0).norm() for x in (mine - right, right)]))
+    difference, size = torch.stack(norms).norm(dim=0)
+    return float(difference / size.clamp_min(1e-30))

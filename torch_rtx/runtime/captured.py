@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import starmap
@@ -12,14 +13,16 @@ from typing import Any
 import torch
 
 from torch_rtx import aten
-from torch_rtx.ir import Graph, Node
-from torch_rtx.runtime.code import EMPTY, Code, count_writes
+from torch_rtx.ir import Graph, Node, Value
+from torch_rtx.runtime.code import EMPTY, Code
 from torch_rtx.runtime.driver import checked, driver, relaxed
-from torch_rtx.runtime.graph_borders import Inputs, Results, pinned_memory
+from torch_rtx.runtime.graph_borders import Inputs, Placed, Results, is_pinned_tensor
 from torch_rtx.runtime.graph_params import Executables, GraphNodes, kernel_uses
-from torch_rtx.runtime.graphmemory import GraphMemory
+from torch_rtx.runtime.graphmemory import Block, GraphMemory, references
 from torch_rtx.runtime.inline import inline_kernels
 from torch_rtx.runtime.pdl import use_programmatic_edges
+from torch_rtx.runtime.plan import Room
+from torch_rtx.runtime.strided import count_writes, span_of
 from torch_rtx.runtime.weights import WeightStore
 
 log = logging.getLogger(__name__)
@@ -31,7 +34,7 @@ RunCode = Callable[..., list[Any]]  # `run(code, inputs, weights)`, then argumen
 
 @dataclass(frozen=True, eq=False)
 class CaptureSpec:
-    """What all graphs of a session share.
+    """What a graph has in common with others of its session, and its memory.
 
     Attributes:
         graph: the program.
@@ -42,6 +45,10 @@ class CaptureSpec:
         pinned: positions of the inputs that are captured at their address; these are among them.
         kept: positions of the results that stay in the memory of their graph.
         saved: those of them that no replay may overwrite while somebody has them.
+        compiled: the code to capture in place of code of `graph`, which puts outputs of these names into the arena, and
+            values into a room, see `Plan`; None: results are not placed.
+        block: what the forward graph of a backward graph has saved; the two share memory.
+        keeps: this is needed again, so that the backward graph does not write there.
     """
 
     graph: Graph
@@ -52,6 +59,29 @@ class CaptureSpec:
     pinned: Sequence[int]
     kept: frozenset[int]
     saved: frozenset[int]
+    compiled: Callable[[Code, frozenset[str], Room | None], Code] | None = None
+    block: Block | None = None
+    keeps: bool = False
+
+    @property
+    def handle(self) -> Any:
+        """PyTorch's handle of the memory pool."""
+        return self.memory.handle if self.block is None else self.block.handle
+
+    def room(self, inputs: Sequence[Any]) -> Room | None:
+        """The block, with what the graph reads there; None if it may not write there."""
+        if self.block is None or self.keeps:
+            return None
+        spans = {
+            self.graph.inputs[index].name: span_of([inputs[index]])
+            for index in self.pinned
+            if inputs[index].untyped_storage()._cdata == self.block.storage._cdata
+        }
+        parts = [
+            (start, end, frozenset(name for name, (first, last) in spans.items() if first < end and start < last))
+            for start, end in self.block.parts
+        ]
+        return Room(self.block.storage.nbytes(), parts, self.block.takes_gradients)
 
 
 def capture(spec: CaptureSpec, code: Code, inputs: Sequence[Any], store: WeightStore) -> Captured:
@@ -64,14 +94,21 @@ def capture(spec: CaptureSpec, code: Code, inputs: Sequence[Any], store: WeightS
     Raises:
         RuntimeError: CUDA refuses.
     """
-    found = Captured(spec, code, inputs, store)
+    stay, room = _names(spec.graph, spec.saved), spec.room(inputs)
+    placed = code if spec.compiled is None or not (stay or room) else spec.compiled(code, stay, room)
+    found = Captured(spec, placed, inputs, store)
     copied = set(found.missing)
     while found.missing:
         log.debug("copied at the border of a CUDA graph: %s", copied)
-        found = Captured(spec, code, inputs, store, copied)
+        found = Captured(spec, placed, inputs, store, copied)
         copied |= found.missing
-    found.count_references()
+    found.code = code
     return found
+
+
+def _names(graph: Graph, positions: Collection[int]) -> frozenset[str]:
+    outputs = [graph.outputs[position] for position in positions]
+    return frozenset(output.name for output in outputs if isinstance(output, Value))
 
 
 class Captured:
@@ -82,7 +119,9 @@ class Captured:
         copied: names of inputs and results that are copied whatever `kernel_uses` says of them.
 
     Attributes:
+        code: what the pool was given.
         used: the pool's time of the last replay, see `Used`.
+        block: the largest memory of saved results.
         missing: names of inputs and results whose pointer was found in another number of kernel arguments than
             `kernel_uses` predicts. Unless there are none, the graph must not be replayed.
     """
@@ -97,22 +136,24 @@ class Captured:
     ) -> None:
         self.code, self.used = code, 0
         self._memory, self._device = spec.memory, spec.device.index
+        self._block = None if spec.block is None else weakref.ref(spec.block)
+        room = () if spec.block is None else (spec.block.view(torch.uint8),)
         graph = inline_kernels(code.graph, code.tactics)
         uses = {name: use for name, use in kernel_uses(graph).items() if use.owner not in copied}
         given = Inputs(spec.graph, inputs, spec.pinned, uses)
         weights = zip(spec.graph.weights, store.values, strict=True)
         self._written = [value for weight, value in weights if weight.value.name in spec.graph.written]
-        self._written_inputs = spec.written
+        self._written_inputs, self._pinned = spec.written, spec.pinned
         pinned = {t.untyped_storage().data_ptr() for t in (*store.values, *(inputs[i] for i in spec.pinned))}
         self.graph = torch.cuda.CUDAGraph(keep_graph=True)
         for generator in (given for given in inputs if isinstance(given, torch.Generator)):
             self.graph.register_generator_state(generator)  # each replay passes its state and advances it
         stand_ins = _StandIns(spec.device)
         stream = spec.memory.capture_stream
-        with torch.cuda.graph(self.graph, spec.memory.handle, stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self.graph, spec.handle, stream, capture_error_mode="thread_local"):
             given.enter()
-            results = spec.run(code, given.tensors, store.values, stand_ins.empty)
-            made = Results(spec.graph, results, given, pinned, uses, spec.kept, stand_ins.empty)
+            results = spec.run(code, given.tensors, store.values, stand_ins.empty, *room)
+            made = Results(spec.graph, results, given, pinned, uses, spec.kept, stand_ins.empty, spec.block)
         use_programmatic_edges(driver(), self.graph, code.tactics)
         self.graph.instantiate()
         self._nodes = nodes = GraphNodes(self.graph, graph, code.tactics)
@@ -125,18 +166,52 @@ class Captured:
         self._sources, self._likes = given.sources, made.likes
         self._stand_ins = stand_ins.without(made.replaced)  # the graph reads or writes these
         self._results = None if made.are_buffers else made.assembly()
-        saved = pinned_memory([made.kinds[index] for index in spec.saved])
-        self._saved = [storage for address, storage in saved.items() if address not in pinned]
+        self._gives = any(isinstance(kind, Placed) for kind in made.kinds)
+        kinds = (made.kinds[index] for index in spec.saved)
+        saved = [kind.value for kind in kinds if is_pinned_tensor(kind) and kind.value.numel()]
+        by_memory: dict[int, list[torch.Tensor]] = {}
+        for tensor in (*saved, *self._stand_ins):
+            by_memory.setdefault(tensor.untyped_storage().data_ptr(), []).append(tensor)
+        memories = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in saved}
+        largest, *others = sorted(memories.keys() - pinned, key=lambda at: -memories[at].nbytes()) or [0]
+        inside = [tensor for tensor in saved if tensor.untyped_storage().data_ptr() == largest]
+        self.block = Block(inside, references(by_memory[largest]), spec.memory, self.graph) if largest else None
+        self._saved = [memories[address] for address in others]
         self._handles = [storage._cdata for storage in self._saved]
-        self._references = [0 for _ in self._saved]
+        self._references = [references(by_memory[address]) for address in others]
 
-    def count_references(self) -> None:
-        """Count the references that the graph itself has to saved results; the capture must have let go of its own."""
-        self._references = list(map(_USES, self._handles))
+    @property
+    def is_stale(self) -> bool:
+        """The memory of saved tensors is gone: that of this forward graph, since somebody resized it, or that of the
+        forward graph whose tensors this one reads. Or gradients may no longer be left there."""
+        if self._block is None:
+            return self.block is not None and not self.block.storage.nbytes()
+        block = self._block()
+        return block is None or (self._gives and not block.takes_gradients)
 
-    def is_held(self) -> bool:
-        """Somebody has a saved result of an earlier replay."""
-        return any(map(gt, map(_USES, self._handles), self._references))
+    @property
+    def kept_bytes(self) -> int:
+        """Memory that stays in use between replays, for saved tensors and gradients."""
+        block = 0 if self.block is None else self.block.storage.nbytes()
+        return block + sum(storage.nbytes() for storage in self._saved)
+
+    def make_free(self, inputs: Sequence[Any], moving: bool) -> bool:
+        """Whether nobody has anything in the memory that a replay overwrites: a saved result of an earlier replay, or a
+        gradient. If `moving`, gradients that parameters among `inputs` accumulate get other memory."""
+        block = self.block
+        if block is None:
+            return True
+        if any(map(gt, map(_USES, self._handles), self._references)):
+            return False
+        if not block.is_held():
+            block.count_moves(False)
+            return True
+        with self._memory.lock:
+            stream = torch._C._cuda_getCurrentRawStream(self._device)
+            if stream != self._memory.stream:
+                self._memory.follow(stream)
+            block.move_gradients([inputs[index] for index in self._pinned], moving)
+        return not block.is_held()
 
     def replay(self, inputs: Sequence[Any]) -> list[Any]:
         """Launch the graph for `inputs` on the current stream of its device, which must be the current device; returns

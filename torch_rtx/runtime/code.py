@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import linecache
 import math
-import operator
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -39,9 +38,9 @@ from torch_rtx.optable import NUMBERS
 from torch_rtx.runtime.inline import in_place, inline_kernels, launched
 from torch_rtx.runtime.launch import Launcher, LoadedTactic
 from torch_rtx.runtime.overwriting import overwritten
-from torch_rtx.runtime.plan import Plan
+from torch_rtx.runtime.plan import Plan, Room
 from torch_rtx.runtime.streaming import Lines, Streamer
-from torch_rtx.targets import ALIGNMENT
+from torch_rtx.runtime.strided import aligned, copy_all, copy_together, restride, target_of
 
 Runner = Callable[..., list[Any]]  # `run(inputs, weights)`, see `Code`
 
@@ -56,8 +55,8 @@ class Code:
     """The code of a graph; call it, or `run`, with inputs and weights.
 
     Attributes:
-        run: `run(inputs, weights)` returns the outputs. A third argument allocates, with the arguments of a function in
-            `EMPTY`, what kernels write beside the arena.
+        run: `run(inputs, weights)` returns the outputs. A third argument allocates what kernels write beside the arena,
+            as a function in `EMPTY`. A fourth is the memory of the plan's room, as bytes.
         source: its text.
         plan: its memory.
         graph, tactics: the graph, and the tactics of its kernel nodes by `op`.
@@ -88,15 +87,6 @@ RELAXED = dict.fromkeys(("aten.view.default", "aten._unsafe_view.default"), torc
 CHECKS = NUMBERS | {"aten._assert_scalar.default", "aten.sym_size.int"}
 
 
-def restride(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
-    """`tensor` if it has these strides in all dimensions longer than 1, else a copy with them."""
-    if tensor.stride() == strides:
-        return tensor
-    if all(size < 2 or a == b for size, a, b in zip(tensor.shape, tensor.stride(), strides, strict=True)):
-        return tensor
-    return copy_strided(tensor, strides)
-
-
 def stated(size: Any, number: int) -> None:
     """Raises CallError if data decided another size than the type of its value, on which memory and kernels rely."""
     if not isinstance(size, int) or size != number:
@@ -108,79 +98,6 @@ def in_range(size: Any, low: int, high: int | None, multiple: int) -> None:
     if not isinstance(size, int) or size < low or (high is not None and size > high) or size % multiple:
         wanted = f"from {low} to {high}" + (f", a multiple of {multiple}" if multiple > 1 else "")
         raise CallError(f"the data decide a size of {size}, which is not {wanted}")
-
-
-def copy_strided(tensor: torch.Tensor, strides: Sequence[int]) -> torch.Tensor:
-    """A copy with these strides."""
-    copy = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
-    overwrite(copy, tensor)
-    return copy
-
-
-def copy_together(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Copies that share memory with one another as `tensors` do, and with nothing else."""
-    groups: dict[int, list[torch.Tensor]] = {}
-    for tensor in tensors:
-        groups.setdefault(tensor.untyped_storage().data_ptr(), []).append(tensor)
-    copies = {}
-    for address, group in groups.items():
-        first, last = span_of(group)
-        first -= first % ALIGNMENT
-        used = torch.empty(0, dtype=torch.uint8, device=group[0].device)
-        used.set_(group[0].untyped_storage(), first, (last - first,), (1,))
-        copies[address] = used.clone().untyped_storage(), first
-    made = []
-    for tensor in tensors:
-        memory, first = copies[tensor.untyped_storage().data_ptr()]
-        start = tensor.storage_offset() - first // tensor.element_size()
-        copy = tensor.new_empty(0).set_(memory, start, tensor.shape, tensor.stride())
-        copy = copy.conj() if tensor.is_conj() else copy
-        made.append(torch._neg_view(copy) if tensor.is_neg() else copy)
-    return made
-
-
-def span_of(tensors: Sequence[torch.Tensor]) -> tuple[int, int]:
-    """The bytes [first, last) of their common memory in which `tensors` lie."""
-    starts = [int(tensor.storage_offset()) * tensor.element_size() for tensor in tensors]
-    sizes = [aten.extent(tensor.shape, tensor.stride()) * tensor.element_size() for tensor in tensors]
-    return min(starts), max(map(operator.add, starts, sizes))
-
-
-def aligned(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
-    """As `restride`, with an address that is a multiple of ALIGNMENT, as kernels expect."""
-    if tensor.stride() == strides and not tensor.data_ptr() % ALIGNMENT:
-        return tensor
-    placed = restride(tensor, strides)
-    return copy_strided(placed, strides) if placed.data_ptr() % ALIGNMENT else placed
-
-
-def target_of(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
-    """`tensor`, if a kernel can write to it, or else new memory like it, to be copied from."""
-    if tensor.stride() == strides and not tensor.data_ptr() % ALIGNMENT:
-        return tensor
-    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
-
-
-def copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
-    """Copy values between tensors of one dtype; where both are one tensor, a kernel has written to it already."""
-    count_writes([target for target, source in zip(targets, sources, strict=True) if target is source])
-    left = [(target, source) for target, source in zip(targets, sources, strict=True) if target is not source]
-    if left:
-        torch._foreach_copy_([target for target, _ in left], [source for _, source in left])
-
-
-def count_writes(tensors: Sequence[torch.Tensor]) -> None:
-    """Increment the version counters of tensors that kernels have written to, as calls do."""
-    torch.autograd.graph.increment_version(tensors)
-
-
-def overwrite(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Copy values; a dimension of stride 0 has one element in memory, which is written once."""
-    for dim, (size, stride) in enumerate(zip(target.shape, target.stride(), strict=True)):
-        if stride == 0 and size > 1:
-            target, source = target.narrow(dim, 0, 1), source.narrow(dim, 0, 1)
-    with torch.no_grad():
-        target.copy_(source)
 
 
 @contextmanager
@@ -204,6 +121,8 @@ def compile_graph(
     probe: Callable[[], None] | None = None,
     streamer: Streamer | None = None,
     distinct: bool = False,
+    stay: frozenset[str] = frozenset(),
+    room: Room | None = None,
 ) -> Code:
     """Compile `graph` to a function `(inputs, weights) -> outputs`.
 
@@ -215,16 +134,17 @@ def compile_graph(
         probe: called before the first node and after each node; for measuring.
         streamer: brings weights to the device; the function must then be called in a turn of it.
         distinct: inputs that the graph writes to overlap no other ones, so that kernels may write to them.
+        stay, room: see `Plan`.
 
     Raises:
         InvalidIR: an op does not exist in this process, or no input determines a dim.
     """
     tactics = tactics or {}
-    writer = _Writer(inline_kernels(graph, tactics), device, callables, trusted_ops, launched(tactics), probe)
+    given = device, callables, trusted_ops, launched(tactics), probe
+    writer = _Writer(inline_kernels(graph, tactics), *given, stay=stay, room=room)
     if streamer is not None:
         writer.names["_stream"], writer.streaming = streamer, streamer.lines(graph, in_place(graph, tactics))
-    if distinct:
-        writer.targets = overwritten(writer.graph, trusted_ops)
+    writer.targets = overwritten(writer.graph, trusted_ops) if distinct else {}
     source = writer.write()
     file = f"<torch_rtx {name} {id(writer.names):x}>"  # unique while the function lives
     linecache.cache[file] = (len(source), None, source.splitlines(True), file)  # tracebacks show the generated line
@@ -243,6 +163,8 @@ class _Writer:
     kernels: Mapping[str, Launcher]
     probe: Callable[[], None] | None = None
     streaming: Lines = ((), {}, {})
+    stay: frozenset[str] = frozenset()
+    room: Room | None = None
     lines: list[str] = field(default_factory=list)
     bound: set[str] = field(default_factory=set)  # symbols that have a value by now
     names: dict[str, Any] = field(default_factory=dict)  # the globals of the generated function
@@ -264,8 +186,10 @@ class _Writer:
         if graph.inputs:
             self.lines.append(f"if type(_inputs) is {self.name_of('owned', Owned)}: _inputs.clear()")
         self.bind(graph.inputs)
-        self.plan = Plan(graph, self.trusted_ops, frozenset(self.bound), frozenset(self.targets))
-        self.offsets = self.arena()
+        known, elsewhere = frozenset(self.bound), frozenset(self.targets)
+        self.plan = Plan(graph, self.trusted_ops, known, elsewhere, self.stay, self.room)
+        self.offsets = self.arena() | {name: ("_room", offset) for name, offset in self.plan.placed.items()}
+        self.lines += ["_room_base = _room.data_ptr()"] * bool(self.plan.placed)
         self.shared = aten.shared(graph, self.trusted_ops)
         first, before, after = self.streaming
         self.lines += first
@@ -285,29 +209,34 @@ class _Writer:
             self.lines += after.get(index, ())
             self.lines += probe
         self.lines += self.checks
+        for value in attr_values(graph.outputs):
+            self.materialize(value)
         kept = self.kept()
         copied = [value.name for value in dict.fromkeys(attr_values(graph.outputs)) if value.name in kept]
         if copied:  # one copy per value: a value returned twice stays one object
             self.lines.append(f"{', '.join(copied)}, = _copy_together([{', '.join(copied)}])")
         self.lines.append(f"return [{', '.join(self.output(attr) for attr in graph.outputs)}]")
         empty = self.name_of("empty", EMPTY[self.device.type])
-        return f"def run(_inputs, _weights, _new={empty}):\n" + "".join(f"    {line}\n" for line in self.lines)
+        return f"def run(_inputs, _weights, _new={empty}, _room=None):\n" + "".join(
+            f"    {line}\n" for line in self.lines
+        )
 
-    def arena(self) -> dict[str, int | str]:
-        """Write the allocation of the arena; returns the offset of each value in it, a number or code."""
+    def arena(self) -> dict[str, tuple[str, int | str]]:
+        """Write the allocation of the arena; returns the place of each value in it: the name of the arena, and the
+        offset as a number or code."""
         plan = self.plan
         if not plan.buffers:
             return {}
-        offsets: dict[str, int | str]
+        offsets: dict[str, tuple[str, int | str]]
         if plan.symbols:
             self.lines.append(f"_at = {self.name_of('offsets', plan.offsets)}({', '.join(plan.symbols)})")
-            total, offsets = "_at[0]", {name: f"_at[{index + 1}]" for name, index in plan.index.items()}
+            total, offsets = "_at[0]", {n: ("_arena", f"_at[{i + 1}]") for n, i in plan.index.items()}
         else:
             numbers = plan.offsets()
-            total, offsets = str(numbers[0]), {name: numbers[index + 1] for name, index in plan.index.items()}
+            total, offsets = str(numbers[0]), {n: ("_arena", numbers[i + 1]) for n, i in plan.index.items()}
         empty = self.name_of("empty", EMPTY[self.device.type])
         self.lines.append(f"_arena = {empty}(({total},), (1,), {self.name_of('torch.uint8', torch.uint8)})")
-        self.lines.append("_base = _arena.data_ptr()")
+        self.lines.append("_arena_base = _arena.data_ptr()")
         return offsets
 
     def kept(self) -> set[str]:
@@ -404,11 +333,11 @@ class _Writer:
             return
         assert isinstance(value.type, TensorType)
         dtype = aten.DTYPES[value.type.dtype]
-        alias = f"_arena_{value.type.dtype}"
+        memory, offset = self.offsets[value.name]
+        alias = f"{memory}_{value.type.dtype}"
         if alias not in self.tensors:
-            self.lines.append(f"{alias} = _arena.view({self.name_of(str(dtype), dtype)})")
+            self.lines.append(f"{alias} = {memory}.view({self.name_of(str(dtype), dtype)})")
         self.tensors |= {alias, value.name}
-        offset = self.offsets[value.name]
         at = offset // dtype.itemsize if isinstance(offset, int) else f"{offset} // {dtype.itemsize}"
         sizes, strides = self.numbers(value.type.shape), self.strides(value)
         self.lines.append(f"{value.name} = {self.name_of('placed', PLACED)}({alias}, {sizes}, {strides}, {at})")
@@ -446,7 +375,8 @@ class _Writer:
     def address(self, value: Value) -> str:
         """The address, as code, of a value that a kernel writes."""
         if value.name in self.offsets:
-            return f"_base + {self.offsets[value.name]}"
+            memory, offset = self.offsets[value.name]
+            return f"{memory}_base + {offset}"
         return f"{value.name}.data_ptr()"
 
     def python_call(self, node: Node) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -24,7 +24,8 @@ from torch_rtx.runtime.admission import AdmissionPolicy
 from torch_rtx.runtime.captured import Captured, CaptureSpec, RunCode, capture
 from torch_rtx.runtime.code import Code
 from torch_rtx.runtime.driver import driver
-from torch_rtx.runtime.graphmemory import GraphMemory, shared_memory
+from torch_rtx.runtime.graphmemory import GraphMemory, block_of, shared_memory
+from torch_rtx.runtime.plan import Room
 from torch_rtx.runtime.weights import WeightStore
 
 log = logging.getLogger(__name__)
@@ -88,10 +89,13 @@ class GraphPool:
         static_outputs: results stay in the memory of their graph.
         shared: the graphs use the `shared_memory` of the stream that captures the first of them; otherwise they share
             memory only with each other. Static outputs would be overwritten there and are never shared.
-        pinned: positions of inputs that are captured at their address, beside those that the module writes to.
+        pinned: positions of inputs that are captured at their address, beside those that the module writes to:
+            parameters, and what a forward graph has saved. A backward graph uses the memory of its forward graph, and
+            writes over what it has read, unless autograd keeps that for another backward.
         saved: positions of results that stay in the memory of their graph, which is its own then. While somebody has
             one of them, calls run the plain code.
         guarded: the strides of inputs are the same in all calls with one key.
+        compiled: see `CaptureSpec`.
     """
 
     def __init__(
@@ -105,8 +109,11 @@ class GraphPool:
         pinned: frozenset[int] = frozenset(),
         saved: frozenset[int] = frozenset(),
         guarded: bool = False,
+        compiled: Callable[[Code, frozenset[str], Room | None], Code] | None = None,
     ) -> None:
         self.graph, self.run, self.device, self.size = graph, run, device, size
+        self._backward, self._compiled = bool(pinned) and not saved, compiled
+        self._threads: set[int] = set()  # that have called it
         self._index = device.index  # reading it from the device is slow
         self.static_outputs = static_outputs
         self.captured: dict[object, Captured] = {}
@@ -151,15 +158,19 @@ class GraphPool:
             key = key, objects
         if self.pinned:
             key = self._key(key, inputs)
+        if self.saved and torch._C._current_graph_task_id() == -1:  # else it is a thread of autograd
+            self._threads.add(threading.get_ident())
+        keeps = self._backward and KEEPS_GRAPH()
         with self._lock:
-            found = self._find(key, code, inputs, store)
+            found = self._find((key, keeps) if keeps else key, code, inputs, store)
             if found is not None:
-                if not found.is_held():
+                # Where several threads train, another one may add to a gradient at this moment: none moves.
+                if found.make_free(inputs, len(self._threads) == 1):
                     self.replays += 1
                     return found.replay(inputs)
                 self.held += 1
                 if self.held in HELD_LOGGED:
-                    log.info("%d calls ran without a CUDA graph: tensors saved for backward were in use", self.held)
+                    log.info("%d calls ran without a CUDA graph: saved tensors or gradients were in use", self.held)
         outputs = self.run(code, inputs, store.values)
         # Library handles are per thread and can't be created in a capture: a thread captures only after a plain call.
         self._warm.done = True
@@ -187,6 +198,9 @@ class GraphPool:
         if self._generation != store.generation:
             self.captured.clear()
             self._generation = store.generation
+        if self.pinned:
+            for stale in [other for other, graph in self.captured.items() if graph.is_stale]:
+                del self.captured[stale]
         found = self.captured.get(key)
         if found is None or found.code is not code:
             self.captured.pop(key, None)
@@ -204,25 +218,32 @@ class GraphPool:
 
     def _capture(self, code: Code, inputs: Sequence[Any], store: WeightStore) -> Captured | None:
         """Capture the module for these inputs; None if CUDA refuses, which disables the pool."""
-        memory, stream = self.memory, torch.cuda.current_stream(self.device)
+        block = block_of(inputs[index] for index in self.pinned) if self._backward else None
+        memory = self.memory if block is None else block.memory
+        stream = torch.cuda.current_stream(self.device)
         with _CAPTURING, _no_collection():
-            others = memory.begin()  # held until this graph is in the memory
+            others = memory.begin() if block is None else ()  # held until this graph is in the memory
+            fixed = self.written, self.pinned, self._kept, self.saved
+            spec = CaptureSpec(self.graph, self.run, self.device, memory, *fixed, self._compiled, block, KEEPS_GRAPH())
             try:
-                fixed = self.written, self.pinned, self._kept, self.saved
-                spec = CaptureSpec(self.graph, self.run, self.device, memory, *fixed)
                 found = capture(spec, code, inputs, store)
-                memory.hold(found)
+                if block is None:
+                    memory.hold(found)
                 if self.saved:
                     memory.leave()  # what is saved outlives the replay: no other graph may use its memory
             except RuntimeError as error:
                 self.disabled = str(error).partition("\n")[0]
                 log.warning("no CUDA graphs for this module, it can't be captured: %s", self.disabled)
-                _end_failed_capture(self.device, memory)
+                _end_failed_capture(self.device, memory, spec.handle)
                 torch.cuda.set_stream(stream)  # PyTorch stays on the stream of a capture that it can't end
                 memory.leave()
                 return None
             del others
+        # The next capture may use the memory of this one's workspaces, and nobody needs those of calls before it.
+        CLEAR_WORKSPACES()
         self.captures += 1
+        if self.saved:
+            log.info("the CUDA graph of a forward keeps %.1f MiB for its backward", found.kept_bytes / 2**20)
         log.debug("captured a CUDA graph for %s", [tuple(x.shape) for x in inputs if isinstance(x, torch.Tensor)])
         return found
 
@@ -231,8 +252,11 @@ def _same_addresses(inputs: list[Any], addresses: list[int | None], indices: lis
     return all(inputs[index].data_ptr() == addresses[index] for index in indices)
 
 
-# PyTorch has this only where it is built with CUDA.
+# PyTorch has these only where it is built with CUDA.
 _SAME_ADDRESSES = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", _same_addresses)
+CLEAR_WORKSPACES = getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)  # of all threads and streams
+# Whether the current backward keeps what was saved; true outside of a backward.
+KEEPS_GRAPH: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph
 
 
 @contextmanager
@@ -247,11 +271,11 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _end_failed_capture(device: torch.device, memory: GraphMemory) -> None:
+def _end_failed_capture(device: torch.device, memory: GraphMemory, handle: Any) -> None:
     """Undo what a failed capture leaves behind in PyTorch: an allocator that still allocates to the graph's pool, and a
     random number generator in the state of a capture, which the end of another capture resets."""
     with suppress(RuntimeError):  # PyTorch ended the capture, and something else failed
-        torch._C._cuda_endAllocateToPool(device.index, memory.handle)
+        torch._C._cuda_endAllocateToPool(device.index, handle)
     try:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=memory.capture_stream, capture_error_mode="thread_local"):

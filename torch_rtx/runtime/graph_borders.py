@@ -1,14 +1,16 @@
 """Border tensors of a captured graph: how each input gets in and how each result gets out.
 
-Inputs are `InPlace | Copied | Pinned`. Results are `Fresh | Alias | View | Pinned | Late`; a fresh one lies in a buffer
-that each replay allocates and fills `InPlace | Copied`. `Inputs` and `Results` decide. They hold tensors of the capture
-and end with it; a replay needs the `Source` of each input, the `Like` of each buffer and the kind of each result.
+Inputs are `InPlace | Copied | Pinned`. Results are `Fresh | Alias | View | Pinned | Placed | Late`; a fresh one lies in
+a buffer that each replay allocates and fills `InPlace | Copied`. `Inputs` and `Results` decide. They hold tensors of
+the capture and end with it; a replay needs the `Source` of each input, the `Like` of each buffer and the kind of each
+result.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import starmap
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
@@ -17,8 +19,10 @@ from torch_rtx import aten
 from torch_rtx.errors import InputError
 from torch_rtx.ir import Graph, TensorType, Value, evaluate
 from torch_rtx.runtime.check import bind_sizes
-from torch_rtx.runtime.code import PLACED, aligned, copy_strided, restride, span_of
+from torch_rtx.runtime.code import PLACED
 from torch_rtx.runtime.graph_params import GraphNodes, Slots, Use
+from torch_rtx.runtime.graphmemory import Block
+from torch_rtx.runtime.strided import aligned, copy_strided, restride, span_of
 
 # A pointer set in one kernel costs about 1 us of host time. A captured copy costs 2 us of host and 2 us of device time,
 # and 1 us of device time more per BYTES_PER_KERNEL.
@@ -127,6 +131,14 @@ class Late:
         return copy_strided(self.value, self.value.stride())
 
 
+@dataclass(frozen=True, eq=False)
+class Placed:
+    """A result in a block of the forward graph: the part of `memory` with this shape, strides and offset."""
+
+    memory: torch.Tensor
+    part: tuple[tuple[int, ...], Strides, int]
+
+
 class Source(NamedTuple):
     """What a replay reads of an input: `fit(inputs[position], strides)`."""
 
@@ -135,7 +147,7 @@ class Source(NamedTuple):
     fit: Callable[[torch.Tensor, Strides], torch.Tensor]
 
 
-Result = Fresh | Alias | View | Pinned | Late
+Result = Fresh | Alias | View | Pinned | Placed | Late
 
 
 def is_worth(kernels: int, nbytes: int) -> bool:
@@ -199,6 +211,7 @@ class Results:
         pinned: addresses of the memory of weights and of inputs that are captured at their address.
         kept: positions of the results that stay in the graph's memory.
         empty: allocates what stands for a buffer, as a function in `code.EMPTY`.
+        block: results may lie there.
 
     Attributes:
         kinds: one per result.
@@ -214,6 +227,7 @@ class Results:
         uses: Uses,
         kept: Collection[int],
         empty: Callable[..., torch.Tensor],
+        block: Block | None = None,
     ) -> None:
         self._empty = empty
         self.likes: list[Like] = []
@@ -224,7 +238,7 @@ class Results:
         kinds: dict[int, Result] = {}
         groups: dict[tuple[int, int], dict[int, torch.Tensor]] = {}  # results that share memory, by position
         for position, (name, result) in enumerate(zip(self._names, results, strict=True)):
-            kind = _kept(name, result, inputs, pinned, position in kept)
+            kind = _placed(result, block) or _kept(name, result, inputs, pinned, position in kept)
             if kind is None:
                 key = result.untyped_storage().data_ptr(), 0 if result.numel() else position
                 groups.setdefault(key, {})[position] = result
@@ -250,15 +264,22 @@ class Results:
     def assembly(self) -> Callable[[Sequence[Any], Sequence[torch.Tensor]], list[Any]]:
         """A function from the inputs and buffers of a replay to its results. A training step has hundreds of results,
         of which most are buffers or stay where they are: these two kinds need no call in Python."""
-        fixed = {i: kind.value for i, kind in enumerate(self.kinds) if _is_pinned_tensor(kind)}
+        fixed = {i: kind.value for i, kind in enumerate(self.kinds) if is_pinned_tensor(kind)}
         whole = {i: kind.index for i, kind in enumerate(self.kinds) if isinstance(kind, Fresh) and kind.part is None}
-        others = {i: kind for i, kind in enumerate(self.kinds) if i not in fixed and i not in whole}
-        start = len(self.likes)
-        place = whole | {i: start + at for at, i in enumerate((*fixed, *others))}
-        order, values, kinds = [place[i] for i in range(len(self.kinds))], list(fixed.values()), list(others.values())
+        parts = {i: kind for i, kind in enumerate(self.kinds) if isinstance(kind, Placed)}
+        others = {i: kind for i, kind in enumerate(self.kinds) if not (i in fixed or i in whole or i in parts)}
+        # A value that is returned twice stays one tensor: autograd copies it, where two parameters have it as gradient.
+        single = {(kind.memory.dtype, *kind.part): (kind.memory, *kind.part) for kind in parts.values()}
+        found = {key: len(self.likes) + at for at, key in enumerate(single)}
+        start = len(self.likes) + len(single)
+        place = whole | {i: found[kind.memory.dtype, *kind.part] for i, kind in parts.items()}
+        place |= {i: start + at for at, i in enumerate((*fixed, *others))}
+        order, places, values = [place[i] for i in range(len(self.kinds))], list(single.values()), list(fixed.values())
+        kinds: list[Any] = list(others.values())
 
         def results(inputs: Sequence[Any], fresh: Sequence[torch.Tensor]) -> list[Any]:
-            made = [*fresh, *map(_DETACHED, values), *[kind.result(inputs, fresh) for kind in kinds]]
+            placed, kept = starmap(PLACED, places), map(_DETACHED, values)
+            made = [*fresh, *placed, *kept, *[kind.result(inputs, fresh) for kind in kinds]]
             return [made[index] for index in order]
 
         return results
@@ -303,7 +324,8 @@ class Results:
         return {name: _slots(kind, nodes, 1) for name, kind in self._buffers.items()}
 
 
-def _is_pinned_tensor(kind: Result) -> TypeGuard[Pinned]:
+def is_pinned_tensor(kind: Result) -> TypeGuard[Pinned]:
+    """The result is a tensor that stays where it is."""
     return isinstance(kind, Pinned) and isinstance(kind.value, torch.Tensor)
 
 
@@ -312,6 +334,12 @@ def _slots(kind: InPlace | Copied, nodes: GraphNodes, side: int) -> Slots | None
     if isinstance(kind, InPlace):
         return nodes.kernels(kind.memory, kind.launches)
     return nodes.copy(kind.source, kind.target)[side]
+
+
+def _placed(result: Any, block: Block | None) -> Placed | None:
+    if block is None or not isinstance(result, torch.Tensor) or result.untyped_storage()._cdata != block.storage._cdata:
+        return None
+    return Placed(block.view(result.dtype), _part(result))
 
 
 def _kept(name: str, result: Any, inputs: Inputs, pinned: Collection[int], static: bool) -> Result | None:
@@ -325,12 +353,15 @@ def _kept(name: str, result: Any, inputs: Inputs, pinned: Collection[int], stati
         index = inputs.stand_ins[storage]
         own = inputs.tensors[index]
         return View(index, inputs.names[index], own.stride(), _start(result) - _start(own), _like(result))
-    return Pinned(result) if static or storage in pinned else None
+    if storage in pinned:
+        return Pinned(result)
+    # Not the result itself: if autograd takes it for a view, it holds others.
+    return Pinned(PLACED(result, tuple(result.shape), result.stride(), 0)) if static else None
 
 
 def pinned_memory(kinds: Iterable[Result]) -> dict[int, torch.UntypedStorage]:
     """By address, the memory of results that stay where they are; empty tensors have none."""
-    values = [kind.value for kind in kinds if _is_pinned_tensor(kind)]
+    values = [kind.value for kind in kinds if is_pinned_tensor(kind)]
     return {value.untyped_storage().data_ptr(): value.untyped_storage() for value in values if value.numel()}
 
 

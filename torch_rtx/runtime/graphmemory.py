@@ -1,7 +1,8 @@
 """The memory pool of CUDA graphs, which all graphs of a session, or of several sessions, share.
 
 A graph needs its memory only during a replay, since each replay brings inputs in and results out. Graphs can therefore
-use the same memory if their replays run one after another.
+use the same memory if their replays run one after another. What a forward graph saves lies in blocks, which outlive its
+replay: only its backward graph shares that memory, and writes gradients over what it has read.
 """
 
 from __future__ import annotations
@@ -9,14 +10,16 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
 
 from torch_rtx.runtime.driver import new_stream
+from torch_rtx.runtime.strided import copy_strided, span_of
 
+MOVES = 3  # in a row, after which gradients get memory of their own
 _IDLE: dict[int, list[torch.cuda.Stream]] = defaultdict(list)  # by device, the streams of memories that are gone
 
 
@@ -70,6 +73,75 @@ class GraphMemory:
         self._stream, self.stream = stream, raw
 
 
+class Block:
+    """Memory in which a forward graph saves tensors, and its backward graph leaves gradients.
+
+    Args:
+        tensors: what is saved there.
+        references: of the forward graph to this memory, see `references`.
+        memory: of the forward graph.
+        graph: keeps PyTorch from freeing the memory pool.
+
+    Attributes:
+        parts: the bytes [start, end) of each saved tensor.
+        handle: of the memory pool.
+        takes_gradients: they seldom have to move. A loop that clears `.grad` after its forward would move them in each
+            step, one that accumulates them does so once for several backwards.
+    """
+
+    def __init__(
+        self, tensors: Sequence[torch.Tensor], references: int, memory: GraphMemory, graph: torch.cuda.CUDAGraph
+    ) -> None:
+        self.storage = tensors[0].untyped_storage()
+        self.parts = [span_of([tensor]) for tensor in tensors]
+        self.memory, self.handle, self._graph = memory, memory.handle, graph
+        self.takes_gradients, self._moves = True, 0
+        self._cdata, self._references = self.storage._cdata, references
+        self._views: dict[torch.dtype, torch.Tensor] = {}
+        _BLOCKS[self.storage.data_ptr()] = self
+
+    def is_held(self) -> bool:
+        """Somebody else has a tensor here."""
+        return _USES(self._cdata) > self._references
+
+    def view(self, dtype: torch.dtype) -> torch.Tensor:
+        """The whole block; one tensor per dtype, which counts as a reference of the graph."""
+        if dtype not in self._views:
+            made = torch.empty(0, dtype=dtype, device=self.storage.device)
+            self._views[dtype] = made.set_(self.storage, 0, (self.storage.nbytes() // dtype.itemsize,), (1,))
+            self._references += 1
+        return self._views[dtype]
+
+    def count_moves(self, moved: bool) -> None:
+        """Tell before each forward whether gradients had to move, or should have moved."""
+        self._moves = self._moves + 1 if moved else 0
+        self.takes_gradients = self.takes_gradients and self._moves < MOVES
+
+    def move_gradients(self, parameters: Iterable[torch.Tensor], moving: bool) -> None:
+        """Give those that are still `.grad` memory of their own; if not `moving`, count that they should have moved."""
+        gradients = [parameter.grad for parameter in parameters if parameter.is_leaf]
+        dense = [g for g in gradients if type(g) is torch.Tensor and g.layout == torch.strided]
+        inside = [g for g in dense if g.untyped_storage()._cdata == self._cdata]
+        for gradient in inside if moving else ():
+            gradient.data = copy_strided(gradient.detach(), gradient.stride())
+        self.count_moves(bool(inside))
+
+
+def references(tensors: Sequence[torch.Tensor]) -> int:
+    """How often these tensors, none of which is a view for autograd, and an `UntypedStorage` refer to the memory that
+    they share. Its count of uses alone would also have what is about to go, such as frames of a traceback."""
+    return min(1 + len(set(map(id, tensors))), _USES(tensors[0].untyped_storage()._cdata))
+
+
+def block_of(tensors: Iterable[torch.Tensor]) -> Block | None:
+    """The largest block in which some of `tensors` lie."""
+    addresses = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    found = [block for address in addresses if (block := _BLOCKS.get(address)) is not None]
+    return max(found, key=lambda block: block.storage.nbytes(), default=None)
+
+
+_USES: Callable[[int], int] = torch._C._storage_Use_Count  # references to the memory of a tensor
+_BLOCKS: weakref.WeakValueDictionary[int, Block] = weakref.WeakValueDictionary()  # by address
 _SHARED: weakref.WeakValueDictionary[tuple[int, int], GraphMemory] = weakref.WeakValueDictionary()
 _LOCK = threading.Lock()
 

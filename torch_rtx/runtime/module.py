@@ -24,12 +24,12 @@ from torch_rtx.ir import Graph, Parameter, TensorType
 from torch_rtx.manifest import Manifest
 from torch_rtx.profiles import Shape, profiles_of, shapes
 from torch_rtx.runtime.alias_guard import AliasGuard
-from torch_rtx.runtime.code import copy_strided
 from torch_rtx.runtime.file_check import FileCheck
 from torch_rtx.runtime.no_gradients import refuse_gradients, require_gradients
 from torch_rtx.runtime.session import Session
 from torch_rtx.runtime.signature import Signature
 from torch_rtx.runtime.streaming import stream
+from torch_rtx.runtime.strided import copy_strided
 from torch_rtx.runtime.tuning_context import tactics_and_context
 from torch_rtx.runtime.weight_sources import WeightSource, is_onnx, tensors_of
 from torch_rtx.runtime.weights import WeightStore, match

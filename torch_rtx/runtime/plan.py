@@ -5,6 +5,9 @@ the lowest offset that is free while it is live. While the arena exceeds the pea
 highest is moved to the front of the order and the packing repeated. The plan keeps which value lies below which. For
 other sizes a value begins where the highest of those below it ends: values can't overlap at any size, and the packing
 is the same in other proportions. If more pairs of values are live at once than any model has, values share no memory.
+
+A backward graph finds a `Room`: memory of its forward graph, which frees its parts as saved tensors are read for the
+last time. Values of known sizes that fit into it, gradients among them, lie there.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import inf
 
 from torch_rtx import aten
 from torch_rtx.ir import (
@@ -66,6 +70,22 @@ class Memory:
         return self.arena + self.others
 
 
+@dataclass(frozen=True)
+class Room:
+    """Memory beside the arena that a call may write to.
+
+    Attributes:
+        size: bytes.
+        parts: the bytes [start, end) that hold something when the call begins, each with the names of the inputs that
+            lie there. It is free after their last use; without any, never.
+        takes_outputs: outputs may lie there, too.
+    """
+
+    size: int
+    parts: Sequence[tuple[int, int, frozenset[str]]]
+    takes_outputs: bool = True
+
+
 class Plan:
     """The values of `graph` that lie in the arena, and their offsets.
 
@@ -74,9 +94,13 @@ class Plan:
         trusted_ops: see `compile_graph`.
         known: the symbols that the inputs determine. Values whose size depends on data are not planned.
         elsewhere: names of results that have no memory of their own.
+        stay: names of outputs that lie in the arena like values that are no outputs.
+        room: values may lie there.
 
     Attributes:
         buffers: the buffers in the arena, lowest first.
+        placed: by name, the offset of each value in the room, in bytes.
+        owners: by name, the value in whose memory a value lies.
         index: by name, the position in `buffers`.
         symbols: names of the symbols that offsets depend on, in order; none for a static graph.
     """
@@ -87,10 +111,16 @@ class Plan:
         trusted_ops: frozenset[str],
         known: frozenset[str],
         elsewhere: frozenset[str] = frozenset(),
+        stay: frozenset[str] = frozenset(),
+        room: Room | None = None,
     ) -> None:
-        alive, kept = _lifetimes(graph, trusted_ops)
-        alive = [buffer for buffer in alive if all(sym.name in known for sym in dim_syms(buffer.size))]
+        lifetimes = _Lifetimes(graph, trusted_ops, stay)
+        alive = [buffer for buffer in lifetimes.buffers if all(sym.name in known for sym in dim_syms(buffer.size))]
         alive = [buffer for buffer in alive if buffer.name not in elsewhere]
+        self.owners = lifetimes.owners
+        self.placed = {} if room is None else _placed(room, alive, lifetimes)
+        alive = [buffer for buffer in alive if buffer.name not in self.placed]
+        kept = lifetimes.kept | lifetimes.returned
         self.symbols = tuple(dict.fromkeys(sym.name for buffer in alive for sym in dim_syms(buffer.size)))
         inside = [buffer for buffer in alive if buffer.name not in kept]
         self._others = [buffer for buffer in alive if buffer.name in kept]
@@ -137,46 +167,60 @@ class Plan:
 # ---- lifetimes -------------------------------------------------------------------------------------------------------
 
 
-def _lifetimes(graph: Graph, trusted_ops: frozenset[str]) -> tuple[list[Buffer], set[str]]:
-    """The buffers of all values that the nodes of `graph` compute on the session's device, and the names of those
-    outside the arena: outputs, values that a fallback sees and may keep, and results of calls without `out=`."""
-    root: dict[str, str] = {}  # the value that owns the memory of a value
-    first: dict[str, tuple[int, TensorType]] = {}
-    last: dict[str, int] = {}
-    kept: set[str] = set()
+class _Lifetimes:
+    """When the memory of the values of `graph` is used.
 
-    def roots(values: Iterable[Value]) -> Iterable[str]:
-        return (root[value.name] for value in values if value.name in root)
+    Attributes:
+        buffers: of all values that the nodes compute on the session's device.
+        owners: by name, the value in whose memory a value lies.
+        kept: names of those that can lie in no planned memory: values that a fallback sees and may keep, and results of
+            calls without `out=`.
+        returned: names of those whose memory outputs have, except outputs that `stay`.
+        last: by the name of an input, the position of the last node that uses its memory.
+    """
 
-    for position, node in enumerate(graph.nodes):
-        sources = list(roots(node.inputs))
-        last.update(dict.fromkeys(sources, position))
-        if node.kind == "fallback":
-            kept.update(sources)
-        if node.writes:
-            continue  # its result is an input or weight, which no plan holds
-        alias = aten.may_alias(node, trusted_ops)
-        for value in node.outputs:
-            if value is None or not isinstance(value.type, TensorType):
-                continue
-            if not alias:
-                root[value.name] = value.name
-                first[value.name] = position, value.type
-                last[value.name] = position
-                if not in_arena(node, value.type):
-                    kept.add(value.name)
-            elif sources:  # an alias of one of them; of several any may be it
-                root[value.name] = sources[0]
-                kept.update(sources if len(sources) > 1 else ())
-    returned = set(roots(attr_values(graph.outputs)))
-    kept |= returned
-    last.update(dict.fromkeys(returned, len(graph.nodes)))
-    found = [
-        Buffer(name, size_of(type_), position, last[name])
-        for name, (position, type_) in first.items()
-        if type_.device == MAIN
-    ]
-    return found, kept
+    def __init__(self, graph: Graph, trusted_ops: frozenset[str], stay: frozenset[str]) -> None:
+        inputs = [value.name for value in graph.inputs]
+        root = dict(zip(inputs, inputs, strict=True))
+        first: dict[str, tuple[int, TensorType]] = {}
+        last = dict.fromkeys(inputs, -1)
+        kept: set[str] = set()
+
+        def roots(values: Iterable[Value]) -> Iterable[str]:
+            return (root[value.name] for value in values if value.name in root)
+
+        for position, node in enumerate(graph.nodes):
+            sources = list(roots(node.inputs))
+            last.update(dict.fromkeys(sources, position))
+            if node.kind == "fallback":
+                kept.update(sources)
+            if node.writes:
+                continue  # its result is an input or weight, which no plan holds
+            alias = aten.may_alias(node, trusted_ops)
+            for value in node.outputs:
+                if value is None or not isinstance(value.type, TensorType):
+                    continue
+                if not alias:
+                    root[value.name] = value.name
+                    first[value.name] = position, value.type
+                    last[value.name] = position
+                    if not in_arena(node, value.type):
+                        kept.add(value.name)
+                elif sources:  # an alias of one of them; of several any may be it
+                    root[value.name] = sources[0]
+                    kept.update(sources if len(sources) > 1 else ())
+        outputs = list(attr_values(graph.outputs))
+        end = len(graph.nodes)
+        last.update(dict.fromkeys([*roots(outputs), *(kept & set(inputs))], end))
+        self.owners, self.kept = root, kept
+        self.returned = set(roots(value for value in outputs if value.name not in stay))
+        self.last = {name: last[name] for name in inputs}
+        self.end = end
+        self.buffers = [
+            Buffer(name, size_of(type_), position, last[name])
+            for name, (position, type_) in first.items()
+            if type_.device == MAIN
+        ]
 
 
 def in_arena(node: Node, type_: TensorType) -> bool:
@@ -254,10 +298,15 @@ def best_packing(
 
 
 def _packing(
-    buffers: Sequence[Buffer], sizes: Mapping[str, int], together: Mapping[str, Sequence[Buffer]]
+    buffers: Sequence[Buffer],
+    sizes: Mapping[str, int],
+    together: Mapping[str, Sequence[Buffer]],
+    fixed: Mapping[str, int] | None = None,
+    limit: float = inf,
 ) -> dict[str, int]:
-    """First fit: each buffer in turn gets the lowest offset that is free while it is live."""
-    places: dict[str, int] = {}
+    """First fit: each buffer in turn gets the lowest offset that is free while it is live; none if it would end above
+    `limit`. `fixed` are places of others."""
+    places = dict(fixed or {})
     for buffer in buffers:
         taken = sorted((places[b.name], sizes[b.name]) for b in together[buffer.name] if b.name in places)
         place = 0
@@ -265,8 +314,32 @@ def _packing(
             if place + sizes[buffer.name] <= start:
                 break
             place = max(place, start + size)
-        places[buffer.name] = place
+        if place + sizes[buffer.name] <= limit:
+            places[buffer.name] = place
     return places
+
+
+def _placed(room: Room, buffers: Sequence[Buffer], lifetimes: _Lifetimes) -> dict[str, int]:
+    """By name, the offsets of the buffers that find a place in `room`: the order that leaves the least arena counts,
+    largest first or in the order of first uses."""
+    never = lifetimes.kept if room.takes_outputs else lifetimes.kept | lifetimes.returned
+    able = [buffer for buffer in buffers if isinstance(buffer.size, int) and buffer.name not in never]
+    sizes = {buffer.name: buffer.size for buffer in able if isinstance(buffer.size, int)}
+    taken, places = list[Buffer](), dict[str, int]()
+    for start, end, names in room.parts:
+        last = max((lifetimes.last[name] for name in names), default=lifetimes.end)
+        start, end = start // PIECE * PIECE, -(-end // PIECE) * PIECE
+        taken.append(Buffer(f"[{start}:{end}] {len(taken)}", end - start, -1, last))  # no value has such a name
+        places[taken[-1].name], sizes[taken[-1].name] = start, end - start
+    if pairs_alive([*able, *taken]) > PAIRS:
+        return {}
+    together = neighbours([*taken, *able])
+    found: list[tuple[int, dict[str, int]]] = []
+    for order in (sorted(able, key=lambda b: -sizes[b.name]), sorted(able, key=lambda b: (b.first, -sizes[b.name]))):
+        inside = _packing(order, sizes, together, places, room.size)
+        left = most_alive((buffer, sizes[buffer.name]) for buffer in able if buffer.name not in inside)
+        found.append((left, {name: place for name, place in inside.items() if name not in places}))
+    return min(found, key=lambda one: one[0])[1]
 
 
 def _below(buffers: Sequence[Buffer], together: Mapping[str, Sequence[Buffer]]) -> list[tuple[int, ...]]:

@@ -26,7 +26,7 @@ from torch_rtx.runtime.check import bind_sizes, check_inputs
 from torch_rtx.runtime.code import Code, compile_graph, undisturbed
 from torch_rtx.runtime.cudagraph import GraphPool, why_not
 from torch_rtx.runtime.launch import LoadedTactic
-from torch_rtx.runtime.plan import Memory
+from torch_rtx.runtime.plan import Memory, Room
 from torch_rtx.runtime.specialize import Specializer
 from torch_rtx.runtime.stats import Stats, stats_of
 from torch_rtx.runtime.tuner import TuningContext
@@ -170,13 +170,19 @@ class Session:
 
     def _new_pool(self) -> GraphPool:
         size, static = self.settings.cuda_graph_pool_size, self.settings.static_outputs
-        given = self._shares_memory, self._pinned, self._saved, self._guarded
+        given = self._shares_memory, self._pinned, self._saved, self._guarded, self.placed
         return GraphPool(self.graph, self.run, self.device, size, static, *given)
 
     def current(self, inputs: Sequence[Any]) -> Variant:
         """The variant that runs these inputs now."""
         types = self._types(inputs)
         return self.specializer.current(self._known.get(types, types))
+
+    def placed(self, code: Code, stay: frozenset[str], room: Room | None) -> Code:
+        """`code` with other places for its values, see `Plan`."""
+        given = self._callables, self._trusted_ops
+        options: dict[str, Any] = {"tactics": code.tactics, "streamer": self.streamer, "stay": stay, "room": room}
+        return compile_graph(code.graph, self.device, *given, name="placed", distinct=self._guarded, **options)
 
     def probed(self, code: Code, probe: Callable[[], None]) -> Code:
         """`code` with a call of `probe` before the first node and after each, for measuring."""

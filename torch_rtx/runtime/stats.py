@@ -63,7 +63,7 @@ class Stats:
         variants: the variant for all sizes first, then those for given sizes.
         graphs: how many CUDA graphs the session has now.
         captures, replays: since the session was made.
-        held: how many calls could not replay, since tensors that an earlier one saved for backward were in use.
+        held: how many calls could not replay, since saved tensors or gradients of an earlier step were in use.
         no_graphs: why the session captures none; None if it may.
         runtime_cache: of the process, for the device; None if none is open.
     """
@@ -88,7 +88,7 @@ class Stats:
                 times = ", ".join(f"{name} {us:.1f} us" for name, us in region.microseconds.items())
                 yield f"  {region.op} x{region.nodes} {region.where}: {region.tactic}{'; ' * bool(times)}{times}"
                 yield from (f"    {problem}" for problem in region.problems)
-        held = f", {self.held} calls before the backward of an earlier one" if self.held else ""
+        held = f", {self.held} calls while saved tensors or gradients were in use" if self.held else ""
         counts = f"{self.graphs}, {self.captures} captures, {self.replays} replays{held}"
         yield f"CUDA graphs: {self.no_graphs or counts}"
         if self.runtime_cache is not None:

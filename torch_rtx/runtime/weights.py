@@ -24,9 +24,10 @@ from torch_rtx import aten
 from torch_rtx.errors import RefitError
 from torch_rtx.ir import Graph, Parameter, TensorType
 from torch_rtx.onnx.framed import aligned
-from torch_rtx.runtime.code import compile_graph, overwrite, restride, undisturbed
+from torch_rtx.runtime.code import compile_graph, undisturbed
 from torch_rtx.runtime.gate import Gate
 from torch_rtx.runtime.streaming import Streamer
+from torch_rtx.runtime.strided import overwrite, restride
 from torch_rtx.runtime.watch import Watch, same_bits
 
 log = logging.getLogger(__name__)

@@ -24,7 +24,8 @@ from torch_rtx.lowering.kernels.generate import Form, forms, generate
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.region import Region, region
 from torch_rtx.optable import ALLOWED
-from torch_rtx.runtime.code import compile_graph, copy_strided
+from torch_rtx.runtime.code import compile_graph
+from torch_rtx.runtime.strided import copy_strided
 from torch_rtx.tactics import OWN, Tactic
 from torch_rtx.targets import arch_of
 

@@ -1,0 +1,93 @@
+"""Tensors with given strides at addresses that kernels take, and copies that keep how tensors share memory."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+import torch
+
+from torch_rtx import aten
+from torch_rtx.targets import ALIGNMENT
+
+
+def restride(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
+    """`tensor` if it has these strides in all dimensions longer than 1, else a copy with them."""
+    if tensor.stride() == strides:
+        return tensor
+    if all(size < 2 or a == b for size, a, b in zip(tensor.shape, tensor.stride(), strides, strict=True)):
+        return tensor
+    return copy_strided(tensor, strides)
+
+
+def copy_strided(tensor: torch.Tensor, strides: Sequence[int]) -> torch.Tensor:
+    """A copy with these strides."""
+    copy = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
+    overwrite(copy, tensor)
+    return copy
+
+
+def copy_together(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Copies that share memory with one another as `tensors` do, and with nothing else."""
+    groups: dict[int, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.untyped_storage().data_ptr(), []).append(tensor)
+    copies = {}
+    for address, group in groups.items():
+        first, last = span_of(group)
+        first -= first % ALIGNMENT
+        used = torch.empty(0, dtype=torch.uint8, device=group[0].device)
+        used.set_(group[0].untyped_storage(), first, (last - first,), (1,))
+        copies[address] = used.clone().untyped_storage(), first
+    made = []
+    for tensor in tensors:
+        memory, first = copies[tensor.untyped_storage().data_ptr()]
+        start = tensor.storage_offset() - first // tensor.element_size()
+        copy = tensor.new_empty(0).set_(memory, start, tensor.shape, tensor.stride())
+        copy = copy.conj() if tensor.is_conj() else copy
+        made.append(torch._neg_view(copy) if tensor.is_neg() else copy)
+    return made
+
+
+def span_of(tensors: Sequence[torch.Tensor]) -> tuple[int, int]:
+    """The bytes [first, last) of their common memory in which `tensors` lie."""
+    starts = [int(tensor.storage_offset()) * tensor.element_size() for tensor in tensors]
+    sizes = [aten.extent(tensor.shape, tensor.stride()) * tensor.element_size() for tensor in tensors]
+    return min(starts), max(map(operator.add, starts, sizes))
+
+
+def aligned(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
+    """As `restride`, with an address that is a multiple of ALIGNMENT, as kernels expect."""
+    if tensor.stride() == strides and not tensor.data_ptr() % ALIGNMENT:
+        return tensor
+    placed = restride(tensor, strides)
+    return copy_strided(placed, strides) if placed.data_ptr() % ALIGNMENT else placed
+
+
+def target_of(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
+    """`tensor`, if a kernel can write to it, or else new memory like it, to be copied from."""
+    if tensor.stride() == strides and not tensor.data_ptr() % ALIGNMENT:
+        return tensor
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
+
+
+def copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+    """Copy values between tensors of one dtype; where both are one tensor, a kernel has written to it already."""
+    count_writes([target for target, source in zip(targets, sources, strict=True) if target is source])
+    left = [(target, source) for target, source in zip(targets, sources, strict=True) if target is not source]
+    if left:
+        torch._foreach_copy_([target for target, _ in left], [source for _, source in left])
+
+
+def count_writes(tensors: Sequence[torch.Tensor]) -> None:
+    """Increment the version counters of tensors that kernels have written to, as calls do."""
+    torch.autograd.graph.increment_version(tensors)
+
+
+def overwrite(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy values; a dimension of stride 0 has one element in memory, which is written once."""
+    for dim, (size, stride) in enumerate(zip(target.shape, target.stride(), strict=True)):
+        if stride == 0 and size > 1:
+            target, source = target.narrow(dim, 0, 1), source.narrow(dim, 0, 1)
+    with torch.no_grad():
+        target.copy_(source)
