@@ -181,7 +181,7 @@ assert "torch" not in sys.modules and "numpy" not in sys.modules
 """
     result = subprocess.run([sys.executable, "-c", program, tmp_path / "model.rtx"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "format 5, built by torch_rtx 0.1.0, torch 2.13.0\n" in result.stdout
+    assert "format 6, built by torch_rtx 0.1.0, torch 2.13.0\n" in result.stdout
 
 
 @pytest.mark.quick

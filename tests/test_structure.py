@@ -27,6 +27,7 @@ ARROWS = {
     "ir": {"dtypes", "errors"},
     "irparse": {"dtypes", "errors", "ir"},
     "op_work": {"ir"},
+    "accumulation": {"ir"},
     "host_ops": set(),
     "aten": {"dtypes", "errors", "host_ops", "ir", "optable"},
     "profiles": {"errors", "ir"},
@@ -36,15 +37,18 @@ ARROWS = {
     # aten inside `save` alone: it needs torch
     "engine": {
         *("dtypes", "errors", "ir", "irparse", "optable", "profiles", "manifest", "tactics", "tactics_v4", "aten"),
+        "accumulation",
     },
     "inspection": {"engine", "manifest", "profiles", "tactics"},
     "cache": {"errors"},
-    "lowering": {"dtypes", "errors", "ir", "op_work", "aten", "settings", "targets", "lowering.kernels"},
+    "lowering": {
+        *("accumulation", "dtypes", "errors", "ir", "op_work", "aten", "settings", "targets", "lowering.kernels"),
+    },
     # no torch: workers of a build start fast without it
-    "lowering.kernels": {"artefacts", "dtypes", "errors", "ir", "op_work", "targets", "tactics"},
+    "lowering.kernels": {"accumulation", "artefacts", "dtypes", "errors", "ir", "op_work", "targets", "tactics"},
     "runtime": {
         *("errors", "ir", "irparse", "optable", "op_work", "aten", "settings", "targets", "profiles", "manifest"),
-        *("dtypes", "tactics", "engine", "cache", "artefacts"),
+        *("accumulation", "dtypes", "tactics", "engine", "cache", "artefacts"),
     },
     "onnx": {"errors"},
     "backend": {

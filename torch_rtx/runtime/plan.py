@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from torch_rtx import aten
+from torch_rtx.accumulation import continued
 from torch_rtx.ir import (
     MAIN,
     Dim,
@@ -155,11 +156,13 @@ def _lifetimes(graph: Graph, trusted_ops: frozenset[str]) -> tuple[list[Buffer],
             kept.update(sources)
         if node.writes:
             continue  # its result is an input or weight, which no plan holds
-        alias = aten.may_alias(node, trusted_ops)
+        alias, places = aten.may_alias(node, trusted_ops), continued(node)
         for value in node.outputs:
             if value is None or not isinstance(value.type, TensorType):
                 continue
-            if not alias:
+            if value.name in places and places[value.name].name in root:
+                root[value.name] = root[places[value.name].name]
+            elif not alias:
                 root[value.name] = value.name
                 first[value.name] = position, value.type
                 last[value.name] = position
