@@ -24,11 +24,11 @@ def accumulates(node: Node) -> bool:
 
 
 def starts(body: Graph) -> dict[str, Value]:
-    """By the name of each result of a body that accumulates: the tensor that it starts from."""
+    """By the name of each result of a body that accumulates: the input of the body that it starts from."""
     results = {value.name for value in attr_values(body.outputs)}
     calls = (node for node in body.nodes if accumulates(node))
     found = ((value.name, node.arg("self")) for node in calls for value in node.results if value.name in results)
-    return {name: start for name, start in found if isinstance(start, Value)}
+    return {name: start for name, start in found if isinstance(start, Value) and start in body.inputs}
 
 
 def continued(node: Node) -> dict[str, Value]:

@@ -22,6 +22,7 @@ from torch_rtx.optable import ALLOWED
 from torch_rtx.runtime.code import EMPTY, Code, compile_graph
 from torch_rtx.runtime.graph_params import kernel_uses
 from torch_rtx.runtime.inline import inline_kernels
+from torch_rtx.runtime.node_cost import cost
 from torch_rtx.settings import CompilationSettings
 from torch_rtx.targets import Target
 
@@ -166,6 +167,24 @@ def test_programs(name: str) -> None:
     for node in run.nodes:
         for result, operand in continued(node).items():
             assert uses.get(result) == uses.get(operand.name)  # one memory: all addresses in it are set, or none
+
+
+def test_addresses_in_a_cuda_graph() -> None:
+    """A replay sets one address in the kernel that writes zeros, and two in the one that adds to them."""
+    graph, _ = lower(program(PROGRAMS["an embedding"][0]), CompilationSettings(), targets=(Target(80),))
+    zeros, sums = (node.results[0].name for node in graph.nodes)
+    assert kernel_uses(graph)[sums] == kernel_uses(graph)[zeros] == (zeros, (0, 1, 1))
+
+
+def test_bytes_that_are_moved() -> None:
+    """Of the table, what is added to it is read and written."""
+    graph, _ = lower(program(PROGRAMS["an embedding"][0]), CompilationSettings(), targets=(Target(80),))
+    zeros, sums = (cost(node, {}) for node in graph.nodes)
+    assert zeros is not None
+    assert sums is not None
+    added, positions = 5 * 7 * 24 * 4, 5 * 7 * 8
+    assert (zeros.read, zeros.written) == (0, 9 * 24 * 4)
+    assert (sums.read, sums.written) == (2 * added + positions, added)
 
 
 @contextmanager

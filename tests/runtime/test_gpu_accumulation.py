@@ -70,6 +70,7 @@ CALLS: dict[str, Callable[..., Tensor]] = {
     "index_add": lambda x, i, s: x.index_add(0, i, s, alpha=2),
     "scatter_add": lambda x, i, s: x.scatter_add(0, i[:, None].expand_as(s), s.sin()),
     "scatter_reduce": lambda x, i, s: x.exp().scatter_reduce(0, i[:, None].expand_as(s), s, "sum"),
+    "sums of rows": lambda x, i, s: x[:, 0].contiguous().index_add(0, i, s.sum(1, dtype=s.dtype)),
     "an embedding's gradient": lambda x, i, s: A.embedding_dense_backward(s, i, len(x), -1, False),
     "one of two rows": lambda x, i, s: A.embedding_dense_backward(s, i % 2, 2, -1, False),
 }
@@ -96,7 +97,7 @@ def test_calls(name: str, dtype: torch.dtype) -> None:
             continue
         exact = CALLS[name](args[0].double(), args[1], args[2].double())
         ours, theirs = (float((one.double() - exact).norm() / exact.norm()) for one in (found, CALLS[name](*args)))
-        assert ours <= max(2 * theirs, {torch.float64: 1e-12, torch.float32: 2e-6}.get(dtype, 8e-3))
+        assert ours <= max(2 * theirs, {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 8e-3))
 
 
 @torch.no_grad()

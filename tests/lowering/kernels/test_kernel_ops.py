@@ -236,6 +236,7 @@ REFUSED = (
     "parts of different sizes",
     "a scan of",
     "additions to",
+    "in another layout",
     "elements that are replaced",
     "a scatter of the",
 )

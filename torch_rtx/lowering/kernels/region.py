@@ -147,8 +147,9 @@ def _check_accumulations(body: Graph, outputs: tuple[Tensor, ...], anchored: boo
     begun = [_start(output) for output in outputs if isinstance(output, Accumulate)]
     nodes = set(everything(outputs))
     read = any(isinstance(child, Accumulate) for tensor in nodes for child in children(tensor))
-    alike = all(named[name].type == start.type for name, start in starts(body).items())
-    if read or not alike or not len({*begun}) == len(begun) == len(starts(body)) or not nodes.isdisjoint(begun):
+    if any(named[name].type != start.type for name, start in starts(body).items()):
+        raise Unsupported("a sum in another layout than what a kernel adds to")
+    if read or not len({*begun}) == len(begun) == len(starts(body)) or not nodes.isdisjoint(begun):
         raise Unsupported("a sum that a kernel adds to, beside other uses of it")
     if begun and anchored:
         raise Unsupported("additions in memory beside a product")
