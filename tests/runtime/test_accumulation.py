@@ -11,6 +11,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from tests.doubles.interpreter import Interpreted
 from tests.lowering.test_kernel_models import CPU, kernels
 from tests.lowering.test_passes import graph as parsed
 from tests.lowering.test_training_graphs import recorded
@@ -19,6 +20,7 @@ from torch_rtx.accumulation import continued
 from torch_rtx.ir import Graph, evaluate, verify
 from torch_rtx.lowering.pipeline import lower
 from torch_rtx.optable import ALLOWED
+from torch_rtx.runtime.candidate_check import CandidateCheck
 from torch_rtx.runtime.code import EMPTY, Code, compile_graph
 from torch_rtx.runtime.graph_params import kernel_uses
 from torch_rtx.runtime.inline import inline_kernels
@@ -174,6 +176,18 @@ def test_addresses_in_a_cuda_graph() -> None:
     graph, _ = lower(program(PROGRAMS["an embedding"][0]), CompilationSettings(), targets=(Target(80),))
     zeros, sums = (node.results[0].name for node in graph.nodes)
     assert kernel_uses(graph)[sums] == kernel_uses(graph)[zeros] == (zeros, (0, 1, 1))
+
+
+def test_a_kernel_is_checked_alone() -> None:
+    """It adds to a copy of random contents; one that adds nothing is found out."""
+    graph, _ = lower(program(PROGRAMS["an embedding with padding"][0]), CompilationSettings(), targets=(Target(80),))
+    node = graph.nodes[1]
+    launcher = interpreted(node, {})
+    check = CandidateCheck(node, CPU)
+    with patch.dict(EMPTY, {"cpu": poisoned}):
+        assert check.problem(check.code(whole_nodes({node.op: launcher}))) is None
+    with patch.object(Interpreted, "__call__", lambda *_: None):
+        assert "relative error" in str(check.problem(check.code(whole_nodes({node.op: launcher}))))
 
 
 def test_bytes_that_are_moved() -> None:

@@ -14,6 +14,7 @@ from itertools import count
 import torch
 
 from torch_rtx import aten
+from torch_rtx.accumulation import continued
 from torch_rtx.dtypes import DTYPES
 from torch_rtx.errors import RtxError
 from torch_rtx.ir import Attr, Graph, Node, TensorType, Value, attr_map
@@ -45,7 +46,8 @@ class CandidateCheck:
         values = tuple({value.name: value for value in node.inputs}.values())
         outputs = tuple(value for value in node.outputs if value is not None)
         self.graph = Graph("fused", values, nodes=(replace(node, loc=None),), outputs=outputs)
-        total = sum(nbytes(value.type) for value in (*values, *outputs) if isinstance(value.type, TensorType))
+        made = [value for value in outputs if value.name not in continued(node)]  # the others lie in an operand
+        total = sum(nbytes(value.type) for value in (*values, *made) if isinstance(value.type, TensorType))
         self._check_memory(total)
         generator = torch.Generator(device).manual_seed(next(SEEDS))
         high, highs = smallest_size(node.body), limits(self.graph)
