@@ -11,6 +11,7 @@ tables. Zeros belong to one call alone, which adds to them in place.
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import accumulate as accumulated
 
 from torch_rtx.accumulation import accumulates
 from torch_rtx.ir import MAIN, Attr, Graph, Node, TensorType, Value
@@ -66,12 +67,14 @@ class _Search:
         self._producer = {value.name: node for node in graph.nodes for value in node.results}
         self.calls: dict[int, Node] = {}
         self.moved: set[int] = set()
+        epochs = accumulated(node.kind == "fallback" or node.writes for node in graph.nodes)
+        epoch = dict(zip(map(id, graph.nodes), epochs, strict=True))  # no call moves across a write
         for node in graph.nodes:
             for value in node.inputs if node.op == ADD and len(node.inputs) == 2 else ():
                 call = self._producer.get(value.name)
                 if call is None or value.name in kept or id(node) in self.calls or len(self.users[value.name]) > 1:
                     continue
-                if self.begins_with_zeros(call) and _is_sum(node, value):
+                if self.begins_with_zeros(call) and _is_sum(node, value) and epoch[id(call)] == epoch[id(node)]:
                     self.calls[id(node)] = call
                     self.moved.add(id(call))
 
