@@ -5,7 +5,7 @@ the gradient, with what computes these. PyTorch's own call sorts the indices fir
 
 The sum of such a call, from zeros, and of another tensor starts from that tensor: a table that is tied to the last
 layer gets the gradient of the product first, and then the rows of the embedding, with neither zeros nor a sum of
-tables. Zeros belong to one call alone, which adds to them in place.
+tables. Zeros belong to one call alone, which adds to them in place, and wait for no other tensor whose dtype they have.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import replace
 from itertools import accumulate as accumulated
 
 from torch_rtx.accumulation import accumulates
-from torch_rtx.ir import MAIN, Attr, Graph, Node, TensorType, Value
+from torch_rtx.ir import MAIN, Attr, Graph, Node, TensorType, Value, contiguous
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.kernels.ops.accumulations import DTYPES
 from torch_rtx.lowering.rewrite import Rewriter, returned, rewrite, users
@@ -41,14 +41,9 @@ def accumulate(graph: Graph, infer: Inference) -> Graph:
         if not search.begins_with_zeros(node):
             return False
         zeros = search.zeros(node)
-        if zeros is None:
-            (type_,) = (value.type for value in node.results)
-            start = _zeros(type_, rewriter, node)  # type: ignore[arg-type]
-        elif len(search.users[zeros.results[0].name]) == 1:
+        if zeros is not None and not zeros.inputs and len(search.users[zeros.results[0].name]) == 1:
             return False
-        else:
-            start = rewriter.emit(zeros.op, zeros.loc, (zeros.results[0].type,), **dict(zeros.args))
-        _add(node, rewriter, start, node.outputs)
+        _add(node, rewriter, _zeros(node, rewriter), node.outputs)
         return True
 
     return rewrite(graph, infer, visit)
@@ -97,7 +92,10 @@ class _Search:
 
 
 def _is_added_to(value: Value) -> bool:
-    return isinstance(value.type, TensorType) and value.type.device == MAIN and value.type.dtype in DTYPES
+    type_ = value.type
+    if not isinstance(type_, TensorType) or type_.device != MAIN or type_.dtype not in DTYPES:
+        return False
+    return type_.strides == contiguous(type_.shape)
 
 
 def _is_sum(node: Node, value: Value) -> bool:
@@ -109,7 +107,10 @@ def _is_sum(node: Node, value: Value) -> bool:
     return isinstance(other, Value) and other != value and other.type == result.type == value.type
 
 
-def _zeros(type_: TensorType, rewriter: Rewriter, node: Node) -> Value:
+def _zeros(node: Node, rewriter: Rewriter) -> Value:
+    """Zeros like the result of `node`, which depend on nothing and which nothing else reads."""
+    (type_,) = (value.type for value in node.results)
+    assert isinstance(type_, TensorType)
     args: dict[str, Attr] = {"size": type_.shape, "fill_value": 0, "dtype": type_.dtype, "device": MAIN}
     return rewriter.emit("aten.full.default", node.loc, (type_,), **args)
 
