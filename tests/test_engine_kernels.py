@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 import torch_rtx
 from tests.engine_files import ENGINE, forge, saved
 from tests.helpers.kernels import GRAPH
+from tests.paths import ENGINES
 from torch_rtx import tactics
 from torch_rtx.backend.cli import app
 from torch_rtx.engine import Engine, Manifest, load, save
@@ -101,6 +102,11 @@ def test_readers_of_format_1_read_files_without_kernels(tmp_path: Path) -> None:
         assert (manifest.format_version, manifest.min_reader) == (FORMAT_VERSION, reader)
     save(replace(load(tmp_path / "a.rtx"), manifest=replace(MANIFEST, min_reader=2)), tmp_path / "a.rtx")
     assert load(tmp_path / "a.rtx").manifest.min_reader == 1
+
+
+def test_readers_of_format_5_refuse_kernels_that_add_in_memory() -> None:
+    readers = {name: inspect(ENGINES / "v6" / f"{name}.rtx").manifest.min_reader for name in ("split", "sums")}
+    assert readers == {"split": 5, "sums": 6}
 
 
 def test_split_bodies(tmp_path: Path) -> None:

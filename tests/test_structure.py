@@ -28,6 +28,7 @@ ARROWS = {
     "irparse": {"dtypes", "errors", "ir"},
     "op_work": {"ir"},
     "detection": set(),
+    "accumulation": {"ir"},
     "host_ops": set(),
     "aten": {"detection", "dtypes", "errors", "host_ops", "ir", "optable"},
     "profiles": {"errors", "ir"},
@@ -37,15 +38,18 @@ ARROWS = {
     # aten inside `save` alone: it needs torch
     "engine": {
         *("dtypes", "errors", "ir", "irparse", "optable", "profiles", "manifest", "tactics", "tactics_v4", "aten"),
+        "accumulation",
     },
     "inspection": {"engine", "manifest", "profiles", "tactics"},
     "cache": {"errors"},
-    "lowering": {"dtypes", "errors", "ir", "op_work", "aten", "settings", "targets", "lowering.kernels"},
+    "lowering": {
+        *("accumulation", "dtypes", "errors", "ir", "op_work", "aten", "settings", "targets", "lowering.kernels"),
+    },
     # no torch: workers of a build start fast without it
-    "lowering.kernels": {"artefacts", "dtypes", "errors", "ir", "op_work", "targets", "tactics"},
+    "lowering.kernels": {"accumulation", "artefacts", "dtypes", "errors", "ir", "op_work", "targets", "tactics"},
     "runtime": {
         *("errors", "ir", "irparse", "optable", "op_work", "aten", "settings", "targets", "profiles", "manifest"),
-        *("dtypes", "tactics", "engine", "cache", "artefacts", "onnx"),
+        *("accumulation", "dtypes", "tactics", "engine", "cache", "artefacts", "onnx"),
     },
     "onnx": {"detection", "errors"},
     "backend": {

@@ -141,8 +141,8 @@ def split() -> tuple[nn.Module, list[tuple[Any, ...]], Any]:
     return nn.Linear(64, 32), [(torch.randn(4, 64),)], None
 
 
-def with_split(engine: torch_rtx.Engine) -> torch_rtx.Engine:
-    """The engine with its layer as a kernel that has a split body."""
+def as_kernel(engine: torch_rtx.Engine, name: str) -> tuple[Graph, Graph]:
+    """The graph of an engine with its only call as a kernel, and the body of that."""
     (node,) = engine.graph.nodes
     names = {value.name: f"in{index}" for index, value in enumerate(node.inputs)}
     given = {value: Value(names[value.name], value.type) for value in node.inputs}
@@ -150,8 +150,36 @@ def with_split(engine: torch_rtx.Engine) -> torch_rtx.Engine:
     inner = replace(node, kind="op", args=node.map_inputs(lambda value: given[value]), loc=None)
     body = Graph("import", tuple(given.values()), nodes=(inner,), outputs=outputs)
     args = tuple((new.name, old) for old, new in given.items())
-    graph = replace(engine.graph, nodes=(Node("kernel", "layer", args, outputs, body, node.loc),))
+    return replace(engine.graph, nodes=(Node("kernel", name, args, outputs, body, node.loc),)), body
 
+
+class Sums(nn.Module):
+    """Rows that are added to those of a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(5, 8))
+
+    def forward(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return self.table.index_add(0, rows, x)
+
+
+def sums() -> tuple[nn.Module, list[tuple[Any, ...]], Any]:
+    return Sums(), [(torch.randn(7, 8), torch.randint(0, 5, (7,))) for _ in range(2)], None
+
+
+def with_sums(engine: torch_rtx.Engine) -> torch_rtx.Engine:
+    """The engine with its call as a kernel that adds in memory."""
+    graph, body = as_kernel(engine, "sums")
+    target = Target(120)
+    form = next(form for form in forms(body, "sums", target.arch) if OWN in form[0].kernels)
+    table, _ = build_kernels(graph, [target], lambda *_: [form])
+    return replace(engine, graph=graph, kernels=table)
+
+
+def with_split(engine: torch_rtx.Engine) -> torch_rtx.Engine:
+    """The engine with its layer as a kernel that has a split body."""
+    graph, body = as_kernel(engine, "layer")
     target = Target(120)
     divided = split_in(body, "layer", 2)
     inside = {one.op: generate(one.body, one.op, target.arch, 0) for one in divided.nodes}  # type: ignore[arg-type]
@@ -170,6 +198,7 @@ CASES = {
     "cache": cache,
     "split": split,
     "onnx": onnx,
+    "sums": sums,
 }
 # What a case is built for, if it is not its first call.
 INPUTS = {
@@ -179,7 +208,11 @@ INPUTS = {
     * 2
 }
 WITH_WEIGHTS = frozenset(("mlp",))
-CHANGES: dict[str, Callable[[torch_rtx.Engine], torch_rtx.Engine]] = {"kernel": with_kernel, "split": with_split}
+CHANGES: dict[str, Callable[[torch_rtx.Engine], torch_rtx.Engine]] = {
+    "kernel": with_kernel,
+    "split": with_split,
+    "sums": with_sums,
+}
 
 
 def tensors(tree: Any) -> list[torch.Tensor]:

@@ -29,10 +29,12 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from torch_rtx import dtypes, tactics
+from torch_rtx.accumulation import continued
 from torch_rtx.errors import EngineFormatError, InvalidIR, RtxError
-from torch_rtx.ir import MAX_RANK, UPDATES, Graph, Node, Parameter, verify
+from torch_rtx.ir import MAX_RANK, UPDATES, Graph, Node, Parameter, kernel_nodes, verify
 from torch_rtx.irparse import MAX_NAME, parse
 from torch_rtx.manifest import (
+    ADDITION_READER,
     FORMAT_VERSION,
     PLAIN_READER,
     PROFILE_READER,
@@ -170,7 +172,10 @@ def save(engine: Engine, path: Path) -> None:
 
 
 def _oldest_reader(engine: Engine) -> int:
-    """Older readers refuse tactics, updates and typical values, and accept sizes between several profiles."""
+    """Older readers refuse tactics, updates and typical values, accept sizes between several profiles, and launch
+    kernels that add to their results in memory that holds anything."""
+    if engine.kernels and any(map(continued, kernel_nodes(engine.graph))):
+        return ADDITION_READER
     if engine.kernels:
         return TACTIC_READER
     if any(node.op in UPDATES for node in engine.graph.nodes):

@@ -17,10 +17,11 @@ from torch_rtx.profiles import Profile, read_profiles
 #   3: typical values of symbols, profiles
 #   4: updates in place, split bodies of kernels
 #   5: tactics in place of launches and split bodies
-#   6: how to find weights in ONNX models
+#   6: kernels that add to an operand in memory, and how to find weights in ONNX models
 FORMAT_VERSION = 6
-# The oldest readers of files without kernels, with several profiles or typical values, with updates, with kernels.
-PLAIN_READER, PROFILE_READER, UPDATE_READER, TACTIC_READER = 1, 3, 4, 5
+# The oldest readers of files without kernels, with several profiles or typical values, with updates, with kernels, and
+# with kernels that add in memory.
+PLAIN_READER, PROFILE_READER, UPDATE_READER, TACTIC_READER, ADDITION_READER = 1, 3, 4, 5, 6
 OLDEST_READABLE = 1
 
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]

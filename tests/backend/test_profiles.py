@@ -280,7 +280,7 @@ def test_inspect(tmp_path: Path) -> None:
     x = Input(profiles=[((1, 3), (2, 3), (4, 3)), ((8, 3), (8, 3), (16, 3))])
     torch_rtx.save(torch_rtx.compile(nn.ReLU(), (x,)), tmp_path / "m.rtx")
     seen = torch_rtx.inspect(tmp_path / "m.rtx")
-    assert (seen.manifest.format_version, seen.manifest.min_reader) == (5, 3)
+    assert (seen.manifest.format_version, seen.manifest.min_reader) == (6, 3)
     assert "profile 0: input [1..4 (opt 2), 3]\nprofile 1: input [8..16 (opt 8), 3]\n" in str(seen)
     assert CliRunner().invoke(app, ["inspect", str(tmp_path / "m.rtx")]).stdout == f"{seen}\n"
     found = json.loads(CliRunner().invoke(app, ["inspect", str(tmp_path / "m.rtx"), "--json"]).stdout)

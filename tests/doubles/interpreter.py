@@ -25,8 +25,9 @@ import triton.runtime.interpreter as interpreter
 from triton.language.extra import libdevice
 from triton.runtime.jit import JITFunction
 
+from torch_rtx.accumulation import starts
 from torch_rtx.aten import DTYPES
-from torch_rtx.ir import Sym, dim_syms, evaluate
+from torch_rtx.ir import Graph, Sym, attr_values, dim_syms, evaluate
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.targets import ALIGNMENT
 
@@ -53,6 +54,15 @@ def run(kernel: Kernel, tensors: Sequence[torch.Tensor], dims: dict[str, int] | 
         return
     with LOCK, _interpreting():
         interpreter.InterpretedFunction(function(kernel).fn)[grid](*tensors, *scalars)
+
+
+def begin(body: Graph, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
+    """Let the outputs of a kernel hold what its body adds to."""
+    given = {value.name: tensor for value, tensor in zip(body.inputs, inputs, strict=True)}
+    begun = starts(body)
+    for value, output in zip(attr_values(body.outputs), outputs, strict=True):
+        if value.name in begun:
+            output.copy_(given[begun[value.name].name])
 
 
 class Interpreted:
@@ -188,4 +198,4 @@ def _widened(handle: Any) -> Any:
     return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
 
-__all__ = ["LOCK", "Interpreted", "Sym", "function", "run"]
+__all__ = ["LOCK", "Interpreted", "Sym", "begin", "function", "run"]

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.numerics import assert_right
-from tests.doubles.interpreter import run
+from tests.doubles.interpreter import begin, run
 from torch_rtx import aten
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import (
@@ -73,7 +73,7 @@ class Drawn:
 
     def step(self, x: Value) -> None:
         draw, rank = self.draw, len(x.type.shape)
-        kind = draw(st.integers(0, 9))
+        kind = draw(st.integers(0, 10))
         if kind < 2:
             self.add(f"aten.{draw(st.sampled_from(UNARY))}.default", self=x)
         elif kind < 5:
@@ -100,8 +100,10 @@ class Drawn:
         elif kind == 8:
             same = [shape for shape in self.shapes if dim_expr("*", 1, *shape) == dim_expr("*", 1, *x.type.shape)]
             self.add("aten.view.default", self=x, size=draw(st.sampled_from(same or [(-1,)])))
-        elif rank:
+        elif kind == 9 and rank:
             self.move(x, rank)
+        elif rank:
+            self.accumulate(x, draw(st.integers(0, rank - 1)))
 
     def move(self, x: Value, rank: int) -> None:
         kind, axis = self.draw(st.integers(0, 3)), self.draw(st.integers(0, rank - 1))
@@ -115,6 +117,18 @@ class Drawn:
             self.add("aten.unsqueeze.default", self=x, dim=axis)
         else:
             self.add("aten._to_copy.default", self=x, dtype=self.draw(st.sampled_from(["f32", "f16"])))
+
+    def accumulate(self, x: Value, axis: int) -> None:
+        """Adds slices of a tensor to some of another one of its type."""
+        size = x.type.shape[axis] if isinstance(x.type.shape[axis], int) else 2
+        index = self.rewriter.emit("aten.arange.default", None, end=x.type.shape[axis], device="main")
+        index = self.rewriter.emit("aten.mul.Scalar", None, self=index, other=self.draw(st.integers(0, 3)))
+        index = self.rewriter.emit("aten.remainder.Scalar", None, self=index, other=size)
+        source = self.rewriter.emit("aten.sigmoid.default", None, self=x)
+        like = [y for y in self.values if (y.type.shape, y.type.dtype) == (x.type.shape, x.type.dtype)]
+        source = self.draw(st.sampled_from([source, *like]))
+        start = self.draw(st.sampled_from([self.rewriter.emit("aten.zeros_like.default", None, self=x), x]))
+        self.add("aten.index_add.default", self=start, dim=axis, index=index, source=source)
 
     def add(self, op: str, /, **args: Attr) -> None:
         self.values.append(self.rewriter.emit(op, **args))
@@ -156,7 +170,10 @@ def execute(graph: Graph, inputs, sizes, wide: bool = False):
                 torch.empty_strided(shape, strides, dtype=dtype).fill_(math.nan if dtype.is_floating_point else 1)
                 for shape, strides, dtype in types
             ]
-            run(kernel, [*(values[value.name] for value in node.inputs), *results], sizes)
+            given = [values[value.name] for value in node.inputs]
+            begin(node.body, given, results)
+            run(kernel, [*given, *results], sizes)
+            results = [x.double() if wide and x.is_floating_point() else x for x in results]
         else:
             node = widened(node) if wide else node
             results = call(node, values, sizes)

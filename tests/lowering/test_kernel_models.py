@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 import torch_rtx
 from benchmarks import models
 from benchmarks.numerics import assert_right, in_float64
-from tests.doubles.interpreter import run
+from tests.doubles.interpreter import begin, run
 from tests.helpers.eager_memory import most_held
 from torch_rtx import aten
 from torch_rtx.backend import program_cache
@@ -104,6 +104,7 @@ def check(node: Node, sizes: dict[str, int], which: int = 0) -> None:
         x.as_strided(x.shape, [evaluate(dim, sizes) for dim in v.type.strides])  # type: ignore[union-attr]
         for x, v in zip(outputs, node.outputs, strict=True)
     ]
+    begin(node.body, inputs, outputs)
     run(kernel, [*inputs, *outputs], sizes)
     assert_right(outputs, eager, exact)
 

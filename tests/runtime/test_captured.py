@@ -12,7 +12,19 @@ from typing import Any
 import pytest
 import torch
 
-from tests.doubles.fake_graphs import DEVICE, SIZES, EdgeData, FakeGraph, GraphDriver, S, add, adders, install, program
+from tests.doubles.fake_graphs import (
+    BODY,
+    DEVICE,
+    SIZES,
+    EdgeData,
+    FakeGraph,
+    GraphDriver,
+    S,
+    add,
+    adders,
+    install,
+    program,
+)
 from torch_rtx import aten
 from torch_rtx.errors import InputError
 from torch_rtx.ir import Dim
@@ -69,6 +81,28 @@ def test_kernels_alone_need_no_copies(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(got, expected)
     assert FakeGraph.last.kinds() == ["kernel", "kernel"]
     assert (module.pool.captures, module.pool.replays) == (2, 10)
+
+
+ADDITIONS = (
+    CHAIN.replace("in1=x) KERNEL", "in1=x) " + BODY)
+    .replace(
+        "op aten.add.Tensor(self=in0, other=in1)", "op aten.index_add.default(self=in0, dim=0, index=i, source=in1)"
+    )
+    .replace("    r: f32[s]", "    i: i64[s] = op aten.arange.default(end=s, device='main')\n    r: f32[s]")
+)
+
+
+def test_a_result_that_a_kernel_adds_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two kernels write it: both get the address that a replay brings."""
+    module = Module(monkeypatch, ADDITIONS)
+    held = []
+    for _ in range(6):
+        x, y = torch.randn(2, 16).unbind()
+        held.append((module(x, y)[0], 2 * x + y))
+    for got, expected in held:
+        torch.testing.assert_close(got, expected)
+    assert FakeGraph.last.kinds() == ["kernel", "kernel"]
+    assert (module.pool.captures, module.pool.replays) == (1, 5)
 
 
 INTERRUPTED = """

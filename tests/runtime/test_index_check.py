@@ -8,6 +8,7 @@ import torch
 from torch_rtx.errors import RtxError
 from torch_rtx.irparse import parse
 from torch_rtx.runtime.candidate_check import CandidateCheck
+from torch_rtx.runtime.index_check import limits
 
 CPU = torch.device("cpu")
 # Where the mask is not that of the program, the last position stays -100.
@@ -62,3 +63,35 @@ def test_positions_outside_are_an_error_and_not_a_call(name: str, monkeypatch: p
 def test_positions_inside(name: str) -> None:
     check = check_of(CALLS[name], CLAMPED)
     assert check.problem(check.code({})) is None
+
+
+def test_positions_are_drawn_from_all_of_a_table() -> None:
+    """An input that is nothing but positions, and none that is a number, too."""
+    graph = parse("""graph fused {
+      input table: f32[1000, 4]
+      input bins: f32[300, 4]
+      input i: i32[7, 1]
+      input j: i64[7]
+      input k: i64[7]
+      input n: i64[7]
+      input g: f32[7, 4]
+      v: f32[1000, 4] = kernel k(in0=table, in1=i, in2=g, in3=n) graph import {
+        input table: f32[1000, 4]
+        input i: i32[7, 1]
+        input g: f32[7, 4]
+        input n: i64[7]
+        a: i64[7, 1] = op aten._to_copy.default(self=i, dtype='i64')
+        b: i64[7] = op aten.view.default(self=a, size=[7])
+        m: bool[7] = op aten.eq.Scalar(self=b, other=3)
+        o: bool[7, 1] = op aten.unsqueeze.default(self=m, dim=1)
+        h: f32[7, 4] = op aten.masked_fill.Scalar(self=g, mask=o, value=0)
+        v: f32[1000, 4] = op aten.index_put.default(self=table, indices=[b], values=h, accumulate=True)
+        return [v]
+      }
+      w: f32[300, 4] = extern aten.index_add.default(self=bins, dim=0, index=j, source=g)
+      x: f32[1000, 4] = extern aten.index_add.default(self=v, dim=0, index=j, source=g)
+      l: i64[7] = extern aten.add.Tensor(self=k, other=1)
+      y: f32[7, 4] = extern aten.index_select.default(self=table, dim=0, index=k)
+      return [w, x, y, l]
+    }""")
+    assert limits(graph) == {"i": 1000, "j": 300}

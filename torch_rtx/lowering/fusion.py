@@ -16,6 +16,7 @@ from hashlib import blake2b
 from math import inf
 
 from torch_rtx import aten
+from torch_rtx.accumulation import accumulates
 from torch_rtx.dtypes import DTYPES
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import COPY, Graph, Loc, Node, TensorType, Value, attr_values, contiguous
@@ -79,7 +80,7 @@ def _loop_us(body: Graph, arches: tuple[Arch, ...]) -> float:
     for arch in arches:
         in_turn = max(typical(tiles) / arch.chip.processors, 1.0)
         compute_us = operations * in_turn / (arch.chip.plain / 2 / arch.chip.processors * 1e6)
-        total += max(streaming_us(found.memory_types, arch), LAUNCH_US + compute_us)
+        total += max(streaming_us(found.moved_types, arch), LAUNCH_US + compute_us)
     return total
 
 
@@ -106,15 +107,18 @@ class FusionPlan:
 
     Args:
         arches: the SM versions that kernels are generated for.
+        atomics: kernels may add to memory in any order.
 
     Attributes:
+        begun: the values that kernels add to in memory, by name; kernels write these, too.
         group_of: the group of each node that is not an absorbed view.
         readers: the nodes that read a value, also through views.
         reducing: the nodes that reduce rows.
         outside: the values that the graph returns, by name.
     """
 
-    def __init__(self, graph: Graph, arches: tuple[Arch, ...]) -> None:
+    def __init__(self, graph: Graph, arches: tuple[Arch, ...], atomics: bool = True) -> None:
+        self.atomics, self.begun = atomics, set[str]()
         self.graph, self.nodes, self.arches = graph, graph.nodes, arches
         self.producer = {v.name: i for i, n in enumerate(graph.nodes) for v in n.outputs if v is not None}
         self.ranges = set(_ranges_of_rows(graph.nodes))
@@ -144,7 +148,10 @@ class FusionPlan:
             barrier = node.kind == "fallback" or node.op == COPY  # no node moves across its memory accesses
             epoch += barrier
             loop = node.kind == "op" and not barrier and index not in self.ranges
+            loop = loop and (self.atomics or not accumulates(node))
             space, cost = iteration_space_of(node) if loop else (None, 0)
+            if space is not None and accumulates(node):
+                self.begun.update(value.name for value in attr_values(node.arg("self")))
             self.group_of[index] = FusionGroup([index], epoch, space, cost)
             if space is not None and space.size is not None:
                 self.reducing.add(index)
@@ -407,6 +414,8 @@ class FusionPlan:
         return self._us(group) < inf and self._computes(self.nodes[group.members[0]])
 
     def _computes(self, node: Node) -> bool:
+        if any(value.name in self.begun for value in node.results):
+            return True
         computed = (not isinstance(tensor, Load | View) for tensor in everything(_expressed(node)))
         return any(computed) and bool(node.inputs)
 

@@ -9,10 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from torch_rtx import aten
 from torch_rtx.errors import InvalidIR, LoweringError, RtxError
 from torch_rtx.ir import Graph, attr_values, verify
 from torch_rtx.lowering.infer import Inference
+from torch_rtx.lowering.passes.accumulate import accumulate
 from torch_rtx.lowering.passes.affine_batch_norm import affine_batch_norm
 from torch_rtx.lowering.passes.channels_last import channels_last
 from torch_rtx.lowering.passes.cse import cse
@@ -30,6 +33,7 @@ from torch_rtx.lowering.passes.raise_gelu import raise_gelu
 from torch_rtx.lowering.passes.read_in_place import read_in_place
 from torch_rtx.lowering.passes.simplify import simplify
 from torch_rtx.lowering.passes.simplify_masks import simplify_masks
+from torch_rtx.lowering.passes.sum_few_rows import sum_few_rows
 from torch_rtx.lowering.passes.write_in_place import write_in_place
 from torch_rtx.settings import CompilationSettings
 from torch_rtx.targets import Target
@@ -53,6 +57,11 @@ class Context:
     def weight_copies(self) -> bool:
         """A recipe may hold a second copy of large weights, beside the model's own."""
         return self.settings.copy_weights is not False
+
+    @property
+    def atomics(self) -> bool:
+        """Kernels may add floats to memory in any order, so that runs differ in their last bits."""
+        return not torch.are_deterministic_algorithms_enabled()
 
 
 @dataclass(frozen=True)
@@ -129,13 +138,15 @@ PIPELINE = (
     Pass(fold_batch_norm),
     Pass(affine_batch_norm, needs=("targets",)),
     Pass(expand_norms, needs=("targets",)),
+    Pass(sum_few_rows, needs=("targets",)),
+    Pass(accumulate, needs=("targets", "atomics")),
     Pass(merge_linears, needs=("weight_copies",)),
     Pass(pad_products, needs=("targets",)),
     Pass(channels_last, needs=("targets",)),
     Pass(write_in_place),
     Pass(hoist_weights, takes=("targets",)),
     Pass(dce),
-    Pass(fuse, needs=("targets",), takes=("targets",)),
+    Pass(fuse, needs=("targets",), takes=("targets", "atomics")),
     Pass(fuse_horizontally, needs=("targets",), takes=("targets",)),
     Pass(finish, ensures="fused"),
 )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Set
 from dataclasses import replace
 
 from torch_rtx import aten
+from torch_rtx.accumulation import continued
 from torch_rtx.ir import Attr, Graph, Loc, Node, Type, Value, attr_map, attr_values
 from torch_rtx.lowering.infer import Inference
 
@@ -61,9 +62,10 @@ def with_sources(graph: Graph, names: Set[str]) -> set[str]:
 
 
 def with_bases(graph: Graph, names: Set[str]) -> set[str]:
-    """`names`, and the names of all values of which they may be views."""
+    """`names`, and the names of all values of which they may be views, or in whose memory kernels leave them."""
     found = set(names)
     for node in reversed(graph.nodes):
+        found.update(start.name for name, start in continued(node).items() if name in found)
         if aten.may_alias(node) and any(value.name in found for value in node.results):
             found.update(value.name for value in node.inputs)
     return found

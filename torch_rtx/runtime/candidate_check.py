@@ -14,12 +14,13 @@ from itertools import count
 import torch
 
 from torch_rtx import aten
+from torch_rtx.accumulation import continued
 from torch_rtx.dtypes import DTYPES
 from torch_rtx.errors import RtxError
 from torch_rtx.ir import Attr, Graph, Node, TensorType, Value, attr_map
 from torch_rtx.runtime.benchmark import RUNS, Run
 from torch_rtx.runtime.code import Code, Owned, compile_graph
-from torch_rtx.runtime.index_check import check_positions
+from torch_rtx.runtime.index_check import check_positions, limits
 from torch_rtx.runtime.launch import LoadedTactic
 from torch_rtx.runtime.streaming import nbytes, numbers
 
@@ -46,12 +47,16 @@ class CandidateCheck:
         values = tuple({value.name: value for value in node.inputs}.values())
         outputs = tuple(value for value in node.outputs if value is not None)
         self.graph = Graph("fused", values, nodes=(replace(node, loc=None),), outputs=outputs)
-        total = sum(nbytes(value.type) for value in (*values, *outputs) if isinstance(value.type, TensorType))
+        made = [value for value in outputs if value.name not in continued(node)]  # the others lie in an operand
+        total = sum(nbytes(value.type) for value in (*values, *made) if isinstance(value.type, TensorType))
         self._check_memory(total)
         generator = torch.Generator(device).manual_seed(next(SEEDS))
-        high = smallest_size(node.body)
+        high, highs = smallest_size(node.body), limits(self.graph)
         sets = max(1, min(RUNS, ROTATED_BYTES // max(total, 1)))
-        self._sets = [[random_tensor(value, device, generator, high) for value in values] for _ in range(sets)]
+        self._sets = [
+            [random_tensor(value, device, generator, highs.get(value.name, high)) for value in values]
+            for _ in range(sets)
+        ]
         try:
             check_positions(self.graph, device, self._sets[0])
             calls = compile_graph(self.graph, device)

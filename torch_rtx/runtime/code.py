@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from torch_rtx import aten
+from torch_rtx.accumulation import continued
 from torch_rtx.errors import CallError, InvalidIR
 from torch_rtx.ir import (
     COPY,
@@ -171,6 +172,7 @@ class _Writer:
     written: set[str] = field(default_factory=set)  # values that kernels write
     tensors: set[str] = field(default_factory=set)  # values in the arena that have become tensors by now
     targets: dict[str, Value] = field(default_factory=dict)  # results that kernels write over inputs
+    begun: dict[str, Value] = field(default_factory=dict)  # results that kernels add to, by what they start from
     shared: set[str] = field(default_factory=set)  # values in whose memory several results lie
     inputs: set[str] = field(default_factory=set)
     checks: list[str] = field(default_factory=list)  # of sizes, to come after the model's own
@@ -190,6 +192,10 @@ class _Writer:
         self.plan = Plan(graph, self.trusted_ops, known, elsewhere, self.stay, self.room)
         self.offsets = self.arena() | {name: ("_room", offset) for name, offset in self.plan.placed.items()}
         self.lines += ["_room_base = _room.data_ptr()"] * bool(self.plan.placed)
+        for node in graph.nodes:
+            places = continued(node)
+            self.begun |= places
+            self.offsets |= {n: self.offsets[v.name] for n, v in places.items() if v.name in self.offsets}
         self.shared = aten.shared(graph, self.trusted_ops)
         first, before, after = self.streaming
         self.lines += first
@@ -346,17 +352,22 @@ class _Writer:
         """Write the launch of a kernel, whose inputs and outputs have the captured strides."""
         addresses: list[str] = []
         held: list[str] = []
+        tensors = {value.name: value.name for value in node.inputs}
         for value in node.inputs:
             if value.name in self.written:
                 addresses.append(self.address(value))
                 continue
             held.append(f"_in{len(held)}")  # possibly a copy, which has to live until the launch
+            tensors[value.name] = held[-1]
             self.lines.append(f"{held[-1]} = {self.name_of('aligned', aligned)}({value.name}, {self.strides(value)})")
             addresses.append(f"{held[-1]}.data_ptr()")
         for output in node.outputs:
             assert output is not None  # `tactics.check` saw to it
             assert isinstance(output.type, TensorType)
-            if output.name in self.targets:
+            if output.name in self.begun:
+                if output.name not in self.offsets:
+                    self.lines.append(f"{output.name} = {tensors[self.begun[output.name].name]}")
+            elif output.name in self.targets:
                 given = f"{self.targets[output.name].name}, {self.strides(output)}"
                 self.lines.append(f"{output.name} = {self.name_of('target', target_of)}({given})")
             elif output.name not in self.offsets:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from torch_rtx import aten
+from torch_rtx.accumulation import continued
 from torch_rtx.ir import Graph, TensorType
 from torch_rtx.runtime.driver import checked, driver
 from torch_rtx.runtime.inline import launched
@@ -62,8 +63,10 @@ def kernel_uses(graph: Graph) -> dict[str, Use]:
     for node in graph.nodes:
         made = [value.name for value in node.outputs if value is not None]
         if node.kind == "kernel":
-            root |= zip(made, made, strict=True)
-            uses |= {name: [] for name in made}
+            places = continued(node)
+            uses |= {name: [] for name in made if name not in places}
+            owners = {name: places[name].name if name in places else name for name in made}
+            root |= {name: root.get(owner, owner) for name, owner in owners.items()}
         touched = [root[name] for name in (*(value.name for value in node.inputs), *made) if name in root]
         if node.kind == "kernel":
             for name in touched:

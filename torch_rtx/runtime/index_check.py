@@ -13,12 +13,15 @@ from typing import TypeGuard
 
 import torch
 
+from torch_rtx import aten
+from torch_rtx.dtypes import highest
 from torch_rtx.errors import RtxError
 from torch_rtx.ir import Attr, Graph, Node, TensorType, Value
 from torch_rtx.runtime.code import compile_graph
 from torch_rtx.runtime.inline import inline_kernels
 from torch_rtx.runtime.streaming import numbers
 
+CAST = "aten._to_copy.default"
 INTEGERS = frozenset(("i64", "i32", "i16", "i8", "u8"))
 
 
@@ -34,6 +37,26 @@ def check_positions(graph: Graph, device: torch.device, inputs: Sequence[torch.T
             (found,) = compile_graph(_up_to(flat, index), device)(inputs, ())
             if found.numel() and not (-size <= int(found.min()) and int(found.max()) < size):
                 raise RtxError(f"{node.op} would get positions outside of a dimension of size {size}", loc=node.loc)
+
+
+def limits(graph: Graph) -> dict[str, int]:
+    """By the name of an input that is nothing but positions, directly or as a view, cast or compared: the size of the
+    smallest dimension that they are for."""
+    kinds = {value.name: value.type.dtype for value in graph.inputs if isinstance(value.type, TensorType)}
+    base = {value.name: value.name for value in graph.inputs if _is_integers(value)}
+    found: dict[str, int] = {}
+    for node in inline_kernels(graph, {}).nodes:
+        given = {base[value.name] for value in node.inputs if value.name in base}
+        positions = [(base[value.name], size) for value, size in _positions(node) if value.name in base]
+        for name, size in positions:
+            found[name] = min(size, found.get(name, size), int(highest(kinds[name])))
+        if node.kind != "fallback" and (aten.is_view(aten.overload(node.op)) or node.op == CAST) and len(given) == 1:
+            base |= dict.fromkeys((value.name for value in node.results), *given)
+        elif not all(isinstance(v.type, TensorType) and v.type.dtype == "bool" for v in node.results):
+            for name in given - {name for name, _ in positions}:
+                base = {value: root for value, root in base.items() if root != name}
+                found.pop(name, None)
+    return found
 
 
 def _positions(node: Node) -> Iterator[tuple[Value, int]]:

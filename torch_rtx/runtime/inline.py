@@ -1,4 +1,5 @@
-"""Replaces kernel nodes that are not launched as one kernel by the body of their tactic, or by their own body."""
+"""A graph as it is run: kernel nodes that are not launched as one kernel become the body of their tactic, or their own
+body, and a kernel that adds to an operand in memory owns this operand."""
 
 from __future__ import annotations
 
@@ -7,7 +8,9 @@ from dataclasses import replace
 from itertools import chain
 from typing import TypeVar
 
-from torch_rtx.ir import Graph, Node, Value
+from torch_rtx import aten
+from torch_rtx.accumulation import continued
+from torch_rtx.ir import Graph, Node, Value, attr_values
 from torch_rtx.tactics import OWN, Tactic
 
 K = TypeVar("K")
@@ -24,12 +27,12 @@ def inline_kernels(graph: Graph, tactics: Mapping[str, Tactic[K]]) -> Graph:
     """`graph` with a body inlined in place of each kernel node that is not launched: that of its tactic, else its own.
     Kernel nodes in bodies are treated alike.
 
-    Values in bodies get fresh names. The result has level "fused" and may contain nodes of kind `op`.
+    What a kernel adds to is then the result of a kernel or of a copy, and nothing needs its old contents. Values in
+    bodies get fresh names. The result has level "fused" and may contain nodes of kind `op`.
     """
-    keep = launched(tactics)
-    if all(node.kind != "kernel" or node.op in keep for node in graph.nodes):
-        return graph
-    return replace(graph, nodes=tuple(chain.from_iterable(in_place(graph, tactics))))
+    nodes = tuple(chain.from_iterable(in_place(graph, tactics)))
+    same = len(nodes) == len(graph.nodes) and all(a is b for a, b in zip(nodes, graph.nodes, strict=True))
+    return graph if same else replace(graph, nodes=nodes)
 
 
 def in_place(graph: Graph, tactics: Mapping[str, Tactic[K]]) -> list[list[Node]]:
@@ -37,12 +40,38 @@ def in_place(graph: Graph, tactics: Mapping[str, Tactic[K]]) -> list[list[Node]]
     taken = {value.name for value in graph.values()} | graph.syms.keys()
     keep = launched(tactics)
     bodies = {op: tactic.body for op, tactic in tactics.items() if tactic.body is not None}
-    return [
+    lists = [
         list(_inlined(node, f"k{index}", taken, keep, bodies))
         if node.kind == "kernel" and node.op not in keep
         else [node]
         for index, node in enumerate(graph.nodes)
     ]
+    return _owned(graph, lists, taken) if any(map(continued, chain.from_iterable(lists))) else lists
+
+
+def _owned(graph: Graph, lists: list[list[Node]], taken: set[str]) -> list[list[Node]]:
+    """`lists` with a copy before each kernel that adds to an operand which has memory that others need, or memory at
+    an address that kernels may not take."""
+    nodes = [*chain.from_iterable(lists)]
+    base = aten.bases(replace(graph, nodes=tuple(nodes)))
+    made = {value.name for node in nodes if node.kind == "kernel" for value in node.results}
+    kept = {base.get(value.name, value.name) for value in attr_values(graph.outputs)}
+    last: dict[str, Node] = {}  # that needs the memory of a value
+    for node in nodes:
+        names = {base.get(value.name, value.name) for value in node.inputs}
+        last.update(dict.fromkeys(names, node))
+        kept |= names if node.kind == "fallback" else set()
+
+    def owned(node: Node) -> Iterator[Node]:
+        for operand in continued(node).values():
+            if operand.name not in made or operand.name in kept or last[operand.name] is not node:
+                copy = Value(_fresh(f"{operand.name}_begun", taken), operand.type)
+                yield Node("op", "aten.clone.default", (("self", operand),), (copy,), None, node.loc)
+                names = {operand.name: copy}
+                node = replace(node, args=node.map_inputs(lambda value, n=names: n.get(value.name, value)))  # type: ignore[misc]
+        yield node
+
+    return [[*chain.from_iterable(map(owned, nodes))] for nodes in lists]
 
 
 def _inlined(

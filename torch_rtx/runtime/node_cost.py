@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch_rtx import aten
-from torch_rtx.ir import COPY, Dim, Node, ScalarType, TensorType, Value, evaluate
+from torch_rtx.accumulation import starts
+from torch_rtx.ir import COPY, Dim, Node, ScalarType, TensorType, Value, attr_values, evaluate
 from torch_rtx.op_work import flops
 
 # By operator: the argument that is a table, of which a call reads as many elements as it returns.
@@ -56,18 +57,30 @@ def _traffic(node: Node, sizes: dict[str, int]) -> tuple[int, int]:
         return 0, 0
     if node.writes:
         target, *rest = node.inputs
-        update = node.arg("source", node.arg("values", node.arg("src")))  # a number counts as nothing
-        written = target if node.op == COPY else update if isinstance(update, Value) else None
+        written = target if node.op == COPY else _update(node)
         return sum(_bytes(value, sizes) for value in rest), _bytes(written, sizes)
     body, given = ((node,), node.inputs) if node.body is None else (node.body.nodes, node.body.inputs)
-    read = 0
+    made, begun = node.outputs, {} if node.body is None else starts(node.body)
+    if node.body is not None and begun:  # reads and writes the elements that it adds to
+        given = tuple(value for value in given if value not in begun.values())
+        pairs = zip(node.outputs, attr_values(node.body.outputs), strict=True)
+        made = tuple(outer for outer, inner in pairs if inner.name not in begun)
+    added = [_update(step) for step in body if not begun.keys().isdisjoint(value.name for value in step.results)]
+    updated = sum(_bytes(value, sizes) for value in added)
+    read = updated
     for value in dict.fromkeys(given):
         users = [step for step in body if value in step.inputs]
         gathers = [step for step in users if step.arg(GATHERS.get(operator(step.op), "")) == value]
         whole = _bytes(value, sizes)
         taken = [_bytes(step.outputs[0], sizes) for step in gathers]
         read += min(whole, sum(taken)) if users and len(gathers) == len(users) else whole
-    return read, sum(_bytes(value, sizes) for value in node.outputs)
+    return read, updated + sum(_bytes(value, sizes) for value in made)
+
+
+def _update(node: Node) -> Value | None:
+    """What a call writes to elements of a tensor, or adds to them; a number counts as nothing."""
+    update = node.arg("source", node.arg("values", node.arg("src")))
+    return update if isinstance(update, Value) else None
 
 
 def operator(op: str) -> str:

@@ -10,6 +10,7 @@ from collections import Counter
 import torch
 
 from torch_rtx import aten
+from torch_rtx.accumulation import continued
 from torch_rtx.ir import COPY, Graph, Node, TensorType, Value, attr_values, has_parts
 
 COPIES = frozenset(f"aten.{name}.default" for name in ("_to_copy", "clone", "copy"))
@@ -18,7 +19,7 @@ SIZES = frozenset(f"aten.{name}_like.default" for name in ("full", "zeros", "one
 
 def overwritten(graph: Graph, trusted: frozenset[str] = frozenset()) -> dict[str, Value]:
     """By the name of a kernel's result: the input that the kernel can write it to, since a copy would do so later, and
-    nothing reads the old contents in between, nor does the caller or a fallback get the result.
+    nothing reads the old contents in between, nor does the caller or a fallback get the result, nor a kernel add to it.
 
     Args:
         graph: as it is run, see `inline_kernels`; inputs that it writes to must overlap no other ones.
@@ -36,6 +37,7 @@ def overwritten(graph: Graph, trusted: frozenset[str] = frozenset()) -> dict[str
     writes = Counter(
         base.get(v.name, v.name) for n in graph.nodes if n.writes and isinstance(v := n.arg("self"), Value)
     )
+    kept |= {name for node in graph.nodes for new, old in continued(node).items() for name in (new, old.name)}
     found: dict[str, Value] = {}
     for at, node in enumerate(graph.nodes):
         target, source = node.arg("self"), node.arg("src")

@@ -19,6 +19,7 @@ from functools import lru_cache
 from math import inf
 
 from torch_rtx import aten
+from torch_rtx.accumulation import continued
 from torch_rtx.ir import (
     MAIN,
     Dim,
@@ -196,11 +197,13 @@ class _Lifetimes:
                 kept.update(sources)
             if node.writes:
                 continue  # its result is an input or weight, which no plan holds
-            alias = aten.may_alias(node, trusted_ops)
+            alias, places = aten.may_alias(node, trusted_ops), continued(node)
             for value in node.outputs:
                 if value is None or not isinstance(value.type, TensorType):
                     continue
-                if not alias:
+                if value.name in places and places[value.name].name in root:
+                    root[value.name] = root[places[value.name].name]
+                elif not alias:
                     root[value.name] = value.name
                     first[value.name] = position, value.type
                     last[value.name] = position

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.numerics import assert_right
-from tests.doubles.interpreter import run
+from tests.doubles.interpreter import begin, run
 from tests.helpers.splits import split_in
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Graph, TensorType, attr_values, evaluate, verify
@@ -75,6 +75,7 @@ def check(
         [one.double() if one.is_floating_point() else one for one in inputs], ()
     )
     outputs = [_empty(value.type, sizes) for value in attr_values(graph.outputs)]
+    begin(graph, inputs, outputs)
     run(kernel, [*inputs, *outputs], sizes)
     assert_right(outputs, eager, exact)
     return kernel

@@ -11,6 +11,7 @@ from torch_rtx.errors import Unsupported
 from torch_rtx.lowering.kernels.index import Index, linear, variable, within
 from torch_rtx.lowering.kernels.kernel_ir import (
     ZERO,
+    Accumulate,
     Const,
     Gather,
     Iota,
@@ -264,6 +265,13 @@ class Emitter:
         return self.assign(f"tl.where({inside}, {inner.text}, {outer.text})", all_tests | inner.axes | outer.axes)
 
     def _gather(self, tensor: Gather, position: Position, conditions: tuple[Operand, ...]) -> Operand:
+        at, safe = self._chosen(tensor, position, conditions)
+        return self.value(tensor.source, at, (*conditions, *safe))
+
+    def _chosen(
+        self, tensor: Gather, position: Position, conditions: tuple[Operand, ...] = ()
+    ) -> tuple[Position, list[Operand]]:
+        """The position in the source of a gather, and the conditions that it is in range."""
         found, safe = [], []
         for one, size in zip(tensor.indices, tensor.sizes, strict=True):
             at = self.value(one, position, conditions)
@@ -274,7 +282,7 @@ class Emitter:
             found.append(variable(at.text, size))
             test = f"({at.text} >= 0) & ({at.text} < {size})"
             safe.append(self._once(("safe", test), at.axes, test, "c"))
-        return self.value(tensor.source, tensor.at(position, tuple(found)), (*conditions, *safe))
+        return tensor.at(position, tuple(found)), safe
 
     def _reduced(self, tensor: Reduce, position: Position) -> Operand:
         if tensor not in self.reduced:
@@ -288,12 +296,28 @@ class Emitter:
 
     def store(self, name: str, address: Index, value: Operand, axes: Axes) -> None:
         """Store `value` for a tile of `axes`."""
-        masks = self._masks(axes)
+        target = self._target(name, address, self._offset(address), axes)
+        self._home(axes).lines.append(f"tl.store({target}, {value.text}{self._masked(axes)})")
+
+    def add(self, name: str, tensor: Accumulate, position: Position, axes: Axes) -> None:
+        """Add the elements of `tensor.source` at `position`, of a tile of `axes`, to memory. Nothing reads the sums
+        before the kernel has ended, so that the additions need no order."""
+        value, (at, safe) = self.value(tensor.source, position), self._chosen(tensor.target, position)
+        assert isinstance(tensor.target.source, Load)
+        address = linear(at, tensor.target.source.strides)
+        target = self._target(name, address, f"({address})", axes)
+        masked = self._masked(axes, safe)
+        self._home(axes).lines.append(f'tl.atomic_add({target}, {value.text}{masked}, sem="relaxed")')
+
+    def _target(self, name: str, address: Index, place: str, axes: Axes) -> str:
+        """The pointers to a tile of `axes`."""
         short = axes - self.varies(address)
-        place = self._offset(address)
-        place += f" + tl.zeros({self.shape(axes)}, tl.int32)" if short else ""
-        masked = f", mask={' & '.join(mask.text for mask in masks)}" if masks else ""
-        self._home(axes).lines.append(f"tl.store({name} + {place}, {value.text}{masked})")
+        return f"{name} + {place}" + (f" + tl.zeros({self.shape(axes)}, tl.int32)" if short else "")
+
+    def _masked(self, axes: Axes, conditions: Iterable[Operand] = ()) -> str:
+        """The mask of a store of a tile of `axes`, as an argument."""
+        masks = [*self._masks(axes), *conditions]
+        return f", mask={' & '.join(mask.text for mask in masks)}" if masks else ""
 
     def _offset(self, address: Index) -> str:
         """The offset of a store. Rows of unequal alignment can't be stored as vectors: then row and column offsets are

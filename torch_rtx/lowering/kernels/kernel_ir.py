@@ -120,6 +120,16 @@ class Gather(Tensor):
 
 
 @dataclass(frozen=True, eq=False)
+class Accumulate(Tensor):
+    """The tensor that `target` reads, after the addition of each element of `source` to the one that `target` is at the
+    position; to none, where an index is out of range. Only a result of a kernel is one, and its `shape` is that of
+    `source`: the positions that the kernel goes through."""
+
+    target: Gather
+    source: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Reduce(Tensor):
     """`source` reduced over `axes`, whose sizes become 1. `kind` is a key of REDUCTIONS."""
 
@@ -326,6 +336,8 @@ def children(tensor: Tensor) -> tuple[Tensor, ...]:
             return (tensor.inner, tensor.outer)
         case Gather():
             return (tensor.source, *tensor.indices)
+        case Accumulate():
+            return (tensor.source, *tensor.target.indices)  # what it adds to is not read
     return ()
 
 
@@ -368,6 +380,12 @@ def _list(indices: Iterable[Index]) -> str:
     return f"[{', '.join(map(str, indices))}]"
 
 
+def _chosen(tensor: Gather, position: Position, names: dict[Tensor, str]) -> str:
+    """The position in the source of a gather."""
+    found = tuple(variable(names[index], size) for index, size in zip(tensor.indices, tensor.sizes, strict=True))
+    return f"{_list(tensor.at(position, found))}{', wrap' * tensor.wrap}"
+
+
 def _node_text(tensor: Tensor, names: dict[Tensor, str]) -> str:
     """The right side of a line."""
     position = tuple(variable(f"i{axis}", size) for axis, size in enumerate(tensor.shape))
@@ -383,10 +401,9 @@ def _node_text(tensor: Tensor, names: dict[Tensor, str]) -> str:
         case Select():
             return f"select {names[tensor.inner]}, {names[tensor.outer]}, starts={_list(tensor.starts)}"
         case Gather():
-            found = tuple(
-                variable(names[index], size) for index, size in zip(tensor.indices, tensor.sizes, strict=True)
-            )
-            return f"gather {names[tensor.source]}{_list(tensor.at(position, found))}{', wrap' * tensor.wrap}"
+            return f"gather {names[tensor.source]}{_chosen(tensor, position, names)}"
+        case Accumulate(target=target) if isinstance(target.source, Load):
+            return f"add {names[tensor.source]} to {target.source.name}{_chosen(target, position, names)}"
         case Reduce():
             word = "scan" if isinstance(tensor, Scan) else "reduce"
             return f"{word} {tensor.kind} {names[tensor.source]}, axes={list(tensor.axes)}"

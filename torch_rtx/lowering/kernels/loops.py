@@ -35,6 +35,7 @@ from torch_rtx.lowering.kernels.kernel_ir import (
     ONE,
     REDUCTIONS,
     ZERO,
+    Accumulate,
     Load,
     Pointwise,
     Position,
@@ -241,8 +242,10 @@ def loop_function(region: Region, config: LoopConfig) -> tuple[LoopFunction, Dim
     """The loop of `region` as a function, and its number of rows.
 
     Raises:
-        Unsupported: see `loop_kernel`.
+        Unsupported: see `loop_kernel`; or the loop adds to a result.
     """
+    if any(isinstance(output, Accumulate) for output in region.outputs):
+        raise Unsupported("a loop that adds to its result, as a function")
     writer = _Writer(region, config, "(tl.program_id(0) - first)", "size")
     lines = writer.write()
     head = f"\n\n@triton.jit\ndef loop(first, size, {', '.join(parameters(region))}):\n"
@@ -449,23 +452,32 @@ class _Writer:
     def _store(self, which: list[int], width: Index | None = None) -> None:
         for index in which:
             output, type_ = self.region.outputs[index], self.region.types[index]
-            position, axes = self._place(output, type_, variable(R, width) if width else self.r)
+            position, axes = self._place(index, variable(R, width) if width else self.r)
+            if isinstance(output, Accumulate):
+                self.emitter.add(f"out{index}", output, position, axes)
+                continue
             value = self.emitter.value(output, position)
             address = linear(position, map(from_dim, type_.strides))
             self.emitter.store(f"out{index}", address, value, axes)
 
-    def _place(self, output: Tensor, type_: TensorType, element: Index) -> tuple[Position, frozenset[str]]:
+    def _strides(self, index: int) -> tuple[Dim, ...]:
+        """Strides of an output as it is gone through: those in memory, or row-major where it is added to."""
+        output = self.region.outputs[index]
+        ranks = range(len(output.shape), 0, -1)
+        return tuple(ranks) if isinstance(output, Accumulate) else self.region.types[index].strides
+
+    def _place(self, index: int, element: Index) -> tuple[Position, frozenset[str]]:
         """The position in an output that X, or X and R, index, and the axes of the store."""
-        rows = self.rows
+        rows, output = self.rows, self.region.outputs[index]
         if self.is_pointwise or product(output.shape) == rows.count:
             shape, axes = self.region.outputs[0].shape, frozenset((X,))
-            position = _nth_in_memory(self.x, shape, self.region.types[0].strides)
+            position = _nth_in_memory(self.x, shape, self._strides(0))
             if not self.is_pointwise:
                 return unravel(self.x, output.shape), axes
         else:
             shape = output.shape if rows.width(output.shape) != rows.size else rows.shape
             position, axes = rows.position(self.x, element, shape, rows.axes), frozenset((X, R))
-            moved = _nth_in_memory(ravel(position, shape), output.shape, type_.strides)
+            moved = _nth_in_memory(ravel(position, shape), output.shape, self._strides(index))
             if self.emitter.holds(output, moved):  # rows follow memory order, see `split_reduction`
                 return moved, axes
         return (position if output.shape == shape else unravel(ravel(position, shape), output.shape)), axes

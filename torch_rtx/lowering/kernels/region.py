@@ -5,19 +5,55 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from torch_rtx.accumulation import starts
 from torch_rtx.dtypes import register
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import MAIN, Attr, Dim, Expr, Graph, Node, Sym, TensorType, Value, attr_values, dim_syms, has_parts
+from torch_rtx.ir import (
+    MAIN,
+    Attr,
+    Dim,
+    Expr,
+    Graph,
+    Node,
+    Sym,
+    TensorType,
+    Value,
+    attr_values,
+    contiguous,
+    dim_syms,
+    has_parts,
+    type_dims,
+)
 from torch_rtx.lowering.kernels.body_builder import BodyBuilder
-from torch_rtx.lowering.kernels.index import from_dim
-from torch_rtx.lowering.kernels.kernel_ir import Reduce, Tensor, cast, children, everything, load, text
-from torch_rtx.lowering.kernels.ops import factories, gradients, indexing, pointwise, pooling, reductions, views
+from torch_rtx.lowering.kernels.index import from_dim, to_dim
+from torch_rtx.lowering.kernels.kernel_ir import (
+    Accumulate,
+    Load,
+    Reduce,
+    Tensor,
+    cast,
+    children,
+    everything,
+    load,
+    text,
+)
+from torch_rtx.lowering.kernels.ops import (
+    accumulations,
+    factories,
+    gradients,
+    indexing,
+    pointwise,
+    pooling,
+    reductions,
+    views,
+)
 from torch_rtx.lowering.kernels.ops.registry import OPS
 from torch_rtx.lowering.kernels.ops.views import reshape, shape_of
 from torch_rtx.lowering.kernels.reduction_rules import RULES, written_out
 from torch_rtx.op_work import ANCHORS
 
-DECLARED = (factories, gradients, indexing, pointwise, pooling, reductions, views)  # importing them fills OPS
+# Importing them fills OPS.
+DECLARED = (accumulations, factories, gradients, indexing, pointwise, pooling, reductions, views)
 
 
 def is_loop(op: str) -> bool:
@@ -52,6 +88,22 @@ class Region:
         """The types of the tensors that the kernel reads or writes: the inputs of the body and the outputs."""
         return (*map(tensor_type, self.body.inputs), *self.types)
 
+    @property
+    def moved_types(self) -> tuple[TensorType, ...]:
+        """As `memory_types`, with what is read and written of a result that the kernel adds to, in place of all of it
+        and of what it starts from."""
+        added = {index: output for index, output in enumerate(self.outputs) if isinstance(output, Accumulate)}
+        begun = {_start(output).name for output in added.values()}
+        dims = [dim for value in self.body.values() for dim in type_dims(value.type)]
+        found = [tensor_type(value) for value in self.body.inputs if value.name not in begun]
+        for index, type_ in enumerate(self.types):
+            if index in added:
+                shape = tuple(to_dim(size, dims) for size in added[index].shape)
+                found += [TensorType(type_.dtype, shape, contiguous(shape))] * 2
+            else:
+                found.append(type_)
+        return tuple(found)
+
     def __str__(self) -> str:
         """The text form, see `kernel_ir.text`."""
         if self.anchor is None:
@@ -71,8 +123,36 @@ def region(body: Graph) -> Region:
     if len(anchors) > 1:
         raise Unsupported(f"{anchors[0].op} and {anchors[1].op} in one kernel", loc=anchors[1].loc)
     outputs = tuple(values[value.name] for value in attr_values(body.outputs))
+    _check_accumulations(body, outputs, bool(anchors))
     parts = tuple(region(node.body) for node in body.nodes if node.body is not None) if has_parts(body) else ()
     return Region(body, outputs, anchors[0] if anchors else None, values, parts)
+
+
+def _start(tensor: Accumulate) -> Load:
+    """The tensor that an accumulation starts from, as the kernel gets it.
+
+    Raises:
+        Unsupported: the kernel computes it.
+    """
+    source = tensor.target.source
+    if not isinstance(source, Load) or source.anchor:
+        raise Unsupported("an addition to what the same kernel computes")
+    return source
+
+
+def _check_accumulations(body: Graph, outputs: tuple[Tensor, ...], anchored: bool) -> None:
+    """Raises Unsupported unless each accumulation is one result of a loop, which lies in memory as what it starts from,
+    and nothing else in the kernel reads either."""
+    named = {value.name: value for value in attr_values(body.outputs)}
+    begun = [_start(output) for output in outputs if isinstance(output, Accumulate)]
+    nodes = set(everything(outputs))
+    read = any(isinstance(child, Accumulate) for tensor in nodes for child in children(tensor))
+    if any(named[name].type != start.type for name, start in starts(body).items()):
+        raise Unsupported("a sum in another layout than what a kernel adds to")
+    if read or not len({*begun}) == len(begun) == len(starts(body)) or not nodes.isdisjoint(begun):
+        raise Unsupported("a sum that a kernel adds to, beside other uses of it")
+    if begun and anchored:
+        raise Unsupported("additions in memory beside a product")
 
 
 def _fill(body: Graph, values: dict[str, Tensor]) -> Iterator[Node]:

@@ -14,13 +14,14 @@ from torch_rtx.targets import Target
 Group = tuple[tuple[int, int], list[Node]]  # the nodes of a fusion group, and its key: epoch and last member
 
 
-def fuse(graph: Graph, infer: Inference, targets: tuple[Target, ...]) -> Graph:
+def fuse(graph: Graph, infer: Inference, targets: tuple[Target, ...], atomics: bool = True) -> Graph:
     """Level import to the same level, with nodes of kind `kernel`. Recipes are not fused: refit runs them once.
 
     Args:
         targets: operations are fused if code can be generated for one of these.
+        atomics: see `FusionPlan`.
     """
-    plan = FusionPlan(graph, tuple(dict.fromkeys(target.arch for target in targets)))
+    plan = FusionPlan(graph, tuple(dict.fromkeys(target.arch for target in targets)), atomics)
     groups = {id(group): group for group in plan.group_of.values()}
     fused: list[Group] = []
     for group in groups.values():

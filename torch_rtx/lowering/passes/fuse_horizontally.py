@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, count
 
 from torch_rtx import aten
+from torch_rtx.accumulation import continued
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import COPY, MAIN, Graph, Node, TensorType, Value, attr_values, has_parts
 from torch_rtx.lowering.fusion import kernel_name, prefers_split
@@ -179,6 +180,9 @@ class _Schedule:
 
     def _memory(self, graph: Graph) -> Iterator[_Memory]:
         base, end = aten.bases(graph), len(graph.nodes)
+        for node in graph.nodes:
+            base |= {name: base.get(start.name, start.name) for name, start in continued(node).items()}
+        base = {name: base.get(owner, owner) for name, owner in base.items()}
         found: dict[str, _Memory] = {}
         seen = {v.name for node in graph.nodes if node.kind == "fallback" for v in node.inputs}  # it may keep these
         kept = with_bases(graph, returned(graph))

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from torch_rtx import aten
-from torch_rtx.ir import Expr, Graph, Node, ScalarType, Sym, TensorType, Value, Weight, attr_dims
+from torch_rtx.accumulation import accumulates
+from torch_rtx.ir import Expr, Graph, Node, ScalarType, Sym, TensorType, Value, Weight, attr_dims, attr_values
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.rewrite import returned, with_bases
 from torch_rtx.lowering.widening import is_elementwise, widens
@@ -32,7 +33,9 @@ def hoist_weights(graph: Graph, infer: Inference, targets: tuple[Target, ...] = 
         targets: of kernels; empty: no product has a prologue.
     """
     source = {w.value.name: w for w in graph.weights if w.value.name not in graph.written and w.recipe is None}
-    given = with_bases(graph, returned(graph))  # the caller gets memory of its own: each call makes it
+    # The caller gets memory of its own, and so does a sum that a kernel adds to: each call makes it.
+    begun = {value.name for node in graph.nodes if accumulates(node) for value in attr_values(node.arg("self"))}
+    given = with_bases(graph, returned(graph) | begun)
     made: dict[str, Node] = {}  # by output: nodes that can move into a recipe
     origins = {name: frozenset((name,)) for name in source}  # by value: the weights it depends on
     sizes = {name: _bytes(weight.value.type) for name, weight in source.items()}

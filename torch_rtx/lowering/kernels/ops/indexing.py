@@ -16,6 +16,7 @@ from torch_rtx.lowering.kernels.kernel_ir import (
     Iota,
     Position,
     Scalar,
+    Shape,
     Tensor,
     broadcast,
     cast,
@@ -48,12 +49,17 @@ def embedding(
 @op("index.Tensor", "_unsafe_index.Tensor")
 def index(self: Tensor, indices: Sequence[Tensor | None], *, out: Types) -> Tensor:
     """`self` indexed by broadcast index tensors along adjacent dimensions; negative indices wrap."""
+    return indexed(self, indices, shape_of(out))
+
+
+def indexed(self: Tensor, indices: Sequence[Tensor | None], shape: Shape | None = None) -> Gather:
+    """See `index`; `shape` is that of the result, if known."""
     axes = [axis for axis, one in enumerate(indices) if one is not None]
     given = [one for one in indices if one is not None]
     if axes != list(range(axes[0], axes[0] + len(axes))) or any(one.dtype not in INTS for one in given):
         raise Unsupported("masks as indices, or indices that are not next to each other")
     common, first, last = broadcast(given), axes[0], axes[-1]
-    shape = shape_of(out)
+    whole = shape or (*self.shape[:first], *common, *self.shape[last + 1 :])
     rank = len(common)
 
     def at(position: Position, found: Position) -> Position:
@@ -61,18 +67,23 @@ def index(self: Tensor, indices: Sequence[Tensor | None], *, out: Types) -> Tens
 
     def aligned(one: Tensor) -> Tensor:
         wide = expand(cast(one, "i64"), common)
-        return move(wide, shape, lambda position: position[first : first + rank])
+        return move(wide, whole, lambda position: position[first : first + rank])
 
     sizes = self.shape[first : last + 1]
-    return Gather(shape, self.dtype, self, tuple(map(aligned, given)), sizes, at, wrap=True)
+    return Gather(whole, self.dtype, self, tuple(map(aligned, given)), sizes, at, wrap=True)
 
 
 @op("index_select.default")
 def index_select(self: Tensor, dim: int, index: Tensor, *, out: Types) -> Tensor:
     """The slices of `self` at `index` along one dimension."""
+    return selected(self, dim, index, shape_of(out))
+
+
+def selected(self: Tensor, dim: int, index: Tensor, shape: Shape) -> Gather:
+    """See `index_select`; `shape` is that of the result."""
     if not self.shape:
         raise Unsupported("a single number by index")
-    axis, shape = dim % len(self.shape), shape_of(out)
+    axis = dim % len(self.shape)
     wide = move(cast(index, "i64"), shape, lambda position: (position[axis],) if index.shape else ())
 
     def at(position: Position, found: Position) -> Position:
@@ -84,6 +95,11 @@ def index_select(self: Tensor, dim: int, index: Tensor, *, out: Types) -> Tensor
 @op("gather.default")
 def gather(self: Tensor, dim: int, index: Tensor, sparse_grad: bool = False, *, out: Types) -> Tensor:
     """`self` with the position along `dim` taken from `index`."""
+    return taken(self, dim, index)
+
+
+def taken(self: Tensor, dim: int, index: Tensor) -> Gather:
+    """See `gather`."""
     if not self.shape or len(index.shape) != len(self.shape):
         raise Unsupported("a single number by index, or an index of another rank")
     axis = dim % len(self.shape)
