@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -93,6 +94,28 @@ def test_branches_of_different_sizes() -> None:
     assert module(X, NO).shape == (1, 2)
     with pytest.raises(OnnxError, match=r"give float32\[2\] and float32\[1, 2\].*node 'the_If'"):
         torch.export.export(module, (X, YES))
+
+
+def test_a_branch_for_other_sizes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A branch that can't run with the sizes of a capture is left out of it, for a check that it is not taken."""
+    then = graph([node("MatMul", "x narrow", "t")], [], [value("t")])
+    other = graph([node("MatMul", "x wide", "e")], [], [value("e")])
+    weights = {"narrow": np.ones((3, 2), np.float32), "wide": np.ones((4, 2), np.float32)}
+    made = [node("If", "flag", "y", then_branch=then, else_branch=other)]
+    inputs = [value("x", [1, "n"]), value("flag", [], BOOL)]
+    module = from_onnx(model(graph(made, inputs, [value("y")], weights)))
+    for size, flag, wrong in ((3, YES, NO), (4, NO, YES)):
+        x = torch.ones(1, size)
+        path = tmp_path / "model.rtx"
+        torch_rtx.save(torch_rtx.compile(module, (x, flag)), path)
+        run = torch_rtx.load(path)
+        run.refit(module)
+        assert run(x, flag).tolist() == [[size, size]]
+        with pytest.raises(RuntimeError, match="takes a branch that was left out"):
+            run(x, wrong)
+    assert "a branch is left out of the capture" in caplog.text
+    with pytest.raises(OnnxError, match="MatMul"):
+        torch.export.export(module, (torch.ones(1, 5), YES))
 
 
 def test_fixed_inputs() -> None:

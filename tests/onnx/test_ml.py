@@ -192,10 +192,14 @@ def test_trees_that_lead_nowhere() -> None:
 
 
 def test_gradient() -> None:
-    """The derivative of a value of the graph, which is computed again from the values that it is taken by."""
+    """The derivative of a value of the graph, which is computed again from the values that it is taken by; it has one
+    itself."""
     for name in ("simple/test_gradient_of_add", "simple/test_gradient_of_add_and_mul"):
         for inputs, outputs in cases()[name].read():
             module, args = from_onnx(cases()[name].model), tuple(map(value_of, inputs))
             with torch.no_grad():
                 for found, wanted in zip(module(*args), map(value_of, outputs), strict=True):
                     compare(found, wanted, 1e-6, 0)
+    a, b = (torch.tensor(value, requires_grad=True) for value in (2.0, 1.0))
+    module(a, b)[1].backward()  # d((a + b) * a) / da = 2a + b
+    assert (a.grad, b.grad) == (2, 1)

@@ -11,6 +11,7 @@ import torch
 
 pytest.importorskip("onnx_ir")
 
+from tests.onnx.operators import call
 from tests.onnx.runtime import agree, model_of, ours
 from torch_rtx.errors import OnnxError
 from torch_rtx.onnx.module import from_onnx
@@ -140,3 +141,22 @@ def test_gradients(op: str) -> None:
     y, h = from_onnx(model)(*given)
     (y.sum() + h.sum()).backward()
     assert all(x.grad is not None and x.grad.abs().sum() > 0 for x in given if x.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "shape", "message"),
+    [
+        (0, (3, 2, 5), r"X has the shape \[3, 2, 5\], not \[3, 2, 4\]"),
+        (0, (1, 3, 2, 4), "X has the shape"),
+        (1, (2, 12, 4), r"W has the shape \[2, 12, 4\], not \[1, 12, 4\]"),
+        (2, (1, 9, 3), "R has the shape"),
+        (3, (1, 12), r"B has the shape \[1, 12\], not \[1, 24\]"),
+        (5, (1, 1, 3), r"initial state 0 has the shape \[1, 1, 3\], not \[1, 2, 3\]"),
+    ],
+)
+def test_shapes_that_do_not_fit(wrong: int, shape: tuple[int, ...], message: str) -> None:
+    """The library would read behind the end of a tensor."""
+    shapes: list[tuple[int, ...] | None] = [(3, 2, 4), (1, 12, 4), (1, 12, 3), (1, 24), None, (1, 2, 3)]
+    shapes[wrong] = shape
+    with pytest.raises(OnnxError, match=message):
+        call("LSTM", 14, *(size if size is None else torch.ones(size) for size in shapes), hidden_size=3)

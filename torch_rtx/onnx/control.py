@@ -8,6 +8,7 @@ runs node by node; the operators below them trace by calling it.
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
@@ -27,6 +28,7 @@ from torch_rtx.onnx.host import Host
 from torch_rtx.onnx.ops.sequences import Growing, Stacked
 from torch_rtx.onnx.plan import Body, Step
 
+log = logging.getLogger(__name__)
 UNROLLED = 1024  # the most passes of a loop that a capture writes out
 LIMIT = -(2**31)  # no slot
 ENDLESS = 2**31 - 1  # numbers of passes that models give where they mean any number
@@ -64,11 +66,21 @@ def is_traced(values: Iterable[Any]) -> bool:
 
 
 def if_(call: Call, step: Step, values: Values) -> Sequence[Any]:
-    """The results of the branch that is taken, or `torch.cond`."""
+    """The results of the branch that is taken, or `torch.cond`; of a branch that can't run, a check of the other."""
     condition = call.number(step.inputs[0], values, False)
     branches = step.bodies["then_branch"], step.bodies["else_branch"]
     if not isinstance(condition, Tensor):
         return call.body(branches[0 if condition else 1], (), values)
+    condition = condition.reshape(()).to(torch.bool)
+    problems = [_problem(call, body, values) for body in branches]
+    if problems[0] and problems[1]:
+        raise problems[0]
+    problem = problems[0] or problems[1]
+    if problem is not None:
+        number, message = condition.long().item(), f"the model takes a branch that was left out: {problem}"
+        # Not torch._check, whose message torch.export would replace.
+        torch.ops.aten._assert_scalar.default(number == (0 if problems[0] else 1), message)
+        return call.body(branches[1 if problems[0] else 0], (), values)
     leaves, inner = _leaves({slot: values[slot] for body in branches for slot in body.captured})
     found: list[tuple[list[Tensor], Any]] = []
 
@@ -85,10 +97,33 @@ def if_(call: Call, step: Step, values: Values) -> Sequence[Any]:
 
         return run
 
-    condition = condition.reshape(()).to(torch.bool)
     with _settled([condition, *leaves]), call.inside():
         merged = torch.ops.higher_order.cond(condition, branch(branches[0]), branch(branches[1]), leaves)
     return _restored(merged, found[0][1])
+
+
+def _problem(call: Call, body: Body, values: Values) -> OnnxError | None:
+    """Why a branch can't run, such as that it is for other sizes than those of the capture."""
+    noise = logging.getLogger("torch._subclasses.fake_tensor")  # which logs what it raises
+    silent, noise.disabled = noise.disabled, True
+    try:
+        with _unrecorded(detect_fake_mode()):
+            call.body(body, (), values)
+    except OnnxError as error:
+        log.warning("a branch is left out of the capture, and calls that would take it fail: %s", error)
+        return error
+    finally:
+        noise.disabled = silent
+    return None
+
+
+@contextmanager
+def _unrecorded(mode: Any) -> Iterator[None]:
+    """A time in which a capture records nothing."""
+    with disable_proxy_modes_tracing(), ExitStack() as stack:
+        if mode is not None and mode.shape_env is not None:
+            stack.enter_context(mode.shape_env.ignore_fresh_unbacked_symbols())
+        yield
 
 
 def _kind(part: Any) -> Any:
@@ -119,15 +154,17 @@ def _settled(values: Sequence[Any]) -> Iterator[None]:
 
 def gradient(call: Call, step: Step, values: Values) -> Sequence[Any]:
     """The derivatives of the sum of y by each of the xs, at the values that the node reads."""
-    body, count = step.bodies["y"], len(step.attributes["xs"])
+    body, count, learning = step.bodies["y"], len(step.attributes["xs"]), torch.is_grad_enabled()
     at = [call.tensor(values[slot]) for slot in step.inputs if slot is not None]
     with torch.enable_grad():
-        at = [x.detach().requires_grad_() for x in at[:count]] + at[count:]
-        (y,) = call.body(body, at, values)
-        if not call.tensor(y).requires_grad:
+        at = [x if x.requires_grad else x.detach().requires_grad_() for x in at[:count]] + at[count:]
+        y = call.tensor(call.body(body, at, values)[0])
+        if not y.requires_grad:
             return [torch.zeros_like(x) for x in at[:count]]
-        found = torch.autograd.grad(y.sum(), at[:count], allow_unused=True, materialize_grads=True)
-    return [x.detach() for x in found]
+        found = torch.autograd.grad(
+            y.sum(), at[:count], create_graph=learning, allow_unused=True, materialize_grads=True
+        )
+    return list(found)
 
 
 # ---- what a graph reads ----------------------------------------------------------------------------------------------
@@ -190,9 +227,8 @@ def loop(call: Call, step: Step, values: Values) -> Sequence[Any]:
         return results[0], results[1 : 1 + len(state)], results[1 + len(state) :]
 
     around = {slot: values[slot] for slot in body.captured}
-    state, rows = _Repeated(call, run, around, limit, len(body.outputs) - 1 - len(state), not _draws(body)).run(
-        going, state
-    )
+    count = len(body.outputs) - 1 - len(state)
+    state, rows = _Repeated(call, run, around, limit, count, not _draws(body)).run(going, state)
     return [*state, *map(_stacked, rows)]
 
 
@@ -312,15 +348,11 @@ class _Repeated:
     def tried(self, state: list[Any]) -> Results:
         """The results of a pass of which nothing is recorded: tensors without values."""
         mode, around = detect_fake_mode(pytree.tree_leaves([state, self.around])), self.around
-        with ExitStack() as stack:
-            if mode is None:
-                mode = FakeTensorMode(shape_env=ShapeEnv())
-                fake = partial(mode.from_tensor, static_shapes=True)
-                state, around = pytree.tree_map_only(Tensor, fake, (state, around))
-            else:
-                stack.enter_context(disable_proxy_modes_tracing())
-            if mode.shape_env is not None:
-                stack.enter_context(mode.shape_env.ignore_fresh_unbacked_symbols())
+        if mode is None:
+            mode = FakeTensorMode(shape_env=ShapeEnv())
+            fake = partial(mode.from_tensor, static_shapes=True)
+            state, around = pytree.tree_map_only(Tensor, fake, (state, around))
+        with _unrecorded(mode):
             going, state, rows = self.pass_(0, state, around)
             return going, state, [self.call.tensor(row) for row in rows]
 

@@ -30,7 +30,18 @@ from torch_rtx.tactics import Candidate, KernelTable
 from torch_rtx.targets import arch_of
 
 log = logging.getLogger(__name__)
-_READ_BY_LOWERING = ("accumulation", "dtypes", "ir", "irparse", "manifest", "op_work", "optable", "profiles", "tactics", "targets")
+_READ_BY_LOWERING = (
+    "accumulation",
+    "dtypes",
+    "ir",
+    "irparse",
+    "manifest",
+    "op_work",
+    "optable",
+    "profiles",
+    "tactics",
+    "targets",
+)
 
 
 def tactics_and_context(

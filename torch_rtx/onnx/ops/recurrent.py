@@ -113,6 +113,7 @@ def run(
     if direction not in ("forward", "reverse", "bidirectional"):
         raise OnnxError(f"a recurrent operator with direction {direction!r}")
     backward = [direction == "reverse"] if direction != "bidirectional" else [False, True]
+    _check_sizes(x, weights, states, len(backward))
     if library is not None and lengths is None and direction != "reverse":
         params = [p for at in range(len(backward)) for p in weights.library(at, order)]
         y, *last = library(x, states, params, weights.b is not None, direction == "bidirectional")
@@ -137,6 +138,25 @@ def run(
         results.append((y if turn is None else turn(y), *last))
     outputs, *after = zip(*results, strict=True)
     return torch.stack(outputs, 1), *map(torch.cat, after)
+
+
+def _check_sizes(x: Tensor, weights: Weights, states: tuple[Tensor, ...], directions: int) -> None:
+    """Raises OnnxError where shapes do not fit, which calls of the library do not notice."""
+    count, hidden = weights.w.shape[1], weights.r.shape[2]
+    wanted: dict[str, tuple[Tensor | None, list[Any]]] = {
+        "X": (x, [x.shape[0], x.shape[1] if x.dim() > 1 else 0, weights.w.shape[2]]),
+        "W": (weights.w, [directions, count, weights.w.shape[2]]),
+        "R": (weights.r, [directions, count, hidden]),
+        "B": (weights.b, [directions, 2 * count]),
+        **{f"initial state {number}": (state, [directions, x.shape[1], hidden]) for number, state in enumerate(states)},
+    }
+    for name, (given, shape) in wanted.items():
+        sizes = [] if given is None else list(given.shape)
+        known = [
+            (one, other) for one, other in zip(sizes, shape, strict=False) if type(one) is int and type(other) is int
+        ]
+        if given is not None and (len(sizes) != len(shape) or any(one != other for one, other in known)):
+            raise OnnxError(f"{name} has the shape {sizes}, not {shape}")
 
 
 def _reversal(time: Tensor, lengths: Tensor | None) -> Callable[[Tensor], Tensor]:
