@@ -92,6 +92,12 @@ def _divide(a: Any, b: Any) -> Any:
     return a / b if isinstance(a, float | torch.SymFloat) else _quotient(a, b)
 
 
+def _sqrt(value: Any) -> Any:
+    if isinstance(value, torch.SymFloat):
+        return value**0.5
+    return math.sqrt(value) if value >= 0 else math.nan
+
+
 def _cast(value: Any, dtype: torch.dtype) -> Any:
     value = _number(value)
     if dtype is torch.bool:
@@ -145,6 +151,7 @@ _SAME: dict[str, Callable[..., Any]] = {
     "Abs": abs,
     "Floor": lambda x: torch.sym_float(math.floor(x)),
     "Ceil": lambda x: torch.sym_float(math.ceil(x)),
+    "Sqrt": _sqrt,
     "Identity": lambda x: x,
 }
 for _name, _function in _SAME.items():

@@ -7,6 +7,7 @@ slots around them.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
@@ -20,9 +21,14 @@ from torch import Tensor
 from torch_rtx.errors import OnnxError
 from torch_rtx.onnx import host, reader
 from torch_rtx.onnx import ops as _declared  # noqa: F401
+from torch_rtx.onnx.formulas import formula
 from torch_rtx.onnx.registry import TOLD, Operator, find
 
 CONTROL = ("If", "Loop", "Scan")
+# By these PyTorch's exporter says which initializers are a module's tensors, and what it computed others from.
+KIND = "pkg.torch.export.graph_signature.InputSpec.kind"
+SIGNATURE = "pkg.torch.export.ExportedProgram.graph_signature"
+FOLDED = "pkg.onnxscript.optimizer.folded_from"
 Slots = tuple[int | None, ...]
 
 
@@ -79,7 +85,8 @@ class Weight:
     """A tensor of the model: an initializer, or what a Constant node holds.
 
     Attributes:
-        constant: it came from a Constant node.
+        constant: it came from a Constant node, or the exporter made it.
+        made: the exporter made it, from no tensor of a module.
         known: it takes part in the arithmetic of sizes, and so belongs to the program.
         state: operators read it only as what nothing learns.
     """
@@ -90,6 +97,7 @@ class Weight:
     constant: bool
     known: bool = False
     state: bool = False
+    made: bool = False
 
 
 @dataclass
@@ -125,6 +133,7 @@ def plan(model: ir.Model, file: str | None, fixed: Mapping[str, Tensor]) -> Plan
     for weight in planner.weights.values():
         weight.known = weight.slot in known or weight.name in fixed
         weight.state = (weight.slot, True) in uses and (weight.slot, False) not in uses
+    steps = [*planner.described(), *steps]
     return Plan(tuple(_freeing(steps, {*inputs, *outputs})), list(planner.weights.values()), inputs, outputs)
 
 
@@ -145,6 +154,7 @@ class _Planner:
         self.count = 0
         self.weights: dict[int, Weight] = {}
         self.names: set[str] = set()
+        self.has_initializers = False
 
     def slot(self, value: ir.Value) -> Any:
         """The slot of a value."""
@@ -153,20 +163,36 @@ class _Planner:
             self.count += 1
         return self.slots[value]
 
-    def weight(self, value: ir.Value, tensor: Tensor, scope: _Scope | None = None) -> None:
-        """Add a tensor of the model."""
+    def weight(self, value: ir.Value, tensor: Tensor, scope: _Scope | None = None, made: bool = False) -> None:
+        """Add a tensor of the model. `scope`: where the constant is that it comes from."""
         name = (scope.prefix if scope else "") + (value.name or "constant")
         while name in self.names:
             name += "_"
         self.names.add(name)
         slot = self.slot(value)
-        self.weights[slot] = Weight(name, slot, tensor, scope is not None)
+        self.weights[slot] = Weight(name, slot, tensor, scope is not None, made=made)
+
+    def described(self) -> Iterator[Step]:
+        """The steps that compute, by a formula, what an exporter wrote as a tensor; of that one number is left."""
+        for weight in list(self.weights.values()):
+            indices = weight.constant and weight.tensor.dtype in (torch.int64, torch.bool)
+            found = formula(weight.tensor) if (indices or weight.made) and not weight.known else None
+            if found is not None:
+                target, weight.slot, weight.tensor = weight.slot, self.count, weight.tensor.reshape(-1)[:1]
+                self.count += 1
+                operator = Operator("Constant", "", 1, (), found.tensor)
+                yield Step(
+                    weight.name, "Constant", self.file, (weight.slot,), (target,), {}, operator, (False,), (False,)
+                )
 
     def initializers(self, graph: ir.Graph) -> None:
-        """Add the initializers of a graph."""
+        """Add the initializers of a graph; those that an exporter made count as Constant nodes."""
+        marked = any(KIND in value.metadata_props for value in graph.initializers.values())
         for value in graph.initializers.values():
             if value.const_value is not None and self.slots.get(value) not in self.weights:
-                self.weight(value, reader.data(value.const_value, self.file))
+                made = marked and _made_by_exporter(value, graph)
+                self.weight(value, reader.data(value.const_value, self.file), _Scope({}, {}) if made else None, made)
+                self.has_initializers |= not made
 
     def steps(self, nodes: Sequence[ir.Node] | ir.Graph, scope: _Scope) -> list[Step]:
         """The steps of nodes, in their order."""
@@ -179,7 +205,8 @@ class _Planner:
         step = Step(name, op, self.file, (), (), {}, None)
         attributes = _attributes(node, scope, step)
         if domain == "" and node.op_type == "Constant":
-            self.weight(node.outputs[0], self.constant(attributes, step), scope)
+            # What nobody made is among the initializers, if there are any.
+            self.weight(node.outputs[0], self.constant(attributes, step), scope, self.has_initializers)
             return
         function = self.functions.get(node.op_identifier()) or _composed(node, domain, scope, step)
         if function is not None:
@@ -273,6 +300,13 @@ class _Planner:
         if attr.type is ir.AttributeType.TENSORS:
             return [reader.data(tensor, self.file) for tensor in attr.value]
         return list(attr.value) if isinstance(attr.value, tuple | list) else attr.value
+
+
+def _made_by_exporter(value: ir.Value, graph: ir.Graph) -> bool:
+    """Whether an initializer is neither a tensor of the module that was exported nor computed from one."""
+    sources = re.findall(r"'([^']*)'", value.metadata_props.get(FOLDED, ""))
+    signature = graph.metadata_props.get(SIGNATURE, "")
+    return KIND not in value.metadata_props and not any(f"target='{name}'" in signature for name in sources)
 
 
 def _version(domain: str, scope: _Scope) -> int | None:

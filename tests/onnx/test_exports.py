@@ -1,0 +1,33 @@
+"""Models of the zoo, exported and read back: the same kernels as those of the module, and the same results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("onnx_ir")
+pytest.importorskip("onnxscript")
+pytest.importorskip("transformers")
+
+from tests.onnx.exports import export, lowered, positional, work
+from torch_rtx.onnx.module import from_onnx
+
+# `python -m tests.onnx.exports` has a table of all models.
+SAME = [
+    *((name, "dynamo") for name in ("bert_base", "gpt2", "llama")),
+    *((name, "script") for name in ("bert_base", "vit_b_16", "t5", "resnet50", "convnext_t")),
+]
+
+
+@pytest.mark.parametrize(("name", "exporter"), SAME)
+def test_same_kernels(name: str, exporter: str, tmp_path: Path) -> None:
+    model = positional(name)
+    export(model, exporter, tmp_path / "model.onnx")
+    module = from_onnx(tmp_path / "model.onnx")
+    with torch.no_grad():
+        found, wanted = module(*model.inputs), model(*model.inputs)
+    for one, other in zip(found if isinstance(found, tuple) else (found,), wanted, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+    assert work(lowered(module, model.inputs)) == work(lowered(model, model.inputs))
