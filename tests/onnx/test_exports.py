@@ -11,10 +11,10 @@ pytest.importorskip("onnx_ir")
 pytest.importorskip("onnxscript")
 pytest.importorskip("transformers")
 
-from tests.onnx.exports import export, lowered, positional, work
+from benchmarks.exports import export, lowered, positional, work
 from torch_rtx.onnx.module import from_onnx
 
-# `python -m tests.onnx.exports` has a table of all models.
+# `python -m benchmarks.exports` has a table of all models.
 SAME = [
     *((name, "dynamo") for name in ("bert_base", "gpt2", "llama")),
     *((name, "script") for name in ("bert_base", "vit_b_16", "t5", "resnet50", "convnext_t")),

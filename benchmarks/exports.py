@@ -1,6 +1,6 @@
 """The model zoo, exported by both exporters of PyTorch and read back: its kernels beside those of the module.
 
-python -m tests.onnx.exports [MODEL ...]      # a table of all models, or of some
+python -m benchmarks.exports [MODEL ...]      # a table of all models, or of some
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Models that people ship, from their packages, with real inputs and what their answers are.
 
-    python -m tests.onnx.real FOLDER      # copy the models and what onnxruntime makes of the inputs into a folder
+    python -m benchmarks.shipped FOLDER      # copy the models and what onnxruntime makes of the inputs into a folder
 
 Where TORCH_RTX_ONNX_MODELS names such a folder, models and results come from it, and nothing else is needed.
 """
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 FOLDER = "TORCH_RTX_ONNX_MODELS"
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 Arrays = Sequence[np.ndarray]
 
 
@@ -73,14 +73,19 @@ class Model:
 
     def reference(self, path: Path, inputs: Arrays) -> list[np.ndarray]:
         """What onnxruntime computes on the CPU."""
-        import onnxruntime
+        return run_onnxruntime(path, inputs, self.fixed)
 
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        fixed = {name: np.array(value) for name, value in self.fixed.items()}
-        names = [value.name for value in session.get_inputs() if value.name not in fixed]
-        return session.run(None, dict(zip(names, inputs, strict=True)) | fixed)
+
+def run_onnxruntime(path: Path, inputs: Arrays, fixed: Mapping[str, Any] | None = None) -> list[np.ndarray]:
+    """What onnxruntime computes on the CPU, for inputs in their order and values of others by their names."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    given = {name: np.array(value) for name, value in (fixed or {}).items()}
+    names = [value.name for value in session.get_inputs() if value.name not in given]
+    return session.run(None, dict(zip(names, inputs, strict=True)) | given)
 
 
 # ---- inputs ----------------------------------------------------------------------------------------------------------

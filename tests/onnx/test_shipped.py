@@ -16,7 +16,7 @@ from torch.nn import functional as F
 pytest.importorskip("onnx_ir")
 
 import torch_rtx
-from tests.onnx.real import FOLDER, MODELS, Model, windows
+from benchmarks.shipped import FOLDER, MODELS, Model, windows
 from torch_rtx.onnx.module import from_onnx
 
 DTYPES = [torch.float32, torch.float16]
