@@ -90,11 +90,16 @@ def _silent() -> Iterator[None]:
         os.close(null)
 
 
-def lowered(model: nn.Module, inputs: tuple[Tensor, ...]) -> Graph:
-    """The graph that the model has for a GPU."""
+def for_gpu(model: nn.Module, inputs: tuple[Tensor, ...]) -> torch_rtx.CompiledModule:
+    """The engine that the model has for a GPU, without kernels: it runs call by call."""
     settings = CompilationSettings(device="cuda", targets="sm_80", reuse_cached_engines=False)
     with patch.object(program_cache, "kernels_of", lambda *_: KernelTable()):
-        return torch_rtx.compile(copy.deepcopy(model), inputs, settings=settings).engine.graph
+        return torch_rtx.compile(copy.deepcopy(model), inputs, settings=settings)
+
+
+def lowered(model: nn.Module, inputs: tuple[Tensor, ...]) -> Graph:
+    """The graph that the model has for a GPU."""
+    return for_gpu(model, inputs).engine.graph
 
 
 def work(graph: Graph) -> Counter[str]:

@@ -100,6 +100,19 @@ def test_what_an_exporter_made_is_part_of_the_program() -> None:
     assert torch.equal(module.half()(x.half()).float(), wanted)
 
 
+def test_exporters_own_names_are_enough() -> None:
+    """Tools that change a file drop the marks of a module's tensors."""
+    names = {"val_1": 2.0, "val_2": 3.0, "val_3": 5.0, "scale": 7.0}
+    nodes = [node("Mul", f"x{n} {name}", f"x{n + 1}") for n, name in enumerate(names)]
+    made = model(graph(nodes, [value("x0", [2])], [value("x4")], {k: np.float32(v) for k, v in names.items()}))
+    assert set(from_onnx(made).state_dict()) == {*names}
+    for name, text in (("val_1", "['val_0']"), ("val_3", "['layer.scale', 'val_0']")):
+        made.graph.value_info.add(name=name).metadata_props.add(key=FOLDED, value=text)
+    module = from_onnx(made)
+    assert set(module.state_dict()) == {"val_3", "scale"}
+    assert module(torch.ones(2)).tolist() == [210, 210]
+
+
 def test_a_model_whose_weights_are_constants() -> None:
     """Without initializers, a constant of one number is a weight, which a refit may change."""
     ones = onnx.numpy_helper.from_array(np.ones(2, np.float32))

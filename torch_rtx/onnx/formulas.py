@@ -45,6 +45,11 @@ class Formula:
         return torch.where(columns <= rows[:, None] + self.diagonal, inner, outer).expand(self.shape)
 
 
+def computed(like: Tensor, *, formula: Formula) -> Tensor:
+    """The tensor of a formula, as an operator."""
+    return formula.tensor(like)
+
+
 def formula(tensor: Tensor) -> Formula | None:
     """The formula of a tensor, exact to the bit; None: there is none."""
     shape, bits = tuple(tensor.shape), tensor.contiguous().view(BITS[tensor.dtype.itemsize])

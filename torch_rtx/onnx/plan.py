@@ -21,7 +21,7 @@ from torch import Tensor
 from torch_rtx.errors import OnnxError
 from torch_rtx.onnx import host, reader
 from torch_rtx.onnx import ops as _declared  # noqa: F401
-from torch_rtx.onnx.formulas import formula
+from torch_rtx.onnx.formulas import computed, formula
 from torch_rtx.onnx.registry import TOLD, Operator, find
 
 CONTROL = ("If", "Loop", "Scan")
@@ -29,6 +29,7 @@ CONTROL = ("If", "Loop", "Scan")
 KIND = "pkg.torch.export.graph_signature.InputSpec.kind"
 SIGNATURE = "pkg.torch.export.ExportedProgram.graph_signature"
 FOLDED = "pkg.onnxscript.optimizer.folded_from"
+COMPUTED = Operator("Constant", "", 1, (), computed)
 Slots = tuple[int | None, ...]
 
 
@@ -180,17 +181,26 @@ class _Planner:
             if found is not None:
                 target, weight.slot, weight.tensor = weight.slot, self.count, weight.tensor.reshape(-1)[:1]
                 self.count += 1
-                operator = Operator("Constant", "", 1, (), found.tensor)
                 yield Step(
-                    weight.name, "Constant", self.file, (weight.slot,), (target,), {}, operator, (False,), (False,)
+                    name=weight.name,
+                    op="Constant",
+                    file=self.file,
+                    inputs=(weight.slot,),
+                    outputs=(target,),
+                    attributes={"formula": found},
+                    operator=COMPUTED,
+                    ints=(False,),
+                    state=(False,),
                 )
 
     def initializers(self, graph: ir.Graph) -> None:
         """Add the initializers of a graph; those that an exporter made count as Constant nodes."""
-        marked = any(KIND in value.metadata_props for value in graph.initializers.values())
+        marks = {
+            mark for value in graph.initializers.values() for mark in (KIND, FOLDED) if mark in value.metadata_props
+        }
         for value in graph.initializers.values():
             if value.const_value is not None and self.slots.get(value) not in self.weights:
-                made = marked and _made_by_exporter(value, graph)
+                made = bool(marks) and _made_by_exporter(value, graph, KIND in marks)
                 self.weight(value, reader.data(value.const_value, self.file), _Scope({}, {}) if made else None, made)
                 self.has_initializers |= not made
 
@@ -302,11 +312,17 @@ class _Planner:
         return list(attr.value) if isinstance(attr.value, tuple | list) else attr.value
 
 
-def _made_by_exporter(value: ir.Value, graph: ir.Graph) -> bool:
-    """Whether an initializer is neither a tensor of the module that was exported nor computed from one."""
+def _made_by_exporter(value: ir.Value, graph: ir.Graph, marked: bool) -> bool:
+    """Whether an initializer is neither a tensor of the module that was exported nor computed from one.
+
+    Args:
+        marked: those of the module are marked; other tools drop the marks, but keep the exporter's names.
+    """
     sources = re.findall(r"'([^']*)'", value.metadata_props.get(FOLDED, ""))
-    signature = graph.metadata_props.get(SIGNATURE, "")
-    return KIND not in value.metadata_props and not any(f"target='{name}'" in signature for name in sources)
+    signature = graph.metadata_props.get(SIGNATURE)
+    own = [name for name in sources if ("." in name if signature is None else f"target='{name}'" in signature)]
+    named = marked or re.fullmatch(r"val_\d+", value.name or "") is not None
+    return KIND not in value.metadata_props and named and not own
 
 
 def _version(domain: str, scope: _Scope) -> int | None:

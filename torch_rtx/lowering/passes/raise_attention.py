@@ -54,6 +54,7 @@ class _Match:
     scale: float
     added: list[Value] = field(default_factory=list)
     filled: list[_Fill] = field(default_factory=list)
+    factors: list[Node] = field(default_factory=list)  # what scales the scores by numbers that are not known
     zeroed: bool = False  # zeros take the place of NaN in the softmax
     lead: tuple[Dim, ...] | None = None  # leading dimensions of the scores to which the masks apply
 
@@ -166,11 +167,14 @@ class _Matcher:
                 return self._product(node, found)
             if node.op in SCALES:
                 scale = self._scale(node)
-                if scale is None:
+                if scale is not None:
+                    found.scale *= scale
+                elif _scales_rows(node):
+                    found.factors.append(node)
+                else:
                     return None
-                found.scale *= scale
                 following = node.arg("self")
-            elif found.scale != 1.0:
+            elif found.scale != 1.0 or found.factors:
                 return None  # the scale applies to the mask, too
             else:
                 following = self._mask(node, found)
@@ -225,6 +229,8 @@ class _Matcher:
             found.lead = lead or found.lead
         if not isinstance(query, Value) or not isinstance(key, Value):
             return None
+        if not all(_scales_queries(factor, query) for factor in found.factors):
+            return None
         found.query, found.key = (self._unscaled(operand, found) for operand in (query, key))
         forms = {(_type(v).dtype, _shape(v)[:-2]) for v in (query, key, found.value)}
         return found if len(forms) == 1 and _is_float(query) and len(_shape(query)) >= 3 else None
@@ -274,6 +280,23 @@ class _Matcher:
         return not visible or bool(reduce(operator.and_, visible).any(-1).all())
 
 
+def _scales_rows(node: Node) -> bool:
+    """Whether a node scales scores by a tensor with one number, or one for each matrix, which may scale queries too."""
+    scores, other = node.arg("self"), node.arg("other")
+    if not isinstance(scores, Value) or not isinstance(other, Value) or _type(other).dtype != _type(scores).dtype:
+        return False
+    return set(_shape(other)[-2:]) <= {1} and len(_shape(other)) <= len(_shape(scores))
+
+
+def _scales_queries(node: Node, query: Value) -> bool:
+    """Whether the factor of a node fits the queries, whose leading dimensions may be merged."""
+    scores, factor = node.arg("self"), node.arg("other")
+    assert isinstance(scores, Value)
+    assert isinstance(factor, Value)
+    same = _shape(scores)[:-2] == _shape(query)[:-2] or set(_shape(factor)) <= {1}
+    return same and len(_shape(factor)) <= len(_shape(query))
+
+
 def _kept(node: Node) -> Value:
     """What a fill leaves as it is where its mask is False."""
     kept = node.arg(FILLS[node.op][2])
@@ -308,7 +331,12 @@ def _emit(found: _Match, last: Node, matcher: _Matcher, rewriter: Rewriter) -> A
         keys = _current(key.inputs[0], rewriter)
     else:
         keys = emit("transpose.int", self=_current(found.key, rewriter), dim0=-2, dim1=-1)
-    operands = [_current(found.query, rewriter), keys, _current(found.value, rewriter)]
+    query = _current(found.query, rewriter)
+    for node in found.factors:
+        factor = node.arg("other")
+        assert isinstance(factor, Value)
+        query = rewriter.emit(node.op, node.loc, self=query, other=_current(factor, rewriter))
+    operands = [query, keys, _current(found.value, rewriter)]
     lead = found.lead if mask is not None else None
     if lead is not None and lead != _shape(found.query)[:-2]:
         operands = [emit("view.default", self=v, size=(*lead, *_shape(v)[-2:])) for v in operands]
@@ -356,7 +384,8 @@ def _mask(found: _Match, matcher: _Matcher, rewriter: Rewriter, last: Node) -> _
         keep = _current(fill.mask, rewriter)
         keep = keep if fill.keeps else emit("logical_not.default", self=keep)
         total = keep if total is None else emit("bitwise_and.Tensor", self=total, other=keep)
-        hides = hides and fill.number <= max(_lowest(fill.dtype), _lowest(dtype) * max(1.0, abs(found.scale)))
+        known = fill.number == -math.inf or not found.factors
+        hides = hides and known and fill.number <= max(_lowest(fill.dtype), _lowest(dtype) * max(1.0, abs(found.scale)))
     if total is None:
         return None
     return _Mask(total, next((number for number in numbers if math.isfinite(number)), None), hides)
