@@ -10,6 +10,7 @@ import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch_rtx.errors import OnnxError
 from torch_rtx.onnx import host, reader
 from torch_rtx.onnx import ops as _declared  # noqa: F401
 from torch_rtx.onnx.formulas import computed, formula
+from torch_rtx.onnx.ops.cast import cast_in
 from torch_rtx.onnx.registry import TOLD, Operator, find
 
 CONTROL = ("If", "Loop", "Scan")
@@ -407,6 +409,23 @@ def _attributes(node: ir.Node, scope: _Scope, step: Step) -> dict[str, ir.Attr]:
                 raise step.error(f"attribute {name!r} is {given.type.name}, not {attr.type.name}")
             found[name] = given
     return found
+
+
+def in_dtype(steps: Sequence[Step], dtype: torch.dtype) -> tuple[Step, ...]:
+    """The steps of a module that has another dtype for float32. Arithmetic of sizes stays as it is."""
+    return tuple(_in_dtype(step, dtype) for step in steps)
+
+
+def _in_dtype(step: Step, dtype: torch.dtype) -> Step:
+    bodies = {name: replace(body, steps=in_dtype(body.steps, dtype)) for name, body in step.bodies.items()}
+    attributes = {
+        name: value.to(dtype) if isinstance(value, Tensor) and value.dtype is torch.float32 else value
+        for name, value in step.attributes.items()
+    }
+    operator = step.operator
+    if step.op == "Cast" and step.attributes.get("to") == onnx.TensorProto.FLOAT and operator is not None:
+        operator = replace(operator, function=partial(cast_in, dtype))
+    return replace(step, bodies=bodies, attributes=attributes, operator=operator)
 
 
 # ---- analyses --------------------------------------------------------------------------------------------------------
