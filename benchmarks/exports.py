@@ -63,16 +63,23 @@ def positional(name: str) -> Positional:
     return Positional(*models.build(name, "small"))
 
 
-def export(model: Positional, exporter: str, path: Path) -> None:
-    """Write the model to a file."""
+def export(model: Positional, exporter: str, path: Path, open_batch: bool = False) -> None:
+    """Write the model to a file; with `open_batch`, for any size of the first axis of all inputs."""
+    names = [f"input{number}" for number in range(len(model.inputs))]
     with torch.no_grad(), warnings.catch_warnings(), _silent():
         warnings.simplefilter("ignore")
         if EXPORTERS[exporter]:
-            program = torch.onnx.export(copy.deepcopy(model), model.inputs, dynamo=True, verbose=False)
+            shapes = (batches(model.inputs),) if open_batch else None
+            program = torch.onnx.export(
+                copy.deepcopy(model), model.inputs, dynamo=True, verbose=False, dynamic_shapes=shapes
+            )
             assert program is not None
             program.save(str(path))
         else:
-            torch.onnx.export(copy.deepcopy(model), model.inputs, str(path), dynamo=False)
+            axes = dict.fromkeys(names, {0: "batch"}) if open_batch else None
+            torch.onnx.export(
+                copy.deepcopy(model), model.inputs, str(path), dynamo=False, input_names=names, dynamic_axes=axes
+            )
 
 
 @contextlib.contextmanager
@@ -90,16 +97,22 @@ def _silent() -> Iterator[None]:
         os.close(null)
 
 
-def for_gpu(model: nn.Module, inputs: tuple[Tensor, ...]) -> torch_rtx.CompiledModule:
+def batches(inputs: tuple[Tensor, ...]) -> tuple[dict[int, Any], ...]:
+    """The dynamic shapes of inputs whose first axis is a batch."""
+    batch = torch.export.Dim("batch", min=2, max=64)
+    return tuple({0: batch} for _ in inputs)
+
+
+def for_gpu(model: nn.Module, inputs: tuple[Tensor, ...], shapes: Any = None) -> torch_rtx.CompiledModule:
     """The engine that the model has for a GPU, without kernels: it runs call by call."""
     settings = CompilationSettings(device="cuda", targets="sm_80", reuse_cached_engines=False)
     with patch.object(program_cache, "kernels_of", lambda *_: KernelTable()):
-        return torch_rtx.compile(copy.deepcopy(model), inputs, settings=settings)
+        return torch_rtx.compile(copy.deepcopy(model), inputs, dynamic_shapes=shapes, settings=settings)
 
 
-def lowered(model: nn.Module, inputs: tuple[Tensor, ...]) -> Graph:
+def lowered(model: nn.Module, inputs: tuple[Tensor, ...], shapes: Any = None) -> Graph:
     """The graph that the model has for a GPU."""
-    return for_gpu(model, inputs).engine.graph
+    return for_gpu(model, inputs, shapes).engine.graph
 
 
 def work(graph: Graph) -> Counter[str]:

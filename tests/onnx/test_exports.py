@@ -11,7 +11,7 @@ pytest.importorskip("onnx_ir")
 pytest.importorskip("onnxscript")
 pytest.importorskip("transformers")
 
-from benchmarks.exports import export, lowered, positional, work
+from benchmarks.exports import batches, export, lowered, positional, work
 from torch_rtx.onnx.module import from_onnx
 
 # `python -m benchmarks.exports` has a table of all models.
@@ -28,3 +28,13 @@ def test_same_kernels(name: str, exporter: str, tmp_path: Path) -> None:
     for one, other in zip(found if isinstance(found, tuple) else (found,), wanted, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
     assert work(lowered(module, model.inputs)) == work(lowered(model, model.inputs))
+
+
+def test_same_kernels_for_any_batch(tmp_path: Path) -> None:
+    """The mask of zeros that the exporter computes with the batch is seen to hide nothing."""
+    model = positional("vit_b_16")
+    export(model, "script", tmp_path / "model.onnx", open_batch=True)
+    module, shapes = from_onnx(tmp_path / "model.onnx"), batches(model.inputs)
+    found = work(lowered(module, model.inputs, shapes))
+    assert found == work(lowered(model, model.inputs, (shapes,)))
+    assert found["attention"] == 2
