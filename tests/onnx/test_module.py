@@ -165,6 +165,31 @@ def test_other_dtypes() -> None:
     torch.testing.assert_close(compiled(X.half()), module(X.half()))
 
 
+def test_casts_to_float32_follow_the_module() -> None:
+    """As weights do, also below If; not those of sizes, which half precision could not hold."""
+    then = graph([node("Cast", "c", "t", to=TensorProto.FLOAT)], [], [value("t")])
+    nodes = [
+        node("Shape", "x", "shape"),
+        node("Cast", "shape", "sizes", to=TensorProto.FLOAT),
+        node("Cast", "sizes", "whole", to=TensorProto.INT64),
+        node("ConstantOfShape", "whole", "zeros", value=onnx.numpy_helper.from_array(np.zeros(1, np.float32))),
+        node("Cast", "x", "a", to=TensorProto.FLOAT),
+        node("Mul", "a weight", "b"),
+        node("Add", "b zeros", "c"),
+        node("If", "condition", "y", then_branch=then, else_branch=then),
+        node("Cast", "y", "z", to=TensorProto.DOUBLE),
+    ]
+    weights = {"weight": np.ones(1, np.float32), "condition": np.array(True)}
+    inputs, outputs = [value("x", [4099], TensorProto.INT64)], [value("y"), value("z")]
+    module = from_onnx(model(graph(nodes, inputs, outputs, weights)))
+    x = torch.ones(4099, dtype=torch.int64)
+    for dtype in (torch.float32, torch.float16, torch.float32):
+        module = module.to(dtype)
+        y, z = copy.deepcopy(module)(x)
+        assert (y.dtype, z.dtype) == (dtype, torch.float64)
+        assert y.shape == (4099,)
+
+
 def test_outputs() -> None:
     made = graph([node("Identity", "x", "y")], [value("x", [2])], [value("y"), value("x")])
     module = from_onnx(model(made))

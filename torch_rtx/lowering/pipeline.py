@@ -30,6 +30,8 @@ from torch_rtx.lowering.passes.merge_linears import merge_linears
 from torch_rtx.lowering.passes.pad_products import pad_products
 from torch_rtx.lowering.passes.raise_attention import raise_attention
 from torch_rtx.lowering.passes.raise_gelu import raise_gelu
+from torch_rtx.lowering.passes.raise_group_norm import raise_group_norm
+from torch_rtx.lowering.passes.raise_linear import raise_linear
 from torch_rtx.lowering.passes.read_in_place import read_in_place
 from torch_rtx.lowering.passes.simplify import simplify
 from torch_rtx.lowering.passes.simplify_masks import simplify_masks
@@ -133,6 +135,8 @@ PIPELINE = (
     Pass(cse),
     Pass(raise_attention),
     Pass(raise_gelu),
+    Pass(raise_group_norm),
+    Pass(raise_linear),
     Pass(simplify_masks),
     Pass(read_in_place, needs=("targets",)),
     Pass(fold_batch_norm),

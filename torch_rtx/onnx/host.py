@@ -40,6 +40,8 @@ class Host:
         """The numbers as a tensor: a constant, if it may be one, or made by operators."""
         values = self.array.ravel().tolist()
         if not values or (constant and not any(isinstance(value, _SYMBOLIC) for value in values)):
+            if len({repr(value) for value in values}) == 1:  # a compiler knows what that makes
+                return torch.full(self.array.shape, values[0], dtype=self.dtype, device=device)
             return torch.tensor(self.array.tolist(), dtype=self.dtype, device=device).reshape(self.array.shape)
         parts = [torch.scalar_tensor(_number(value), dtype=self.dtype, device=device) for value in values]
         return torch.stack(parts).reshape(self.array.shape)
@@ -90,6 +92,12 @@ def _quotient(a: Any, b: Any) -> Any:
 
 def _divide(a: Any, b: Any) -> Any:
     return a / b if isinstance(a, float | torch.SymFloat) else _quotient(a, b)
+
+
+def _sqrt(value: Any) -> Any:
+    if isinstance(value, torch.SymFloat):
+        return value**0.5
+    return math.sqrt(value) if value >= 0 else math.nan
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
@@ -145,6 +153,7 @@ _SAME: dict[str, Callable[..., Any]] = {
     "Abs": abs,
     "Floor": lambda x: torch.sym_float(math.floor(x)),
     "Ceil": lambda x: torch.sym_float(math.ceil(x)),
+    "Sqrt": _sqrt,
     "Identity": lambda x: x,
 }
 for _name, _function in _SAME.items():

@@ -16,7 +16,7 @@ from torch_rtx.errors import InputError
 from torch_rtx.onnx import host
 from torch_rtx.onnx.dtypes import dtype_of
 from torch_rtx.onnx.outline import Outline, digest_of, outline
-from torch_rtx.onnx.plan import Weight, plan
+from torch_rtx.onnx.plan import Weight, in_dtype, plan
 from torch_rtx.onnx.products import Product, products_of
 from torch_rtx.onnx.reader import FRAME, read, reading
 from torch_rtx.onnx.run import Runner
@@ -135,6 +135,7 @@ class OnnxModule(nn.Module):
         self._weights = [(slot, None if owner is self else owner, name) for slot, owner, name in where]
         known = {weight.slot: host.of_tensor(weight.tensor) for weight in steps.weights if weight.known}
         inputs = tuple(slots[value] for value in (*given, *optional))
+        self._steps, self._float = steps.steps, torch.float32
         self._runner = Runner(steps.steps, inputs, tuple(steps.outputs), known, tuple(w.slot for w in steps.weights))
         called = [slots[v] for v in model.graph.inputs if v.const_value is None or v.name in fixed]
         self._outlined = steps.steps, steps.outputs, called
@@ -180,10 +181,12 @@ class OnnxModule(nn.Module):
         return found
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OnnxModule:
-        """Inputs change their dtype with the weights, by `half()` or `to(torch.bfloat16)`."""
+        """Inputs, and casts to float32, change their dtype with the weights, by `half()` or `to(torch.bfloat16)`."""
         for given in self.inputs:
             if given.dtype is not None and given.dtype.is_floating_point:
                 given.dtype = fn(torch.empty(0, dtype=given.dtype)).dtype
+        self._float = fn(torch.empty(0, dtype=self._float)).dtype
+        self._runner.steps = self._steps if self._float is torch.float32 else in_dtype(self._steps, self._float)
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -7,9 +7,10 @@ slots around them.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from itertools import zip_longest
 from typing import Any
 
@@ -21,10 +22,17 @@ from torch import Tensor
 from torch_rtx.errors import OnnxError
 from torch_rtx.onnx import host, reader
 from torch_rtx.onnx import ops as _declared  # noqa: F401
+from torch_rtx.onnx.formulas import computed, formula
+from torch_rtx.onnx.ops.cast import cast_in
 from torch_rtx.onnx.registry import REFUSED, TOLD, Operator, find
 
 GRADIENT = "ai.onnx.preview.training.Gradient"
 CONTROL = ("If", "Loop", "Scan", GRADIENT)
+# By these PyTorch's exporter says which initializers are a module's tensors, and what it computed others from.
+KIND = "pkg.torch.export.graph_signature.InputSpec.kind"
+SIGNATURE = "pkg.torch.export.ExportedProgram.graph_signature"
+FOLDED = "pkg.onnxscript.optimizer.folded_from"
+COMPUTED = Operator("Constant", "", 1, (), computed)
 _signature = cache(inspect.signature)
 Slots = tuple[int | None, ...]
 
@@ -84,7 +92,8 @@ class Weight:
     """A tensor of the model: an initializer, or what a Constant node holds.
 
     Attributes:
-        constant: it came from a Constant node.
+        constant: it came from a Constant node, or the exporter made it.
+        made: the exporter made it, from no tensor of a module.
         known: it takes part in the arithmetic of sizes, and so belongs to the program.
         state: operators read it only as what nothing learns.
     """
@@ -95,6 +104,7 @@ class Weight:
     constant: bool
     known: bool = False
     state: bool = False
+    made: bool = False
 
 
 @dataclass
@@ -131,6 +141,7 @@ def plan(model: ir.Model, file: str | None, fixed: Mapping[str, Tensor], mapped:
     for weight in planner.weights.values():
         weight.known = weight.slot in known or weight.name in fixed
         weight.state = (weight.slot, True) in uses and (weight.slot, False) not in uses
+    steps = [*planner.described(), *steps]
     return Plan(tuple(_freeing(steps, {*inputs, *outputs})), list(planner.weights.values()), inputs, outputs)
 
 
@@ -151,6 +162,7 @@ class _Planner:
         self.count = 0
         self.weights: dict[int, Weight] = {}
         self.names: set[str] = set()
+        self.has_initializers = False
 
     def slot(self, value: ir.Value) -> Any:
         """The slot of a value."""
@@ -159,20 +171,50 @@ class _Planner:
             self.count += 1
         return self.slots[value]
 
-    def weight(self, value: ir.Value, tensor: Tensor, scope: _Scope | None = None) -> None:
-        """Add a tensor of the model."""
+    def weight(self, value: ir.Value, tensor: Tensor, scope: _Scope | None = None, made: bool = False) -> None:
+        """Add a tensor of the model. `scope`: where the constant is that it comes from."""
         name = (scope.prefix if scope else "") + (value.name or "constant")
         while name in self.names:
             name += "_"
         self.names.add(name)
         slot = self.slot(value)
-        self.weights[slot] = Weight(name, slot, tensor, scope is not None)
+        self.weights[slot] = Weight(name, slot, tensor, scope is not None, made=made)
+
+    def described(self) -> Iterator[Step]:
+        """The steps that compute, by a formula, what an exporter wrote as a tensor; of that one number is left."""
+        for weight in list(self.weights.values()):
+            indices = weight.constant and weight.tensor.dtype in (torch.int64, torch.bool)
+            found = formula(weight.tensor) if (indices or weight.made) and not weight.known else None
+            if found is not None:
+                target, weight.slot, weight.tensor = weight.slot, self.count, weight.tensor.reshape(-1)[:1]
+                self.count += 1
+                yield Step(
+                    name=weight.name,
+                    op="Constant",
+                    file=self.file,
+                    inputs=(weight.slot,),
+                    outputs=(target,),
+                    attributes={"formula": found},
+                    operator=COMPUTED,
+                    ints=(False,),
+                    state=(False,),
+                )
 
     def initializers(self, graph: ir.Graph) -> None:
-        """Add the initializers of a graph."""
+        """Add the initializers of a graph; those that an exporter made count as Constant nodes."""
+        marks = {
+            mark for value in graph.initializers.values() for mark in (KIND, FOLDED) if mark in value.metadata_props
+        }
         for value in graph.initializers.values():
             if value.const_value is not None and self.slots.get(value) not in self.weights:
-                self.weight(value, reader.data(value.const_value, self.file, self.mapped))
+                made = bool(marks) and _made_by_exporter(value, graph, KIND in marks)
+                self.weight(
+                    value,
+                    reader.data(value.const_value, self.file, self.mapped),
+                    _Scope({}, {}) if made else None,
+                    made,
+                )
+                self.has_initializers |= not made
 
     def steps(self, nodes: Sequence[ir.Node] | ir.Graph, scope: _Scope) -> list[Step]:
         """The steps of nodes, in their order."""
@@ -188,7 +230,8 @@ class _Planner:
         step = Step(name, op, self.file, (), (), {}, None)
         attributes = _attributes(node, scope, step)
         if domain == "" and node.op_type == "Constant":
-            self.weight(node.outputs[0], self.constant(attributes, step), scope)
+            # What nobody made is among the initializers, if there are any.
+            self.weight(node.outputs[0], self.constant(attributes, step), scope, self.has_initializers)
             return
         function = self.functions.get(node.op_identifier()) or _composed(node, domain, scope, step)
         if function is not None:
@@ -307,6 +350,19 @@ def _body(steps: Sequence[Step], inputs: tuple[int, ...], outputs: tuple[int, ..
     return Body(tuple(steps), inputs, outputs, tuple(slot for slot in read if slot not in made))
 
 
+def _made_by_exporter(value: ir.Value, graph: ir.Graph, marked: bool) -> bool:
+    """Whether an initializer is neither a tensor of the module that was exported nor computed from one.
+
+    Args:
+        marked: those of the module are marked; other tools drop the marks, but keep the exporter's names.
+    """
+    sources = re.findall(r"'([^']*)'", value.metadata_props.get(FOLDED, ""))
+    signature = graph.metadata_props.get(SIGNATURE)
+    own = [name for name in sources if ("." in name if signature is None else f"target='{name}'" in signature)]
+    named = marked or re.fullmatch(r"val_\d+", value.name or "") is not None
+    return KIND not in value.metadata_props and named and not own
+
+
 def _version(domain: str, scope: _Scope) -> int | None:
     return scope.opsets.get(domain, scope.opsets.get("ai.onnx") if domain == "" else None)
 
@@ -389,6 +445,23 @@ def _attributes(node: ir.Node, scope: _Scope, step: Step) -> dict[str, ir.Attr]:
                 raise step.error(f"attribute {name!r} is {given.type.name}, not {attr.type.name}")
             found[name] = given
     return found
+
+
+def in_dtype(steps: Sequence[Step], dtype: torch.dtype) -> tuple[Step, ...]:
+    """The steps of a module that has another dtype for float32. Arithmetic of sizes stays as it is."""
+    return tuple(_in_dtype(step, dtype) for step in steps)
+
+
+def _in_dtype(step: Step, dtype: torch.dtype) -> Step:
+    bodies = {name: replace(body, steps=in_dtype(body.steps, dtype)) for name, body in step.bodies.items()}
+    attributes = {
+        name: value.to(dtype) if isinstance(value, Tensor) and value.dtype is torch.float32 else value
+        for name, value in step.attributes.items()
+    }
+    operator = step.operator
+    if step.op == "Cast" and step.attributes.get("to") == onnx.TensorProto.FLOAT and operator is not None:
+        operator = replace(operator, function=partial(cast_in, dtype))
+    return replace(step, bodies=bodies, attributes=attributes, operator=operator)
 
 
 # ---- analyses --------------------------------------------------------------------------------------------------------

@@ -235,6 +235,9 @@ ONE_HOT = """
          "s: H[6, 1] = sum.dim_IntList(self=a, dim=[1], keepdim=True)\nreturn s", 0),
         ("s: H[6, 1] = sum.dim_IntList(self=h, dim=[1], keepdim=True)\n"
          "y: H[6, 40] = sub.Tensor(self=h, other=s)\nreturn y, s", 0),
+        ("c: H[()] = full.default(size=[], fill_value=0.5, dtype='DTYPE', device='main')\n"
+         "a: H[6, 40] = add.Tensor(self=h, other=c)\n"
+         "s: H[6, 1] = sum.dim_IntList(self=a, dim=[1], keepdim=True)\nreturn s", 0),
         ("s: H[1, 40] = sum.dim_IntList(self=h, dim=[0], keepdim=True)\nreturn s", 1),
         ("q: H[6, 40] = mul.Tensor(self=h, other=h)\n"
          "s: H[6, 1] = sum.dim_IntList(self=q, dim=[1], keepdim=True)\nreturn s", 1),

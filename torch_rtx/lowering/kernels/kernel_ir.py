@@ -253,9 +253,10 @@ def _known_sum(tensor: Tensor, axes: set[int]) -> Tensor | None:
     position = tuple(variable(f"A{axis}", size) for axis, size in enumerate(tensor.shape))
     moving = {name for axis in axes for name in position[axis].variables()}
     shape = tuple(ONE if axis in axes else size for axis, size in enumerate(tensor.shape))
+    count = product(tensor.shape[axis] for axis in axes)
 
     def row(value: Tensor) -> Tensor:
-        return View(shape, value.dtype, value, lambda position: position)
+        return value if isinstance(value, Const) else View(shape, value.dtype, value, lambda position: position)
 
     def known(tensor: Tensor) -> Tensor | None:
         match tensor:
@@ -272,7 +273,6 @@ def _known_sum(tensor: Tensor, axes: set[int]) -> Tensor | None:
                     return pointwise(IN_RANGE, tensor.dtype, row(chosen), size, row(value))
         if tensor.dtype not in FLOATS or _varies(tensor, position, moving):
             return None
-        count = product(tensor.shape[axis] for axis in axes)
         size = number(count if count.number is None else count.number, "i64")
         return pointwise(A * B, tensor.dtype, row(tensor), cast(size, tensor.dtype))
 

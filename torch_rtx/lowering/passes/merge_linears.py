@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from math import inf
 
 from torch_rtx import aten
@@ -25,11 +26,14 @@ LINEAR = "aten.linear.default"
 def merge_linears(graph: Graph, infer: Inference) -> Graph:
     """Level import to level import.
 
-    Layers merge if their weights are parameters of one dtype, nothing depends on the strides of their results (slices
-    have others), and no anchor between them depends on one of them, unless the merged result is no larger than the
-    largest other tensor of the graph. A missing bias counts as zeros.
+    Layers merge if their weights are parameters of one dtype or views of such, nothing depends on the strides of their
+    results (slices have others), and no anchor between them depends on one of them, unless the merged result is no
+    larger than the largest other tensor of the graph. A missing bias counts as zeros.
     """
-    weights = {weight.value.name for weight in graph.weights} - graph.written
+    weights, views = _weights(graph)
+    moved = set(map(id, views))
+    rest = tuple(node for node in graph.nodes if id(node) not in moved)
+    graph = replace(graph, nodes=(*views, *rest))  # what the weights of a later layer need comes before the first one
     layout_visible = returned(graph) | {v.name for n in graph.nodes if n.kind == "fallback" for v in n.inputs}
     layout_visible |= with_sources(graph, {v.name for n in graph.nodes if n.op in aten.STRIDED for v in n.inputs})
     layout_visible |= aten.shared(graph)  # a copy to the captured strides would part results that share memory
@@ -56,6 +60,17 @@ def merge_linears(graph: Graph, infer: Inference) -> Graph:
         return True
 
     return rewrite(graph, infer, visit)
+
+
+def _weights(graph: Graph) -> tuple[set[str], list[Node]]:
+    """The names of the parameters that the graph does not write and of all views of them, and the nodes of these."""
+    names, views = {weight.value.name for weight in graph.weights} - graph.written, []
+    for node in graph.nodes:
+        seen = node.kind == "op" and aten.is_view(aten.overload(node.op)) and bool(node.inputs)
+        if seen and all(value.name in names for value in node.inputs):
+            names.update(value.name for value in node.results)
+            views.append(node)
+    return names, views
 
 
 def _groups(graph: Graph, layers: Mapping[int, object]) -> list[list[Node]]:

@@ -1,11 +1,12 @@
 """Raises attention written as matmuls around a softmax to one call, which has kernels.
 
     softmax(q k^T * scale + mask) v, with any of: masks that are added or filled in, a cast to f32 around the softmax,
-    leading dimensions merged by views for `bmm`
+    leading dimensions merged by views for `bmm`, scales of q and k, zeros in place of NaN in the softmax
 
 The raised call rounds fewer times. It is `scaled_dot_product_attention` where that gives the same: masks hide keys, and
-leave one to each query. Otherwise it is `torch_rtx.attention`, by which a query that sees no key is NaN, and keys that
-are filled with a number still count, where a query has no higher scores.
+leave one to each query, or the zeros are there for a query that sees no key (NaN in the scores then stays NaN).
+Otherwise it is `torch_rtx.attention`, by which a query that sees no key is NaN, and keys that are filled with a number
+still count, where a query has no higher scores.
 """
 
 from __future__ import annotations
@@ -32,7 +33,14 @@ PRODUCTS = {
     "aten.bmm.default": ("self", "mat2"),
     "aten.baddbmm.default": ("batch1", "batch2"),
 }
+SCALES = tuple(f"aten.{name}" for name in ("mul.Tensor", "mul.Scalar", "div.Tensor", "div.Scalar"))
 SOFTMAX = ("aten.softmax.int", "aten._softmax.default")
+# Of calls that fill: the names of the mask, of what is filled in where it is True, and of what stays elsewhere.
+FILLS = {
+    "aten.where.self": ("condition", "self", "other"),
+    "aten.masked_fill.Scalar": ("mask", "value", "self"),
+    "aten.masked_fill.Tensor": ("mask", "value", "self"),
+}
 COPIES = ("aten._to_copy.default", "aten.clone.default", "aten.view.default", "aten._unsafe_view.default")
 
 
@@ -46,6 +54,8 @@ class _Match:
     scale: float
     added: list[Value] = field(default_factory=list)
     filled: list[_Fill] = field(default_factory=list)
+    factors: list[Node] = field(default_factory=list)  # what scales the scores by numbers that are not known
+    zeroed: bool = False  # zeros take the place of NaN in the softmax
     lead: tuple[Dim, ...] | None = None  # leading dimensions of the scores to which the masks apply
 
 
@@ -112,12 +122,25 @@ class _Matcher:
             return None
         weights, value = (last.arg(name) for name in PRODUCTS[last.op])
         softmax = self._behind_copies(weights)
+        zeroed = softmax is not None and self._zeroes_nan(softmax)
+        if softmax is not None and zeroed:
+            softmax = self.constants.producer.get(_kept(softmax).name)
         if softmax is None or softmax.op not in SOFTMAX or not isinstance(value, Value):
             return None
         scores = softmax.arg("self")
         if not isinstance(scores, Value) or softmax.arg("dim") not in (-1, len(_shape(scores)) - 1):
             return None
-        return self._scores(scores, value)
+        return self._scores(scores, _Match(scores, scores, value, 1.0, zeroed=zeroed))
+
+    def _zeroes_nan(self, node: Node) -> bool:
+        """Whether a node puts 0 in place of NaN, and nothing else reads what it replaces."""
+        if node.op not in FILLS:
+            return False
+        mask, zero, kept = (node.arg(name) for name in FILLS[node.op])
+        check = self.producer(mask)
+        if check is None or check.op != "aten.isnan.default" or self._number(zero) != 0 or check.arg("self") != kept:
+            return False
+        return isinstance(kept, Value) and kept.name not in self.returned and self.users[kept.name] == [check, node]
 
     def _behind_copies(self, value: Attr) -> Node | None:
         """The producer of `value`, skipping casts, copies, and views that preserve the last two dimensions."""
@@ -135,21 +158,23 @@ class _Matcher:
             value, node = source, self.producer(source)
         return node
 
-    def _scores(self, scores: Value, value: Value) -> _Match | None:
-        found = _Match(scores, scores, value, 1.0)
+    def _scores(self, scores: Value, found: _Match) -> _Match | None:
         current = scores
         while (node := self._behind_copies(current)) is not None:
             output = node.outputs[0]
             assert output is not None
             if node.op in PRODUCTS:
                 return self._product(node, found)
-            if node.op in ("aten.mul.Tensor", "aten.mul.Scalar", "aten.div.Tensor", "aten.div.Scalar"):
-                other = self._number(node.arg("other"))
-                if other is None or not other or not math.isfinite(other):
+            if node.op in SCALES:
+                scale = self._scale(node)
+                if scale is not None:
+                    found.scale *= scale
+                elif _scales_rows(node):
+                    found.factors.append(node)
+                else:
                     return None
-                found.scale *= other if ".mul." in node.op else 1 / other
                 following = node.arg("self")
-            elif found.scale != 1.0:
+            elif found.scale != 1.0 or found.factors:
                 return None  # the scale applies to the mask, too
             else:
                 following = self._mask(node, found)
@@ -183,12 +208,7 @@ class _Matcher:
     def _leads_to_product(self, value: Attr) -> bool:
         """Whether `value` is a matmul, possibly scaled."""
         node = self._behind_copies(value)
-        while node is not None and node.op in (
-            "aten.mul.Tensor",
-            "aten.mul.Scalar",
-            "aten.div.Tensor",
-            "aten.div.Scalar",
-        ):
+        while node is not None and node.op in SCALES:
             node = self._behind_copies(node.arg("self"))
         return node is not None and node.op in PRODUCTS
 
@@ -209,9 +229,30 @@ class _Matcher:
             found.lead = lead or found.lead
         if not isinstance(query, Value) or not isinstance(key, Value):
             return None
-        found.query, found.key = query, key
+        if not all(_scales_queries(factor, query) for factor in found.factors):
+            return None
+        found.query, found.key = (self._unscaled(operand, found) for operand in (query, key))
         forms = {(_type(v).dtype, _shape(v)[:-2]) for v in (query, key, found.value)}
         return found if len(forms) == 1 and _is_float(query) and len(_shape(query)) >= 3 else None
+
+    def _unscaled(self, operand: Value, found: _Match) -> Value:
+        """An operand of the scores without its scale, which becomes one of the scores."""
+        node = self.producer(operand)
+        source = node.arg("self") if node is not None and node.op in SCALES else None
+        if node is None or not isinstance(source, Value) or _type(source).dtype != _type(operand).dtype:
+            return operand
+        scale = self._scale(node) if _shape(source) == _shape(operand) else None
+        if scale is None:
+            return operand
+        found.scale *= scale
+        return source
+
+    def _scale(self, node: Node) -> float | None:
+        """The number by which a node multiplies; None: it is not known, or nothing that a scale can be."""
+        other = self._number(node.arg("other"))
+        if other is None or not other or not math.isfinite(other):
+            return None
+        return other if ".mul." in node.op else 1 / other
 
     def _number(self, attr: Attr) -> float | None:
         if isinstance(attr, int | float):
@@ -237,6 +278,30 @@ class _Matcher:
         if len(visible) < len(known):  # the others show the first key
             visible = [mask[..., :1] for mask in visible]
         return not visible or bool(reduce(operator.and_, visible).any(-1).all())
+
+
+def _scales_rows(node: Node) -> bool:
+    """Whether a node scales scores by a tensor with one number, or one for each matrix, which may scale queries too."""
+    scores, other = node.arg("self"), node.arg("other")
+    if not isinstance(scores, Value) or not isinstance(other, Value) or _type(other).dtype != _type(scores).dtype:
+        return False
+    return set(_shape(other)[-2:]) <= {1} and len(_shape(other)) <= len(_shape(scores))
+
+
+def _scales_queries(node: Node, query: Value) -> bool:
+    """Whether the factor of a node fits the queries, whose leading dimensions may be merged."""
+    scores, factor = node.arg("self"), node.arg("other")
+    assert isinstance(scores, Value)
+    assert isinstance(factor, Value)
+    same = _shape(scores)[:-2] == _shape(query)[:-2] or set(_shape(factor)) <= {1}
+    return same and len(_shape(factor)) <= len(_shape(query))
+
+
+def _kept(node: Node) -> Value:
+    """What a fill leaves as it is where its mask is False."""
+    kept = node.arg(FILLS[node.op][2])
+    assert isinstance(kept, Value)
+    return kept
 
 
 def _type(value: Value | None) -> TensorType:
@@ -266,7 +331,12 @@ def _emit(found: _Match, last: Node, matcher: _Matcher, rewriter: Rewriter) -> A
         keys = _current(key.inputs[0], rewriter)
     else:
         keys = emit("transpose.int", self=_current(found.key, rewriter), dim0=-2, dim1=-1)
-    operands = [_current(found.query, rewriter), keys, _current(found.value, rewriter)]
+    query = _current(found.query, rewriter)
+    for node in found.factors:
+        factor = node.arg("other")
+        assert isinstance(factor, Value)
+        query = rewriter.emit(node.op, node.loc, self=query, other=_current(factor, rewriter))
+    operands = [query, keys, _current(found.value, rewriter)]
     lead = found.lead if mask is not None else None
     if lead is not None and lead != _shape(found.query)[:-2]:
         operands = [emit("view.default", self=v, size=(*lead, *_shape(v)[-2:])) for v in operands]
@@ -308,12 +378,14 @@ def _mask(found: _Match, matcher: _Matcher, rewriter: Rewriter, last: Node) -> _
     for mask in found.added:
         term = _current(mask, rewriter)
         total = term if total is None else emit("add.Tensor", self=total, other=term)
-    hides = matcher.leaves_a_key(found)
+    zeroed = found.zeroed and all(fill.number == -math.inf for fill in found.filled)
+    hides = zeroed or matcher.leaves_a_key(found)
     for fill in found.filled:
         keep = _current(fill.mask, rewriter)
         keep = keep if fill.keeps else emit("logical_not.default", self=keep)
         total = keep if total is None else emit("bitwise_and.Tensor", self=total, other=keep)
-        hides = hides and fill.number <= max(_lowest(fill.dtype), _lowest(dtype) * max(1.0, abs(found.scale)))
+        known = fill.number == -math.inf or not found.factors
+        hides = hides and known and fill.number <= max(_lowest(fill.dtype), _lowest(dtype) * max(1.0, abs(found.scale)))
     if total is None:
         return None
     return _Mask(total, next((number for number in numbers if math.isfinite(number)), None), hides)

@@ -1,4 +1,5 @@
-"""Simplifies attention masks: causal masks become the flag `is_causal`, masks that hide no key are removed.
+"""Simplifies attention masks: causal masks become the flag `is_causal`, masks that hide no key are removed, and masks
+that add zeros and minus infinity become the condition by which they do.
 
 Models compute masks by comparisons of positions. The pass evaluates those that do not depend on inputs, whatever their
 form: with static sizes by their elements, otherwise by a formula for an element.
@@ -31,13 +32,17 @@ def simplify_masks(graph: Graph, infer: Inference) -> Graph:
         mask = node.arg("attn_mask")
         if node.op not in (SDPA, ATTENTION) or not isinstance(mask, Value) or node.arg("is_causal"):
             return False
-        needed, op = _needed(mask, constants, positions), node.op
+        condition, exact = _condition(mask, constants)
+        needed, op = _needed(condition, constants, positions), node.op
+        causal = needed is not None and op == SDPA and _is_causal(needed, _scores(node), constants, positions)
+        if needed is not None and not causal and not exact:
+            needed = mask
         args: dict[str, Attr] = dict(node.args)
         if needed is None:
             del args["attn_mask"]
             args.pop("fill", None)
             op = SDPA
-        elif op == SDPA and _is_causal(needed, _scores(node), constants, positions):
+        elif causal:
             del args["attn_mask"]
             args["is_causal"] = True
         elif needed is not mask and len(needed.type.shape) >= 2:  # type: ignore[union-attr]  # a tensor, like `mask`
@@ -57,6 +62,26 @@ def visible_keys(mask: torch.Tensor) -> torch.Tensor:
     if mask.dtype == torch.bool:
         return mask
     return mask > torch.finfo(mask.dtype).min
+
+
+def _condition(mask: Value, constants: Constants) -> tuple[Value, bool]:
+    """The condition of a mask that adds 0 where it holds and else minus infinity; another mask as it is. And whether
+    the condition hides what the mask hides also in rows without a visible key, where the minimum of a dtype does not.
+    """
+    node = constants.producer.get(mask.name)
+    while node is not None and node.op == "aten.expand.default" and isinstance(source := node.arg("self"), Value):
+        node = constants.producer.get(source.name)
+    if node is None or node.op != "aten.where.self":
+        return mask, True
+    condition, *numbers = (node.arg(name) for name in ("condition", "self", "other"))
+    zero, hidden = map(constants.find, numbers)
+    if zero is None or hidden is None or not isinstance(condition, Value) or not isinstance(condition.type, TensorType):
+        return mask, True
+    if zero.dtype == torch.bool or not bool((zero == 0).all()) or bool(visible_keys(hidden).any()):
+        return mask, True
+    if len(condition.type.shape) < 2:
+        return mask, True
+    return condition, bool((hidden == -torch.inf).all())
 
 
 def _needed(mask: Value, constants: Constants, positions: Positions) -> Value | None:

@@ -111,10 +111,12 @@ def shrink(x: Tensor, *, bias: float = 0.0, lambd: float = 0.5) -> Tensor:
     return moved.to(x.dtype)
 
 
-def _flat(x: Tensor, axis: int) -> Tensor:
-    """`x` as the matrix that the operators of a distribution had before opset 13."""
+def _over_rows(function: Callable[[Tensor], Tensor], x: Tensor, axis: int) -> Tensor:
+    """`function` over all axes from `axis` on, as the operators of a distribution had it before opset 13."""
     axis = axis % max(x.dim(), 1)
-    return x.reshape(math.prod(x.shape[:axis]), -1)
+    if axis == x.dim() - 1:
+        return function(x)
+    return function(x.reshape(math.prod(x.shape[:axis]), -1)).reshape(x.shape)
 
 
 @op("Softmax", since=13)
@@ -126,7 +128,7 @@ def softmax(x: Tensor, *, axis: int = -1) -> Tensor:
 @op("Softmax")
 def softmax_flat(x: Tensor, *, axis: int = 1) -> Tensor:
     """Softmax over all axes from `axis` on."""
-    return torch.softmax(_flat(x, axis), -1).reshape(x.shape)
+    return _over_rows(softmax, x, axis)
 
 
 @op("LogSoftmax", since=13)
@@ -138,7 +140,7 @@ def log_softmax(x: Tensor, *, axis: int = -1) -> Tensor:
 @op("LogSoftmax")
 def log_softmax_flat(x: Tensor, *, axis: int = 1) -> Tensor:
     """LogSoftmax over all axes from `axis` on."""
-    return torch.log_softmax(_flat(x, axis), -1).reshape(x.shape)
+    return _over_rows(log_softmax, x, axis)
 
 
 @op("Hardmax", since=13)
@@ -152,4 +154,4 @@ def hardmax(x: Tensor, *, axis: int = -1) -> Tensor:
 @op("Hardmax")
 def hardmax_flat(x: Tensor, *, axis: int = 1) -> Tensor:
     """Hardmax over all axes from `axis` on."""
-    return hardmax(_flat(x, axis)).reshape(x.shape)
+    return _over_rows(hardmax, x, axis)

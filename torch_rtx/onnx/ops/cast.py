@@ -97,6 +97,11 @@ def cast(x: Tensor, *, to: int, saturate: int = 1, round_mode: str = "up") -> Te
     return cast_to(x, dtype_of(to), saturate, round_mode)
 
 
+def cast_in(dtype: torch.dtype, x: Tensor, *, to: int, saturate: int = 1, round_mode: str = "up") -> Tensor:
+    """Cast to float32, of a module that computes in another dtype."""
+    return x.to(dtype)
+
+
 @op("CastLike")
 def cast_like(x: Tensor, like: Tensor, *, saturate: int = 1, round_mode: str = "up") -> Tensor:
     """`x` in the data type of another tensor."""

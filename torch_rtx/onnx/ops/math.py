@@ -230,8 +230,13 @@ def bit_shift(x: Tensor, y: Tensor, *, direction: str) -> Tensor:
 
 
 @op("Where")
-def where(condition: Tensor, x: Tensor, y: Tensor) -> Tensor:
+def where(condition: Tensor, x: Tensor, y: Tensor, *, constants: Sequence[Any] = (None, None, None)) -> Tensor:
     """Elements of `x` or `y`, broadcast."""
+    numbers = lone(constants[1], y), lone(constants[2], x)
+    x, y = (
+        value if number is None else torch.full(value.shape, number, dtype=value.dtype, device=value.device)
+        for value, number in zip((x, y), numbers, strict=True)
+    )
     return torch.where(condition, x, y)
 
 

@@ -370,7 +370,7 @@ def instance_normalization(
     x: Tensor, scale: Tensor, bias: Tensor, *, epsilon: float = 1e-5, consumed_inputs: Ints | None = None
 ) -> Tensor:
     """x (N, C, D...), scale and bias (C)."""
-    return torch.instance_norm(x, scale, bias, None, None, True, 0.0, epsilon, False)
+    return F.group_norm(x, scale.shape[0], scale, bias, epsilon)
 
 
 @op("GroupNormalization", since=21)

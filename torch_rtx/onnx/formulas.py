@@ -1,0 +1,86 @@
+"""Tensors that a formula describes: of one number, of positions along an axis, and triangles of two numbers.
+
+Exporters compute the masks and the positions of a model and write them as tensors, of which nothing is known to a
+compiler. Written as PyTorch writes them, a causal mask is seen to be one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class Formula:
+    """A tensor of `shape`: first + step * (place on `axis`), or `other` where the column is more than `diagonal` behind
+    the row.
+
+    Attributes:
+        other: None: the same formula holds everywhere.
+    """
+
+    shape: tuple[int, ...]
+    first: float
+    step: int = 0
+    axis: int = 0
+    other: float | None = None
+    diagonal: int = 0
+
+    def tensor(self, like: Tensor) -> Tensor:
+        """The tensor, in the dtype and on the device of another."""
+        dtype, device = like.dtype, like.device
+        if self.step:
+            sizes = [size if axis == self.axis else 1 for axis, size in enumerate(self.shape)]
+            places = torch.arange(self.shape[self.axis], device=device) * self.step + int(self.first)
+            return places.to(dtype).reshape(sizes).expand(self.shape)
+        if self.other is None:
+            return torch.full(self.shape, self.first, dtype=dtype, device=device)
+        rows, columns = (torch.arange(size, device=device) for size in self.shape[-2:])
+        inner = torch.full((), self.first, dtype=dtype, device=device)
+        outer = torch.full((), self.other, dtype=dtype, device=device)
+        return torch.where(columns <= rows[:, None] + self.diagonal, inner, outer).expand(self.shape)
+
+
+def computed(like: Tensor, *, formula: Formula) -> Tensor:
+    """The tensor of a formula, as an operator."""
+    return formula.tensor(like)
+
+
+def formula(tensor: Tensor) -> Formula | None:
+    """The formula of a tensor, exact to the bit; None: there is none."""
+    shape, bits = tuple(tensor.shape), tensor.contiguous().view(BITS[tensor.dtype.itemsize])
+    if tensor.numel() < 2 or tensor.is_complex():
+        return None
+    first = bits.reshape(-1)[0]
+    if bool((bits == first).all()):
+        return Formula(shape, tensor.reshape(-1)[0].item())
+    return _progression(tensor, shape) if tensor.dtype in (torch.int32, torch.int64) else _triangle(tensor, bits, shape)
+
+
+def _progression(tensor: Tensor, shape: tuple[int, ...]) -> Formula | None:
+    first = int(tensor.reshape(-1)[0])
+    for axis, size in enumerate(shape):
+        step = int(tensor.select(axis, min(1, size - 1)).reshape(-1)[0]) - first
+        found = Formula(shape, first, step, axis)
+        if step and torch.equal(found.tensor(tensor), tensor):
+            return found
+    return None
+
+
+def _triangle(tensor: Tensor, bits: Tensor, shape: tuple[int, ...]) -> Formula | None:
+    """Of a lower triangle: its corners at the lower left and the upper right differ."""
+    if len(shape) < 2:
+        return None
+    inner, outer = bits[..., -1, 0].reshape(-1)[0], bits[..., 0, -1].reshape(-1)[0]
+    (first, other) = (tensor[..., row, column].reshape(-1)[0].item() for row, column in ((-1, 0), (0, -1)))
+    last_row = bits[..., -1, :].reshape(-1, shape[-1])[0]
+    diagonal = int((last_row == inner).sum()) - shape[-2]  # where the last row ends
+    if diagonal + shape[-2] == shape[-1]:  # at its end: the first row says it
+        diagonal = int((bits[..., 0, :].reshape(-1, shape[-1])[0] == inner).sum()) - 1
+    rows, columns = torch.arange(shape[-2]), torch.arange(shape[-1])
+    wanted = torch.where(columns <= rows[:, None] + diagonal, inner, outer)
+    return Formula(shape, first, other=other, diagonal=diagonal) if bool((bits == wanted).all()) else None
