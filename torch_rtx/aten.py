@@ -43,7 +43,10 @@ STRIDED = frozenset(
     )
 ) | {"aten.view.dtype", "aten.view_as_complex.default"}
 # Library calls whose `out=` writes the result in place; the `out=` of others copies it there.
-OUT = frozenset(f"aten.{name}.default" for name in ("mm", "addmm", "bmm", "baddbmm"))
+OUT = frozenset(
+    f"aten.{name}"
+    for name in ("mm.default", "mm.dtype", "addmm.default", "bmm.default", "bmm.dtype", "baddbmm.default")
+)
 # Ops whose results may alias an input although their schemas do not say so.
 MAY_ALIAS = frozenset(
     f"aten.{name}"
@@ -117,7 +120,8 @@ def schema(op: torch._ops.OpOverload) -> dict[str, tuple[str, bool]]:
 
 def out_of(name: str) -> torch._ops.OpOverload:
     """The `out=` overload of an operator of `OUT`."""
-    return getattr(torch.ops.aten, name.split(".")[1]).out
+    _, op, kind = name.split(".")
+    return getattr(getattr(torch.ops.aten, op), "out" if kind == "default" else f"{kind}_out")
 
 
 @cache

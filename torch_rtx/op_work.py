@@ -22,6 +22,8 @@ class Operands(NamedTuple):
 PRODUCTS: Mapping[str, Operands] = {
     "aten.mm.default": Operands("self", "mat2"),
     "aten.bmm.default": Operands("self", "mat2"),
+    "aten.mm.dtype": Operands("self", "mat2"),
+    "aten.bmm.dtype": Operands("self", "mat2"),
     "aten.matmul.default": Operands("self", "other"),
     "aten.linear.default": Operands("input", "weight", "bias"),
     "aten.addmm.default": Operands("mat1", "mat2", "self"),

@@ -375,6 +375,25 @@ def test_independent_loops_fuse_where_they_are_short(rows: int, kernels: int) ->
     assert sum(node.kind == "kernel" for node in graph.nodes) == kernels
 
 
+@pytest.mark.parametrize("rows_first", [False, True])
+@pytest.mark.parametrize(("operand", "kernels"), [("x", 1), ("y", 2)])
+def test_independent_loops_over_elements_and_rows_fuse_where_they_read_the_same(
+    operand: str, kernels: int, rows_first: bool
+) -> None:
+    """An activation that the backward computes again, and its gradient with the sum of that."""
+    elements = f"a: f16[4096, 4096] = op aten.gelu.default(self={operand})"
+    rows = """b: f16[4096, 4096] = op aten.gelu_backward.default(grad_output=g, self=x)
+        c: f16[4096] = op aten.sum.dim_IntList(self=b, dim=[0])"""
+    loops = "\n".join([rows, elements] if rows_first else [elements, rows])
+    graph = fused(f"""
+        input x: f16[4096, 4096]
+        input y: f16[4096, 4096]
+        input g: f16[4096, 4096]
+        {loops}
+        return [a, b, c]""")
+    assert sum(node.kind == "kernel" for node in graph.nodes) == kernels
+
+
 def test_a_loop_over_two_products_belongs_to_the_last() -> None:
     graph = fused("""
         input x: f16[64, 64]

@@ -244,6 +244,27 @@ def test_library_calls_write_to_the_arena() -> None:
         torch.testing.assert_close(f, (w @ (w @ c)).t())
 
 
+FLOAT32 = """graph fused {{
+  input x: bf16{shape}
+  p: f32{shape} = extern aten.{op}.dtype(self=x, mat2=x, out_dtype='f32')
+  r: f32{shape} = extern aten.neg.default(self=p)
+  return [r]
+}}
+"""
+
+
+@pytest.mark.parametrize(("op", "shape"), [("mm", [8, 8]), ("bmm", [2, 8, 8])])
+def test_products_in_float32_write_to_the_arena(op: str, shape: list[int]) -> None:
+    """PyTorch has them for CUDA alone."""
+    x = torch.randn(shape).bfloat16()
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl(f"{op}.dtype_out", lambda a, b, dtype, out: out.copy_(a.to(dtype) @ b.to(dtype)), "CPU")
+        code = compile_graph(parse(FLOAT32.format(op=op, shape=shape)), CPU)
+        (result,) = code([x], [])
+    assert code.source.count("out=") == 1
+    torch.testing.assert_close(result, -(x.float() @ x.float()))
+
+
 @pytest.mark.quick
 def test_a_session_tells_its_memory() -> None:
     store = WeightStore(GRAPH, CPU, {})

@@ -246,23 +246,24 @@ class FusionPlan:
         return False
 
     def _merge_siblings(self) -> None:
-        """Fuse independent loops of one iteration space, if they read the same value or are launch-bound."""
+        """Fuse independent loops whose iteration spaces agree, if they read the same value or are launch-bound."""
         for readers in self.readers.values():
             self._merge_independent(readers)
         self._merge_independent([index for index, group in self.group_of.items() if _is_tiny(group.space)])
 
     def _merge_independent(self, indices: list[int]) -> None:
-        """Fuse those groups of these nodes that have one iteration space and do not depend on each other."""
-        found: dict[tuple[int, IterationSpace], FusionGroup] = {}
+        """Fuse those groups of these nodes whose iteration spaces agree and that do not depend on each other."""
+        found: dict[int, dict[IterationSpace, int]] = {}  # by epoch, the last node of each iteration space
         for index in indices:
-            second = self.group_of[index]
-            if second.space is None:
-                continue
-            loop = second.epoch, second.space
-            first = found.get(loop, second)
-            if first is not second and not self._depend(first, second) and self._is_gain(first, second):
-                self._merge(first, second, second.space)
-            found[loop] = self.group_of[index]
+            last = found.setdefault(self.group_of[index].epoch, {})
+            for other in last.values():
+                first, second = self.group_of[other], self.group_of[index]
+                space = self._common_space(first, second) if first is not second else None
+                if space is not None and not self._depend(first, second) and self._is_gain(first, second):
+                    self._merge(first, second, space)
+            space = self.group_of[index].space
+            if space is not None:
+                last[space] = index
 
     def _is_gain(self, first: FusionGroup, second: FusionGroup) -> bool:
         """One launch and what both read are a good part of the time of independent loops. Otherwise these are better

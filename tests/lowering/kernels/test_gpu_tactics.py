@@ -34,9 +34,21 @@ def layers(activation: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Linear(256, 512), activation, nn.Linear(512, 256), activation)
 
 
+class InFloat32(nn.Module):
+    """A product of halves whose result is cast, as the gradients of weights under autocast are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(256, 512))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x.mT @ self.weight).float()
+
+
 CASES = {
     "relu": (layers(nn.ReLU()), (48, 256), ("kernel", "library", "cublaslt")),
     "gelu": (layers(nn.GELU(approximate="tanh")), (2, 24, 256), ("kernel", "library", "cublaslt")),
+    "in float32": (InFloat32(), (256, 768), ("kernel", "library", "cublas")),
     "convolutions": (Residual(), (4, 64, 28, 28), ("kernel", "library", "cudnn")),
     "few rows": (nn.Sequential(nn.Linear(8192, 512), nn.ReLU()), (16, 8192), ("kernel", "split", "library")),
 }

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.lowering.kernels.kernel_bodies import library
+from torch_rtx import aten
 from torch_rtx.ir import Graph
 from torch_rtx.irparse import parse
 from torch_rtx.lowering.kernels.gemm_perf_model import typical
@@ -203,6 +204,90 @@ def test_cudnn(body: Graph, expected: str | None) -> None:
         assert f"aten.{expected}.default" in str(tactic.body)
         own = next(head for head, _ in found if OWN in head.kernels)
         assert tactic.expected_us > own.expected_us  # it is measured before it is used
+
+
+def product(x: str, w: str, *nodes: str, results: str = "r") -> Graph:
+    lines = "\n".join([f"input x: {x}", f"input w: {w}", *nodes, f"return [{results}]"])
+    return parse(f"graph import {{\n{lines}\n}}")
+
+
+X, W, MM = "bf16[32, 16]", "bf16[16, 24]", "p: bf16[32, 24] = op aten.mm.default(self=x, mat2=w)"
+T = "t: bf16[24, 32](1, 24) = op aten.t.default(self=p)"
+CAST = "r: f32[32, 24] = op aten._to_copy.default(self=p, dtype='f32')"
+LINEAR = "p: bf16[2, 4, 24] = op aten.linear.default(input=x, weight=w)"
+IN_FLOAT32 = {
+    "mm": (product(X, W, MM, CAST), "mm"),
+    "float16": (parse(str(product(X, W, MM, CAST)).replace("bf16", "f16")), "mm"),
+    "views": (product(X, W, MM, T, "u: bf16[32, 24] = op aten.t.default(self=t)", CAST.replace("=p", "=u")), "mm"),
+    "linear": (
+        product("bf16[2, 4, 16]", "bf16[24, 16]", LINEAR, CAST.replace("[32, 24]", "[2, 4, 24]")),
+        "mm",
+    ),
+    "reshaped": (
+        product(
+            "bf16[2, 4, 16]",
+            "bf16[24, 16]",
+            LINEAR,
+            "u: bf16[8, 24] = op aten.view.default(self=p, size=[8, 24])",
+            "r: f32[8, 24] = op aten._to_copy.default(self=u, dtype='f32')",
+        ),
+        "mm",
+    ),
+    "bmm": (
+        product(
+            "bf16[2, 32, 16]",
+            "bf16[2, 16, 24]",
+            "p: bf16[2, 32, 24] = op aten.bmm.default(self=x, mat2=w)",
+            CAST.replace("[", "[2, ", 1),
+        ),
+        "bmm",
+    ),
+    "transposed": (product(X, W, MM, T, "r: f32[24, 32](1, 24) = op aten._to_copy.default(self=t, dtype='f32')"), None),
+    "transposed in memory": (
+        product(
+            *(X, W, MM, T),
+            "r: f32[24, 32] = op aten._to_copy.default(self=t, dtype='f32', memory_format='contiguous_format')",
+        ),
+        None,
+    ),
+    "float32": (parse(str(product(X, W, MM, CAST)).replace("bf16", "f32")), None),
+    "float64": (parse(str(product(X, W, MM, CAST)).replace("f32", "f64")), None),
+    "computed": (product(X, W, MM, CAST.replace("r:", "c:"), "r: f32[32, 24] = op aten.relu.default(self=c)"), None),
+    "rounded": (
+        product(X, W, MM, "h: f16[32, 24] = op aten._to_copy.default(self=p, dtype='f16')", CAST.replace("=p", "=h")),
+        None,
+    ),
+    "a part": (
+        product(
+            *(X, W, MM, "u: bf16[32, 8](24, 1) = op aten.slice.Tensor(self=p, dim=1, start=0, end=8)"),
+            "r: f32[32, 8] = op aten._to_copy.default(self=u, dtype='f32')",
+        ),
+        None,
+    ),
+    "two results": (product(X, W, MM, CAST, results="r, p"), None),
+    "a bias": (
+        product(X, W, "input b: bf16[24]", MM.replace("mm.default(self=x", "addmm.default(self=b, mat1=x"), CAST),
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", IN_FLOAT32)
+def test_cublas_writes_float32(case: str) -> None:
+    """What a call on the CPU, which PyTorch lacks, would give is what the body does."""
+    body, op = IN_FLOAT32[case]
+    found = [head for head, _ in forms(body, "k", arch_of(90)) if head.kind == "cublas"]
+    assert len(found) == (op is not None)
+    cpu = torch.device("cpu")
+    given = [torch.randn(value.type.shape).to(aten.DTYPES[value.type.dtype]) for value in body.inputs]
+    for tactic in found:
+        check_tactic(tactic.with_kernels(lambda op, kernel: 1 / 0), "k", body)  # it launches nothing
+        assert tactic.body is not None
+        assert [node.op for node in tactic.body.nodes if "mm" in node.op] == [f"aten.{op}.dtype"]
+        with torch.library._scoped_library("aten", "IMPL") as library:
+            library.impl(f"{op}.dtype", lambda a, b, dtype: a.to(dtype) @ b.to(dtype), "CPU")
+            results = compile_graph(tactic.body, cpu)(given, ())
+        torch.testing.assert_close(results, compile_graph(body, cpu)(given, ()), rtol=1e-2, atol=1e-2)
 
 
 def test_a_call_on_the_cpu_gives_what_the_body_does() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import Dim, Graph, Node, TensorType, Value, contiguous, dim_expr
+from torch_rtx.ir import Dim, Graph, Node, TensorType, Value, attr_values, contiguous, dim_expr
 from torch_rtx.lowering.kernels.body_builder import BodyBuilder, argument, names_in, type_of
 from torch_rtx.lowering.kernels.expressions import A, B
 from torch_rtx.lowering.kernels.families.family import MODEL_ERROR, Family, Offer, around, library_us, splits
@@ -18,9 +18,20 @@ from torch_rtx.lowering.kernels.gemm_perf_model import (
     ranked_configs,
     typical,
 )
-from torch_rtx.lowering.kernels.index import Index, from_dim, unravel
+from torch_rtx.lowering.kernels.index import Index, from_dim, product, ravel, unravel, variable
 from torch_rtx.lowering.kernels.kernel import Kernel
-from torch_rtx.lowering.kernels.kernel_ir import ONE, ZERO, Load, Position, Tensor, cast, number, pointwise
+from torch_rtx.lowering.kernels.kernel_ir import (
+    ONE,
+    ZERO,
+    Load,
+    Pointwise,
+    Position,
+    Tensor,
+    View,
+    cast,
+    number,
+    pointwise,
+)
 from torch_rtx.lowering.kernels.matmul_template import Contraction, GemmConfig, GemvWriter, MmaWriter, anchor_result
 from torch_rtx.lowering.kernels.region import Region, tensor_type
 from torch_rtx.lowering.kernels.split import added, split_anchor
@@ -183,9 +194,13 @@ def _others(region: Region, name: str, arch: Arch, us: float) -> Iterator[Offer]
     usual, before_us = _has_aligned_rows(region.anchor), prologue_us(region, arch)
     plain = MODEL_ERROR * gemm_us(region, contraction, arch)
     yield Offer("library", library_us(FAMILY.name, region, arch, plain, before_us, epilogue_us(region, arch), usual))
-    fused = _with_activation(region.body)
-    if fused is not None:
-        yield Offer("cublaslt", library_us(FAMILY.name, region, arch, plain, before_us, 0.0, usual), fused)
+    calls = {
+        "cublaslt": _with_activation(region.body),
+        "cublas": _in_float32(region),
+    }
+    for kind, call in calls.items():
+        if call is not None:
+            yield Offer(kind, library_us(FAMILY.name, region, arch, plain, before_us, 0.0, usual), call)
 
 
 def _has_aligned_rows(anchor: Node) -> bool:
@@ -213,25 +228,67 @@ def _with_activation(body: Graph) -> Graph | None:
     assert isinstance(result, Value)
     if type_of(result).strides != contiguous(type_of(result).shape):
         return None
+    calls = BodyBuilder(names_in(body), before)
+    matrices = _matrices(calls, anchor)
+    if matrices is None:
+        return None
+    first, second, shape = matrices
+    type_ = TensorType(type_of(result).dtype, shape, contiguous(shape))
+    gelu = {"use_gelu": True} if is_gelu else {}
+    total = calls.call("_addmm_activation.default", type_, self=bias, mat1=first, mat2=second, **gelu)
+    calls.reshape(total, type_of(result).shape)
+    return calls.body(body.inputs, result)
+
+
+def _in_float32(region: Region) -> Graph | None:
+    """The body as one call of cuBLAS that writes float32 (`aten.mm.dtype`), if nothing but a cast of the product of
+    halves to float32, and views, follows: no kernel has to read and write that product again."""
+    body, (_, out, type_) = region.body, anchor_result(region, "gemm")
+    before, anchor, _ = around(body, OPS)
+    if [found.dtype for found in region.types] != ["f32"] or type_.dtype not in ("f16", "bf16"):
+        return None
+    if anchor.arg(PRODUCTS[anchor.op].added) is not None or not _is_reshaped(region, out):
+        return None
+    calls, op = BodyBuilder(names_in(body), before), "mm.dtype"
+    matrices = _matrices(calls, anchor)
+    if matrices is None and anchor.op == "aten.bmm.default":
+        matrices, op = (argument(anchor, "self"), argument(anchor, "mat2"), type_.shape), "bmm.dtype"
+    if matrices is None:
+        return None
+    first, second, shape = matrices
+    total = calls.call(op, TensorType("f32", shape, contiguous(shape)), self=first, mat2=second, out_dtype="f32")
+    (result,) = attr_values(body.outputs)
+    calls.reshape(total, type_of(result).shape)
+    return calls.body(body.inputs, result)
+
+
+def _matrices(calls: BodyBuilder, anchor: Node) -> tuple[Value, Value, tuple[Dim, ...]] | None:
+    """The factors of a product as two matrices, and the shape of their product; None for batches of both."""
     first, second = (argument(anchor, operand) for operand in PRODUCTS[anchor.op][:2])
     if len(type_of(second).shape) != 2:
         return None
-    calls = BodyBuilder(names_in(body), before)
     if anchor.op == "aten.linear.default":
         second = calls.permute(second, (1, 0))
-    *lead, columns = type_of(result).shape
+    *lead, depth = type_of(first).shape
     rows = dim_expr("*", 1, *lead)
-    shape = rows, columns
-    total = calls.call(
-        "_addmm_activation.default",
-        TensorType(type_of(result).dtype, shape, contiguous(shape)),
-        self=bias,
-        mat1=calls.reshape(first, (rows, type_of(first).shape[-1])),
-        mat2=second,
-        **({"use_gelu": True} if is_gelu else {}),
-    )
-    calls.reshape(total, type_of(result).shape)
-    return calls.body(body.inputs, result)
+    return calls.reshape(first, (rows, depth)), second, (rows, type_of(second).shape[-1])
+
+
+def _is_reshaped(region: Region, out: Load) -> bool:
+    """The only result of `region` has the elements of the anchor's result `out`, in row-major order of both."""
+    (tensor,), (type_,) = region.outputs, region.types
+    shape = tensor.shape
+    position = index = tuple(variable(f"i{axis}", size) for axis, size in enumerate(shape))
+    while tensor is not out:
+        if isinstance(tensor, View):
+            position, tensor = tensor.at(position), tensor.source
+        elif isinstance(tensor, Pointwise) and tensor.same_register is not None:
+            tensor = tensor.same_register
+        else:
+            return False
+    if type_.strides != contiguous(type_.shape) or product(shape) != product(out.shape):
+        return False
+    return ravel(position, out.shape) == ravel(index, shape)
 
 
 def _expected_us(region: Region, arch: Arch, config: GemmConfig) -> float:
