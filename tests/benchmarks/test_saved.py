@@ -16,8 +16,9 @@ def test_a_step_saves_less_than_by_default():
     rows = dict(own.rows)
     assert rows["parameters"] == own.trained == rows["states of AdamW"] // 2
     assert rows["arena of the forward, with what it saves"] > own.memories[0].arena
-    # Nearly all gradients lie over what was saved, and half of what the backward computes.
-    assert rows["(gradients over what was saved)"] > 0.8 * own.trained
+    # All gradients but that of the tied table, which begins before anything saved is free, lie over what was saved, and
+    # half of what the backward computes.
+    assert rows["(gradients over what was saved)"] > 0.6 * own.trained
     assert rows["arena of the backward, beside that of the forward"] < 0.5 * own.memories[1].arena
     assert rows["peak"] < rows["peak if forward and backward shared nothing"]
 
