@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from tests.doubles.interpreter import run
+from tests.lowering.kernels import kernel_bodies
 from tests.lowering.kernels.kernel_bodies import body, check_split, empty, offered, random_tensor
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import attr_values, verify
 from torch_rtx.lowering.kernels import row_blocks
 from torch_rtx.lowering.kernels.aot import compile_kernels
+from torch_rtx.lowering.kernels.families import loop
 from torch_rtx.lowering.kernels.generate import generate
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.region import region
@@ -105,6 +107,34 @@ def test_any_number_of_rows(size: int) -> None:
     assert str(form.nodes[0].outputs[0].type) == "f32[((7 + (3 * z)) // 8), 1, 40]"  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("size", ["29, 384", "24, 384", "3, 7, 200", "33, 4, 24"])
+def test_columns_beside_no_rows(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program has some columns of a block, and the gradient of a bias is summed where that of its layer is made."""
+    monkeypatch.setattr(kernel_bodies, "split_in", split_columns)
+    monkeypatch.setattr(loop, "PROGRAMS_PER_PROCESSOR", 0)  # as if there were many rows
+    text = f"""
+        g: H[{size}]
+        x: H[{size}]
+        y: H[{size}] = gelu.default(self=x)
+        d: H[{size}] = gelu_backward.default(grad_output=g, self=x)
+        b: H[{size.partition(", ")[2]}] = sum.dim_IntList(self=d, dim=[0])
+        return y, d, b"""
+    parts, _ = check_split(text, 8).nodes
+    kernel = generate(parts.body, "k", arch_of(80), 0)  # type: ignore[arg-type]
+    assert kernel is not None
+    assert "for start in range(0, 8, " in kernel.source
+    assert ("column = program % 3 * 128" in kernel.source) == ("384" in size)
+
+
+@pytest.mark.parametrize(("rows", "first"), [(4096, True), (16, False)])
+def test_blocks_are_tried_where_there_are_enough(rows: int, first: bool) -> None:
+    call = "sum.dim_IntList(self=x, dim=[1], keepdim=True, dtype='f32')"
+    graph = body(f"x: H[{rows}, 16, 768]\nb: f32[{rows}, 1, 768] = {call}\nreturn b")
+    kernel = generate(graph, "k", arch_of(90), 0)
+    assert kernel is not None
+    assert ("for start" in kernel.source) == first
+
+
 def test_configurations(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the tile, it divides a block, and results are right."""
     for tile in TILES:
@@ -141,7 +171,6 @@ def test_the_loop_loads_before_it_reduces() -> None:
         SOFTMAX.replace("return d, b", "u: H[23, 50] = sub.Tensor(self=d, other=b)\nreturn d, u"),  # needed by the rows
         "z: H[46, 50]\n" + SOFTMAX.strip().replace("self=d, dim=[0]", "self=z, dim=[0]"),  # other rows
         "z: H[21, 50]\n" + SOFTMAX.strip().replace("self=d, dim=[0]", "self=z, dim=[0]"),
-        "x: H[23, 50]\nb: H[50] = sum.dim_IntList(self=x, dim=[0])\nreturn b",  # no rows that are reduced
     ],
 )
 def test_what_is_no_such_loop(text: str) -> None:

@@ -22,7 +22,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import Dim
+from torch_rtx.ir import Dim, dim_expr
 from torch_rtx.lowering.kernels.emit import Axis, indent, loads_first
 from torch_rtx.lowering.kernels.index import Index, constant, from_dim, linear, product, unravel, variable
 from torch_rtx.lowering.kernels.kernel import Kernel
@@ -31,8 +31,11 @@ from torch_rtx.lowering.kernels.loops import PERSISTENT, LoopConfig, LoopWriter,
 from torch_rtx.lowering.kernels.region import Region, reductions_of
 from torch_rtx.lowering.kernels.source import assemble, next_power_of_2
 
-TILES = (1024, 8), (1024, 4), (2048, 16), (2048, 8)  # elements of a tile, and for each thread; the fastest first
-PROGRAM = "program"
+# Elements of a tile, and for each thread, the fastest first. Rows that are reduced wait for each other at barriers.
+TILES = (1024, 8), (1024, 4), (2048, 16), (2048, 8)
+TILES_WITHOUT_ROWS = (2048, 16), (1024, 8), (2048, 8), (4096, 16)
+MIN_WIDTH, MAX_WIDTH = 128, 1024  # of a tile, where rows are not reduced
+PROGRAM, COLUMN = "program", "column"
 
 
 class BlockConfig(LoopConfig):
@@ -41,41 +44,58 @@ class BlockConfig(LoopConfig):
 
 @dataclass(frozen=True)
 class RowBlocks:
-    """The iteration space: `programs` blocks of `size` rows, the last ones with less, and a sum over rows of a block
-    for each output in `sums`."""
+    """The iteration space: `number` blocks of `size` rows, the last one with less, and a sum over rows of a block for
+    each output in `sums`. A program has `width` columns of a block: all, where rows are reduced."""
 
     rows: Rows
-    programs: Dim
+    number: Dim
     size: int
     sums: dict[int, Reduce]
+    width: int
+
+    @property
+    def tiles(self) -> int:
+        """How many programs the columns of a block have."""
+        return -(-(self.rows.size.number or 1) // self.width)
 
 
 def row_blocks(region: Region) -> RowBlocks:
-    """The iteration space of a region that reduces whole rows, and sums blocks of them.
+    """The iteration space of a region that sums blocks of rows, and may reduce whole ones.
 
     Raises:
         Unsupported: it is something else.
     """
     sums = {at: output for at, output in enumerate(region.outputs) if isinstance(output, Reduce) and _is_sum(output)}
-    reductions = [one for one in reductions_of(region.outputs) if one not in sums.values()]
-    if not sums or not reductions or region.anchor is not None:
+    if not sums or region.anchor is not None:
         raise Unsupported("a loop without sums over blocks of rows")
-    source, axes = reductions[0].source, memory_order(reductions[0])
-    width = product(source.shape[axis] for axis in axes)
-    rows = Rows(product(s for at, s in enumerate(source.shape) if at not in axes), width, source.shape, axes)
-    blocks = {one.source.shape[:2] for one in sums.values()}
-    shapes = {(one.source.shape, one.axes) for one in reductions}
-    size = next(iter(blocks))[1].number
-    if len(blocks) > 1 or size is None or not rows.contiguous or (width.number or PERSISTENT + 1) > PERSISTENT:
-        raise Unsupported("sums over different rows, or beside rows that are not held in registers")
-    if any((rows.count, width) != _rows(*one) for one in shapes):
+    reductions = [one for one in reductions_of(region.outputs) if one not in sums.values()]
+    number, block, *columns = next(iter(sums.values())).source.shape
+    if reductions:
+        shape, axes = reductions[0].source.shape, memory_order(reductions[0])
+    else:
+        shape, axes = (_rows_of(next(iter(sums.values())))[-1], product(columns)), (1,)
+    rows = Rows(*_rows(shape, axes), shape, axes)
+    size, width = block.number, rows.size.number
+    if size is None or width is None or not rows.contiguous or (reductions and width > PERSISTENT):
+        raise Unsupported("sums beside rows that are not held in registers")
+    if any((rows.count, rows.size) != _rows(one.source.shape, one.axes) for one in reductions):
         raise Unsupported("rows of different sizes in one kernel")
-    if any(rows.count not in _rows_of(one) or product(one.source.shape[2:]) != width for one in sums.values()):
-        raise Unsupported("rows or columns that are not those of the loop")
-    others = (output for at, output in enumerate(region.outputs) if at not in sums)
-    if any(product(output.shape) not in (rows.count, rows.count * width) for output in others):
+    for one in sums.values():
+        if rows.count not in _rows_of(one) or product(one.source.shape[2:]) != rows.size:
+            raise Unsupported("rows or columns that are not those of the loop")
+        if one.source.shape[:2] != (number, block):
+            raise Unsupported("sums over different blocks of rows")
+    left = (output for at, output in enumerate(region.outputs) if at not in sums)
+    if any(product(output.shape) not in (rows.count, rows.count * rows.size) for output in left):
         raise Unsupported("outputs of different sizes in one kernel")
-    return RowBlocks(rows, region.types[min(sums)].shape[0], size, sums)
+    return RowBlocks(rows, region.types[min(sums)].shape[0], size, sums, tile_width(width, bool(reductions)))
+
+
+def tile_width(columns: int, whole: bool) -> int:
+    """How many columns a program has; with `whole`, all of them."""
+    divisor = columns & -columns
+    exact = not whole and divisor >= MIN_WIDTH
+    return min(divisor if exact else next_power_of_2(columns), PERSISTENT if whole else MAX_WIDTH)
 
 
 def _is_sum(reduction: Reduce) -> bool:
@@ -101,10 +121,11 @@ def block_configs(region: Region) -> list[BlockConfig]:
         Unsupported: see `row_blocks`.
     """
     blocks = row_blocks(region)
-    width = next_power_of_2(blocks.rows.size.number or 1)
+    width = blocks.width
     most = blocks.size & -blocks.size  # a power of two that divides the rows of a program
     found = []
-    for tile, each in TILES:
+    whole = len(reductions_of(region.outputs)) > len(blocks.sums)
+    for tile, each in TILES if whole else TILES_WITHOUT_ROWS:
         rows = min(max(tile // width, 1), most)
         warps = min(max(rows * width // (32 * each), 2), 16)
         found.append(BlockConfig(rows, width, warps))
@@ -115,7 +136,8 @@ def block_kernel(region: Region, name: str, config: BlockConfig) -> Kernel:
     """The kernel that computes `region`, see `row_blocks`."""
     writer = _BlockWriter(region, config, row_blocks(region))
     lines = writer.write()
-    return assemble(region, name, lines, writer.blocks.programs, config.num_warps, 1, writer.functions)
+    programs = dim_expr("*", writer.blocks.tiles, writer.blocks.number)
+    return assemble(region, name, lines, programs, config.num_warps, 1, writer.functions)
 
 
 class _BlockWriter(LoopWriter):
@@ -132,7 +154,10 @@ class _BlockWriter(LoopWriter):
     def write(self) -> list[str]:
         """All lines of the kernel."""
         emitter, config, size = self.emitter, self.config, self.blocks.size
-        lines = [f"{PROGRAM} = tl.program_id(0){self.cast}", *self._elements("0")]
+        lines = [f"{PROGRAM} = tl.program_id(0){self.cast}"]
+        if (tiles := self.blocks.tiles) > 1:
+            lines += [f"{COLUMN} = {PROGRAM} % {tiles} * {config.elements}", f"{PROGRAM} = {PROGRAM} // {tiles}"]
+        lines += self._elements(COLUMN if tiles > 1 else "0")
         totals = {at: self._accumulator(one, 0) for at, one in self.blocks.sums.items()}
         emitter.step(X, ())
         for reduction in self.reductions:

@@ -10,7 +10,8 @@ the sums read what the loop has in registers, and so it has to store that, in fl
     dw, db: f32[768], f32[768] = kernel norm_sum256(p, q)
         dw, db = sum(p, 0), sum(q, 0)
 
-The other way is `separate_columns`: a kernel for rows and one for columns.
+The other way is `separate_columns`: a kernel for rows and one for columns. Where nothing reduces rows, as in the
+gradients of an activation and of a bias, it is `split_reduction`, in chunks of columns.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch_rtx.lowering.kernels.body_builder import BodyBuilder, kernel, names_i
 from torch_rtx.lowering.kernels.gemm_perf_model import bytes_of, typical
 from torch_rtx.lowering.kernels.reduction_rules import RULES
 from torch_rtx.lowering.kernels.region import tensor_type
+from torch_rtx.lowering.kernels.row_blocks import tile_width
 from torch_rtx.lowering.kernels.split_reduction import MIN_US_TWO_KERNELS, reduces
 from torch_rtx.targets import Arch
 
@@ -51,7 +53,8 @@ def split_columns(body: Graph, name: str, block: int) -> Graph:
             second.nodes.append(node)
     early, late = _outputs(body, rows), _outputs(body, columns)
     count = typical(type_of(partial[0]).shape[0])
-    stored = (*partial, *early)
+    read = [value for node in second.nodes for value in node.inputs if value in _results(rows)]
+    stored = (*partial, *dict.fromkeys((*early, *read)))
     made = kernel(f"{name}_parts{count}", body.inputs, needed(first.nodes, stored), stored)
     added = kernel(f"{name}_sum{count}", (*stored, *body.inputs), needed(second.nodes, late), late)
     return Graph("import", body.inputs, nodes=(made, added), outputs=body.outputs)
@@ -153,12 +156,16 @@ def best_block(body: Graph, arch: Arch) -> tuple[int, float] | None:
         return None
     moved = sum(bytes_of(tensor_type(value)) for value in (*body.inputs, *attr_values(body.outputs)))
 
-    def us(block: int) -> float:
-        programs = ceil(rows / block)
-        most = ceil(programs / on.processors) * block * on.processors / rows
-        return MIN_US_TWO_KERNELS + (moved * most + 2 * 4 * programs * columns * len(counts)) / (on.memory * 1e3)
+    whole = any(reduces(node) and not sums_rows(node) for node in body.nodes)
+    tiles = ceil(columns / tile_width(columns, whole))
 
-    enough = [block for block in BLOCKS if block == least or rows >= block * on.processors * PROGRAMS_PER_PROCESSOR]
+    def us(block: int) -> float:
+        blocks = ceil(rows / block)
+        most = ceil(blocks * tiles / on.processors) * block * on.processors / (rows * tiles)
+        return MIN_US_TWO_KERNELS + (moved * most + 2 * 4 * blocks * columns * len(counts)) / (on.memory * 1e3)
+
+    programs = on.processors * PROGRAMS_PER_PROCESSOR
+    enough = [block for block in BLOCKS if block == least or rows * tiles >= block * programs]
     best = min(enough, key=us)
     return best, us(best)
 

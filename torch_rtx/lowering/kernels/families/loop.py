@@ -9,25 +9,41 @@ from math import inf
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Graph
 from torch_rtx.lowering.kernels.families.family import Family, Offer, splits
-from torch_rtx.lowering.kernels.gemm_perf_model import streaming_us
+from torch_rtx.lowering.kernels.gemm_perf_model import streaming_us, typical
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.loops import LoopConfig, loop_configs, loop_kernel, loop_operations
 from torch_rtx.lowering.kernels.region import Region, reductions_of, region
-from torch_rtx.lowering.kernels.row_blocks import BlockConfig, block_configs, block_kernel
-from torch_rtx.lowering.kernels.split_columns import best_block, separate_columns, split_columns, sums_rows
-from torch_rtx.lowering.kernels.split_reduction import best_chunks, split_reductions
+from torch_rtx.lowering.kernels.row_blocks import BlockConfig, block_configs, block_kernel, row_blocks
+from torch_rtx.lowering.kernels.split_columns import (
+    PROGRAMS_PER_PROCESSOR,
+    best_block,
+    separate_columns,
+    split_columns,
+    sums_rows,
+)
+from torch_rtx.lowering.kernels.split_reduction import best_chunks, reduces, split_reductions
 from torch_rtx.targets import Arch
 
 
 def _configs(found: Region, arch: Arch) -> Sequence[LoopConfig]:
     """None for a loop over rows and sums over these, which no single kernel computes."""
-    if len({max(one.axes) == len(one.shape) - 1 for one in reductions_of(found.outputs)}) < 2:
-        return loop_configs(found)
-    try:  # of a transposed tensor, rows are columns
-        loop_operations(found)
-        return loop_configs(found)
+    mixed = len({max(one.axes) == len(one.shape) - 1 for one in reductions_of(found.outputs)}) > 1
+    try:
+        if mixed:  # of a transposed tensor, rows are columns
+            loop_operations(found)
+        loops = loop_configs(found)
     except Unsupported:
-        return () if any(map(sums_rows, found.body.nodes)) else block_configs(found)
+        return () if mixed and any(map(sums_rows, found.body.nodes)) else block_configs(found)
+    return [*block_configs(found), *loops] if _fills(found, arch) else loops
+
+
+def _fills(found: Region, arch: Arch) -> bool:
+    """Blocks of rows, where loops are possible as well, are enough for all processors."""
+    try:
+        blocks = row_blocks(found)
+    except Unsupported:
+        return False
+    return typical(blocks.number) * blocks.tiles >= PROGRAMS_PER_PROCESSOR * arch.chip.processors
 
 
 def _kernel(found: Region, name: str, config: LoopConfig) -> Kernel:
@@ -41,6 +57,10 @@ def _others(found: Region, name: str, arch: Arch, us: float) -> Iterator[Offer]:
     chunks = best_chunks(found, arch)
     if chunks is not None:
         yield from splits(split_reductions, found.body, name, chunks[0], chunks[1], us)
+    if all(sums_rows(node) for node in found.body.nodes if reduces(node)):
+        block = best_block(found.body, arch)
+        if block is not None:
+            yield from splits(split_columns, found.body, name, *block, us)
 
 
 def _with_columns(body: Graph, name: str, arch: Arch) -> Iterator[Offer]:
