@@ -26,6 +26,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -94,13 +95,14 @@ def offered(node: Node, sm: int) -> Iterator[tuple[str, Kernel | Graph | str]]:
     generation. A graph is a body with kernels of its own, whose forms follow by themselves; a string is a remark."""
     assert node.body is not None
     found = forms(node.body, node.op, arch_of(sm))
-    own, configs = next((head, rest) for head, rest in found if OWN in head.kernels)
-    for tactic in chain((own,), configs):
+    whole = next(((head, rest) for head, rest in found if OWN in head.kernels), None)
+    own_us = inf if whole is None else whole[0].expected_us
+    for tactic in () if whole is None else chain((whole[0],), whole[1]):
         yield "kernel", tactic.kernels[OWN]
     calls = [head.expected_us for head, _ in found if not head.kernels and head.body is None]
-    yield "library", "none" if not calls else "faster" if calls[0] < own.expected_us else "slower"
+    yield "library", "none" if not calls else "faster" if calls[0] < own_us else "slower"
     for head, _ in found:
-        if head.body is not None and (not head.kernels or head.expected_us <= own.expected_us):
+        if head.body is not None and (not head.kernels or head.expected_us <= own_us):
             yield head.kind, head.body
 
 

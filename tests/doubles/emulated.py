@@ -99,6 +99,9 @@ class Device:
         """What code generation offers, but for split bodies and calls that only a GPU has: in place of the first, one
         in `parts`."""
         known = [one for one in tactics(body, name, arch_of(sm)) if one.kind in ("kernel", "library")]
+        if not known:  # no kernel alone computes the body
+            yield from tactics(body, name, arch_of(sm))
+            return
         own, *others = sorted(known, key=lambda one: one.kind != "kernel")
         yield own
         yield from (one for one in others if one.kind == "library")

@@ -118,6 +118,29 @@ def test_from_calls_to_kernels(background: Background) -> None:
     assert {op for op, kernel in kernels.items() if kernel.launches > before[op]} == ops
 
 
+class Summed(nn.Module):
+    """A softmax of rows, and below it the sums of its columns."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.softmax(-1)
+        return torch.cat([rows, rows.sum(0, keepdim=True)])
+
+
+def test_a_region_that_no_kernel_computes_alone(background: Background) -> None:
+    """Sums over all rows beside a loop over rows: from calls to two kernels, by measurement those or others."""
+    x = torch.randn(256, 24)
+    made, model = session(Device(), background, make=Summed, x=x)
+    right(made, model, x)
+    assert made.specializer.wait(60)
+    right(made, model, x)
+    base = made.specializer.base
+    assert base.tier == SPECIALIZED
+    (region,) = (region for region in base.regions if "sum" in region.node.op)
+    assert region.problems == []
+    assert region.choice is not None
+    assert {name.partition(" ")[0] for name in region.choice.microseconds} == {"split", "separate"}
+
+
 def test_no_call_waits(background: Background) -> None:
     """Calls run as before while kernels are being compiled."""
     device, entered, leave = held_back()

@@ -24,6 +24,7 @@ from torch_rtx.lowering.passes.expand_norms import expand_norms
 from torch_rtx.lowering.passes.finish import finish
 from torch_rtx.lowering.passes.fold_batch_norm import fold_batch_norm
 from torch_rtx.lowering.passes.fuse import fuse
+from torch_rtx.lowering.passes.fuse_column_sums import fuse_column_sums
 from torch_rtx.lowering.passes.fuse_horizontally import fuse_horizontally
 from torch_rtx.lowering.passes.hoist_weights import hoist_weights
 from torch_rtx.lowering.passes.merge_linears import merge_linears
@@ -151,6 +152,7 @@ PIPELINE = (
     Pass(hoist_weights, takes=("targets",)),
     Pass(dce),
     Pass(fuse, needs=("targets",), takes=("targets", "atomics")),
+    Pass(fuse_column_sums, needs=("targets",), takes=("targets",)),
     Pass(fuse_horizontally, needs=("targets",), takes=("targets",)),
     Pass(finish, ensures="fused"),
 )

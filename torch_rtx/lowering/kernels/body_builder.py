@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from torch_rtx.dtypes import register
 from torch_rtx.ir import Attr, Dim, Graph, Node, TensorType, Value, attr_values, contiguous, dim_expr
@@ -157,6 +158,25 @@ def needed(nodes: Sequence[Node], wanted: Iterable[Attr]) -> list[Node]:
             found.append(node)
             names.update(value.name for value in node.inputs)
     return found[::-1]
+
+
+def flat(nodes: Iterable[Node]) -> list[Node]:
+    """The operations of `nodes`, with those of kernels in their place."""
+    found: list[Node] = []
+    for node in nodes:
+        if node.body is None:
+            found.append(node)
+            continue
+        inner, outer = (*node.body.inputs, *node.body.outputs), (*node.inputs, *node.results)
+        names = {one.name: other for one, other in zip(inner, outer, strict=True) if isinstance(one, Value)}
+
+        def renamed(value: Value, names: Mapping[str, Value] = names, node: Node = node) -> Value:
+            return names.get(value.name, Value(f"{node.results[0].name}_{value.name}", value.type))
+
+        for step in node.body.nodes:
+            outputs = tuple(None if value is None else renamed(value) for value in step.outputs)
+            found.append(replace(step, args=step.map_inputs(renamed), outputs=outputs))
+    return found
 
 
 def kernel(op: str, given: Collection[Value], nodes: Sequence[Node], outputs: Values) -> Node:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ NONE: Axes = frozenset()
 VECTOR = 8  # elements of 2 bytes that are stored at once
 LOAD = 4  # operations that take as long as a load from the L1 cache
 MAX_VALUES = 2048  # of a kernel: a larger one takes a second to write, and many to compile
+NAMES = re.compile(r"\w+")  # in a line
 MAX_DEPTH = 150  # of values that need each other: Python's stack ends before 1000 calls
 
 
@@ -349,3 +351,15 @@ def _full(text: str, dtype: str) -> Operand:
 def indent(lines: Iterable[str], by: int = 1) -> list[str]:
     """`lines` as a block of Python."""
     return ["    " * by + line for line in lines]
+
+
+def loads_first(lines: Sequence[str]) -> list[str]:
+    """`lines` of one level with loads that need none of the others before these, so that they wait for memory together:
+    neither Triton nor the assembler moves a load across a store, or across the barrier of a reduction."""
+    made = {line.partition(" = ")[0] for line in lines}
+
+    def is_early(line: str) -> bool:
+        _, load, rest = line.partition(" = tl.load(")
+        return bool(load) and not line.startswith(" ") and made.isdisjoint(NAMES.findall(rest))
+
+    return sorted(lines, key=lambda line: not is_early(line))

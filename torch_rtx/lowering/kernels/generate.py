@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import chain
+from math import inf
 from typing import Any
 
 from torch_rtx.errors import Unsupported
@@ -53,7 +54,7 @@ def forms(body: Graph, name: str, arch: Arch) -> list[Form]:
     """
     found, configs = _prepared(body, arch)
     family = family_of(found)
-    own_us = family.expected_us(found, arch, configs[0])
+    own_us = family.expected_us(found, arch, configs[0]) if configs else inf
     made = [_own(found, name, arch), *(_offered(offer, arch) for offer in family.others(found, name, arch, own_us))]
     heads = [(head, rest) for rest in made if (head := next(rest, None)) is not None]
     return sorted(heads, key=lambda form: form[0].expected_us)

@@ -16,7 +16,7 @@ from math import prod
 from torch_rtx.dtypes import register
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Dim, TensorType, dim_expr
-from torch_rtx.lowering.kernels.emit import Axis, Emitter, Operand, indent
+from torch_rtx.lowering.kernels.emit import Axis, Emitter, Operand, indent, loads_first
 from torch_rtx.lowering.kernels.expressions import Apply, Arg
 from torch_rtx.lowering.kernels.index import (
     Index,
@@ -214,7 +214,7 @@ def loop_kernel(region: Region, name: str, config: LoopConfig | None = None) -> 
     Raises:
         Unsupported: see `rows_of`; or a reduction is read in another row than its own.
     """
-    writer = _Writer(region, config or _best_config(region))
+    writer = LoopWriter(region, config or _best_config(region))
     lines = writer.write()
     programs = blocks(writer.count, writer.config.rows)
     return assemble(region, name, lines, programs, writer.config.num_warps, writer.num_stages, writer.functions)
@@ -246,7 +246,7 @@ def loop_function(region: Region, config: LoopConfig) -> tuple[LoopFunction, Dim
     """
     if any(isinstance(output, Accumulate) for output in region.outputs):
         raise Unsupported("a loop that adds to its result, as a function")
-    writer = _Writer(region, config, "(tl.program_id(0) - first)", "size")
+    writer = LoopWriter(region, config, "(tl.program_id(0) - first)", "size")
     lines = writer.write()
     head = f"\n\n@triton.jit\ndef loop(first, size, {', '.join(parameters(region))}):\n"
     source = writer.functions + head + "\n".join(indent(lines)) + "\n"
@@ -263,7 +263,7 @@ def loop_operations(region: Region) -> tuple[int, Dim]:
         Unsupported: see `loop_kernel`.
     """
     config = _best_config(region)
-    writer = _Writer(region, config)
+    writer = LoopWriter(region, config)
     writer.write()
     tile = {X: config.rows, R: config.elements}
     each = (count * prod(tile[axis] for axis in axes) for axes, count in writer.emitter.operations.items())
@@ -271,16 +271,24 @@ def loop_operations(region: Region) -> tuple[int, Dim]:
     return sum(each), dim_expr("*", steps, blocks(writer.count, config.rows))
 
 
-class _Writer:
+class LoopWriter:
     """The lines of one loop kernel.
 
     Args:
         program: the position of the program in the loop, as code.
         count: the number of rows, as code; "": the number itself.
+        rows: the iteration space, where it is not `rows_of(region)`.
     """
 
-    def __init__(self, region: Region, config: LoopConfig, program: str = "tl.program_id(0)", count: str = "") -> None:
-        self.region, self.config, self.rows = region, config, rows_of(region)
+    def __init__(
+        self,
+        region: Region,
+        config: LoopConfig,
+        program: str = "tl.program_id(0)",
+        count: str = "",
+        rows: Rows | None = None,
+    ) -> None:
+        self.region, self.config, self.rows = region, config, rows or rows_of(region)
         self.program, self.limit = program, count or str(self.rows.count)
         self.reductions = reductions_of(region.outputs)
         size = self.rows.size.number
@@ -329,7 +337,7 @@ class _Writer:
             if any(self._width(output) not in (ONE, self.rows.size) for output in self.region.outputs):
                 raise Unsupported("rows of different sizes at once")
             self._store([*range(len(self.region.outputs))])
-        return lines + emitter.outer.lines
+        return lines + loads_first(emitter.outer.lines)
 
     def _elements(self, start: str, width: Index | None = None) -> list[str]:
         offset = "" if start == "0" else f"{start} + "
@@ -443,7 +451,7 @@ class _Writer:
         emitter = self.emitter
         emitter.step(R, ())
         write()
-        lines = [*self._elements("start", width), *emitter.inner()]
+        lines = [*self._elements("start", width), *loads_first(emitter.inner())]
         emitter.outer.lines.append(f"for start in range(0, {width or self.rows.size}, {self.config.elements}):")
         emitter.outer.lines += indent(lines)
 

@@ -5,12 +5,13 @@ Builds, tuning and the runtime take a family's tactics one by one and know nothi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Graph, Node, Value
+from torch_rtx.lowering.kernels.body_builder import flat
 from torch_rtx.lowering.kernels.gemm_perf_model import typical
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.region import Region
@@ -85,7 +86,7 @@ def around(body: Graph, ops: frozenset[str]) -> tuple[list[Node], Node, list[Nod
     """The nodes before the anchor, which is one of `ops`; the anchor; and the operations after it, with kernels among
     them inlined."""
     at = next(index for index, node in enumerate(body.nodes) if node.op in ops)
-    return list(body.nodes[:at]), body.nodes[at], _flat(body.nodes[at + 1 :])
+    return list(body.nodes[:at]), body.nodes[at], flat(body.nodes[at + 1 :])
 
 
 def added_to(anchor: Node, node: Node) -> Value | None:
@@ -98,21 +99,3 @@ def added_to(anchor: Node, node: Node) -> Value | None:
     if not isinstance(other, Value) or value is None or other == value:
         return None
     return other if other.type == value.type else None
-
-
-def _flat(nodes: Sequence[Node]) -> list[Node]:
-    found: list[Node] = []
-    for node in nodes:
-        if node.body is None:
-            found.append(node)
-            continue
-        inner, outer = (*node.body.inputs, *node.body.outputs), (*node.inputs, *(v for v in node.outputs if v))
-        names = {one.name: other for one, other in zip(inner, outer, strict=True) if isinstance(one, Value)}
-
-        def renamed(value: Value, names: Mapping[str, Value] = names, node: Node = node) -> Value:
-            return names.get(value.name, Value(f"{node.op}.{value.name}", value.type))
-
-        for step in node.body.nodes:
-            outputs = tuple(None if value is None else renamed(value) for value in step.outputs)
-            found.append(replace(step, args=step.map_inputs(renamed), outputs=outputs))
-    return found

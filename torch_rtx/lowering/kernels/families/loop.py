@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from math import inf
 
 from torch_rtx import accumulation
+from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Graph, attr_values
 from torch_rtx.lowering.kernels.body_builder import kernel, needed
 from torch_rtx.lowering.kernels.families.family import Family, Offer, splits
-from torch_rtx.lowering.kernels.gemm_perf_model import LAUNCH_US, streaming_us
-from torch_rtx.lowering.kernels.loops import LoopConfig, loop_configs, loop_kernel
-from torch_rtx.lowering.kernels.region import Region
-from torch_rtx.lowering.kernels.split_reduction import best_chunks, split_reductions
+from torch_rtx.lowering.kernels.gemm_perf_model import LAUNCH_US, streaming_us, typical
+from torch_rtx.lowering.kernels.kernel import Kernel
+from torch_rtx.lowering.kernels.loops import LoopConfig, loop_configs, loop_kernel, loop_operations
+from torch_rtx.lowering.kernels.region import Region, reductions_of, region
+from torch_rtx.lowering.kernels.row_blocks import BlockConfig, block_configs, block_kernel, row_blocks
+from torch_rtx.lowering.kernels.split_columns import (
+    PROGRAMS_PER_PROCESSOR,
+    best_block,
+    separate_columns,
+    split_columns,
+    sums_rows,
+)
+from torch_rtx.lowering.kernels.split_reduction import best_chunks, reduces, split_reductions
 from torch_rtx.targets import Arch
 
 SORT_LAUNCHES = 8  # of a library call that adds at positions: it sorts these first
-
-
-def _others(region: Region, name: str, arch: Arch, us: float) -> Iterator[Offer]:
-    if accumulation.starts(region.body):
-        library_us = us + streaming_us(region.memory_types, arch) + SORT_LAUNCHES * LAUNCH_US
-        yield Offer("library", library_us, _with_calls(region.body, name))
-        return
-    found = best_chunks(region, arch)
-    if found is not None:
-        chunks, split_us, _ = found
-        yield from splits(split_reductions, region.body, name, chunks, split_us, us)
 
 
 def _with_calls(body: Graph, name: str) -> Graph | None:
@@ -43,11 +44,71 @@ def _with_calls(body: Graph, name: str) -> Graph | None:
     return Graph("import", body.inputs, nodes=(first, *apart), outputs=body.outputs)
 
 
-def _expected_us(region: Region, arch: Arch, config: LoopConfig) -> float:
-    found = None if accumulation.starts(region.body) else best_chunks(region, arch)
-    if found is not None:
-        return found[2]
-    return streaming_us(region.moved_types, arch)
+def _configs(found: Region, arch: Arch) -> Sequence[LoopConfig]:
+    """None for a loop over rows and sums over these, which no single kernel computes."""
+    if accumulation.starts(found.body):
+        return loop_configs(found)
+    mixed = len({max(one.axes) == len(one.shape) - 1 for one in reductions_of(found.outputs)}) > 1
+    try:
+        if mixed:  # of a transposed tensor, rows are columns
+            loop_operations(found)
+        loops = loop_configs(found)
+    except Unsupported:
+        return () if mixed and any(map(sums_rows, found.body.nodes)) else block_configs(found)
+    return [*block_configs(found), *loops] if _fills(found, arch) else loops
 
 
-FAMILY = Family("loop", frozenset(), lambda region, arch: loop_configs(region), loop_kernel, _expected_us, _others)
+def _fills(found: Region, arch: Arch) -> bool:
+    """Blocks of rows, where loops are possible as well, are enough for all processors."""
+    try:
+        blocks = row_blocks(found)
+    except Unsupported:
+        return False
+    return typical(blocks.number) * blocks.tiles >= PROGRAMS_PER_PROCESSOR * arch.chip.processors
+
+
+def _kernel(found: Region, name: str, config: LoopConfig) -> Kernel:
+    return block_kernel(found, name, config) if isinstance(config, BlockConfig) else loop_kernel(found, name, config)
+
+
+def _others(found: Region, name: str, arch: Arch, us: float) -> Iterator[Offer]:
+    if accumulation.starts(found.body):
+        library_us = us + streaming_us(found.memory_types, arch) + SORT_LAUNCHES * LAUNCH_US
+        yield Offer("library", library_us, _with_calls(found.body, name))
+        return
+    if us == inf:
+        yield from _with_columns(found.body, name, arch)
+        return
+    chunks = best_chunks(found, arch)
+    if chunks is not None:
+        yield from splits(split_reductions, found.body, name, chunks[0], chunks[1], us)
+    if all(sums_rows(node) for node in found.body.nodes if reduces(node)):
+        block = best_block(found.body, arch)
+        if block is not None:
+            yield from splits(split_columns, found.body, name, *block, us)
+
+
+def _with_columns(body: Graph, name: str, arch: Arch) -> Iterator[Offer]:
+    """The tactics of a loop over rows and sums over these."""
+    form = separate_columns(body, name)
+    rows, columns = form.nodes
+    assert rows.body is not None
+    assert columns.body is not None
+    us, chunks = _expected_us(region(rows.body), arch, None), best_chunks(region(columns.body), arch)
+    if chunks is not None and chunks[0] > 1 and chunks[1] < chunks[2]:
+        us += chunks[1]
+        form = replace(form, nodes=(rows, *split_reductions(columns.body, columns.op, chunks[0]).nodes))
+    else:
+        us += _expected_us(region(columns.body), arch, None)
+    yield Offer("separate", us, form)
+    block = best_block(body, arch)
+    if block is not None:
+        yield Offer("split", block[1], split_columns(body, name, block[0]))
+
+
+def _expected_us(found: Region, arch: Arch, config: object) -> float:
+    chunks = None if accumulation.starts(found.body) else best_chunks(found, arch)
+    return streaming_us(found.moved_types, arch) if chunks is None else chunks[2]
+
+
+FAMILY = Family("loop", frozenset(), _configs, _kernel, _expected_us, _others)
