@@ -128,7 +128,8 @@ def test_fixed_inputs() -> None:
     assert "flag" not in module.state_dict()
     compiled = torch_rtx.compile(module, dynamic_shapes={"n": 2})
     assert compiled(torch.ones(2)).tolist() == [11, 11]
-    for fixed, message in (({"other": 1}, "no input 'other'"), ({"flag": [True]}, "1 axes, not 0")):
+    wrong = [({"other": 1}, "no input 'other'"), ({"flag": [True]}, "1 axes, not 0"), ({"flag": None}, "to None")]
+    for fixed, message in wrong:
         with pytest.raises(InputError, match=message):
             from_onnx(branching("flag", []), fixed=fixed)
 

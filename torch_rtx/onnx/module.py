@@ -282,7 +282,10 @@ def _fixed(model: ir.Model, fixed: Mapping[str, Any]) -> dict[str, Tensor]:
         raise InputError(f"there is no input {unknown[0]!r}", hint=f"the inputs are {', '.join(inputs)}")
     found = {}
     for name, value in fixed.items():
-        found[name] = value if isinstance(value, Tensor) else torch.tensor(value, dtype=inputs[name].dtype)
+        try:
+            found[name] = value if isinstance(value, Tensor) else torch.tensor(value, dtype=inputs[name].dtype)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"input {name!r} can't be fixed to {value!r}: {error}") from None
         inputs[name].check(found[name])
     return found
 

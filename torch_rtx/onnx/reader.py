@@ -42,6 +42,9 @@ def read(source: str | os.PathLike[str] | onnx.ModelProto | ir.Model) -> tuple[i
         FileNotFoundError: there is no such file.
     """
     path = os.fspath(source) if isinstance(source, str | os.PathLike) else None
+    if path is None and not isinstance(source, ir.Model | onnx.ModelProto):
+        hint = "pass a path, an onnx.ModelProto, such as onnx.load_from_string(data), or an onnx_ir.Model"
+        raise OnnxError(f"an ONNX model can't be a {type(source).__name__}", hint=hint)
     with reading(path):
         if path is not None:
             model = _parsed(path)
