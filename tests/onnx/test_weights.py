@@ -445,6 +445,20 @@ def test_a_square_table() -> None:
     assert weights_of(whole, {"w": (torch.float32, (2, 2))}, None, facts)["w"].tolist() == [[0, 1], [2, 3]]
 
 
+def test_names_of_equal_tensors() -> None:
+    """An exporter stores them once, and Identity nodes give them their other names."""
+    nodes = [node("Identity", "onnx::Add_1", "a.bias"), node("Identity", "a.bias", "b.bias")]
+    nodes += [node("Identity", "a.weight", "b.weight"), node("MatMul", "x a.weight", "a"), node("Add", "a a.bias", "b")]
+    nodes += [node("MatMul", "b b.weight", "c"), node("Add", "c b.bias", "y")]
+    stored = {"onnx::Add_1": np.zeros(2, np.float32), "a.weight": np.arange(4, dtype=np.float32).reshape(2, 2)}
+    whole = model(graph(nodes, [value("x", [2, 2])], [value("y")], stored))
+    facts = {name: {"axis": 1, "bias": None, "module": None} for name in ("a.weight", "b.weight")}
+    wanted = {"a.bias": (2,), "b.bias": (2,), "a.weight": (2, 2), "b.weight": (2, 2)}
+    found = weights_of(whole, {name: (torch.float32, shape) for name, shape in wanted.items()}, None, facts)
+    assert {name: tuple(tensor.shape) for name, tensor in found.items()} == wanted
+    assert found["a.weight"].tolist() == found["b.weight"].tolist() == [[0, 2], [1, 3]]
+
+
 def test_a_tied_matrix_must_be_equal(layers: tuple[Path, nn.Module, Path]) -> None:
     engine, _, file = layers
     whole = onnx.load(file)

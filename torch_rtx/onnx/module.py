@@ -121,12 +121,13 @@ class OnnxModule(nn.Module):
         output_names: ONNX's names of the results.
         onnx_names: ONNX's names of the tensors that could not keep theirs, by their names here.
         file: the path of the model, if it came from one.
+        copies: names of ONNX's that are other names of tensors, with their slots.
     """
 
     def __init__(self, model: ir.Model, file: str | None, fixed: Mapping[str, Any], mapped: bool = False) -> None:
         super().__init__()
         steps = plan(model, file, _fixed(model, fixed), mapped)
-        self.file = file
+        self.file, self.copies = file, steps.copies
         self.onnx_names: dict[str, str] = {}
         self.output_names = tuple(str(value.name) for value in model.graph.outputs)
         free = [value for value in model.graph.inputs if value.name not in fixed]

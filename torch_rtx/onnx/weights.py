@@ -103,15 +103,13 @@ def _by_name(module: OnnxModule, wanted: Wanted, products: Facts) -> dict[str, T
         slot: (named[slot], tensor) for slot, (_, tensor, fixed) in places.items() if not fixed or named[slot] in wanted
     }
     lost = {slot for slot, (name, _) in kept.items() if name not in wanted or _COUNTED.fullmatch(name)}
-    unclear = every.keys() - own.keys() - lost
-    sides = {kept[slot][0] for slot in unclear & kept.keys() if _is_square(kept[slot][1]) and kept[slot][0] in products}
-    if sides:
-        raise RefitError((), (), dict.fromkeys(sides, _SIDES))
-    found = {
-        name: _turned(tensor, own.get(slot), products.get(name))
-        for slot, (name, tensor) in kept.items()
-        if slot not in lost
-    }
+    given = {name: slot for name, slot in module.copies.items() if name in wanted and not _COUNTED.fullmatch(name)}
+    given |= {name: slot for slot, (name, _) in kept.items() if slot not in lost}
+    unclear = every.keys() - own.keys()
+    sides = {name for name, slot in given.items() if slot in unclear and _is_square(places[slot][1])}
+    if sides & products.keys():
+        raise RefitError((), (), dict.fromkeys(sides & products.keys(), _SIDES))
+    found = {name: _turned(places[slot][1], own.get(slot), products.get(name)) for name, slot in given.items()}
     left = {slot: kept[slot] for slot in lost if not _is_of_program(*kept[slot])}
     fitting = {slot: _fitting(own[slot], kept[slot][1], wanted, products) for slot in left.keys() & own.keys()}
 
@@ -134,6 +132,8 @@ def _by_name(module: OnnxModule, wanted: Wanted, products: Facts) -> dict[str, T
     for slot in left.keys() & own.keys():  # copies of what the engine gets by another name, such as a tied matrix
         if any(key in found and torch.equal(turned(slot, key), aligned(found[key])) for key in fitting[slot]):
             del left[slot]
+    for slot in left.keys() & {*given.values()}:
+        del left[slot]
     return found | {f"{name} (elsewhere)" if name in wanted else name: tensor for name, tensor in left.values()}
 
 
