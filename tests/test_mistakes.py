@@ -124,6 +124,7 @@ MISTAKES: list[tuple[str, Callable[[Place], object], type[Exception], str, str]]
     ("a checkpoint", lambda p: p.load(weights=p / "model.pt"), EngineFormatError, "model.pt is no", "save_file"),
     ("an empty folder", lambda p: p.load(weights=p / "empty"), EngineFormatError, "has 0 safetensors", "name the file"),
     ("an object", lambda p: p.load(weights=3), RtxError, "can't be a int", "a state dict"),
+    ("ONNX in a list", lambda p: p.load(weights=["a.onnx"]), RtxError, "no part of a list", "the model by itself"),
     ("a prefix", lambda p: p.load(weights=p.state("module.")), RefitError, "missing: 0.bias", "prefix('module.')"),
     (
         "a prefix",

@@ -128,7 +128,8 @@ def test_fixed_inputs() -> None:
     assert "flag" not in module.state_dict()
     compiled = torch_rtx.compile(module, dynamic_shapes={"n": 2})
     assert compiled(torch.ones(2)).tolist() == [11, 11]
-    for fixed, message in (({"other": 1}, "no input 'other'"), ({"flag": [True]}, "1 axes, not 0")):
+    wrong = [({"other": 1}, "no input 'other'"), ({"flag": [True]}, "1 axes, not 0"), ({"flag": None}, "to None")]
+    for fixed, message in wrong:
         with pytest.raises(InputError, match=message):
             from_onnx(branching("flag", []), fixed=fixed)
 
@@ -286,11 +287,66 @@ def test_places_that_passes_count() -> None:
     assert module(*calls[0])[1].tolist() == [[1, 11], [3, 23], [7, 37]]
 
 
-def test_no_pass() -> None:
+NUMBERED = [node("Mod", "number two", "odd"), node("Cast", "odd", "f", to=1), node("Add", "state f", "next")]
+NESTED = [
+    node(
+        "Loop",
+        "number going state",
+        "next inner",
+        body=graph(
+            [node("Add", "s x", "t"), node("Identity", "c", "d"), node("Identity", "t", "u")],
+            [value("i", [], INT64), value("c", [], BOOL), value("s")],
+            [value("d", [], BOOL), value("t"), value("u")],
+        ),
+    )
+]
+
+
+@pytest.mark.parametrize("body", [(), NUMBERED, NESTED])
+def test_no_pass(body: Any) -> None:
     """What no pass gives has no rows, of the size that a pass would give."""
-    last, rows = repeated(0, True)(X, START, YES)
+    last, rows = repeated(0, True, body, weights={"two": np.array(2)})(X, START, YES)
     assert last.tolist() == [1, 1]
     assert rows.shape == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("first", "on", "passes"),
+    [("no", "Identity going", 0), ("yes", "Not going", 1), ("yes", "Less number two", 3), ("-", "Identity no", 1)],
+)
+def test_conditions_that_the_host_knows(first: str, on: str, passes: int) -> None:
+    """They count, too, where data decides the limit."""
+    op, _, inputs = on.partition(" ")
+    body = graph(
+        [node("Add", "state x", "next"), node(op, inputs, "on"), node("Identity", "next", "row")],
+        [value("number", [], INT64), value("going", [], BOOL), value("state")],
+        [value("on", [], BOOL), value("next"), value("row")],
+    )
+    loop = node("Loop", f"n {first} x", "last rows", body=body)
+    weights = {"yes": np.array(True), "no": np.array(False), "two": np.array(2)}
+    given = [value("x", [2]), value("n", [], INT64)]
+    module = from_onnx(model(graph([loop], given, [value("last"), value("rows")], weights)))
+    captured(module, [(X, torch.tensor(n)) for n in (5, 0, 1)])
+    assert module(X, torch.tensor(5))[1].shape == (passes, 2)
+
+
+def test_a_condition_on_the_number_of_a_pass() -> None:
+    """In a loop that is an operator, it is a number that nobody knows, and the branch `torch.cond`."""
+    then, other = (graph([node(op, "state x", name)], [], [value(name)]) for op, name in (("Add", "t"), ("Mul", "e")))
+    body = [node("Size", "x", "size"), node("Equal", "number size", "same")]
+    body.append(node("If", "same", "next", then_branch=then, else_branch=other))
+    module = repeated("n", False, body)
+    captured(module, [(X, START, YES, torch.tensor(n)) for n in (4, 0)])
+
+
+def test_a_module_that_no_graph_can_hold(fresh_dynamo: Any) -> None:
+    """It runs as it does eagerly; the code that runs its nodes is no code to be compiled."""
+    body = [node("Concat", "state x", "next", axis=0)]
+    module = repeated("n", False, body, start=("m",))
+    compiled = torch.compile(module, backend=lambda *_: pytest.fail("compiled"))
+    for n in (2, 0):
+        args = X, START, YES, torch.tensor(n)
+        agree(compiled(*args), module(*args))
 
 
 @pytest.mark.parametrize(

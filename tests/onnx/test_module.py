@@ -61,6 +61,8 @@ def test_state_dict_has_the_names_of_the_model() -> None:
         ["a.b", "a"],
         [".a", "a..b", "a.", "."],
         ["half", "x.forward", "type", "training"],
+        ["_weights", "_runner", "_runner.a", "inputs", "file", "self", "graph", "graph.a", "code"],
+        ['a"b', "a\\b.c", "\n", "a\r", "\0", "x" * 300, "self.a", "a.graph"],
         ["onnx::Conv_1", "/layer/weight", "a b", "ü"],
     ],
 )
@@ -150,9 +152,23 @@ def test_arguments() -> None:
         ((torch.ones(3),), {}, "size 3 on axis 0, not 2"),
         ((torch.ones(2, 2),), {}, "2 axes, not 1"),
         ((torch.ones(2, dtype=torch.int32),), {}, "dtype torch.int32, not torch.float32"),
+        ((np.ones(2),), {}, "'input.1' is a tensor, not of type ndarray"),
+        ((None,), {}, "'input.1' is a tensor, not of type NoneType"),
     ):
         with pytest.raises(InputError, match=message):
             module(*args, **kwargs)
+
+
+def test_sequences_as_inputs() -> None:
+    given = helper.make_tensor_sequence_value_info("s", TensorProto.FLOAT, [2])
+    whole = model(graph([node("ConcatFromSequence", "s", "y", axis=0)], [given], [value("y")]))
+    module = from_onnx(whole)
+    assert module([torch.ones(2), torch.zeros(2)]).tolist() == [1, 1, 0, 0]
+    for wrong in (torch.ones(2), (torch.ones(2),)):
+        with pytest.raises(InputError, match="'s' is a list of tensors, not of type"):
+            module(wrong)
+    with pytest.raises(InputError, match="input 's'"):
+        torch_rtx.compile(whole)
 
 
 def test_other_dtypes() -> None:

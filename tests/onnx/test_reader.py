@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -293,3 +294,9 @@ def test_operators_report_their_node() -> None:
     with pytest.raises(OnnxError, match="the_Reshape") as caught:
         from_onnx(one("Reshape", {"x": np.ones(4, np.float32), "shape": np.array([3])}))()
     assert caught.value.op == "Reshape"
+
+
+@pytest.mark.parametrize("source", [b"", 3, None, linear().graph])
+def test_what_is_no_model(source: Any) -> None:
+    with pytest.raises(OnnxError, match=r"can't be a \w+\n.*onnx.load_from_string"):
+        from_onnx(source)

@@ -305,6 +305,38 @@ def test_frames_of_modules_that_changed(tmp_path: Path) -> None:
     assert program_of(from_onnx(network(0)))["frame"] is None
 
 
+def test_frames_say_nothing_of_other_files(tmp_path: Path) -> None:
+    """A number of the program that is in another file is compared like the others."""
+    for folder, sizes in (("a", [4, 2]), ("b", [2, 4])):
+        nodes = [node("MatMul", "x w", "a"), node("Reshape", "a shape", "y")]
+        weights = {"w": np.ones((4, 4), np.float32), "shape": np.array(sizes)}
+        whole = model(graph(nodes, [value("x", [2, 4])], [value("y")], weights))
+        (shape,) = (tensor for tensor in whole.graph.initializer if tensor.name == "shape")
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "shape").write_bytes(shape.raw_data)
+        shape.ClearField("raw_data")
+        shape.data_location = onnx.TensorProto.EXTERNAL
+        shape.external_data.add(key="location", value="shape")
+        onnx.save(whole, tmp_path / folder / "model.onnx")
+    built = from_onnx(tmp_path / "a" / "model.onnx")
+    program = program_of(built)
+    assert program["frame"] is None
+    with pytest.raises(RefitError, match="shape: is part of the program"):
+        weights_of(tmp_path / "b" / "model.onnx", wanted_of(built), program, {})
+
+
+def test_constants_of_one_number_are_compared() -> None:
+    def scaled(scale: float) -> onnx.ModelProto:
+        nodes = [node("Constant", "", "scale", value_floats=[scale] * 4), node("Mul", "x scale", "a")]
+        nodes.append(node("MatMul", "a w", "y"))
+        return model(graph(nodes, [value("x", [2, 4])], [value("y")], {"w": np.ones((4, 4), np.float32)}))
+
+    built = from_onnx(scaled(1))
+    assert "w" in weights_of(scaled(1), wanted_of(built), program_of(built), {})
+    with pytest.raises(RefitError, match="scale: is part of the program"):
+        weights_of(scaled(3), wanted_of(built), program_of(built), {})
+
+
 # ---- engines of PyTorch modules --------------------------------------------------------------------------------------
 
 
@@ -365,6 +397,66 @@ def test_a_matrix_that_is_transposed_under_its_name(layers: tuple[Path, nn.Modul
     products = [one.input[1] for one in whole.graph.node if one.op_type == "MatMul" and "layer" not in one.input[1]]
     names = {products[0]: "first.weight", products[1]: "second.weight"}
     torch.testing.assert_close(torch_rtx.load(engine, weights=renamed(whole, names))(IDS), other(IDS))
+
+
+TURN: dict[str, Any] = {"perm": [1, 0]}
+MULTIPLIED = graph([node("MatMul", "x w", "z")], [], [value("z")])
+USES: dict[str, list[Any]] = {
+    "Gemm": [node("Gemm", "x w", "y", transB=1)],
+    "half of a Gemm": [node("Gemm", "x w", "y", transB=1, alpha=0.5)],
+    "left": [node("Transpose", "x", "a", **TURN), node("MatMul", "w a", "b"), node("Transpose", "b", "y", **TURN)],
+    "left Gemm": [node("Gemm", "w x", "a", transA=1, transB=1), node("Transpose", "a", "y", **TURN)],
+    "Identity": [node("Identity", "w", "a"), node("MatMul", "x a", "y")],
+    "Transpose": [node("Identity", "w", "a"), node("Transpose", "a", "b", **TURN), node("MatMul", "x b", "y")],
+    "Cast": [node("Cast", "w", "a", to=11), node("CastLike", "a x", "b"), node("MatMul", "x b", "y")],
+    "microsoft": [node("FusedMatMul", "x w", "y", domain="com.microsoft", transB=1)],
+    "Einsum": [node("Einsum", "x w", "y", equation="ij,kj->ik")],
+    "Mul": [node("Mul", "w w", "a"), node("MatMul", "x a", "y")],
+    "Gather": [node("Gather", "w one", "a", axis=1), node("Add", "x a", "y")],
+    "If": [node("If", "yes", "y", then_branch=MULTIPLIED, else_branch=MULTIPLIED)],
+    "Gemm and MatMul": [node("Gemm", "x w", "a", transB=1), node("MatMul", "a w", "y")],
+}
+SUMMED = {"Gemm": 1, "half of a Gemm": 1, "left": 1, "left Gemm": 0, "Identity": 0, "Transpose": 1, "Cast": 0}
+SUMMED |= {"microsoft": 1, "If": 0}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_square_matrix_of_a_name(use: str) -> None:
+    """It is transposed if the products of both programs differ in the axis that they sum over, and refused if what the
+    model does with it tells no axis."""
+    stored = {"w": np.arange(4, dtype=np.float32).reshape(2, 2), "one": np.array([1]), "yes": np.array(True)}
+    whole = model(graph(USES[use], [value("x", [2, 2])], [value("y")], stored))
+    whole.opset_import.add(domain="com.microsoft", version=1)
+    wanted, facts = {"w": (torch.float32, (2, 2))}, {"w": {"axis": 1, "bias": None, "module": None}}
+    if use not in SUMMED:
+        with pytest.raises(RefitError, match="w: is square, and nothing in the model says whether it is transposed"):
+            weights_of(whole, wanted, None, facts)
+        assert "w" in weights_of(whole, wanted, None, {})
+    else:
+        found = weights_of(whole, wanted, None, facts)["w"]
+        assert found.tolist() == ([[0, 1], [2, 3]] if SUMMED[use] == 1 else [[0, 2], [1, 3]])
+
+
+def test_a_square_table() -> None:
+    """A matrix of which rows are read is as it is stored, whatever the engine multiplies it with, too."""
+    weights = {"w": np.arange(4, dtype=np.float32).reshape(2, 2)}
+    whole = model(graph([node("Gather", "w x", "y")], [value("x", [2], onnx.TensorProto.INT64)], [value("y")], weights))
+    facts = {"w": {"axis": 1, "bias": None, "module": None}}
+    assert weights_of(whole, {"w": (torch.float32, (2, 2))}, None, facts)["w"].tolist() == [[0, 1], [2, 3]]
+
+
+def test_names_of_equal_tensors() -> None:
+    """An exporter stores them once, and Identity nodes give them their other names."""
+    nodes = [node("Identity", "onnx::Add_1", "a.bias"), node("Identity", "a.bias", "b.bias")]
+    nodes += [node("Identity", "a.weight", "b.weight"), node("MatMul", "x a.weight", "a"), node("Add", "a a.bias", "b")]
+    nodes += [node("MatMul", "b b.weight", "c"), node("Add", "c b.bias", "y")]
+    stored = {"onnx::Add_1": np.zeros(2, np.float32), "a.weight": np.arange(4, dtype=np.float32).reshape(2, 2)}
+    whole = model(graph(nodes, [value("x", [2, 2])], [value("y")], stored))
+    facts = {name: {"axis": 1, "bias": None, "module": None} for name in ("a.weight", "b.weight")}
+    wanted = {"a.bias": (2,), "b.bias": (2,), "a.weight": (2, 2), "b.weight": (2, 2)}
+    found = weights_of(whole, {name: (torch.float32, shape) for name, shape in wanted.items()}, None, facts)
+    assert {name: tuple(tensor.shape) for name, tensor in found.items()} == wanted
+    assert found["a.weight"].tolist() == found["b.weight"].tolist() == [[0, 2], [1, 3]]
 
 
 def test_a_tied_matrix_must_be_equal(layers: tuple[Path, nn.Module, Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -25,6 +26,8 @@ File = Annotated[Path, typer.Argument(help="An engine (.rtx).")]
 @app.callback()
 def main() -> None:
     """Tools for torch_rtx engines."""
+    # PyTorch's own, of each export.
+    warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)", FutureWarning)
 
 
 @app.command()

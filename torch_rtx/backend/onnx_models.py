@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from torch_rtx.backend.inputs import Input
@@ -76,7 +76,7 @@ def declared_inputs(module: OnnxModule, sizes: Any) -> tuple[Input, ...]:
 
 def _names(value: OnnxInput) -> list[int | str]:
     """The size of each axis, or its name."""
-    if value.shape is None or value.dtype is None:
+    if value.kind is not Tensor or value.shape is None or value.dtype is None:
         raise InputError(
             f"the model does not say the type and the rank of input {value.name!r}", hint="give example tensors as args"
         )

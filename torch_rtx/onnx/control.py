@@ -19,7 +19,12 @@ from torch import Tensor
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
-from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols, statically_known_true
+from torch.fx.experimental.symbolic_shapes import (
+    GuardOnDataDependentSymNode,
+    ShapeEnv,
+    free_unbacked_symbols,
+    statically_known_true,
+)
 from torch.utils import _pytree as pytree
 
 from torch_rtx.errors import OnnxError
@@ -67,7 +72,7 @@ def is_traced(values: Iterable[Any]) -> bool:
 
 def if_(call: Call, step: Step, values: Values) -> Sequence[Any]:
     """The results of the branch that is taken, or `torch.cond`; of a branch that can't run, a check of the other."""
-    condition = call.number(step.inputs[0], values, False)
+    condition = _known(call, call.number(step.inputs[0], values, False))
     branches = step.bodies["then_branch"], step.bodies["else_branch"]
     if not isinstance(condition, Tensor):
         return call.body(branches[0 if condition else 1], (), values)
@@ -100,6 +105,16 @@ def if_(call: Call, step: Step, values: Values) -> Sequence[Any]:
     with _settled([condition, *leaves]), call.inside():
         merged = torch.ops.higher_order.cond(condition, branch(branches[0]), branch(branches[1]), leaves)
     return _restored(merged, found[0][1])
+
+
+def _known(call: Call, condition: Any) -> Any:
+    """A condition as a truth value, or as a tensor if it is computed with sizes that data decides."""
+    if isinstance(condition, Tensor):
+        return condition
+    try:
+        return bool(condition)
+    except GuardOnDataDependentSymNode:
+        return call.tensor(host.known([condition], [], torch.bool))
 
 
 def _problem(call: Call, body: Body, values: Values) -> OnnxError | None:
@@ -330,6 +345,8 @@ class _Repeated:
 
     def depends_on_data(self, going: Any, state: list[Any]) -> bool:
         """Whether only a run knows how many passes there are, or they are too many to be written out."""
+        if _is_plain(going) and not going:
+            return False
         if not isinstance(self.limit, int | None) or (self.limit or 0) > UNROLLED or not _is_plain(going):
             return True
         while going:
@@ -345,15 +362,17 @@ class _Repeated:
             state = [new if changed else old for old, new, changed in zip(state, results, became, strict=True)]
         return False
 
-    def tried(self, state: list[Any]) -> Results:
-        """The results of a pass of which nothing is recorded: tensors without values."""
+    def tried(self, state: list[Any], of_any: bool = False) -> Results:
+        """The results of the first pass, or of any, of which nothing is recorded: tensors without values."""
         mode, around = detect_fake_mode(pytree.tree_leaves([state, self.around])), self.around
-        if mode is None:
-            mode = FakeTensorMode(shape_env=ShapeEnv())
-            fake = partial(mode.from_tensor, static_shapes=True)
-            state, around = pytree.tree_map_only(Tensor, fake, (state, around))
-        with _unrecorded(mode):
-            going, state, rows = self.pass_(0, state, around)
+        with ExitStack() as stack:
+            if mode is None:  # eager
+                mode = stack.enter_context(FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True))
+                fake = partial(mode.from_tensor, static_shapes=True)
+                state, around = pytree.tree_map_only(Tensor, fake, (state, around))
+            stack.enter_context(_unrecorded(mode))
+            number = _count(torch.zeros((), dtype=torch.int64)) if of_any else 0
+            going, state, rows = self.pass_(number, state, around)
             return going, state, [self.call.tensor(row) for row in rows]
 
     # ---- as an operator that holds a graph ---------------------------------------------------------------------------
@@ -389,8 +408,9 @@ class _Repeated:
         """What `run` gives. Rows go into tensors as long as there can be passes; without a limit, a loop without rows
         counts them first."""
         first, tree = _tensors(self.call, state)
-        going_on, _, rows = self.tried(_restored(first, tree))
-        flags = [] if _is_plain(going) and _is_plain(_decided(going_on)) else [self.flag(going)]
+        going_on, _, rows = self.tried(_restored(first, tree), of_any=True)
+        always = all(_is_plain(one) and one for one in (going, _decided(going_on)))
+        flags = [] if always else [self.flag(going)]
         limit = self.limit
         if rows and limit is None:
             if not self.repeatable:

@@ -6,7 +6,7 @@ compiler. Written as PyTorch writes them, a causal mask is seen to be one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ class Formula:
     """
 
     shape: tuple[int, ...]
-    first: float
+    first: float = field(repr=False)  # a number of the model, which a refit compares
     step: int = 0
     axis: int = 0
     other: float | None = None

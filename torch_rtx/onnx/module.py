@@ -10,7 +10,7 @@ from keyword import iskeyword
 from typing import TYPE_CHECKING, Any, Union
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from torch_rtx.errors import InputError
 from torch_rtx.onnx import host
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 Source = Union[str, os.PathLike[str], "onnx.ModelProto", "ir.Model"]
 COUNTED = (torch.int64, torch.bool)  # indices and masks: in a Constant node they are part of the program
+# Names that the module's own attributes have, or that PyTorch's code of a capture can't have or can't spell.
+TAKEN = {"self", "_weights", "_steps", "_float", "_runner", "_outlined", "_framed", "_traced"} | {*dir(fx.GraphModule)}
+UNSPEAKABLE = r'["\\\r\n\0]'
 LEARNT = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -69,6 +72,7 @@ class OnnxInput:
 
     Attributes:
         name: ONNX's name; `argument`: the same as a parameter of `forward`.
+        kind: Tensor; list for a sequence; None: any, such as an optional.
         dtype: None: any, or not a tensor.
         shape: a number or a name for each axis, or None for an axis of any size; None: any rank.
         optional: the model has a default.
@@ -76,11 +80,16 @@ class OnnxInput:
 
     def __init__(self, value: ir.Value, argument: str, optional: bool) -> None:
         self.name, self.argument, self.optional = str(value.name), argument, optional
+        kinds = {"TensorType": Tensor, "SequenceType": list}
+        self.kind: type | None = kinds.get(type(value.type).__name__)
         self.dtype = dtype_of(int(value.dtype)) if value.dtype is not None else None
         self.shape = None if value.shape is None else tuple(_dim(dim) for dim in value.shape)
 
     def check(self, given: Any) -> None:
-        """Raises InputError if a tensor has another dtype, rank or fixed size."""
+        """Raises InputError if a value is of another kind, or a tensor has another dtype, rank or fixed size."""
+        if self.kind is not None and not isinstance(given, self.kind) and not (given is None and self.optional):
+            kind = "a tensor" if self.kind is Tensor else "a list of tensors"
+            raise InputError(f"input {self.name!r} is {kind}, not of type {type(given).__name__}")
         if not isinstance(given, Tensor):
             return
         if self.dtype is not None and given.dtype != self.dtype:
@@ -112,12 +121,13 @@ class OnnxModule(nn.Module):
         output_names: ONNX's names of the results.
         onnx_names: ONNX's names of the tensors that could not keep theirs, by their names here.
         file: the path of the model, if it came from one.
+        copies: names of ONNX's that are other names of tensors, with their slots.
     """
 
     def __init__(self, model: ir.Model, file: str | None, fixed: Mapping[str, Any], mapped: bool = False) -> None:
         super().__init__()
         steps = plan(model, file, _fixed(model, fixed), mapped)
-        self.file = file
+        self.file, self.copies = file, steps.copies
         self.onnx_names: dict[str, str] = {}
         self.output_names = tuple(str(value.name) for value in model.graph.outputs)
         free = [value for value in model.graph.inputs if value.name not in fixed]
@@ -145,10 +155,11 @@ class OnnxModule(nn.Module):
         self.eval()
 
     def make_traceable(self) -> None:
-        """Have Dynamo trace what the steps do, not the code that runs them."""
-        from torch._dynamo import nonstrict_trace  # takes long to import
+        """Have Dynamo trace what the steps do, not the code that runs them; nor that code, where this fails and the
+        module runs eagerly."""
+        from torch._dynamo import disable, nonstrict_trace  # takes long to import
 
-        self._traced = nonstrict_trace(self._runner.traced)
+        self._traced = nonstrict_trace(disable(self._runner.traced))
 
     def outline(self) -> Outline:
         """What makes the program besides its weights."""
@@ -236,7 +247,8 @@ class OnnxModule(nn.Module):
         number = weight.constant and (weight.tensor.numel() == 1 or weight.tensor.dtype in COUNTED)
         owner: nn.Module = self
         *path, leaf = weight.name.split(".")
-        for part in path if all((*path, leaf)) else ():
+        fits = all((*path, leaf)) and (path or [leaf])[0] not in TAKEN and not re.search(UNSPEAKABLE, weight.name)
+        for part in path if fits else ():
             inner = owner._modules.get(part)
             if inner is None:
                 if hasattr(owner, part):
@@ -245,10 +257,10 @@ class OnnxModule(nn.Module):
                 owner.add_module(part, inner)
             owner = inner
         else:
-            if all((*path, leaf)) and not hasattr(owner, leaf):
+            if fits and not hasattr(owner, leaf):
                 return self._register(owner, leaf, weight, learnt, number)
-        leaf = re.sub(r"\.", "_", weight.name)
-        while not leaf or hasattr(self, leaf):
+        leaf = re.sub(rf"\.|{UNSPEAKABLE}", "_", weight.name)
+        while not leaf or leaf in TAKEN or hasattr(self, leaf):
             leaf += "_"
         self.onnx_names[leaf] = weight.name
         return self._register(self, leaf, weight, learnt, number)
@@ -271,7 +283,10 @@ def _fixed(model: ir.Model, fixed: Mapping[str, Any]) -> dict[str, Tensor]:
         raise InputError(f"there is no input {unknown[0]!r}", hint=f"the inputs are {', '.join(inputs)}")
     found = {}
     for name, value in fixed.items():
-        found[name] = value if isinstance(value, Tensor) else torch.tensor(value, dtype=inputs[name].dtype)
+        try:
+            found[name] = value if isinstance(value, Tensor) else torch.tensor(value, dtype=inputs[name].dtype)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"input {name!r} can't be fixed to {value!r}: {error}") from None
         inputs[name].check(found[name])
     return found
 

@@ -109,12 +109,17 @@ class Weight:
 
 @dataclass
 class Plan:
-    """The steps of a model, with its tensors."""
+    """The steps of a model, with its tensors.
+
+    Attributes:
+        copies: the slots of tensors by the names that Identity nodes of the model's graph give them, too.
+    """
 
     steps: tuple[Step, ...]
     weights: list[Weight]
     inputs: list[int]
     outputs: list[int]
+    copies: dict[str, int]
 
 
 def plan(model: ir.Model, file: str | None, fixed: Mapping[str, Tensor], mapped: bool = False) -> Plan:
@@ -141,8 +146,9 @@ def plan(model: ir.Model, file: str | None, fixed: Mapping[str, Tensor], mapped:
     for weight in planner.weights.values():
         weight.known = weight.slot in known or weight.name in fixed
         weight.state = (weight.slot, True) in uses and (weight.slot, False) not in uses
+    copies = planner.copies(graph)
     steps = [*planner.described(), *steps]
-    return Plan(tuple(_freeing(steps, {*inputs, *outputs})), list(planner.weights.values()), inputs, outputs)
+    return Plan(tuple(_freeing(steps, {*inputs, *outputs})), list(planner.weights.values()), inputs, outputs, copies)
 
 
 @dataclass(frozen=True)
@@ -215,6 +221,17 @@ class _Planner:
                     made,
                 )
                 self.has_initializers |= not made
+
+    def copies(self, graph: ir.Graph) -> dict[str, int]:
+        """The names that Identity nodes of a graph give its tensors: an exporter stores equal ones once."""
+        found: dict[str, int] = {}
+        for node in graph:
+            if (node.domain, node.op_type) in (("", "Identity"), ("ai.onnx", "Identity")) and node.inputs[0]:
+                name, slot = node.inputs[0].name or "", self.slots.get(node.inputs[0])
+                slot = found.get(name, slot if slot in self.weights else None)
+                if slot is not None and node.outputs[0].name:
+                    found[node.outputs[0].name] = slot
+        return found
 
     def steps(self, nodes: Sequence[ir.Node] | ir.Graph, scope: _Scope) -> list[Step]:
         """The steps of nodes, in their order."""

@@ -28,7 +28,8 @@ try:
 except ImportError as error:
     raise IntegrationError(f"ONNX models need the package {error.name}", hint="pip install 'torch_rtx[onnx]'") from None
 
-# In the meta data of a model from a file: the digest of its frame, and by name the index and the bytes of initializers.
+# In the meta data of a model from a file: the digest of its frame, or None; by name, the index and the bytes of
+# initializers.
 FRAME = "torch_rtx.frame"
 NEWEST = 28  # the newest version of ONNX's own operators that is known here
 
@@ -41,6 +42,9 @@ def read(source: str | os.PathLike[str] | onnx.ModelProto | ir.Model) -> tuple[i
         FileNotFoundError: there is no such file.
     """
     path = os.fspath(source) if isinstance(source, str | os.PathLike) else None
+    if path is None and not isinstance(source, ir.Model | onnx.ModelProto):
+        hint = "pass a path, an onnx.ModelProto, such as onnx.load_from_string(data), or an onnx_ir.Model"
+        raise OnnxError(f"an ONNX model can't be a {type(source).__name__}", hint=hint)
     with reading(path):
         if path is not None:
             model = _parsed(path)
@@ -69,7 +73,11 @@ def _parsed(path: str) -> ir.Model:
         raise OnnxError("the file has no graph: it is not an ONNX model, or it is damaged", file=path)
     model = _deserialized(proto, path)
     named = {tensor.name: index for index, tensor in enumerate(proto.graph.initializer)}
-    model.meta[FRAME] = frame, {name: (index, cut[index][1]) for name, index in named.items() if index in cut}
+    whole = not any(isinstance(tensor, ir.ExternalTensor) for tensor in _tensors(model))
+    model.meta[FRAME] = (
+        frame if whole else None,
+        {name: (index, cut[index][1]) for name, index in named.items() if index in cut},
+    )
     folder, name = os.path.split(os.path.abspath(path))
     for index, (offset, length) in places.items():
         stored = proto.graph.initializer[index]

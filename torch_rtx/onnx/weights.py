@@ -27,6 +27,7 @@ Place = tuple[str, Tensor, bool]  # see `OnnxModule.places`
 # Names that exporters make by counting: in another program they mean another tensor.
 _COUNTED = re.compile(r"(onnx::\w+|val|const_fold_opt_)?_?\d+|/.*", re.DOTALL)
 _OTHER = "is part of the program, which a refit does not change, and has another type or value: build an engine of it"
+_SIDES = "is square, and nothing in the model says whether it is transposed: give a state dict"
 
 
 def program_of(module: OnnxModule) -> Facts:
@@ -95,17 +96,20 @@ def _by_place(given: Sequence[Place], program: Facts) -> dict[str, Tensor]:
 
 
 def _by_name(module: OnnxModule, wanted: Wanted, products: Facts) -> dict[str, Tensor]:
-    places, own, onnx_names = module.places(), module.products(), module.onnx_names
+    places, every, onnx_names = module.places(), module.products(), module.onnx_names
+    own = {slot: product for slot, product in every.items() if product.axis is not None}
     named = {slot: (name if name in wanted else onnx_names.get(name, name)) for slot, (name, *_) in places.items()}
     kept = {
         slot: (named[slot], tensor) for slot, (_, tensor, fixed) in places.items() if not fixed or named[slot] in wanted
     }
     lost = {slot for slot, (name, _) in kept.items() if name not in wanted or _COUNTED.fullmatch(name)}
-    found = {
-        name: _turned(tensor, own.get(slot), products.get(name))
-        for slot, (name, tensor) in kept.items()
-        if slot not in lost
-    }
+    given = {name: slot for name, slot in module.copies.items() if name in wanted and not _COUNTED.fullmatch(name)}
+    given |= {name: slot for slot, (name, _) in kept.items() if slot not in lost}
+    unclear = every.keys() - own.keys()
+    sides = {name for name, slot in given.items() if slot in unclear and _is_square(places[slot][1])}
+    if sides & products.keys():
+        raise RefitError((), (), dict.fromkeys(sides & products.keys(), _SIDES))
+    found = {name: _turned(places[slot][1], own.get(slot), products.get(name)) for name, slot in given.items()}
     left = {slot: kept[slot] for slot in lost if not _is_of_program(*kept[slot])}
     fitting = {slot: _fitting(own[slot], kept[slot][1], wanted, products) for slot in left.keys() & own.keys()}
 
@@ -128,6 +132,8 @@ def _by_name(module: OnnxModule, wanted: Wanted, products: Facts) -> dict[str, T
     for slot in left.keys() & own.keys():  # copies of what the engine gets by another name, such as a tied matrix
         if any(key in found and torch.equal(turned(slot, key), aligned(found[key])) for key in fitting[slot]):
             del left[slot]
+    for slot in left.keys() & {*given.values()}:
+        del left[slot]
     return found | {f"{name} (elsewhere)" if name in wanted else name: tensor for name, tensor in left.values()}
 
 
@@ -135,6 +141,10 @@ def _turned(tensor: Tensor, product: Product | None, fact: Facts | None) -> Tens
     """A matrix, transposed if the engine's product sums over its other axis."""
     same = product is None or fact is None or product.axis == fact["axis"]
     return tensor if same else aligned(tensor).t().contiguous()
+
+
+def _is_square(tensor: Tensor) -> bool:
+    return tensor.dim() == 2 and tensor.shape[0] == tensor.shape[1] > 1
 
 
 def _fitting(product: Product, tensor: Tensor, wanted: Wanted, products: Facts) -> list[str]:

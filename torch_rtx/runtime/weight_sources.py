@@ -50,6 +50,8 @@ def tensors_of(
     if isinstance(weights, bytes) or not isinstance(weights, str | os.PathLike | Sequence):
         hint = "pass a module, a state dict, an ONNX model, or the path of a safetensors or ONNX file"
         raise RtxError(f"weights can't be a {type(weights).__name__}", hint=hint)
+    if not isinstance(weights, str | os.PathLike) and any(map(is_onnx, weights)):
+        raise RtxError("an ONNX model is no part of a list of weights", hint="pass the model by itself")
     return read_weights(weights)
 
 
@@ -57,7 +59,7 @@ def is_onnx(weights: object) -> bool:
     """Whether these are an ONNX model: a path that ends with `.onnx`, an `onnx.ModelProto`, an `onnx_ir.Model`, or what
     `from_onnx` made. Imports nothing."""
     if isinstance(weights, str | os.PathLike):
-        return os.path.splitext(os.fspath(weights))[1] in (".onnx", ".ONNX")
+        return os.path.splitext(os.fspath(weights))[1].lower() == ".onnx"
     home, name = type(weights).__module__, type(weights).__name__
     return home.partition(".")[0] == "onnx_ir" or name == "ModelProto" or home == "torch_rtx.onnx.module"
 
