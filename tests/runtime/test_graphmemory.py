@@ -177,6 +177,19 @@ def test_gradients_that_are_accumulated_move(step: Step) -> None:
         step.p.grad = None
 
 
+def test_a_view_of_a_gradient_follows_it(step: Step) -> None:
+    """No gradient moves away from its views; the forward runs its plain code."""
+    step.p.grad = check(step, step.p)[1]
+    view, before = step.p.grad.view(-1), step.replays()
+    check(step, step.p)
+    step.p.grad += 1
+    assert torch.equal(view, step.p.grad)
+    assert step.replays() == before
+    del view
+    check(step, step.p)
+    assert step.replays() == (before[0] + 1, before[1] + 1)
+
+
 def test_gradients_that_move_in_each_step_get_memory_of_their_own(step: Step) -> None:
     """As where a loop clears `.grad` between forward and backward. The room stays that of temporary values."""
     places = []
