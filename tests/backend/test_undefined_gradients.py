@@ -151,6 +151,18 @@ def test_compiled_autograd(warm: bool) -> None:
         same(model, own)
 
 
+def test_a_function_with_one_result_gets_no_gradient_either() -> None:
+    """As before a graph break: the next function has no gradient for it."""
+    model, before = Heads(), nn.Linear(8, 8)
+    first = torch.compile(before, backend="rtx")
+    call = torch.compile(lambda x, y: (*model(x), y * model.first.weight.sum()), backend="rtx")
+    for used, has_gradient in (((3,), False), ((2,), True), ((2, 3), True), ((3,), False)):
+        results = call(first(torch.randn(4, 8)), torch.randn(4, 8))
+        sum(results[i].sum() for i in used).backward()  # type: ignore[union-attr]
+        assert [parameter.grad is not None for parameter in before.parameters()] == [has_gradient] * 2
+        before.zero_grad()
+
+
 def test_a_result_of_an_earlier_call_is_passed_on() -> None:
     """The backward of another compiled function, which may not take None, keeps its zeros."""
     model, before = Heads(), nn.Linear(8, 8)

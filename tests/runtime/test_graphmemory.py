@@ -20,6 +20,7 @@ from tests.doubles.fake_graphs import DEVICE, SIZES, FakeGraph, GraphDriver, add
 from torch_rtx.backend import capture, compiler
 from torch_rtx.backend.entry import static_inputs
 from torch_rtx.backend.training import TrainingStep
+from torch_rtx.backend.undefined_gradients import without
 from torch_rtx.ir import Graph
 from torch_rtx.lowering.from_fx import Role
 from torch_rtx.runtime import cudagraph
@@ -440,7 +441,7 @@ class Trained:
             return self._pooled(graph, *self._step.forward(graph, static_inputs(graph)))
 
         def backward(graph: fx.GraphModule, _: Any) -> Any:
-            return self._pooled(graph, self._step.backward(graph), frozenset())
+            return self._pooled(without(graph, ()), self._step.backward(graph), frozenset())
 
         with functorch_config.patch(force_non_lazy_backward_lowering=True):
             return capture.capture(gm, inputs, forward, forward, backward)

@@ -58,18 +58,19 @@ _TOGETHER = {
     "scatter": (0, 3),
     "scatter_add": (0, 3),
 }
-# Operators that make zeros, or make a tensor of the number at a position of their arguments.
+# Operators that make zeros, or repeat the number at this position of their arguments.
 _CONSTANTS = {"zeros": None, "zeros_like": None, "new_zeros": None, "full": 1, "full_like": 1, "new_full": 2}
 
 
 def defined(gradient: torch.Tensor | None, size: Sequence[int], dtype: torch.dtype, device: torch.device) -> Any:
-    """The gradient; zeros if it is undefined. Backward graphs call it with each of several gradients, for compiled
-    autograd, which runs them as they are."""
+    """The gradient; zeros if it is undefined. Backward graphs call it with each gradient, for compiled autograd,
+    which runs them as they are."""
     return torch.zeros(size, dtype=dtype, device=device) if gradient is None else gradient
 
 
 class Tolerating:
-    """`partitioner`, whose backward graph takes None for an undefined gradient where it has several.
+    """`partitioner`, whose backward graph takes None for an undefined gradient. That of a single result is undefined if
+    the next function, as after a graph break, has other results, too, and only these are used.
 
     Attributes:
         tolerates: whether the last backward graph does.
@@ -83,7 +84,7 @@ class Tolerating:
         placeholders, symbols = backward.graph.find_nodes(op="placeholder"), _symbols(backward.graph)
         gradients = [node for node in placeholders if node.name.startswith("tangents_")]  # AOTAutograd's name for them
         sizes = [_size(node, symbols) for node in gradients]
-        self.tolerates = len(gradients) > 1 and None not in sizes
+        self.tolerates = bool(sizes) and None not in sizes
         for node, size in zip(gradients, sizes, strict=True) if self.tolerates else ():
             value = node.meta["val"]
             with backward.graph.inserting_before(_first_call(backward.graph)):
