@@ -34,6 +34,7 @@ from benchmarks import models
 from benchmarks.training import labelled, learner
 from torch_rtx.backend import capture, compiler, entry
 from torch_rtx.backend.training import TrainingStep
+from torch_rtx.backend.undefined_gradients import without
 from torch_rtx.ir import Graph, TensorType, Value, attr_values
 from torch_rtx.lowering.from_fx import Role
 from torch_rtx.runtime.plan import Memory, Plan, Room, in_arena, size_of
@@ -180,7 +181,7 @@ def traced(
 
     def backward(graph: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         (before, staying), *_ = graphs
-        planned(step, before, Lowered.of(graph), staying)
+        planned(step, before, Lowered.of(without(graph, ())), staying)
         return graph.forward
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:

@@ -100,6 +100,23 @@ def test_results_that_are_views_and_inputs_that_are_written() -> None:
         check(call, model, used)
 
 
+@pytest.mark.parametrize(
+    "views",
+    [lambda a, b, c: (a.view(-1), b.t(), c), lambda a, b, c: (a[1:], a.t(), b[0], b[1:], c)],
+    ids=["one each", "several"],
+)
+def test_results_that_are_all_views(views: Callable[..., tuple[Tensor, ...]]) -> None:
+    class Model(Heads):
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            first, second, _ = super().forward(x)
+            return views(first, second, self.second(x).t())
+
+    model = Model()
+    call = torch.compile(model, backend="rtx")
+    for used in ((0,), (1,), (0, 1), (2,)):
+        check(call, model, used)
+
+
 def test_sizes_that_change() -> None:
     model = Heads()
     call = torch.compile(model, backend="rtx", dynamic=True)
@@ -132,6 +149,18 @@ def test_compiled_autograd(warm: bool) -> None:
         for parameter in own.parameters():  # compiled autograd returns zeros where eager mode has no gradient
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None and round_ else parameter.grad
         same(model, own)
+
+
+def test_a_function_with_one_result_gets_no_gradient_either() -> None:
+    """As before a graph break: the next function has no gradient for it."""
+    model, before = Heads(), nn.Linear(8, 8)
+    first = torch.compile(before, backend="rtx")
+    call = torch.compile(lambda x, y: (*model(x), y * model.first.weight.sum()), backend="rtx")
+    for used, has_gradient in (((3,), False), ((2,), True), ((2, 3), True), ((3,), False)):
+        results = call(first(torch.randn(4, 8)), torch.randn(4, 8))
+        sum(results[i].sum() for i in used).backward()  # type: ignore[union-attr]
+        assert [parameter.grad is not None for parameter in before.parameters()] == [has_gradient] * 2
+        before.zero_grad()
 
 
 def test_a_result_of_an_earlier_call_is_passed_on() -> None:
@@ -168,8 +197,29 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[tuple[int, ...], ...]]] = {
         lambda a, b: (*torch.split(a, 1), torch.native_layer_norm(b, [3], a, None, 0.1)[0]),
         ((3,), (3,)),
     ),
-    "others": (lambda a, b: (a.cumsum(0) + b.cos(), torch.maximum(a, b)), ((3,), (3,))),
+    "others": (lambda a, b: (a.cumsum(0) + b.cos(), torch.maximum(a, b), a.exp() * b.exp()), ((3,), (3,))),
+    "writes to zeros": (
+        lambda a, b: (
+            torch.where(b > 0, torch.zeros(3), a) + b,
+            torch.index_put(torch.zeros(3), [torch.tensor([2, 0, 1])], a, True) + b,
+            torch.zeros(5).slice_scatter(a, 0, 1, 4)[1:4] + b,
+            torch.zeros(3).scatter_add(0, torch.tensor([1, 1, 0]), a) + b,
+            F.pad(a, (2, 0))[:3] + b,
+            F.pad(a, (2, 0), value=1.0)[:3] + b,
+            a.masked_fill(torch.tensor([True, False, True]), 0.0) + b,
+            a.masked_fill(torch.tensor([True, False, True]), 2.0) + b,
+            torch.ones(3).index_add(0, torch.tensor([0, 0, 2]), a) + b,
+            torch.round(a),
+        ),
+        ((3,), (3,)),
+    ),
 }
+
+
+def depends(function: Callable[..., Any], values: Sequence[Tensor], on: Sequence[int]) -> list[bool]:
+    """Whether autograd reaches the values at the positions `on`, by result."""
+    given = [value.clone().requires_grad_(i in on) for i, value in enumerate(values)]
+    return [result.requires_grad for result in function(*given)]
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -180,5 +230,32 @@ def test_what_is_zero(name: str, missing: tuple[int, ...]) -> None:
     results = without(graph_of(function, *shapes), missing)(
         *[None if i in missing else value for i, value in enumerate(values)]
     )
+    others = [i for i in range(len(values)) if i not in missing]
+    undefined, given = depends(function, values, missing), depends(function, values, others)
+    assert [result is None for result in results] == [a and not b for a, b in zip(undefined, given, strict=True)]
     for result, right in zip(results, function(*values), strict=True):
-        torch.testing.assert_close(torch.zeros_like(right) if result is None else result, right)
+        if result is not None:
+            torch.testing.assert_close(result, right)
+
+
+def test_what_is_written_to_zeros_is_not_computed() -> None:
+    function, shapes = FUNCTIONS["writes to zeros"]
+    graph = without(graph_of(lambda a, b: [function(a, b)[i] for i in (0, 1, 2, 3, 4, 6)], *shapes), (0,))
+    (output,) = graph.graph.find_nodes(op="output")
+    assert set(output.args[0]) == {graph.graph.find_nodes(op="placeholder")[1]}
+
+
+def test_a_parameter_has_no_gradient_whatever_computes_it() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weights = nn.ParameterList([nn.Parameter(torch.randn(4, 8)) for _ in range(6)])
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            a, b, c, d, e, f = (weight * x for weight in self.weights)
+            return a.max(1).values, b[[0, 2, 2]], c.cumsum(1), d.split(4, 1)[1], e.clamp(0), F.pad(f, (1, 2))
+
+    model = Model()
+    call = torch.compile(model, backend="rtx")
+    for used in ((0, 1), (2, 5), (3, 4)):
+        check(call, model, used)

@@ -20,6 +20,7 @@ from tests.doubles.fake_graphs import DEVICE, SIZES, FakeGraph, GraphDriver, add
 from torch_rtx.backend import capture, compiler
 from torch_rtx.backend.entry import static_inputs
 from torch_rtx.backend.training import TrainingStep
+from torch_rtx.backend.undefined_gradients import without
 from torch_rtx.ir import Graph
 from torch_rtx.lowering.from_fx import Role
 from torch_rtx.runtime import cudagraph
@@ -175,6 +176,19 @@ def test_gradients_that_are_accumulated_move(step: Step) -> None:
         torch.testing.assert_close(step.p.grad, total)
         assert step.replays() == (before[0] + 4, before[1] + 4)
         step.p.grad = None
+
+
+def test_a_view_of_a_gradient_follows_it(step: Step) -> None:
+    """No gradient moves away from its views; the forward runs its plain code."""
+    step.p.grad = check(step, step.p)[1]
+    view, before = step.p.grad.view(-1), step.replays()
+    check(step, step.p)
+    step.p.grad += 1
+    assert torch.equal(view, step.p.grad)
+    assert step.replays() == before
+    del view
+    check(step, step.p)
+    assert step.replays() == (before[0] + 1, before[1] + 1)
 
 
 def test_gradients_that_move_in_each_step_get_memory_of_their_own(step: Step) -> None:
@@ -427,7 +441,7 @@ class Trained:
             return self._pooled(graph, *self._step.forward(graph, static_inputs(graph)))
 
         def backward(graph: fx.GraphModule, _: Any) -> Any:
-            return self._pooled(graph, self._step.backward(graph), frozenset())
+            return self._pooled(without(graph, ()), self._step.backward(graph), frozenset())
 
         with functorch_config.patch(force_non_lazy_backward_lowering=True):
             return capture.capture(gm, inputs, forward, forward, backward)

@@ -118,11 +118,13 @@ class Block:
         self.takes_gradients = self.takes_gradients and self._moves < MOVES
 
     def move_gradients(self, parameters: Iterable[torch.Tensor], moving: bool) -> None:
-        """Give those that are still `.grad` memory of their own; if not `moving`, count that they should have moved."""
+        """Give those that are still `.grad` memory of their own; if not `moving`, count that they should have moved.
+        None moves while somebody has another tensor here: it may be a view of `.grad`, which is to follow it."""
         gradients = [parameter.grad for parameter in parameters if parameter.is_leaf]
         dense = [g for g in gradients if type(g) is torch.Tensor and g.layout == torch.strided]
-        inside = [g for g in dense if g.untyped_storage()._cdata == self._cdata]
-        for gradient in inside if moving else ():
+        inside = {id(g): g for g in dense if g.untyped_storage()._cdata == self._cdata}
+        moving = moving and _USES(self._cdata) == self._references + len(inside)
+        for gradient in inside.values() if moving else ():
             gradient.data = copy_strided(gradient.detach(), gradient.stride())
         self.count_moves(bool(inside))
 
