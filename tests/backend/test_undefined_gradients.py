@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from itertools import chain, combinations
@@ -161,6 +162,31 @@ def test_a_function_with_one_result_gets_no_gradient_either() -> None:
         sum(results[i].sum() for i in used).backward()  # type: ignore[union-attr]
         assert [parameter.grad is not None for parameter in before.parameters()] == [has_gradient] * 2
         before.zero_grad()
+
+
+def test_threads_of_a_process_that_finds_the_capture() -> None:
+    """While one captures the backward graph for its set of gradients, the others call what is compiled."""
+    model, errors = Heads(), list[BaseException]()
+    step(compile_rtx(model), torch.randn(4, 8), (2,))
+    torch._dynamo.reset()
+    call = compile_rtx(model)
+    step(call, torch.randn(4, 8), (2,))
+
+    def work(first: int) -> None:
+        try:
+            for used in 2 * [*subsets(3)[first:], *subsets(3)[:first]]:
+                results = call(torch.randn(4, 8))
+                total = sum(results[i].sum() for i in used)
+                torch.autograd.grad(total, list(model.parameters()), allow_unused=True)  # type: ignore[arg-type]
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(first,)) for first in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
 
 
 def test_a_result_of_an_earlier_call_is_passed_on() -> None:
