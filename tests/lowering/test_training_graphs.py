@@ -130,11 +130,12 @@ def test_kernels(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["bert_base", "gpt2", "vit_b_16"])
 def test_gradients_of_norms_sum_in_their_loop(name: str) -> None:
-    """All of them but where no loop over rows computes what is summed, as of the first layer."""
+    """All of them but where no loop over rows computes what is summed, or where one adds it to embeddings, as of the
+    first layer."""
     torch.manual_seed(0)
     _, backward = graphs_of(name)
     joint = [node.body for node in kernels(backward).values() if node.body is not None and is_joint(node)]
-    assert len(joint) > 2
+    assert len(joint) >= 2
     for part in joint[:3]:
         inputs = [drawn(value, {}) for value in part.inputs]
         assert len(check_split_graph(part, body_in_float64(part), 8, inputs, {}).nodes) == 2
