@@ -90,9 +90,10 @@ def rtx(
 
     def backward(graph: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         done = None if entry is None else lambda _, found: entry.backward(graph, found)
-        options: dict[str, Any] = {"done": done, "pinned": step.backward(graph), "gradients": positions(graph)}
+        gradients = positions(graph)
+        options: dict[str, Any] = {"done": done, "pinned": step.backward(graph), "gradients": gradients}
         compile = partial(_compile, names=[], static=frozenset(), compilation=compilation, runtime=trained, **options)
-        return specializing(positions(graph), lambda: graph, compile)
+        return specializing(gradients, lambda: graph, compile)
 
     return captured(example_inputs, inference, forward, backward)
 

@@ -266,9 +266,8 @@ class _Zeros:
 
 
 def _name(node: fx.Node) -> str:
-    return (
-        node.target._opname if isinstance(node.target, torch._ops.OpOverload) else getattr(node.target, "__name__", "")
-    )
+    target: Any = node.target
+    return target._opname if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", "")
 
 
 def _is_zero(node: fx.Node, zeros: set[fx.Node]) -> bool:

@@ -174,6 +174,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, si
     return turned if size == x.shape[-1] else torch.cat([turned, rest], -1)
 
 
+def rotated(x: Tensor, heads: Tensor, cos: Tensor, sin: Tensor, interleaved: int, size: int) -> Tensor:
+    """The heads of x, `rotate`d, in the shape of x."""
+    y = rotate(heads, cos, sin, interleaved=bool(interleaved), size=size)
+    return join_heads(y) if x.dim() == 3 else y
+
+
 @op("RotaryEmbedding", since=23)
 def rotary_embedding(
     x: Tensor,
@@ -188,10 +194,8 @@ def rotary_embedding(
     """x (B, N, S, D) or (B, S, N * D); the caches (positions, D / 2), or (B, S, D / 2) without `position_ids`."""
     if position_ids is not None:
         cos_cache, sin_cache = cos_cache[position_ids], sin_cache[position_ids]
-    y = rotate(
-        split_heads(x, num_heads), cos_cache, sin_cache, interleaved=bool(interleaved), size=rotary_embedding_dim
-    )
-    return join_heads(y) if x.dim() == 3 else y
+    heads = split_heads(x, num_heads)
+    return rotated(x, heads, cos_cache, sin_cache, interleaved, rotary_embedding_dim)
 
 
 def write(cache: Tensor, update: Tensor, at: Tensor, axis: int = -2, *, circular: bool = False) -> Tensor:

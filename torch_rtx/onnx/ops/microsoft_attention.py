@@ -18,6 +18,7 @@ from torch_rtx.onnx.ops.attention import (
     join_heads,
     linear_attention,
     rotate,
+    rotated,
     split_heads,
     visible,
     write,
@@ -256,8 +257,7 @@ def rotary_embedding(
     heads = split_heads(x, num_heads or (x.shape[-1] // size if x.dim() == 3 else None))
     if position_ids.dim() == 1:
         position_ids = position_ids + torch.arange(heads.shape[2], device=x.device).unsqueeze(0)
-    y = rotate(heads, cos_cache[position_ids], sin_cache[position_ids], interleaved=bool(interleaved), size=size)
-    return join_heads(y) if x.dim() == 3 else y
+    return rotated(x, heads, cos_cache[position_ids], sin_cache[position_ids], interleaved, size)
 
 
 @dataclass

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from torch_rtx.errors import OnnxError
 from torch_rtx.onnx.ops import indexing, nn, sampling, tensors, vision
-from torch_rtx.onnx.ops.attention import join_heads, rotate, split_heads
+from torch_rtx.onnx.ops.attention import rotated, split_heads
 from torch_rtx.onnx.ops.microsoft import MS, activate, embed_layer_normalization, fast_gelu, fused_matmul
 from torch_rtx.onnx.ops.quantized import centered, dequantize, quantize
 from torch_rtx.onnx.registry import Ints, Numbers, op
@@ -275,8 +275,7 @@ def m_rotary_embedding(
         kind = (angle >= mrope_section[0]).long() + (angle >= mrope_section[0] + mrope_section[1]).long()
     heads = split_heads(x, num_heads or (x.shape[-1] // size if x.dim() == 3 else None))
     cos, sin = (cache[position_ids[kind].movedim(0, -1), angle] for cache in (cos_cache, sin_cache))
-    y = rotate(heads, cos, sin, interleaved=bool(interleaved), size=size)
-    return join_heads(y) if x.dim() == 3 else y
+    return rotated(x, heads, cos, sin, interleaved, size)
 
 
 def _rms(x: Tensor, epsilon: float) -> Tensor:
