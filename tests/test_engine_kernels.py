@@ -22,7 +22,7 @@ from tests.engine_files import ENGINE, forge, saved
 from tests.helpers.kernels import GRAPH
 from tests.paths import ENGINES
 from torch_rtx import tactics
-from torch_rtx.backend.cli import app
+from torch_rtx.cli.app import app
 from torch_rtx.engine import Engine, Manifest, load, save
 from torch_rtx.errors import EngineFormatError, InvalidIR, RtxError
 from torch_rtx.inspection import inspect

@@ -62,7 +62,7 @@ def test_command_exists(command: str) -> None:
     elif program == "torch-rtx":
         import typer
 
-        from torch_rtx.backend.cli import app
+        from torch_rtx.cli.app import app
 
         found: Any = typer.main.get_command(app)
         words = [first, *rest]

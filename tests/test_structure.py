@@ -54,11 +54,15 @@ ARROWS = {
     "onnx": {"detection", "errors"},
     "backend": {
         *("errors", "ir", "irparse", "aten", "settings", "targets", "profiles", "tactics", "engine", "cache"),
-        *("inspection", "lowering", "lowering.kernels", "onnx", "runtime", "version", "artefacts"),
+        *("lowering", "lowering.kernels", "onnx", "runtime", "version", "artefacts"),
+    },
+    "cli": {
+        *("errors", "ir", "irparse", "aten", "settings", "targets", "profiles", "engine", "cache", "inspection"),
+        *("lowering", "onnx", "runtime", "backend", "version"),
     },
     "integrations": {"errors"},  # modules that an application imports by itself, one for each library
     "version": set(),
-    "__main__": {"backend"},
+    "__main__": {"cli"},
     "__init__": {"version"},  # its other imports are for type checkers, and lazy
 }
 

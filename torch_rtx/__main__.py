@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch_rtx.backend.cli import app
+from torch_rtx.cli.app import app
 
 if __name__ == "__main__":
     app(prog_name="python -m torch_rtx")

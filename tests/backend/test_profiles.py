@@ -21,7 +21,7 @@ from tests.helpers.ahead import Function, through_file
 from tests.helpers.caching import Keys, Traffic
 from tests.helpers.compiled import same
 from torch_rtx import CaptureError, Input, InputError, InvalidIR
-from torch_rtx.backend.cli import app
+from torch_rtx.cli.app import app
 from torch_rtx.ir import Graph, Sym, TensorType, Value, typical_size
 from torch_rtx.irparse import parse
 from torch_rtx.lowering.kernels.generate import generate

@@ -23,9 +23,9 @@ import torch_rtx
 from tests.paths import ROOT
 from tests.test_structure import FILES, imports, module_of
 from torch_rtx import CompilationSettings
-from torch_rtx.backend.cli import app
 from torch_rtx.cache.runtime import RuntimeCache
 from torch_rtx.cache.runtime_file import DeviceKey
+from torch_rtx.cli.app import app
 from torch_rtx.errors import KernelError
 from torch_rtx.ir import Graph, kernel_nodes
 from torch_rtx.irparse import parse

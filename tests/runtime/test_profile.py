@@ -20,7 +20,7 @@ from benchmarks import models
 from tests.helpers.ahead import IMAGE, Net, through_file
 from tests.helpers.kernels import GRAPH
 from tests.runtime.test_reference_kernels import add
-from torch_rtx.backend.cli import app
+from torch_rtx.cli.app import app
 from torch_rtx.errors import InputError, RtxError, SettingsError
 from torch_rtx.ir import Loc
 from torch_rtx.irparse import parse

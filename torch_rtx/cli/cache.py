@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from string import ascii_letters
@@ -12,11 +10,11 @@ from typing import Annotated
 
 import typer
 
-from torch_rtx.backend.terminal import echo, echo_json
 from torch_rtx.cache.archive import export_entries, import_entries
 from torch_rtx.cache.entries import EngineCache, Head, unpack
 from torch_rtx.cache.store import FileStore, Stored
-from torch_rtx.errors import CacheError, RtxError
+from torch_rtx.cli.terminal import echo, echo_json, errors
+from torch_rtx.errors import CacheError
 from torch_rtx.settings import UNITS, CompilationSettings, cache_dir
 
 app = typer.Typer(no_args_is_help=True, help="The engine cache: its entries, and the reasons of misses.")
@@ -25,16 +23,6 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Name = Annotated[str, typer.Argument(help="A key, or a unique prefix of one.")]
 SHORT = 12  # digits of a key that `ls` prints
 SIZES = {"": 1, **{unit: 1024**power for power, unit in enumerate("KMGT", 1)}, **UNITS}
-
-
-@contextmanager
-def errors() -> Iterator[None]:
-    """Print errors as one line and exit with status 1."""
-    try:
-        yield
-    except (RtxError, OSError) as error:
-        echo(f"error: {error}", problem=True)
-        raise typer.Exit(1) from None
 
 
 def _open(folder: str | None) -> tuple[EngineCache, FileStore]:

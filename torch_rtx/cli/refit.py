@@ -9,8 +9,7 @@ from typing import Annotated
 import typer
 
 from torch_rtx import engine as engine_file
-from torch_rtx.backend.cache_cli import errors
-from torch_rtx.backend.terminal import echo
+from torch_rtx.cli.terminal import echo, errors
 from torch_rtx.errors import SettingsError
 
 WEIGHTS_HELP = "An .onnx or .safetensors file, or a folder of the latter; repeatable, for several shards."

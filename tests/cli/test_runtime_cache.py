@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 
 import torch_rtx
 from tests.cache.test_runtime_cache import ADA, BLACKWELL, change, kernels
-from torch_rtx.backend.cache_cli import size_of
-from torch_rtx.backend.cli import app
 from torch_rtx.cache.runtime import RuntimeCache
+from torch_rtx.cli.app import app
+from torch_rtx.cli.cache import size_of
 
 OLD = replace(ADA, versions="torch_rtx 0 [beta]")
 
@@ -152,7 +152,7 @@ def test_errors(name: str, path: Path, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_in_a_process_of_its_own_without_torch(path: Path) -> None:
-    code = "import sys; sys.modules['torch'] = None; from torch_rtx.backend.cli import app; app()"
+    code = "import sys; sys.modules['torch'] = None; from torch_rtx.cli.app import app; app()"
     command = [sys.executable, "-c", code, "cache", "runtime", "info"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

@@ -10,16 +10,16 @@ from typing import Annotated
 import typer
 
 from torch_rtx import inspection
-from torch_rtx.backend import build_cli, cache_cli, opt_cli, profile_cli, refit_cli, runtime_cache_cli
-from torch_rtx.backend.terminal import echo, echo_json
+from torch_rtx.cli import build, cache, opt, profile, refit, runtime_cache
+from torch_rtx.cli.terminal import echo, echo_json, errors
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Tools for torch_rtx engines.")
-cache_cli.app.add_typer(runtime_cache_cli.app, name="runtime")
-app.add_typer(cache_cli.app, name="cache")
-app.command()(build_cli.build)
-app.command()(refit_cli.refit)
-app.command()(profile_cli.profile)
-app.command()(opt_cli.opt)
+cache.app.add_typer(runtime_cache.app, name="runtime")
+app.add_typer(cache.app, name="cache")
+app.command()(build.build)
+app.command()(refit.refit)
+app.command()(profile.profile)
+app.command()(opt.opt)
 File = Annotated[Path, typer.Argument(help="An engine (.rtx).")]
 
 
@@ -39,7 +39,7 @@ def inspect(
     """Print a summary of an engine without loading it; needs neither torch nor a GPU."""
     if graph and as_json:
         raise typer.BadParameter("--graph prints the program as text, --json the summary: give one of them")
-    with cache_cli.errors():
+    with errors():
         found = inspection.inspect(path)
     if graph:
         echo(found.graph_text, end="")

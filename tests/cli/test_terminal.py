@@ -14,13 +14,13 @@ from typer.testing import CliRunner
 
 from tests.engine_files import forge
 from tests.paths import ROOT
-from torch_rtx.backend.cli import app
-from torch_rtx.backend.terminal import escaped
 from torch_rtx.cache.entries import EngineCache
 from torch_rtx.cache.key import Key, Part
 from torch_rtx.cache.runtime import RuntimeCache
 from torch_rtx.cache.runtime_file import DeviceKey
 from torch_rtx.cache.store import FileStore
+from torch_rtx.cli.app import app
+from torch_rtx.cli.terminal import escaped
 
 # Colours, a title of the window, a line that overwrites the one before it, text from right to left, half a character.
 HOSTILE = "\x1b[31mred\x1b]0;title\x07\r\x9b2J\u202eabc\ud800é"

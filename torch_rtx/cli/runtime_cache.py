@@ -11,10 +11,10 @@ from typing import Annotated
 
 import typer
 
-from torch_rtx.backend.cache_cli import AsJson, errors, size_of, time_text
-from torch_rtx.backend.terminal import echo, echo_json, escaped
 from torch_rtx.cache.runtime import intact
 from torch_rtx.cache.runtime_file import SUFFIXES, DeviceKey, DeviceSummary, RuntimeFile, export_file
+from torch_rtx.cli.cache import AsJson, size_of, time_text
+from torch_rtx.cli.terminal import echo, echo_json, errors, escaped
 from torch_rtx.errors import CacheDamaged, CacheError, SettingsError
 from torch_rtx.settings import RuntimeSettings, runtime_cache_path
 from torch_rtx.targets import parse_targets
@@ -118,7 +118,7 @@ def generate(
 ) -> None:
     """Compile the kernels of an engine for a GPU that this machine need not have, to ship with the engine."""
     from torch_rtx import engine as engine_file  # slow imports that only this command needs
-    from torch_rtx.backend.profile_cli import sizes_given
+    from torch_rtx.cli.profile import sizes_given
     from torch_rtx.runtime.tuning_context import pregenerate
 
     with errors():

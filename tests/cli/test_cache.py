@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 
 import torch_rtx
 from torch_rtx import CompilationSettings
-from torch_rtx.backend.cache_cli import size_of
-from torch_rtx.backend.cli import app
+from torch_rtx.cli.app import app
+from torch_rtx.cli.cache import size_of
 
 
 def call(*args: object) -> Result:
@@ -133,7 +133,7 @@ def test_errors(name: str, names: list[str], tmp_path: Path, monkeypatch: pytest
 
 
 def test_in_a_process_of_its_own_without_torch(names: list[str]) -> None:
-    code = "import sys; sys.modules['torch'] = None; from torch_rtx.backend.cli import app; app()"
+    code = "import sys; sys.modules['torch'] = None; from torch_rtx.cli.app import app; app()"
     done = subprocess.run([sys.executable, "-c", code, "cache", "ls"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("engine ") == 2

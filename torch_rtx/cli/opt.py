@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from torch_rtx.backend.terminal import echo
+from torch_rtx.cli.terminal import echo
 from torch_rtx.errors import RtxError, SettingsError
 from torch_rtx.ir import verify
 from torch_rtx.irparse import parse

@@ -8,8 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from torch_rtx.backend.cache_cli import errors
-from torch_rtx.backend.terminal import echo
+from torch_rtx.cli.terminal import echo, errors
 from torch_rtx.engine import Engine, names_of_sizes
 from torch_rtx.errors import SettingsError
 from torch_rtx.ir import OBJECT, ScalarType, Type, dim_syms, evaluate, type_dims

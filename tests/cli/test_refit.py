@@ -11,7 +11,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import torch_rtx
-from torch_rtx.backend.cli import app
+from torch_rtx.cli.app import app
 
 
 def test_refit(tmp_path: Path) -> None:

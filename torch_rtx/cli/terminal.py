@@ -1,11 +1,15 @@
-"""What the command line prints: text from files, which a terminal must not obey."""
+"""What the command line prints: errors in one line, and text from files, which a terminal must not obey."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import typer
+
+from torch_rtx.errors import RtxError
 
 
 def escaped(text: str) -> str:
@@ -28,3 +32,13 @@ def echo_json(value: object) -> None:
     """Print a value as JSON, which has no names for infinity and NaN: they become strings."""
     text = json.dumps(value)
     echo(json.dumps(json.loads(text, parse_constant=str), indent=1))
+
+
+@contextmanager
+def errors() -> Iterator[None]:
+    """Print errors as one line and exit with status 1."""
+    try:
+        yield
+    except (RtxError, OSError) as error:
+        echo(f"error: {error}", problem=True)
+        raise typer.Exit(1) from None

@@ -12,7 +12,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import torch_rtx
-from torch_rtx.backend.cli import app
+from torch_rtx.cli.app import app
 from torch_rtx.lowering.pipeline import PASSES
 
 
@@ -88,7 +88,7 @@ def test_usage():
 
 
 def test_in_a_process_of_its_own_without_torch(path):
-    code = "import sys; sys.modules['torch'] = None; from torch_rtx.backend.cli import app; app()"
+    code = "import sys; sys.modules['torch'] = None; from torch_rtx.cli.app import app; app()"
     command = [sys.executable, "-c", code, "inspect", str(path)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr

@@ -14,8 +14,8 @@ import onnx
 
 import torch_rtx
 from tests.onnx.models import INT64, graph, linear, model, node, value
-from torch_rtx.backend.build_cli import sizes_given, values_given
-from torch_rtx.backend.cli import app
+from torch_rtx.cli.app import app
+from torch_rtx.cli.build import sizes_given, values_given
 from torch_rtx.errors import SettingsError
 
 
