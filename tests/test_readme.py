@@ -68,7 +68,7 @@ def test_command_exists(command: str) -> None:
         words = [first, *rest]
         while words and hasattr(found, "commands"):
             found = found.commands[words.pop(0)]
-        flags = {flag for parameter in found.params for flag in parameter.opts}
+        flags = {flag for parameter in found.params for flag in (*parameter.opts, *parameter.secondary_opts)}
         assert {word for word in words if word.startswith("-") and word != "-"} <= flags  # "-": standard input
     elif first == "-m":
         assert find_spec(rest[0]) is not None

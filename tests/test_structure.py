@@ -58,7 +58,7 @@ ARROWS = {
     },
     "cli": {
         *("errors", "ir", "irparse", "aten", "settings", "targets", "profiles", "engine", "cache", "inspection"),
-        *("lowering", "onnx", "runtime", "backend", "version"),
+        *("lowering", "lowering.kernels", "onnx", "runtime", "backend", "version"),
     },
     "integrations": {"errors"},  # modules that an application imports by itself, one for each library
     "version": set(),

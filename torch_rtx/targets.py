@@ -266,6 +266,11 @@ def _known() -> str:
     return f'known are {names}, "ptx" (also compute_80, ...; newer GPUs run it), {named}'
 
 
+def gpus_of(sm: int) -> tuple[str, ...]:
+    """The names of series, GPUs and architectures that mean an SM version, as `parse_targets` compares them."""
+    return tuple(_GPUS.get(sm, "").split())
+
+
 def by_age(targets: Iterable[Target]) -> list[Target]:
     """Targets by SM version, PTX last."""
     return sorted(targets, key=lambda target: (target.ptx, target.sm))

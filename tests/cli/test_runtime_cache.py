@@ -79,7 +79,10 @@ def test_export_and_import(path: Path, tmp_path: Path) -> None:
         (("--days", "0"), 6),
         (("--outdated",), 2),
         (("--gpu", "4090"), 4),
-        (("--gpu", "5090", "--outdated"), 4),
+        (("--gpu", "5090", "--outdated"), 0),
+        (("--gpu", "4090", "--outdated"), 2),
+        (("--gpu", "4090", "--days", "0"), 4),
+        (("--gpu", "4090", "--days", "1"), 0),
         (("--size", "0"), 6),
     ],
 )

@@ -254,7 +254,7 @@ class RuntimeCache:
             size: limit in bytes; removes the least recently used entries beyond it.
             days: removes entries unused for this many days.
             inapplicable: removes entries of this GPU that no longer apply to it: those of other versions, or of a
-                newer driver.
+                newer driver. With `days`, those for which both hold.
 
         Raises:
             CacheError: the file can't be written.

@@ -351,28 +351,32 @@ class RuntimeFile:
         Args:
             limit: in bytes; removes the least recently used entries beyond it.
             before: a time; removes entries unused since then.
-            which: a predicate of kind and device; removes entries for which it is true.
+            which: a predicate of kind and device; removes entries for which it is true. With `before`, those for which
+                both hold.
         """
         with self._translated():
             with self._transaction():
                 start = self._db.total_changes
-                if before is not None:
-                    self._db.execute(
-                        "DELETE FROM entry WHERE used < ? OR used > ?", (before, time.time() + CLOCK_SKEW_SECONDS)
-                    )
-                if which is not None:
-                    groups = "SELECT DISTINCT kind, name, sm, driver, versions FROM entry"
-                    for kind, *fields in self._db.execute(groups).fetchall():
-                        device = _device(*fields)
-                        if device is None or which(kind, device):
-                            named = "kind IS ? AND name IS ? AND sm IS ? AND driver IS ? AND versions IS ?"
-                            self._db.execute(f"DELETE FROM entry WHERE {named}", (kind, *fields))
+                if before is not None or which is not None:
+                    self._remove(before, which or (lambda kind, device: True))
                 if limit is not None:
                     self._evict(limit)
                 removed = self._db.total_changes - start
             with suppress(sqlite3.OperationalError):  # in use by other processes: later writes reuse the free pages
                 self._db.execute("VACUUM")
         return removed
+
+    def _remove(self, before: float | None, which: Callable[[str, DeviceKey], bool]) -> None:
+        matching = "kind IS ? AND name IS ? AND sm IS ? AND driver IS ? AND versions IS ?"
+        times: tuple[float, ...] = ()
+        if before is not None:
+            matching += " AND (used < ? OR used > ?)"
+            times = before, time.time() + CLOCK_SKEW_SECONDS
+        groups = "SELECT DISTINCT kind, name, sm, driver, versions FROM entry"
+        for kind, *fields in self._db.execute(groups).fetchall():
+            device = _device(*fields)
+            if device is None or which(kind, device):
+                self._db.execute(f"DELETE FROM entry WHERE {matching}", (kind, *fields, *times))
 
     def _evict(self, limit: int) -> None:
         while (excess := self._bytes() - limit) > 0:

@@ -1,4 +1,4 @@
-"""`torch-rtx build`: builds an engine from an ONNX model."""
+"""`torch-rtx build`: builds an engine from an ONNX model, an exported program, or a function that makes a model."""
 
 from __future__ import annotations
 
@@ -10,17 +10,21 @@ from typing import Annotated, Any
 
 import typer
 
+from torch_rtx.cli.sources import is_function, is_onnx, load_source
 from torch_rtx.cli.terminal import echo, errors
 from torch_rtx.errors import SettingsError
 from torch_rtx.settings import CompilationSettings
 
-SIZE_HELP = "A size that the model leaves open, as batch=8, or batch=1:4:16 (smallest, typical, largest); repeatable."
+SIZE_HELP = (
+    "A size that an ONNX model leaves open, as batch=8, or batch=1:4:16 (smallest, typical, largest); repeatable."
+)
+SOURCE_HELP = "model.onnx, model.pt2, or module:factory, a function that returns (model, args)."
 FIX_HELP = "An input with one value in every call, as sr=16000 or sizes=[1,2]; repeatable."
 
 
 def build(
-    path: Annotated[Path, typer.Argument(help="An ONNX model.")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="The engine; default: model.rtx.")] = None,
+    source: Annotated[str, typer.Argument(metavar="MODEL", help=SOURCE_HELP)],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The engine; default: MODEL.rtx.")] = None,
     size: Annotated[list[str] | None, typer.Option("--size", "-s", help=SIZE_HELP)] = None,
     fix: Annotated[list[str] | None, typer.Option("--fix", "-f", help=FIX_HELP)] = None,
     target: Annotated[
@@ -30,20 +34,30 @@ def build(
     device: Annotated[str, typer.Option(help="The device to build for, cuda or cpu; needs no GPU.")] = "cuda",
     weights: Annotated[bool, typer.Option("--weights", help="Put the weights into the engine, too.")] = False,
 ) -> None:
-    """Build an engine from an ONNX model; its weights stay in the model, unless --weights is given."""
+    """Build an engine; its weights stay in the model, unless --weights is given."""
     from torch_rtx.backend.build import compile  # imports torch, which other commands do without
-    from torch_rtx.onnx.module import from_onnx
     from torch_rtx.runtime.module import save
 
     with errors():
-        out = path.with_suffix(".rtx") if out is None else out
+        out = out_of(source) if out is None else out
         if not out.absolute().parent.is_dir():
             raise SettingsError(f"{out} can't be written: there is no such folder")
         settings = CompilationSettings(device=device, strip_weights=not weights)
         settings = replace(settings, targets=tuple(target)) if target else settings
-        model = from_onnx(path, values_given(fix or []))
-        save(compile(model, dynamic_shapes=sizes_given(size or []), settings=settings), out)
+        found = load_source(source, values_given(fix or []))
+        dynamic = found.dynamic_shapes
+        if size:
+            if not is_onnx(source):
+                hint = "the dynamic sizes of other models are those that they are exported with"
+                raise SettingsError("--size is for ONNX models", hint=hint)
+            dynamic = sizes_given(size)
+        save(compile(found.model, found.args, found.kwargs or None, dynamic, settings), out)
         echo(f"wrote {out}")
+
+
+def out_of(source: str) -> Path:
+    """The engine that is built from `source` where no name is given: beside a file, else in the current folder."""
+    return Path(f"{source.rpartition(':')[2]}.rtx") if is_function(source) else Path(source).with_suffix(".rtx")
 
 
 def sizes_given(given: Iterable[str]) -> dict[str, int | tuple[int, ...]]:

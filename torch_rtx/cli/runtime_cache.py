@@ -118,7 +118,7 @@ def generate(
 ) -> None:
     """Compile the kernels of an engine for a GPU that this machine need not have, to ship with the engine."""
     from torch_rtx import engine as engine_file  # slow imports that only this command needs
-    from torch_rtx.cli.profile import sizes_given
+    from torch_rtx.cli.calls import sizes_given
     from torch_rtx.runtime.tuning_context import pregenerate
 
     with errors():
@@ -142,7 +142,7 @@ def prune(
     gpu: Annotated[str | None, typer.Option("--gpu", help="Remove entries of GPUs whose name contains this.")] = None,
     file: File = None,
 ) -> None:
-    """Remove entries; without options, the least recently used beyond the size of the settings."""
+    """Remove the entries that all options fit; without options, the least recently used beyond the settings' size."""
     removed, left = 0, 0
     with errors():
         path = _path(file)
@@ -150,12 +150,13 @@ def prune(
         latest = {one.device.sm: one.device.versions for one in reversed(devices)}  # the most recently used one wins
 
         def removes(kind: str, device: DeviceKey) -> bool:
-            is_outdated = outdated and latest.get(device.sm) != device.versions
-            return is_outdated or (gpu is not None and _named(gpu)(device))
+            is_named = gpu is None or _named(gpu)(device)
+            return is_named and not (outdated and latest.get(device.sm) == device.versions)
 
         limit = size_of(size) if size is not None else RuntimeSettings().runtime_cache_size
         with suppress(FileNotFoundError), closing(RuntimeFile(path)) as cache:
-            removed = cache.prune(limit, None if days is None else time.time() - days * 86400, removes)
+            before = None if days is None else time.time() - days * 86400
+            removed = cache.prune(limit, before, removes if outdated or gpu is not None else None)
             left = cache.size()[0]
     echo(f"removed {removed} entries; {left} are left")
 

@@ -1,0 +1,100 @@
+"""`torch-rtx bench`: what it prints, its statistics, and threads."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner, Result
+
+import torch_rtx
+from torch_rtx.cli.app import app
+from torch_rtx.cli.bench import Times, measure
+
+SHORT = ("--duration", "0.02", "--warmup", "0", "--iterations", "5")
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("bench") / "model.rtx"
+    dims = ({0: torch.export.Dim("batch", min=1, max=9)},)
+    torch_rtx.save(torch_rtx.compile(nn.Linear(4, 3), (torch.ones(2, 4),), dynamic_shapes=dims), path)
+    return path
+
+
+def call(*given: object) -> Result:
+    return CliRunner().invoke(app, ["bench", *map(str, given)])
+
+
+def test_bench(path: Path) -> None:
+    done = call(path, "--size", "batch=2", "--percentile", 50, "--percentile", 99.9, *SHORT)
+    assert done.exit_code == 0, done.output
+    lines = done.output.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["device", "throughput", "latency", "host"]
+    assert "p50 " in lines[2]
+    assert "p99.9 " in lines[2]
+
+
+def test_json(path: Path) -> None:
+    found = json.loads(call(path, "--size", "batch=2", "--json", "--threads", 2, *SHORT).stdout)
+    assert found["threads"] == 2
+    assert found["device"] is None
+    assert found["latency"]["count"] >= 5
+    assert found["latency"]["min"] <= found["latency"]["median"] <= found["latency"]["percentiles"]["90"]
+    assert found["host"]["mean"] <= found["latency"]["mean"]
+
+
+def test_statistics() -> None:
+    found = Times.of([0.001, 0.002, 0.003, 0.010], [50, 75])
+    assert (found.count, found.min, found.max) == (4, 1.0, 10.0)
+    assert (found.mean, found.median) == (4.0, 2.5)
+    assert found.percentiles == {"50": 2.5, "75": pytest.approx(4.75)}
+
+
+def fake(**others: Any) -> Any:
+    return SimpleNamespace(device=torch.device("cpu"), session=SimpleNamespace(pool=None), **others)
+
+
+def test_threads_call_at_once() -> None:
+    """Four threads that wait do so together, and each call counts once."""
+    seen: set[int] = set()
+
+    def wait() -> None:
+        seen.add(threading.get_ident())
+        time.sleep(0.01)
+
+    found = measure(fake(), [wait] * 4, 5, 0.1, 0.0, [90])
+    assert len(seen) == 5  # the first phase is in this thread
+    assert 200 < found.throughput <= 400
+    assert 10 <= found.latency.min < 20
+
+
+def test_errors_of_threads_are_raised() -> None:
+    def fail() -> None:
+        if threading.current_thread() is not threading.main_thread():
+            raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no"):
+        measure(fake(), [fail, lambda: None], 2, 0.0, 0.0, [90])
+
+
+@pytest.mark.parametrize(
+    ("given", "code", "message"),
+    [
+        ((), 1, "the dynamic sizes are"),
+        (("--size", "batch=100"), 1, "--size batch=100 is no size"),
+        (("--size", "batch=2", "--threads", "0"), 2, "--threads"),
+        (("--size", "batch=2", "--percentile", "101"), 2, "--percentile"),
+        (("--size", "batch=2", "--weights", "none.safetensors"), 1, "there is no file of weights"),
+    ],
+)
+def test_mistakes(path: Path, given: tuple[str, ...], code: int, message: str) -> None:
+    done = call(path, *given, *SHORT)
+    assert (done.exit_code, message in done.output) == (code, True), done.output

@@ -1,0 +1,275 @@
+"""`torch-rtx bench`: latency and throughput of an engine.
+
+Two phases, each at least `--iterations` calls and half of `--duration`. In the first one, calls are made one by one,
+the device idle before each: their latency, and the host's part of it. In the second one `--threads` threads, each with
+a CUDA stream of its own, call without waits in between: the throughput, and on a GPU the time per call by events.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from torch_rtx.cli import calls
+from torch_rtx.cli.terminal import echo, echo_json, errors
+from torch_rtx.errors import SettingsError
+
+if TYPE_CHECKING:
+    from torch_rtx.runtime.module import CompiledModule
+
+Call = Callable[[], Any]
+PERCENTILES = (90.0, 99.0)
+WAIT_S = 600.0  # for kernels that are compiled and measured in the background
+IN_FLIGHT = 32  # calls that a thread queues before it waits: a full queue of the driver blocks the host in any case
+
+ITERATIONS_HELP = "Fewest calls of each phase."
+PERCENTILE_HELP = "Of the latency; may be repeated; default: 90 and 99."
+TRANSFERS_HELP = "Copy inputs from, and results to, pinned host memory in each call."
+GRAPHS_HELP = "CUDA graphs; default: as in applications."
+Count = Annotated[int, typer.Option(min=1, help=ITERATIONS_HELP)]
+Seconds = Annotated[float, typer.Option(min=0, help="Seconds of measuring, for both phases.")]
+Percentiles = Annotated[list[float] | None, typer.Option("--percentile", min=0, max=100, help=PERCENTILE_HELP)]
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds of calls.
+
+    Attributes:
+        percentiles: by percent.
+    """
+
+    count: int
+    min: float
+    mean: float
+    median: float
+    max: float
+    percentiles: dict[str, float]
+
+    @staticmethod
+    def of(seconds: Sequence[float], percentiles: Sequence[float]) -> Times:
+        """The summary of times in seconds; percentiles are interpolated between neighbours."""
+        import numpy as np
+
+        ms = np.array(seconds) * 1e3
+        found = {f"{percent:g}": float(np.percentile(ms, percent)) for percent in percentiles}
+        low, mean, median, high = map(float, (ms.min(), ms.mean(), np.median(ms), ms.max()))
+        return Times(len(ms), low, mean, median, high, found)
+
+    def __str__(self) -> str:
+        parts = [f"p{percent} {ms:.4g}" for percent, ms in self.percentiles.items()]
+        shown = ", ".join([f"min {self.min:.4g}, mean {self.mean:.4g}, median {self.median:.4g}", *parts])
+        return f"{shown}, max {self.max:.4g} ms over {self.count} calls"
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What `bench` measures.
+
+    Attributes:
+        throughput: calls per second, of all threads together.
+        latency: of a call until its results are there, the device idle before it.
+        host: the part of it until the call returns.
+        device: per call, in a row of calls, by events; None on the CPU.
+        graphs: calls replayed CUDA graphs.
+    """
+
+    device_name: str
+    threads: int
+    throughput: float
+    latency: Times
+    host: Times
+    device: Times | None
+    graphs: bool
+
+    def __str__(self) -> str:
+        lines = [
+            f"device: {self.device_name}, CUDA graphs {'on' if self.graphs else 'off'}",
+            f"throughput: {self.throughput:.5g} calls/s, {self.threads} thread{'s' * (self.threads > 1)}",
+            f"latency: {self.latency}",
+            f"host: {self.host}",
+        ]
+        return "\n".join(lines if self.device is None else [*lines, f"device: {self.device}"])
+
+
+def bench(
+    path: calls.EngineFile,
+    weights: calls.Weights = None,
+    size: calls.Sizes = None,
+    seed: calls.Seed = 0,
+    device: calls.Device = None,
+    trust_binaries: calls.Trust = False,
+    iterations: Count = 10,
+    duration: Seconds = 3.0,
+    warmup: Annotated[float, typer.Option(min=0, help="Seconds of calls before.")] = 0.2,
+    percentile: Percentiles = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads that call at once.")] = 1,
+    transfers: Annotated[bool, typer.Option(help=TRANSFERS_HELP)] = False,
+    graphs: Annotated[bool | None, typer.Option("--graphs/--no-graphs", help=GRAPHS_HELP)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure latency and throughput with random inputs and, without --weights, random weights."""
+    from torch_rtx.runtime.background import wait
+    from torch_rtx.settings import RuntimeSettings
+
+    with errors():
+        strategy = {None: None, True: "whole_graph_capture", False: "disabled"}[graphs]
+        settings = RuntimeSettings() if strategy is None else RuntimeSettings(cuda_graph_strategy=strategy)
+        module = calls.opened(path, weights, device, trust_binaries, settings)
+        sizes = calls.sizes_given(module.engine, size or [])
+        if not weights and module.engine.weights is None:
+            calls.fill_in_weights(module, sizes, seed)
+        inputs = calls.drawn((value.type for value in module.engine.graph.inputs), sizes, module.device, seed)
+        made = [_call(module, inputs, transfers) for _ in range(threads)]
+        made[0]()
+        if not wait(WAIT_S):
+            raise SettingsError(f"kernels are still being compiled after {WAIT_S:g} s", hint="use a portable engine")
+        figures = measure(module, made, iterations, duration / 2, warmup, percentile or PERCENTILES)
+        echo_json(asdict(figures)) if as_json else echo(figures)
+
+
+def _call(module: CompiledModule, inputs: Sequence[Any], transfers: bool) -> Call:
+    """A call with inputs of its own, with copies to and from the device if `transfers`."""
+    import torch
+    from torch.utils import _pytree as pytree
+
+    own = [x.clone() if isinstance(x, torch.Tensor) else x for x in inputs]
+    if not transfers or module.device.type != "cuda":
+        args, kwargs = calls.arguments(module, own)
+        return lambda: module(*args, **kwargs)
+    pinned = [x.cpu().pin_memory() if isinstance(x, torch.Tensor) and x.is_cuda else x for x in own]
+    back: list[torch.Tensor] = []
+
+    def call() -> Any:
+        here = [x.to(module.device, non_blocking=True) if isinstance(x, torch.Tensor) else x for x in pinned]
+        args, kwargs = calls.arguments(module, here)
+        results = [x for x in pytree.tree_leaves(module(*args, **kwargs)) if isinstance(x, torch.Tensor)]
+        if not back:
+            back.extend(torch.empty_like(x, device="cpu", pin_memory=True) for x in results)
+        for target, result in zip(back, results, strict=True):
+            target.copy_(result, non_blocking=True)
+        return back
+
+    return call
+
+
+def measure(
+    module: CompiledModule,
+    made: Sequence[Call],
+    iterations: int,
+    duration: float,
+    warmup: float,
+    percentiles: Sequence[float],
+) -> Figures:
+    """Both phases.
+
+    Args:
+        made: a call for each thread.
+        duration: seconds of each phase.
+    """
+    import torch
+
+    device = module.device
+    _repeat(lambda: _finished(made[0], device), 3, warmup)
+    latency, host = [], []
+
+    def alone() -> None:
+        start = time.perf_counter()
+        made[0]()
+        host.append(time.perf_counter() - start)
+        _synchronize(device)
+        latency.append(time.perf_counter() - start)
+
+    _repeat(alone, iterations, duration)
+    per_call, throughput = _in_a_row(made, device, iterations, duration, warmup)
+    pool = module.session.pool
+    return Figures(
+        torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        len(made),
+        throughput,
+        Times.of(latency, percentiles),
+        Times.of(host, percentiles),
+        Times.of(per_call, percentiles) if per_call else None,
+        pool is not None and pool.disabled is None and pool.replays > 0,
+    )
+
+
+def _in_a_row(
+    made: Sequence[Call], device: Any, iterations: int, duration: float, warmup: float
+) -> tuple[list[float], float]:
+    """Seconds per call of the first thread, by events, none on the CPU; and calls per second of all threads."""
+    import torch
+
+    barrier, counts, spans, problems = threading.Barrier(len(made)), [0] * len(made), [0.0] * len(made), []
+    per_call: list[float] = []
+
+    def work(index: int) -> None:
+        with _stream_of(device):
+            _repeat(lambda: _finished(made[index], device), 3, warmup)
+            barrier.wait()
+            start = time.perf_counter()
+            while counts[index] < iterations or time.perf_counter() - start < duration:
+                if device.type == "cuda":
+                    events = [torch.cuda.Event(enable_timing=True) for _ in range(IN_FLIGHT + 1)]
+                    events[0].record()
+                    for event in events[1:]:
+                        made[index]()
+                        event.record()
+                    events[-1].synchronize()
+                    # The first call of a row waits for nothing: the others say what a stream of calls costs.
+                    pairs = zip(events[1:], events[2:], strict=False)
+                    per_call.extend(before.elapsed_time(after) / 1e3 for before, after in pairs if index == 0)
+                    counts[index] += IN_FLIGHT
+                else:
+                    made[index]()
+                    counts[index] += 1
+            spans[index] = time.perf_counter() - start
+
+    def guarded(index: int) -> None:
+        try:
+            work(index)
+        except BaseException as error:  # raised again in the thread of the caller
+            problems.append(error)
+            barrier.abort()
+
+    workers = [threading.Thread(target=guarded, args=(index,)) for index in range(len(made))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    real = [error for error in problems if not isinstance(error, threading.BrokenBarrierError)]
+    if real:
+        raise real[0]
+    return per_call, sum(count / span for count, span in zip(counts, spans, strict=True))
+
+
+def _stream_of(device: Any) -> AbstractContextManager[Any]:
+    import torch
+
+    return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
+
+
+def _finished(call: Call, device: Any) -> None:
+    call()
+    _synchronize(device)
+
+
+def _synchronize(device: Any) -> None:
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
+def _repeat(call: Call, count: int, duration: float) -> None:
+    """Call `count` times at least, and for `duration` seconds."""
+    start, done = time.perf_counter(), 0
+    while done < count or time.perf_counter() - start < duration:
+        call()
+        done += 1

@@ -1,0 +1,50 @@
+"""`torch-rtx targets`: the GPUs that engines can be built for, and this machine's."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from torch_rtx.cli.terminal import echo, echo_json, errors
+from torch_rtx.targets import ARCHES, DTYPE_FEATURES, PORTABLE, gpus_of, lacks, parse_targets
+
+
+def targets(
+    name: Annotated[str | None, typer.Argument(help="A GPU, as 'RTX 4090': print its targets alone.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List the targets, with names of GPUs that mean them and what their kernels can compute with."""
+    with errors():
+        asked = ARCHES.keys() if name is None else {target.sm for target in parse_targets(name)}
+        rows = [_row(sm) for sm in ARCHES if sm in asked]
+        here = _here()
+        if as_json:
+            echo_json({"targets": rows, "here": here})
+            return
+        for row in rows:
+            marks = [text for text, holds in (("portable", row["portable"]), ("as PTX", row["ptx"])) if holds]
+            echo(f"{row['target']}" + f" ({', '.join(marks)})" * bool(marks) + f": {', '.join(row['gpus'])}")
+            echo(f"    computes with {', '.join(row['dtypes'])}")
+        if name is None:
+            echo(f"this machine: {', '.join(f'{gpu} (sm_{sm})' for gpu, sm in here) or 'no CUDA GPU'}")
+
+
+def _row(sm: int) -> dict[str, Any]:
+    arch = ARCHES[sm]
+    special = [dtype for dtype in DTYPE_FEATURES if not lacks(arch, dtype)]
+    return {
+        "target": f"sm_{sm}",
+        "gpus": list(gpus_of(sm)),
+        "dtypes": ["f16", "i8", *special],
+        "portable": any(target.sm == sm and not target.ptx for target in PORTABLE),
+        "ptx": arch.like is not None,
+    }
+
+
+def _here() -> list[tuple[str, int]]:
+    """The GPUs of this machine and their SM versions."""
+    import torch
+
+    found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return [(gpu.name, gpu.major * 10 + gpu.minor) for gpu in found]
