@@ -7,6 +7,7 @@ import itertools
 import os
 import random
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,10 @@ import pytest
 import torch
 
 import torch_rtx
+from tests import windows_rules
 
+if sys.platform == "linux":
+    windows_rules.install()
 torch.set_num_threads(1)
 NUMBERS = itertools.count()
 
@@ -68,6 +72,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_unconfigure() -> None:
     """Removes the engine caches of the run."""
     shutil.rmtree(CACHES, ignore_errors=True)
+
+
+@pytest.fixture
+def as_on_posix() -> Iterator[None]:
+    """Without the rules of Windows: the test is about files that are replaced while they are open."""
+    with windows_rules.suspended():
+        yield
 
 
 @pytest.fixture(autouse=True)

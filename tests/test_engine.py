@@ -280,6 +280,7 @@ def test_a_failure_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Monke
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.usefixtures("as_on_posix")
 def test_who_reads_the_old_file_keeps_it(tmp_path: Path) -> None:
     path = tmp_path / "model.rtx"
     old = saved(path)
@@ -291,6 +292,7 @@ def test_who_reads_the_old_file_keeps_it(tmp_path: Path) -> None:
     assert load(path).graph == SMALL.graph
 
 
+@pytest.mark.usefixtures("as_on_posix")
 def test_a_file_that_is_replaced_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "model.rtx"
     save(ENGINE, path)

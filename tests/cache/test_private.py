@@ -92,7 +92,7 @@ def test_what_others_may_change_is_not_used(
     store, cache = FileStore(entry.parent, 10**6), RuntimeCache(tmp_path / "runtime.sqlite", DEVICE)
     if who == "owner":  # only root can give a file away, so that the others become the trusted ones
         cache.close()
-        monkeypatch.setattr(private, "_trusted", lambda: {os.geteuid() + 1})
+        monkeypatch.setattr(private, "_trusted", lambda user: {user + 1})
         cache = RuntimeCache(tmp_path / "runtime.sqlite", DEVICE)
     assert EngineCache(store).get(KEY) is None
     assert cache.get("kernel", "a") is None

@@ -625,13 +625,20 @@ def test_other_tables(statement: str, path: Path) -> None:
     renamed_and_replaced(path)
 
 
-def test_a_file_that_is_damaged_while_it_is_open(path: Path) -> None:
-    """Two users of one file: one finds the damage, and both go on in the new file."""
+def damaged_while_open(path: Path) -> list[RuntimeCache]:
+    """Two users of one file, which is damaged after they have opened it; the first one has found that out."""
     fill(path, **{f"{n}": bytes(3000) for n in range(100)})
     caches = [RuntimeCache(path, ADA) for _ in range(2)]
     script = "import os, sys; file = open(sys.argv[1], 'r+b'); file.seek(4096); file.write(os.urandom(300_000))"
     subprocess.run([sys.executable, "-c", script, path], check=True)  # to open it here would take SQLite's locks away
     assert caches[0].get("kernel", "50") is None
+    return caches
+
+
+@pytest.mark.usefixtures("as_on_posix")
+def test_a_file_that_is_damaged_while_it_is_open(path: Path) -> None:
+    """Both go on in the new file."""
+    caches = damaged_while_open(path)
     for number, cache in enumerate(caches):
         cache.put("kernel", f"new {number}", b"new")
         assert cache.flush()
@@ -641,6 +648,21 @@ def test_a_file_that_is_damaged_while_it_is_open(path: Path) -> None:
     assert kernels(path, "new 0", "new 1", "50") == [b"new", b"new", None]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the rules of Windows are enforced on Linux")
+def test_a_damaged_file_that_others_have_open_on_windows(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It can't be renamed: entries stay in memory, and the next process makes a new file."""
+    caches = damaged_while_open(path)
+    caches[0].put("kernel", "new", b"new")
+    assert not caches[0].flush()
+    assert caches[0].get("kernel", "new") == b"new"
+    assert "can't be renamed" in caplog.text
+    for cache in caches:
+        cache.close()
+    fill(path, later=b"later")
+    assert kernels(path, "later", "50") == [b"later", None]
+
+
+@pytest.mark.usefixtures("as_on_posix")
 def test_a_file_that_is_removed_while_it_is_open(path: Path) -> None:
     cache = RuntimeCache(path, ADA)
     cache.put("kernel", "a", b"a")

@@ -36,7 +36,7 @@ def check_private(path: str, status: os.stat_result | None = None) -> None:
     if not hasattr(os, "geteuid"):
         return
     status = os.stat(path) if status is None else status
-    if status.st_uid not in _trusted():
+    if status.st_uid not in _trusted(os.geteuid()):
         hint = "name another folder, with TORCH_RTX_CACHE_DIR for instance"
         raise CacheError(f"{path} belongs to another user ({status.st_uid}), who could put anything in it", hint=hint)
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
@@ -44,8 +44,8 @@ def check_private(path: str, status: os.stat_result | None = None) -> None:
         raise CacheError(f"{path} can be written by other users, who could put anything in it", hint=hint)
 
 
-def _trusted() -> set[int]:
-    users = {0, os.geteuid()}
+def _trusted(user: int) -> set[int]:
+    users = {0, user}
     with suppress(OSError):  # a package in an archive is no file
         users.add(os.stat(__file__).st_uid)
     return users

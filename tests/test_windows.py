@@ -1,0 +1,94 @@
+"""What Windows needs: the rules that all tests enforce (see `windows_rules`), and no call that it lacks."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import torch_rtx
+from tests.paths import ROOT
+
+FILES = sorted((ROOT / "torch_rtx").rglob("*.py"))
+MODULES = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty"}
+CALLS = {
+    "os": {
+        *("chown", "chroot", "fork", "forkpty", "getegid", "geteuid", "getgid", "getpgid", "getpgrp", "getuid"),
+        *("killpg", "lchown", "mkfifo", "nice", "openpty", "sched_getaffinity", "setpgid", "setsid", "sysconf"),
+        *("uname", "wait", "waitpid"),
+    },
+    "signal": {"SIGKILL", "SIGALRM", "SIGHUP", "SIGCHLD", "alarm", "setitimer", "pthread_sigmask"},
+    "select": {"poll", "epoll"},
+    "socket": {"AF_UNIX"},
+}
+GUARDS = re.compile(r"hasattr\(|sys\.platform|os\.name\b|except \(?.*(ImportError|AttributeError|OSError)")
+
+
+def posix_only(tree: ast.AST) -> list[ast.AST]:
+    """Imports and attributes that Windows lacks, and paths that only Linux has."""
+    found: list[ast.AST] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [node] if any(alias.name in MODULES for alias in node.names) else []
+        elif isinstance(node, ast.ImportFrom):
+            found += [node] if node.module in MODULES else []
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            found += [node] if node.attr in CALLS.get(node.value.id, ()) else []
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found += [node] if node.value.startswith(("/proc/", "/dev/", "/tmp/")) else []
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_call_that_windows_lacks(path: Path) -> None:
+    """Where there is one, the function that has it asks first, or catches what Windows says."""
+    source = path.read_text()
+    tree = ast.parse(source)
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    for node in posix_only(tree):
+        line: int = node.lineno  # type: ignore[attr-defined]
+        around = [f for f in functions if f.lineno <= line <= (f.end_lineno or f.lineno)]
+        assert around, f"{path.name}:{line} runs on import"
+        inner = ast.get_source_segment(source, max(around, key=lambda f: f.lineno)) or ""
+        assert GUARDS.search(inner), f"{path.name}:{line} is for POSIX alone, and nothing asks for it"
+
+
+def test_the_lint_finds_them() -> None:
+    found = posix_only(ast.parse("import fcntl\nos.fork()\nos.path\nsignal.SIGKILL\nopen('/proc/self/maps')\nos.kill"))
+    assert len(found) == 4
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the rules are enforced on Linux; Windows has its own")
+def test_the_rules_hold_for_the_package(tmp_path: Path) -> None:
+    """`save` can't replace a file that somebody has open, and says so; the old file stays."""
+    module = torch_rtx.compile(nn.Linear(4, 3), (torch.ones(2, 4),))
+    path = tmp_path / "model.rtx"
+    torch_rtx.save(module, path)
+    before = path.read_bytes()
+    with path.open("rb"), pytest.raises(PermissionError, match="Windows"):
+        torch_rtx.save(module, path)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["model.rtx"]
+    torch_rtx.save(module, path)
+    for name in ("aux.rtx", "a?.rtx", "model.rtx."):
+        with pytest.raises(OSError, match="Windows"):
+            torch_rtx.save(module, tmp_path / name)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the rules are enforced on Linux; Windows has its own")
+def test_a_mapped_engine_stays(tmp_path: Path) -> None:
+    """What `load(mmap=True)` has mapped, Windows does not replace until the module is gone."""
+    path = tmp_path / "model.rtx"
+    settings = torch_rtx.CompilationSettings(strip_weights=False)
+    model = nn.Linear(64, 64)
+    torch_rtx.save(torch_rtx.compile(model, (torch.ones(2, 64),), settings=settings), path)
+    loaded = torch_rtx.load(path, mmap=True)
+    with pytest.raises(PermissionError, match="Windows"):
+        torch_rtx.save(loaded, path)
+    torch.testing.assert_close(loaded(torch.ones(2, 64)), model(torch.ones(2, 64)))
