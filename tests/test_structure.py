@@ -23,7 +23,8 @@ ARROWS = {
     "dtypes": set(),
     "optable": set(),
     "targets": {"errors"},
-    "settings": {"errors", "targets"},
+    "platforms": set(),
+    "settings": {"errors", "platforms", "targets"},
     "ir": {"dtypes", "errors"},
     "irparse": {"dtypes", "errors", "ir"},
     "op_work": {"ir"},
@@ -49,16 +50,16 @@ ARROWS = {
     "lowering.kernels": {"accumulation", "artefacts", "dtypes", "errors", "ir", "op_work", "targets", "tactics"},
     "runtime": {
         *("errors", "ir", "irparse", "optable", "op_work", "aten", "settings", "targets", "profiles", "manifest"),
-        *("accumulation", "dtypes", "tactics", "engine", "cache", "artefacts", "onnx"),
+        *("accumulation", "dtypes", "tactics", "engine", "cache", "artefacts", "onnx", "platforms"),
     },
     "onnx": {"detection", "errors"},
     "backend": {
         *("errors", "ir", "irparse", "aten", "settings", "targets", "profiles", "tactics", "engine", "cache"),
-        *("lowering", "lowering.kernels", "onnx", "runtime", "version", "artefacts"),
+        *("lowering", "lowering.kernels", "onnx", "runtime", "version", "artefacts", "platforms"),
     },
     "cli": {
         *("errors", "ir", "irparse", "aten", "settings", "targets", "profiles", "engine", "cache", "inspection"),
-        *("lowering", "lowering.kernels", "onnx", "runtime", "backend", "version"),
+        *("lowering", "lowering.kernels", "onnx", "runtime", "backend", "version", "platforms"),
     },
     "integrations": {"errors"},  # modules that an application imports by itself, one for each library
     "version": set(),

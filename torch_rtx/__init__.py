@@ -18,6 +18,11 @@ from torch_rtx.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from torch_rtx.backend.build import compile
+    from torch_rtx.backend.cross import (
+        cross_compile_for_windows,
+        load_cross_compiled_exported_program,
+        save_cross_compiled_exported_program,
+    )
     from torch_rtx.backend.explain import Explanation, explain
     from torch_rtx.backend.guards import skip_layer_guards
     from torch_rtx.backend.inputs import Input
@@ -27,6 +32,7 @@ if TYPE_CHECKING:
         CallError,
         CaptureError,
         EngineFormatError,
+        EnginePlatformError,
         EngineVersionError,
         InputError,
         IntegrationError,
@@ -50,6 +56,11 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "torch_rtx.backend.build": ("compile",),
+    "torch_rtx.backend.cross": (
+        "cross_compile_for_windows",
+        "load_cross_compiled_exported_program",
+        "save_cross_compiled_exported_program",
+    ),
     "torch_rtx.backend.explain": ("Explanation", "explain"),
     "torch_rtx.backend.guards": ("skip_layer_guards",),
     "torch_rtx.backend.inputs": ("Input",),
@@ -61,6 +72,7 @@ _HOMES = {
         "CallError",
         "CaptureError",
         "EngineFormatError",
+        "EnginePlatformError",
         "EngineVersionError",
         "InputError",
         "IntegrationError",
@@ -90,6 +102,7 @@ __all__ = [
     "CompiledModule",
     "Engine",
     "EngineFormatError",
+    "EnginePlatformError",
     "EngineVersionError",
     "Explanation",
     "Input",
@@ -107,14 +120,17 @@ __all__ = [
     "SettingsError",
     "Unsupported",
     "compile",
+    "cross_compile_for_windows",
     "explain",
     "from_onnx",
     "inspect",
     "load",
+    "load_cross_compiled_exported_program",
     "profile",
     "refit_module_weights",
     "runtime_settings",
     "save",
+    "save_cross_compiled_exported_program",
     "skip_layer_guards",
     "wait",
 ]

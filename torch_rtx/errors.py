@@ -113,6 +113,10 @@ class EngineVersionError(EngineFormatError):
     """The engine needs a newer release of torch_rtx, or its format is too old for this one."""
 
 
+class EnginePlatformError(EngineFormatError):
+    """The engine was built for another operating system."""
+
+
 class RefitError(RtxError, ValueError):
     """The weights do not fit the engine; nothing was changed.
 

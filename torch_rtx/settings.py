@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field, fields
 from typing import Any, Self, TypeVar
 
+from torch_rtx import platforms
 from torch_rtx.errors import SettingsError
 from torch_rtx.targets import LATER, parse_targets
 
@@ -207,6 +208,13 @@ class CompilationSettings(_Checked):
         _is_targets,
         "GPUs to compile kernels for. `later`: the one that runs the engine, when it runs. None: no kernels.",
         key=True,
+    )
+    platform: str = _option(
+        platforms.ANY,
+        " or ".join(map(repr, platforms.PLATFORMS)),
+        lambda v: v in platforms.PLATFORMS,
+        "The only operating system that may load the engine. Any but `any` makes `targets` `portable` where they are "
+        "`later`. Ahead of time.",
     )
     dump_dir: str | None = _dump_dir()
     override_dir: str | None = _override_dir()

@@ -34,6 +34,7 @@ GOOD = {
     "strip_weights": False,
     "device": "cpu",
     "targets": ("sm_86", 120, "ptx"),
+    "platform": "any",  # any other is refused under torch.compile
     "dump_dir": "dumps",
     "override_dir": "edited",
     "tactics": "library",
@@ -64,6 +65,7 @@ BAD = {
     "strip_weights": None,
     "device": "tpu",
     "targets": 8.6,
+    "platform": "win32",
     "dump_dir": 3,
     "override_dir": True,
     "tactics": "kernel library",

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 from collections.abc import Container, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TokenArgument
 
+from torch_rtx import platforms
 from torch_rtx.backend.capture_errors import check_mode, checked_model, explained
-from torch_rtx.backend.compiler import Program
+from torch_rtx.backend.compiler import Program, device_of
 from torch_rtx.backend.inputs import declare, forward_names, user_inputs
 from torch_rtx.backend.onnx_models import imported, onnx_facts
 from torch_rtx.backend.program_cache import get_or_build
@@ -27,6 +29,7 @@ from torch_rtx.profiles import Profile
 from torch_rtx.runtime.module import CompiledModule
 from torch_rtx.runtime.signature import PLAIN, Fixed, Plain, Signature
 from torch_rtx.settings import CompilationSettings, RuntimeSettings, settings_of
+from torch_rtx.targets import LATER
 from torch_rtx.version import __version__
 
 log = logging.getLogger(__name__)
@@ -74,12 +77,11 @@ def compile(
         program = declared.capture()
     check_mode(model, program.graph)
     tensors = _tensors(program)
-    written = set(program.graph_signature.buffers_to_mutate.values())
     names = {user_inputs(program)[number].arg.name: name for number, name in declared.names.items()}
-    roles = [_role(spec, tensors, written, names) for spec in program.graph_signature.input_specs]
-    roles = _with_aliases(roles, tensors)
+    roles = _roles(program, tensors, names)
     sizes = program.range_constraints, declared.typical(program)
-    lowered = get_or_build(program.graph_module, roles, settings, _writes(program), *sizes)
+    built = _with_kernels(settings, device_of(program.graph_module))
+    lowered = get_or_build(program.graph_module, roles, built, _writes(program), *sizes)
     signature = _signature(program, forward_names(model), _defaults(model))
     profiles = declared.profiles(lowered.graph, signature.leaves)
     signature.sizes = declared.names_of_sizes(lowered.graph, signature.leaves)
@@ -92,6 +94,12 @@ def compile(
     lowered.dump("run.py", module.session.source)
     _attach(module, tensors)
     return module
+
+
+def _with_kernels(settings: CompilationSettings, device: torch.device) -> CompilationSettings:
+    """An engine that is bound to a platform brings its kernels along: no compiler is expected there."""
+    needs = settings.platform != platforms.ANY and settings.targets == LATER and device.type == "cuda"
+    return replace(settings, targets="portable") if needs else settings
 
 
 def _attach(module: CompiledModule, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -109,6 +117,13 @@ def _tensors(program: ExportedProgram) -> dict[str, torch.Tensor]:
 
 def _has_data(tensor: torch.Tensor | None) -> bool:
     return tensor is not None and not tensor.is_meta and not isinstance(tensor, FakeTensor)
+
+
+def _roles(program: ExportedProgram, tensors: Mapping[str, torch.Tensor], names: Mapping[str, str]) -> list[Role]:
+    """The roles of the inputs of the exported graph; `names`: those of user inputs, where they have others."""
+    signature = program.graph_signature
+    written = set(signature.buffers_to_mutate.values())
+    return _with_aliases([_role(spec, tensors, written, names) for spec in signature.input_specs], tensors)
 
 
 def _role(spec: Any, tensors: Mapping[str, torch.Tensor], written: Container[str], names: Mapping[str, str]) -> Role:
@@ -169,6 +184,7 @@ def _engine(
         inputs=tuple(value.name for value in lowered.graph.inputs),
         signature=_saved(signature),
         producer={"torch_rtx": __version__, "torch": torch.__version__},
+        platform=settings.platform,
         unused_names=tuple(sorted(n for n in program.state_dict if n not in needed)),
         profiles=profiles,
         **found,

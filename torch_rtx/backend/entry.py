@@ -17,6 +17,7 @@ from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from torch_rtx import platforms
 from torch_rtx.backend.capture import GraphCompiler, capture
 from torch_rtx.backend.capture_cache import CapturedGraph, CaptureEntry
 from torch_rtx.backend.compiler import check_settings
@@ -56,15 +57,7 @@ def rtx(
         PartitionError: see `compile_fx`; also if `require_full_compilation` is set and Dynamo breaks the graph.
         LoweringError: see `compile_fx`.
     """
-    compilation, runtime = from_options(options, mode)
-    check_settings(compilation)
-    if runtime.weight_streaming_budget is not None:
-        hint = "torch_rtx.compile builds an engine, which torch_rtx.load streams from the file of its weights"
-        raise SettingsError("weight_streaming_budget: torch.compile runs on the model's own parameters", hint=hint)
-    if compilation.copy_weights is None:
-        # The model keeps its weights in memory anyway. A write through `.data`, as peft does to merge adapters, reaches
-        # the session only if it reads the parameter itself.
-        compilation = replace(compilation, copy_weights=False)
+    compilation, runtime = _settings(options, mode)
     if compilation.require_full_compilation:
         require_one_graph(gm)
     # `.grad` takes the tensor that the first backward returns, and the next backward would overwrite it.
@@ -96,6 +89,27 @@ def rtx(
         return specializing(gradients, lambda: graph, compile)
 
     return captured(example_inputs, inference, forward, backward)
+
+
+def _settings(options: Mapping[str, object] | None, mode: str | None) -> tuple[CompilationSettings, RuntimeSettings]:
+    """The settings that torch.compile's arguments mean.
+
+    Raises:
+        SettingsError: see `rtx`.
+    """
+    compilation, runtime = from_options(options, mode)
+    check_settings(compilation)
+    if runtime.weight_streaming_budget is not None:
+        hint = "torch_rtx.compile builds an engine, which torch_rtx.load streams from the file of its weights"
+        raise SettingsError("weight_streaming_budget: torch.compile runs on the model's own parameters", hint=hint)
+    if compilation.platform != platforms.ANY:
+        hint = "torch_rtx.compile and cross_compile_for_windows build engines for another platform"
+        raise SettingsError(f"platform={compilation.platform!r}: torch.compile runs on this one", hint=hint)
+    if compilation.copy_weights is None:
+        # The model keeps its weights in memory anyway. A write through `.data`, as peft does to merge adapters, reaches
+        # the session only if it reads the parameter itself.
+        compilation = replace(compilation, copy_weights=False)
+    return compilation, runtime
 
 
 def _capture(

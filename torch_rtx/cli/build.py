@@ -10,15 +10,18 @@ from typing import Annotated, Any
 
 import typer
 
-from torch_rtx.cli.sources import is_function, is_onnx, load_source
+from torch_rtx.cli.sources import is_function, is_onnx, is_program, load_source
 from torch_rtx.cli.terminal import echo, errors
 from torch_rtx.errors import SettingsError
+from torch_rtx.platforms import ANY
 from torch_rtx.settings import CompilationSettings
 
 SIZE_HELP = (
     "A size that an ONNX model leaves open, as batch=8, or batch=1:4:16 (smallest, typical, largest); repeatable."
 )
 SOURCE_HELP = "model.onnx, model.pt2, or module:factory, a function that returns (model, args)."
+DEVICE_HELP = "cuda or cpu, which is not needed here; default: cuda, or where an exported program was traced."
+PLATFORM_HELP = "The only operating system that may load it: linux or windows; it then has kernels for `portable`."
 FIX_HELP = "An input with one value in every call, as sr=16000 or sizes=[1,2]; repeatable."
 
 
@@ -31,8 +34,9 @@ def build(
         list[str] | None,
         typer.Option("--target", "-t", help="A GPU to compile kernels for, or `portable`; repeatable; default: later."),
     ] = None,
-    device: Annotated[str, typer.Option(help="The device to build for, cuda or cpu; needs no GPU.")] = "cuda",
+    device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
     weights: Annotated[bool, typer.Option("--weights", help="Put the weights into the engine, too.")] = False,
+    platform: Annotated[str, typer.Option(help=PLATFORM_HELP)] = ANY,
 ) -> None:
     """Build an engine; its weights stay in the model, unless --weights is given."""
     from torch_rtx.backend.build import compile  # imports torch, which other commands do without
@@ -42,7 +46,8 @@ def build(
         out = out_of(source) if out is None else out
         if not out.absolute().parent.is_dir():
             raise SettingsError(f"{out} can't be written: there is no such folder")
-        settings = CompilationSettings(device=device, strip_weights=not weights)
+        device = "cuda" if device is None and not is_program(source) else device
+        settings = CompilationSettings(device=device, strip_weights=not weights, platform=platform)
         settings = replace(settings, targets=tuple(target)) if target else settings
         found = load_source(source, values_given(fix or []))
         dynamic = found.dynamic_shapes

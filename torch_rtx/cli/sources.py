@@ -45,7 +45,7 @@ def load_source(text: str, fixed: Mapping[str, Any] | None = None) -> Source:
         from torch_rtx.onnx.module import from_onnx
 
         return Source(from_onnx(text, dict(fixed or {})))
-    if Path(text).suffix.lower() == ".pt2":
+    if is_program(text):
         return Source(_exported(Path(text)))
     if not is_function(text):
         raise SettingsError(f"{text!r} is no model", hint=HINT)
@@ -56,6 +56,11 @@ def load_source(text: str, fixed: Mapping[str, Any] | None = None) -> Source:
 def is_onnx(text: str) -> bool:
     """`text` is the path of an ONNX model."""
     return Path(text).suffix.lower() == ".onnx"
+
+
+def is_program(text: str) -> bool:
+    """`text` is the path of an exported program."""
+    return Path(text).suffix.lower() == ".pt2"
 
 
 def is_function(text: str) -> bool:

@@ -16,10 +16,18 @@ import torch
 from torch import is_grad_enabled, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from torch_rtx import aten
+from torch_rtx import aten, platforms
 from torch_rtx import engine as engine_file
 from torch_rtx.engine import Engine
-from torch_rtx.errors import CallError, EngineFormatError, InputError, InvalidIR, RtxError, SettingsError
+from torch_rtx.errors import (
+    CallError,
+    EngineFormatError,
+    EnginePlatformError,
+    InputError,
+    InvalidIR,
+    RtxError,
+    SettingsError,
+)
 from torch_rtx.ir import Graph, Parameter, TensorType
 from torch_rtx.manifest import Manifest
 from torch_rtx.profiles import Shape, profiles_of, shapes
@@ -437,6 +445,7 @@ def load(
 
     Raises:
         EngineFormatError, EngineVersionError: see `engine.load`; or a call in the file is not allowed or is wrong.
+        EnginePlatformError: it was built for another operating system.
         FileNotFoundError: there is no such engine, or file of weights.
         OnnxError: the ONNX model with the weights is damaged, or has what is not supported.
         RefitError: the weights do not fit, or a state dict or file has names that the model did not have.
@@ -446,6 +455,10 @@ def load(
     settings = settings_of(RuntimeSettings, settings)
     with _typed(EngineFormatError, f"{path} can't be loaded"):
         engine = engine_file.load(path, mmap, sha256)
+        if not platforms.runs_here(engine.manifest.platform):
+            hint = 'build it for this platform, or with CompilationSettings(platform="any")'
+            built_for, here = engine.manifest.platform, platforms.here()
+            raise EnginePlatformError(f"{path} was built for {built_for}, and this is {here}", hint=hint)
         if any(node.op == "python" for node in engine.graph.nodes):
             raise InvalidIR("the engine calls a Python function, which no file can hold")
         placed = resolve_device(device, engine.manifest.device)
