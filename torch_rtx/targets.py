@@ -27,6 +27,8 @@ DTYPE_FEATURES = {
     "f4e2m1fn_x2": "fp4",
 }
 
+EMULATED = frozenset(("f8e4m3fn", "f8e5m2"))  # where a target lacks these, kernels compute with their bytes
+
 
 @dataclass(frozen=True, slots=True)
 class Chip:
@@ -277,13 +279,13 @@ def is_explicit(option: Option) -> bool:
 
 
 def lacks(arch: Arch, dtype: str) -> bool:
-    """Whether an SM version can't compute in `dtype`, as the IR names it."""
+    """Whether an SM version has no instructions for `dtype`, as the IR names it."""
     feature = DTYPE_FEATURES.get(dtype)
     return feature is not None and feature not in arch.features
 
 
 def usable(targets: Iterable[Target], dtypes: Iterable[tuple[str, str]], explicit: bool) -> tuple[Target, ...]:
-    """Those of `targets` that have all dtypes.
+    """Those of `targets` that can compute in all dtypes.
 
     Args:
         dtypes: pairs (op, dtype) of the program.
@@ -292,7 +294,7 @@ def usable(targets: Iterable[Target], dtypes: Iterable[tuple[str, str]], explici
     Raises:
         SettingsError: an explicit target, or every target, lacks a dtype; names the op, the dtype and the target.
     """
-    pairs = list(dict.fromkeys(dtypes))
+    pairs = [pair for pair in dict.fromkeys(dtypes) if pair[1] not in EMULATED]
     kept = []
     problem = ""
     for target in targets:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from torch_rtx.dtypes import FLOATS, register
+from torch_rtx.dtypes import DTYPES, FLOATS, register
 from torch_rtx.errors import Unsupported
 from torch_rtx.lowering.kernels.index import Index, linear, variable, within
 from torch_rtx.lowering.kernels.kernel_ir import (
@@ -205,7 +205,8 @@ class Emitter:
         place = self._pointer(tensor.name, address)
         if self.shape(wide) != self.shape(axes):
             place += f" + tl.zeros({self.shape(wide)}, tl.int32)"
-        masked = f", mask={' & '.join(m.text for m in masks)}, other=0" if masks else ""
+        zero = f"tl.full((), 0, {tl_dtype(tensor.dtype)})" if DTYPES[tensor.dtype].packing else "0"
+        masked = f", mask={' & '.join(m.text for m in masks)}, other={zero}" if masks else ""
         text = f"tl.load({place}{masked})"
         if dtype != tensor.dtype:
             text += f".to({tl_dtype(dtype)})"
