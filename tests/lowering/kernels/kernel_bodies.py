@@ -42,6 +42,9 @@ DTYPES = {
 }
 
 
+FLOATS = r"\b(b?f16|f32|f8e4m3fn|f8e5m2)\b"
+
+
 def body(text: str, dtype: str = "f16") -> Graph:
     """The graph that `text` describes."""
     lines = []
@@ -72,7 +75,7 @@ def check(
     torch.manual_seed(0)
     inputs = [random_tensor(value.type, sizes) for value in graph.inputs]
     eager = compile_graph(graph, torch.device("cpu"))(inputs, ())
-    wide = parse(re.sub(r"\b(b?f16|f32)\b", "f64", str(graph)))
+    wide = parse(re.sub(FLOATS, "f64", str(graph)))
     exact = compile_graph(wide, torch.device("cpu"))(
         [one.double() if one.is_floating_point() else one for one in inputs], ()
     )
@@ -108,7 +111,7 @@ def check_split(text: str, parts: int, dtype: str = "f16", dims: Mapping[str, in
     graph = body(text, dtype)
     torch.manual_seed(0)
     inputs = [random_tensor(value.type, dims or {}) for value in graph.inputs]
-    exact = parse(re.sub(r"\b(b?f16|f32)\b", "f64", str(graph)))
+    exact = parse(re.sub(FLOATS, "f64", str(graph)))
     return check_split_graph(graph, exact, parts, inputs, dims or {})
 
 

@@ -205,11 +205,14 @@ class Emitter:
         place = self._pointer(tensor.name, address)
         if self.shape(wide) != self.shape(axes):
             place += f" + tl.zeros({self.shape(wide)}, tl.int32)"
-        zero = f"tl.full((), 0, {tl_dtype(tensor.dtype)})" if DTYPES[tensor.dtype].packing else "0"
+        packed = DTYPES[tensor.dtype].packing is not None
+        zero = f"tl.full((), 0, {tl_dtype(tensor.dtype)})" if packed else "0"
         masked = f", mask={' & '.join(m.text for m in masks)}, other={zero}" if masks else ""
         text = f"tl.load({place}{masked})"
         if dtype != tensor.dtype:
-            text += f".to({tl_dtype(dtype)})"
+            # Not all casts of Triton from float8 to bf16 are exact.
+            via = f".to({tl_dtype('f32')})" if packed and dtype == "bf16" else ""
+            text += f"{via}.to({tl_dtype(dtype)})"
         return self._once(("load", text), wide, text)
 
     def _pointer(self, name: str, address: Index) -> str:

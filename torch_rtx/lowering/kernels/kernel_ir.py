@@ -236,7 +236,7 @@ def cast(tensor: Tensor, dtype: str, rounded: bool = False) -> Tensor:
         return pointwise(to_bool(A), dtype, tensor)
     if rounded and dtype in PACKINGS:
         return _unpacked(_packed(cast(tensor, register(dtype)), dtype), dtype)
-    if rounded and register(dtype) != dtype:  # by way of f32, as in PyTorch
+    if rounded and register(dtype) != dtype and tensor.dtype not in PACKINGS:  # by way of f32, as in PyTorch
         return pointwise(apply("round_to", apply("cast", A, dtype=register(dtype)), dtype=dtype), dtype, tensor)
     return pointwise(apply("cast", A, dtype=dtype), dtype, tensor)
 
