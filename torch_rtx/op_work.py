@@ -85,8 +85,9 @@ def library_has(sm: int, types: Mapping[str, TensorType], result: TensorType) ->
     lies_along_k = a.strides[-1] == 1 and b.strides[0] == 1
     aligned = all(isinstance(size, int) and size % 16 == 0 for size in (depth, columns, a.strides[0], b.strides[1]))
     whole = all(math.prod(map(_number, scale.shape)) == 1 for scale in (scale_a, scale_b))
-    by_row = scale_a.shape == (a.shape[0], 1) and scale_b.shape == (1, columns)
-    scaled = {scale_a.dtype, scale_b.dtype} == {"f32"} and (whole or (by_row and result.dtype == "bf16"))
+    by_row = (scale_a.shape, scale_b.shape) == ((a.shape[0], 1), (1, columns)) and result.dtype == "bf16"
+    by_row = by_row and scale_a.strides[0] == scale_b.strides[1] == 1
+    scaled = {scale_a.dtype, scale_b.dtype} == {"f32"} and (whole or by_row)
     added = "bias" not in types or types["bias"].dtype == result.dtype != "f32"
     dtypes = result.dtype in ("f16", "bf16", "f32") and {a.dtype, b.dtype} != {"f8e5m2"}
     return sm >= FIRST_SM and lies_along_k and aligned and scaled and added and dtypes
