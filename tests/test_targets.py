@@ -150,10 +150,11 @@ def test_dtypes() -> None:
 
 
 def test_usable() -> None:
-    used = [("aten.mm.default", "f16"), ("aten.mul.Tensor", "f8e4m3fn")]
-    assert [str(target) for target in usable(PORTABLE, used, explicit=False)] == ["sm_89", "sm_90", "sm_120"]
-    with pytest.raises(SettingsError, match=r"aten.mul.Tensor computes in f8e4m3fn, which sm_80 lacks"):
+    used = [("aten.mm.default", "f16"), ("aten._scaled_mm.default", "f4e2m1fn_x2")]
+    assert [str(target) for target in usable(PORTABLE, used, explicit=False)] == ["sm_120"]
+    with pytest.raises(SettingsError, match=r"aten._scaled_mm.default computes in f4e2m1fn_x2, which sm_80 lacks"):
         usable(PORTABLE, used, explicit=True)
+    assert usable(PORTABLE, [("aten._scaled_mm.default", "f8e4m3fn")], explicit=True) == PORTABLE  # by its bytes
     with pytest.raises(SettingsError, match="which sm_75 lacks"):
         usable((Target(75),), [("aten.add.Tensor", "bf16")], explicit=False)
     assert usable(PORTABLE, [], explicit=True) == PORTABLE

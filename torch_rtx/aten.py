@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 
-from torch_rtx import detection as _declared  # noqa: F401
-from torch_rtx import dtypes, host_ops
+from torch_rtx import detection, dtypes, host_ops, scaled_mm
 from torch_rtx.errors import InvalidIR, Unsupported
 from torch_rtx.ir import MAIN, Attr, Graph, Node, TensorType, Value, attr_values
 from torch_rtx.optable import ALLOWED, DECIDED
@@ -68,6 +67,9 @@ UNINITIALIZED = frozenset(
         *("new_empty.default", "new_empty_strided.default"),
     )
 )
+# Operators of this package that run in place of calls with the same arguments, which exist for some of them alone.
+_STAND_INS = {"aten._scaled_mm.default": "torch_rtx.scaled_mm.default"}
+_DECLARED = detection, scaled_mm  # importing them declares operators
 _OPTIONAL = re.compile(r"Optional\[(.*)\]")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -96,7 +98,7 @@ def overload(name: str, trusted: frozenset[str] = frozenset()) -> torch._ops.OpO
     if name not in ALLOWED and name not in trusted:
         hint = "trusted_ops=[...] allows more, if you trust the file"
         raise InvalidIR(f"op {name} is not on the allow-list", hint=hint)
-    namespace, _, rest = name.partition(".")
+    namespace, _, rest = _STAND_INS.get(name, name).partition(".")
     op, _, overload_name = rest.rpartition(".")
     try:
         return getattr(getattr(getattr(torch.ops, namespace), op), overload_name)

@@ -1,14 +1,45 @@
 """Dtypes: one row per name of the IR, with all that the project knows of it. A leaf: no torch, no Triton.
 
-Kernels hold f16 and bf16 as f32 in registers and round where a value is stored or cast on purpose.
+Kernels hold f16, bf16 and float8 as f32 in registers and round where a value is stored or cast on purpose.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 BOOL, INT, FLOAT, COMPLEX = range(4)  # kinds, in the order of PyTorch's type promotion
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """How a float of 8 bits is made of a sign, an exponent and a mantissa.
+
+    Attributes:
+        mantissa: its number of bits.
+        bias: of the exponent.
+        largest: the byte of the largest finite number.
+        beyond: the byte that larger numbers get: that of infinity, or of the largest number.
+    """
+
+    mantissa: int
+    bias: int
+    largest: int
+    beyond: int
+
+    def size(self, byte: int) -> float:
+        """The number with this byte, which has no sign; for infinity, what would follow the largest number."""
+        exponent, fraction = divmod(byte, 1 << self.mantissa)
+        leading = 1 << self.mantissa if exponent else 0
+        return float((leading + fraction) * 2.0 ** (max(exponent, 1) - self.bias - self.mantissa))
+
+    def nearest(self, number: float) -> float:
+        """`number` rounded to the dtype: of two that are as near, to the one with the even byte."""
+        if number != number:
+            return number
+        byte = min(range(self.beyond + 1), key=lambda byte: (abs(self.size(byte) - abs(number)), byte & 1))
+        return math.copysign(self.size(byte) if byte <= self.largest else math.inf, number)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +56,7 @@ class DType:
         register: the dtype that kernels compute in; "" if they do not have the dtype.
         tensor_rate: throughput of tensor cores relative to f16, summed in f32; None without such products.
         tolerance: relative error below which two results are the same for the dtype; 0 for exact comparison.
+        packing: how a float of 8 bits is made of its byte.
     """
 
     bits: int
@@ -36,6 +68,7 @@ class DType:
     register: str = ""
     tensor_rate: float | None = None
     tolerance: float = 0.0
+    packing: Packing | None = None
 
     @property
     def bytes(self) -> int:
@@ -62,8 +95,12 @@ DTYPES: Mapping[str, DType] = {
     "f8e8m0fnu": DType(8, FLOAT, "float8_e8m0fnu", "F8_E8M0"),
     "f8e5m2fnuz": DType(8, FLOAT, "float8_e5m2fnuz", "F8_E5M2FNUZ"),
     "f8e4m3fnuz": DType(8, FLOAT, "float8_e4m3fnuz", "F8_E4M3FNUZ"),
-    "f8e5m2": DType(8, FLOAT, "float8_e5m2", "F8_E5M2", "fp8e5"),
-    "f8e4m3fn": DType(8, FLOAT, "float8_e4m3fn", "F8_E4M3", "fp8e4nv"),
+    "f8e5m2": DType(
+        8, FLOAT, "float8_e5m2", "F8_E5M2", "fp8e5", "float8e5", "f32", 2.0, 0.12, Packing(2, 15, 0x7B, 0x7C)
+    ),
+    "f8e4m3fn": DType(
+        8, FLOAT, "float8_e4m3fn", "F8_E4M3", "fp8e4nv", "float8e4nv", "f32", 2.0, 0.06, Packing(3, 7, 0x7E, 0x7E)
+    ),
     "f16": DType(16, FLOAT, "float16", "F16", "fp16", "float16", "f32", 1.0, 1e-3),
     "bf16": DType(16, FLOAT, "bfloat16", "BF16", "bf16", "bfloat16", "f32", 1.0, 8e-3),
     "f32": DType(32, FLOAT, "float32", "F32", "fp32", "float32", "f32", tolerance=2e-6),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch_rtx import tactics
 from torch_rtx.engine import DTYPES, Path, names_of_sizes, needs_trust, parse_header, program_of, reading
+from torch_rtx.ir import Loc, Node, TensorType, Value
 from torch_rtx.manifest import Manifest
+from torch_rtx.op_work import ANCHORS, PRODUCTS
 from torch_rtx.profiles import Shape, profiles_of, shapes, shapes_text
 
 
@@ -25,6 +27,27 @@ class ParameterInfo:
 
 
 @dataclass(frozen=True)
+class LayerInfo:
+    """A matrix product, convolution or attention of an engine.
+
+    Attributes:
+        name: the path of its module, or else the line of the model, or its kernel.
+        op: the ATen call.
+        operands: the dtypes, as the IR names them, of what is multiplied: a weight that the kernel unpacks is "f16 from
+            i8".
+        result: the dtype of the result.
+    """
+
+    name: str
+    op: str
+    operands: tuple[str, ...]
+    result: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {' x '.join(self.operands)} -> {self.result}"
+
+
+@dataclass(frozen=True)
 class Inspection:
     """The contents of a file; `str()` is a summary.
 
@@ -34,6 +57,7 @@ class Inspection:
         weight_bytes: the size of all weights, including those not in the file.
         kernels: for each target, the number of its kernels and the size of their binaries; targets may share binaries.
         needs_trust: the operators that the file may call only if `load` gets their names as `trusted_ops`.
+        layers: in the order of the program.
         tactics: per target, for how many kernel nodes each kind of tactic is expected to be the fastest.
         profiles: for each optimization profile, the shape of each input: static sizes and ranges.
         sizes: by symbol of the program, the name of a size.
@@ -51,6 +75,7 @@ class Inspection:
     profiles: tuple[Mapping[str, Shape], ...] = ()
     sizes: Mapping[str, str] = field(default_factory=dict)
     needs_trust: tuple[str, ...] = ()
+    layers: tuple[LayerInfo, ...] = ()
 
     def __str__(self) -> str:
         manifest = self.manifest
@@ -70,6 +95,8 @@ class Inspection:
                 f"  {target}: {count}, {_size(size)}; fastest by expectation: {_counts(self.tactics[target])}"
                 for target, (count, size) in self.kernels.items()
             ),
+            *(f"layers: {len(self.layers)}" for _ in self.layers[:1]),
+            *(f"  {layer}" for layer in self.layers),
             f"parameters: {len(self.parameters)}",
         ]
         for info in self.parameters:
@@ -107,7 +134,50 @@ def inspect(path: Path) -> Inspection:
         tuple(shapes(graph, profile) for profile in profiles_of(graph, header.manifest.profiles)),
         sizes,
         needs_trust(graph),
+        tuple(_layers(graph.nodes)),
     )
+
+
+_FACTORS = {op: (names.first, names.second) for op, names in PRODUCTS.items()}
+_FACTORS_OF = {"conv": ("input", "weight"), "attention": ("query", "key", "value")}
+
+
+def _layers(nodes: Sequence[Node], kernel: Node | None = None) -> Iterator[LayerInfo]:
+    """The layers among `nodes`: those of a program, or those in the body of a kernel."""
+    made = {value.name: node for node in nodes for value in node.results} if kernel is not None else {}
+    for node in nodes:
+        names = _FACTORS.get(node.op) or _FACTORS_OF.get(ANCHORS.get(node.op, ""), ())
+        factors = [value for value in map(node.arg, names) if isinstance(value, Value)]
+        if factors and node.results:
+            outer = kernel or node
+            operands = tuple(_operand(value, made) for value in factors)
+            yield LayerInfo(_place(outer.loc) or outer.op, node.op, operands, _dtype(node.results[0]))
+        elif node.body is not None:
+            yield from _layers(node.body.nodes, kernel or node)
+
+
+def _operand(value: Value, made: Mapping[str, Node]) -> str:
+    """The dtype of a factor, and that of the largest tensor in memory which the kernel makes it from."""
+    stored, left = list[Value](), [value]
+    while left:
+        node = made.get((found := left.pop()).name)
+        left += () if node is None else node.inputs
+        stored += (found,) if node is None else ()
+    largest = max(stored, key=_elements, default=value)
+    return _dtype(value) if _dtype(largest) == _dtype(value) else f"{_dtype(value)} from {_dtype(largest)}"
+
+
+def _elements(value: Value) -> int:
+    shape = value.type.shape if isinstance(value.type, TensorType) else ()
+    return math.prod(size for size in shape if isinstance(size, int))
+
+
+def _dtype(value: Value) -> str:
+    return value.type.dtype if isinstance(value.type, TensorType) else str(value.type)
+
+
+def _place(loc: Loc | None) -> str:
+    return "" if loc is None else loc.module or (f"{loc.file}:{loc.line}" if loc.file else "")
 
 
 def _counts(kinds: Mapping[str, int]) -> str:

@@ -19,6 +19,9 @@ class Operands(NamedTuple):
     added: str = ""
 
 
+SCALED_MM = "aten._scaled_mm.default"  # of float8, summed in f32
+FIRST_SM = 89  # of which libraries have it
+SCALES = ("scale_a", "scale_b")  # its factors: of one element, or of a row [rows, 1] and of a column [1, columns]
 PRODUCTS: Mapping[str, Operands] = {
     "aten.mm.default": Operands("self", "mat2"),
     "aten.bmm.default": Operands("self", "mat2"),
@@ -31,7 +34,7 @@ PRODUCTS: Mapping[str, Operands] = {
     "aten.mv.default": Operands("self", "vec"),
     "aten.dot.default": Operands("self", "tensor"),
     "aten._int_mm.default": Operands("self", "mat2"),
-    "aten._scaled_mm.default": Operands("self", "mat2", "bias"),
+    SCALED_MM: Operands("self", "mat2", "bias"),
     "aten._addmm_activation.default": Operands("mat1", "mat2", "self"),
 }
 SDPA = "aten.scaled_dot_product_attention.default"
@@ -40,6 +43,7 @@ ATTENTION = "torch_rtx.attention.default"  # as models write it out, see `aten`
 # most one; its other operations become prologue and epilogue.
 ANCHORS: Mapping[str, str] = {
     **dict.fromkeys((f"aten.{op}.default" for op in ("mm", "addmm", "bmm", "baddbmm", "linear", "matmul")), "gemm"),
+    SCALED_MM: "gemm",
     **dict.fromkeys((f"aten.{op}.default" for op in ("conv1d", "conv2d", "conv3d", "convolution")), "conv"),
     SDPA: "attention",
     ATTENTION: "attention",
@@ -67,6 +71,30 @@ def flops(node: Node, size: Callable[[Dim], int]) -> int:
         keys = _shape(node.arg("key"), size)[-2]
         return 2 * keys * (_numel(node.arg("query"), size) + _numel(result, size))
     return 0
+
+
+def library_has(sm: int, types: Mapping[str, TensorType], result: TensorType) -> bool:
+    """Whether a GPU's library has a product of float8.
+
+    Args:
+        sm: its SM version.
+        types: of the arguments of `SCALED_MM` that are tensors, by name.
+    """
+    a, b, scale_a, scale_b = (types[name] for name in (*PRODUCTS[SCALED_MM][:2], *SCALES))
+    depth, columns = a.shape[-1], b.shape[-1]
+    lies_along_k = a.strides[-1] == 1 and b.strides[0] == 1
+    aligned = all(isinstance(size, int) and size % 16 == 0 for size in (depth, columns, a.strides[0], b.strides[1]))
+    whole = all(math.prod(map(_number, scale.shape)) == 1 for scale in (scale_a, scale_b))
+    by_row = (scale_a.shape, scale_b.shape) == ((a.shape[0], 1), (1, columns)) and result.dtype == "bf16"
+    by_row = by_row and scale_a.strides[0] == scale_b.strides[1] == 1
+    scaled = {scale_a.dtype, scale_b.dtype} == {"f32"} and (whole or by_row)
+    added = "bias" not in types or types["bias"].dtype == result.dtype != "f32"
+    dtypes = result.dtype in ("f16", "bf16", "f32") and {a.dtype, b.dtype} != {"f8e5m2"}
+    return sm >= FIRST_SM and lies_along_k and aligned and scaled and added and dtypes
+
+
+def _number(size: Dim) -> int:
+    return size if isinstance(size, int) else 0
 
 
 def _shape(value: object, size: Callable[[Dim], int]) -> list[int]:

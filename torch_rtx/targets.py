@@ -27,6 +27,8 @@ DTYPE_FEATURES = {
     "f4e2m1fn_x2": "fp4",
 }
 
+EMULATED = frozenset(("f8e4m3fn", "f8e5m2"))  # where a target lacks these, kernels compute with their bytes
+
 
 @dataclass(frozen=True, slots=True)
 class Chip:
@@ -75,7 +77,8 @@ class Arch:
         shared: bytes of shared memory that one block can have at most, where the kernel opts in.
         features: what its code can use. `mma_k16`: matrix products of fragments that are 16 deep, which Triton's
             layouts need. `cp_async`: copies from memory right to shared memory. `wgmma`: products by warpgroups, from
-            shared memory. `griddepcontrol`: kernels that wait for those before them. Others: see `DTYPE_FEATURES`.
+            shared memory. `griddepcontrol`: kernels that wait for those before them. `fp8_in_f32`: products of float8
+            that are summed in f32, not in 14 bits as on Ada and Hopper. Others: see `DTYPE_FEATURES`.
         chip: a typical GPU.
         exact: a binary runs on this SM version alone, since it may use features of one architecture (`sm_90a`). Others
             run on later versions of the same generation as well (sm_80 on sm_86 and sm_89).
@@ -111,7 +114,7 @@ _TURING: frozenset[str] = frozenset()
 _AMPERE = frozenset({"mma_k16", "cp_async", "bf16", "tf32", "int4"})
 _ADA = _AMPERE | {"fp8"}
 _HOPPER = _ADA | {"wgmma", "griddepcontrol"}
-_BLACKWELL = _ADA | {"griddepcontrol", "fp4"}
+_BLACKWELL = _ADA | {"griddepcontrol", "fp4", "fp8_in_f32"}
 # Measured on an H200: products from 3072 x 768 x 768 to 4608 x 21504 x 3072 and convolutions of 7.5e9 to 483e9 FLOP.
 _H200 = Library(
     large={"gemm": 1.5e9, "conv": 5e9, "attention": 1.6e10},
@@ -282,13 +285,13 @@ def is_explicit(option: Option) -> bool:
 
 
 def lacks(arch: Arch, dtype: str) -> bool:
-    """Whether an SM version can't compute in `dtype`, as the IR names it."""
+    """Whether an SM version has no instructions for `dtype`, as the IR names it."""
     feature = DTYPE_FEATURES.get(dtype)
     return feature is not None and feature not in arch.features
 
 
 def usable(targets: Iterable[Target], dtypes: Iterable[tuple[str, str]], explicit: bool) -> tuple[Target, ...]:
-    """Those of `targets` that have all dtypes.
+    """Those of `targets` that can compute in all dtypes.
 
     Args:
         dtypes: pairs (op, dtype) of the program.
@@ -297,7 +300,7 @@ def usable(targets: Iterable[Target], dtypes: Iterable[tuple[str, str]], explici
     Raises:
         SettingsError: an explicit target, or every target, lacks a dtype; names the op, the dtype and the target.
     """
-    pairs = list(dict.fromkeys(dtypes))
+    pairs = [pair for pair in dict.fromkeys(dtypes) if pair[1] not in EMULATED]
     kept = []
     problem = ""
     for target in targets:

@@ -26,7 +26,7 @@ from torch_rtx.lowering.kernels import build
 from torch_rtx.lowering.kernels.aot import Built, Code
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.tactics import OWN, KernelTable, Launch, Tactic, unpack
-from torch_rtx.targets import PORTABLE, PTX, Target
+from torch_rtx.targets import DTYPE_FEATURES, PORTABLE, PTX, Target
 
 BOTH = replace(ADD_1000, name="both", source=ADD_1000.source.replace("add_1000", "both"))
 SMALL, LARGE = matmul(64, 2, deep=32, size=S16), matmul(128, 5, size=S16)
@@ -194,9 +194,12 @@ def test_targets_of_a_graph(caplog: pytest.LogCaptureFixture, monkeypatch: pytes
         assert targets_for("portable", GRAPH) == PORTABLE
     assert caplog.text.count('targets=["portable", "sm_75"] adds them') == 1
     half = parse(str(GRAPH).replace("a: f32[s] = op aten.exp", "a: f8e4m3fn[s] = op aten.exp"))
-    assert [str(target) for target in targets_for("portable", half)] == ["sm_89", "sm_90", "sm_120"]
+    assert targets_for("portable", half) == PORTABLE
+    monkeypatch.setitem(DTYPE_FEATURES, "bf16", "fp4")
+    half = parse(str(GRAPH).replace("a: f32[s] = op aten.exp", "a: bf16[s] = op aten.exp"))
+    assert [str(target) for target in targets_for("portable", half)] == ["sm_120"]
     assert "no kernels for sm_80, which lacks a dtype" in caplog.text
-    with pytest.raises(SettingsError, match=r"aten.exp.default computes in f8e4m3fn, which sm_86 lacks"):
+    with pytest.raises(SettingsError, match=r"aten.exp.default computes in bf16, which sm_86 lacks"):
         targets_for(["sm_86", 90], half)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))

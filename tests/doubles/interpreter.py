@@ -1,10 +1,10 @@
 """Runs generated kernels on the CPU, in Triton's interpreter.
 
 The interpreter replaces functions of `triton.language` for the time of a call, so that kernels can be interpreted and
-compiled in one process. Five of its gaps are filled here: it multiplies the bit patterns of bfloat16, it truncates
-where a GPU rounds to bfloat16, it has no functions of libdevice, it makes a tile of integers of a scalar truth value
-(which loads refuse as a mask from Triton 3.9 on), and it reduces and scans one element at a time, which takes a hundred
-times as long.
+compiled in one process. Seven of its gaps are filled here: it multiplies the bit patterns of bfloat16, it truncates
+where a GPU rounds to bfloat16, it takes NaN of float8 for a number, it has no functions of libdevice, nor the
+instruction that converts to float8, it makes a tile of integers of a scalar truth value (which loads refuse as a mask
+from Triton 3.9 on), and it reduces and scans one element at a time, which takes a hundred times as long.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.targets import ALIGNMENT
 
 LIBRARY = ("fmod", "pow", "rint")  # the functions of libdevice that kernels call
+FLOAT8 = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
 LOCK = threading.RLock()  # the interpreter replaces functions for all threads
 
 
@@ -52,6 +53,8 @@ def run(kernel: Kernel, tensors: Sequence[torch.Tensor], dims: dict[str, int] | 
     scalars = [evaluate(dim, sizes) for dim in kernel.scalars]
     if 0 in grid:
         return
+    # A float8 that the target does not have is bytes to the kernel.
+    tensors = [tensor.view(DTYPES[dtype]) for tensor, dtype in zip(tensors, kernel.pointers, strict=True)]
     with LOCK, _interpreting():
         interpreter.InterpretedFunction(function(kernel).fn)[grid](*tensors, *scalars)
 
@@ -100,6 +103,8 @@ def _interpreting() -> Iterator[None]:
             (JITFunction, "__call__"),
             (interpreter.InterpreterBuilder, "create_dot"),
             (interpreter.InterpreterBuilder, "cast_impl"),
+            (interpreter.InterpreterBuilder, "create_fp_to_fp"),
+            (interpreter.InterpreterBuilder, "create_inline_asm"),
             (interpreter.InterpreterBuilder, "create_splat"),
             (interpreter.ReduceOps, "generic_reduce"),
             (interpreter.ScanOps, "generic_scan"),
@@ -127,6 +132,17 @@ def _interpreting() -> Iterator[None]:
             source = interpreter.TensorHandle(rounded.view(np.float32), source.dtype)
         return cast(self, source, type_)
 
+    def create_fp_to_fp(self: Any, source: Any, type_: Any, rounding: Any) -> Any:
+        assert type_.scalar not in FLOAT8, "Triton rounds to float8 twice on sm_89"
+        return cast(self, _widened(source), type_)
+
+    def create_inline_asm(self: Any, text: str, registers: str, values: Any, *rest: Any) -> Any:
+        assert "cvt.rn.satfinite.e4m3x2.f32" in text
+        (value,) = values
+        data = torch.from_numpy(value.data).clamp(-448, 448).to(torch.float8_e4m3fn)
+        result = interpreter.TensorHandle(data.view(torch.uint8).numpy(), tl.uint8)
+        return types.SimpleNamespace(get_result=lambda index: result)
+
     def create_splat(_: Any, type_: Any, scalar: Any) -> Any:
         # A comparison's data are truth values, though its handle keeps the dtype of the operands.
         return interpreter.TensorHandle(np.full(type_.shape, scalar.data.flat[0]), scalar.dtype.scalar)
@@ -134,6 +150,8 @@ def _interpreting() -> Iterator[None]:
     JITFunction.__call__ = call
     interpreter.InterpreterBuilder.create_dot = create_dot
     interpreter.InterpreterBuilder.cast_impl = cast_impl
+    interpreter.InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
+    interpreter.InterpreterBuilder.create_inline_asm = create_inline_asm
     interpreter.InterpreterBuilder.create_splat = create_splat
     interpreter.ReduceOps.generic_reduce = _reduced
     interpreter.ScanOps.generic_scan = _scanned
@@ -193,6 +211,9 @@ def _scanned(self: Any, values: Sequence[Any]) -> list[Any]:
 
 
 def _widened(handle: Any) -> Any:
+    if handle.dtype.scalar in FLOAT8:
+        data = torch.from_numpy(handle.data).view(FLOAT8[handle.dtype.scalar]).float().numpy()
+        return interpreter.TensorHandle(data, tl.float32)
     if handle.dtype.scalar != tl.bfloat16:
         return handle
     return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)

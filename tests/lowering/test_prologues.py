@@ -20,7 +20,7 @@ from torch_rtx.settings import CompilationSettings
 from torch_rtx.tactics import OWN, KernelTable
 from torch_rtx.targets import arch_of
 
-X = torch.randn(16, 128).half()
+X, E5M2 = torch.randn(16, 128).half(), torch.float8_e5m2
 
 
 class Int8(nn.Module):
@@ -55,6 +55,14 @@ class Int4(nn.Module):
         return nn.functional.linear(x, weight.view(self.shape[0], 128))
 
 
+class Float8(Int8):
+    """As `Int8`, with weights in float8."""
+
+    def __init__(self, dtype: torch.dtype = torch.float8_e4m3fn) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.randn(64, 128).to(dtype))
+
+
 class Shared(Int8):
     """Two products read one wide weight."""
 
@@ -83,13 +91,13 @@ def product(module: torch_rtx.CompiledModule) -> Node:
 
 
 @pytest.mark.parametrize("rows", [1, 16, 40])
-@pytest.mark.parametrize("make", [Int8, Int4, lambda: Int8(48), lambda: Int4(56, 32)])
+@pytest.mark.parametrize("make", [Int8, Int4, Float8, lambda: Int8(48), lambda: Int4(56, 32), lambda: Float8(E5M2)])
 def test_packed_weights_are_widened_in_the_products_kernel(make: type[nn.Module], rows: int) -> None:
     model, x = make().eval(), torch.randn(rows, 128).half()
     module = compiled(model, x)
     node = product(module)
     assert len(module.engine.graph.nodes) == 1
-    assert {"i8", "u8"} & set(stored(module).values())
+    assert {"i8", "u8", "f8e4m3fn", "f8e5m2"} & set(stored(module).values())
     assert not any(weight.recipe for weight in module.engine.graph.weights)
     exact = copy.deepcopy(model).double()(x.double())
     module.refit(model)

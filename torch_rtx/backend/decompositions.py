@@ -1,4 +1,5 @@
-"""Operators that capture replaces by other ATen calls: those of `prims`, of lists of tensors, and `resize`.
+"""Operators that capture replaces by other ATen calls: those of `prims`, of lists of tensors, `resize`, and products
+that have several forms.
 
 Composite operators decompose by themselves, see `capture`. These do not, and would be opaque to an engine.
 """
@@ -69,10 +70,39 @@ def _resize_as(self: Tensor, the_template: Tensor, *, memory_format: torch.memor
     return _resize(self, the_template.shape, memory_format=memory_format)
 
 
+TENSOR_WISE, ROW_WISE = 0, 1  # of `torch.nn.functional.ScalingType`
+
+
+def _scaled_mm_v2(
+    self: Tensor,
+    mat2: Tensor,
+    scale_a: Sequence[Tensor],
+    recipe_a: Sequence[int],
+    swizzle_a: Sequence[int],
+    scale_b: Sequence[Tensor],
+    recipe_b: Sequence[int],
+    swizzle_b: Sequence[int],
+    bias: Tensor | None,
+    out_dtype: torch.dtype | None,
+    contraction_dim: Sequence[int] = (),
+    use_fast_accum: bool = False,
+) -> Any:
+    """`F.scaled_mm`, where it has one scale, or one for each row and column."""
+    if [*recipe_a] != [*recipe_b] or recipe_a[0] not in (TENSOR_WISE, ROW_WISE) or len(recipe_a) > 1:
+        return NotImplemented
+    if any((*swizzle_a, *swizzle_b)) or contraction_dim:
+        return NotImplemented
+    (one,), (two,) = scale_a, scale_b
+    if recipe_a[0] == ROW_WISE:
+        one, two = one.reshape(-1, 1), two.reshape(1, -1)
+    return torch.ops.aten._scaled_mm(self, mat2, one, two, bias, None, out_dtype, use_fast_accum)
+
+
 DECOMPOSITIONS: dict[torch._ops.OperatorBase, Callable[..., Any]] = {
     **dict(_prims()),
     **dict(_foreach()),
     torch.ops.prims.convert_element_type.default: lambda a, dtype: torch.ops.aten._to_copy(a, dtype=dtype),
     torch.ops.aten.resize.default: _resize,
     torch.ops.aten.resize_as.default: _resize_as,
+    torch.ops.aten._scaled_mm_v2.default: _scaled_mm_v2,
 }

@@ -34,10 +34,15 @@ DTYPES = {
     "f32": torch.float32,
     "f16": torch.float16,
     "bf16": torch.bfloat16,
+    "f8e4m3fn": torch.float8_e4m3fn,
+    "f8e5m2": torch.float8_e5m2,
     "i64": torch.int64,
     "i8": torch.int8,
     "bool": torch.bool,
 }
+
+
+FLOATS = r"\b(b?f16|f32|f8e4m3fn|f8e5m2)\b"
 
 
 def body(text: str, dtype: str = "f16") -> Graph:
@@ -70,7 +75,7 @@ def check(
     torch.manual_seed(0)
     inputs = [random_tensor(value.type, sizes) for value in graph.inputs]
     eager = compile_graph(graph, torch.device("cpu"))(inputs, ())
-    wide = parse(re.sub(r"\b(b?f16|f32)\b", "f64", str(graph)))
+    wide = parse(re.sub(FLOATS, "f64", str(graph)))
     exact = compile_graph(wide, torch.device("cpu"))(
         [one.double() if one.is_floating_point() else one for one in inputs], ()
     )
@@ -106,7 +111,7 @@ def check_split(text: str, parts: int, dtype: str = "f16", dims: Mapping[str, in
     graph = body(text, dtype)
     torch.manual_seed(0)
     inputs = [random_tensor(value.type, dims or {}) for value in graph.inputs]
-    exact = parse(re.sub(r"\b(b?f16|f32)\b", "f64", str(graph)))
+    exact = parse(re.sub(FLOATS, "f64", str(graph)))
     return check_split_graph(graph, exact, parts, inputs, dims or {})
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from torch_rtx.dtypes import FLOATS, register
+from torch_rtx.dtypes import DTYPES, FLOATS, register
 from torch_rtx.errors import Unsupported
 from torch_rtx.lowering.kernels.index import Index, linear, variable, within
 from torch_rtx.lowering.kernels.kernel_ir import (
@@ -205,10 +205,14 @@ class Emitter:
         place = self._pointer(tensor.name, address)
         if self.shape(wide) != self.shape(axes):
             place += f" + tl.zeros({self.shape(wide)}, tl.int32)"
-        masked = f", mask={' & '.join(m.text for m in masks)}, other=0" if masks else ""
+        packed = DTYPES[tensor.dtype].packing is not None
+        zero = f"tl.full((), 0, {tl_dtype(tensor.dtype)})" if packed else "0"
+        masked = f", mask={' & '.join(m.text for m in masks)}, other={zero}" if masks else ""
         text = f"tl.load({place}{masked})"
         if dtype != tensor.dtype:
-            text += f".to({tl_dtype(dtype)})"
+            # Not all casts of Triton from float8 to bf16 are exact.
+            via = f".to({tl_dtype('f32')})" if packed and dtype == "bf16" else ""
+            text += f"{via}.to({tl_dtype(dtype)})"
         return self._once(("load", text), wide, text)
 
     def _pointer(self, name: str, address: Index) -> str:

@@ -18,6 +18,9 @@ UNARY = (
     "to_bool",  # x != 0
     "cast",  # to the register dtype of `dtype`: no code where the value has it already
     "round_to",  # an f32 to the precision of `dtype`, held as f32
+    *("bits", "from_bits"),  # an f32 as the i32 of the same bits, and back
+    "to_e4m3",  # an f32 as the u8 of a float8, by the target's own conversion
+    "from_byte",  # a u8 as the float8 `dtype` of the same bits
 )
 BINARY = (
     *("add", "sub", "mul", "div", "and", "or", "xor", "shl", "shr", "eq", "ne", "lt", "le", "gt", "ge"),
@@ -94,6 +97,7 @@ def _functions(ops: str) -> Iterator[partial[Apply]]:
 absolute, sqrt, rsqrt, exp, exp2, log, log1p, log2 = _functions("abs sqrt rsqrt exp exp2 log log1p log2")
 erf, tanh, sigmoid, floor, trunc, to_bool, where = _functions("erf tanh sigmoid floor trunc to_bool where")
 xor, eq, ne, divide, idiv, irem, cast_like = _functions("xor eq ne divide idiv irem cast_like")
+bits, from_bits, shl, shr = _functions("bits from_bits shl shr")
 minimum, maximum, fmin, fmax, fmod, power = _functions("minimum maximum fmin fmax fmod pow")
 
 

@@ -33,6 +33,7 @@ from torch_rtx.lowering.kernels.kernel_ir import (
     everything,
 )
 from torch_rtx.lowering.kernels.matmul_template import (
+    FLOAT8,
     KB,
     MAX_GEMV_ROWS,
     Contraction,
@@ -54,6 +55,7 @@ MAX_CONFIGS, MAX_PER_TILE = 12, 2  # configurations kept: in all, and per tile s
 NUM_SPLITS = (2, 4, 8, 16)  # candidates for split-K and split-KV
 FULL_TILES, TILE = 0.75, 64  # no split-K with more TILE x TILE tiles per multiprocessor than this
 SPLIT_MULTIPLE = 32  # elements of K: each split has a multiple of this
+MAX_IMPRECISE = 128  # products of float8 that tensor cores may sum in less than f32, as in libraries
 MAX_NARROW_LOADS = 16  # per thread and step: loads of less than 16 bytes
 OPERANDS = {**DTYPES, "tf32": TF32}
 SIZES = {name: dtype.bytes for name, dtype in OPERANDS.items()}
@@ -71,9 +73,10 @@ class GemmProblem:
         bytes_moved: compulsory memory traffic.
         columns_last: the second operand is contiguous along columns, not along K.
         needs_few_registers: operands are plain loads and the epilogue is cheap.
-        vector_elements: elements of the first operand per load, at most 8.
+        vector_elements: elements of the first operand per load, at most 16 bytes.
         uncoalesced_loads: per element of a computed second operand, the loads that are not contiguous along K, as of
             packed integers. `tl.dot` has columns in neighbouring threads, so each of these reads its own sector.
+        promoted: see `GemmConfig`.
     """
 
     batch: int
@@ -88,6 +91,7 @@ class GemmProblem:
     needs_few_registers: bool
     vector_elements: int = 8
     uncoalesced_loads: int = 0
+    promoted: bool = False
 
 
 def gemm_problem(region: Region, contraction: Contraction, arch: Arch, input_precision: str = "ieee") -> GemmProblem:
@@ -101,7 +105,7 @@ def gemm_problem(region: Region, contraction: Contraction, arch: Arch, input_pre
         raise Unsupported(f"a matrix product of {dtype} on sm_{arch.sm}")
     epilogue = epilogue_indexing(region.outputs, contraction.tile())
     width = epilogue.width.number
-    depth, taps, vector = typical(contraction.depth), prod(contraction.taps), 8
+    depth, taps, vector = typical(contraction.depth), prod(contraction.taps), 16 // SIZES[dtype]
     if KLoop(contraction, 1).flat:
         depth, taps, vector = depth * taps, 1, gcd(depth, vector) if contraction.channels_last else 1
     return GemmProblem(
@@ -117,6 +121,7 @@ def gemm_problem(region: Region, contraction: Contraction, arch: Arch, input_pre
         needs_few_registers=_needs_few_registers(region, contraction),
         vector_elements=vector,
         uncoalesced_loads=0 if stored_load(contraction.b) else _uncoalesced_loads(contraction),
+        promoted=dtype in FLOAT8 and not contraction.fast_accum and "fp8_in_f32" not in arch.features,
     )
 
 
@@ -189,7 +194,7 @@ def ranked_configs(region: Region, contraction: Contraction, arch: Arch, input_p
     best = [config for _, config in _ranked(problem, _is_gemv(contraction), arch)]
     tiles = [(config.gemv, config.block_m, config.width) for config in best]
     kept = [config for at, config in enumerate(best) if tiles[:at].count(tiles[at]) < MAX_PER_TILE][:MAX_CONFIGS]
-    return [replace(config, input_precision=precision) for config in kept]
+    return [replace(config, input_precision=precision, promoted=problem.promoted) for config in kept]
 
 
 def gemm_us(region: Region, contraction: Contraction, arch: Arch) -> float:
@@ -286,11 +291,15 @@ def best_num_splits(region: Region, contraction: Contraction, arch: Arch) -> tup
 
 
 def _mma_configs(problem: GemmProblem, arch: Arch) -> Iterator[GemmConfig]:
-    tiles = [(16, 32, 64, 128, 256), (16, 32, 64, 128, 256), (16, 32, 64, 128)]
+    per_half = max(2 // SIZES[problem.dtype], 1)  # elements of K where a half would have one: as many bytes
+    tiles = [(16, 32, 64, 128, 256), (16, 32, 64, 128, 256), [per_half * size for size in (16, 32, 64, 128)]]
     most_m, most_n, most_k = map(block_of, (problem.rows, problem.columns, problem.depth))
+    most_k = max(most_k, 16 * per_half)  # of an instruction
     stages = (2, 3, 4, 5) if "cp_async" in arch.features else (1,)
     for block_m, block_n, block_k, extra in itertools.product(*tiles, (False, True)):
-        if block_m > most_m or block_n > most_n or not min(most_k, 32) <= block_k <= most_k:
+        if block_m > most_m or block_n > most_n or not min(most_k, 32 * per_half) <= block_k <= most_k:
+            continue
+        if problem.promoted and block_k > MAX_IMPRECISE:
             continue
         if problem.dtype == "f32" and block_k > 32:
             continue  # operands of FMA products take registers
@@ -307,7 +316,8 @@ def _mma_configs(problem: GemmProblem, arch: Arch) -> Iterator[GemmConfig]:
 
 def accumulator_regs(problem: GemmProblem, config: GemmConfig) -> int:
     """Registers per thread for accumulators."""
-    return config.block_m * config.width * problem.accumulators // (32 * config.num_warps)
+    each = 1 + problem.promoted
+    return each * config.block_m * config.width * problem.accumulators // (32 * config.num_warps)
 
 
 def _fits_registers(problem: GemmProblem, config: GemmConfig, arch: Arch) -> bool:
@@ -330,7 +340,9 @@ def _fits_registers(problem: GemmProblem, config: GemmConfig, arch: Arch) -> boo
 
 def _uses_wgmma(problem: GemmProblem, config: GemmConfig, arch: Arch) -> bool:
     """Products run as Hopper's wgmma, which reads operands from shared memory."""
-    return "wgmma" in arch.features and problem.dtype != "f32" and config.block_m >= 64 and config.num_warps >= 4
+    along_k = problem.dtype not in FLOAT8 or not problem.columns_last  # float8 lies along K in shared memory
+    is_large = config.block_m >= 64 and config.num_warps >= 4
+    return "wgmma" in arch.features and problem.dtype != "f32" and is_large and along_k
 
 
 def shared_memory(problem: GemmProblem, config: GemmConfig, arch: Arch) -> int:
@@ -386,9 +398,12 @@ def _step_us(problem: GemmProblem, config: GemmConfig, arch: Arch, count: int) -
         while across * across < warps and config.block_m // across > 16:
             across *= 2
         elements = warps * (config.block_m / across + width / max(warps // across, 1))
-        rate /= 2 if "wgmma" in arch.features else 1  # mma.sync on Hopper has half the rate
+        if "wgmma" in arch.features:  # mma.sync has half the rate there, and Triton makes float8 halves for it
+            rate /= 2 * RATES[problem.dtype] if problem.dtype in FLOAT8 else 2
     elements += config.block_m + width if "wgmma" in arch.features else 0  # copies to shared memory
     math_us = 2 * config.block_m * width * config.block_k / rate
+    if problem.promoted:
+        math_us += config.block_m * width / (chip.plain * 1e6 / 2 / chip.processors)
     shared_us = elements * config.block_k * size / (128e3 * chip.clock)
     l2_us = (config.block_m + width) * config.block_k * size / (chip.cache * 1e3 * chip.clock)
     # A load is due num_stages - 1 steps later.

@@ -15,7 +15,7 @@ from torch_rtx.lowering.kernels.families.family import Family, Offer
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.region import Region, region
 from torch_rtx.tactics import OWN, Tactic
-from torch_rtx.targets import Arch
+from torch_rtx.targets import EMULATED, Arch, lacks
 
 FAMILIES = (gemm.FAMILY, conv.FAMILY, attention.FAMILY, loop.FAMILY)
 Form = tuple[Tactic[Kernel], Iterator[Tactic[Kernel]]]  # a tactic, and its fallbacks
@@ -33,7 +33,7 @@ def generate(body: Graph, name: str, arch: Arch, which: int) -> Kernel | None:
 
 @lru_cache(maxsize=1024)  # called per configuration, and for equal regions of many layers
 def _prepared(body: Graph, arch: Arch) -> tuple[Region, Sequence[Any]]:
-    found = region(body)
+    found = region(body, frozenset(dtype for dtype in EMULATED if lacks(arch, dtype)))
     return found, family_of(found).configs(found, arch)
 
 

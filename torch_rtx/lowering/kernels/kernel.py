@@ -16,7 +16,7 @@ class Kernel:
         source: text of a Python module that imports triton alone. It has no constexpr parameters: known sizes are
             literals.
         pointers: dtype, as the IR names it, of each pointer parameter: the tensors that the region reads, in the order
-            of its node's arguments, then those that it writes.
+            of its node's arguments, then those that it writes. A float8 that the target does not have is "u8".
         scalars: the integer parameters, which follow the pointers, as dims of the graph.
         grid: number of programs along x, y and z, as dims of the graph. Nothing is launched if one is 0.
         num_warps, num_stages: Triton's options of these names.

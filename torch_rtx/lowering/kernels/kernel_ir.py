@@ -31,6 +31,7 @@ from torch_rtx.lowering.kernels.expressions import (
     where,
 )
 from torch_rtx.lowering.kernels.expressions import text as expression_text
+from torch_rtx.lowering.kernels.float8 import BITS, BYTE, CONVERTED, FROM_BYTE, LIMITED, PACKINGS, VALUE, WIDE_BITS
 from torch_rtx.lowering.kernels.index import Index, Var, constant, from_dim, linear, product, variable
 
 Position = tuple[Index, ...]
@@ -166,8 +167,11 @@ REDUCTIONS = {
 }
 
 
-def load(name: str, type_: TensorType, anchor: bool = False) -> Load:
+def load(name: str, type_: TensorType, anchor: bool = False, as_bytes: bool = False) -> Tensor:
     """The tensor that the kernel parameter `name` points to.
+
+    Args:
+        as_bytes: the kernel gets it as bytes: the target does not have the dtype, a float8.
 
     Raises:
         Unsupported: generated kernels do not have the dtype.
@@ -175,6 +179,8 @@ def load(name: str, type_: TensorType, anchor: bool = False) -> Load:
     if not register(type_.dtype):
         raise Unsupported(f"dtype {type_.dtype} in a kernel")
     shape, strides = (tuple(map(from_dim, dims)) for dims in (type_.shape, type_.strides))
+    if as_bytes:
+        return _unpacked(Load(shape, "u8", name, strides), type_.dtype)
     return Load(shape, type_.dtype, name, strides, anchor)
 
 
@@ -220,14 +226,53 @@ def cast(tensor: Tensor, dtype: str, rounded: bool = False) -> Tensor:
     if isinstance(tensor, Const) and not isinstance(tensor.value, Index):
         if dtype in INTS:
             return number(wrapped(int(tensor.value), dtype), dtype)
-        return number(bool(tensor.value) if dtype == "bool" else float(tensor.value), dtype)
+        value = float(tensor.value)
+        if dtype in PACKINGS:
+            value = PACKINGS[dtype].nearest(value)
+        return number(bool(value) if dtype == "bool" else value, dtype)
     if tensor.dtype == dtype:
         return tensor
     if dtype == "bool":
         return pointwise(to_bool(A), dtype, tensor)
-    if rounded and register(dtype) != dtype:  # by way of f32, as in PyTorch
+    if rounded and dtype in PACKINGS:
+        return _unpacked(_packed(cast(tensor, register(dtype)), dtype), dtype)
+    if rounded and register(dtype) != dtype and tensor.dtype not in PACKINGS:  # by way of f32, as in PyTorch
         return pointwise(apply("round_to", apply("cast", A, dtype=register(dtype)), dtype=dtype), dtype, tensor)
     return pointwise(apply("cast", A, dtype=dtype), dtype, tensor)
+
+
+def _unpacked(byte: Tensor, dtype: str) -> Tensor:
+    """The float8 `dtype` of each byte."""
+    return pointwise(VALUE[dtype], dtype, byte, pointwise(WIDE_BITS[dtype], "i32", byte))
+
+
+def _packed(value: Tensor, dtype: str) -> Tensor:
+    """The byte of each number as the float8 `dtype`; `value` is held as f32."""
+    size = pointwise(LIMITED[dtype], "f32", value)
+    return pointwise(BYTE[dtype], "u8", value, size, pointwise(BITS, "i32", size))
+
+
+def in_memory(tensor: Tensor, as_bytes: bool) -> Tensor:
+    """`tensor` as a kernel stores it. Others than float8 are rounded by the store itself.
+
+    Args:
+        as_bytes: see `load`.
+    """
+    dtype = tensor.dtype
+    if dtype not in PACKINGS or isinstance(tensor, Accumulate):
+        return tensor
+    if isinstance(tensor, View):
+        source = in_memory(tensor.source, as_bytes)
+        return View(tensor.shape, source.dtype, source, tensor.at)
+    if isinstance(tensor, Pointwise) and tensor.expression is VALUE[dtype]:
+        byte = tensor.args[0]
+    else:
+        byte = _packed(tensor, dtype)
+    if as_bytes:
+        return byte
+    if dtype in CONVERTED and isinstance(byte, Pointwise) and byte.expression is BYTE[dtype]:
+        byte = pointwise(CONVERTED[dtype], "u8", byte.args[0])
+    return pointwise(FROM_BYTE[dtype], dtype, byte)
 
 
 def reduce(kind: str, tensor: Tensor, axes: Sequence[int], keep: bool = True) -> Tensor:

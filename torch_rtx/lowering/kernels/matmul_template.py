@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 
-from torch_rtx.dtypes import DTYPES
+from torch_rtx.dtypes import DTYPES, HALVES
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Dim, Node, TensorType, dim_expr
 from torch_rtx.lowering.kernels.emit import Axis, Emitter, Operand, indent
@@ -28,6 +28,7 @@ from torch_rtx.lowering.kernels.triton_ops import tl_dtype
 
 Z, M, N, EXTRA, KA, KB = "Z", "M", "N", "N1", "KA", "KB"
 LOOP = "step"  # the variable of the loop over K
+FLOAT8 = {name for name, dtype in DTYPES.items() if dtype.packing}
 DOT_DTYPES = {"f32", *(name for name, dtype in DTYPES.items() if dtype.tensor_rate)}
 TAPS = ("kd", "kh", "kw")
 MAX_GEMV_ROWS = 8  # each row has its own accumulator
@@ -45,6 +46,7 @@ class GemmConfig:
         group_m: row tiles per group; a group visits a column tile before the next one, which favours the L2 cache.
         gemv: use GemvWriter.
         programs: of a persistent kernel; 0: one program per tile.
+        promoted: the products of a step are added to the sums by separate instructions, in f32.
     """
 
     block_m: int
@@ -57,6 +59,7 @@ class GemmConfig:
     programs: int = 0
     input_precision: str = "ieee"
     extra_n: int = 0
+    promoted: bool = False
 
     @property
     def width(self) -> int:
@@ -79,6 +82,7 @@ class Contraction:
         a_at: the position in operand `a` for Z, M, and K as one index per tap and one for the depth.
         b_at: the position in operand `b` for Z, N and K.
         epilogue: from the sum over K to the anchor's result: bias and scale.
+        fast_accum: products of float8 may be summed as tensor cores do it, in less than f32.
     """
 
     out: Load
@@ -95,6 +99,7 @@ class Contraction:
     a_at: Callable[[Index, Index, Position], Position]
     b_at: Callable[[Index, Index, Position], Position]
     epilogue: Callable[[Tensor], Tensor]
+    fast_accum: bool = False
 
     def tile(self) -> Tile:
         """The result as a tile of Z, M and N."""
@@ -141,19 +146,38 @@ def stored_load(tensor: Tensor) -> Load | None:
 
 
 def dot_dtype(contraction: Contraction) -> str:
-    """The dtype of the operands of `tl.dot`. Halves that are cast to f32 right before are multiplied as halves.
+    """The dtype of the operands of `tl.dot`. Halves that are cast to f32 right before are multiplied as halves. float8
+    is multiplied as it is, also of both kinds, if no operand has to be computed; else as halves of the other operand's
+    dtype, or f16, which hold all numbers of float8.
 
     Raises:
         Unsupported: `tl.dot` does not multiply these dtypes.
     """
-    stored = [stored_load(tensor) for tensor in (contraction.a, contraction.b)]
-    halves = {one.dtype if one else "f32" for one in stored}
-    found = {contraction.a.dtype, contraction.b.dtype}
-    if found == {"f32"} and len(halves) == 1 and halves <= {"f16", "bf16"}:
-        found = halves
+    operands = contraction.a, contraction.b
+    stored = [stored_load(tensor) for tensor in operands]
+    narrow = {_uncast(tensor) for tensor in operands}
+    found = {tensor.dtype for tensor in operands}
+    if narrow <= FLOAT8:
+        return stored[0].dtype if stored[0] and stored[1] else "f16"
+    if found == {"f32"} and len(narrow - FLOAT8) == 1 and narrow <= {*HALVES, *FLOAT8}:
+        found = narrow
+    if len(found) > 1:
+        found -= FLOAT8
     if len(found) > 1 or not found <= DOT_DTYPES:
         raise Unsupported(f"a matrix product of {contraction.a.dtype} and {contraction.b.dtype}")
     return found.pop()
+
+
+def _uncast(tensor: Tensor) -> str:
+    """The dtype of `tensor` before casts that take no code."""
+    match tensor:
+        case View():
+            return _uncast(tensor.source)
+        case Pointwise(same_register=Tensor() as inner):
+            return _uncast(inner)
+        case Select(outer=Const(value=0)):
+            return _uncast(tensor.inner)
+    return tensor.dtype
 
 
 class TileWriter:
@@ -372,7 +396,7 @@ class MmaWriter(TileWriter):
                 total = Operand(f"acc{part * len(self.indexing.columns) + which}", frozenset((M, axis.name)))
                 at = contraction.b_at(self.z, substitute(column, named), k_loop.position(KB))
                 right = operand(b, contraction.b, at, dtype, b_mask)
-                dots.append(f"{total.text} = tl.dot({left}, {right}, {total.text}{precision})")
+                dots.append(self._dot(total.text, left, right, precision))
                 totals.append(total)
             zeros = f"tl.zeros([{config.block_m}, {axis.block}], tl.float32)"
             before += [*b.outer.lines, *(f"{total.text} = {zeros}" for total in totals)]
@@ -383,6 +407,11 @@ class MmaWriter(TileWriter):
         lines = self.k_range(KA, "[None, :]") + self.k_range(KB, "[:, None]")
         masks = [*k_loop.mask(a_mask, KA), *k_loop.mask(b_mask, KB)]
         return lines + k_loop.loop(before, masks, inside + dots) + rest
+
+    def _dot(self, total: str, left: str, right: str, precision: str) -> str:
+        if self.config.promoted:  # with the last argument, Triton does not make one dot of both again
+            return f"{total} += tl.dot({left}, {right}, max_num_imprecise_acc={self.config.block_k})"
+        return f"{total} = tl.dot({left}, {right}, {total}{precision})"
 
 
 class GemvWriter(TileWriter):
@@ -425,7 +454,10 @@ def operand(
     emitter: Emitter, tensor: Tensor, position: Position, dtype: str, mask: str = "", full_tile: bool = True
 ) -> str:
     """A tile of an operand as `dtype`, broadcast to all axes with `full_tile`. Elements outside of `mask` are 0: a
-    computed operand (1/x of padding) may be NaN or inf there."""
+    computed operand (1/x of padding) may be NaN or inf there. float8 stays of its own kind."""
+    stored = stored_load(tensor)
+    if dtype in FLOAT8 and stored is not None:
+        dtype = stored.dtype
     found = _load_operand(emitter, tensor, position, (), dtype)
     if found is None:
         found = emitter.value(tensor, position)

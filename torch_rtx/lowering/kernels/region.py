@@ -34,6 +34,7 @@ from torch_rtx.lowering.kernels.kernel_ir import (
     cast,
     children,
     everything,
+    in_memory,
     load,
     text,
 )
@@ -70,6 +71,7 @@ class Region:
         anchor: the node among ANCHORS, if any. Its results are `Load`s with `anchor` set.
         values: every value of the body as kernel IR.
         parts: the loops of a horizontal kernel, whose body has a kernel for each of them and nothing else.
+        as_bytes: the dtypes of which the kernel reads and writes bytes, since the target does not have them.
     """
 
     body: Graph
@@ -77,6 +79,7 @@ class Region:
     anchor: Node | None
     values: Mapping[str, Tensor]
     parts: tuple[Region, ...] = ()
+    as_bytes: frozenset[str] = frozenset()
 
     @property
     def types(self) -> tuple[TensorType, ...]:
@@ -112,20 +115,26 @@ class Region:
         return text(self.outputs, self.anchor.op, args)
 
 
-def region(body: Graph) -> Region:
+def region(body: Graph, as_bytes: frozenset[str] = frozenset()) -> Region:
     """The body of a kernel as kernel IR.
+
+    Args:
+        as_bytes: the dtypes, of 8 bits, that the target does not have.
 
     Raises:
         Unsupported: an operator, dtype or argument that kernels do not cover; or two anchors.
     """
-    values: dict[str, Tensor] = {value.name: load(value.name, tensor_type(value)) for value in body.inputs}
+    types = {value.name: tensor_type(value) for value in body.inputs}
+    values = {name: load(name, type_, as_bytes=type_.dtype in as_bytes) for name, type_ in types.items()}
     anchors = list(_fill(body, values))
     if len(anchors) > 1:
         raise Unsupported(f"{anchors[0].op} and {anchors[1].op} in one kernel", loc=anchors[1].loc)
-    outputs = tuple(values[value.name] for value in attr_values(body.outputs))
+    results = (values[value.name] for value in attr_values(body.outputs))
+    outputs = tuple(in_memory(tensor, tensor.dtype in as_bytes) for tensor in results)
     _check_accumulations(body, outputs, bool(anchors))
-    parts = tuple(region(node.body) for node in body.nodes if node.body is not None) if has_parts(body) else ()
-    return Region(body, outputs, anchors[0] if anchors else None, values, parts)
+    inner = (node.body for node in body.nodes if node.body is not None) if has_parts(body) else ()
+    parts = tuple(region(part, as_bytes) for part in inner)
+    return Region(body, outputs, anchors[0] if anchors else None, values, parts, as_bytes)
 
 
 def _start(tensor: Accumulate) -> Load:

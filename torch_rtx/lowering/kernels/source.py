@@ -41,7 +41,9 @@ def assemble(
     return Kernel(
         name,
         HEADER + (LIBDEVICE if "libdevice." in text else "") + text,
-        tuple(type_.dtype for type_ in types if isinstance(type_, TensorType)),
+        tuple(
+            "u8" if type_.dtype in region.as_bytes else type_.dtype for type_ in types if isinstance(type_, TensorType)
+        ),
         tuple(body.syms.values()),
         (programs, 1, 1),
         num_warps,

@@ -7,7 +7,7 @@ bodies are ATen calls, like any other. For reductions without an anchor see `spl
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from torch_rtx.ir import Dim, Graph, Node, TensorType, Value
 from torch_rtx.lowering.kernels.body_builder import BodyBuilder, kernel, names_in, needed, type_of
@@ -17,23 +17,23 @@ Combine = Callable[[BodyBuilder, Node, tuple[Value, ...]], Value]  # the whole r
 
 
 def split_anchor(
-    body: Graph, name: str, anchor: Node, num_splits: int, partial: Partial, combine: Combine, last: str
+    body: Graph, name: str, anchor: Node, num_splits: int, partial: Partial, combine: Combine, last: Collection[str]
 ) -> Graph:
     """`body`, of the kernel `name`, with its anchor split into `num_splits`, a divisor of the size that is split.
 
     Args:
-        last: the argument of the anchor that the second kernel adds.
+        last: the arguments of the anchor that the second kernel takes: what it adds, and scales.
 
     Raises:
         Unsupported: the anchor can't be split.
     """
-    operands = tuple(attr for name, attr in anchor.args if name != last)
+    operands = tuple(attr for name, attr in anchor.args if name not in last)
     taken = names_in(body)
     first = BodyBuilder(taken, needed(body.nodes, operands))
     results = partial(first, anchor, num_splits)
     second = BodyBuilder(taken)
     others = [node for node in body.nodes if node is not anchor]
-    kept = needed(others, (*body.outputs, anchor.arg(last)))
+    kept = needed(others, (*body.outputs, *map(anchor.arg, last)))
     for node in body.nodes:
         if node is anchor:
             _rounded(second, combine(second, anchor, results), anchor)

@@ -43,6 +43,12 @@ _NAN = ", propagate_nan=tl.PropagateNan.ALL"
 _TANH_SMALL = "{0} * (1.0 + {0} * {0} * (-0.3333333333333333 + {0} * {0} * 0.13333333333333333))"
 # Kahan's: exact where 1 + x is rounded.
 _LOG1P = 'tl.where((1.0 + {0} == 1.0) | ({0} == float("inf")), {0}, tl.log(1.0 + {0}) * ({0} / ((1.0 + {0}) - 1.0)))'
+# Triton's own cast rounds twice on sm_89. In braces, since templates are formatted.
+_TO_E4M3 = (
+    'tl.inline_asm_elementwise("{{{{ .reg .b16 lo, hi; cvt.rn.satfinite.e4m3x2.f32 lo, $2, $1; '
+    'cvt.rn.satfinite.e4m3x2.f32 hi, $4, $3; mov.b32 $0, {{{{lo, hi}}}}; }}}}", "=r,r,r,r,r", [{0}], dtype=tl.uint8, '
+    "is_pure=True, pack=4)"
+)
 _RINT = "libdevice.rint({0})"
 CODES = {
     "add": _infix("+", SUM),
@@ -83,6 +89,10 @@ CODES = {
     "to_bool": Code("({0} != 0)"),
     "cast": Code("{0}.to(tl.{held})"),
     "round_to": Code("{0}.to(tl.{stored}).to(tl.{held})"),
+    "bits": Code("{0}.to(tl.int32, bitcast=True)"),
+    "from_bits": Code("{0}.to(tl.float32, bitcast=True)"),
+    "to_e4m3": Code(_TO_E4M3, operands=(COMPARE,)),
+    "from_byte": Code("{0}.to(tl.{stored}, bitcast=True)"),
     "cast_like": Code("{0}.to({1}.dtype)", operands=(ATOM, ATOM)),
 }
 

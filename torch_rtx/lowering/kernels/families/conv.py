@@ -243,7 +243,7 @@ def _epilogue(region: Region, node: Node, out: Load) -> Callable[[Tensor], Tenso
 def conv_split(body: Graph, name: str, num_splits: int) -> Graph:
     """`body`, of the kernel `name`, with its channels split into `num_splits` (split-K); see `split_anchor`."""
     anchor = next(node for node in body.nodes if node.op in OPS)
-    return split_anchor(body, name, anchor, num_splits, _convolution, _convolution_sum, "bias")
+    return split_anchor(body, name, anchor, num_splits, _convolution, _convolution_sum, ("bias",))
 
 
 def _convolution(calls: BodyBuilder, anchor: Node, num_splits: int) -> tuple[Value, ...]:

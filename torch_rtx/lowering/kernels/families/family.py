@@ -65,7 +65,7 @@ def splits(split: Split, body: Graph, name: str, num_splits: int, split_us: floa
 
 
 def library_us(
-    kind: str, region: Region, arch: Arch, us: float, before_us: float, after_us: float, usual: bool
+    kind: str, region: Region, arch: Arch, us: float, before_us: float, after_us: float, usual: bool, rate: float = 1.0
 ) -> float:
     """The expected time of a tactic that calls a library for the anchor, in microseconds.
 
@@ -73,13 +73,14 @@ def library_us(
         us: of the generated kernel, if its operands were plain loads.
         before_us, after_us: of the kernels before and after the call.
         usual: libraries are tuned for such a call.
+        rate: of its dtype relative to f16.
     """
     assert region.anchor is not None
     rates, work = arch.library, flops(region.anchor, typical)
     if rates is None or work <= rates.large[kind] or not usual:
         return before_us + SLOWER * us
     overhead_us, flops_per_us = rates.call[kind]
-    return before_us + overhead_us + work / flops_per_us + after_us
+    return before_us + overhead_us + work / (rate * flops_per_us) + after_us
 
 
 def around(body: Graph, ops: frozenset[str]) -> tuple[list[Node], Node, list[Node]]:

@@ -1,9 +1,10 @@
-"""Matrix products: mm, addmm, bmm, baddbmm, linear, matmul."""
+"""Matrix products: mm, addmm, bmm, baddbmm, linear, matmul, _scaled_mm."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from torch_rtx.dtypes import DTYPES
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Dim, Graph, Node, TensorType, Value, attr_values, contiguous, dim_expr
 from torch_rtx.lowering.kernels.body_builder import BodyBuilder, argument, names_in, type_of
@@ -33,9 +34,10 @@ from torch_rtx.lowering.kernels.kernel_ir import (
     pointwise,
 )
 from torch_rtx.lowering.kernels.matmul_template import Contraction, GemmConfig, GemvWriter, MmaWriter, anchor_result
+from torch_rtx.lowering.kernels.ops.views import reshape
 from torch_rtx.lowering.kernels.region import Region, tensor_type
 from torch_rtx.lowering.kernels.split import added, split_anchor
-from torch_rtx.op_work import ANCHORS, PRODUCTS
+from torch_rtx.op_work import ANCHORS, PRODUCTS, SCALED_MM, SCALES, library_has
 from torch_rtx.targets import Arch
 
 
@@ -98,6 +100,7 @@ def gemm_contraction(region: Region) -> Contraction:
         a_at=a_at,
         b_at=b_at,
         epilogue=_epilogue(region, node, out, added),
+        fast_accum=node.arg("use_fast_accum", False) is True,
     )
 
 
@@ -115,8 +118,12 @@ def _epilogue(region: Region, node: Node, out: Load, added: str) -> Callable[[Te
     if added and node.arg(added) is not None and beta != 0:
         other = region.values[argument(node, added).name]
 
+    scales = _scales(region, node, out)
+
     def epilogue(total: Tensor) -> Tensor:
         found = total if alpha == 1 else pointwise(A * B, "f32", total, number(alpha, "f32"))
+        for scale in scales:
+            found = pointwise(A * B, "f32", found, scale)
         if other is None:
             return found
         scaled = cast(other, "f32")
@@ -126,13 +133,31 @@ def _epilogue(region: Region, node: Node, out: Load, added: str) -> Callable[[Te
     return epilogue
 
 
+def _scales(region: Region, node: Node, out: Load) -> list[Tensor]:
+    """The factors of a product of float8: of all elements, or of each row [rows, 1] and each column [1, columns].
+
+    Raises:
+        Unsupported: other scales, such as those of blocks, or a result in float8.
+    """
+    if node.op != SCALED_MM:
+        return []
+    found = [region.values[argument(node, name).name] for name in SCALES]
+    for axis, scale in enumerate(found):
+        each = tuple(size if at == axis else ONE for at, size in enumerate(out.shape))
+        if scale.dtype != "f32" or (product(scale.shape) != ONE and scale.shape != each):
+            raise Unsupported("a product with scales of blocks")
+    if node.arg("scale_result") is not None or DTYPES[out.dtype].packing:
+        raise Unsupported("a product with a result in float8")
+    return [reshape(scale, ()) if product(scale.shape) == ONE else scale for scale in found]
+
+
 # ---- split-K ---------------------------------------------------------------------------------------------------------
 
 
 def gemm_split(body: Graph, name: str, num_splits: int) -> Graph:
     """`body`, of the kernel `name`, with K of its product split into `num_splits` (split-K); see `split_anchor`."""
     anchor = next(node for node in body.nodes if node.op in OPS)
-    return split_anchor(body, name, anchor, num_splits, _product, _product_sum, PRODUCTS[anchor.op].added)
+    return split_anchor(body, name, anchor, num_splits, _product, _product_sum, (PRODUCTS[anchor.op].added, *SCALES))
 
 
 def _merged(a: Value, b: Value) -> bool:
@@ -176,6 +201,9 @@ def _product_sum(calls: BodyBuilder, anchor: Node, partials: tuple[Value, ...]) 
     alpha, beta = anchor.arg("alpha", 1), anchor.arg("beta", 1)
     if alpha != 1:
         total = calls.pointwise("mul.Scalar", total, other=alpha)
+    for scale in (argument(anchor, name) for name in SCALES if anchor.op == SCALED_MM):
+        shape = type_of(scale).shape
+        total = calls.mul(total, scale if len(shape) == 2 else calls.reshape(scale, (1, 1)))
     term = anchor.arg(PRODUCTS[anchor.op].added)
     if isinstance(term, Value) and beta != 0:
         other = term if beta == 1 else calls.pointwise("mul.Scalar", calls.cast(term, "f32"), other=beta)
@@ -191,6 +219,9 @@ def _others(region: Region, name: str, arch: Arch, us: float) -> Iterator[Offer]
     num_splits, split_us = best_num_splits(region, contraction, arch)
     yield from splits(gemm_split, region.body, name, num_splits, split_us * MODEL_ERROR, us)
     assert region.anchor is not None
+    if region.anchor.op == SCALED_MM:
+        yield from _scaled_call(region, arch, contraction)
+        return
     usual, before_us = _has_aligned_rows(region.anchor), prologue_us(region, arch)
     plain = MODEL_ERROR * gemm_us(region, contraction, arch)
     yield Offer("library", library_us(FAMILY.name, region, arch, plain, before_us, epilogue_us(region, arch), usual))
@@ -201,6 +232,20 @@ def _others(region: Region, name: str, arch: Arch, us: float) -> Iterator[Offer]
     for kind, call in calls.items():
         if call is not None:
             yield Offer(kind, library_us(FAMILY.name, region, arch, plain, before_us, 0.0, usual), call)
+
+
+def _scaled_call(region: Region, arch: Arch, contraction: Contraction) -> Iterator[Offer]:
+    """The region's own calls, if the library has the product of float8."""
+    anchor = region.anchor
+    assert anchor is not None
+    types = {name: type_of(attr) for name, attr in anchor.args if isinstance(attr, Value)}
+    (result,) = anchor.outputs
+    if not library_has(arch.sm, types, type_of(result)):
+        return
+    plain = MODEL_ERROR * gemm_us(region, contraction, arch)
+    after_us, before_us = epilogue_us(region, arch), prologue_us(region, arch)
+    rate = DTYPES["f8e4m3fn"].tensor_rate or 1.0
+    yield Offer("library", library_us(FAMILY.name, region, arch, plain, before_us, after_us, True, rate))
 
 
 def _has_aligned_rows(anchor: Node) -> bool:

@@ -1,0 +1,126 @@
+"""float8 in kernels: casts have the bits of PyTorch's own, on targets with the dtypes and on others."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tests.doubles.interpreter import run
+from tests.lowering.kernels.kernel_bodies import DTYPES, body
+from torch_rtx.dtypes import DTYPES as ROWS
+from torch_rtx.lowering.kernels.generate import generate
+from torch_rtx.targets import arch_of
+
+FLOAT8 = ("f8e4m3fn", "f8e5m2")
+TARGETS = (80, 90)  # without float8, and with it
+
+
+def called(text: str, sm: int, *inputs: torch.Tensor) -> list[torch.Tensor]:
+    """The results of the kernel of a body for an SM version."""
+    graph = body(text)
+    kernel = generate(graph, "kernel", arch_of(sm), 0)
+    assert kernel is not None
+    has = "u8" if sm < 89 else None
+    types = [value.type for value in (*graph.inputs, *graph.outputs)]
+    assert kernel.pointers == tuple(has if has and one.dtype in FLOAT8 else one.dtype for one in types)
+    outputs = [torch.full(value.type.shape, 1, dtype=DTYPES[value.type.dtype]) for value in graph.outputs]
+    run(kernel, [*inputs, *outputs])
+    return outputs
+
+
+def same(found: torch.Tensor, right: torch.Tensor) -> bool:
+    """The same bits, but for those of NaN."""
+    nan = right.float().isnan()
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[right.itemsize]
+    equal = torch.equal(found.view(bits)[~nan], right.view(bits)[~nan])
+    return equal and torch.equal(found.float().isnan(), nan)
+
+
+def numbers(dtype: str) -> torch.Tensor:
+    """Numbers of a dtype where rounding to float8 could go wrong: all of halves, and borders of both dtypes."""
+    if dtype in ("f16", "bf16"):
+        return torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(DTYPES[dtype])
+    found = [torch.randn(4096, dtype=torch.float64) * 2.0**power for power in range(-20, 20, 4)]
+    for name in FLOAT8:
+        every = torch.arange(128, dtype=torch.uint8).view(DTYPES[name]).double()
+        every = every[every.isfinite()]
+        middle = torch.cat([(every[1:] + every[:-1]) / 2, every, every[-1:] * 15 / 14, every[-1:] * 29 / 28])
+        found += [sign * middle * (1 + step) for sign in (1, -1) for step in (0, 2**-23, -(2**-23), 2**-40)]
+    ends = [0.0, -0.0, math.inf, -math.inf, math.nan, 1e-45, 3e38, -3e38, 464.0, 464.0001, 480.0, 61439.9, 61440.0]
+    return torch.cat([*found, torch.tensor(ends, dtype=torch.float64)]).to(DTYPES[dtype])
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("sm", TARGETS)
+@pytest.mark.parametrize("wide", ["f16", "bf16", "f32", "f64"])
+@pytest.mark.parametrize("name", FLOAT8)
+def test_casts(name: str, wide: str, sm: int) -> None:
+    every = torch.arange(256).to(torch.uint8).view(DTYPES[name])
+    (found,) = called(f"x: {name}[256]\ny: {wide}[256] = _to_copy.default(self=x, dtype='{wide}')\nreturn y", sm, every)
+    assert same(found, every.to(DTYPES[wide]))
+    x = numbers(wide)
+    text = f"x: {wide}[{len(x)}]\ny: {name}[{len(x)}] = _to_copy.default(self=x, dtype='{name}')\nreturn y"
+    (found,) = called(text, sm, x)
+    assert same(found, x.to(DTYPES[name]))
+
+
+@pytest.mark.parametrize("sm", TARGETS)
+@pytest.mark.parametrize("name", FLOAT8)
+def test_numbers_that_are_rounded_and_used_further(name: str, sm: int) -> None:
+    x = numbers("f32")
+    text = f"""
+x: f32[{len(x)}]
+q: {name}[{len(x)}] = _to_copy.default(self=x, dtype='{name}')
+y: f32[{len(x)}] = _to_copy.default(self=q, dtype='f32')
+z: f32[{len(x)}] = mul.Scalar(self=y, other=3)
+return q, y, z
+"""
+    found = called(text, sm, x)
+    right = x.to(DTYPES[name])
+    assert all(map(same, found, (right, right.float(), right.float() * 3)))
+
+
+@pytest.mark.parametrize("name", FLOAT8)
+def test_numbers_of_a_program(name: str) -> None:
+    packing, dtype = ROWS[name].packing, DTYPES[name]
+    assert packing is not None
+    x = numbers("f32")[::61]
+    rounded = torch.tensor([packing.nearest(float(one)) for one in x])
+    assert same(rounded, x.to(dtype).float())
+
+
+@pytest.mark.parametrize("sm", TARGETS)
+@pytest.mark.parametrize("name", FLOAT8)
+def test_what_is_only_moved_keeps_its_bits(name: str, sm: int) -> None:
+    every = torch.arange(256).to(torch.uint8).view(DTYPES[name]).view(16, 16)
+    turned = f"t: {name}[16, 16](1, 16) = t.default(self=x)\ny: {name}[16, 16] = clone.default(self=t)"
+    joined = f"y: {name}[16, 32] = cat.default(tensors=[x, x], dim=1)"
+    for call, right in ((turned, every.t().contiguous()), (joined, torch.cat([every, every], 1))):
+        (found,) = called(f"x: {name}[16, 16]\n{call}\nreturn y", sm, every)
+        assert same(found, right)
+
+
+QUANTIZED = """
+x: f16[20, 100]
+b: f16[20, 100] = abs.default(self=x)
+m: f16[20, 1] = amax.default(self=b, dim=[-1], keepdim=True)
+f: f32[20, 1] = _to_copy.default(self=m, dtype='f32')
+s: f32[20, 1] = div.Scalar(self=f, other=448.0)
+w: f32[20, 100] = _to_copy.default(self=x, dtype='f32')
+d: f32[20, 100] = div.Tensor(self=w, other=s)
+l: f32[20, 100] = clamp.default(self=d, min=-448.0, max=448.0)
+q: f8e4m3fn[20, 100] = _to_copy.default(self=l, dtype='f8e4m3fn')
+return q, s
+"""
+
+
+@pytest.mark.parametrize("sm", TARGETS)
+def test_quantization_of_rows(sm: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(20, 100, dtype=torch.float16)
+    scale = x.abs().amax(-1, keepdim=True).float() / 448
+    found, scales = called(QUANTIZED, sm, x)
+    assert torch.equal(scales, scale)
+    assert same(found, (x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn))
