@@ -40,6 +40,7 @@ from torch_rtx.lowering.kernels.matmul_template import (
     KLoop,
     dot_dtype,
     stored_load,
+    uncast,
 )
 from torch_rtx.lowering.kernels.region import Region, tensor_type
 from torch_rtx.lowering.kernels.source import block_of
@@ -71,7 +72,7 @@ class GemmProblem:
         bytes_moved: compulsory memory traffic.
         columns_last: the second operand is contiguous along columns, not along K.
         needs_few_registers: operands are plain loads and the epilogue is cheap.
-        vector_elements: elements of the first operand per load, at most 8.
+        vector_elements: elements of the first operand per load, at most 16 bytes.
         uncoalesced_loads: per element of a computed second operand, the loads that are not contiguous along K, as of
             packed integers. `tl.dot` has columns in neighbouring threads, so each of these reads its own sector.
     """
@@ -101,7 +102,7 @@ def gemm_problem(region: Region, contraction: Contraction, arch: Arch, input_pre
         raise Unsupported(f"a matrix product of {dtype} on sm_{arch.sm}")
     epilogue = epilogue_indexing(region.outputs, contraction.tile())
     width = epilogue.width.number
-    depth, taps, vector = typical(contraction.depth), prod(contraction.taps), 8
+    depth, taps, vector = typical(contraction.depth), prod(contraction.taps), 16 // SIZES[dtype]
     if KLoop(contraction, 1).flat:
         depth, taps, vector = depth * taps, 1, gcd(depth, vector) if contraction.channels_last else 1
     return GemmProblem(
@@ -155,13 +156,12 @@ def _column_stride(contraction: Contraction) -> int | None:
     """The stride of the second operand along columns, in elements; None if it has no constant one."""
     column = variable("N", from_dim(contraction.columns))
     tensor, position = contraction.b, contraction.b_at(ZERO, column, (ZERO,) * (len(contraction.taps) + 1))
-    while isinstance(tensor, View | Pointwise):
-        if isinstance(tensor, Pointwise) and tensor.same_register is None:
-            return None
+    while not isinstance(tensor, Load):
         position = tensor.at(position) if isinstance(tensor, View) else position
-        tensor = tensor.source if isinstance(tensor, View) else tensor.args[0]
-    if not isinstance(tensor, Load):
-        return None
+        inner = tensor.source if isinstance(tensor, View) else uncast(tensor)
+        if inner is None:
+            return None
+        tensor = inner
     ((monomial, _),) = column.terms
     return next((count for atoms, count in linear(position, tensor.strides).terms if atoms == monomial), None)
 
@@ -286,11 +286,13 @@ def best_num_splits(region: Region, contraction: Contraction, arch: Arch) -> tup
 
 
 def _mma_configs(problem: GemmProblem, arch: Arch) -> Iterator[GemmConfig]:
-    tiles = [(16, 32, 64, 128, 256), (16, 32, 64, 128, 256), (16, 32, 64, 128)]
+    per_half = max(2 // SIZES[problem.dtype], 1)  # elements of K where a half would have one: as many bytes
+    tiles = [(16, 32, 64, 128, 256), (16, 32, 64, 128, 256), [per_half * size for size in (16, 32, 64, 128)]]
     most_m, most_n, most_k = map(block_of, (problem.rows, problem.columns, problem.depth))
+    most_k = max(most_k, 16 * per_half)  # of an instruction
     stages = (2, 3, 4, 5) if "cp_async" in arch.features else (1,)
     for block_m, block_n, block_k, extra in itertools.product(*tiles, (False, True)):
-        if block_m > most_m or block_n > most_n or not min(most_k, 32) <= block_k <= most_k:
+        if block_m > most_m or block_n > most_n or not min(most_k, 32 * per_half) <= block_k <= most_k:
             continue
         if problem.dtype == "f32" and block_k > 32:
             continue  # operands of FMA products take registers

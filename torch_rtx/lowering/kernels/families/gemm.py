@@ -1,9 +1,10 @@
-"""Matrix products: mm, addmm, bmm, baddbmm, linear, matmul."""
+"""Matrix products: mm, addmm, bmm, baddbmm, linear, matmul, _int_mm."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from torch_rtx.dtypes import DTYPES, FLOAT
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Dim, Graph, Node, TensorType, Value, attr_values, contiguous, dim_expr
 from torch_rtx.lowering.kernels.body_builder import BodyBuilder, argument, names_in, type_of
@@ -18,7 +19,7 @@ from torch_rtx.lowering.kernels.gemm_perf_model import (
     ranked_configs,
     typical,
 )
-from torch_rtx.lowering.kernels.index import Index, from_dim, product, ravel, unravel, variable
+from torch_rtx.lowering.kernels.index import Index, bounds, from_dim, multiple, product, ravel, unravel, variable
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.kernel_ir import (
     ONE,
@@ -35,7 +36,7 @@ from torch_rtx.lowering.kernels.kernel_ir import (
 from torch_rtx.lowering.kernels.matmul_template import Contraction, GemmConfig, GemvWriter, MmaWriter, anchor_result
 from torch_rtx.lowering.kernels.region import Region, tensor_type
 from torch_rtx.lowering.kernels.split import added, split_anchor
-from torch_rtx.op_work import ANCHORS, PRODUCTS
+from torch_rtx.op_work import ANCHORS, INT_MM, PRODUCTS
 from torch_rtx.targets import Arch
 
 
@@ -116,12 +117,13 @@ def _epilogue(region: Region, node: Node, out: Load, added: str) -> Callable[[Te
         other = region.values[argument(node, added).name]
 
     def epilogue(total: Tensor) -> Tensor:
-        found = total if alpha == 1 else pointwise(A * B, "f32", total, number(alpha, "f32"))
-        if other is None:
-            return found
-        scaled = cast(other, "f32")
-        scaled = scaled if beta == 1 else pointwise(A * B, "f32", scaled, number(beta, "f32"))
-        return pointwise(A + B, out.dtype, found, scaled)
+        sums = total.dtype
+        found = total if alpha == 1 else pointwise(A * B, sums, total, number(alpha, sums))
+        if other is not None:
+            scaled = cast(other, sums)
+            scaled = scaled if beta == 1 else pointwise(A * B, sums, scaled, number(beta, sums))
+            found = pointwise(A + B, sums, found, scaled)
+        return cast(found, out.dtype)
 
     return epilogue
 
@@ -141,7 +143,7 @@ def _merged(a: Value, b: Value) -> bool:
 
 
 def _product(calls: BodyBuilder, anchor: Node, num_splits: int) -> tuple[Value, ...]:
-    """[num_splits, *batch, rows, columns]: a batched product over K / num_splits."""
+    """[num_splits, *batch, rows, columns]: a batched product over K / num_splits, in the dtype of the sums."""
     a, b = (argument(anchor, name) for name in PRODUCTS[anchor.op][:2])
     if anchor.op == "aten.linear.default":
         b = calls.permute(b, (1, 0))
@@ -151,14 +153,14 @@ def _product(calls: BodyBuilder, anchor: Node, num_splits: int) -> tuple[Value, 
     rank = max(len(type_of(a).shape), len(type_of(b).shape))
     shape = _broadcast(type_of(a).shape[:-2], type_of(b).shape[:-2])
     shape = (num_splits, *shape, type_of(a).shape[-2], type_of(b).shape[-1])
-    sides = []
+    sides, sums = [], DTYPES[type_of(a).dtype].sums
     for side, axis in ((a, -1), (b, -2)):
         own = len(type_of(side).shape)
         side = calls.move_to_front(calls.split_dim(side, own + axis, num_splits), own + axis)
         for _ in range(rank - own):
             side = calls.unsqueeze(side, 1)
-        sides.append(calls.cast(side, "f32"))
-    return (calls.call("matmul.default", TensorType("f32", shape, contiguous(shape)), self=sides[0], other=sides[1]),)
+        sides.append(calls.cast(side, sums))
+    return (calls.call("matmul.default", TensorType(sums, shape, contiguous(shape)), self=sides[0], other=sides[1]),)
 
 
 def _broadcast(one: tuple[Dim, ...], two: tuple[Dim, ...]) -> tuple[Dim, ...]:
@@ -178,7 +180,7 @@ def _product_sum(calls: BodyBuilder, anchor: Node, partials: tuple[Value, ...]) 
         total = calls.pointwise("mul.Scalar", total, other=alpha)
     term = anchor.arg(PRODUCTS[anchor.op].added)
     if isinstance(term, Value) and beta != 0:
-        other = term if beta == 1 else calls.pointwise("mul.Scalar", calls.cast(term, "f32"), other=beta)
+        other = term if beta == 1 else calls.pointwise("mul.Scalar", calls.cast(term, type_of(total).dtype), other=beta)
         total = calls.pointwise("add.Tensor", total, other=other)
     return total
 
@@ -191,6 +193,8 @@ def _others(region: Region, name: str, arch: Arch, us: float) -> Iterator[Offer]
     num_splits, split_us = best_num_splits(region, contraction, arch)
     yield from splits(gemm_split, region.body, name, num_splits, split_us * MODEL_ERROR, us)
     assert region.anchor is not None
+    if not _library_takes(region.anchor):
+        return
     usual, before_us = _has_aligned_rows(region.anchor), prologue_us(region, arch)
     plain = MODEL_ERROR * gemm_us(region, contraction, arch)
     yield Offer("library", library_us(FAMILY.name, region, arch, plain, before_us, epilogue_us(region, arch), usual))
@@ -201,6 +205,17 @@ def _others(region: Region, name: str, arch: Arch, us: float) -> Iterator[Offer]
     for kind, call in calls.items():
         if call is not None:
             yield Offer(kind, library_us(FAMILY.name, region, arch, plain, before_us, 0.0, usual), call)
+
+
+def _library_takes(anchor: Node) -> bool:
+    """Libraries have the product: on GPUs, of integers only `_int_mm`, in certain sizes."""
+    (result,) = anchor.outputs
+    assert result is not None
+    if DTYPES[type_of(result).dtype].kind == FLOAT:
+        return True
+    shapes = [type_of(argument(anchor, name)).shape for name in PRODUCTS[anchor.op][:2]]
+    rows, sizes = shapes[0][0], (shapes[0][-1], shapes[1][-1])
+    return anchor.op == INT_MM and bounds(rows)[0] > 16 and all(multiple(size) % 8 == 0 for size in sizes)
 
 
 def _has_aligned_rows(anchor: Node) -> bool:
