@@ -54,7 +54,7 @@ class DType:
         pointer: what Triton calls it in a kernel's signature; "" if Triton has no pointers to it.
         tl: attribute of `triton.language`; "" if generated kernels do not have the dtype.
         register: the dtype that kernels compute in; "" if they do not have the dtype.
-        tensor_rate: throughput of tensor cores relative to f16, summed in f32; None without such products.
+        tensor_rate: throughput of tensor cores relative to f16, summed in `sums`; None without such products.
         tolerance: relative error below which two results are the same for the dtype; 0 for exact comparison.
         packing: how a float of 8 bits is made of its byte.
     """
@@ -76,6 +76,11 @@ class DType:
         return self.bits // 8
 
     @property
+    def sums(self) -> str:
+        """The dtype in which tensor cores sum products: exact for integers, until it overflows."""
+        return "i32" if self.kind == INT else "f32"
+
+    @property
     def signed(self) -> bool:
         """Whether an integer has a sign."""
         return self.kind == INT and not self.torch.startswith("u")
@@ -85,7 +90,7 @@ class DType:
 DTYPES: Mapping[str, DType] = {
     "bool": DType(8, BOOL, "bool", "BOOL", "i1", "int1", "bool"),
     "u8": DType(8, INT, "uint8", "U8", "u8", "uint8", "u8"),
-    "i8": DType(8, INT, "int8", "I8", "i8", "int8", "i8"),
+    "i8": DType(8, INT, "int8", "I8", "i8", "int8", "i8", 2.0),
     "u16": DType(16, INT, "uint16", "U16", "u16"),
     "i16": DType(16, INT, "int16", "I16", "i16", "int16", "i16"),
     "u32": DType(32, INT, "uint32", "U32", "u32"),

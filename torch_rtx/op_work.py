@@ -19,6 +19,7 @@ class Operands(NamedTuple):
     added: str = ""
 
 
+INT_MM = "aten._int_mm.default"  # of int8, summed in int32
 SCALED_MM = "aten._scaled_mm.default"  # of float8, summed in f32
 FIRST_SM = 89  # of which libraries have it
 SCALES = ("scale_a", "scale_b")  # its factors: of one element, or of a row [rows, 1] and of a column [1, columns]
@@ -33,18 +34,21 @@ PRODUCTS: Mapping[str, Operands] = {
     "aten.baddbmm.default": Operands("batch1", "batch2", "self"),
     "aten.mv.default": Operands("self", "vec"),
     "aten.dot.default": Operands("self", "tensor"),
-    "aten._int_mm.default": Operands("self", "mat2"),
+    INT_MM: Operands("self", "mat2"),
     SCALED_MM: Operands("self", "mat2", "bias"),
     "aten._addmm_activation.default": Operands("mat1", "mat2", "self"),
 }
+INT_CONV = "torch_rtx.int_conv.default"  # of int8, summed in int32
 SDPA = "aten.scaled_dot_product_attention.default"
 ATTENTION = "torch_rtx.attention.default"  # as models write it out, see `aten`
 # Anchors: the operators that a kernel is built around (TVM's term), with the family that generates it. A region has at
 # most one; its other operations become prologue and epilogue.
 ANCHORS: Mapping[str, str] = {
     **dict.fromkeys((f"aten.{op}.default" for op in ("mm", "addmm", "bmm", "baddbmm", "linear", "matmul")), "gemm"),
+    INT_MM: "gemm",
     SCALED_MM: "gemm",
     **dict.fromkeys((f"aten.{op}.default" for op in ("conv1d", "conv2d", "conv3d", "convolution")), "conv"),
+    INT_CONV: "conv",
     SDPA: "attention",
     ATTENTION: "attention",
     "torch_rtx.attention_partial.default": "attention",
@@ -63,7 +67,7 @@ def flops(node: Node, size: Callable[[Dim], int]) -> int:
         return 0
     if node.op in PRODUCTS:
         return 2 * _numel(result, size) * _shape(node.arg(PRODUCTS[node.op].first), size)[-1]
-    if name.removeprefix("cudnn_").startswith("conv") and "backward" not in name:
+    if ANCHORS.get(node.op) == "conv" or (name.removeprefix("cudnn_").startswith("conv") and "backward" not in name):
         swapped = "transpose" in name or node.arg("transposed") is True
         weight = _shape(node.arg("weight"), size)
         return 2 * _numel(node.arg("input") if swapped else result, size) * math.prod(weight[1:])

@@ -1,7 +1,7 @@
 """Bodies of kernels, written down in short, and what ATen makes of them.
 
 x: H[37, 50]                                    an input; H is the dtype of the test
-y: H[37, 19] = mm.default(self=x, mat2=w)       a call of an ATen overload
+y: H[37, 19] = mm.default(self=x, mat2=w)       a call of an ATen overload, or of one that starts with torch_rtx.
 return y
 """
 
@@ -37,7 +37,9 @@ DTYPES = {
     "f8e4m3fn": torch.float8_e4m3fn,
     "f8e5m2": torch.float8_e5m2,
     "i64": torch.int64,
+    "i32": torch.int32,
     "i8": torch.int8,
+    "u8": torch.uint8,
     "bool": torch.bool,
 }
 
@@ -50,7 +52,7 @@ def body(text: str, dtype: str = "f16") -> Graph:
     lines = []
     for line in text.replace("H[", f"{dtype}[").strip().splitlines():
         if " = " in line and not line.strip().startswith("dim "):
-            line = line.replace(" = ", " = op aten.")
+            line = line.replace(" = ", " = op aten.").replace("op aten.torch_rtx.", "op torch_rtx.")
         elif ":" in line:
             line = f"input {line.strip()}"
         elif line.strip().startswith("return"):
@@ -95,7 +97,8 @@ def _sized(type_: Any, sizes: Mapping[str, int]) -> tuple[torch.dtype, list[int]
 def random_tensor(type_: Any, sizes: Mapping[str, int]) -> torch.Tensor:
     """A tensor of a type of the IR, with numbers for its symbols."""
     dtype, shape, strides = _sized(type_, sizes)
-    values = torch.randn(shape) if dtype.is_floating_point else torch.randint(0, 2 if dtype == torch.bool else 7, shape)
+    ranges = {torch.bool: (0, 2), torch.int8: (-128, 128)}
+    values = torch.randn(shape) if dtype.is_floating_point else torch.randint(*ranges.get(dtype, (0, 7)), shape)
     return copy_strided(values.to(dtype), strides)
 
 

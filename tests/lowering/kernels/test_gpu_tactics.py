@@ -12,6 +12,7 @@ pytest.importorskip("triton")  # builds; running needs the driver alone
 
 import torch_rtx
 from benchmarks.numerics import assert_right
+from tests.lowering.test_int8 import Dynamic, Static
 from tests.lowering.test_prologues import Int4, Int8
 from torch_rtx.settings import CompilationSettings, RuntimeSettings
 
@@ -87,3 +88,30 @@ def test_packed_weights(make: type[nn.Module], kind: str, rows: int) -> None:
         x = torch.randn(rows, 128, device="cuda").half()
         exact = copy.deepcopy(model).double()(x.double())
         assert_right([module(x)], [model(x)], [exact])
+
+
+@pytest.mark.parametrize(("rows", "kind"), [(1, "kernel"), (16, "split"), (100, "kernel"), (100, "library")])
+@pytest.mark.parametrize(("depth", "columns"), [(4096, 512), (1000, 72), (100, 19)])
+def test_products_of_int8(depth: int, columns: int, rows: int, kind: str) -> None:
+    """Also in sizes that libraries do not have; PyTorch's own product on a GPU does not take these."""
+    model, x = Dynamic(depth, columns).eval(), torch.randn(rows, depth).half()
+    with torch.no_grad():
+        expected, exact = model(x), copy.deepcopy(model).double()(x.double())
+    runtime = RuntimeSettings(tactics=kind, specialization_strategy="none")
+    settings = CompilationSettings(targets="current")
+    module = torch_rtx.compile(model.cuda(), (x.cuda(),), settings=settings, runtime=runtime)
+    if depth == 4096:
+        assert kind in {tactic.kind for tactic in module.session.tactics.values()}
+    for _ in range(3):
+        assert_right([module(x.cuda()).cpu()], [expected], [exact])
+
+
+@pytest.mark.parametrize("size", [7, 28])
+@pytest.mark.parametrize("channels", [3, 32, 64])
+def test_convolutions_of_int8(channels: int, size: int) -> None:
+    model, x = Static(channels).cuda().eval(), torch.randn(4, channels, size, size, device="cuda")
+    runtime = RuntimeSettings(specialization_strategy="none")
+    module = torch_rtx.compile(model, (x,), settings=CompilationSettings(targets="current"), runtime=runtime)
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(module(x), model(x))

@@ -15,6 +15,7 @@ from torch import nn
 import torch_rtx
 from tests.helpers.splits import split_in
 from tests.lowering.kernels import test_kernel_attention as attention
+from tests.lowering.kernels import test_kernel_int8 as int8
 from tests.lowering.kernels.kernel_bodies import body, check_split, check_split_graph, random_tensor, split
 from tests.lowering.kernels.test_kernel_conv import CALLS as CONVOLUTIONS
 from tests.lowering.kernels.test_kernel_gemm import CALLS, EPILOGUES, GATED, PROLOGUES, SYMBOLIC, linear
@@ -287,7 +288,9 @@ def kernel_graph(inner: Graph, op: str) -> Graph:
 
 BUILT = {
     "linear": body(EPILOGUES["bias and gelu"].replace("64]", "3072]")),
+    "linear, int8": body(int8.int_mm(40, 3072, 48, rest=int8.EPILOGUES["bias, residual and activation"])),
     "conv": body(CONV),
+    "conv, int8": body(int8.int_conv("3x3", int8.REQUANTIZED, source=(1, 256, 7, 7), weight=(128, 256, 3, 3)), "i8"),
     "attention": decode(128, 2048, 4).graph("f16"),
     "open attention": attention.Case(
         {"q": ((1, 8, 1, 64),), "k": ((1, 2, attention.LENGTH, 64),), "v": ((1, 2, attention.LENGTH, 64),)},
@@ -349,7 +352,7 @@ def forced(parts: int) -> Callable[[Node, Target], list[Form]]:
 def test_every_target_without_spills(name: str) -> None:
     pytest.importorskip("triton", reason="kernels are built with Triton, which is not installed")
     targets = {"linear": (Target(75), *PORTABLE), "open attention": PORTABLE}.get(
-        name, tuple(map(Target, (80, 90, 120)))
+        name, tuple(map(Target, (75, 80, 90, 120) if "int8" in name else (80, 90, 120)))
     )
     table, report = build_kernels(kernel_graph(BUILT[name], "k"), targets, forced(4))
     assert {target for target, tactics in table.tactics["k"].items() if tactics[0].kind == "split"} == set(targets)

@@ -81,7 +81,7 @@ def epilogue_indexing(outputs: Sequence[Tensor], tile: Tile) -> EpilogueIndexing
     """
     whole = product(tile.out.shape)
     if all(product(output.shape) == whole for output in outputs):
-        n = variable("N", tile.columns)
+        n = ZERO if tile.columns == ONE else variable("N", tile.columns)
         flat = ravel(tile.position(n), tile.out.shape)
         return EpilogueIndexing((n,), tile.columns, tuple(_whole(output, tile, flat) for output in outputs))
     parts = [_ColumnRanges(output, tile) for output in outputs]

@@ -41,6 +41,7 @@ from torch_rtx.lowering.kernels.matmul_template import (
     KLoop,
     dot_dtype,
     stored_load,
+    uncast,
 )
 from torch_rtx.lowering.kernels.region import Region, tensor_type
 from torch_rtx.lowering.kernels.source import block_of
@@ -160,13 +161,12 @@ def _column_stride(contraction: Contraction) -> int | None:
     """The stride of the second operand along columns, in elements; None if it has no constant one."""
     column = variable("N", from_dim(contraction.columns))
     tensor, position = contraction.b, contraction.b_at(ZERO, column, (ZERO,) * (len(contraction.taps) + 1))
-    while isinstance(tensor, View | Pointwise):
-        if isinstance(tensor, Pointwise) and tensor.same_register is None:
-            return None
+    while not isinstance(tensor, Load):
         position = tensor.at(position) if isinstance(tensor, View) else position
-        tensor = tensor.source if isinstance(tensor, View) else tensor.args[0]
-    if not isinstance(tensor, Load):
-        return None
+        inner = tensor.source if isinstance(tensor, View) else uncast(tensor)
+        if inner is None:
+            return None
+        tensor = inner
     ((monomial, _),) = column.terms
     return next((count for atoms, count in linear(position, tensor.strides).terms if atoms == monomial), None)
 

@@ -3,9 +3,9 @@
 A program computes a tile of BM rows and BN columns. Operands are kernel IR, so views and computed operands are fused
 into the loads; for a plain operand the loop is that of a hand-written kernel.
 
-    MmaWriter    `tl.dot` of [BM, BK] and [BK, BN] tiles, accumulated in f32
+    MmaWriter    `tl.dot` of [BM, BK] and [BK, BN] tiles, accumulated in f32; products of integers in i32
     GemvWriter   for very few rows, where reading the weights dominates: a [BN, BK] tile of weights is multiplied with
-                 each row and accumulated in f32, without padding the rows to the 16 of a tensor core
+                 each row and accumulated, without padding the rows to the 16 of a tensor core
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 
-from torch_rtx.dtypes import DTYPES, HALVES
+from torch_rtx.dtypes import DTYPES, FLOAT
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Dim, Node, TensorType, dim_expr
 from torch_rtx.lowering.kernels.emit import Axis, Emitter, Operand, indent
 from torch_rtx.lowering.kernels.epilogue_index import EpilogueIndexing, Tile, epilogue_indexing
+from torch_rtx.lowering.kernels.expressions import Apply, Arg
 from torch_rtx.lowering.kernels.index import Index, constant, from_dim, linear, substitute, unravel, variable
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.kernel_ir import ZERO, Const, Load, Pointwise, Position, Select, Tensor, View
@@ -29,7 +30,8 @@ from torch_rtx.lowering.kernels.triton_ops import tl_dtype
 Z, M, N, EXTRA, KA, KB = "Z", "M", "N", "N1", "KA", "KB"
 LOOP = "step"  # the variable of the loop over K
 FLOAT8 = {name for name, dtype in DTYPES.items() if dtype.packing}
-DOT_DTYPES = {"f32", *(name for name, dtype in DTYPES.items() if dtype.tensor_rate)}
+TENSOR_DTYPES = {name for name, dtype in DTYPES.items() if dtype.tensor_rate}
+DOT_DTYPES = {"f32", *TENSOR_DTYPES}
 TAPS = ("kd", "kh", "kw")
 MAX_GEMV_ROWS = 8  # each row has its own accumulator
 FEW_CHANNELS = 16  # with fewer channels a step of K spans several taps
@@ -131,6 +133,16 @@ def batch_index(contraction: Contraction) -> Index:
     return ZERO if contraction.batch == 1 else variable(Z, from_dim(contraction.batch))
 
 
+def uncast(tensor: Tensor) -> Tensor | None:
+    """What a cast widens to the dtype of its sums, or casts without code; None if `tensor` is no such cast."""
+    match tensor:
+        case Pointwise(same_register=Tensor() as inner):
+            return inner
+        case Pointwise(expression=Apply("cast", (Arg(0),)), args=(inner,)) if inner.dtype in TENSOR_DTYPES:
+            return inner if DTYPES[inner.dtype].sums == tensor.dtype else None
+    return None
+
+
 def stored_load(tensor: Tensor) -> Load | None:
     """The load behind views, widening casts and zero padding; None if the operand is computed."""
     match tensor:
@@ -138,17 +150,16 @@ def stored_load(tensor: Tensor) -> Load | None:
             return tensor
         case View():
             return stored_load(tensor.source)
-        case Pointwise(same_register=Tensor() as inner):
-            return stored_load(inner)
         case Select(outer=Const(value=0)):
             return stored_load(tensor.inner)
-    return None
+    inner = uncast(tensor)
+    return None if inner is None else stored_load(inner)
 
 
 def dot_dtype(contraction: Contraction) -> str:
-    """The dtype of the operands of `tl.dot`. Halves that are cast to f32 right before are multiplied as halves. float8
-    is multiplied as it is, also of both kinds, if no operand has to be computed; else as halves of the other operand's
-    dtype, or f16, which hold all numbers of float8.
+    """The dtype of the operands of `tl.dot`. What is cast right before to the dtype of its sums, as halves to f32, is
+    multiplied as it was. float8 is multiplied as it is, also of both kinds, if no operand has to be computed; else as
+    halves of the other operand's dtype, or f16, which hold all numbers of float8.
 
     Raises:
         Unsupported: `tl.dot` does not multiply these dtypes.
@@ -159,7 +170,8 @@ def dot_dtype(contraction: Contraction) -> str:
     found = {tensor.dtype for tensor in operands}
     if narrow <= FLOAT8:
         return stored[0].dtype if stored[0] and stored[1] else "f16"
-    if found == {"f32"} and len(narrow - FLOAT8) == 1 and narrow <= {*HALVES, *FLOAT8}:
+    widened = {DTYPES[dtype].sums for dtype in narrow}
+    if len(narrow - FLOAT8) == 1 and narrow <= TENSOR_DTYPES and found == widened:
         found = narrow
     if len(found) > 1:
         found -= FLOAT8
@@ -169,15 +181,14 @@ def dot_dtype(contraction: Contraction) -> str:
 
 
 def _uncast(tensor: Tensor) -> str:
-    """The dtype of `tensor` before casts that take no code."""
+    """The dtype of `tensor` before what `uncast` undoes."""
     match tensor:
         case View():
             return _uncast(tensor.source)
-        case Pointwise(same_register=Tensor() as inner):
-            return _uncast(inner)
         case Select(outer=Const(value=0)):
             return _uncast(tensor.inner)
-    return tensor.dtype
+    inner = uncast(tensor)
+    return tensor.dtype if inner is None else _uncast(inner)
 
 
 class TileWriter:
@@ -188,6 +199,8 @@ class TileWriter:
 
     def __init__(self, region: Region, contraction: Contraction, config: GemmConfig) -> None:
         self.region, self.contraction, self.config = region, contraction, config
+        self.dtype = dot_dtype(contraction)
+        self.sums = DTYPES[self.dtype].sums
         self.tile = contraction.tile()
         self.indexing: EpilogueIndexing = epilogue_indexing(region.outputs, self.tile)
         self.cast = ".to(tl.int64)" if needs_int64(region) else ""
@@ -273,7 +286,7 @@ class TileWriter:
             sums: one per accumulator.
             named: replaces the variables M or N.
         """
-        raw = Load(self.tile.out.shape, "f32", "", (), anchor=True)
+        raw = Load(self.tile.out.shape, self.sums, "", (), anchor=True)
         result = self.contraction.epilogue(raw)
 
         def at(position: Position) -> Position:
@@ -383,8 +396,10 @@ class MmaWriter(TileWriter):
         a_mask, b_mask = ("in_ka", "in_kb") if k_loop.masked else ("", "")
         a = Emitter([Axis(M, config.block_m, self.rows_mask), Axis(KA, config.block_k, a_mask)], "a")
         k_loop.enter(a, a_mask)
-        dtype = dot_dtype(contraction)
+        dtype = self.dtype
         precision = f', input_precision="{config.input_precision}"' if dtype == "f32" else ""
+        if self.sums != "f32":  # what `tl.dot` takes for granted
+            precision = f", out_dtype={tl_dtype(self.sums)}"
         left = operand(a, contraction.a, contraction.a_at(self.z, self.m, k_loop.position(KA)), dtype, a_mask)
         before, inside, dots, rest = a.outer.lines, a.inner(), [], []
         for part, axis in enumerate(self.ranges):
@@ -398,7 +413,7 @@ class MmaWriter(TileWriter):
                 right = operand(b, contraction.b, at, dtype, b_mask)
                 dots.append(self._dot(total.text, left, right, precision))
                 totals.append(total)
-            zeros = f"tl.zeros([{config.block_m}, {axis.block}], tl.float32)"
+            zeros = f"tl.zeros([{config.block_m}, {axis.block}], {tl_dtype(self.sums)})"
             before += [*b.outer.lines, *(f"{total.text} = {zeros}" for total in totals)]
             inside += b.inner()
             epilogue = Emitter([Axis(M, config.block_m, self.rows_mask), axis], "" if part == 0 else "e")
@@ -425,21 +440,21 @@ class GemvWriter(TileWriter):
         config, contraction, rows = self.config, self.contraction, self.contraction.rows
         if not isinstance(rows, int) or rows > MAX_GEMV_ROWS:
             raise Unsupported(f"{rows} rows at once")
-        dot_dtype(contraction)
         k_loop = KLoop(contraction, config.block_k)
         mask = "in_kb" if k_loop.masked else ""
         emitter = Emitter([Axis(N, config.block_n, self.columns_mask), Axis(KB, config.block_k, mask)])
         k_loop.enter(emitter, mask)
         k = k_loop.position(KB)
         positions = [contraction.a_at(self.z, constant(row), k) for row in range(rows)]
-        values = [operand(emitter, contraction.a, at, "f32", mask, full_tile=False) for at in positions]
+        values = [operand(emitter, contraction.a, at, self.sums, mask, full_tile=False) for at in positions]
         sums, totals = [], {}
         for which, column in enumerate(self.indexing.columns):
-            weight = operand(emitter, contraction.b, contraction.b_at(self.z, column, k), "f32", mask, full_tile=False)
+            at = contraction.b_at(self.z, column, k)
+            weight = operand(emitter, contraction.b, at, self.sums, mask, full_tile=False)
             for row, value in enumerate(values):
                 totals[row, which] = f"acc{which}_{row}"
                 sums.append(f"{totals[row, which]} += {value} * {weight}")
-        zeros = f"tl.zeros([{config.block_n}, {config.block_k}], tl.float32)"
+        zeros = f"tl.zeros([{config.block_n}, {config.block_k}], {tl_dtype(self.sums)})"
         before = [*emitter.outer.lines, *(f"{total} = {zeros}" for total in totals.values())]
         lines = self.k_range(KB, "[None, :]") + k_loop.loop(before, k_loop.mask(mask, KB), [*emitter.inner(), *sums])
         emitter.outer.lines = []
@@ -461,7 +476,8 @@ def operand(
     found = _load_operand(emitter, tensor, position, (), dtype)
     if found is None:
         found = emitter.value(tensor, position)
-        text = f"tl.where({mask}, {found.text}, 0.0)" if mask else found.text
+        zero = "0.0" if DTYPES[tensor.dtype].kind == FLOAT else "0"
+        text = f"tl.where({mask}, {found.text}, {zero})" if mask else found.text
         if dtype != "f32":
             text = f"({text}).to({tl_dtype(dtype)})" if mask else f"{text}.to({tl_dtype(dtype)})"
     else:
@@ -479,9 +495,8 @@ def _load_operand(
             return emitter.memory(tensor, position, conditions, dtype)
         case View():
             return _load_operand(emitter, tensor.source, tensor.at(position), conditions, dtype)
-        case Pointwise(same_register=Tensor() as inner):
-            return _load_operand(emitter, inner, position, conditions, dtype)
         case Select(outer=Const(value=0)):
             moved, tests = emitter.inside(tensor, position)
             return _load_operand(emitter, tensor.inner, moved, (*conditions, *tests), dtype)
-    return None
+    inner = uncast(tensor)
+    return None if inner is None else _load_operand(emitter, inner, position, conditions, dtype)

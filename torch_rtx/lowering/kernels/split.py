@@ -1,8 +1,8 @@
 """Split forms: two kernels for a result that has too few tiles to fill the GPU.
 
-The first kernel computes partial results in f32, over ranges of K (split-K) or of the keys of attention (split-KV). The
-second combines them in a fixed order and runs the epilogue; unlike with atomics, every run gives the same bits. Both
-bodies are ATen calls, like any other. For reductions without an anchor see `split_reduction`.
+The first kernel computes partial results in f32, or i32 of integers, over ranges of K (split-K) or of the keys of
+attention (split-KV). The second combines them in a fixed order and runs the epilogue; unlike with atomics, every run
+gives the same bits. Both bodies are ATen calls, like any other. For reductions without an anchor see `split_reduction`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch_rtx.ir import Dim, Graph, Node, TensorType, Value
 from torch_rtx.lowering.kernels.body_builder import BodyBuilder, kernel, names_in, needed, type_of
 
 Partial = Callable[[BodyBuilder, Node, int], tuple[Value, ...]]  # the anchor's partial results, per split
-Combine = Callable[[BodyBuilder, Node, tuple[Value, ...]], Value]  # the whole result in f32 from the partial ones
+Combine = Callable[[BodyBuilder, Node, tuple[Value, ...]], Value]  # the whole result, unrounded, from the partial ones
 
 
 def split_anchor(
@@ -52,14 +52,14 @@ def added(calls: BodyBuilder, terms: tuple[Value, ...], strides: tuple[Dim, ...]
     total, *rest = terms
     for term in rest:
         old = type_of(term)
-        total = calls.call("add.Tensor", TensorType("f32", old.shape, strides), self=total, other=term)
+        total = calls.call("add.Tensor", TensorType(old.dtype, old.shape, strides), self=total, other=term)
     return total
 
 
 def _rounded(calls: BodyBuilder, total: Value, anchor: Node) -> None:
-    """Define the result of `anchor` by its f32 value."""
+    """Define the result of `anchor` by its unrounded value."""
     (result,) = anchor.outputs
     assert result is not None
-    if type_of(result).dtype != "f32":
+    if type_of(result).dtype != type_of(total).dtype:
         calls.call("_to_copy.default", type_of(result), self=total, dtype=type_of(result).dtype)
     calls.name_last(result)

@@ -37,10 +37,11 @@ from torch_rtx.ir import (
 )
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.rewrite import Rewriter, from_weights
+from torch_rtx.op_work import INT_CONV
 
 CONV1D = "aten.conv1d.default"
 NAMED_PADDING = frozenset(("aten.conv1d.padding", "aten.conv2d.padding"))  # "same" or "valid"
-CONVOLUTIONS = frozenset(("aten.conv2d.default", "aten.convolution.default", CONV1D, *NAMED_PADDING))
+CONVOLUTIONS = frozenset(("aten.conv2d.default", "aten.convolution.default", CONV1D, INT_CONV, *NAMED_PADDING))
 FORMATS = ("contiguous_format", "channels_last")
 VECTOR = 4  # channels per vectorized load
 FEW = 12  # channels; padding to VECTOR gains nothing from here on, since loads are longer vectors anyway
@@ -87,7 +88,7 @@ class _Writer(Rewriter):
         image = node.arg("input")
         if not isinstance(image, Value) or not isinstance(image.type, TensorType):
             return False
-        if node.op == CONV1D and len(image.type.shape) == 3:
+        if node.op in (CONV1D, INT_CONV) and len(image.type.shape) == 3:
             return self._conv1d(node)
         if len(image.type.shape) != 4:
             return False
@@ -117,7 +118,8 @@ class _Writer(Rewriter):
                 args[key] = (of_height, *of_length)
         shape = (batch, channels, 1, length)
         type_ = replace(result.type, shape=shape, strides=strides_of(shape))
-        image = self.emit("aten.conv2d.default", node.loc, (type_,), **args)
+        op = "aten.conv2d.default" if node.op == CONV1D else node.op
+        image = self.emit(op, node.loc, (type_,), **args)
         self.replace(result, self.emit("aten.squeeze.dim", node.loc, None, self=image, dim=2))
         return True
 
@@ -144,7 +146,8 @@ class _Writer(Rewriter):
         assert isinstance(stride, tuple)
         channels, *window = (size if isinstance(size, int) else 0 for size in weight.type.shape[1:])
         copied = image.type.strides == contiguous(image.type.shape) and weight.name in self._constant
-        vectorizes = node.op == "aten.conv2d.default" and node.arg("groups", 1) == 1 and image.type.dtype in HALVES
+        narrow = image.type.dtype in HALVES or node.op == INT_CONV
+        vectorizes = node.op in ("aten.conv2d.default", INT_CONV) and node.arg("groups", 1) == 1 and narrow
         overlaps = any(isinstance(step, int) and tap > step for tap, step in zip(window, stride, strict=False))
         return -channels % VECTOR if copied and vectorizes and overlaps and VECTOR // 2 < channels < FEW else 0
 

@@ -4,6 +4,8 @@ Implicit GEMM (Chetlur et al., 2014): rows are output pixels, columns output cha
 input channels. The loop over the window is outside of the one over channels, so with channels-last memory each step
 reads contiguous channels of a pixel, as in a matrix product. Groups are batches.
 
+Convolutions of int8 are `torch_rtx.int_conv`, which no library has.
+
 Depthwise: with a group per channel there is no contraction over channels; each program sums its window elementwise.
 """
 
@@ -64,13 +66,13 @@ from torch_rtx.lowering.kernels.matmul_template import (
     N,
     TileWriter,
     anchor_result,
-    dot_dtype,
     operand,
     stored_load,
 )
 from torch_rtx.lowering.kernels.region import Region, tensor_type
 from torch_rtx.lowering.kernels.split import added, split_anchor
-from torch_rtx.op_work import ANCHORS
+from torch_rtx.lowering.kernels.triton_ops import tl_dtype
+from torch_rtx.op_work import ANCHORS, INT_CONV
 from torch_rtx.targets import Arch
 
 
@@ -183,7 +185,6 @@ class DepthwiseWriter(TileWriter):
     def body(self) -> list[str]:
         """Pointers, the loop over the window, and the epilogue."""
         config, contraction = self.config, self.contraction
-        dot_dtype(contraction)
         emitter = Emitter([Axis(M, config.block_m, self.rows_mask), Axis(N, config.block_n, self.columns_mask)])
         k_loop = KLoop(contraction, 1, flat=False)
         k_loop.enter(emitter, "")
@@ -192,10 +193,10 @@ class DepthwiseWriter(TileWriter):
         assert isinstance(contraction.columns, int)
         assert channels is not None
         group = self.n // constant(contraction.columns // channels)
-        pixel = operand(emitter, contraction.a, contraction.a_at(group, self.m, tap), "f32", full_tile=False)
-        weight = operand(emitter, contraction.b, contraction.b_at(ZERO, self.n, tap), "f32", full_tile=False)
+        pixel = operand(emitter, contraction.a, contraction.a_at(group, self.m, tap), self.sums, full_tile=False)
+        weight = operand(emitter, contraction.b, contraction.b_at(ZERO, self.n, tap), self.sums, full_tile=False)
         total = Operand("acc0", frozenset((M, N)))
-        before = [*emitter.outer.lines, f"{total.text} = tl.zeros({emitter.shape(total.axes)}, tl.float32)"]
+        before = [*emitter.outer.lines, f"{total.text} = tl.zeros({emitter.shape(total.axes)}, {tl_dtype(self.sums)})"]
         sums = [*emitter.inner(), f"{total.text} += {pixel} * {weight}"]
         # Unrolled, so that all loads of a window are in flight at once.
         lines = k_loop.loop(before, [], sums, "tl.static_range")
@@ -250,13 +251,16 @@ def _convolution(calls: BodyBuilder, anchor: Node, num_splits: int) -> tuple[Val
     """[batch, num_splits * filters, *pixels]: a grouped convolution, with a range of the channels per group."""
     (result,) = anchor.outputs
     assert result is not None
-    weight = calls.cast(argument(anchor, "weight"), "f32")
+    exact = anchor.op == INT_CONV  # otherwise parts are summed in f32
+    source, weight = (
+        argument(anchor, name) if exact else calls.cast(argument(anchor, name), "f32") for name in ("input", "weight")
+    )
     filters, channels, *window = type_of(weight).shape
     grouped = calls.move_to_front(calls.split_dim(weight, 1, num_splits), 1)
     shape = (dim_expr("*", num_splits, filters), dim_expr("//", channels, num_splits), *window)
     batch, _, *places = type_of(result).shape
     given = {
-        "input": calls.cast(argument(anchor, "input"), "f32"),
+        "input": source,
         "weight": calls.reshape(grouped, shape),
         **({"bias": None} if anchor.op == "aten.convolution.default" else {}),
         **{name: attr for name, attr in anchor.args if name not in ("input", "weight", "bias", "groups")},
@@ -264,7 +268,8 @@ def _convolution(calls: BodyBuilder, anchor: Node, num_splits: int) -> tuple[Val
     }
     out = (batch, shape[0], *places)
     strides = _channels_last(out) if type_of(result).strides[1] == 1 else contiguous(out)
-    return (calls.call(anchor.op.removeprefix("aten."), TensorType("f32", out, strides), **given),)
+    sums = "i32" if exact else "f32"
+    return (calls.call(anchor.op.removeprefix("aten."), TensorType(sums, out, strides), **given),)
 
 
 def _channels_last(shape: tuple[Dim, ...]) -> tuple[Dim, ...]:
@@ -298,6 +303,8 @@ def _others(region: Region, name: str, arch: Arch, us: float) -> Iterator[Offer]
         num_splits, split_us = best_num_splits(region, contraction, arch)
         yield from splits(conv_split, region.body, name, num_splits, split_us * MODEL_ERROR, us)
     assert region.anchor is not None
+    if region.anchor.op == INT_CONV:
+        return
     # Libraries are tuned for many channels, and for windows in two dimensions.
     _, channels, *window = tensor_type(argument(region.anchor, "weight")).shape
     usual = typical(channels) >= FEW_CHANNELS and sum(size != 1 for size in window) > 1

@@ -1,10 +1,10 @@
-"""Matrix products: mm, addmm, bmm, baddbmm, linear, matmul, _scaled_mm."""
+"""Matrix products: mm, addmm, bmm, baddbmm, linear, matmul, _int_mm, _scaled_mm."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from torch_rtx.dtypes import DTYPES
+from torch_rtx.dtypes import DTYPES, FLOAT
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Dim, Graph, Node, TensorType, Value, attr_values, contiguous, dim_expr
 from torch_rtx.lowering.kernels.body_builder import BodyBuilder, argument, names_in, type_of
@@ -19,7 +19,7 @@ from torch_rtx.lowering.kernels.gemm_perf_model import (
     ranked_configs,
     typical,
 )
-from torch_rtx.lowering.kernels.index import Index, from_dim, product, ravel, unravel, variable
+from torch_rtx.lowering.kernels.index import Index, bounds, from_dim, multiple, product, ravel, unravel, variable
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.kernel_ir import (
     ONE,
@@ -37,7 +37,7 @@ from torch_rtx.lowering.kernels.matmul_template import Contraction, GemmConfig, 
 from torch_rtx.lowering.kernels.ops.views import reshape
 from torch_rtx.lowering.kernels.region import Region, tensor_type
 from torch_rtx.lowering.kernels.split import added, split_anchor
-from torch_rtx.op_work import ANCHORS, PRODUCTS, SCALED_MM, SCALES, library_has
+from torch_rtx.op_work import ANCHORS, INT_MM, PRODUCTS, SCALED_MM, SCALES, library_has
 from torch_rtx.targets import Arch
 
 
@@ -121,14 +121,15 @@ def _epilogue(region: Region, node: Node, out: Load, added: str) -> Callable[[Te
     scales = _scales(region, node, out)
 
     def epilogue(total: Tensor) -> Tensor:
-        found = total if alpha == 1 else pointwise(A * B, "f32", total, number(alpha, "f32"))
+        sums = total.dtype
+        found = total if alpha == 1 else pointwise(A * B, sums, total, number(alpha, sums))
         for scale in scales:
-            found = pointwise(A * B, "f32", found, scale)
-        if other is None:
-            return found
-        scaled = cast(other, "f32")
-        scaled = scaled if beta == 1 else pointwise(A * B, "f32", scaled, number(beta, "f32"))
-        return pointwise(A + B, out.dtype, found, scaled)
+            found = pointwise(A * B, sums, found, scale)
+        if other is not None:
+            scaled = cast(other, sums)
+            scaled = scaled if beta == 1 else pointwise(A * B, sums, scaled, number(beta, sums))
+            found = pointwise(A + B, sums, found, scaled)
+        return cast(found, out.dtype)
 
     return epilogue
 
@@ -166,7 +167,7 @@ def _merged(a: Value, b: Value) -> bool:
 
 
 def _product(calls: BodyBuilder, anchor: Node, num_splits: int) -> tuple[Value, ...]:
-    """[num_splits, *batch, rows, columns]: a batched product over K / num_splits."""
+    """[num_splits, *batch, rows, columns]: a batched product over K / num_splits, in the dtype of the sums."""
     a, b = (argument(anchor, name) for name in PRODUCTS[anchor.op][:2])
     if anchor.op == "aten.linear.default":
         b = calls.permute(b, (1, 0))
@@ -176,14 +177,14 @@ def _product(calls: BodyBuilder, anchor: Node, num_splits: int) -> tuple[Value, 
     rank = max(len(type_of(a).shape), len(type_of(b).shape))
     shape = _broadcast(type_of(a).shape[:-2], type_of(b).shape[:-2])
     shape = (num_splits, *shape, type_of(a).shape[-2], type_of(b).shape[-1])
-    sides = []
+    sides, sums = [], DTYPES[type_of(a).dtype].sums
     for side, axis in ((a, -1), (b, -2)):
         own = len(type_of(side).shape)
         side = calls.move_to_front(calls.split_dim(side, own + axis, num_splits), own + axis)
         for _ in range(rank - own):
             side = calls.unsqueeze(side, 1)
-        sides.append(calls.cast(side, "f32"))
-    return (calls.call("matmul.default", TensorType("f32", shape, contiguous(shape)), self=sides[0], other=sides[1]),)
+        sides.append(calls.cast(side, sums))
+    return (calls.call("matmul.default", TensorType(sums, shape, contiguous(shape)), self=sides[0], other=sides[1]),)
 
 
 def _broadcast(one: tuple[Dim, ...], two: tuple[Dim, ...]) -> tuple[Dim, ...]:
@@ -206,7 +207,7 @@ def _product_sum(calls: BodyBuilder, anchor: Node, partials: tuple[Value, ...]) 
         total = calls.mul(total, scale if len(shape) == 2 else calls.reshape(scale, (1, 1)))
     term = anchor.arg(PRODUCTS[anchor.op].added)
     if isinstance(term, Value) and beta != 0:
-        other = term if beta == 1 else calls.pointwise("mul.Scalar", calls.cast(term, "f32"), other=beta)
+        other = term if beta == 1 else calls.pointwise("mul.Scalar", calls.cast(term, type_of(total).dtype), other=beta)
         total = calls.pointwise("add.Tensor", total, other=other)
     return total
 
@@ -221,6 +222,8 @@ def _others(region: Region, name: str, arch: Arch, us: float) -> Iterator[Offer]
     assert region.anchor is not None
     if region.anchor.op == SCALED_MM:
         yield from _scaled_call(region, arch, contraction)
+        return
+    if not _library_takes(region.anchor):
         return
     usual, before_us = _has_aligned_rows(region.anchor), prologue_us(region, arch)
     plain = MODEL_ERROR * gemm_us(region, contraction, arch)
@@ -246,6 +249,17 @@ def _scaled_call(region: Region, arch: Arch, contraction: Contraction) -> Iterat
     after_us, before_us = epilogue_us(region, arch), prologue_us(region, arch)
     rate = DTYPES["f8e4m3fn"].tensor_rate or 1.0
     yield Offer("library", library_us(FAMILY.name, region, arch, plain, before_us, after_us, True, rate))
+
+
+def _library_takes(anchor: Node) -> bool:
+    """Libraries have the product: on GPUs, of integers only `_int_mm`, in certain sizes."""
+    (result,) = anchor.outputs
+    assert result is not None
+    if DTYPES[type_of(result).dtype].kind == FLOAT:
+        return True
+    shapes = [type_of(argument(anchor, name)).shape for name in PRODUCTS[anchor.op][:2]]
+    rows, sizes = shapes[0][0], (shapes[0][-1], shapes[1][-1])
+    return anchor.op == INT_MM and bounds(rows)[0] > 16 and all(multiple(size) % 8 == 0 for size in sizes)
 
 
 def _has_aligned_rows(anchor: Node) -> bool:

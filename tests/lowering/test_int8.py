@@ -1,0 +1,84 @@
+"""Layers quantized to int8: which kernels they become."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import torch_rtx
+from benchmarks.numerics import assert_right
+from tests.lowering.test_prologues import compiled
+from torch_rtx.ir import Graph, kernel_nodes
+
+
+class Dynamic(nn.Module):
+    """A linear layer with a scale for each token, from its largest element, and one for each channel."""
+
+    def __init__(self, depth: int = 64, columns: int = 48) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.randint(-127, 128, (columns, depth), dtype=torch.int8))
+        self.register_buffer("scale", torch.rand(columns) / 100)
+        self.register_buffer("bias", torch.randn(columns).half())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scale = x.abs().amax(-1, keepdim=True).float().clamp_min(1e-6) / 127
+        rounded = (x.float() / scale).round().clamp(-128, 127).to(torch.int8)
+        total = torch._int_mm(rounded, self.weight.t())
+        return torch.relu((total.float() * scale * self.scale).to(x.dtype) + self.bias)
+
+
+class Static(nn.Module):
+    """Two convolutions and a residual, with scales that are known: powers of two, so that quotients are exact."""
+
+    def __init__(self, channels: int = 16) -> None:
+        super().__init__()
+        for name in ("first", "second"):
+            weight = torch.randint(-127, 128, (channels, channels, 3, 3), dtype=torch.int8)
+            self.register_buffer(name, weight)
+        self.register_buffer("scale", torch.rand(channels, 1, 1) / 4000)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rounded = (x / 0.0625).round().clamp(-128, 127).to(torch.int8)
+        total = torch.ops.torch_rtx.int_conv(rounded, self.first, [1, 1], [1, 1])
+        inner = torch.relu(total.float() * self.scale)
+        rounded = (inner / 0.0625).round().clamp(-128, 127).to(torch.int8)
+        total = torch.ops.torch_rtx.int_conv(rounded, self.second, [1, 1], [1, 1])
+        return torch.relu(total.float() * self.scale + x)
+
+
+def shown(graph: Graph) -> list[str]:
+    """The operations of each kernel, without the digests of their names, and other calls."""
+    return [node.op.rsplit("_", 1)[0] if node.kind == "kernel" else node.op for node in graph.nodes]
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_a_dynamic_layer_is_two_kernels(rows: int) -> None:
+    model, x = Dynamic().eval(), torch.randn(rows, 64).half()
+    module = compiled(model, x)
+    assert shown(module.engine.graph) == ["abs_amax_round_clamp", "int_mm_to_copy_add_relu"]
+    by_name = {weight.value.name: weight for weight in module.engine.graph.weights}
+    (product,) = (node for node in kernel_nodes(module.engine.graph) if "int_mm" in node.op)
+    assert {by_name[value.name].names[0] for value in product.inputs if value.name in by_name} == {
+        *("weight", "scale", "bias")
+    }
+    exact = copy.deepcopy(model).double()(x.double())
+    assert_right([module(x)], [model(x)], [exact])
+
+
+def test_a_convolution_quantizes_for_the_next_one() -> None:
+    module = compiled(Static().eval(), torch.randn(2, 16, 8, 8).contiguous(memory_format=torch.channels_last))
+    graph = module.engine.graph
+    assert [name.split("_to_")[0] for name in shown(graph)] == ["div_round_clamp", "int_conv", "int_conv"]
+    types = [node.outputs[0].type.dtype for node in graph.nodes]  # type: ignore[union-attr]
+    assert types == ["i8", "i8", "f32"]
+
+
+def test_the_operator_is_captured_as_it_is() -> None:
+    model, x = Static().eval(), torch.randn(2, 16, 8, 8)
+    settings = torch_rtx.CompilationSettings(reuse_cached_engines=False)
+    module = torch_rtx.compile(model, (x,), settings=settings)
+    assert sum("int_conv" in node.op for node in module.engine.graph.nodes) == 2
+    torch.testing.assert_close(module(x), model(x))
