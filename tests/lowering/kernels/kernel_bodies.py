@@ -35,6 +35,7 @@ DTYPES = {
     "f16": torch.float16,
     "bf16": torch.bfloat16,
     "i64": torch.int64,
+    "i32": torch.int32,
     "i8": torch.int8,
     "bool": torch.bool,
 }
@@ -90,7 +91,12 @@ def _sized(type_: Any, sizes: Mapping[str, int]) -> tuple[torch.dtype, list[int]
 def random_tensor(type_: Any, sizes: Mapping[str, int]) -> torch.Tensor:
     """A tensor of a type of the IR, with numbers for its symbols."""
     dtype, shape, strides = _sized(type_, sizes)
-    values = torch.randn(shape) if dtype.is_floating_point else torch.randint(0, 2 if dtype == torch.bool else 7, shape)
+    if dtype.is_floating_point:
+        values = torch.randn(shape)
+    elif dtype == torch.int32:  # words of packed values
+        values = torch.randint(-(2**31), 2**31, shape)
+    else:
+        values = torch.randint(0, 2 if dtype == torch.bool else 7, shape)
     return copy_strided(values.to(dtype), strides)
 
 

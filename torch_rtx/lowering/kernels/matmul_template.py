@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 
-from torch_rtx.dtypes import DTYPES
+from torch_rtx.dtypes import DTYPES, HALVES
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Dim, Node, TensorType, dim_expr
 from torch_rtx.lowering.kernels.emit import Axis, Emitter, Operand, indent
@@ -22,6 +22,7 @@ from torch_rtx.lowering.kernels.epilogue_index import EpilogueIndexing, Tile, ep
 from torch_rtx.lowering.kernels.index import Index, constant, from_dim, linear, substitute, unravel, variable
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.kernel_ir import ZERO, Const, Load, Pointwise, Position, Select, Tensor, View
+from torch_rtx.lowering.kernels.packed import PARTS, in_halves, k_of, packed_run
 from torch_rtx.lowering.kernels.region import ANCHORS, Region, tensor_type
 from torch_rtx.lowering.kernels.source import assemble, blocks, needs_int64
 from torch_rtx.lowering.kernels.triton_ops import tl_dtype
@@ -140,14 +141,21 @@ def stored_load(tensor: Tensor) -> Load | None:
     return None
 
 
+def _before_casts(tensor: Tensor) -> Tensor:
+    """`tensor` without views, and without casts that take no code."""
+    match tensor:
+        case View(source=inner) | Pointwise(same_register=Tensor() as inner):
+            return _before_casts(inner)
+    return tensor
+
+
 def dot_dtype(contraction: Contraction) -> str:
     """The dtype of the operands of `tl.dot`. Halves that are cast to f32 right before are multiplied as halves.
 
     Raises:
         Unsupported: `tl.dot` does not multiply these dtypes.
     """
-    stored = [stored_load(tensor) for tensor in (contraction.a, contraction.b)]
-    halves = {one.dtype if one else "f32" for one in stored}
+    halves = {(stored_load(one) or _before_casts(one)).dtype for one in (contraction.a, contraction.b)}
     found = {contraction.a.dtype, contraction.b.dtype}
     if found == {"f32"} and len(halves) == 1 and halves <= {"f16", "bf16"}:
         found = halves
@@ -236,9 +244,9 @@ class TileWriter:
         """The lines after `program`."""
         raise NotImplementedError
 
-    def k_range(self, name: str, axis: str) -> list[str]:
-        """The elements of a step."""
-        return [f"{name} = tl.arange(0, {self.config.block_k}){axis}{self.cast}"]
+    def k_range(self, name: str, axis: str, block: int) -> list[str]:
+        """The elements of a part of a step."""
+        return [f"{name} = tl.arange(0, {block}){axis}{self.cast}"]
 
     # ---- what follows the loop over K --------------------------------------------------------------------------------
 
@@ -278,14 +286,19 @@ class KLoop:
     """The loop over K: the number of steps, and the position of each.
 
     A step is `block` elements of the depth at one tap. With `flat` and fewer than FEW_CHANNELS it is `block` elements
-    of the flattened window instead, so that it is not mostly padding.
+    of the flattened window instead, so that it is not mostly padding. Where the second operand is packed, see `packed`,
+    a step has `parts`, each of `block` elements.
     """
 
-    def __init__(self, contraction: Contraction, block: int, flat: bool = True) -> None:
+    def __init__(self, contraction: Contraction, block_k: int, flat: bool = True) -> None:
         self.taps = contraction.taps
         window = prod(contraction.taps)
         self.flat = flat and window > 1 and isinstance(contraction.depth, int) and contraction.depth < FEW_CHANNELS
         self.size = dim_expr("*", window, contraction.depth) if self.flat else contraction.depth
+        self.run, block = packed_runs(contraction), block_k
+        self.parts = range(PARTS if self.run else 1)
+        if self.run:
+            self.size, block = dim_expr("//", self.size, PARTS), block_k // PARTS
         self.channels_last, self.block, self.depth = contraction.channels_last, block, from_dim(contraction.depth)
         self.masked = bool(_mask(self.size, block, "in_k"))
         chunks = from_dim(blocks(self.size, block))
@@ -337,9 +350,11 @@ class KLoop:
         lines = [*self.lines, *each, *inside]
         return [*always, *before, f"for {LOOP} in {steps}(0, {self.count}):", *indent(lines)]
 
-    def position(self, name: str) -> Position:
-        """K as one index per tap and one for the depth, for the elements `name` of a step."""
+    def position(self, name: str, part: int) -> Position:
+        """K as one index per tap and one for the depth, for the elements `name` of a part of a step."""
         k = self.chunk * constant(self.block) + variable(name, constant(self.block))
+        if self.run:
+            return (k_of(k, self.run, part),)
         if not self.flat:
             return (*self.at, k)
         taps = tuple(map(constant, self.taps))
@@ -349,40 +364,69 @@ class KLoop:
         return (*window, depth)
 
 
+def packed_runs(contraction: Contraction) -> int:
+    """The words of a run of the second operand, see `packed.packed_run`; 0 if it is not packed, or not along K."""
+    if contraction.taps or not isinstance(contraction.depth, int) or stored_load(contraction.b):
+        return 0
+    k, column = variable(KB, constant(contraction.depth)), variable(N, from_dim(contraction.columns))
+    z = batch_index(contraction)
+    return packed_run(contraction.b, contraction.b_at(z, column, (k,)), KB, contraction.depth)
+
+
 class MmaWriter(TileWriter):
-    """A contraction on tensor cores."""
+    """A contraction on tensor cores.
+
+    A computed second operand comes first: the tile is transposed. Tensor cores take the first operand from registers,
+    where it is computed, and Hopper's take the second one from shared memory alone.
+    """
+
+    def __init__(self, region: Region, contraction: Contraction, config: GemmConfig) -> None:
+        super().__init__(region, contraction, config)
+        self.swapped = stored_load(contraction.b) is None
+        if self.swapped:
+            self.row_axis, self.column_axis = self.column_axis, self.row_axis
 
     def body(self) -> list[str]:
         """Pointers, the loop over K, and the epilogue."""
         config, contraction = self.config, self.contraction
         k_loop = KLoop(contraction, config.block_k)
         a_mask, b_mask = ("in_ka", "in_kb") if k_loop.masked else ("", "")
-        a = Emitter([Axis(M, config.block_m, self.rows_mask), Axis(KA, config.block_k, a_mask)], "a")
+        a = Emitter(self._axes(Axis(M, config.block_m, self.rows_mask), Axis(KA, k_loop.block, a_mask)), "a")
         k_loop.enter(a, a_mask)
         dtype = dot_dtype(contraction)
-        precision = f', input_precision="{config.input_precision}"' if dtype == "f32" else ""
-        left = operand(a, contraction.a, contraction.a_at(self.z, self.m, k_loop.position(KA)), dtype, a_mask)
+        positions = [contraction.a_at(self.z, self.m, k_loop.position(KA, part)) for part in k_loop.parts]
+        left = [operand(a, contraction.a, at, dtype, a_mask) for at in positions]
         before, inside, dots, rest = a.outer.lines, a.inner(), [], []
         for part, axis in enumerate(self.ranges):
-            b = Emitter([Axis(KB, config.block_k, b_mask), axis], "bc"[part])
+            b = Emitter(self._axes(Axis(KB, k_loop.block, b_mask), axis), "bc"[part])
             k_loop.enter(b, b_mask)
             named = {N: variable(axis.name, self.indexing.width)} if part else {}
             totals = []
             for which, column in enumerate(self.indexing.columns):
                 total = Operand(f"acc{part * len(self.indexing.columns) + which}", frozenset((M, axis.name)))
-                at = contraction.b_at(self.z, substitute(column, named), k_loop.position(KB))
-                right = operand(b, contraction.b, at, dtype, b_mask)
-                dots.append(f"{total.text} = tl.dot({left}, {right}, {total.text}{precision})")
+                for one in k_loop.parts:
+                    at = contraction.b_at(self.z, substitute(column, named), k_loop.position(KB, one))
+                    dots.append(self._dot(total.text, left[one], operand(b, contraction.b, at, dtype, b_mask), dtype))
                 totals.append(total)
-            zeros = f"tl.zeros([{config.block_m}, {axis.block}], tl.float32)"
-            before += [*b.outer.lines, *(f"{total.text} = {zeros}" for total in totals)]
+            shape = ", ".join(str(one.block) for one in self._axes(Axis(M, config.block_m), axis))
+            before += [*b.outer.lines, *(f"{total.text} = tl.zeros([{shape}], tl.float32)" for total in totals)]
             inside += b.inner()
-            epilogue = Emitter([Axis(M, config.block_m, self.rows_mask), axis], "" if part == 0 else "e")
+            epilogue = Emitter(self._axes(Axis(M, config.block_m, self.rows_mask), axis), "" if part == 0 else "e")
             self.write_epilogue(epilogue, totals, named)
             rest += epilogue.outer.lines
-        lines = self.k_range(KA, "[None, :]") + self.k_range(KB, "[:, None]")
+        k_axes = "[:, None]" if self.swapped else "[None, :]", "[None, :]" if self.swapped else "[:, None]"
+        lines = [line for k, axis in zip((KA, KB), k_axes, strict=True) for line in self.k_range(k, axis, k_loop.block)]
         masks = [*k_loop.mask(a_mask, KA), *k_loop.mask(b_mask, KB)]
         return lines + k_loop.loop(before, masks, inside + dots) + rest
+
+    def _axes(self, first: Axis, second: Axis) -> list[Axis]:
+        """The dimensions of a tile."""
+        return [second, first] if self.swapped else [first, second]
+
+    def _dot(self, total: str, a: str, b: str, dtype: str) -> str:
+        precision = f', input_precision="{self.config.input_precision}"' if dtype == "f32" else ""
+        first, second = (b, a) if self.swapped else (a, b)
+        return f"{total} = tl.dot({first}, {second}, {total}{precision})"
 
 
 class GemvWriter(TileWriter):
@@ -399,20 +443,22 @@ class GemvWriter(TileWriter):
         dot_dtype(contraction)
         k_loop = KLoop(contraction, config.block_k)
         mask = "in_kb" if k_loop.masked else ""
-        emitter = Emitter([Axis(N, config.block_n, self.columns_mask), Axis(KB, config.block_k, mask)])
+        emitter = Emitter([Axis(N, config.block_n, self.columns_mask), Axis(KB, k_loop.block, mask)])
         k_loop.enter(emitter, mask)
-        k = k_loop.position(KB)
-        positions = [contraction.a_at(self.z, constant(row), k) for row in range(rows)]
-        values = [operand(emitter, contraction.a, at, "f32", mask, full_tile=False) for at in positions]
         sums, totals = [], {}
-        for which, column in enumerate(self.indexing.columns):
-            weight = operand(emitter, contraction.b, contraction.b_at(self.z, column, k), "f32", mask, full_tile=False)
-            for row, value in enumerate(values):
-                totals[row, which] = f"acc{which}_{row}"
-                sums.append(f"{totals[row, which]} += {value} * {weight}")
-        zeros = f"tl.zeros([{config.block_n}, {config.block_k}], tl.float32)"
+        for k in (k_loop.position(KB, part) for part in k_loop.parts):
+            positions = [contraction.a_at(self.z, constant(row), k) for row in range(rows)]
+            values = [operand(emitter, contraction.a, at, "f32", mask, full_tile=False) for at in positions]
+            for which, column in enumerate(self.indexing.columns):
+                at = contraction.b_at(self.z, column, k)
+                weight = operand(emitter, contraction.b, at, "f32", mask, full_tile=False)
+                for row, value in enumerate(values):
+                    totals[row, which] = f"acc{which}_{row}"
+                    sums.append(f"{totals[row, which]} += {value} * {weight}")
+        zeros = f"tl.zeros([{config.block_n}, {k_loop.block}], tl.float32)"
         before = [*emitter.outer.lines, *(f"{total} = {zeros}" for total in totals.values())]
-        lines = self.k_range(KB, "[None, :]") + k_loop.loop(before, k_loop.mask(mask, KB), [*emitter.inner(), *sums])
+        loop = k_loop.loop(before, k_loop.mask(mask, KB), [*emitter.inner(), *sums])
+        lines = self.k_range(KB, "[None, :]", k_loop.block) + loop
         emitter.outer.lines = []
         for row in range(rows):
             texts = [f"tl.sum({totals[row, which]}, 1)[:, None]" for which in range(len(self.indexing.columns))]
@@ -427,13 +473,14 @@ def operand(
     """A tile of an operand as `dtype`, broadcast to all axes with `full_tile`. Elements outside of `mask` are 0: a
     computed operand (1/x of padding) may be NaN or inf there."""
     found = _load_operand(emitter, tensor, position, (), dtype)
-    if found is None:
-        found = emitter.value(tensor, position)
-        text = f"tl.where({mask}, {found.text}, 0.0)" if mask else found.text
-        if dtype != "f32":
-            text = f"({text}).to({tl_dtype(dtype)})" if mask else f"{text}.to({tl_dtype(dtype)})"
-    else:
+    if found is not None:
         text = found.text
+    else:
+        half = in_halves(emitter, tensor, position, tensor.dtype) if tensor.dtype in HALVES else None
+        found, held = (emitter.value(tensor, position), "f32") if half is None else (half, tensor.dtype)
+        text = f"tl.where({mask}, {found.text}, 0.0)" if mask else found.text
+        if dtype != held:
+            text = f"({text}).to({tl_dtype(dtype)})" if mask else f"{text}.to({tl_dtype(dtype)})"
     axes = frozenset(emitter.axes)
     return text if not full_tile or axes <= found.axes else f"tl.broadcast_to({text}, {emitter.shape(axes)})"
 
