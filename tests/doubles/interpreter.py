@@ -1,7 +1,7 @@
 """Runs generated kernels on the CPU, in Triton's interpreter.
 
 The interpreter replaces functions of `triton.language` for the time of a call, so that kernels can be interpreted and
-compiled in one process. Seven of its gaps are filled here: it multiplies the bit patterns of bfloat16, it truncates
+compiled in one process. Seven of its gaps are filled here: it computes with the bit patterns of bfloat16, it truncates
 where a GPU rounds to bfloat16, it takes NaN of float8 for a number, it has no functions of libdevice, nor the
 instruction that converts to float8, it makes a tile of integers of a scalar truth value (which loads refuse as a mask
 from Triton 3.9 on), and it reduces and scans one element at a time, which takes a hundred times as long.
@@ -15,7 +15,7 @@ import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, partialmethod
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,16 @@ from torch_rtx.targets import ALIGNMENT
 
 LIBRARY = ("fmod", "pow", "rint")  # the functions of libdevice that kernels call
 FLOAT8 = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
+ARITHMETIC = {"create_fadd": np.add, "create_fsub": np.subtract, "create_fmul": np.multiply}
 LOCK = threading.RLock()  # the interpreter replaces functions for all threads
+
+
+def _bf16(self: Any, value: float) -> Any:
+    """A number in bfloat16, which the interpreter lacks."""
+    return self.cast_impl(self.get_fp32(value), tl.bfloat16)
+
+
+interpreter.InterpreterBuilder.get_bf16 = _bf16
 
 
 def function(kernel: Kernel) -> JITFunction:
@@ -106,6 +115,7 @@ def _interpreting() -> Iterator[None]:
             (interpreter.InterpreterBuilder, "create_fp_to_fp"),
             (interpreter.InterpreterBuilder, "create_inline_asm"),
             (interpreter.InterpreterBuilder, "create_splat"),
+            *((interpreter.InterpreterBuilder, name) for name in ARITHMETIC),
             (interpreter.ReduceOps, "generic_reduce"),
             (interpreter.ScanOps, "generic_scan"),
             (interpreter.interpreter_builder, "options"),
@@ -125,6 +135,8 @@ def _interpreting() -> Iterator[None]:
         return dot(self, _widened(a), _widened(b), *rest)
 
     def cast_impl(self: Any, source: Any, type_: Any) -> Any:
+        if source.dtype.scalar.is_int() and type_.scalar == tl.bfloat16:
+            source = interpreter.TensorHandle(source.data.astype(np.float32), tl.float32)
         if source.dtype.scalar == tl.float32 and type_.scalar == tl.bfloat16:
             bits = source.data.astype(np.float32).view(np.uint32)
             rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
@@ -143,6 +155,12 @@ def _interpreting() -> Iterator[None]:
         result = interpreter.TensorHandle(data.view(torch.uint8).numpy(), tl.uint8)
         return types.SimpleNamespace(get_result=lambda index: result)
 
+    def arithmetic(function: np.ufunc, self: Any, one: Any, other: Any) -> Any:
+        found = function(_widened(one).data, _widened(other).data)
+        if one.dtype.scalar != tl.bfloat16:
+            return interpreter.TensorHandle(found, one.dtype.scalar)
+        return cast_impl(self, interpreter.TensorHandle(found, tl.float32), tl.bfloat16)
+
     def create_splat(_: Any, type_: Any, scalar: Any) -> Any:
         # A comparison's data are truth values, though its handle keeps the dtype of the operands.
         return interpreter.TensorHandle(np.full(type_.shape, scalar.data.flat[0]), scalar.dtype.scalar)
@@ -153,6 +171,8 @@ def _interpreting() -> Iterator[None]:
     interpreter.InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
     interpreter.InterpreterBuilder.create_inline_asm = create_inline_asm
     interpreter.InterpreterBuilder.create_splat = create_splat
+    for name, ufunc in ARITHMETIC.items():
+        setattr(interpreter.InterpreterBuilder, name, partialmethod(partial(arithmetic, ufunc)))
     interpreter.ReduceOps.generic_reduce = _reduced
     interpreter.ScanOps.generic_scan = _scanned
     # Otherwise overflows of integers are computed, which takes longer than all the rest, and reported in `debug` alone.

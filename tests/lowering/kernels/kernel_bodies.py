@@ -97,7 +97,7 @@ def _sized(type_: Any, sizes: Mapping[str, int]) -> tuple[torch.dtype, list[int]
 def random_tensor(type_: Any, sizes: Mapping[str, int]) -> torch.Tensor:
     """A tensor of a type of the IR, with numbers for its symbols."""
     dtype, shape, strides = _sized(type_, sizes)
-    ranges = {torch.bool: (0, 2), torch.int8: (-128, 128)}
+    ranges = {torch.bool: (0, 2), torch.int8: (-128, 128), torch.int32: (-(2**31), 2**31)}  # words of packed values
     values = torch.randn(shape) if dtype.is_floating_point else torch.randint(*ranges.get(dtype, (0, 7)), shape)
     return copy_strided(values.to(dtype), strides)
 

@@ -113,6 +113,10 @@ class Emitter:
     def _home(self, axes: Axes) -> Scope:
         return self.scope if self.looped in axes else self.outer
 
+    def named(self, text: str, axes: Axes) -> Operand:
+        """`text` under a name: assigned the first time."""
+        return self._once(("text", text), axes, text)
+
     def _once(self, key: object, axes: Axes, text: str, prefix: str = "t") -> Operand:
         home = self._home(axes)
         if key not in home.known:

@@ -20,7 +20,7 @@ from torch_rtx.dtypes import DTYPES, TF32
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Dim, TensorType, typical_size
 from torch_rtx.lowering.kernels.epilogue_index import epilogue_indexing
-from torch_rtx.lowering.kernels.index import from_dim, linear, variable
+from torch_rtx.lowering.kernels.index import Atom, Div, from_dim, linear, variable
 from torch_rtx.lowering.kernels.kernel_ir import (
     ZERO,
     Load,
@@ -40,11 +40,13 @@ from torch_rtx.lowering.kernels.matmul_template import (
     GemmConfig,
     KLoop,
     dot_dtype,
+    packed_runs,
     stored_load,
     uncast,
 )
+from torch_rtx.lowering.kernels.packed import PARTS
 from torch_rtx.lowering.kernels.region import Region, tensor_type
-from torch_rtx.lowering.kernels.source import block_of
+from torch_rtx.lowering.kernels.source import MIN_BLOCK, block_of
 from torch_rtx.lowering.kernels.triton_ops import is_expensive
 from torch_rtx.targets import Arch, Chip, lacks
 
@@ -52,11 +54,13 @@ TYPICAL_SIZE = 1024  # stands for a symbolic size without a hint, clamped to its
 LAUNCH_US = 1.5  # before the first operands arrive, and after the last store
 LATENCY_US = 0.8  # of DRAM under load
 BARRIER_US = 0.03  # per step
+LANES = 128  # instructions of a thread that a multiprocessor issues in a cycle
 MAX_CONFIGS, MAX_PER_TILE = 12, 2  # configurations kept: in all, and per tile shape
 NUM_SPLITS = (2, 4, 8, 16)  # candidates for split-K and split-KV
 FULL_TILES, TILE = 0.75, 64  # no split-K with more TILE x TILE tiles per multiprocessor than this
 SPLIT_MULTIPLE = 32  # elements of K: each split has a multiple of this
 MAX_IMPRECISE = 128  # products of float8 that tensor cores may sum in less than f32, as in libraries
+MAX_UNPACKED = 128  # elements of a packed operand per thread and step: a register holds two
 MAX_NARROW_LOADS = 16  # per thread and step: loads of less than 16 bytes
 OPERANDS = {**DTYPES, "tf32": TF32}
 SIZES = {name: dtype.bytes for name, dtype in OPERANDS.items()}
@@ -78,6 +82,9 @@ class GemmProblem:
         uncoalesced_loads: per element of a computed second operand, the loads that are not contiguous along K, as of
             packed integers. `tl.dot` has columns in neighbouring threads, so each of these reads its own sector.
         promoted: see `GemmConfig`.
+        second_bytes: of an element of the second operand in memory.
+        unpacking: operations that compute an element of it; 0 for a plain load.
+        packed_run: see `packed.packed_run`.
     """
 
     batch: int
@@ -93,6 +100,14 @@ class GemmProblem:
     vector_elements: int = 8
     uncoalesced_loads: int = 0
     promoted: bool = False
+    second_bytes: float = 2
+    unpacking: int = 0
+    packed_run: int = 0
+
+    def step_bytes(self, config: GemmConfig) -> float:
+        """Bytes that a step reads."""
+        width = config.width * self.accumulators
+        return (config.block_m * SIZES[self.dtype] + width * self.second_bytes) * config.block_k
 
 
 def gemm_problem(region: Region, contraction: Contraction, arch: Arch, input_precision: str = "ieee") -> GemmProblem:
@@ -107,8 +122,9 @@ def gemm_problem(region: Region, contraction: Contraction, arch: Arch, input_pre
     epilogue = epilogue_indexing(region.outputs, contraction.tile())
     width = epilogue.width.number
     depth, taps, vector = typical(contraction.depth), prod(contraction.taps), 16 // SIZES[dtype]
-    if KLoop(contraction, 1).flat:
+    if KLoop(contraction, PARTS).flat:
         depth, taps, vector = depth * taps, 1, gcd(depth, vector) if contraction.channels_last else 1
+    is_computed, packed_run = stored_load(contraction.b) is None, packed_runs(contraction)
     return GemmProblem(
         batch=typical(contraction.batch),
         rows=typical(contraction.rows),
@@ -121,9 +137,32 @@ def gemm_problem(region: Region, contraction: Contraction, arch: Arch, input_pre
         columns_last=_column_stride(contraction) == 1,
         needs_few_registers=_needs_few_registers(region, contraction),
         vector_elements=vector,
-        uncoalesced_loads=0 if stored_load(contraction.b) else _uncoalesced_loads(contraction),
         promoted=dtype in FLOAT8 and not contraction.fast_accum and "fp8_in_f32" not in arch.features,
+        uncoalesced_loads=_uncoalesced_loads(contraction) if is_computed and not packed_run else 0,
+        second_bytes=_stored_bytes(contraction.b) if is_computed else SIZES[dtype],
+        unpacking=_operations(contraction.b) if is_computed else 0,
+        packed_run=packed_run,
     )
+
+
+def _stored_bytes(operand: Tensor) -> float:
+    """Bytes in memory per element of a computed operand."""
+    loads = [one for one in everything([operand]) if isinstance(one, Load)]
+    return sum(_elements(one) * SIZES[one.dtype] for one in loads) / _elements(operand)
+
+
+def _operations(operand: Tensor) -> int:
+    """Operations per element of a computed operand."""
+    size = _elements(operand)
+    return sum(
+        isinstance(one, Pointwise) and one.same_register is None and _elements(one) == size
+        for one in everything([operand])
+    )
+
+
+def _elements(tensor: Tensor) -> int:
+    """Elements of a tensor, with symbolic sizes as 1."""
+    return prod(size.number or 1 for size in tensor.shape)
 
 
 def _uncoalesced_loads(contraction: Contraction) -> int:
@@ -138,7 +177,7 @@ def _uncoalesced_loads(contraction: Contraction) -> int:
         match tensor:
             case Load():
                 address = linear(position, tensor.strides)
-                along = [(atoms, n) for atoms, n in address.terms if any(KB in str(atom) for atom in atoms)]
+                along = [(atoms, n) for atoms, n in address.terms if any(map(_moves, atoms))]
                 return int(along not in ([], list(k.terms)))
             case View():
                 return count(tensor.source, tensor.at(position))
@@ -149,6 +188,13 @@ def _uncoalesced_loads(contraction: Contraction) -> int:
 
     column = variable("N", from_dim(contraction.columns))
     return count(contraction.b, contraction.b_at(ZERO, column, (*[ZERO] * len(contraction.taps), k)))
+
+
+def _moves(atom: Atom) -> bool:
+    """Whether the atom changes with each or every few elements of K: a scale that a group shares does not."""
+    if isinstance(atom, Div) and not atom.remainder and (atom.by.number or 0) >= MIN_BLOCK:
+        return False
+    return KB in str(atom)
 
 
 def bytes_of(type_: TensorType) -> int:
@@ -203,7 +249,11 @@ def gemm_us(region: Region, contraction: Contraction, arch: Arch) -> float:
     Raises:
         Unsupported: see `gemm_problem`.
     """
-    problem = replace(gemm_problem(region, contraction, arch), uncoalesced_loads=0)
+    problem = gemm_problem(region, contraction, arch)
+    size = SIZES[problem.dtype]
+    more = (size - problem.second_bytes) * problem.columns * problem.depth * problem.taps
+    moved = problem.bytes_moved + int(more)
+    problem = replace(problem, bytes_moved=moved, uncoalesced_loads=0, second_bytes=size, unpacking=0, packed_run=0)
     return _ranked(problem, _is_gemv(contraction), arch)[0][0]
 
 
@@ -271,9 +321,11 @@ def best_num_splits(region: Region, contraction: Contraction, arch: Arch) -> tup
     if not isinstance(contraction.depth, int) or tiles > FULL_TILES * chip.processors:
         return best, fastest_us
     result = problem.batch * problem.rows * columns
-    operands = problem.batch * (problem.rows + columns * problem.taps) * problem.depth * SIZES[problem.dtype]
+    first_bytes, second_bytes = problem.rows * SIZES[problem.dtype], columns * problem.taps * problem.second_bytes
+    operands = int(problem.batch * (first_bytes + second_bytes) * problem.depth)
+    multiple = max(SPLIT_MULTIPLE, PARTS * problem.packed_run)
     for num_splits in NUM_SPLITS:
-        if contraction.depth % (num_splits * SPLIT_MULTIPLE) or tiles * num_splits > 2 * chip.processors:
+        if contraction.depth % (num_splits * multiple) or tiles * num_splits > 2 * chip.processors:
             continue
         moved = operands + 4 * num_splits * result
         partial = replace(problem, batch=problem.batch * num_splits, columns=columns, depth=problem.depth // num_splits)
@@ -292,7 +344,8 @@ def best_num_splits(region: Region, contraction: Contraction, arch: Arch) -> tup
 
 def _mma_configs(problem: GemmProblem, arch: Arch) -> Iterator[GemmConfig]:
     per_half = max(2 // SIZES[problem.dtype], 1)  # elements of K where a half would have one: as many bytes
-    tiles = [(16, 32, 64, 128, 256), (16, 32, 64, 128, 256), [per_half * size for size in (16, 32, 64, 128)]]
+    depths = (MIN_BLOCK * PARTS, 2 * MIN_BLOCK * PARTS) if problem.packed_run else (16, 32, 64, 128)
+    tiles = [(16, 32, 64, 128, 256), (16, 32, 64, 128, 256), [per_half * size for size in depths]]
     most_m, most_n, most_k = map(block_of, (problem.rows, problem.columns, problem.depth))
     most_k = max(most_k, 16 * per_half)  # of an instruction
     stages = (2, 3, 4, 5) if "cp_async" in arch.features else (1,)
@@ -326,29 +379,31 @@ def _fits_registers(problem: GemmProblem, config: GemmConfig, arch: Arch) -> boo
     MAX_NARROW_LOADS would cost the second resident program."""
     is_light = _uses_wgmma(problem, config, arch) and problem.needs_few_registers
     most = 16 if problem.dtype == "f32" else 128 if is_light else 64
-    width = config.block_m + config.width * problem.accumulators
     threads = 32 * config.num_warps
-    pointers = width * config.block_k * SIZES[problem.dtype] // (16 * threads)
+    unpacked = config.width * problem.accumulators * config.block_k // threads if problem.packed_run else 0
+    pointers = int(problem.step_bytes(config)) // (16 * threads)
     is_narrow = problem.vector_elements * SIZES[problem.dtype] < 16
     narrow_loads = config.block_m * config.block_k // (problem.vector_elements * threads) if is_narrow else 0
     return (
         accumulator_regs(problem, config) <= most
         and pointers <= (12 if "cp_async" in arch.features else 6)
         and narrow_loads <= MAX_NARROW_LOADS
+        and unpacked <= MAX_UNPACKED
     )
 
 
 def _uses_wgmma(problem: GemmProblem, config: GemmConfig, arch: Arch) -> bool:
-    """Products run as Hopper's wgmma, which reads operands from shared memory."""
+    """Products run as Hopper's wgmma, which reads operands from shared memory; a computed one comes first, see
+    `MmaWriter`."""
     along_k = problem.dtype not in FLOAT8 or not problem.columns_last  # float8 lies along K in shared memory
-    is_large = config.block_m >= 64 and config.num_warps >= 4
+    rows = config.block_n if problem.unpacking else config.block_m
+    is_large = rows >= 64 and config.num_warps >= 4
     return "wgmma" in arch.features and problem.dtype != "f32" and is_large and along_k
 
 
 def shared_memory(problem: GemmProblem, config: GemmConfig, arch: Arch) -> int:
     """Bytes of shared memory per program: of the pipeline stages, one more with wgmma, which reads from there."""
-    width = config.width * problem.accumulators
-    step = (config.block_m + width) * config.block_k * SIZES[problem.dtype]
+    step = int(problem.step_bytes(config))
     steps = config.num_stages - (not _uses_wgmma(problem, config, arch))
     return max(step * max(steps, 1), config.block_m * config.block_n * 2)
 
@@ -405,11 +460,12 @@ def _step_us(problem: GemmProblem, config: GemmConfig, arch: Arch, count: int) -
     if problem.promoted:
         math_us += config.block_m * width / (chip.plain * 1e6 / 2 / chip.processors)
     shared_us = elements * config.block_k * size / (128e3 * chip.clock)
-    l2_us = (config.block_m + width) * config.block_k * size / (chip.cache * 1e3 * chip.clock)
+    l2_us = problem.step_bytes(config) / (chip.cache * 1e3 * chip.clock)
     # A load is due num_stages - 1 steps later.
     latency_us = (LATENCY_US + math_us) / max(config.num_stages - 1, 1)
     uncoalesced_us = problem.uncoalesced_loads * width * config.block_k / (chip.clock * 1e3)
-    on_chip_us = count * math_us, count * shared_us, count * l2_us
+    unpack_us = problem.unpacking * width * config.block_k / (LANES * chip.clock * 1e3)
+    on_chip_us = count * math_us, count * shared_us, count * l2_us, count * unpack_us
     return BARRIER_US + _overlapped_us(chip, *on_chip_us, latency_us, count * uncoalesced_us)
 
 
@@ -419,8 +475,10 @@ def _step_us(problem: GemmProblem, config: GemmConfig, arch: Arch, count: int) -
 def _gemv_configs(problem: GemmProblem) -> Iterator[GemmConfig]:
     if problem.columns_last:  # steps would be too short to hide latency
         return
-    for block_n, block_k in itertools.product((4, 8, 16, 32), (128, 256, 512, 1024)):
+    depths = (512, 1024, 2048, 4096) if problem.packed_run else (128, 256, 512, 1024)
+    for block_n, block_k in itertools.product((4, 8, 16, 32), depths):
         accumulators = block_n * block_k * problem.rows * problem.accumulators // 128
+        accumulators //= PARTS if problem.packed_run else 1
         waste_k, waste_n = block_k // 2 >= max(problem.depth, 64), block_n // 2 >= max(problem.columns, 32)
         if 4 <= accumulators <= 64 and not waste_k and not waste_n:
             yield GemmConfig(16, block_n, block_k, 4, 1, gemv=True)
@@ -432,8 +490,8 @@ def gemv_us(problem: GemmProblem, config: GemmConfig, chip: Chip) -> float:
     programs = problem.batch * ceil(problem.columns / config.block_n)
     # A multiprocessor holds at most 12 such programs; about half of them saturate its share of bandwidth.
     busy = min(programs / chip.processors / 6, 1)
-    read_us = problem.batch * weights * SIZES[problem.dtype] / (chip.memory * 1e3 * busy)
-    flops = problem.batch * weights * 2 * (problem.rows + 1)
+    read_us = problem.batch * weights * problem.second_bytes / (chip.memory * 1e3 * busy)
+    flops = problem.batch * weights * 2 * (problem.rows + 1 + problem.unpacking / 4)
     fma_us = flops / (chip.plain * 1e6 * min(programs / chip.processors, 1)) * 4
     steps = problem.taps * ceil(problem.depth / config.block_k) * ceil(programs / chip.processors / 12)
     return LAUNCH_US + _overlapped_us(chip, read_us, fma_us, steps * LATENCY_US)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 
-from torch_rtx.dtypes import DTYPES, FLOAT
+from torch_rtx.dtypes import DTYPES, FLOAT, HALVES
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Dim, Node, TensorType, dim_expr
 from torch_rtx.lowering.kernels.emit import Axis, Emitter, Operand, indent
@@ -23,6 +23,7 @@ from torch_rtx.lowering.kernels.expressions import Apply, Arg
 from torch_rtx.lowering.kernels.index import Index, constant, from_dim, linear, substitute, unravel, variable
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.kernel_ir import ZERO, Const, Load, Pointwise, Position, Select, Tensor, View
+from torch_rtx.lowering.kernels.packed import PARTS, in_halves, k_of, packed_run
 from torch_rtx.lowering.kernels.region import ANCHORS, Region, tensor_type
 from torch_rtx.lowering.kernels.source import assemble, blocks, needs_int64
 from torch_rtx.lowering.kernels.triton_ops import tl_dtype
@@ -273,9 +274,9 @@ class TileWriter:
         """The lines after `program`."""
         raise NotImplementedError
 
-    def k_range(self, name: str, axis: str) -> list[str]:
-        """The elements of a step."""
-        return [f"{name} = tl.arange(0, {self.config.block_k}){axis}{self.cast}"]
+    def k_range(self, name: str, axis: str, block: int) -> list[str]:
+        """The elements of a part of a step."""
+        return [f"{name} = tl.arange(0, {block}){axis}{self.cast}"]
 
     # ---- what follows the loop over K --------------------------------------------------------------------------------
 
@@ -315,14 +316,19 @@ class KLoop:
     """The loop over K: the number of steps, and the position of each.
 
     A step is `block` elements of the depth at one tap. With `flat` and fewer than FEW_CHANNELS it is `block` elements
-    of the flattened window instead, so that it is not mostly padding.
+    of the flattened window instead, so that it is not mostly padding. Where the second operand is packed, see `packed`,
+    a step has `parts`, each of `block` elements.
     """
 
-    def __init__(self, contraction: Contraction, block: int, flat: bool = True) -> None:
+    def __init__(self, contraction: Contraction, block_k: int, flat: bool = True) -> None:
         self.taps = contraction.taps
         window = prod(contraction.taps)
         self.flat = flat and window > 1 and isinstance(contraction.depth, int) and contraction.depth < FEW_CHANNELS
         self.size = dim_expr("*", window, contraction.depth) if self.flat else contraction.depth
+        self.run, block = packed_runs(contraction), block_k
+        self.parts = range(PARTS if self.run else 1)
+        if self.run:
+            self.size, block = dim_expr("//", self.size, PARTS), block_k // PARTS
         self.channels_last, self.block, self.depth = contraction.channels_last, block, from_dim(contraction.depth)
         self.masked = bool(_mask(self.size, block, "in_k"))
         chunks = from_dim(blocks(self.size, block))
@@ -374,9 +380,11 @@ class KLoop:
         lines = [*self.lines, *each, *inside]
         return [*always, *before, f"for {LOOP} in {steps}(0, {self.count}):", *indent(lines)]
 
-    def position(self, name: str) -> Position:
-        """K as one index per tap and one for the depth, for the elements `name` of a step."""
+    def position(self, name: str, part: int) -> Position:
+        """K as one index per tap and one for the depth, for the elements `name` of a part of a step."""
         k = self.chunk * constant(self.block) + variable(name, constant(self.block))
+        if self.run:
+            return (k_of(k, self.run, part),)
         if not self.flat:
             return (*self.at, k)
         taps = tuple(map(constant, self.taps))
@@ -386,47 +394,74 @@ class KLoop:
         return (*window, depth)
 
 
+def packed_runs(contraction: Contraction) -> int:
+    """The words of a run of the second operand, see `packed.packed_run`; 0 if it is not packed, or not along K."""
+    if contraction.taps or not isinstance(contraction.depth, int) or stored_load(contraction.b):
+        return 0
+    k, column = variable(KB, constant(contraction.depth)), variable(N, from_dim(contraction.columns))
+    z = batch_index(contraction)
+    return packed_run(contraction.b, contraction.b_at(z, column, (k,)), KB, contraction.depth)
+
+
 class MmaWriter(TileWriter):
-    """A contraction on tensor cores."""
+    """A contraction on tensor cores.
+
+    A computed second operand comes first: the tile is transposed. Tensor cores take the first operand from registers,
+    where it is computed, and Hopper's take the second one from shared memory alone.
+    """
+
+    def __init__(self, region: Region, contraction: Contraction, config: GemmConfig) -> None:
+        super().__init__(region, contraction, config)
+        self.swapped = stored_load(contraction.b) is None
+        if self.swapped:
+            self.row_axis, self.column_axis = self.column_axis, self.row_axis
 
     def body(self) -> list[str]:
         """Pointers, the loop over K, and the epilogue."""
         config, contraction = self.config, self.contraction
         k_loop = KLoop(contraction, config.block_k)
         a_mask, b_mask = ("in_ka", "in_kb") if k_loop.masked else ("", "")
-        a = Emitter([Axis(M, config.block_m, self.rows_mask), Axis(KA, config.block_k, a_mask)], "a")
+        a = Emitter(self._axes(Axis(M, config.block_m, self.rows_mask), Axis(KA, k_loop.block, a_mask)), "a")
         k_loop.enter(a, a_mask)
         dtype = self.dtype
-        precision = f', input_precision="{config.input_precision}"' if dtype == "f32" else ""
-        if self.sums != "f32":  # what `tl.dot` takes for granted
-            precision = f", out_dtype={tl_dtype(self.sums)}"
-        left = operand(a, contraction.a, contraction.a_at(self.z, self.m, k_loop.position(KA)), dtype, a_mask)
+        positions = [contraction.a_at(self.z, self.m, k_loop.position(KA, part)) for part in k_loop.parts]
+        left = [operand(a, contraction.a, at, dtype, a_mask) for at in positions]
         before, inside, dots, rest = a.outer.lines, a.inner(), [], []
         for part, axis in enumerate(self.ranges):
-            b = Emitter([Axis(KB, config.block_k, b_mask), axis], "bc"[part])
+            b = Emitter(self._axes(Axis(KB, k_loop.block, b_mask), axis), "bc"[part])
             k_loop.enter(b, b_mask)
             named = {N: variable(axis.name, self.indexing.width)} if part else {}
             totals = []
             for which, column in enumerate(self.indexing.columns):
                 total = Operand(f"acc{part * len(self.indexing.columns) + which}", frozenset((M, axis.name)))
-                at = contraction.b_at(self.z, substitute(column, named), k_loop.position(KB))
-                right = operand(b, contraction.b, at, dtype, b_mask)
-                dots.append(self._dot(total.text, left, right, precision))
+                for one in k_loop.parts:
+                    at = contraction.b_at(self.z, substitute(column, named), k_loop.position(KB, one))
+                    dots.append(self._dot(total.text, left[one], operand(b, contraction.b, at, dtype, b_mask)))
                 totals.append(total)
-            zeros = f"tl.zeros([{config.block_m}, {axis.block}], {tl_dtype(self.sums)})"
+            shape = ", ".join(str(one.block) for one in self._axes(Axis(M, config.block_m), axis))
+            zeros = f"tl.zeros([{shape}], {tl_dtype(self.sums)})"
             before += [*b.outer.lines, *(f"{total.text} = {zeros}" for total in totals)]
             inside += b.inner()
-            epilogue = Emitter([Axis(M, config.block_m, self.rows_mask), axis], "" if part == 0 else "e")
+            epilogue = Emitter(self._axes(Axis(M, config.block_m, self.rows_mask), axis), "" if part == 0 else "e")
             self.write_epilogue(epilogue, totals, named)
             rest += epilogue.outer.lines
-        lines = self.k_range(KA, "[None, :]") + self.k_range(KB, "[:, None]")
+        k_axes = "[:, None]" if self.swapped else "[None, :]", "[None, :]" if self.swapped else "[:, None]"
+        lines = [line for k, axis in zip((KA, KB), k_axes, strict=True) for line in self.k_range(k, axis, k_loop.block)]
         masks = [*k_loop.mask(a_mask, KA), *k_loop.mask(b_mask, KB)]
         return lines + k_loop.loop(before, masks, inside + dots) + rest
 
-    def _dot(self, total: str, left: str, right: str, precision: str) -> str:
+    def _axes(self, first: Axis, second: Axis) -> list[Axis]:
+        """The dimensions of a tile."""
+        return [second, first] if self.swapped else [first, second]
+
+    def _dot(self, total: str, a: str, b: str) -> str:
+        first, second = (b, a) if self.swapped else (a, b)
         if self.config.promoted:  # with the last argument, Triton does not make one dot of both again
-            return f"{total} += tl.dot({left}, {right}, max_num_imprecise_acc={self.config.block_k})"
-        return f"{total} = tl.dot({left}, {right}, {total}{precision})"
+            return f"{total} += tl.dot({first}, {second}, max_num_imprecise_acc={self.config.block_k})"
+        how = f', input_precision="{self.config.input_precision}"' if self.dtype == "f32" else ""
+        if self.sums != "f32":  # what `tl.dot` takes for granted
+            how = f", out_dtype={tl_dtype(self.sums)}"
+        return f"{total} = tl.dot({first}, {second}, {total}{how})"
 
 
 class GemvWriter(TileWriter):
@@ -442,21 +477,22 @@ class GemvWriter(TileWriter):
             raise Unsupported(f"{rows} rows at once")
         k_loop = KLoop(contraction, config.block_k)
         mask = "in_kb" if k_loop.masked else ""
-        emitter = Emitter([Axis(N, config.block_n, self.columns_mask), Axis(KB, config.block_k, mask)])
+        emitter = Emitter([Axis(N, config.block_n, self.columns_mask), Axis(KB, k_loop.block, mask)])
         k_loop.enter(emitter, mask)
-        k = k_loop.position(KB)
-        positions = [contraction.a_at(self.z, constant(row), k) for row in range(rows)]
-        values = [operand(emitter, contraction.a, at, self.sums, mask, full_tile=False) for at in positions]
         sums, totals = [], {}
-        for which, column in enumerate(self.indexing.columns):
-            at = contraction.b_at(self.z, column, k)
-            weight = operand(emitter, contraction.b, at, self.sums, mask, full_tile=False)
-            for row, value in enumerate(values):
-                totals[row, which] = f"acc{which}_{row}"
-                sums.append(f"{totals[row, which]} += {value} * {weight}")
-        zeros = f"tl.zeros([{config.block_n}, {config.block_k}], {tl_dtype(self.sums)})"
+        for k in (k_loop.position(KB, part) for part in k_loop.parts):
+            positions = [contraction.a_at(self.z, constant(row), k) for row in range(rows)]
+            values = [operand(emitter, contraction.a, at, self.sums, mask, full_tile=False) for at in positions]
+            for which, column in enumerate(self.indexing.columns):
+                at = contraction.b_at(self.z, column, k)
+                weight = operand(emitter, contraction.b, at, self.sums, mask, full_tile=False)
+                for row, value in enumerate(values):
+                    totals[row, which] = f"acc{which}_{row}"
+                    sums.append(f"{totals[row, which]} += {value} * {weight}")
+        zeros = f"tl.zeros([{config.block_n}, {k_loop.block}], {tl_dtype(self.sums)})"
         before = [*emitter.outer.lines, *(f"{total} = {zeros}" for total in totals.values())]
-        lines = self.k_range(KB, "[None, :]") + k_loop.loop(before, k_loop.mask(mask, KB), [*emitter.inner(), *sums])
+        loop = k_loop.loop(before, k_loop.mask(mask, KB), [*emitter.inner(), *sums])
+        lines = self.k_range(KB, "[None, :]", k_loop.block) + loop
         emitter.outer.lines = []
         for row in range(rows):
             texts = [f"tl.sum({totals[row, which]}, 1)[:, None]" for which in range(len(self.indexing.columns))]
@@ -474,14 +510,15 @@ def operand(
     if dtype in FLOAT8 and stored is not None:
         dtype = stored.dtype
     found = _load_operand(emitter, tensor, position, (), dtype)
-    if found is None:
-        found = emitter.value(tensor, position)
+    if found is not None:
+        text = found.text
+    else:
+        half = in_halves(emitter, tensor, position, tensor.dtype) if tensor.dtype in HALVES else None
+        found, held = (emitter.value(tensor, position), "f32") if half is None else (half, tensor.dtype)
         zero = "0.0" if DTYPES[tensor.dtype].kind == FLOAT else "0"
         text = f"tl.where({mask}, {found.text}, {zero})" if mask else found.text
-        if dtype != "f32":
+        if dtype != held:
             text = f"({text}).to({tl_dtype(dtype)})" if mask else f"{text}.to({tl_dtype(dtype)})"
-    else:
-        text = found.text
     axes = frozenset(emitter.axes)
     return text if not full_tile or axes <= found.axes else f"tl.broadcast_to({text}, {emitter.shape(axes)})"
 

@@ -44,11 +44,14 @@ from torch_rtx.lowering.kernels.expressions import (
     where,
     xor,
 )
-from torch_rtx.lowering.kernels.index import Index, from_dim
+from torch_rtx.lowering.kernels.index import Index, constant, from_dim, variable, within
 from torch_rtx.lowering.kernels.kernel_ir import (
     Const,
+    Iota,
+    Pointwise,
     Scalar,
     Tensor,
+    View,
     cast,
     expand,
     number,
@@ -489,13 +492,29 @@ for _name in ("and", "or", "xor"):
 
 def _shift(expression: Expression, self: Tensor, other: Operand, *, out: Types) -> Tensor:
     dtype = out[0].dtype
-    if not isinstance(other, int) or dtype not in INTS or not 0 <= other < DTYPES[dtype].bits:
+    if dtype not in INTS or not _is_below(other, DTYPES[dtype].bits):
         raise Unsupported("a shift by a number that is not known, or that shifts everything out")
     return compute(expression, out, self, other)
 
 
+def _is_below(operand: Operand, limit: int) -> bool:
+    """Whether all of a number or tensor is known to be at least 0 and less than `limit`."""
+    if not isinstance(operand, Tensor):
+        return isinstance(operand, int) and 0 <= operand < limit
+    position = tuple(variable(f"A{axis}", size) for axis, size in enumerate(operand.shape))
+    while isinstance(operand, View | Pointwise):
+        if isinstance(operand, View):
+            operand, position = operand.source, operand.at(position)
+        elif operand.same_register is not None:
+            operand = operand.same_register
+        else:
+            return False
+    return isinstance(operand, Iota) and within(operand.at(position), constant(limit))
+
+
 for _name, _op in {"left": "shl", "right": "shr"}.items():
-    op(f"bitwise_{_name}_shift.Tensor_Scalar", f"__{_name[0]}shift__.Scalar")(partial(_shift, apply(_op, A, B)))
+    _calls = (f"bitwise_{_name}_shift.Tensor", f"bitwise_{_name}_shift.Tensor_Scalar", f"__{_name[0]}shift__.Scalar")
+    op(*_calls)(partial(_shift, apply(_op, A, B)))
 
 
 @op("bitwise_not.default")

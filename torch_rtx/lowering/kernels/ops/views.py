@@ -333,8 +333,9 @@ def positions(shape: Shape, axis: int) -> Tensor:
 def _arange(start: Operand, step: Operand, out: Types) -> Tensor:
     dtype = out[0].dtype
     found = positions(shape_of(out), 0)
-    if (start, step) == (0, 1):
-        return cast(found, dtype)
+    if all(isinstance(x, int) and x >= 0 for x in (start, step)):
+        first, by = (constant(int(x)) for x in (start, step))  # type: ignore[arg-type]
+        return cast(Iota(found.shape, "i64", lambda position: position[0] * by + first), dtype)
     held = register(dtype)
     values = (tensor(x, held) for x in (found, step, start))
     return cast(pointwise(A * B + C, held, *values), dtype)

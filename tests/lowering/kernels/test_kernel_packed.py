@@ -1,0 +1,115 @@
+"""Products whose second operand is packed in words of eight values, in Triton's interpreter and as machine code."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.lowering.kernels.kernel_bodies import body, check, check_split, offered
+from torch_rtx.lowering.kernels.aot import compile_kernels
+from torch_rtx.lowering.kernels.families.gemm import GemmConfig, gemm_configs, gemm_contraction, gemm_kernel
+from torch_rtx.lowering.kernels.gemm_perf_model import gemm_problem
+from torch_rtx.lowering.kernels.matmul_template import packed_runs
+from torch_rtx.lowering.kernels.region import region
+from torch_rtx.targets import Target, arch_of
+
+MMA = GemmConfig(16, 32, 128)
+WIDE = GemmConfig(32, 32, 256, extra_n=16)
+GEMV = GemmConfig(16, 8, 512, gemv=True)
+
+
+def packed(rows: int, columns: int, depth: int, group: int, run: int = 16, dtype: str = "f16", held: str = "") -> str:
+    """A linear layer of packed weights with a scale and a zero point for each group, computed in `held`."""
+    held, groups, runs = held or dtype, depth // group, depth // run // 8
+    scales = f"f32[{columns}, {groups}, 1](1, {columns}, {columns})"
+    return f"""
+x: {dtype}[{rows}, {depth}]
+w: i32[{columns}, {depth // 8}]
+s: {scales}
+z: {scales}
+words: i32[{columns}, {runs}, 1, {run}] = view.default(self=w, size=[{columns}, {runs}, 1, {run}])
+bits: i64[8] = arange.start_step(start=0, end=32, step=4, dtype='i64', device='main')
+at: i64[8, 1] = view.default(self=bits, size=[8, 1])
+shifted: i32[{columns}, {runs}, 8, {run}] = bitwise_right_shift.Tensor(self=words, other=at)
+codes: i32[{columns}, {runs}, 8, {run}] = bitwise_and.Scalar(self=shifted, other=15)
+floats: {held}[{columns}, {runs}, 8, {run}] = _to_copy.default(self=codes, dtype='{held}')
+rows: {held}[{columns}, {groups}, {group}] = view.default(self=floats, size=[{columns}, {groups}, {group}])
+scale: {held}[{columns}, {groups}, 1](1, {columns}, {columns}) = _to_copy.default(self=s, dtype='{held}')
+zero: {held}[{columns}, {groups}, 1](1, {columns}, {columns}) = _to_copy.default(self=z, dtype='{held}')
+less: {held}[{columns}, {groups}, {group}] = sub.Tensor(self=rows, other=zero)
+scaled: {held}[{columns}, {groups}, {group}] = mul.Tensor(self=less, other=scale)
+wide: {held}[{columns}, {depth}] = view.default(self=scaled, size=[{columns}, {depth}])
+same: {dtype}[{columns}, {depth}] = _to_copy.default(self=wide, dtype='{dtype}')
+y: {dtype}[{rows}, {columns}] = linear.default(input=x, weight=same)
+return y
+"""
+
+
+PLAIN = """
+x: bf16[ROWS, 4096]
+w: bf16[32768, 4096]
+y: bf16[ROWS, 32768] = linear.default(input=x, weight=w)
+return y
+"""
+
+
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+@pytest.mark.parametrize("config", [MMA, WIDE, GEMV])
+@pytest.mark.parametrize(
+    "sizes",  # rows, columns, depth, group, run
+    [(1, 32, 512, 128, 32), (3, 19, 384, 64, 16), (8, 40, 512, 32, 64), (33, 24, 256, 32, 32), (16, 37, 384, 128, 16)],
+)
+def test_packed_operands(config: GemmConfig, dtype: str, sizes: tuple[int, int, int, int, int]) -> None:
+    if not config.gemv or sizes[0] <= 8:
+        kernel = check(packed(*sizes, dtype), gemm_kernel, config, dtype)
+        pairs = 4 * (1 + (config.extra_n > 0))  # two values at once, of each accumulator's columns
+        assert kernel.source.count("0x000F000F") == pairs
+
+
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+def test_values_that_are_computed_in_f32(dtype: str) -> None:
+    check(packed(16, 24, 256, 64, 16, dtype, held="f32"), gemm_kernel, MMA, dtype)
+
+
+def test_other_runs_are_no_packed_operands() -> None:
+    def run_of(depth: int, run: int) -> int:
+        return packed_runs(gemm_contraction(region(body(packed(16, 24, depth, 32, run)))))
+
+    assert [run_of(256, 32), run_of(128, 16), run_of(1024, 64)] == [32, 16, 64]
+    assert [run_of(256, 8), run_of(64, 1)] == [0, 0]
+    check(packed(16, 24, 64, 32, 1), gemm_kernel, GemmConfig(16, 16, 32), "f16")
+
+
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+def test_split_k(dtype: str) -> None:
+    form = check_split(packed(4, 24, 1024, 128, 32, dtype), 2, dtype)
+    contraction = gemm_contraction(region(form.nodes[0].body))  # type: ignore[arg-type]
+    assert packed_runs(contraction) == 32
+    assert gemm_problem(region(form.nodes[0].body), contraction, arch_of(80)).dtype == dtype  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("sm", [80, 89, 90, 120])
+def test_machine_code(sm: int) -> None:
+    """Words and scales are copied to shared memory ahead of time, words 16 bytes at a time; no integer is converted."""
+    found = region(body(packed(16, 2048, 2048, 128, 32, "bf16")))
+    config = next(one for one in gemm_configs(found, arch_of(sm)) if not one.gemv)
+    kernel, target = gemm_kernel(found, "kernel", config), Target(sm)
+    (code,) = compile_kernels([(kernel, target)])[kernel, target].codes
+    text = code.ptx.decode()
+    assert code.spills == 0
+    assert "cvt.rn.f32.s" not in text
+    assert "cvt.rn.f32.u" not in text
+    assert "ld.global" not in text
+    assert "cp.async.cg.shared.global [ %r" in re.sub(r"\s+", " ", text)
+
+
+def test_few_rows_move_the_packed_bytes() -> None:
+    """The model knows that a product of few rows takes as long as its weights are read, and one of many does not."""
+    for rows, least, most in ((1, 0.25, 0.6), (16, 0.25, 0.6), (4096, 0.95, 1.4)):
+        wide = PLAIN.replace("ROWS", str(rows))
+        plain, ours = (
+            offered(body(text, "bf16"), 89)["kernel"].expected_us
+            for text in (wide, packed(rows, 32768, 4096, 128, 32, "bf16"))
+        )
+        assert least < ours / plain < most
