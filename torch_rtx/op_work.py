@@ -80,21 +80,30 @@ def library_has(sm: int, types: Mapping[str, TensorType], result: TensorType) ->
         sm: its SM version.
         types: of the arguments of `SCALED_MM` that are tensors, by name.
     """
-    a, b, scale_a, scale_b = (types[name] for name in (*PRODUCTS[SCALED_MM][:2], *SCALES))
-    depth, columns = a.shape[-1], b.shape[-1]
+    a, b = (types[name] for name in PRODUCTS[SCALED_MM][:2])
     lies_along_k = a.strides[-1] == 1 and b.strides[0] == 1
-    aligned = all(isinstance(size, int) and size % 16 == 0 for size in (depth, columns, a.strides[0], b.strides[1]))
-    whole = all(math.prod(map(_number, scale.shape)) == 1 for scale in (scale_a, scale_b))
-    by_row = (scale_a.shape, scale_b.shape) == ((a.shape[0], 1), (1, columns)) and result.dtype == "bf16"
-    by_row = by_row and scale_a.strides[0] == scale_b.strides[1] == 1
-    scaled = {scale_a.dtype, scale_b.dtype} == {"f32"} and (whole or by_row)
+    sizes = a.shape[-1], b.shape[-1], a.strides[0], b.strides[1]
+    aligned = all(isinstance(size, int) and size % 16 == 0 for size in sizes)
+    scaled = scales_of(types) in (("whole", "by row") if result.dtype == "bf16" else ("whole",))
     added = "bias" not in types or types["bias"].dtype == result.dtype != "f32"
     dtypes = result.dtype in ("f16", "bf16", "f32") and {a.dtype, b.dtype} != {"f8e5m2"}
     return sm >= FIRST_SM and lies_along_k and aligned and scaled and added and dtypes
 
 
-def _number(size: Dim) -> int:
-    return size if isinstance(size, int) else 0
+def scales_of(types: Mapping[str, TensorType]) -> str:
+    """The scales of a product of float8 as PyTorch's call takes them: "whole" (one for each operand), "by row" (one for
+    each row and each column) or "" (it takes no such ones).
+
+    Args:
+        types: see `library_has`.
+    """
+    a, b, scale_a, scale_b = (types[name] for name in (*PRODUCTS[SCALED_MM][:2], *SCALES))
+    if {scale_a.dtype, scale_b.dtype} != {"f32"}:
+        return ""
+    if set(scale_a.shape) | set(scale_b.shape) <= {1}:
+        return "whole"
+    each = (scale_a.shape, scale_b.shape) == ((a.shape[0], 1), (1, b.shape[-1]))
+    return "by row" if each and scale_a.strides[0] == scale_b.strides[1] == 1 else ""
 
 
 def _shape(value: object, size: Callable[[Dim], int]) -> list[int]:
