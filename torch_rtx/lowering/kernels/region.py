@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from torch_rtx.accumulation import starts
-from torch_rtx.dtypes import register
+from torch_rtx.dtypes import BYTES, register
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import (
     MAIN,
@@ -119,11 +119,12 @@ def region(body: Graph, as_bytes: frozenset[str] = frozenset()) -> Region:
     """The body of a kernel as kernel IR.
 
     Args:
-        as_bytes: the dtypes, of 8 bits, that the target does not have.
+        as_bytes: the dtypes, of 8 bits, that the target does not have, beside those that Triton does not have.
 
     Raises:
         Unsupported: an operator, dtype or argument that kernels do not cover; or two anchors.
     """
+    as_bytes |= BYTES
     types = {value.name: tensor_type(value) for value in body.inputs}
     values = {name: load(name, type_, as_bytes=type_.dtype in as_bytes) for name, type_ in types.items()}
     anchors = list(_fill(body, values))
