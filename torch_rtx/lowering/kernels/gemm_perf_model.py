@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil, gcd, inf, prod
 
-from torch_rtx.dtypes import DTYPES, TF32
+from torch_rtx.dtypes import DTYPES, FLOAT, TF32, DType
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Dim, TensorType, typical_size
 from torch_rtx.lowering.kernels.epilogue_index import epilogue_indexing
@@ -57,7 +57,10 @@ FULL_TILES, TILE = 0.75, 64  # no split-K with more TILE x TILE tiles per multip
 SPLIT_MULTIPLE = 32  # elements of K: each split has a multiple of this
 MAX_IMPRECISE = 128  # products of float8 that tensor cores may sum in less than f32, as in libraries
 MAX_NARROW_LOADS = 16  # per thread and step: loads of less than 16 bytes
+# An element of operands in block-scaled formats is one value or two: data sheet of the RTX 5090.
+BLOCK_SCALED = {1: "block_scaled", 2: "block_scaled_x2"}
 OPERANDS = {**DTYPES, "tf32": TF32}
+OPERANDS |= {name: DType(8, FLOAT, "", None, tensor_rate=2.0 * count) for count, name in BLOCK_SCALED.items()}
 SIZES = {name: dtype.bytes for name, dtype in OPERANDS.items()}
 RATES = {name: dtype.tensor_rate for name, dtype in OPERANDS.items() if dtype.tensor_rate}
 
@@ -69,7 +72,7 @@ class GemmProblem:
     Attributes:
         batch, rows, columns, depth: sizes, with `columns` per accumulator; K is `taps` times `depth`.
         accumulators: column ranges that one program computes side by side.
-        dtype: of the operands; "tf32" for f32 on tensor cores.
+        dtype: of the operands; "tf32" for f32 on tensor cores, and see BLOCK_SCALED.
         bytes_moved: compulsory memory traffic.
         columns_last: the second operand is contiguous along columns, not along K.
         needs_few_registers: operands are plain loads and the epilogue is cheap.
@@ -94,8 +97,13 @@ class GemmProblem:
     promoted: bool = False
 
 
-def gemm_problem(region: Region, contraction: Contraction, arch: Arch, input_precision: str = "ieee") -> GemmProblem:
+def gemm_problem(
+    region: Region, contraction: Contraction, arch: Arch, input_precision: str = "ieee", block_scaled: bool = False
+) -> GemmProblem:
     """The problem that a region poses, at typical values of its symbolic sizes.
+
+    Args:
+        block_scaled: operands are multiplied as they are in memory, see `BlockScaledWriter`.
 
     Raises:
         Unsupported: the target's tensor cores lack the dtype, or the epilogue can't be indexed.
@@ -108,7 +116,7 @@ def gemm_problem(region: Region, contraction: Contraction, arch: Arch, input_pre
     depth, taps, vector = typical(contraction.depth), prod(contraction.taps), 16 // SIZES[dtype]
     if KLoop(contraction, 1).flat:
         depth, taps, vector = depth * taps, 1, gcd(depth, vector) if contraction.channels_last else 1
-    return GemmProblem(
+    found = GemmProblem(
         batch=typical(contraction.batch),
         rows=typical(contraction.rows),
         columns=typical(contraction.columns) if width is None else width,
@@ -123,6 +131,10 @@ def gemm_problem(region: Region, contraction: Contraction, arch: Arch, input_pre
         uncoalesced_loads=0 if stored_load(contraction.b) else _uncoalesced_loads(contraction),
         promoted=dtype in FLOAT8 and not contraction.fast_accum and "fp8_in_f32" not in arch.features,
     )
+    if block_scaled:
+        dtype, depth = BLOCK_SCALED[contraction.block_scaled], ceil(depth / contraction.block_scaled)
+        found = replace(found, dtype=dtype, depth=depth, vector_elements=16, uncoalesced_loads=0)
+    return found
 
 
 def _uncoalesced_loads(contraction: Contraction) -> int:
@@ -190,11 +202,13 @@ def ranked_configs(region: Region, contraction: Contraction, arch: Arch, input_p
         Unsupported: see `gemm_problem`.
     """
     precision = input_precision if "tf32" in arch.features else "ieee"
-    problem = gemm_problem(region, contraction, arch, precision)
-    best = [config for _, config in _ranked(problem, _is_gemv(contraction), arch)]
+    block_scaled = contraction.block_scaled > 0 and "block_scale" in arch.features
+    problem = gemm_problem(region, contraction, arch, precision, block_scaled)
+    best = [config for _, config in _ranked(problem, _is_gemv(contraction) and not block_scaled, arch)]
     tiles = [(config.gemv, config.block_m, config.width) for config in best]
     kept = [config for at, config in enumerate(best) if tiles[:at].count(tiles[at]) < MAX_PER_TILE][:MAX_CONFIGS]
-    return [replace(config, input_precision=precision, promoted=problem.promoted) for config in kept]
+    options = {"input_precision": precision, "promoted": problem.promoted, "block_scaled": block_scaled}
+    return [replace(config, **options) for config in kept]
 
 
 def gemm_us(region: Region, contraction: Contraction, arch: Arch) -> float:
@@ -213,7 +227,7 @@ def config_us(region: Region, contraction: Contraction, arch: Arch, config: Gemm
     Raises:
         Unsupported: see `gemm_problem`.
     """
-    problem = gemm_problem(region, contraction, arch, config.input_precision)
+    problem = gemm_problem(region, contraction, arch, config.input_precision, config.block_scaled)
     return gemv_us(problem, config, arch.chip) if config.gemv else mma_us(problem, config, arch)
 
 

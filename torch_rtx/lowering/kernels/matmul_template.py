@@ -45,6 +45,7 @@ class GemmConfig:
         num_warps, num_stages, input_precision: Triton's options of these names.
         group_m: row tiles per group; a group visits a column tile before the next one, which favours the L2 cache.
         gemv: use GemvWriter.
+        block_scaled: use BlockScaledWriter.
         programs: of a persistent kernel; 0: one program per tile.
         promoted: the products of a step are added to the sums by separate instructions, in f32.
     """
@@ -60,6 +61,7 @@ class GemmConfig:
     input_precision: str = "ieee"
     extra_n: int = 0
     promoted: bool = False
+    block_scaled: bool = False
 
     @property
     def width(self) -> int:
@@ -83,6 +85,7 @@ class Contraction:
         b_at: the position in operand `b` for Z, N and K.
         epilogue: from the sum over K to the anchor's result: bias and scale.
         fast_accum: products of float8 may be summed as tensor cores do it, in less than f32.
+        block_scaled: the values of an element in memory, if operands are in a block-scaled format; else 0.
     """
 
     out: Load
@@ -100,6 +103,7 @@ class Contraction:
     b_at: Callable[[Index, Index, Position], Position]
     epilogue: Callable[[Tensor], Tensor]
     fast_accum: bool = False
+    block_scaled: int = 0
 
     def tile(self) -> Tile:
         """The result as a tile of Z, M and N."""
