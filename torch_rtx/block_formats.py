@@ -9,6 +9,7 @@ the low bits. Products take scales in the layout of the tensor cores, see `to_bl
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 from math import frexp
 
 import torch
@@ -17,6 +18,7 @@ from torch.nn import functional
 
 E4M3, E5M2, E8M0, E2M1_X2 = torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu, torch.float4_e2m1fn_x2
 E2M1_MAX = 6.0
+ROUNDINGS = ("floor", "ceil", "rceil")
 TILE = (128, 4)  # rows and blocks of scales that lie together
 
 
@@ -44,14 +46,17 @@ FORMATS = {
 # ---- values of four bits ---------------------------------------------------------------------------------------------
 
 
-def pack_e2m1(x: Tensor) -> Tensor:
-    """float32 [..., K] as float4_e2m1fn_x2 [..., K / 2]: rounded to the nearest value, ties to the even one; what is
-    too large to the largest; NaN to 0."""
+def pack_e2m1(first: Tensor, second: Tensor) -> Tensor:
+    """The elements of float4_e2m1fn_x2 for pairs of float32: rounded to the nearest value, ties to the even one; what
+    is too large to the largest; NaN to 0."""
+    return (_e2m1(first) | (_e2m1(second) << 4)).view(E2M1_X2)
+
+
+def _e2m1(x: Tensor) -> Tensor:
+    """The codes of float32, uint8."""
     size = x.abs().clamp(max=E2M1_MAX)
     code = torch.where(size < 2, (size * 2).round(), torch.where(size < 4, size.round() + 2, (size * 0.5).round() + 4))
-    sign = (x.view(torch.int32) >> 28) & 8
-    code = (code.to(torch.int32) & 7 | sign).to(torch.uint8)
-    return (code[..., 0::2] | (code[..., 1::2] << 4)).view(E2M1_X2)
+    return ((code.to(torch.int32) & 7) | ((x.view(torch.int32) >> 28) & 8)).to(torch.uint8)
 
 
 def unpack_e2m1(packed: Tensor) -> Tensor:
@@ -98,27 +103,28 @@ def mx_scales(largest: Tensor, format_: BlockFormat, rounding: str = "floor") ->
             may be beyond the largest of the format) or "ceil", of the largest value's own; "rceil", of its quotient by
             the largest value of the format, so that none is.
     """
-    largest_power = frexp(format_.largest)[1] - 1
+    power = frexp(format_.largest)[1] - 1
     if rounding == "rceil":
-        largest, largest_power = largest / format_.largest, 0
-    bits = largest.view(torch.int32) + (0 if rounding == "floor" else 0x7FFFFF)
-    exponent = ((bits >> 23) - largest_power).clamp(min=0)
-    exponent = torch.where(largest.isfinite(), exponent, 255)
-    return exponent.to(torch.uint8).view(E8M0)
+        largest, power = largest / format_.largest, 0
+    bits = largest.view(torch.int32)
+    bits = bits if rounding == "floor" else bits + 0x7FFFFF
+    exponent = ((bits >> 23) - power).clamp(min=0)
+    return exponent.masked_fill(~largest.isfinite(), 255).to(torch.uint8).view(E8M0)
 
 
 def quantize_mx(x: Tensor, name: str = "mxfp8", rounding: str = "floor") -> tuple[Tensor, Tensor]:
     """`x` [..., K] as data [..., K], or [..., K / 2] of mxfp4, and scales [..., K / 32].
 
     Raises:
-        ValueError: K is no multiple of 32.
+        ValueError: K is no multiple of 32, or no format or rounding has this name.
     """
-    format_ = FORMATS[name]
-    blocks = _blocks(x, format_)
-    scales = mx_scales(blocks.abs().amax(-1), format_, rounding)
-    inverse = (254 - scales.view(torch.uint8)).view(E8M0).float()
-    scaled = (blocks * inverse.unsqueeze(-1)).clamp(-format_.largest, format_.largest)
-    return _data(scaled, format_), scales
+    format_ = _format(name)
+    if rounding not in ROUNDINGS or format_.scales != E8M0:
+        raise ValueError(f"{name} rounded by {rounding!r}: the formats are mx, the roundings {', '.join(ROUNDINGS)}")
+    parts = _parts(x, format_)
+    scales = mx_scales(_largest(parts), format_, rounding)
+    inverse = (254 - scales.view(torch.uint8)).view(E8M0).float().unsqueeze(-1)
+    return _data([part * inverse for part in parts], format_), scales
 
 
 def quantize_nvfp4(x: Tensor, tensor_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -127,14 +133,14 @@ def quantize_nvfp4(x: Tensor, tensor_scale: Tensor | None = None) -> tuple[Tenso
     Raises:
         ValueError: K is no multiple of 16.
     """
-    format_ = FORMATS["nvfp4"]
-    blocks, limits = _blocks(x, format_), torch.finfo(E4M3)
-    wanted = blocks.abs().amax(-1) / format_.largest
+    format_, limits = FORMATS["nvfp4"], torch.finfo(E4M3)
+    parts = _parts(x, format_)
+    wanted = _largest(parts) / format_.largest
     if tensor_scale is not None:
         wanted = wanted / tensor_scale
     scales = wanted.clamp(limits.tiny, limits.max).to(E4M3)
-    whole = scales.float() if tensor_scale is None else scales.float() * tensor_scale
-    return _data(blocks / whole.unsqueeze(-1), format_), scales
+    whole = (scales.float() if tensor_scale is None else scales.float() * tensor_scale).unsqueeze(-1)
+    return _data([part / whole for part in parts], format_), scales
 
 
 def nvfp4_tensor_scale(largest: Tensor) -> Tensor:
@@ -148,14 +154,32 @@ def dequantize(data: Tensor, scales: Tensor) -> Tensor:
     return (values.unflatten(-1, (scales.shape[-1], -1)) * scales.float().unsqueeze(-1)).flatten(-2)
 
 
-def _blocks(x: Tensor, format_: BlockFormat) -> Tensor:
+def _format(name: str) -> BlockFormat:
+    if name not in FORMATS:
+        raise ValueError(f"no block-scaled format is called {name!r}: there are {', '.join(FORMATS)}")
+    return FORMATS[name]
+
+
+def _parts(x: Tensor, format_: BlockFormat) -> tuple[Tensor, ...]:
+    """The blocks of `x`, float32 [..., blocks, size]; of values that are stored in pairs the first and the second ones
+    [..., blocks, size / 2], so that one loop over these computes all of a block."""
     if x.shape[-1] % format_.size:
         raise ValueError(f"rows of {x.shape[-1]} values are not cut into blocks of {format_.size}")
-    return x.float().unflatten(-1, (-1, format_.size))
+    blocks = x.unflatten(-1, (-1, format_.size))
+    parts = blocks.unflatten(-1, (-1, 2)).unbind(-1) if format_.data == E2M1_X2 else (blocks,)
+    return tuple(part.float() for part in parts)
 
 
-def _data(blocks: Tensor, format_: BlockFormat) -> Tensor:
-    return (pack_e2m1(blocks) if format_.data == E2M1_X2 else blocks.to(format_.data)).flatten(-2)
+def _largest(parts: tuple[Tensor, ...]) -> Tensor:
+    """The largest absolute value of each block."""
+    return reduce(torch.maximum, [part.abs() for part in parts]).amax(-1)
+
+
+def _data(parts: list[Tensor], format_: BlockFormat) -> Tensor:
+    """Scaled blocks as the elements of rows."""
+    if format_.data == E2M1_X2:
+        return pack_e2m1(*parts).flatten(-2)
+    return parts[0].clamp(-format_.largest, format_.largest).to(format_.data).flatten(-2)
 
 
 # ---- products --------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from torch_rtx.dtypes import BYTES, PACKED
+from torch_rtx.dtypes import DTYPES, PACKED
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Dim, Node, Value, dim_expr
 from torch_rtx.lowering.kernels.body_builder import argument, type_of
@@ -39,6 +39,7 @@ from torch_rtx.lowering.kernels.matmul_template import (
 )
 from torch_rtx.lowering.kernels.region import Region
 from torch_rtx.lowering.kernels.source import blocks
+from torch_rtx.lowering.kernels.triton_ops import tl_dtype
 from torch_rtx.op_work import SCALED_MM
 
 SIZES = {"f8e8m0fnu": 32, "f8e4m3fn": 16}  # values of a block, by the dtype of its scale
@@ -177,58 +178,67 @@ class BlockScaledWriter(TileWriter):
 
     def body(self) -> list[str]:
         """Pointers, the loop over K, and the epilogue."""
-        config, node = self.config, self.region.anchor
+        node, block_k, loads = self.region.anchor, self.config.block_k, Loads(self.region, self.cast)
         assert node is not None
         a, b = sides(self.region, node)
         # K in elements of the data, and in blocks: both loops have the same steps.
-        loop = KLoop(replace(self.contraction, depth=type_of(argument(node, "self")).shape[1]), config.block_k)
-        per_step = config.block_k * a.per_element // a.size
-        scale_loop = KLoop(replace(self.contraction, depth=a.blocks), per_step)
-        k_masks = {name: f"in_{name.lower()}" if loop.masked else "" for name in (KA, KB)}
-        k_masks |= {name: f"in_{name.lower()}" if scale_loop.masked else "" for name in (SA, SB)}
-        rows, columns = Axis(M, config.block_m, self.rows_mask), self.ranges[0]
-        columns_as_rows = replace(columns, name=ROWS_OF_B, mask=columns.mask and "in_ns")
-        before, inside = [], []
-
-        def tile(
-            prefix: str, axes: list[Axis], k_loop: KLoop, k: str, positions: list[Position], of: Tensor
-        ) -> list[str]:
-            """The tiles of a tensor at several positions; `k` is the axis along K."""
-            plain = reinterpret(of, "u8") if of.dtype in BYTES else of
-            if stored_load(plain) is None:
-                raise Unsupported("a block-scaled product of what the same kernel computes")
-            emitter = Emitter(axes, prefix)
-            k_loop.enter(emitter, k_masks[k])
-            found = [operand(emitter, plain, position, plain.dtype, k_masks[k]) for position in positions]
-            before.extend(emitter.outer.lines)
-            inside.extend(emitter.inner())
-            return found
-
-        depth_a, depth_b = Axis(KA, config.block_k, k_masks[KA]), Axis(KB, config.block_k, k_masks[KB])
-        blocks_a, blocks_b = Axis(SA, per_step, k_masks[SA]), Axis(SB, per_step, k_masks[SB])
-        (k_a,), (k_b,), (s_a,), (s_b,) = (
-            one.position(name) for one, name in ((loop, KA), (loop, KB), (scale_loop, SA), (scale_loop, SB))
-        )
-        as_row = {N: variable(ROWS_OF_B, self.indexing.width)}
-        of_columns = self.indexing.columns
-        left = tile("a", [rows, depth_a], loop, KA, [a.at(self.m, k_a)], a.data)[0]
-        scale = tile("s", [rows, blocks_a], scale_loop, SA, [a.scale_at(self.m, s_a)], a.scales)[0]
-        rights = tile("b", [depth_b, columns], loop, KB, [b.at(n, k_b) for n in of_columns], b.data)
-        at_scales = [b.scale_at(substitute(n, as_row), s_b) for n in of_columns]
-        scales = tile("t", [columns_as_rows, blocks_b], scale_loop, SB, at_scales, b.scales)
-        totals = [Operand(f"acc{which}", frozenset((M, N))) for which in range(len(of_columns))]
-        before += [f"{total.text} = tl.zeros([{rows.block}, {columns.block}], tl.float32)" for total in totals]
-        formats = [f'"{FORMATS[side.data.dtype]}"' for side in (a, b)]
-        for total, right, scale_b in zip(totals, rights, scales, strict=True):
-            given = f"{left}, {scale}, {formats[0]}, {right}, {scale_b}, {formats[1]}, {total.text}"
-            inside.append(f"{total.text} = tl.dot_scaled({given})")
+        data = KLoop(replace(self.contraction, depth=type_of(argument(node, "self")).shape[1]), block_k)
+        scales = KLoop(replace(self.contraction, depth=a.blocks), block_k * a.per_element // a.size)
+        rows, columns = Axis(M, self.config.block_m, self.rows_mask), self.ranges[0]
+        as_rows = replace(columns, name=ROWS_OF_B, mask=columns.mask and "in_ns")
+        lines = [f"{ROWS_OF_B} = tl.reshape({N}, [{columns.block}, 1])"]
+        if as_rows.mask:
+            lines.append(f"{as_rows.mask} = {ROWS_OF_B} < {from_dim(self.columns)}")
+        left = loads.tile("a", rows, KA, data, a.data, lambda k: a.at(self.m, k))
+        scale = loads.tile("s", rows, SA, scales, a.scales, lambda k: a.scale_at(self.m, k))
+        totals, dots, formats = [], [], [f'"{FORMATS[side.data.dtype]}"' for side in (a, b)]
+        for which, column in enumerate(self.indexing.columns):
+            row = substitute(column, {N: variable(ROWS_OF_B, self.indexing.width)})
+            right = loads.tile(f"b{which}", columns, KB, data, b.data, lambda k, n=column: b.at(n, k))
+            other = loads.tile(f"t{which}", as_rows, SB, scales, b.scales, lambda k, n=row: b.scale_at(n, k))
+            totals.append(Operand(f"acc{which}", frozenset((M, N))))
+            given = f"{left}, {scale}, {formats[0]}, {right}, {other}, {formats[1]}, {totals[-1].text}"
+            dots.append(f"{totals[-1].text} = tl.dot_scaled({given})")
+        loads.before += [f"{total.text} = tl.zeros([{rows.block}, {columns.block}], tl.float32)" for total in totals]
         epilogue = Emitter([rows, columns])
         self.write_epilogue(epilogue, totals)
-        lines = self.k_range(KA, "[None, :]") + self.k_range(KB, "[:, None]")
-        lines += [f"{name} = tl.arange(0, {per_step})[None, :]{self.cast}" for name in (SA, SB)]
-        lines.append(f"{ROWS_OF_B} = tl.reshape({N}, [{columns.block}, 1])")
-        if columns_as_rows.mask:
-            lines.append(f"{columns_as_rows.mask} = {ROWS_OF_B} < {from_dim(self.columns)}")
-        masks = [line for name in (KA, KB) for line in loop.mask(k_masks[name], name)]
-        masks += [line for name in (SA, SB) for line in scale_loop.mask(k_masks[name], name)]
-        return lines + loop.loop(before, masks, inside) + epilogue.outer.lines
+        loop = data.loop(loads.before, list(loads.masks), loads.inside + dots)
+        return [*lines, *loads.ranges, *loop, *epilogue.outer.lines]
+
+
+class Loads:
+    """The tiles that a block-scaled product loads in a step over K.
+
+    Attributes:
+        ranges, masks: of the elements of a step, each line once.
+        before, inside: the lines before the loop, and in it.
+    """
+
+    def __init__(self, region: Region, cast: str) -> None:
+        self.region, self.cast = region, cast
+        self.ranges, self.masks = dict[str, None](), dict[str, None]()
+        self.before, self.inside = list[str](), list[str]()
+
+    def tile(
+        self, prefix: str, outer: Axis, name: str, loop: KLoop, tensor: Tensor, at: Callable[[Index], Position]
+    ) -> str:
+        """The tile of `tensor`, as it is in memory, along `outer` and the axis `name` of K.
+
+        Raises:
+            Unsupported: the kernel computes it.
+        """
+        raw = reinterpret(tensor, "u8") if tensor.dtype in self.region.as_bytes else tensor
+        if stored_load(raw) is None:
+            raise Unsupported("a block-scaled product of what the same kernel computes")
+        inner = Axis(name, loop.block, f"in_{name.lower()}" if loop.masked else "")
+        self.ranges[f"{name} = tl.arange(0, {loop.block}){'[:, None]' if name == KB else '[None, :]'}{self.cast}"] = (
+            None
+        )
+        self.masks.update(dict.fromkeys(loop.mask(inner.mask, name)))
+        emitter = Emitter([inner, outer] if name == KB else [outer, inner], prefix)
+        loop.enter(emitter, inner.mask)
+        text = operand(emitter, raw, at(*loop.position(name)), raw.dtype, inner.mask)
+        self.before += emitter.outer.lines
+        self.inside += emitter.inner()
+        typed = raw.dtype != tensor.dtype and DTYPES[tensor.dtype].tl
+        return f"{text}.to({tl_dtype(tensor.dtype)}, bitcast=True)" if typed else text
