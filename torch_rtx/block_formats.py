@@ -75,12 +75,10 @@ def to_blocked(scales: Tensor) -> Tensor:
     rows r, r + 32, r + 64 and r + 96 together. One dimension."""
     rows, blocks = scales.shape
     dtype, tall, wide = scales.dtype, *TILE
-    padding = (0, -blocks % wide, 0, -rows % tall)
-    bits = scales.view(torch.uint8)
-    if any(padding):
-        bits = functional.pad(bits, padding)
-    tiles = bits.view(-(-rows // tall), 4, tall // 4, -(-blocks // wide), wide)
-    return tiles.permute(0, 3, 2, 1, 4).reshape(-1).view(dtype)
+    down, across = (rows + tall - 1) // tall, (blocks + wide - 1) // wide
+    # Where the number of rows is symbolic, a test whether they need padding would be a guard.
+    padded = functional.pad(scales.view(torch.uint8), (0, across * wide - blocks, 0, down * tall - rows))
+    return padded.view(down, 4, tall // 4, across, wide).permute(0, 3, 2, 1, 4).reshape(-1).view(dtype)
 
 
 def from_blocked(scales: Tensor, rows: int, blocks: int) -> Tensor:
