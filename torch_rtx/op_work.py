@@ -89,10 +89,10 @@ def library_has(sm: int, types: Mapping[str, TensorType], result: TensorType) ->
     aligned = all(isinstance(size, int) and size % 16 == 0 for size in sizes)
     scales = scales_of(types)
     scaled = scales == "whole" or (scales in ("by row", "by block") and result.dtype == "bf16")
-    sm -= FIRST_SM_WITH_BLOCKS - FIRST_SM if scales == "by block" else 0
+    first_sm = FIRST_SM_WITH_BLOCKS if scales == "by block" else FIRST_SM
     added = "bias" not in types or types["bias"].dtype == result.dtype != "f32"
     dtypes = result.dtype in ("f16", "bf16", "f32") and {a.dtype, b.dtype} != {"f8e5m2"}
-    return sm >= FIRST_SM and lies_along_k and aligned and scaled and added and dtypes
+    return sm >= first_sm and lies_along_k and aligned and scaled and added and dtypes
 
 
 def scales_of(types: Mapping[str, TensorType]) -> str:

@@ -28,7 +28,7 @@ def _scaled_mm(
     use_fast_accum: bool = False,
 ) -> Tensor:
     """The product of float8 matrices [M, K] and [K, N], in f32, times `scale_a` and `scale_b`, plus `bias` [N], in
-    `out_dtype`. The scales are f32: of one element, or [M, 1] and [1, N]; or those of blocks, see `block_formats`."""
+    `out_dtype`. The scales are f32, of one element, or [M, 1] and [1, N]; or those of blocks, see `block_formats`."""
     tensors = {"self": self, "mat2": mat2, "scale_a": scale_a, "scale_b": scale_b, "bias": bias}
     types = {name: _type(tensor) for name, tensor in tensors.items() if tensor is not None}
     result = TensorType(_NAMES[out_dtype or self.dtype], (self.shape[0], mat2.shape[1]), (mat2.shape[1], 1))
@@ -69,6 +69,8 @@ def _room(
     out_dtype: torch.dtype | None = None,
     use_fast_accum: bool = False,
 ) -> Tensor:
+    torch._check(self.dim() == mat2.dim() == 2, lambda: f"matrices of {self.dim()} and {mat2.dim()} dimensions")
+    torch._check(self.shape[1] == mat2.shape[0], lambda: f"rows of {self.shape[1]} by columns of {mat2.shape[0]}")
     return self.new_empty((self.shape[0], mat2.shape[1]), dtype=out_dtype or self.dtype)
 
 

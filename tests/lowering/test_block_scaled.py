@@ -60,6 +60,21 @@ class Scaled(nn.Module):
         return torch.relu(left @ right.T * self.factor + self.bias)
 
 
+class Recipe(Scaled):
+    """The same by `F.scaled_mm`, which takes scales of tensors, too."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        kinds, swizzles = nn.functional.ScalingType, nn.functional.SwizzleType
+        data, scales = self.quantized(x)
+        recipe, swizzle = [kinds.BlockWise1x32], [swizzles.SWIZZLE_32_4_4]
+        left, right = [to_blocked(scales)], [self.scales]
+        if self.name == "nvfp4":
+            recipe, swizzle = [kinds.BlockWise1x16, kinds.TensorWise], [*swizzle, swizzles.NO_SWIZZLE]
+            left, right = [*left, self.tensor_scale], [*right, self.tensor_scale]
+        given = {"swizzle_a": swizzle, "swizzle_b": swizzle, "bias": self.bias, "output_dtype": torch.float32}
+        return torch.relu(nn.functional.scaled_mm(data, self.data.t(), left, recipe, right, recipe, **given))
+
+
 def compiled(model: nn.Module, x: torch.Tensor, dynamic: bool = False) -> torch_rtx.CompiledModule:
     """An engine with the graph that it has for a GPU."""
     settings = CompilationSettings(device="cuda", targets=("sm_89", "sm_120"), reuse_cached_engines=False)
@@ -103,6 +118,15 @@ def test_a_layer_is_two_kernels(name: str, dynamic: bool) -> None:
         torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-4 * float(exact.abs().max()))
     with torch.no_grad():
         torch.testing.assert_close(module(x).double(), exact, rtol=1e-5, atol=1e-4 * float(exact.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["mxfp8", "nvfp4"])
+def test_recipes(name: str) -> None:
+    model, x = Recipe(name), torch.randn(ROWS, DEPTH)
+    module = compiled(model, x)
+    assert [node.kind for node in module.engine.graph.nodes] == ["kernel"] * 2
+    with torch.no_grad():
+        torch.testing.assert_close(module(x).double(), model.exact(x), rtol=1e-4, atol=1e-2)
 
 
 def test_files_and_refit(tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from tests.doubles.interpreter import run
 from tests.lowering.kernels.kernel_bodies import body
 from torch_rtx.block_formats import FORMATS, dequantize, to_blocked
 from torch_rtx.errors import Unsupported
+from torch_rtx.ir import TensorType, Value
+from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.kernels.aot import compile_kernels
 from torch_rtx.lowering.kernels.generate import generate
 from torch_rtx.lowering.kernels.loops import loop_kernel
@@ -130,6 +132,29 @@ def test_products(name: str, kind: str, rows: int, columns: int, depth: int) -> 
         output = torch.empty(rows, columns, dtype=torch.bfloat16)
         run(kernel, [a[0], b[0], to_blocked(a[1]), to_blocked(b[1]), bias, output])
         assert_right([output], [exact.float().bfloat16()], [exact])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ("sa: f8e8m0fnu[2048]", "sa: f8e8m0fnu[512]", "512 scales of 133 rows"),
+        ("sb: f8e8m0fnu[1024]", "sb: f8e4m3fn[1024]", "with scales in f8e8m0fnu and f8e4m3fn"),
+        ("out_dtype=", "scale_result=sr, out_dtype=", "whose result has a scale"),
+    ],
+)
+def test_products_that_kernels_do_not_have(old: str, new: str, problem: str) -> None:
+    """Their calls say what is wrong, or run by the definition."""
+    text = "sr: f32[1]\n" + product("mxfp4", 133, 24, 160)
+    assert text.count(old) == 1
+    with pytest.raises(Unsupported, match=problem):
+        generate(body(text.replace(old, new)), "k", arch_of(120), 0)
+
+
+def test_sizes_of_calls() -> None:
+    """A file can't let a kernel read beyond the second matrix."""
+    one = TensorType("f4e2m1fn_x2", (8, 16), (16, 1))
+    with pytest.raises(Unsupported, match="rows of 16 by columns of 8"):
+        Inference()("aten._scaled_mm.default", [(n, Value(n, one)) for n in ("self", "mat2", "scale_a", "scale_b")])
 
 
 INSTRUCTIONS = {

@@ -15,7 +15,7 @@ from torch_rtx.ir import Dim, Node, Value, dim_expr
 from torch_rtx.lowering.kernels.body_builder import argument, type_of
 from torch_rtx.lowering.kernels.emit import Axis, Emitter, Operand
 from torch_rtx.lowering.kernels.expressions import A, B, from_bits, shl, shr
-from torch_rtx.lowering.kernels.index import Index, constant, from_dim, substitute, unravel, variable
+from torch_rtx.lowering.kernels.index import Index, constant, from_dim, product, substitute, unravel, variable
 from torch_rtx.lowering.kernels.kernel_ir import (
     Iota,
     Load,
@@ -120,7 +120,8 @@ def sides(region: Region, node: Node) -> tuple[Side, Side]:
     """The operands of a block-scaled product.
 
     Raises:
-        Unsupported: formats that PyTorch does not multiply, or a scale of the result.
+        Unsupported: formats that PyTorch does not multiply, a scale of the result, or scales that are not known to be
+            as many as products have.
     """
     a, b, scale_a, scale_b = (
         region.values[argument(node, name).name] for name in ("self", "mat2", "scale_a", "scale_b")
@@ -132,6 +133,10 @@ def sides(region: Region, node: Node) -> tuple[Side, Side]:
     if isinstance(node.arg("scale_result"), Value):
         raise Unsupported("a block-scaled product whose result has a scale")
     count = blocks(_depth(node, a), SIZES[scale_a.dtype])
+    for rows, scales in ((a.shape[0], scale_a), (b.shape[1], scale_b)):
+        tiles = (rows + constant(TALL - 1)) // constant(TALL) * from_dim(blocks(count, WIDE))
+        if product(scales.shape) != tiles * constant(TALL * WIDE):
+            raise Unsupported(f"{product(scales.shape)} scales of {rows} rows")
     return Side(a, scale_a, 0, count), Side(b, scale_b, 1, count)
 
 

@@ -77,8 +77,6 @@ def gemm_contraction(region: Region) -> Contraction:
     first, second, added = PRODUCTS[node.op]
     if is_block_scaled(node):
         return block_scaled_contraction(region, node, out, _epilogue(region, node, out, added))
-    if node.op == SCALED_MM:
-        raise Unsupported("a product with a scale for each row or tensor")
     a, b = (region.values[argument(node, name).name] for name in (first, second))
     if len(a.shape) < 1 + (node.op != "aten.linear.default") or len(b.shape) < 2:
         raise Unsupported("a matrix product with a vector")
