@@ -150,11 +150,12 @@ def test_dtypes() -> None:
 
 
 def test_usable() -> None:
-    used = [("aten.mm.default", "f16"), ("aten._scaled_mm.default", "f4e2m1fn_x2")]
-    assert [str(target) for target in usable(PORTABLE, used, explicit=False)] == ["sm_120"]
-    with pytest.raises(SettingsError, match=r"aten._scaled_mm.default computes in f4e2m1fn_x2, which sm_80 lacks"):
-        usable(PORTABLE, used, explicit=True)
-    assert usable(PORTABLE, [("aten._scaled_mm.default", "f8e4m3fn")], explicit=True) == PORTABLE  # by its bytes
+    used = [("aten.mm.default", "f16"), ("aten.mul.Tensor", "bf16")]
+    assert [str(target) for target in usable((Target(75), Target(80)), used, explicit=False)] == ["sm_80"]
+    with pytest.raises(SettingsError, match=r"aten.mul.Tensor computes in bf16, which sm_75 lacks"):
+        usable((Target(75), Target(80)), used, explicit=True)
+    by_bytes = [("aten._scaled_mm.default", dtype) for dtype in ("f8e4m3fn", "f8e5m2", "f4e2m1fn_x2")]
+    assert usable(PORTABLE, by_bytes, explicit=True) == PORTABLE
     with pytest.raises(SettingsError, match="which sm_75 lacks"):
         usable((Target(75),), [("aten.add.Tensor", "bf16")], explicit=False)
     assert usable(PORTABLE, [], explicit=True) == PORTABLE

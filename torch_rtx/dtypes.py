@@ -50,9 +50,9 @@ class DType:
         bits: size of an element in memory.
         kind: BOOL, INT, FLOAT or COMPLEX.
         torch: attribute of the `torch` module.
-        safetensors: name in a safetensors file; None if files can't hold it.
+        safetensors: name in a safetensors file; None if it has none, so that files hold bytes.
         pointer: what Triton calls it in a kernel's signature; "" if Triton has no pointers to it.
-        tl: attribute of `triton.language`; "" if generated kernels do not have the dtype.
+        tl: attribute of `triton.language`; "" if Triton does not have the dtype: kernels read and write its bytes.
         register: the dtype that kernels compute in; "" if they do not have the dtype.
         tensor_rate: throughput of tensor cores relative to f16, summed in `sums`; None without such products.
         tolerance: relative error below which two results are the same for the dtype; 0 for exact comparison.
@@ -97,7 +97,8 @@ DTYPES: Mapping[str, DType] = {
     "i32": DType(32, INT, "int32", "I32", "i32", "int32", "i32"),
     "u64": DType(64, INT, "uint64", "U64", "u64"),
     "i64": DType(64, INT, "int64", "I64", "i64", "int64", "i64"),
-    "f8e8m0fnu": DType(8, FLOAT, "float8_e8m0fnu", "F8_E8M0"),
+    "f4e2m1fn_x2": DType(8, FLOAT, "float4_e2m1fn_x2", None, register="u8"),  # two values in a byte
+    "f8e8m0fnu": DType(8, FLOAT, "float8_e8m0fnu", "F8_E8M0", register="f32"),
     "f8e5m2fnuz": DType(8, FLOAT, "float8_e5m2fnuz", "F8_E5M2FNUZ"),
     "f8e4m3fnuz": DType(8, FLOAT, "float8_e4m3fnuz", "F8_E4M3FNUZ"),
     "f8e5m2": DType(
@@ -116,7 +117,9 @@ DTYPES: Mapping[str, DType] = {
 }
 # What f32 operands of a product become where tensor cores may multiply them: in memory they are f32.
 TF32 = DType(32, FLOAT, "float32", None, tensor_rate=0.5)
-FLOATS = tuple(name for name, dtype in DTYPES.items() if dtype.register and dtype.kind == FLOAT)
+BYTES = frozenset(name for name, dtype in DTYPES.items() if dtype.register and not dtype.tl)  # as kernels see them
+PACKED = "f4e2m1fn_x2"  # its elements are two values, with which nothing is computed
+FLOATS = tuple(name for name, dtype in DTYPES.items() if dtype.tl and dtype.kind == FLOAT)
 HALVES = frozenset(("f16", "bf16"))
 INTS = tuple(name for name, dtype in DTYPES.items() if dtype.register and dtype.kind == INT)
 ORDER = tuple(DTYPES)  # of promotion

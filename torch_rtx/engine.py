@@ -31,7 +31,7 @@ from safetensors import SafetensorError
 from torch_rtx import dtypes, tactics
 from torch_rtx.accumulation import continued
 from torch_rtx.errors import EngineFormatError, InvalidIR, RtxError
-from torch_rtx.ir import MAX_RANK, UPDATES, Graph, Node, Parameter, kernel_nodes, verify
+from torch_rtx.ir import MAX_RANK, UPDATES, Dim, Graph, Node, Parameter, TensorType, dim_expr, kernel_nodes, verify
 from torch_rtx.irparse import MAX_NAME, parse
 from torch_rtx.manifest import (
     ADDITION_READER,
@@ -122,8 +122,8 @@ def save(engine: Engine, path: Path) -> None:
     PermissionError).
 
     Raises:
-        RtxError: a fallback node calls a Python function; a tensor is missing, unexpected, without data, of a dtype
-            that safetensors lacks, or not of the dtype and shape in the graph; a manifest field is of the wrong type.
+        RtxError: a fallback node calls a Python function; a tensor is missing, unexpected, without data, or not of the
+            dtype and shape in the graph; a manifest field is of the wrong type.
         InvalidIR: the graph is not a valid graph of level "fused", its text does not parse back to the same graph, or
             the kernels do not fit the graph.
         OSError: the file can't be written.
@@ -204,9 +204,7 @@ def _tensors_to_save(engine: Engine) -> Iterator[tuple[str, Tensor]]:
             raise RtxError(f"{key} has no data")
         if tensor.dtype != aten.DTYPES[type_.dtype] or tuple(tensor.shape) != type_.shape:
             raise RtxError(f"{key} is a {tensor.dtype} of shape {tuple(tensor.shape)}, not {type_}")
-        if DTYPES[type_.dtype][0] is None:
-            raise RtxError(f"{key} is {type_.dtype}, which a file can't hold")
-        plain[key] = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+        plain[key] = to_stored(tensor.detach().resolve_conj().resolve_neg().cpu().contiguous(), type_.dtype)
     end = 0
     for key in sorted(plain, key=lambda key: plain[key].data_ptr()):
         tensor = plain[key]
@@ -215,6 +213,30 @@ def _tensors_to_save(engine: Engine) -> Iterator[tuple[str, Tensor]]:
         else:
             end = tensor.data_ptr() + tensor.nbytes
             yield key, tensor
+
+
+def stored_type(type_: TensorType) -> tuple[str, tuple[Dim, ...]]:
+    """Dtype and shape of a tensor in a file: of a dtype that safetensors has no name for, the flat bytes."""
+    name, size = DTYPES[type_.dtype]
+    return (type_.dtype, type_.shape) if name else ("u8", (dim_expr("*", size, *type_.shape),))
+
+
+def to_stored(tensor: Tensor, dtype: str) -> Tensor:
+    """A contiguous tensor of `dtype` as files hold it, see `stored_type`."""
+    import torch
+
+    return tensor if DTYPES[dtype][0] else tensor.reshape(-1).view(torch.uint8)
+
+
+def from_stored(tensor: Tensor, type_: TensorType) -> Tensor:
+    """The tensor of `type_` that is stored as `tensor`."""
+    from torch_rtx import aten
+
+    if DTYPES[type_.dtype][0]:
+        return tensor
+    if tensor.data_ptr() % DTYPES[type_.dtype][1]:
+        tensor = tensor.clone()
+    return tensor.view(aten.DTYPES[type_.dtype]).reshape(type_.shape)  # type: ignore[arg-type]
 
 
 def _data(engine: Engine) -> Iterator[tuple[str, Tensor]]:
@@ -274,11 +296,12 @@ def load(path: Path, mmap: bool = False, sha256: str | None = None) -> Engine:
         header = parse_header(file)
         graph, table = program_of(header)
         parts: dict[str, dict[str, Tensor]] = {"constant": {}, "weight": {}, "kernel": {}}
+        types = {_key(parameter): parameter.type for parameter in graph.parameters}
         for key, tensor in _read_data(file, header, sha256, skip="weight/" if mmap else None):
             kind, _, name = key.partition("/")
-            parts[kind][name] = tensor
+            parts[kind][name] = from_stored(tensor, types[key]) if key in types else tensor
         if mmap:
-            parts["weight"] = _mapped(path, file)
+            parts["weight"] = {n: from_stored(t, types[f"weight/{n}"]) for n, t in _mapped(path, file).items()}
         binaries = {name: tensor.numpy().tobytes() for name, tensor in parts["kernel"].items()}
         wrong = [name for name, stored in binaries.items() if tactics.digest(stored) != name]
         if wrong:
@@ -509,7 +532,7 @@ def program_of(header: Header) -> tuple[Graph, KernelTable]:
     _check_names(set(header.tensors), graph, header.manifest.stripped, table, EngineFormatError)
     for parameter in graph.parameters:
         info = header.tensors.get(_key(parameter))
-        if info and (info.dtype, info.shape) != (parameter.type.dtype, parameter.type.shape):
+        if info and (info.dtype, info.shape) != stored_type(parameter.type):
             raise EngineFormatError(f"{_key(parameter)} is {info.dtype}{list(info.shape)}, not {parameter.type}")
     for key, info in header.tensors.items():
         if key.startswith("kernel/") and (info.dtype, len(info.shape)) != ("u8", 1):

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+from torch_rtx.dtypes import PACKED
 from torch_rtx.ir import Dim, Node, TensorType, Value
 
 
@@ -21,7 +22,8 @@ class Operands(NamedTuple):
 
 INT_MM = "aten._int_mm.default"  # of int8, summed in int32
 SCALED_MM = "aten._scaled_mm.default"  # of float8, summed in f32
-FIRST_SM = 89  # of which libraries have it
+FIRST_SM, FIRST_SM_WITH_BLOCKS = 89, 100  # of which libraries have it, and have it with scales of blocks
+BLOCK_SCALES = {(dtype, dtype) for dtype in ("f8e8m0fnu", "f8e4m3fn")}
 SCALES = ("scale_a", "scale_b")  # its factors: of one element, or of a row [rows, 1] and of a column [1, columns]
 PRODUCTS: Mapping[str, Operands] = {
     "aten.mm.default": Operands("self", "mat2"),
@@ -66,7 +68,8 @@ def flops(node: Node, size: Callable[[Dim], int]) -> int:
     if result is None or node.kind == "fallback":
         return 0
     if node.op in PRODUCTS:
-        return 2 * _numel(result, size) * _shape(node.arg(PRODUCTS[node.op].first), size)[-1]
+        first = node.arg(PRODUCTS[node.op].first)
+        return 2 * _numel(result, size) * _shape(first, size)[-1] * _values(first)
     if ANCHORS.get(node.op) == "conv" or (name.removeprefix("cudnn_").startswith("conv") and "backward" not in name):
         swapped = "transpose" in name or node.arg("transposed") is True
         weight = _shape(node.arg("weight"), size)
@@ -84,27 +87,46 @@ def library_has(sm: int, types: Mapping[str, TensorType], result: TensorType) ->
         sm: its SM version.
         types: of the arguments of `SCALED_MM` that are tensors, by name.
     """
-    a, b, scale_a, scale_b = (types[name] for name in (*PRODUCTS[SCALED_MM][:2], *SCALES))
-    depth, columns = a.shape[-1], b.shape[-1]
+    a, b = (types[name] for name in PRODUCTS[SCALED_MM][:2])
     lies_along_k = a.strides[-1] == 1 and b.strides[0] == 1
-    aligned = all(isinstance(size, int) and size % 16 == 0 for size in (depth, columns, a.strides[0], b.strides[1]))
-    whole = all(math.prod(map(_number, scale.shape)) == 1 for scale in (scale_a, scale_b))
-    by_row = (scale_a.shape, scale_b.shape) == ((a.shape[0], 1), (1, columns)) and result.dtype == "bf16"
-    by_row = by_row and scale_a.strides[0] == scale_b.strides[1] == 1
-    scaled = {scale_a.dtype, scale_b.dtype} == {"f32"} and (whole or by_row)
+    sizes = a.shape[-1], b.shape[-1], a.strides[0], b.strides[1]
+    aligned = all(isinstance(size, int) and size % 16 == 0 for size in sizes)
+    scales = scales_of(types)
+    scaled = scales == "whole" or (scales in ("by row", "by block") and result.dtype == "bf16")
+    first_sm = FIRST_SM_WITH_BLOCKS if scales == "by block" else FIRST_SM
     added = "bias" not in types or types["bias"].dtype == result.dtype != "f32"
     dtypes = result.dtype in ("f16", "bf16", "f32") and {a.dtype, b.dtype} != {"f8e5m2"}
-    return sm >= FIRST_SM and lies_along_k and aligned and scaled and added and dtypes
+    return sm >= first_sm and lies_along_k and aligned and scaled and added and dtypes
 
 
-def _number(size: Dim) -> int:
-    return size if isinstance(size, int) else 0
+def scales_of(types: Mapping[str, TensorType]) -> str:
+    """The scales of a product of float8 as PyTorch's call takes them: "whole" (one for each operand), "by row" (one for
+    each row and each column), "by block" (of K, see `block_formats`) or "" (it takes no such ones).
+
+    Args:
+        types: see `library_has`.
+    """
+    a, b, scale_a, scale_b = (types[name] for name in (*PRODUCTS[SCALED_MM][:2], *SCALES))
+    if (scale_a.dtype, scale_b.dtype) in BLOCK_SCALES:
+        return "by block"
+    if {scale_a.dtype, scale_b.dtype} != {"f32"}:
+        return ""
+    if set(scale_a.shape) | set(scale_b.shape) <= {1}:
+        return "whole"
+    each = (scale_a.shape, scale_b.shape) == ((a.shape[0], 1), (1, b.shape[-1]))
+    return "by row" if each and scale_a.strides[0] == scale_b.strides[1] == 1 else ""
 
 
 def _shape(value: object, size: Callable[[Dim], int]) -> list[int]:
     assert isinstance(value, Value)
     assert isinstance(value.type, TensorType)
     return [size(dim) for dim in value.type.shape]
+
+
+def _values(value: object) -> int:
+    """The values of an element."""
+    assert isinstance(value, Value)
+    return 2 if isinstance(value.type, TensorType) and value.type.dtype == PACKED else 1
 
 
 def _numel(value: object, size: Callable[[Dim], int]) -> int:

@@ -9,9 +9,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from torch_rtx.block_formats import block_scaled_mm
 from torch_rtx.dtypes import DTYPES
 from torch_rtx.ir import TensorType
-from torch_rtx.op_work import library_has
+from torch_rtx.op_work import library_has, scales_of
 
 _NAMES = {getattr(torch, row.torch): name for name, row in DTYPES.items() if hasattr(torch, row.torch)}
 
@@ -27,14 +28,16 @@ def _scaled_mm(
     use_fast_accum: bool = False,
 ) -> Tensor:
     """The product of float8 matrices [M, K] and [K, N], in f32, times `scale_a` and `scale_b`, plus `bias` [N], in
-    `out_dtype`. The scales are f32: of one element, or [M, 1] and [1, N]; with others, such as those of blocks, only
-    PyTorch's own call is there."""
+    `out_dtype`. The scales are f32, of one element, or [M, 1] and [1, N]; or those of blocks, see `block_formats`."""
     tensors = {"self": self, "mat2": mat2, "scale_a": scale_a, "scale_b": scale_b, "bias": bias}
     types = {name: _type(tensor) for name, tensor in tensors.items() if tensor is not None}
     result = TensorType(_NAMES[out_dtype or self.dtype], (self.shape[0], mat2.shape[1]), (mat2.shape[1], 1))
     rows, columns = (self.shape[0], 1), (1, mat2.shape[1])
     plain = all(scale.numel() == 1 or scale.shape in (rows, columns) for scale in (scale_a, scale_b))
-    has = library_has(_sm(self.device), types, result) if self.is_cuda else self.itemsize == 1
+    scales = scales_of(types)
+    has = library_has(_sm(self.device), types, result) if self.is_cuda else scales in ("whole", "by row")
+    if scales == "by block" and not has and scale_result is None:
+        return block_scaled_mm(self, mat2, scale_a, scale_b, bias, out_dtype or torch.bfloat16)
     if has or not plain:
         call = torch.ops.aten._scaled_mm.default
         return call(self, mat2, scale_a, scale_b, bias, scale_result, out_dtype, use_fast_accum)
@@ -66,6 +69,8 @@ def _room(
     out_dtype: torch.dtype | None = None,
     use_fast_accum: bool = False,
 ) -> Tensor:
+    torch._check(self.dim() == mat2.dim() == 2, lambda: f"matrices of {self.dim()} and {mat2.dim()} dimensions")
+    torch._check(self.shape[1] == mat2.shape[0], lambda: f"rows of {self.shape[1]} by columns of {mat2.shape[0]}")
     return self.new_empty((self.shape[0], mat2.shape[1]), dtype=out_dtype or self.dtype)
 
 

@@ -27,7 +27,8 @@ DTYPE_FEATURES = {
     "f4e2m1fn_x2": "fp4",
 }
 
-EMULATED = frozenset(("f8e4m3fn", "f8e5m2"))  # where a target lacks these, kernels compute with their bytes
+# Where a target lacks these, kernels compute with their bytes.
+EMULATED = frozenset(("f8e4m3fn", "f8e5m2", "f4e2m1fn_x2"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,9 @@ class Arch:
         features: what its code can use. `mma_k16`: matrix products of fragments that are 16 deep, which Triton's
             layouts need. `cp_async`: copies from memory right to shared memory. `wgmma`: products by warpgroups, from
             shared memory. `griddepcontrol`: kernels that wait for those before them. `fp8_in_f32`: products of float8
-            that are summed in f32, not in 14 bits as on Ada and Hopper. Others: see `DTYPE_FEATURES`.
+            that are summed in f32, not in 14 bits as on Ada and Hopper. `block_scale`: products of block-scaled
+            formats, which Triton's layouts make for sm_120 alone; elsewhere values are multiplied with their scales
+            before. Others: see `DTYPE_FEATURES`.
         chip: a typical GPU.
         exact: a binary runs on this SM version alone, since it may use features of one architecture (`sm_90a`). Others
             run on later versions of the same generation as well (sm_80 on sm_86 and sm_89).
@@ -115,6 +118,7 @@ _AMPERE = frozenset({"mma_k16", "cp_async", "bf16", "tf32", "int4"})
 _ADA = _AMPERE | {"fp8"}
 _HOPPER = _ADA | {"wgmma", "griddepcontrol"}
 _BLACKWELL = _ADA | {"griddepcontrol", "fp4", "fp8_in_f32"}
+_EXACT = frozenset({"block_scale"})  # features of one architecture, which no PTX for several has
 # Measured on an H200: products from 3072 x 768 x 768 to 4608 x 21504 x 3072 and convolutions of 7.5e9 to 483e9 FLOP.
 _H200 = Library(
     large={"gemm": 1.5e9, "conv": 5e9, "attention": 1.6e10},
@@ -137,7 +141,7 @@ _KNOWN = (
     Arch(100, 227 << 10, _BLACKWELL, Chip(148, 1100, 70, 7000, 1.9), True, 89),  # B200
     Arch(103, 227 << 10, _BLACKWELL, Chip(148, 1100, 70, 7000, 1.9), True, 89),  # B300
     Arch(110, 227 << 10, _BLACKWELL, Chip(20, 130, 8, 250, 1.6), True, 89),  # Jetson Thor
-    Arch(120, 99 << 10, _BLACKWELL, Chip(170, 200, 95, 1600, 2.4), True, 120),  # RTX 5090
+    Arch(120, 99 << 10, _BLACKWELL | _EXACT, Chip(170, 200, 95, 1600, 2.4), True, 120),  # RTX 5090
     Arch(121, 99 << 10, _BLACKWELL, Chip(48, 56, 29, 250, 2.4), True, 120),  # DGX Spark
 )
 ARCHES: Mapping[int, Arch] = {arch.sm: arch for arch in _KNOWN}
@@ -159,6 +163,12 @@ def arch_of(sm: int) -> Arch:
     return replace(ARCHES[max(older)], sm=sm, like=max(older))
 
 
+@cache
+def _as_ptx(arch: Arch) -> Arch:
+    """`arch` without what its PTX for later GPUs lacks."""
+    return replace(arch, features=arch.features - _EXACT)
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
     """`sm` is the compute capability without its dot; `ptx`: PTX instead of a binary."""
@@ -173,7 +183,7 @@ class Target:
     def arch(self) -> Arch:
         """The SM version whose code it is."""
         own = arch_of(self.sm)
-        return arch_of(own.portable) if self.ptx else own
+        return _as_ptx(arch_of(own.portable)) if self.ptx else own
 
     @property
     def shared(self) -> int:

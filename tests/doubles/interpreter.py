@@ -1,10 +1,11 @@
 """Runs generated kernels on the CPU, in Triton's interpreter.
 
 The interpreter replaces functions of `triton.language` for the time of a call, so that kernels can be interpreted and
-compiled in one process. Seven of its gaps are filled here: it computes with the bit patterns of bfloat16, it truncates
+compiled in one process. Eight of its gaps are filled here: it computes with the bit patterns of bfloat16, it truncates
 where a GPU rounds to bfloat16, it takes NaN of float8 for a number, it has no functions of libdevice, nor the
-instruction that converts to float8, it makes a tile of integers of a scalar truth value (which loads refuse as a mask
-from Triton 3.9 on), and it reduces and scans one element at a time, which takes a hundred times as long.
+instruction that converts to float8, nor `dot_scaled`, it makes a tile of integers of a scalar truth value (which loads
+refuse as a mask from Triton 3.9 on), and it reduces and scans one element at a time, which takes a hundred times as
+long.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from torch_rtx.targets import ALIGNMENT
 LIBRARY = ("fmod", "pow", "rint")  # the functions of libdevice that kernels call
 FLOAT8 = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
 ARITHMETIC = {"create_fadd": np.add, "create_fsub": np.subtract, "create_fmul": np.multiply}
+E2M1 = (0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6)
 LOCK = threading.RLock()  # the interpreter replaces functions for all threads
 
 
@@ -119,6 +121,7 @@ def _interpreting() -> Iterator[None]:
             (interpreter.ReduceOps, "generic_reduce"),
             (interpreter.ScanOps, "generic_scan"),
             (interpreter.interpreter_builder, "options"),
+            (tl, "dot_scaled"),
             *((libdevice, name) for name in LIBRARY),
         )
     ]
@@ -161,6 +164,12 @@ def _interpreting() -> Iterator[None]:
             return interpreter.TensorHandle(found, one.dtype.scalar)
         return cast_impl(self, interpreter.TensorHandle(found, tl.float32), tl.bfloat16)
 
+    def dot_scaled(a: Any, a_scale: Any, a_format: str, b: Any, b_scale: Any, b_format: str, acc: Any) -> Any:
+        left = _scaled(a.handle.data, a_scale.handle, a_format)
+        right = _scaled(b.handle.data.T, b_scale.handle, b_format)
+        total = (acc.handle.data + left @ right.T).astype(np.float32)
+        return tl.core.tensor(interpreter.TensorHandle(total, acc.handle.dtype), acc.type)
+
     def create_splat(_: Any, type_: Any, scalar: Any) -> Any:
         # A comparison's data are truth values, though its handle keeps the dtype of the operands.
         return interpreter.TensorHandle(np.full(type_.shape, scalar.data.flat[0]), scalar.dtype.scalar)
@@ -177,6 +186,7 @@ def _interpreting() -> Iterator[None]:
     interpreter.ScanOps.generic_scan = _scanned
     # Otherwise overflows of integers are computed, which takes longer than all the rest, and reported in `debug` alone.
     interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
+    tl.dot_scaled = dot_scaled
     for name in LIBRARY:
         setattr(libdevice, name, partial(_library, getattr(np, name)))
     try:
@@ -228,6 +238,18 @@ def _scanned(self: Any, values: Sequence[Any]) -> list[Any]:
         arrays = [np.where(places < step, data, new) for data, new in zip(arrays, found, strict=True)]
         step *= 2
     return [self.to_tensor(data, dtype) for data, dtype in zip(arrays, types, strict=True)]
+
+
+def _scaled(data: Any, scales: Any, kind: str) -> Any:
+    """The values of rows of K of `tl.dot_scaled` times the scales of their blocks, in float64."""
+    if kind == "e2m1":
+        values = np.array(E2M1)[np.stack((data & 15, data >> 4), -1).reshape(len(data), -1)]
+    else:
+        dtype = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}[kind]
+        values = torch.from_numpy(np.ascontiguousarray(data)).view(dtype).double().numpy()
+    dtype = torch.float8_e4m3fn if scales.dtype.scalar == tl.float8e4nv else torch.float8_e8m0fnu
+    factors = torch.from_numpy(scales.data).view(dtype).double().numpy()
+    return values * factors.repeat(values.shape[1] // factors.shape[1], 1)
 
 
 def _widened(handle: Any) -> Any:

@@ -70,7 +70,8 @@ def _resize_as(self: Tensor, the_template: Tensor, *, memory_format: torch.memor
     return _resize(self, the_template.shape, memory_format=memory_format)
 
 
-TENSOR_WISE, ROW_WISE = 0, 1  # of `torch.nn.functional.ScalingType`
+TENSOR_WISE, ROW_WISE, BLOCKS_OF_16, BLOCKS_OF_32 = range(4)  # of `torch.nn.functional.ScalingType`
+BLOCK_RECIPES = ((BLOCKS_OF_16,), (BLOCKS_OF_32,), (BLOCKS_OF_16, TENSOR_WISE))
 
 
 def _scaled_mm_v2(
@@ -87,15 +88,24 @@ def _scaled_mm_v2(
     contraction_dim: Sequence[int] = (),
     use_fast_accum: bool = False,
 ) -> Any:
-    """`F.scaled_mm`, where it has one scale, or one for each row and column."""
-    if [*recipe_a] != [*recipe_b] or recipe_a[0] not in (TENSOR_WISE, ROW_WISE) or len(recipe_a) > 1:
+    """`F.scaled_mm`, where it has one scale, one for each row and column, or one for each block, and then one more for
+    the whole."""
+    recipe = tuple(recipe_a)
+    if recipe != tuple(recipe_b) or contraction_dim:
         return NotImplemented
-    if any((*swizzle_a, *swizzle_b)) or contraction_dim:
+    multiply = torch.ops.aten._scaled_mm
+    if recipe in BLOCK_RECIPES:
+        one, two = scale_a[0], scale_b[0]  # PyTorch takes these in the layout of tensor cores alone
+        if len(recipe) == 1:
+            return multiply(self, mat2, one, two, bias, None, out_dtype, use_fast_accum)
+        total = multiply(self, mat2, one, two, None, None, torch.float32, use_fast_accum) * (scale_a[1] * scale_b[1])
+        return (total if bias is None else total + bias).to(out_dtype or torch.bfloat16)
+    if recipe not in ((TENSOR_WISE,), (ROW_WISE,)) or any((*swizzle_a, *swizzle_b)):
         return NotImplemented
     (one,), (two,) = scale_a, scale_b
-    if recipe_a[0] == ROW_WISE:
+    if recipe == (ROW_WISE,):
         one, two = one.reshape(-1, 1), two.reshape(1, -1)
-    return torch.ops.aten._scaled_mm(self, mat2, one, two, bias, None, out_dtype, use_fast_accum)
+    return multiply(self, mat2, one, two, bias, None, out_dtype, use_fast_accum)
 
 
 DECOMPOSITIONS: dict[torch._ops.OperatorBase, Callable[..., Any]] = {

@@ -27,7 +27,7 @@ from torch_rtx.backend.fx_hash import graph_key
 from torch_rtx.backend.kernels import kernels_of
 from torch_rtx.cache.entries import EngineCache
 from torch_rtx.cache.store import FileStore, Store
-from torch_rtx.engine import DTYPES
+from torch_rtx.engine import from_stored, to_stored
 from torch_rtx.errors import CacheError, RtxError, Uncacheable
 from torch_rtx.ir import Attr, Graph, Loc, Node, Parameter, Value, Weight, attr_map, verify
 from torch_rtx.irparse import parse
@@ -85,11 +85,8 @@ def get_or_build(
             log.info("miss: %s; %s", graph_id.key.digest[:12], cache.explain(graph_id.key))
         built = _build(gm, roles, settings, writes, ranges, typical)
         if settings.cache_built_engines:
-            try:
-                cache.put(graph_id.key, to_bytes(built, site))
-                built.program.entry = graph_id.key.digest
-            except Uncacheable as error:
-                log.info("not cached: %s", error.message)
+            cache.put(graph_id.key, to_bytes(built, site))
+            built.program.entry = graph_id.key.digest
     return built.program
 
 
@@ -144,11 +141,7 @@ class GraphSite:
 
 
 def to_bytes(built: Built, site: GraphSite) -> bytes:
-    """Serialize `built` as the body of an entry. Also sets `built.program.origins`.
-
-    Raises:
-        Uncacheable: a constant has a dtype that safetensors lacks.
-    """
+    """Serialize `built` as the body of an entry. Also sets `built.program.origins`."""
     graph, constants = built.program.graph, built.program.constants
     number = {node: index for index, node in enumerate(site.nodes)}
     position = {role.name: index for index, role in reversed(list(enumerate(site.roles))) if role.kind != "input"}
@@ -165,11 +158,10 @@ def to_bytes(built: Built, site: GraphSite) -> bytes:
     data = {f"kernel/{name}": _bytes(stored) for name, stored in built.program.kernels.binaries.items()}
     for parameter in graph.parameters:
         if parameter.name in constants:
-            if DTYPES[parameter.type.dtype][0] is None:
-                raise Uncacheable(f"a constant has the dtype {parameter.type.dtype}, which safetensors lacks")
             tensor = constants[parameter.name].detach().resolve_conj().resolve_neg().cpu()
             # safetensors refuses tensors that share memory
-            data[f"constant/{parameter.name}"] = tensor.clone(memory_format=torch.contiguous_format)
+            own = tensor.clone(memory_format=torch.contiguous_format)
+            data[f"constant/{parameter.name}"] = to_stored(own, parameter.type.dtype)
     head = json.dumps(fields).encode()
     return len(head).to_bytes(8, "little") + head + save(data)
 
@@ -194,6 +186,8 @@ def from_bytes(body: bytes, site: GraphSite) -> Program:
         origins = [None if index is None else site.nodes[index] for index in indices]
         graph = _bind(parse(fields["graph"]), fields, constants.keys(), site)
         graph = _with_locations(graph, _locations(origins))
+        types = {parameter.name: parameter.type for parameter in graph.parameters}
+        constants = {name: from_stored(tensor, types[name]) for name, tensor in constants.items()}
         verify(graph, aten.ALLOWED)
         kernels = replace(read_table(fields["tactics"], graph), binaries=binaries)
         called = {str(node.target) for node in site.nodes} | {"python"}

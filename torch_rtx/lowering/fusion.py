@@ -20,10 +20,10 @@ from torch_rtx.accumulation import accumulates
 from torch_rtx.dtypes import DTYPES
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import COPY, Graph, Loc, Node, TensorType, Value, attr_values, contiguous
-from torch_rtx.lowering.kernels.gemm_perf_model import LAUNCH_US, streaming_us, typical
+from torch_rtx.lowering.kernels.gemm_perf_model import LAUNCH_US, bytes_of, streaming_us, typical
 from torch_rtx.lowering.kernels.generate import forms, generate
 from torch_rtx.lowering.kernels.index import Index, from_dim, product
-from torch_rtx.lowering.kernels.kernel_ir import Load, Pointwise, Tensor, View, everything, load
+from torch_rtx.lowering.kernels.kernel_ir import Const, Load, Pointwise, Select, Tensor, View, everything, load
 from torch_rtx.lowering.kernels.loops import loop_operations, rows_of
 from torch_rtx.lowering.kernels.region import Region, express, region, tensor_type
 from torch_rtx.lowering.widening import is_elementwise, widens
@@ -36,6 +36,7 @@ MAX_RECOMPUTED_OPS = 4  # per element, of a producer that a larger consumer reco
 PRICE_ERROR = 1.25  # by as much a kernel may be faster than it is expected to be
 SIBLING_GAIN = 8  # times that the shorter of two independent loops may take what fusing them saves
 TINY_ELEMENTS = 4096  # a loop of so few takes no longer than its launch
+MINOR = 8  # times as much is read beside an operand that a kernel may read in any order
 NEAR_NODES = 32  # so far nodes may move from their place
 FEW_ROWS, LONG_ROW_ELEMENTS = 64, 16384  # fewer rows, longer than this, leave a GPU idle unless they are split
 SHORT_NAMES = {"_native_batch_norm_legit_no_training": "batch_norm"}  # of operators, in names of kernels
@@ -332,7 +333,8 @@ class FusionPlan:
         return [self.kernel(group)] if loop else [self.nodes[member] for member in group.members]
 
     def _prologue(self, index: int) -> list[FusionGroup]:
-        """The loops that widen operands of the anchor at `index` and have no other reader."""
+        """The loops that widen operands of the anchor at `index`, or that put a minor one in order, and have no other
+        reader."""
         found: dict[int, FusionGroup] = {}
         for value in self.nodes[index].inputs:
             group = self.group_of.get(self.producer.get(self.base(value).name, -1))
@@ -341,10 +343,19 @@ class FusionPlan:
             inputs, outputs = self.interface(group)
             types = [value.type for value in (*inputs, *outputs) if isinstance(value.type, TensorType)]
             sole_user = set(self.users(group)) == {index} and len(outputs) == 1
-            joins = sole_user and group.epoch == self.group_of[index].epoch and widens(types[:-1], types[-1])
+            joins = sole_user and group.epoch == self.group_of[index].epoch
+            joins = joins and (widens(types[:-1], types[-1]) or self._is_minor_order(group, types[-1], index))
             if joins and all(is_elementwise(self.nodes[member]) for member in group.members):
                 found[id(group)] = group
         return list(found.values())
+
+    def _is_minor_order(self, group: FusionGroup, result: TensorType, index: int) -> bool:
+        """`group` only moves elements, which are few beside all that the anchor at `index` reads: in another order than
+        that of memory they cost no more than a launch. Scales of blocks are such."""
+        tensors = everything(tensor for member in group.members for tensor in _expressed(self.nodes[member]))
+        read = [value.type for value in self.nodes[index].inputs if isinstance(value.type, TensorType)]
+        minor = MINOR * bytes_of(result) <= sum(map(bytes_of, read))
+        return minor and all(isinstance(tensor, Load | View | Select | Const) for tensor in tensors)
 
     def _is_epilogue(self, tail: FusionGroup, anchor: FusionGroup) -> bool:
         """`tail` is a loop over the elements of the anchor's result."""

@@ -21,6 +21,8 @@ UNARY = (
     *("bits", "from_bits"),  # an f32 as the i32 of the same bits, and back
     "to_e4m3",  # an f32 as the u8 of a float8, by the target's own conversion
     "from_byte",  # a u8 as the float8 `dtype` of the same bits
+    *("as_int", "as_float"),  # of a number of `dtype`: the integer of the same bits, and back
+    *("e8m0_byte", "from_e8m0_byte"),  # the same of float8_e8m0fnu, in u8
 )
 BINARY = (
     *("add", "sub", "mul", "div", "and", "or", "xor", "shl", "shr", "eq", "ne", "lt", "le", "gt", "ge"),

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil, gcd, inf, prod
 
-from torch_rtx.dtypes import DTYPES, TF32
+from torch_rtx.dtypes import DTYPES, FLOAT, TF32, DType
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Dim, TensorType, typical_size
 from torch_rtx.lowering.kernels.epilogue_index import epilogue_indexing
@@ -42,6 +42,7 @@ from torch_rtx.lowering.kernels.matmul_template import (
     dot_dtype,
     packed_runs,
     stored_load,
+    swaps,
     uncast,
 )
 from torch_rtx.lowering.kernels.packed import PARTS
@@ -62,7 +63,10 @@ SPLIT_MULTIPLE = 32  # elements of K: each split has a multiple of this
 MAX_IMPRECISE = 128  # products of float8 that tensor cores may sum in less than f32, as in libraries
 MAX_UNPACKED = 128  # elements of a packed operand per thread and step: a register holds two
 MAX_NARROW_LOADS = 16  # per thread and step: loads of less than 16 bytes
+# An element of operands in block-scaled formats is one value or two: data sheet of the RTX 5090.
+BLOCK_SCALED = {1: "block_scaled", 2: "block_scaled_x2"}
 OPERANDS = {**DTYPES, "tf32": TF32}
+OPERANDS |= {name: DType(8, FLOAT, "", None, tensor_rate=2.0 * count) for count, name in BLOCK_SCALED.items()}
 SIZES = {name: dtype.bytes for name, dtype in OPERANDS.items()}
 RATES = {name: dtype.tensor_rate for name, dtype in OPERANDS.items() if dtype.tensor_rate}
 
@@ -74,7 +78,7 @@ class GemmProblem:
     Attributes:
         batch, rows, columns, depth: sizes, with `columns` per accumulator; K is `taps` times `depth`.
         accumulators: column ranges that one program computes side by side.
-        dtype: of the operands; "tf32" for f32 on tensor cores.
+        dtype: of the operands; "tf32" for f32 on tensor cores, and see BLOCK_SCALED.
         bytes_moved: compulsory memory traffic.
         columns_last: the second operand is contiguous along columns, not along K.
         needs_few_registers: operands are plain loads and the epilogue is cheap.
@@ -84,6 +88,7 @@ class GemmProblem:
         promoted: see `GemmConfig`.
         second_bytes: of an element of the second operand in memory.
         unpacking: operations that compute an element of it; 0 for a plain load.
+        swapped: see `matmul_template.swaps`.
         packed_run: see `packed.packed_run`.
     """
 
@@ -102,6 +107,7 @@ class GemmProblem:
     promoted: bool = False
     second_bytes: float = 2
     unpacking: int = 0
+    swapped: bool = False
     packed_run: int = 0
 
     def step_bytes(self, config: GemmConfig) -> float:
@@ -110,8 +116,13 @@ class GemmProblem:
         return (config.block_m * SIZES[self.dtype] + width * self.second_bytes) * config.block_k
 
 
-def gemm_problem(region: Region, contraction: Contraction, arch: Arch, input_precision: str = "ieee") -> GemmProblem:
+def gemm_problem(
+    region: Region, contraction: Contraction, arch: Arch, input_precision: str = "ieee", block_scaled: bool = False
+) -> GemmProblem:
     """The problem that a region poses, at typical values of its symbolic sizes.
+
+    Args:
+        block_scaled: operands are multiplied as they are in memory, see `BlockScaledWriter`.
 
     Raises:
         Unsupported: the target's tensor cores lack the dtype, or the epilogue can't be indexed.
@@ -125,7 +136,7 @@ def gemm_problem(region: Region, contraction: Contraction, arch: Arch, input_pre
     if KLoop(contraction, PARTS).flat:
         depth, taps, vector = depth * taps, 1, gcd(depth, vector) if contraction.channels_last else 1
     is_computed, packed_run = stored_load(contraction.b) is None, packed_runs(contraction)
-    return GemmProblem(
+    found = GemmProblem(
         batch=typical(contraction.batch),
         rows=typical(contraction.rows),
         columns=typical(contraction.columns) if width is None else width,
@@ -141,8 +152,14 @@ def gemm_problem(region: Region, contraction: Contraction, arch: Arch, input_pre
         uncoalesced_loads=_uncoalesced_loads(contraction) if is_computed and not packed_run else 0,
         second_bytes=_stored_bytes(contraction.b) if is_computed else SIZES[dtype],
         unpacking=_operations(contraction.b) if is_computed else 0,
+        swapped=swaps(contraction),
         packed_run=packed_run,
     )
+    if block_scaled:
+        dtype, depth = BLOCK_SCALED[contraction.block_scaled], ceil(depth / contraction.block_scaled)
+        found = replace(found, dtype=dtype, depth=depth, vector_elements=16, uncoalesced_loads=0)
+        found = replace(found, second_bytes=SIZES[dtype], unpacking=0, swapped=False, packed_run=0)
+    return found
 
 
 def _stored_bytes(operand: Tensor) -> float:
@@ -236,11 +253,13 @@ def ranked_configs(region: Region, contraction: Contraction, arch: Arch, input_p
         Unsupported: see `gemm_problem`.
     """
     precision = input_precision if "tf32" in arch.features else "ieee"
-    problem = gemm_problem(region, contraction, arch, precision)
-    best = [config for _, config in _ranked(problem, _is_gemv(contraction), arch)]
+    block_scaled = contraction.block_scaled > 0 and "block_scale" in arch.features
+    problem = gemm_problem(region, contraction, arch, precision, block_scaled)
+    best = [config for _, config in _ranked(problem, _is_gemv(contraction) and not block_scaled, arch)]
     tiles = [(config.gemv, config.block_m, config.width) for config in best]
     kept = [config for at, config in enumerate(best) if tiles[:at].count(tiles[at]) < MAX_PER_TILE][:MAX_CONFIGS]
-    return [replace(config, input_precision=precision, promoted=problem.promoted) for config in kept]
+    options = {"input_precision": precision, "promoted": problem.promoted, "block_scaled": block_scaled}
+    return [replace(config, **options) for config in kept]
 
 
 def gemm_us(region: Region, contraction: Contraction, arch: Arch) -> float:
@@ -263,7 +282,7 @@ def config_us(region: Region, contraction: Contraction, arch: Arch, config: Gemm
     Raises:
         Unsupported: see `gemm_problem`.
     """
-    problem = gemm_problem(region, contraction, arch, config.input_precision)
+    problem = gemm_problem(region, contraction, arch, config.input_precision, config.block_scaled)
     return gemv_us(problem, config, arch.chip) if config.gemv else mma_us(problem, config, arch)
 
 
@@ -380,8 +399,10 @@ def _fits_registers(problem: GemmProblem, config: GemmConfig, arch: Arch) -> boo
     is_light = _uses_wgmma(problem, config, arch) and problem.needs_few_registers
     most = 16 if problem.dtype == "f32" else 128 if is_light else 64
     threads = 32 * config.num_warps
-    unpacked = config.width * problem.accumulators * config.block_k // threads if problem.packed_run else 0
-    pointers = int(problem.step_bytes(config)) // (16 * threads)
+    columns = config.width * problem.accumulators
+    loaded = (config.block_m + columns) * SIZES[problem.dtype] * config.block_k  # of what computes an element, at least
+    pointers = int(problem.step_bytes(config) if problem.packed_run else loaded) // (16 * threads)
+    unpacked = columns * config.block_k // threads if problem.packed_run else 0
     is_narrow = problem.vector_elements * SIZES[problem.dtype] < 16
     narrow_loads = config.block_m * config.block_k // (problem.vector_elements * threads) if is_narrow else 0
     return (
@@ -396,7 +417,7 @@ def _uses_wgmma(problem: GemmProblem, config: GemmConfig, arch: Arch) -> bool:
     """Products run as Hopper's wgmma, which reads operands from shared memory; a computed one comes first, see
     `MmaWriter`."""
     along_k = problem.dtype not in FLOAT8 or not problem.columns_last  # float8 lies along K in shared memory
-    rows = config.block_n if problem.unpacking else config.block_m
+    rows = config.block_n if problem.swapped else config.block_m
     is_large = rows >= 64 and config.num_warps >= 4
     return "wgmma" in arch.features and problem.dtype != "f32" and is_large and along_k
 

@@ -11,9 +11,9 @@ stored or cast on purpose, so that a kernel is no less precise than the calls th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from torch_rtx.dtypes import FLOATS, INTS, highest, lowest, register, wrapped
+from torch_rtx.dtypes import DTYPES, FLOATS, INTS, PACKED, highest, lowest, register, wrapped
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import TensorType
 from torch_rtx.lowering.kernels.expressions import (
@@ -216,7 +216,13 @@ def expand(tensor: Tensor, shape: Shape) -> Tensor:
 
 
 def pointwise(expression: Expression, dtype: str, *args: Tensor) -> Tensor:
-    """`expression` of the elements of `args`, broadcast to one shape."""
+    """`expression` of the elements of `args`, broadcast to one shape.
+
+    Raises:
+        Unsupported: see `broadcast`, or an element is several values.
+    """
+    if PACKED in (dtype, *(arg.dtype for arg in args)):
+        raise Unsupported(f"arithmetic with {PACKED}")
     shape = broadcast(args)
     return Pointwise(shape, dtype, expression, tuple(expand(arg, shape) for arg in args))
 
@@ -234,20 +240,63 @@ def cast(tensor: Tensor, dtype: str, rounded: bool = False) -> Tensor:
         return tensor
     if dtype == "bool":
         return pointwise(to_bool(A), dtype, tensor)
-    if rounded and dtype in PACKINGS:
+    if rounded and DTYPES[dtype].bits == 8 and dtype not in INTS:
         return _unpacked(_packed(cast(tensor, register(dtype)), dtype), dtype)
     if rounded and register(dtype) != dtype and tensor.dtype not in PACKINGS:  # by way of f32, as in PyTorch
         return pointwise(apply("round_to", apply("cast", A, dtype=register(dtype)), dtype=dtype), dtype, tensor)
     return pointwise(apply("cast", A, dtype=dtype), dtype, tensor)
 
 
+def reinterpret(tensor: Tensor, dtype: str) -> Tensor:
+    """The bits of each element as an element of `dtype`.
+
+    Raises:
+        Unsupported: a dtype of another size, or bool.
+    """
+    bits = DTYPES[dtype].bits
+    if tensor.dtype == dtype:
+        return tensor
+    if DTYPES[tensor.dtype].bits != bits or "bool" in (tensor.dtype, dtype):
+        raise Unsupported(f"{tensor.dtype} as {dtype}")
+    if isinstance(tensor, View):
+        return replace(tensor, dtype=dtype, source=reinterpret(tensor.source, dtype))
+    if tensor.dtype not in INTS:
+        known = isinstance(tensor, Pointwise) and tensor.expression is _AS_FLOAT.get(tensor.dtype)
+        tensor = tensor.args[0] if known else _packed(tensor, tensor.dtype) if bits == 8 else _as_int(tensor)
+    if dtype in INTS:
+        return cast(tensor, dtype)
+    return _unpacked(cast(tensor, "u8"), dtype) if bits == 8 else pointwise(_AS_FLOAT[dtype], dtype, tensor)
+
+
+_AS_FLOAT = {name: apply("as_float", A, dtype=name) for name in FLOATS if name not in PACKINGS}
+
+
+def _as_int(tensor: Tensor) -> Tensor:
+    return pointwise(apply("as_int", A, dtype=tensor.dtype), f"i{DTYPES[tensor.dtype].bits}", tensor)
+
+
 def _unpacked(byte: Tensor, dtype: str) -> Tensor:
-    """The float8 `dtype` of each byte."""
+    """The element of `dtype`, which has 8 bits, of each byte."""
+    if dtype in _FROM_BYTE:
+        return Pointwise(byte.shape, dtype, _FROM_BYTE[dtype], (byte,))
     return pointwise(VALUE[dtype], dtype, byte, pointwise(WIDE_BITS[dtype], "i32", byte))
 
 
+_FROM_BYTE = {"f8e8m0fnu": apply("from_e8m0_byte", A), PACKED: apply("cast", A, dtype=PACKED)}
+
+
 def _packed(value: Tensor, dtype: str) -> Tensor:
-    """The byte of each number as the float8 `dtype`; `value` is held as f32."""
+    """The byte of each element as `dtype`, which has 8 bits; `value` is held in its register."""
+    if value.dtype == dtype and isinstance(value, View):
+        source = _packed(value.source, dtype)
+        return View(value.shape, source.dtype, source, value.at)
+    made = VALUE.get(dtype, _FROM_BYTE.get(dtype))
+    if value.dtype == dtype and isinstance(value, Pointwise) and value.expression is made:
+        return value.args[0]
+    if dtype == PACKED:
+        return Pointwise(value.shape, "u8", apply("cast", A, dtype="u8"), (value,))
+    if dtype not in PACKINGS:
+        return pointwise(apply("e8m0_byte", A), "u8", value)
     size = pointwise(LIMITED[dtype], "f32", value)
     return pointwise(BYTE[dtype], "u8", value, size, pointwise(BITS, "i32", size))
 
@@ -259,15 +308,12 @@ def in_memory(tensor: Tensor, as_bytes: bool) -> Tensor:
         as_bytes: see `load`.
     """
     dtype = tensor.dtype
-    if dtype not in PACKINGS or isinstance(tensor, Accumulate):
+    if isinstance(tensor, Accumulate) or not (as_bytes or dtype in PACKINGS):
         return tensor
     if isinstance(tensor, View):
         source = in_memory(tensor.source, as_bytes)
         return View(tensor.shape, source.dtype, source, tensor.at)
-    if isinstance(tensor, Pointwise) and tensor.expression is VALUE[dtype]:
-        byte = tensor.args[0]
-    else:
-        byte = _packed(tensor, dtype)
+    byte = _packed(tensor, dtype)
     if as_bytes:
         return byte
     if dtype in CONVERTED and isinstance(byte, Pointwise) and byte.expression is BYTE[dtype]:

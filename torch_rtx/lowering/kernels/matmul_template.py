@@ -48,6 +48,7 @@ class GemmConfig:
         num_warps, num_stages, input_precision: Triton's options of these names.
         group_m: row tiles per group; a group visits a column tile before the next one, which favours the L2 cache.
         gemv: use GemvWriter.
+        block_scaled: use BlockScaledWriter.
         programs: of a persistent kernel; 0: one program per tile.
         promoted: the products of a step are added to the sums by separate instructions, in f32.
     """
@@ -63,6 +64,7 @@ class GemmConfig:
     input_precision: str = "ieee"
     extra_n: int = 0
     promoted: bool = False
+    block_scaled: bool = False
 
     @property
     def width(self) -> int:
@@ -86,6 +88,7 @@ class Contraction:
         b_at: the position in operand `b` for Z, N and K.
         epilogue: from the sum over K to the anchor's result: bias and scale.
         fast_accum: products of float8 may be summed as tensor cores do it, in less than f32.
+        block_scaled: the values of an element in memory, if operands are in a block-scaled format; else 0.
     """
 
     out: Load
@@ -103,6 +106,7 @@ class Contraction:
     b_at: Callable[[Index, Index, Position], Position]
     epilogue: Callable[[Tensor], Tensor]
     fast_accum: bool = False
+    block_scaled: int = 0
 
     def tile(self) -> Tile:
         """The result as a tile of Z, M and N."""
@@ -380,7 +384,7 @@ class KLoop:
         lines = [*self.lines, *each, *inside]
         return [*always, *before, f"for {LOOP} in {steps}(0, {self.count}):", *indent(lines)]
 
-    def position(self, name: str, part: int) -> Position:
+    def position(self, name: str, part: int = 0) -> Position:
         """K as one index per tap and one for the depth, for the elements `name` of a part of a step."""
         k = self.chunk * constant(self.block) + variable(name, constant(self.block))
         if self.run:
@@ -403,16 +407,21 @@ def packed_runs(contraction: Contraction) -> int:
     return packed_run(contraction.b, contraction.b_at(z, column, (k,)), KB, contraction.depth)
 
 
+def swaps(contraction: Contraction) -> bool:
+    """The second operand comes first in `tl.dot`, see `MmaWriter`."""
+    return stored_load(contraction.b) is None and stored_load(contraction.a) is not None
+
+
 class MmaWriter(TileWriter):
     """A contraction on tensor cores.
 
-    A computed second operand comes first: the tile is transposed. Tensor cores take the first operand from registers,
-    where it is computed, and Hopper's take the second one from shared memory alone.
+    Where the second operand alone is computed it comes first: the tile is transposed. Tensor cores take the first
+    operand from registers, where it is computed, and Hopper's take the second one from shared memory alone.
     """
 
     def __init__(self, region: Region, contraction: Contraction, config: GemmConfig) -> None:
         super().__init__(region, contraction, config)
-        self.swapped = stored_load(contraction.b) is None
+        self.swapped = swaps(contraction)
         if self.swapped:
             self.row_axis, self.column_axis = self.column_axis, self.row_axis
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from torch_rtx.accumulation import starts
-from torch_rtx.dtypes import register
+from torch_rtx.dtypes import BYTES, DTYPES, register
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import (
     MAIN,
@@ -24,7 +24,7 @@ from torch_rtx.ir import (
     has_parts,
     type_dims,
 )
-from torch_rtx.lowering.kernels.body_builder import BodyBuilder
+from torch_rtx.lowering.kernels.body_builder import BodyBuilder, flat
 from torch_rtx.lowering.kernels.index import from_dim, to_dim
 from torch_rtx.lowering.kernels.kernel_ir import (
     Accumulate,
@@ -119,11 +119,13 @@ def region(body: Graph, as_bytes: frozenset[str] = frozenset()) -> Region:
     """The body of a kernel as kernel IR.
 
     Args:
-        as_bytes: the dtypes, of 8 bits, that the target does not have.
+        as_bytes: the dtypes, of 8 bits, that the target does not have. The kernel also gets bytes of those that Triton
+            does not have, and of those whose bits it looks at.
 
     Raises:
         Unsupported: an operator, dtype or argument that kernels do not cover; or two anchors.
     """
+    as_bytes |= BYTES | _viewed(body)
     types = {value.name: tensor_type(value) for value in body.inputs}
     values = {name: load(name, type_, as_bytes=type_.dtype in as_bytes) for name, type_ in types.items()}
     anchors = list(_fill(body, values))
@@ -135,6 +137,13 @@ def region(body: Graph, as_bytes: frozenset[str] = frozenset()) -> Region:
     inner = (node.body for node in body.nodes if node.body is not None) if has_parts(body) else ()
     parts = tuple(region(part, as_bytes) for part in inner)
     return Region(body, outputs, anchors[0] if anchors else None, values, parts, as_bytes)
+
+
+def _viewed(body: Graph) -> frozenset[str]:
+    """The dtypes whose bits a kernel looks at, which it then gets as bytes."""
+    views = [node for node in flat(body.nodes) if node.op == "aten.view.dtype"]
+    found = (tensor_type(value).dtype for node in views for value in (*node.inputs, *node.results))
+    return frozenset(dtype for dtype in found if DTYPES[dtype].packing)
 
 
 def _start(tensor: Accumulate) -> Load:

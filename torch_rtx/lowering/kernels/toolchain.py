@@ -192,7 +192,8 @@ def lower_to_ttir(job: Job) -> str:
     """
     if job.ttir is not None:
         return job.ttir
-    any_sm = job.sm if any(dtype.startswith("f8") for dtype in job.pointers) else 80
+    has_float8 = "tl.float8" in job.source or any(dtype.startswith("f8") for dtype in job.pointers)
+    any_sm = job.sm if has_float8 else 80
     return _ttir(replace(job, sm=any_sm, portable=False, ptx=None))
 
 

@@ -17,7 +17,8 @@ class Code:
     """An operation in Triton.
 
     Attributes:
-        text: with a hole for each operand; `{held}` and `{stored}` are the register dtype and the dtype in memory.
+        text: with a hole for each operand; `{held}` and `{stored}` are the register dtype and the dtype in memory,
+            `{bits}` is the size of the latter.
         level: how tightly `text` holds together.
         operands: the least level of each operand.
         expensive: it takes many instructions and registers.
@@ -49,6 +50,11 @@ _TO_E4M3 = (
     'cvt.rn.satfinite.e4m3x2.f32 hi, $4, $3; mov.b32 $0, {{{{lo, hi}}}}; }}}}", "=r,r,r,r,r", [{0}], dtype=tl.uint8, '
     "is_pure=True, pack=4)"
 )
+# Rounded to the nearest exponent, ties up; 2**-127, the smallest one, is half of the smallest normal number.
+_SIZE = "({0}.to(tl.uint32, bitcast=True) & 0x7FFFFFFF)"
+_E8M0_BYTE = f"tl.minimum(({_SIZE} + 0x3FFFFF + ({_SIZE} > 0x7FFFFF)) >> 23, 255).to(tl.uint8)"
+_FINITE = "tl.where({0} == 0, 0x400000, {0}.to(tl.int32) << 23)"
+_FROM_E8M0_BYTE = f"tl.where({{0}} == 255, 0x7FC00000, {_FINITE}).to(tl.float32, bitcast=True)"
 _RINT = "libdevice.rint({0})"
 CODES = {
     "add": _infix("+", SUM),
@@ -93,6 +99,10 @@ CODES = {
     "from_bits": Code("{0}.to(tl.float32, bitcast=True)"),
     "to_e4m3": Code(_TO_E4M3, operands=(COMPARE,)),
     "from_byte": Code("{0}.to(tl.{stored}, bitcast=True)"),
+    "as_int": Code("{0}.to(tl.{stored}).to(tl.int{bits}, bitcast=True)"),
+    "as_float": Code("{0}.to(tl.int{bits}).to(tl.{stored}, bitcast=True).to(tl.{held})"),
+    "e8m0_byte": Code(_E8M0_BYTE),
+    "from_e8m0_byte": Code(_FROM_E8M0_BYTE),
     "cast_like": Code("{0}.to({1}.dtype)", operands=(ATOM, ATOM)),
 }
 
@@ -115,8 +125,10 @@ def _written(expression: Expression, dtypes: Sequence[str]) -> tuple[str, int]:
             code = CODES[op]
             written = zip((_written(one, dtypes) for one in operands), code.operands, strict=True)
             texts = [text if level >= least else f"({text})" for (text, level), least in written]
-            held, stored = (DTYPES[name].tl for name in (register(dtype), dtype)) if dtype else ("", "")
-            return code.text.format(*texts, held=held, stored=stored), code.level
+            if not dtype:
+                return code.text.format(*texts), code.level
+            held, stored = (DTYPES[name].tl for name in (register(dtype), dtype))
+            return code.text.format(*texts, held=held, stored=stored, bits=DTYPES[dtype].bits), code.level
     raise AssertionError(expression)
 
 

@@ -19,8 +19,9 @@ from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.kernels.index import from_dim, product
 from torch_rtx.lowering.kernels.region import ANCHORS
 from torch_rtx.lowering.rewrite import Rewriter, returned, rewrite, with_sources
+from torch_rtx.op_work import PRODUCTS, SCALED_MM
 
-LINEAR = "aten.linear.default"
+LINEAR, SCALE = "aten.linear.default", "scale_b"
 
 
 def merge_linears(graph: Graph, infer: Inference) -> Graph:
@@ -28,7 +29,8 @@ def merge_linears(graph: Graph, infer: Inference) -> Graph:
 
     Layers merge if their weights are parameters of one dtype or views of such, nothing depends on the strides of their
     results (slices have others), and no anchor between them depends on one of them, unless the merged result is no
-    larger than the largest other tensor of the graph. A missing bias counts as zeros.
+    larger than the largest other tensor of the graph. A missing bias counts as zeros. Products of float8 with scales
+    merge as well; one scale for all columns becomes one for each of them.
     """
     weights, views = _weights(graph)
     moved = set(map(id, views))
@@ -118,36 +120,61 @@ def _independent(graph: Graph, layers: Mapping[int, object]) -> dict[object, lis
 
 
 def _group(node: Node, weights: set[str]) -> object:
-    """The properties that linear layers must share to merge; None for other nodes."""
-    if node.op != LINEAR or node.kind != "op":
+    """The properties that layers must share to merge; None for other nodes."""
+    if node.op not in (LINEAR, SCALED_MM) or node.kind != "op":
         return None
-    source, weight, bias = node.arg("input"), node.arg("weight"), node.arg("bias")
+    source, weight = (node.arg(name) for name in PRODUCTS[node.op][:2])
     if not isinstance(source, Value) or not isinstance(weight, Value) or not isinstance(weight.type, TensorType):
         return None
-    if weight.name not in weights or (isinstance(bias, Value) and bias.name not in weights):
+    own = [attr for attr in (weight, node.arg("bias"), node.arg(SCALE)) if isinstance(attr, Value)]
+    if any(value.name not in weights for value in own) or not _has_scales_of_columns(node):
         return None
-    return source.name, weight.type.dtype, weight.type.device
+    rest = tuple((name, attr) for name, attr in node.args if attr not in own)
+    return node.op, source.name, weight.type.dtype, weight.type.device, rest
+
+
+def _has_scales_of_columns(node: Node) -> bool:
+    """What scales the product is one number, or one for each column; or nothing does."""
+    scale = node.arg(SCALE)
+    if not isinstance(scale, Value) or not isinstance(scale.type, TensorType):
+        return scale is None
+    return scale.type.dtype == "f32" and scale.type.shape in ((), (1,), (1, 1), (1, _rows(node)))
 
 
 def _rows(node: Node) -> int:
-    weight = node.arg("weight")
-    assert isinstance(weight, Value)
-    assert isinstance(weight.type, TensorType)
-    return weight.type.shape[0]  # type: ignore[return-value]  # parameters have no symbolic sizes
+    """Rows of a layer's weight: columns of its result."""
+    (result,) = node.results
+    assert isinstance(result.type, TensorType)
+    return result.type.shape[-1]  # type: ignore[return-value]  # parameters have no symbolic sizes
 
 
 def _merged(group: list[Node], rewriter: Rewriter) -> Value:
+    op, loc, second = group[0].op, group[0].loc, PRODUCTS[group[0].op].second
+
     def bias_of(node: Node) -> Attr:
         if node.arg("bias") is not None:
             return node.arg("bias")
-        return rewriter.emit("aten.new_zeros.default", node.loc, self=node.arg("weight"), size=(_rows(node),))
+        dtype = {} if op == LINEAR else {"dtype": node.arg("out_dtype")}
+        return rewriter.emit("aten.new_zeros.default", node.loc, self=node.arg(second), size=(_rows(node),), **dtype)
 
-    def cat(tensors: Sequence[Attr]) -> Value:
-        return rewriter.emit("aten.cat.default", group[0].loc, tensors=tuple(tensors))
+    def scale_of(node: Node) -> Attr:
+        scale, shape = node.arg(SCALE), (1, _rows(node))
+        if isinstance(scale, Value) and isinstance(scale.type, TensorType) and scale.type.shape != shape:
+            one = rewriter.emit("aten.view.default", node.loc, self=scale, size=(1, 1))
+            return rewriter.emit("aten.expand.default", node.loc, self=one, size=shape)
+        return scale
 
-    source = group[0].arg("input")
-    assert isinstance(source, Value)
-    args: dict[str, Attr] = {"input": rewriter.current(source), "weight": cat([n.arg("weight") for n in group])}
+    def cat(tensors: Sequence[Attr], **dim: Attr) -> Value:
+        return rewriter.emit("aten.cat.default", loc, tensors=tuple(tensors), **dim)
+
+    weights = [node.arg(second) for node in group]
+    args = {name: rewriter.current(attr) if isinstance(attr, Value) else attr for name, attr in group[0].args}
+    if op == LINEAR:
+        args[second] = cat(weights)
+    else:  # its rows are to stay contiguous along K
+        rows = cat([rewriter.emit("aten.t.default", loc, self=weight) for weight in weights])
+        args |= {second: rewriter.emit("aten.t.default", loc, self=rows), SCALE: cat(list(map(scale_of, group)), dim=1)}
     if any(node.arg("bias") is not None for node in group):
         args["bias"] = cat([bias_of(node) for node in group])
-    return rewriter.emit(LINEAR, group[0].loc, **args)
+    order = aten.schema(aten.overload(op))
+    return rewriter.emit(op, loc, **{name: args[name] for name in order if name in args})

@@ -7,6 +7,11 @@ from collections.abc import Callable, Iterator
 from torch_rtx.dtypes import DTYPES, FLOAT
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Dim, Graph, Node, TensorType, Value, attr_values, contiguous, dim_expr
+from torch_rtx.lowering.kernels.block_scaled import (
+    BlockScaledWriter,
+    block_scaled_contraction,
+    is_block_scaled,
+)
 from torch_rtx.lowering.kernels.body_builder import BodyBuilder, argument, names_in, type_of
 from torch_rtx.lowering.kernels.expressions import A, B
 from torch_rtx.lowering.kernels.families.family import MODEL_ERROR, Family, Offer, around, library_us, splits
@@ -48,7 +53,7 @@ def gemm_kernel(region: Region, name: str, config: GemmConfig) -> Kernel:
         Unsupported: another anchor, a dtype that `tl.dot` does not multiply, or an epilogue whose indices can't be
             inverted.
     """
-    writer = GemvWriter if config.gemv else MmaWriter
+    writer = BlockScaledWriter if config.block_scaled else GemvWriter if config.gemv else MmaWriter
     return writer(region, gemm_contraction(region), config).kernel(name)
 
 
@@ -70,6 +75,8 @@ def gemm_contraction(region: Region) -> Contraction:
     node, out, type_ = anchor_result(region, "gemm")
     shape = type_.shape
     first, second, added = PRODUCTS[node.op]
+    if is_block_scaled(node):
+        return block_scaled_contraction(region, node, out, _epilogue(region, node, out, added))
     a, b = (region.values[argument(node, name).name] for name in (first, second))
     if len(a.shape) < 1 + (node.op != "aten.linear.default") or len(b.shape) < 2:
         raise Unsupported("a matrix product with a vector")
@@ -140,7 +147,7 @@ def _scales(region: Region, node: Node, out: Load) -> list[Tensor]:
     Raises:
         Unsupported: other scales, such as those of blocks, or a result in float8.
     """
-    if node.op != SCALED_MM:
+    if node.op != SCALED_MM or is_block_scaled(node):
         return []
     found = [region.values[argument(node, name).name] for name in SCALES]
     for axis, scale in enumerate(found):
@@ -168,6 +175,8 @@ def _merged(a: Value, b: Value) -> bool:
 
 def _product(calls: BodyBuilder, anchor: Node, num_splits: int) -> tuple[Value, ...]:
     """[num_splits, *batch, rows, columns]: a batched product over K / num_splits, in the dtype of the sums."""
+    if is_block_scaled(anchor):
+        raise Unsupported("a split form of a product with scales of blocks")
     a, b = (argument(anchor, name) for name in PRODUCTS[anchor.op][:2])
     if anchor.op == "aten.linear.default":
         b = calls.permute(b, (1, 0))

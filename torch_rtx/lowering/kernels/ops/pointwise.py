@@ -7,7 +7,7 @@ import struct
 from functools import partial, reduce
 from operator import mul as times
 
-from torch_rtx.dtypes import DTYPES, FLOATS, INTS, ORDER, register
+from torch_rtx.dtypes import DTYPES, FLOAT, FLOATS, INTS, ORDER, register
 from torch_rtx.errors import Unsupported
 from torch_rtx.lowering.kernels.expressions import (
     A,
@@ -567,7 +567,7 @@ def to_copy(
 ) -> Tensor:
     """A cast: it rounds even where no memory is involved."""
     target = out[0].dtype
-    if self.dtype in FLOATS and target == "u8":
+    if DTYPES[self.dtype].kind == FLOAT and target == "u8":
         raise Unsupported("floats as bytes: what is out of range is undefined")
     return cast(self, target, rounded=True)
 

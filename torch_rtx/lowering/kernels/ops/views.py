@@ -22,6 +22,7 @@ from torch_rtx.lowering.kernels.kernel_ir import (
     expand,
     number,
     pointwise,
+    reinterpret,
     squeeze,
 )
 from torch_rtx.lowering.kernels.ops.pointwise import Operand, tensor
@@ -56,6 +57,12 @@ def reshape(source: Tensor, shape: Shape) -> Tensor:
 def view(self: Tensor, *, out: Types, **_: object) -> Tensor:
     """The same elements in another shape."""
     return reshape(self, shape_of(out))
+
+
+@op("view.dtype")
+def view_dtype(self: Tensor, dtype: str, *, out: Types) -> Tensor:
+    """The bits of each element as another dtype of its size."""
+    return reinterpret(self, dtype)
 
 
 @op("alias.default", "detach.default", "lift_fresh.default")
