@@ -34,7 +34,8 @@ def _scaled_mm(
     result = TensorType(_NAMES[out_dtype or self.dtype], (self.shape[0], mat2.shape[1]), (mat2.shape[1], 1))
     rows, columns = (self.shape[0], 1), (1, mat2.shape[1])
     plain = all(scale.numel() == 1 or scale.shape in (rows, columns) for scale in (scale_a, scale_b))
-    has = library_has(_sm(self.device), types, result) if self.is_cuda else bool(scales_of(types))
+    # On CPUs, scales of rows came with PyTorch 2.12.
+    has = library_has(_sm(self.device), types, result) if self.is_cuda else scales_of(types) == "whole"
     if has or not plain:
         call = torch.ops.aten._scaled_mm.default
         return call(self, mat2, scale_a, scale_b, bias, scale_result, out_dtype, use_fast_accum)
