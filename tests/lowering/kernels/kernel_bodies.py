@@ -37,6 +37,7 @@ DTYPES = {
     "f8e4m3fn": torch.float8_e4m3fn,
     "f8e5m2": torch.float8_e5m2,
     "i64": torch.int64,
+    "i32": torch.int32,
     "i8": torch.int8,
     "bool": torch.bool,
 }

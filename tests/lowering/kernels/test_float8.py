@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from tests.doubles.interpreter import run
-from tests.lowering.kernels.kernel_bodies import DTYPES, body
+from tests.lowering.kernels.kernel_bodies import DTYPES, body, random_tensor
 from torch_rtx.dtypes import DTYPES as ROWS
 from torch_rtx.lowering.kernels.generate import generate
+from torch_rtx.runtime.code import compile_graph
 from torch_rtx.targets import arch_of
 
 FLOAT8 = ("f8e4m3fn", "f8e5m2")
@@ -133,3 +134,48 @@ def test_quantization_of_rows(sm: int) -> None:
     found, scales = called(QUANTIZED, sm, x)
     assert torch.equal(scales, scale)
     assert same(found, (x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn))
+
+
+CALLS = {
+    "to integers": """
+x: f8e5m2[64]
+y: i32[64] = _to_copy.default(self=x, dtype='i32')
+z: bool[64] = _to_copy.default(self=x, dtype='bool')
+return y, z
+""",
+    "from integers": """
+x: i8[64]
+y: f8e5m2[64] = _to_copy.default(self=x, dtype='f8e5m2')
+return y
+""",
+    "a number": """
+x: f32[64]
+z: f8e4m3fn[64] = full_like.default(self=x, fill_value=0.3, dtype='f8e4m3fn')
+f: f32[64] = _to_copy.default(self=z, dtype='f32')
+y: f32[64] = add.Tensor(self=x, other=f)
+return y, z
+""",
+    "a comparison": """
+x: f8e4m3fn[64]
+y: f8e4m3fn[64]
+z: bool[64] = eq.Tensor(self=x, other=y)
+return z
+""",
+    "a result for each row": """
+x: f32[64, 100]
+m: f32[64, 1] = amax.default(self=x, dim=[-1], keepdim=True)
+z: f8e4m3fn[64, 1] = _to_copy.default(self=m, dtype='f8e4m3fn')
+return z
+""",
+}
+
+
+@pytest.mark.parametrize("sm", TARGETS)
+@pytest.mark.parametrize("name", CALLS)
+def test_other_calls(name: str, sm: int) -> None:
+    torch.manual_seed(0)
+    graph = body(CALLS[name])
+    inputs = [random_tensor(value.type, {}) for value in graph.inputs]
+    eager = compile_graph(graph, torch.device("cpu"))(inputs, ())
+    for mine, right in zip(called(CALLS[name], sm, *inputs), eager, strict=True):
+        assert same(mine, right) if mine.is_floating_point() else torch.equal(mine, right)
