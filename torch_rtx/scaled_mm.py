@@ -35,7 +35,8 @@ def _scaled_mm(
     rows, columns = (self.shape[0], 1), (1, mat2.shape[1])
     plain = all(scale.numel() == 1 or scale.shape in (rows, columns) for scale in (scale_a, scale_b))
     scales = scales_of(types)
-    has = library_has(_sm(self.device), types, result) if self.is_cuda else scales in ("whole", "by row")
+    # On CPUs, scales of rows came with PyTorch 2.12.
+    has = library_has(_sm(self.device), types, result) if self.is_cuda else scales == "whole"
     if scales == "by block" and not has and scale_result is None:
         return block_scaled_mm(self, mat2, scale_a, scale_b, bias, out_dtype or torch.bfloat16)
     if has or not plain:

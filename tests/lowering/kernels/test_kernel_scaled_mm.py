@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,14 +12,17 @@ from benchmarks.numerics import assert_right
 from tests.doubles.interpreter import run
 from tests.lowering.kernels.kernel_bodies import FLOATS, body, check_split, empty, offered, random_tensor
 from torch_rtx.errors import Unsupported
+from torch_rtx.ir import attr_values
 from torch_rtx.irparse import parse
+from torch_rtx.lowering.kernels.aot import compile_kernels
+from torch_rtx.lowering.kernels.families.conv import conv_kernel
 from torch_rtx.lowering.kernels.families.gemm import GemmConfig, gemm_configs, gemm_contraction, gemm_kernel
 from torch_rtx.lowering.kernels.gemm_perf_model import gemm_problem, shared_memory
 from torch_rtx.lowering.kernels.generate import generate
 from torch_rtx.lowering.kernels.kernel import Kernel
-from torch_rtx.lowering.kernels.region import region
+from torch_rtx.lowering.kernels.region import Region, region
 from torch_rtx.runtime.code import compile_graph
-from torch_rtx.targets import EMULATED, arch_of
+from torch_rtx.targets import EMULATED, Target, arch_of
 
 CPU = torch.device("cpu")
 SMALL = GemmConfig(32, 32, 32, promoted=True)
@@ -65,15 +69,20 @@ BODIES = {
 }
 
 
-def check(text: str, config: GemmConfig, emulated: bool = False) -> Kernel:
+def check(
+    text: str,
+    config: GemmConfig,
+    emulated: bool = False,
+    make: Callable[[Region, str, GemmConfig], Kernel] = gemm_kernel,
+) -> Kernel:
     """Interprets the kernel and compares its results by the float64 criterion; returns it."""
     graph = body(text)
-    kernel = gemm_kernel(region(graph, EMULATED if emulated else frozenset()), "kernel", config)
+    kernel = make(region(graph, EMULATED if emulated else frozenset()), "kernel", config)
     torch.manual_seed(0)
     inputs = [random_tensor(value.type, {}) for value in graph.inputs]
     eager = compile_graph(graph, CPU)(inputs, ())
     exact = compile_graph(parse(re.sub(FLOATS, "f64", str(graph))), CPU)([one.double() for one in inputs], ())
-    outputs = [empty(value.type, {}) for value in graph.outputs]
+    outputs = [empty(value.type, {}) for value in attr_values(graph.outputs)]
     run(kernel, [*inputs, *outputs])
     assert_right([one.float() for one in outputs], [one.float() for one in eager], exact)
     return kernel
@@ -157,6 +166,9 @@ def test_what_pytorch_refuses_is_computed_all_the_same() -> None:
     exact = x.double() @ w.double().t() * scale_a.double() * scale_b.double() + bias.double()
     assert torch.allclose(wide, exact)
     assert torch.allclose(call(x, w.t(), scale_a, scale_b, bias, None, torch.float32).double(), exact)
+    whole = x, w.t(), torch.tensor(0.5), torch.tensor([2.0]), bias, None, torch.float32
+    assert torch.allclose(call(*whole), torch._scaled_mm(*whole[:5], out_dtype=torch.float32))
+    assert torch.allclose(call(*whole), x.float() @ w.float().t() + bias)
 
 
 @pytest.mark.parametrize(
@@ -207,3 +219,29 @@ return y
     kernel = generate(body(text), "kernel", arch_of(80), 0)
     assert kernel is not None
     assert kernel.pointers == ("u8", "u8", "f16")
+
+
+@pytest.mark.parametrize("emulated", [False, True])
+def test_convolutions_of_float8(emulated: bool) -> None:
+    text = """
+x: f8e4m3fn[2, 40, 6, 7](1680, 1, 280, 40)
+w: f8e4m3fn[24, 40, 3, 3](360, 1, 120, 40)
+a: f16[2, 40, 6, 7](1680, 1, 280, 40) = _to_copy.default(self=x, dtype='f16')
+c: f16[24, 40, 3, 3](360, 1, 120, 40) = _to_copy.default(self=w, dtype='f16')
+h: f16[2, 24, 6, 7](1008, 1, 168, 24) = conv2d.default(input=a, weight=c, padding=[1, 1])
+y: f16[2, 24, 6, 7](1008, 1, 168, 24) = relu.default(self=h)
+return y
+"""
+    source = check(text, GemmConfig(32, 32, 32, promoted=not emulated), emulated, conv_kernel).source
+    assert (".to(" in source) == emulated  # float8 is multiplied as it is
+
+
+def test_promoted_sums_are_so_in_code() -> None:
+    """Triton makes one product of a sum and a product without a start, unless it is told otherwise."""
+    found = {}
+    for promoted in (True, False):
+        kernel = gemm_kernel(region(body(BY_ROW)), "kernel", GemmConfig(32, 32, 32, promoted=promoted))
+        (code,) = compile_kernels([(kernel, Target(89))])[kernel, Target(89)].codes
+        assert b"e4m3.e4m3.f32" in code.ptx
+        found[promoted] = code.ptx.count(b"add.f32") + code.ptx.count(b"add.rn.f32")
+    assert found[True] - found[False] == 2 * 8  # steps, and accumulators of a thread
