@@ -317,6 +317,7 @@ class FusionPlan:
         anchor = self.group_of[index]
         readers = {id(self.group_of[i]): self.group_of[i] for i in self.users(anchor)}
         tail = next(iter(readers.values())) if len(readers) == 1 and not self.escapes(anchor) else None
+        tail = tail and self._narrowing(tail, anchor)
         after = [tail] if tail is not None and self._is_epilogue(tail, anchor) else []
         before = self._prologue(index)
         choices = ([*before, anchor, *after], [anchor, *after], [*before, anchor], [anchor])
@@ -345,6 +346,32 @@ class FusionPlan:
             if joins and all(is_elementwise(self.nodes[member]) for member in group.members):
                 found[id(group)] = group
         return list(found.values())
+
+    def _narrowing(self, tail: FusionGroup, anchor: FusionGroup) -> FusionGroup:
+        """The part of `tail` that can be an epilogue: all of it, or where it reduces rows, its first operations as a
+        group of their own, down to one whose elements are narrower than the anchor's. They then take that many bytes
+        in memory, and not those of the sums of int8."""
+        (result,) = self.results(anchor)
+        if tail.space is None or tail.space.size is None:
+            return tail
+        chain, cost, value = list[int](), 0, result
+        while _bits(value) >= _bits(result):
+            index, *others = set(self.readers.get(value.name, ())) or {-1}
+            space, more = iteration_space_of(self.nodes[index]) if not others and index in tail.members else (None, 0)
+            if space != IterationSpace(elements(result)) or len(self.nodes[index].results) != 1:
+                return tail
+            chain.append(index)
+            cost += more
+            (value,) = self.nodes[index].results
+        rest = [member for member in tail.members if member not in chain]
+        made = {self.base(given).name for index in chain for given in self.nodes[index].inputs}
+        if any(value.name in made for member in rest for value in self.nodes[member].results):
+            return tail
+        first = FusionGroup(chain, tail.epoch, IterationSpace(elements(result)), cost)
+        if self._try_group(first) and self._try_group(FusionGroup(rest, tail.epoch, tail.space, tail.cost - cost)):
+            return first
+        self.group_of.update(dict.fromkeys(tail.members, tail))
+        return tail
 
     def _is_epilogue(self, tail: FusionGroup, anchor: FusionGroup) -> bool:
         """`tail` is a loop over the elements of the anchor's result."""
@@ -425,6 +452,12 @@ def elements(value: Value) -> Index:
     """Elements of a tensor."""
     assert isinstance(value.type, TensorType)
     return product(map(from_dim, value.type.shape))
+
+
+def _bits(value: Value) -> int:
+    """Bits of an element of a tensor."""
+    assert isinstance(value.type, TensorType)
+    return DTYPES[value.type.dtype].bits
 
 
 def _is_tiny(space: IterationSpace | None) -> bool:

@@ -3,11 +3,15 @@
 One large matmul uses the GPU better than three small ones. The concatenation is a recipe (`hoist_weights` moves it);
 the results are slices of the merged result. Layers with results of different lifetimes merge only if that takes little
 memory: the keys and values that all decoder layers compute from one encoder would stay alive until the last layer.
+
+Equal operations on each element that follow all layers merge as well, step by step, such as the scales of int8:
+
+    scale(int_mm(x, q), s), scale(int_mm(x, k), t)  ->  slices of scale(int_mm(x, cat(q, k)), cat(s, t))
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import replace
 from math import inf
@@ -18,7 +22,9 @@ from torch_rtx.ir import Attr, Graph, Node, TensorType, Value
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.kernels.index import from_dim, product
 from torch_rtx.lowering.kernels.region import ANCHORS
-from torch_rtx.lowering.rewrite import Rewriter, returned, rewrite, with_sources
+from torch_rtx.lowering.merged_steps import Steps, is_pointwise
+from torch_rtx.lowering.rewrite import Rewriter, Users, returned, rewrite, users, with_bases, with_sources
+from torch_rtx.op_work import INT_MM, PRODUCTS
 
 LINEAR = "aten.linear.default"
 
@@ -28,38 +34,57 @@ def merge_linears(graph: Graph, infer: Inference) -> Graph:
 
     Layers merge if their weights are parameters of one dtype or views of such, nothing depends on the strides of their
     results (slices have others), and no anchor between them depends on one of them, unless the merged result is no
-    larger than the largest other tensor of the graph. A missing bias counts as zeros.
+    larger than the largest other tensor of the graph. A missing bias counts as zeros. Products of int8 merge with all
+    operations on their elements, which are to be their epilogue, or not at all.
     """
     weights, views = _weights(graph)
-    moved = set(map(id, views))
-    rest = tuple(node for node in graph.nodes if id(node) not in moved)
-    graph = replace(graph, nodes=(*views, *rest))  # what the weights of a later layer need comes before the first one
-    layout_visible = returned(graph) | {v.name for n in graph.nodes if n.kind == "fallback" for v in n.inputs}
+    graph = _first(graph, set(map(id, views)))  # what the weights of a later layer need comes before the first one
+    seen = returned(graph) | {v.name for n in graph.nodes if n.kind == "fallback" for v in n.inputs}
+    layout_visible = with_bases(graph, seen)
     layout_visible |= with_sources(graph, {v.name for n in graph.nodes if n.op in aten.STRIDED for v in n.inputs})
     layout_visible |= aten.shared(graph)  # a copy to the captured strides would part results that share memory
     candidates = (n for n in graph.nodes if not any(v.name in layout_visible for v in n.results))
     layers = {id(node): _group(node, weights) for node in candidates}
-    groups = _groups(graph, layers)
-    group_of = {id(node): group for group in groups if len(group) > 1 for node in group}
-    merged: dict[int, Value] = {}
+    steps, readers = Steps(graph, infer, layout_visible), users(graph)
+    groups = [steps.after(group) for group in _groups(graph, layers) if len(group) > 1]
+    groups = [group for group in groups if group[0][0].op == LINEAR or _is_whole(group[-1], readers)]
+    graph = _first(graph, steps.constants_of(groups))
+    places = {id(node): (group, at, group[at]) for group in groups for at in range(len(group)) for node in group[at]}
+    made: dict[int, list[Value]] = {}  # by group: the merged layer, and the merged steps after it so far
 
     def visit(node: Node, rewriter: Rewriter) -> bool:
-        group = group_of.get(id(node))
-        if group is None:
+        if id(node) not in places:
             return False
-        if node is group[0]:
+        group, at, step = places[id(node)]
+        if node is group[0][0]:
             with suppress(Unsupported):
-                merged[id(group)] = _merged(group, rewriter)
-        if id(group) not in merged:
+                made[id(group)] = [_merged(step, rewriter)]
+        if id(group) not in made:
             return False
-        start = sum(_rows(other) for other in group[: next(i for i, n in enumerate(group) if n is node)])
-        piece = rewriter.emit(
-            "aten.slice.Tensor", node.loc, self=merged[id(group)], dim=-1, start=start, end=start + _rows(node)
-        )
-        rewriter.replace(node.outputs[0], piece)
+        found = made[id(group)]
+        if at == len(found):
+            found.append(steps.emit(step, group[at - 1], found[-1], rewriter))
+        if step is group[-1]:
+            which = next(i for i, n in enumerate(step) if n is node)
+            start = sum(map(_rows, group[0][:which]))
+            end = start + _rows(group[0][which])
+            piece = rewriter.emit("aten.slice.Tensor", node.loc, self=found[-1], dim=-1, start=start, end=end)
+            rewriter.replace(node.outputs[0], piece)
         return True
 
     return rewrite(graph, infer, visit)
+
+
+def _first(graph: Graph, nodes: Set[int]) -> Graph:
+    """The graph with these nodes, by id, before all others."""
+    return replace(graph, nodes=tuple(sorted(graph.nodes, key=lambda node: id(node) not in nodes)))
+
+
+def _is_whole(results: list[Node], readers: Users) -> bool:
+    """Nothing more is computed of the elements of these results alone."""
+    return not any(
+        is_pointwise(reader) for node in results for value in node.results for reader in readers.get(value.name, ())
+    )
 
 
 def _weights(graph: Graph) -> tuple[set[str], list[Node]]:
@@ -118,36 +143,43 @@ def _independent(graph: Graph, layers: Mapping[int, object]) -> dict[object, lis
 
 
 def _group(node: Node, weights: set[str]) -> object:
-    """The properties that linear layers must share to merge; None for other nodes."""
-    if node.op != LINEAR or node.kind != "op":
+    """The properties that layers must share to merge; None for other nodes."""
+    if node.op not in (LINEAR, INT_MM) or node.kind != "op":
         return None
-    source, weight, bias = node.arg("input"), node.arg("weight"), node.arg("bias")
+    (source, weight), bias = (node.arg(name) for name in PRODUCTS[node.op][:2]), node.arg("bias")
     if not isinstance(source, Value) or not isinstance(weight, Value) or not isinstance(weight.type, TensorType):
         return None
     if weight.name not in weights or (isinstance(bias, Value) and bias.name not in weights):
         return None
-    return source.name, weight.type.dtype, weight.type.device
+    return node.op, source.name, weight.type.dtype, weight.type.device
 
 
 def _rows(node: Node) -> int:
-    weight = node.arg("weight")
-    assert isinstance(weight, Value)
-    assert isinstance(weight.type, TensorType)
-    return weight.type.shape[0]  # type: ignore[return-value]  # parameters have no symbolic sizes
+    """Rows of a layer's weight: columns of its result."""
+    (result,) = node.results
+    assert isinstance(result.type, TensorType)
+    return result.type.shape[-1]  # type: ignore[return-value]  # parameters have no symbolic sizes
 
 
 def _merged(group: list[Node], rewriter: Rewriter) -> Value:
+    loc, (first, second) = group[0].loc, PRODUCTS[group[0].op][:2]
+
     def bias_of(node: Node) -> Attr:
         if node.arg("bias") is not None:
             return node.arg("bias")
         return rewriter.emit("aten.new_zeros.default", node.loc, self=node.arg("weight"), size=(_rows(node),))
 
     def cat(tensors: Sequence[Attr]) -> Value:
-        return rewriter.emit("aten.cat.default", group[0].loc, tensors=tuple(tensors))
+        return rewriter.emit("aten.cat.default", loc, tensors=tuple(tensors))
 
-    source = group[0].arg("input")
+    source, weights = group[0].arg(first), [node.arg(second) for node in group]
     assert isinstance(source, Value)
-    args: dict[str, Attr] = {"input": rewriter.current(source), "weight": cat([n.arg("weight") for n in group])}
-    if any(node.arg("bias") is not None for node in group):
-        args["bias"] = cat([bias_of(node) for node in group])
-    return rewriter.emit(LINEAR, group[0].loc, **args)
+    args: dict[str, Attr] = {first: rewriter.current(source)}
+    if group[0].op == LINEAR:
+        args[second] = cat(weights)
+        if any(node.arg("bias") is not None for node in group):
+            args["bias"] = cat([bias_of(node) for node in group])
+    else:  # its rows are to stay contiguous along K
+        rows = [rewriter.emit("aten.t.default", loc, self=weight) for weight in weights]
+        args[second] = rewriter.emit("aten.t.default", loc, self=cat(rows))
+    return rewriter.emit(group[0].op, loc, **args)
