@@ -35,14 +35,16 @@ class Steps:
 
     def __init__(self, graph: Graph, infer: Inference, layout_visible: Set[str]) -> None:
         self._graph, self._infer, self._visible = graph, infer, set(layout_visible)
-        self._readers, self._constants = users(graph), from_weights(graph)
+        self._constants = from_weights(graph)
+        self._producer = {value.name: node for node in graph.nodes for value in node.results}
+        self.readers = users(graph)
 
     def after(self, products: Step) -> list[Step]:
         """The products, which have their columns in the last dimension, and the steps that follow all of them."""
         found = [products]
         total = _beside([type_of(node.outputs[0]) for node in products])
         while True:
-            readers = [only_user(node.outputs, self._readers, self._visible) for node in found[-1]]
+            readers = [only_user(node.outputs, self.readers, self._visible) for node in found[-1]]
             step = [node for node in readers if node is not None and self._is_sliced(node)]
             if len(step) < len(products) or len(set(map(id, step))) < len(step):
                 return found
@@ -136,9 +138,10 @@ class Steps:
         expand: Callable[[Value, tuple[Dim, ...]], Value],
     ) -> Attr | None:
         """An operand of each operation as one: the same for all columns, or weights of columns side by side."""
+        rows = [self._before_expand(value) for value in values]
+        if all(row == rows[0] for row in rows) and type_of(rows[0]).shape[-1:] in ((), (1,)):
+            return current(rows[0])
         types = [type_of(value) for value in values]
-        if all(value == values[0] for value in values) and types[0].shape[-1:] in ((), (1,)):
-            return current(values[0])
         kinds = {(max(len(type_.shape), 1), type_.dtype) for type_ in types}
         if len(kinds) > 1 or any(value.name not in self._constants for value in values):
             return None
@@ -150,6 +153,14 @@ class Steps:
             shape = (*(1,) * (rank - 1), width)
             parts.append(value if type_.shape == shape else expand(value, shape))
         return cat(parts)
+
+    def _before_expand(self, value: Value) -> Value:
+        """What `value` repeats along its columns alone; itself if that is nothing."""
+        node = self._producer.get(value.name)
+        source = node.arg("self") if node is not None and node.op == "aten.expand.default" else None
+        if not isinstance(source, Value):
+            return value
+        return source if type_of(source).shape == (*type_of(value).shape[:-1], 1) else value
 
     def constants_of(self, groups: Sequence[Sequence[Step]]) -> set[int]:
         """The ids of the nodes that compute weights which the steps of `groups` read."""

@@ -23,7 +23,8 @@ from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.kernels.index import from_dim, product
 from torch_rtx.lowering.kernels.region import ANCHORS
 from torch_rtx.lowering.merged_steps import Steps, is_pointwise
-from torch_rtx.lowering.rewrite import Rewriter, Users, returned, rewrite, users, with_bases, with_sources
+from torch_rtx.lowering.passes.dce import dce
+from torch_rtx.lowering.rewrite import Rewriter, Users, returned, rewrite, with_bases, with_sources
 from torch_rtx.op_work import INT_MM, PRODUCTS
 
 LINEAR = "aten.linear.default"
@@ -37,6 +38,7 @@ def merge_linears(graph: Graph, infer: Inference) -> Graph:
     larger than the largest other tensor of the graph. A missing bias counts as zeros. Products of int8 merge with all
     operations on their elements, which are to be their epilogue, or not at all.
     """
+    graph = dce(graph, infer)  # such as views that others have replaced: they hide that operations follow each other
     weights, views = _weights(graph)
     graph = _first(graph, set(map(id, views)))  # what the weights of a later layer need comes before the first one
     seen = returned(graph) | {v.name for n in graph.nodes if n.kind == "fallback" for v in n.inputs}
@@ -45,9 +47,9 @@ def merge_linears(graph: Graph, infer: Inference) -> Graph:
     layout_visible |= aten.shared(graph)  # a copy to the captured strides would part results that share memory
     candidates = (n for n in graph.nodes if not any(v.name in layout_visible for v in n.results))
     layers = {id(node): _group(node, weights) for node in candidates}
-    steps, readers = Steps(graph, infer, layout_visible), users(graph)
+    steps = Steps(graph, infer, layout_visible)
     groups = [steps.after(group) for group in _groups(graph, layers) if len(group) > 1]
-    groups = [group for group in groups if group[0][0].op == LINEAR or _is_whole(group[-1], readers)]
+    groups = [group for group in groups if group[0][0].op == LINEAR or _is_whole(group[-1], steps.readers)]
     graph = _first(graph, steps.constants_of(groups))
     places = {id(node): (group, at, group[at]) for group in groups for at in range(len(group)) for node in group[at]}
     made: dict[int, list[Value]] = {}  # by group: the merged layer, and the merged steps after it so far
