@@ -30,8 +30,20 @@ class Dynamic(nn.Module):
         return torch.relu((total.float() * scale * self.scale).to(x.dtype) + self.bias)
 
 
+class Heads(nn.Module):
+    """Three layers over one input, before attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Dynamic() for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (layer(x.view(-1, 64)).view(*x.shape[:-1], 3, 16).transpose(1, 2) for layer in self.layers)
+        return nn.functional.scaled_dot_product_attention(q, k, v)
+
+
 class Static(nn.Module):
-    """Two convolutions and a residual, with scales that are known: powers of two, so that quotients are exact."""
+    """Two convolutions and a residual, with scales that are known."""
 
     def __init__(self, channels: int = 16) -> None:
         super().__init__()
@@ -41,12 +53,37 @@ class Static(nn.Module):
         self.register_buffer("scale", torch.rand(channels, 1, 1) / 4000)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rounded = (x / 0.0625).round().clamp(-128, 127).to(torch.int8)
+        rounded = quantized(x)
         total = torch.ops.torch_rtx.int_conv(rounded, self.first, [1, 1], [1, 1])
         inner = torch.relu(total.float() * self.scale)
-        rounded = (inner / 0.0625).round().clamp(-128, 127).to(torch.int8)
+        rounded = quantized(inner)
         total = torch.ops.torch_rtx.int_conv(rounded, self.second, [1, 1], [1, 1])
         return torch.relu(total.float() * self.scale + x)
+
+
+class Branches(nn.Module):
+    """A block of a residual network with a convolution in either branch, and one whose residual is its input."""
+
+    def __init__(self, channels: int = 16) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.randint(-127, 128, (3, channels, channels, 1, 1), dtype=torch.int8))
+        self.register_buffer("scale", torch.rand(channels, 1, 1) / 4000)
+
+    def convolution(self, x: torch.Tensor, which: int) -> torch.Tensor:
+        return torch.ops.torch_rtx.int_conv(x, self.weight[which]).float() * self.scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rounded = quantized(x)
+        one, two = (quantized(self.convolution(rounded, which)).float() * STEP for which in range(2))
+        rounded = quantized(torch.relu(one + two))
+        return torch.relu(quantized(self.convolution(rounded, 2)).float() * STEP + rounded.float() * STEP).mean((2, 3))
+
+
+STEP = 0.0625  # a power of two, so that quotients are exact
+
+
+def quantized(x: torch.Tensor) -> torch.Tensor:
+    return (x / STEP).round().clamp(-128, 127).to(torch.int8)
 
 
 def shown(graph: Graph) -> list[str]:
@@ -68,12 +105,51 @@ def test_a_dynamic_layer_is_two_kernels(rows: int) -> None:
     assert_right([module(x)], [model(x)], [exact])
 
 
+def types(graph: Graph) -> list[list[str]]:
+    """The types of the results of each kernel or call."""
+    return [[str(value.type) for value in node.results] for node in graph.nodes]
+
+
+def test_a_product_before_another_layer_writes_halves() -> None:
+    """The scales of the sums are its epilogue; bias and activation join the loop over rows, which quantizes."""
+    model, x = nn.Sequential(Dynamic(64, 64), Dynamic()).eval(), torch.randn(40, 64).half()
+    module = compiled(model, x)
+    assert shown(module.engine.graph) == [
+        *("abs_amax_round_clamp", "int_mm_to_copy_mul", "add_relu_round_clamp", "int_mm_to_copy_add_relu")
+    ]
+    assert types(module.engine.graph)[1:3] == [["f16[40, 64]"], ["f32[40, 1]", "i8[40, 64]"]]
+    exact = copy.deepcopy(model).double()(x.double())
+    assert_right([module(x)], [model(x)], [exact])
+
+
+def test_layers_over_one_input_are_one_product() -> None:
+    model, x = Heads().eval(), torch.randn(2, 20, 64).half()
+    module = compiled(model, x)
+    assert shown(module.engine.graph)[:2] == ["abs_amax_round_clamp", "int_mm_to_copy_add_relu"]
+    assert types(module.engine.graph)[1] == ["f16[40, 144]"]
+    assert len(module.engine.graph.nodes) == 3
+    torch.testing.assert_close(module(x), model(x))
+    other = Heads().eval()
+    module.refit(other)
+    torch.testing.assert_close(module(x), other(x))
+
+
 def test_a_convolution_quantizes_for_the_next_one() -> None:
     module = compiled(Static().eval(), torch.randn(2, 16, 8, 8).contiguous(memory_format=torch.channels_last))
     graph = module.engine.graph
     assert [name.split("_to_")[0] for name in shown(graph)] == ["div_round_clamp", "int_conv", "int_conv"]
-    types = [node.outputs[0].type.dtype for node in graph.nodes]  # type: ignore[union-attr]
-    assert types == ["i8", "i8", "f32"]
+    assert [results[0].partition("[")[0] for results in types(graph)] == ["i8", "i8", "f32"]
+
+
+def test_tensors_between_convolutions_are_int8() -> None:
+    """Not the sums of the first branch, nor the dequantized residual."""
+    model, x = Branches().eval(), torch.randn(2, 16, 8, 8).contiguous(memory_format=torch.channels_last)
+    module = compiled(model, x)
+    names = [name.split("_to_")[0] for name in shown(module.engine.graph)]
+    assert names == ["div_round_clamp", "int_conv", "int_conv", "int_conv", "to_copy_mul_relu_mean"]
+    assert [results[0][:3] for results in types(module.engine.graph)] == ["i8[", "i8[", "i8[", "i8[", "f32"]
+    assert all(len(results) == 1 for results in types(module.engine.graph))
+    torch.testing.assert_close(module(x), model(x))
 
 
 def test_the_operator_is_captured_as_it_is() -> None:

@@ -17,7 +17,7 @@ from math import inf
 
 from torch_rtx import aten
 from torch_rtx.accumulation import accumulates
-from torch_rtx.dtypes import DTYPES
+from torch_rtx.dtypes import DTYPES, INT
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import COPY, Graph, Loc, Node, TensorType, Value, attr_values, contiguous
 from torch_rtx.lowering.kernels.gemm_perf_model import LAUNCH_US, bytes_of, streaming_us, typical
@@ -131,10 +131,12 @@ class FusionPlan:
         self._start_groups()
         for index in sorted(self.group_of):
             self._merge_producers(index)
+        anchors = [i for i in sorted(self.group_of) if self.nodes[i].kind == "op" and self.nodes[i].op in ANCHORS]
+        for index in anchors:
+            self._narrow(index)
         # The last anchor first: a loop that reads results of several is the epilogue of the one that it waits for.
-        for index in sorted(self.group_of, reverse=True):
-            if self.nodes[index].kind == "op" and self.nodes[index].op in ANCHORS:
-                self._grow_anchor(index)
+        for index in reversed(anchors):
+            self._grow_anchor(index)
         self._merge_siblings()
 
     # ---- groups ------------------------------------------------------------------------------------------------------
@@ -175,9 +177,17 @@ class FusionPlan:
                 continue
             first, second = self.group_of[before], self.group_of[index]
             space = self._common_space(first, second) if first is not second else None
-            if space is None or self._would_create_cycle(first, second):
+            if space is None or self._widens_stored(self.base(value), index) or self._would_create_cycle(first, second):
                 continue
             self._merge(first, second, space)
+
+    def _widens_stored(self, value: Value, index: int) -> bool:
+        """The node at `index` makes wider elements of integers that lie in memory in any case, for an anchor or another
+        call: whoever reads these elements makes them again of what takes less memory."""
+        assert isinstance(value.type, TensorType)
+        stored = any(self.group_of[reader].space is None for reader in self.readers[value.name])
+        wider = all(_bits(result) > _bits(value) for result in self.nodes[index].results)
+        return stored and wider and DTYPES[value.type.dtype].kind == INT
 
     def _merge(self, first: FusionGroup, second: FusionGroup, space: IterationSpace) -> None:
         """Fuse two groups, if the result is small enough, and no slower."""
@@ -357,6 +367,40 @@ class FusionPlan:
         minor = MINOR * bytes_of(result) <= sum(map(bytes_of, read))
         return minor and all(isinstance(tensor, Load | View | Select | Const) for tensor in tensors)
 
+    def _narrow(self, index: int) -> None:
+        """Give the anchor at `index` an epilogue of its own, of the first operations of the loop that reads its result,
+        down to one whose elements are narrower. The loop itself reduces rows, or is the epilogue of a later anchor.
+        What is between them in memory are then not the sums of int8."""
+        anchor, chain, cost = self.group_of[index], list[int](), 0
+        (result,) = self.results(anchor)
+        tails = [self.group_of[reader] for reader in self.users(anchor)]
+        if len(set(map(id, tails))) != 1 or tails[0].space is None or self._is_last(tails[0], index):
+            return
+        tail, value = tails[0], result
+        while _bits(value) >= _bits(result):
+            readers = set(self.readers.get(value.name, ()))
+            at = readers.pop() if len(readers) == 1 and value.name not in self.outside else -1
+            space, more = iteration_space_of(self.nodes[at]) if at in tail.members else (None, 0)
+            if space != IterationSpace(elements(result)) or len(self.nodes[at].results) != 1:
+                return
+            chain.append(at)
+            cost += more
+            (value,) = self.nodes[at].results
+        rest = [member for member in tail.members if member not in chain]
+        made = {value.name for member in rest for value in self.nodes[member].results}
+        if any(self.base(given).name in made for at in chain for given in self.nodes[at].inputs):
+            return
+        parts = [FusionGroup(chain, tail.epoch, IterationSpace(elements(result)), cost)]
+        parts.append(FusionGroup(rest, tail.epoch, tail.space, tail.cost - cost))
+        if not all(map(self._try_group, parts)):
+            self.group_of.update(dict.fromkeys(tail.members, tail))
+
+    def _is_last(self, tail: FusionGroup, index: int) -> bool:
+        """`tail` can be the epilogue of the anchor at `index`, and waits for no later one."""
+        read = {self.producer.get(self.base(v).name, -1) for member in tail.members for v in self.nodes[member].inputs}
+        last = max(one for one in read if one == index or (one >= 0 and self.nodes[one].op in ANCHORS))
+        return last == index and self._is_epilogue(tail, self.group_of[index])
+
     def _is_epilogue(self, tail: FusionGroup, anchor: FusionGroup) -> bool:
         """`tail` is a loop over the elements of the anchor's result."""
         (result,) = self.results(anchor)
@@ -436,6 +480,12 @@ def elements(value: Value) -> Index:
     """Elements of a tensor."""
     assert isinstance(value.type, TensorType)
     return product(map(from_dim, value.type.shape))
+
+
+def _bits(value: Value) -> int:
+    """Bits of an element of a tensor."""
+    assert isinstance(value.type, TensorType)
+    return DTYPES[value.type.dtype].bits
 
 
 def _is_tiny(space: IterationSpace | None) -> bool:

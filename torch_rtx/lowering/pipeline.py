@@ -37,6 +37,7 @@ from torch_rtx.lowering.passes.read_in_place import read_in_place
 from torch_rtx.lowering.passes.simplify import simplify
 from torch_rtx.lowering.passes.simplify_masks import simplify_masks
 from torch_rtx.lowering.passes.sum_few_rows import sum_few_rows
+from torch_rtx.lowering.passes.transpose_weights import transpose_weights
 from torch_rtx.lowering.passes.write_in_place import write_in_place
 from torch_rtx.settings import CompilationSettings
 from torch_rtx.targets import Target
@@ -146,6 +147,7 @@ PIPELINE = (
     Pass(sum_few_rows, needs=("targets",)),
     Pass(accumulate, needs=("targets", "atomics")),
     Pass(merge_linears, needs=("weight_copies",)),
+    Pass(transpose_weights, needs=("targets", "weight_copies")),
     Pass(pad_products, needs=("targets",)),
     Pass(channels_last, needs=("targets",)),
     Pass(write_in_place),

@@ -3,11 +3,15 @@
 One large matmul uses the GPU better than three small ones. The concatenation is a recipe (`hoist_weights` moves it);
 the results are slices of the merged result. Layers with results of different lifetimes merge only if that takes little
 memory: the keys and values that all decoder layers compute from one encoder would stay alive until the last layer.
+
+Equal operations on each element that follow all layers merge as well, step by step, such as the scales of int8:
+
+    scale(int_mm(x, q), s), scale(int_mm(x, k), t)  ->  slices of scale(int_mm(x, cat(q, k)), cat(s, t))
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import replace
 from math import inf
@@ -18,8 +22,10 @@ from torch_rtx.ir import Attr, Graph, Node, TensorType, Value
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.kernels.index import from_dim, product
 from torch_rtx.lowering.kernels.region import ANCHORS
-from torch_rtx.lowering.rewrite import Rewriter, returned, rewrite, with_sources
-from torch_rtx.op_work import PRODUCTS, SCALED_MM
+from torch_rtx.lowering.merged_steps import Steps, is_pointwise
+from torch_rtx.lowering.passes.dce import dce
+from torch_rtx.lowering.rewrite import Rewriter, Users, returned, rewrite, with_bases, with_sources
+from torch_rtx.op_work import INT_MM, PRODUCTS, SCALED_MM
 
 LINEAR, SCALE = "aten.linear.default", "scale_b"
 
@@ -30,38 +36,58 @@ def merge_linears(graph: Graph, infer: Inference) -> Graph:
     Layers merge if their weights are parameters of one dtype or views of such, nothing depends on the strides of their
     results (slices have others), and no anchor between them depends on one of them, unless the merged result is no
     larger than the largest other tensor of the graph. A missing bias counts as zeros. Products of float8 with scales
-    merge as well; one scale for all columns becomes one for each of them.
+    merge as well; one scale for all columns becomes one for each of them. Products of int8 merge with all operations on
+    their elements, which are to be their epilogue, or not at all.
     """
+    graph = dce(graph, infer)  # such as views that others have replaced: they hide that operations follow each other
     weights, views = _weights(graph)
-    moved = set(map(id, views))
-    rest = tuple(node for node in graph.nodes if id(node) not in moved)
-    graph = replace(graph, nodes=(*views, *rest))  # what the weights of a later layer need comes before the first one
-    layout_visible = returned(graph) | {v.name for n in graph.nodes if n.kind == "fallback" for v in n.inputs}
+    graph = _first(graph, set(map(id, views)))  # what the weights of a later layer need comes before the first one
+    seen = returned(graph) | {v.name for n in graph.nodes if n.kind == "fallback" for v in n.inputs}
+    layout_visible = with_bases(graph, seen)
     layout_visible |= with_sources(graph, {v.name for n in graph.nodes if n.op in aten.STRIDED for v in n.inputs})
     layout_visible |= aten.shared(graph)  # a copy to the captured strides would part results that share memory
     candidates = (n for n in graph.nodes if not any(v.name in layout_visible for v in n.results))
     layers = {id(node): _group(node, weights) for node in candidates}
-    groups = _groups(graph, layers)
-    group_of = {id(node): group for group in groups if len(group) > 1 for node in group}
-    merged: dict[int, Value] = {}
+    steps = Steps(graph, infer, layout_visible)
+    groups = [steps.after(group) for group in _groups(graph, layers) if len(group) > 1]
+    groups = [group for group in groups if group[0][0].op != INT_MM or _is_whole(group[-1], steps.readers)]
+    graph = _first(graph, steps.constants_of(groups))
+    places = {id(node): (group, at, group[at]) for group in groups for at in range(len(group)) for node in group[at]}
+    made: dict[int, list[Value]] = {}  # by group: the merged layer, and the merged steps after it so far
 
     def visit(node: Node, rewriter: Rewriter) -> bool:
-        group = group_of.get(id(node))
-        if group is None:
+        if id(node) not in places:
             return False
-        if node is group[0]:
+        group, at, step = places[id(node)]
+        if node is group[0][0]:
             with suppress(Unsupported):
-                merged[id(group)] = _merged(group, rewriter)
-        if id(group) not in merged:
+                made[id(group)] = [_merged(step, rewriter)]
+        if id(group) not in made:
             return False
-        start = sum(_rows(other) for other in group[: next(i for i, n in enumerate(group) if n is node)])
-        piece = rewriter.emit(
-            "aten.slice.Tensor", node.loc, self=merged[id(group)], dim=-1, start=start, end=start + _rows(node)
-        )
-        rewriter.replace(node.outputs[0], piece)
+        found = made[id(group)]
+        if at == len(found):
+            found.append(steps.emit(step, group[at - 1], found[-1], rewriter))
+        if step is group[-1]:
+            which = next(i for i, n in enumerate(step) if n is node)
+            start = sum(map(_rows, group[0][:which]))
+            end = start + _rows(group[0][which])
+            piece = rewriter.emit("aten.slice.Tensor", node.loc, self=found[-1], dim=-1, start=start, end=end)
+            rewriter.replace(node.outputs[0], piece)
         return True
 
     return rewrite(graph, infer, visit)
+
+
+def _first(graph: Graph, nodes: Set[int]) -> Graph:
+    """The graph with these nodes, by id, before all others."""
+    return replace(graph, nodes=tuple(sorted(graph.nodes, key=lambda node: id(node) not in nodes)))
+
+
+def _is_whole(results: list[Node], readers: Users) -> bool:
+    """Nothing more is computed of the elements of these results alone."""
+    return not any(
+        is_pointwise(reader) for node in results for value in node.results for reader in readers.get(value.name, ())
+    )
 
 
 def _weights(graph: Graph) -> tuple[set[str], list[Node]]:
@@ -121,7 +147,7 @@ def _independent(graph: Graph, layers: Mapping[int, object]) -> dict[object, lis
 
 def _group(node: Node, weights: set[str]) -> object:
     """The properties that layers must share to merge; None for other nodes."""
-    if node.op not in (LINEAR, SCALED_MM) or node.kind != "op":
+    if node.op not in (LINEAR, INT_MM, SCALED_MM) or node.kind != "op":
         return None
     source, weight = (node.arg(name) for name in PRODUCTS[node.op][:2])
     if not isinstance(source, Value) or not isinstance(weight, Value) or not isinstance(weight.type, TensorType):
@@ -173,7 +199,9 @@ def _merged(group: list[Node], rewriter: Rewriter) -> Value:
         args[second] = cat(weights)
     else:  # its rows are to stay contiguous along K
         rows = cat([rewriter.emit("aten.t.default", loc, self=weight) for weight in weights])
-        args |= {second: rewriter.emit("aten.t.default", loc, self=rows), SCALE: cat(list(map(scale_of, group)), dim=1)}
+        args[second] = rewriter.emit("aten.t.default", loc, self=rows)
+    if op == SCALED_MM:
+        args[SCALE] = cat(list(map(scale_of, group)), dim=1)
     if any(node.arg("bias") is not None for node in group):
         args["bias"] = cat([bias_of(node) for node in group])
     order = aten.schema(aten.overload(op))

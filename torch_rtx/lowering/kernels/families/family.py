@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch_rtx.dtypes import DTYPES
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Graph, Node, Value
 from torch_rtx.lowering.kernels.body_builder import flat
 from torch_rtx.lowering.kernels.gemm_perf_model import typical
 from torch_rtx.lowering.kernels.kernel import Kernel
-from torch_rtx.lowering.kernels.region import Region
+from torch_rtx.lowering.kernels.region import Region, tensor_type
 from torch_rtx.op_work import flops
 from torch_rtx.targets import Arch
 
@@ -76,7 +77,8 @@ def library_us(
         rate: of its dtype relative to f16.
     """
     assert region.anchor is not None
-    rates, work = arch.library, flops(region.anchor, typical)
+    (operand, *_), rates = map(tensor_type, region.anchor.inputs), arch.library
+    work = flops(region.anchor, typical) / max(DTYPES[operand.dtype].tensor_rate or 1.0, 1.0)  # as if of halves
     if rates is None or work <= rates.large[kind] or not usual:
         return before_us + SLOWER * us
     overhead_us, flops_per_us = rates.call[kind]
