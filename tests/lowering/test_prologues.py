@@ -14,7 +14,7 @@ import torch_rtx
 from benchmarks.numerics import assert_right
 from tests.doubles.interpreter import run
 from torch_rtx.backend import program_cache
-from torch_rtx.ir import Node, kernel_nodes
+from torch_rtx.ir import Node, TensorType, kernel_nodes
 from torch_rtx.lowering.kernels.generate import forms
 from torch_rtx.settings import CompilationSettings
 from torch_rtx.tactics import OWN, KernelTable
@@ -63,6 +63,63 @@ class Float8(Int8):
         self.register_buffer("weight", torch.randn(64, 128).to(dtype))
 
 
+PACKINGS = ("low first", "high first", "words", "words of rows", "halves", "blocks")
+NF4 = torch.linspace(-1, 1, 16) ** 3
+
+
+class Packed(nn.Module):
+    """A layer of 4-bit weights in one of PACKINGS, or "table" for numbers from a table, with a scale, and a zero point
+    or a minimum, for each group; as plain PyTorch operations."""
+
+    def __init__(self, packing: str, columns: int, depth: int, group: int, dtype: torch.dtype, zero: str = "") -> None:
+        super().__init__()
+        self.packing, self.shape, self.group, self.zero = packing, (columns, depth), group, zero
+        words = packing.startswith("words")
+        shape = {"words": (columns, depth // 8), "words of rows": (depth // 8, columns)}.get(
+            packing, (columns, depth // 2)
+        )
+        low, high, kind = (-(2**31), 2**31, torch.int32) if words else (0, 256, torch.uint8)
+        self.register_buffer("packed", torch.randint(low, high, shape, dtype=kind))
+        self.register_buffer("scale", (torch.rand(columns, depth // group, 1) / 100 + 0.01).to(dtype))
+        zeros = torch.randint(0, 16, (columns, depth // group, 1))
+        self.register_buffer("point", zeros.to(torch.int8 if zero == "integers" else dtype))
+        self.register_buffer("table", NF4.to(dtype))
+
+    def codes(self) -> torch.Tensor:
+        """[columns, depth], of some integer dtype."""
+        packed, (columns, depth) = self.packed, self.shape
+        shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=packed.device)
+        match self.packing:
+            case "words":
+                return (packed.unsqueeze(-1) >> shifts & 15).view(columns, depth)
+            case "words of rows":
+                found = torch.bitwise_right_shift(packed.unsqueeze(1), shifts.view(1, 8, 1)) & 15
+                return found.to(torch.int8).view(depth, columns).t()
+            case "halves":
+                pairs = packed.view(columns, -1, 1, 16)
+                return torch.cat([pairs & 15, pairs >> 4], 2).view(columns, depth).to(torch.int8) - 8
+            case "blocks":
+                return (
+                    packed.view(columns, -1, 1, 16)
+                    >> torch.tensor([0, 4], dtype=torch.uint8, device=packed.device).view(2, 1)
+                    & 15
+                )
+        pair = [packed & 15, packed >> 4]
+        return torch.stack(pair[:: -1 if self.packing == "high first" else 1], -1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        (columns, depth), dtype = self.shape, self.scale.dtype
+        codes = self.codes().reshape(columns, depth // self.group, self.group)
+        wide = self.table[codes.long()] if self.packing == "table" else codes.to(dtype)
+        if self.zero == "minimum":
+            wide = wide * self.scale - self.point.to(dtype) * self.scale
+        elif self.zero:
+            wide = (wide - self.point.to(dtype)) * self.scale
+        else:
+            wide = wide * self.scale
+        return nn.functional.linear(x, wide.view(columns, depth))
+
+
 class Shared(Int8):
     """Two products read one wide weight."""
 
@@ -95,15 +152,64 @@ def product(module: torch_rtx.CompiledModule) -> Node:
 def test_packed_weights_are_widened_in_the_products_kernel(make: type[nn.Module], rows: int) -> None:
     model, x = make().eval(), torch.randn(rows, 128).half()
     module = compiled(model, x)
-    node = product(module)
     assert len(module.engine.graph.nodes) == 1
-    assert {"i8", "u8", "f8e4m3fn", "f8e5m2"} & set(stored(module).values())
-    assert not any(weight.recipe for weight in module.engine.graph.weights)
-    exact = copy.deepcopy(model).double()(x.double())
+    assert {"i8", "u8", "i32", "f8e4m3fn", "f8e5m2"} & set(stored(module).values())
+    check(module, model, x)
+
+
+@pytest.mark.parametrize("case", range(7))
+def test_packings(case: int) -> None:
+    """One layout in memory for all, of the same bytes, with other columns, rows and groups for each."""
+    packing, zero = (*PACKINGS, "table")[case], ("", "floats", "integers", "minimum")[case % 4]
+    rows, columns, depth = (1, 3, 16, 33)[case % 4], (24, 19, 40)[case % 3], (256, 384, 512)[case % 3]
+    dtype, group = (torch.float16, torch.bfloat16)[case % 2], (32, 64, 128)[case % 3]
+    model, other = (Packed(packing, columns, depth, group, dtype, zero).eval() for _ in range(2))
+    x = torch.randn(rows, depth).to(dtype)
+    module = compiled(model, x)
+    assert len(module.engine.graph.nodes) == 1
+    words = next(w for w in module.engine.graph.weights if "packed" in w.names)
+    assert words.value.type == TensorType("i32", (columns, depth // 8), (depth // 8, 1))
+    check(module, model, x)
+    check(module, other, x)
+
+
+class Blocks(nn.Module):
+    """Blocks of 32 integers of 8 or 4 bits, each after its scale, as files of language models have them."""
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        scales = (torch.rand(24 * 8, 1) / 100 + 0.01).half().view(torch.uint8)
+        integers = torch.randint(0, 256, (24 * 8, 4 * bits), dtype=torch.uint8)
+        self.bits, self.blocks = bits, nn.Buffer(torch.cat([scales, integers], 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scale, codes = self.blocks.split([2, 4 * self.bits], 1)
+        if self.bits == 4:
+            shifts = torch.tensor([0, 4], dtype=torch.uint8, device=codes.device).view(1, 1, 2, 1)
+            codes = codes.reshape(-1, 1, 1, 16) >> shifts
+            codes = (codes & 15).reshape(-1, 32).view(torch.int8) - 8
+        wide = scale.contiguous().view(torch.float16).to(x.dtype) * codes.contiguous().view(torch.int8)
+        return nn.functional.linear(x, wide.view(24, 256))
+
+
+@pytest.mark.parametrize(("bits", "stored"), [(8, "u8[192, 32]"), (4, "i32[24, 32]")])
+def test_blocks_part_from_their_scales(bits: int, stored: str) -> None:
+    """So that loads are aligned: integers next to each other, and the scales by columns."""
+    model, x = Blocks(bits).eval(), torch.randn(5, 256).half()
+    module = compiled(model, x)
+    assert len(module.engine.graph.nodes) == 1
+    assert {str(weight.value.type) for weight in module.engine.graph.weights} == {stored, "f32[8, 24]"}
+    check(module, model, x)
+
+
+def check(module: torch_rtx.CompiledModule, model: nn.Module, x: torch.Tensor) -> None:
+    """The kernel of the only product is right, with the weights that `module` gets of `model`."""
+    node = product(module)
     module.refit(model)
     by_name = dict(zip((w.value.name for w in module.engine.graph.weights), module._store.values, strict=True))
     inputs = [by_name.get(value.name, x) for value in node.inputs]
     assert node.body is not None
+    exact = copy.deepcopy(model).double()(x.double())
     for sm in (80, 90):
         head = next(head for head, _ in forms(node.body, node.op, arch_of(sm)) if OWN in head.kernels)
         output = torch.full_like(model(x), torch.nan)

@@ -12,9 +12,23 @@ from collections.abc import Iterable
 from torch_rtx.dtypes import DTYPES, INT
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Node, TensorType
-from torch_rtx.lowering.kernels.kernel_ir import Const, Load, Pointwise, Select, Tensor, View, everything, load
+from torch_rtx.lowering.kernels.index import product
+from torch_rtx.lowering.kernels.kernel_ir import (
+    Const,
+    Gather,
+    Iota,
+    Load,
+    Pointwise,
+    Select,
+    Tensor,
+    View,
+    everything,
+    load,
+)
 from torch_rtx.lowering.kernels.region import express, tensor_type
 
+SIMPLE = Load | Const | Iota | Pointwise | View | Select
+TABLE = 256
 MIN_GROWTH = 1.5  # bytes of the result over bytes of its inputs; f16 from int8 has nearly 2
 
 
@@ -25,14 +39,21 @@ def nbytes(type_: TensorType) -> int | None:
 
 
 def is_elementwise(node: Node) -> bool:
-    """Whether each element that `node` computes comes from elements at known positions: it does not look anything up,
-    where integers are positions and not values, and reduces nothing."""
+    """Whether each element that `node` computes comes from elements at known positions, or from a short list: it does
+    not look anything else up, where integers are positions and not values, and reduces nothing."""
     try:
         values: dict[str, Tensor] = {value.name: load(value.name, tensor_type(value)) for value in node.inputs}
         tensors = everything(express(node, values).values())
     except Unsupported:
         return False
-    return all(isinstance(tensor, Load | Const | Pointwise | View | Select) for tensor in tensors)
+    return all(isinstance(tensor, SIMPLE) or _is_lookup(tensor) for tensor in tensors)
+
+
+def _is_lookup(tensor: Tensor) -> bool:
+    """Whether the values of `tensor` come from a list of at most TABLE, such as those that 4 bits stand for."""
+    if not isinstance(tensor, Gather) or not isinstance(tensor.source, Load) or len(tensor.source.shape) != 1:
+        return False
+    return 0 < (product(tensor.source.shape).number or 0) <= TABLE
 
 
 def widens(sources: Iterable[TensorType], result: TensorType) -> bool:

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from torch_rtx.dtypes import INTS, highest, lowest
 from torch_rtx.lowering.kernels.emit import Emitter, Operand
 from torch_rtx.lowering.kernels.expressions import Apply, Arg, Expression, operations
 from torch_rtx.lowering.kernels.index import Index, constant, substitute, variable
@@ -23,7 +24,8 @@ from torch_rtx.lowering.kernels.kernel_ir import Const, Iota, Load, Pointwise, P
 from torch_rtx.lowering.kernels.triton_ops import template, tl_dtype
 
 BITS, PARTS = 4, 8  # of a value, and values of a word
-RUNS = (64, 32, 16)  # words of a run: a kernel reads as many values of the other operand at once
+MASK = (1 << BITS) - 1
+RUNS = (32, 16)  # words of a run, best first: a kernel reads as many values of the other operand at once
 WORD = "word"
 # The number 2**n whose last bit counts 1, and its bits in both halves of a word.
 MAGIC = {"f16": (1024.0, 0x64006400), "bf16": (128.0, 0x43004300)}
@@ -31,37 +33,49 @@ EXACT = frozenset({"add", "sub", "mul"})  # the tensor's own dtype rounds these 
 
 
 class Nibble(NamedTuple):
-    """4 bits of a word: the word's tensor, the position in it, and the first bit."""
+    """4 bits of a word and a number: the word's tensor, the position in it, the first bit, and what is added."""
 
     words: Tensor
     position: Position
     bit: Index
+    added: int
 
 
 def nibble(tensor: Tensor, position: Position) -> Nibble | None:
-    """What `tensor` is at `position` if that is `words >> bit & 15`."""
-    both, position = _bare(tensor, position)
+    """What `tensor` is at `position` if that is `(words >> bit & 15) + added`."""
+    both, position, held = _bare(tensor, position)
+    added = 0
+    match both:
+        case Pointwise(expression=Apply("add", (Arg(0), Arg(1))), args=(inner, Const(value=int() as added))):
+            held.append(both.dtype)
+            both, position, _ = _bare(inner, position)
     if not isinstance(both, Pointwise) or not _is(both, "and"):
         return None
-    (shifted, at), (mask, _) = (_bare(one, position) for one in both.args)
+    (shifted, at, _), (mask, *_) = (_bare(one, position) for one in both.args)
     if not isinstance(shifted, Pointwise) or not _is(shifted, "shr") or not isinstance(mask, Const):
         return None
-    words, (by, at_by) = shifted.args[0], _bare(shifted.args[1], at)
-    if mask.value != (1 << BITS) - 1 or words.dtype != "i32" or not isinstance(by, Iota):
+    words, (by, at_by, _) = shifted.args[0], _bare(shifted.args[1], at)
+    if mask.value != MASK or words.dtype != "i32" or not isinstance(by, Iota):
         return None
-    return Nibble(words, at, by.at(at_by))
+    fits = all(lowest(dtype) <= added and added + MASK <= highest(dtype) for dtype in held)
+    return Nibble(words, at, by.at(at_by), added) if fits else None
 
 
-def _bare(tensor: Tensor, position: Position) -> tuple[Tensor, Position]:
-    """What `tensor` at `position` is behind views and casts of integers."""
+def _bare(tensor: Tensor, position: Position) -> tuple[Tensor, Position, list[str]]:
+    """What `tensor` at `position` is behind views and casts of integers, and the dtypes of these casts."""
+    dtypes: list[str] = []
     while True:
         match tensor:
             case View():
-                tensor, position = tensor.source, tensor.at(position)
-            case Pointwise(expression=Apply("cast", (Arg(0),), "i8" | "u8" | "i32" | "i64")) if tensor.dtype[0] in "iu":
-                tensor = tensor.args[0]
+                position = tensor.at(position)
+                tensor = tensor.source
+            case Pointwise(expression=Apply("cast", (Arg(0),)), args=(inner,)) if {tensor.dtype, inner.dtype} <= {
+                *INTS
+            }:
+                dtypes.append(tensor.dtype)
+                tensor = inner
             case _:
-                return tensor, position
+                return tensor, position, dtypes
 
 
 def _is(tensor: Pointwise, op: str) -> bool:
@@ -112,7 +126,7 @@ def as_float(emitter: Emitter, found: Nibble, dtype: str) -> Operand | None:
     word = emitter.value(found.words, found.position)
     pair = emitter.named(f"({word.text} >> {bit % 16}) & 0x000F000F | {bits:#x}", word.axes)
     half = f"({pair.text} >> 16)" if bit >= 16 else pair.text
-    return emitter.named(f"{half}.to(tl.int16).to({tl_dtype(dtype)}, bitcast=True) - {number}", word.axes)
+    return emitter.named(f"{half}.to(tl.int16).to({tl_dtype(dtype)}, bitcast=True) - {number - found.added}", word.axes)
 
 
 def in_halves(emitter: Emitter, tensor: Tensor, position: Position, dtype: str) -> Operand | None:
@@ -135,7 +149,7 @@ def in_halves(emitter: Emitter, tensor: Tensor, position: Position, dtype: str) 
                 if found is None:
                     return None
                 args.append(found)
-            text = template(tensor.expression, [dtype for _ in args]).format(*(arg.text for arg in args))
+            text = template(tensor.expression, [dtype] * len(args)).format(*(arg.text for arg in args))
             return emitter.named(text, frozenset[str]().union(*(arg.axes for arg in args)))
     return None
 

@@ -55,7 +55,7 @@ def hoist_weights(graph: Graph, infer: Inference, targets: tuple[Target, ...] = 
     weights = [*graph.weights]
     for name in dict.fromkeys(value.name for node in rest for value in node.inputs if value.name in stored):
         value = next(v for v in made[name].outputs if v is not None and v.name == name)
-        weights.append(_weight(value, made, source))
+        weights.append(as_weight(value, made, source))
     return replace(graph, weights=tuple(weights), nodes=tuple(rest))
 
 
@@ -69,14 +69,14 @@ def _prologues(rest: list[Node], made: dict[str, Node], source: dict[str, Weight
             types = [type_ for one in stored.values() if isinstance(type_ := one.type, TensorType)]
             assert isinstance(value.type, TensorType)
             chain = list(_between(value, stored, made))
-            if widens(types, value.type) and all(map(is_elementwise, chain)):
+            if widens(types, value.type):
                 yield from chain
 
 
 def _smallest(value: Value, made: dict[str, Node], source: dict[str, Weight]) -> dict[str, Value]:
-    """The values, by name, that `value` can be computed from with the least memory; ties go to those nearest to the
-    parameters."""
-    if value.name in source:
+    """The values, by name, that `value` can be computed from element by element with the least memory; ties go to those
+    nearest to the parameters."""
+    if value.name in source or not is_elementwise(made[value.name]):
         return {value.name: value}
     below = {name: one for given in made[value.name].inputs for name, one in _smallest(given, made, source).items()}
     own = {value.name: value}
@@ -119,8 +119,8 @@ def _bytes(type_: object) -> int:
     return math.prod(type_.shape) * aten.DTYPES[type_.dtype].itemsize  # type: ignore[arg-type]
 
 
-def _weight(value: Value, made: dict[str, Node], source: dict[str, Weight]) -> Weight:
-    """`value` as a weight, with the recipe that computes it."""
+def as_weight(value: Value, made: dict[str, Node], source: dict[str, Weight]) -> Weight:
+    """`value` as a weight, with the recipe that computes it from those in `source` by the nodes in `made`."""
     nodes: dict[int, Node] = {}
     inputs: dict[str, Value] = {}
 

@@ -48,7 +48,6 @@ from torch_rtx.lowering.kernels.index import Index, constant, from_dim, variable
 from torch_rtx.lowering.kernels.kernel_ir import (
     Const,
     Iota,
-    Pointwise,
     Scalar,
     Tensor,
     View,
@@ -490,11 +489,18 @@ for _name in ("and", "or", "xor"):
     op(*_overloads)(partial(_bitwise, apply(_name, A, B)))
 
 
-def _shift(expression: Expression, self: Tensor, other: Operand, *, out: Types) -> Tensor:
+def _shift(op: str, self: Operand, other: Operand, *, out: Types) -> Tensor:
+    """A shift by a number that is negative or at least the bits there are leaves 0, or to the right the sign."""
     dtype = out[0].dtype
-    if dtype not in INTS or not _is_below(other, DTYPES[dtype].bits):
-        raise Unsupported("a shift by a number that is not known, or that shifts everything out")
-    return compute(expression, out, self, other)
+    if dtype not in INTS:
+        raise Unsupported(f"a shift of dtype {dtype}")
+    most = DTYPES[dtype].bits - DTYPES[dtype].signed
+    by = tensor(other, dtype)
+    if _is_below(other, DTYPES[dtype].bits):
+        return compute(apply(op, A, B), out, self, by)
+    if op == "shl":
+        return compute(where((B < 0) | (most < B), 0, apply(op, A, where((B < 0) | (most < B), 0, B))), out, self, by)
+    return compute(apply(op, A, where((B < 0) | (most < B), most, B)), out, self, by)
 
 
 def _is_below(operand: Operand, limit: int) -> bool:
@@ -502,19 +508,17 @@ def _is_below(operand: Operand, limit: int) -> bool:
     if not isinstance(operand, Tensor):
         return isinstance(operand, int) and 0 <= operand < limit
     position = tuple(variable(f"A{axis}", size) for axis, size in enumerate(operand.shape))
-    while isinstance(operand, View | Pointwise):
-        if isinstance(operand, View):
-            operand, position = operand.source, operand.at(position)
-        elif operand.same_register is not None:
-            operand = operand.same_register
-        else:
-            return False
+    while isinstance(operand, View):
+        position = operand.at(position)
+        operand = operand.source
     return isinstance(operand, Iota) and within(operand.at(position), constant(limit))
 
 
 for _name, _op in {"left": "shl", "right": "shr"}.items():
-    _calls = (f"bitwise_{_name}_shift.Tensor", f"bitwise_{_name}_shift.Tensor_Scalar", f"__{_name[0]}shift__.Scalar")
-    op(*_calls)(partial(_shift, apply(_op, A, B)))
+    _tensor, _scalar = (f"__{_name[0]}shift__.{kind}" for kind in ("Tensor", "Scalar"))
+    op(_tensor, _scalar, *(f"bitwise_{_name}_shift.{kind}" for kind in ("Tensor", "Tensor_Scalar")))(
+        partial(_shift, _op)
+    )
 
 
 @op("bitwise_not.default")

@@ -342,7 +342,8 @@ def _arange(start: Operand, step: Operand, out: Types) -> Tensor:
     found = positions(shape_of(out), 0)
     if all(isinstance(x, int) and x >= 0 for x in (start, step)):
         first, by = (constant(int(x)) for x in (start, step))  # type: ignore[arg-type]
-        return cast(Iota(found.shape, "i64", lambda position: position[0] * by + first), dtype)
+        at = Iota(found.shape, dtype if dtype in INTS else "i64", lambda position: position[0] * by + first)
+        return cast(at, dtype)
     held = register(dtype)
     values = (tensor(x, held) for x in (found, step, start))
     return cast(pointwise(A * B + C, held, *values), dtype)
