@@ -49,10 +49,10 @@ def rounded(x: torch.Tensor, name: str) -> torch.Tensor:
 
 
 def numbers(dtype: str) -> torch.Tensor:
-    """Numbers of a dtype where rounding to float8 could go wrong: all of halves, and borders of both dtypes."""
-    if dtype in ("f16", "bf16"):
-        return torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(DTYPES[dtype])
-    found = [torch.randn(4096, dtype=torch.float64) * 2.0**power for power in range(-20, 20, 4)]
+    """Numbers of a dtype where rounding to float8 could go wrong: all of f16, many others, and borders of float8."""
+    if dtype == "f16":
+        return torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(torch.float16)
+    found = [torch.randn(512, dtype=torch.float64) * 2.0**power for power in range(-20, 20, 4)]
     for name in FLOAT8:
         every = torch.arange(128, dtype=torch.uint8).view(DTYPES[name]).double()
         every = every[every.isfinite()]
@@ -96,7 +96,7 @@ return q, y, z
 def test_numbers_of_a_program(name: str) -> None:
     packing = ROWS[name].packing
     assert packing is not None
-    x = numbers("f32")[::61]
+    x = numbers("f32")[::29]
     nearest = torch.tensor([packing.nearest(float(one)) for one in x])
     assert same(nearest, rounded(x, name).float())
 
