@@ -43,7 +43,7 @@ ARROWS = {
         *("dtypes", "errors", "ir", "irparse", "optable", "profiles", "manifest", "tactics", "tactics_v4", "aten"),
         "accumulation",
     },
-    "inspection": {"engine", "ir", "manifest", "op_work", "profiles", "tactics"},
+    "inspection": {"engine", "ir", "manifest", "op_work", "profiles", "tactics", "targets"},
     "cache": {"errors"},
     "lowering": {
         *("accumulation", "dtypes", "errors", "ir", "op_work", "aten", "settings", "targets", "lowering.kernels"),

@@ -11,8 +11,10 @@ from torch_rtx import tactics
 from torch_rtx.engine import DTYPES, Path, names_of_sizes, needs_trust, parse_header, program_of, reading
 from torch_rtx.ir import Loc, Node, TensorType, Value
 from torch_rtx.manifest import Manifest
-from torch_rtx.op_work import ANCHORS, PRODUCTS
+from torch_rtx.op_work import ANCHORS, PRODUCTS, SCALED_MM, scales_of
 from torch_rtx.profiles import Shape, profiles_of, shapes, shapes_text
+from torch_rtx.tactics import KernelTable
+from torch_rtx.targets import Arch, by_age, lacks
 
 
 @dataclass(frozen=True)
@@ -36,15 +38,19 @@ class LayerInfo:
         operands: the dtypes, as the IR names them, of what is multiplied: a weight that the kernel unpacks is "f16 from
             i8".
         result: the dtype of the result.
+        emulated: the targets, oldest first, that have no instruction for these operands, so that their kernels multiply
+            wider ones, with the same result.
     """
 
     name: str
     op: str
     operands: tuple[str, ...]
     result: str
+    emulated: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.name}: {' x '.join(self.operands)} -> {self.result}"
+        note = f", emulated on {', '.join(self.emulated)}" if self.emulated else ""
+        return f"{self.name}: {' x '.join(self.operands)} -> {self.result}{note}"
 
 
 @dataclass(frozen=True)
@@ -134,7 +140,7 @@ def inspect(path: Path) -> Inspection:
         tuple(shapes(graph, profile) for profile in profiles_of(graph, header.manifest.profiles)),
         sizes,
         needs_trust(graph),
-        tuple(_layers(graph.nodes)),
+        tuple(_layers(graph.nodes, table)),
     )
 
 
@@ -142,7 +148,7 @@ _FACTORS = {op: (names.first, names.second) for op, names in PRODUCTS.items()}
 _FACTORS_OF = {"conv": ("input", "weight"), "attention": ("query", "key", "value")}
 
 
-def _layers(nodes: Sequence[Node], kernel: Node | None = None) -> Iterator[LayerInfo]:
+def _layers(nodes: Sequence[Node], table: KernelTable, kernel: Node | None = None) -> Iterator[LayerInfo]:
     """The layers among `nodes`: those of a program, or those in the body of a kernel."""
     made = {value.name: node for node in nodes for value in node.results} if kernel is not None else {}
     for node in nodes:
@@ -151,9 +157,19 @@ def _layers(nodes: Sequence[Node], kernel: Node | None = None) -> Iterator[Layer
         if factors and node.results:
             outer = kernel or node
             operands = tuple(_operand(value, made) for value in factors)
-            yield LayerInfo(_place(outer.loc) or outer.op, node.op, operands, _dtype(node.results[0]))
+            targets = by_age(table.tactics.get(outer.op, {}))
+            emulated = tuple(str(target) for target in targets if _is_emulated(node, factors, target.arch))
+            yield LayerInfo(_place(outer.loc) or outer.op, node.op, operands, _dtype(node.results[0]), emulated)
         elif node.body is not None:
-            yield from _layers(node.body.nodes, kernel or node)
+            yield from _layers(node.body.nodes, table, kernel or node)
+
+
+def _is_emulated(node: Node, factors: Sequence[Value], arch: Arch) -> bool:
+    """See `LayerInfo.emulated`."""
+    types = {name: attr.type for name, attr in node.args if isinstance(attr, Value)}
+    if node.op == SCALED_MM and scales_of(types) == "by block":  # type: ignore[arg-type]
+        return "block_scale" not in arch.features
+    return any(lacks(arch, _dtype(value)) for value in factors)
 
 
 def _operand(value: Value, made: Mapping[str, Node]) -> str:

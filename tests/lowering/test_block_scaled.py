@@ -141,6 +141,17 @@ def test_files_and_refit(tmp_path: Path) -> None:
         module.refit({**other.state_dict(), "data": other.data.view(torch.uint8)})
 
 
+def test_targets_without_the_instruction(tmp_path: Path) -> None:
+    """They are no error, also where they are named one by one: what they compute is exact. `inspect` names them."""
+    targets = ("sm_80", "sm_120")
+    settings = CompilationSettings(device="cuda", targets=targets, reuse_cached_engines=False, strip_weights=False)
+    module = torch_rtx.compile(Scaled("nvfp4"), (torch.randn(ROWS, DEPTH),), settings=settings)
+    torch_rtx.save(module, tmp_path / "model.rtx")
+    (layer,) = torch_rtx.inspect(tmp_path / "model.rtx").layers
+    assert layer.emulated == ("sm_80",)
+    assert str(layer).endswith("f4e2m1fn_x2 from u8 x f4e2m1fn_x2 -> f32, emulated on sm_80")
+
+
 def test_a_live_model() -> None:
     model, x = Scaled("nvfp4"), torch.randn(ROWS, DEPTH)
     with torch.no_grad():
