@@ -183,6 +183,37 @@ def _data(parts: list[Tensor], format_: BlockFormat) -> Tensor:
 # ---- products --------------------------------------------------------------------------------------------------------
 
 
+def linear(
+    x: Tensor,
+    weight: tuple[Tensor, Tensor],
+    name: str,
+    bias: Tensor | None = None,
+    weight_scale: Tensor | None = None,
+    input_scale: Tensor | None = None,
+) -> Tensor:
+    """`F.linear` of activations that the call quantizes, in the dtype of `x`: a kernel that quantizes, and one product.
+
+    Args:
+        x: [..., in_features].
+        weight: data [out_features, in_features], or half as many columns of e2m1, and scales in the layout of products,
+            see `to_blocked`.
+        name: the format of both, a key of FORMATS.
+        bias: [out_features].
+        weight_scale, input_scale: f32[]: see `quantize_nvfp4`, which alone has them.
+
+    Raises:
+        ValueError: in_features is no multiple of the block, or no format has this name.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    data, scales = quantize_nvfp4(rows, input_scale) if name == "nvfp4" else quantize_mx(rows, name)
+    operands = data, weight[0].t(), to_blocked(scales), weight[1]
+    total = torch.ops.aten._scaled_mm.default(*operands, out_dtype=torch.float32)
+    for scale in (weight_scale, input_scale):
+        total = total if scale is None else total * scale
+    total = total if bias is None else total + bias
+    return total.to(x.dtype).view(*x.shape[:-1], total.shape[-1])
+
+
 def block_scaled_mm(
     self: Tensor, mat2: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:

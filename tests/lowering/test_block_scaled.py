@@ -16,6 +16,7 @@ from torch_rtx.backend import program_cache
 from torch_rtx.block_formats import (
     dequantize,
     from_blocked,
+    linear,
     quantize_mx,
     quantize_nvfp4,
     to_blocked,
@@ -58,6 +59,14 @@ class Scaled(nn.Module):
         left = dequantize(data, scales).double()
         right = dequantize(self.data, from_blocked(self.scales, COLUMNS, scales.shape[1])).double()
         return torch.relu(left @ right.T * self.factor + self.bias)
+
+
+class Linear(Scaled):
+    """The same by `block_formats.linear`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        own = self.tensor_scale if self.name == "nvfp4" else None
+        return torch.relu(linear(x, (self.data, self.scales), self.name, self.bias, own, own))
 
 
 class Recipe(Scaled):
@@ -120,9 +129,9 @@ def test_a_layer_is_two_kernels(name: str, dynamic: bool) -> None:
         torch.testing.assert_close(module(x).double(), exact, rtol=1e-5, atol=1e-4 * float(exact.abs().max()))
 
 
-@pytest.mark.parametrize("name", ["mxfp8", "nvfp4"])
-def test_recipes(name: str) -> None:
-    model, x = Recipe(name), torch.randn(ROWS, DEPTH)
+@pytest.mark.parametrize(("make", "name"), [(Recipe, "mxfp8"), (Recipe, "nvfp4"), (Linear, "nvfp4")])
+def test_other_ways_to_write_it(make: type[Scaled], name: str) -> None:
+    model, x = make(name), torch.randn(ROWS, DEPTH)
     module = compiled(model, x)
     assert [node.kind for node in module.engine.graph.nodes] == ["kernel"] * 2
     with torch.no_grad():

@@ -84,6 +84,14 @@ class Side:
         inside = row % group * constant(4) + row % tall // group
         return unravel((tile * tall + inside) * wide + block % wide, self.scales.shape)
 
+    def along(self, row: Index) -> Callable[[Index], Position]:
+        """The positions of the elements of a row."""
+        return lambda element: self.at(row, element)
+
+    def scales_along(self, row: Index) -> Callable[[Index], Position]:
+        """The positions of the scales of a row."""
+        return lambda block: self.scale_at(row, block)
+
     def values(self, dtype: str) -> Tensor:
         """The values times their scales, of the shape of `data` with K in place of its elements, as `dtype`."""
         per, k_axis = constant(self.per_element), 1 - self.row
@@ -194,13 +202,13 @@ class BlockScaledWriter(TileWriter):
         lines = [f"{ROWS_OF_B} = tl.reshape({N}, [{columns.block}, 1])"]
         if as_rows.mask:
             lines.append(f"{as_rows.mask} = {ROWS_OF_B} < {from_dim(self.columns)}")
-        left = loads.tile("a", rows, KA, data, a.data, lambda k: a.at(self.m, k))
-        scale = loads.tile("s", rows, SA, scales, a.scales, lambda k: a.scale_at(self.m, k))
+        left = loads.tile("a", rows, KA, data, a.data, a.along(self.m))
+        scale = loads.tile("s", rows, SA, scales, a.scales, a.scales_along(self.m))
         totals, dots, formats = [], [], [f'"{FORMATS[side.data.dtype]}"' for side in (a, b)]
         for which, column in enumerate(self.indexing.columns):
             row = substitute(column, {N: variable(ROWS_OF_B, self.indexing.width)})
-            right = loads.tile(f"b{which}", columns, KB, data, b.data, lambda k, n=column: b.at(n, k))
-            other = loads.tile(f"t{which}", as_rows, SB, scales, b.scales, lambda k, n=row: b.scale_at(n, k))
+            right = loads.tile(f"b{which}", columns, KB, data, b.data, b.along(column))
+            other = loads.tile(f"t{which}", as_rows, SB, scales, b.scales, b.scales_along(row))
             totals.append(Operand(f"acc{which}", frozenset((M, N))))
             given = f"{left}, {scale}, {formats[0]}, {right}, {other}, {formats[1]}, {totals[-1].text}"
             dots.append(f"{totals[-1].text} = tl.dot_scaled({given})")

@@ -258,8 +258,10 @@ def ranked_configs(region: Region, contraction: Contraction, arch: Arch, input_p
     best = [config for _, config in _ranked(problem, _is_gemv(contraction) and not block_scaled, arch)]
     tiles = [(config.gemv, config.block_m, config.width) for config in best]
     kept = [config for at, config in enumerate(best) if tiles[:at].count(tiles[at]) < MAX_PER_TILE][:MAX_CONFIGS]
-    options = {"input_precision": precision, "promoted": problem.promoted, "block_scaled": block_scaled}
-    return [replace(config, **options) for config in kept]
+    return [
+        replace(config, input_precision=precision, promoted=problem.promoted, block_scaled=block_scaled)
+        for config in kept
+    ]
 
 
 def gemm_us(region: Region, contraction: Contraction, arch: Arch) -> float:

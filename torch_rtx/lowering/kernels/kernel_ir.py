@@ -261,8 +261,7 @@ def reinterpret(tensor: Tensor, dtype: str) -> Tensor:
     if isinstance(tensor, View):
         return replace(tensor, dtype=dtype, source=reinterpret(tensor.source, dtype))
     if tensor.dtype not in INTS:
-        known = isinstance(tensor, Pointwise) and tensor.expression is _AS_FLOAT.get(tensor.dtype)
-        tensor = tensor.args[0] if known else _packed(tensor, tensor.dtype) if bits == 8 else _as_int(tensor)
+        tensor = _packed(tensor, tensor.dtype) if bits == 8 else _as_int(tensor)
     if dtype in INTS:
         return cast(tensor, dtype)
     return _unpacked(cast(tensor, "u8"), dtype) if bits == 8 else pointwise(_AS_FLOAT[dtype], dtype, tensor)
@@ -272,6 +271,8 @@ _AS_FLOAT = {name: apply("as_float", A, dtype=name) for name in FLOATS if name n
 
 
 def _as_int(tensor: Tensor) -> Tensor:
+    if isinstance(tensor, Pointwise) and tensor.expression is _AS_FLOAT[tensor.dtype]:  # what it was made of
+        return tensor.args[0]
     return pointwise(apply("as_int", A, dtype=tensor.dtype), f"i{DTYPES[tensor.dtype].bits}", tensor)
 
 
