@@ -28,6 +28,7 @@ from torch_rtx.lowering.passes.fuse_column_sums import fuse_column_sums
 from torch_rtx.lowering.passes.fuse_horizontally import fuse_horizontally
 from torch_rtx.lowering.passes.hoist_weights import hoist_weights
 from torch_rtx.lowering.passes.merge_linears import merge_linears
+from torch_rtx.lowering.passes.move_numbers import move_numbers
 from torch_rtx.lowering.passes.pack_weights import pack_weights
 from torch_rtx.lowering.passes.pad_products import pad_products
 from torch_rtx.lowering.passes.raise_attention import raise_attention
@@ -152,6 +153,7 @@ PIPELINE = (
     Pass(pad_products, needs=("targets",)),
     Pass(channels_last, needs=("targets",)),
     Pass(write_in_place),
+    Pass(move_numbers, needs=("targets",)),
     Pass(hoist_weights, takes=("targets",)),
     Pass(pack_weights, needs=("targets", "weight_copies")),
     Pass(dce),
