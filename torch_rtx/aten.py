@@ -273,6 +273,28 @@ def _attention(
     return scores.softmax(-1).to(value.dtype) @ value
 
 
+def _int_conv(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    stride: Sequence[int] = (1,),
+    padding: Sequence[int] = (0,),
+    dilation: Sequence[int] = (1,),
+    groups: int = 1,
+) -> torch.Tensor:
+    """The convolution of int8 [N, C, ...] with int8 filters [F, C / groups, ...], summed in int32. As `aten._int_mm`,
+    it is undefined where a sum overflows, which takes at least 2**17 terms. Sums in float64 are exact until then.
+
+    Raises:
+        TypeError: an operand is not int8.
+    """
+    if input.dtype != torch.int8 or weight.dtype != torch.int8:
+        raise TypeError(f"int_conv takes int8, not {input.dtype} and {weight.dtype}")
+    rank = weight.dim() - 2
+    sizes = [list(given) * (rank if len(given) == 1 else 1) for given in (stride, padding, dilation)]
+    wide = (input.double(), weight.double(), None, *sizes, False, [0] * rank, groups)
+    return torch.ops.aten.convolution.default(*wide).to(torch.int32)
+
+
 # What kernels compute and ATen has no call for; where no kernel is launched, this runs.
 _LIBRARY = torch.library.Library("torch_rtx", "DEF")
 _LIBRARY.define(
@@ -285,3 +307,8 @@ _LIBRARY.define(
     " -> (Tensor, Tensor, Tensor)"
 )
 _LIBRARY.impl("attention_partial", _attention_partial, "CompositeImplicitAutograd")
+_LIBRARY.define(
+    "int_conv(Tensor input, Tensor weight, int[1] stride=1, int[1] padding=0, int[1] dilation=1, int groups=1)"
+    " -> Tensor"
+)
+_LIBRARY.impl("int_conv", _int_conv, "CompositeImplicitAutograd")

@@ -33,6 +33,7 @@ from torch_rtx.lowering.passes.raise_attention import raise_attention
 from torch_rtx.lowering.passes.raise_gelu import raise_gelu
 from torch_rtx.lowering.passes.raise_group_norm import raise_group_norm
 from torch_rtx.lowering.passes.raise_linear import raise_linear
+from torch_rtx.lowering.passes.raise_quantized import raise_quantized
 from torch_rtx.lowering.passes.read_in_place import read_in_place
 from torch_rtx.lowering.passes.simplify import simplify
 from torch_rtx.lowering.passes.simplify_masks import simplify_masks
@@ -138,6 +139,7 @@ PIPELINE = (
     Pass(raise_gelu),
     Pass(raise_group_norm),
     Pass(raise_linear),
+    Pass(raise_quantized, needs=("targets",)),
     Pass(simplify_masks),
     Pass(read_in_place, needs=("targets",)),
     Pass(fold_batch_norm),
