@@ -295,6 +295,20 @@ def _int_conv(
     return torch.ops.aten.convolution.default(*wide).to(torch.int32)
 
 
+def _to_int8(self: torch.Tensor) -> torch.Tensor:
+    """Whole numbers as int8, for recipes of weights; waits for the device.
+
+    Raises:
+        OverflowError: one does not fit.
+    """
+    narrow = self.to(torch.int8)
+    captured = self.is_cuda and torch.cuda.is_current_stream_capturing()
+    if not captured and not torch.equal(narrow.to(self.dtype), self):
+        low, high = (int(limit) for limit in self.aminmax())
+        raise OverflowError(f"less its zero points it has {low} to {high}, and is stored as -128 to 127")
+    return narrow
+
+
 # What kernels compute and ATen has no call for; where no kernel is launched, this runs.
 _LIBRARY = torch.library.Library("torch_rtx", "DEF")
 _LIBRARY.define(
@@ -312,3 +326,6 @@ _LIBRARY.define(
     " -> Tensor"
 )
 _LIBRARY.impl("int_conv", _int_conv, "CompositeImplicitAutograd")
+_LIBRARY.define("to_int8(Tensor self) -> Tensor")
+_LIBRARY.impl("to_int8", _to_int8, "CompositeExplicitAutograd")
+_LIBRARY.impl("to_int8", lambda self: torch.empty_like(self, dtype=torch.int8), "Meta")

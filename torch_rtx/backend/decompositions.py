@@ -1,4 +1,5 @@
-"""Operators that capture replaces by other ATen calls: those of `prims`, of lists of tensors, and `resize`.
+"""Operators that capture replaces by other ATen calls: those of `prims`, of lists of tensors, `resize`, and fake
+quantization.
 
 Composite operators decompose by themselves, see `capture`. These do not, and would be opaque to an engine.
 """
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 from torch import _prims as prims
 from torch._inductor import inductor_prims
+
+from torch_rtx.backend.fake_quantization import FAKE_QUANTIZATION
 
 Overload = torch._ops.OpOverload
 
@@ -72,6 +75,7 @@ def _resize_as(self: Tensor, the_template: Tensor, *, memory_format: torch.memor
 DECOMPOSITIONS: dict[torch._ops.OperatorBase, Callable[..., Any]] = {
     **dict(_prims()),
     **dict(_foreach()),
+    **FAKE_QUANTIZATION,
     torch.ops.prims.convert_element_type.default: lambda a, dtype: torch.ops.aten._to_copy(a, dtype=dtype),
     torch.ops.aten.resize.default: _resize,
     torch.ops.aten.resize_as.default: _resize_as,

@@ -6,14 +6,16 @@ cast to floats, or floats that were rounded and clamped, as fake quantization do
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import prod
 from typing import TypeVar
 
 from torch_rtx import aten
 from torch_rtx.dtypes import BOOL, DTYPES, FLOAT, INT
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Attr, Node, TensorType, Value
-from torch_rtx.lowering.ranges import Ranges
+from torch_rtx.lowering.ranges import Range, Ranges
 from torch_rtx.lowering.rewrite import COPIES, Rewriter, from_weights
 
 FLOATS8 = ("f8e4m3fn", "f8e5m2")
@@ -21,6 +23,7 @@ EXACT = 256  # whole numbers up to this one are numbers of every dtype that is n
 CAST, SUB, VIEW = "aten._to_copy.default", "aten.sub.Tensor", "aten.view.default"
 MUL = ("aten.mul.Tensor", "aten.mul.Scalar")
 DIV = ("aten.div.Tensor", "aten.div.Scalar")
+TO_INT8 = "torch_rtx.to_int8.default"
 CAT = "aten.cat.default"
 # Each element of the result is one of the operand's.
 POOLS = frozenset(f"aten.{name}" for name in ("max_pool1d.default", "max_pool2d.default", "max_pool3d.default"))
@@ -93,6 +96,25 @@ class Operands:
             self._found[value.name] = found
         return self._found[value.name]
 
+    def packable(self, value: Value) -> Iterator[tuple[Value, Range]]:
+        """The floats that a weight is computed from and that are rounded to whole numbers in a range of 8 bits."""
+        node = self._producer.get(value.name)
+        if value.name not in self.fixed or node is None or DTYPES[type_of(value).dtype].kind != FLOAT:
+            return
+        if self._is_narrow(value):
+            yield from [(value, self._ranges.of(value))] if self._is_rounded(value) else []
+        elif node.op in (CAST, SUB, CAT, *MUL, *DIV) or is_move(node):
+            for source in node.inputs:
+                if node.op == CAT or prod(type_of(source).shape) == prod(type_of(value).shape):  # type: ignore[arg-type]
+                    yield from self.packable(source)
+
+    def _is_rounded(self, value: Value) -> bool:
+        """Whether whole numbers were made from others in the graph."""
+        node = self._producer.get(value.name)
+        if not self._ranges.of(value).whole:
+            return True
+        return node is not None and any(map(self._is_rounded, node.inputs))
+
     def _stored(self, value: Value) -> Quantized | None:
         """8-bit floats; or whole numbers in a range of 8 bits, in any dtype."""
         if type_of(value).dtype in FLOATS8:
@@ -102,7 +124,7 @@ class Operands:
         while (source := self._cast_from(value)) is not None and self._is_narrow(source):
             value = source
         low, high, _ = self._ranges.of(value)
-        offset = 0 if low >= -128 and high <= 127 else int(low) + 128
+        offset = offset_of(low, high)
         data = self._current(value)
         if offset:
             wide = data if DTYPES[type_of(data).dtype].kind == FLOAT else self.cast(data, "i16")
@@ -159,6 +181,10 @@ class Operands:
             return None
         # q - z = (data - found.zero) - z
         own = self.cast(self._parameter(zero), "i32") if isinstance(zero, Value) else int(zero)  # type: ignore[arg-type]
+        if found.zero == 0 and {found.data.name, own.name if isinstance(own, Value) else ""} <= self.fixed:
+            # The zero points of signed weights are 0, or small; recipes check that they are.
+            wide = self.emit(SUB, self=self.cast(found.data, "i32"), other=own)
+            return replace(found, data=self.emit(TO_INT8, self=wide))
         return replace(found, zero=minus(self, own, -found.zero))
 
     def _parameter(self, value: Value) -> Value:
@@ -179,7 +205,7 @@ class Operands:
             zero = self._move(node, found.zero, source)
         except Unsupported:
             raise Stays("a view mixes the axes of its scales with others, as it does for groups of terms") from None
-        return Quantized(data, zero, scales)
+        return replace(found, data=data, zero=zero, scales=scales)
 
     def _move(self, node: Node, parameter: Value | Number, source: Value) -> Value | Number:
         """What a view makes of a scale or a zero point of `source`: strides of 0 show where it is constant."""
@@ -222,9 +248,10 @@ class Operands:
             size[along] = type_of(part.data).shape[along]  # type: ignore[index]
             scales.append(self.emit("aten.expand.default", self=scale, size=tuple(size)))
         try:
-            return Quantized(data, 0, (self.emit(CAT, tensors=tuple(scales), dim=along),))
+            scale = self.emit(CAT, tensors=tuple(scales), dim=along)
         except Unsupported:
             raise Stays("parts of an operand have scales of different axes") from None
+        return Quantized(data, 0, (scale,))
 
     def _pooled(self, node: Node, value: Value) -> Quantized | None:
         """Each element is one of the operand's, whatever the sign of the scale; so it is found again by division."""
@@ -246,6 +273,11 @@ class Operands:
         current = self.rewriter.current(value)
         assert isinstance(current, Value)
         return current
+
+
+def offset_of(low: float, high: float) -> int:
+    """What whole numbers in a range of 8 bits have to be lowered by to be int8."""
+    return 0 if low >= -128 and high <= 127 else int(low) + 128
 
 
 def is_move(node: Node) -> bool:

@@ -20,14 +20,16 @@ from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Attr, Dim, Graph, Node, Value
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.passes.dce import dce
-from torch_rtx.lowering.quantized import Operands, Quantized, Stays, constant_along, minus, type_of
+from torch_rtx.lowering.quantized import Operands, Quantized, Stays, constant_along, minus, offset_of, type_of
+from torch_rtx.lowering.ranges import Range
 from torch_rtx.lowering.rewrite import Rewriter, rewrite
 from torch_rtx.op_work import PRODUCTS
 
 log = logging.getLogger(__name__)
 
+CAST, SUB = "aten._to_copy.default", "aten.sub.Tensor"
 INT_MM, INT_CONV, SCALED_MM = "aten._int_mm.default", "torch_rtx.int_conv.default", "aten._scaled_mm.default"
-MUL, VIEW = "aten.mul.Tensor", "aten.view.default"
+ADD, MUL, VIEW = "aten.add.Tensor", "aten.mul.Tensor", "aten.view.default"
 LINEAR = "aten.linear.default"
 MATRICES = (LINEAR, *(f"aten.{name}.default" for name in ("mm", "addmm", "matmul", "bmm", "baddbmm")))
 CONVOLUTIONS = tuple(f"aten.conv{n}d.{overload}" for n in (1, 2, 3) for overload in ("default", "padding"))
@@ -43,17 +45,56 @@ def raise_quantized(graph: Graph, infer: Inference) -> Graph:
     raised = rewrite(graph, infer, raiser.visit)
     for node, reason in raiser.kept:
         log.debug("%s at %s stays one of floats: %s", node.op, node.loc, reason)
-    return dce(raised, infer) if raiser.count else graph
+    if not raiser.count and not raiser.packed:
+        return graph
+    return dce(_pack(raised, infer, raiser.packed), infer)
+
+
+def _pack(graph: Graph, infer: Inference, ranges: dict[str, Range]) -> Graph:
+    """Whole numbers in floats go through int8, or 4 bits of uint8: that is what an engine stores of a weight."""
+
+    def visit(node: Node, rewriter: Rewriter) -> bool:
+        (result,) = node.outputs if len(node.outputs) == 1 else (None,)
+        if result is None or result.name not in ranges:
+            return False
+        rewriter.keep(node)
+        low, high, _ = ranges[result.name]
+        size = type_of(result).shape
+        small = high - low < 16 and isinstance(size[-1], int) and size[-1] % 2 == 0
+        offset = int(low) if small else offset_of(low, high)
+        whole = rewriter.emit(SUB, self=result, other=offset) if offset else result
+        stored = rewriter.emit(CAST, self=whole, dtype="u8" if small else "i8")
+        if small:
+            stored = _through_4_bits(stored, rewriter)
+        whole = rewriter.emit(CAST, self=stored, dtype=type_of(result).dtype)
+        rewriter.replace(result, rewriter.emit(ADD, self=whole, other=offset) if offset else whole)
+        return True
+
+    return rewrite(graph, infer, visit) if ranges else graph
+
+
+def _through_4_bits(value: Value, rewriter: Rewriter) -> Value:
+    """`value`, of whole numbers below 16, from bytes that hold two neighbours each, the first one in the lower half."""
+    size = type_of(value).shape
+    pairs = rewriter.emit(VIEW, self=value, size=(*size[:-1], -1, 2))
+    low, high = (rewriter.emit("aten.select.int", self=pairs, dim=-1, index=index) for index in (0, 1))
+    high = rewriter.emit("aten.__lshift__.Scalar", self=high, other=4)
+    packed = rewriter.emit("aten.bitwise_or.Tensor", self=low, other=high)
+    low = rewriter.emit("aten.bitwise_and.Scalar", self=packed, other=15)
+    high = rewriter.emit("aten.__rshift__.Scalar", self=packed, other=4)
+    return rewriter.emit(VIEW, self=rewriter.emit("aten.stack.default", tensors=(low, high), dim=-1), size=size)
 
 
 class _Raiser:
     """Attributes:
     count: of raised nodes.
     kept: products and convolutions with a quantized operand that stay those of floats, each with the reason.
+    packed: the whole numbers of their weights, by name, with their range.
     """
 
     def __init__(self) -> None:
         self.count = 0
+        self.packed: dict[str, Range] = {}
         self.kept: list[tuple[Node, str]] = []
         self._operands: Operands | None = None
 
@@ -67,6 +108,9 @@ class _Raiser:
             result = make(self._operands, node)
         except (Stays, Unsupported) as error:
             self.kept.append((node, str(error)))
+            second = node.arg(PRODUCTS[node.op].second if node.op in MATRICES else "weight")
+            assert isinstance(second, Value)
+            self.packed.update((value.name, found) for value, found in self._operands.packable(second))
             return False
         if result is None:
             return False
@@ -293,7 +337,7 @@ def _finished(operands: Operands, total: Value, scales: tuple[Value | float, ...
         total = total if one == 1 else operands.emit(MUL, self=total, other=one)
     if bias is not None:
         assert isinstance(bias, Value)
-        total = operands.emit("aten.add.Tensor", self=total, other=operands.cast(bias, wide))
+        total = operands.emit(ADD, self=total, other=operands.cast(bias, wide))
     total = operands.cast(total, type_of(out).dtype)
     forms = () if total.type == out.type else ("contiguous_format", "channels_last", "channels_last_3d")
     for form in forms:
