@@ -47,15 +47,20 @@ def _per_channel(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, quant_
     return _rounded(x, scale.reciprocal(), scale, zero_point, quant_min, quant_max)
 
 
-def _gradient(grad: Tensor, mask: Tensor) -> Tensor:
-    return grad * mask
-
-
 _aten = torch.ops.aten
 FAKE_QUANTIZATION: dict[torch._ops.OperatorBase, Callable[..., Any]] = {
     _aten.fake_quantize_per_tensor_affine_cachemask.default: _per_tensor,
     _aten._fake_quantize_per_tensor_affine_cachemask_tensor_qparams.default: _per_tensor_of_tensors,
     _aten.fake_quantize_per_channel_affine_cachemask.default: _per_channel,
-    _aten.fake_quantize_per_tensor_affine_cachemask_backward.default: _gradient,
-    _aten.fake_quantize_per_channel_affine_cachemask_backward.default: _gradient,
 }
+
+
+def _types(x: Tensor, *_: Any) -> Pair:
+    return torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
+
+
+# PyTorch runs its kernels on zeros to learn these types, which fails for tensors of a GPU that is not there.
+_LIBRARY = torch.library.Library("aten", "IMPL", "Meta")
+for _operator in FAKE_QUANTIZATION:
+    if not _operator.has_kernel_for_dispatch_key(torch._C.DispatchKey.Meta):  # type: ignore[attr-defined]
+        _LIBRARY.impl(_operator, _types)
