@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+import torch_rtx
 from tests.lowering.test_passes import graph
+from tests.lowering.test_prologues import compiled
 from torch_rtx.aten import DTYPES
 from torch_rtx.errors import RefitError, Unsupported
 from torch_rtx.ir import Attr, Graph, Parameter, TensorType, Value, Weight, contiguous
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.pipeline import PASSES, Context
+from torch_rtx.lowering.quantized import type_of
 from torch_rtx.lowering.rewrite import Rewriter
 from torch_rtx.runtime.code import compile_graph
 from torch_rtx.runtime.weights import WeightStore
@@ -225,3 +231,56 @@ def test_errors_are_no_larger_than_those_of_floats(dtype: str) -> None:
 def test_weights_that_do_not_fit_without_their_zero_points_are_an_error() -> None:
     with pytest.raises(RefitError, match="w, z: less its zero points it has .* disabled_passes"):
         product("f32", 9)
+
+
+def rounded(x: torch.Tensor, scale: torch.Tensor, limit: int) -> torch.Tensor:
+    return (x / scale).round().clamp(-limit - 1, limit) * scale
+
+
+class Quantized(nn.Module):
+    """Fake-quantized layers, whose parameters are floats: int8, float8, and int4 in groups for the weight alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.int8, self.float8 = nn.Conv2d(16, 32, 3), nn.Linear(32, 32), nn.Linear(32, 32)
+        self.int4 = nn.Linear(32, 16)
+        self.register_buffer("amax", torch.tensor(4.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scale = self.amax / 127
+        weight = self.conv.weight
+        each = weight.detach().abs().amax((1, 2, 3)) / 127
+        weight = torch.fake_quantize_per_channel_affine(weight, each, torch.zeros_like(each).int(), 0, -127, 127)
+        x = nn.functional.conv2d(rounded(x, scale, 127), weight, self.conv.bias).mean((2, 3))
+        weight = self.int8.weight
+        rows = x.abs().amax(-1, keepdim=True) / 127
+        weight = rounded(weight, weight.abs().amax(1, keepdim=True) / 127, 127)
+        x = nn.functional.linear(rounded(x, rows, 127), weight, self.int8.bias)
+        weight, scale = self.float8.weight, self.amax / 448
+        weight = (weight / scale).to(torch.float8_e4m3fn).float() * scale
+        x = nn.functional.linear((x / scale).to(torch.float8_e4m3fn).float() * scale, weight, self.float8.bias)
+        groups = self.int4.weight.view(16, 2, 16)
+        groups = rounded(groups, groups.abs().amax(-1, keepdim=True) / 7, 7)
+        return nn.functional.linear(x, groups.view(16, 32), self.int4.bias)
+
+
+def test_refit_quantizes_the_weights_of_a_module(tmp_path: Path) -> None:
+    """As a new engine does, bit for bit; and no engine keeps a weight in more bits than its integers have."""
+    first, second = Quantized().eval(), Quantized().eval()
+    x = torch.randn(2, 16, 6, 6)
+    values, results = [], []
+    for model in (first, second):
+        torch_rtx.save(compiled(model, x), tmp_path / "model.rtx")
+        module = torch_rtx.load(tmp_path / "model.rtx", device="cpu", weights=model.state_dict())
+        if model is first:
+            torch.testing.assert_close(module(x), model(x), rtol=1e-5, atol=1e-5)
+            module.refit(second)
+        values.append(module._store.values)
+        results.append(module(x))
+    for found, wanted in zip(*values, strict=True):
+        assert found.dtype == wanted.dtype
+        assert torch.equal(found.reshape(-1).view(torch.uint8), wanted.reshape(-1).view(torch.uint8))
+    assert torch.equal(*results)
+    weights = [(weight.names[0], type_of(weight.value)) for weight in module.engine.graph.weights]
+    stored = {name: type_.dtype for name, type_ in weights if "weight" in name and math.prod(type_.shape) >= 256}  # type: ignore[arg-type]
+    assert stored == {"conv.weight": "i8", "int8.weight": "i8", "float8.weight": "f8e4m3fn", "int4.weight": "u8"}

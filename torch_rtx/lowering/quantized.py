@@ -63,6 +63,7 @@ class Operands:
         self._producer = {value.name: node for node in rewriter.graph.nodes for value in node.results}
         self._ranges = Ranges(rewriter.graph)
         self._found: dict[str, Quantized | None] = {}
+        self._wide: dict[str, Value] = {}  # integers, by the name of the floats that they are cast to
 
     def emit(self, op: str, /, **args: Attr) -> Value:
         """A new call."""
@@ -74,7 +75,23 @@ class Operands:
 
     def cast(self, value: Value, dtype: str) -> Value:
         """`value` in another dtype."""
-        return value if type_of(value).dtype == dtype else self.emit(CAST, self=value, dtype=dtype)
+        if type_of(value).dtype == dtype:
+            return value
+        result = self.emit(CAST, self=value, dtype=dtype)
+        if type_of(value).dtype == "i32":
+            self._wide[result.name] = value
+        return result
+
+    def recast(self, node: Node) -> bool:
+        """Make a cast of integers that `cast` has made floats one of the integers, and say whether it is one."""
+        source, (result,) = self.current(node.arg("self")), node.outputs
+        whole = self._wide.get(source.name) if isinstance(source, Value) else None
+        if whole is None or result is None or len(node.args) != 2:
+            return False
+        cast = self.cast(whole, type_of(result).dtype)
+        if cast.type == result.type:
+            self.rewriter.replace(result, cast)
+        return cast.type == result.type
 
     def current(self, attr: Attr) -> Attr:
         """What later nodes read in place of a value of the old graph."""
@@ -121,15 +138,25 @@ class Operands:
             return Quantized(self._current(value), 0, ())
         if not self._is_narrow(value):
             return None
+        value, zero = self._less(value) or (value, 0)
         while (source := self._cast_from(value)) is not None and self._is_narrow(source):
             value = source
         low, high, _ = self._ranges.of(value)
-        offset = offset_of(low, high)
+        offset = zero + offset_of(low - zero, high - zero)
         data = self._current(value)
         if offset:
             wide = data if DTYPES[type_of(data).dtype].kind == FLOAT else self.cast(data, "i16")
             data = self.emit(SUB, self=wide, other=offset)
-        return Quantized(self.cast(data, "i8"), -offset, ())
+        return Quantized(self.cast(data, "i8"), zero - offset, ())
+
+    def _less(self, value: Value) -> tuple[Value, int] | None:
+        """The whole numbers that `value` is less than by a number, and the number."""
+        node = self._producer.get(value.name)
+        if node is None or node.op != SUB or node.arg("alpha", 1) != 1:
+            return None
+        source, zero = node.arg("self"), node.arg("other")
+        narrow = isinstance(source, Value) and self._is_narrow(source) and _is_like(source, value)
+        return (source, int(zero)) if narrow and isinstance(zero, int | float) else None  # type: ignore[return-value]
 
     def _is_narrow(self, value: Value) -> bool:
         found = self._ranges.of(value)

@@ -99,7 +99,9 @@ class _Raiser:
         self._operands: Operands | None = None
 
     def visit(self, node: Node, rewriter: Rewriter) -> bool:
-        """Raise a node if it is a product of two quantized operands."""
+        """Raise a node if it is a product of two quantized operands, or a cast of such a product of integers."""
+        if node.op == CAST and self._operands is not None:
+            return self._operands.recast(node)
         if node.op not in MATRICES and node.op not in CONVOLUTIONS:
             return False
         self._operands = self._operands or Operands(rewriter)
