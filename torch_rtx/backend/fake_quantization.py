@@ -62,5 +62,5 @@ def _types(x: Tensor, *_: Any) -> Pair:
 # PyTorch runs its kernels on zeros to learn these types, which fails for tensors of a GPU that is not there.
 _LIBRARY = torch.library.Library("aten", "IMPL", "Meta")
 for _operator in FAKE_QUANTIZATION:
-    if not _operator.has_kernel_for_dispatch_key(torch._C.DispatchKey.Meta):  # type: ignore[attr-defined]
+    if not _operator.has_kernel_for_dispatch_key(torch._C.DispatchKey.Meta):
         _LIBRARY.impl(_operator, _types)

@@ -85,6 +85,13 @@ def _through_4_bits(value: Value, rewriter: Rewriter) -> Value:
     return rewriter.emit(VIEW, self=rewriter.emit("aten.stack.default", tensors=(low, high), dim=-1), size=size)
 
 
+def kept_floats(graph: Graph, infer: Inference) -> list[tuple[Node, str]]:
+    """The products and convolutions of a quantized operand that stay those of floats, each with the reason."""
+    raiser = _Raiser()
+    rewrite(graph, infer, raiser.visit)
+    return raiser.kept
+
+
 class _Raiser:
     """Attributes:
     count: of raised nodes.
