@@ -244,41 +244,37 @@ class Operands:
         return self.emit(node.op, **{**dict(node.args), "self": parameter})
 
     def _joined(self, node: Node) -> Quantized | None:
-        parts = [self.find(value) for value in node.inputs]
-        known = [part for part in parts if part is not None]
-        if len(known) < len(parts) or len({type_of(part.data).dtype for part in known}) > 1:
+        """Tensors one after another: parameters that differ are joined, too."""
+        parts = [part for value in node.inputs if (part := self.find(value)) is not None]
+        if len(parts) < len(node.inputs) or len({type_of(part.data).dtype for part in parts}) > 1:
             return None
-        first = known[0]
-        data = self.emit(CAT, tensors=tuple(part.data for part in known), dim=node.arg("dim", 0))
-        if any((part.zero, part.scales) != (first.zero, first.scales) for part in known):
-            return self._joined_along(node, data, known)
         along = node.arg("dim", 0)
-        rank = len(type_of(data).shape)
-        parameters = [one for one in (first.zero, *first.scales) if isinstance(one, Value)]
-        spread = [aligned(self, one, rank) for one in parameters]
-        if any(type_of(one).shape[along] != 1 for one in spread):  # type: ignore[index]
-            return self._joined_along(node, data, known)
-        return replace(first, data=data)
-
-    def _joined_along(self, node: Node, data: Value, parts: list[Quantized]) -> Quantized | None:
-        """Tensors of different scales, one after another; None if a zero point is not 0."""
-        along, rank = node.arg("dim", 0), len(type_of(data).shape)
-        if any(part.zero != 0 or len(part.scales) != 1 for part in parts):
-            return None
-        scales = []
-        for part in parts:
-            (scale,) = part.scales
-            if not isinstance(scale, Value):
-                return None
-            scale = aligned(self, scale, rank)
-            size = [*type_of(scale).shape]
-            size[along] = type_of(part.data).shape[along]  # type: ignore[index]
-            scales.append(self.emit("aten.expand.default", self=scale, size=tuple(size)))
+        assert isinstance(along, int)
+        data = self.emit(CAT, tensors=tuple(part.data for part in parts), dim=along)
+        wide = "f64" if type_of(node.results[0]).dtype == "f64" else "f32"
         try:
-            scale = self.emit(CAT, tensors=tuple(scales), dim=along)
-        except Unsupported:
-            raise Stays("parts of an operand have scales of different axes") from None
-        return Quantized(data, 0, (scale,))
+            zero = self._join([part.zero for part in parts], parts, along, "i32")
+            each = zip(*(part.scales for part in parts), strict=True)
+            return Quantized(data, zero, tuple(self._join(list(one), parts, along, wide) for one in each))
+        except (Unsupported, ValueError):  # of other axes; more scales
+            raise Stays("parts of an operand have scales of different kinds") from None
+
+    def _join(self, parameters: list[Value | Number], parts: list[Quantized], along: int, dtype: str) -> Value | Number:
+        """A scale or a zero point of tensors one after another, by those of the tensors."""
+        rank, first = len(type_of(parts[0].data).shape), parameters[0]
+        spread = []
+        for parameter, part in zip(parameters, parts, strict=True):
+            if isinstance(parameter, Value):
+                value = aligned(self, compact(self, parameter, rank), rank)
+            else:
+                number: Attr = parameter
+                value = self.emit("aten.full.default", size=(1,) * rank, fill_value=number, dtype=dtype, device="main")
+            size = list(type_of(value).shape)
+            if size[along] == 1 and all(one == first for one in parameters):
+                return first
+            size[along] = type_of(part.data).shape[along]
+            spread.append(self.emit("aten.expand.default", self=self.cast(value, dtype), size=tuple(size)))
+        return self.emit(CAT, tensors=tuple(spread), dim=along)
 
     def _pooled(self, node: Node, value: Value) -> Quantized | None:
         """Each element is one of the operand's, whatever the sign of the scale; so it is found again by division."""
@@ -328,19 +324,25 @@ def aligned(operands: Operands, value: Value, rank: int) -> Value:
     return value if len(shape) == rank else operands.emit(VIEW, self=value, size=(1,) * (rank - len(shape)) + shape)
 
 
-def constant_along(operands: Operands, parameter: Value, rank: int, dims: tuple[int, ...]) -> Value:
-    """A scale or a zero point of a tensor of `rank`, of size 1 where it is constant, which it has to be along `dims`.
-
-    Raises:
-        Stays: it is not.
-    """
+def compact(operands: Operands, parameter: Value, rank: int) -> Value:
+    """A scale or a zero point of a tensor of `rank`, of size 1 where it is constant."""
     if not type_of(parameter).shape:
         return parameter
     value = aligned(operands, parameter, rank)
     for dim, stride in enumerate(type_of(value).strides):
         if stride == 0 and type_of(value).shape[dim] != 1:
             value = operands.emit("aten.slice.Tensor", self=value, dim=dim, start=0, end=1)
-    if any(type_of(value).shape[dim] != 1 for dim in dims):
+    return value
+
+
+def constant_along(operands: Operands, parameter: Value, rank: int, dims: tuple[int, ...]) -> Value:
+    """`compact`, of a parameter that has to be constant along `dims`.
+
+    Raises:
+        Stays: it is not.
+    """
+    value = compact(operands, parameter, rank)
+    if type_of(value).shape and any(type_of(value).shape[dim] != 1 for dim in dims):
         raise Stays("its scales or zero points vary along the contraction")
     return value
 
