@@ -325,7 +325,7 @@ _LIBRARY.define(
     "int_conv(Tensor input, Tensor weight, int[1] stride=1, int[1] padding=0, int[1] dilation=1, int groups=1)"
     " -> Tensor"
 )
-_LIBRARY.impl("int_conv", _int_conv, "CompositeImplicitAutograd")
+_LIBRARY.impl("int_conv", _int_conv, "CompositeExplicitAutograd")
 _LIBRARY.define("to_int8(Tensor self) -> Tensor")
 _LIBRARY.impl("to_int8", _to_int8, "CompositeExplicitAutograd")
 _LIBRARY.impl("to_int8", lambda self: torch.empty_like(self, dtype=torch.int8), "Meta")

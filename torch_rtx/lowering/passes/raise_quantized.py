@@ -245,8 +245,6 @@ def _convolution(operands: Operands, node: Node) -> Value | None:
     rank = len(type_of(w).shape)
     if node.arg("transposed", False) or len(type_of(x).shape) != rank:
         raise Stays("transposed convolutions, and those of one image without a batch, have no form for integers")
-    if type_of(found[0].data).dtype != "i8":
-        raise Stays("convolutions have no form for 8-bit floats")
     groups = node.arg("groups", 1)
     assert isinstance(groups, int)
     filters = type_of(w).shape
@@ -256,18 +254,27 @@ def _convolution(operands: Operands, node: Node) -> Value | None:
     a = _along(operands, found[0], tuple(range(1, rank)), None)
     each = (-1,) + (1,) * (rank - 2)  # of parameters of each filter, in the result
     b = _along(operands, found[1], tuple(range(1, rank)), each)
-    if b.zero != 0:
-        raise Stays("its filters may have zero points other than 0")
-    padding = _padding(node, filters[2:])  # type: ignore[arg-type]
-    args = {name: node.arg(name) for name in ("stride", "dilation", "groups") if node.arg(name) is not None}
-    args["padding"] = padding
-    total = operands.emit(INT_CONV, input=a.data, weight=b.data, **args)
-    if a.zero != 0:
-        total = _less(operands, total, _times(operands, _filter_sums(operands, a, b, args), a.zero))
+    if type_of(a.data).dtype == "i8":
+        total = _integer_convolution(operands, node, a, b)
+    else:  # numbers of 8 bits are multiplied as they are stored, by kernels that sum in float32
+        images, weights = (operands.cast(one.data, "f32") for one in (a, b))
+        given = {**dict(node.args), "input": images, "weight": weights, "bias": None}
+        total = operands.emit(node.op, **given)
     bias = operands.current(node.arg("bias"))
     if isinstance(bias, Value):
         bias = operands.emit(VIEW, self=bias, size=each)
     return _finished(operands, total, (*a.scales, *b.scales), bias, out)
+
+
+def _integer_convolution(operands: Operands, node: Node, a: Quantized, b: Quantized) -> Value:
+    if b.zero != 0:
+        raise Stays("its filters may have zero points other than 0")
+    args = {name: node.arg(name) for name in ("stride", "dilation", "groups") if node.arg(name) is not None}
+    args["padding"] = _padding(node, type_of(b.data).shape[2:])  # type: ignore[arg-type]
+    total = operands.emit(INT_CONV, input=a.data, weight=b.data, **args)
+    if a.zero != 0:
+        total = _less(operands, total, _times(operands, _filter_sums(operands, a, b, args), a.zero))
+    return total
 
 
 def _padding(node: Node, kernel: tuple[int, ...]) -> Attr:
