@@ -14,7 +14,7 @@ from typing import TypeVar
 from torch_rtx import aten
 from torch_rtx.dtypes import BOOL, DTYPES, FLOAT, INT
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import Attr, Node, TensorType, Value
+from torch_rtx.ir import Attr, Node, TensorType, Value, attr_text
 from torch_rtx.lowering.ranges import Range, Ranges
 from torch_rtx.lowering.rewrite import COPIES, Rewriter, from_weights
 
@@ -63,11 +63,16 @@ class Operands:
         self._producer = {value.name: node for node in rewriter.graph.nodes for value in node.results}
         self._ranges = Ranges(rewriter.graph)
         self._found: dict[str, Quantized | None] = {}
+        self._given: set[str] = set()  # new values that stand for old ones
+        self._made: dict[object, Value] = {}  # new calls, by their text
         self._wide: dict[str, Value] = {}  # integers, by the name of the floats that they are cast to
 
     def emit(self, op: str, /, **args: Attr) -> Value:
-        """A new call."""
-        result = self.rewriter.emit(op, **args)
+        """A call, which is new if there was no equal one."""
+        key = op, *((name, attr_text(attr)) for name, attr in args.items())
+        if key in self._made:
+            return self._made[key]
+        result = self._made[key] = self.rewriter.emit(op, **args)
         node = self.rewriter.nodes[-1]
         if node.inputs and all(value.name in self.fixed for value in node.inputs):
             self.fixed.add(result.name)
@@ -88,10 +93,16 @@ class Operands:
         whole = self._wide.get(source.name) if isinstance(source, Value) else None
         if whole is None or result is None or len(node.args) != 2:
             return False
-        cast = self.cast(whole, type_of(result).dtype)
-        if cast.type == result.type:
-            self.rewriter.replace(result, cast)
-        return cast.type == result.type
+        return self.replace(result, self.cast(whole, type_of(result).dtype))
+
+    def replace(self, old: Value, new: Value) -> bool:
+        """Make later nodes read `new`, and say whether they do: not where it has another type, or stands for another
+        value, with which a result of the graph must not share memory."""
+        fits = new.type == old.type and new.name not in self._given
+        if fits:
+            self._given.add(new.name)
+            self.rewriter.replace(old, new)
+        return fits
 
     def current(self, attr: Attr) -> Attr:
         """What later nodes read in place of a value of the old graph."""

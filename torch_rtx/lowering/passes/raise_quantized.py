@@ -121,9 +121,8 @@ class _Raiser:
             assert isinstance(second, Value)
             self.packed.update((value.name, found) for value, found in self._operands.packable(second))
             return False
-        if result is None:
+        if result is None or node.outputs[0] is None or not self._operands.replace(node.outputs[0], result):
             return False
-        rewriter.replace(node.outputs[0], result)
         self.count += 1
         return True
 
