@@ -68,6 +68,8 @@ UNINITIALIZED = frozenset(
         *("new_empty.default", "new_empty_strided.default"),
     )
 )
+# Operators of this package that run in place of calls with the same arguments, which exist for some of them alone.
+_STAND_INS = {"aten._int_mm.default": "torch_rtx.int_mm.default"}
 _OPTIONAL = re.compile(r"Optional\[(.*)\]")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -96,7 +98,7 @@ def overload(name: str, trusted: frozenset[str] = frozenset()) -> torch._ops.OpO
     if name not in ALLOWED and name not in trusted:
         hint = "trusted_ops=[...] allows more, if you trust the file"
         raise InvalidIR(f"op {name} is not on the allow-list", hint=hint)
-    namespace, _, rest = name.partition(".")
+    namespace, _, rest = _STAND_INS.get(name, name).partition(".")
     op, _, overload_name = rest.rpartition(".")
     try:
         return getattr(getattr(getattr(torch.ops, namespace), op), overload_name)
@@ -295,6 +297,21 @@ def _int_conv(
     return torch.ops.aten.convolution.default(*wide).to(torch.int32)
 
 
+def _int_mm(self: torch.Tensor, mat2: torch.Tensor) -> torch.Tensor:
+    """`aten._int_mm`, also for sizes that CUDA does not have it for."""
+    return _padded_int_mm(self, mat2) if self.is_cuda else torch.ops.aten._int_mm.default(self, mat2)
+
+
+def _padded_int_mm(self: torch.Tensor, mat2: torch.Tensor) -> torch.Tensor:
+    """CUDA's `aten._int_mm` has more than 16 rows, and multiples of 8 terms and columns: zeros fill these up."""
+    (rows, terms), columns = self.shape, mat2.shape[1]
+    below, right, deep = max(17 - rows, 0), -columns % 8, -terms % 8 if terms else 8
+    if not below | right | deep:
+        return torch.ops.aten._int_mm.default(self, mat2)
+    self, mat2 = torch.constant_pad_nd(self, (0, deep, 0, below)), torch.constant_pad_nd(mat2, (0, right, 0, deep))
+    return torch.ops.aten._int_mm.default(self, mat2)[:rows, :columns].contiguous()
+
+
 def _to_int8(self: torch.Tensor) -> torch.Tensor:
     """Whole numbers as int8, for recipes of weights; waits for the device.
 
@@ -326,6 +343,8 @@ _LIBRARY.define(
     " -> Tensor"
 )
 _LIBRARY.impl("int_conv", _int_conv, "CompositeExplicitAutograd")
+_LIBRARY.define("int_mm(Tensor self, Tensor mat2) -> Tensor")
+_LIBRARY.impl("int_mm", _int_mm, "CompositeExplicitAutograd")
 _LIBRARY.define("to_int8(Tensor self) -> Tensor")
 _LIBRARY.impl("to_int8", _to_int8, "CompositeExplicitAutograd")
 _LIBRARY.impl("to_int8", lambda self: torch.empty_like(self, dtype=torch.int8), "Meta")

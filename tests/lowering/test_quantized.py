@@ -6,7 +6,9 @@ import math
 import random
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from torch import nn
 import torch_rtx
 from tests.lowering.test_passes import graph
 from tests.lowering.test_prologues import compiled
+from torch_rtx import aten
 from torch_rtx.aten import DTYPES
 from torch_rtx.errors import RefitError, Unsupported
 from torch_rtx.ir import Attr, Graph, Parameter, TensorType, Value, Weight, contiguous
@@ -178,6 +181,26 @@ def test_drawn_chains_keep_their_numbers() -> None:
         found += sum(node.op in FLOATS for node in chain.graph.nodes)
     assert found > 40
     assert left <= 0.1 * found
+
+
+@pytest.mark.parametrize("sizes", [(1, 20, 7), (16, 24, 8), (17, 24, 8), (3, 8, 16), (20, 0, 3), (0, 8, 8)])
+def test_products_of_all_sizes_are_padded_to_those_of_cuda(sizes: tuple[int, int, int]) -> None:
+    """Until kernels are there, and where libraries win, PyTorch multiplies; on CUDA it refuses some sizes."""
+    assert str(aten.overload("aten._int_mm.default")) == "torch_rtx.int_mm.default"
+    rows, terms, columns = sizes
+    a, b = (torch.randint(-128, 128, shape, dtype=torch.int8) for shape in ((rows, terms), (columns, terms)))
+    library, given = torch.ops.aten._int_mm.default, []
+
+    def call(*args: torch.Tensor) -> torch.Tensor:
+        given.append([tuple(arg.shape) for arg in args])
+        return library(*args)
+
+    with patch.object(torch.ops.aten, "_int_mm", SimpleNamespace(default=call)):
+        found = aten._padded_int_mm(a, b.t())
+    assert torch.equal(found, (a.long() @ b.t().long()).int())
+    ((left, right),) = given
+    assert left[0] > 16
+    assert not any(size % 8 for size in right)
 
 
 PRODUCT = """
