@@ -68,7 +68,10 @@ UNINITIALIZED = frozenset(
     )
 )
 # Operators of this package that run in place of calls with the same arguments, which exist for some of them alone.
-_STAND_INS = {"aten._scaled_mm.default": "torch_rtx.scaled_mm.default"}
+_STAND_INS = {
+    "aten._int_mm.default": "torch_rtx.int_mm.default",
+    "aten._scaled_mm.default": "torch_rtx.scaled_mm.default",
+}
 _DECLARED = detection, scaled_mm  # importing them declares operators
 _OPTIONAL = re.compile(r"Optional\[(.*)\]")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -297,6 +300,35 @@ def _int_conv(
     return torch.ops.aten.convolution.default(*wide).to(torch.int32)
 
 
+def _int_mm(self: torch.Tensor, mat2: torch.Tensor) -> torch.Tensor:
+    """`aten._int_mm`, also for sizes that CUDA does not have it for."""
+    return _padded_int_mm(self, mat2) if self.is_cuda else torch.ops.aten._int_mm.default(self, mat2)
+
+
+def _padded_int_mm(self: torch.Tensor, mat2: torch.Tensor) -> torch.Tensor:
+    """CUDA's `aten._int_mm` has more than 16 rows, and multiples of 8 terms and columns: zeros fill these up."""
+    (rows, terms), columns = self.shape, mat2.shape[1]
+    below, right, deep = max(17 - rows, 0), -columns % 8, -terms % 8 if terms else 8
+    if not below | right | deep:
+        return torch.ops.aten._int_mm.default(self, mat2)
+    self, mat2 = torch.constant_pad_nd(self, (0, deep, 0, below)), torch.constant_pad_nd(mat2, (0, right, 0, deep))
+    return torch.ops.aten._int_mm.default(self, mat2)[:rows, :columns].contiguous()
+
+
+def _to_int8(self: torch.Tensor) -> torch.Tensor:
+    """Whole numbers as int8, for recipes of weights; waits for the device.
+
+    Raises:
+        OverflowError: one does not fit.
+    """
+    narrow = self.to(torch.int8)
+    captured = self.is_cuda and torch.cuda.is_current_stream_capturing()
+    if not captured and not torch.equal(narrow.to(self.dtype), self):
+        low, high = (int(limit) for limit in self.aminmax())
+        raise OverflowError(f"less its zero points it has {low} to {high}, and is stored as -128 to 127")
+    return narrow
+
+
 # What kernels compute and ATen has no call for; where no kernel is launched, this runs.
 _LIBRARY = torch.library.Library("torch_rtx", "DEF")
 _LIBRARY.define(
@@ -314,3 +346,8 @@ _LIBRARY.define(
     " -> Tensor"
 )
 _LIBRARY.impl("int_conv", _int_conv, "CompositeExplicitAutograd")
+_LIBRARY.define("int_mm(Tensor self, Tensor mat2) -> Tensor")
+_LIBRARY.impl("int_mm", _int_mm, "CompositeExplicitAutograd")
+_LIBRARY.define("to_int8(Tensor self) -> Tensor")
+_LIBRARY.impl("to_int8", _to_int8, "CompositeExplicitAutograd")
+_LIBRARY.impl("to_int8", lambda self: torch.empty_like(self, dtype=torch.int8), "Meta")

@@ -145,3 +145,24 @@ def test_many_times():
         torch._dynamo.mark_static(x := torch.ones(rows, 4))
         compiled(x)
     assert counter.frame_count >= 4
+
+
+def test_quantized_products_of_floats_have_a_reason():
+    class Groups(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(32, 16)
+            self.register_buffer("scale", torch.rand(16, 2, 1))
+
+        def forward(self, x):
+            groups = (self.fc.weight.view(16, 2, 16) / self.scale).round().clamp(-8, 7) * self.scale
+            x = (x * 8).round().clamp(-128, 127) / 8
+            return nn.functional.linear(x, groups.view(16, 32)) + nn.functional.linear(x, (x[:1] * 8).expand(16, 32))
+
+    report = explain(Groups(), torch.randn(4, 32))
+    (found,) = report.graphs[0].floats
+    assert "groups of terms" in found.reason
+    assert found.loc.file.endswith("test_explain.py")
+    assert f"floats in aten.linear.default: {found.reason}\n    at {found.loc}" in str(
+        explain(Groups(), torch.randn(4, 32))
+    )

@@ -1,5 +1,5 @@
-"""Operators that capture replaces by other ATen calls: those of `prims`, of lists of tensors, `resize`, and products
-that have several forms.
+"""Operators that capture replaces by other ATen calls: those of `prims`, of lists of tensors, `resize`, fake
+quantization, and products that have several forms.
 
 Composite operators decompose by themselves, see `capture`. These do not, and would be opaque to an engine.
 """
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch import _prims as prims
 from torch._inductor import inductor_prims
+
+from torch_rtx.backend.fake_quantization import FAKE_QUANTIZATION
 
 Overload = torch._ops.OpOverload
 
@@ -111,6 +113,7 @@ def _scaled_mm_v2(
 DECOMPOSITIONS: dict[torch._ops.OperatorBase, Callable[..., Any]] = {
     **dict(_prims()),
     **dict(_foreach()),
+    **FAKE_QUANTIZATION,
     torch.ops.prims.convert_element_type.default: lambda a, dtype: torch.ops.aten._to_copy(a, dtype=dtype),
     torch.ops.aten.resize.default: _resize,
     torch.ops.aten.resize_as.default: _resize_as,

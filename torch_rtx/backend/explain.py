@@ -15,10 +15,13 @@ from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch_rtx.backend.capture import capture
 from torch_rtx.backend.compiler import check_settings, device_of
 from torch_rtx.backend.dynamo import Break, break_after, break_before, breaks
+from torch_rtx.backend.entry import static_inputs
 from torch_rtx.backend.partition import partition
 from torch_rtx.ir import Loc
 from torch_rtx.lowering.effects import drop_tokens
+from torch_rtx.lowering.from_fx import Role, from_fx
 from torch_rtx.lowering.location import Locations
+from torch_rtx.lowering.pipeline import quantized_floats
 from torch_rtx.lowering.support import reasons
 from torch_rtx.lowering.symbols import Symbols
 from torch_rtx.settings import CompilationSettings, settings_of
@@ -26,7 +29,8 @@ from torch_rtx.settings import CompilationSettings, settings_of
 
 @dataclass(frozen=True)
 class Fallback:
-    """A node that stays in PyTorch: its operator, the reason, and the line of the model that calls it."""
+    """A node that stays in PyTorch, or a product of floats: its operator, the reason, and the line of the model that
+    calls it."""
 
     op: str
     reason: str
@@ -35,11 +39,13 @@ class Fallback:
 
 @dataclass(frozen=True)
 class GraphReport:
-    """One captured graph: node counts of the engine's blocks, the fallbacks, and the reason of the graph break."""
+    """One captured graph: node counts of the engine's blocks, the fallbacks, the reason of the graph break, and the
+    products with a quantized operand that engines for a GPU compute with floats."""
 
     blocks: tuple[int, ...]
     fallbacks: tuple[Fallback, ...]
     break_reason: str | None
+    floats: tuple[Fallback, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,10 +82,11 @@ class Explanation:
         for index, graph in enumerate(self.graphs):
             blocks = ", ".join(map(str, graph.blocks)) or "none"
             lines.append(f"graph {index}: blocks of {blocks} nodes")
-            for fallback in graph.fallbacks:
-                lines.append(f"  fallback {fallback.op}: {fallback.reason}")
-                if fallback.loc is not None:
-                    lines.append(f"    at {fallback.loc}")
+            for what, found in (("fallback", graph.fallbacks), ("floats in", graph.floats)):
+                for one in found:
+                    lines.append(f"  {what} {one.op}: {one.reason}")
+                    if one.loc is not None:
+                        lines.append(f"    at {one.loc}")
         lines += [f"graph break: {text}" for text in self.graph_breaks]
         return "\n".join(lines)
 
@@ -129,7 +136,12 @@ def report(gm: fx.GraphModule, settings: CompilationSettings, break_reason: str 
     parts = partition(gm, reasons(gm, symbols), settings)
     locations = Locations()
     fallbacks = tuple(Fallback(str(node.target), why, locations.of(node)) for node, why in parts.fallbacks.items())
-    return GraphReport(tuple(map(len, parts.blocks)), fallbacks, break_reason)
+    static = static_inputs(gm)
+    names = (node.name for node in gm.graph.nodes if node.op == "placeholder")
+    roles = [Role("parameter" if index in static else "input", name) for index, name in enumerate(names)]
+    graph = from_fx(gm, roles, parts.fallbacks, symbols).graph
+    floats = tuple(Fallback(node.op, why, node.loc) for node, why in quantized_floats(graph))
+    return GraphReport(tuple(map(len, parts.blocks)), fallbacks, break_reason, floats)
 
 
 def _left() -> int:

@@ -13,7 +13,7 @@ import torch
 
 from torch_rtx import aten
 from torch_rtx.errors import InvalidIR, LoweringError, RtxError
-from torch_rtx.ir import Graph, attr_values, verify
+from torch_rtx.ir import Graph, Node, attr_values, verify
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.passes.accumulate import accumulate
 from torch_rtx.lowering.passes.affine_batch_norm import affine_batch_norm
@@ -35,6 +35,7 @@ from torch_rtx.lowering.passes.raise_attention import raise_attention
 from torch_rtx.lowering.passes.raise_gelu import raise_gelu
 from torch_rtx.lowering.passes.raise_group_norm import raise_group_norm
 from torch_rtx.lowering.passes.raise_linear import raise_linear
+from torch_rtx.lowering.passes.raise_quantized import kept_floats, raise_quantized
 from torch_rtx.lowering.passes.read_in_place import read_in_place
 from torch_rtx.lowering.passes.simplify import simplify
 from torch_rtx.lowering.passes.simplify_masks import simplify_masks
@@ -141,6 +142,7 @@ PIPELINE = (
     Pass(raise_gelu),
     Pass(raise_group_norm),
     Pass(raise_linear),
+    Pass(raise_quantized, needs=("targets",)),
     Pass(simplify_masks),
     Pass(read_in_place, needs=("targets",)),
     Pass(fold_batch_norm),
@@ -208,6 +210,15 @@ def lower(
         _write(dump, index, name, after, graph)
         graph = after
     return graph, report
+
+
+def quantized_floats(graph: Graph) -> list[tuple[Node, str]]:
+    """The products of a graph of level import that have a quantized operand and that engines for a GPU compute with
+    floats, each with the reason."""
+    context, infer = Context(CompilationSettings()), Inference()
+    for step in PIPELINE[: PIPELINE.index(PASSES[raise_quantized.__name__])]:
+        graph = step(graph, infer, context, checked=False) if step.applies(context) else graph
+    return kept_floats(graph, infer)
 
 
 def _inputs(graph: Graph) -> str:

@@ -306,7 +306,11 @@ class WeightStore:
             return self._place(weight.names[0], given[0], _HOST if host else None)
         inputs = [aligned(self._place(name, tensor)) for name, tensor in zip(weight.names, given, strict=True)]
         with undisturbed(self.device):
-            value = recipe(inputs, ())[0]
+            try:
+                value = recipe(inputs, ())[0]
+            except OverflowError as error:  # of `torch_rtx.to_int8`
+                problem = f"{error}; disabled_passes=['raise_quantized'] multiplies floats"
+                raise RefitError(mismatched={", ".join(weight.names): problem}) from error
         return value.to(_HOST) if host else value
 
     @torch.inference_mode(False)

@@ -1,4 +1,5 @@
-"""Removes no-ops: aliases, views and casts to the same type, and copies of values that do not escape.
+"""Removes no-ops: aliases, views and casts to the same type, choices that constants decide, and copies of values that
+do not escape.
 
 Softmax of halves with a float result has one form for CUDA alone, which takes no other dtypes: it becomes the call that
 names the dtype, and has the same meaning everywhere.
@@ -7,14 +8,16 @@ names the dtype, and has the same meaning everywhere.
 from __future__ import annotations
 
 from torch_rtx import aten
-from torch_rtx.ir import Graph, Node, TensorType, Value
+from torch_rtx.ir import Attr, Graph, Node, TensorType, Value
+from torch_rtx.lowering.constants import Constants
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.rewrite import COPIES, Rewriter, escaping, returned, rewrite
 
 ALIASES = frozenset(f"aten.{name}.default" for name in ("alias", "detach", "lift_fresh", "view", "expand", "permute"))
 COPY_AS = "aten.copy.default"  # `src` in the type of `self`, whose elements it does not read
 HALF_TO_FLOAT = {"aten._softmax.default": "aten.softmax.int", "aten._log_softmax.default": "aten.log_softmax.int"}
-SAME_TYPE = ALIASES | COPIES | {COPY_AS, "aten.slice.Tensor", "aten.squeeze.dims", "aten.transpose.int"}
+WHERE = "aten.where.self"
+SAME_TYPE = ALIASES | COPIES | {COPY_AS, WHERE, "aten.slice.Tensor", "aten.squeeze.dims", "aten.transpose.int"}
 
 
 def simplify(graph: Graph, infer: Inference) -> Graph:
@@ -22,10 +25,13 @@ def simplify(graph: Graph, infer: Inference) -> Graph:
     escapes, base = escaping(graph), aten.bases(graph)
     owned = aten.shared(graph) | {v.name for v in (*graph.inputs, *(weight.value for weight in graph.weights))}
     views = {name for name in returned(graph) if base.get(name) in owned}  # tensors of their own in memory of another
+    constants = Constants(graph)
     reshaped: dict[str, Value] = {}  # from the result of a view to its source
 
     def visit(node: Node, rewriter: Rewriter) -> bool:
         source = node.arg("src" if node.op == COPY_AS else "self", node.arg("input"))
+        if node.op == WHERE:
+            source = _chosen(node, constants)
         if len(node.outputs) != 1 or not isinstance(source, Value) or node.outputs[0] is None:
             return False
         current = rewriter.current(source)
@@ -36,7 +42,7 @@ def simplify(graph: Graph, infer: Inference) -> Graph:
             named = ("self", current), ("dim", node.arg("dim")), ("dtype", "f32")
             rewriter.nodes.append(Node("op", HALF_TO_FLOAT[node.op], named, node.outputs, None, node.loc))
             return True
-        kept = escapes if node.op in (*COPIES, COPY_AS) else views
+        kept = escapes if node.op in (*COPIES, COPY_AS, WHERE) else views
         if output.name not in kept and _is_identity(node, current):
             rewriter.replace(output, current)
             return True
@@ -51,6 +57,14 @@ def simplify(graph: Graph, infer: Inference) -> Graph:
         return False
 
     return rewrite(graph, infer, visit)
+
+
+def _chosen(node: Node, constants: Constants) -> Attr:
+    """The operand whose elements a choice takes, where a constant condition decides it for all of them."""
+    condition = constants.find(node.arg("condition"))
+    if condition is None or condition.all() != condition.any():
+        return None
+    return node.arg("self" if condition.all() else "other")
 
 
 def _is_identity(node: Node, source: Value) -> bool:

@@ -277,10 +277,13 @@ def _scaled(x: Tensor, factor: float) -> Tensor:
 def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
     """The int32 product of int32 matrices whose elements are differences of bytes.
 
-    GPUs multiply no int32 matrices: sums of 256 such products are exact in float32.
+    GPUs multiply no int32 matrices: sums of 256 such products are exact in float32. A product with one matrix has a
+    form for bytes, which is found by its float64.
     """
-    a, b = a.float(), b.float()
     depth = a.shape[-1]
+    if b.dim() == 2 and not (isinstance(depth, int) and depth <= 256):
+        return torch.matmul(a.double(), b.double()).to(torch.int32)
+    a, b = a.float(), b.float()
     if isinstance(depth, int) and depth <= 256:
         return torch.matmul(a, b).to(torch.int32)
     blocks = (depth + 255) // 256

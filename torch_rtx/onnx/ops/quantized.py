@@ -147,10 +147,10 @@ def dynamic_quantize_linear(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def integer_conv(x: Tensor, w: Tensor, x_zero: Tensor | None, w_zero: Tensor | None, **attributes: Any) -> Tensor:
-    """The exact convolution of integers, float64: algorithms for float32 transform elements, and round them."""
+    """The exact convolution of integers, int32: algorithms for float32 transform elements, and round them."""
     x_zero = None if x_zero is None else spread(x_zero, x)
     w_zero = None if w_zero is None else spread(w_zero, w, 0)
-    return nn.conv(centered(x, x_zero).double(), centered(w, w_zero).double(), **attributes)
+    return nn.conv(centered(x, x_zero).double(), centered(w, w_zero).double(), **attributes).to(torch.int32)
 
 
 @op("ConvInteger", since=10)
@@ -158,7 +158,7 @@ def conv_integer(
     x: Tensor, w: Tensor, x_zero_point: Tensor | None = None, w_zero_point: Tensor | None = None, **attributes: Any
 ) -> Tensor:
     """x (N, C, D...), w (M, C / group, K...), 8-bit integers -> (N, M, ...), int32."""
-    return integer_conv(x, w, x_zero_point, w_zero_point, **attributes).to(torch.int32)
+    return integer_conv(x, w, x_zero_point, w_zero_point, **attributes)
 
 
 @op("QLinearConv", since=10)
@@ -182,7 +182,7 @@ def qlinear_conv(
         x = x.movedim(-1, 1)
     total = integer_conv(x, w, x_zero, w_zero, **attributes)
     if bias is not None:
-        total = total + spread(bias.double(), total)
+        total = total + spread(bias, total)
     factor = x_scale.reshape(()) * w_scale / y_scale.reshape(())
     y = requantize(total, spread(factor, total), y_zero)
     return y.movedim(1, -1) if channels_last else y
