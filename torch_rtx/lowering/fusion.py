@@ -369,14 +369,16 @@ class FusionPlan:
 
     def _narrow(self, index: int) -> None:
         """Give the anchor at `index` an epilogue of its own, of the first operations of the loop that reads its result,
-        down to one whose elements are narrower. The loop itself reduces rows, or is the epilogue of a later anchor.
-        What is between them in memory are then not the sums of int8."""
+        down to one whose elements are narrower, where the loop itself reduces rows or is the epilogue of a later
+        anchor. The sums of int8 then need not be written."""
         anchor, chain, cost = self.group_of[index], list[int](), 0
         (result,) = self.results(anchor)
         tails = [self.group_of[reader] for reader in self.users(anchor)]
-        if len(set(map(id, tails))) != 1 or tails[0].space is None or self._is_last(tails[0], index):
+        if len(set(map(id, tails))) != 1 or tails[0].epoch != anchor.epoch:
             return
         tail, value = tails[0], result
+        if tail.space is None or self._is_last(tail, index):
+            return
         while _bits(value) >= _bits(result):
             readers = set(self.readers.get(value.name, ()))
             at = readers.pop() if len(readers) == 1 and value.name not in self.outside else -1
@@ -388,7 +390,7 @@ class FusionPlan:
             (value,) = self.nodes[at].results
         rest = [member for member in tail.members if member not in chain]
         made = {value.name for member in rest for value in self.nodes[member].results}
-        if any(self.base(given).name in made for at in chain for given in self.nodes[at].inputs):
+        if not rest or any(self.base(given).name in made for at in chain for given in self.nodes[at].inputs):
             return
         parts = [FusionGroup(chain, tail.epoch, IterationSpace(elements(result)), cost)]
         parts.append(FusionGroup(rest, tail.epoch, tail.space, tail.cost - cost))
