@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch_rtx.backend.fake_cuda import constants_on_cpu, install_cuda_guard
 from torch_rtx.backend.fast_path import FAST_PATH
 from torch_rtx.backend.joint_graph import rewriting
+from torch_rtx.backend.quantized_ops import definitions
 from torch_rtx.backend.rematerialization import partition
 from torch_rtx.backend.training import saving_old_values
 from torch_rtx.backend.undefined_gradients import Tolerating, undefined_is_none
@@ -172,7 +173,7 @@ def capture(
         bw_compiler=backward,
         inference_compiler=inference,
         partition_fn=partitioner,
-        decompositions=FAST_PATH,
+        decompositions=FAST_PATH | definitions(),
         keep_inference_input_mutations=True,
     )
     with keep_ops():
@@ -253,7 +254,7 @@ def _decompose(program: torch.export.ExportedProgram) -> torch.export.ExportedPr
             program = _decompose_exported_program(
                 program,
                 cia_to_decomp={},
-                python_decomp_table=FAST_PATH,
+                python_decomp_table=FAST_PATH | definitions(),
                 joint_loss_index=None,
                 decompose_custom_triton_ops=False,
             )
