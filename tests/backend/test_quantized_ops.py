@@ -9,6 +9,7 @@ import torch.ao.quantization.fx._decomposed
 from torch import nn
 
 import torch_rtx
+from tests.helpers.ahead import Function
 from torch_rtx.backend import quantized_ops
 from torch_rtx.errors import CaptureError
 
@@ -294,6 +295,19 @@ def test_errors_name_the_layer():
     model = nn.Sequential(nn.Identity(), Quantized(float("inf")))
     with pytest.raises(CaptureError, match=r"scale of quantization is inf, in layer 1"):
         torch_rtx.compile(model, (floats(3, 5),))
+
+
+def test_products_that_are_wider_than_their_operands():
+    def product(a, b, wide):
+        out_dtype = torch.ops.higher_order.out_dtype
+        op = torch.ops.aten.mm.default
+        return out_dtype(op, torch.int32, a, b), out_dtype(op, F32, wide, wide)
+
+    args = ints(5, 7), ints(7, 3), floats(3, 3, dtype=torch.float16)
+    settings = torch_rtx.CompilationSettings(device="cuda")
+    module = torch_rtx.compile(Function(product), args, settings=settings)
+    calls = [node.op for node in module.engine.graph.nodes if node.kind == "fallback" or "mm" in node.op]
+    assert calls == ["aten._int_mm.default", "python"]
 
 
 def test_no_call_stays_in_pytorch():

@@ -26,6 +26,7 @@ from torch_rtx.lowering.from_fx import Role
 from torch_rtx.profiles import Profile
 from torch_rtx.runtime.module import CompiledModule
 from torch_rtx.runtime.signature import PLAIN, Fixed, Plain, Signature
+from torch_rtx.runtime.subclasses import plain_tensors
 from torch_rtx.settings import CompilationSettings, RuntimeSettings, settings_of
 from torch_rtx.version import __version__
 
@@ -73,7 +74,7 @@ def compile(
     with explained():
         program = declared.capture()
     check_mode(model, program.graph)
-    tensors = _tensors(program)
+    tensors = _tensors(program, model)
     written = set(program.graph_signature.buffers_to_mutate.values())
     names = {user_inputs(program)[number].arg.name: name for number, name in declared.names.items()}
     roles = [_role(spec, tensors, written, names) for spec in program.graph_signature.input_specs]
@@ -102,9 +103,18 @@ def _attach(module: CompiledModule, tensors: Mapping[str, torch.Tensor]) -> None
         log.info("the model has no weights here: the engine can be saved, and called after refit")
 
 
-def _tensors(program: ExportedProgram) -> dict[str, torch.Tensor]:
-    found = {**program.state_dict, **program.constants}
+def _tensors(program: ExportedProgram, model: nn.Module | ExportedProgram) -> dict[str, torch.Tensor]:
+    """The tensors of `program` by all names that they have in `model`. Those that tensor subclasses consist of are the
+    model's own: a program has copies of the objects, one for each use of a tensor."""
+    state = model.state_dict if isinstance(model, ExportedProgram) else _state(model)
+    parts = {name: tensor for name, tensor in plain_tensors(state).items() if name not in state}
+    found = {**program.state_dict, **program.constants, **parts}
     return {name: tensor for name, tensor in found.items() if isinstance(tensor, torch.Tensor)}
+
+
+def _state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All parameters and buffers."""
+    return dict((*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)))
 
 
 def _has_data(tensor: torch.Tensor | None) -> bool:

@@ -25,7 +25,6 @@ from torch.nn import functional as F
 from torch_rtx.errors import CaptureError
 from torch_rtx.lowering.location import module_path
 
-Overload = torch._ops.OpOverload
 Definition = Callable[..., Any]
 Number = float | Tensor
 _HALVES = (torch.float16, torch.bfloat16)
@@ -42,9 +41,9 @@ _CODES = {
 }
 
 
-def definitions() -> dict[Overload, Definition]:
+def definitions() -> dict[torch._ops.OperatorBase, Definition]:
     """The definitions of those operators that exist in this process."""
-    found = {}
+    found: dict[torch._ops.OperatorBase, Definition] = {torch.ops.higher_order.out_dtype: _out_dtype}
     for name, definition in _DEFINITIONS.items():
         namespace, packet, overload = name.split(".")
         operator = getattr(getattr(getattr(torch.ops, namespace), packet, None), overload, None)
@@ -495,6 +494,14 @@ def _int8_vectorwise_quant(A: Tensor, threshold: float = 0.0) -> Any:
 # ---- PyTorch ---------------------------------------------------------------------------------------------------------
 
 
+def _out_dtype(op: torch._ops.OpOverload, output_dtype: torch.dtype, *args: Any) -> Any:
+    """A call whose result is wider than its operands, as torchao multiplies int8 on GPUs."""
+    narrow = all(isinstance(arg, Tensor) and arg.dtype is torch.int8 for arg in args)
+    if op is not torch.ops.aten.mm.default or output_dtype is not torch.int32 or not narrow:
+        return NotImplemented
+    return torch._int_mm(*args)
+
+
 @_defines("aten._weight_int8pack_mm.default")
 def _weight_int8pack_mm(self: Tensor, mat2: Tensor, scales: Tensor) -> Tensor:
     return F.linear(self, mat2.to(self.dtype)) * scales
@@ -518,9 +525,9 @@ def _fake_per_tensor(
 def _fake_per_tensor_by_tensors(
     self: Tensor, scale: Tensor, zero_point: Tensor, fake_quant_enabled: Tensor, quant_min: int, quant_max: int
 ) -> tuple[Tensor, Tensor]:
-    enabled = _number(fake_quant_enabled) == 1
+    enabled = fake_quant_enabled.reshape(()) == 1
     value, mask = _fake(self, _number(scale), _number(zero_point), quant_min, quant_max)
-    return torch.where(enabled, value, self), mask | ~enabled  # type: ignore[operator]
+    return torch.where(enabled, value, self), mask | ~enabled
 
 
 @_defines("aten.fake_quantize_per_channel_affine_cachemask.default")
