@@ -23,6 +23,7 @@ from torchao.quantization import (  # noqa: E402
     IntxWeightOnlyConfig,
     PerAxis,
     PerGroup,
+    PerRow,
     PerTensor,
     quantize_,
 )
@@ -150,6 +151,24 @@ def test_compiled_models_give_what_the_tool_gives(source, monkeypatch, fresh_dyn
     with torch.no_grad():
         check(compile_rtx(model)(x), model(x))
     assert recorder.fallbacks == []
+
+
+@pytest.mark.parametrize("granularity", [PerRow, PerTensor])
+def test_float8_products_for_a_gpu(granularity):
+    """torchao makes such weights on GPUs alone, by `quantize_`, and has no product of them on a CPU."""
+    from torchao.float8.inference import Float8MMConfig
+    from torchao.quantization.quantize_.workflows import Float8Tensor, QuantizeTensorToFloat8Kwargs
+
+    layer, x = nn.Linear(32, 16).bfloat16().requires_grad_(False), ROWS.flatten()[: 3 * 32].reshape(3, 32).bfloat16()
+    wanted = layer(x)
+    kwargs = QuantizeTensorToFloat8Kwargs(granularity=granularity())
+    options = {"granularity": granularity(), "mm_config": Float8MMConfig(use_fast_accum=True)}
+    packed = Float8Tensor.from_hp(layer.weight.detach(), **options, act_quant_kwargs=kwargs)
+    layer.weight = nn.Parameter(packed, requires_grad=False)
+    module = torch_rtx.compile(layer, (x,), settings=torch_rtx.CompilationSettings(device="cuda"))
+    assert [node.op for node in module.engine.graph.nodes if "mm" in node.op] == ["aten._scaled_mm.default"]
+    assert fallbacks(module) == []
+    torch.testing.assert_close(module(x), wanted, rtol=0, atol=0.1 * wanted.abs().max().item())  # as float8 is
 
 
 def test_nvfp4_weights(monkeypatch, fresh_dynamo):

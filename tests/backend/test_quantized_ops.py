@@ -1,7 +1,10 @@
 """Operators of quantization tools: each definition against the tool's own operator, or its formats written out here."""
 
+import contextlib
 import importlib.util
 import itertools
+import sys
+import types
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from torch import nn
 
 import torch_rtx
 from tests.helpers.ahead import Function
+from tests.helpers.packed import Quantized as PackedLayers
 from torch_rtx.backend import quantized_ops
 from torch_rtx.errors import CaptureError
 
@@ -142,16 +146,18 @@ def test_scales_that_are_powers_of_2_are_not_below_their_value():
 
 
 @pytest.mark.parametrize("columns", [32, 37])
-@pytest.mark.parametrize("element", [(4, 2), (8, 4), (8, 5)])
+@pytest.mark.parametrize("element", [(4, 2), (8, 4), (8, 5), (8, 0)])
 def test_blocks_with_scales_that_are_powers_of_2(element, columns):
     x = floats(3, columns, dtype=torch.bfloat16)
-    found = quantized_ops._fake_quantize_blocks(x, 32, None, *element, 8, 8)
+    found = quantized_ops._fake_quantize_blocks(x, 32, None, *element, 9, 8)
     for row, begin in itertools.product(range(3), range(0, columns, 32)):
         block = x[row, begin : begin + 32].double()
-        most = {(4, 2): 6.0, (8, 4): 448.0, (8, 5): 57344.0}[element]
+        most = {(4, 2): 6.0, (8, 4): 448.0, (8, 5): 57344.0, (8, 0): 127.0}[element]
         scale = 2.0 ** torch.log2(block.abs().amax() / most).ceil()
         if element == (4, 2):
             wanted = nearest(block / scale, E2M1) * scale
+        elif element == (8, 0):
+            wanted = (block / scale).round() * scale
         else:
             dtype = torch.float8_e4m3fn if element == (8, 4) else torch.float8_e5m2
             wanted = (block / scale).to(dtype).double() * scale
@@ -295,6 +301,72 @@ def test_errors_name_the_layer():
     model = nn.Sequential(nn.Identity(), Quantized(float("inf")))
     with pytest.raises(CaptureError, match=r"scale of quantization is inf, in layer 1"):
         torch_rtx.compile(model, (floats(3, 5),))
+
+
+@pytest.mark.parametrize("device", [None, "cuda"])
+def test_scales_of_a_model_must_be_finite(device):
+    settings = torch_rtx.CompilationSettings(device=device)
+    model = nn.Sequential(nn.Identity(), Quantized())
+    model[1].steps[3] = float("nan")
+    with pytest.raises(CaptureError, match=r"^1\.steps has scales of quantization that are NaN .* in layer 1"):
+        torch_rtx.compile(model, (floats(3, 5),), settings=settings)
+    packed = PackedLayers()
+    packed.up.weight.scale[2] = float("inf")
+    with pytest.raises(CaptureError, match=r"^up\.weight has scales .* in layer up"):
+        torch_rtx.compile(packed, (ints(2, 3, low=0, high=9).long(),), settings=settings)
+
+
+class FakeQuantized(nn.Module):
+    """A layer as ModelOpt leaves it: its float weight and what rounds it, by an operator for GPUs alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(floats(3, 8))
+        self.register_buffer("_amax", self.weight.detach().abs().amax(1, keepdim=True))
+
+    def forward(self, x):
+        if not x.is_cuda:
+            return nn.functional.linear(x, integers(self.weight.detach(), self._amax, 8, False, True))
+        assert x.device.index == torch.cuda.current_device()
+        assert sys.modules["modelopt.torch.quantization.utils"].exported
+        weight = torch.ops.tensorrt.quantize_op(self.weight, self._amax.detach(), 8, 0, False, True)
+        return nn.functional.linear(x, weight)
+
+
+@pytest.fixture
+def modelopt(monkeypatch):
+    """What capture needs of ModelOpt: its operator, and its way to say that layers are exported."""
+    if not hasattr(torch.ops.tensorrt, "quantize_op"):
+        schema = (
+            "(Tensor input, Tensor amax, int num_bits, int exponent_bits, bool unsigned, bool narrow_range) -> Tensor"
+        )
+        torch.library.define("tensorrt::quantize_op", schema)
+        torch.library.register_fake("tensorrt::quantize_op", lambda input, *_: torch.empty_like(input))
+
+    @contextlib.contextmanager
+    def export_torch_mode():
+        module.exported = True
+        yield
+        module.exported = False
+
+    module = types.SimpleNamespace(exported=False, export_torch_mode=export_torch_mode)
+    monkeypatch.setitem(sys.modules, "modelopt.torch.quantization.utils", module)
+    return module
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_layers_of_modelopt_for_a_gpu_that_is_not_there(modelopt):
+    model, x = FakeQuantized(), floats(5, 8)
+    current = torch.cuda.current_device
+    module = torch_rtx.compile(model, (x,), settings=torch_rtx.CompilationSettings(device="cuda"))
+    assert torch.cuda.current_device is current
+    assert not modelopt.exported
+    assert [node.op for node in module.engine.graph.nodes if node.kind == "fallback"] == []
+    torch.testing.assert_close(module(x), model(x))
+    with torch.no_grad():
+        model.weight.mul_(0.5)  # a refit takes float weights, as LoRA merges them, and rounds them
+    module.refit(model)
+    torch.testing.assert_close(module(x), model(x))
 
 
 def test_products_that_are_wider_than_their_operands():

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TokenArgument
 
+from torch_rtx.backend.capture import state_of
 from torch_rtx.backend.capture_errors import check_mode, checked_model, explained
 from torch_rtx.backend.compiler import Program
 from torch_rtx.backend.inputs import declare, forward_names, user_inputs
@@ -106,15 +107,10 @@ def _attach(module: CompiledModule, tensors: Mapping[str, torch.Tensor]) -> None
 def _tensors(program: ExportedProgram, model: nn.Module | ExportedProgram) -> dict[str, torch.Tensor]:
     """The tensors of `program` by all names that they have in `model`. Those that tensor subclasses consist of are the
     model's own: a program has copies of the objects, one for each use of a tensor."""
-    state = model.state_dict if isinstance(model, ExportedProgram) else _state(model)
+    state = state_of(model)
     parts = {name: tensor for name, tensor in plain_tensors(state).items() if name not in state}
     found = {**program.state_dict, **program.constants, **parts}
     return {name: tensor for name, tensor in found.items() if isinstance(tensor, torch.Tensor)}
-
-
-def _state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """All parameters and buffers."""
-    return dict((*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)))
 
 
 def _has_data(tensor: torch.Tensor | None) -> bool:

@@ -36,6 +36,7 @@ from torch_rtx.backend.fast_path import FAST_PATH
 from torch_rtx.backend.joint_graph import rewriting
 from torch_rtx.backend.quantized_ops import definitions
 from torch_rtx.backend.rematerialization import partition
+from torch_rtx.backend.scale_check import check_scales
 from torch_rtx.backend.training import saving_old_values
 from torch_rtx.backend.undefined_gradients import Tolerating, undefined_is_none
 from torch_rtx.errors import CaptureError
@@ -207,32 +208,40 @@ def capture_export(
 
     An ExportedProgram is only decomposed, if it was not; `args` must then be None.
 
-    Raises CaptureError for arguments that contradict each other, for tensors that can't be faked (sparse, subclasses),
-    for a trace on `meta`, and where fake CUDA tensors are impossible. Errors of torch.export propagate.
+    Raises CaptureError for arguments that contradict each other, for tensors that can't be faked (sparse), for a
+    trace on `meta`, and where fake CUDA tensors are impossible. Errors of torch.export propagate.
     """
     device = None if device is None else torch.device(device)
     if isinstance(model, torch.export.ExportedProgram):
         if args is not None or kwargs or dynamic_shapes is not None:
             raise CaptureError("an ExportedProgram is already traced: pass no args, kwargs or dynamic_shapes")
         with compile_lock, constants_on_cpu():
-            return _decompose(_on_device(model, device))
+            return _decompose(_on_device(model, device), state_of(model))
     if not isinstance(model, torch.nn.Module):
         raise CaptureError(f"cannot export a {type(model).__name__}: pass an nn.Module or an ExportedProgram")
     if not isinstance(args, tuple):
         raise CaptureError(f"args must be a tuple of the model's positional arguments, not {type(args).__name__}")
     device = _trace_device(model, device)
-    carried = carried_by(model)
+    carried, state = carried_by(model), state_of(model)
     if device is None:
         with carrying(carried):
-            return _decompose(_export(model, args, kwargs, dynamic_shapes))
+            return _decompose(_export(model, args, kwargs, dynamic_shapes), state)
     fakes = _FakeCopies(device)
     with fakes.swapped_into(model):
         fake_args, fake_kwargs = pytree.tree_map_only(torch.Tensor, fakes.get, (args, dict(kwargs or {})))
         with fakes.mode, compile_lock, constants_on_cpu(), carrying(carried):
-            program = _decompose(_export(model, fake_args, fake_kwargs, dynamic_shapes))
+            program = _decompose(_export(model, fake_args, fake_kwargs, dynamic_shapes), state)
     _restore(fakes, program.state_dict)
     _restore(fakes, program.constants)
     return program
+
+
+def state_of(model: torch.nn.Module | torch.export.ExportedProgram) -> dict[str, Any]:
+    """The model's parameters, buffers and, of a program, constants, by all their names."""
+    if isinstance(model, torch.export.ExportedProgram):
+        return {**model.constants, **model.state_dict}
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    return dict(named)
 
 
 def _trace_device(model: torch.nn.Module, device: torch.device | None) -> torch.device | None:
@@ -265,9 +274,14 @@ def _exporting() -> Iterator[None]:
         yield
 
 
-def _decompose(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """Functionalize, and decompose the composite ops that are not in `KEEP`; nothing else, as in torch.compile."""
+def _decompose(program: torch.export.ExportedProgram, tensors: Mapping[str, Any]) -> torch.export.ExportedProgram:
+    """Functionalize, and decompose the composite ops that are not in `KEEP`; nothing else, as in torch.compile.
+
+    Args:
+        tensors: of the model, by name.
+    """
     if program.verifier.dialect == "TRAINING":
+        check_scales(program, tensors)
         # `run_decompositions` without its override of every composite op, which takes longer than the rest.
         with torch.no_grad(), keep_ops(), unset_fake_temporarily(), _taking_subclasses_apart():
             program = _decompose_exported_program(

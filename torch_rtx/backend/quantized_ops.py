@@ -342,10 +342,10 @@ def _fake_quantize_blocks(
     scale_exponent_bits: int,
 ) -> Any:
     """Blocks along the last dimension, which share a scale: nvfp4 (scales in e4m3, and a scale of the tensor by
-    `amax`), mxfp4, mxfp8 (scales that are powers of 2)."""
+    `amax`), mxfp4, mxfp8 and mxint8 (scales in e8m0: powers of 2)."""
     element, scale = (num_bits, exponent_bits), (scale_num_bits, scale_exponent_bits)
-    most = {(4, 2): _FP4_MAX, (8, 4): _FP8_MAX, (8, 5): 57344.0}.get(element)
-    if most is None or scale not in ((8, 4), (8, 8)) or (scale == (8, 4) and amax is None):
+    most = {(4, 2): _FP4_MAX, (8, 4): _FP8_MAX, (8, 5): 57344.0, (8, 0): 127.0}.get(element)
+    if most is None or scale not in ((8, 4), (9, 8)) or (scale == (8, 4) and amax is None):
         return NotImplemented
     columns = input.shape[-1]
     wide = F.pad(input.to(torch.float32), (0, -columns % block_size)).unflatten(-1, (-1, block_size))
@@ -360,6 +360,8 @@ def _fake_quantize_blocks(
     scaled = wide / steps
     if num_bits == 4:
         rounded = _e2m1(scaled)
+    elif exponent_bits == 0:
+        rounded = scaled.round().clamp(-most, most)
     else:
         dtype = _FP8 if exponent_bits == 4 else torch.float8_e5m2
         rounded = scaled.clamp(-most, most).to(dtype).to(torch.float32)
