@@ -18,7 +18,7 @@ from torch_rtx.backend import quantized_ops
 from torch_rtx.errors import CaptureError
 
 I8, U8, F32 = torch.int8, torch.uint8, torch.float32
-NF4, FP4 = (torch.tensor(quantized_ops._CODES[name]) for name in ("nf4", "fp4"))
+NF4, FP4 = (quantized_ops._CODES[name] for name in ("nf4", "fp4"))
 
 
 def floats(*shape, dtype=F32, seed=0):

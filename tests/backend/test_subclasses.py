@@ -1,5 +1,7 @@
 """Parameters of classes of their own: how an engine names them, how it gets new ones, and when changes are seen."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -8,7 +10,7 @@ import torch_rtx
 from tests.helpers.ahead import through_file
 from tests.helpers.compiled import Recorder, compile_rtx
 from tests.helpers.packed import BlockLinear, Blocks, Packed, Quantized
-from torch_rtx.errors import CaptureError, RefitError
+from torch_rtx.errors import RefitError
 from torch_rtx.runtime.subclasses import names_of, outer_name, plain_tensors
 
 IDS = torch.arange(10).reshape(2, 5)
@@ -131,11 +133,19 @@ def test_parameters_with_attributes(how):
     assert "forward_pre" not in str(model[0]._forward_pre_hooks)
 
 
-def test_a_parameter_that_holds_tensors_is_refused():
-    model = nn.Sequential(BlockLinear(torch.ones(4, 64)))
-    model[0].weight.table = torch.ones(16)
-    with pytest.raises(CaptureError, match="0.weight is a Blocks with tensors among its attributes"):
-        torch_rtx.compile(model, (X,))
+@pytest.mark.parametrize("settings", [None, CUDA])
+def test_tensors_in_attributes_are_parameters_too(settings):
+    """As the scales of bitsandbytes, which are in an object that the parameter has."""
+    model = nn.Sequential(BlockLinear(torch.sin(torch.arange(96.0 * 64)).reshape(96, 64)))
+    model[0].weight.extra = SimpleNamespace(offset=torch.tensor(0.5), kind="plain")
+    model[0].weight.extra.itself = model[0].weight.extra
+    module = torch_rtx.compile(model, (X,), settings=settings)
+    assert names(module) == {"0.weight", "0.weight_extra_offset"}
+    same(module(X), model(X))
+    model[0].weight.extra.offset = torch.tensor(-2.0)
+    module.refit(model)
+    same(module(X), model(X))
+    assert list(model[0]._buffers) == []
 
 
 def test_packed_weights_take_no_more_room_in_a_file(tmp_path):

@@ -98,7 +98,8 @@ class BlockLinear(nn.Module):
         shape = self.weight.shape_of_values
         scale, codes = self.weight.as_tensor().reshape(-1, Blocks.BYTES).split((2, Blocks.VALUES), 1)
         wide = scale.view(torch.float16).to(x.dtype) * codes.view(torch.int8)
-        return nn.functional.linear(x, wide.reshape(shape))
+        extra = getattr(self.weight, "extra", None)
+        return nn.functional.linear(x, wide.reshape(shape) if extra is None else wide.reshape(shape) + extra.offset)
 
 
 class Quantized(nn.Module):

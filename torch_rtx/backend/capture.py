@@ -8,12 +8,14 @@ import contextlib
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from functools import cache, partial
 from typing import Any
 
 import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.convert_frame import compile_lock
+from torch._export.passes import lift_constants_pass
 from torch._export.utils import _get_decomp_for_cia, _is_preservable_cia_op
 from torch._functorch._aot_autograd.subclass_parametrization import UnwrapTensorSubclass
 from torch._guards import TracingContext
@@ -222,12 +224,11 @@ def capture_export(
     if not isinstance(args, tuple):
         raise CaptureError(f"args must be a tuple of the model's positional arguments, not {type(args).__name__}")
     device = _trace_device(model, device)
-    carried, state = carried_by(model), state_of(model)
     if device is None:
-        with carrying(carried):
-            return _decompose(_export(model, args, kwargs, dynamic_shapes), state)
+        with carried_by(model) as carried, carrying(carried):
+            return _decompose(_export(model, args, kwargs, dynamic_shapes), state_of(model))
     fakes = _FakeCopies(device)
-    with fakes.swapped_into(model):
+    with carried_by(model) as carried, contextlib.nullcontext(state_of(model)) as state, fakes.swapped_into(model):
         fake_args, fake_kwargs = pytree.tree_map_only(torch.Tensor, fakes.get, (args, dict(kwargs or {})))
         with fakes.mode, compile_lock, constants_on_cpu(), carrying(carried):
             program = _decompose(_export(model, fake_args, fake_kwargs, dynamic_shapes), state)
@@ -283,7 +284,9 @@ def _decompose(program: torch.export.ExportedProgram, tensors: Mapping[str, Any]
     if program.verifier.dialect == "TRAINING":
         check_scales(program, tensors)
         # `run_decompositions` without its override of every composite op, which takes longer than the rest.
-        with torch.no_grad(), keep_ops(), unset_fake_temporarily(), _taking_subclasses_apart():
+        program = copy(program)
+        program._constants = dict(program.constants)
+        with torch.no_grad(), keep_ops(), unset_fake_temporarily(), _mending(program.constants):
             program = _decompose_exported_program(
                 program,
                 cia_to_decomp={},
@@ -298,8 +301,9 @@ def _decompose(program: torch.export.ExportedProgram, tensors: Mapping[str, Any]
 
 
 @contextlib.contextmanager
-def _taking_subclasses_apart() -> Iterator[None]:
-    """PyTorch's own functions expect inner tensors of the class Tensor, which those of a FakeTensor's mode are not."""
+def _mending(constants: dict[str, Any]) -> Iterator[None]:
+    """Mend PyTorch's decomposition of programs: it expects inner tensors of class Tensor, which FakeTensors are not,
+    and forgets the constants that decompositions make. `constants` gets them."""
 
     def right_inverse(self: Any, tensor: torch.Tensor) -> list[torch.Tensor]:
         self.like = (tensor,)  # in a tuple, since it is no parameter of `self`
@@ -308,13 +312,20 @@ def _taking_subclasses_apart() -> Iterator[None]:
     def forward(self: Any, *parts: torch.Tensor) -> torch.Tensor:
         return rebuilt(self.like[0], iter(parts))
 
+    def lift(*args: Any) -> dict[str, Any]:
+        found: dict[str, Any] = before[2](*args)
+        constants.update({name: constant for name, constant in found.items() if name not in constants})
+        return found
+
     kind: Any = UnwrapTensorSubclass
-    before = kind.right_inverse, kind.forward
+    passes: Any = lift_constants_pass
+    before = kind.right_inverse, kind.forward, passes.lift_constants_pass
     kind.right_inverse, kind.forward = right_inverse, forward
+    passes.lift_constants_pass = lift
     try:
         yield
     finally:
-        kind.right_inverse, kind.forward = before
+        kind.right_inverse, kind.forward, passes.lift_constants_pass = before
 
 
 def _on_device(program: torch.export.ExportedProgram, device: torch.device | None) -> torch.export.ExportedProgram:

@@ -31,7 +31,7 @@ _HALVES = (torch.float16, torch.bfloat16)
 _DEFINITIONS: dict[str, Definition] = {}
 _FP8, _FP8_MAX, _FP4_MAX = torch.float8_e4m3fn, 448.0, 6.0
 # The values of bitsandbytes' 4-bit types, by their codes.
-_CODES = {
+_VALUES = {
     "nf4": (
         *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
         *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
@@ -39,6 +39,7 @@ _CODES = {
     ),
     "fp4": tuple(sign * n / 12 for sign in (1, -1) for n in (0, 0.0625, 8, 12, 4, 6, 2, 3)),
 }
+_CODES = {kind: torch.tensor(values, dtype=torch.float32) for kind, values in _VALUES.items()}
 
 
 def definitions() -> dict[torch._ops.OperatorBase, Definition]:
@@ -408,7 +409,7 @@ def _dequantize_4bit(
 ) -> Any:
     if quant_type not in _CODES:
         return NotImplemented
-    code = torch.tensor(_CODES[quant_type], dtype=torch.float32, device=A.device)
+    code = torch.ops.aten.lift_fresh_copy(_CODES[quant_type]).to(A.device)  # a constant of the graph
     return _blocks_of(_values_of(A, code, shape), absmax, blocksize).to(dtype).reshape(list(shape))
 
 

@@ -11,6 +11,7 @@ from functools import wraps
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
@@ -64,6 +65,32 @@ def without_overrides(call: Callable[..., Any]) -> Callable[..., Any]:
             return call(*args)
 
     return plain
+
+
+def is_special(parameter: object) -> bool:
+    """Whether a parameter is of a class of its own that is no wrapper of inner tensors."""
+    own = isinstance(parameter, torch.Tensor) and type(parameter) not in (torch.Tensor, torch.nn.Parameter)
+    return own and not isinstance(parameter, FakeTensor) and not is_traceable_wrapper_subclass(parameter)
+
+
+def attached(name: str, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The tensors in the attributes of a parameter called `name`, also in those of objects there, by the names that
+    they have in an engine, such as `weight_quant_state_absmax`."""
+    return dict(_attached(name, parameter, set()))
+
+
+def _attached(name: str, owner: object, seen: set[int]) -> Iterator[tuple[str, torch.Tensor]]:
+    seen.add(id(owner))  # an object may refer to one that refers to it
+    for key, value in vars(owner).items():
+        if isinstance(value, torch.Tensor):
+            yield f"{name}_{key}", value
+        elif is_object(value) and id(value) not in seen:
+            yield from _attached(f"{name}_{key}", value, seen)
+
+
+def is_object(value: object) -> bool:
+    """Whether `value` holds data in attributes, and is no module, class or function."""
+    return hasattr(value, "__dict__") and not isinstance(value, torch.nn.Module | type) and not callable(value)
 
 
 def inner(tensor: Any) -> Iterator[torch.Tensor]:

@@ -16,7 +16,7 @@ from torch_rtx.errors import RtxError
 from torch_rtx.ir import Parameter
 from torch_rtx.manifest import Manifest
 from torch_rtx.onnx.framed import weights_in
-from torch_rtx.runtime.subclasses import plain_tensors
+from torch_rtx.runtime.subclasses import attached, is_special, plain_tensors
 from torch_rtx.runtime.weight_files import read_weights
 
 if TYPE_CHECKING:
@@ -84,6 +84,8 @@ def _tensors_of_module(module: nn.Module, parameters: Sequence[Parameter]) -> di
     """Also the buffers that its state dict leaves out, if `parameters` need them."""
     named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     found = {name: tensor.detach() for name, tensor in plain_tensors(dict(named)).items()}
+    for name, tensor in named:
+        found |= attached(name, tensor) if is_special(tensor) else {}
     for parameter in parameters:
         with suppress(AttributeError):
             attribute = attrgetter(parameter.name)(module)
