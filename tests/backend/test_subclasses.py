@@ -133,6 +133,28 @@ def test_parameters_with_attributes(how):
     assert "forward_pre" not in str(model[0]._forward_pre_hooks)
 
 
+class Adapted(nn.Module):
+    """A layer with blocks, and an adapter that is trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.base, self.adapter = BlockLinear(torch.ones(8, 64)), nn.Linear(64, 8, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.adapter(x)
+
+
+def test_training_beside_parameters_with_attributes(fresh_dynamo):
+    model = Adapted()
+    found = []
+    for call in (model, compile_rtx(model)):
+        x = X.clone().requires_grad_()
+        result = call(x)
+        found.append((result.detach(), *torch.autograd.grad(result.square().sum(), (x, model.adapter.weight))))
+    for one, other in zip(*found, strict=True):
+        same(other, one)
+
+
 @pytest.mark.parametrize("settings", [None, CUDA])
 def test_tensors_in_attributes_are_parameters_too(settings):
     """As the scales of bitsandbytes, which are in an object that the parameter has."""
