@@ -162,11 +162,12 @@ def test_tensors_in_attributes_are_parameters_too(settings):
     model[0].weight.extra = SimpleNamespace(offset=torch.tensor(0.5), kind="plain")
     model[0].weight.extra.itself = model[0].weight.extra
     module = torch_rtx.compile(model, (X,), settings=settings)
-    assert names(module) == {"0.weight", "0.weight_extra_offset"}
+    assert names(module) == {"0.weight", "0.weight_extra_offset", "0.weight.offset"}
     same(module(X), model(X))
-    model[0].weight.extra.offset = torch.tensor(-2.0)
-    module.refit(model)
-    same(module(X), model(X))
+    for value, weights in ((-2.0, lambda: model), (3.0, model.state_dict)):
+        model[0].weight.extra.offset = torch.tensor(value)
+        module.refit(weights())
+        same(module(X), model(X))
     assert list(model[0]._buffers) == []
 
 

@@ -93,6 +93,11 @@ class BlockLinear(nn.Module):
         super().__init__()
         self.weight = Blocks.of(weight)
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(self.weight, "extra"):  # as bitsandbytes does with scales, and with a table of values
+            destination |= {f"{prefix}weight.offset": self.weight.extra.offset, f"{prefix}weight.table": torch.ones(3)}
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         assert self.weight.kind == "Q8_0"
         shape = self.weight.shape_of_values

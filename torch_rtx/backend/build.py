@@ -27,7 +27,7 @@ from torch_rtx.lowering.from_fx import Role
 from torch_rtx.profiles import Profile
 from torch_rtx.runtime.module import CompiledModule
 from torch_rtx.runtime.signature import PLAIN, Fixed, Plain, Signature
-from torch_rtx.runtime.subclasses import plain_tensors
+from torch_rtx.runtime.subclasses import is_special, plain_tensors
 from torch_rtx.settings import CompilationSettings, RuntimeSettings, settings_of
 from torch_rtx.version import __version__
 
@@ -109,6 +109,9 @@ def _tensors(program: ExportedProgram, model: nn.Module | ExportedProgram) -> di
     model's own: a program has copies of the objects, one for each use of a tensor."""
     state = state_of(model)
     parts = {name: tensor for name, tensor in plain_tensors(state).items() if name not in state}
+    if isinstance(model, nn.Module) and any(map(is_special, state.values())):
+        kept = model.state_dict(keep_vars=True)  # modules may give names to tensors in attributes of their parameters
+        parts |= {name: tensor for name, tensor in kept.items() if name not in state}
     found = {**program.state_dict, **program.constants, **parts}
     return {name: tensor for name, tensor in found.items() if isinstance(tensor, torch.Tensor)}
 
@@ -170,12 +173,13 @@ def _engine(
 ) -> Engine:
     parameters = lowered.graph.parameters
     needed = {name for p in parameters for name in (p.name, *p.aliases)}
+    unused = {*program.state_dict, *tensors} - {*program.constants} - needed
     manifest = Manifest(
         device=lowered.device.type,
         inputs=tuple(value.name for value in lowered.graph.inputs),
         signature=_saved(signature),
         producer={"torch_rtx": __version__, "torch": torch.__version__},
-        unused_names=tuple(sorted(n for n in program.state_dict if n not in needed)),
+        unused_names=tuple(sorted(unused)),
         profiles=profiles,
         **found,
     )
