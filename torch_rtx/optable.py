@@ -138,10 +138,11 @@ scaled_dot_product_attention.default uniform.default
 # effect: writes to an input or a weight
 copy_.default index_copy_.default index_put_.default scatter_.src scatter_.value
 # unchecked: PyTorch trusts addresses, offsets or lengths in them, nothing bounds their time, or their types are wrong
-_chunk_cat.default _embedding_bag.default _embedding_bag_forward_only.default _grouped_mm.default
-_histogramdd_bin_edges.default _histogramdd_from_bin_cts.default _histogramdd_from_bin_tensors.default
-_reshape_alias.default _thnn_fused_lstm_cell.default _unsafe_index_put.default _unsafe_masked_index.default
-_unsafe_masked_index_put_accumulate.default as_strided.default as_strided_copy.default as_strided_scatter.default
+_chunk_cat.default _dyn_quant_matmul_4bit.default _embedding_bag.default _embedding_bag_forward_only.default
+_grouped_mm.default _histogramdd_bin_edges.default _histogramdd_from_bin_cts.default
+_histogramdd_from_bin_tensors.default _reshape_alias.default _thnn_fused_lstm_cell.default _unsafe_index_put.default
+_unsafe_masked_index.default _unsafe_masked_index_put_accumulate.default _weight_int4pack_mm.default
+_weight_int4pack_mm_for_cpu.default as_strided.default as_strided_copy.default as_strided_scatter.default
 cudnn_convolution_add_relu.default cudnn_convolution_relu.default embedding_bag.default embedding_bag.padding_idx
 fractional_max_pool2d.default fractional_max_pool3d.default gru.data hash_tensor.default histogram.bin_ct
 histogram.bins_tensor ldexp.Tensor linalg_ldl_solve.default linalg_lu_solve.default linalg_matrix_sqrth.default

@@ -17,6 +17,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TokenArgument
 
 from torch_rtx import platforms
+from torch_rtx.backend.capture import state_of
 from torch_rtx.backend.capture_errors import check_mode, checked_model, explained
 from torch_rtx.backend.compiler import Program, device_of
 from torch_rtx.backend.inputs import declare, forward_names, user_inputs
@@ -28,6 +29,7 @@ from torch_rtx.lowering.from_fx import Role
 from torch_rtx.profiles import Profile
 from torch_rtx.runtime.module import CompiledModule
 from torch_rtx.runtime.signature import PLAIN, Fixed, Plain, Signature
+from torch_rtx.runtime.subclasses import is_special, plain_tensors
 from torch_rtx.settings import CompilationSettings, RuntimeSettings, settings_of
 from torch_rtx.targets import LATER
 from torch_rtx.version import __version__
@@ -76,7 +78,7 @@ def compile(
     with explained():
         program = declared.capture()
     check_mode(model, program.graph)
-    tensors = _tensors(program)
+    tensors = _tensors(program, model)
     names = {user_inputs(program)[number].arg.name: name for number, name in declared.names.items()}
     roles = _roles(program, tensors, names)
     sizes = program.range_constraints, declared.typical(program)
@@ -110,8 +112,15 @@ def _attach(module: CompiledModule, tensors: Mapping[str, torch.Tensor]) -> None
         log.info("the model has no weights here: the engine can be saved, and called after refit")
 
 
-def _tensors(program: ExportedProgram) -> dict[str, torch.Tensor]:
-    found = {**program.state_dict, **program.constants}
+def _tensors(program: ExportedProgram, model: nn.Module | ExportedProgram) -> dict[str, torch.Tensor]:
+    """The tensors of `program` by all names that they have in `model`. Those that tensor subclasses consist of are the
+    model's own: a program has copies of the objects, one for each use of a tensor."""
+    state = state_of(model)
+    parts = {name: tensor for name, tensor in plain_tensors(state).items() if name not in state}
+    if isinstance(model, nn.Module) and any(map(is_special, state.values())):
+        kept = model.state_dict(keep_vars=True)  # modules may give names to tensors in attributes of their parameters
+        parts |= {name: tensor for name, tensor in kept.items() if name not in state}
+    found = {**program.state_dict, **program.constants, **parts}
     return {name: tensor for name, tensor in found.items() if isinstance(tensor, torch.Tensor)}
 
 
@@ -179,13 +188,14 @@ def _engine(
 ) -> Engine:
     parameters = lowered.graph.parameters
     needed = {name for p in parameters for name in (p.name, *p.aliases)}
+    unused = {*program.state_dict, *tensors} - {*program.constants} - needed
     manifest = Manifest(
         device=lowered.device.type,
         inputs=tuple(value.name for value in lowered.graph.inputs),
         signature=_saved(signature),
         producer={"torch_rtx": __version__, "torch": torch.__version__},
         platform=settings.platform,
-        unused_names=tuple(sorted(n for n in program.state_dict if n not in needed)),
+        unused_names=tuple(sorted(unused)),
         profiles=profiles,
         **found,
     )

@@ -6,14 +6,18 @@ other ones and nothing else, so that the importer sees one op set for every fron
 
 import contextlib
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from functools import cache, partial
 from typing import Any
 
 import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.convert_frame import compile_lock
+from torch._export.passes import lift_constants_pass
 from torch._export.utils import _get_decomp_for_cia, _is_preservable_cia_op
+from torch._functorch._aot_autograd.subclass_parametrization import UnwrapTensorSubclass
 from torch._guards import TracingContext
 from torch._ops import resolve_key
 from torch._subclasses.fake_impls import op_implementations_dict
@@ -28,13 +32,17 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from torch_rtx.backend.carried import carried_by, carrying
 from torch_rtx.backend.fake_cuda import constants_on_cpu, install_cuda_guard
 from torch_rtx.backend.fast_path import FAST_PATH
 from torch_rtx.backend.joint_graph import rewriting
+from torch_rtx.backend.quantized_ops import definitions
 from torch_rtx.backend.rematerialization import partition
+from torch_rtx.backend.scale_check import check_scales
 from torch_rtx.backend.training import saving_old_values
 from torch_rtx.backend.undefined_gradients import Tolerating, undefined_is_none
 from torch_rtx.errors import CaptureError
+from torch_rtx.runtime.subclasses import inner, rebuilt
 
 # `compiler(gm, example_inputs) -> callable`: `gm` is an ATen GraphModule, the inputs are FakeTensors and SymInts.
 GraphCompiler = Callable[[torch.fx.GraphModule, Sequence[Any]], Callable[..., Any]]
@@ -64,6 +72,8 @@ def _overloads(names: Sequence[str]) -> Iterator[torch._ops.OpOverload]:
             yield getattr(packet, overload)
 
 
+# Contexts of tools that an export needs, by their modules: without, ModelOpt's quantizers read values in Python.
+_EXPORT_MODES = {"modelopt.torch.quantization.utils": "export_torch_mode"}
 KEEP = tuple(op for op in _overloads(_KEEP_NAMES) if _is_preservable_cia_op(op))
 
 
@@ -172,7 +182,7 @@ def capture(
         bw_compiler=backward,
         inference_compiler=inference,
         partition_fn=partitioner,
-        decompositions=FAST_PATH,
+        decompositions=FAST_PATH | definitions(),
         keep_inference_input_mutations=True,
     )
     with keep_ops():
@@ -200,30 +210,39 @@ def capture_export(
 
     An ExportedProgram is only decomposed, if it was not; `args` must then be None.
 
-    Raises CaptureError for arguments that contradict each other, for tensors that can't be faked (sparse, subclasses),
-    for a trace on `meta`, and where fake CUDA tensors are impossible. Errors of torch.export propagate.
+    Raises CaptureError for arguments that contradict each other, for tensors that can't be faked (sparse), for a
+    trace on `meta`, and where fake CUDA tensors are impossible. Errors of torch.export propagate.
     """
     device = None if device is None else torch.device(device)
     if isinstance(model, torch.export.ExportedProgram):
         if args is not None or kwargs or dynamic_shapes is not None:
             raise CaptureError("an ExportedProgram is already traced: pass no args, kwargs or dynamic_shapes")
         with compile_lock, constants_on_cpu():
-            return _decompose(_on_device(model, device))
+            return _decompose(_on_device(model, device), state_of(model))
     if not isinstance(model, torch.nn.Module):
         raise CaptureError(f"cannot export a {type(model).__name__}: pass an nn.Module or an ExportedProgram")
     if not isinstance(args, tuple):
         raise CaptureError(f"args must be a tuple of the model's positional arguments, not {type(args).__name__}")
     device = _trace_device(model, device)
     if device is None:
-        return _decompose(_export(model, args, kwargs, dynamic_shapes))
+        with carried_by(model) as carried, carrying(carried):
+            return _decompose(_export(model, args, kwargs, dynamic_shapes), state_of(model))
     fakes = _FakeCopies(device)
-    with fakes.swapped_into(model):
+    with carried_by(model) as carried, contextlib.nullcontext(state_of(model)) as state, fakes.swapped_into(model):
         fake_args, fake_kwargs = pytree.tree_map_only(torch.Tensor, fakes.get, (args, dict(kwargs or {})))
-        with fakes.mode, compile_lock, constants_on_cpu():
-            program = _decompose(_export(model, fake_args, fake_kwargs, dynamic_shapes))
+        with fakes.mode, compile_lock, constants_on_cpu(), carrying(carried):
+            program = _decompose(_export(model, fake_args, fake_kwargs, dynamic_shapes), state)
     _restore(fakes, program.state_dict)
     _restore(fakes, program.constants)
     return program
+
+
+def state_of(model: torch.nn.Module | torch.export.ExportedProgram) -> dict[str, Any]:
+    """The model's parameters, buffers and, of a program, constants, by all their names."""
+    if isinstance(model, torch.export.ExportedProgram):
+        return {**model.constants, **model.state_dict}
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    return dict(named)
 
 
 def _trace_device(model: torch.nn.Module, device: torch.device | None) -> torch.device | None:
@@ -241,19 +260,37 @@ def _trace_device(model: torch.nn.Module, device: torch.device | None) -> torch.
 
 def _export(model: torch.nn.Module, args: tuple[Any, ...], kwargs: Any, dynamic_shapes: Any) -> Any:
     # With gradients disabled, `with torch.no_grad()` inside the model changes no mode and adds no node to the graph.
-    with torch.no_grad(), compile_lock:
+    with torch.no_grad(), compile_lock, _exporting():
         return torch.export.export(model, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False)
 
 
-def _decompose(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """Functionalize, and decompose the composite ops that are not in `KEEP`; nothing else, as in torch.compile."""
+@contextlib.contextmanager
+def _exporting() -> Iterator[None]:
+    """Tell tools that replace layers, and are imported, that their layers are exported now."""
+    with contextlib.ExitStack() as stack:
+        for module, context in _EXPORT_MODES.items():
+            enter = getattr(sys.modules.get(module), context, None)
+            if enter is not None:
+                stack.enter_context(enter())
+        yield
+
+
+def _decompose(program: torch.export.ExportedProgram, tensors: Mapping[str, Any]) -> torch.export.ExportedProgram:
+    """Functionalize, and decompose the composite ops that are not in `KEEP`; nothing else, as in torch.compile.
+
+    Args:
+        tensors: of the model, by name.
+    """
     if program.verifier.dialect == "TRAINING":
+        check_scales(program, tensors)
         # `run_decompositions` without its override of every composite op, which takes longer than the rest.
-        with torch.no_grad(), keep_ops(), unset_fake_temporarily():
+        program = copy(program)
+        program._constants = dict(program.constants)
+        with torch.no_grad(), keep_ops(), unset_fake_temporarily(), _mending(program.constants):
             program = _decompose_exported_program(
                 program,
                 cia_to_decomp={},
-                python_decomp_table=FAST_PATH,
+                python_decomp_table=FAST_PATH | definitions(),
                 joint_loss_index=None,
                 decompose_custom_triton_ops=False,
             )
@@ -261,6 +298,34 @@ def _decompose(program: torch.export.ExportedProgram) -> torch.export.ExportedPr
         program.graph.erase_node(node)  # checks dtypes and devices, which the capture fixes anyway
     program.graph_module.recompile()
     return program
+
+
+@contextlib.contextmanager
+def _mending(constants: dict[str, Any]) -> Iterator[None]:
+    """Mend PyTorch's decomposition of programs: it expects inner tensors of class Tensor, which FakeTensors are not,
+    and forgets the constants that decompositions make. `constants` gets them."""
+
+    def right_inverse(self: Any, tensor: torch.Tensor) -> list[torch.Tensor]:
+        self.like = (tensor,)  # in a tuple, since it is no parameter of `self`
+        return list(inner(tensor))
+
+    def forward(self: Any, *parts: torch.Tensor) -> torch.Tensor:
+        return rebuilt(self.like[0], iter(parts))
+
+    def lift(*args: Any) -> dict[str, Any]:
+        found: dict[str, Any] = before[2](*args)
+        constants.update({name: constant for name, constant in found.items() if name not in constants})
+        return found
+
+    kind: Any = UnwrapTensorSubclass
+    passes: Any = lift_constants_pass
+    before = kind.right_inverse, kind.forward, passes.lift_constants_pass
+    kind.right_inverse, kind.forward = right_inverse, forward
+    passes.lift_constants_pass = lift
+    try:
+        yield
+    finally:
+        kind.right_inverse, kind.forward, passes.lift_constants_pass = before
 
 
 def _on_device(program: torch.export.ExportedProgram, device: torch.device | None) -> torch.export.ExportedProgram:
@@ -300,13 +365,16 @@ class _FakeCopies:
         return self._by_fake.get(id(tensor), tensor)
 
     def _create(self, tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.layout != torch.strided or is_traceable_wrapper_subclass(tensor):
+        if tensor.layout != torch.strided:
             raise CaptureError(
                 f"cannot capture a {type(tensor).__name__} of layout {tensor.layout} on another device",
                 hint="pass device=None to trace the model where it is",
             )
-        with self.mode:
-            fake = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=self.device)
+        if is_traceable_wrapper_subclass(tensor):
+            fake = rebuilt(tensor, map(self.get, inner(tensor)))
+        else:
+            with self.mode:
+                fake = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=self.device)
         if isinstance(tensor, torch.nn.Parameter):
             return torch.nn.Parameter(fake, requires_grad=tensor.requires_grad)
         return fake

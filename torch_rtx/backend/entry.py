@@ -31,6 +31,7 @@ from torch_rtx.lowering.from_fx import Role, is_fixed
 from torch_rtx.lowering.location import module_path
 from torch_rtx.runtime.code import Owned
 from torch_rtx.runtime.session import Session
+from torch_rtx.runtime.subclasses import any_overrides, names_of, without_overrides
 from torch_rtx.runtime.tuning_context import tactics_and_context
 from torch_rtx.runtime.weights import WeightStore
 from torch_rtx.settings import CompilationSettings, RuntimeSettings, from_options
@@ -62,7 +63,8 @@ def rtx(
         require_one_graph(gm)
     # `.grad` takes the tensor that the first backward returns, and the next backward would overwrite it.
     trained = replace(runtime, static_outputs=False)
-    names = [_source_name(node) for node in gm.graph.nodes if node.op == "placeholder"]
+    names = _names(gm, example_inputs)
+    plain = without_overrides if any_overrides(example_inputs) else _same
     entry = CaptureEntry.of(gm, example_inputs, compilation)
     captured = partial(_capture, gm, compilation)
     if entry is not None:
@@ -86,9 +88,9 @@ def rtx(
         gradients = positions(graph)
         options: dict[str, Any] = {"done": done, "pinned": step.backward(graph), "gradients": gradients}
         compile = partial(_compile, names=[], static=frozenset(), compilation=compilation, runtime=trained, **options)
-        return specializing(gradients, lambda: graph, compile)
+        return plain(specializing(gradients, lambda: graph, compile))
 
-    return captured(example_inputs, inference, forward, backward)
+    return plain(captured(example_inputs, inference, forward, backward))
 
 
 def _settings(options: Mapping[str, object] | None, mode: str | None) -> tuple[CompilationSettings, RuntimeSettings]:
@@ -254,6 +256,16 @@ def static_inputs(gm: fx.GraphModule) -> frozenset[int]:
     written = {node.args[0] for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)}
     candidates = [i for i in static if i < len(placeholders) and placeholders[i] not in written]
     return frozenset(i for i in candidates if isinstance(placeholders[i].meta["val"], torch.Tensor))
+
+
+def _same(call: Callable[..., Any]) -> Callable[..., Any]:
+    return call
+
+
+def _names(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[str]:
+    """The names of the placeholders of what a capture makes of `gm`."""
+    sources = (_source_name(node) for node in gm.graph.nodes if node.op == "placeholder")
+    return [name for source, given in zip(sources, example_inputs, strict=True) for name in names_of(source, given)]
 
 
 def _source_name(placeholder: fx.Node) -> str:

@@ -12,7 +12,8 @@ one that does.
 
 A trace also computes real values: PyTorch carries the value of a scalar constant (`torch.tensor(2.0, device=x.device)`)
 along with the graph, in case the model reads it, and copies it to the constant's device. Without a GPU,
-`constants_on_cpu` lets such a copy allocate its "cuda" memory on the CPU.
+`constants_on_cpu` lets such a copy allocate its "cuda" memory on the CPU. There the current device is the one that the
+FakeTensors are on, for models that compare.
 """
 
 import contextlib
@@ -87,10 +88,15 @@ def constants_on_cpu() -> Iterator[None]:
     if torch.cuda.is_available():
         yield
         return
+    current = torch.cuda.current_device
     with torch.library._scoped_library("aten", "IMPL") as library:
         for op in (torch.ops.aten.empty.memory_format, torch.ops.aten.empty_strided.default):
             library.impl(op, _on_cpu(op), "CUDA")
-        yield
+        torch.cuda.current_device = lambda: 0
+        try:
+            yield
+        finally:
+            torch.cuda.current_device = current
 
 
 def _on_cpu(op: torch._ops.OpOverload) -> Any:

@@ -38,6 +38,7 @@ from torch_rtx.runtime.session import Session
 from torch_rtx.runtime.signature import Signature
 from torch_rtx.runtime.streaming import stream
 from torch_rtx.runtime.strided import copy_strided
+from torch_rtx.runtime.subclasses import plain_tensors
 from torch_rtx.runtime.tuning_context import tactics_and_context
 from torch_rtx.runtime.weight_sources import WeightSource, is_onnx, tensors_of
 from torch_rtx.runtime.weights import WeightStore, match
@@ -150,7 +151,7 @@ class CompiledModule(nn.Module):
         tensors = tensors_of(weights, self._store.parameters, self.engine.manifest)
         if isinstance(weights, nn.Module) and not is_onnx(weights):  # also has the buffers that no state dict has
             known = {name for p in self._store.parameters for name in (p.name, *p.aliases)}
-            kept = weights.state_dict(keep_vars=True).keys()
+            kept = plain_tensors(weights.state_dict(keep_vars=True)).keys()
             tensors = {name: tensor for name, tensor in tensors.items() if name in known or name in kept}
         with self._computing():
             self._store.refit(tensors, strict)
@@ -532,11 +533,12 @@ def refit_module_weights(module: nn.Module, weights: WeightSource) -> None:
     if not isinstance(model, nn.Module):
         hint = "pass a CompiledModule or torch.compile(model)"
         raise RtxError(f"a {type(module).__name__} is not compiled", hint=hint)
-    state = {n: t for n, t in model.state_dict(keep_vars=True).items() if isinstance(t, torch.Tensor)}
+    kept = plain_tensors(model.state_dict(keep_vars=True))
+    state = {name: tensor for name, tensor in kept.items() if isinstance(tensor, torch.Tensor)}
     parameters = _parameters(state)
     given = tensors_of(weights, parameters, _manifest(model))
     if isinstance(weights, nn.Module) and not is_onnx(weights):
-        given = {name: given[name] for name in weights.state_dict(keep_vars=True) if name in given}
+        given = {name: given[name] for name in plain_tensors(weights.state_dict(keep_vars=True)) if name in given}
     found = match(parameters, given, ())
     with torch.no_grad():
         for parameter, tensor in zip(parameters, found, strict=True):

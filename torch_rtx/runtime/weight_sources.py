@@ -16,6 +16,7 @@ from torch_rtx.errors import RtxError
 from torch_rtx.ir import Parameter
 from torch_rtx.manifest import Manifest
 from torch_rtx.onnx.framed import weights_in
+from torch_rtx.runtime.subclasses import attached, is_special, plain_tensors
 from torch_rtx.runtime.weight_files import read_weights
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ WeightSource = Union[nn.Module, Mapping[str, torch.Tensor], Path, Sequence[Path]
 def tensors_of(
     weights: WeightSource, parameters: Sequence[Parameter] = (), manifest: Manifest | None = None
 ) -> dict[str, torch.Tensor]:
-    """The named tensors of a source of weights.
+    """The named tensors of a source of weights; of a tensor subclass its inner ones, see `subclasses`.
 
     Args:
         parameters: what they are for. A module also gives plain attributes of these names: tensors that had no data at
@@ -46,7 +47,7 @@ def tensors_of(
     if isinstance(weights, nn.Module):
         return _tensors_of_module(weights, parameters)
     if isinstance(weights, Mapping):
-        return dict(weights)
+        return plain_tensors(weights)
     if isinstance(weights, bytes) or not isinstance(weights, str | os.PathLike | Sequence):
         hint = "pass a module, a state dict, an ONNX model, or the path of a safetensors or ONNX file"
         raise RtxError(f"weights can't be a {type(weights).__name__}", hint=hint)
@@ -82,7 +83,9 @@ def _tensors_of_onnx(
 def _tensors_of_module(module: nn.Module, parameters: Sequence[Parameter]) -> dict[str, torch.Tensor]:
     """Also the buffers that its state dict leaves out, if `parameters` need them."""
     named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    found = {name: tensor.detach() for name, tensor in named}
+    found = {name: tensor.detach() for name, tensor in plain_tensors(dict(named)).items()}
+    for name, tensor in named:
+        found |= attached(name, tensor) if is_special(tensor) else {}
     for parameter in parameters:
         with suppress(AttributeError):
             attribute = attrgetter(parameter.name)(module)

@@ -28,6 +28,7 @@ from torch_rtx.runtime.code import compile_graph, undisturbed
 from torch_rtx.runtime.gate import Gate
 from torch_rtx.runtime.streaming import Streamer
 from torch_rtx.runtime.strided import overwrite, restride
+from torch_rtx.runtime.subclasses import outer_name
 from torch_rtx.runtime.watch import Watch, same_bits
 
 log = logging.getLogger(__name__)
@@ -340,6 +341,12 @@ def match(parameters: Sequence[Parameter], sources: Tensors, unused: Collection[
     found, missing, mismatched = [], [], {}
     for parameter in parameters:
         given = [name for name in (parameter.name, *parameter.aliases) if name in sources]
+        whole = outer_name(parameter.name)
+        if not given and whole != parameter.name and whole in sources:
+            mismatched[whole] = (
+                "is not quantized as in the engine: quantize it with the tool that the model was built with"
+            )
+            continue
         if not given:
             missing.append(parameter.name)
             continue
@@ -352,7 +359,7 @@ def match(parameters: Sequence[Parameter], sources: Tensors, unused: Collection[
             mismatched[given[0]] = problem
         found.append(tensor)
     names = {name for parameter in parameters for name in (parameter.name, *parameter.aliases)}
-    unexpected = tuple(n for n in sources if n not in names and n not in (unused or ()))
+    unexpected = tuple(n for n in sources if n not in names and n not in (unused or ()) and n not in mismatched)
     if missing or mismatched or (unexpected and unused is not None):
         raise RefitError(tuple(missing), unexpected, mismatched)
     return found
