@@ -56,6 +56,7 @@ ARROWS = {
         *("errors", "ir", "irparse", "aten", "settings", "targets", "profiles", "tactics", "engine", "cache"),
         *("inspection", "lowering", "lowering.kernels", "onnx", "runtime", "version", "artefacts"),
     },
+    "quantization": {"errors"},  # a layer for users, on torch alone
     "integrations": {"errors"},  # modules that an application imports by itself, one for each library
     "version": set(),
     "__main__": {"backend"},

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         LoweringError,
         OnnxError,
         PartitionError,
+        QuantizationError,
         RefitError,
         RtxError,
         SettingsError,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     )
     from torch_rtx.inspection import inspect
     from torch_rtx.onnx.module import from_onnx
+    from torch_rtx.quantization.model import quantize
     from torch_rtx.runtime.background import wait
     from torch_rtx.runtime.module import CompiledModule, load, refit_module_weights, save
     from torch_rtx.runtime.profiling import Profile, profile
@@ -69,11 +71,13 @@ _HOMES = {
         "LoweringError",
         "OnnxError",
         "PartitionError",
+        "QuantizationError",
         "RefitError",
         "RtxError",
         "SettingsError",
         "Unsupported",
     ),
+    "torch_rtx.quantization.model": ("quantize",),
     "torch_rtx.runtime.background": ("wait",),
     "torch_rtx.runtime.module": ("CompiledModule", "load", "refit_module_weights", "save"),
     "torch_rtx.runtime.session": ("runtime_settings",),
@@ -101,6 +105,7 @@ __all__ = [
     "OnnxError",
     "PartitionError",
     "Profile",
+    "QuantizationError",
     "RefitError",
     "RtxError",
     "RuntimeSettings",
@@ -112,6 +117,7 @@ __all__ = [
     "inspect",
     "load",
     "profile",
+    "quantize",
     "refit_module_weights",
     "runtime_settings",
     "save",
