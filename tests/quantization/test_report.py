@@ -24,7 +24,7 @@ def test_summary(capsys: pytest.CaptureFixture[str]) -> None:
     assert printed == summary(ours) + "\n"
     rows = {line.split()[0]: line.split() for line in printed.splitlines()}
     amax = f"{ours.up.input_amax:.3g}"
-    assert rows["up"][1:6] == ["linear", "int8/channel", "int8/tensor", "-", "8"]
+    assert rows["up"][1:6] == ["linear", "int8/channel", "int8/tensor", "smooth", "8"]
     assert rows["up"][-3:] == [amax, f"{128 * 256 * 4:,}", f"{128 * 256 + 4 * 256:,}"]
     assert rows["down"][-1] == f"{128 * 256 // 2 + 128 * 256 // 16 + 4:,}"
     tied, up, down = 24 * 128, 128 * 256, 128 * 256  # the tied weight counts once

@@ -18,13 +18,14 @@ class LayerConfig:
         weight: the format of its weight.
         input: the format of its input, or None: weight-only.
         rotate: multiply inputs and weights of linear layers by Hadamard matrices, which spreads outliers.
-        awq: scale input channels by activation-aware factors, searched on calibration data; weight-only linear layers.
+        smooth: divide input channels of linear layers by factors, and multiply the weight by them, that are searched on
+            calibration data: the error of the layer's output is least (AWQ, SmoothQuant).
     """
 
     weight: Format = Format("int8", "channel")
     input: Format | None = None
     rotate: bool = False
-    awq: bool = False
+    smooth: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.weight, Format) or not isinstance(self.input, Format | None):
@@ -37,16 +38,16 @@ class LayerConfig:
             raise QuantizationError(f"scales of a {self.input.granularity} of inputs are dynamic")
         if self.input and self.input.dynamic and self.input.calibration != "max":
             raise QuantizationError("dynamic scales are the largest magnitude: calibration='max'")
-        if self.awq and (self.input or self.rotate):
-            raise QuantizationError("awq is for weight-only layers without rotation")
+        if self.smooth and self.rotate:
+            raise QuantizationError("a layer has either smooth or rotate")
 
     @property
     def needs_data(self) -> bool:
         """Whether layers need calibration data."""
-        return self.awq or (self.input is not None and not self.input.dynamic)
+        return self.smooth or (self.input is not None and not self.input.dynamic)
 
     def __str__(self) -> str:
-        extras = "".join(f" {name}" for name in ("rotate", "awq") if getattr(self, name))
+        extras = "".join(f" {name}" for name in ("rotate", "smooth") if getattr(self, name))
         return f"{self.weight} x {self.input or 'float'}{extras}"
 
 
@@ -55,7 +56,7 @@ _INT4, _FP4 = Format("int4", "block", 128, calibration="mse"), Format("float4_e2
 _FP8 = Format("float8_e4m3fn")
 
 PRESETS = {
-    "int8": LayerConfig(_INT8, Format("int8")),
+    "int8": LayerConfig(_INT8, Format("int8"), smooth=True),
     "int8_dynamic": LayerConfig(_INT8, _TOKENS),
     "int8_weight_only": LayerConfig(_INT8),
     "int8_rotated": LayerConfig(_INT8, _TOKENS, rotate=True),
@@ -63,7 +64,7 @@ PRESETS = {
     "fp8_dynamic": LayerConfig(
         replace(_FP8, granularity="channel"), replace(_FP8, granularity="token", dynamic=True)
     ),
-    "int4_awq": LayerConfig(_INT4, awq=True),
+    "int4_awq": LayerConfig(_INT4, smooth=True),
     "int4_weight_only": LayerConfig(_INT4),
     "nvfp4": LayerConfig(_FP4, _FP4),
 }  # fmt: skip

@@ -28,7 +28,7 @@ class QuantizedLayer(nn.Module):
         quantization: how the layer is quantized.
         input_amax: a buffer, f32[]: the magnitude that codes of a static input reach.
         weight_clip: a buffer, f32: what part of the largest magnitude the codes of weights reach.
-        input_scale: a buffer, f32[in_features]: what the input is divided and the weight multiplied by (AWQ).
+        input_scale: a buffer, f32[in_features]: what the input is divided and the weight multiplied by.
     """
 
     quantization: LayerConfig
@@ -45,14 +45,14 @@ class QuantizedLayer(nn.Module):
         """The input with its rotation and its scales."""
         if self.quantization.rotate:
             x = rotated(x, self.hadamard)
-        return x / self.input_scale.to(x.dtype) if self.quantization.awq else x
+        return x / self.input_scale.to(x.dtype) if self.quantization.smooth else x
 
     def smoothed_weight(self) -> Tensor:
         """The weight with its rotation and its scales; of a linear layer [out_features, in_features]."""
         weight = self.weight.t() if self.weight_is_transposed else self.weight
         if self.quantization.rotate:
             weight = rotated(weight, self.hadamard)
-        return weight * self.input_scale.to(weight.dtype) if self.quantization.awq else weight
+        return weight * self.input_scale.to(weight.dtype) if self.quantization.smooth else weight
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """The values that the codes of the input stand for, in its shape and dtype."""

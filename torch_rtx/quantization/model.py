@@ -71,7 +71,7 @@ def restore(model: nn.Module, config: Config, state_dict: Mapping[str, Tensor]) 
 def calibrated(config: LayerConfig) -> list[str]:
     """The names of the buffers of a layer."""
     static = config.input is not None and not config.input.dynamic
-    needed = {"input_scale": config.awq, "input_amax": static, "weight_clip": config.weight.calibration == "mse"}
+    needed = {"input_scale": config.smooth, "input_amax": static, "weight_clip": config.weight.calibration == "mse"}
     return [name for name, is_needed in needed.items() if is_needed]
 
 
@@ -113,10 +113,16 @@ def _matches(name: str, layer: nn.Module, pattern: str) -> bool:
 
 
 def _fitting(layer: nn.Module, config: LayerConfig) -> LayerConfig:
-    """The settings without what a kind of layer does not have: rotations are of linear layers, embeddings have no
-    input that is quantized, and a rotation of one channel is none."""
-    rotate = config.rotate and kind_of(layer) == "linear" and block_of(in_features(layer)) > 1
-    return replace(config, rotate=rotate, input=None if kind_of(layer) == "embedding" else config.input)
+    """The settings without what a kind of layer does not have: rotations and scales of channels are of linear
+    layers, embeddings have no input that is quantized, and a rotation of one channel is none."""
+    linear = kind_of(layer) == "linear"
+    rotate = config.rotate and linear and block_of(in_features(layer)) > 1
+    return replace(
+        config,
+        rotate=rotate,
+        smooth=config.smooth and linear,
+        input=None if kind_of(layer) == "embedding" else config.input,
+    )
 
 
 def _check_layers(layers: Mapping[str, nn.Module]) -> None:
@@ -162,8 +168,6 @@ def _unfit(layer: nn.Module, config: LayerConfig) -> str | None:
     blocks = [form.block for form in (config.weight, config.input) if form and form.block]
     if kind == "conv" and blocks:
         return "blocks are of linear and embedding layers, not of convolutions"
-    if kind != "linear" and config.awq:
-        return "awq is of linear layers"
     uneven = next((block for block in blocks if width % block), None)
     return f"blocks of {uneven} do not divide {width} input features" if uneven else None
 

@@ -60,7 +60,7 @@ def summary(model: nn.Module) -> str:
         low, high = (f"{float(value):.3g}" for value in (amax.min(), amax.max()))
         old, new = weight.numel() * weight.itemsize, quantized_bytes(weight, config.weight)
         static = getattr(layer, "input_amax", None)
-        extras = "+".join(extra for extra in ("rotate", "awq") if getattr(config, extra)) or "-"
+        extras = "+".join(extra for extra in ("rotate", "smooth") if getattr(config, extra)) or "-"
         if id(weight_of(layer)) not in counted:  # tied weights are stored once
             counted.add(id(weight_of(layer)))
             before, after = before + old, after + new
