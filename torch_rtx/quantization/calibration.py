@@ -104,14 +104,19 @@ class Observer:
 
 
 def calibrate(
-    model: nn.Module, plan: Mapping[str, LayerConfig], forward_loop: ForwardLoop | None
+    model: nn.Module,
+    plan: Mapping[str, LayerConfig],
+    forward_loop: ForwardLoop | None,
+    fused: Mapping[str, dict[str, Tensor]] | None = None,
 ) -> dict[str, dict[str, Tensor]]:
-    """The buffers of each layer of the plan. The model runs in evaluation mode, without gradients.
+    """The buffers of each layer of the plan, those of `fused` rotations among them. The model runs in evaluation mode,
+    without gradients.
 
     Raises:
         QuantizationError: layers need data and there is none, or none reached them, or it is not finite, or all zeros.
     """
-    seen = {name: Observer(clone(model.get_submodule(name), config, {})) for name, config in plan.items()}
+    known = {name: (fused or {}).get(name, {}) for name in plan}
+    seen = {name: Observer(clone(model.get_submodule(name), plan[name], known[name])) for name in plan}
     needing = [name for name, config in plan.items() if config.needs_data]
     if needing:
         if forward_loop is None:
@@ -124,7 +129,7 @@ def calibrate(
     hidden = not sys.stderr.isatty() or len(plan) < 2
     console = Console(stderr=True)
     names = track(plan, "Calibrating", disable=hidden, console=console, transient=True)
-    return {name: seen[name].found() for name in names}
+    return {name: known[name] | seen[name].found() for name in names}
 
 
 def _check_data(seen: Mapping[str, Observer]) -> None:

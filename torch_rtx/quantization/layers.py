@@ -28,6 +28,8 @@ class QuantizedLayer(nn.Module):
         quantization: how the layer is quantized.
         input_amax: a buffer, f32[]: the magnitude that codes of a static input reach.
         weight_clip: a buffer, f32: what part of the largest magnitude the codes of weights reach.
+        input_rotation, output_rotation: buffers, i64[]: in blocks of how many channels the input comes rotated by an
+            earlier layer, and the weight rotates the output for later ones.
         input_scale: a buffer, f32[in_features]: what the input is divided and the weight multiplied by.
     """
 
@@ -36,14 +38,17 @@ class QuantizedLayer(nn.Module):
     weight_is_transposed: bool
     weight: Tensor
     bias: Tensor | None
+    rotates_input: bool
+    rotates_output: bool
     hadamard: Tensor
+    output_hadamard: Tensor
     input_amax: Tensor
     weight_clip: Tensor
     input_scale: Tensor
 
     def smoothed_input(self, x: Tensor) -> Tensor:
         """The input with its rotation and its scales."""
-        if self.quantization.rotate:
+        if self.rotates_input:
             x = rotated(x, self.hadamard)
         return x / self.input_scale.to(x.dtype) if self.quantization.smooth else x
 
@@ -52,7 +57,13 @@ class QuantizedLayer(nn.Module):
         weight = self.weight.t() if self.weight_is_transposed else self.weight
         if self.quantization.rotate:
             weight = rotated(weight, self.hadamard)
+        if self.rotates_output:
+            weight = rotated(weight.t(), self.output_hadamard).t()
         return weight * self.input_scale.to(weight.dtype) if self.quantization.smooth else weight
+
+    def smoothed_bias(self) -> Tensor | None:
+        """The bias with the rotation of the output."""
+        return rotated(self.bias, self.output_hadamard) if self.rotates_output and self.bias is not None else self.bias
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """The values that the codes of the input stand for, in its shape and dtype."""
@@ -93,7 +104,7 @@ def weight_axes(weight: Tensor, granularity: str) -> tuple[int, ...]:
 
 
 def _linear(self: Any, x: Tensor) -> Tensor:
-    return F.linear(self.quantized_input(x), self.quantized_weight(), self.bias)
+    return F.linear(self.quantized_input(x), self.quantized_weight(), self.smoothed_bias())
 
 
 def _convolution(self: Any, input: Tensor) -> Tensor:
@@ -163,9 +174,15 @@ def convert(layer: nn.Module, config: LayerConfig, buffers: dict[str, Tensor]) -
     layer.quantization = config  # type: ignore[assignment]
     for name, value in buffers.items():
         layer.register_buffer(name, value)
+    fused, device = buffers.get("input_rotation"), weight_of(layer).device
+    layer.rotates_input = config.rotate and fused is None  # type: ignore[assignment]
+    layer.rotates_output = "output_rotation" in buffers  # type: ignore[assignment]
     if config.rotate:
-        matrix = hadamard(block_of(in_features(layer))).to(weight_of(layer).device)
+        matrix = hadamard(block_of(in_features(layer)) if fused is None else int(fused)).to(device)
         layer.register_buffer("hadamard", matrix, persistent=False)
+    if "output_rotation" in buffers:
+        matrix = hadamard(int(buffers["output_rotation"])).to(device)
+        layer.register_buffer("output_hadamard", matrix, persistent=False)
     cls: Any = type(layer)
     if is_parametrized(layer):  # keep the class that computes the parameters: what removes them takes its base
         body = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}

@@ -22,6 +22,7 @@ from torch_rtx.quantization.layers import (
     leave_fast_paths,
     weight_of,
 )
+from torch_rtx.quantization.rotation import fused_rotations
 
 
 def quantize(model: nn.Module, config: Config, forward_loop: ForwardLoop | None = None) -> nn.Module:
@@ -38,13 +39,16 @@ def quantize(model: nn.Module, config: Config, forward_loop: ForwardLoop | None 
             presets, `LayerConfig`s, mappings of their fields (with `preset` as a start), or None, which leaves a layer
             as it is. The last pattern that matches counts; layers that none matches stay. `*` alone matches no
             embedding.
-        forward_loop: called with the model, runs it on calibration data. Static inputs and AWQ need it.
+        forward_loop: called with the model, runs it on calibration data. Static inputs and smooth channels need it.
+            With it, weights of earlier layers take over rotations, where what the loop ran allows that.
 
     Raises:
         QuantizationError: the config, a layer or the data does not allow it; the model is as it was.
     """
     plan = planned(model, config)
-    buffers = calibrate(model, plan, forward_loop)
+    rotates = any(config.rotate for config in plan.values())
+    fused = fused_rotations(model, plan, forward_loop) if rotates and forward_loop else {}
+    buffers = calibrate(model, plan, forward_loop, fused)
     apply(model, plan, buffers)
     return model
 
@@ -62,7 +66,10 @@ def restore(model: nn.Module, config: Config, state_dict: Mapping[str, Tensor]) 
         RuntimeError: what `load_state_dict` raises.
     """
     plan = planned(model, config)
-    buffers = {name: {key: _calibrated(state_dict, name, key) for key in calibrated(plan[name])} for name in plan}
+    buffers = {}
+    for name, config in plan.items():
+        fused = [key for key in ("input_rotation", "output_rotation") if _full(name, key) in state_dict]
+        buffers[name] = {key: _calibrated(state_dict, name, key) for key in (*calibrated(config), *fused)}
     apply(model, plan, buffers)
     model.load_state_dict(state_dict)
     return model
@@ -75,8 +82,12 @@ def calibrated(config: LayerConfig) -> list[str]:
     return [name for name, is_needed in needed.items() if is_needed]
 
 
+def _full(name: str, key: str) -> str:
+    return f"{name}.{key}".removeprefix(".")
+
+
 def _calibrated(state_dict: Mapping[str, Tensor], name: str, key: str) -> Tensor:
-    full = f"{name}.{key}".removeprefix(".")
+    full = _full(name, key)
     if full not in state_dict:
         raise QuantizationError(f"the state dict has no {full!r}", hint="give the config that it was quantized with")
     return state_dict[full].clone()
