@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-LARGEST = 1024  # a product with a larger matrix costs more than it gains
+LARGEST = 256  # a product with a larger matrix costs more than it gains
 
 
 def block_of(width: int) -> int:
@@ -17,16 +17,14 @@ def block_of(width: int) -> int:
 
 
 @cache
-def _signs(size: int) -> Tensor:
-    matrix = torch.ones(1, 1)
+@torch.inference_mode(False)
+def hadamard(size: int, device: torch.device) -> Tensor:
+    """The orthogonal, symmetric Hadamard matrix of a power of two, f32[size, size]. All layers share one, so that a
+    program has it once."""
+    matrix = torch.ones(1, 1, device="cpu")
     while len(matrix) < size:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-    return matrix
-
-
-def hadamard(size: int) -> Tensor:
-    """The orthogonal, symmetric Hadamard matrix of a power of two, float32."""
-    return _signs(size) / size**0.5
+    return (matrix / size**0.5).to(device)
 
 
 def rotated(x: Tensor, matrix: Tensor) -> Tensor:

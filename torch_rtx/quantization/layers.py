@@ -85,6 +85,13 @@ class QuantizedLayer(nn.Module):
         """The original arguments and the quantization."""
         return f"{self.original_class.extra_repr(self)}, quantization={self.quantization}"
 
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> QuantizedLayer:
+        super()._apply(fn, recurse)
+        for name in ("hadamard", "output_hadamard"):
+            if (matrix := self._buffers.get(name)) is not None:
+                self._buffers[name] = hadamard(len(matrix), matrix.device)
+        return self
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _new, (self.original_class,), self.__getstate__()
 
@@ -148,7 +155,6 @@ def _quantized_class(base: Any) -> Any:
     body = {
         "forward": _FORWARDS[kind],
         "extra_repr": QuantizedLayer.extra_repr,
-        "__reduce_ex__": QuantizedLayer.__reduce_ex__,
         "__module__": __name__,
         "__doc__": f"A quantized {base.__name__}.",
         "original_class": base,
@@ -178,10 +184,10 @@ def convert(layer: nn.Module, config: LayerConfig, buffers: dict[str, Tensor]) -
     layer.rotates_input = config.rotate and fused is None  # type: ignore[assignment]
     layer.rotates_output = "output_rotation" in buffers  # type: ignore[assignment]
     if config.rotate:
-        matrix = hadamard(block_of(in_features(layer)) if fused is None else int(fused)).to(device)
+        matrix = hadamard(block_of(in_features(layer)) if fused is None else int(fused), device)
         layer.register_buffer("hadamard", matrix, persistent=False)
     if "output_rotation" in buffers:
-        matrix = hadamard(int(buffers["output_rotation"])).to(device)
+        matrix = hadamard(int(buffers["output_rotation"]), device)
         layer.register_buffer("output_hadamard", matrix, persistent=False)
     cls: Any = type(layer)
     if is_parametrized(layer):  # keep the class that computes the parameters: what removes them takes its base
