@@ -80,3 +80,25 @@ def test_embeddings_of_sentences(preset: str, minilm: tuple[nn.Module, list, lis
     mean, _, ranks = agreement(embeddings(quantized, batches), embeddings(model, batches))
     assert mean >= LEAST[preset]
     assert ranks >= LEAST[preset] - 0.005
+
+
+@pytest.mark.parametrize("preset", ["int8", "int8_weight_only", "fp8_dynamic"])
+def test_speech(preset: str) -> None:
+    """What a detector of speech says of each window of a voice stays; it has a state, and convolutions of sound."""
+    from tests.onnx.test_shipped import MODELS, Silero, found, load_file, windows
+
+    model, sound = Silero().eval(), torch.from_numpy(windows())
+    model.load_state_dict(load_file(found(MODELS["silero"]).with_name("silero_vad_16k.safetensors")))
+
+    @torch.no_grad()
+    def probabilities(model: nn.Module) -> Tensor:
+        state, said = torch.zeros(2, 1, 128), []
+        for window in sound.split(1):
+            probability, state = model(window, state)
+            said.append(probability)
+        return torch.cat(said)
+
+    wanted = probabilities(model)
+    said, certain = probabilities(quantize(model, preset, probabilities)), (wanted - 0.5).abs() > 0.1
+    assert ((said > 0.5) == (wanted > 0.5))[certain].all()
+    assert (said - wanted).abs().mean() < 0.1

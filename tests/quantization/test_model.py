@@ -119,7 +119,7 @@ def broken() -> nn.Module:
     ("build", "config", "message", "layers"),
     [
         (lambda: quantize(model(), {"up": "int8_dynamic"}), "int8_dynamic", "quantized already", ("up",)),
-        (lazy, "int8_dynamic", "no weights yet", ("0",)),
+        (lazy, "int8_rotated", "no weights yet", ("0",)),
         (wrapped, "int8_dynamic", "replaced the forward", ("0",)),
         (broken, "int8_dynamic", "weights have NaN or infinity", ("1",)),
         (lambda: nn.Sequential(nn.Linear(4, 4).to(torch.float8_e4m3fn)), "int8", "16 bits or more", ("0",)),

@@ -60,6 +60,12 @@ def test_sensitivity_names_what_no_data_reached() -> None:
         sensitivity(m, "int8_dynamic", lambda m: m["one"](torch.randn(2, 4)))
 
 
+def test_sensitivity_needs_finite_data() -> None:
+    m = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    with pytest.raises(QuantizationError, match="outputs of layers have NaN or infinity:\n  0\n  1"):
+        sensitivity(m, "int8_weight_only", lambda m: m(torch.full((2, 4), torch.nan)))
+
+
 def test_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = sensitivity(model(), "int8_dynamic", loop)
     report.plot(tmp_path / "errors.svg")

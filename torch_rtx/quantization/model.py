@@ -109,8 +109,8 @@ def planned(model: nn.Module, config: Config, skip_unfit: bool = False) -> dict[
             hint = f"linear, convolution and embedding layers here: {known}" + ", ..." * (len(layers) > 8)
             raise QuantizationError(f"the pattern {pattern!r} matches no layer", hint=hint)
         chosen |= dict.fromkeys(matches, settings)
+    _check_layers({name: layer for name, layer in layers.items() if chosen.get(name)})
     plan = {name: _fitting(layers[name], settings) for name in layers if (settings := chosen.get(name))}
-    _check_layers({name: layers[name] for name in plan})
     unfit = {name: problem for name, config in plan.items() if (problem := _unfit(layers[name], config))}
     if unfit and not skip_unfit:
         first = next(iter(unfit.values()))

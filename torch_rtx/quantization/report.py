@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import inf, log10
+from math import inf, isfinite, log10
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from torch_rtx.quantization.calibration import ForwardLoop, calibrate, run, watc
 from torch_rtx.quantization.config import Config, LayerConfig, Settings, settings_of
 from torch_rtx.quantization.formats import Format, amax_of
 from torch_rtx.quantization.layers import (
-    QuantizedLayer,
     clone,
     kind_of,
     quantized_layers,
@@ -101,7 +100,7 @@ class LayerError:
 
     @property
     def relative_error(self) -> float:
-        """The norm of the error by the norm of the output; NaN if the layer was not called."""
+        """The norm of the error by the norm of the output."""
         if not self.signal:
             return 0.0 if self.noise == 0 else inf
         return (self.noise / self.signal) ** 0.5
@@ -196,6 +195,8 @@ def measured(
         run(model, forward_loop)
     if missed := [name for name, count in calls.items() if not count]:
         raise QuantizationError("no data reached layers", layers=missed, hint="leave them as they are by rules")
+    if bad := [row.name for row in errors.values() if not isfinite(row.signal)]:
+        raise QuantizationError("outputs of layers have NaN or infinity", layers=bad)
     return sorted(errors.values(), key=lambda row: -row.relative_error)
 
 
@@ -297,6 +298,3 @@ def _within_bits(options: Mapping[str, list[_Option]], budget: float) -> dict[st
         name, option = min(steps, key=price)
         chosen[name] = option
     return chosen
-
-
-__all__ = ["LayerError", "QuantizedLayer", "Sensitivity", "auto_quantize", "print_summary", "sensitivity", "summary"]
