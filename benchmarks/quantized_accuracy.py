@@ -88,7 +88,7 @@ def agreement(found: Tensor, wanted: Tensor) -> tuple[float, float, float]:
     return float(cosines.mean()), float(cosines.min()), rank_correlation(*similarities)
 
 
-def minilm(count: int = 200, calibration: int = 60) -> Iterator[tuple[str, float, float, float]]:
+def minilm(count: int = 200, calibration: int = 120) -> Iterator[tuple[str, float, float, float]]:
     """For each preset and a mix of two the agreement with the float model; calibrated on other sentences."""
     path = folder()
     if path is None:

@@ -38,7 +38,7 @@ def trained() -> tuple[nn.Module, Tensor, Tensor, Tensor]:
     windows = windows[torch.randperm(len(windows))]
     known, new = windows[:-3000], windows[-3000:]
     model = Speller()
-    train(model, known[:, :-1], known[:, -1], 250)
+    train(model, known[:, :-1], known[:, -1], 150)
     return model, known[:300, :-1], new[:, :-1], new[:, -1]
 
 
@@ -53,13 +53,13 @@ def test_a_trained_network(preset: str) -> None:
     model, some, x, y = trained()
     before = accuracy(model, x, y)
     after = accuracy(quantize(deepcopy(model), rules(preset), lambda model: model(some)), x, y)
-    assert before > 35
+    assert before > 30
     assert before - after < (1 if PRESETS[preset].weight.codes.bits == 8 else 3)
 
 
 # ---- real weights ----------------------------------------------------------------------------------------------------
 
-LEAST = {"int8": 0.995, "int8_rotated": 0.999, "fp8": 0.997, "int4_awq": 0.96}
+LEAST = {"int8": 0.995, "int8_rotated": 0.999, "fp8": 0.997, "int4_awq": 0.97}
 
 
 @pytest.fixture(scope="module")

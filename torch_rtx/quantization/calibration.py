@@ -18,9 +18,10 @@ from torch_rtx.quantization.config import LayerConfig
 from torch_rtx.quantization.formats import Format
 from torch_rtx.quantization.histogram import Histogram, calibrated_amax
 from torch_rtx.quantization.layers import clone
-from torch_rtx.quantization.scales import channel_scale, weight_clip
+from torch_rtx.quantization.scales import channel_scale, output_clip, weight_clip
 
-ROWS, ROWS_OF_CALL = 512, 64  # of inputs that are kept to try scales on
+ROWS, ROWS_OF_CALL = 2048, 256  # of inputs that are kept to try scales on
+TRIED = 512  # of them for each scale of channels
 ForwardLoop = Callable[[nn.Module], Any]
 
 
@@ -33,7 +34,7 @@ class Observer:
         most: the largest magnitude, f32[], or if channels are scaled of each channel, f32[in_features]; NaN once a NaN
             was seen; None before the layer ran.
         histogram: of magnitudes, where the method of calibration needs it.
-        rows: inputs to try scales on, f32[n, in_features].
+        rows: inputs to try scales on, in their dtype, [n, in_features].
         sums, count: sums of magnitudes by channel, and the number of rows of which they are.
     """
 
@@ -52,9 +53,9 @@ class Observer:
             return
         where = self.layer.weight.device
         if config.smooth:
-            rows = x.detach().flatten(0, -2).float()
-            self._add(rows.abs().amax(0).to(where))
-            sums = rows.abs().sum(0).to(where)
+            rows = x.detach().flatten(0, -2)
+            self._add(rows.abs().amax(0).float().to(where))
+            sums = rows.abs().sum(0, dtype=torch.float32).to(where)
             self.sums = sums if self.sums is None else self.sums + sums
             self.count += len(rows)
             if sum(map(len, self.rows)) < ROWS:
@@ -81,16 +82,25 @@ class Observer:
         if config.input and not config.input.dynamic:
             buffers["input_amax"] = self._amax(config.input)
         if config.weight.calibration == "mse":
-            power = (torch.cat(self.rows) / self.layer.input_scale).square().mean(0) if config.smooth else None
-            buffers["weight_clip"] = weight_clip(self.layer.smoothed_weight(), config.weight, power)
+            buffers["weight_clip"] = self._weight_clip(self.layer.smoothed_weight().detach(), config)
         return buffers
+
+    def _rows(self) -> Tensor:
+        return torch.cat(self.rows)[:ROWS].float()
+
+    def _weight_clip(self, weight: Tensor, config: LayerConfig) -> Tensor:
+        if not config.smooth:
+            return weight_clip(weight, config.weight)
+        rows = self._rows() / self.layer.input_scale
+        if config.weight.two_levels or config.weight.granularity == "tensor":
+            return weight_clip(weight, config.weight, rows.square().mean(0))
+        return output_clip(weight.float(), config.weight, rows.t() @ rows / len(rows))
 
     def _channel_scale(self) -> Tensor:
         assert self.most is not None
         assert self.sums is not None
         weight = (self.layer.weight.t() if self.layer.weight_is_transposed else self.layer.weight).detach().float()
-        rows = torch.cat(self.rows)[:ROWS]
-        return channel_scale(weight, rows, self.sums / self.count, self.most, self.layer.quantization)
+        return channel_scale(weight, self._rows()[:TRIED], self.sums / self.count, self.most, self.layer.quantization)
 
     def _amax(self, form: Format) -> Tensor:
         assert self.most is not None
@@ -98,7 +108,7 @@ class Observer:
         if self.layer.quantization.smooth:
             most = (most / self.layer.input_scale).amax()
             if form.calibration != "max":
-                self.histogram.add(torch.cat(self.rows) / self.layer.input_scale)
+                self.histogram.add(self._rows() / self.layer.input_scale)
         # The histogram ends beyond the largest magnitude.
         return most.clone() if form.calibration == "max" else most.clamp(max=calibrated_amax(self.histogram, form))
 

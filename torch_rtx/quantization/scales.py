@@ -11,7 +11,9 @@ from torch_rtx.quantization.config import LayerConfig
 from torch_rtx.quantization.formats import Format, amax_of, fake_quantize
 from torch_rtx.quantization.layers import weight_axes
 
-STEPS = 10
+STEPS = 10  # of exponents
+CLIPS = 41
+PASSES = 2  # over all blocks of a row
 
 
 @torch.no_grad()
@@ -21,8 +23,7 @@ def weight_clip(weight: Tensor, form: Format, importance: Tensor | None = None) 
     amax = amax_of(weight, form, weight_axes(weight, form.granularity))
     best = torch.full_like(amax, torch.inf)
     clip = torch.ones_like(amax)
-    for step in range(21):
-        part = 1 - step / 40
+    for part in torch.linspace(1, 0.5, CLIPS).tolist():
         error = (fake_quantize(weight, amax * part, form).to(amax.dtype) - weight).square()
         error = error if importance is None else error * importance
         if form.two_levels:
@@ -34,6 +35,34 @@ def weight_clip(weight: Tensor, form: Format, importance: Tensor | None = None) 
         better = error < best
         clip, best = torch.where(better, part, clip), torch.where(better, error, best)
     return clip.float()
+
+
+@torch.no_grad()
+def output_clip(weight: Tensor, form: Format, gram: Tensor) -> Tensor:
+    """The parts of the amax of channels or blocks, 0.5 to 1, that give a linear layer's output the least square error.
+    Each is chosen given the errors of the other blocks of its row: errors of inputs that vary together may cancel.
+
+    Args:
+        weight: f32[out_features, in_features].
+        form: of channels or blocks with scales of one level.
+        gram: products of input channels, on average, f32[in_features, in_features].
+    """
+    amax = amax_of(weight, form, weight_axes(weight, form.granularity))
+    clip = weight_clip(weight, form, gram.diagonal())
+    error = fake_quantize(weight, amax * clip, form) - weight
+    size = form.block or weight.shape[1]
+    for part in [slice(start, start + size) for start in range(0, weight.shape[1], size)] * PASSES:
+        at = slice(part.start // size, part.start // size + 1)
+        own, given = gram[part, part], error @ gram[:, part] - error[:, part] @ gram[part, part]
+        best = torch.full_like(weight[:, :1], torch.inf)
+        for ratio in torch.linspace(1, 0.5, CLIPS).tolist():
+            found = fake_quantize(weight[:, part], amax[:, at] * ratio, form) - weight[:, part]
+            cost = ((found @ own + 2 * given) * found).sum(1, keepdim=True)
+            better = cost < best
+            best = torch.where(better, cost, best)
+            error[:, part] = torch.where(better, found, error[:, part])
+            clip[:, at] = torch.where(better.view_as(clip[:, at]), ratio, clip[:, at])
+    return clip
 
 
 def candidates(mean: Tensor, most: Tensor, weight: Tensor) -> Iterator[Tensor]:
