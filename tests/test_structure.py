@@ -63,6 +63,7 @@ ARROWS = {
         *("errors", "ir", "irparse", "aten", "settings", "targets", "profiles", "engine", "cache", "inspection"),
         *("lowering", "lowering.kernels", "onnx", "runtime", "backend", "version", "platforms"),
     },
+    "quantization": {"errors"},  # a layer for users, on torch alone
     "integrations": {"errors"},  # modules that an application imports by itself, one for each library
     "version": set(),
     "__main__": {"cli"},

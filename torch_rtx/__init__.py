@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         LoweringError,
         OnnxError,
         PartitionError,
+        QuantizationError,
         RefitError,
         RtxError,
         SettingsError,
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     )
     from torch_rtx.inspection import inspect
     from torch_rtx.onnx.module import from_onnx
+    from torch_rtx.quantization.model import quantize
     from torch_rtx.runtime.background import wait
     from torch_rtx.runtime.module import CompiledModule, load, refit_module_weights, save
     from torch_rtx.runtime.profiling import Profile, profile
@@ -81,11 +83,13 @@ _HOMES = {
         "LoweringError",
         "OnnxError",
         "PartitionError",
+        "QuantizationError",
         "RefitError",
         "RtxError",
         "SettingsError",
         "Unsupported",
     ),
+    "torch_rtx.quantization.model": ("quantize",),
     "torch_rtx.runtime.background": ("wait",),
     "torch_rtx.runtime.module": ("CompiledModule", "load", "refit_module_weights", "save"),
     "torch_rtx.runtime.session": ("runtime_settings",),
@@ -114,6 +118,7 @@ __all__ = [
     "OnnxError",
     "PartitionError",
     "Profile",
+    "QuantizationError",
     "RefitError",
     "RtxError",
     "RuntimeSettings",
@@ -127,6 +132,7 @@ __all__ = [
     "load",
     "load_cross_compiled_exported_program",
     "profile",
+    "quantize",
     "refit_module_weights",
     "runtime_settings",
     "save",

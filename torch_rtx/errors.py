@@ -12,6 +12,7 @@
     ├── EngineFormatError (also ValueError)   a file that is not an engine, or a damaged one
     │   └── EngineVersionError            an engine of a format that this release can't read
     ├── RefitError (also ValueError)      weights that are missing, unexpected or of another type
+    ├── QuantizationError (also ValueError)   a quantization that a layer can't have, or calibration data it lacks
     ├── InputError (also ValueError)      an argument of a wrong dtype, device, rank or shape
     ├── CallError                         an operator of a loaded engine failed during a call
     ├── IntegrationError (also ImportError)   a library is missing, or not as an integration needs it
@@ -152,6 +153,19 @@ def _prefix(missing: Sequence[str], unexpected: Sequence[str]) -> str:
     """What stands before every missing name among the unexpected ones, such as `module.`; empty if nothing does."""
     found = {name.removesuffix(missing[0]) for name in unexpected if missing and name.endswith("." + missing[0])}
     return next((prefix for prefix in found if {prefix + name for name in missing} <= set(unexpected)), "")
+
+
+class QuantizationError(RtxError, ValueError):
+    """Layers can't be quantized as asked, or data to calibrate them is missing or not finite; nothing was changed.
+
+    Attributes:
+        layers: the names of the layers.
+    """
+
+    def __init__(self, message: str, *, layers: Sequence[str] = (), hint: str | None = None) -> None:
+        self.layers = tuple(layers)
+        lines = _first([f"  {name or '(the model itself)'}" for name in self.layers])
+        super().__init__("\n".join([message + ":" * bool(lines), *lines]), hint=hint)
 
 
 class InputError(RtxError, ValueError):

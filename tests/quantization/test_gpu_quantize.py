@@ -1,0 +1,80 @@
+"""Models that are calibrated, trained and compiled on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import torch_rtx
+from torch_rtx.quantization import PRESETS, quantize
+
+pytestmark = pytest.mark.gpu
+
+
+def calibrated(preset: str, device: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Tensor]:
+    """A quantized model and an input of it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(128, 256), nn.GELU(), nn.Linear(256, 128), nn.Linear(128, 64)).eval()
+    x = torch.randn(48, 128)
+    x[:, 5] *= 20
+    model, x = model.to(device, dtype), x.to(device, dtype)
+    return quantize(model, preset, lambda model: [model(part) for part in x.split(16)]), x
+
+
+@pytest.mark.parametrize("calibration", ["max", "percentile", "entropy", "mse"])
+def test_calibration_is_that_of_a_cpu(calibration: str) -> None:
+    preset = {"*": {"preset": "int8", "smooth": False, "input": {"calibration": calibration}}}
+    (ours, _), (wanted, _) = (calibrated(preset, device) for device in ("cuda", "cpu"))  # type: ignore[arg-type]
+    for name, buffer in wanted.named_buffers():
+        found = ours.get_buffer(name)
+        assert found.is_cuda
+        torch.testing.assert_close(found.cpu(), buffer, rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_engines(preset: str, dtype: torch.dtype) -> None:
+    """Kernels compute what eager does, also of other float weights."""
+    model, x = calibrated(preset, "cuda", dtype)
+    engine = torch_rtx.compile(model, (x,))
+    for _ in range(2):
+        wanted = model(x).float()
+        torch_rtx.wait()
+        # Where sums are rounded differently, a code of a later layer may be the next one.
+        assert (engine(x).float() - wanted).norm() < 0.02 * wanted.norm()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(torch.linspace(0.5, 2, parameter.shape[-1], device="cuda", dtype=dtype))
+        engine.refit(model)
+
+
+@pytest.mark.parametrize("preset", ["int8", "int8_rotated", "fp8_dynamic"])
+def test_training(preset: str) -> None:
+    model, x = calibrated(preset, "cuda")
+    grads = []
+    for run in (torch.compile(model, backend="rtx"), model):
+        model.zero_grad()
+        run(x).square().mean().backward()
+        grads.append([parameter.grad.clone() for parameter in model.parameters()])
+    for ours, wanted in zip(*grads, strict=True):
+        assert (ours - wanted).norm() < 0.05 * wanted.norm()
+
+
+def test_layers_on_two_devices() -> None:
+    """Each layer's buffers are where its weight is."""
+
+    class Split(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.near, self.far = nn.Linear(128, 128), nn.Linear(128, 8, device="cuda", dtype=torch.float16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.far(self.near(x).to("cuda", torch.float16))
+
+    for preset in ("int8", "int8_rotated", "int4_awq"):
+        model, x = Split(), torch.randn(16, 128)
+        wanted = model(x)
+        quantize(model, preset, lambda model: model(x))  # noqa: B023
+        assert {buffer.device.type for buffer in model.far.buffers()} == {"cuda"}
+        assert (model(x) - wanted).norm() < 0.2 * wanted.norm()
