@@ -27,14 +27,20 @@ def generate(body: Graph, name: str, arch: Arch, which: int) -> Kernel | None:
     Raises:
         Unsupported: no kernel computes this.
     """
-    found, configs = _prepared(body, arch)
-    return family_of(found).kernel(found, name, configs[which]) if which < len(configs) else None
+    configs = _configs(body, arch)
+    return _kernel(body, name, configs[which]) if which < len(configs) else None
 
 
-@lru_cache(maxsize=1024)  # called per configuration, and for equal regions of many layers
-def _prepared(body: Graph, arch: Arch) -> tuple[Region, Sequence[Any]]:
+@lru_cache(maxsize=1024)
+def _configs(body: Graph, arch: Arch) -> Sequence[Any]:
     found = region(body)
-    return found, family_of(found).configs(found, arch)
+    return family_of(found).configs(found, arch)
+
+
+@lru_cache(maxsize=1024)
+def _kernel(body: Graph, name: str, config: Any) -> Kernel:
+    found = region(body)
+    return family_of(found).kernel(found, name, config)
 
 
 def family_of(found: Region) -> Family:
@@ -52,7 +58,7 @@ def forms(body: Graph, name: str, arch: Arch) -> list[Form]:
     Raises:
         Unsupported: no kernel computes this.
     """
-    found, configs = _prepared(body, arch)
+    found, configs = region(body), _configs(body, arch)
     family = family_of(found)
     own_us = family.expected_us(found, arch, configs[0]) if configs else inf
     made = [_own(found, name, arch), *(_offered(offer, arch) for offer in family.others(found, name, arch, own_us))]
@@ -62,9 +68,9 @@ def forms(body: Graph, name: str, arch: Arch) -> list[Form]:
 
 def _own(found: Region, name: str, arch: Arch) -> Iterator[Tactic[Kernel]]:
     """The region's own kernel in all configurations."""
-    family = family_of(found)
-    for config in _prepared(found.body, arch)[1]:
-        yield Tactic("kernel", family.expected_us(found, arch, config), {OWN: family.kernel(found, name, config)})
+    for config in _configs(found.body, arch):
+        us = family_of(found).expected_us(found, arch, config)
+        yield Tactic("kernel", us, {OWN: _kernel(found.body, name, config)})
 
 
 def _offered(offer: Offer, arch: Arch) -> Iterator[Tactic[Kernel]]:
@@ -72,12 +78,9 @@ def _offered(offer: Offer, arch: Arch) -> Iterator[Tactic[Kernel]]:
     its kernels can't be generated."""
     nodes = offer.body.nodes if offer.body is not None else ()
     try:
-        inside = [(node.op, *_prepared(node.body, arch)) for node in nodes if node.body is not None]
+        inside = [(node.op, node.body, _configs(node.body, arch)) for node in nodes if node.body is not None]
         for which in range(len(inside[0][2]) if inside else 1):
-            kernels = {
-                op: family_of(found).kernel(found, op, configs[min(which, len(configs) - 1)])
-                for op, found, configs in inside
-            }
+            kernels = {op: _kernel(body, op, configs[min(which, len(configs) - 1)]) for op, body, configs in inside}
             yield Tactic(offer.kind, offer.expected_us, kernels, offer.body)
     except Unsupported:
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 from torch_rtx.accumulation import starts
 from torch_rtx.dtypes import register
@@ -61,7 +62,7 @@ def is_loop(op: str) -> bool:
     return op in OPS or op in RULES
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Region:
     """What a kernel computes.
 
@@ -77,6 +78,11 @@ class Region:
     anchor: Node | None
     values: Mapping[str, Tensor]
     parts: tuple[Region, ...] = ()
+
+    @cached_property
+    def reductions(self) -> tuple[Reduce, ...]:
+        """All reductions that the outputs depend on, in topological order."""
+        return tuple(tensor for tensor in everything(self.outputs) if isinstance(tensor, Reduce))
 
     @property
     def types(self) -> tuple[TensorType, ...]:
@@ -112,6 +118,7 @@ class Region:
         return text(self.outputs, self.anchor.op, args)
 
 
+@lru_cache(maxsize=1024)  # layers of a model have equal regions, which are asked for by configuration and SM version
 def region(body: Graph) -> Region:
     """The body of a kernel as kernel IR.
 
@@ -231,11 +238,6 @@ def _divides_signed(dim: Dim) -> bool:
         return False
     signed = dim.op in ("//", "%") and any(sym.min < 0 for sym in dim_syms(dim))
     return signed or any(map(_divides_signed, dim.args))
-
-
-def reductions_of(outputs: tuple[Tensor, ...]) -> list[Reduce]:
-    """All reductions that `outputs` depend on, in topological order."""
-    return [tensor for tensor in everything(outputs) if isinstance(tensor, Reduce)]
 
 
 def needed(tensor: Tensor) -> Iterator[Reduce]:
