@@ -130,8 +130,11 @@ class Index:
         return self + other * constant(-1)
 
     def __mul__(self, other: Index) -> Index:
-        if self.number is not None or other.number is not None:
-            return _scaled(other, self.number) if self.number is not None else _scaled(self, other.number or 0)
+        for one, by in ((self, other), (other, self)):
+            if not by.terms:
+                return by
+            if len(by.terms) == 1 and not by.terms[0][0]:
+                return _scaled(one, by.terms[0][1])
         return _product(self, other)
 
     def __floordiv__(self, by: Index) -> Index:
@@ -151,7 +154,7 @@ def _sum(one: Index, other: Index) -> Index:
 
 def _scaled(index: Index, by: int) -> Index:
     """A multiple of `index`, in the normal form as `index` is."""
-    return index if by == 1 else Index(tuple((monomial, by * count) for monomial, count in index.terms if by))
+    return index if by == 1 else Index(tuple([(monomial, by * count) for monomial, count in index.terms]))
 
 
 @lru_cache(maxsize=CACHED)
