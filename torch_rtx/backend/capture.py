@@ -35,6 +35,7 @@ from torch_rtx.backend.rematerialization import partition
 from torch_rtx.backend.training import saving_old_values
 from torch_rtx.backend.undefined_gradients import Tolerating, undefined_is_none
 from torch_rtx.errors import CaptureError
+from torch_rtx.runtime.background import BACKGROUND
 from torch_rtx.runtime.garbage import uncollected
 
 # `compiler(gm, example_inputs) -> callable`: `gm` is an ATen GraphModule, the inputs are FakeTensors and SymInts.
@@ -151,6 +152,7 @@ def needs_autograd(example_inputs: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs)
 
 
+@BACKGROUND.paused()
 @uncollected()
 def capture(
     gm: torch.fx.GraphModule,

@@ -23,6 +23,7 @@ from torch_rtx.lowering.location import Locations
 from torch_rtx.lowering.pipeline import PASSES, lower
 from torch_rtx.lowering.support import reasons
 from torch_rtx.lowering.symbols import Symbols, main_device
+from torch_rtx.runtime.background import BACKGROUND
 from torch_rtx.runtime.garbage import uncollected
 from torch_rtx.settings import CompilationSettings
 from torch_rtx.tactics import KernelTable
@@ -89,6 +90,7 @@ def check_settings(settings: CompilationSettings) -> None:
         raise SettingsError(f"disabled_passes: {problem}", hint=f"the passes are {', '.join(PASSES)}")
 
 
+@BACKGROUND.paused()
 @uncollected()
 def compile_fx(
     gm: fx.GraphModule,
