@@ -21,7 +21,7 @@ from torch_rtx.dtypes import DTYPES
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import COPY, Graph, Loc, Node, TensorType, Value, attr_values, contiguous
 from torch_rtx.lowering.kernels.gemm_perf_model import LAUNCH_US, streaming_us, typical
-from torch_rtx.lowering.kernels.generate import forms, generate
+from torch_rtx.lowering.kernels.generate import fastest, generate
 from torch_rtx.lowering.kernels.index import Index, from_dim, product
 from torch_rtx.lowering.kernels.kernel_ir import Load, Pointwise, Tensor, View, everything, load
 from torch_rtx.lowering.kernels.loops import loop_operations, rows_of
@@ -100,7 +100,7 @@ def _is_kernel(body: Graph, arches: tuple[Arch, ...]) -> bool:
 @lru_cache(maxsize=1024)
 def prefers_split(body: Graph, arches: tuple[Arch, ...]) -> bool:
     """A split form of `body` is expected to be the fastest on one of `arches`."""
-    return any(forms(body, "trial", arch)[0][0].body is not None for arch in arches)
+    return any((tactic := fastest(body, "trial", arch)) is not None and tactic.body is not None for arch in arches)
 
 
 class FusionPlan:

@@ -13,7 +13,7 @@ from torch_rtx import aten
 from torch_rtx.ir import Graph
 from torch_rtx.irparse import parse
 from torch_rtx.lowering.kernels.gemm_perf_model import typical
-from torch_rtx.lowering.kernels.generate import forms
+from torch_rtx.lowering.kernels.generate import fastest, forms
 from torch_rtx.lowering.kernels.loops import LoopWriter
 from torch_rtx.op_work import flops
 from torch_rtx.runtime.code import compile_graph
@@ -315,3 +315,10 @@ def test_code_is_generated_once_for_all_sm_versions(monkeypatch: pytest.MonkeyPa
     for sm in (80, 86, 89, 90, 120):
         forms(parse(text), "once", arch_of(sm))
     assert len(written) == 1
+
+
+@pytest.mark.parametrize("sm", [80, 90])
+@pytest.mark.parametrize("kind", ["product", *OTHERS])
+def test_the_fastest_is_the_first_form(kind: str, sm: int) -> None:
+    text = OTHERS[kind][0] if kind in OTHERS else PRODUCT.format(m=16, k=4096, n=64)
+    assert fastest(parse(text), "k", arch_of(sm)) == forms(parse(text), "k", arch_of(sm))[0][0]

@@ -58,12 +58,26 @@ def forms(body: Graph, name: str, arch: Arch) -> list[Form]:
     Raises:
         Unsupported: no kernel computes this.
     """
+    return [(head, rest) for rest in _ordered(body, name, arch) if (head := next(rest, None)) is not None]
+
+
+def fastest(body: Graph, name: str, arch: Arch) -> Tactic[Kernel] | None:
+    """The first of `forms`, None if there is none; no code of the others is generated.
+
+    Raises:
+        Unsupported: no kernel computes this.
+    """
+    return next((head for rest in _ordered(body, name, arch) if (head := next(rest, None)) is not None), None)
+
+
+def _ordered(body: Graph, name: str, arch: Arch) -> list[Iterator[Tactic[Kernel]]]:
+    """The tactics of each form, those of the fastest first."""
     found, configs = region(body), _configs(body, arch)
     family = family_of(found)
     own_us = family.expected_us(found, arch, configs[0]) if configs else inf
-    made = [_own(found, name, arch), *(_offered(offer, arch) for offer in family.others(found, name, arch, own_us))]
-    heads = [(head, rest) for rest in made if (head := next(rest, None)) is not None]
-    return sorted(heads, key=lambda form: form[0].expected_us)
+    made = [(own_us, _own(found, name, arch))]
+    made += [(offer.expected_us, _offered(offer, arch)) for offer in family.others(found, name, arch, own_us)]
+    return [rest for _, rest in sorted(made, key=lambda form: form[0])]
 
 
 def _own(found: Region, name: str, arch: Arch) -> Iterator[Tactic[Kernel]]:
