@@ -82,7 +82,7 @@ class Lowered:
     def plan(self, stay: Collection[str] = (), room: Room | None = None) -> Plan:
         """Its memory, see `Plan`."""
         called = frozenset(node.op for node in self.graph.nodes if node.kind == "fallback")
-        return Plan(self.graph, called, frozenset(), stay=frozenset(stay), room=room)
+        return Plan(self.graph, called, frozenset(), stay=frozenset(stay), room=room, cudnn=True)
 
     @cached_property
     def _owners(self) -> dict[str, str]:
@@ -123,7 +123,7 @@ def planned(step: Step, forward: Lowered, backward: Lowered, staying: Collection
     over = sum(size for name, size in gradients.items() if name in after.placed)
     beside = sum(gradients.values()) - over
     # A gradient that a library call has computed is copied to its place.
-    planable = {v.name for node in backward.graph.nodes for v in node.results if in_arena(node, v.type)}
+    planable = {v.name for node in backward.graph.nodes for v in node.results if in_arena(node, v.type, cudnn=True)}
     direct = sum(size for name, size in gradients.items() if name in planable) - over
     rows = [
         ("parameters", step.trained + step.frozen),

@@ -36,7 +36,7 @@ from torch_rtx.irparse import parse
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.passes import hoist_weights
 from torch_rtx.lowering.pipeline import PASSES, Context, Pass, lower
-from torch_rtx.lowering.rewrite import Rewriter
+from torch_rtx.lowering.rewrite import Rewriter, rewrite
 from torch_rtx.runtime.code import compile_graph
 from torch_rtx.runtime.weights import WeightStore
 from torch_rtx.settings import CompilationSettings
@@ -445,3 +445,20 @@ def test_what_addresses_memory_gets_memory_of_its_own() -> None:
             assert torch.equal(torch.compile(function, backend="rtx")(x), function(x))
         model, x = Merged(), torch.randn(1, 4)
         torch.testing.assert_close(torch_rtx.compile(model, (x,))(x), model(x))
+
+
+@pytest.mark.parametrize("visit", [lambda node, rewriter: False, lambda node, rewriter: rewriter.keep(node) or True])
+def test_a_rewrite_without_changes_is_the_graph_itself(visit) -> None:
+    """So that nothing is checked again."""
+    before = graph("input in0: f32[4]\nv1: f32[4] = op aten.relu.default(self=in0)\nreturn [v1]")
+    assert rewrite(before, Inference(), visit) is before
+
+
+def test_a_rewrite_of_results_alone_is_another_graph() -> None:
+    before = graph("input in0: f32[4]\nv1: f32[4] = op aten.relu.default(self=in0)\nreturn [v1]")
+
+    def visit(node: Node, rewriter: Rewriter) -> bool:
+        rewriter.replace(node.outputs[0], node.inputs[0])
+        return False
+
+    assert rewrite(before, Inference(), visit).outputs == before.inputs

@@ -15,6 +15,7 @@ import torch_rtx
 from tests.runtime.pools import graph_pools
 from torch_rtx.backend import entry
 from torch_rtx.backend.entry import rtx
+from torch_rtx.runtime.convolve import convolve
 
 pytestmark = pytest.mark.gpu
 WORDS = 50
@@ -295,3 +296,18 @@ def test_results_that_no_loss_depends_on() -> None:
         own.zero_grad()
         assert step not in (4, 9) or torch_rtx.wait(60)
     assert sum(pool.replays for pool in graph_pools() if pool.pinned) >= 6
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_convolution_writes_into_given_memory(bias, layout):
+    """Bit for bit what PyTorch's own call computes."""
+    x = torch.randn(4, 16, 20, 20, device="cuda", dtype=torch.bfloat16).to(memory_format=layout)
+    weight = torch.randn(32, 16, 3, 3, device="cuda", dtype=torch.bfloat16).to(memory_format=layout)
+    given = torch.randn(32, device="cuda", dtype=torch.bfloat16) if bias else None
+    rest = [2, 2], [1, 1], [1, 1], False, [0, 0], 1
+    expected = torch.ops.aten.convolution(x, weight, given, *rest)
+    out = torch.empty_like(expected)
+    convolve(x, weight, given, *rest, out=out)
+    assert torch._C._select_conv_backend(x, weight, given, *rest) == torch._C._ConvBackend.Cudnn
+    assert torch.equal(out, expected)

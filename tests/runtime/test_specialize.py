@@ -21,7 +21,7 @@ from torch import nn
 import torch_rtx
 from tests.doubles.emulated import Device, Emulated
 from tests.doubles.fake_driver import Kept
-from torch_rtx.backend import program_cache
+from torch_rtx.backend import capture, compiler, program_cache
 from torch_rtx.errors import KernelError, SettingsError
 from torch_rtx.ir import kernel_nodes
 from torch_rtx.irparse import parse
@@ -29,7 +29,7 @@ from torch_rtx.runtime import admission, candidate_check, specialize
 from torch_rtx.runtime import driver as driver_api
 from torch_rtx.runtime import tuner as tuners
 from torch_rtx.runtime.admission import PATIENCE
-from torch_rtx.runtime.background import Background
+from torch_rtx.runtime.background import BACKGROUND, Background
 from torch_rtx.runtime.candidate_check import CandidateCheck, relative_error
 from torch_rtx.runtime.inline import launched
 from torch_rtx.runtime.session import Session
@@ -809,6 +809,55 @@ def test_a_job_gives_the_interpreter_up_soon() -> None:
     background.stop()
     assert seen[0] <= 1e-4 < before
     assert sys.getswitchinterval() == before
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_a_job_waits_while_the_program_compiles(stops: bool) -> None:
+    """The program itself never waits, and the end of the process ends the wait."""
+    background, steps = Background(), []
+    ended, begun = threading.Event(), threading.Event()
+
+    def job() -> None:
+        begun.set()
+        background.step()
+        steps.append(1)
+
+    with background.paused(), background.paused():
+        background.step()
+        background.submit(job, ended)
+        assert begun.wait(10)
+        assert not ended.wait(0.05)
+        if stops:
+            background.stop()
+            assert ended.wait(10)
+    assert ended.wait(10)
+    assert steps == [] if stops else [1]
+    background.stop()
+
+
+@pytest.mark.parametrize(
+    ("part", "run"),
+    [
+        ((capture, "keep_ops"), lambda graph, spied: capture.capture(graph, [], spied, spied, spied)),
+        ((compiler, "check_settings"), lambda graph, _: compiler.compile_fx(graph, [], CompilationSettings())),
+    ],
+    ids=["capture", "lowering"],
+)
+def test_compilations_pause_the_background(
+    monkeypatch: pytest.MonkeyPatch, part: tuple[Any, str], run: Callable[..., object]
+) -> None:
+    seen = []
+
+    def spied(*given: Any) -> Any:
+        seen.append(BACKGROUND._pauses)
+        raise KeyError("spied")
+
+    graph = torch.fx.symbolic_trace(nn.Identity())
+    monkeypatch.setattr(*part, spied)
+    with pytest.raises(KeyError, match="spied"):
+        run(graph, spied)
+    assert seen == [1]
+    assert BACKGROUND._pauses == 0
 
 
 def test_stopping_drops_what_waits() -> None:

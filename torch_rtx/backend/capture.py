@@ -42,6 +42,8 @@ from torch_rtx.backend.scale_check import check_scales
 from torch_rtx.backend.training import saving_old_values
 from torch_rtx.backend.undefined_gradients import Tolerating, undefined_is_none
 from torch_rtx.errors import CaptureError
+from torch_rtx.runtime.background import BACKGROUND
+from torch_rtx.runtime.garbage import uncollected
 from torch_rtx.runtime.subclasses import inner, rebuilt
 
 # `compiler(gm, example_inputs) -> callable`: `gm` is an ATen GraphModule, the inputs are FakeTensors and SymInts.
@@ -160,6 +162,8 @@ def needs_autograd(example_inputs: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs)
 
 
+@BACKGROUND.paused()
+@uncollected()
 def capture(
     gm: torch.fx.GraphModule,
     example_inputs: Sequence[Any],
@@ -192,6 +196,7 @@ def capture(
     return call if meta is None else undefined_is_none(call, meta)
 
 
+@uncollected()
 def capture_export(
     model: torch.nn.Module | torch.export.ExportedProgram,
     args: tuple[Any, ...] | None = None,

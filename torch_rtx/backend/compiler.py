@@ -23,6 +23,8 @@ from torch_rtx.lowering.location import Locations
 from torch_rtx.lowering.pipeline import PASSES, lower
 from torch_rtx.lowering.support import reasons
 from torch_rtx.lowering.symbols import Symbols, main_device
+from torch_rtx.runtime.background import BACKGROUND
+from torch_rtx.runtime.garbage import uncollected
 from torch_rtx.settings import CompilationSettings
 from torch_rtx.tactics import KernelTable
 from torch_rtx.targets import LATER, PORTABLE, Option, Target, parse_targets
@@ -88,6 +90,8 @@ def check_settings(settings: CompilationSettings) -> None:
         raise SettingsError(f"disabled_passes: {problem}", hint=f"the passes are {', '.join(PASSES)}")
 
 
+@BACKGROUND.paused()
+@uncollected()
 def compile_fx(
     gm: fx.GraphModule,
     roles: Sequence[Role],

@@ -21,7 +21,7 @@ from torch_rtx.dtypes import DTYPES, INT
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import COPY, Graph, Loc, Node, TensorType, Value, attr_values, contiguous
 from torch_rtx.lowering.kernels.gemm_perf_model import LAUNCH_US, bytes_of, streaming_us, typical
-from torch_rtx.lowering.kernels.generate import forms, generate
+from torch_rtx.lowering.kernels.generate import fastest, generate
 from torch_rtx.lowering.kernels.index import Index, from_dim, product
 from torch_rtx.lowering.kernels.kernel_ir import Const, Load, Pointwise, Select, Tensor, View, everything, load
 from torch_rtx.lowering.kernels.loops import loop_operations, rows_of
@@ -66,6 +66,7 @@ class FusionGroup:
     cost: int = 0
     steps: list[Node] | None = None  # of an anchor's kernel: prologue, anchor, epilogue
     us: float | None = None  # see `FusionPlan._us`
+    users: tuple[int, ...] | None = None  # see `FusionPlan.users`
 
 
 @lru_cache(maxsize=1024)  # layers of a model have equal regions
@@ -100,7 +101,7 @@ def _is_kernel(body: Graph, arches: tuple[Arch, ...]) -> bool:
 @lru_cache(maxsize=1024)
 def prefers_split(body: Graph, arches: tuple[Arch, ...]) -> bool:
     """A split form of `body` is expected to be the fastest on one of `arches`."""
-    return any(forms(body, "trial", arch)[0][0].body is not None for arch in arches)
+    return any((tactic := fastest(body, "trial", arch)) is not None and tactic.body is not None for arch in arches)
 
 
 class FusionPlan:
@@ -220,17 +221,19 @@ class FusionPlan:
 
     def _feeds_other_axis(self, group: FusionGroup, space: IterationSpace) -> bool:
         """Every consumer of `group` reduces over another axis than `space`, such as columns instead of rows."""
-        users = list(self.users(group))
+        users = self.users(group)
         return (
             bool(users)
             and not self.escapes(group)
             and all(i in self.reducing and self.group_of[i].space != space for i in users)
         )
 
-    def users(self, group: FusionGroup) -> Iterator[int]:
+    def users(self, group: FusionGroup) -> tuple[int, ...]:
         """The nodes outside of `group` that read its results, also through views."""
-        for value in self.results(group):
-            yield from (i for i in self.readers.get(value.name, ()) if self.group_of[i] is not group)
+        if group.users is None:
+            reading = (index for value in self.results(group) for index in self.readers.get(value.name, ()))
+            group.users = tuple(dict.fromkeys(index for index in reading if index not in group.members))
+        return group.users
 
     def results(self, group: FusionGroup) -> Iterator[Value]:
         """All values that `group` computes."""
@@ -243,17 +246,15 @@ class FusionPlan:
 
     def _would_create_cycle(self, first: FusionGroup, second: FusionGroup) -> bool:
         """A third group depends on `first`, and `second` on it."""
-        seen = {id(first), id(second)}
-        left = [self.group_of[i] for i in self.users(first) if self.group_of[i] is not second]
+        seen = {first}
+        left = [group for index in self.users(first) if (group := self.group_of[index]) is not second]
         while left:
             group = left.pop()
-            if id(group) in seen:
-                continue
-            seen.add(id(group))
-            for index in self.users(group):
-                if self.group_of[index] is second:
-                    return True
-                left.append(self.group_of[index])
+            if group is second:
+                return True
+            if group not in seen:
+                seen.add(group)
+                left += [self.group_of[index] for index in self.users(group)]
         return False
 
     def _merge_siblings(self) -> None:

@@ -102,7 +102,7 @@ class Pass:
         return all(getattr(context, name) for name in self.needs)
 
     def __call__(self, graph: Graph, infer: Inference, context: Context, checked: bool = True) -> Graph:
-        """Run the pass and, if `checked`, check what it returns.
+        """Run the pass and, if `checked`, check what it returns; a graph that it leaves as it is was checked before.
 
         Raises:
             LoweringError: the pass failed, or it returned a graph that breaks a rule of the IR, has another level than
@@ -115,7 +115,7 @@ class Pass:
                 f"pass {self.name} failed with {type(error).__name__}: {_message(error)}",
                 loc=getattr(error, "loc", None),
             ) from error
-        if checked:
+        if checked and (after is not graph or self.required):
             self._check(graph, after)
         return after
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Set
 from dataclasses import replace
+from operator import is_
 
 from torch_rtx import aten
 from torch_rtx.accumulation import continued
@@ -120,7 +121,10 @@ class Rewriter:
         return Value(name, type_)
 
     def finish(self) -> Graph:
-        """The new graph."""
+        """The new graph; the old one if nothing was changed."""
+        same = len(self.nodes) == len(self.graph.nodes) and all(map(is_, self.nodes, self.graph.nodes))
+        if same and not self._replaced:
+            return self.graph
         outputs = tuple(attr_map(attr, self.current) for attr in self.graph.outputs)
         return replace(self.graph, nodes=tuple(self.nodes), outputs=outputs)
 

@@ -67,6 +67,8 @@ class Background:
         self._process = 0
         self._closing: list[Callable[[], None]] = []
         self._waiting: list[threading.Event] = []  # `done` of unfinished jobs, in order
+        self._resumed = threading.Condition()
+        self._pauses = 0  # contexts in `paused`
         self.stopping = False
 
     def submit(self, job: Job, done: threading.Event, later: Job | None = None) -> None:
@@ -97,8 +99,8 @@ class Background:
         return all(event.wait(None if end is None else max(0.0, end - time.monotonic())) for event in waiting)
 
     def _start(self) -> None:
-        if self._process not in (0, os.getpid()):
-            self._jobs = queue.PriorityQueue()
+        if self._process not in (0, os.getpid()):  # threads in `paused` are those of the parent
+            self._jobs, self._pauses = queue.PriorityQueue(), 0
         self._process = os.getpid()
         thread = threading.Thread(target=self._work, args=(self._jobs,), name="torch_rtx", daemon=True)
         thread.start()
@@ -127,8 +129,24 @@ class Background:
         Raises:
             Stopped: the process is about to end.
         """
+        if self._pauses and threading.current_thread() is self._thread:
+            with self._resumed:
+                self._resumed.wait_for(lambda: self._pauses <= 0 or self.stopping)
         if self.stopping:
             raise Stopped
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Let the thread wait at its next step, until the end of the context: the program waits for what it does here,
+        such as the capture of a backward, which would share the interpreter lock with the checks of the forward."""
+        with self._resumed:
+            self._pauses += 1
+        try:
+            yield
+        finally:
+            with self._resumed:
+                self._pauses -= 1
+                self._resumed.notify_all()
 
     def on_stop(self, close: Callable[[], None]) -> None:
         """Register `close`, which ends what a job may wait for, to be called once when the process ends."""
@@ -141,6 +159,8 @@ class Background:
         with self._lock:
             self.stopping = True
             closing = list(self._closing)
+        with self._resumed:
+            self._resumed.notify_all()
         for close in closing:
             close()
         self._jobs.put(_Entry(LAST, next(self._numbers)))

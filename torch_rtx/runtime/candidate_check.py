@@ -53,13 +53,11 @@ class CandidateCheck:
         made = [value for value in outputs if value.name not in continued(node)]  # the others lie in an operand
         total = sum(nbytes(value.type) for value in (*values, *made) if isinstance(value.type, TensorType))
         self._check_memory(total)
-        generator = torch.Generator(device).manual_seed(next(SEEDS))
-        high, highs = smallest_size(node.body), limits(self.graph)
-        sets = max(1, min(RUNS, ROTATED_BYTES // max(total, 1)))
-        self._sets = [
-            [random_tensor(value, device, generator, highs.get(value.name, high)) for value in values]
-            for _ in range(sets)
-        ]
+        self._timed_sets = max(1, min(RUNS, ROTATED_BYTES // max(total, 1)))
+        self._generator = torch.Generator(device).manual_seed(next(SEEDS))
+        high = smallest_size(node.body)
+        self._highs = dict.fromkeys((value.name for value in values), high) | limits(self.graph)
+        self._sets = [self._random_inputs()]
         try:
             check_positions(self.graph, device, self._sets[0])
             calls = compile_graph(self.graph, device)
@@ -82,6 +80,10 @@ class CandidateCheck:
         wide = compile_graph(in_float64(self.graph), self.device)
         given = (x.double() if aten.dtype_name(x.dtype) in NARROW_FLOATS else x for x in self._sets[0])
         return _comparable(wide(Owned(given), ()))
+
+    def _random_inputs(self) -> list[torch.Tensor]:
+        inputs = self.graph.inputs
+        return [random_tensor(value, self.device, self._generator, self._highs[value.name]) for value in inputs]
 
     def _check_memory(self, total: int) -> None:
         if self.device.type != "cuda":
@@ -111,7 +113,8 @@ class CandidateCheck:
         return None
 
     def runs(self, code: Code) -> list[Run]:
-        """The runs to time: `code` with each set of inputs."""
+        """The runs to time: `code` with each of several sets of inputs, which only these need."""
+        self._sets += [self._random_inputs() for _ in range(self._timed_sets - len(self._sets))]
         return [partial(code, inputs, ()) for inputs in self._sets]
 
 

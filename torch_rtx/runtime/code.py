@@ -36,6 +36,7 @@ from torch_rtx.ir import (
     type_dims,
 )
 from torch_rtx.optable import NUMBERS
+from torch_rtx.runtime.convolve import CONVOLUTION, convolve
 from torch_rtx.runtime.inline import in_place, inline_kernels, launched
 from torch_rtx.runtime.launch import Launcher, LoadedTactic
 from torch_rtx.runtime.overwriting import overwritten
@@ -189,7 +190,8 @@ class _Writer:
             self.lines.append(f"if type(_inputs) is {self.name_of('owned', Owned)}: _inputs.clear()")
         self.bind(graph.inputs)
         known, elsewhere = frozenset(self.bound), frozenset(self.targets)
-        self.plan = Plan(graph, self.trusted_ops, known, elsewhere, self.stay, self.room)
+        cudnn = self.device.type == "cuda"
+        self.plan = Plan(graph, self.trusted_ops, known, elsewhere, self.stay, self.room, cudnn)
         self.offsets = self.arena() | {name: ("_room", offset) for name, offset in self.plan.placed.items()}
         self.lines += ["_room_base = _room.data_ptr()"] * bool(self.plan.placed)
         for node in graph.nodes:
@@ -305,7 +307,8 @@ class _Writer:
             self.materialize(value)
         if node.outputs and node.outputs[0] is not None and node.outputs[0].name in self.offsets:
             self.materialize(node.outputs[0])
-            self.lines.append(self.aten_call(node, aten.out_of(node.op), node.outputs[0].name))
+            out = None if node.op == CONVOLUTION else aten.out_of(node.op)
+            self.lines.append(self.aten_call(node, out, node.outputs[0].name))
             return
         call = self.python_call(node) if node.op == "python" else self.aten_call(node)
         call += ".zero_()" * (node.op in aten.UNINITIALIZED)
@@ -396,7 +399,7 @@ class _Writer:
         return f"{function}({', '.join(self.text(a, fallback=True) for a in arguments)})"  # type: ignore[union-attr]
 
     def aten_call(self, node: Node, out: torch._ops.OpOverload | None = None, target: str = "") -> str:
-        """A call as code; with `out`, of this overload, which writes to `target`."""
+        """A call as code; with a `target`, which it writes to: of the overload `out`, or of `convolve`."""
         written = aten.overload(node.op, self.trusted_ops)
         op, types = out or RELAXED.get(node.op, written), aten.schema(written)
         fallback = node.kind == "fallback" or node.op in aten.STRIDED
@@ -411,7 +414,8 @@ class _Writer:
             text = self.argument(type_, attr, fallback)
             parts.append(f"{key if key in names else names[position]}={text}" if keyword else text)
         parts += [f"out={target}"] * bool(target)
-        return f"{self.name_of(str(op).replace('.', '_'), op._op)}({', '.join(parts)})"
+        function = convolve if target and out is None else op._op
+        return f"{self.name_of(str(op).replace('.', '_'), function)}({', '.join(parts)})"
 
     def argument(self, type_: str, attr: Attr, fallback: bool) -> str:
         value = aten.to_torch(type_, attr, self.device)

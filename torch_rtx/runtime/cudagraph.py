@@ -8,11 +8,10 @@ module writes to (caches) are captured at their address, which is part of the ke
 
 from __future__ import annotations
 
-import gc
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from torch_rtx.runtime.admission import AdmissionPolicy
 from torch_rtx.runtime.captured import Captured, CaptureSpec, RunCode, capture
 from torch_rtx.runtime.code import Code
 from torch_rtx.runtime.driver import driver
+from torch_rtx.runtime.garbage import uncollected
 from torch_rtx.runtime.graphmemory import GraphMemory, block_of, shared_memory
 from torch_rtx.runtime.plan import Room
 from torch_rtx.runtime.weights import WeightStore
@@ -221,7 +221,7 @@ class GraphPool:
         block = block_of(inputs[index] for index in self.pinned) if self._backward else None
         memory = self.memory if block is None else block.memory
         stream = torch.cuda.current_stream(self.device)
-        with _CAPTURING, _no_collection():
+        with _CAPTURING, uncollected():
             others = memory.begin() if block is None else ()  # held until this graph is in the memory
             fixed = self.written, self.pinned, self._kept, self.saved
             spec = CaptureSpec(self.graph, self.run, self.device, memory, *fixed, self._compiled, block, KEEPS_GRAPH())
@@ -257,18 +257,6 @@ _SAME_ADDRESSES = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", _same
 CLEAR_WORKSPACES = getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)  # of all threads and streams
 # Whether the current backward keeps what was saved; true outside of a backward.
 KEEPS_GRAPH: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Pause garbage collection: destroying a CUDA graph on the capturing thread would end the capture."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _end_failed_capture(device: torch.device, memory: GraphMemory, handle: Any) -> None:

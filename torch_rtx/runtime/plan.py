@@ -34,6 +34,7 @@ from torch_rtx.ir import (
     evaluate,
     typical_size,
 )
+from torch_rtx.runtime.convolve import writes_anywhere
 
 PIECE = 256  # bytes: alignment of offsets in the arena, as in PyTorch's allocator
 TYPICAL = 1024  # assumed for a symbolic size, within its range
@@ -97,6 +98,7 @@ class Plan:
         elsewhere: names of results that have no memory of their own.
         stay: names of outputs that lie in the arena like values that are no outputs.
         room: values may lie there.
+        cudnn: results of convolutions lie in the arena, see `writes_anywhere`.
 
     Attributes:
         buffers: the buffers in the arena, lowest first.
@@ -114,8 +116,9 @@ class Plan:
         elsewhere: frozenset[str] = frozenset(),
         stay: frozenset[str] = frozenset(),
         room: Room | None = None,
+        cudnn: bool = False,
     ) -> None:
-        lifetimes = _Lifetimes(graph, trusted_ops, stay)
+        lifetimes = _Lifetimes(graph, trusted_ops, stay, cudnn)
         alive = [buffer for buffer in lifetimes.buffers if all(sym.name in known for sym in dim_syms(buffer.size))]
         alive = [buffer for buffer in alive if buffer.name not in elsewhere]
         self.owners = lifetimes.owners
@@ -180,7 +183,7 @@ class _Lifetimes:
         last: by the name of an input, the position of the last node that uses its memory.
     """
 
-    def __init__(self, graph: Graph, trusted_ops: frozenset[str], stay: frozenset[str]) -> None:
+    def __init__(self, graph: Graph, trusted_ops: frozenset[str], stay: frozenset[str], cudnn: bool) -> None:
         inputs = [value.name for value in graph.inputs]
         root = dict(zip(inputs, inputs, strict=True))
         first: dict[str, tuple[int, TensorType]] = {}
@@ -207,7 +210,7 @@ class _Lifetimes:
                     root[value.name] = value.name
                     first[value.name] = position, value.type
                     last[value.name] = position
-                    if not in_arena(node, value.type):
+                    if not in_arena(node, value.type, cudnn):
                         kept.add(value.name)
                 elif sources:  # an alias of one of them; of several any may be it
                     root[value.name] = sources[0]
@@ -226,9 +229,10 @@ class _Lifetimes:
         ]
 
 
-def in_arena(node: Node, type_: TensorType) -> bool:
+def in_arena(node: Node, type_: TensorType, cudnn: bool) -> bool:
     """A result of `node` can be written to a given address."""
-    return type_.device == MAIN and (node.kind == "kernel" or node.op in aten.OUT)
+    writes = node.kind == "kernel" or node.op in aten.OUT or (cudnn and writes_anywhere(node))
+    return type_.device == MAIN and writes
 
 
 def size_of(type_: TensorType) -> Dim:

@@ -13,7 +13,8 @@ from torch_rtx import aten
 from torch_rtx.ir import Graph
 from torch_rtx.irparse import parse
 from torch_rtx.lowering.kernels.gemm_perf_model import typical
-from torch_rtx.lowering.kernels.generate import forms
+from torch_rtx.lowering.kernels.generate import fastest, forms
+from torch_rtx.lowering.kernels.loops import LoopWriter
 from torch_rtx.op_work import flops
 from torch_rtx.runtime.code import compile_graph
 from torch_rtx.tactics import OWN, check_tactic
@@ -298,3 +299,26 @@ def test_a_call_on_the_cpu_gives_what_the_body_does() -> None:
     given = [x.bfloat16() for x in inputs]
     cpu = torch.device("cpu")
     torch.testing.assert_close(compile_graph(tactic.body, cpu)(given, ()), compile_graph(body, cpu)(given, ()))
+
+
+def test_code_is_generated_once_for_all_sm_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop depends on its region and configuration alone."""
+    text = """graph import {
+  input in0: f32[64, 37]
+  v1: f32[64, 37] = op aten.exp.default(self=in0)
+  v2: f32[64, 1] = op aten.sum.dim_IntList(self=v1, dim=[-1], keepdim=True)
+  return [v2]
+}
+"""
+    written = []
+    monkeypatch.setattr(LoopWriter, "write", lambda writer, write=LoopWriter.write: written.append(0) or write(writer))
+    for sm in (80, 86, 89, 90, 120):
+        forms(parse(text), "once", arch_of(sm))
+    assert len(written) == 1
+
+
+@pytest.mark.parametrize("sm", [80, 90])
+@pytest.mark.parametrize("kind", ["product", *OTHERS])
+def test_the_fastest_is_the_first_form(kind: str, sm: int) -> None:
+    text = OTHERS[kind][0] if kind in OTHERS else PRODUCT.format(m=16, k=4096, n=64)
+    assert fastest(parse(text), "k", arch_of(sm)) == forms(parse(text), "k", arch_of(sm))[0][0]

@@ -439,9 +439,13 @@ def mma_us(problem: GemmProblem, config: GemmConfig, arch: Arch) -> float:
     steps = problem.taps * ceil(problem.depth / config.block_k)
     resident = _resident_programs(problem, config, arch)
     full_waves, tail = divmod(tiles, chip.processors * resident)
-    waves = [resident] * full_waves + ([ceil(tail / chip.processors)] if tail else [])
+    waves = [(full_waves, resident), (1, ceil(tail / chip.processors))]
     store_us = config.block_m * width * 2 / (chip.memory * 1e3 / chip.processors)
-    busy_us = sum(LATENCY_US + steps * _step_us(problem, config, arch, count) + count * store_us for count in waves)
+    busy_us = sum(
+        times * (LATENCY_US + steps * _step_us(problem, config, arch, count) + count * store_us)
+        for times, count in waves
+        if times and count
+    )
     return LAUNCH_US + _overlapped_us(chip, busy_us, problem.bytes_moved / (chip.memory * 1e3))
 
 

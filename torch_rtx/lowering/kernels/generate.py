@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import chain
 from math import inf
 from typing import Any
@@ -27,14 +27,26 @@ def generate(body: Graph, name: str, arch: Arch, which: int) -> Kernel | None:
     Raises:
         Unsupported: no kernel computes this.
     """
-    found, configs = _prepared(body, arch)
-    return family_of(found).kernel(found, name, configs[which]) if which < len(configs) else None
+    configs = _configs(body, arch)
+    return _kernel(body, name, configs[which], _as_bytes(arch)) if which < len(configs) else None
 
 
-@lru_cache(maxsize=1024)  # called per configuration, and for equal regions of many layers
-def _prepared(body: Graph, arch: Arch) -> tuple[Region, Sequence[Any]]:
-    found = region(body, frozenset(dtype for dtype in EMULATED if lacks(arch, dtype)))
-    return found, family_of(found).configs(found, arch)
+@cache
+def _as_bytes(arch: Arch) -> frozenset[str]:
+    """See `region`."""
+    return frozenset(dtype for dtype in EMULATED if lacks(arch, dtype))
+
+
+@lru_cache(maxsize=1024)
+def _configs(body: Graph, arch: Arch) -> Sequence[Any]:
+    found = region(body, _as_bytes(arch))
+    return family_of(found).configs(found, arch)
+
+
+@lru_cache(maxsize=1024)
+def _kernel(body: Graph, name: str, config: Any, as_bytes: frozenset[str]) -> Kernel:
+    found = region(body, as_bytes)
+    return family_of(found).kernel(found, name, config)
 
 
 def family_of(found: Region) -> Family:
@@ -52,19 +64,33 @@ def forms(body: Graph, name: str, arch: Arch) -> list[Form]:
     Raises:
         Unsupported: no kernel computes this.
     """
-    found, configs = _prepared(body, arch)
+    return [(head, rest) for rest in _ordered(body, name, arch) if (head := next(rest, None)) is not None]
+
+
+def fastest(body: Graph, name: str, arch: Arch) -> Tactic[Kernel] | None:
+    """The first of `forms`, None if there is none; no code of the others is generated.
+
+    Raises:
+        Unsupported: no kernel computes this.
+    """
+    return next((head for rest in _ordered(body, name, arch) if (head := next(rest, None)) is not None), None)
+
+
+def _ordered(body: Graph, name: str, arch: Arch) -> list[Iterator[Tactic[Kernel]]]:
+    """The tactics of each form, those of the fastest first."""
+    found, configs = region(body, _as_bytes(arch)), _configs(body, arch)
     family = family_of(found)
     own_us = family.expected_us(found, arch, configs[0]) if configs else inf
-    made = [_own(found, name, arch), *(_offered(offer, arch) for offer in family.others(found, name, arch, own_us))]
-    heads = [(head, rest) for rest in made if (head := next(rest, None)) is not None]
-    return sorted(heads, key=lambda form: form[0].expected_us)
+    made = [(own_us, _own(found, name, arch))]
+    made += [(offer.expected_us, _offered(offer, arch)) for offer in family.others(found, name, arch, own_us)]
+    return [rest for _, rest in sorted(made, key=lambda form: form[0])]
 
 
 def _own(found: Region, name: str, arch: Arch) -> Iterator[Tactic[Kernel]]:
     """The region's own kernel in all configurations."""
-    family = family_of(found)
-    for config in _prepared(found.body, arch)[1]:
-        yield Tactic("kernel", family.expected_us(found, arch, config), {OWN: family.kernel(found, name, config)})
+    for config in _configs(found.body, arch):
+        us = family_of(found).expected_us(found, arch, config)
+        yield Tactic("kernel", us, {OWN: _kernel(found.body, name, config, found.as_bytes)})
 
 
 def _offered(offer: Offer, arch: Arch) -> Iterator[Tactic[Kernel]]:
@@ -72,11 +98,11 @@ def _offered(offer: Offer, arch: Arch) -> Iterator[Tactic[Kernel]]:
     its kernels can't be generated."""
     nodes = offer.body.nodes if offer.body is not None else ()
     try:
-        inside = [(node.op, *_prepared(node.body, arch)) for node in nodes if node.body is not None]
+        inside = [(node.op, node.body, _configs(node.body, arch)) for node in nodes if node.body is not None]
         for which in range(len(inside[0][2]) if inside else 1):
             kernels = {
-                op: family_of(found).kernel(found, op, configs[min(which, len(configs) - 1)])
-                for op, found, configs in inside
+                op: _kernel(body, op, configs[min(which, len(configs) - 1)], _as_bytes(arch))
+                for op, body, configs in inside
             }
             yield Tactic(offer.kind, offer.expected_us, kernels, offer.body)
     except Unsupported:

@@ -26,7 +26,7 @@ from torch_rtx.ir import Graph, attr_values, dim_expr
 from torch_rtx.lowering.kernels.index import from_dim
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.loops import TILE, LoopConfig, LoopFunction, loop_configs, loop_function
-from torch_rtx.lowering.kernels.region import Region, reductions_of, region
+from torch_rtx.lowering.kernels.region import Region, region
 from torch_rtx.lowering.kernels.source import assemble, blocks, next_power_of_2
 
 TILE_BYTES = 12 << 10  # that a program should move at least: it takes longer than selecting among 64 parts
@@ -40,7 +40,7 @@ def part_configs(part: Region) -> list[LoopConfig]:
         Unsupported: it is no loop.
     """
     configs = loop_configs(part)
-    if reductions_of(part.outputs):
+    if part.reductions:
         return configs
     per_element = sum(DTYPES[type_.dtype].bytes for type_ in part.memory_types)
     elements = min(max(next_power_of_2(TILE_BYTES // per_element), TILE), MAX_TILE)

@@ -34,6 +34,13 @@ class Var:
     last: Index | None = None
     signed: bool = False
 
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.name, self.last, self.signed))
+
+    def __hash__(self) -> int:
+        return self._hash
+
     def __str__(self) -> str:
         return self.name
 
@@ -45,6 +52,13 @@ class Div:
     arg: Index
     by: Index
     remainder: bool = False
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.arg, self.by, self.remainder))
+
+    def __hash__(self) -> int:
+        return self._hash
 
     @cached_property
     def _text(self) -> str:
@@ -108,27 +122,49 @@ class Index:
                     yield atom
 
     def __add__(self, other: Index) -> Index:
-        terms = dict(self.terms)
-        for monomial, count in other.terms:
-            terms[monomial] = terms.get(monomial, 0) + count
-        return _index(terms)
+        if not self.terms or not other.terms:
+            return self if self.terms else other
+        return _sum(self, other)
 
     def __sub__(self, other: Index) -> Index:
         return self + other * constant(-1)
 
     def __mul__(self, other: Index) -> Index:
-        terms: dict[Monomial, int] = {}
-        for one, count in self.terms:
-            for two, times in other.terms:
-                monomial = tuple(sorted(one + two, key=str))
-                terms[monomial] = terms.get(monomial, 0) + count * times
-        return _index(terms)
+        for one, by in ((self, other), (other, self)):
+            if not by.terms:
+                return by
+            if len(by.terms) == 1 and not by.terms[0][0]:
+                return _scaled(one, by.terms[0][1])
+        return _product(self, other)
 
     def __floordiv__(self, by: Index) -> Index:
         return _quotient(self, by)
 
     def __mod__(self, by: Index) -> Index:
         return _remainder(self, by)
+
+
+@lru_cache(maxsize=CACHED)
+def _sum(one: Index, other: Index) -> Index:
+    terms = dict(one.terms)
+    for monomial, count in other.terms:
+        terms[monomial] = terms.get(monomial, 0) + count
+    return _index(terms)
+
+
+def _scaled(index: Index, by: int) -> Index:
+    """A multiple of `index`, in the normal form as `index` is."""
+    return index if by == 1 else Index(tuple([(monomial, by * count) for monomial, count in index.terms]))
+
+
+@lru_cache(maxsize=CACHED)
+def _product(one: Index, other: Index) -> Index:
+    terms: dict[Monomial, int] = {}
+    for atoms, count in one.terms:
+        for more, times in other.terms:
+            monomial = tuple(sorted(atoms + more, key=str))
+            terms[monomial] = terms.get(monomial, 0) + count * times
+    return _index(terms)
 
 
 @lru_cache(maxsize=CACHED)
@@ -191,7 +227,7 @@ def bounds(dim: Dim) -> tuple[float, float]:
             pick = min if dim.op == "min" else max
             return pick(lows), pick(highs)
         case "*":
-            ends = [_product(corner) for corner in itertools.product(*zip(lows, highs, strict=True))]
+            ends = [_corner(corner) for corner in itertools.product(*zip(lows, highs, strict=True))]
             return min(ends), max(ends)
     low = max(lows[1], 1)  # of the divisor: no call divides by 0
     if lows[1] < 0:
@@ -215,7 +251,7 @@ def multiple(dim: Dim) -> int:
     return 1
 
 
-def _product(factors: Sequence[float]) -> float:
+def _corner(factors: Sequence[float]) -> float:
     return 0 if 0 in factors else math.prod(factors)
 
 
@@ -392,7 +428,12 @@ def _index(terms: dict[Monomial, int]) -> Index:
     kept: dict[Monomial, int] | None = {monomial: count for monomial, count in terms.items() if count}
     while kept is not None:
         terms, kept = kept, _joined(kept)
-    return Index(tuple(sorted(terms.items(), key=lambda term: (not term[0], *map(str, term[0])))))
+    return Index(tuple(sorted(terms.items(), key=_place) if len(terms) > 1 else terms.items()))
+
+
+def _place(term: tuple[Monomial, int]) -> tuple[bool | str, ...]:
+    monomial, _ = term
+    return (not monomial, *map(str, monomial))
 
 
 def _joined(terms: dict[Monomial, int]) -> dict[Monomial, int] | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from math import prod
 
 from torch_rtx.dtypes import register
@@ -47,7 +47,7 @@ from torch_rtx.lowering.kernels.kernel_ir import (
     View,
 )
 from torch_rtx.lowering.kernels.reduction_rules import LOWEST
-from torch_rtx.lowering.kernels.region import Region, needed, reductions_of
+from torch_rtx.lowering.kernels.region import Region, needed
 from torch_rtx.lowering.kernels.source import assemble, blocks, needs_int64, next_power_of_2, parameters
 from torch_rtx.lowering.kernels.triton_ops import literal, template, tl_dtype
 from torch_rtx.targets import ALIGNMENT
@@ -101,13 +101,14 @@ class Rows:
         return tuple(inner[axis] if axis in inner else next(kept) for axis in range(len(shape)))
 
 
+@lru_cache(maxsize=1024)
 def rows_of(region: Region) -> Rows:
     """The iteration space of `region`.
 
     Raises:
         Unsupported: its reductions and outputs do not share one.
     """
-    reductions = reductions_of(region.outputs)
+    reductions = region.reductions
     if region.anchor is not None:
         raise Unsupported(f"{region.anchor.op} as a plain loop")
     if not reductions:
@@ -179,13 +180,14 @@ def _kept(reduction: Reduce) -> Index:
     return product(s for a, s in enumerate(reduction.source.shape) if a not in reduction.axes)
 
 
+@lru_cache(maxsize=1024)
 def loop_configs(region: Region) -> list[LoopConfig]:
     """Configurations, the fastest first; then smaller tiles with more warps, for bodies that need many registers."""
     best = _best_config(region)
     smaller = [replace(best, rows=max(best.rows // 2, 1))]
-    if reductions_of(region.outputs):
+    if region.reductions:
         smaller += [LoopConfig(1, best.elements, 8), LoopConfig(1, best.elements, 16), LoopConfig(1, 1024, 8)]
-    scans = any(isinstance(reduction, Scan) for reduction in reductions_of(region.outputs))
+    scans = any(isinstance(reduction, Scan) for reduction in region.reductions)
     return [one for one in dict.fromkeys([best, *smaller]) if not scans or one.elements == best.elements]
 
 
@@ -290,7 +292,7 @@ class LoopWriter:
     ) -> None:
         self.region, self.config, self.rows = region, config, rows or rows_of(region)
         self.program, self.limit = program, count or str(self.rows.count)
-        self.reductions = reductions_of(region.outputs)
+        self.reductions: Sequence[Reduce] = region.reductions
         size = self.rows.size.number
         self.cast = ".to(tl.int64)" if needs_int64(region) else ""
         self.is_pointwise = not self.rows.axes

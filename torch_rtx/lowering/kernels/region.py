@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 from torch_rtx.accumulation import starts
 from torch_rtx.dtypes import BYTES, DTYPES, register
@@ -62,7 +63,7 @@ def is_loop(op: str) -> bool:
     return op in OPS or op in RULES
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Region:
     """What a kernel computes.
 
@@ -80,6 +81,11 @@ class Region:
     values: Mapping[str, Tensor]
     parts: tuple[Region, ...] = ()
     as_bytes: frozenset[str] = frozenset()
+
+    @cached_property
+    def reductions(self) -> tuple[Reduce, ...]:
+        """All reductions that the outputs depend on, in topological order."""
+        return tuple(tensor for tensor in everything(self.outputs) if isinstance(tensor, Reduce))
 
     @property
     def types(self) -> tuple[TensorType, ...]:
@@ -115,6 +121,7 @@ class Region:
         return text(self.outputs, self.anchor.op, args)
 
 
+@lru_cache(maxsize=1024)  # layers of a model have equal regions, which are asked for by configuration and SM version
 def region(body: Graph, as_bytes: frozenset[str] = frozenset()) -> Region:
     """The body of a kernel as kernel IR.
 
@@ -249,11 +256,6 @@ def _divides_signed(dim: Dim) -> bool:
         return False
     signed = dim.op in ("//", "%") and any(sym.min < 0 for sym in dim_syms(dim))
     return signed or any(map(_divides_signed, dim.args))
-
-
-def reductions_of(outputs: tuple[Tensor, ...]) -> list[Reduce]:
-    """All reductions that `outputs` depend on, in topological order."""
-    return [tensor for tensor in everything(outputs) if isinstance(tensor, Reduce)]
 
 
 def needed(tensor: Tensor) -> Iterator[Reduce]:

@@ -20,6 +20,7 @@ In the body such sums are over the second dimension of [programs, rows of a prog
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Dim, dim_expr
@@ -28,7 +29,7 @@ from torch_rtx.lowering.kernels.index import Index, constant, from_dim, linear, 
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.kernel_ir import ZERO, Reduce, Select, View
 from torch_rtx.lowering.kernels.loops import PERSISTENT, LoopConfig, LoopWriter, R, Rows, X, memory_order
-from torch_rtx.lowering.kernels.region import Region, reductions_of
+from torch_rtx.lowering.kernels.region import Region
 from torch_rtx.lowering.kernels.source import assemble, next_power_of_2
 
 # Elements of a tile, and for each thread, the fastest first. Rows that are reduced wait for each other at barriers.
@@ -59,6 +60,7 @@ class RowBlocks:
         return -(-(self.rows.size.number or 1) // self.width)
 
 
+@lru_cache(maxsize=1024)
 def row_blocks(region: Region) -> RowBlocks:
     """The iteration space of a region that sums blocks of rows, and may reduce whole ones.
 
@@ -68,7 +70,7 @@ def row_blocks(region: Region) -> RowBlocks:
     sums = {at: output for at, output in enumerate(region.outputs) if isinstance(output, Reduce) and _is_sum(output)}
     if not sums or region.anchor is not None:
         raise Unsupported("a loop without sums over blocks of rows")
-    reductions = [one for one in reductions_of(region.outputs) if one not in sums.values()]
+    reductions = [one for one in region.reductions if one not in sums.values()]
     number, block, *columns = next(iter(sums.values())).source.shape
     if reductions:
         shape, axes = reductions[0].source.shape, memory_order(reductions[0])
@@ -124,7 +126,7 @@ def block_configs(region: Region) -> list[BlockConfig]:
     width = blocks.width
     most = blocks.size & -blocks.size  # a power of two that divides the rows of a program
     found = []
-    whole = len(reductions_of(region.outputs)) > len(blocks.sums)
+    whole = len(region.reductions) > len(blocks.sums)
     for tile, each in TILES if whole else TILES_WITHOUT_ROWS:
         rows = min(max(tile // width, 1), most)
         warps = min(max(rows * width // (32 * each), 2), 16)

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import groupby
 from math import ceil, gcd, prod
 from typing import NamedTuple
@@ -38,7 +39,7 @@ from torch_rtx.lowering.kernels.gemm_perf_model import LAUNCH_US, bytes_of, typi
 from torch_rtx.lowering.kernels.kernel_ir import Reduce, Tensor, children, everything, load
 from torch_rtx.lowering.kernels.loops import loop_configs
 from torch_rtx.lowering.kernels.reduction_rules import RULES, Dims
-from torch_rtx.lowering.kernels.region import ANCHORS, Region, express, reductions_of, tensor_type
+from torch_rtx.lowering.kernels.region import ANCHORS, Region, express, tensor_type
 from torch_rtx.targets import Arch
 
 # Fewest and most elements of a chunk: where threads read neighbours of one row, and where they read across rows.
@@ -302,6 +303,7 @@ def _elements_of(value: Value) -> Dim:
     return dim_expr("*", 1, *type_of(value).shape)
 
 
+@lru_cache(maxsize=4096)
 def reduces(node: Node) -> bool:
     """`node` is a reduction or a scan of rows."""
     if node.body is not None or node.op in ANCHORS:
@@ -317,7 +319,7 @@ def best_chunks(found: Region, arch: Arch) -> tuple[int, float, float] | None:
     """In about how many chunks the rows that a region reduces are best cut (1: in none); and the times, in us, of the
     kernels for that and of one kernel. None: the region reduces no rows, or by an operator without a rule."""
     node = next(filter(reduces, found.body.nodes), None)
-    if not reductions_of(found.outputs) or node is None or node.op not in RULES:
+    if not found.reductions or node is None or node.op not in RULES:
         return None
     operand, axes = RULES[node.op].operand(BodyBuilder(set()), node)
     type_, on = type_of(operand), arch.chip

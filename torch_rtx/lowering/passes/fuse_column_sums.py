@@ -17,7 +17,7 @@ from torch_rtx.ir import COPY, Graph, Node, TensorType, Value, attr_values
 from torch_rtx.lowering.fusion import MAX_POINTERS, kernel_name
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.kernels.body_builder import flat
-from torch_rtx.lowering.kernels.generate import forms
+from torch_rtx.lowering.kernels.generate import fastest
 from torch_rtx.lowering.kernels.split_columns import sums_rows
 from torch_rtx.lowering.kernels.split_reduction import reduces
 from torch_rtx.targets import Arch, Target
@@ -96,10 +96,10 @@ def _is_faster(joint: Node, nodes: Sequence[Node], arches: tuple[Arch, ...]) -> 
 def _us(body: Graph | None, arch: Arch) -> float:
     """The expected time of the best tactic for a kernel; infinite if there is none."""
     try:
-        found = [] if body is None else forms(body, "trial", arch)
+        found = None if body is None else fastest(body, "trial", arch)
     except Unsupported:
         return inf
-    return found[0][0].expected_us if found else inf
+    return inf if found is None else found.expected_us
 
 
 def _joint(graph: Graph, group: Sequence[int], readers: Mapping[str, set[int]]) -> Node:

@@ -14,7 +14,7 @@ from torch_rtx.lowering.kernels.families.family import Family, Offer, splits
 from torch_rtx.lowering.kernels.gemm_perf_model import LAUNCH_US, streaming_us, typical
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.loops import LoopConfig, loop_configs, loop_kernel, loop_operations
-from torch_rtx.lowering.kernels.region import Region, reductions_of, region
+from torch_rtx.lowering.kernels.region import Region, region
 from torch_rtx.lowering.kernels.row_blocks import BlockConfig, block_configs, block_kernel, row_blocks
 from torch_rtx.lowering.kernels.split_columns import (
     PROGRAMS_PER_PROCESSOR,
@@ -48,7 +48,7 @@ def _configs(found: Region, arch: Arch) -> Sequence[LoopConfig]:
     """None for a loop over rows and sums over these, which no single kernel computes."""
     if accumulation.starts(found.body):
         return loop_configs(found)
-    mixed = len({max(one.axes) == len(one.shape) - 1 for one in reductions_of(found.outputs)}) > 1
+    mixed = len({max(one.axes) == len(one.shape) - 1 for one in found.reductions}) > 1
     try:
         if mixed:  # of a transposed tensor, rows are columns
             loop_operations(found)
