@@ -32,8 +32,8 @@ def _scaled_mm(
     tensors = {"self": self, "mat2": mat2, "scale_a": scale_a, "scale_b": scale_b, "bias": bias}
     types = {name: _type(tensor) for name, tensor in tensors.items() if tensor is not None}
     result = TensorType(_NAMES[out_dtype or self.dtype], (self.shape[0], mat2.shape[1]), (mat2.shape[1], 1))
-    rows, columns = (self.shape[0], 1), (1, mat2.shape[1])
-    plain = all(scale.numel() == 1 or scale.shape in (rows, columns) for scale in (scale_a, scale_b))
+    by_row = (scale_a, (self.shape[0], 1)), (scale_b, (1, mat2.shape[1]))
+    plain = all(scale.numel() == 1 or scale.shape == each for scale, each in by_row)
     scales = scales_of(types)
     # On CPUs, scales of rows came with PyTorch 2.12.
     has = library_has(_sm(self.device), types, result) if self.is_cuda else scales == "whole"
@@ -44,7 +44,7 @@ def _scaled_mm(
         return call(self, mat2, scale_a, scale_b, bias, scale_result, out_dtype, use_fast_accum)
     wide = torch.promote_types(torch.float32, scale_a.dtype)
     total = self.to(wide) @ mat2.to(wide)
-    for scale in (scale_a, scale_b):
+    for scale, _ in by_row:
         total = total * (scale.reshape(()) if scale.numel() == 1 else scale)
     total = total if bias is None else total + bias
     return (total if scale_result is None else total * scale_result).to(out_dtype or self.dtype)

@@ -169,6 +169,9 @@ def test_what_pytorch_refuses_is_computed_all_the_same() -> None:
     whole = x, w.t(), torch.tensor(0.5), torch.tensor([2.0]), bias, None, torch.float32
     assert torch.allclose(call(*whole), torch._scaled_mm(*whole[:5], out_dtype=torch.float32))
     assert torch.allclose(call(*whole), x.float() @ w.float().t() + bias)
+    three = torch.tensor(3.0).double()  # one tensor for both
+    product = call(x.double(), w.double().t(), three, three, None, None, torch.float64)
+    assert torch.allclose(product, 9 * x.double() @ w.double().t())
 
 
 @pytest.mark.parametrize(

@@ -150,12 +150,13 @@ def _group(node: Node, weights: set[str]) -> object:
     if node.op not in (LINEAR, INT_MM, SCALED_MM) or node.kind != "op":
         return None
     source, weight = (node.arg(name) for name in PRODUCTS[node.op][:2])
+    separate = PRODUCTS[node.op].second, "bias", SCALE  # what each layer has of its own
     if not isinstance(source, Value) or not isinstance(weight, Value) or not isinstance(weight.type, TensorType):
         return None
-    own = [attr for attr in (weight, node.arg("bias"), node.arg(SCALE)) if isinstance(attr, Value)]
+    own = [attr for attr in map(node.arg, separate) if isinstance(attr, Value)]
     if any(value.name not in weights for value in own) or not _has_scales_of_columns(node):
         return None
-    rest = tuple((name, attr) for name, attr in node.args if attr not in own)
+    rest = tuple((name, attr) for name, attr in node.args if name not in separate)
     return node.op, source.name, weight.type.dtype, weight.type.device, rest
 
 
