@@ -218,9 +218,11 @@ class Operands:
         if isinstance(found.zero, Value):
             return None
         # q - z = (data - found.zero) - z
-        own = self.cast(self._parameter(zero), "i32") if isinstance(zero, Value) else int(zero)  # type: ignore[arg-type]
-        if found.zero == 0 and {found.data.name, own.name if isinstance(own, Value) else ""} <= self.fixed:
-            # The zero points of signed weights are 0, or small; recipes check that they are.
+        if not isinstance(zero, Value):
+            return replace(found, zero=int(zero) + found.zero)  # type: ignore[arg-type]
+        own = self.cast(self._parameter(zero), "i32")
+        if found.zero == 0 and {found.data.name, own.name} <= self.fixed and not self._is_rounded(zero):
+            # Tools store zero points of signed weights, which are 0, or small; recipes check that they are.
             wide = self.emit(SUB, self=self.cast(found.data, "i32"), other=own)
             return replace(found, data=self.emit(TO_INT8, self=wide))
         return replace(found, zero=minus(self, own, -found.zero))

@@ -57,8 +57,8 @@ class Ranges:
             low, high = (float(found) for found in constant.double().aminmax())
             return Range(low, high, bool((constant.double().round() == constant).all()))
         rule = _RULES.get(node.op) or (_all if _keeps(node.op) else None)
-        if rule is None:
-            return ANY
+        if rule is None or (node.outputs[0] != value and not aten.is_view(aten.overload(node.op))):
+            return ANY  # such as the positions of the largest elements
         found = rule(self, node)
         if DTYPES[dtype].kind in (INT, BOOL):  # what does not fit wraps around, and casts drop fractions
             held, found = _held(dtype), Range(_floor(found.low), -_floor(-found.high), True)
@@ -92,8 +92,12 @@ def _keeps(name: str) -> bool:
 
 
 _SELECTING = frozenset(
-    f"aten.{name}.default" for name in ("clone", "_unsafe_view", "cat", "stack", "max_pool1d", "max_pool2d", "lift")
-) | {"aten.max_pool2d_with_indices.default", "aten.lift_fresh_copy.default"}
+    f"aten.{name}.default"
+    for name in (
+        *("clone", "_unsafe_view", "cat", "stack", "lift", "lift_fresh_copy", "amax", "amin"),
+        *("max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices"),
+    )
+)
 
 
 def _all(ranges: Ranges, node: Node) -> Range:
@@ -132,6 +136,11 @@ def _relu(ranges: Ranges, node: Node) -> Range:
     return Range(max(low, 0.0), max(high, 0.0), whole)
 
 
+def _negative(ranges: Ranges, node: Node) -> Range:
+    low, high, whole = ranges.of(node.arg("self"))
+    return Range(-high, -low, whole)
+
+
 def _cast(ranges: Ranges, node: Node) -> Range:
     return ranges.of(node.arg("self"))
 
@@ -151,6 +160,7 @@ _RULES: dict[str, Callable[[Ranges, Node], Range]] = {
     "aten._to_copy.default": _cast,
     **dict.fromkeys((f"aten.{name}.default" for name in ("round", "floor", "ceil", "trunc")), _round),
     "aten.relu.default": _relu,
+    "aten.neg.default": _negative,
     **dict.fromkeys(("aten.add.Tensor", "aten.add.Scalar"), _sum(1)),
     **dict.fromkeys(("aten.sub.Tensor", "aten.sub.Scalar"), _sum(-1)),
     **dict.fromkeys(("aten.clamp.default", "aten.clamp.Tensor"), _clamped("min", "max")),
