@@ -103,7 +103,11 @@ class Chain:
         whole = whole if zero == 0 else self.emit("sub.Tensor", self=whole, other=zero)
         if self.draw.random() < 0.8 or whole.type.dtype != "f64":  # type: ignore[union-attr]
             whole = self.emit("_to_copy.default", self=whole, dtype="f64")
-        result = self.emit("mul.Tensor", self=whole, other=scale)
+        if self.draw.random() < 0.3:
+            scale = self.emit("reciprocal.default", self=scale) if isinstance(scale, Value) else 1 / scale
+            result = self.emit("div.Tensor", self=whole, other=scale)
+        else:
+            result = self.emit("mul.Tensor", self=whole, other=scale)
         assert result.type.shape == shape  # type: ignore[union-attr]
         return result
 

@@ -67,3 +67,10 @@ def test_ranges_hold():
     assert found["v"] == Range(4, math.inf, False)
     assert found["w"] == Range(3.5, 7, False)
     assert ranges.of(program.inputs[0]) == ANY
+
+
+def test_long_chains_are_followed_to_some_depth():
+    """As residual sums of a model with very many layers are."""
+    lines = [f"v{i + 1}: f32[2] = op aten.add.Tensor(self=v{i}, other=1)" for i in range(3000)]
+    program = graph("\n".join(["input v0: f32[2]", *lines, "return [v3000]"]))
+    assert Ranges(program).of(program.outputs[0]) == ANY

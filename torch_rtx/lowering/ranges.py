@@ -14,6 +14,7 @@ from torch_rtx.ir import Attr, Graph, Node, TensorType, Value
 from torch_rtx.lowering.constants import Constants
 
 MAX_CONSTANT = 1 << 16  # elements of a constant that is looked at
+MAX_DEPTH = 64  # calls that are looked at before one, such as those of a chain of residual sums
 
 
 class Range(NamedTuple):
@@ -37,6 +38,7 @@ class Ranges:
     def __init__(self, graph: Graph) -> None:
         self._constants = Constants(graph)
         self._known: dict[str, Range] = {}
+        self._depth = 0
 
     def of(self, attr: Attr) -> Range:
         """What is known of a value, or of a number."""
@@ -45,7 +47,10 @@ class Ranges:
         if not isinstance(attr, Value) or not isinstance(attr.type, TensorType):
             return ANY
         if attr.name not in self._known:
-            self._known[attr.name] = _held(attr.type.dtype).within(self._made(attr, attr.type.dtype))
+            self._depth += 1
+            made = self._made(attr, attr.type.dtype) if self._depth < MAX_DEPTH else ANY
+            self._depth -= 1
+            self._known[attr.name] = _held(attr.type.dtype).within(made)
         return self._known[attr.name]
 
     def _made(self, value: Value, dtype: str) -> Range:
