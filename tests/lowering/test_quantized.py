@@ -25,6 +25,8 @@ from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.pipeline import PASSES, Context
 from torch_rtx.lowering.quantized import type_of
 from torch_rtx.lowering.rewrite import Rewriter
+from torch_rtx.onnx.ops.math import matmul_integer
+from torch_rtx.onnx.ops.quantized import dequantize, quantize
 from torch_rtx.runtime.code import compile_graph
 from torch_rtx.runtime.weights import WeightStore
 from torch_rtx.settings import CompilationSettings
@@ -103,7 +105,11 @@ class Chain:
         whole = whole if zero == 0 else self.emit("sub.Tensor", self=whole, other=zero)
         if self.draw.random() < 0.8 or whole.type.dtype != "f64":  # type: ignore[union-attr]
             whole = self.emit("_to_copy.default", self=whole, dtype="f64")
-        result = self.emit("mul.Tensor", self=whole, other=scale)
+        if self.draw.random() < 0.3:
+            scale = self.emit("reciprocal.default", self=scale) if isinstance(scale, Value) else 1 / scale
+            result = self.emit("div.Tensor", self=whole, other=scale)
+        else:
+            result = self.emit("mul.Tensor", self=whole, other=scale)
         assert result.type.shape == shape  # type: ignore[union-attr]
         return result
 
@@ -307,3 +313,36 @@ def test_refit_quantizes_the_weights_of_a_module(tmp_path: Path) -> None:
     weights = [(weight.names[0], type_of(weight.value)) for weight in module.engine.graph.weights]
     stored = {name: type_.dtype for name, type_ in weights if "weight" in name and math.prod(type_.shape) >= 256}  # type: ignore[arg-type]
     assert stored == {"conv.weight": "i8", "int8.weight": "i8", "float8.weight": "f8e4m3fn", "int4.weight": "u8"}
+
+
+class Onnx(nn.Module):
+    """QuantizeLinear, DequantizeLinear, Conv, MaxPool and MatMulInteger, as the importer computes them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(0.05))
+        self.register_buffer("zero", torch.tensor(117, dtype=torch.uint8))
+        self.register_buffer("filters", torch.randint(-127, 128, (32, 16, 3, 3), dtype=torch.int8))
+        self.register_buffer("scales", torch.rand(32) / 100)
+        self.register_buffer("zeros", torch.zeros(32, dtype=torch.int8))
+        self.register_buffer("weight", torch.randint(-127, 128, (288, 16), dtype=torch.int8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(2):
+            x = dequantize(quantize(x, self.scale, self.zero, torch.uint8), self.scale, self.zero)
+            x = nn.functional.max_pool2d(x, 2, 1) if x.shape[-1] > 5 else x
+        x = nn.functional.conv2d(x, dequantize(self.filters, self.scales, self.zeros, axis=0), padding=1).relu()
+        x = quantize(x[:, :, :3, :3].flatten(1), self.scale, self.zero, torch.uint8)
+        return matmul_integer(x, self.weight, self.zero).float() * self.scale
+
+
+def test_operators_of_onnx_become_products_of_integers(tmp_path: Path) -> None:
+    model, x = Onnx(), torch.randn(3, 16, 6, 6)
+    torch_rtx.save(compiled(model, x), tmp_path / "model.rtx")
+    module = torch_rtx.load(tmp_path / "model.rtx", device="cpu", weights=model.state_dict())
+    text = str(module.engine.graph)
+    assert {op: op in text for op in ("int_conv", "_int_mm", "conv2d.default", "matmul", "linear")} == {
+        **dict.fromkeys(("int_conv", "_int_mm"), True),
+        **dict.fromkeys(("conv2d.default", "matmul", "linear"), False),
+    }
+    assert torch.equal(module(x), model(x))

@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 from torch._dynamo.utils import counters
 from torch._functorch._aot_autograd.utils import make_boxed_func
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from torch_rtx.backend.capture import capture
 from torch_rtx.backend.compiler import check_settings, device_of
@@ -139,8 +140,9 @@ def report(gm: fx.GraphModule, settings: CompilationSettings, break_reason: str 
     static = static_inputs(gm)
     names = (node.name for node in gm.graph.nodes if node.op == "placeholder")
     roles = [Role("parameter" if index in static else "input", name) for index, name in enumerate(names)]
-    graph = from_fx(gm, roles, parts.fallbacks, symbols).graph
-    floats = tuple(Fallback(node.op, why, node.loc) for node, why in quantized_floats(graph))
+    with unset_fake_temporarily():  # passes compute constants
+        graph = from_fx(gm, roles, parts.fallbacks, symbols).graph
+        floats = tuple(Fallback(node.op, why, node.loc) for node, why in quantized_floats(graph))
     return GraphReport(tuple(map(len, parts.blocks)), fallbacks, break_reason, floats)
 
 

@@ -152,6 +152,11 @@ class Operands:
         value, zero = self._less(value) or (value, 0)
         while (source := self._cast_from(value)) is not None and self._is_narrow(source):
             value = source
+        source, dtype = self._cast_from(value), DTYPES[type_of(value).dtype]
+        if source is not None and type_of(source).dtype == "bool":
+            return None  # a mask
+        if not (dtype.kind == INT and dtype.bits == 8) and not self._is_rounded(value):
+            return None  # such as positions
         low, high, _ = self._ranges.of(value)
         offset = zero + offset_of(low - zero, high - zero)
         data = self._current(value)
@@ -203,7 +208,8 @@ class Operands:
             if isinstance(factor, Value):
                 factor = self._parameter(factor)
                 if node.op in DIV:
-                    factor = self.emit("aten.reciprocal.default", self=self.cast(factor, "f32"))
+                    wide = "f64" if type_of(factor).dtype == "f64" else "f32"
+                    factor = self.emit("aten.reciprocal.default", self=self.cast(factor, wide))
             elif node.op in DIV:
                 factor = 1 / factor if factor else None  # type: ignore[operator]
             if isinstance(factor, Value | int | float):
@@ -218,9 +224,11 @@ class Operands:
         if isinstance(found.zero, Value):
             return None
         # q - z = (data - found.zero) - z
-        own = self.cast(self._parameter(zero), "i32") if isinstance(zero, Value) else int(zero)  # type: ignore[arg-type]
-        if found.zero == 0 and {found.data.name, own.name if isinstance(own, Value) else ""} <= self.fixed:
-            # The zero points of signed weights are 0, or small; recipes check that they are.
+        if not isinstance(zero, Value):
+            return replace(found, zero=int(zero) + found.zero)  # type: ignore[arg-type]
+        own = self.cast(self._parameter(zero), "i32")
+        if found.zero == 0 and {found.data.name, own.name} <= self.fixed and not self._is_rounded(zero):
+            # Tools store zero points of signed weights, which are 0, or small; recipes check that they are.
             wide = self.emit(SUB, self=self.cast(found.data, "i32"), other=own)
             return replace(found, data=self.emit(TO_INT8, self=wide))
         return replace(found, zero=minus(self, own, -found.zero))

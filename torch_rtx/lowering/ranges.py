@@ -14,6 +14,7 @@ from torch_rtx.ir import Attr, Graph, Node, TensorType, Value
 from torch_rtx.lowering.constants import Constants
 
 MAX_CONSTANT = 1 << 16  # elements of a constant that is looked at
+MAX_DEPTH = 64  # calls that are looked at before one, such as those of a chain of residual sums
 
 
 class Range(NamedTuple):
@@ -37,6 +38,7 @@ class Ranges:
     def __init__(self, graph: Graph) -> None:
         self._constants = Constants(graph)
         self._known: dict[str, Range] = {}
+        self._depth = 0
 
     def of(self, attr: Attr) -> Range:
         """What is known of a value, or of a number."""
@@ -45,7 +47,10 @@ class Ranges:
         if not isinstance(attr, Value) or not isinstance(attr.type, TensorType):
             return ANY
         if attr.name not in self._known:
-            self._known[attr.name] = _held(attr.type.dtype).within(self._made(attr, attr.type.dtype))
+            self._depth += 1
+            made = self._made(attr, attr.type.dtype) if self._depth < MAX_DEPTH else ANY
+            self._depth -= 1
+            self._known[attr.name] = _held(attr.type.dtype).within(made)
         return self._known[attr.name]
 
     def _made(self, value: Value, dtype: str) -> Range:
@@ -57,8 +62,8 @@ class Ranges:
             low, high = (float(found) for found in constant.double().aminmax())
             return Range(low, high, bool((constant.double().round() == constant).all()))
         rule = _RULES.get(node.op) or (_all if _keeps(node.op) else None)
-        if rule is None:
-            return ANY
+        if rule is None or (node.outputs[0] != value and not aten.is_view(aten.overload(node.op))):
+            return ANY  # such as the positions of the largest elements
         found = rule(self, node)
         if DTYPES[dtype].kind in (INT, BOOL):  # what does not fit wraps around, and casts drop fractions
             held, found = _held(dtype), Range(_floor(found.low), -_floor(-found.high), True)
@@ -92,8 +97,12 @@ def _keeps(name: str) -> bool:
 
 
 _SELECTING = frozenset(
-    f"aten.{name}.default" for name in ("clone", "_unsafe_view", "cat", "stack", "max_pool1d", "max_pool2d", "lift")
-) | {"aten.max_pool2d_with_indices.default", "aten.lift_fresh_copy.default"}
+    f"aten.{name}.default"
+    for name in (
+        *("clone", "_unsafe_view", "cat", "stack", "lift", "lift_fresh_copy", "amax", "amin"),
+        *("max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices"),
+    )
+)
 
 
 def _all(ranges: Ranges, node: Node) -> Range:
@@ -132,6 +141,11 @@ def _relu(ranges: Ranges, node: Node) -> Range:
     return Range(max(low, 0.0), max(high, 0.0), whole)
 
 
+def _negative(ranges: Ranges, node: Node) -> Range:
+    low, high, whole = ranges.of(node.arg("self"))
+    return Range(-high, -low, whole)
+
+
 def _cast(ranges: Ranges, node: Node) -> Range:
     return ranges.of(node.arg("self"))
 
@@ -151,6 +165,7 @@ _RULES: dict[str, Callable[[Ranges, Node], Range]] = {
     "aten._to_copy.default": _cast,
     **dict.fromkeys((f"aten.{name}.default" for name in ("round", "floor", "ceil", "trunc")), _round),
     "aten.relu.default": _relu,
+    "aten.neg.default": _negative,
     **dict.fromkeys(("aten.add.Tensor", "aten.add.Scalar"), _sum(1)),
     **dict.fromkeys(("aten.sub.Tensor", "aten.sub.Scalar"), _sum(-1)),
     **dict.fromkeys(("aten.clamp.default", "aten.clamp.Tensor"), _clamped("min", "max")),
