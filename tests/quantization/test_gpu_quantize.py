@@ -41,8 +41,8 @@ def test_engines(preset: str, dtype: torch.dtype) -> None:
     for _ in range(2):
         wanted = model(x).float()
         torch_rtx.wait()
-        # Where sums are rounded differently, a code of a later layer may be the next one.
-        assert (engine(x).float() - wanted).norm() < 0.02 * wanted.norm()
+        # Eager rounds dequantized values to the dtype, kernels do not; a code of a later layer may be the next one.
+        assert (engine(x).float() - wanted).norm() < 0.04 * wanted.norm()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(torch.linspace(0.5, 2, parameter.shape[-1], device="cuda", dtype=dtype))

@@ -52,7 +52,8 @@ class Format:
         dynamic: the scale of an input is computed in each call, not calibrated. Scales of weights are always computed
             from the weight, so that other weights get scales of their own.
         calibration: how amax is chosen: `max`; of inputs also `percentile` and `entropy` (the histogram whose
-            quantized form has the least Kullback-Leibler divergence; integers alone); `mse`, the least square error.
+            quantized form has the least Kullback-Leibler divergence; integers alone); `mse`, the least square error,
+            for weights of smooth layers that of the output.
         percentile: percent of magnitudes that amax reaches, in (0, 100].
     """
 
