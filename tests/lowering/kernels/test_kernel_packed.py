@@ -124,3 +124,11 @@ def test_few_rows_move_the_packed_bytes() -> None:
             for text in (wide, packed(rows, 32768, 4096, 128, 32, "bf16"))
         )
         assert least < ours / plain < most
+
+
+def test_tensor_memory_is_limited() -> None:
+    """Of each of the eight products of a step Triton sums apart, where tensor cores have a memory of their own."""
+    found = region(body(packed(128, 256, 1024, 128, 32)))
+    kernel, target = gemm_kernel(found, "kernel", GemmConfig(128, 128, 128, num_warps=8)), Target(100)
+    problem = compile_kernels([(kernel, target)])[kernel, target].problem
+    assert problem == "a block needs 1040 columns of tensor memory, sm_100 has 512"

@@ -57,7 +57,7 @@ MAX_CONFIGS, MAX_PER_TILE = 12, 2  # configurations kept: in all, and per tile s
 NUM_SPLITS = (2, 4, 8, 16)  # candidates for split-K and split-KV
 FULL_TILES, TILE = 0.75, 64  # no split-K with more TILE x TILE tiles per multiprocessor than this
 SPLIT_MULTIPLE = 32  # elements of K: each split has a multiple of this
-MAX_UNPACKED = 128  # elements of a packed operand per thread and step: a register holds two
+MAX_PACKED, MAX_COMPUTED = 128, 64  # elements of a packed, or another computed operand per thread and step
 MAX_NARROW_LOADS = 16  # per thread and step: loads of less than 16 bytes
 OPERANDS = {**DTYPES, "tf32": TF32}
 SIZES = {name: dtype.bytes for name, dtype in OPERANDS.items()}
@@ -352,7 +352,8 @@ def _mma_configs(problem: GemmProblem, arch: Arch) -> Iterator[GemmConfig]:
         warps = [count for count in (2, 4, 8) if 256 <= area // count <= 4096] or [1]
         for num_warps, num_stages in itertools.product(warps, stages):
             config = GemmConfig(block_m, block_n, block_k, num_warps, num_stages, extra_n=extra_n)
-            if extra and not (64 <= block_n <= 128 and block_k >= 64 and _uses_wgmma(problem, config, arch)):
+            is_wide = 64 <= block_n <= 128 and block_k >= 64 and not problem.unpacking
+            if extra and not (is_wide and _uses_wgmma(problem, config, arch)):
                 continue  # measured for wgmma alone
             if shared_memory(problem, config, arch) <= arch.shared and _fits_registers(problem, config, arch):
                 yield config
@@ -370,7 +371,7 @@ def _fits_registers(problem: GemmProblem, config: GemmConfig, arch: Arch) -> boo
     is_light = _uses_wgmma(problem, config, arch) and problem.needs_few_registers
     most = 16 if problem.dtype == "f32" else 128 if is_light else 64
     threads = 32 * config.num_warps
-    unpacked = config.width * problem.accumulators * config.block_k // threads if problem.packed_run else 0
+    elements = config.width * problem.accumulators * config.block_k // threads if problem.unpacking else 0
     pointers = int(problem.step_bytes(config)) // (16 * threads)
     is_narrow = problem.vector_elements * SIZES[problem.dtype] < 16
     narrow_loads = config.block_m * config.block_k // (problem.vector_elements * threads) if is_narrow else 0
@@ -378,7 +379,7 @@ def _fits_registers(problem: GemmProblem, config: GemmConfig, arch: Arch) -> boo
         accumulator_regs(problem, config) <= most
         and pointers <= (12 if "cp_async" in arch.features else 6)
         and narrow_loads <= MAX_NARROW_LOADS
-        and unpacked <= MAX_UNPACKED
+        and elements <= (MAX_PACKED if problem.packed_run else MAX_COMPUTED)
     )
 
 
