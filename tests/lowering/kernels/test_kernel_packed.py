@@ -83,6 +83,15 @@ def test_a_number_that_is_added_may_wrap(dtype: str) -> None:
     assert ("- 1032.0" in kernel.source) == (dtype != "u8")
 
 
+@pytest.mark.parametrize(("number", "is_held"), [(0.5, True), (0.1, False), (2049.0, False)])
+def test_numbers_that_halves_lack(number: float, is_held: bool) -> None:
+    """PyTorch computes with them in float32, and rounds what comes of it."""
+    text = packed(16, 24, 256, 64).replace("self=scaled, size=[24, 256]", "self=times, size=[24, 256]")
+    times = f"times: f16[24, 4, 64] = mul.Tensor(self=scaled, other={number})"
+    kernel = check(text.replace("wide: ", f"{times}\nwide: "), gemm_kernel, MMA)
+    assert ("bitcast=True) - 1024.0" in kernel.source) == is_held
+
+
 def test_other_runs_are_no_packed_operands() -> None:
     def run_of(depth: int, run: int) -> int:
         return packed_runs(gemm_contraction(region(body(packed(16, 24, depth, 32, run)))))
