@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from pathlib import Path
 from unittest.mock import patch
 
@@ -199,6 +200,56 @@ def test_blocks_part_from_their_scales(bits: int, stored: str) -> None:
     module = compiled(model, x)
     assert len(module.engine.graph.nodes) == 1
     assert {str(weight.value.type) for weight in module.engine.graph.weights} == {stored, "f32[8, 24]"}
+    check(module, model, x)
+
+
+class Library(nn.Module):
+    """The operator of PyTorch that takes weights packed for its own kernel; or what it computes."""
+
+    def __init__(self, packed: torch.Tensor, scales: torch.Tensor, codes: torch.Tensor, is_call: bool) -> None:
+        super().__init__()
+        self.packed, self.scales = nn.Buffer(packed), nn.Buffer(scales)
+        self.codes, self.is_call = codes, is_call
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.is_call:
+            return torch.ops.aten._weight_int4pack_mm(x, self.packed, 64, self.scales)
+        scale, zero = self.scales.transpose(0, 1).split(1, -1)
+        wide = (self.codes.view(16, -1, 64) - 8).to(x.dtype) * scale + zero
+        return nn.functional.linear(x, wide.view(16, -1))
+
+
+@pytest.mark.parametrize("tiles", [2, 4, 8])  # of 16 values, in a run
+def test_weights_packed_for_the_operator_of_pytorch(tiles: int) -> None:
+    """Its layout, as aten/src/ATen/native/cuda/int4mm.cu has it: value by value."""
+    codes = torch.randint(0, 16, (16, 256))
+    packed = torch.zeros(2, 16 // tiles, 32, tiles // 2, dtype=torch.int64)
+    for n, k in itertools.product(range(16), range(256)):
+        lane, place = n % 8 * 4 + k % 8 // 2, k % 32 // 8 + 4 * (k % 2)
+        packed[n // 8, k // (16 * tiles), lane, k // 32 % (tiles // 2)] |= codes[n, k] << 4 * place
+    scales = torch.stack([torch.rand(4, 16) / 100, torch.randn(4, 16) / 100], -1).bfloat16()
+    call, plain = (Library(packed.to(torch.int32), scales, codes, is_call) for is_call in (True, False))
+    x = torch.randn(3, 256).bfloat16()
+    module = compiled(call.eval(), x)
+    assert len(module.engine.graph.nodes) == 1
+    assert set(stored(module).values()) == {"i32", "f32"}
+    check(module, plain, x)
+
+
+class Library8(Int8):
+    """As `Library`, of 8 bits, which PyTorch computes on CPUs too."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype == torch.float64:
+            return nn.functional.linear(x, self.weight.double()) * self.scale[:, 0]
+        return torch.ops.aten._weight_int8pack_mm(x, self.weight, self.scale[:, 0])
+
+
+def test_weights_of_8_bits_for_the_operator_of_pytorch() -> None:
+    model, x = Library8().bfloat16().eval(), torch.randn(5, 128).bfloat16()
+    module = compiled(model, x)
+    assert len(module.engine.graph.nodes) == 1
+    assert stored(module)["weight"] == "i8"
     check(module, model, x)
 
 

@@ -1,5 +1,5 @@
 """Operators that capture replaces by other ATen calls: those of `prims`, of lists of tensors, `resize`, fake
-quantization, and products that have several forms.
+quantization, products that have several forms, and those of packed weights.
 
 Composite operators decompose by themselves, see `capture`. These do not, and would be opaque to an engine.
 """
@@ -110,6 +110,23 @@ def _scaled_mm_v2(
     return multiply(self, mat2, one, two, bias, None, out_dtype, use_fast_accum)
 
 
+def _weight_int4pack_mm(self: Tensor, mat2: Tensor, qGroupSize: int, qScaleAndZeros: Tensor) -> Tensor:
+    """A linear layer. In the layout of `_convert_weight_to_int4pack`, a word has 8 values of a column for one thread of
+    a tensor core: of 32 along K four pairs, 8 apart; first those at even places."""
+    tiles, runs, _, inner = mat2.shape
+    lanes = mat2.view(tiles, runs, 8, 4, inner)  # K in runs of `inner` times 32; columns and pairs in 32 threads
+    codes = lanes.unsqueeze(-1) >> torch.arange(0, 32, 4, dtype=torch.int32, device=mat2.device) & 15
+    codes = codes.view(tiles, runs, 8, 4, inner, 2, 4).permute(0, 2, 1, 4, 6, 3, 5)
+    columns, depth = 8 * tiles, 32 * runs * inner
+    scale, zero = (one.t().unsqueeze(-1) for one in qScaleAndZeros.unbind(-1))
+    wide = (codes.reshape(columns, -1, qGroupSize) - 8).to(self.dtype) * scale + zero
+    return torch.nn.functional.linear(self, wide.view(columns, depth))
+
+
+def _weight_int8pack_mm(self: Tensor, mat2: Tensor, scales: Tensor) -> Tensor:
+    return torch.nn.functional.linear(self, mat2.to(self.dtype)) * scales
+
+
 DECOMPOSITIONS: dict[torch._ops.OperatorBase, Callable[..., Any]] = {
     **dict(_prims()),
     **dict(_foreach()),
@@ -118,4 +135,6 @@ DECOMPOSITIONS: dict[torch._ops.OperatorBase, Callable[..., Any]] = {
     torch.ops.aten.resize.default: _resize,
     torch.ops.aten.resize_as.default: _resize_as,
     torch.ops.aten._scaled_mm_v2.default: _scaled_mm_v2,
+    torch.ops.aten._weight_int4pack_mm.default: _weight_int4pack_mm,
+    torch.ops.aten._weight_int8pack_mm.default: _weight_int8pack_mm,
 }

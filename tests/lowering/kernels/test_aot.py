@@ -161,6 +161,8 @@ def test_registers() -> None:
     code = Code(b"", b"", "k", 16, 0, 128, 0, 0)
     assert _too_large(code, Target(80)) is None
     assert _too_large(replace(code, registers=129), Target(80)) == "a block needs 69632 registers, sm_80 has 65536"
+    large = "a block needs 513 columns of tensor memory, sm_100 has 512"
+    assert _too_large(replace(code, tensor_memory=513), Target(100)) == large
 
 
 def test_dtypes_that_a_target_lacks() -> None:

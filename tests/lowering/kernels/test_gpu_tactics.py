@@ -13,7 +13,7 @@ pytest.importorskip("triton")  # builds; running needs the driver alone
 import torch_rtx
 from benchmarks.numerics import assert_right
 from tests.lowering.test_int8 import Dynamic, Static
-from tests.lowering.test_prologues import Int4, Int8
+from tests.lowering.test_prologues import Int4, Int8, Packed
 from torch_rtx.settings import CompilationSettings, RuntimeSettings
 
 pytestmark = pytest.mark.gpu
@@ -83,7 +83,7 @@ def test_packed_weights(make: type[nn.Module], kind: str, rows: int) -> None:
     module = torch_rtx.compile(
         copy.deepcopy(model), (x,), settings=CompilationSettings(targets="current"), runtime=runtime
     )
-    assert {"i8", "u8"} & {weight.value.type.dtype for weight in module.engine.graph.weights}
+    assert {"i8", "i32"} & {weight.value.type.dtype for weight in module.engine.graph.weights}
     for _ in range(3):
         x = torch.randn(rows, 128, device="cuda").half()
         exact = copy.deepcopy(model).double()(x.double())
@@ -115,3 +115,41 @@ def test_convolutions_of_int8(channels: int, size: int) -> None:
     with torch.no_grad():
         for _ in range(3):
             torch.testing.assert_close(module(x), model(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 8, 33, 200])
+@pytest.mark.parametrize("packing", ["low first", "words of rows", "table"])
+def test_packings(packing: str, rows: int, dtype: torch.dtype) -> None:
+    model = Packed(packing, 264, 2048, 64, dtype, "integers").cuda().eval()
+    x = torch.randn(rows, 2048, device="cuda").to(dtype)
+    exact = copy.deepcopy(model).double()(x.double())
+    for kind in ("kernel", "split", "library"):
+        runtime = RuntimeSettings(tactics=kind, specialization_strategy="none")
+        settings = CompilationSettings(targets="current")
+        module = torch_rtx.compile(copy.deepcopy(model), (x,), settings=settings, runtime=runtime)
+        assert "i32" in {weight.value.type.dtype for weight in module.engine.graph.weights}
+        assert_right([module(x)], [model(x)], [exact])
+
+
+@pytest.mark.parametrize("tiles", [2, 4, 8])
+def test_weights_packed_by_pytorch(tiles: int) -> None:
+    """The layout of the library's own kernel, unpacked."""
+    codes = torch.randint(0, 256, (512, 512), dtype=torch.uint8, device="cuda")
+    packed = torch.ops.aten._convert_weight_to_int4pack(codes, tiles)
+    scales = torch.randn(1024 // 128, 512, 2, device="cuda").bfloat16()
+
+    class Call(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.packed, self.scales = torch.nn.Buffer(packed), torch.nn.Buffer(scales)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.ops.aten._weight_int4pack_mm(x, self.packed, 128, self.scales)
+
+    x = torch.randn(20, 1024, device="cuda").bfloat16()
+    runtime = RuntimeSettings(specialization_strategy="none")
+    module = torch_rtx.compile(Call().eval(), (x,), settings=CompilationSettings(targets="current"), runtime=runtime)
+    (node,) = module.engine.graph.nodes
+    assert node.kind == "kernel"
+    torch.testing.assert_close(module(x), Call()(x), rtol=0.02, atol=1.0)  # of sums of 1024 numbers of up to 50

@@ -83,6 +83,15 @@ def test_a_number_that_is_added_may_wrap(dtype: str) -> None:
     assert ("- 1032.0" in kernel.source) == (dtype != "u8")
 
 
+@pytest.mark.parametrize(("number", "is_held"), [(0.5, True), (0.1, False), (2049.0, False)])
+def test_numbers_that_halves_lack(number: float, is_held: bool) -> None:
+    """PyTorch computes with them in float32, and rounds what comes of it."""
+    text = packed(16, 24, 256, 64).replace("self=scaled, size=[24, 256]", "self=times, size=[24, 256]")
+    times = f"times: f16[24, 4, 64] = mul.Tensor(self=scaled, other={number})"
+    kernel = check(text.replace("wide: ", f"{times}\nwide: "), gemm_kernel, MMA)
+    assert ("bitcast=True) - 1024.0" in kernel.source) == is_held
+
+
 def test_other_runs_are_no_packed_operands() -> None:
     def run_of(depth: int, run: int) -> int:
         return packed_runs(gemm_contraction(region(body(packed(16, 24, depth, 32, run)))))
@@ -124,3 +133,11 @@ def test_few_rows_move_the_packed_bytes() -> None:
             for text in (wide, packed(rows, 32768, 4096, 128, 32, "bf16"))
         )
         assert least < ours / plain < most
+
+
+def test_tensor_memory_is_limited() -> None:
+    """Of each of the eight products of a step Triton sums apart, where tensor cores have a memory of their own."""
+    found = region(body(packed(128, 256, 1024, 128, 32)))
+    kernel, target = gemm_kernel(found, "kernel", GemmConfig(128, 128, 128, num_warps=8)), Target(100)
+    problem = compile_kernels([(kernel, target)])[kernel, target].problem
+    assert problem == "a block needs 1040 columns of tensor memory, sm_100 has 512"

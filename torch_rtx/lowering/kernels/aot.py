@@ -21,6 +21,7 @@ from torch_rtx.lowering.kernels.turing import NoTensorCores
 from torch_rtx.targets import ALIGNMENT, Target, arch_of, lacks
 
 MAX_SPILLS = 128  # bytes of spill stores per thread; spilling up to this beats a smaller tile
+TENSOR_MEMORY = 512  # columns of a multiprocessor
 Wanted = tuple[Kernel, Target]
 
 
@@ -180,4 +181,6 @@ def _too_large(code: Code, target: Target) -> str | None:
     registers = code.num_warps * 32 * math.ceil(code.registers / 8) * 8  # in units of 8 per thread
     if registers > target.arch.registers:
         return f"a block needs {registers} registers, {target} has {target.arch.registers}"
+    if code.tensor_memory > TENSOR_MEMORY:  # Triton makes a kernel of it that traps
+        return f"a block needs {code.tensor_memory} columns of tensor memory, {target} has {TENSOR_MEMORY}"
     return None

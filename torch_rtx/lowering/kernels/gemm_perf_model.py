@@ -61,7 +61,7 @@ NUM_SPLITS = (2, 4, 8, 16)  # candidates for split-K and split-KV
 FULL_TILES, TILE = 0.75, 64  # no split-K with more TILE x TILE tiles per multiprocessor than this
 SPLIT_MULTIPLE = 32  # elements of K: each split has a multiple of this
 MAX_IMPRECISE = 128  # products of float8 that tensor cores may sum in less than f32, as in libraries
-MAX_UNPACKED = 128  # elements of a packed operand per thread and step: a register holds two
+MAX_PACKED, MAX_COMPUTED = 128, 64  # elements of a packed, or another computed operand per thread and step
 MAX_NARROW_LOADS = 16  # per thread and step: loads of less than 16 bytes
 # An element of operands in block-scaled formats is one value or two: data sheet of the RTX 5090.
 BLOCK_SCALED = {1: "block_scaled", 2: "block_scaled_x2"}
@@ -382,7 +382,8 @@ def _mma_configs(problem: GemmProblem, arch: Arch) -> Iterator[GemmConfig]:
         warps = [count for count in (2, 4, 8) if 256 <= area // count <= 4096] or [1]
         for num_warps, num_stages in itertools.product(warps, stages):
             config = GemmConfig(block_m, block_n, block_k, num_warps, num_stages, extra_n=extra_n)
-            if extra and not (64 <= block_n <= 128 and block_k >= 64 and _uses_wgmma(problem, config, arch)):
+            is_wide = 64 <= block_n <= 128 and block_k >= 64 and not problem.unpacking
+            if extra and not (is_wide and _uses_wgmma(problem, config, arch)):
                 continue  # measured for wgmma alone
             if shared_memory(problem, config, arch) <= arch.shared and _fits_registers(problem, config, arch):
                 yield config
@@ -404,14 +405,14 @@ def _fits_registers(problem: GemmProblem, config: GemmConfig, arch: Arch) -> boo
     columns = config.width * problem.accumulators
     loaded = (config.block_m + columns) * SIZES[problem.dtype] * config.block_k  # of what computes an element, at least
     pointers = int(problem.step_bytes(config) if problem.packed_run else loaded) // (16 * threads)
-    unpacked = columns * config.block_k // threads if problem.packed_run else 0
+    elements = columns * config.block_k // threads if problem.unpacking else 0
     is_narrow = problem.vector_elements * SIZES[problem.dtype] < 16
     narrow_loads = config.block_m * config.block_k // (problem.vector_elements * threads) if is_narrow else 0
     return (
         accumulator_regs(problem, config) <= most
         and pointers <= (12 if "cp_async" in arch.features else 6)
         and narrow_loads <= MAX_NARROW_LOADS
-        and unpacked <= MAX_UNPACKED
+        and elements <= (MAX_PACKED if problem.packed_run else MAX_COMPUTED)
     )
 
 

@@ -23,7 +23,7 @@ from torch_rtx.lowering.kernels.expressions import Apply, Arg
 from torch_rtx.lowering.kernels.index import Index, constant, from_dim, linear, substitute, unravel, variable
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.kernel_ir import ZERO, Const, Load, Pointwise, Position, Select, Tensor, View
-from torch_rtx.lowering.kernels.packed import PARTS, in_halves, k_of, packed_run
+from torch_rtx.lowering.kernels.packed import PARTS, fits_halves, in_halves, k_of, packed_run
 from torch_rtx.lowering.kernels.region import ANCHORS, Region, tensor_type
 from torch_rtx.lowering.kernels.source import assemble, blocks, needs_int64
 from torch_rtx.lowering.kernels.triton_ops import tl_dtype
@@ -522,8 +522,8 @@ def operand(
     if found is not None:
         text = found.text
     else:
-        half = in_halves(emitter, tensor, position, tensor.dtype) if tensor.dtype in HALVES else None
-        found, held = (emitter.value(tensor, position), "f32") if half is None else (half, tensor.dtype)
+        held = tensor.dtype if tensor.dtype in HALVES and fits_halves(tensor, position, tensor.dtype) else "f32"
+        found = emitter.value(tensor, position) if held == "f32" else in_halves(emitter, tensor, position, held)
         zero = "0.0" if DTYPES[tensor.dtype].kind == FLOAT else "0"
         text = f"tl.where({mask}, {found.text}, {zero})" if mask else found.text
         if dtype != held:

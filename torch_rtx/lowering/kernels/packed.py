@@ -13,6 +13,7 @@ done at once.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ RUNS = (32, 16)  # words of a run, best first: a kernel reads as many values of 
 WORD = "word"
 # The number 2**n whose last bit counts 1, and its bits in both halves of a word.
 MAGIC = {"f16": (1024.0, 0x64006400), "bf16": (128.0, 0x43004300)}
-EXACT = frozenset({"add", "sub", "mul"})  # the tensor's own dtype rounds these as PyTorch does
+SINGLE = ["add"], ["sub"], ["mul"]  # operations that round once, as the calls do
 
 
 class Nibble(NamedTuple):
@@ -117,41 +118,69 @@ def _nibbles(tensor: Tensor, position: Position) -> Iterator[Nibble]:
                 yield from _nibbles(arg, position)
 
 
-def as_float(emitter: Emitter, found: Nibble, dtype: str) -> Operand | None:
-    """The integer as a float, in registers of f16 or bf16; None if its place in the word is not known."""
-    bit = found.bit.number
-    if bit is None:
+def fits_halves(tensor: Tensor, position: Position, dtype: str) -> bool:
+    """Whether `in_halves` computes `tensor` at `position`."""
+    match tensor:
+        case View():
+            return fits_halves(tensor.source, tensor.at(position), dtype)
+        case Load():
+            return tensor.dtype == dtype and not tensor.anchor
+        case Const():
+            return _is_exact(tensor.value, dtype)
+        case Pointwise(args=(source,)) if tensor.dtype == dtype and _is_cast(tensor.expression):
+            return source.dtype in ("f32", "i8", "u8") or _known(source, position, dtype) is not None
+        case Pointwise() if {tensor.dtype, *(arg.dtype for arg in tensor.args)} == {dtype}:
+            is_single = [*operations(tensor.expression)] in SINGLE
+            return is_single and all(fits_halves(arg, position, dtype) for arg in tensor.args)
+    return False
+
+
+def in_halves(emitter: Emitter, tensor: Tensor, position: Position, dtype: str) -> Operand:
+    """The tile of `tensor`, of the half precision `dtype`, computed in this dtype, two values at once; each operation
+    rounds as the call that it stands for."""
+    match tensor:
+        case View():
+            return in_halves(emitter, tensor.source, tensor.at(position), dtype)
+        case Load():
+            return emitter.memory(tensor, position, (), dtype)
+        case Pointwise(args=(source,)) if _is_cast(tensor.expression):
+            found = _known(source, position, dtype)
+            if found is not None:
+                return _as_float(emitter, found, dtype)
+            value = emitter.value(source, position)
+            return emitter.named(f"{value.text}.to({tl_dtype(dtype)})", value.axes)
+        case Pointwise():
+            args = [in_halves(emitter, arg, position, dtype) for arg in tensor.args]
+            text = template(tensor.expression, [dtype] * len(args)).format(*(arg.text for arg in args))
+            return emitter.named(text, frozenset[str]().union(*(arg.axes for arg in args)))
+    return emitter.value(tensor, position)
+
+
+def _known(tensor: Tensor, position: Position, dtype: str) -> Nibble | None:
+    """The 4 bits that `tensor` is at `position`, if their place in the word is known, and `dtype` has what they are
+    subtracted from."""
+    found = nibble(tensor, position)
+    if found is None or found.bit.number is None or not _is_exact(MAGIC[dtype][0] - found.added, dtype):
         return None
-    number, bits = MAGIC[dtype]
+    return found
+
+
+def _as_float(emitter: Emitter, found: Nibble, dtype: str) -> Operand:
+    (number, bits), bit = MAGIC[dtype], found.bit.number or 0
     word = emitter.value(found.words, found.position)
     pair = emitter.named(f"({word.text} >> {bit % 16}) & 0x000F000F | {bits:#x}", word.axes)
     half = f"({pair.text} >> 16)" if bit >= 16 else pair.text
     return emitter.named(f"{half}.to(tl.int16).to({tl_dtype(dtype)}, bitcast=True) - {number - found.added}", word.axes)
 
 
-def in_halves(emitter: Emitter, tensor: Tensor, position: Position, dtype: str) -> Operand | None:
-    """The tile of `tensor`, of the half precision `dtype`, computed in this dtype, two values at once; each operation
-    rounds as the call that it stands for. None if that is not all it takes."""
-    match tensor:
-        case View():
-            return in_halves(emitter, tensor.source, tensor.at(position), dtype)
-        case Load(anchor=False) if tensor.dtype == dtype:
-            return emitter.memory(tensor, position, (), dtype)
-        case Pointwise(args=(source,)) if tensor.dtype == dtype and _is_cast(tensor.expression):
-            return _rounded(emitter, source, position, dtype)
-        case Pointwise() if {tensor.dtype, *(arg.dtype for arg in tensor.args)} == {dtype}:
-            if not EXACT.issuperset(operations(tensor.expression)):
-                return None
-            args = []
-            for arg in tensor.args:
-                is_number = isinstance(arg, Const)
-                found = emitter.value(arg, position) if is_number else in_halves(emitter, arg, position, dtype)
-                if found is None:
-                    return None
-                args.append(found)
-            text = template(tensor.expression, [dtype] * len(args)).format(*(arg.text for arg in args))
-            return emitter.named(text, frozenset[str]().union(*(arg.axes for arg in args)))
-    return None
+def _is_exact(number: object, dtype: str) -> bool:
+    """Whether `dtype` has this number."""
+    if not isinstance(number, int | float) or abs(number) > 65504:
+        return False
+    if dtype == "f16":
+        return bool(struct.unpack("e", struct.pack("e", number))[0] == number)
+    (bits,) = struct.unpack("I", struct.pack("f", number))
+    return bits & 0xFFFF == 0 and bool(struct.unpack("f", struct.pack("f", number))[0] == number)
 
 
 def _is_cast(expression: Expression) -> bool:
@@ -159,15 +188,3 @@ def _is_cast(expression: Expression) -> bool:
         case Apply("cast", (Arg(0),)) | Apply("round_to", (Apply("cast", (Arg(0),)) | Arg(0),)):
             return True
     return False
-
-
-def _rounded(emitter: Emitter, source: Tensor, position: Position, dtype: str) -> Operand | None:
-    """`source` rounded to `dtype`."""
-    found = nibble(source, position)
-    value = None if found is None else as_float(emitter, found, dtype)
-    if value is not None:
-        return value
-    if source.dtype not in ("f32", "i8", "u8"):
-        return None
-    value = emitter.value(source, position)
-    return emitter.named(f"{value.text}.to({tl_dtype(dtype)})", value.axes)

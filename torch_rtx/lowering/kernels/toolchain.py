@@ -78,6 +78,7 @@ class Code:
         num_warps: warps per block.
         shared: dynamic shared memory per block, in bytes; a launch has to request it.
         registers, spills, stack: per thread, as ptxas reports them: registers, bytes of spill stores, bytes of stack.
+        tensor_memory: columns per block that tensor cores sum in, from sm_100 on.
     """
 
     ptx: bytes
@@ -88,6 +89,7 @@ class Code:
     registers: int
     spills: int
     stack: int
+    tensor_memory: int = 0
 
     @property
     def uses_pdl(self) -> bool:
@@ -181,7 +183,8 @@ def lower(job: Job) -> Code:
     if metadata["global_scratch_size"] or metadata.get("profile_scratch_size"):
         raise _error(job, "the launcher", "the kernel needs scratch memory, which launches do not give it")
     warps = metadata.get("num_warps", job.num_warps)  # warp specialization changes it
-    return Code(ptx.encode(), cubin, metadata["name"], warps, metadata["shared"], registers, spills, stack)
+    limits = metadata["shared"], registers, spills, stack, metadata.get("tmem_size", 0)
+    return Code(ptx.encode(), cubin, metadata["name"], warps, *limits)
 
 
 def lower_to_ttir(job: Job) -> str:

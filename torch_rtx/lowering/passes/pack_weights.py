@@ -18,9 +18,9 @@ from functools import partial
 from math import prod
 
 from torch_rtx import aten
-from torch_rtx.dtypes import DTYPES, FLOATS, INT, highest, lowest
+from torch_rtx.dtypes import DTYPES, HALVES, INT, highest, lowest
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import Attr, Graph, Node, Value, Weight, contiguous
+from torch_rtx.ir import Attr, Graph, Node, TensorType, Value, Weight, contiguous
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.kernels.body_builder import type_of
 from torch_rtx.lowering.kernels.index import Index, constant, from_dim, linear, variable
@@ -28,7 +28,7 @@ from torch_rtx.lowering.kernels.kernel_ir import Const, Gather, Load, Pointwise,
 from torch_rtx.lowering.kernels.packed import BITS, MASK, PARTS, RUNS
 from torch_rtx.lowering.kernels.region import express, tensor_type
 from torch_rtx.lowering.passes.hoist_weights import as_weight
-from torch_rtx.lowering.rewrite import Rewriter, users
+from torch_rtx.lowering.rewrite import Rewriter, escaping, users
 from torch_rtx.lowering.widening import nbytes
 from torch_rtx.op_work import ANCHORS, PRODUCTS
 
@@ -105,8 +105,8 @@ class _Operand:
         """The floats that the elements of groups share, and whether neighbours in each are groups and not columns."""
         wide = (node for node in self.chain if any(elements(value) == self.size for value in node.results))
         for value in {value.name: value for node in wide for value in node.inputs}.values():
-            few = self.columns < elements(value) <= self.size // FEW and type_of(value).dtype in FLOATS
-            at = self.offset(value) if few else None
+            few = self.columns < elements(value) <= self.size // FEW and elements(value) % self.columns == 0
+            at = self.offset(value) if few and type_of(value).dtype in (*HALVES, "f32") else None
             for stride in (elements(value) // self.columns, 1) if at is not None else ():
                 if at is not None and not any(one.name == "n" for one in (at - self.n * constant(stride)).variables()):
                     yield value, stride != 1
@@ -140,7 +140,7 @@ class _Packer:
         recipes = (one.recipe.nodes for one in graph.weights if one.recipe is not None)
         nodes = [*graph.nodes, *(node for recipe in recipes for node in recipe)]
         self._made = {value.name: node for node in nodes for value in node.results}
-        self._readers = users(graph)
+        self._readers, self._escaping = users(graph), escaping(graph)
 
     def plan(self, product: Node) -> None:
         """Plan for the second operand of `product`."""
@@ -150,8 +150,12 @@ class _Packer:
         plans = self._of_nibbles(operand)
         plans = self._of_bytes(operand) if plans is None else plans
         if plans is not None:
-            turned = {one.name: partial(self._by_columns, operand, groups) for one, groups in operand.shared()}
-            self.plans |= plans | turned
+            plans |= {
+                one.name: partial(self._by_columns, operand, groups)
+                for one, groups in operand.shared()
+                if groups or type_of(one).dtype != "f32"
+            }
+            self.plans |= {name: plan for name, plan in plans.items() if name not in self._escaping}
 
     def _of_nibbles(self, operand: _Operand) -> Plans | None:
         """The plan for the integers of 4 bits nearest to the product; None without such."""
@@ -202,27 +206,24 @@ class _Packer:
             return None
         if len(type_of(value).shape) != 2:
             return None
-        chain = self._chain(value)
-        if not chain or nbytes(type_of(value)) is None:
+        chain: dict[int, Node] = {}
+        if not self._follow(value, chain) or nbytes(type_of(value)) is None:
             return None
         by_columns = product.op == LINEAR
         columns, depth = type_of(value).shape if by_columns else type_of(value).shape[::-1]
         return _Operand(value, tuple(chain.values()), columns, depth, by_columns)  # type: ignore[arg-type]
 
-    def _chain(self, value: Value) -> dict[int, Node] | None:
-        """The nodes that compute `value` from weights, in order; None if it is computed from something else."""
-        if value.name in self._source:
-            return {}
+    def _follow(self, value: Value, chain: dict[int, Node]) -> bool:
+        """Add the nodes that compute `value` from weights to `chain`, in order; False if it needs something else."""
         node = self._made.get(value.name)
-        if node is None or node.kind not in ("op", "view"):
-            return None
-        found: dict[int, Node] = {}
-        for given in node.inputs:
-            below = self._chain(given)
-            if below is None:
-                return None
-            found |= below
-        return found | {id(node): node}
+        if not isinstance(value.type, TensorType):
+            return False
+        if value.name in self._source or id(node) in chain:
+            return True
+        if node is None or node.kind not in ("op", "view") or not all(self._follow(one, chain) for one in node.inputs):
+            return False
+        chain[id(node)] = node
+        return True
 
     # ---- plans -------------------------------------------------------------------------------------------------------
 
