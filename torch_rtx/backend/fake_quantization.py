@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_rtx.backend.quantized_ops import check_scale
+
 Pair = tuple[Tensor, Tensor]  # the numbers, and where they are in range, which gradients pass
 
 
@@ -27,6 +29,7 @@ def _rounded(x: Tensor, inverse: Any, scale: Any, zero: Any, low: int, high: int
 
 
 def _per_tensor(x: Tensor, scale: float, zero_point: int, quant_min: int, quant_max: int) -> Pair:
+    check_scale(scale)
     scale = c_float(scale).value
     return _rounded(x, c_float(1 / scale).value, scale, zero_point, quant_min, quant_max)
 

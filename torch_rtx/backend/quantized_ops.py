@@ -82,7 +82,7 @@ def _check_count(found: int, expected: int, what: str) -> None:
         raise _refuse(f"there are {found} {what}, and {expected} are needed", "quantize the model again")
 
 
-def _check_scale(scale: object) -> None:
+def check_scale(scale: object) -> None:
     if isinstance(scale, float) and not (math.isfinite(scale) and scale > 0):
         raise _refuse(
             f"a scale of quantization is {scale}", "calibrate the model with finite inputs, and quantize again"
@@ -131,7 +131,7 @@ _PER_TENSOR = "quantized_decomposed.{}quantize_per_tensor.{}"
 def _quantize_per_tensor(
     input: Tensor, scale: Number, zero_point: Number, quant_min: Any, quant_max: Any, dtype: torch.dtype
 ) -> Tensor:
-    _check_scale(scale)
+    check_scale(scale)
     low, high = _number(quant_min), _number(quant_max)
     return _quantized(input, _number(scale), _number(zero_point), low, high, dtype)  # type: ignore[arg-type]
 
@@ -147,7 +147,7 @@ def _dequantize_per_tensor(
     *,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    _check_scale(scale)
+    check_scale(scale)
     return (input.to(out_dtype or torch.float32) - _number(zero_point)) * _number(scale)
 
 
@@ -503,38 +503,3 @@ def _out_dtype(op: torch._ops.OpOverload, output_dtype: torch.dtype, *args: Any)
     if op is not torch.ops.aten.mm.default or output_dtype is not torch.int32 or not narrow:
         return NotImplemented
     return torch._int_mm(*args)
-
-
-@_defines("aten._weight_int8pack_mm.default")
-def _weight_int8pack_mm(self: Tensor, mat2: Tensor, scales: Tensor) -> Tensor:
-    return F.linear(self, mat2.to(self.dtype)) * scales
-
-
-def _fake(x: Tensor, scale: Number, zero: Number, low: int, high: int) -> tuple[Tensor, Tensor]:
-    """The value of the nearest step, and where this step is within the range."""
-    steps = (_wide(x) * (1.0 / scale)).round() + zero
-    return ((steps.clamp(low, high) - zero) * scale).to(x.dtype), (steps >= low) & (steps <= high)
-
-
-@_defines("aten.fake_quantize_per_tensor_affine_cachemask.default")
-def _fake_per_tensor(
-    self: Tensor, scale: float, zero_point: int, quant_min: int, quant_max: int
-) -> tuple[Tensor, Tensor]:
-    _check_scale(scale)
-    return _fake(self, scale, zero_point, quant_min, quant_max)
-
-
-@_defines("aten._fake_quantize_per_tensor_affine_cachemask_tensor_qparams.default")
-def _fake_per_tensor_by_tensors(
-    self: Tensor, scale: Tensor, zero_point: Tensor, fake_quant_enabled: Tensor, quant_min: int, quant_max: int
-) -> tuple[Tensor, Tensor]:
-    enabled = fake_quant_enabled.reshape(()) == 1
-    value, mask = _fake(self, _number(scale), _number(zero_point), quant_min, quant_max)
-    return torch.where(enabled, value, self), mask | ~enabled
-
-
-@_defines("aten.fake_quantize_per_channel_affine_cachemask.default")
-def _fake_per_channel(
-    self: Tensor, scale: Tensor, zero_point: Tensor, axis: int, quant_min: int, quant_max: int
-) -> tuple[Tensor, Tensor]:
-    return _fake(self, _along(scale, axis, self), _along(zero_point, axis, self), quant_min, quant_max)

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.export import ExportedProgram
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from torch_rtx.backend.fake_quantization import FAKE_QUANTIZATION
 from torch_rtx.backend.quantized_ops import definitions
 from torch_rtx.errors import CaptureError
 from torch_rtx.lowering.location import Locations
@@ -32,7 +33,7 @@ def check_scales(program: ExportedProgram, tensors: Mapping[str, Any]) -> None:
         if is_traceable_wrapper_subclass(tensor) and not all(map(_is_finite, inner(tensor))):
             raise _not_finite(name, name.rpartition(".")[0])
     named = {spec.arg.name: spec.target for spec in program.graph_signature.input_specs}
-    known, locations = definitions(), Locations()
+    known, locations = {*definitions(), *FAKE_QUANTIZATION}, Locations()
     for node in program.graph.nodes:
         for source in _scales(node) if node.target in known else ():
             name = named.get(source.name) or ""

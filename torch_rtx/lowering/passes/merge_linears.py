@@ -24,7 +24,7 @@ from torch_rtx.lowering.kernels.index import from_dim, product
 from torch_rtx.lowering.kernels.region import ANCHORS
 from torch_rtx.lowering.merged_steps import Steps, is_pointwise
 from torch_rtx.lowering.passes.dce import dce
-from torch_rtx.lowering.rewrite import Rewriter, Users, returned, rewrite, with_bases, with_sources
+from torch_rtx.lowering.rewrite import Rewriter, Users, from_weights, returned, rewrite, with_bases, with_sources
 from torch_rtx.op_work import INT_MM, PRODUCTS, SCALED_MM
 
 LINEAR, SCALE = "aten.linear.default", "scale_b"
@@ -91,14 +91,21 @@ def _is_whole(results: list[Node], readers: Users) -> bool:
 
 
 def _weights(graph: Graph) -> tuple[set[str], list[Node]]:
-    """The names of the parameters that the graph does not write and of all views of them, and the nodes of these."""
-    names, views = {weight.value.name for weight in graph.weights} - graph.written, []
+    """The names of the parameters that the graph does not write, of all views of them, and of what products of int8
+    and float8 read that is computed from them; and the nodes of these."""
+    names, nodes = {weight.value.name for weight in graph.weights} - graph.written, []
+    products = (node for node in graph.nodes if node.op in (INT_MM, SCALED_MM))
+    read = {value.name for node in products for value in node.inputs} & from_weights(graph)
+    for node in reversed(graph.nodes):
+        if any(value.name in read for value in node.results):
+            read.update(value.name for value in node.inputs)
     for node in graph.nodes:
         seen = node.kind == "op" and aten.is_view(aten.overload(node.op)) and bool(node.inputs)
-        if seen and all(value.name in names for value in node.inputs):
+        seen = seen and all(value.name in names for value in node.inputs)
+        if seen or any(value.name in read for value in node.results):
             names.update(value.name for value in node.results)
-            views.append(node)
-    return names, views
+            nodes.append(node)
+    return names, nodes
 
 
 def _groups(graph: Graph, layers: Mapping[int, object]) -> list[list[Node]]:
