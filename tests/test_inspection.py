@@ -20,7 +20,7 @@ def test_dtypes_of_layers(tmp_path: Path) -> None:
     assert "layers: 2\n  tests/lowering/test_scaled_products.py:" in str(found)
     torch_rtx.save(prologue(torch.nn.Sequential(Int4(), torch.nn.Linear(64, 8).half())), tmp_path / "b.rtx")
     assert [str(layer) for layer in torch_rtx.inspect(tmp_path / "b.rtx").layers] == [
-        "0: f16 x f16 from u8 -> f16",
+        "0: f16 x f16 from i32 -> f16",
         "1: f16 x f16 -> f16",
     ]
     model = torch.nn.Conv2d(3, 4, 3)

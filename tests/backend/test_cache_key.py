@@ -250,6 +250,7 @@ def test_every_option_says_whether_it_makes_another_engine() -> None:
             "dump_dir",
             "override_dir",
             "cache_built_engines",
+            "platform",
             "reuse_cached_engines",
         ),
         *("engine_cache_dir", "engine_cache_size", "engine_cache"),

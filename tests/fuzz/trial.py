@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 import torch_rtx
 from tests.fuzz import guard
 from torch_rtx import aten
+from torch_rtx.dtypes import PACKED
 from torch_rtx.errors import RtxError
 from torch_rtx.ir import Graph, Sym, TensorType, Type, dim_syms, evaluate, type_dims
 from torch_rtx.runtime.module import CompiledModule
@@ -211,6 +212,8 @@ def tensor_of(type_: TensorType, sizes: dict[str, int], rng: Random, device: tor
 
 def values(dtype: torch.dtype, shape: list[int], rng: Random) -> torch.Tensor:
     """A tensor: small numbers, or hostile ones, or both."""
+    if dtype == aten.DTYPES[PACKED]:  # PyTorch makes none of numbers
+        return values(torch.uint8, shape, rng).view(dtype)
     count = math.prod(shape)
     share = rng.choice((0.0, 0.0, 0.3, 1.0))
     few = [rng.random() < share for _ in range(min(count, 64))]

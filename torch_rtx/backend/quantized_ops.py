@@ -83,6 +83,7 @@ def _check_count(found: int, expected: int, what: str) -> None:
 
 
 def check_scale(scale: object) -> None:
+    """Raises CaptureError for a number that is no scale of quantization: not finite, or not above 0."""
     if isinstance(scale, float) and not (math.isfinite(scale) and scale > 0):
         raise _refuse(
             f"a scale of quantization is {scale}", "calibrate the model with finite inputs, and quantize again"

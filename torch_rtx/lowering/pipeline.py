@@ -115,7 +115,7 @@ class Pass:
                 f"pass {self.name} failed with {type(error).__name__}: {_message(error)}",
                 loc=getattr(error, "loc", None),
             ) from error
-        if checked and (after is not graph or self.required):
+        if checked and (after is not graph or after.level != self.ensures):
             self._check(graph, after)
         return after
 

@@ -47,8 +47,8 @@ def outer_name(name: str) -> str:
 
 def overrides(tensor: torch.Tensor) -> bool:
     """Whether calls of PyTorch's functions with `tensor` call Python code of its class."""
-    kind = type(tensor)
-    return kind is not torch.Tensor and kind.__torch_function__ is not torch._C._disabled_torch_function_impl
+    kind, disabled = type(tensor), torch._C._disabled_torch_function_impl
+    return kind is not torch.Tensor and getattr(kind, "__torch_function__", disabled) is not disabled
 
 
 def any_overrides(values: Iterable[object]) -> bool:

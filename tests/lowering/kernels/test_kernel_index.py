@@ -31,6 +31,7 @@ from torch_rtx.lowering.kernels.index import (
 )
 from torch_rtx.lowering.kernels.region import region
 from torch_rtx.lowering.kernels.source import needs_int64
+from torch_rtx.targets import arch_of
 
 N = constant
 shapes = st.lists(st.integers(1, 6), min_size=1, max_size=4)
@@ -180,7 +181,7 @@ def test_numbers_that_may_be_negative_are_added_but_neither_divided_nor_taken_as
     assert not needs_int64(region(parse(TAKEN.format(range="0, 8").strip())))
     with pytest.raises(Unsupported, match="from the end"):
         region(parse(TAKEN.format(range="-9, -1").strip()))
-    kernel = Interpreted(generate(parse(ADDED.strip().replace("OTHER", "n")), "k", 89, 0))
+    kernel = Interpreted(generate(parse(ADDED.strip().replace("OTHER", "n")), "k", arch_of(89), 0))
     x, z = (torch.arange(16.0).clone() for _ in range(2))
     for n in (-9, -1, 0, 4):
         kernel((x.data_ptr(), z.data_ptr()), (n,), (1, 1, 1))

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cache, lru_cache
+from functools import lru_cache
 from itertools import chain
 from math import inf
 from typing import Any
 
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import Graph
+from torch_rtx.ir import Graph, TensorType
 from torch_rtx.lowering.kernels.families import attention, conv, gemm, horizontal, loop
 from torch_rtx.lowering.kernels.families.family import Family, Offer
 from torch_rtx.lowering.kernels.kernel import Kernel
-from torch_rtx.lowering.kernels.region import Region, region
+from torch_rtx.lowering.kernels.region import Exact, Region, region
 from torch_rtx.tactics import OWN, Tactic
 from torch_rtx.targets import EMULATED, Arch, lacks
 
@@ -28,24 +28,39 @@ def generate(body: Graph, name: str, arch: Arch, which: int) -> Kernel | None:
         Unsupported: no kernel computes this.
     """
     configs = _configs(body, arch)
-    return _kernel(body, name, configs[which], _as_bytes(arch)) if which < len(configs) else None
+    return _kernel(body, name, configs[which], arch) if which < len(configs) else None
 
 
-@cache
-def _as_bytes(arch: Arch) -> frozenset[str]:
-    """See `region`."""
-    return frozenset(dtype for dtype in EMULATED if lacks(arch, dtype))
+def _as_bytes(body: Graph, arch: Arch) -> frozenset[str]:
+    """See `region`: of the dtypes in `body`, so that SM versions share what has none of these."""
+    missing = {dtype for dtype in EMULATED if lacks(arch, dtype)}
+    return frozenset(missing.intersection(_dtypes(body))) if missing else frozenset()
+
+
+def _dtypes(body: Graph) -> Iterator[str]:
+    yield from (value.type.dtype for value in body.values() if isinstance(value.type, TensorType))
+    for node in body.nodes:
+        if node.body is not None:
+            yield from _dtypes(node.body)
+
+
+def _configs(body: Graph, arch: Arch) -> Sequence[Any]:
+    return _cached_configs(Exact(body), arch)
 
 
 @lru_cache(maxsize=1024)
-def _configs(body: Graph, arch: Arch) -> Sequence[Any]:
-    found = region(body, _as_bytes(arch))
+def _cached_configs(key: Exact, arch: Arch) -> Sequence[Any]:
+    found = region(key.graph, _as_bytes(key.graph, arch))
     return family_of(found).configs(found, arch)
 
 
+def _kernel(body: Graph, name: str, config: Any, arch: Arch) -> Kernel:
+    return _cached_kernel(Exact(body), name, config, _as_bytes(body, arch))
+
+
 @lru_cache(maxsize=1024)
-def _kernel(body: Graph, name: str, config: Any, as_bytes: frozenset[str]) -> Kernel:
-    found = region(body, as_bytes)
+def _cached_kernel(key: Exact, name: str, config: Any, as_bytes: frozenset[str]) -> Kernel:
+    found = region(key.graph, as_bytes)
     return family_of(found).kernel(found, name, config)
 
 
@@ -78,7 +93,7 @@ def fastest(body: Graph, name: str, arch: Arch) -> Tactic[Kernel] | None:
 
 def _ordered(body: Graph, name: str, arch: Arch) -> list[Iterator[Tactic[Kernel]]]:
     """The tactics of each form, those of the fastest first."""
-    found, configs = region(body, _as_bytes(arch)), _configs(body, arch)
+    found, configs = region(body, _as_bytes(body, arch)), _configs(body, arch)
     family = family_of(found)
     own_us = family.expected_us(found, arch, configs[0]) if configs else inf
     made = [(own_us, _own(found, name, arch))]
@@ -90,7 +105,7 @@ def _own(found: Region, name: str, arch: Arch) -> Iterator[Tactic[Kernel]]:
     """The region's own kernel in all configurations."""
     for config in _configs(found.body, arch):
         us = family_of(found).expected_us(found, arch, config)
-        yield Tactic("kernel", us, {OWN: _kernel(found.body, name, config, found.as_bytes)})
+        yield Tactic("kernel", us, {OWN: _kernel(found.body, name, config, arch)})
 
 
 def _offered(offer: Offer, arch: Arch) -> Iterator[Tactic[Kernel]]:
@@ -101,8 +116,7 @@ def _offered(offer: Offer, arch: Arch) -> Iterator[Tactic[Kernel]]:
         inside = [(node.op, node.body, _configs(node.body, arch)) for node in nodes if node.body is not None]
         for which in range(len(inside[0][2]) if inside else 1):
             kernels = {
-                op: _kernel(body, op, configs[min(which, len(configs) - 1)], _as_bytes(arch))
-                for op, body, configs in inside
+                op: _kernel(body, op, configs[min(which, len(configs) - 1)], arch) for op, body, configs in inside
             }
             yield Tactic(offer.kind, offer.expected_us, kernels, offer.body)
     except Unsupported:

@@ -41,6 +41,7 @@ from torch_rtx.lowering.kernels.kernel_ir import (
 )
 from torch_rtx.lowering.kernels.ops import (
     accumulations,
+    copies,
     factories,
     gradients,
     indexing,
@@ -55,7 +56,7 @@ from torch_rtx.lowering.kernels.reduction_rules import RULES, written_out
 from torch_rtx.op_work import ANCHORS
 
 # Importing them fills OPS.
-DECLARED = (accumulations, factories, gradients, indexing, pointwise, pooling, reductions, views)
+DECLARED = (accumulations, copies, factories, gradients, indexing, pointwise, pooling, reductions, views)
 
 
 def is_loop(op: str) -> bool:
@@ -121,7 +122,22 @@ class Region:
         return text(self.outputs, self.anchor.op, args)
 
 
-@lru_cache(maxsize=1024)  # layers of a model have equal regions, which are asked for by configuration and SM version
+class Exact:
+    """A graph as a key of a cache: other than for `==`, 0.0, -0.0, 0 and False are different numbers."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph, self._hash = graph, hash(graph)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Exact):
+            return False
+        one, two = self.graph, other.graph
+        return one is two or (one == two and str(one) == str(two))
+
+
 def region(body: Graph, as_bytes: frozenset[str] = frozenset()) -> Region:
     """The body of a kernel as kernel IR.
 
@@ -132,6 +148,12 @@ def region(body: Graph, as_bytes: frozenset[str] = frozenset()) -> Region:
     Raises:
         Unsupported: an operator, dtype or argument that kernels do not cover; or two anchors.
     """
+    return _region(Exact(body), as_bytes)
+
+
+@lru_cache(maxsize=1024)  # layers of a model have equal regions, which are asked for by configuration and SM version
+def _region(key: Exact, as_bytes: frozenset[str]) -> Region:
+    body = key.graph
     as_bytes |= BYTES | _viewed(body)
     types = {value.name: tensor_type(value) for value in body.inputs}
     values = {name: load(name, type_, as_bytes=type_.dtype in as_bytes) for name, type_ in types.items()}

@@ -80,7 +80,7 @@ def _smallest(value: Value, made: dict[str, Node], source: dict[str, Weight]) ->
         return {value.name: value}
     below = {name: one for given in made[value.name].inputs for name, one in _smallest(given, made, source).items()}
     own = {value.name: value}
-    return below if sum(_bytes(one.type) for one in below.values()) <= _bytes(value.type) else own
+    return below if sum(_span(one.type) for one in below.values()) <= _span(value.type) else own
 
 
 def _between(value: Value, stored: dict[str, Value], made: dict[str, Node]) -> Iterator[Node]:
@@ -112,6 +112,12 @@ def _hoistable(node: Node, source: dict[str, Weight], made: dict[str, Node], siz
 
 def _symbolic(type_: TensorType) -> bool:
     return any(isinstance(dim, Sym | Expr) for dim in (*type_.shape, *type_.strides))
+
+
+def _span(type_: object) -> int:
+    """Bytes from the first to the last element: what lies between rows that are not next to each other is read, too."""
+    assert isinstance(type_, TensorType)
+    return aten.extent(type_.shape, type_.strides) * aten.DTYPES[type_.dtype].itemsize  # type: ignore[arg-type]
 
 
 def _bytes(type_: object) -> int:

@@ -7,7 +7,7 @@ import struct
 from functools import partial, reduce
 from operator import mul as times
 
-from torch_rtx.dtypes import DTYPES, FLOAT, FLOATS, INTS, ORDER, register
+from torch_rtx.dtypes import DTYPES, FLOATS, INTS, ORDER, register
 from torch_rtx.errors import Unsupported
 from torch_rtx.lowering.kernels.expressions import (
     A,
@@ -552,40 +552,6 @@ def where_(condition: Tensor, self: Operand, other: Operand, *, out: Types) -> T
 def masked_fill(self: Tensor, mask: Tensor, value: Operand, *, out: Types) -> Tensor:
     """x, or the value where the mask is set."""
     return where_(mask, value, self, out=out)
-
-
-# ---- copies ----------------------------------------------------------------------------------------------------------
-
-
-@op("_to_copy.default")
-def to_copy(
-    self: Tensor,
-    dtype: str | None = None,
-    layout: str | None = None,
-    device: str | None = None,
-    pin_memory: bool | None = None,
-    non_blocking: bool = False,
-    memory_format: str | None = None,
-    *,
-    out: Types,
-) -> Tensor:
-    """A cast: it rounds even where no memory is involved."""
-    target = out[0].dtype
-    if DTYPES[self.dtype].kind == FLOAT and target == "u8":
-        raise Unsupported("floats as bytes: what is out of range is undefined")
-    return cast(self, target, rounded=True)
-
-
-@op("clone.default", "alias_copy.default", "lift_fresh_copy.default")
-def clone(self: Tensor, memory_format: str | None = None, *, out: Types) -> Tensor:
-    """x."""
-    return self
-
-
-@op("copy.default")
-def copy(self: Tensor, src: Tensor, non_blocking: bool = False, *, out: Types) -> Tensor:
-    """src, broadcast and cast to what self is."""
-    return expand(cast(src, out[0].dtype, rounded=True), self.shape)
 
 
 def filled(value: Operand, out: Types) -> Tensor:
