@@ -65,7 +65,8 @@ def run(kernel: Kernel, tensors: Sequence[torch.Tensor], dims: dict[str, int] | 
     if 0 in grid:
         return
     # A float8 that the target does not have is bytes to the kernel.
-    tensors = [tensor.view(DTYPES[dtype]) for tensor, dtype in zip(tensors, kernel.pointers, strict=True)]
+    pairs = zip(tensors, kernel.pointers, strict=True)
+    tensors = [x.view(DTYPES[dtype]) if x.element_size() == 1 else x for x, dtype in pairs]
     with LOCK, _interpreting():
         interpreter.InterpretedFunction(function(kernel).fn)[grid](*tensors, *scalars)
 
@@ -160,8 +161,8 @@ def _interpreting() -> Iterator[None]:
 
     def arithmetic(function: np.ufunc, self: Any, one: Any, other: Any) -> Any:
         found = function(_widened(one).data, _widened(other).data)
-        if one.dtype.scalar != tl.bfloat16:
-            return interpreter.TensorHandle(found, one.dtype.scalar)
+        if one.dtype.scalar != tl.bfloat16:  # a kernel of float32 may be given float64
+            return interpreter.TensorHandle(found, tl.float64 if found.dtype == np.float64 else one.dtype.scalar)
         return cast_impl(self, interpreter.TensorHandle(found, tl.float32), tl.bfloat16)
 
     def dot_scaled(a: Any, a_scale: Any, a_format: str, b: Any, b_scale: Any, b_format: str, acc: Any) -> Any:

@@ -59,9 +59,9 @@ WORK = {
     "det": (0, 1, 2),  # transposed convolutions
     "rec": (2, 1, 0),
     "cls": (0, 1, 0),
-    "silero": (0, 0, 2),  # an LSTM, and a convolution of one channel, as are those of "pitch"
+    "silero": (0, 0, 1),  # an LSTM
     "magika": (0, 1, 0),
-    "pitch": (0, 0, 11),
+    "pitch": (0, 0, 0),
     "minilm": (6, 0, 0),
     "nsfw": (0, 0, 0),
 }

@@ -9,13 +9,13 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("transformers")
 
 from benchmarks import models
-from benchmarks.numerics import assert_right, in_float64, relative_error
+from benchmarks.numerics import assert_right, in_float64
 from tests.doubles.interpreter import Interpreted
 from tests.lowering.test_fuse import TARGETS, Drawn, execute
 from tests.lowering.test_fuse import numbers as concrete
@@ -126,6 +126,4 @@ def test_random_graphs(graph: Graph, seed: int, static: bool, data: st.DataObjec
         code = compile_graph(found, CPU, tactics=whole_nodes(launched))
         got = code([x.clone() for x in inputs], ())
     calls = compile_graph(found, CPU)([x.clone() for x in inputs], ())
-    # Where no digit of the calls is right, as after exp, other roundings give anything.
-    assume(all(relative_error(mine, right) < 1 for mine, right in zip(calls, exact, strict=True) if right.numel()))
     assert_right(got, calls, exact)
