@@ -124,7 +124,10 @@ class Index:
     def __add__(self, other: Index) -> Index:
         if not self.terms or not other.terms:
             return self if self.terms else other
-        return _sum(self, other)
+        terms = dict(self.terms)
+        for monomial, count in other.terms:
+            terms[monomial] = terms.get(monomial, 0) + count
+        return _index(terms)
 
     def __sub__(self, other: Index) -> Index:
         return self + other * constant(-1)
@@ -135,7 +138,7 @@ class Index:
                 return by
             if len(by.terms) == 1 and not by.terms[0][0]:
                 return _scaled(one, by.terms[0][1])
-        return _product(self, other)
+        return _index(_multiplied(self, other))
 
     def __floordiv__(self, by: Index) -> Index:
         return _quotient(self, by)
@@ -144,27 +147,19 @@ class Index:
         return _remainder(self, by)
 
 
-@lru_cache(maxsize=CACHED)
-def _sum(one: Index, other: Index) -> Index:
-    terms = dict(one.terms)
-    for monomial, count in other.terms:
-        terms[monomial] = terms.get(monomial, 0) + count
-    return _index(terms)
-
-
-def _scaled(index: Index, by: int) -> Index:
-    """A multiple of `index`, in the normal form as `index` is."""
-    return index if by == 1 else Index(tuple([(monomial, by * count) for monomial, count in index.terms]))
-
-
-@lru_cache(maxsize=CACHED)
-def _product(one: Index, other: Index) -> Index:
+def _multiplied(one: Index, other: Index) -> dict[Monomial, int]:
+    """The terms of a product, which are not rejoined."""
     terms: dict[Monomial, int] = {}
     for atoms, count in one.terms:
         for more, times in other.terms:
             monomial = tuple(sorted(atoms + more, key=str))
             terms[monomial] = terms.get(monomial, 0) + count * times
-    return _index(terms)
+    return terms
+
+
+def _scaled(index: Index, by: int) -> Index:
+    """A multiple of `index`, in the normal form as `index` is."""
+    return index if by == 1 else Index(tuple([(monomial, by * count) for monomial, count in index.terms]))
 
 
 @lru_cache(maxsize=CACHED)
@@ -448,7 +443,8 @@ def _joined(terms: dict[Monomial, int]) -> dict[Monomial, int] | None:
             for other in (a for m in terms for a in m if isinstance(a, Div) and a.remainder and a.arg == whole):
                 partners.append((_atom(other), atom.arg % (atom.by * other.by)))
             for partner, together in partners:
-                wanted = (cofactor * atom.by * partner).terms
+                # Not rejoined: this would ask for the same product again.
+                wanted = _multiplied(Index(tuple(_multiplied(cofactor, atom.by).items())), partner).items()
                 if wanted and all(terms.get(key) == value for key, value in wanted):
                     rest = {key: value for key, value in terms.items() if key not in dict(wanted) and key != monomial}
                     for key, value in (cofactor * together).terms:
