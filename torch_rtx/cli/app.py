@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 import warnings
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from torch_rtx import inspection
-from torch_rtx.cli import bench, build, cache, doctor, opt, profile, refit, run, runtime_cache, targets
+from torch_rtx.cli import bench, build, cache, calls, doctor, opt, profile, refit, run, runtime_cache, targets
 from torch_rtx.cli.terminal import echo, echo_json, errors
 from torch_rtx.version import __version__
 
@@ -34,7 +33,6 @@ def _print_version(asked: bool) -> None:
         raise typer.Exit
 
 
-File = Annotated[Path, typer.Argument(help="An engine (.rtx).")]
 Version = Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")]
 Verbose = Annotated[int, typer.Option("--verbose", "-v", count=True, help="Log what happens; -vv: in detail.")]
 
@@ -54,7 +52,7 @@ def main(
 
 @app.command()
 def inspect(
-    path: File,
+    path: calls.EngineFile,
     graph: Annotated[bool, typer.Option("--graph", help="Print the program instead of the summary.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from torch_rtx.cli import calls
 from torch_rtx.cli.sources import is_function, is_onnx, is_program, load_source
 from torch_rtx.cli.terminal import echo, errors
 from torch_rtx.errors import SettingsError
@@ -44,8 +45,7 @@ def build(
 
     with errors():
         out = out_of(source) if out is None else out
-        if not out.absolute().parent.is_dir():
-            raise SettingsError(f"{out} can't be written: there is no such folder")
+        calls.check_folder(out)
         device = "cuda" if device is None and not is_program(source) else device
         settings = CompilationSettings(device=device, strip_weights=not weights, platform=platform)
         settings = replace(settings, targets=tuple(target)) if target else settings

@@ -163,6 +163,15 @@ def check_writable(path: Path) -> None:
     """
     if path.suffix not in (".npz", ".safetensors"):
         raise SettingsError(f"{path} has none of the endings .npz and .safetensors")
+    check_folder(path)
+
+
+def check_folder(path: Path) -> None:
+    """Before minutes of work, not after.
+
+    Raises:
+        SettingsError: there is no folder to write `path` to.
+    """
     if not path.absolute().parent.is_dir():
         raise SettingsError(f"{path} can't be written: there is no such folder")
 

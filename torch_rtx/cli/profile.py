@@ -9,7 +9,6 @@ import typer
 
 from torch_rtx.cli import calls
 from torch_rtx.cli.terminal import echo, errors
-from torch_rtx.errors import SettingsError
 
 
 def profile(
@@ -29,8 +28,8 @@ def profile(
 
     with errors():
         for target in (trace, html):  # before minutes of measuring, not after
-            if target is not None and not target.absolute().parent.is_dir():
-                raise SettingsError(f"{target} can't be written: there is no such folder")
+            if target is not None:
+                calls.check_folder(target)
         module = calls.opened(path, weights, device, trust_binaries)
         sizes = calls.sizes_given(module.engine, size or [])
         if not weights and module.engine.weights is None:

@@ -9,14 +9,14 @@ from typing import Annotated
 import typer
 
 from torch_rtx import engine as engine_file
+from torch_rtx.cli import calls
 from torch_rtx.cli.terminal import echo, errors
-from torch_rtx.errors import SettingsError
 
 WEIGHTS_HELP = "An .onnx or .safetensors file, or a folder of the latter; repeatable, for several shards."
 
 
 def refit(
-    path: Annotated[Path, typer.Argument(help="An engine (.rtx).")],
+    path: calls.EngineFile,
     weights: Annotated[list[Path], typer.Option("--weights", "-w", help=WEIGHTS_HELP)],
     strict: Annotated[bool, typer.Option(help="Refuse weights that the engine does not have.")] = True,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The new engine; default: ENGINE.")] = None,
@@ -27,8 +27,7 @@ def refit(
 
     with errors():
         out = path if out is None else out
-        if not out.absolute().parent.is_dir():
-            raise SettingsError(f"{out} can't be written: there is no such folder")
+        calls.check_folder(out)
         engine = engine_file.load(path)
         parameters = [parameter for parameter in engine.graph.parameters if not parameter.constant]
         given = tensors_of(weights[0] if len(weights) == 1 else weights, parameters, engine.manifest)
