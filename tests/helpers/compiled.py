@@ -39,7 +39,7 @@ class Recorder:
 
 
 def _short(op: str) -> str:
-    return op if op == "python" else op.split(".")[1]
+    return op.split(".")[1] if "." in op else op  # kernels, and calls of Python, have names without one
 
 
 def compile_rtx(function: Any, **kwargs: Any) -> Any:

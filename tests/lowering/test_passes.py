@@ -224,6 +224,13 @@ def arguments(draw: Any, kind: str, value: Value, pool: list[Value]) -> tuple[st
     return op, {"self": value, **rest}
 
 
+def test_new_names_are_in_no_recipe():
+    recipe = "graph import {\n  input w: f32[4]\n  n0: f32[4] = op aten.neg.default(self=w)\n  return [n0]\n}"
+    program = parse(f"graph import {{\n  parameter 'w': f32[4]\n  weight a: f32[4] = 'w' {recipe}\n  return [a]\n}}")
+    made = Rewriter(program, Inference()).emit("aten.abs.default", self=program.weights[0].value)
+    assert made.name == "n1"
+
+
 @st.composite
 def programs(draw: st.DrawFn) -> Graph:
     """A graph of level import that can be run: up to ten calls, some of them the same, results, writes to inputs."""

@@ -82,7 +82,9 @@ class Rewriter:
         self.graph, self.infer = graph, infer
         self.nodes: list[Node] = []
         self._replaced: dict[str, Attr] = {}
-        self._names = {value.name for value in graph.values()} | set(graph.syms)
+        # Later passes move nodes between the graph and the recipes: a name stands for one value in all of them.
+        recipes = (weight.recipe for weight in graph.weights if weight.recipe is not None)
+        self._names = {value.name for one in (graph, *recipes) for value in one.values()} | set(graph.syms)
         self._count = 0
 
     def current(self, value: Value) -> Attr:

@@ -157,7 +157,9 @@ class _FakeQuantize(torch.autograd.Function):
         amax = amax.to(wide.dtype)
         scale = block_scales(wide, amax, form) if form.two_levels else scale_of(amax, form)
         result = codes_of(wide / scale, form).to(wide.dtype) * scale
-        return (result.flatten(-2) if form.block else result).to(x.dtype)
+        result = result.flatten(-2) if form.block else result
+        # PyTorch 2.11's Dynamo loses the gradient of a result that `to` returns as it is.
+        return result if result.dtype == x.dtype else result.to(x.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
