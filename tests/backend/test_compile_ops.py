@@ -366,6 +366,15 @@ OTHERS = {
         *torch._foreach_norm([x, x[0]], 1),
     ),
     "resized": lambda x: (aten.resize(x, [2, 3]), aten.resize(x.T, [3, 2]), aten.resize_as(x, x[0])),
+    "scattered by strides": lambda x: (
+        *(
+            aten.as_strided_scatter(x.view(16), x[:, :, None], [4, 4, 1], strides, 0)
+            for strides in ([4, 1, 9], [1, 4, 9])
+        ),
+        aten.as_strided_scatter(x.view(16), x[:2, :2], [2, 2], [5, 1], 3),  # a part
+        aten.copy(x.double(), x[0]),
+        aten.copy(x.T, x),
+    ),
     "scalar first": lambda x: (5 & x.long(), torch.bitwise_left_shift(2, x.long().abs()), torch.isin(1.0, x)),
     "polynomials": lambda x: (
         torch.special.hermite_polynomial_h(x, 2) + torch.special.legendre_polynomial_p(0.5, x.abs())

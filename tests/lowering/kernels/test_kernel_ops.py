@@ -316,6 +316,14 @@ def test_samples_compile(chunk: int, all_dtypes: bool) -> None:
 A = torch.ops.aten
 ROWS = torch.randn(6, 40)
 IMAGE = torch.randn(2, 6, 5, 4)
+
+
+def pool_gradient(image: torch.Tensor, *form: Any) -> tuple[torch._ops.OpOverload, tuple[Any, ...]]:
+    """The gradient of a pooling, with what its forward chose."""
+    values, indices = A.max_pool2d_with_indices.default(image, *form)
+    return A.max_pool2d_with_indices_backward.default, (torch.randn_like(values), image, *form, indices)
+
+
 BATCH_NORM = A._native_batch_norm_legit_no_training.default
 STATISTICS = (torch.randn(6), torch.rand(6) + 0.1)
 CALLS = {
@@ -371,6 +379,21 @@ CALLS = {
         A.max_pool2d.default,
         (IMAGE.to(memory_format=torch.channels_last), [2, 2]),
     ),
+    "max_pool2d_with_indices": lambda: (A.max_pool2d_with_indices.default, (IMAGE, [3, 2], [2, 1], [1, 0])),
+    "max_pool2d_with_indices, equal ones": lambda: (
+        A.max_pool2d_with_indices.default,
+        (IMAGE.sign().half().to(memory_format=torch.channels_last), [3, 3], [2, 2], [1, 1], [1, 1], True),
+    ),
+    "max_pool2d_with_indices, NaN and -inf": lambda: (
+        A.max_pool2d_with_indices.default,
+        (torch.tensor([-math.inf, math.nan, 1.0])[torch.randint(0, 3, (2, 7, 9))], [3, 3], [1, 1], [1, 1]),
+    ),
+    "max_pool2d_with_indices_backward": lambda: pool_gradient(IMAGE, [3, 2], [2, 1], [1, 0], [1, 1], False),
+    "max_pool2d_with_indices_backward, ceil_mode": lambda: pool_gradient(
+        IMAGE.half().to(memory_format=torch.channels_last), [3, 3], [2, 2], [1, 1], [1, 1], True
+    ),
+    "max_pool2d_with_indices_backward, dilated": lambda: pool_gradient(IMAGE, [2, 2], [1, 1], [0, 0], [2, 3], False),
+    "max_pool2d_with_indices_backward, gaps": lambda: pool_gradient(IMAGE[0], [2, 1], [3, 2], [0, 0], [1, 1], False),
     "avg_pool2d": lambda: (A.avg_pool2d.default, (IMAGE.bfloat16(), [2, 2], [1, 1], [1, 1])),
     "avg_pool2d, divisor": lambda: (A.avg_pool2d.default, (IMAGE, [2, 2], [], [1, 1], False, False, 3)),
     "adaptive_avg_pool2d": lambda: (A.adaptive_avg_pool2d.default, (IMAGE, [1, 1])),

@@ -8,10 +8,11 @@ from itertools import product as combinations
 
 from torch_rtx.dtypes import FLOATS, register
 from torch_rtx.errors import Unsupported
-from torch_rtx.lowering.kernels.expressions import A, B, maximum
+from torch_rtx.lowering.kernels.expressions import A, B, C, eq, maximum, ne, where
 from torch_rtx.lowering.kernels.index import Index, constant
 from torch_rtx.lowering.kernels.kernel_ir import (
     ZERO,
+    Iota,
     Position,
     Scalar,
     Select,
@@ -93,6 +94,84 @@ def _max_pool(
     edge = number(float("-inf"), self.dtype)
     windows = _windows(self, shape_of(out), sizes, strides, _each(padding, rank), _each(dilation, rank), edge)
     return reduce(lambda one, two: pointwise(maximum(A, B), self.dtype, one, two), windows)
+
+
+def _places(self: Tensor) -> Tensor:
+    """At each position the number of the element in its image."""
+    height, width = self.shape[-2:]
+    dtype = "i32" if ((height * width).number or 1 << 31) < 1 << 31 else "i64"
+    return Iota(self.shape, dtype, lambda position: position[-2] * width + position[-1])
+
+
+@op("max_pool2d_with_indices.default")
+def max_pool_with_indices(
+    self: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int] = (),
+    padding: Scalar | Sequence[int] = 0,
+    dilation: Scalar | Sequence[int] = 1,
+    ceil_mode: bool = False,
+    *,
+    out: Types,
+) -> tuple[Tensor, Tensor]:
+    """The largest element of each window and its place in the image: the first of equal ones, the last NaN."""
+    sizes = _each(kernel_size, 2)
+    _check(sizes)
+    if self.dtype not in FLOATS:
+        raise Unsupported(f"the largest {self.dtype} of a window")
+    strides = _each(stride, 2) if stride else sizes
+    form = shape_of(out), sizes, strides, _each(padding, 2), _each(dilation, 2)
+    places = _places(self)
+    values = _windows(self, *form, number(float("-inf"), self.dtype))
+    numbers = _windows(places, *form, number(-1, places.dtype))
+    best, at = values[0], numbers[0]
+    for value, place in zip(values[1:], numbers[1:], strict=True):
+        larger = pointwise((B > A) | ne(B, B), "bool", best, value)
+        taken = pointwise((A >= 0) & ((B < 0) | C), "bool", place, at, larger)  # the first one in the image at least
+        best, at = (pointwise(where(A, B, C), one.dtype, taken, one, old) for one, old in ((value, best), (place, at)))
+    return best, cast(at, "i64")
+
+
+@op("max_pool2d_with_indices_backward.default")
+def max_pool_gradient(
+    grad_output: Tensor,
+    self: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Scalar | Sequence[int],
+    dilation: Scalar | Sequence[int],
+    ceil_mode: bool,
+    indices: Tensor,
+    *,
+    out: Types,
+) -> Tensor:
+    """The gradients of all windows that chose an element."""
+    sizes = _each(kernel_size, 2)
+    strides, borders = _each(stride, 2) if stride else sizes, _each(padding, 2)
+    reach = [(size - 1) * spread + 1 for size, spread in zip(sizes, _each(dilation, 2), strict=True)]
+    counts = [-(-length // step) for length, step in zip(reach, strides, strict=True)]  # windows along an axis
+    _check(counts)
+    kept = len(self.shape) - 2
+    # The windows over an element are the last that may begin before it and some before; there may be less.
+    axes = list(zip(self.shape[kept:], borders, strides, counts, strict=True))
+    grown = (*self.shape[:kept], *((size + constant(p - 1)) // constant(s) + constant(c) for size, p, s, c in axes))
+    starts = (*[ZERO] * kept, *(constant(count - 1) for count in counts))
+    places, held = _places(self), register(self.dtype)
+    gradients = Select(grown, grad_output.dtype, grad_output, number(0.0, grad_output.dtype), starts)
+    chosen = Select(grown, places.dtype, cast(indices, places.dtype), number(-1, places.dtype), starts)
+    terms = []
+    for before in combinations(*map(range, counts)):
+
+        def at(position: Position, before: tuple[int, ...] = before) -> Position:
+            inner = zip(position[kept:], axes, before, strict=True)
+            return (
+                *position[:kept],
+                *((x + constant(p)) // constant(s) + constant(c - 1 - b) for x, (_, p, s, c), b in inner),
+            )
+
+        gradient, place = (move(one, self.shape, at) for one in (gradients, chosen))
+        terms.append(pointwise(where(eq(A, B), C, 0.0), held, place, places, cast(gradient, held)))
+    return cast(reduce(lambda one, two: pointwise(A + B, held, one, two), terms), self.dtype)
 
 
 def _avg_pool(
