@@ -36,14 +36,15 @@ def call(*given: object) -> Result:
 def test_bench(path: Path) -> None:
     done = call(path, "--size", "batch=2", "--percentile", 50, "--percentile", 99.9, *SHORT)
     assert done.exit_code == 0, done.output
-    lines = done.output.splitlines()
+    lines = done.stdout.splitlines()
     assert [line.partition(":")[0] for line in lines] == ["device", "throughput", "latency", "host"]
     assert "p50 " in lines[2]
     assert "p99.9 " in lines[2]
 
 
 def test_json(path: Path) -> None:
-    found = json.loads(call(path, "--size", "batch=2", "--json", "--threads", 2, *SHORT).stdout)
+    options = ("-O", "tactics=calls", "-O", "tuning_seconds=5")
+    found = json.loads(call(path, "--shapes", "input:2x4", "--json", "--threads", 2, *options, *SHORT).stdout)
     assert found["threads"] == 2
     assert found["device"] is None
     assert found["latency"]["count"] >= 5
@@ -89,9 +90,20 @@ def test_errors_of_threads_are_raised() -> None:
     ("given", "code", "message"),
     [
         ((), 1, "the dynamic sizes are"),
-        (("--size", "batch=100"), 1, "--size batch=100 is no size"),
+        (("--size", "batch=100"), 1, "batch=100 is out of range"),
         (("--size", "batch=2", "--threads", "0"), 2, "--threads"),
         (("--size", "batch=2", "--percentile", "101"), 2, "--percentile"),
+        (("--size", "batch=2", "--percentile", "9,x"), 2, "--percentile"),
+        (("--size", "batch=x"), 1, "--size batch=x: 'x' is no number"),
+        (("--size", "bach=2"), 1, "--size bach=2: there is no size 'bach'"),
+        (("--size", "batch=2", "--size", "batch=3"), 1, "--size batch=3: batch is 2, too"),
+        (("--shapes", "input:2x5"), 1, "the shape input:2x5 has 5 in place of 4; the input is input:batchx4"),
+        (("--shapes", "input:2"), 1, "has 1 axes"),
+        (("--shapes", "other:2x4"), 1, "the engine has no input 'other'"),
+        (("--shapes", "input:2x4", "--size", "batch=3"), 1, "has 2 in place of 3 (batch)"),
+        (("--shapes", "input"), 1, "'input' is no list of shapes"),
+        (("--shapes", "input:2x4", "-O", "tactic=x"), 1, "unknown option tactic"),
+        (("--shapes", "input:2x4", "-O", "tactics"), 1, "is no NAME=VALUE"),
         (("--size", "batch=2", "--weights", "none.safetensors"), 1, "there is no file of weights"),
     ],
 )

@@ -7,18 +7,20 @@ a CUDA stream of its own, call without waits in between: the throughput, and on 
 
 from __future__ import annotations
 
+import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from torch_rtx.cli import calls
-from torch_rtx.cli.terminal import echo, echo_json, errors
+from torch_rtx.cli.terminal import Report
 from torch_rtx.errors import SettingsError
+from torch_rtx.progress import stage
 
 if TYPE_CHECKING:
     from torch_rtx.runtime.module import CompiledModule
@@ -29,12 +31,13 @@ WAIT_S = 600.0  # for kernels that are compiled and measured in the background
 IN_FLIGHT = 32  # calls that a thread queues before it waits: a full queue of the driver blocks the host in any case
 
 ITERATIONS_HELP = "Fewest calls of each phase."
-PERCENTILE_HELP = "Of the latency; may be repeated; default: 90 and 99."
+PERCENTILE_HELP = "Percentiles to print, as 90,99.9; repeatable; default: 90 and 99."
 TRANSFERS_HELP = "Copy inputs from, and results to, pinned host memory in each call."
+THREADS_HELP = "Threads that call at once, with a CUDA stream each."
 GRAPHS_HELP = "CUDA graphs; default: as in applications."
 Count = Annotated[int, typer.Option(min=1, help=ITERATIONS_HELP)]
 Seconds = Annotated[float, typer.Option(min=0, help="Seconds of measuring, for both phases.")]
-Percentiles = Annotated[list[float] | None, typer.Option("--percentile", min=0, max=100, help=PERCENTILE_HELP)]
+Percentiles = Annotated[list[str] | None, typer.Option("--percentiles", "--percentile", help=PERCENTILE_HELP)]
 
 
 @dataclass(frozen=True)
@@ -101,37 +104,53 @@ class Figures:
 def bench(
     path: calls.EngineFile,
     weights: calls.Weights = None,
+    inputs: calls.InputFiles = None,
     size: calls.Sizes = None,
+    shapes: calls.Shapes = None,
     seed: calls.Seed = 0,
     device: calls.Device = None,
     trust_binaries: calls.Trust = False,
+    option: calls.Options = None,
     iterations: Count = 10,
     duration: Seconds = 3.0,
     warmup: Annotated[float, typer.Option(min=0, help="Seconds of calls before.")] = 0.2,
     percentile: Percentiles = None,
-    threads: Annotated[int, typer.Option(min=1, help="Threads that call at once.")] = 1,
+    threads: Annotated[int, typer.Option("--threads", "--streams", min=1, help=THREADS_HELP)] = 1,
     transfers: Annotated[bool, typer.Option(help=TRANSFERS_HELP)] = False,
     graphs: Annotated[bool | None, typer.Option("--graphs/--no-graphs", help=GRAPHS_HELP)] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Measure latency and throughput with random inputs and, without --weights, random weights."""
+) -> Report:
+    """Measure latency and throughput; without --inputs and --weights, those are random."""
+    percentiles = percentiles_given(percentile or ())
+    strategy = {None: None, True: "whole_graph_capture", False: "disabled"}[graphs]
+    settings = {} if strategy is None else {"cuda_graph_strategy": strategy}
+    module = calls.opened(path, weights, device, trust_binaries, option, **settings)
+    values = calls.inputs_given(module, inputs, size, shapes, seed)
+    if not weights and module.engine.weights is None:
+        calls.fill_in_weights(module, seed)
     from torch_rtx.runtime.background import wait
-    from torch_rtx.settings import RuntimeSettings
 
-    with errors():
-        strategy = {None: None, True: "whole_graph_capture", False: "disabled"}[graphs]
-        settings = RuntimeSettings() if strategy is None else RuntimeSettings(cuda_graph_strategy=strategy)
-        module = calls.opened(path, weights, device, trust_binaries, settings)
-        sizes = calls.sizes_given(module.engine, size or [])
-        if not weights and module.engine.weights is None:
-            calls.fill_in_weights(module, sizes, seed)
-        inputs = calls.drawn((value.type for value in module.engine.graph.inputs), sizes, module.device, seed)
-        made = [_call(module, inputs, transfers) for _ in range(threads)]
-        made[0]()
-        if not wait(WAIT_S):
-            raise SettingsError(f"kernels are still being compiled after {WAIT_S:g} s", hint="use a portable engine")
-        figures = measure(module, made, iterations, duration / 2, warmup, percentile or PERCENTILES)
-        echo_json(asdict(figures)) if as_json else echo(figures)
+    made = [_call(module, values, transfers) for _ in range(threads)]
+    stage("compiling and measuring kernels")
+    made[0]()
+    if not wait(WAIT_S):
+        raise SettingsError(f"kernels are still being compiled after {WAIT_S:g} s", hint="use a portable engine")
+    figures = measure(module, made, iterations, duration / 2, warmup, percentiles)
+    return Report(figures, figures)
+
+
+def percentiles_given(given: Iterable[str]) -> tuple[float, ...]:
+    """The percentiles that texts such as `90,99.9` stand for; the usual ones if there are none.
+
+    Raises:
+        typer.BadParameter: a text is none.
+    """
+    try:
+        found = tuple(float(part) for text in given for part in text.split(","))
+    except ValueError:
+        found = (math.nan,)
+    if not all(0 <= percent <= 100 for percent in found):
+        raise typer.BadParameter(f"{', '.join(given)} are not percentiles, from 0 to 100", param_hint="--percentiles")
+    return found or PERCENTILES
 
 
 def _call(module: CompiledModule, inputs: Sequence[Any], transfers: bool) -> Call:
@@ -176,6 +195,7 @@ def measure(
     import torch
 
     device = module.device
+    stage("measuring latency")
     _repeat(lambda: _finished(made[0], device), 3, warmup)
     latency, host = [], []
 
@@ -187,6 +207,7 @@ def measure(
         latency.append(time.perf_counter() - start)
 
     _repeat(alone, iterations, duration)
+    stage("measuring throughput")
     per_call, throughput = _in_a_row(made, device, iterations, duration, warmup)
     pool = module.session.pool
     return Figures(
