@@ -17,7 +17,7 @@ from torch_rtx.errors import SettingsError
 
 OUT_HELP = "Write the results to this .npz or .safetensors file."
 COMPARE_HELP = "A .npz or .safetensors file of the right results by name."
-MODEL_HELP = "The model, as module:factory: its weights are the engine's, its results the right ones."
+MODEL_HELP = "The model, as `build` takes it: its weights are the engine's, its results the right ones."
 TOLERANCE_HELP = "Relative error, of norms, that is accepted; default: by dtype, and twice the model's own."
 
 
