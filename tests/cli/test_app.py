@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 import torch_rtx
 from torch_rtx.cli.app import app
+from torch_rtx.cli.inspect import with_names
 from torch_rtx.lowering.pipeline import PASSES
 
 
@@ -70,6 +71,15 @@ def test_inspect_says_the_users_names(tmp_path):
     dims = ({0: torch.export.Dim("batch", min=1, max=9)},)
     torch_rtx.save(torch_rtx.compile(nn.ReLU(), (torch.ones(2, 4),), dynamic_shapes=dims), tmp_path / "a.rtx")
     assert "input input: f32[batch, 4]" in call("inspect", tmp_path / "a.rtx").stdout
+    text = call("inspect", tmp_path / "a.rtx", "--graph").stdout
+    assert "  dim batch = 1, 9, 1" in text
+    assert not re.search(r"\bs\d", text)
+    assert opt("-", text=text).stdout == text
+
+
+def test_names_that_the_program_has():
+    text = "dim s1 = 1, 9, 1\ninput batch: f32[s1, s2, s11]"
+    assert with_names(text, {"s1": "batch", "s2": "rows"}) == text.replace("s2", "rows")
 
 
 def test_inspect_selects(path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Annotated
 
@@ -30,7 +32,8 @@ def inspect(
         raise typer.BadParameter("--graph prints the program, --layers its layers: give one of them")
     found = inspection.inspect(path)
     if graph:
-        return Report({"graph": found.graph_text}, found.graph_text)
+        text = with_names(found.graph_text, found.sizes)
+        return Report({"graph": text}, text)
     if layers:
         lines = inspection.listed("layers", found.layers, limit or None, search)
         return Report([asdict(layer) for layer in found.layers if search in str(layer)], "\n".join(lines))
@@ -40,3 +43,11 @@ def inspect(
         kept = zip(getattr(found, name), fields[name], strict=True)
         fields[name] = [values for item, values in kept if search in str(item)]
     return Report(fields, found.text(limit or None, search))
+
+
+def with_names(text: str, sizes: Mapping[str, str]) -> str:
+    """The text of a program with the user's names of sizes, as `batch`, in place of its own, as `s77`. A name that the
+    program has for something else is not taken: the text stays one that `torch-rtx opt` reads."""
+    words = set(re.findall(r"\w+", text))
+    free = {symbol: name for symbol, name in sizes.items() if name not in words}
+    return re.sub(r"\w+", lambda word: free.get(word[0], word[0]), text)
