@@ -63,6 +63,7 @@ ARROWS = {
     "cli": {
         *("errors", "ir", "irparse", "aten", "settings", "targets", "profiles", "engine", "cache", "inspection"),
         *("lowering", "lowering.kernels", "onnx", "runtime", "backend", "version", "platforms", "progress"),
+        "quantization",
     },
     "quantization": {"errors", "progress"},  # a layer for users, on torch alone
     "integrations": {"errors"},  # modules that an application imports by itself, one for each library

@@ -42,6 +42,8 @@ def test_sizes() -> None:
     for text in ("batch", "=3", "batch=", "batch=1:2", "batch=a", "batch=-1"):
         with pytest.raises(SettingsError, match="is not a size"):
             sizes_given([text])
+    with pytest.raises(SettingsError, match="'batch=3' is not a size, or is given twice"):
+        sizes_given(["batch=8", "batch=3"])
 
 
 def test_profiles(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from typer.testing import CliRunner, Result
 
 import torch_rtx
 from torch_rtx.cli.app import app
-from torch_rtx.cli.build import out_of
 from torch_rtx.cli.hugging_face import model_of
+from torch_rtx.cli.sources import file_of
 
 transformers = pytest.importorskip("transformers")
 TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -114,4 +114,4 @@ def test_where_engines_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     (tmp_path / "a.b").mkdir()
     (tmp_path / "a.b" / "config.json").write_text("{}")
     monkeypatch.chdir(tmp_path / "a.b")
-    assert out_of(f"{tmp_path}/a.b/") == out_of(".") == tmp_path / "a.b.rtx"
+    assert file_of(f"{tmp_path}/a.b/", ".rtx") == file_of(".", ".rtx") == tmp_path / "a.b.rtx"

@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 
 import torch_rtx
 from torch_rtx.cli.app import app
-from torch_rtx.cli.build import out_of
+from torch_rtx.cli.sources import file_of
 
 FACTORIES = """
 import torch
@@ -116,5 +116,5 @@ def test_what_the_users_module_lacks_is_its_own_error(folder: Path) -> None:
 
 
 def test_where_engines_go() -> None:
-    assert out_of("a/b.onnx") == Path("a/b.rtx")
-    assert out_of("a.b:make") == Path("make.rtx")
+    assert file_of("a/b.onnx", ".rtx") == Path("a/b.rtx")
+    assert file_of("a.b:make", ".rtx") == Path("make.rtx")

@@ -27,7 +27,6 @@ from torch_rtx.engine import Engine, Json, Manifest
 from torch_rtx.errors import CaptureError, RtxError
 from torch_rtx.lowering.from_fx import Role
 from torch_rtx.profiles import Profile
-from torch_rtx.progress import stage
 from torch_rtx.runtime.module import CompiledModule
 from torch_rtx.runtime.signature import PLAIN, Fixed, Plain, Signature
 from torch_rtx.runtime.subclasses import is_special, plain_tensors
@@ -56,8 +55,7 @@ def compile(
         model: a module, an ExportedProgram, or an ONNX model: a path, an `onnx.ModelProto` or an `onnx_ir.Model`.
         args, kwargs, dynamic_shapes: as for `torch.export.export`, with an `Input` in place of any tensor; None for an
             ExportedProgram. An ONNX model declares its inputs: without `args`, `dynamic_shapes` has a number, or the
-            smallest, typical and largest one, for each size that the model leaves open, by its name there; a list of
-            such dictionaries, for several optimization profiles.
+            smallest, typical and largest one, for each size that it leaves open, by name; or a list, one per profile.
         runtime: settings of the returned module.
 
     Raises:
@@ -77,7 +75,6 @@ def compile(
     model, args, dynamic_shapes = imported(model, args, dynamic_shapes)
     model = checked_model(model, args, kwargs)
     declared = declare(model, args, kwargs, dynamic_shapes, settings.device)
-    stage("capturing the model")
     with explained():
         program = declared.capture()
     check_mode(model, program.graph)

@@ -11,8 +11,9 @@ from typing import Annotated, Any
 import typer
 
 from torch_rtx.cli import calls, shapes
+from torch_rtx.cli.calibrate import quantized
 from torch_rtx.cli.hugging_face import has_weights, inputs_named, is_folder
-from torch_rtx.cli.sources import DTYPES, Source, is_function, is_onnx, is_program, load_source
+from torch_rtx.cli.sources import DTYPES, Source, file_of, is_onnx, is_program, load_source
 from torch_rtx.cli.terminal import Report, echo
 from torch_rtx.errors import SettingsError
 from torch_rtx.platforms import ANY
@@ -28,6 +29,7 @@ DEVICE_HELP = "cuda or cpu, which is not needed here; default: cuda, or where an
 PLATFORM_HELP = "The only operating system that may load it: linux or windows; it then has kernels for `portable`."
 FIX_HELP = "An input of an ONNX model with one value in every call, as sr=16000 or sizes=[1,2]; repeatable."
 DTYPE_HELP = f"Cast floats of the model and of its inputs: {', '.join(DTYPES)}; default: its own."
+QUANTIZE_HELP = "A preset such as int8_dynamic, rules for layers as JSON, or a file that `calibrate` wrote."
 STRIP_HELP = "Leave the weights in the model; --no-strip, or --weights: put them into the engine, too."
 OPTION_HELP = "An option of CompilationSettings, as disabled_passes=[fuse]; repeatable."
 
@@ -42,6 +44,7 @@ def build(
     max_shapes: shapes.MaxShapes = None,
     fix: Annotated[list[str] | None, typer.Option("--fix", "-f", help=FIX_HELP)] = None,
     dtype: Annotated[str | None, typer.Option(help=DTYPE_HELP)] = None,
+    quantize: Annotated[str | None, typer.Option("--quantize", "-q", help=QUANTIZE_HELP)] = None,
     target: Annotated[list[str] | None, typer.Option("--targets", "--target", "-t", help=TARGET_HELP)] = None,
     device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
     strip: Annotated[bool, typer.Option("--strip/--no-strip", " /--weights", help=STRIP_HELP)] = True,
@@ -49,7 +52,7 @@ def build(
     option: Annotated[list[str] | None, typer.Option("--option", "-O", help=OPTION_HELP)] = None,
 ) -> Report:
     """Build an engine; its weights stay in the model, unless --no-strip is given."""
-    out = out_of(source) if out is None else out
+    out = file_of(source, ".rtx") if out is None else out
     calls.check_folder(out)
     device = "cuda" if device is None and not is_program(source) else device
     settings = CompilationSettings(
@@ -67,7 +70,10 @@ def build(
     from torch_rtx.backend.build import compile  # imports torch, which other commands do without
     from torch_rtx.runtime.module import save
 
-    found = called(load_source(source, fixed, dtype), source, size, profile, spans)
+    found = load_source(source, fixed, dtype)
+    if quantize is not None:
+        found = replace(found, model=quantized(source, found.model, quantize))
+    found = called(found, source, size, profile, spans)
     engine = compile(found.model, found.args, found.kwargs or None, found.dynamic_shapes, settings)
     stage(f"writing {out}")
     save(engine, out)
@@ -123,15 +129,6 @@ def _with_shapes(source: Source, spans: shapes.Spans) -> Source:
     positional = list(names)[: len(source.args or ())]
     args = tuple(new.get(name, names[name]) for name in positional)
     return replace(source, args=args, kwargs={**source.kwargs, **{k: v for k, v in new.items() if k not in positional}})
-
-
-def out_of(source: str) -> Path:
-    """The engine that is built from `source` where no name is given: beside a file or folder, else in the current
-    folder."""
-    if is_folder(source):
-        folder = Path(source)
-        return Path(f"{folder.resolve() if folder.name in ('', '..') else folder}.rtx")
-    return Path(f"{source.rpartition(':')[2]}.rtx") if is_function(source) else Path(source).with_suffix(".rtx")
 
 
 def values_given(given: Iterable[str]) -> dict[str, Any]:

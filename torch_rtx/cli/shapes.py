@@ -32,14 +32,15 @@ def sizes_given(given: Iterable[str]) -> dict[str, Span]:
     """The sizes that texts such as `batch=8` or `batch=1:4:16` stand for.
 
     Raises:
-        SettingsError: a text is none.
+        SettingsError: a text is none, or gives a size again.
     """
     found: dict[str, Span] = {}
     for text in given:
         name, _, numbers = text.rpartition("=")
         parts = numbers.split(":")
-        if not name or len(parts) not in (1, 3) or not all(_is_size(part) for part in parts):
-            raise SettingsError(f"{text!r} is not a size", hint="sizes look like batch=8 or batch=1:4:16")
+        if not name or name in found or len(parts) not in (1, 3) or not all(_is_size(part) for part in parts):
+            again = ", or is given twice" * (name in found)
+            raise SettingsError(f"{text!r} is not a size{again}", hint="sizes look like batch=8 or batch=1:4:16")
         found[name] = int(parts[0]) if len(parts) == 1 else tuple(map(int, parts))
     return found
 

@@ -92,6 +92,14 @@ def _cast(source: Source, name: str) -> Source:
     return replace(source, model=model, args=args, kwargs=kwargs, inputs=getattr(model, "inputs", ()))
 
 
+def file_of(source: str, suffix: str) -> Path:
+    """What is made of `source` where no name is given: beside a file or folder, else in the current folder."""
+    if is_folder(source):
+        folder = Path(source)
+        return Path(f"{folder.resolve() if folder.name in ('', '..') else folder}{suffix}")
+    return Path(f"{source.rpartition(':')[2]}{suffix}") if is_function(source) else Path(source).with_suffix(suffix)
+
+
 def is_onnx(text: str) -> bool:
     """`text` is the path of an ONNX model."""
     return Path(text).suffix.lower() == ".onnx"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import re
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch_rtx.errors import SettingsError
@@ -137,7 +137,7 @@ FLAGS = (
         "--fp16, --bf16, --best, --noTF32",
         "a model has its own dtypes; `torch-rtx build --dtype float16` casts it",
     ),
-    _no("--int8, --fp8, --int4, --fp4, --calib", "quantize the model before, with `torch_rtx.quantize`"),
+    _no("--int8, --fp8, --int4, --fp4, --calib", "`torch-rtx build --quantize int8_dynamic`, `torch-rtx calibrate`"),
     _no("--dumpProfile, --exportProfile", "`torch-rtx profile ENGINE`, with `--json` or `--trace FILE`"),
     _no("--exportTimes", "`torch-rtx bench ENGINE --json`"),
     _no("--dumpLayerInfo, --exportLayerInfo, --profilingVerbosity", "`torch-rtx inspect ENGINE --layers`"),
@@ -167,6 +167,7 @@ FLAGS = (
     _no("--uff, --model, --deploy, --uffInput, --output", "models are read from ONNX and PyTorch"),
 )
 _BY_NAME = {name: flag for flag in FLAGS for name in flag.names.split(", ")}
+_COMMANDS = {name for flag in FLAGS for name in flag.commands.split()}
 SAME = {  # options of ours, too, which these are in a line that names a command
     *("--shapes", "--iterations", "--duration", "--percentile", "--streams", "--threads"),
     *("--device", "--verbose", "--profile", "--model"),
@@ -186,21 +187,33 @@ def translated(line: Sequence[str]) -> tuple[list[list[str]], list[str]]:
     Raises:
         SettingsError: a flag of theirs has no equivalent, or does not fit the others; the message says what to type.
     """
-    command = next((word for word in line if not word.startswith("-")), None)
-    if command is not None:
-        return _replaced(line, command)
+    first = next((word for word in line if not word.startswith("-")), None)
+    if first in _COMMANDS:
+        return _replaced(_joined(line, SAME), first)
+    given, line = list(line), _joined(line)
     names = [word.partition("=")[0] for word in line]
-    if not any(name in _BY_NAME and name != "--verbose" for name in names):
-        return [list(line)], []
+    if not all(word.startswith("-") for word in line) or not any(_BY_NAME.keys() & {*names} - {"--verbose"}):
+        return [given], []
     unknown = [name for name in names if name not in _BY_NAME]
     if unknown:
         near = difflib.get_close_matches(unknown[0], _BY_NAME, n=1, cutoff=0.8)
         hint = f"did you mean {near[0]}?" if near else "`torch-rtx --help` lists the commands"
         raise SettingsError(f"no flag {unknown[0]} of trtexec is known", hint=hint)
-    given = [(word.partition("=")[0], word.partition("=")[2]) for word in line]
-    lines = list(_without_command(given))
+    lines = list(_without_command([(word.partition("=")[0], word.partition("=")[2]) for word in line]))
     notes = [f"{name}: {_BY_NAME[name].why}" for name in names if not _BY_NAME[name].ours]
     return lines, [*notes, *(f"torch-rtx {shlex.join(line)}" for line in lines)]
+
+
+def _joined(line: Sequence[str], ours: Container[str] = ()) -> list[str]:
+    """The line with `--onnx=model.onnx` in place of `--onnx model.onnx`, but for flags in `ours`."""
+    found = list[str]()
+    for word in line:
+        flag = _BY_NAME.get(found[-1]) if found and found[-1] not in ours else None
+        if flag is not None and "{}" in flag.ours and not word.startswith("-"):
+            found[-1] += f"={word}"
+        else:
+            found.append(word)
+    return found
 
 
 def _replaced(line: Sequence[str], command: str) -> tuple[list[list[str]], list[str]]:
