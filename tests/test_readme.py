@@ -63,9 +63,10 @@ def test_command_exists(command: str) -> None:
         import typer
 
         from torch_rtx.cli.app import app
+        from torch_rtx.cli.trtexec import translated
 
         found: Any = typer.main.get_command(app)
-        words = [first, *rest]
+        (words,), _ = translated([first, *rest])  # of trtexec's flags, too
         while words and hasattr(found, "commands"):
             found = found.commands[words.pop(0)]
         flags = {flag for parameter in found.params for flag in (*parameter.opts, *parameter.secondary_opts)}

@@ -24,6 +24,7 @@ ARROWS = {
     "optable": set(),
     "targets": {"errors"},
     "platforms": set(),
+    "progress": set(),
     "settings": {"errors", "platforms", "targets"},
     "ir": {"dtypes", "errors"},
     "irparse": {"dtypes", "errors", "ir"},
@@ -57,13 +58,14 @@ ARROWS = {
     "onnx": {"detection", "errors"},
     "backend": {
         *("errors", "ir", "irparse", "aten", "settings", "targets", "profiles", "tactics", "engine", "cache"),
-        *("lowering", "lowering.kernels", "onnx", "runtime", "version", "artefacts", "platforms"),
+        *("lowering", "lowering.kernels", "onnx", "runtime", "version", "artefacts", "platforms", "progress"),
     },
     "cli": {
         *("errors", "ir", "irparse", "aten", "settings", "targets", "profiles", "engine", "cache", "inspection"),
-        *("lowering", "lowering.kernels", "onnx", "runtime", "backend", "version", "platforms"),
+        *("lowering", "lowering.kernels", "onnx", "runtime", "backend", "version", "platforms", "progress"),
+        "quantization",
     },
-    "quantization": {"errors"},  # a layer for users, on torch alone
+    "quantization": {"errors", "progress"},  # a layer for users, on torch alone
     "integrations": {"errors"},  # modules that an application imports by itself, one for each library
     "version": set(),
     "__main__": {"cli"},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch_rtx.cli.app import app
+from torch_rtx.cli.entry import main
 
 if __name__ == "__main__":
-    app(prog_name="python -m torch_rtx")
+    main()

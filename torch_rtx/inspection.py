@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,10 @@ class ParameterInfo:
     shape: tuple[int, ...]
     nbytes: int
     constant: bool
+
+    def __str__(self) -> str:
+        note = ", constant" if self.constant else ""
+        return f"{self.name!r}: {self.dtype}{list(self.shape)}, {_size(self.nbytes)}{note}"
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,7 @@ class Inspection:
         tactics: per target, for how many kernel nodes each kind of tactic is expected to be the fastest.
         profiles: for each optimization profile, the shape of each input: static sizes and ranges.
         sizes: by symbol of the program, the name of a size.
+        inputs: the type of each input, with the names of sizes: "f32[batch, 64]".
     """
 
     manifest: Manifest
@@ -82,13 +88,19 @@ class Inspection:
     sizes: Mapping[str, str] = field(default_factory=dict)
     needs_trust: tuple[str, ...] = ()
     layers: tuple[LayerInfo, ...] = ()
+    inputs: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
+        return self.text()
+
+    def text(self, limit: int | None = None, search: str = "") -> str:
+        """The summary, with at most `limit` layers and parameters (None: all), those whose line has `search` in it."""
         manifest = self.manifest
         producer = ", ".join(f"{name} {version}" for name, version in manifest.producer.items())
         lines = [
             f"format {manifest.format_version}, built by {producer or 'unknown'}",
             f"device {manifest.device}, platform {manifest.platform}, inputs {', '.join(manifest.inputs) or 'none'}",
+            *(f"input {name}: {type_}" for name, type_ in self.inputs.items()),
             f"engine {_size(self.engine_bytes)}, weights {_size(self.weight_bytes)}"
             + (" (stripped: not in the file)" if manifest.stripped else ""),
             *(f"profile {number}: {shapes_text(profile)}" for number, profile in enumerate(self.profiles)),
@@ -101,14 +113,18 @@ class Inspection:
                 f"  {target}: {count}, {_size(size)}; fastest by expectation: {_counts(self.tactics[target])}"
                 for target, (count, size) in self.kernels.items()
             ),
-            *(f"layers: {len(self.layers)}" for _ in self.layers[:1]),
-            *(f"  {layer}" for layer in self.layers),
-            f"parameters: {len(self.parameters)}",
+            *(listed("layers", self.layers, limit, search) if self.layers else ()),
+            *listed("parameters", self.parameters, limit, search),
         ]
-        for info in self.parameters:
-            note = ", constant" if info.constant else ""
-            lines.append(f"  {info.name!r}: {info.dtype}{list(info.shape)}, {_size(info.nbytes)}{note}")
         return "\n".join(lines)
+
+
+def listed(title: str, items: Sequence[object], limit: int | None = None, search: str = "") -> list[str]:
+    """The number of items, and a line for each of the first `limit` ones (None: all) that have `search` in theirs."""
+    found = [line for line in map(str, items) if search in line]
+    more = [] if limit is None or len(found) <= limit else [f"  and {len(found) - limit} more"]
+    head = f"{title}: {len(items)}" + (f", {len(found)} with {search!r}" if search else "")
+    return [head, *(f"  {line}" for line in found[:limit]), *more]
 
 
 def inspect(path: Path) -> Inspection:
@@ -141,7 +157,16 @@ def inspect(path: Path) -> Inspection:
         sizes,
         needs_trust(graph),
         tuple(_layers(graph.nodes, table)),
+        {name: _named(value, sizes) for name, value in zip(header.manifest.inputs, graph.inputs, strict=False)},
     )
+
+
+def _named(value: Value, sizes: Mapping[str, str]) -> str:
+    """The type of an input, without its layout."""
+    if not isinstance(value.type, TensorType):
+        return str(value.type)
+    dims = ", ".join(map(str, value.type.shape))
+    return f"{value.type.dtype}[{re.sub(r'[a-z][0-9]+', lambda found: sizes.get(found[0], found[0]), dims)}]"
 
 
 _FACTORS = {op: (names.first, names.second) for op, names in PRODUCTS.items()}

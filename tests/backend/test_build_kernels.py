@@ -6,17 +6,15 @@ import logging
 import zlib
 from collections.abc import Iterable
 from dataclasses import replace
-from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
 pytest.importorskip("triton", reason="kernels are built with Triton, which is not installed")
 
 from tests.helpers.kernels import ADD, ADD_1000, GRAPH, S16, matmul
-from torch_rtx.backend.kernels import build_kernels, progress_bar, targets_for
+from torch_rtx.backend.kernels import build_kernels, targets_for
 from torch_rtx.engine import Engine, Manifest, load, save
 from torch_rtx.errors import LoweringError, SettingsError
 from torch_rtx.inspection import inspect
@@ -210,13 +208,3 @@ def test_misfits_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG, "torch_rtx"):
         build_kernels(one("k"), [Target(86)], from_list(LARGE, BOTH))
     assert "matmul does not fit sm_86: a block needs 131072 bytes" in caplog.text
-
-
-@pytest.mark.parametrize("terminal", [True, False])
-def test_progress_bar(terminal: bool) -> None:
-    file = StringIO()
-    with progress_bar(Console(file=file, force_terminal=terminal)) as progress:
-        for done in range(4):
-            progress(done, 3)
-    assert ("building kernels" in file.getvalue()) is terminal
-    assert ("100%" in file.getvalue()) is terminal

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,10 @@ import onnx
 import torch_rtx
 from tests.onnx.models import INT64, graph, linear, model, node, value
 from torch_rtx.cli.app import app
-from torch_rtx.cli.build import sizes_given, values_given
+from torch_rtx.cli.build import values_given
+from torch_rtx.cli.shapes import sizes_given
 from torch_rtx.errors import SettingsError
+from torch_rtx.profiles import Range
 
 
 def test_build(tmp_path: Path) -> None:
@@ -39,6 +42,42 @@ def test_sizes() -> None:
     for text in ("batch", "=3", "batch=", "batch=1:2", "batch=a", "batch=-1"):
         with pytest.raises(SettingsError, match="is not a size"):
             sizes_given([text])
+    with pytest.raises(SettingsError, match="'batch=3' is not a size, or is given twice"):
+        sizes_given(["batch=8", "batch=3"])
+
+
+def test_profiles(tmp_path: Path) -> None:
+    """By sizes and by shapes, the same; as many as are given."""
+    onnx.save(linear(), tmp_path / "model.onnx")
+    given = ["build", str(tmp_path / "model.onnx"), "--device", "cpu"]
+    by_shapes = ["--min-shapes", "x:1x3x4", "--max-shapes", "x:1x3x4", "--min-shapes", "x:2x3x4"]
+    by_shapes += ["--opt-shapes", "x:1x3x4", "--opt-shapes", "x:3x3x4", "--max-shapes", "x:8x3x4"]
+    found = []
+    for options in (["--profile", "batch=1", "--profile", "batch=2:3:8"], by_shapes):
+        done = CliRunner().invoke(app, [*given, *options, "--no-strip", "--json"])
+        assert done.exit_code == 0, done.output
+        assert json.loads(done.stdout)["engine"] == str(tmp_path / "model.rtx")
+        found.append(torch_rtx.load(tmp_path / "model.rtx").profiles)
+    (name,) = found[0][0]
+    assert [profile[name][0] for profile in found[0]] == [Range(1, 1, 1), Range(2, 3, 8)]
+    assert found[0] == found[1]
+    wrong = {"y:1x3x4": "the model has no input 'y'", "x:1x3x5": "has 5 in place of 4", "x:1x": "no list of shapes"}
+    for shapes, message in wrong.items():
+        done = CliRunner().invoke(app, [*given, "--opt-shapes", shapes])
+        assert (done.exit_code, message in done.output) == (1, True), done.output
+
+
+def test_dtype(tmp_path: Path) -> None:
+    onnx.save(linear(), tmp_path / "model.onnx")
+    given = ["build", str(tmp_path / "model.onnx"), "--device", "cpu", "--size", "batch=1"]
+    done = CliRunner().invoke(app, [*given, "--dtype", "float16", "-O", 'disabled_passes=["fuse"]'])
+    assert done.exit_code == 0, done.output
+    found = torch_rtx.inspect(tmp_path / "model.rtx")
+    assert {parameter.dtype for parameter in found.parameters} == {"f16"}
+    assert set(found.inputs.values()) == {"f16[1, 3, 4]"}
+    for option, message in (("--dtype", "no dtype of models"), ("-O", "unknown option half")):
+        done = CliRunner().invoke(app, [*given, option, "half" if option == "--dtype" else "half=1"])
+        assert (done.exit_code, message in done.output) == (1, True), done.output
 
 
 def test_fixed_inputs(tmp_path: Path) -> None:

@@ -53,7 +53,18 @@ def test_ls(names: list[str], cache_folder: Path) -> None:
     assert str(cache_folder) in lines[2]
     assert {row["key"] for row in json.loads(call("ls", "--json").stdout)} == set(names)
     assert call("ls", "--dir", cache_folder).stdout == call("ls").stdout
-    assert call("ls", "--dir", cache_folder / "absent").stdout.startswith("0 entries")
+
+
+@pytest.mark.parametrize("given", ["ls", "show a", "why a b", "prune", "verify", "export x", "import x"])
+def test_folders_are_not_made_up(given: str, tmp_path: Path) -> None:
+    """`--dir` is the folder of a cache; an import may make it, but not the folder that it is in."""
+    done = call(*given.split(), "--dir", tmp_path / "none" / "absent")
+    assert (done.exit_code, "there is no folder" in done.stderr) == (1, True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_contradicting_options() -> None:
+    assert call("prune", "--all", "--size", "5M").exit_code == 2
 
 
 def test_show(names: list[str]) -> None:

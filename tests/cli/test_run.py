@@ -138,7 +138,7 @@ def test_seeds(folder: Path, tmp_path: Path) -> None:
     [
         (("--size", "batch=2"), "has no weights in it"),
         (("-w", "model.safetensors"), "the dynamic sizes are: --size batch="),
-        (("-w", "model.safetensors", "-i", "in.npz", "--size", "batch=2"), "--size is for random inputs"),
+        (("-w", "model.safetensors", "-i", "in.npz", "--size", "batch=2"), "--size and --shapes are for random inputs"),
         (
             ("-w", "model.safetensors", "-i", "model.safetensors"),
             "missing inputs x, mask, unexpected",

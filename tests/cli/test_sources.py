@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 
 import torch_rtx
 from torch_rtx.cli.app import app
-from torch_rtx.cli.build import out_of
+from torch_rtx.cli.sources import file_of
 
 FACTORIES = """
 import torch
@@ -53,7 +53,10 @@ def expected(x: torch.Tensor) -> Any:
 def test_function(folder: Path) -> None:
     done = build("factories_of_tests:dynamic", "--weights")
     assert done.exit_code == 0, done.output
-    assert done.output == "wrote dynamic.rtx\n"
+    assert done.stdout == "wrote dynamic.rtx\n"
+    stages = [line.partition("] ")[2] for line in done.stderr.splitlines()]
+    assert stages[:2] == ["reading factories_of_tests:dynamic", "capturing the model"]
+    assert stages[-1] == "writing dynamic.rtx"
     x = torch.randn(5, 4)
     torch.testing.assert_close(torch_rtx.load(folder / "dynamic.rtx")(x), expected(x))
 
@@ -64,6 +67,16 @@ def test_exported_program(folder: Path) -> None:
     assert build("model.pt2", "--weights").exit_code == 0
     x = torch.randn(2, 4)
     torch.testing.assert_close(torch_rtx.load(folder / "model.rtx")(x), expected(x))
+
+
+def test_shapes_of_a_function(folder: Path) -> None:
+    done = build(
+        "factories_of_tests:plain", "--min-shapes", "input:1x4", "--max-shapes", "input:8x4", "--dtype", "float64"
+    )
+    assert done.exit_code == 0, done.output
+    found = torch_rtx.inspect(folder / "plain.rtx")
+    assert found.inputs["input"].startswith("f64[")
+    assert found.profiles[0]["input"][0] == (1, 8, 8)
 
 
 @pytest.mark.parametrize(
@@ -78,6 +91,10 @@ def test_exported_program(folder: Path) -> None:
         (("not_there:make",), "there is no module 'not_there'"),
         (("model.pt2",), "No such file"),
         (("factories_of_tests:plain", "--size", "batch=2"), "--size is for ONNX models"),
+        (("factories_of_tests:plain", "--profile", "batch=2"), "--profile is for ONNX models"),
+        (("factories_of_tests:plain", "--opt-shapes", "x:2x4"), "the model has no input 'x'\n  its inputs are input"),
+        (("factories_of_tests:dynamic", "--opt-shapes", "input:2x4"), "are given where it is made"),
+        (("model.pt2", "--dtype", "float16"), "an exported program has its dtypes"),
         (("factories_of_tests:plain", "--fix", "x=2"), "--fix is for ONNX models"),
         (("factories_of_tests:plain", "--out", "none/a.rtx"), "there is no such folder"),
     ],
@@ -99,5 +116,5 @@ def test_what_the_users_module_lacks_is_its_own_error(folder: Path) -> None:
 
 
 def test_where_engines_go() -> None:
-    assert out_of("a/b.onnx") == Path("a/b.rtx")
-    assert out_of("a.b:make") == Path("make.rtx")
+    assert file_of("a/b.onnx", ".rtx") == Path("a/b.rtx")
+    assert file_of("a.b:make", ".rtx") == Path("make.rtx")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -102,7 +103,9 @@ def test_an_output_that_has_few_characters(engine: Path) -> None:
 
 def test_everything_is_printed_here() -> None:
     """The one way to print is the one that escapes."""
-    for path in (ROOT / "torch_rtx" / "backend").glob("*cli.py"):
-        text = path.read_text()
-        assert "secho(" not in text, path
-        assert text.count("print(") == text.count("console.print("), path
+    files = {path.name: path.read_text() for path in (ROOT / "torch_rtx" / "cli").glob("*.py")}
+    assert "secho(" in files.pop("terminal.py")
+    for name, text in files.items():
+        assert "secho(" not in text, name
+        assert not re.search(r"(?<![.\w])print\(", text.replace("print(trtexec.table()", "")), name
+        assert text.count("console.print(") == text.count("console.capture("), name

@@ -630,9 +630,9 @@ def test_command_line(tmp_path: Path) -> None:
     assert "(the model itself)" in done.stdout
     for arguments, message in (
         ((), f"the dynamic sizes are: --size {name}=1..64"),
-        (("--size", f"{symbol}=three"), f"--size {symbol}=three is no size of this engine; the dynamic sizes are"),
-        (("--size", f"{symbol}=100"), f"--size {symbol}=100 is no size of this engine"),
-        (("--size", "rows=3"), "--size rows=3 is no size of this engine"),
+        (("--size", f"{symbol}=three"), f"--size {symbol}=three: 'three' is no number; the dynamic sizes are"),
+        (("--size", f"{symbol}=100"), "=100 is out of range"),
+        (("--size", "rows=3"), "--size rows=3: there is no size 'rows'"),
         (("--size", f"{symbol}=3", "--device", "gpu"), "an engine can't run on 'gpu'"),
         (("--size", f"{symbol}=3", "--html", tmp_path / "none" / "a.html"), "a.html can't be written: there is no"),
         (("--size", f"{symbol}=3", "--weights", tmp_path / "none"), "error"),

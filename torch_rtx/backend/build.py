@@ -55,7 +55,7 @@ def compile(
         model: a module, an ExportedProgram, or an ONNX model: a path, an `onnx.ModelProto` or an `onnx_ir.Model`.
         args, kwargs, dynamic_shapes: as for `torch.export.export`, with an `Input` in place of any tensor; None for an
             ExportedProgram. An ONNX model declares its inputs: without `args`, `dynamic_shapes` has a number, or the
-            smallest, typical and largest one, for each size that the model leaves open, by its name there.
+            smallest, typical and largest one, for each size that it leaves open, by name; or a list, one per profile.
         runtime: settings of the returned module.
 
     Raises:

@@ -23,6 +23,7 @@ from torch_rtx.errors import CaptureError, InputError
 from torch_rtx.ir import Graph, dim_syms, is_name
 from torch_rtx.lowering.symbols import UNBOUNDED
 from torch_rtx.profiles import Profile, Range
+from torch_rtx.progress import stage
 
 Sizes = Sequence[int]
 SPAN = ("min_shape", "opt_shape", "max_shape")
@@ -157,6 +158,7 @@ class DeclaredInputs:
         Raises:
             CaptureError: also if the model does not accept every declared size.
         """
+        stage("capturing the model")
         if not self.axes:
             return self._capture(self.dynamic_shapes)
         dims = {axis.dim: Dim(axis.dim, min=axis.bounds[0], max=axis.bounds[1]) for axis in self.axes}

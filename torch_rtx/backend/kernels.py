@@ -6,10 +6,8 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING
 
 from torch_rtx.artefacts import NO_FILES, Artefacts
 from torch_rtx.backend.compiler import Program, named_targets
@@ -17,12 +15,10 @@ from torch_rtx.errors import InvalidIR, LoweringError, Unsupported
 from torch_rtx.ir import Graph, Node, TensorType, kernel_nodes
 from torch_rtx.lowering.kernels.build import Binaries, Progress, Result, build, show_offers, show_results
 from torch_rtx.lowering.kernels.generate import Form, forms
+from torch_rtx.progress import progress
 from torch_rtx.settings import CompilationSettings
 from torch_rtx.tactics import OWN, KernelTable, Launch, Tactics, check, fastest_first
 from torch_rtx.targets import LATER, Option, Target, by_age, is_explicit, usable
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 log = logging.getLogger(__name__)
 Forms = Callable[[Node, Target], list[Form]]
@@ -91,25 +87,12 @@ def kernels_of(program: Program, settings: CompilationSettings) -> KernelTable:
         return KernelTable()
     assert settings.targets is not None
     targets = targets_for(settings.targets, program.graph)
-    with progress_bar() as progress:
+    with progress("building kernels") as update:
         artefacts = Artefacts.at(program.folder, settings.override_dir)
-        table, report = build_kernels(program.graph, targets, progress=progress, artefacts=artefacts)
+        table, report = build_kernels(program.graph, targets, progress=update, artefacts=artefacts)
     log.info("%s", report)
     program.dump("kernels.txt", str(report))
     return table
-
-
-@contextmanager
-def progress_bar(console: Console | None = None) -> Iterator[Callable[[int, int], object]]:
-    """A function of the numbers of finished and of all binaries, which draws a bar if the console (None: stderr) is a
-    terminal."""
-    from rich.console import Console  # slow imports, which only builds of kernels need
-    from rich.progress import Progress
-
-    console = console or Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("building kernels", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def targets_for(option: Option, graph: Graph) -> tuple[Target, ...]:

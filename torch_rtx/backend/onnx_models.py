@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from torch_rtx.ir import is_name
 from torch_rtx.runtime.weight_sources import is_onnx
 
 if TYPE_CHECKING:
-    from torch_rtx.onnx.module import OnnxInput, OnnxModule
+    from torch_rtx.onnx.module import OnnxInput
 
 Span = tuple[int, int, int]
 
@@ -29,7 +29,9 @@ def imported(model: Any, args: Any, dynamic_shapes: Any) -> tuple[Any, Any, Any]
     if not isinstance(model, str | os.PathLike) and not is_onnx(model):
         return model, args, dynamic_shapes
     module: Any = model if isinstance(model, nn.Module) else import_module("torch_rtx.onnx.module").from_onnx(model)
-    return (module, declared_inputs(module, dynamic_shapes), None) if args is None else (module, args, dynamic_shapes)
+    if args is not None:
+        return module, args, dynamic_shapes
+    return module, declared_inputs(module.inputs, dynamic_shapes), None
 
 
 def onnx_facts(model: Any, program: ExportedProgram) -> dict[str, Any]:
@@ -43,23 +45,31 @@ def onnx_facts(model: Any, program: ExportedProgram) -> dict[str, Any]:
     return {"products": named, "onnx": weights.program_of(model)}
 
 
-def declared_inputs(module: OnnxModule, sizes: Any) -> tuple[Input, ...]:
+def declared_inputs(inputs: Iterable[OnnxInput], sizes: Any) -> tuple[Input, ...]:
     """The inputs that a model needs, of the types and shapes that it says.
 
     Args:
+        inputs: what the model says of them.
         sizes: for each name of a size in the model: a size, a tuple of the smallest, the typical and the largest, or a
-            `torch.export.Dim` with a range. A size without a name is `<input>_<axis>`.
+            `torch.export.Dim` with a range. A size without a name is `<input>_<axis>`. A list has the sizes of several
+            optimization profiles.
 
     Raises:
         InputError: a size is missing, not one of the model's, or not a size.
     """
-    if not isinstance(sizes or {}, Mapping):
+    needed = [given for given in inputs if not given.optional]
+    profiles = [_spans(needed, given) for given in (sizes if isinstance(sizes, list) else [sizes or {}])]
+    return tuple(_input(value, profiles) for value in needed)
+
+
+def _spans(needed: Sequence[OnnxInput], sizes: Any) -> dict[str, Span]:
+    """The smallest, the typical and the largest size by name, in one profile."""
+    if not isinstance(sizes, Mapping):
         raise InputError(
             "without args, dynamic_shapes must give sizes by their names in the ONNX model", hint="{'batch': (1, 4, 8)}"
         )
-    given = {str(name): _span(str(name), size) for name, size in (sizes or {}).items()}
-    needed = [given for given in module.inputs if not given.optional]
-    names = {name: None for value in needed for name in _names(value) if isinstance(name, str)}
+    given = {str(name): _span(str(name), size) for name, size in sizes.items()}
+    names = {name: None for value in needed for name in names_of_axes(value) if isinstance(name, str)}
     unknown = [name for name in given if name not in names]
     if unknown:
         raise InputError(f"the model has no size {unknown[0]!r}", hint=f"its sizes are {', '.join(names) or 'fixed'}")
@@ -71,10 +81,10 @@ def declared_inputs(module: OnnxModule, sizes: Any) -> tuple[Input, ...]:
             hint=f"give their smallest, typical and largest values: dynamic_shapes={{{example}}}, "
             f"or --size {missing[0]}=1:4:16",
         )
-    return tuple(_input(value, given) for value in needed)
+    return given
 
 
-def _names(value: OnnxInput) -> list[int | str]:
+def names_of_axes(value: OnnxInput) -> list[int | str]:
     """The size of each axis, or its name."""
     if value.kind is not Tensor or value.shape is None or value.dtype is None:
         raise InputError(
@@ -94,15 +104,12 @@ def _span(name: str, size: Any) -> Span:
     raise InputError(f"size {name!r} is {size!r}", hint="give a number, or (smallest, typical, largest)")
 
 
-def _input(value: OnnxInput, given: Mapping[str, Span]) -> Input:
-    names = _names(value)
-    spans = [(name, name, name) if isinstance(name, int) else given[name] for name in names]
+def _input(value: OnnxInput, profiles: Sequence[Mapping[str, Span]]) -> Input:
+    names = names_of_axes(value)
+    spans = [[(name, name, name) if isinstance(name, int) else given[name] for name in names] for given in profiles]
     shared = {axis: _identifier(name) for axis, name in enumerate(names) if isinstance(name, str)}
-    shapes = {key: tuple(span[number] for span in spans) for number, key in enumerate(("min", "opt", "max"))}
     return Input(
-        min_shape=shapes["min"],
-        opt_shape=shapes["opt"],
-        max_shape=shapes["max"],
+        profiles=[tuple(tuple(span[end] for span in axes) for end in range(3)) for axes in spans],  # type: ignore[misc]
         dtype=value.dtype,  # type: ignore[arg-type]
         name=value.argument if is_name(value.argument) else None,
         shared_dims=shared,

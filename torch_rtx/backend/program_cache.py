@@ -35,6 +35,7 @@ from torch_rtx.lowering.effects import drop_tokens
 from torch_rtx.lowering.from_fx import Role, is_fixed, python_call, unique_name
 from torch_rtx.lowering.location import Locations
 from torch_rtx.lowering.symbols import Symbols
+from torch_rtx.progress import stage
 from torch_rtx.settings import CompilationSettings, cache_dir, opens_stages
 from torch_rtx.tactics import read_table, write_table
 
@@ -98,6 +99,7 @@ def _build(
     ranges: Mapping[Any, Any] | None,
     typical: Mapping[Any, int] | None,
 ) -> Built:
+    stage("compiling the graph")
     built = compile_fx(gm, roles, settings, writes, ranges, typical)
     built.program.kernels = kernels_of(built.program, settings)
     return built

@@ -7,34 +7,40 @@ a CUDA stream of its own, call without waits in between: the throughput, and on 
 
 from __future__ import annotations
 
+import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from torch_rtx.cli import calls
-from torch_rtx.cli.terminal import echo, echo_json, errors
+from torch_rtx.cli.sources import load_source
+from torch_rtx.cli.terminal import Report
 from torch_rtx.errors import SettingsError
+from torch_rtx.progress import stage
 
 if TYPE_CHECKING:
     from torch_rtx.runtime.module import CompiledModule
 
-Call = Callable[[], Any]
+Call = Callable[..., Any]
 PERCENTILES = (90.0, 99.0)
 WAIT_S = 600.0  # for kernels that are compiled and measured in the background
 IN_FLIGHT = 32  # calls that a thread queues before it waits: a full queue of the driver blocks the host in any case
 
 ITERATIONS_HELP = "Fewest calls of each phase."
-PERCENTILE_HELP = "Of the latency; may be repeated; default: 90 and 99."
+PERCENTILE_HELP = "Percentiles to print, as 90,99.9; repeatable; default: 90 and 99."
 TRANSFERS_HELP = "Copy inputs from, and results to, pinned host memory in each call."
+THREADS_HELP = "Threads that call at once, with a CUDA stream each."
+MODEL_HELP = "The model, as `build` takes it: its weights are the engine's."
+PEERS_HELP = "What runs the model beside the engine: eager, inductor, or another backend of torch.compile; repeatable."
 GRAPHS_HELP = "CUDA graphs; default: as in applications."
 Count = Annotated[int, typer.Option(min=1, help=ITERATIONS_HELP)]
 Seconds = Annotated[float, typer.Option(min=0, help="Seconds of measuring, for both phases.")]
-Percentiles = Annotated[list[float] | None, typer.Option("--percentile", min=0, max=100, help=PERCENTILE_HELP)]
+Percentiles = Annotated[list[str] | None, typer.Option("--percentiles", "--percentile", help=PERCENTILE_HELP)]
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,8 @@ class Figures:
         latency: of a call until its results are there, the device idle before it.
         host: the part of it until the call returns.
         device: per call, in a row of calls, by events; None on the CPU.
-        graphs: calls replayed CUDA graphs.
+        graphs: calls replayed CUDA graphs of torch_rtx.
+        peers: of the model itself, by the name of what ran it.
     """
 
     device_name: str
@@ -87,6 +94,7 @@ class Figures:
     host: Times
     device: Times | None
     graphs: bool
+    peers: Mapping[str, Figures] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [
@@ -95,61 +103,129 @@ class Figures:
             f"latency: {self.latency}",
             f"host: {self.host}",
         ]
-        return "\n".join(lines if self.device is None else [*lines, f"device: {self.device}"])
+        lines += [] if self.device is None else [f"device: {self.device}"]
+        for name, peer in self.peers.items():
+            ratios = self.throughput / peer.throughput, peer.latency.median / self.latency.median
+            lines += [f"{name}: {peer.throughput:.5g} calls/s, latency: {peer.latency}"]
+            lines += [
+                f"    the engine has {ratios[0]:.2f} times the throughput, its median is {ratios[1]:.2f} times as fast"
+            ]
+        return "\n".join(lines)
 
 
 def bench(
     path: calls.EngineFile,
     weights: calls.Weights = None,
+    inputs: calls.InputFiles = None,
     size: calls.Sizes = None,
+    shapes: calls.Shapes = None,
     seed: calls.Seed = 0,
     device: calls.Device = None,
     trust_binaries: calls.Trust = False,
+    option: calls.Options = None,
     iterations: Count = 10,
     duration: Seconds = 3.0,
     warmup: Annotated[float, typer.Option(min=0, help="Seconds of calls before.")] = 0.2,
     percentile: Percentiles = None,
-    threads: Annotated[int, typer.Option(min=1, help="Threads that call at once.")] = 1,
+    threads: Annotated[int, typer.Option("--threads", "--streams", min=1, help=THREADS_HELP)] = 1,
     transfers: Annotated[bool, typer.Option(help=TRANSFERS_HELP)] = False,
     graphs: Annotated[bool | None, typer.Option("--graphs/--no-graphs", help=GRAPHS_HELP)] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Measure latency and throughput with random inputs and, without --weights, random weights."""
+    model: Annotated[str | None, typer.Option(help=MODEL_HELP)] = None,
+    peer: Annotated[list[str] | None, typer.Option("--peers", "--peer", help=PEERS_HELP)] = None,
+) -> Report:
+    """Measure latency and throughput; without --inputs and --weights, those are random."""
+    if peer and model is None:
+        raise SettingsError("--peers measures a model beside its engine", hint="give --model")
+    percentiles = percentiles_given(percentile or ())
+    strategy = {None: None, True: "whole_graph_capture", False: "disabled"}[graphs]
+    settings = {} if strategy is None else {"cuda_graph_strategy": strategy}
+    module = calls.opened(path, weights, device, trust_binaries, option, **settings)
+    values = calls.inputs_given(module, inputs, size, shapes, seed)
+    source = None if model is None else load_source(model).model.to(module.device)
+    if source is not None and not weights and module.engine.weights is None:
+        module.attach(source)
+    elif not weights and module.engine.weights is None:
+        calls.fill_in_weights(module, seed)
     from torch_rtx.runtime.background import wait
-    from torch_rtx.settings import RuntimeSettings
 
-    with errors():
-        strategy = {None: None, True: "whole_graph_capture", False: "disabled"}[graphs]
-        settings = RuntimeSettings() if strategy is None else RuntimeSettings(cuda_graph_strategy=strategy)
-        module = calls.opened(path, weights, device, trust_binaries, settings)
-        sizes = calls.sizes_given(module.engine, size or [])
-        if not weights and module.engine.weights is None:
-            calls.fill_in_weights(module, sizes, seed)
-        inputs = calls.drawn((value.type for value in module.engine.graph.inputs), sizes, module.device, seed)
-        made = [_call(module, inputs, transfers) for _ in range(threads)]
-        made[0]()
-        if not wait(WAIT_S):
-            raise SettingsError(f"kernels are still being compiled after {WAIT_S:g} s", hint="use a portable engine")
-        figures = measure(module, made, iterations, duration / 2, warmup, percentile or PERCENTILES)
-        echo_json(asdict(figures)) if as_json else echo(figures)
+    def called(function: Call) -> list[Call]:
+        return [_call(function, module, values, transfers) for _ in range(threads)]
+
+    made = called(module)
+    stage("compiling and measuring kernels")
+    made[0]()
+    if not wait(WAIT_S):
+        raise SettingsError(f"kernels are still being compiled after {WAIT_S:g} s", hint="use a portable engine")
+    how = iterations, duration / 2, warmup, percentiles
+    figures = replace(measure(module.device, made, *how), graphs=_replayed(module))
+    peers: dict[str, Figures] = {}
+    for name in (name for text in peer or () for name in text.split(",")):
+        stage(f"running the model by {name}")
+        peers[name] = measure(module.device, called(_peer(source, name)), *how)
+    figures = replace(figures, peers=peers)
+    return Report(figures, figures)
 
 
-def _call(module: CompiledModule, inputs: Sequence[Any], transfers: bool) -> Call:
-    """A call with inputs of its own, with copies to and from the device if `transfers`."""
+def _peer(model: Any, name: str) -> Call:
+    """The model, run by "eager" or by a backend of torch.compile.
+
+    Raises:
+        SettingsError: there is no such backend.
+    """
+    import torch
+
+    if name == "eager":
+        compiled = model
+    elif name in torch.compiler.list_backends(exclude_tags=()):
+        compiled = torch.compile(model, backend=name)
+    else:
+        known = ", ".join(["eager", *torch.compiler.list_backends()])
+        raise SettingsError(f"{name!r} runs no models here", hint=f"peers are {known}")
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch.inference_mode():
+            return compiled(*args, **kwargs)
+
+    return call
+
+
+def _replayed(module: CompiledModule) -> bool:
+    pool = module.session.pool
+    return pool is not None and pool.disabled is None and pool.replays > 0
+
+
+def percentiles_given(given: Iterable[str]) -> tuple[float, ...]:
+    """The percentiles that texts such as `90,99.9` stand for; the usual ones if there are none.
+
+    Raises:
+        typer.BadParameter: a text is none.
+    """
+    try:
+        found = tuple(float(part) for text in given for part in text.split(","))
+    except ValueError:
+        found = (math.nan,)
+    if not all(0 <= percent <= 100 for percent in found):
+        raise typer.BadParameter(f"{', '.join(given)} are not percentiles, from 0 to 100", param_hint="--percentiles")
+    return found or PERCENTILES
+
+
+def _call(function: Call, module: CompiledModule, inputs: Sequence[Any], transfers: bool) -> Call:
+    """A call of `function`, whose arguments are the module's, with inputs of its own, and with copies to and from the
+    device if `transfers`."""
     import torch
     from torch.utils import _pytree as pytree
 
     own = [x.clone() if isinstance(x, torch.Tensor) else x for x in inputs]
     if not transfers or module.device.type != "cuda":
         args, kwargs = calls.arguments(module, own)
-        return lambda: module(*args, **kwargs)
+        return lambda: function(*args, **kwargs)
     pinned = [x.cpu().pin_memory() if isinstance(x, torch.Tensor) and x.is_cuda else x for x in own]
     back: list[torch.Tensor] = []
 
     def call() -> Any:
         here = [x.to(module.device, non_blocking=True) if isinstance(x, torch.Tensor) else x for x in pinned]
         args, kwargs = calls.arguments(module, here)
-        results = [x for x in pytree.tree_leaves(module(*args, **kwargs)) if isinstance(x, torch.Tensor)]
+        results = [x for x in pytree.tree_leaves(function(*args, **kwargs)) if isinstance(x, torch.Tensor)]
         if not back:
             back.extend(torch.empty_like(x, device="cpu", pin_memory=True) for x in results)
         for target, result in zip(back, results, strict=True):
@@ -160,7 +236,7 @@ def _call(module: CompiledModule, inputs: Sequence[Any], transfers: bool) -> Cal
 
 
 def measure(
-    module: CompiledModule,
+    device: Any,
     made: Sequence[Call],
     iterations: int,
     duration: float,
@@ -175,7 +251,7 @@ def measure(
     """
     import torch
 
-    device = module.device
+    stage("measuring latency")
     _repeat(lambda: _finished(made[0], device), 3, warmup)
     latency, host = [], []
 
@@ -187,8 +263,8 @@ def measure(
         latency.append(time.perf_counter() - start)
 
     _repeat(alone, iterations, duration)
+    stage("measuring throughput")
     per_call, throughput = _in_a_row(made, device, iterations, duration, warmup)
-    pool = module.session.pool
     return Figures(
         torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         len(made),
@@ -196,7 +272,7 @@ def measure(
         Times.of(latency, percentiles),
         Times.of(host, percentiles),
         Times.of(per_call, percentiles) if per_call else None,
-        pool is not None and pool.disabled is None and pool.replays > 0,
+        graphs=False,
     )
 
 

@@ -2,75 +2,130 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from torch_rtx.cli.shapes import shapes_given, solve
 from torch_rtx.engine import Engine, names_of_sizes
 from torch_rtx.errors import SettingsError
-from torch_rtx.ir import OBJECT, ScalarType, Type, dim_syms, evaluate, type_dims
+from torch_rtx.ir import OBJECT, ScalarType, TensorType, Type, dim_syms, evaluate, type_dims
 from torch_rtx.profiles import Range
+from torch_rtx.progress import stage
+from torch_rtx.settings import RuntimeSettings
 
 if TYPE_CHECKING:
     from torch_rtx.runtime.module import CompiledModule
 
-EngineFile = Annotated[Path, typer.Argument(help="An engine (.rtx).")]
+EngineFile = Annotated[Path, typer.Argument(metavar="ENGINE", help="An engine (.rtx).")]
 WEIGHTS_HELP = "An .onnx or .safetensors file, or a folder of the latter; repeatable; default: those in the engine."
 Weights = Annotated[list[Path] | None, typer.Option("--weights", "-w", help=WEIGHTS_HELP)]
+INPUTS_HELP = "A .npz or .safetensors file of the inputs by name; repeatable; default: random ones."
+InputFiles = Annotated[list[Path] | None, typer.Option("--inputs", "-i", help=INPUTS_HELP)]
 Sizes = Annotated[list[str] | None, typer.Option("--size", "-s", help="A dynamic size, as batch=8; may be repeated.")]
-Device = Annotated[str | None, typer.Option(help="The device; default: the one that it was built for.")]
+SHAPES_HELP = "Shapes of inputs, as x:8x3x224x224,y:8, which give the dynamic sizes as --size does."
+Shapes = Annotated[str | None, typer.Option("--shapes", help=SHAPES_HELP)]
+DEVICE_HELP = "The device, as cpu or cuda:1, or the number of a GPU; default: the one that it was built for."
+Device = Annotated[str | None, typer.Option(help=DEVICE_HELP)]
+OPTION_HELP = "An option of RuntimeSettings, as runtime_cache=cache.sqlite; repeatable."
+Options = Annotated[list[str] | None, typer.Option("--option", "-O", help=OPTION_HELP)]
 Trust = Annotated[bool, typer.Option(help="Run the GPU kernels in the file, which you trust.")]
 Seed = Annotated[int, typer.Option(help="Of what is drawn at random.")]
 
 
 def opened(
-    path: Path, weights: Sequence[Path] | None, device: str | None, trust_binaries: bool, settings: Any = None
+    path: Path,
+    weights: Sequence[Path] | None,
+    device: str | None,
+    trust_binaries: bool,
+    options: Iterable[str] | None,
+    **settings: Any,
 ) -> CompiledModule:
     """The engine as a module; a stripped one without `weights` has none.
+
+    Args:
+        options: see `options_given`; `settings` are more of them.
 
     Raises:
         RtxError, OSError: see `torch_rtx.load`.
     """
-    from torch_rtx.runtime.module import load
+    runtime = RuntimeSettings(**options_given(options or ()) | settings)
+    stage(f"loading {path}")
+    from torch_rtx.runtime.module import load  # imports torch, which other commands do without
 
     given = weights[0] if weights is not None and len(weights) == 1 else weights or None
-    return load(path, given, device, settings, trust_binaries=trust_binaries)
+    device = f"cuda:{device}" if device is not None and device.isdecimal() else device
+    return load(path, given, device, runtime, trust_binaries=trust_binaries)
 
 
-def fill_in_weights(module: CompiledModule, sizes: Mapping[str, int], seed: int = 0) -> None:
+def options_given(given: Iterable[str]) -> dict[str, Any]:
+    """The options that texts such as `runtime_cache=cache.sqlite` or `tuning_seconds=5` stand for. Values are JSON, or
+    else text.
+
+    Raises:
+        SettingsError: a text is none, or an option is given twice.
+    """
+    found: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not name or not equals or name in found:
+            raise SettingsError(f"--option {text} is no NAME=VALUE, or given twice", hint="as -O tuning_seconds=5")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
+
+
+def fill_in_weights(module: CompiledModule, seed: int = 0) -> None:
     """Give random weights to the module of a stripped engine."""
     named = {p.name: p.type for p in module.engine.graph.parameters if not p.constant}
-    module.refit(dict(zip(named, drawn(named.values(), sizes, module.device, seed), strict=True)))
+    module.refit(dict(zip(named, drawn(named.values(), {}, module.device, seed), strict=True)))
 
 
-def sizes_given(engine: Engine, given: Iterable[str]) -> dict[str, int]:
-    """All dynamic sizes of the inputs, by symbol: those in `given`, else the engine's typical ones.
+def sizes_given(engine: Engine, given: Iterable[str], shapes: str | None = None) -> dict[str, int]:
+    """All dynamic sizes of the inputs, by symbol: those in `given` and `shapes`, else the engine's typical ones.
 
     Args:
         given: such as `batch=8`, with the name of a `Dim`, or a symbol.
+        shapes: such as `x:8x3,y:8`, with the names of inputs.
 
     Raises:
-        SettingsError: a size is missing, out of its range, or not one of the engine's.
+        SettingsError: a size is missing, out of its range, given twice, or not one of the engine's.
     """
     varying = {sym.name: sym for value in engine.graph.inputs for dim in type_dims(value.type) for sym in dim_syms(dim)}
     ranges = {sym.name: Range(sym.min, None, sym.max) for sym in varying.values()}
-    sizes = {name: sym.typical for name, sym in varying.items() if sym.typical is not None}
     names = names_of_sizes(engine.manifest.signature)
     symbols = {name: symbol for symbol, name in names.items()}
+    found: dict[str, int] = {}
     problem = None
     for text in given:
         named, _, number = text.partition("=")
         name = symbols.get(named, named)
-        if name not in varying or not number.isdecimal() or not ranges[name].holds(int(number)):
-            problem = f"--size {text} is no size of this engine; "
-            break
-        sizes[name] = int(number)
+        if name not in varying or not number.isdecimal():
+            what = f"{number!r} is no number" if name in varying else f"there is no size {named!r}"
+            problem = problem or f"--size {text}: {what}"
+        elif found.setdefault(name, int(number)) != int(number):
+            problem = problem or f"--size {text}: {named} is {found[name]}, too"
+    inputs = dict(zip(engine.manifest.inputs, engine.graph.inputs, strict=True))
+    for name, shape in shapes_given(shapes).items() if shapes is not None else ():
+        if name not in inputs:
+            raise SettingsError(f"the engine has no input {name!r}", hint=f"its inputs are {', '.join(inputs)}")
+        type_ = inputs[name].type
+        solve(name, type_.shape if isinstance(type_, TensorType) else type_dims(type_), shape, found, names)
+    outside = [name for name, size in found.items() if not ranges[name].holds(size)]
+    if outside:
+        problem = problem or f"{names.get(outside[0], outside[0])}={found[outside[0]]} is out of range"
+    sizes = {name: sym.typical for name, sym in varying.items() if sym.typical is not None} | found
     if problem is not None or sizes.keys() != varying.keys():
+        missing = ", ".join(names.get(name, name) for name in varying if name not in sizes)
         wanted = " ".join(f"--size {names.get(name, name)}={found}" for name, found in ranges.items())
-        hint = "`torch-rtx inspect --graph` shows the tensors with these sizes"
-        raise SettingsError(f"{problem or ''}the dynamic sizes are: {wanted or 'none'}", hint=hint)
+        hint = "`torch-rtx inspect` shows the inputs with these sizes"
+        problem = problem or f"no size of {missing} is given"
+        raise SettingsError(f"{problem}; the dynamic sizes are: {wanted or 'none'}", hint=hint)
     return sizes
 
 
@@ -176,18 +231,23 @@ def check_folder(path: Path) -> None:
         raise SettingsError(f"{path} can't be written: there is no such folder")
 
 
-def inputs_given(module: CompiledModule, tensors: Mapping[str, Any], sizes: Iterable[str], seed: int) -> list[Any]:
-    """The inputs of a call, flat: those in `tensors`, by their names in the engine, and where there are none of these,
+def inputs_given(
+    module: CompiledModule, files: Iterable[Path] | None, sizes: Iterable[str] | None, shapes: str | None, seed: int
+) -> list[Any]:
+    """The inputs of a call, flat: those in files, by their names in the engine, and where there are none of these,
     random ones of the given sizes.
 
     Raises:
-        SettingsError: names are missing or unexpected, or sizes are given beside tensors.
+        SettingsError: names are missing or unexpected, or sizes are given beside tensors; see `read_tensors`.
+        OSError: a file can't be read.
     """
     values = module.engine.graph.inputs
+    tensors = {name: tensor for file in files or () for name, tensor in read_tensors(file).items()}
     if not tensors:
-        return drawn((value.type for value in values), sizes_given(module.engine, sizes), module.device, seed)
-    if list(sizes):
-        raise SettingsError("--size is for random inputs: those of a file have their sizes")
+        found = sizes_given(module.engine, sizes or (), shapes)
+        return drawn((value.type for value in values), found, module.device, seed)
+    if sizes or shapes is not None:
+        raise SettingsError("--size and --shapes are for random inputs: those of a file have their sizes")
     names = module.engine.manifest.inputs
     missing, unexpected = [n for n in names if n not in tensors], sorted(tensors.keys() - set(names))
     if missing or unexpected:

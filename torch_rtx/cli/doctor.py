@@ -7,13 +7,10 @@ import platform
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import metadata
-from typing import Annotated
 
-import typer
-
-from torch_rtx.cli.terminal import echo, echo_json
+from torch_rtx.cli.terminal import Report
 from torch_rtx.errors import KernelError, Unsupported
 from torch_rtx.settings import CompilationSettings, RuntimeSettings, cache_dir, runtime_cache_path
 from torch_rtx.targets import arch_of
@@ -40,12 +37,11 @@ class Finding:
         return f"{self.state:>7}  {self.what}: {self.text}" + f"\n{'':9}{self.remedy}" * bool(self.remedy)
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def doctor() -> Report:
     """Say what works here, and what does not and why. The exit status is 1 if there is a fault."""
     found = list(findings())
-    echo_json([asdict(finding) for finding in found]) if as_json else echo("\n".join(map(str, found)))
-    if any(finding.state == "fault" for finding in found):
-        raise typer.Exit(1)
+    faults = [finding.what for finding in found if finding.state == "fault"]
+    return Report(found, "\n".join(map(str, found)), f"faults: {', '.join(faults)}" if faults else None)
 
 
 def findings() -> Iterator[Finding]:

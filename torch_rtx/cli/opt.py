@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from torch_rtx.cli.terminal import echo
+from torch_rtx.cli.terminal import Report
 from torch_rtx.errors import RtxError, SettingsError
 from torch_rtx.ir import verify
 from torch_rtx.irparse import parse
@@ -33,21 +33,21 @@ def opt(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write to this file, not to stdout.")] = None,
     check: Annotated[Verify, typer.Option("--verify", help="Graphs to check by the rules of the IR.")] = Verify.EACH,
     names: Annotated[bool, typer.Option("--list", help="Print the names of the passes, in their order.")] = False,
-) -> None:
+) -> Report:
     """Run passes over a graph in its text form, in the given order, and print the graph that they leave."""
-    try:
-        if names:
-            from torch_rtx.lowering.pipeline import PASSES  # imports torch, as in `run`
+    if names:
+        from torch_rtx.lowering.pipeline import PASSES  # imports torch, as in `run`
 
-            echo("\n".join(PASSES))
-            return
-        text = run(
-            sys.stdin.read() if file == "-" else Path(file).read_text(), passes or (), target or ["portable"], check
-        )
-        echo(text, end="") if out is None else out.write_text(text)
+        return Report(list(PASSES), "\n".join(PASSES))
+    try:
+        source = sys.stdin.read() if file == "-" else Path(file).read_text()
+        text = run(source, passes or (), target or ["portable"], check)
     except (RtxError, OSError, UnicodeDecodeError) as error:
-        echo(f"error: {file}: {error}", problem=True)
-        raise typer.Exit(1) from None
+        raise SettingsError(f"{file}: {error}") from None
+    if out is None:
+        return Report({"graph": text}, text)
+    out.write_text(text)
+    return Report({"file": str(out)}, "")
 
 
 def run(text: str, passes: Sequence[str], targets: Sequence[str], check: Verify) -> str:

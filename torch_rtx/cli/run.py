@@ -12,13 +12,12 @@ import typer
 
 from torch_rtx.cli import calls
 from torch_rtx.cli.sources import load_source
-from torch_rtx.cli.terminal import echo, echo_json, errors
+from torch_rtx.cli.terminal import Report
 from torch_rtx.errors import SettingsError
 
-INPUTS_HELP = "A .npz or .safetensors file of the inputs by name; repeatable; default: random ones."
 OUT_HELP = "Write the results to this .npz or .safetensors file."
 COMPARE_HELP = "A .npz or .safetensors file of the right results by name."
-MODEL_HELP = "The model, as module:factory: its weights are the engine's, its results the right ones."
+MODEL_HELP = "The model, as `build` takes it: its weights are the engine's, its results the right ones."
 TOLERANCE_HELP = "Relative error, of norms, that is accepted; default: by dtype, and twice the model's own."
 
 
@@ -52,53 +51,47 @@ class Result:
 def run(
     path: calls.EngineFile,
     weights: calls.Weights = None,
-    inputs: Annotated[list[Path] | None, typer.Option("--inputs", "-i", help=INPUTS_HELP)] = None,
+    inputs: calls.InputFiles = None,
     size: calls.Sizes = None,
+    shapes: calls.Shapes = None,
     seed: calls.Seed = 0,
     device: calls.Device = None,
     trust_binaries: calls.Trust = False,
+    option: calls.Options = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help=OUT_HELP)] = None,
     compare: Annotated[Path | None, typer.Option(help=COMPARE_HELP)] = None,
     model: Annotated[str | None, typer.Option(help=MODEL_HELP)] = None,
     tolerance: Annotated[float | None, typer.Option(min=0, help=TOLERANCE_HELP)] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
+) -> Report:
     """Call an engine once. With results to compare with, the exit status is 1 if any is wrong."""
-    with errors():
-        if compare is not None and model is not None:
-            raise SettingsError("--compare and --model both say what is right: give one of them")
-        if tolerance is not None and compare is None and model is None:
-            raise SettingsError("--tolerance needs right results", hint="give --compare or --model")
-        if out is not None:
-            calls.check_writable(out)
-        right = None if compare is None else calls.read_tensors(compare)
-        source = None if model is None else load_source(model).model
-        module = calls.opened(path, weights, device, trust_binaries)
-        if source is not None:
-            source = source.to(module.device)
-        if not weights and module.engine.weights is None:
-            if source is None and any(not parameter.constant for parameter in module.engine.graph.parameters):
-                raise SettingsError(f"{path} has no weights in it", hint="give --weights, or --model")
-            module.attach({} if source is None else source)
-        tensors = {name: tensor for file in inputs or () for name, tensor in calls.read_tensors(file).items()}
-        args, kwargs = calls.arguments(module, calls.inputs_given(module, tensors, size or (), seed))
-        expected = None if right is None else (right, right)
-        if source is not None:
-            expected = _expected(source, args, kwargs)
-        got = calls.named(module(*args, **kwargs))
-        found = [Result(name, _dtype(tensor), tuple(tensor.shape)) for name, tensor in got.items()]
-        if expected is not None:
-            found = list(_compared(got, *expected, tolerance))
-        if out is not None:
-            calls.write_tensors(out, got)
-        if as_json:
-            echo_json([asdict(result) | {"wrong": result.wrong} for result in found])
-        else:
-            echo("\n".join(map(str, found)))
-        wrong = [result.name for result in found if result.wrong]
-        if wrong:
-            echo(f"error: wrong results: {', '.join(wrong)}", problem=True)
-            raise typer.Exit(1)
+    if compare is not None and model is not None:
+        raise SettingsError("--compare and --model both say what is right: give one of them")
+    if tolerance is not None and compare is None and model is None:
+        raise SettingsError("--tolerance needs right results", hint="give --compare or --model")
+    if out is not None:
+        calls.check_writable(out)
+    right = None if compare is None else calls.read_tensors(compare)
+    source = None if model is None else load_source(model).model
+    module = calls.opened(path, weights, device, trust_binaries, option)
+    if source is not None:
+        source = source.to(module.device)
+    if not weights and module.engine.weights is None:
+        if source is None and any(not parameter.constant for parameter in module.engine.graph.parameters):
+            raise SettingsError(f"{path} has no weights in it", hint="give --weights, or --model")
+        module.attach({} if source is None else source)
+    args, kwargs = calls.arguments(module, calls.inputs_given(module, inputs, size, shapes, seed))
+    expected = None if right is None else (right, right)
+    if source is not None:
+        expected = _expected(source, args, kwargs)
+    got = calls.named(module(*args, **kwargs))
+    found = [Result(name, _dtype(tensor), tuple(tensor.shape)) for name, tensor in got.items()]
+    if expected is not None:
+        found = list(_compared(got, *expected, tolerance))
+    if out is not None:
+        calls.write_tensors(out, got)
+    wrong = [result.name for result in found if result.wrong]
+    rows = [asdict(result) | {"wrong": result.wrong} for result in found]
+    return Report(rows, "\n".join(map(str, found)), f"wrong results: {', '.join(wrong)}" if wrong else None)
 
 
 def _expected(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

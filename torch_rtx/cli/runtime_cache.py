@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import closing, suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -13,9 +12,10 @@ import typer
 
 from torch_rtx.cache.runtime import intact
 from torch_rtx.cache.runtime_file import SUFFIXES, DeviceKey, DeviceSummary, RuntimeFile, export_file
-from torch_rtx.cli.cache import AsJson, size_of, time_text
-from torch_rtx.cli.terminal import echo, echo_json, errors, escaped
+from torch_rtx.cli.cache import size_of, time_text
+from torch_rtx.cli.terminal import Report, command, escaped
 from torch_rtx.errors import CacheDamaged, CacheError, SettingsError
+from torch_rtx.progress import stage
 from torch_rtx.settings import RuntimeSettings, runtime_cache_path
 from torch_rtx.targets import parse_targets
 
@@ -43,15 +43,10 @@ def _named(gpu: str | None) -> Callable[[DeviceKey], bool]:
     return lambda device: gpu is None or gpu.lower() in device.name.lower()
 
 
-@app.command()
-def info(file: File = None, as_json: AsJson = False) -> None:
+def info(file: File = None) -> Report:
     """List the devices with their numbers of entries, the most recently used first."""
-    with errors():
-        path = _path(file)
-        found = _devices(path)
-    if as_json:
-        echo_json([asdict(summary) for summary in found])
-        return
+    path = _path(file)
+    found = _devices(path)
     from rich.console import Console  # importing rich takes 0.1 s, and only tables need it
     from rich.markup import escape
     from rich.table import Table
@@ -62,50 +57,49 @@ def info(file: File = None, as_json: AsJson = False) -> None:
         counts = [str(summary.counts.get(kind, 0)) for kind in ("kernel", "tactic")]
         about = f"{summary.bytes / 1024:.1f}", time_text(summary.used), escape(escaped(device.versions))
         table.add_row(escape(escaped(device.name)), str(device.sm), str(device.driver), *counts, *about)
-    if found:
-        console = Console()
-        if not console.is_terminal:
-            console.width = 10_000  # one line per device in a pipe
-        console.print(table, highlight=False)
+    console = Console(color_system=None)
+    if not console.is_terminal:
+        console.width = 10_000  # one line per device in a pipe
+    with console.capture() as lines:
+        if found:
+            console.print(table, highlight=False)
     entries, size = sum(sum(summary.counts.values()) for summary in found), sum(summary.bytes for summary in found)
-    echo(f"{entries} entries of {len(found)} devices, {size / 1024**2:.1f} MiB, in {path}")
+    text = f"{lines.get()}{entries} entries of {len(found)} devices, {size / 1024**2:.1f} MiB, in {path}"
+    return Report(found, text)
 
 
-@app.command()
-def verify(file: File = None) -> None:
+def verify(file: File = None) -> Report:
     """Read every entry and check its digest. Exit status 1 if one is damaged; damaged entries are not removed."""
-    with errors(), closing(RuntimeFile(_path(file))) as cache:
+    with closing(RuntimeFile(_path(file))) as cache:
         found = [entry is not None for entry in cache.entries()]
-    echo(f"{sum(found)} of {len(found)} entries are intact")
-    if not all(found):
-        raise typer.Exit(1)
+    damaged = len(found) - sum(found)
+    text = f"{sum(found)} of {len(found)} entries are intact"
+    return Report({"entries": len(found), "damaged": damaged}, text, f"{damaged} are damaged" if damaged else None)
 
 
-@app.command(name="export")
 def export_(
     path: Annotated[Path, typer.Argument(help="The file to write.")], gpu: Gpu = None, file: File = None
-) -> None:
+) -> Report:
     """Write entries to a file to ship; the file is a runtime cache itself."""
-    with errors(), closing(RuntimeFile(_path(file))) as cache:
+    with closing(RuntimeFile(_path(file))) as cache:
         named = _named(gpu)
         count = export_file((entry for entry in intact(cache) if named(entry.device)), path)
-    echo(f"{count} entries in {path}")
+    return Report({"entries": count, "file": str(path)}, f"{count} entries in {path}")
 
 
-@app.command(name="import")
 def import_(
     paths: Annotated[list[Path], typer.Argument(help="Files that `export` wrote, or other runtime caches.")],
     file: File = None,
-) -> None:
+) -> Report:
     """Import entries that are new or newer; running programs may use the cache meanwhile."""
     limit = RuntimeSettings().runtime_cache_size
+    counts = {}
     for path in paths:
-        with errors(), closing(RuntimeFile(path)) as other, closing(RuntimeFile(_path(file), create=True)) as cache:
-            count = cache.merge(intact(other), limit)
-        echo(f"{count} new entries from {path}")
+        with closing(RuntimeFile(path)) as other, closing(RuntimeFile(_path(file), create=True)) as cache:
+            counts[str(path)] = cache.merge(intact(other), limit)
+    return Report(counts, "\n".join(f"{count} new entries from {path}" for path, count in counts.items()))
 
 
-@app.command()
 def generate(
     engine: Annotated[Path, typer.Argument(help="The engine to compile kernels for.")],
     gpu: Annotated[str, typer.Option("--gpu", help="The GPU's name, as CUDA reports it.")],
@@ -115,24 +109,24 @@ def generate(
         list[str] | None, typer.Option("--size", help="A dynamic size: batch=8. Default: any size.")
     ] = None,
     file: File = None,
-) -> None:
+) -> Report:
     """Compile the kernels of an engine for a GPU that this machine need not have, to ship with the engine."""
+    parse_targets(sm)  # raises if it does not exist
     from torch_rtx import engine as engine_file  # slow imports that only this command needs
     from torch_rtx.cli.calls import sizes_given
     from torch_rtx.runtime.tuning_context import pregenerate
 
-    with errors():
-        parse_targets(sm)  # raises if it does not exist
-        found = engine_file.load(engine)
-        if found.manifest.device != "cuda":
-            hint = 'build it with CompilationSettings(device="cuda")'
-            raise SettingsError(f"{engine} was built for the {found.manifest.device}, which runs no kernels", hint=hint)
-        sizes = sizes_given(found, size) if size else {}
-        count = pregenerate(found.graph, sizes, DeviceKey(gpu, sm, driver, ""), _path(file))
-    echo(f"{count} regions for {gpu}")
+    found = engine_file.load(engine)
+    if found.manifest.device != "cuda":
+        hint = 'build it with CompilationSettings(device="cuda")'
+        raise SettingsError(f"{engine} was built for the {found.manifest.device}, which runs no kernels", hint=hint)
+    sizes = sizes_given(found, size) if size else {}
+    stage("compiling kernels")
+    path = _path(file)
+    count = pregenerate(found.graph, sizes, DeviceKey(gpu, sm, driver, ""), path)
+    return Report({"regions": count, "file": path}, f"{count} regions for {gpu}")
 
 
-@app.command()
 def prune(
     size: Annotated[str | None, typer.Option("--size", help="Keep at most this size: 100M, 2G.")] = None,
     days: Annotated[float | None, typer.Option("--days", help="Remove entries unused for this many days.")] = None,
@@ -141,38 +135,39 @@ def prune(
     ] = False,
     gpu: Annotated[str | None, typer.Option("--gpu", help="Remove entries of GPUs whose name contains this.")] = None,
     file: File = None,
-) -> None:
+) -> Report:
     """Remove the entries that all options fit; without options, the least recently used beyond the settings' size."""
     removed, left = 0, 0
-    with errors():
-        path = _path(file)
-        devices = _devices(path)
-        latest = {one.device.sm: one.device.versions for one in reversed(devices)}  # the most recently used one wins
+    path = _path(file)
+    devices = _devices(path)
+    latest = {one.device.sm: one.device.versions for one in reversed(devices)}  # the most recently used one wins
 
-        def removes(kind: str, device: DeviceKey) -> bool:
-            is_named = gpu is None or _named(gpu)(device)
-            return is_named and not (outdated and latest.get(device.sm) == device.versions)
+    def removes(kind: str, device: DeviceKey) -> bool:
+        is_named = gpu is None or _named(gpu)(device)
+        return is_named and not (outdated and latest.get(device.sm) == device.versions)
 
-        limit = size_of(size) if size is not None else RuntimeSettings().runtime_cache_size
-        with suppress(FileNotFoundError), closing(RuntimeFile(path)) as cache:
-            before = None if days is None else time.time() - days * 86400
-            removed = cache.prune(limit, before, removes if outdated or gpu is not None else None)
-            left = cache.size()[0]
-    echo(f"removed {removed} entries; {left} are left")
+    limit = size_of(size) if size is not None else RuntimeSettings().runtime_cache_size
+    with suppress(FileNotFoundError), closing(RuntimeFile(path)) as cache:
+        before = None if days is None else time.time() - days * 86400
+        removed = cache.prune(limit, before, removes if outdated or gpu is not None else None)
+        left = cache.size()[0]
+    return Report({"removed": removed, "left": left}, f"removed {removed} entries; {left} are left")
 
 
-@app.command()
-def clear(file: File = None) -> None:
+def clear(file: File = None) -> Report:
     """Remove every entry and all renamed damaged files; running programs may use the cache meanwhile."""
     removed = 0
-    with errors():
-        path = _path(file)
-        old = {f".damaged{suffix}" for suffix in SUFFIXES}
-        try:
-            with suppress(FileNotFoundError), closing(RuntimeFile(path)) as cache:
-                removed = cache.prune(which=lambda kind, device: True)
-        except CacheDamaged:
-            old |= set(SUFFIXES)
-        for suffix in old:
-            Path(path + suffix).unlink(missing_ok=True)
-    echo(f"removed {removed} entries")
+    path = _path(file)
+    old = {f".damaged{suffix}" for suffix in SUFFIXES}
+    try:
+        with suppress(FileNotFoundError), closing(RuntimeFile(path)) as cache:
+            removed = cache.prune(which=lambda kind, device: True)
+    except CacheDamaged:
+        old |= set(SUFFIXES)
+    for suffix in old:
+        Path(path + suffix).unlink(missing_ok=True)
+    return Report({"removed": removed}, f"removed {removed} entries")
+
+
+for each in (info, verify, export_, import_, generate, prune, clear):
+    app.command(each.__name__.strip("_"))(command(each))

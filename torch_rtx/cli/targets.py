@@ -6,28 +6,25 @@ from typing import Annotated, Any
 
 import typer
 
-from torch_rtx.cli.terminal import echo, echo_json, errors
+from torch_rtx.cli.terminal import Report
 from torch_rtx.targets import ARCHES, DTYPE_FEATURES, PORTABLE, gpus_of, lacks, parse_targets
 
 
 def targets(
     name: Annotated[str | None, typer.Argument(help="A GPU, as 'RTX 4090': print its targets alone.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
+) -> Report:
     """List the targets, with names of GPUs that mean them and what their kernels can compute with."""
-    with errors():
-        asked = ARCHES.keys() if name is None else {target.sm for target in parse_targets(name)}
-        rows = [_row(sm) for sm in ARCHES if sm in asked]
-        here = _here()
-        if as_json:
-            echo_json({"targets": rows, "here": here})
-            return
-        for row in rows:
-            marks = [text for text, holds in (("portable", row["portable"]), ("as PTX", row["ptx"])) if holds]
-            echo(f"{row['target']}" + f" ({', '.join(marks)})" * bool(marks) + f": {', '.join(row['gpus'])}")
-            echo(f"    computes with {', '.join(row['dtypes'])}")
-        if name is None:
-            echo(f"this machine: {', '.join(f'{gpu} (sm_{sm})' for gpu, sm in here) or 'no CUDA GPU'}")
+    asked = ARCHES.keys() if name is None else {target.sm for target in parse_targets(name)}
+    rows = [_row(sm) for sm in ARCHES if sm in asked]
+    here = _here()
+    lines = []
+    for row in rows:
+        marks = [text for text, holds in (("portable", row["portable"]), ("as PTX", row["ptx"])) if holds]
+        lines.append(f"{row['target']}" + f" ({', '.join(marks)})" * bool(marks) + f": {', '.join(row['gpus'])}")
+        lines.append(f"    computes with {', '.join(row['dtypes'])}")
+    if name is None:
+        lines.append(f"this machine: {', '.join(f'{gpu} (sm_{sm})' for gpu, sm in here) or 'no CUDA GPU'}")
+    return Report({"targets": rows, "here": here}, "\n".join(lines))
 
 
 def _row(sm: int) -> dict[str, Any]:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 
 from torch_rtx.errors import QuantizationError
+from torch_rtx.progress import progress
 from torch_rtx.quantization.config import LayerConfig
 from torch_rtx.quantization.formats import Format
 from torch_rtx.quantization.histogram import Histogram, calibrated_amax
@@ -136,10 +134,12 @@ def calibrate(
         with watching(watched, lambda name, layer, x, y: seen[name].see(x)):
             run(model, forward_loop)
         _check_data({name: seen[name] for name in needing})
-    hidden = not sys.stderr.isatty() or len(plan) < 2
-    console = Console(stderr=True)
-    names = track(plan, "Calibrating", disable=hidden, console=console, transient=True)
-    return {name: known[name] | seen[name].found() for name in names}
+    buffers = {}
+    with progress("calibrating layers") as update:
+        for name in plan:
+            buffers[name] = known[name] | seen[name].found()
+            update(len(buffers), len(plan))
+    return buffers
 
 
 def _check_data(seen: Mapping[str, Observer]) -> None:
