@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 from torch_rtx.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from torch_rtx import quantization as quantization
+    from torch_rtx import runtime as runtime
     from torch_rtx.backend.build import compile
     from torch_rtx.backend.cross import (
         cross_compile_for_windows,
@@ -96,6 +98,7 @@ _HOMES = {
     "torch_rtx.runtime.profiling": ("Profile", "profile"),
     "torch_rtx.settings": ("CompilationSettings", "RuntimeSettings"),
 }
+_NAMESPACES = ("quantization", "runtime")
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
@@ -143,6 +146,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in _NAMESPACES:
+        return import_module(f"{__name__}.{name}")
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOME_OF[name]), name)
