@@ -8,7 +8,7 @@ meant.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,10 +24,12 @@ from torch_rtx.settings import CompilationSettings, RuntimeSettings, settings_of
 
 def cross_compile_for_windows(
     model: nn.Module | ExportedProgram | str | os.PathLike[str] | Any,
-    args: tuple[Any, ...] | None = None,
+    args: Sequence[Any] | None = None,
     kwargs: Mapping[str, Any] | None = None,
     dynamic_shapes: Any = None,
     settings: CompilationSettings | None = None,
+    *,
+    inputs: Sequence[Any] | None = None,
 ) -> CompiledModule:
     """Build an engine for Windows, as `torch_rtx.compile` with `platform="windows"`; for `cuda`, which needs no GPU
     here, and for the GPUs in `settings.targets`, by default those of "portable". Files of the module load on Windows
@@ -41,7 +43,7 @@ def cross_compile_for_windows(
     if settings.platform not in (platforms.ANY, platforms.WINDOWS):
         raise SettingsError(f"the platform of the settings is {settings.platform}, not windows")
     settings = replace(settings, platform=platforms.WINDOWS, device=settings.device or "cuda")
-    return compile(model, args, kwargs, dynamic_shapes, settings)
+    return compile(model, args, kwargs, dynamic_shapes, settings, inputs=inputs)
 
 
 def save_cross_compiled_exported_program(module: CompiledModule, file_path: str | os.PathLike[str]) -> None:
