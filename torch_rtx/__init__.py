@@ -25,9 +25,12 @@ if TYPE_CHECKING:
         load_cross_compiled_exported_program,
         save_cross_compiled_exported_program,
     )
+    from torch_rtx.backend.debugger import Debugger
+    from torch_rtx.backend.dryrun import dryrun
     from torch_rtx.backend.explain import Explanation, explain
     from torch_rtx.backend.guards import skip_layer_guards
     from torch_rtx.backend.inputs import Input
+    from torch_rtx.backend.mutable import MutableModule
     from torch_rtx.engine import Engine
     from torch_rtx.errors import (
         CacheError,
@@ -65,9 +68,12 @@ _HOMES = {
         "load_cross_compiled_exported_program",
         "save_cross_compiled_exported_program",
     ),
+    "torch_rtx.backend.debugger": ("Debugger",),
+    "torch_rtx.backend.dryrun": ("dryrun",),
     "torch_rtx.backend.explain": ("Explanation", "explain"),
     "torch_rtx.backend.guards": ("skip_layer_guards",),
     "torch_rtx.backend.inputs": ("Input",),
+    "torch_rtx.backend.mutable": ("MutableModule",),
     "torch_rtx.engine": ("Engine",),
     "torch_rtx.inspection": ("inspect",),
     "torch_rtx.onnx.module": ("from_onnx",),
@@ -107,6 +113,7 @@ __all__ = [
     "CaptureError",
     "CompilationSettings",
     "CompiledModule",
+    "Debugger",
     "Engine",
     "EngineFormatError",
     "EnginePlatformError",
@@ -118,6 +125,7 @@ __all__ = [
     "InvalidIR",
     "KernelError",
     "LoweringError",
+    "MutableModule",
     "OnnxError",
     "PartitionError",
     "Profile",
@@ -129,6 +137,7 @@ __all__ = [
     "Unsupported",
     "compile",
     "cross_compile_for_windows",
+    "dryrun",
     "explain",
     "from_onnx",
     "inspect",

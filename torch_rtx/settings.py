@@ -15,8 +15,10 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Set
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from typing import Any, Self, TypeVar
 
@@ -179,6 +181,19 @@ def _name(entry: object) -> object:
     return str(entry).removeprefix("torch.ops.") if _is_str(entry) or type(entry).__module__ == "torch._ops" else entry
 
 
+_DUMPING: ContextVar[str | None] = ContextVar("torch_rtx_dumping", default=None)
+
+
+@contextmanager
+def dumping(folder: str) -> Iterator[None]:
+    """Let `folder` be the `dump_dir` of all settings that are used inside, in this thread, and name no other."""
+    token = _DUMPING.set(folder)
+    try:
+        yield
+    finally:
+        _DUMPING.reset(token)
+
+
 class _Checked:
     """Checks the fields of the frozen dataclasses below; normalizes collections of names and lists.
 
@@ -200,6 +215,8 @@ class _Checked:
             elif isinstance(value, list):
                 value = tuple(value)
                 object.__setattr__(self, item.name, value)
+            elif value is None and item.name == "dump_dir":
+                object.__setattr__(self, item.name, _DUMPING.get())
             if not item.metadata["check"](value):
                 raise SettingsError(f"option {item.name} must be {item.metadata['expects']}, not {given!r}")
 
@@ -420,7 +437,7 @@ def settings_of(kind: type[_Kind], given: _Kind | None, name: str = "settings") 
     if given is None:
         return kind()
     if isinstance(given, kind):
-        return given
+        return given if _DUMPING.get() is None else replace(given)  # takes the folder of `dumping`
     options = ", ".join(f"{key}={value!r}" for key, value in given.items()) if isinstance(given, Mapping) else "..."
     hint = f"write {name}=torch_rtx.{kind.__name__}({options})"
     raise SettingsError(f"{name} must be a {kind.__name__}, not {type(given).__name__}", hint=hint)
