@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.eval_frame import innermost_fn
 from torch.export import Dim
 
 import torch_rtx
-from tests.helpers.compiled import same
+from tests.helpers.compiled import compile_rtx, same
 from torch_rtx import InputError, MutableModule, SettingsError
 
 X = torch.linspace(-1, 1, 12).view(3, 4)
@@ -79,6 +80,18 @@ def test_it_is_the_model() -> None:
     assert outer.state_dict().keys() == other.state_dict().keys()
     torch_rtx.refit_module_weights(module, Model().double())
     assert not torch.equal(model.linear.weight, other["inner"].linear.weight)
+
+
+def test_whatever_takes_a_compiled_model() -> None:
+    module = MutableModule(Model().eval())
+    expected = module._orig_mod(X)
+    around = compile_rtx(lambda x: module(x) * 2, fullgraph=True)
+    same(around(X), expected * 2, atol=1e-5, rtol=1e-4)
+    same(torch_rtx.compile(module, (X,))(X), expected, atol=1e-5, rtol=1e-4)
+    with torch_rtx.runtime.enable_cudagraphs(module) as captured:
+        same(captured(X), expected, atol=1e-5, rtol=1e-4)
+    assert torch_rtx.explain(module, X).fallback_nodes == 0
+    assert innermost_fn(module) == module._orig_mod.forward
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])

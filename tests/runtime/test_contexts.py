@@ -189,6 +189,25 @@ def test_while_other_threads_call(path: Path) -> None:
     assert wrong == []
 
 
+def test_a_call_that_has_begun_runs_the_code_of_now(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has found its code when the weights move, and must not run it with them."""
+    module = torch_rtx.load(path, weights=Deep())
+    expected, session, refresh = module(X), module.session, module._store.refresh
+    for budget in ("50%", "30%", None):
+        before = session.streamer
+
+        def moving(wait: bool, budget: str | None = budget) -> Any:
+            monkeypatch.setattr(module._store, "refresh", refresh)
+            session.stream_weights(budget)
+            return refresh(wait)
+
+        monkeypatch.setattr(module._store, "refresh", moving)
+        if before is not None:
+            monkeypatch.setattr(before, "begin", None)  # nobody may call it any more
+        assert torch.equal(module(X), expected)
+        assert session.streamer is not before
+
+
 def test_shallow_copies_see_the_change(path: Path) -> None:
     module = torch_rtx.load(path, weights=Deep())
     shared, other = copy.copy(module), Deep()

@@ -36,6 +36,8 @@ class MutableModule(OptimizedModule):
         from_options(options)
         compiled: Any = torch.compile(model, backend="rtx", options=options)
         super().__init__(model, compiled.dynamo_ctx)
+        self._torchdynamo_orig_callable, self._torchdynamo_wrapper_id = model.forward, id(self)  # as on `compiled`
+        self.get_compiler_config = compiled.get_compiler_config
         self.__dict__["_orig_mod"] = model  # no child, which would be part of every name in a state dict
         for slots in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
             self.__dict__[slots] = model.__dict__[slots]
@@ -58,6 +60,8 @@ class MutableModule(OptimizedModule):
         Raises:
             InputError: the arguments do not have the structure that `set_expected_dynamic_shape_range` got.
         """
+        if torch.compiler.is_compiling():
+            return self._orig_mod(*args, **kwargs)  # a part of what is being compiled
         for given, ranges in zip((args, kwargs), self._ranges, strict=True):
             _mark(given, ranges)
         return super().__call__(*args, **kwargs)
