@@ -123,8 +123,11 @@ def test_inputs_are_the_arguments(build: Any) -> None:
     settings = CompilationSettings(targets=["sm_89"])
     for given in ({"inputs": [X]}, {"inputs": (X,)}, {"args": [X]}, {"args": (X,)}):
         assert build(LINEAR, settings=settings, **given)
+    assert build(LINEAR, inputs=[X], targets=["sm_89"], min_block_size=1)
     with pytest.raises(InputError, match="args and inputs are both given"):
         build(LINEAR, (X,), inputs=[X])
+    with pytest.raises(SettingsError, match="ir is an option of Torch-TensorRT"):
+        build(LINEAR, inputs=[X], ir="dynamo")
 
 
 def test_options_are_fields_of_both_settings() -> None:

@@ -72,7 +72,9 @@ def compile(
         InputError: an `Input` contradicts another, `dynamic_shapes` or the settings; or `inputs` repeats `args`.
         OnnxError: the ONNX model is damaged, or has what is not supported.
     """
-    settings, runtime = _settings(settings, runtime, options)
+    settings, runtime = chosen_settings(settings, runtime, options)
+    if settings.fallback_on_error:
+        log.warning("fallback_on_error has no effect ahead of time: a failed build raises an error")
     captured = capture_model(model, positional(args, inputs), kwargs, dynamic_shapes, settings)
     return _built(captured, settings, runtime)
 
@@ -105,10 +107,14 @@ def positional(args: Sequence[Any] | None, inputs: Sequence[Any] | None) -> tupl
     return tuple(given) if isinstance(given, list) else given
 
 
-def _settings(
+def chosen_settings(
     settings: CompilationSettings | None, runtime: RuntimeSettings | None, options: Mapping[str, Any]
 ) -> tuple[CompilationSettings, RuntimeSettings]:
-    """The settings that the arguments of `compile` mean."""
+    """The settings that arguments mean: those given, or `options`, fields of both by name.
+
+    Raises:
+        SettingsError: see `compile`.
+    """
     if options:
         compilation, defaults = from_options(options)
         if settings is not None or runtime is not None:
@@ -118,8 +124,6 @@ def _settings(
     else:
         compilation = settings_of(CompilationSettings, settings)
         defaults = RuntimeSettings(dump_dir=compilation.dump_dir, override_dir=compilation.override_dir)
-    if compilation.fallback_on_error:
-        log.warning("fallback_on_error has no effect ahead of time: a failed build raises an error")
     return compilation, defaults if runtime is None else settings_of(RuntimeSettings, runtime, "runtime")
 
 

@@ -10,11 +10,11 @@ from typing import Any
 from torch import nn
 from torch.export import ExportedProgram
 
-from torch_rtx.backend.build import capture_model, positional
+from torch_rtx.backend.build import capture_model, chosen_settings, positional
 from torch_rtx.backend.compiler import check_settings, device_of
 from torch_rtx.backend.explain import Explanation, report
 from torch_rtx.lowering.symbols import Symbols
-from torch_rtx.settings import CompilationSettings, settings_of
+from torch_rtx.settings import CompilationSettings
 
 
 def dryrun(
@@ -25,19 +25,21 @@ def dryrun(
     settings: CompilationSettings | None = None,
     *,
     inputs: Sequence[Any] | None = None,
+    **options: Any,
 ) -> Explanation:
     """Capture `model` as `torch_rtx.compile` does, and report how it would be partitioned: what the engine would hold,
     what falls back to PyTorch, and why. Nothing is built, and no weight is read; `explain` is the same for
     torch.compile.
 
     Args:
-        model, args, kwargs, dynamic_shapes, inputs: see `torch_rtx.compile`.
+        model, args, kwargs, dynamic_shapes, inputs, options: see `torch_rtx.compile`.
         settings: those of the build; `require_full_compilation` is ignored.
 
     Raises:
         CaptureError, InputError, OnnxError, SettingsError: see `torch_rtx.compile`, which would fail alike.
     """
-    settings = replace(settings_of(CompilationSettings, settings), require_full_compilation=False)
+    settings, _ = chosen_settings(settings, None, options)
+    settings = replace(settings, require_full_compilation=False)
     check_settings(settings)
     captured = capture_model(model, positional(args, inputs), kwargs, dynamic_shapes, settings)
     gm = captured.program.graph_module
