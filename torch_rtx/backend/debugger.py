@@ -21,9 +21,9 @@ class Debugger:
             module = torch_rtx.compile(model, inputs)
         print(debugger.logging_dir)
 
-    It holds for everything that is compiled inside, by torch.compile as well, unless settings name a `dump_dir` of
-    their own. What was compiled before is not compiled again, and caches are not used. docs/debugging.md says what the
-    files are. The log is `torch_rtx.log` in the same folder, and goes to stderr as well unless the program's own
+    It holds for what this thread compiles inside, by torch.compile as well, unless settings name a `dump_dir` of their
+    own. What was compiled before is not compiled again, and caches are not used. docs/debugging.md says what the files
+    are. The log is `torch_rtx.log` in the same folder, and goes to stderr as well unless the program's own
     handlers show it.
 
     Args:
