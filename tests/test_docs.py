@@ -42,9 +42,7 @@ def rows_of(table: str) -> list[list[str]]:
 
 
 @pytest.mark.quick
-def test_settings_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("TORCH_RTX_DUMP", "TORCH_RTX_OVERRIDE", "TORCH_RTX_CACHE_DIR"):
-        monkeypatch.delenv(name, raising=False)
+def test_settings_table() -> None:
     assert table_in("settings.md") == settings.table(), "docs/settings.md: paste settings.table()"
 
 

@@ -17,15 +17,20 @@ from typing import TYPE_CHECKING, Any
 from torch_rtx.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from torch_rtx import quantization as quantization
+    from torch_rtx import runtime as runtime
     from torch_rtx.backend.build import compile
     from torch_rtx.backend.cross import (
         cross_compile_for_windows,
         load_cross_compiled_exported_program,
         save_cross_compiled_exported_program,
     )
+    from torch_rtx.backend.debugger import Debugger
+    from torch_rtx.backend.dryrun import dryrun
     from torch_rtx.backend.explain import Explanation, explain
     from torch_rtx.backend.guards import skip_layer_guards
     from torch_rtx.backend.inputs import Input
+    from torch_rtx.backend.mutable import MutableModule
     from torch_rtx.engine import Engine
     from torch_rtx.errors import (
         CacheError,
@@ -63,9 +68,12 @@ _HOMES = {
         "load_cross_compiled_exported_program",
         "save_cross_compiled_exported_program",
     ),
+    "torch_rtx.backend.debugger": ("Debugger",),
+    "torch_rtx.backend.dryrun": ("dryrun",),
     "torch_rtx.backend.explain": ("Explanation", "explain"),
     "torch_rtx.backend.guards": ("skip_layer_guards",),
     "torch_rtx.backend.inputs": ("Input",),
+    "torch_rtx.backend.mutable": ("MutableModule",),
     "torch_rtx.engine": ("Engine",),
     "torch_rtx.inspection": ("inspect",),
     "torch_rtx.onnx.module": ("from_onnx",),
@@ -96,6 +104,7 @@ _HOMES = {
     "torch_rtx.runtime.profiling": ("Profile", "profile"),
     "torch_rtx.settings": ("CompilationSettings", "RuntimeSettings"),
 }
+_NAMESPACES = ("quantization", "runtime")
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
@@ -104,6 +113,7 @@ __all__ = [
     "CaptureError",
     "CompilationSettings",
     "CompiledModule",
+    "Debugger",
     "Engine",
     "EngineFormatError",
     "EnginePlatformError",
@@ -115,6 +125,7 @@ __all__ = [
     "InvalidIR",
     "KernelError",
     "LoweringError",
+    "MutableModule",
     "OnnxError",
     "PartitionError",
     "Profile",
@@ -126,6 +137,7 @@ __all__ = [
     "Unsupported",
     "compile",
     "cross_compile_for_windows",
+    "dryrun",
     "explain",
     "from_onnx",
     "inspect",
@@ -143,6 +155,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in _NAMESPACES:
+        return import_module(f"{__name__}.{name}")
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOME_OF[name]), name)

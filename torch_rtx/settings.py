@@ -8,19 +8,26 @@ an engine and are part of its cache key (`key_settings`).
 from __future__ import annotations
 
 import difflib
+import itertools
+import logging
 import math
 import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Set
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from typing import Any, Self, TypeVar
 
-from torch_rtx import platforms
+from torch_rtx import peers, platforms
 from torch_rtx.errors import SettingsError
 from torch_rtx.targets import LATER, parse_targets
 
+log = logging.getLogger(__name__)
+_PREFIX = "TORCH_RTX_"
 STRATEGIES = ("lazy", "eager", "none")
 BEST, CALLS = "best", "calls"
 KINDS = re.compile(r"[a-z][a-z0-9_]*(,[a-z][a-z0-9_]*)*")  # names of tactics' kinds
@@ -32,54 +39,87 @@ MODES: dict[str, dict[str, object]] = {
     "max-autotune": {"specialization_strategy": "eager"},
     "max-autotune-no-cudagraphs": {"specialization_strategy": "eager", "cuda_graph_strategy": "disabled"},
 }
-
-
-# What options of Inductor and of Torch-TensorRT are here.
-_ELSEWHERE = {
-    **dict.fromkeys(("triton.cudagraphs", "triton.cudagraph_trees"), "cuda_graph_strategy, which is on by default"),
-    **dict.fromkeys(
-        ("max_autotune", "max_autotune_gemm", "coordinate_descent_tuning", "optimization_level"),
-        'specialization_strategy="eager", which measures before the call returns',
-    ),
-    **dict.fromkeys(("epilogue_fusion", "shape_padding"), "done wherever it pays"),
-    **dict.fromkeys(("trace.enabled", "debug"), "dump_dir"),
-    **dict.fromkeys(
-        ("enabled_precisions", "precision", "use_explicit_typing"),
-        "the dtypes of the model itself: convert it, as by model.half(), or use autocast",
-    ),
-    **dict.fromkeys(("make_refittable", "immutable_weights"), "true of every engine: see refit"),
-    **dict.fromkeys(("inputs", "dynamic_shapes"), "an argument of torch_rtx.compile"),
-    **dict.fromkeys(("dynamic", "fullgraph", "mode"), "an argument of torch.compile"),
-    "enable_weight_streaming": "weight_streaming_budget",
-    "timing_cache_path": "runtime_cache",
-    "dryrun": "torch_rtx.explain",
-}
 NAMES = "a collection of names"
 UNITS = {unit + end: base**power for power, unit in enumerate("KMGT", 1) for end, base in (("iB", 1024), ("B", 1000))}
 UNITS["B"] = 1
 _BUDGET = re.compile(rf"(\d+(?:\.\d+)?) ?(%|{'|'.join(UNITS)})", re.ASCII)
+_FLAGS = dict.fromkeys(("1", "true", "on", "yes"), True) | dict.fromkeys(("0", "false", "off", "no"), False)
 
 
 def _option(
-    default: object, expects: str, check: Callable[[Any], bool], help_: str, env: str = "", *, key: bool = False
+    default: object,
+    expects: str,
+    check: Callable[[Any], bool],
+    help_: str,
+    env: str = "",
+    read: Callable[[str], object] = str,
+    *,
+    key: bool = False,
 ) -> Any:
-    """A dataclass field: the text and the check of valid values, the line in the table, the environment variable, and
-    whether it is part of the engine's cache key."""
-    make = (lambda: os.environ.get(env) or default) if env else (lambda: default)
-    metadata = {"expects": expects, "check": check, "help": help_, "env": env, "key": key}
+    """A dataclass field.
+
+    Args:
+        expects, check: the text and the check of valid values.
+        env: the environment variable that sets another default, unless it is empty; `read` makes a value of its text,
+            and raises a ValueError or KeyError where it can't.
+        key: it is part of the engine's cache key.
+    """
+
+    def make() -> object:
+        text = os.environ.get(env) if env else None
+        if not text:
+            return default
+        try:
+            value = read(text)
+            valid = check(value)
+        except (KeyError, ValueError, SettingsError):
+            valid = False
+        if not valid:
+            problem = f"environment variable {env} is {text!r}, which can't be read"
+            raise SettingsError(problem, hint=f"it must be {expects}; a flag is 1 or 0, names have commas between")
+        return value
+
+    metadata = {"default": default, "expects": expects, "check": check, "help": help_, "env": env, "key": key}
     return field(default_factory=make, metadata=metadata)
 
 
-def _flag(default: bool, help_: str, *, key: bool = False) -> Any:
-    return _option(default, "a bool", lambda v: isinstance(v, bool), help_, key=key)
+def _flag(default: bool, help_: str, env: str = "", *, key: bool = False) -> Any:
+    return _option(default, "a bool", lambda v: isinstance(v, bool), help_, env, _read_flag, key=key)
 
 
-def _count(default: int, help_: str, *, key: bool = False) -> Any:
-    return _option(default, "an int of at least 1", lambda v: type(v) is int and v >= 1, help_, key=key)
+def _count(default: int, help_: str, env: str = "", *, key: bool = False) -> Any:
+    expects = "an int of at least 1"
+    return _option(default, expects, lambda v: type(v) is int and v >= 1, help_, env, _read_size, key=key)
 
 
-def _names(help_: str, *, key: bool = False) -> Any:
-    return _option(frozenset(), NAMES, lambda v: isinstance(v, frozenset) and all(map(_is_str, v)), help_, key=key)
+def _names(help_: str, env: str, *, key: bool = False) -> Any:
+    def check(value: object) -> bool:
+        return isinstance(value, frozenset) and all(map(_is_str, value))
+
+    return _option(frozenset(), NAMES, check, help_, env, lambda text: frozenset(_read_list(text)), key=key)
+
+
+def _read_flag(text: str) -> bool:
+    return _FLAGS[text.lower()]
+
+
+def _read_list(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(","))
+
+
+def _read_targets(text: str) -> str | tuple[str, ...] | None:
+    named = _read_list(text)
+    return named if len(named) > 1 else None if text.lower() == "none" else text
+
+
+def _read_size(text: str) -> int | float:
+    """Bytes, as a number or with a unit."""
+    return int(text) if text.isdecimal() else read_budget(text)
+
+
+def _read_graphs(text: str) -> str:
+    graphs = _FLAGS.get(text.lower())
+    return text if graphs is None else CUDA_GRAPH_STRATEGIES[not graphs]
 
 
 def _folder(help_: str, env: str) -> Any:
@@ -141,6 +181,19 @@ def _name(entry: object) -> object:
     return str(entry).removeprefix("torch.ops.") if _is_str(entry) or type(entry).__module__ == "torch._ops" else entry
 
 
+_DUMPING: ContextVar[str | None] = ContextVar("torch_rtx_dumping", default=None)
+
+
+@contextmanager
+def dumping(folder: str) -> Iterator[None]:
+    """Let `folder` be the `dump_dir` of all settings that are used inside, in this thread, and name no other."""
+    token = _DUMPING.set(folder)
+    try:
+        yield
+    finally:
+        _DUMPING.reset(token)
+
+
 class _Checked:
     """Checks the fields of the frozen dataclasses below; normalizes collections of names and lists.
 
@@ -153,6 +206,7 @@ class _Checked:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        _warn_of_variables()
         for item in fields(self):  # type: ignore[arg-type]
             value = given = getattr(self, item.name)
             if item.metadata["expects"] == NAMES and isinstance(value, Iterable) and not _is_str(value):
@@ -161,6 +215,8 @@ class _Checked:
             elif isinstance(value, list):
                 value = tuple(value)
                 object.__setattr__(self, item.name, value)
+            elif value is None and item.name == "dump_dir":
+                object.__setattr__(self, item.name, _DUMPING.get())
             if not item.metadata["check"](value):
                 raise SettingsError(f"option {item.name} must be {item.metadata['expects']}, not {given!r}")
 
@@ -173,15 +229,21 @@ class CompilationSettings(_Checked):
         1, "Smallest block of the engine, in nodes; the nodes of smaller blocks fall back to PyTorch.", key=True
     )
     torch_executed_ops: Set[str] = _names(
-        "Operators that always fall back to PyTorch: `aten.softmax` (all overloads), `aten.softmax.int`.", key=True
+        "Operators that always fall back to PyTorch: `aten.softmax` (all overloads), `aten.softmax.int`.",
+        "TORCH_RTX_EXECUTED_OPS",
+        key=True,
     )
     require_full_compilation: bool = _flag(
         False,
         "Raise `PartitionError` if a node would fall back to PyTorch, or a graph break leaves code to it.",
         key=True,
     )
-    fallback_on_error: bool = _flag(False, "Run a graph in PyTorch, with a warning, if a bug makes compiling it fail.")
-    disabled_passes: Set[str] = _names("Passes to skip, by name.", key=True)
+    fallback_on_error: bool = _flag(
+        False,
+        "Run a graph in PyTorch, with a warning, if a bug makes compiling it fail.",
+        "TORCH_RTX_FALLBACK_ON_ERROR",
+    )
+    disabled_passes: Set[str] = _names("Passes to skip, by name.", "TORCH_RTX_DISABLED_PASSES", key=True)
     copy_weights: bool | None = _option(
         None,
         "None or a bool",
@@ -207,6 +269,8 @@ class CompilationSettings(_Checked):
         'None, "portable", "current", "later", or a list such as ["RTX 4090", "sm_120", "ptx"]',
         _is_targets,
         "GPUs to compile kernels for. `later`: the one that runs the engine, when it runs. None: no kernels.",
+        "TORCH_RTX_TARGETS",
+        _read_targets,
         key=True,
     )
     platform: str = _option(
@@ -218,13 +282,15 @@ class CompilationSettings(_Checked):
     )
     dump_dir: str | None = _dump_dir()
     override_dir: str | None = _override_dir()
-    cache_built_engines: bool = _flag(True, "Write built engines to the engine cache.")
-    reuse_cached_engines: bool = _flag(True, "Read engines from the engine cache.")
+    cache_built_engines: bool = _flag(True, "Write built engines to the engine cache.", "TORCH_RTX_ENGINE_CACHE")
+    reuse_cached_engines: bool = _flag(True, "Read engines from the engine cache.", "TORCH_RTX_ENGINE_CACHE")
     engine_cache_dir: str | None = _folder(
         "Folder of both caches; None: `torch_rtx` in the user's cache folder.", "TORCH_RTX_CACHE_DIR"
     )
     engine_cache_size: int = _count(
-        5 << 30, "Limit on the engine cache, in bytes; the least recently used are evicted."
+        5 << 30,
+        "Limit on the engine cache, in bytes; the least recently used are evicted.",
+        "TORCH_RTX_ENGINE_CACHE_SIZE",
     )
     engine_cache: Any = _option(
         None, "None or a store", _is_store, "An object that stores engines, in place of the folder."
@@ -240,6 +306,8 @@ class RuntimeSettings(_Checked):
         " or ".join(map(repr, CUDA_GRAPH_STRATEGIES)),
         lambda v: v in CUDA_GRAPH_STRATEGIES,
         "Replay the whole module as one CUDA graph per combination of input shapes, or never.",
+        "TORCH_RTX_CUDA_GRAPHS",
+        _read_graphs,
     )
     tactics: str = _option(
         BEST,
@@ -247,6 +315,7 @@ class RuntimeSettings(_Checked):
         lambda v: isinstance(v, str) and KINDS.fullmatch(v) is not None,
         "Which tactic runs each kernel node: the fastest, or one of the first of these kinds that the node has; "
         "'calls': all operations are called one by one.",
+        "TORCH_RTX_TACTICS",
     )
     specialization_strategy: str = _option(
         "lazy",
@@ -254,6 +323,7 @@ class RuntimeSettings(_Checked):
         lambda v: v in STRATEGIES,
         "When to compile and measure kernels for this GPU and the sizes that occur: in the background (`lazy`), before "
         "the call returns (`eager`), or never.",
+        "TORCH_RTX_SPECIALIZATION",
     )
     specialized_shapes: int = _count(
         8, "Most combinations of sizes that have kernels of their own; the most frequent ones get them."
@@ -263,6 +333,8 @@ class RuntimeSettings(_Checked):
         "a number of at least 0",
         lambda v: type(v) in (int, float) and 0 <= v < math.inf,
         "Limit on measuring tactics, in seconds per combination of sizes; 0: the expected best is used unmeasured.",
+        "TORCH_RTX_TUNING_SECONDS",
+        float,
     )
     static_outputs: bool = _flag(
         False, "Return results in the memory of the CUDA graph, which the next call overwrites, not in new tensors."
@@ -274,21 +346,27 @@ class RuntimeSettings(_Checked):
         True,
         "Compare values of the parameters that weights are computed from, before each call, to see writes that no "
         "version counter tells of. False: such a write needs `refit_module_weights` or `attach` after it.",
+        "TORCH_RTX_WATCH_WEIGHTS",
     )
     weight_streaming_budget: int | str | None = _option(
         None,
         'None, bytes such as 2_000_000_000 or "2GiB", or a share such as "50%"',
         _is_budget,
         "Limit on device memory for weights; the others stay in host memory and are copied ahead of their use.",
+        "TORCH_RTX_WEIGHT_STREAMING_BUDGET",
+        lambda text: int(text) if text.isdecimal() else text,
     )
     runtime_cache: str | None = _option(
         None,
         'None, "off" or a file',
         lambda v: v is None or (_is_str(v) and v != ""),
         "File of the runtime cache; None: `runtime.sqlite` in the folder of the caches.",
+        "TORCH_RTX_RUNTIME_CACHE",
     )
     runtime_cache_size: int = _count(
-        512 << 20, "Limit on that file, in bytes; the least recently used entries are evicted."
+        512 << 20,
+        "Limit on that file, in bytes; the least recently used entries are evicted.",
+        "TORCH_RTX_RUNTIME_CACHE_SIZE",
     )
     dump_dir: str | None = _dump_dir()
     override_dir: str | None = _override_dir()
@@ -324,15 +402,27 @@ def _check_names(given: Iterable[str], *kinds: type[_Checked]) -> None:
     hints = []
     for name in unknown:
         others = [kind.__name__ for kind in (CompilationSettings, RuntimeSettings) if name in _names_of(kind)]
-        near = difflib.get_close_matches(name, known, n=1)
+        near = difflib.get_close_matches(name, [*known, *itertools.chain(*peers.LIBRARIES.values())], n=1)
         if others:
             hints.append(f"{name} is an option of {others[0]}")
-        elif name in _ELSEWHERE:
-            hints.append(f"what elsewhere is {name} is here {_ELSEWHERE[name]}")
+        elif answer := peers.answer(name):
+            hints.append(answer)
         elif near:
-            hints.append(f"did you mean {near[0]}?")
-    hints.append(f"known options are {', '.join(known)}")
+            hints.append(f"did you mean {near[0]}?" if near[0] in known else str(peers.answer(near[0])))
+    if not all(map(peers.answer, unknown)):
+        hints.append(f"known options are {', '.join(known)}")
     raise SettingsError(f"unknown option {', '.join(unknown)}", hint="\n  ".join(hints))
+
+
+@cache
+def _warn_of_variables() -> None:
+    """Log which environment variables look like misspelt ones of this table: nothing else would say so."""
+    known = {item.metadata["env"] for kind in (CompilationSettings, RuntimeSettings) for item in fields(kind)}
+    suffixes = [name.removeprefix(_PREFIX) for name in known if name]
+    for name in sorted(name for name in os.environ if name.startswith(_PREFIX) and name not in known):
+        near = difflib.get_close_matches(name.removeprefix(_PREFIX), suffixes, n=1, cutoff=0.75)
+        if near:
+            log.warning("environment variable %s has no effect: did you mean %s%s?", name, _PREFIX, near[0])
 
 
 _Kind = TypeVar("_Kind", CompilationSettings, RuntimeSettings)
@@ -347,7 +437,7 @@ def settings_of(kind: type[_Kind], given: _Kind | None, name: str = "settings") 
     if given is None:
         return kind()
     if isinstance(given, kind):
-        return given
+        return given if _DUMPING.get() is None else replace(given)  # takes the folder of `dumping`
     options = ", ".join(f"{key}={value!r}" for key, value in given.items()) if isinstance(given, Mapping) else "..."
     hint = f"write {name}=torch_rtx.{kind.__name__}({options})"
     raise SettingsError(f"{name} must be a {kind.__name__}, not {type(given).__name__}", hint=hint)
@@ -418,11 +508,11 @@ def table() -> str:
     lines = ["| option | default | meaning | variable |", "|---|---|---|---|"]
     shown_once: set[str] = set()
     for kind in (CompilationSettings, RuntimeSettings):
-        defaults = kind()
         for item in (item for item in fields(kind) if item.name not in shown_once):
             shown_once.add(item.name)
-            default = getattr(defaults, item.name)
+            default = item.metadata["default"]
             shown = "none" if default == frozenset() else repr(default)
             meaning = f"{item.metadata['help']} Expects {item.metadata['expects']}."
-            lines.append(f"| `{item.name}` | `{shown}` | {meaning} | {item.metadata['env'] or ''} |")
+            variable = f"`{item.metadata['env']}`" if item.metadata["env"] else ""
+            lines.append(f"| `{item.name}` | `{shown}` | {meaning} | {variable} |")
     return "\n".join(lines) + "\n"

@@ -102,6 +102,64 @@ def test_refit(engine: Path, graphs: bool) -> None:
         assert module.session.pool.captures == 1  # host memory stays where it is
 
 
+@pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "plain"])
+def test_budgets_of_a_live_module(engine: Path, graphs: bool) -> None:
+    """Bit for bit, while earlier calls still run on the device, with kernels that were measured before; memory of
+    before is free at once."""
+    resident, module = load(engine, None, graphs=graphs), load(engine, None, graphs=graphs)
+    given = inputs(6)
+    expected = [resident(x) for x in given]
+    torch.cuda.synchronize()
+    whole = torch.cuda.memory_allocated()
+    with torch_rtx.runtime.weight_streaming(module) as weights:
+        total = weights.total_device_budget
+        for share in (0.5, 0.2, 1.0, 0.3):
+            got = [module(x) for x in given]
+            weights.device_budget = int(share * total)
+            torch.cuda.synchronize()
+            saved = whole - torch.cuda.memory_allocated()
+            assert saved > (1 - share) * total - 120 * MIB  # 100 of results, and memory of CUDA graphs
+            got += [module(x) for x in given]
+            assert all(map(torch.equal, got, expected * 2))
+            module.refit(engine / "1.safetensors")
+            assert not torch.equal(module(given[0]), expected[0])
+            module.refit(engine / "0.safetensors")
+    assert module.session.streamer is None
+    assert all(torch.equal(module(x), y) for x, y in zip(given, expected, strict=True))
+    if graphs:
+        assert module.session.pool is not None
+        assert module.session.pool.disabled is None
+        assert module.session.pool.replays > 0
+
+
+def test_measured_kernels_stay(engine: Path) -> None:
+    """Another budget changes no bit of what kernels compute that were compiled and chosen here."""
+    settings = RuntimeSettings(specialization_strategy="eager", tuning_seconds=5)
+    module = torch_rtx.load(engine / "model.rtx", engine / "0.safetensors", "cuda", settings, trust_binaries=True)
+    (x,) = inputs(1)
+    for _ in range(3):
+        expected = module(x)
+    with torch_rtx.runtime.weight_streaming(module) as weights:
+        for budget in ("30%", None, "60%"):
+            weights.device_budget = budget
+            assert all(torch.equal(module(x), expected) for _ in range(4))
+    assert torch.equal(module(x), expected)
+
+
+def test_graphs_where_the_settings_have_none(engine: Path) -> None:
+    module = load(engine, None, graphs=False)
+    (x,) = inputs(1)
+    expected = [module(x) for _ in range(3)][-1]
+    assert module.session.pool is None
+    with torch_rtx.runtime.enable_cudagraphs(module) as captured:
+        assert all(torch.equal(captured(x), expected) for _ in range(4))
+        assert module.session.pool is not None
+        replays = module.session.pool.replays
+        assert replays >= 2
+    module(x)
+    assert module.session.pool.replays == replays
+
+
 def test_streams_and_threads(engine: Path) -> None:
     """Threads with streams of their own share one session, its staging and its graphs."""
     resident, module = load(engine, None), load(engine, "30%")

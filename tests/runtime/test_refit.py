@@ -299,6 +299,21 @@ def test_refit_of_a_compiled_model_with_tied_weights(tmp_path):
     same(compiled(IDS), other(IDS), atol=1e-5, rtol=1e-4)
 
 
+def test_exported_programs(tmp_path):
+    """As Torch-TensorRT's function of this name takes weights, and with the module as its result."""
+    model, other = Net().eval(), Net().eval()
+    engine = through_file(torch_rtx.compile(model, (IMAGE,)), tmp_path)
+    program = torch.export.export(other, (IMAGE,))
+    assert torch_rtx.refit_module_weights(engine, program) is engine
+    same(engine(IMAGE), other(IMAGE), atol=1e-5, rtol=1e-4)
+    same(torch_rtx.load(tmp_path / "model.rtx", weights=program)(IMAGE), other(IMAGE), atol=1e-5, rtol=1e-4)
+    compiled = torch.compile(model, backend="rtx")
+    assert torch_rtx.refit_module_weights(compiled, program) is compiled
+    assert torch.equal(model.q.weight, other.q.weight)
+    with pytest.raises(RefitError, match="missing: bn.bias"):
+        engine.refit(torch.export.export(nn.Linear(2, 2), (torch.ones(1, 2),)))
+
+
 def test_modules_that_are_not_compiled():
     for module in (Net(), nn.Identity()):
         with pytest.raises(RtxError, match="is not compiled"):

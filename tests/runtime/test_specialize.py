@@ -25,7 +25,7 @@ from torch_rtx.backend import capture, compiler, program_cache
 from torch_rtx.errors import KernelError, SettingsError
 from torch_rtx.ir import kernel_nodes
 from torch_rtx.irparse import parse
-from torch_rtx.runtime import admission, candidate_check, specialize
+from torch_rtx.runtime import admission, candidate_check, specialize, streaming
 from torch_rtx.runtime import driver as driver_api
 from torch_rtx.runtime import tuner as tuners
 from torch_rtx.runtime.admission import PATIENCE
@@ -753,6 +753,48 @@ def test_settings_of_a_call(background: Background) -> None:
     builds = len(device.builds)
     right(made, model)
     assert len(device.builds) == builds
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_weights_that_move_keep_their_kernels(
+    background: Background, dynamic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another budget for weights means other code, with the tactics that were chosen before; nothing is tuned again."""
+    monkeypatch.setattr(streaming, "TINY", 64)
+    device = Device()
+    made, model = session(device, background, dynamic=dynamic)
+    for _ in range(3):
+        right(made, model)
+        assert made.specializer.wait(60)
+    before, builds = made.current([X]), len(device.builds)
+    assert before.tier == SPECIALIZED
+    (expected,) = made([X])
+    for budget in ("50%", None):
+        made.stream_weights(budget)
+        assert (made.streamer is None) == (budget is None)
+        for _ in range(2):
+            assert torch.equal(made([X])[0], expected)
+        after = made.current([X])
+        assert after.code is not before.code
+        assert after.code.tactics == before.code.tactics
+        assert (after.tier, after.sizes, after.regions) == (before.tier, before.sizes, before.regions)
+        assert made.specializer.wait(0)
+        assert len(device.builds) == builds
+
+
+def test_weights_that_move_while_kernels_are_built(background: Background, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "TINY", 64)
+    device, entered, leave = held_back()
+    made, model = session(device, background)
+    right(made, model)
+    assert entered.wait(60)
+    made.stream_weights("50%")
+    right(made, model)
+    leave.set()
+    assert made.specializer.wait(60)
+    right(made, model)
+    assert made.current([X]).tier == SPECIALIZED
+    assert made.streamer is not None
 
 
 @pytest.mark.parametrize(

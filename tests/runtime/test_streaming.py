@@ -489,10 +489,13 @@ def test_read_budget() -> None:
     ]
 
 
-def test_not_under_torch_compile() -> None:
+def test_not_under_torch_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = compile_rtx(nn.Linear(4, 4), options={"weight_streaming_budget": "50%"})
     with pytest.raises(Exception, match="weight_streaming_budget: torch.compile runs on the model's own parameters"):
         compiled(torch.ones(1, 4))
+    monkeypatch.setenv("TORCH_RTX_WEIGHT_STREAMING_BUDGET", "50%")  # is for the engines of the process
+    model = nn.Linear(4, 4)
+    assert torch.equal(compile_rtx(model)(torch.ones(1, 4)), model(torch.ones(1, 4)))
 
 
 def test_summary() -> None:

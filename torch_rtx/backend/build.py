@@ -6,8 +6,8 @@ import inspect
 import logging
 import math
 import os
-from collections.abc import Container, Mapping
-from dataclasses import replace
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,17 +20,17 @@ from torch_rtx import platforms
 from torch_rtx.backend.capture import state_of
 from torch_rtx.backend.capture_errors import check_mode, checked_model, explained
 from torch_rtx.backend.compiler import Program, device_of
-from torch_rtx.backend.inputs import declare, forward_names, user_inputs
+from torch_rtx.backend.inputs import DeclaredInputs, declare, forward_names, user_inputs
 from torch_rtx.backend.onnx_models import imported, onnx_facts
 from torch_rtx.backend.program_cache import get_or_build
 from torch_rtx.engine import Engine, Json, Manifest
-from torch_rtx.errors import CaptureError, RtxError
+from torch_rtx.errors import CaptureError, InputError, RtxError, SettingsError
 from torch_rtx.lowering.from_fx import Role
 from torch_rtx.profiles import Profile
 from torch_rtx.runtime.module import CompiledModule
 from torch_rtx.runtime.signature import PLAIN, Fixed, Plain, Signature
 from torch_rtx.runtime.subclasses import is_special, plain_tensors
-from torch_rtx.settings import CompilationSettings, RuntimeSettings, settings_of
+from torch_rtx.settings import CompilationSettings, RuntimeSettings, from_options, settings_of
 from torch_rtx.targets import LATER
 from torch_rtx.version import __version__
 
@@ -39,11 +39,14 @@ log = logging.getLogger(__name__)
 
 def compile(
     model: nn.Module | ExportedProgram | str | os.PathLike[str] | Any,
-    args: tuple[Any, ...] | None = None,
+    args: Sequence[Any] | None = None,
     kwargs: Mapping[str, Any] | None = None,
     dynamic_shapes: Any = None,
     settings: CompilationSettings | None = None,
     runtime: RuntimeSettings | None = None,
+    *,
+    inputs: Sequence[Any] | None = None,
+    **options: Any,
 ) -> CompiledModule:
     """Build an engine ahead of time, for inference.
 
@@ -57,21 +60,77 @@ def compile(
             ExportedProgram. An ONNX model declares its inputs: without `args`, `dynamic_shapes` has a number, or the
             smallest, typical and largest one, for each size that it leaves open, by name; or a list, one per profile.
         runtime: settings of the returned module.
+        inputs: another name of `args`.
+        options: fields of both settings by name, in place of `settings` and `runtime`.
 
     Raises:
-        SettingsError: `settings` or `runtime` are of another type, or contradict the model.
+        SettingsError: an option is unknown, `settings` or `runtime` are of another type, or contradict the model.
         CaptureError: the model can't be captured as one graph, or computes what it computes in training alone, such as
             dropout.
         PartitionError: `require_full_compilation` is set and a node falls back.
         LoweringError: a bug of torch_rtx.
-        InputError: an `Input` contradicts another, `dynamic_shapes` or the settings.
+        InputError: an `Input` contradicts another, `dynamic_shapes` or the settings; or `inputs` repeats `args`.
         OnnxError: the ONNX model is damaged, or has what is not supported.
     """
-    settings = settings_of(CompilationSettings, settings)
-    defaults = RuntimeSettings(dump_dir=settings.dump_dir, override_dir=settings.override_dir)
-    runtime = defaults if runtime is None else settings_of(RuntimeSettings, runtime, "runtime")
+    settings, runtime = chosen_settings(settings, runtime, options)
     if settings.fallback_on_error:
         log.warning("fallback_on_error has no effect ahead of time: a failed build raises an error")
+    captured = capture_model(model, positional(args, inputs), kwargs, dynamic_shapes, settings)
+    return _built(captured, settings, runtime)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A model that was captured ahead of time.
+
+    Attributes:
+        tensors: by all names that they have in the model.
+        roles: of the inputs of the program's graph.
+        writes: which of its outputs are written back, see `from_fx`.
+        sizes: the ranges and the typical values of its symbols, see `Symbols`.
+    """
+
+    model: nn.Module | ExportedProgram
+    declared: DeclaredInputs
+    program: ExportedProgram
+    tensors: Mapping[str, torch.Tensor]
+    roles: Sequence[Role]
+    writes: Mapping[int, str]
+    sizes: tuple[Mapping[Any, Any], Mapping[Any, int]]
+
+
+def positional(args: Sequence[Any] | None, inputs: Sequence[Any] | None) -> tuple[Any, ...] | Any:
+    """The positional arguments, which have two names; what is no list of them is returned as it is."""
+    if args is not None and inputs is not None:
+        raise InputError("args and inputs are both given, and mean the same", hint="give one of the two")
+    given = args if inputs is None else inputs
+    return tuple(given) if isinstance(given, list) else given
+
+
+def chosen_settings(
+    settings: CompilationSettings | None, runtime: RuntimeSettings | None, options: Mapping[str, Any]
+) -> tuple[CompilationSettings, RuntimeSettings]:
+    """The settings that arguments mean: those given, or `options`, fields of both by name.
+
+    Raises:
+        SettingsError: see `compile`.
+    """
+    if options:
+        compilation, defaults = from_options(options)
+        if settings is not None or runtime is not None:
+            names = ", ".join(options)
+            hint = f"write {names} in CompilationSettings or RuntimeSettings, or all options as arguments"
+            raise SettingsError(f"{names} and settings are both given", hint=hint)
+    else:
+        compilation = settings_of(CompilationSettings, settings)
+        defaults = RuntimeSettings(dump_dir=compilation.dump_dir, override_dir=compilation.override_dir)
+    return compilation, defaults if runtime is None else settings_of(RuntimeSettings, runtime, "runtime")
+
+
+def capture_model(
+    model: Any, args: Any, kwargs: Mapping[str, Any] | None, dynamic_shapes: Any, settings: CompilationSettings
+) -> Captured:
+    """Capture a model as one graph; the arguments and errors are those of `compile`."""
     model, args, dynamic_shapes = imported(model, args, dynamic_shapes)
     model = checked_model(model, args, kwargs)
     declared = declare(model, args, kwargs, dynamic_shapes, settings.device)
@@ -80,10 +139,14 @@ def compile(
     check_mode(model, program.graph)
     tensors = _tensors(program, model)
     names = {user_inputs(program)[number].arg.name: name for number, name in declared.names.items()}
-    roles = _roles(program, tensors, names)
     sizes = program.range_constraints, declared.typical(program)
+    return Captured(model, declared, program, tensors, _roles(program, tensors, names), _writes(program), sizes)
+
+
+def _built(captured: Captured, settings: CompilationSettings, runtime: RuntimeSettings) -> CompiledModule:
+    model, declared, program, tensors = captured.model, captured.declared, captured.program, captured.tensors
     built = _with_kernels(settings, device_of(program.graph_module))
-    lowered = get_or_build(program.graph_module, roles, built, _writes(program), *sizes)
+    lowered = get_or_build(program.graph_module, captured.roles, built, captured.writes, *captured.sizes)
     signature = _signature(program, forward_names(model), _defaults(model))
     profiles = declared.profiles(lowered.graph, signature.leaves)
     signature.sizes = declared.names_of_sizes(lowered.graph, signature.leaves)

@@ -8,7 +8,7 @@ meant.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,32 +16,35 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from torch_rtx import platforms
-from torch_rtx.backend.build import compile
+from torch_rtx.backend.build import chosen_settings, compile
 from torch_rtx.errors import SettingsError
 from torch_rtx.runtime.module import CompiledModule, load, save
-from torch_rtx.settings import CompilationSettings, RuntimeSettings, settings_of
+from torch_rtx.settings import CompilationSettings, RuntimeSettings
 
 
 def cross_compile_for_windows(
     model: nn.Module | ExportedProgram | str | os.PathLike[str] | Any,
-    args: tuple[Any, ...] | None = None,
+    args: Sequence[Any] | None = None,
     kwargs: Mapping[str, Any] | None = None,
     dynamic_shapes: Any = None,
     settings: CompilationSettings | None = None,
+    *,
+    inputs: Sequence[Any] | None = None,
+    **options: Any,
 ) -> CompiledModule:
-    """Build an engine for Windows, as `torch_rtx.compile` with `platform="windows"`; for `cuda`, which needs no GPU
-    here, and for the GPUs in `settings.targets`, by default those of "portable". Files of the module load on Windows
-    alone.
+    """Build an engine for Windows, as `torch_rtx.compile` does from the same arguments with `platform="windows"`. It is
+    for `cuda`, which needs no GPU here, and for the GPUs in `targets`, by default those of "portable". Files of the
+    module load on Windows alone.
 
     Raises:
         SettingsError: `settings` name another platform.
         RtxError: see `torch_rtx.compile`.
     """
-    settings = settings_of(CompilationSettings, settings)
+    settings, runtime = chosen_settings(settings, None, options)
     if settings.platform not in (platforms.ANY, platforms.WINDOWS):
         raise SettingsError(f"the platform of the settings is {settings.platform}, not windows")
     settings = replace(settings, platform=platforms.WINDOWS, device=settings.device or "cuda")
-    return compile(model, args, kwargs, dynamic_shapes, settings)
+    return compile(model, args, kwargs, dynamic_shapes, settings, runtime, inputs=inputs)
 
 
 def save_cross_compiled_exported_program(module: CompiledModule, file_path: str | os.PathLike[str]) -> None:

@@ -101,9 +101,10 @@ def _settings(options: Mapping[str, object] | None, mode: str | None) -> tuple[C
     """
     compilation, runtime = from_options(options, mode)
     check_settings(compilation)
-    if runtime.weight_streaming_budget is not None:
+    if (options or {}).get("weight_streaming_budget") is not None:
         hint = "torch_rtx.compile builds an engine, which torch_rtx.load streams from the file of its weights"
         raise SettingsError("weight_streaming_budget: torch.compile runs on the model's own parameters", hint=hint)
+    runtime = replace(runtime, weight_streaming_budget=None)  # an environment variable may set it, for engines
     if compilation.platform != platforms.ANY:
         hint = "torch_rtx.compile and cross_compile_for_windows build engines for another platform"
         raise SettingsError(f"platform={compilation.platform!r}: torch.compile runs on this one", hint=hint)

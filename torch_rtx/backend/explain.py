@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
 from typing import Any
@@ -130,18 +130,30 @@ def explain(
     return Explanation(tuple(reports), tuple(dict.fromkeys(str(one) for one in found if one is not None)))
 
 
-def report(gm: fx.GraphModule, settings: CompilationSettings, break_reason: str | None = None) -> GraphReport:
-    """The partition of one functional ATen graph as a `GraphReport`."""
+def report(
+    gm: fx.GraphModule,
+    settings: CompilationSettings,
+    break_reason: str | None = None,
+    roles: Sequence[Role] | None = None,
+    symbols: Symbols | None = None,
+    writes: Mapping[int, str] | None = None,
+) -> GraphReport:
+    """The partition of one functional ATen graph as a `GraphReport`.
+
+    Args:
+        roles, symbols, writes: see `from_fx`; None: those of a graph of torch.compile.
+    """
     drop_tokens(gm)
-    symbols = Symbols(device_of(gm))
+    symbols = symbols or Symbols(device_of(gm))
     parts = partition(gm, reasons(gm, symbols), settings)
     locations = Locations()
     fallbacks = tuple(Fallback(str(node.target), why, locations.of(node)) for node, why in parts.fallbacks.items())
-    static = static_inputs(gm)
-    names = (node.name for node in gm.graph.nodes if node.op == "placeholder")
-    roles = [Role("parameter" if index in static else "input", name) for index, name in enumerate(names)]
+    if roles is None:
+        static = static_inputs(gm)
+        names = (node.name for node in gm.graph.nodes if node.op == "placeholder")
+        roles = [Role("parameter" if index in static else "input", name) for index, name in enumerate(names)]
     with unset_fake_temporarily():  # passes compute constants
-        graph = from_fx(gm, roles, parts.fallbacks, symbols).graph
+        graph = from_fx(gm, roles, parts.fallbacks, symbols, writes).graph
         floats = tuple(Fallback(node.op, why, node.loc) for node, why in quantized_floats(graph))
     return GraphReport(tuple(map(len, parts.blocks)), fallbacks, break_reason, floats)
 

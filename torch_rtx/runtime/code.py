@@ -151,7 +151,7 @@ def compile_graph(
     file = f"<torch_rtx {name} {id(writer.names):x}>"  # unique while the function lives
     linecache.cache[file] = (len(source), None, source.splitlines(True), file)  # tracebacks show the generated line
     exec(compile(source, file, "exec"), writer.names)
-    run: Runner = writer.names["run"]
+    run: Runner = writer.names.pop("run")  # no cycle: what the code holds is freed with it, such as streamed weights
     weakref.finalize(run, linecache.cache.pop, file, None)
     return Code(run, source, writer.plan, graph, tactics)
 

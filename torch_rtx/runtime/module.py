@@ -10,7 +10,7 @@ from copy import deepcopy
 from dataclasses import replace
 from io import BytesIO
 from tempfile import TemporaryDirectory
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import is_grad_enabled, nn
@@ -325,6 +325,7 @@ class CompiledModule(nn.Module):
 
 
 Call = Callable[[tuple[Any, ...], Mapping[str, Any]], Any]  # takes args and kwargs
+_Module = TypeVar("_Module", bound=nn.Module)
 # Attributes of a module that a copy gets in another way.
 _OWN = frozenset(("engine", "device", "session", "_signature", "_store", "_with_weights", "_run", "_kernels", "_check"))
 _ENGINE = "_engine"  # the engine in what is pickled
@@ -515,8 +516,9 @@ def resolve_device(device: torch.device | str | None, built_for: str) -> torch.d
     return resolved
 
 
-def refit_module_weights(module: nn.Module, weights: WeightSource) -> None:
+def refit_module_weights(module: _Module, weights: WeightSource) -> _Module:
     """Give a compiled module other weights, without compiling: a `CompiledModule`, or what `torch.compile` returned.
+    Returns `module` itself.
 
     Under torch.compile the values are copied into the model's own parameters, and the next call sees them. To make it
     see parameters that were changed through `.data`, pass the model itself.
@@ -527,7 +529,7 @@ def refit_module_weights(module: nn.Module, weights: WeightSource) -> None:
     """
     if isinstance(module, CompiledModule):
         module.refit(weights)
-        return
+        return module
     compiled_in_place = getattr(module, "_compiled_call_impl", None) is not None  # by module.compile(...)
     model = module if compiled_in_place else getattr(module, "_orig_mod", None)
     if not isinstance(model, nn.Module):
@@ -543,6 +545,7 @@ def refit_module_weights(module: nn.Module, weights: WeightSource) -> None:
     with torch.no_grad():
         for parameter, tensor in zip(parameters, found, strict=True):
             state[parameter.name].copy_(tensor)
+    return module
 
 
 def _manifest(model: nn.Module) -> Manifest | None:

@@ -27,8 +27,9 @@ from torch_rtx.runtime.code import Code, compile_graph, undisturbed
 from torch_rtx.runtime.cudagraph import GraphPool, why_not
 from torch_rtx.runtime.launch import LoadedTactic
 from torch_rtx.runtime.plan import Memory, Room
-from torch_rtx.runtime.specialize import Specializer
+from torch_rtx.runtime.specialize import Compile, Specializer
 from torch_rtx.runtime.stats import Stats, stats_of
+from torch_rtx.runtime.streaming import Streamer, stream
 from torch_rtx.runtime.tuner import TuningContext
 from torch_rtx.runtime.variant import Variant
 from torch_rtx.runtime.weights import WeightStore
@@ -60,7 +61,10 @@ def runtime_settings(**changes: Any) -> Iterator[None]:
     """
     unknown = [name for name in changes if name not in PER_CALL]
     if unknown:
-        raise SettingsError(f"{', '.join(unknown)} can't be changed per call", hint=f"{' and '.join(PER_CALL)} can")
+        hint = f"{' and '.join(PER_CALL)} can"
+        if "weight_streaming_budget" in unknown:
+            hint += "; torch_rtx.runtime.weight_streaming(module) changes the budget"
+        raise SettingsError(f"{', '.join(unknown)} can't be changed per call", hint=hint)
     RuntimeSettings(**changes)  # checks the values
     before = _CHANGES.get()
     change = cache(lambda settings: replace(settings if before is None else before(settings), **changes))
@@ -113,14 +117,10 @@ class Session:
         self._callables, self._trusted_ops = callables, trusted_ops
         self.settings, self._shares_memory = settings, shares_memory
         self._pinned, self._saved = pinned, saved
-        self.streamer = streamer = store.streamer
-
-        def compiled(graph: Graph, tactics: Mapping[str, LoadedTactic]) -> Code:
-            given = callables, trusted_ops, "graph", tactics, None, streamer
-            return compile_graph(graph, store.device, *given, distinct=guarded)
-
-        self.specializer = Specializer(graph, compiled, tactics or {}, store.device, settings, context)
+        self.streamer = store.streamer
         self._guarded, self._count = guarded, len(graph.inputs)
+        compiled = self._compiler(self.streamer)
+        self.specializer = Specializer(graph, compiled, tactics or {}, store.device, settings, context)
         self._repeatable = not graph.written and not may_draw(graph)  # a second run changes nothing but the results
         self._check_sizes = check_sizes if graph.syms else None
         self._open = [i for i, value in enumerate(graph.inputs) if _is_open(value.type)]
@@ -128,12 +128,46 @@ class Session:
         # Of the last call: compares other inputs with its own, and its key.
         self._last: tuple[Callable[..., bool], object] = _never, None
         self.pool: GraphPool | None = None
-        if store.device.type == "cuda" and settings.cuda_graph_strategy != "disabled":
-            reason = why_not(graph) or (streamer and streamer.pageable)
-            if reason is None:
-                self.pool = self._new_pool()
-            else:
-                log.info("no CUDA graphs for this module: %s", reason)
+        self._allow_graphs()
+
+    def _compiler(self, streamer: Streamer | None) -> Compile:
+        """Generates code whose weights `streamer` brings; it keeps no reference to the session."""
+        device, callables, trusted_ops, distinct = self.device, self._callables, self._trusted_ops, self._guarded
+
+        def compiled(graph: Graph, tactics: Mapping[str, LoadedTactic]) -> Code:
+            given = callables, trusted_ops, "graph", tactics, None, streamer
+            return compile_graph(graph, device, *given, distinct=distinct)
+
+        return compiled
+
+    def _allow_graphs(self) -> None:
+        """Start with no CUDA graph, and decide whether there may be any; `no_graphs` is the reason why not."""
+        self.pool, self.no_graphs = None, "it runs on the CPU" if self.device.type != "cuda" else why_not(self.graph)
+        if self.no_graphs is None and self.streamer is not None:
+            self.no_graphs = self.streamer.pageable
+        if self.settings.cuda_graph_strategy == "disabled":
+            return  # until `runtime_settings` wants them
+        if self.no_graphs is None:
+            self.pool = self._new_pool()
+        elif self.device.type == "cuda":
+            log.info("no CUDA graphs for this module: %s", self.no_graphs)
+
+    def stream_weights(self, budget: int | str | None) -> None:
+        """Change `weight_streaming_budget`. Calls compute the same with the same kernels, bit for bit; those that run
+        end first. The weights of before are freed afterwards, so that those that move need room twice.
+
+        Raises:
+            SettingsError: the budget is invalid or too small; nothing was changed.
+        """
+        settings = replace(self.settings, weight_streaming_budget=budget)
+        streamer = stream(self.graph, self.device, budget, self._trusted_ops)
+        if streamer is None and self.streamer is None:
+            self.settings = settings
+            return
+        specializer = self.specializer.recompiled(self._compiler(streamer))
+        with self.store.moving(streamer):
+            self.settings, self.streamer, self.specializer = settings, streamer, specializer
+            self._allow_graphs()
 
     @property
     def source(self) -> str:
@@ -216,23 +250,29 @@ class Session:
         changes = _CHANGES.get()
         if changes is not None:
             settings = changes(settings)
-        variant = self.specializer.variant(key, inputs, settings.specialization_strategy)
+        specializer = self.specializer
+        variant = specializer.variant(key, inputs, settings.specialization_strategy)
         # The host waits for a comparison of weights on the device while the call runs, unless it may run only once.
         pending = self.store.refresh(wait=not self._repeatable)
-        results = self._launch(key, variant, inputs, settings)
+        results = self._launch(key, specializer, variant, inputs, settings)
         if pending is not None and self.store.settle(pending):
-            results = self._launch(key, variant, inputs, settings)
+            results = self._launch(key, specializer, variant, inputs, settings)
         return results
 
-    def _launch(self, key: object, variant: Variant, inputs: Sequence[Any], settings: RuntimeSettings) -> list[Any]:
+    def _launch(
+        self, key: object, of: Specializer, variant: Variant, inputs: Sequence[Any], settings: RuntimeSettings
+    ) -> list[Any]:
         """Run the call with the weights as they are."""
-        pool = self.pool
-        final = variant.ready or settings.specialization_strategy == "none"  # no better code is being compiled
         with self.store.gate:
-            if pool is None or not final or settings.cuda_graph_strategy == "disabled":
+            if of is not self.specializer:  # the weights have moved since: `variant` expects them where they were
+                variant = self.specializer.current(key)
+            final = variant.ready or settings.specialization_strategy == "none"  # no better code is being compiled
+            if not final or settings.cuda_graph_strategy == "disabled" or self.no_graphs is not None:
                 return self.run(variant.code, inputs, self.store.values)
+            if self.pool is None:
+                self.pool = self._new_pool()
             with self._turn():
-                return pool(key, variant.code, inputs, self.store)
+                return self.pool(key, variant.code, inputs, self.store)
 
     def _types(self, inputs: Sequence[Any]) -> tuple[object, ...]:
         """Everything about the inputs that a call depends on, except contents, addresses and strides."""

@@ -11,6 +11,8 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -74,6 +76,21 @@ class Specializer:
         self._by_key: dict[object, Variant] = {}
         self._lock = threading.RLock()
         self._calls = 0
+
+    def recompiled(self, compiled: Compile) -> Specializer:
+        """A specializer with the code of this one, generated again from the same tactics. What is being tuned starts
+        over with it, from what the cache has."""
+        other = copy(self)
+        other.tuned = replace(self.tuned, compiled=compiled)
+        with self._lock:
+            tuned = self.base.done.is_set()
+            other.base = _again(self.base, compiled, self.base.done if tuned else threading.Event())
+            found = {dims: variant for dims, variant in self.variants.items() if variant.done.is_set()}
+            other.is_met = self.is_met and tuned
+        other.variants = {dims: _again(variant, compiled, variant.done) for dims, variant in found.items()}
+        other._policy = AdmissionPolicy(other.variants, self.tuned.settings.specialized_shapes, doubling=True)
+        other._by_key, other._lock = {}, threading.RLock()
+        return other
 
     def current(self, key: object) -> Variant:
         """The variant that runs calls with this key now."""
@@ -166,6 +183,11 @@ class Specializer:
         with self._lock:
             started = [self.base, *self.variants.values()] if self.is_met else []
         return all(v.done.wait(None if end is None else max(0.0, end - time.monotonic())) for v in started)
+
+
+def _again(variant: Variant, compiled: Compile, done: threading.Event) -> Variant:
+    """`variant` with code that is generated again."""
+    return replace(variant, code=compiled(variant.code.graph, variant.code.tactics), done=done)
 
 
 def _step(

@@ -1,12 +1,13 @@
-"""What weights come from: a module, a state dict, safetensors files, or an ONNX model."""
+"""What weights come from: a module, a state dict, an ExportedProgram, safetensors files, or an ONNX model."""
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, TypeGuard, Union
 
 import torch
 from torch import nn
@@ -22,9 +23,18 @@ from torch_rtx.runtime.weight_files import read_weights
 if TYPE_CHECKING:
     import onnx
     import onnx_ir
+    from torch.export import ExportedProgram
 
 Path = str | os.PathLike[str]
-WeightSource = Union[nn.Module, Mapping[str, torch.Tensor], Path, Sequence[Path], "onnx.ModelProto", "onnx_ir.Model"]
+WeightSource = Union[
+    nn.Module,
+    Mapping[str, torch.Tensor],
+    "ExportedProgram",
+    Path,
+    Sequence[Path],
+    "onnx.ModelProto",
+    "onnx_ir.Model",
+]
 
 
 def tensors_of(
@@ -48,12 +58,21 @@ def tensors_of(
         return _tensors_of_module(weights, parameters)
     if isinstance(weights, Mapping):
         return plain_tensors(weights)
+    if _is_exported(weights):
+        wanted = {name for p in parameters for name in (p.name, *p.aliases)}
+        others = {name: tensor for name, tensor in weights.constants.items() if name in wanted}
+        return plain_tensors({**weights.state_dict, **others})
     if isinstance(weights, bytes) or not isinstance(weights, str | os.PathLike | Sequence):
         hint = "pass a module, a state dict, an ONNX model, or the path of a safetensors or ONNX file"
         raise RtxError(f"weights can't be a {type(weights).__name__}", hint=hint)
     if not isinstance(weights, str | os.PathLike) and any(map(is_onnx, weights)):
         raise RtxError("an ONNX model is no part of a list of weights", hint="pass the model by itself")
     return read_weights(weights)
+
+
+def _is_exported(weights: object) -> TypeGuard[ExportedProgram]:
+    """Imports nothing: where torch.export is not loaded, nobody has such an object."""
+    return isinstance(weights, getattr(sys.modules.get("torch.export"), "ExportedProgram", ()))
 
 
 def is_onnx(weights: object) -> bool:

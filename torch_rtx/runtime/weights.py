@@ -76,9 +76,9 @@ class WeightStore:
         self.parameters = tuple(p for p in graph.parameters if not p.constant)
         self.weights, self._written = graph.weights, graph.written
         self._types = {p.name: p.type for p in graph.parameters}
-        self._constants = {p.name: constants[p.name] for p in graph.parameters if p.constant}
+        self._data = self._constants = {p.name: constants[p.name] for p in graph.parameters if p.constant}
         if streamer is None:
-            self._constants = {name: self._place(name, tensor) for name, tensor in self._constants.items()}
+            self._constants = {name: self._place(name, tensor) for name, tensor in self._data.items()}
         self._unused = unused_names
         self._recipes = [
             None if w.recipe is None else compile_graph(w.recipe, device, name="recipe") for w in graph.weights
@@ -111,6 +111,7 @@ class WeightStore:
     def _forget(self) -> None:
         self._addresses: list[int] | None = None
         self._sources: dict[str, torch.Tensor] = {}
+        self._shared = False
         self.watch: Watch | None = None
         self._stale: set[str] = set()  # sources whose recipes have to run again
         self._audited, self._due = 0, math.inf
@@ -151,17 +152,63 @@ class WeightStore:
         with self._lock:
             made = {index: self._make(index, sources) for index, variable in enumerate(self._variable) if variable}
             self._forget()  # after all recipes: a failure changes nothing
-            self._sources = sources
+            self._sources, self._shared = sources, shared
             with self._writing():
                 for index, fresh in made.items():
                     own = index in self._hosts or fresh.untyped_storage().data_ptr() not in storages
                     self._store(index, fresh, own)
-            names = [w.names for w, owned in zip(self.weights, self._owned, strict=True) if owned]
-            watched = {n: sources[n] for n in dict.fromkeys(sum(names, ())) if n in sources}
-            if watched:
-                sampled = shared and self._sampled and not self._captured()
-                self.watch = Watch(watched, sampled, self.device.type == "cuda")
-                self._due = perf_counter() + AUDIT_GAP if self.watch.partial else math.inf
+            self._follow()
+
+    def _follow(self) -> None:
+        """Watch the tensors that owned weights are computed from."""
+        names = [w.names for w, owned in zip(self.weights, self._owned, strict=True) if owned]
+        watched = {n: self._sources[n] for n in dict.fromkeys(sum(names, ())) if n in self._sources}
+        self.watch, self._due = None, math.inf
+        if watched:
+            sampled = self._shared and self._sampled and not self._captured()
+            self.watch = Watch(watched, sampled, self.device.type == "cuda")
+            self._due = perf_counter() + AUDIT_GAP if self.watch.partial else math.inf
+
+    @contextmanager
+    def moving(self, streamer: Streamer | None) -> Iterator[None]:
+        """Let `streamer` stream the weights from now on, None: nobody. Held while the caller changes what generates
+        code for them, after the calls that run, and before any other."""
+        self.refresh(wait=True)
+        with self._lock, self._writing():
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)  # calls on other streams use memory that is freed here
+            other = copy(self)
+            other._constants, other.streamer = self._data, streamer
+            other._hosts = {} if streamer is None else streamer.hosts
+            moved = [other._moved(index, value, index in self._hosts) for index, value in enumerate(self.values)]
+            self._constants, self.streamer, self._hosts = other._constants, other.streamer, other._hosts
+            for index, place in enumerate(moved):
+                if place is not None:
+                    self.values[index], self._owned[index] = place
+            self.generation += 1
+            self._follow()
+            yield
+
+    def _moved(self, index: int, value: torch.Tensor, streamed: bool) -> tuple[torch.Tensor, bool] | None:
+        """Where a weight is from now on, and whether the store owns it; None: where it is.
+
+        Args:
+            streamed: `value` was streamed before.
+        """
+        if index in self._hosts:
+            if value.numel():  # else there are no weights yet
+                overwrite(self._hosts[index], value)
+            return self._hosts[index], True
+        if not streamed:
+            return None
+        if self._variable[index] and not self._sources:
+            return self._copy(index, value), True
+        fresh = self._make(index, self._sources)
+        storages = {source.untyped_storage().data_ptr() for source in self._sources.values()}
+        owned = self._variable[index] and fresh.untyped_storage().data_ptr() not in storages
+        if owned:
+            overwrite(fresh, value)  # bit for bit, whatever its recipe would compute now
+        return fresh, owned
 
     def refresh(self, wait: bool = False) -> Check | None:
         """Recompute the owned weights whose parameters changed, before a call.
