@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -37,6 +38,6 @@ def profile(
         inputs = calls.drawn((value.type for value in module.engine.graph.inputs), sizes, module.device, seed)
         found = profiling.profile(module.session, inputs, repeats=repeats)
         echo(found if modules is None else found.by_module(modules))
-        for target, write in ((trace, found.trace), (html, found.html)):
+        for target, write in ((trace, found.trace), (html, partial(found.html, model=path.name))):
             if target is not None:
                 write(target)
