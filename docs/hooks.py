@@ -1,6 +1,6 @@
 """What MkDocs does beside its configuration: pages that are made of other files of the repository.
 
-CONTRIBUTING.md and CHANGELOG.md become pages, and links to them lead there. The page of docstrings is made of the
+Files such as CONTRIBUTING.md become pages, and links to them lead there. The page of docstrings is made of the
 public names, so that none is forgotten.
 """
 

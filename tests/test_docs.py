@@ -131,19 +131,17 @@ def test_support_matrix(made: Callable[[], str]) -> None:
 
 
 def test_extras() -> None:
-    """install.md names every extra, and with those that users need their packages."""
+    """install.md explains every extra, and lists the packages of those that users need."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    page = (DOCS / "install.md").read_text()
-    rows = {name: packages for name, packages, _ in rows_of(page[page.index("| extra |") :].partition("\n\n")[0])}
-    assert {name for names in rows for name in names.split(", ")} == set(extras), (
-        "docs/install.md: a row for each extra"
-    )
+    rows = {name: packages for name, packages, _ in rows_of(table_in("install.md", "| extra |"))}
+    named = {name for names in rows for name in names.split(", ")}
+    assert set(extras) <= named, "docs/install.md: a row for each extra"
     for name, packages in extras.items():
         needed = [re.split(r"[<>=]", package)[0] for package in packages]
-        assert name not in rows or all(package in rows[name] for package in needed), name
-    for page in PAGES:
-        shown = re.findall(r"\.\[([\w,]+)\]'", page.read_text())
-        assert {name for names in shown for name in names.split(",")} <= set(extras), page
+        assert name not in rows or all(package in rows[name] for package in needed), f"docs/install.md: {name}"
+    shown = "\n".join(page.read_text() for page in (ROOT / "README.md", *PAGES))
+    used = {name for names in re.findall(r"\.\[([\w,]+)\]'", shown) for name in names.split(",")}
+    assert used <= named, "docs/install.md: a row for each extra that a command installs"
 
 
 def test_defaults_in_prose() -> None:

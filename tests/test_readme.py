@@ -22,6 +22,7 @@ from tests.paths import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TUTORIAL = ROOT / "docs" / "tutorial.md"
+ABOVE = [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]  # pages of the site, too
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -39,8 +40,9 @@ def blocks(language: str, pages: Iterable[Path] = PAGES) -> list[Any]:
 
 def commands() -> list[str]:
     """The shell commands that belong to this repository, without their comments."""
-    lines = [line.split("#")[0].strip() for block in blocks("sh") for line in str(block.values[0]).splitlines()]
-    inline = re.findall(r"`((?:make|python|torch-rtx) [^`]+)`", "\n".join(page.read_text() for page in PAGES))
+    pages = (*PAGES, *ABOVE)
+    lines = [line.split("#")[0].strip() for block in blocks("sh", pages) for line in str(block.values[0]).splitlines()]
+    inline = re.findall(r"(?<!`)`((?:make|python|torch-rtx) [^`]+)`", "\n".join(page.read_text() for page in pages))
     return sorted({line for line in (*lines, *inline) if line.split(" ")[0] in ("make", "python", "torch-rtx")})
 
 
@@ -124,7 +126,7 @@ def anchors(page: Path) -> set[str]:
 
 def test_links() -> None:
     """Links to files of the repository lead somewhere, and so do those to a heading of a page."""
-    for page in (*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"):
+    for page in (*PAGES, *ABOVE):
         prose = re.sub(r"^```.*?^```$|`[^`\n]*`", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
         for target in re.findall(r"\]\(([^)\s]+)\)", prose):
             path, _, heading = target.partition("#")
