@@ -31,7 +31,7 @@ def reference() -> str:
     text = (ROOT / "torch_rtx" / "quantization" / "__init__.py").read_text()
     names = re.search(r"__all__ = \[(.*?)\]", text, re.DOTALL)
     found["Quantization"] = [f"{QUANTIZATION}.{name}" for name in re.findall(r'"(\w+)"', names[1] if names else "")]
-    lines = ["# Docstrings", "", "What each [public name](api.md) takes, returns and raises.", ""]
+    lines = ["# Docstrings", "", "This page says what each [public name](api.md) takes, returns and raises.", ""]
     for section, paths in found.items():
         lines += [f"## {section}", "", *(f"::: {path}\n" for path in paths)]
     return "\n".join(lines)

@@ -7,6 +7,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -243,6 +244,13 @@ def test_kinds_of_tactics(tmp_path: Path) -> None:
     assert [event["args"]["tactic"] for event in events(profile, tmp_path) if event["cat"] != "module"] == kinds
     profile.html(tmp_path / "page.html")
     assert '["runs as", "split: kernel for sm_90"]' in (tmp_path / "page.html").read_text()
+
+
+def test_versions_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU a profile names the version of CUDA that the driver has."""
+    monkeypatch.setattr(profiling, "driver", lambda: SimpleNamespace(cuDriverGetVersion=lambda: (0, 13020)))
+    assert dict(profiling._versions(torch.device("cuda")))["driver for CUDA"] == "13.2"
+    assert "driver for CUDA" not in dict(profiling._versions(CPU))
 
 
 # ---- costs -----------------------------------------------------------------------------------------------------------

@@ -107,7 +107,7 @@ class Profile:
             lines.append(f"and {len(rows) - len(shown)} more, {rest:.1f} us together")
         return "\n".join([*lines, "", *self.totals()])
 
-    def sums(self) -> tuple[tuple[str, float], ...]:
+    def _sums(self) -> tuple[tuple[str, float], ...]:
         """Names and microseconds of what was measured as a whole: all rows, the code without marks, the call."""
         runs = len(self.rows[0].times) if self.rows else 0
         return (
@@ -118,7 +118,7 @@ class Profile:
 
     def totals(self) -> Iterator[str]:
         """The last lines of the table: the sum of the rows beside the times of whole calls."""
-        (nodes, us), *others = self.sums()
+        (nodes, us), *others = self._sums()
         yield f"{nodes} on {self.device}: {us:.1f} us"
         for name, other in others:
             yield f"{name}: {other:.1f} us, {abs(other - us):.1f} us {'more' if other >= us else 'less'} than the nodes"
@@ -159,7 +159,7 @@ class Profile:
         """
         named = {} if model is None else {"model": model}
         facts = {**self.about, **named, "device": self.device}
-        Path(path).write_text(page(self.rows, facts, self.sums()), encoding="utf-8")
+        Path(path).write_text(page(self.rows, facts, self._sums()), encoding="utf-8")
 
 
 def profile(model: Callable[..., Any], *args: Any, repeats: int = 20, warmup: int = 3, **kwargs: Any) -> Profile:
