@@ -18,7 +18,7 @@ SEED ?= 0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-$(subst =,,$(TORCH)-$(TRITON))
 
-.PHONY: setup models windows-wheels quick smoke test gpu-test sanitize fuzz demo lint clean
+.PHONY: setup models windows-wheels quick smoke test gpu-test sanitize fuzz demo docs lint clean
 
 setup: $(STAMP)
 
@@ -79,6 +79,18 @@ demo:
 	  $(MAKE) --no-print-directory setup && $(BIN)/python examples/demo.py; \
 	fi
 
+# The documentation site, in site/; a link that leads nowhere is an error. Neither torch nor the package is installed.
+DOCS_VENV ?= .venv-docs
+DOCS_STAMP := $(DOCS_VENV)/.setup
+DOCS_EXTRA := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 PATH=$(abspath $(DOCS_VENV))/bin:$$PATH mkdocs build --strict
+
+$(DOCS_STAMP): pyproject.toml
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet $$($(PYTHON) -c '$(DOCS_EXTRA)' | tr '\n' ' ')
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DOCS_VENV) site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

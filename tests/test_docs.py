@@ -6,6 +6,7 @@ import ast
 import inspect
 import re
 import tomllib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from torch_rtx.irparse import parse
 from torch_rtx.lowering.kernels.generate import generate
 from torch_rtx.lowering.kernels.region import region
 from torch_rtx.lowering.pipeline import PASSES, PIPELINE
-from torch_rtx.targets import PORTABLE, arch_of, by_age, parse_targets
+from torch_rtx.targets import ARCHES, PORTABLE, PTX, Arch, arch_of, by_age, lacks, parse_targets
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
@@ -68,14 +69,77 @@ def test_parts_table() -> None:
 
 
 def test_portable_gpus() -> None:
-    """README.md says of which GPUs the portable set has kernels."""
-    text = (ROOT / "README.md").read_text()
-    rows = rows_of(text[text.index("| GPU |") :].partition("\n\n")[0])
+    """support.md says of which GPUs the portable set has kernels."""
+    rows = rows_of(table_in("support.md", "| GPU |"))
     named = [target for _, name, marked in rows if marked == "yes" for target in parse_targets(name)]
     binaries = [target for target in PORTABLE if not target.ptx]
-    assert by_age(named) == binaries, "README.md: the rows of GPUs marked `yes` are those of the portable set"
-    for gpus, name, _ in rows:
+    assert by_age(named) == binaries, "docs/support.md: the rows of GPUs marked `yes` are those of the portable set"
+    assert {name for _, name, _ in rows} == {f"sm_{sm}" for sm in ARCHES}
+    for gpus, name, marked in rows:
         assert {target for gpu in gpus.split(", ") for target in parse_targets(gpu)} == set(parse_targets(name)), gpus
+        sm = int(name.removeprefix("sm_"))
+        family = [target.sm for target in binaries if target.sm // 10 == sm // 10 and target.sm < sm]
+        runs = f"as sm_{family[-1]}" if family and not ARCHES[sm].exact else "as PTX" if sm >= PTX.sm else "no: name it"
+        assert marked in ("yes", runs), gpus
+
+
+def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    """A table in Markdown."""
+    lines = (head, ("---",) * len(head), *rows)
+    return "".join(f"| {' | '.join(cells)} |\n".replace("| --- ", "|---").replace("--- |", "---|") for cells in lines)
+
+
+def dtypes_table() -> str:
+    """How kernels of each SM version multiply, by its record in targets.py."""
+
+    def multiplied(arch: Arch) -> Iterator[str]:
+        cores = "tensor cores"
+        yield cores  # f16 and int8, from Turing on
+        yield "no" if lacks(arch, "bf16") else cores
+        sums = "" if "fp8_in_f32" in arch.features else ", partial sums"
+        yield "as float16" if lacks(arch, "f8e4m3fn") else f"{cores}{sums}"
+        wide = "nvfp4 as float16" if lacks(arch, "bf16") else "as bfloat16 or float16"
+        yield cores if "block_scale" in arch.features else wide
+
+    head = ("target", "float16, int8", "bfloat16", "float8", "mxfp8, mxfp4, nvfp4")
+    return table(head, ((f"`sm_{sm}`", *multiplied(arch)) for sm, arch in ARCHES.items()))
+
+
+def features_table() -> str:
+    """What kernels of each SM version use, by its record in targets.py."""
+    named = {
+        "cp_async": "asynchronous copies",
+        "wgmma": "warpgroup products",
+        "griddepcontrol": "programmatic dependent launch",
+    }
+    head = ("target", *named.values(), "shared memory of a block", "its binaries run on")
+    marks = {True: "yes", False: "no"}
+    rows = []
+    for sm, arch in ARCHES.items():
+        later = [one for one in ARCHES if one // 10 == sm // 10 and one > sm and not arch.exact]
+        runs_on = ", ".join(f"`sm_{one}`" for one in (sm, *later)) if arch.like is None else "none: PTX"
+        used = (marks[name in arch.features] for name in named)
+        rows.append((f"`sm_{sm}`", *used, f"{arch.shared >> 10} KiB", runs_on))
+    return table(head, rows)
+
+
+@pytest.mark.parametrize("made", [dtypes_table, features_table])
+def test_support_matrix(made: Callable[[], str]) -> None:
+    assert made() in (DOCS / "support.md").read_text(), f"docs/support.md: put the result of {made.__name__}() there"
+
+
+def test_extras() -> None:
+    """install.md explains every extra, and lists the packages of those that users need."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    rows = {name: packages for name, packages, _ in rows_of(table_in("install.md", "| extra |"))}
+    named = {name for names in rows for name in names.split(", ")}
+    assert set(extras) <= named, "docs/install.md: a row for each extra"
+    for name, packages in extras.items():
+        needed = [re.split(r"[<>=]", package)[0] for package in packages]
+        assert name not in rows or all(package in rows[name] for package in needed), f"docs/install.md: {name}"
+    shown = "\n".join(page.read_text() for page in (ROOT / "README.md", *PAGES))
+    used = {name for names in re.findall(r"\.\[([\w,]+)\]'", shown) for name in names.split(",")}
+    assert used <= named, "docs/install.md: a row for each extra that a command installs"
 
 
 def test_defaults_in_prose() -> None:
@@ -89,12 +153,15 @@ def test_defaults_in_prose() -> None:
         ("docs/dynamic-shapes.md", f"({runtime.specialized_shapes} combinations, `specialized_shapes`)"),
         ("docs/dynamic-shapes.md", f"({runtime.cuda_graph_pool_size}, `cuda_graph_pool_size`)"),
         ("README.md", f"Python {needs['requires-python'].removeprefix('>=')} or later"),
+        ("docs/install.md", f"Python {needs['requires-python'].removeprefix('>=')} or later"),
+        ("docs/install.md", f"PyTorch {torch.removeprefix('torch>=')} or later"),
         ("README.md", f"PyTorch {torch.removeprefix('torch>=')} or later"),
     ):
         assert text in " ".join((ROOT / page).read_text().split()), f"{page}: {text}"
 
 
-def test_architecture_is_short() -> None:
+def test_short_pages_are_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) < 150
     assert len((DOCS / "architecture.md").read_text().split()) <= SHORT
 
 

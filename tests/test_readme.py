@@ -1,11 +1,16 @@
-"""What README.md and docs/ show works: each Python block runs in a process of its own, each command exists."""
+"""What README.md and docs/ show works: each Python block runs in a process of its own, each command exists.
+
+The tutorial is one session: its blocks run one after another, and so do its commands.
+"""
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,13 +21,15 @@ from tests.doubles.forking import forked, say_to
 from tests.paths import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TUTORIAL = ROOT / "docs" / "tutorial.md"
+ABOVE = [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]  # pages of the site, too
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-def blocks(language: str) -> list[Any]:
+def blocks(language: str, pages: Iterable[Path] = PAGES) -> list[Any]:
     """The code blocks of a language as test parameters, each called by page and line."""
     found = []
-    for page in PAGES:
+    for page in pages:
         text = page.read_text()
         for match in BLOCK.finditer(text):
             if match[1] == language:
@@ -33,8 +40,9 @@ def blocks(language: str) -> list[Any]:
 
 def commands() -> list[str]:
     """The shell commands that belong to this repository, without their comments."""
-    lines = [line.split("#")[0].strip() for block in blocks("sh") for line in str(block.values[0]).splitlines()]
-    inline = re.findall(r"`((?:make|python|torch-rtx) [^`]+)`", "\n".join(page.read_text() for page in PAGES))
+    pages = (*PAGES, *ABOVE)
+    lines = [line.split("#")[0].strip() for block in blocks("sh", pages) for line in str(block.values[0]).splitlines()]
+    inline = re.findall(r"(?<!`)`((?:make|python|torch-rtx) [^`]+)`", "\n".join(page.read_text() for page in pages))
     return sorted({line for line in (*lines, *inline) if line.split(" ")[0] in ("make", "python", "torch-rtx")})
 
 
@@ -46,7 +54,32 @@ def run_block(code: str, folder: Path, environment: dict[str, str]) -> None:
     exec(compile(code, "<block>", "exec"), vars(sys.modules["__main__"]))
 
 
-@pytest.mark.parametrize("code", blocks("python"))
+def run_session(text: str, folder: Path, environment: dict[str, str]) -> None:
+    """What a reader does who types the blocks of a page into one session, and its commands into a shell."""
+    run_block("", folder, environment)
+    from typer.testing import CliRunner
+
+    from torch_rtx.cli.app import app
+
+    for match in BLOCK.finditer(text):
+        if match[1] == "python":
+            exec(compile(match[2], "<block>", "exec"), vars(sys.modules["__main__"]))
+        for command in match[2].splitlines() if match[1] == "sh" else ():
+            program, *words = shlex.split(command, comments=True)
+            assert program == "torch-rtx", command
+            done = CliRunner().invoke(app, words)
+            assert done.exit_code == 0, f"{command}: {done.output}"
+
+
+def test_tutorial(tmp_path: Path) -> None:
+    process = forked(run_session, TUTORIAL.read_text(), tmp_path, dict(os.environ))
+    process.join(120)
+    process.kill()
+    assert process.exitcode == 0, (tmp_path / "said").read_text()
+    assert (tmp_path / "profile.html").exists()
+
+
+@pytest.mark.parametrize("code", blocks("python", (page for page in PAGES if page != TUTORIAL)))
 def test_block_runs(code: str, tmp_path: Path) -> None:
     process = forked(run_block, code, tmp_path, dict(os.environ))
     process.join(120)
@@ -94,7 +127,7 @@ def anchors(page: Path) -> set[str]:
 
 def test_links() -> None:
     """Links to files of the repository lead somewhere, and so do those to a heading of a page."""
-    for page in PAGES:
+    for page in (*PAGES, *ABOVE):
         prose = re.sub(r"^```.*?^```$|`[^`\n]*`", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
         for target in re.findall(r"\]\(([^)\s]+)\)", prose):
             path, _, heading = target.partition("#")

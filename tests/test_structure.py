@@ -54,7 +54,7 @@ ARROWS = {
     "lowering.kernels": {"accumulation", "artefacts", "dtypes", "errors", "ir", "op_work", "targets", "tactics"},
     "runtime": {
         *("errors", "ir", "irparse", "optable", "op_work", "aten", "settings", "targets", "profiles", "manifest"),
-        *("accumulation", "dtypes", "tactics", "engine", "cache", "artefacts", "onnx", "platforms"),
+        *("accumulation", "dtypes", "tactics", "engine", "cache", "artefacts", "onnx", "platforms", "version"),
     },
     "onnx": {"detection", "errors"},
     "backend": {

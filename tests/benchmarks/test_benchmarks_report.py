@@ -261,7 +261,7 @@ def test_page_is_what_the_results_say(capsys: pytest.CaptureFixture[str]) -> Non
     assert figures in page
     shown = (ROOT / "README.md").read_text().partition("## Performance")[2].splitlines()
     shown = [line for line in shown if line.startswith("|")]  # some of its workloads
-    assert len(shown) > 10
+    assert len(shown) > 4
     assert set(shown) <= set(figures.splitlines())
 
 

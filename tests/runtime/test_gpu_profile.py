@@ -10,6 +10,7 @@ from torch import nn
 
 import torch_rtx
 from torch_rtx.runtime.clocks import SPANS_AT_ONCE, clock_of, overhead
+from torch_rtx.runtime.driver import driver
 
 pytestmark = pytest.mark.gpu
 
@@ -57,6 +58,7 @@ def test_profile(targets: str | None) -> None:
         torch.testing.assert_close(module(x), expected)
     assert profile.cuda_graph == (module.session.pool is not None)
     assert profile.device == torch.cuda.get_device_name(x.device)
+    assert ("driver for CUDA" in profile.about["versions"]) == (driver() is not None)
     kernels = [row for row in profile.rows if row.kind == "kernel"]
     assert bool(kernels) == (targets is not None)
     assert all(row.tier.startswith("kernel for sm_") for row in kernels)

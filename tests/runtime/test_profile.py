@@ -6,8 +6,8 @@ import itertools
 import json
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,17 +19,16 @@ import torch_rtx
 from benchmarks import models
 from tests.helpers.ahead import IMAGE, Net, through_file
 from tests.helpers.kernels import GRAPH
+from tests.helpers.profiles import made
 from tests.runtime.test_reference_kernels import add
 from torch_rtx.cli.app import app
 from torch_rtx.errors import InputError, RtxError, SettingsError
-from torch_rtx.ir import Loc
 from torch_rtx.irparse import parse
 from torch_rtx.runtime import profiling
 from torch_rtx.runtime.check import bind_sizes
 from torch_rtx.runtime.clocks import SPANS_AT_ONCE, Clock, DeviceClock, overhead
 from torch_rtx.runtime.node_cost import Cost, cost
-from torch_rtx.runtime.profile_page import lanes
-from torch_rtx.runtime.profiling import Profile, Row
+from torch_rtx.runtime.profiling import Profile
 from torch_rtx.runtime.session import Session, watched_calls
 from torch_rtx.runtime.weights import WeightStore
 from torch_rtx.settings import RuntimeSettings
@@ -70,28 +69,6 @@ def bert() -> tuple[torch_rtx.CompiledModule, tuple[Any, ...], dict[str, Any], P
         return module, args, kwargs, torch_rtx.profile(module, *args, **kwargs)
 
 
-def made(times: list[tuple[float, ...]], modules: list[str], inputs: list[tuple[int, ...]] | None = None) -> Profile:
-    """A profile of made-up numbers."""
-    total = sum(sorted(t)[len(t) // 2] for t in times)
-    rows = [
-        Row(
-            f"v{index}",
-            "extern",
-            "aten.exp.default",
-            "library call",
-            "calls",
-            ("exp",),
-            (Loc(module, "model.py", index),),
-            spent,
-            sorted(spent)[len(spent) // 2] / total,
-            Cost(1000, 3000, 0),
-            () if inputs is None else inputs[index],
-        )
-        for index, (spent, module) in enumerate(zip(times, modules, strict=True))
-    ]
-    return Profile(tuple(rows), "the CPU", 100.0, 90.0, False)
-
-
 # ---- what is measured ------------------------------------------------------------------------------------------------
 
 
@@ -125,8 +102,11 @@ def test_names_of_modules(bert: Any) -> None:
     assert {"embeddings.LayerNorm", "encoder.layer.1.intermediate.dense", "pooler.activation"} <= named
     text = str(profile)
     assert "encoder.layer.0.output.dense @ transformers/models/bert/modeling_bert.py:" in text
-    assert f"{len(profile.rows)} nodes on the CPU, medians of 20 runs" in text
+    assert f"{len(profile.rows)} nodes, medians of 20 runs on the CPU" in text
     assert len(text.splitlines()) == 1 + profiling.SHOWN + 1 + 4
+    assert re.search(r"whole call: [\d.]+ us, [\d.]+ us (more|less) than the nodes$", text)
+    assert profile.about["model"] == "CompiledModule"
+    assert f"torch {torch.__version__}" in profile.about["versions"]
     whole = profile.table(limit=None).splitlines()
     assert len(whole) == 1 + len(profile.rows) + 4
     spent = [float(line.split()[0]) for line in whole[1 : len(profile.rows) + 1]]
@@ -262,7 +242,15 @@ def test_kinds_of_tactics(tmp_path: Path) -> None:
     assert [row.runs_as for row in half] == ["split: kernel for sm_90"] * 2
     assert profile.table().count("split: library call") == profile.table().count("split: kernel for sm_90") == 2
     assert [event["args"]["tactic"] for event in events(profile, tmp_path) if event["cat"] != "module"] == kinds
-    assert '["runs as", "split: kernel for sm_90"]' in written(profile, tmp_path)[0]
+    profile.html(tmp_path / "page.html")
+    assert '["runs as", "split: kernel for sm_90"]' in (tmp_path / "page.html").read_text()
+
+
+def test_versions_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU a profile names the version of CUDA that the driver has."""
+    monkeypatch.setattr(profiling, "driver", lambda: SimpleNamespace(cuDriverGetVersion=lambda: (0, 13020)))
+    assert dict(profiling._versions(torch.device("cuda")))["driver for CUDA"] == "13.2"
+    assert "driver for CUDA" not in dict(profiling._versions(CPU))
 
 
 # ---- costs -----------------------------------------------------------------------------------------------------------
@@ -489,121 +477,6 @@ def test_trace_of_modules_that_come_again(tmp_path: Path) -> None:
     assert [span for span in found if span[1] != "module"] == [("exp", "extern", 2.0 * i, 2) for i in range(5)]
 
 
-# ---- page ------------------------------------------------------------------------------------------------------------
-
-
-class Page(HTMLParser):
-    """Checks that tags are closed in order, and collects elements with their attributes, and texts by tag."""
-
-    VOID = {"meta", "input"}
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: dict[str, list[str]] = {}
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: Any) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: Any) -> None:
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open:
-            self.texts.setdefault(self.open[-1], []).append(data)
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.elements if name == tag]
-
-
-def written(profile: Profile, folder: Path) -> tuple[str, Page]:
-    profile.html(folder / "page.html")
-    text = (folder / "page.html").read_text(encoding="utf-8")
-    return text, Page(text)
-
-
-def test_page(bert: Any, tmp_path: Path) -> None:
-    *_, profile = bert
-    text, page = written(profile, tmp_path)
-    count = len(profile.rows)
-    drawn = [g["data-i"] for g in page.all("g") if (g.get("class") or "").startswith("node")]
-    assert drawn == [str(index) for index in range(count)]
-    assert len(page.all("circle")) == count
-    edges = [(int(p["data-a"] or -1), int(p["data-b"] or -1)) for p in page.all("path")]
-    assert edges == [(source, index) for index, row in enumerate(profile.rows) for source in row.inputs]
-    order = [int(tr["data-i"] or -1) for tr in page.all("tr") if "data-i" in tr]
-    assert sorted(order) == list(range(count))
-    assert [profile.rows[i].us for i in order] == sorted((row.us for row in profile.rows), reverse=True)
-    data = json.loads(next(t for t in page.texts["script"] if t.startswith("[")))
-    assert len(data) == count
-    assert ["where", str(profile.rows[0].locs[0])] in data[0]
-    # Nothing is loaded: no address anywhere but the names of namespaces.
-    assert set(re.findall(r"https?://[^\"' ]+", text)) == {"http://www.w3.org/2000/svg"}
-    assert not re.search(r"\b(src|href)=|@import|url\(", text)
-
-
-HOSTILE = "</script></title><script>alert(\"x\")</script><img src=x onerror='alert(1)'>&amp;"
-
-
-def test_page_escapes(tmp_path: Path) -> None:
-    hostile = made([(1.0,), (2.0,)], [HOSTILE, "b"], [(), (0,)])
-    hostile = replace(hostile, rows=tuple(replace(row, operations=(HOSTILE,)) for row in hostile.rows), device=HOSTILE)
-    text, page = written(hostile, tmp_path)
-    assert "<img" not in text
-    assert text.count("<script") == 2
-    assert not page.all("img")
-    assert any(HOSTILE in t for t in page.texts["tspan"])
-    assert sum(HOSTILE in t for t in page.texts["td"]) >= 2
-    data = json.loads(next(t for t in page.texts["script"] if t.startswith("[")))
-    assert any(HOSTILE in value for _, value in data[0])
-
-
-def test_empty_and_large_pages(tmp_path: Path) -> None:
-    nothing = Profile((), "the CPU", 1.0, 1.0, False)
-    _, page = written(nothing, tmp_path)
-    assert not page.all("circle")
-    assert events(nothing, tmp_path) == []
-    assert "0 nodes" in str(nothing)
-    assert nothing.by_module().rows == ()
-    chain = [(i - 1,) if i else () for i in range(1500)]
-    text, page = written(
-        made([(float(i),) for i in range(1, 1501)], [f"layer.{i}" for i in range(1500)], chain), tmp_path
-    )
-    assert len(page.all("circle")) == 1500
-    assert len(text) < 3_000_000
-
-
-def test_lanes() -> None:
-    """A chain stays in one lane; what waits for a later reader keeps its own."""
-    assert lanes([(), (0,), (1,)]) == [0, 0, 0]
-    residual: list[tuple[int, ...]] = [(), (0,), (1,), (0, 2), (3,)]
-    assert lanes(residual) == [0, 1, 1, 0, 0]
-    assert lanes([(), (), (), (0, 1, 2)]) == [0, 1, 2, 0]
-    assert lanes([(), (), ()]) == [0, 0, 0]  # nobody reads these
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_lanes_do_not_cross_nodes(seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    inputs: list[tuple[int, ...]] = []
-    for index in range(60):
-        picked = torch.randint(0, max(index, 1), (3,), generator=generator).tolist()
-        inputs.append(tuple(dict.fromkeys(picked)) if index else ())
-    taken = lanes(inputs)
-    for index, read in enumerate(inputs):
-        for source in read:
-            assert all(taken[between] != taken[source] for between in range(source + 1, index))
-
-
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 
@@ -623,7 +496,7 @@ def test_command_line(tmp_path: Path) -> None:
     done = call("--size", f"{symbol}=3", "--weights", tmp_path / "w.safetensors", *out)
     assert done.exit_code == 0, done.output
     assert "conv @ " in done.stdout
-    assert (tmp_path / "p.html").stat().st_size > 1000
+    assert "<dt>model</dt><dd>m.rtx</dd>" in (tmp_path / "p.html").read_text()
     assert json.loads((tmp_path / "t.json").read_text())["traceEvents"]
     done = call("--size", f"{name}=3", "--modules", 1, "--repeats", 1)
     assert done.exit_code == 0, done.output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -40,7 +41,7 @@ def profile(
         calls.fill_in_weights(module, seed)
     stage("measuring each node")
     found = profiling.profile(module.session, values, repeats=repeats)
-    for target, write in ((trace, found.trace), (html, found.html)):
+    for target, write in ((trace, found.trace), (html, partial(found.html, model=path.name))):
         if target is not None:
             write(target)
     if modules is not None:

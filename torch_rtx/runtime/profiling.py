@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from statistics import median
@@ -23,12 +24,15 @@ from torch_rtx.ir import Node
 from torch_rtx.runtime.check import bind_sizes
 from torch_rtx.runtime.clocks import Clock, clock_of, overhead
 from torch_rtx.runtime.code import Code
+from torch_rtx.runtime.driver import checked, driver
 from torch_rtx.runtime.inline import in_place, launched
 from torch_rtx.runtime.node_cost import cost, is_view, operator, steps
 from torch_rtx.runtime.profile_page import brief, digits, page
 from torch_rtx.runtime.profile_row import Row
 from torch_rtx.runtime.session import Session, watched_calls
+from torch_rtx.runtime.tuning_db import triton_version
 from torch_rtx.settings import CALLS
+from torch_rtx.version import __version__
 
 SHOWN = 30  # rows of a printed profile
 WIDTH = 44  # characters of the column of operations
@@ -66,6 +70,7 @@ class Profile:
             without waiting for results in between.
         plain_us: the code of the graphs alone, without CUDA graphs, measured alike.
         cuda_graph: the call runs as CUDA graphs entirely.
+        about: names and values of what was measured: the model, versions, the day.
     """
 
     rows: tuple[Row, ...]
@@ -73,6 +78,7 @@ class Profile:
     call_us: float
     plain_us: float
     cuda_graph: bool
+    about: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def us(self) -> float:
@@ -101,13 +107,21 @@ class Profile:
             lines.append(f"and {len(rows) - len(shown)} more, {rest:.1f} us together")
         return "\n".join([*lines, "", *self.totals()])
 
+    def _sums(self) -> tuple[tuple[str, float], ...]:
+        """Names and microseconds of what was measured as a whole: all rows, the code without marks, the call."""
+        runs = len(self.rows[0].times) if self.rows else 0
+        return (
+            (f"{len(self.rows)} nodes, medians of {runs} runs", self.us),
+            ("unprofiled code, without CUDA graphs", self.plain_us),
+            (f"whole call{', as CUDA graphs' * self.cuda_graph}", self.call_us),
+        )
+
     def totals(self) -> Iterator[str]:
         """The last lines of the table: the sum of the rows beside the times of whole calls."""
-        runs = len(self.rows[0].times) if self.rows else 0
-        yield f"{len(self.rows)} nodes on {self.device}, medians of {runs} runs: {self.us:.1f} us"
-        yield f"unprofiled code, without CUDA graphs: {self.plain_us:.1f} us (nodes {self.plain_us - self.us:+.1f} us)"
-        how = ", as CUDA graphs" if self.cuda_graph else ""
-        yield f"whole call{how}: {self.call_us:.1f} us (nodes {self.call_us - self.us:+.1f} us)"
+        (nodes, us), *others = self._sums()
+        yield f"{nodes} on {self.device}: {us:.1f} us"
+        for name, other in others:
+            yield f"{name}: {other:.1f} us, {abs(other - us):.1f} us {'more' if other >= us else 'less'} than the nodes"
 
     def __str__(self) -> str:
         return self.table()
@@ -136,9 +150,16 @@ class Profile:
             about = {"node": row.name, "tier": row.tier, "tactic": row.tactic, "where": row.where}
             yield _event(_title(row), row.kind, marks[index], marks[index + 1], {**about, "operations": row.what})
 
-    def html(self, path: str | os.PathLike[str]) -> None:
-        """Write a self-contained HTML page: the graph, coloured by time, and a table."""
-        Path(path).write_text(page(self.rows, self.totals()), encoding="utf-8")
+    def html(self, path: str | os.PathLike[str], model: str | None = None) -> None:
+        """Write a self-contained HTML page: the graph, coloured by time, and a table of its nodes.
+
+        Args:
+            path: of the page.
+            model: the name of the model that the page shows; None: that of its class.
+        """
+        named = {} if model is None else {"model": model}
+        facts = {**self.about, **named, "device": self.device}
+        Path(path).write_text(page(self.rows, facts, self._sums()), encoding="utf-8")
 
 
 def profile(model: Callable[..., Any], *args: Any, repeats: int = 20, warmup: int = 3, **kwargs: Any) -> Profile:
@@ -179,7 +200,24 @@ def profile(model: Callable[..., Any], *args: Any, repeats: int = 20, warmup: in
     pools = [session.pool for session, _ in calls]
     captured = all(pool is not None and pool.disabled is None for pool in pools)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
-    return Profile(tuple(rows), name, call_us, plain_us, captured)
+    return Profile(tuple(rows), name, call_us, plain_us, captured, dict(_about(model, device)))
+
+
+def _about(model: Callable[..., Any], device: torch.device) -> Iterator[tuple[str, str]]:
+    called = getattr(model, "_orig_mod", model)  # of torch.compile
+    yield "model", getattr(called, "__qualname__", type(called).__name__)
+    yield "versions", ", ".join(f"{name} {version}" for name, version in _versions(device))
+    yield "measured", time.strftime("%Y-%m-%d %H:%M")
+
+
+def _versions(device: torch.device) -> Iterator[tuple[str, str]]:
+    yield "torch_rtx", __version__
+    yield "torch", torch.__version__
+    if (triton := triton_version()) is not None:
+        yield "triton", triton
+    if device.type == "cuda" and (cuda := driver()) is not None:
+        version = checked(cuda.cuDriverGetVersion())
+        yield "driver for CUDA", f"{version // 1000}.{version % 1000 // 10}"
 
 
 def _per_call(clock: Clock, call: Callable[[], Any], repeats: int, warmup: int) -> float:
