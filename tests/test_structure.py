@@ -24,6 +24,7 @@ ARROWS = {
     "optable": set(),
     "targets": {"errors"},
     "platforms": set(),
+    "machine": {"platforms"},
     "settings": {"errors", "platforms", "targets"},
     "ir": {"dtypes", "errors"},
     "irparse": {"dtypes", "errors", "ir"},
@@ -44,6 +45,9 @@ ARROWS = {
         "accumulation",
     },
     "inspection": {"engine", "ir", "manifest", "op_work", "profiles", "tactics", "targets"},
+    "validity": {
+        *("engine", "errors", "inspection", "ir", "machine", "manifest", "platforms", "profiles", "tactics", "targets"),
+    },
     "cache": {"errors"},
     "lowering": {
         *("accumulation", "dtypes", "errors", "ir", "op_work", "aten", "settings", "targets", "lowering.kernels"),
@@ -61,7 +65,7 @@ ARROWS = {
     },
     "cli": {
         *("errors", "ir", "irparse", "aten", "settings", "targets", "profiles", "engine", "cache", "inspection"),
-        *("lowering", "lowering.kernels", "onnx", "runtime", "backend", "version", "platforms"),
+        *("lowering", "lowering.kernels", "onnx", "runtime", "backend", "validity", "version", "platforms"),
     },
     "quantization": {"errors"},  # a layer for users, on torch alone
     "integrations": {"errors"},  # modules that an application imports by itself, one for each library
@@ -178,6 +182,7 @@ def test_passes_are_one_file_each() -> None:
     [
         ("import torch_rtx", ("torch", "triton")),
         ("import torch_rtx; torch_rtx.inspect", ("torch", "triton")),
+        (f"import torch_rtx; torch_rtx.check_engine({str(ENGINES / 'v6' / 'kernel.rtx')!r})", ("torch", "triton")),
         ("import torch_rtx.__main__", ("torch", "triton")),
         ("import torch_rtx; torch_rtx.RtxError; torch_rtx.CompilationSettings()", ("torch",)),
         (f"import torch_rtx; torch_rtx.load({str(ENGINES / 'v6' / 'mlp.rtx')!r})", ("torch._dynamo", "triton")),

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         Unsupported,
     )
     from torch_rtx.inspection import inspect
+    from torch_rtx.machine import Machine
     from torch_rtx.onnx.module import from_onnx
     from torch_rtx.quantization.model import quantize
     from torch_rtx.runtime.background import wait
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from torch_rtx.runtime.profiling import Profile, profile
     from torch_rtx.runtime.session import runtime_settings
     from torch_rtx.settings import CompilationSettings, RuntimeSettings
+    from torch_rtx.validity import EngineCheck, Validity, check_engine
 
 _HOMES = {
     "torch_rtx.backend.build": ("compile",),
@@ -68,6 +70,7 @@ _HOMES = {
     "torch_rtx.backend.inputs": ("Input",),
     "torch_rtx.engine": ("Engine",),
     "torch_rtx.inspection": ("inspect",),
+    "torch_rtx.machine": ("Machine",),
     "torch_rtx.onnx.module": ("from_onnx",),
     "torch_rtx.errors": (
         "CacheError",
@@ -95,6 +98,7 @@ _HOMES = {
     "torch_rtx.runtime.session": ("runtime_settings",),
     "torch_rtx.runtime.profiling": ("Profile", "profile"),
     "torch_rtx.settings": ("CompilationSettings", "RuntimeSettings"),
+    "torch_rtx.validity": ("EngineCheck", "Validity", "check_engine"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -105,6 +109,7 @@ __all__ = [
     "CompilationSettings",
     "CompiledModule",
     "Engine",
+    "EngineCheck",
     "EngineFormatError",
     "EnginePlatformError",
     "EngineVersionError",
@@ -115,6 +120,7 @@ __all__ = [
     "InvalidIR",
     "KernelError",
     "LoweringError",
+    "Machine",
     "OnnxError",
     "PartitionError",
     "Profile",
@@ -124,6 +130,8 @@ __all__ = [
     "RuntimeSettings",
     "SettingsError",
     "Unsupported",
+    "Validity",
+    "check_engine",
     "compile",
     "cross_compile_for_windows",
     "explain",

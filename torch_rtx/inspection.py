@@ -65,6 +65,7 @@ class Inspection:
         needs_trust: the operators that the file may call only if `load` gets their names as `trusted_ops`.
         layers: in the order of the program.
         tactics: per target, for how many kernel nodes each kind of tactic is expected to be the fastest.
+        drivers: per target, the CUDA version of the oldest driver that takes its code, where it is known.
         profiles: for each optimization profile, the shape of each input: static sizes and ranges.
         sizes: by symbol of the program, the name of a size.
     """
@@ -82,14 +83,16 @@ class Inspection:
     sizes: Mapping[str, str] = field(default_factory=dict)
     needs_trust: tuple[str, ...] = ()
     layers: tuple[LayerInfo, ...] = ()
+    drivers: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         manifest = self.manifest
-        producer = ", ".join(f"{name} {version}" for name, version in manifest.producer.items())
+        versions = manifest.producer.items()
+        producer = ", ".join(f"{name} {version}" for name, version in versions if not name.startswith("ptxas for"))
         lines = [
             f"format {manifest.format_version}, built by {producer or 'unknown'}",
             f"device {manifest.device}, platform {manifest.platform}, inputs {', '.join(manifest.inputs) or 'none'}",
-            f"engine {_size(self.engine_bytes)}, weights {_size(self.weight_bytes)}"
+            f"engine {size_text(self.engine_bytes)}, weights {size_text(self.weight_bytes)}"
             + (" (stripped: not in the file)" if manifest.stripped else ""),
             *(f"profile {number}: {shapes_text(profile)}" for number, profile in enumerate(self.profiles)),
             *(f"size {name}: {symbol} in the program" for symbol, name in self.sizes.items()),
@@ -98,7 +101,8 @@ class Inspection:
             *(f"needs trusted_ops={list(self.needs_trust)}" for _ in self.needs_trust[:1]),
             "kernels: " + ("none" if not self.kernels else "compiled for (they run only with trust_binaries=True)"),
             *(
-                f"  {target}: {count}, {_size(size)}; fastest by expectation: {_counts(self.tactics[target])}"
+                f"  {target}: {count}, {size_text(size)}; fastest by expectation: {_counts(self.tactics[target])}"
+                + (f"; drivers of CUDA {self.drivers[target]} or later" if target in self.drivers else "")
                 for target, (count, size) in self.kernels.items()
             ),
             *(f"layers: {len(self.layers)}" for _ in self.layers[:1]),
@@ -107,7 +111,7 @@ class Inspection:
         ]
         for info in self.parameters:
             note = ", constant" if info.constant else ""
-            lines.append(f"  {info.name!r}: {info.dtype}{list(info.shape)}, {_size(info.nbytes)}{note}")
+            lines.append(f"  {info.name!r}: {info.dtype}{list(info.shape)}, {size_text(info.nbytes)}{note}")
         return "\n".join(lines)
 
 
@@ -141,6 +145,7 @@ def inspect(path: Path) -> Inspection:
         sizes,
         needs_trust(graph),
         tuple(_layers(graph.nodes, table)),
+        {str(t): f"{v[0]}.{v[1]}" for t, v in tactics.oldest_drivers(table, header.manifest.producer).items()},
     )
 
 
@@ -200,7 +205,8 @@ def _counts(kinds: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in kinds.items())
 
 
-def _size(count: float) -> str:
+def size_text(count: float) -> str:
+    """A number of bytes as people read it."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

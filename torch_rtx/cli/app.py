@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from torch_rtx import inspection
-from torch_rtx.cli import bench, build, cache, calls, doctor, opt, profile, refit, run, runtime_cache, targets
+from torch_rtx.cli import bench, build, cache, calls, check, doctor, opt, profile, refit, run, runtime_cache, targets
 from torch_rtx.cli.terminal import echo, echo_json, errors
 from torch_rtx.version import __version__
 
@@ -23,6 +23,7 @@ app.command()(run.run)
 app.command()(bench.bench)
 app.command()(profile.profile)
 app.command()(opt.opt)
+app.command()(check.check)
 app.command()(targets.targets)
 app.command()(doctor.doctor)
 
