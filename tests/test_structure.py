@@ -21,6 +21,8 @@ ARROWS = {
     "errors": set(),
     "artefacts": {"errors"},
     "dtypes": set(),
+    "files": set(),
+    "serialization": {"dtypes"},
     "optable": set(),
     "targets": {"errors"},
     "platforms": set(),
@@ -42,13 +44,13 @@ ARROWS = {
     # aten inside `save` alone: it needs torch
     "engine": {
         *("dtypes", "errors", "ir", "irparse", "optable", "profiles", "manifest", "tactics", "tactics_v4", "aten"),
-        "accumulation",
+        *("accumulation", "files", "serialization"),
     },
-    "inspection": {"engine", "ir", "manifest", "op_work", "profiles", "tactics", "targets"},
+    "inspection": {"engine", "ir", "machine", "manifest", "op_work", "profiles", "tactics", "targets"},
     "validity": {
-        *("engine", "errors", "inspection", "ir", "machine", "manifest", "platforms", "profiles", "tactics", "targets"),
+        *("engine", "errors", "ir", "machine", "manifest", "platforms", "profiles", "tactics", "targets"),
     },
-    "cache": {"errors"},
+    "cache": {"errors", "files"},
     "lowering": {
         *("accumulation", "dtypes", "errors", "ir", "op_work", "aten", "settings", "targets", "lowering.kernels"),
     },
@@ -56,12 +58,12 @@ ARROWS = {
     "lowering.kernels": {"accumulation", "artefacts", "dtypes", "errors", "ir", "op_work", "targets", "tactics"},
     "runtime": {
         *("errors", "ir", "irparse", "optable", "op_work", "aten", "settings", "targets", "profiles", "manifest"),
-        *("accumulation", "dtypes", "tactics", "engine", "cache", "artefacts", "onnx", "platforms"),
+        *("accumulation", "dtypes", "tactics", "engine", "cache", "artefacts", "onnx", "platforms", "files"),
     },
     "onnx": {"detection", "errors"},
     "backend": {
         *("errors", "ir", "irparse", "aten", "settings", "targets", "profiles", "tactics", "engine", "cache"),
-        *("lowering", "lowering.kernels", "onnx", "runtime", "version", "artefacts", "platforms"),
+        *("lowering", "lowering.kernels", "onnx", "runtime", "version", "artefacts", "platforms", "serialization"),
     },
     "cli": {
         *("errors", "ir", "irparse", "aten", "settings", "targets", "profiles", "engine", "cache", "inspection"),

@@ -105,7 +105,7 @@ def test_check(
 def test_several_reasons_come_worst_first(folder: Path) -> None:
     found = checked(folder, "windows", replace(RTX_4090, sm=87, bindings=False, memory=1))
     assert [reason.what for reason in found.reasons] == ["platform", "memory", "packages", "kernels"]
-    assert str(found).startswith("INVALID for NVIDIA GeForce RTX 4090 (sm_87), 0 MiB, driver for CUDA 13.1\nplatform: ")
+    assert str(found).startswith("INVALID for NVIDIA GeForce RTX 4090 (sm_87), 1 B, driver for CUDA 13.1\nplatform: ")
 
 
 @pytest.mark.parametrize("path", sorted(ENGINES.rglob("*.rtx")), ids=lambda path: f"{path.parent.name}-{path.stem}")
@@ -210,7 +210,7 @@ def test_this_machine(
     assert (found.sm, found.why) == (sm, why)
     assert found.platform == machine.here()
     if sm:
-        assert str(found) == "NVIDIA H200 (sm_90), 143360 MiB, driver for CUDA 12.8"
+        assert str(found) == "NVIDIA H200 (sm_90), 140.0 GiB, driver for CUDA 12.8"
 
 
 def test_the_cuda_of_pytorch_without_importing_it() -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from torch_rtx import tactics
 from torch_rtx.engine import DTYPES, Path, names_of_sizes, needs_trust, parse_header, program_of, reading
 from torch_rtx.ir import Loc, Node, TensorType, Value
+from torch_rtx.machine import size_text as _size
 from torch_rtx.manifest import Manifest
 from torch_rtx.op_work import ANCHORS, PRODUCTS, SCALED_MM, scales_of
 from torch_rtx.profiles import Shape, profiles_of, shapes, shapes_text
@@ -92,7 +93,7 @@ class Inspection:
         lines = [
             f"format {manifest.format_version}, built by {producer or 'unknown'}",
             f"device {manifest.device}, platform {manifest.platform}, inputs {', '.join(manifest.inputs) or 'none'}",
-            f"engine {size_text(self.engine_bytes)}, weights {size_text(self.weight_bytes)}"
+            f"engine {_size(self.engine_bytes)}, weights {_size(self.weight_bytes)}"
             + (" (stripped: not in the file)" if manifest.stripped else ""),
             *(f"profile {number}: {shapes_text(profile)}" for number, profile in enumerate(self.profiles)),
             *(f"size {name}: {symbol} in the program" for symbol, name in self.sizes.items()),
@@ -101,7 +102,7 @@ class Inspection:
             *(f"needs trusted_ops={list(self.needs_trust)}" for _ in self.needs_trust[:1]),
             "kernels: " + ("none" if not self.kernels else "compiled for (they run only with trust_binaries=True)"),
             *(
-                f"  {target}: {count}, {size_text(size)}; fastest by expectation: {_counts(self.tactics[target])}"
+                f"  {target}: {count}, {_size(size)}; fastest by expectation: {_counts(self.tactics[target])}"
                 + (f"; drivers of CUDA {self.drivers[target]} or later" if target in self.drivers else "")
                 for target, (count, size) in self.kernels.items()
             ),
@@ -111,7 +112,7 @@ class Inspection:
         ]
         for info in self.parameters:
             note = ", constant" if info.constant else ""
-            lines.append(f"  {info.name!r}: {info.dtype}{list(info.shape)}, {size_text(info.nbytes)}{note}")
+            lines.append(f"  {info.name!r}: {info.dtype}{list(info.shape)}, {_size(info.nbytes)}{note}")
         return "\n".join(lines)
 
 
@@ -203,12 +204,3 @@ def _place(loc: Loc | None) -> str:
 
 def _counts(kinds: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-
-
-def size_text(count: float) -> str:
-    """A number of bytes as people read it."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"

@@ -45,7 +45,7 @@ class Machine:
         if self.sm is None:
             return "no GPU" + f": {self.why}" * bool(self.why)
         facts = [f"{self.gpu} (sm_{self.sm})" if self.gpu else f"sm_{self.sm}"]
-        facts += [] if self.memory is None else [f"{self.memory >> 20} MiB"]
+        facts += [] if self.memory is None else [size_text(self.memory)]
         facts += [] if self.driver is None else [f"driver for CUDA {text_of(self.driver)}"]
         return ", ".join(facts)
 
@@ -53,6 +53,15 @@ class Machine:
 def text_of(version: Version) -> str:
     """A version as people write it: 12.8."""
     return ".".join(map(str, version))
+
+
+def size_text(count: float) -> str:
+    """A number of bytes as people write it: 1.5 KiB."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
 
 
 def this_machine(index: int = 0) -> Machine:

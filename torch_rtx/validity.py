@@ -11,9 +11,8 @@ from typing import Any
 
 from torch_rtx.engine import DTYPES, Path, parse_header, program_of, reading
 from torch_rtx.errors import EngineFormatError, EngineVersionError, SettingsError, Unsupported
-from torch_rtx.inspection import size_text
 from torch_rtx.ir import MAIN, Graph, TensorType, Type, attr_values, evaluate
-from torch_rtx.machine import Machine, text_of, this_machine
+from torch_rtx.machine import Machine, size_text, text_of, this_machine
 from torch_rtx.manifest import Manifest
 from torch_rtx.platforms import ANY
 from torch_rtx.profiles import profiles_of

@@ -352,12 +352,8 @@ def _on_host(tensor: torch.Tensor) -> torch.Tensor:
 def _to_bytes(module: CompiledModule) -> bytes:
     """The file of the engine, without weights, and without kernels that may not run."""
     module._signature.to_json()  # raises if it can't be saved
-    with TemporaryDirectory() as folder:
-        path = os.path.join(folder, "model.rtx")
-        kernels = module.engine.kernels if module._kernels is None else module._kernels
-        engine_file.save(replace(module.engine, weights=None, kernels=kernels), path)
-        with open(path, "rb") as file:
-            return file.read()
+    kernels = module.engine.kernels if module._kernels is None else module._kernels
+    return b"".join(engine_file.contents(replace(module.engine, weights=None, kernels=kernels)))
 
 
 def _from_bytes(content: bytes) -> Engine:

@@ -12,13 +12,13 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
 from torch_rtx.errors import RtxError, SettingsError
+from torch_rtx.files import write_file
 from torch_rtx.ir import Node
 from torch_rtx.runtime.check import bind_sizes
 from torch_rtx.runtime.clocks import Clock, clock_of, overhead
@@ -121,7 +121,7 @@ class Profile:
     def trace(self, path: str | os.PathLike[str]) -> None:
         """Write one run as a trace for Perfetto (ui.perfetto.dev) or chrome://tracing: nodes one after
         another, nested in their modules."""
-        Path(path).write_text(json.dumps({"traceEvents": list(self._events()), "displayTimeUnit": "ns"}, indent=0))
+        write_file(path, json.dumps({"traceEvents": list(self._events()), "displayTimeUnit": "ns"}, indent=0))
 
     def _events(self) -> Iterator[dict[str, Any]]:
         process = {"ph": "M", "pid": 1, "tid": 1}
@@ -138,7 +138,7 @@ class Profile:
 
     def html(self, path: str | os.PathLike[str]) -> None:
         """Write a self-contained HTML page: the graph, coloured by time, and a table."""
-        Path(path).write_text(page(self.rows, self.totals()), encoding="utf-8")
+        write_file(path, page(self.rows, self.totals()))
 
 
 def profile(model: Callable[..., Any], *args: Any, repeats: int = 20, warmup: int = 3, **kwargs: Any) -> Profile:
