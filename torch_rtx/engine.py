@@ -375,7 +375,8 @@ def parse_header(file: BufferedIOBase) -> Header:
     raw = file.read(count)
     match = PREFIX.match(raw)
     if match is None:
-        raise EngineFormatError("not an .rtx file: its header was not written by torch_rtx")
+        hint = "files of weights are for load(path, weights=...)"
+        raise EngineFormatError("not an .rtx file: its header was not written by torch_rtx", hint=hint)
     zeroed = raw[: match.start(1)] + ZEROS + raw[match.end(1) :]
     if hashlib.sha256(length + zeroed).hexdigest().encode() != match[1]:
         raise EngineFormatError("the header is damaged: its digest does not match")

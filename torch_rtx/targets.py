@@ -226,6 +226,7 @@ _GPUS = {
     "rtxpro4500 rtxpro5000 rtxpro6000 blackwell",
     121: "gb10 dgxspark blackwell",
 }
+_TOO_OLD = ("volta", "v100", "titanv", "pascal", "p100", "p40", "p4", "gtx10", "titanx", "maxwell", "m60", "k80")
 _NAMES = {
     name: tuple(sm for sm, names in _GPUS.items() if name in names.split())
     for every in _GPUS.values()
@@ -287,6 +288,9 @@ def sm_versions(entry: object) -> tuple[int, ...]:
     match = re.fullmatch(r"(?:sm)?(\d{1,2})\.?(\d)", name, re.ASCII)
     if match is not None and isinstance(entry, str | int) and int(match[1] + match[2]) in ARCHES:
         return (int(match[1] + match[2]),)
+    if name.startswith(_TOO_OLD) or (match is not None and int(match[1] + match[2]) < min(ARCHES)):
+        hint = f"sm_{min(ARCHES)}, Turing, is the oldest: RTX 20, GTX 16, T4"
+        raise SettingsError(f"targets: {entry!r} is older than the GPUs that kernels are built for", hint=hint)
     for known in sorted(_NAMES, key=len, reverse=True):
         if name.startswith(known) and _VARIANT.fullmatch(name, len(known)):
             return _NAMES[known]

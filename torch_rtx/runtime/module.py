@@ -447,15 +447,16 @@ def load(
         OnnxError: the ONNX model with the weights is damaged, or has what is not supported.
         RefitError: the weights do not fit, or a state dict or file has names that the model did not have.
         InvalidIR: the engine calls an operator that is neither allowed nor trusted, or does not exist in this process.
-        SettingsError: `weight_streaming_budget` is too small for the engine, or there is no such device.
+        SettingsError: `weight_streaming_budget` is too small for the engine, there is no such device, or `trusted_ops`
+            is no collection.
     """
     settings = settings_of(RuntimeSettings, settings)
+    if isinstance(trusted_ops, str):
+        hint = f"write trusted_ops=[{trusted_ops!r}]"
+        raise SettingsError(f"trusted_ops must be a list of names, not {trusted_ops!r}", hint=hint)
     with _typed(EngineFormatError, f"{path} can't be loaded"):
         engine = engine_file.load(path, mmap, sha256)
-        if not platforms.runs_here(engine.manifest.platform):
-            hint = 'build it for this platform, or with CompilationSettings(platform="any")'
-            built_for, here = engine.manifest.platform, platforms.here()
-            raise EnginePlatformError(f"{path} was built for {built_for}, and this is {here}", hint=hint)
+        _check_platform(engine.manifest.platform, path)
         if any(node.op == "python" for node in engine.graph.nodes):
             raise InvalidIR("the engine calls a Python function, which no file can hold")
         placed = resolve_device(device, engine.manifest.device)
@@ -472,6 +473,12 @@ def load(
             module._store.attach(engine.weights, shared=False)
             module._run = module._with_weights
     return module
+
+
+def _check_platform(built_for: str, path: str | os.PathLike[str]) -> None:
+    if not platforms.runs_here(built_for):
+        hint = 'build it for this platform, or with CompilationSettings(platform="any")'
+        raise EnginePlatformError(f"{path} was built for {built_for}, and this is {platforms.here()}", hint=hint)
 
 
 @contextmanager

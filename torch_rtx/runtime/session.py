@@ -22,7 +22,7 @@ from torch_rtx.errors import InputError, SettingsError
 from torch_rtx.ir import Graph, ScalarType, TensorType, dim_syms, type_dims
 from torch_rtx.profiles import Profile
 from torch_rtx.runtime.captured import may_draw
-from torch_rtx.runtime.check import bind_sizes, check_inputs
+from torch_rtx.runtime.check import bind_sizes, check_inputs, check_layouts
 from torch_rtx.runtime.code import Code, compile_graph, undisturbed
 from torch_rtx.runtime.cudagraph import GraphPool, why_not
 from torch_rtx.runtime.launch import LoadedTactic
@@ -207,7 +207,7 @@ class Session:
         """
         same, key = self._last
         if len(inputs) != self._count or not same(*inputs):
-            inputs = inputs if self._guarded else _plain(inputs)
+            inputs = inputs if self._guarded else _plain(self.graph, inputs)
             key = self._key(inputs)
         if _WATCHERS:
             for watcher in list(_WATCHERS):
@@ -287,8 +287,13 @@ def watched_calls() -> Iterator[list[tuple[Session, list[Any]]]]:
         _WATCHERS.remove(watcher)
 
 
-def _plain(inputs: Sequence[Any]) -> Sequence[Any]:
-    """`inputs` with pending conjugations and negations resolved, since types of the IR do not express them."""
+def _plain(graph: Graph, inputs: Sequence[Any]) -> Sequence[Any]:
+    """`inputs` with pending conjugations and negations resolved, since types of the IR do not express them.
+
+    Raises:
+        InputError: one is sparse, nested or of another layout that types do not express either.
+    """
+    check_layouts(graph, inputs)
     for given in inputs:
         if isinstance(given, torch.Tensor) and (given.is_conj() or given.is_neg()):
             return [x.resolve_conj().resolve_neg() if isinstance(x, torch.Tensor) else x for x in inputs]
