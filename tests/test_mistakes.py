@@ -178,6 +178,20 @@ MISTAKES: list[tuple[str, Callable[[Place], object], type[Exception], str, str]]
     ("parameters", lambda p: p.load(weights=[*p.model.parameters()]), RtxError, "not a Parameter", "a state dict"),
     ("NumPy's", lambda p: p.load(weights={"0.bias": 1.0}), RefitError, "missing: 0.weight", "2.bias"),
     (
+        "sparse",
+        lambda p: p.load(weights={name: tensor.to_sparse() for name, tensor in p.state().items()}),
+        RefitError,
+        "0.weight: expected a dense tensor, got a torch.sparse_coo one",
+        "nothing was changed",
+    ),
+    (
+        "nested",
+        lambda p: p.engine.refit({name: torch.nested.nested_tensor([tensor]) for name, tensor in p.state().items()}),
+        RefitError,
+        "0.weight: expected a dense tensor, got a nested one",
+        "nothing was changed",
+    ),
+    (
         "half of them",
         lambda p: p.load(weights={name: tensor.half() for name, tensor in p.state().items()}),
         RefitError,

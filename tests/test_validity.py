@@ -82,9 +82,9 @@ def checked(folder: Path, name: str, machine: Machine | str | int) -> EngineChec
             replace(RTX_4090, memory=144 + 112 - 1),
             INVALID,
             "memory",
-            "weights of 144 B, and a call with",
+            "weights take 144 B and a call of the smallest sizes 112 B",
         ),
-        ("every", replace(RTX_4090, memory=144 + 112), SUBOPTIMAL, "memory", "a call with the typical sizes"),
+        ("every", replace(RTX_4090, memory=144 + 112), SUBOPTIMAL, "memory", "a call of the typical sizes 7.0 KiB"),
         ("every", replace(RTX_4090, memory=144 + 64 * 112), VALID, None, ""),
     ],
 )
@@ -217,3 +217,23 @@ def test_the_cuda_of_pytorch_without_importing_it() -> None:
     import torch
 
     assert machine._cuda_of_torch() == (torch.version.cuda or "")
+
+
+@pytest.mark.gpu
+def test_this_gpu(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The driver says what PyTorch says, and an engine that is VALID uses its kernels."""
+    import torch
+
+    gpu, found = torch.cuda.get_device_properties(0), this_machine()
+    assert (found.gpu, found.sm, found.memory) == (gpu.name, 10 * gpu.major + gpu.minor, gpu.total_memory)
+    assert found.driver is not None
+    other = "sm_120" if found.sm != 120 else "sm_90"
+    for targets, validity in (("current", VALID), ("portable", None), (other, SUBOPTIMAL)):
+        settings = torch_rtx.CompilationSettings(device="cuda", targets=targets)
+        module = torch_rtx.compile(torch.nn.GELU(), (torch.randn(8, 64, device="cuda"),), settings=settings)
+        torch_rtx.save(module, tmp_path / "model.rtx")
+        checked = check_engine(tmp_path / "model.rtx")
+        assert validity in (None, checked.validity), checked
+        caplog.clear()
+        torch_rtx.load(tmp_path / "model.rtx", trust_binaries=True)
+        assert ("runs call by call" in caplog.text) is any("no code that runs" in str(r) for r in checked.reasons)

@@ -191,18 +191,18 @@ def _memory(manifest: Manifest, graph: Graph, machine: Machine) -> Iterator[Reas
     if machine.memory is None:
         return
     weights = sum(_bytes(weight.value.type, {}) for weight in graph.weights)
-    smallest = {name: sym.min for name, sym in graph.syms.items()}
-    typical = dict(smallest)
-    for name, span in (profiles_of(graph, manifest.profiles) or ({},))[0].items():
-        smallest[name] = span.min
-        typical[name] = span.opt or span.max or span.min
+    bounds = {name: sym.min for name, sym in graph.syms.items()}
+    profiles = profiles_of(graph, manifest.profiles) or ({},)
+    smallest = [bounds | {name: span.min for name, span in profile.items()} for profile in profiles]
+    typical = bounds | {name: span.opt or span.max or span.min for name, span in profiles[0].items()}
     for sizes, which, validity in (
         (smallest, "smallest", Validity.INVALID),
-        (typical, "typical", Validity.SUBOPTIMAL),
+        ([typical], "typical", Validity.SUBOPTIMAL),
     ):
-        call = _peak(graph, sizes)
+        call = min(_peak(graph, given) for given in sizes)
         if weights + call > machine.memory:
-            needed = f"weights of {size_text(weights)}, and a call with the {which} sizes {size_text(call)}"
+            of = f" of the {which} sizes" if bounds else ""
+            needed = f"the weights take {size_text(weights)} and a call{of} {size_text(call)}"
             text = f"{needed}, which is more than the {size_text(machine.memory)} of the GPU"
             remedy = "set weight_streaming_budget" if call < machine.memory else "take a GPU with more memory"
             yield Reason("memory", validity, text, remedy)
