@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import mmap
 import os
 import subprocess
@@ -299,6 +300,22 @@ def test_a_file_that_is_replaced_while_it_is_read(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("safetensors.torch.load_file", replaced)
     with pytest.raises(EngineFormatError, match="replaced while it was read"):
         load(path, mmap=True)
+
+
+def test_weights_that_change_while_they_are_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a training goes on meanwhile: the file has some state of each byte, and its digest."""
+    weights = {name: tensor.clone() for name, tensor in (ENGINE.weights or {}).items()}
+
+    class Changing(io.BytesIO):
+        def write(self, data: bytes) -> int:  # type: ignore[override]
+            for tensor in weights.values():
+                tensor.add_(1)
+            return super().write(data)
+
+    file = Changing()
+    engine.write(replace(ENGINE, weights=weights), file)
+    (tmp_path / "model.rtx").write_bytes(file.getvalue())
+    load(tmp_path / "model.rtx")
 
 
 def test_weights_do_not_depend_on_the_file(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
     key `constant/NAME`, `weight/NAME`   the data of the graph's parameters; a weight-stripped engine has no weights
     key `kernel/DIGEST`                  the binaries of the graph's kernels, compressed
     metadata, one key `torch_rtx`        JSON {"header_digest", "data_digest", "manifest", "graph"} and, if there are
-                                         any, "kernels" and "splits", in this order
+                                         any, "tactics", in this order
 
 `data_digest` is the SHA-256 of all bytes after the header; `header_digest` is that of the header and its length field,
 with zeros for its own digits. Together they cover every byte. They detect damage, not forgery. Reading a file executes
@@ -19,11 +19,11 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from io import BufferedIOBase
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from safetensors import SafetensorError
 
@@ -121,16 +121,15 @@ def save(engine: Engine, path: Path) -> None:
     PermissionError).
 
     Raises:
-        RtxError, InvalidIR: see `contents`.
+        RtxError, InvalidIR: see `write`.
         OSError: the file can't be written.
     """
-    pieces = contents(engine)
     with replacing(_path(path)) as temporary, open(temporary, "wb") as file:
-        file.writelines(pieces)
+        write(engine, file)
 
 
-def contents(engine: Engine) -> list[bytes | memoryview]:
-    """The bytes of the file of `engine`, in pieces.
+def write(engine: Engine, file: BinaryIO) -> None:
+    """Writes the content of the file of `engine` to an empty file, which can seek.
 
     Raises:
         RtxError: a fallback node calls a Python function; a tensor is missing, unexpected, without data, or not of the
@@ -160,7 +159,15 @@ def contents(engine: Engine) -> list[bytes | memoryview]:
         raise RtxError(f"a name can't be written: {error}") from None
     if len(header) - 8 > MAX_HEADER:
         raise RtxError(f"the program takes {len(header)} bytes, more than the {MAX_HEADER} that a header may have")
-    return [_with_digests(header, data), *data]
+    file.write(header)
+    digest = hashlib.sha256()
+    for piece in data:
+        for at in range(0, len(piece), CHUNK):
+            chunk = bytes(piece[at : at + CHUNK])  # what is digested is what is written, also while a model is trained
+            digest.update(chunk)
+            file.write(chunk)
+    file.seek(0)
+    file.write(_with_digests(header, digest.hexdigest().encode()))
 
 
 def _oldest_reader(engine: Engine) -> int:
@@ -227,13 +234,10 @@ def _data(engine: Engine) -> Iterator[tuple[str, Tensor]]:
     yield from ((f"weight/{name}", tensor) for name, tensor in (engine.weights or {}).items())
 
 
-def _with_digests(header: bytes, data: Sequence[memoryview]) -> bytes:
-    digest = hashlib.sha256()
-    for piece in data:
-        digest.update(piece)
+def _with_digests(header: bytes, data_digest: bytes) -> bytes:
     match = PREFIX.match(header, 8)
-    assert match is not None  # `contents` has put both digests at the start
-    header = header[: match.start(2)] + digest.hexdigest().encode() + header[match.end(2) :]
+    assert match is not None  # `write` has put both digests at the start
+    header = header[: match.start(2)] + data_digest + header[match.end(2) :]
     return header[: match.start(1)] + hashlib.sha256(header).hexdigest().encode() + header[match.end(1) :]
 
 

@@ -79,7 +79,8 @@ def check_engine(path: Path, machine: Machine | str | int | None = None) -> Engi
 
     Args:
         machine: None: this one, whose CUDA driver is started for that. Or a GPU, as `targets` names one: "RTX 4090",
-            "sm_89"; nothing else is then known of the machine. Or a `Machine`.
+            "sm_89"; nothing else is then known of the machine. Or a `Machine`, such as `machine.this_machine(1)`, this
+            one with its second GPU.
 
     Raises:
         SettingsError: there is no such GPU, or several have this name.

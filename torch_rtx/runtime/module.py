@@ -353,7 +353,9 @@ def _to_bytes(module: CompiledModule) -> bytes:
     """The file of the engine, without weights, and without kernels that may not run."""
     module._signature.to_json()  # raises if it can't be saved
     kernels = module.engine.kernels if module._kernels is None else module._kernels
-    return b"".join(engine_file.contents(replace(module.engine, weights=None, kernels=kernels)))
+    file = BytesIO()
+    engine_file.write(replace(module.engine, weights=None, kernels=kernels), file)
+    return file.getvalue()
 
 
 def _from_bytes(content: bytes) -> Engine:
