@@ -100,6 +100,7 @@ class CompiledModule(nn.Module):
         return Session(
             *(graph, store, settings, callables, trusted_ops, tactics, manifest.profiles, context),
             check_sizes=None if self._check is None else self._check.at,
+            names=self._signature.sizes,
         )
 
     def _bind(self, session: Session, ready: bool = False) -> None:

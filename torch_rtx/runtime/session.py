@@ -87,6 +87,7 @@ class Session:
         pinned, saved: what CUDA graphs leave where it is, see `GraphPool`.
         check_sizes: called with the sizes of the symbols that the inputs determine when they are first met; an error
             refuses the call.
+        names: by symbol of the graph, the caller's name of that size.
 
     Raises:
         InvalidIR: an op does not exist here or a dim can't be determined.
@@ -107,9 +108,10 @@ class Session:
         pinned: frozenset[int] = frozenset(),
         saved: frozenset[int] = frozenset(),
         check_sizes: Callable[[Mapping[str, int]], None] | None = None,
+        names: Mapping[str, str] | None = None,
     ) -> None:
         self.graph, self.store, self.device = graph, store, store.device
-        self.profiles = profiles
+        self.profiles, self._names = profiles, names or {}
         self._callables, self._trusted_ops = callables, trusted_ops
         self.settings, self._shares_memory = settings, shares_memory
         self._pinned, self._saved = pinned, saved
@@ -149,16 +151,20 @@ class Session:
         """The device memory that a call takes, known before the first call.
 
         Args:
-            sizes: the sizes of the graph's symbols, by name; none for a static graph.
+            sizes: the sizes that vary, by the names of their `Dim`s or of the graph's symbols; none for a static graph.
 
         Raises:
-            InputError: the size of a symbol is missing.
+            InputError: a size is missing, or there is none of this name.
         """
         plan = self.specializer.base.code.plan
-        missing = [name for name in plan.symbols if name not in sizes]
-        if missing:
-            raise InputError(f"the size of {', '.join(missing)} is missing")
-        return plan.memory(sizes)
+        names = {symbol: self._names.get(symbol, symbol) for symbol in self.graph.syms}
+        given = {symbol: sizes[name] for symbol, name in names.items() if name in sizes} | sizes
+        missing = [names[symbol] for symbol in plan.symbols if symbol not in given]
+        unknown = sizes.keys() - names.keys() - set(names.values())
+        if missing or unknown:
+            problem = f"{', '.join(missing)} is missing" if missing else f"{', '.join(sorted(unknown))} does not exist"
+            raise InputError(f"the size of {problem}", hint=f"the sizes are {', '.join(names.values()) or 'all fixed'}")
+        return plan.memory(given)
 
     def sibling(self) -> Session:
         """A session of the same graph with other parameters; it shares the variants. See `WeightStore.sibling`."""
