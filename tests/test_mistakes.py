@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import torch_rtx
-from torch_rtx.errors import CaptureError, EngineFormatError, RefitError, RtxError, SettingsError
+from torch_rtx.errors import CaptureError, EngineFormatError, InputError, RefitError, RtxError, SettingsError
 
 X = torch.ones(2, 4)
 
@@ -44,6 +44,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     found = Place(tmp_path_factory.mktemp("mistakes"), model, torch_rtx.compile(model, (X,)))
     torch_rtx.save(found.engine, found / "model.rtx")
     torch.save(model.state_dict(), found / "model.pt")
+    save_file(model.state_dict(), found / "w.st")
     (found.folder / "empty").mkdir()
     return found
 
@@ -100,6 +101,43 @@ MISTAKES: list[tuple[str, Callable[[Place], object], type[Exception], str, str]]
         "unknown target 'sm_999'",
         '"ptx" (also compute_80, ...; newer GPUs run it)',
     ),
+    (
+        "an SM version that is too old",
+        lambda p: torch_rtx.CompilationSettings(targets="sm_70"),
+        SettingsError,
+        "'sm_70' is older than the GPUs that kernels are built for",
+        "sm_75, Turing, is the oldest",
+    ),
+    ("a GPU that is too old", lambda p: torch_rtx.CompilationSettings(targets="V100"), SettingsError, "'V100'", "T4"),
+    ("no name", lambda p: torch_rtx.CompilationSettings(2), SettingsError, "given by name", "2 has none"),
+    (
+        "an object of settings",
+        lambda p: torch.compile(torch.relu, backend="rtx", options=torch_rtx.RuntimeSettings())(X),  # type: ignore[arg-type]
+        SettingsError,
+        "options must be a dictionary, not a RuntimeSettings",
+        "write options={",
+    ),
+    # calls
+    (
+        "a sparse tensor",
+        lambda p: p.engine(X.to_sparse()),
+        InputError,
+        "'input' is of layout torch.sparse_coo",
+        "dense",
+    ),
+    ("a CSR tensor", lambda p: p.engine(X.to_sparse_csr()), InputError, "is of layout torch.sparse_csr", "dense"),
+    ("numpy", lambda p: p.engine(X.numpy()), InputError, "is a ndarray", "expected a tensor"),
+    ("another dtype", lambda p: p.engine(X.half()), InputError, "'input' has dtype torch.float16", "torch.float32"),
+    ("another size", lambda p: p.engine(X[:1]), InputError, "dimension 0 of input 'input' is 1", "was built for 2"),
+    ("another rank", lambda p: p.engine(X[0]), InputError, "has 1 dimensions", "expected 2: [2, 4]"),
+    ("another device", lambda p: p.engine(X.to("meta")), InputError, "is on meta", "expected cpu"),
+    ("nothing", lambda p: p.engine(), InputError, "missing argument input", "built for (input)"),
+    ("too much", lambda p: p.engine(X, X), InputError, "got 2 positional arguments", "built for 1"),
+    ("another name", lambda p: p.engine(x=X), InputError, "unexpected argument x", "built for (input)"),
+    ("twice", lambda p: p.engine(X, input=X), InputError, "argument input is given twice", "by position and by name"),
+    ("no weights yet", lambda p: p.load()(X), RtxError, "weight-stripped", "module.refit("),
+    ("half precision", lambda p: p.engine.half(), RtxError, "can't become torch.float16", "convert the model"),
+    ("training mode", lambda p: p.engine.train(), RtxError, "can't change to training mode", "torch.compile"),
     # save
     ("a module", lambda p: torch_rtx.save(p.model, p / "a.rtx"), RtxError, "not a Sequential", "torch_rtx.compile("),  # type: ignore[arg-type]
     (
@@ -119,7 +157,47 @@ MISTAKES: list[tuple[str, Callable[[Place], object], type[Exception], str, str]]
     ("bytes", lambda p: torch_rtx.load(b"\0"), RtxError, "not a bytes", "pass its path"),  # type: ignore[arg-type]
     ("no engine", lambda p: torch_rtx.load(p / "b.rtx"), FileNotFoundError, "No such file", "b.rtx"),
     ("a folder", lambda p: torch_rtx.load(p / "empty"), EngineFormatError, "this is a folder", "not an .rtx file"),
+    (
+        "a file of weights",
+        lambda p: torch_rtx.load(p / "w.st"),
+        EngineFormatError,
+        "not written by torch_rtx",
+        "weights=",
+    ),
+    ("a digest", lambda p: p.load(sha256="abc"), EngineFormatError, "another file: its SHA-256 is", "not abc"),
+    ("one operator", lambda p: p.load(trusted_ops="aten.a"), SettingsError, "trusted_ops must be a list", "['aten.a']"),  # type: ignore[arg-type]
     # weights
+    ("an engine", lambda p: p.load(weights=p / "model.rtx"), EngineFormatError, "is an engine", "state dict"),
+    (
+        "a whole checkpoint",
+        lambda p: p.load(weights={"model": p.state(), "step": 3}),
+        RtxError,
+        "no state dict: 'model' in them",
+        "weights['model']",
+    ),
+    ("parameters", lambda p: p.load(weights=[*p.model.parameters()]), RtxError, "not a Parameter", "a state dict"),
+    ("NumPy's", lambda p: p.load(weights={"0.bias": 1.0}), RefitError, "missing: 0.weight", "2.bias"),
+    (
+        "sparse",
+        lambda p: p.load(weights={name: tensor.to_sparse() for name, tensor in p.state().items()}),
+        RefitError,
+        "0.weight: expected a dense tensor, got a torch.sparse_coo one",
+        "nothing was changed",
+    ),
+    (
+        "nested",
+        lambda p: p.engine.refit({name: torch.nested.nested_tensor([tensor]) for name, tensor in p.state().items()}),
+        RefitError,
+        "0.weight: expected a dense tensor, got a nested one",
+        "nothing was changed",
+    ),
+    (
+        "half of them",
+        lambda p: p.load(weights={name: tensor.half() for name, tensor in p.state().items()}),
+        RefitError,
+        "0.weight: expected dtype torch.float32, got torch.float16",
+        "nothing was changed",
+    ),
     ("no weights", lambda p: p.load(weights=p / "w.safetensors"), FileNotFoundError, "no file", "w.safetensors"),
     ("a checkpoint", lambda p: p.load(weights=p / "model.pt"), EngineFormatError, "model.pt is no", "save_file"),
     ("an empty folder", lambda p: p.load(weights=p / "empty"), EngineFormatError, "has 0 safetensors", "name the file"),
@@ -137,6 +215,54 @@ MISTAKES: list[tuple[str, Callable[[Place], object], type[Exception], str, str]]
     # capture
     ("a function", lambda p: torch_rtx.compile(torch.relu, (X,)), CaptureError, "cannot export", "pass an nn.Module"),  # type: ignore[arg-type]
     ("no tuple", lambda p: torch_rtx.compile(p.model, X), CaptureError, "not Tensor", "must be a tuple"),  # type: ignore[arg-type]
+    ("no dictionary", lambda p: torch_rtx.compile(p.model, (X,), [X]), CaptureError, "not a list", "be a dictionary"),  # type: ignore[arg-type]
+    ("an engine", lambda p: torch_rtx.compile(p.engine, (X,)), CaptureError, "is compiled already", "was built from"),  # type: ignore[arg-type]
+    ("an engine", lambda p: torch_rtx.explain(p.engine, X), CaptureError, "is compiled already", "was built from"),
+    (
+        "no arguments",
+        lambda p: torch_rtx.explain(p.model),
+        CaptureError,
+        "missing a required argument",
+        "forward(input",
+    ),
+    (
+        "of numpy",
+        lambda p: torch_rtx.compile(p.model, (X.numpy(),)),
+        CaptureError,
+        "is a numpy.ndarray",
+        "pass tensors",
+    ),
+    (
+        "an axis too many",
+        lambda p: torch_rtx.compile(p.model, (X,), dynamic_shapes=({5: torch.export.Dim("b")},)),
+        CaptureError,
+        "dynamic_shapes names an axis that an argument does not have",
+        "from 0",
+    ),
+    (
+        "another size",
+        lambda p: torch_rtx.compile(p.model, (X,), dynamic_shapes=({0: torch.export.Dim("b", min=4, max=8)},)),
+        CaptureError,
+        "an argument is outside of what dynamic_shapes declares: 2 not in range [4, 8]",
+        "sizes in the ranges",
+    ),
+    # looking inside
+    ("a model", lambda p: torch_rtx.profile(p.model, X), RtxError, "no engine ran", "pass what torch_rtx.compile"),
+    ("no engine", lambda p: torch_rtx.inspect(p.engine), RtxError, "an engine is a file", "pass its path"),  # type: ignore[arg-type]
+    (
+        "never",
+        lambda p: torch_rtx.profile(p.engine, X, repeats=0),
+        SettingsError,
+        "repeats must be at least 1",
+        "not 0",
+    ),
+    (
+        "a model",
+        lambda p: torch_rtx.refit_module_weights(p.model, {}),
+        RtxError,
+        "Sequential is not compiled",
+        "pass a",
+    ),
 ]
 
 
@@ -151,9 +277,23 @@ def test_mistake(call: Callable[[Place], object], kind: type[Exception], what: s
     assert remedy in text
     assert "PyTorch" not in text
     frames = traceback.extract_tb(caught.value.__traceback__)
-    assert len(frames) <= 9
+    assert len(frames) <= 10
     assert sum("/torch/" in frame.filename for frame in frames) <= 1, "of PyTorch there is the call alone"
-    assert caught.value.__cause__ is None
+    if kind is not CaptureError:  # which keeps what torch.export raised
+        assert caught.value.__cause__ is None
+
+
+def test_a_path_is_a_folder() -> None:
+    folder = Path("caches")
+    assert torch_rtx.CompilationSettings(engine_cache_dir=folder).engine_cache_dir == "caches"  # type: ignore[arg-type]
+
+
+def test_layouts_are_checked_again(place: Place) -> None:
+    """After a call with a tensor of the same shape and dtype, which would say that these are known."""
+    place.engine(X)
+    for given in (X.to_sparse(), X.to_sparse_csr(), X.to_mkldnn()):
+        with pytest.raises(InputError, match="expected a dense tensor"):
+            place.engine(given)
 
 
 def test_many_names_are_counted() -> None:

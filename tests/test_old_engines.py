@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 import torch_rtx
 from tests import write_engines
 from tests.paths import ENGINES
+from torch_rtx.manifest import FORMAT_VERSION, OLDEST_READABLE
 
 
 def check(path: Path) -> None:
@@ -56,6 +57,7 @@ def test_every_case_is_kept() -> None:
     later = {"v1": {"kernel", "profiles", "cache", "split"}, "v2": {"profiles", "cache", "split"}}
     later |= {"v3": {"cache", "split"}, "v4": set(), "v5": set()}
     later = {version: names | {"onnx", "sums"} for version, names in later.items()} | {"v6": set()}
+    assert later.keys() == {f"v{version}" for version in range(OLDEST_READABLE, FORMAT_VERSION + 1)}
     for folder, names in later.items():
         assert {path.stem for path in (ENGINES / folder).glob("*.rtx")} == set(write_engines.CASES) - names
 

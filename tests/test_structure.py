@@ -21,11 +21,14 @@ ARROWS = {
     "errors": set(),
     "artefacts": {"errors"},
     "dtypes": set(),
+    "files": set(),
+    "serialization": {"dtypes"},
     "optable": set(),
     "targets": {"errors"},
     "platforms": set(),
     "progress": set(),
     "peers": set(),
+    "machine": {"platforms"},
     "settings": {"errors", "peers", "platforms", "targets"},
     "ir": {"dtypes", "errors"},
     "irparse": {"dtypes", "errors", "ir"},
@@ -43,10 +46,13 @@ ARROWS = {
     # aten inside `save` alone: it needs torch
     "engine": {
         *("dtypes", "errors", "ir", "irparse", "optable", "profiles", "manifest", "tactics", "tactics_v4", "aten"),
-        "accumulation",
+        *("accumulation", "files", "serialization"),
     },
-    "inspection": {"engine", "ir", "manifest", "op_work", "profiles", "tactics", "targets"},
-    "cache": {"errors"},
+    "inspection": {"engine", "ir", "machine", "manifest", "op_work", "profiles", "tactics", "targets"},
+    "validity": {
+        *("engine", "errors", "ir", "machine", "manifest", "platforms", "profiles", "tactics", "targets"),
+    },
+    "cache": {"errors", "files"},
     "lowering": {
         *("accumulation", "dtypes", "errors", "ir", "op_work", "aten", "settings", "targets", "lowering.kernels"),
     },
@@ -54,17 +60,18 @@ ARROWS = {
     "lowering.kernels": {"accumulation", "artefacts", "dtypes", "errors", "ir", "op_work", "targets", "tactics"},
     "runtime": {
         *("errors", "ir", "irparse", "optable", "op_work", "aten", "settings", "targets", "profiles", "manifest"),
-        *("accumulation", "dtypes", "tactics", "engine", "cache", "artefacts", "onnx", "platforms", "version"),
+        *("accumulation", "dtypes", "tactics", "engine", "cache", "artefacts", "onnx", "platforms", "version", "files"),
     },
     "onnx": {"detection", "errors"},
     "backend": {
         *("errors", "ir", "irparse", "aten", "settings", "targets", "profiles", "tactics", "engine", "cache"),
         *("lowering", "lowering.kernels", "onnx", "runtime", "version", "artefacts", "platforms", "progress"),
+        "serialization",
     },
     "cli": {
         *("errors", "ir", "irparse", "aten", "settings", "targets", "profiles", "engine", "cache", "inspection"),
         *("lowering", "lowering.kernels", "onnx", "runtime", "backend", "version", "platforms", "progress"),
-        "quantization",
+        *("quantization", "validity"),
     },
     "quantization": {"errors", "progress"},  # a layer for users, on torch alone
     "integrations": {"errors"},  # modules that an application imports by itself, one for each library
@@ -181,6 +188,7 @@ def test_passes_are_one_file_each() -> None:
     [
         ("import torch_rtx", ("torch", "triton")),
         ("import torch_rtx; torch_rtx.inspect", ("torch", "triton")),
+        (f"import torch_rtx; torch_rtx.check_engine({str(ENGINES / 'v6' / 'kernel.rtx')!r})", ("torch", "triton")),
         ("import torch_rtx.__main__", ("torch", "triton")),
         ("import torch_rtx; torch_rtx.RtxError; torch_rtx.CompilationSettings()", ("torch",)),
         ("import torch_rtx; torch_rtx.Debugger; torch_rtx.runtime", ("torch",)),

@@ -66,7 +66,7 @@ def test_errors_say_what_is_known() -> None:
         parse_targets("sm_85")
     with pytest.raises(SettingsError, match='needs a CUDA GPU in this process\n  name the GPU .*"RTX 4090"'):
         parse_targets("current")
-    with pytest.raises(SettingsError, match="unknown target 70"):
+    with pytest.raises(SettingsError, match="70 is older than the GPUs that kernels are built for\n  sm_75, Turing"):
         parse_targets("current", (7, 0))
     with pytest.raises(SettingsError, match=r"unknown target 'RTX 4099'\n  did you mean 'rtx4090'"):
         parse_targets("RTX 4099")

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
         Unsupported,
     )
     from torch_rtx.inspection import inspect
+    from torch_rtx.machine import Machine
     from torch_rtx.onnx.module import from_onnx
     from torch_rtx.quantization.model import quantize
     from torch_rtx.runtime.background import wait
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from torch_rtx.runtime.profiling import Profile, profile
     from torch_rtx.runtime.session import runtime_settings
     from torch_rtx.settings import CompilationSettings, RuntimeSettings
+    from torch_rtx.validity import EngineCheck, Validity, check_engine
 
 _HOMES = {
     "torch_rtx.backend.build": ("compile",),
@@ -76,6 +78,7 @@ _HOMES = {
     "torch_rtx.backend.mutable": ("MutableModule",),
     "torch_rtx.engine": ("Engine",),
     "torch_rtx.inspection": ("inspect",),
+    "torch_rtx.machine": ("Machine",),
     "torch_rtx.onnx.module": ("from_onnx",),
     "torch_rtx.errors": (
         "CacheError",
@@ -103,6 +106,7 @@ _HOMES = {
     "torch_rtx.runtime.session": ("runtime_settings",),
     "torch_rtx.runtime.profiling": ("Profile", "profile"),
     "torch_rtx.settings": ("CompilationSettings", "RuntimeSettings"),
+    "torch_rtx.validity": ("EngineCheck", "Validity", "check_engine"),
 }
 _NAMESPACES = ("quantization", "runtime")
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -115,6 +119,7 @@ __all__ = [
     "CompiledModule",
     "Debugger",
     "Engine",
+    "EngineCheck",
     "EngineFormatError",
     "EnginePlatformError",
     "EngineVersionError",
@@ -125,6 +130,7 @@ __all__ = [
     "InvalidIR",
     "KernelError",
     "LoweringError",
+    "Machine",
     "MutableModule",
     "OnnxError",
     "PartitionError",
@@ -135,6 +141,8 @@ __all__ = [
     "RuntimeSettings",
     "SettingsError",
     "Unsupported",
+    "Validity",
+    "check_engine",
     "compile",
     "cross_compile_for_windows",
     "dryrun",

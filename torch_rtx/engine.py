@@ -3,7 +3,7 @@
     key `constant/NAME`, `weight/NAME`   the data of the graph's parameters; a weight-stripped engine has no weights
     key `kernel/DIGEST`                  the binaries of the graph's kernels, compressed
     metadata, one key `torch_rtx`        JSON {"header_digest", "data_digest", "manifest", "graph"} and, if there are
-                                         any, "kernels" and "splits", in this order
+                                         any, "tactics", in this order
 
 `data_digest` is the SHA-256 of all bytes after the header; `header_digest` is that of the header and its length field,
 with zeros for its own digits. Together they cover every byte. They detect damage, not forgery. Reading a file executes
@@ -19,18 +19,18 @@ import json
 import math
 import os
 import re
-import secrets
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from io import BufferedIOBase
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from safetensors import SafetensorError
 
 from torch_rtx import dtypes, tactics
 from torch_rtx.accumulation import continued
 from torch_rtx.errors import EngineFormatError, InvalidIR, RtxError
+from torch_rtx.files import Path, replacing
 from torch_rtx.ir import MAX_RANK, UPDATES, Dim, Graph, Node, Parameter, TensorType, dim_expr, kernel_nodes, verify
 from torch_rtx.irparse import MAX_NAME, parse
 from torch_rtx.manifest import (
@@ -46,6 +46,7 @@ from torch_rtx.manifest import (
 )
 from torch_rtx.optable import ALLOWED, FILE_OPS
 from torch_rtx.profiles import check_profiles
+from torch_rtx.serialization import memory_of, serialize
 from torch_rtx.tactics import KernelTable
 from torch_rtx.tactics_v4 import read_table_v4
 
@@ -62,8 +63,6 @@ PREFIX = re.compile(
 # Dtype of the IR: its name in safetensors (None: it has none) and its bytes.
 DTYPES = {name: (dtype.safetensors, dtype.bytes) for name, dtype in dtypes.DTYPES.items()}
 _STORED = {name: (dtype, size) for dtype, (name, size) in DTYPES.items() if name is not None}
-
-Path = str | os.PathLike[str]
 
 # ---- contents of a file ----------------------------------------------------------------------------------------------
 
@@ -122,14 +121,22 @@ def save(engine: Engine, path: Path) -> None:
     PermissionError).
 
     Raises:
+        RtxError, InvalidIR: see `write`.
+        OSError: the file can't be written.
+    """
+    with replacing(_path(path)) as temporary, open(temporary, "wb") as file:
+        write(engine, file)
+
+
+def write(engine: Engine, file: BinaryIO) -> None:
+    """Writes the content of the file of `engine` to an empty file, which can seek.
+
+    Raises:
         RtxError: a fallback node calls a Python function; a tensor is missing, unexpected, without data, or not of the
             dtype and shape in the graph; a manifest field is of the wrong type.
         InvalidIR: the graph is not a valid graph of level "fused", its text does not parse back to the same graph, or
             the kernels do not fit the graph.
-        OSError: the file can't be written.
     """
-    from safetensors.torch import save_file  # imports torch, which reading a header must not
-
     text = str(engine.graph)
     _parsed(text)
     tactics.check(engine.kernels, engine.graph)
@@ -146,29 +153,21 @@ def save(engine: Engine, path: Path) -> None:
     table = {"tactics": tactics.write_table(engine.kernels)} if engine.kernels else {}
     metadata = json.dumps({**digests, "manifest": asdict(manifest), "graph": text, **table}, separators=(",", ":"))
     read_manifest(json.loads(metadata)["manifest"])
-    target = os.path.realpath(_path(path))
-    temporary = os.path.join(os.path.dirname(target), f".{secrets.token_hex(8)}.rtx.tmp")
     try:
-        with open(temporary, "xb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-        save_file(tensors, temporary, {"torch_rtx": metadata})  # one key: safetensors shuffles several
-        os.chmod(temporary, mode)  # safetensors creates files that only the owner can read
-        with open(temporary, "r+b") as file:
-            _write_digests(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
+        header, data = serialize(tensors, {"torch_rtx": metadata})
     except UnicodeEncodeError as error:
         raise RtxError(f"a name can't be written: {error}") from None
-    except SafetensorError as error:
-        raise OSError(f"can't write {target}: {error}") from error
-    except OSError as error:
-        if error.filename == temporary:
-            error.filename = target
-        raise
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
+    if len(header) - 8 > MAX_HEADER:
+        raise RtxError(f"the program takes {len(header)} bytes, more than the {MAX_HEADER} that a header may have")
+    file.write(header)
+    digest = hashlib.sha256()
+    for piece in data:
+        for at in range(0, len(piece), CHUNK):
+            chunk = bytes(piece[at : at + CHUNK])  # what is digested is what is written, also while a model is trained
+            digest.update(chunk)
+            file.write(chunk)
+    file.seek(0)
+    file.write(_with_digests(header, digest.hexdigest().encode()))
 
 
 def _oldest_reader(engine: Engine) -> int:
@@ -186,7 +185,7 @@ def _oldest_reader(engine: Engine) -> int:
 
 
 def _tensors_to_save(engine: Engine) -> Iterator[tuple[str, Tensor]]:
-    """Key and contiguous CPU tensor of all data. No two tensors share memory, which safetensors refuses."""
+    """Key and contiguous CPU tensor of all data."""
     import torch
 
     from torch_rtx import aten  # imports torch, too
@@ -197,22 +196,13 @@ def _tensors_to_save(engine: Engine) -> Iterator[tuple[str, Tensor]]:
     for key, stored in binaries.items():
         yield key, torch.frombuffer(bytearray(stored), dtype=torch.uint8)
     parameters = {_key(parameter): parameter for parameter in engine.graph.parameters}
-    plain: dict[str, Tensor] = {}
     for key, tensor in _data(engine):
         type_ = parameters[key].type
         if tensor.is_meta:
             raise RtxError(f"{key} has no data")
         if tensor.dtype != aten.DTYPES[type_.dtype] or tuple(tensor.shape) != type_.shape:
             raise RtxError(f"{key} is a {tensor.dtype} of shape {tuple(tensor.shape)}, not {type_}")
-        plain[key] = to_stored(tensor.detach().resolve_conj().resolve_neg().cpu().contiguous(), type_.dtype)
-    end = 0
-    for key in sorted(plain, key=lambda key: plain[key].data_ptr()):
-        tensor = plain[key]
-        if tensor.data_ptr() < end:  # tied, or a view of another
-            yield key, tensor.clone()
-        else:
-            end = tensor.data_ptr() + tensor.nbytes
-            yield key, tensor
+        yield key, to_stored(tensor.detach().resolve_conj().resolve_neg().cpu().contiguous(), type_.dtype)
 
 
 def stored_type(type_: TensorType) -> tuple[str, tuple[Dim, ...]]:
@@ -244,19 +234,11 @@ def _data(engine: Engine) -> Iterator[tuple[str, Tensor]]:
     yield from ((f"weight/{name}", tensor) for name, tensor in (engine.weights or {}).items())
 
 
-def _write_digests(file: BufferedIOBase) -> None:
-    length = file.read(8)
-    raw = file.read(int.from_bytes(length, "little"))
-    match = PREFIX.match(raw)
-    if match is None:
-        raise RtxError("this release of safetensors writes another header than torch_rtx expects")
-    if len(raw) > MAX_HEADER:
-        raise RtxError(f"the program takes {len(raw)} bytes, more than the {MAX_HEADER} that a header may have")
-    data_digest = hashlib.file_digest(file, "sha256").hexdigest().encode()
-    raw = raw[: match.start(2)] + data_digest + raw[match.end(2) :]
-    header_digest = hashlib.sha256(length + raw).hexdigest().encode()
-    file.seek(8)
-    file.write(raw[: match.start(1)] + header_digest + raw[match.end(1) :])
+def _with_digests(header: bytes, data_digest: bytes) -> bytes:
+    match = PREFIX.match(header, 8)
+    assert match is not None  # `write` has put both digests at the start
+    header = header[: match.start(2)] + data_digest + header[match.end(2) :]
+    return header[: match.start(1)] + hashlib.sha256(header).hexdigest().encode() + header[match.end(1) :]
 
 
 # ---- read ------------------------------------------------------------------------------------------------------------
@@ -302,7 +284,7 @@ def load(path: Path, mmap: bool = False, sha256: str | None = None) -> Engine:
             parts[kind][name] = from_stored(tensor, types[key]) if key in types else tensor
         if mmap:
             parts["weight"] = {n: from_stored(t, types[f"weight/{n}"]) for n, t in _mapped(path, file).items()}
-        binaries = {name: tensor.numpy().tobytes() for name, tensor in parts["kernel"].items()}
+        binaries = {name: bytes(memory_of(tensor)) for name, tensor in parts["kernel"].items()}
         wrong = [name for name, stored in binaries.items() if tactics.digest(stored) != name]
         if wrong:
             raise EngineFormatError(f"kernel/{wrong[0]} is damaged: its digest is not its name")
@@ -340,7 +322,7 @@ def _read_data(
     for key, info in header.tensors.items():
         skipped = skip is not None and key.startswith(skip)
         raw = torch.empty(min(info.nbytes, CHUNK) if skipped else info.nbytes, dtype=torch.uint8)
-        view = raw.numpy().data
+        view = memory_of(raw)
         for at in range(0, info.nbytes, CHUNK):
             start = 0 if skipped else at
             piece = view[start : start + min(CHUNK, info.nbytes - at)]
@@ -397,7 +379,8 @@ def parse_header(file: BufferedIOBase) -> Header:
     raw = file.read(count)
     match = PREFIX.match(raw)
     if match is None:
-        raise EngineFormatError("not an .rtx file: its header was not written by torch_rtx")
+        hint = "files of weights are for load(path, weights=...)"
+        raise EngineFormatError("not an .rtx file: its header was not written by torch_rtx", hint=hint)
     zeroed = raw[: match.start(1)] + ZEROS + raw[match.end(1) :]
     if hashlib.sha256(length + zeroed).hexdigest().encode() != match[1]:
         raise EngineFormatError("the header is damaged: its digest does not match")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from torch_rtx import tactics
 from torch_rtx.engine import DTYPES, Path, names_of_sizes, needs_trust, parse_header, program_of, reading
 from torch_rtx.ir import Loc, Node, TensorType, Value
+from torch_rtx.machine import size_text as _size
 from torch_rtx.manifest import Manifest
 from torch_rtx.op_work import ANCHORS, PRODUCTS, SCALED_MM, scales_of
 from torch_rtx.profiles import Shape, profiles_of, shapes, shapes_text
@@ -70,6 +71,7 @@ class Inspection:
         needs_trust: the operators that the file may call only if `load` gets their names as `trusted_ops`.
         layers: in the order of the program.
         tactics: per target, for how many kernel nodes each kind of tactic is expected to be the fastest.
+        drivers: per target, the CUDA version of the oldest driver that takes its code, where it is known.
         profiles: for each optimization profile, the shape of each input: static sizes and ranges.
         sizes: by symbol of the program, the name of a size.
         inputs: the type of each input, with the names of sizes: "f32[batch, 64]".
@@ -89,6 +91,7 @@ class Inspection:
     needs_trust: tuple[str, ...] = ()
     layers: tuple[LayerInfo, ...] = ()
     inputs: Mapping[str, str] = field(default_factory=dict)
+    drivers: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return self.text()
@@ -96,7 +99,8 @@ class Inspection:
     def text(self, limit: int | None = None, search: str = "") -> str:
         """The summary, with at most `limit` layers and parameters (None: all), those whose line has `search` in it."""
         manifest = self.manifest
-        producer = ", ".join(f"{name} {version}" for name, version in manifest.producer.items())
+        versions = manifest.producer.items()
+        producer = ", ".join(f"{name} {version}" for name, version in versions if not name.startswith("ptxas for"))
         lines = [
             f"format {manifest.format_version}, built by {producer or 'unknown'}",
             f"device {manifest.device}, platform {manifest.platform}, inputs {', '.join(manifest.inputs) or 'none'}",
@@ -111,6 +115,7 @@ class Inspection:
             "kernels: " + ("none" if not self.kernels else "compiled for (they run only with trust_binaries=True)"),
             *(
                 f"  {target}: {count}, {_size(size)}; fastest by expectation: {_counts(self.tactics[target])}"
+                + (f"; drivers of CUDA {self.drivers[target]} or later" if target in self.drivers else "")
                 for target, (count, size) in self.kernels.items()
             ),
             *(listed("layers", self.layers, limit, search) if self.layers else ()),
@@ -158,6 +163,7 @@ def inspect(path: Path) -> Inspection:
         needs_trust(graph),
         tuple(_layers(graph.nodes, table)),
         {name: _named(value, sizes) for name, value in zip(header.manifest.inputs, graph.inputs, strict=False)},
+        {str(t): f"{v[0]}.{v[1]}" for t, v in tactics.oldest_drivers(table, header.manifest.producer).items()},
     )
 
 
@@ -223,11 +229,3 @@ def _place(loc: Loc | None) -> str:
 
 def _counts(kinds: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -151,19 +152,25 @@ def read_manifest(value: Any) -> Manifest:
         except TypeError as error:
             raise EngineFormatError(f"field {name!r} of the manifest: {error}") from None
         if name == "min_reader":
-            _check_version(fields["format_version"], fields["min_reader"])
+            _check_version(fields["format_version"], fields["min_reader"], value.get("producer"))
     return Manifest(**fields)
 
 
-def _check_version(version: int, min_reader: int) -> None:
+def _check_version(version: int, min_reader: int, producer: Any) -> None:
     if min_reader > FORMAT_VERSION:
         raise EngineVersionError(
             f"the engine has format {version} and needs a reader of format {min_reader} or later; this one reads "
             f"{FORMAT_VERSION}",
-            hint="update torch_rtx, or rebuild the engine with this release",
+            hint=f"update torch_rtx{_release(producer)}, or rebuild the engine with this release",
         )
     if version < OLDEST_READABLE:
         raise EngineVersionError(
             f"the engine has format {version}; this release reads {OLDEST_READABLE} to {FORMAT_VERSION}",
             hint="rebuild the engine with this release",
         )
+
+
+def _release(producer: Any) -> str:
+    """The release that wrote a file, as far as its format is still understood."""
+    version = producer.get("torch_rtx") if isinstance(producer, dict) else None
+    return f" to {version}" if isinstance(version, str) and re.fullmatch(r"[\w.+-]{1,40}", version) else ""

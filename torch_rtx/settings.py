@@ -202,6 +202,8 @@ class _Checked:
     """
 
     def __new__(cls, *args: object, **options: object) -> Self:
+        if args:
+            raise SettingsError(f"options are given by name, and {args[0]!r} has none")
         _check_names(options, cls)
         return super().__new__(cls)
 
@@ -217,6 +219,9 @@ class _Checked:
                 object.__setattr__(self, item.name, value)
             elif value is None and item.name == "dump_dir":
                 object.__setattr__(self, item.name, _DUMPING.get())
+            elif isinstance(value, os.PathLike):
+                value = os.fspath(value)
+                object.__setattr__(self, item.name, value)
             if not item.metadata["check"](value):
                 raise SettingsError(f"option {item.name} must be {item.metadata['expects']}, not {given!r}")
 
@@ -382,6 +387,9 @@ def from_options(
     """
     if mode is not None and mode not in MODES:
         raise SettingsError(f"unknown mode {mode!r}", hint=f"known modes are {', '.join(MODES)}")
+    if not isinstance(options, Mapping | None):
+        hint = 'write options={"min_block_size": 2}, with fields of CompilationSettings and RuntimeSettings'
+        raise SettingsError(f"options must be a dictionary, not a {type(options).__name__}", hint=hint)
     given = {**MODES[mode or "default"], **(options or {})}
     kinds = CompilationSettings, RuntimeSettings
     _check_names(given, *kinds)

@@ -24,7 +24,7 @@ from torch_rtx.ir import MAIN, Dim, Graph, Node, Sym, TensorType, Type, Value, k
 from torch_rtx.irparse import parse, parse_dim
 from torch_rtx.manifest import Json, exactly
 from torch_rtx.optable import ALLOWED
-from torch_rtx.targets import Target, by_age
+from torch_rtx.targets import Target, arch_of, by_age, oldest_driver
 
 MAX_BINARY = 64 << 20  # bytes; a hostile file can't make a reader allocate more
 DIGEST = re.compile(r"[0-9a-f]{32}")
@@ -108,6 +108,7 @@ class Tactic(Generic[K]):
 
 
 Tactics = tuple[Tactic[Launch], ...]
+Runnable = tuple[Tactic[Launch], Target]  # with the target that the tactic is for
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,40 @@ class Candidate:
 def fastest_first(tactics: Iterable[Tactic[K]]) -> tuple[Tactic[K], ...]:
     """`tactics` in order of their expected times."""
     return tuple(sorted(tactics, key=lambda tactic: tactic.expected_us))
+
+
+# ---- which run where -------------------------------------------------------------------------------------------------
+
+
+def runnable_tactics(tactics: Mapping[Target, Tactics], sm: int, shared: int) -> list[Runnable]:
+    """The tactics that a GPU can run, best first: code for its SM version, code for the nearest older version of its
+    generation, then PTX, the newest first. Tactics of one target keep their order.
+
+    Args:
+        sm: compute capability of the GPU, without the dot.
+        shared: its limit of shared memory per block, in bytes.
+    """
+    newest = by_age(target for target in tactics if _runs_on(target, sm))[::-1]
+    return [
+        (tactic, target)
+        for target in sorted(newest, key=lambda target: target.ptx)
+        for tactic in tactics[target]
+        if all(variant.shared <= shared for launch in tactic.kernels.values() for variant in launch.variants)
+    ]
+
+
+def _runs_on(target: Target, sm: int) -> bool:
+    if target.ptx:
+        return target.sm <= sm
+    return target.sm == sm or (target.sm // 10 == sm // 10 and target.sm < sm and not arch_of(sm).exact)
+
+
+def oldest_drivers(table: KernelTable, producer: Mapping[str, str]) -> dict[Target, tuple[int, int]]:
+    """The CUDA version of the oldest driver that takes the code for each target, where `producer`, that of the
+    manifest, says what made it."""
+    made = {target: producer.get(f"ptxas for {target}", "") for target in table.targets}
+    versions = {target: re.match(r"(\d+)\.(\d+)", version) for target, version in made.items()}
+    return {t: oldest_driver(t, (int(m[1]), int(m[2]))) for t, m in versions.items() if m is not None}
 
 
 # ---- binaries --------------------------------------------------------------------------------------------------------

@@ -191,6 +191,19 @@ class Target:
         return min(a.shared for a in _KNOWN if a.sm >= self.arch.sm) if self.ptx else self.arch.shared
 
 
+PORTABLE_PTX = 87  # version of PTX of `Target(120, ptx=True)`, which leaves out features of one architecture
+_CUDA_OF_PTX = {80: (12, 0), PORTABLE_PTX: (12, 8)}
+
+
+def oldest_driver(target: Target, ptxas: tuple[int, int]) -> tuple[int, int]:
+    """The CUDA version of the oldest driver that takes code for `target`, which was made with `ptxas` of this version:
+    a binary runs on all drivers of one major version, PTX on those that know its version."""
+    if not target.ptx:
+        return ptxas[0], 0
+    version = PORTABLE_PTX if target.arch.exact else target.arch.ptx_version
+    return ptxas if version is None else _CUDA_OF_PTX[version]
+
+
 PTX = Target(80, ptx=True)
 PORTABLE = (*(Target(sm) for sm in (80, 86, 89, 90, 120)), PTX)
 CURRENT, LATER, NAMED = "current", "later", {"portable": PORTABLE, "ptx": (PTX,)}
@@ -213,6 +226,7 @@ _GPUS = {
     "rtxpro4500 rtxpro5000 rtxpro6000 blackwell",
     121: "gb10 dgxspark blackwell",
 }
+_TOO_OLD = ("volta", "v100", "titanv", "pascal", "p100", "p40", "p4", "gtx10", "titanx", "maxwell", "m60", "k80")
 _NAMES = {
     name: tuple(sm for sm, names in _GPUS.items() if name in names.split())
     for every in _GPUS.values()
@@ -255,18 +269,31 @@ def _targets(entry: object, capability: tuple[int, int] | None) -> tuple[Target,
             hint = 'name the GPU that the engine is for, such as "RTX 4090" or "sm_89", or "portable"'
             raise SettingsError('targets: "current" needs a CUDA GPU in this process', hint=hint)
         sm = capability[0] * 10 + capability[1]
-        if sm >= min(ARCHES):
-            return (arch_of(sm).target,)
-        name = str(entry := sm)
+        return (arch_of(sm).target,) if sm >= min(ARCHES) else _targets(sm, None)
     if name in NAMED:
         return NAMED[name]
-    match = re.fullmatch(r"(sm|compute)?(\d{1,2})\.?(\d)", name, re.ASCII)
-    if match is not None and isinstance(entry, str | int) and int(match[2] + match[3]) in ARCHES:
-        sm = int(match[2] + match[3])
-        return (Target(sm, ptx=True) if match[1] == "compute" else ARCHES[sm].target,)
+    match = re.fullmatch(r"compute(\d{1,2})\.?(\d)", name, re.ASCII)
+    if match is not None and int(match[1] + match[2]) in ARCHES:
+        return (Target(int(match[1] + match[2]), ptx=True),)
+    return tuple(ARCHES[sm].target for sm in sm_versions(entry))
+
+
+def sm_versions(entry: object) -> tuple[int, ...]:
+    """The SM versions that an entry of the option `targets` means: one, or those of an architecture.
+
+    Raises:
+        SettingsError: it is neither an SM version nor the name of a GPU, a series or an architecture.
+    """
+    name = _MAKERS.sub("", str(entry).lower())
+    match = re.fullmatch(r"(?:sm)?(\d{1,2})\.?(\d)", name, re.ASCII)
+    if match is not None and isinstance(entry, str | int) and int(match[1] + match[2]) in ARCHES:
+        return (int(match[1] + match[2]),)
+    if name.startswith(_TOO_OLD) or (match is not None and int(match[1] + match[2]) < min(ARCHES)):
+        hint = f"sm_{min(ARCHES)}, Turing, is the oldest: RTX 20, GTX 16, T4"
+        raise SettingsError(f"targets: {entry!r} is older than the GPUs that kernels are built for", hint=hint)
     for known in sorted(_NAMES, key=len, reverse=True):
         if name.startswith(known) and _VARIANT.fullmatch(name, len(known)):
-            return tuple(ARCHES[sm].target for sm in _NAMES[known])
+            return _NAMES[known]
     names = [*_NAMES, *NAMED, CURRENT, LATER, *(f"sm{sm}" for sm in ARCHES)]
     near = difflib.get_close_matches(name, names, cutoff=0.7)
     asked = f"did you mean {' or '.join(map(repr, near))}? " if near else ""

@@ -49,6 +49,10 @@ def test_for_windows(weights: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     torch_rtx.save_cross_compiled_exported_program(module, path)
     assert torch_rtx.inspect(path).manifest.platform == "windows"
     assert "platform windows" in str(torch_rtx.inspect(path))
+    drivers = torch_rtx.inspect(path).drivers  # of the assembler that made the kernels of each target
+    assert drivers.keys() == {"sm_86", "sm_120"}
+    assert f"drivers of CUDA {drivers['sm_120']} or later" in str(torch_rtx.inspect(path))
+    assert torch_rtx.check_engine(path, "RTX 5090").validity == torch_rtx.Validity.VALID
     for load in (torch_rtx.load, torch_rtx.load_cross_compiled_exported_program):
         on(monkeypatch, "linux")
         with pytest.raises(EnginePlatformError, match="model.rtx was built for windows, and this is linux"):

@@ -177,6 +177,29 @@ def test_where_it_is(environment: dict[str, str], expected: str, monkeypatch: py
     assert cache_dir(CompilationSettings()) == expected.format(known=known, current=os.getcwd())
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="stands for other systems by the paths of POSIX")
+@pytest.mark.parametrize(
+    ("system", "environment", "expected"),
+    [
+        ("darwin", {"HOME": "/Users/me"}, "/Users/me/Library/Caches/torch_rtx"),
+        ("win32", {"LOCALAPPDATA": "/local"}, "/local/torch_rtx"),
+        ("win32", {"HOME": "/Users/me"}, "/Users/me/AppData/Local/torch_rtx"),
+        ("win32", {"HOME": "/Users/me", "LOCALAPPDATA": ""}, "/Users/me/AppData/Local/torch_rtx"),
+        ("win32", {"HOME": "me"}, "{temporary}/AppData/Local/torch_rtx"),
+    ],
+)
+def test_where_it_is_elsewhere(
+    system: str, environment: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the libraries for this put it, such as platformdirs, which would be one more package to install."""
+    for name in ("HOME", "LOCALAPPDATA", "XDG_CACHE_HOME", "TORCH_RTX_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "platform", system)
+    assert cache_dir(CompilationSettings()) == expected.format(temporary=tempfile.gettempdir())
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the variables are those of Linux")
 def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
     import pwd

@@ -1,15 +1,17 @@
-"""`torch-rtx targets` and `torch-rtx doctor`: what can be built for, and what this machine has."""
+"""`torch-rtx targets`, `doctor` and `check`: what can be built for, what this machine has, and what fits it."""
 
 from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from typer.testing import CliRunner, Result
 
+from tests.paths import ENGINES
 from torch_rtx.cli import doctor
 from torch_rtx.cli.app import app
 from torch_rtx.errors import KernelError
@@ -53,6 +55,19 @@ def test_doctor() -> None:
     rows = json.loads(call("doctor", "--json").stdout)
     assert {row["state"] for row in rows} <= {"ok", "missing", "fault"}
     assert all(row["remedy"] for row in rows if row["state"] != "ok")
+
+
+def test_check(tmp_path: Path) -> None:
+    path = ENGINES / "v6" / "kernel.rtx"
+    done = call("check", str(path), "--gpu", "RTX 4090")
+    assert (done.exit_code, done.output) == (0, "VALID for sm_89\n")
+    (tmp_path / "cut.rtx").write_bytes(path.read_bytes()[:100])
+    done = call("check", str(tmp_path / "cut.rtx"), "--gpu", "RTX 4090", "--json")
+    found = json.loads(done.output)
+    assert (done.exit_code, found["validity"], found["reasons"][0]["what"]) == (1, "INVALID", "format")
+    for wrong in ([str(tmp_path / "no.rtx")], [str(path), "--gpu", "blackwell"]):
+        refused = call("check", *wrong)
+        assert (refused.exit_code, "error: " in refused.output) == (1, True)
 
 
 def gpu(monkeypatch: pytest.MonkeyPatch, major: int, minor: int) -> list[doctor.Finding]:

@@ -17,8 +17,19 @@ from torch_rtx.irparse import parse
 from torch_rtx.runtime import driver as driver_api
 from torch_rtx.runtime import tuning_context
 from torch_rtx.runtime.inline import inline_kernels, launched
-from torch_rtx.runtime.launch import Gpu, Launcher, bound, is_for, load_tactics, runnable_tactics
-from torch_rtx.tactics import OWN, Candidate, KernelTable, Launch, Tactic, Variant, check, fastest_first, pack
+from torch_rtx.runtime.launch import Gpu, Launcher, bound, is_for, load_tactics
+from torch_rtx.tactics import (
+    OWN,
+    Candidate,
+    KernelTable,
+    Launch,
+    Tactic,
+    Variant,
+    check,
+    fastest_first,
+    pack,
+    runnable_tactics,
+)
 from torch_rtx.targets import PTX, Target
 
 S = Sym("s")

@@ -227,8 +227,10 @@ def test_nested_inputs(tmp_path):
         # The order of keys says nothing.
         other = ({"deep": OrderedDict(n=None, c=C), "pair": (A, [B])}, [A, {"k": B}])
         same(module(*other), function(*args))
-        with pytest.raises(InputError, match="argument #0 has another structure than at capture.*but got 1"):
+        with pytest.raises(InputError, match="argument #0 has another structure than at capture: missing entry 'deep'"):
             module({"pair": (A, [B])}, [A, {"k": B}])
+        with pytest.raises(InputError, match="capture: unexpected entry 'more'$"):
+            module({**args[0], "more": A}, args[1])
         with pytest.raises(InputError, match="argument #1 has another structure"):
             module(args[0], (A, {"k": B}))
         with pytest.raises(InputError, match="argument #0 has another structure"):

@@ -272,6 +272,12 @@ def test_a_session_tells_its_memory() -> None:
     assert session.memory(s=8).peak == 3 * 8 * 256
     with pytest.raises(InputError, match="the size of s is missing"):
         session.memory()
+    with pytest.raises(InputError, match="the size of t does not exist\n  the sizes are s"):
+        session.memory(s=8, t=1)
+    named = Session(GRAPH, store, RuntimeSettings(), names={"s": "batch"})
+    assert named.memory(batch=8) == named.memory(s=8) == session.memory(s=8)
+    with pytest.raises(InputError, match="the size of batch is missing"):
+        named.memory()
 
 
 def test_fallbacks_get_memory_of_their_own() -> None:

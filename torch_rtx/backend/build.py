@@ -26,6 +26,7 @@ from torch_rtx.backend.program_cache import get_or_build
 from torch_rtx.engine import Engine, Json, Manifest
 from torch_rtx.errors import CaptureError, InputError, RtxError, SettingsError
 from torch_rtx.lowering.from_fx import Role
+from torch_rtx.lowering.kernels.toolchain import built_with
 from torch_rtx.profiles import Profile
 from torch_rtx.runtime.module import CompiledModule
 from torch_rtx.runtime.signature import PLAIN, Fixed, Plain, Signature
@@ -252,11 +253,13 @@ def _engine(
     parameters = lowered.graph.parameters
     needed = {name for p in parameters for name in (p.name, *p.aliases)}
     unused = {*program.state_dict, *tensors} - {*program.constants} - needed
+    kernels = lowered.kernels
+    tools = built_with(kernels.targets) if kernels else {}
     manifest = Manifest(
         device=lowered.device.type,
         inputs=tuple(value.name for value in lowered.graph.inputs),
         signature=_saved(signature),
-        producer={"torch_rtx": __version__, "torch": torch.__version__},
+        producer={"torch_rtx": __version__, "torch": torch.__version__, **tools},
         platform=settings.platform,
         unused_names=tuple(sorted(unused)),
         profiles=profiles,
@@ -270,7 +273,7 @@ def _engine(
         if missing:
             raise CaptureError(f"strip_weights is False and the model has no data for {', '.join(missing[:5])}")
         weights = {p.name: tensors[p.name].detach() for p in parameters if not p.constant}
-    return Engine(lowered.graph, manifest, constants, weights, lowered.kernels)
+    return Engine(lowered.graph, manifest, constants, weights, kernels)
 
 
 def _saved(signature: Signature) -> Json:

@@ -17,7 +17,7 @@ from torch._dynamo import config
 from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.exc import UserError, UserErrorType
 from torch.export import ExportedProgram
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, GuardOnDataDependentSymNode
 
 from torch_rtx.errors import CaptureError, RtxError
 from torch_rtx.lowering.location import Locations
@@ -45,6 +45,8 @@ def checked_model(model: Any, args: object, kwargs: Mapping[str, Any] | None) ->
         raise CaptureError("a ScriptModule can't be captured", hint="compile the module that it was made of")
     if not isinstance(model, nn.Module) or not isinstance(args, tuple):
         return model  # an ExportedProgram; or what `capture_export` refuses
+    if not isinstance(kwargs, Mapping | None):
+        raise CaptureError(f"kwargs must be a dictionary, not a {type(kwargs).__name__}")
     taken = inspect.signature(model.forward)
     try:
         taken.bind(*args, **(kwargs or {}))
@@ -70,7 +72,7 @@ def explained() -> Iterator[None]:
         frames = list(_model_frames(error.__traceback__))
         code = frames[-1].tb_frame.f_code if frames else None
         loc = None if code is None else f"{code.co_filename}:{frames[-1].tb_lineno}"
-        problem, hint = _explanation(error)
+        problem, hint = _explanation(error, in_model=bool(frames))
         if not config.verbose:
             error.__cause__, error.__suppress_context__ = None, True
             error.__traceback__ = _chain(frames)
@@ -93,8 +95,8 @@ def _chain(frames: list[TracebackType]) -> TracebackType | None:
     return chain
 
 
-def _explanation(error: Exception) -> tuple[str, str]:
-    """The problem and the remedy."""
+def _explanation(error: Exception, in_model: bool) -> tuple[str, str]:
+    """The problem and the remedy; `in_model`: a line of the model raised the error."""
     lines = str(error).strip().splitlines() or [""]
     returned = re.match(r"Found (?:<class ')?([\w.]+)(?:'>)? in output", lines[0])
     if isinstance(error, GuardOnDataDependentSymNode):
@@ -104,6 +106,15 @@ def _explanation(error: Exception) -> tuple[str, str]:
         problem = f"the model returns a {returned[1]}"
         hint = "return tensors in tuples, lists and dictionaries, or register the class by torch.utils._pytree"
         hint += "; a model of transformers: pass use_cache=False" * ("Cache" in problem)
+    elif (given := re.match(r"Unsupported input type <class '([\w.]+)'>", lines[0])) is not None:
+        problem = f"an argument is a {given[1]}"
+        hint = "pass tensors and numbers, or tuples, lists and dictionaries of these"
+    elif isinstance(error, ConstraintViolationError):
+        problem = f"an argument is outside of what dynamic_shapes declares: {lines[0]}"
+        hint = "pass arguments of sizes in the ranges"
+    elif isinstance(error, IndexError) and not in_model:
+        problem = f"dynamic_shapes names an axis that an argument does not have: {lines[0]}"
+        hint = "axes are counted from 0"
     elif "__obj_flatten__" in lines[0]:
         problem = "the model holds a script object, such as the packed weights of a quantized module"
         hint = "compile the model before it is quantized, or move what the object does out of the model"

@@ -14,6 +14,7 @@ from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from torch_rtx.backend.capture import capture
+from torch_rtx.backend.capture_errors import checked_model
 from torch_rtx.backend.compiler import check_settings, device_of
 from torch_rtx.backend.dynamo import Break, break_after, break_before, breaks
 from torch_rtx.backend.entry import static_inputs
@@ -100,7 +101,11 @@ def explain(
     Args:
         model: a module or function; `args` and `kwargs` are passed to it.
         settings: those of the compilation to explain; `require_full_compilation` is ignored.
+
+    Raises:
+        CaptureError: the model is an engine or a ScriptModule, or does not take the arguments.
     """
+    model = checked_model(model, args, kwargs)
     settings = replace(settings_of(CompilationSettings, settings), require_full_compilation=False)
     check_settings(settings)
     reports: list[GraphReport] = []

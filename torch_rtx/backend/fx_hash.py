@@ -34,6 +34,7 @@ from torch_rtx.errors import Uncacheable
 from torch_rtx.ir import Sym
 from torch_rtx.lowering.from_fx import Role
 from torch_rtx.lowering.symbols import Symbols
+from torch_rtx.serialization import memory_of
 from torch_rtx.settings import CompilationSettings, assemblers, key_settings
 from torch_rtx.version import __version__
 
@@ -227,7 +228,7 @@ class SharedTables:
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout != torch.strided or tensor.is_meta:
             raise Uncacheable(f"a constant of type {type(tensor).__name__}, without readable bytes")
         plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-        data = plain.reshape(-1).view(torch.uint8).numpy().tobytes()
+        data = bytes(memory_of(plain))
         type_ = f"{tensor.dtype}{list(tensor.shape)}{tensor.stride()} {self.symbols.device(tensor.device)}"
         self.constants.append(f"{len(self.constants)}: {type_.removeprefix('torch.')} {digest(data)}")
         return len(self.constants) - 1

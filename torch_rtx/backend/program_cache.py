@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import fx
 
 from torch_rtx import aten
@@ -36,6 +36,7 @@ from torch_rtx.lowering.from_fx import Role, is_fixed, python_call, unique_name
 from torch_rtx.lowering.location import Locations
 from torch_rtx.lowering.symbols import Symbols
 from torch_rtx.progress import stage
+from torch_rtx.serialization import serialize
 from torch_rtx.settings import CompilationSettings, cache_dir, opens_stages
 from torch_rtx.tactics import read_table, write_table
 
@@ -161,11 +162,10 @@ def to_bytes(built: Built, site: GraphSite) -> bytes:
     for parameter in graph.parameters:
         if parameter.name in constants:
             tensor = constants[parameter.name].detach().resolve_conj().resolve_neg().cpu()
-            # safetensors refuses tensors that share memory
-            own = tensor.clone(memory_format=torch.contiguous_format)
-            data[f"constant/{parameter.name}"] = to_stored(own, parameter.type.dtype)
+            data[f"constant/{parameter.name}"] = to_stored(tensor.contiguous(), parameter.type.dtype)
     head = json.dumps(fields).encode()
-    return len(head).to_bytes(8, "little") + head + save(data)
+    header, pieces = serialize(data)
+    return b"".join((len(head).to_bytes(8, "little"), head, header, *pieces))
 
 
 def _bytes(stored: bytes) -> torch.Tensor:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import io
 import os
 import re
-import secrets
 import tarfile
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 
 from torch_rtx.cache.entries import unpack
 from torch_rtx.cache.store import NAME, SUFFIX, Store
 from torch_rtx.errors import CacheError
+from torch_rtx.files import replacing
 
 MEMBER = re.compile(f"({NAME.pattern}){re.escape(SUFFIX)}")
 
@@ -24,23 +23,17 @@ def export_entries(store: Store, names: Sequence[str], path: str | os.PathLike[s
         CacheError: an entry is damaged.
         OSError: the store can't be read, or the file can't be written.
     """
-    temporary = f"{os.fspath(path)}.{secrets.token_hex(8)}.tmp"
     count = 0
-    try:
-        with tarfile.open(temporary, "x") as archive:
-            for name in sorted(names):
-                data = store.get(name)
-                if data is None:
-                    continue
-                unpack(name, data)
-                member = tarfile.TarInfo(name + SUFFIX)
-                member.size = len(data)
-                archive.addfile(member, io.BytesIO(data))
-                count += 1
-        os.replace(temporary, path)
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
+    with replacing(path) as temporary, tarfile.open(temporary, "w") as archive:
+        for name in sorted(names):
+            data = store.get(name)
+            if data is None:
+                continue
+            unpack(name, data)
+            member = tarfile.TarInfo(name + SUFFIX)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+            count += 1
     return count
 
 

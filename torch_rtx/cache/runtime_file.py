@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 import sqlite3
 import stat
 import time
@@ -24,6 +23,7 @@ from typing import Any
 
 from torch_rtx.cache.private import check_private, make_folder
 from torch_rtx.errors import CacheDamaged, CacheError
+from torch_rtx.files import replacing
 
 APPLICATION = 0x52545843  # "RTXC", in the file's header
 SCHEMA = 1  # raise it with every change of the tables: a release does not touch files of a newer schema
@@ -403,19 +403,15 @@ def export_file(entries: Iterable[Entry], path: str | os.PathLike[str]) -> int:
     path = os.path.abspath(os.fspath(path))
     if os.path.exists(f"{path}-wal"):
         raise CacheError(f"{path} is in use as a runtime cache", hint="name another file")
-    temporary = f"{path}.{secrets.token_hex(8)}.tmp"
+    temporary = path
     try:
-        with closing(RuntimeFile(temporary, create=True, shared=False)) as file:
+        with replacing(path) as temporary, closing(RuntimeFile(temporary, create=True, shared=False)) as file:
             file.merge(entries, 2**63)
-            count = file.size()[0]
-        try:
-            os.replace(temporary, path)
-        except OSError as error:
-            raise CacheError(f"{path} can't be written: {error}") from None
-    finally:
-        with suppress(OSError):
-            os.unlink(temporary)
-    return count
+            return file.size()[0]
+    except OSError as error:
+        raise CacheError(f"{path} can't be written: {error}") from None
+    except CacheError as error:
+        raise CacheError(error.message.replace(temporary, path), hint=error.hint) from error.__cause__
 
 
 def identity_of(path: str) -> Identity | None:

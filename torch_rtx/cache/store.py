@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import secrets
 import stat
 import time
 from collections.abc import Iterable, Iterator
@@ -14,12 +13,12 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from torch_rtx.cache.private import FILE_MODE, check_private, make_folder, regular_file
+from torch_rtx.files import TEMPORARY, replacing
 
 log = logging.getLogger(__name__)
 
 NAME = re.compile(r"[0-9a-f]{1,128}")
 SUFFIX = ".rtxcache"
-TEMPORARY = ".tmp-"
 STALE_SECONDS = 3600.0  # age at which a temporary file must be the remains of a killed process
 CLOCK_SKEW_SECONDS = 60.0  # tolerated between machines that share a folder
 
@@ -101,15 +100,8 @@ class FileStore:
             log.info("an entry of %d bytes exceeds the size limit of the cache", len(data))
             return
         self._make_folder()
-        temporary = os.path.join(self.folder, f"{TEMPORARY}{secrets.token_hex(8)}")
-        try:
-            with open(temporary, "xb", opener=self._create) as file:
-                file.write(data)
-            os.replace(temporary, path)
-        except BaseException:
-            with suppress(OSError):
-                os.unlink(temporary)
-            raise
+        with replacing(path) as temporary, open(temporary, "wb", opener=self._create) as file:
+            file.write(data)
         self.prune(keep=name)
 
     def _make_folder(self) -> None:

@@ -11,6 +11,7 @@ from torch_rtx.cli import cache, runtime_cache
 from torch_rtx.cli.bench import bench
 from torch_rtx.cli.build import build
 from torch_rtx.cli.calibrate import calibrate
+from torch_rtx.cli.check import check
 from torch_rtx.cli.doctor import doctor
 from torch_rtx.cli.inspect import inspect
 from torch_rtx.cli.opt import opt
@@ -22,7 +23,7 @@ from torch_rtx.cli.terminal import Verbose, command, echo, log_to_stderr
 from torch_rtx.version import __version__
 
 app = typer.Typer(no_args_is_help=True, help="Tools for torch_rtx engines.")
-for each in (build, calibrate, run, bench, profile, refit, inspect, targets, doctor, opt):
+for each in (build, calibrate, run, bench, profile, refit, inspect, check, targets, doctor, opt):
     app.command()(command(each))
 cache.app.add_typer(runtime_cache.app, name="runtime")
 app.add_typer(cache.app, name="cache")

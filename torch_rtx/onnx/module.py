@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from torch_rtx.errors import InputError
-from torch_rtx.onnx import host
+from torch_rtx.onnx import extras, host  # noqa: F401  # the former first: it says which package is missing
 from torch_rtx.onnx.dtypes import dtype_of
 from torch_rtx.onnx.outline import Outline, digest_of, outline
 from torch_rtx.onnx.plan import Weight, in_dtype, plan

@@ -15,18 +15,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import onnx
+import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from torch_rtx.errors import IntegrationError, OnnxError, RtxError
+from torch_rtx.errors import OnnxError, RtxError
 from torch_rtx.onnx import framed, wire
 from torch_rtx.onnx.dtypes import PACKED, SIGNED, dtype_of
-
-try:
-    import onnx
-    import onnx_ir as ir
-except ImportError as error:
-    raise IntegrationError(f"ONNX models need the package {error.name}", hint="pip install 'torch_rtx[onnx]'") from None
 
 # In the meta data of a model from a file: the digest of its frame, or None; by name, the index and the bytes of
 # initializers.

@@ -41,6 +41,18 @@ def check_inputs(graph: Graph, inputs: Sequence[Any], device: torch.device, prof
     sizes.check_profiles()
 
 
+def check_layouts(graph: Graph, inputs: Sequence[Any]) -> None:
+    """Check that the tensors in a flat list of inputs have strides, as all types do.
+
+    Raises:
+        InputError: names the first that has none.
+    """
+    for value, given in zip(graph.inputs, inputs, strict=False):
+        if isinstance(given, torch.Tensor) and (given.layout != torch.strided or given.is_nested):
+            layout = "nested" if given.is_nested else f"of layout {given.layout}"
+            raise InputError(f"input {value.name!r} is {layout}, expected a dense tensor", hint="convert it before")
+
+
 def bind_sizes(graph: Graph, inputs: Sequence[Any]) -> dict[str, int]:
     """The sizes of the symbols that `inputs` determine, by name. The inputs must fit the graph."""
     sizes: dict[str, int] = {}

@@ -26,13 +26,12 @@ from torch_rtx.runtime import driver as driver_api
 from torch_rtx.runtime.bind import bind, bind_dim
 from torch_rtx.runtime.driver import checked
 from torch_rtx.settings import BEST, CALLS
-from torch_rtx.tactics import KernelTable, Launch, Tactic, Tactics, Variant, unpack
-from torch_rtx.targets import ALIGNMENT, GRID, Target, arch_of, by_age
+from torch_rtx.tactics import KernelTable, Launch, Runnable, Tactic, Variant, runnable_tactics, unpack
+from torch_rtx.targets import ALIGNMENT, GRID, Target, arch_of
 
 log = logging.getLogger(__name__)
 OPT_IN = 48 << 10  # bytes of shared memory; a kernel that needs more has to opt in
 _MAX_X, _MAX_Y, _MAX_Z = GRID
-Runnable = tuple[Tactic[Launch], Target]  # with the target that the tactic is for
 
 
 def load_tactics(
@@ -130,29 +129,6 @@ def preferred(runnable: Sequence[Runnable], wanted: str) -> list[Runnable]:
     """`runnable` in the order in which to try them: the kinds in `wanted` come first, in its order."""
     kinds = [] if wanted == BEST else wanted.split(",")
     return sorted(runnable, key=lambda one: kinds.index(one[0].kind) if one[0].kind in kinds else len(kinds))
-
-
-def runnable_tactics(tactics: Mapping[Target, Tactics], sm: int, shared: int) -> list[Runnable]:
-    """The tactics that a GPU can run, best first: code for its SM version, code for the nearest older version of its
-    generation, then PTX, the newest first. Tactics of one target keep their order.
-
-    Args:
-        sm: compute capability of the GPU, without the dot.
-        shared: its limit of shared memory per block, in bytes.
-    """
-    newest = by_age(target for target in tactics if _runs_on(target, sm))[::-1]
-    return [
-        (tactic, target)
-        for target in sorted(newest, key=lambda target: target.ptx)
-        for tactic in tactics[target]
-        if all(variant.shared <= shared for launch in tactic.kernels.values() for variant in launch.variants)
-    ]
-
-
-def _runs_on(target: Target, sm: int) -> bool:
-    if target.ptx:
-        return target.sm <= sm
-    return target.sm == sm or (target.sm // 10 == sm // 10 and target.sm < sm and not arch_of(sm).exact)
 
 
 class Store(Protocol):

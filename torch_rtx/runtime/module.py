@@ -100,6 +100,7 @@ class CompiledModule(nn.Module):
         return Session(
             *(graph, store, settings, callables, trusted_ops, tactics, manifest.profiles, context),
             check_sizes=None if self._check is None else self._check.at,
+            names=self._signature.sizes,
         )
 
     def _bind(self, session: Session, ready: bool = False) -> None:
@@ -353,12 +354,10 @@ def _on_host(tensor: torch.Tensor) -> torch.Tensor:
 def _to_bytes(module: CompiledModule) -> bytes:
     """The file of the engine, without weights, and without kernels that may not run."""
     module._signature.to_json()  # raises if it can't be saved
-    with TemporaryDirectory() as folder:
-        path = os.path.join(folder, "model.rtx")
-        kernels = module.engine.kernels if module._kernels is None else module._kernels
-        engine_file.save(replace(module.engine, weights=None, kernels=kernels), path)
-        with open(path, "rb") as file:
-            return file.read()
+    kernels = module.engine.kernels if module._kernels is None else module._kernels
+    file = BytesIO()
+    engine_file.write(replace(module.engine, weights=None, kernels=kernels), file)
+    return file.getvalue()
 
 
 def _from_bytes(content: bytes) -> Engine:
@@ -452,15 +451,16 @@ def load(
         OnnxError: the ONNX model with the weights is damaged, or has what is not supported.
         RefitError: the weights do not fit, or a state dict or file has names that the model did not have.
         InvalidIR: the engine calls an operator that is neither allowed nor trusted, or does not exist in this process.
-        SettingsError: `weight_streaming_budget` is too small for the engine, or there is no such device.
+        SettingsError: `weight_streaming_budget` is too small for the engine, there is no such device, or `trusted_ops`
+            is no collection.
     """
     settings = settings_of(RuntimeSettings, settings)
+    if isinstance(trusted_ops, str):
+        hint = f"write trusted_ops=[{trusted_ops!r}]"
+        raise SettingsError(f"trusted_ops must be a list of names, not {trusted_ops!r}", hint=hint)
     with _typed(EngineFormatError, f"{path} can't be loaded"):
         engine = engine_file.load(path, mmap, sha256)
-        if not platforms.runs_here(engine.manifest.platform):
-            hint = 'build it for this platform, or with CompilationSettings(platform="any")'
-            built_for, here = engine.manifest.platform, platforms.here()
-            raise EnginePlatformError(f"{path} was built for {built_for}, and this is {here}", hint=hint)
+        _check_platform(engine.manifest.platform, path)
         if any(node.op == "python" for node in engine.graph.nodes):
             raise InvalidIR("the engine calls a Python function, which no file can hold")
         placed = resolve_device(device, engine.manifest.device)
@@ -477,6 +477,12 @@ def load(
             module._store.attach(engine.weights, shared=False)
             module._run = module._with_weights
     return module
+
+
+def _check_platform(built_for: str, path: str | os.PathLike[str]) -> None:
+    if not platforms.runs_here(built_for):
+        hint = 'build it for this platform, or with CompilationSettings(platform="any")'
+        raise EnginePlatformError(f"{path} was built for {built_for}, and this is {platforms.here()}", hint=hint)
 
 
 @contextmanager

@@ -13,13 +13,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
 from torch_rtx.errors import RtxError, SettingsError
+from torch_rtx.files import write_file
 from torch_rtx.ir import Node
 from torch_rtx.runtime.check import bind_sizes
 from torch_rtx.runtime.clocks import Clock, clock_of, overhead
@@ -135,7 +135,7 @@ class Profile:
     def trace(self, path: str | os.PathLike[str]) -> None:
         """Write one run as a trace for Perfetto (ui.perfetto.dev) or chrome://tracing: nodes one after
         another, nested in their modules."""
-        Path(path).write_text(json.dumps({"traceEvents": list(self._events()), "displayTimeUnit": "ns"}, indent=0))
+        write_file(path, json.dumps({"traceEvents": list(self._events()), "displayTimeUnit": "ns"}, indent=0))
 
     def _events(self) -> Iterator[dict[str, Any]]:
         process = {"ph": "M", "pid": 1, "tid": 1}
@@ -159,7 +159,7 @@ class Profile:
         """
         named = {} if model is None else {"model": model}
         facts = {**self.about, **named, "device": self.device}
-        Path(path).write_text(page(self.rows, facts, self._sums()), encoding="utf-8")
+        write_file(path, page(self.rows, facts, self._sums()))
 
 
 def profile(model: Callable[..., Any], *args: Any, repeats: int = 20, warmup: int = 3, **kwargs: Any) -> Profile:

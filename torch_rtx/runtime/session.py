@@ -22,7 +22,7 @@ from torch_rtx.errors import InputError, SettingsError
 from torch_rtx.ir import Graph, ScalarType, TensorType, dim_syms, type_dims
 from torch_rtx.profiles import Profile
 from torch_rtx.runtime.captured import may_draw
-from torch_rtx.runtime.check import bind_sizes, check_inputs
+from torch_rtx.runtime.check import bind_sizes, check_inputs, check_layouts
 from torch_rtx.runtime.code import Code, compile_graph, undisturbed
 from torch_rtx.runtime.cudagraph import GraphPool, why_not
 from torch_rtx.runtime.launch import LoadedTactic
@@ -91,6 +91,7 @@ class Session:
         pinned, saved: what CUDA graphs leave where it is, see `GraphPool`.
         check_sizes: called with the sizes of the symbols that the inputs determine when they are first met; an error
             refuses the call.
+        names: by symbol of the graph, the caller's name of that size.
 
     Raises:
         InvalidIR: an op does not exist here or a dim can't be determined.
@@ -111,9 +112,10 @@ class Session:
         pinned: frozenset[int] = frozenset(),
         saved: frozenset[int] = frozenset(),
         check_sizes: Callable[[Mapping[str, int]], None] | None = None,
+        names: Mapping[str, str] | None = None,
     ) -> None:
         self.graph, self.store, self.device = graph, store, store.device
-        self.profiles = profiles
+        self.profiles, self._names = profiles, names or {}
         self._callables, self._trusted_ops = callables, trusted_ops
         self.settings, self._shares_memory = settings, shares_memory
         self._pinned, self._saved = pinned, saved
@@ -183,16 +185,20 @@ class Session:
         """The device memory that a call takes, known before the first call.
 
         Args:
-            sizes: the sizes of the graph's symbols, by name; none for a static graph.
+            sizes: the sizes that vary, by the names of their `Dim`s or of the graph's symbols; none for a static graph.
 
         Raises:
-            InputError: the size of a symbol is missing.
+            InputError: a size is missing, or there is none of this name.
         """
         plan = self.specializer.base.code.plan
-        missing = [name for name in plan.symbols if name not in sizes]
-        if missing:
-            raise InputError(f"the size of {', '.join(missing)} is missing")
-        return plan.memory(sizes)
+        names = {symbol: self._names.get(symbol, symbol) for symbol in self.graph.syms}
+        given = {symbol: sizes[name] for symbol, name in names.items() if name in sizes} | sizes
+        missing = [names[symbol] for symbol in plan.symbols if symbol not in given]
+        unknown = sizes.keys() - names.keys() - set(names.values())
+        if missing or unknown:
+            problem = f"{', '.join(missing)} is missing" if missing else f"{', '.join(sorted(unknown))} does not exist"
+            raise InputError(f"the size of {problem}", hint=f"the sizes are {', '.join(names.values()) or 'all fixed'}")
+        return plan.memory(given)
 
     def sibling(self) -> Session:
         """A session of the same graph with other parameters; it shares the variants. See `WeightStore.sibling`."""
@@ -241,7 +247,7 @@ class Session:
         """
         same, key = self._last
         if len(inputs) != self._count or not same(*inputs):
-            inputs = inputs if self._guarded else _plain(inputs)
+            inputs = inputs if self._guarded else _plain(self.graph, inputs)
             key = self._key(inputs)
         if _WATCHERS:
             for watcher in list(_WATCHERS):
@@ -327,8 +333,13 @@ def watched_calls() -> Iterator[list[tuple[Session, list[Any]]]]:
         _WATCHERS.remove(watcher)
 
 
-def _plain(inputs: Sequence[Any]) -> Sequence[Any]:
-    """`inputs` with pending conjugations and negations resolved, since types of the IR do not express them."""
+def _plain(graph: Graph, inputs: Sequence[Any]) -> Sequence[Any]:
+    """`inputs` with pending conjugations and negations resolved, since types of the IR do not express them.
+
+    Raises:
+        InputError: one is sparse, nested or of another layout that types do not express either.
+    """
+    check_layouts(graph, inputs)
     for given in inputs:
         if isinstance(given, torch.Tensor) and (given.is_conj() or given.is_neg()):
             return [x.resolve_conj().resolve_neg() if isinstance(x, torch.Tensor) else x for x in inputs]

@@ -116,7 +116,8 @@ class Signature:
             try:
                 leaves += spec.flatten_up_to(value)
             except ValueError as error:
-                raise InputError(f"argument {name} has another structure than at capture: {error}") from None
+                problem = _other_entries(spec, value) or str(error)
+                raise InputError(f"argument {name} has another structure than at capture: {problem}") from None
         return leaves
 
     def _as_captured(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -199,6 +200,14 @@ class Signature:
         taken = sum(isinstance(leaf, int) for leaf in self.leaves)
         if (taken, self.out_spec.num_leaves) != (inputs, outputs):
             raise EngineFormatError("the signature does not fit the graph")
+
+
+def _other_entries(spec: pytree.TreeSpec, value: object) -> str:
+    """Which entries a dictionary lacks, and which it has beside those of `spec`; "" for what is none."""
+    if not isinstance(value, Mapping) or not isinstance(spec.context, list):
+        return ""
+    missing = [f"missing entry {key!r}" for key in spec.context if key not in value]
+    return ", ".join([*missing, *(f"unexpected entry {key!r}" for key in value if key not in spec.context)])
 
 
 def _same(a: object, b: Plain) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from torch_rtx.errors import EngineFormatError
@@ -22,8 +22,8 @@ def read_weights(source: File | Sequence[File]) -> dict[str, torch.Tensor]:
     """The named tensors of a file, of all files of a list, or of a folder: those that its index names, or its only one.
 
     Raises:
-        EngineFormatError: a file is no safetensors file, the folder has none or several without an index, or a name is
-            in two files.
+        EngineFormatError: a file is no safetensors file or an engine, the folder has none or several without an index,
+            or a name is in two files.
         FileNotFoundError: there is no such file.
     """
     found: dict[str, torch.Tensor] = {}
@@ -67,6 +67,10 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
     if not path.exists():
         raise FileNotFoundError(errno.ENOENT, "there is no file of weights", str(path))
     try:
+        with safe_open(path, "pt") as file:
+            if "torch_rtx" in (file.metadata() or ()):
+                hint = "weights come from the model, its state dict, or a safetensors file of it"
+                raise EngineFormatError(f"{path} is an engine, not a file of weights", hint=hint)
         return load_file(path)
     except SafetensorError as error:
         hint = "a checkpoint of torch.save: pass torch.load(path, weights_only=True), or convert it with "

@@ -57,16 +57,23 @@ def tensors_of(
     if isinstance(weights, nn.Module):
         return _tensors_of_module(weights, parameters)
     if isinstance(weights, Mapping):
+        inner = [name for name, given in weights.items() if isinstance(given, Mapping)]
+        if inner:  # a checkpoint
+            problem = f"the weights are no state dict: {', '.join(map(repr, inner[:5]))} in them are mappings"
+            raise RtxError(problem, hint=f"pass the state dict, which may be weights[{inner[0]!r}]")
         return plain_tensors(weights)
     if _is_exported(weights):
         wanted = {name for p in parameters for name in (p.name, *p.aliases)}
         others = {name: tensor for name, tensor in weights.constants.items() if name in wanted}
         return plain_tensors({**weights.state_dict, **others})
+    hint = "pass a module, a state dict, an ONNX model, or the path of a safetensors or ONNX file"
     if isinstance(weights, bytes) or not isinstance(weights, str | os.PathLike | Sequence):
-        hint = "pass a module, a state dict, an ONNX model, or the path of a safetensors or ONNX file"
         raise RtxError(f"weights can't be a {type(weights).__name__}", hint=hint)
-    if not isinstance(weights, str | os.PathLike) and any(map(is_onnx, weights)):
-        raise RtxError("an ONNX model is no part of a list of weights", hint="pass the model by itself")
+    for part in [] if isinstance(weights, str | os.PathLike) else weights:
+        if is_onnx(part):
+            raise RtxError("an ONNX model is no part of a list of weights", hint="pass the model by itself")
+        if not isinstance(part, str | os.PathLike):
+            raise RtxError(f"a list of weights has paths of files, not a {type(part).__name__}", hint=hint)
     return read_weights(weights)
 
 

@@ -427,6 +427,8 @@ def check(parameters: Sequence[Parameter], tensors: Sequence[torch.Tensor]) -> N
 def _problem(tensor: object, type_: TensorType) -> str | None:
     if not isinstance(tensor, torch.Tensor):
         return f"expected a tensor, got {type(tensor).__name__}"
+    if tensor.layout != torch.strided or tensor.is_nested:
+        return f"expected a dense tensor, got a {'nested' if tensor.is_nested else tensor.layout} one"
     if tuple(tensor.shape) != type_.shape:
         return f"expected shape {list(type_.shape)}, got {list(tensor.shape)}"
     if tensor.dtype != aten.DTYPES[type_.dtype]:

@@ -14,7 +14,7 @@ import re
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
@@ -27,11 +27,10 @@ from torch_rtx.errors import KernelError
 from torch_rtx.lowering.kernels.pdl import WAIT, insert_pdl
 from torch_rtx.lowering.kernels.turing import NoTensorCores, rewrite
 from torch_rtx.tactics import Variant
-from torch_rtx.targets import NEWEST, arch_of
+from torch_rtx.targets import NEWEST, PORTABLE_PTX, Target, arch_of, by_age
 
 log = logging.getLogger(__name__)
 OLDEST = (3, 6)  # version of Triton
-PORTABLE_PTX = 87  # version of PTX for sm_120 and later: drivers of CUDA 12.8 and later take it
 _lock = threading.Lock()
 _parsing = threading.Lock()
 KEPT = 256  # size of the caches of compiled kernels and of TTIR, in entries of some 100 KB
@@ -156,6 +155,13 @@ def versions() -> dict[str, str]:
     triton = _triton()
     tools = {"ptxas": triton.get_ptxas(80), "ptxas-blackwell": triton.get_ptxas(120)}
     return {"triton": triton.version, **{name: tool.version for name, tool in tools.items()}}
+
+
+def built_with(targets: Iterable[Target]) -> dict[str, str]:
+    """What builds code for `targets` here, for the manifest of an engine: Triton, and for each target its ptxas."""
+    triton = _triton()
+    used = {f"ptxas for {target}": _assembler(triton, target.arch.sm).version for target in by_age(targets)}
+    return {"triton": triton.version, **used}
 
 
 @lru_cache(maxsize=KEPT)
