@@ -239,7 +239,7 @@ def test_opt_lists_the_passes():
 @pytest.mark.parametrize(
     ("args", "text", "message"),
     [
-        (("-t", "sm_13"), GRAPH, "unknown target 'sm_13'"),
+        (("-t", "sm_13"), GRAPH, "targets: 'sm_13' is older than the GPUs"),
         (("-p", "fuze"), GRAPH, "error: -: unknown passes fuze\n  the passes are simplify, cse"),
         ((), GRAPH.replace("f32[2, 3] = op aten.add", "f32[2, = op aten.add"), "error: -: line 5: "),
         ((), GRAPH.replace("other=b", "other=d"), "error: -: line 5: "),

@@ -63,7 +63,7 @@ def test_check(tmp_path: Path) -> None:
     assert (done.exit_code, done.output) == (0, "VALID for sm_89\n")
     (tmp_path / "cut.rtx").write_bytes(path.read_bytes()[:100])
     done = call("check", str(tmp_path / "cut.rtx"), "--gpu", "RTX 4090", "--json")
-    found = json.loads(done.output)
+    found = json.loads(done.stdout)
     assert (done.exit_code, found["validity"], found["reasons"][0]["what"]) == (1, "INVALID", "format")
     for wrong in ([str(tmp_path / "no.rtx")], [str(path), "--gpu", "blackwell"]):
         refused = call("check", *wrong)
