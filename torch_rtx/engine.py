@@ -23,8 +23,8 @@ import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from io import BufferedIOBase
-from typing import TYPE_CHECKING, Any
+from io import BufferedIOBase, BytesIO, TextIOBase
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from safetensors import SafetensorError
 
@@ -64,6 +64,7 @@ DTYPES = {name: (dtype.safetensors, dtype.bytes) for name, dtype in dtypes.DTYPE
 _STORED = {name: (dtype, size) for dtype, (name, size) in DTYPES.items() if name is not None}
 
 Path = str | os.PathLike[str]
+File = Path | BinaryIO
 
 # ---- contents of a file ----------------------------------------------------------------------------------------------
 
@@ -115,11 +116,11 @@ class Header:
 # ---- save ------------------------------------------------------------------------------------------------------------
 
 
-def save(engine: Engine, path: Path) -> None:
+def save(engine: Engine, path: File) -> None:
     """Writes `engine` to `path` atomically: a failure leaves the old file. Equal engines give equal bytes.
 
     Processes that have the old file open or mapped keep its bytes (on Windows, replacing a mapped file is a
-    PermissionError).
+    PermissionError). In place of a path, a binary file object gets the bytes from where it is on.
 
     Raises:
         RtxError: a fallback node calls a Python function; a tensor is missing, unexpected, without data, or not of the
@@ -128,7 +129,7 @@ def save(engine: Engine, path: Path) -> None:
             the kernels do not fit the graph.
         OSError: the file can't be written.
     """
-    from safetensors.torch import save_file  # imports torch, which reading a header must not
+    from safetensors.torch import save as to_bytes  # imports torch, which reading a header must not
 
     text = str(engine.graph)
     _parsed(text)
@@ -146,22 +147,36 @@ def save(engine: Engine, path: Path) -> None:
     table = {"tactics": tactics.write_table(engine.kernels)} if engine.kernels else {}
     metadata = json.dumps({**digests, "manifest": asdict(manifest), "graph": text, **table}, separators=(",", ":"))
     read_manifest(json.loads(metadata)["manifest"])
-    target = os.path.realpath(_path(path))
+    try:
+        if isinstance(path, str | os.PathLike):
+            _save_file(tensors, {"torch_rtx": metadata}, path)
+        else:
+            target = _object(path, "write", "wb")
+            file = BytesIO(to_bytes(tensors, {"torch_rtx": metadata}))
+            _write_digests(file)
+            target.write(file.getbuffer())
+    except UnicodeEncodeError as error:
+        raise RtxError(f"a name can't be written: {error}") from None
+    except SafetensorError as error:
+        raise OSError(f"can't write {name_of(path)}: {error}") from error
+
+
+def _save_file(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
+    """`metadata` has one key: safetensors shuffles several."""
+    from safetensors.torch import save_file
+
+    target = os.path.realpath(path)
     temporary = os.path.join(os.path.dirname(target), f".{secrets.token_hex(8)}.rtx.tmp")
     try:
         with open(temporary, "xb") as file:
             mode = os.fstat(file.fileno()).st_mode
-        save_file(tensors, temporary, {"torch_rtx": metadata})  # one key: safetensors shuffles several
+        save_file(tensors, temporary, metadata)
         os.chmod(temporary, mode)  # safetensors creates files that only the owner can read
         with open(temporary, "r+b") as file:
             _write_digests(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
-    except UnicodeEncodeError as error:
-        raise RtxError(f"a name can't be written: {error}") from None
-    except SafetensorError as error:
-        raise OSError(f"can't write {target}: {error}") from error
     except OSError as error:
         if error.filename == temporary:
             error.filename = target
@@ -252,8 +267,10 @@ def _write_digests(file: BufferedIOBase) -> None:
         raise RtxError("this release of safetensors writes another header than torch_rtx expects")
     if len(raw) > MAX_HEADER:
         raise RtxError(f"the program takes {len(raw)} bytes, more than the {MAX_HEADER} that a header may have")
-    data_digest = hashlib.file_digest(file, "sha256").hexdigest().encode()
-    raw = raw[: match.start(2)] + data_digest + raw[match.end(2) :]
+    data = hashlib.sha256()
+    while piece := file.read(CHUNK):  # hashlib.file_digest takes a BytesIO from its start
+        data.update(piece)
+    raw = raw[: match.start(2)] + data.hexdigest().encode() + raw[match.end(2) :]
     header_digest = hashlib.sha256(length + raw).hexdigest().encode()
     file.seek(8)
     file.write(raw[: match.start(1)] + header_digest + raw[match.end(1) :])
@@ -262,7 +279,7 @@ def _write_digests(file: BufferedIOBase) -> None:
 # ---- read ------------------------------------------------------------------------------------------------------------
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: File) -> Header:
     """Reads the header alone. Needs no torch.
 
     Raises:
@@ -274,7 +291,7 @@ def read_header(path: Path) -> Header:
         return parse_header(file)
 
 
-def load(path: Path, mmap: bool = False, sha256: str | None = None) -> Engine:
+def load(path: File, mmap: bool = False, sha256: str | None = None) -> Engine:
     """Loads an engine, and checks every digest, name and rule of the graph; calls in the graph are not checked, see
     `runtime.file_check`.
 
@@ -282,6 +299,7 @@ def load(path: Path, mmap: bool = False, sha256: str | None = None) -> Engine:
     change them.
 
     Args:
+        path: the file, or a binary file object, which is read to its end from where it is on.
         mmap: map the weights, copy on write, instead of reading them: faster, and processes share the memory. A process
             that truncates the file then ends this one (SIGBUS), and one that writes to it changes the weights.
         sha256: the SHA-256 of the file, as 64 hexadecimal digits; None: any file.
@@ -290,9 +308,12 @@ def load(path: Path, mmap: bool = False, sha256: str | None = None) -> Engine:
         EngineFormatError: not an `.rtx` file, or its content is damaged, incomplete, unexpected or not allowed; or it
             is another file than `sha256` says.
         EngineVersionError: this release can't read the format of the file.
+        RtxError: `path` is neither, or `mmap` is given with a file object.
         OSError: the file can't be opened.
     """
     with reading(path) as file:
+        if mmap and file.__class__ is BytesIO:
+            raise RtxError("mmap=True maps a file: pass its path, not a file object")
         header = parse_header(file)
         graph, table = program_of(header)
         parts: dict[str, dict[str, Tensor]] = {"constant": {}, "weight": {}, "kernel": {}}
@@ -310,11 +331,21 @@ def load(path: Path, mmap: bool = False, sha256: str | None = None) -> Engine:
     return Engine(graph, header.manifest, parts["constant"], weights, replace(table, binaries=binaries))
 
 
-def _path(path: Path) -> Path:
-    """Raises RtxError if `path` is no path."""
-    if isinstance(path, str | os.PathLike):
-        return path
-    raise RtxError(f"an engine is a file: pass its path, not a {type(path).__name__}")
+def _object(file: Any, method: str, mode: str) -> Any:
+    """Raises RtxError if `file` has no such method, or is opened for text."""
+    if callable(getattr(file, method, None)) and not isinstance(file, TextIOBase):
+        return file
+    what = "one that is opened for text" if isinstance(file, TextIOBase) else f"a {type(file).__name__}"
+    hint = f"pass its path, open(path, {mode!r}) or io.BytesIO(...)"
+    raise RtxError(f"an engine is a file, not {what}", hint=hint)
+
+
+def name_of(file: object) -> str:
+    """The path of a file, or the name of a file object."""
+    if isinstance(file, str | os.PathLike):
+        return str(os.fspath(file))
+    name = getattr(file, "name", None)
+    return name if isinstance(name, str) else f"<{type(file).__name__}>"
 
 
 def _read_data(
@@ -360,10 +391,11 @@ def _read_data(
         raise EngineFormatError(f"this is another file: its SHA-256 is {whole.hexdigest()}, not {sha256}")
 
 
-def _mapped(path: Path, file: BufferedIOBase) -> dict[str, Tensor]:
+def _mapped(path: File, file: BufferedIOBase) -> dict[str, Tensor]:
     """The weights, mapped from the file."""
     from safetensors.torch import load_file
 
+    assert isinstance(path, str | os.PathLike)
     named = load_file(path).items()
     # safetensors opens the path again: it must still be the file checked above.
     if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
@@ -372,24 +404,28 @@ def _mapped(path: Path, file: BufferedIOBase) -> dict[str, Tensor]:
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[BufferedIOBase]:
-    """Opens the file, and adds the path to EngineFormatErrors."""
+def reading(path: File) -> Iterator[BufferedIOBase]:
+    """Opens the file, or reads the file object, and adds its name to EngineFormatErrors."""
     try:
-        if os.path.isdir(_path(path)):
+        if not isinstance(path, str | os.PathLike):
+            yield BytesIO(_object(path, "read", "rb").read())
+            return
+        if os.path.isdir(path):
             raise EngineFormatError("this is a folder, not an .rtx file")
         with open(path, "rb") as file:
             yield file
     except EngineFormatError as error:
-        raise type(error)(error.message, loc=os.fspath(path), hint=error.hint) from None
+        raise type(error)(error.message, loc=name_of(path), hint=error.hint) from None
     except InvalidIR as error:
-        raise EngineFormatError(f"the graph is not valid: {error}", loc=os.fspath(path)) from None
+        raise EngineFormatError(f"the graph is not valid: {error}", loc=name_of(path)) from None
     except SafetensorError as error:
-        raise EngineFormatError(f"not a safetensors file: {error}", loc=os.fspath(path)) from None
+        raise EngineFormatError(f"not a safetensors file: {error}", loc=name_of(path)) from None
 
 
 def parse_header(file: BufferedIOBase) -> Header:
     """The header of an open file, which is at its start. Errors are those of `read_header`."""
-    size = os.fstat(file.fileno()).st_size
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
     length = file.read(8)
     count = int.from_bytes(length, "little")
     if len(length) < 8 or count > MAX_HEADER or 8 + count > size:
