@@ -70,7 +70,7 @@ ARROWS = {
         *("lowering", "lowering.kernels", "onnx", "runtime", "backend", "validity", "version", "platforms"),
     },
     "quantization": {"errors"},  # a layer for users, on torch alone
-    "integrations": {"errors"},  # modules that an application imports by itself, one for each library
+    "integrations": {"cache", "errors", "settings"},  # modules that an application imports, one for each library
     "version": set(),
     "__main__": {"cli"},
     "__init__": {"version"},  # its other imports are for type checkers, and lazy
