@@ -53,6 +53,51 @@ def test_round_trip(tmp_path: Path) -> None:
     assert same(load(path).weights, ENGINE.weights)
 
 
+@pytest.mark.parametrize("stripped", [True, False])
+def test_file_objects(stripped: bool, tmp_path: Path) -> None:
+    engine = ENGINE if not stripped else replace(ENGINE, weights=None)
+    save(engine, tmp_path / "model.rtx")
+    expected = (tmp_path / "model.rtx").read_bytes()
+    buffer = io.BytesIO()
+    save(engine, buffer)
+    assert buffer.getvalue() == expected
+    with (tmp_path / "object.rtx").open("wb") as file:
+        file.write(b"before")
+        save(engine, file)
+    assert (tmp_path / "object.rtx").read_bytes() == b"before" + expected
+    with (tmp_path / "object.rtx").open("rb") as file:
+        file.seek(6)
+        found = load(file)
+    for one in (
+        found,
+        load(io.BytesIO(expected)),
+        load(io.BytesIO(expected), sha256=hashlib.sha256(expected).hexdigest()),
+    ):
+        assert one.graph == GRAPH
+        assert (one.weights is None) is stripped
+        assert one.constants.keys() == ENGINE.constants.keys()
+    assert read_header(io.BytesIO(expected)).file_bytes == len(expected)
+
+
+def test_what_is_no_file_object(tmp_path: Path) -> None:
+    save(ENGINE, tmp_path / "model.rtx")
+    raw = (tmp_path / "model.rtx").read_bytes()
+    for number in (0, 8, 100, len(raw) - 1):
+        with pytest.raises(EngineFormatError, match="<BytesIO>"):
+            load(io.BytesIO(raw[:number]))
+    with pytest.raises(EngineFormatError, match="<BytesIO>"):
+        load(io.BytesIO(raw + b"after"))
+    with pytest.raises(RtxError, match="mmap=True maps a file"):
+        load(io.BytesIO(raw), mmap=True)
+    with (tmp_path / "model.rtx").open("w") as text, pytest.raises(RtxError, match="opened for text\n.*'wb'"):
+        save(ENGINE, text)  # type: ignore[arg-type]
+    with (tmp_path / "model.rtx").open() as text, pytest.raises(RtxError, match="opened for text\n.*'rb'"):
+        load(text)  # type: ignore[arg-type]
+    for wrong in (raw, 3, None):
+        with pytest.raises(RtxError, match="an engine is a file, not a"):
+            load(wrong)  # type: ignore[arg-type]
+
+
 def test_stripped(tmp_path: Path) -> None:
     whole, stripped = saved(tmp_path / "a.rtx"), saved(tmp_path / "b.rtx", replace(ENGINE, weights=None))
     assert len(stripped) < len(whole)

@@ -129,6 +129,8 @@ def test_a_newer_format_that_this_reader_understands(tmp_path: Path) -> None:
 
 
 MODEL = {"frame": None, "structure": "", "weights": [None], "initializers": [0], "numbers": [""]}
+OPTIONAL = ("model",)
+NAMES: list[Any] = [{name: 1} for name in ("", "_run", "__class__", "a b", "1")]  # that no engine has of its model
 FIELDS = [field.name for field in fields(Manifest)]
 WRONG: dict[str, list[Any]] = {
     **dict.fromkeys(("format_version", "min_reader"), [None, "1", 1.0, True, [1]]),
@@ -138,6 +140,7 @@ WRONG: dict[str, list[Any]] = {
     "stripped": [None, 0, "false"],
     "products": [None, [], {"a": None}, {"a": {"axis": 2, "bias": None}}, {"a": {"axis": 0, "module": 1}}],
     "onnx": [1, {}, *({**MODEL, name: wrong} for name in MODEL for wrong in (1, [1.5]))],
+    "model": [None, [], {"buffers": "a"}, {"buffers": [1]}, *({"attributes": wrong} for wrong in ([], *NAMES))],
     "profiles": [None, {}, [[]], [{"s": 1}], [{"s": [1, 2]}], [{"s": [None, 1, 2]}], [{"s": [1, 2.0, 3]}]],
 }
 
@@ -145,7 +148,9 @@ WRONG: dict[str, list[Any]] = {
 @pytest.mark.parametrize("name", FIELDS)
 def test_manifest_fields(tmp_path: Path, name: str) -> None:
     path = tmp_path / "model.rtx"
-    if name != "digests":
+    if name in OPTIONAL:
+        assert load(forge(path, lambda p: p["manifest"].pop(name))).manifest.model == {}
+    elif name != "digests":
         with pytest.raises(EngineFormatError, match=f"has no field '{name}'"):
             load(forge(path, lambda p: p["manifest"].pop(name)))
     for value in WRONG.get(name, []):

@@ -148,7 +148,7 @@ MISTAKES: list[tuple[str, Callable[[Place], object], type[Exception], str, str]]
         "leaves nothing to save; build an engine",
     ),
     ("swapped", lambda p: torch_rtx.save(p / "a.rtx", p.engine), RtxError, "not a str", "the module comes first"),  # type: ignore[arg-type]
-    ("a buffer", lambda p: torch_rtx.save(p.engine, io.BytesIO()), RtxError, "BytesIO", "pass its path"),  # type: ignore[arg-type]
+    ("a text buffer", lambda p: torch_rtx.save(p.engine, io.StringIO()), RtxError, "opened for text", "io.BytesIO"),  # type: ignore[arg-type]
     ("no folder", lambda p: torch_rtx.save(p.engine, p / "no/a.rtx"), FileNotFoundError, "No such file", "no/a.rtx"),
     # load
     ("no such device", lambda p: p.load(device="gpu"), SettingsError, "can't run on 'gpu'", '"cpu", "cuda"'),
@@ -200,7 +200,7 @@ MISTAKES: list[tuple[str, Callable[[Place], object], type[Exception], str, str]]
     ),
     ("no weights", lambda p: p.load(weights=p / "w.safetensors"), FileNotFoundError, "no file", "w.safetensors"),
     ("a checkpoint", lambda p: p.load(weights=p / "model.pt"), EngineFormatError, "model.pt is no", "save_file"),
-    ("an empty folder", lambda p: p.load(weights=p / "empty"), EngineFormatError, "has 0 safetensors", "name the file"),
+    ("an empty folder", lambda p: p.load(weights=p / "empty"), EngineFormatError, "no safetensors", "are files *.saf"),
     ("an object", lambda p: p.load(weights=3), RtxError, "can't be a int", "a state dict"),
     ("ONNX in a list", lambda p: p.load(weights=["a.onnx"]), RtxError, "no part of a list", "the model by itself"),
     ("a prefix", lambda p: p.load(weights=p.state("module.")), RefitError, "missing: 0.bias", "prefix('module.')"),
@@ -311,7 +311,7 @@ def test_weights_in_several_files(place: Place, tmp_path: Path) -> None:
         save_file({name: state[name] for name in state if shards[name] == file}, tmp_path / file)
     paths = [tmp_path / "0.safetensors", tmp_path / "1.safetensors"]
     index = tmp_path / "model.safetensors.index.json"
-    with pytest.raises(EngineFormatError, match="2 safetensors files and 0 indexes"):
+    with pytest.raises(EngineFormatError, match="several sets of weights: 0.safetensors, 1.safetensors"):
         place.load(weights=tmp_path)
     index.write_text(json.dumps({"metadata": {}, "weight_map": shards}))
     expected = place.engine(X)
@@ -322,7 +322,7 @@ def test_weights_in_several_files(place: Place, tmp_path: Path) -> None:
         assert torch.equal(module(X), expected)
     with pytest.raises(EngineFormatError, match="is in two files"):
         place.load(weights=[*paths, paths[0]])
-    for text in ("[]", "{}", "no json", json.dumps({"weight_map": {"a": "../0.safetensors"}})):
+    for text in ("[]", "{}", "no json", '{"weight_map": {"a": 1}}'):
         index.write_text(text)
         with pytest.raises(EngineFormatError, match="is no index of safetensors files"):
             place.load(weights=index)

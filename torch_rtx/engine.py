@@ -22,7 +22,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from io import BufferedIOBase
+from io import BufferedIOBase, BytesIO, TextIOBase
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from safetensors import SafetensorError
@@ -63,6 +63,8 @@ PREFIX = re.compile(
 # Dtype of the IR: its name in safetensors (None: it has none) and its bytes.
 DTYPES = {name: (dtype.safetensors, dtype.bytes) for name, dtype in dtypes.DTYPES.items()}
 _STORED = {name: (dtype, size) for dtype, (name, size) in DTYPES.items() if name is not None}
+
+File = Path | BinaryIO
 
 # ---- contents of a file ----------------------------------------------------------------------------------------------
 
@@ -114,18 +116,23 @@ class Header:
 # ---- save ------------------------------------------------------------------------------------------------------------
 
 
-def save(engine: Engine, path: Path) -> None:
+def save(engine: Engine, path: File) -> None:
     """Writes `engine` to `path` atomically: a failure leaves the old file. Equal engines give equal bytes.
 
     Processes that have the old file open or mapped keep its bytes (on Windows, replacing a mapped file is a
-    PermissionError).
+    PermissionError). In place of a path, a binary file object gets the bytes from where it is on.
 
     Raises:
         RtxError, InvalidIR: see `write`.
         OSError: the file can't be written.
     """
-    with replacing(_path(path)) as temporary, open(temporary, "wb") as file:
-        write(engine, file)
+    if isinstance(path, str | os.PathLike):
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            write(engine, file)
+        return
+    target, buffer = _object(path, "write", "wb"), BytesIO()
+    write(engine, buffer)
+    target.write(buffer.getbuffer())
 
 
 def write(engine: Engine, file: BinaryIO) -> None:
@@ -244,7 +251,7 @@ def _with_digests(header: bytes, data_digest: bytes) -> bytes:
 # ---- read ------------------------------------------------------------------------------------------------------------
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: File) -> Header:
     """Reads the header alone. Needs no torch.
 
     Raises:
@@ -256,7 +263,7 @@ def read_header(path: Path) -> Header:
         return parse_header(file)
 
 
-def load(path: Path, mmap: bool = False, sha256: str | None = None) -> Engine:
+def load(path: File, mmap: bool = False, sha256: str | None = None) -> Engine:
     """Loads an engine, and checks every digest, name and rule of the graph; calls in the graph are not checked, see
     `runtime.file_check`.
 
@@ -264,6 +271,7 @@ def load(path: Path, mmap: bool = False, sha256: str | None = None) -> Engine:
     change them.
 
     Args:
+        path: the file, or a binary file object, which is read to its end from where it is on.
         mmap: map the weights, copy on write, instead of reading them: faster, and processes share the memory. A process
             that truncates the file then ends this one (SIGBUS), and one that writes to it changes the weights.
         sha256: the SHA-256 of the file, as 64 hexadecimal digits; None: any file.
@@ -272,9 +280,12 @@ def load(path: Path, mmap: bool = False, sha256: str | None = None) -> Engine:
         EngineFormatError: not an `.rtx` file, or its content is damaged, incomplete, unexpected or not allowed; or it
             is another file than `sha256` says.
         EngineVersionError: this release can't read the format of the file.
+        RtxError: `path` is neither, or `mmap` is given with a file object.
         OSError: the file can't be opened.
     """
     with reading(path) as file:
+        if mmap and file.__class__ is BytesIO:
+            raise RtxError("mmap=True maps a file: pass its path, not a file object")
         header = parse_header(file)
         graph, table = program_of(header)
         parts: dict[str, dict[str, Tensor]] = {"constant": {}, "weight": {}, "kernel": {}}
@@ -292,11 +303,21 @@ def load(path: Path, mmap: bool = False, sha256: str | None = None) -> Engine:
     return Engine(graph, header.manifest, parts["constant"], weights, replace(table, binaries=binaries))
 
 
-def _path(path: Path) -> Path:
-    """Raises RtxError if `path` is no path."""
-    if isinstance(path, str | os.PathLike):
-        return path
-    raise RtxError(f"an engine is a file: pass its path, not a {type(path).__name__}")
+def _object(file: Any, method: str, mode: str) -> Any:
+    """Raises RtxError if `file` has no such method, or is opened for text."""
+    if callable(getattr(file, method, None)) and not isinstance(file, TextIOBase):
+        return file
+    what = "one that is opened for text" if isinstance(file, TextIOBase) else f"a {type(file).__name__}"
+    hint = f"pass its path, open(path, {mode!r}) or io.BytesIO(...)"
+    raise RtxError(f"an engine is a file, not {what}", hint=hint)
+
+
+def name_of(file: object) -> str:
+    """The path of a file, or the name of a file object."""
+    if isinstance(file, str | os.PathLike):
+        return str(os.fspath(file))
+    name = getattr(file, "name", None)
+    return name if isinstance(name, str) else f"<{type(file).__name__}>"
 
 
 def _read_data(
@@ -342,10 +363,11 @@ def _read_data(
         raise EngineFormatError(f"this is another file: its SHA-256 is {whole.hexdigest()}, not {sha256}")
 
 
-def _mapped(path: Path, file: BufferedIOBase) -> dict[str, Tensor]:
+def _mapped(path: File, file: BufferedIOBase) -> dict[str, Tensor]:
     """The weights, mapped from the file."""
     from safetensors.torch import load_file
 
+    assert isinstance(path, str | os.PathLike)
     named = load_file(path).items()
     # safetensors opens the path again: it must still be the file checked above.
     if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
@@ -354,24 +376,28 @@ def _mapped(path: Path, file: BufferedIOBase) -> dict[str, Tensor]:
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[BufferedIOBase]:
-    """Opens the file, and adds the path to EngineFormatErrors."""
+def reading(path: File) -> Iterator[BufferedIOBase]:
+    """Opens the file, or reads the file object, and adds its name to EngineFormatErrors."""
     try:
-        if os.path.isdir(_path(path)):
+        if not isinstance(path, str | os.PathLike):
+            yield BytesIO(_object(path, "read", "rb").read())
+            return
+        if os.path.isdir(path):
             raise EngineFormatError("this is a folder, not an .rtx file")
         with open(path, "rb") as file:
             yield file
     except EngineFormatError as error:
-        raise type(error)(error.message, loc=os.fspath(path), hint=error.hint) from None
+        raise type(error)(error.message, loc=name_of(path), hint=error.hint) from None
     except InvalidIR as error:
-        raise EngineFormatError(f"the graph is not valid: {error}", loc=os.fspath(path)) from None
+        raise EngineFormatError(f"the graph is not valid: {error}", loc=name_of(path)) from None
     except SafetensorError as error:
-        raise EngineFormatError(f"not a safetensors file: {error}", loc=os.fspath(path)) from None
+        raise EngineFormatError(f"not a safetensors file: {error}", loc=name_of(path)) from None
 
 
 def parse_header(file: BufferedIOBase) -> Header:
     """The header of an open file, which is at its start. Errors are those of `read_header`."""
-    size = os.fstat(file.fileno()).st_size
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
     length = file.read(8)
     count = int.from_bytes(length, "little")
     if len(length) < 8 or count > MAX_HEADER or 8 + count > size:

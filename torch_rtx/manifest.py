@@ -45,6 +45,7 @@ class Manifest:
         stripped: whether the file has no weights.
         products: see `backend.products.products_of`.
         onnx: for an engine built from an ONNX model: see `onnx.weights.program_of`.
+        model: what the engine has of its model beside the program: see `runtime.attributes.facts_of`.
         format_version, min_reader: the format of the file, and the oldest reader that understands it.
     """
 
@@ -58,6 +59,7 @@ class Manifest:
     stripped: bool = False
     products: Mapping[str, Any] = field(default_factory=dict)
     onnx: Mapping[str, Any] | None = None
+    model: Mapping[str, Any] = field(default_factory=dict)
     digests: Mapping[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
     min_reader: int = PLAIN_READER
@@ -112,6 +114,17 @@ def _onnx(value: Any) -> dict[str, Any] | None:
     return fields
 
 
+def _model(value: Any) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    if "buffers" in exactly(dict)(value):
+        fields["buffers"] = list(_strings(value["buffers"]))
+    if "attributes" in value:
+        fields["attributes"] = exactly(dict)(value["attributes"])
+        if not all(name.isidentifier() and not name.startswith("_") for name in fields["attributes"]):
+            raise TypeError("expected names of public attributes")
+    return fields
+
+
 _FIELDS: dict[str, Callable[[Any], Any]] = {
     "format_version": exactly(int),
     "min_reader": exactly(int),
@@ -125,10 +138,13 @@ _FIELDS: dict[str, Callable[[Any], Any]] = {
     "stripped": exactly(bool),
     "products": _products,
     "onnx": _onnx,
+    "model": _model,
     "digests": _string_map,
 }
 # The first format with the field, and its value in older ones.
 _SINCE: Mapping[str, tuple[int, Any]] = {"profiles": (3, ()), "products": (6, {}), "onnx": (6, None)}
+
+_OPTIONAL = ("model",)  # files of every format may lack these
 
 
 def read_manifest(value: Any) -> Manifest:
@@ -144,6 +160,8 @@ def read_manifest(value: Any) -> Manifest:
     for name, check in _FIELDS.items():  # the versions come first: the other fields depend on them
         if name in _SINCE and fields["format_version"] < _SINCE[name][0]:
             fields[name] = _SINCE[name][1]
+            continue
+        if name not in value and name in _OPTIONAL:
             continue
         if name not in value:
             raise EngineFormatError(f"the manifest has no field {name!r}")

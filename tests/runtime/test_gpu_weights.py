@@ -159,3 +159,70 @@ def test_the_opt_out() -> None:
     model.conv.weight.data.mul_(2)
     assert torch.equal(module(x), before)
     assert not module.session.store.watch.late  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("budget", [None, "50%"])
+@pytest.mark.parametrize("how", ["host memory", "device memory", "copies", "not kept"])
+def test_unloading_frees_memory(how: str, budget: str | None) -> None:
+    """Also that of CUDA graphs, which are captured again."""
+    model, x = nn.Sequential(*[nn.Linear(1024, 1024) for _ in range(8)]).eval(), torch.randn(4, 1024, device="cuda")
+    expected = model(x.cpu())
+    runtime = RuntimeSettings(weight_streaming_budget=budget)
+    module = torch_rtx.compile(copy.deepcopy(model).cuda(), (x,), runtime=runtime)
+    if how == "host memory":
+        module.attach(model)
+    elif how != "device memory":
+        module.refit(model)
+    for _ in range(2):
+        for _ in range(5):
+            close(module(x).cpu(), expected)
+        torch.cuda.synchronize()
+        used, weights = torch.cuda.memory_allocated(), sum(p.nbytes for p in model.parameters())
+        module.session.unload_weights(keep=how != "not kept")
+        assert torch.cuda.memory_allocated() <= used - (weights if budget is None else weights // 3)
+        pool = module.session.pool
+        assert pool is None or not pool.captured
+        with pytest.raises(torch_rtx.RtxError, match="unloaded" if how != "not kept" else "weight-stripped"):
+            module(x)
+        if how == "not kept":
+            module.refit(model)
+        module.session.load_weights()
+    for _ in range(5):
+        close(module(x).cpu(), expected)
+    assert pool is not None
+    assert pool.captures >= 3
+
+
+def test_unloading_while_streams_call() -> None:
+    """Memory that is freed belongs to others at once: no call may still read it."""
+    model, x = nn.Sequential(*[nn.Linear(2048, 2048) for _ in range(8)]).eval(), torch.randn(64, 2048, device="cuda")
+    module = torch_rtx.compile(copy.deepcopy(model).cuda(), (x,))
+    module.attach(model)
+    expected, stop = module(x), threading.Event()
+    wrong: list[object] = []
+
+    def call() -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.default_stream())
+        with torch.no_grad(), torch.cuda.stream(stream):
+            while not stop.is_set():
+                try:
+                    result = module(x)
+                    wrong.extend([] if torch.allclose(result, expected, atol=1e-3) else [result])
+                except torch_rtx.RtxError as error:
+                    wrong.extend([] if "unloaded" in error.message else [error])
+                except Exception as error:
+                    wrong.append(error)
+
+    threads = [threading.Thread(target=call) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for _ in range(50):
+        module.session.unload_weights()
+        for parameter in model.parameters():  # in the memory that is free now
+            torch.full_like(parameter, float("nan"), device="cuda")
+        module.session.load_weights()
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert wrong == []

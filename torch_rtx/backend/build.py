@@ -28,6 +28,7 @@ from torch_rtx.errors import CaptureError, InputError, RtxError, SettingsError
 from torch_rtx.lowering.from_fx import Role
 from torch_rtx.lowering.kernels.toolchain import built_with
 from torch_rtx.profiles import Profile
+from torch_rtx.runtime.attributes import facts_of
 from torch_rtx.runtime.module import CompiledModule
 from torch_rtx.runtime.signature import PLAIN, Fixed, Plain, Signature
 from torch_rtx.runtime.subclasses import is_special, plain_tensors
@@ -151,7 +152,7 @@ def _built(captured: Captured, settings: CompilationSettings, runtime: RuntimeSe
     signature = _signature(program, forward_names(model), _defaults(model))
     profiles = declared.profiles(lowered.graph, signature.leaves)
     signature.sizes = declared.names_of_sizes(lowered.graph, signature.leaves)
-    engine = _engine(program, lowered, signature, tensors, settings, profiles, onnx_facts(model, program))
+    engine = _engine(program, lowered, signature, tensors, settings, profiles, _facts(model, program))
     runs_here = lowered.device.type == "cpu" or torch.cuda.is_available()
     device = lowered.device if runs_here else torch.device("cpu")
     # Trusted: the fallbacks come from a model of this process, not from a file.
@@ -274,6 +275,12 @@ def _engine(
             raise CaptureError(f"strip_weights is False and the model has no data for {', '.join(missing[:5])}")
         weights = {p.name: tensors[p.name].detach() for p in parameters if not p.constant}
     return Engine(lowered.graph, manifest, constants, weights, kernels)
+
+
+def _facts(model: nn.Module | ExportedProgram, program: ExportedProgram) -> dict[str, Any]:
+    """What the manifest says of the model."""
+    buffers = program.graph_signature.buffers
+    return {**onnx_facts(model, program), "model": facts_of(model, buffers)}
 
 
 def _saved(signature: Signature) -> Json:

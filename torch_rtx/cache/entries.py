@@ -13,7 +13,7 @@ import logging
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from weakref import WeakValueDictionary
@@ -30,6 +30,8 @@ PREFIX = struct.Struct("<8sIQ32s")
 START = PREFIX.size + 32
 HEAD_READ_BYTES = 1 << 16  # enough for the head of nearly every entry
 MAX_COMPARED = 64  # most recently used entries to compare a miss with
+# Called with the name and the bytes of each entry that this process reads or writes.
+USES: list[Callable[[str, bytes], None]] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,15 +115,19 @@ class EngineCache:
         if data is None:
             return None
         try:
-            return unpack(name, data)[1]
+            body = unpack(name, data)[1]
         except CacheError as error:
             self.discard(name, error.message)
             return None
+        _used(name, data)
+        return body
 
     def put(self, key: Key, body: bytes) -> None:
         """Store `body`; a failure of the store is a warning."""
+        data = pack(key, body)
+        _used(key.digest, data)
         try:
-            self.store.put(key.digest, pack(key, body))
+            self.store.put(key.digest, data)
         except Exception as error:
             self._warn("the engine cache can't be written, this engine is not cached:", error)
 
@@ -179,6 +185,11 @@ class EngineCache:
         if kind not in self._warned:
             self._warned.add(kind)
             log.warning("%s %s", what, error)
+
+
+def _used(name: str, data: bytes) -> None:
+    for listener in USES:
+        listener(name, data)
 
 
 class _Lock:

@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -38,6 +38,8 @@ READ_TIMEOUT, WRITE_TIMEOUT = 0.05, 2.0  # seconds to wait for locks of other pr
 CLOSE_TIMEOUT = 5.0  # seconds
 NEVER, GONE, DAMAGED, UNUSABLE = "never met", "evicted meanwhile", "damaged", "the file can't be used"
 
+# Called with each entry that this process reads or writes.
+USES: list[Callable[[Entry], None]] = []
 _warned: set[tuple[str, str]] = set()  # per process: one warning for a full disk, not one per session
 _caches: set[RuntimeCache] = set()
 _fork_locks: list[threading.Lock] = []  # acquired during a fork
@@ -130,6 +132,7 @@ class RuntimeCache:
             value = self._recent.get((kind, key)) if waiting is None else waiting.value
             if value is not None:
                 self._hits += 1
+                self._used(kind, key, value)
                 return value
         value, reason = self._read(kind, key)
         with self._changed:
@@ -139,6 +142,8 @@ class RuntimeCache:
                 self._hits += 1
                 if (kind, key) not in self._waiting:
                     self._recent.put((kind, key), value)
+        if value is not None:
+            self._used(kind, key, value)
         log.debug("runtime cache: %s of %s %s", "hit" if value is not None else f"miss ({reason})", kind, key)
         return value
 
@@ -150,11 +155,16 @@ class RuntimeCache:
         """
         _check(kind, key)
         entry = Entry(kind, key, self.device, value, time.time())
+        self._used(kind, key, value)
         with self._changed:
             self._recent.put((kind, key), value)
             if not self._closed:
                 self._waiting[kind, key] = entry
                 self._wake()
+
+    def _used(self, kind: str, key: str, value: bytes) -> None:
+        for listener in USES:
+            listener(Entry(kind, key, self.device, value, time.time()))
 
     def flush(self, timeout: float | None = None) -> bool:
         """Write all pending entries and times of use now. Returns True if the file has all of them.

@@ -176,6 +176,11 @@ class GraphPool:
         self._warm.done = True
         return outputs
 
+    def clear(self) -> None:
+        """Drop all graphs, and with them their memory. Their replays must have ended."""
+        with self._lock:
+            self.captured.clear()
+
     def _is_generator(self, given: object) -> bool:
         """A random number generator of the device, which a graph can have; any other object disables the pool."""
         if isinstance(given, torch.Generator) and given.device.type == self.device.type:

@@ -7,9 +7,8 @@ import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import asdict, replace
 from io import BytesIO
-from tempfile import TemporaryDirectory
 from typing import Any, Self, TypeVar
 
 import torch
@@ -32,7 +31,9 @@ from torch_rtx.ir import Graph, Parameter, TensorType
 from torch_rtx.manifest import Manifest
 from torch_rtx.profiles import Shape, profiles_of, shapes
 from torch_rtx.runtime.alias_guard import AliasGuard
+from torch_rtx.runtime.attributes import read_attributes
 from torch_rtx.runtime.file_check import FileCheck
+from torch_rtx.runtime.module_methods import ModuleMethods, opaque, registered
 from torch_rtx.runtime.no_gradients import refuse_gradients, require_gradients
 from torch_rtx.runtime.session import Session
 from torch_rtx.runtime.signature import Signature
@@ -48,10 +49,12 @@ from torch_rtx.tactics import KernelTable
 log = logging.getLogger(__name__)
 
 
-class CompiledModule(nn.Module):
+class CompiledModule(ModuleMethods):
     """Runs an engine; made by `torch_rtx.compile` and `torch_rtx.load`.
 
-    It computes without gradients, and has no parameters in the sense of `nn.Module`: `refit` sets its weights.
+    It computes without gradients. Its weights are listed as frozen parameters and buffers, by the names of the model;
+    `refit` sets them. It has the model's `config`, `dtype` and plain public numbers as attributes, see
+    `runtime.attributes`.
 
     Args:
         engine: the program.
@@ -86,7 +89,14 @@ class CompiledModule(nn.Module):
         self._signature = signature or Signature.from_json(engine.manifest.signature)
         self._signature.check(len(engine.graph.inputs), len(engine.graph.outputs))
         self._kernels, self._check = kernels, check
+        self._carried = read_attributes(engine.manifest.model.get("attributes", {}))
         self._bind(self._session(settings or RuntimeSettings(), callables, frozenset(trusted_ops)))
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """A subclass with a `forward` of its own is called through it."""
+        super().__init_subclass__(**kwargs)
+        if "forward" in vars(cls) and "__call__" not in vars(cls):
+            cls.__call__ = nn.Module.__call__  # type: ignore[method-assign]
 
     def _session(
         self, settings: RuntimeSettings, callables: Sequence[Callable[..., Any]], trusted_ops: frozenset[str]
@@ -103,12 +113,12 @@ class CompiledModule(nn.Module):
             names=self._signature.sizes,
         )
 
-    def _bind(self, session: Session, ready: bool = False) -> None:
-        """Use `session`; `ready`: it has weights."""
+    def _bind(self, session: Session) -> None:
         self.session, self._store = session, session.store
+        self._store.originals = self.engine.weights or {}
         guard, loaded = AliasGuard(session.graph, self._store), self._kernels is not None
-        self._with_weights = _caller(self._signature, guard, session, loaded)
-        self._run = _without_weights if self._store.parameters and not ready else self._with_weights
+        self._run = _caller(self._signature, guard, session, loaded)
+        self._list_weights()
 
     @property
     def profiles(self) -> tuple[Mapping[str, Shape], ...]:
@@ -136,7 +146,6 @@ class CompiledModule(nn.Module):
             isinstance(t, torch.Tensor) and t.is_cuda for t in tensors.values()
         ):
             log.warning("the model keeps its weights in device memory: streaming them saves nothing while it does")
-        self._run = self._with_weights
         self._keep(tensors, copy=False)
 
     def refit(self, weights: WeightSource, strict: bool = True) -> None:
@@ -156,7 +165,6 @@ class CompiledModule(nn.Module):
             tensors = {name: tensor for name, tensor in tensors.items() if name in known or name in kept}
         with self._computing():
             self._store.refit(tensors, strict)
-        self._run = self._with_weights
         self._keep(tensors, copy=True)
 
     def _computing(self) -> AbstractContextManager[None]:
@@ -169,16 +177,19 @@ class CompiledModule(nn.Module):
             pairs = zip(self._store.parameters, match(self._store.parameters, tensors, None), strict=True)
             kept = {p.name: tensor.detach().clone() if copy else tensor.detach() for p, tensor in pairs}
             self.engine = replace(self.engine, weights=kept)
+            self._store.originals = kept
 
+    @opaque
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's result, in its own structure.
 
         Raises:
             InputError: an argument does not fit; the message names argument, dimension and range.
-            RtxError: the engine has no weights yet.
+            RtxError: the engine has no weights yet, or they are unloaded; or the call is traced.
         """
         return self._run(args, kwargs)
 
+    @opaque
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call `forward`. `nn.Module` spends a tenth of a replayed call on finding that no hooks are set."""
         own = self.__dict__  # faster than attributes of an nn.Module
@@ -193,64 +204,6 @@ class CompiledModule(nn.Module):
         ):
             return super().__call__(*args, **kwargs)
         return own["_run"](args, kwargs)
-
-    # What every nn.Module can do
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Call `refit`, or `attach` to `assign`.
-
-        Args:
-            strict: False: ignore names that the model does not have. The engine's own weights are needed either way.
-
-        Raises:
-            RefitError: see `refit`.
-        """
-        names = {name for p in self._store.parameters for name in (p.name, *p.aliases)}
-        names.update(self.engine.manifest.unused_names)
-        given = state_dict if strict else {name: tensor for name, tensor in state_dict.items() if name in names}
-        (self.attach if assign else self.refit)(given)
-        return torch.nn.modules.module._IncompatibleKeys([], [n for n in state_dict if n not in given])
-
-    def train(self, mode: bool = True) -> Self:
-        """Do nothing: an engine stays in the mode in which its model was captured.
-
-        Raises:
-            RtxError: this is the other mode.
-        """
-        if mode != self.training:
-            was, wanted = ("training", "evaluation") if self.training else ("evaluation", "training")
-            call = "train" if mode else "eval"
-            hint = f"build it again from model.{call}()" + (", or train through torch.compile" if mode else "")
-            raise RtxError(f"the engine was built in {was} mode and can't change to {wanted} mode", hint=hint)
-        return self
-
-    def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """Do nothing: an engine has no gradients.
-
-        Raises:
-            RtxError: they are asked for.
-        """
-        if requires_grad:
-            raise RtxError("an engine has no gradients", hint="train through torch.compile, and build or refit it then")
-        return self
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        """Do nothing if `fn` leaves dtype and device of the weights: `.half()`, `.to()`, `.cuda()` and all others of
-        `nn.Module` end here.
-
-        Raises:
-            RtxError: it does not.
-        """
-        for dtype in {torch.uint8} | {aten.DTYPES[p.type.dtype] for p in self._store.parameters}:
-            before = torch.empty(0, dtype=dtype, device=self.device)
-            after = fn(before)
-            if after.device != before.device:
-                hint = f"torch_rtx.save it, then torch_rtx.load(path, weights, device={str(after.device)!r})"
-                raise RtxError(f"the engine runs on {self.device} and can't move to {after.device}", hint=hint)
-            if after.dtype != before.dtype:
-                hint = "convert the model, and build the engine again"
-                raise RtxError(f"the engine's weights are {before.dtype} and can't become {after.dtype}", hint=hint)
-        return self
 
     # Copies
 
@@ -267,58 +220,52 @@ class CompiledModule(nn.Module):
         other.__dict__.update({name: deepcopy(value, memo) for name, value in self._others().items()})
         other.engine, other.device, other._signature = _with_copies(self.engine), self.device, self._signature
         other._kernels, other._check = self._kernels, self._check
-        session, ready = self.session, self._run is self._with_weights
+        other._carried, session = deepcopy(self._carried, memo), self.session
         if session.streamer is None:
             copied = session.sibling()
         else:
             copied = self._session(session.settings, session._callables, session._trusted_ops)
-        if ready:
-            with self._reading() as values:
+        with self._store.reading() as values:
+            if values is not None:
                 copied.store.adopt(values)
-        other._bind(copied, ready)
+        other._bind(copied)
         return other
 
     def __getstate__(self) -> dict[str, Any]:
         """The engine as the bytes of its file, and the weights as bytes: workers that are spawned would look for
-        tensors in the memory of this process, where these are copies that are gone by then.
+        tensors in the memory of this process, where these are copies that are gone by then. There are no weights if
+        there are none at this time, such as after `session.unload_weights(keep=False)`.
 
         Raises:
             RtxError: the engine can't be saved, see `save`.
         """
-        session, weights, values = self.session, self.engine.weights, None
-        if self._run is self._with_weights:
-            with self._reading() as current:
-                values = [_on_host(value) for value in current]
+        session, weights = self.session, self.engine.weights
+        with self._store.reading() as current:
+            values = None if current is None else {index: _on_host(value) for index, value in current.items()}
         if weights is not None:
             weights = {name: _on_host(tensor) for name, tensor in weights.items()}
         tensors = BytesIO()
         torch.save((weights, values), tensors)
-        given = self.device, session.settings, session._trusted_ops, self._check is not None
+        given = str(self.device), asdict(session.settings), sorted(session._trusted_ops), self._check is not None
         return {**self._others(), _ENGINE: (_to_bytes(self), tensors.getvalue(), *given)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Run on the same device, or on the CPU if this machine has none."""
-        content, tensors, device, settings, trusted, checked = state.pop(_ENGINE)
+        content, tensors, placed, settings, trusted_ops, checked = state.pop(_ENGINE)
         weights, values = torch.load(BytesIO(tensors))
-        engine = replace(_from_bytes(content), weights=weights)
-        device = resolve_device(device if device.type != "cuda" or torch.cuda.is_available() else None, device.type)
-        check = FileCheck(engine.graph, device, trusted) if checked else None
-        self.__init__(engine, device, settings, (), trusted, check=check)  # type: ignore[misc]
+        engine = replace(engine_file.load(BytesIO(content)), weights=weights)
+        kind = torch.device(placed).type
+        device = resolve_device(placed if kind != "cuda" or torch.cuda.is_available() else None, kind)
+        check = FileCheck(engine.graph, device, trusted_ops) if checked else None
+        self.__init__(engine, device, RuntimeSettings(**settings), (), trusted_ops, check=check)  # type: ignore[misc]
         self.__dict__.update(state)
+        self._list_weights()
         if values is not None:
             self._store.adopt(values)
-            self._run = self._with_weights
-
-    @contextmanager
-    def _reading(self) -> Iterator[Sequence[torch.Tensor]]:
-        """The present weights; nothing writes to them meanwhile."""
-        self._store.refresh(wait=True)
-        with self._store.gate:
-            yield self._store.values
 
     def _others(self) -> dict[str, Any]:
         """The attributes that are not the engine's."""
-        return {name: value for name, value in self.__dict__.items() if name not in _OWN}
+        return {name: registered(value) for name, value in self.__dict__.items() if name not in _OWN}
 
     def extra_repr(self) -> str:
         """What `print` shows: nodes and device."""
@@ -328,7 +275,7 @@ class CompiledModule(nn.Module):
 Call = Callable[[tuple[Any, ...], Mapping[str, Any]], Any]  # takes args and kwargs
 _Module = TypeVar("_Module", bound=nn.Module)
 # Attributes of a module that a copy gets in another way.
-_OWN = frozenset(("engine", "device", "session", "_signature", "_store", "_with_weights", "_run", "_kernels", "_check"))
+_OWN = frozenset(("engine", "device", "session", "_signature", "_store", "_run", "_kernels", "_check", "_carried"))
 _ENGINE = "_engine"  # the engine in what is pickled
 
 
@@ -356,16 +303,8 @@ def _to_bytes(module: CompiledModule) -> bytes:
     module._signature.to_json()  # raises if it can't be saved
     kernels = module.engine.kernels if module._kernels is None else module._kernels
     file = BytesIO()
-    engine_file.write(replace(module.engine, weights=None, kernels=kernels), file)
+    engine_file.save(replace(module.engine, weights=None, kernels=kernels), file)
     return file.getvalue()
-
-
-def _from_bytes(content: bytes) -> Engine:
-    with TemporaryDirectory() as folder:
-        path = os.path.join(folder, "model.rtx")
-        with open(path, "wb") as file:
-            file.write(content)
-        return engine_file.load(path)
 
 
 def _caller(signature: Signature, guard: AliasGuard, session: Session, loaded: bool) -> Call:
@@ -394,12 +333,11 @@ def _caller(signature: Signature, guard: AliasGuard, session: Session, loaded: b
     return call
 
 
-def _without_weights(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    raise RtxError("this engine is weight-stripped", hint="give it weights first: module.refit(...)")
-
-
-def save(module: CompiledModule | Engine, path: str | os.PathLike[str]) -> None:
+def save(module: CompiledModule | Engine, path: engine_file.File) -> None:
     """Write an engine to `path`, as `engine.save`; with weights if it was built with `strip_weights=False`.
+
+    Args:
+        path: or a file object that is opened to write bytes, such as `io.BytesIO()`.
 
     Raises:
         RtxError: a fallback is a Python function, a container of the signature has no name that a file can hold, or
@@ -420,7 +358,7 @@ def save(module: CompiledModule | Engine, path: str | os.PathLike[str]) -> None:
 
 
 def load(
-    path: str | os.PathLike[str],
+    path: engine_file.File,
     weights: WeightSource | None = None,
     device: torch.device | str | None = None,
     settings: RuntimeSettings | None = None,
@@ -432,6 +370,7 @@ def load(
     """Load an engine. Without the arguments that say so, nothing in the file is trusted: see docs/trust.md.
 
     Args:
+        path: or a file object that is opened to read bytes; it is read to its end.
         weights: a module or state dict, whose tensors are used themselves where possible; the path of a .safetensors
             file, a list of such paths, or a folder with an index of them; an ONNX model: the path of an .onnx file, an
             `onnx.ModelProto` or an `onnx_ir.Model`; None: those in the engine, or none until `refit`.
@@ -455,12 +394,13 @@ def load(
             is no collection.
     """
     settings = settings_of(RuntimeSettings, settings)
+    name = engine_file.name_of(path)
     if isinstance(trusted_ops, str):
         hint = f"write trusted_ops=[{trusted_ops!r}]"
         raise SettingsError(f"trusted_ops must be a list of names, not {trusted_ops!r}", hint=hint)
-    with _typed(EngineFormatError, f"{path} can't be loaded"):
+    with _typed(EngineFormatError, f"{name} can't be loaded"):
         engine = engine_file.load(path, mmap, sha256)
-        _check_platform(engine.manifest.platform, path)
+        _check_platform(engine.manifest.platform, name)
         if any(node.op == "python" for node in engine.graph.nodes):
             raise InvalidIR("the engine calls a Python function, which no file can hold")
         placed = resolve_device(device, engine.manifest.device)
@@ -469,20 +409,19 @@ def load(
         if not trust_binaries and sha256 is None:
             kernels = KernelTable()
             if engine.kernels and placed.type == "cuda":
-                log.warning("%s: its kernels do not run: pass trust_binaries=True if you trust the file", path)
+                log.warning("%s: its kernels do not run: pass trust_binaries=True if you trust the file", name)
         module = CompiledModule(engine, placed, settings, (), trusted_ops, kernels=kernels, check=check)
         if weights is not None:
             module.attach(weights)
         elif engine.weights is not None:
             module._store.attach(engine.weights, shared=False)
-            module._run = module._with_weights
     return module
 
 
-def _check_platform(built_for: str, path: str | os.PathLike[str]) -> None:
+def _check_platform(built_for: str, name: str) -> None:
     if not platforms.runs_here(built_for):
         hint = 'build it for this platform, or with CompilationSettings(platform="any")'
-        raise EnginePlatformError(f"{path} was built for {built_for}, and this is {platforms.here()}", hint=hint)
+        raise EnginePlatformError(f"{name} was built for {built_for}, and this is {platforms.here()}", hint=hint)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from torch_rtx.errors import InputError, SettingsError
+from torch_rtx.errors import InputError, RtxError, SettingsError
 from torch_rtx.ir import Graph, ScalarType, TensorType, dim_syms, type_dims
 from torch_rtx.profiles import Profile
 from torch_rtx.runtime.captured import may_draw
@@ -37,6 +37,7 @@ from torch_rtx.settings import RuntimeSettings
 
 log = logging.getLogger(__name__)
 MAX_KNOWN = 1024  # combinations of input types that are known to be valid, each with its key
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
 # Called at each call of a session; empty except inside `watched_calls`.
 _WATCHERS: list[Callable[[Session, Sequence[Any]], None]] = []
 
@@ -270,6 +271,8 @@ class Session:
     ) -> list[Any]:
         """Run the call with the weights as they are."""
         with self.store.gate:
+            if not self.store.ready:
+                self.store.check_ready()
             if of is not self.specializer:  # the weights have moved since: `variant` expects them where they were
                 variant = self.specializer.current(key)
             final = variant.ready or settings.specialization_strategy == "none"  # no better code is being compiled
@@ -307,6 +310,28 @@ class Session:
             self._last = _always, key
         return key
 
+    def unload_weights(self, keep: bool = True) -> None:
+        """Free the device memory of weights and CUDA graphs, and keep the program. Until the weights are back, calls
+        are errors. Waits for calls in progress, of any thread. Constants of the program and what calls have written to
+        them stay. PyTorch keeps what is freed for other tensors of this process (`torch.cuda.empty_cache`).
+
+        Args:
+            keep: hold in host memory what `load_weights` needs: tensors that were attached, if they are there, else
+                copies of the values, which no longer follow tensors that were attached. False: hold nothing; `refit`
+                or `attach` of the module brings weights.
+        """
+        self.store.unload(keep)
+        if self.pool is not None and not self.store.ready:
+            self.pool.clear()
+
+    def load_weights(self) -> None:
+        """Bring back the weights that `unload_weights` kept; nothing is to be done if they are there.
+
+        Raises:
+            RtxError: there are none: none were given yet, or they were unloaded without being kept.
+        """
+        self.store.load()
+
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until compiling and measuring have ended; False after `timeout` seconds."""
         return self.specializer.wait(timeout)
@@ -333,16 +358,31 @@ def watched_calls() -> Iterator[list[tuple[Session, list[Any]]]]:
         _WATCHERS.remove(watcher)
 
 
+def check_not_traced() -> None:
+    """Raises RtxError in an export, and wherever tensors are fake."""
+    if torch.compiler.is_exporting() or torch._C._get_dispatch_mode(_FAKE) is not None:
+        hint = "export or compile the model that the engine was built from"
+        raise RtxError("an engine can't be traced, neither by torch.export nor as a part of another engine", hint=hint)
+
+
 def _plain(graph: Graph, inputs: Sequence[Any]) -> Sequence[Any]:
     """`inputs` with pending conjugations and negations resolved, since types of the IR do not express them.
 
     Raises:
-        InputError: one is sparse, nested or of another layout that types do not express either.
+        RtxError: the call is traced: kernels read memory, which a tracer's tensors do not have.
+        InputError: a tensor is of a class that has no memory of its own, such as a wrapper, or is sparse or nested.
     """
+    check_not_traced()
     check_layouts(graph, inputs)
-    for given in inputs:
-        if isinstance(given, torch.Tensor) and (given.is_conj() or given.is_neg()):
-            return [x.resolve_conj().resolve_neg() if isinstance(x, torch.Tensor) else x for x in inputs]
+    pending = False
+    for value, given in zip(graph.inputs, inputs, strict=False):
+        if isinstance(given, torch.Tensor):
+            kind = type(given)
+            if kind is not torch.Tensor and kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+                raise InputError(f"input {value.name!r} is a {kind.__name__}, expected a plain tensor")
+            pending = pending or given.is_conj() or given.is_neg()
+    if pending:
+        return [x.resolve_conj().resolve_neg() if isinstance(x, torch.Tensor) else x for x in inputs]
     return inputs
 
 

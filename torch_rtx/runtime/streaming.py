@@ -192,6 +192,7 @@ class Streamer:
         starts = dict(zip(indices, [0, *ends], strict=False))
         host = torch.empty(ends[-1], dtype=torch.uint8)
         staging = torch.empty(plan.staging, dtype=torch.uint8, device=device)
+        self._staging = staging.untyped_storage()
         self.pageable: str | None = None
         if copies is None and device.type == "cuda":
             copies_on = new_stream(device)
@@ -229,6 +230,14 @@ class Streamer:
     def _issue(self, after: int | None) -> None:
         for index in self._issued.get(after, ()):
             self._copies.copy(index, *self._bytes[index])
+
+    def free(self) -> None:
+        """Free the staging until `allocate`; called in `idle`, as this is, and no call may run in between."""
+        self._staging.resize_(0)
+
+    def allocate(self) -> None:
+        """Make the staging again if it was freed, maybe elsewhere."""
+        self._staging.resize_(self.plan.staging)
 
     @contextmanager
     def turn(self) -> Iterator[None]:

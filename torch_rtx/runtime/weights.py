@@ -5,6 +5,9 @@ memory, and a call sees changes in place. Every other weight owns storage, which
 addresses stay valid, and with them captured CUDA graphs. Streamed weights have their storage in host memory; their
 values pass through the device only if a recipe computes them.
 
+`unload` frees the device memory of all weights that depend on parameters, and keeps in host memory what `load` makes
+them of. Constants, and what calls have written to them, stay.
+
 All methods may be called from any thread; calls that use `values` hold the `gate`.
 """
 
@@ -17,11 +20,12 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from time import perf_counter
+from typing import NamedTuple
 
 import torch
 
 from torch_rtx import aten
-from torch_rtx.errors import RefitError
+from torch_rtx.errors import RefitError, RtxError
 from torch_rtx.ir import Graph, Parameter, TensorType
 from torch_rtx.onnx.framed import aligned
 from torch_rtx.runtime.code import compile_graph, undisturbed
@@ -45,12 +49,22 @@ _UNSEEN = (
 Check = tuple[Watch, int]  # a comparison that is under way, and the store's `writes` when it began
 
 
+class Unloaded(NamedTuple):
+    """What unloaded weights are made of: tensors to attach to, or values by index; `shared`: see `attach`."""
+
+    sources: Tensors
+    values: Mapping[int, torch.Tensor]
+    shared: bool
+
+
 class WeightStore:
     """The tensors of `graph.weights` on `device`.
 
     Attributes:
         parameters: what `attach` and `refit` need.
         values: one tensor per weight, in order; in host memory if the weight is streamed.
+        originals: for `tensors` and `load`: tensors of all parameters that somebody else keeps, by name, or none.
+        ready: `values` are there; else those that depend on parameters are empty.
         generation: incremented when a value moves to another address.
         gate: held by a call while it uses `values`.
         watch: follows the tensors that owned weights are computed from, if it is attached to any.
@@ -92,6 +106,7 @@ class WeightStore:
             self._hosts[i] if i in self._hosts else torch.empty(0) if variable else self._make(i, {})
             for i, variable in enumerate(self._variable)
         ]
+        self.originals: Tensors = {}
         self._detach()
 
     def sibling(self) -> WeightStore:
@@ -99,6 +114,7 @@ class WeightStore:
         assert self.streamer is None  # a streamer holds the values of one store
         other = copy(self)
         other.values = [torch.empty(0) if v else value for v, value in zip(self._variable, self.values, strict=True)]
+        other.originals = {}
         other._detach()
         return other
 
@@ -106,6 +122,8 @@ class WeightStore:
         self._owned = [index in self._hosts for index in range(len(self.weights))]
         self.gate, self.writes = Gate(self.device), 0
         self._lock = threading.RLock()  # one write at a time
+        self.ready = not self.parameters
+        self._unloaded: Unloaded | None = None
         self._forget()
 
     def _forget(self) -> None:
@@ -115,6 +133,7 @@ class WeightStore:
         self.watch: Watch | None = None
         self._stale: set[str] = set()  # sources whose recipes have to run again
         self._audited, self._due = 0, math.inf
+        self._shared = False
 
     def attach(self, sources: Tensors, strict: bool = False, shared: bool = True) -> None:
         """Use the tensors of `sources` themselves, by name; only recipes copy. `refresh` sees changes of them.
@@ -151,9 +170,11 @@ class WeightStore:
         storages = {tensor.untyped_storage().data_ptr() for tensor in tensors}
         with self._lock:
             made = {index: self._make(index, sources) for index, variable in enumerate(self._variable) if variable}
+            self._allocate()
             self._forget()  # after all recipes: a failure changes nothing
             self._sources, self._shared = sources, shared
             with self._writing():
+                self.ready, self._unloaded = True, None
                 for index, fresh in made.items():
                     own = index in self._hosts or fresh.untyped_storage().data_ptr() not in storages
                     self._store(index, fresh, own)
@@ -310,8 +331,8 @@ class WeightStore:
         }
         self._replace(fresh)
 
-    def adopt(self, values: Sequence[torch.Tensor]) -> None:
-        """Copy the values of a store of the same graph."""
+    def adopt(self, values: Mapping[int, torch.Tensor]) -> None:
+        """Copy the values of a store of the same graph, by index."""
         written = (weight.value.name in self._written for weight in self.weights)
         kept = [variable or written for variable, written in zip(self._variable, written, strict=True)]
         self._replace({index: values[index] for index, keep in enumerate(kept) if keep})
@@ -320,10 +341,104 @@ class WeightStore:
         """Copy values, by index; whoever was attached to is no longer followed."""
         with self._lock:
             copies = {i: value if self._owned[i] else self._copy(i, value) for i, value in fresh.items()}
+            self._allocate()
             with self._writing():
+                self.ready, self._unloaded = True, None
                 for index, value in copies.items():
                     self._store(index, value, True)
             self._forget()
+
+    def unload(self, keep: bool) -> None:
+        """Free the device memory of the weights; calls are errors until `load`, `attach` or `refit`.
+
+        Args:
+            keep: hold in host memory what `load` needs: the tensors that the store is attached to, if they are there
+                and calls write to none; else copies of the values, which then follow no other tensors.
+        """
+        with self._lock:
+            if self.ready and self.parameters:
+                self.refresh(wait=True)
+                with self._writing():
+                    kept = self._kept() if keep else None
+                    if self.device.type == "cuda":  # memory that is freed may be used at once, on any stream
+                        torch.cuda.synchronize(self.device)
+                    self._forget()
+                    self._unloaded, self.ready = kept, False
+                    for index, variable in enumerate(self._variable):
+                        if variable and index not in self._hosts:
+                            self.values[index], self._owned[index] = torch.empty(0), False
+                    self.generation += 1
+                    if self.streamer is not None:
+                        self.streamer.free()
+            if not keep and not self.ready:
+                self._unloaded = None
+
+    def _kept(self) -> Unloaded:
+        sources = self._sources or self.originals
+        written = any(w.value.name in self._written for w, v in zip(self.weights, self._variable, strict=True) if v)
+        if sources and not written and all(tensor.device == _HOST for tensor in sources.values()):
+            return Unloaded(dict(sources), {}, self._shared)
+        values = {index: self.values[index].to(_HOST) for index, variable in enumerate(self._variable) if variable}
+        return Unloaded({}, values, False)
+
+    def load(self) -> None:
+        """Bring back what `unload` freed.
+
+        Raises:
+            RtxError: nothing was kept.
+        """
+        with self._lock:
+            if self.ready:
+                return
+            kept = self._unloaded or Unloaded(self.originals, {}, False)
+            if kept.sources:
+                self._attach([kept.sources[p.name] for p in self.parameters], kept.shared)
+            elif kept.values:
+                self._replace(kept.values)
+            else:
+                self.check_ready()
+
+    def check_ready(self) -> None:
+        """Raises RtxError if the weights are not there."""
+        if self._unloaded is not None:
+            hint = "module.session.load_weights() brings them back, module.refit(...) brings others"
+            raise RtxError("the weights of this engine are unloaded", hint=hint)
+        if not self.ready:
+            raise RtxError("this engine is weight-stripped", hint="give it weights first: module.refit(...)")
+
+    def _allocate(self) -> None:
+        if self.streamer is not None and not self.ready:
+            self.streamer.allocate()
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors of those parameters that are known, by name: if the store is attached to them, if it has
+        `originals`, or if the weight is the parameter itself."""
+        with self._lock:
+            unloaded = self._unloaded or Unloaded({}, {}, False)
+            found = {**self.originals, **unloaded.sources, **self._sources}
+            values = dict(enumerate(self.values)) if self.ready else unloaded.values
+            for index, weight in enumerate(self.weights):
+                if self._recipes[index] is None and index in values:
+                    (name,) = weight.names
+                    if name not in found or weight.value.name in self._written:
+                        found[name] = values[index]
+            return {p.name: found[p.name].detach() for p in self.parameters if p.name in found}
+
+    @contextmanager
+    def reading(self) -> Iterator[Mapping[int, torch.Tensor] | None]:
+        """The present values by index, for `adopt`, also if they are unloaded; None: there are none. Nothing writes to
+        them meanwhile."""
+        with self._lock:
+            if self.ready:
+                self.refresh(wait=True)
+                with self.gate:
+                    yield dict(enumerate(self.values))
+            elif self._unloaded is None:
+                yield None
+            else:
+                sources, values, _ = self._unloaded
+                made = {i: self._make(i, sources, host=True) for i, v in enumerate(self._variable) if v and sources}
+                yield {**dict(enumerate(self.values)), **values, **made}
 
     def _store(self, index: int, value: torch.Tensor, owned: bool) -> None:
         """Set the weight's value; in place if the store owns both the old and the new storage."""
