@@ -154,7 +154,9 @@ def save(engine: Engine, path: File) -> None:
             target = _object(path, "write", "wb")
             file = BytesIO(to_bytes(tensors, {"torch_rtx": metadata}))
             _write_digests(file)
-            target.write(file.getbuffer())
+            left = file.getbuffer()
+            while left and (written := target.write(left)):  # an unbuffered file may take less than all
+                left = left[written:]
     except UnicodeEncodeError as error:
         raise RtxError(f"a name can't be written: {error}") from None
     except SafetensorError as error:
@@ -312,7 +314,7 @@ def load(path: File, mmap: bool = False, sha256: str | None = None) -> Engine:
         OSError: the file can't be opened.
     """
     with reading(path) as file:
-        if mmap and file.__class__ is BytesIO:
+        if mmap and isinstance(file, BytesIO):
             raise RtxError("mmap=True maps a file: pass its path, not a file object")
         header = parse_header(file)
         graph, table = program_of(header)

@@ -4,6 +4,7 @@ and what would change its dtype, device or mode is an error."""
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from typing import Any, Self, TypeVar
 
 import torch
@@ -64,8 +65,9 @@ def opaque(function: F) -> F:
     `torch.compiler.disable`, this wraps nothing and imports nothing."""
     function._torchdynamo_disable = True  # type: ignore[attr-defined]
     function._torchdynamo_disable_msg = "an engine is compiled already; fullgraph=True can't contain it"  # type: ignore[attr-defined]
-    skip = eval_frame._FrameAction.SKIP
-    eval_frame.set_code_exec_strategy(function.__code__, eval_frame._FrameExecStrategy(skip, skip))
+    with suppress(AttributeError):  # a release without these tries to compile each function that the call runs
+        skip = eval_frame._FrameAction.SKIP
+        eval_frame.set_code_exec_strategy(function.__code__, eval_frame._FrameExecStrategy(skip, skip))
     return function
 
 

@@ -171,13 +171,12 @@ class WeightStore:
             made = {index: self._make(index, sources) for index, variable in enumerate(self._variable) if variable}
             self._allocate()
             self._forget()  # after all recipes: a failure changes nothing
-            self._sources = sources
-            self._shared = shared
+            self._sources, self._shared = sources, shared
             with self._writing():
-                self.ready, self._unloaded = True, None
                 for index, fresh in made.items():
                     own = index in self._hosts or fresh.untyped_storage().data_ptr() not in storages
                     self._store(index, fresh, own)
+                self.ready, self._unloaded = True, None
             names = [w.names for w, owned in zip(self.weights, self._owned, strict=True) if owned]
             watched = {n: sources[n] for n in dict.fromkeys(sum(names, ())) if n in sources}
             if watched:
@@ -297,9 +296,9 @@ class WeightStore:
             copies = {i: value if self._owned[i] else self._copy(i, value) for i, value in fresh.items()}
             self._allocate()
             with self._writing():
-                self.ready, self._unloaded = True, None
                 for index, value in copies.items():
                     self._store(index, value, True)
+                self.ready, self._unloaded = True, None
             self._forget()
 
     def unload(self, keep: bool) -> None:
@@ -332,8 +331,7 @@ class WeightStore:
         written = any(w.value.name in self._written for w, v in zip(self.weights, self._variable, strict=True) if v)
         if sources and not written and all(tensor.device == _HOST for tensor in sources.values()):
             return Unloaded(dict(sources), {}, self._shared)
-        values = {index: self.values[index].to(_HOST) for index, variable in enumerate(self._variable) if variable}
-        return Unloaded({}, values, False)
+        return Unloaded({}, {i: _in_host_memory(self.values[i]) for i, v in enumerate(self._variable) if v}, False)
 
     def load(self) -> None:
         """Bring back what `unload` freed.
@@ -428,7 +426,7 @@ class WeightStore:
             except OverflowError as error:  # of `torch_rtx.to_int8`
                 problem = f"{error}; disabled_passes=['raise_quantized'] multiplies floats"
                 raise RefitError(mismatched={", ".join(weight.names): problem}) from error
-        return value.to(_HOST) if host else value
+        return _in_host_memory(value) if host else value
 
     @torch.inference_mode(False)
     def _copy(self, index: int, value: torch.Tensor) -> torch.Tensor:
@@ -443,6 +441,11 @@ class WeightStore:
         type_ = self._types[name]
         moved = tensor.detach().to(device or aten.to_torch("Device", type_.device, self.device))
         return restride(moved if moved.stride() == type_.strides else aligned(moved), type_.strides)  # type: ignore[arg-type]
+
+
+def _in_host_memory(value: torch.Tensor) -> torch.Tensor:
+    """`value` in host memory, with its strides."""
+    return restride(value.to(_HOST), value.stride())
 
 
 def match(parameters: Sequence[Parameter], sources: Tensors, unused: Collection[str] | None) -> list[torch.Tensor]:
