@@ -92,6 +92,16 @@ class ModuleMethods(nn.Module):
         for name, listed in (("_parameters", False), ("_buffers", True)):
             self.__dict__[name] = Listing(registered(self.__dict__[name]), self._store, buffers, listed)
 
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """The parameter of this name, which the model has in a layer."""
+        found: nn.Parameter | None = dict(self._parameters.items()).get(target)
+        return super().get_parameter(target) if found is None else found
+
+    def get_buffer(self, target: str) -> torch.Tensor:
+        """The buffer of this name, which the model has in a layer."""
+        found = dict(self._buffers.items()).get(target)
+        return super().get_buffer(target) if found is None else found
+
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Call `refit`, or `attach` to `assign`.
 

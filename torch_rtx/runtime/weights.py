@@ -313,8 +313,9 @@ class WeightStore:
                 self.refresh(wait=True)
                 with self._writing():
                     kept = self._kept() if keep else None
-                    if self.device.type == "cuda":  # memory that is freed may be used at once, on any stream
-                        torch.cuda.synchronize(self.device)
+                    if self.device.type == "cuda":
+                        # Memory that is freed may be used at once, on any stream. This one is behind all calls.
+                        torch.cuda.current_stream(self.device).synchronize()
                     self._forget()
                     self._unloaded, self.ready = kept, False
                     for index, variable in enumerate(self._variable):
