@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors
@@ -77,6 +78,21 @@ def test_file_objects(stripped: bool, tmp_path: Path) -> None:
         assert (one.weights is None) is stripped
         assert one.constants.keys() == ENGINE.constants.keys()
     assert read_header(io.BytesIO(expected)).file_bytes == len(expected)
+
+
+class Slow(io.BytesIO):
+    """Takes few bytes at once, as an unbuffered file may."""
+
+    def write(self, data: Any) -> int:
+        return super().write(memoryview(data)[:1000])
+
+
+def test_a_file_object_that_takes_few_bytes_at_once() -> None:
+    slow, whole = Slow(), io.BytesIO()
+    save(ENGINE, slow)
+    save(ENGINE, whole)
+    assert slow.getvalue() == whole.getvalue()
+    assert len(whole.getvalue()) > 1000
 
 
 def test_what_is_no_file_object(tmp_path: Path) -> None:

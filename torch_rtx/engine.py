@@ -132,7 +132,9 @@ def save(engine: Engine, path: File) -> None:
         return
     target, buffer = _object(path, "write", "wb"), BytesIO()
     write(engine, buffer)
-    target.write(buffer.getbuffer())
+    left = buffer.getbuffer()
+    while left and (written := target.write(left)):  # an unbuffered file may take less than all
+        left = left[written:]
 
 
 def write(engine: Engine, file: BinaryIO) -> None:
@@ -284,7 +286,7 @@ def load(path: File, mmap: bool = False, sha256: str | None = None) -> Engine:
         OSError: the file can't be opened.
     """
     with reading(path) as file:
-        if mmap and file.__class__ is BytesIO:
+        if mmap and isinstance(file, BytesIO):
             raise RtxError("mmap=True maps a file: pass its path, not a file object")
         header = parse_header(file)
         graph, table = program_of(header)

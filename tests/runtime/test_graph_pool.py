@@ -86,6 +86,14 @@ def test_moved_weights_empty_the_pool(pool: GraphPool) -> None:
     assert call(pool, "a", moved)
 
 
+def test_a_cleared_pool_captures_again(pool: GraphPool) -> None:
+    assert [call(pool, "a") for _ in range(2)] == [False, True]
+    pool.clear()
+    assert pool.captured == {}
+    assert [call(pool, "a") for _ in range(2)] == [False, True]
+    assert pool.captures == 2
+
+
 class Held:
     """A captured graph, which a memory follows weakly."""
 

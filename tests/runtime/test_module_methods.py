@@ -70,7 +70,11 @@ def test_names_are_those_of_the_model(pair: tuple[nn.Module, CompiledModule], tm
         assert not any(parameter.requires_grad for parameter in module.parameters())
         assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
     for name, parameter in engine.named_parameters():
-        assert parameter.data_ptr() == model.get_parameter(name).data_ptr()
+        assert parameter.data_ptr() == model.get_parameter(name).data_ptr() == engine.get_parameter(name).data_ptr()
+    assert torch.equal(engine.get_buffer("bn.running_mean"), model.get_buffer("bn.running_mean"))
+    for get in (engine.get_parameter, engine.get_buffer):
+        with pytest.raises(AttributeError):
+            get("q.other")
     assert all(parameter.is_meta for parameter in loaded.parameters())  # it has no weights yet
     parent = Parent(engine)
     assert [n for n, _ in parent.named_parameters()] == ["head.weight", "head.bias"] + [

@@ -8,6 +8,7 @@ module writes to (caches) are captured at their address, which is part of the ke
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 from collections.abc import Callable, Sequence
@@ -178,8 +179,10 @@ class GraphPool:
 
     def clear(self) -> None:
         """Drop all graphs, and with them their memory. Their replays must have ended."""
-        with self._lock:
-            self.captured.clear()
+        with self._lock, _CAPTURING:
+            if self.captured:
+                self.captured.clear()
+                gc.collect()  # a graph may be in a cycle
 
     def _is_generator(self, given: object) -> bool:
         """A random number generator of the device, which a graph can have; any other object disables the pool."""

@@ -4,6 +4,7 @@ and what would change its dtype, device or mode is an error."""
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from typing import Any, Self, TypeVar
 
 import torch
@@ -64,8 +65,9 @@ def opaque(function: F) -> F:
     `torch.compiler.disable`, this wraps nothing and imports nothing."""
     function._torchdynamo_disable = True  # type: ignore[attr-defined]
     function._torchdynamo_disable_msg = "an engine is compiled already; fullgraph=True can't contain it"  # type: ignore[attr-defined]
-    skip = eval_frame._FrameAction.SKIP
-    eval_frame.set_code_exec_strategy(function.__code__, eval_frame._FrameExecStrategy(skip, skip))
+    with suppress(AttributeError):  # a release without these tries to compile each function that the call runs
+        skip = eval_frame._FrameAction.SKIP
+        eval_frame.set_code_exec_strategy(function.__code__, eval_frame._FrameExecStrategy(skip, skip))
     return function
 
 
@@ -89,6 +91,16 @@ class ModuleMethods(nn.Module):
         buffers = self.engine.manifest.model.get("buffers", ())
         for name, listed in (("_parameters", False), ("_buffers", True)):
             self.__dict__[name] = Listing(registered(self.__dict__[name]), self._store, buffers, listed)
+
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """The parameter of this name, which the model has in a layer."""
+        found: nn.Parameter | None = dict(self._parameters.items()).get(target)
+        return super().get_parameter(target) if found is None else found
+
+    def get_buffer(self, target: str) -> torch.Tensor:
+        """The buffer of this name, which the model has in a layer."""
+        found = dict(self._buffers.items()).get(target)
+        return super().get_buffer(target) if found is None else found
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Call `refit`, or `attach` to `assign`.

@@ -161,6 +161,7 @@ class Session:
 
         Raises:
             SettingsError: the budget is invalid or too small; nothing was changed.
+            RtxError: the weights are unloaded.
         """
         settings = replace(self.settings, weight_streaming_budget=budget)
         streamer = stream(self.graph, self.device, budget, self._trusted_ops)

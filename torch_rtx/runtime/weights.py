@@ -174,10 +174,10 @@ class WeightStore:
             self._forget()  # after all recipes: a failure changes nothing
             self._sources, self._shared = sources, shared
             with self._writing():
-                self.ready, self._unloaded = True, None
                 for index, fresh in made.items():
                     own = index in self._hosts or fresh.untyped_storage().data_ptr() not in storages
                     self._store(index, fresh, own)
+                self.ready, self._unloaded = True, None
             self._follow()
 
     def _follow(self) -> None:
@@ -193,7 +193,13 @@ class WeightStore:
     @contextmanager
     def moving(self, streamer: Streamer | None) -> Iterator[None]:
         """Let `streamer` stream the weights from now on, None: nobody. Held while the caller changes what generates
-        code for them, after the calls that run, and before any other."""
+        code for them, after the calls that run, and before any other.
+
+        Raises:
+            RtxError: the weights are unloaded.
+        """
+        if self._unloaded is not None:
+            self.check_ready()
         self.refresh(wait=True)
         with self._lock, self._writing():
             if self.device.type == "cuda":
@@ -343,9 +349,9 @@ class WeightStore:
             copies = {i: value if self._owned[i] else self._copy(i, value) for i, value in fresh.items()}
             self._allocate()
             with self._writing():
-                self.ready, self._unloaded = True, None
                 for index, value in copies.items():
                     self._store(index, value, True)
+                self.ready, self._unloaded = True, None
             self._forget()
 
     def unload(self, keep: bool) -> None:
@@ -360,8 +366,9 @@ class WeightStore:
                 self.refresh(wait=True)
                 with self._writing():
                     kept = self._kept() if keep else None
-                    if self.device.type == "cuda":  # memory that is freed may be used at once, on any stream
-                        torch.cuda.synchronize(self.device)
+                    if self.device.type == "cuda":
+                        # Memory that is freed may be used at once, on any stream. This one is behind all calls.
+                        torch.cuda.current_stream(self.device).synchronize()
                     self._forget()
                     self._unloaded, self.ready = kept, False
                     for index, variable in enumerate(self._variable):
@@ -378,8 +385,7 @@ class WeightStore:
         written = any(w.value.name in self._written for w, v in zip(self.weights, self._variable, strict=True) if v)
         if sources and not written and all(tensor.device == _HOST for tensor in sources.values()):
             return Unloaded(dict(sources), {}, self._shared)
-        values = {index: self.values[index].to(_HOST) for index, variable in enumerate(self._variable) if variable}
-        return Unloaded({}, values, False)
+        return Unloaded({}, {i: _in_host_memory(self.values[i]) for i, v in enumerate(self._variable) if v}, False)
 
     def load(self) -> None:
         """Bring back what `unload` freed.
@@ -474,7 +480,7 @@ class WeightStore:
             except OverflowError as error:  # of `torch_rtx.to_int8`
                 problem = f"{error}; disabled_passes=['raise_quantized'] multiplies floats"
                 raise RefitError(mismatched={", ".join(weight.names): problem}) from error
-        return value.to(_HOST) if host else value
+        return _in_host_memory(value) if host else value
 
     @torch.inference_mode(False)
     def _copy(self, index: int, value: torch.Tensor) -> torch.Tensor:
@@ -489,6 +495,11 @@ class WeightStore:
         type_ = self._types[name]
         moved = tensor.detach().to(device or aten.to_torch("Device", type_.device, self.device))
         return restride(moved if moved.stride() == type_.strides else aligned(moved), type_.strides)  # type: ignore[arg-type]
+
+
+def _in_host_memory(value: torch.Tensor) -> torch.Tensor:
+    """`value` in host memory, with its strides."""
+    return restride(value.to(_HOST), value.stride())
 
 
 def match(parameters: Sequence[Parameter], sources: Tensors, unused: Collection[str] | None) -> list[torch.Tensor]:
