@@ -15,6 +15,8 @@ from typing import Any
 
 # Before torch is imported: it reads the variable once. Workers share few cores, so one thread each is fastest.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Nor after each capture does the collector run, see `pytest_collection_finish`.
+os.environ.setdefault("TORCH_DYNAMO_RUN_GC_AFTER_COMPILE", "0")
 # Engines of this run alone, for this process and those that it starts: never the user's own.
 os.environ["TORCH_RTX_CACHE_DIR"] = CACHES = tempfile.mkdtemp(prefix="torch_rtx_tests_")
 
