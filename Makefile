@@ -18,7 +18,7 @@ SEED ?= 0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-$(subst =,,$(TORCH)-$(TRITON))
 
-.PHONY: setup models windows-wheels quick smoke test gpu-test sanitize fuzz demo docs lint clean
+.PHONY: setup models windows-wheels quick smoke test suite gpu-test sanitize fuzz demo docs lint clean
 
 setup: $(STAMP)
 
@@ -56,8 +56,14 @@ quick: setup
 smoke: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m quick $$(grep -rl --include='*.py' 'mark\.quick' tests)
 
-test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not gpu"
+# Lint beside the tests: the type checker alone would leave all cores but one idle.
+test: setup
+	$(MAKE) --no-print-directory -j2 lint suite
+
+# Bytecode is written, whatever the environment says: tests start many processes, which read it.
+suite: setup
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 \
+	  $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not gpu"
 
 gpu-test:
 	$(PYTHON) -m pytest -m gpu

@@ -283,6 +283,17 @@ def _vision(
     return ModelSpec(name, model, _images(pixels))
 
 
+def _mobilenet_v2(size: Size) -> nn.Module:
+    model = MobileNetV2ForImageClassification(MobileNetV2Config(num_labels=1000))
+    if size == "small":
+        blocks, kept = model.mobilenet_v2.layer, []
+        for block in blocks:  # of several blocks in a row with a sum, which are alike, the first
+            if not (kept and block.use_residual and kept[-1].use_residual):
+                kept.append(block)
+        model.mobilenet_v2.layer = nn.ModuleList(kept)
+    return model
+
+
 # Text ---------------------------------------------------------------------------------------------------------------
 
 
@@ -489,7 +500,7 @@ SPECS: dict[str, ModelSpec] = {
     entry.name: entry
     for entry in (
         _vision("resnet50", ResNetForImageClassification, ResNetConfig, {"depths": [2, 1, 1, 2]}),
-        _vision("mobilenet_v2", MobileNetV2ForImageClassification, MobileNetV2Config, {}),
+        ModelSpec("mobilenet_v2", _mobilenet_v2, _images()),
         ModelSpec("mobilenet_v3", lambda size: MobileNetV3Large(blocks=BLOCKS if size == "full" else KINDS), _images()),
         _vision(
             "vit_b_16",

@@ -62,6 +62,25 @@ def rows_of(path: Path) -> dict[str, results.Row]:
     return {row["peer"]: row for row in results.load(path).rows.values()}
 
 
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the suites do with a model does not depend on its depth, nor on how settled the speed of this machine is."""
+    config = models._bert_config
+
+    def one_layer(size: models.Size) -> Any:
+        made = config(size)
+        made.num_hidden_layers = 1
+        return made
+
+    def warm_up(call: timing.Call, device: str) -> float:
+        call()
+        return 1.0
+
+    monkeypatch.setattr(models, "_bert_config", one_layer)
+    monkeypatch.setattr(timing, "warm_up", warm_up)
+    monkeypatch.setattr("benchmarks.suites.train.REPLAYED", 1)
+
+
 @pytest.fixture
 def plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A module with peers that go wrong, which a test may load and no other test will see."""
@@ -209,9 +228,8 @@ def test_tiers() -> None:
 
 
 @pytest.mark.parametrize("workload", cases.workloads([], "small", "cpu", cases.TRAINED), ids=lambda w: w.model)
-def test_train(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train(workload: Workload) -> None:
     """The small form of every workload has gradients, and a compiled BERT the right ones."""
-    monkeypatch.setattr(timing, "warm_up", lambda call, device: 1.0)
     names = ("eager", "rtx") if workload.model == "bert_base" else ("eager",)
     found = measured(perform("train", *names, workload=workload, rounds=1))
     for metrics in found.values():
@@ -256,6 +274,7 @@ def test_shapes(peer: str) -> None:
 
 def test_build_for_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.suites.build.BUILDS", 2)
+    monkeypatch.setattr("benchmarks.suites.build.toolchain.forget", lambda: None)  # the second need not be a cold one
     found = measured(perform("build", "rtx-exported", device="cuda", workload=replace(BERT, dtype="float16")))
     metrics = found["rtx-exported"]
     assert 0 < metrics["file_bytes"] < metrics["weight_bytes"]

@@ -96,14 +96,23 @@ def step(model: nn.Module, call: Any, args: Any, kwargs: Any) -> list[torch.Tens
     return [loss.detach(), *gradients, *model.buffers()]
 
 
-@cache
-def graphs_of(name: str) -> list[Graph]:
-    """The forward and backward graphs of a model."""
-    model, args, kwargs = model_of(name)
+def compiled_step(model: nn.Module, args: Any, kwargs: Any) -> tuple[list[Graph], list[torch.Tensor]]:
+    """The forward and backward graphs of a model, and what `step` gives."""
     torch._dynamo.reset()
     with recorded() as graphs:
-        step(model, torch.compile(model, backend="rtx", fullgraph=True, options=OPTIONS), args, kwargs)
-    return graphs
+        found = step(model, torch.compile(model, backend="rtx", fullgraph=True, options=OPTIONS), args, kwargs)
+    return graphs, found
+
+
+@cache
+def step_of(name: str) -> tuple[list[Graph], list[torch.Tensor]]:
+    """The same of a model of the zoo."""
+    return compiled_step(*model_of(name))
+
+
+def graphs_of(name: str) -> list[Graph]:
+    """The forward and backward graphs of a model of the zoo."""
+    return step_of(name)[0]
 
 
 def counts(graph: Graph) -> tuple[int, dict[str, int]]:
@@ -184,12 +193,11 @@ class Residual(nn.Module):
         return self.last(self.norm3(F.relu(x + self.norm2(self.second(x)))).relu())
 
 
-def compared(model: nn.Module, args: Any, kwargs: Any) -> None:
-    """A step of the expanded graphs, call by call, is as near to float64 as eager's is."""
-    eager, wide = copy.deepcopy(model), copy.deepcopy(model).double()
-    expected, exact = step(eager, eager, args, kwargs), step(wide, wide, *widened((args, kwargs)))
-    with recorded() as graphs:
-        found = step(model, torch.compile(model, backend="rtx", fullgraph=True, options=OPTIONS), args, kwargs)
+def compared(model: nn.Module, args: Any, kwargs: Any, done: tuple[list[Graph], list[torch.Tensor]]) -> None:
+    """A step of the expanded graphs, call by call, is as near to float64 as eager's is; `model` is not trained yet."""
+    graphs, found = done
+    wide = copy.deepcopy(model).double()
+    expected, exact = step(model, model, args, kwargs), step(wide, wide, *widened((args, kwargs)))
     assert len(graphs) == 2
     assert all(any(node.kind == "kernel" for node in graph.nodes) for graph in graphs)
     assert_right(found, expected, exact)
@@ -198,13 +206,13 @@ def compared(model: nn.Module, args: Any, kwargs: Any) -> None:
 # Of ResNet's last norms small images leave two numbers per channel: its gradients are chaos, in eager as well.
 @pytest.mark.parametrize("name", [name for name in COUNTS if name != "resnet50"])
 def test_gradients(name: str) -> None:
-    compared(*model_of(name))
+    compared(*model_of(name), step_of(name))
 
 
 def test_gradients_of_norms() -> None:
     images = torch.randn(4, 3, 12, 10).to(memory_format=torch.channels_last)
-    compared(Residual().to(memory_format=torch.channels_last), (images,), {})
-    compared(Residual(), (images.contiguous(),), {})
+    for model, x in ((Residual().to(memory_format=torch.channels_last), images), (Residual(), images.contiguous())):
+        compared(model, (x,), {}, compiled_step(copy.deepcopy(model), (x,), {}))
 
 
 IMAGE = "H[4, 16, 8, 8](1024, 1, 128, 16)"
