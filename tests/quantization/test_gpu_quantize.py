@@ -43,8 +43,8 @@ def test_engines(preset: str, dtype: torch.dtype) -> None:
     for _ in range(2):
         exact, wanted = copy.deepcopy(model).double()(x.double()), model(x)
         torch_rtx.wait()
-        # Eager rounds dequantized values to the dtype, kernels do not; a code of a later layer may be the next one, which
-        # is far away where there are few.
+        # Eager rounds dequantized values to the dtype, kernels do not. A code of a later layer may be the next one, and
+        # where there are few codes that is far away.
         eager = (wanted - exact).norm() / exact.norm()
         assert (engine(x) - exact).norm() < max(0.04, 2 * eager) * exact.norm()
         with torch.no_grad():
