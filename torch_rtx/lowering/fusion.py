@@ -65,7 +65,7 @@ class FusionGroup:
     space: IterationSpace | None = None
     cost: int = 0
     steps: list[Node] | None = None  # of an anchor's kernel: prologue, anchor, epilogue
-    us: float | None = None  # see `FusionPlan._us`
+    us: float | None = None  # see `FusionPlan.us`
     users: tuple[int, ...] | None = None  # see `FusionPlan.users`
 
 
@@ -194,9 +194,9 @@ class FusionPlan:
         """Fuse two groups, if the result is small enough, and no slower."""
         merged = FusionGroup(sorted(first.members + second.members), first.epoch, space, first.cost + second.cost)
         if len(merged.members) <= MAX_MEMBERS:
-            self._try_group(merged, PRICE_ERROR * (self._us(first) + self._us(second)))
+            self._try_group(merged, PRICE_ERROR * (self.us(first) + self.us(second)))
 
-    def _us(self, group: FusionGroup) -> float:
+    def us(self, group: FusionGroup) -> float:
         """What the loop of `group` takes, with the results that others read when this is asked first."""
         if group.us is None:
             group.us = _loop_us(self.body(group), self.arches)
@@ -283,7 +283,7 @@ class FusionPlan:
         one, two = (self.interface(group)[0] for group in (first, second))
         shared = [value.type for value in one if value in two and isinstance(value.type, TensorType)]
         saved = sum(streaming_us(shared, arch) for arch in self.arches)
-        return min(self._us(first), self._us(second)) <= SIBLING_GAIN * saved
+        return min(self.us(first), self.us(second)) <= SIBLING_GAIN * saved
 
     def _depend(self, first: FusionGroup, second: FusionGroup) -> bool:
         """One group depends on the other, or would have to wait for it out of turn: what the backward of a checkpoint
@@ -317,7 +317,7 @@ class FusionPlan:
             return False
         if group.steps is not None:
             return _is_kernel(self.body(group), self.arches)
-        us = self._us(group)
+        us = self.us(group)
         return us < inf and us <= before_us
 
     # ---- anchors -----------------------------------------------------------------------------------------------------
@@ -470,13 +470,19 @@ class FusionPlan:
             return len(group.members) > 1 and prefers_split(self.body(group), self.arches)
         if len(group.members) > 1:  # fusion has checked that code can be generated
             return True
-        return self._us(group) < inf and self._computes(self.nodes[group.members[0]])
+        return self.us(group) < inf and self._computes(self.nodes[group.members[0]])
 
     def _computes(self, node: Node) -> bool:
         if any(value.name in self.begun for value in node.results):
             return True
         computed = (not isinstance(tensor, Load | View) for tensor in everything(_expressed(node)))
         return any(computed) and bool(node.inputs)
+
+
+def loops_us(graph: Graph, arches: tuple[Arch, ...]) -> float:
+    """The expected microseconds of the loops of a graph, summed over `arches`; infinite if a part of it is none."""
+    plan = FusionPlan(graph, arches)
+    return sum(plan.us(group) for group in {id(group): group for group in plan.group_of.values()}.values())
 
 
 def elements(value: Value) -> Index:

@@ -163,7 +163,7 @@ class _Writer(Rewriter):
             type_ = replace(type_, shape=(*type_.shape[:2], 1, type_.shape[2]))
         batch, _, *sizes = type_of(image).shape
         shape = (batch, type_of(filters).shape[0], *map(phases.count, range(len(sizes)), sizes))
-        channels = self._fresh(replace(type_, shape=shape, strides=contiguous(shape)))
+        channels = self.fresh(replace(type_, shape=shape, strides=contiguous(shape)))
         args = ("input", image), ("weight", filters), ("bias", biases), *phases.arguments
         self._convolution(Node("op", CONVOLUTION_OF_RANK[len(sizes)], args, (channels,), None, node.loc))
         (made,) = self.nodes[-1].results
@@ -303,7 +303,7 @@ class _Writer(Rewriter):
             raise Unsupported(f"the layout {value.type}")
         for given in node.inputs:
             self.restore(given)
-        outputs = tuple(None if old is None else self._fresh(old.type) for old in node.outputs)
+        outputs = tuple(None if old is None else self.fresh(old.type) for old in node.outputs)
         self.nodes.append(replace(node, args=node.map_inputs(self.current), outputs=outputs))
         for old, new in zip(node.outputs, outputs, strict=True):
             if old is not None and new is not None:

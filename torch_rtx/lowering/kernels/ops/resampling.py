@@ -7,7 +7,21 @@ from functools import reduce
 
 from torch_rtx.dtypes import register
 from torch_rtx.errors import Unsupported
-from torch_rtx.lowering.kernels.expressions import A, B, Expression, divide, floor, fmax, fmin, where
+from torch_rtx.lowering.kernels.expressions import (
+    A,
+    B,
+    C,
+    Expression,
+    absolute,
+    apply,
+    divide,
+    eq,
+    floor,
+    fmax,
+    fmin,
+    fmod,
+    where,
+)
 from torch_rtx.lowering.kernels.index import Index, constant, product
 from torch_rtx.lowering.kernels.kernel_ir import (
     ONE,
@@ -196,3 +210,60 @@ for _rank in (1, 2, 3):
 for _rank, _name in enumerate(("linear", "bilinear", "trilinear"), 1):
     _declare(f"upsample_{_name}{_rank}d", "linear", _rank)
 _declare("upsample_bicubic2d", "bicubic", 2)
+
+
+# ---- at given positions ----------------------------------------------------------------------------------------------
+
+LINEAR, NEAREST, CUBIC = range(3)  # of `grid_sampler`: how
+ZEROS, BORDER, REFLECTION = range(3)  # and what lies outside of the image
+
+
+def _inside(place: Tensor, size: Index, beyond: int, aligned: bool) -> Tensor:
+    """Positions in the image, or near it, for positions anywhere."""
+    held = place.dtype
+    if beyond == ZEROS:
+        return place
+    if beyond == REFLECTION:
+        low, count = (0.0, size - ONE) if aligned else (-0.5, size)
+        span = pointwise(fmax(A, 1e-30), held, size_as(count, held))  # of one pixel: all is that
+        far = pointwise(absolute(A - low), held, place)
+        rest, times = pointwise(fmod(A, B), held, far, span), pointwise(floor(A / B), held, far, span)
+        odd = eq(B - 2.0 * floor(B * 0.5), 1.0)
+        place = pointwise(where(odd, C - A, A) + low, held, rest, times, span)
+    return pointwise(fmin(fmax(A, 0.0), B), held, place, size_as(size - ONE, held))
+
+
+def _taps_at(place: Tensor, size: Index, how: int, beyond: int, aligned: bool, dtype: str) -> Taps:
+    held = place.dtype
+    if how == NEAREST:
+        return [(cast(pointwise(apply("rint", A), held, _inside(place, size, beyond, aligned)), dtype), None)]
+    if how == LINEAR:
+        place = _inside(place, size, beyond, aligned)
+    below = pointwise(floor(A), held, place)
+    part = pointwise(A - B, held, place, below)
+    if how == LINEAR:
+        first, weights = 0, [pointwise(1.0 - A, held, part), part]
+    else:
+        first, weights = -1, cubic_weights(part)
+    places = [pointwise(A + float(step), held, below) for step in range(first, first + len(weights))]
+    if how == CUBIC:
+        places = [_inside(one, size, beyond, aligned) for one in places]
+    return [(cast(one, dtype), weight) for one, weight in zip(places, weights, strict=True)]
+
+
+@op("grid_sampler.default", "grid_sampler_2d.default", "grid_sampler_3d.default")
+def grid_sampler(
+    input: Tensor, grid: Tensor, interpolation_mode: int, padding_mode: int, align_corners: bool, *, out: Types
+) -> Tensor:
+    """The elements of an image at positions between -1 and 1 (Jaderberg et al., 2015), [batch, *sizes, dimensions], the
+    last dimension of the image first."""
+    floating(out)
+    shape, held, rank = shape_of(out), register(input.dtype), len(input.shape) - 2
+    taps: list[Taps] = []
+    for axis, size in enumerate(input.shape[2:]):
+        which = constant(rank - 1 - axis)
+        given = move(grid, shape, lambda position, which=which: (position[0], *position[2:], which))
+        how = (A + 1.0) / 2.0 * (B - 1.0) if align_corners else ((A + 1.0) * B - 1.0) / 2.0
+        place = pointwise(how, held, cast(given, held), size_as(size, held))
+        taps.append(_taps_at(place, size, interpolation_mode, padding_mode, align_corners, place_dtype(input)))
+    return cast(blend(input, shape, taps), input.dtype)
