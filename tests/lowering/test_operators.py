@@ -70,7 +70,6 @@ CASES: dict[str, Case] = {
     "grid, linear of volumes": (lambda x: _sampled(x, padding_mode="border"), VOLUME),
     "grid, nearest": (lambda x: _sampled(x, mode="nearest", padding_mode="reflection"), IMAGE),
     "grid, cubic": (lambda x: _sampled(x, mode="bicubic", padding_mode="reflection", align_corners=True), IMAGE),
-    "affine grid": (lambda x: F.affine_grid(x[:, 0, :2, :3], [2, 8, 4, 5], align_corners=False), IMAGE),
     "one hot": (lambda x: F.one_hot((x > 0).to(torch.int64), 3), IMAGE),
     "mean squared error": (lambda x: F.mse_loss(x, x.flip(1), reduction="none"), IMAGE),
     "smooth l1": (lambda x: F.smooth_l1_loss(x, x.flip(1), reduction="none"), IMAGE),
@@ -83,9 +82,9 @@ CASES: dict[str, Case] = {
     "shuffle of pixels": (lambda x: F.pixel_shuffle(x, 2), IMAGE),
     "shuffle of channels": (lambda x: F.channel_shuffle(x, 2), IMAGE),
     "unfold": (lambda x: F.unfold(x, 3, padding=1), IMAGE),
-    "adaptive average": (lambda x: F.adaptive_avg_pool2d(x, 5), IMAGE),
     "adaptive average of sequences": (lambda x: F.adaptive_avg_pool1d(x, 3), SEQUENCE),
     "adaptive average of volumes": (lambda x: F.adaptive_avg_pool3d(x, 1), VOLUME),
+    "positions of the largest": (lambda x: F.max_pool2d(x, 2, return_indices=True)[1], IMAGE),
     "prelu": (nn.PReLU(8), IMAGE),
     "rotation": (lambda x: torch.rot90(x, 1, (2, 3)), IMAGE),
 }
@@ -95,6 +94,9 @@ LEFT: dict[str, Case] = {
     "aten.col2im.default": (lambda x: F.fold(F.unfold(x, 3, padding=1), (7, 6), 3, padding=1), IMAGE),
     "aten.avg_pool2d.default": (lambda x: F.avg_pool2d(x, 3, 2, ceil_mode=True), IMAGE),
     "aten.adaptive_max_pool2d.default": (lambda x: F.adaptive_max_pool2d(x, 5), IMAGE),
+    "aten.adaptive_avg_pool2d.default": (lambda x: F.adaptive_avg_pool2d(x, 5), IMAGE),
+    "aten.max_pool2d.default": (lambda x: F.max_pool2d(x, 13, 1, 6), IMAGE),
+    "aten.affine_grid_generator.default": (lambda x: F.affine_grid(x[:, 0, :2, :3], [2, 8, 4, 5], False), IMAGE),
     "aten._cdist_forward.default": (lambda x: torch.cdist(x[0, 0], x[0, 1], p=1.0), IMAGE),
 }
 

@@ -1,7 +1,7 @@
 """Writes calls that no kernel computes out as PyTorch's own decomposition, where kernels compute all of that.
 
 A library call cuts the loops around it apart. Its decomposition fuses with them, and is expected to take no longer: it
-must be loops that read and write little more than the call.
+must be loops that read and write little more than the call, and read no element many times.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from dataclasses import replace
 
 from torch_rtx import aten
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import Graph, Node, TensorType, Value, contiguous
+from torch_rtx.ir import Graph, Node, TensorType, Value, contiguous, dim_expr
 from torch_rtx.lowering.fusion import is_absorbed_view, iteration_space_of, loops_us
 from torch_rtx.lowering.infer import Inference, is_symbolic
 from torch_rtx.lowering.kernels.body_builder import needed
-from torch_rtx.lowering.kernels.gemm_perf_model import streaming_us
+from torch_rtx.lowering.kernels.gemm_perf_model import streaming_us, typical
 from torch_rtx.lowering.recording import decomposition, recorded
 from torch_rtx.lowering.rewrite import Rewriter, rewrite
 from torch_rtx.op_work import ANCHORS
 from torch_rtx.targets import Arch, Target
 
 log = logging.getLogger(__name__)
-MOST = 1.5  # as long as the call may a decomposition take
+MOST = 1.5  # as long as the call may a decomposition take, and as many elements may a tensor in it have
 
 
 def decompose(graph: Graph, infer: Inference, targets: tuple[Target, ...]) -> Graph:
@@ -45,6 +45,8 @@ def decompose(graph: Graph, infer: Inference, targets: tuple[Target, ...]) -> Gr
             results = [_as(*pair, given, nodes, rewriter) for pair in zip(node.outputs, found, strict=True)]
         except Unsupported as error:
             log.debug("%s stays a call: %s", node.op, error.message)
+            return False
+        if _most_elements(nodes) > MOST * _most_elements([node]):  # windows that overlap, one by one
             return False
         us, call_us = _us(given, nodes, results, arches), _call_us(node, arches)
         if us > MOST * call_us:
@@ -83,6 +85,12 @@ def _as(old: Value | None, found: Value | None, given: Node, nodes: list[Node], 
     copy = rewriter.fresh(old.type)
     nodes.append(Node("op", "aten.clone.default", args, (copy,)))
     return copy
+
+
+def _most_elements(nodes: list[Node]) -> int:
+    """Those of the largest tensor that `nodes` read or write."""
+    types = [value.type for node in nodes for value in (*node.inputs, *node.results)]
+    return max(typical(dim_expr("*", 1, *type_.shape)) for type_ in types if isinstance(type_, TensorType))
 
 
 def _us(given: Node, nodes: list[Node], results: list[Value | None], arches: tuple[Arch, ...]) -> float:
