@@ -89,7 +89,7 @@ class _Writer(Rewriter):
             changed = False
         if not changed:
             self.nodes.append(replace(node, args=node.map_inputs(self.current)))
-        if node.kind == "op" and is_loop(node.op):
+        if node.kind == "op" and is_loop(node.op) and not aten.is_view(aten.overload(node.op)):
             for old, new in zip(node.outputs, self.nodes[-1].outputs, strict=True):
                 if old is not None and new is not None and self._loses_layout(new, self.nodes[-1]):
                     self.replace(old, self._to_channels_last(new))
