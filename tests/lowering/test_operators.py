@@ -188,9 +188,9 @@ def test_unet() -> None:
     right(model, module, image)
     convolutions = sum(isinstance(one, nn.Conv2d | nn.ConvTranspose2d) for one in model.modules())
     norms = sum(isinstance(one, nn.InstanceNorm2d) for one in model.modules())
-    enlarged, concatenated = 1, 2  # by interpolation; the last one is part of a convolution
+    concatenated = 2  # with what is enlarged: in the same kernel
     made = [node for node in graph.nodes if node.kind == "kernel"]
-    assert len(made) <= convolutions + norms + enlarged + concatenated
+    assert len(made) == convolutions + norms + concatenated
     for node in made:
         (value,) = node.results
         assert isinstance(value.type, TensorType)

@@ -47,7 +47,7 @@ POOL = "max_pool2d_with_indices"
 COUNTS: dict[str, tuple[tuple[int, dict[str, int]], tuple[int, dict[str, int]]]] = {
     "bert_base": ((27, FORWARD), (40, BACKWARD)),
     "gpt2": ((21, FORWARD), (30, BACKWARD)),
-    "llama": ((31, FORWARD), (50, BACKWARD)),
+    "llama": ((29, FORWARD), (50, BACKWARD)),
     "resnet50": (
         (56, {POOL: 1, "copy_": 69}),  # of running statistics and of the numbers of batches
         (35, {f"{POOL}_backward": 1, "convolution_backward": 23, "copy": 1, "as_strided_scatter": 1}),

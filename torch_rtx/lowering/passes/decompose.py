@@ -63,7 +63,7 @@ def decompose(graph: Graph, infer: Inference, targets: tuple[Target, ...]) -> Gr
 
 def _is_covered(node: Node) -> bool:
     """Kernels compute `node`, element by element or row by row."""
-    return iteration_space_of(node)[0] is not None or is_absorbed_view(node)
+    return iteration_space_of(node) is not None or is_absorbed_view(node)
 
 
 def _as(old: Value | None, found: Value | None, given: Node, nodes: list[Node], rewriter: Rewriter) -> Value | None:
