@@ -46,7 +46,7 @@ FORWARD, BACKWARD = {ATTENTION: 2}, {f"{ATTENTION}_backward": 2}
 COUNTS: dict[str, tuple[tuple[int, dict[str, int]], tuple[int, dict[str, int]]]] = {
     "bert_base": ((27, FORWARD), (40, BACKWARD)),
     "gpt2": ((21, FORWARD), (30, BACKWARD)),
-    "llama": ((31, FORWARD), (50, BACKWARD)),
+    "llama": ((29, FORWARD), (50, BACKWARD)),
     "resnet50": (
         (57, {"copy_": 69}),  # of running statistics and of the numbers of batches
         (33, {"convolution_backward": 23}),

@@ -1,5 +1,5 @@
-"""Operators that capture replaces by other ATen calls: those of `prims`, of lists of tensors, `resize`, fake
-quantization, products that have several forms, and those of packed weights.
+"""Operators that capture replaces by other ATen calls: those of `prims`, of lists of tensors, `resize`, instance norms,
+fake quantization, products that have several forms, and those of packed weights.
 
 Composite operators decompose by themselves, see `capture`. These do not, and would be opaque to an engine.
 """
@@ -94,6 +94,26 @@ def _as_strided_scatter(
     return src.to(input.dtype).permute(*order, *ones).clone(memory_format=torch.contiguous_format).view(input.shape)
 
 
+def _instance_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Any:
+    """A group norm with a group for each channel; with running statistics, a batch norm in inference."""
+    if not use_input_stats:
+        return torch.nn.functional.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+    channels = input.shape[1]
+    if running_mean is not None or running_var is not None or not isinstance(channels, int):
+        return NotImplemented
+    return torch.nn.functional.group_norm(input, channels, weight, bias, eps)
+
+
 TENSOR_WISE, ROW_WISE, BLOCKS_OF_16, BLOCKS_OF_32 = range(4)  # of `torch.nn.functional.ScalingType`
 BLOCK_RECIPES = ((BLOCKS_OF_16,), (BLOCKS_OF_32,), (BLOCKS_OF_16, TENSOR_WISE))
 
@@ -158,6 +178,7 @@ DECOMPOSITIONS: dict[torch._ops.OperatorBase, Callable[..., Any]] = {
     torch.ops.aten.as_strided_scatter.default: _as_strided_scatter,
     torch.ops.aten.resize.default: _resize,
     torch.ops.aten.resize_as.default: _resize_as,
+    torch.ops.aten.instance_norm.default: _instance_norm,
     torch.ops.aten._scaled_mm_v2.default: _scaled_mm_v2,
     torch.ops.aten._weight_int4pack_mm.default: _weight_int4pack_mm,
     torch.ops.aten._weight_int8pack_mm.default: _weight_int8pack_mm,

@@ -3,7 +3,7 @@
 Each operation starts as a fusion group with an iteration space: elements, or rows of a size where it reduces. Producer
 and consumer fuse if their iteration spaces agree, fusing creates no cycle, and code can be generated for the result
 that is expected to be no slower than that of both: a consumer that reads its producer at many positions computes it
-again at each. A producer of another size fuses only into its sole consumer, which recomputes it per element. Views
+again at each. A producer of another size fuses only into its sole consumer, which computes it for each element. Views
 belong to no group: kernels absorb the views on their inputs.
 """
 
@@ -23,7 +23,7 @@ from torch_rtx.ir import COPY, Graph, Loc, Node, TensorType, Value, attr_values,
 from torch_rtx.lowering.kernels.gemm_perf_model import LAUNCH_US, bytes_of, streaming_us, typical
 from torch_rtx.lowering.kernels.generate import fastest, generate
 from torch_rtx.lowering.kernels.index import Index, from_dim, product
-from torch_rtx.lowering.kernels.kernel_ir import Const, Load, Pointwise, Select, Tensor, View, everything, load
+from torch_rtx.lowering.kernels.kernel_ir import Const, Load, Select, Tensor, View, everything, load
 from torch_rtx.lowering.kernels.loops import loop_operations, rows_of
 from torch_rtx.lowering.kernels.region import Region, express, region, tensor_type
 from torch_rtx.lowering.widening import is_elementwise, widens
@@ -32,7 +32,6 @@ from torch_rtx.targets import ALIGNMENT, Arch
 
 MAX_MEMBERS = 64
 MAX_POINTERS = 24
-MAX_RECOMPUTED_OPS = 4  # per element, of a producer that a larger consumer recomputes
 PRICE_ERROR = 1.25  # by as much a kernel may be faster than it is expected to be
 SIBLING_GAIN = 8  # times that the shorter of two independent loops may take what fusing them saves
 TINY_ELEMENTS = 4096  # a loop of so few takes no longer than its launch
@@ -63,9 +62,8 @@ class FusionGroup:
     members: list[int]
     epoch: int
     space: IterationSpace | None = None
-    cost: int = 0
     steps: list[Node] | None = None  # of an anchor's kernel: prologue, anchor, epilogue
-    us: float | None = None  # see `FusionPlan._us`
+    us: float | None = None  # see `FusionPlan.us`
     users: tuple[int, ...] | None = None  # see `FusionPlan.users`
 
 
@@ -153,10 +151,10 @@ class FusionPlan:
             epoch += barrier
             loop = node.kind == "op" and not barrier and index not in self.ranges
             loop = loop and (self.atomics or not accumulates(node))
-            space, cost = iteration_space_of(node) if loop else (None, 0)
+            space = iteration_space_of(node) if loop else None
             if space is not None and accumulates(node):
                 self.begun.update(value.name for value in attr_values(node.arg("self")))
-            self.group_of[index] = FusionGroup([index], epoch, space, cost)
+            self.group_of[index] = FusionGroup([index], epoch, space)
             if space is not None and space.size is not None:
                 self.reducing.add(index)
             epoch += barrier
@@ -192,11 +190,11 @@ class FusionPlan:
 
     def _merge(self, first: FusionGroup, second: FusionGroup, space: IterationSpace) -> None:
         """Fuse two groups, if the result is small enough, and no slower."""
-        merged = FusionGroup(sorted(first.members + second.members), first.epoch, space, first.cost + second.cost)
+        merged = FusionGroup(sorted(first.members + second.members), first.epoch, space)
         if len(merged.members) <= MAX_MEMBERS:
-            self._try_group(merged, PRICE_ERROR * (self._us(first) + self._us(second)))
+            self._try_group(merged, PRICE_ERROR * (self.us(first) + self.us(second)))
 
-    def _us(self, group: FusionGroup) -> float:
+    def us(self, group: FusionGroup) -> float:
         """What the loop of `group` takes, with the results that others read when this is asked first."""
         if group.us is None:
             group.us = _loop_us(self.body(group), self.arches)
@@ -216,8 +214,7 @@ class FusionPlan:
             if two.count in one.elements:
                 return None if self._feeds_other_axis(second, one) else one
             return one if sole_user and _is_padded(two, one) else None
-        cheap = first.cost <= MAX_RECOMPUTED_OPS or _at_most_as_large(two, one) or _is_padded(two, one)
-        return two if sole_user and cheap else None
+        return two if sole_user else None
 
     def _feeds_other_axis(self, group: FusionGroup, space: IterationSpace) -> bool:
         """Every consumer of `group` reduces over another axis than `space`, such as columns instead of rows."""
@@ -283,7 +280,7 @@ class FusionPlan:
         one, two = (self.interface(group)[0] for group in (first, second))
         shared = [value.type for value in one if value in two and isinstance(value.type, TensorType)]
         saved = sum(streaming_us(shared, arch) for arch in self.arches)
-        return min(self._us(first), self._us(second)) <= SIBLING_GAIN * saved
+        return min(self.us(first), self.us(second)) <= SIBLING_GAIN * saved
 
     def _depend(self, first: FusionGroup, second: FusionGroup) -> bool:
         """One group depends on the other, or would have to wait for it out of turn: what the backward of a checkpoint
@@ -317,7 +314,7 @@ class FusionPlan:
             return False
         if group.steps is not None:
             return _is_kernel(self.body(group), self.arches)
-        us = self._us(group)
+        us = self.us(group)
         return us < inf and us <= before_us
 
     # ---- anchors -----------------------------------------------------------------------------------------------------
@@ -372,7 +369,7 @@ class FusionPlan:
         """Give the anchor at `index` an epilogue of its own, of the first operations of the loop that reads its result,
         down to one whose elements are narrower, where the loop itself reduces rows or is the epilogue of a later
         anchor. The sums of int8 then need not be written."""
-        anchor, chain, cost = self.group_of[index], list[int](), 0
+        anchor, chain = self.group_of[index], list[int]()
         (result,) = self.results(anchor)
         tails = [self.group_of[reader] for reader in self.users(anchor)]
         if len(set(map(id, tails))) != 1 or tails[0].epoch != anchor.epoch:
@@ -383,18 +380,17 @@ class FusionPlan:
         while _bits(value) >= _bits(result):
             readers = set(self.readers.get(value.name, ()))
             at = readers.pop() if len(readers) == 1 and value.name not in self.outside else -1
-            space, more = iteration_space_of(self.nodes[at]) if at in tail.members else (None, 0)
+            space = iteration_space_of(self.nodes[at]) if at in tail.members else None
             if space != IterationSpace(elements(result)) or len(self.nodes[at].results) != 1:
                 return
             chain.append(at)
-            cost += more
             (value,) = self.nodes[at].results
         rest = [member for member in tail.members if member not in chain]
         made = {value.name for member in rest for value in self.nodes[member].results}
         if not rest or any(self.base(given).name in made for at in chain for given in self.nodes[at].inputs):
             return
-        parts = [FusionGroup(chain, tail.epoch, IterationSpace(elements(result)), cost)]
-        parts.append(FusionGroup(rest, tail.epoch, tail.space, tail.cost - cost))
+        parts = [FusionGroup(chain, tail.epoch, IterationSpace(elements(result)))]
+        parts.append(FusionGroup(rest, tail.epoch, tail.space))
         if not all(map(self._try_group, parts)):
             self.group_of.update(dict.fromkeys(tail.members, tail))
 
@@ -470,13 +466,19 @@ class FusionPlan:
             return len(group.members) > 1 and prefers_split(self.body(group), self.arches)
         if len(group.members) > 1:  # fusion has checked that code can be generated
             return True
-        return self._us(group) < inf and self._computes(self.nodes[group.members[0]])
+        return self.us(group) < inf and self._computes(self.nodes[group.members[0]])
 
     def _computes(self, node: Node) -> bool:
         if any(value.name in self.begun for value in node.results):
             return True
         computed = (not isinstance(tensor, Load | View) for tensor in everything(_expressed(node)))
         return any(computed) and bool(node.inputs)
+
+
+def loops_us(graph: Graph, arches: tuple[Arch, ...]) -> float:
+    """The expected microseconds of the loops of a graph, summed over `arches`; infinite if a part of it is none."""
+    plan = FusionPlan(graph, arches)
+    return sum(plan.us(group) for group in {id(group): group for group in plan.group_of.values()}.values())
 
 
 def elements(value: Value) -> Index:
@@ -494,12 +496,6 @@ def _bits(value: Value) -> int:
 def _is_tiny(space: IterationSpace | None) -> bool:
     """A pointwise loop is launch-bound."""
     return space is not None and space.size is None and (space.count.number or TINY_ELEMENTS + 1) <= TINY_ELEMENTS
-
-
-def _at_most_as_large(consumer: IterationSpace, producer: IterationSpace) -> bool:
-    """`consumer` is known to have at most as many elements as `producer`."""
-    here, there = consumer.elements[-1].number, producer.elements[-1].number
-    return here is not None and there is not None and here <= there
 
 
 def _is_padded(consumer: IterationSpace, producer: IterationSpace) -> bool:
@@ -546,22 +542,21 @@ def _expressed(node: Node) -> list[Tensor]:
     return list(express(node, values).values())
 
 
-def iteration_space_of(node: Node) -> tuple[IterationSpace | None, int]:
-    """The iteration space of one operation and its operations per element; None if kernels do not cover it."""
+def iteration_space_of(node: Node) -> IterationSpace | None:
+    """The iteration space of one operation; None if kernels do not cover it."""
     if node.op in ANCHORS or not all(isinstance(v.type, TensorType) for v in node.inputs):
-        return None, 0
+        return None
     try:
         tensors = _expressed(node)
         if not tensors:
-            return None, 0
+            return None
         found = Region(Graph("import", outputs=tuple(v for v in node.outputs if v)), tuple(tensors), None, {})
         rows = rows_of(found)
     except Unsupported:
-        return None, 0
-    cost = sum(isinstance(inner, Pointwise) for inner in everything(tensors))
+        return None
     if not rows.axes:
-        return IterationSpace(product(tensors[0].shape)), cost
-    return IterationSpace(rows.count, rows.size, rows.contiguous), cost
+        return IterationSpace(product(tensors[0].shape))
+    return IterationSpace(rows.count, rows.size, rows.contiguous)
 
 
 def kernel_name(body: Graph) -> str:

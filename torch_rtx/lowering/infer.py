@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import reduce
 from typing import Any
@@ -59,26 +59,43 @@ class Inference:
         return self._cache[key]
 
     def _run(self, op: str, args: Sequence[tuple[str, Attr]]) -> tuple[Type, ...]:
-        symbolic = any(map(_is_symbolic, (attr for _, attr in args)))
         overload = aten.overload(op)
-        schema = aten.schema(overload)
+        function = DECOMPOSED.get(op, overload) if is_symbolic(args) else overload
+        result = self.call(function, overload, args)
+        return tuple(self.type(item) for item in (result if isinstance(result, tuple | list) else (result,)))
+
+    def call(
+        self,
+        function: Callable[..., Any],
+        overload: torch._ops.OpOverload,
+        args: Sequence[tuple[str, Attr]],
+        met: Callable[[Value, torch.Tensor], None] = lambda value, tensor: None,
+    ) -> Any:
+        """What `function`, in place of the operator `overload`, returns for fake tensors in place of the values of
+        `args`; `met` is called with each of these.
+
+        Raises:
+            Unsupported: as for a call of the inference itself.
+        """
+        symbolic, schema = is_symbolic(args), aten.schema(overload)
         with self._mode if symbolic else nullcontext():
             device = FAKE if symbolic else META
-            given = {name: aten.to_torch(schema[name][0], self._concrete(attr, device), device) for name, attr in args}
+            concrete = {name: self._concrete(attr, device, met) for name, attr in args}
+            given = {name: aten.to_torch(schema[name][0], one, device) for name, one in concrete.items()}
             try:
-                result = (DECOMPOSED.get(op, overload) if symbolic else overload)(**given)
+                result = function(**given)
             except (RuntimeError, TypeError, ValueError, IndexError) as error:
                 self._new_symbols()
-                raise Unsupported(f"{op} does not take these arguments: {error}") from None
+                raise Unsupported(f"{overload} does not take these arguments: {error}") from None
         if self._env.guards:
             condition = self._env.guards[-1].expr
             self._new_symbols()  # the old environment would assume the condition from now on
-            raise Unsupported(f"{op} takes these arguments only if {condition}")
-        return tuple(self._type(item) for item in (result if isinstance(result, tuple | list) else (result,)))
+            raise Unsupported(f"{overload} takes these arguments only if {condition}")
+        return result
 
-    def _concrete(self, attr: Attr, device: torch.device) -> Any:
+    def _concrete(self, attr: Attr, device: torch.device, met: Callable[[Value, torch.Tensor], None]) -> Any:
         if isinstance(attr, tuple):
-            return [self._concrete(item, device) for item in attr]
+            return [self._concrete(item, device, met) for item in attr]
         if isinstance(attr, Sym | Expr):
             return self._symint(attr)
         if not isinstance(attr, Value):
@@ -86,7 +103,9 @@ class Inference:
         if not isinstance(attr.type, TensorType):
             raise Unsupported("a scalar value")
         sizes, strides = ([self._symint(dim) for dim in dims] for dims in (attr.type.shape, attr.type.strides))
-        return torch.empty_strided(sizes, strides, dtype=aten.DTYPES[attr.type.dtype], device=device)
+        tensor = torch.empty_strided(sizes, strides, dtype=aten.DTYPES[attr.type.dtype], device=device)
+        met(attr, tensor)
+        return tensor
 
     def _symint(self, dim: Dim) -> int | torch.SymInt:
         if isinstance(dim, int):
@@ -108,8 +127,9 @@ class Inference:
             return self._symints[dim.name]
         return reduce(OPERATORS[dim.op], map(self._symint, dim.args))
 
-    def _type(self, tensor: torch.Tensor) -> TensorType:
-        shape, strides = (tuple(self._dim(size) for size in sizes) for sizes in (tensor.shape, tensor.stride()))
+    def type(self, tensor: torch.Tensor) -> TensorType:
+        """The type of a fake tensor, on MAIN."""
+        shape, strides = (tuple(self.dim(size) for size in sizes) for sizes in (tensor.shape, tensor.stride()))
         return TensorType(aten.dtype_name(tensor.dtype), shape, strides)
 
     def _known(self, leaf: Any) -> Dim:
@@ -117,7 +137,8 @@ class Inference:
             raise Unsupported(f"the size {leaf}")
         return self._dims[leaf]
 
-    def _dim(self, size: int | torch.SymInt) -> Dim:
+    def dim(self, size: int | torch.SymInt) -> Dim:
+        """A size of a fake tensor."""
         return size if isinstance(size, int) else convert(size.node.expr, self._known)
 
 
@@ -128,7 +149,8 @@ def _key(attr: Attr) -> object:
     return tuple(map(_key, attr)) if isinstance(attr, tuple) else (type(attr), attr)
 
 
-def _is_symbolic(attr: Attr) -> bool:
-    """Whether a dim in the attribute, or in the type of a value in it, is not a number."""
-    dims = (dim for value in attr_values(attr) for dim in type_dims(value.type))
-    return any(True for _ in attr_dims(attr)) or any(isinstance(dim, Sym | Expr) for dim in dims)
+def is_symbolic(args: Sequence[tuple[str, Attr]]) -> bool:
+    """Whether a dim in the arguments, or in the type of a value in them, is not a number."""
+    attrs = tuple(attr for _, attr in args)
+    dims = (dim for value in attr_values(attrs) for dim in type_dims(value.type))
+    return any(True for _ in attr_dims(attrs)) or any(isinstance(dim, Sym | Expr) for dim in dims)

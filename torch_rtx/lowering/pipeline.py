@@ -20,6 +20,7 @@ from torch_rtx.lowering.passes.affine_batch_norm import affine_batch_norm
 from torch_rtx.lowering.passes.channels_last import channels_last
 from torch_rtx.lowering.passes.cse import cse
 from torch_rtx.lowering.passes.dce import dce
+from torch_rtx.lowering.passes.decompose import decompose
 from torch_rtx.lowering.passes.expand_norms import expand_norms
 from torch_rtx.lowering.passes.finish import finish
 from torch_rtx.lowering.passes.fold_batch_norm import fold_batch_norm
@@ -150,6 +151,7 @@ PIPELINE = (
     Pass(expand_norms, needs=("targets",)),
     Pass(sum_few_rows, needs=("targets",)),
     Pass(accumulate, needs=("targets", "atomics")),
+    Pass(decompose, needs=("targets",), takes=("targets",)),
     Pass(merge_linears, needs=("weight_copies",)),
     Pass(transpose_weights, needs=("targets", "weight_copies")),
     Pass(pad_products, needs=("targets",)),

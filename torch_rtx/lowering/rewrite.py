@@ -112,11 +112,12 @@ class Rewriter:
             Unsupported: the op does not take these arguments.
         """
         pairs = tuple(args.items())
-        outputs = tuple(self._fresh(type_) for type_ in types or self.infer(op, pairs))
+        outputs = tuple(self.fresh(type_) for type_ in types or self.infer(op, pairs))
         self.nodes.append(Node("op", op, pairs, outputs, None, loc))
         return outputs[0]
 
-    def _fresh(self, type_: Type) -> Value:
+    def fresh(self, type_: Type) -> Value:
+        """A new value."""
         while (name := f"n{self._count}") in self._names:
             self._count += 1
         self._names.add(name)

@@ -82,8 +82,7 @@ def epilogue_indexing(outputs: Sequence[Tensor], tile: Tile) -> EpilogueIndexing
     whole = product(tile.out.shape)
     if all(product(output.shape) == whole for output in outputs):
         n = ZERO if tile.columns == ONE else variable("N", tile.columns)
-        flat = ravel(tile.position(n), tile.out.shape)
-        return EpilogueIndexing((n,), tile.columns, tuple(_whole(output, tile, flat) for output in outputs))
+        return EpilogueIndexing((n,), tile.columns, tuple(_whole(output, tile, tile.position(n)) for output in outputs))
     parts = [_ColumnRanges(output, tile) for output in outputs]
     widths = {(part.step, part.width) for part in parts}
     if len(widths) > 1 or tile.first.terms or parts[0].width.number is None:
@@ -98,9 +97,12 @@ def _variables(tensor: Tensor) -> Position:
     return tuple(variable(f"{MARK}{axis}", size) for axis, size in enumerate(tensor.shape))
 
 
-def _whole(output: Tensor, tile: Tile, flat: Index) -> Position:
-    """The position in an output that has as many elements as the product."""
-    needed = needs(output, _variables(output), tile.out)
+def _whole(output: Tensor, tile: Tile, place: Position) -> Position:
+    """The position in an output that has as many elements as the product, for a place in that."""
+    variables, flat = _variables(output), ravel(place, tile.out.shape)
+    needed = needs(output, variables, tile.out)
+    if needed and needed[0] == variables:  # also where sizes are sums, of which no division is known
+        return place
     if not needed:
         return unravel(flat, output.shape)
     return _assembled(output.shape, _digits(ravel(needed[0], tile.out.shape), flat, product(tile.out.shape)))

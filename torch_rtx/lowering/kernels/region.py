@@ -48,6 +48,7 @@ from torch_rtx.lowering.kernels.ops import (
     pointwise,
     pooling,
     reductions,
+    resampling,
     views,
 )
 from torch_rtx.lowering.kernels.ops.registry import OPS
@@ -56,7 +57,7 @@ from torch_rtx.lowering.kernels.reduction_rules import RULES, written_out
 from torch_rtx.op_work import ANCHORS
 
 # Importing them fills OPS.
-DECLARED = (accumulations, copies, factories, gradients, indexing, pointwise, pooling, reductions, views)
+DECLARED = (accumulations, copies, factories, gradients, indexing, pointwise, pooling, reductions, resampling, views)
 
 
 def is_loop(op: str) -> bool:

@@ -2,9 +2,10 @@
 
 Each convolution gets a channels-last image and weight. Calls that follow keep the layout that their ATen call returns
 for such inputs: pointwise operations, pooling and concatenation stay channels-last, so that no copy remains between
-convolutions. The captured layout is restored by a copy where a view is not possible, or where a call or the caller must
+convolutions. Where a kernel computes what ATen returns row by row, such as a group norm, it gives a channels-last copy
+in its place. The captured layout is restored by a copy where a view is not possible, or where a call or the caller must
 see it. The weight's copy becomes part of its recipe. A 1d convolution becomes a 2d one of height 1: a model's transpose
-of its result, before attention, is then a view.
+of its result, before attention, is then a view. A transposed convolution becomes a plain one (`lowering.phases`).
 
 If an image of few channels must be copied, as often for the first convolution, the copy is padded by channels of zeros
 to a multiple of 4: the kernel loads four halves of a pixel at once, but three one by one. That makes copy and
@@ -36,20 +37,24 @@ from torch_rtx.ir import (
     dim_expr,
 )
 from torch_rtx.lowering.infer import Inference
+from torch_rtx.lowering.kernels.body_builder import type_of
+from torch_rtx.lowering.kernels.region import is_loop
+from torch_rtx.lowering.phases import TRANSPOSED, Calls, Phases, is_transposed
 from torch_rtx.lowering.rewrite import Rewriter, from_weights
 from torch_rtx.op_work import INT_CONV
 
 CONV1D = "aten.conv1d.default"
-NAMED_PADDING = frozenset(("aten.conv1d.padding", "aten.conv2d.padding"))  # "same" or "valid"
-CONVOLUTIONS = frozenset(("aten.conv2d.default", "aten.convolution.default", CONV1D, INT_CONV, *NAMED_PADDING))
-FORMATS = ("contiguous_format", "channels_last")
+CONVOLUTION_OF_RANK = {2: "aten.conv2d.default", 3: "aten.conv3d.default"}
+NAMED_PADDING = frozenset(f"aten.conv{rank}d.padding" for rank in (1, 2, 3))  # "same" or "valid"
+CONVOLUTIONS = frozenset((*CONVOLUTION_OF_RANK.values(), "aten.convolution.default", CONV1D, INT_CONV, *NAMED_PADDING))
+FORMATS = ("contiguous_format", "channels_last", "channels_last_3d")
 VECTOR = 4  # channels per vectorized load
 FEW = 12  # channels; padding to VECTOR gains nothing from here on, since loads are longer vectors anyway
 
 
 def channels_last(graph: Graph, infer: Inference) -> Graph:
     """Level import to level import. Changes strides, but not those of the graph's results."""
-    if not any(node.op in CONVOLUTIONS and node.kind == "op" for node in graph.nodes):
+    if not any(node.op in CONVOLUTIONS | TRANSPOSED and node.kind == "op" for node in graph.nodes):
         return graph
     writer = _Writer(graph, infer)
     for node in graph.nodes:
@@ -67,10 +72,14 @@ class _Writer(Rewriter):
         self._bases, self._shared = aten.bases(graph), aten.shared(graph)
         self._restored: set[str] = set()  # views that were recomputed
         self._constant = from_weights(graph)
+        self._twins: dict[str, Value] = {}  # by the name of a value: the same in another layout
 
     def visit(self, node: Node) -> None:
         """Add `node` in the new layout if possible, else with its inputs in the captured layout."""
-        if node.kind == "op" and node.op in CONVOLUTIONS and self._convolution(node):
+        if node.kind == "op" and is_transposed(node):
+            if self._transposed(node):
+                return
+        elif node.kind == "op" and node.op in CONVOLUTIONS and self._convolution(node):
             return
         changed = any(self.current(value) != value for value in node.inputs)
         free = node.kind == "op" and node.op != COPY and node.op not in aten.STRIDED
@@ -80,6 +89,18 @@ class _Writer(Rewriter):
             changed = False
         if not changed:
             self.nodes.append(replace(node, args=node.map_inputs(self.current)))
+        if node.kind == "op" and is_loop(node.op) and not aten.is_view(aten.overload(node.op)):
+            for old, new in zip(node.outputs, self.nodes[-1].outputs, strict=True):
+                if old is not None and new is not None and self._loses_layout(new, self.nodes[-1]):
+                    self.replace(old, self._to_channels_last(new))
+
+    def _loses_layout(self, value: Value, node: Node) -> bool:
+        """`value`, a result of `node`, lies row by row, although an input of its shape does not."""
+        if not isinstance(value.type, TensorType) or not 4 <= len(value.type.shape) <= 5:
+            return False
+        shape, strides = value.type.shape, strides_of(value.type.shape)
+        given = [(one.type.shape, one.type.strides) for one in node.inputs if isinstance(one.type, TensorType)]
+        return value.type.strides == contiguous(shape) and (shape, strides) in given and not _coincide(shape)
 
     def _convolution(self, node: Node) -> bool:
         if node.op in NAMED_PADDING:
@@ -90,7 +111,7 @@ class _Writer(Rewriter):
             return False
         if node.op in (CONV1D, INT_CONV) and len(image.type.shape) == 3:
             return self._conv1d(node)
-        if len(image.type.shape) != 4:
+        if len(image.type.shape) - 2 not in CONVOLUTION_OF_RANK:
             return False
         (result,) = node.outputs
         assert result is not None
@@ -121,6 +142,35 @@ class _Writer(Rewriter):
         op = "aten.conv2d.default" if node.op == CONV1D else node.op
         image = self.emit(op, node.loc, (type_,), **args)
         self.replace(result, self.emit("aten.squeeze.dim", node.loc, None, self=image, dim=2))
+        return True
+
+    def _transposed(self, node: Node) -> bool:
+        """Rewrite a transposed convolution, of a batch and with a weight that is a parameter."""
+        (result,) = node.outputs
+        image, weight, bias = (attr_map(node.arg(name), self.current) for name in ("input", "weight", "bias"))
+        assert result is not None
+        assert isinstance(image, Value)
+        assert isinstance(weight, Value)
+        type_, rank = type_of(result), len(type_of(weight).shape) - 2
+        phases = Phases.of(node) if weight.name in self._constant and len(type_.shape) == rank + 2 else None
+        if phases is None:
+            return False
+        calls = Calls(self, node.loc)
+        filters = phases.filters(calls, weight)
+        biases = phases.biases(calls, bias) if isinstance(bias, Value) else None
+        if rank == 1:
+            image, filters, phases = self._with_height(image), self._with_height(filters), phases.with_height()
+            type_ = replace(type_, shape=(*type_.shape[:2], 1, type_.shape[2]))
+        batch, _, *sizes = type_of(image).shape
+        shape = (batch, type_of(filters).shape[0], *map(phases.count, range(len(sizes)), sizes))
+        channels = self.fresh(replace(type_, shape=shape, strides=contiguous(shape)))
+        args = ("input", image), ("weight", filters), ("bias", biases), *phases.arguments
+        self._convolution(Node("op", CONVOLUTION_OF_RANK[len(sizes)], args, (channels,), None, node.loc))
+        (made,) = self.nodes[-1].results
+        found = phases.in_place(calls, made, type_)
+        if rank == 1:
+            found = self.emit("aten.squeeze.dim", node.loc, None, self=found, dim=2)
+        self.replace(result, found)
         return True
 
     def _with_height(self, sequence: Attr) -> Value:
@@ -157,12 +207,25 @@ class _Writer(Rewriter):
         assert isinstance(value, Value)
         if extra:
             value = self._pad_channels(value, extra)
-        assert isinstance(value.type, TensorType)
-        strides = strides_of(value.type.shape)
-        if value.type.strides == strides:
+        type_, strides = type_of(value), strides_of(type_of(value).shape)
+        if type_.strides == strides:
             return value
-        types = (replace(value.type, strides=strides),)
-        return self.emit("aten.clone.default", None, types, self=value, memory_format="channels_last")
+        if value.name in self._twins:
+            return self._twins[value.name]
+        dense = type_.strides == contiguous(type_.shape)
+        if dense and _coincide(type_.shape) and value.name not in self._constant:
+            batch, channels, *sizes = type_.shape
+            moved = self.emit("aten.view.default", self=value, size=(batch, *sizes, channels))
+            order = (0, len(sizes) + 1, *range(1, len(sizes) + 1))
+            return self.emit("aten.permute.default", self=moved, dims=order)
+        form = "channels_last" if len(strides) == 4 else "channels_last_3d"
+        types = (replace(type_, strides=strides),)
+        return self._paired(value, self.emit("aten.clone.default", None, types, self=value, memory_format=form))
+
+    def _paired(self, value: Value, copy: Value) -> Value:
+        """`copy`, from now on known as the same as `value`."""
+        self._twins |= {value.name: copy, copy.name: value}
+        return copy
 
     def _pad_channels(self, value: Value, extra: int) -> Value:
         assert isinstance(value.type, TensorType)
@@ -203,19 +266,24 @@ class _Writer(Rewriter):
             return
         if current.type == value.type:
             return
+        twin = self._twins.get(current.name)
+        if twin is not None and twin.type == value.type:
+            self.replace(value, twin)
+            return
         for form in FORMATS:
             try:
                 (type_,) = self.infer("aten.clone.default", (("self", current), ("memory_format", form)))
             except Unsupported:
                 continue
             if type_ == value.type:
-                self.replace(value, self.emit("aten.clone.default", None, (type_,), self=current, memory_format=form))
+                copy = self.emit("aten.clone.default", None, (type_,), self=current, memory_format=form)
+                self.replace(value, self._paired(current, copy))
                 return
-        copy = self._dense_copy(current, value.type)
-        if copy is None:
+        moved = self._dense_copy(current, value.type)
+        if moved is None:
             self._restore_view(value)
         else:
-            self.replace(value, copy)
+            self.replace(value, moved)
 
     def _dense_copy(self, current: Attr, type_: TensorType) -> Value | None:
         """A copy of `current` in the strides of `type_`, a permutation of a contiguous tensor; None if they are not."""
@@ -235,7 +303,7 @@ class _Writer(Rewriter):
             raise Unsupported(f"the layout {value.type}")
         for given in node.inputs:
             self.restore(given)
-        outputs = tuple(None if old is None else self._fresh(old.type) for old in node.outputs)
+        outputs = tuple(None if old is None else self.fresh(old.type) for old in node.outputs)
         self.nodes.append(replace(node, args=node.map_inputs(self.current), outputs=outputs))
         for old, new in zip(node.outputs, outputs, strict=True):
             if old is not None and new is not None:
@@ -273,6 +341,11 @@ def _differs(type_: Type, value: Value | None) -> bool:
     if not isinstance(type_, TensorType) or not isinstance(old, TensorType):
         return type_ != old
     return (type_.dtype, type_.shape, type_.device) != (old.dtype, old.shape, old.device)
+
+
+def _coincide(shape: tuple[Dim, ...]) -> bool:
+    """Whether images of `shape` lie in memory the same way in both layouts."""
+    return shape[1] == 1 or all(size == 1 for size in shape[2:])
 
 
 def strides_of(shape: tuple[Dim, ...]) -> tuple[Dim, ...]:

@@ -110,6 +110,14 @@ def taken(self: Tensor, dim: int, index: Tensor) -> Gather:
     return Gather(index.shape, self.dtype, self, (cast(index, "i64"),), (self.shape[axis],), at)
 
 
+@op("one_hot.default")
+def one_hot(self: Tensor, num_classes: int = -1, *, out: Types) -> Tensor:
+    """1 at the class of each element, along a new last dimension; nowhere for a class that does not exist."""
+    shape = shape_of(out)
+    place = Iota(shape, "i64", lambda position: position[-1])
+    return cast(pointwise(eq(A, B), "bool", place, move(self, shape, lambda position: position[:-1])), "i64")
+
+
 @op("scatter.src", "scatter.value")
 def scatter(
     self: Tensor, dim: int, index: Tensor, src: Tensor | None = None, value: Scalar = 0, *, out: Types

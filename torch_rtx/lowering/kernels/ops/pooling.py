@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial, reduce
 from itertools import product as combinations
+from math import prod
 
 from torch_rtx.dtypes import FLOATS, register
 from torch_rtx.errors import Unsupported
 from torch_rtx.lowering.kernels.expressions import A, B, C, eq, maximum, ne, where
 from torch_rtx.lowering.kernels.index import Index, constant
 from torch_rtx.lowering.kernels.kernel_ir import (
+    ONE,
     ZERO,
     Iota,
     Position,
@@ -189,31 +191,40 @@ def _avg_pool(
     sizes = _each(kernel_size, rank)
     _check(sizes)
     strides, borders = _each(stride, rank) if stride else sizes, _each(padding, rank)
-    if self.dtype not in FLOATS or (ceil_mode or (any(borders) and not count_include_pad and not divisor_override)):
-        raise Unsupported("an average whose count differs from window to window, or of integers")
+    if self.dtype not in FLOATS:
+        raise Unsupported("an average of integers")
     held = register(self.dtype)
-    value = cast(self, held)
-    windows = _windows(value, shape_of(out), sizes, strides, borders, [1] * rank, number(0.0, held))
-    total = reduce(lambda one, two: pointwise(A + B, held, one, two), windows)
-    count = divisor_override or len(windows)
-    return cast(pointwise(A / B, held, total, number(float(count), held)), out[0].dtype)
+
+    def total(value: Tensor, borders: list[int]) -> Tensor:
+        windows = _windows(value, shape_of(out), sizes, strides, borders, [1] * rank, number(0.0, held))
+        return reduce(lambda one, two: pointwise(A + B, held, one, two), windows)
+
+    count: Tensor = number(float(divisor_override or prod(sizes)), held)
+    if not divisor_override and (ceil_mode or (any(borders) and not count_include_pad)):  # it differs among windows
+        padded = [size + constant(2 * border) for size, border in zip(self.shape[-rank:], borders, strict=True)]
+        shape = (*self.shape[:-rank], *padded) if count_include_pad else self.shape
+        ones = cast(Iota(shape, "i32", lambda position: ONE), held)
+        count = total(ones, [0] * rank if count_include_pad else borders)
+    return cast(pointwise(A / B, held, total(cast(self, held), borders), count), out[0].dtype)
 
 
 for _rank in (1, 2, 3):
     op(f"max_pool{_rank}d.default")(partial(_max_pool, _rank))
-for _rank in (2, 3):
     op(f"avg_pool{_rank}d.default")(partial(_avg_pool, _rank))
 
 
-@op("adaptive_avg_pool2d.default", "_adaptive_avg_pool2d.default")
-def adaptive_avg_pool2d(self: Tensor, output_size: Sequence[int | Index], *, out: Types) -> Tensor:
+def _adaptive_avg_pool(rank: int, self: Tensor, output_size: Sequence[int | Index], *, out: Types) -> Tensor:
     """Means over equal tiles of the image; the output size must divide the input size."""
     shape = shape_of(out)
-    if all(size.number == 1 for size in shape[-2:]):
-        return mean(self, [-2, -1], keepdim=True, out=out)
+    if all(size.number == 1 for size in shape[-rank:]):
+        return mean(self, list(range(-rank, 0)), keepdim=True, out=out)
     sizes = []
-    for size, target in zip(self.shape[-2:], shape[-2:], strict=True):
+    for size, target in zip(self.shape[-rank:], shape[-rank:], strict=True):
         if size.number is None or not target.number or size.number % target.number:
             raise Unsupported("parts of different sizes")
         sizes.append(size.number // target.number)
-    return _avg_pool(2, self, sizes, out=out)
+    return _avg_pool(rank, self, sizes, out=out)
+
+
+for _rank, _names in {1: ("",), 2: ("", "_"), 3: ("", "_")}.items():
+    op(*(f"{_name}adaptive_avg_pool{_rank}d.default" for _name in _names))(partial(_adaptive_avg_pool, _rank))

@@ -403,26 +403,3 @@ def glu(self: Tensor, dim: int = -1, *, out: Types) -> Tensor:
     axis, shape = dim % len(self.shape), shape_of(out)
     first, second = (_strided(self, axis, start, 1, shape) for start in (ZERO, shape[axis]))
     return pointwise(A * sigmoid(B), self.dtype, first, second)
-
-
-def _nearest(self: Tensor, *, out: Types, **_: object) -> Tensor:
-    """Nearest-neighbour interpolation by integer factors; PyTorch rounds others in floating point."""
-    shape = shape_of(out)
-    factors = [
-        new.number // old.number if new.number and old.number else 0 for new, old in zip(shape, self.shape, strict=True)
-    ]
-    for new, old, factor in zip(shape, self.shape, factors, strict=True):
-        if new != old and (not factor or old * constant(factor) != new):
-            raise Unsupported("interpolation by a factor that is no whole number")
-
-    def at(position: Position) -> Position:
-        return tuple(
-            p if n == o else p // constant(f) for p, n, o, f in zip(position, shape, self.shape, factors, strict=True)
-        )
-
-    return move(self, shape, at)
-
-
-for _name in ("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d"):
-    op(f"{_name}.default")(_nearest)
-    op(f"{_name}.vec")(lambda input, *, out, **_: _nearest(input, out=out))
