@@ -405,12 +405,13 @@ class FusionPlan:
         return last == index and self._is_epilogue(tail, self.group_of[index])
 
     def _is_epilogue(self, tail: FusionGroup, anchor: FusionGroup) -> bool:
-        """`tail` is a loop over the elements of the anchor's result."""
+        """`tail` is a loop over the elements of the anchor's result, or over pairs of them, as a gated unit has."""
         (result,) = self.results(anchor)
         space = tail.space
         if space is None or space.size is not None or tail.epoch != anchor.epoch:
             return False
-        return space.count == elements(result) and not self._would_create_cycle(anchor, tail)
+        whole = elements(result)
+        return whole in (space.count, space.count + space.count) and not self._would_create_cycle(anchor, tail)
 
     # ---- results -----------------------------------------------------------------------------------------------------
 
