@@ -17,6 +17,7 @@ from torch_rtx import aten
 from torch_rtx.dtypes import highest
 from torch_rtx.errors import RtxError
 from torch_rtx.ir import Attr, Graph, Node, TensorType, Value
+from torch_rtx.op_work import GROUPED_MM
 from torch_rtx.runtime.code import compile_graph
 from torch_rtx.runtime.inline import inline_kernels
 from torch_rtx.runtime.streaming import numbers
@@ -59,6 +60,12 @@ def limits(graph: Graph) -> dict[str, int]:
     return found
 
 
+def in_order(graph: Graph) -> set[str]:
+    """The names of inputs whose elements ascend: they are where groups of rows end."""
+    ends = (node.arg("offs") for node in inline_kernels(graph, {}).nodes if node.op == GROUPED_MM)
+    return {value.name for value in ends if isinstance(value, Value)} & {value.name for value in graph.inputs}
+
+
 def _positions(node: Node) -> Iterator[tuple[Value, int]]:
     """The operands of a call that are positions, with the size of the dimension that they are for."""
     base = next(
@@ -67,6 +74,8 @@ def _positions(node: Node) -> Iterator[tuple[Value, int]]:
     if node.kind == "fallback" or base is None or not isinstance(base.type, TensorType):
         return
     sizes, index, indices = numbers(base.type.shape), node.arg("index"), node.arg("indices")
+    if node.op == GROUPED_MM and _is_integers(ends := node.arg("offs")):
+        yield ends, sizes[0] + 1
     if _is_integers(index):
         dim = node.arg("dim")
         yield index, sizes[dim] if isinstance(dim, int) and sizes else math.prod(sizes)
