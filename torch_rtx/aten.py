@@ -264,13 +264,15 @@ def _attention(
     scale: float,
     fill: float | None = None,
     enable_gqa: bool = False,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention as models write it out. It differs from `aten.scaled_dot_product_attention` for scores that a boolean
     mask hides: they become `fill`, by default minus infinity. So a query that sees no key attends to all keys equally,
-    or is NaN."""
+    or is NaN. A `bias` is added to the scores before these are hidden."""
     if enable_gqa:
         key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
     scores = (query @ key.mT).to(torch.promote_types(query.dtype, torch.float32)) * scale
+    scores = scores if bias is None else scores + bias
     if attn_mask is not None:
         masked = attn_mask.dtype == torch.bool
         number = -torch.inf if fill is None else fill
@@ -333,7 +335,7 @@ def _to_int8(self: torch.Tensor) -> torch.Tensor:
 _LIBRARY = torch.library.Library("torch_rtx", "DEF")
 _LIBRARY.define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, *, float scale, float? fill=None,"
-    " bool enable_gqa=False) -> Tensor"
+    " bool enable_gqa=False, Tensor? bias=None) -> Tensor"
 )
 _LIBRARY.impl("attention", _attention, "CompositeImplicitAutograd")
 _LIBRARY.define(
