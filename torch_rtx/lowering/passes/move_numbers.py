@@ -7,7 +7,7 @@ generated ones read memory, or compute them from sizes. What weights decide is c
 from __future__ import annotations
 
 from torch_rtx import aten
-from torch_rtx.ir import MAIN, Graph, Node, TensorType, Value
+from torch_rtx.ir import MAIN, Attr, Graph, Node, TensorType, Value
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.kernels.region import is_loop
 from torch_rtx.lowering.rewrite import Rewriter, rewrite
@@ -23,10 +23,9 @@ def move_numbers(graph: Graph, infer: Inference) -> Graph:
         if value.name not in moved:
             assert isinstance(value.type, TensorType)
             type_, made = TensorType(value.type.dtype, (), ()), computed.get(value.name)
-            op, args = "aten._to_copy.default", {"self": value, "device": MAIN}
+            op, args = "aten._to_copy.default", dict[str, Attr](self=value, device=MAIN)
             if made is not None:
-                op = made.op
-                args = dict(made.map_inputs(lambda operand: on_device(operand, rewriter, node)))
+                op, args = made.op, dict(made.map_inputs(lambda operand: on_device(operand, rewriter, node)))
                 args |= {"device": MAIN} if "device" in args or not made.inputs else {}
             moved[value.name] = rewriter.emit(op, node.loc, (type_,), **args)
         return moved[value.name]

@@ -403,8 +403,8 @@ def _mask(found: _Match, matcher: _Matcher, rewriter: Rewriter, last: Node) -> _
         hides = hides and known and fill.number <= max(_lowest(fill.dtype), _lowest(dtype) * max(1.0, abs(found.scale)))
     if total is None:
         return None
-    fill = next((number for number in numbers if math.isfinite(number)), None)
-    return _Mask(total, fill, hides and bias is None, bias)
+    number = next((number for number in numbers if math.isfinite(number)), None)
+    return _Mask(total, number, hides and bias is None, bias)
 
 
 def _lowest(dtype: str) -> float:
