@@ -16,7 +16,7 @@ from hashlib import blake2b
 from math import inf
 
 from torch_rtx import aten
-from torch_rtx.accumulation import accumulates
+from torch_rtx.accumulation import scatters
 from torch_rtx.dtypes import DTYPES, INT
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import COPY, Graph, Loc, Node, TensorType, Value, attr_values, contiguous
@@ -112,7 +112,7 @@ class FusionPlan:
         atomics: kernels may add to memory in any order.
 
     Attributes:
-        begun: the values that kernels add to in memory, by name; kernels write these, too.
+        begun: the values to whose elements kernels write in memory, by name; kernels write these, too.
         group_of: the group of each node that is not an absorbed view.
         readers: the nodes that read a value, also through views.
         reducing: the nodes that reduce rows.
@@ -152,9 +152,9 @@ class FusionPlan:
             barrier = node.kind == "fallback" or node.op == COPY  # no node moves across its memory accesses
             epoch += barrier
             loop = node.kind == "op" and not barrier and index not in self.ranges
-            loop = loop and (self.atomics or not accumulates(node))
+            loop = loop and (self.atomics or not scatters(node))
             space, cost = iteration_space_of(node) if loop else (None, 0)
-            if space is not None and accumulates(node):
+            if space is not None and scatters(node):
                 self.begun.update(value.name for value in attr_values(node.arg("self")))
             self.group_of[index] = FusionGroup([index], epoch, space, cost)
             if space is not None and space.size is not None:

@@ -14,6 +14,7 @@ from typing import TypeGuard
 import torch
 
 from torch_rtx import aten
+from torch_rtx.accumulation import SCATTERS, replaces
 from torch_rtx.dtypes import highest
 from torch_rtx.errors import RtxError
 from torch_rtx.ir import Attr, Graph, Node, TensorType, Value
@@ -64,6 +65,30 @@ def in_order(graph: Graph) -> set[str]:
     """The names of inputs whose elements ascend: they are where groups of rows end."""
     ends = (node.arg("offs") for node in inline_kernels(graph, {}).nodes if node.op == GROUPED_MM)
     return {value.name for value in ends if isinstance(value, Value)} & {value.name for value in graph.inputs}
+
+
+def distinct(graph: Graph) -> dict[str, int | None]:
+    """By the name of an input that is where values are put: the axis along which its elements differ, None: all do. Of
+    several values that are put in one place any may stay, so that two runs of the calls need not agree."""
+    names, found = {value.name for value in graph.inputs}, dict[str, int | None]()
+    for node in inline_kernels(graph, {}).nodes:
+        dim = node.arg("dim") if node.op in SCATTERS else None
+        for value, _ in _positions(node) if node.kind != "fallback" and replaces(node) else ():
+            if value.name in names:
+                found[value.name] = dim if isinstance(dim, int) else None
+    return found
+
+
+def differing(positions: torch.Tensor, axis: int | None, size: int, generator: torch.Generator) -> torch.Tensor:
+    """`positions` with others below `size` in their place that differ along an axis, or all; as they are, if they are
+    too many."""
+    shape = list(positions.shape) if axis is not None else [positions.numel()]
+    along = axis or 0
+    if not shape or shape[along] > size:
+        return positions
+    wide = [size if at == along % len(shape) else count for at, count in enumerate(shape)]
+    drawn = torch.rand(wide, generator=generator, device=positions.device).argsort(along)
+    return positions.copy_(drawn.narrow(along, 0, shape[along]).reshape(positions.shape))
 
 
 def _positions(node: Node) -> Iterator[tuple[Value, int]]:
