@@ -21,6 +21,7 @@ from torch_rtx.lowering.passes.channels_last import channels_last
 from torch_rtx.lowering.passes.cse import cse
 from torch_rtx.lowering.passes.dce import dce
 from torch_rtx.lowering.passes.expand_norms import expand_norms
+from torch_rtx.lowering.passes.expand_sorts import expand_sorts
 from torch_rtx.lowering.passes.finish import finish
 from torch_rtx.lowering.passes.fold_batch_norm import fold_batch_norm
 from torch_rtx.lowering.passes.fuse import fuse
@@ -148,6 +149,7 @@ PIPELINE = (
     Pass(fold_batch_norm),
     Pass(affine_batch_norm, needs=("targets",)),
     Pass(expand_norms, needs=("targets",)),
+    Pass(expand_sorts, needs=("targets", "atomics")),
     Pass(sum_few_rows, needs=("targets",)),
     Pass(accumulate, needs=("targets", "atomics")),
     Pass(merge_linears, needs=("weight_copies",)),

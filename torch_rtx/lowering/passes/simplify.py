@@ -2,13 +2,13 @@
 do not escape.
 
 Softmax of halves with a float result has one form for CUDA alone, which takes no other dtypes: it becomes the call that
-names the dtype, and has the same meaning everywhere.
+names the dtype, and has the same meaning everywhere. What PyTorch leaves uninitialized is zeros in an engine.
 """
 
 from __future__ import annotations
 
 from torch_rtx import aten
-from torch_rtx.ir import Attr, Graph, Node, TensorType, Value
+from torch_rtx.ir import Attr, Graph, Node, TensorType, Value, contiguous
 from torch_rtx.lowering.constants import Constants
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.rewrite import COPIES, Rewriter, escaping, returned, rewrite
@@ -29,6 +29,8 @@ def simplify(graph: Graph, infer: Inference) -> Graph:
     reshaped: dict[str, Value] = {}  # from the result of a view to its source
 
     def visit(node: Node, rewriter: Rewriter) -> bool:
+        if node.op in aten.UNINITIALIZED:
+            return _as_zeros(node, rewriter)
         source = node.arg("src" if node.op == COPY_AS else "self", node.arg("input"))
         if node.op == WHERE:
             source = _chosen(node, constants)
@@ -57,6 +59,15 @@ def simplify(graph: Graph, infer: Inference) -> Graph:
         return False
 
     return rewrite(graph, infer, visit)
+
+
+def _as_zeros(node: Node, rewriter: Rewriter) -> bool:
+    type_ = node.outputs[0].type if node.outputs[0] is not None else None
+    if not isinstance(type_, TensorType) or type_.strides != contiguous(type_.shape):
+        return False
+    args = ("size", type_.shape), ("fill_value", 0), ("dtype", type_.dtype), ("device", type_.device)
+    rewriter.nodes.append(Node("op", "aten.full.default", args, node.outputs, None, node.loc))
+    return True
 
 
 def _chosen(node: Node, constants: Constants) -> Attr:
