@@ -29,6 +29,7 @@ from torch_rtx.lowering.passes.fuse_column_sums import fuse_column_sums
 from torch_rtx.lowering.passes.fuse_horizontally import fuse_horizontally
 from torch_rtx.lowering.passes.hoist_weights import hoist_weights
 from torch_rtx.lowering.passes.merge_linears import merge_linears
+from torch_rtx.lowering.passes.mix_before_resampling import mix_before_resampling
 from torch_rtx.lowering.passes.move_numbers import move_numbers
 from torch_rtx.lowering.passes.pack_weights import pack_weights
 from torch_rtx.lowering.passes.pad_products import pad_products
@@ -148,6 +149,7 @@ PIPELINE = (
     Pass(read_in_place, needs=("targets",)),
     Pass(fold_batch_norm),
     Pass(affine_batch_norm, needs=("targets",)),
+    Pass(mix_before_resampling, needs=("targets", "weight_copies")),
     Pass(expand_norms, needs=("targets",)),
     Pass(expand_sorts, needs=("targets", "atomics")),
     Pass(sum_few_rows, needs=("targets",)),

@@ -1,5 +1,5 @@
-"""Removes no-ops: aliases, views and casts to the same type, choices that constants decide, and copies of values that
-do not escape.
+"""Removes no-ops: aliases, views and casts to the same type, images resampled to their own size, choices that constants
+decide, and copies of values that do not escape.
 
 Softmax of halves with a float result has one form for CUDA alone, which takes no other dtypes: it becomes the call that
 names the dtype, and has the same meaning everywhere. What PyTorch leaves uninitialized is zeros in an engine.
@@ -17,6 +17,12 @@ ALIASES = frozenset(f"aten.{name}.default" for name in ("alias", "detach", "lift
 COPY_AS = "aten.copy.default"  # `src` in the type of `self`, whose elements it does not read
 HALF_TO_FLOAT = {"aten._softmax.default": "aten.softmax.int", "aten._log_softmax.default": "aten.log_softmax.int"}
 WHERE = "aten.where.self"
+RESAMPLING = frozenset(
+    f"aten.{name}.{overload}"
+    for name in ("upsample_nearest2d", "_upsample_nearest_exact2d", "upsample_bilinear2d", "upsample_bicubic2d")
+    for overload in ("default", "vec")
+)
+SCALES = ("scale_factors", "scales_h", "scales_w")  # of an image, where it is not resampled by its sizes alone
 SAME_TYPE = ALIASES | COPIES | {COPY_AS, WHERE, "aten.slice.Tensor", "aten.squeeze.dims", "aten.transpose.int"}
 
 
@@ -44,7 +50,7 @@ def simplify(graph: Graph, infer: Inference) -> Graph:
             named = ("self", current), ("dim", node.arg("dim")), ("dtype", "f32")
             rewriter.nodes.append(Node("op", HALF_TO_FLOAT[node.op], named, node.outputs, None, node.loc))
             return True
-        kept = escapes if node.op in (*COPIES, COPY_AS, WHERE) else views
+        kept = escapes if node.op in (*COPIES, *RESAMPLING, COPY_AS, WHERE) else views
         if output.name not in kept and _is_identity(node, current):
             rewriter.replace(output, current)
             return True
@@ -89,4 +95,6 @@ def _is_identity(node: Node, source: Value) -> bool:
         return not moved
     if node.op == "aten.slice.Tensor":
         return node.arg("start", None) in (None, 0) and node.arg("step", 1) == 1
+    if node.op in RESAMPLING:
+        return all(node.arg(name) is None for name in SCALES)
     return node.op in SAME_TYPE
