@@ -1,5 +1,5 @@
-"""Removes no-ops: aliases, views and casts to the same type, images resampled to their own size, choices that constants
-decide, and copies of values that do not escape.
+"""Removes no-ops: aliases, views and casts to the same type, padding by nothing, images resampled to their own size,
+choices that constants decide, and copies of values that do not escape.
 
 Softmax of halves with a float result has one form for CUDA alone, which takes no other dtypes: it becomes the call that
 names the dtype, and has the same meaning everywhere. What PyTorch leaves uninitialized is zeros in an engine.
@@ -16,6 +16,7 @@ from torch_rtx.lowering.rewrite import COPIES, Rewriter, escaping, returned, rew
 ALIASES = frozenset(f"aten.{name}.default" for name in ("alias", "detach", "lift_fresh", "view", "expand", "permute"))
 COPY_AS = "aten.copy.default"  # `src` in the type of `self`, whose elements it does not read
 HALF_TO_FLOAT = {"aten._softmax.default": "aten.softmax.int", "aten._log_softmax.default": "aten.log_softmax.int"}
+PAD = "aten.constant_pad_nd.default"
 WHERE = "aten.where.self"
 RESAMPLING = frozenset(
     f"aten.{name}.{overload}"
@@ -50,7 +51,7 @@ def simplify(graph: Graph, infer: Inference) -> Graph:
             named = ("self", current), ("dim", node.arg("dim")), ("dtype", "f32")
             rewriter.nodes.append(Node("op", HALF_TO_FLOAT[node.op], named, node.outputs, None, node.loc))
             return True
-        kept = escapes if node.op in (*COPIES, *RESAMPLING, COPY_AS, WHERE) else views
+        kept = escapes if node.op in (*COPIES, *RESAMPLING, COPY_AS, PAD, WHERE) else views
         if output.name not in kept and _is_identity(node, current):
             rewriter.replace(output, current)
             return True
@@ -95,6 +96,8 @@ def _is_identity(node: Node, source: Value) -> bool:
         return not moved
     if node.op == "aten.slice.Tensor":
         return node.arg("start", None) in (None, 0) and node.arg("step", 1) == 1
+    if node.op == PAD:
+        return not any(node.arg("pad"))  # type: ignore[arg-type]
     if node.op in RESAMPLING:
         return all(node.arg(name) is None for name in SCALES)
     return node.op in SAME_TYPE
