@@ -95,9 +95,14 @@ TABLE: dict[str, tuple[nn.Module, tuple[Any, ...], dict[str, int]]] = {
     "histc": (Call(lambda i: torch.histc((i + 1).int(), 8, 0, 7) * 2), (below(7, 30),), {}),
     "bucketize": (Call(lambda x, e: torch.bucketize(x * 2, e) + 1), (X, torch.linspace(-2, 2, 9)), {}),
     "empty_like": (Call(lambda x: torch.empty_like(x).fill_(2) + x), (X,), {}),
-    "embedding_bag, sum": (Bag("sum"), (below(20, 4, 3),), {"embedding_bag": 1}),
-    "embedding_bag, mean": (Bag("mean"), (below(20, 4, 3),), {"embedding_bag": 1}),
-    "embedding_bag, max": (Bag("max"), (below(20, 4, 3),), {"embedding_bag": 1}),
+    "embedding_bag, sum": (Bag("sum"), (below(20, 4, 3),), {}),
+    "embedding_bag, mean": (Bag("mean"), (below(20, 4, 3),), {}),
+    "embedding_bag, max": (Bag("max"), (below(20, 4, 3),), {}),
+    "embedding_bag of any sizes": (
+        Call(lambda i, o, w: nn.functional.embedding_bag(i, w, o).relu()),
+        (below(6, 9), torch.tensor([0, 2, 7]), X),
+        {"embedding_bag": 1},
+    ),
     "_grouped_mm": (
         Call(lambda x, w, o: torch._grouped_mm(x.relu(), w, o) + 1),
         (drawn(6, 16).bfloat16(), drawn(3, 16, 8).bfloat16(), GROUPS),

@@ -20,6 +20,7 @@ from torch_rtx.lowering.passes.affine_batch_norm import affine_batch_norm
 from torch_rtx.lowering.passes.channels_last import channels_last
 from torch_rtx.lowering.passes.cse import cse
 from torch_rtx.lowering.passes.dce import dce
+from torch_rtx.lowering.passes.expand_bags import expand_bags
 from torch_rtx.lowering.passes.expand_norms import expand_norms
 from torch_rtx.lowering.passes.expand_sorts import expand_sorts
 from torch_rtx.lowering.passes.finish import finish
@@ -150,6 +151,7 @@ PIPELINE = (
     Pass(fold_batch_norm),
     Pass(affine_batch_norm, needs=("targets",)),
     Pass(mix_before_resampling, needs=("targets", "weight_copies")),
+    Pass(expand_bags, needs=("targets",)),
     Pass(expand_norms, needs=("targets",)),
     Pass(expand_sorts, needs=("targets", "atomics")),
     Pass(sum_few_rows, needs=("targets",)),
