@@ -26,21 +26,32 @@ def _grouped_mm(self: Tensor, mat2: Tensor, offs: Tensor) -> Tensor:
     Returns:
         Rows (S, N) in the dtype of `self`; those behind the last group are 0.
     """
-    rows, groups = self.shape[0], mat2.shape[0]
-    ends = offs.clamp(0, rows).cummax(0).values if groups else offs
-    own = (torch.arange(rows, device=self.device)[:, None] >= ends).sum(1)  # groups that end before a row
+    rows = self.shape[0]
+    if not mat2.shape[0]:
+        return self.new_zeros(rows, mat2.shape[2])
+    ends = offs.clamp(0, rows).cummax(0).values
     if _has_call(self, mat2):
         found = torch.ops.aten._grouped_mm.default(self, mat2, ends.to(torch.int32))
-        return found.masked_fill((own == groups)[:, None], 0)
-    out = self.new_zeros(rows, mat2.shape[2])
-    if self.is_cuda and torch.cuda.is_current_stream_capturing():  # where nobody may ask how long groups are
-        for group, matrix in enumerate(mat2):
-            out = torch.where((own == group)[:, None], self @ matrix, out)
-        return out
-    begin = 0
+        return found.masked_fill_(torch.arange(rows, device=self.device)[:, None] >= ends[-1:], 0)
+    captured = self.is_cuda and torch.cuda.is_current_stream_capturing()
+    return _by_masks(self, mat2, ends) if captured else _by_ranges(self, mat2, ends)
+
+
+def _by_ranges(self: Tensor, mat2: Tensor, ends: Tensor) -> Tensor:
+    """One product for each group; waits for the device."""
+    out, begin = self.new_zeros(self.shape[0], mat2.shape[2]), 0
     for end, matrix in zip(ends.tolist(), mat2, strict=True):
         out[begin:end] = self[begin:end] @ matrix
         begin = end
+    return out
+
+
+def _by_masks(self: Tensor, mat2: Tensor, ends: Tensor) -> Tensor:
+    """Products of all rows for each group, the last one first: of a CUDA graph, in which nobody may ask how long groups
+    are."""
+    out, places = self.new_zeros(self.shape[0], mat2.shape[2]), torch.arange(self.shape[0], device=self.device)
+    for group in reversed(range(len(mat2))):
+        out = torch.where((places < ends[group])[:, None], self @ mat2[group], out)
     return out
 
 

@@ -9,6 +9,7 @@ from benchmarks.numerics import assert_right
 from tests.doubles.interpreter import run
 from tests.lowering.kernels.kernel_bodies import DTYPES, body, offered
 from torch_rtx.errors import Unsupported
+from torch_rtx.grouped_mm import _by_masks
 from torch_rtx.lowering.kernels.families.grouped import FAMILY
 from torch_rtx.lowering.kernels.matmul_template import GemmConfig
 from torch_rtx.lowering.kernels.region import region
@@ -67,6 +68,7 @@ def test_groups(offsets: list[int], dtype: str) -> None:
     x, w, o = torch.randn(37, 50).to(kind), torch.randn(5, 50, 24).to(kind), torch.tensor(offsets, dtype=torch.int32)
     exact = defined(x.double(), w.double(), offsets)
     (call,) = compile_graph(graph, CPU)([x, w, o], ())
+    assert_right([_by_masks(x, w, o.clamp(0, 37).cummax(0).values)], [call], [exact])
     for config in (GemmConfig(16, 16, 16, group_m=2), GemmConfig(32, 32, 64)):  # several steps, and one
         found = torch.full((37, 24), torch.nan, dtype=kind)
         run(FAMILY.kernel(region(graph), "kernel", config), [x, w, o, found])
