@@ -11,11 +11,13 @@ from torch_rtx.lowering.kernels.body_builder import argument, type_of
 from torch_rtx.lowering.kernels.emit import Axis, Emitter
 from torch_rtx.lowering.kernels.families.family import MODEL_ERROR, Family, Offer, library_us
 from torch_rtx.lowering.kernels.gemm_perf_model import (
+    LAUNCH_US,
     config_us,
     epilogue_us,
     gemm_us,
     prologue_us,
     ranked_configs,
+    streaming_us,
 )
 from torch_rtx.lowering.kernels.index import from_dim, variable
 from torch_rtx.lowering.kernels.kernel import Kernel
@@ -28,6 +30,7 @@ from torch_rtx.targets import Arch
 
 G = "G"  # the index of a group
 MAX_GROUPS = 1024  # each program looks for its group among all
+CALLS = 5  # beside the library's: they put ends of groups in order, and zeros behind the last group
 LIBRARY_SMS = (90, 100)  # where `aten._grouped_mm` is one kernel; elsewhere it waits for the offsets
 LATER = """
 
@@ -145,8 +148,10 @@ def _others(region: Region, name: str, arch: Arch, us: float) -> Iterator[Offer]
     contraction = grouped_contraction(region)
     if arch.sm not in LIBRARY_SMS or contraction.out.dtype != "bf16":
         return
-    plain, before_us = MODEL_ERROR * gemm_us(region, contraction, arch), prologue_us(region, arch)
-    yield Offer("library", library_us("gemm", region, arch, plain, before_us, epilogue_us(region, arch), True))
+    _, _, type_ = anchor_result(region, "grouped")
+    before_us = prologue_us(region, arch) + CALLS * LAUNCH_US + streaming_us([type_, type_], arch)
+    plain, after_us = MODEL_ERROR * gemm_us(region, contraction, arch), epilogue_us(region, arch)
+    yield Offer("library", library_us("gemm", region, arch, plain, before_us, after_us, True))
 
 
 FAMILY = Family("grouped", frozenset((GROUPED_MM,)), _configs, _kernel, _expected_us, _others)
