@@ -116,3 +116,13 @@ return y
 """
     with pytest.raises(Unsupported, match="groups"):
         FAMILY.configs(region(body(text)), arch_of(90))
+
+
+@pytest.mark.parametrize(("rows", "first"), [(32, "kernel"), (4096, "library")])
+def test_expected_times_know_what_matrices_of_few_rows_cost(rows: int, first: str) -> None:
+    """All are read whatever the rows are: by FLOPs alone, a library would be ten times as fast with few."""
+    text = PLAIN.replace("37", str(rows)).replace("5,", "8,").replace("[5]", "[8]").replace("50", "4096")
+    found = offered(body(text.replace("24", "28672"), "bf16"), 90)
+    times = {kind: tactic.expected_us for kind, tactic in found.items()}
+    assert min(times, key=times.__getitem__) == first
+    assert max(times.values()) < 1.2 * min(times.values())

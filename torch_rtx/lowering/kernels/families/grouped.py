@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from torch_rtx.dtypes import DTYPES, FLOAT
 from torch_rtx.errors import Unsupported
@@ -14,6 +15,7 @@ from torch_rtx.lowering.kernels.gemm_perf_model import (
     LAUNCH_US,
     config_us,
     epilogue_us,
+    gemm_problem,
     gemm_us,
     prologue_us,
     ranked_configs,
@@ -30,6 +32,7 @@ from torch_rtx.targets import Arch
 
 G = "G"  # the index of a group
 MAX_GROUPS = 1024  # each program looks for its group among all
+OVERLAP = 0.9  # of memory traffic and other work, at most
 CALLS = 5  # beside the library's: they put ends of groups in order, and zeros behind the last group
 LIBRARY_SMS = (90, 100)  # where `aten._grouped_mm` is one kernel; elsewhere it waits for the offsets
 LATER = """
@@ -137,7 +140,9 @@ def _kernel(region: Region, name: str, config: GemmConfig) -> Kernel:
 
 
 def _configs(region: Region, arch: Arch) -> list[GemmConfig]:
-    return ranked_configs(region, grouped_contraction(region), arch, "ieee")
+    """Of those that wait for memory alone, as with few rows of each group, the ones with the least other work first."""
+    chip = replace(arch.chip, overlap=min(arch.chip.overlap, OVERLAP))
+    return ranked_configs(region, grouped_contraction(region), replace(arch, chip=chip), "ieee")
 
 
 def _expected_us(region: Region, arch: Arch, config: GemmConfig) -> float:
@@ -151,7 +156,9 @@ def _others(region: Region, name: str, arch: Arch, us: float) -> Iterator[Offer]
     _, _, type_ = anchor_result(region, "grouped")
     before_us = prologue_us(region, arch) + CALLS * LAUNCH_US + streaming_us([type_, type_], arch)
     plain, after_us = MODEL_ERROR * gemm_us(region, contraction, arch), epilogue_us(region, arch)
-    yield Offer("library", library_us("gemm", region, arch, plain, before_us, after_us, True))
+    moved = gemm_problem(region, contraction, arch).bytes_moved
+    least_us = before_us + MODEL_ERROR * moved / (arch.chip.memory * 1e3)
+    yield Offer("library", max(library_us("gemm", region, arch, plain, before_us, after_us, True), least_us))
 
 
 FAMILY = Family("grouped", frozenset((GROUPED_MM,)), _configs, _kernel, _expected_us, _others)
