@@ -1,16 +1,18 @@
-"""Accumulation: calls that add values to elements of a tensor at positions that data decide. Gradients of look-ups are
-such calls.
+"""Accumulation: calls that add values to elements of a tensor at positions that data decide, or put values there.
+Gradients of look-ups add; caches, permutations and sorting put.
 
-A kernel of one adds to its result in memory, which must hold the tensor that the call starts from: the result lies in
+A kernel of one writes to its result in memory, which must hold the tensor that the call starts from: the result lies in
 that operand's own memory, see `continued`.
 """
 
 from __future__ import annotations
 
-from torch_rtx.ir import Graph, Node, Value, attr_values
+from torch_rtx.ir import Graph, Node, TensorType, Value, attr_values
 
 ALWAYS = frozenset(("aten.index_add.default", "aten.scatter_add.default"))
 PUTS = frozenset(("aten.index_put.default", "aten._unsafe_index_put.default"))
+SCATTERS = frozenset(("aten.scatter.src", "aten.scatter.value"))
+COPIES = frozenset(f"aten.{name}" for name in ("index_copy.default", "index_fill.int_Scalar", "index_fill.int_Tensor"))
 
 
 def accumulates(node: Node) -> bool:
@@ -23,16 +25,45 @@ def accumulates(node: Node) -> bool:
     return node.op in ALWAYS
 
 
+def replaces(node: Node) -> bool:
+    """Whether a call returns its argument `self` with elements replaced at positions that data decide; where positions
+    recur, any of the values may stay. Where a mask decides, or one index for each row, an element is chosen instead."""
+    if node.op in PUTS:
+        return not node.arg("accumulate", False) and not _has_mask(node)
+    return node.op in COPIES or (node.op in SCATTERS and not _is_one_of_each_row(node))
+
+
+def scatters(node: Node) -> bool:
+    """Whether a call writes to elements of its argument `self` at positions that data decide, and leaves all others."""
+    return accumulates(node) or replaces(node)
+
+
+def _has_mask(node: Node) -> bool:
+    types = [value.type for value in attr_values(node.arg("indices"))]
+    return any(isinstance(type_, TensorType) and type_.dtype in ("bool", "u8") for type_ in types)
+
+
+def _is_one_of_each_row(node: Node) -> bool:
+    """A scatter has one index for each row along its dimension."""
+    given, dim = [node.arg(name) for name in ("self", "index")], node.arg("dim")
+    types = [value.type for value in given if isinstance(value, Value) and isinstance(value.type, TensorType)]
+    if len(types) < 2 or not isinstance(dim, int) or not types[0].shape:
+        return False
+    rows = list(types[0].shape)
+    rows[dim] = 1
+    return types[1].shape == tuple(rows)
+
+
 def starts(body: Graph) -> dict[str, Value]:
-    """By the name of each result of a body that accumulates: the input of the body that it starts from."""
+    """By the name of each result of a body that `scatters`: the input of the body that it starts from."""
     results = {value.name for value in attr_values(body.outputs)}
-    calls = (node for node in body.nodes if accumulates(node))
+    calls = (node for node in body.nodes if scatters(node))
     found = ((value.name, node.arg("self")) for node in calls for value in node.results if value.name in results)
     return {name: start for name, start in found if isinstance(start, Value) and start in body.inputs}
 
 
 def continued(node: Node) -> dict[str, Value]:
-    """By the name of each result to which the kernel `node` adds: the operand in whose memory it lies."""
+    """By the name of each result that the kernel `node` writes in part: the operand in whose memory it lies."""
     if node.kind != "kernel" or node.body is None:
         return {}
     given = {own.name: value for own, value in zip(node.body.inputs, node.inputs, strict=True)}

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from torch_rtx import detection, dtypes, host_ops, scaled_mm
+from torch_rtx import detection, dtypes, grouped_mm, host_ops, scaled_mm
 from torch_rtx.errors import InvalidIR, Unsupported
 from torch_rtx.ir import MAIN, Attr, Graph, Node, TensorType, Value, attr_values
 from torch_rtx.optable import ALLOWED, DECIDED
@@ -72,7 +72,7 @@ _STAND_INS = {
     "aten._int_mm.default": "torch_rtx.int_mm.default",
     "aten._scaled_mm.default": "torch_rtx.scaled_mm.default",
 }
-_DECLARED = detection, scaled_mm  # importing them declares operators
+_DECLARED = detection, grouped_mm, scaled_mm  # importing them declares operators
 _OPTIONAL = re.compile(r"Optional\[(.*)\]")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -264,13 +264,15 @@ def _attention(
     scale: float,
     fill: float | None = None,
     enable_gqa: bool = False,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention as models write it out. It differs from `aten.scaled_dot_product_attention` for scores that a boolean
     mask hides: they become `fill`, by default minus infinity. So a query that sees no key attends to all keys equally,
-    or is NaN."""
+    or is NaN. A `bias` is added to the scores before these are hidden."""
     if enable_gqa:
         key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
     scores = (query @ key.mT).to(torch.promote_types(query.dtype, torch.float32)) * scale
+    scores = scores if bias is None else scores + bias
     if attn_mask is not None:
         masked = attn_mask.dtype == torch.bool
         number = -torch.inf if fill is None else fill
@@ -333,7 +335,7 @@ def _to_int8(self: torch.Tensor) -> torch.Tensor:
 _LIBRARY = torch.library.Library("torch_rtx", "DEF")
 _LIBRARY.define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, *, float scale, float? fill=None,"
-    " bool enable_gqa=False) -> Tensor"
+    " bool enable_gqa=False, Tensor? bias=None) -> Tensor"
 )
 _LIBRARY.impl("attention", _attention, "CompositeImplicitAutograd")
 _LIBRARY.define(

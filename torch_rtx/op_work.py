@@ -21,6 +21,7 @@ class Operands(NamedTuple):
 
 
 INT_MM = "aten._int_mm.default"  # of int8, summed in int32
+GROUPED_MM = "torch_rtx.grouped_mm.default"  # of groups of rows, each with a matrix of its own
 SCALED_MM = "aten._scaled_mm.default"  # of float8, summed in f32
 FIRST_SM, FIRST_SM_WITH_BLOCKS = 89, 100  # of which libraries have it, and have it with scales of blocks
 BLOCK_SCALES = {(dtype, dtype) for dtype in ("f8e8m0fnu", "f8e4m3fn")}
@@ -39,6 +40,7 @@ PRODUCTS: Mapping[str, Operands] = {
     INT_MM: Operands("self", "mat2"),
     SCALED_MM: Operands("self", "mat2", "bias"),
     "aten._addmm_activation.default": Operands("mat1", "mat2", "self"),
+    GROUPED_MM: Operands("self", "mat2"),
 }
 INT_CONV = "torch_rtx.int_conv.default"  # of int8, summed in int32
 SDPA = "aten.scaled_dot_product_attention.default"
@@ -49,6 +51,7 @@ ANCHORS: Mapping[str, str] = {
     **dict.fromkeys((f"aten.{op}.default" for op in ("mm", "addmm", "bmm", "baddbmm", "linear", "matmul")), "gemm"),
     INT_MM: "gemm",
     SCALED_MM: "gemm",
+    GROUPED_MM: "grouped",
     **dict.fromkeys((f"aten.{op}.default" for op in ("conv1d", "conv2d", "conv3d", "convolution")), "conv"),
     INT_CONV: "conv",
     SDPA: "attention",

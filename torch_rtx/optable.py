@@ -164,7 +164,8 @@ special_shifted_chebyshev_polynomial_v.x_scalar special_shifted_chebyshev_polyno
 special_shifted_chebyshev_polynomial_w.n_scalar special_shifted_chebyshev_polynomial_w.x_scalar
 """
 INTERNAL = frozenset(  # which `aten` and `detection` define
-    f"torch_rtx.{name}.default" for name in ("attention", "attention_partial", "int_conv", "suppressed", "to_int8")
+    f"torch_rtx.{name}.default"
+    for name in ("attention", "attention_partial", "grouped_mm", "int_conv", "suppressed", "to_int8")
 )
 NUMBERS = frozenset(  # Python's arithmetic on numbers of the host, which `host_ops` defines
     f"torch_rtx.{name}.default"

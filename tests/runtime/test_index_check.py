@@ -95,3 +95,51 @@ def test_positions_are_drawn_from_all_of_a_table() -> None:
       return [w, x, y, l]
     }""")
     assert limits(graph) == {"i": 1000, "j": 300}
+
+
+PUTS = {
+    "index_put": ("i: i64[4]", "aten.index_put.default(self=x, indices=[i], values=s)"),
+    "index_copy": ("i: i64[4]", "aten.index_copy.default(self=x, dim=0, index=i, source=s)"),
+    "scatter": ("i: i64[4, 6]", "aten.scatter.src(self=x, dim=0, index=i, src=s)"),
+}
+
+
+@pytest.mark.parametrize("name", PUTS)
+def test_positions_of_values_that_are_put_in_place_differ(name: str) -> None:
+    """Else two runs of the calls need not agree."""
+    index, call = PUTS[name]
+    (node,) = parse(f"""graph fused {{
+      input x: f32[5, 6]
+      input {index}
+      input s: f32[4, 6]
+      r: f32[5, 6] = kernel k(in0=x, in1=i, in2=s) graph import {{
+        input x: f32[5, 6]
+        input {index}
+        input s: f32[4, 6]
+        r: f32[5, 6] = op {call}
+        return [r]
+      }}
+      return [r]
+    }}""").nodes
+    for _ in range(3):
+        positions = CandidateCheck(node, CPU)._sets[0][1].t().reshape(-1, 4)
+        assert all(len(set(row)) == 4 for row in positions.tolist())
+
+
+def test_ends_of_groups_ascend() -> None:
+    (node,) = parse("""graph fused {
+      input x: f32[9, 4]
+      input w: f32[6, 4, 2]
+      input o: i32[6]
+      r: f32[9, 2] = kernel k(in0=x, in1=w, in2=o) graph import {
+        input x: f32[9, 4]
+        input w: f32[6, 4, 2]
+        input o: i32[6]
+        r: f32[9, 2] = op torch_rtx.grouped_mm.default(self=x, mat2=w, offs=o)
+        return [r]
+      }
+      return [r]
+    }""").nodes
+    drawn = torch.stack([CandidateCheck(node, CPU)._sets[0][2] for _ in range(20)])
+    assert (drawn.diff(dim=1) >= 0).all()
+    assert 0 <= drawn.min() < 4 < drawn.max() <= 9

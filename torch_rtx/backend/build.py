@@ -25,7 +25,7 @@ from torch_rtx.backend.onnx_models import imported, onnx_facts
 from torch_rtx.backend.program_cache import get_or_build
 from torch_rtx.engine import Engine, Json, Manifest
 from torch_rtx.errors import CaptureError, InputError, RtxError, SettingsError
-from torch_rtx.lowering.from_fx import Role
+from torch_rtx.lowering.from_fx import Role, number_of
 from torch_rtx.lowering.kernels.toolchain import built_with
 from torch_rtx.profiles import Profile
 from torch_rtx.runtime.attributes import facts_of
@@ -210,8 +210,9 @@ def _role(spec: Any, tensors: Mapping[str, torch.Tensor], written: Container[str
     tensor = tensors.get(spec.target)
     if in_state or tensor is None or not _has_data(tensor):
         return Role("parameter", spec.target)
-    zeros = spec.target in written and tensor.is_contiguous() and not tensor.any()
-    return Role("zeros" if zeros else "constant", spec.target)
+    if spec.target not in written:
+        return Role("constant", spec.target, number=number_of(tensor))
+    return Role("zeros" if tensor.is_contiguous() and not tensor.any() else "constant", spec.target)
 
 
 def _with_aliases(roles: list[Role], tensors: Mapping[str, torch.Tensor]) -> list[Role]:

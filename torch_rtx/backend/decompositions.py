@@ -169,6 +169,19 @@ def _weight_int8pack_mm(self: Tensor, mat2: Tensor, scales: Tensor) -> Tensor:
     return torch.nn.functional.linear(self, mat2.to(self.dtype)) * scales
 
 
+def _grouped_mm(
+    self: Tensor,
+    mat2: Tensor,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Any:
+    """Groups of rows, with a matrix for each; groups of columns, or of K, remain a call."""
+    if offs is None or bias is not None or self.dim() != 2 or mat2.dim() != 3 or out_dtype not in (None, self.dtype):
+        return NotImplemented
+    return torch.ops.torch_rtx.grouped_mm(self, mat2, offs)
+
+
 DECOMPOSITIONS: dict[torch._ops.OperatorBase, Callable[..., Any]] = {
     **dict(_prims()),
     **dict(_foreach()),
@@ -179,6 +192,7 @@ DECOMPOSITIONS: dict[torch._ops.OperatorBase, Callable[..., Any]] = {
     torch.ops.aten.resize.default: _resize,
     torch.ops.aten.resize_as.default: _resize_as,
     torch.ops.aten.instance_norm.default: _instance_norm,
+    torch.ops.aten._grouped_mm.default: _grouped_mm,
     torch.ops.aten._scaled_mm_v2.default: _scaled_mm_v2,
     torch.ops.aten._weight_int4pack_mm.default: _weight_int4pack_mm,
     torch.ops.aten._weight_int8pack_mm.default: _weight_int8pack_mm,

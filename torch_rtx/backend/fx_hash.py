@@ -148,7 +148,8 @@ def _placeholders(hasher: GraphHasher, roles: Sequence[Role]) -> tuple[list[obje
         tied = next((first[name] for name in (role.name, *role.aliases) if name in first), None)
         if tied is None:
             first[role.name] = position
-        weights.append((position, role.kind, type_, tied))
+        kind = role.kind if role.number is None else f"{role.kind} {role.number!r}"
+        weights.append((position, kind, type_, tied))
     return inputs, weights
 
 

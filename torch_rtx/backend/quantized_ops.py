@@ -1,4 +1,5 @@
-"""Operators of quantization tools as ATen calls: capture rewrites those that a graph has by this table.
+"""Operators of quantization tools, and of transformers, as ATen calls: capture rewrites those that a graph has by this
+table.
 
 Their libraries register them when they are imported, which may be never: the table has names. A definition that does
 not fit a call returns NotImplemented; the call then stays in PyTorch, and `explain` names it. Every definition gives
@@ -8,7 +9,8 @@ what the tool's own operator gives, rounding included, but for operands that a t
 - `torchao.*`: those that torchao does not decompose itself;
 - `tensorrt.*`: fake quantization of NVIDIA ModelOpt;
 - `bitsandbytes.*`: blocks of 4 or 8 bits with a table of values (nf4, fp4), int8 with a scale per row;
-- `aten.*`: products with packed weights, fake quantization of PyTorch.
+- `aten.*`: products with packed weights, fake quantization of PyTorch;
+- `transformers.*`: products of experts where PyTorch has none, which wait for the lengths of groups.
 """
 
 from __future__ import annotations
@@ -493,6 +495,14 @@ def _int8_vectorwise_quant(A: Tensor, threshold: float = 0.0) -> Any:
         return NotImplemented
     stats = A.abs().amax(1).to(torch.float32)
     return (A * (127.0 / stats.unsqueeze(-1))).round().to(torch.int8), stats, None
+
+
+# ---- transformers ----------------------------------------------------------------------------------------------------
+
+
+@_defines("transformers.grouped_mm_fallback.default")
+def _grouped_mm_fallback(input: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+    return torch.ops.torch_rtx.grouped_mm(input, weight, offs)
 
 
 # ---- PyTorch ---------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ nodes: a call by name if the IR can express it, else a Python callable, which en
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.sym_node import SymNode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
@@ -69,11 +71,25 @@ Arguments = tuple[tuple[str, Attr], ...]
 @dataclass(frozen=True)
 class Role:
     """The role of a placeholder: an `input` of each call, a `parameter` (weights, buffers), a `constant`, or `zeros`:
-    state that starts as zeros, such as a KV cache, and needs no data in the file."""
+    state that starts as zeros, such as a KV cache, and needs no data in the file. `number`: the only element of a
+    constant, which becomes part of the graph."""
 
     kind: str
     name: str
     aliases: tuple[str, ...] = ()
+    number: bool | int | float | None = None
+
+
+def number_of(tensor: torch.Tensor) -> bool | int | float | None:
+    """The only element of a constant without dimensions, as a model writes `torch.tensor(0.5)`; None for other tensors,
+    and for what no literal is."""
+    if type(tensor) is not torch.Tensor or tensor.dim() or tensor.is_complex() or tensor.is_meta:
+        return None
+    if tensor.dtype not in aten.DTYPES.values() or (tensor.is_floating_point() and tensor.itemsize == 1):
+        return None
+    with unset_fake_temporarily():
+        value: bool | int | float = tensor.item()
+    return value if math.isfinite(value) else None
 
 
 @dataclass
@@ -357,6 +373,8 @@ class _Importer:
             self.env[node] = _dim_or_value(value)
         elif role.kind == "zeros":
             self.env[node] = self.zeros(content)
+        elif role.number is not None:
+            self.env[node] = self.number(role.number, content)
         else:
             self.env[node] = self.parameter(role, content)
 
@@ -367,6 +385,14 @@ class _Importer:
         args = (("size", type_.shape), ("dtype", type_.dtype), ("device", type_.device))
         recipe = Graph("import", nodes=(Node("op", "aten.zeros.default", args, (value,)),), outputs=(value,))
         self.weights.append(Weight(value, (), recipe))
+        return value
+
+    def number(self, number: bool | int | float, content: torch.Tensor) -> Value:
+        type_ = self.symbols.type(content)
+        assert isinstance(type_, TensorType)
+        args = (("size", ()), ("fill_value", number), ("dtype", type_.dtype), ("device", type_.device))
+        value = self.next_value(type_)
+        self.nodes.append(Node("op", "aten.full.default", args, (value,)))
         return value
 
     def parameter(self, role: Role, content: torch.Tensor) -> Value:
@@ -383,7 +409,9 @@ class _Importer:
 
     def get_attr(self, node: fx.Node) -> None:
         content = attribute(self.gm, node)
-        if isinstance(content, torch.Tensor):
+        if isinstance(content, torch.Tensor) and (number := number_of(content)) is not None:
+            self.env[node] = self.number(number, content)
+        elif isinstance(content, torch.Tensor):
             name = f"constant.{len(self.constants)}"
             self.constants[name] = content.detach()
             self.env[node] = self.parameter(Role("constant", name), content)

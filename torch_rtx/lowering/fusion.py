@@ -16,7 +16,7 @@ from hashlib import blake2b
 from math import inf
 
 from torch_rtx import aten
-from torch_rtx.accumulation import accumulates
+from torch_rtx.accumulation import scatters
 from torch_rtx.dtypes import DTYPES, INT
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import COPY, Graph, Loc, Node, TensorType, Value, attr_values, contiguous
@@ -110,7 +110,7 @@ class FusionPlan:
         atomics: kernels may add to memory in any order.
 
     Attributes:
-        begun: the values that kernels add to in memory, by name; kernels write these, too.
+        begun: the values to whose elements kernels write in memory, by name; kernels write these, too.
         group_of: the group of each node that is not an absorbed view.
         readers: the nodes that read a value, also through views.
         reducing: the nodes that reduce rows.
@@ -150,9 +150,9 @@ class FusionPlan:
             barrier = node.kind == "fallback" or node.op == COPY  # no node moves across its memory accesses
             epoch += barrier
             loop = node.kind == "op" and not barrier and index not in self.ranges
-            loop = loop and (self.atomics or not accumulates(node))
+            loop = loop and (self.atomics or not scatters(node))
             space = iteration_space_of(node) if loop else None
-            if space is not None and accumulates(node):
+            if space is not None and scatters(node):
                 self.begun.update(value.name for value in attr_values(node.arg("self")))
             self.group_of[index] = FusionGroup([index], epoch, space)
             if space is not None and space.size is not None:
@@ -401,12 +401,13 @@ class FusionPlan:
         return last == index and self._is_epilogue(tail, self.group_of[index])
 
     def _is_epilogue(self, tail: FusionGroup, anchor: FusionGroup) -> bool:
-        """`tail` is a loop over the elements of the anchor's result."""
+        """`tail` is a loop over the elements of the anchor's result, or over pairs of them, as a gated unit has."""
         (result,) = self.results(anchor)
         space = tail.space
         if space is None or space.size is not None or tail.epoch != anchor.epoch:
             return False
-        return space.count == elements(result) and not self._would_create_cycle(anchor, tail)
+        whole = elements(result)
+        return whole in (space.count, space.count + space.count) and not self._would_create_cycle(anchor, tail)
 
     # ---- results -----------------------------------------------------------------------------------------------------
 

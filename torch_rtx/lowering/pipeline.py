@@ -21,7 +21,9 @@ from torch_rtx.lowering.passes.channels_last import channels_last
 from torch_rtx.lowering.passes.cse import cse
 from torch_rtx.lowering.passes.dce import dce
 from torch_rtx.lowering.passes.decompose import decompose
+from torch_rtx.lowering.passes.expand_bags import expand_bags
 from torch_rtx.lowering.passes.expand_norms import expand_norms
+from torch_rtx.lowering.passes.expand_sorts import expand_sorts
 from torch_rtx.lowering.passes.finish import finish
 from torch_rtx.lowering.passes.fold_batch_norm import fold_batch_norm
 from torch_rtx.lowering.passes.fuse import fuse
@@ -29,6 +31,7 @@ from torch_rtx.lowering.passes.fuse_column_sums import fuse_column_sums
 from torch_rtx.lowering.passes.fuse_horizontally import fuse_horizontally
 from torch_rtx.lowering.passes.hoist_weights import hoist_weights
 from torch_rtx.lowering.passes.merge_linears import merge_linears
+from torch_rtx.lowering.passes.mix_before_resampling import mix_before_resampling
 from torch_rtx.lowering.passes.move_numbers import move_numbers
 from torch_rtx.lowering.passes.pack_weights import pack_weights
 from torch_rtx.lowering.passes.pad_products import pad_products
@@ -148,7 +151,10 @@ PIPELINE = (
     Pass(read_in_place, needs=("targets",)),
     Pass(fold_batch_norm),
     Pass(affine_batch_norm, needs=("targets",)),
+    Pass(mix_before_resampling, needs=("targets", "weight_copies")),
+    Pass(expand_bags, needs=("targets",)),
     Pass(expand_norms, needs=("targets",)),
+    Pass(expand_sorts, needs=("targets", "atomics")),
     Pass(sum_few_rows, needs=("targets",)),
     Pass(accumulate, needs=("targets", "atomics")),
     Pass(decompose, needs=("targets",), takes=("targets",)),

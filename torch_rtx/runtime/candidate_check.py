@@ -20,7 +20,7 @@ from torch_rtx.errors import RtxError
 from torch_rtx.ir import Attr, Graph, Node, TensorType, Value, attr_map
 from torch_rtx.runtime.benchmark import RUNS, Run
 from torch_rtx.runtime.code import Code, Owned, compile_graph
-from torch_rtx.runtime.index_check import check_positions, limits
+from torch_rtx.runtime.index_check import check_positions, differing, distinct, in_order, limits
 from torch_rtx.runtime.launch import LoadedTactic
 from torch_rtx.runtime.streaming import nbytes, numbers
 
@@ -57,6 +57,7 @@ class CandidateCheck:
         self._generator = torch.Generator(device).manual_seed(next(SEEDS))
         high = smallest_size(node.body)
         self._highs = dict.fromkeys((value.name for value in values), high) | limits(self.graph)
+        self._in_order, self._distinct = in_order(self.graph), distinct(self.graph)
         self._sets = [self._random_inputs()]
         try:
             check_positions(self.graph, device, self._sets[0])
@@ -82,8 +83,14 @@ class CandidateCheck:
         return _comparable(wide(Owned(given), ()))
 
     def _random_inputs(self) -> list[torch.Tensor]:
-        inputs = self.graph.inputs
-        return [random_tensor(value, self.device, self._generator, self._highs[value.name]) for value in inputs]
+        drawn: list[torch.Tensor] = []
+        for value in self.graph.inputs:
+            high = self._highs[value.name]
+            found = random_tensor(value, self.device, self._generator, high)
+            if value.name in self._distinct:
+                found = differing(found, self._distinct[value.name], high, self._generator)
+            drawn.append(found.sort().values if value.name in self._in_order else found)
+        return drawn
 
     def _check_memory(self, total: int) -> None:
         if self.device.type != "cuda":

@@ -14,9 +14,11 @@ from typing import TypeGuard
 import torch
 
 from torch_rtx import aten
+from torch_rtx.accumulation import SCATTERS, replaces
 from torch_rtx.dtypes import highest
 from torch_rtx.errors import RtxError
 from torch_rtx.ir import Attr, Graph, Node, TensorType, Value
+from torch_rtx.op_work import GROUPED_MM
 from torch_rtx.runtime.code import compile_graph
 from torch_rtx.runtime.inline import inline_kernels
 from torch_rtx.runtime.streaming import numbers
@@ -59,6 +61,36 @@ def limits(graph: Graph) -> dict[str, int]:
     return found
 
 
+def in_order(graph: Graph) -> set[str]:
+    """The names of inputs whose elements ascend: they are where groups of rows end."""
+    ends = (node.arg("offs") for node in inline_kernels(graph, {}).nodes if node.op == GROUPED_MM)
+    return {value.name for value in ends if isinstance(value, Value)} & {value.name for value in graph.inputs}
+
+
+def distinct(graph: Graph) -> dict[str, int | None]:
+    """By the name of an input that is where values are put: the axis along which its elements differ, None: all do. Of
+    several values that are put in one place any may stay, so that two runs of the calls need not agree."""
+    names, found = {value.name for value in graph.inputs}, dict[str, int | None]()
+    for node in inline_kernels(graph, {}).nodes:
+        dim = node.arg("dim") if node.op in SCATTERS else None
+        for value, _ in _positions(node) if node.kind != "fallback" and replaces(node) else ():
+            if value.name in names:
+                found[value.name] = dim if isinstance(dim, int) else None
+    return found
+
+
+def differing(positions: torch.Tensor, axis: int | None, size: int, generator: torch.Generator) -> torch.Tensor:
+    """`positions` with others below `size` in their place that differ along an axis, or all; as they are, if they are
+    too many."""
+    shape = list(positions.shape) if axis is not None else [positions.numel()]
+    along = axis or 0
+    if not shape or shape[along] > size:
+        return positions
+    wide = [size if at == along % len(shape) else count for at, count in enumerate(shape)]
+    drawn = torch.rand(wide, generator=generator, device=positions.device).argsort(along)
+    return positions.copy_(drawn.narrow(along, 0, shape[along]).reshape(positions.shape))
+
+
 def _positions(node: Node) -> Iterator[tuple[Value, int]]:
     """The operands of a call that are positions, with the size of the dimension that they are for."""
     base = next(
@@ -67,6 +99,8 @@ def _positions(node: Node) -> Iterator[tuple[Value, int]]:
     if node.kind == "fallback" or base is None or not isinstance(base.type, TensorType):
         return
     sizes, index, indices = numbers(base.type.shape), node.arg("index"), node.arg("indices")
+    if node.op == GROUPED_MM and _is_integers(ends := node.arg("offs")):
+        yield ends, sizes[0] + 1
     if _is_integers(index):
         dim = node.arg("dim")
         yield index, sizes[dim] if isinstance(dim, int) and sizes else math.prod(sizes)

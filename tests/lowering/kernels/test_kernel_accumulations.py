@@ -1,4 +1,5 @@
-"""Kernels that add in memory, in Triton's interpreter: duplicates, ranges of positions, dtypes, neighbours."""
+"""Kernels that add in memory, or put values there, in Triton's interpreter: duplicates, ranges of positions, dtypes,
+neighbours."""
 
 from __future__ import annotations
 
@@ -50,10 +51,37 @@ def test_additions(dtype: torch.dtype) -> None:
         Body(op, args, kwargs, op(*args, **kwargs)).check()
 
 
+def puts(dtype: torch.dtype):
+    """Calls that put values at different positions."""
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape).mul(9).to(dtype)
+
+    table, cube, few = drawn(6, 20), drawn(3, 6, 10), torch.randperm(6)[:4]
+    rows = torch.rand(3, 6, 10).argsort(1)[:, :4]
+    yield A.index_put.default, (table, [few - 6], drawn(4, 20)), {}
+    yield A.index_put.default, (table, [None, torch.randperm(20)[:7].int()], drawn(1)), {}
+    yield A._unsafe_index_put.default, (cube, [torch.arange(3)[:, None], few], drawn(3, 4, 10)), {}
+    yield A.index_put.default, (cube, [cube[..., 0] > 0], drawn(1)), {}
+    yield A.index_put.default, (table, [table > 0], drawn()), {}
+    yield A.index_copy.default, (cube, 1, few, drawn(3, 4, 10)), {}
+    yield A.index_fill.int_Scalar, (cube, -2, few, 3), {}
+    yield A.index_fill.int_Tensor, (table, 0, few[0], drawn()), {}
+    yield A.scatter.src, (cube, 1, rows, drawn(3, 5, 11)), {}
+    yield A.scatter.value, (cube, 1, rows[:2], 1), {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.bool], ids=str)
+def test_what_is_put_in_place(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    for op, args, kwargs in puts(dtype):
+        Body(op, args, kwargs, op(*args, **kwargs)).check()
+
+
 @pytest.mark.parametrize(
     ("op", "args", "kwargs"),
     [
-        (A.index_put.default, (torch.zeros(3, 4), [torch.tensor([1])], torch.ones(1, 4)), {}),
+        (A.index_put.default, (torch.zeros(3, 4), [torch.tensor([True, False, True])], torch.ones(2, 4)), {}),
         (A.scatter_reduce.two, (torch.zeros(3), 0, torch.tensor([1]), torch.ones(1), "amax"), {}),
         (A.scatter_reduce.two, (torch.zeros(3), 0, torch.tensor([1]), torch.ones(1), "sum"), {"include_self": False}),
         (A.index_add.default, (torch.zeros(3).half(), 0, torch.tensor([1]), torch.ones(1).half()), {}),

@@ -302,6 +302,22 @@ def test_as_models_write_it_out(fill: float | str | None, queries: int) -> None:
     torch.testing.assert_close(compile_graph(parse(text), CPU)([q, k, v, given], [])[0], expected, equal_nan=True)
 
 
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+@pytest.mark.parametrize("fill", [None, -1e4])
+def test_a_bias_is_added_before_scores_are_hidden(fill: float | None) -> None:
+    options = "" if fill is None else f", fill={fill}"
+    text = WRITTEN_OUT.format(mask="bool[2, 1, 18, 21]\n  input b: f32[1, 2, 18, 21]", fill=f"{options}, bias=b")
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 2, length, 16) for length in (18, 21, 21))
+    mask, bias = torch.rand(2, 1, 18, 21) < 0.5, 9 * torch.randn(1, 2, 18, 21)
+    mask[0, :, 3], bias[0, 0, 0, 0] = False, -2e4  # a query without keys; a score below the number that is filled in
+    scores = (q @ k.mT * 0.5 + bias).masked_fill(~mask, -math.inf if fill is None else fill)
+    out, expected = torch.full_like(q, 7.0), scores.softmax(-1) @ v
+    run(attention_kernel(region(parse(text)), "attention", SMALL), [q, k, v, mask, bias, out])
+    torch.testing.assert_close(out, expected, equal_nan=True)
+    torch.testing.assert_close(compile_graph(parse(text), CPU)([q, k, v, mask, bias], [])[0], expected, equal_nan=True)
+
+
 def a_region(*shape: int, dtype: str = "f16", keys: int | None = None, **args: Attr) -> Region:
     b, h, q, d = shape
     return region(Case(plain(b, h, q, keys or q, d), options(**args)).graph(dtype))

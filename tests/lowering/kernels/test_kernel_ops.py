@@ -197,7 +197,8 @@ def lacking() -> list[str]:
 ELSEWHERE = {"pow", "linalg.vector_norm", "nn.functional.upsample_nearest"}
 ELSEWHERE.add("scatter")  # its samples scatter several elements of a row
 # Of their samples few add, and those to a single number: see test_kernel_accumulations.
-ELSEWHERE |= {"index_add", "index_put", *(f"scatter_reduce.{kind}" for kind in ("sum", "prod", "mean", "amax", "amin"))}
+ELSEWHERE |= {"index_add", "index_copy", "index_fill", "index_put"}
+ELSEWHERE |= {*(f"scatter_reduce.{kind}" for kind in ("sum", "prod", "mean", "amax", "amin"))}
 ELSEWHERE |= {f"round.decimals_{kind}" for kind in ("0", "3", "neg_3")}
 ELSEWHERE |= {f"bitwise_{side}_shift" for side in ("left", "right")}  # its samples shift by tensors
 ELSEWHERE |= {f"nn.functional.{kind}_pool{rank}d" for kind in ("max", "avg", "adaptive_avg") for rank in (1, 2, 3)}
@@ -650,6 +651,20 @@ def test_scans(op: torch._ops.OpOverload, dtype: torch.dtype) -> None:
         Body(op, (x, dim), {}, op(x, dim)).check()
     x = tied((3, 9), dtype)
     Body(op, (x, 1), {"dtype": torch.float32}, op(x, 1, dtype=torch.float32)).check()
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow) encountered")
+@pytest.mark.parametrize("dtype", KINDS, ids=str)
+@pytest.mark.parametrize("op", [A.logcumsumexp.default, A.cummax.default, A.cummin.default], ids=str)
+def test_scans_that_are_no_sums(op: torch._ops.OpOverload, dtype: torch.dtype) -> None:
+    """Far below what came before, next to infinities and NaN, and equal elements."""
+    if op is A.logcumsumexp.default and not dtype.is_floating_point:
+        return
+    torch.manual_seed(0)
+    special = torch.tensor([-math.inf, 3.0, 3.0, -40.0, 9.0, math.inf, math.nan, 1.0, 2.0])
+    for x, dim in ((torch.randn(5, 37) * 9, 1), (torch.randn(3, 5).round(), 0), (special.expand(2, 9), 1)):
+        given = x.to(dtype).contiguous()
+        Body(op, (given, dim), {}, op(given, dim)).check()
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")

@@ -71,6 +71,7 @@ class Attention:
     """The region's call of attention, with all operands expanded to the same leading dimensions (batch, heads).
 
     Attributes:
+        bias: what is added to the scaled scores before the mask.
         causal: a query sees the keys up to its own position.
         fill: the score of a key that a boolean mask hides; None: its weight is 0.
         safe: a query that sees no key gets 0, else NaN.
@@ -84,6 +85,7 @@ class Attention:
     key: Tensor
     value: Tensor
     mask: Tensor | None
+    bias: Tensor | None
     causal: bool
     scale: float
     fill: float | None
@@ -166,15 +168,21 @@ def attention_of(region: Region) -> Attention:
     if node.arg("enable_gqa"):
         key, value = (_repeated(tensor, heads[-1]) for tensor in (key, value))
     scale = node.arg("scale")
-    mask = _operand(region, node, "attn_mask") if node.arg("attn_mask") is not None else None
+    scores = (*heads, from_dim(queries), key.shape[-2])
+    mask, bias = (
+        expand(_operand(region, node, name), scores) if node.arg(name) is not None else None
+        for name in ("attn_mask", "bias")
+    )
     fill = node.arg("fill")
-    if mask is not None and mask.dtype not in ("bool", "f32", "f16", "bf16"):
-        raise Unsupported(f"a mask of dtype {mask.dtype}", loc=node.loc)
+    for added in (one for one in (mask, bias) if one is not None):
+        if added.dtype not in (*DTYPES, *(["bool"] if added is mask else [])):
+            raise Unsupported(f"a mask of dtype {added.dtype}", loc=node.loc)
     attn = Attention(
         expand(query, (*heads, *query.shape[-2:])),
         expand(key, (*heads, *key.shape[-2:])),
         expand(value, (*heads, *value.shape[-2:])),
-        None if mask is None else expand(mask, (*heads, from_dim(queries), key.shape[-2])),
+        mask,
+        bias,
         bool(node.arg("is_causal")),
         float(scale) if isinstance(scale, int | float) else 1 / math.sqrt(_static(query.shape[-1])),
         float(fill) if isinstance(fill, int | float) and math.isfinite(fill) else None,
@@ -347,7 +355,9 @@ class _Writer:
         self.sizes, self.blocks = sizes, cut
         # The scale is folded into the base of the exponential, unless scaled scores are needed, as for an added mask.
         self.has_additive_mask = attn.mask is not None and attn.mask.dtype != "bool"
-        self.scale_first = self.has_additive_mask or attn.fill is not None or attn.scale <= 0 or attn.partial
+        self.scale_first = (
+            self.has_additive_mask or attn.bias is not None or attn.fill is not None or attn.scale <= 0 or attn.partial
+        )
         self.factor = LOG2E if self.scale_first else attn.scale * LOG2E
         # A mask that all rows share takes few registers, so that it can be loaded early.
         self.mask_at = (*self.lead, self.row, variable("N", attn.keys))
@@ -490,6 +500,8 @@ class _Writer:
             seen.append(f"({self.row} >= N)")
         if self.scale_first:
             scope.lines.append(f"s = s * {attn.scale!r}")
+        if attn.bias is not None:
+            scope.lines.append(f"s = s + {self.emitter.value(attn.bias, self.mask_at).text}")
         if attn.mask is not None:
             mask = self._mask(attn.mask)
             if self.has_additive_mask:

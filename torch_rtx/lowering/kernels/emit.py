@@ -12,7 +12,6 @@ from torch_rtx.errors import Unsupported
 from torch_rtx.lowering.kernels.index import Index, linear, variable, within
 from torch_rtx.lowering.kernels.kernel_ir import (
     ZERO,
-    Accumulate,
     Const,
     Gather,
     Iota,
@@ -20,6 +19,7 @@ from torch_rtx.lowering.kernels.kernel_ir import (
     Pointwise,
     Position,
     Reduce,
+    Scatter,
     Select,
     Tensor,
     View,
@@ -309,15 +309,16 @@ class Emitter:
         target = self._target(name, address, self._offset(address), axes)
         self._home(axes).lines.append(f"tl.store({target}, {value.text}{self._masked(axes)})")
 
-    def add(self, name: str, tensor: Accumulate, position: Position, axes: Axes) -> None:
-        """Add the elements of `tensor.source` at `position`, of a tile of `axes`, to memory. Nothing reads the sums
-        before the kernel has ended, so that the additions need no order."""
+    def scatter(self, name: str, tensor: Scatter, position: Position, axes: Axes) -> None:
+        """Add the elements of `tensor.source` at `position`, of a tile of `axes`, to memory, or put them there. Nothing
+        reads the results before the kernel has ended, so that there is no order."""
         value, (at, safe) = self.value(tensor.source, position), self._chosen(tensor.target, position)
         assert isinstance(tensor.target.source, Load)
         address = linear(at, tensor.target.source.strides)
         target = self._target(name, address, f"({address})", axes)
         masked = self._masked(axes, safe)
-        self._home(axes).lines.append(f'tl.atomic_add({target}, {value.text}{masked}, sem="relaxed")')
+        call, order = ("tl.atomic_add", ', sem="relaxed"') if tensor.adds else ("tl.store", "")
+        self._home(axes).lines.append(f"{call}({target}, {value.text}{masked}{order})")
 
     def _target(self, name: str, address: Index, place: str, axes: Axes) -> str:
         """The pointers to a tile of `axes`."""

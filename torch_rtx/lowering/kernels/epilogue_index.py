@@ -133,7 +133,8 @@ class _ColumnRanges:
 
     def position(self, tile: Tile, n: Index) -> Position:
         """The position in the output of row `tile.row` and column `n`."""
-        rows, columns = _digits(self.row, tile.row, product(tile.lead)), _digits(self.column, n, self.width)
+        row = ravel(unravel(tile.row, tile.lead), tile.lead)  # 0 for the only row
+        rows, columns = _digits(self.row, row, product(tile.lead)), _digits(self.column, n, self.width)
         both = {name: rows.get(name, ZERO) + columns.get(name, ZERO) for name in rows | columns}
         return _assembled(self.output.shape, both)
 

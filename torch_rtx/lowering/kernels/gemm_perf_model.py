@@ -155,6 +155,11 @@ def gemm_problem(
         swapped=swaps(contraction),
         packed_run=packed_run,
     )
+    if contraction.ends is not None:  # rows are equally divided among groups, and matrices without rows not read
+        batch = max(min(found.batch, found.rows), 1)
+        unread = (found.batch - batch) * typical(contraction.columns) * depth * found.second_bytes
+        moved, rows = found.bytes_moved - int(unread), ceil(found.rows / batch)
+        found = replace(found, batch=batch, rows=rows, bytes_moved=moved)
     if block_scaled:
         dtype, depth = BLOCK_SCALED[contraction.block_scaled], ceil(depth / contraction.block_scaled)
         found = replace(found, dtype=dtype, depth=depth, vector_elements=16, uncoalesced_loads=0)
@@ -313,7 +318,7 @@ def prologue_us(region: Region, arch: Arch) -> float:
 
 def _is_gemv(contraction: Contraction) -> bool:
     """There are few enough rows to do without tensor cores."""
-    return isinstance(contraction.rows, int) and contraction.rows <= MAX_GEMV_ROWS
+    return isinstance(contraction.rows, int) and contraction.rows <= MAX_GEMV_ROWS and contraction.ends is None
 
 
 @lru_cache(maxsize=1024)

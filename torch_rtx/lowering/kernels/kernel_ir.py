@@ -10,6 +10,7 @@ stored or cast on purpose, so that a kernel is no less precise than the calls th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -23,8 +24,11 @@ from torch_rtx.lowering.kernels.expressions import (
     B,
     C,
     Expression,
+    absolute,
     apply,
     eq,
+    exp,
+    log1p,
     maximum,
     minimum,
     to_bool,
@@ -121,13 +125,14 @@ class Gather(Tensor):
 
 
 @dataclass(frozen=True, eq=False)
-class Accumulate(Tensor):
-    """The tensor that `target` reads, after the addition of each element of `source` to the one that `target` is at the
-    position; to none, where an index is out of range. Only a result of a kernel is one, and its `shape` is that of
-    `source`: the positions that the kernel goes through."""
+class Scatter(Tensor):
+    """The tensor that `target` reads, after each element of `source` is added to the one that `target` is at the
+    position, or put in its place; to none, where an index is out of range. Only a result of a kernel is one, and its
+    `shape` is that of `source`: the positions that the kernel goes through."""
 
     target: Gather
     source: Tensor
+    adds: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +146,7 @@ class Reduce(Tensor):
 
 @dataclass(frozen=True, eq=False)
 class Scan(Reduce):
-    """The inclusive prefix reduction along one axis; `kind` is sum or prod."""
+    """The inclusive prefix reduction along one axis."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +167,10 @@ REDUCTIONS = {
     "prod": Reduction(A * B, lambda dtype: 1),
     "max": Reduction(maximum(A, B), lowest),
     "min": Reduction(minimum(A, B), highest),
+    "logaddexp": Reduction(
+        where(eq(absolute(maximum(A, B)), math.inf), maximum(A, B), maximum(A, B) + log1p(exp(-absolute(A - B)))),
+        lowest,
+    ),
     "any": Reduction(A | B, lambda dtype: False),
     "all": Reduction(A & B, lambda dtype: True),
 }
@@ -309,7 +318,7 @@ def in_memory(tensor: Tensor, as_bytes: bool) -> Tensor:
         as_bytes: see `load`.
     """
     dtype = tensor.dtype
-    if isinstance(tensor, Accumulate) or not (as_bytes or dtype in PACKINGS):
+    if isinstance(tensor, Scatter) or not (as_bytes or dtype in PACKINGS):
         return tensor
     if isinstance(tensor, View):
         source = in_memory(tensor.source, as_bytes)
@@ -428,7 +437,7 @@ def children(tensor: Tensor) -> tuple[Tensor, ...]:
             return (tensor.inner, tensor.outer)
         case Gather():
             return (tensor.source, *tensor.indices)
-        case Accumulate():
+        case Scatter():
             return (tensor.source, *tensor.target.indices)  # what it adds to is not read
     return ()
 
@@ -494,8 +503,9 @@ def _node_text(tensor: Tensor, names: dict[Tensor, str]) -> str:
             return f"select {names[tensor.inner]}, {names[tensor.outer]}, starts={_list(tensor.starts)}"
         case Gather():
             return f"gather {names[tensor.source]}{_chosen(tensor, position, names)}"
-        case Accumulate(target=target) if isinstance(target.source, Load):
-            return f"add {names[tensor.source]} to {target.source.name}{_chosen(target, position, names)}"
+        case Scatter(target=target) if isinstance(target.source, Load):
+            verb = "add" if tensor.adds else "put"
+            return f"{verb} {names[tensor.source]} to {target.source.name}{_chosen(target, position, names)}"
         case Reduce():
             word = "scan" if isinstance(tensor, Scan) else "reduce"
             return f"{word} {tensor.kind} {names[tensor.source]}, axes={list(tensor.axes)}"

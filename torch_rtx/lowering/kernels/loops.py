@@ -35,12 +35,12 @@ from torch_rtx.lowering.kernels.kernel_ir import (
     ONE,
     REDUCTIONS,
     ZERO,
-    Accumulate,
     Load,
     Pointwise,
     Position,
     Reduce,
     Scan,
+    Scatter,
     Select,
     Shape,
     Tensor,
@@ -57,6 +57,7 @@ PERSISTENT = 8192  # elements of the longest row that is held in registers
 TILE = 1024  # elements of a default tile
 TYPICAL_PROCESSORS = 132
 UNKNOWN = 1 << 14  # elements of a row of symbolic size
+OWN_SCANS = frozenset(("sum", "prod"))  # of Triton's own
 COMBINE = """
 
 @triton.jit
@@ -246,7 +247,7 @@ def loop_function(region: Region, config: LoopConfig) -> tuple[LoopFunction, Dim
     Raises:
         Unsupported: see `loop_kernel`; or the loop adds to a result.
     """
-    if any(isinstance(output, Accumulate) for output in region.outputs):
+    if any(isinstance(output, Scatter) for output in region.outputs):
         raise Unsupported("a loop that adds to its result, as a function")
     writer = LoopWriter(region, config, "(tl.program_id(0) - first)", "size")
     lines = writer.write()
@@ -316,8 +317,9 @@ class LoopWriter:
     @property
     def functions(self) -> str:
         """Source of the functions that the lines call."""
-        totals = (reduction for reduction in self.reductions if not isinstance(reduction, Scan))
-        kinds = sorted({reduction.kind for reduction in totals} & {"max", "min", "prod"})
+        totals = {reduction.kind for reduction in self.reductions if not isinstance(reduction, Scan)}
+        scans = {reduction.kind for reduction in self.reductions if isinstance(reduction, Scan)}
+        kinds = sorted((totals & {"max", "min", "prod"}) | (scans - OWN_SCANS))
         return "".join(
             COMBINE.format(kind=kind, text=template(REDUCTIONS[kind].combine).format("a", "b")) for kind in kinds
         )
@@ -369,7 +371,11 @@ class LoopWriter:
     def _reduce_at_once(self, reduction: Reduce) -> None:
         found = self._masked(reduction, self._source(reduction))
         if isinstance(reduction, Scan):
-            running = self.emitter.assign(f"tl.cum{reduction.kind}({found}, 1)", frozenset((X, R)), "r")
+            own = reduction.kind in OWN_SCANS
+            text = (
+                f"tl.cum{reduction.kind}({found}, 1)" if own else f"tl.associative_scan({found}, 1, _{reduction.kind})"
+            )
+            running = self.emitter.assign(text, frozenset((X, R)), "r")
             position = self.rows.position(self.x, self.r, reduction.shape, reduction.axes)
             self.emitter.reduced[reduction] = running, position
         else:
@@ -463,8 +469,8 @@ class LoopWriter:
         for index in which:
             output, type_ = self.region.outputs[index], self.region.types[index]
             position, axes = self._place(index, variable(R, width) if width else self.r)
-            if isinstance(output, Accumulate):
-                self.emitter.add(f"out{index}", output, position, axes)
+            if isinstance(output, Scatter):
+                self.emitter.scatter(f"out{index}", output, position, axes)
                 continue
             value = self.emitter.value(output, position)
             address = linear(position, map(from_dim, type_.strides))
@@ -474,7 +480,7 @@ class LoopWriter:
         """Strides of an output as it is gone through: those in memory, or row-major where it is added to."""
         output = self.region.outputs[index]
         ranks = range(len(output.shape), 0, -1)
-        return tuple(ranks) if isinstance(output, Accumulate) else self.region.types[index].strides
+        return tuple(ranks) if isinstance(output, Scatter) else self.region.types[index].strides
 
     def _place(self, index: int, element: Index) -> tuple[Position, frozenset[str]]:
         """The position in an output that X, or X and R, index, and the axes of the store."""

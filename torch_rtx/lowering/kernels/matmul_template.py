@@ -89,6 +89,8 @@ class Contraction:
         epilogue: from the sum over K to the anchor's result: bias and scale.
         fast_accum: products of float8 may be summed as tensor cores do it, in less than f32.
         block_scaled: the values of an element in memory, if operands are in a block-scaled format; else 0.
+        ends: batches are ranges of rows, one behind the other, that end here; `rows` are those of all. None: all
+            batches have `rows`.
     """
 
     out: Load
@@ -107,6 +109,7 @@ class Contraction:
     epilogue: Callable[[Tensor], Tensor]
     fast_accum: bool = False
     block_scaled: int = 0
+    ends: Tensor | None = None
 
     def tile(self) -> Tile:
         """The result as a tile of Z, M and N."""
@@ -114,6 +117,8 @@ class Contraction:
         columns = from_dim(self.columns)
         if self.grouped:
             return Tile(self.out, self.axis, m, z * columns, columns)
+        if self.ends is not None:
+            return Tile(self.out, self.axis, m, ZERO, columns)
         return Tile(self.out, self.axis, z * from_dim(self.rows) + m, ZERO, columns)
 
 
@@ -201,6 +206,8 @@ class TileWriter:
 
     row_axis = "[:, None]"
     column_axis = "[None, :]"
+    functions = ""  # source of those that the lines call
+    live = ""  # the condition, as code, that a program has a sum to compute; "": always
 
     def __init__(self, region: Region, contraction: Contraction, config: GemmConfig) -> None:
         self.region, self.contraction, self.config = region, contraction, config
@@ -226,9 +233,14 @@ class TileWriter:
         """Tiles along the rows and the columns of a batch."""
         return blocks(self.contraction.rows, self.config.block_m), blocks(self.columns, self.config.width)
 
+    @property
+    def batch(self) -> Dim:
+        """The batches that have programs of their own."""
+        return self.contraction.batch
+
     def kernel(self, name: str) -> Kernel:
         """The kernel under this name."""
-        count = dim_expr("*", self.contraction.batch, *self.tiles)
+        count = dim_expr("*", self.batch, *self.tiles)
         lines = [*self.program(), *self.body()]
         start, grid, config = "tl.program_id(0)", count, self.config
         if config.programs:
@@ -238,13 +250,14 @@ class TileWriter:
             grid = dim_expr("min", count, config.programs)
         else:
             lines.insert(0, f"tile = {start}{self.cast}")
-        return assemble(self.region, name, lines, grid, config.num_warps, config.num_stages, trigger_early=config.gemv)
+        options = config.num_warps, config.num_stages, self.functions
+        return assemble(self.region, name, lines, grid, *options, trigger_early=config.gemv)
 
     def program(self) -> list[str]:
         """The tile of a program. Programs in flight share operands through L2 (grouped ordering)."""
         tiles_m, tiles_n = map(from_dim, self.tiles)
         lines = []
-        if self.contraction.batch != 1:
+        if self.batch != 1:
             each = (tiles_m * tiles_n).factor
             lines += [f"{Z} = tile // {each}", f"tile = tile % {each}"] if each != "1" else [f"{Z} = tile"]
         group, count = self.config.group_m, tiles_m.number
@@ -261,13 +274,17 @@ class TileWriter:
                 height = "height"
             tile_m, tile_n = f"first + tile % {size} % {height}", f"tile % {size} // {height}"
         if self.row_axis:
-            rows = Axis(M, self.config.block_m, self.rows_mask)
-            lines += self._range(rows, _times(tile_m, rows.block), self.row_axis, self.contraction.rows)
+            lines += self.rows(tile_m)
         start = _times(tile_n, self.config.width)
         for columns in self.ranges:
             lines += self._range(columns, start, self.column_axis, self.columns)
             start += f"{columns.block} + "
         return lines
+
+    def rows(self, tile: str) -> list[str]:
+        """The rows of a tile, and their mask."""
+        rows = Axis(M, self.config.block_m, self.rows_mask)
+        return self._range(rows, _times(tile, rows.block), self.row_axis, self.contraction.rows)
 
     def _range(self, axis: Axis, start: str, side: str, size: Dim) -> list[str]:
         cast = "" if "tile" in start else self.cast
@@ -376,13 +393,16 @@ class KLoop:
         limit = from_dim(self.size) - self.chunk * constant(self.block)
         return [f"{name} = {elements} < {limit}"] if self.masked else []
 
-    def loop(self, before: list[str], masks: list[str], inside: list[str], steps: str = "range") -> list[str]:
-        """The loop, or its body alone for a single step."""
-        if not self.looped:
+    def loop(
+        self, before: list[str], masks: list[str], inside: list[str], steps: str = "range", live: str = ""
+    ) -> list[str]:
+        """The loop, or its body alone for a single step. There is none where `live`, a condition, does not hold."""
+        if not self.looped and not live:
             return [*masks, *before, *inside]
         always, each = ([], masks) if self.chunk.terms else (masks, [])
         lines = [*self.lines, *each, *inside]
-        return [*always, *before, f"for {LOOP} in {steps}(0, {self.count}):", *indent(lines)]
+        count = f"tl.where({live}, {self.count}, 0)" if live else str(self.count)
+        return [*always, *before, f"for {LOOP} in {steps}(0, {count}):", *indent(lines)]
 
     def position(self, name: str, part: int = 0) -> Position:
         """K as one index per tap and one for the depth, for the elements `name` of a part of a step."""
@@ -457,7 +477,7 @@ class MmaWriter(TileWriter):
         k_axes = "[:, None]" if self.swapped else "[None, :]", "[None, :]" if self.swapped else "[:, None]"
         lines = [line for k, axis in zip((KA, KB), k_axes, strict=True) for line in self.k_range(k, axis, k_loop.block)]
         masks = [*k_loop.mask(a_mask, KA), *k_loop.mask(b_mask, KB)]
-        return lines + k_loop.loop(before, masks, inside + dots) + rest
+        return lines + k_loop.loop(before, masks, inside + dots, live=self.live) + rest
 
     def _axes(self, first: Axis, second: Axis) -> list[Axis]:
         """The dimensions of a tile."""

@@ -28,9 +28,9 @@ from torch_rtx.ir import (
 from torch_rtx.lowering.kernels.body_builder import BodyBuilder, flat
 from torch_rtx.lowering.kernels.index import from_dim, to_dim
 from torch_rtx.lowering.kernels.kernel_ir import (
-    Accumulate,
     Load,
     Reduce,
+    Scatter,
     Tensor,
     cast,
     children,
@@ -103,7 +103,7 @@ class Region:
     def moved_types(self) -> tuple[TensorType, ...]:
         """As `memory_types`, with what is read and written of a result that the kernel adds to, in place of all of it
         and of what it starts from."""
-        added = {index: output for index, output in enumerate(self.outputs) if isinstance(output, Accumulate)}
+        added = {index: output for index, output in enumerate(self.outputs) if isinstance(output, Scatter)}
         begun = {_start(output).name for output in added.values()}
         dims = [dim for value in self.body.values() for dim in type_dims(value.type)]
         found = [tensor_type(value) for value in self.body.inputs if value.name not in begun]
@@ -176,7 +176,7 @@ def _viewed(body: Graph) -> frozenset[str]:
     return frozenset(dtype for dtype in found if DTYPES[dtype].packing)
 
 
-def _start(tensor: Accumulate) -> Load:
+def _start(tensor: Scatter) -> Load:
     """The tensor that an accumulation starts from, as the kernel gets it.
 
     Raises:
@@ -192,9 +192,9 @@ def _check_accumulations(body: Graph, outputs: tuple[Tensor, ...], anchored: boo
     """Raises Unsupported unless each accumulation is one result of a loop, which lies in memory as what it starts from,
     and nothing else in the kernel reads either."""
     named = {value.name: value for value in attr_values(body.outputs)}
-    begun = [_start(output) for output in outputs if isinstance(output, Accumulate)]
+    begun = [_start(output) for output in outputs if isinstance(output, Scatter)]
     nodes = set(everything(outputs))
-    read = any(isinstance(child, Accumulate) for tensor in nodes for child in children(tensor))
+    read = any(isinstance(child, Scatter) for tensor in nodes for child in children(tensor))
     if any(named[name].type != start.type for name, start in starts(body).items()):
         raise Unsupported("a sum in another layout than what a kernel adds to")
     if read or not len({*begun}) == len(begun) == len(starts(body)) or not nodes.isdisjoint(begun):

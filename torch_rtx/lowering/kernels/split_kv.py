@@ -63,8 +63,8 @@ def split_attention(body: BodyBuilder, anchor: Node, splits: int) -> Values:
     rank, keys = len(type_of(query).shape), type_of(key).shape[-2]
     if anchor.arg("is_causal") or rank < 3 or any(len(type_of(one).shape) != rank for one in (key, value)):
         raise Unsupported("split attention that is causal, without heads, or with operands of different rank")
-    if anchor.arg("fill") is not None:
-        raise Unsupported("split attention to all keys, those that are hidden too")
+    if anchor.arg("fill") is not None or anchor.arg("bias") is not None:
+        raise Unsupported("split attention to all keys, those that are hidden too, or with a bias beside the mask")
     size = dim_expr("//", dim_expr("+", keys, splits - 1), splits)
     padding = dim_expr("+", dim_expr("*", splits, size), dim_expr("*", -1, keys))
     mask = _mask(body, anchor, keys, padding)

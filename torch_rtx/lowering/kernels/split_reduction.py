@@ -377,7 +377,8 @@ def _times(found: Region, rows: int, size: int, run: int, arch: Arch) -> tuple[f
     instructions = touched * CYCLES_PER_ELEMENT * short / (on.clock * 1e3 * min(programs, on.processors))
     latency = waves * steps * passes * STEP_US * max(4 // gcd(run, 8), short) * (1 + read) / 2
     moved = sum(map(bytes_of, [*inputs, *found.types])) / (on.memory * 1e3)
-    each = min((bytes_of(type_) // (rows * size) for type_ in inputs if _elements_in(type_) == rows * size), default=4)
+    whole = [bytes_of(type_) // (rows * size) for type_ in inputs if _elements_in(type_) == rows * size]
+    each = min(filter(None, whole), default=4)  # 0 bytes: of what is broadcast
     sectors = moved * SECTOR_BYTES / (config.rows * run * each * CACHE_SPEEDUP)
     one = LAUNCH_US + max(latency, instructions, moved, sectors)
     return one, MIN_US_THREE_KERNELS + 1.6 * moved if after else MIN_US_TWO_KERNELS + moved

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from torch_rtx import aten
-from torch_rtx.accumulation import accumulates
+from torch_rtx.accumulation import scatters
 from torch_rtx.ir import Expr, Graph, Node, ScalarType, Sym, TensorType, Value, Weight, attr_dims, attr_values
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.rewrite import returned, with_bases
@@ -34,7 +34,7 @@ def hoist_weights(graph: Graph, infer: Inference, targets: tuple[Target, ...] = 
     """
     source = {w.value.name: w for w in graph.weights if w.value.name not in graph.written and w.recipe is None}
     # The caller gets memory of its own, and so does a sum that a kernel adds to: each call makes it.
-    begun = {value.name for node in graph.nodes if accumulates(node) for value in attr_values(node.arg("self"))}
+    begun = {value.name for node in graph.nodes if scatters(node) for value in attr_values(node.arg("self"))}
     given = with_bases(graph, returned(graph) | begun)
     made: dict[str, Node] = {}  # by output: nodes that can move into a recipe
     origins = {name: frozenset((name,)) for name in source}  # by value: the weights it depends on

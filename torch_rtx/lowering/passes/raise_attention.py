@@ -20,7 +20,7 @@ import torch
 
 from torch_rtx import aten
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import Attr, Dim, Graph, Node, TensorType, Value, contiguous
+from torch_rtx.ir import Attr, Dim, Graph, Node, TensorType, Value, contiguous, dim_expr
 from torch_rtx.lowering.constants import Constants
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.kernels.kernel_ir import ONE, ZERO
@@ -76,11 +76,13 @@ class _Mask:
     Attributes:
         fill: what a boolean mask makes of the scores that it hides; None: minus infinity.
         hides: the mask leaves a key to each query, and no visible score can be below those that are hidden.
+        bias: what is added to the scores before a boolean mask.
     """
 
     value: Value
     fill: float | None
     hides: bool
+    bias: Value | None = None
 
 
 def raise_attention(graph: Graph, infer: Inference) -> Graph:
@@ -177,10 +179,13 @@ class _Matcher:
             elif found.scale != 1.0 or found.factors:
                 return None  # the scale applies to the mask, too
             else:
-                following = self._mask(node, found)
-                if found.lead not in (None, _shape(output)[:-2]):
-                    return None  # masks of different shapes
-                found.lead = _shape(output)[:-2]
+                count, following = len(found.added), self._mask(node, found)
+                lead = _shape(output)[:-2]
+                if found.lead not in (None, lead):
+                    whole = [_shape(mask) == _shape(output) for mask in found.added[count:]]
+                    if whole != [True] or _count(lead) != _count(found.lead):
+                        return None  # masks of different shapes
+                found.lead = found.lead or lead
             if not isinstance(following, Value) or _shape(following) != _shape(output):
                 return None
             current = following
@@ -345,6 +350,8 @@ def _emit(found: _Match, last: Node, matcher: _Matcher, rewriter: Rewriter) -> A
     given["scale"] = found.scale
     if mask is not None and not mask.hides and mask.fill is not None:
         given["fill"] = mask.fill
+    if mask is not None and mask.bias is not None:
+        given["bias"] = mask.bias
     shape = (*_shape(operands[0])[:-1], _shape(operands[2])[-1])
     type_ = TensorType(_type(found.query).dtype, shape, contiguous(shape), _type(found.query).device)
     output = rewriter.emit(SDPA if mask is None or mask.hides else ATTENTION, last.loc, (type_,), **given)
@@ -353,6 +360,10 @@ def _emit(found: _Match, last: Node, matcher: _Matcher, rewriter: Rewriter) -> A
     if output.type != _type(result):
         raise Unsupported("a result of another type")
     return output
+
+
+def _count(shape: tuple[Dim, ...]) -> Dim:
+    return dim_expr("*", 1, *shape)
 
 
 def _current(value: Value, rewriter: Rewriter) -> Value:
@@ -372,12 +383,16 @@ def _mask(found: _Match, matcher: _Matcher, rewriter: Rewriter, last: Node) -> _
         return rewriter.emit(f"aten.{op}", last.loc, **args)
 
     dtype, numbers = _type(found.query).dtype, {fill.number for fill in found.filled}
-    if any(_type(mask).dtype != dtype for mask in found.added) or (found.added and found.filled) or len(numbers) > 1:
-        raise Unsupported("masks of other dtypes, of both kinds, or filled with different numbers")
+    if any(_type(mask).dtype != dtype for mask in found.added) or len(numbers) > 1:
+        raise Unsupported("masks of other dtypes, or filled with different numbers")
     total: Value | None = None
     for mask in found.added:
-        term = _current(mask, rewriter)
+        term, shape = _current(mask, rewriter), (*(found.lead or ()), *_shape(mask)[-2:])
+        if len(_shape(mask)) > 2 and _shape(mask) != shape and _count(_shape(mask)) == _count(shape):
+            term = emit("view.default", self=term, size=shape)
         total = term if total is None else emit("add.Tensor", self=total, other=term)
+    bias = total if found.filled else None
+    total = None if found.filled else total
     zeroed = found.zeroed and all(fill.number == -math.inf for fill in found.filled)
     hides = zeroed or matcher.leaves_a_key(found)
     for fill in found.filled:
@@ -388,7 +403,8 @@ def _mask(found: _Match, matcher: _Matcher, rewriter: Rewriter, last: Node) -> _
         hides = hides and known and fill.number <= max(_lowest(fill.dtype), _lowest(dtype) * max(1.0, abs(found.scale)))
     if total is None:
         return None
-    return _Mask(total, next((number for number in numbers if math.isfinite(number)), None), hides)
+    number = next((number for number in numbers if math.isfinite(number)), None)
+    return _Mask(total, number, hides and bias is None, bias)
 
 
 def _lowest(dtype: str) -> float:

@@ -1,5 +1,6 @@
 """Removes layout copies of attention operands, and repeated key and value heads (grouped-query attention): the kernels
-read any strides and share heads."""
+read any strides and share heads. Masks are read along the keys of a row: one that lies otherwise, as biases of relative
+positions do, whose table has heads side by side, is laid out so, once for all layers."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from torch_rtx.op_work import ATTENTION, SDPA
 
 def read_in_place(graph: Graph, infer: Inference) -> Graph:
     """Level import to level import."""
+    given, along_keys = {value.name for value in graph.inputs}, dict[str, Value]()
     chains = _Chains({value.name: node for node in graph.nodes for value in node.results if node.kind == "op"})
 
     def visit(node: Node, rewriter: Rewriter) -> bool:
@@ -28,6 +30,13 @@ def read_in_place(graph: Graph, infer: Inference) -> Graph:
         if grouped:
             operands |= shared
         operands = {name: chains.in_place(value, rewriter) for name, value in operands.items()}
+        for name in ("attn_mask", "bias"):
+            mask = node.arg(name)
+            if isinstance(mask, Value) and mask.name not in given and _is_scattered(mask):
+                if mask.name not in along_keys:
+                    current, form = rewriter.current(mask), "contiguous_format"
+                    along_keys[mask.name] = rewriter.emit(CLONE, node.loc, self=current, memory_format=form)
+                operands[name] = along_keys[mask.name]
         pairs = tuple((name, operands.get(name, attr)) for name, attr in node.args)
         rewriter.keep(replace(node, args=(*pairs, ("enable_gqa", True)) if grouped else pairs))
         return True
@@ -84,6 +93,13 @@ class _Chains:
         if len(shape) != 4 or one != (*shape[:2], 1, *shape[2:]) or repeats != (*shape[:2], repeats[2], *shape[2:]):
             return None
         return heads if _shape(value) == (shape[0], dim_expr("*", *repeats[1:3]), *shape[2:]) else None
+
+
+def _is_scattered(mask: Value) -> bool:
+    """The keys of a row are not neighbours in memory, and no element is several of the mask."""
+    assert isinstance(mask.type, TensorType)
+    strides = [stride for size, stride in zip(mask.type.shape, mask.type.strides, strict=True) if size != 1]
+    return bool(strides) and 0 not in strides and mask.type.strides[-1] != 1 and mask.type.shape[-1] != 1
 
 
 def _shape(value: Attr) -> tuple[Dim, ...]:

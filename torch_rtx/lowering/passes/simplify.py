@@ -1,14 +1,14 @@
-"""Removes no-ops: aliases, views and casts to the same type, choices that constants decide, and copies of values that
-do not escape.
+"""Removes no-ops: aliases, views and casts to the same type, padding by nothing, images resampled to their own size,
+choices that constants decide, and copies of values that do not escape.
 
 Softmax of halves with a float result has one form for CUDA alone, which takes no other dtypes: it becomes the call that
-names the dtype, and has the same meaning everywhere.
+names the dtype, and has the same meaning everywhere. What PyTorch leaves uninitialized is zeros in an engine.
 """
 
 from __future__ import annotations
 
 from torch_rtx import aten
-from torch_rtx.ir import Attr, Graph, Node, TensorType, Value
+from torch_rtx.ir import Attr, Graph, Node, TensorType, Value, contiguous
 from torch_rtx.lowering.constants import Constants
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.rewrite import COPIES, Rewriter, escaping, returned, rewrite
@@ -16,7 +16,14 @@ from torch_rtx.lowering.rewrite import COPIES, Rewriter, escaping, returned, rew
 ALIASES = frozenset(f"aten.{name}.default" for name in ("alias", "detach", "lift_fresh", "view", "expand", "permute"))
 COPY_AS = "aten.copy.default"  # `src` in the type of `self`, whose elements it does not read
 HALF_TO_FLOAT = {"aten._softmax.default": "aten.softmax.int", "aten._log_softmax.default": "aten.log_softmax.int"}
+PAD = "aten.constant_pad_nd.default"
 WHERE = "aten.where.self"
+RESAMPLING = frozenset(
+    f"aten.{name}.{overload}"
+    for name in ("upsample_nearest2d", "_upsample_nearest_exact2d", "upsample_bilinear2d", "upsample_bicubic2d")
+    for overload in ("default", "vec")
+)
+SCALES = ("scale_factors", "scales_h", "scales_w")  # of an image, where it is not resampled by its sizes alone
 SAME_TYPE = ALIASES | COPIES | {COPY_AS, WHERE, "aten.slice.Tensor", "aten.squeeze.dims", "aten.transpose.int"}
 
 
@@ -29,6 +36,8 @@ def simplify(graph: Graph, infer: Inference) -> Graph:
     reshaped: dict[str, Value] = {}  # from the result of a view to its source
 
     def visit(node: Node, rewriter: Rewriter) -> bool:
+        if node.op in aten.UNINITIALIZED:
+            return _as_zeros(node, rewriter)
         source = node.arg("src" if node.op == COPY_AS else "self", node.arg("input"))
         if node.op == WHERE:
             source = _chosen(node, constants)
@@ -42,7 +51,7 @@ def simplify(graph: Graph, infer: Inference) -> Graph:
             named = ("self", current), ("dim", node.arg("dim")), ("dtype", "f32")
             rewriter.nodes.append(Node("op", HALF_TO_FLOAT[node.op], named, node.outputs, None, node.loc))
             return True
-        kept = escapes if node.op in (*COPIES, COPY_AS, WHERE) else views
+        kept = escapes if node.op in (*COPIES, *RESAMPLING, COPY_AS, PAD, WHERE) else views
         if output.name not in kept and _is_identity(node, current):
             rewriter.replace(output, current)
             return True
@@ -57,6 +66,15 @@ def simplify(graph: Graph, infer: Inference) -> Graph:
         return False
 
     return rewrite(graph, infer, visit)
+
+
+def _as_zeros(node: Node, rewriter: Rewriter) -> bool:
+    type_ = node.outputs[0].type if node.outputs[0] is not None else None
+    if not isinstance(type_, TensorType) or type_.strides != contiguous(type_.shape):
+        return False
+    args = ("size", type_.shape), ("fill_value", 0), ("dtype", type_.dtype), ("device", type_.device)
+    rewriter.nodes.append(Node("op", "aten.full.default", args, node.outputs, None, node.loc))
+    return True
 
 
 def _chosen(node: Node, constants: Constants) -> Attr:
@@ -78,4 +96,8 @@ def _is_identity(node: Node, source: Value) -> bool:
         return not moved
     if node.op == "aten.slice.Tensor":
         return node.arg("start", None) in (None, 0) and node.arg("step", 1) == 1
+    if node.op == PAD:
+        return not any(node.arg("pad"))  # type: ignore[arg-type]
+    if node.op in RESAMPLING:
+        return all(node.arg(name) is None for name in SCALES)
     return node.op in SAME_TYPE

@@ -32,6 +32,8 @@ def simplify_masks(graph: Graph, infer: Inference) -> Graph:
         mask = node.arg("attn_mask")
         if node.op not in (SDPA, ATTENTION) or not isinstance(mask, Value) or node.arg("is_causal"):
             return False
+        if node.arg("bias") is not None:
+            return False
         condition, exact = _condition(mask, constants)
         needed, op = _needed(condition, constants, positions), node.op
         causal = needed is not None and op == SDPA and _is_causal(needed, _scores(node), constants, positions)

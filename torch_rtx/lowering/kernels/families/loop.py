@@ -27,12 +27,13 @@ from torch_rtx.lowering.kernels.split_reduction import best_chunks, reduces, spl
 from torch_rtx.targets import Arch
 
 SORT_LAUNCHES = 8  # of a library call that adds at positions: it sorts these first
+PUT_LAUNCHES = 2  # of one that puts values there: it copies what it starts from first
 
 
 def _with_calls(body: Graph, name: str) -> Graph | None:
     """`body`, of the kernel `name`, with additions in memory as calls after a kernel for all else but positions; None
     if additions are all that it computes."""
-    calls = [node for node in body.nodes if accumulation.accumulates(node)]
+    calls = [node for node in body.nodes if accumulation.scatters(node)]
     positions = needed(body.nodes, [node.arg(key) for node in calls for key in ("index", "indices")])
     apart = [node for node in body.nodes if node in calls or node in positions]
     read = {value.name for node in apart for value in node.inputs} | {v.name for v in attr_values(body.outputs)}
@@ -73,7 +74,8 @@ def _kernel(found: Region, name: str, config: LoopConfig) -> Kernel:
 
 def _others(found: Region, name: str, arch: Arch, us: float) -> Iterator[Offer]:
     if accumulation.starts(found.body):
-        library_us = us + streaming_us(found.memory_types, arch) + SORT_LAUNCHES * LAUNCH_US
+        launches = SORT_LAUNCHES if any(map(accumulation.accumulates, found.body.nodes)) else PUT_LAUNCHES
+        library_us = us + streaming_us(found.memory_types, arch) + launches * LAUNCH_US
         yield Offer("library", library_us, _with_calls(found.body, name))
         return
     if us == inf:

@@ -1,4 +1,5 @@
-"""Operators that add to elements at data-dependent positions: to those that their opposites among `indexing` read.
+"""Operators that add to elements at data-dependent positions, or put values there: those that their opposites among
+`indexing` read.
 
 Several threads may add to one element, in any order: floats are rounded in another order in each run.
 """
@@ -8,9 +9,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch_rtx.errors import Unsupported
-from torch_rtx.lowering.kernels.expressions import A, B
-from torch_rtx.lowering.kernels.kernel_ir import Accumulate, Gather, Scalar, Tensor, cast, expand, number, pointwise
-from torch_rtx.lowering.kernels.ops.indexing import indexed, selected, taken
+from torch_rtx.lowering.kernels.expressions import A, B, C, where
+from torch_rtx.lowering.kernels.index import product
+from torch_rtx.lowering.kernels.kernel_ir import (
+    ONE,
+    ZERO,
+    Gather,
+    Scalar,
+    Scatter,
+    Tensor,
+    cast,
+    expand,
+    number,
+    pointwise,
+)
+from torch_rtx.lowering.kernels.ops.indexing import indexed, replaced, selected, taken
+from torch_rtx.lowering.kernels.ops.pointwise import Operand, tensor
 from torch_rtx.lowering.kernels.ops.registry import Types, op
 from torch_rtx.lowering.kernels.ops.views import move
 
@@ -23,18 +37,37 @@ def accumulated(target: Gather, source: Tensor) -> Tensor:
     """`source`, of the shape of `target`, added to the elements that `target` reads."""
     if target.dtype not in DTYPES:
         raise Unsupported(f"additions to {target.dtype} in memory, in a kernel")
-    return Accumulate(target.shape, target.dtype, target, cast(source, target.dtype))
+    return Scatter(target.shape, target.dtype, target, cast(source, target.dtype))
 
 
 @op("index_put.default", "_unsafe_index_put.default")
 def index_put(
     self: Tensor, indices: Sequence[Tensor | None], values: Tensor, accumulate: bool = False, *, out: Types
 ) -> Tensor:
-    """`values` added where `indices` point."""
-    if not accumulate:
-        raise Unsupported("elements that are replaced, in a kernel")
+    """`values` added or put where `indices` point; one value also where a mask of the first dimensions is true."""
+    first = indices[0] if len(indices) == 1 else None
+    if first is not None and first.dtype == "bool" and not accumulate:
+        if product(values.shape) != ONE or first.shape != self.shape[: len(first.shape)]:
+            raise Unsupported("several values where a mask is true")
+        mask = move(first, self.shape, lambda position: position[: len(first.shape)])
+        value = move(cast(values, self.dtype), self.shape, lambda position: (ZERO,) * len(values.shape))
+        return pointwise(where(A, B, C), self.dtype, mask, value, self)
     target = indexed(self, indices)
-    return accumulated(target, expand(values, target.shape))
+    return (accumulated if accumulate else replaced)(target, expand(values, target.shape))
+
+
+@op("index_copy.default")
+def index_copy(self: Tensor, dim: int, index: Tensor, source: Tensor, *, out: Types) -> Tensor:
+    """Each slice of `source` put where `index` says."""
+    return replaced(selected(self, dim, index, source.shape), source)
+
+
+@op("index_fill.int_Scalar", "index_fill.int_Tensor")
+def index_fill(self: Tensor, dim: int, index: Tensor, value: Operand, *, out: Types) -> Tensor:
+    """One number in the slices that `index` names."""
+    (count,), axis = index.shape or (ONE,), dim % max(len(self.shape), 1)
+    shape = tuple(count if at == axis else size for at, size in enumerate(self.shape))
+    return replaced(selected(self, dim, index, shape), expand(tensor(value, self.dtype), shape))
 
 
 @op("index_add.default")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from torch_rtx.dtypes import INTS
+from torch_rtx.dtypes import DTYPES, INTS
 from torch_rtx.errors import Unsupported
 from torch_rtx.lowering.kernels.expressions import A, B, C, D, Expression, absolute, eq, fmax, fmin, where
 from torch_rtx.lowering.kernels.index import Index
@@ -16,6 +16,7 @@ from torch_rtx.lowering.kernels.kernel_ir import (
     Iota,
     Position,
     Scalar,
+    Scatter,
     Shape,
     Tensor,
     broadcast,
@@ -118,15 +119,22 @@ def one_hot(self: Tensor, num_classes: int = -1, *, out: Types) -> Tensor:
     return cast(pointwise(eq(A, B), "bool", place, move(self, shape, lambda position: position[:-1])), "i64")
 
 
+def replaced(target: Gather, source: Tensor) -> Scatter:
+    """`source`, of the shape of `target`, in place of the elements that `target` reads."""
+    if DTYPES[target.dtype].bits < 8 or DTYPES[target.dtype].packing:
+        raise Unsupported(f"elements of {target.dtype} that are replaced, in a kernel")
+    return Scatter(target.shape, target.dtype, target, cast(source, target.dtype), adds=False)
+
+
 @op("scatter.src", "scatter.value")
 def scatter(
     self: Tensor, dim: int, index: Tensor, src: Tensor | None = None, value: Scalar = 0, *, out: Types
 ) -> Tensor:
-    """`self` with the element of each row along `dim` that `index` names replaced; one of a row."""
+    """`self` with the elements along `dim` that `index` names replaced; where that is one of each row, by a choice."""
     shape, axis = self.shape, dim % max(len(self.shape), 1)
-    if index.shape != (*shape[:axis], ONE, *shape[axis + 1 :]) or not shape:
-        raise Unsupported("a scatter of several elements of a row")
     source = number(value, self.dtype) if src is None else move(src, index.shape, lambda position: position)
+    if index.shape != (*shape[:axis], ONE, *shape[axis + 1 :]) or not shape:
+        return replaced(taken(self, dim, index), expand(source, index.shape))
     place = Iota(shape, "i64", lambda position: position[axis])
     given = place, cast(index, "i64"), cast(source, self.dtype)
     if is_zero(self):

@@ -159,6 +159,23 @@ def _running(kind: str, self: Tensor, dim: int, dtype: str | None = None, *, out
 
 op("cumsum.default")(partial(_running, "sum"))
 op("cumprod.default")(partial(_running, "prod"))
+op("logcumsumexp.default")(partial(_running, "logaddexp"))
+
+
+def _extreme_so_far(kind: str, self: Tensor, dim: int, *, out: Types) -> tuple[Tensor, Tensor]:
+    """The largest or smallest element up to each, and where it is: the last of equal ones. NaN is both."""
+    value = cast(self, register(self.dtype))
+    if value.dtype == "bool" or not self.shape:
+        raise Unsupported("running extremes of truth values, or of a single number")
+    running, axis = scan(kind, value, dim), dim % len(self.shape)
+    place = Iota(self.shape, "i32", lambda position: position[axis])
+    here = pointwise(eq(A, B) | ne(A, A), "bool", value, running)
+    found = pointwise(where(A, B, C), "i32", here, place, number(0, "i32"))
+    return cast(running, out[0].dtype), cast(scan("max", found, dim), "i64")
+
+
+op("cummax.default")(partial(_extreme_so_far, "max"))
+op("cummin.default")(partial(_extreme_so_far, "min"))
 
 
 @op("var.correction")
