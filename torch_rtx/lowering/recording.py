@@ -68,12 +68,13 @@ class _Recorder(TorchDispatchMode):
         """Record the calls of `function`, which names its arguments in another way than `overload`, but for those
         that have no place."""
         arguments = overload._schema.arguments
-        last = max(
-            (place for place, one in enumerate(arguments) if one.name in given and not one.kwarg_only), default=-1
-        )
-        places = [given.pop(one.name, one.default_value) for one in arguments[: last + 1]]
+        named = [place for place, one in enumerate(arguments) if one.name in given and not one.kwarg_only]
+        places = [given.pop(one.name, one.default_value) for one in arguments[: max(named, default=-1) + 1]]
         with self:
-            return function(*places, **given)
+            try:
+                return function(*places, **given)
+            except Exception as error:  # whatever: without it there is the call
+                raise Unsupported(str(error)) from error
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -17,7 +17,7 @@ from torch_rtx.lowering.infer import Inference, is_symbolic
 from torch_rtx.lowering.kernels.body_builder import needed
 from torch_rtx.lowering.kernels.gemm_perf_model import streaming_us, typical
 from torch_rtx.lowering.recording import decomposition, recorded
-from torch_rtx.lowering.rewrite import Rewriter, rewrite
+from torch_rtx.lowering.rewrite import Rewriter, escaping, rewrite
 from torch_rtx.op_work import ANCHORS
 from torch_rtx.targets import Arch, Target
 
@@ -31,11 +31,13 @@ def decompose(graph: Graph, infer: Inference, targets: tuple[Target, ...]) -> Gr
     Args:
         targets: of the kernels.
     """
-    arches = tuple(dict.fromkeys(target.arch for target in targets))
+    arches, kept = tuple(dict.fromkeys(target.arch for target in targets)), escaping(graph)
 
     def visit(node: Node, rewriter: Rewriter) -> bool:
         if node.op in ANCHORS or node.writes or _is_covered(node):
             return False
+        if aten.may_alias(node) and any(value.name in kept for value in node.results):
+            return False  # the caller may get memory that the call shares with an input
         overload = aten.overload(node.op)
         if aten.is_view(overload) or aten.is_random(overload) or decomposition(overload) is None:
             return False
