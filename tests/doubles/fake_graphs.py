@@ -313,6 +313,10 @@ class GraphDriver(FakeDriver):
         executable.current[node] = copy(params)
         return (Status.CUDA_SUCCESS,)
 
+    def cuGraphMemcpyNodeSetParams(self, node: Node, params: Params) -> tuple[Status]:
+        node.params = copy(params)
+        return (Status.CUDA_SUCCESS,)
+
     def cuGraphInstantiate(self, graph: FakeGraph, flags: int) -> tuple[Status, Any]:
         if self.full:
             return Status.CUDA_ERROR_INVALID_VALUE, None

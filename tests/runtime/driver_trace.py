@@ -38,6 +38,7 @@ CALLS = {
     "cuGraphMemcpyNodeGetParams": ("node", "copy"),
     "cuGraphRemoveDependencies": ("graph [node] [node] [edge] #", ""),
     "cuGraphAddDependencies": ("graph [node] [node] [edge] #", ""),
+    "cuGraphMemcpyNodeSetParams": ("node copy", ""),
     "cuGraphInstantiate": ("graph #", "executable"),
     "cuGraphExecKernelNodeSetParams": ("executable node kernel", ""),
     "cuGraphExecMemcpyNodeSetParams": ("executable node copy context", ""),

@@ -286,6 +286,28 @@ def test_what_calls_touch_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     assert FakeGraph.last.kinds() == ["copy", "kernel", "kernel", "call", "copy"]
 
 
+def test_executables_are_made_of_copies_in_memory_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver looks at the memory of copies, and what was captured may be unmapped by then."""
+    text = CHAIN.replace("return [b]", "c: f32[s] = extern aten.exp.default(self=x)\n  return [b, c]")
+    module = Module(monkeypatch, text)
+    instantiate, made = module.driver.cuGraphInstantiate, []
+
+    def recorded(graph: FakeGraph, flags: int) -> tuple[Any, Any]:
+        made.append([(node.params.srcDevice, node.params.dstDevice) for node in graph.nodes if node.kind == "copy"])
+        return instantiate(graph, flags)
+
+    monkeypatch.setattr(module.driver, "cuGraphInstantiate", recorded)
+    held = []
+    for _ in range(6):
+        x, y = torch.randn(2, 16).unbind()
+        made.clear()
+        results = module(x, y)
+        held.append((x, y, results))
+        for (source, _), (_, target) in made:
+            assert (source, target) == (x.data_ptr(), results[1].data_ptr())
+    assert len(module.driver.executables) == EXECUTABLES - 1
+
+
 VIEWS = """
   input x: f32[s, 4]
   input y: f32[4]

@@ -10,6 +10,7 @@ import ctypes
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -29,10 +30,12 @@ class ParamNode:
     Attributes:
         set_params: the driver's call that sets the node's parameters in an executable.
         arguments: arguments of this call after the executable.
+        set_in_graph: sets the parameters in the graph itself; None: nobody looks at them there.
     """
 
     set_params: Callable[..., tuple[Any]]
     arguments: tuple[Any, ...]
+    set_in_graph: Callable[[], tuple[Any]] | None = None
 
 
 class Use(NamedTuple):
@@ -116,7 +119,8 @@ class GraphNodes:
             kind = checked(cuda.cuGraphNodeGetType(node))
             if kind == kinds.CU_GRAPH_NODE_TYPE_MEMCPY:
                 params = checked(cuda.cuGraphMemcpyNodeGetParams(node))
-                made = ParamNode(cuda.cuGraphExecMemcpyNodeSetParams, (node, params, context))
+                in_graph = partial(cuda.cuGraphMemcpyNodeSetParams, node, params)
+                made = ParamNode(cuda.cuGraphExecMemcpyNodeSetParams, (node, params, context), in_graph)
                 self._copies[int(params.srcDevice), int(params.dstDevice)] = made, params
             elif kind == kinds.CU_GRAPH_NODE_TYPE_KERNEL:
                 params = checked(cuda.cuGraphKernelNodeGetParams(node))
@@ -201,18 +205,16 @@ class Executables:
 
     def _moved(self, addresses: Addresses) -> Any:
         """Sets `addresses` in a new executable, or in the least recently set one."""
+        for slots, address in zip(self._slots, addresses, strict=True):
+            for holder, attribute, offset, _ in slots:
+                setattr(holder, attribute, address + offset)
         before = (-1,) * len(addresses)
         if not self._unset and not self._new():
             before = next(iter(self.ready))
             self._unset.append(self.ready.pop(before))
         handle = self._unset[-1]  # stays there if setting fails: the next replay then sets all addresses
-        nodes: dict[ParamNode, None] = {}
-        for slots, address, old in zip(self._slots, addresses, before, strict=True):
-            for holder, attribute, offset, node in slots:
-                setattr(holder, attribute, address + offset)
-                if address != old:
-                    nodes[node] = None
-        for node in nodes:
+        moved = (slots for slots, *pair in zip(self._slots, addresses, before, strict=True) if pair[0] != pair[1])
+        for node in {slot.node: None for slots in moved for slot in slots}:
             (status,) = node.set_params(handle, *node.arguments)
             if status != 0:
                 raise RuntimeError(f"CUDA driver: {status.name} when setting the addresses of a node")
@@ -220,9 +222,16 @@ class Executables:
         return handle
 
     def _new(self) -> bool:
-        """Instantiate the graph once more; False at the limit, or if the device has no memory left."""
+        """Instantiate the graph once more; False at the limit, or if the device has no memory left.
+
+        The driver looks at the memory of copies, and what the capture copied from and to may be unmapped by now, which
+        ends in a segmentation fault. So the copies get the addresses of this replay first.
+        """
         if len(self.ready) >= self._most:
             return False
+        for node in {slot.node: None for slots in self._slots for slot in slots}:
+            if node.set_in_graph is not None:
+                checked(node.set_in_graph())
         flags = self._driver.CUgraphInstantiate_flags.CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH
         status, handle = self._driver.cuGraphInstantiate(self._graph, int(flags))
         if status != 0:
