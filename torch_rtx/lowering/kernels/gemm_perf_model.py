@@ -64,7 +64,7 @@ MIN_ROWS = 8  # of a tile of `tl.dot`
 MAX_IMPRECISE = 128  # products of float8 that tensor cores may sum in less than f32, as in libraries
 MAX_PACKED, MAX_COMPUTED = 128, 64  # elements of a packed, or another computed operand per thread and step
 MAX_SCALED = 3  # operations for an element whose scale follows the sums
-MAX_STAGED = 240  # registers per thread of what `_staged_regs` counts, and two for each load
+MAX_STAGED = 240  # registers per thread for accumulators, elements of a staged operand, and two for each load
 MAX_NARROW_LOADS = 16  # per thread and step: loads of less than 16 bytes
 # An element of operands in block-scaled formats is one value or two: data sheet of the RTX 5090.
 BLOCK_SCALED = {1: "block_scaled", 2: "block_scaled_x2"}
@@ -425,10 +425,9 @@ def accumulator_regs(problem: GemmProblem, config: GemmConfig) -> int:
     return each * config.block_m * config.width * problem.accumulators // (32 * config.num_warps)
 
 
-def _staged_regs(problem: GemmProblem, config: GemmConfig) -> int:
-    """Registers per thread for accumulators and for the elements of a second operand that it computes."""
-    elements = config.width * problem.accumulators * config.block_k // (32 * config.num_warps)
-    return accumulator_regs(problem, config) + elements
+def _computed_elements(problem: GemmProblem, config: GemmConfig) -> int:
+    """Elements of the second operand per thread and step."""
+    return config.width * problem.accumulators * config.block_k // (32 * config.num_warps)
 
 
 def _fits_registers(problem: GemmProblem, config: GemmConfig, arch: Arch) -> bool:
@@ -437,7 +436,7 @@ def _fits_registers(problem: GemmProblem, config: GemmConfig, arch: Arch) -> boo
     MAX_NARROW_LOADS would cost the second resident program."""
     if config.staged:
         loads = int(problem.step_bytes(config)) // (16 * 32 * config.num_warps)
-        return _staged_regs(problem, config) + 2 * loads <= MAX_STAGED
+        return accumulator_regs(problem, config) + _computed_elements(problem, config) + 2 * loads <= MAX_STAGED
     is_light = _uses_wgmma(problem, config, arch) and problem.needs_few_registers
     most = 16 if problem.dtype == "f32" else 128 if is_light else 64
     threads = 32 * config.num_warps
@@ -449,7 +448,7 @@ def _fits_registers(problem: GemmProblem, config: GemmConfig, arch: Arch) -> boo
     elif problem.packed_run:
         loaded = int(problem.step_bytes(config))
     pointers = loaded // (16 * threads)
-    elements = columns * config.block_k // threads if problem.unpacking else 0
+    elements = _computed_elements(problem, config) if problem.unpacking else 0
     is_narrow = problem.vector_elements * SIZES[problem.dtype] < 16
     narrow_loads = config.block_m * config.block_k // (problem.vector_elements * threads) if is_narrow else 0
     return (
@@ -504,8 +503,10 @@ def _overlapped_us(chip: Chip, *times: float) -> float:
 def _resident_programs(problem: GemmProblem, config: GemmConfig, arch: Arch) -> int:
     """Programs per multiprocessor."""
     threads = 32 * config.num_warps
-    used = _staged_regs(problem, config) if config.staged else accumulator_regs(problem, config)
-    registers = min(used + (56 if _uses_wgmma(problem, config, arch) else 80), 255)
+    used = accumulator_regs(problem, config) + (56 if _uses_wgmma(problem, config, arch) else 80)
+    if config.staged:
+        used += _computed_elements(problem, config) // 2 - 8  # about half are held at once
+    registers = min(used, 255)
     return max(
         1,
         min(arch.shared // shared_memory(problem, config, arch), 65536 // (threads * registers), 1536 // threads),
