@@ -17,7 +17,7 @@ from torch_rtx.targets import Target, arch_of
 
 MMA = GemmConfig(32, 32, 128)
 FEW, SOME = GemmConfig(8, 32, 256, num_warps=2), GemmConfig(16, 32, 128, num_warps=2)
-STAGED = GemmConfig(64, 32, 128, staged=True)
+STAGED, FLAT = (GemmConfig(64, 32, block_k, staged=True) for block_k in (256, 64))
 WIDE = GemmConfig(32, 32, 256, extra_n=16)
 GEMV = GemmConfig(16, 8, 512, gemv=True)
 
@@ -81,7 +81,7 @@ return y
 
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
-@pytest.mark.parametrize("config", [MMA, WIDE, GEMV, FEW, SOME, STAGED])
+@pytest.mark.parametrize("config", [MMA, WIDE, GEMV, FEW, SOME, STAGED, FLAT])
 @pytest.mark.parametrize(
     "sizes",  # rows, columns, depth, group, run
     [(1, 32, 512, 128, 32), (3, 19, 384, 64, 16), (8, 40, 512, 32, 32), (33, 24, 256, 32, 32), (16, 37, 384, 128, 16)],
@@ -134,6 +134,13 @@ def test_quantization_is_no_rounding_of_a_call() -> None:
         "_to_copy.default(self=w, dtype='bf16')", "_to_copy.default(self=q, dtype='bf16')"
     )
     assert "448.0" in check(text, gemm_kernel, FEW, "bf16").source
+
+
+@pytest.mark.parametrize("config", [FEW, STAGED])
+def test_symbolic_rows(config: GemmConfig) -> None:
+    text = packed(7, 24, 384, 64, 16, "bf16").replace("[7,", "[n,").replace("x:", "dim n = 1, 64, 1\nx:", 1)
+    for rows in (1, 19):
+        check(text, gemm_kernel, config, "bf16", {"n": rows})
 
 
 def test_one_row_is_read_once() -> None:
