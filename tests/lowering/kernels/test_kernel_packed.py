@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -14,7 +15,9 @@ from torch_rtx.lowering.kernels.matmul_template import packed_runs
 from torch_rtx.lowering.kernels.region import region
 from torch_rtx.targets import Target, arch_of
 
-MMA = GemmConfig(16, 32, 128)
+MMA = GemmConfig(32, 32, 128)
+FEW, SOME = GemmConfig(8, 32, 256, num_warps=2), GemmConfig(16, 32, 128, num_warps=2)
+STAGED, FLAT = (GemmConfig(64, 32, block_k, staged=True) for block_k in (256, 64))
 WIDE = GemmConfig(32, 32, 256, extra_n=16)
 GEMV = GemmConfig(16, 8, 512, gemv=True)
 
@@ -46,6 +49,29 @@ return y
 """
 
 
+BYTES = """
+x: H[3, DEPTH]
+w: BYTES[24, DEPTH]
+s: H[24, 1]
+b: H[24]
+floats: H[24, DEPTH] = _to_copy.default(self=w, dtype='HALF')
+wide: H[24, DEPTH] = mul.Tensor(self=floats, other=s)
+y: H[3, 24] = linear.default(input=x, weight=wide, bias=b)
+return y
+"""
+
+GROUPS = """
+x: H[3, 512]
+w: i8[24, 512]
+s: H[24, 2, 1]
+floats: H[24, 512] = _to_copy.default(self=w, dtype='bf16')
+rows: H[24, 2, 256] = view.default(self=floats, size=[24, 2, 256])
+scaled: H[24, 2, 256] = mul.Tensor(self=rows, other=s)
+wide: H[24, 512] = view.default(self=scaled, size=[24, 512])
+y: H[3, 24] = linear.default(input=x, weight=wide)
+return y
+"""
+
 PLAIN = """
 x: bf16[ROWS, 4096]
 w: bf16[32768, 4096]
@@ -55,16 +81,74 @@ return y
 
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
-@pytest.mark.parametrize("config", [MMA, WIDE, GEMV])
+@pytest.mark.parametrize("config", [MMA, WIDE, GEMV, FEW, SOME, STAGED, FLAT])
 @pytest.mark.parametrize(
     "sizes",  # rows, columns, depth, group, run
     [(1, 32, 512, 128, 32), (3, 19, 384, 64, 16), (8, 40, 512, 32, 32), (33, 24, 256, 32, 32), (16, 37, 384, 128, 16)],
 )
 def test_packed_operands(config: GemmConfig, dtype: str, sizes: tuple[int, int, int, int, int]) -> None:
-    if not config.gemv or sizes[0] <= 8:
+    if sizes[0] <= 8 or not (config.gemv or config.block_m == 8):
         kernel = check(packed(*sizes, dtype), gemm_kernel, config, dtype)
         pairs = 4 * (1 + (config.extra_n > 0))  # two values at once, of each accumulator's columns
         assert kernel.source.count("0x000F000F") == pairs
+
+
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+@pytest.mark.parametrize("weight", ["i8", "u8", "f8e4m3fn", "f8e5m2"])
+@pytest.mark.parametrize("config", [FEW, SOME, STAGED, GEMV])
+@pytest.mark.parametrize("depth", [200, 256])
+def test_scales_of_columns_follow_the_sums(depth: int, config: GemmConfig, weight: str, dtype: str) -> None:
+    text = BYTES.replace("DEPTH", str(depth)).replace("BYTES", weight).replace("H[", f"{dtype}[")
+    kernel = check(text.replace("HALF", dtype), gemm_kernel, config, dtype)
+    assert ("tl.sum(acc0_2, 1)[:, None] * " if config.gemv else "acc0 = acc0 * ") in kernel.source
+
+
+@pytest.mark.parametrize("config", [FEW, SOME])
+def test_scales_of_groups_of_bytes_follow_the_sums_of_a_step(config: GemmConfig) -> None:
+    text = GROUPS.replace("STEP", str(config.block_k))
+    assert ", num_stages=3)" in check(text, gemm_kernel, config, "bf16").source
+    assert "num_stages" not in check(text, gemm_kernel, replace(config, block_m=32), "bf16").source
+
+
+@pytest.mark.parametrize(
+    ("expression", "follows"),
+    [
+        ("sub.Tensor(self=rows, other=8)", True),
+        ("add.Tensor(self=rows, other=zero)", True),
+        ("mul.Tensor(self=rows, other=zero)", True),
+        ("sub.Tensor(self=zero, other=rows)", False),
+        ("div.Tensor(self=rows, other=zero)", False),
+    ],
+)
+def test_other_shifts(expression: str, follows: bool) -> None:
+    text = packed(5, 24, 256, 64, 32, "bf16").replace("sub.Tensor(self=rows, other=zero)", expression)
+    kernel = check(text, gemm_kernel, FEW, "bf16")
+    assert (" += acc0_" in kernel.source) == follows
+
+
+def test_quantization_is_no_rounding_of_a_call() -> None:
+    """A weight that is quantized on the way has the numbers of float8."""
+    text = BYTES.replace("DEPTH", "256").replace("BYTES", "f32").replace("HALF", "bf16").replace("H[", "bf16[")
+    quantized = "q: f8e4m3fn[24, 256] = _to_copy.default(self=w, dtype='f8e4m3fn')\nfloats: "
+    text = text.replace("floats: ", quantized).replace(
+        "_to_copy.default(self=w, dtype='bf16')", "_to_copy.default(self=q, dtype='bf16')"
+    )
+    assert "448.0" in check(text, gemm_kernel, FEW, "bf16").source
+
+
+@pytest.mark.parametrize("config", [FEW, STAGED])
+def test_symbolic_rows(config: GemmConfig) -> None:
+    text = packed(7, 24, 384, 64, 16, "bf16").replace("[7,", "[n,").replace("x:", "dim n = 1, 64, 1\nx:", 1)
+    for rows in (1, 19):
+        check(text, gemm_kernel, config, "bf16", {"n": rows})
+
+
+def test_one_row_is_read_once() -> None:
+    """The other rows of the tile are masked."""
+    source = check(packed(1, 24, 512, 64, 32, "bf16"), gemm_kernel, FEW, "bf16").source
+    loads = [line for line in source.splitlines() if "tl.load(ap" in line]
+    assert len(loads) == 8
+    assert all("mask=in_m" in line for line in loads)
 
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
@@ -109,10 +193,10 @@ def test_split_k(dtype: str) -> None:
     assert gemm_problem(region(form.nodes[0].body), contraction, arch_of(80)).dtype == dtype  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("sm", [80, 89, 90, 120])
-def test_machine_code(sm: int) -> None:
+@pytest.mark.parametrize(("sm", "rows"), [(80, 1), (90, 1), (80, 16), (89, 16), (90, 16), (120, 16), (90, 512)])
+def test_machine_code(sm: int, rows: int) -> None:
     """Words and scales are copied to shared memory ahead of time, words 16 bytes at a time; no integer is converted."""
-    found = region(body(packed(16, 2048, 2048, 128, 32, "bf16")))
+    found = region(body(packed(rows, 2048, 2048, 128, 32, "bf16")))
     config = next(one for one in gemm_configs(found, arch_of(sm)) if not one.gemv)
     kernel, target = gemm_kernel(found, "kernel", config), Target(sm)
     (code,) = compile_kernels([(kernel, target)])[kernel, target].codes
@@ -122,6 +206,19 @@ def test_machine_code(sm: int) -> None:
     assert "cvt.rn.f32.u" not in text
     assert "ld.global" not in text
     assert "cp.async.cg.shared.global [ %r" in re.sub(r"\s+", " ", text)
+
+
+@pytest.mark.parametrize("sm", [80, 90, 120])
+def test_configurations_for_packed_operands(sm: int) -> None:
+    """Few rows are those of one instruction. Hopper's products take what is computed from shared memory, at once."""
+
+    def offered_for(rows: int) -> list[GemmConfig]:
+        found = gemm_configs(region(body(packed(rows, 2048, 2048, 128, 32, "bf16"))), arch_of(sm))
+        return [config for config in found if not config.gemv]
+
+    assert {(config.block_m, config.staged) for config in offered_for(8)} == {(8, False)}
+    assert any(config.staged for config in offered_for(512)) == (sm == 90)
+    assert all(config.staged or config.num_warps < 4 or config.block_n < 64 for config in offered_for(33) if sm == 90)
 
 
 def test_few_rows_move_the_packed_bytes() -> None:

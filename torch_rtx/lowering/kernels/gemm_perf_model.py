@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil, gcd, inf, prod
 
-from torch_rtx.dtypes import DTYPES, FLOAT, TF32, DType
+from torch_rtx.dtypes import DTYPES, FLOAT, HALVES, TF32, DType
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Dim, TensorType, typical_size
 from torch_rtx.lowering.kernels.epilogue_index import epilogue_indexing
@@ -60,8 +60,11 @@ MAX_CONFIGS, MAX_PER_TILE = 12, 2  # configurations kept: in all, and per tile s
 NUM_SPLITS = (2, 4, 8, 16)  # candidates for split-K and split-KV
 FULL_TILES, TILE = 0.75, 64  # no split-K with more TILE x TILE tiles per multiprocessor than this
 SPLIT_MULTIPLE = 32  # elements of K: each split has a multiple of this
+MIN_ROWS = 8  # of a tile of `tl.dot`
 MAX_IMPRECISE = 128  # products of float8 that tensor cores may sum in less than f32, as in libraries
 MAX_PACKED, MAX_COMPUTED = 128, 64  # elements of a packed, or another computed operand per thread and step
+MAX_SCALED = 3  # operations for an element whose scale follows the sums
+MAX_STAGED = 240  # registers per thread for accumulators, elements of a staged operand, and two for each load
 MAX_NARROW_LOADS = 16  # per thread and step: loads of less than 16 bytes
 # An element of operands in block-scaled formats is one value or two: data sheet of the RTX 5090.
 BLOCK_SCALED = {1: "block_scaled", 2: "block_scaled_x2"}
@@ -279,7 +282,8 @@ def gemm_us(region: Region, contraction: Contraction, arch: Arch) -> float:
     size = SIZES[problem.dtype]
     more = (size - problem.second_bytes) * problem.columns * problem.depth * problem.taps
     moved = problem.bytes_moved + int(more)
-    problem = replace(problem, bytes_moved=moved, uncoalesced_loads=0, second_bytes=size, unpacking=0, packed_run=0)
+    problem = replace(problem, bytes_moved=moved, uncoalesced_loads=0, second_bytes=size)
+    problem = replace(problem, unpacking=0, packed_run=0, swapped=False)
     return _ranked(problem, _is_gemv(contraction), arch)[0][0]
 
 
@@ -310,10 +314,11 @@ def epilogue_us(region: Region, arch: Arch) -> float:
 
 
 def prologue_us(region: Region, arch: Arch) -> float:
-    """The time of separate kernels for the anchor's computed operands, in microseconds."""
+    """The time of separate kernels for the anchor's computed operands, which write them, and of reading them again, in
+    microseconds."""
     assert region.anchor is not None
     computed = [value for value in region.anchor.inputs if stored_load(region.values[value.name]) is None]
-    return sum(streaming_us([tensor_type(value)], arch) for value in computed)
+    return sum(streaming_us([tensor_type(value)] * 2, arch) for value in computed)
 
 
 def _is_gemv(contraction: Contraction) -> bool:
@@ -325,6 +330,8 @@ def _is_gemv(contraction: Contraction) -> bool:
 def _ranked(problem: GemmProblem, is_gemv: bool, arch: Arch) -> list[tuple[float, GemmConfig]]:
     """All configurations with their times in microseconds, the fastest first."""
     found = [(mma_us(problem, config, arch), config) for config in _mma_configs(problem, arch)]
+    if problem.unpacking:  # of equals, those with the largest tiles and most loads in flight
+        found.reverse()
     if is_gemv:
         found += [(gemv_us(problem, config, arch.chip), config) for config in _gemv_configs(problem)]
     return sorted(found, key=lambda one: one[0])
@@ -370,13 +377,18 @@ def best_num_splits(region: Region, contraction: Contraction, arch: Arch) -> tup
 
 def _mma_configs(problem: GemmProblem, arch: Arch) -> Iterator[GemmConfig]:
     per_half = max(2 // SIZES[problem.dtype], 1)  # elements of K where a half would have one: as many bytes
-    depths = (MIN_BLOCK * PARTS, 2 * MIN_BLOCK * PARTS) if problem.packed_run else (16, 32, 64, 128)
-    tiles = [(16, 32, 64, 128, 256), (16, 32, 64, 128, 256), [per_half * size for size in depths]]
+    few = problem.swapped and problem.rows <= MIN_ROWS and problem.dtype in HALVES
+    depths = (64, 128, 256) if problem.packed_run else (16, 32, 64, 128, 256)[: 5 if few else 4]
+    sizes = (16, 32, 64, 128, 256)
+    tiles = [(MIN_ROWS,) if few else sizes, sizes, [per_half * size for size in depths]]
     most_m, most_n, most_k = map(block_of, (problem.rows, problem.columns, problem.depth))
     most_k = max(most_k, 16 * per_half)  # of an instruction
+    least_k = 32 * per_half
+    if few:  # memory is read in long runs
+        least_k = depths[-1] if problem.packed_run else depths[-2]
     stages = (2, 3, 4, 5) if "cp_async" in arch.features else (1,)
     for block_m, block_n, block_k, extra in itertools.product(*tiles, (False, True)):
-        if block_m > most_m or block_n > most_n or not min(most_k, 32 * per_half) <= block_k <= most_k:
+        if block_m > most_m or block_n > most_n or not min(most_k, least_k) <= block_k <= most_k:
             continue
         if problem.promoted and block_k > MAX_IMPRECISE:
             continue
@@ -385,13 +397,31 @@ def _mma_configs(problem: GemmProblem, arch: Arch) -> Iterator[GemmConfig]:
         extra_n = block_n // 2 if extra else 0
         area = block_m * (block_n + extra_n) * problem.accumulators
         warps = [count for count in (2, 4, 8) if 256 <= area // count <= 4096] or [1]
+        if few:  # warps divide the columns, so that none is unpacked twice; the rows are those of one instruction
+            warps = [count for count in (1, 2) if block_n in (16 * count, 32 * count)]
         for num_warps, num_stages in itertools.product(warps, stages):
-            config = GemmConfig(block_m, block_n, block_k, num_warps, num_stages, extra_n=extra_n)
+            given = GemmConfig(block_m, block_n, block_k, num_warps, num_stages, extra_n=extra_n)
+            config = _of_computed(problem, given, arch)
+            if config is None:
+                continue
             is_wide = 64 <= block_n <= 128 and block_k >= 64 and not problem.unpacking
             if extra and not (is_wide and _uses_wgmma(problem, config, arch)):
                 continue  # measured for wgmma alone
             if shared_memory(problem, config, arch) <= arch.shared and _fits_registers(problem, config, arch):
                 yield config
+
+
+def _of_computed(problem: GemmProblem, config: GemmConfig, arch: Arch) -> GemmConfig | None:
+    """`config` for the second operand, if that is computed: Hopper's products take it from shared memory, since from
+    registers each waits for the one before. None if it does not suit the operand."""
+    if problem.dtype not in HALVES or not (problem.swapped or problem.packed_run):
+        return config
+    staged = replace(config, staged=True)
+    if _uses_wgmma(problem, staged, arch):
+        # Of a wider tile, Triton writes the elements of packed words one by one.
+        return staged if not problem.packed_run or config.block_n <= 16 * config.num_warps else None
+    is_deep = not problem.packed_run or config.block_k >= MIN_BLOCK * PARTS  # each part is a product
+    return config if is_deep and not _uses_wgmma(problem, config, arch) else None
 
 
 def accumulator_regs(problem: GemmProblem, config: GemmConfig) -> int:
@@ -400,24 +430,37 @@ def accumulator_regs(problem: GemmProblem, config: GemmConfig) -> int:
     return each * config.block_m * config.width * problem.accumulators // (32 * config.num_warps)
 
 
+def _computed_elements(problem: GemmProblem, config: GemmConfig) -> int:
+    """Elements of the second operand per thread and step."""
+    return config.width * problem.accumulators * config.block_k // (32 * config.num_warps)
+
+
 def _fits_registers(problem: GemmProblem, config: GemmConfig, arch: Arch) -> bool:
     """The kernel should not spill. Empirical: of 255 registers accumulators may take a quarter, or half with wgmma and
     a cheap epilogue; each 16-byte load takes a pointer and, without `cp.async`, its data; more narrow loads than
     MAX_NARROW_LOADS would cost the second resident program."""
+    if config.staged:
+        loads = int(problem.step_bytes(config)) // (16 * 32 * config.num_warps)
+        return accumulator_regs(problem, config) + _computed_elements(problem, config) + 2 * loads <= MAX_STAGED
     is_light = _uses_wgmma(problem, config, arch) and problem.needs_few_registers
     most = 16 if problem.dtype == "f32" else 128 if is_light else 64
     threads = 32 * config.num_warps
     columns = config.width * problem.accumulators
     loaded = (config.block_m + columns) * SIZES[problem.dtype] * config.block_k  # of what computes an element, at least
-    pointers = int(problem.step_bytes(config) if problem.packed_run else loaded) // (16 * threads)
-    elements = columns * config.block_k // threads if problem.unpacking else 0
+    is_few = config.block_m == MIN_ROWS
+    if is_few:
+        loaded = int(columns * problem.second_bytes * config.block_k)
+    elif problem.packed_run:
+        loaded = int(problem.step_bytes(config))
+    pointers = loaded // (16 * threads)
+    elements = _computed_elements(problem, config) if problem.unpacking else 0
     is_narrow = problem.vector_elements * SIZES[problem.dtype] < 16
     narrow_loads = config.block_m * config.block_k // (problem.vector_elements * threads) if is_narrow else 0
     return (
         accumulator_regs(problem, config) <= most
-        and pointers <= (12 if "cp_async" in arch.features else 6)
+        and pointers <= (12 if "cp_async" in arch.features or is_few else 6)
         and narrow_loads <= MAX_NARROW_LOADS
-        and elements <= (MAX_PACKED if problem.packed_run else MAX_COMPUTED)
+        and elements <= (MAX_PACKED if problem.packed_run or is_few else MAX_COMPUTED)
     )
 
 
@@ -425,7 +468,7 @@ def _uses_wgmma(problem: GemmProblem, config: GemmConfig, arch: Arch) -> bool:
     """Products run as Hopper's wgmma, which reads operands from shared memory; a computed one comes first, see
     `MmaWriter`."""
     along_k = problem.dtype not in FLOAT8 or not problem.columns_last  # float8 lies along K in shared memory
-    rows = config.block_n if problem.swapped else config.block_m
+    rows = config.block_n if problem.swapped and not config.staged else config.block_m
     is_large = rows >= 64 and config.num_warps >= 4
     return "wgmma" in arch.features and problem.dtype != "f32" and is_large and along_k
 
@@ -434,7 +477,8 @@ def shared_memory(problem: GemmProblem, config: GemmConfig, arch: Arch) -> int:
     """Bytes of shared memory per program: of the pipeline stages, one more with wgmma, which reads from there."""
     step = int(problem.step_bytes(config))
     steps = config.num_stages - (not _uses_wgmma(problem, config, arch))
-    return max(step * max(steps, 1), config.block_m * config.block_n * 2)
+    computed = config.block_n * config.block_k * SIZES[problem.dtype] if config.staged else 0
+    return max(step * max(steps, 1) + computed, config.block_m * config.block_n * 2)
 
 
 def mma_us(problem: GemmProblem, config: GemmConfig, arch: Arch) -> float:
@@ -464,7 +508,10 @@ def _overlapped_us(chip: Chip, *times: float) -> float:
 def _resident_programs(problem: GemmProblem, config: GemmConfig, arch: Arch) -> int:
     """Programs per multiprocessor."""
     threads = 32 * config.num_warps
-    registers = min(accumulator_regs(problem, config) + (56 if _uses_wgmma(problem, config, arch) else 80), 255)
+    used = accumulator_regs(problem, config) + (56 if _uses_wgmma(problem, config, arch) else 80)
+    if config.staged:
+        used += _computed_elements(problem, config) // 2 - 8  # about half are held at once
+    registers = min(used, 255)
     return max(
         1,
         min(arch.shared // shared_memory(problem, config, arch), 65536 // (threads * registers), 1536 // threads),
@@ -479,25 +526,29 @@ def _step_us(problem: GemmProblem, config: GemmConfig, arch: Arch, count: int) -
     if _uses_wgmma(problem, config, arch):
         # A warpgroup multiplies 64 rows at a time: it reads all columns, and per accumulator its rows once.
         ranges = problem.accumulators * (2 if config.extra_n else 1) * max(warps * 16 // config.block_m, 1)
-        elements = config.block_m * ranges + width * config.block_m / 64
+        shared = (config.block_m * ranges + width * config.block_m / 64) * size
     else:
         # Warps divide the tile into near squares; each reads its rows and its columns.
         across = 1
         while across * across < warps and config.block_m // across > 16:
             across *= 2
-        elements = warps * (config.block_m / across + width / max(warps // across, 1))
+        second = problem.second_bytes if problem.unpacking else size
+        shared = warps * (config.block_m / across * size + width / max(warps // across, 1) * second)
         if "wgmma" in arch.features:  # mma.sync has half the rate there, and Triton makes float8 halves for it
             rate /= 2 * RATES[problem.dtype] if problem.dtype in FLOAT8 else 2
-    elements += config.block_m + width if "wgmma" in arch.features else 0  # copies to shared memory
+    shared += (config.block_m + width) * size if "wgmma" in arch.features else 0  # copies to shared memory
     math_us = 2 * config.block_m * width * config.block_k / rate
     if problem.promoted:
         math_us += config.block_m * width / (chip.plain * 1e6 / 2 / chip.processors)
-    shared_us = elements * config.block_k * size / (128e3 * chip.clock)
+    shared_us = shared * config.block_k / (128e3 * chip.clock)
     l2_us = problem.step_bytes(config) / (chip.cache * 1e3 * chip.clock)
     # A load is due num_stages - 1 steps later.
     latency_us = (LATENCY_US + math_us) / max(config.num_stages - 1, 1)
     uncoalesced_us = problem.uncoalesced_loads * width * config.block_k / (chip.clock * 1e3)
-    unpack_us = problem.unpacking * width * config.block_k / (LANES * chip.clock * 1e3)
+    operations = min(problem.unpacking, MAX_SCALED) if config.block_m == MIN_ROWS else problem.unpacking
+    unpack_us = operations * width * config.block_k / (LANES * chip.clock * 1e3)
+    if config.staged and count == 1:  # with none to take turns with, tensor cores wait
+        math_us += unpack_us
     on_chip_us = count * math_us, count * shared_us, count * l2_us, count * unpack_us
     return BARRIER_US + _overlapped_us(chip, *on_chip_us, latency_us, count * uncoalesced_us)
 

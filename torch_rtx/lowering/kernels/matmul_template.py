@@ -3,9 +3,8 @@
 A program computes a tile of BM rows and BN columns. Operands are kernel IR, so views and computed operands are fused
 into the loads; for a plain operand the loop is that of a hand-written kernel.
 
-    MmaWriter    `tl.dot` of [BM, BK] and [BK, BN] tiles, accumulated in f32; products of integers in i32
-    GemvWriter   for very few rows, where reading the weights dominates: a [BN, BK] tile of weights is multiplied with
-                 each row and accumulated, without padding the rows to the 16 of a tensor core
+This is what the writers share: `mma_template` has that of products on tensor cores, `gemv_template` that of very few
+rows, `block_scaled` that of formats with scales.
 """
 
 from __future__ import annotations
@@ -51,6 +50,7 @@ class GemmConfig:
         block_scaled: use BlockScaledWriter.
         programs: of a persistent kernel; 0: one program per tile.
         promoted: the products of a step are added to the sums by separate instructions, in f32.
+        staged: a second operand that is computed goes through shared memory, whole, see `MmaWriter`.
     """
 
     block_m: int
@@ -65,6 +65,7 @@ class GemmConfig:
     extra_n: int = 0
     promoted: bool = False
     block_scaled: bool = False
+    staged: bool = False
 
     @property
     def width(self) -> int:
@@ -394,21 +395,34 @@ class KLoop:
         return [f"{name} = {elements} < {limit}"] if self.masked else []
 
     def loop(
-        self, before: list[str], masks: list[str], inside: list[str], steps: str = "range", live: str = ""
+        self,
+        before: list[str],
+        masks: list[str],
+        inside: list[str],
+        steps: str = "range",
+        num_stages: int = 0,
+        live: str = "",
     ) -> list[str]:
-        """The loop, or its body alone for a single step. There is none where `live`, a condition, does not hold."""
+        """The loop, or its body alone for a single step. There is none where `live`, a condition, does not hold. With
+        `num_stages` all loads in it are issued ahead, not only those that products need."""
         if not self.looped and not live:
             return [*masks, *before, *inside]
         always, each = ([], masks) if self.chunk.terms else (masks, [])
         lines = [*self.lines, *each, *inside]
         count = f"tl.where({live}, {self.count}, 0)" if live else str(self.count)
-        return [*always, *before, f"for {LOOP} in {steps}(0, {count}):", *indent(lines)]
+        steps = f"tl.range(0, {count}, num_stages={num_stages})" if num_stages else f"{steps}(0, {count})"
+        return [*always, *before, f"for {LOOP} in {steps}:", *indent(lines)]
+
+    def whole(self, name: str) -> Position:
+        """As `position`, for the elements `name` of all parts of a step, one part after the other."""
+        block, element = constant(self.block), variable(name, constant(len(self.parts) * self.block))
+        return (k_of(self.chunk * block + element % block, self.run, element // block),)
 
     def position(self, name: str, part: int = 0) -> Position:
         """K as one index per tap and one for the depth, for the elements `name` of a part of a step."""
         k = self.chunk * constant(self.block) + variable(name, constant(self.block))
         if self.run:
-            return (k_of(k, self.run, part),)
+            return (k_of(k, self.run, constant(part)),)
         if not self.flat:
             return (*self.at, k)
         taps = tuple(map(constant, self.taps))
@@ -432,113 +446,22 @@ def swaps(contraction: Contraction) -> bool:
     return stored_load(contraction.b) is None and stored_load(contraction.a) is not None
 
 
-class MmaWriter(TileWriter):
-    """A contraction on tensor cores.
-
-    Where the second operand alone is computed it comes first: the tile is transposed. Tensor cores take the first
-    operand from registers, where it is computed, and Hopper's take the second one from shared memory alone.
-    """
-
-    def __init__(self, region: Region, contraction: Contraction, config: GemmConfig) -> None:
-        super().__init__(region, contraction, config)
-        self.swapped = swaps(contraction)
-        if self.swapped:
-            self.row_axis, self.column_axis = self.column_axis, self.row_axis
-
-    def body(self) -> list[str]:
-        """Pointers, the loop over K, and the epilogue."""
-        config, contraction = self.config, self.contraction
-        k_loop = KLoop(contraction, config.block_k)
-        a_mask, b_mask = ("in_ka", "in_kb") if k_loop.masked else ("", "")
-        a = Emitter(self._axes(Axis(M, config.block_m, self.rows_mask), Axis(KA, k_loop.block, a_mask)), "a")
-        k_loop.enter(a, a_mask)
-        dtype = self.dtype
-        positions = [contraction.a_at(self.z, self.m, k_loop.position(KA, part)) for part in k_loop.parts]
-        left = [operand(a, contraction.a, at, dtype, a_mask) for at in positions]
-        before, inside, dots, rest = a.outer.lines, a.inner(), [], []
-        for part, axis in enumerate(self.ranges):
-            b = Emitter(self._axes(Axis(KB, k_loop.block, b_mask), axis), "bc"[part])
-            k_loop.enter(b, b_mask)
-            named = {N: variable(axis.name, self.indexing.width)} if part else {}
-            totals = []
-            for which, column in enumerate(self.indexing.columns):
-                total = Operand(f"acc{part * len(self.indexing.columns) + which}", frozenset((M, axis.name)))
-                for one in k_loop.parts:
-                    at = contraction.b_at(self.z, substitute(column, named), k_loop.position(KB, one))
-                    dots.append(self._dot(total.text, left[one], operand(b, contraction.b, at, dtype, b_mask)))
-                totals.append(total)
-            shape = ", ".join(str(one.block) for one in self._axes(Axis(M, config.block_m), axis))
-            zeros = f"tl.zeros([{shape}], {tl_dtype(self.sums)})"
-            before += [*b.outer.lines, *(f"{total.text} = {zeros}" for total in totals)]
-            inside += b.inner()
-            epilogue = Emitter(self._axes(Axis(M, config.block_m, self.rows_mask), axis), "" if part == 0 else "e")
-            self.write_epilogue(epilogue, totals, named)
-            rest += epilogue.outer.lines
-        k_axes = "[:, None]" if self.swapped else "[None, :]", "[None, :]" if self.swapped else "[:, None]"
-        lines = [line for k, axis in zip((KA, KB), k_axes, strict=True) for line in self.k_range(k, axis, k_loop.block)]
-        masks = [*k_loop.mask(a_mask, KA), *k_loop.mask(b_mask, KB)]
-        return lines + k_loop.loop(before, masks, inside + dots, live=self.live) + rest
-
-    def _axes(self, first: Axis, second: Axis) -> list[Axis]:
-        """The dimensions of a tile."""
-        return [second, first] if self.swapped else [first, second]
-
-    def _dot(self, total: str, a: str, b: str) -> str:
-        first, second = (b, a) if self.swapped else (a, b)
-        if self.config.promoted:  # with the last argument, Triton does not make one dot of both again
-            return f"{total} += tl.dot({first}, {second}, max_num_imprecise_acc={self.config.block_k})"
-        how = f', input_precision="{self.config.input_precision}"' if self.dtype == "f32" else ""
-        if self.sums != "f32":  # what `tl.dot` takes for granted
-            how = f", out_dtype={tl_dtype(self.sums)}"
-        return f"{total} = tl.dot({first}, {second}, {total}{how})"
-
-
-class GemvWriter(TileWriter):
-    """A contraction of few rows with FMAs."""
-
-    row_axis = ""
-    column_axis = "[:, None]"
-
-    def body(self) -> list[str]:
-        """Pointers, the loop over K, and the epilogue of each row."""
-        config, contraction, rows = self.config, self.contraction, self.contraction.rows
-        if not isinstance(rows, int) or rows > MAX_GEMV_ROWS:
-            raise Unsupported(f"{rows} rows at once")
-        k_loop = KLoop(contraction, config.block_k)
-        mask = "in_kb" if k_loop.masked else ""
-        emitter = Emitter([Axis(N, config.block_n, self.columns_mask), Axis(KB, k_loop.block, mask)])
-        k_loop.enter(emitter, mask)
-        sums, totals = [], {}
-        for k in (k_loop.position(KB, part) for part in k_loop.parts):
-            positions = [contraction.a_at(self.z, constant(row), k) for row in range(rows)]
-            values = [operand(emitter, contraction.a, at, self.sums, mask, full_tile=False) for at in positions]
-            for which, column in enumerate(self.indexing.columns):
-                at = contraction.b_at(self.z, column, k)
-                weight = operand(emitter, contraction.b, at, self.sums, mask, full_tile=False)
-                for row, value in enumerate(values):
-                    totals[row, which] = f"acc{which}_{row}"
-                    sums.append(f"{totals[row, which]} += {value} * {weight}")
-        zeros = f"tl.zeros([{config.block_n}, {k_loop.block}], {tl_dtype(self.sums)})"
-        before = [*emitter.outer.lines, *(f"{total} = {zeros}" for total in totals.values())]
-        loop = k_loop.loop(before, k_loop.mask(mask, KB), [*emitter.inner(), *sums])
-        lines = self.k_range(KB, "[None, :]", k_loop.block) + loop
-        emitter.outer.lines = []
-        for row in range(rows):
-            texts = [f"tl.sum({totals[row, which]}, 1)[:, None]" for which in range(len(self.indexing.columns))]
-            sums_of_row = [emitter.assign(text, frozenset((N,)), "sum") for text in texts]
-            self.write_epilogue(emitter, sums_of_row, {M: constant(row)})
-        return lines + emitter.outer.lines
-
-
 def operand(
-    emitter: Emitter, tensor: Tensor, position: Position, dtype: str, mask: str = "", full_tile: bool = True
+    emitter: Emitter,
+    tensor: Tensor,
+    position: Position,
+    dtype: str,
+    mask: str = "",
+    full_tile: bool = True,
+    conditions: tuple[Operand, ...] = (),
 ) -> str:
     """A tile of an operand as `dtype`, broadcast to all axes with `full_tile`. Elements outside of `mask` are 0: a
-    computed operand (1/x of padding) may be NaN or inf there. float8 stays of its own kind."""
+    computed operand (1/x of padding) may be NaN or inf there. float8 stays of its own kind. A stored operand is not
+    read where `conditions` do not hold, and is 0."""
     stored = stored_load(tensor)
     if dtype in FLOAT8 and stored is not None:
         dtype = stored.dtype
-    found = _load_operand(emitter, tensor, position, (), dtype)
+    found = _load_operand(emitter, tensor, position, conditions, dtype)
     if found is not None:
         text = found.text
     else:

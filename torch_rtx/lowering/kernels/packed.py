@@ -30,6 +30,9 @@ RUNS = (32, 16)  # words of a run, best first: a kernel reads as many values of 
 WORD = "word"
 # The number 2**n whose last bit counts 1, and its bits in both halves of a word.
 MAGIC = {"f16": (1024.0, 0x64006400), "bf16": (128.0, 0x43004300)}
+# As a half: what a byte is combined with to be the last bits of 2**10 plus a number, and what is subtracted. Hardware
+# converts to f16 at a quarter of the rate; for bf16 Triton has a way of its own.
+BYTES = {"i8": (0x6480, 1024.0 + 128), "u8": (0x6400, 1024.0)}
 SINGLE = ["add"], ["sub"], ["mul"]  # operations that round once, as the calls do
 
 
@@ -86,10 +89,10 @@ def _is(tensor: Pointwise, op: str) -> bool:
     return False
 
 
-def k_of(word: Index, run: int, part: int) -> Index:
+def k_of(word: Index, run: int, part: Index) -> Index:
     """K of value number `part` in a word that is number `word` of those along K."""
     size = constant(run)
-    return word // size * constant(PARTS * run) + constant(part * run) + word % size
+    return word // size * constant(PARTS * run) + part * size + word % size
 
 
 def packed_run(tensor: Tensor, position: Position, k: str, depth: int) -> int:
@@ -100,7 +103,7 @@ def packed_run(tensor: Tensor, position: Position, k: str, depth: int) -> int:
         return 0
     for run in RUNS:
         words = variable(WORD, constant(depth // PARTS))
-        bits = (substitute(found.bit, {k: k_of(words, run, part)}) for part in range(PARTS))
+        bits = (substitute(found.bit, {k: k_of(words, run, constant(part))}) for part in range(PARTS))
         if depth % (PARTS * run) == 0 and list(bits) == [constant(BITS * part) for part in range(PARTS)]:
             return run
     return 0
@@ -127,7 +130,7 @@ def fits_halves(tensor: Tensor, position: Position, dtype: str) -> bool:
             return tensor.dtype == dtype and not tensor.anchor
         case Const():
             return _is_exact(tensor.value, dtype)
-        case Pointwise(args=(source,)) if tensor.dtype == dtype and _is_cast(tensor.expression):
+        case Pointwise(args=(source,)) if tensor.dtype == dtype and is_cast(tensor.expression):
             return source.dtype in ("f32", "i8", "u8") or _known(source, position, dtype) is not None
         case Pointwise() if {tensor.dtype, *(arg.dtype for arg in tensor.args)} == {dtype}:
             is_single = [*operations(tensor.expression)] in SINGLE
@@ -143,11 +146,15 @@ def in_halves(emitter: Emitter, tensor: Tensor, position: Position, dtype: str) 
             return in_halves(emitter, tensor.source, tensor.at(position), dtype)
         case Load():
             return emitter.memory(tensor, position, (), dtype)
-        case Pointwise(args=(source,)) if _is_cast(tensor.expression):
+        case Pointwise(args=(source,)) if is_cast(tensor.expression):
             found = _known(source, position, dtype)
             if found is not None:
                 return _as_float(emitter, found, dtype)
             value = emitter.value(source, position)
+            if dtype == "f16" and source.dtype in BYTES:
+                xor, number = BYTES[source.dtype]
+                bits = f"(({value.text}.to(tl.int16) & 0xFF) ^ {xor:#x})"
+                return emitter.named(f"{bits}.to(tl.float16, bitcast=True) - {number}", value.axes)
             return emitter.named(f"{value.text}.to({tl_dtype(dtype)})", value.axes)
         case Pointwise():
             args = [in_halves(emitter, arg, position, dtype) for arg in tensor.args]
@@ -166,11 +173,26 @@ def _known(tensor: Tensor, position: Position, dtype: str) -> Nibble | None:
 
 
 def _as_float(emitter: Emitter, found: Nibble, dtype: str) -> Operand:
-    (number, bits), bit = MAGIC[dtype], found.bit.number or 0
+    word = _with_magic(emitter, found, dtype)
+    return emitter.named(f"{word.text} - {MAGIC[dtype][0] - found.added}", word.axes)
+
+
+def _with_magic(emitter: Emitter, found: Nibble, dtype: str) -> Operand:
+    """The 4 bits as floats plus MAGIC."""
+    bits, bit = MAGIC[dtype][1], found.bit.number or 0
     word = emitter.value(found.words, found.position)
     pair = emitter.named(f"({word.text} >> {bit % 16}) & 0x000F000F | {bits:#x}", word.axes)
     half = f"({pair.text} >> 16)" if bit >= 16 else pair.text
-    return emitter.named(f"{half}.to(tl.int16).to({tl_dtype(dtype)}, bitcast=True) - {number - found.added}", word.axes)
+    return Operand(f"{half}.to(tl.int16).to({tl_dtype(dtype)}, bitcast=True)", word.axes)
+
+
+def with_magic(emitter: Emitter, tensor: Tensor, position: Position, dtype: str) -> tuple[Operand, float] | None:
+    """The elements of `tensor`, a cast of 4 bits to `dtype`, plus a number, and that number; None if it is no such
+    cast, or if sums that have the number in them would be less exact than those of elements in `dtype`."""
+    if dtype != "bf16" or not isinstance(tensor, Pointwise) or not is_cast(tensor.expression):
+        return None
+    found = _known(tensor.args[0], position, dtype)
+    return found and (_with_magic(emitter, found, dtype), MAGIC[dtype][0] - found.added)
 
 
 def _is_exact(number: object, dtype: str) -> bool:
@@ -183,7 +205,8 @@ def _is_exact(number: object, dtype: str) -> bool:
     return bits & 0xFFFF == 0 and bool(struct.unpack("f", struct.pack("f", number))[0] == number)
 
 
-def _is_cast(expression: Expression) -> bool:
+def is_cast(expression: Expression) -> bool:
+    """Whether `expression` is its argument in another dtype."""
     match expression:
         case Apply("cast", (Arg(0),)) | Apply("round_to", (Apply("cast", (Arg(0),)) | Arg(0),)):
             return True

@@ -40,6 +40,7 @@ from torch_rtx.lowering.kernels.gemm_perf_model import (
     streaming_us,
     typical,
 )
+from torch_rtx.lowering.kernels.gemv_template import GemvWriter
 from torch_rtx.lowering.kernels.index import Index, constant, from_dim, unravel
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.kernel_ir import (
@@ -59,16 +60,15 @@ from torch_rtx.lowering.kernels.matmul_template import (
     TAPS,
     Contraction,
     GemmConfig,
-    GemvWriter,
     KLoop,
     M,
-    MmaWriter,
     N,
     TileWriter,
     anchor_result,
     operand,
     stored_load,
 )
+from torch_rtx.lowering.kernels.mma_template import MmaWriter
 from torch_rtx.lowering.kernels.region import Region, tensor_type
 from torch_rtx.lowering.kernels.split import added, split_anchor
 from torch_rtx.lowering.kernels.triton_ops import tl_dtype

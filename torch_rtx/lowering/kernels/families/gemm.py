@@ -24,6 +24,7 @@ from torch_rtx.lowering.kernels.gemm_perf_model import (
     ranked_configs,
     typical,
 )
+from torch_rtx.lowering.kernels.gemv_template import GemvWriter
 from torch_rtx.lowering.kernels.index import Index, bounds, from_dim, multiple, product, ravel, unravel, variable
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.kernel_ir import (
@@ -38,7 +39,8 @@ from torch_rtx.lowering.kernels.kernel_ir import (
     number,
     pointwise,
 )
-from torch_rtx.lowering.kernels.matmul_template import Contraction, GemmConfig, GemvWriter, MmaWriter, anchor_result
+from torch_rtx.lowering.kernels.matmul_template import Contraction, GemmConfig, anchor_result
+from torch_rtx.lowering.kernels.mma_template import MmaWriter
 from torch_rtx.lowering.kernels.ops.views import reshape
 from torch_rtx.lowering.kernels.region import Region, tensor_type
 from torch_rtx.lowering.kernels.split import added, split_anchor

@@ -24,7 +24,8 @@ from torch_rtx.lowering.kernels.gemm_perf_model import (
 from torch_rtx.lowering.kernels.index import from_dim, variable
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.kernel_ir import ONE, cast
-from torch_rtx.lowering.kernels.matmul_template import Contraction, GemmConfig, M, MmaWriter, Z, anchor_result
+from torch_rtx.lowering.kernels.matmul_template import Contraction, GemmConfig, M, Z, anchor_result
+from torch_rtx.lowering.kernels.mma_template import MmaWriter
 from torch_rtx.lowering.kernels.region import Region
 from torch_rtx.lowering.kernels.source import next_power_of_2
 from torch_rtx.op_work import GROUPED_MM

@@ -1,0 +1,197 @@
+"""Products on tensor cores: the loop over K of `tl.dot`, and what operands have to do with it.
+
+acc = tl.dot(a, b, acc)                         sums in f32; of integers in i32
+acc += scale * tl.dot(codes, a) + shift * q     few rows: a group of K with a scale and a shift; q = sum(a)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch_rtx.dtypes import HALVES
+from torch_rtx.lowering.kernels.emit import Axis, Emitter, Operand
+from torch_rtx.lowering.kernels.index import substitute, variable
+from torch_rtx.lowering.kernels.kernel_ir import Position
+from torch_rtx.lowering.kernels.matmul_template import (
+    KA,
+    KB,
+    LOOP,
+    Contraction,
+    GemmConfig,
+    KLoop,
+    M,
+    N,
+    TileWriter,
+    operand,
+    stored_load,
+    swaps,
+)
+from torch_rtx.lowering.kernels.packed import with_magic
+from torch_rtx.lowering.kernels.region import Region
+from torch_rtx.lowering.kernels.scaled_sums import Scaled, scaled
+from torch_rtx.lowering.kernels.triton_ops import tl_dtype
+
+FEW_ROWS = 16  # sums of a group of K have a tile of their own
+
+
+@dataclass
+class Sums:
+    """An accumulator.
+
+    Attributes:
+        by_step: scales and shifts are applied to the sums of each step.
+        before, inside, after: lines before the loop, in it, and after it.
+    """
+
+    total: Operand
+    by_step: bool = False
+    before: list[str] = field(default_factory=list)
+    inside: list[str] = field(default_factory=list)
+    after: list[str] = field(default_factory=list)
+
+
+class MmaWriter(TileWriter):
+    """A contraction on tensor cores.
+
+    Where the second operand alone is computed it comes first: the tile is transposed, and goes to tensor cores from
+    registers. With `staged` it stays the second one, as Hopper's products by warpgroups take it, from shared memory: a
+    step is one product, and no other waits for it. For that the parts of a packed operand are joined.
+
+    Scales follow the sums, see `scaled_sums`: after the loop if they are the same for all of K, else, for few rows,
+    with each step.
+    """
+
+    def __init__(self, region: Region, contraction: Contraction, config: GemmConfig) -> None:
+        super().__init__(region, contraction, config)
+        self.swapped = swaps(contraction) and not config.staged
+        if self.swapped:
+            self.row_axis, self.column_axis = self.column_axis, self.row_axis
+
+    def body(self) -> list[str]:
+        """Pointers, the loop over K, and the epilogue."""
+        config, contraction = self.config, self.contraction
+        k_loop = KLoop(contraction, config.block_k)
+        a_mask, b_mask = ("in_ka", "in_kb") if k_loop.masked else ("", "")
+        rows, is_joined = Axis(M, config.block_m, self.rows_mask), config.staged and k_loop.run > 0
+        block_a = len(k_loop.parts) * k_loop.block if is_joined else k_loop.block
+        a = Emitter(self._axes(rows, Axis(KA, block_a, a_mask)), "a")
+        k_loop.enter(a, a_mask)
+        places = [k_loop.whole(KA)] if is_joined else [k_loop.position(KA, part) for part in k_loop.parts]
+        left = [self._left(a, place, a_mask) for place in places]
+        before, inside, dots, rest = a.outer.lines, a.inner(), list[str](), list[str]()
+        num_stages = 0
+        for part, axis in enumerate(self.ranges):
+            b = Emitter(self._axes(Axis(KB, k_loop.block, b_mask), axis), "bc"[part])
+            k_loop.enter(b, b_mask)
+            named = {N: variable(axis.name, self.indexing.width)} if part else {}
+            sums = []
+            for which, column in enumerate(self.indexing.columns):
+                name = f"acc{part * len(self.indexing.columns) + which}"
+                columns = substitute(column, named)
+                positions = [contraction.b_at(self.z, columns, k_loop.position(KB, one)) for one in k_loop.parts]
+                sums.append(self._sums(Operand(name, frozenset((M, axis.name))), b, axis, positions, left, b_mask))
+            before += [*b.outer.lines, *(line for one in sums for line in one.before)]
+            inside += b.inner()
+            dots += [line for one in sums for line in one.inside]
+            num_stages = config.num_stages if any(one.by_step for one in sums) else num_stages
+            epilogue = Emitter(self._axes(rows, axis), "" if part == 0 else "e")
+            self.write_epilogue(epilogue, [one.total for one in sums], named)
+            rest += [*(line for one in sums for line in one.after), *epilogue.outer.lines]
+        k_axes = "[:, None]" if self.swapped else "[None, :]", "[None, :]" if self.swapped else "[:, None]"
+        lines = [*self.k_range(KA, k_axes[0], block_a), *self.k_range(KB, k_axes[1], k_loop.block)]
+        word = f"({KA} % {k_loop.block})" if is_joined else KA
+        masks = [*k_loop.mask(a_mask, word), *k_loop.mask(b_mask, KB)]
+        return lines + k_loop.loop(before, masks, inside + dots, num_stages=num_stages, live=self.live) + rest
+
+    def _left(self, emitter: Emitter, position: Position, mask: str) -> str:
+        """A tile of the first operand. One row is read once, not by all rows of the tile."""
+        at = self.contraction.a_at(self.z, self.m, position)
+        is_one = self.contraction.rows == 1 and self.rows_mask != ""
+        conditions = (Operand(self.rows_mask, frozenset((M,))),) if is_one else ()
+        return operand(emitter, self.contraction.a, at, self.dtype, mask, conditions=conditions)
+
+    def _sums(
+        self, total: Operand, b: Emitter, axis: Axis, positions: list[Position], left: list[str], mask: str
+    ) -> Sums:
+        """The accumulator `total` of columns along `axis`, to which each part of a step adds."""
+        made, contraction, zeros = Sums(total), self.contraction, self._zeros(axis)
+        made.before.append(f"{total.text} = {zeros}")
+        found = self._scaled(b, positions)
+        if not found:
+            values = self._joined([operand(b, contraction.b, at, self.dtype, mask) for at in positions])
+            made.inside += [self._dot(total.text, one, value) for one, value in zip(left, values, strict=True)]
+            return made
+        groups: dict[tuple[Operand | None, Operand | None], list[tuple[str, str]]] = {}
+        for one, other in zip(found, left, strict=True):
+            magic = with_magic(b, one.codes, one.position, self.dtype) if self.is_small else None
+            value = magic[0].text if magic else operand(b, one.codes, one.position, self.dtype, mask)
+            groups.setdefault(one.factors(b, magic[1] if magic else 0.0), []).append((other, value))
+        made.by_step = len(groups) > 1 or any(LOOP in one.varies(b) for one in found)
+        for number, (factors, pairs) in enumerate(groups.items()):
+            name = f"{total.text}_{number}" if made.by_step else total.text
+            dots, terms = self._group(name, factors, pairs, b)
+            empty = [f"{tile} = {zeros}" for tile in dots if tile != total.text]
+            products = [line for lines in dots.values() for line in lines]
+            if made.by_step:
+                made.inside += [*empty, *products, f"{total.text} += {terms}"]
+            else:
+                made.before, made.inside, made.after = made.before + empty, products, [f"{total.text} = {terms}"]
+        return made
+
+    def _group(
+        self, sums: str, factors: tuple[Operand | None, Operand | None], pairs: list[tuple[str, str]], b: Emitter
+    ) -> tuple[dict[str, list[str]], str]:
+        """The products of codes that share a scale and a shift, by the tile that they are added to, and what comes of
+        these tiles."""
+        scale, shift = factors
+        dots = {sums: [self._dot(sums, other, value) for other, value in pairs]}
+        terms = sums if scale is None else f"{sums} * {scale.text}"
+        if shift is not None:  # times the sum over K of the first operand, by tensor cores as well
+            ones = f"tl.full({b.shape(frozenset(b.axes))}, 1.0, {tl_dtype(self.dtype)})"
+            dots[f"{sums}_ones"] = [self._dot(f"{sums}_ones", other, ones) for other, _ in pairs]
+            terms += f" + {sums}_ones * {shift.text}"
+        return dots, terms
+
+    def _scaled(self, b: Emitter, positions: list[Position]) -> list[Scaled]:
+        """The second operand as codes, for each part of a step; [] if its scales do not follow the sums."""
+        if self.dtype not in HALVES or stored_load(self.contraction.b) is not None:
+            return []
+        found = [scaled(b, self.contraction.b, at, KB, self.dtype) for at in positions]
+        known = [one for one in found if one is not None]
+        if self.config.staged and len(known) > 1:
+            return []
+        late = all(one.is_late(b) for one in known)
+        return known if len(known) == len(found) and (self.is_small or late) else []
+
+    def _joined(self, parts: list[str]) -> list[str]:
+        """The parts of a step as one tile, one after the other along K, with `staged`."""
+        if not self.config.staged or len(parts) == 1:
+            return parts
+        rank = 2
+        while len(parts) > 1:
+            parts = [f"tl.join({one}, {two})" for one, two in zip(parts[::2], parts[1::2], strict=True)]
+            rank += 1
+        axes = ", ".join(map(str, (*range(rank - 1, 1, -1), 0, 1)))
+        return [f"tl.reshape(tl.permute({parts[0]}, ({axes})), [{self.config.block_k}, {self.config.block_n}])"]
+
+    @property
+    def is_small(self) -> bool:
+        """Sums of groups, and of the first operand, may have tiles of their own."""
+        return self.config.block_m <= FEW_ROWS
+
+    def _zeros(self, axis: Axis) -> str:
+        shape = ", ".join(str(one.block) for one in self._axes(Axis(M, self.config.block_m), axis))
+        return f"tl.zeros([{shape}], {tl_dtype(self.sums)})"
+
+    def _axes(self, first: Axis, second: Axis) -> list[Axis]:
+        """The dimensions of a tile."""
+        return [second, first] if self.swapped else [first, second]
+
+    def _dot(self, total: str, a: str, b: str) -> str:
+        first, second = (b, a) if self.swapped else (a, b)
+        if self.config.promoted:  # with the last argument, Triton does not make one dot of both again
+            return f"{total} += tl.dot({first}, {second}, max_num_imprecise_acc={self.config.block_k})"
+        how = f', input_precision="{self.config.input_precision}"' if self.dtype == "f32" else ""
+        if self.sums != "f32":  # what `tl.dot` takes for granted
+            how = f", out_dtype={tl_dtype(self.sums)}"
+        return f"{total} = tl.dot({first}, {second}, {total}{how})"
