@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from itertools import count
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch_rtx.ir import Graph, Node, Sym, kernel_nodes, typical_size
 from torch_rtx.runtime.background import Background
 from torch_rtx.runtime.benchmark import Run
 from torch_rtx.runtime.bind import bind, bind_node
-from torch_rtx.runtime.candidate_check import CandidateCheck
+from torch_rtx.runtime.candidate_check import CandidateCheck, InputPool
 from torch_rtx.runtime.code import Code, undisturbed
 from torch_rtx.runtime.driver import new_stream, relaxed
 from torch_rtx.runtime.inline import inline_kernels, launched
@@ -100,6 +100,11 @@ class Tuner:
         """Sizes close to the example that select the other variant of kernels: multiples of 16 if those are not."""
         aligned = all(size % ALIGNMENT == 0 for size in self.sizes.values())
         return {name: _nearest(self.graph.syms[name], size, not aligned) for name, size in self.sizes.items()}
+
+    @cached_property
+    def pool(self) -> InputPool:
+        """What all timed runs read; the tuner, and so this memory, lives as long as one step."""
+        return InputPool(self.of.device)
 
     def compile(self) -> None:
         """Compile and check the first tactic of each region, then swap the code. Errors leave the variant usable."""
@@ -292,7 +297,7 @@ class Measurements:
             tuner.reject(region, error)
 
     def _time(self, name: str, check: CandidateCheck, code: Code) -> None:
-        self.times[name] = self.tuner.context.time(check.runs(code))
+        self.times[name] = self.tuner.context.time(check.runs(code, self.tuner.pool))
         kernels, nodes = launched(code.tactics), inline_kernels(code.graph, code.tactics).nodes
         self.pdl_kernels[name] = sum(bool(kernels[node.op].pdl_functions) for node in nodes if node.kind == "kernel")
 
