@@ -85,7 +85,8 @@ def _encoder(name: str, kind: str, below: int, length: int = 128, batch: int = 8
 
 
 def _decoder(name: str, kind: str, below: int, length: int = 512, **config: Any) -> Entry:
-    """A causal language model over a prompt, without a cache."""
+    """A causal language model over a prompt, without a cache; a short one where the model loops over tokens in Python,
+    which every compiler unrolls."""
     few = config.pop("few", LAYERS)
     inputs = {"input_ids": _ids(below, length)}
     config = {"vocab_size": below, "use_cache": False, **config}
@@ -219,8 +220,10 @@ SWEEP: tuple[Entry, ...] = (
     ),
     _decoder("bloom", "BloomForCausalLM", 250880, hidden_size=1024, n_layer=24, n_head=16, few={"n_layer": 2}),
     _decoder("falcon", "FalconForCausalLM", 65024, num_hidden_layers=4),
-    _decoder("recurrent_gemma", "RecurrentGemmaForCausalLM", 256000, num_hidden_layers=6, few={"num_hidden_layers": 3}),
-    _decoder("mamba", "MambaForCausalLM", 50280, num_hidden_layers=24),
+    _decoder(
+        "recurrent_gemma", "RecurrentGemmaForCausalLM", 256000, 64, num_hidden_layers=6, few={"num_hidden_layers": 3}
+    ),
+    _decoder("mamba", "MambaForCausalLM", 50280, 64, num_hidden_layers=24),
     _decoder("mamba2", "Mamba2ForCausalLM", 50288, num_hidden_layers=12, hidden_size=1024, num_heads=32, n_groups=1),
     _decoder("phi3", "Phi3ForCausalLM", 32064, num_hidden_layers=8),
     _decoder("granite", "GraniteForCausalLM", 49152, num_hidden_layers=16, **_LLAMA_LIKE),
