@@ -65,8 +65,22 @@ class Symbols:
             return size
         expr = size.node.expr
         if expr not in self._dims:
-            self._dims[expr] = convert(expr, lambda part: self._leaf(part, size, opaque))
+            self._dims[expr] = convert(expr, lambda part: self._leaf(part, size, opaque), self._joined)
         return self._dims[expr]
+
+    def _joined(self, total: sympy.Add) -> bool:
+        """Whether a sum has several functions that dims lack and that no symbol stands for: a size tells the sum, as
+        the length of `arange(a, b)` for numbers a and b that are no integers, and none of them alone."""
+        unknown: list[sympy.Expr] = []
+
+        def leaf(part: sympy.Expr) -> Dim:
+            if not part.is_Symbol and part not in self._named:
+                unknown.append(part)
+            return 0
+
+        for arg in total.args:
+            convert(arg, leaf)
+        return len(unknown) > 1
 
     def condition(self, value: bool | torch.SymBool) -> Dim:
         """A condition on sizes as a dim: 1 if it holds, else 0.
@@ -152,8 +166,10 @@ class Symbols:
         raise Unsupported(f"a value of type {type(value).__name__}")
 
 
-def convert(expr: sympy.Expr, leaf: Callable[[sympy.Expr], Dim]) -> Dim:
-    """An integer sympy expression as a dim; `leaf` maps symbols, and functions that dims lack.
+def convert(
+    expr: sympy.Expr, leaf: Callable[[sympy.Expr], Dim], joined: Callable[[sympy.Add], bool] = lambda total: False
+) -> Dim:
+    """An integer sympy expression as a dim; `leaf` maps symbols, functions that dims lack, and sums that are `joined`.
 
     Raises:
         Unsupported: `leaf` does.
@@ -166,9 +182,9 @@ def convert(expr: sympy.Expr, leaf: Callable[[sympy.Expr], Dim]) -> Dim:
         return dim_expr("*", *[convert(expr.args[0], leaf)] * int(expr.args[1]))
     if isinstance(expr, symfn.TruncToInt | symfn.FloorToInt):
         return _scaled(expr, leaf)
-    if expr.func not in FUNCTIONS:
+    if expr.func not in FUNCTIONS or (expr.is_Add and joined(expr)):
         return leaf(expr)
-    return dim_expr(FUNCTIONS[expr.func], *(convert(arg, leaf) for arg in expr.args))
+    return dim_expr(FUNCTIONS[expr.func], *(convert(arg, leaf, joined) for arg in expr.args))
 
 
 def compared(expr: sympy.Basic, leaf: Callable[[sympy.Expr], Dim]) -> Dim:
