@@ -68,9 +68,9 @@ class Symbols:
             self._dims[expr] = convert(expr, lambda part: self._leaf(part, size, opaque), self._joined)
         return self._dims[expr]
 
-    def _joined(self, total: sympy.Add) -> bool:
-        """Whether a sum has several functions that dims lack and that no symbol stands for: a size tells the sum, as
-        the length of `arange(a, b)` for numbers a and b that are no integers, and none of them alone."""
+    def _joined(self, expr: sympy.Expr) -> bool:
+        """Whether a size does not tell the functions in it that dims lack and that no symbol stands for: two in a sum
+        or a product, or one in anything else. `arange(a, b, 2)` of floats tells its length, and neither of its ends."""
         unknown: list[sympy.Expr] = []
 
         def leaf(part: sympy.Expr) -> Dim:
@@ -78,9 +78,9 @@ class Symbols:
                 unknown.append(part)
             return 0
 
-        for arg in total.args:
-            convert(arg, leaf)
-        return len(unknown) > 1
+        for arg in expr.args:
+            convert(arg, leaf, self._joined)
+        return len(unknown) > (expr.is_Add or expr.is_Mul)
 
     def condition(self, value: bool | torch.SymBool) -> Dim:
         """A condition on sizes as a dim: 1 if it holds, else 0.
@@ -167,9 +167,9 @@ class Symbols:
 
 
 def convert(
-    expr: sympy.Expr, leaf: Callable[[sympy.Expr], Dim], joined: Callable[[sympy.Add], bool] = lambda total: False
+    expr: sympy.Expr, leaf: Callable[[sympy.Expr], Dim], joined: Callable[[sympy.Expr], bool] = lambda part: False
 ) -> Dim:
-    """An integer sympy expression as a dim; `leaf` maps symbols, functions that dims lack, and sums that are `joined`.
+    """An integer sympy expression as a dim; `leaf` maps symbols, functions that dims lack, and what is `joined`.
 
     Raises:
         Unsupported: `leaf` does.
@@ -182,7 +182,7 @@ def convert(
         return dim_expr("*", *[convert(expr.args[0], leaf)] * int(expr.args[1]))
     if isinstance(expr, symfn.TruncToInt | symfn.FloorToInt):
         return _scaled(expr, leaf)
-    if expr.func not in FUNCTIONS or (expr.is_Add and joined(expr)):
+    if expr.func not in FUNCTIONS or joined(expr):
         return leaf(expr)
     return dim_expr(FUNCTIONS[expr.func], *(convert(arg, leaf, joined) for arg in expr.args))
 
