@@ -3,6 +3,8 @@
     python -m benchmarks run --suite latency --models resnet50-b1,bert_base --out results.json
     python -m benchmarks report results.json more.json --plots plots
     python -m benchmarks report --out docs/performance.md       from the results that are checked in
+    python -m benchmarks sweep --out sweep.json       models from outside, one per GPU at a time, and their summary
+    python -m benchmarks sweep --counts --out counts.json       what engines of them consist of; needs no GPU
     python -m benchmarks list
 
 Needs nothing but Python's own library until a worker starts, and matplotlib for plots alone.
@@ -16,7 +18,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from benchmarks import report, results, runner
+from benchmarks import report, results, runner, sweep
 from benchmarks.cases import FURTHER_WORKLOADS, TRAINED, WORKLOADS, UsageError
 from benchmarks.peers import PEERS
 from benchmarks.suites import SUITES
@@ -36,24 +38,33 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="measure; what has a row in --out already is skipped")
     run.add_argument("--suite", type=_names, default=("latency",), help="comma-separated, see `list`")
-    run.add_argument(
-        "--models", type=_names, default=(), help="models or single shapes of them, see `list`; default: the suite's"
-    )
-    run.add_argument("--peers", type=_names, default=(), help="default: as `list` says")
-    run.add_argument("--out", type=Path, default=Path("results.json"), help="result file, which may exist")
-    run.add_argument("--size", choices=("small", "full"), default="full", help="small: tiny models, for tests")
     run.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    run.add_argument("--rounds", type=int, help="how often the peers take turns; default: 20, train 8")
-    run.add_argument("--limit", type=float, default=150, help="seconds that one case may take")
-    run.add_argument("--budget", type=float, default=math.inf, help="seconds that all may take")
-    run.add_argument("--again", choices=("failed", "all"), default="", help="measure these again")
-    run.add_argument("--plugin", action="append", default=[], help="a module that registers further peers")
+    _measured(run, Path("results.json"), 150)
+    swept = commands.add_parser("sweep", help="measure models from outside, and print a summary; resumes like `run`")
+    swept.add_argument("--counts", action="store_true", help="fallbacks, calls and copies in engines; needs no GPU")
+    swept.set_defaults(suite=("sweep",), device="cuda")
+    _measured(swept, Path("sweep.json"), 400)
     show = commands.add_parser("report", help="print tables as Markdown")
     show.add_argument("files", type=Path, nargs="*", help="result files; default: those that are checked in")
     show.add_argument("--out", type=Path, help="write the Markdown to a file instead")
     show.add_argument("--plots", type=Path, help="folder for plots, as SVG and PNG; needs matplotlib")
     commands.add_parser("list", help="the suites, peers and models")
     return top
+
+
+def _measured(command: argparse.ArgumentParser, out: Path, limit_s: float) -> None:
+    """The options of commands that measure."""
+    command.add_argument(
+        "--models", type=_names, default=(), help="models or single shapes of them, see `list`; default: the suite's"
+    )
+    command.add_argument("--peers", type=_names, default=(), help="default: as `list` says")
+    command.add_argument("--out", type=Path, default=out, help="result file, which may exist")
+    command.add_argument("--size", choices=("small", "full"), default="full", help="small: tiny models, for tests")
+    command.add_argument("--rounds", type=int, help="how often the peers take turns; default: as the suite has it")
+    command.add_argument("--limit", type=float, default=limit_s, help="seconds that one case may take")
+    command.add_argument("--budget", type=float, default=math.inf, help="seconds that all may take")
+    command.add_argument("--again", choices=("failed", "all"), default="", help="measure these again")
+    command.add_argument("--plugin", action="append", default=[], help="a module that registers further peers")
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -72,6 +83,8 @@ def _run(options: argparse.Namespace) -> int:
         again=options.again,
         plugins=tuple(options.plugin),
     )
+    if options.command == "sweep":
+        return sweep.main(plan, options.counts)
     return runner.main(plan, sys.stderr)
 
 
@@ -110,7 +123,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status: 2 for a command, a file or a machine that nothing can be done with."""
     options = parser().parse_args(arguments)
     try:
-        if options.command == "run":
+        if options.command in ("run", "sweep"):
             return _run(options)
         return _report(options) if options.command == "report" else _list()
     except (UsageError, results.ResultsError, runner.NoEnvironment) as error:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from benchmarks.sweep_table import ENTRIES
+
 Size = Literal["small", "full"]
 
 # Published in bfloat16, or overflow in float16; all others run in float16 on a GPU.
@@ -49,6 +51,8 @@ class Workload:
 
 def half(model: str) -> str:
     """The half precision that a model runs in, as torch names the dtype."""
+    if model in ENTRIES:
+        return ENTRIES[model].dtype
     return "bfloat16" if model in BF16 else "float16"
 
 

@@ -53,7 +53,9 @@ from transformers import (
 from transformers.cache_utils import StaticLayer
 from transformers.models.whisper.modeling_whisper import WhisperDecoder, WhisperEncoder
 
+from benchmarks import sweep_models
 from benchmarks.diffusion import FluxTransformer, StableDiffusionUNet
+from benchmarks.sweep_table import ENTRIES
 from benchmarks.vision import BLOCKS, KINDS, MobileNetV3Large
 
 Size = Literal["small", "full"]
@@ -83,7 +85,17 @@ def names() -> list[str]:
 
 
 def spec(name: str) -> ModelSpec:
-    """The specification called `name`; `ValueError` names the known ones."""
+    """The specification called `name`, of the zoo or of the sweep; `ValueError` names the known ones.
+
+    Of the sweep's models `small` has few layers and is as wide as `full`.
+    """
+    if name in ENTRIES:
+        entry = ENTRIES[name]
+        return ModelSpec(
+            name,
+            lambda size: sweep_models.module(entry, few=size == "small"),
+            lambda size, batch, length: sweep_models.inputs(entry, batch),
+        )
     if name not in SPECS:
         raise ValueError(f"unknown model {name!r}; known models: {', '.join(SPECS)}")
     return SPECS[name]

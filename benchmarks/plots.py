@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
-from benchmarks.report import Section, sections, shape
+from benchmarks.peers import PEERS
+from benchmarks.report import Section, ratios, sections, shape
 from benchmarks.results import Results, ResultsError, headline
 
 
@@ -30,7 +32,8 @@ def write(results: Results, folder: Path) -> list[Path]:
     for section in sections(results):
         if any(headline(row, section.suite.headline) for row in section.ok):
             name = re.sub(r"\W+", "-", f"{section.suite.name}-{section.device}-{section.size}").strip("-").lower()
-            written += _draw(section, folder / name)
+            draw = _draw_speedups if section.suite.name == "sweep" else _draw
+            written += draw(section, folder / name)
     return written
 
 
@@ -54,6 +57,27 @@ def _draw(section: Section, base: Path) -> list[Path]:
     axes.set_ylabel(", ".join(dict.fromkeys(pair[0] for pair in found.values() if pair is not None)))
     axes.set_title(f"{section.suite.name}, {section.device}", fontsize=10)
     axes.legend(fontsize=8)
+    return _save(figure, base)
+
+
+def _draw_speedups(section: Section, base: Path) -> list[Path]:
+    """For many models: how many times faster than the best other peer, by model in order, a line per way."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for peer, found in ratios(row for row in section.ok if PEERS[row["peer"]].ours).items():
+        axes.plot(range(1, len(found) + 1), sorted(1 / value for value in found), marker=".", label=peer)
+    axes.axhline(1.0, color="black", linewidth=0.8)
+    axes.set_yscale("log")
+    axes.set_xlabel("models, from the slowest to the fastest")
+    axes.set_ylabel("times faster than the best other peer")
+    axes.set_title(f"{section.suite.name}, {section.device}", fontsize=10)
+    axes.legend(fontsize=8)
+    return _save(figure, base)
+
+
+def _save(figure: Any, base: Path) -> list[Path]:
     paths = [base.with_suffix(suffix) for suffix in (".svg", ".png")]
     for path in paths:
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)

@@ -109,6 +109,21 @@ def _of_floor(row: Row, environment: dict[str, Any]) -> str:
     return number(found["median"] / floor) if floor and found else ""
 
 
+def _ops(name: str) -> Cell:
+    """Operators of an engine by number."""
+
+    def cell(row: Row, environment: dict[str, Any]) -> str:
+        return operators(metric(row, name) or {})
+
+    return cell
+
+
+def operators(found: dict[str, int]) -> str:
+    """Operators with their numbers in words, such as `3 topk`."""
+    short = (op.removeprefix("aten.").removesuffix(".default") for op in found)
+    return ", ".join(f"{count} {op}" for op, count in zip(short, found.values(), strict=True))
+
+
 def floor_ms(row: Row, environment: dict[str, Any]) -> float | None:
     """The least milliseconds that the row's work takes on its device; None where either is unknown."""
     work, rates = metric(row, "work"), environment.get("rates", {})
@@ -121,6 +136,12 @@ def floor_ms(row: Row, environment: dict[str, Any]) -> float | None:
 MIB = 2**-20
 _TIMES: list[tuple[str, Cell]] = [("device ms", _of("device_ms")), ("wall ms", _of("wall_ms"))]
 _RATIO: tuple[str, Cell] = ("of best", _of("ratio"))
+_CONTENTS: list[tuple[str, Cell]] = [
+    ("kernels", _of("kernels")),
+    ("layout copies", _of("layout_copies")),
+    ("calls left", _ops("calls")),
+    ("fallbacks", _ops("fallbacks")),
+]
 COLUMNS: dict[str, list[tuple[str, Cell]]] = {
     "latency": [*_TIMES, ("of floor", _of_floor), _RATIO],
     "cold": [
@@ -177,6 +198,15 @@ COLUMNS: dict[str, list[tuple[str, Cell]]] = {
         ("over it us", _of("over_replay_us")),
         _RATIO,
     ],
+    "sweep": [
+        *_TIMES,
+        _RATIO,
+        ("settled after s", _of("settle_s")),
+        ("peak until then MiB", _of("prepare_peak_bytes", MIB)),
+        ("weights MiB", _of("weight_bytes", MIB)),
+        *_CONTENTS,
+    ],
+    "counts": [*_CONTENTS, ("s", _of("lower_s"))],
     "backend": [("s", _of("backend_s")), _RATIO],
     "hash": [("nodes", _of("nodes")), ("ms", _of("hash_ms")), _RATIO],
 }
@@ -340,6 +370,42 @@ def _range(values: Sequence[float]) -> str:
     return DASH.join(dict.fromkeys(map(number, (min(values), max(values)))))
 
 
+def columns(section: Section, environments: dict[str, dict[str, Any]]) -> str:
+    """The table of a section: a line for every row."""
+    shown = COLUMNS[section.suite.name]
+    lines = [
+        [shape(row), row["peer"], *(cell(row, environments.get(row["environment"], {})) for _, cell in shown)]
+        for row in section.ok
+    ]
+    return table(["workload", "peer", *(title for title, _ in shown)], lines)
+
+
+def sweep_summary(section: Section) -> str:
+    """What models from outside have in common: how much faster they are, which are slower, and what is left of them."""
+    lines = []
+    ours = [row for row in section.ok if PEERS[row["peer"]].ours]
+    for peer in dict.fromkeys(row["peer"] for row in ours):
+        rows = [row for row in ours if row["peer"] == peer]
+        faster = {row["model"]: 1 / metric(row, "ratio")["median"] for row in rows if metric(row, "ratio")}
+        if faster:
+            slower = sorted((times, model) for model, times in faster.items() if times < 1)
+            named = ", ".join(f"{model} {times:.2f}x" for times, model in slower) or "none"
+            mean = geometric_mean(list(faster.values()))
+            lines.append(f"{peer}: {mean:.2f}x the best other peer in the geometric mean of {len(faster)} models")
+            lines.append(f"{peer}: below 1.0x: {named}")
+        seconds = sorted(found for row in rows if (found := metric(row, "settle_s")) is not None)
+        if seconds:
+            middle, most = number(seconds[len(seconds) // 2]), number(seconds[-1])
+            lines.append(f"{peer}: at full speed after {middle} s in the median, {most} s at most")
+        looked = [row for row in rows if metric(row, "calls") is not None]
+        for name, title in (("calls", "library calls"), ("fallbacks", "fallbacks")):
+            having = [(row["model"], operators(metric(row, name))) for row in looked if metric(row, name)]
+            if looked:
+                lines.append(f"{peer}: {len(having)} of {len(looked)} models have {title} left")
+                lines += [f"  - {model}: {found}" for model, found in having]
+    return "".join(f"{line}\n" if line.startswith(" ") else f"- {line}\n" for line in lines)
+
+
 def section_text(section: Section, environments: dict[str, dict[str, Any]]) -> str:
     """A section as Markdown."""
     size = ", small models" if section.size == "small" else ""
@@ -347,13 +413,10 @@ def section_text(section: Section, environments: dict[str, dict[str, Any]]) -> s
     text += _described(environments[name] for name in sorted({row["environment"] for row in section.rows}))
     if section.suite.name == "latency" and section.ok:
         text += "\n" + _overview(section, environments)
-    columns = COLUMNS.get(section.suite.name, [])
-    if section.ok and columns:
-        lines = [
-            [shape(row), row["peer"], *(cell(row, environments[row["environment"]]) for _, cell in columns)]
-            for row in section.ok
-        ]
-        text += "\n" + table(["workload", "peer", *(title for title, _ in columns)], lines)
+    if section.ok and section.suite.name in COLUMNS:
+        text += "\n" + columns(section, environments)
+    if section.suite.name in ("sweep", "counts"):
+        text += "\n" + sweep_summary(section)
     for part in (_means(section), _not_measured(section)):
         text += f"\n{part}" if part else ""
     return text

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,6 +42,7 @@ class Plan:
         device: "auto", "cpu" or "cuda".
         limit_s: of one case; budget_s: of the whole run.
         again: measure "failed" cases or "all" again; otherwise whatever has a row in `out` is skipped.
+        gpus: as CUDA_VISIBLE_DEVICES names them; each works on a case of its own. Empty: one case at a time.
     """
 
     suites: tuple[str, ...]
@@ -52,6 +56,7 @@ class Plan:
     budget_s: float = float("inf")
     again: Literal["", "failed", "all"] = ""
     plugins: tuple[str, ...] = ()
+    gpus: tuple[str, ...] = ()
 
 
 class Stopped(Exception):
@@ -69,9 +74,10 @@ class Worker:
         data: its job, as JSON.
         folder: for its files.
         caches: the folder of its compilers' caches, within `folder`.
+        gpu: the only one that it sees; None: all.
     """
 
-    def __init__(self, data: dict[str, Any], folder: Path, caches: str = "") -> None:
+    def __init__(self, data: dict[str, Any], folder: Path, caches: str = "", gpu: str | None = None) -> None:
         self._folder = Path(tempfile.mkdtemp(dir=folder))
         job, self._events = self._folder / "job.json", self._folder / "events.jsonl"
         job.write_text(json.dumps(data))
@@ -80,6 +86,8 @@ class Worker:
         paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", ""))))
         kept = {variable: str(folder / "caches" / caches / variable.lower()) for variable in CACHES}
         environment = {**os.environ, **kept, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
+        if gpu is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = gpu
         command = [sys.executable, "-m", "benchmarks.worker", str(job), str(self._events)]
         with open(self._folder / "log", "wb") as log:
             # A session of its own: with it, all that the worker has started can be killed.
@@ -142,6 +150,7 @@ class Runner:
         self.results = results.load(plan.out) if plan.out.exists() else results.Results()
         self.environment = self.device = self.device_name = ""
         self.failed = 0
+        self._keeping = threading.Lock()
         self.ended: dict[str, str] = {}  # peers that have ended a process of this run, and at which workload
 
     def run(self) -> None:
@@ -167,8 +176,11 @@ class Runner:
             present = self._look_around()
             jobs = [job for name in self.plan.suites for job in self._jobs(SUITES[name], present)]
             self.progress.total = self.progress.done + sum(len(job.peers) for job in jobs)
-            for job in jobs:
-                self._do(job)
+            if len(self.plan.gpus) < 2:
+                for job in jobs:
+                    self._do(job, *self.plan.gpus)
+            else:
+                self._do_all(jobs)
 
     def _look_around(self) -> bool:
         """Record where this is; whether the device is there."""
@@ -226,7 +238,27 @@ class Runner:
             return False
         return not (self.plan.again == "failed" and row["status"] == "failed")
 
-    def _do(self, job: Job) -> None:
+    def _do_all(self, jobs: Sequence[Job]) -> None:
+        """Work on all GPUs, each on the next job that is left."""
+        left = deque(jobs)
+
+        def work(gpu: str) -> None:
+            while True:
+                try:
+                    job = left.popleft()
+                except IndexError:
+                    return
+                self._do(job, gpu)
+
+        with ThreadPoolExecutor(len(self.plan.gpus)) as pool:
+            working = [pool.submit(work, gpu) for gpu in self.plan.gpus]
+            try:
+                for one in as_completed(working):
+                    one.result()
+            finally:  # after an error or Ctrl-C the other threads end within POLL_S, and their workers with them
+                self.deadline = -math.inf if any(not one.done() for one in working) else self.deadline
+
+    def _do(self, job: Job, gpu: str | None = None) -> None:
         """Work on a job until every peer has a row: after a hang or a crash, go on without the one to blame.
 
         Who has ended a process is not tried at further workloads of the run: to compile it, only to die again, can
@@ -240,7 +272,7 @@ class Runner:
             if time.monotonic() > self.deadline:
                 raise Stopped("the budget is spent")
             # Workers of a workload share caches; the next one begins with empty ones, as its first calls are timed.
-            worker = Worker(replace(job, peers=tuple(peers)).to_json(), self.folder, job.workload.name)
+            worker = Worker(replace(job, peers=tuple(peers)).to_json(), self.folder, job.workload.name, gpu)
             try:
                 self._follow(worker, job, peers)
             finally:
@@ -272,7 +304,7 @@ class Runner:
                 reason = f"stopped after {limit:g} s, during {stage}"
             if reason is not None:
                 spent[current] += time.time() - since
-                if current in peers and not running:
+                if current in peers and not running and not SUITES[job.suite].independent:
                     self.ended[current] = job.workload.name
                 # One whose row has come may have spoilt the process for the others: they get another one.
                 others = [] if len(peers) < asked else list(peers)
@@ -294,10 +326,11 @@ class Runner:
             "reason": reason,
             "metrics": {name: value for name, value in metrics.items() if value is not None},
         }
-        self.results.add(row)
-        self.results.save(self.plan.out)
-        self.progress.done += 1
-        self.failed += status == "failed"
+        with self._keeping:
+            self.results.add(row)
+            self.results.save(self.plan.out)
+            self.progress.done += 1
+            self.failed += status == "failed"
         found = results.headline(row, SUITES[job.suite].headline)
         told = reason or (f"{found[0]} {found[1]:.4g}" if found else "done")
         self.progress.line(f"{job.suite} {job.workload.name} {peer}: {'' if status == 'ok' else status + ': '}{told}")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.cases import TRAINED, Workload
 from benchmarks.peers import PEERS, no_kernels
+from benchmarks.sweep_table import ENTRIES, SWEEP
 
 if TYPE_CHECKING:
     from benchmarks.cases import Job
@@ -35,6 +36,7 @@ class Suite:
         together: all peers of a workload share a process and take turns; otherwise each has a process of its own.
         without_device: can be asked for a device that this machine does not have.
         dtype: of the weights, where it is not the workload's.
+        independent: a peer that has ended a process is tried again at the next workload.
         why_not: why a peer can't be measured, None if it can; beside the peer's own reasons.
         headline: the metric that overviews and plots show: it, or else the one after it.
     """
@@ -49,6 +51,7 @@ class Suite:
     together: bool = True
     without_device: bool = False
     dtype: str = ""
+    independent: bool = False
     why_not: Callable[[str, Workload, str], str | None] = _anything
 
     def measure(self, job: Job, out: Reporter) -> None:
@@ -96,6 +99,12 @@ def _needs_gpu(peer: str, workload: Workload, device: str) -> str | None:
     return PEERS[peer].why_not(device)
 
 
+def _only_installed(peer: str, workload: Workload, device: str) -> str | None:
+    library = ENTRIES[workload.model].library if workload.model in ENTRIES else "own"
+    return None if library == "own" or find_spec(library) else f"not installed: {library}"
+
+
+SWEPT = tuple(Workload(entry.name, entry.batch) for entry in SWEEP)
 _LEARNERS = ("eager", "inductor", "reduce-overhead", "rtx-lazy")
 
 SUITES = {
@@ -141,6 +150,26 @@ SUITES = {
             ("device_ms", "wall_ms"),
             ("generic", "specialized", "static", "no graphs"),
             why_not=_only_varying_kernels,
+        ),
+        Suite(
+            "sweep",
+            "models from outside: steady state, seconds and memory until then, what their engines consist of",
+            ("device_ms", "wall_ms"),
+            default_peers=("eager", "inductor", "reduce-overhead", "max-autotune", "rtx-lazy", "rtx-exported-lazy"),
+            workloads=SWEPT,
+            rounds=8,
+            independent=True,
+            why_not=_only_installed,
+        ),
+        Suite(
+            "counts",
+            "what engines of these models consist of, for `cuda` without a GPU",
+            ("layout_copies",),
+            ("rtx-exported",),
+            workloads=SWEPT,
+            without_device=True,
+            independent=True,
+            why_not=_only_installed,
         ),
         Suite("backend", "seconds inside a torch.compile backend", ("backend_s",), ("aot_eager", "rtx")),
     )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import statistics
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,17 +137,27 @@ def flat(rounds: Sequence[Sequence[float]]) -> dict[str, float]:
     return timing.summary([value for times in rounds for value in times])
 
 
-def prepare(job: Job, setup: Setup, out: Reporter) -> dict[str, Prepared]:
-    """The peers that can be prepared and are right, by name; the others are failed rows."""
+def prepare(
+    job: Job,
+    setup: Setup,
+    out: Reporter,
+    around: Callable[[str], AbstractContextManager[object]] = nullcontext,
+) -> dict[str, Prepared]:
+    """The peers that can be prepared and are right, by name; the others are failed rows.
+
+    Args:
+        around: makes a context for a peer, from its preparation until it is at full speed.
+    """
     out.begin(None, "reference")
     for index in range(CHECKED):
         setup.expected(index)
     found = {}
     for name in job.peers:
         with out.attempt(name, "prepare"):
-            call = PEERS[name].prepare(setup.subject)
-            setup.check(call)
-            settle(name)
+            with around(name):
+                call = PEERS[name].prepare(setup.subject)
+                setup.check(call)
+                settle(name)
             setup.check(call)  # and makes CUDA graphs of what it runs now
             found[name] = call
     return found

@@ -329,6 +329,7 @@ class FakeQuantized(nn.Module):
         if not x.is_cuda:
             return nn.functional.linear(x, integers(self.weight.detach(), self._amax, 8, False, True))
         assert x.device.index == torch.cuda.current_device()
+        assert torch.cuda.get_device_capability(x.device) == (8, 0)  # of the oldest portable target
         assert sys.modules["modelopt.torch.quantization.utils"].exported
         weight = torch.ops.tensorrt.quantize_op(self.weight, self._amax.detach(), 8, 0, False, True)
         return nn.functional.linear(x, weight)
@@ -358,9 +359,9 @@ def modelopt(monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 def test_layers_of_modelopt_for_a_gpu_that_is_not_there(modelopt):
     model, x = FakeQuantized(), floats(5, 8)
-    current = torch.cuda.current_device
+    asked = torch.cuda.current_device, torch.cuda.get_device_capability
     module = torch_rtx.compile(model, (x,), settings=torch_rtx.CompilationSettings(device="cuda"))
-    assert torch.cuda.current_device is current
+    assert (torch.cuda.current_device, torch.cuda.get_device_capability) == asked
     assert not modelopt.exported
     assert [node.op for node in module.engine.graph.nodes if node.kind == "fallback"] == []
     torch.testing.assert_close(module(x), model(x))

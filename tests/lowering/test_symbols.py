@@ -8,6 +8,7 @@ from torch._dynamo.source import ConstantSource
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils._sympy.functions import ToFloat, TruncToInt
 
+import torch_rtx
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import INT64_MIN, Graph, ScalarType, Sym, TensorType, Value, evaluate, is_name, verify
 from torch_rtx.irparse import parse
@@ -79,3 +80,23 @@ def test_interpolation_of_a_symbolic_size_runs_in_the_engine():
     compiled = torch.compile(up, backend="rtx", dynamic=True, fullgraph=True, options=options)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), up(x))
+
+
+class Between(torch.nn.Module):
+    """Rows between two places that are floats: only the number of them is a size, neither of its ends is."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.step = step
+
+    def forward(self, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        rows = torch.arange(ends[1].item(), ends[0].item(), self.step, dtype=torch.long)
+        return x[rows] * 2
+
+
+@pytest.mark.parametrize("step", [-1, -2])
+def test_a_size_that_tells_no_function_in_it(step: int) -> None:
+    model, x = Between(step), torch.randn(8, 4)
+    made = torch_rtx.compile(model, (x, torch.tensor([2.0, 5.0])))
+    for ends in ([2.0, 5.0], [1.0, 6.0], [4.0, 4.0]):
+        torch.testing.assert_close(made(x, torch.tensor(ends)), model(x, torch.tensor(ends)))

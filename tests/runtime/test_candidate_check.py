@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from torch_rtx.irparse import parse
 from torch_rtx.runtime import candidate_check
-from torch_rtx.runtime.candidate_check import relative_error
+from torch_rtx.runtime.benchmark import RUNS
+from torch_rtx.runtime.candidate_check import LINE, CandidateCheck, InputPool, relative_error
 
 
 class LargestDouble(TorchDispatchMode):
@@ -49,3 +51,64 @@ def test_what_is_not_finite_is_so_in_both() -> None:
     assert relative_error(mine, right) == 0
     mine[4] = torch.nan
     assert relative_error(mine, right) == float("inf")
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.6, 0.9, 1.0])
+def test_timed_runs_read_more_than_a_cache_holds(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In turn, all of the pool, whatever the size of an input is."""
+    size = 64 * LINE
+    monkeypatch.setattr(candidate_check, "ROTATED_ON_CPU", size)
+    pool, rows = InputPool(CPU), int(share * size) // 8
+    like = torch.empty(2, rows).t()
+    begin = pool.like(torch.empty(1)).untyped_storage().data_ptr()
+    read = torch.zeros(size + LINE, dtype=torch.bool)
+    for _ in range(24):
+        found = pool.like(like)
+        assert (found.shape, found.stride()) == ((rows, 2), (1, rows))
+        start = found.data_ptr() - begin
+        assert start % LINE == 0
+        assert start + like.nbytes <= size
+        read[start : start + -(-like.nbytes // LINE) * LINE] = True
+    assert bool(read[:size].all())
+
+
+def test_timed_runs_take_no_memory_of_their_own() -> None:
+    graph = parse(
+        """graph fused {
+  input a: f32[8, 16]
+  input b: bf16[16, 4](1, 16)
+  input i: i64[8]
+  v0: f32[8, 16] = kernel mixed(in0=a, in1=b, in2=i) graph import {
+    input in0: f32[8, 16]
+    input in1: bf16[16, 4](1, 16)
+    input in2: i64[8]
+    p0: f32[8, 16] = op aten.index.Tensor(self=in0, indices=[in2])
+    return [p0]
+  }
+  return [v0]
+}"""
+    )
+    check, pool = CandidateCheck(graph.nodes[0], CPU), InputPool(CPU)
+    state = torch.get_rng_state()
+    first, *others = [run.args[0] for run in check.runs(check.code({}), pool)]
+    assert torch.equal(state, torch.get_rng_state())
+    assert len(others) == RUNS - 1
+    memory = pool.like(torch.empty(1)).untyped_storage().data_ptr()
+    for a, b, i in (first, *others):
+        assert a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() == memory
+        assert (a.shape, b.shape, b.stride()) == ((8, 16), (16, 4), (1, 16))
+        assert bool(a.isfinite().all())
+        assert bool(b.isfinite().all())
+        assert 0 <= int(i.min()) <= int(i.max()) < 8  # they are positions
+    for index in range(3):
+        assert len({given[index].data_ptr() for given in (first, *others)}) == RUNS
+
+
+def test_what_the_pool_can_not_hold() -> None:
+    pool = InputPool(CPU)
+    for tensor in (torch.ones(3, dtype=torch.int32), torch.ones(0), torch.ones(pool.size)):
+        assert not pool.holds(tensor)
+    assert pool.holds(torch.ones(pool.size // 4))

@@ -26,10 +26,11 @@ from torch_rtx.errors import KernelError, SettingsError
 from torch_rtx.ir import kernel_nodes
 from torch_rtx.irparse import parse
 from torch_rtx.runtime import admission, candidate_check, specialize, streaming
+from torch_rtx.runtime import background as backgrounds
 from torch_rtx.runtime import driver as driver_api
 from torch_rtx.runtime import tuner as tuners
 from torch_rtx.runtime.admission import PATIENCE
-from torch_rtx.runtime.background import BACKGROUND, Background
+from torch_rtx.runtime.background import BACKGROUND, Background, Progress, Work
 from torch_rtx.runtime.candidate_check import CandidateCheck, relative_error
 from torch_rtx.runtime.inline import launched
 from torch_rtx.runtime.session import Session
@@ -900,6 +901,66 @@ def test_compilations_pause_the_background(
         run(graph, spied)
     assert seen == [1]
     assert BACKGROUND._pauses == 0
+
+
+def test_what_is_left_is_told(background: Background, caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
+    """While a job compiles, by a callback and by the log; then nothing is."""
+    caplog.set_level("INFO", logger="torch_rtx.runtime.background")
+    monkeypatch.setattr(backgrounds, "LOGGED_S", 0.0)
+    device, entered, leave = held_back()
+    made, model = session(device, background)
+    right(made, model)
+    assert entered.wait(60)
+    told: list[Progress] = []
+
+    def progress(left: Progress) -> None:
+        told.append(left)
+        leave.set()
+
+    regions = len({node.op for node in kernel_nodes(made.graph)})
+    assert background.wait(60, progress)
+    first, last = told[0], told[-1]
+    assert first.kernels == regions
+    assert first.tactics == tuners.MEASURED_OF_A_KIND * regions
+    assert first.seconds > 0
+    assert last == Progress(0, 0, 0.0) == background.left()
+    assert [left.kernels for left in told] == sorted((left.kernels for left in told), reverse=True)
+    lines = [record.message for record in caplog.records if "left" in record.message]
+    tactics = [int(found[1]) for found in (re.search(r"(\d+) tactics", line) for line in lines) if found]
+    assert tactics[0] > tactics[-1]
+    assert lines[-1] == "nothing is left to compile or to measure"
+
+
+def test_waiting_for_a_time_tells_what_is_left(background: Background) -> None:
+    device, entered, leave = held_back()
+    made, model = session(device, background)
+    right(made, model)
+    assert entered.wait(60)
+    told: list[Progress] = []
+    assert not background.wait(0.01, told.append)
+    assert told
+    assert told[-1].kernels > 0
+
+    def end(left: Progress) -> None:
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        background.wait(60, end)
+    leave.set()
+    assert background.wait(60)
+
+
+def test_seconds_left_are_those_of_the_process_so_far() -> None:
+    background = Background()
+    work = Work(kernels=2, tactics=3, limit_s=100.0)
+    background._waiting.append((threading.Event(), work))
+    background.compiling.add(4, 8.0)
+    background.measuring.add(2, 1.0)
+    assert background.left() == Progress(2, 3, 2 * 2.0 + 3 * 2.5)
+    work.limit_s = 1.0
+    assert background.left().seconds == 2 * 2.0 + 1.0
+    work.begun = time.monotonic() - 3
+    assert background.left().seconds == pytest.approx(2.0, abs=0.1)
 
 
 def test_stopping_drops_what_waits() -> None:

@@ -13,8 +13,8 @@ one that does.
 A trace also computes real values: PyTorch carries the value of a scalar constant (`torch.tensor(2.0, device=x.device)`)
 along with the graph, in case the model reads it, and copies it to the constant's device. Without a GPU,
 `constants_on_cpu` lets such a copy allocate its "cuda" memory on the CPU. There the current device is the one that the
-FakeTensors are on, for models that compare, and its compute capability is that of the oldest GPU with bfloat16, for
-models that choose operators by it.
+FakeTensors are on, for models that compare, and its compute capability that of the oldest portable target, for models
+that choose their operators by it: what that one can do, every portable one can.
 """
 
 import contextlib
@@ -29,11 +29,12 @@ import torch
 from torch._prims_common import suggest_memory_format
 
 from torch_rtx.errors import CaptureError
+from torch_rtx.targets import PORTABLE
 
 _REGISTRY = "_ZN3c104impl26device_guard_impl_registryE"  # c10::impl::device_guard_impl_registry
 _CPU, _CUDA = 0, 1  # c10::DeviceType, which is serialized in checkpoints and therefore does not change
 _WORD = struct.calcsize("P")
-_CAPABILITY = 8, 0
+_CAPABILITY = divmod(min(target.sm for target in PORTABLE), 10)
 _known_format = torch._C._conv_determine_backend_memory_format
 _HINT = "capture on the CPU (device=None with a CPU model), or on a machine with a CUDA build of PyTorch"
 
@@ -94,7 +95,8 @@ def constants_on_cpu() -> Iterator[None]:
     with torch.library._scoped_library("aten", "IMPL") as library:
         for op in (torch.ops.aten.empty.memory_format, torch.ops.aten.empty_strided.default):
             library.impl(op, _on_cpu(op), "CUDA")
-        torch.cuda.current_device, torch.cuda.get_device_capability = lambda: 0, lambda device=None: _CAPABILITY
+        torch.cuda.current_device = lambda: 0
+        torch.cuda.get_device_capability = lambda device=None: _CAPABILITY
         try:
             yield
         finally:

@@ -65,8 +65,22 @@ class Symbols:
             return size
         expr = size.node.expr
         if expr not in self._dims:
-            self._dims[expr] = convert(expr, lambda part: self._leaf(part, size, opaque))
+            self._dims[expr] = convert(expr, lambda part: self._leaf(part, size, opaque), self._joined)
         return self._dims[expr]
+
+    def _joined(self, expr: sympy.Expr) -> bool:
+        """Whether a size does not tell the functions in it that dims lack and that no symbol stands for: two in a sum
+        or a product, or one in anything else. `arange(a, b, 2)` of floats tells its length, and neither of its ends."""
+        unknown: list[sympy.Expr] = []
+
+        def leaf(part: sympy.Expr) -> Dim:
+            if not part.is_Symbol and part not in self._named:
+                unknown.append(part)
+            return 0
+
+        for arg in expr.args:
+            convert(arg, leaf, self._joined)
+        return len(unknown) > (expr.is_Add or expr.is_Mul)
 
     def condition(self, value: bool | torch.SymBool) -> Dim:
         """A condition on sizes as a dim: 1 if it holds, else 0.
@@ -152,8 +166,10 @@ class Symbols:
         raise Unsupported(f"a value of type {type(value).__name__}")
 
 
-def convert(expr: sympy.Expr, leaf: Callable[[sympy.Expr], Dim]) -> Dim:
-    """An integer sympy expression as a dim; `leaf` maps symbols, and functions that dims lack.
+def convert(
+    expr: sympy.Expr, leaf: Callable[[sympy.Expr], Dim], joined: Callable[[sympy.Expr], bool] = lambda part: False
+) -> Dim:
+    """An integer sympy expression as a dim; `leaf` maps symbols, functions that dims lack, and what is `joined`.
 
     Raises:
         Unsupported: `leaf` does.
@@ -166,9 +182,9 @@ def convert(expr: sympy.Expr, leaf: Callable[[sympy.Expr], Dim]) -> Dim:
         return dim_expr("*", *[convert(expr.args[0], leaf)] * int(expr.args[1]))
     if isinstance(expr, symfn.TruncToInt | symfn.FloorToInt):
         return _scaled(expr, leaf)
-    if expr.func not in FUNCTIONS:
+    if expr.func not in FUNCTIONS or joined(expr):
         return leaf(expr)
-    return dim_expr(FUNCTIONS[expr.func], *(convert(arg, leaf) for arg in expr.args))
+    return dim_expr(FUNCTIONS[expr.func], *(convert(arg, leaf, joined) for arg in expr.args))
 
 
 def compared(expr: sympy.Basic, leaf: Callable[[sympy.Expr], Dim]) -> Dim:

@@ -2,7 +2,8 @@
 
 It runs jobs in order. A second phase of a job (`later`) runs only when no job is waiting, so that no model waits for
 its first kernels while those of another are measured. Jobs are cooperative: between steps they ask whether the process
-ends. At its end `stop` closes whatever a job may be waiting for, so that nothing hangs.
+ends. At its end `stop` closes whatever a job may be waiting for, so that nothing hangs. A job keeps its `Work` up to
+date, which says what is left of it; `wait` and the log tell the sum.
 """
 
 from __future__ import annotations
@@ -15,18 +16,84 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import inf
 
 log = logging.getLogger(__name__)
 Job = Callable[[], object]
 SWITCH_S = 1e-4  # the longest time that another thread waits for a job to release the interpreter lock
 STOP_TIMEOUT_S = 5.0  # the longest time that the end of the process waits for a running step
+TOLD_S = 0.5  # between two calls of a callback
+LOGGED_S = 5.0  # between two lines of the log
+# Seconds of a kernel and of a tactic, as long as none was compiled or measured in this process.
+KERNEL_S, TACTIC_S = 0.3, 0.05
 
 
 class Stopped(Exception):
     """The process is about to end: the job must give up."""
+
+
+@dataclass
+class Work:
+    """What is left of a job, which its thread keeps up to date.
+
+    Attributes:
+        kernels, tactics: to compile, and to measure (about).
+        limit_s: seconds after which measuring ends.
+        begun: when the step in progress began, by `time.monotonic`; None: no step did.
+    """
+
+    kernels: int = 0
+    tactics: int = 0
+    limit_s: float = inf
+    begun: float | None = None
+
+    def begin(self, kernels: int, tactics: int, limit_s: float = inf) -> None:
+        """A step begins, with so much left."""
+        self.kernels, self.tactics, self.limit_s, self.begun = kernels, tactics, limit_s, time.monotonic()
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What the background has left to do.
+
+    Attributes:
+        kernels: to compile before calls are fast.
+        tactics: to measure, about; compiling them is included.
+        seconds: how long that may take, by what the process has compiled and measured so far.
+    """
+
+    kernels: int
+    tactics: int
+    seconds: float
+
+    def __str__(self) -> str:
+        if not self.kernels and not self.tactics:
+            return "nothing is left to compile or to measure"
+        return f"left: {self.kernels} kernels to compile, {self.tactics} tactics to measure, about {self.seconds:.0f} s"
+
+
+NOTHING = Progress(0, 0, 0.0)
+
+
+@dataclass
+class Pace:
+    """Seconds of an item, by the mean of all so far; `guess` before the first."""
+
+    guess: float
+    seconds: float = 0.0
+    count: int = 0
+
+    def add(self, count: int, seconds: float) -> None:
+        """So many items took so long."""
+        self.seconds, self.count = self.seconds + seconds, self.count + count
+
+    @property
+    def each(self) -> float:
+        """Seconds of the next one."""
+        return self.seconds / self.count if self.count else self.guess
 
 
 @dataclass(order=True)
@@ -66,16 +133,19 @@ class Background:
         self._thread: threading.Thread | None = None
         self._process = 0
         self._closing: list[Callable[[], None]] = []
-        self._waiting: list[threading.Event] = []  # `done` of unfinished jobs, in order
+        self._waiting: list[tuple[threading.Event, Work]] = []  # of unfinished jobs, in order
+        self._told = -inf  # when the log told what is left
+        self.compiling, self.measuring = Pace(KERNEL_S), Pace(TACTIC_S)
         self._resumed = threading.Condition()
         self._pauses = 0  # contexts in `paused`
         self.stopping = False
 
-    def submit(self, job: Job, done: threading.Event, later: Job | None = None) -> None:
+    def submit(self, job: Job, done: threading.Event, later: Job | None = None, work: Work | None = None) -> None:
         """Queue `job`, and `later` to follow once no other job waits. Failures are logged.
 
         Args:
             done: set when both have run or failed, or will never run.
+            work: what both have to do, which they keep up to date.
         """
         with self._lock:
             if self.stopping:
@@ -88,15 +158,44 @@ class Background:
                     log.warning("nothing is specialized: %s", error)
                     done.set()
                     return
-            self._waiting = [event for event in self._waiting if not event.is_set()] + [done]
+            self._waiting = [one for one in self._waiting if not one[0].is_set()] + [(done, work or Work())]
             self._jobs.put(_Entry(FIRST, next(self._numbers), job, done, later))
 
-    def wait(self, timeout: float | None = None) -> bool:
-        """Wait for all submitted jobs; False after `timeout` seconds."""
-        end = None if timeout is None else time.monotonic() + timeout
+    def wait(self, timeout: float | None = None, progress: Callable[[Progress], object] | None = None) -> bool:
+        """Wait for all submitted jobs; False after `timeout` seconds. See `wait` for `progress`."""
+        end = inf if timeout is None else time.monotonic() + timeout
         with self._lock:
             waiting = list(self._waiting)
-        return all(event.wait(None if end is None else max(0.0, end - time.monotonic())) for event in waiting)
+        for event, _ in waiting:
+            while not event.is_set():
+                left = end - time.monotonic()
+                if progress is not None:
+                    progress(self._left(waiting))
+                    left = min(left, TOLD_S)
+                if not event.wait(None if left == inf else max(0.0, left)) and time.monotonic() >= end:
+                    return False
+        if progress is not None:
+            progress(NOTHING)
+        return True
+
+    def left(self) -> Progress:
+        """What all jobs have left to do."""
+        with self._lock:
+            return self._left(self._waiting)
+
+    def _left(self, jobs: Iterable[tuple[threading.Event, Work]]) -> Progress:
+        works = [work for done, work in jobs if not done.is_set()]
+        now, seconds, each = time.monotonic(), 0.0, self.compiling.each
+        for work in works:
+            expected = work.kernels * each + min(work.tactics * (each + self.measuring.each), work.limit_s)
+            seconds += max(0.0, expected - (0.0 if work.begun is None else now - work.begun))
+        return Progress(sum(work.kernels for work in works), sum(work.tactics for work in works), seconds)
+
+    def _tell(self) -> None:
+        """Log what is left, if that was not done just now."""
+        if log.isEnabledFor(logging.INFO) and time.monotonic() - self._told >= LOGGED_S:
+            self._told = time.monotonic()
+            log.info("%s", self.left())
 
     def _start(self) -> None:
         if self._process not in (0, os.getpid()):  # threads in `paused` are those of the parent
@@ -120,6 +219,8 @@ class Background:
                 if ran and entry.later is not None:
                     jobs.put(_Entry(LATER, next(self._numbers), entry.later, entry.done))
                 else:
+                    if jobs.empty():
+                        log.info("%s", NOTHING)
                     entry.done.set()
             del entry  # a job may hold much memory
 
@@ -134,6 +235,7 @@ class Background:
                 self._resumed.wait_for(lambda: self._pauses <= 0 or self.stopping)
         if self.stopping:
             raise Stopped
+        self._tell()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -183,7 +285,12 @@ def _switching() -> Iterator[None]:
 BACKGROUND = Background()
 
 
-def wait(timeout: float | None = None) -> bool:
+def wait(timeout: float | None = None, progress: Callable[[Progress], object] | None = None) -> bool:
     """Wait until background compiling and measuring in this process have ended; False after `timeout` seconds. Jobs
-    that calls start meanwhile are not waited for."""
-    return BACKGROUND.wait(timeout)
+    that calls start meanwhile are not waited for.
+
+    Args:
+        progress: called in this thread with what is left, at once, then twice a second, and once more when nothing is.
+            What it raises ends the waiting.
+    """
+    return BACKGROUND.wait(timeout, progress)

@@ -25,7 +25,9 @@ from torch_rtx.runtime.launch import LoadedTactic
 from torch_rtx.runtime.streaming import nbytes, numbers
 
 NARROW_FLOATS = tuple(name for name, dtype in DTYPES.items() if dtype.tolerance and name != "f64")
-ROTATED_BYTES = 128 << 20  # of inputs that timed runs take in turn: more than an L2 cache holds, as a model's weights
+# Of the L2 cache, what timed runs read in turn: more than it holds, as the weights of a model are. On a CPU, bytes.
+ROTATED, ROTATED_ON_CPU = 1.25, 1 << 20
+LINE = 256  # bytes that inputs are aligned to, as the allocator aligns them
 SEEDS = count()  # each check has other inputs: right results of an earlier check in reused memory are wrong ones now
 # Of integers that floats are rounded to, the share that may differ: what lies midway between two of them, up to the
 # last bit of a quotient.
@@ -53,16 +55,15 @@ class CandidateCheck:
         made = [value for value in outputs if value.name not in continued(node)]  # the others lie in an operand
         total = sum(nbytes(value.type) for value in (*values, *made) if isinstance(value.type, TensorType))
         self._check_memory(total)
-        self._timed_sets = max(1, min(RUNS, ROTATED_BYTES // max(total, 1)))
         self._generator = torch.Generator(device).manual_seed(next(SEEDS))
         high = smallest_size(node.body)
         self._highs = dict.fromkeys((value.name for value in values), high) | limits(self.graph)
         self._in_order, self._distinct = in_order(self.graph), distinct(self.graph)
-        self._sets = [self._random_inputs()]
+        self._inputs = self._random_inputs()
         try:
-            check_positions(self.graph, device, self._sets[0])
+            check_positions(self.graph, device, self._inputs)
             calls = compile_graph(self.graph, device)
-            self.expected: Sequence[torch.Tensor] = _comparable(calls(self._sets[0], ()))
+            self.expected: Sequence[torch.Tensor] = _comparable(calls(self._inputs, ()))
             exact = self.expected if _takes_bits(node.body) else self._in_float64()
         except RuntimeError as error:  # an OutOfMemoryError, too
             raise RtxError(f"the calls of {node.op} fail in the check: {str(error).splitlines()[0]}") from None
@@ -79,18 +80,19 @@ class CandidateCheck:
 
     def _in_float64(self) -> Sequence[torch.Tensor]:
         wide = compile_graph(in_float64(self.graph), self.device)
-        given = (x.double() if aten.dtype_name(x.dtype) in NARROW_FLOATS else x for x in self._sets[0])
+        given = (x.double() if aten.dtype_name(x.dtype) in NARROW_FLOATS else x for x in self._inputs)
         return _comparable(wide(Owned(given), ()))
 
     def _random_inputs(self) -> list[torch.Tensor]:
-        drawn: list[torch.Tensor] = []
-        for value in self.graph.inputs:
-            high = self._highs[value.name]
-            found = random_tensor(value, self.device, self._generator, high)
-            if value.name in self._distinct:
-                found = differing(found, self._distinct[value.name], high, self._generator)
-            drawn.append(found.sort().values if value.name in self._in_order else found)
-        return drawn
+        return [self._random(index) for index in range(len(self.graph.inputs))]
+
+    def _random(self, index: int) -> torch.Tensor:
+        value = self.graph.inputs[index]
+        high = self._highs[value.name]
+        found = random_tensor(value, self.device, self._generator, high)
+        if value.name in self._distinct:
+            found = differing(found, self._distinct[value.name], high, self._generator)
+        return found.sort().values if value.name in self._in_order else found
 
     def _check_memory(self, total: int) -> None:
         if self.device.type != "cuda":
@@ -107,7 +109,7 @@ class CandidateCheck:
         """The first wrong output of `code`, with its error; None: all are right."""
         poison = [torch.full_like(x, torch.nan if x.is_floating_point() else 1) for x in self.expected]
         del poison  # the allocator hands this memory out next: elements that a kernel leaves out stay NaN
-        found = _comparable(code(self._sets[0], ()))
+        found = _comparable(code(self._inputs, ()))
         for position, (mine, right, limit) in enumerate(zip(found, self._exact, self._limits, strict=True)):
             if not mine.is_floating_point():
                 count = int((mine != self.expected[position]).sum())
@@ -119,10 +121,50 @@ class CandidateCheck:
                 return f"output {position} has a relative error of {error:.1e}, the limit is {limit:.1e}"
         return None
 
-    def runs(self, code: Code) -> list[Run]:
-        """The runs to time: `code` with each of several sets of inputs, which only these need."""
-        self._sets += [self._random_inputs() for _ in range(self._timed_sets - len(self._sets))]
-        return [partial(code, inputs, ()) for inputs in self._sets]
+    def runs(self, code: Code, pool: InputPool) -> list[Run]:
+        """The runs to time: `code` with floats of `pool`, and integers of its own in as much memory at most."""
+        own = [index for index, x in enumerate(self._inputs) if not pool.holds(x)]
+        size = sum(self._inputs[index].untyped_storage().nbytes() for index in own)
+        sets = [self._inputs]
+        for _ in range(min(RUNS, pool.size // max(size, 1)) - 1):
+            sets.append([self._random(i) if i in own else x for i, x in enumerate(self._inputs)])
+        turns = (sets[turn % len(sets)] for turn in range(RUNS))
+        return [partial(code, [pool.like(x) if pool.holds(x) else x for x in inputs], ()) for inputs in turns]
+
+
+class InputPool:
+    """Floats that timed runs read: one after another, from memory of more than the L2 cache, which all candidates of a
+    device share. Their values are of no account.
+
+    Attributes:
+        size: in bytes.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        on_gpu = device.type == "cuda"
+        size = ROTATED * torch.cuda.get_device_properties(device).L2_cache_size if on_gpu else ROTATED_ON_CPU
+        # Two normal floats of 16 bits are, as one of 32, finite and small as well.
+        generator = torch.Generator(device).manual_seed(0)  # the program's own numbers stay as they are
+        self.size = int(size) // LINE * LINE
+        floats = torch.randn(self.size // 2, device=device, dtype=torch.float16, generator=generator)
+        self._memory, self._at = floats.view(torch.uint8), 0
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether `like` has other memory for it: for floats, as long as they fit."""
+        return tensor.is_floating_point() and 0 < _span(tensor) <= self.size
+
+    def like(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Other memory in the form of a tensor that the pool holds."""
+        span = -(-_span(tensor) // LINE) * LINE
+        start = min(self._at, self.size - span)  # the last one ends where the pool ends, so that all of it is read
+        self._at = (start + span) % self.size
+        memory = self._memory[start : start + span].view(tensor.dtype)
+        return memory.as_strided(tensor.shape, tensor.stride())
+
+
+def _span(tensor: torch.Tensor) -> int:
+    """Bytes from the first to the last element."""
+    return aten.extent(tensor.shape, tensor.stride()) * tensor.itemsize
 
 
 def _comparable(tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:

@@ -20,12 +20,12 @@ import torch
 
 from torch_rtx.ir import Graph, dim_syms, kernel_nodes, type_dims
 from torch_rtx.runtime.admission import AdmissionPolicy
-from torch_rtx.runtime.background import attempt
+from torch_rtx.runtime.background import Work, attempt
 from torch_rtx.runtime.check import bind_sizes
 from torch_rtx.runtime.code import Code
 from torch_rtx.runtime.inline import launched
 from torch_rtx.runtime.launch import LoadedTactic, is_for
-from torch_rtx.runtime.tuner import TunedGraph, Tuner, TuningContext
+from torch_rtx.runtime.tuner import MEASURED_OF_A_KIND, TunedGraph, Tuner, TuningContext
 from torch_rtx.runtime.variant import PORTABLE, REFERENCE, Variant
 from torch_rtx.settings import RuntimeSettings
 
@@ -156,7 +156,11 @@ class Specializer:
         if strategy != "eager":
             for variant, sizes in started:
                 compile_, measure = self._steps(variant, sizes)
-                self.context.background.submit(compile_, variant.done, measure)
+                # Kernels are named by their bodies: equal ones are compiled and measured once.
+                count = len({node.op for node in kernel_nodes(self.graph)})
+                tactics = 0 if measure is None else MEASURED_OF_A_KIND * count
+                variant.work = Work(count, tactics, self.tuned.settings.tuning_seconds)
+                self.context.background.submit(compile_, variant.done, measure, variant.work)
             return
         try:
             for variant, sizes in started:

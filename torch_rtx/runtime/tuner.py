@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from itertools import count
 from typing import Any
 
@@ -23,13 +23,13 @@ from torch_rtx.ir import Graph, Node, Sym, kernel_nodes, typical_size
 from torch_rtx.runtime.background import Background
 from torch_rtx.runtime.benchmark import Run
 from torch_rtx.runtime.bind import bind, bind_node
-from torch_rtx.runtime.candidate_check import CandidateCheck
+from torch_rtx.runtime.candidate_check import CandidateCheck, InputPool
 from torch_rtx.runtime.code import Code, undisturbed
 from torch_rtx.runtime.driver import new_stream, relaxed
 from torch_rtx.runtime.inline import inline_kernels, launched
 from torch_rtx.runtime.launch import LoadedTactic, bound
 from torch_rtx.runtime.plan import TYPICAL
-from torch_rtx.runtime.tuning_db import Choice, TuningDatabase, region_key
+from torch_rtx.runtime.tuning_db import Bodies, Choice, TuningDatabase, region_key
 from torch_rtx.runtime.variant import PORTABLE, SPECIALIZED, Region, Variant
 from torch_rtx.settings import RuntimeSettings
 from torch_rtx.tactics import Candidate
@@ -101,6 +101,11 @@ class Tuner:
         aligned = all(size % ALIGNMENT == 0 for size in self.sizes.values())
         return {name: _nearest(self.graph.syms[name], size, not aligned) for name, size in self.sizes.items()}
 
+    @cached_property
+    def pool(self) -> InputPool:
+        """What all timed runs read; the tuner, and so this memory, lives as long as one step."""
+        return InputPool(self.of.device)
+
     def compile(self) -> None:
         """Compile and check the first tactic of each region, then swap the code. Errors leave the variant usable."""
         variant = self.variant
@@ -146,7 +151,10 @@ class Tuner:
                 wanted[region.key] = region.body, region.choice.rank
             elif not self.is_native(region):
                 wanted[region.key] = region.body, 0
-        made = database.candidates(wanted) if wanted else {}
+        work = self.variant.work
+        work.begin(len(wanted), work.tactics, work.limit_s)
+        made = self.built(wanted)
+        work.begin(0, work.tactics, work.limit_s)
         for region in regions:
             self.context.background.step()
             candidate = made.get(region.key)
@@ -154,6 +162,19 @@ class Tuner:
                 region.choice = None  # the tactic that won can't be built here
             if candidate is not None:
                 self.try_first(region, candidate)
+
+    def built(self, wanted: Bodies) -> Mapping[str, Candidate]:
+        """What the database has or compiles of `wanted`, timed for those who wait.
+
+        Raises:
+            KernelError: see `TuningDatabase.candidates`.
+        """
+        if not wanted:
+            return {}
+        start = time.monotonic()
+        made = self.context.database.candidates(wanted)
+        self.context.background.compiling.add(len(wanted), time.monotonic() - start)
+        return made
 
     def is_native(self, region: Region) -> bool:
         """The engine's tactic for the region is as good as the first candidate."""
@@ -195,7 +216,7 @@ class Tuner:
 
     def tune(self, regions: Sequence[Region]) -> None:
         """Measure regions without a choice, rank by rank until the time is up, and use the fastest tactic of each."""
-        end = time.monotonic() + self.of.settings.tuning_seconds
+        work, end = self.variant.work, time.monotonic() + self.of.settings.tuning_seconds
         measured = {r.key: Measurements(self, r) for r in regions if r.choice is None and not r.body.syms}
         open_ = dict(measured)
         try:
@@ -203,11 +224,17 @@ class Tuner:
                 wanted = {key: (one.region.body, rank) for key, one in open_.items() if rank not in one.ranks}
                 if not open_ or time.monotonic() >= end:
                     break
-                made = self.context.database.candidates(wanted) if wanted else {}
+                left = sum(one.left for one in open_.values())
+                work.begin(0, left, end - time.monotonic())
+                made = self.built(wanted)
                 for key, candidate in made.items():
                     self.context.background.step()
-                    if time.monotonic() < end:
+                    start = time.monotonic()
+                    if start < end:
                         measured[key].add(candidate)
+                        self.context.background.measuring.add(1, time.monotonic() - start)
+                    left -= 1
+                    work.begin(0, left, end - time.monotonic())
                 open_ = {k: one for k, one in open_.items() if not one.is_done and (k in made or k not in wanted)}
         except KernelError as error:
             self.context.background.step()
@@ -235,9 +262,14 @@ class Measurements:
         self._kinds: Counter[str] = Counter()
 
     @property
+    def left(self) -> int:
+        """How many tactics may still be tried, about."""
+        return MEASURED_OF_A_KIND - max(self._kinds.values(), default=0)
+
+    @property
     def is_done(self) -> bool:
         """Enough tactics were tried."""
-        return max(self._kinds.values(), default=0) >= MEASURED_OF_A_KIND
+        return self.left <= 0
 
     def add(self, candidate: Candidate) -> None:
         """Check and time a candidate; before the first one, time the engine's tactic."""
@@ -265,7 +297,7 @@ class Measurements:
             tuner.reject(region, error)
 
     def _time(self, name: str, check: CandidateCheck, code: Code) -> None:
-        self.times[name] = self.tuner.context.time(check.runs(code))
+        self.times[name] = self.tuner.context.time(check.runs(code, self.tuner.pool))
         kernels, nodes = launched(code.tactics), inline_kernels(code.graph, code.tactics).nodes
         self.pdl_kernels[name] = sum(bool(kernels[node.op].pdl_functions) for node in nodes if node.kind == "kernel")
 

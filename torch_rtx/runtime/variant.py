@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch_rtx.ir import Graph, Node
+from torch_rtx.runtime.background import Work
 from torch_rtx.runtime.code import Code
 from torch_rtx.runtime.tuning_db import Choice
 
@@ -53,6 +54,7 @@ class Variant:
         regions: set by the tuner.
         used: number of the last call that ran this variant, see `admission.Used`.
         done: set when tuning has ended.
+        work: what tuning has left to do.
     """
 
     sizes: Mapping[str, int]
@@ -62,3 +64,4 @@ class Variant:
     regions: Sequence[Region] = ()
     used: int = 0
     done: threading.Event = field(default_factory=threading.Event)
+    work: Work = field(default_factory=Work)
