@@ -254,6 +254,12 @@ def test_every_definition_has_a_test():
         assert name in here or f"quantized_ops.{definition.__name__}(" in source or name in INDIRECT, name
 
 
+def test_products_of_groups():
+    x, weights, ends = torch.randn(7, 4), torch.randn(3, 4, 5), torch.tensor([2, 2, 7], dtype=torch.int32)
+    wanted = torch.cat([x[:2] @ weights[0], x[2:] @ weights[2]])
+    torch.testing.assert_close(quantized_ops._grouped_mm_fallback(x, weights, ends), wanted)
+
+
 INDIRECT = {  # parts of those above
     "bitsandbytes.dequantize_blockwise.default",
     "bitsandbytes.int8_linear_matmul.default",

@@ -72,28 +72,6 @@ def _resize_as(self: Tensor, the_template: Tensor, *, memory_format: torch.memor
     return _resize(self, the_template.shape, memory_format=memory_format)
 
 
-def _copy(self: Tensor, src: Tensor, non_blocking: bool = False) -> Any:
-    """`src` as `self` is, whose elements nobody needs then."""
-    if src.device != self.device or not self.is_contiguous():
-        return NotImplemented
-    return src.to(self.dtype).expand(self.shape).clone(memory_format=torch.contiguous_format)
-
-
-def _as_strided_scatter(
-    input: Tensor, src: Tensor, size: Sequence[int], stride: Sequence[int], storage_offset: int | None = None
-) -> Any:
-    """`src` in another shape, where it replaces every element: so the gradient of `as_strided` is, which PyTorch calls
-    to give a pooled image its strides. PyTorch's own formula copies all elements twice."""
-    order = sorted((dim for dim, length in enumerate(size) if length != 1), key=lambda dim: -stride[dim])
-    lengths = [size[dim] for dim in order]
-    dense = [math.prod(lengths[index + 1 :]) for index in range(len(lengths))]
-    covers = math.prod(lengths) == input.numel() and [stride[dim] for dim in order] == dense
-    if not covers or storage_offset or input.storage_offset() or not input.is_contiguous():
-        return NotImplemented
-    ones = [dim for dim, length in enumerate(size) if length == 1]
-    return src.to(input.dtype).permute(*order, *ones).clone(memory_format=torch.contiguous_format).view(input.shape)
-
-
 def _instance_norm(
     input: Tensor,
     weight: Tensor | None,
@@ -187,8 +165,6 @@ DECOMPOSITIONS: dict[torch._ops.OperatorBase, Callable[..., Any]] = {
     **dict(_foreach()),
     **FAKE_QUANTIZATION,
     torch.ops.prims.convert_element_type.default: lambda a, dtype: torch.ops.aten._to_copy(a, dtype=dtype),
-    torch.ops.aten.copy.default: _copy,
-    torch.ops.aten.as_strided_scatter.default: _as_strided_scatter,
     torch.ops.aten.resize.default: _resize,
     torch.ops.aten.resize_as.default: _resize_as,
     torch.ops.aten.instance_norm.default: _instance_norm,

@@ -1,11 +1,13 @@
 """Removes no-ops: aliases, views and casts to the same type, padding by nothing, images resampled to their own size,
-choices that constants decide, and copies of values that do not escape.
+choices that constants decide, scatters that replace all elements, and copies of values that do not escape.
 
 Softmax of halves with a float result has one form for CUDA alone, which takes no other dtypes: it becomes the call that
 names the dtype, and has the same meaning everywhere. What PyTorch leaves uninitialized is zeros in an engine.
 """
 
 from __future__ import annotations
+
+import math
 
 from torch_rtx import aten
 from torch_rtx.ir import Attr, Graph, Node, TensorType, Value, contiguous
@@ -17,6 +19,7 @@ ALIASES = frozenset(f"aten.{name}.default" for name in ("alias", "detach", "lift
 COPY_AS = "aten.copy.default"  # `src` in the type of `self`, whose elements it does not read
 HALF_TO_FLOAT = {"aten._softmax.default": "aten.softmax.int", "aten._log_softmax.default": "aten.log_softmax.int"}
 PAD = "aten.constant_pad_nd.default"
+SCATTER = "aten.as_strided_scatter.default"  # of the gradient of `as_strided`, which gives a pooled image its strides
 WHERE = "aten.where.self"
 RESAMPLING = frozenset(
     f"aten.{name}.{overload}"
@@ -34,10 +37,13 @@ def simplify(graph: Graph, infer: Inference) -> Graph:
     views = {name for name in returned(graph) if base.get(name) in owned}  # tensors of their own in memory of another
     constants = Constants(graph)
     reshaped: dict[str, Value] = {}  # from the result of a view to its source
+    copied: dict[str, Value] = {}  # the same of copies
 
     def visit(node: Node, rewriter: Rewriter) -> bool:
         if node.op in aten.UNINITIALIZED:
             return _as_zeros(node, rewriter)
+        if node.op == SCATTER:
+            return _replaced(node, rewriter, copied, owned)
         source = node.arg("src" if node.op == COPY_AS else "self", node.arg("input"))
         if node.op == WHERE:
             source = _chosen(node, constants)
@@ -52,9 +58,12 @@ def simplify(graph: Graph, infer: Inference) -> Graph:
             rewriter.nodes.append(Node("op", HALF_TO_FLOAT[node.op], named, node.outputs, None, node.loc))
             return True
         kept = escapes if node.op in (*COPIES, *RESAMPLING, COPY_AS, PAD, WHERE) else views
-        if output.name not in kept and _is_identity(node, current):
-            rewriter.replace(output, current)
-            return True
+        if _is_identity(node, current):
+            if current.name not in owned:  # nothing writes to it later
+                copied[output.name] = current
+            if output.name not in kept:
+                rewriter.replace(output, current)
+                return True
         if node.op == "aten.view.default" and current.name in reshaped:
             first = reshaped[current.name]
             args = ("self", first), ("size", node.arg("size"))
@@ -74,6 +83,31 @@ def _as_zeros(node: Node, rewriter: Rewriter) -> bool:
         return False
     args = ("size", type_.shape), ("fill_value", 0), ("dtype", type_.dtype), ("device", type_.device)
     rewriter.nodes.append(Node("op", "aten.full.default", args, node.outputs, None, node.loc))
+    return True
+
+
+def _replaced(node: Node, rewriter: Rewriter, copied: dict[str, Value], owned: set[str]) -> bool:
+    """`src` in another shape, where it replaces every element. Not of an input: AOTAutograd traces the common memory of
+    several inputs as if it were as large as one of them."""
+    whole, part, output = node.arg("self"), node.arg("src"), node.outputs[0]
+    if not isinstance(whole, Value) or not isinstance(part, Value) or output is None or whole.name in owned:
+        return False
+    old, new = whole.type, part.type
+    size, stride = node.arg("size"), node.arg("stride")
+    if not isinstance(old, TensorType) or not isinstance(new, TensorType) or old.dtype != new.dtype:
+        return False
+    if not all(type(length) is int for length in (*old.shape, *size, *stride)):  # type: ignore[misc]
+        return False
+    order = sorted(range(len(size)), key=lambda dim: (size[dim] == 1, -stride[dim]))  # type: ignore[arg-type,index,operator]
+    lengths = tuple(size[dim] for dim in order if size[dim] != 1)  # type: ignore[index]
+    is_dense = tuple(stride[dim] for dim in order if size[dim] != 1) == contiguous(lengths)  # type: ignore[index]
+    covers = is_dense and math.prod(lengths) == math.prod(old.shape) and not node.arg("storage_offset")  # type: ignore[arg-type]
+    if not covers or old.strides != contiguous(old.shape):
+        return False
+    source = copied.get(part.name, rewriter.current(part))
+    moved = rewriter.emit("aten.permute.default", node.loc, self=source, dims=tuple(order))
+    dense = rewriter.emit("aten.clone.default", node.loc, self=moved, memory_format="contiguous_format")
+    rewriter.replace(output, rewriter.emit("aten.view.default", node.loc, self=dense, size=old.shape))
     return True
 
 

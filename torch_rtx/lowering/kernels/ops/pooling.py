@@ -122,7 +122,8 @@ def max_pool_with_indices(
     if self.dtype not in FLOATS:
         raise Unsupported(f"the largest {self.dtype} of a window")
     strides = _each(stride, 2) if stride else sizes
-    form = shape_of(out), sizes, strides, _each(padding, 2), _each(dilation, 2)
+    shape = max(shape_of(out, 0), shape_of(out, 1), key=len)  # that of a result that nobody reads is ()
+    form = shape, sizes, strides, _each(padding, 2), _each(dilation, 2)
     places = _places(self)
     values = _windows(self, *form, number(float("-inf"), self.dtype))
     numbers = _windows(places, *form, number(-1, places.dtype))
