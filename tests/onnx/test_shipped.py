@@ -56,7 +56,7 @@ def same(name: str, outputs: list[Tensor], wanted: list[np.ndarray], path: Path,
 EXACT = partial(torch.backends.cudnn.flags, enabled=True, allow_tf32=False)
 # Launches of attention, of library calls that copy, and of others.
 WORK = {
-    "det": (0, 1, 2),  # transposed convolutions
+    "det": (0, 1, 0),
     "rec": (2, 1, 0),
     "cls": (0, 1, 0),
     "silero": (0, 0, 1),  # an LSTM

@@ -95,7 +95,7 @@ return [v, w]""",
         1,
     ),
     "a result of a library": (
-        "d: f32[9, 24] = op aten.renorm.default(self=x, p=2, dim=0, maxnorm=1)\nv: f32[9, 24] = PUT(d, i)\nreturn [v]",
+        "d: f32[9, 24] = op aten.lgamma.default(self=x)\nv: f32[9, 24] = PUT(d, i)\nreturn [v]",
         1,
     ),
     "an input that is written": (

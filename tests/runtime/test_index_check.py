@@ -122,7 +122,7 @@ def test_positions_of_values_that_are_put_in_place_differ(name: str) -> None:
       return [r]
     }}""").nodes
     for _ in range(3):
-        positions = CandidateCheck(node, CPU)._sets[0][1].t().reshape(-1, 4)
+        positions = CandidateCheck(node, CPU)._inputs[1].t().reshape(-1, 4)
         assert all(len(set(row)) == 4 for row in positions.tolist())
 
 
@@ -140,6 +140,6 @@ def test_ends_of_groups_ascend() -> None:
       }
       return [r]
     }""").nodes
-    drawn = torch.stack([CandidateCheck(node, CPU)._sets[0][2] for _ in range(20)])
+    drawn = torch.stack([CandidateCheck(node, CPU)._inputs[2] for _ in range(20)])
     assert (drawn.diff(dim=1) >= 0).all()
     assert 0 <= drawn.min() < 4 < drawn.max() <= 9

@@ -23,7 +23,7 @@ from torch_rtx.ir import COPY, Graph, Loc, Node, TensorType, Value, attr_values,
 from torch_rtx.lowering.kernels.gemm_perf_model import LAUNCH_US, bytes_of, streaming_us, typical
 from torch_rtx.lowering.kernels.generate import fastest, generate
 from torch_rtx.lowering.kernels.index import Index, from_dim, product
-from torch_rtx.lowering.kernels.kernel_ir import Const, Load, Select, Tensor, View, everything, load
+from torch_rtx.lowering.kernels.kernel_ir import Const, Load, Pointwise, Select, Tensor, View, everything, load
 from torch_rtx.lowering.kernels.loops import loop_operations, rows_of
 from torch_rtx.lowering.kernels.region import Region, express, region, tensor_type
 from torch_rtx.lowering.widening import is_elementwise, widens
@@ -32,6 +32,8 @@ from torch_rtx.targets import ALIGNMENT, Arch
 
 MAX_MEMBERS = 64
 MAX_POINTERS = 24
+MAX_RECOMPUTED_OPS = 4  # per element, of a producer that a much larger consumer computes again
+MOST_AGAIN = 16  # times that a longer producer may be computed again
 PRICE_ERROR = 1.25  # by as much a kernel may be faster than it is expected to be
 SIBLING_GAIN = 8  # times that the shorter of two independent loops may take what fusing them saves
 TINY_ELEMENTS = 4096  # a loop of so few takes no longer than its launch
@@ -214,7 +216,12 @@ class FusionPlan:
             if two.count in one.elements:
                 return None if self._feeds_other_axis(second, one) else one
             return one if sole_user and _is_padded(two, one) else None
-        return two if sole_user else None
+        return two if sole_user and (_is_near(two, one) or self._is_short(first)) else None
+
+    def _is_short(self, group: FusionGroup) -> bool:
+        """A consumer of any size may compute `group` again for each of its elements."""
+        tensors = (one for member in group.members for one in everything(_expressed(self.nodes[member])))
+        return sum(isinstance(one, Pointwise) for one in tensors) <= MAX_RECOMPUTED_OPS
 
     def _feeds_other_axis(self, group: FusionGroup, space: IterationSpace) -> bool:
         """Every consumer of `group` reduces over another axis than `space`, such as columns instead of rows."""
@@ -497,6 +504,13 @@ def _bits(value: Value) -> int:
 def _is_tiny(space: IterationSpace | None) -> bool:
     """A pointwise loop is launch-bound."""
     return space is not None and space.size is None and (space.count.number or TINY_ELEMENTS + 1) <= TINY_ELEMENTS
+
+
+def _is_near(consumer: IterationSpace, producer: IterationSpace) -> bool:
+    """`consumer` is known to have at most `MOST_AGAIN` times the elements of `producer`. Then the price decides, which
+    does not know what a kernel of much work keeps from joining later, such as a padding of its result."""
+    here, there = consumer.elements[-1].number, producer.elements[-1].number
+    return here is not None and there is not None and here <= MOST_AGAIN * there
 
 
 def _is_padded(consumer: IterationSpace, producer: IterationSpace) -> bool:

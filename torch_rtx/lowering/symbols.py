@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -72,11 +73,12 @@ class Symbols:
         """Whether a size does not tell the functions in it that dims lack and that no symbol stands for: two in a sum
         or a product, or one in anything else. `arange(a, b, 2)` of floats tells its length, and neither of its ends."""
         unknown: list[sympy.Expr] = []
+        names = itertools.count()
 
         def leaf(part: sympy.Expr) -> Dim:
             if not part.is_Symbol and part not in self._named:
                 unknown.append(part)
-            return 0
+            return Sym(f"part{next(names)}", 1)
 
         for arg in expr.args:
             convert(arg, leaf, self._joined)
