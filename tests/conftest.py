@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import logging
 import os
 import random
 import shutil
@@ -29,6 +30,10 @@ from tests import windows_rules
 if sys.platform == "linux":
     windows_rules.install()
 torch.set_num_threads(1)
+# PyTorch writes down each step of a compilation if this logger has handlers. pytest gives some to loggers that hand
+# their records to nobody.
+logging.getLogger("torch.__trace").handlers.clear()
+logging.getLogger("torch.__trace").propagate = True
 NUMBERS = itertools.count()
 FILES = itertools.count()
 
