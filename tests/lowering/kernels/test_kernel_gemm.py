@@ -8,7 +8,13 @@ from expecttest import TestCase
 from tests.lowering.kernels.kernel_bodies import body, check, library, offered
 from torch_rtx.errors import Unsupported
 from torch_rtx.lowering.kernels.families.gemm import GemmConfig, gemm_configs, gemm_contraction, gemm_kernel
-from torch_rtx.lowering.kernels.gemm_perf_model import LAUNCH_US, gemm_problem, shared_memory
+from torch_rtx.lowering.kernels.gemm_perf_model import (
+    LAUNCH_US,
+    best_num_splits,
+    gemm_problem,
+    gemm_us,
+    shared_memory,
+)
 from torch_rtx.lowering.kernels.region import region
 from torch_rtx.targets import ARCHES, Arch, arch_of
 
@@ -484,9 +490,11 @@ return y
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("arch", ARCHES.values(), ids=ARCHES)
-@pytest.mark.parametrize("rows", [1, 16, 3072, "s"])
-def test_configurations_fit_their_target(rows: int | str, arch: Arch, dtype: str) -> None:
-    given = region(body(linear(rows, 2304, 768), dtype))
+@pytest.mark.parametrize(
+    ("rows", "columns", "depth"), [*((rows, 2304, 768) for rows in (1, 16, 3072, "s")), (4, 8, 64), (3, 1, 24)]
+)
+def test_configurations_fit_their_target(rows: int | str, columns: int, depth: int, arch: Arch, dtype: str) -> None:
+    given = region(body(linear(rows, columns, depth), dtype))
     if (arch.sm, dtype) == (75, "bf16"):
         with pytest.raises(Unsupported, match="bf16 on sm_75"):
             gemm_configs(given, arch)
@@ -497,6 +505,8 @@ def test_configurations_fit_their_target(rows: int | str, arch: Arch, dtype: str
     for config in configs:
         assert config.gemv or shared_memory(what, config, arch) <= arch.shared
     assert gemm_kernel(given, "kernel", configs[0]) == gemm_kernel(given, "kernel", configs[0])
+    assert gemm_us(given, gemm_contraction(given), arch) > 0
+    assert best_num_splits(given, gemm_contraction(given), arch)[0] > 0  # none may have a tile
 
 
 def best(rows: int, columns: int, depth: int, target: int) -> GemmConfig:

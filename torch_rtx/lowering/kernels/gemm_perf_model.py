@@ -284,7 +284,10 @@ def gemm_us(region: Region, contraction: Contraction, arch: Arch) -> float:
     moved = problem.bytes_moved + int(more)
     problem = replace(problem, bytes_moved=moved, uncoalesced_loads=0, second_bytes=size)
     problem = replace(problem, unpacking=0, packed_run=0, swapped=False)
-    return _ranked(problem, _is_gemv(contraction), arch)[0][0]
+    ranked = _ranked(problem, _is_gemv(contraction), arch)
+    if not ranked:
+        raise Unsupported("no tile fits into the registers")
+    return ranked[0][0]
 
 
 def config_us(region: Region, contraction: Contraction, arch: Arch, config: GemmConfig) -> float:
@@ -365,7 +368,8 @@ def best_num_splits(region: Region, contraction: Contraction, arch: Arch) -> tup
         partial = replace(partial, accumulators=1, bytes_moved=moved, needs_few_registers=True)
         combined = 4 * num_splits * result + max(problem.bytes_moved - operands, 0)
         combine_us = LAUNCH_US + combined / (chip.memory * 1e3)
-        both_us = _ranked(partial, _is_gemv(contraction), arch)[0][0] + combine_us
+        ranked = _ranked(partial, _is_gemv(contraction), arch)
+        both_us = ranked[0][0] + combine_us if ranked else inf  # none: so short a sum has no tile
         if both_us >= fastest_us:
             break  # more splits are no better
         fastest_us, best = both_us, num_splits
@@ -453,12 +457,13 @@ def _fits_registers(problem: GemmProblem, config: GemmConfig, arch: Arch) -> boo
     elif problem.packed_run:
         loaded = int(problem.step_bytes(config))
     pointers = loaded // (16 * threads)
+    is_least = config.block_m <= 16 and config.width <= 16
     elements = _computed_elements(problem, config) if problem.unpacking else 0
     is_narrow = problem.vector_elements * SIZES[problem.dtype] < 16
     narrow_loads = config.block_m * config.block_k // (problem.vector_elements * threads) if is_narrow else 0
     return (
         accumulator_regs(problem, config) <= most
-        and pointers <= (12 if "cp_async" in arch.features or is_few else 6)
+        and pointers <= (12 if "cp_async" in arch.features or is_few or is_least else 6)
         and narrow_loads <= MAX_NARROW_LOADS
         and elements <= (MAX_PACKED if problem.packed_run or is_few else MAX_COMPUTED)
     )
