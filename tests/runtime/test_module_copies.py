@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import torch_rtx
-from tests.helpers.ahead import IMAGE, Net, through_file
+from tests.helpers.ahead import IMAGE, Count, Net, through_file
 from tests.helpers.compiled import same
 from torch_rtx import CompilationSettings, CompiledModule, RuntimeSettings
 from torch_rtx.errors import RefitError, RtxError
@@ -129,15 +129,6 @@ def test_an_engine_that_is_saved_with_weights(tmp_path: Path) -> None:
 
 
 def test_state_settings_and_what_users_add() -> None:
-    class Count(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.register_buffer("seen", torch.zeros(4))
-            self.register_buffer("steps", torch.zeros(4), persistent=False)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.seen.add_(x.sum(0)) + self.steps.add_(1)
-
     module = torch_rtx.compile(Count(), (X,), runtime=RuntimeSettings(specialized_shapes=3))
     module(X)
     module.note = {"a": [1]}

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import torch_rtx
-from tests.helpers.ahead import IMAGE, Net, Tied, through_file
+from tests.helpers.ahead import IMAGE, Count, Net, Tied, through_file
 from tests.helpers.compiled import same
 from torch_rtx import CompilationSettings, CompiledModule, RuntimeSettings
 from torch_rtx.errors import RefitError, RtxError
@@ -117,16 +117,6 @@ def test_an_engine_with_weights_in_it(tmp_path: Path) -> None:
     module.session.unload_weights()
     module.session.load_weights()
     assert torch.equal(module(IMAGE), before)
-
-
-class Count(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("seen", torch.zeros(4))
-        self.register_buffer("steps", torch.zeros(4), persistent=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.seen.add_(x.sum(0)) + self.steps.add_(1)
 
 
 def test_state_that_calls_have_written(tmp_path: Path) -> None:

@@ -39,11 +39,15 @@ def simplify(graph: Graph, infer: Inference) -> Graph:
     reshaped: dict[str, Value] = {}  # from the result of a view to its source
     copied: dict[str, Value] = {}  # the same of copies
 
+    def is_owned(value: Value) -> bool:
+        return base.get(value.name, value.name) in owned
+
     def visit(node: Node, rewriter: Rewriter) -> bool:
         if node.op in aten.UNINITIALIZED:
             return _as_zeros(node, rewriter)
         if node.op == SCATTER:
-            return _replaced(node, rewriter, copied, owned)
+            whole = node.arg("self")
+            return isinstance(whole, Value) and not is_owned(whole) and _replaced(node, whole, rewriter, copied)
         source = node.arg("src" if node.op == COPY_AS else "self", node.arg("input"))
         if node.op == WHERE:
             source = _chosen(node, constants)
@@ -59,7 +63,7 @@ def simplify(graph: Graph, infer: Inference) -> Graph:
             return True
         kept = escapes if node.op in (*COPIES, *RESAMPLING, COPY_AS, PAD, WHERE) else views
         if _is_identity(node, current):
-            if current.name not in owned:  # nothing writes to it later
+            if not is_owned(current):  # nothing writes to it later
                 copied[output.name] = current
             if output.name not in kept:
                 rewriter.replace(output, current)
@@ -86,11 +90,11 @@ def _as_zeros(node: Node, rewriter: Rewriter) -> bool:
     return True
 
 
-def _replaced(node: Node, rewriter: Rewriter, copied: dict[str, Value], owned: set[str]) -> bool:
-    """`src` in another shape, where it replaces every element. Not of an input: AOTAutograd traces the common memory of
-    several inputs as if it were as large as one of them."""
-    whole, part, output = node.arg("self"), node.arg("src"), node.outputs[0]
-    if not isinstance(whole, Value) or not isinstance(part, Value) or output is None or whole.name in owned:
+def _replaced(node: Node, whole: Value, rewriter: Rewriter, copied: dict[str, Value]) -> bool:
+    """`src` in another shape, where it replaces every element of `whole`. That is no input: AOTAutograd traces the
+    common memory of several inputs as if it were as large as one of them."""
+    part, output = node.arg("src"), node.outputs[0]
+    if not isinstance(part, Value) or output is None:
         return False
     old, new = whole.type, part.type
     size, stride = node.arg("size"), node.arg("stride")
