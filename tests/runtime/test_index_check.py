@@ -7,7 +7,7 @@ import torch
 
 from torch_rtx.errors import RtxError
 from torch_rtx.irparse import parse
-from torch_rtx.runtime.candidate_check import CandidateCheck
+from torch_rtx.runtime.candidate_check import CandidateCheck, InputPool
 from torch_rtx.runtime.index_check import limits
 
 CPU = torch.device("cpu")
@@ -143,3 +143,88 @@ def test_ends_of_groups_ascend() -> None:
     drawn = torch.stack([CandidateCheck(node, CPU)._inputs[2] for _ in range(20)])
     assert (drawn.diff(dim=1) >= 0).all()
     assert 0 <= drawn.min() < 4 < drawn.max() <= 9
+
+
+WINDOWS = "grad_output=g, self=x, kernel_size=[3, 3], stride=[2, 2], padding=[1, 1], dilation=[1, 1], ceil_mode=False"
+
+
+def test_places_of_pooled_elements_lie_in_their_windows() -> None:
+    """A kernel looks for them there; calls put a gradient wherever they say."""
+    (node,) = parse(
+        """graph fused {
+      input g: f32[2, 3, 4, 4](48, 1, 12, 3)
+      input x: f32[2, 3, 8, 8](192, 1, 24, 3)
+      input i: i64[2, 3, 4, 4](48, 1, 12, 3)
+      r: f32[2, 3, 8, 8](192, 1, 24, 3) = kernel k(in0=g, in1=x, in2=i) graph import {
+        input g: f32[2, 3, 4, 4](48, 1, 12, 3)
+        input x: f32[2, 3, 8, 8](192, 1, 24, 3)
+        input i: i64[2, 3, 4, 4](48, 1, 12, 3)
+        r: f32[2, 3, 8, 8](192, 1, 24, 3) = op aten.max_pool2d_with_indices_backward.default(WINDOWS, indices=i)
+        return [r]
+      }
+      return [r]
+    }""".replace("WINDOWS", WINDOWS)
+    ).nodes
+    drawn = CandidateCheck(node, CPU)._inputs[2]
+    assert drawn.stride() == (48, 1, 12, 3)
+    rows, columns = drawn // 8, drawn % 8
+    windows = 2 * torch.arange(4)
+    assert bool(((rows - windows[:, None]).abs() <= 1).all())
+    assert bool(((columns - windows).abs() <= 1).all())
+    assert len(drawn.unique()) > 16
+
+
+# The places of a sort are the numbers of elements before each: as many as there are elements if `earlier` is any mask.
+SORT = """graph fused {
+  input x: i64[8]
+  weight earlier: bool[8, 8] = graph import {
+    a: i64[8] = op aten.arange.default(end=8, dtype='i64', device='main')
+    b: i64[8, 1] = op aten.view.default(self=a, size=[8, 1])
+    c: bool[8, 8] = op aten.lt.Tensor(self=a, other=b)
+    return [c]
+  }
+  r: i64[8] = kernel k(in0=x, in1=earlier) graph import {
+    input x: i64[8]
+    input earlier: bool[8, 8]
+    p: i64[8] = op aten.sum.dim_IntList(self=earlier, dim=[1])
+    r: i64[8] = op aten.scatter.src(self=x, dim=0, index=p, src=x)
+    return [r]
+  }
+  return [r]
+}"""
+
+
+def test_operands_that_depend_on_nothing_are_what_they_are() -> None:
+    graph = parse(SORT)
+    (node,), (weight,) = graph.nodes, graph.weights
+    assert weight.recipe is not None
+    check, pool = CandidateCheck(node, CPU, {"earlier": weight.recipe}), InputPool(CPU)
+    runs = check.runs(check.code({}), pool)
+    for run in runs:
+        assert torch.equal(run.args[0][1], torch.ones(8, 8).tril(-1).bool())
+    assert len({run.args[0][1].data_ptr() for run in runs}) == len(runs)
+
+
+@pytest.mark.parametrize("kind", ["f32", "i64"])
+def test_timed_runs_compute_the_positions_that_were_checked(kind: str) -> None:
+    (node,) = parse(f"""graph fused {{
+      input x: {kind}[64]
+      input t: f32[3]
+      r: f32[64] = kernel k(in0=x, in1=t) graph import {{
+        input x: {kind}[64]
+        input t: f32[3]
+        a: {kind}[64] = op aten.abs.default(self=x)
+        p: i64[64] = op aten._to_copy.default(self=a, dtype='i64')
+        r: f32[64] = op aten.index.Tensor(self=t, indices=[p])
+        return [r]
+      }}
+      return [r]
+    }}""").nodes
+    for _ in range(20):
+        try:
+            check = CandidateCheck(node, CPU)
+        except RtxError:
+            continue  # a normal number is above 3
+        for run in check.runs(check.code({}), InputPool(CPU)):
+            assert torch.equal(run.args[0][0], check._inputs[0])
+            run()

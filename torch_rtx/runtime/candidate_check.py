@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import count
+from types import MappingProxyType
 
 import torch
 
@@ -20,7 +21,15 @@ from torch_rtx.errors import RtxError
 from torch_rtx.ir import Attr, Graph, Node, TensorType, Value, attr_map
 from torch_rtx.runtime.benchmark import RUNS, Run
 from torch_rtx.runtime.code import Code, Owned, compile_graph
-from torch_rtx.runtime.index_check import check_positions, differing, distinct, in_order, limits
+from torch_rtx.runtime.index_check import (
+    check_positions,
+    differing,
+    distinct,
+    in_order,
+    limits,
+    places_in_windows,
+    pooled,
+)
 from torch_rtx.runtime.launch import LoadedTactic
 from torch_rtx.runtime.streaming import nbytes, numbers
 
@@ -41,12 +50,13 @@ class CandidateCheck:
 
     Args:
         node: with numbers for all sizes.
+        known: by the name of an operand that is the same whatever the inputs and parameters are: what computes it.
 
     Raises:
         RtxError: inputs and results need too much memory, or the calls of the node's body fail.
     """
 
-    def __init__(self, node: Node, device: torch.device) -> None:
+    def __init__(self, node: Node, device: torch.device, known: Mapping[str, Graph] = MappingProxyType({})) -> None:
         assert node.body is not None
         self.device = device
         values = tuple({value.name: value for value in node.inputs}.values())
@@ -58,10 +68,12 @@ class CandidateCheck:
         self._generator = torch.Generator(device).manual_seed(next(SEEDS))
         high = smallest_size(node.body)
         self._highs = dict.fromkeys((value.name for value in values), high) | limits(self.graph)
-        self._in_order, self._distinct = in_order(self.graph), distinct(self.graph)
+        self._in_order, self._distinct, self._pooled = in_order(self.graph), distinct(self.graph), pooled(self.graph)
+        used = {value.name: known[value.name] for value in values if value.name in known}
+        self._known = {name: compile_graph(recipe, device)((), ())[0] for name, recipe in used.items()}
         self._inputs = self._random_inputs()
         try:
-            check_positions(self.graph, device, self._inputs)
+            self._computes_positions = check_positions(self.graph, device, self._inputs)
             calls = compile_graph(self.graph, device)
             self.expected: Sequence[torch.Tensor] = _comparable(calls(self._inputs, ()))
             exact = self.expected if _takes_bits(node.body) else self._in_float64()
@@ -88,10 +100,14 @@ class CandidateCheck:
 
     def _random(self, index: int) -> torch.Tensor:
         value = self.graph.inputs[index]
+        if value.name in self._known:
+            return self._known[value.name]
         high = self._highs[value.name]
         found = random_tensor(value, self.device, self._generator, high)
         if value.name in self._distinct:
             found = differing(found, self._distinct[value.name], high, self._generator)
+        if value.name in self._pooled:
+            found.copy_(places_in_windows(self._pooled[value.name], self._generator))
         return found.sort().values if value.name in self._in_order else found
 
     def _check_memory(self, total: int) -> None:
@@ -122,14 +138,18 @@ class CandidateCheck:
         return None
 
     def runs(self, code: Code, pool: InputPool) -> list[Run]:
-        """The runs to time: `code` with floats of `pool`, and integers of its own in as much memory at most."""
-        own = [index for index, x in enumerate(self._inputs) if not pool.holds(x)]
-        size = sum(self._inputs[index].untyped_storage().nbytes() for index in own)
+        """The runs to time: `code` with floats of `pool`, and copies of all else in as much memory at most: others
+        might be positions outside of a tensor, or make some."""
+        pooled = [pool.holds(x) and not self._computes_positions for x in self._inputs]
+        size = sum(_span(x) for x, held in zip(self._inputs, pooled, strict=True) if not held)
         sets = [self._inputs]
         for _ in range(min(RUNS, pool.size // max(size, 1)) - 1):
-            sets.append([self._random(i) if i in own else x for i, x in enumerate(self._inputs)])
+            sets.append([x if held else _copy(x) for x, held in zip(self._inputs, pooled, strict=True)])
         turns = (sets[turn % len(sets)] for turn in range(RUNS))
-        return [partial(code, [pool.like(x) if pool.holds(x) else x for x in inputs], ()) for inputs in turns]
+        return [
+            partial(code, [pool.like(x) if held else x for x, held in zip(inputs, pooled, strict=True)], ())
+            for inputs in turns
+        ]
 
 
 class InputPool:
@@ -160,6 +180,12 @@ class InputPool:
         self._at = (start + span) % self.size
         memory = self._memory[start : start + span].view(tensor.dtype)
         return memory.as_strided(tensor.shape, tensor.stride())
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    """Other memory with the same elements and strides, which `clone` changes where elements share memory."""
+    extent = aten.extent(tensor.shape, tensor.stride())
+    return tensor.as_strided((extent,), (1,)).clone().as_strided(tensor.shape, tensor.stride())
 
 
 def _span(tensor: torch.Tensor) -> int:

@@ -23,22 +23,27 @@ from torch_rtx.runtime.code import compile_graph
 from torch_rtx.runtime.inline import inline_kernels
 from torch_rtx.runtime.streaming import numbers
 
+POOLING = "aten.max_pool2d_with_indices"
 CAST = "aten._to_copy.default"
 INTEGERS = frozenset(("i64", "i32", "i16", "i8", "u8"))
 
 
-def check_positions(graph: Graph, device: torch.device, inputs: Sequence[torch.Tensor]) -> None:
+def check_positions(graph: Graph, device: torch.device, inputs: Sequence[torch.Tensor]) -> bool:
     """Compute the positions that calls of `graph` (static, without weights) get, and compare them with the sizes.
+
+    Returns: whether any are computed, rather than given, so that other inputs could make other positions.
 
     Raises:
         RtxError: a position is outside of its tensor.
     """
-    flat = inline_kernels(graph, {})
+    flat, computed = inline_kernels(graph, {}), False
     for node in flat.nodes:
         for index, size in _positions(node):
+            computed = computed or index not in flat.inputs
             (found,) = compile_graph(_up_to(flat, index), device)(inputs, ())
             if found.numel() and not (-size <= int(found.min()) and int(found.max()) < size):
                 raise RtxError(f"{node.op} would get positions outside of a dimension of size {size}", loc=node.loc)
+    return computed
 
 
 def limits(graph: Graph) -> dict[str, int]:
@@ -79,6 +84,22 @@ def distinct(graph: Graph) -> dict[str, int | None]:
     return found
 
 
+def pooled(graph: Graph) -> dict[str, Node]:
+    """By the name of an input that is where the largest elements of pooled windows are: the call that gives them their
+    gradients. Of a place outside of its window kernels, which look only there, and calls make something else."""
+    names = {value.name for value in graph.inputs}
+    places = ((node.arg("indices"), node) for node in inline_kernels(graph, {}).nodes if _is_pooling(node))
+    return {value.name: node for value, node in places if isinstance(value, Value) and value.name in names}
+
+
+def places_in_windows(gradient: Node, generator: torch.Generator) -> torch.Tensor:
+    """Such places for the windows of a call (static): those of the largest of random elements."""
+    drawn = torch.rand(_pooled_sizes(gradient), generator=generator, device=generator.device)
+    return aten.overload(f"{POOLING}.default")(
+        drawn, *(gradient.arg(name) for name in ("kernel_size", "stride", "padding", "dilation", "ceil_mode"))
+    )[1]
+
+
 def differing(positions: torch.Tensor, axis: int | None, size: int, generator: torch.Generator) -> torch.Tensor:
     """`positions` with others below `size` in their place that differ along an axis, or all; as they are, if they are
     too many."""
@@ -106,8 +127,21 @@ def _positions(node: Node) -> Iterator[tuple[Value, int]]:
         yield index, sizes[dim] if isinstance(dim, int) and sizes else math.prod(sizes)
     elif isinstance(indices, tuple):
         yield from ((one, size) for one, size in zip(indices, sizes, strict=False) if _is_integers(one))
+    elif _is_integers(indices) and _is_pooling(node):
+        yield indices, math.prod(_pooled_sizes(node)[-2:])
     elif _is_integers(indices) and isinstance(count := node.arg("num_weights", sizes[0]), int):
         yield indices, count
+
+
+def _is_pooling(node: Node) -> bool:
+    return node.op.startswith(f"{POOLING}_backward")
+
+
+def _pooled_sizes(node: Node) -> Sequence[int]:
+    image = node.arg("self")
+    assert isinstance(image, Value)
+    assert isinstance(image.type, TensorType)
+    return numbers(image.type.shape)
 
 
 def _is_integers(attr: Attr) -> TypeGuard[Value]:

@@ -106,6 +106,11 @@ class Tuner:
         """What all timed runs read; the tuner, and so this memory, lives as long as one step."""
         return InputPool(self.of.device)
 
+    def check(self, node: Node) -> CandidateCheck:
+        """A check of tactics of a kernel node, which has numbers for all sizes."""
+        constants = {one.value.name: one.recipe for one in self.graph.weights if one.recipe and not one.names}
+        return CandidateCheck(node, self.of.device, constants)
+
     def compile(self) -> None:
         """Compile and check the first tactic of each region, then swap the code. Errors leave the variant usable."""
         variant = self.variant
@@ -187,7 +192,7 @@ class Tuner:
         try:
             tactic = self.context.load(region.node, candidate)
             for sizes in self.cases if tactic.kernels and region.choice is None else ():
-                check = CandidateCheck(bind_node(region.node, sizes), self.of.device)
+                check = self.check(bind_node(region.node, sizes))
                 problem = check.problem(check.code({region.node.op: bound(tactic, sizes)}))
                 if problem is not None:
                     raise KernelError(f"its kernel computes wrong results: {problem}")
@@ -281,7 +286,7 @@ class Measurements:
         self._kinds[kind] += 1
         try:
             tactic = tuner.context.load(region.node, candidate)
-            check = CandidateCheck(region.node, tuner.of.device)
+            check = tuner.check(region.node)
             inside = {node.op: tuner.tactics[node.op] for node in kernel_nodes(region.body) if node.op in tuner.tactics}
             code = check.code(inside | {op: tactic})
             problem = check.problem(code)
