@@ -20,6 +20,7 @@ from torch_rtx.backend.dynamo import Break, break_after, break_before, breaks
 from torch_rtx.backend.entry import static_inputs
 from torch_rtx.backend.partition import partition
 from torch_rtx.ir import Loc
+from torch_rtx.lowering.addressing import count_from_tensors
 from torch_rtx.lowering.effects import drop_tokens
 from torch_rtx.lowering.from_fx import Role, from_fx
 from torch_rtx.lowering.location import Locations
@@ -149,6 +150,7 @@ def report(
         roles, symbols, writes: see `from_fx`; None: those of a graph of torch.compile.
     """
     drop_tokens(gm)
+    count_from_tensors(gm)
     symbols = symbols or Symbols(device_of(gm))
     parts = partition(gm, reasons(gm, symbols), settings)
     locations = Locations()
