@@ -8,13 +8,9 @@ from expecttest import TestCase
 from tests.lowering.kernels.kernel_bodies import body, check, library, offered
 from torch_rtx.errors import Unsupported
 from torch_rtx.lowering.kernels.families.gemm import GemmConfig, gemm_configs, gemm_contraction, gemm_kernel
-from torch_rtx.lowering.kernels.gemm_perf_model import (
-    LAUNCH_US,
-    best_num_splits,
-    gemm_problem,
-    gemm_us,
-    shared_memory,
-)
+from torch_rtx.lowering.kernels.gemm_perf_model import best_num_splits, gemm_us, shared_memory
+from torch_rtx.lowering.kernels.gemm_problem import gemm_problem
+from torch_rtx.lowering.kernels.memory_model import LAUNCH_US
 from torch_rtx.lowering.kernels.region import region
 from torch_rtx.targets import ARCHES, Arch, arch_of
 

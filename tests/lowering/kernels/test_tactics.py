@@ -12,9 +12,9 @@ from tests.lowering.kernels.kernel_bodies import library
 from torch_rtx import aten
 from torch_rtx.ir import Graph
 from torch_rtx.irparse import parse
-from torch_rtx.lowering.kernels.gemm_perf_model import typical
 from torch_rtx.lowering.kernels.generate import fastest, forms
 from torch_rtx.lowering.kernels.loops import LoopWriter
+from torch_rtx.lowering.kernels.memory_model import typical
 from torch_rtx.op_work import flops
 from torch_rtx.runtime.code import compile_graph
 from torch_rtx.tactics import OWN, check_tactic

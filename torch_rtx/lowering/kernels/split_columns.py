@@ -23,7 +23,7 @@ from math import ceil, prod
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Graph, Node, TensorType, Value, attr_values, contiguous, dim_expr
 from torch_rtx.lowering.kernels.body_builder import BodyBuilder, kernel, names_in, needed, type_of
-from torch_rtx.lowering.kernels.gemm_perf_model import bytes_of, typical
+from torch_rtx.lowering.kernels.memory_model import bytes_of, typical
 from torch_rtx.lowering.kernels.reduction_rules import RULES
 from torch_rtx.lowering.kernels.region import tensor_type
 from torch_rtx.lowering.kernels.row_blocks import tile_width

@@ -17,7 +17,8 @@ from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Attr, Dim, Node, TensorType, Value, contiguous, dim_expr
 from torch_rtx.lowering.kernels.attention import Attention
 from torch_rtx.lowering.kernels.body_builder import BodyBuilder, Values, argument, type_of
-from torch_rtx.lowering.kernels.gemm_perf_model import BARRIER_US, LATENCY_US, LAUNCH_US, NUM_SPLITS, typical
+from torch_rtx.lowering.kernels.gemm_perf_model import BARRIER_US, LATENCY_US, NUM_SPLITS
+from torch_rtx.lowering.kernels.memory_model import LAUNCH_US, typical
 from torch_rtx.op_work import ATTENTION
 from torch_rtx.targets import Arch
 

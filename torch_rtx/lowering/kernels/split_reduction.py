@@ -35,9 +35,9 @@ from typing import NamedTuple
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Dim, Graph, Node, TensorType, Value, attr_values, dim_expr
 from torch_rtx.lowering.kernels.body_builder import BodyBuilder, Values, kernel, names_in, needed, type_of
-from torch_rtx.lowering.kernels.gemm_perf_model import LAUNCH_US, bytes_of, typical
 from torch_rtx.lowering.kernels.kernel_ir import Reduce, Tensor, children, everything, load
 from torch_rtx.lowering.kernels.loops import loop_configs
+from torch_rtx.lowering.kernels.memory_model import LAUNCH_US, bytes_of, typical
 from torch_rtx.lowering.kernels.reduction_rules import RULES, Dims
 from torch_rtx.lowering.kernels.region import ANCHORS, Region, express, tensor_type
 from torch_rtx.targets import Arch

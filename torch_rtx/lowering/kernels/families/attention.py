@@ -8,7 +8,7 @@ from torch_rtx.ir import Graph
 from torch_rtx.lowering.kernels.attention import AttentionConfig, attention_configs, attention_kernel, attention_of
 from torch_rtx.lowering.kernels.body_builder import argument, type_of
 from torch_rtx.lowering.kernels.families.family import SLOWER, Family, Offer, splits
-from torch_rtx.lowering.kernels.gemm_perf_model import LAUNCH_US, streaming_us, typical
+from torch_rtx.lowering.kernels.memory_model import LAUNCH_US, streaming_us, typical
 from torch_rtx.lowering.kernels.region import Region
 from torch_rtx.lowering.kernels.split import split_anchor
 from torch_rtx.lowering.kernels.split_kv import best_kv_splits, combine_attention, split_attention

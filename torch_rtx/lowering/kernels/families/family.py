@@ -13,8 +13,8 @@ from torch_rtx.dtypes import DTYPES
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Graph, Node, Value
 from torch_rtx.lowering.kernels.body_builder import flat
-from torch_rtx.lowering.kernels.gemm_perf_model import typical
 from torch_rtx.lowering.kernels.kernel import Kernel
+from torch_rtx.lowering.kernels.memory_model import typical
 from torch_rtx.lowering.kernels.region import Region, tensor_type
 from torch_rtx.op_work import flops
 from torch_rtx.targets import Arch

@@ -15,15 +15,7 @@ from torch_rtx.lowering.kernels.block_scaled import (
 from torch_rtx.lowering.kernels.body_builder import BodyBuilder, argument, names_in, type_of
 from torch_rtx.lowering.kernels.expressions import A, B
 from torch_rtx.lowering.kernels.families.family import MODEL_ERROR, Family, Offer, around, library_us, splits
-from torch_rtx.lowering.kernels.gemm_perf_model import (
-    best_num_splits,
-    config_us,
-    epilogue_us,
-    gemm_us,
-    prologue_us,
-    ranked_configs,
-    typical,
-)
+from torch_rtx.lowering.kernels.gemm_perf_model import best_num_splits, config_us, gemm_us, ranked_configs
 from torch_rtx.lowering.kernels.gemv_template import GemvWriter
 from torch_rtx.lowering.kernels.index import Index, bounds, from_dim, multiple, product, ravel, unravel, variable
 from torch_rtx.lowering.kernels.kernel import Kernel
@@ -40,6 +32,7 @@ from torch_rtx.lowering.kernels.kernel_ir import (
     pointwise,
 )
 from torch_rtx.lowering.kernels.matmul_template import Contraction, GemmConfig, anchor_result
+from torch_rtx.lowering.kernels.memory_model import epilogue_us, prologue_us, typical
 from torch_rtx.lowering.kernels.mma_template import MmaWriter
 from torch_rtx.lowering.kernels.ops.views import reshape
 from torch_rtx.lowering.kernels.region import Region, tensor_type

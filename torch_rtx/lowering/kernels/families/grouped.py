@@ -11,20 +11,13 @@ from torch_rtx.ir import Dim, dim_expr
 from torch_rtx.lowering.kernels.body_builder import argument, type_of
 from torch_rtx.lowering.kernels.emit import Axis, Emitter
 from torch_rtx.lowering.kernels.families.family import MODEL_ERROR, Family, Offer, library_us
-from torch_rtx.lowering.kernels.gemm_perf_model import (
-    LAUNCH_US,
-    config_us,
-    epilogue_us,
-    gemm_problem,
-    gemm_us,
-    prologue_us,
-    ranked_configs,
-    streaming_us,
-)
+from torch_rtx.lowering.kernels.gemm_perf_model import config_us, gemm_us, ranked_configs
+from torch_rtx.lowering.kernels.gemm_problem import gemm_problem
 from torch_rtx.lowering.kernels.index import from_dim, variable
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.kernel_ir import ONE, cast
 from torch_rtx.lowering.kernels.matmul_template import Contraction, GemmConfig, M, Z, anchor_result
+from torch_rtx.lowering.kernels.memory_model import LAUNCH_US, epilogue_us, prologue_us, streaming_us
 from torch_rtx.lowering.kernels.mma_template import MmaWriter
 from torch_rtx.lowering.kernels.region import Region
 from torch_rtx.lowering.kernels.source import next_power_of_2

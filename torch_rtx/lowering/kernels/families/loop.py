@@ -11,9 +11,9 @@ from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Graph, attr_values
 from torch_rtx.lowering.kernels.body_builder import kernel, needed
 from torch_rtx.lowering.kernels.families.family import Family, Offer, splits
-from torch_rtx.lowering.kernels.gemm_perf_model import LAUNCH_US, streaming_us, typical
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.loops import LoopConfig, loop_configs, loop_kernel, loop_operations
+from torch_rtx.lowering.kernels.memory_model import LAUNCH_US, streaming_us, typical
 from torch_rtx.lowering.kernels.region import Region, region
 from torch_rtx.lowering.kernels.row_blocks import BlockConfig, block_configs, block_kernel, row_blocks
 from torch_rtx.lowering.kernels.split_columns import (
