@@ -32,6 +32,7 @@ from torch_rtx.targets import arch_of
 log = logging.getLogger(__name__)
 _READ_BY_LOWERING = (
     "accumulation",
+    "chips",
     "dtypes",
     "ir",
     "irparse",

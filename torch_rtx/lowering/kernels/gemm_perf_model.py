@@ -16,19 +16,17 @@ from dataclasses import replace
 from functools import lru_cache
 from math import ceil, inf
 
+from torch_rtx.chips import BARRIER_US, LANES, LATENCY_US, Chip
 from torch_rtx.dtypes import HALVES
 from torch_rtx.errors import Unsupported
-from torch_rtx.lowering.kernels.gemm_problem import RATES, SIZES, GemmProblem, gemm_problem
+from torch_rtx.lowering.kernels.gemm_problem import SIZES, GemmProblem, gemm_problem
 from torch_rtx.lowering.kernels.matmul_template import FLOAT8, MAX_GEMV_ROWS, Contraction, GemmConfig
-from torch_rtx.lowering.kernels.memory_model import LAUNCH_US, typical
+from torch_rtx.lowering.kernels.memory_model import typical
 from torch_rtx.lowering.kernels.packed import PARTS
 from torch_rtx.lowering.kernels.region import Region
 from torch_rtx.lowering.kernels.source import MIN_BLOCK, block_of
-from torch_rtx.targets import Arch, Chip
+from torch_rtx.targets import Arch
 
-LATENCY_US = 0.8  # of DRAM under load
-BARRIER_US = 0.03  # per step
-LANES = 128  # instructions of a thread that a multiprocessor issues in a cycle
 MAX_CONFIGS, MAX_PER_TILE = 12, 2  # configurations kept: in all, and per tile shape
 NUM_SPLITS = (2, 4, 8, 16)  # candidates for split-K and split-KV
 FULL_TILES, TILE = 0.75, 64  # no split-K with more TILE x TILE tiles per multiprocessor than this
@@ -130,7 +128,7 @@ def best_num_splits(region: Region, contraction: Contraction, arch: Arch) -> tup
         partial = replace(problem, batch=problem.batch * num_splits, columns=columns, depth=problem.depth // num_splits)
         partial = replace(partial, accumulators=1, bytes_moved=moved, needs_few_registers=True)
         combined = 4 * num_splits * result + max(problem.bytes_moved - operands, 0)
-        combine_us = LAUNCH_US + combined / (chip.memory * 1e3)
+        combine_us = chip.launch + combined / (chip.memory * 1e3)
         ranked = _ranked(partial, _is_gemv(contraction), arch)
         both_us = ranked[0][0] + combine_us if ranked else inf  # none: so short a sum has no tile
         if both_us >= fastest_us:
@@ -264,7 +262,7 @@ def mma_us(problem: GemmProblem, config: GemmConfig, arch: Arch) -> float:
         for times, count in waves
         if times and count
     )
-    return LAUNCH_US + _overlapped_us(chip, busy_us, problem.bytes_moved / (chip.memory * 1e3))
+    return chip.launch + _overlapped_us(chip, busy_us, problem.bytes_moved / (chip.memory * 1e3))
 
 
 def _overlapped_us(chip: Chip, *times: float) -> float:
@@ -290,7 +288,7 @@ def _step_us(problem: GemmProblem, config: GemmConfig, arch: Arch, count: int) -
     """The time of one step over K of `count` programs on one multiprocessor, in microseconds; fitted on Hopper."""
     chip, size, warps = arch.chip, SIZES[problem.dtype], config.num_warps
     width = config.width * problem.accumulators
-    rate = (chip.plain if problem.dtype == "f32" else chip.tensor * RATES[problem.dtype]) * 1e6 / chip.processors
+    rate = chip.rate(problem.dtype) * 1e6 / chip.processors
     if _uses_wgmma(problem, config, arch):
         # A warpgroup multiplies 64 rows at a time: it reads all columns, and per accumulator its rows once.
         ranges = problem.accumulators * (2 if config.extra_n else 1) * max(warps * 16 // config.block_m, 1)
@@ -303,7 +301,7 @@ def _step_us(problem: GemmProblem, config: GemmConfig, arch: Arch, count: int) -
         second = problem.second_bytes if problem.unpacking else size
         shared = warps * (config.block_m / across * size + width / max(warps // across, 1) * second)
         if "wgmma" in arch.features:  # mma.sync has half the rate there, and Triton makes float8 halves for it
-            rate /= 2 * RATES[problem.dtype] if problem.dtype in FLOAT8 else 2
+            rate = (chip.tensor * 1e6 / chip.processors if problem.dtype in FLOAT8 else rate) / 2
     shared += (config.block_m + width) * size if "wgmma" in arch.features else 0  # copies to shared memory
     math_us = 2 * config.block_m * width * config.block_k / rate
     if problem.promoted:
@@ -346,4 +344,4 @@ def gemv_us(problem: GemmProblem, config: GemmConfig, chip: Chip) -> float:
     flops = problem.batch * weights * 2 * (problem.rows + 1 + problem.unpacking / 4)
     fma_us = flops / (chip.plain * 1e6 * min(programs / chip.processors, 1)) * 4
     steps = problem.taps * ceil(problem.depth / config.block_k) * ceil(programs / chip.processors / 12)
-    return LAUNCH_US + _overlapped_us(chip, read_us, fma_us, steps * LATENCY_US)
+    return chip.launch + _overlapped_us(chip, read_us, fma_us, steps * LATENCY_US)

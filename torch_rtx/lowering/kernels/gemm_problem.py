@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import ceil, gcd, prod
 
-from torch_rtx.dtypes import DTYPES, FLOAT, TF32, DType
+from torch_rtx.dtypes import OPERANDS
 from torch_rtx.errors import Unsupported
 from torch_rtx.lowering.kernels.epilogue_index import epilogue_indexing
 from torch_rtx.lowering.kernels.index import Atom, Div, from_dim, linear, variable
@@ -39,12 +39,8 @@ from torch_rtx.lowering.kernels.source import MIN_BLOCK
 from torch_rtx.lowering.kernels.triton_ops import is_expensive
 from torch_rtx.targets import Arch, lacks
 
-# An element of operands in block-scaled formats is one value or two: data sheet of the RTX 5090.
-BLOCK_SCALED = {1: "block_scaled", 2: "block_scaled_x2"}
-OPERANDS = {**DTYPES, "tf32": TF32}
-OPERANDS |= {name: DType(8, FLOAT, "", None, tensor_rate=2.0 * count) for count, name in BLOCK_SCALED.items()}
+BLOCK_SCALED = {1: "mxfp8", 2: "fp4_x2"}  # by the values of an element
 SIZES = {name: dtype.bytes for name, dtype in OPERANDS.items()}
-RATES = {name: dtype.tensor_rate for name, dtype in OPERANDS.items() if dtype.tensor_rate}
 
 
 @dataclass(frozen=True)
@@ -54,7 +50,7 @@ class GemmProblem:
     Attributes:
         batch, rows, columns, depth: sizes, with `columns` per accumulator; K is `taps` times `depth`.
         accumulators: column ranges that one program computes side by side.
-        dtype: of the operands; "tf32" for f32 on tensor cores, and see BLOCK_SCALED.
+        dtype: of the operands; see `dtypes.OPERANDS`.
         bytes_moved: compulsory memory traffic.
         columns_last: the second operand is contiguous along columns, not along K.
         needs_few_registers: operands are plain loads and the epilogue is cheap.

@@ -13,7 +13,6 @@ from torch_rtx.lowering.kernels.region import Region, tensor_type
 from torch_rtx.targets import Arch
 
 TYPICAL_SIZE = 1024  # stands for a symbolic size without a hint, clamped to its range
-LAUNCH_US = 1.5  # before the first operands arrive, and after the last store
 
 
 def typical(dim: Dim) -> int:
@@ -29,7 +28,7 @@ def bytes_of(type_: TensorType) -> int:
 
 def streaming_us(types: Iterable[TensorType], arch: Arch) -> float:
     """The time of a memory-bound kernel that reads or writes tensors of these types once, in microseconds."""
-    return LAUNCH_US + sum(map(bytes_of, types)) / (arch.chip.memory * 1e3)
+    return arch.chip.launch + sum(map(bytes_of, types)) / (arch.chip.memory * 1e3)
 
 
 def epilogue_us(region: Region, arch: Arch) -> float:

@@ -15,14 +15,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from math import ceil
 
+from torch_rtx.chips import MODEL_ERROR, SLOWER
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Attr, Dim, Graph, Node, TensorType, Value, contiguous, dim_expr
 from torch_rtx.lowering.kernels.body_builder import BodyBuilder, argument, names_in, type_of
 from torch_rtx.lowering.kernels.emit import Axis, Emitter, Operand
 from torch_rtx.lowering.kernels.expressions import A, B
 from torch_rtx.lowering.kernels.families.family import (
-    MODEL_ERROR,
-    SLOWER,
     Family,
     Offer,
     added_to,
