@@ -6,13 +6,18 @@ is computed from a chip and these few constants, which were fitted on an H200; n
 
 from __future__ import annotations
 
+import json
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from math import inf, isfinite
+from typing import Any
 
-from torch_rtx.dtypes import OPERANDS
+from torch_rtx.dtypes import OPERANDS, PACKED
+
+log = logging.getLogger(__name__)
 
 # ---- constants of the model ------------------------------------------------------------------------------------------
 
@@ -93,7 +98,10 @@ class Chip:
     ratios: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     def rate(self, dtype: str) -> float:
-        """TFLOP/s of dense products of operands, as `dtypes.OPERANDS` names them."""
+        """TFLOP/s of dense products of operands, as `dtypes.OPERANDS` names them; elements count, except of PACKED, of
+        which values do."""
+        if dtype == PACKED:
+            return 2 * self.rate("fp4_x2")
         ratio = self.ratios.get(dtype, OPERANDS[dtype].tensor_rate)
         return self.plain if ratio is None else self.tensor * ratio
 
@@ -124,6 +132,8 @@ class Chip:
         """
         clock = figures["clock"]
         rates = {name: figures[name] / figures["f16"] for name in PRODUCTS if name in figures and name != "f32"}
+        if "fp4" in rates:
+            rates["fp4_x2"] = rates.pop("fp4") / 2
         cache = figures["l2"] / (self.processors * clock) if isfinite(self.cache) else self.cache
         return replace(
             self,
@@ -138,7 +148,7 @@ class Chip:
 
 
 # What is measured on a GPU, with its unit. Products are those of libraries; a dtype that a GPU lacks has no figure.
-PRODUCTS = ("f16", "bf16", "f32", "tf32", "i8", "f8e4m3fn", "mxfp8", "fp4_x2")
+PRODUCTS = ("f16", "bf16", "f32", "i8", "f8e4m3fn", "mxfp8", "fp4")
 FIGURES: Mapping[str, str] = {
     "memory": "GB/s",
     "l2": "GB/s",
@@ -148,6 +158,21 @@ FIGURES: Mapping[str, str] = {
     **dict.fromkeys(PRODUCTS, "TFLOP/s"),
 }
 REQUIRED = ("memory", "l2", "clock", "node", "f16", "f32")
+
+
+def read_figures(stored: bytes | None) -> Mapping[str, float] | None:
+    """Figures from the JSON in a runtime cache; None: it has none, or unreadable ones, of which the log tells."""
+    if stored is None:
+        return None
+    try:
+        given = {str(name): float(figure) for name, figure in json.loads(stored).items() if name in FIGURES}
+        if not all(name in given for name in REQUIRED) or not all(0 < f < inf for f in given.values()):
+            raise ValueError("figures are missing or not positive")
+    except (ValueError, TypeError, AttributeError) as error:
+        log.warning("the runtime cache has unreadable figures of the GPU, its data sheet counts: %s", error)
+        return None
+    return given
+
 
 # By SM version: FLOP that a multiprocessor does in a cycle, as products in f16 (where sums in f32 have the full rate)
 # and in f32 without tensor cores, at the clock below. Of sm_100 to sm_110 half the data sheet: nothing was measured.
@@ -165,7 +190,7 @@ _PER_CYCLE = {
     121: (1024, 256),
 }
 # Asynchronous products (wgmma) hide all else behind the bottleneck, and never wait for L2.
-_ASYNCHRONOUS = {90: {"cache": inf, "overlap": 1.0, "library": 0.896}}
+_ASYNCHRONOUS: Mapping[int, Mapping[str, Any]] = {90: {"cache": inf, "overlap": 1.0, "library": 0.896}}
 # GeForce GPUs sum products of f16 and float8 in f32 at half the rate of tensor cores; those of int8 and fp4 keep it.
 _HALF_RATE = {"i8": 4.0, "fp4_x2": 4.0}
 # Public data sheets: SM version, multiprocessors, boost clock in GHz, bandwidth in GB/s. GeForce GPUs keep that clock
@@ -268,6 +293,20 @@ def _chip(name: str, sm: int, processors: int, clock: float, memory: float) -> C
         ratios=_HALF_RATE if halved else {},
     )
     return replace(chip, **_ASYNCHRONOUS.get(sm, {}))
+
+
+def chip_on(sm: int, name: str, processors: int, memory: float, clock: float) -> Chip:
+    """The chip of a GPU: its data sheet, or one of its SM version of that size.
+
+    Args:
+        sm: a known SM version.
+        name: as CUDA reports it.
+        processors, memory, clock: see `Chip.scaled`; 0: unknown.
+    """
+    known, typical = chip_named(name, sm), typical_chip(sm)
+    if known is not None and known.processors == processors:
+        return known
+    return typical.scaled(processors, memory, clock) if processors and memory and clock else typical
 
 
 def kernels_us(chip: Chip, count: int) -> float:
