@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cache
 
-from torch_rtx.chips import Chip, typical_chip
+from torch_rtx.chips import Chip, chip_named, typical_chip
 from torch_rtx.errors import SettingsError, Unsupported
 
 GRID = (2**31 - 1, 65535, 65535)  # most blocks along x, y and z
@@ -123,10 +123,12 @@ def _as_ptx(arch: Arch) -> Arch:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """`sm` is the compute capability without its dot; `ptx`: PTX instead of a binary."""
+    """`sm` is the compute capability without its dot; `ptx`: PTX instead of a binary; `chip`: the GPU that kernels are
+    chosen for, None: what stands for the SM version. It makes no other target."""
 
     sm: int
     ptx: bool = False
+    chip: Chip | None = field(default=None, compare=False, repr=False)
 
     def __str__(self) -> str:
         return f"{'compute' if self.ptx else 'sm'}_{self.sm}"
@@ -135,7 +137,9 @@ class Target:
     def arch(self) -> Arch:
         """The SM version whose code it is."""
         own = arch_of(self.sm)
-        return _as_ptx(arch_of(own.portable)) if self.ptx else own
+        if self.ptx:
+            return _as_ptx(arch_of(own.portable))
+        return own if self.chip is None else replace(own, chip=self.chip)
 
     @property
     def shared(self) -> int:
@@ -192,8 +196,11 @@ _VARIANT = re.compile(
 )
 
 
-def parse_targets(option: Option, capability: tuple[int, int] | None = None) -> tuple[Target, ...]:
-    """The targets that a user's option names, without repeats, in order of SM version, PTX last.
+def parse_targets(
+    option: Option, capability: tuple[int, int] | None = None, chip: Callable[[], Chip | None] = lambda: None
+) -> tuple[Target, ...]:
+    """The targets that a user's option names, without repeats, in order of SM version, PTX last. One that is named by
+    one GPU alone has its chip.
 
     Args:
         option: "portable", "current", or such as "sm_86", "12.0", 89, "ptx", "compute_80", and names of GPUs, series
@@ -201,6 +208,7 @@ def parse_targets(option: Option, capability: tuple[int, int] | None = None) -> 
             make no difference. An SM version that no ptxas knows is PTX (`Arch.target`). "later": none, kernels are
             compiled where the engine runs.
         capability: compute capability of the GPU that "current" stands for.
+        chip: says what that GPU is.
 
     Raises:
         SettingsError: a target that does not exist, "current" without a GPU, or no target at all.
@@ -208,26 +216,35 @@ def parse_targets(option: Option, capability: tuple[int, int] | None = None) -> 
     if option == LATER:
         return ()
     entries = [option] if isinstance(option, str | int) else list(option)
-    found = {target for entry in entries for target in _targets(entry, capability)}
+    found: dict[Target, Target] = {}
+    for target in (target for entry in entries for target in _targets(entry, capability, chip)):
+        other = found.setdefault(target, target)
+        if other.chip != target.chip:
+            found[target] = replace(target, chip=None)
     if not found:
         raise SettingsError("targets: none is named", hint=_known())
-    return tuple(by_age(found))
+    return tuple(by_age(found.values()))
 
 
-def _targets(entry: object, capability: tuple[int, int] | None) -> tuple[Target, ...]:
+def _targets(entry: object, capability: tuple[int, int] | None, chip: Callable[[], Chip | None]) -> tuple[Target, ...]:
     name = _MAKERS.sub("", str(entry).lower())
     if name == CURRENT:
         if capability is None:
             hint = 'name the GPU that the engine is for, such as "RTX 4090" or "sm_89", or "portable"'
             raise SettingsError('targets: "current" needs a CUDA GPU in this process', hint=hint)
         sm = capability[0] * 10 + capability[1]
-        return (arch_of(sm).target,) if sm >= min(ARCHES) else _targets(sm, None)
+        return (_of_chip(arch_of(sm), chip()),) if sm >= min(ARCHES) else _targets(sm, None, chip)
     if name in NAMED:
         return NAMED[name]
     match = re.fullmatch(r"compute(\d{1,2})\.?(\d)", name, re.ASCII)
     if match is not None and int(match[1] + match[2]) in ARCHES:
         return (Target(int(match[1] + match[2]), ptx=True),)
-    return tuple(ARCHES[sm].target for sm in sm_versions(entry))
+    return tuple(_of_chip(ARCHES[sm], chip_named(str(entry), sm)) for sm in sm_versions(entry))
+
+
+def _of_chip(arch: Arch, chip: Chip | None) -> Target:
+    """The target for a GPU; that which stands for the SM version is none of its own."""
+    return arch.target if arch.target.ptx or chip == arch.chip else replace(arch.target, chip=chip)
 
 
 def sm_versions(entry: object) -> tuple[int, ...]:

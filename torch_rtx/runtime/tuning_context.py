@@ -14,8 +14,8 @@ import torch
 
 from torch_rtx.artefacts import Artefacts
 from torch_rtx.cache.runtime import RuntimeCache
-from torch_rtx.cache.runtime_file import DeviceKey
-from torch_rtx.chips import Chip, chip_named, chip_on
+from torch_rtx.cache.runtime_file import FIGURES_KEY, GPU, DeviceKey
+from torch_rtx.chips import Chip, chip_named, chip_on, read_figures
 from torch_rtx.ir import Graph, Node, kernel_nodes
 from torch_rtx.runtime import driver as driver_api
 from torch_rtx.runtime.background import BACKGROUND
@@ -62,7 +62,7 @@ def tactics_and_context(
             COMPILE_CLIENT,
             open_store,
             Artefacts.at(settings.dump_dir, settings.override_dir),
-            _chip(gpu, device),
+            _known(gpu.sm, device),
         ),
         load=partial(_load, gpu, open_store),
         jit=partial(load_tactics, table, graph, device, open_store=open_store),
@@ -73,9 +73,22 @@ def tactics_and_context(
     return load_tactics(table, graph, device, jit=at_once, open_store=open_store), context
 
 
-def _chip(gpu: Gpu, device: torch.device) -> Chip:
-    """What is known of the GPU without measuring it."""
-    arch = arch_of(gpu.sm)
+@cache
+def chip_here(index: int) -> Chip:
+    """The GPU `index` as the cost model sees it in this process: with its figures, if the runtime cache has some."""
+    driver, device = driver_api.driver(), torch.device("cuda", index)
+    major, minor = torch.cuda.get_device_capability(device)
+    known = _known(10 * major + minor, device)
+    if driver is None:
+        return known
+    store = _runtime_cache(gpu_of(driver, index), device, RuntimeSettings())
+    figures = None if store is None else read_figures(store.get(GPU, FIGURES_KEY))
+    return known if figures is None else known.measured(figures)
+
+
+def _known(sm: int, device: torch.device) -> Chip:
+    """What is known of a GPU without measuring it."""
+    arch = arch_of(sm)
     facts = torch.cuda.get_device_properties(device)
     clock, memory_clock, bits = (
         getattr(facts, name, 0) for name in ("clock_rate", "memory_clock_rate", "memory_bus_width")
