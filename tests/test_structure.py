@@ -24,7 +24,8 @@ ARROWS = {
     "files": set(),
     "serialization": {"dtypes"},
     "optable": set(),
-    "targets": {"errors"},
+    "chips": {"dtypes"},
+    "targets": {"chips", "errors"},
     "platforms": set(),
     "progress": set(),
     "peers": set(),
@@ -58,10 +59,13 @@ ARROWS = {
         *("accumulation", "dtypes", "errors", "ir", "op_work", "aten", "settings", "targets", "lowering.kernels"),
     },
     # no torch: workers of a build start fast without it
-    "lowering.kernels": {"accumulation", "artefacts", "dtypes", "errors", "ir", "op_work", "targets", "tactics"},
+    "lowering.kernels": {
+        *("accumulation", "artefacts", "chips", "dtypes", "errors", "ir", "op_work", "targets", "tactics"),
+    },
     "runtime": {
         *("errors", "ir", "irparse", "optable", "op_work", "aten", "settings", "targets", "profiles", "manifest"),
         *("accumulation", "dtypes", "tactics", "engine", "cache", "artefacts", "onnx", "platforms", "version", "files"),
+        "chips",
     },
     "onnx": {"detection", "errors"},
     "backend": {
@@ -72,7 +76,7 @@ ARROWS = {
     "cli": {
         *("errors", "ir", "irparse", "aten", "settings", "targets", "profiles", "engine", "cache", "inspection"),
         *("lowering", "lowering.kernels", "onnx", "runtime", "backend", "version", "platforms", "progress"),
-        *("quantization", "validity"),
+        *("chips", "quantization", "validity"),
     },
     "quantization": {"errors", "progress"},  # a layer for users, on torch alone
     "integrations": {"cache", "errors", "settings"},  # modules that an application imports, one for each library

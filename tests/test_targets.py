@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from torch_rtx import CompilationSettings, SettingsError, targets
+from torch_rtx.chips import chip_named
 from torch_rtx.errors import Unsupported
 from torch_rtx.settings import from_options
 from torch_rtx.targets import ARCHES, NEWEST, PORTABLE, PTX, Target, arch_of, is_explicit, lacks, parse_targets, usable
@@ -48,6 +49,29 @@ def test_portable() -> None:
 def test_options(option: Any, names: list[str]) -> None:
     assert [str(target) for target in parse_targets(option, (9, 0))] == names
     assert CompilationSettings(targets=option).targets in (option, tuple(option) if isinstance(option, list) else ())
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("option", "gpus"),
+    [
+        ("RTX 4060", ["RTX 4060"]),
+        (["RTX 4060", "RTX 3050", "ptx"], ["RTX 3050", "RTX 4060", None]),
+        (["RTX 4060", "rtx4060"], ["RTX 4060"]),
+        (["RTX 4060", "RTX 4070"], [None]),  # what stands for both
+        (["RTX 4060", "sm_89"], [None]),
+        ("RTX 4090", [None]),  # it stands for sm_89
+        ("RTX 4060 Laptop GPU", [None]),
+        (["current", "rtx40"], [None, "H100"]),
+        (["current", "H200"], [None]),
+    ],
+)
+def test_one_gpu_is_what_kernels_are_chosen_for(option: Any, gpus: list[str | None]) -> None:
+    found = parse_targets(option, (9, 0), lambda: chip_named("H100"))
+    assert [target.chip for target in found] == [None if gpu is None else chip_named(gpu) for gpu in gpus]
+    for target in found:
+        assert target == Target(target.sm, target.ptx)
+        assert target.arch.chip == (target.chip or Target(target.sm, target.ptx).arch.chip)
 
 
 REFUSED = ["sm_85", "volta", 70, [], "", ["sm_80", "x"], "sm_80a", "rtx6000", 8.6, True, ["sm_\u0668\u0660"]]

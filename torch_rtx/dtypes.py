@@ -117,6 +117,13 @@ DTYPES: Mapping[str, DType] = {
 }
 # What f32 operands of a product become where tensor cores may multiply them: in memory they are f32.
 TF32 = DType(32, FLOAT, "float32", None, tensor_rate=0.5)
+# What products multiply, by name: beside dtypes, f32 as TF32, and the elements of block-scaled formats, which are one
+# value of 8 bits or two of 4.
+OPERANDS: Mapping[str, DType] = {
+    **DTYPES,
+    "tf32": TF32,
+    **{name: DType(8, FLOAT, "", None, tensor_rate=2.0) for name in ("mxfp8", "fp4_x2")},
+}
 BYTES = frozenset(name for name, dtype in DTYPES.items() if dtype.register and not dtype.tl)  # as kernels see them
 PACKED = "f4e2m1fn_x2"  # its elements are two values, with which nothing is computed
 FLOATS = tuple(name for name, dtype in DTYPES.items() if dtype.tl and dtype.kind == FLOAT)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
-from math import inf
 
+from torch_rtx.chips import Chip, chip_named, typical_chip
 from torch_rtx.errors import SettingsError, Unsupported
 
 GRID = (2**31 - 1, 65535, 65535)  # most blocks along x, y and z
@@ -32,44 +32,6 @@ EMULATED = frozenset(("f8e4m3fn", "f8e5m2", "f4e2m1fn_x2"))
 
 
 @dataclass(frozen=True, slots=True)
-class Chip:
-    """A typical GPU of an SM version, for the model of costs.
-
-    Attributes:
-        processors: how many multiprocessors.
-        tensor: TFLOP/s of dense f16 products that are summed in f32, as generated code reaches them.
-        plain: TFLOP/s of f32 without tensor cores.
-        memory: GB/s.
-        clock: GHz.
-        cache: bytes of the L2 cache that a multiprocessor reads in a cycle.
-        overlap: how much of what is not the bottleneck is hidden behind it.
-    """
-
-    processors: int
-    tensor: float
-    plain: float
-    memory: float
-    clock: float
-    cache: float = 32
-    overlap: float = 0.8
-
-
-@dataclass(frozen=True, slots=True)
-class Library:
-    """Measured rates of library calls, by kind of anchor.
-
-    Attributes:
-        large: FLOP beyond which a call may be faster than a kernel.
-        call: microseconds of overhead, and FLOP per microsecond.
-        many_keys: keys beyond which a call of attention is faster.
-    """
-
-    large: Mapping[str, float]
-    call: Mapping[str, tuple[float, float]]
-    many_keys: int
-
-
-@dataclass(frozen=True, slots=True)
 class Arch:
     """An SM version.
 
@@ -82,14 +44,13 @@ class Arch:
             that are summed in f32, not in 14 bits as on Ada and Hopper. `block_scale`: products of block-scaled
             formats, which Triton's layouts make for sm_120 alone; elsewhere values are multiplied with their scales
             before. Others: see `DTYPE_FEATURES`.
-        chip: a typical GPU.
+        chip: the GPU that the cost model takes it for.
         exact: a binary runs on this SM version alone, since it may use features of one architecture (`sm_90a`). Others
             run on later versions of the same generation as well (sm_80 on sm_86 and sm_89).
         portable: the SM version whose code, as PTX without features of one architecture, is for this and all later
             GPUs. Triton has no such code for sm_90 to sm_110.
         ptx_version: the version in which PTX is written; None: the newest that the ptxas knows.
         oldest_ptxas: where Triton's ptxas for this SM version is older, its latest one is taken.
-        library: rates of library calls; None: they were not measured, and are taken for slower than kernels.
         registers: 32-bit registers that the threads of one block have together.
         like: the known SM version that this one is taken for; None: Triton's ptxas makes binaries for this one.
     """
@@ -102,7 +63,6 @@ class Arch:
     portable: int
     ptx_version: int | None = None
     oldest_ptxas: tuple[int, int] = (0, 0)
-    library: Library | None = field(default=None, hash=False)
     registers: int = 64 << 10
     like: int | None = None
 
@@ -119,30 +79,22 @@ _ADA = _AMPERE | {"fp8"}
 _HOPPER = _ADA | {"wgmma", "griddepcontrol"}
 _BLACKWELL = _ADA | {"griddepcontrol", "fp4", "fp8_in_f32"}
 _EXACT = frozenset({"block_scale"})  # features of one architecture, which no PTX for several has
-# Measured on an H200: products from 3072 x 768 x 768 to 4608 x 21504 x 3072 and convolutions of 7.5e9 to 483e9 FLOP.
-_H200 = Library(
-    large={"gemm": 1.5e9, "conv": 5e9, "attention": 1.6e10},
-    call={"gemm": (5.0, 775e6), "conv": (12.0, 640e6)},
-    many_keys=3000,
-)
 # PTX of version 8.0 is taken by drivers of CUDA 12.0 and later. Shared memory: CUDA C++ Programming Guide, table
-# "Technical Specifications per Compute Capability". Chips of sm_87, 100, 103, 110 and 121 are estimates from data
-# sheets, about which nothing was measured.
+# "Technical Specifications per Compute Capability".
 _KNOWN = (
-    Arch(75, 64 << 10, _TURING, Chip(68, 45, 13, 560, 1.5), False, 75, 80),  # RTX 2080 Ti
-    Arch(80, 163 << 10, _AMPERE, Chip(108, 250, 19, 1400, 1.4), False, 80, 80),  # A100
-    Arch(86, 99 << 10, _AMPERE, Chip(82, 65, 30, 850, 1.7), False, 86, 80),  # RTX 3090
-    Arch(87, 163 << 10, _AMPERE, Chip(16, 35, 5, 180, 1.3), False, 87, 80),  # Jetson AGX Orin
-    Arch(89, 99 << 10, _ADA, Chip(128, 150, 75, 900, 2.5), False, 89),  # RTX 4090
+    Arch(75, 64 << 10, _TURING, typical_chip(75), False, 75, 80),
+    Arch(80, 163 << 10, _AMPERE, typical_chip(80), False, 80, 80),
+    Arch(86, 99 << 10, _AMPERE, typical_chip(86), False, 86, 80),
+    Arch(87, 163 << 10, _AMPERE, typical_chip(87), False, 87, 80),
+    Arch(89, 99 << 10, _ADA, typical_chip(89), False, 89),
     # ptxas 12.8 is wrong for Hopper: where tiles of several widths follow each other at one address, it computes a
-    # descriptor from a register that nothing writes, in attention with values narrower than keys. The chip is an H200,
-    # see `gemm_perf_model`.
-    Arch(90, 227 << 10, _HOPPER, Chip(132, 865, 60, 4200, 1.6, inf, 1), True, 89, oldest_ptxas=(12, 9), library=_H200),
-    Arch(100, 227 << 10, _BLACKWELL, Chip(148, 1100, 70, 7000, 1.9), True, 89),  # B200
-    Arch(103, 227 << 10, _BLACKWELL, Chip(148, 1100, 70, 7000, 1.9), True, 89),  # B300
-    Arch(110, 227 << 10, _BLACKWELL, Chip(20, 130, 8, 250, 1.6), True, 89),  # Jetson Thor
-    Arch(120, 99 << 10, _BLACKWELL | _EXACT, Chip(170, 200, 95, 1600, 2.4), True, 120),  # RTX 5090
-    Arch(121, 99 << 10, _BLACKWELL, Chip(48, 56, 29, 250, 2.4), True, 120),  # DGX Spark
+    # descriptor from a register that nothing writes, in attention with values narrower than keys.
+    Arch(90, 227 << 10, _HOPPER, typical_chip(90), True, 89, oldest_ptxas=(12, 9)),
+    Arch(100, 227 << 10, _BLACKWELL, typical_chip(100), True, 89),
+    Arch(103, 227 << 10, _BLACKWELL, typical_chip(103), True, 89),
+    Arch(110, 227 << 10, _BLACKWELL, typical_chip(110), True, 89),
+    Arch(120, 99 << 10, _BLACKWELL | _EXACT, typical_chip(120), True, 120),
+    Arch(121, 99 << 10, _BLACKWELL, typical_chip(121), True, 120),
 )
 ARCHES: Mapping[int, Arch] = {arch.sm: arch for arch in _KNOWN}
 NEWEST = max(ARCHES)
@@ -171,10 +123,12 @@ def _as_ptx(arch: Arch) -> Arch:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """`sm` is the compute capability without its dot; `ptx`: PTX instead of a binary."""
+    """`sm` is the compute capability without its dot; `ptx`: PTX instead of a binary; `chip`: the GPU that kernels are
+    chosen for, None: what stands for the SM version. It makes no other target."""
 
     sm: int
     ptx: bool = False
+    chip: Chip | None = field(default=None, compare=False, repr=False)
 
     def __str__(self) -> str:
         return f"{'compute' if self.ptx else 'sm'}_{self.sm}"
@@ -183,7 +137,9 @@ class Target:
     def arch(self) -> Arch:
         """The SM version whose code it is."""
         own = arch_of(self.sm)
-        return _as_ptx(arch_of(own.portable)) if self.ptx else own
+        if self.ptx:
+            return _as_ptx(arch_of(own.portable))
+        return own if self.chip is None else replace(own, chip=self.chip)
 
     @property
     def shared(self) -> int:
@@ -240,8 +196,11 @@ _VARIANT = re.compile(
 )
 
 
-def parse_targets(option: Option, capability: tuple[int, int] | None = None) -> tuple[Target, ...]:
-    """The targets that a user's option names, without repeats, in order of SM version, PTX last.
+def parse_targets(
+    option: Option, capability: tuple[int, int] | None = None, chip: Callable[[], Chip | None] = lambda: None
+) -> tuple[Target, ...]:
+    """The targets that a user's option names, without repeats, in order of SM version, PTX last. One that is named by
+    one GPU alone has its chip.
 
     Args:
         option: "portable", "current", or such as "sm_86", "12.0", 89, "ptx", "compute_80", and names of GPUs, series
@@ -249,6 +208,7 @@ def parse_targets(option: Option, capability: tuple[int, int] | None = None) -> 
             make no difference. An SM version that no ptxas knows is PTX (`Arch.target`). "later": none, kernels are
             compiled where the engine runs.
         capability: compute capability of the GPU that "current" stands for.
+        chip: says what that GPU is.
 
     Raises:
         SettingsError: a target that does not exist, "current" without a GPU, or no target at all.
@@ -256,26 +216,35 @@ def parse_targets(option: Option, capability: tuple[int, int] | None = None) -> 
     if option == LATER:
         return ()
     entries = [option] if isinstance(option, str | int) else list(option)
-    found = {target for entry in entries for target in _targets(entry, capability)}
+    found: dict[Target, Target] = {}
+    for target in (target for entry in entries for target in _targets(entry, capability, chip)):
+        other = found.setdefault(target, target)
+        if other.chip != target.chip:
+            found[target] = replace(target, chip=None)
     if not found:
         raise SettingsError("targets: none is named", hint=_known())
-    return tuple(by_age(found))
+    return tuple(by_age(found.values()))
 
 
-def _targets(entry: object, capability: tuple[int, int] | None) -> tuple[Target, ...]:
+def _targets(entry: object, capability: tuple[int, int] | None, chip: Callable[[], Chip | None]) -> tuple[Target, ...]:
     name = _MAKERS.sub("", str(entry).lower())
     if name == CURRENT:
         if capability is None:
             hint = 'name the GPU that the engine is for, such as "RTX 4090" or "sm_89", or "portable"'
             raise SettingsError('targets: "current" needs a CUDA GPU in this process', hint=hint)
         sm = capability[0] * 10 + capability[1]
-        return (arch_of(sm).target,) if sm >= min(ARCHES) else _targets(sm, None)
+        return (_of_chip(arch_of(sm), chip()),) if sm >= min(ARCHES) else _targets(sm, None, chip)
     if name in NAMED:
         return NAMED[name]
     match = re.fullmatch(r"compute(\d{1,2})\.?(\d)", name, re.ASCII)
     if match is not None and int(match[1] + match[2]) in ARCHES:
         return (Target(int(match[1] + match[2]), ptx=True),)
-    return tuple(ARCHES[sm].target for sm in sm_versions(entry))
+    return tuple(_of_chip(ARCHES[sm], chip_named(str(entry), sm)) for sm in sm_versions(entry))
+
+
+def _of_chip(arch: Arch, chip: Chip | None) -> Target:
+    """The target for a GPU; that which stands for the SM version is none of its own."""
+    return arch.target if arch.target.ptx or chip == arch.chip else replace(arch.target, chip=chip)
 
 
 def sm_versions(entry: object) -> tuple[int, ...]:

@@ -14,7 +14,9 @@ import torch
 pytest.importorskip("triton", reason="kernels are built with Triton, which is not installed")
 
 from tests.helpers.kernels import ADD, ADD_1000, GRAPH, S16, matmul
+from torch_rtx.backend import compiler
 from torch_rtx.backend.kernels import build_kernels, targets_for
+from torch_rtx.chips import chip_named
 from torch_rtx.engine import Engine, Manifest, load, save
 from torch_rtx.errors import LoweringError, SettingsError
 from torch_rtx.inspection import inspect
@@ -201,7 +203,11 @@ def test_targets_of_a_graph(caplog: pytest.LogCaptureFixture, monkeypatch: pytes
         targets_for(["sm_86", 90], half)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
-    assert targets_for("current", GRAPH) == (Target(89),)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(compiler, "chip_here", lambda index: chip_named("RTX 4060"))
+    (target,) = targets_for("current", GRAPH)
+    assert (target, target.chip) == (Target(89), chip_named("RTX 4060"))
+    assert targets_for("sm_89", GRAPH)[0].chip is None
 
 
 def test_misfits_are_logged(caplog: pytest.LogCaptureFixture) -> None:

@@ -178,7 +178,9 @@ class Compiler:
     def __init__(self) -> None:
         self.given: list[Artefacts] = []
 
-    def build(self, bodies: Mapping[str, tuple[Graph, int]], sm: int, artefacts: Artefacts) -> Mapping[str, Candidate]:
+    def build(
+        self, bodies: Mapping[str, tuple[Graph, int]], sm: int, artefacts: Artefacts, *_: object
+    ) -> Mapping[str, Candidate]:
         self.given.append(artefacts)
         return {}
 
@@ -210,6 +212,7 @@ def test_the_folders_reach_the_compile_worker(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(tuning_context.driver_api, "driver", object)
     monkeypatch.setattr(tuning_context, "gpu_of", lambda driver, index: SimpleNamespace(sm=89))
     monkeypatch.setattr(tuning_context, "timer", lambda device: None)
+    monkeypatch.setattr(tuning_context, "_known", lambda sm, device: None)
     device, settings = torch.device("cuda", 0), module.session.settings
     _, context = tuning_context.tactics_and_context(KernelTable(), BODY, device, settings)
     assert context is not None

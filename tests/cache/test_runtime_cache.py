@@ -106,6 +106,9 @@ REASONS: dict[str, tuple[str, DeviceKey, str | None]] = {
     "an older driver": ("kernel", replace(ADA, driver=12080), "needs driver >= 13000"),
     "versions": ("tactic", replace(ADA, versions="2"), "made by other versions: torch_rtx 1, triton 3.7"),
     "the greatest obstacle": ("kernel", replace(BLACKWELL, driver=1, versions="2"), "another GPU: " + ADA.name),
+    "figures, other versions": ("gpu", replace(ADA, versions="2"), None),
+    "figures, another driver": ("gpu", replace(ADA, driver=13010), "measured with driver 13000"),
+    "figures, another model": ("gpu", SMALL_ADA, "another GPU: NVIDIA GeForce RTX 4090"),
     "another kind": ("tactic of a kernel", ADA, "never met"),
 }
 

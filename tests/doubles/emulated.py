@@ -74,7 +74,7 @@ class Device:
     parts: int = 1
 
     def build(
-        self, bodies: Mapping[str, tuple[Graph, int]], sm: int, artefacts: Artefacts | None = None
+        self, bodies: Mapping[str, tuple[Graph, int]], sm: int, artefacts: Artefacts | None = None, *_: object
     ) -> dict[str, Candidate]:
         if self.broken is not None:
             raise KernelError(self.broken)

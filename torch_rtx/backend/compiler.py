@@ -25,6 +25,7 @@ from torch_rtx.lowering.support import reasons
 from torch_rtx.lowering.symbols import Symbols, main_device
 from torch_rtx.runtime.background import BACKGROUND
 from torch_rtx.runtime.garbage import uncollected
+from torch_rtx.runtime.tuning_context import chip_here
 from torch_rtx.settings import CompilationSettings
 from torch_rtx.tactics import KernelTable
 from torch_rtx.targets import LATER, PORTABLE, Option, Target, parse_targets
@@ -150,7 +151,9 @@ def named_targets(option: Option) -> tuple[Target, ...]:
     Raises:
         SettingsError: an unknown target, or "current" without a GPU.
     """
-    return parse_targets(option, torch.cuda.get_device_capability() if torch.cuda.is_available() else None)
+    if not torch.cuda.is_available():
+        return parse_targets(option)
+    return parse_targets(option, torch.cuda.get_device_capability(), lambda: chip_here(torch.cuda.current_device()))
 
 
 def formed_for(settings: CompilationSettings, device: torch.device) -> tuple[Target, ...]:

@@ -118,10 +118,14 @@ def environment_parts(settings: CompilationSettings, device: torch.device) -> di
 
 
 def _targets(settings: CompilationSettings, device: torch.device) -> dict[str, str]:
-    """The targets by name, since "current" differs between machines, and the assemblers that replace Triton's own."""
+    """The targets by name, since "current" differs between machines, with the GPUs that kernels are chosen for, and the
+    assemblers that replace Triton's own."""
     if settings.targets is None or device.type != "cuda":
         return {"kernels": "none"}
-    return {"kernels": ", ".join(map(str, named_targets(settings.targets))), **assemblers()}
+    targets = [
+        str(target) + f" of {target.chip}" * (target.chip is not None) for target in named_targets(settings.targets)
+    ]
+    return {"kernels": ", ".join(targets), **assemblers()}
 
 
 def _numbered(types: Sequence[object]) -> object:

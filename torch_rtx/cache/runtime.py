@@ -17,6 +17,7 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from torch_rtx.cache.runtime_file import (
+    GPU,
     KINDS,
     DeviceKey,
     Entry,
@@ -70,10 +71,13 @@ def mismatch(kind: str, made: DeviceKey, here: DeviceKey) -> tuple[int, str] | N
     """(severity, reason) why an entry created on `made` does not apply to `here`; None if it applies.
 
     Binaries run on GPUs of their SM version, with their driver version or a newer one. Measured tactics are valid for
-    one GPU model. Both are valid only for the versions that created them.
+    one GPU model. Both are valid only for the versions that created them. Figures of a GPU are valid for its model and
+    driver.
     """
-    if made.sm != here.sm or (kind == "tactic" and made.name != here.name):
+    if made.sm != here.sm or (kind != "kernel" and made.name != here.name):
         return 3, f"another GPU: {made.name}"
+    if kind == GPU:
+        return None if made.driver == here.driver else (1, f"measured with driver {made.driver}")
     if made.versions != here.versions:
         return 2, f"made by other versions: {made.versions}"
     if made.driver > here.driver:
@@ -121,7 +125,7 @@ class RuntimeCache:
     # ---- foreground ----
 
     def get(self, kind: str, key: str) -> bytes | None:
-        """The value under a kind, "kernel" or "tactic", and a key that applies to this device; None on a miss.
+        """The value under a kind (`KINDS`) and a key that applies to this device; None on a miss.
 
         Raises:
             CacheError: the kind is unknown, or the key can't be encoded as UTF-8.
@@ -301,7 +305,7 @@ class RuntimeCache:
 
     def _look_up(self, file: RuntimeFile, kind: str, key: str) -> tuple[bytes | None, str]:
         found = [(mismatch(kind, made, self.device), row, made) for row, made in file.find(kind, key)]
-        candidates = [(made.driver, made.name == self.device.name, row) for why, row, made in found if why is None]
+        candidates = [(made.name == self.device.name, made.driver, row) for why, row, made in found if why is None]
         reason = min((why for why, _, _ in found if why is not None), default=(0, NEVER))[1]
         for *_, row in sorted(candidates, reverse=True):
             read = file.read(row)

@@ -47,7 +47,8 @@ BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 SUFFIXES = ("", "-wal", "-shm", "-journal")  # of SQLite's files
 CHUNK = 64  # rows to read or merge at once
 CLOCK_SKEW_SECONDS = 60.0  # tolerated between machines that share a file; later times are invalid
-KINDS = ("kernel", "tactic")
+GPU, FIGURES_KEY = "gpu", "figures"  # a kind of entries: what was measured of a GPU; and their only key
+KINDS = ("kernel", "tactic", GPU)
 
 Identity = tuple[int, int]
 

@@ -14,6 +14,7 @@ from torch_rtx.cli.calibrate import calibrate
 from torch_rtx.cli.check import check
 from torch_rtx.cli.doctor import doctor
 from torch_rtx.cli.inspect import inspect
+from torch_rtx.cli.measure_gpu import measure_gpu
 from torch_rtx.cli.opt import opt
 from torch_rtx.cli.profile import profile
 from torch_rtx.cli.refit import refit
@@ -23,7 +24,7 @@ from torch_rtx.cli.terminal import Verbose, command, echo, log_to_stderr
 from torch_rtx.version import __version__
 
 app = typer.Typer(no_args_is_help=True, help="Tools for torch_rtx engines.")
-for each in (build, calibrate, run, bench, profile, refit, inspect, check, targets, doctor, opt):
+for each in (build, calibrate, run, bench, profile, refit, inspect, check, targets, measure_gpu, doctor, opt):
     app.command()(command(each))
 cache.app.add_typer(runtime_cache.app, name="runtime")
 app.add_typer(cache.app, name="cache")

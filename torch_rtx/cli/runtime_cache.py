@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from torch_rtx.cache.runtime import intact
-from torch_rtx.cache.runtime_file import SUFFIXES, DeviceKey, DeviceSummary, RuntimeFile, export_file
+from torch_rtx.cache.runtime_file import FIGURES_KEY, GPU, SUFFIXES, DeviceKey, DeviceSummary, RuntimeFile, export_file
+from torch_rtx.chips import FIGURES, read_figures
 from torch_rtx.cli.cache import size_of, time_text
 from torch_rtx.cli.terminal import Report, command, escaped
 from torch_rtx.errors import CacheDamaged, CacheError, SettingsError
@@ -24,7 +26,12 @@ File = Annotated[str | None, typer.Option("--file", help="The runtime cache; def
 Gpu = Annotated[str | None, typer.Option("--gpu", help="Only entries of GPUs whose name contains this.")]
 
 
-def _path(file: str | None) -> str:
+def path_of(file: str | None) -> str:
+    """The runtime cache that a command is about.
+
+    Raises:
+        CacheError: there is none, or its folder does not exist.
+    """
     path = runtime_cache_path(RuntimeSettings() if file is None else RuntimeSettings(runtime_cache=file))
     if path is None:
         raise CacheError("the runtime cache is off", hint="name a file with --file")
@@ -39,14 +46,25 @@ def _devices(path: str) -> list[DeviceSummary]:
     return []
 
 
+def _figures(path: str) -> dict[DeviceKey, Mapping[str, float]]:
+    """What was measured of GPUs, by device."""
+    with suppress(FileNotFoundError), closing(RuntimeFile(path)) as cache:
+        rows = [(device, cache.read(row)) for row, device in cache.find(GPU, FIGURES_KEY)]
+        entries = [(device, read[1]) for device, read in rows if read is not None]
+        found = [(device, read_figures(entry.value)) for device, entry in entries if entry is not None]
+        return {device: figures for device, figures in found if figures is not None}
+    return {}
+
+
 def _named(gpu: str | None) -> Callable[[DeviceKey], bool]:
     return lambda device: gpu is None or gpu.lower() in device.name.lower()
 
 
 def info(file: File = None) -> Report:
-    """List the devices with their numbers of entries, the most recently used first."""
-    path = _path(file)
+    """List the devices with their numbers of entries, the most recently used first, and what was measured of GPUs."""
+    path = path_of(file)
     found = _devices(path)
+    figures = _figures(path) if any(GPU in summary.counts for summary in found) else {}
     from rich.console import Console  # importing rich takes 0.1 s, and only tables need it
     from rich.markup import escape
     from rich.table import Table
@@ -64,13 +82,20 @@ def info(file: File = None) -> Report:
         if found:
             console.print(table, highlight=False)
     entries, size = sum(sum(summary.counts.values()) for summary in found), sum(summary.bytes for summary in found)
+    told = [f"{device.name}, driver {device.driver}\n" + figures_text(figures[device]) for device in figures]
     text = f"{lines.get()}{entries} entries of {len(found)} devices, {size / 1024**2:.1f} MiB, in {path}"
-    return Report(found, text)
+    value = [{**asdict(summary), "figures": figures.get(summary.device)} for summary in found]
+    return Report(value, "\n".join([text, *told]))
+
+
+def figures_text(figures: Mapping[str, float]) -> str:
+    """A line for each figure of a GPU, with its unit."""
+    return "\n".join(f"  {name:9}{figures[name]:10.4g} {unit}" for name, unit in FIGURES.items() if name in figures)
 
 
 def verify(file: File = None) -> Report:
     """Read every entry and check its digest. Exit status 1 if one is damaged; damaged entries are not removed."""
-    with closing(RuntimeFile(_path(file))) as cache:
+    with closing(RuntimeFile(path_of(file))) as cache:
         found = [entry is not None for entry in cache.entries()]
     damaged = len(found) - sum(found)
     text = f"{sum(found)} of {len(found)} entries are intact"
@@ -81,7 +106,7 @@ def export_(
     path: Annotated[Path, typer.Argument(help="The file to write.")], gpu: Gpu = None, file: File = None
 ) -> Report:
     """Write entries to a file to ship; the file is a runtime cache itself."""
-    with closing(RuntimeFile(_path(file))) as cache:
+    with closing(RuntimeFile(path_of(file))) as cache:
         named = _named(gpu)
         count = export_file((entry for entry in intact(cache) if named(entry.device)), path)
     return Report({"entries": count, "file": str(path)}, f"{count} entries in {path}")
@@ -95,7 +120,7 @@ def import_(
     limit = RuntimeSettings().runtime_cache_size
     counts = {}
     for path in paths:
-        with closing(RuntimeFile(path)) as other, closing(RuntimeFile(_path(file), create=True)) as cache:
+        with closing(RuntimeFile(path)) as other, closing(RuntimeFile(path_of(file), create=True)) as cache:
             counts[str(path)] = cache.merge(intact(other), limit)
     return Report(counts, "\n".join(f"{count} new entries from {path}" for path, count in counts.items()))
 
@@ -122,7 +147,7 @@ def generate(
         raise SettingsError(f"{engine} was built for the {found.manifest.device}, which runs no kernels", hint=hint)
     sizes = sizes_given(found, size) if size else {}
     stage("compiling kernels")
-    path = _path(file)
+    path = path_of(file)
     count = pregenerate(found.graph, sizes, DeviceKey(gpu, sm, driver, ""), path)
     return Report({"regions": count, "file": path}, f"{count} regions for {gpu}")
 
@@ -138,13 +163,14 @@ def prune(
 ) -> Report:
     """Remove the entries that all options fit; without options, the least recently used beyond the settings' size."""
     removed, left = 0, 0
-    path = _path(file)
+    path = path_of(file)
     devices = _devices(path)
-    latest = {one.device.sm: one.device.versions for one in reversed(devices)}  # the most recently used one wins
+    # The most recently used one wins; figures of a GPU are of no version.
+    latest = {one.device.sm: one.device.versions for one in reversed(devices) if one.counts.keys() != {GPU}}
 
     def removes(kind: str, device: DeviceKey) -> bool:
         is_named = gpu is None or _named(gpu)(device)
-        return is_named and not (outdated and latest.get(device.sm) == device.versions)
+        return is_named and not (outdated and (kind == GPU or latest.get(device.sm) == device.versions))
 
     limit = size_of(size) if size is not None else RuntimeSettings().runtime_cache_size
     with suppress(FileNotFoundError), closing(RuntimeFile(path)) as cache:
@@ -157,7 +183,7 @@ def prune(
 def clear(file: File = None) -> Report:
     """Remove every entry and all renamed damaged files; running programs may use the cache meanwhile."""
     removed = 0
-    path = _path(file)
+    path = path_of(file)
     old = {f".damaged{suffix}" for suffix in SUFFIXES}
     try:
         with suppress(FileNotFoundError), closing(RuntimeFile(path)) as cache:

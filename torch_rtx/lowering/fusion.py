@@ -20,11 +20,11 @@ from torch_rtx.accumulation import scatters
 from torch_rtx.dtypes import DTYPES, INT
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import COPY, Graph, Loc, Node, TensorType, Value, attr_values, contiguous
-from torch_rtx.lowering.kernels.gemm_perf_model import LAUNCH_US, bytes_of, streaming_us, typical
 from torch_rtx.lowering.kernels.generate import fastest, generate
 from torch_rtx.lowering.kernels.index import Index, from_dim, product
 from torch_rtx.lowering.kernels.kernel_ir import Const, Load, Pointwise, Select, Tensor, View, everything, load
 from torch_rtx.lowering.kernels.loops import loop_operations, rows_of
+from torch_rtx.lowering.kernels.memory_model import bytes_of, streaming_us, typical
 from torch_rtx.lowering.kernels.region import Region, express, region, tensor_type
 from torch_rtx.lowering.widening import is_elementwise, widens
 from torch_rtx.op_work import ANCHORS
@@ -82,7 +82,7 @@ def _loop_us(body: Graph, arches: tuple[Arch, ...]) -> float:
     for arch in arches:
         in_turn = max(typical(tiles) / arch.chip.processors, 1.0)
         compute_us = operations * in_turn / (arch.chip.plain / 2 / arch.chip.processors * 1e6)
-        total += max(streaming_us(found.moved_types, arch), LAUNCH_US + compute_us)
+        total += max(streaming_us(found.moved_types, arch), arch.chip.launch + compute_us)
     return total
 
 

@@ -15,6 +15,7 @@ from io import BufferedReader, BufferedWriter
 from pathlib import Path
 
 from torch_rtx.artefacts import NO_FILES, Artefacts
+from torch_rtx.chips import Chip
 from torch_rtx.errors import KernelError
 from torch_rtx.ir import Graph
 from torch_rtx.tactics import Candidate
@@ -40,7 +41,11 @@ class CompileClient:
         self._stopped = False
 
     def build(
-        self, bodies: Mapping[str, tuple[Graph, int]], sm: int, artefacts: Artefacts = NO_FILES
+        self,
+        bodies: Mapping[str, tuple[Graph, int]],
+        sm: int,
+        artefacts: Artefacts = NO_FILES,
+        chip: Chip | None = None,
     ) -> dict[str, Candidate]:
         """Send a request to `compile_worker.build`; requests of several threads run one after another.
 
@@ -56,7 +61,7 @@ class CompileClient:
                 timer.start()
                 assert process.stdin is not None
                 assert process.stdout is not None
-                pickle.dump((bodies, sm, artefacts), process.stdin)
+                pickle.dump((bodies, sm, artefacts, chip), process.stdin)
                 process.stdin.flush()
                 answer: dict[str, Candidate] | str = pickle.load(process.stdout)
             except (OSError, EOFError, pickle.UnpicklingError) as error:

@@ -14,7 +14,8 @@ import torch
 
 from torch_rtx.artefacts import Artefacts
 from torch_rtx.cache.runtime import RuntimeCache
-from torch_rtx.cache.runtime_file import DeviceKey
+from torch_rtx.cache.runtime_file import FIGURES_KEY, GPU, DeviceKey
+from torch_rtx.chips import Chip, chip_named, chip_on, read_figures
 from torch_rtx.ir import Graph, Node, kernel_nodes
 from torch_rtx.runtime import driver as driver_api
 from torch_rtx.runtime.background import BACKGROUND
@@ -32,6 +33,7 @@ from torch_rtx.targets import arch_of
 log = logging.getLogger(__name__)
 _READ_BY_LOWERING = (
     "accumulation",
+    "chips",
     "dtypes",
     "ir",
     "irparse",
@@ -55,7 +57,13 @@ def tactics_and_context(
     BACKGROUND.on_stop(COMPILE_CLIENT.stop)
     open_store = partial(_runtime_cache, gpu, device, settings)
     context = TuningContext(
-        TuningDatabase(gpu.sm, COMPILE_CLIENT, open_store, Artefacts.at(settings.dump_dir, settings.override_dir)),
+        TuningDatabase(
+            gpu.sm,
+            COMPILE_CLIENT,
+            open_store,
+            Artefacts.at(settings.dump_dir, settings.override_dir),
+            _known(gpu.sm, device),
+        ),
         load=partial(_load, gpu, open_store),
         jit=partial(load_tactics, table, graph, device, open_store=open_store),
         time=timer(device),
@@ -63,6 +71,30 @@ def tactics_and_context(
     )
     at_once = settings.specialization_strategy != "lazy"
     return load_tactics(table, graph, device, jit=at_once, open_store=open_store), context
+
+
+@cache
+def chip_here(index: int) -> Chip:
+    """The GPU `index` as the cost model sees it in this process: with its figures, if the runtime cache has some."""
+    driver, device = driver_api.driver(), torch.device("cuda", index)
+    major, minor = torch.cuda.get_device_capability(device)
+    known = _known(10 * major + minor, device)
+    if driver is None:
+        return known
+    store = _runtime_cache(gpu_of(driver, index), device, RuntimeSettings())
+    figures = None if store is None else read_figures(store.get(GPU, FIGURES_KEY))
+    return known if figures is None else known.measured(figures)
+
+
+def _known(sm: int, device: torch.device) -> Chip:
+    """What is known of a GPU without measuring it."""
+    arch = arch_of(sm)
+    facts = torch.cuda.get_device_properties(device)
+    clock, memory_clock, bits = (
+        getattr(facts, name, 0) for name in ("clock_rate", "memory_clock_rate", "memory_bus_width")
+    )
+    memory = 2 * memory_clock * bits / 8e6  # GB/s: kHz, two transfers in a cycle
+    return chip_on(arch.like or arch.sm, facts.name, facts.multi_processor_count, memory, clock / 1e6)
 
 
 def _load(gpu: Gpu, open_store: Callable[[], RuntimeCache | None], node: Node, candidate: Candidate) -> LoadedTactic:
@@ -98,7 +130,8 @@ def pregenerate(graph: Graph, sizes: Mapping[str, int], device: DeviceKey, path:
     bodies = (node.body for node in kernel_nodes(bind(graph, sizes)) if node.body is not None)
     wanted = {region_key(body): (body, 0) for body in bodies}
     with closing(RuntimeCache(path, replace(device, versions=versions()))) as store:
-        return len(TuningDatabase(device.sm, COMPILE_CLIENT, lambda: store).candidates(wanted))
+        chip = chip_named(device.name, device.sm)
+        return len(TuningDatabase(device.sm, COMPILE_CLIENT, lambda: store, chip=chip).candidates(wanted))
 
 
 @cache

@@ -17,6 +17,8 @@ from importlib import metadata
 from typing import Any, Protocol
 
 from torch_rtx.artefacts import NO_FILES, Artefacts
+from torch_rtx.cache.runtime_file import FIGURES_KEY, GPU
+from torch_rtx.chips import Chip, read_figures
 from torch_rtx.errors import InvalidIR, KernelError
 from torch_rtx.ir import Graph
 from torch_rtx.runtime.bind import without_locations
@@ -49,9 +51,9 @@ class Choice:
 class Compiler(Protocol):
     """Compiles candidates: `CompileClient`."""
 
-    def build(self, bodies: Bodies, sm: int, artefacts: Artefacts) -> Mapping[str, Candidate]:
-        """By name, the first tactic from the given rank on that fits the GPU. `artefacts` gets the stages of its
-        kernels."""
+    def build(self, bodies: Bodies, sm: int, artefacts: Artefacts, chip: Chip | None = None) -> Mapping[str, Candidate]:
+        """By name, the first tactic from the given rank on that fits the GPU, where ranks are by expected times on
+        `chip`. `artefacts` gets the stages of its kernels."""
 
 
 class TuningDatabase:
@@ -61,6 +63,7 @@ class TuningDatabase:
         compiler: compiles candidates.
         open_store: opens the runtime cache, or returns None; called when it is first needed.
         artefacts: where the stages of kernels are written, and read as overrides.
+        chip: what is known of the GPU, unless the cache has figures of it; None: what stands for its SM version.
     """
 
     def __init__(
@@ -69,12 +72,28 @@ class TuningDatabase:
         compiler: Compiler,
         open_store: Callable[[], Store | None] = lambda: None,
         artefacts: Artefacts = NO_FILES,
+        chip: Chip | None = None,
     ) -> None:
         self.sm, self._compiler, self._open_store, self._artefacts = sm, compiler, open_store, artefacts
+        self._sheet = arch_of(sm).chip if chip is None else chip
 
     @cached_property
     def _store(self) -> Store | None:
         return self._open_store()
+
+    @cached_property
+    def figures(self) -> Mapping[str, float] | None:
+        """What was measured of the GPU; None: nothing was."""
+        return None if self._store is None else read_figures(self._store.get(GPU, FIGURES_KEY))
+
+    @property
+    def chip(self) -> Chip:
+        """The GPU as expected times are computed for it."""
+        return self._sheet if self.figures is None else self._sheet.measured(self.figures)
+
+    def _key(self, region: str) -> str:
+        """The key of what depends on the order of tactics, which figures change."""
+        return region if self.figures is None else f"{region} {_digest(self.figures)}"
 
     @property
     def opened(self) -> Store | None:
@@ -94,7 +113,7 @@ class TuningDatabase:
         found: dict[str, Candidate] = {}
         missing: dict[str, tuple[Graph, int]] = {}
         for key, (body, first) in wanted.items():
-            stored = None if self._store is None else self._store.get(KERNEL, f"{key} {first}")
+            stored = None if self._store is None else self._store.get(KERNEL, self._key(f"{key} {first}"))
             known = None if stored is None else _read(stored, body)
             if known is not None:
                 found[key] = known
@@ -105,6 +124,7 @@ class TuningDatabase:
         try:
             built, refused = self._each({name_of(key): entry for key, entry in missing.items()})
         except KernelError as error:
+            found |= self._shipped(missing)
             if not found:
                 raise
             log.warning("%d of %d regions are not compiled: %s", len(missing), len(wanted), error)
@@ -115,8 +135,16 @@ class TuningDatabase:
                 found[key] = made
             if self._store is not None and name_of(key) not in refused:
                 value = NEGATIVE_ENTRY if made is None else write_candidate(made, arch_of(self.sm).target)
-                self._store.put(KERNEL, f"{key} {first}", value)
+                self._store.put(KERNEL, self._key(f"{key} {first}"), value)
         return found
+
+    def _shipped(self, wanted: Bodies) -> dict[str, Candidate]:
+        """Candidates of any GPU of the SM version, where nothing can be compiled for the figures of this one."""
+        if self._store is None or self.figures is None:
+            return {}
+        stored = {key: self._store.get(KERNEL, f"{key} {first}") for key, (_, first) in wanted.items()}
+        read = {key: _read(value, wanted[key][0]) for key, value in stored.items() if value is not None}
+        return {key: candidate for key, candidate in read.items() if candidate is not None}
 
     def _each(self, wanted: Bodies) -> tuple[Mapping[str, Candidate], Mapping[str, KernelError]]:
         """Build all regions in one request, or if that fails one by one: one region that the compiler refuses, or that
@@ -129,7 +157,7 @@ class TuningDatabase:
             KernelError: nothing can be compiled here, after FAILURES attempts.
         """
         try:
-            return self._compiler.build(wanted, self.sm, self._artefacts), {}
+            return self._compiler.build(wanted, self.sm, self._artefacts, self.chip), {}
         except KernelError:
             if len(wanted) == 1:
                 raise
@@ -137,7 +165,7 @@ class TuningDatabase:
         refused: dict[str, KernelError] = {}
         for name, entry in wanted.items():
             try:
-                built.update(self._compiler.build({name: entry}, self.sm, self._artefacts))
+                built.update(self._compiler.build({name: entry}, self.sm, self._artefacts, self.chip))
             except KernelError as error:
                 refused[name] = error
                 if len(refused) == FAILURES and not built:
@@ -148,7 +176,7 @@ class TuningDatabase:
 
     def choice(self, key: str) -> Choice | None:
         """The stored choice of a region; None: it was not measured yet."""
-        stored = None if self._store is None else self._store.get(TACTIC, key)
+        stored = None if self._store is None else self._store.get(TACTIC, self._key(key))
         if stored is None:
             return None
         try:
@@ -166,7 +194,11 @@ class TuningDatabase:
             "ranking", "".join(f"measured {t:.2f} us: {n}\n" for n, t in choice.microseconds.items()), append=True
         )
         if self._store is not None:
-            self._store.put(TACTIC, key, json.dumps(vars(choice)).encode())
+            self._store.put(TACTIC, self._key(key), json.dumps(vars(choice)).encode())
+
+
+def _digest(figures: Mapping[str, float]) -> str:
+    return hashlib.sha256(json.dumps(figures, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def region_key(body: Graph) -> str:

@@ -11,7 +11,8 @@ from tests.lowering.kernels.kernel_bodies import body, check
 from torch_rtx.errors import Unsupported
 from torch_rtx.lowering.kernels.families.conv import conv_configs, conv_contraction, conv_kernel
 from torch_rtx.lowering.kernels.families.gemm import GemmConfig
-from torch_rtx.lowering.kernels.gemm_perf_model import gemm_problem, shared_memory
+from torch_rtx.lowering.kernels.gemm_perf_model import shared_memory
+from torch_rtx.lowering.kernels.gemm_problem import gemm_problem
 from torch_rtx.lowering.kernels.region import region
 from torch_rtx.lowering.kernels.toolchain import Job, lower
 from torch_rtx.targets import ARCHES, Arch, arch_of

@@ -16,7 +16,8 @@ from torch_rtx.errors import Unsupported
 from torch_rtx.lowering.kernels.aot import compile_kernels
 from torch_rtx.lowering.kernels.families.conv import conv_configs, conv_contraction, conv_kernel
 from torch_rtx.lowering.kernels.families.gemm import GemmConfig, gemm_configs, gemm_contraction, gemm_kernel
-from torch_rtx.lowering.kernels.gemm_perf_model import gemm_problem, shared_memory
+from torch_rtx.lowering.kernels.gemm_perf_model import shared_memory
+from torch_rtx.lowering.kernels.gemm_problem import gemm_problem
 from torch_rtx.lowering.kernels.generate import generate
 from torch_rtx.lowering.kernels.region import region
 from torch_rtx.targets import ARCHES, Arch, Target, arch_of

@@ -10,7 +10,7 @@ import pytest
 from tests.lowering.kernels.kernel_bodies import body, check, check_split, offered
 from torch_rtx.lowering.kernels.aot import compile_kernels
 from torch_rtx.lowering.kernels.families.gemm import GemmConfig, gemm_configs, gemm_contraction, gemm_kernel
-from torch_rtx.lowering.kernels.gemm_perf_model import gemm_problem
+from torch_rtx.lowering.kernels.gemm_problem import gemm_problem
 from torch_rtx.lowering.kernels.matmul_template import packed_runs
 from torch_rtx.lowering.kernels.region import region
 from torch_rtx.targets import Target, arch_of

@@ -17,7 +17,8 @@ from torch_rtx.irparse import parse
 from torch_rtx.lowering.kernels.aot import compile_kernels
 from torch_rtx.lowering.kernels.families.conv import conv_kernel
 from torch_rtx.lowering.kernels.families.gemm import GemmConfig, gemm_configs, gemm_contraction, gemm_kernel
-from torch_rtx.lowering.kernels.gemm_perf_model import gemm_problem, shared_memory
+from torch_rtx.lowering.kernels.gemm_perf_model import shared_memory
+from torch_rtx.lowering.kernels.gemm_problem import gemm_problem
 from torch_rtx.lowering.kernels.generate import generate
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.region import Region, region

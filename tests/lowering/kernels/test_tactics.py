@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
 
 from tests.lowering.kernels.kernel_bodies import library
 from torch_rtx import aten
+from torch_rtx.chips import chip_named
 from torch_rtx.ir import Graph
 from torch_rtx.irparse import parse
-from torch_rtx.lowering.kernels.gemm_perf_model import typical
 from torch_rtx.lowering.kernels.generate import fastest, forms
 from torch_rtx.lowering.kernels.loops import LoopWriter
+from torch_rtx.lowering.kernels.memory_model import typical
 from torch_rtx.op_work import flops
 from torch_rtx.runtime.code import compile_graph
 from torch_rtx.tactics import OWN, check_tactic
@@ -64,7 +67,8 @@ def test_flops(kind: str) -> None:
     [
         ((128, 3072, 768), 90, "slower"),
         ((3072, 768, 3072), 90, "faster"),
-        ((3072, 768, 3072), 89, "slower"),
+        ((3072, 768, 3072), 89, "faster"),
+        ((128, 768, 768), 89, "slower"),  # a launch and more
         ((512, 768, 50257), 90, "slower"),  # no multiple of 16 bytes
         ((1, 4096, 4096), 90, "slower"),
     ],
@@ -97,7 +101,8 @@ graph import {{
     ("image", "channels", "window", "sm", "expected"),
     [
         ((2, 64, 64), (960, 320), (3, 3), 90, "faster"),
-        ((2, 64, 64), (960, 320), (3, 3), 89, "slower"),
+        ((2, 64, 64), (960, 320), (3, 3), 89, "faster"),
+        ((1, 56, 56), (64, 64), (3, 3), 89, "slower"),
         ((32, 28, 28), (128, 128), (3, 3), 90, "slower"),
         ((2, 8, 8), (1280, 1280), (3, 3), 90, "slower"),  # too few programs for either
         ((8, 1, 3000), (768, 768), (1, 3), 90, "slower"),  # a sequence
@@ -113,6 +118,66 @@ def test_convolutions(
     text = CONVOLUTION.format(n=n, c=c, h=h, w=w, o=o, kh=kh, kw=kw, call=call)
     text = re.sub(r"\d+(\*\d+)+", lambda found: str(math.prod(map(int, found[0].split("*")))), text)
     assert library(parse(text), sm) == expected
+
+
+# ---- on other GPUs ---------------------------------------------------------------------------------------------------
+
+GPUS = {"RTX 2060": 75, "RTX 3050": 86, "RTX 3090": 86, "RTX 4060": 89, "RTX 4090": 89, "RTX 5090": 120, "H200": 90}
+
+
+@cache
+def expected(text: str, gpu: str) -> dict[str, float]:
+    """The expected microseconds of a body's tactics on a GPU, by kind."""
+    chip = chip_named(gpu, GPUS[gpu])
+    assert chip is not None
+    return {head.kind: head.expected_us for head, _ in forms(parse(text), "k", replace(arch_of(GPUS[gpu]), chip=chip))}
+
+
+def linear(rows: int, columns: int, depth: int) -> str:
+    """A linear layer without a bias."""
+    return PRODUCT.format(m=rows, n=columns, k=depth)
+
+
+ROW = """graph import {
+  input in0: f16[1, 50257]
+  v1: f16[1, 50257] = op aten._softmax.default(self=in0, dim=-1, half_to_float=False)
+  return [v1]
+}
+"""
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_what_memory_bounds_is_no_library_s(gpu: str) -> None:
+    chip = chip_named(gpu)
+    assert chip is not None
+    for rows, columns, depth in ((1, 4096, 4096), (16, 4096, 4096), (16, 50264, 768), (16, 14336, 4096)):
+        found = expected(linear(rows, columns, depth), gpu)
+        moved_us = 2 * columns * depth / (chip.memory * 1e3)
+        assert min(found.values()) < found["library"], (rows, columns, depth)
+        assert moved_us < min(found.values()) < 2 * moved_us + 5, (rows, columns, depth)  # about what it reads
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_what_tensor_cores_bound_takes_no_less_than_their_rate(gpu: str) -> None:
+    chip, found = chip_named(gpu), expected(linear(4096, 4096, 4096), gpu)
+    assert chip is not None
+    least_us = 2 * 4096**3 / (chip.tensor * 1e6)
+    assert least_us < found["library"] < found["kernel"] < 1.6 * least_us
+    small = expected(linear(128, 768, 768), gpu)
+    assert 0.9 * small["kernel"] < small["library"] < 1.5 * small["kernel"]  # of one order, whatever the GPU
+
+
+@pytest.mark.parametrize(("small", "large"), [("RTX 3050", "RTX 3090"), ("RTX 4060", "RTX 4090")])
+def test_the_larger_gpu_is_never_slower(small: str, large: str) -> None:
+    layers = [linear(rows, 2048, 2048) for rows in (1, 16, 128, 2048)]
+    for text in (*layers, ROW):
+        assert min(expected(text, large).values()) < min(expected(text, small).values()), text
+
+
+def test_a_row_is_split_on_every_gpu() -> None:
+    for gpu in GPUS:
+        found = expected(ROW, gpu)
+        assert found["split"] < found["kernel"] / 4, gpu
 
 
 # ---- library calls with what follows them ----------------------------------------------------------------------------

@@ -10,12 +10,14 @@ import pickle
 import signal
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import islice
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any, BinaryIO
 
 from torch_rtx.artefacts import NO_FILES, Artefacts
+from torch_rtx.chips import Chip
 from torch_rtx.errors import RtxError, Unsupported
 from torch_rtx.ir import Graph
 from torch_rtx.lowering.kernels import build as kernel_build
@@ -26,22 +28,26 @@ from torch_rtx.targets import Arch, arch_of
 NICENESS = 10  # the running program has priority
 
 
-def build(bodies: Mapping[str, tuple[Graph, int]], sm: int, artefacts: Artefacts = NO_FILES) -> dict[str, Candidate]:
+def build(
+    bodies: Mapping[str, tuple[Graph, int]], sm: int, artefacts: Artefacts = NO_FILES, chip: Chip | None = None
+) -> dict[str, Candidate]:
     """Per region the first tactic from a rank on that fits the GPU; regions without one are left out.
 
     Args:
         bodies: by name, with the rank of the first tactic to try.
         sm: the SM version of the GPU.
         artefacts: where the stages of kernels are written and overridden.
+        chip: the GPU; None: what stands for its SM version.
 
     Raises:
         KernelError: see `compile_kernels`.
     """
     target = arch_of(sm).target
-    wanted = {name: (_ranked(body, name, target.arch, first), target) for name, (body, first) in bodies.items()}
+    arch = target.arch if chip is None else replace(target.arch, chip=chip)
+    wanted = {name: (_ranked(body, name, arch, first), target) for name, (body, first) in bodies.items()}
     for name, (body, first) in bodies.items() if artefacts.dump is not None else ():
         if first == 0:
-            offers = sorted(_ranked(body, name, target.arch, first), key=lambda one: one[0])
+            offers = sorted(_ranked(body, name, arch, first), key=lambda one: one[0])
             kernel_build.show_offers(artefacts, name, body, target, offers)
     found = {}
     chosen, tried = kernel_build.build(wanted, artefacts=artefacts)

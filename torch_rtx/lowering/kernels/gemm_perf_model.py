@@ -11,51 +11,22 @@ The model only has to rank; where there is time, candidates are measured.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
-from math import ceil, gcd, inf, prod
+from math import ceil, inf
 
-from torch_rtx.dtypes import DTYPES, FLOAT, HALVES, TF32, DType
+from torch_rtx.chips import BARRIER_US, LANES, LATENCY_US, Chip
+from torch_rtx.dtypes import HALVES
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import Dim, TensorType, typical_size
-from torch_rtx.lowering.kernels.epilogue_index import epilogue_indexing
-from torch_rtx.lowering.kernels.index import Atom, Div, from_dim, linear, variable
-from torch_rtx.lowering.kernels.kernel_ir import (
-    ZERO,
-    Load,
-    Pointwise,
-    Position,
-    Select,
-    Tensor,
-    View,
-    children,
-    everything,
-)
-from torch_rtx.lowering.kernels.matmul_template import (
-    FLOAT8,
-    KB,
-    MAX_GEMV_ROWS,
-    Contraction,
-    GemmConfig,
-    KLoop,
-    dot_dtype,
-    packed_runs,
-    stored_load,
-    swaps,
-    uncast,
-)
+from torch_rtx.lowering.kernels.gemm_problem import SIZES, GemmProblem, gemm_problem
+from torch_rtx.lowering.kernels.matmul_template import FLOAT8, MAX_GEMV_ROWS, Contraction, GemmConfig
+from torch_rtx.lowering.kernels.memory_model import typical
 from torch_rtx.lowering.kernels.packed import PARTS
-from torch_rtx.lowering.kernels.region import Region, tensor_type
+from torch_rtx.lowering.kernels.region import Region
 from torch_rtx.lowering.kernels.source import MIN_BLOCK, block_of
-from torch_rtx.lowering.kernels.triton_ops import is_expensive
-from torch_rtx.targets import Arch, Chip, lacks
+from torch_rtx.targets import Arch
 
-TYPICAL_SIZE = 1024  # stands for a symbolic size without a hint, clamped to its range
-LAUNCH_US = 1.5  # before the first operands arrive, and after the last store
-LATENCY_US = 0.8  # of DRAM under load
-BARRIER_US = 0.03  # per step
-LANES = 128  # instructions of a thread that a multiprocessor issues in a cycle
 MAX_CONFIGS, MAX_PER_TILE = 12, 2  # configurations kept: in all, and per tile shape
 NUM_SPLITS = (2, 4, 8, 16)  # candidates for split-K and split-KV
 FULL_TILES, TILE = 0.75, 64  # no split-K with more TILE x TILE tiles per multiprocessor than this
@@ -66,192 +37,6 @@ MAX_PACKED, MAX_COMPUTED = 128, 64  # elements of a packed, or another computed 
 MAX_SCALED = 3  # operations for an element whose scale follows the sums
 MAX_STAGED = 240  # registers per thread for accumulators, elements of a staged operand, and two for each load
 MAX_NARROW_LOADS = 16  # per thread and step: loads of less than 16 bytes
-# An element of operands in block-scaled formats is one value or two: data sheet of the RTX 5090.
-BLOCK_SCALED = {1: "block_scaled", 2: "block_scaled_x2"}
-OPERANDS = {**DTYPES, "tf32": TF32}
-OPERANDS |= {name: DType(8, FLOAT, "", None, tensor_rate=2.0 * count) for count, name in BLOCK_SCALED.items()}
-SIZES = {name: dtype.bytes for name, dtype in OPERANDS.items()}
-RATES = {name: dtype.tensor_rate for name, dtype in OPERANDS.items() if dtype.tensor_rate}
-
-
-@dataclass(frozen=True)
-class GemmProblem:
-    """What the model needs to know of a contraction.
-
-    Attributes:
-        batch, rows, columns, depth: sizes, with `columns` per accumulator; K is `taps` times `depth`.
-        accumulators: column ranges that one program computes side by side.
-        dtype: of the operands; "tf32" for f32 on tensor cores, and see BLOCK_SCALED.
-        bytes_moved: compulsory memory traffic.
-        columns_last: the second operand is contiguous along columns, not along K.
-        needs_few_registers: operands are plain loads and the epilogue is cheap.
-        vector_elements: elements of the first operand per load, at most 16 bytes.
-        uncoalesced_loads: per element of a computed second operand, the loads that are not contiguous along K, as of
-            packed integers. `tl.dot` has columns in neighbouring threads, so each of these reads its own sector.
-        promoted: see `GemmConfig`.
-        second_bytes: of an element of the second operand in memory.
-        unpacking: operations that compute an element of it; 0 for a plain load.
-        swapped: see `matmul_template.swaps`.
-        packed_run: see `packed.packed_run`.
-    """
-
-    batch: int
-    rows: int
-    columns: int
-    depth: int
-    taps: int
-    accumulators: int
-    dtype: str
-    bytes_moved: int
-    columns_last: bool
-    needs_few_registers: bool
-    vector_elements: int = 8
-    uncoalesced_loads: int = 0
-    promoted: bool = False
-    second_bytes: float = 2
-    unpacking: int = 0
-    swapped: bool = False
-    packed_run: int = 0
-
-    def step_bytes(self, config: GemmConfig) -> float:
-        """Bytes that a step reads."""
-        width = config.width * self.accumulators
-        return (config.block_m * SIZES[self.dtype] + width * self.second_bytes) * config.block_k
-
-
-def gemm_problem(
-    region: Region, contraction: Contraction, arch: Arch, input_precision: str = "ieee", block_scaled: bool = False
-) -> GemmProblem:
-    """The problem that a region poses, at typical values of its symbolic sizes.
-
-    Args:
-        block_scaled: operands are multiplied as they are in memory, see `BlockScaledWriter`.
-
-    Raises:
-        Unsupported: the target's tensor cores lack the dtype, or the epilogue can't be indexed.
-    """
-    dtype = dot_dtype(contraction)
-    if lacks(arch, dtype):
-        raise Unsupported(f"a matrix product of {dtype} on sm_{arch.sm}")
-    epilogue = epilogue_indexing(region.outputs, contraction.tile())
-    width = epilogue.width.number
-    depth, taps, vector = typical(contraction.depth), prod(contraction.taps), 16 // SIZES[dtype]
-    if KLoop(contraction, PARTS).flat:
-        depth, taps, vector = depth * taps, 1, gcd(depth, vector) if contraction.channels_last else 1
-    is_computed, packed_run = stored_load(contraction.b) is None, packed_runs(contraction)
-    found = GemmProblem(
-        batch=typical(contraction.batch),
-        rows=typical(contraction.rows),
-        columns=typical(contraction.columns) if width is None else width,
-        depth=depth,
-        taps=taps,
-        accumulators=len(epilogue.columns),
-        dtype="tf32" if dtype == "f32" and input_precision != "ieee" else dtype,
-        bytes_moved=sum(map(bytes_of, region.memory_types)),
-        columns_last=_column_stride(contraction) == 1,
-        needs_few_registers=_needs_few_registers(region, contraction),
-        vector_elements=vector,
-        promoted=dtype in FLOAT8 and not contraction.fast_accum and "fp8_in_f32" not in arch.features,
-        uncoalesced_loads=_uncoalesced_loads(contraction) if is_computed and not packed_run else 0,
-        second_bytes=_stored_bytes(contraction.b) if is_computed else SIZES[dtype],
-        unpacking=_operations(contraction.b) if is_computed else 0,
-        swapped=swaps(contraction),
-        packed_run=packed_run,
-    )
-    if contraction.ends is not None:  # rows are equally divided among groups, and matrices without rows not read
-        batch = max(min(found.batch, found.rows), 1)
-        unread = (found.batch - batch) * typical(contraction.columns) * depth * found.second_bytes
-        moved, rows = found.bytes_moved - int(unread), ceil(found.rows / batch)
-        found = replace(found, batch=batch, rows=rows, bytes_moved=moved)
-    if block_scaled:
-        dtype, depth = BLOCK_SCALED[contraction.block_scaled], ceil(depth / contraction.block_scaled)
-        found = replace(found, dtype=dtype, depth=depth, vector_elements=16, uncoalesced_loads=0)
-        found = replace(found, second_bytes=SIZES[dtype], unpacking=0, swapped=False, packed_run=0)
-    return found
-
-
-def _stored_bytes(operand: Tensor) -> float:
-    """Bytes in memory per element of a computed operand."""
-    loads = [one for one in everything([operand]) if isinstance(one, Load)]
-    return sum(_elements(one) * SIZES[one.dtype] for one in loads) / _elements(operand)
-
-
-def _operations(operand: Tensor) -> int:
-    """Operations per element of a computed operand."""
-    size = _elements(operand)
-    return sum(
-        isinstance(one, Pointwise) and one.same_register is None and _elements(one) == size
-        for one in everything([operand])
-    )
-
-
-def _elements(tensor: Tensor) -> int:
-    """Elements of a tensor, with symbolic sizes as 1."""
-    return prod(size.number or 1 for size in tensor.shape)
-
-
-def _uncoalesced_loads(contraction: Contraction) -> int:
-    """See `GemmProblem.uncoalesced_loads`."""
-    k = variable(KB, from_dim(contraction.depth))
-    seen: set[tuple[Tensor, Position]] = set()  # what is read twice is loaded once
-
-    def count(tensor: Tensor, position: Position) -> int:
-        if (tensor, position) in seen:
-            return 0
-        seen.add((tensor, position))
-        match tensor:
-            case Load():
-                address = linear(position, tensor.strides)
-                along = [(atoms, n) for atoms, n in address.terms if any(map(_moves, atoms))]
-                return int(along not in ([], list(k.terms)))
-            case View():
-                return count(tensor.source, tensor.at(position))
-            case Select():
-                moved = tuple(at - start for at, start in zip(position, tensor.starts, strict=True))
-                return count(tensor.inner, moved) + count(tensor.outer, position)
-        return sum(count(child, position) for child in children(tensor) if len(child.shape) == len(position))
-
-    column = variable("N", from_dim(contraction.columns))
-    return count(contraction.b, contraction.b_at(ZERO, column, (*[ZERO] * len(contraction.taps), k)))
-
-
-def _moves(atom: Atom) -> bool:
-    """Whether the atom changes with each or every few elements of K: a scale that a group shares does not."""
-    if isinstance(atom, Div) and not atom.remainder and (atom.by.number or 0) >= MIN_BLOCK:
-        return False
-    return KB in str(atom)
-
-
-def bytes_of(type_: TensorType) -> int:
-    """Bytes of a tensor in memory at typical sizes; broadcast dimensions count once."""
-    sizes = (typical(size) for size, stride in zip(type_.shape, type_.strides, strict=True) if stride != 0)
-    return prod(sizes) * SIZES[type_.dtype]
-
-
-def _column_stride(contraction: Contraction) -> int | None:
-    """The stride of the second operand along columns, in elements; None if it has no constant one."""
-    column = variable("N", from_dim(contraction.columns))
-    tensor, position = contraction.b, contraction.b_at(ZERO, column, (ZERO,) * (len(contraction.taps) + 1))
-    while not isinstance(tensor, Load):
-        position = tensor.at(position) if isinstance(tensor, View) else position
-        inner = tensor.source if isinstance(tensor, View) else uncast(tensor)
-        if inner is None:
-            return None
-        tensor = inner
-    ((monomial, _),) = column.terms
-    return next((count for atoms, count in linear(position, tensor.strides).terms if atoms == monomial), None)
-
-
-def _needs_few_registers(region: Region, contraction: Contraction) -> bool:
-    """See `GemmProblem.needs_few_registers`."""
-    is_plain = prod(contraction.taps) == 1 and all(map(stored_load, (contraction.a, contraction.b)))
-    computed = (one for one in everything(region.outputs) if isinstance(one, Pointwise))
-    return is_plain and not any(is_expensive(one.expression) for one in computed)
-
-
-def typical(dim: Dim) -> int:
-    """A typical value of a dim."""
-    return typical_size(dim, TYPICAL_SIZE)
 
 
 def ranked_configs(region: Region, contraction: Contraction, arch: Arch, input_precision: str) -> list[GemmConfig]:
@@ -300,30 +85,6 @@ def config_us(region: Region, contraction: Contraction, arch: Arch, config: Gemm
     return gemv_us(problem, config, arch.chip) if config.gemv else mma_us(problem, config, arch)
 
 
-def streaming_us(types: Iterable[TensorType], arch: Arch) -> float:
-    """The time of a memory-bound kernel that reads or writes tensors of these types once, in microseconds."""
-    return LAUNCH_US + sum(map(bytes_of, types)) / (arch.chip.memory * 1e3)
-
-
-def epilogue_us(region: Region, arch: Arch) -> float:
-    """The time of a separate kernel for what follows the anchor, in microseconds; 0 if nothing is computed there."""
-    if not any(isinstance(one, Pointwise) for one in everything(region.outputs)):
-        return 0.0
-    assert region.anchor is not None
-    read = {one.name for one in everything(region.outputs) if isinstance(one, Load) and not one.anchor}
-    moved = [value for value in region.body.inputs if value.name in read]
-    moved += [value for value in region.anchor.outputs if value is not None]
-    return streaming_us([*map(tensor_type, moved), *region.types], arch)
-
-
-def prologue_us(region: Region, arch: Arch) -> float:
-    """The time of separate kernels for the anchor's computed operands, which write them, and of reading them again, in
-    microseconds."""
-    assert region.anchor is not None
-    computed = [value for value in region.anchor.inputs if stored_load(region.values[value.name]) is None]
-    return sum(streaming_us([tensor_type(value)] * 2, arch) for value in computed)
-
-
 def _is_gemv(contraction: Contraction) -> bool:
     """There are few enough rows to do without tensor cores."""
     return isinstance(contraction.rows, int) and contraction.rows <= MAX_GEMV_ROWS and contraction.ends is None
@@ -367,7 +128,7 @@ def best_num_splits(region: Region, contraction: Contraction, arch: Arch) -> tup
         partial = replace(problem, batch=problem.batch * num_splits, columns=columns, depth=problem.depth // num_splits)
         partial = replace(partial, accumulators=1, bytes_moved=moved, needs_few_registers=True)
         combined = 4 * num_splits * result + max(problem.bytes_moved - operands, 0)
-        combine_us = LAUNCH_US + combined / (chip.memory * 1e3)
+        combine_us = chip.launch + combined / (chip.memory * 1e3)
         ranked = _ranked(partial, _is_gemv(contraction), arch)
         both_us = ranked[0][0] + combine_us if ranked else inf  # none: so short a sum has no tile
         if both_us >= fastest_us:
@@ -501,7 +262,7 @@ def mma_us(problem: GemmProblem, config: GemmConfig, arch: Arch) -> float:
         for times, count in waves
         if times and count
     )
-    return LAUNCH_US + _overlapped_us(chip, busy_us, problem.bytes_moved / (chip.memory * 1e3))
+    return chip.launch + _overlapped_us(chip, busy_us, problem.bytes_moved / (chip.memory * 1e3))
 
 
 def _overlapped_us(chip: Chip, *times: float) -> float:
@@ -527,7 +288,7 @@ def _step_us(problem: GemmProblem, config: GemmConfig, arch: Arch, count: int) -
     """The time of one step over K of `count` programs on one multiprocessor, in microseconds; fitted on Hopper."""
     chip, size, warps = arch.chip, SIZES[problem.dtype], config.num_warps
     width = config.width * problem.accumulators
-    rate = (chip.plain if problem.dtype == "f32" else chip.tensor * RATES[problem.dtype]) * 1e6 / chip.processors
+    rate = chip.rate(problem.dtype) * 1e6 / chip.processors
     if _uses_wgmma(problem, config, arch):
         # A warpgroup multiplies 64 rows at a time: it reads all columns, and per accumulator its rows once.
         ranges = problem.accumulators * (2 if config.extra_n else 1) * max(warps * 16 // config.block_m, 1)
@@ -540,7 +301,7 @@ def _step_us(problem: GemmProblem, config: GemmConfig, arch: Arch, count: int) -
         second = problem.second_bytes if problem.unpacking else size
         shared = warps * (config.block_m / across * size + width / max(warps // across, 1) * second)
         if "wgmma" in arch.features:  # mma.sync has half the rate there, and Triton makes float8 halves for it
-            rate /= 2 * RATES[problem.dtype] if problem.dtype in FLOAT8 else 2
+            rate = (chip.tensor * 1e6 / chip.processors if problem.dtype in FLOAT8 else rate) / 2
     shared += (config.block_m + width) * size if "wgmma" in arch.features else 0  # copies to shared memory
     math_us = 2 * config.block_m * width * config.block_k / rate
     if problem.promoted:
@@ -583,4 +344,4 @@ def gemv_us(problem: GemmProblem, config: GemmConfig, chip: Chip) -> float:
     flops = problem.batch * weights * 2 * (problem.rows + 1 + problem.unpacking / 4)
     fma_us = flops / (chip.plain * 1e6 * min(programs / chip.processors, 1)) * 4
     steps = problem.taps * ceil(problem.depth / config.block_k) * ceil(programs / chip.processors / 12)
-    return LAUNCH_US + _overlapped_us(chip, read_us, fma_us, steps * LATENCY_US)
+    return chip.launch + _overlapped_us(chip, read_us, fma_us, steps * LATENCY_US)

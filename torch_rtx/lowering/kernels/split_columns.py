@@ -20,14 +20,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from math import ceil, prod
 
+from torch_rtx.chips import kernels_us
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Graph, Node, TensorType, Value, attr_values, contiguous, dim_expr
 from torch_rtx.lowering.kernels.body_builder import BodyBuilder, kernel, names_in, needed, type_of
-from torch_rtx.lowering.kernels.gemm_perf_model import bytes_of, typical
+from torch_rtx.lowering.kernels.memory_model import bytes_of, typical
 from torch_rtx.lowering.kernels.reduction_rules import RULES
 from torch_rtx.lowering.kernels.region import tensor_type
 from torch_rtx.lowering.kernels.row_blocks import tile_width
-from torch_rtx.lowering.kernels.split_reduction import MIN_US_TWO_KERNELS, reduces
+from torch_rtx.lowering.kernels.split_reduction import reduces
 from torch_rtx.targets import Arch
 
 SUM = "aten.sum.dim_IntList"
@@ -162,7 +163,7 @@ def best_block(body: Graph, arch: Arch) -> tuple[int, float] | None:
     def us(block: int) -> float:
         blocks = ceil(rows / block)
         most = ceil(blocks * tiles / on.processors) * block * on.processors / (rows * tiles)
-        return MIN_US_TWO_KERNELS + (moved * most + 2 * 4 * blocks * columns * len(counts)) / (on.memory * 1e3)
+        return kernels_us(on, 2) + (moved * most + 2 * 4 * blocks * columns * len(counts)) / (on.memory * 1e3)
 
     programs = on.processors * PROGRAMS_PER_PROCESSOR
     enough = [block for block in BLOCKS if block == least or rows * tiles >= block * programs]

@@ -12,12 +12,14 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from torch_rtx.chips import BARRIER_US, LATENCY_US, READ_BYTES
 from torch_rtx.dtypes import DTYPES
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Attr, Dim, Node, TensorType, Value, contiguous, dim_expr
 from torch_rtx.lowering.kernels.attention import Attention
 from torch_rtx.lowering.kernels.body_builder import BodyBuilder, Values, argument, type_of
-from torch_rtx.lowering.kernels.gemm_perf_model import BARRIER_US, LATENCY_US, LAUNCH_US, NUM_SPLITS, typical
+from torch_rtx.lowering.kernels.gemm_perf_model import NUM_SPLITS
+from torch_rtx.lowering.kernels.memory_model import typical
 from torch_rtx.op_work import ATTENTION
 from torch_rtx.targets import Arch
 
@@ -42,12 +44,12 @@ def best_kv_splits(found: Attention, keys: Dim, arch: Arch) -> tuple[int, float,
         share its bandwidth."""
         programs = groups * splits / on.processors
         together = min(math.ceil(programs), PROGRAMS_PER_PROCESSOR)
-        step = BARRIER_US + max(LATENCY_US, together * KEYS_PER_STEP * width / (32e3 * on.clock))
+        step = BARRIER_US + max(LATENCY_US, together * KEYS_PER_STEP * width / (READ_BYTES * 1e3 * on.clock))
         steps = math.ceil(programs / PROGRAMS_PER_PROCESSOR) * math.ceil(count / splits / KEYS_PER_STEP)
-        return LAUNCH_US + LATENCY_US + max(steps * step, groups * count * width / (on.memory * 1e3))
+        return on.launch + LATENCY_US + max(steps * step, groups * count * width / (on.memory * 1e3))
 
     def both_us(splits: int) -> float:
-        return partial_us(splits) + LAUNCH_US + LATENCY_US + 2 * splits * result / (on.memory * 1e3)
+        return partial_us(splits) + on.launch + LATENCY_US + 2 * splits * result / (on.memory * 1e3)
 
     split_us, splits = min((both_us(splits), splits) for splits in NUM_SPLITS)
     return splits, split_us, partial_us(1)

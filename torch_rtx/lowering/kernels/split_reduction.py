@@ -32,12 +32,13 @@ from itertools import groupby
 from math import ceil, gcd, prod
 from typing import NamedTuple
 
+from torch_rtx.chips import CACHE_SPEEDUP, CYCLES_PER_ELEMENT, RUN_OF_DOUBLE_COST, SECTOR_BYTES, STEP_US, kernels_us
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Dim, Graph, Node, TensorType, Value, attr_values, dim_expr
 from torch_rtx.lowering.kernels.body_builder import BodyBuilder, Values, kernel, names_in, needed, type_of
-from torch_rtx.lowering.kernels.gemm_perf_model import LAUNCH_US, bytes_of, typical
 from torch_rtx.lowering.kernels.kernel_ir import Reduce, Tensor, children, everything, load
 from torch_rtx.lowering.kernels.loops import loop_configs
+from torch_rtx.lowering.kernels.memory_model import bytes_of, typical
 from torch_rtx.lowering.kernels.reduction_rules import RULES, Dims
 from torch_rtx.lowering.kernels.region import ANCHORS, Region, express, tensor_type
 from torch_rtx.targets import Arch
@@ -45,11 +46,7 @@ from torch_rtx.targets import Arch
 # Fewest and most elements of a chunk: where threads read neighbours of one row, and where they read across rows.
 CHUNK_CONTIGUOUS, CHUNK_STRIDED = (512, 4096), (64, 512)
 MAX_CHUNKS = 4096  # that one program combines, unless chunks would have to be longer than above for that
-# The model of the time of one kernel, fitted on Hopper; see `_times`.
-STEP_US, STEP_ELEMENTS = 0.3, 2048  # a step of a loop over a row; most of what it reads is in a cache
-SECTOR_BYTES, CACHE_SPEEDUP = 32, 1.3  # what a cache fetches at once; how much faster it is than memory
-CYCLES_PER_ELEMENT, RUN_OF_DOUBLE_COST = 0.09, 20  # of one processor; elements in runs of so many cost twice as much
-MIN_US_TWO_KERNELS, MIN_US_THREE_KERNELS = 3.6, 8.4
+STEP_ELEMENTS = 2048  # of a step of a loop over a row; see `_times`
 PROGRAMS_PER_PROCESSOR = 6
 
 
@@ -332,9 +329,12 @@ def best_chunks(found: Region, arch: Arch) -> tuple[int, float, float] | None:
     enough = [
         each for each in lengths if (every >= 2 * each * on.processors if neighbours else size <= each * MAX_CHUNKS)
     ]
-    wanted = enough[0] if enough else lengths[-1]
-    chunks = max(ceil(_elements(type_, run) / (2 * wanted - 1)), 2)
-    if 2 * _cut(type_, axes, chunks).length(type_) < wanted:
+    least = enough[0] if enough else lengths[-1]
+    for wanted in sorted(each for each in lengths if each >= least):  # a row may have no ranges of the first length
+        chunks = max(ceil(_elements(type_, run) / (2 * wanted - 1)), 2)
+        if 2 * _cut(type_, axes, chunks).length(type_) >= wanted:
+            break
+    else:
         chunks = 1
     one, several = _times(found, every // size, size, _run_length(type_, axes), arch)
     return chunks, several, one
@@ -380,8 +380,8 @@ def _times(found: Region, rows: int, size: int, run: int, arch: Arch) -> tuple[f
     whole = [bytes_of(type_) // (rows * size) for type_ in inputs if _elements_in(type_) == rows * size]
     each = min(filter(None, whole), default=4)  # 0 bytes: of what is broadcast
     sectors = moved * SECTOR_BYTES / (config.rows * run * each * CACHE_SPEEDUP)
-    one = LAUNCH_US + max(latency, instructions, moved, sectors)
-    return one, MIN_US_THREE_KERNELS + 1.6 * moved if after else MIN_US_TWO_KERNELS + moved
+    one = on.launch + max(latency, instructions, moved, sectors)
+    return one, kernels_us(on, 3) + 1.6 * moved if after else kernels_us(on, 2) + moved
 
 
 def _elements_in(type_: TensorType) -> int:

@@ -15,7 +15,7 @@ from torch_rtx.ir import Graph, Node, TensorType, Value, contiguous, dim_expr
 from torch_rtx.lowering.fusion import is_absorbed_view, iteration_space_of, loops_us
 from torch_rtx.lowering.infer import Inference, is_symbolic
 from torch_rtx.lowering.kernels.body_builder import needed
-from torch_rtx.lowering.kernels.gemm_perf_model import streaming_us, typical
+from torch_rtx.lowering.kernels.memory_model import streaming_us, typical
 from torch_rtx.lowering.recording import decomposition, recorded
 from torch_rtx.lowering.rewrite import Rewriter, escaping, rewrite
 from torch_rtx.op_work import ANCHORS

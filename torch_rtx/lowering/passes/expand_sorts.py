@@ -20,8 +20,8 @@ from torch_rtx.errors import Unsupported
 from torch_rtx.ir import MAIN, Attr, Dim, Graph, Node, TensorType, Value, contiguous, dim_expr
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.kernels.body_builder import argument, type_of
-from torch_rtx.lowering.kernels.gemm_perf_model import typical
 from torch_rtx.lowering.kernels.loops import PERSISTENT
+from torch_rtx.lowering.kernels.memory_model import typical
 from torch_rtx.lowering.rewrite import Rewriter, rewrite
 
 MAX_COMPARED = 1 << 23  # pairs of elements: each row is read once for each of its elements

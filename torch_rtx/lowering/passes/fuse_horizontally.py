@@ -18,8 +18,8 @@ from torch_rtx.errors import Unsupported
 from torch_rtx.ir import COPY, MAIN, Graph, Node, TensorType, Value, attr_values, has_parts
 from torch_rtx.lowering.fusion import kernel_name, prefers_split
 from torch_rtx.lowering.infer import Inference
-from torch_rtx.lowering.kernels.gemm_perf_model import bytes_of
 from torch_rtx.lowering.kernels.horizontal import part_function
+from torch_rtx.lowering.kernels.memory_model import bytes_of
 from torch_rtx.lowering.kernels.reduction_rules import RULES
 from torch_rtx.lowering.kernels.split_reduction import split_evenly
 from torch_rtx.lowering.rewrite import returned, with_bases

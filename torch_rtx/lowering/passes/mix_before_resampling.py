@@ -14,7 +14,7 @@ from itertools import accumulate
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Attr, Dim, Graph, Node, TensorType, Value, contiguous, dim_expr
 from torch_rtx.lowering.infer import Inference
-from torch_rtx.lowering.kernels.gemm_perf_model import typical
+from torch_rtx.lowering.kernels.memory_model import typical
 from torch_rtx.lowering.passes.simplify import RESAMPLING
 from torch_rtx.lowering.rewrite import Rewriter, returned, rewrite, users
 

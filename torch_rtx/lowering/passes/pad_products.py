@@ -14,7 +14,7 @@ from torch_rtx.dtypes import HALVES
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Attr, Dim, Graph, Node, TensorType, Value, contiguous, dim_expr
 from torch_rtx.lowering.infer import Inference
-from torch_rtx.lowering.kernels.gemm_perf_model import bytes_of, typical
+from torch_rtx.lowering.kernels.memory_model import bytes_of, typical
 from torch_rtx.lowering.rewrite import Rewriter, escaping, from_weights, rewrite
 from torch_rtx.op_work import ANCHORS, PRODUCTS, flops
 

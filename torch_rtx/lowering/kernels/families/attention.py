@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from torch_rtx.chips import ATTENTION_LEAST_US, ATTENTION_REACHED, FASTER, MANY_KEYS, SLOWER
 from torch_rtx.ir import Graph
 from torch_rtx.lowering.kernels.attention import AttentionConfig, attention_configs, attention_kernel, attention_of
 from torch_rtx.lowering.kernels.body_builder import argument, type_of
-from torch_rtx.lowering.kernels.families.family import SLOWER, Family, Offer, splits
-from torch_rtx.lowering.kernels.gemm_perf_model import LAUNCH_US, streaming_us, typical
+from torch_rtx.lowering.kernels.families.family import Family, Offer, splits
+from torch_rtx.lowering.kernels.memory_model import streaming_us, typical
 from torch_rtx.lowering.kernels.region import Region
 from torch_rtx.lowering.kernels.split import split_anchor
 from torch_rtx.lowering.kernels.split_kv import best_kv_splits, combine_attention, split_attention
 from torch_rtx.op_work import ANCHORS, ATTENTION, flops
 from torch_rtx.targets import Arch
-
-EFFICIENCY = 0.6  # of the tensor-core rate: softmax runs between the products
-FASTER = 0.95  # a library call relative to the kernel, where it was measured to be faster
 
 
 def attention_split(body: Graph, name: str, num_splits: int) -> Graph:
@@ -33,11 +31,10 @@ def _others(region: Region, name: str, arch: Arch, us: float) -> Iterator[Offer]
     yield from splits(attention_split, region.body, name, num_splits, split_us, us)
     if anchor.op == ATTENTION:
         return  # no library has it
-    rates = arch.library
     is_faster = (
-        rates is not None
-        and flops(anchor, typical) > rates.large["attention"]
-        and typical(keys) > rates.many_keys
+        "wgmma" in arch.features
+        and flops(anchor, typical) > ATTENTION_LEAST_US * arch.chip.tensor * 1e6
+        and typical(keys) > MANY_KEYS
         and not anchor.arg("is_causal", False)
     )
     yield Offer("library", (FASTER if is_faster else SLOWER) * us)
@@ -47,9 +44,8 @@ def _expected_us(region: Region, arch: Arch, config: AttentionConfig) -> float:
     found, anchor = attention_of(region), region.anchor
     assert anchor is not None
     work = flops(anchor, typical) / (2 if found.causal else 1)
-    rate = arch.chip.plain if found.dtype == "f32" else arch.chip.tensor
     _, _, unsplit_us = best_kv_splits(found, type_of(argument(anchor, "key")).shape[-2], arch)
-    compute_us = LAUNCH_US + work / (rate * EFFICIENCY * 1e6)
+    compute_us = arch.chip.launch + work / (arch.chip.rate(found.dtype) * ATTENTION_REACHED * 1e6)
     return max(compute_us, streaming_us(region.memory_types, arch), unsplit_us)
 
 

@@ -15,14 +15,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from math import ceil
 
+from torch_rtx.chips import MODEL_ERROR, SLOWER
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Attr, Dim, Graph, Node, TensorType, Value, contiguous, dim_expr
 from torch_rtx.lowering.kernels.body_builder import BodyBuilder, argument, names_in, type_of
 from torch_rtx.lowering.kernels.emit import Axis, Emitter, Operand
 from torch_rtx.lowering.kernels.expressions import A, B
 from torch_rtx.lowering.kernels.families.family import (
-    MODEL_ERROR,
-    SLOWER,
     Family,
     Offer,
     added_to,
@@ -30,16 +29,7 @@ from torch_rtx.lowering.kernels.families.family import (
     library_us,
     splits,
 )
-from torch_rtx.lowering.kernels.gemm_perf_model import (
-    best_num_splits,
-    config_us,
-    epilogue_us,
-    gemm_us,
-    prologue_us,
-    ranked_configs,
-    streaming_us,
-    typical,
-)
+from torch_rtx.lowering.kernels.gemm_perf_model import best_num_splits, config_us, gemm_us, ranked_configs
 from torch_rtx.lowering.kernels.gemv_template import GemvWriter
 from torch_rtx.lowering.kernels.index import Index, constant, from_dim, unravel
 from torch_rtx.lowering.kernels.kernel import Kernel
@@ -68,6 +58,7 @@ from torch_rtx.lowering.kernels.matmul_template import (
     operand,
     stored_load,
 )
+from torch_rtx.lowering.kernels.memory_model import epilogue_us, prologue_us, streaming_us, typical
 from torch_rtx.lowering.kernels.mma_template import MmaWriter
 from torch_rtx.lowering.kernels.region import Region, tensor_type
 from torch_rtx.lowering.kernels.split import added, split_anchor

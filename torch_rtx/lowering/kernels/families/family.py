@@ -9,18 +9,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch_rtx.dtypes import DTYPES
+from torch_rtx.chips import LIBRARY, MODEL_ERROR, SLOWER, TUNED
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Graph, Node, Value
 from torch_rtx.lowering.kernels.body_builder import flat
-from torch_rtx.lowering.kernels.gemm_perf_model import typical
 from torch_rtx.lowering.kernels.kernel import Kernel
+from torch_rtx.lowering.kernels.memory_model import bytes_of, typical
 from torch_rtx.lowering.kernels.region import Region, tensor_type
 from torch_rtx.op_work import flops
 from torch_rtx.targets import Arch
 
-MODEL_ERROR = 1.07  # measured over modelled time of kernels; a little less than it is, so that ties go to kernels
-SLOWER = 1.1  # a library call relative to the kernel, without measurements or outside of what libraries are tuned for
 SPLIT_PENALTY = 1.15  # a split form must promise this speedup to be ranked before the kernel
 SPLIT_MARGIN = 0.75  # and this one to be offered for measuring: models are imprecise
 Split = Callable[[Graph, str, int], Graph]  # from a body, its kernel's name and a number of splits to the split form
@@ -66,7 +64,14 @@ def splits(split: Split, body: Graph, name: str, num_splits: int, split_us: floa
 
 
 def library_us(
-    kind: str, region: Region, arch: Arch, us: float, before_us: float, after_us: float, usual: bool, rate: float = 1.0
+    kind: str,
+    region: Region,
+    arch: Arch,
+    us: float,
+    before_us: float,
+    after_us: float,
+    usual: bool,
+    moved: int | None = None,
 ) -> float:
     """The expected time of a tactic that calls a library for the anchor, in microseconds.
 
@@ -74,15 +79,20 @@ def library_us(
         us: of the generated kernel, if its operands were plain loads.
         before_us, after_us: of the kernels before and after the call.
         usual: libraries are tuned for such a call.
-        rate: of its dtype relative to f16.
+        moved: bytes that the call reads and writes; None: its operands and results, whole.
     """
-    assert region.anchor is not None
-    (operand, *_), rates = map(tensor_type, region.anchor.inputs), arch.library
-    work = flops(region.anchor, typical) / max(DTYPES[operand.dtype].tensor_rate or 1.0, 1.0)  # as if of halves
-    if rates is None or work <= rates.large[kind] or not usual:
+    anchor, chip, call = region.anchor, arch.chip, LIBRARY[kind]
+    assert anchor is not None
+    types = [tensor_type(value) for value in (*anchor.inputs, *filter(None, anchor.outputs))]
+    work, rate = flops(anchor, typical), chip.rate(types[0].dtype)
+    if not usual or work / (max(rate, chip.tensor) * 1e6) <= call.least_us:
         return before_us + SLOWER * us
-    overhead_us, flops_per_us = rates.call[kind]
-    return before_us + overhead_us + work / (rate * flops_per_us) + after_us
+    memory_us = MODEL_ERROR * (sum(map(bytes_of, types)) if moved is None else moved) / (chip.memory * 1e3)
+    products_us = work / (call.reached * chip.library * rate * 1e6)
+    call_us = call.us + max(products_us, memory_us)
+    if "wgmma" not in arch.features:
+        call_us = max(call_us, us * (TUNED if products_us > memory_us else SLOWER))
+    return before_us + call_us + after_us
 
 
 def around(body: Graph, ops: frozenset[str]) -> tuple[list[Node], Node, list[Node]]:

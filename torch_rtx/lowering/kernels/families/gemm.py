@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from torch_rtx.chips import MODEL_ERROR
 from torch_rtx.dtypes import DTYPES, FLOAT
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Dim, Graph, Node, TensorType, Value, attr_values, contiguous, dim_expr
@@ -14,16 +15,8 @@ from torch_rtx.lowering.kernels.block_scaled import (
 )
 from torch_rtx.lowering.kernels.body_builder import BodyBuilder, argument, names_in, type_of
 from torch_rtx.lowering.kernels.expressions import A, B
-from torch_rtx.lowering.kernels.families.family import MODEL_ERROR, Family, Offer, around, library_us, splits
-from torch_rtx.lowering.kernels.gemm_perf_model import (
-    best_num_splits,
-    config_us,
-    epilogue_us,
-    gemm_us,
-    prologue_us,
-    ranked_configs,
-    typical,
-)
+from torch_rtx.lowering.kernels.families.family import Family, Offer, around, library_us, splits
+from torch_rtx.lowering.kernels.gemm_perf_model import best_num_splits, config_us, gemm_us, ranked_configs
 from torch_rtx.lowering.kernels.gemv_template import GemvWriter
 from torch_rtx.lowering.kernels.index import Index, bounds, from_dim, multiple, product, ravel, unravel, variable
 from torch_rtx.lowering.kernels.kernel import Kernel
@@ -40,6 +33,7 @@ from torch_rtx.lowering.kernels.kernel_ir import (
     pointwise,
 )
 from torch_rtx.lowering.kernels.matmul_template import Contraction, GemmConfig, anchor_result
+from torch_rtx.lowering.kernels.memory_model import epilogue_us, prologue_us, typical
 from torch_rtx.lowering.kernels.mma_template import MmaWriter
 from torch_rtx.lowering.kernels.ops.views import reshape
 from torch_rtx.lowering.kernels.region import Region, tensor_type
@@ -258,8 +252,7 @@ def _scaled_call(region: Region, arch: Arch, contraction: Contraction) -> Iterat
         return
     plain = MODEL_ERROR * gemm_us(region, contraction, arch)
     after_us, before_us = epilogue_us(region, arch), prologue_us(region, arch)
-    rate = DTYPES["f8e4m3fn"].tensor_rate or 1.0
-    yield Offer("library", library_us(FAMILY.name, region, arch, plain, before_us, after_us, True, rate))
+    yield Offer("library", library_us(FAMILY.name, region, arch, plain, before_us, after_us, True))
 
 
 def _library_takes(anchor: Node) -> bool:

@@ -5,26 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from torch_rtx.chips import MODEL_ERROR
 from torch_rtx.dtypes import DTYPES, FLOAT
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Dim, dim_expr
 from torch_rtx.lowering.kernels.body_builder import argument, type_of
 from torch_rtx.lowering.kernels.emit import Axis, Emitter
-from torch_rtx.lowering.kernels.families.family import MODEL_ERROR, Family, Offer, library_us
-from torch_rtx.lowering.kernels.gemm_perf_model import (
-    LAUNCH_US,
-    config_us,
-    epilogue_us,
-    gemm_problem,
-    gemm_us,
-    prologue_us,
-    ranked_configs,
-    streaming_us,
-)
+from torch_rtx.lowering.kernels.families.family import Family, Offer, library_us
+from torch_rtx.lowering.kernels.gemm_perf_model import config_us, gemm_us, ranked_configs
+from torch_rtx.lowering.kernels.gemm_problem import gemm_problem
 from torch_rtx.lowering.kernels.index import from_dim, variable
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.kernel_ir import ONE, cast
 from torch_rtx.lowering.kernels.matmul_template import Contraction, GemmConfig, M, Z, anchor_result
+from torch_rtx.lowering.kernels.memory_model import epilogue_us, prologue_us, streaming_us
 from torch_rtx.lowering.kernels.mma_template import MmaWriter
 from torch_rtx.lowering.kernels.region import Region
 from torch_rtx.lowering.kernels.source import next_power_of_2
@@ -155,11 +149,10 @@ def _others(region: Region, name: str, arch: Arch, us: float) -> Iterator[Offer]
     if arch.sm not in LIBRARY_SMS or contraction.out.dtype != "bf16":
         return
     _, _, type_ = anchor_result(region, "grouped")
-    before_us = prologue_us(region, arch) + CALLS * LAUNCH_US + streaming_us([type_, type_], arch)
+    before_us = prologue_us(region, arch) + CALLS * arch.chip.launch + streaming_us([type_, type_], arch)
     plain, after_us = MODEL_ERROR * gemm_us(region, contraction, arch), epilogue_us(region, arch)
-    moved = gemm_problem(region, contraction, arch).bytes_moved
-    least_us = before_us + MODEL_ERROR * moved / (arch.chip.memory * 1e3)
-    yield Offer("library", max(library_us("gemm", region, arch, plain, before_us, after_us, True), least_us))
+    moved = gemm_problem(region, contraction, arch).bytes_moved  # not of matrices without rows
+    yield Offer("library", library_us("gemm", region, arch, plain, before_us, after_us, True, moved))
 
 
 FAMILY = Family("grouped", frozenset((GROUPED_MM,)), _configs, _kernel, _expected_us, _others)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from torch_rtx.lowering.kernels.families.family import Family
-from torch_rtx.lowering.kernels.gemm_perf_model import streaming_us
 from torch_rtx.lowering.kernels.horizontal import horizontal_kernel, part_configs
+from torch_rtx.lowering.kernels.memory_model import streaming_us
 
 FAMILY = Family(
     "horizontal",

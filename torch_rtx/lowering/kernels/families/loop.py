@@ -11,9 +11,9 @@ from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Graph, attr_values
 from torch_rtx.lowering.kernels.body_builder import kernel, needed
 from torch_rtx.lowering.kernels.families.family import Family, Offer, splits
-from torch_rtx.lowering.kernels.gemm_perf_model import LAUNCH_US, streaming_us, typical
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.loops import LoopConfig, loop_configs, loop_kernel, loop_operations
+from torch_rtx.lowering.kernels.memory_model import streaming_us, typical
 from torch_rtx.lowering.kernels.region import Region, region
 from torch_rtx.lowering.kernels.row_blocks import BlockConfig, block_configs, block_kernel, row_blocks
 from torch_rtx.lowering.kernels.split_columns import (
@@ -75,7 +75,7 @@ def _kernel(found: Region, name: str, config: LoopConfig) -> Kernel:
 def _others(found: Region, name: str, arch: Arch, us: float) -> Iterator[Offer]:
     if accumulation.starts(found.body):
         launches = SORT_LAUNCHES if any(map(accumulation.accumulates, found.body.nodes)) else PUT_LAUNCHES
-        library_us = us + streaming_us(found.memory_types, arch) + launches * LAUNCH_US
+        library_us = us + streaming_us(found.memory_types, arch) + launches * arch.chip.launch
         yield Offer("library", library_us, _with_calls(found.body, name))
         return
     if us == inf:
