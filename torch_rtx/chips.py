@@ -29,6 +29,7 @@ BARRIER_US = 0.03  # of a step of a program
 READ_BYTES = 32  # that a multiprocessor reads in a cycle from L2
 OVERLAP = 0.8  # how much of what is not the bottleneck is hidden behind it
 LANES = 128  # instructions of a thread that a multiprocessor issues in a cycle
+LANES_OF_WARP = 16  # those of one warp: they wait for each other
 STEP_US = 0.3  # of a loop over a row, most of which is in a cache
 SECTOR_BYTES, CACHE_SPEEDUP = 32, 1.3  # what a cache fetches at once; how much faster it is than memory
 CYCLES_PER_ELEMENT = 0.09  # of a loop over rows, on one multiprocessor

@@ -12,12 +12,12 @@ from torch_rtx.lowering.kernels.aot import compile_kernels
 from torch_rtx.lowering.kernels.families.gemm import GemmConfig, gemm_configs, gemm_contraction, gemm_kernel
 from torch_rtx.lowering.kernels.gemm_problem import gemm_problem
 from torch_rtx.lowering.kernels.matmul_template import packed_runs
-from torch_rtx.lowering.kernels.region import region
+from torch_rtx.lowering.kernels.region import Region, region
 from torch_rtx.targets import Target, arch_of
 
 MMA = GemmConfig(32, 32, 128)
 FEW, SOME = GemmConfig(8, 32, 256, num_warps=2), GemmConfig(16, 32, 128, num_warps=2)
-STAGED, FLAT = (GemmConfig(64, 32, block_k, staged=True) for block_k in (256, 64))
+JOINED, FLAT = (GemmConfig(64, 32, block_k, joined=True) for block_k in (256, 64))
 WIDE = GemmConfig(32, 32, 256, extra_n=16)
 GEMV = GemmConfig(16, 8, 512, gemv=True)
 
@@ -81,7 +81,7 @@ return y
 
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
-@pytest.mark.parametrize("config", [MMA, WIDE, GEMV, FEW, SOME, STAGED, FLAT])
+@pytest.mark.parametrize("config", [MMA, WIDE, GEMV, FEW, SOME, JOINED, FLAT])
 @pytest.mark.parametrize(
     "sizes",  # rows, columns, depth, group, run
     [(1, 32, 512, 128, 32), (3, 19, 384, 64, 16), (8, 40, 512, 32, 32), (33, 24, 256, 32, 32), (16, 37, 384, 128, 16)],
@@ -95,7 +95,7 @@ def test_packed_operands(config: GemmConfig, dtype: str, sizes: tuple[int, int, 
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
 @pytest.mark.parametrize("weight", ["i8", "u8", "f8e4m3fn", "f8e5m2"])
-@pytest.mark.parametrize("config", [FEW, SOME, STAGED, GEMV])
+@pytest.mark.parametrize("config", [FEW, SOME, JOINED, GEMV])
 @pytest.mark.parametrize("depth", [200, 256])
 def test_scales_of_columns_follow_the_sums(depth: int, config: GemmConfig, weight: str, dtype: str) -> None:
     text = BYTES.replace("DEPTH", str(depth)).replace("BYTES", weight).replace("H[", f"{dtype}[")
@@ -136,7 +136,7 @@ def test_quantization_is_no_rounding_of_a_call() -> None:
     assert "448.0" in check(text, gemm_kernel, FEW, "bf16").source
 
 
-@pytest.mark.parametrize("config", [FEW, STAGED])
+@pytest.mark.parametrize("config", [FEW, JOINED])
 def test_symbolic_rows(config: GemmConfig) -> None:
     text = packed(7, 24, 384, 64, 16, "bf16").replace("[7,", "[n,").replace("x:", "dim n = 1, 64, 1\nx:", 1)
     for rows in (1, 19):
@@ -197,28 +197,48 @@ def test_split_k(dtype: str) -> None:
 def test_machine_code(sm: int, rows: int) -> None:
     """Words and scales are copied to shared memory ahead of time, words 16 bytes at a time; no integer is converted."""
     found = region(body(packed(rows, 2048, 2048, 128, 32, "bf16")))
-    config = next(one for one in gemm_configs(found, arch_of(sm)) if not one.gemv)
-    kernel, target = gemm_kernel(found, "kernel", config), Target(sm)
-    (code,) = compile_kernels([(kernel, target)])[kernel, target].codes
-    text = code.ptx.decode()
-    assert code.spills == 0
+    text = _code(found, sm)
     assert "cvt.rn.f32.s" not in text
     assert "cvt.rn.f32.u" not in text
     assert "ld.global" not in text
-    assert "cp.async.cg.shared.global [ %r" in re.sub(r"\s+", " ", text)
+    assert "cp.async.cg.shared.global [ %r" in text
+
+
+@pytest.mark.parametrize("weight", ["i4", "i8"])
+def test_hopper_multiplies_from_registers(weight: str) -> None:
+    """What is unpacked never is in shared memory, and products of a step run while the next one is unpacked."""
+    text = packed(512, 2048, 2048, 128, 32, "bf16")
+    if weight == "i8":
+        text = BYTES.replace("24", "2048").replace("[3,", "[512,").replace("DEPTH", "2048").replace("BYTES", "i8")
+    code = _code(region(body(text.replace("HALF", "bf16"), "bf16")), 90)
+    products = list(re.finditer(r"wgmma\.mma_async[^;]*\}, \{(%r\d+,?){4}\}, %rd", code))
+    assert len(products) > 1
+    assert "st.shared" not in code[products[0].start() : products[-1].start()]
+    assert max(map(int, re.findall(r"wgmma\.wait_group\.sync\.aligned\s+(\d+)", code))) > 0
+
+
+def _code(found: Region, sm: int) -> str:
+    """The PTX of the kernel in the first configuration, which does not spill."""
+    config = next(one for one in gemm_configs(found, arch_of(sm)) if not one.gemv)
+    kernel, target = gemm_kernel(found, "kernel", config), Target(sm)
+    (code,) = compile_kernels([(kernel, target)])[kernel, target].codes
+    assert code.spills == 0
+    return re.sub(r"\s+", " ", code.ptx.decode())
 
 
 @pytest.mark.parametrize("sm", [80, 90, 120])
 def test_configurations_for_packed_operands(sm: int) -> None:
-    """Few rows are those of one instruction. Hopper's products take what is computed from shared memory, at once."""
+    """Few rows are those of one instruction. Hopper's products by warpgroups take all parts of a step at once."""
 
     def offered_for(rows: int) -> list[GemmConfig]:
         found = gemm_configs(region(body(packed(rows, 2048, 2048, 128, 32, "bf16"))), arch_of(sm))
         return [config for config in found if not config.gemv]
 
-    assert {(config.block_m, config.staged) for config in offered_for(8)} == {(8, False)}
-    assert any(config.staged for config in offered_for(512)) == (sm == 90)
-    assert all(config.staged or config.num_warps < 4 or config.block_n < 64 for config in offered_for(33) if sm == 90)
+    assert {(config.block_m, config.joined) for config in offered_for(8)} == {(8, False)}
+    assert any(config.joined for config in offered_for(512)) == (sm == 90)
+    for config in (*offered_for(33), *offered_for(512)):
+        assert config.joined == (sm == 90 and config.block_n >= 64 and config.num_warps >= 4)
+        assert not config.joined or config.block_n >= 16 * config.num_warps  # none is unpacked twice
 
 
 def test_few_rows_move_the_packed_bytes() -> None:

@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import lru_cache
 from math import ceil, inf
 
-from torch_rtx.chips import BARRIER_US, LANES, LATENCY_US, Chip
+from torch_rtx.chips import BARRIER_US, LANES, LANES_OF_WARP, LATENCY_US, Chip
 from torch_rtx.dtypes import HALVES
 from torch_rtx.errors import Unsupported
 from torch_rtx.lowering.kernels.gemm_problem import SIZES, GemmProblem, gemm_problem
@@ -35,7 +35,7 @@ MIN_ROWS = 8  # of a tile of `tl.dot`
 MAX_IMPRECISE = 128  # products of float8 that tensor cores may sum in less than f32, as in libraries
 MAX_PACKED, MAX_COMPUTED = 128, 64  # elements of a packed, or another computed operand per thread and step
 MAX_SCALED = 3  # operations for an element whose scale follows the sums
-MAX_STAGED = 240  # registers per thread for accumulators, elements of a staged operand, and two for each load
+MAX_UNPACKED = 240  # registers per thread for accumulators, elements of an operand, and two for each load
 MAX_NARROW_LOADS = 16  # per thread and step: loads of less than 16 bytes
 
 
@@ -177,16 +177,18 @@ def _mma_configs(problem: GemmProblem, arch: Arch) -> Iterator[GemmConfig]:
 
 
 def _of_computed(problem: GemmProblem, config: GemmConfig, arch: Arch) -> GemmConfig | None:
-    """`config` for the second operand, if that is computed: Hopper's products take it from shared memory, since from
-    registers each waits for the one before. None if it does not suit the operand."""
+    """`config` for the second operand, if that is computed; None if it does not suit the operand."""
     if problem.dtype not in HALVES or not (problem.swapped or problem.packed_run):
         return config
-    staged = replace(config, staged=True)
-    if _uses_wgmma(problem, staged, arch):
-        # Of a wider tile, Triton writes the elements of packed words one by one.
-        return staged if not problem.packed_run or config.block_n <= 16 * config.num_warps else None
-    is_deep = not problem.packed_run or config.block_k >= MIN_BLOCK * PARTS  # each part is a product
-    return config if is_deep and not _uses_wgmma(problem, config, arch) else None
+    if problem.packed_run and config.block_k < MIN_BLOCK * PARTS:  # a part has the elements of an instruction
+        return None
+    if not _uses_wgmma(problem, config, arch):
+        # A thread reads at least 4 bytes of each part of the first operand, so that these are copied ahead of time.
+        read = config.block_m * config.block_k // (32 * config.num_warps)
+        return None if problem.packed_run and read < 2 * PARTS else config
+    if problem.swapped and config.block_n < 16 * config.num_warps:  # what two warpgroups read, both would unpack
+        return None
+    return replace(config, joined=problem.packed_run > 0)
 
 
 def accumulator_regs(problem: GemmProblem, config: GemmConfig) -> int:
@@ -204,9 +206,9 @@ def _fits_registers(problem: GemmProblem, config: GemmConfig, arch: Arch) -> boo
     """The kernel should not spill. Empirical: of 255 registers accumulators may take a quarter, or half with wgmma and
     a cheap epilogue; each 16-byte load takes a pointer and, without `cp.async`, its data; more narrow loads than
     MAX_NARROW_LOADS would cost the second resident program."""
-    if config.staged:
+    if _unpacks_for_wgmma(problem, config, arch):
         loads = int(problem.step_bytes(config)) // (16 * 32 * config.num_warps)
-        return accumulator_regs(problem, config) + _computed_elements(problem, config) + 2 * loads <= MAX_STAGED
+        return accumulator_regs(problem, config) + _computed_elements(problem, config) + 2 * loads <= MAX_UNPACKED
     is_light = _uses_wgmma(problem, config, arch) and problem.needs_few_registers
     most = 16 if problem.dtype == "f32" else 128 if is_light else 64
     threads = 32 * config.num_warps
@@ -220,30 +222,40 @@ def _fits_registers(problem: GemmProblem, config: GemmConfig, arch: Arch) -> boo
     pointers = loaded // (16 * threads)
     is_least = config.block_m <= 16 and config.width <= 16
     elements = _computed_elements(problem, config) if problem.unpacking else 0
+    most_elements = MAX_PACKED if problem.packed_run or is_few else MAX_COMPUTED
+    if problem.packed_run and is_few:  # a part after the other
+        most_elements *= 2
     is_narrow = problem.vector_elements * SIZES[problem.dtype] < 16
     narrow_loads = config.block_m * config.block_k // (problem.vector_elements * threads) if is_narrow else 0
     return (
         accumulator_regs(problem, config) <= most
         and pointers <= (12 if "cp_async" in arch.features or is_few or is_least else 6)
         and narrow_loads <= MAX_NARROW_LOADS
-        and elements <= (MAX_PACKED if problem.packed_run or is_few else MAX_COMPUTED)
+        and elements <= most_elements
     )
 
 
 def _uses_wgmma(problem: GemmProblem, config: GemmConfig, arch: Arch) -> bool:
-    """Products run as Hopper's wgmma, which reads operands from shared memory; a computed one comes first, see
-    `MmaWriter`."""
+    """Products run as Hopper's wgmma, which reads operands from shared memory, and the first one from registers, too: a
+    computed one comes first, see `MmaWriter`."""
     along_k = problem.dtype not in FLOAT8 or not problem.columns_last  # float8 lies along K in shared memory
-    rows = config.block_n if problem.swapped and not config.staged else config.block_m
+    rows = config.block_n if problem.swapped else config.block_m
     is_large = rows >= 64 and config.num_warps >= 4
     return "wgmma" in arch.features and problem.dtype != "f32" and is_large and along_k
 
 
+def _unpacks_for_wgmma(problem: GemmProblem, config: GemmConfig, arch: Arch) -> bool:
+    """Wgmma takes a computed operand from registers."""
+    return problem.swapped and _uses_wgmma(problem, config, arch)
+
+
 def shared_memory(problem: GemmProblem, config: GemmConfig, arch: Arch) -> int:
-    """Bytes of shared memory per program: of the pipeline stages, one more with wgmma, which reads from there."""
-    step = int(problem.step_bytes(config))
-    steps = config.num_stages - (not _uses_wgmma(problem, config, arch))
-    computed = config.block_n * config.block_k * SIZES[problem.dtype] if config.staged else 0
+    """Bytes of shared memory per program: of the pipeline stages, one more with wgmma, which reads from there, also
+    what is computed and does not come first."""
+    step, is_wgmma = int(problem.step_bytes(config)), _uses_wgmma(problem, config, arch)
+    steps = config.num_stages - (not is_wgmma)
+    is_written = is_wgmma and problem.unpacking and not problem.swapped
+    computed = config.block_n * config.block_k * SIZES[problem.dtype] if is_written else 0
     return max(step * max(steps, 1) + computed, config.block_m * config.block_n * 2)
 
 
@@ -275,8 +287,10 @@ def _resident_programs(problem: GemmProblem, config: GemmConfig, arch: Arch) -> 
     """Programs per multiprocessor."""
     threads = 32 * config.num_warps
     used = accumulator_regs(problem, config) + (56 if _uses_wgmma(problem, config, arch) else 80)
-    if config.staged:
-        used += _computed_elements(problem, config) // 2 - 8  # about half are held at once
+    if _unpacks_for_wgmma(problem, config, arch):
+        used += _computed_elements(problem, config) * 3 // 4  # of this step and the next
+    elif problem.packed_run:
+        used += _computed_elements(problem, config) // 8  # a part after the other
     registers = min(used, 255)
     return max(
         1,
@@ -289,13 +303,15 @@ def _step_us(problem: GemmProblem, config: GemmConfig, arch: Arch, count: int) -
     chip, size, warps = arch.chip, SIZES[problem.dtype], config.num_warps
     width = config.width * problem.accumulators
     rate = chip.rate(problem.dtype) * 1e6 / chip.processors
+    across = 1  # warps that read the same columns
     if _uses_wgmma(problem, config, arch):
-        # A warpgroup multiplies 64 rows at a time: it reads all columns, and per accumulator its rows once.
+        # A warpgroup multiplies 64 rows at a time: it reads all columns, and per accumulator its rows once. Of an
+        # operand that it computes from what is in memory, the columns are those rows.
         ranges = problem.accumulators * (2 if config.extra_n else 1) * max(warps * 16 // config.block_m, 1)
-        shared = (config.block_m * ranges + width * config.block_m / 64) * size
+        shared = width * config.block_m / 64 * size
+        shared += width * problem.second_bytes if problem.swapped else config.block_m * ranges * size
     else:
-        # Warps divide the tile into near squares; each reads its rows and its columns.
-        across = 1
+        # Warps divide the tile into near squares; each reads its rows and its columns, and unpacks these.
         while across * across < warps and config.block_m // across > 16:
             across *= 2
         second = problem.second_bytes if problem.unpacking else size
@@ -312,9 +328,8 @@ def _step_us(problem: GemmProblem, config: GemmConfig, arch: Arch, count: int) -
     latency_us = (LATENCY_US + math_us) / max(config.num_stages - 1, 1)
     uncoalesced_us = problem.uncoalesced_loads * width * config.block_k / (chip.clock * 1e3)
     operations = min(problem.unpacking, MAX_SCALED) if config.block_m == MIN_ROWS else problem.unpacking
-    unpack_us = operations * width * config.block_k / (LANES * chip.clock * 1e3)
-    if config.staged and count == 1:  # with none to take turns with, tensor cores wait
-        math_us += unpack_us
+    lanes = min(LANES, LANES_OF_WARP * warps * count)
+    unpack_us = operations * width * config.block_k * across / (lanes * chip.clock * 1e3)
     on_chip_us = count * math_us, count * shared_us, count * l2_us, count * unpack_us
     return BARRIER_US + _overlapped_us(chip, *on_chip_us, latency_us, count * uncoalesced_us)
 

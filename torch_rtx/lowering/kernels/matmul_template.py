@@ -50,7 +50,7 @@ class GemmConfig:
         block_scaled: use BlockScaledWriter.
         programs: of a persistent kernel; 0: one program per tile.
         promoted: the products of a step are added to the sums by separate instructions, in f32.
-        staged: a second operand that is computed goes through shared memory, whole, see `MmaWriter`.
+        joined: the parts of a packed second operand are one tile, see `MmaWriter`.
     """
 
     block_m: int
@@ -65,7 +65,7 @@ class GemmConfig:
     extra_n: int = 0
     promoted: bool = False
     block_scaled: bool = False
-    staged: bool = False
+    joined: bool = False
 
     @property
     def width(self) -> int:

@@ -54,8 +54,9 @@ class MmaWriter(TileWriter):
     """A contraction on tensor cores.
 
     Where the second operand alone is computed it comes first: the tile is transposed, and goes to tensor cores from
-    registers. With `staged` it stays the second one, as Hopper's products by warpgroups take it, from shared memory: a
-    step is one product, and no other waits for it. For that the parts of a packed operand are joined.
+    registers. Of a packed operand each part is a product of its own. With `joined` all parts are one tile, without a
+    move between threads: Hopper's products by warpgroups take it piece by piece, while other instructions unpack the
+    next step. Products of their own would wait for each other.
 
     Scales follow the sums, see `scaled_sums`: after the loop if they are the same for all of K, else, for few rows,
     with each step.
@@ -63,7 +64,7 @@ class MmaWriter(TileWriter):
 
     def __init__(self, region: Region, contraction: Contraction, config: GemmConfig) -> None:
         super().__init__(region, contraction, config)
-        self.swapped = swaps(contraction) and not config.staged
+        self.swapped = swaps(contraction)
         if self.swapped:
             self.row_axis, self.column_axis = self.column_axis, self.row_axis
 
@@ -72,7 +73,7 @@ class MmaWriter(TileWriter):
         config, contraction = self.config, self.contraction
         k_loop = KLoop(contraction, config.block_k)
         a_mask, b_mask = ("in_ka", "in_kb") if k_loop.masked else ("", "")
-        rows, is_joined = Axis(M, config.block_m, self.rows_mask), config.staged and k_loop.run > 0
+        rows, is_joined = Axis(M, config.block_m, self.rows_mask), config.joined and k_loop.run > 0
         block_a = len(k_loop.parts) * k_loop.block if is_joined else k_loop.block
         a = Emitter(self._axes(rows, Axis(KA, block_a, a_mask)), "a")
         k_loop.enter(a, a_mask)
@@ -118,7 +119,7 @@ class MmaWriter(TileWriter):
         made.before.append(f"{total.text} = {zeros}")
         found = self._scaled(b, positions)
         if not found:
-            values = self._joined([operand(b, contraction.b, at, self.dtype, mask) for at in positions])
+            values = self._joined([operand(b, contraction.b, at, self.dtype, mask) for at in positions], axis)
             made.inside += [self._dot(total.text, one, value) for one, value in zip(left, values, strict=True)]
             return made
         groups: dict[tuple[Operand | None, Operand | None], list[tuple[str, str]]] = {}
@@ -158,21 +159,23 @@ class MmaWriter(TileWriter):
             return []
         found = [scaled(b, self.contraction.b, at, KB, self.dtype) for at in positions]
         known = [one for one in found if one is not None]
-        if self.config.staged and len(known) > 1:
+        if self.config.joined and len(known) > 1:
             return []
         late = all(one.is_late(b) for one in known)
         return known if len(known) == len(found) and (self.is_small or late) else []
 
-    def _joined(self, parts: list[str]) -> list[str]:
-        """The parts of a step as one tile, one after the other along K, with `staged`."""
-        if not self.config.staged or len(parts) == 1:
+    def _joined(self, parts: list[str], axis: Axis) -> list[str]:
+        """The parts of a step as one tile, one after the other along K, with `joined`."""
+        if not self.config.joined or len(parts) == 1:
             return parts
         rank = 2
         while len(parts) > 1:
             parts = [f"tl.join({one}, {two})" for one, two in zip(parts[::2], parts[1::2], strict=True)]
             rank += 1
-        axes = ", ".join(map(str, (*range(rank - 1, 1, -1), 0, 1)))
-        return [f"tl.reshape(tl.permute({parts[0]}, ({axes})), [{self.config.block_k}, {self.config.block_n}])"]
+        before, after = ((0,), (1,)) if self.swapped else ((), (0, 1))
+        order = (*before, *range(rank - 1, 1, -1), *after)  # the parts, and then the elements of each, are K
+        sizes = ", ".join(str(one.block) for one in self._axes(Axis(KB, self.config.block_k), axis))
+        return [f"tl.reshape(tl.permute({parts[0]}, {order}), [{sizes}])"]
 
     @property
     def is_small(self) -> bool:
