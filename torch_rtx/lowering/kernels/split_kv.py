@@ -18,10 +18,9 @@ from torch_rtx.ir import Attr, Dim, Node, TensorType, Value, contiguous, dim_exp
 from torch_rtx.lowering.kernels.attention import Attention
 from torch_rtx.lowering.kernels.body_builder import BodyBuilder, Values, argument, type_of
 from torch_rtx.lowering.kernels.gemm_perf_model import BARRIER_US, LATENCY_US, LAUNCH_US, NUM_SPLITS, typical
-from torch_rtx.op_work import ATTENTION
+from torch_rtx.op_work import ATTENTION, ATTENTION_PARTIAL
 from torch_rtx.targets import Arch
 
-ATTENTION_PARTIAL = "torch_rtx.attention_partial.default"
 MAX_QUERIES = 16
 KEYS_PER_STEP = 64  # of a program of few rows
 PROGRAMS_PER_PROCESSOR = 4

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from torch_rtx.ir import Graph
-from torch_rtx.lowering.kernels.attention import AttentionConfig, attention_configs, attention_kernel, attention_of
+from torch_rtx.lowering.kernels.attention import attention_of
+from torch_rtx.lowering.kernels.attention_configs import AttentionConfig, attention_configs
+from torch_rtx.lowering.kernels.attention_forward import attention_kernel
 from torch_rtx.lowering.kernels.body_builder import argument, type_of
 from torch_rtx.lowering.kernels.families.family import SLOWER, Family, Offer, splits
 from torch_rtx.lowering.kernels.gemm_perf_model import LAUNCH_US, streaming_us, typical
