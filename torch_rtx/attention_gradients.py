@@ -1,9 +1,9 @@
 """Attention of a training step, and its gradients: `torch_rtx.attention_forward` and `torch_rtx.attention_backward`.
 
-PyTorch has a pair of operators for each library of attention. These two are all of them, without dropout: `library`
-says whose call it is, "efficient", "flash" or "cudnn". It decides the layout of results, which is that of the library
-also where a generated kernel computes them, so that either side of a step may be a kernel and the other one a call.
-Devices and dtypes that the library does not have run the definition, in plain PyTorch.
+PyTorch has a pair of operators for each library of attention. These two are all of them, without dropout: `library`,
+a key of `LIBRARIES`, says whose call it is. It decides the layout of results, which is that of the library also where a
+generated kernel computes them, so that either side of a step may be a kernel and the other one a call. Devices and
+dtypes that the library does not have run the definition, in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -15,25 +15,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LIBRARIES = ("efficient", "flash", "cudnn")
+LIBRARIES = {
+    "efficient": "_scaled_dot_product_efficient_attention",
+    "flash": "_scaled_dot_product_flash_attention",
+    "cudnn": "_scaled_dot_product_cudnn_attention",
+    "cpu": "_scaled_dot_product_flash_attention_for_cpu",
+}
 _DTYPES = (torch.float16, torch.bfloat16)
 
 
-def _call(library: str, backward: bool = False) -> Any:
-    """The operator of a library."""
-    name = f"_scaled_dot_product_{library}_attention{'_backward' if backward else ''}"
-    return getattr(torch.ops.aten, name).default
+def operators(library: str) -> tuple[Any, Any]:
+    """The operators of a library, forward and backward."""
+    name, calls = LIBRARIES[library], torch.ops.aten
+    return getattr(calls, name).default, getattr(calls, f"{name}_backward").default
 
 
 def _has_call(query: Tensor, library: str) -> bool:
+    if library == "cpu":
+        return query.device.type == "cpu"
     return query.is_cuda and (query.dtype in _DTYPES or (library == "efficient" and query.dtype == torch.float32))
 
 
 def _forward_call(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, library: str, is_causal: bool, scale: float | None
 ) -> tuple[Tensor, Tensor]:
-    masks = () if library == "flash" else (mask, True)
-    found = _call(library)(query, key, value, *masks, 0.0, is_causal, scale=scale)
+    call, _ = operators(library)
+    if library == "cpu":
+        found = call(query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale)
+    else:
+        masks = () if library == "flash" else (mask, True)
+        found = call(query, key, value, *masks, 0.0, is_causal, scale=scale)
     return found[0], found[1]
 
 
@@ -52,12 +63,14 @@ def _backward_call(
     lengths = (None, None, query.shape[2], key.shape[2])
     sizes, dtype = (((2,), ()), torch.uint64) if library == "flash" else (((), ()), torch.int64)
     state = [torch.empty(size, dtype=dtype, device=query.device) for size in sizes]
-    call = _call(library, backward=True)
+    _, call = operators(library)
     if library == "efficient":
         wanted = [True, True, True, mask_gradient]
         found = call(grad_out, *operands, mask, *results, *state, 0.0, wanted, is_causal, scale=scale)
         return found[0], found[1], found[2], found[3] if mask_gradient else _nothing(query)
-    if library == "flash":
+    if library == "cpu":
+        found = call(grad_out, *operands, *results, 0.0, is_causal, attn_mask=mask, scale=scale)
+    elif library == "flash":
         found = call(grad_out, *operands, *results, *lengths, 0.0, is_causal, *state, scale=scale)
     else:
         found = call(grad_out, *operands, *results, *state, mask, *lengths, 0.0, is_causal, scale=scale)

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from torch_rtx.attention_gradients import LIBRARIES
+from torch_rtx.attention_gradients import LIBRARIES, operators
 from torch_rtx.backend.training import traced
 
 FORWARD = torch.ops.torch_rtx.attention_forward.default
@@ -26,8 +26,7 @@ RESULTS = 2  # of a library's forward that the operator has, too
 def name_attention(graph: fx.Graph) -> None:
     """Replace the calls without dropout in `graph`."""
     for library in LIBRARIES:
-        packet = f"_scaled_dot_product_{library}_attention"
-        backward, forward = (getattr(torch.ops.aten, f"{packet}{end}").default for end in ("_backward", ""))
+        forward, backward = operators(library)
         for node in graph.find_nodes(op="call_function", target=backward):
             _replace_backward(graph, node, library)
         for node in graph.find_nodes(op="call_function", target=forward):
@@ -41,13 +40,13 @@ def _replace_forward(graph: fx.Graph, node: fx.Node, library: str) -> None:
     left_out = not given.get("compute_log_sumexp", True) or given.get("return_debug_mask", False)
     if left_out or not _is_plain(given, library) or not results <= set(range(RESULTS)):
         return
-    mask = given.get("attn_bias")
-    _replace(graph, node, FORWARD, (given["query"], given["key"], given["value"], mask), _options(given, library))
+    operands = (given["query"], given["key"], given["value"], _mask(given))
+    _replace(graph, node, FORWARD, operands, _options(given, library))
 
 
 def _replace_backward(graph: fx.Graph, node: fx.Node, library: str) -> None:
     given = _arguments(node)
-    mask, wanted = given.get("attn_bias"), given.get("grad_input_mask", (True, True, True, False))
+    mask, wanted = _mask(given), given.get("grad_input_mask", (True, True, True, False))
     if not _is_plain(given, library) or given.get("cum_seq_q") is not None:
         return
     options = _options(given, library)
@@ -67,6 +66,10 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
     assert isinstance(node.target, torch._ops.OpOverload)
     names = (argument.name for argument in node.target._schema.arguments)
     return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def _mask(given: Mapping[str, Any]) -> Any:
+    return given.get("attn_bias", given.get("attn_mask"))
 
 
 def _is_plain(given: Mapping[str, Any], library: str) -> bool:

@@ -22,6 +22,7 @@ from torch_rtx.runtime.benchmark import RUNS, Run
 from torch_rtx.runtime.code import Code, Owned, compile_graph
 from torch_rtx.runtime.index_check import check_positions, differing, distinct, in_order, limits
 from torch_rtx.runtime.launch import LoadedTactic
+from torch_rtx.runtime.saved_results import fill_saved
 from torch_rtx.runtime.streaming import nbytes, numbers
 
 NARROW_FLOATS = tuple(name for name, dtype in DTYPES.items() if dtype.tolerance and name != "f64")
@@ -62,6 +63,7 @@ class CandidateCheck:
         self._inputs = self._random_inputs()
         try:
             check_positions(self.graph, device, self._inputs)
+            fill_saved(self.graph, device, self._inputs)
             calls = compile_graph(self.graph, device)
             self.expected: Sequence[torch.Tensor] = _comparable(calls(self._inputs, ()))
             exact = self.expected if _takes_bits(node.body) else self._in_float64()

@@ -208,7 +208,9 @@ def test_gradients_that_libraries_keep(call: Call, dtype: str, reason: str) -> N
 
 
 def test_what_is_saved_has_no_epilogue() -> None:
-    text = CALLS["one block"].forward().replace("return y, lse", "t: f32[1, 2, 32] = neg.default(self=s)\nreturn y, t")
+    text = (
+        CALLS["one block"].forward().replace("return y, lse", "t: f32[1, 2, 32] = neg.default(self=lse)\nreturn y, t")
+    )
     with pytest.raises(Unsupported, match="saves"):
         attention_kernel(region(body(text)), "kernel", AttentionConfig(32, 32, 4, 1))
 
