@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from tests.doubles.interpreter import run
-from tests.lowering.kernels.kernel_bodies import body, check, library
+from tests.lowering.kernels.kernel_bodies import body, check, library, offered
 from torch_rtx.errors import Unsupported
 from torch_rtx.lowering.kernels.aot import compile_kernels
 from torch_rtx.lowering.kernels.attention_backward import backward_configs, backward_kernel
@@ -216,8 +216,9 @@ def test_what_is_saved_has_no_epilogue() -> None:
 
 
 def test_blocks_reach_the_end_of_padding() -> None:
-    found = region(body(Call(queries=8, keys=512, width=64).forward()))
-    assert {config.rows % 32 for config in attention_configs(found, arch_of(90))} == {0}
+    graph = body(Call(queries=8, keys=4096, width=64).forward())
+    assert {config.rows % 32 for config in attention_configs(region(graph), arch_of(90))} == {0}
+    assert offered(graph, 90).keys() == {"kernel", "library"}
 
 
 def test_libraries_are_rivals() -> None:

@@ -157,8 +157,11 @@ class _Writer(Tiles):
                 self.tile("M", name, looped)
                 held = self.operand(tensor, "M", name, self.lead, self.row)
                 lines.append(f"{short}{name[1:]} = {held}")
-        lines += self._products("s", "Q", "K", "D")
         self.tile("M", "N", looped)
+        for added in (attn.mask, attn.bias):  # loaded before the products, so that they wait for memory together
+            if added is not None:
+                emitter.value(added, self.mask_at)
+        lines += self._products("s", "Q", "K", "D")
         lines += self.scores(masked=True, diagonal=attn.causal, rows=True)
         lines += self._weights()
         lines += self._add_products("dv", "p", "G", "E")

@@ -37,8 +37,13 @@ class _Writer(Tiles):
 
     def __init__(self, region: Region, attn: Attention, config: AttentionConfig) -> None:
         super().__init__(region, attn, config)
-        # A mask that all rows share takes few registers, so that it can be loaded early.
-        self.mask_is_per_key = attn.mask is not None and not depends_on_row(attn.mask, self.mask_at)
+        # A mask that all rows share takes few registers, so that it can be loaded early; and so can all of one block.
+        self.one_block = attn.keys.number is not None and attn.keys.number <= config.keys
+        self.early_masks = [
+            added
+            for added in (attn.mask, attn.bias)
+            if added is not None and (self.one_block or not depends_on_row(added, self.mask_at))
+        ]
 
     # ---- programs ----------------------------------------------------------------------------------------------------
 
@@ -104,10 +109,15 @@ class _Writer(Tiles):
         emitter.scope = scope = Scope()
         scope.lines += self.range("N", "[None, :]", "start", masked)
         scope.lines += self.range("J", "[:, None]", "start", masked)
-        if attn.mask is not None and self.mask_is_per_key:  # loaded before the product, to overlap with it
-            self.tile("M", "N", "N", masked)
-            emitter.value(attn.mask, self.mask_at)
         key = variable("J", attn.keys)
+        if self.one_block:  # all that it reads is asked for at once; the layout of a mask changes by shared memory
+            for tensor, letter in ((attn.key, "D"), (attn.value, "E")):
+                for name in self.pieces(letter):
+                    self.tile("J", name, "J", masked)
+                    self.operand(tensor, "J", name, self.lead, key)
+        for added in self.early_masks:  # loaded before the product, to overlap with it
+            self.tile("M", "N", "N", masked)
+            emitter.value(added, self.mask_at)
         for name in self.pieces("D"):
             self.tile("J", name, "J", masked)
             k = self.operand(attn.key, "J", name, self.lead, key)

@@ -14,7 +14,7 @@ from torch_rtx.lowering.kernels.gemm_perf_model import LAUNCH_US, streaming_us, 
 from torch_rtx.lowering.kernels.region import Region
 from torch_rtx.lowering.kernels.split import split_anchor
 from torch_rtx.lowering.kernels.split_kv import best_kv_splits, combine_attention, split_attention
-from torch_rtx.op_work import ANCHORS, ATTENTION, flops
+from torch_rtx.op_work import ANCHORS, ATTENTION, ATTENTION_FORWARD, flops
 from torch_rtx.targets import Arch
 
 EFFICIENCY = 0.6  # of the tensor-core rate: softmax runs between the products
@@ -31,8 +31,9 @@ def _others(region: Region, name: str, arch: Arch, us: float) -> Iterator[Offer]
     anchor = region.anchor
     assert anchor is not None
     keys = type_of(argument(anchor, "key")).shape[-2]
-    num_splits, split_us, _ = best_kv_splits(attention_of(region), keys, arch)
-    yield from splits(attention_split, region.body, name, num_splits, split_us, us)
+    if anchor.op != ATTENTION_FORWARD:  # whose statistic a split form would have to combine, too
+        num_splits, split_us, _ = best_kv_splits(attention_of(region), keys, arch)
+        yield from splits(attention_split, region.body, name, num_splits, split_us, us)
     if anchor.op == ATTENTION:
         return  # no library has it
     rates = arch.library
