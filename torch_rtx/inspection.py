@@ -176,7 +176,10 @@ def _named(value: Value, sizes: Mapping[str, str]) -> str:
 
 
 _FACTORS = {op: (names.first, names.second) for op, names in PRODUCTS.items()}
-_FACTORS_OF = {"conv": ("input", "weight"), "attention": ("query", "key", "value")}
+_FACTORS_OF = {
+    "conv": ("input", "weight"),
+    **dict.fromkeys(("attention", "attention_backward"), ("query", "key", "value")),
+}
 
 
 def _layers(nodes: Sequence[Node], table: KernelTable, kernel: Node | None = None) -> Iterator[LayerInfo]:

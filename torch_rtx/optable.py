@@ -1,8 +1,9 @@
-"""The allow-lists: the overloads that an engine may call, of ATen but for INTERNAL. To allow an op is to add its name.
+"""The allow-lists: the overloads that an engine may call, of ATen but for a few. To allow an op is to add its name.
 
 `ALLOWED` is for graphs of this process and of its caches. `FILE_OPS` is for engine files, which may come from anywhere:
-it lacks what inference does not need and what PyTorch does not check, the headings in `UNTRUSTED`. Other headings are
-for the reader; the code asks the op's own schema and tags. All ops are functional except those under "effect".
+it lacks what inference does not need and what PyTorch does not check, the headings in `UNTRUSTED` and the operators of
+`TRAINING`. Other headings are for the reader; the code asks the op's own schema and tags. All ops are functional except
+those under "effect".
 """
 
 from __future__ import annotations
@@ -167,6 +168,7 @@ INTERNAL = frozenset(  # which `aten` and `detection` define
     f"torch_rtx.{name}.default"
     for name in ("attention", "attention_partial", "grouped_mm", "int_conv", "suppressed", "to_int8")
 )
+TRAINING = frozenset(f"torch_rtx.{name}.default" for name in ("attention_forward", "attention_backward"))
 NUMBERS = frozenset(  # Python's arithmetic on numbers of the host, which `host_ops` defines
     f"torch_rtx.{name}.default"
     for name in (
@@ -189,5 +191,5 @@ def _under_headings() -> dict[str, frozenset[str]]:
 
 
 _HEADINGS = _under_headings()
-ALLOWED: frozenset[str] = (INTERNAL | NUMBERS).union(*_HEADINGS.values())
-FILE_OPS: frozenset[str] = ALLOWED.difference(*(_HEADINGS[heading] for heading in UNTRUSTED))
+ALLOWED: frozenset[str] = (INTERNAL | TRAINING | NUMBERS).union(*_HEADINGS.values())
+FILE_OPS: frozenset[str] = (ALLOWED - TRAINING).difference(*(_HEADINGS[heading] for heading in UNTRUSTED))

@@ -408,6 +408,17 @@ def test_a_loop_over_two_products_belongs_to_the_last() -> None:
     assert "b" in {value.name for value in last.inputs}
 
 
+def test_an_anchor_with_several_results_has_no_epilogue() -> None:
+    given = "query=x, key=x, value=x, library='flash'"
+    graph = fused(f"""
+        input x: f16[2, 4, 64, 32]
+        y: f16[2, 4, 64, 32], s: f32[2, 4, 64] = op torch_rtx.attention_forward.default({given})
+        a: f16[2, 4, 64, 32] = op aten.relu.default(self=y)
+        b: f16[2, 4, 64, 32] = op aten.neg.default(self=a)
+        return [b]""")
+    assert [node.kind for node in graph.nodes] == ["kernel", "kernel"]
+
+
 @pytest.mark.parametrize(("width", "outside"), [(1024, True), (1023, False)])
 def test_ranges_of_rows_are_outside_of_kernels(width: int, outside: bool) -> None:
     """So these are equal, where the addresses are multiples of what kernels expect."""

@@ -112,3 +112,28 @@ def test_what_the_pool_can_not_hold() -> None:
     for tensor in (torch.ones(3, dtype=torch.int32), torch.ones(0), torch.ones(pool.size)):
         assert not pool.holds(tensor)
     assert pool.holds(torch.ones(pool.size // 4))
+
+
+def test_a_backward_gets_what_its_forward_saves() -> None:
+    """Of random numbers in its place a library makes wrong gradients, by which any would pass."""
+    (node,) = parse(
+        """graph fused {
+      input x: f32[2, 4, 6, 8]
+      input o: f32[2, 4, 6, 8]
+      input s: f32[2, 4, 6](24, 1, 4)
+      d: f32[2, 4, 6, 8] = kernel k(in0=x, in1=o, in2=s) graph import {
+        input a: f32[2, 4, 6, 8]
+        input b: f32[2, 4, 6, 8]
+        input c: f32[2, 4, 6](24, 1, 4)
+        y: f32[2, 4, 6, 8] = op aten.neg.default(self=a)
+        d: f32[2, 4, 6, 8], e: f32[2, 4, 6, 8], f: f32[2, 4, 6, 8], g: f32[0] = op torch_rtx.attention_backward.default(
+        grad_out=y, query=y, key=a, value=a, attn_mask=None, out=b, logsumexp=c, library='cpu')
+        return [d]
+      }
+      return [d]
+    }""".replace("(\n        grad", "(grad")
+    ).nodes
+    check = CandidateCheck(node, torch.device("cpu"))
+    x, out, _ = check._inputs
+    torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(-x, x, x))
+    assert max(check._limits) < 1e-5

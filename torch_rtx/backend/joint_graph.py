@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from torch_rtx.backend.attention_calls import name_attention
 from torch_rtx.backend.row_chunks import chunk_rows, write_out
 from torch_rtx.backend.training import Partitioner
 
@@ -23,6 +24,7 @@ def rewriting(partition: Partitioner, logits_bytes: float) -> Partitioner:
     def rewritten(joint: fx.GraphModule, inputs: Any, **options: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
         remove_aliases(joint.graph)
         drop_running_statistics(joint.graph)
+        name_attention(joint.graph)
         sum_by_rows(joint.graph)
         chunk_rows(joint.graph, logits_bytes)
         forward, backward = partition(joint, inputs, **options)

@@ -377,7 +377,9 @@ class FusionPlan:
         down to one whose elements are narrower, where the loop itself reduces rows or is the epilogue of a later
         anchor. The sums of int8 then need not be written."""
         anchor, chain = self.group_of[index], list[int]()
-        (result,) = self.results(anchor)
+        result, *others = self.results(anchor)
+        if others:
+            return
         tails = [self.group_of[reader] for reader in self.users(anchor)]
         if len(set(map(id, tails))) != 1 or tails[0].epoch != anchor.epoch:
             return
@@ -409,9 +411,9 @@ class FusionPlan:
 
     def _is_epilogue(self, tail: FusionGroup, anchor: FusionGroup) -> bool:
         """`tail` is a loop over the elements of the anchor's result, or over pairs of them, as a gated unit has."""
-        (result,) = self.results(anchor)
+        result, *others = self.results(anchor)
         space = tail.space
-        if space is None or space.size is not None or tail.epoch != anchor.epoch:
+        if others or space is None or space.size is not None or tail.epoch != anchor.epoch:
             return False
         whole = elements(result)
         return whole in (space.count, space.count + space.count) and not self._would_create_cycle(anchor, tail)

@@ -31,6 +31,7 @@ from torch_rtx.runtime.index_check import (
     pooled,
 )
 from torch_rtx.runtime.launch import LoadedTactic
+from torch_rtx.runtime.saved_results import fill_saved
 from torch_rtx.runtime.streaming import nbytes, numbers
 
 NARROW_FLOATS = tuple(name for name, dtype in DTYPES.items() if dtype.tolerance and name != "f64")
@@ -74,6 +75,7 @@ class CandidateCheck:
         self._inputs = self._random_inputs()
         try:
             self._computes_positions = check_positions(self.graph, device, self._inputs)
+            fill_saved(self.graph, device, self._inputs)
             calls = compile_graph(self.graph, device)
             self.expected: Sequence[torch.Tensor] = _comparable(calls(self._inputs, ()))
             exact = self.expected if _takes_bits(node.body) else self._in_float64()

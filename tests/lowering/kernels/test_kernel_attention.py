@@ -23,7 +23,9 @@ from torch_rtx.ir import Attr, Dim, Graph, Sym, TensorType, Value, contiguous
 from torch_rtx.irparse import parse
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.kernels.aot import compile_kernels
-from torch_rtx.lowering.kernels.attention import AttentionConfig, attention_configs, attention_kernel, attention_of
+from torch_rtx.lowering.kernels.attention import attention_of
+from torch_rtx.lowering.kernels.attention_configs import AttentionConfig, attention_configs
+from torch_rtx.lowering.kernels.attention_forward import attention_kernel
 from torch_rtx.lowering.kernels.region import Region, region
 from torch_rtx.lowering.rewrite import Rewriter
 from torch_rtx.runtime.code import compile_graph

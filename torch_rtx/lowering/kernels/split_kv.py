@@ -20,10 +20,9 @@ from torch_rtx.lowering.kernels.attention import Attention
 from torch_rtx.lowering.kernels.body_builder import BodyBuilder, Values, argument, type_of
 from torch_rtx.lowering.kernels.gemm_perf_model import NUM_SPLITS
 from torch_rtx.lowering.kernels.memory_model import typical
-from torch_rtx.op_work import ATTENTION
+from torch_rtx.op_work import ATTENTION, ATTENTION_PARTIAL
 from torch_rtx.targets import Arch
 
-ATTENTION_PARTIAL = "torch_rtx.attention_partial.default"
 MAX_QUERIES = 16
 KEYS_PER_STEP = 64  # of a program of few rows
 PROGRAMS_PER_PROCESSOR = 4

@@ -6,14 +6,16 @@ from collections.abc import Iterator
 
 from torch_rtx.chips import ATTENTION_LEAST_US, ATTENTION_REACHED, FASTER, MANY_KEYS, SLOWER
 from torch_rtx.ir import Graph
-from torch_rtx.lowering.kernels.attention import AttentionConfig, attention_configs, attention_kernel, attention_of
+from torch_rtx.lowering.kernels.attention import attention_of
+from torch_rtx.lowering.kernels.attention_configs import AttentionConfig, attention_configs
+from torch_rtx.lowering.kernels.attention_forward import attention_kernel
 from torch_rtx.lowering.kernels.body_builder import argument, type_of
 from torch_rtx.lowering.kernels.families.family import Family, Offer, splits
 from torch_rtx.lowering.kernels.memory_model import streaming_us, typical
 from torch_rtx.lowering.kernels.region import Region
 from torch_rtx.lowering.kernels.split import split_anchor
 from torch_rtx.lowering.kernels.split_kv import best_kv_splits, combine_attention, split_attention
-from torch_rtx.op_work import ANCHORS, ATTENTION, flops
+from torch_rtx.op_work import ANCHORS, ATTENTION, ATTENTION_FORWARD, flops
 from torch_rtx.targets import Arch
 
 
@@ -27,8 +29,9 @@ def _others(region: Region, name: str, arch: Arch, us: float) -> Iterator[Offer]
     anchor = region.anchor
     assert anchor is not None
     keys = type_of(argument(anchor, "key")).shape[-2]
-    num_splits, split_us, _ = best_kv_splits(attention_of(region), keys, arch)
-    yield from splits(attention_split, region.body, name, num_splits, split_us, us)
+    if anchor.op != ATTENTION_FORWARD:  # whose statistic a split form would have to combine, too
+        num_splits, split_us, _ = best_kv_splits(attention_of(region), keys, arch)
+        yield from splits(attention_split, region.body, name, num_splits, split_us, us)
     if anchor.op == ATTENTION:
         return  # no library has it
     is_faster = (

@@ -1,0 +1,94 @@
+"""Calls of attention libraries in a joint graph get one name, with the gradients of eager mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import functional as F
+
+from torch_rtx.backend.attention_calls import BACKWARD, FORWARD, name_attention
+
+Step = Callable[..., tuple[Tensor, ...]]
+
+
+def step(library: str, *options: Any, **named: Any) -> Step:
+    """The result of a library's call, its statistic and the gradients of its operands; a mask if there is a fourth."""
+
+    def run(gradient: Tensor, *operands: Tensor) -> tuple[Tensor, ...]:
+        given = [one.detach().requires_grad_() for one in operands]
+        masks = () if library == "flash" else (given[3] if len(given) > 3 else None, True)
+        call = getattr(torch.ops.aten, f"_scaled_dot_product_{library}_attention").default
+        out, statistic, *_ = call(*given[:3], *masks, *options, **named)
+        return out, statistic, *torch.autograd.grad(out, given, gradient)
+
+    return run
+
+
+def named(run: Step, *given: Tensor) -> fx.GraphModule:
+    """The trace of a step on tensors like these, after the pass."""
+    traced = make_fx(run, tracing_mode="fake", _allow_non_fake_inputs=True)(*given)
+    name_attention(traced.graph)
+    traced.graph.lint()
+    traced.recompile()
+    return traced
+
+
+def operands(keys: int = 21, shared: int = 4, mask: bool = False) -> list[Tensor]:
+    """Gradient, query, key, value, and a mask in rows that are padded, as PyTorch makes it for "efficient"."""
+    torch.manual_seed(0)
+    rows = torch.randn(2, 2, 4, 21, 16).transpose(2, 3).contiguous().transpose(2, 3)
+    found = [*rows, *torch.randn(2, 2, shared, keys, 16)]
+    return [*found, torch.randn(2, 4, 21, 32)[..., :keys]] if mask else found
+
+
+def calls(traced: fx.GraphModule) -> list[Any]:
+    return [node.target for node in traced.graph.nodes if "attention" in str(node.target)]
+
+
+@pytest.mark.parametrize(
+    ("library", "given", "options", "same"),
+    [
+        ("efficient", operands(mask=True), {}, {}),
+        ("efficient", operands(keys=9), {"is_causal": True, "scale": 0.5}, {"is_causal": True, "scale": 0.5}),
+        ("flash", operands(shared=2), {"is_causal": True}, {"is_causal": True, "enable_gqa": True}),
+        ("cudnn", operands(keys=30), {"scale": 0.5}, {"scale": 0.5}),
+    ],
+    ids=["mask", "causal", "shared heads", "cudnn"],
+)
+def test_gradients_are_those_of_eager_mode(library: str, given: list[Tensor], options: Any, same: Any) -> None:
+    traced = named(step(library, **options), *given)
+    assert calls(traced) == [FORWARD, BACKWARD]
+    out, statistic, *gradients = traced(*given)
+    gradient, *leaves = (one.detach().requires_grad_() for one in given)
+    expected = F.scaled_dot_product_attention(*leaves, **same)
+    assert statistic.isfinite().sum() == out[..., 0].numel()
+    torch.testing.assert_close([out, *gradients], [expected, *torch.autograd.grad(expected, leaves, gradient)])
+    (results,) = traced.graph.output_node().args
+    found = [(one.shape, one.stride()) for one in (out, statistic, *gradients)]
+    assert [(one.meta["val"].shape, one.meta["val"].stride()) for one in results] == found
+
+
+@pytest.mark.parametrize(
+    ("library", "given", "options"),
+    [
+        ("efficient", operands(), {"dropout_p": 0.5}),
+        ("flash", operands(), {"dropout_p": 0.5}),
+        ("flash", operands(keys=30), {"is_causal": True}),
+    ],
+    ids=["dropout", "dropout of flash", "causal, not square"],
+)
+def test_what_has_no_such_definition_stays(library: str, given: list[Tensor], options: Any) -> None:
+    assert not {FORWARD, BACKWARD} & {*calls(named(step(library, **options), *given))}
+
+
+def test_what_is_read_elsewhere_stays() -> None:
+    def run(*given: Tensor) -> tuple[Tensor, ...]:
+        out, _, *state = torch.ops.aten._scaled_dot_product_efficient_attention(*given, None, True)
+        return out, *state
+
+    assert FORWARD not in calls(named(run, *operands()[1:]))

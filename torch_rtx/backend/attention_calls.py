@@ -1,0 +1,97 @@
+"""Gives the calls of attention libraries in a joint graph one name, see `attention_gradients`.
+
+Autograd calls a library's operators, which return and take, beside what is computed, the state of random numbers and
+what describes ragged batches. Without dropout nothing reads these, but they would be saved. The operators that replace
+them have kernels, and a definition that runs in any dtype.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from torch_rtx.attention_gradients import LIBRARIES, operators
+from torch_rtx.backend.training import traced
+
+FORWARD = torch.ops.torch_rtx.attention_forward.default
+BACKWARD = torch.ops.torch_rtx.attention_backward.default
+RESULTS = 2  # of a library's forward that the operator has, too
+
+
+def name_attention(graph: fx.Graph) -> None:
+    """Replace the calls without dropout in `graph`."""
+    for library in LIBRARIES:
+        forward, backward = operators(library)
+        for node in graph.find_nodes(op="call_function", target=backward):
+            _replace_backward(graph, node, library)
+        for node in graph.find_nodes(op="call_function", target=forward):
+            _replace_forward(graph, node, library)
+
+
+def _replace_forward(graph: fx.Graph, node: fx.Node, library: str) -> None:
+    given = _arguments(node)
+    _drop_unread(graph, node)
+    results = {user.args[1] for user in node.users if user.target is operator.getitem}
+    left_out = not given.get("compute_log_sumexp", True) or given.get("return_debug_mask", False)
+    if left_out or not _is_plain(given, library) or not results <= set(range(RESULTS)):
+        return
+    operands = (given["query"], given["key"], given["value"], _mask(given))
+    _replace(graph, node, FORWARD, operands, _options(given, library))
+
+
+def _replace_backward(graph: fx.Graph, node: fx.Node, library: str) -> None:
+    given = _arguments(node)
+    mask, wanted = _mask(given), given.get("grad_input_mask", (True, True, True, False))
+    if not _is_plain(given, library) or given.get("cum_seq_q") is not None:
+        return
+    options = _options(given, library)
+    if mask is not None and wanted[3]:
+        query, key = given["query"].meta["val"], given["key"].meta["val"]
+        pairs = zip(mask.meta["val"].shape, (*query.shape[:3], key.shape[2]), strict=False)
+        if mask.meta["val"].dim() != query.dim() or not all(statically_known_true(a == b) for a, b in pairs):
+            return
+        options["mask_gradient"] = True
+    gradient = given.get("grad_out_", given.get("grad_out"))
+    operands = (gradient, given["query"], given["key"], given["value"], mask, given["out"], given["logsumexp"])
+    _replace(graph, node, BACKWARD, operands, options)
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a call, by name; those that it leaves out are not there."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    names = (argument.name for argument in node.target._schema.arguments)
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def _mask(given: Mapping[str, Any]) -> Any:
+    return given.get("attn_bias", given.get("attn_mask"))
+
+
+def _is_plain(given: Mapping[str, Any], library: str) -> bool:
+    """No dropout; and a causal mask starts at the first query and the first key, where libraries agree."""
+    query, key = given["query"].meta["val"], given["key"].meta["val"]
+    square = library == "efficient" or statically_known_true(query.shape[-2] == key.shape[-2])
+    return given.get("dropout_p", 0.0) == 0.0 and query.dim() == 4 and (square or not given.get("is_causal", False))
+
+
+def _options(given: Mapping[str, Any], library: str) -> dict[str, Any]:
+    return {"library": library, "is_causal": given.get("is_causal", False), "scale": given.get("scale")}
+
+
+def _drop_unread(graph: fx.Graph, node: fx.Node) -> None:
+    for user in list(node.users):
+        if user.target is operator.getitem and not user.users:
+            graph.erase_node(user)
+
+
+def _replace(graph: fx.Graph, node: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    with graph.inserting_before(node):
+        made = graph.call_function(target, args, kwargs)
+    made.meta = {**node.meta, "val": traced(target, args, kwargs)}
+    node.replace_all_uses_with(made)
+    graph.erase_node(node)
