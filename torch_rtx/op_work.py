@@ -48,6 +48,8 @@ ATTENTION = "torch_rtx.attention.default"  # as models write it out, see `aten`
 ATTENTION_PARTIAL = "torch_rtx.attention_partial.default"  # to a range of the keys
 ATTENTION_FORWARD = "torch_rtx.attention_forward.default"  # of training, see `attention_gradients`
 ATTENTION_BACKWARD = "torch_rtx.attention_backward.default"
+POOLING = "aten.max_pool2d_with_indices.default"
+POOLING_BACKWARD = "aten.max_pool2d_with_indices_backward.default"
 # Anchors: the operators that a kernel is built around (TVM's term), with the family that generates it. A region has at
 # most one; its other operations become prologue and epilogue.
 ANCHORS: Mapping[str, str] = {

@@ -21,15 +21,7 @@ from torch_rtx.errors import RtxError
 from torch_rtx.ir import Attr, Graph, Node, TensorType, Value, attr_map
 from torch_rtx.runtime.benchmark import RUNS, Run
 from torch_rtx.runtime.code import Code, Owned, compile_graph
-from torch_rtx.runtime.index_check import (
-    check_positions,
-    differing,
-    distinct,
-    in_order,
-    limits,
-    places_in_windows,
-    pooled,
-)
+from torch_rtx.runtime.index_check import check_positions, differing, distinct, in_order, limits
 from torch_rtx.runtime.launch import LoadedTactic
 from torch_rtx.runtime.saved_results import fill_saved
 from torch_rtx.runtime.streaming import nbytes, numbers
@@ -69,7 +61,7 @@ class CandidateCheck:
         self._generator = torch.Generator(device).manual_seed(next(SEEDS))
         high = smallest_size(node.body)
         self._highs = dict.fromkeys((value.name for value in values), high) | limits(self.graph)
-        self._in_order, self._distinct, self._pooled = in_order(self.graph), distinct(self.graph), pooled(self.graph)
+        self._in_order, self._distinct = in_order(self.graph), distinct(self.graph)
         used = {value.name: known[value.name] for value in values if value.name in known}
         self._known = {name: compile_graph(recipe, device)((), ())[0] for name, recipe in used.items()}
         self._inputs = self._random_inputs()
@@ -108,8 +100,6 @@ class CandidateCheck:
         found = random_tensor(value, self.device, self._generator, high)
         if value.name in self._distinct:
             found = differing(found, self._distinct[value.name], high, self._generator)
-        if value.name in self._pooled:
-            found.copy_(places_in_windows(self._pooled[value.name], self._generator))
         return found.sort().values if value.name in self._in_order else found
 
     def _check_memory(self, total: int) -> None:

@@ -18,12 +18,11 @@ from torch_rtx.accumulation import SCATTERS, replaces
 from torch_rtx.dtypes import highest
 from torch_rtx.errors import RtxError
 from torch_rtx.ir import Attr, Graph, Node, TensorType, Value
-from torch_rtx.op_work import GROUPED_MM
+from torch_rtx.op_work import GROUPED_MM, POOLING_BACKWARD
 from torch_rtx.runtime.code import compile_graph
 from torch_rtx.runtime.inline import inline_kernels
 from torch_rtx.runtime.streaming import numbers
 
-POOLING = "aten.max_pool2d_with_indices"
 CAST = "aten._to_copy.default"
 INTEGERS = frozenset(("i64", "i32", "i16", "i8", "u8"))
 
@@ -84,22 +83,6 @@ def distinct(graph: Graph) -> dict[str, int | None]:
     return found
 
 
-def pooled(graph: Graph) -> dict[str, Node]:
-    """By the name of an input that is where the largest elements of pooled windows are: the call that gives them their
-    gradients. Of a place outside of its window kernels, which look only there, and calls make something else."""
-    names = {value.name for value in graph.inputs}
-    places = ((node.arg("indices"), node) for node in inline_kernels(graph, {}).nodes if _is_pooling(node))
-    return {value.name: node for value, node in places if isinstance(value, Value) and value.name in names}
-
-
-def places_in_windows(gradient: Node, generator: torch.Generator) -> torch.Tensor:
-    """Such places for the windows of a call (static): those of the largest of random elements."""
-    drawn = torch.rand(_pooled_sizes(gradient), generator=generator, device=generator.device)
-    return aten.overload(f"{POOLING}.default")(
-        drawn, *(gradient.arg(name) for name in ("kernel_size", "stride", "padding", "dilation", "ceil_mode"))
-    )[1]
-
-
 def differing(positions: torch.Tensor, axis: int | None, size: int, generator: torch.Generator) -> torch.Tensor:
     """`positions` with others below `size` in their place that differ along an axis, or all; as they are, if they are
     too many."""
@@ -127,21 +110,13 @@ def _positions(node: Node) -> Iterator[tuple[Value, int]]:
         yield index, sizes[dim] if isinstance(dim, int) and sizes else math.prod(sizes)
     elif isinstance(indices, tuple):
         yield from ((one, size) for one, size in zip(indices, sizes, strict=False) if _is_integers(one))
-    elif _is_integers(indices) and _is_pooling(node):
-        yield indices, math.prod(_pooled_sizes(node)[-2:])
+    elif _is_integers(indices) and node.op == POOLING_BACKWARD:
+        image = node.arg("self")
+        assert isinstance(image, Value)
+        assert isinstance(image.type, TensorType)
+        yield indices, math.prod(numbers(image.type.shape)[-2:])
     elif _is_integers(indices) and isinstance(count := node.arg("num_weights", sizes[0]), int):
         yield indices, count
-
-
-def _is_pooling(node: Node) -> bool:
-    return node.op.startswith(f"{POOLING}_backward")
-
-
-def _pooled_sizes(node: Node) -> Sequence[int]:
-    image = node.arg("self")
-    assert isinstance(image, Value)
-    assert isinstance(image.type, TensorType)
-    return numbers(image.type.shape)
 
 
 def _is_integers(attr: Attr) -> TypeGuard[Value]:

@@ -12,17 +12,23 @@ from dataclasses import replace
 import torch
 
 from torch_rtx.ir import Graph, Node, Value
-from torch_rtx.op_work import ATTENTION_BACKWARD, ATTENTION_FORWARD
+from torch_rtx.op_work import ATTENTION_BACKWARD, ATTENTION_FORWARD, POOLING, POOLING_BACKWARD
 from torch_rtx.runtime.code import compile_graph
 from torch_rtx.runtime.inline import inline_kernels
 
-# Of a call: that of the forward, its arguments, and its results among the arguments of the call.
+# Of a call: that of the forward, its arguments, and its results by their names among the arguments of the call; "": one
+# that the call does not get.
 FORWARDS = {
     ATTENTION_BACKWARD: (
         ATTENTION_FORWARD,
         ("query", "key", "value", "attn_mask", "library", "is_causal", "scale"),
         ("out", "logsumexp"),
-    )
+    ),
+    POOLING_BACKWARD: (
+        POOLING,
+        ("self", "kernel_size", "stride", "padding", "dilation", "ceil_mode"),
+        ("", "indices"),
+    ),
 }
 
 
@@ -33,12 +39,15 @@ def fill_saved(graph: Graph, device: torch.device, inputs: Sequence[torch.Tensor
     given = {value.name: tensor for value, tensor in zip(graph.inputs, inputs, strict=True)}
     for index, node in enumerate(flat.nodes):
         forward, names, results = FORWARDS.get(node.op, ("", (), ()))
-        saved = [value for value in map(node.arg, results) if isinstance(value, Value) and value.name in given]
-        if not saved or len(saved) < len(results):
+        saved = [
+            value if isinstance(value := node.arg(name), Value) and value.name in given else None for name in results
+        ]
+        if not results or any(name and value is None for name, value in zip(results, saved, strict=True)):
             continue
-        made = tuple(replace(value, name=f"{value.name}_saved") for value in saved)
+        made = tuple(None if value is None else replace(value, name=f"{value.name}_saved") for value in saved)
         args = tuple((name, attr) for name, attr in node.args if name in names)
         before = (*flat.nodes[:index], Node("op", forward, args, made))
-        found = compile_graph(replace(flat, nodes=before, outputs=made), device)(inputs, ())
-        for value, tensor in zip(saved, found, strict=True):
+        outputs = tuple(value for value in made if value is not None)
+        found = compile_graph(replace(flat, nodes=before, outputs=outputs), device)(inputs, ())
+        for value, tensor in zip(filter(None, saved), found, strict=True):
             given[value.name].copy_(tensor)
