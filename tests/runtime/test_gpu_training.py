@@ -146,6 +146,43 @@ def test_gradients_are_cleared_after_the_forward(pair: Pair) -> None:
     assert len(places) > len(gradients) / 2
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_gradients_take_their_memory_once(late: bool) -> None:
+    """Of few tokens little is saved, so that they lie over nothing; nothing copies those that products of a library
+    write. `late`: the loop clears them after its forward."""
+    torch._dynamo.reset()
+    torch.cuda.empty_cache()
+    held = torch.cuda.memory_reserved()
+    model = nn.Sequential(*(nn.Linear(4096, 4096, bias=False) for _ in range(6))).cuda()
+    own, x = copy.deepcopy(model), torch.randn(16, 4096, device="cuda")
+    compiled = torch.compile(own, backend=rtx)
+
+    def step(call: Call, module: nn.Module) -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            value = call(x).square().mean()
+        if late:
+            module.zero_grad()
+        value.backward()
+
+    for _ in range(2):
+        for _ in range(6):
+            own.zero_grad()
+            step(compiled, own)
+        assert torch_rtx.wait(60)
+    step(model, model)
+    for one, other in zip(model.parameters(), own.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, one.grad, rtol=2e-2, atol=2e-2 * float(one.grad.abs().max()))  # type: ignore[union-attr]
+    model.zero_grad()
+    own.zero_grad()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    step(compiled, own)
+    torch.cuda.synchronize()
+    size = sum(p.nbytes for p in own.parameters())
+    assert torch.cuda.max_memory_reserved() - held < 3.9 * size  # two models, gradients, casts of weights
+
+
 def test_gradients_that_the_caller_keeps(pair: Pair) -> None:
     """Those of `torch.autograd.grad` belong to no parameter: no later step changes them."""
     parameters = list(pair.own.parameters())

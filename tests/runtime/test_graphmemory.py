@@ -18,6 +18,7 @@ from torch._functorch import config as functorch_config
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from tests.doubles.fake_graphs import DEVICE, SIZES, FakeGraph, GraphDriver, add, adders, install, program
+from torch_rtx import aten
 from torch_rtx.backend import capture, compiler
 from torch_rtx.backend.entry import static_inputs
 from torch_rtx.backend.training import TrainingStep
@@ -248,7 +249,7 @@ def test_gradients_without_memory_stay(step: Step) -> None:
 
 def test_no_gradient_moves_while_other_threads_train(step: Step) -> None:
     """They may be adding to it."""
-    step.forward.pool._threads.add(-1)
+    step.forward.pool.memory.threads.add(-1)
     before = step.replays()
     step.p.grad = check(step, step.p)[1]
     expected, place = step.p.grad.clone(), step.p.grad.data_ptr()
@@ -325,6 +326,130 @@ def test_a_clear_of_workspaces_follows_each_capture(monkeypatch: pytest.MonkeyPa
     assert cleared == [5, 3]
 
 
+CALLS = """
+  input a: f32[s]
+  input b: f32[s]
+  input t: f32[s]
+  d: f32[s] = kernel k(in0=t, in1=b) KERNEL
+  g: f32[s] = extern aten.neg.default(self=a)
+  h: f32[s] = extern aten.neg.default(self=b)
+  i: f32[s] = extern aten.neg.default(self=d)
+  j: f32[s] = extern aten.neg.default(self=t)
+  k: f32[s] = kernel k(in0=a, in1=b) KERNEL
+  return [g, h, i, j, k]
+"""
+
+
+class Called(torch.autograd.Function):
+    """A step whose gradients are results of calls, of which not all find room in what the forward has saved."""
+
+    @staticmethod
+    def forward(ctx: Any, step: Step, x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        ctx.step = step
+        (result,), ctx.kept = step.begin(*parameters, x)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, t: torch.Tensor) -> Any:  # type: ignore[override]
+        saved, ctx.kept = ctx.kept, None
+        return None, None, *ctx.step.backward(*saved, t)
+
+
+class OfCalls:
+    """Parameters of which autograd calls such a step."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        library_calls_have_places(monkeypatch)
+        others = "".join(f"  input {name}: f32[s]\n" for name in "qrst")
+        self.step = Step(monkeypatch, FORWARD.replace("  input x", others + "  input x"), CALLS, 2, 5)
+        self.parameters = [torch.randn(SIZE, requires_grad=True) for _ in range(5)]
+        for _ in range(4):
+            self.run()
+        assert self.step.replays() == (3, 2)
+
+    def run(self, keep: bool = False, clear: bool = False) -> None:
+        """A step, whose gradients are right. If `clear`, old ones go after the forward; without `keep`, all in the
+        end."""
+        x, t = torch.randn(SIZE), torch.randn(SIZE)
+        before = [torch.zeros(SIZE) if p.grad is None or clear else p.grad.clone() for p in self.parameters]
+        with torch.no_grad():
+            a = x + 3 * self.parameters[0]
+            b = a + x + self.parameters[0]
+        result = Called.apply(self.step, x, *self.parameters)
+        for p in self.parameters if clear else ():
+            p.grad = None
+        result.backward(t)
+        for p, old, new in zip(self.parameters, before, [-a, -b, -t - b, -t, a + b], strict=True):
+            torch.testing.assert_close(p.grad, old + new)
+            p.grad = p.grad if keep else None
+
+    def own(self) -> set[int]:
+        """The addresses of gradients that lie in memory of the session."""
+        (graph,) = self.step.backward.pool.captured.values()
+        return {storage.data_ptr() for storage in graph._kept.storages}
+
+
+def test_gradients_of_calls_stay_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing copies them, and other graphs leave theirs in the same memory."""
+    made = OfCalls(monkeypatch)
+    made.run(keep=True)
+    own = made.own()
+    assert len(own) == 2
+    assert own < {p.grad.data_ptr() for p in made.parameters}  # type: ignore[union-attr]
+    (graph,) = made.step.backward.pool.captured.values()
+    assert graph.graph.kinds().count("copy") == 1  # of an input that a call reads
+    made.step.backward.key = object()  # as for inputs of other sizes
+    for p in made.parameters:
+        p.grad = None
+    for _ in range(3):
+        made.run()
+    assert len(made.step.backward.pool.captured) == 2
+    assert {s.data_ptr() for g in made.step.backward.pool.captured.values() for s in g._kept.storages} == own
+
+
+def test_gradients_of_calls_that_are_accumulated_move_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = OfCalls(monkeypatch)
+    for _ in range(MOVES + 1):
+        before = made.step.replays()
+        for _ in range(3):
+            made.run(keep=True)
+        for p in made.parameters:
+            p.grad = None
+        assert made.step.replays() == (before[0] + 3, before[1] + 3)
+    assert made.own()
+
+
+def test_gradients_of_calls_that_are_cleared_after_the_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the backward would overwrite them, and finds nobody there."""
+    made = OfCalls(monkeypatch)
+    places = made.own()
+    for _ in range(MOVES + 2):
+        made.run(keep=True, clear=True)
+    assert places < made.own()  # with those that lay over what was saved
+    before = made.step.replays()
+    made.run(keep=True, clear=True)
+    assert made.step.replays() == (before[0] + 1, before[1] + 1)
+
+
+def test_gradients_of_calls_that_somebody_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backward runs its plain code, and in the end writes to new tensors."""
+    made = OfCalls(monkeypatch)
+    own = made.own()
+    made.run(keep=True)
+    (kept,) = [p.grad for p in made.parameters if p.grad.data_ptr() == min(own)]  # type: ignore[union-attr]
+    expected, before = kept.clone(), made.step.replays()  # type: ignore[union-attr]
+    for p in made.parameters:
+        p.grad = None
+    for _ in range(MOVES):
+        made.run()
+    assert made.step.replays() == (before[0] + MOVES, before[1])
+    for _ in range(3):
+        made.run()
+    assert made.step.replays()[1] > before[1]
+    assert not made.own()
+    assert torch.equal(kept, expected)  # type: ignore[arg-type]
+
+
 def drawn(rng: random.Random, names: list[str], prefix: str, count: int) -> str:
     """Lines that compute new values from old ones; the names of them are added to `names`."""
     lines = []
@@ -364,9 +489,16 @@ def plain(graph: Graph, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
     return compile_graph(graph, CPU)([x.clone() for x in inputs], ())
 
 
+def library_calls_have_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of random steps write to given addresses, like products."""
+    monkeypatch.setattr(aten, "OUT", aten.OUT | {"aten.neg.default"})
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_random_steps(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is kept, and in whatever order forwards and backwards come, all numbers are right."""
+    if seed % 2:
+        library_calls_have_places(monkeypatch)
     forward, backward, count = step_of(seed)
     step, rng = Step(monkeypatch, forward, backward, count, 1), random.Random(seed)
     p = torch.randn(SIZE)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import starmap
-from operator import gt
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch_rtx.runtime.code import EMPTY, Code
 from torch_rtx.runtime.driver import checked, driver, relaxed
 from torch_rtx.runtime.graph_borders import Inputs, Placed, Results, is_pinned_tensor
 from torch_rtx.runtime.graph_params import Executables, GraphNodes, kernel_uses
-from torch_rtx.runtime.graphmemory import Block, GraphMemory, references
+from torch_rtx.runtime.graphmemory import Block, GraphMemory, Kept, ResultMemory, accumulating, references
 from torch_rtx.runtime.inline import inline_kernels
 from torch_rtx.runtime.pdl import use_programmatic_edges
 from torch_rtx.runtime.plan import Room
@@ -27,7 +27,6 @@ from torch_rtx.runtime.weights import WeightStore
 
 log = logging.getLogger(__name__)
 EXECUTABLES = 4  # of one graph: inputs in one of two places, results in one of two
-_USES: Callable[[int], int] = torch._C._storage_Use_Count  # references to the memory of a tensor
 _ADDRESS: Callable[[torch.Tensor], int] = torch.Tensor.data_ptr
 RunCode = Callable[..., list[Any]]  # `run(code, inputs, weights)`, then arguments of `Code.run`
 
@@ -49,6 +48,7 @@ class CaptureSpec:
             values into a room, see `Plan`; None: results are not placed.
         block: what the forward graph of a backward graph has saved; the two share memory.
         keeps: this is needed again, so that the backward graph does not write there.
+        results: of a backward graph that may: where it leaves results of library calls.
     """
 
     graph: Graph
@@ -62,6 +62,7 @@ class CaptureSpec:
     compiled: Callable[[Code, frozenset[str], Room | None], Code] | None = None
     block: Block | None = None
     keeps: bool = False
+    results: ResultMemory | None = None
 
     @property
     def handle(self) -> Any:
@@ -137,7 +138,6 @@ class Captured:
         self.code, self.used = code, 0
         self._memory, self._device = spec.memory, spec.device.index
         self._block = None if spec.block is None else weakref.ref(spec.block)
-        room = () if spec.block is None else (spec.block.view(torch.uint8),)
         graph = inline_kernels(code.graph, code.tactics)
         uses = {name: use for name, use in kernel_uses(graph).items() if use.owner not in copied}
         given = Inputs(spec.graph, inputs, spec.pinned, uses)
@@ -149,11 +149,14 @@ class Captured:
         for generator in (given for given in inputs if isinstance(given, torch.Generator)):
             self.graph.register_generator_state(generator)  # each replay passes its state and advances it
         stand_ins = _StandIns(spec.device)
+        self._results_memory, own = spec.results, list[torch.Tensor]()
+        keep = EMPTY["cuda"] if spec.results is None else spec.results.allocator(stand_ins.ordinary, own)
+        places = () if spec.block is None else (spec.block.view(torch.uint8), keep)
         stream = spec.memory.capture_stream
         with torch.cuda.graph(self.graph, spec.handle, stream, capture_error_mode="thread_local"):
             given.enter()
-            results = spec.run(code, given.tensors, store.values, stand_ins.empty, *room)
-            made = Results(spec.graph, results, given, pinned, uses, spec.kept, stand_ins.empty, spec.block)
+            results = spec.run(code, given.tensors, store.values, stand_ins.empty, *places)
+            made = Results(spec.graph, results, given, pinned, uses, spec.kept, stand_ins.empty, spec.block, own)
         use_programmatic_edges(driver(), self.graph, code.tactics)
         self.graph.instantiate()
         self._nodes = nodes = GraphNodes(self.graph, graph, code.tactics)
@@ -166,7 +169,8 @@ class Captured:
         self._sources, self._likes = given.sources, made.likes
         self._stand_ins = stand_ins.without(made.replaced)  # the graph reads or writes these
         self._results = None if made.are_buffers else made.assembly()
-        self._gives = any(isinstance(kind, Placed) for kind in made.kinds)
+        gradients = {kind.memory.untyped_storage()._cdata for kind in made.kinds if isinstance(kind, Placed)}
+        self._gives = spec.block is not None and spec.block.storage._cdata in gradients
         kinds = (made.kinds[index] for index in spec.saved)
         saved = [kind.value for kind in kinds if is_pinned_tensor(kind) and kind.value.numel()]
         by_memory: dict[int, list[torch.Tensor]] = {}
@@ -176,42 +180,53 @@ class Captured:
         largest, *others = sorted(memories.keys() - pinned, key=lambda at: -memories[at].nbytes()) or [0]
         inside = [tensor for tensor in saved if tensor.untyped_storage().data_ptr() == largest]
         self.block = Block(inside, references(by_memory[largest]), spec.memory, self.graph) if largest else None
-        self._saved = [memories[address] for address in others]
-        self._handles = [storage._cdata for storage in self._saved]
-        self._references = [references(by_memory[address]) for address in others]
+        self._kept = Kept([*(by_memory[address] for address in others), *([tensor] for tensor in own)])
 
     @property
     def is_stale(self) -> bool:
         """The memory of saved tensors is gone: that of this forward graph, since somebody resized it, or that of the
-        forward graph whose tensors this one reads. Or gradients may no longer be left there."""
+        forward graph whose tensors this one reads. Or gradients may no longer be left where they are."""
         if self._block is None:
             return self.block is not None and not self.block.storage.nbytes()
-        block = self._block()
-        return block is None or (self._gives and not block.takes_gradients)
+        block, results = self._block(), self._results_memory
+        refuses = block is not None and self._gives and not block.takes_gradients
+        return block is None or refuses or (results is not None and not results.is_usable)
 
     @property
     def kept_bytes(self) -> int:
         """Memory that stays in use between replays, for saved tensors and gradients."""
         block = 0 if self.block is None else self.block.storage.nbytes()
-        return block + sum(storage.nbytes() for storage in self._saved)
+        return block + sum(storage.nbytes() for storage in self._kept.storages)
 
-    def make_free(self, inputs: Sequence[Any], moving: bool) -> bool:
+    def make_free(self, inputs: Sequence[Any]) -> bool:
         """Whether nobody has anything in the memory that a replay overwrites: a saved result of an earlier replay, or a
-        gradient. If `moving`, gradients that parameters among `inputs` accumulate get other memory."""
+        gradient. Gradients that parameters accumulate get other memory first, but not where several threads train:
+        another one may add to a gradient at this moment."""
+        held, moving = self._kept.is_held(), len(self._memory.threads) == 1
+        if self._results_memory is not None:
+            if held and moving:
+                with self._in_order():
+                    self._kept.move_gradients(accumulating())
+                held = self._kept.is_held()
+            self._results_memory.count_refusals(held)
         block = self.block
-        if block is None:
-            return True
-        if any(map(gt, map(_USES, self._handles), self._references)):
-            return False
+        if block is None or held:
+            return not held
         if not block.is_held():
             block.count_moves(False)
             return True
+        with self._in_order():
+            block.move_gradients([inputs[index] for index in self._pinned], moving)
+        return not block.is_held()
+
+    @contextmanager
+    def _in_order(self) -> Iterator[None]:
+        """The current stream follows the last replay in this memory, and no other one does."""
         with self._memory.lock:
             stream = torch._C._cuda_getCurrentRawStream(self._device)
             if stream != self._memory.stream:
                 self._memory.follow(stream)
-            block.move_gradients([inputs[index] for index in self._pinned], moving)
-        return not block.is_held()
+            yield
 
     def replay(self, inputs: Sequence[Any]) -> list[Any]:
         """Launch the graph for `inputs` on the current stream of its device, which must be the current device; returns
@@ -247,10 +262,14 @@ class _StandIns:
     def __init__(self, device: torch.device) -> None:
         self._stream, self._made = torch.cuda.current_stream(device), list[torch.Tensor]()
 
-    def empty(self, *like: Any) -> torch.Tensor:
+    def ordinary(self, *like: Any) -> torch.Tensor:
         """Allocate as outside of the capture, which otherwise would fail if the allocator needed more memory."""
         with relaxed(), torch.cuda.stream(self._stream):
-            self._made.append(EMPTY["cuda"](*like))
+            return EMPTY["cuda"](*like)
+
+    def empty(self, *like: Any) -> torch.Tensor:
+        """Allocate a stand-in."""
+        self._made.append(self.ordinary(*like))
         return self._made[-1]
 
     def without(self, replaced: Collection[int]) -> list[torch.Tensor]:

@@ -58,7 +58,8 @@ class Code:
 
     Attributes:
         run: `run(inputs, weights)` returns the outputs. A third argument allocates what kernels write beside the arena,
-            as a function in `EMPTY`. A fourth is the memory of the plan's room, as bytes.
+            as a function in `EMPTY`. With a room, a fourth is its memory, as bytes, and a fifth allocates outputs that
+            library calls write.
         source: its text.
         plan: its memory.
         graph, tactics: the graph, and the tactics of its kernel nodes by `op`.
@@ -225,7 +226,7 @@ class _Writer:
             self.lines.append(f"{', '.join(copied)}, = _copy_together([{', '.join(copied)}])")
         self.lines.append(f"return [{', '.join(self.output(attr) for attr in graph.outputs)}]")
         empty = self.name_of("empty", EMPTY[self.device.type])
-        return f"def run(_inputs, _weights, _new={empty}, _room=None):\n" + "".join(
+        return f"def run(_inputs, _weights, _new={empty}, _room=None, _keep={empty}):\n" + "".join(
             f"    {line}\n" for line in self.lines
         )
 
@@ -305,10 +306,7 @@ class _Writer:
             return
         for value in node.inputs:
             self.materialize(value)
-        if node.outputs and node.outputs[0] is not None and node.outputs[0].name in self.offsets:
-            self.materialize(node.outputs[0])
-            out = None if node.op == CONVOLUTION else aten.out_of(node.op)
-            self.lines.append(self.aten_call(node, out, node.outputs[0].name))
+        if self.place(node):
             return
         call = self.python_call(node) if node.op == "python" else self.aten_call(node)
         call += ".zero_()" * (node.op in aten.UNINITIALIZED)
@@ -324,6 +322,27 @@ class _Writer:
         if not aten.may_alias(node, self.trusted_ops):
             # In the captured strides where it is made, so that no result has to be copied, away from the others.
             self.lines += [f"{v.name} = {self.strided(v)}" for v in node.results if v.name in self.shared]
+
+    def place(self, node: Node) -> bool:
+        """Write a library call whose result has a place before it; False if it has none."""
+        target = node.outputs[0] if node.outputs else None
+        if target is None:
+            return False
+        if target.name in self.offsets:
+            self.materialize(target)
+        elif self.room is not None and target.name in self.plan.returned:
+            self.lines.append(f"{target.name} = {self.new('_keep', target)}")
+        else:
+            return False
+        out = None if node.op == CONVOLUTION else aten.out_of(node.op)
+        self.lines.append(self.aten_call(node, out, target.name))
+        return True
+
+    def new(self, allocator: str, value: Value) -> str:
+        """A new tensor for `value`, as code."""
+        type_ = _tensor_type(value)
+        dtype = aten.to_torch("ScalarType", type_.dtype, self.device)
+        return f"{allocator}({self.numbers(type_.shape)}, {self.strides(value)}, {self.name_of(str(dtype), dtype)})"
 
     def copies(self, run: Sequence[Node]) -> None:
         """Write a run of copies, those of one dtype as one call."""
@@ -366,7 +385,6 @@ class _Writer:
             addresses.append(f"{held[-1]}.data_ptr()")
         for output in node.outputs:
             assert output is not None  # `tactics.check` saw to it
-            assert isinstance(output.type, TensorType)
             if output.name in self.begun:
                 if output.name not in self.offsets:
                     self.lines.append(f"{output.name} = {tensors[self.begun[output.name].name]}")
@@ -374,9 +392,7 @@ class _Writer:
                 given = f"{self.targets[output.name].name}, {self.strides(output)}"
                 self.lines.append(f"{output.name} = {self.name_of('target', target_of)}({given})")
             elif output.name not in self.offsets:
-                dtype = aten.to_torch("ScalarType", output.type.dtype, self.device)
-                given = f"{self.numbers(output.type.shape)}, {self.strides(output)}, {self.name_of(str(dtype), dtype)}"
-                self.lines.append(f"{output.name} = _new({given})")
+                self.lines.append(f"{output.name} = {self.new('_new', output)}")
             self.written.add(output.name)
             addresses.append(self.address(output))
         launcher = self.kernels[node.op]

@@ -25,7 +25,7 @@ from torch_rtx.runtime.captured import Captured, CaptureSpec, RunCode, capture
 from torch_rtx.runtime.code import Code
 from torch_rtx.runtime.driver import driver
 from torch_rtx.runtime.garbage import uncollected
-from torch_rtx.runtime.graphmemory import GraphMemory, block_of, shared_memory
+from torch_rtx.runtime.graphmemory import GraphMemory, ResultMemory, block_of, shared_memory
 from torch_rtx.runtime.plan import Room
 from torch_rtx.runtime.weights import WeightStore
 
@@ -114,7 +114,7 @@ class GraphPool:
     ) -> None:
         self.graph, self.run, self.device, self.size = graph, run, device, size
         self._backward, self._compiled = bool(pinned) and not saved, compiled
-        self._threads: set[int] = set()  # that have called it
+        self._results = ResultMemory() if self._backward else None
         self._index = device.index  # reading it from the device is slow
         self.static_outputs = static_outputs
         self.captured: dict[object, Captured] = {}
@@ -160,13 +160,12 @@ class GraphPool:
         if self.pinned:
             key = self._key(key, inputs)
         if self.saved and torch._C._current_graph_task_id() == -1:  # else it is a thread of autograd
-            self._threads.add(threading.get_ident())
+            self.memory.threads.add(threading.get_ident())
         keeps = self._backward and KEEPS_GRAPH()
         with self._lock:
             found = self._find((key, keeps) if keeps else key, code, inputs, store)
             if found is not None:
-                # Where several threads train, another one may add to a gradient at this moment: none moves.
-                if found.make_free(inputs, len(self._threads) == 1):
+                if found.make_free(inputs):
                     self.replays += 1
                     return found.replay(inputs)
                 self.held += 1
@@ -182,6 +181,7 @@ class GraphPool:
         with self._lock, _CAPTURING:
             if self.captured:
                 self.captured.clear()
+                self._results = ResultMemory() if self._backward else None
                 gc.collect()  # a graph may be in a cycle
 
     def _is_generator(self, given: object) -> bool:
@@ -227,12 +227,14 @@ class GraphPool:
     def _capture(self, code: Code, inputs: Sequence[Any], store: WeightStore) -> Captured | None:
         """Capture the module for these inputs; None if CUDA refuses, which disables the pool."""
         block = block_of(inputs[index] for index in self.pinned) if self._backward else None
-        memory = self.memory if block is None else block.memory
+        memory, keeps = (self.memory if block is None else block.memory), KEEPS_GRAPH()
+        usable = block is not None and not keeps and self._results is not None and self._results.is_usable
         stream = torch.cuda.current_stream(self.device)
         with _CAPTURING, uncollected():
             others = memory.begin() if block is None else ()  # held until this graph is in the memory
             fixed = self.written, self.pinned, self._kept, self.saved
-            spec = CaptureSpec(self.graph, self.run, self.device, memory, *fixed, self._compiled, block, KEEPS_GRAPH())
+            given = *fixed, self._compiled, block, keeps, self._results if usable else None
+            spec = CaptureSpec(self.graph, self.run, self.device, memory, *given)
             try:
                 found = capture(spec, code, inputs, store)
                 if block is None:

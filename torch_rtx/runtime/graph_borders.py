@@ -133,7 +133,8 @@ class Late:
 
 @dataclass(frozen=True, eq=False)
 class Placed:
-    """A result in a block of the forward graph: the part of `memory` with this shape, strides and offset."""
+    """A result in a block of the forward graph, or in memory of the session: the part of `memory` with this shape,
+    strides and offset."""
 
     memory: torch.Tensor
     part: tuple[tuple[int, ...], Strides, int]
@@ -212,6 +213,7 @@ class Results:
         kept: positions of the results that stay in the graph's memory.
         empty: allocates what stands for a buffer, as a function in `code.EMPTY`.
         block: results may lie there.
+        own: tensors that stay the memory of results of library calls.
 
     Attributes:
         kinds: one per result.
@@ -228,8 +230,10 @@ class Results:
         kept: Collection[int],
         empty: Callable[..., torch.Tensor],
         block: Block | None = None,
+        own: Sequence[torch.Tensor] = (),
     ) -> None:
         self._empty = empty
+        places = {tensor.untyped_storage()._cdata: tensor for tensor in own}
         self.likes: list[Like] = []
         self._buffers: dict[str, InPlace | Copied] = {}
         self._names = [attr.name if isinstance(attr, Value) else "" for attr in graph.outputs]
@@ -238,7 +242,7 @@ class Results:
         kinds: dict[int, Result] = {}
         groups: dict[tuple[int, int], dict[int, torch.Tensor]] = {}  # results that share memory, by position
         for position, (name, result) in enumerate(zip(self._names, results, strict=True)):
-            kind = _placed(result, block) or _kept(name, result, inputs, pinned, position in kept)
+            kind = _placed(result, block, places) or _kept(name, result, inputs, pinned, position in kept)
             if kind is None:
                 key = result.untyped_storage().data_ptr(), 0 if result.numel() else position
                 groups.setdefault(key, {})[position] = result
@@ -269,10 +273,10 @@ class Results:
         parts = {i: kind for i, kind in enumerate(self.kinds) if isinstance(kind, Placed)}
         others = {i: kind for i, kind in enumerate(self.kinds) if not (i in fixed or i in whole or i in parts)}
         # A value that is returned twice stays one tensor: autograd copies it, where two parameters have it as gradient.
-        single = {(kind.memory.dtype, *kind.part): (kind.memory, *kind.part) for kind in parts.values()}
+        single = {(id(kind.memory), *kind.part): (kind.memory, *kind.part) for kind in parts.values()}
         found = {key: len(self.likes) + at for at, key in enumerate(single)}
         start = len(self.likes) + len(single)
-        place = whole | {i: found[kind.memory.dtype, *kind.part] for i, kind in parts.items()}
+        place = whole | {i: found[id(kind.memory), *kind.part] for i, kind in parts.items()}
         place |= {i: start + at for at, i in enumerate((*fixed, *others))}
         order, places, values = [place[i] for i in range(len(self.kinds))], list(single.values()), list(fixed.values())
         kinds: list[Any] = list(others.values())
@@ -336,10 +340,12 @@ def _slots(kind: InPlace | Copied, nodes: GraphNodes, side: int) -> Slots | None
     return nodes.copy(kind.source, kind.target)[side]
 
 
-def _placed(result: Any, block: Block | None) -> Placed | None:
-    if block is None or not isinstance(result, torch.Tensor) or result.untyped_storage()._cdata != block.storage._cdata:
+def _placed(result: Any, block: Block | None, own: Mapping[int, torch.Tensor]) -> Placed | None:
+    if block is None or not isinstance(result, torch.Tensor):
         return None
-    return Placed(block.view(result.dtype), _part(result))
+    handle = result.untyped_storage()._cdata
+    memory = block.view(result.dtype) if handle == block.storage._cdata else own.get(handle)
+    return None if memory is None or memory.dtype != result.dtype else Placed(memory, _part(result))
 
 
 def _kept(name: str, result: Any, inputs: Inputs, pinned: Collection[int], static: bool) -> Result | None:

@@ -2,7 +2,8 @@
 
 A graph needs its memory only during a replay, since each replay brings inputs in and results out. Graphs can therefore
 use the same memory if their replays run one after another. What a forward graph saves lies in blocks, which outlive its
-replay: only its backward graph shares that memory, and writes gradients over what it has read.
+replay: only its backward graph shares that memory, and writes gradients over what it has read. Gradients that library
+calls write lie in memory of the session.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
+from operator import gt
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ class GraphMemory:
         lock: must be held around `follow` and the launch after it, and while results are in this memory.
         handle: PyTorch's handle of the memory pool.
         stream: the driver's handle of the stream of the last replay; -1 before the first.
+        threads: those that have called forward graphs of training steps.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -38,7 +41,7 @@ class GraphMemory:
         self._graphs: weakref.WeakSet[Any] = weakref.WeakSet()
         self.handle: Any = None
         self._stream: torch.cuda.Stream | None = None
-        self.stream = -1
+        self.stream, self.threads = -1, set[int]()
 
     @cached_property
     def capture_stream(self) -> torch.cuda.Stream:
@@ -71,6 +74,65 @@ class GraphMemory:
         if self._stream is not None:
             stream.wait_stream(self._stream)
         self._stream, self.stream = stream, raw
+
+
+class ResultMemory:
+    """Where the backward graphs of a session leave results of library calls: a tensor of ordinary memory for each. A
+    replay can't point such a call to another tensor; a copy would take time, and the memory twice. Graphs for other
+    sizes of the inputs have gradients of the same sizes, and so they use the same tensors.
+
+    Attributes:
+        is_usable: results seldom stay with somebody until the next backward, except as `.grad`, which can move.
+    """
+
+    def __init__(self) -> None:
+        self.is_usable, self._refused = True, 0
+        self._tensors: list[torch.Tensor] = []
+
+    def allocator(self, empty: Callable[..., torch.Tensor], taken: list[torch.Tensor]) -> Callable[..., torch.Tensor]:
+        """For one capture, a function as in `code.EMPTY`, which appends what it returns to `taken`; `empty` makes new
+        tensors."""
+        free = list(self._tensors)
+
+        def take(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+            like = (shape, strides, dtype)
+            at = next((i for i, one in enumerate(free) if (one.shape, one.stride(), one.dtype) == like), None)
+            if at is None:
+                self._tensors.append(empty(*like))
+            taken.append(self._tensors[-1] if at is None else free.pop(at))
+            return taken[-1]
+
+        return take
+
+    def count_refusals(self, refused: bool) -> None:
+        """Tell before each replay whether it could not be, since somebody had a result that could not move."""
+        self._refused = self._refused + 1 if refused else 0
+        self.is_usable = self.is_usable and self._refused < MOVES
+
+
+class Kept:
+    """Memory that no replay may overwrite while somebody has a tensor there.
+
+    Args:
+        memories: the tensors in each that the graph and its session have.
+
+    Attributes:
+        storages: the memories.
+    """
+
+    def __init__(self, memories: Iterable[Sequence[torch.Tensor]]) -> None:
+        memories = list(memories)
+        self.storages = [tensors[0].untyped_storage() for tensors in memories]
+        self._handles = [storage._cdata for storage in self.storages]
+        self._references = list(map(references, memories))
+
+    def is_held(self) -> bool:
+        """Somebody has a tensor in one of them."""
+        return any(map(gt, map(_USES, self._handles), self._references))
+
+    def move_gradients(self, parameters: Iterable[torch.Tensor]) -> None:
+        """Give those that are still `.grad` of `parameters` memory of their own."""
+        move_gradients(parameters, dict(zip(self._handles, self._references, strict=True)))
 
 
 class Block:
@@ -118,15 +180,32 @@ class Block:
         self.takes_gradients = self.takes_gradients and self._moves < MOVES
 
     def move_gradients(self, parameters: Iterable[torch.Tensor], moving: bool) -> None:
-        """Give those that are still `.grad` memory of their own; if not `moving`, count that they should have moved.
-        None moves while somebody has another tensor here: it may be a view of `.grad`, which is to follow it."""
-        gradients = [parameter.grad for parameter in parameters if parameter.is_leaf]
-        dense = [g for g in gradients if type(g) is torch.Tensor and g.layout == torch.strided]
-        inside = {id(g): g for g in dense if g.untyped_storage()._cdata == self._cdata}
-        moving = moving and _USES(self._cdata) == self._references + len(inside)
-        for gradient in inside.values() if moving else ():
-            gradient.data = copy_strided(gradient.detach(), gradient.stride())
-        self.count_moves(bool(inside))
+        """Give those that are still `.grad` memory of their own; if not `moving`, count that they should have moved."""
+        self.count_moves(move_gradients(parameters, {self._cdata: self._references}, moving))
+
+
+def move_gradients(parameters: Iterable[torch.Tensor], references: Mapping[int, int], moving: bool = True) -> bool:
+    """Whether some `.grad` lie in memory of a graph, which has so many `references` to each, by handle. If `moving`,
+    they get memory of their own, but not while somebody has another tensor there: it may be a view of `.grad`, which is
+    to follow it."""
+    gradients = [parameter.grad for parameter in parameters if parameter.is_leaf]
+    dense = {id(g): g for g in gradients if type(g) is torch.Tensor and g.layout == torch.strided}
+    inside = defaultdict[int, list[torch.Tensor]](list)
+    for gradient in dense.values():
+        handle = gradient.untyped_storage()._cdata
+        if handle in references:
+            inside[handle].append(gradient)
+    for handle, found in inside.items() if moving else ():
+        if _USES(handle) == references[handle] + len(found):
+            for gradient in found:
+                gradient.data = copy_strided(gradient.detach(), gradient.stride())
+    return bool(inside)
+
+
+def accumulating() -> list[torch.Tensor]:
+    """The parameters to whose `.grad` autograd adds results of the node that it runs now."""
+    following = getattr(_NODE(), "next_functions", ())
+    return [one.variable for one, _ in following if isinstance(one, _ACCUMULATE)]
 
 
 def references(tensors: Sequence[torch.Tensor]) -> int:
@@ -143,6 +222,8 @@ def block_of(tensors: Iterable[torch.Tensor]) -> Block | None:
 
 
 _USES: Callable[[int], int] = torch._C._storage_Use_Count  # references to the memory of a tensor
+_NODE: Callable[[], Any] = torch._C._current_autograd_node
+_ACCUMULATE: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]
 _BLOCKS: weakref.WeakValueDictionary[int, Block] = weakref.WeakValueDictionary()  # by address
 _SHARED: weakref.WeakValueDictionary[tuple[int, int], GraphMemory] = weakref.WeakValueDictionary()
 _LOCK = threading.Lock()

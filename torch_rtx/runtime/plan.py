@@ -105,6 +105,7 @@ class Plan:
         placed: by name, the offset of each value in the room, in bytes.
         owners: by name, the value in whose memory a value lies.
         index: by name, the position in `buffers`.
+        returned: names of values that outputs have in memory of their own, which each call can bring.
         symbols: names of the symbols that offsets depend on, in order; none for a static graph.
     """
 
@@ -128,6 +129,7 @@ class Plan:
         self.symbols = tuple(dict.fromkeys(sym.name for buffer in alive for sym in dim_syms(buffer.size)))
         inside = [buffer for buffer in alive if buffer.name not in kept]
         self._others = [buffer for buffer in alive if buffer.name in kept]
+        self.returned = frozenset(buffer.name for buffer in self._others if buffer.name not in lifetimes.kept)
         sizes = {buffer.name: typical_size(buffer.size, TYPICAL) for buffer in inside}
         packed = pairs_alive(inside) <= PAIRS
         together = neighbours(inside) if packed else {}
