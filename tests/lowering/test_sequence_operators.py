@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -18,6 +19,7 @@ from torch_rtx.backend import program_cache
 from torch_rtx.ir import Graph, TensorType, attr_values
 from torch_rtx.lowering.kernels.generate import generate
 from torch_rtx.runtime.code import compile_graph
+from torch_rtx.runtime.module import CompiledModule
 from torch_rtx.runtime.weights import WeightStore
 from torch_rtx.settings import CompilationSettings
 from torch_rtx.tactics import KernelTable
@@ -53,6 +55,18 @@ class Recurrent(nn.Module):
         return torch.relu(self.layer(x)[0])
 
 
+class Steps(nn.Module):
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.cell = kind(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        state: Any = None
+        for step in x.unbind(1):
+            state = self.cell(step, state)
+        return torch.relu(state if isinstance(state, torch.Tensor) else state[0])
+
+
 def drawn(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
@@ -61,11 +75,16 @@ def below(high: int, *shape: int) -> torch.Tensor:
     return torch.randint(0, high, shape, generator=torch.Generator().manual_seed(0))
 
 
-def fused(model: nn.Module, args: tuple[Any, ...], dynamic: Any = None) -> Graph:
-    """The graph that the model has for a GPU."""
+def built(model: nn.Module, args: tuple[Any, ...], dynamic: Any = None) -> CompiledModule:
+    """The model for a GPU, without its kernels."""
     settings = CompilationSettings(device="cuda", targets="sm_90", reuse_cached_engines=False)
     with patch.object(program_cache, "kernels_of", lambda *_: KernelTable()):
-        return torch_rtx.compile(model.eval(), args, dynamic_shapes=dynamic, settings=settings).engine.graph
+        return torch_rtx.compile(model.eval(), args, dynamic_shapes=dynamic, settings=settings)
+
+
+def fused(model: nn.Module, args: tuple[Any, ...], dynamic: Any = None) -> Graph:
+    """The graph that the model has for a GPU."""
+    return built(model, args, dynamic).engine.graph
 
 
 def left(graph: Graph) -> dict[str, int]:
@@ -108,8 +127,11 @@ TABLE: dict[str, tuple[nn.Module, tuple[Any, ...], dict[str, int]]] = {
         (drawn(6, 16).bfloat16(), drawn(3, 16, 8).bfloat16(), GROUPS),
         {},
     ),
-    "LSTM": (Recurrent(nn.LSTM), (drawn(2, 3, 8),), {"lstm": 1}),
-    "GRU": (Recurrent(nn.GRU), (drawn(2, 3, 8),), {"gru": 1}),
+    "LSTM": (Recurrent(nn.LSTM), (drawn(2, 3, 8),), {}),
+    "GRU": (Recurrent(nn.GRU), (drawn(2, 3, 8),), {}),
+    "LSTM of many steps": (Recurrent(nn.LSTM), (drawn(2, 80, 8),), {"lstm": 1}),
+    "LSTM cells": (Steps(nn.LSTMCell), (drawn(2, 9, 8),), {}),
+    "GRU cells": (Steps(nn.GRUCell), (drawn(2, 9, 8),), {}),
     "scatter_reduce": (
         Call(lambda x, i: x.scatter_reduce(1, i, x, "amax")),
         (X, below(12, 6, 3)),
@@ -130,6 +152,24 @@ TABLE: dict[str, tuple[nn.Module, tuple[Any, ...], dict[str, int]]] = {
 def test_calls_that_remain(name: str) -> None:
     model, args, calls = TABLE[name]
     assert left(fused(model, args)) == calls
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "LSTM cells", "GRU cells"])
+def test_steps_share_their_kernels(name: str) -> None:
+    """Of the first step, of those between, and of the last one; and one product of all inputs."""
+    model, args, _ = TABLE[name]
+    nodes = [node for node in fused(model, args).nodes if node.kind == "kernel"]
+    assert len({node.op for node in nodes}) <= 7
+
+
+@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell])
+def test_cells_of_a_file_take_other_weights(kind: type[nn.Module], tmp_path: Path) -> None:
+    """Such cells are fused calls on CUDA, one of which has no formula in PyTorch."""
+    model, other, x = Steps(kind), Steps(kind), drawn(2, 9, 8)
+    torch_rtx.save(built(model, (x,)), tmp_path / "cells.rtx")
+    engine = torch_rtx.load(tmp_path / "cells.rtx", device="cpu")
+    engine.refit(other.state_dict())
+    torch.testing.assert_close(engine(x), other(x))
 
 
 def interpreted(graph: Graph, inputs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:

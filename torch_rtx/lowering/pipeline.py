@@ -31,6 +31,7 @@ from torch_rtx.lowering.passes.fuse_column_sums import fuse_column_sums
 from torch_rtx.lowering.passes.fuse_horizontally import fuse_horizontally
 from torch_rtx.lowering.passes.hoist_weights import hoist_weights
 from torch_rtx.lowering.passes.merge_linears import merge_linears
+from torch_rtx.lowering.passes.merge_steps import merge_steps
 from torch_rtx.lowering.passes.mix_before_resampling import mix_before_resampling
 from torch_rtx.lowering.passes.move_numbers import move_numbers
 from torch_rtx.lowering.passes.pack_weights import pack_weights
@@ -45,6 +46,7 @@ from torch_rtx.lowering.passes.simplify import simplify
 from torch_rtx.lowering.passes.simplify_masks import simplify_masks
 from torch_rtx.lowering.passes.sum_few_rows import sum_few_rows
 from torch_rtx.lowering.passes.transpose_weights import transpose_weights
+from torch_rtx.lowering.passes.unroll_recurrences import unroll_recurrences
 from torch_rtx.lowering.passes.write_in_place import write_in_place
 from torch_rtx.settings import CompilationSettings
 from torch_rtx.targets import Target
@@ -157,7 +159,9 @@ PIPELINE = (
     Pass(expand_sorts, needs=("targets", "atomics")),
     Pass(sum_few_rows, needs=("targets",)),
     Pass(accumulate, needs=("targets", "atomics")),
+    Pass(unroll_recurrences, needs=("targets", "weight_copies")),
     Pass(decompose, needs=("targets",), takes=("targets",)),
+    Pass(merge_steps),
     Pass(merge_linears, needs=("weight_copies",)),
     Pass(transpose_weights, needs=("targets", "weight_copies")),
     Pass(pad_products, needs=("targets",)),
