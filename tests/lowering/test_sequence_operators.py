@@ -103,6 +103,8 @@ TABLE: dict[str, tuple[nn.Module, tuple[Any, ...], dict[str, int]]] = {
     "cumsum": (Call(lambda x: (x * 2).cumsum(-1).relu()), (X,), {}),
     "cumprod": (Call(lambda x: (x * 2).cumprod(0).relu()), (X,), {}),
     "logcumsumexp": (Call(lambda x: (x * 2).logcumsumexp(-1).relu()), (X,), {}),
+    "a lone flip": (Call(lambda x: x.flip(0)), (X,), {}),
+    "a lone roll": (Call(lambda x: x.roll((1, -3), (0, 1))), (X,), {}),
     "index_put": (Call(lambda x, i, v: (x * 2).index_put((i,), v * 2).relu()), (X, torch.randperm(6)[:3], X[:3]), {}),
     "index_put of a mask": (Call(lambda x: (x * 2).index_put((x > 0,), torch.tensor(1.0)).relu()), (X,), {}),
     "index_copy": (Call(lambda x, i, v: (x * 2).index_copy(0, i, v).relu()), (X, torch.randperm(6)[:3], X[:3]), {}),

@@ -26,7 +26,8 @@ from torch_rtx.lowering.kernels.index import Index, from_dim, multiple, product
 from torch_rtx.lowering.kernels.kernel_ir import Const, Load, Pointwise, Select, Tensor, View, everything, load
 from torch_rtx.lowering.kernels.loops import loop_operations, rows_of
 from torch_rtx.lowering.kernels.region import Region, express, region, tensor_type
-from torch_rtx.lowering.widening import is_elementwise, widens
+from torch_rtx.lowering.rewrite import COPIES
+from torch_rtx.lowering.widening import is_elementwise, widened_factors, widens
 from torch_rtx.op_work import ANCHORS
 from torch_rtx.targets import ALIGNMENT, Arch
 
@@ -90,7 +91,7 @@ def _loop_us(body: Graph, arches: tuple[Arch, ...]) -> float:
 
 
 @lru_cache(maxsize=1024)
-def _is_kernel(body: Graph, arches: tuple[Arch, ...]) -> bool:
+def is_kernel(body: Graph, arches: tuple[Arch, ...]) -> bool:
     """A kernel can be generated for `body` on one of `arches`; on others it runs call by call."""
     for arch in arches:
         try:
@@ -128,6 +129,7 @@ class FusionPlan:
         self.producer = {v.name: i for i, n in enumerate(graph.nodes) for v in n.outputs if v is not None}
         self.ranges = set(_ranges_of_rows(graph.nodes))
         self.views = {i for i, node in enumerate(graph.nodes) if i not in self.ranges and is_absorbed_view(node)}
+        self.views |= widened_factors(graph, self.views, self.producer)
         self.group_of: dict[int, FusionGroup] = {}
         self.readers: dict[str, list[int]] = {}
         self.reducing: set[int] = set()
@@ -323,7 +325,7 @@ class FusionPlan:
         if len(inputs) + len(outputs) > MAX_POINTERS:
             return False
         if group.steps is not None:
-            return _is_kernel(self.body(group), self.arches)
+            return is_kernel(self.body(group), self.arches)
         us = self.us(group)
         return us < inf and us <= before_us
 
@@ -483,7 +485,7 @@ class FusionPlan:
         if any(value.name in self.begun for value in node.results):
             return True
         computed = (not isinstance(tensor, Load | View) for tensor in everything(_expressed(node)))
-        return any(computed) and bool(node.inputs)
+        return bool(node.inputs) and (node.op not in COPIES or any(computed))
 
 
 def loops_us(graph: Graph, arches: tuple[Arch, ...]) -> float:

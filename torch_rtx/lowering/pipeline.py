@@ -21,6 +21,7 @@ from torch_rtx.lowering.passes.channels_last import channels_last
 from torch_rtx.lowering.passes.cse import cse
 from torch_rtx.lowering.passes.dce import dce
 from torch_rtx.lowering.passes.decompose import decompose
+from torch_rtx.lowering.passes.expand_attention import expand_attention
 from torch_rtx.lowering.passes.expand_bags import expand_bags
 from torch_rtx.lowering.passes.expand_norms import expand_norms
 from torch_rtx.lowering.passes.expand_sorts import expand_sorts
@@ -154,6 +155,7 @@ PIPELINE = (
     Pass(fold_batch_norm),
     Pass(affine_batch_norm, needs=("targets",)),
     Pass(mix_before_resampling, needs=("targets", "weight_copies")),
+    Pass(expand_attention, needs=("targets",), takes=("targets",)),
     Pass(expand_bags, needs=("targets",)),
     Pass(expand_norms, needs=("targets",)),
     Pass(expand_sorts, needs=("targets", "atomics")),
