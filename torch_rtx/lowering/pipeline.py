@@ -43,6 +43,7 @@ from torch_rtx.lowering.passes.raise_group_norm import raise_group_norm
 from torch_rtx.lowering.passes.raise_linear import raise_linear
 from torch_rtx.lowering.passes.raise_quantized import kept_floats, raise_quantized
 from torch_rtx.lowering.passes.read_in_place import read_in_place
+from torch_rtx.lowering.passes.separate_pools import separate_pools
 from torch_rtx.lowering.passes.simplify import simplify
 from torch_rtx.lowering.passes.simplify_masks import simplify_masks
 from torch_rtx.lowering.passes.sum_few_rows import sum_few_rows
@@ -157,6 +158,7 @@ PIPELINE = (
     Pass(mix_before_resampling, needs=("targets", "weight_copies")),
     Pass(expand_attention, needs=("targets",), takes=("targets",)),
     Pass(expand_bags, needs=("targets",)),
+    Pass(separate_pools, needs=("targets",)),
     Pass(expand_norms, needs=("targets",)),
     Pass(expand_sorts, needs=("targets", "atomics")),
     Pass(sum_few_rows, needs=("targets",)),
