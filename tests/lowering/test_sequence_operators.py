@@ -101,6 +101,8 @@ TABLE: dict[str, tuple[nn.Module, tuple[Any, ...], dict[str, int]]] = {
     "the root of a size": (Call(lambda x: x.relu() / torch.tensor(x.shape[0]).sqrt()), (X,), {}),
     "a fill with a number": (Call(lambda x: x.relu().masked_fill(x > 1, torch.tensor(-3.0)) + 1), (X,), {}),
     "cumsum": (Call(lambda x: (x * 2).cumsum(-1).relu()), (X,), {}),
+    "cumsum of a long row": (Call(lambda x: (x * 2).cumsum(-1).relu()), (drawn(2, 9000),), {}),
+    "cumsum of masks": (Call(lambda x: (x > 0).cumsum(0) * 2), (drawn(9000, 3),), {}),
     "cumprod": (Call(lambda x: (x * 2).cumprod(0).relu()), (X,), {}),
     "logcumsumexp": (Call(lambda x: (x * 2).logcumsumexp(-1).relu()), (X,), {}),
     "a lone flip": (Call(lambda x: x.flip(0)), (X,), {}),
@@ -209,10 +211,21 @@ ROWS = torch.tensor([[2.0, NAN, 2, -INF, INF, 0], [-INF, -INF, 5, -INF, -INF, -I
         (lambda x: torch.sort(x, dim=0, descending=True, stable=True), ROWS.half()),
         (lambda x: torch.sort(x, stable=True), torch.tensor([2**40, -(2**40), 3, 2**40, 3])),
         (lambda x: torch.sort(x, dim=1, stable=True), below(4, 2, 33, 3).int()),
+        (lambda x: torch.sort(x.topk(2)[1].view(-1), stable=True), drawn(1500, 5)),
+        (lambda x: torch.sort(-x.topk(2)[1].int().view(-1), descending=True, stable=True), drawn(30, 5)),
         (lambda x: torch.bucketize(x, torch.arange(-1, 3, device=x.device).div(2), right=True), ROWS),
         (lambda x: torch.searchsorted(torch.arange(4.0, device=x.device) // 2, x, out_int32=True), ROWS),
     ],
-    ids=["rows", "columns", "large integers", "the middle axis", "bucketize", "searchsorted"],
+    ids=[
+        "rows",
+        "columns",
+        "large integers",
+        "the middle axis",
+        "experts",
+        "counted down",
+        "bucketize",
+        "searchsorted",
+    ],
 )
 def test_sorting_by_comparison(function: Callable[..., Any], x: torch.Tensor) -> None:
     graph = fused(Call(function), (x,))

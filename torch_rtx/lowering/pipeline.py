@@ -46,6 +46,7 @@ from torch_rtx.lowering.passes.read_in_place import read_in_place
 from torch_rtx.lowering.passes.separate_pools import separate_pools
 from torch_rtx.lowering.passes.simplify import simplify
 from torch_rtx.lowering.passes.simplify_masks import simplify_masks
+from torch_rtx.lowering.passes.split_scans import split_scans
 from torch_rtx.lowering.passes.sum_few_rows import sum_few_rows
 from torch_rtx.lowering.passes.transpose_weights import transpose_weights
 from torch_rtx.lowering.passes.unroll_recurrences import unroll_recurrences
@@ -161,6 +162,7 @@ PIPELINE = (
     Pass(separate_pools, needs=("targets",)),
     Pass(expand_norms, needs=("targets",)),
     Pass(expand_sorts, needs=("targets", "atomics")),
+    Pass(split_scans, needs=("targets",)),
     Pass(sum_few_rows, needs=("targets",)),
     Pass(accumulate, needs=("targets", "atomics")),
     Pass(unroll_recurrences, needs=("targets", "weight_copies")),
