@@ -419,6 +419,22 @@ def test_an_anchor_with_several_results_has_no_epilogue() -> None:
     assert [node.kind for node in graph.nodes] == ["kernel", "kernel"]
 
 
+def test_products_read_halves_that_are_cast_to_float32() -> None:
+    """As halves, also where a loop computes them; unless something else reads the wide ones."""
+    text = """
+        input x: f16[64, 64]
+        input y: f16[64, 64]
+        a: f16[64, 64] = op aten.exp.default(self=x)
+        b: f32[64, 64] = op aten._to_copy.default(self=a, dtype='f32')
+        c: f32[64, 64] = op aten._to_copy.default(self=y, dtype='f32')
+        d: f32[64, 64](1, 64) = op aten.t.default(self=c)
+        e: f32[64, 64] = op aten.mm.default(self=b, mat2=d)
+        return [e]"""
+    assert [node.results[0].type.dtype for node in fused(text).nodes] == ["f16", "f32"]
+    both = fused(text.replace("return [e]", "return [b, e]"))
+    assert [str(value.type) for value in both.nodes[-1].inputs] == ["f32[64, 64]", "f16[64, 64]"]
+
+
 @pytest.mark.parametrize(("width", "outside"), [(1024, True), (1023, False)])
 def test_ranges_of_rows_are_outside_of_kernels(width: int, outside: bool) -> None:
     """So these are equal, where the addresses are multiples of what kernels expect."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -18,6 +19,7 @@ from torch_rtx.backend import program_cache
 from torch_rtx.ir import Graph, TensorType, attr_values
 from torch_rtx.lowering.kernels.generate import generate
 from torch_rtx.runtime.code import compile_graph
+from torch_rtx.runtime.module import CompiledModule
 from torch_rtx.runtime.weights import WeightStore
 from torch_rtx.settings import CompilationSettings
 from torch_rtx.tactics import KernelTable
@@ -53,6 +55,18 @@ class Recurrent(nn.Module):
         return torch.relu(self.layer(x)[0])
 
 
+class Steps(nn.Module):
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.cell = kind(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        state: Any = None
+        for step in x.unbind(1):
+            state = self.cell(step, state)
+        return torch.relu(state if isinstance(state, torch.Tensor) else state[0])
+
+
 def drawn(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
@@ -61,11 +75,16 @@ def below(high: int, *shape: int) -> torch.Tensor:
     return torch.randint(0, high, shape, generator=torch.Generator().manual_seed(0))
 
 
-def fused(model: nn.Module, args: tuple[Any, ...], dynamic: Any = None) -> Graph:
-    """The graph that the model has for a GPU."""
+def built(model: nn.Module, args: tuple[Any, ...], dynamic: Any = None) -> CompiledModule:
+    """The model for a GPU, without its kernels."""
     settings = CompilationSettings(device="cuda", targets="sm_90", reuse_cached_engines=False)
     with patch.object(program_cache, "kernels_of", lambda *_: KernelTable()):
-        return torch_rtx.compile(model.eval(), args, dynamic_shapes=dynamic, settings=settings).engine.graph
+        return torch_rtx.compile(model.eval(), args, dynamic_shapes=dynamic, settings=settings)
+
+
+def fused(model: nn.Module, args: tuple[Any, ...], dynamic: Any = None) -> Graph:
+    """The graph that the model has for a GPU."""
+    return built(model, args, dynamic).engine.graph
 
 
 def left(graph: Graph) -> dict[str, int]:
@@ -82,8 +101,12 @@ TABLE: dict[str, tuple[nn.Module, tuple[Any, ...], dict[str, int]]] = {
     "the root of a size": (Call(lambda x: x.relu() / torch.tensor(x.shape[0]).sqrt()), (X,), {}),
     "a fill with a number": (Call(lambda x: x.relu().masked_fill(x > 1, torch.tensor(-3.0)) + 1), (X,), {}),
     "cumsum": (Call(lambda x: (x * 2).cumsum(-1).relu()), (X,), {}),
+    "cumsum of a long row": (Call(lambda x: (x * 2).cumsum(-1).relu()), (drawn(2, 9000),), {}),
+    "cumsum of masks": (Call(lambda x: (x > 0).cumsum(0) * 2), (drawn(9000, 3),), {}),
     "cumprod": (Call(lambda x: (x * 2).cumprod(0).relu()), (X,), {}),
     "logcumsumexp": (Call(lambda x: (x * 2).logcumsumexp(-1).relu()), (X,), {}),
+    "a lone flip": (Call(lambda x: x.flip(0)), (X,), {}),
+    "a lone roll": (Call(lambda x: x.roll((1, -3), (0, 1))), (X,), {}),
     "index_put": (Call(lambda x, i, v: (x * 2).index_put((i,), v * 2).relu()), (X, torch.randperm(6)[:3], X[:3]), {}),
     "index_put of a mask": (Call(lambda x: (x * 2).index_put((x > 0,), torch.tensor(1.0)).relu()), (X,), {}),
     "index_copy": (Call(lambda x, i, v: (x * 2).index_copy(0, i, v).relu()), (X, torch.randperm(6)[:3], X[:3]), {}),
@@ -108,8 +131,11 @@ TABLE: dict[str, tuple[nn.Module, tuple[Any, ...], dict[str, int]]] = {
         (drawn(6, 16).bfloat16(), drawn(3, 16, 8).bfloat16(), GROUPS),
         {},
     ),
-    "LSTM": (Recurrent(nn.LSTM), (drawn(2, 3, 8),), {"lstm": 1}),
-    "GRU": (Recurrent(nn.GRU), (drawn(2, 3, 8),), {"gru": 1}),
+    "LSTM": (Recurrent(nn.LSTM), (drawn(2, 3, 8),), {}),
+    "GRU": (Recurrent(nn.GRU), (drawn(2, 3, 8),), {}),
+    "LSTM of many steps": (Recurrent(nn.LSTM), (drawn(2, 80, 8),), {"lstm": 1}),
+    "LSTM cells": (Steps(nn.LSTMCell), (drawn(2, 9, 8),), {}),
+    "GRU cells": (Steps(nn.GRUCell), (drawn(2, 9, 8),), {}),
     "scatter_reduce": (
         Call(lambda x, i: x.scatter_reduce(1, i, x, "amax")),
         (X, below(12, 6, 3)),
@@ -130,6 +156,24 @@ TABLE: dict[str, tuple[nn.Module, tuple[Any, ...], dict[str, int]]] = {
 def test_calls_that_remain(name: str) -> None:
     model, args, calls = TABLE[name]
     assert left(fused(model, args)) == calls
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "LSTM cells", "GRU cells"])
+def test_steps_share_their_kernels(name: str) -> None:
+    """Of the first step, of those between, and of the last one; and one product of all inputs."""
+    model, args, _ = TABLE[name]
+    nodes = [node for node in fused(model, args).nodes if node.kind == "kernel"]
+    assert len({node.op for node in nodes}) <= 7
+
+
+@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell])
+def test_cells_of_a_file_take_other_weights(kind: type[nn.Module], tmp_path: Path) -> None:
+    """Such cells are fused calls on CUDA, one of which has no formula in PyTorch."""
+    model, other, x = Steps(kind), Steps(kind), drawn(2, 9, 8)
+    torch_rtx.save(built(model, (x,)), tmp_path / "cells.rtx")
+    engine = torch_rtx.load(tmp_path / "cells.rtx", device="cpu")
+    engine.refit(other.state_dict())
+    torch.testing.assert_close(engine(x), other(x))
 
 
 def interpreted(graph: Graph, inputs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
@@ -167,10 +211,21 @@ ROWS = torch.tensor([[2.0, NAN, 2, -INF, INF, 0], [-INF, -INF, 5, -INF, -INF, -I
         (lambda x: torch.sort(x, dim=0, descending=True, stable=True), ROWS.half()),
         (lambda x: torch.sort(x, stable=True), torch.tensor([2**40, -(2**40), 3, 2**40, 3])),
         (lambda x: torch.sort(x, dim=1, stable=True), below(4, 2, 33, 3).int()),
+        (lambda x: torch.sort(x.topk(2)[1].view(-1), stable=True), drawn(1500, 5)),
+        (lambda x: torch.sort(-x.topk(2)[1].int().view(-1), descending=True, stable=True), drawn(30, 5)),
         (lambda x: torch.bucketize(x, torch.arange(-1, 3, device=x.device).div(2), right=True), ROWS),
         (lambda x: torch.searchsorted(torch.arange(4.0, device=x.device) // 2, x, out_int32=True), ROWS),
     ],
-    ids=["rows", "columns", "large integers", "the middle axis", "bucketize", "searchsorted"],
+    ids=[
+        "rows",
+        "columns",
+        "large integers",
+        "the middle axis",
+        "experts",
+        "counted down",
+        "bucketize",
+        "searchsorted",
+    ],
 )
 def test_sorting_by_comparison(function: Callable[..., Any], x: torch.Tensor) -> None:
     graph = fused(Call(function), (x,))

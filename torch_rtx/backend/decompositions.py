@@ -1,5 +1,5 @@
 """Operators that capture replaces by other ATen calls: those of `prims`, of lists of tensors, `resize`, instance norms,
-fake quantization, products that have several forms, and those of packed weights.
+fake quantization, products that have several forms, those of packed weights, and the cells of recurrences on CUDA.
 
 Composite operators decompose by themselves, see `capture`. These do not, and would be opaque to an engine.
 """
@@ -160,6 +160,39 @@ def _grouped_mm(
     return torch.ops.torch_rtx.grouped_mm(self, mat2, offs)
 
 
+def _gates(gates: Tensor, bias: Tensor | None, count: int) -> Sequence[Tensor]:
+    return (gates if bias is None else gates + bias).chunk(count, 1)
+
+
+def _lstm_cell(
+    input_gates: Tensor,
+    hidden_gates: Tensor,
+    cx: Tensor,
+    input_bias: Tensor | None = None,
+    hidden_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The state, the memory, and what the gradient needs."""
+    pairs = zip(_gates(input_gates, input_bias, 4), _gates(hidden_gates, hidden_bias, 4), strict=True)
+    taken, kept, new, shown = (one + two for one, two in pairs)
+    taken, kept, new, shown = taken.sigmoid(), kept.sigmoid(), new.tanh(), shown.sigmoid()
+    memory = kept * cx + taken * new
+    return shown * memory.tanh(), memory, torch.cat((taken, kept, new, shown), 1)
+
+
+def gru_cell(
+    input_gates: Tensor,
+    hidden_gates: Tensor,
+    hx: Tensor,
+    input_bias: Tensor | None = None,
+    hidden_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The state, and what the gradient needs; of `aten._thnn_fused_gru_cell`, which has no other definition."""
+    given, found = _gates(input_gates, input_bias, 3), _gates(hidden_gates, hidden_bias, 3)
+    reset, update = ((given[gate] + found[gate]).sigmoid() for gate in (0, 1))
+    new = (given[2] + reset * found[2]).tanh()
+    return new + update * (hx - new), torch.cat((reset, update, new, hx, found[2]), 1)
+
+
 DECOMPOSITIONS: dict[torch._ops.OperatorBase, Callable[..., Any]] = {
     **dict(_prims()),
     **dict(_foreach()),
@@ -170,6 +203,8 @@ DECOMPOSITIONS: dict[torch._ops.OperatorBase, Callable[..., Any]] = {
     torch.ops.aten.instance_norm.default: _instance_norm,
     torch.ops.aten._grouped_mm.default: _grouped_mm,
     torch.ops.aten._scaled_mm_v2.default: _scaled_mm_v2,
+    torch.ops.aten._thnn_fused_lstm_cell.default: _lstm_cell,
+    torch.ops.aten._thnn_fused_gru_cell.default: gru_cell,
     torch.ops.aten._weight_int4pack_mm.default: _weight_int4pack_mm,
     torch.ops.aten._weight_int8pack_mm.default: _weight_int8pack_mm,
 }

@@ -12,9 +12,10 @@ one that does.
 
 A trace also computes real values: PyTorch carries the value of a scalar constant (`torch.tensor(2.0, device=x.device)`)
 along with the graph, in case the model reads it, and copies it to the constant's device. Without a GPU,
-`constants_on_cpu` lets such a copy allocate its "cuda" memory on the CPU. There the current device is the one that the
-FakeTensors are on, for models that compare, and its compute capability that of the oldest portable target, for models
-that choose their operators by it: what that one can do, every portable one can.
+`constants_on_cpu` lets such a copy allocate its "cuda" memory on the CPU. There the types of the results of a GRU's
+cell, which PyTorch knows from its CUDA kernel alone, are those of the calls that it decomposes to. There the current
+device is the one that the FakeTensors are on, for models that compare, and its compute capability that of the oldest
+portable target, for models that choose their operators by it: what that one can do, every portable one can.
 """
 
 import contextlib
@@ -28,6 +29,7 @@ from typing import Any
 import torch
 from torch._prims_common import suggest_memory_format
 
+from torch_rtx.backend.decompositions import gru_cell
 from torch_rtx.errors import CaptureError
 from torch_rtx.targets import PORTABLE
 
@@ -95,6 +97,7 @@ def constants_on_cpu() -> Iterator[None]:
     with torch.library._scoped_library("aten", "IMPL") as library:
         for op in (torch.ops.aten.empty.memory_format, torch.ops.aten.empty_strided.default):
             library.impl(op, _on_cpu(op), "CUDA")
+        library.impl(torch.ops.aten._thnn_fused_gru_cell.default, gru_cell, "Meta")
         torch.cuda.current_device = lambda: 0
         torch.cuda.get_device_capability = lambda device=None: _CAPABILITY
         try:

@@ -21,6 +21,7 @@ from torch_rtx.lowering.passes.channels_last import channels_last
 from torch_rtx.lowering.passes.cse import cse
 from torch_rtx.lowering.passes.dce import dce
 from torch_rtx.lowering.passes.decompose import decompose
+from torch_rtx.lowering.passes.expand_attention import expand_attention
 from torch_rtx.lowering.passes.expand_bags import expand_bags
 from torch_rtx.lowering.passes.expand_norms import expand_norms
 from torch_rtx.lowering.passes.expand_sorts import expand_sorts
@@ -31,6 +32,7 @@ from torch_rtx.lowering.passes.fuse_column_sums import fuse_column_sums
 from torch_rtx.lowering.passes.fuse_horizontally import fuse_horizontally
 from torch_rtx.lowering.passes.hoist_weights import hoist_weights
 from torch_rtx.lowering.passes.merge_linears import merge_linears
+from torch_rtx.lowering.passes.merge_steps import merge_steps
 from torch_rtx.lowering.passes.mix_before_resampling import mix_before_resampling
 from torch_rtx.lowering.passes.move_numbers import move_numbers
 from torch_rtx.lowering.passes.pack_weights import pack_weights
@@ -41,10 +43,13 @@ from torch_rtx.lowering.passes.raise_group_norm import raise_group_norm
 from torch_rtx.lowering.passes.raise_linear import raise_linear
 from torch_rtx.lowering.passes.raise_quantized import kept_floats, raise_quantized
 from torch_rtx.lowering.passes.read_in_place import read_in_place
+from torch_rtx.lowering.passes.separate_pools import separate_pools
 from torch_rtx.lowering.passes.simplify import simplify
 from torch_rtx.lowering.passes.simplify_masks import simplify_masks
+from torch_rtx.lowering.passes.split_scans import split_scans
 from torch_rtx.lowering.passes.sum_few_rows import sum_few_rows
 from torch_rtx.lowering.passes.transpose_weights import transpose_weights
+from torch_rtx.lowering.passes.unroll_recurrences import unroll_recurrences
 from torch_rtx.lowering.passes.write_in_place import write_in_place
 from torch_rtx.settings import CompilationSettings
 from torch_rtx.targets import Target
@@ -152,12 +157,17 @@ PIPELINE = (
     Pass(fold_batch_norm),
     Pass(affine_batch_norm, needs=("targets",)),
     Pass(mix_before_resampling, needs=("targets", "weight_copies")),
+    Pass(expand_attention, needs=("targets",), takes=("targets",)),
     Pass(expand_bags, needs=("targets",)),
+    Pass(separate_pools, needs=("targets",)),
     Pass(expand_norms, needs=("targets",)),
     Pass(expand_sorts, needs=("targets", "atomics")),
+    Pass(split_scans, needs=("targets",)),
     Pass(sum_few_rows, needs=("targets",)),
     Pass(accumulate, needs=("targets", "atomics")),
+    Pass(unroll_recurrences, needs=("targets", "weight_copies")),
     Pass(decompose, needs=("targets",), takes=("targets",)),
+    Pass(merge_steps),
     Pass(merge_linears, needs=("weight_copies",)),
     Pass(transpose_weights, needs=("targets", "weight_copies")),
     Pass(pad_products, needs=("targets",)),

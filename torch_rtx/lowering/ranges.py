@@ -61,9 +61,11 @@ class Ranges:
         if constant is not None and 0 < constant.numel() <= MAX_CONSTANT and not constant.is_complex():
             low, high = (float(found) for found in constant.double().aminmax())
             return Range(low, high, bool((constant.double().round() == constant).all()))
+        if value == node.outputs[-1] and node.op in _POSITIONS:
+            return _positions(node)
         rule = _RULES.get(node.op) or (_all if _keeps(node.op) else None)
         if rule is None or (node.outputs[0] != value and not aten.is_view(aten.overload(node.op))):
-            return ANY  # such as the positions of the largest elements
+            return ANY
         found = rule(self, node)
         if DTYPES[dtype].kind in (INT, BOOL):  # what does not fit wraps around, and casts drop fractions
             held, found = _held(dtype), Range(_floor(found.low), -_floor(-found.high), True)
@@ -103,6 +105,20 @@ _SELECTING = frozenset(
         *("max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices"),
     )
 )
+
+
+_POSITIONS = frozenset(  # calls whose last result is positions along a dimension
+    f"aten.{name}" for name in ("topk.default", "sort.default", "sort.stable", "max.dim", "min.dim")
+)
+
+
+def _positions(node: Node) -> Range:
+    source = node.arg("self")
+    assert isinstance(source, Value)
+    assert isinstance(source.type, TensorType)
+    dim = node.arg("dim", -1)
+    size = source.type.shape[dim] if source.type.shape and isinstance(dim, int) else 1
+    return Range(0, size - 1 if isinstance(size, int) else math.inf, True)
 
 
 def _all(ranges: Ranges, node: Node) -> Range:

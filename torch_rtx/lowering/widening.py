@@ -7,11 +7,12 @@ stay packed in memory. So `hoist_weights` leaves it in the graph, and fusion mak
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Set
 
 from torch_rtx.dtypes import DTYPES, INT
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import Node, TensorType
+from torch_rtx.ir import Attr, Graph, Node, TensorType, Value, attr_values
+from torch_rtx.lowering.kernels.body_builder import type_of
 from torch_rtx.lowering.kernels.index import product
 from torch_rtx.lowering.kernels.kernel_ir import (
     Const,
@@ -26,7 +27,9 @@ from torch_rtx.lowering.kernels.kernel_ir import (
     load,
 )
 from torch_rtx.lowering.kernels.region import express, tensor_type
+from torch_rtx.op_work import ANCHORS, PRODUCTS
 
+CAST = "aten._to_copy.default"
 SIMPLE = Load | Const | Iota | Pointwise | View | Select
 TABLE = 256
 MIN_GROWTH = 1.5  # bytes of the result over bytes of its inputs; f16 from int8 has nearly 2
@@ -68,3 +71,37 @@ def widens(sources: Iterable[TensorType], result: TensorType) -> bool:
         narrow += size if dtype.kind == INT or dtype.bits == 8 else 0
     size = nbytes(result)
     return size is not None and MIN_GROWTH * total <= size and total <= 2 * narrow
+
+
+def widened_factors(graph: Graph, views: Set[int], producer: Mapping[str, int]) -> set[int]:
+    """The casts, by index, of both factors of products from halves to float32, which nothing else reads. Tensor cores
+    multiply halves and sum in float32, so that such a cast is none: a product reads its factors as they were.
+
+    Args:
+        views: the nodes that kernels absorb.
+        producer: the node that computes each value, by its name.
+    """
+
+    def cast_of(value: Attr) -> int | None:
+        index = producer.get(value.name) if isinstance(value, Value) else None
+        while index is not None and index in views:
+            index = producer.get(graph.nodes[index].inputs[0].name)
+        return index if index is not None and _widens_halves(graph.nodes[index]) else None
+
+    found, others = set[int](), {cast_of(value) for value in attr_values(graph.outputs)}
+    for at, node in enumerate(graph.nodes):
+        factors = [node.arg(name) for name in PRODUCTS[node.op][:2]] if ANCHORS.get(node.op) == "gemm" else []
+        casts = [cast_of(value) for value in factors]
+        kinds = {type_of(graph.nodes[one].inputs[0]).dtype for one in casts if one is not None}
+        if len(kinds) == 1 and None not in casts:
+            found.update(one for one in casts if one is not None)
+        elif at not in views:
+            others.update(map(cast_of, node.inputs))
+    return found - {one for one in others if one is not None}
+
+
+def _widens_halves(node: Node) -> bool:
+    """`node` casts halves to float32."""
+    if node.op != CAST or len(node.inputs) != 1 or node.outputs[0] is None or set(dict(node.args)) != {"self", "dtype"}:
+        return False
+    return type_of(node.inputs[0]).dtype in ("f16", "bf16") and type_of(node.outputs[0]).dtype == "f32"

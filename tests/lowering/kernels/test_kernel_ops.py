@@ -224,7 +224,6 @@ REFUSED = (
     "the norm",
     "the power",
     "isinf of integers",
-    "floats as bytes",
     "a result of dtype",
     "complex",
     "in a kernel",
@@ -424,8 +423,19 @@ CALLS = {
     "max_pool2d_with_indices_backward, gaps": lambda: pool_gradient(IMAGE[0], [2, 1], [3, 2], [0, 0], [1, 1], False),
     "avg_pool2d": lambda: (A.avg_pool2d.default, (IMAGE.bfloat16(), [2, 2], [1, 1], [1, 1])),
     "avg_pool2d, divisor": lambda: (A.avg_pool2d.default, (IMAGE, [2, 2], [], [1, 1], False, False, 3)),
+    "avg_pool2d, the whole image": lambda: (A.avg_pool2d.default, (IMAGE.half(), IMAGE.shape[-2:])),
     "adaptive_avg_pool2d": lambda: (A.adaptive_avg_pool2d.default, (IMAGE, [1, 1])),
     "adaptive_avg_pool2d to parts": lambda: (A.adaptive_avg_pool2d.default, (IMAGE, [5, 2])),
+    "floats as bytes": lambda: (
+        A._to_copy.default,
+        (torch.tensor([-1.5, 0.9, 255.9, 256.0, 1e9]),),
+        {"dtype": torch.uint8},
+    ),
+    "col2im": lambda: (A.col2im.default, (torch.randn(2, 18, 12), [5, 4], [3, 2], [1, 2], [1, 1], [2, 1])),
+    "col2im, one image": lambda: (
+        A.col2im.default,
+        (torch.randn(8, 4).bfloat16(), [5, 4], [2, 2], [1, 1], [0, 0], [2, 2]),
+    ),
     "copy": lambda: (A.copy.default, (ROWS.half(), ROWS[:1])),
 }
 

@@ -1,12 +1,13 @@
 """Writes sorting and selection of short rows out as comparisons, so that they become part of the loops around them.
 
-    sort          an element's place is the number of elements before it; it is put there
+    sort          an element's place is the number of elements before it; it is put there. Of integers of which few
+                  differ, as of the experts of tokens, these are counted: a running sum for each integer
     topk          the largest element, then the largest of the others, ...
     histc         of whole numbers: how many elements are equal to each
     bucketize     the number of boundaries below an element
 
 Libraries sort by several kernels, which for the rows of a router of experts take longer than all else between two
-products. Comparing each element with each takes the square of a row's length, so that long rows remain calls.
+products. Comparing each element with each takes the square of a row's length, so that other long rows remain calls.
 """
 
 from __future__ import annotations
@@ -22,16 +23,22 @@ from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.kernels.body_builder import argument, type_of
 from torch_rtx.lowering.kernels.loops import PERSISTENT
 from torch_rtx.lowering.kernels.memory_model import typical
+from torch_rtx.lowering.ranges import Ranges
 from torch_rtx.lowering.rewrite import Rewriter, rewrite
 
 MAX_COMPARED = 1 << 23  # pairs of elements: each row is read once for each of its elements
 MAX_SELECTED = 8  # elements of a row: each takes two reductions
 MAX_BOUNDARIES = 64
+MAX_VALUES, FEWER = (
+    512,
+    8,
+)  # different integers of a row that are counted, and elements for each: else these are compared
 
 
 def expand_sorts(graph: Graph, infer: Inference) -> Graph:
     """Level import to level import."""
     shared: dict[object, Value] = {}  # what depends on sizes alone, which all layers of a model need
+    ranges = Ranges(graph)
 
     def visit(node: Node, rewriter: Rewriter) -> bool:
         rule = RULES.get(node.op)
@@ -39,7 +46,7 @@ def expand_sorts(graph: Graph, infer: Inference) -> Graph:
             return False
         before, known = len(rewriter.nodes), dict(shared)
         try:
-            results = rule(_Calls(node, rewriter, known))
+            results = rule(_Calls(node, rewriter, known, ranges))
             for old, new in zip(node.outputs, results, strict=True):
                 if old is not None and old.type != new.type:
                     raise Unsupported("results of another type")
@@ -56,11 +63,13 @@ def expand_sorts(graph: Graph, infer: Inference) -> Graph:
 
 @dataclass(frozen=True)
 class _Calls:
-    """Emits calls in place of `node`; `shared` has the results of calls that other nodes need, too."""
+    """Emits calls in place of `node`. `shared` has the results of calls that other nodes need, too; `ranges` is what is
+    known of elements."""
 
     node: Node
     rewriter: Rewriter
     shared: dict[object, Value]
+    ranges: Ranges
 
     def call(self, op: str, /, **args: Attr) -> Value:
         """A call with inferred types."""
@@ -128,7 +137,7 @@ def _row(calls: _Calls, type_: TensorType, per_row: int | None = None) -> tuple[
     assert isinstance(dim, int)
     axis = dim % len(type_.shape)
     count = type_.shape[axis]
-    if not isinstance(count, int) or not 1 < count <= PERSISTENT:
+    if not isinstance(count, int) or not 0 < count <= PERSISTENT:
         raise Unsupported("long rows")
     if typical(dim_expr("*", *type_.shape)) * (count if per_row is None else per_row) > MAX_COMPARED:
         raise Unsupported("too many comparisons")
@@ -138,18 +147,59 @@ def _row(calls: _Calls, type_: TensorType, per_row: int | None = None) -> tuple[
 def _sorted(calls: _Calls) -> tuple[Value, ...]:
     """`sort`: equal elements stay in order."""
     value, type_ = calls.operand("self")
+    try:
+        axis, place = _by_counting(calls, value, type_)
+    except Unsupported:
+        axis, place = _by_comparing(calls, value, type_)
+    zeros = calls.call("full.default", size=type_.shape, fill_value=0, dtype="i64", device=MAIN)
+    places = calls.places(type_.shape[axis], len(type_.shape), axis)  # type: ignore[arg-type]  # it is a number
+    positions = calls.call("expand.default", self=places, size=type_.shape)
+    order = calls.call("scatter.src", self=zeros, dim=axis, index=place, src=positions)
+    return calls.call("gather.default", self=value, dim=axis, index=order), order
+
+
+def _by_counting(calls: _Calls, value: Value, type_: TensorType) -> tuple[int, Value]:
+    """The axis, and the place of each element along it, for a row of integers of which few differ: how many are
+    smaller, and how many equal ones come before.
+
+    Raises:
+        Unsupported: there may be many different ones.
+    """
+    low, high, whole = calls.ranges.of(calls.node.arg("self"))
+    if not whole or DTYPES[type_.dtype].kind != INT or len(type_.shape) != 1 or not high - low < MAX_VALUES:
+        raise Unsupported("integers of which many differ")
+    values, (count,) = int(high - low) + 1, type_.shape
+    if not isinstance(count, int) or not FEWER * values <= count <= MAX_COMPARED // values:
+        raise Unsupported("a row that is short or very long")
+    if calls.node.arg("descending", False):
+        number = calls.call("rsub.Scalar", self=value, other=int(high))
+    else:
+        number = calls.call("sub.Scalar", self=value, other=int(low))
+    number = calls.cast(number, "i64")
+    is_own = calls.call("eq.Tensor", self=number, other=calls.places(values, 2, 0))
+    running = calls.call("cumsum.default", self=is_own, dim=1, dtype="i32")
+    totals = calls.call("select.int", self=running, dim=1, index=count - 1)
+    smaller = calls.call("sub.Tensor", self=calls.call("cumsum.default", self=totals, dim=0, dtype="i32"), other=totals)
+    row = calls.call("unsqueeze.default", self=number, dim=0)
+    own = calls.call("squeeze.dim", self=calls.call("gather.default", self=running, dim=0, index=row), dim=0)
+    below = calls.call("index_select.default", self=smaller, dim=0, index=number)
+    place = calls.call("sub.Scalar", self=calls.call("add.Tensor", self=own, other=below), other=1)
+    return 0, calls.cast(place, "i64")
+
+
+def _by_comparing(calls: _Calls, value: Value, type_: TensorType) -> tuple[int, Value]:
+    """The same for short rows: how many elements come before each.
+
+    Raises:
+        Unsupported: see `_row`.
+    """
     axis, count = _row(calls, type_)
-    rank = len(type_.shape)
     own, other = (calls.call("unsqueeze.default", self=value, dim=at) for at in (axis + 1, axis))
-    earlier = calls.earlier(count, rank + 1, axis)
+    earlier = calls.earlier(count, len(type_.shape) + 1, axis)
     first, second = (own, other) if calls.node.arg("descending", False) else (other, own)
     before, after = calls.less(first, second), calls.less(second, first)
     counted = calls.either(before, calls.both(calls.negated(after), earlier))
-    place = calls.call("sum.dim_IntList", self=counted, dim=(axis + 1,))
-    zeros = calls.call("full.default", size=type_.shape, fill_value=0, dtype="i64", device=MAIN)
-    positions = calls.call("expand.default", self=calls.places(count, rank, axis), size=type_.shape)
-    order = calls.call("scatter.src", self=zeros, dim=axis, index=place, src=positions)
-    return calls.call("gather.default", self=value, dim=axis, index=order), order
+    return axis, calls.call("sum.dim_IntList", self=counted, dim=(axis + 1,))
 
 
 def _largest(calls: _Calls) -> tuple[Value, ...]:

@@ -2,7 +2,8 @@
 choices that constants decide, scatters that replace all elements, and copies of values that do not escape.
 
 Softmax of halves with a float result has one form for CUDA alone, which takes no other dtypes: it becomes the call that
-names the dtype, and has the same meaning everywhere. What PyTorch leaves uninitialized is zeros in an engine.
+names the dtype, and has the same meaning everywhere. `unbind` becomes a call for each position. What PyTorch leaves
+uninitialized is zeros in an engine.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ ALIASES = frozenset(f"aten.{name}.default" for name in ("alias", "detach", "lift
 COPY_AS = "aten.copy.default"  # `src` in the type of `self`, whose elements it does not read
 HALF_TO_FLOAT = {"aten._softmax.default": "aten.softmax.int", "aten._log_softmax.default": "aten.log_softmax.int"}
 PAD = "aten.constant_pad_nd.default"
+SELECT, UNBIND = "aten.select.int", "aten.unbind.int"
 SCATTER = "aten.as_strided_scatter.default"  # of the gradient of `as_strided`, which gives a pooled image its strides
 WHERE = "aten.where.self"
 RESAMPLING = frozenset(
@@ -51,6 +53,12 @@ def simplify(graph: Graph, infer: Inference) -> Graph:
         source = node.arg("src" if node.op == COPY_AS else "self", node.arg("input"))
         if node.op == WHERE:
             source = _chosen(node, constants)
+        if node.op == UNBIND and isinstance(source, Value):
+            for place, result in enumerate(node.outputs):
+                if result is not None:
+                    at = ("self", rewriter.current(source)), ("dim", node.arg("dim", 0)), ("index", place)
+                    rewriter.nodes.append(Node("op", SELECT, at, (result,), None, node.loc))
+            return True
         if len(node.outputs) != 1 or not isinstance(source, Value) or node.outputs[0] is None:
             return False
         current = rewriter.current(source)

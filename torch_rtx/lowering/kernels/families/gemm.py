@@ -32,7 +32,7 @@ from torch_rtx.lowering.kernels.kernel_ir import (
     number,
     pointwise,
 )
-from torch_rtx.lowering.kernels.matmul_template import Contraction, GemmConfig, anchor_result
+from torch_rtx.lowering.kernels.matmul_template import Contraction, GemmConfig, anchor_result, dot_dtype
 from torch_rtx.lowering.kernels.memory_model import epilogue_us, prologue_us, typical
 from torch_rtx.lowering.kernels.mma_template import MmaWriter
 from torch_rtx.lowering.kernels.ops.views import reshape
@@ -228,8 +228,8 @@ def _others(region: Region, name: str, arch: Arch, us: float) -> Iterator[Offer]
     if region.anchor.op == SCALED_MM:
         yield from _scaled_call(region, arch, contraction)
         return
-    if not _library_takes(region.anchor):
-        return
+    if not _library_takes(region.anchor) or dot_dtype(contraction) != contraction.a.dtype:
+        return  # of halves that are cast to float32, a library multiplies the casts
     usual, before_us = _has_aligned_rows(region.anchor), prologue_us(region, arch)
     plain = MODEL_ERROR * gemm_us(region, contraction, arch)
     yield Offer("library", library_us(FAMILY.name, region, arch, plain, before_us, epilogue_us(region, arch), usual))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from torch_rtx.dtypes import DTYPES, FLOAT
-from torch_rtx.errors import Unsupported
 from torch_rtx.lowering.kernels.kernel_ir import Tensor, cast, expand
 from torch_rtx.lowering.kernels.ops.registry import Types, op
 
@@ -23,7 +22,7 @@ def to_copy(
     """A cast: it rounds even where no memory is involved."""
     target = out[0].dtype
     if DTYPES[self.dtype].kind == FLOAT and target == "u8":
-        raise Unsupported("floats as bytes: what is out of range is undefined")
+        self = cast(self, "i64")  # as PyTorch does, so that negative numbers wrap
     return cast(self, target, rounded=True)
 
 

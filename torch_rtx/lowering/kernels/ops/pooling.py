@@ -9,11 +9,12 @@ from math import prod
 
 from torch_rtx.dtypes import FLOATS, register
 from torch_rtx.errors import Unsupported
-from torch_rtx.lowering.kernels.expressions import A, B, C, eq, maximum, ne, where
-from torch_rtx.lowering.kernels.index import Index, constant
+from torch_rtx.lowering.kernels.expressions import A, B, C, eq, idiv, irem, maximum, ne, where
+from torch_rtx.lowering.kernels.index import Index, constant, ravel
 from torch_rtx.lowering.kernels.kernel_ir import (
     ONE,
     ZERO,
+    Gather,
     Iota,
     Position,
     Scalar,
@@ -190,10 +191,12 @@ def _avg_pool(
     out: Types,
 ) -> Tensor:
     sizes = _each(kernel_size, rank)
-    _check(sizes)
     strides, borders = _each(stride, rank) if stride else sizes, _each(padding, rank)
     if self.dtype not in FLOATS:
         raise Unsupported("an average of integers")
+    if [size.number for size in self.shape[-rank:]] == sizes and not any(borders) and not divisor_override:
+        return mean(self, list(range(-rank, 0)), keepdim=True, out=out)
+    _check(sizes)
     held = register(self.dtype)
 
     def total(value: Tensor, borders: list[int]) -> Tensor:
@@ -229,3 +232,50 @@ def _adaptive_avg_pool(rank: int, self: Tensor, output_size: Sequence[int | Inde
 
 for _rank, _names in {1: ("",), 2: ("", "_"), 3: ("", "_")}.items():
     op(*(f"{_name}adaptive_avg_pool{_rank}d.default" for _name in _names))(partial(_adaptive_avg_pool, _rank))
+
+
+@op("col2im.default")
+def col2im(
+    self: Tensor,
+    output_size: Sequence[int | Index],
+    kernel_size: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+    stride: Sequence[int],
+    *,
+    out: Types,
+) -> Tensor:
+    """The sums of windows of an image where they overlap: of each place in the window, the window, if there is one,
+    that has an element of the image there."""
+    shape, held = shape_of(out), register(self.dtype)
+    sizes, spread, borders, strides = (_each(given, 2) for given in (kernel_size, dilation, padding, stride))
+    _check(sizes)
+    kept, axes = len(shape) - 2, (-2, -1)
+    counts = [
+        (shape[axis] + constant(2 * p - d * (k - 1) - 1)) // constant(s) + ONE
+        for axis, k, d, p, s in zip(axes, sizes, spread, borders, strides, strict=True)
+    ]
+    form = (*shape[:kept], *map(constant, sizes), *counts)
+    windows = move(self, form, lambda at: (*at[: kept - 1], *_flat(at[kept - 1 :], form[kept - 1 :])))
+
+    def window(axis: int, place: int) -> Tensor:
+        """Which window has each position at `place`; -1: none."""
+        here = Iota(shape, "i64", lambda position: position[axes[axis]])
+        start = pointwise(A + (borders[axis] - place * spread[axis]), "i64", here)
+        is_one = (A >= 0) & eq(irem(A, strides[axis]), 0)
+        return pointwise(where(is_one, idiv(A, strides[axis]), -1), "i64", start)
+
+    terms = []
+    for place in combinations(*map(range, sizes)):
+
+        def at(position: Position, found: Position, place: tuple[int, ...] = place) -> Position:
+            return (*position[:kept], *map(constant, place), *found)
+
+        found = tuple(window(axis, one) for axis, one in enumerate(place))
+        terms.append(cast(Gather(shape, self.dtype, windows, found, tuple(counts), at), held))
+    return cast(reduce(lambda one, two: pointwise(A + B, held, one, two), terms), self.dtype)
+
+
+def _flat(position: Position, form: Shape) -> tuple[Index, Index]:
+    """The channel, with the place in the window, and the window, of the position in a form of five dimensions."""
+    return ravel(position[:3], form[:3]), ravel(position[3:], form[3:])
