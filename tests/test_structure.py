@@ -90,7 +90,12 @@ ARROWS = {
         *("chips", "quantization", "validity"),
     },
     "quantization": {"errors", "progress"},  # a layer for users, on torch alone
-    "integrations": {"cache", "errors", "settings"},  # modules that an application imports, one for each library
+    "integrations": {
+        "cache",
+        "errors",
+        "runtime",
+        "settings",
+    },  # modules that an application imports, one for each library
     "version": set(),
     "__main__": {"cli"},
     "__init__": {"version"},  # its other imports are for type checkers, and lazy

@@ -22,10 +22,11 @@ def train(backend: str | None) -> list[float]:
     accelerator = Accelerator(dynamo_backend=backend, cpu=not torch.cuda.is_available())
     unet = UNet2DConditionModel(
         sample_size=8,
-        block_out_channels=(8, 16),
+        block_out_channels=(8,),
         layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        down_block_types=("CrossAttnDownBlock2D",),
+        mid_block_type=None,
+        up_block_types=("UpBlock2D",),
         cross_attention_dim=8,
         attention_head_dim=4,
         norm_num_groups=4,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from tests.helpers.ahead import IDS, IMAGE, Net, Tied, through_file
 from tests.helpers.compiled import same
 from torch_rtx import CompiledModule
 from torch_rtx.errors import EngineFormatError, InputError, RefitError, RtxError
+from torch_rtx.runtime import attributes
 
 
 @pytest.fixture(autouse=True)
@@ -272,7 +274,8 @@ class Configured(nn.Module):
         self.config, self.size, self.shape, self.scale, self.none = config, 3, (1, 2), 0.5, None
         self.token, self.bad, self._hidden, self.engine, self.names = "secret", float("nan"), 1, 7, ["a"]
         self.dtype = torch.float32
-        self.linear = nn.Linear(2, 2)
+        self.linear, self.block, self.empty = nn.Linear(2, 2), nn.Sequential(nn.Tanh()), nn.Tanh()
+        self.block.linear = nn.Linear(2, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.linear(x)
@@ -300,7 +303,13 @@ def test_attributes_of_the_model(tmp_path: Path) -> None:
         assert (config.rates, config.nested.deep, config.dtype) == ([0.5, 2], [1, "a"], torch.float16)
         assert set(config) == {"hidden_size", "rates", "id2label", "nested", "dtype"}
         assert isinstance(module.engine, torch_rtx.Engine)  # its own attributes come first
-        for name in ("token", "bad", "_hidden", "broken", "linear", "names", "training_mode"):
+        assert (module.linear.in_features, module.block.linear.out_features) == (2, 3)
+        assert "0" not in module.block
+        with pytest.raises(AttributeError, match="no 'weight' of its model there"):
+            module.linear.weight  # noqa: B018
+        with pytest.raises(AttributeError, match="is not an nn.Module"):
+            module.get_submodule("linear")
+        for name in ("token", "bad", "_hidden", "broken", "names", "training_mode", "empty"):
             with pytest.raises(AttributeError, match=f"no attribute '{name}'"):
                 getattr(module, name)
         assert not hasattr(config, "_path")
@@ -319,10 +328,9 @@ def test_other_configurations(config: object, tmp_path: Path) -> None:
 
 
 def test_a_model_without_attributes(pair: tuple[nn.Module, CompiledModule]) -> None:
-    for name in ("config", "dtype", "conv"):
+    for name in ("config", "dtype", "relu"):
         with pytest.raises(AttributeError, match=f"'CompiledModule' object has no attribute '{name}'"):
             getattr(pair[1], name)
-    assert pair[1].engine.manifest.model["attributes"] == {}
     with pytest.raises(AttributeError, match="no attribute 'conv'"):  # nor before it is initialized
         CompiledModule.__new__(CompiledModule).conv  # noqa: B018
 
@@ -357,3 +365,11 @@ def test_too_many_attributes() -> None:
     module = torch_rtx.compile(Configured({str(number): "x" * 100 for number in range(5000)}), (X,))
     assert not hasattr(module, "config")
     assert not hasattr(module, "size")
+
+
+def test_too_many_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model's own attributes matter more."""
+    found = attributes.facts_of(Configured({}), ())["attributes"]
+    monkeypatch.setattr(attributes, "MAX_BYTES", len(json.dumps(found)) - 1)
+    kept = attributes.facts_of(Configured({}), ())["attributes"]
+    assert kept == {name: found[name] for name in found.keys() - {"linear", "block"}}

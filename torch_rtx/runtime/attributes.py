@@ -1,8 +1,9 @@
 """Attributes of a model that its engine has as well, so that it can stand in for the model: in a pipeline, for example.
 
-These are `config`, `dtype`, and public attributes that are numbers, booleans, None, or lists of such. Text is kept only
-in a `config`, which is made to be published: elsewhere it may be a path or a key. In a file they are JSON, with two
-additions: `{"": "float16"}` is a dtype, and `{"": [[0, "cat"], ...]}` a dict whose keys are not all text.
+These are `config`, `dtype`, and public attributes that are numbers, booleans, None, or lists of such; also those of its
+layers, as far as names lead there and not places in a list: pipelines read `unet.add_embedding.linear_1.in_features`.
+Text is kept only in a `config`, which is made to be published: elsewhere it may be a path or a key. In a file they are
+JSON, with two additions: `{"": "float16"}` is a dtype, `{"": [[0, "cat"], ...]}` a dict whose keys are not all text.
 """
 
 from __future__ import annotations
@@ -25,24 +26,24 @@ DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in vars(torch).valu
 
 
 class Config(dict[str, Any]):
-    """A configuration of a model. Its entries are attributes, too."""
+    """A configuration of a model, or the numbers of a layer. Its entries are attributes, too."""
 
     def __getattr__(self, name: str) -> Any:
         try:
             return self[name]
         except KeyError:
-            raise AttributeError(f"the configuration has no {name!r}") from None
+            raise AttributeError(f"the engine has no {name!r} of its model there") from None
 
 
 def facts_of(model: object, buffers: Collection[str]) -> dict[str, Json]:
     """What an engine keeps of its model: `attributes`, and the names of its `buffers`."""
     found: dict[str, Json] = {}
     if isinstance(model, nn.Module):
-        for name in vars(model):
-            if not name.startswith("_") and name.isidentifier() and name != "training":
-                _add(found, name, model, _number)
+        found = _numbers(model)
         _add(found, "dtype", model, _dtype)
         _add(found, "config", model, _config)
+        with_layers = {**_layers(model, MAX_DEPTH - 1), **found}
+        found = with_layers if len(json.dumps(with_layers)) <= MAX_BYTES else found
     size = len(json.dumps(found))
     if size > MAX_BYTES:
         log.warning("the engine has no attributes of its model, which take %d bytes as JSON", size)
@@ -57,6 +58,21 @@ def read_attributes(attributes: Mapping[str, Json]) -> dict[str, Any]:
         EngineFormatError: they are damaged.
     """
     return {name: _read(value, MAX_DEPTH) for name, value in attributes.items()}
+
+
+def _numbers(model: nn.Module) -> dict[str, Json]:
+    found: dict[str, Json] = {}
+    for name in vars(model):
+        if not name.startswith("_") and name.isidentifier() and name != "training":
+            _add(found, name, model, _number)
+    return found
+
+
+def _layers(model: nn.Module, depth: int) -> dict[str, Json]:
+    """The numbers of the layers of `model` and of those in them, by name; without layers that have none."""
+    named = [(name, layer) for name, layer in model.named_children() if name.isidentifier() and name[0] != "_"]
+    found = {name: {**_layers(layer, depth - 1), **_numbers(layer)} for name, layer in named if depth}
+    return {name: layer for name, layer in found.items() if layer}
 
 
 class _NotPlain(Exception):

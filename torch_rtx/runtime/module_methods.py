@@ -14,6 +14,7 @@ from torch._C._dynamo import eval_frame
 from torch_rtx import aten
 from torch_rtx.engine import Engine
 from torch_rtx.errors import RtxError
+from torch_rtx.runtime.attributes import Config
 from torch_rtx.runtime.session import check_not_traced
 from torch_rtx.runtime.streaming import numbers
 from torch_rtx.runtime.weight_sources import WeightSource
@@ -183,7 +184,10 @@ class ModuleMethods(nn.Module):
         except AttributeError:
             own = self.__dict__
             if name in own.get("_carried", ()):
-                return self._carried[name]
+                found = self._carried[name]
+                if isinstance(found, Config) and name != "config":
+                    check_not_traced()
+                return found
             if "_store" in own and not name.startswith("_") and any(name == w.partition(".")[0] for w in self._names()):
                 check_not_traced()
             raise

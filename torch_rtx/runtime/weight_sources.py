@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from torch_rtx import aten
-from torch_rtx.errors import RtxError
+from torch_rtx.errors import RefitError, RtxError
 from torch_rtx.ir import Parameter
 from torch_rtx.manifest import Manifest
 from torch_rtx.onnx.framed import weights_in
@@ -50,6 +50,7 @@ def tensors_of(
     Raises:
         EngineFormatError, FileNotFoundError: see `read_weights`.
         OnnxError, RefitError, IntegrationError: see `onnx.weights.weights_of`.
+        RefitError: a module has adapters of PEFT.
         RtxError: `weights` is no source.
     """
     if is_onnx(weights):
@@ -107,14 +108,35 @@ def _tensors_of_onnx(
 
 
 def _tensors_of_module(module: nn.Module, parameters: Sequence[Parameter]) -> dict[str, torch.Tensor]:
-    """Also the buffers that its state dict leaves out, if `parameters` need them."""
+    """Also the buffers that its state dict leaves out, if `parameters` need them.
+
+    Raises:
+        RefitError: layers are inside of others, which add to what they compute.
+    """
     named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     found = {name: tensor.detach() for name, tensor in plain_tensors(dict(named)).items()}
     for name, tensor in named:
         found |= attached(name, tensor) if is_special(tensor) else {}
+    wrong: dict[str, str] = {}
     for parameter in parameters:
         with suppress(AttributeError):
             attribute = attrgetter(parameter.name)(module)
             if isinstance(attribute, torch.Tensor):
                 found[parameter.name] = attribute.detach()
+                wrong |= _of_a_part(module, parameter.name, attribute)
+    if wrong:
+        raise RefitError(mismatched=wrong)
     return found
+
+
+def _of_a_part(module: nn.Module, name: str, tensor: torch.Tensor) -> dict[str, str]:
+    """The problem, by `name`, if a layer passes a parameter of one of its parts off as its own, as those of PEFT do: an
+    engine would compute without what the layer adds."""
+    path, _, last = name.rpartition(".")
+    owner = attrgetter(path)(module) if path else module
+    if not isinstance(owner, nn.Module) or any(last in own for own in (owner._parameters, owner._buffers, vars(owner))):
+        return {}
+    if not any(tensor is part for part in owner.parameters()):
+        return {}
+    remedy = "remove the adapters, or refit in `with torch_rtx.integrations.peft.merged(model):`"
+    return {name: f"a {type(owner).__name__} is around it, whose adapters would be lost; {remedy}"}

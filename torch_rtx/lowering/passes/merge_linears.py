@@ -20,7 +20,8 @@ from torch_rtx import aten
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Attr, Graph, Node, TensorType, Value
 from torch_rtx.lowering.infer import Inference
-from torch_rtx.lowering.kernels.index import from_dim, product
+from torch_rtx.lowering.kernels.body_builder import type_of
+from torch_rtx.lowering.kernels.index import Index, from_dim, product
 from torch_rtx.lowering.kernels.region import ANCHORS
 from torch_rtx.lowering.merged_steps import Steps, is_pointwise
 from torch_rtx.lowering.passes.dce import dce
@@ -54,10 +55,11 @@ def merge_linears(graph: Graph, infer: Inference) -> Graph:
     graph = _first(graph, steps.constants_of(groups))
     places = {id(node): (group, at, group[at]) for group in groups for at in range(len(group)) for node in group[at]}
     made: dict[int, list[Value]] = {}  # by group: the merged layer, and the merged steps after it so far
+    spread: set[str] = set()
 
     def visit(node: Node, rewriter: Rewriter) -> bool:
         if id(node) not in places:
-            return False
+            return _spread(node, spread, rewriter)
         group, at, step = places[id(node)]
         if node is group[0][0]:
             with suppress(Unsupported):
@@ -76,6 +78,37 @@ def merge_linears(graph: Graph, infer: Inference) -> Graph:
         return True
 
     return rewrite(graph, infer, visit)
+
+
+def _spread(node: Node, spread: set[str], rewriter: Rewriter) -> bool:
+    """Keep a view of some elements of a slice, such as a chunk of it, with the strides that it has now. They can't be
+    chosen as those of a whole result can: they are the distances in the memory of another.
+
+    Args:
+        spread: the names of all such results.
+    """
+    source = next(iter(node.inputs), None)
+    if source is None or rewriter.current(source) is source or not aten.is_view(aten.overload(node.op)):
+        return False
+    if source.name not in spread and all(_count(value) == _count(source) for value in node.results):
+        return False
+    args = node.map_inputs(rewriter.current)
+    try:
+        types = rewriter.infer(node.op, args)
+    except Unsupported:
+        return False
+    kept = [None if o is None else replace(o, type=type_) for o, type_ in zip(node.outputs, types, strict=True)]
+    for value, by in zip(node.outputs, kept, strict=True):
+        if value is not None and by is not None:
+            rewriter.replace(value, by)
+            spread.add(value.name)
+    rewriter.nodes.append(replace(node, args=args, outputs=tuple(kept)))
+    return True
+
+
+def _count(value: Value) -> Index:
+    """The number of elements."""
+    return product(map(from_dim, type_of(value).shape))
 
 
 def _first(graph: Graph, nodes: Set[int]) -> Graph:
