@@ -19,17 +19,18 @@ from torch_rtx import aten
 from torch_rtx.accumulation import scatters
 from torch_rtx.dtypes import DTYPES, INT
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import COPY, Graph, Loc, Node, TensorType, Value, attr_values, contiguous
+from torch_rtx.ir import COPY, Graph, Loc, Node, TensorType, Value, attr_values
 from torch_rtx.lowering.kernels.generate import fastest, generate
-from torch_rtx.lowering.kernels.index import Index, from_dim, multiple, product
+from torch_rtx.lowering.kernels.index import Index, from_dim, product
 from torch_rtx.lowering.kernels.kernel_ir import Const, Load, Pointwise, Select, Tensor, View, everything, load
 from torch_rtx.lowering.kernels.loops import loop_operations, rows_of
 from torch_rtx.lowering.kernels.memory_model import bytes_of, streaming_us, typical
 from torch_rtx.lowering.kernels.region import Region, express, region, tensor_type
 from torch_rtx.lowering.rewrite import COPIES
+from torch_rtx.lowering.row_ranges import ranges_of_rows
 from torch_rtx.lowering.widening import is_elementwise, widened_factors, widens
 from torch_rtx.op_work import ANCHORS
-from torch_rtx.targets import ALIGNMENT, Arch
+from torch_rtx.targets import Arch
 
 MAX_MEMBERS = 64
 MAX_POINTERS = 24
@@ -41,9 +42,6 @@ TINY_ELEMENTS = 4096  # a loop of so few takes no longer than its launch
 MINOR = 8  # times as much is read beside an operand that a kernel may read in any order
 NEAR_NODES = 32  # so far nodes may move from their place
 FEW_ROWS, LONG_ROW_ELEMENTS = 64, 16384  # fewer rows, longer than this, leave a GPU idle unless they are split
-SELECT = "aten.select.int"
-RANGES = {"aten.slice.Tensor": "start", SELECT: "index"}  # of rows, and the argument that says which is the first
-MANY_STEPS = 8  # for each of which a kernel would have code of its own
 SHORT_NAMES = {"_native_batch_norm_legit_no_training": "batch_norm"}  # of operators, in names of kernels
 
 
@@ -127,7 +125,7 @@ class FusionPlan:
         self.atomics, self.begun = atomics, set[str]()
         self.graph, self.nodes, self.arches = graph, graph.nodes, arches
         self.producer = {v.name: i for i, n in enumerate(graph.nodes) for v in n.outputs if v is not None}
-        self.ranges = set(_ranges_of_rows(graph.nodes))
+        self.ranges = set(ranges_of_rows(graph.nodes))
         self.views = {i for i, node in enumerate(graph.nodes) if i not in self.ranges and is_absorbed_view(node)}
         self.views |= widened_factors(graph, self.views, self.producer)
         self.group_of: dict[int, FusionGroup] = {}
@@ -534,32 +532,6 @@ def is_absorbed_view(node: Node) -> bool:
         return bool(_expressed(node))
     except Unsupported:
         return False
-
-
-def _ranges_of_rows(nodes: tuple[Node, ...]) -> Iterator[int]:
-    """Ranges of rows of one tensor, several of one type, at addresses that kernels can take; and single positions along
-    a dimension, if there are many, as of the steps of a loop. They stay outside of kernels, which then have equal code
-    for each of them."""
-    found: dict[tuple[str, str], list[int]] = {}
-    for index, node in enumerate(nodes):
-        if node.op not in RANGES or node.arg("step", 1) != 1:
-            continue
-        (source,), (result,) = node.inputs, node.outputs
-        start, dim = node.arg(RANGES[node.op]) or 0, node.arg("dim", 0)
-        if result is None or not isinstance(start, int) or not isinstance(dim, int):
-            continue
-        type_ = tensor_type(source)
-        offset = start * multiple(type_.strides[dim]) * DTYPES[type_.dtype].bytes
-        is_rows = node.op == SELECT or (dim == 0 and _is_dense(source) and _is_dense(result))
-        if is_rows and start >= 0 and offset % ALIGNMENT == 0:
-            found.setdefault((source.name, f"{node.op} {dim} {result.type}"), []).append(index)
-    for indices in found.values():
-        if len(indices) >= (MANY_STEPS if nodes[indices[0]].op == SELECT else 2):
-            yield from indices
-
-
-def _is_dense(value: Value) -> bool:
-    return isinstance(value.type, TensorType) and value.type.strides == contiguous(value.type.shape)
 
 
 def _expressed(node: Node) -> list[Tensor]:

@@ -14,7 +14,7 @@ from torch_rtx.ir import Attr, Graph, Node, Value, dim_expr
 from torch_rtx.lowering.fusion import is_kernel
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.kernels.body_builder import argument, type_of
-from torch_rtx.lowering.kernels.gemm_perf_model import typical
+from torch_rtx.lowering.kernels.memory_model import typical
 from torch_rtx.lowering.rewrite import Rewriter, rewrite
 from torch_rtx.op_work import ANCHORS, SDPA
 from torch_rtx.targets import Target

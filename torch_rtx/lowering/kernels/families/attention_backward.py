@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from torch_rtx.chips import LATENCY_US, SLOWER
 from torch_rtx.ir import TensorType
 from torch_rtx.lowering.kernels.attention_backward import (
     backward_configs,
@@ -15,8 +16,8 @@ from torch_rtx.lowering.kernels.attention_backward import (
     shared_memory,
 )
 from torch_rtx.lowering.kernels.attention_configs import AttentionConfig
-from torch_rtx.lowering.kernels.families.family import SLOWER, Family, Offer
-from torch_rtx.lowering.kernels.gemm_perf_model import LATENCY_US, LAUNCH_US, streaming_us, typical
+from torch_rtx.lowering.kernels.families.family import Family, Offer
+from torch_rtx.lowering.kernels.memory_model import streaming_us, typical
 from torch_rtx.lowering.kernels.region import Region, tensor_type
 from torch_rtx.op_work import ATTENTION_BACKWARD
 from torch_rtx.targets import Arch
@@ -29,7 +30,7 @@ OTHER_REGISTERS = 48  # of a thread: addresses, operands, and what a product nee
 
 def _others(region: Region, name: str, arch: Arch, us: float) -> Iterator[Offer]:
     keys = backward_of(region).keys.number or 0
-    yield Offer("library", (FASTER if arch.library is not None and keys > MANY_KEYS else SLOWER) * us)
+    yield Offer("library", (FASTER if "wgmma" in arch.features and keys > MANY_KEYS else SLOWER) * us)
 
 
 def _expected_us(region: Region, arch: Arch, config: AttentionConfig) -> float:
@@ -38,7 +39,7 @@ def _expected_us(region: Region, arch: Arch, config: AttentionConfig) -> float:
     held = 32 * config.num_warps * (registers(attn, config) + OTHER_REGISTERS)
     resident = max(1, min(arch.registers // held, arch.shared // shared_memory(attn, config)))
     turns = math.ceil(math.prod(map(typical, attn.groups)) / (arch.chip.processors * resident))
-    return max(LAUNCH_US + turns * (2 * LATENCY_US + steps * STEP_US), streaming_us(_moved(region), arch))
+    return max(arch.chip.launch + turns * (2 * LATENCY_US + steps * STEP_US), streaming_us(_moved(region), arch))
 
 
 def _moved(region: Region) -> list[TensorType]:
