@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from math import inf, isfinite
 
 import pytest
@@ -116,6 +117,7 @@ def test_what_was_measured_counts() -> None:
     assert (chip.rate("bf16"), chip.rate("i8")) == (pytest.approx(29.0), pytest.approx(110.0))
     assert chip.rate("f8e4m3fn") == 2 * chip.tensor  # has no figure
     assert chip.launch == pytest.approx(1.44)
+    assert pickle.loads(pickle.dumps(chip)) == chip  # for the process that compiles
     hopper = typical_chip(90).measured(FOUND)
     assert not isfinite(hopper.cache)
     assert hopper.tensor > 30.0  # libraries do not reach all of it
