@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import pickle
 from math import inf, isfinite
 
 import pytest
 
+from tests.paths import ROOT
 from torch_rtx.chips import FIGURES, REQUIRED, chip_named, typical_chip
 from torch_rtx.targets import ARCHES
 
@@ -39,6 +42,19 @@ def test_the_h200_is_as_it_was_fitted() -> None:
     chip = typical_chip(90)
     assert (chip.processors, round(chip.tensor), round(chip.plain), chip.memory) == (132, 865, 60, 4200)
     assert (chip.clock, chip.cache, chip.overlap, chip.launch) == (1.6, inf, 1.0, 1.5)
+
+
+@pytest.mark.quick
+def test_the_h200_reaches_what_was_recorded() -> None:
+    """Copies and products of libraries, as each run of the benchmarks measures them."""
+    chip = typical_chip(90)
+    recorded = json.loads((ROOT / "benchmarks/results/h200_latency_zoo.json").read_text())["environments"].values()
+    rates = [environment["rates"] for environment in recorded if environment.get("rates")]
+    assert len(rates) > 10
+    for rate in rates:
+        assert rate["bytes_per_s"] / 1e9 == pytest.approx(chip.memory, rel=0.04)
+        for product in rate["flops_per_s"].values():
+            assert product / 1e12 == pytest.approx(chip.library * chip.tensor, rel=0.05)
 
 
 @pytest.mark.quick
@@ -101,6 +117,7 @@ def test_what_was_measured_counts() -> None:
     assert (chip.rate("bf16"), chip.rate("i8")) == (pytest.approx(29.0), pytest.approx(110.0))
     assert chip.rate("f8e4m3fn") == 2 * chip.tensor  # has no figure
     assert chip.launch == pytest.approx(1.44)
+    assert pickle.loads(pickle.dumps(chip)) == chip  # for the process that compiles
     hopper = typical_chip(90).measured(FOUND)
     assert not isfinite(hopper.cache)
     assert hopper.tensor > 30.0  # libraries do not reach all of it

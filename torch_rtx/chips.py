@@ -35,7 +35,7 @@ SECTOR_BYTES, CACHE_SPEEDUP = 32, 1.3  # what a cache fetches at once; how much 
 CYCLES_PER_ELEMENT = 0.09  # of a loop over rows, on one multiprocessor
 RUN_OF_DOUBLE_COST = 20  # elements: those of rows in runs of so many cost twice as much
 HANDOVER_US = {2: 0.6, 3: 3.9}  # of so many kernels that read each other's results, beside their launches
-PDL_SAVES_US = 0.4  # by one kernel that starts early in a CUDA graph
+PDL_SAVES_US = 0.4  # by one kernel that starts early in a CUDA graph (programmatic dependent launch)
 
 MODEL_ERROR = 1.07  # measured over modelled time of kernels; a little less than it is, so that ties go to kernels
 SLOWER = 1.1  # a library call relative to the kernel, outside of what libraries are tuned for

@@ -212,7 +212,7 @@ def test_the_folders_reach_the_compile_worker(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(tuning_context.driver_api, "driver", object)
     monkeypatch.setattr(tuning_context, "gpu_of", lambda driver, index: SimpleNamespace(sm=89))
     monkeypatch.setattr(tuning_context, "timer", lambda device: None)
-    monkeypatch.setattr(tuning_context, "_known", lambda sm, device: None)
+    monkeypatch.setattr(tuning_context, "known_chip", lambda sm, device: None)
     device, settings = torch.device("cuda", 0), module.session.settings
     _, context = tuning_context.tactics_and_context(KernelTable(), BODY, device, settings)
     assert context is not None

@@ -21,8 +21,7 @@ from torch_rtx.runtime.benchmark import device_us
 from torch_rtx.runtime.launch import Store
 
 log = logging.getLogger(__name__)
-COPIED = 256 << 20  # bytes, and at least COPIED_CACHES times the L2 cache
-COPIED_CACHES = 8
+MOVED, MOVED_CACHES = 256 << 20, 8  # bytes, and L2 caches, that are read at least, and written
 READ = 1 << 30  # bytes, again and again from a part of the L2 cache
 NODES = 256  # of a CUDA graph
 SIDE = 4096  # of the matrices of a product
@@ -39,8 +38,8 @@ TENSORS: Mapping[str, torch.dtype] = {
 
 
 def measure(device: torch.device, say: Callable[[str], object] = lambda text: None) -> dict[str, float]:
-    """What is measured of a GPU, by the names in `chips.FIGURES`. It takes some seconds, and memory of 512 MiB or
-    16 times the L2 cache.
+    """What is measured of a GPU on the current stream, by the names in `chips.FIGURES`. It takes some seconds, and 512
+    MiB of memory or 16 times the L2 cache.
 
     Args:
         say: called with what is measured next.
@@ -49,7 +48,7 @@ def measure(device: torch.device, say: Callable[[str], object] = lambda text: No
         KernelError: a figure that every GPU has can't be measured.
     """
     found: dict[str, float] = {}
-    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)), torch.no_grad():
+    with torch.cuda.device(device), torch.no_grad():
         for name, measured in _steps(device):
             say(f"measuring {name}")
             try:
@@ -80,10 +79,10 @@ def _steps(device: torch.device) -> Iterator[tuple[str, Callable[[], float]]]:
 
 
 def _memory(device: torch.device, cache: int) -> float:
-    """GB/s of a copy, read and written."""
-    size = max(COPIED, COPIED_CACHES * cache)
-    source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
-    return 2 * size / (1e3 * device_us([lambda: target.copy_(source)]))
+    """GB/s of a kernel that reads and writes; a copy need not be one."""
+    count = max(MOVED, MOVED_CACHES * cache) // 4
+    source, target = (torch.zeros(count, device=device) for _ in range(2))
+    return 8 * count / (1e3 * device_us([lambda: torch.neg(source, out=target)]))
 
 
 def _l2(device: torch.device, cache: int) -> float:
@@ -105,7 +104,7 @@ def _node(device: torch.device) -> float:
     run, graph = _tiny(device), torch.cuda.CUDAGraph()
     run()
     torch.cuda.synchronize(device)
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use the GPU
         for _ in range(NODES):
             run()
     return device_us([graph.replay]) / NODES

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from torch_rtx.chips import PDL_SAVES_US
 from torch_rtx.errors import KernelError, RtxError
 from torch_rtx.ir import Graph, Node, Sym, kernel_nodes, typical_size
 from torch_rtx.runtime.background import Background
@@ -37,7 +38,6 @@ from torch_rtx.targets import ALIGNMENT
 
 log = logging.getLogger(__name__)
 MEASURED_OF_A_KIND = 4  # measuring a region ends with so many tactics of one kind
-PDL_SAVES_US = 0.4  # by one kernel that starts early in a CUDA graph (PDL); fitted on an H200
 
 
 @dataclass(frozen=True)

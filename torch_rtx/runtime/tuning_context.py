@@ -62,7 +62,7 @@ def tactics_and_context(
             COMPILE_CLIENT,
             open_store,
             Artefacts.at(settings.dump_dir, settings.override_dir),
-            _known(gpu.sm, device),
+            known_chip(gpu.sm, device),
         ),
         load=partial(_load, gpu, open_store),
         jit=partial(load_tactics, table, graph, device, open_store=open_store),
@@ -78,7 +78,7 @@ def chip_here(index: int) -> Chip:
     """The GPU `index` as the cost model sees it in this process: with its figures, if the runtime cache has some."""
     driver, device = driver_api.driver(), torch.device("cuda", index)
     major, minor = torch.cuda.get_device_capability(device)
-    known = _known(10 * major + minor, device)
+    known = known_chip(10 * major + minor, device)
     if driver is None:
         return known
     store = _runtime_cache(gpu_of(driver, index), device, RuntimeSettings())
@@ -86,7 +86,7 @@ def chip_here(index: int) -> Chip:
     return known if figures is None else known.measured(figures)
 
 
-def _known(sm: int, device: torch.device) -> Chip:
+def known_chip(sm: int, device: torch.device) -> Chip:
     """What is known of a GPU without measuring it."""
     arch = arch_of(sm)
     facts = torch.cuda.get_device_properties(device)
