@@ -119,6 +119,26 @@ def _laid_out(found: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
     return [one.copy_(mine) for mine, one in zip(found, made, strict=True)]
 
 
+def _gradients(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of query, key, value and scores, in float32 or wider."""
+    heads, number = query.shape[1], 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    gradient, wide, keys, values = _wide(grad_out, query, *(_shared(one, heads) for one in (key, value)))
+    weights, _ = _weights(wide, keys, mask, is_causal, scale)
+    of_weights = gradient @ values.mT
+    of_scores = weights * (of_weights - (weights * of_weights).sum(-1, keepdim=True))
+    sums = (of_scores.mT @ wide * number, weights.mT @ gradient)
+    of_key, of_value = (one.unflatten(1, (key.shape[1], -1)).sum(2) for one in sums)
+    return of_scores @ keys * number, of_key, of_value, of_scores
+
+
 def _on_meta(function: Callable[..., Any], *given: Any) -> Any:
     """The results of a function for tensors without memory."""
     return function(*(one.to("meta") if isinstance(one, Tensor) else one for one in given))
@@ -200,14 +220,7 @@ def _backward(
     options = (library, is_causal, scale, mask_gradient)
     if _has_call(query, library):
         return _backward_call(grad_out, (query, key, value), attn_mask, (out, logsumexp), *options)
-    heads, number = query.shape[1], 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    given = (grad_out, query, *(_shared(one, heads) for one in (key, value)))
-    gradient, wide, keys, values = _wide(*given)
-    weights, _ = _weights(wide, keys, attn_mask, is_causal, scale)
-    of_weights = gradient @ values.mT
-    of_scores = weights * (of_weights - (weights * of_weights).sum(-1, keepdim=True))
-    sums = (of_scores.mT @ wide * number, weights.mT @ gradient)
-    shared = (one.unflatten(1, (key.shape[1], -1)).sum(2) for one in sums)
+    *sums, of_scores = _gradients(grad_out, query, key, value, attn_mask, is_causal, scale)
     like = _backward_room(
         grad_out,
         query,
@@ -221,7 +234,7 @@ def _backward(
         scale=scale,
         mask_gradient=mask_gradient,
     )
-    found = (of_scores @ keys * number, *shared, of_scores if mask_gradient else _nothing(query))
+    found = (*sums, of_scores if mask_gradient else _nothing(query))
     of_query, of_key, of_value, of_mask = _laid_out(found, like)
     return of_query, of_key, of_value, of_mask
 
@@ -251,6 +264,29 @@ def _backward_room(
     return of_query, of_key, of_value, of_mask
 
 
+def _backward_partial(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    *,
+    rows: int,
+    scale: float | None = None,
+    mask_gradient: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `attention_backward`, but for each range of `rows` queries gradients of keys and values of its own, in float32
+    or wider, with the number of the range before all other dimensions."""
+    found = []
+    for start in range(0, query.shape[2], rows):
+        mask = attn_mask if attn_mask is None or attn_mask.shape[-2] == 1 else attn_mask[..., start : start + rows, :]
+        gradient, queries = (one[:, :, start : start + rows] for one in (grad_out, query))
+        found.append(_gradients(gradient, queries, key, value, mask, False, scale))
+    of_queries, of_keys, of_values, of_scores = zip(*found, strict=True)
+    of_mask = torch.cat(of_scores, 2).to(query.dtype) if mask_gradient else _nothing(query)
+    return torch.cat(of_queries, 2).to(query.dtype), torch.stack(of_keys), torch.stack(of_values), of_mask
+
+
 _LIBRARY = torch.library.Library("torch_rtx", "FRAGMENT")
 _OPTIONS = "str library, bool is_causal=False, float? scale=None"
 _LIBRARY.define(
@@ -261,6 +297,11 @@ _LIBRARY.define(
     "attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor out,"
     f" Tensor logsumexp, *, {_OPTIONS}, bool mask_gradient=False) -> (Tensor, Tensor, Tensor, Tensor)"
 )
+_LIBRARY.define(
+    "attention_backward_partial(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, *,"
+    " int rows, float? scale=None, bool mask_gradient=False) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_LIBRARY.impl("attention_backward_partial", _backward_partial, "CompositeExplicitAutograd")
 _LIBRARY.impl("attention_forward", _forward, "CompositeExplicitAutograd")
 _LIBRARY.impl("attention_forward", _forward_room, "Meta")
 _LIBRARY.impl("attention_backward", _backward, "CompositeExplicitAutograd")

@@ -48,6 +48,8 @@ ATTENTION = "torch_rtx.attention.default"  # as models write it out, see `aten`
 ATTENTION_PARTIAL = "torch_rtx.attention_partial.default"  # to a range of the keys
 ATTENTION_FORWARD = "torch_rtx.attention_forward.default"  # of training, see `attention_gradients`
 ATTENTION_BACKWARD = "torch_rtx.attention_backward.default"
+ATTENTION_BACKWARD_PARTIAL = "torch_rtx.attention_backward_partial.default"  # sums over ranges of the queries
+BACKWARDS = (ATTENTION_BACKWARD, ATTENTION_BACKWARD_PARTIAL)
 POOLING = "aten.max_pool2d_with_indices.default"
 POOLING_BACKWARD = "aten.max_pool2d_with_indices_backward.default"
 # Anchors: the operators that a kernel is built around (TVM's term), with the family that generates it. A region has at
@@ -60,7 +62,7 @@ ANCHORS: Mapping[str, str] = {
     **dict.fromkeys((f"aten.{op}.default" for op in ("conv1d", "conv2d", "conv3d", "convolution")), "conv"),
     INT_CONV: "conv",
     **dict.fromkeys((SDPA, ATTENTION, ATTENTION_PARTIAL, ATTENTION_FORWARD), "attention"),
-    ATTENTION_BACKWARD: "attention_backward",
+    **dict.fromkeys(BACKWARDS, "attention_backward"),
 }
 
 
@@ -81,7 +83,7 @@ def flops(node: Node, size: Callable[[Dim], int]) -> int:
         swapped = "transpose" in name or node.arg("transposed") is True
         weight = _shape(node.arg("weight"), size)
         return 2 * _numel(node.arg("input") if swapped else result, size) * math.prod(weight[1:])
-    if node.op == ATTENTION_BACKWARD:  # the scores again, and two products for each of the forward's
+    if node.op in BACKWARDS:  # the scores again, and two products for each of the forward's
         query, grad_out = (_numel(node.arg(name), size) for name in ("query", "grad_out"))
         return 2 * _shape(node.arg("key"), size)[-2] * (3 * query + 2 * grad_out)
     if ("scaled_dot_product" in name or ANCHORS.get(node.op) == "attention") and "backward" not in name:

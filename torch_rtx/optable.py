@@ -168,7 +168,7 @@ INTERNAL = frozenset(  # which `aten` and `detection` define
     f"torch_rtx.{name}.default"
     for name in ("attention", "attention_partial", "grouped_mm", "int_conv", "suppressed", "to_int8")
 )
-TRAINING = frozenset(f"torch_rtx.{name}.default" for name in ("attention_forward", "attention_backward"))
+TRAINING = frozenset(f"torch_rtx.attention_{name}.default" for name in ("forward", "backward", "backward_partial"))
 NUMBERS = frozenset(  # Python's arithmetic on numbers of the host, which `host_ops` defines
     f"torch_rtx.{name}.default"
     for name in (

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from torch_rtx.ir import Graph
 from torch_rtx.lowering.kernels.body_builder import flat
-from torch_rtx.lowering.kernels.families import attention, conv, gemm
+from torch_rtx.lowering.kernels.families import attention, attention_backward, conv, gemm
 from torch_rtx.lowering.kernels.split_columns import split_columns, sums_rows
+from torch_rtx.lowering.kernels.split_queries import split_queries
 from torch_rtx.lowering.kernels.split_reduction import reduces, split_reductions
 
 SPLITS = (
     (gemm.FAMILY.ops, gemm.gemm_split),
     (conv.FAMILY.ops, conv.conv_split),
     (attention.FAMILY.ops, attention.attention_split),
+    (attention_backward.FAMILY.ops, split_queries),
 )
 
 

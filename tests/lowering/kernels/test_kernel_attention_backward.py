@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from tests.doubles.interpreter import run
-from tests.lowering.kernels.kernel_bodies import body, check, library, offered
+from tests.lowering.kernels.kernel_bodies import body, check, check_split, library, offered
 from torch_rtx.errors import Unsupported
 from torch_rtx.lowering.kernels.aot import compile_kernels
 from torch_rtx.lowering.kernels.attention_backward import backward_configs, backward_kernel
@@ -141,6 +141,32 @@ def test_gradients(name: str) -> None:
 def test_what_the_forward_saves(name: str) -> None:
     config = AttentionConfig(32, 32, 4, 1)
     check(CALLS[name].forward(), attention_kernel, config, "bf16" if name == "several blocks" else "f16", SIZES)
+
+
+SPLIT = {
+    "ranges": Call(batch=2, queries=200, keys=20, outer=True),
+    "ranges of several blocks": Call(queries=300, keys=33),
+    "ranges with a mask": Call(queries=100, mask="H[1, 2, 100, 19]", wanted=True),
+    "ranges with a mask of keys": Call(batch=2, queries=70, mask="H[2, 1, 1, 19]"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+@pytest.mark.parametrize("name", SPLIT)
+def test_ranges_of_queries(name: str) -> None:
+    call = SPLIT[name]
+    form = check_split(call.backward(), 2 if call.queries == 300 else 16)
+    assert [len(node.outputs) for node in form.nodes] == [4 if call.wanted else 3, 2]
+
+
+def test_few_heads_are_split_by_queries() -> None:
+    def kinds(call: Call) -> list[str]:
+        return list(offered(body(call.backward()), 90))
+
+    assert kinds(Call(batch=4, heads=8, queries=4096, keys=77, width=40, library="flash"))[0] == "split"
+    assert "split" not in kinds(Call(batch=64, heads=24, queries=49, keys=49, width=32))
+    assert "split" not in kinds(Call(heads=8, queries=4096, keys=77, options=", is_causal=True"))
+    assert "split" not in kinds(Call(heads=8, shared_heads=4, queries=4096, keys=77, library="flash"))
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")

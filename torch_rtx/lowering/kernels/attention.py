@@ -20,18 +20,12 @@ from torch_rtx.lowering.kernels.emit import Axis, Emitter
 from torch_rtx.lowering.kernels.index import Index, constant, from_dim, variable
 from torch_rtx.lowering.kernels.kernel_ir import ONE, ZERO, Position, Shape, Tensor, View, expand
 from torch_rtx.lowering.kernels.region import Region
-from torch_rtx.op_work import (
-    ANCHORS,
-    ATTENTION,
-    ATTENTION_BACKWARD,
-    ATTENTION_FORWARD,
-    ATTENTION_PARTIAL,
-)
+from torch_rtx.op_work import ANCHORS, ATTENTION, ATTENTION_FORWARD, ATTENTION_PARTIAL, BACKWARDS
 
 DTYPES = ("f16", "bf16", "f32")
 MAX_WIDTH = 256  # of a head
 MAX_PACKED_ROWS = 64  # of a block with several heads
-TRAINED = (ATTENTION_FORWARD, ATTENTION_BACKWARD)
+TRAINED = (ATTENTION_FORWARD, *BACKWARDS)
 
 
 @dataclass(frozen=True)
@@ -47,6 +41,7 @@ class Attention:
         safe: a query that sees no key gets 0, else NaN.
         lead, queries: sizes of the result, [*lead, queries, value_width].
         packed: heads of the last leading dimension that share a block of rows.
+        range_rows: queries in a range of `attention_backward_partial`; None in other calls.
         results: of the call, None where nothing reads one. Of `attention_partial`: the weighted sums of values, the
             largest scores and the sums of weights. Of `attention_forward`: the second is the logarithm of the sum of
             weights. Of `attention_backward`: the gradients of query, key, value and mask.
@@ -66,6 +61,7 @@ class Attention:
     lead: tuple[Dim, ...]
     queries: Dim
     packed: int
+    range_rows: int | None
     results: tuple[Tensor | None, ...]
 
     @property
@@ -134,7 +130,7 @@ def attention_of(region: Region) -> Attention:
     # Query heads that share keys have a sum as the gradient of these.
     packed = 1
     if node.arg("enable_gqa") or (node.op in TRAINED and key.shape[-3] != heads[-1]):
-        if node.op == ATTENTION_BACKWARD:
+        if node.op in BACKWARDS:
             packed = _static(heads[-1]) // _static(key.shape[-3])
         else:
             key, value = (_repeated(tensor, heads[-1]) for tensor in (key, value))
@@ -154,7 +150,7 @@ def attention_of(region: Region) -> Attention:
         expand(query, (*heads, *query.shape[-2:])),
         expand(key, (*shared, *key.shape[-2:])),
         expand(value, (*shared, *value.shape[-2:])),
-        _operand(region, node, "grad_out") if node.op == ATTENTION_BACKWARD else None,
+        _operand(region, node, "grad_out") if node.op in BACKWARDS else None,
         mask,
         bias,
         bool(node.arg("is_causal")),
@@ -164,6 +160,7 @@ def attention_of(region: Region) -> Attention:
         tuple(lead),
         queries,
         packed,
+        rows if isinstance(rows := node.arg("rows"), int) else None,
         tuple(None if value is None else region.values[value.name] for value in node.outputs),
     )
     return attn if node.op in TRAINED else _packed(attn)
@@ -182,7 +179,7 @@ def _check(node: Node, query: Tensor, key: Tensor, value: Tensor) -> None:
 
 def _result_shape(node: Node) -> tuple[Dim, ...]:
     """The shape of the result of attention, also of a call that gets its gradient."""
-    result = node.arg("grad_out") if node.op == ATTENTION_BACKWARD else node.outputs[0]
+    result = node.arg("grad_out") if node.op in BACKWARDS else node.outputs[0]
     if not isinstance(result, Value) or not isinstance(result.type, TensorType):
         raise Unsupported("attention whose result nothing reads", loc=node.loc)
     return result.type.shape

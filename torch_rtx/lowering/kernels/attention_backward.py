@@ -17,13 +17,13 @@ from collections.abc import Iterator
 
 from torch_rtx.dtypes import DTYPES
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import dim_expr
+from torch_rtx.ir import Dim, dim_expr
 from torch_rtx.lowering.kernels.attention import Attention, attention_of
 from torch_rtx.lowering.kernels.attention_configs import AttentionConfig
 from torch_rtx.lowering.kernels.attention_pieces import padded_width
 from torch_rtx.lowering.kernels.attention_tiles import LOWEST_F32, Tiles, anchors_of
 from torch_rtx.lowering.kernels.emit import Operand, Scope, indent
-from torch_rtx.lowering.kernels.index import Index, from_dim, product, unravel, variable
+from torch_rtx.lowering.kernels.index import Index, constant, from_dim, product, unravel, variable
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.kernel_ir import ZERO, Position, Shape
 from torch_rtx.lowering.kernels.region import Region
@@ -31,6 +31,7 @@ from torch_rtx.lowering.kernels.source import assemble, block_of
 from torch_rtx.targets import Arch
 
 MAX_KEYS = 256
+MAX_ROWS = 64  # of a block of queries
 MAX_REGISTERS = 200  # of a thread, for the tiles of scores and sums; addresses and operands need others
 QUERY, KEY, VALUE, MASK = range(4)  # the results of the call: gradients of these
 
@@ -65,10 +66,10 @@ def backward_configs(region: Region, arch: Arch) -> list[AttentionConfig]:
 def _candidates(attn: Attention) -> Iterator[AttentionConfig]:
     assert attn.keys.number is not None
     keys = block_of(attn.keys.number)
-    rows = attn.rows if isinstance(attn.rows, int) else MAX_KEYS
-    for block in (64, 32, 16):
+    rows = attn.rows if isinstance(attn.rows, int) else MAX_ROWS
+    for block in (MAX_ROWS, 32, 16):
         for warps in (4, 8):
-            if block <= max(block_of(rows), 16):
+            if block <= block_of(rows):
                 yield AttentionConfig(block, keys, warps, 1)
 
 
@@ -94,7 +95,19 @@ def registers(attn: Attention, config: AttentionConfig) -> int:
 
 def row_blocks(attn: Attention, config: AttentionConfig) -> int | None:
     """The blocks of query rows of a program; None: their number is symbolic."""
-    return math.ceil(attn.rows / config.rows) if isinstance(attn.rows, int) else None
+    rows = attn.rows if attn.range_rows is None else attn.range_rows
+    return math.ceil(rows / config.rows) if isinstance(rows, int) else None
+
+
+def programs(attn: Attention) -> tuple[Dim, ...]:
+    """The programs, as sizes: ranges of queries, if there are some, and groups."""
+    return attn.groups if attn.range_rows is None else (_ranges(attn), *attn.groups)
+
+
+def _ranges(attn: Attention) -> int:
+    if attn.packed > 1 or attn.causal or not isinstance(attn.queries, int) or attn.range_rows is None:
+        raise Unsupported("ranges of queries of several heads, of causal ones, or of an open number")
+    return math.ceil(attn.queries / attn.range_rows)
 
 
 # ---- the kernel ------------------------------------------------------------------------------------------------------
@@ -108,7 +121,7 @@ def backward_kernel(region: Region, name: str, config: AttentionConfig) -> Kerne
     """
     attn = backward_of(region)
     lines = _Writer(region, attn, config).write()
-    return assemble(region, name, lines, dim_expr("*", 1, *attn.groups), config.num_warps, config.num_stages)
+    return assemble(region, name, lines, dim_expr("*", 1, *programs(attn)), config.num_warps, config.num_stages)
 
 
 class _Writer(Tiles):
@@ -117,10 +130,10 @@ class _Writer(Tiles):
     def write(self) -> list[str]:
         """All lines of the kernel."""
         attn, lines = self.attn, self.emitter.outer.lines
-        groups = tuple(map(from_dim, attn.groups))
-        place = unravel(variable("program", product(groups)), groups)
+        sizes = tuple(map(from_dim, programs(attn)))
+        place = unravel(variable("program", product(sizes)), sizes)
         lines.append(f"program = tl.program_id(0){self.cast}")
-        lines += [f"{axis} = {at}" for axis, at in zip(self.group, place, strict=True) if axis != ZERO]
+        lines += [f"{axis} = {at}" for axis, at in zip(self.program, place, strict=True) if axis != ZERO]
         lines += [*self.range("N", "[None, :]"), *self.range("J", "[:, None]")]
         for name, start in self.starts.items():
             lines += self.range(name, "[None, :]", str(start or ""))
@@ -134,18 +147,28 @@ class _Writer(Tiles):
         self._store_sums()
         return lines
 
+    @property
+    def program(self) -> Position:
+        """The position of a program among all."""
+        attn = self.attn
+        return self.group if attn.range_rows is None else (variable("part", constant(_ranges(attn))), *self.group)
+
     def _walk(self) -> None:
         """Go over the blocks of rows: one without a loop, so that nothing waits for its condition."""
-        lines, emitter = self.emitter.outer.lines, self.emitter
-        if row_blocks(self.attn, self.config) == 1:
-            lines += self.range("M", "[:, None]")
+        attn, rows, lines, emitter = self.attn, self.config.rows, self.emitter.outer.lines, self.emitter
+        begin, end = "0", str(from_dim(attn.rows))
+        if attn.range_rows is not None:
+            begin = f"part * {attn.range_rows}"
+            end = f"tl.minimum({begin} + {attn.range_rows}, {end})"
+        if row_blocks(attn, self.config) == 1:
+            lines += self.range("M", "[:, None]", begin if attn.range_rows is not None else "")
             self._block("")
             return
         emitter.scope = scope = Scope()
         scope.lines += self.range("M", "[:, None]", "first")
         self._block("M")
         body = emitter.inner()
-        lines += [f"for first in range(0, {from_dim(self.attn.rows)}, {self.config.rows}):", *indent(body)]
+        lines += [f"for first in range({begin}, {end}, {rows}):", *indent(body)]
 
     def _block(self, looped: str) -> None:
         """The lines of one block of rows, in the emitter's scope."""
@@ -229,15 +252,15 @@ class _Writer(Tiles):
             self._store_tile(QUERY, (*self.lead, self.row, self._column(name)), shape, f"dq{name[1:]}")
 
     def _store_sums(self) -> None:
-        """The gradients of keys and values."""
+        """The gradients of keys and values, or what a range of queries adds to them."""
         attn, lines = self.attn, self.emitter.outer.lines
         for gradient, letter, sums in ((KEY, "D", "dk"), (VALUE, "E", "dv")):
             for name in self.pieces(letter):
                 if gradient == KEY:
                     lines.append(f"dk{name[1:]} = dk{name[1:]} * {attn.scale!r}")
                 self.tile("J", name)
-                shape = (*map(from_dim, attn.groups), attn.keys, self.sizes[name])
-                position = (*self.group, variable("J", attn.keys), self._column(name))
+                shape = (*map(from_dim, programs(attn)), attn.keys, self.sizes[name])
+                position = (*self.program, variable("J", attn.keys), self._column(name))
                 self._store_tile(gradient, position, shape, f"{sums}{name[1:]}")
 
     def _column(self, name: str) -> Index:
