@@ -1,4 +1,4 @@
-"""Pipelines of every kind on a GPU, with tiny models: as in eager mode, at other sizes, with LoRAs, and from threads."""
+"""Pipelines of every kind on a GPU, with tiny models: as in eager mode, at other sizes, with LoRAs, from threads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from torch._dynamo.utils import counters
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
-import diffusers
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from tests.integrations.pipelines import PIPELINES, TEXT, denoiser, images, lora, sd15, sdxl
