@@ -139,7 +139,7 @@ def sd3(folder: Path) -> Any:
 
 def controlnet(folder: Path) -> Any:
     base = sd15(folder, "UNetMidBlock2DCrossAttn")
-    control = diffusers.ControlNetModel.from_unet(base.unet, conditioning_embedding_out_channels=(4, 4))
+    control = diffusers.ControlNetModel.from_unet(base.unet, conditioning_embedding_out_channels=(4,))
     parts = base.vae, base.text_encoder, base.tokenizer, base.unet, control, base.scheduler
     return ready(
         diffusers.StableDiffusionControlNetPipeline(*parts, None, None, requires_safety_checker=False),

@@ -1,4 +1,5 @@
-"""examples/training: each script trains to the same losses with `rtx` as without, and its model is compiled."""
+"""The scripts of examples/training train to the same losses with `rtx` as without, and their models are compiled; those
+of examples/pipelines print what they found."""
 
 from __future__ import annotations
 
@@ -47,3 +48,20 @@ def test_losses_are_those_of_eager(path: Path, recorder: Any) -> None:
     assert losses[-1] < losses[0]
     assert len(recorder) >= 2  # a forward and a backward
     assert recorder.fallbacks == [] or path.stem == "checkpointing"
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.filterwarnings("ignore")
+def test_loras_change_places(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for library in ("diffusers", "peft"):
+        pytest.importorskip(library)
+    script = runpy.run_path(str(ROOT / "examples" / "pipelines" / "sdxl_lora.py"))
+    with torch.no_grad():
+        script["main"](["--size", "tiny", "--steps", "1", "--out", str(tmp_path)])
+    text = capsys.readouterr().out
+    assert "0 graphs were compiled for LoRAs; the first one drew the same image again" in text
+    names = "none", "first", "second", "both", "again"
+    rows = [line.split() for line in text.splitlines() if line.startswith(names)]
+    assert [row[0] for row in rows] == [*names]
+    assert all(float(row[-1]) < 1e-3 for row in rows)
+    assert {path.name for path in tmp_path.iterdir()} == {f"{name}.png" for name in names}
