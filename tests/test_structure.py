@@ -90,12 +90,8 @@ ARROWS = {
         *("chips", "quantization", "validity"),
     },
     "quantization": {"errors", "progress"},  # a layer for users, on torch alone
-    "integrations": {
-        "cache",
-        "errors",
-        "runtime",
-        "settings",
-    },  # modules that an application imports, one for each library
+    # modules that an application imports, one for each library; backend inside of what builds engines alone
+    "integrations": {"aten", "backend", "cache", "errors", "ir", "runtime", "settings"},
     "version": set(),
     "__main__": {"cli"},
     "__init__": {"version"},  # its other imports are for type checkers, and lazy

@@ -16,7 +16,7 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.convert_frame import compile_lock
 from torch._export.passes import lift_constants_pass
-from torch._export.utils import _get_decomp_for_cia, _is_preservable_cia_op
+from torch._export.utils import _compiling_state_context, _get_decomp_for_cia, _is_preservable_cia_op
 from torch._functorch._aot_autograd.subclass_parametrization import UnwrapTensorSubclass
 from torch._guards import TracingContext
 from torch._ops import resolve_key
@@ -248,6 +248,22 @@ def state_of(model: torch.nn.Module | torch.export.ExportedProgram) -> dict[str,
         return {**model.constants, **model.state_dict}
     named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     return dict(named)
+
+
+@contextlib.contextmanager
+def with_fakes(model: torch.nn.Module, device: torch.device | str | None) -> Iterator[torch.device]:
+    """Inside, `model` is as in a capture for this device: it has FakeTensors, and a call of it computes types alone.
+    Yields the device that they are on.
+
+    Raises:
+        CaptureError: see `capture_export`.
+    """
+    placed = _trace_device(model, None if device is None else torch.device(device))
+    if placed is None:
+        placed = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    fakes = _FakeCopies(placed)
+    with fakes.swapped_into(model), fakes.mode, torch.no_grad(), _compiling_state_context():
+        yield placed
 
 
 def _trace_device(model: torch.nn.Module, device: torch.device | None) -> torch.device | None:

@@ -248,7 +248,8 @@ def _tuple_getter(indices: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any
 
 
 def static_inputs(gm: fx.GraphModule) -> frozenset[int]:
-    """Positions of the parameters, buffers and tensor attributes that the graph does not write."""
+    """Positions of the parameters, buffers and tensor attributes that the graph does not write. What varies in size is
+    none of them, although it may be marked as static: a cache of cross-attention."""
     context = TracingContext.try_get()
     static = getattr(getattr(context, "fw_metadata", None), "static_input_indices", None) or ()
     if gm.graph.find_nodes(op="call_function", target=torch.ops.prims._make_token.default):
@@ -256,7 +257,12 @@ def static_inputs(gm: fx.GraphModule) -> frozenset[int]:
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     written = {node.args[0] for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)}
     candidates = [i for i in static if i < len(placeholders) and placeholders[i] not in written]
-    return frozenset(i for i in candidates if isinstance(placeholders[i].meta["val"], torch.Tensor))
+    return frozenset(i for i in candidates if _has_fixed_type(placeholders[i].meta["val"]))
+
+
+def _has_fixed_type(value: object) -> bool:
+    """A tensor whose sizes and strides are numbers."""
+    return isinstance(value, torch.Tensor) and all(type(n) is int for n in (*value.shape, *value.stride()))
 
 
 def _same(call: Callable[..., Any]) -> Callable[..., Any]:

@@ -186,7 +186,8 @@ class DeclaredInputs:
         program = self._capture(self._shapes([Dim.AUTO(min=a.bounds[0], max=a.bounds[1]) for a in self.axes]))
         problems = list(_problems(self.axes, self._sizes(program), program.range_constraints))
         if not problems:
-            said = " ".join(line.strip(" -") for line in str(error).splitlines() if line.startswith("  - "))
+            lines = [line.strip(" -") for line in str(error).splitlines() if line.startswith("  - ")]
+            said = " ".join([*lines[:3], f"And {len(lines) - 3} more." * (len(lines) > 3)]).strip()
             problems = [(said, "declare sizes that the model takes, by torch.export.Dim in dynamic_shapes")]
         return CaptureError(
             f"the model does not take all sizes of its inputs: {'; '.join(problem for problem, _ in problems)}",

@@ -26,10 +26,11 @@ import torch
 
 from torch_rtx import aten
 from torch_rtx.errors import RefitError, RtxError
-from torch_rtx.ir import Graph, Parameter, TensorType
+from torch_rtx.ir import Graph, Parameter, TensorType, Weight
 from torch_rtx.onnx.framed import aligned
 from torch_rtx.runtime.code import compile_graph, undisturbed
 from torch_rtx.runtime.gate import Gate
+from torch_rtx.runtime.loan import Loan
 from torch_rtx.runtime.streaming import Streamer
 from torch_rtx.runtime.strided import overwrite, restride
 from torch_rtx.runtime.subclasses import outer_name
@@ -86,6 +87,7 @@ class WeightStore:
         sampled: bool = True,
     ) -> None:
         self.device, self.generation, self.streamer, self._sampled = device, 0, streamer, sampled
+        self._loan, self.gate, self._lock = Loan(), Gate(device), threading.RLock()
         self._hosts = {} if streamer is None else streamer.hosts
         self.parameters = tuple(p for p in graph.parameters if not p.constant)
         self.weights, self._written = graph.weights, graph.written
@@ -118,7 +120,30 @@ class WeightStore:
         other._detach()
         return other
 
+    def share(self, lender: WeightStore) -> None:
+        """Use the weights that `lender`, the store of another engine of this model, computes in the same way, so that
+        the device holds them once. From then on both are given the same parameters, `lender` first. To be called before
+        other threads use this store. Weights that are streamed are not shared.
+        """
+        if self.streamer is None and lender.streamer is None and self.device == lender.device:
+            self._loan = Loan.between(lender, self)
+            self.gate, self._lock = lender.gate, lender._lock
+
+    def lendable(self) -> list[tuple[int, Weight]]:
+        """The weights, by index, that depend on parameters and that no call writes to."""
+        known = zip(self._variable, enumerate(self.weights), strict=True)
+        return [(i, weight) for variable, (i, weight) in known if variable and weight.value.name not in self._written]
+
+    def _borrow(self) -> None:
+        """Use the values that the lender has now."""
+        with self._lock, self._writing():
+            for index in self._loan.places:
+                self.values[index], self._owned[index] = self._loan.value(index), False
+            self.generation += bool(self._loan.places)
+            self._follow()
+
     def _detach(self) -> None:
+        self._loan = Loan()
         self._owned = [index in self._hosts for index in range(len(self.weights))]
         self.gate, self.writes = Gate(self.device), 0
         self._lock = threading.RLock()  # one write at a time
@@ -133,7 +158,6 @@ class WeightStore:
         self.watch: Watch | None = None
         self._stale: set[str] = set()  # sources whose recipes have to run again
         self._audited, self._due = 0, math.inf
-        self._shared = False
 
     def attach(self, sources: Tensors, strict: bool = False, shared: bool = True) -> None:
         """Use the tensors of `sources` themselves, by name; only recipes copy. `refresh` sees changes of them.
@@ -176,7 +200,7 @@ class WeightStore:
             with self._writing():
                 for index, fresh in made.items():
                     own = index in self._hosts or fresh.untyped_storage().data_ptr() not in storages
-                    self._store(index, fresh, own)
+                    self._store(index, fresh, own and index not in self._loan.places)
                 self.ready, self._unloaded = True, None
             self._follow()
 
@@ -204,7 +228,7 @@ class WeightStore:
         with self._lock, self._writing():
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)  # calls on other streams use memory that is freed here
-            other = copy(self)
+            self._loan, other = Loan(), copy(self)  # what is streamed lies in host memory, for this store alone
             other._constants, other.streamer = self._data, streamer
             other._hosts = {} if streamer is None else streamer.hosts
             moved = [other._moved(index, value, index in self._hosts) for index, value in enumerate(self.values)]
@@ -248,6 +272,8 @@ class WeightStore:
         Returns:
             The late comparison, which `settle` needs after the call.
         """
+        if self.ready and self._loan.moved():
+            self._borrow()
         watch = self.watch
         if watch is None:
             return None
@@ -346,13 +372,15 @@ class WeightStore:
     def _replace(self, fresh: Mapping[int, torch.Tensor]) -> None:
         """Copy values, by index; whoever was attached to is no longer followed."""
         with self._lock:
-            copies = {i: value if self._owned[i] else self._copy(i, value) for i, value in fresh.items()}
+            own = {i: value for i, value in fresh.items() if i not in self._loan.places}
+            copies = {i: value if self._owned[i] else self._copy(i, value) for i, value in own.items()}
             self._allocate()
             with self._writing():
                 for index, value in copies.items():
                     self._store(index, value, True)
                 self.ready, self._unloaded = True, None
             self._forget()
+            self._borrow()
 
     def unload(self, keep: bool) -> None:
         """Free the device memory of the weights; calls are errors until `load`, `attach` or `refit`.
@@ -385,7 +413,8 @@ class WeightStore:
         written = any(w.value.name in self._written for w, v in zip(self.weights, self._variable, strict=True) if v)
         if sources and not written and all(tensor.device == _HOST for tensor in sources.values()):
             return Unloaded(dict(sources), {}, self._shared)
-        return Unloaded({}, {i: _in_host_memory(self.values[i]) for i, v in enumerate(self._variable) if v}, False)
+        kept = [i for i, variable in enumerate(self._variable) if variable and i not in self._loan.places]
+        return Unloaded({}, {i: _in_host_memory(self.values[i]) for i in kept}, False)
 
     def load(self) -> None:
         """Bring back what `unload` freed.
@@ -399,7 +428,7 @@ class WeightStore:
             kept = self._unloaded or Unloaded(self.originals, {}, False)
             if kept.sources:
                 self._attach([kept.sources[p.name] for p in self.parameters], kept.shared)
-            elif kept.values:
+            elif kept.values or (self._loan.places and self._unloaded is not None):
                 self._replace(kept.values)
             else:
                 self.check_ready()
@@ -468,6 +497,8 @@ class WeightStore:
         Args:
             host: return it in host memory, as for a streamed weight.
         """
+        if index in self._loan.places:
+            return self._loan.value(index)
         weight, recipe = self.weights[index], self._recipes[index]
         host = host or index in self._hosts
         given = [self._constants[n] if n in self._constants else sources[n] for n in weight.names]
