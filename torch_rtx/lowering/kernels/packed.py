@@ -6,9 +6,8 @@ word r hold value `i*h + r` of the run:
     codes = words.view(N, K/(8*h), 1, h) >> arange(0, 32, 4).view(8, 1) & 15        view(N, K)
 
 So a tile of words makes 8 tiles of the operand, of which each is a range of K: no word is read twice, and no value
-moves between threads. An integer becomes a float without a conversion, which runs at a quarter of the rate: as the last
-bits of the mantissa of a number whose last bit counts 1, from which that number is subtracted. Two values of a word are
-done at once.
+moves between threads. An integer becomes a float without a conversion, which runs at a quarter of the rate: as bits of
+the mantissa of a number, which is subtracted. Two values of a word are done at once.
 """
 
 from __future__ import annotations
@@ -28,8 +27,19 @@ BITS, PARTS = 4, 8  # of a value, and values of a word
 MASK = (1 << BITS) - 1
 RUNS = (32, 16)  # words of a run, best first: a kernel reads as many values of the other operand at once
 WORD = "word"
-# The number 2**n whose last bit counts 1, and its bits in both halves of a word.
-MAGIC = {"f16": (1024.0, 0x64006400), "bf16": (128.0, 0x43004300)}
+
+
+class Magic(NamedTuple):
+    """What an integer of 4 bits is combined with to be a float: the number that it is added to, the bits of that number
+    in both halves of a word, and the bit of the mantissa that counts 1. Of f16 the number is small, so that sums that
+    have it in them stay exact; of bf16 the first bits need no shift."""
+
+    number: float
+    bits: int
+    one: int
+
+
+MAGIC = {"f16": Magic(16.0, 0x4C004C00, 6), "bf16": Magic(128.0, 0x43004300, 0)}
 # As a half: what a byte is combined with to be the last bits of 2**10 plus a number, and what is subtracted. Hardware
 # converts to f16 at a quarter of the rate; for bf16 Triton has a way of its own.
 BYTES = {"i8": (0x6480, 1024.0 + 128), "u8": (0x6400, 1024.0)}
@@ -167,32 +177,34 @@ def _known(tensor: Tensor, position: Position, dtype: str) -> Nibble | None:
     """The 4 bits that `tensor` is at `position`, if their place in the word is known, and `dtype` has what they are
     subtracted from."""
     found = nibble(tensor, position)
-    if found is None or found.bit.number is None or not _is_exact(MAGIC[dtype][0] - found.added, dtype):
+    if found is None or found.bit.number is None or not _is_exact(MAGIC[dtype].number - found.added, dtype):
         return None
     return found
 
 
 def _as_float(emitter: Emitter, found: Nibble, dtype: str) -> Operand:
     word = _with_magic(emitter, found, dtype)
-    return emitter.named(f"{word.text} - {MAGIC[dtype][0] - found.added}", word.axes)
+    return emitter.named(f"{word.text} - {MAGIC[dtype].number - found.added}", word.axes)
 
 
 def _with_magic(emitter: Emitter, found: Nibble, dtype: str) -> Operand:
     """The 4 bits as floats plus MAGIC."""
-    bits, bit = MAGIC[dtype][1], found.bit.number or 0
-    word = emitter.value(found.words, found.position)
-    pair = emitter.named(f"({word.text} >> {bit % 16}) & 0x000F000F | {bits:#x}", word.axes)
+    magic, bit = MAGIC[dtype], found.bit.number or 0
+    word, by = emitter.value(found.words, found.position), bit % 16 - magic.one
+    shifted = f"({word.text} {'>>' if by >= 0 else '<<'} {abs(by)})"
+    mask = (MASK << 16 | MASK) << magic.one
+    pair = emitter.named(f"{shifted} & 0x{mask:08X} | {magic.bits:#x}", word.axes)
     half = f"({pair.text} >> 16)" if bit >= 16 else pair.text
     return Operand(f"{half}.to(tl.int16).to({tl_dtype(dtype)}, bitcast=True)", word.axes)
 
 
 def with_magic(emitter: Emitter, tensor: Tensor, position: Position, dtype: str) -> tuple[Operand, float] | None:
     """The elements of `tensor`, a cast of 4 bits to `dtype`, plus a number, and that number; None if it is no such
-    cast, or if sums that have the number in them would be less exact than those of elements in `dtype`."""
-    if dtype != "bf16" or not isinstance(tensor, Pointwise) or not is_cast(tensor.expression):
+    cast."""
+    if not isinstance(tensor, Pointwise) or not is_cast(tensor.expression):
         return None
     found = _known(tensor.args[0], position, dtype)
-    return found and (_with_magic(emitter, found, dtype), MAGIC[dtype][0] - found.added)
+    return found and (_with_magic(emitter, found, dtype), MAGIC[dtype].number - found.added)
 
 
 def _is_exact(number: object, dtype: str) -> bool:

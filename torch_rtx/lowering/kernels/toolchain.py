@@ -24,6 +24,7 @@ from typing import Any
 
 from torch_rtx.dtypes import DTYPES
 from torch_rtx.errors import KernelError
+from torch_rtx.lowering.kernels.masks import fold_masks
 from torch_rtx.lowering.kernels.pdl import WAIT, insert_pdl
 from torch_rtx.lowering.kernels.turing import NoTensorCores, rewrite
 from torch_rtx.tactics import Variant
@@ -286,7 +287,7 @@ def _ptx(triton: _Triton, job: Job, ttir: str) -> tuple[str, dict[str, Any]]:
     else:
         module = backend.make_ttgir(module, metadata, options, job.sm)
     llir = backend.make_llir(module, metadata, options, job.sm)
-    ptx = backend.make_ptx(llir, metadata, options, job.sm)
+    ptx = fold_masks(backend.make_ptx(llir, metadata, options, job.sm))
     if job.portable:
         ptx = ptx.replace(f".target {triton.arch_name(job.sm)}", f".target {_gpu_name(triton, job)}")
     if rewritten:
