@@ -72,6 +72,8 @@ y: H[3, 24] = linear.default(input=x, weight=wide)
 return y
 """
 
+GATE = ("g", 0), ("u", 16)
+
 PLAIN = """
 x: bf16[ROWS, 4096]
 w: bf16[32768, 4096]
@@ -101,6 +103,45 @@ def test_scales_of_columns_follow_the_sums(depth: int, config: GemmConfig, weigh
     text = BYTES.replace("DEPTH", str(depth)).replace("BYTES", weight).replace("H[", f"{dtype}[")
     kernel = check(text.replace("HALF", dtype), gemm_kernel, config, dtype)
     assert ("tl.sum(acc0_2, 1)[:, None] * " if config.gemv else "acc0 = acc0 * ") in kernel.source
+
+
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+@pytest.mark.parametrize(
+    ("slices", "sizes"),
+    [
+        (8, (1, 32, 2048, 128, 32)),
+        (4, (1, 19, 512, 32, 16)),
+        (2, (1, 16, 512, 128, 32)),
+        (4, (2, 24, 1024, 128, 32)),
+        (2, (3, 20, 768, 64, 16)),
+        (2, (4, 16, 512, 128, 32)),
+    ],
+)
+def test_slices_of_packed_operands(slices: int, sizes: tuple[int, int, int, int, int], dtype: str) -> None:
+    config = GemmConfig(8, 8, 128, num_warps=2, slices=slices)
+    kernel = check(packed(*sizes, dtype), gemm_kernel, config, dtype)
+    assert f"range(0, {sizes[2] // slices // 128}" in kernel.source or sizes[2] == slices * 128
+    assert f"[{8 * slices}, 8], tl.float32)" in kernel.source
+
+
+def test_slices_of_a_gated_product() -> None:
+    """Both halves of the columns, whose tiles are read together."""
+    halves = [
+        f"{name}: bf16[2, 16](32, 1) = slice.Tensor(self=y, dim=1, start={at}, end={at + 16})" for name, at in GATE
+    ]
+    ends = "a: bf16[2, 16] = silu.default(self=g)", "v: bf16[2, 16] = mul.Tensor(self=a, other=u)", "return v"
+    text = packed(2, 32, 512, 64, 16, "bf16").replace("return y", "\n".join((*halves, *ends)))
+    kernel = check(text, gemm_kernel, GemmConfig(8, 8, 128, num_warps=2, slices=4), "bf16")
+    assert "acc1 = tl.sum(" in kernel.source
+
+
+@pytest.mark.parametrize("weight", ["i8", "f8e4m3fn"])
+@pytest.mark.parametrize(("rows", "slices"), [(1, 8), (3, 2), (2, 2)])
+def test_slices_of_bytes(rows: int, slices: int, weight: str) -> None:
+    """Also where a slice is no whole number of steps, and a tile has columns past the end."""
+    text = BYTES.replace("[3,", f"[{rows},").replace("DEPTH", "384").replace("BYTES", weight).replace("24", "23")
+    text = text.replace("HALF", "bf16").replace("H[", "bf16[")
+    check(text, gemm_kernel, GemmConfig(8, 4, 32, num_warps=2, slices=slices), "bf16")
 
 
 @pytest.mark.parametrize("config", [FEW, SOME])
@@ -196,8 +237,7 @@ def test_split_k(dtype: str) -> None:
 @pytest.mark.parametrize(("sm", "rows"), [(80, 1), (90, 1), (80, 16), (89, 16), (90, 16), (120, 16), (90, 512)])
 def test_machine_code(sm: int, rows: int) -> None:
     """Words and scales are copied to shared memory ahead of time, words 16 bytes at a time; no integer is converted."""
-    found = region(body(packed(rows, 2048, 2048, 128, 32, "bf16")))
-    text = _code(found, sm)
+    text = _code(region(body(packed(rows, 2048, 8192, 128, 32, "bf16"))), sm)
     assert "cvt.rn.f32.s" not in text
     assert "cvt.rn.f32.u" not in text
     assert "ld.global" not in text
@@ -228,13 +268,15 @@ def _code(found: Region, sm: int) -> str:
 
 @pytest.mark.parametrize("sm", [80, 90, 120])
 def test_configurations_for_packed_operands(sm: int) -> None:
-    """Few rows are those of one instruction. Hopper's products by warpgroups take all parts of a step at once."""
+    """Few rows are those of one instruction, of one row with slices of K in the place of others. Hopper's products by
+    warpgroups take all parts of a step at once."""
 
     def offered_for(rows: int) -> list[GemmConfig]:
         found = gemm_configs(region(body(packed(rows, 2048, 2048, 128, 32, "bf16"))), arch_of(sm))
         return [config for config in found if not config.gemv]
 
-    assert {(config.block_m, config.joined) for config in offered_for(8)} == {(8, False)}
+    assert {(config.block_m, config.joined, config.slices) for config in offered_for(8)} == {(8, False, 1)}
+    assert offered_for(1)[0].slices > 1
     assert any(config.joined for config in offered_for(512)) == (sm == 90)
     for config in (*offered_for(33), *offered_for(512)):
         assert config.joined == (sm == 90 and config.block_n >= 64 and config.num_warps >= 4)

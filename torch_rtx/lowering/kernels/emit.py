@@ -104,6 +104,10 @@ class Emitter:
         self.scope, self.looped = Scope(), loop
         self._varying.update(dict.fromkeys(scalars, frozenset((loop,))))
 
+    def along(self, axis: str, name: str) -> None:
+        """Take the variable `name` for one that changes along an axis."""
+        self._varying[name] = frozenset((axis,))
+
     def inner(self) -> list[str]:
         """Leave the loop; returns its lines."""
         lines = [] if self.scope is self.outer else self.scope.lines

@@ -22,16 +22,17 @@ from torch_rtx.errors import Unsupported
 from torch_rtx.lowering.kernels.gemm_problem import SIZES, GemmProblem, gemm_problem
 from torch_rtx.lowering.kernels.matmul_template import FLOAT8, MAX_GEMV_ROWS, Contraction, GemmConfig
 from torch_rtx.lowering.kernels.memory_model import typical
-from torch_rtx.lowering.kernels.packed import PARTS
+from torch_rtx.lowering.kernels.packed import BITS, PARTS
 from torch_rtx.lowering.kernels.region import Region
+from torch_rtx.lowering.kernels.sliced_template import MIN_ROWS, rows_of_slice
 from torch_rtx.lowering.kernels.source import MIN_BLOCK, block_of
 from torch_rtx.targets import Arch
 
 MAX_CONFIGS, MAX_PER_TILE = 12, 2  # configurations kept: in all, and per tile shape
 NUM_SPLITS = (2, 4, 8, 16)  # candidates for split-K and split-KV
 FULL_TILES, TILE = 0.75, 64  # no split-K with more TILE x TILE tiles per multiprocessor than this
+SLICES = (2, 4, 8)  # of K in a tile
 SPLIT_MULTIPLE = 32  # elements of K: each split has a multiple of this
-MIN_ROWS = 8  # of a tile of `tl.dot`
 MAX_IMPRECISE = 128  # products of float8 that tensor cores may sum in less than f32, as in libraries
 MAX_PACKED, MAX_COMPUTED = 128, 64  # elements of a packed, or another computed operand per thread and step
 MAX_SCALED = 3  # operations for an element whose scale follows the sums
@@ -49,7 +50,7 @@ def ranked_configs(region: Region, contraction: Contraction, arch: Arch, input_p
     block_scaled = contraction.block_scaled > 0 and "block_scale" in arch.features
     problem = gemm_problem(region, contraction, arch, precision, block_scaled)
     best = [config for _, config in _ranked(problem, _is_gemv(contraction) and not block_scaled, arch)]
-    tiles = [(config.gemv, config.block_m, config.width) for config in best]
+    tiles = [(config.gemv, config.slices, config.block_m, config.width) for config in best]
     kept = [config for at, config in enumerate(best) if tiles[:at].count(tiles[at]) < MAX_PER_TILE][:MAX_CONFIGS]
     return [
         replace(config, input_precision=precision, promoted=problem.promoted, block_scaled=block_scaled)
@@ -82,7 +83,9 @@ def config_us(region: Region, contraction: Contraction, arch: Arch, config: Gemm
         Unsupported: see `gemm_problem`.
     """
     problem = gemm_problem(region, contraction, arch, config.input_precision, config.block_scaled)
-    return gemv_us(problem, config, arch.chip) if config.gemv else mma_us(problem, config, arch)
+    if config.gemv:
+        return gemv_us(problem, config, arch.chip)
+    return sliced_us(problem, config, arch) if config.slices > 1 else mma_us(problem, config, arch)
 
 
 def _is_gemv(contraction: Contraction) -> bool:
@@ -94,6 +97,8 @@ def _is_gemv(contraction: Contraction) -> bool:
 def _ranked(problem: GemmProblem, is_gemv: bool, arch: Arch) -> list[tuple[float, GemmConfig]]:
     """All configurations with their times in microseconds, the fastest first."""
     found = [(mma_us(problem, config, arch), config) for config in _mma_configs(problem, arch)]
+    if is_gemv:
+        found += [(sliced_us(problem, config, arch), config) for config in _sliced_configs(problem, arch)]
     if problem.unpacking:  # of equals, those with the largest tiles and most loads in flight
         found.reverse()
     if is_gemv:
@@ -289,8 +294,8 @@ def _resident_programs(problem: GemmProblem, config: GemmConfig, arch: Arch) -> 
     used = accumulator_regs(problem, config) + (56 if _uses_wgmma(problem, config, arch) else 80)
     if _unpacks_for_wgmma(problem, config, arch):
         used += _computed_elements(problem, config) * 3 // 4  # of this step and the next
-    elif problem.packed_run:
-        used += _computed_elements(problem, config) // 8  # a part after the other
+    elif problem.packed_run:  # a part after the other, but all scales
+        used += int(_computed_elements(problem, config) * (1 / 16 + problem.second_bytes - BITS / 8))
     registers = min(used, 255)
     return max(
         1,
@@ -332,6 +337,29 @@ def _step_us(problem: GemmProblem, config: GemmConfig, arch: Arch, count: int) -
     unpack_us = operations * width * config.block_k * across / (lanes * chip.clock * 1e3)
     on_chip_us = count * math_us, count * shared_us, count * l2_us, count * unpack_us
     return BARRIER_US + _overlapped_us(chip, *on_chip_us, latency_us, count * uncoalesced_us)
+
+
+# ---- slices of K side by side ----------------------------------------------------------------------------------------
+
+
+def _sliced_configs(problem: GemmProblem, arch: Arch) -> Iterator[GemmConfig]:
+    for slices in SLICES if problem.is_sliceable else ():
+        is_whole = problem.depth % (slices * max(SPLIT_MULTIPLE, PARTS * problem.packed_run)) == 0
+        if is_whole and slices * rows_of_slice(problem.rows) <= MIN_ROWS:
+            for config in _mma_configs(_sliced(problem, slices), arch):
+                if config.block_m == MIN_ROWS:
+                    yield replace(config, block_n=config.block_n // slices, slices=slices)
+
+
+def _sliced(problem: GemmProblem, slices: int) -> GemmProblem:
+    """The problem whose tiles are those with slices."""
+    return replace(problem, columns=problem.columns * slices, depth=problem.depth // slices)
+
+
+def sliced_us(problem: GemmProblem, config: GemmConfig, arch: Arch) -> float:
+    """The time of a kernel of tiles with slices, in microseconds. Their sum goes through shared memory, twice."""
+    whole = replace(config, block_n=config.block_n * config.slices)
+    return mma_us(_sliced(problem, config.slices), whole, arch) + 2 * BARRIER_US
 
 
 # ---- GEMV ------------------------------------------------------------------------------------------------------------

@@ -62,6 +62,7 @@ class GemmProblem:
         unpacking: operations that compute an element of it; 0 for a plain load.
         swapped: see `matmul_template.swaps`.
         packed_run: see `packed.packed_run`.
+        is_sliceable: `SlicedWriter` takes it.
     """
 
     batch: int
@@ -81,6 +82,7 @@ class GemmProblem:
     unpacking: int = 0
     swapped: bool = False
     packed_run: int = 0
+    is_sliceable: bool = False
 
     def step_bytes(self, config: GemmConfig) -> float:
         """Bytes that a step reads."""
@@ -126,6 +128,7 @@ def gemm_problem(
         unpacking=_operations(contraction.b) if is_computed else 0,
         swapped=swaps(contraction),
         packed_run=packed_run,
+        is_sliceable=swaps(contraction) and not contraction.taps and contraction.ends is None,
     )
     if contraction.ends is not None:  # rows are equally divided among groups, and matrices without rows not read
         batch = max(min(found.batch, found.rows), 1)

@@ -51,6 +51,7 @@ class GemmConfig:
         programs: of a persistent kernel; 0: one program per tile.
         promoted: the products of a step are added to the sums by separate instructions, in f32.
         joined: the parts of a packed second operand are one tile, see `MmaWriter`.
+        slices: of K in a tile, side by side: use SlicedWriter if there are several.
     """
 
     block_m: int
@@ -66,6 +67,7 @@ class GemmConfig:
     promoted: bool = False
     block_scaled: bool = False
     joined: bool = False
+    slices: int = 1
 
     @property
     def width(self) -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from torch_rtx.dtypes import HALVES
 from torch_rtx.lowering.kernels.emit import Axis, Emitter, Operand
-from torch_rtx.lowering.kernels.index import substitute, variable
+from torch_rtx.lowering.kernels.index import Index, substitute, variable
 from torch_rtx.lowering.kernels.kernel_ir import Position
 from torch_rtx.lowering.kernels.matmul_template import (
     KA,
@@ -67,37 +67,65 @@ class MmaWriter(TileWriter):
         self.swapped = swaps(contraction)
         if self.swapped:
             self.row_axis, self.column_axis = self.column_axis, self.row_axis
+        self.loop_rows = Axis(M, self.config.block_m, self.rows_mask)  # of a tile in the loop
+
+    def loop_columns(self, axis: Axis) -> Axis:
+        """The columns of a tile in the loop, for those of a tile."""
+        return axis
+
+    def k_loop(self) -> KLoop:
+        """The loop over K."""
+        return KLoop(self.contraction, self.config.block_k)
+
+    def emitter(self, axes: list[Axis], names: str) -> Emitter:
+        """An emitter of lines of the loop."""
+        return Emitter(axes, names)
+
+    def a_at(self, position: Position) -> Position:
+        """The position in the first operand for one along K, in the loop."""
+        return self.contraction.a_at(self.z, self.m, position)
+
+    def b_at(self, column: Index, position: Position) -> Position:
+        """The position in the second operand for a column of the tile and a position along K, in the loop."""
+        return self.contraction.b_at(self.z, column, position)
+
+    def tile_of(self, total: Operand, axis: Axis) -> tuple[Operand, list[str]]:
+        """The sums of a tile, for what the loop computed, and the lines that make them of it."""
+        return total, []
 
     def body(self) -> list[str]:
         """Pointers, the loop over K, and the epilogue."""
-        config, contraction = self.config, self.contraction
-        k_loop = KLoop(contraction, config.block_k)
+        config, k_loop = self.config, self.k_loop()
         a_mask, b_mask = ("in_ka", "in_kb") if k_loop.masked else ("", "")
         rows, is_joined = Axis(M, config.block_m, self.rows_mask), config.joined and k_loop.run > 0
         block_a = len(k_loop.parts) * k_loop.block if is_joined else k_loop.block
-        a = Emitter(self._axes(rows, Axis(KA, block_a, a_mask)), "a")
+        a = self.emitter(self._axes(self.loop_rows, Axis(KA, block_a, a_mask)), "a")
         k_loop.enter(a, a_mask)
         places = [k_loop.whole(KA)] if is_joined else [k_loop.position(KA, part) for part in k_loop.parts]
         left = [self._left(a, place, a_mask) for place in places]
         before, inside, dots, rest = a.outer.lines, a.inner(), list[str](), list[str]()
         num_stages = 0
         for part, axis in enumerate(self.ranges):
-            b = Emitter(self._axes(Axis(KB, k_loop.block, b_mask), axis), "bc"[part])
+            inner = self.loop_columns(axis)
+            b = self.emitter(self._axes(Axis(KB, k_loop.block, b_mask), inner), "bc"[part])
             k_loop.enter(b, b_mask)
             named = {N: variable(axis.name, self.indexing.width)} if part else {}
             sums = []
             for which, column in enumerate(self.indexing.columns):
                 name = f"acc{part * len(self.indexing.columns) + which}"
                 columns = substitute(column, named)
-                positions = [contraction.b_at(self.z, columns, k_loop.position(KB, one)) for one in k_loop.parts]
-                sums.append(self._sums(Operand(name, frozenset((M, axis.name))), b, axis, positions, left, b_mask))
+                positions = [self.b_at(columns, k_loop.position(KB, one)) for one in k_loop.parts]
+                total = Operand(name, frozenset((self.loop_rows.name, inner.name)))
+                sums.append(self._sums(total, b, inner, positions, left, b_mask))
             before += [*b.outer.lines, *(line for one in sums for line in one.before)]
             inside += b.inner()
             dots += [line for one in sums for line in one.inside]
             num_stages = config.num_stages if any(one.by_step for one in sums) else num_stages
             epilogue = Emitter(self._axes(rows, axis), "" if part == 0 else "e")
-            self.write_epilogue(epilogue, [one.total for one in sums], named)
-            rest += [*(line for one in sums for line in one.after), *epilogue.outer.lines]
+            tiles = [self.tile_of(one.total, axis) for one in sums]
+            self.write_epilogue(epilogue, [total for total, _ in tiles], named)
+            rest += [line for one, (_, lines) in zip(sums, tiles, strict=True) for line in (*one.after, *lines)]
+            rest += epilogue.outer.lines
         k_axes = "[:, None]" if self.swapped else "[None, :]", "[None, :]" if self.swapped else "[:, None]"
         lines = [*self.k_range(KA, k_axes[0], block_a), *self.k_range(KB, k_axes[1], k_loop.block)]
         word = f"({KA} % {k_loop.block})" if is_joined else KA
@@ -106,7 +134,7 @@ class MmaWriter(TileWriter):
 
     def _left(self, emitter: Emitter, position: Position, mask: str) -> str:
         """A tile of the first operand. One row is read once, not by all rows of the tile."""
-        at = self.contraction.a_at(self.z, self.m, position)
+        at = self.a_at(position)
         is_one = self.contraction.rows == 1 and self.rows_mask != ""
         conditions = (Operand(self.rows_mask, frozenset((M,))),) if is_one else ()
         return operand(emitter, self.contraction.a, at, self.dtype, mask, conditions=conditions)
@@ -183,7 +211,7 @@ class MmaWriter(TileWriter):
         return self.config.block_m <= FEW_ROWS
 
     def _zeros(self, axis: Axis) -> str:
-        shape = ", ".join(str(one.block) for one in self._axes(Axis(M, self.config.block_m), axis))
+        shape = ", ".join(str(one.block) for one in self._axes(self.loop_rows, axis))
         return f"tl.zeros([{shape}], {tl_dtype(self.sums)})"
 
     def _axes(self, first: Axis, second: Axis) -> list[Axis]:
