@@ -43,6 +43,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "Gemma3": {"head_dim": 4, **MIXED},
     "Mistral": {"sliding_window": 4},
     "Mixtral": {"num_local_experts": 2},
+    "Bloom": {"n_layer": 2, "n_head": 4, "hidden_size": 16},
 }
 CLASSES = {"GPT2": ("GPT2LMHeadModel", "GPT2Config"), "Gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig")}
 TEXT = torch.tensor([[7, 3, 22, 9, 30]])
@@ -76,13 +77,13 @@ def engine(model: Any) -> GenerationEngine:
 # ---- what a model's programs compute ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "narrow"), [*((k, k != "Bloom") for k in KINDS), ("Llama", False), ("Gemma3", False)])
 @torch.no_grad()
-def test_programs_of_any_model(kind: str) -> None:
+def test_programs_of_any_model(kind: str, narrow: bool) -> None:
     model = tiny(kind)
-    empty, filled, vocabulary = _caches(model, PLACES, None)
+    empty, filled, vocabulary = _caches(model, PLACES, None, narrow)
     assert vocabulary == VOCABULARY
-    prefill, decode = Prefill(model, empty), Decode(model, filled)
+    prefill, decode = Prefill(model, empty, None if narrow else PLACES), Decode(model, filled)
     assert prefill.state_dict().keys() == model.state_dict().keys()
     for ids in (TEXT, PADDED, TEXT[:, :1]):
         padding, (batch, length) = (ids != PAD).long(), ids.shape
@@ -212,7 +213,7 @@ WRONG: list[tuple[Any, dict[str, Any], str]] = [
     (torch.ones(1, 17, dtype=torch.long), {}, r"17 tokens, the engine takes 1 to 16\n.*max_cache_len=17"),
     (TEXT, {"max_new_tokens": 13}, r"13 new tokens after prompts of 5: the cache has room for 12\n.*max_cache_len=17"),
     (TEXT, {"max_new_tokens": 0}, "max_new_tokens is 0"),
-    (TEXT.repeat(3, 1), {}, "3 prompts, the engine is for 1 to 2"),
+    (TEXT.repeat(4, 1), {}, "4 prompts, the engine is for 1 to 3"),
     (TEXT[0], {}, r"shape \[batch, length\]"),
     (TEXT.float(), {}, "must be integers"),
     (TEXT + VOCABULARY, {}, "outside of the 37"),

@@ -14,6 +14,7 @@ named here. To load and to run an engine needs neither transformers nor a compil
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import replace
@@ -29,6 +30,7 @@ from torch_rtx.integrations.sampling import Sampler
 from torch_rtx.settings import CompilationSettings, RuntimeSettings
 
 __all__ = ["GenerationEngine", "export_generate"]
+log = logging.getLogger(__name__)
 PROBE = 3, 8  # batch and length of the call that shows which tensors a cache has
 TYPICAL = 256  # tokens of a prompt that kernels for any length are chosen for
 
@@ -63,13 +65,21 @@ def export_generate(
     settings, runtime = chosen_settings(settings, runtime, options)
     runtime = replace(runtime, watch_weights=False)
     sizes = _checked(model, max_cache_len, batch_size, min_prompt_len)
-    empty, filled, vocabulary = _caches(model, max_cache_len, settings.device)
-    prompt, step, choice = _inputs(
-        sizes, (min_prompt_len, max_cache_len), vocabulary, _tensors(empty), _tensors(filled)
-    )
     whole, device = replace(settings, strip_weights=True), settings.device or str(model.device)
+    for narrow in (True, False):
+        try:
+            empty, filled, vocabulary = _caches(model, max_cache_len, settings.device, narrow)
+            tensors = _tensors(empty), _tensors(filled)
+            prompt, step, choice = _inputs(sizes, (min_prompt_len, max_cache_len), vocabulary, *tensors)
+            places = None if narrow else max_cache_len
+            prefill = compile(Prefill(model, empty, places), prompt, settings=whole, runtime=runtime)
+            break
+        except CaptureError as error:
+            if not narrow:
+                raise
+            log.info("prompts will look at the whole cache: %s", error)
     return GenerationEngine(
-        prefill=compile(Prefill(model, empty), prompt, settings=whole, runtime=runtime),
+        prefill=prefill,
         decode=compile(Decode(model, filled), step, settings=settings, runtime=runtime),
         sample=compile(Sampler(), choice, settings=replace(settings, device=device), runtime=runtime),
     )
@@ -82,6 +92,8 @@ def _inputs(
     from torch_rtx.backend.inputs import Input
 
     (few, many), (shortest, places) = sizes, prompt
+    if few != many:
+        many = max(many, 3)  # in a capture sizes that vary are at least 2, so that up to 2 would be none that varies
     batch = {0: "batch"}
 
     def tensor(*shape: int, dtype: torch.dtype = torch.int64) -> Any:
@@ -129,9 +141,14 @@ def _checked(model: Any, max_cache_len: int, batch_size: int | tuple[int, int], 
 # ---- the cache -------------------------------------------------------------------------------------------------------
 
 
-def _caches(model: Any, max_cache_len: int, device: str | None) -> tuple[Any, Any, int]:
+def _caches(model: Any, max_cache_len: int, device: str | None, narrow: bool = True) -> tuple[Any, Any, int]:
     """A static cache as it is before a prompt and as it is after it, and the size of the vocabulary. The tensors have
-    types alone; what the layers hold besides is what Python code branches on."""
+    types alone; what the layers hold besides is what Python code branches on.
+
+    Args:
+        narrow: see `_own_keys`. A model that asks the cache for its length does not take that, nor does PyTorch 2.11
+            where heads share keys.
+    """
     from torch_rtx.backend.capture import with_fakes
     from torch_rtx.backend.capture_errors import explained
 
@@ -142,10 +159,11 @@ def _caches(model: Any, max_cache_len: int, device: str | None) -> tuple[Any, An
     with explained(), with_fakes(model, device) as placed:
         cache = StaticCache(config=model.config, max_cache_len=max_cache_len)
         kinds = [_whole(layer, max_cache_len) for layer in cache.layers]
-        for layer in cache.layers:
+        for layer in cache.layers if narrow else ():
             _own_keys(layer)
         ids = torch.ones((PROBE[0], min(PROBE[1], max_cache_len)), dtype=torch.int64, device=placed)
-        vocabulary = _scores(model, cache, ids, ids, ids, first=True).shape[1]
+        mask = ids if narrow else torch.ones((PROBE[0], max_cache_len), dtype=torch.int64, device=placed)
+        vocabulary = _scores(model, cache, ids, mask, ids, first=True).shape[1]
         filled = _with_tensors(cache, _tensors(cache), lambda count: count)
         for layer, kind in zip(filled.layers, kinds, strict=True):
             layer.__class__ = kind
@@ -254,10 +272,20 @@ class _Program(nn.Module):
 
 
 class Prefill(_Program):
-    """Reads prompts `[batch, length]`, and fills an empty cache."""
+    """Reads prompts `[batch, length]`, and fills an empty cache.
+
+    Args:
+        places: those of the cache, if prompts look at all of them.
+    """
+
+    def __init__(self, model: Any, cache: Any, places: int | None = None) -> None:
+        super().__init__(model, cache)
+        self._places = places
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: list[Tensor]) -> Tensor:
         """The scores."""
+        if self._places is not None:
+            attention_mask = nn.functional.pad(attention_mask, (0, self._places - attention_mask.shape[1]))
         nothing = torch.zeros((), dtype=torch.int64, device=input_ids.device)
         return self.scores(input_ids, attention_mask, position_ids, cache, nothing, first=True)
 
