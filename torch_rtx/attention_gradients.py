@@ -21,6 +21,7 @@ LIBRARIES = {
     "cudnn": "_scaled_dot_product_cudnn_attention",
     "cpu": "_scaled_dot_product_flash_attention_for_cpu",
 }
+ALIGNMENT = 16  # elements: of the rows of masks that "efficient" takes
 _DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -36,6 +37,16 @@ def _has_call(query: Tensor, library: str) -> bool:
     return query.is_cuda and (query.dtype in _DTYPES or (library == "efficient" and query.dtype == torch.float32))
 
 
+def _in_aligned_rows(mask: Tensor | None) -> Tensor | None:
+    """A mask in rows that the library takes, padded as PyTorch does it."""
+    if mask is None or mask.device.type == "meta" or (mask.stride(-1) == 1 and mask.stride(-2) % ALIGNMENT == 0):
+        return mask
+    once = mask[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in mask.stride())]
+    size = mask.shape[-1]
+    padded = torch.nn.functional.pad(once.expand(*once.shape[:-1], size), (0, -size % ALIGNMENT))
+    return padded[..., :size].expand(mask.shape)
+
+
 def _forward_call(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, library: str, is_causal: bool, scale: float | None
 ) -> tuple[Tensor, Tensor]:
@@ -43,7 +54,7 @@ def _forward_call(
     if library == "cpu":
         found = call(query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale)
     else:
-        masks = () if library == "flash" else (mask, True)
+        masks = () if library == "flash" else (_in_aligned_rows(mask) if library == "efficient" else mask, True)
         found = call(query, key, value, *masks, 0.0, is_causal, scale=scale)
     return found[0], found[1]
 
@@ -66,8 +77,8 @@ def _backward_call(
     _, call = operators(library)
     if library == "efficient":
         wanted = [True, True, True, mask_gradient]
-        found = call(grad_out, *operands, mask, *results, *state, 0.0, wanted, is_causal, scale=scale)
-        return found[0], found[1], found[2], found[3] if mask_gradient else _nothing(query)
+        found = call(grad_out, *operands, _in_aligned_rows(mask), *results, *state, 0.0, wanted, is_causal, scale=scale)
+        return found[0], found[1], found[2], found[3].contiguous() if mask_gradient else _nothing(query)
     if library == "cpu":
         found = call(grad_out, *operands, *results, 0.0, is_causal, attn_mask=mask, scale=scale)
     elif library == "flash":

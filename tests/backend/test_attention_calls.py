@@ -73,6 +73,25 @@ def test_gradients_are_those_of_eager_mode(library: str, given: list[Tensor], op
     assert [(one.meta["val"].shape, one.meta["val"].stride()) for one in results] == found
 
 
+def test_masks_are_read_as_they_were_before_padding() -> None:
+    """PyTorch pads rows of masks for "efficient", and their gradients."""
+
+    def run(gradient: Tensor, *operands: Tensor) -> tuple[Tensor, ...]:
+        given = [one.detach().requires_grad_() for one in operands]
+        mask = F.pad(given[3], (0, 11))[..., :21].expand(2, 4, 21, 21)
+        out = torch.ops.aten._scaled_dot_product_efficient_attention(*given[:3], mask, True)[0]
+        return out, *torch.autograd.grad(out, given, gradient)
+
+    given = [*operands(), torch.randn(2, 1, 21, 21)]
+    traced = named(run, *given)
+    traced.graph.eliminate_dead_code()
+    traced.recompile()
+    assert not any(word in str(node.target) for node in traced.graph.nodes for word in ("pad_nd", "slice"))
+    gradient, *leaves = (one.detach().requires_grad_() for one in given)
+    expected = F.scaled_dot_product_attention(*leaves)
+    torch.testing.assert_close(list(traced(*given)), [expected, *torch.autograd.grad(expected, leaves, gradient)])
+
+
 @pytest.mark.parametrize(
     ("library", "given", "options"),
     [

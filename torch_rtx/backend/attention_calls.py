@@ -17,9 +17,11 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from torch_rtx.attention_gradients import LIBRARIES, operators
 from torch_rtx.backend.training import traced
+from torch_rtx.lowering.kernels.attention_backward import MAX_KEYS
 
 FORWARD = torch.ops.torch_rtx.attention_forward.default
 BACKWARD = torch.ops.torch_rtx.attention_backward.default
+aten = torch.ops.aten
 RESULTS = 2  # of a library's forward that the operator has, too
 
 
@@ -31,6 +33,43 @@ def name_attention(graph: fx.Graph) -> None:
             _replace_backward(graph, node, library)
         for node in graph.find_nodes(op="call_function", target=forward):
             _replace_forward(graph, node, library)
+    _drop_padded_gradients(graph)
+
+
+def _unpadded(graph: fx.Graph, mask: Any) -> Any:
+    """A mask before PyTorch padded its rows for the library; a kernel reads rows that lie side by side faster. Where
+    the library is called, its operator pads them again."""
+    node, shape = mask, mask.meta["val"].shape if mask is not None else ()
+    if not shape or not statically_known_true(shape[-1] <= MAX_KEYS):
+        return mask
+    if node.target is aten.expand.default:
+        node = node.args[0]
+    cut = node.args if node.target is aten.slice.Tensor else ()
+    padded = node.args[0] if len(cut) == 4 and cut[1] in (-1, len(shape) - 1) and cut[2] == 0 else node
+    if padded.target is not aten.constant_pad_nd.default or len(padded.args[1]) != 2 or padded.args[1][0] != 0:
+        return mask
+    before = padded.args[0]
+    if before.meta["val"].shape != node.meta["val"].shape:
+        return mask
+    if node is mask:
+        return before
+    with graph.inserting_before(mask):
+        made = graph.call_function(mask.target, (before, *mask.args[1:]))
+    made.meta = {**mask.meta, "val": traced(made.target, made.args, {})}
+    return made
+
+
+def _drop_padded_gradients(graph: fx.Graph) -> None:
+    """The gradient of such a mask is padded as the mask was, and cut again."""
+    for node in graph.find_nodes(op="call_function", target=aten.constant_pad_nd.default):
+        padded = node.args[0]
+        if padded.target is aten.slice_backward.default and node.args[1][:1] == [0] and len(node.args[1]) == 2:
+            gradient, _, dim, start, *_ = padded.args
+            value, found = gradient.meta["val"], node.meta["val"]
+            last = dim in (-1, value.dim() - 1) and start == 0
+            if last and value.shape == found.shape and value.stride() == found.stride():
+                node.replace_all_uses_with(gradient)
+                graph.erase_node(node)
 
 
 def _replace_forward(graph: fx.Graph, node: fx.Node, library: str) -> None:
@@ -40,7 +79,7 @@ def _replace_forward(graph: fx.Graph, node: fx.Node, library: str) -> None:
     left_out = not given.get("compute_log_sumexp", True) or given.get("return_debug_mask", False)
     if left_out or not _is_plain(given, library) or not results <= set(range(RESULTS)):
         return
-    operands = (given["query"], given["key"], given["value"], _mask(given))
+    operands = (given["query"], given["key"], given["value"], _unpadded(graph, _mask(given)))
     _replace(graph, node, FORWARD, operands, _options(given, library))
 
 
@@ -57,6 +96,7 @@ def _replace_backward(graph: fx.Graph, node: fx.Node, library: str) -> None:
             return
         options["mask_gradient"] = True
     gradient = given.get("grad_out_", given.get("grad_out"))
+    mask = _unpadded(graph, mask)
     operands = (gradient, given["query"], given["key"], given["value"], mask, given["out"], given["logsumexp"])
     _replace(graph, node, BACKWARD, operands, options)
 
@@ -95,3 +135,6 @@ def _replace(graph: fx.Graph, node: fx.Node, target: Any, args: tuple[Any, ...],
     made.meta = {**node.meta, "val": traced(target, args, kwargs)}
     node.replace_all_uses_with(made)
     graph.erase_node(node)
+    for user in made.users:
+        if user.target is operator.getitem:
+            user.meta["val"] = made.meta["val"][user.args[1]]
