@@ -38,13 +38,15 @@ def _has_call(query: Tensor, library: str) -> bool:
 
 
 def _in_aligned_rows(mask: Tensor | None) -> Tensor | None:
-    """A mask in rows that the library takes, padded as PyTorch does it."""
-    if mask is None or mask.device.type == "meta" or (mask.stride(-1) == 1 and mask.stride(-2) % ALIGNMENT == 0):
+    """A mask in rows that "efficient" takes, padded as PyTorch does it before its own call."""
+    if mask is None or mask.device.type == "meta":
         return mask
-    once = mask[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in mask.stride())]
+    *strides, last = mask.stride()
+    if last == 1 and not any(stride % ALIGNMENT for stride in strides):
+        return mask
     size = mask.shape[-1]
-    padded = torch.nn.functional.pad(once.expand(*once.shape[:-1], size), (0, -size % ALIGNMENT))
-    return padded[..., :size].expand(mask.shape)
+    once = mask[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in strides)]  # of what is repeated
+    return torch.nn.functional.pad(once, (0, -size % ALIGNMENT))[..., :size].expand(mask.shape)
 
 
 def _forward_call(

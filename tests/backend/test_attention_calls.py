@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
+from torch_rtx.attention_gradients import ALIGNMENT, _in_aligned_rows
 from torch_rtx.backend.attention_calls import BACKWARD, FORWARD, name_attention
 
 Step = Callable[..., tuple[Tensor, ...]]
@@ -111,3 +112,16 @@ def test_what_is_read_elsewhere_stays() -> None:
         return out, *state
 
     assert FORWARD not in calls(named(run, *operands()[1:]))
+
+
+@pytest.mark.parametrize(
+    "strides", [(0, 441, 21, 1), (21, 0, 0, 1), (441, 0, 21, 1), (2688, 672, 32, 1), (84, 21, 1, 0)]
+)
+def test_masks_in_rows_that_the_library_takes(strides: tuple[int, ...]) -> None:
+    mask = torch.randn(8192).as_strided((2, 4, 21, 21), strides)
+    found = _in_aligned_rows(mask)
+    assert found is not None
+    assert torch.equal(found, mask)
+    assert found.stride(-1) == 1
+    assert not any(stride % ALIGNMENT for stride in found.stride()[:-1])
+    assert all(made == 0 for made, stride in zip(found.stride()[:-1], strides, strict=False) if stride == 0)

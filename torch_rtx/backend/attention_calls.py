@@ -39,19 +39,18 @@ def name_attention(graph: fx.Graph) -> None:
 def _unpadded(graph: fx.Graph, mask: Any) -> Any:
     """A mask before PyTorch padded its rows for the library; a kernel reads rows that lie side by side faster. Where
     the library is called, its operator pads them again."""
-    node, shape = mask, mask.meta["val"].shape if mask is not None else ()
-    if not shape or not statically_known_true(shape[-1] <= MAX_KEYS):
+    if mask is None or not statically_known_true(mask.meta["val"].shape[-1] <= MAX_KEYS):
         return mask
-    if node.target is aten.expand.default:
-        node = node.args[0]
-    cut = node.args if node.target is aten.slice.Tensor else ()
-    padded = node.args[0] if len(cut) == 4 and cut[1] in (-1, len(shape) - 1) and cut[2] == 0 else node
-    if padded.target is not aten.constant_pad_nd.default or len(padded.args[1]) != 2 or padded.args[1][0] != 0:
+    cut = mask.args[0] if mask.target is aten.expand.default else mask
+    if cut.target is not aten.slice.Tensor or len(cut.args) != 4:
         return mask
-    before = padded.args[0]
-    if before.meta["val"].shape != node.meta["val"].shape:
+    padded, dim, start, _ = cut.args
+    if padded.target is not aten.constant_pad_nd.default or dim not in (-1, 3) or start != 0:
         return mask
-    if node is mask:
+    before, pads = padded.args[:2]
+    if len(pads) != 2 or pads[0] != 0 or before.meta["val"].shape != cut.meta["val"].shape:
+        return mask
+    if cut is mask:
         return before
     with graph.inserting_before(mask):
         made = graph.call_function(mask.target, (before, *mask.args[1:]))
@@ -62,14 +61,15 @@ def _unpadded(graph: fx.Graph, mask: Any) -> Any:
 def _drop_padded_gradients(graph: fx.Graph) -> None:
     """The gradient of such a mask is padded as the mask was, and cut again."""
     for node in graph.find_nodes(op="call_function", target=aten.constant_pad_nd.default):
-        padded = node.args[0]
-        if padded.target is aten.slice_backward.default and node.args[1][:1] == [0] and len(node.args[1]) == 2:
-            gradient, _, dim, start, *_ = padded.args
-            value, found = gradient.meta["val"], node.meta["val"]
-            last = dim in (-1, value.dim() - 1) and start == 0
-            if last and value.shape == found.shape and value.stride() == found.stride():
-                node.replace_all_uses_with(gradient)
-                graph.erase_node(node)
+        padded, pads = node.args[:2]
+        if padded.target is not aten.slice_backward.default or len(pads) != 2 or pads[0] != 0:
+            continue
+        gradient, _, dim, start, _, step = padded.args
+        before, after = (one.meta["val"] for one in (gradient, node))
+        same = before.shape == after.shape and before.stride() == after.stride()
+        if same and dim in (-1, before.dim() - 1) and (start, step) == (0, 1):
+            node.replace_all_uses_with(gradient)
+            graph.erase_node(node)
 
 
 def _replace_forward(graph: fx.Graph, node: fx.Node, library: str) -> None:
