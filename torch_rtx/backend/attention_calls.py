@@ -22,6 +22,7 @@ from torch_rtx.lowering.kernels.attention_backward import MAX_KEYS
 FORWARD = torch.ops.torch_rtx.attention_forward.default
 BACKWARD = torch.ops.torch_rtx.attention_backward.default
 aten = torch.ops.aten
+FEW = 2  # times that what a mask is the sum of is in it, at least
 RESULTS = 2  # of a library's forward that the operator has, too
 
 
@@ -58,6 +59,21 @@ def _unpadded(graph: fx.Graph, mask: Any) -> Any:
     return made
 
 
+def _addends(mask: Any) -> tuple[Any, Any]:
+    """A mask as two, of which it is the sum, where both are much smaller: kernels add them as they read them. None for
+    the second where there is no such sum."""
+    if mask is None or not statically_known_true(mask.meta["val"].shape[-1] <= MAX_KEYS):
+        return mask, None
+    cast = mask.target is aten._to_copy.default and mask.kwargs.keys() == {"dtype"}
+    added = mask.args[0] if cast else mask
+    terms = added.args if added.target is aten.add.Tensor and not added.kwargs else ()
+    sizes = [term.meta["val"].numel() for term in terms if isinstance(term, fx.Node)]
+    floats = all(isinstance(term, fx.Node) and term.meta["val"].is_floating_point() for term in terms)
+    if len(sizes) == len(terms) == 2 and floats and statically_known_true(FEW * sum(sizes) <= mask.meta["val"].numel()):
+        return terms
+    return mask, None
+
+
 def _drop_padded_gradients(graph: fx.Graph) -> None:
     """The gradient of such a mask is padded as the mask was, and cut again."""
     for node in graph.find_nodes(op="call_function", target=aten.constant_pad_nd.default):
@@ -79,8 +95,9 @@ def _replace_forward(graph: fx.Graph, node: fx.Node, library: str) -> None:
     left_out = not given.get("compute_log_sumexp", True) or given.get("return_debug_mask", False)
     if left_out or not _is_plain(given, library) or not results <= set(range(RESULTS)):
         return
-    operands = (given["query"], given["key"], given["value"], _unpadded(graph, _mask(given)))
-    _replace(graph, node, FORWARD, operands, _options(given, library))
+    mask, bias = _addends(_unpadded(graph, _mask(given)))
+    operands = (given["query"], given["key"], given["value"], mask)
+    _replace(graph, node, FORWARD, operands, {**_options(given, library), "bias": bias})
 
 
 def _replace_backward(graph: fx.Graph, node: fx.Node, library: str) -> None:
@@ -96,7 +113,7 @@ def _replace_backward(graph: fx.Graph, node: fx.Node, library: str) -> None:
             return
         options["mask_gradient"] = True
     gradient = given.get("grad_out_", given.get("grad_out"))
-    mask = _unpadded(graph, mask)
+    mask, options["bias"] = _addends(_unpadded(graph, mask))
     operands = (gradient, given["query"], given["key"], given["value"], mask, given["out"], given["logsumexp"])
     _replace(graph, node, BACKWARD, operands, options)
 
