@@ -64,8 +64,11 @@ def _addends(mask: Any) -> tuple[Any, Any]:
     the second where there is no such sum."""
     if mask is None or not statically_known_true(mask.meta["val"].shape[-1] <= MAX_KEYS):
         return mask, None
-    cast = mask.target is aten._to_copy.default and mask.kwargs.keys() == {"dtype"}
-    added = mask.args[0] if cast else mask
+    added = mask
+    if added.target is aten.expand.default and added.args[0].meta["val"].shape == mask.meta["val"].shape:
+        added = added.args[0]
+    if added.target is aten._to_copy.default and added.kwargs.keys() == {"dtype"}:
+        added = added.args[0]
     terms = added.args if added.target is aten.add.Tensor and not added.kwargs else ()
     sizes = [term.meta["val"].numel() for term in terms if isinstance(term, fx.Node)]
     floats = all(isinstance(term, fx.Node) and term.meta["val"].is_floating_point() for term in terms)
