@@ -258,15 +258,7 @@ SWEEP: tuple[Entry, ...] = (
     _encoder("squeezebert", "SqueezeBertModel", 30522),
     _encoder("convbert", "ConvBertModel", 30522),
     _encoder("roformer", "RoFormerModel", 50000),
-    _encoder(
-        "nystromformer",
-        "NystromformerModel",
-        30000,
-        512,
-        2,
-        max_position_embeddings=512,
-        segment_means_seq_len=512,
-    ),
+    _encoder("nystromformer", "NystromformerModel", 30000, 512, 2, max_position_embeddings=512),
     _encoder("modernbert", "ModernBertModel", 50368, 512, 2),
     _encoder(
         "deberta_v2",
