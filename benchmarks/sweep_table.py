@@ -242,7 +242,7 @@ SWEEP: tuple[Entry, ...] = (
         32000,
         num_hidden_layers=4,
         num_experts=64,
-        few={"num_hidden_layers": 4, "num_experts": 8},
+        few={"num_hidden_layers": 4, "num_experts": 16},
     ),
     _decoder("opt", "OPTForCausalLM", 50272, hidden_size=768, num_hidden_layers=12, ffn_dim=3072),
     _decoder("gptj", "GPTJForCausalLM", 50400, n_layer=4, few={"n_layer": 2}),
@@ -258,7 +258,7 @@ SWEEP: tuple[Entry, ...] = (
     _encoder("squeezebert", "SqueezeBertModel", 30522),
     _encoder("convbert", "ConvBertModel", 30522),
     _encoder("roformer", "RoFormerModel", 50000),
-    _encoder("nystromformer", "NystromformerModel", 30000, 512, 2),
+    _encoder("nystromformer", "NystromformerModel", 30000, 512, 2, max_position_embeddings=512),
     _encoder("modernbert", "ModernBertModel", 50368, 512, 2),
     _encoder(
         "deberta_v2",
@@ -282,7 +282,11 @@ SWEEP: tuple[Entry, ...] = (
     _transformers(
         "switch",
         "SwitchTransformersForConditionalGeneration",
-        {"input_ids": _ids(32000, 128), "decoder_input_ids": _ids(32000, 32)},
+        {
+            "input_ids": _ids(32000, 128),
+            "attention_mask": _ids(2, 128),  # of ones, which the model makes itself in eager mode alone
+            "decoder_input_ids": _ids(32000, 32),
+        },
         8,
         _T5_LAYERS,
         num_layers=12,

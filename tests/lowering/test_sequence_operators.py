@@ -249,6 +249,15 @@ def test_the_largest_elements(x: torch.Tensor) -> None:
     assert all(len(set(row)) == 4 for row in positions.tolist())
 
 
+@pytest.mark.parametrize("largest", [True, False])
+def test_many_elements_are_those_of_a_sorted_row(largest: bool) -> None:
+    x = drawn(20, 3)
+    found = interpreted(graph := fused(Call(lambda x: torch.topk(x, 18, 0, largest)), (x,)), (x,))
+    assert left(graph) == {}
+    for mine, right in zip(found, torch.topk(x, 18, 0, largest), strict=True):
+        torch.testing.assert_close(mine, right, rtol=0, atol=0)
+
+
 def test_integers_are_counted() -> None:
     """PyTorch has this histogram of integers on GPUs alone."""
     x = below(9, 50).int()

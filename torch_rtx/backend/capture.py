@@ -36,6 +36,7 @@ from torch_rtx.backend.carried import carried_by, carrying
 from torch_rtx.backend.fake_cuda import constants_on_cpu, install_cuda_guard
 from torch_rtx.backend.fast_path import FAST_PATH
 from torch_rtx.backend.joint_graph import rewriting
+from torch_rtx.backend.known_values import known_values
 from torch_rtx.backend.quantized_ops import definitions
 from torch_rtx.backend.rematerialization import partition
 from torch_rtx.backend.scale_check import check_scales
@@ -281,7 +282,7 @@ def _trace_device(model: torch.nn.Module, device: torch.device | None) -> torch.
 
 def _export(model: torch.nn.Module, args: tuple[Any, ...], kwargs: Any, dynamic_shapes: Any) -> Any:
     # With gradients disabled, `with torch.no_grad()` inside the model changes no mode and adds no node to the graph.
-    with torch.no_grad(), compile_lock, _exporting():
+    with torch.no_grad(), compile_lock, _exporting(), known_values():
         return torch.export.export(model, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False)
 
 

@@ -2,7 +2,8 @@
 
     sort          an element's place is the number of elements before it; it is put there. Of integers of which few
                   differ, as of the experts of tokens, these are counted: a running sum for each integer
-    topk          the largest element, then the largest of the others, ...
+    topk          the largest element, then the largest of the others, ...; of many, or the smallest, the first ones of
+                  a sorted row
     histc         of whole numbers: how many elements are equal to each
     bucketize     the number of boundaries below an element
 
@@ -27,7 +28,7 @@ from torch_rtx.lowering.ranges import Ranges
 from torch_rtx.lowering.rewrite import Rewriter, rewrite
 
 MAX_COMPARED = 1 << 23  # pairs of elements: each row is read once for each of its elements
-MAX_SELECTED = 8  # elements of a row: each takes two reductions
+MAX_SELECTED = 16  # elements of a row: each takes two reductions
 MAX_BOUNDARIES = 64
 MAX_VALUES, FEWER = (
     512,
@@ -146,19 +147,29 @@ def _row(calls: _Calls, type_: TensorType, per_row: int | None = None) -> tuple[
 
 def _sorted(calls: _Calls) -> tuple[Value, ...]:
     """`sort`: equal elements stay in order."""
-    value, type_ = calls.operand("self")
-    try:
-        axis, place = _by_counting(calls, value, type_)
-    except Unsupported:
-        axis, place = _by_comparing(calls, value, type_)
-    zeros = calls.call("full.default", size=type_.shape, fill_value=0, dtype="i64", device=MAIN)
-    places = calls.places(type_.shape[axis], len(type_.shape), axis)  # type: ignore[arg-type]  # it is a number
-    positions = calls.call("expand.default", self=places, size=type_.shape)
-    order = calls.call("scatter.src", self=zeros, dim=axis, index=place, src=positions)
+    value, _ = calls.operand("self")
+    axis, order = _order(calls, calls.node.arg("descending", False) is True)
     return calls.call("gather.default", self=value, dim=axis, index=order), order
 
 
-def _by_counting(calls: _Calls, value: Value, type_: TensorType) -> tuple[int, Value]:
+def _order(calls: _Calls, descending: bool) -> tuple[int, Value]:
+    """The axis that a call sorts, and the positions of the elements along it in the order of these.
+
+    Raises:
+        Unsupported: that takes too long.
+    """
+    value, type_ = calls.operand("self")
+    try:
+        axis, place = _by_counting(calls, value, type_, descending)
+    except Unsupported:
+        axis, place = _by_comparing(calls, value, type_, descending)
+    zeros = calls.call("full.default", size=type_.shape, fill_value=0, dtype="i64", device=MAIN)
+    places = calls.places(type_.shape[axis], len(type_.shape), axis)  # type: ignore[arg-type]  # it is a number
+    positions = calls.call("expand.default", self=places, size=type_.shape)
+    return axis, calls.call("scatter.src", self=zeros, dim=axis, index=place, src=positions)
+
+
+def _by_counting(calls: _Calls, value: Value, type_: TensorType, descending: bool) -> tuple[int, Value]:
     """The axis, and the place of each element along it, for a row of integers of which few differ: how many are
     smaller, and how many equal ones come before.
 
@@ -171,7 +182,7 @@ def _by_counting(calls: _Calls, value: Value, type_: TensorType) -> tuple[int, V
     values, (count,) = int(high - low) + 1, type_.shape
     if not isinstance(count, int) or not FEWER * values <= count <= MAX_COMPARED // values:
         raise Unsupported("a row that is short or very long")
-    if calls.node.arg("descending", False):
+    if descending:
         number = calls.call("rsub.Scalar", self=value, other=int(high))
     else:
         number = calls.call("sub.Scalar", self=value, other=int(low))
@@ -187,7 +198,7 @@ def _by_counting(calls: _Calls, value: Value, type_: TensorType) -> tuple[int, V
     return 0, calls.cast(place, "i64")
 
 
-def _by_comparing(calls: _Calls, value: Value, type_: TensorType) -> tuple[int, Value]:
+def _by_comparing(calls: _Calls, value: Value, type_: TensorType, descending: bool) -> tuple[int, Value]:
     """The same for short rows: how many elements come before each.
 
     Raises:
@@ -196,7 +207,7 @@ def _by_comparing(calls: _Calls, value: Value, type_: TensorType) -> tuple[int, 
     axis, count = _row(calls, type_)
     own, other = (calls.call("unsqueeze.default", self=value, dim=at) for at in (axis + 1, axis))
     earlier = calls.earlier(count, len(type_.shape) + 1, axis)
-    first, second = (own, other) if calls.node.arg("descending", False) else (other, own)
+    first, second = (own, other) if descending else (other, own)
     before, after = calls.less(first, second), calls.less(second, first)
     counted = calls.either(before, calls.both(calls.negated(after), earlier))
     return axis, calls.call("sum.dim_IntList", self=counted, dim=(axis + 1,))
@@ -205,9 +216,14 @@ def _by_comparing(calls: _Calls, value: Value, type_: TensorType) -> tuple[int, 
 def _largest(calls: _Calls) -> tuple[Value, ...]:
     """`topk`, of equal elements the first."""
     value, type_ = calls.operand("self")
-    wanted = calls.node.arg("k")
-    if not isinstance(wanted, int) or not 0 < wanted <= MAX_SELECTED or calls.node.arg("largest", True) is not True:
-        raise Unsupported("many elements, or the smallest")
+    wanted, largest = calls.node.arg("k"), calls.node.arg("largest", True) is True
+    if not isinstance(wanted, int) or wanted <= 0:
+        raise Unsupported("who knows how many elements")
+    if wanted > MAX_SELECTED or not largest:
+        axis, order = _order(calls, largest)
+        first = calls.call("slice.Tensor", self=order, dim=axis, start=0, end=wanted)
+        order = calls.call("clone.default", self=first, memory_format="contiguous_format")
+        return calls.call("gather.default", self=value, dim=axis, index=order), order
     axis, count = _row(calls, type_, per_row=1)
     if wanted > count:
         raise Unsupported("more elements than there are")
