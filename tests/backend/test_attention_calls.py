@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
+from torch_rtx.attention_gradients import ALIGNMENT, _in_aligned_rows
 from torch_rtx.backend.attention_calls import BACKWARD, FORWARD, name_attention
 
 Step = Callable[..., tuple[Tensor, ...]]
@@ -73,6 +74,25 @@ def test_gradients_are_those_of_eager_mode(library: str, given: list[Tensor], op
     assert [(one.meta["val"].shape, one.meta["val"].stride()) for one in results] == found
 
 
+def test_masks_are_read_as_they_were_before_padding() -> None:
+    """PyTorch pads rows of masks for "efficient", and their gradients."""
+
+    def run(gradient: Tensor, *operands: Tensor) -> tuple[Tensor, ...]:
+        given = [one.detach().requires_grad_() for one in operands]
+        mask = F.pad(given[3], (0, 11))[..., :21].expand(2, 4, 21, 21)
+        out = torch.ops.aten._scaled_dot_product_efficient_attention(*given[:3], mask, True)[0]
+        return out, *torch.autograd.grad(out, given, gradient)
+
+    given = [*operands(), torch.randn(2, 1, 21, 21)]
+    traced = named(run, *given)
+    traced.graph.eliminate_dead_code()
+    traced.recompile()
+    assert not any(word in str(node.target) for node in traced.graph.nodes for word in ("pad_nd", "slice"))
+    gradient, *leaves = (one.detach().requires_grad_() for one in given)
+    expected = F.scaled_dot_product_attention(*leaves)
+    torch.testing.assert_close(list(traced(*given)), [expected, *torch.autograd.grad(expected, leaves, gradient)])
+
+
 @pytest.mark.parametrize(
     ("library", "given", "options"),
     [
@@ -92,3 +112,16 @@ def test_what_is_read_elsewhere_stays() -> None:
         return out, *state
 
     assert FORWARD not in calls(named(run, *operands()[1:]))
+
+
+@pytest.mark.parametrize(
+    "strides", [(0, 441, 21, 1), (21, 0, 0, 1), (441, 0, 21, 1), (2688, 672, 32, 1), (84, 21, 1, 0)]
+)
+def test_masks_in_rows_that_the_library_takes(strides: tuple[int, ...]) -> None:
+    mask = torch.randn(8192).as_strided((2, 4, 21, 21), strides)
+    found = _in_aligned_rows(mask)
+    assert found is not None
+    assert torch.equal(found, mask)
+    assert found.stride(-1) == 1
+    assert not any(stride % ALIGNMENT for stride in found.stride()[:-1])
+    assert all(made == 0 for made, stride in zip(found.stride()[:-1], strides, strict=False) if stride == 0)

@@ -20,7 +20,7 @@ from torch_rtx.runtime.inline import inline_kernels
 FORWARDS = {
     ATTENTION_BACKWARD: (
         ATTENTION_FORWARD,
-        ("query", "key", "value", "attn_mask", "library", "is_causal", "scale"),
+        ("query", "key", "value", "attn_mask", "library", "is_causal", "scale", "bias"),
         ("out", "logsumexp"),
     )
 }

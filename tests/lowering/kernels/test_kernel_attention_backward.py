@@ -27,7 +27,7 @@ class Call:
     """A call of attention in training, as the text of a body.
 
     Attributes:
-        mask: the type of the mask, "" without one.
+        mask, bias: the types of the mask and of what is added beside it, "" without one.
         wanted: the gradient of the mask is.
         extra: lines before the call, which may define the mask m.
         outer: sequence before heads in memory, as linear layers have it.
@@ -41,6 +41,7 @@ class Call:
     values: int | None = None
     shared_heads: int | None = None
     mask: str = ""
+    bias: str = ""
     wanted: bool = False
     library: str = "efficient"
     options: str = ""
@@ -70,8 +71,8 @@ class Call:
 
     def forward(self) -> str:
         query, key, value, result, statistic = self.types
-        given = f"library='{self.library}'{self.options}"
-        mask = f"m: {self.mask}\n" if self.mask else ""
+        given = f"library='{self.library}'{self.options}{', bias=b' if self.bias else ''}"
+        mask = "".join(f"{name}: {type_}\n" for name, type_ in (("m", self.mask), ("b", self.bias)) if type_)
         named = ", attn_mask=m" if self.mask or self.extra else ""
         call = f"torch_rtx.attention_forward.default(query=q, key=k, value=v{named}, {given})"
         return (
@@ -81,10 +82,10 @@ class Call:
 
     def backward(self) -> str:
         query, key, value, result, statistic = self.types
-        given = f"library='{self.library}'{self.options}, mask_gradient={self.wanted}"
-        mask = f"m: {self.mask}\n" if self.mask else ""
+        given = f"library='{self.library}'{self.options}, mask_gradient={self.wanted}{', bias=b' if self.bias else ''}"
+        mask = "".join(f"{name}: {type_}\n" for name, type_ in (("m", self.mask), ("b", self.bias)) if type_)
         named = "m" if self.mask or self.extra else "None"
-        of_mask = self.mask if self.wanted else "H[0]"
+        of_mask = f"H[{self.batch}, {self.heads}, {self.queries}, {self.keys}]" if self.wanted else "H[0]"
         inputs = f"g: {result}\nq: {query}\nk: {key}\nv: {value}\n{mask}o: {result}\nlse: {statistic}\n{self.extra}"
         operands = f"grad_out=g, query=q, key=k, value=v, attn_mask={named}, out=o, logsumexp=lse"
         call = f"torch_rtx.attention_backward.default({operands}, {given})"
@@ -98,7 +99,6 @@ def biased(**given: object) -> Call:
     return Call(**{"mask": shape, "wanted": True, **given})  # type: ignore[arg-type]
 
 
-WINDOW = "H[2, 2, 49, 49](6272, 3136, 64, 1)"  # rows are padded for the library
 DIMS = "dim b = 1, 64, 1\ndim m = 1, 512, 1\n"
 # NaN in rows of padding.
 COMPUTED = """t: H[2, 1, 1, 19]
@@ -106,7 +106,7 @@ n: H[1, 1, 19, 1]
 m: H[2, 1, 19, 19] = div.Tensor(self=t, other=n)
 """
 CALLS = {
-    "a window": Call(batch=2, queries=49, keys=49, width=32, outer=True, mask=WINDOW, wanted=True),
+    "a window": biased(batch=2, queries=49, keys=49, width=32, outer=True),
     "one block": Call(queries=16, keys=16),
     "several blocks": Call(queries=50, keys=33),
     "causal": Call(queries=37, keys=37, options=", is_causal=True", library="flash"),
@@ -118,6 +118,7 @@ CALLS = {
     "shared heads, causal": Call(heads=4, shared_heads=1, library="flash", options=", is_causal=True"),
     "head of 72": Call(width=72, queries=17, keys=20),
     "values of 40": biased(width=24, values=40),
+    "a mask and a bias": Call(batch=3, mask="H[3, 1, 19, 19]", bias="f32[1, 2, 19, 19]", wanted=True),
     "77 keys": Call(queries=21, keys=77),
     "one query": Call(queries=1, keys=45),
     "open sizes": Call(batch="b", queries="m", outer=True, dim=DIMS),
@@ -147,6 +148,7 @@ SPLIT = {
     "ranges": Call(batch=2, queries=200, keys=20, outer=True),
     "ranges of several blocks": Call(queries=300, keys=33),
     "ranges with a mask": Call(queries=100, mask="H[1, 2, 100, 19]", wanted=True),
+    "ranges with a bias": Call(queries=100, mask="H[1, 2, 1, 19]", bias="f32[1, 2, 100, 19]", wanted=True),
     "ranges with a mask of keys": Call(batch=2, queries=70, mask="H[2, 1, 1, 19]"),
 }
 
@@ -217,7 +219,7 @@ def test_a_window_needs_few_registers() -> None:
     built = compile_kernels([(kernel, Target(90))])[kernel, Target(90)]
     assert built.problem is None
     assert built.spills == 0
-    assert all(code.registers <= 160 and 5 * code.shared <= arch_of(90).shared for code in built.codes)
+    assert all(code.registers <= 104 and 5 * code.shared <= arch_of(90).shared for code in built.codes)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from torch_rtx.lowering.kernels.body_builder import BodyBuilder, argument, kerne
 from torch_rtx.lowering.kernels.split import added
 from torch_rtx.op_work import ATTENTION_BACKWARD, ATTENTION_BACKWARD_PARTIAL
 
-KEPT = ("grad_out", "query", "key", "value", "attn_mask", "scale", "mask_gradient")  # arguments of both calls
+KEPT = ("grad_out", "query", "key", "value", "attn_mask", "scale", "mask_gradient", "bias")  # arguments of both calls
 
 
 def split_queries(body: Graph, name: str, num_splits: int) -> Graph:

@@ -32,12 +32,13 @@ NUM_SPLITS = (2, 4, 8, 16)
 
 def _others(region: Region, name: str, arch: Arch, us: float) -> Iterator[Offer]:
     attn = backward_of(region)
-    keys = attn.keys.number or 0
-    if attn.range_rows is None:
-        config = backward_configs(region, arch)[0]
-        split_us, num_splits = min((_split_us(attn, arch, config, count), count) for count in NUM_SPLITS)
-        yield from splits(split_queries, region.body, name, num_splits, split_us, us)
-    yield Offer("library", (FASTER if arch.library is not None and keys > MANY_KEYS else SLOWER) * us)
+    if attn.range_rows is not None:
+        return  # no library has it
+    config = backward_configs(region, arch)[0]
+    split_us, num_splits = min((_split_us(attn, arch, config, count), count) for count in NUM_SPLITS)
+    yield from splits(split_queries, region.body, name, num_splits, split_us, us)
+    is_faster = arch.library is not None and (attn.keys.number or 0) > MANY_KEYS
+    yield Offer("library", (FASTER if is_faster else SLOWER) * us)
 
 
 def _expected_us(region: Region, arch: Arch, config: AttentionConfig) -> float:
