@@ -9,7 +9,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from tests.helpers.compiled import compile_rtx, same
-from tests.helpers.releases import RELEASE
 from torch_rtx.runtime.session import Session
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -91,10 +90,7 @@ def test_steps(name, kind, recorder):
     expected = steps(reference, reference, optimizers[0], batches)
     same(steps(model, compile_rtx(model), optimizers[1], batches), expected, atol=1e-5, rtol=1e-4)
     assert len(recorder) == 2  # a forward and a backward, for all steps
-    # Under a checkpoint the backward repeats the forward's attention with the random numbers that the forward had.
-    # Before 2.15, PyTorch left two higher-order operators of a checkpoint in the graph.
-    whole = name != "checkpointed" or RELEASE >= (2, 15)
-    assert recorder.fallbacks == ([] if whole else 2 * ["!python"])
+    assert recorder.fallbacks == []  # attention that a checkpoint repeats draws no random numbers
 
 
 def test_gradient_accumulation():

@@ -69,11 +69,11 @@ def _addends(mask: Any) -> tuple[Any, Any]:
         added = added.args[0]
     if added.target is aten._to_copy.default and added.kwargs.keys() == {"dtype"}:
         added = added.args[0]
-    terms = added.args if added.target is aten.add.Tensor and not added.kwargs else ()
+    terms: tuple[Any, ...] = added.args if added.target is aten.add.Tensor and not added.kwargs else ()
     sizes = [term.meta["val"].numel() for term in terms if isinstance(term, fx.Node)]
     floats = all(isinstance(term, fx.Node) and term.meta["val"].is_floating_point() for term in terms)
     if len(sizes) == len(terms) == 2 and floats and statically_known_true(FEW * sum(sizes) <= mask.meta["val"].numel()):
-        return terms
+        return terms[0], terms[1]
     return mask, None
 
 
@@ -83,11 +83,11 @@ def _drop_padded_gradients(graph: fx.Graph) -> None:
         padded, pads = node.args[:2]
         if padded.target is not aten.slice_backward.default or len(pads) != 2 or pads[0] != 0:
             continue
-        gradient, _, dim, start, _, step = padded.args
-        before, after = (one.meta["val"] for one in (gradient, node))
+        given = _arguments(padded)
+        before, after = (one.meta["val"] for one in (given["grad_output"], node))
         same = before.shape == after.shape and before.stride() == after.stride()
-        if same and dim in (-1, before.dim() - 1) and (start, step) == (0, 1):
-            node.replace_all_uses_with(gradient)
+        if same and given["dim"] in (-1, before.dim() - 1) and (given["start"], given["step"]) == (0, 1):
+            node.replace_all_uses_with(given["grad_output"])
             graph.erase_node(node)
 
 

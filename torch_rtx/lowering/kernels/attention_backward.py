@@ -40,7 +40,7 @@ def backward_of(region: Region) -> Attention:
     """The attention of a region whose anchor computes its gradients.
 
     Raises:
-        Unsupported: see `attention_of`; more keys than a tile has, f32, or a mask with a fill.
+        Unsupported: see `attention_of`; no known number of keys, or more than a tile has; or f32.
     """
     attn = attention_of(region)
     keys = attn.keys.number
