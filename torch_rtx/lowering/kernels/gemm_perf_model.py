@@ -22,9 +22,10 @@ from torch_rtx.errors import Unsupported
 from torch_rtx.lowering.kernels.gemm_problem import SIZES, GemmProblem, gemm_problem
 from torch_rtx.lowering.kernels.matmul_template import FLOAT8, MAX_GEMV_ROWS, Contraction, GemmConfig
 from torch_rtx.lowering.kernels.memory_model import typical
+from torch_rtx.lowering.kernels.mma_template import FEW_ROWS
 from torch_rtx.lowering.kernels.packed import BITS, PARTS
 from torch_rtx.lowering.kernels.region import Region
-from torch_rtx.lowering.kernels.sliced_template import MIN_ROWS, rows_of_slice
+from torch_rtx.lowering.kernels.sliced_template import MAX_ROWS, MIN_ROWS, rows_of_tile
 from torch_rtx.lowering.kernels.source import MIN_BLOCK, block_of
 from torch_rtx.targets import Arch
 
@@ -332,7 +333,8 @@ def _step_us(problem: GemmProblem, config: GemmConfig, arch: Arch, count: int) -
     # A load is due num_stages - 1 steps later.
     latency_us = (LATENCY_US + math_us) / max(config.num_stages - 1, 1)
     uncoalesced_us = problem.uncoalesced_loads * width * config.block_k / (chip.clock * 1e3)
-    operations = min(problem.unpacking, MAX_SCALED) if config.block_m == MIN_ROWS else problem.unpacking
+    is_scaled = config.block_m <= FEW_ROWS and not config.joined
+    operations = min(problem.unpacking, MAX_SCALED) if is_scaled else problem.unpacking
     lanes = min(LANES, LANES_OF_WARP * warps * count)
     unpack_us = operations * width * config.block_k * across / (lanes * chip.clock * 1e3)
     on_chip_us = count * math_us, count * shared_us, count * l2_us, count * unpack_us
@@ -345,15 +347,17 @@ def _step_us(problem: GemmProblem, config: GemmConfig, arch: Arch, count: int) -
 def _sliced_configs(problem: GemmProblem, arch: Arch) -> Iterator[GemmConfig]:
     for slices in SLICES if problem.is_sliceable else ():
         is_whole = problem.depth % (slices * max(SPLIT_MULTIPLE, PARTS * problem.packed_run)) == 0
-        if is_whole and slices * rows_of_slice(problem.rows) <= MIN_ROWS:
+        rows = rows_of_tile(problem.rows, slices)
+        if is_whole and rows <= MAX_ROWS:
             for config in _mma_configs(_sliced(problem, slices), arch):
-                if config.block_m == MIN_ROWS:
+                if config.block_m == rows and not config.joined and config.block_n % slices == 0:
                     yield replace(config, block_n=config.block_n // slices, slices=slices)
 
 
 def _sliced(problem: GemmProblem, slices: int) -> GemmProblem:
     """The problem whose tiles are those with slices."""
-    return replace(problem, columns=problem.columns * slices, depth=problem.depth // slices)
+    rows = rows_of_tile(problem.rows, slices)
+    return replace(problem, rows=rows, columns=problem.columns * slices, depth=problem.depth // slices)
 
 
 def sliced_us(problem: GemmProblem, config: GemmConfig, arch: Arch) -> float:

@@ -1,7 +1,8 @@
 """Products of very few rows on tensor cores, in which a tile has slices of K side by side.
 
-An instruction of tensor cores has at least 8 rows. Where a product has fewer, the others are other slices of K: a tile
-has the columns of each slice, one slice after the other, times the rows of each slice.
+An instruction of tensor cores has at least 8 rows. Where a product has fewer, the others are other slices of K, and a
+second instruction costs little beside the unpacking of what it multiplies. So a tile has the columns of each slice, one
+slice after the other, times the rows of each slice.
 
     tile[s, n; t, m] = sum(b[n, k of s] * a[m, k of t])         out[m, n] = sum of the tiles where s = t
 
@@ -21,7 +22,7 @@ from torch_rtx.lowering.kernels.matmul_template import Contraction, GemmConfig, 
 from torch_rtx.lowering.kernels.mma_template import MmaWriter
 from torch_rtx.lowering.kernels.region import Region
 
-MIN_ROWS = 8  # of a tile of `tl.dot`
+MIN_ROWS, MAX_ROWS = 8, 16  # of a tile of `tl.dot`; of a tile with slices
 ROWS, COLUMNS = "MS", "NS"  # of the tile with slices
 OF_ROW, OF_COLUMN = "SM", "SN"  # their slices
 
@@ -29,6 +30,11 @@ OF_ROW, OF_COLUMN = "SM", "SN"  # their slices
 def rows_of_slice(rows: int) -> int:
     """The rows of a tile that a slice has, of a product with `rows`."""
     return 1 << (rows - 1).bit_length()
+
+
+def rows_of_tile(rows: int, slices: int) -> int:
+    """The rows of a tile with slices, of a product with `rows`."""
+    return max(MIN_ROWS, slices * rows_of_slice(rows))
 
 
 class SlicedWriter(MmaWriter):
@@ -39,8 +45,8 @@ class SlicedWriter(MmaWriter):
         assert isinstance(contraction.depth, int)
         super().__init__(region, contraction, replace(config, block_m=rows_of_slice(contraction.rows)))
         self.slice_depth = contraction.depth // config.slices
-        is_full = contraction.rows * config.slices == MIN_ROWS
-        self.loop_rows = Axis(ROWS, MIN_ROWS, "" if is_full else "in_ms")
+        rows = rows_of_tile(contraction.rows, config.slices)
+        self.loop_rows = Axis(ROWS, rows, "" if rows == contraction.rows * config.slices else "in_ms")
 
     def loop_columns(self, axis: Axis) -> Axis:
         """The columns of each slice."""
@@ -51,7 +57,7 @@ class SlicedWriter(MmaWriter):
         rows, cast = self.contraction.rows, "" if "tile" in start else self.cast
         if axis.name == M:
             lines += [
-                f"{name} = tl.arange(0, {MIN_ROWS}){side} {op} {axis.block}"
+                f"{name} = tl.arange(0, {self.loop_rows.block}){side} {op} {axis.block}"
                 for name, op in ((ROWS, "%"), (OF_ROW, "//"))
             ]
             if self.loop_rows.mask:
@@ -89,10 +95,10 @@ class SlicedWriter(MmaWriter):
 
     def tile_of(self, total: Operand, axis: Axis) -> tuple[Operand, list[str]]:
         """The sums of a tile: those of a slice's rows and columns, over all slices."""
-        slices, rows, each = self.config.slices, self.config.block_m, MIN_ROWS // self.config.block_m
+        slices, rows, of_tile = self.config.slices, self.config.block_m, self.loop_rows.block
         kept = f"tl.where({OF_COLUMN} == {OF_ROW}, {total.text}, 0)"
         lines = [
-            f"{total.text} = tl.sum(tl.reshape({kept}, [{slices}, {axis.block}, {MIN_ROWS}]), 0)",
-            f"{total.text} = tl.sum(tl.reshape({total.text}, [{axis.block}, {each}, {rows}]), 1)",
+            f"{total.text} = tl.sum(tl.reshape({kept}, [{slices}, {axis.block}, {of_tile}]), 0)",
+            f"{total.text} = tl.sum(tl.reshape({total.text}, [{axis.block}, {of_tile // rows}, {rows}]), 1)",
         ]
         return Operand(total.text, frozenset((M, axis.name))), lines
