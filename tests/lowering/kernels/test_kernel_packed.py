@@ -105,18 +105,16 @@ def test_scales_of_columns_follow_the_sums(depth: int, config: GemmConfig, weigh
     assert ("tl.sum(acc0_2, 1)[:, None] * " if config.gemv else "acc0 = acc0 * ") in kernel.source
 
 
-@pytest.mark.parametrize("dtype", ["f16", "bf16"])
 @pytest.mark.parametrize(
-    ("slices", "sizes"),
+    ("slices", "sizes", "dtype"),
     [
-        (8, (1, 32, 2048, 128, 32)),
-        (4, (1, 19, 512, 32, 16)),
-        (2, (1, 16, 512, 128, 32)),
-        (4, (2, 24, 1024, 128, 32)),
-        (2, (3, 20, 768, 64, 16)),
-        (2, (4, 16, 512, 128, 32)),
-        (4, (3, 16, 1024, 128, 32)),
-        (2, (7, 24, 512, 32, 16)),
+        (8, (1, 32, 2048, 128, 32), "bf16"),
+        (4, (1, 19, 512, 32, 16), "f16"),
+        (2, (1, 16, 512, 128, 32), "bf16"),
+        (4, (2, 24, 1024, 128, 32), "f16"),
+        (2, (3, 20, 768, 64, 16), "bf16"),
+        (4, (3, 16, 1024, 128, 32), "f16"),
+        (2, (7, 24, 512, 32, 16), "bf16"),
     ],
 )
 def test_slices_of_packed_operands(slices: int, sizes: tuple[int, int, int, int, int], dtype: str) -> None:
@@ -239,7 +237,8 @@ def test_split_k(dtype: str) -> None:
 @pytest.mark.parametrize(("sm", "rows"), [(80, 1), (90, 1), (80, 16), (89, 16), (90, 16), (120, 16), (90, 512)])
 def test_machine_code(sm: int, rows: int) -> None:
     """Words and scales are copied to shared memory ahead of time, words 16 bytes at a time; no integer is converted."""
-    text = _code(region(body(packed(rows, 2048, 8192, 128, 32, "bf16"))), sm)
+    depth = 4096 if rows == 1 else 2048  # of one row, slices of less are a single step
+    text = _code(region(body(packed(rows, 2048, depth, 128, 32, "bf16"))), sm)
     assert "cvt.rn.f32.s" not in text
     assert "cvt.rn.f32.u" not in text
     assert "ld.global" not in text
