@@ -72,3 +72,25 @@ def given(x: torch.Tensor) -> torch.Tensor:
 def test_other_values_are_not(function: Callable[[torch.Tensor], torch.Tensor]) -> None:
     with pytest.raises(CaptureError, match="by the values of a tensor"):
         torch_rtx.compile(Call(function), (torch.randn(3, 5),))
+
+
+class Strided(nn.Module):
+    """A buffer of a number, which a call may change."""
+
+    def __init__(self, changes: bool) -> None:
+        super().__init__()
+        self.register_buffer("stride", torch.tensor(2), persistent=False)
+        self.changes = changes
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.changes:
+            self.stride.add_(1)
+        return x[:, :3] if bool(self.stride > 1) else x
+
+
+@pytest.mark.parametrize("device", [None, "cuda"])
+def test_numbers_of_layers_are_known(device: str | None) -> None:
+    x = torch.randn(3, 5)
+    assert torch.equal(torch_rtx.compile(Strided(False), (x,), device=device)(x), x[:, :3])
+    with pytest.raises(CaptureError, match="by the values of a tensor"):
+        torch_rtx.compile(Strided(True), (x,), device=device)

@@ -176,6 +176,14 @@ def test_cells_of_a_file_take_other_weights(kind: type[nn.Module], tmp_path: Pat
     torch.testing.assert_close(engine(x), other(x))
 
 
+def test_distances_are_a_product() -> None:
+    """Of more than 25 rows, for which PyTorch computes them so, too."""
+    x, y = drawn(2, 30, 12), drawn(2, 7, 12) - 1
+    module = built(Call(lambda x, y: torch.cdist(x, y) + 1), (x, y))
+    assert left(module.engine.graph) == {}
+    torch.testing.assert_close(module(x, y), torch.cdist(x, y) + 1)
+
+
 def interpreted(graph: Graph, inputs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
     """What `graph`, which has no parameters, returns with its kernels in Triton's interpreter."""
     store = WeightStore(graph, CPU, {})

@@ -36,7 +36,7 @@ from torch_rtx.backend.carried import carried_by, carrying
 from torch_rtx.backend.fake_cuda import constants_on_cpu, install_cuda_guard
 from torch_rtx.backend.fast_path import FAST_PATH
 from torch_rtx.backend.joint_graph import rewriting
-from torch_rtx.backend.known_values import known_values
+from torch_rtx.backend.known_values import fixed_numbers, known_values
 from torch_rtx.backend.quantized_ops import definitions
 from torch_rtx.backend.rematerialization import partition
 from torch_rtx.backend.scale_check import check_scales
@@ -230,14 +230,32 @@ def capture_export(
     if not isinstance(args, tuple):
         raise CaptureError(f"args must be a tuple of the model's positional arguments, not {type(args).__name__}")
     device = _trace_device(model, device)
+    numbers = fixed_numbers(model)
+    program = _traced(model, args, kwargs, dynamic_shapes, device, numbers)
+    if numbers.keys().isdisjoint(program.graph_signature.buffers_to_mutate.values()):
+        return program
+    return _traced(model, args, kwargs, dynamic_shapes, device, {})
+
+
+def _traced(
+    model: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Any,
+    dynamic_shapes: Any,
+    device: torch.device | None,
+    numbers: Mapping[str, torch.Tensor],
+) -> torch.export.ExportedProgram:
+    """See `capture_export`. `numbers`: buffers, by name, whose values may become part of the program."""
     if device is None:
         with carried_by(model) as carried, carrying(carried):
-            return _decompose(_export(model, args, kwargs, dynamic_shapes), state_of(model))
+            known = {tensor: tensor for tensor in numbers.values()}
+            return _decompose(_export(model, args, kwargs, dynamic_shapes, known), state_of(model))
     fakes = _FakeCopies(device)
+    known = {fakes.get(tensor): tensor for tensor in numbers.values()}
     with carried_by(model) as carried, contextlib.nullcontext(state_of(model)) as state, fakes.swapped_into(model):
         fake_args, fake_kwargs = pytree.tree_map_only(torch.Tensor, fakes.get, (args, dict(kwargs or {})))
         with fakes.mode, compile_lock, constants_on_cpu(), carrying(carried):
-            program = _decompose(_export(model, fake_args, fake_kwargs, dynamic_shapes), state)
+            program = _decompose(_export(model, fake_args, fake_kwargs, dynamic_shapes, known), state)
     _restore(fakes, program.state_dict)
     _restore(fakes, program.constants)
     return program
@@ -280,9 +298,15 @@ def _trace_device(model: torch.nn.Module, device: torch.device | None) -> torch.
     return device
 
 
-def _export(model: torch.nn.Module, args: tuple[Any, ...], kwargs: Any, dynamic_shapes: Any) -> Any:
+def _export(
+    model: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Any,
+    dynamic_shapes: Any,
+    known: Mapping[torch.Tensor, torch.Tensor],
+) -> Any:
     # With gradients disabled, `with torch.no_grad()` inside the model changes no mode and adds no node to the graph.
-    with torch.no_grad(), compile_lock, _exporting(), known_values():
+    with torch.no_grad(), compile_lock, _exporting(), known_values(known):
         return torch.export.export(model, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False)
 
 

@@ -1,5 +1,5 @@
 """Operators that capture replaces by other ATen calls: those of `prims`, of lists of tensors, `resize`, instance norms,
-fake quantization, products that have several forms, those of packed weights, and the cells of recurrences on CUDA.
+fake quantization, products that have several forms, those of packed weights, distances, and cells of recurrences.
 
 Composite operators decompose by themselves, see `capture`. These do not, and would be opaque to an engine.
 """
@@ -160,6 +160,12 @@ def _grouped_mm(
     return torch.ops.torch_rtx.grouped_mm(self, mat2, offs)
 
 
+def _euclidean_dist(x1: Tensor, x2: Tensor) -> Tensor:
+    """By the squares of lengths, and one product."""
+    squares = x1.pow(2).sum(-1, True) + x2.pow(2).sum(-1).unsqueeze(-2)
+    return (squares - 2 * torch.matmul(x1, x2.mT)).clamp_min(0).sqrt()
+
+
 def _gates(gates: Tensor, bias: Tensor | None, count: int) -> Sequence[Tensor]:
     return (gates if bias is None else gates + bias).chunk(count, 1)
 
@@ -203,6 +209,7 @@ DECOMPOSITIONS: dict[torch._ops.OperatorBase, Callable[..., Any]] = {
     torch.ops.aten.instance_norm.default: _instance_norm,
     torch.ops.aten._grouped_mm.default: _grouped_mm,
     torch.ops.aten._scaled_mm_v2.default: _scaled_mm_v2,
+    torch.ops.aten._euclidean_dist.default: _euclidean_dist,
     torch.ops.aten._thnn_fused_lstm_cell.default: _lstm_cell,
     torch.ops.aten._thnn_fused_gru_cell.default: gru_cell,
     torch.ops.aten._weight_int4pack_mm.default: _weight_int4pack_mm,

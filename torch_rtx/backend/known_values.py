@@ -4,23 +4,26 @@ A trace computes with FakeTensors, which have no elements, so that a model can't
 made themselves, such as the last of the positions `torch.arange(length)`, or whether a mask of ones hides anything.
 PyTorch knows this of single numbers that Python wrote down (`torch.tensor(2.0)`). Inside of `known_values` each small
 tensor that begins with sizes and numbers alone remembers how it was computed; if the model asks, the CPU computes it.
+So do buffers of single integers that are in no state dict: an engine stores these, and no refit changes them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, no_dispatch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, is_fake, no_dispatch
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
 LARGEST = 1 << 22  # elements of a tensor that remembers
 SYMBOLIC = torch.SymInt | torch.SymFloat | torch.SymBool
+INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 ITEM = torch.ops.aten._local_scalar_dense.default
 _NAMES = """
     arange eye full full_like linspace new_full new_ones new_zeros ones ones_like scalar_tensor tril_indices
@@ -32,6 +35,17 @@ FACTORIES = frozenset(
     for packet in (getattr(torch.ops.aten, name) for name in _NAMES)
     for overload in packet.overloads()
 )
+
+
+def fixed_numbers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers of single integers that are in no state dict, by name, such as the strides of a layer."""
+    found = {}
+    for prefix, module in model.named_modules():
+        for name in module._non_persistent_buffers_set:
+            buffer = module._buffers.get(name)
+            if buffer is not None and buffer.numel() == 1 and buffer.dtype in INTEGERS and not is_fake(buffer):
+                found[f"{prefix}.{name}" if prefix else name] = buffer
+    return {name: buffer for name, buffer in found.items() if not buffer.is_meta}
 
 
 @dataclass(frozen=True)
@@ -50,10 +64,15 @@ class Known:
 
 
 @contextmanager
-def known_values() -> Iterator[None]:
-    """Remember values inside of this context. It is a change for all threads: hold Dynamo's lock around it."""
+def known_values(given: Mapping[torch.Tensor, torch.Tensor]) -> Iterator[None]:
+    """Remember values inside of this context. It is a change for all threads: hold Dynamo's lock around it.
+
+    Args:
+        given: tensors that stand for others in the trace, with those whose values they have.
+    """
     before: Any = FakeTensorMode.dispatch
-    known = WeakIdKeyDictionary()
+    made: Any = FakeTensorMode.from_tensor
+    known = WeakIdKeyDictionary({one: _constant(value) for one, value in given.items()})
 
     def dispatch(self: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         call = _call(known, func, args, kwargs or {})
@@ -70,10 +89,18 @@ def known_values() -> Iterator[None]:
             known[result] = call
         return result
 
+    def from_tensor(self: Any, tensor: torch.Tensor, **options: Any) -> Any:
+        result = made(self, tensor, **options)
+        if tensor in known:
+            known[result] = known[tensor]
+        return result
+
+    FakeTensorMode.from_tensor = from_tensor  # type: ignore[method-assign]
     FakeTensorMode.dispatch = dispatch  # type: ignore[method-assign]
     try:
         yield
     finally:
+        FakeTensorMode.from_tensor = made  # type: ignore[method-assign]
         FakeTensorMode.dispatch = before  # type: ignore[method-assign]
 
 
@@ -104,10 +131,12 @@ def _call(known: WeakIdKeyDictionary, func: Any, args: Any, kwargs: dict[str, An
 
 def _written_down(tensor: torch.Tensor) -> Known | None:
     """The value that PyTorch itself knows, as it is now."""
-    if not isinstance(tensor, FakeTensor) or tensor.constant is None:
-        return None
+    return _constant(tensor.constant) if isinstance(tensor, FakeTensor) and tensor.constant is not None else None
+
+
+def _constant(tensor: torch.Tensor) -> Known:
     with no_dispatch():
-        return Known(tensor.constant.to("cpu", copy=True).clone, (), {})
+        return Known(tensor.to("cpu", copy=True).clone, (), {})
 
 
 def _is_small(tensor: torch.Tensor) -> bool:
