@@ -149,7 +149,37 @@ def controlnet(folder: Path) -> Any:
     )
 
 
-PIPELINES = {make.__name__: make for make in (sd15, sdxl, sd3, flux, controlnet)}
+def ltx(folder: Path) -> Any:
+    torch.manual_seed(0)
+    transformer = diffusers.LTXVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        num_layers=2,
+        caption_channels=TEXT,
+    )
+    blocks: dict[str, tuple[Any, ...]] = {
+        name: value
+        for prefix in ("", "decoder_")
+        for name, value in {
+            f"{prefix}block_out_channels": (4,) * 4,
+            f"{prefix}layers_per_block": (1,) * 5,
+            f"{prefix}spatio_temporal_scaling": (True, True, False, False),
+        }.items()
+    }
+    inside: dict[str, Any] = {"decoder_inject_noise": (False,) * 5, "upsample_residual": (False,) * 4}
+    sizes: dict[str, Any] = {"upsample_factor": (1,) * 4, "latent_channels": 4, "patch_size": 1, "patch_size_t": 1}
+    video = diffusers.AutoencoderKLLTXVideo(**blocks, **inside, **sizes, decoder_causal=False)
+    video.use_framewise_encoding = video.use_framewise_decoding = False
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    texts = {f"{prefix}prompt_embeds": torch.randn(1, 4, TEXT) for prefix in ("", "negative_")}
+    masks = {f"{prefix}prompt_attention_mask": torch.ones(1, 4, dtype=torch.long) for prefix in ("", "negative_")}
+    return ready(diffusers.LTXPipeline(scheduler, video, None, None, transformer), num_frames=9, **texts, **masks)
+
+
+PIPELINES = {make.__name__: make for make in (sd15, sdxl, sd3, flux, controlnet, ltx)}
 
 
 def ready(pipe: Any, **call: Any) -> Any:
@@ -172,10 +202,11 @@ def denoiser(pipe: Any) -> Any:
 def images(pipe: Any, size: int = 8, steps: int = 1, **kwargs: Any) -> torch.Tensor:
     """What the pipeline draws, always from the same noise."""
     given = {**pipe.tiny_call, **kwargs}
-    if isinstance(pipe, diffusers.FluxPipeline | diffusers.StableDiffusion3Pipeline):
+    if "prompt_embeds" in given:
         given = {name: one.to(pipe.device) if isinstance(one, torch.Tensor) else one for name, one in given.items()}
     noise = torch.Generator().manual_seed(0)
-    return pipe(height=size, width=size, num_inference_steps=steps, output_type="pt", generator=noise, **given).images
+    result = pipe(height=size, width=size, num_inference_steps=steps, output_type="pt", generator=noise, **given)
+    return result.frames if hasattr(result, "frames") else result.images
 
 
 def lora(pipe: Any, folder: Path, seed: int = 1, rank: int = 2, layers: Sequence[str] = ATTENTION) -> str:

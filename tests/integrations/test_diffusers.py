@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import threading
 from collections.abc import Iterator
@@ -69,6 +70,7 @@ def test_everything_that_pays_is_compiled(pair: tuple[Any, Any, Accelerated]) ->
     twin = copy.deepcopy(pipe.unet)
     assert type(twin.forward).__name__ == "method"
     assert twin.forward.__self__ is twin
+    assert inspect.signature(pipe.unet.forward) == inspect.signature(twin.forward)  # some pipelines read it
 
 
 def test_adapters_compile_nothing(pair: tuple[Any, Any, Accelerated], tmp_path: Path) -> None:
@@ -214,6 +216,8 @@ def test_undo(files: Path) -> None:
     pipe = flux(files)
     plain, before = images(pipe), graphs()
     trained = [p.requires_grad for p in pipe.transformer.parameters()]
+    pipe.transformer.compile(backend="rtx")
+    compiled = pipe.transformer._compiled_call_impl
     with accelerate(pipe, ["transformer"], repeated_blocks=True) as accelerated:
         close(images(pipe), plain)
         assert graphs() == before + 2
@@ -221,6 +225,8 @@ def test_undo(files: Path) -> None:
         inner = pipe.transformer.forward
         pipe.transformer._old_forward, pipe.transformer.forward = inner, lambda *args, **kwargs: inner(*args, **kwargs)
     assert pipe.transformer._old_forward.__func__ is type(pipe.transformer).forward
+    assert pipe.transformer._compiled_call_impl is compiled
+    pipe.transformer._compiled_call_impl = None
     assert all(module._compiled_call_impl is None for module in pipe.transformer.modules())
     assert [p.requires_grad for p in pipe.transformer.parameters()] == trained
     assert torch.equal(images(pipe), plain)
@@ -248,3 +254,5 @@ def test_no_pipeline_and_no_such_model(pair: tuple[Any, Any, Accelerated]) -> No
         accelerate(nn.Linear(1, 1))
     with pytest.raises(SettingsError, match="the pipeline has no model 'transformer'\n.*vae.decoder.*unet"):
         accelerate(pair[0], ["transformer"])
+    with pytest.raises(SettingsError, match="no engine can be for vae\n.*vae.decoder"):
+        accelerate(pair[0], [], engines={"vae": None})  # type: ignore[dict-item]

@@ -30,6 +30,10 @@ def _inference() -> Iterator[None]:
         yield
 
 
+# Of pipelines that draw no others.
+SIZES = {"controlnet": (16,), "ltx": (32, 64, 96, 32)}
+
+
 def graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
@@ -43,7 +47,7 @@ def close(result: torch.Tensor, expected: torch.Tensor) -> None:
 def test_sizes_and_adapters(name: str, blocks: bool, tmp_path: Path) -> None:
     """Sizes are compiled for at most twice, adapters for never."""
     pipe = PIPELINES[name](tmp_path).to(DEVICE)
-    sizes = (16,) if name == "controlnet" else (16, 24, 32, 40, 16)
+    sizes = SIZES.get(name, (16, 24, 32, 40, 16))
     paths = [lora(pipe, tmp_path, seed) for seed in (1, 2)]
     expected = [images(pipe, size) for size in sizes]
     adapted = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -207,6 +208,21 @@ def test_a_scale_of_all_adapters() -> None:
     activate(model, "one")
     assert [tuner.scaling for tuner in tuners(model)] == scaling
     assert torch.equal(call(adapters, model), first)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_merged_weights_are_as_exact_as_layers_of_peft(dtype: torch.dtype) -> None:
+    model = nn.Sequential(*(nn.Linear(128, 128) for _ in range(3)))
+    for name in ("one", "two"):
+        add(model, name, ["0", "1", "2"], rank=8)
+    activate(model, "one", "two", scale=0.5)
+    model, x = model.to(dtype), torch.randn(64, 128).to(dtype)
+    adapters, exact = MergedAdapters(model), copy.deepcopy(model).double()(x.double())
+    adapters.update()
+    with adapters.hidden():
+        result = model(x)
+    error, eager = ((each.double() - exact).square().mean().sqrt() for each in (result, model(x)))
+    assert error <= 1.5 * eager
 
 
 def test_only_what_changed_is_merged(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from tests.helpers.kernels import GRAPH, S
-from torch_rtx.errors import InvalidIR
+from torch_rtx.errors import InputError, InvalidIR
 from torch_rtx.ir import Dim, Graph, Sym, dim_expr, verify
 from torch_rtx.irparse import parse
 from torch_rtx.optable import ALLOWED
+from torch_rtx.runtime.check import bind_sizes, check_inputs
 from torch_rtx.runtime.code import compile_graph
 from torch_rtx.runtime.inline import inline_kernels
 from torch_rtx.runtime.session import Session
@@ -221,6 +222,29 @@ def test_dims_must_be_known() -> None:
     launcher.scalars = (GRAPH.syms["s"], S, Sym("unknown"))
     with pytest.raises(InvalidIR, match="no input determines the dim unknown"):
         run(GRAPH, torch.ones(2), torch.ones(2), add=launcher)
+
+
+PRODUCT = """graph fused {
+  dim a = 2, None, 1
+  dim b = 2, None, 1
+  input x: f32[(2 * a * b), 3]
+  input h: int[a]
+  input w: int[b]
+  y: f32[a, (2 * b), 3] = view aten.view.default(self=x, size=[a, (2 * b), 3])
+  return [y]
+}
+"""
+
+
+def test_a_size_before_the_numbers_that_it_is_a_product_of() -> None:
+    """As the tokens of a video before its height and width."""
+    graph, x = parse(PRODUCT), torch.randn(40, 3)
+    check_inputs(graph, (x, 4, 5), CPU)
+    assert bind_sizes(graph, (x, 4, 5)) == {"a": 4, "b": 5}
+    (y,) = compile_graph(graph, CPU)((x, 4, 5), ())
+    assert torch.equal(y, x.view(4, 10, 3))
+    with pytest.raises(InputError, match="dimension 0 of input 'x' is 40, expected .* = 48"):
+        check_inputs(graph, (x, 4, 6), CPU)
 
 
 def test_values_are_dropped() -> None:

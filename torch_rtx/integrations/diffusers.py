@@ -60,11 +60,14 @@ def accelerate(
     """
     known, engines = _parts(pipe), engines or {}
     chosen = _find(_default(pipe) if components is None else components, known)
+    if not engines.keys() <= known.keys():
+        hint = f"engines may be for {', '.join(known)}"
+        raise SettingsError(f"no engine can be for {', '.join(engines.keys() - known.keys())}", hint=hint)
     given: dict[str, Any] = {"mode": mode, "dynamic": dynamic, "fullgraph": fullgraph}
     given["options"] = None if options is None else dict(options)
     accelerated = Accelerated()
     try:
-        for path in dict.fromkeys([*chosen, *_find(engines, known)]):
+        for path in dict.fromkeys([*chosen, *engines]):
             if any(isinstance(value, _Forward) for value in vars(known[path]).values()):
                 log.info("%s is accelerated already", path)  # by another pipeline that shares it
             elif path in engines:
@@ -94,6 +97,7 @@ class Accelerated:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._undo += [partial(parameter.requires_grad_, True) for parameter in trained]
         model.requires_grad_(False)
+        self._set(model, None)
         forward = _Forward(model)
         self._undo.append(forward.undo)
         forward.use(make)
@@ -103,9 +107,13 @@ class Accelerated:
 
     def _add_blocks(self, path: str, model: nn.Module, options: Mapping[str, Any]) -> None:
         for block in _repeated(model):
-            block.compile(backend="rtx", **options)
-            self._undo.append(partial(setattr, block, "_compiled_call_impl", None))
+            self._set(block, torch.compile(block._call_impl, backend="rtx", **options))
         self._add(path, model, lambda original: original)
+
+    def _set(self, model: nn.Module, compiled: Run | None) -> None:
+        """As `model.compile()` does, in the place of what a call of it left."""
+        self._undo.append(partial(setattr, model, "_compiled_call_impl", model._compiled_call_impl))
+        model._compiled_call_impl = compiled
 
     def undo(self) -> None:
         """Leave the pipeline as it was. Does nothing a second time."""

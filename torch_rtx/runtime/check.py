@@ -10,7 +10,7 @@ import torch
 
 from torch_rtx import aten
 from torch_rtx.errors import InputError
-from torch_rtx.ir import Dim, Expr, Graph, ScalarType, Sym, TensorType, Value, evaluate
+from torch_rtx.ir import Dim, Expr, Graph, ScalarType, Sym, TensorType, Value, dim_syms, evaluate
 from torch_rtx.profiles import Profile, Range
 
 
@@ -36,7 +36,7 @@ def check_inputs(graph: Graph, inputs: Sequence[Any], device: torch.device, prof
                 later.append((dim, size, place))
             elif dim != size:
                 raise InputError(f"{place} is {size}, the engine was built for {dim}")
-    for dim, size, place in later:
+    for dim, size, place in sorted(later, key=lambda found: needs(found[0])):
         sizes.derive(dim, size, place)
     sizes.check_profiles()
 
@@ -62,7 +62,7 @@ def bind_sizes(graph: Graph, inputs: Sequence[Any]) -> dict[str, int]:
             pairs += zip(value.type.shape, given.shape, strict=True)
         elif value.type.dim is not None:
             pairs.append((value.type.dim, int(given)))
-    for dim, size in sorted(pairs, key=lambda pair: isinstance(pair[0], Expr)):  # symbols first: they need no others
+    for dim, size in sorted(pairs, key=lambda pair: needs(pair[0])):
         found = invert(dim, size, sizes)
         if found is not None:
             sizes[found[0].name] = found[1]
@@ -144,6 +144,12 @@ class _Sizes:
 
 def _shape(type_: TensorType) -> str:
     return f"[{', '.join(map(str, type_.shape))}]"
+
+
+def needs(dim: Dim) -> int:
+    """How much has to be known before `dim` determines a symbol. In this order, each dim comes after those that it may
+    need: a product of two scalar inputs may be the size of a tensor before them."""
+    return len({sym.name for sym in dim_syms(dim)}) if isinstance(dim, Expr) else 0
 
 
 def invert(dim: Dim, size: int, sizes: Mapping[str, int]) -> tuple[Sym, int] | None:

@@ -36,6 +36,7 @@ from torch_rtx.ir import (
     type_dims,
 )
 from torch_rtx.optable import NUMBERS
+from torch_rtx.runtime.check import needs
 from torch_rtx.runtime.convolve import CONVOLUTION, convolve
 from torch_rtx.runtime.inline import in_place, inline_kernels, launched
 from torch_rtx.runtime.launch import Launcher, LoadedTactic
@@ -283,19 +284,19 @@ class _Writer:
         Args:
             decided: nothing has compared these values with their types yet: write checks, too.
         """
-        for value in values:
-            for source, dim in _dim_sources(value):
+        sources = [pair for value in values for pair in _dim_sources(value)]
+        for source, dim in sorted(sources, key=lambda pair: needs(pair[1])):
+            if decided:
+                size, source = source, f"_size{len(self.lines)}"
+                self.lines.append(f"{source} = {size}")
+                self.checks.append(f"{self.name_of('stated', stated)}({source}, {dim})")
+            for sym, text in solve(dim, source, self.bound):
+                self.bound.add(sym.name)
+                self.lines.append(f"{sym} = {text}")
                 if decided:
-                    size, source = source, f"_size{len(self.lines)}"
-                    self.lines.append(f"{source} = {size}")
-                    self.checks.append(f"{self.name_of('stated', stated)}({source}, {dim})")
-                for sym, text in solve(dim, source, self.bound):
-                    self.bound.add(sym.name)
-                    self.lines.append(f"{sym} = {text}")
-                    if decided:
-                        limits = f"({sym.name}, {sym.min}, {sym.max}, {sym.multiple})"
-                        self.checks.append(f"{self.name_of('in_range', in_range)}{limits}")
-                self.check_bound(dim)
+                    limits = f"({sym.name}, {sym.min}, {sym.max}, {sym.multiple})"
+                    self.checks.append(f"{self.name_of('in_range', in_range)}{limits}")
+            self.check_bound(dim)
 
     def node(self, node: Node) -> None:
         if node.op not in CHECKS:
