@@ -343,24 +343,88 @@ def compiled() -> Any:
     return {"cache_implementation": "static", "max_cache_len": PLACES, "compile_config": config}
 
 
+def small() -> Any:
+    return tiny("GPT2", n_layer=1, num_key_value_heads=4)
+
+
 @pytest.mark.usefixtures("fresh_dynamo")
-def test_generate_compiles_once_for_all_lengths(recorder: Any) -> None:
-    model = tiny(num_hidden_layers=1)
+def test_generate_compiles_a_step_once_for_all_lengths(recorder: Any) -> None:
+    model = small()
     for ids in (TEXT[:, :3], TEXT, TEXT[:, 1:]):
         wanted = expected(model, ids)
         assert torch.equal(expected(model, ids, **compiled()), wanted)
     assert len(recorder) == 1
+    assert torch.equal(expected(model, ids, **compiled(), prefill_chunk_size=2), wanted)
+    assert len(recorder) == 3  # the first chunk has other arguments than a later one
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-def test_an_encoder_and_texts_of_several_lengths(recorder: Any) -> None:
-    """The cache of cross-attention is marked as static, and is as long as the text."""
+def test_a_cache_that_is_marked_as_static_and_varies_in_size(recorder: Any) -> None:
+    """As that of cross-attention, which is as long as the text of the encoder."""
+
+    def attend(query: Tensor, keys: Tensor) -> Tensor:
+        return (query @ keys.mT).softmax(-1) @ keys
+
+    step = torch.compile(attend, backend="rtx")
+    for length in (5, 4, 3):
+        query, keys = torch.randn(2, 1, 4), torch.randn(2, length, 4)
+        torch._dynamo.mark_static_address(keys)
+        for _ in range(2):
+            torch.testing.assert_close(step(query, keys), attend(query, keys))
+            keys.mul_(0.5)
+    assert len(recorder) == 2
+
+
+Texts = tuple[list[Tensor], list[Tensor], int]  # wanted, found, and how many graphs are compiled
+
+
+def prompts(device: str) -> Texts:
+    """A compiled forward: prompts of any length are two graphs, and the step one."""
+    model, eager = small().to(device), small().to(device)
+    model.forward = torch.compile(model.forward, backend="rtx")
+    static = {"cache_implementation": "static", "max_cache_len": PLACES, "disable_compile": True}
+    texts = [ids.to(device) for ids in (TEXT[:, :3], TEXT, TEXT[:, 1:], TEXT.repeat(1, 2)[:, :7])]
+    return [expected(eager, ids) for ids in texts], [expected(model, ids, **static) for ids in texts], 3
+
+
+def assisted(device: str) -> Texts:
+    """Another model drafts tokens, which the compiled one checks: as many at once as there are."""
+    model, eager, other = (tiny("GPT2", seed, n_layer=1, num_key_value_heads=4).to(device) for seed in (0, 0, 1))
+    model.forward = torch.compile(model.forward, backend="rtx")
+    texts = [ids.to(device) for ids in (TEXT, TEXT[:, 1:])]
+    return [expected(eager, i) for i in texts], [expected(model, i, assistant_model=other) for i in texts], 6
+
+
+def encoder(device: str) -> Texts:
+    """T5, with texts of several lengths."""
     torch.manual_seed(0)
     sizes = {"vocab_size": VOCABULARY, "d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 4}
-    model = transformers.T5ForConditionalGeneration(
-        transformers.T5Config(**sizes, decoder_start_token_id=PAD, initializer_factor=3.0)
-    ).eval()
-    for ids in (TEXT, TEXT[:, 1:], TEXT[:, 2:]):
-        wanted = expected(model, ids)
-        assert torch.equal(expected(model, ids, **compiled()), wanted)
-    assert len(recorder) == 2
+    config = transformers.T5Config(**sizes, decoder_start_token_id=PAD, initializer_factor=3.0)
+    model = transformers.T5ForConditionalGeneration(config).eval().to(device)
+    texts = [ids.to(device) for ids in (TEXT, TEXT[:, 1:], TEXT[:, 2:], PADDED)]
+    return [expected(model, i) for i in texts], [expected(model, i, **compiled()) for i in texts], 3
+
+
+def sound(device: str) -> Texts:
+    """Whisper."""
+    torch.manual_seed(0)
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    widths = {"d_model": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "num_mel_bins": 8, "init_std": 0.3}
+    ends = {"decoder_start_token_id": 2, "pad_token_id": PAD, "eos_token_id": END, "bos_token_id": 3}
+    lengths = {"max_source_positions": 20, "max_target_positions": 32, "vocab_size": VOCABULARY}
+    none = {"suppress_tokens": None, "begin_suppress_tokens": None}
+    config = transformers.WhisperConfig(**layers, **widths, **ends, **lengths, **none)
+    model = transformers.WhisperForConditionalGeneration(config).eval().to(device)
+    sounds = [torch.randn(batch, 8, 40).to(device) for batch in (1, 1, 2)]
+    given = {"max_new_tokens": 8, "do_sample": False}
+    static = {name: value for name, value in compiled().items() if name != "max_cache_len"}
+    return [model.generate(s, **given) for s in sounds], [model.generate(s, **given, **static) for s in sounds], 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("texts", [prompts, assisted, encoder, sound])
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_generate_on_a_gpu(texts: Callable[[str], Texts], recorder: Any) -> None:
+    wanted, found, graphs = texts("cuda")
+    assert all(torch.equal(*pair) for pair in zip(wanted, found, strict=True))
+    assert len(recorder) <= graphs

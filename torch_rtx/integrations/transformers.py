@@ -65,7 +65,7 @@ def export_generate(
     settings, runtime = chosen_settings(settings, runtime, options)
     runtime = replace(runtime, watch_weights=False)
     sizes = _checked(model, max_cache_len, batch_size, min_prompt_len)
-    whole, device = replace(settings, strip_weights=True), settings.device or str(model.device)
+    whole, device = replace(settings, strip_weights=True), settings.device or model.device.type
     for narrow in (True, False):
         try:
             empty, filled, vocabulary = _caches(model, max_cache_len, settings.device, narrow)
