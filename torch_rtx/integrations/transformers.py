@@ -46,7 +46,8 @@ def export_generate(
     **options: Any,
 ) -> GenerationEngine:
     """Build the engines that generate text with a causal language model. Arguments that are not listed are those of
-    `torch_rtx.compile`; the model may be on the `meta` device with `device="cuda"`.
+    `torch_rtx.compile`; the model may be on the `meta` device with `device="cuda"`. `watch_weights` is off, see
+    `GenerationEngine.load`.
 
     Args:
         model: a transformers model with a language model head, in evaluation mode.
@@ -65,14 +66,14 @@ def export_generate(
     settings, runtime = chosen_settings(settings, runtime, options)
     runtime = replace(runtime, watch_weights=False)
     sizes = _checked(model, max_cache_len, batch_size, min_prompt_len)
-    whole, device = replace(settings, strip_weights=True), settings.device or model.device.type
+    stripped, device = replace(settings, strip_weights=True), settings.device or model.device.type
     for narrow in (True, False):
         try:
             empty, filled, vocabulary = _caches(model, max_cache_len, settings.device, narrow)
             tensors = _tensors(empty), _tensors(filled)
             prompt, step, choice = _inputs(sizes, (min_prompt_len, max_cache_len), vocabulary, *tensors)
             places = None if narrow else max_cache_len
-            prefill = compile(Prefill(model, empty, places), prompt, settings=whole, runtime=runtime)
+            prefill = compile(Prefill(model, empty, places), prompt, settings=stripped, runtime=runtime)
             break
         except CaptureError as error:
             if not narrow:
