@@ -261,6 +261,23 @@ def test_gradients_beside_casts_that_are_saved():
         torch.testing.assert_close(own.grad, expected.grad, rtol=5e-2, atol=1e-4)
 
 
+def test_what_depends_on_a_size_alone_is_not_saved_in_its_place():
+    """Sizes come after all tensors."""
+
+    def inner(x: torch.Tensor) -> torch.Tensor:
+        return layer(x * torch.arange(x.shape[0], dtype=x.dtype).sin().unsqueeze(1)).sin()
+
+    layer = nn.Linear(64, 64)
+    compiled = compile_rtx(lambda x: checkpoint(inner, x, use_reentrant=False).sin(), dynamic=True)
+    for rows in (3, 5):
+        x, found = torch.randn(rows, 64), []
+        for call in (compiled, lambda x: inner(x).sin()):
+            layer.zero_grad()
+            call(x).square().mean().backward()
+            found.append(layer.weight.grad)
+        torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
+
+
 def test_a_parameter_that_is_cast_again_must_not_change_before():
     layer = nn.Linear(1024, 1024)
     layer.weight.requires_grad_(False)  # a gradient would take the memory of the cast

@@ -153,7 +153,7 @@ def save_for_free(forward: fx.GraphModule, backward: fx.GraphModule, count: int)
         count: of the results of the forward that are not saved.
     """
     twins = {node.name: node for node in forward.graph.nodes}
-    given = [node for node in backward.graph.find_nodes(op="placeholder") if node.name in twins]
+    given = [node for node in backward.graph.find_nodes(op="placeholder") if node.name in twins and _is_tensor(node)]
     order = {node: index for index, node in enumerate(backward.graph.nodes)}
     needed = _needed([node for node in given if twins[node.name].op != "placeholder"], order)
     alone = {node: made for node in given if (made := _made_alone(node, twins)) is not None}
@@ -177,10 +177,9 @@ def _needed(saved: Iterable[fx.Node], order: Mapping[fx.Node, int]) -> list[int]
     *nodes, output = order
     results, sizes = set(output.all_input_nodes), dict[StorageWeakRef, tuple[int, int]]()
     for node in saved:
-        if isinstance(node.meta["val"], torch.Tensor):
-            memory = StorageWeakRef(node.meta["val"].untyped_storage())
-            last, size = sizes.get(memory, (0, 0))
-            sizes[memory] = max(last, _last_use(node, order)), max(size, _size_of(node))
+        memory = StorageWeakRef(node.meta["val"].untyped_storage())
+        last, size = sizes.get(memory, (0, 0))
+        sizes[memory] = max(last, _last_use(node, order)), max(size, _size_of(node))
     spans = [(0, last, size) for last, size in sizes.values()]
     for node in nodes:
         lies = node in results or not _is_loop(op_of(node)) or _needed_in_memory(node, order)
@@ -201,9 +200,13 @@ def _made_alone(given: fx.Node, twins: Mapping[str, fx.Node]) -> fx.Node | None:
         if twin is None or twin.target != user.target or user.all_input_nodes != [node]:
             break
         node = user
-        if not _is_view(node) and isinstance(node.meta["val"], torch.Tensor):
+        if not _is_view(node) and _is_tensor(node):
             found = node
     return found
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)  # else a size, of which the runtime knows where it is saved
 
 
 def _give(node: fx.Node, made: fx.Node) -> None:
