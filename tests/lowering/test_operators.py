@@ -77,6 +77,8 @@ CASES: dict[str, Case] = {
     "cross entropy of two classes": (lambda x: F.binary_cross_entropy_with_logits(x, x.sigmoid()), IMAGE),
     "repeat interleave": (lambda x: x.repeat_interleave(3, 1), IMAGE),
     "scatter of a slice with steps": (_stepped, IMAGE),
+    "sums of windows": (lambda x: F.fold(F.unfold(x, 3, padding=1), (7, 6), 3, padding=1), IMAGE),
+    "the largest of many": (lambda x: F.max_pool2d(x, 13, 1, 6), IMAGE),
     "flip": (lambda x: x.flip(2), IMAGE),
     "roll": (lambda x: x.roll((3, 2), (2, 3)), IMAGE),
     "shuffle of pixels": (lambda x: F.pixel_shuffle(x, 2), IMAGE),
@@ -94,10 +96,8 @@ CASES: dict[str, Case] = {
 LEFT: dict[str, Case] = {
     "aten._upsample_bilinear2d_aa.vec": _resized("bilinear", IMAGE, False, size=(3, 3), antialias=True),
     "aten._upsample_bicubic2d_aa.vec": _resized("bicubic", IMAGE, False, size=(3, 3), antialias=True),
-    "aten.col2im.default": (lambda x: F.fold(F.unfold(x, 3, padding=1), (7, 6), 3, padding=1), IMAGE),
     "aten.adaptive_max_pool2d.default": (lambda x: F.adaptive_max_pool2d(x, 5), IMAGE),
     "aten.adaptive_avg_pool2d.default": (lambda x: F.adaptive_avg_pool2d(x, 5), IMAGE),
-    "aten.max_pool2d.default": (lambda x: F.max_pool2d(x, 13, 1, 6), IMAGE),
     "aten.affine_grid_generator.default": (lambda x: F.affine_grid(x[:, 0, :2, :3], [2, 8, 4, 5], False), IMAGE),
     "aten._cdist_forward.default": (lambda x: torch.cdist(x[0, 0], x[0, 1], p=1.0), IMAGE),
 }
