@@ -326,6 +326,9 @@ def _step_us(problem: GemmProblem, config: GemmConfig, arch: Arch, count: int) -
             rate = (chip.tensor * 1e6 / chip.processors if problem.dtype in FLOAT8 else rate) / 2
     shared += (config.block_m + width) * size if "wgmma" in arch.features else 0  # copies to shared memory
     math_us = 2 * config.block_m * width * config.block_k / rate
+    is_scaled = config.block_m <= FEW_ROWS and not config.joined  # scales follow the sums, see `MmaWriter`
+    if is_scaled and problem.packed_run:  # and sums of the first operand are products, too
+        math_us *= 2
     if problem.promoted:
         math_us += config.block_m * width / (chip.plain * 1e6 / 2 / chip.processors)
     shared_us = shared * config.block_k / (128e3 * chip.clock)
@@ -333,7 +336,6 @@ def _step_us(problem: GemmProblem, config: GemmConfig, arch: Arch, count: int) -
     # A load is due num_stages - 1 steps later.
     latency_us = (LATENCY_US + math_us) / max(config.num_stages - 1, 1)
     uncoalesced_us = problem.uncoalesced_loads * width * config.block_k / (chip.clock * 1e3)
-    is_scaled = config.block_m <= FEW_ROWS and not config.joined
     operations = min(problem.unpacking, MAX_SCALED) if is_scaled else problem.unpacking
     lanes = min(LANES, LANES_OF_WARP * warps * count)
     unpack_us = operations * width * config.block_k * across / (lanes * chip.clock * 1e3)
