@@ -316,8 +316,8 @@ def test_the_distribution_is_that_of_transformers(options: dict[str, Any]) -> No
     seen = torch.zeros(rows, count, dtype=torch.bool).scatter_(1, prompt.expand(rows, -1), True)
     uniforms = ((torch.arange(rows) + 0.5) / rows).unsqueeze(1)  # all numbers alike, in place of random ones
     numbers = [torch.full((rows,), float(options.get(n, 1))) for n in ("top_p", "temperature", "repetition_penalty")]
-    token, top_k = torch.zeros(rows, 1, dtype=torch.long), torch.full((rows,), options.get("top_k", count))
-    chosen = Sampler()(logits.expand(rows, -1), token, seen, uniforms, torch.tensor(0), top_k, *numbers)
+    token, least = torch.zeros(rows, 1, dtype=torch.long), torch.full((rows,), options.get("top_k", count) - 1)
+    chosen = Sampler()(logits.expand(rows, -1), token, seen, uniforms, torch.tensor(0), least, *numbers)
     assert torch.equal(chosen, token[:, 0])
     assert bool(seen.gather(1, token).all())
     found = torch.bincount(chosen, minlength=count) / rows
@@ -329,7 +329,7 @@ def test_numbers_at_the_edges_choose_tokens_that_may_be_chosen() -> None:
     logits[2] = torch.nan
     uniforms = torch.tensor([[0.0], [1.0 - 2**-24], [0.5]])
     token, one = torch.zeros(3, 1, dtype=torch.long), torch.ones(3)
-    given = token, torch.zeros(3, 4, dtype=torch.bool), uniforms, torch.tensor(0), torch.tensor([4, 4, 4])
+    given = token, torch.zeros(3, 4, dtype=torch.bool), uniforms, torch.tensor(0), torch.tensor([3, 3, 3])
     chosen = Sampler()(logits, *given, one, one, one)
     assert chosen[:2].tolist() == [2, 0]  # the first of the best ones, and the last that has a probability
 

@@ -65,6 +65,14 @@ def test_positions_inside(name: str) -> None:
     assert check.problem(check.code({})) is None
 
 
+def test_only_indexing_counts_from_the_end() -> None:
+    """A gather at -1 ends the process on a GPU."""
+    before = CLAMPED.replace("min=0, max=4", "min=-1, max=-1")
+    check_of(CALLS["an index"], before)
+    with pytest.raises(RtxError, match="would get positions outside of a dimension of size 5"):
+        check_of(CALLS["a gather"], before)
+
+
 def test_positions_are_drawn_from_all_of_a_table() -> None:
     """An input that is nothing but positions, and none that is a number, too."""
     graph = parse("""graph fused {

@@ -111,7 +111,7 @@ class State:
         tensors["top_p"].fill_(sampling.top_p if sampling.do_sample else 1)
         tensors["repetition_penalty"].fill_(sampling.repetition_penalty)
         vocabulary = tensors["seen"].shape[1]
-        tensors["top_k"].fill_(min(sampling.top_k or vocabulary, vocabulary) if sampling.do_sample else 1)
+        tensors["least"].fill_(min(sampling.top_k or vocabulary, vocabulary) - 1 if sampling.do_sample else 0)
         tensors["uniforms"].zero_()
         if uniforms is not None:
             tensors["uniforms"][:, length : length + uniforms.shape[0]] = uniforms.T

@@ -11,7 +11,7 @@ class Sampler(nn.Module):
 
     It has no weights. All settings are tensors with an entry for each of the `batch` sequences, so that one engine
     serves them all. A draw compares a uniform number with the cumulated probabilities: which token a number yields is
-    defined, and numbers of one seed yield one text. With a number of 0 and `top_k` of 1 this is the best token, and of
+    defined, and numbers of one seed yield one text. With 0 for both number and `least` this is the best token, and of
     several the first, as `argmax` has it.
     """
 
@@ -22,7 +22,7 @@ class Sampler(nn.Module):
         seen: Tensor,
         uniforms: Tensor,
         length: Tensor,
-        top_k: Tensor,
+        least: Tensor,
         top_p: Tensor,
         temperature: Tensor,
         repetition_penalty: Tensor,
@@ -35,7 +35,7 @@ class Sampler(nn.Module):
             seen: which tokens the penalty is for, bool `[batch, vocabulary]`.
             uniforms: numbers from 0 to 1, without 1; the one at `length` is used. `[batch, positions]`
             length: int64, `[]`.
-            top_k: the number of tokens to draw from, int64 `[batch]`; the size of the vocabulary means all.
+            least: the place of the last token to draw from, by score, int64 `[batch]`: 0 takes the best one.
             top_p: the probability that the tokens to draw from have together, float32 `[batch]`.
             temperature, repetition_penalty: float32 `[batch]`.
 
@@ -45,8 +45,8 @@ class Sampler(nn.Module):
         penalty = repetition_penalty.unsqueeze(1)
         logits = torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
         scores, order = torch.sort(logits / temperature.unsqueeze(1), dim=-1, descending=True, stable=True)
-        least = scores.gather(1, (top_k - 1).unsqueeze(1))
-        probabilities = torch.softmax(scores.masked_fill(scores < least, -torch.inf), dim=-1)
+        worst = scores.gather(1, least.unsqueeze(1))
+        probabilities = torch.softmax(scores.masked_fill(scores < worst, -torch.inf), dim=-1)
         limit = top_p.unsqueeze(1)
         kept = ((probabilities.cumsum(-1) - probabilities < limit) | (limit >= 1)) & (probabilities > 0)
         mass = torch.where(kept, probabilities, 0).cumsum(-1)

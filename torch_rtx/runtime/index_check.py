@@ -40,7 +40,8 @@ def check_positions(graph: Graph, device: torch.device, inputs: Sequence[torch.T
         for index, size in _positions(node):
             computed = computed or index not in flat.inputs
             (found,) = compile_graph(_up_to(flat, index), device)(inputs, ())
-            if found.numel() and not (-size <= int(found.min()) and int(found.max()) < size):
+            least = -size if isinstance(node.arg("indices"), tuple) else 0  # others do not count from the end
+            if found.numel() and not (least <= int(found.min()) and int(found.max()) < size):
                 raise RtxError(f"{node.op} would get positions outside of a dimension of size {size}", loc=node.loc)
     return computed
 
