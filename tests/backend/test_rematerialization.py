@@ -221,8 +221,65 @@ def test_attention_draws_where_it_has_dropout_alone(dropout):
     assert node.meta["val"][0].shape == x.meta["val"].shape
 
 
+class Checkpointed(nn.Module):
+    """Layers under autocast, each of which is a region of a checkpoint: all that is saved lies between them."""
+
+    def __init__(self, *widths: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(one, other) for one, other in zip(widths, widths[1:], strict=False))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            for layer in self.layers:
+                x = checkpoint(lambda x, layer=layer: layer(x).sin(), x, use_reentrant=False)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("widths", "rows", "casts"),
+    [
+        ((1024, 1024, 1024, 1024), 4, 2),
+        ((1024, 1024, 1024, 1024), 4096, 0),  # activations take more than gradients
+        ((1024, 1024, 4096), 4, 1),  # the largest gradient comes first, while all is saved
+    ],
+)
+def test_casts_are_saved_where_gradients_take_the_memory_later(widths, rows, casts):
+    step = Step(Checkpointed(*widths), rows, widths[0])
+    weights = [node for node in step.saved if node.meta["val"].dim() == 2 and "primals" in str(node.all_input_nodes)]
+    assert sum(node.meta["val"].shape[0] != rows for node in weights) == casts
+    assert {node.name for node in weights} <= {node.name for node in step.backward.graph.find_nodes(op="placeholder")}
+
+
+def test_gradients_beside_casts_that_are_saved():
+    torch.manual_seed(0)
+    model = Checkpointed(64, 64, 64, 64, 64)
+    reference, x = copy.deepcopy(model), torch.randn(4, 64)
+    for call in (compile_rtx(model), reference):
+        call(x).float().square().mean().backward()
+    for own, expected in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(own.grad, expected.grad, rtol=5e-2, atol=1e-4)
+
+
+def test_what_depends_on_a_size_alone_is_not_saved_in_its_place():
+    """Sizes come after all tensors."""
+
+    def inner(x: torch.Tensor) -> torch.Tensor:
+        return layer(x * torch.arange(x.shape[0], dtype=x.dtype).sin().unsqueeze(1)).sin()
+
+    layer = nn.Linear(64, 64)
+    compiled = compile_rtx(lambda x: checkpoint(inner, x, use_reentrant=False).sin(), dynamic=True)
+    for rows in (3, 5):
+        x, found = torch.randn(rows, 64), []
+        for call in (compiled, lambda x: inner(x).sin()):
+            layer.zero_grad()
+            call(x).square().mean().backward()
+            found.append(layer.weight.grad)
+        torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
+
+
 def test_a_parameter_that_is_cast_again_must_not_change_before():
     layer = nn.Linear(1024, 1024)
+    layer.weight.requires_grad_(False)  # a gradient would take the memory of the cast
     compiled = compile_rtx(layer)
     with torch.autocast("cpu", torch.bfloat16):
         loss = compiled(torch.randn(2, 1024, requires_grad=True)).float().sum()

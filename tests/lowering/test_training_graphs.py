@@ -48,8 +48,8 @@ COUNTS: dict[str, tuple[tuple[int, dict[str, int]], tuple[int, dict[str, int]]]]
     "gpt2": ((21, FORWARD), (30, BACKWARD)),
     "llama": ((29, FORWARD), (50, BACKWARD)),
     "resnet50": (
-        (57, {"copy_": 69}),  # of running statistics and of the numbers of batches
-        (33, {"convolution_backward": 23}),
+        (54, {"copy_": 69}),  # of running statistics and of the numbers of batches
+        (28, {"convolution_backward": 23}),
     ),
     "vit_b_16": ((28, FORWARD), (38, {**BACKWARD, "convolution_backward": 1})),
 }

@@ -223,7 +223,7 @@ def block_of(tensors: Iterable[torch.Tensor]) -> Block | None:
 
 _USES: Callable[[int], int] = torch._C._storage_Use_Count  # references to the memory of a tensor
 _NODE: Callable[[], Any] = torch._C._current_autograd_node
-_ACCUMULATE: type = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]
+_ACCUMULATE: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]
 _BLOCKS: weakref.WeakValueDictionary[int, Block] = weakref.WeakValueDictionary()  # by address
 _SHARED: weakref.WeakValueDictionary[tuple[int, int], GraphMemory] = weakref.WeakValueDictionary()
 _LOCK = threading.Lock()
