@@ -84,6 +84,14 @@ GROUPS = {
         x: H[s, 5] = exp.default(self=a)
         y: H[s] = exp.default(self=b)
         return x, y""",
+    "operands that repeat along rows": """
+        a: H[70, 128]
+        n: H[128]
+        b: H[3, 128]
+        m: H[128]
+        x: H[70, 128] = mul.Tensor(self=a, other=n)
+        y: H[3, 128] = mul.Tensor(self=b, other=m)
+        return x, y""",
     "columns": """
         a: H[5, 6](1, 5)
         b: H[700]

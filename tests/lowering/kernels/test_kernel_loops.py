@@ -13,7 +13,7 @@ from tests.lowering.kernels.kernel_bodies import body, check, random_tensor
 from torch_rtx.errors import Unsupported
 from torch_rtx.irparse import parse
 from torch_rtx.lowering.kernels.aot import compile_kernels
-from torch_rtx.lowering.kernels.loops import PERSISTENT, LoopConfig, loop_configs, loop_kernel
+from torch_rtx.lowering.kernels.loops import PERSISTENT, LoopConfig, loop_configs, loop_kernel, repeated_configs
 from torch_rtx.lowering.kernels.region import region
 from torch_rtx.targets import Target
 
@@ -114,6 +114,55 @@ def test_configurations_get_smaller_and_stay_right() -> None:
         outputs = [torch.full((2, 3, 768), torch.nan, dtype=torch.float16) for _ in range(2)]
         run(loop_kernel(found, "kernel", config), [x, y, weight, *outputs])
         torch.testing.assert_close(outputs[1], expected, rtol=2e-3, atol=4e-3)
+
+
+CHANNELS = """
+x: H[3, C, 7, 5](INNER)
+scale: f32[C]
+bias: f32[1, C, 1, 1]
+s: f32[C, 1, 1] = view.default(self=scale, size=[C, 1, 1])
+y: f32[3, C, 7, 5](INNER) = mul.Tensor(self=x, other=s)
+z: f32[3, C, 7, 5](INNER) = add.Tensor(self=y, other=bias)
+r: H[3, C, 7, 5](INNER) = _to_copy.default(self=z, dtype='H')
+return r
+"""
+ROWS = """
+x: H[70, C]
+scale: H[C]
+each: f32[70, 1]
+y: H[70, C] = mul.Tensor(self=x, other=scale)
+z: f32[70, C] = add.Tensor(self=y, other=each)
+return z
+"""
+
+
+def repeating(text: str, count: int, dtype: str) -> str:
+    """`text` with `count` channels, in which an operand repeats."""
+    text = text.replace("INNER", f"{35 * count}, 1, {5 * count}, {count}").replace("'H'", f"'{dtype}'")
+    return text.replace("C", str(count)).replace("H[", f"{dtype}[")
+
+
+@pytest.mark.parametrize("dtype", ["f16", "f32"])
+@pytest.mark.parametrize(("text", "count"), [(CHANNELS, 64), (CHANNELS, 192), (ROWS, 64), (ROWS, 128)])
+def test_operands_that_repeat_are_read_once_for_several_rows(text: str, count: int, dtype: str) -> None:
+    text = repeating(text, count, dtype)
+    configs = repeated_configs(region(body(text)))
+    assert len(configs) == 2
+    for config in configs:
+        assert "tl.load(scale + (R))" in check(text, loop_kernel, config).source
+    assert configs[0] not in loop_configs(region(body(text)))  # of so few rows
+
+
+def test_operands_repeat_along_many_rows_of_whole_blocks() -> None:
+    many = region(body(repeating(ROWS, 128, "f16").replace("70", "70000")))
+    assert loop_configs(many)[0] == repeated_configs(many)[0]
+    for text in (
+        ROWS.replace("70", "70000").replace("C", "96"),
+        "x: H[70000, 64]\ny: H[70000, 64] = sin.default(self=x)\nreturn y",
+    ):
+        found = region(body(text))
+        assert not repeated_configs(found)
+        assert not any(config.repeated for config in loop_configs(found))
 
 
 def test_what_is_no_loop() -> None:

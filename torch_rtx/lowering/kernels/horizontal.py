@@ -25,7 +25,14 @@ from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Graph, attr_values, dim_expr
 from torch_rtx.lowering.kernels.index import from_dim
 from torch_rtx.lowering.kernels.kernel import Kernel
-from torch_rtx.lowering.kernels.loops import TILE, LoopConfig, LoopFunction, loop_configs, loop_function
+from torch_rtx.lowering.kernels.loops import (
+    TILE,
+    LoopConfig,
+    LoopFunction,
+    loop_configs,
+    loop_function,
+    repeated_configs,
+)
 from torch_rtx.lowering.kernels.region import Region, region
 from torch_rtx.lowering.kernels.source import assemble, blocks, next_power_of_2
 
@@ -42,6 +49,8 @@ def part_configs(part: Region) -> list[LoopConfig]:
     configs = loop_configs(part)
     if part.reductions:
         return configs
+    if repeated := repeated_configs(part):
+        return repeated
     per_element = sum(DTYPES[type_.dtype].bytes for type_ in part.memory_types)
     elements = min(max(next_power_of_2(TILE_BYTES // per_element), TILE), MAX_TILE)
     return [LoopConfig(elements, 1, 4), LoopConfig(elements // 2, 1, 4)]
@@ -72,7 +81,7 @@ def horizontal_kernel(found: Region, name: str, config: LoopConfig) -> Kernel:
         raise Unsupported("results of parts that are not those of their kernel")
     names = {value.name: value.name for value in found.body.inputs}
     names |= {value.name: f"out{index}" for index, value in enumerate(attr_values(found.body.outputs))}
-    programs = [blocks(count, config.rows) for _, count in loops]
+    programs = [dim_expr("*", function.blocks, blocks(count, config.rows)) for _, count in loops]
     rows = [
         [
             str(from_dim(dim_expr("+", 0, *programs[:index]))),

@@ -1,9 +1,10 @@
 """Loop kernels: pointwise operations over elements, and reductions over rows.
 
-A program of a pointwise kernel computes a block of elements, with index X. With reductions X is the row and R the
-element in it. A program reduces a few rows: short ones are held in registers, longer ones are read in steps, with one
-loop per level of dependent reductions and one for the results. Reductions share a kernel if their rows agree in size
-and number; whatever comes before, between and after them stays in registers. A scan needs its row in registers.
+A program of a pointwise kernel computes a block of elements, with index X; where an operand repeats along rows, a block
+of several rows. With rows X is the row and R the element in it. A program reduces a few rows: short ones are held in
+registers, longer ones are read in steps, with one loop per level of dependent reductions and one for the results.
+Reductions share a kernel if their rows agree in size and number; whatever comes before, between and after them stays in
+registers. A scan needs its row in registers.
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ X, R = "X", "R"
 PERSISTENT = 8192  # elements of the longest row that is held in registers
 TILE = 1024  # elements of a default tile
 TYPICAL_PROCESSORS = 132
+TILES_PER_PROCESSOR = 8
+REPEATED = 64  # elements of an operand that repeats, less than threads: Triton lets each thread load what it needs
 UNKNOWN = 1 << 14  # elements of a row of symbolic size
 OWN_SCANS = frozenset(("sum", "prod"))  # of Triton's own
 COMBINE = """
@@ -68,11 +71,13 @@ def _{kind}(a, b):
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """The tile, [rows, elements of a row], and Triton's number of warps."""
+    """The tile, [rows, elements of a row], and Triton's number of warps. With `repeated`, the rows are those of
+    `repeated_rows`, and each block of a row has programs of its own."""
 
     rows: int
     elements: int
     num_warps: int
+    repeated: bool = False
 
 
 @dataclass(frozen=True)
@@ -142,6 +147,28 @@ def _rows_of_results(outputs: Sequence[Tensor]) -> Rows:
     return Rows(product(outputs[0].shape), constant(1))
 
 
+@lru_cache(maxsize=1024)
+def repeated_rows(region: Region) -> Rows | None:
+    """The iteration space of a loop over elements as rows along which an operand repeats, as parameters of channels do:
+    a tile of several rows reads it once. None if there are none."""
+    output, sizes = region.outputs[0], [size.number for size in region.outputs[0].shape]
+    strides = [stride for stride in region.types[0].strides if isinstance(stride, int)]
+    plain = len(strides) == len(sizes) and None not in sizes
+    alike = all(one.shape == output.shape for one in region.outputs) and len({t.strides for t in region.types}) == 1
+    if not plain or not alike or any(isinstance(one, Scatter) for one in region.outputs):
+        return None
+    order = sorted((axis for axis, size in enumerate(sizes) if size != 1), key=lambda axis: -strides[axis])
+    names = {f"A{axis}": axis for axis in range(len(sizes))}
+    position = tuple(map(variable, names, output.shape))
+    addresses = (address for one in region.outputs for address in _addresses(one, position, set()))
+    read = [{names[var.name] for var in address.variables() if var.name in names} for address in addresses]
+    for length in range(1, len(order)):
+        outer, axes = order[:-length], tuple(order[-length:])
+        if outer == sorted(outer) and any(one and one <= {*axes} for one in read):
+            return Rows(_size(output.shape, tuple(outer)), _size(output.shape, axes), output.shape, axes)
+    return None
+
+
 def _size(shape: Shape, axes: tuple[int, ...]) -> Index:
     return product(shape[axis] for axis in axes)
 
@@ -184,20 +211,19 @@ def _kept(reduction: Reduce) -> Index:
 @lru_cache(maxsize=1024)
 def loop_configs(region: Region) -> list[LoopConfig]:
     """Configurations, the fastest first; then smaller tiles with more warps, for bodies that need many registers."""
-    best = _best_config(region)
+    best, repeated = _best_config(region), [one for one in repeated_configs(region) if _fills(region, one)]
     smaller = [replace(best, rows=max(best.rows // 2, 1))]
     if region.reductions:
         smaller += [LoopConfig(1, best.elements, 8), LoopConfig(1, best.elements, 16), LoopConfig(1, 1024, 8)]
     scans = any(isinstance(reduction, Scan) for reduction in region.reductions)
-    return [one for one in dict.fromkeys([best, *smaller]) if not scans or one.elements == best.elements]
+    every = dict.fromkeys([*repeated[:1], best, *smaller])
+    return [one for one in every if not scans or one.elements == best.elements]
 
 
 def _best_config(region: Region) -> LoopConfig:
     rows = rows_of(region)
     if not rows.axes:
-        count = rows.count.number
-        elements = TILE if count is None or count >= TYPICAL_PROCESSORS * TILE else 256
-        return LoopConfig(elements, 1, 4)
+        return _elements_config(rows.count.number)
     size = rows.size.number
     if size is None or size > PERSISTENT:
         return LoopConfig(1, 2048, 8) if rows.contiguous else LoopConfig(16, 256, 8)
@@ -211,6 +237,27 @@ def _best_config(region: Region) -> LoopConfig:
     return LoopConfig(count, block, max(block * count // (2 * TILE), 2))
 
 
+def _elements_config(count: int | None) -> LoopConfig:
+    return LoopConfig(TILE if count is None or count >= TYPICAL_PROCESSORS * TILE else 256, 1, 4)
+
+
+def repeated_configs(region: Region) -> list[LoopConfig]:
+    """Tiles of several rows of a loop over elements, if an operand repeats along these: each thread reads a few
+    elements of it for several rows. They do not depend on the number of rows."""
+    rows = None if rows_of(region).axes else repeated_rows(region)
+    fits = rows is not None and rows.size.number is not None and rows.size.number % REPEATED == 0
+    return [LoopConfig(tile, REPEATED, 4, repeated=True) for tile in (REPEATED, REPEATED // 2)] if fits else []
+
+
+def _fills(region: Region, config: LoopConfig) -> bool:
+    """There are so many tiles that few elements per thread would not keep more memory busy."""
+    rows = repeated_rows(region)
+    if rows is None or rows.count.number is None or rows.size.number is None:
+        return False
+    tiles = rows.count.number // config.rows * (rows.size.number // config.elements)
+    return tiles >= TILES_PER_PROCESSOR * TYPICAL_PROCESSORS
+
+
 def loop_kernel(region: Region, name: str, config: LoopConfig | None = None) -> Kernel:
     """The kernel that computes `region` in one loop.
 
@@ -219,7 +266,7 @@ def loop_kernel(region: Region, name: str, config: LoopConfig | None = None) -> 
     """
     writer = LoopWriter(region, config or _best_config(region))
     lines = writer.write()
-    programs = blocks(writer.count, writer.config.rows)
+    programs = dim_expr("*", writer.pieces, blocks(writer.count, writer.config.rows))
     return assemble(region, name, lines, programs, writer.config.num_warps, writer.num_stages, writer.functions)
 
 
@@ -232,6 +279,7 @@ class LoopFunction:
             those that a kernel of the loop has.
         pointers, num_stages: see `Kernel`.
         aligned: the mask of a tile lets its elements be loaded as vectors.
+        blocks: how many programs there are for each tile of rows.
     """
 
     source: str
@@ -239,6 +287,7 @@ class LoopFunction:
     pointers: tuple[str, ...]
     num_stages: int
     aligned: bool
+    blocks: int
 
 
 def loop_function(region: Region, config: LoopConfig) -> tuple[LoopFunction, Dim]:
@@ -253,9 +302,9 @@ def loop_function(region: Region, config: LoopConfig) -> tuple[LoopFunction, Dim
     lines = writer.write()
     head = f"\n\n@triton.jit\ndef loop(first, size, {', '.join(parameters(region))}):\n"
     source = writer.functions + head + "\n".join(indent(lines)) + "\n"
-    aligned = writer.rows.contiguous or multiple(writer.count) % ALIGNMENT == 0
+    aligned = config.repeated or writer.rows.contiguous or multiple(writer.count) % ALIGNMENT == 0
     pointers = tuple(type_.dtype for type_ in region.memory_types)
-    return LoopFunction(source, config, pointers, writer.num_stages, aligned), writer.count
+    return LoopFunction(source, config, pointers, writer.num_stages, aligned, writer.pieces), writer.count
 
 
 def loop_operations(region: Region) -> tuple[int, Dim]:
@@ -291,13 +340,18 @@ class LoopWriter:
         count: str = "",
         rows: Rows | None = None,
     ) -> None:
-        self.region, self.config, self.rows = region, config, rows or rows_of(region)
-        self.program, self.limit = program, count or str(self.rows.count)
-        self.reductions: Sequence[Reduce] = region.reductions
+        self.region, self.config = region, config
+        self.rows = rows or (repeated_rows(region) if config.repeated else None) or rows_of(region)
         size = self.rows.size.number
+        self.pieces = size // config.elements if size and config.repeated else 1  # of a row
+        self.program, self.first = program, "0"
+        if self.pieces > 1:
+            self.program, self.first = f"({program} // {self.pieces})", f"{program} % {self.pieces} * {config.elements}"
+        self.limit = count or str(self.rows.count)
+        self.reductions: Sequence[Reduce] = region.reductions
         self.cast = ".to(tl.int64)" if needs_int64(region) else ""
         self.is_pointwise = not self.rows.axes
-        self.is_looped = not self.is_pointwise and (size is None or size > config.elements)
+        self.is_looped = not self.is_pointwise and (size is None or size > config.elements * self.pieces)
         self.x, self.r = variable(X, self.rows.count), variable(R, self.rows.size)
         known = self.rows.count.number
         full = not count and known is not None and known % config.rows == 0
@@ -332,7 +386,7 @@ class LoopWriter:
         if emitter.axes[X].mask:
             lines.append(f"in_x = {X} < {self.limit}")
         if not self.is_pointwise and not self.is_looped:
-            lines += self._elements("0")
+            lines += self._elements(self.first)
         if self.is_looped:
             self._stepwise()
         else:
