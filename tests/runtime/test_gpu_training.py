@@ -180,7 +180,8 @@ def test_gradients_take_their_memory_once(late: bool) -> None:
     step(compiled, own)
     torch.cuda.synchronize()
     size = sum(p.nbytes for p in own.parameters())
-    assert torch.cuda.max_memory_reserved() - held < 3.9 * size  # two models, gradients, casts of weights
+    # Two models, gradients, workspaces, and casts of weights, over which gradients lie if they are cleared in time.
+    assert torch.cuda.max_memory_reserved() - held < (3.9 if late else 3.5) * size
 
 
 def test_gradients_that_the_caller_keeps(pair: Pair) -> None:
