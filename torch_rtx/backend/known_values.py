@@ -4,7 +4,8 @@ A trace computes with FakeTensors, which have no elements, so that a model can't
 made themselves, such as the last of the positions `torch.arange(length)`, or whether a mask of ones hides anything.
 PyTorch knows this of single numbers that Python wrote down (`torch.tensor(2.0)`). Inside of `known_values` each small
 tensor that begins with sizes and numbers alone remembers how it was computed; if the model asks, the CPU computes it.
-So do buffers of single integers that are in no state dict: an engine stores these, and no refit changes them.
+So do buffers of single integers that are in no state dict: an engine stores these, and no refit changes them. In the
+bodies of loops and branches nothing is known: a trace runs them once, on the values of the first pass.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._guards import CompileContext
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, is_fake, no_dispatch
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
@@ -71,10 +74,22 @@ def known_values(given: Mapping[torch.Tensor, torch.Tensor]) -> Iterator[None]:
         given: tensors that stand for others in the trace, with those whose values they have.
     """
     before: Any = FakeTensorMode.dispatch
+    operate: Any = HigherOrderOperator.dispatch
+    bodies = 0
     made: Any = FakeTensorMode.from_tensor
     known = WeakIdKeyDictionary({one: _constant(value) for one, value in given.items()})
 
+    def with_bodies(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal bodies
+        bodies += 1
+        try:
+            return operate(self, *args, **kwargs)
+        finally:
+            bodies -= 1
+
     def dispatch(self: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if bodies or CompileContext.try_get() is not None:  # Dynamo runs only for operators with bodies
+            return before(self, func, types, args, kwargs or {})
         call = _call(known, func, args, kwargs or {})
         if func is ITEM and call is not None:
             with suppress(Exception), no_dispatch():  # whatever: then it is not known
@@ -97,11 +112,13 @@ def known_values(given: Mapping[torch.Tensor, torch.Tensor]) -> Iterator[None]:
 
     FakeTensorMode.from_tensor = from_tensor  # type: ignore[method-assign]
     FakeTensorMode.dispatch = dispatch  # type: ignore[method-assign]
+    HigherOrderOperator.dispatch = with_bodies  # type: ignore[method-assign]
     try:
         yield
     finally:
         FakeTensorMode.from_tensor = made  # type: ignore[method-assign]
         FakeTensorMode.dispatch = before  # type: ignore[method-assign]
+        HigherOrderOperator.dispatch = operate  # type: ignore[method-assign]
 
 
 def _on_copy(func: Any, self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
