@@ -340,6 +340,14 @@ def test_chains_have_kernels_of_bounded_size(kind: str) -> None:
         assert len(kernels) == count, "each would be computed 25 times"
 
 
+def test_what_may_share_memory_alone_is_no_kernel() -> None:
+    """Results would not share it any more; what moves elements alone, without sharing, is one."""
+    text = "input x: f32[6, 3]\ny: f32[6, 3] = op aten.CALL\nreturn [y]"
+    calls = {"_unsafe_view.default(self=x, size=[-1, 3])": "op", "flip.default(self=x, dims=[0])": "kernel"}
+    for call, kind in calls.items():
+        assert [node.kind for node in fused(text.replace("CALL", call)).nodes] == [kind], call
+
+
 def test_kernels_that_read_inputs_alone_come_just_before_their_readers() -> None:
     """Casts of parameters, for one: the model has them first, and until the products are made they only take memory."""
     graph = parse("""graph import {

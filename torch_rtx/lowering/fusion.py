@@ -484,8 +484,9 @@ class FusionPlan:
     def _computes(self, node: Node) -> bool:
         if any(value.name in self.begun for value in node.results):
             return True
-        computed = (not isinstance(tensor, Load | View) for tensor in everything(_expressed(node)))
-        return bool(node.inputs) and (node.op not in COPIES or any(computed))
+        if node.op in COPIES or aten.may_alias(node):  # which a kernel would turn into a copy
+            return any(not isinstance(tensor, Load | View) for tensor in everything(_expressed(node)))
+        return bool(node.inputs)
 
 
 def loops_us(graph: Graph, arches: tuple[Arch, ...]) -> float:
