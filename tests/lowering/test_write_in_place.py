@@ -115,7 +115,7 @@ def programs(draw: st.DrawFn) -> Graph:
     return replace(rewriter.finish(), nodes=(*rewriter.nodes, *ends), outputs=outputs)
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+@settings(max_examples=120, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 @given(programs())
 def test_drawn_graphs(program):
     """The pass alone, and all passes with the kernels of a GPU, whose bodies run here."""

@@ -59,7 +59,7 @@ WORK = {
     "det": (0, 1, 0),
     "rec": (2, 1, 0),
     "cls": (0, 1, 0),
-    "silero": (0, 0, 1),  # an LSTM
+    "silero": (0, 0, 0),
     "magika": (0, 1, 0),
     "pitch": (0, 0, 0),
     "minilm": (6, 0, 0),

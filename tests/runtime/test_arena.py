@@ -109,7 +109,7 @@ def poisoned(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -
     return found
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(chained(), st.integers(0, 100), st.booleans(), st.data())
 def test_random_graphs(graph: Graph, seed: int, static: bool, data: st.DataObject) -> None:
     """Some kernels are launched and others called, for any sizes and for given ones: every result is right."""

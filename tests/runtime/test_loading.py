@@ -93,9 +93,9 @@ def test_inspect_without_torch(tmp_path):
 # The zoo --------------------------------------------------------------------------------------------------------------
 
 
-# One of each kind: convolutions with folded norms, windows, tied weights, two inputs, two towers, skip connections,
-# caches that are written. Each model of the zoo goes through the bytes of its engine in test_models, by the cache.
-ZOO = ["mobilenet_v3", "swin_t", "bert_base", "t5", "clip", "sd15_unet", "gpt2_decode", "llama_decode"]
+# One of each kind: convolutions with folded norms, tied weights, two inputs, skip connections, caches that are written.
+# Each model of the zoo goes through the bytes of its engine in test_models, by the cache.
+ZOO = ["mobilenet_v3", "bert_base", "t5", "sd15_unet", "llama_decode"]
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -232,13 +232,13 @@ def read(tree: Any) -> None:
     assert json.dumps(Signature.from_json(json.loads(text)).to_json()) == text
 
 
-@settings(max_examples=300, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, suppress_health_check=list(HealthCheck))
 @given(signatures | contexts)
 def test_hostile_signatures(tree):
     read(tree)
 
 
-@settings(max_examples=200, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_edited_signatures(data):
     """A real signature with one place in it replaced."""
