@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._guards import CompileContext
+from torch._dynamo.symbolic_convert import tls
 from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, is_fake, no_dispatch
 from torch.utils import _pytree as pytree
@@ -88,7 +88,7 @@ def known_values(given: Mapping[torch.Tensor, torch.Tensor]) -> Iterator[None]:
             bodies -= 1
 
     def dispatch(self: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if bodies or CompileContext.try_get() is not None:  # Dynamo runs only for operators with bodies
+        if bodies or getattr(tls, "current_tx", None) is not None:  # Dynamo traces some bodies, and nothing else
             return before(self, func, types, args, kwargs or {})
         call = _call(known, func, args, kwargs or {})
         if func is ITEM and call is not None:
