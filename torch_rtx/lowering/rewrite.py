@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import replace
 from operator import is_
 
 from torch_rtx import aten
 from torch_rtx.accumulation import continued
+from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Attr, Graph, Loc, Node, Type, Value, attr_map, attr_values
 from torch_rtx.lowering.infer import Inference
 
@@ -101,6 +102,23 @@ class Rewriter:
         if any(value.name in self._replaced for value in node.inputs):
             node = replace(node, args=node.map_inputs(self.current))
         self.nodes.append(node)
+
+    def expand(self, node: Node, make: Callable[[], Value | Sequence[Value | None] | None]) -> bool:
+        """Replace `node` by what `make` emits, the values of its outputs. Returns whether it did: the node stays, and
+        what was emitted goes, if `make` returns None or raises Unsupported, or if a value has another type."""
+        before = len(self.nodes)
+        try:
+            found = make()
+        except Unsupported:
+            found = None
+        found = (found,) if isinstance(found, Value) else found
+        pairs = [] if found is None else list(zip(node.outputs, found, strict=True))
+        if found is None or any(old is not None and (new is None or old.type != new.type) for old, new in pairs):
+            del self.nodes[before:]
+            return False
+        for old, new in pairs:
+            self.replace(old, new)
+        return True
 
     def emit(self, op: str, loc: Loc | None = None, types: tuple[Type, ...] | None = None, /, **args: Attr) -> Value:
         """Add a call; returns its first result.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 
-from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Attr, Graph, Node, Value, dim_expr
 from torch_rtx.lowering.fusion import is_kernel
 from torch_rtx.lowering.infer import Inference
@@ -33,16 +32,7 @@ def expand_attention(graph: Graph, infer: Inference, targets: tuple[Target, ...]
     def visit(node: Node, rewriter: Rewriter) -> bool:
         if ANCHORS.get(node.op) != "attention" or is_kernel(_alone(node), arches):
             return False
-        before = len(rewriter.nodes)
-        try:
-            found = _expanded(node, rewriter)
-        except Unsupported:
-            found = None
-        if found is None or found.type != type_of(node.outputs[0]):
-            del rewriter.nodes[before:]
-            return False
-        rewriter.replace(node.outputs[0], found)
-        return True
+        return rewriter.expand(node, lambda: _expanded(node, rewriter))
 
     return rewrite(graph, infer, visit)
 

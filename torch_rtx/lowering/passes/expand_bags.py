@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Attr, Graph, Node, TensorType, Value
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.rewrite import Rewriter, returned, rewrite, users
@@ -26,16 +25,7 @@ def expand_bags(graph: Graph, infer: Inference) -> Graph:
         if node.op not in BAGS or any(value.name in needed for value in node.outputs[1:] if value is not None):
             return False
         size = _size(node, producer)
-        before = len(rewriter.nodes)
-        try:
-            found = None if size is None else _reduced(node, size, rewriter)
-        except Unsupported:
-            found = None
-        if found is None or node.outputs[0] is None or found.type != node.outputs[0].type:
-            del rewriter.nodes[before:]
-            return False
-        rewriter.replace(node.outputs[0], found)
-        return True
+        return size is not None and rewriter.expand(node, lambda: (_reduced(node, size, rewriter), *node.outputs[1:]))
 
     return rewrite(graph, infer, visit)
 

@@ -45,18 +45,10 @@ def expand_sorts(graph: Graph, infer: Inference) -> Graph:
         rule = RULES.get(node.op)
         if rule is None:
             return False
-        before, known = len(rewriter.nodes), dict(shared)
-        try:
-            results = rule(_Calls(node, rewriter, known, ranges))
-            for old, new in zip(node.outputs, results, strict=True):
-                if old is not None and old.type != new.type:
-                    raise Unsupported("results of another type")
-        except Unsupported:
-            del rewriter.nodes[before:]
+        known = dict(shared)
+        if not rewriter.expand(node, lambda: rule(_Calls(node, rewriter, known, ranges))):
             return False
         shared.update(known)
-        for old, new in zip(node.outputs, results, strict=True):
-            rewriter.replace(old, new)
         return True
 
     return rewrite(graph, infer, visit)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from math import prod
 
-from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Attr, Graph, Node, Value
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.kernels.body_builder import argument, type_of
@@ -25,16 +24,7 @@ def separate_pools(graph: Graph, infer: Inference) -> Graph:
         sizes = _each(node, "kernel_size") if node.op in RANKS else []
         if prod(sizes) <= LARGEST or not _is_uniform(node):
             return False
-        before = len(rewriter.nodes)
-        try:
-            found = _separated(node, sizes, rewriter)
-        except Unsupported:
-            found = None
-        if found is None or found.type != type_of(node.outputs[0]):
-            del rewriter.nodes[before:]
-            return False
-        rewriter.replace(node.outputs[0], found)
-        return True
+        return rewriter.expand(node, lambda: _separated(node, sizes, rewriter))
 
     return rewrite(graph, infer, visit)
 

@@ -6,7 +6,6 @@ A kernel holds the row of a running sum in registers. Chunks of a long row fit, 
 from __future__ import annotations
 
 from torch_rtx.dtypes import register
-from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Attr, Graph, Node, Value
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.kernels.body_builder import argument, type_of
@@ -23,16 +22,7 @@ def split_scans(graph: Graph, infer: Inference) -> Graph:
     def visit(node: Node, rewriter: Rewriter) -> bool:
         if node.op != CUMSUM:
             return False
-        before = len(rewriter.nodes)
-        try:
-            found = _split(node, rewriter)
-        except Unsupported:
-            found = None
-        if found is None or found.type != type_of(node.outputs[0]):
-            del rewriter.nodes[before:]
-            return False
-        rewriter.replace(node.outputs[0], found)
-        return True
+        return rewriter.expand(node, lambda: _split(node, rewriter))
 
     return rewrite(graph, infer, visit)
 

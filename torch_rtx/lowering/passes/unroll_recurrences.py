@@ -25,20 +25,7 @@ def unroll_recurrences(graph: Graph, infer: Inference) -> Graph:
     """Level import to level import. Calls with projections, with dropout or of a symbolic length are left."""
 
     def visit(node: Node, rewriter: Rewriter) -> bool:
-        if node.op not in STATES:
-            return False
-        before = len(rewriter.nodes)
-        try:
-            results = _Unrolled(node, rewriter).results()
-            for old, new in zip(node.outputs, results, strict=True):
-                if old is not None and old.type != new.type:
-                    raise Unsupported(f"a result of type {new.type} instead of {old.type}")
-        except Unsupported:
-            del rewriter.nodes[before:]
-            return False
-        for old, new in zip(node.outputs, results, strict=True):
-            rewriter.replace(old, new)
-        return True
+        return node.op in STATES and rewriter.expand(node, lambda: _Unrolled(node, rewriter).results())
 
     return rewrite(graph, infer, visit)
 
