@@ -19,8 +19,12 @@ COPIED = ("torch_rtx", "benchmarks", "tests", "docs", "README.md", "pyproject.to
 CHECK = "check"
 # Files that each example touches.
 FILES = {"an operator": 1, "a pass": 4, "a tactic": 2, "a target": 2}
-# Of pages that the examples touch; each example has a check of what it does.
-TESTS = ("tests/test_docs.py", "-k", "not public_name and not test_paths_exist")
+# Of the structure, and of pages that the examples touch; each example has a check of what it does.
+TESTS = ("tests/test_structure.py", "tests/test_docs.py")
+NOT_TOUCHED = (
+    *(f"tests/test_docs.py::{test}" for test in ("test_public_name", "test_paths_exist", "test_messages_exist")),
+    "tests/test_structure.py::test_imports_are_light",
+)
 
 
 @dataclass(frozen=True)
@@ -92,19 +96,40 @@ def run(folder: Path, *command: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("example", FILES)
-def test_example(example: str, tmp_path: Path) -> None:
-    found = blocks(example)
-    files = [block.title for block in found if block.title != CHECK]
-    (check,) = (block for block in found if block.title == CHECK)
-    assert len(set(files)) == len(files) == FILES[example]
-    copy(tmp_path)
-    change(example, tmp_path)
-    if check.language == "sh":
-        run(tmp_path, "bash", "-ec", check.text)
-    else:
-        mine = f"import torch_rtx\nassert torch_rtx.__file__.startswith({str(tmp_path)!r})\n"
-        run(tmp_path, sys.executable, "-c", mine + check.text)
+def test_each_change_is_whole() -> None:
+    """An example says how many files it touches, and has one check of what it does."""
+    assert re.findall(r"^## Add (.*)$", TEXT, re.MULTILINE) == list(FILES)
+    for example, number in FILES.items():
+        files = [block.title for block in blocks(example) if block.title != CHECK]
+        assert len(set(files)) == len(files) == number
+        check_of(example)
+
+
+def check_of(example: str) -> Block:
+    """The check below the changes."""
+    (check,) = (block for block in blocks(example) if block.title == CHECK)
+    return check
+
+
+@pytest.fixture(scope="module")
+def all_changed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the package with the changes of all examples."""
+    folder = tmp_path_factory.mktemp("changed")
+    copy(folder)
+    for example in FILES:
+        change(example, folder)
+    return folder
+
+
+def test_examples(all_changed: Path) -> None:
+    """Their checks; those in Python in one process, since importing PyTorch takes longer than most of them."""
+    code = f"import torch_rtx\nassert torch_rtx.__file__.startswith({str(all_changed)!r})\n"
+    for check in map(check_of, FILES):
+        if check.language == "sh":
+            run(all_changed, "bash", "-ec", check.text)
+        else:
+            code += f"exec({check.text!r}, {{}})\n"
+    run(all_changed, sys.executable, "-c", code)
 
 
 def test_a_change_that_does_not_fit() -> None:
@@ -115,13 +140,9 @@ def test_a_change_that_does_not_fit() -> None:
             changed(text, diff, "x.py")
 
 
-def test_examples_follow_the_rules(tmp_path: Path) -> None:
-    """All of them together, by the structure test, the tests of pages, and the linters."""
-    assert re.findall(r"^## Add (.*)$", TEXT, re.MULTILINE) == list(FILES)
-    copy(tmp_path)
-    for example in FILES:
-        change(example, tmp_path)
-    run(tmp_path, sys.executable, "-m", "pytest", "-q", "-m", "quick", "tests/test_structure.py")
-    run(tmp_path, sys.executable, "-m", "pytest", "-q", *TESTS)
-    run(tmp_path, "ruff", "check", "torch_rtx")
-    run(tmp_path, "ruff", "format", "--check", "torch_rtx")
+def test_examples_follow_the_rules(all_changed: Path) -> None:
+    """By the structure test, the tests of pages, and the linters."""
+    left_out = (f"--deselect={test}" for test in NOT_TOUCHED)
+    run(all_changed, sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", *left_out, *TESTS)
+    run(all_changed, "ruff", "check", "torch_rtx")
+    run(all_changed, "ruff", "format", "--check", "torch_rtx")

@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -111,11 +112,21 @@ def part_of(module: str) -> str:
 
 
 @cache
+def module_names() -> set[str]:
+    return {module_of(file) for file in FILES}
+
+
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@cache
 def imports(path: Path, types: bool = False) -> set[str]:
     """The modules of the package that a file imports; with `types` also those below TYPE_CHECKING."""
     found = set()
-    modules = {module_of(file) for file in FILES}
-    tree = ast.parse(path.read_text())
+    modules = module_names()
+    tree = parsed(path)
     checkers = [n for n in ast.walk(tree) if isinstance(n, ast.If) and getattr(n.test, "id", "") == "TYPE_CHECKING"]
     for_checkers = set() if types else {id(inner) for node in checkers for inner in ast.walk(node)}
     for node in ast.walk(tree):
@@ -130,12 +141,13 @@ def imports(path: Path, types: bool = False) -> set[str]:
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("path", FILES, ids=module_of)
-def test_arrows(path: Path) -> None:
-    own = part_of(module_of(path))
-    for imported in imports(path):
-        other = part_of(imported)
-        assert other == own or other in ARROWS[own], f"{module_of(path)} must not import {imported}"
+def test_arrows() -> None:
+    wrong = []
+    for module, path in ((module_of(path), path) for path in FILES):
+        own = part_of(module)
+        others = {other for other in imports(path) if part_of(other) not in {own, *ARROWS[own]}}
+        wrong += [f"{module} must not import {other}" for other in others]
+    assert wrong == []
 
 
 @pytest.mark.quick
@@ -167,27 +179,33 @@ def test_no_cycles() -> None:
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("path", FILES, ids=module_of)
-def test_lengths(path: Path) -> None:
-    text = path.read_text()
-    assert text.count("\n") <= MAX_FILE
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            length = (node.end_lineno or node.lineno) - node.lineno + 1
-            assert length <= MAX_FUNCTION, f"{node.name} has {length} lines"
+def test_lengths() -> None:
+    long = [f"{path} has {lines} lines" for path in FILES if (lines := path.read_text().count("\n")) > MAX_FILE]
+    for path in FILES:
+        for node in ast.walk(parsed(path)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = (node.end_lineno or node.lineno) - node.lineno + 1
+                long += [f"{path}: {node.name} has {length} lines"] * (length > MAX_FUNCTION)
+    assert long == []
+
+
+def without_docstring(tree: ast.Module) -> Iterator[str]:
+    """The public names of a module that have no docstring, and the module itself."""
+    if not ast.get_docstring(tree):
+        yield "the module"
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            if not ast.get_docstring(node):
+                yield node.name
+            for inner in node.body if isinstance(node, ast.ClassDef) else ():
+                public = isinstance(inner, ast.FunctionDef) and not inner.name.startswith("_")
+                if public and not ast.get_docstring(inner):
+                    yield f"{node.name}.{inner.name}"
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("path", FILES, ids=module_of)
-def test_public_names_are_documented(path: Path) -> None:
-    tree = ast.parse(path.read_text())
-    assert ast.get_docstring(tree), "the module has no docstring"
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
-            assert ast.get_docstring(node), f"{node.name} has no docstring"
-            for inner in node.body if isinstance(node, ast.ClassDef) else ():
-                if isinstance(inner, ast.FunctionDef) and not inner.name.startswith("_"):
-                    assert ast.get_docstring(inner), f"{node.name}.{inner.name} has no docstring"
+def test_public_names_are_documented() -> None:
+    assert [f"{path}: {name} has no docstring" for path in FILES for name in without_docstring(parsed(path))] == []
 
 
 @pytest.mark.quick
@@ -199,24 +217,26 @@ def test_passes_are_one_file_each() -> None:
     assert len(PASSES) == len(PIPELINE)
 
 
+# What each statement may not import; what follows imports more.
+LIGHT = {
+    "torch_rtx.inspect": ("torch", "triton"),
+    f"torch_rtx.check_engine({str(ENGINES / 'v6' / 'kernel.rtx')!r})": ("torch", "triton"),
+    "import torch_rtx.__main__": ("torch", "triton"),
+    "torch_rtx.RtxError; torch_rtx.CompilationSettings()": ("torch", "triton"),
+    "torch_rtx.Debugger; torch_rtx.runtime": ("torch", "triton"),
+    "torch_rtx.load": ("torch._dynamo", "triton", "torch_rtx.lowering", "torch_rtx.backend"),
+    "torch_rtx.runtime.weight_streaming": ("torch._dynamo", "triton", "torch_rtx.lowering", "torch_rtx.backend"),
+    f"torch_rtx.load({str(ENGINES / 'v6' / 'mlp.rtx')!r})": ("torch._dynamo", "triton", "torch_rtx.backend"),
+}
+
+
 @pytest.mark.quick
-@pytest.mark.parametrize(
-    ("statement", "absent"),
-    [
-        ("import torch_rtx", ("torch", "triton")),
-        ("import torch_rtx; torch_rtx.inspect", ("torch", "triton")),
-        (f"import torch_rtx; torch_rtx.check_engine({str(ENGINES / 'v6' / 'kernel.rtx')!r})", ("torch", "triton")),
-        ("import torch_rtx.__main__", ("torch", "triton")),
-        ("import torch_rtx; torch_rtx.RtxError; torch_rtx.CompilationSettings()", ("torch",)),
-        ("import torch_rtx; torch_rtx.Debugger; torch_rtx.runtime", ("torch",)),
-        ("import torch_rtx; torch_rtx.runtime.weight_streaming", ("torch._dynamo", "triton", "torch_rtx.backend")),
-        (f"import torch_rtx; torch_rtx.load({str(ENGINES / 'v6' / 'mlp.rtx')!r})", ("torch._dynamo", "triton")),
-        ("import torch_rtx; torch_rtx.load", ("torch._dynamo", "triton", "torch_rtx.lowering", "torch_rtx.backend")),
-    ],
-)
-def test_imports_are_light(statement: str, absent: tuple[str, ...]) -> None:
-    check = f"{statement}; import sys; loaded = [m for m in {absent!r} if m in sys.modules]; assert not loaded, loaded"
-    subprocess.run([sys.executable, "-c", check], check=True, cwd=ROOT)
+def test_imports_are_light() -> None:
+    lines = ["import sys, torch_rtx", "assert not {'torch', 'triton'} & {*sys.modules}"]
+    for statement, absent in LIGHT.items():
+        new = f"[n for n in {{*sys.modules}} - before if any(f'{{n}}.'.startswith(f'{{a}}.') for a in {absent!r})]"
+        lines += ["before = {*sys.modules}", statement, f"assert not {new}, ({statement!r}, {new})"]
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True, cwd=ROOT)
 
 
 @pytest.mark.quick
@@ -232,7 +252,7 @@ def test_sm_versions_are_compared_in_targets_alone() -> None:
     sizes = {75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121}
     names = re.compile(r"\b(sm|target|capability|major|arch)\b")
     for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text())) if path.name != "targets.py" else ():
+        for node in ast.walk(parsed(path)) if path.name != "targets.py" else ():
             if isinstance(node, ast.Compare):
                 numbers = {one.value for one in ast.walk(node) if isinstance(one, ast.Constant)}
                 assert not (numbers & sizes and names.search(ast.unparse(node))), f"{path.name}: {ast.unparse(node)}"

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import get_context
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from subprocess import TimeoutExpired
+from subprocess import CompletedProcess, TimeoutExpired
+from tempfile import NamedTemporaryFile
 from typing import IO, Any
 
 PRELOADED = ["pytest", "torch._dynamo", "torch._inductor.debug", "torch._functorch.aot_autograd", "benchmarks.models"]
@@ -56,6 +57,15 @@ class ForkedModule:
         if self.returncode is None:
             raise TimeoutExpired("a forked process", timeout or 0)
         return self.returncode
+
+
+def forked_run(command: Sequence[str], env: Mapping[str, str], **_: object) -> CompletedProcess[str]:
+    """Stands for `subprocess.run` of the same, which captures what is printed."""
+    with NamedTemporaryFile() as file:
+        process = ForkedModule(command, file, env)  # type: ignore[arg-type]
+        process.wait(120)
+        said = Path(file.name).read_text()
+    return CompletedProcess(command, process.returncode or 0, said, said)
 
 
 def _main(module: str, arguments: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
