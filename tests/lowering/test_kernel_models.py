@@ -34,7 +34,7 @@ from torch_rtx.targets import arch_of
 
 CPU = torch.device("cpu")
 PROGRAMS = 6
-MOST = 6  # kernels of a model
+MOST = 5  # kernels of a model
 LARGEST = 64  # programs of a kernel with an anchor; what has more is the same for larger images
 
 
@@ -118,9 +118,11 @@ def _number(sym: Sym) -> int:
     return max(sym.min, 3 * sym.multiple)
 
 
-# Every model in one dtype, and some with a batch size that is only known at run time.
+# Every model in one dtype, and some with a batch size that is only known at run time. Those that are left out have the
+# kernels of others.
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-CASES = [(name, DTYPES[index % 3], False) for index, name in enumerate(models.names())]
+NAMES = [name for name in models.names() if name not in ("mobilenet_v2", "gpt2_prefill", "llama")]
+CASES = [(name, DTYPES[index % 3], False) for index, name in enumerate(NAMES)]
 CASES += [("bert_base", torch.float16, True), ("vit_b_16", torch.float16, True)]
 
 

@@ -350,8 +350,8 @@ def forced(parts: int) -> Callable[[Node, Target], list[Form]]:
 @pytest.mark.parametrize("name", BUILT)
 def test_every_target_without_spills(name: str) -> None:
     pytest.importorskip("triton", reason="kernels are built with Triton, which is not installed")
-    targets = {"linear": (Target(75), *PORTABLE), "open attention": PORTABLE}.get(
-        name, tuple(map(Target, (75, 80, 90, 120) if "int8" in name else (80, 90, 120)))
+    targets = (
+        (Target(75), *PORTABLE) if name == "linear" else tuple(map(Target, (75, 90) if "int8" in name else (80, 120)))
     )
     table, report = build_kernels(kernel_graph(BUILT[name], "k"), targets, forced(4))
     assert {target for target, tactics in table.tactics["k"].items() if tactics[0].kind == "split"} == set(targets)
