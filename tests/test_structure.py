@@ -36,6 +36,8 @@ ARROWS = {
     "op_work": {"dtypes", "ir"},
     "detection": set(),
     "attention_gradients": set(),
+    "score_mods": {"errors", "ir", "irparse", "optable"},
+    "flex_attention": {"dtypes", "ir", "score_mods"},
     "grouped_mm": set(),
     "scaled_mm": {"block_formats", "dtypes", "ir", "op_work"},
     "accumulation": {"ir"},
@@ -44,6 +46,7 @@ ARROWS = {
     "aten": {
         "attention_gradients",
         "detection",
+        "flex_attention",
         "grouped_mm",
         "scaled_mm",
         "dtypes",
@@ -68,10 +71,12 @@ ARROWS = {
     "cache": {"errors", "files"},
     "lowering": {
         *("accumulation", "dtypes", "errors", "ir", "op_work", "aten", "settings", "targets", "lowering.kernels"),
+        "score_mods",
     },
     # no torch: workers of a build start fast without it
     "lowering.kernels": {
         *("accumulation", "artefacts", "chips", "dtypes", "errors", "ir", "op_work", "targets", "tactics"),
+        "score_mods",
     },
     "runtime": {
         *("errors", "ir", "irparse", "optable", "op_work", "aten", "settings", "targets", "profiles", "manifest"),

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from torch_rtx import attention_gradients, detection, dtypes, grouped_mm, host_ops, scaled_mm
+from torch_rtx import attention_gradients, detection, dtypes, flex_attention, grouped_mm, host_ops, scaled_mm
 from torch_rtx.errors import InvalidIR, Unsupported
 from torch_rtx.ir import MAIN, Attr, Graph, Node, TensorType, Value, attr_values
 from torch_rtx.optable import ALLOWED, DECIDED
@@ -72,7 +72,7 @@ _STAND_INS = {
     "aten._int_mm.default": "torch_rtx.int_mm.default",
     "aten._scaled_mm.default": "torch_rtx.scaled_mm.default",
 }
-_DECLARED = attention_gradients, detection, grouped_mm, scaled_mm  # importing them declares operators
+_DECLARED = attention_gradients, detection, flex_attention, grouped_mm, scaled_mm  # importing them declares operators
 _OPTIONAL = re.compile(r"Optional\[(.*)\]")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

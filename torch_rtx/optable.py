@@ -166,9 +166,12 @@ special_shifted_chebyshev_polynomial_w.n_scalar special_shifted_chebyshev_polyno
 """
 INTERNAL = frozenset(  # which `aten` and `detection` define
     f"torch_rtx.{name}.default"
-    for name in ("attention", "attention_partial", "grouped_mm", "int_conv", "suppressed", "to_int8")
+    for name in (
+        *("attention", "attention_partial", "flex_attention", "grouped_mm", "int_conv", "suppressed", "to_int8"),
+    )
 )
 TRAINING = frozenset(f"torch_rtx.attention_{name}.default" for name in ("forward", "backward", "backward_partial"))
+TRAINING |= {f"torch_rtx.flex_attention_{name}.default" for name in ("grad_query", "grad_key_value")}
 NUMBERS = frozenset(  # Python's arithmetic on numbers of the host, which `host_ops` defines
     f"torch_rtx.{name}.default"
     for name in (
@@ -191,5 +194,6 @@ def _under_headings() -> dict[str, frozenset[str]]:
 
 
 _HEADINGS = _under_headings()
+POINTWISE = _HEADINGS["pointwise"]
 ALLOWED: frozenset[str] = (INTERNAL | TRAINING | NUMBERS).union(*_HEADINGS.values())
 FILE_OPS: frozenset[str] = (ALLOWED - TRAINING).difference(*(_HEADINGS[heading] for heading in UNTRUSTED))
