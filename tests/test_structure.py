@@ -39,11 +39,13 @@ ARROWS = {
     "score_mods": {"errors", "ir", "irparse", "optable"},
     "flex_attention": {"dtypes", "ir", "score_mods"},
     "grouped_mm": set(),
+    "collectives": {"errors", "ir", "optable"},
     "scaled_mm": {"block_formats", "dtypes", "ir", "op_work"},
     "accumulation": {"ir"},
     "host_ops": set(),
     "block_formats": set(),
     "aten": {
+        "collectives",
         "attention_gradients",
         "detection",
         "flex_attention",
@@ -70,8 +72,8 @@ ARROWS = {
     },
     "cache": {"errors", "files"},
     "lowering": {
-        *("accumulation", "dtypes", "errors", "ir", "op_work", "aten", "settings", "targets", "lowering.kernels"),
-        "score_mods",
+        *("accumulation", "collectives", "dtypes", "errors", "ir", "op_work", "optable", "aten", "settings", "targets"),
+        *("lowering.kernels", "score_mods"),
     },
     # no torch: workers of a build start fast without it
     "lowering.kernels": {
@@ -81,12 +83,14 @@ ARROWS = {
     "runtime": {
         *("errors", "ir", "irparse", "optable", "op_work", "aten", "settings", "targets", "profiles", "manifest"),
         *("accumulation", "dtypes", "tactics", "engine", "cache", "artefacts", "onnx", "platforms", "version", "files"),
+        "collectives",
         "chips",
     },
     "onnx": {"detection", "errors"},
     "backend": {
         *("errors", "ir", "irparse", "aten", "settings", "targets", "profiles", "tactics", "engine", "cache"),
         *("lowering", "lowering.kernels", "onnx", "runtime", "version", "artefacts", "platforms", "progress"),
+        "collectives",
         *("attention_gradients", "serialization"),
     },
     "cli": {
