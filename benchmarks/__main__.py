@@ -21,6 +21,7 @@ from pathlib import Path
 from benchmarks import report, results, runner, sweep
 from benchmarks.cases import FURTHER_WORKLOADS, TRAINED, WORKLOADS, UsageError
 from benchmarks.peers import PEERS
+from benchmarks.quantized import QUANTIZED
 from benchmarks.suites import SUITES
 
 CHECKED_IN = Path(__file__).parent / "results"
@@ -112,7 +113,7 @@ def _list() -> int:
             print(f"  {'':10} {', '.join(w.name for w in suite.workloads)}")
     print("peers\n  " + ", ".join(name if peer.by_default else f"{name} (on request)" for name, peer in PEERS.items()))
     print("models and their shapes")
-    known = dict.fromkeys((*WORKLOADS, *TRAINED, *FURTHER_WORKLOADS))
+    known = dict.fromkeys((*WORKLOADS, *TRAINED, *FURTHER_WORKLOADS, *QUANTIZED))
     for model in dict.fromkeys(w.model for w in known):
         shapes = ", ".join(dict.fromkeys(w.name for w in known if w.model == model))
         print(f"  {model:16} {shapes}")

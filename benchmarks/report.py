@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.cases import FURTHER_WORKLOADS, TRAINED, WORKLOADS
 from benchmarks.peers import PEERS
+from benchmarks.quantized import QUANTIZED, beside
 from benchmarks.results import Results, Row, headline, metric
 from benchmarks.suites import SUITES, Suite
 
@@ -45,6 +46,15 @@ UNet is trained by LoRA of its attention projections, the rest in bfloat16; Llam
 - *allocated*: PyTorch's `max_memory_allocated` for the same step, which leaves that out.
 - *first step*: from `torch.compile` to the end of the first step (suite `train`: of its backward), caches empty or
   filled by an earlier process. In `train` Inductor's modes run in one process and share what they have compiled.
+
+Quantized models are measured one peer after the other, beside the same model in half precision (`half`). `fp8`, `int8`
+and `int4` are torch_rtx's engines of what `torch_rtx.quantize` makes; behind a hyphen, the same format by torchao's
+`quantize_`: compiled by torch_rtx or by Inductor with `max-autotune`, or as library calls.
+
+- *times*: how many times faster, than `half`, and than the same format otherwise.
+- *of bandwidth*: time that codes and scales of all layers take at the measured rate of a large copy, of the call's.
+- *error* is that against the unquantized model in float64, *distance* that from the quantized model's own eager result:
+  each is at most 1.5 times the error of this eager result.
 
 | peer | what it is |
 | --- | --- |
@@ -122,6 +132,12 @@ def operators(found: dict[str, int]) -> str:
     """Operators with their numbers in words, such as `3 topk`."""
     short = (op.removeprefix("aten.").removesuffix(".default") for op in found)
     return ", ".join(f"{count} {op}" for op, count in zip(short, found.values(), strict=True))
+
+
+def _of_bandwidth(row: Row, environment: dict[str, Any]) -> str:
+    packed, found = metric(row, "packed_bytes"), metric(row, "device_ms")
+    rate = environment.get("rates", {}).get("bytes_per_s")
+    return f"{packed / rate / (found['median'] / 1e3):.0%}" if packed and found and rate else ""
 
 
 def floor_ms(row: Row, environment: dict[str, Any]) -> float | None:
@@ -206,6 +222,18 @@ COLUMNS: dict[str, list[tuple[str, Cell]]] = {
         ("weights MiB", _of("weight_bytes", MIB)),
         *_CONTENTS,
     ],
+    "quantized": [
+        *_TIMES,
+        ("times half", _of("times_half")),
+        ("times inductor", _of("times_inductor")),
+        ("times eager", _of("times_eager")),
+        ("packed MiB", _of("packed_bytes", MIB)),
+        ("of bandwidth", _of_bandwidth),
+        ("error", _of("error")),
+        ("eager's error", _of("quantization_error")),
+        ("distance", _of("distance")),
+        ("prepared in s", _of("prepare_s")),
+    ],
     "counts": [*_CONTENTS, ("s", _of("lower_s"))],
     "backend": [("s", _of("backend_s")), _RATIO],
     "hash": [("nodes", _of("nodes")), ("ms", _of("hash_ms")), _RATIO],
@@ -232,7 +260,7 @@ class Section:
 def sections(results: Results) -> list[Section]:
     """Suites in their order, then devices and sizes; in each, models and peers in theirs."""
     own = [peer for suite in SUITES.values() for peer in suite.peers if peer not in PEERS]
-    models = [w.model for w in (*WORKLOADS, *TRAINED, *FURTHER_WORKLOADS)]
+    models = [w.model for w in (*WORKLOADS, *TRAINED, *FURTHER_WORKLOADS, *QUANTIZED)]
     orders = {"suite": list(SUITES), "model": models, "peer": [*own, *PEERS]}
 
     def index(row: Row, name: str) -> tuple[int, str]:
@@ -373,9 +401,12 @@ def _range(values: Sequence[float]) -> str:
 def columns(section: Section, environments: dict[str, dict[str, Any]]) -> str:
     """The table of a section: a line for every row."""
     shown = COLUMNS[section.suite.name]
+    rows = section.ok
+    if section.suite.name == "quantized":
+        rows = [row for _, group in groupby(rows, key=shape) for row in beside(list(group))]
     lines = [
         [shape(row), row["peer"], *(cell(row, environments.get(row["environment"], {})) for _, cell in shown)]
-        for row in section.ok
+        for row in rows
     ]
     return table(["workload", "peer", *(title for title, _ in shown)], lines)
 

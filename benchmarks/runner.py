@@ -219,10 +219,10 @@ class Runner:
                 reason = absent or suite.reason(peer, workload, self.device)
                 if reason is None:
                     possible.append(peer)
-                elif peer in left:
+                elif reason and peer in left:
                     self._keep(job, peer, "unavailable", reason, {}, 0.0)
             if suite.together:  # peers are only compared with those of the same process: again with what is left
-                again = [p for p in possible if p in left or self._row(job, p)["status"] == "ok"]
+                again = [p for p in possible if p in left or (suite.compared and self._row(job, p)["status"] == "ok")]
                 if set(again) & set(left):
                     yield replace(job, peers=tuple(again))
             else:

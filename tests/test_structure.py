@@ -37,14 +37,19 @@ ARROWS = {
     "op_work": {"dtypes", "ir"},
     "detection": set(),
     "attention_gradients": set(),
+    "score_mods": {"errors", "ir", "irparse", "optable"},
+    "flex_attention": {"dtypes", "ir", "score_mods"},
     "grouped_mm": set(),
+    "collectives": {"errors", "ir", "optable"},
     "scaled_mm": {"block_formats", "dtypes", "ir", "op_work"},
     "accumulation": {"ir"},
     "host_ops": set(),
     "block_formats": set(),
     "aten": {
+        "collectives",
         "attention_gradients",
         "detection",
+        "flex_attention",
         "grouped_mm",
         "scaled_mm",
         "dtypes",
@@ -68,21 +73,25 @@ ARROWS = {
     },
     "cache": {"errors", "files"},
     "lowering": {
-        *("accumulation", "dtypes", "errors", "ir", "op_work", "aten", "settings", "targets", "lowering.kernels"),
+        *("accumulation", "collectives", "dtypes", "errors", "ir", "op_work", "optable", "aten", "settings", "targets"),
+        *("lowering.kernels", "score_mods"),
     },
     # no torch: workers of a build start fast without it
     "lowering.kernels": {
         *("accumulation", "artefacts", "chips", "dtypes", "errors", "ir", "op_work", "targets", "tactics"),
+        "score_mods",
     },
     "runtime": {
         *("errors", "ir", "irparse", "optable", "op_work", "aten", "settings", "targets", "profiles", "manifest"),
         *("accumulation", "dtypes", "tactics", "engine", "cache", "artefacts", "onnx", "platforms", "version", "files"),
+        "collectives",
         "chips",
     },
     "onnx": {"detection", "errors"},
     "backend": {
         *("errors", "ir", "irparse", "aten", "settings", "targets", "profiles", "tactics", "engine", "cache"),
         *("lowering", "lowering.kernels", "onnx", "runtime", "version", "artefacts", "platforms", "progress"),
+        "collectives",
         *("attention_gradients", "serialization"),
     },
     "cli": {

@@ -10,19 +10,29 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
 
-from torch_rtx import attention_gradients, detection, dtypes, grouped_mm, host_ops, scaled_mm
+from torch_rtx import (
+    attention_gradients,
+    collectives,
+    detection,
+    dtypes,
+    flex_attention,
+    grouped_mm,
+    host_ops,
+    scaled_mm,
+)
 from torch_rtx.errors import InvalidIR, Unsupported
 from torch_rtx.ir import MAIN, Attr, Graph, Node, TensorType, Value, attr_values
-from torch_rtx.optable import ALLOWED, DECIDED
+from torch_rtx.optable import ALLOWED, DECIDED, WAIT
 
 __all__ = [
     *("ALLOWED", "DTYPES", "MAY_ALIAS", "OUT", "STRIDED", "UNINITIALIZED"),
-    *("bases", "dtype_name", "exists", "extent", "is_random", "is_view", "may_alias", "number_op", "out_of"),
-    *("overload", "schema", "shared", "to_torch"),
+    *("aliased", "bases", "dtype_name", "exists", "extent", "is_random", "is_view", "may_alias", "number_op"),
+    *("out_of", "overload", "schema", "shared", "to_torch"),
 ]
 
 number_op = host_ops.number_op
@@ -58,7 +68,7 @@ MAY_ALIAS = frozenset(
         "pixel_unshuffle.default",
         "unsafe_split.Tensor",
     )
-)
+) | {WAIT}
 # Ops whose results PyTorch does not initialize. An engine fills them with zeros: it returns no memory of the process.
 UNINITIALIZED = frozenset(
     f"aten.{name}"
@@ -72,7 +82,11 @@ _STAND_INS = {
     "aten._int_mm.default": "torch_rtx.int_mm.default",
     "aten._scaled_mm.default": "torch_rtx.scaled_mm.default",
 }
-_DECLARED = attention_gradients, detection, grouped_mm, scaled_mm  # importing them declares operators
+_DECLARED = attention_gradients, detection, flex_attention, grouped_mm, scaled_mm  # importing them declares operators
+_DECLARING = {  # by namespace: the module that declares what its operators return
+    "_c10d_functional": "torch.distributed._functional_collectives",
+    "_dtensor": "torch.distributed.tensor._collective_utils",
+}
 _OPTIONAL = re.compile(r"Optional\[(.*)\]")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -102,6 +116,8 @@ def overload(name: str, trusted: frozenset[str] = frozenset()) -> torch._ops.OpO
         hint = "trusted_ops=[...] allows more, if you trust the file"
         raise InvalidIR(f"op {name} is not on the allow-list", hint=hint)
     namespace, _, rest = _STAND_INS.get(name, name).partition(".")
+    if namespace in _DECLARING and torch.distributed.is_available():
+        import_module(_DECLARING[namespace])
     op, _, overload_name = rest.rpartition(".")
     try:
         return getattr(getattr(getattr(torch.ops, namespace), op), overload_name)
@@ -150,12 +166,18 @@ def _may_alias(name: str, trusted: frozenset[str]) -> bool:
     return name in MAY_ALIAS or any(result.alias_info is not None for result in returns)
 
 
+def aliased(node: Node) -> tuple[Value, ...]:
+    """The inputs of `node`, for which `may_alias` holds, in whose memory a result may lie."""
+    tensor = collectives.waited(node)
+    return node.inputs if tensor is None else (tensor,)
+
+
 def bases(graph: Graph, trusted: frozenset[str] = frozenset()) -> dict[str, str]:
     """By the name of each value that may be a view: the name of the value in whose memory it lies."""
     found: dict[str, str] = {}
     for node in graph.nodes:
         if may_alias(node, trusted) and node.inputs:
-            source = node.inputs[0].name
+            source = aliased(node)[0].name
             found.update(dict.fromkeys(_aliases(node, trusted), found.get(source, source)))
     return found
 

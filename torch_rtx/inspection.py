@@ -178,7 +178,7 @@ def _named(value: Value, sizes: Mapping[str, str]) -> str:
 _FACTORS = {op: (names.first, names.second) for op, names in PRODUCTS.items()}
 _FACTORS_OF = {
     "conv": ("input", "weight"),
-    **dict.fromkeys(("attention", "attention_backward"), ("query", "key", "value")),
+    **dict.fromkeys(("attention", "attention_backward", "attention_flex"), ("query", "key", "value")),
 }
 
 

@@ -49,6 +49,10 @@ ATTENTION_PARTIAL = "torch_rtx.attention_partial.default"  # to a range of the k
 ATTENTION_FORWARD = "torch_rtx.attention_forward.default"  # of training, see `attention_gradients`
 ATTENTION_BACKWARD = "torch_rtx.attention_backward.default"
 ATTENTION_BACKWARD_PARTIAL = "torch_rtx.attention_backward_partial.default"  # sums over ranges of the queries
+FLEX = "torch_rtx.flex_attention.default"  # with modified scores, see `flex_attention`
+FLEX_GRAD_QUERY = "torch_rtx.flex_attention_grad_query.default"
+FLEX_GRAD_KEY_VALUE = "torch_rtx.flex_attention_grad_key_value.default"
+FLEX_GRADS = (FLEX_GRAD_QUERY, FLEX_GRAD_KEY_VALUE)
 BACKWARDS = (ATTENTION_BACKWARD, ATTENTION_BACKWARD_PARTIAL)
 POOLING = "aten.max_pool2d_with_indices.default"
 POOLING_BACKWARD = "aten.max_pool2d_with_indices_backward.default"
@@ -63,6 +67,7 @@ ANCHORS: Mapping[str, str] = {
     INT_CONV: "conv",
     **dict.fromkeys((SDPA, ATTENTION, ATTENTION_PARTIAL, ATTENTION_FORWARD), "attention"),
     **dict.fromkeys(BACKWARDS, "attention_backward"),
+    **dict.fromkeys((FLEX, *FLEX_GRADS), "attention_flex"),
 }
 
 
@@ -86,7 +91,13 @@ def flops(node: Node, size: Callable[[Dim], int]) -> int:
     if node.op in BACKWARDS:  # the scores again, and two products for each of the forward's
         query, grad_out = (_numel(node.arg(name), size) for name in ("query", "grad_out"))
         return 2 * _shape(node.arg("key"), size)[-2] * (3 * query + 2 * grad_out)
-    if ("scaled_dot_product" in name or ANCHORS.get(node.op) == "attention") and "backward" not in name:
+    if node.op in FLEX_GRADS:  # the scores again, their gradient, and one product for each result
+        query, grad_out = (_numel(node.arg(name), size) for name in ("query", "grad_out"))
+        keys = _shape(node.arg("key"), size)[-2]
+        return 2 * keys * (2 * query + (1 if node.op == FLEX_GRAD_QUERY else 2) * grad_out)
+    if (
+        "scaled_dot_product" in name or ANCHORS.get(node.op) in ("attention", "attention_flex")
+    ) and "backward" not in name:
         keys = _shape(node.arg("key"), size)[-2]
         return 2 * keys * (_numel(node.arg("query"), size) + _numel(result, size))
     return 0

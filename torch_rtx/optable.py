@@ -166,9 +166,12 @@ special_shifted_chebyshev_polynomial_w.n_scalar special_shifted_chebyshev_polyno
 """
 INTERNAL = frozenset(  # which `aten` and `detection` define
     f"torch_rtx.{name}.default"
-    for name in ("attention", "attention_partial", "grouped_mm", "int_conv", "suppressed", "to_int8")
+    for name in (
+        *("attention", "attention_partial", "flex_attention", "grouped_mm", "int_conv", "suppressed", "to_int8"),
+    )
 )
 TRAINING = frozenset(f"torch_rtx.attention_{name}.default" for name in ("forward", "backward", "backward_partial"))
+TRAINING |= {f"torch_rtx.flex_attention_{name}.default" for name in ("grad_query", "grad_key_value")}
 NUMBERS = frozenset(  # Python's arithmetic on numbers of the host, which `host_ops` defines
     f"torch_rtx.{name}.default"
     for name in (
@@ -181,6 +184,15 @@ NUMBERS = frozenset(  # Python's arithmetic on numbers of the host, which `host_
 DECIDED = NUMBERS | {  # see `aten.is_decided`
     *("aten.nonzero.default", "aten._local_scalar_dense.default", "aten._unique2.default", "aten.unique_dim.default"),
 }
+COLLECTIVES = frozenset(  # of torch.distributed, which `collectives` describes
+    f"_c10d_functional.{name}.default"
+    for name in (
+        *("all_gather_into_tensor", "all_gather_into_tensor_coalesced", "all_reduce"),
+        *("all_reduce_coalesced", "all_to_all_single", "broadcast"),
+        *("reduce_scatter_tensor", "reduce_scatter_tensor_coalesced"),
+    )
+) | {"_dtensor.shard_dim_alltoall.default"}
+WAIT = "torch_rtx.wait.default"  # for a collective, see `collectives`
 UNTRUSTED = ("backward", "unchecked")  # headings of ops that a file may call only if its user names them
 
 
@@ -191,5 +203,6 @@ def _under_headings() -> dict[str, frozenset[str]]:
 
 
 _HEADINGS = _under_headings()
-ALLOWED: frozenset[str] = (INTERNAL | TRAINING | NUMBERS).union(*_HEADINGS.values())
+POINTWISE = _HEADINGS["pointwise"]
+ALLOWED: frozenset[str] = (INTERNAL | TRAINING | NUMBERS | COLLECTIVES | {WAIT}).union(*_HEADINGS.values())
 FILE_OPS: frozenset[str] = (ALLOWED - TRAINING).difference(*(_HEADINGS[heading] for heading in UNTRUSTED))

@@ -11,6 +11,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from benchmarks import quantized
 from benchmarks.cases import TRAINED, Workload
 from benchmarks.peers import PEERS, no_kernels
 from benchmarks.sweep_table import ENTRIES, SWEEP
@@ -33,11 +34,14 @@ class Suite:
         default_peers: those that are measured unless `--peers` says otherwise; empty: as the peers have it.
         workloads: its own workloads, see `cases.workloads`.
         rounds: how often the peers take turns unless `--rounds` says otherwise.
-        together: all peers of a workload share a process and take turns; otherwise each has a process of its own.
+        together: all peers of a workload share a process; otherwise each has a process of its own.
+        compared: rows are compared within a process: what lacks a row is measured with all others, again. Otherwise a
+            row that is there stays.
         without_device: can be asked for a device that this machine does not have.
         dtype: of the weights, where it is not the workload's.
         independent: a peer that has ended a process is tried again at the next workload.
-        why_not: why a peer can't be measured, None if it can; beside the peer's own reasons.
+        why_not: why a peer can't be measured, None if it can; beside the peer's own reasons. An empty reason is none
+            to tell: the workload has no such peer.
         headline: the metric that overviews and plots show: it, or else the one after it.
     """
 
@@ -49,6 +53,7 @@ class Suite:
     workloads: tuple[Workload, ...] = ()
     rounds: int = 20
     together: bool = True
+    compared: bool = True
     without_device: bool = False
     dtype: str = ""
     independent: bool = False
@@ -160,6 +165,18 @@ SUITES = {
             rounds=8,
             independent=True,
             why_not=_only_installed,
+        ),
+        Suite(
+            "quantized",
+            "quantized models beside half precision, torchao and library calls",
+            ("device_ms", "wall_ms"),
+            quantized.PEER_NAMES,
+            default_peers=quantized.DEFAULT_PEERS,
+            workloads=quantized.QUANTIZED,
+            rounds=8,
+            compared=False,
+            independent=True,
+            why_not=quantized.why_not,
         ),
         Suite(
             "counts",

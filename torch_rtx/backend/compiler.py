@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from torch_rtx import aten
+from torch_rtx import aten, collectives
 from torch_rtx.backend.partition import check_ops, partition
 from torch_rtx.errors import LoweringError, RtxError, SettingsError
 from torch_rtx.ir import Graph, verify
@@ -131,6 +131,7 @@ def compile_fx(
         graph = imported.graph
         verify(graph, aten.ALLOWED)
         lowered, _ = lower(graph, settings, folder, targets)
+        collectives.check(lowered)
     except Exception as error:
         raise _bug(error, gm, graph, settings, folder) from error
     seconds = time.perf_counter() - start

@@ -22,6 +22,7 @@ from torch_rtx.backend.partition import partition
 from torch_rtx.ir import Loc
 from torch_rtx.lowering.addressing import count_from_tensors
 from torch_rtx.lowering.effects import drop_tokens
+from torch_rtx.lowering.flex_calls import name_flex_attention
 from torch_rtx.lowering.from_fx import Role, from_fx
 from torch_rtx.lowering.location import Locations
 from torch_rtx.lowering.pipeline import quantized_floats
@@ -151,6 +152,7 @@ def report(
     """
     drop_tokens(gm)
     count_from_tensors(gm)
+    name_flex_attention(gm)
     symbols = symbols or Symbols(device_of(gm))
     parts = partition(gm, reasons(gm, symbols), settings)
     locations = Locations()

@@ -33,6 +33,7 @@ from torch_rtx.ir import Attr, Graph, Loc, Node, Parameter, Value, Weight, attr_
 from torch_rtx.irparse import parse
 from torch_rtx.lowering.addressing import count_from_tensors
 from torch_rtx.lowering.effects import drop_tokens
+from torch_rtx.lowering.flex_calls import name_flex_attention
 from torch_rtx.lowering.from_fx import Role, is_fixed, python_call, unique_name
 from torch_rtx.lowering.location import Locations
 from torch_rtx.lowering.symbols import Symbols
@@ -67,6 +68,7 @@ def get_or_build(
     check_settings(settings)
     drop_tokens(gm)
     count_from_tensors(gm)
+    name_flex_attention(gm)
     if not uses_cache(settings):
         return _build(gm, roles, settings, writes, ranges, typical).program
     start = time.perf_counter()

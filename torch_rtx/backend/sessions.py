@@ -50,6 +50,17 @@ class Sessions:
         return session
 
 
+def release(parameters: Iterable[torch.Tensor]) -> None:
+    """Free what sessions hold for any of these parameters: the memory that they had, weights that are computed from
+    them, CUDA graphs. The next call brings back what it needs. Waits for calls in progress."""
+    drop_orphans()
+    wanted = {id(parameter) for parameter in parameters}
+    for sessions in [sessions for ref in _ALL[:] if (sessions := ref()) is not None]:
+        for session, kept in sessions._found.copy().values():
+            if not wanted.isdisjoint(map(id, kept)):
+                session.unload_weights(keep=False)
+
+
 def drop_orphans() -> None:
     """Drop the sessions with a parameter that nobody else has. Takes no lock, as the collector calls it in any
     thread."""

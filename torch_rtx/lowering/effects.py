@@ -1,14 +1,33 @@
-"""Calls with effects: checks that may raise, and operators that are registered as such.
+"""Calls with effects: checks that may raise, operators that are registered as such, and collectives.
 
 PyTorch orders them by tokens, which each such call takes and returns. In the IR they need none: calls without results
-stay, and fallbacks stay in order.
+stay, and fallbacks and collectives stay in order.
 """
 
 from __future__ import annotations
 
+import operator
+from typing import Any
+
 import torch
 from torch import fx
 
+from torch_rtx.collectives import is_collective
+from torch_rtx.ir import COPY, Node
+from torch_rtx.optable import COLLECTIVES
+
+_FUNCTIONAL, _DIFFERENTIABLE = torch.ops._c10d_functional, torch.ops._c10d_functional_autograd
+WAIT_TENSOR = getattr(getattr(_FUNCTIONAL, "wait_tensor", None), "default", None)  # None: without torch.distributed
+# The wait by the one of `collectives`, and collectives with a formula for their gradients by those without.
+COLLECTIVES_AS: dict[Any, Any] = (
+    {}
+    if WAIT_TENSOR is None
+    else {WAIT_TENSOR: torch.ops.torch_rtx.wait.default}
+    | {
+        getattr(_DIFFERENTIABLE, name).default: getattr(_FUNCTIONAL, name).default
+        for name in ("all_gather_into_tensor", "all_to_all_single", "reduce_scatter_tensor")
+    }
+)
 TOKENS = (torch.ops.prims._make_token.default, torch.ops.prims._sink_tokens.default)
 
 
@@ -39,3 +58,18 @@ def drop_tokens(gm: fx.GraphModule) -> None:
                 gm.graph.erase_node(node)
     if calls:
         gm.recompile()
+
+
+def is_barrier(node: Node) -> bool:
+    """Whether no other call may move across `node`: a fallback, a write, or a collective, whose place among these is
+    the same on all ranks."""
+    return node.kind == "fallback" or node.op == COPY or is_collective(node)
+
+
+def read_before_wait(node: fx.Node) -> bool:
+    """Whether something else than a wait reads the result of a collective, or of what it returns as a list."""
+    if str(COLLECTIVES_AS.get(node.target, node.target)) not in COLLECTIVES:
+        return False
+    items = [user for user in node.users if user.target is operator.getitem]
+    readers = [user for one in (node, *items) for user in one.users if user not in items]
+    return not readers or any(user.target is not WAIT_TENSOR for user in readers)

@@ -22,7 +22,7 @@ from torch.fx.experimental.sym_node import SymNode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
-from torch_rtx import aten
+from torch_rtx import aten, collectives
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import (
     COPY,
@@ -43,6 +43,7 @@ from torch_rtx.ir import (
     is_name,
     type_dims,
 )
+from torch_rtx.lowering.effects import COLLECTIVES_AS, WAIT_TENSOR
 from torch_rtx.lowering.location import Locations
 from torch_rtx.lowering.symbols import Symbols, unbacked
 
@@ -60,7 +61,7 @@ SAME = {
     torch.ops.aten._conj.default: torch.ops.aten._conj_physical.default,
     torch.ops.aten._neg_view.default: torch.ops.aten.neg.default,
     torch.ops.prims.convert_element_type.default: torch.ops.aten._to_copy.default,
-}
+} | COLLECTIVES_AS
 PLAIN = (bool, int, float, str, type(None))
 ASSERTION = torch.ops.aten._assert_scalar.default
 GENERATED = "Runtime assertion failed for expression"  # how messages begin that PyTorch writes for lack of one
@@ -341,6 +342,7 @@ class _Importer:
     called: list[fx.Node] = field(default_factory=list)
     locations: Locations = field(default_factory=Locations)
     exact: _Exact = field(default_factory=_Exact)
+    held: dict[Value, tuple[Value, ...]] = field(default_factory=dict)  # by result of a collective, see `collectives`
 
     def result(self) -> Imported:
         inputs, parameters = tuple(self.inputs), tuple(self.parameters)
@@ -466,6 +468,8 @@ class _Importer:
 
     def append(self, made: Node) -> None:
         """Append a node; an assertion of the user's goes before those that PyTorch wrote for it."""
+        if collectives.starts(made):
+            self.held |= dict.fromkeys(made.results, collectives.held(made))
         place = len(self.nodes)
         if made.op == str(ASSERTION) and not _is_generated(made):
             while place and _may_follow(self.nodes[place - 1], made):
@@ -555,7 +559,9 @@ class _Importer:
         return tuple(flat)
 
     def arguments(self, node: fx.Node) -> Arguments:
-        return tuple((name, self.attr(value)) for name, value in call_arguments(node))
+        found = tuple((name, self.attr(value)) for name, value in call_arguments(node))
+        held = self.held.get(found[0][1]) if node.target is WAIT_TENSOR else None  # type: ignore[arg-type]
+        return (*found, ("held", held)) if held else found
 
     def attr(self, argument: Any) -> Attr:
         """An FX argument as an attribute of the IR."""

@@ -19,7 +19,8 @@ from torch_rtx import aten
 from torch_rtx.accumulation import scatters
 from torch_rtx.dtypes import DTYPES, INT
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import COPY, Graph, Loc, Node, TensorType, Value, attr_values
+from torch_rtx.ir import Graph, Loc, Node, TensorType, Value, attr_values
+from torch_rtx.lowering.effects import is_barrier
 from torch_rtx.lowering.kernels.generate import fastest, generate
 from torch_rtx.lowering.kernels.index import Index, from_dim, product
 from torch_rtx.lowering.kernels.kernel_ir import Const, Load, Pointwise, Select, Tensor, View, everything, load
@@ -152,7 +153,7 @@ class FusionPlan:
                 continue
             for value in node.inputs:
                 self.readers.setdefault(self.base(value).name, []).append(index)
-            barrier = node.kind == "fallback" or node.op == COPY  # no node moves across its memory accesses
+            barrier = is_barrier(node)
             epoch += barrier
             loop = node.kind == "op" and not barrier and index not in self.ranges
             loop = loop and (self.atomics or not scatters(node))

@@ -12,6 +12,7 @@ from torch import fx
 from torch_rtx import aten
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import MAIN, UPDATES, TensorType
+from torch_rtx.lowering.effects import read_before_wait
 from torch_rtx.lowering.from_fx import call_arguments, is_number, op_of
 from torch_rtx.lowering.symbols import Symbols, unbacked
 
@@ -44,8 +45,10 @@ def unsupported_reason(node: fx.Node, symbols: Symbols) -> str | None:
         return f"{kind} {getattr(op, '__name__', op)}"
     if str(op) not in aten.ALLOWED:
         return f"operator {op} is not on the allow-list"
-    if op is not node.target and _shares_result(node):
+    if op is not node.target and _is_view(node) and _shares_result(node):
         return "its result is a view of another result that no type expresses"
+    if read_before_wait(node):
+        return "something else than a wait reads its result"
     if str(op) in UPDATES:
         return "it writes to its argument"  # captures are functional: the order of other accesses is unknown
     outputs = node.meta.get("val")

@@ -21,6 +21,7 @@ from torch_rtx.errors import RtxError
 from torch_rtx.ir import Attr, Graph, Node, TensorType, Value, attr_map
 from torch_rtx.runtime.benchmark import RUNS, Run
 from torch_rtx.runtime.code import Code, Owned, compile_graph
+from torch_rtx.runtime.example_lists import fill_lists
 from torch_rtx.runtime.index_check import check_positions, differing, distinct, in_order, limits
 from torch_rtx.runtime.launch import LoadedTactic
 from torch_rtx.runtime.saved_results import fill_saved
@@ -65,6 +66,7 @@ class CandidateCheck:
         used = {value.name: known[value.name] for value in values if value.name in known}
         self._known = {name: compile_graph(recipe, device)((), ())[0] for name, recipe in used.items()}
         self._inputs = self._random_inputs()
+        fill_lists(self.graph, self._inputs, self._known)
         try:
             self._computes_positions = check_positions(self.graph, device, self._inputs)
             fill_saved(self.graph, device, self._inputs)

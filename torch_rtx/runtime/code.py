@@ -19,6 +19,7 @@ import torch
 
 from torch_rtx import aten
 from torch_rtx.accumulation import continued
+from torch_rtx.collectives import is_collective, waited
 from torch_rtx.errors import CallError, InvalidIR
 from torch_rtx.ir import (
     COPY,
@@ -178,6 +179,7 @@ class _Writer:
     begun: dict[str, Value] = field(default_factory=dict)  # results that kernels add to, by what they start from
     shared: set[str] = field(default_factory=set)  # values in whose memory several results lie
     inputs: set[str] = field(default_factory=set)
+    pending: set[str] = field(default_factory=set)  # results of collectives, which nothing may copy before the wait
     checks: list[str] = field(default_factory=list)  # of sizes, to come after the model's own
 
     def write(self) -> str:
@@ -264,7 +266,7 @@ class _Writer:
             or (weight.recipe is not None and not all(aten.is_view(aten.overload(n.op)) for n in weight.recipe.nodes))
         }
         for node in self.graph.nodes:
-            if aten.may_alias(node, self.trusted_ops) and any(value.name in kept for value in node.inputs):
+            if aten.may_alias(node, self.trusted_ops) and any(value.name in kept for value in aten.aliased(node)):
                 kept.update(value.name for value in node.outputs if value is not None)
         return kept
 
@@ -309,6 +311,8 @@ class _Writer:
             self.materialize(value)
         if self.place(node):
             return
+        if is_collective(node):
+            self.pending.update(value.name for value in node.results)
         call = self.python_call(node) if node.op == "python" else self.aten_call(node)
         call += ".zero_()" * (node.op in aten.UNINITIALIZED)
         if not node.outputs:
@@ -320,7 +324,7 @@ class _Writer:
         decided = aten.is_decided(node)
         if decided or node.kind == "fallback":
             self.bind(node.outputs, decided)
-        if not aten.may_alias(node, self.trusted_ops):
+        if waited(node) is not None or not aten.may_alias(node, self.trusted_ops):
             # In the captured strides where it is made, so that no result has to be copied, away from the others.
             self.lines += [f"{v.name} = {self.strided(v)}" for v in node.results if v.name in self.shared]
 
@@ -450,7 +454,7 @@ class _Writer:
         return repr(attr)
 
     def strided(self, value: Value) -> str:
-        if not isinstance(value.type, TensorType) or not value.type.shape:
+        if not isinstance(value.type, TensorType) or not value.type.shape or value.name in self.pending:
             return value.name
         return f"_restride({value.name}, {self.strides(value)})"
 

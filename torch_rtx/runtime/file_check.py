@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from torch_rtx import aten
+from torch_rtx.collectives import check as check_collectives
 from torch_rtx.engine import calls, needs_trust
 from torch_rtx.errors import EngineFormatError, InvalidIR
 from torch_rtx.ir import (
@@ -62,7 +63,7 @@ class FileCheck:
         trusted_ops: operators that the user trusts: their calls are not checked.
 
     Raises:
-        InvalidIR: an operator is neither allowed nor trusted.
+        InvalidIR: an operator is neither allowed nor trusted, or a collective is not waited for, see `collectives`.
         EngineFormatError: a call has wrong arguments or other results than the file says, or the recipes would take too
             much memory or time.
     """
@@ -78,6 +79,7 @@ class FileCheck:
                 f"op {', '.join(unknown)} is not on the allow-list for engine files",
                 hint=f"load(..., trusted_ops=[{names}]) calls it, if you trust the file",
             )
+        check_collectives(graph)
         self._check_recipes()
         self.at({})
 

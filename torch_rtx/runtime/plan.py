@@ -214,9 +214,9 @@ class _Lifetimes:
                     last[value.name] = position
                     if not in_arena(node, value.type, cudnn):
                         kept.add(value.name)
-                elif sources:  # an alias of one of them; of several any may be it
-                    root[value.name] = sources[0]
-                    kept.update(sources if len(sources) > 1 else ())
+                elif may_be := list(roots(aten.aliased(node))):  # of several any may be it
+                    root[value.name] = may_be[0]
+                    kept.update(may_be if len(may_be) > 1 else ())
         outputs = list(attr_values(graph.outputs))
         end = len(graph.nodes)
         last.update(dict.fromkeys([*roots(outputs), *(kept & set(inputs))], end))

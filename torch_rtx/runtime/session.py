@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from torch_rtx.collectives import is_collective
 from torch_rtx.errors import InputError, RtxError, SettingsError
 from torch_rtx.ir import Graph, ScalarType, TensorType, dim_syms, type_dims
 from torch_rtx.profiles import Profile
@@ -124,7 +125,8 @@ class Session:
         self._guarded, self._count = guarded, len(graph.inputs)
         compiled = self._compiler(self.streamer)
         self.specializer = Specializer(graph, compiled, tactics or {}, store.device, settings, context)
-        self._repeatable = not graph.written and not may_draw(graph)  # a second run changes nothing but the results
+        # A second run changes nothing but the results, and other ranks need not take part.
+        self._repeatable = not graph.written and not may_draw(graph) and not any(map(is_collective, graph.nodes))
         self._check_sizes = check_sizes if graph.syms else None
         self._open = [i for i, value in enumerate(graph.inputs) if _is_open(value.type)]
         self._known: dict[object, object] = {}  # keys by the types of inputs that are valid

@@ -534,7 +534,7 @@ def _in_host_memory(value: torch.Tensor) -> torch.Tensor:
 
 
 def match(parameters: Sequence[Parameter], sources: Tensors, unused: Collection[str] | None) -> list[torch.Tensor]:
-    """The tensor of each parameter, in order.
+    """The tensor of each parameter, in order. Indices and masks that no parameter has are ignored: nobody learns them.
 
     Args:
         unused: names to ignore in `sources`; None: ignore all that no parameter has.
@@ -562,8 +562,9 @@ def match(parameters: Sequence[Parameter], sources: Tensors, unused: Collection[
         if problem is not None:
             mismatched[given[0]] = problem
         found.append(tensor)
-    names = {name for parameter in parameters for name in (parameter.name, *parameter.aliases)}
-    unexpected = tuple(n for n in sources if n not in names and n not in (unused or ()) and n not in mismatched)
+    known = {*mismatched, *(unused or ()), *(name for p in parameters for name in (p.name, *p.aliases))}
+    unlearnt = torch.int64, torch.bool
+    unexpected = tuple(n for n in sources if n not in known and getattr(sources[n], "dtype", None) not in unlearnt)
     if missing or mismatched or (unexpected and unused is not None):
         raise RefitError(tuple(missing), unexpected, mismatched)
     return found

@@ -16,16 +16,26 @@ from dataclasses import dataclass, replace
 
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Dim, Node, TensorType, Value, dim_expr
+from torch_rtx.lowering.kernels.attention_modified import Modified, modified_of
 from torch_rtx.lowering.kernels.emit import Axis, Emitter
 from torch_rtx.lowering.kernels.index import Index, constant, from_dim, variable
 from torch_rtx.lowering.kernels.kernel_ir import ONE, ZERO, Position, Shape, Tensor, View, expand
 from torch_rtx.lowering.kernels.region import Region
-from torch_rtx.op_work import ANCHORS, ATTENTION, ATTENTION_FORWARD, ATTENTION_PARTIAL, BACKWARDS
+from torch_rtx.op_work import (
+    ANCHORS,
+    ATTENTION,
+    ATTENTION_FORWARD,
+    ATTENTION_PARTIAL,
+    BACKWARDS,
+    FLEX,
+    FLEX_GRADS,
+)
 
 DTYPES = ("f16", "bf16", "f32")
 MAX_WIDTH = 256  # of a head
 MAX_PACKED_ROWS = 64  # of a block with several heads
-TRAINED = (ATTENTION_FORWARD, *BACKWARDS)
+GRADIENTS = (*BACKWARDS, *FLEX_GRADS)
+SHARING = (ATTENTION_FORWARD, FLEX, *GRADIENTS)  # query heads may share keys without being told
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,7 @@ class Attention:
         results: of the call, None where nothing reads one. Of `attention_partial`: the weighted sums of values, the
             largest scores and the sums of weights. Of `attention_forward`: the second is the logarithm of the sum of
             weights. Of `attention_backward`: the gradients of query, key, value and mask.
+        modified: what functions make of the scores, in `flex_attention` and its gradients.
     """
 
     op: str
@@ -63,6 +74,7 @@ class Attention:
     packed: int
     range_rows: int | None
     results: tuple[Tensor | None, ...]
+    modified: Modified | None = None
 
     @property
     def partial(self) -> bool:
@@ -129,7 +141,7 @@ def attention_of(region: Region) -> Attention:
     heads: Shape = tuple(map(from_dim, lead))
     # Query heads that share keys have a sum as the gradient of these.
     packed = 1
-    if node.arg("enable_gqa") or (node.op in TRAINED and key.shape[-3] != heads[-1]):
+    if node.arg("enable_gqa") or (node.op in SHARING and key.shape[-3] != heads[-1]):
         if node.op in BACKWARDS:
             packed = _static(heads[-1]) // _static(key.shape[-3])
         else:
@@ -145,12 +157,15 @@ def attention_of(region: Region) -> Attention:
     for added in (one for one in (mask, bias) if one is not None):
         if added.dtype not in (*DTYPES, *(["bool"] if added is mask else [])):
             raise Unsupported(f"a mask of dtype {added.dtype}", loc=node.loc)
+    modified = None
+    if node.op == FLEX or node.op in FLEX_GRADS:
+        mask, modified = modified_of(region, node, (*lead, queries), _dim_of_keys(node))
     attn = Attention(
         node.op,
         expand(query, (*heads, *query.shape[-2:])),
         expand(key, (*shared, *key.shape[-2:])),
         expand(value, (*shared, *value.shape[-2:])),
-        _operand(region, node, "grad_out") if node.op in BACKWARDS else None,
+        _operand(region, node, "grad_out") if node.op in GRADIENTS else None,
         mask,
         bias,
         bool(node.arg("is_causal")),
@@ -162,8 +177,9 @@ def attention_of(region: Region) -> Attention:
         packed,
         rows if isinstance(rows := node.arg("rows"), int) else None,
         tuple(None if value is None else region.values[value.name] for value in node.outputs),
+        modified,
     )
-    return attn if node.op in TRAINED else _packed(attn)
+    return attn if node.op in (ATTENTION_FORWARD, *GRADIENTS) else _packed(attn)
 
 
 def _check(node: Node, query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -179,10 +195,17 @@ def _check(node: Node, query: Tensor, key: Tensor, value: Tensor) -> None:
 
 def _result_shape(node: Node) -> tuple[Dim, ...]:
     """The shape of the result of attention, also of a call that gets its gradient."""
-    result = node.arg("grad_out") if node.op in BACKWARDS else node.outputs[0]
+    result = node.arg("grad_out") if node.op in GRADIENTS else node.outputs[0]
     if not isinstance(result, Value) or not isinstance(result.type, TensorType):
         raise Unsupported("attention whose result nothing reads", loc=node.loc)
     return result.type.shape
+
+
+def _dim_of_keys(node: Node) -> Dim:
+    key = node.arg("key")
+    assert isinstance(key, Value)
+    assert isinstance(key.type, TensorType)
+    return key.type.shape[-2]
 
 
 def _static(size: Index) -> int:
@@ -211,6 +234,8 @@ def _packed(attn: Attention) -> Attention:
     """`attn` with as many heads per block of rows as share keys and values and fit."""
     heads = attn.lead[-1] if attn.lead else 1
     if not isinstance(attn.queries, int) or not isinstance(heads, int) or not attn.queries:
+        return attn
+    if attn.modified is not None and not attn.modified.is_one_block(attn.queries):
         return attn
     for count in range(min(heads, MAX_PACKED_ROWS // attn.queries), 1, -1):
         packed = replace(attn, packed=count)

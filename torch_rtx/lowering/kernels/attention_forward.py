@@ -27,16 +27,22 @@ def attention_kernel(region: Region, name: str, config: AttentionConfig) -> Kern
         Unsupported: see `attention_of`; or an output that is not a permutation of the result with pointwise operations.
     """
     attn = attention_of(region)
-    lines = _Writer(region, attn, config).write()
+    return forward_kernel(ForwardWriter(region, attn, config), name)
+
+
+def forward_kernel(writer: ForwardWriter, name: str) -> Kernel:
+    """The kernel that `writer` writes."""
+    attn, config = writer.attn, writer.config
     programs = dim_expr("*", blocks(attn.rows, config.rows), *attn.groups)
-    return assemble(region, name, lines, programs, config.num_warps, config.num_stages)
+    return assemble(writer.region, name, writer.write(), programs, config.num_warps, config.num_stages)
 
 
-class _Writer(Tiles):
+class ForwardWriter(Tiles):
     """The lines of one attention kernel."""
 
     def __init__(self, region: Region, attn: Attention, config: AttentionConfig) -> None:
         super().__init__(region, attn, config)
+        self.starts_last = attn.causal
         # A mask that all rows share takes few registers, so that it can be loaded early; and so can all of one block.
         self.one_block = attn.keys.number is not None and attn.keys.number <= config.keys
         self.early_masks = [
@@ -53,7 +59,7 @@ class _Writer(Tiles):
         lines = emitter.outer.lines
         count, groups = from_dim(blocks(attn.rows, config.rows)), tuple(map(from_dim, attn.groups))
         program = variable("program", product((count, *groups)))
-        if attn.causal:
+        if self.starts_last:
             # Blocks of rows that see the most keys start first, so that the tail of the grid is short.
             block, group = count - ONE - program // product(groups), program % product(groups)
         else:
@@ -73,14 +79,14 @@ class _Writer(Tiles):
         sums = [f"acc{name[1:]}" for name in self.pieces("E")]
         for name, total in zip(self.pieces("E"), sums, strict=True):
             lines.append(f"{total} = tl.zeros([{config.rows}, {self.blocks[name]}], tl.float32)")
-        self._walk()
+        self.walk()
         if not attn.partial:
             weights = "tl.where(total == 0, 1, total)" if attn.safe else "total"
             lines += [f"{total} = {total} / {weights}[:, None]" for total in sums]
         self._store()
         return lines
 
-    def _walk(self) -> None:
+    def walk(self) -> None:
         """Loop over blocks of keys: first those that are full and visible to every row, then the others."""
         block, keys, lines = self.config.keys, self.attn.keys, self.emitter.outer.lines
         if not self.attn.causal:
@@ -89,7 +95,7 @@ class _Writer(Tiles):
                 self._loop("0", str(full))
             if full != keys:  # of a symbolic number of keys the last block may be fully masked
                 lines.append(f"start = {full}")
-                lines += self._block(masked=True)
+                lines += self.block(masked=True)
             return
         packed = self.attn.packed > 1
         first, last = ("0", str(from_dim(self.attn.queries))) if packed else ("first", f"first + {self.config.rows}")
@@ -100,10 +106,10 @@ class _Writer(Tiles):
         self._loop("0" if packed else "whole", "end", diagonal=True)
 
     def _loop(self, begin: str, end: str, diagonal: bool = False) -> None:
-        body = self._block(masked=diagonal, diagonal=diagonal)
+        body = self.block(masked=diagonal, diagonal=diagonal)
         self.emitter.outer.lines += [f"for start in range({begin}, {end}, {self.config.keys}):", *indent(body)]
 
-    def _block(self, masked: bool, diagonal: bool = False) -> list[str]:
+    def block(self, masked: bool, diagonal: bool = False) -> list[str]:
         """The lines of one block of keys, from `start`; what does not vary with keys is emitted before it."""
         emitter, attn = self.emitter, self.attn
         emitter.scope = scope = Scope()
@@ -151,7 +157,7 @@ class _Writer(Tiles):
 
     def _store(self) -> None:
         attn = self.attn
-        rows = {1: "top[:, None]", 2: "total[:, None]"} if attn.partial else {}  # one number per row, by result
+        rows = self.numbers()
         for index, output in enumerate(self.region.outputs):
             anchors = anchors_of(output)
             which = attn.results.index(anchors[0]) if anchors else 0
@@ -165,7 +171,12 @@ class _Writer(Tiles):
                 axes = frozenset(("M",) if which in rows else ("M", name))
                 result = Operand(rows.get(which, f"acc{name[1:]}"), axes)
                 shape = (*map(from_dim, attn.lead), from_dim(attn.queries), size)
-                self.store(index, (*self.lead, self.row, column), shape, result)
+                rank = len(anchors[0].shape) if anchors else len(shape)
+                self.store(index, (*self.lead, self.row, column)[:rank], shape[:rank], result)
+
+    def numbers(self) -> dict[int, str]:
+        """The results that are one number per row, as a column."""
+        return {1: "top[:, None]", 2: "total[:, None]"} if self.attn.partial else {}
 
     def _store_statistic(self, index: int, output: Tensor) -> None:
         """Store the logarithm of the sum of weights of each row, as libraries have it: 0 of a row without keys,

@@ -46,10 +46,12 @@ class Tiles:
             for name, (start, block) in zip((letter, f"{letter}1"), head_pieces(width, config.min_first), strict=False):
                 self.sizes[name], self.blocks[name], self.starts[name] = constant(width), block, start
         # The scale is folded into the base of the exponential, unless scaled scores are needed, as for an added mask.
+        self.mask = attn.mask  # of the keys that are written now
         self.has_additive_mask = attn.mask is not None and attn.mask.dtype != "bool"
         self.scale_first = (
             self.has_additive_mask or attn.bias is not None or attn.fill is not None or attn.scale <= 0 or attn.partial
         )
+        self.scale_first |= attn.modified is not None and attn.modified.score is not None
         self.factor = LOG2E if self.scale_first else attn.scale * LOG2E
         self.mask_at = (*self.lead, self.row, variable("N", attn.keys))
 
@@ -114,12 +116,16 @@ class Tiles:
         seen += ["in_m"] if rows and not self.is_full("M") else []
         if diagonal:
             seen.append(f"({self.row} >= N)")
-        if self.scale_first:
+        if attn.modified is not None and attn.modified.score is not None:
+            scaled = self.emitter.assign(f"s * {attn.scale!r}", frozenset(("M", "N")))
+            self.emitter.anchored[attn.modified.leaf, self.mask_at] = scaled
+            lines.append(f"s = {self.full(attn.modified.score)}")
+        elif self.scale_first:
             lines.append(f"s = s * {attn.scale!r}")
         if attn.bias is not None:
             lines.append(f"s = s + {self.emitter.value(attn.bias, self.mask_at).text}")
-        if attn.mask is not None:
-            mask = self.emitter.value(attn.mask, self.mask_at)
+        if self.mask is not None:
+            mask = self.emitter.value(self.mask, self.mask_at)
             if self.has_additive_mask:
                 lines.append(f"s = s + {mask.text}")
             elif attn.fill is not None:
@@ -129,6 +135,12 @@ class Tiles:
         if seen:
             lines.append(f's = tl.where({" & ".join(seen)}, s, float("-inf"))')
         return lines
+
+    def full(self, tensor: Tensor) -> str:
+        """`tensor` at the places of the scores, as a whole tile."""
+        value = self.emitter.value(tensor, self.mask_at)
+        axes = frozenset(self.emitter.axes)
+        return value.text if value.axes == axes else f"tl.broadcast_to({value.text}, {self.emitter.shape(axes)})"
 
     def store(self, index: int, position: Position, shape: Shape, result: Operand) -> None:
         """Store the emitter's tile of output `index`; `result` is the call's own there, at `position` of `shape`."""

@@ -10,7 +10,16 @@ from typing import Any
 
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Graph, TensorType
-from torch_rtx.lowering.kernels.families import attention, attention_backward, conv, gemm, grouped, horizontal, loop
+from torch_rtx.lowering.kernels.families import (
+    attention,
+    attention_backward,
+    attention_flex,
+    conv,
+    gemm,
+    grouped,
+    horizontal,
+    loop,
+)
 from torch_rtx.lowering.kernels.families.family import Family, Offer
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.region import Exact, Region, region
@@ -18,7 +27,7 @@ from torch_rtx.tactics import OWN, Tactic
 from torch_rtx.targets import EMULATED, Arch, lacks
 
 FAMILIES = (
-    *(gemm.FAMILY, conv.FAMILY, attention.FAMILY, attention_backward.FAMILY, grouped.FAMILY),
+    *(gemm.FAMILY, conv.FAMILY, attention.FAMILY, attention_backward.FAMILY, attention_flex.FAMILY, grouped.FAMILY),
     loop.FAMILY,
 )
 Form = tuple[Tactic[Kernel], Iterator[Tactic[Kernel]]]  # a tactic, and its fallbacks

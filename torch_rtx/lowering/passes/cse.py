@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from torch_rtx import aten
+from torch_rtx.collectives import is_ordered
 from torch_rtx.ir import Graph, Node, Value
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.rewrite import Rewriter, escaping, rewrite
 
 
 def cse(graph: Graph, infer: Inference) -> Graph:
-    """Level import to level import. Random draws, effects and escaping values are not merged."""
+    """Level import to level import. Random draws, effects, collectives and escaping values are not merged."""
     first: dict[object, tuple[Value | None, ...]] = {}
     escapes = escaping(graph, writes=False)
 
     def visit(node: Node, rewriter: Rewriter) -> bool:
-        if not node.outputs or node.writes or aten.is_random(aten.overload(node.op)):
+        if not node.outputs or node.writes or is_ordered(node) or aten.is_random(aten.overload(node.op)):
             return False
         if any(value.name in escapes for value in node.results):
             return False

@@ -13,7 +13,8 @@ from math import inf
 
 from torch_rtx import accumulation
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import COPY, Graph, Node, TensorType, Value, attr_values
+from torch_rtx.ir import Graph, Node, TensorType, Value, attr_values
+from torch_rtx.lowering.effects import is_barrier
 from torch_rtx.lowering.fusion import MAX_POINTERS, kernel_name
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.kernels.body_builder import flat
@@ -56,7 +57,7 @@ def _pairs(graph: Graph, readers: Mapping[str, set[int]]) -> Iterator[tuple[int,
     """The positions of kernels that sum rows, each with loops in whose place it can be: first those that compute what
     it sums, the last one before others, then those that read the same."""
     producer = {value.name: index for index, node in enumerate(graph.nodes) for value in node.results}
-    barriers = [at for at, node in enumerate(graph.nodes) if node.kind == "fallback" or node.op == COPY]
+    barriers = [at for at, node in enumerate(graph.nodes) if is_barrier(node)]
     loops = {at for at, node in enumerate(graph.nodes) if _is_loop(node) and _reductions(node, sums=False)}
     for index, node in enumerate(graph.nodes):
         if not _is_loop(node) or index in loops or not _reductions(node, sums=True):

@@ -15,7 +15,8 @@ from itertools import accumulate, count
 from torch_rtx import aten
 from torch_rtx.accumulation import continued
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import COPY, MAIN, Graph, Node, TensorType, Value, attr_values, has_parts
+from torch_rtx.ir import MAIN, Graph, Node, TensorType, Value, attr_values, has_parts
+from torch_rtx.lowering.effects import is_barrier
 from torch_rtx.lowering.fusion import kernel_name, prefers_split
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.kernels.horizontal import part_function
@@ -94,7 +95,7 @@ def _groups(graph: Graph, schedule: _Schedule, arches: tuple[Arch, ...]) -> list
     equal: dict[object, list[int]] = {}
     epoch = 0
     for index, node in enumerate(graph.nodes):
-        epoch += node.kind == "fallback" or node.op == COPY  # nothing moves across its memory accesses
+        epoch += is_barrier(node)
         key = _code(node, arches)
         if key is not None:
             equal.setdefault((epoch, key), []).append(index)

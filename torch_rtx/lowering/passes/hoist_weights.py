@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from torch_rtx import aten
 from torch_rtx.accumulation import scatters
+from torch_rtx.collectives import is_ordered
 from torch_rtx.ir import Expr, Graph, Node, ScalarType, Sym, TensorType, Value, Weight, attr_dims, attr_values
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.rewrite import returned, with_bases
@@ -93,7 +94,7 @@ def _between(value: Value, stored: dict[str, Value], made: dict[str, Node]) -> I
 
 def _hoistable(node: Node, source: dict[str, Weight], made: dict[str, Node], size: int) -> bool:
     """The node can move into a recipe; `size`: bytes of the weights it depends on."""
-    if node.kind != "op" or not node.outputs:
+    if node.kind != "op" or not node.outputs or is_ordered(node):
         return False
     op = aten.overload(node.op)
     if aten.is_random(op) or "empty" in node.op:

@@ -1,0 +1,89 @@
+"""What two ranks check about collectives in compiled functions; `test_collectives` runs these."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from torch_rtx.collectives import is_ordered
+from torch_rtx.runtime.session import watched_calls
+
+
+def _gathered_rows(x: Tensor) -> Tensor:
+    out = torch.empty(2 * x.shape[0], x.shape[1])
+    dist.all_gather_into_tensor(out, x)
+    return out * 2
+
+
+def _scattered(x: Tensor) -> Tensor:
+    out = torch.empty(x.shape[0] // 2, x.shape[1])
+    dist.reduce_scatter_tensor(out, x)
+    return out * 2
+
+
+def _in_place(x: Tensor) -> Tensor:
+    y = x * 2
+    dist.all_reduce(y)
+    return y + 1
+
+
+def _two_at_once(x: Tensor) -> tuple[Tensor, Tensor]:
+    gathered = funcol.all_gather_tensor(x * 3, 0, dist.group.WORLD)
+    reduced = funcol.all_reduce(x.relu(), "max", dist.group.WORLD)
+    return gathered.sum(0) * reduced, reduced
+
+
+def _of_an_input(x: Tensor) -> Tensor:
+    """The collective reads an input, which the function overwrites afterwards."""
+    gathered = funcol.all_gather_tensor(x, 0, dist.group.WORLD)
+    x.mul_(2)
+    return gathered + 1
+
+
+FORMS: dict[str, Callable[[Tensor], Any]] = {
+    "all_reduce": lambda x: funcol.all_reduce(x.exp(), "sum", dist.group.WORLD) + 1,
+    "all_reduce of a transpose": lambda x: funcol.all_reduce(x.exp().t(), "sum", dist.group.WORLD),
+    "all_reduce_coalesced": lambda x: funcol.all_reduce_coalesced([x, x * 2], "sum", dist.group.WORLD)[1] + 1,
+    "all_gather": lambda x: funcol.all_gather_tensor(x, 1, dist.group.WORLD) * 2,
+    "all_gather_coalesced": lambda x: funcol.all_gather_into_tensor_coalesced([x, x + 1], dist.group.WORLD)[1].cos(),
+    "all_gather autograd": lambda x: funcol.all_gather_tensor_autograd(x, 0, dist.group.WORLD) * 2,
+    "reduce_scatter": lambda x: funcol.reduce_scatter_tensor(x.exp(), "sum", 0, dist.group.WORLD).relu(),
+    "reduce_scatter_coalesced": lambda x: funcol.reduce_scatter_tensor_coalesced(
+        [x, x.exp()], "sum", [0, 0], dist.group.WORLD
+    )[1],
+    "all_to_all": lambda x: funcol.all_to_all_single(x * 2, None, None, dist.group.WORLD) + 1,
+    "all_to_all uneven": lambda x: funcol.all_to_all_single(x * 2, [2, 2], [2, 2], dist.group.WORLD) + 1,
+    "broadcast": lambda x: funcol.broadcast(x + 1, 1, dist.group.WORLD) * 3,
+    "all_reduce returned": lambda x: funcol.all_reduce(x, "sum", dist.group.WORLD),
+    "all_reduce in place": _in_place,
+    "all_gather_into_tensor": _gathered_rows,
+    "reduce_scatter_tensor": _scattered,
+    "two at once": _two_at_once,
+    "of an input that is overwritten": _of_an_input,
+}
+
+
+def all_forms(x: Tensor) -> dict[str, Any]:
+    """What each form returns for a copy of `x`, and what it leaves of this."""
+    found = {}
+    for name, function in FORMS.items():
+        given = x.clone()
+        found[name] = function(given), given
+    return found
+
+
+def forms() -> list[str]:
+    """Check that the compiled functions return what eager ones do; returns the kinds of the nodes for collectives."""
+    x = torch.randn(4, 6) + dist.get_rank()
+    with torch.no_grad(), watched_calls() as calls:
+        found = torch.compile(all_forms, backend="rtx", fullgraph=True)(x)
+        expected = all_forms(x)
+    torch.testing.assert_close(found, tree_map(torch.as_tensor, expected))
+    ((session, _),) = calls
+    return [node.kind for node in session.graph.nodes if is_ordered(node)]

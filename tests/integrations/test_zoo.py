@@ -1,0 +1,60 @@
+"""The examples of models run in their small sizes: results are right, and there is something to look at."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.paths import ROOT
+
+ZOO = ROOT / "examples" / "zoo"
+# For each example: what else to pass, what it prints, and what it saves.
+EXAMPLES = {
+    "detect": (["--steps", "10"], r"of 36 balls found", "balls.png"),
+    "semantic_search": ([], r"30 texts of \d+ tokens: [\d.]+ ms, in eager mode", "answers.txt"),
+    "voice_activity": ([], r"speech in 1\.\d to 1\.\d s", "speech.png"),
+}
+NEEDED = {"voice_activity": "silero_vad"}  # without these packages an example ends, and says so
+
+
+def test_every_example_is_known() -> None:
+    assert {path.stem for path in ZOO.glob("*.py")} - {"common"} == {*EXAMPLES}
+    page = (ROOT / "docs" / "examples.md").read_text()
+    assert [name for name in EXAMPLES if f"`examples/zoo/{name}.py`" not in page] == []
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.filterwarnings("ignore")  # of the libraries
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, (arguments, printed, saved) = ZOO / f"{name}.py", EXAMPLES[name]
+    imported = re.findall(r"^(?:from|import) (\w+)", path.read_text(), re.MULTILINE)
+    for library in {"diffusers", "onnx_ir", "peft", "transformers"}.intersection(imported):
+        pytest.importorskip(library)
+    if find_spec(NEEDED.get(name, "torch")) is None:
+        pytest.skip(f"no package {NEEDED[name]}: `make setup` installs it")
+    monkeypatch.syspath_prepend(ZOO)
+    torch.manual_seed(0)
+    runpy.run_path(str(path))["main"](["--size", "tiny", "--out", str(tmp_path), *arguments])
+    text = capsys.readouterr().out
+    assert re.search(printed, text), text
+    assert len(re.findall(r": right$", text, re.MULTILINE)) >= 1
+    assert (tmp_path / saved).stat().st_size > 0
+
+
+def test_a_wrong_result_ends_an_example(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ZOO)
+    common = runpy.run_path(str(ZOO / "common.py"))
+    exact = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    eager = exact.float() + 1e-3
+    common["right"]("results", exact.float() + 1.9e-3, eager, exact)
+    for wrong in (eager + 2e-3, torch.full((2,), torch.nan)):
+        with pytest.raises(SystemExit):
+            common["right"]("results", wrong, eager, exact)

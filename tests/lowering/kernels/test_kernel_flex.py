@@ -1,0 +1,109 @@
+"""The kernel of `flex_attention` in Triton's interpreter, against PyTorch's own function without a compiler."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks.numerics import assert_right
+from tests.doubles.interpreter import run
+from tests.helpers.flex import Call, alibi, captured, causal, document, relative, shifted, soft_cap, uncompiled, window
+from torch_rtx.errors import Unsupported
+from torch_rtx.ir import TensorType, attr_values
+from torch_rtx.lowering.kernels.aot import compile_kernels
+from torch_rtx.lowering.kernels.attention_configs import AttentionConfig
+from torch_rtx.lowering.kernels.attention_flex import flex_configs, flex_kernel
+from torch_rtx.lowering.kernels.generate import tactics
+from torch_rtx.lowering.kernels.region import region
+from torch_rtx.tactics import OWN
+from torch_rtx.targets import Target, arch_of
+
+SMALL = AttentionConfig(16, 16, 4, 1)
+torch.manual_seed(1)
+SLOPES, BIAS, DISTANCES = torch.rand(4), torch.randn(4, 40, 40), torch.randn(4, 81)
+IDS = (torch.arange(45) // 13).expand(2, 45).contiguous()
+HIDDEN = torch.tensor([0, 20])  # the first query of each batch that sees anything
+CALLS = {
+    "nothing": Call(),
+    "causal": Call(mask_mod=causal),
+    "window": Call(mask_mod=window),
+    "document, odd lengths": Call(mask_mod=document(IDS), sizes=(2, 2, 2, 33, 45, 16)),
+    "alibi and causal": Call(alibi(SLOPES), causal),
+    "soft cap, wide values of shared heads": Call(soft_cap, causal, (1, 4, 2, 40, 40, 24)),
+    "relative bias": Call(relative(DISTANCES), causal),
+    "bias": Call(shifted(BIAS), statistics=True),
+    "statistics": Call(mask_mod=window, statistics=True),
+    "rows without keys": Call(soft_cap, lambda b, h, q, k: (q >= HIDDEN[b]) & (k > 1), statistics=True),
+    "bfloat16": Call(soft_cap, causal, dtype=torch.bfloat16),
+    "decoding": Call(alibi(SLOPES), lambda b, h, q, k: k <= 30 - b, (2, 4, 2, 1, 70, 16)),
+    "decoding, heads of their own": Call(soft_cap, sizes=(2, 4, 4, 1, 70, 16)),
+    "scores that hide keys": Call(lambda s, b, h, q, k: torch.where(q >= k, s, -float("inf"))),
+    "numbers of the capture": Call(lambda s, b, h, q, k: s * SLOPES.sum() + torch.tensor(0.5) * h),
+}
+
+
+def check(call: Call, config: AttentionConfig = SMALL) -> None:
+    """The kernel, eager, and eager in float64."""
+    operands, function = call.operands(), call.function()
+    body, given = captured(function, *operands)
+    kernel = flex_kernel(region(body), "flex", config)
+    outputs = []
+    for value in attr_values(body.outputs):
+        assert isinstance(value.type, TensorType)
+        dtype = torch.float32 if value.type.dtype == "f32" else call.dtype
+        outputs.append(torch.full([int(size) for size in value.type.shape], torch.nan, dtype=dtype))
+    run(kernel, [*given, *outputs])
+    with uncompiled():
+        eager, exact = function(*operands), function(*(one.double() for one in operands))
+    listed = eager if isinstance(eager, tuple) else (eager,)
+    assert len(listed) == len(outputs)
+    assert_right(outputs, listed, exact if isinstance(exact, tuple) else (exact,))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_right(name: str) -> None:
+    check(CALLS[name])
+
+
+def test_tiles_of_other_sizes() -> None:
+    check(CALLS["causal"], AttentionConfig(16, 32, 4, 1))
+    check(replace(CALLS["causal"], block=64), AttentionConfig(32, 16, 4, 1))
+
+
+def test_blocks_that_are_not_listed_are_not_read() -> None:
+    call = CALLS["window"]
+    query, key, value = call.operands()
+    body, given = captured(call.function(), query, key, value)
+    kernel = flex_kernel(region(body), "k", SMALL)
+    clean, poisoned = torch.empty_like(query), torch.empty_like(query)
+    run(kernel, [*given, clean])
+    counts = [tensor for tensor in given if tensor.dtype == torch.int32 and tensor.dim() == 3]
+    assert counts
+    for count in counts:
+        count.zero_()
+    run(kernel, [*given, poisoned])
+    assert not poisoned.any()
+    assert clean.any()
+
+
+def test_tiles_lie_within_blocks() -> None:
+    call = replace(CALLS["causal"], sizes=(1, 2, 2, 256, 256, 64), block=128)
+    body, _ = captured(call.function(), *call.operands())
+    found = region(body)
+    for sm in (80, 90, 120):
+        assert all(128 % one.rows == 128 % one.keys == 0 for one in flex_configs(found, arch_of(sm)))
+    with pytest.raises(Unsupported, match="divide"):
+        flex_kernel(found, "k", AttentionConfig(64, 96, 4, 1))
+
+
+def test_compiles() -> None:
+    call = Call(alibi(torch.rand(2)), causal, (1, 2, 1, 128, 128, 64), 128)
+    body, _ = captured(call.function(), *call.operands())
+    wanted = []
+    for sm in (80, 86, 89, 90, 120):
+        kernel = next(tactics(body, "flex", arch_of(sm))).kernels[OWN]
+        wanted.append((kernel, Target(sm)))
+    for built in compile_kernels(wanted, workers=1).values():
+        assert built.problem is None

@@ -1,0 +1,225 @@
+"""Attention whose scores a function modifies, and its gradients: `torch_rtx.flex_attention` and two for the backward.
+
+They are PyTorch's higher-order operators of these names, with modifications as text (see `score_mods`). Kernels inline
+that text; the definitions here run it, for a range of queries at a time. Other than PyTorch's own definition they honor
+the lists of blocks, as its kernels do: a key is seen if its block is listed as whole, or if its block is listed and the
+mask lets it through.
+
+`blocks` are the lists of a `BlockMask`: for each block of queries how many blocks of keys there are, (B, H, blocks),
+and which, (B, H, blocks, places), then the same of blocks that are seen as a whole; B and H may be 1. No lists: all are
+seen. `block_size` has the queries and keys of a block.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_rtx.dtypes import DTYPES
+from torch_rtx.ir import Attr, TensorType, Value
+from torch_rtx.score_mods import buffer_index, modification
+
+MOST_SCORES = 1 << 25  # that exist at once
+LN2 = math.log(2)
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """Scores of the queries `rows` with all keys: before and after the modification, and which keys are seen."""
+
+    rows: slice
+    scaled: Tensor
+    modified: Tensor
+    seen: Tensor | None
+    places: Mapping[str, Tensor]
+
+
+def _run(text: str, given: Mapping[str, Tensor], buffers: Sequence[Tensor]) -> Tensor:
+    """The result of a modification for tensors that broadcast to (B, H, M, N); in float64 if scores or buffers are."""
+    graph, values = modification(text), dict[str, Tensor]()
+    exact = any(tensor.dtype == torch.float64 for tensor in (*given.values(), *buffers))
+    for value in graph.inputs:
+        index = buffer_index(value)
+        tensor = given[value.name] if index is None else buffers[index]
+        values[value.name] = tensor if tensor.dim() else tensor.view(1, 1, 1, 1)
+
+    def concrete(name: str, attr: Attr) -> Any:
+        if isinstance(attr, Value):
+            return values[attr.name]
+        if isinstance(attr, tuple):
+            return [concrete("", one) for one in attr]
+        return dtype(str(attr)) if name == "dtype" and attr is not None else attr
+
+    def dtype(name: str) -> torch.dtype:
+        found = getattr(torch, DTYPES[name].torch)
+        return torch.float64 if exact and found.is_floating_point else found
+
+    device = next(iter(given.values())).device
+    for node in graph.nodes:
+        _, name, overload = node.op.split(".")
+        made = getattr(getattr(torch.ops.aten, name), overload)(**{key: concrete(key, attr) for key, attr in node.args})
+        (result,) = node.results
+        assert isinstance(result.type, TensorType)
+        found = made.to(device, dtype(result.type.dtype))
+        values[result.name] = found if found.dim() else found.view(1, 1, 1, 1)
+    (output,) = graph.outputs
+    assert isinstance(output, Value)
+    return values[output.name]
+
+
+def _listed(count: Tensor, indices: Tensor, columns: int) -> Tensor:
+    """Which of `columns` blocks lists have: (B, H, blocks, columns)."""
+    is_listed = torch.arange(indices.shape[-1], device=count.device) < count[..., None]
+    room = torch.zeros(*indices.shape[:-1], columns + 1, dtype=torch.bool, device=count.device)
+    return room.scatter_(-1, torch.where(is_listed, indices, columns).long(), True)[..., :columns]
+
+
+def _seen(
+    query: Tensor,
+    key: Tensor,
+    rows: slice,
+    places: Mapping[str, Tensor],
+    blocks: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+    mask_mod: str,
+    block_size: Sequence[int],
+    by_keys: bool,
+) -> Tensor | None:
+    """Which keys queries see, in a shape that broadcasts to (B, H, rows, N); None: all.
+
+    Args:
+        by_keys: the lists are of blocks of queries, for each block of keys.
+    """
+    mask = _run(mask_mod, places, buffers) if mask_mod else None
+    if not blocks:
+        return mask
+    sizes = list(zip((query, key), block_size, strict=True))
+    counts = [-(-one.shape[2] // size) for one, size in sizes]
+    at = [torch.arange(one.shape[2], device=query.device) // size for one, size in sizes]
+    found: Tensor | None = None
+    for index in range(0, len(blocks), 2):
+        listed = _listed(blocks[index], blocks[index + 1], counts[0 if by_keys else 1])
+        listed = listed.mT if by_keys else listed
+        whole = listed[:, :, at[0][rows]][..., at[1]]
+        if index:
+            return whole if found is None else whole | found
+        found = whole if mask is None else whole & mask
+    return found
+
+
+def _scores(
+    query: Tensor,
+    key: Tensor,
+    blocks: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+    scale: float,
+    score_mod: str,
+    mask_mod: str,
+    block_size: Sequence[int],
+    by_keys: bool = False,
+) -> Iterator[_Scores]:
+    batch, heads, queries, _ = query.shape
+    step = max(1, MOST_SCORES // max(1, batch * heads * key.shape[2]))
+    wide, device = torch.promote_types(query.dtype, torch.float32), query.device
+    sizes = {"b": (batch, 1, 1, 1), "h": (heads, 1, 1), "q": (queries, 1), "k": (key.shape[2],)}
+    all_places = {
+        name: torch.arange(shape[0], dtype=torch.int32, device=device).view((1,) * (4 - len(shape)) + shape)
+        for name, shape in sizes.items()
+    }
+    keys = key.to(wide).mT
+    for start in range(0, queries, step):
+        rows = slice(start, start + step)
+        places = {**all_places, "q": all_places["q"][:, :, rows]}
+        scaled = query[:, :, rows].to(wide) @ keys * scale
+        seen = _seen(query, key, rows, places, blocks, buffers, mask_mod, block_size, by_keys)
+        modified = _run(score_mod, {"score": scaled, **places}, buffers).to(wide) if score_mod else scaled
+        modified = modified.expand(scaled.shape)
+        modified = modified if seen is None else torch.where(seen, modified, -torch.inf)
+        yield _Scores(rows, scaled, modified, seen, places)
+
+
+def _shared(tensor: Tensor, query: Tensor) -> Tensor:
+    """Keys or values with batches and heads repeated for the queries that share them."""
+    times = query.shape[1] // tensor.shape[1]
+    tensor = tensor if times == 1 else tensor.repeat_interleave(times, 1)
+    return tensor.expand(query.shape[0], *tensor.shape[1:])
+
+
+def _room(like: Tensor, shape: Sequence[int], order: Sequence[int]) -> Tensor:
+    return torch.empty_permuted(shape, order, dtype=like.dtype, device=like.device)  # type: ignore[arg-type]
+
+
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+    *,
+    scale: float,
+    score_mod: str = "",
+    mask_mod: str = "",
+    block_size: Sequence[int] = (),
+    order: Sequence[int] = (0, 1, 2, 3),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """softmax(score_mod(q k^T * scale)) v over the keys that are seen.
+
+    Args:
+        query: (B, H, M, D).
+        key, value: (B, H, N, D) and (B, H, N, E); B may be 1, and H a divisor of that of queries, which share them.
+        blocks, block_size: see above.
+        buffers: tensors that the modifications read.
+        score_mod, mask_mod: see `score_mods`.
+        order: of the dimensions of the result in memory.
+
+    Returns:
+        The result (B, H, M, E), 0 for a query that sees no key; and of each query, in float32 and in units of log(2),
+        the logarithm of the sum of exponentials of its scores and the largest score: minus infinity without a key.
+
+    Raises:
+        InvalidIR: a text is no modification.
+    """
+    out, logsumexp, largest = _forward_room(query, key, value, blocks, buffers, scale=scale, order=order)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    values = _shared(value, query).to(wide)
+    for part in _scores(query, _shared(key, query), blocks, buffers, scale, score_mod, mask_mod, block_size):
+        top = part.modified.amax(-1, keepdim=True) if key.shape[2] else part.modified.new_full((), -torch.inf)
+        weights = (part.modified - top.clamp_min(torch.finfo(wide).min)).exp()
+        total = weights.sum(-1, keepdim=True)
+        out[:, :, part.rows] = (weights / torch.where(total == 0, 1, total)) @ values
+        logsumexp[:, :, part.rows] = ((top + total.log()) / LN2).squeeze(-1)
+        largest[:, :, part.rows] = (top / LN2).squeeze(-1)
+    return out, logsumexp, largest
+
+
+def _forward_room(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+    *,
+    scale: float,
+    score_mod: str = "",
+    mask_mod: str = "",
+    block_size: Sequence[int] = (),
+    order: Sequence[int] = (0, 1, 2, 3),
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = query.shape[:3]
+    out = _room(query, (*rows, value.shape[3]), order)
+    return out, query.new_empty(rows, dtype=torch.float32), query.new_empty(rows, dtype=torch.float32)
+
+
+_LIBRARY = torch.library.Library("torch_rtx", "FRAGMENT")
+_MODIFIED = 'float scale, str score_mod="", str mask_mod=""'
+_LIBRARY.define(
+    "flex_attention(Tensor query, Tensor key, Tensor value, Tensor[] blocks, Tensor[] buffers, *,"
+    f" {_MODIFIED}, int[] block_size=[], int[] order=[0, 1, 2, 3]) -> (Tensor, Tensor, Tensor)"
+)
+_LIBRARY.impl("flex_attention", _forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("flex_attention", _forward_room, "Meta")

@@ -1,0 +1,325 @@
+"""Gives calls of `flex_attention` in a captured graph the form that engines hold: see `flex_attention` of the package.
+
+PyTorch's operators are of higher order: their modifications of scores are graph modules. These become text; what they
+compute of captured tensors alone is computed once, before the call.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import py_sym_types
+from torch.utils import _pytree as pytree
+
+from torch_rtx import aten
+from torch_rtx.errors import InvalidIR, Unsupported
+from torch_rtx.ir import Attr, Graph, Node, TensorType, Value
+from torch_rtx.lowering.from_fx import attribute, call_arguments, number_of, op_of
+from torch_rtx.score_mods import INDEX, OPS, PLACES, buffer, is_place, modification, scalar
+
+log = logging.getLogger(__name__)
+FORWARD = torch.ops.higher_order.flex_attention
+SINGLE = 1 << 30  # the block size of a mask that lists one block, of everything
+LISTS = slice(2, 6)  # in a block mask: those of blocks of keys
+OMITTED = ("device", "layout", "pin_memory", "memory_format", "non_blocking")
+ALIASES = frozenset(
+    getattr(torch.ops.aten, name).default for name in ("alias", "detach", "clone", "lift_fresh", "lift_fresh_copy")
+)
+# What makes one number, and which.
+FILLED: dict[str, Callable[..., Any]] = {
+    "aten.scalar_tensor.default": lambda number: number,
+    "aten.full.default": lambda size, number: number,
+    "aten.full_like.default": lambda like, number: number,
+    "aten.new_full.default": lambda like, size, number: number,
+    **dict.fromkeys((f"aten.{name}.default" for name in ("ones", "ones_like", "new_ones")), lambda *_: 1),
+    **dict.fromkeys((f"aten.{name}.default" for name in ("zeros", "zeros_like", "new_zeros")), lambda *_: 0),
+}
+
+
+def name_flex_attention(gm: fx.GraphModule) -> None:
+    """Replace the calls in `gm`; those with a modification that no text expresses stay, and fall back."""
+    calls = gm.graph.find_nodes(op="call_function", target=FORWARD)
+    for node in calls:
+        try:
+            _replace_forward(gm, node)
+        except (Unsupported, InvalidIR) as error:
+            log.info("%s stays PyTorch's own: %s", node, error.message)
+    if calls:
+        gm.graph.eliminate_dead_code()
+        gm.recompile()
+
+
+def _replace_forward(gm: fx.GraphModule, node: fx.Node) -> None:
+    given: Any = node.args
+    query, key, value, score_mod, mask, scale, _, score_buffers, mask_buffers = given
+    writer = _Writer(gm, node)
+    dtype = _wide(query)
+    texts = {
+        "score_mod": writer.text(score_mod, score_buffers, dtype),
+        "mask_mod": writer.text(mask[-1], mask_buffers),
+    }
+    blocks, sizes = _blocks(mask, LISTS)
+    out = node.meta["val"][0]
+    options = {"scale": scale, **texts, "block_size": sizes, "order": _order(out)}
+    target = torch.ops.torch_rtx.flex_attention.default
+    with gm.graph.inserting_before(node):
+        made = gm.graph.call_function(target, (query, key, value, blocks, writer.buffers), options)
+    made.meta = dict(node.meta)
+    node.replace_all_uses_with(made)
+    gm.graph.erase_node(node)
+
+
+def _wide(query: Any) -> torch.dtype:
+    return torch.promote_types(query.meta["val"].dtype, torch.float32)
+
+
+def _order(like: torch.Tensor) -> list[int]:
+    """The order of dimensions in memory."""
+    steps = [one if isinstance(one, int) else one.node.hint for one in like.stride()]
+    return sorted(range(like.dim()), key=lambda axis: (-steps[axis], axis))
+
+
+def _blocks(mask: Sequence[Any], lists: slice) -> tuple[list[fx.Node], list[int]]:
+    """The lists of a block mask, and the queries and keys of a block; none of a mask of a single block.
+
+    Raises:
+        Unsupported: sizes of blocks that are not known.
+    """
+    sizes = list(mask[-3:-1])
+    if not all(isinstance(size, int) for size in sizes):
+        raise Unsupported("a block mask with blocks of an open size")
+    if min(sizes) >= SINGLE:
+        return [], []
+    found = [one for one in mask[lists] if one is not None]
+    if len(found) not in (2, 4):
+        raise Unsupported("a block mask without lists of blocks")
+    return found, sizes
+
+
+@dataclass
+class _Partial:
+    """A tensor that is indexed along its first dimensions."""
+
+    buffer: fx.Node
+    indices: list[Any]
+
+
+@dataclass
+class _Writer:
+    """Writes modifications of one call as text.
+
+    Attributes:
+        buffers: what they read, in the outer graph.
+    """
+
+    gm: fx.GraphModule
+    call: fx.Node
+    buffers: list[fx.Node] = field(default_factory=list)
+
+    def text(self, mod: fx.Node, given: Sequence[Any], score: torch.dtype | None = None) -> str:
+        """The text of a modification; "" of one that changes and hides nothing.
+
+        Args:
+            given: the captured tensors and numbers.
+            score: the dtype of scores; None: it is a mask.
+
+        Raises:
+            Unsupported: no text expresses it.
+        """
+        inner = attribute(self.gm, mod)
+        found = _Mod(self, inner)
+        names = ["score", *PLACES] if score is not None else list(PLACES)
+        found.begin(names, given, score)
+        output = found.write()
+        if (score is not None and output == found.scalars["score"]) or (score is None and output is True):
+            return ""
+        if not isinstance(output, Value):
+            output = found.constant(output, torch.bool if score is None else score)
+        text = str(found.graph(output)).strip()
+        modification(text)
+        return text
+
+    def place_of(self, buffer: fx.Node) -> int:
+        """Which of `buffers` a tensor of the outer graph is."""
+        if buffer not in self.buffers:
+            self.buffers.append(buffer)
+        return self.buffers.index(buffer)
+
+    def emit(self, target: Any, args: Any, kwargs: Any = None) -> fx.Node:
+        """A call in the outer graph, before the one that is replaced."""
+        with self.gm.graph.inserting_before(self.call):
+            made = self.gm.graph.call_function(target, args, kwargs or {})
+        values = pytree.tree_map_only(fx.Node, lambda one: one.meta["val"], (args, kwargs or {}))
+        mode = next(
+            (leaf.fake_mode for leaf in pytree.tree_leaves(values) if hasattr(leaf, "fake_mode")), torch.no_grad()
+        )
+        with mode:
+            made.meta = {**self.call.meta, "val": target(*values[0], **values[1])}
+        return made
+
+
+@dataclass
+class _Mod:
+    """One modification: from its graph module to nodes of the IR.
+
+    Attributes:
+        env: by node of the module, a value of the modification, a number, a node of the outer graph or a partly
+            indexed one.
+    """
+
+    writer: _Writer
+    inner: fx.GraphModule
+    env: dict[fx.Node, Any] = field(default_factory=dict)
+    scalars: dict[str, Value] = field(default_factory=dict)
+    inputs: dict[str, Value] = field(default_factory=dict)
+    nodes: list[Node] = field(default_factory=list)
+
+    def begin(self, names: Sequence[str], given: Sequence[Any], score: torch.dtype | None) -> None:
+        """Name the inputs."""
+        placeholders = self.inner.graph.find_nodes(op="placeholder")
+        for name, node in zip(names, placeholders, strict=False):
+            dtype = "i32" if name in PLACES else aten.dtype_name(score or torch.float32)
+            self.env[node] = self.scalars[name] = scalar(name, dtype)
+        for node, outer in zip(placeholders[len(names) :], given, strict=True):
+            self.env[node] = outer
+
+    def write(self) -> Any:
+        """Write all calls; returns the result: a value or a number."""
+        for node in self.inner.graph.nodes:
+            if node.op == "get_attr":
+                self.env[node] = self._attribute(node)
+            elif node.op == "call_function":
+                self.env[node] = self._call(node)
+            elif node.op == "output":
+                (result,) = pytree.tree_leaves(node.args)
+                return self._operand(self.env[result])
+            elif node.op != "placeholder":
+                raise Unsupported(f"a modification of scores with a {node.op}")
+        raise Unsupported("a modification of scores without a result")
+
+    def graph(self, output: Value) -> Graph:
+        """What was written."""
+        read = {value.name for node in self.nodes for value in node.inputs} | {output.name}
+        inputs = [value for value in (*self.scalars.values(), *self.inputs.values()) if value.name in read]
+        return Graph("import", tuple(inputs), nodes=tuple(self.nodes), outputs=(output,))
+
+    def constant(self, number: bool | int | float, dtype: torch.dtype) -> Value:
+        """A number as a value."""
+        args = (("size", ()), ("fill_value", number), ("dtype", aten.dtype_name(dtype)))
+        return self._append("aten.full.default", args, dtype)
+
+    def _attribute(self, node: fx.Node) -> Any:
+        content = attribute(self.inner, node)
+        number = number_of(content) if isinstance(content, torch.Tensor) else None
+        if number is None:
+            raise Unsupported("a modification of scores with a constant tensor")
+        return self.constant(number, content.dtype)
+
+    def _call(self, node: fx.Node) -> Any:
+        arguments = [self.env.get(one) for one in node.all_input_nodes]
+        if arguments and not any(isinstance(one, Value | _Partial) for one in arguments):
+            return self._outside(node)
+        op = op_of(node)
+        if node.target in ALIASES and len(arguments) == 1:
+            return arguments[0]
+        if not isinstance(op, torch._ops.OpOverload):
+            raise Unsupported(f"{node.target} in a modification of scores")
+        if str(op) in (INDEX, "aten._unsafe_index.Tensor"):
+            return self._index(node)
+        if str(op) in FILLED and not node.meta["val"].dim():
+            number = FILLED[str(op)](*node.args)
+            if isinstance(number, bool | int | float):
+                dtype = node.meta["val"].dtype
+                return True if dtype == torch.bool and number else self.constant(number, dtype)
+        op = self._of_tensors(op, node)
+        if str(op) not in OPS:
+            raise Unsupported(f"{op} in a modification of scores")
+        args, metas = [], {}
+        for name, given in call_arguments(node):
+            if name in OMITTED:
+                continue
+            attr, metas[name] = self._attr(given)
+            args.append((name, attr))
+        made = op(**metas)
+        if made.dim():
+            raise Unsupported(f"{op} of whole tensors in a modification of scores")
+        return self._append(str(op), tuple(args), made.dtype)
+
+    def _of_tensors(self, op: torch._ops.OpOverload, node: fx.Node) -> torch._ops.OpOverload:
+        """The overload that takes tensors in place of numbers of the capture, which are values here."""
+        others = [one for one in node.args[1:] if isinstance(one, fx.Node)]
+        is_scalar = op._overloadname == "Scalar" and any(_is_number(self.env[one]) for one in others)
+        return getattr(op._overloadpacket, "Tensor", op) if is_scalar else op
+
+    def _outside(self, node: fx.Node) -> Any:
+        """A call that reads captured tensors alone, in the outer graph."""
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda one: self.env[one])
+        return self.writer.emit(node.target, args, kwargs)
+
+    def _index(self, node: fx.Node) -> Any:
+        given: Any = node.args
+        source, places = given[:2]
+        read = self.env[source]
+        partial = read if isinstance(read, _Partial) else _Partial(read, [])
+        if not isinstance(partial.buffer, fx.Node) or any(one is None for one in places):
+            raise Unsupported("an index of what is no captured tensor in a modification of scores")
+        if isinstance(read, Value):
+            raise Unsupported("an index of a number in a modification of scores")
+        found = _Partial(partial.buffer, [*partial.indices, *(self._operand(self.env[one]) for one in places)])
+        content = found.buffer.meta["val"]
+        if not all(isinstance(one, Value) and is_place(one.type) for one in found.indices):
+            raise Unsupported("an index that is no whole number in a modification of scores")
+        if len(found.indices) < content.dim():
+            return found
+        args = (("self", self._buffer(found.buffer)), ("indices", tuple(found.indices)))
+        return self._append(INDEX, args, content.dtype)
+
+    def _buffer(self, outer: fx.Node) -> Value:
+        content = outer.meta["val"]
+        value = buffer(self.writer.place_of(outer), aten.dtype_name(content.dtype), content.dim())
+        return self.inputs.setdefault(value.name, value)
+
+    def _operand(self, found: Any) -> Any:
+        """A value or number for what a call reads."""
+        if isinstance(found, _Partial):
+            raise Unsupported("a part of a captured tensor in a modification of scores")
+        if isinstance(found, py_sym_types) or (isinstance(found, fx.Node) and _is_number(found)):
+            dtype = torch.float64 if isinstance(_content(found), torch.SymFloat) else torch.int64
+            found = self.writer.emit(torch.ops.aten.scalar_tensor.default, (found,), {"dtype": dtype})
+        if isinstance(found, fx.Node):
+            if found.meta["val"].dim():
+                raise Unsupported("a whole captured tensor in a modification of scores")
+            return self._buffer(found)
+        return found
+
+    def _attr(self, given: Any) -> tuple[Attr, Any]:
+        """An argument, and what stands for it where types are inferred."""
+        if isinstance(given, fx.Node):
+            found = self._operand(self.env[given])
+            if not isinstance(found, Value):
+                return found, found
+            assert isinstance(found.type, TensorType)
+            return found, torch.empty((), dtype=aten.DTYPES[found.type.dtype], device="meta")
+        if isinstance(given, torch.dtype):
+            return aten.dtype_name(given), given
+        if given is not None and not isinstance(given, bool | int | float | str):
+            raise Unsupported(f"an argument of type {type(given).__name__} in a modification of scores")
+        return given, given
+
+    def _append(self, op: str, args: tuple[tuple[str, Attr], ...], dtype: torch.dtype) -> Value:
+        made = scalar(f"t{len(self.nodes)}", aten.dtype_name(dtype))
+        self.nodes.append(Node("op", op, args, (made,)))
+        return made
+
+
+def _content(found: Any) -> Any:
+    return found.meta.get("val") if isinstance(found, fx.Node) else found
+
+
+def _is_number(found: Any) -> bool:
+    return isinstance(_content(found), py_sym_types)

@@ -1,0 +1,35 @@
+"""Attention with modified scores, and its gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch_rtx.chips import ATTENTION_REACHED
+from torch_rtx.lowering.kernels.attention import attention_of
+from torch_rtx.lowering.kernels.attention_configs import AttentionConfig
+from torch_rtx.lowering.kernels.attention_flex import flex_configs, flex_kernel
+from torch_rtx.lowering.kernels.families.family import Family, Offer
+from torch_rtx.lowering.kernels.memory_model import streaming_us, typical
+from torch_rtx.lowering.kernels.region import Region
+from torch_rtx.op_work import ANCHORS, flops
+from torch_rtx.targets import Arch
+
+SEEN = 0.5  # of the keys, where a mask hides some: lists are data
+
+
+def _others(region: Region, name: str, arch: Arch, us: float) -> Iterator[Offer]:
+    """None: no library has it."""
+    yield from ()
+
+
+def _expected_us(region: Region, arch: Arch, config: AttentionConfig) -> float:
+    attn, anchor = attention_of(region), region.anchor
+    assert anchor is not None
+    assert attn.modified is not None
+    work = flops(anchor, typical) * (SEEN if attn.modified.lists else 1)
+    compute_us = arch.chip.launch + work / (arch.chip.rate(attn.dtype) * ATTENTION_REACHED * 1e6)
+    return max(compute_us, streaming_us(region.memory_types, arch))
+
+
+OPS = frozenset(op for op, kind in ANCHORS.items() if kind == "attention_flex")
+FAMILY = Family("attention_flex", OPS, flex_configs, flex_kernel, _expected_us, _others)
