@@ -193,7 +193,7 @@ class Blocks(nn.Module):
         return nn.functional.linear(x, wide.view(24, 256))
 
 
-@pytest.mark.parametrize(("bits", "stored"), [(8, "u8[192, 32]"), (4, "i32[24, 32]")])
+@pytest.mark.parametrize(("bits", "stored"), [(8, "i8[192, 32]"), (4, "i32[24, 32]")])
 def test_blocks_part_from_their_scales(bits: int, stored: str) -> None:
     """So that loads are aligned: integers next to each other, and the scales by columns."""
     model, x = Blocks(bits).eval(), torch.randn(5, 256).half()

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence, Set
 
-import torch
-
-from torch_rtx import aten
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Attr, Dim, Graph, Node, TensorType, Value, attr_values, contiguous
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.kernels.body_builder import type_of
+from torch_rtx.lowering.merged_weights import MergedWeights, is_pointwise
 from torch_rtx.lowering.rewrite import Rewriter, from_weights, only_user, users
 
 RESHAPES = frozenset(("aten.view.default", "aten._unsafe_view.default"))
@@ -18,23 +16,17 @@ Step = list[Node]  # equal operations, one for each product
 Args = dict[str, Attr]
 
 
-def is_pointwise(node: Node) -> bool:
-    """Whether a call computes each element of its only result from elements at the same position."""
-    if node.kind != "op" or len(node.outputs) != 1:
-        return False
-    op = aten.overload(node.op)
-    return (torch.Tag.pointwise in op.tags or node.op == "aten._to_copy.default") and not aten.is_random(op)
-
-
 class Steps:
     """Finds and merges such operations in `graph`.
 
     Args:
         layout_visible: names of values whose strides something depends on.
+        computed: of the same graph.
     """
 
-    def __init__(self, graph: Graph, infer: Inference, layout_visible: Set[str]) -> None:
+    def __init__(self, graph: Graph, infer: Inference, layout_visible: Set[str], computed: MergedWeights) -> None:
         self._graph, self._infer, self._visible = graph, infer, set(layout_visible)
+        self._computed = computed
         self._constants = from_weights(graph)
         self._producer = {value.name: node for node in graph.nodes for value in node.results}
         self.readers = users(graph)
@@ -83,6 +75,9 @@ class Steps:
         loc = step[0].loc
 
         def cat(values: Sequence[Value]) -> Value:
+            last = len(type_of(values[0]).shape) - 1
+            if self._computed.are_equal(values, last):
+                return self._computed.merged(values, last, rewriter)
             return rewriter.emit("aten.cat.default", loc, tensors=tuple(values), dim=-1)
 
         def expand(value: Value, shape: tuple[Dim, ...]) -> Value:

@@ -75,13 +75,14 @@ def _prologues(rest: list[Node], made: dict[str, Node], source: dict[str, Weight
 
 
 def _smallest(value: Value, made: dict[str, Node], source: dict[str, Weight]) -> dict[str, Value]:
-    """The values, by name, that `value` can be computed from element by element with the least memory; ties go to those
-    nearest to the parameters."""
+    """The values, by name, that `value` can be computed from element by element with the least memory; ties go to
+    parameters, which are there already, and else to those nearest to `value`, which leave the least to compute."""
     if value.name in source or not is_elementwise(made[value.name]):
         return {value.name: value}
     below = {name: one for given in made[value.name].inputs for name, one in _smallest(given, made, source).items()}
-    own = {value.name: value}
-    return below if sum(_span(one.type) for one in below.values()) <= _span(value.type) else own
+    bytes_below, own = sum(_span(one.type) for one in below.values()), _span(value.type)
+    is_there = bytes_below == own and not below.keys().isdisjoint(source)
+    return below if bytes_below < own or is_there else {value.name: value}
 
 
 def _between(value: Value, stored: dict[str, Value], made: dict[str, Node]) -> Iterator[Node]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import inf
 
 from torch_rtx import aten
@@ -23,7 +23,8 @@ from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.kernels.body_builder import type_of
 from torch_rtx.lowering.kernels.index import Index, from_dim, product
 from torch_rtx.lowering.kernels.region import ANCHORS
-from torch_rtx.lowering.merged_steps import Steps, is_pointwise
+from torch_rtx.lowering.merged_steps import Steps
+from torch_rtx.lowering.merged_weights import MergedWeights, is_pointwise
 from torch_rtx.lowering.passes.dce import dce
 from torch_rtx.lowering.rewrite import Rewriter, Users, from_weights, returned, rewrite, with_bases, with_sources
 from torch_rtx.op_work import INT_MM, PRODUCTS, SCALED_MM
@@ -34,11 +35,12 @@ LINEAR, SCALE = "aten.linear.default", "scale_b"
 def merge_linears(graph: Graph, infer: Inference) -> Graph:
     """Level import to level import.
 
-    Layers merge if their weights are parameters of one dtype or views of such, nothing depends on the strides of their
-    results (slices have others), and no anchor between them depends on one of them, unless the merged result is no
-    larger than the largest other tensor of the graph. A missing bias counts as zeros. Products of float8 with scales
-    merge as well; one scale for all columns becomes one for each of them. Products of int8 merge with all operations on
-    their elements, which are to be their epilogue, or not at all.
+    Layers merge if their weights are parameters of one dtype, views of such or computed from such row by row, by equal
+    calls; if nothing depends on the strides of their results (slices have others); and if no anchor between them
+    depends on one of them, unless the merged result is no larger than the largest other tensor of the graph. A missing
+    bias counts as zeros. Products of float8 with scales merge as well; a weight that scales all columns becomes one for
+    each of them. Products of int8 merge with all operations on their elements, which are to be their epilogue, or not
+    at all.
     """
     graph = dce(graph, infer)  # such as views that others have replaced: they hide that operations follow each other
     weights, views = _weights(graph)
@@ -48,8 +50,9 @@ def merge_linears(graph: Graph, infer: Inference) -> Graph:
     layout_visible |= with_sources(graph, {v.name for n in graph.nodes if n.op in aten.STRIDED for v in n.inputs})
     layout_visible |= aten.shared(graph)  # a copy to the captured strides would part results that share memory
     candidates = (n for n in graph.nodes if not any(v.name in layout_visible for v in n.results))
-    layers = {id(node): _group(node, weights) for node in candidates}
-    steps = Steps(graph, infer, layout_visible)
+    computed = MergedWeights(graph)
+    layers = {id(node): _group(node, weights, computed) for node in candidates}
+    steps = Steps(graph, infer, layout_visible, computed)
     groups = [steps.after(group) for group in _groups(graph, layers) if len(group) > 1]
     groups = [group for group in groups if group[0][0].op != INT_MM or _is_whole(group[-1], steps.readers)]
     graph = _first(graph, steps.constants_of(groups))
@@ -63,7 +66,7 @@ def merge_linears(graph: Graph, infer: Inference) -> Graph:
         group, at, step = places[id(node)]
         if node is group[0][0]:
             with suppress(Unsupported):
-                made[id(group)] = [_merged(step, rewriter)]
+                made[id(group)] = [_Merging(step, rewriter, computed, weights).product()]
         if id(group) not in made:
             return False
         found = made[id(group)]
@@ -185,19 +188,26 @@ def _independent(graph: Graph, layers: Mapping[int, object]) -> dict[object, lis
     return found
 
 
-def _group(node: Node, weights: set[str]) -> object:
+def _group(node: Node, weights: set[str], computed: MergedWeights) -> object:
     """The properties that layers must share to merge; None for other nodes."""
     if node.op not in (LINEAR, INT_MM, SCALED_MM) or node.kind != "op":
         return None
     source, weight = (node.arg(name) for name in PRODUCTS[node.op][:2])
-    separate = PRODUCTS[node.op].second, "bias", SCALE  # what each layer has of its own
+    # What each layer has of its own; the scale of all columns may be a number that all layers share.
+    separate = PRODUCTS[node.op].second, "bias", *((SCALE,) if _scale_is_weight(node, weights) else ())
     if not isinstance(source, Value) or not isinstance(weight, Value) or not isinstance(weight.type, TensorType):
         return None
-    own = [attr for attr in map(node.arg, separate) if isinstance(attr, Value)]
+    how = computed.key(weight, 0) if node.op == LINEAR and weight.name not in weights else None
+    own = [attr for attr in map(node.arg, separate) if isinstance(attr, Value) and (how is None or attr is not weight)]
     if any(value.name not in weights for value in own) or not _has_scales_of_columns(node):
         return None
     rest = tuple((name, attr) for name, attr in node.args if name not in separate)
-    return node.op, source.name, weight.type.dtype, weight.type.device, rest
+    return node.op, source.name, weight.type.dtype, weight.type.device, how, rest
+
+
+def _scale_is_weight(node: Node, weights: set[str]) -> bool:
+    scale = node.arg(SCALE)
+    return isinstance(scale, Value) and scale.name in weights
 
 
 def _has_scales_of_columns(node: Node) -> bool:
@@ -215,35 +225,56 @@ def _rows(node: Node) -> int:
     return result.type.shape[-1]  # type: ignore[return-value]  # parameters have no symbolic sizes
 
 
-def _merged(group: list[Node], rewriter: Rewriter) -> Value:
-    op, loc, second = group[0].op, group[0].loc, PRODUCTS[group[0].op].second
+@dataclass(frozen=True)
+class _Merging:
+    """One layer in place of a group of layers.
 
-    def bias_of(node: Node) -> Attr:
+    Args:
+        weights: see `_weights`.
+    """
+
+    group: list[Node]
+    rewriter: Rewriter
+    computed: MergedWeights
+    weights: set[str]
+
+    def product(self) -> Value:
+        """The merged layer."""
+        first = self.group[0]
+        second, order = PRODUCTS[first.op].second, aten.schema(aten.overload(first.op))
+        args = {name: self.rewriter.current(attr) if isinstance(attr, Value) else attr for name, attr in first.args}
+        args[second] = self._weight([value for node in self.group if isinstance(value := node.arg(second), Value)])
+        if _scale_is_weight(first, self.weights):
+            args[SCALE] = self._cat(list(map(self._scale, self.group)), dim=1)
+        if any(node.arg("bias") is not None for node in self.group):
+            args["bias"] = self._cat([self._bias(node, args[second]) for node in self.group])
+        return self.rewriter.emit(first.op, first.loc, **{name: args[name] for name in order if name in args})
+
+    def _weight(self, weights: list[Value]) -> Value:
+        op, axis = self.group[0].op, 0 if self.group[0].op == LINEAR else 1
+        if weights[0].name not in self.weights or (op != LINEAR and self.computed.are_equal(weights, axis)):
+            found = self.computed.merged(weights, axis, self.rewriter)
+            if op == LINEAR or type_of(found).strides[0] == 1:
+                return found
+        if op == LINEAR:
+            return self._cat(weights)
+        # its rows are to stay contiguous along K
+        loc = self.group[0].loc
+        rows = self._cat([self.rewriter.emit("aten.t.default", loc, self=weight) for weight in weights])
+        return self.rewriter.emit("aten.t.default", loc, self=rows)
+
+    def _bias(self, node: Node, weight: Attr) -> Attr:
         if node.arg("bias") is not None:
             return node.arg("bias")
-        dtype = {} if op == LINEAR else {"dtype": node.arg("out_dtype")}
-        return rewriter.emit("aten.new_zeros.default", node.loc, self=node.arg(second), size=(_rows(node),), **dtype)
+        dtype = {} if node.op == LINEAR else {"dtype": node.arg("out_dtype")}
+        return self.rewriter.emit("aten.new_zeros.default", node.loc, self=weight, size=(_rows(node),), **dtype)
 
-    def scale_of(node: Node) -> Attr:
+    def _scale(self, node: Node) -> Attr:
         scale, shape = node.arg(SCALE), (1, _rows(node))
         if isinstance(scale, Value) and isinstance(scale.type, TensorType) and scale.type.shape != shape:
-            one = rewriter.emit("aten.view.default", node.loc, self=scale, size=(1, 1))
-            return rewriter.emit("aten.expand.default", node.loc, self=one, size=shape)
+            one = self.rewriter.emit("aten.view.default", node.loc, self=scale, size=(1, 1))
+            return self.rewriter.emit("aten.expand.default", node.loc, self=one, size=shape)
         return scale
 
-    def cat(tensors: Sequence[Attr], **dim: Attr) -> Value:
-        return rewriter.emit("aten.cat.default", loc, tensors=tuple(tensors), **dim)
-
-    weights = [node.arg(second) for node in group]
-    args = {name: rewriter.current(attr) if isinstance(attr, Value) else attr for name, attr in group[0].args}
-    if op == LINEAR:
-        args[second] = cat(weights)
-    else:  # its rows are to stay contiguous along K
-        rows = cat([rewriter.emit("aten.t.default", loc, self=weight) for weight in weights])
-        args[second] = rewriter.emit("aten.t.default", loc, self=rows)
-    if op == SCALED_MM:
-        args[SCALE] = cat(list(map(scale_of, group)), dim=1)
-    if any(node.arg("bias") is not None for node in group):
-        args["bias"] = cat([bias_of(node) for node in group])
-    order = aten.schema(aten.overload(op))
-    return rewriter.emit(op, loc, **{name: args[name] for name in order if name in args})
+    def _cat(self, tensors: Sequence[Attr], **dim: Attr) -> Value:
+        return self.rewriter.emit("aten.cat.default", self.group[0].loc, tensors=tuple(tensors), **dim)

@@ -1,0 +1,54 @@
+"""Layers over one input whose weights are quantized are one product of quantized weights."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.lowering.test_prologues import compiled
+from torch_rtx.ir import Graph
+from torch_rtx.op_work import PRODUCTS
+from torch_rtx.quantization import quantize
+
+
+class Attention(nn.Module):
+    """Three layers over one input, before attention with two heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(256, 32) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = (layer(x).unflatten(-1, (2, 16)).transpose(-2, -3) for layer in (self.q, self.k, self.v))
+        return nn.functional.scaled_dot_product_attention(*heads)
+
+
+def products(graph: Graph) -> list[str]:
+    """The products in a graph and its kernels."""
+    inner = [op for node in graph.nodes if node.body is not None for op in products(node.body)]
+    return [*inner, *(node.op for node in graph.nodes if node.op in PRODUCTS)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "preset", ["int8_dynamic", "int8_rotated", "int8_weight_only", "fp8_dynamic", "int4_weight_only"]
+)
+def test_presets(preset: str) -> None:
+    """Results are those of separate layers, with other weights, too."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 6, 256).half()
+    models = [quantize(Attention().half().eval(), preset, lambda model: model(x)) for _ in range(2)]
+    for model in models:
+        for name, buffer in model.named_buffers():  # as calibrated on other data
+            if name.endswith("weight_clip"):
+                buffer.mul_(torch.rand_like(buffer) / 2 + 0.5)
+    module = compiled(models[0], x)
+    assert len(products(module.engine.graph)) == 1 + (preset == "int8_rotated")  # and that which rotates the input
+    for model in models:
+        module.refit(model)
+        exact = deepcopy(model).double()(x.double())
+        error, eager = (float((one - exact).norm() / exact.norm()) for one in (module(x), model(x)))
+        assert error <= max(2 * eager, 2e-3)
