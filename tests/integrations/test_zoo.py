@@ -16,7 +16,13 @@ ZOO = ROOT / "examples" / "zoo"
 # For each example: what else to pass, what it prints, and what it saves.
 EXAMPLES = {
     "detect": (["--steps", "10"], r"of 36 balls found", "balls.png"),
+    "finetune_refit": (["--steps", "10"], r"refitted in \d+ ms, after 10 steps", "texts.txt"),
+    "flux_fp8": (["--skip"], r"1 steps at 32x32 in fp8: [\d.]+ ms", "fp8.png"),
+    "gpt2": (["--tokens", "4"], r"1 graph compiled for prompts of all lengths", "texts.txt"),
+    "segment": ([], r"3 clicks: [\d.]+ ms", "masks.png"),
     "semantic_search": ([], r"30 texts of \d+ tokens: [\d.]+ ms, in eager mode", "answers.txt"),
+    "transcribe": ([], r"30 seconds of sound: [\d.]+ ms", "transcript.txt"),
+    "upscale": (["--steps", "10"], r"[\d.]+ dB of signal to noise; [\d.]+ dB", "frames.png"),
     "voice_activity": ([], r"speech in 1\.\d to 1\.\d s", "speech.png"),
 }
 NEEDED = {"voice_activity": "silero_vad"}  # without these packages an example ends, and says so
