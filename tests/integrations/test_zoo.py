@@ -6,6 +6,7 @@ import re
 import runpy
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -64,3 +65,29 @@ def test_a_wrong_result_ends_an_example(monkeypatch: pytest.MonkeyPatch) -> None
     for wrong in (eager + 2e-3, torch.full((2,), torch.nan)):
         with pytest.raises(SystemExit):
             common["right"]("results", wrong, eager, exact)
+
+
+class Fixed(torch.nn.Module):
+    """A model that gives the same scores, of three tokens, after any text."""
+
+    def __init__(self, *scores: float) -> None:
+        super().__init__()
+        self.scores = torch.nn.Parameter(torch.tensor(scores))
+
+    def forward(self, tokens: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.scores.expand(*tokens.shape, 3).sin())
+
+
+def test_texts_may_part_where_two_tokens_are_equally_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ZOO)
+    same_tokens = runpy.run_path(str(ZOO / "common.py"))["same_tokens"]
+    start, zeros, other = (torch.tensor([text]) for text in ([1], [0, 0, 0], [0, 1, 1]))
+    model = Fixed(1.0, 1.0 + 1.2e-7, 0.5)
+    same_tokens(model, start, zeros, zeros)
+    same_tokens(model, start, zeros, other)
+    with pytest.raises(SystemExit):
+        same_tokens(model, start, zeros, torch.tensor([[0, 2, 2]]))
+    with pytest.raises(SystemExit):
+        same_tokens(Fixed(1.0, 1.1, 0.5), start, zeros, other)
+    with pytest.raises(SystemExit):
+        same_tokens(model, start, zeros, zeros[:, :2])  # it ends too early
