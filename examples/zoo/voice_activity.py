@@ -10,13 +10,12 @@ returned. Without a recording, noise and a voice are made up. The picture shows 
 from __future__ import annotations
 
 import copy
-import wave
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from common import DEVICE, beside, described, options, package, parsed, picture, right, timed, verdict
+from common import DEVICE, beside, described, options, package, parsed, picture, recording, right, timed, verdict
 from torch import Tensor
 
 import torch_rtx
@@ -41,17 +40,6 @@ def voice() -> Tensor:
     spoken = torch.cat(parts)
     noise = 1e-3 * torch.randn(RATE, generator=torch.Generator().manual_seed(0))
     return torch.cat([noise, 0.3 * spoken / spoken.abs().max()])
-
-
-def recording(file: Path | None) -> Tensor:
-    """A sound with 16000 samples per second and one channel, from -1 to 1."""
-    file = file or package("pyannote", "audio/sample/sample.wav")
-    if file is None:
-        return voice()
-    with wave.open(str(file)) as sound:
-        if (sound.getframerate(), sound.getnchannels(), sound.getsampwidth()) != (RATE, 1, 2):
-            raise SystemExit(f"{file}: needs {RATE} samples of 16 bits per second, of one channel")
-        return torch.from_numpy(np.frombuffer(sound.readframes(sound.getnframes()), np.int16) / np.float32(32768))
 
 
 def listen(call: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], windows: Tensor) -> Tensor:
@@ -84,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if file is None:
         raise SystemExit("pip install --no-deps silero-vad")
     sound = recording(given.sound)
+    sound = voice() if sound is None else sound
     windows = torch.nn.functional.pad(sound, (BEFORE, 0)).unfold(0, WINDOW + BEFORE, WINDOW)[:, None].to(DEVICE)
     model = torch_rtx.from_onnx(file, fixed={"sr": RATE}).to(DEVICE)
     described(model, f"the weights of {file.name}")

@@ -6,6 +6,7 @@ import re
 import runpy
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,13 @@ ZOO = ROOT / "examples" / "zoo"
 # For each example: what else to pass, what it prints, and what it saves.
 EXAMPLES = {
     "detect": (["--steps", "10"], r"of 36 balls found", "balls.png"),
+    "finetune_refit": (["--steps", "10"], r"refitted in \d+ ms, after 10 steps", "texts.txt"),
+    "flux_fp8": (["--skip"], r"1 steps at 32x32 in fp8: [\d.]+ ms", "fp8.png"),
+    "gpt2": (["--tokens", "4"], r"1 graph compiled for prompts of all lengths", "texts.txt"),
+    "segment": ([], r"3 clicks: [\d.]+ ms", "masks.png"),
     "semantic_search": ([], r"30 texts of \d+ tokens: [\d.]+ ms, in eager mode", "answers.txt"),
+    "transcribe": ([], r"30 seconds of sound: [\d.]+ ms", "transcript.txt"),
+    "upscale": (["--steps", "10"], r"[\d.]+ dB of signal to noise; [\d.]+ dB", "frames.png"),
     "voice_activity": ([], r"speech in 1\.\d to 1\.\d s", "speech.png"),
 }
 NEEDED = {"voice_activity": "silero_vad"}  # without these packages an example ends, and says so
@@ -58,3 +65,29 @@ def test_a_wrong_result_ends_an_example(monkeypatch: pytest.MonkeyPatch) -> None
     for wrong in (eager + 2e-3, torch.full((2,), torch.nan)):
         with pytest.raises(SystemExit):
             common["right"]("results", wrong, eager, exact)
+
+
+class Fixed(torch.nn.Module):
+    """A model that gives the same scores, of three tokens, after any text."""
+
+    def __init__(self, *scores: float) -> None:
+        super().__init__()
+        self.scores = torch.nn.Parameter(torch.tensor(scores))
+
+    def forward(self, tokens: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.scores.expand(*tokens.shape, 3).sin())
+
+
+def test_texts_may_part_where_two_tokens_are_equally_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ZOO)
+    same_tokens = runpy.run_path(str(ZOO / "common.py"))["same_tokens"]
+    start, zeros, other = (torch.tensor([text]) for text in ([1], [0, 0, 0], [0, 1, 1]))
+    model = Fixed(1.0, 1.0 + 1.2e-7, 0.5)
+    same_tokens(model, start, zeros, zeros)
+    same_tokens(model, start, zeros, other)
+    with pytest.raises(SystemExit):
+        same_tokens(model, start, zeros, torch.tensor([[0, 2, 2]]))
+    with pytest.raises(SystemExit):
+        same_tokens(Fixed(1.0, 1.1, 0.5), start, zeros, other)
+    with pytest.raises(SystemExit):
+        same_tokens(model, start, zeros, zeros[:, :2])  # it ends too early
