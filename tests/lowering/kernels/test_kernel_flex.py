@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.attention.experimental._paged_attention import PagedAttention
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from benchmarks.numerics import assert_right
 from tests.doubles.interpreter import run
@@ -81,6 +83,25 @@ def test_blocks_that_are_not_listed_are_not_read() -> None:
     run(kernel, [*given, unlisted])
     assert not unlisted.any()
     assert clean.any()
+
+
+def test_pages() -> None:
+    """A cache in pages, whose places tensors hold: PyTorch's own lists and modifications."""
+    torch.manual_seed(0)
+    length, page = 40, 16
+    pages = PagedAttention(n_pages=8, page_size=page, max_batch_size=2, device="cpu")
+    for batch in (1, 0):
+        pages.reserve(torch.tensor(batch), torch.tensor(length))
+    key, value, query = torch.randn(3, 2, 2, length, 16)
+    keys, values = torch.zeros(2, 1, 2, 8 * page, 16)
+    pages.assign(torch.arange(2), torch.arange(length).expand(2, -1), key, value, keys, values)
+    mask = create_block_mask(causal, 2, 1, length, length, device="cpu", BLOCK_SIZE=page)
+    options = {"score_mod": pages.get_score_mod(alibi(SLOPES)), "block_mask": pages.convert_logical_block_mask(mask)}
+    body, given = captured(lambda *given: flex_attention(*given, **options), query, keys, values)
+    found = torch.full_like(query, torch.nan)
+    run(flex_kernel(region(body), "k", SMALL), [*given, found])
+    with uncompiled():
+        torch.testing.assert_close(found, flex_attention(query, key, value, alibi(SLOPES), mask))
 
 
 def test_tiles_lie_within_blocks() -> None:

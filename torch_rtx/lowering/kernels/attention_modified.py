@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch_rtx.errors import Unsupported
@@ -70,10 +70,13 @@ def modified_of(region: Region, node: Node, rows: Sequence[Dim], keys: Dim) -> t
     wide_index = needs_int64(region)
     leaf, upstream = (Load(shape, "f32", name, shape, anchor=True) for name in ("score", "g"))
 
+    places = {name: _place(axis, shape) for axis, name in enumerate(PLACES)}
+    leaves = {"score": leaf, "g": upstream, **places}  # the same for all texts, so that they share what they compute
+
     def inlined(name: str) -> Tensor | None:
         text = node.arg(name, "")
         assert isinstance(text, str)
-        return _inlined(text, dims, {"score": leaf, "g": upstream}, given, wide_index) if text else None
+        return _inlined(text, dims, leaves, given, wide_index) if text else None
 
     score, mask, gradient = (inlined(name) for name in ("score_mod", "mask_mod", "score_gradient"))
     found = [region.values[value.name] for value in attr_values(node.arg("blocks"))]
@@ -96,18 +99,13 @@ def _by_group(tensor: Tensor, shape: Shape) -> Tensor:
 
 
 def _inlined(
-    text: str, dims: tuple[Dim, ...], leaves: dict[str, Tensor], given: Sequence[Tensor], wide_index: bool
+    text: str, dims: tuple[Dim, ...], leaves: Mapping[str, Tensor], given: Sequence[Tensor], wide_index: bool
 ) -> Tensor:
     graph, shape = modification(text), tuple(map(from_dim, dims))
     values = dict[str, Tensor]()
     for value in graph.inputs:
         which = buffer_index(value)
-        if which is not None:
-            values[value.name] = given[which]
-        elif value.name in PLACES:
-            values[value.name] = _place(PLACES.index(value.name), shape)
-        else:
-            values[value.name] = leaves[value.name]
+        values[value.name] = leaves[value.name] if which is None else given[which]
     for node in graph.nodes:
         (result,) = node.results
         assert isinstance(result.type, TensorType)
