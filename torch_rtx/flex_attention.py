@@ -215,6 +215,118 @@ def _forward_room(
     return out, query.new_empty(rows, dtype=torch.float32), query.new_empty(rows, dtype=torch.float32)
 
 
+def _gradients(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    logsumexp: Tensor,
+    delta: Tensor,
+    buffers: Sequence[Tensor],
+    score_gradient: str,
+    parts: Iterator[_Scores],
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """For each range of queries: which, the weights, the gradient of the scaled scores, and that of the result."""
+    values = _shared(value, query)
+    for part in parts:
+        wide, rows = part.scaled.dtype, part.rows
+        gradient, shift = grad_out[:, :, rows].to(wide), logsumexp[:, :, rows, None].to(wide)
+        weights = torch.where(shift.isinf(), 0, (part.modified - shift * LN2).exp())
+        of_weights = gradient @ values.to(wide).mT - delta[:, :, rows, None].to(wide)
+        given = {"score": part.scaled, "g": weights * of_weights, **part.places}
+        of_scores = _run(score_gradient, given, buffers).to(wide) if score_gradient else given["g"]
+        of_scores = of_scores.expand(part.scaled.shape)
+        yield rows, weights, of_scores if part.seen is None else torch.where(part.seen, of_scores, 0), gradient
+
+
+def _grad_query(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    logsumexp: Tensor,
+    delta: Tensor,
+    blocks: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+    *,
+    scale: float,
+    score_mod: str = "",
+    mask_mod: str = "",
+    score_gradient: str = "",
+    block_size: Sequence[int] = (),
+    order: Sequence[int] = (0, 1, 2, 3),
+) -> Tensor:
+    """The gradient of the query of `flex_attention`, whose other arguments are the same.
+
+    Args:
+        grad_out: of the result (B, H, M, E).
+        logsumexp: the second result of the forward (B, H, M).
+        delta: for each query the sum of `grad_out` times the result, less the gradient of `logsumexp` in natural units.
+        score_gradient: that of `score_mod` by its score, see `score_mods`; "": it is 1.
+    """
+    found, keys = _room(query, query.shape, order), _shared(key, query)
+    parts = _scores(query, keys, blocks, buffers, scale, score_mod, mask_mod, block_size)
+    saved = (logsumexp, delta, buffers, score_gradient, parts)
+    for rows, _, of_scores, _ in _gradients(grad_out, query, key, value, *saved):
+        found[:, :, rows] = of_scores @ keys.to(of_scores.dtype) * scale
+    return found
+
+
+def _grad_key_value(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    logsumexp: Tensor,
+    delta: Tensor,
+    blocks: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+    *,
+    scale: float,
+    score_mod: str = "",
+    mask_mod: str = "",
+    score_gradient: str = "",
+    block_size: Sequence[int] = (),
+    key_order: Sequence[int] = (0, 1, 2, 3),
+    value_order: Sequence[int] = (0, 1, 2, 3),
+) -> tuple[Tensor, Tensor]:
+    """The gradients of key and value; see `_grad_query`.
+
+    Args:
+        blocks: the lists of blocks of queries, for each block of keys.
+    """
+    parts = _scores(query, _shared(key, query), blocks, buffers, scale, score_mod, mask_mod, block_size, by_keys=True)
+    of_key = of_value = torch.zeros((), device=query.device)
+    saved = (logsumexp, delta, buffers, score_gradient, parts)
+    for rows, weights, of_scores, gradient in _gradients(grad_out, query, key, value, *saved):
+        of_key = of_key + of_scores.mT @ query[:, :, rows].to(of_scores.dtype) * scale
+        of_value = of_value + weights.mT @ gradient
+    results = []
+    for like, found, order in ((key, of_key, key_order), (value, of_value, value_order)):
+        found = found.expand(*query.shape[:2], *like.shape[2:]).unflatten(1, (like.shape[1], -1)).sum(2)
+        results.append(_room(like, like.shape, order).copy_(found.sum_to_size(like.shape)))
+    return results[0], results[1]
+
+
+def _grad_query_room(
+    grad_out: Tensor, query: Tensor, *_: Any, order: Sequence[int] = (0, 1, 2, 3), **__: Any
+) -> Tensor:
+    return _room(query, query.shape, order)
+
+
+def _grad_key_value_room(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *_: Any,
+    key_order: Sequence[int] = (0, 1, 2, 3),
+    value_order: Sequence[int] = (0, 1, 2, 3),
+    **__: Any,
+) -> tuple[Tensor, Tensor]:
+    return _room(key, key.shape, key_order), _room(value, value.shape, value_order)
+
+
 _LIBRARY = torch.library.Library("torch_rtx", "FRAGMENT")
 _MODIFIED = 'float scale, str score_mod="", str mask_mod=""'
 _LIBRARY.define(
@@ -223,3 +335,14 @@ _LIBRARY.define(
 )
 _LIBRARY.impl("flex_attention", _forward, "CompositeExplicitAutograd")
 _LIBRARY.impl("flex_attention", _forward_room, "Meta")
+_GIVEN = (
+    "Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor logsumexp, Tensor delta, Tensor[] blocks,"
+    f' Tensor[] buffers, *, {_MODIFIED}, str score_gradient="", int[] block_size=[]'
+)
+_LIBRARY.define(f"flex_attention_grad_query({_GIVEN}, int[] order=[0, 1, 2, 3]) -> Tensor")
+_ORDERS = "int[] key_order=[0, 1, 2, 3], int[] value_order=[0, 1, 2, 3]"
+_LIBRARY.define(f"flex_attention_grad_key_value({_GIVEN}, {_ORDERS}) -> (Tensor, Tensor)")
+_LIBRARY.impl("flex_attention_grad_query", _grad_query, "CompositeExplicitAutograd")
+_LIBRARY.impl("flex_attention_grad_query", _grad_query_room, "Meta")
+_LIBRARY.impl("flex_attention_grad_key_value", _grad_key_value, "CompositeExplicitAutograd")
+_LIBRARY.impl("flex_attention_grad_key_value", _grad_key_value_room, "Meta")

@@ -22,7 +22,10 @@ from torch_rtx.irparse import parse
 from torch_rtx.optable import POINTWISE
 
 INDEX = "aten.index.Tensor"
-OPS = POINTWISE | {INDEX, "aten.full.default", "aten.scalar_tensor.default", "aten._to_copy.default"}
+_GRADIENTS = ("tanh", "sigmoid", "threshold", "silu", "gelu", "softplus", "hardtanh", "hardsigmoid", "hardswish", "elu")
+_OTHERS = ("full", "scalar_tensor", "_to_copy", "floor_divide", "hardswish")
+OPS = POINTWISE | {INDEX, "aten.rsub.Tensor", "aten.masked_fill.Tensor", *(f"aten.{name}.default" for name in _OTHERS)}
+OPS |= {f"aten.{name}_backward.default" for name in (*_GRADIENTS, "leaky_relu", "log_sigmoid")}
 PLACES = ("b", "h", "q", "k")
 SCALARS = ("score", "g", *PLACES)
 SCALAR = ()  # the shape of what is no buffer

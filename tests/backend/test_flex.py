@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import flex_attention as module
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 import torch_rtx
-from tests.helpers.flex import Call, alibi, captured, causal, document, uncompiled
+from tests.helpers.flex import Call, alibi, captured, causal, document, soft_cap, uncompiled
 from torch_rtx.errors import InvalidIR
 from torch_rtx.op_work import FLEX
 from torch_rtx.runtime.example_lists import fill_lists
@@ -66,6 +67,25 @@ def test_compile() -> None:
     with uncompiled():
         expected = function(*operands)
     torch.testing.assert_close(torch.compile(function, backend="rtx", options=options)(*operands), expected)
+
+
+def test_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients of projections, and of heads that share keys; PyTorch itself trains on GPUs alone."""
+    monkeypatch.setattr(module, "_validate_device", lambda *_: None)
+    project, x = nn.Linear(32, 64), torch.randn(2, LENGTH, 32)
+    mask = create_block_mask(causal, None, None, LENGTH, LENGTH, device="cpu", BLOCK_SIZE=16)
+    options: dict[str, Any] = {"score_mod": soft_cap, "block_mask": mask, "enable_gqa": True}
+
+    def loss(x: Tensor) -> Any:
+        parts = project(x).split((32, 16, 16), -1)
+        return flex_attention(*(one.unflatten(-1, (-1, 8)).transpose(1, 2) for one in parts), **options).square().sum()
+
+    torch._dynamo.reset()
+    torch.compile(loss, backend="rtx", options={"require_full_compilation": True})(x).backward()
+    found = [one.grad for one in project.parameters()]
+    project.zero_grad()
+    torch.compile(loss, backend="aot_eager")(x).backward()
+    torch.testing.assert_close(found, [one.grad for one in project.parameters()])
 
 
 @torch.no_grad()

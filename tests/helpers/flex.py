@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.nn.attention import flex_attention as module
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
@@ -17,6 +18,7 @@ from torch_rtx.ir import Graph
 from torch_rtx.lowering.flex_calls import name_flex_attention
 from torch_rtx.lowering.from_fx import Role, from_fx
 from torch_rtx.lowering.symbols import Symbols
+from torch_rtx.op_work import FLEX
 from torch_rtx.runtime.code import compile_graph
 
 Function = Callable[..., Tensor]
@@ -97,6 +99,36 @@ def uncompiled() -> Iterator[None]:
 
 def captured(function: Callable[..., Any], *given: Tensor) -> tuple[Graph, Sequence[Tensor]]:
     """The call in a function, and what comes after it, as the body of a kernel; and the tensors that it gets."""
+    with torch.no_grad():
+        ((graph, tensors),) = _graphs(function, *given)
+    return from_call(graph, tensors, FLEX, after=True)
+
+
+def gradients(call: Call) -> tuple[list[Tensor], Graph, Sequence[Tensor]]:
+    """Query, key, value and what the gradient of the sum of a call's results times numbers is, as a graph with the
+    tensors that it gets."""
+    operands = [one.requires_grad_() for one in call.operands()]
+    function, found = call.function(), list[tuple[Graph, Sequence[Tensor]]]()
+    validate, module._validate_device = module._validate_device, lambda *_: None  # PyTorch trains on GPUs alone
+    try:
+        found = _graphs(lambda *given: weighted(function(*given)), *operands)
+    finally:
+        module._validate_device = validate
+    return [one.detach() for one in operands], *found[1]
+
+
+def weighted(results: Any) -> Tensor:
+    """A number that depends on all results; rows without keys have a statistic that it leaves out."""
+    listed = results if isinstance(results, tuple) else (results,)
+    return sum((torch.where(one.isinf(), 0, one).double() * _factors(one)).sum() for one in listed)  # type: ignore[return-value]
+
+
+def _factors(like: Tensor) -> Tensor:
+    return torch.arange(like.numel(), dtype=torch.float64).view(like.shape).cos()
+
+
+def _graphs(function: Callable[..., Any], *given: Tensor) -> list[tuple[Graph, Sequence[Tensor]]]:
+    """The graphs of a function, and of its gradient if it has one, and the tensors that they get."""
     found: list[tuple[Graph, Sequence[Tensor]]] = []
 
     def compiler(gm: fx.GraphModule, _: Any) -> Any:
@@ -111,12 +143,19 @@ def captured(function: Callable[..., Any], *given: Tensor) -> tuple[Graph, Seque
         return run
 
     torch._dynamo.reset()
-    with torch.no_grad():
-        torch.compile(function, backend=aot_autograd(fw_compiler=compiler), fullgraph=True)(*given)
-    graph, tensors = found[0]
-    at = next(index for index, node in enumerate(graph.nodes) if "flex_attention" in node.op)
-    before, body = graph.nodes[:at], graph.nodes[at:]
+    backend = aot_autograd(fw_compiler=compiler, partition_fn=min_cut_rematerialization_partition)
+    result = torch.compile(function, backend=backend, fullgraph=True)(*given)
+    if isinstance(result, Tensor) and result.requires_grad:
+        result.backward()
+    return found
+
+
+def from_call(graph: Graph, tensors: Sequence[Tensor], op: str, after: bool = False) -> tuple[Graph, Sequence[Tensor]]:
+    """The call of `op` in a graph as a body, and the tensors that it gets; also what comes `after` it."""
+    at = next(index for index, node in enumerate(graph.nodes) if node.op == op)
+    before, body = graph.nodes[:at], graph.nodes[at:] if after else graph.nodes[at : at + 1]
     made = {value.name for node in body for value in node.results}
     read = [*dict.fromkeys(value for node in body for value in node.inputs if value.name not in made)]
     values = compile_graph(Graph("import", graph.inputs, nodes=before, outputs=tuple(read)), torch.device("cpu"))
-    return Graph("import", tuple(read), nodes=body, outputs=graph.outputs), values(tensors, ())
+    outputs = graph.outputs if after else body[0].results
+    return Graph("import", tuple(read), nodes=body, outputs=outputs), values(tensors, ())

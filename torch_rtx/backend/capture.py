@@ -444,12 +444,23 @@ class _FakeCopies:
                 slots[name] = value
 
     def _copy_of(self, value: Any) -> Any:
-        """A tensor or container of tensors (nn.LSTM has a list) as fake copies; None if `value` has no tensor."""
+        """A tensor, container of tensors (nn.LSTM has a list) or block mask as fake copies; None if `value` has no
+        tensor."""
+        if _is_block_mask(value):
+            found = copy(value)
+            vars(found).update({k: self.get(v) for k, v in vars(value).items() if isinstance(v, torch.Tensor)})
+            return found
         if not isinstance(value, (torch.Tensor, list, tuple, dict)):
             return None
         if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value)):
             return None
         return pytree.tree_map_only(torch.Tensor, self.get, value)
+
+
+def _is_block_mask(value: Any) -> bool:
+    """Whether it is the `BlockMask` of `flex_attention`, which this process may not have imported."""
+    kind = getattr(sys.modules.get("torch.nn.attention.flex_attention"), "BlockMask", None)
+    return kind is not None and isinstance(value, kind)
 
 
 def _restore(fakes: _FakeCopies, tensors: dict[str, Any]) -> None:

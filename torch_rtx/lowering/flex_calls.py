@@ -7,6 +7,8 @@ compute of captured tensors alone is computed once, before the call.
 from __future__ import annotations
 
 import logging
+import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,9 +25,11 @@ from torch_rtx.lowering.from_fx import attribute, call_arguments, number_of, op_
 from torch_rtx.score_mods import INDEX, OPS, PLACES, buffer, is_place, modification, scalar
 
 log = logging.getLogger(__name__)
+aten_ops = torch.ops.aten
 FORWARD = torch.ops.higher_order.flex_attention
+BACKWARD = torch.ops.higher_order.flex_attention_backward
 SINGLE = 1 << 30  # the block size of a mask that lists one block, of everything
-LISTS = slice(2, 6)  # in a block mask: those of blocks of keys
+LISTS, LISTS_BY_KEYS = slice(2, 6), slice(6, 10)  # in a block mask: of blocks of keys, and of blocks of queries
 OMITTED = ("device", "layout", "pin_memory", "memory_format", "non_blocking")
 ALIASES = frozenset(
     getattr(torch.ops.aten, name).default for name in ("alias", "detach", "clone", "lift_fresh", "lift_fresh_copy")
@@ -43,10 +47,11 @@ FILLED: dict[str, Callable[..., Any]] = {
 
 def name_flex_attention(gm: fx.GraphModule) -> None:
     """Replace the calls in `gm`; those with a modification that no text expresses stay, and fall back."""
-    calls = gm.graph.find_nodes(op="call_function", target=FORWARD)
+    replacements = {FORWARD: _replace_forward, BACKWARD: _replace_backward}
+    calls = [node for target in replacements for node in gm.graph.find_nodes(op="call_function", target=target)]
     for node in calls:
         try:
-            _replace_forward(gm, node)
+            replacements[node.target](gm, node)
         except (Unsupported, InvalidIR) as error:
             log.info("%s stays PyTorch's own: %s", node, error.message)
     if calls:
@@ -67,11 +72,64 @@ def _replace_forward(gm: fx.GraphModule, node: fx.Node) -> None:
     out = node.meta["val"][0]
     options = {"scale": scale, **texts, "block_size": sizes, "order": _order(out)}
     target = torch.ops.torch_rtx.flex_attention.default
-    with gm.graph.inserting_before(node):
-        made = gm.graph.call_function(target, (query, key, value, blocks, writer.buffers), options)
-    made.meta = dict(node.meta)
+    made = writer.emit(target, (query, key, value, blocks, writer.buffers), options)
     node.replace_all_uses_with(made)
     gm.graph.erase_node(node)
+
+
+def _replace_backward(gm: fx.GraphModule, node: fx.Node) -> None:
+    given: Any = node.args
+    operands, (gradient, of_logsumexp), mods = given[:5], given[5:7], given[7:9]
+    mask, scale, _, score_buffers, mask_buffers = given[9:]
+    query, key, value, out, logsumexp = operands
+    results: dict[Any, fx.Node] = {user.args[1]: user for user in node.users if user.target is operator.getitem}
+    if len(results) < len(node.users) or (3 in results and _is_read(results[3])):
+        raise Unsupported("gradients of what a modification of scores captures")
+    if gradient is None:
+        raise Unsupported("a gradient of statistics alone")
+    writer, dtype = _Writer(gm, node), _wide(query)
+    options = {
+        "scale": scale,
+        "score_mod": writer.text(mods[0], score_buffers, dtype),
+        "mask_mod": writer.text(mask[-1], mask_buffers),
+        "score_gradient": writer.text(mods[1], score_buffers, dtype, gradient=True),
+    }
+    delta = writer.emit(aten_ops.mul.Tensor, (_as(writer, gradient, torch.float32), _as(writer, out, torch.float32)))
+    delta = writer.emit(aten_ops.sum.dim_IntList, (delta, [-1]))
+    if of_logsumexp is not None:
+        shift = writer.emit(aten_ops.mul.Tensor, (of_logsumexp, 1 / math.log(2)))
+        delta = writer.emit(aten_ops.sub.Tensor, (delta, shift))
+    made: dict[int, fx.Node] = {}
+    tensors = (gradient, query, key, value, logsumexp, delta)
+    orders = [_order(one) for one in node.meta["val"][:3]]
+    if 0 in results:
+        blocks, options["block_size"] = _blocks(mask, LISTS)
+        target = torch.ops.torch_rtx.flex_attention_grad_query.default
+        made[0] = writer.emit(target, (*tensors, blocks, writer.buffers), {**options, "order": orders[0]})
+    if 1 in results or 2 in results:
+        blocks, options["block_size"] = _blocks(mask, LISTS_BY_KEYS)
+        target = torch.ops.torch_rtx.flex_attention_grad_key_value.default
+        laid_out = {"key_order": orders[1], "value_order": orders[2]}
+        both = writer.emit(target, (*tensors, blocks, writer.buffers), {**options, **laid_out})
+        made |= {index: writer.emit(operator.getitem, (both, index - 1)) for index in (1, 2)}
+    for index, user in results.items():
+        if index in made:
+            user.replace_all_uses_with(made[index])
+        for unread in list(user.users):
+            gm.graph.erase_node(unread)
+        gm.graph.erase_node(user)
+    gm.graph.erase_node(node)
+
+
+def _is_read(results: fx.Node) -> bool:
+    """Something reads a gradient of a captured tensor; those of others are None."""
+    return any(user.target is not operator.getitem or user.users for user in results.users)
+
+
+def _as(writer: _Writer, tensor: fx.Node, dtype: torch.dtype) -> fx.Node:
+    if tensor.meta["val"].dtype in (dtype, torch.float64):
+        return tensor
+    return writer.emit(aten_ops._to_copy.default, (tensor,), {"dtype": dtype})
 
 
 def _wide(query: Any) -> torch.dtype:
@@ -88,11 +146,10 @@ def _blocks(mask: Sequence[Any], lists: slice) -> tuple[list[fx.Node], list[int]
     """The lists of a block mask, and the queries and keys of a block; none of a mask of a single block.
 
     Raises:
-        Unsupported: sizes of blocks that are not known.
+        Unsupported: the lists are not there.
     """
-    sizes = list(mask[-3:-1])
-    if not all(isinstance(size, int) for size in sizes):
-        raise Unsupported("a block mask with blocks of an open size")
+    # Where PyTorch left the size of blocks open it is fixed now: kernels are made for it.
+    sizes = [int(one.meta["val"] if isinstance(one, fx.Node) else one) for one in mask[-3:-1]]
     if min(sizes) >= SINGLE:
         return [], []
     found = [one for one in mask[lists] if one is not None]
@@ -121,12 +178,15 @@ class _Writer:
     call: fx.Node
     buffers: list[fx.Node] = field(default_factory=list)
 
-    def text(self, mod: fx.Node, given: Sequence[Any], score: torch.dtype | None = None) -> str:
+    def text(
+        self, mod: fx.Node, given: Sequence[Any], score: torch.dtype | None = None, *, gradient: bool = False
+    ) -> str:
         """The text of a modification; "" of one that changes and hides nothing.
 
         Args:
             given: the captured tensors and numbers.
             score: the dtype of scores; None: it is a mask.
+            gradient: it computes the gradient of the score, and of what is captured, from that of the modified score.
 
         Raises:
             Unsupported: no text expresses it.
@@ -134,9 +194,10 @@ class _Writer:
         inner = attribute(self.gm, mod)
         found = _Mod(self, inner)
         names = ["score", *PLACES] if score is not None else list(PLACES)
-        found.begin(names, given, score)
+        found.begin([*names, "g"] if gradient else names, given, score)
         output = found.write()
-        if (score is not None and output == found.scalars["score"]) or (score is None and output is True):
+        unchanged = True if score is None else found.scalars["g" if gradient else "score"]
+        if output is unchanged:
             return ""
         if not isinstance(output, Value):
             output = found.constant(output, torch.bool if score is None else score)
@@ -155,9 +216,7 @@ class _Writer:
         with self.gm.graph.inserting_before(self.call):
             made = self.gm.graph.call_function(target, args, kwargs or {})
         values = pytree.tree_map_only(fx.Node, lambda one: one.meta["val"], (args, kwargs or {}))
-        mode = next(
-            (leaf.fake_mode for leaf in pytree.tree_leaves(values) if hasattr(leaf, "fake_mode")), torch.no_grad()
-        )
+        mode = getattr(self.call.meta["val"][0], "fake_mode", torch.no_grad())
         with mode:
             made.meta = {**self.call.meta, "val": target(*values[0], **values[1])}
         return made
@@ -190,17 +249,18 @@ class _Mod:
 
     def write(self) -> Any:
         """Write all calls; returns the result: a value or a number."""
+        (output,) = self.inner.graph.find_nodes(op="output")
+        result = pytree.tree_leaves(output.args)[0]  # other gradients of a modification are not read
+        if not isinstance(result, fx.Node):
+            raise Unsupported("a modification of scores without a result")
+        needed = _needed(result)
         for node in self.inner.graph.nodes:
-            if node.op == "get_attr":
-                self.env[node] = self._attribute(node)
-            elif node.op == "call_function":
-                self.env[node] = self._call(node)
-            elif node.op == "output":
-                (result,) = pytree.tree_leaves(node.args)
-                return self._operand(self.env[result])
-            elif node.op != "placeholder":
+            if node not in needed or node.op == "placeholder":
+                continue
+            if node.op not in ("get_attr", "call_function"):
                 raise Unsupported(f"a modification of scores with a {node.op}")
-        raise Unsupported("a modification of scores without a result")
+            self.env[node] = self._attribute(node) if node.op == "get_attr" else self._call(node)
+        return self._operand(self.env[result])
 
     def graph(self, output: Value) -> Graph:
         """What was written."""
@@ -290,7 +350,8 @@ class _Mod:
             raise Unsupported("a part of a captured tensor in a modification of scores")
         if isinstance(found, py_sym_types) or (isinstance(found, fx.Node) and _is_number(found)):
             dtype = torch.float64 if isinstance(_content(found), torch.SymFloat) else torch.int64
-            found = self.writer.emit(torch.ops.aten.scalar_tensor.default, (found,), {"dtype": dtype})
+            device = self.writer.call.meta["val"][0].device
+            found = self.writer.emit(torch.ops.aten.scalar_tensor.default, (found,), {"dtype": dtype, "device": device})
         if isinstance(found, fx.Node):
             if found.meta["val"].dim():
                 raise Unsupported("a whole captured tensor in a modification of scores")
@@ -315,6 +376,17 @@ class _Mod:
         made = scalar(f"t{len(self.nodes)}", aten.dtype_name(dtype))
         self.nodes.append(Node("op", op, args, (made,)))
         return made
+
+
+def _needed(result: fx.Node) -> set[fx.Node]:
+    """The nodes that compute `result`, itself among them."""
+    found, left = set[fx.Node](), [result]
+    while left:
+        node = left.pop()
+        if node not in found:
+            found.add(node)
+            left += node.all_input_nodes
+    return found
 
 
 def _content(found: Any) -> Any:

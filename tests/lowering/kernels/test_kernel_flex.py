@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.attention.experimental._paged_attention import PagedAttention
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from benchmarks.numerics import assert_right
 from tests.doubles.interpreter import run
@@ -20,25 +22,21 @@ from torch_rtx.lowering.kernels.region import region
 from torch_rtx.tactics import OWN
 from torch_rtx.targets import Target, arch_of
 
-SMALL = AttentionConfig(16, 16, 4, 1)
+SMALL = AttentionConfig(16, 16, 4, 1, 16)
 torch.manual_seed(1)
 SLOPES, BIAS, DISTANCES = torch.rand(4), torch.randn(4, 40, 40), torch.randn(4, 81)
 IDS = (torch.arange(45) // 13).expand(2, 45).contiguous()
 HIDDEN = torch.tensor([0, 20])  # the first query of each batch that sees anything
 CALLS = {
-    "nothing": Call(),
+    "nothing, bfloat16": Call(sizes=(2, 2, 2, 33, 45, 16), dtype=torch.bfloat16),
     "causal": Call(mask_mod=causal),
-    "window": Call(mask_mod=window),
     "document, odd lengths": Call(mask_mod=document(IDS), sizes=(2, 2, 2, 33, 45, 16)),
     "alibi and causal": Call(alibi(SLOPES), causal),
-    "soft cap, wide values of shared heads": Call(soft_cap, causal, (1, 4, 2, 40, 40, 24)),
+    "soft cap, window, heads in two pieces": Call(soft_cap, window, (1, 4, 2, 40, 40, 24)),
     "relative bias": Call(relative(DISTANCES), causal),
     "bias": Call(shifted(BIAS), statistics=True),
-    "statistics": Call(mask_mod=window, statistics=True),
     "rows without keys": Call(soft_cap, lambda b, h, q, k: (q >= HIDDEN[b]) & (k > 1), statistics=True),
-    "bfloat16": Call(soft_cap, causal, dtype=torch.bfloat16),
     "decoding": Call(alibi(SLOPES), lambda b, h, q, k: k <= 30 - b, (2, 4, 2, 1, 70, 16)),
-    "decoding, heads of their own": Call(soft_cap, sizes=(2, 4, 4, 1, 70, 16)),
     "scores that hide keys": Call(lambda s, b, h, q, k: torch.where(q >= k, s, -float("inf"))),
     "numbers of the capture": Call(lambda s, b, h, q, k: s * SLOPES.sum() + torch.tensor(0.5) * h),
 }
@@ -68,24 +66,42 @@ def test_right(name: str) -> None:
 
 
 def test_tiles_of_other_sizes() -> None:
-    check(CALLS["causal"], AttentionConfig(16, 32, 4, 1))
     check(replace(CALLS["causal"], block=64), AttentionConfig(32, 16, 4, 1))
 
 
 def test_blocks_that_are_not_listed_are_not_read() -> None:
-    call = CALLS["window"]
+    call = Call(mask_mod=window)
     query, key, value = call.operands()
     body, given = captured(call.function(), query, key, value)
     kernel = flex_kernel(region(body), "k", SMALL)
-    clean, poisoned = torch.empty_like(query), torch.empty_like(query)
+    clean, unlisted = torch.empty_like(query), torch.empty_like(query)
     run(kernel, [*given, clean])
     counts = [tensor for tensor in given if tensor.dtype == torch.int32 and tensor.dim() == 3]
     assert counts
     for count in counts:
         count.zero_()
-    run(kernel, [*given, poisoned])
-    assert not poisoned.any()
+    run(kernel, [*given, unlisted])
+    assert not unlisted.any()
     assert clean.any()
+
+
+def test_pages() -> None:
+    """A cache in pages, whose places tensors hold: PyTorch's own lists and modifications."""
+    torch.manual_seed(0)
+    length, page = 40, 16
+    pages = PagedAttention(n_pages=8, page_size=page, max_batch_size=2, device="cpu")
+    for batch in (1, 0):
+        pages.reserve(torch.tensor(batch), torch.tensor(length))
+    key, value, query = torch.randn(3, 2, 2, length, 16)
+    keys, values = torch.zeros(2, 1, 2, 8 * page, 16)
+    pages.assign(torch.arange(2), torch.arange(length).expand(2, -1), key, value, keys, values)
+    mask = create_block_mask(causal, 2, 1, length, length, device="cpu", BLOCK_SIZE=page)
+    options = {"score_mod": pages.get_score_mod(alibi(SLOPES)), "block_mask": pages.convert_logical_block_mask(mask)}
+    body, given = captured(lambda *given: flex_attention(*given, **options), query, keys, values)
+    found = torch.full_like(query, torch.nan)
+    run(flex_kernel(region(body), "k", SMALL), [*given, found])
+    with uncompiled():
+        torch.testing.assert_close(found, flex_attention(query, key, value, alibi(SLOPES), mask))
 
 
 def test_tiles_lie_within_blocks() -> None:

@@ -28,6 +28,7 @@ from torch_rtx.op_work import (
     ATTENTION_PARTIAL,
     BACKWARDS,
     FLEX,
+    FLEX_GRAD_KEY_VALUE,
     FLEX_GRADS,
 )
 
@@ -142,7 +143,7 @@ def attention_of(region: Region) -> Attention:
     # Query heads that share keys have a sum as the gradient of these.
     packed = 1
     if node.arg("enable_gqa") or (node.op in SHARING and key.shape[-3] != heads[-1]):
-        if node.op in BACKWARDS:
+        if node.op in (*BACKWARDS, FLEX_GRAD_KEY_VALUE):
             packed = _static(heads[-1]) // _static(key.shape[-3])
         else:
             key, value = (_repeated(tensor, heads[-1]) for tensor in (key, value))

@@ -10,12 +10,11 @@ from torch_rtx.errors import Unsupported
 from torch_rtx.lowering.kernels.attention import Attention, attention_of
 from torch_rtx.lowering.kernels.attention_configs import AttentionConfig, attention_configs
 from torch_rtx.lowering.kernels.attention_forward import ForwardWriter, forward_kernel
-from torch_rtx.lowering.kernels.attention_modified import Lists, Modified, element
+from torch_rtx.lowering.kernels.attention_modified import Modified, Walk
 from torch_rtx.lowering.kernels.attention_tiles import LOG2E
-from torch_rtx.lowering.kernels.emit import indent
-from torch_rtx.lowering.kernels.index import Index, constant, variable
+from torch_rtx.lowering.kernels.index import variable
 from torch_rtx.lowering.kernels.kernel import Kernel
-from torch_rtx.lowering.kernels.kernel_ir import ONE, ZERO, Position
+from torch_rtx.lowering.kernels.kernel_ir import ZERO
 from torch_rtx.lowering.kernels.region import Region
 from torch_rtx.targets import Arch
 
@@ -51,53 +50,6 @@ def flex_kernel(region: Region, name: str, config: AttentionConfig) -> Kernel:
     return forward_kernel(_FlexWriter(region, attn, config), name)
 
 
-def walk_lists(modified: Modified, place: Position, part: Index, size: int, tile: int, every: Index) -> list[Walk]:
-    """How to go over the blocks in each list; see `Walk`."""
-    return [Walk(lists, place, part, size, tile, every) for lists in modified.lists]
-
-
-class Walk:
-    """A loop over the tiles of the blocks in a list.
-
-    Args:
-        place: batch and head.
-        part: the block whose list it is.
-        size: elements of a block.
-        tile: elements of a tile, a divisor of `size`.
-        every: all elements; a block behind them, which no list should have, becomes the last one.
-    """
-
-    def __init__(self, lists: Lists, place: Position, part: Index, size: int, tile: int, every: Index) -> None:
-        self.lists, self.place, self.part = lists, (*place, part), part
-        self.size, self.tile, self.every = size, tile, every
-
-    def lines(self, body: list[str]) -> list[str]:
-        """The loop around the lines of a tile, which begins at `start`."""
-        per, places = self.size // self.tile, self.lists.indices.shape[-1]
-        count = f"tl.minimum({element(self.lists.count, self.place)}, {places})"
-        begin = "block" if per == 1 else f"block + step % {per} * {self.tile}"
-        after = "step + 1" if per == 1 else f"(step + 1) // {per}"
-        return [
-            f"steps = {count}{'' if per == 1 else f' * {per}'}",
-            "slot = 0",
-            f"block = {self._block()}",
-            "for step in range(0, steps):",
-            *indent(
-                [
-                    f"start = {begin}",
-                    *body,
-                    f"slot = tl.minimum({after}, {places} - 1)",  # the next block is asked for before it is needed
-                    f"block = {self._block()}",
-                ]
-            ),
-        ]
-
-    def _block(self) -> str:
-        last = (self.every - ONE) // constant(self.size)
-        found = element(self.lists.indices, (*self.place, variable("slot")))
-        return f"tl.minimum(tl.maximum({found}, 0), {last}) * {self.size}"
-
-
 class _FlexWriter(ForwardWriter):
     """The lines of one kernel."""
 
@@ -117,10 +69,9 @@ class _FlexWriter(ForwardWriter):
         is_one = attn.packed > 1 or (isinstance(attn.queries, int) and attn.queries <= self.modified.size[0])
         lines.append(f"part = {0 if is_one else f'first // {self.modified.size[0]}'}")
         place = self.lead[:2] if attn.packed == 1 else (*self.group[:-1], ZERO)
-        walks = walk_lists(self.modified, place, variable("part"), self.modified.size[1], self.config.keys, attn.keys)
-        for walk in walks:
-            body = self.block(masked=True)
-            lines += walk.lines(body)
+        for lists in self.modified.lists:
+            walk = Walk(lists, place, variable("part"), self.modified.size[1], self.config.keys, attn.keys)
+            lines += walk.lines(self.block(masked=True))
             self.mask = None
         self.mask = attn.mask
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Dim, Node, TensorType, Value, attr_values, contiguous
-from torch_rtx.lowering.kernels.index import from_dim, linear, variable, within
-from torch_rtx.lowering.kernels.kernel_ir import Gather, Iota, Load, Position, Shape, Tensor, View, cast, expand
+from torch_rtx.lowering.kernels.emit import indent
+from torch_rtx.lowering.kernels.index import Index, constant, from_dim, linear, variable, within
+from torch_rtx.lowering.kernels.kernel_ir import ONE, Gather, Iota, Load, Position, Shape, Tensor, View, cast, expand
 from torch_rtx.lowering.kernels.region import Region, express
 from torch_rtx.lowering.kernels.source import needs_int64
 from torch_rtx.score_mods import INDEX, PLACES, buffer_index, modification
@@ -69,10 +70,13 @@ def modified_of(region: Region, node: Node, rows: Sequence[Dim], keys: Dim) -> t
     wide_index = needs_int64(region)
     leaf, upstream = (Load(shape, "f32", name, shape, anchor=True) for name in ("score", "g"))
 
+    places = {name: _place(axis, shape) for axis, name in enumerate(PLACES)}
+    leaves = {"score": leaf, "g": upstream, **places}  # the same for all texts, so that they share what they compute
+
     def inlined(name: str) -> Tensor | None:
         text = node.arg(name, "")
         assert isinstance(text, str)
-        return _inlined(text, dims, {"score": leaf, "g": upstream}, given, wide_index) if text else None
+        return _inlined(text, dims, leaves, given, wide_index) if text else None
 
     score, mask, gradient = (inlined(name) for name in ("score_mod", "mask_mod", "score_gradient"))
     found = [region.values[value.name] for value in attr_values(node.arg("blocks"))]
@@ -95,18 +99,13 @@ def _by_group(tensor: Tensor, shape: Shape) -> Tensor:
 
 
 def _inlined(
-    text: str, dims: tuple[Dim, ...], leaves: dict[str, Tensor], given: Sequence[Tensor], wide_index: bool
+    text: str, dims: tuple[Dim, ...], leaves: Mapping[str, Tensor], given: Sequence[Tensor], wide_index: bool
 ) -> Tensor:
     graph, shape = modification(text), tuple(map(from_dim, dims))
     values = dict[str, Tensor]()
     for value in graph.inputs:
         which = buffer_index(value)
-        if which is not None:
-            values[value.name] = given[which]
-        elif value.name in PLACES:
-            values[value.name] = _place(PLACES.index(value.name), shape)
-        else:
-            values[value.name] = leaves[value.name]
+        values[value.name] = leaves[value.name] if which is None else given[which]
     for node in graph.nodes:
         (result,) = node.results
         assert isinstance(result.type, TensorType)
@@ -154,3 +153,45 @@ def element(tensor: Tensor, position: Position) -> str:
     if not isinstance(tensor, Load) or tensor.anchor:
         raise Unsupported("lists of blocks that a kernel computes")
     return f"tl.load({tensor.name} + ({linear(position, tensor.strides)}))"
+
+
+class Walk:
+    """A loop over the tiles of the blocks in a list.
+
+    Args:
+        place: batch and head.
+        part: the block whose list it is.
+        size: elements of a block.
+        tile: elements of a tile, a divisor of `size`.
+        every: all elements; a block behind them, which no list should have, becomes the last one.
+    """
+
+    def __init__(self, lists: Lists, place: Position, part: Index, size: int, tile: int, every: Index) -> None:
+        self.lists, self.place, self.part = lists, (*place, part), part
+        self.size, self.tile, self.every = size, tile, every
+
+    def lines(self, body: list[str]) -> list[str]:
+        """The loop around the lines of a tile, which begins at `start`."""
+        per, places = self.size // self.tile, self.lists.indices.shape[-1]
+        count = f"tl.minimum({element(self.lists.count, self.place)}, {places})"
+        begin = "block" if per == 1 else f"block + step % {per} * {self.tile}"
+        after = "step + 1" if per == 1 else f"(step + 1) // {per}"
+        return [
+            f"steps = {count}{'' if per == 1 else f' * {per}'}",
+            "slot = 0",
+            f"block = {self._block()}",
+            "for step in range(0, steps):",
+            *indent(
+                [
+                    f"start = {begin}",
+                    *body,
+                    f"slot = tl.minimum({after}, {places} - 1)",  # the next block is asked for before it is needed
+                    f"block = {self._block()}",
+                ]
+            ),
+        ]
+
+    def _block(self) -> str:
+        last = (self.every - ONE) // constant(self.size)
+        found = element(self.lists.indices, (*self.place, variable("slot")))
+        return f"tl.minimum(tl.maximum({found}, 0), {last}) * {self.size}"

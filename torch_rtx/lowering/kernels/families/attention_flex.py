@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch_rtx.chips import ATTENTION_REACHED
 from torch_rtx.lowering.kernels.attention import attention_of
 from torch_rtx.lowering.kernels.attention_configs import AttentionConfig
 from torch_rtx.lowering.kernels.attention_flex import flex_configs, flex_kernel
+from torch_rtx.lowering.kernels.attention_flex_backward import gradient_configs, gradient_kernel
 from torch_rtx.lowering.kernels.families.family import Family, Offer
+from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.memory_model import streaming_us, typical
 from torch_rtx.lowering.kernels.region import Region
-from torch_rtx.op_work import ANCHORS, flops
+from torch_rtx.op_work import ANCHORS, FLEX, flops
 from torch_rtx.targets import Arch
 
 SEEN = 0.5  # of the keys, where a mask hides some: lists are data
@@ -31,5 +33,15 @@ def _expected_us(region: Region, arch: Arch, config: AttentionConfig) -> float:
     return max(compute_us, streaming_us(region.memory_types, arch))
 
 
+def _configs(region: Region, arch: Arch) -> Sequence[AttentionConfig]:
+    assert region.anchor is not None
+    return flex_configs(region, arch) if region.anchor.op == FLEX else gradient_configs(region, arch)
+
+
+def _kernel(region: Region, name: str, config: AttentionConfig) -> Kernel:
+    assert region.anchor is not None
+    return (flex_kernel if region.anchor.op == FLEX else gradient_kernel)(region, name, config)
+
+
 OPS = frozenset(op for op, kind in ANCHORS.items() if kind == "attention_flex")
-FAMILY = Family("attention_flex", OPS, flex_configs, flex_kernel, _expected_us, _others)
+FAMILY = Family("attention_flex", OPS, _configs, _kernel, _expected_us, _others)

@@ -1,0 +1,321 @@
+"""The gradients of `flex_attention`, in one kernel for queries and one for keys and values.
+
+Both compute the weights P of a tile again, from the scores and the statistic L that the forward saved, and go over
+listed blocks alone: for a block of queries those of its keys, for a block of keys those of its queries (the backward of
+FlashAttention-2, Dao 2023). With M for the modification of scores S, and D for the sums of dO * O over columns:
+
+    P = exp(M(S) - L),  dV = P^T dO,  dP = dO V^T,  dS = M'(S, P * (dP - D)),  dQ = dS K * scale,  dK = dS^T Q * scale
+"""
+
+from __future__ import annotations
+
+from torch_rtx.dtypes import DTYPES
+from torch_rtx.errors import Unsupported
+from torch_rtx.ir import Node, Value, dim_expr
+from torch_rtx.lowering.kernels.attention import Attention, attention_of
+from torch_rtx.lowering.kernels.attention_configs import AttentionConfig
+from torch_rtx.lowering.kernels.attention_modified import Modified, Walk
+from torch_rtx.lowering.kernels.attention_pieces import padded_width
+from torch_rtx.lowering.kernels.attention_tiles import LOG2E, Tiles, anchors_of
+from torch_rtx.lowering.kernels.emit import Operand, indent
+from torch_rtx.lowering.kernels.index import Index, constant, from_dim, product, unravel, variable
+from torch_rtx.lowering.kernels.kernel import Kernel
+from torch_rtx.lowering.kernels.kernel_ir import ONE, ZERO, Position, Tensor
+from torch_rtx.lowering.kernels.region import Region
+from torch_rtx.lowering.kernels.source import assemble, blocks
+from torch_rtx.op_work import FLEX_GRAD_KEY_VALUE, FLEX_GRAD_QUERY
+from torch_rtx.targets import Arch
+
+STEP = "step"  # the loop over tiles
+MAX_REGISTERS = 220  # of a thread, for the tiles that are held at once
+
+
+def gradient_configs(region: Region, arch: Arch) -> list[AttentionConfig]:
+    """Configurations that fit `arch`, the fastest first."""
+    attn = attention_of(region)
+    of_query = attn.op == FLEX_GRAD_QUERY
+    found = [one for one in _candidates(attn, of_query, arch) if _fits(attn, one, of_query, arch)]
+    if not found:
+        raise Unsupported(f"gradients of heads of {attn.width} elements on sm_{arch.sm}")
+    return found
+
+
+def _candidates(attn: Attention, of_query: bool, arch: Arch) -> list[AttentionConfig]:
+    if attn.dtype == "f32":
+        shapes = [(32, 32, 4), (16, 32, 4), (16, 16, 4)]
+    elif max(attn.width, attn.value_width) <= 64:
+        shapes = [(128, 64, 8), (64, 64, 4), (64, 128, 8), (128, 128, 8), (64, 32, 4), (32, 32, 4)]
+    else:
+        shapes = [(128, 64, 8), (64, 64, 8), (64, 64, 4), (64, 32, 4), (32, 32, 4)]
+    # The first number is that of what a program holds, the second that of what it goes over.
+    ordered = [(held, other, warps) if of_query else (other, held, warps) for held, other, warps in shapes]
+    stages = (2, 3, 1) if "cp_async" in arch.features else (1,)
+    return [AttentionConfig(*shape, count) for count in stages for shape in ordered]
+
+
+def _fits(attn: Attention, config: AttentionConfig, of_query: bool, arch: Arch) -> bool:
+    modified = attn.modified
+    if modified is None or (modified.lists and any(_sizes(modified, config))):
+        return False
+    held, other = (config.rows, config.keys) if of_query else (config.keys, config.rows)
+    width, values = (padded_width(one, config.min_first) for one in (attn.width, attn.value_width))
+    shared = (held + config.num_stages * other) * (width + values) + held * other
+    sums = held * (width if of_query else width + values) + 3 * held * other
+    fits = sums // (32 * config.num_warps) <= MAX_REGISTERS
+    return fits and shared * DTYPES[attn.dtype].bytes <= arch.shared
+
+
+def _sizes(modified: Modified, config: AttentionConfig) -> tuple[int, int]:
+    """What is left of blocks that tiles divide."""
+    return modified.size[0] % config.rows, modified.size[1] % config.keys
+
+
+def gradient_kernel(region: Region, name: str, config: AttentionConfig) -> Kernel:
+    """The kernel that computes `region`.
+
+    Raises:
+        Unsupported: see `attention_of`; tiles that do not lie within blocks; or keys that batches share.
+    """
+    attn = attention_of(region)
+    modified = attn.modified
+    if modified is None or (modified.lists and any(_sizes(modified, config))):
+        raise Unsupported("blocks that the tile does not divide")
+    writer = (_QueryWriter if attn.op == FLEX_GRAD_QUERY else _KeyWriter)(region, attn, config)
+    count, groups = writer.count, attn.groups if attn.op == FLEX_GRAD_KEY_VALUE else attn.lead
+    return assemble(region, name, writer.write(), dim_expr("*", count, *groups), config.num_warps, config.num_stages)
+
+
+class _Writer(Tiles):
+    """What the two kernels share.
+
+    Attributes:
+        modified: of the scores.
+        count: the blocks of what programs hold.
+        of_keys: the axis of keys in a tile of scores.
+    """
+
+    of_keys = "N"
+
+    def __init__(self, region: Region, attn: Attention, config: AttentionConfig) -> None:
+        super().__init__(region, attn, config)
+        assert attn.modified is not None
+        assert isinstance(region.anchor, Node)
+        self.modified: Modified = attn.modified
+        self.logsumexp, self.delta = (self._saved(region, name) for name in ("logsumexp", "delta"))
+        self.scale_first = attn.modified.score is not None
+        self.factor = LOG2E if self.scale_first else attn.scale * LOG2E
+        self.count = blocks(attn.queries, config.rows)
+
+    @staticmethod
+    def _saved(region: Region, name: str) -> Tensor:
+        assert region.anchor is not None
+        value = region.anchor.arg(name)
+        assert isinstance(value, Value)
+        return region.values[value.name]
+
+    def begin(self, groups: Position, last_first: bool) -> list[str]:
+        """The lines that find what a program holds, from `first` on."""
+        sizes = tuple(map(from_dim, self.attn.lead if len(groups) == 0 else self.attn.groups))
+        count = from_dim(self.count)
+        program = variable("program", product((count, *sizes)))
+        block, group = program // product(sizes), program % product(sizes)
+        block = count - ONE - block if last_first else block
+        place = unravel(group, sizes)
+        lines = [f"program = tl.program_id(0){self.cast}"]
+        size = self.config.rows if last_first else self.config.keys
+        lines.append(f"first = {block * constant(size)}")
+        return lines + [f"{axis} = {at}" for axis, at in zip(self.group, place, strict=True) if axis != ZERO]
+
+    def products(self, result: str, first: str, second: str, letter: str) -> None:
+        """The sum over all pieces of a head of products with the second operand transposed."""
+        for name in self.pieces(letter):
+            n = name[1:]
+            self._line(f"{result} = {self.dot(f'{first}{n}', f'tl.trans({second}{n})', result if n else '')}")
+
+    def add_products(self, sums: str, tile: str, second: str, letter: str) -> None:
+        """Add products of a tile of scores to the sums of each piece of a head."""
+        self._line(f"{tile}_narrow = {self.narrow(tile)}")
+        for name in self.pieces(letter):
+            n = name[1:]
+            self._line(f"{sums}{n} = {self.dot(f'{tile}_narrow', f'{second}{n}', f'{sums}{n}')}")
+
+    def load(self, tensor: Tensor, short: str, rows: str, letter: str, lead: Position, row: Index, loop: str) -> None:
+        """Tiles of an operand under a name, one for each piece of a head."""
+        for name in self.pieces(letter):
+            self.tile(rows, name, loop)
+            self._line(f"{short}{name[1:]} = {self.operand(tensor, rows, name, lead, row)}")
+
+    def weights(self, axes: tuple[str, str]) -> None:
+        """The lines that make weights `p` of the products `s`."""
+        attn, modified = self.attn, self.modified
+        self.tile(*axes, STEP)
+        saved = self.mask_at[:-1]
+        scaled = self.emitter.assign(f"s * {attn.scale!r}", frozenset((*axes, STEP)))
+        self.emitter.anchored[modified.leaf, self.mask_at] = scaled
+        score = "s" if modified.score is None else self.full(modified.score)
+        shift = self.emitter.value(self.logsumexp, saved).text
+        # The statistic of a query that sees no key is minus infinity, and its weights are 0.
+        shift = self.emitter.named(f'tl.where({shift} == float("-inf"), 0, {shift})', frozenset(("M", STEP))).text
+        self._line(f"p = tl.exp2({score} * {self.factor!r} - {shift})")
+        self.seen = self._seen()
+        if self.seen:
+            self._line(f"p = tl.where({self.seen}, p, 0.0)")
+
+    def _seen(self) -> str:
+        found = [f"in_{name.lower()}" for name in ("M", self.of_keys) if not self.is_full(name)]
+        if self.mask is not None:
+            found.append(self.full(self.mask))
+        return " & ".join(found)
+
+    def gradient(self, axes: tuple[str, str]) -> None:
+        """The lines that make the gradient `ds` of the scaled scores of the weights and their gradient `dp`."""
+        self.tile(*axes, STEP)
+        delta = self.emitter.value(self.delta, self.mask_at[:-1]).text
+        of_modified = self.emitter.assign(f"p * (dp - {delta})", frozenset((*axes, STEP)))
+        if self.modified.gradient is None:
+            self._line(f"ds = {of_modified.text}")
+            return
+        self.emitter.anchored[self.modified.upstream, self.mask_at] = of_modified
+        found = self.full(self.modified.gradient)
+        self._line(f"ds = tl.where({self.seen}, {found}, 0.0)" if self.seen else f"ds = {found}")
+
+    def walk(self, lead: Position, part: Index, held: int, tile: int, every: Index) -> list[str]:
+        """The loops over all tiles, from `start` on each.
+
+        Args:
+            part: the block that a program is in.
+            held, tile: the size of blocks that are gone over, and that of a tile.
+        """
+        lines = list[str]()
+        if not self.modified.lists:
+            return [f"for start in range(0, {every}, {tile}):", *indent(self.step())]
+        for lists in self.modified.lists:
+            lines += Walk(lists, lead, part, held, tile, every).lines(self.step())
+            self.mask = None
+        self.mask = self.attn.mask
+        return lines
+
+    def step(self) -> list[str]:
+        """The lines of a tile, from `start` on."""
+        raise NotImplementedError
+
+    def _line(self, text: str) -> None:
+        self.emitter.scope.lines.append(text)
+
+    def results(self, which: int, position: Position, letter: str, row: str, text: str) -> None:
+        """Store what is the result `which` of the call, a tile for each piece of a head."""
+        attn, lines = self.attn, self.emitter.outer.lines
+        for name in self.pieces(letter):
+            if "d" in text and letter == "D":
+                lines.append(f"{text}{name[1:]} = {text}{name[1:]} * {attn.scale!r}")
+            self.tile(row, name)
+            for index, output in enumerate(self.region.outputs):
+                anchors = anchors_of(output)
+                if not anchors:
+                    raise Unsupported("an output that does not depend on attention")
+                if attn.results.index(anchors[0]) == which:
+                    made = Operand(f"{text}{name[1:]}", frozenset(self.emitter.axes))
+                    shape = (*anchors[0].shape[:-1], self.sizes[name])
+                    self.store(index, (*position, variable(name, self.sizes[name])), shape, made)
+
+
+class _QueryWriter(_Writer):
+    """The gradient of queries: a program has a block of these, and goes over keys."""
+
+    def write(self) -> list[str]:
+        """All lines of the kernel."""
+        attn, config, lines = self.attn, self.config, self.emitter.outer.lines
+        assert attn.gradient is not None
+        lines += self.begin((), last_first=True)
+        lines += self.range("M", "[:, None]", "first")
+        for name, start in self.starts.items():
+            lines += self.range(name, "[None, :]", str(start or ""))
+        for tensor, letter, short in ((attn.query, "D", "Q"), (attn.gradient, "E", "G")):
+            self.load(tensor, short, "M", letter, self.lead, self.row, "")
+        for name in self.pieces("D"):
+            lines.append(f"dq{name[1:]} = tl.zeros([{config.rows}, {self.blocks[name]}], tl.float32)")
+        if self.modified.lists:
+            lines.append(f"part = first // {self.modified.size[0]}")
+        lines += self.walk(self.lead[:2], variable("part"), self.modified.size[1], config.keys, attn.keys)
+        self.results(0, (*self.lead, self.row), "D", "M", "dq")
+        return lines
+
+    def step(self) -> list[str]:
+        """The lines of a block of keys."""
+        attn, key = self.attn, variable("J", self.attn.keys)
+        self.emitter.step(STEP, ("N", "J", "start", "in_n", "in_j"))
+        lines = self.emitter.scope.lines
+        lines += [*self.range("N", "[None, :]", "start"), *self.range("J", "[:, None]", "start")]
+        self.load(attn.key, "K", "J", "D", self.lead, key, STEP)
+        self.products("s", "Q", "K", "D")
+        self.weights(("M", "N"))
+        self.load(attn.value, "V", "J", "E", self.lead, key, STEP)
+        self.products("dp", "G", "V", "E")
+        self.gradient(("M", "N"))
+        self.add_products("dq", "ds", "K", "D")
+        return self.emitter.inner()
+
+
+class _KeyWriter(_Writer):
+    """The gradients of keys and values: a program has a block of these, and goes over the queries of all heads that
+    share them. A tile of scores has keys as rows."""
+
+    of_keys = "J"
+
+    def __init__(self, region: Region, attn: Attention, config: AttentionConfig) -> None:
+        super().__init__(region, attn, config)
+        if any(isinstance(one, Tensor) and one.shape[:2] != attn.key.shape[:2] for one in attn.results):
+            raise Unsupported("gradients of keys that batches share")
+        key = region.anchor.arg("key") if region.anchor is not None else None
+        assert isinstance(key, Value)
+        if region.values[key.name].shape[:2] != attn.key.shape[:2]:
+            raise Unsupported("gradients of keys that batches share")
+        keys = key.type.shape[-2]  # type: ignore[union-attr]
+        self.count = blocks(keys, config.keys)
+        self.sizes |= {"M": from_dim(attn.queries), "R": from_dim(attn.queries)}
+        self.blocks["R"] = config.rows
+        # The head of a query is one of those that share keys.
+        member = self.group[-1] * constant(attn.packed)
+        self.lead = (
+            *self.group[:-1],
+            member + variable("member", constant(attn.packed)) if attn.packed > 1 else member,
+        )
+        self.row = variable("M", from_dim(attn.queries))
+        self.mask_at = (*self.lead, self.row, variable("J", attn.keys))
+
+    def write(self) -> list[str]:
+        """All lines of the kernel."""
+        attn, config, lines = self.attn, self.config, self.emitter.outer.lines
+        lines += self.begin(self.group, last_first=False)
+        lines += self.range("J", "[:, None]", "first")
+        for name, start in self.starts.items():
+            lines += self.range(name, "[None, :]", str(start or ""))
+        key = variable("J", attn.keys)
+        for tensor, letter, short, sums in ((attn.key, "D", "K", "dk"), (attn.value, "E", "V", "dv")):
+            self.load(tensor, short, "J", letter, self.group, key, "")
+            for name in self.pieces(letter):
+                lines.append(f"{sums}{name[1:]} = tl.zeros([{config.keys}, {self.blocks[name]}], tl.float32)")
+        if self.modified.lists:
+            lines.append(f"part = first // {self.modified.size[1]}")
+        walk = self.walk(self.lead, variable("part"), self.modified.size[0], config.rows, from_dim(attn.queries))
+        lines += walk if attn.packed == 1 else [f"for member in range(0, {attn.packed}):", *indent(walk)]
+        self.results(0, (*self.group, key), "D", "J", "dk")
+        self.results(1, (*self.group, key), "E", "J", "dv")
+        return lines
+
+    def step(self) -> list[str]:
+        """The lines of a block of queries."""
+        attn, row = self.attn, variable("R", from_dim(self.attn.queries))
+        assert attn.gradient is not None
+        self.emitter.step(STEP, ("M", "R", "member", "start", "in_m", "in_r"))
+        lines = self.emitter.scope.lines
+        lines += [*self.range("M", "[None, :]", "start"), *self.range("R", "[:, None]", "start")]
+        self.load(attn.query, "Q", "R", "D", self.lead, row, STEP)
+        self.products("s", "K", "Q", "D")
+        self.weights(("J", "M"))
+        self.load(attn.gradient, "G", "R", "E", self.lead, row, STEP)
+        self.add_products("dv", "p", "G", "E")
+        self.products("dp", "V", "G", "E")
+        self.gradient(("J", "M"))
+        self.add_products("dk", "ds", "Q", "D")
+        return self.emitter.inner()
