@@ -37,13 +37,17 @@ ARROWS = {
     "detection": set(),
     "attention_gradients": set(),
     "grouped_mm": set(),
+    "foreign": {"errors", "ir"},
+    "foreign_op": {"foreign"},
     "scaled_mm": {"block_formats", "dtypes", "ir", "op_work"},
-    "accumulation": {"ir"},
+    "accumulation": {"foreign", "ir"},
     "host_ops": set(),
     "block_formats": set(),
     "aten": {
         "attention_gradients",
         "detection",
+        "foreign",
+        "foreign_op",
         "grouped_mm",
         "scaled_mm",
         "dtypes",
@@ -59,30 +63,31 @@ ARROWS = {
     # aten inside `save` alone: it needs torch
     "engine": {
         *("dtypes", "errors", "ir", "irparse", "optable", "profiles", "manifest", "tactics", "tactics_v4", "aten"),
-        *("accumulation", "files", "serialization"),
+        *("accumulation", "files", "foreign", "serialization"),
     },
-    "inspection": {"engine", "ir", "machine", "manifest", "op_work", "profiles", "tactics", "targets"},
+    "inspection": {"engine", "foreign", "ir", "machine", "manifest", "op_work", "profiles", "tactics", "targets"},
     "validity": {
         *("engine", "errors", "ir", "machine", "manifest", "platforms", "profiles", "tactics", "targets"),
     },
     "cache": {"errors", "files"},
     "lowering": {
-        *("accumulation", "dtypes", "errors", "ir", "op_work", "aten", "settings", "targets", "lowering.kernels"),
+        *("accumulation", "dtypes", "errors", "foreign", "ir", "op_work", "aten", "settings", "targets"),
+        "lowering.kernels",
     },
     # no torch: workers of a build start fast without it
     "lowering.kernels": {
-        *("accumulation", "artefacts", "chips", "dtypes", "errors", "ir", "op_work", "targets", "tactics"),
+        *("accumulation", "artefacts", "chips", "dtypes", "errors", "foreign", "ir", "op_work", "targets", "tactics"),
     },
     "runtime": {
         *("errors", "ir", "irparse", "optable", "op_work", "aten", "settings", "targets", "profiles", "manifest"),
         *("accumulation", "dtypes", "tactics", "engine", "cache", "artefacts", "onnx", "platforms", "version", "files"),
-        "chips",
+        *("chips", "foreign"),
     },
     "onnx": {"detection", "errors"},
     "backend": {
         *("errors", "ir", "irparse", "aten", "settings", "targets", "profiles", "tactics", "engine", "cache"),
         *("lowering", "lowering.kernels", "onnx", "runtime", "version", "artefacts", "platforms", "progress"),
-        *("attention_gradients", "serialization"),
+        *("attention_gradients", "foreign", "serialization"),
     },
     "cli": {
         *("errors", "ir", "irparse", "aten", "settings", "targets", "profiles", "engine", "cache", "inspection"),

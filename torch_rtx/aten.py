@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from torch_rtx import attention_gradients, detection, dtypes, grouped_mm, host_ops, scaled_mm
+from torch_rtx import attention_gradients, detection, dtypes, foreign_op, grouped_mm, host_ops, scaled_mm
 from torch_rtx.errors import InvalidIR, Unsupported
+from torch_rtx.foreign import LAUNCH
 from torch_rtx.ir import MAIN, Attr, Graph, Node, TensorType, Value, attr_values
 from torch_rtx.optable import ALLOWED, DECIDED
 
@@ -40,7 +41,7 @@ STRIDED = frozenset(
         "_reshape_alias.default",
         "_weight_norm_interface.default",
     )
-) | {"aten.view.dtype", "aten.view_as_complex.default"}
+) | {"aten.view.dtype", "aten.view_as_complex.default", LAUNCH}
 # Library calls whose `out=` writes the result in place; the `out=` of others copies it there.
 OUT = frozenset(
     f"aten.{name}"
@@ -72,7 +73,7 @@ _STAND_INS = {
     "aten._int_mm.default": "torch_rtx.int_mm.default",
     "aten._scaled_mm.default": "torch_rtx.scaled_mm.default",
 }
-_DECLARED = attention_gradients, detection, grouped_mm, scaled_mm  # importing them declares operators
+_DECLARED = attention_gradients, detection, foreign_op, grouped_mm, scaled_mm  # importing them declares operators
 _OPTIONAL = re.compile(r"Optional\[(.*)\]")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

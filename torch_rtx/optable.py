@@ -166,7 +166,7 @@ special_shifted_chebyshev_polynomial_w.n_scalar special_shifted_chebyshev_polyno
 """
 INTERNAL = frozenset(  # which `aten` and `detection` define
     f"torch_rtx.{name}.default"
-    for name in ("attention", "attention_partial", "grouped_mm", "int_conv", "suppressed", "to_int8")
+    for name in ("attention", "attention_partial", "grouped_mm", "int_conv", "launch", "suppressed", "to_int8")
 )
 TRAINING = frozenset(f"torch_rtx.attention_{name}.default" for name in ("forward", "backward", "backward_partial"))
 NUMBERS = frozenset(  # Python's arithmetic on numbers of the host, which `host_ops` defines

@@ -24,11 +24,13 @@ from torch.utils import _pytree as pytree
 
 from torch_rtx import aten
 from torch_rtx.errors import Unsupported
+from torch_rtx.foreign import LAUNCH
 from torch_rtx.ir import (
     COPY,
     OBJECT,
     Attr,
     Graph,
+    Loc,
     Node,
     Parameter,
     ScalarType,
@@ -43,6 +45,7 @@ from torch_rtx.ir import (
     is_name,
     type_dims,
 )
+from torch_rtx.lowering.foreign_calls import is_launch, launched
 from torch_rtx.lowering.location import Locations
 from torch_rtx.lowering.symbols import Symbols, unbacked
 
@@ -441,6 +444,9 @@ class _Importer:
             self.nodes.append(Node("op", str(node.target), self.arguments(node), (), None, loc))
             return
         outputs = self.node_outputs(node)
+        if is_launch(node) and node not in self.fallbacks:
+            self.append(self.launch(node, outputs, loc))
+            return
         if is_number(node):
             arguments = self.arguments(node)
             first = self.decided(arguments)
@@ -463,6 +469,15 @@ class _Importer:
             self.called.append(node)
         self.exact.meet(node)
         self.append(Node("fallback", call, arguments, outputs, None, loc))
+
+    def launch(self, node: fx.Node, outputs: tuple[Value | None, ...], loc: Loc | None) -> Node:
+        """The launch of a kernel that others wrote; the results of `node` are `outputs`."""
+        found = launched(node, loc)
+        names = list(node.meta["val"])
+        written = tuple(found.written[name] for name in names)
+        tensors, sizes = self.attr(found.tensors), self.attr(found.sizes)
+        args = ("kernel", found.kernel), ("tensors", tensors), ("written", written), ("sizes", sizes)
+        return Node("op", LAUNCH, args, outputs, None, loc)
 
     def append(self, made: Node) -> None:
         """Append a node; an assertion of the user's goes before those that PyTorch wrote for it."""

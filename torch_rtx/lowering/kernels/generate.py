@@ -10,7 +10,16 @@ from typing import Any
 
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Graph, TensorType
-from torch_rtx.lowering.kernels.families import attention, attention_backward, conv, gemm, grouped, horizontal, loop
+from torch_rtx.lowering.kernels.families import (
+    attention,
+    attention_backward,
+    conv,
+    foreign,
+    gemm,
+    grouped,
+    horizontal,
+    loop,
+)
 from torch_rtx.lowering.kernels.families.family import Family, Offer
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.region import Exact, Region, region
@@ -96,6 +105,9 @@ def fastest(body: Graph, name: str, arch: Arch) -> Tactic[Kernel] | None:
 
 def _ordered(body: Graph, name: str, arch: Arch) -> list[Iterator[Tactic[Kernel]]]:
     """The tactics of each form, those of the fastest first."""
+    others = foreign.offers(body, arch)
+    if others is not None:
+        return others
     found, configs = region(body, _as_bytes(body, arch)), _configs(body, arch)
     family = family_of(found)
     own_us = family.expected_us(found, arch, configs[0]) if configs else inf
