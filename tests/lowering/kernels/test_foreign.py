@@ -15,7 +15,7 @@ from torch.library import triton_op, wrap_triton
 import torch_rtx
 from tests.doubles.fake_driver import STREAM, FakeDriver
 from tests.doubles.interpreter import InterpretedForeign, run_foreign
-from tests.helpers.foreign_kernels import CASES, Launches, scaled_sum, wrong
+from tests.helpers.foreign_kernels import CASES, Launches, in_place, scaled_sum, wrong
 from torch_rtx.errors import CaptureError, KernelError
 from torch_rtx.foreign import find, launch_in
 from torch_rtx.ir import Graph, Node, kernel_nodes
@@ -161,6 +161,26 @@ def test_a_wrong_signature_is_named_with_its_line() -> None:
     with pytest.raises(CaptureError, match="scaled_sum lacks the argument n") as caught:
         torch_rtx.compile(Launches(lacking), (torch.randn(4, 4),), device="cuda", targets=["sm_80"])
     assert "foreign_kernels.py" in str(caught.value.loc)
+
+
+class Counting(torch.nn.Module):
+    """Its kernel writes to its input, and to a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(6, 40))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        in_place(self.count)
+        return in_place(x).sum() + self.count.sum()
+
+
+def test_what_a_kernel_writes_to_may_be_an_input_or_a_buffer() -> None:
+    module = torch_rtx.compile(Counting(), (torch.zeros(6, 40),), device="cuda", targets=LATER)
+    x = torch.zeros(6, 40)
+    for step in (1.0, 2.0, 3.0):
+        torch.testing.assert_close(module(x), torch.tensor(2 * 240.0 * step))
+        torch.testing.assert_close(x, torch.full_like(x, step))
 
 
 def empty_grid(x: torch.Tensor) -> torch.Tensor:
