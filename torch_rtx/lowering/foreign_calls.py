@@ -7,7 +7,7 @@ sizes, and the tensors that the kernel writes are copied before. `@triton.heuris
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,22 +25,37 @@ OPTIONS = ("maxnreg",)  # of a configuration, beside the numbers of warps and st
 
 @dataclass(frozen=True)
 class Launched:
-    """A launch in a capture: see `foreign.Launch`. `written`: the names of the results, with their positions."""
+    """A launch in a capture: see `foreign.Launch`. Instead of a tensor, the index of a result of the node stands for
+    memory that the kernel fills."""
 
     kernel: str
-    tensors: tuple[fx.Node, ...]
-    written: Mapping[str, int]
-    sizes: tuple[fx.Node | int, ...]
+    tensors: tuple[fx.Node | int, ...]
+    written: tuple[int, ...]
+    sizes: tuple[fx.Node | int | torch.SymInt, ...]
+
+
+# What registered operators launch, see `backend.registered_kernels`.
+OPERATORS: dict[Any, Callable[[fx.Node, Loc | None], Launched]] = {}
 
 
 def is_launch(node: fx.Node) -> bool:
-    """Whether the node launches a Triton kernel of the model."""
+    """Whether the node launches a Triton kernel of the model, or the kernel that its operator is registered with."""
     target = node.target
-    return isinstance(target, torch._ops.HigherOrderOperator) and target.name() == NAME
+    return target in OPERATORS or (isinstance(target, torch._ops.HigherOrderOperator) and target.name() == NAME)
 
 
 def launched(node: fx.Node, loc: Loc | None) -> Launched:
     """The launch of a node, whose kernel is then registered.
+
+    Raises:
+        Unsupported: an argument that no engine passes.
+        CaptureError: the arguments do not fit the kernel.
+    """
+    return OPERATORS[node.target](node, loc) if node.target in OPERATORS else _of_triton(node, loc)
+
+
+def _of_triton(node: fx.Node, loc: Loc | None) -> Launched:
+    """The launch of a Triton kernel.
 
     Raises:
         Unsupported: an argument that no engine passes.
@@ -62,10 +77,10 @@ def launched(node: fx.Node, loc: Loc | None) -> Launched:
     grids = [size for grid in given["grid"] for size in grid]
     if not all(_is_integer(size) for size in grids) or len(grids) != 3 * len(configs):
         raise Unsupported("a grid that is not of sizes")
-    names = [name for name in given["kwargs"] if name in given["tensors_to_clone"]]
     positions = {a.name: int(a.value) for a in arguments if a.kind == TENSOR}
     key = register(TritonKernel(function, arguments, configs, loc))
-    return Launched(key, tuple(tensors), {name: positions[name] for name in names}, (*sizes, *grids))
+    written = tuple(positions[name] for name in node.meta["val"])
+    return Launched(key, tuple(tensors), written, (*sizes, *grids))
 
 
 def _config(config: Any) -> Config:

@@ -472,12 +472,20 @@ class _Importer:
 
     def launch(self, node: fx.Node, outputs: tuple[Value | None, ...], loc: Loc | None) -> Node:
         """The launch of a kernel that others wrote; the results of `node` are `outputs`."""
-        found = launched(node, loc)
-        names = list(node.meta["val"])
-        written = tuple(found.written[name] for name in names)
-        tensors, sizes = self.attr(found.tensors), self.attr(found.sizes)
-        args = ("kernel", found.kernel), ("tensors", tensors), ("written", written), ("sizes", sizes)
+        found, contents = launched(node, loc), pytree.tree_leaves(node.meta["val"])
+        tensors = tuple(self.memory(contents[t], loc) if isinstance(t, int) else self.attr(t) for t in found.tensors)
+        sizes = tuple(self.sym(s) if isinstance(s, torch.SymInt) else self.attr(s) for s in found.sizes)
+        args = ("kernel", found.kernel), ("tensors", tensors), ("written", found.written), ("sizes", sizes)
         return Node("op", LAUNCH, args, outputs, None, loc)
+
+    def memory(self, content: torch.Tensor, loc: Loc | None) -> Value:
+        """Memory of no known contents for a tensor."""
+        type_ = self.symbols.type(content)
+        assert isinstance(type_, TensorType)
+        args = ("size", type_.shape), ("stride", type_.strides), ("dtype", type_.dtype), ("device", type_.device)
+        made = self.next_value(type_)
+        self.nodes.append(Node("op", "aten.empty_strided.default", args, (made,), None, loc))
+        return made
 
     def append(self, made: Node) -> None:
         """Append a node; an assertion of the user's goes before those that PyTorch wrote for it."""

@@ -78,9 +78,12 @@ def _unsupported_launch(node: fx.Node, symbols: Symbols) -> str | None:
     try:
         launch = launched(node, Locations().of(node))
         for tensor in launch.tensors:
-            symbols.type(tensor.meta["val"])
+            if isinstance(tensor, fx.Node):
+                symbols.type(tensor.meta["val"])
         for size in launch.sizes:
             _check_argument(size)
+            if isinstance(size, torch.SymInt):
+                symbols.dim(size)
     except Unsupported as error:
         return error.message
     return None

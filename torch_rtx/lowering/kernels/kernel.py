@@ -13,7 +13,7 @@ class ForeignCode:
     """What a kernel that others wrote has in place of a source of this package.
 
     Attributes:
-        form: of `texts`: "ttir" or "ptx".
+        form: of `texts`: "ttir", "ptx", or "cubin" in hexadecimal digits.
         texts: the code where every scalar is a multiple of 16 and, if it differs, the code for other scalars.
         slots: the parameters, in order.
         options: further options of Triton, by name.

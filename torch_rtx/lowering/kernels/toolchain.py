@@ -53,7 +53,7 @@ class Job:
         trigger_early: see `Kernel`.
         portable: the PTX must run on later SM versions, too: it has no features of one architecture (no "a" suffix).
         ttir, ptx: overrides of the stages of these names; None: the stage is generated.
-        foreign: the kernel that others wrote; `source` is empty, and `ttir` or `ptx` its code.
+        foreign: the kernel that others wrote; `source` is empty, and `ttir`, `ptx` or `cubin` its code.
     """
 
     name: str
@@ -69,6 +69,7 @@ class Job:
     ttir: str | None = None
     ptx: str | None = None
     foreign: ForeignCode | None = None
+    cubin: str | None = None
 
 
 @dataclass(frozen=True)
@@ -180,6 +181,8 @@ def lower(job: Job) -> Code:
         hint = f"build {arch_of(job.sm).target} instead, which its driver compiles"
         raise KernelError(f"no ptxas is known that makes binaries for sm_{job.sm}", hint=hint)
     triton = _triton()
+    if job.cubin is not None:
+        return _given(triton, job, bytes.fromhex(job.cubin))
     try:
         if job.foreign is not None and job.foreign.form == "ptx":
             generated, metadata = _assembled(job)
@@ -350,6 +353,19 @@ def _assembled(job: Job) -> tuple[str, dict[str, Any]]:
     assert job.ptx is not None
     assert job.foreign is not None
     return job.ptx, {"name": job.name, "shared": job.foreign.shared, "global_scratch_size": 0}
+
+
+def _given(triton: _Triton, job: Job, cubin: bytes) -> Code:
+    """A cubin that others built, with the registers that cuobjdump reads from it."""
+    assert job.foreign is not None
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "kernel.cubin").write_bytes(cubin)
+        command = [import_module("triton").knobs.nvidia.cuobjdump.path, "-res-usage", "kernel.cubin"]
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    used = re.search(rf"Function {re.escape(job.name)}:\s*REG:(\d+) STACK:(\d+)", result.stdout)
+    if used is None:
+        raise _error(job, "cuobjdump", result.stderr or f"the binary has no kernel {job.name}")
+    return Code(b"", cubin, job.name, job.num_warps, job.foreign.shared, int(used[1]), 0, int(used[2]))
 
 
 def _ptxas(triton: _Triton, job: Job, ptx: str) -> tuple[bytes, int, int, int]:
