@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from torch_rtx.backend.inputs import Input
     from torch_rtx.backend.mutable import MutableModule
     from torch_rtx.backend.registered_kernels import register_kernel
+    from torch_rtx.backend.registered_operators import register_decomposition, register_pointwise
     from torch_rtx.engine import Engine
     from torch_rtx.errors import (
         CacheError,
@@ -78,6 +79,7 @@ _HOMES = {
     "torch_rtx.backend.inputs": ("Input",),
     "torch_rtx.backend.mutable": ("MutableModule",),
     "torch_rtx.backend.registered_kernels": ("register_kernel",),
+    "torch_rtx.backend.registered_operators": ("register_decomposition", "register_pointwise"),
     "torch_rtx.engine": ("Engine",),
     "torch_rtx.inspection": ("inspect",),
     "torch_rtx.machine": ("Machine",),
@@ -156,7 +158,9 @@ __all__ = [
     "profile",
     "quantize",
     "refit_module_weights",
+    "register_decomposition",
     "register_kernel",
+    "register_pointwise",
     "runtime_settings",
     "save",
     "save_cross_compiled_exported_program",

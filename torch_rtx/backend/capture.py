@@ -39,6 +39,7 @@ from torch_rtx.backend.fast_path import FAST_PATH
 from torch_rtx.backend.joint_graph import rewriting
 from torch_rtx.backend.known_values import fixed_numbers, known_values
 from torch_rtx.backend.quantized_ops import definitions
+from torch_rtx.backend.registered_operators import defined_operators, registered_definitions
 from torch_rtx.backend.rematerialization import partition
 from torch_rtx.backend.scale_check import check_scales
 from torch_rtx.backend.training import saving_old_values
@@ -188,10 +189,10 @@ def capture(
         bw_compiler=backward,
         inference_compiler=inference,
         partition_fn=partitioner,
-        decompositions=FAST_PATH | definitions(),
+        decompositions=FAST_PATH | definitions() | registered_definitions(),
         keep_inference_input_mutations=True,
     )
-    with keep_ops(), standing_in(), whole_operators(example_inputs):
+    with keep_ops(), standing_in(), whole_operators(example_inputs), defined_operators():
         call: Callable[..., Any] = backend(gm, example_inputs)
     context = TracingContext.try_get()
     meta = None if context is None or not partitioner.tolerates else context.fw_metadata
@@ -333,11 +334,12 @@ def _decompose(program: torch.export.ExportedProgram, tensors: Mapping[str, Any]
         # `run_decompositions` without its override of every composite op, which takes longer than the rest.
         program = copy(program)
         program._constants = dict(program.constants)
-        with torch.no_grad(), keep_ops(), unset_fake_temporarily(), _mending(program.constants), standing_in():
+        mended = _mending(program.constants)
+        with torch.no_grad(), keep_ops(), unset_fake_temporarily(), mended, standing_in(), defined_operators():
             program = _decompose_exported_program(
                 program,
                 cia_to_decomp={},
-                python_decomp_table=FAST_PATH | definitions(),
+                python_decomp_table=FAST_PATH | definitions() | registered_definitions(),
                 joint_loss_index=None,
                 decompose_custom_triton_ops=_is_for_gpu(program),
             )

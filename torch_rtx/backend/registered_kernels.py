@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from torch_rtx.backend.registered_operators import operator_of
 from torch_rtx.errors import CaptureError, KernelError, SettingsError, Unsupported
 from torch_rtx.foreign import launch_in, register
 from torch_rtx.ir import Dim, Graph, Loc
@@ -264,12 +265,7 @@ def register_kernel(
 
 
 def _overload(op: str) -> torch._ops.OpOverload:
-    namespace, _, name = op.partition("::")
-    try:
-        found: torch._ops.OpOverload = getattr(getattr(torch.ops, namespace), name).default
-    except AttributeError:
-        hint = "define it with torch.library.custom_op, and its results with register_fake"
-        raise SettingsError(f"register_kernel: there is no operator {op!r}", hint=hint) from None
+    found = operator_of(op)
     if found._schema.is_mutable:
         raise SettingsError(f"register_kernel: {op} writes to an argument", hint="let it return what it computes")
     return found
