@@ -13,7 +13,6 @@ import pytest
 
 import torch_rtx
 from tests.paths import ROOT
-from tests.test_structure import ARROWS
 from torch_rtx import settings
 from torch_rtx.ir import kernel_nodes, verify
 from torch_rtx.irparse import parse
@@ -59,13 +58,6 @@ def test_passes_table() -> None:
     page = "architecture/ir-and-passes.md"
     named = [name for name, _ in rows_of(table_in(page, "## The passes"))]
     assert named == list(PASSES), f"docs/{page}: a row for each pass, in the order of pipeline.py"
-
-
-def test_parts_table() -> None:
-    """architecture.md says of every part of the package what test_structure.py lets it import."""
-    rows = rows_of(table_in("architecture.md", "## The parts"))
-    drawn = {part: set(filter(None, arrows.split(", "))) for part, _, arrows in rows}
-    assert drawn == ARROWS, "docs/architecture.md: a row for each part, with the ARROWS of tests/test_structure.py"
 
 
 def test_portable_gpus() -> None:

@@ -5,6 +5,7 @@ The tutorial is one session: its blocks run one after another, and so do its com
 
 from __future__ import annotations
 
+import linecache
 import os
 import re
 import shlex
@@ -51,6 +52,7 @@ def run_block(code: str, folder: Path, environment: dict[str, str]) -> None:
     os.environ.update(environment)
     os.chdir(folder)
     say_to(Path("said"))
+    linecache.cache["<block>"] = len(code), None, code.splitlines(True), "<block>"  # for Triton, which reads sources
     exec(compile(code, "<block>", "exec"), vars(sys.modules["__main__"]))
 
 

@@ -17,95 +17,16 @@ from tests.paths import ENGINES, ROOT
 PACKAGE = ROOT / "torch_rtx"
 FILES = sorted(PACKAGE.rglob("*.py"))
 MAX_FILE, MAX_FUNCTION = 600, 60
-# Each part of the package and the parts that it may import; docs/architecture.md draws the same.
-ARROWS = {
-    "errors": set(),
-    "artefacts": {"errors"},
-    "dtypes": set(),
-    "files": set(),
-    "serialization": {"dtypes"},
-    "optable": set(),
-    "chips": {"dtypes"},
-    "targets": {"chips", "errors"},
-    "platforms": set(),
-    "progress": set(),
-    "peers": set(),
-    "machine": {"platforms"},
-    "settings": {"errors", "peers", "platforms", "targets"},
-    "ir": {"dtypes", "errors"},
-    "irparse": {"dtypes", "errors", "ir"},
-    "op_work": {"dtypes", "ir"},
-    "detection": set(),
-    "attention_gradients": set(),
-    "score_mods": {"errors", "ir", "irparse", "optable"},
-    "flex_attention": {"dtypes", "ir", "score_mods"},
-    "grouped_mm": set(),
-    "collectives": {"errors", "ir", "optable"},
-    "scaled_mm": {"block_formats", "dtypes", "ir", "op_work"},
-    "accumulation": {"ir"},
-    "host_ops": set(),
-    "block_formats": set(),
-    "aten": {
-        "collectives",
-        "attention_gradients",
-        "detection",
-        "flex_attention",
-        "grouped_mm",
-        "scaled_mm",
-        "dtypes",
-        "errors",
-        "host_ops",
-        "ir",
-        "optable",
-    },
-    "profiles": {"errors", "ir"},
-    "manifest": {"errors", "profiles"},
-    "tactics": {"errors", "ir", "irparse", "manifest", "optable", "targets"},
-    "tactics_v4": {"ir", "manifest", "tactics", "targets"},
-    # aten inside `save` alone: it needs torch
-    "engine": {
-        *("dtypes", "errors", "ir", "irparse", "optable", "profiles", "manifest", "tactics", "tactics_v4", "aten"),
-        *("accumulation", "files", "serialization"),
-    },
-    "inspection": {"engine", "ir", "machine", "manifest", "op_work", "profiles", "tactics", "targets"},
-    "validity": {
-        *("engine", "errors", "ir", "machine", "manifest", "platforms", "profiles", "tactics", "targets"),
-    },
-    "cache": {"errors", "files"},
-    "lowering": {
-        *("accumulation", "collectives", "dtypes", "errors", "ir", "op_work", "optable", "aten", "settings", "targets"),
-        *("lowering.kernels", "score_mods"),
-    },
-    # no torch: workers of a build start fast without it
-    "lowering.kernels": {
-        *("accumulation", "artefacts", "chips", "dtypes", "errors", "ir", "op_work", "targets", "tactics"),
-        "score_mods",
-    },
-    "runtime": {
-        *("errors", "ir", "irparse", "optable", "op_work", "aten", "settings", "targets", "profiles", "manifest"),
-        *("accumulation", "dtypes", "tactics", "engine", "cache", "artefacts", "onnx", "platforms", "version", "files"),
-        "collectives",
-        "chips",
-    },
-    "onnx": {"detection", "errors"},
-    "backend": {
-        *("errors", "ir", "irparse", "aten", "settings", "targets", "profiles", "tactics", "engine", "cache"),
-        *("lowering", "lowering.kernels", "onnx", "runtime", "version", "artefacts", "platforms", "progress"),
-        "collectives",
-        *("attention_gradients", "serialization"),
-    },
-    "cli": {
-        *("errors", "ir", "irparse", "aten", "settings", "targets", "profiles", "engine", "cache", "inspection"),
-        *("lowering", "lowering.kernels", "onnx", "runtime", "backend", "version", "platforms", "progress"),
-        *("chips", "quantization", "validity"),
-    },
-    "quantization": {"errors", "progress"},  # a layer for users, on torch alone
-    # modules that an application imports, one for each library; backend inside of what builds engines alone
-    "integrations": {"aten", "backend", "cache", "errors", "ir", "runtime", "settings"},
-    "version": set(),
-    "__main__": {"cli"},
-    "__init__": {"version"},  # its other imports are for type checkers, and lazy
-}
+
+
+def _arrows() -> dict[str, set[str]]:
+    """Each part of the package and the parts that it may import, as docs/architecture.md has them."""
+    (_, text) = (ROOT / "docs" / "architecture.md").read_text().split("## The parts", 1)
+    rows = [line.split("|")[1:-1] for line in text.split("\n## ", 1)[0].splitlines() if line.startswith("| `")]
+    return {part.strip(" `"): set(re.findall(r"`([^`]+)`", imported)) for part, _, imported in rows}
+
+
+ARROWS = _arrows()
 
 # Modules that still import each other, below TYPE_CHECKING.
 

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from torch_rtx.backend.guards import skip_layer_guards
     from torch_rtx.backend.inputs import Input
     from torch_rtx.backend.mutable import MutableModule
+    from torch_rtx.backend.registered_kernels import register_kernel
+    from torch_rtx.backend.registered_operators import register_decomposition, register_pointwise
     from torch_rtx.engine import Engine
     from torch_rtx.errors import (
         CacheError,
@@ -76,6 +78,8 @@ _HOMES = {
     "torch_rtx.backend.guards": ("skip_layer_guards",),
     "torch_rtx.backend.inputs": ("Input",),
     "torch_rtx.backend.mutable": ("MutableModule",),
+    "torch_rtx.backend.registered_kernels": ("register_kernel",),
+    "torch_rtx.backend.registered_operators": ("register_decomposition", "register_pointwise"),
     "torch_rtx.engine": ("Engine",),
     "torch_rtx.inspection": ("inspect",),
     "torch_rtx.machine": ("Machine",),
@@ -154,6 +158,9 @@ __all__ = [
     "profile",
     "quantize",
     "refit_module_weights",
+    "register_decomposition",
+    "register_kernel",
+    "register_pointwise",
     "runtime_settings",
     "save",
     "save_cross_compiled_exported_program",

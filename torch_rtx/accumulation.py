@@ -7,7 +7,8 @@ that operand's own memory, see `continued`.
 
 from __future__ import annotations
 
-from torch_rtx.ir import Graph, Node, TensorType, Value, attr_values
+from torch_rtx.foreign import starts_of
+from torch_rtx.ir import Attr, Graph, Node, TensorType, Value, attr_values
 
 ALWAYS = frozenset(("aten.index_add.default", "aten.scatter_add.default"))
 PUTS = frozenset(("aten.index_put.default", "aten._unsafe_index_put.default"))
@@ -55,11 +56,15 @@ def _is_one_of_each_row(node: Node) -> bool:
 
 
 def starts(body: Graph) -> dict[str, Value]:
-    """By the name of each result of a body that `scatters`: the input of the body that it starts from."""
+    """By the name of each result of a body that `scatters`, or launches a kernel that others wrote: the input of the
+    body that it starts from."""
     results = {value.name for value in attr_values(body.outputs)}
-    calls = (node for node in body.nodes if scatters(node))
-    found = ((value.name, node.arg("self")) for node in calls for value in node.results if value.name in results)
+    found = (pair for node in body.nodes for pair in _starts(node).items() if pair[0] in results)
     return {name: start for name, start in found if isinstance(start, Value) and start in body.inputs}
+
+
+def _starts(node: Node) -> dict[str, Attr]:
+    return {value.name: node.arg("self") for value in node.results} if scatters(node) else {**starts_of(node)}
 
 
 def continued(node: Node) -> dict[str, Value]:

@@ -21,11 +21,13 @@ from torch_rtx import (
     detection,
     dtypes,
     flex_attention,
+    foreign_op,
     grouped_mm,
     host_ops,
     scaled_mm,
 )
 from torch_rtx.errors import InvalidIR, Unsupported
+from torch_rtx.foreign import LAUNCH
 from torch_rtx.ir import MAIN, Attr, Graph, Node, TensorType, Value, attr_values
 from torch_rtx.optable import ALLOWED, DECIDED, WAIT
 
@@ -50,7 +52,7 @@ STRIDED = frozenset(
         "_reshape_alias.default",
         "_weight_norm_interface.default",
     )
-) | {"aten.view.dtype", "aten.view_as_complex.default"}
+) | {"aten.view.dtype", "aten.view_as_complex.default", LAUNCH}
 # Library calls whose `out=` writes the result in place; the `out=` of others copies it there.
 OUT = frozenset(
     f"aten.{name}"
@@ -82,7 +84,14 @@ _STAND_INS = {
     "aten._int_mm.default": "torch_rtx.int_mm.default",
     "aten._scaled_mm.default": "torch_rtx.scaled_mm.default",
 }
-_DECLARED = attention_gradients, detection, flex_attention, grouped_mm, scaled_mm  # importing them declares operators
+_DECLARED = (
+    attention_gradients,
+    detection,
+    flex_attention,
+    foreign_op,
+    grouped_mm,
+    scaled_mm,
+)  # importing them declares operators
 _DECLARING = {  # by namespace: the module that declares what its operators return
     "_c10d_functional": "torch.distributed._functional_collectives",
     "_dtensor": "torch.distributed.tensor._collective_utils",

@@ -31,6 +31,7 @@ from torch_rtx import dtypes, tactics
 from torch_rtx.accumulation import continued
 from torch_rtx.errors import EngineFormatError, InvalidIR, RtxError
 from torch_rtx.files import Path, replacing
+from torch_rtx.foreign import LAUNCH
 from torch_rtx.ir import MAX_RANK, UPDATES, Dim, Graph, Node, Parameter, TensorType, dim_expr, kernel_nodes, verify
 from torch_rtx.irparse import MAX_NAME, parse
 from torch_rtx.manifest import (
@@ -180,9 +181,10 @@ def write(engine: Engine, file: BinaryIO) -> None:
 
 
 def _oldest_reader(engine: Engine) -> int:
-    """Older readers refuse tactics, updates and typical values, accept sizes between several profiles, and launch
-    kernels that add to their results in memory that holds anything."""
-    if engine.kernels and any(map(continued, kernel_nodes(engine.graph))):
+    """Older readers refuse tactics, updates, typical values and launches of kernels that others wrote, accept sizes
+    between several profiles, and launch kernels that add to their results in memory that holds anything."""
+    launches = any(node.op == LAUNCH for node in calls(engine.graph))
+    if launches or (engine.kernels and any(map(continued, kernel_nodes(engine.graph)))):
         return ADDITION_READER
     if engine.kernels:
         return TACTIC_READER

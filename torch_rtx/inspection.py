@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch_rtx import tactics
-from torch_rtx.engine import DTYPES, Path, names_of_sizes, needs_trust, parse_header, program_of, reading
+from torch_rtx.engine import DTYPES, Path, calls, names_of_sizes, needs_trust, parse_header, program_of, reading
+from torch_rtx.foreign import launch_of
 from torch_rtx.ir import Loc, Node, TensorType, Value
 from torch_rtx.machine import size_text as _size
 from torch_rtx.manifest import Manifest
@@ -72,6 +73,9 @@ class Inspection:
         layers: in the order of the program.
         tactics: per target, for how many kernel nodes each kind of tactic is expected to be the fastest.
         drivers: per target, the CUDA version of the oldest driver that takes its code, where it is known.
+        foreign: the kernels that others wrote, which the program launches: their names with digests, and how often. The
+            file has no source of them: they run only as the binaries for the targets, or where their author's code is
+            imported.
         profiles: for each optimization profile, the shape of each input: static sizes and ranges.
         sizes: by symbol of the program, the name of a size.
         inputs: the type of each input, with the names of sizes: "f32[batch, 64]".
@@ -92,6 +96,7 @@ class Inspection:
     layers: tuple[LayerInfo, ...] = ()
     inputs: Mapping[str, str] = field(default_factory=dict)
     drivers: Mapping[str, str] = field(default_factory=dict)
+    foreign: Mapping[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return self.text()
@@ -112,6 +117,7 @@ class Inspection:
             "nodes: " + (", ".join(f"{count} {kind}" for kind, count in self.kinds.items()) or "none"),
             *(f"  {count:>6} {op}" for op, count in self.ops.items()),
             *(f"needs trusted_ops={list(self.needs_trust)}" for _ in self.needs_trust[:1]),
+            *(f"foreign kernel {name}, launched {count} times" for name, count in self.foreign.items()),
             "kernels: " + ("none" if not self.kernels else "compiled for (they run only with trust_binaries=True)"),
             *(
                 f"  {target}: {count}, {_size(size)}; fastest by expectation: {_counts(self.tactics[target])}"
@@ -164,6 +170,7 @@ def inspect(path: Path) -> Inspection:
         tuple(_layers(graph.nodes, table)),
         {name: _named(value, sizes) for name, value in zip(header.manifest.inputs, graph.inputs, strict=False)},
         {str(t): f"{v[0]}.{v[1]}" for t, v in tactics.oldest_drivers(table, header.manifest.producer).items()},
+        dict(Counter(launch.kernel for node in calls(graph) if (launch := launch_of(node)) is not None)),
     )
 
 

@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import re
+import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -28,6 +29,11 @@ from torch_rtx.targets import Target, arch_of, by_age, oldest_driver
 
 MAX_BINARY = 64 << 20  # bytes; a hostile file can't make a reader allocate more
 DIGEST = re.compile(r"[0-9a-f]{32}")
+MAX_SLOTS = 1024
+MAX_THREADS = 1024  # of a block
+# The types of numbers that kernels take, in the notation of `struct`.
+NUMBERS = {"u8": "B", "i8": "b", "u16": "H", "i16": "h", "u32": "I", "i32": "i", "u64": "Q", "i64": "q"}
+NUMBERS |= {"f16": "e", "f32": "f", "f64": "d"}
 OWN = "self"  # the key of a node's own kernel in `Tactic.kernels`
 K = TypeVar("K")
 L = TypeVar("L")
@@ -57,6 +63,21 @@ class Variant:
 
 
 @dataclass(frozen=True)
+class Slot:
+    """A parameter of a kernel that others wrote.
+
+    Attributes:
+        kind: "pointer", or the type of a number, in NUMBERS.
+        source: "tensor": the address of one of the node's inputs and outputs, by index; "scalar": one of the scalars of
+            the launch, by index; "constant": `value` itself.
+    """
+
+    kind: str
+    source: str
+    value: int | float
+
+
+@dataclass(frozen=True)
 class Launch:
     """How a compiled kernel is launched. Its parameters are the addresses of the node's inputs and outputs, multiples
     of 16; the scalars; and two null addresses of scratch memory, which Triton's ABI asks for.
@@ -66,6 +87,8 @@ class Launch:
         grid: blocks along x, y and z, as dims of the graph. An empty grid is not launched.
         aligned: for calls where every scalar is a multiple of 16.
         generic: for all other calls; None: there are no others.
+        slots: of a kernel that others wrote: its parameters in order, in place of those above.
+        block: its threads along x, y and z; None: those of `Variant.num_warps`.
     """
 
     scalars: tuple[Dim, ...]
@@ -73,6 +96,8 @@ class Launch:
     wide: bool
     aligned: Variant
     generic: Variant | None
+    slots: tuple[Slot, ...] | None = None
+    block: tuple[int, int, int] | None = None
 
     @property
     def variants(self) -> tuple[Variant, ...]:
@@ -285,13 +310,17 @@ def write_tactic(tactic: Tactic[Launch], target: Target) -> dict[str, Any]:
 
 
 def _write_launch(launch: Launch) -> Json:
-    return {
+    written: dict[str, Json] = {
         "scalars": [str(dim) for dim in launch.scalars],
         "grid": [str(dim) for dim in launch.grid],
         "wide": launch.wide,
         "aligned": _write_variant(launch.aligned),
         "generic": None if launch.generic is None else _write_variant(launch.generic),
     }
+    if launch.slots is not None:
+        written["slots"] = [[slot.kind, slot.source, slot.value] for slot in launch.slots]
+        written["block"] = None if launch.block is None else list(launch.block)
+    return written
 
 
 def _write_variant(variant: Variant) -> Json:
@@ -365,15 +394,42 @@ def read_body(value: Any) -> Graph:
 
 def read_launch(value: Any, syms: Mapping[str, Sym]) -> Launch:
     """A launch from JSON, see `read_tactic`. Unknown fields are ignored, as in the manifest."""
-    given = {item.name: exactly(dict)(value)[item.name] for item in fields(Launch)}
+    given = {"slots": None, "block": None, **exactly(dict)(value)}
+    given = {item.name: given[item.name] for item in fields(Launch)}
     x, y, z = (_dim(text, syms) for text in exactly(list)(given["grid"]))
+    scalars = tuple(_dim(text, syms) for text in exactly(list)(given["scalars"]))
     return Launch(
-        tuple(_dim(text, syms) for text in exactly(list)(given["scalars"])),
+        scalars,
         (x, y, z),
         exactly(bool)(given["wide"]),
         _variant(given["aligned"]),
         None if given["generic"] is None else _variant(given["generic"]),
+        None if given["slots"] is None else _slots(given["slots"], len(scalars)),
+        None if given["block"] is None else _block(given["block"]),
     )
+
+
+def _slots(value: Any, scalars: int) -> tuple[Slot, ...]:
+    slots = tuple(Slot(*exactly(list)(row)) for row in exactly(list)(value))
+    if len(slots) > MAX_SLOTS:
+        raise ValueError(f"a kernel of {len(slots)} parameters")
+    for slot in slots:
+        if slot.source == "constant" and slot.kind in NUMBERS:
+            struct.pack(NUMBERS[slot.kind], exactly(type(slot.value))(slot.value))  # raises if it does not fit
+            continue
+        limit = {"tensor": MAX_SLOTS, "scalar": scalars}[exactly(str)(slot.source)]
+        if (slot.kind == "pointer") != (slot.source == "tensor") or slot.kind not in (*NUMBERS, "pointer"):
+            raise ValueError(f"no parameter {slot}")
+        if not 0 <= exactly(int)(slot.value) < limit:
+            raise ValueError(f"a parameter of {slot.source} {slot.value}")
+    return slots
+
+
+def _block(value: Any) -> tuple[int, int, int]:
+    x, y, z = map(exactly(int), exactly(list)(value))
+    if min(x, y, z) < 1 or x * y * z > MAX_THREADS:
+        raise ValueError(f"a block of {x} x {y} x {z} threads")
+    return x, y, z
 
 
 def _variant(value: Any) -> Variant:
@@ -454,6 +510,12 @@ def check_tactic(tactic: Tactic[Launch], op: str, body: Graph) -> None:
     for launched in tactic.kernels:
         if launched not in inside and (launched != OWN or tactic.body is not None):
             raise InvalidIR(f"the {tactic.kind} tactic of {op} launches {launched}, which is not in its body")
+    for launched, launch in tactic.kernels.items():
+        given = body if launched == OWN else inside[launched].body
+        assert given is not None
+        tensors = len(given.inputs) + len(given.outputs)
+        if any(slot.source == "tensor" and slot.value >= tensors for slot in launch.slots or ()):
+            raise InvalidIR(f"the {tactic.kind} tactic of {op} passes a tensor that it does not have")
 
 
 def _signature(body: Graph) -> tuple[list[Type], list[Type]]:

@@ -28,8 +28,11 @@ from triton.runtime.jit import JITFunction
 
 from torch_rtx.accumulation import starts
 from torch_rtx.aten import DTYPES
-from torch_rtx.ir import Graph, Sym, attr_values, dim_syms, evaluate
+from torch_rtx.foreign import launch_in
+from torch_rtx.ir import Graph, Sym, TensorType, attr_values, dim_syms, evaluate
+from torch_rtx.lowering.kernels.families.foreign import grid_of
 from torch_rtx.lowering.kernels.kernel import Kernel
+from torch_rtx.lowering.kernels.triton_kernels import SIZE, TENSOR, Signature, TritonKernel
 from torch_rtx.targets import ALIGNMENT
 
 LIBRARY = ("fmod", "pow", "rint")  # the functions of libdevice that kernels call
@@ -98,6 +101,47 @@ class Interpreted:
         tensors = [_at(address, DTYPES[dtype]) for address, dtype in zip(pointers, self.kernel.pointers, strict=True)]
         with LOCK, _interpreting():
             interpreter.InterpretedFunction(function(self.kernel).fn)[grid](*tensors, *scalars)
+
+
+def run_foreign(kernel: TritonKernel, tensors: Sequence[torch.Tensor], sizes: Sequence[int], which: int = 0) -> None:
+    """Stands for `TritonKernel.run` on the CPU."""
+    start = kernel.integers + 3 * which
+    given: dict[str, Sequence[Any]] = {TENSOR: tensors, SIZE: sizes}
+    values = {a.name: given[a.kind][int(a.value)] if a.kind in given else a.value for a in kernel.arguments}
+    grid = tuple(sizes[start : start + 3])
+    if 0 not in grid:
+        with LOCK, _interpreting():
+            interpreter.InterpretedFunction(kernel.function.fn)[grid](**values, **kernel.configs[which].constants)
+
+
+class InterpretedForeign:
+    """Stands for the launcher of a Triton kernel that others wrote: gets addresses, and passes on what slots say.
+
+    Args:
+        body: of the kernel node.
+        which: the configuration.
+    """
+
+    def __init__(self, kernel: TritonKernel, body: Graph, which: int = 0) -> None:
+        found = launch_in(body)
+        assert found is not None
+        self.signature = Signature(kernel, body, found[1], dict(kernel.configs[which].constants))
+        self.kernel, self.slots = kernel, self.signature.slots
+        self.scalars, self.grid = tuple(self.signature.scalars), grid_of(found[1], kernel.integers, which)
+        types = (value.type for value in (*body.inputs, *attr_values(body.outputs)))
+        self.dtypes = [DTYPES[type_.dtype] for type_ in types if isinstance(type_, TensorType)]
+        self.launches = 0
+
+    def __call__(self, pointers: Sequence[int], scalars: Sequence[int], grid: tuple[int, int, int]) -> None:
+        assert all(pointer % ALIGNMENT == 0 for pointer in pointers)
+        self.launches += 1
+        tensors = [_at(address, dtype) for address, dtype in zip(pointers, self.dtypes, strict=True)]
+        sources: dict[str, Sequence[Any]] = {"tensor": tensors, "scalar": scalars}
+        values = [s.value if s.source == "constant" else sources[s.source][int(s.value)] for s in self.slots]
+        given = {**dict(zip(self.signature.types, values, strict=True)), **self.signature.constants}
+        if 0 not in grid:
+            with LOCK, _interpreting():
+                interpreter.InterpretedFunction(self.kernel.function.fn)[grid](**given)
 
 
 def _at(address: int, dtype: torch.dtype) -> torch.Tensor:
@@ -262,4 +306,4 @@ def _widened(handle: Any) -> Any:
     return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
 
-__all__ = ["LOCK", "Interpreted", "Sym", "begin", "function", "run"]
+__all__ = ["LOCK", "Interpreted", "InterpretedForeign", "Sym", "begin", "function", "run", "run_foreign"]

@@ -77,9 +77,11 @@ def _launch(driver: _Driver, launcher: Launcher, graph: Graph, rng: Random) -> N
         return  # where the code of a graph divides by zero, `files` shows
     if None in (*scalars, x, y, z):
         return
-    wide = launcher._pack.__self__.size > 8 * launcher.num_pointers + 4 * len(scalars)  # type: ignore[attr-defined]
-    driver.sizes = (*[8] * launcher.num_pointers, *[8 if wide else 4] * len(scalars), 8, 8)
-    pointers = [ALIGNMENT * (index + 1) for index in range(launcher.num_pointers)]
+    if launcher._order is not None:
+        return  # a kernel that others wrote: files of the fuzzer have none
+    wide = "q" in launcher._pack.__self__.format  # type: ignore[attr-defined]
+    driver.sizes = (*[8] * len(launcher.pointers), *[8 if wide else 4] * len(scalars), 8, 8)
+    pointers = [ALIGNMENT * (index + 1) for index in range(len(launcher.pointers))]
     launcher(pointers, [int(one or 0) for one in scalars], (int(x or 0), int(y or 0), int(z or 0)))
     if driver.launched:
         values = driver.launched[-1].parameters

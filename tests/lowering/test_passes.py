@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
 import torch_rtx
-from torch_rtx import aten
+from torch_rtx import aten, foreign
 from torch_rtx.errors import LoweringError, Unsupported
 from torch_rtx.ir import (
     COPY,
@@ -43,6 +43,21 @@ from torch_rtx.settings import CompilationSettings
 from torch_rtx.targets import PORTABLE
 
 CPU = torch.device("cpu")
+
+
+class Doubled:
+    """The kernel that texts launch: writes twice its first operand to the second."""
+
+    key, loc = "doubled_0123456789abcdef", None
+
+    def run(self, tensors: Any, sizes: Any) -> None:
+        tensors[1].copy_(2 * tensors[0])
+
+    def offers(self, body: Graph, arch: Any) -> list[Any]:
+        return []
+
+
+foreign.register(Doubled())
 
 
 def cases() -> list[Any]:

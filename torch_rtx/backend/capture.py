@@ -34,10 +34,12 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from torch_rtx.backend.carried import carried_by, carrying
 from torch_rtx.backend.fake_cuda import constants_on_cpu, install_cuda_guard
+from torch_rtx.backend.fake_triton import standing_in, traced_launches, whole_operators
 from torch_rtx.backend.fast_path import FAST_PATH
 from torch_rtx.backend.joint_graph import rewriting
 from torch_rtx.backend.known_values import fixed_numbers, known_values
 from torch_rtx.backend.quantized_ops import definitions
+from torch_rtx.backend.registered_operators import defined_operators, registered_definitions
 from torch_rtx.backend.rematerialization import partition
 from torch_rtx.backend.scale_check import check_scales
 from torch_rtx.backend.training import saving_old_values
@@ -187,10 +189,10 @@ def capture(
         bw_compiler=backward,
         inference_compiler=inference,
         partition_fn=partitioner,
-        decompositions=FAST_PATH | definitions(),
+        decompositions=FAST_PATH | definitions() | registered_definitions(),
         keep_inference_input_mutations=True,
     )
-    with keep_ops():
+    with keep_ops(), standing_in(), whole_operators(example_inputs), defined_operators():
         call: Callable[..., Any] = backend(gm, example_inputs)
     context = TracingContext.try_get()
     meta = None if context is None or not partitioner.tolerates else context.fw_metadata
@@ -306,7 +308,7 @@ def _export(
     known: Mapping[torch.Tensor, torch.Tensor],
 ) -> Any:
     # With gradients disabled, `with torch.no_grad()` inside the model changes no mode and adds no node to the graph.
-    with torch.no_grad(), compile_lock, _exporting(), known_values(known):
+    with torch.no_grad(), compile_lock, _exporting(), known_values(known), traced_launches():
         return torch.export.export(model, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False)
 
 
@@ -332,18 +334,25 @@ def _decompose(program: torch.export.ExportedProgram, tensors: Mapping[str, Any]
         # `run_decompositions` without its override of every composite op, which takes longer than the rest.
         program = copy(program)
         program._constants = dict(program.constants)
-        with torch.no_grad(), keep_ops(), unset_fake_temporarily(), _mending(program.constants):
+        mended = _mending(program.constants)
+        with torch.no_grad(), keep_ops(), unset_fake_temporarily(), mended, standing_in(), defined_operators():
             program = _decompose_exported_program(
                 program,
                 cia_to_decomp={},
-                python_decomp_table=FAST_PATH | definitions(),
+                python_decomp_table=FAST_PATH | definitions() | registered_definitions(),
                 joint_loss_index=None,
-                decompose_custom_triton_ops=False,
+                decompose_custom_triton_ops=_is_for_gpu(program),
             )
     for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
         program.graph.erase_node(node)  # checks dtypes and devices, which the capture fixes anyway
     program.graph_module.recompile()
     return program
+
+
+def _is_for_gpu(program: torch.export.ExportedProgram) -> bool:
+    """A tensor of the program is on a GPU: operators made of Triton kernels are traced. On the CPU these are called."""
+    values = (node.meta.get("val") for node in program.graph.nodes)
+    return any(isinstance(value, torch.Tensor) and value.is_cuda for value in values)
 
 
 @contextlib.contextmanager

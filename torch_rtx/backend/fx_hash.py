@@ -32,6 +32,7 @@ from torch_rtx.backend.compiler import named_targets
 from torch_rtx.cache.key import Key, Part, digest
 from torch_rtx.errors import Uncacheable
 from torch_rtx.ir import Sym
+from torch_rtx.lowering.foreign_calls import OPERATORS
 from torch_rtx.lowering.from_fx import Role
 from torch_rtx.lowering.symbols import Symbols
 from torch_rtx.serialization import memory_of
@@ -424,6 +425,8 @@ _CALLEES: dict[int, Callee] = {}  # by id: hashing an operator takes longer than
 
 def callee(target: Any) -> Callee:
     """The `Callee` of a call's target."""
+    if target in OPERATORS:
+        return Callee(target, b"", True, True, True, f"the kernel that {target} is registered with")
     found = _CALLEES.get(id(target))
     if found is None:
         found = _operator(target) if isinstance(target, torch._ops.OpOverload) else _function(target)

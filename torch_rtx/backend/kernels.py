@@ -11,7 +11,8 @@ from itertools import chain
 
 from torch_rtx.artefacts import NO_FILES, Artefacts
 from torch_rtx.backend.compiler import Program, named_targets
-from torch_rtx.errors import InvalidIR, LoweringError, Unsupported
+from torch_rtx.errors import InvalidIR, KernelError, LoweringError, Unsupported
+from torch_rtx.foreign import launch_in
 from torch_rtx.ir import Graph, Node, TensorType, kernel_nodes
 from torch_rtx.lowering.kernels.build import Binaries, Progress, Result, build, show_offers, show_results
 from torch_rtx.lowering.kernels.generate import Form, forms
@@ -92,7 +93,24 @@ def kernels_of(program: Program, settings: CompilationSettings) -> KernelTable:
         table, report = build_kernels(program.graph, targets, progress=update, artefacts=artefacts)
     log.info("%s", report)
     program.dump("kernels.txt", str(report))
+    _check_foreign(program.graph, table, report, is_explicit(settings.targets))
     return table
+
+
+def _check_foreign(graph: Graph, table: KernelTable, report: BuildReport, explicit: bool) -> None:
+    """Kernels that others wrote have no calls to fall back on.
+
+    Raises:
+        KernelError: one has no code for a target that was named, or for any.
+    """
+    nodes = {node.op: node for node in kernel_nodes(graph) if launch_in(node.body) is not None}
+    for op, target, problem in report.missing:
+        if op not in nodes:
+            continue
+        if explicit or op not in table.tactics:
+            hint = "change the kernel, or leave this target out: targets=[...]"
+            raise KernelError(f"the kernel {op} has no code for {target}: {problem}", loc=nodes[op].loc, hint=hint)
+        log.warning("the engine does not run on %s: the kernel %s has no code for it: %s", target, op, problem)
 
 
 def targets_for(option: Option, graph: Graph) -> tuple[Target, ...]:
@@ -150,7 +168,12 @@ def build_kernels(
     start = time.perf_counter()
     nodes = {node.op: node for node in reversed(list(kernel_nodes(graph)))}
     slots = [(op, target) for op in sorted(nodes) for target in by_age(set(targets))]
-    offers = {(op, target): _may_be_fastest(forms(nodes[op], target)) for op, target in slots}
+    offers, rejected = dict[Slot, list[Form]](), dict[Slot, str]()
+    for op, target in slots:
+        try:
+            offers[op, target] = _may_be_fastest(forms(nodes[op], target))
+        except KernelError as error:  # Triton rejects a kernel that others wrote
+            offers[op, target], rejected[op, target] = [], error.message
     wanted = {
         (slot, which): (enumerate(chain((head,), rest)), slot[1])
         for slot, found in offers.items()
@@ -158,7 +181,8 @@ def build_kernels(
     }
     if artefacts.dump is not None:
         for op, target in ((op, target) for op in reversed(nodes) for target in by_age(set(targets))):
-            _show(nodes[op], target, forms(nodes[op], target), artefacts)
+            if (op, target) not in rejected:
+                _show(nodes[op], target, forms(nodes[op], target), artefacts)
     chosen, tried = build(wanted, progress, artefacts)
     for ((op, target), _), results in tried.items():
         show_results(artefacts, op, target, results)
@@ -169,7 +193,7 @@ def build_kernels(
         built[slot] = _fitting([chosen[key] for key in keys if key in chosen])
         if not built[slot]:
             problems = [result.problem for key in keys for result in tried[key] if result.problem]
-            missing.append((*slot, "; ".join(problems) or "no code"))
+            missing.append((*slot, "; ".join(problems) or rejected.get(slot, "no code")))
     table, reports = _table(built)
     try:
         check(table, graph)

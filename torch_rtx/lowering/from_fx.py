@@ -24,11 +24,13 @@ from torch.utils import _pytree as pytree
 
 from torch_rtx import aten, collectives
 from torch_rtx.errors import Unsupported
+from torch_rtx.foreign import LAUNCH
 from torch_rtx.ir import (
     COPY,
     OBJECT,
     Attr,
     Graph,
+    Loc,
     Node,
     Parameter,
     ScalarType,
@@ -44,6 +46,7 @@ from torch_rtx.ir import (
     type_dims,
 )
 from torch_rtx.lowering.effects import COLLECTIVES_AS, WAIT_TENSOR
+from torch_rtx.lowering.foreign_calls import is_launch, launched
 from torch_rtx.lowering.location import Locations
 from torch_rtx.lowering.symbols import Symbols, unbacked
 
@@ -443,6 +446,9 @@ class _Importer:
             self.nodes.append(Node("op", str(node.target), self.arguments(node), (), None, loc))
             return
         outputs = self.node_outputs(node)
+        if is_launch(node) and node not in self.fallbacks:
+            self.append(self.launch(node, outputs, loc))
+            return
         if is_number(node):
             arguments = self.arguments(node)
             first = self.decided(arguments)
@@ -465,6 +471,23 @@ class _Importer:
             self.called.append(node)
         self.exact.meet(node)
         self.append(Node("fallback", call, arguments, outputs, None, loc))
+
+    def launch(self, node: fx.Node, outputs: tuple[Value | None, ...], loc: Loc | None) -> Node:
+        """The launch of a kernel that others wrote; the results of `node` are `outputs`."""
+        found, contents = launched(node, loc), pytree.tree_leaves(node.meta["val"])
+        tensors = tuple(self.memory(contents[t], loc) if isinstance(t, int) else self.attr(t) for t in found.tensors)
+        sizes = tuple(self.sym(s) if isinstance(s, torch.SymInt) else self.attr(s) for s in found.sizes)
+        args = ("kernel", found.kernel), ("tensors", tensors), ("written", found.written), ("sizes", sizes)
+        return Node("op", LAUNCH, args, outputs, None, loc)
+
+    def memory(self, content: torch.Tensor, loc: Loc | None) -> Value:
+        """Memory of no known contents for a tensor."""
+        type_ = self.symbols.type(content)
+        assert isinstance(type_, TensorType)
+        args = ("size", type_.shape), ("stride", type_.strides), ("dtype", type_.dtype), ("device", type_.device)
+        made = self.next_value(type_)
+        self.nodes.append(Node("op", "aten.empty_strided.default", args, (made,), None, loc))
+        return made
 
     def append(self, made: Node) -> None:
         """Append a node; an assertion of the user's goes before those that PyTorch wrote for it."""

@@ -27,6 +27,7 @@ from torch_rtx.lowering.passes.expand_norms import expand_norms
 from torch_rtx.lowering.passes.expand_sorts import expand_sorts
 from torch_rtx.lowering.passes.finish import finish
 from torch_rtx.lowering.passes.fold_batch_norm import fold_batch_norm
+from torch_rtx.lowering.passes.form_launches import form_launches
 from torch_rtx.lowering.passes.fuse import fuse
 from torch_rtx.lowering.passes.fuse_column_sums import fuse_column_sums
 from torch_rtx.lowering.passes.fuse_horizontally import fuse_horizontally
@@ -180,6 +181,7 @@ PIPELINE = (
     Pass(fuse, needs=("targets",), takes=("targets", "atomics")),
     Pass(fuse_column_sums, needs=("targets",), takes=("targets",)),
     Pass(fuse_horizontally, needs=("targets",), takes=("targets",)),
+    Pass(form_launches, needs=("targets",)),
     Pass(finish, ensures="fused"),
 )
 PASSES = {step.name: step for step in PIPELINE}

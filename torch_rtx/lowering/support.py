@@ -13,7 +13,9 @@ from torch_rtx import aten
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import MAIN, UPDATES, TensorType
 from torch_rtx.lowering.effects import read_before_wait
+from torch_rtx.lowering.foreign_calls import is_launch, launched
 from torch_rtx.lowering.from_fx import call_arguments, is_number, op_of
+from torch_rtx.lowering.location import Locations
 from torch_rtx.lowering.symbols import Symbols, unbacked
 
 # The types of arguments that the IR expresses; it leaves out layouts, all of which are strided.
@@ -40,6 +42,8 @@ def unsupported_reason(node: fx.Node, symbols: Symbols) -> str | None:
     op = op_of(node)
     if is_number(node):
         return None
+    if is_launch(node):
+        return _unsupported_launch(node, symbols)
     if not isinstance(op, torch._ops.OpOverload):
         kind = "higher-order operator" if isinstance(op, torch._ops.HigherOrderOperator) else "Python function"
         return f"{kind} {getattr(op, '__name__', op)}"
@@ -69,6 +73,22 @@ def unsupported_reason(node: fx.Node, symbols: Symbols) -> str | None:
         return "the size of its result depends on the data"
     if str(op) == "aten.copy_.default" and node.args[0].op != "placeholder":  # type: ignore[union-attr]
         return "copy_ to a tensor that is not an input"
+    return None
+
+
+def _unsupported_launch(node: fx.Node, symbols: Symbols) -> str | None:
+    """See `unsupported_reason`, of a launch of a Triton kernel."""
+    try:
+        launch = launched(node, Locations().of(node))
+        for tensor in launch.tensors:
+            if isinstance(tensor, fx.Node):
+                symbols.type(tensor.meta["val"])
+        for size in launch.sizes:
+            _check_argument(size)
+            if isinstance(size, torch.SymInt):
+                symbols.dim(size)
+    except Unsupported as error:
+        return error.message
     return None
 
 

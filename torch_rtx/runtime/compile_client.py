@@ -10,15 +10,19 @@ import sys
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from importlib.util import find_spec
 from io import BufferedReader, BufferedWriter
 from pathlib import Path
+from typing import Any
 
 from torch_rtx.artefacts import NO_FILES, Artefacts
 from torch_rtx.chips import Chip
 from torch_rtx.errors import KernelError
+from torch_rtx.foreign import find, launch_in
 from torch_rtx.ir import Graph
 from torch_rtx.tactics import Candidate
+from torch_rtx.targets import arch_of
 
 TIMEOUT_S = 600.0  # of a request: a compiler that hangs would block all later ones
 # The program of the worker. Its `sys.path` is ours; `-P` keeps the current folder out. It ignores Ctrl-C, and ends when
@@ -50,8 +54,12 @@ class CompileClient:
         """Send a request to `compile_worker.build`; requests of several threads run one after another.
 
         Raises:
-            KernelError: the worker can't be started, ended, timed out, or can't compile kernels.
+            KernelError: the worker can't be started, ended, timed out, or can't compile kernels; or Triton rejects a
+                kernel that others wrote.
         """
+        wanted = _with_foreign(bodies, sm, chip)
+        if bodies and not wanted:
+            return {}
         with self._lock:
             timer: threading.Timer | None = None
             try:
@@ -61,7 +69,7 @@ class CompileClient:
                 timer.start()
                 assert process.stdin is not None
                 assert process.stdout is not None
-                pickle.dump((bodies, sm, artefacts, chip), process.stdin)
+                pickle.dump((wanted, sm, artefacts, chip), process.stdin)
                 process.stdin.flush()
                 answer: dict[str, Candidate] | str = pickle.load(process.stdout)
             except (OSError, EOFError, pickle.UnpicklingError) as error:
@@ -112,6 +120,21 @@ class CompileClient:
             if isinstance(stream, BufferedReader | BufferedWriter):
                 stream.raw.close()  # without a flush: what is buffered is the parent's
         self._process, self._lock = None, threading.Lock()
+
+
+def _with_foreign(bodies: Mapping[str, tuple[Graph, int]], sm: int, chip: Chip | None) -> dict[str, tuple[Any, int]]:
+    """`bodies`, with the tactics in place of those that launch kernels which others wrote: this process has their
+    sources, and the worker does not. Those whose sources nobody has are left out."""
+    wanted: dict[str, tuple[Any, int]] = {}
+    for name, (body, first) in bodies.items():
+        launch = launch_in(body)
+        kernel = None if launch is None else find(launch[1].kernel)
+        if launch is None:
+            wanted[name] = body, first
+        elif kernel is not None:
+            arch = arch_of(sm).target.arch
+            wanted[name] = tuple(kernel.offers(body, arch if chip is None else replace(arch, chip=chip))), first
+    return wanted
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

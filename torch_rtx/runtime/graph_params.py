@@ -1,7 +1,7 @@
 """Parameters of the nodes of a captured graph: finds and sets those that are addresses of its inputs and outputs.
 
-Such nodes are copies, and kernels of an engine, whose parameters begin with the pointers to their tensors. A parameter
-set in the instantiated graph counts for later launches; a launch that runs or is queued keeps its own.
+Such nodes are copies, and kernels of an engine, whose launchers know which parameters point to tensors. A parameter set
+in the instantiated graph counts for later launches; a launch that runs or is queued keeps its own.
 """
 
 from __future__ import annotations
@@ -135,9 +135,11 @@ class GraphNodes:
     def _cells(self, params: Any, launcher: Launcher) -> list[ctypes.c_uint64]:
         """The pointers among the kernel's parameters, moved from the driver's memory to cells of our own."""
         theirs = (ctypes.c_void_p * launcher.num_parameters).from_address(int(params.kernelParams))
-        values = (ctypes.c_uint64.from_address(place or 0).value for place in theirs[: launcher.num_pointers])
+        values = (ctypes.c_uint64.from_address(theirs[at] or 0).value for at in launcher.pointers)
         cells = [ctypes.c_uint64(value) for value in values]
-        ours = type(theirs)(*map(ctypes.addressof, cells), *theirs[launcher.num_pointers :])
+        ours = type(theirs)(*theirs)
+        for at, cell in zip(launcher.pointers, cells, strict=True):
+            ours[at] = ctypes.addressof(cell)
         params.kernelParams = ctypes.addressof(ours)
         self._kept.append((ours, cells))
         return cells

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import cache, reduce
+from itertools import count
 from typing import Any, Protocol
 
 import torch
@@ -26,7 +27,7 @@ from torch_rtx.runtime import driver as driver_api
 from torch_rtx.runtime.bind import bind, bind_dim
 from torch_rtx.runtime.driver import checked
 from torch_rtx.settings import BEST, CALLS
-from torch_rtx.tactics import KernelTable, Launch, Runnable, Tactic, Variant, runnable_tactics, unpack
+from torch_rtx.tactics import NUMBERS, KernelTable, Launch, Runnable, Slot, Tactic, Variant, runnable_tactics, unpack
 from torch_rtx.targets import ALIGNMENT, GRID, Target, arch_of
 
 log = logging.getLogger(__name__)
@@ -96,6 +97,17 @@ def _loaded(
     reason = "none of its binaries can be loaded" if runnable else f"it has no binary for sm_{gpu.sm}"
     log.warning("kernel %s runs call by call: %s", node.op, reason)
     return None
+
+
+def load_rivals(table: KernelTable, graph: Graph, gpu: Gpu, op: str) -> list[LoadedTactic]:
+    """The tactics that `table` has for the kernel nodes `op`, of the target that fits the GPU best; none if there are
+    not several, or if the driver would have to compile them."""
+    node = next((node for node in kernel_nodes(graph) if node.op == op), None)
+    runnable = runnable_tactics(table.tactics.get(op, {}), gpu.sm, gpu.shared)
+    found = [(tactic, target) for tactic, target in runnable if target == runnable[0][1] and not target.ptx]
+    if node is None or len(found) < 2:
+        return []
+    return [load(gpu, node, tactic, target, table.binaries) for tactic, target in found]
 
 
 def load(
@@ -240,7 +252,7 @@ class _Parameters(threading.local):
     """The memory of a launch's parameters. One per thread: the driver reads it without the interpreter lock.
 
     Attributes:
-        buffer: pointers, scalars and two null pointers, in the layout of C.
+        buffer: the parameters, in the layout of C.
         addresses: address of the array of the parameters' addresses.
     """
 
@@ -255,14 +267,12 @@ class _Parameters(threading.local):
         self._make(*self._given)
         return self.__dict__[name]
 
-    def _make(self, gpu: Gpu, pointers: int, scalars: int, wide: bool) -> None:
+    def _make(self, gpu: Gpu, formats: str) -> None:
         gpu.enter()
-        size = 8 if wide else 4
-        nulls = -(-(8 * pointers + size * scalars) // 8) * 8
-        offsets = [8 * i for i in range(pointers)] + [8 * pointers + size * i for i in range(scalars)]
-        self.buffer = ctypes.create_string_buffer(nulls + 16)
+        ends = [struct.calcsize(f"@{formats[: index + 1]}") for index in range(len(formats))]
+        self.buffer = ctypes.create_string_buffer(max(ends, default=0) or 1)
         start = ctypes.addressof(self.buffer)
-        places = [start + offset for offset in (*offsets, nulls, nulls + 8)]
+        places = [start + end - struct.calcsize(f"@{one}") for end, one in zip(ends, formats, strict=True)]
         self._array = (ctypes.c_void_p * len(places))(*places)
         self.addresses = ctypes.addressof(self._array)
 
@@ -273,7 +283,7 @@ class Launcher:
     Attributes:
         scalars, grid: the arguments of a call, as dims of the graph.
         pdl_functions: the driver's handles of the variants that use PDL, see `Variant.uses_pdl`.
-        num_pointers: number of tensors; their addresses are the first parameters.
+        pointers: the positions of the parameters that are addresses of tensors.
         num_parameters: of the kernel.
 
     Args:
@@ -297,11 +307,17 @@ class Launcher:
         store: Store | None = None,
     ) -> None:
         self.op, self.target, self.scalars, self.grid = op, target, launch.scalars, launch.grid
-        self.num_pointers, self.num_parameters = pointers, pointers + len(launch.scalars) + 2
+        slots = _default_slots(pointers, launch) if launch.slots is None else launch.slots
+        self.pointers = tuple(index for index, slot in enumerate(slots) if slot.kind == "pointer")
+        self.num_parameters = len(slots)
         self._index, self._launch = gpu.index, gpu.driver.cuLaunchKernel
         try:
             codes = [
-                (gpu.function(v, binaries[v.binary], target.ptx, store), 32 * v.num_warps, v.shared)
+                (
+                    gpu.function(v, binaries[v.binary], target.ptx, store),
+                    launch.block or (32 * v.num_warps, 1, 1),
+                    v.shared,
+                )
                 for v in launch.variants
             ]
         except RuntimeError as error:  # includes EngineFormatError: a damaged binary
@@ -309,8 +325,11 @@ class Launcher:
         self._aligned, self._generic = codes[0], codes[-1]
         self.pdl_functions = tuple(int(code[0]) for code, v in zip(codes, launch.variants, strict=True) if v.uses_pdl)
         self._check_scalars = launch.generic is not None
-        self._pack = struct.Struct(f"@{pointers}Q{len(launch.scalars)}{'q' if launch.wide else 'i'}").pack_into
-        self._parameters = _Parameters(gpu, pointers, len(launch.scalars), launch.wide)
+        formats = "".join({"pointer": "Q", **NUMBERS}[slot.kind] for slot in slots)
+        self._pack = struct.Struct(f"@{formats}").pack_into
+        self._parameters = _Parameters(gpu, formats)
+        self._constants = tuple(slot.value for slot in slots if slot.source == "constant")
+        self._order = None if launch.slots is None else _order(slots, pointers, len(launch.scalars))
 
     @property
     def functions(self) -> tuple[int, ...]:
@@ -346,16 +365,34 @@ class Launcher:
                 return
             raise KernelError(f"kernel {self.op} can't be launched with {x} x {y} x {z} blocks")
         aligned = not self._check_scalars or reduce(operator.or_, scalars, 0) % ALIGNMENT == 0
-        function, threads, shared = self._aligned if aligned else self._generic
-        parameters = self._parameters
+        function, block, shared = self._aligned if aligned else self._generic
+        parameters, values = self._parameters, (*pointers, *scalars, *self._constants)
         try:
-            self._pack(parameters.buffer, 0, *pointers, *scalars)
+            self._pack(parameters.buffer, 0, *(values if self._order is None else self._order(values)))
         except struct.error as error:
             raise KernelError(f"kernel {self.op} can't be launched with the sizes {list(scalars)}: {error}") from None
         stream = torch._C._cuda_getCurrentRawStream(self._index)
-        (status,) = self._launch(function, x, y, z, threads, 1, 1, shared, stream, parameters.addresses, 0)
+        (status,) = self._launch(function, x, y, z, *block, shared, stream, parameters.addresses, 0)
         if status != 0:
             raise KernelError(f"launching kernel {self.op} for {self.target} failed: {status.name}")
+
+
+def _default_slots(pointers: int, launch: Launch) -> tuple[Slot, ...]:
+    """The parameters of a generated kernel: pointers, scalars, and two null pointers."""
+    kind = "i64" if launch.wide else "i32"
+    scalars = [Slot(kind, "scalar", index) for index in range(len(launch.scalars))]
+    tensors = [Slot("pointer", "tensor", index) for index in range(pointers)]
+    return (*tensors, *scalars, *[Slot("u64", "constant", 0)] * 2)
+
+
+def _order(slots: Sequence[Slot], pointers: int, scalars: int) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    """From pointers, scalars and constants to the parameters in order."""
+    after = count(pointers + scalars)
+    first = {"tensor": 0, "scalar": pointers}
+    places = [next(after) if slot.source == "constant" else first[slot.source] + int(slot.value) for slot in slots]
+    if len(places) > 1:  # of one place, `itemgetter` gives no tuple
+        return operator.itemgetter(*places)
+    return lambda values: tuple(values[place] for place in places)
 
 
 LoadedTactic = Tactic[Launcher]

@@ -19,8 +19,10 @@ from typing import Any
 import torch
 
 from torch_rtx.chips import PDL_SAVES_US
+from torch_rtx.dtypes import DTYPES, FLOAT
 from torch_rtx.errors import KernelError, RtxError
-from torch_rtx.ir import Graph, Node, Sym, kernel_nodes, typical_size
+from torch_rtx.foreign import launch_in
+from torch_rtx.ir import Graph, Node, Sym, TensorType, kernel_nodes, typical_size
 from torch_rtx.runtime.background import Background
 from torch_rtx.runtime.benchmark import Run
 from torch_rtx.runtime.bind import bind, bind_node
@@ -50,6 +52,7 @@ class TuningContext:
         jit: loads the engine's tactics, also those that the driver compiles from PTX.
         time: times equivalent runs; returns microseconds per run.
         background: runs the tuners.
+        rivals: loads the tactics that the engine has for a kernel node, by its op.
     """
 
     database: TuningDatabase
@@ -57,6 +60,7 @@ class TuningContext:
     jit: Callable[[], Mapping[str, LoadedTactic]]
     time: Callable[[Sequence[Run]], float]
     background: Background
+    rivals: Callable[[str], Sequence[LoadedTactic]] = lambda op: ()
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,8 @@ class Tuner:
     def measure(self) -> None:
         """Measure tactics and swap the code; follows `compile`, for a variant without symbols."""
         with undisturbed(self.of.device), _own_stream(self.of.device):
-            self.tune(self.variant.regions)
+            regions = [region for region in self.variant.regions if is_measurable(region.body)]
+            self.tune([region for region in regions if not self.compare(region)])
             self.swap()
 
     def regions(self) -> Iterator[Region]:
@@ -219,6 +224,18 @@ class Tuner:
             variant.tier = PORTABLE if self.generic else SPECIALIZED
         log.debug("%d regions, %d kernels are launched", len(variant.regions), len(launched(tactics)))
 
+    def compare(self, region: Region) -> bool:
+        """Measure the engine's own tactics for a kernel that others wrote, and use the fastest; False if there are no
+        several ones, for a kernel that can be compiled here, or for another region."""
+        if launch_in(region.body) is None or region.body.syms:
+            return False
+        measured = Measurements(self, region)
+        for tactic in self.context.rivals(region.node.op):
+            self.context.background.step()
+            measured.add_loaded(tactic.kind, bound(tactic, self.variant.sizes))
+        measured.use_fastest()
+        return bool(measured.times)
+
     def tune(self, regions: Sequence[Region]) -> None:
         """Measure regions without a choice, rank by rank until the time is up, and use the fastest tactic of each."""
         work, end = self.variant.work, time.monotonic() + self.of.settings.tuning_seconds
@@ -301,6 +318,22 @@ class Measurements:
         except (RtxError, torch.OutOfMemoryError) as error:
             tuner.reject(region, error)
 
+    def add_loaded(self, name: str, tactic: LoadedTactic) -> None:
+        """Check and time a tactic of the engine."""
+        tuner, region = self.tuner, self.region
+        try:
+            check = tuner.check(region.node)
+            code = check.code({region.node.op: tactic})
+            self._time(name, check, code)
+            self.loaded[name] = tactic, len(self.loaded)
+        except (RtxError, torch.OutOfMemoryError) as error:
+            tuner.reject(region, error)
+
+    def use_fastest(self) -> None:
+        """Use the fastest of the engine's tactics, whose ranks say nothing where they were not built."""
+        if self.loaded:
+            self.tuner.use(self.region, self.loaded[min(self.times, key=self.times.__getitem__)][0])
+
     def _time(self, name: str, check: CandidateCheck, code: Code) -> None:
         self.times[name] = self.tuner.context.time(check.runs(code, self.tuner.pool))
         kernels, nodes = launched(code.tactics), inline_kernels(code.graph, code.tactics).nodes
@@ -317,6 +350,13 @@ class Measurements:
         self.tuner.context.database.remember(self.region.key, self.region.choice)
         if tactic is not None:
             self.tuner.use(self.region, tactic)
+
+
+def is_measurable(body: Graph) -> bool:
+    """Whether made-up inputs show how long a kernel takes. Those of one that others wrote may be how much there is to
+    do, where they are integers."""
+    types = [value.type for value in body.inputs if isinstance(value.type, TensorType)]
+    return launch_in(body) is None or all(DTYPES[type_.dtype].kind == FLOAT for type_ in types)
 
 
 def _nearest(sym: Sym, size: int, aligned: bool) -> int:

@@ -23,7 +23,7 @@ from torch_rtx.runtime.benchmark import timer
 from torch_rtx.runtime.bind import bind
 from torch_rtx.runtime.compile_client import COMPILE_CLIENT
 from torch_rtx.runtime.driver import checked
-from torch_rtx.runtime.launch import Gpu, LoadedTactic, gpu_of, load, load_tactics
+from torch_rtx.runtime.launch import Gpu, LoadedTactic, gpu_of, load, load_rivals, load_tactics
 from torch_rtx.runtime.tuner import TuningContext
 from torch_rtx.runtime.tuning_db import TuningDatabase, region_key
 from torch_rtx.settings import BEST, RuntimeSettings, opens_stages, runtime_cache_path
@@ -35,6 +35,7 @@ _READ_BY_LOWERING = (
     "accumulation",
     "chips",
     "dtypes",
+    "foreign",
     "ir",
     "irparse",
     "manifest",
@@ -68,6 +69,7 @@ def tactics_and_context(
         jit=partial(load_tactics, table, graph, device, open_store=open_store),
         time=timer(device),
         background=BACKGROUND,
+        rivals=partial(load_rivals, table, graph, gpu),
     )
     at_once = settings.specialization_strategy != "lazy"
     return load_tactics(table, graph, device, jit=at_once, open_store=open_store), context

@@ -11,9 +11,10 @@ import math
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch_rtx.artefacts import NO_FILES, Artefacts
+from torch_rtx.errors import KernelError
 from torch_rtx.lowering.kernels.index import multiple
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.toolchain import Code, Job, disassemble, lower, lower_to_ttir
@@ -23,6 +24,7 @@ from torch_rtx.targets import ALIGNMENT, Target, arch_of, lacks
 MAX_SPILLS = 128  # bytes of spill stores per thread; spilling up to this beats a smaller tile
 TENSOR_MEMORY = 512  # columns of a multiprocessor
 Wanted = tuple[Kernel, Target]
+Done = Code | NoTensorCores | KernelError  # the error: of a kernel that others wrote
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,8 @@ def compile_kernels(
     }
     shown = [pair for pair in jobs if pair in files]
     for pair in shown:  # before it is compiled: a compiler may reject it
-        files[pair].write("py", jobs[pair][0].source)
+        if jobs[pair][0].source:
+            files[pair].write("py", jobs[pair][0].source)
     done = _run(dict.fromkeys(job for both in jobs.values() for job in both), workers, progress)
     for pair in shown:
         _write(files[pair], jobs[pair], done)
@@ -92,16 +95,19 @@ def compile_kernels(
 
 def _run(
     jobs: Collection[Job], workers: int | None, progress: Callable[[int, int], object] | None
-) -> Mapping[Job, Code | NoTensorCores]:
-    done: dict[Job, Code | NoTensorCores] = {}
+) -> Mapping[Job, Done]:
+    done: dict[Job, Done] = {}
     with ThreadPoolExecutor(workers or len(_cores()), "torch_rtx build") as pool:
         futures = {pool.submit(lower, job): job for job in jobs}
         try:
             for future in as_completed(futures):
-                error = future.exception()
-                if error is not None and not isinstance(error, NoTensorCores):
+                job, error = futures[future], future.exception()
+                if error is None:
+                    done[job] = future.result()
+                elif isinstance(error, NoTensorCores) or (isinstance(error, KernelError) and job.foreign is not None):
+                    done[job] = error
+                else:
                     raise error
-                done[futures[future]] = future.result() if error is None else error
                 if progress is not None:
                     progress(len(done), len(futures))
         except BaseException:
@@ -132,6 +138,10 @@ def _jobs(kernel: Kernel, sm: int, portable: bool, artefacts: Artefacts) -> tupl
     always = tuple(multiple(dim) % ALIGNMENT == 0 for dim in kernel.scalars)
     cases = dict.fromkeys(((True,) * len(always), always))
     wide, warps, stages = kernel.wide, kernel.num_warps, kernel.num_stages
+    if kernel.foreign is not None:
+        first = Job(kernel.name, "", (), (), wide, warps, stages, sm, portable=portable, foreign=kernel.foreign)
+        made = (replace(first, **{kernel.foreign.form: text}) for text in kernel.foreign.texts)  # type: ignore[arg-type]
+        return tuple(replace(job, scalars=case) for case, job in zip(cases, made, strict=False))
     edited = artefacts.read("py")
     source = kernel.source if edited is None else edited
     return tuple(
@@ -145,11 +155,12 @@ def _cases(artefacts: Artefacts) -> tuple[Artefacts, Artefacts]:
     return artefacts, artefacts.of("generic")
 
 
-def _write(artefacts: Artefacts, jobs: Iterable[Job], done: Mapping[Job, Code | NoTensorCores]) -> None:
+def _write(artefacts: Artefacts, jobs: Iterable[Job], done: Mapping[Job, Done]) -> None:
     """Write the stages after the source."""
     for job, files in zip(jobs, _cases(artefacts), strict=False):
         code = done[job]
-        files.write("ttir", lower_to_ttir(job))
+        if job.source or job.ttir is not None:
+            files.write("ttir", lower_to_ttir(job))
         if isinstance(code, Code):
             files.write("ptx", code.ptx.decode())
             sass = disassemble(code.cubin)
@@ -157,7 +168,7 @@ def _write(artefacts: Artefacts, jobs: Iterable[Job], done: Mapping[Job, Code | 
                 files.write("sass", sass)
 
 
-def _built(kernel: Kernel, target: Target, results: list[Code | NoTensorCores]) -> Built:
+def _built(kernel: Kernel, target: Target, results: list[Done]) -> Built:
     codes = [result for result in results if isinstance(result, Code)]
     if not results:
         dtype = next(dtype for dtype in kernel.pointers if lacks(target.arch, dtype))
@@ -165,6 +176,8 @@ def _built(kernel: Kernel, target: Target, results: list[Code | NoTensorCores]) 
     for result in results:
         if isinstance(result, NoTensorCores):
             return Built(None, None, f"{target} has no instruction like {result}")
+        if isinstance(result, KernelError):
+            return Built(None, None, result.message)
     problem = next((text for code in codes if (text := _too_large(code, target))), None)
     if problem is not None:
         return Built(None, None, problem)

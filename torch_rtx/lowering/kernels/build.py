@@ -144,7 +144,8 @@ class Binaries:
         assert built.aligned is not None  # only results that run are chosen
         generic = None if built.generic is None else self._variant(built.generic, target)
         aligned = self._variant(built.aligned, target)
-        return Launch(kernel.scalars, kernel.grid, kernel.wide, aligned, generic)
+        slots, block = (None, None) if kernel.foreign is None else (kernel.foreign.slots, kernel.foreign.block)
+        return Launch(kernel.scalars, kernel.grid, kernel.wide, aligned, generic, slots, block)
 
     def _variant(self, code: Code, target: Target) -> Variant:
         binary = code.ptx if target.ptx else code.cubin

@@ -9,7 +9,7 @@ import os
 import pickle
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from queue import SimpleQueue
@@ -22,19 +22,23 @@ from torch_rtx.errors import RtxError, Unsupported
 from torch_rtx.ir import Graph
 from torch_rtx.lowering.kernels import build as kernel_build
 from torch_rtx.lowering.kernels.generate import tactics
-from torch_rtx.tactics import Candidate
+from torch_rtx.lowering.kernels.kernel import Kernel
+from torch_rtx.tactics import Candidate, Tactic
 from torch_rtx.targets import Arch, arch_of
 
 NICENESS = 10  # the running program has priority
 
 
 def build(
-    bodies: Mapping[str, tuple[Graph, int]], sm: int, artefacts: Artefacts = NO_FILES, chip: Chip | None = None
+    bodies: Mapping[str, tuple[Graph | Sequence[Tactic[Kernel]], int]],
+    sm: int,
+    artefacts: Artefacts = NO_FILES,
+    chip: Chip | None = None,
 ) -> dict[str, Candidate]:
     """Per region the first tactic from a rank on that fits the GPU; regions without one are left out.
 
     Args:
-        bodies: by name, with the rank of the first tactic to try.
+        bodies: by name, with the rank of the first tactic to try. Of a kernel that others wrote: its tactics.
         sm: the SM version of the GPU.
         artefacts: where the stages of kernels are written and overridden.
         chip: the GPU; None: what stands for its SM version.
@@ -46,7 +50,7 @@ def build(
     arch = target.arch if chip is None else replace(target.arch, chip=chip)
     wanted = {name: (_ranked(body, name, arch, first), target) for name, (body, first) in bodies.items()}
     for name, (body, first) in bodies.items() if artefacts.dump is not None else ():
-        if first == 0:
+        if first == 0 and isinstance(body, Graph):
             offers = sorted(_ranked(body, name, arch, first), key=lambda one: one[0])
             kernel_build.show_offers(artefacts, name, body, target, offers)
     found = {}
@@ -59,8 +63,11 @@ def build(
     return found
 
 
-def _ranked(body: Graph, name: str, arch: Arch, first: int) -> Iterator[kernel_build.Ranked]:
+def _ranked(body: Graph | Sequence[Tactic[Kernel]], name: str, arch: Arch, first: int) -> Iterator[kernel_build.Ranked]:
     """The tactic of rank `first`, then the later ones of its kind, then all others."""
+    if not isinstance(body, Graph):
+        yield from islice(enumerate(body), first, None)
+        return
     try:
         later = islice(enumerate(tactics(body, name, arch)), first, None)
         for rank, tactic in later:

@@ -15,6 +15,7 @@ from torch_rtx.lowering.kernels.families import (
     attention_backward,
     attention_flex,
     conv,
+    foreign,
     gemm,
     grouped,
     horizontal,
@@ -105,6 +106,9 @@ def fastest(body: Graph, name: str, arch: Arch) -> Tactic[Kernel] | None:
 
 def _ordered(body: Graph, name: str, arch: Arch) -> list[Iterator[Tactic[Kernel]]]:
     """The tactics of each form, those of the fastest first."""
+    others = foreign.offers(body, arch)
+    if others is not None:
+        return others
     found, configs = region(body, _as_bytes(body, arch)), _configs(body, arch)
     family = family_of(found)
     own_us = family.expected_us(found, arch, configs[0]) if configs else inf

@@ -5,6 +5,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch_rtx.ir import Dim
+from torch_rtx.tactics import Slot
+
+
+@dataclass(frozen=True)
+class ForeignCode:
+    """What a kernel that others wrote has in place of a source of this package.
+
+    Attributes:
+        form: of `texts`: "ttir", "ptx", or "cubin" in hexadecimal digits.
+        texts: the code where every scalar is a multiple of 16 and, if it differs, the code for other scalars.
+        slots: the parameters, in order.
+        options: further options of Triton, by name.
+        block: threads of a block along x, y and z; None: those of `num_warps`.
+        shared: bytes of dynamic shared memory per block, of PTX; Triton says them itself.
+    """
+
+    form: str
+    texts: tuple[str, ...]
+    slots: tuple[Slot, ...]
+    options: tuple[tuple[str, int | bool | str], ...] = ()
+    block: tuple[int, int, int] | None = None
+    shared: int = 0
 
 
 @dataclass(frozen=True)
@@ -22,6 +44,7 @@ class Kernel:
         num_warps, num_stages: Triton's options of these names.
         wide: scalars are int64, not int32.
         trigger_early: see `insert_pdl`.
+        foreign: of a kernel that others wrote; None: of a generated one.
     """
 
     name: str
@@ -33,3 +56,4 @@ class Kernel:
     num_stages: int = 1
     wide: bool = False
     trigger_early: bool = False
+    foreign: ForeignCode | None = None

@@ -14,7 +14,7 @@ import re
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
@@ -24,6 +24,7 @@ from typing import Any
 
 from torch_rtx.dtypes import DTYPES
 from torch_rtx.errors import KernelError
+from torch_rtx.lowering.kernels.kernel import ForeignCode
 from torch_rtx.lowering.kernels.masks import fold_masks
 from torch_rtx.lowering.kernels.pdl import WAIT, insert_pdl
 from torch_rtx.lowering.kernels.turing import NoTensorCores, rewrite
@@ -52,6 +53,7 @@ class Job:
         trigger_early: see `Kernel`.
         portable: the PTX must run on later SM versions, too: it has no features of one architecture (no "a" suffix).
         ttir, ptx: overrides of the stages of these names; None: the stage is generated.
+        foreign: the kernel that others wrote; `source` is empty, and `ttir`, `ptx` or `cubin` its code.
     """
 
     name: str
@@ -66,6 +68,8 @@ class Job:
     portable: bool = False
     ttir: str | None = None
     ptx: str | None = None
+    foreign: ForeignCode | None = None
+    cubin: str | None = None
 
 
 @dataclass(frozen=True)
@@ -177,9 +181,14 @@ def lower(job: Job) -> Code:
         hint = f"build {arch_of(job.sm).target} instead, which its driver compiles"
         raise KernelError(f"no ptxas is known that makes binaries for sm_{job.sm}", hint=hint)
     triton = _triton()
+    if job.cubin is not None:
+        return _given(triton, job, bytes.fromhex(job.cubin))
     try:
-        with _no_line_info(triton):
-            generated, metadata = _ptx(triton, job, lower_to_ttir(job))
+        if job.foreign is not None and job.foreign.form == "ptx":
+            generated, metadata = _assembled(job)
+        else:
+            with _no_line_info(triton):
+                generated, metadata = _ptx(triton, job, lower_to_ttir(job))
         ptx = generated if job.ptx is None else job.ptx
         cubin, registers, spills, stack = _ptxas(triton, job, ptx)
     except (KernelError, NoTensorCores):
@@ -224,6 +233,11 @@ def _ttir(job: Job) -> str:
         dict(zip(function.arg_names, types, strict=True)),
         attrs={(index,): _DIVISIBLE for index, given in enumerate(divisible) if given},
     )
+    return _made(triton, source, job)
+
+
+def _made(triton: _Triton, source: Any, job: Job) -> str:
+    """The TTIR of a source of Triton's."""
     backend, options, context = _backend(triton, job)
     helpers = backend.get_codegen_implementation(options), backend.get_module_map()
     # CPython's AST constructor keeps its recursion depth in a global: with two threads parsing, it may fail spuriously
@@ -237,6 +251,40 @@ def _ttir(job: Job) -> str:
             if attempt == 2:
                 raise
     return str(backend.make_ttir(module, {}, options, job.sm))
+
+
+def trace(
+    function: Any, types: Mapping[str, str], constants: Mapping[str, Any], divisible: Collection[str], job: Job
+) -> str:
+    """The TTIR of a JIT function that others wrote.
+
+    Args:
+        function: of Triton.
+        types: of the parameters that are not constant, by name, as Triton writes them.
+        constants: the other parameters.
+        divisible: the parameters that are multiples of 16.
+        job: for the SM version and the options.
+
+    Raises:
+        KernelError: Triton rejects the function.
+    """
+    triton = _triton()
+    signature = {name: types.get(name, "constexpr") for name in function.arg_names}
+    places = {name: (index,) for index, name in enumerate(function.arg_names)}
+    try:
+        source = triton.source(
+            function,
+            signature,
+            {places[name]: value for name, value in constants.items()},
+            {places[name]: _DIVISIBLE for name in function.arg_names if name in divisible},
+        )
+        with _no_line_info(triton):
+            return _made(triton, source, job)
+    except KernelError:
+        raise
+    except Exception as error:  # see `lower`
+        cause = f"\n{error.__cause__!r}" if error.__cause__ else ""
+        raise _error(job, "Triton", f"{type(error).__name__}: {error}{cause}") from error
 
 
 def _function(triton: _Triton, job: Job) -> Any:
@@ -264,6 +312,7 @@ def _backend(triton: _Triton, job: Job) -> tuple[Any, Any, Any]:
         "num_stages": job.num_stages,
         "enable_fp_fusion": True,
         "ptx_version": PORTABLE_PTX if job.portable else arch_of(job.sm).ptx_version,
+        **dict(() if job.foreign is None else job.foreign.options),
     }
     context = triton.ir.context()
     triton.ir.load_dialects(context)
@@ -287,7 +336,9 @@ def _ptx(triton: _Triton, job: Job, ttir: str) -> tuple[str, dict[str, Any]]:
     else:
         module = backend.make_ttgir(module, metadata, options, job.sm)
     llir = backend.make_llir(module, metadata, options, job.sm)
-    ptx = fold_masks(backend.make_ptx(llir, metadata, options, job.sm))
+    ptx = backend.make_ptx(llir, metadata, options, job.sm)
+    if job.foreign is None:
+        ptx = fold_masks(ptx)
     if job.portable:
         ptx = ptx.replace(f".target {triton.arch_name(job.sm)}", f".target {_gpu_name(triton, job)}")
     if rewritten:
@@ -295,6 +346,26 @@ def _ptx(triton: _Triton, job: Job, ttir: str) -> tuple[str, dict[str, Any]]:
     elif "griddepcontrol" in arch.features:
         ptx = insert_pdl(ptx, job.trigger_early)
     return ptx, metadata
+
+
+def _assembled(job: Job) -> tuple[str, dict[str, Any]]:
+    """PTX that others wrote, and metadata of the kernel as Triton would give it."""
+    assert job.ptx is not None
+    assert job.foreign is not None
+    return job.ptx, {"name": job.name, "shared": job.foreign.shared, "global_scratch_size": 0}
+
+
+def _given(triton: _Triton, job: Job, cubin: bytes) -> Code:
+    """A cubin that others built, with the registers that cuobjdump reads from it."""
+    assert job.foreign is not None
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "kernel.cubin").write_bytes(cubin)
+        command = [import_module("triton").knobs.nvidia.cuobjdump.path, "-res-usage", "kernel.cubin"]
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    used = re.search(rf"Function {re.escape(job.name)}:\s*REG:(\d+) STACK:(\d+)", result.stdout)
+    if used is None:
+        raise _error(job, "cuobjdump", result.stderr or f"the binary has no kernel {job.name}")
+    return Code(b"", cubin, job.name, job.num_warps, job.foreign.shared, int(used[1]), 0, int(used[2]))
 
 
 def _ptxas(triton: _Triton, job: Job, ptx: str) -> tuple[bytes, int, int, int]:
@@ -356,10 +427,10 @@ def _error(job: Job, who: str, message: str) -> KernelError:
     if len(lines) > 9:  # the cause is in the first lines of ptxas and in the last lines of Triton
         lines[4:-4] = ["..."]
     shown = "\n  ".join(lines)
-    return KernelError(
-        f"{who} refuses the kernel {job.name} for sm_{job.sm}: {shown}",
-        hint="this is a bug of torch_rtx; until it is fixed, leave out the option `targets`, or this target",
-    )
+    own = "this is a bug of torch_rtx; until it is fixed, leave out the option `targets`, or this target"
+    theirs = "the kernel is the model's own: change it, or leave this target out of the option `targets`"
+    hint = own if job.foreign is None else theirs
+    return KernelError(f"{who} refuses the kernel {job.name} for sm_{job.sm}: {shown}", hint=hint)
 
 
 # ---- line information ------------------------------------------------------------------------------------------------

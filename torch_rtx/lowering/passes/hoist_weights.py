@@ -15,6 +15,7 @@ from dataclasses import replace
 from torch_rtx import aten
 from torch_rtx.accumulation import scatters
 from torch_rtx.collectives import is_ordered
+from torch_rtx.foreign import LAUNCH
 from torch_rtx.ir import Expr, Graph, Node, ScalarType, Sym, TensorType, Value, Weight, attr_dims, attr_values
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.rewrite import returned, with_bases
@@ -98,7 +99,7 @@ def _hoistable(node: Node, source: dict[str, Weight], made: dict[str, Node], siz
     if node.kind != "op" or not node.outputs or is_ordered(node):
         return False
     op = aten.overload(node.op)
-    if aten.is_random(op) or "empty" in node.op:
+    if aten.is_random(op) or "empty" in node.op or node.op == LAUNCH:  # a refit may not have the source of a kernel
         return False
     if any(value.name not in source and value.name not in made for value in node.inputs):
         return False

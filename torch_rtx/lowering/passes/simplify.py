@@ -3,7 +3,7 @@ choices that constants decide, scatters that replace all elements, and copies of
 
 Softmax of halves with a float result has one form for CUDA alone, which takes no other dtypes: it becomes the call that
 names the dtype, and has the same meaning everywhere. `unbind` becomes a call for each position. What PyTorch leaves
-uninitialized is zeros in an engine.
+uninitialized is zeros in an engine, unless kernels that others wrote are all that it is for.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 
 from torch_rtx import aten
+from torch_rtx.foreign import filled_by_launches
 from torch_rtx.ir import Attr, Graph, Node, TensorType, Value, contiguous
 from torch_rtx.lowering.constants import Constants
 from torch_rtx.lowering.infer import Inference
@@ -37,7 +38,7 @@ def simplify(graph: Graph, infer: Inference) -> Graph:
     escapes, base = escaping(graph), aten.bases(graph)
     owned = aten.shared(graph) | {v.name for v in (*graph.inputs, *(weight.value for weight in graph.weights))}
     views = {name for name in returned(graph) if base.get(name) in owned}  # tensors of their own in memory of another
-    constants = Constants(graph)
+    constants, filled = Constants(graph), filled_by_launches(graph)
     reshaped: dict[str, Value] = {}  # from the result of a view to its source
     copied: dict[str, Value] = {}  # the same of copies
 
@@ -45,7 +46,7 @@ def simplify(graph: Graph, infer: Inference) -> Graph:
         return base.get(value.name, value.name) in owned
 
     def visit(node: Node, rewriter: Rewriter) -> bool:
-        if node.op in aten.UNINITIALIZED:
+        if node.op in aten.UNINITIALIZED and not filled.issuperset(value.name for value in node.results):
             return _as_zeros(node, rewriter)
         if node.op == SCATTER:
             whole = node.arg("self")
