@@ -41,6 +41,7 @@ ARROWS = {
     "accumulation": {"ir"},
     "host_ops": set(),
     "block_formats": set(),
+    "control": {"errors", "ir"},
     "aten": {
         "attention_gradients",
         "detection",
@@ -59,7 +60,7 @@ ARROWS = {
     # aten inside `save` alone: it needs torch
     "engine": {
         *("dtypes", "errors", "ir", "irparse", "optable", "profiles", "manifest", "tactics", "tactics_v4", "aten"),
-        *("accumulation", "files", "serialization"),
+        *("accumulation", "control", "files", "serialization"),
     },
     "inspection": {"engine", "ir", "machine", "manifest", "op_work", "profiles", "tactics", "targets"},
     "validity": {
@@ -68,6 +69,7 @@ ARROWS = {
     "cache": {"errors", "files"},
     "lowering": {
         *("accumulation", "dtypes", "errors", "ir", "op_work", "aten", "settings", "targets", "lowering.kernels"),
+        "control",
     },
     # no torch: workers of a build start fast without it
     "lowering.kernels": {
@@ -76,7 +78,7 @@ ARROWS = {
     "runtime": {
         *("errors", "ir", "irparse", "optable", "op_work", "aten", "settings", "targets", "profiles", "manifest"),
         *("accumulation", "dtypes", "tactics", "engine", "cache", "artefacts", "onnx", "platforms", "version", "files"),
-        "chips",
+        *("chips", "control"),
     },
     "onnx": {"detection", "errors"},
     "backend": {

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from torch_rtx import aten
+from torch_rtx.control import branches, is_control
 from torch_rtx.ir import Graph, Node, Value
 from torch_rtx.runtime.code import EMPTY, Code
 from torch_rtx.runtime.driver import checked, driver, relaxed
@@ -289,10 +290,12 @@ def _with_generator(graph: torch.cuda.CUDAGraph) -> Callable[[object, int], tupl
 
 def may_draw(graph: Graph) -> bool:
     """A node of `graph` may draw from the random number generator."""
-    return any(node.kind == "fallback" or (node.kind != "kernel" and _draws(node)) for node in graph.nodes)
+    return any(map(_draws, graph.nodes))
 
 
 def _draws(node: Node) -> bool:
+    if node.kind in ("kernel", "fallback"):
+        return any(map(may_draw, branches(node))) if is_control(node) else node.kind == "fallback"
     op = aten.overload(node.op)
     without = "dropout_p" in aten.schema(op) and node.arg("dropout_p", 0.0) == 0.0
     return aten.is_random(op) and not without

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from torch_rtx import aten
-from torch_rtx.ir import MAIN, OBJECT, Graph, ScalarType, TensorType, attr_values, dim_syms, type_dims
+from torch_rtx.control import is_control
+from torch_rtx.ir import MAIN, OBJECT, SCAN, Graph, ScalarType, TensorType, attr_values, dim_syms, type_dims
 from torch_rtx.optable import NUMBERS
 from torch_rtx.runtime.admission import AdmissionPolicy
 from torch_rtx.runtime.captured import Captured, CaptureSpec, RunCode, capture
@@ -50,6 +51,8 @@ def why_not(graph: Graph) -> str | None:
         if node.op in NUMBERS and node.kind == "extern":  # a function of sizes, which are those of the capture
             known |= {sym.name for value in node.results for dim in type_dims(value.type) for sym in dim_syms(dim)}
             continue
+        if is_control(node) and node.op != SCAN:
+            return f"the host decides how often the bodies of {node.op} run ({node.loc})"
         if node.op in CHECKS:
             return f"the host waits for the result that {node.op} checks ({node.loc})"
         for type_ in (value.type for value in node.outputs if value is not None):
