@@ -16,6 +16,7 @@ from torch_rtx import aten
 from torch_rtx.control import branches, is_control
 from torch_rtx.ir import Graph, Node, Value
 from torch_rtx.runtime.code import EMPTY, Code
+from torch_rtx.runtime.conditional import recording
 from torch_rtx.runtime.driver import checked, driver, relaxed
 from torch_rtx.runtime.graph_borders import Inputs, Placed, Results, is_pinned_tensor
 from torch_rtx.runtime.graph_params import Executables, GraphNodes, kernel_uses
@@ -154,7 +155,10 @@ class Captured:
         keep = EMPTY["cuda"] if spec.results is None else spec.results.allocator(stand_ins.ordinary, own)
         places = () if spec.block is None else (spec.block.view(torch.uint8), keep)
         stream = spec.memory.capture_stream
-        with torch.cuda.graph(self.graph, spec.handle, stream, capture_error_mode="thread_local"):
+        with (
+            recording() as self._recording,
+            torch.cuda.graph(self.graph, spec.handle, stream, capture_error_mode="thread_local"),
+        ):
             given.enter()
             results = spec.run(code, given.tensors, store.values, stand_ins.empty, *places)
             made = Results(spec.graph, results, given, pinned, uses, spec.kept, stand_ins.empty, spec.block, own)

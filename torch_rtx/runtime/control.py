@@ -10,6 +10,7 @@ import torch
 
 from torch_rtx.control import given
 from torch_rtx.ir import COND, LOOP, Node
+from torch_rtx.runtime import conditional
 
 Runner = Callable[..., list[Any]]  # `run(inputs, weights)`, see `code.Code`
 
@@ -34,10 +35,14 @@ def runner(node: Node, bodies: Sequence[Runner]) -> Callable[..., list[Any]]:
 
 
 def _condition(then: Runner, otherwise: Runner, pred: Any, operands: list[Any]) -> list[Any]:
+    if conditional.records(pred):
+        return conditional.condition(then, otherwise, pred, operands)
     return (then if pred else otherwise)(operands, ())
 
 
 def _loop(body: Runner, state: list[Any], operands: list[Any]) -> list[Any]:
+    if conditional.records(state[0]):
+        return conditional.loop(body, state, operands)
     if not state[0]:
         return list(map(_copied, state))
     while state[0]:
