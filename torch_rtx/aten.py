@@ -162,9 +162,9 @@ def is_view(op: torch._ops.OpOverload) -> bool:
 
 
 def may_alias(node: Node, trusted: frozenset[str] = frozenset()) -> bool:
-    """Whether a result of `node` may lie in the memory of an input. Results of kernels, of Python functions and of
-    fallbacks that are not `trusted` count as new."""
-    return node.kind != "kernel" and _may_alias(node.op, trusted)
+    """Whether a result of `node` may lie in the memory of an input. Results of kernels, of control flow, of Python
+    functions and of fallbacks that are not `trusted` count as new."""
+    return node.body is None and _may_alias(node.op, trusted)
 
 
 @cache

@@ -29,10 +29,23 @@ from safetensors import SafetensorError
 
 from torch_rtx import dtypes, tactics
 from torch_rtx.accumulation import continued
+from torch_rtx.control import check_all, is_control
 from torch_rtx.errors import EngineFormatError, InvalidIR, RtxError
 from torch_rtx.files import Path, replacing
 from torch_rtx.foreign import LAUNCH
-from torch_rtx.ir import MAX_RANK, UPDATES, Dim, Graph, Node, Parameter, TensorType, dim_expr, kernel_nodes, verify
+from torch_rtx.ir import (
+    LOOP,
+    MAX_RANK,
+    UPDATES,
+    Dim,
+    Graph,
+    Node,
+    Parameter,
+    TensorType,
+    dim_expr,
+    kernel_nodes,
+    verify,
+)
 from torch_rtx.irparse import MAX_NAME, parse
 from torch_rtx.manifest import (
     ADDITION_READER,
@@ -181,10 +194,12 @@ def write(engine: Engine, file: BinaryIO) -> None:
 
 
 def _oldest_reader(engine: Engine) -> int:
-    """Older readers refuse tactics, updates, typical values and launches of kernels that others wrote, accept sizes
-    between several profiles, and launch kernels that add to their results in memory that holds anything."""
-    launches = any(node.op == LAUNCH for node in calls(engine.graph))
-    if launches or (engine.kernels and any(map(continued, kernel_nodes(engine.graph)))):
+    """Older readers refuse control flow, launches of kernels that others wrote, tactics, updates and typical values,
+    accept sizes between several profiles, and launch kernels that add to their results in memory that holds anything.
+    """
+    if any(is_control(node) or node.op == LAUNCH for node in calls(engine.graph)):
+        return ADDITION_READER
+    if engine.kernels and any(map(continued, kernel_nodes(engine.graph))):
         return ADDITION_READER
     if engine.kernels:
         return TACTIC_READER
@@ -486,13 +501,14 @@ def _key(parameter: Parameter) -> str:
 
 
 def calls(graph: Graph) -> Iterator[Node]:
-    """The nodes of the graph, its recipes and the bodies of its kernels, without the kernels themselves."""
+    """The nodes of the graph, its recipes and the bodies of its nodes: without kernels and control flow themselves, but
+    for loops, since nothing bounds their time."""
     for recipe in (weight.recipe for weight in graph.weights if weight.recipe):
         yield from calls(recipe)
     for node in graph.nodes:
-        if node.body is None:
+        if node.body is None or node.op == LOOP:
             yield node
-        else:
+        if node.body is not None:
             yield from calls(node.body)
 
 
@@ -510,6 +526,7 @@ def _parsed(text: str) -> Graph:
     """
     graph = parse(text)
     verify(graph, ALLOWED)
+    check_all(graph)
     if graph.level != "fused":
         raise InvalidIR(f"the graph of an engine is of level 'fused', not {graph.level!r}")
     if str(graph) != text:

@@ -32,6 +32,8 @@ UPDATES = frozenset(f"aten.{name}" for name in ("index_copy_.default", "index_pu
 UPDATES |= {"aten.scatter_.src", "aten.scatter_.value"}
 MAX_RANK = 64  # as in PyTorch
 LEVELS = {"import": ("op", "kernel", "fallback"), "fused": ("kernel", "extern", "view", "fallback")}
+COND, LOOP, SCAN, CALL = (f"torch_rtx.{name}" for name in ("cond", "while_loop", "scan", "call"))
+CONTROL = frozenset((COND, LOOP, SCAN, CALL))  # fallbacks with a body, see `control`
 SCALARS = frozenset(("int", "float", "bool", "object"))
 DIM_OPS: dict[str, Callable[[Sequence[int]], int]] = {
     "+": sum,
@@ -105,9 +107,8 @@ def dim_syms(dim: Dim) -> Iterator[Sym]:
     """The symbols in `dim`, with repeats."""
     if isinstance(dim, Sym):
         yield dim
-    elif isinstance(dim, Expr):
-        for arg in dim.args:
-            yield from dim_syms(arg)
+    for arg in dim.args if isinstance(dim, Expr) else ():
+        yield from dim_syms(arg)
 
 
 def evaluate(dim: Dim, sizes: Mapping[str, int]) -> int | None:
@@ -197,9 +198,8 @@ def attr_values(attr: Attr) -> Iterator[Value]:
     """The values in an attribute, in order, with repeats."""
     if isinstance(attr, Value):
         yield attr
-    elif isinstance(attr, tuple):
-        for item in attr:
-            yield from attr_values(item)
+    for item in attr if isinstance(attr, tuple) else ():
+        yield from attr_values(item)
 
 
 def attr_map(attr: Attr, fn: Callable[[Value], Attr]) -> Attr:
@@ -362,11 +362,11 @@ class Graph:
 
 
 def kernel_nodes(graph: Graph) -> Iterator[Node]:
-    """The nodes of kind `kernel` in order, including those in bodies of other kernels that may be launched alone."""
+    """The nodes of kind `kernel` in order, including those in bodies of other nodes that may be launched alone."""
     for node in graph.nodes:
-        if node.kind == "kernel" and node.body is not None:
-            yield node
-            yield from () if has_parts(node.body) else kernel_nodes(node.body)
+        yield from (node,) * (node.kind == "kernel")
+        if node.body is not None and not (node.kind == "kernel" and has_parts(node.body)):
+            yield from kernel_nodes(node.body)
 
 
 def has_parts(body: Graph) -> bool:
@@ -495,8 +495,8 @@ def _verify_node(
         raise InvalidIR(f"a node of kind {node.kind!r} does not belong in level {level!r}")
     if node.kind in ("op", "extern", "view") and ops is not None and node.op not in ops:
         raise InvalidIR(f"op {node.op} is not on the allow-list")
-    if (node.kind == "kernel") != (node.body is not None):
-        raise InvalidIR("a kernel must have a body, and other nodes must not")
+    if (node.kind == "kernel" or (node.kind == "fallback" and node.op in CONTROL)) != (node.body is not None):
+        raise InvalidIR("a kernel must have a body, as must control flow, and other nodes must not")
     if len({key for key, _ in node.args}) != len(node.args):
         raise InvalidIR("an argument is given twice")
     for value in node.inputs:
@@ -548,13 +548,13 @@ class _WriteChecker:
 
 def _verify_body(node: Node, body: Graph, ops: Container[str] | None) -> None:
     outputs = [value for value in body.outputs if isinstance(value, Value)]
-    if body.level != "import" or body.weights or len(outputs) != len(body.outputs):
+    if (node.kind == "kernel" and body.level != "import") or body.weights or len(outputs) != len(body.outputs):
         raise InvalidIR("a kernel's body must be a graph of ops that returns tensors")
     if body.written:
-        raise InvalidIR("a kernel's body must not write to its inputs")
-    if [v.type for v in body.inputs] != [v.type for v in node.inputs]:
+        raise InvalidIR("a body must not write to its inputs")
+    if node.kind == "kernel" and [v.type for v in body.inputs] != [v.type for v in node.inputs]:
         raise InvalidIR("a kernel's body must have the kernel's input types")
-    if [v.type for v in outputs] != [v.type for v in node.results]:
+    if node.kind == "kernel" and [v.type for v in outputs] != [v.type for v in node.results]:
         raise InvalidIR("a kernel's body must have the kernel's output types")
     verify(body, ops)
 

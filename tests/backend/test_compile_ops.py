@@ -215,7 +215,7 @@ def test_cond(recorder):
     for flag in (1.0, -1.0):
         check(f, torch.randn(3), torch.tensor([flag]), runs=1, compiled=compiled)
     assert counter.frame_count == 1
-    assert recorder.fallbacks == ["!python"]
+    assert recorder.fallbacks == ["!cond"]
 
 
 @pytest.mark.parametrize("grad", [False, True])

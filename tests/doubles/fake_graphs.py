@@ -198,6 +198,10 @@ class FakeStream:
     raw: int
     waits: list[tuple[int, int]]
 
+    @property
+    def cuda_stream(self) -> int:
+        return self.raw
+
     def wait_stream(self, other: FakeStream) -> None:
         self.waits.append((self.raw, other.raw))
 

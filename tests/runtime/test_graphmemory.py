@@ -26,7 +26,8 @@ from torch_rtx.backend.undefined_gradients import without
 from torch_rtx.ir import Graph
 from torch_rtx.lowering.from_fx import Role
 from torch_rtx.runtime import cudagraph
-from torch_rtx.runtime.code import PLACED, Code, Owned, compile_graph
+from torch_rtx.runtime.code import PLACED, Code, compile_graph
+from torch_rtx.runtime.control import Owned
 from torch_rtx.runtime.cudagraph import GraphPool
 from torch_rtx.runtime.graphmemory import MOVES, Block, block_of, references
 from torch_rtx.runtime.plan import Room

@@ -29,7 +29,7 @@ from torch_rtx.backend.undefined_gradients import positions, specializing, undef
 from torch_rtx.errors import PartitionError, SettingsError
 from torch_rtx.lowering.from_fx import Role, is_fixed
 from torch_rtx.lowering.location import module_path
-from torch_rtx.runtime.code import Owned
+from torch_rtx.runtime.control import Owned
 from torch_rtx.runtime.session import Session
 from torch_rtx.runtime.subclasses import any_overrides, names_of, without_overrides
 from torch_rtx.runtime.tuning_context import tactics_and_context

@@ -49,6 +49,7 @@ HIGHER_ORDER = frozenset(
     ("cond", "while_loop", "scan", "associative_scan", "map_impl", "invoke_subgraph", "flex_attention", "with_effects")
     + ("auto_functionalized", "auto_functionalized_v2", "wrap_with_set_grad_enabled", "wrap_with_autocast")
     + ("run_and_save_rng_state", "run_with_rng_state", "flex_attention_backward", "tag_activation_checkpoint")
+    + ("while_loop_stack_output",)
 )
 # Global state on which ATen calls, their meta functions or the engine's library calls depend.
 FLAGS = tuple(
@@ -67,7 +68,8 @@ PRECISIONS = (("generic", "all"), ("cuda", "matmul"), ("cuda", "conv"), ("cuda",
 
 @dataclass(frozen=True)
 class GraphKey:
-    """The key of a graph, and its `nodes` in canonical order, the same for all graphs with one key."""
+    """The key of a graph, and its `nodes` in canonical order, the same for all graphs with one key; at the end those of
+    graphs that its calls hold."""
 
     key: Key
     nodes: list[fx.Node]
@@ -100,7 +102,7 @@ def graph_key(
         "constants": Part.of("\n".join(shared.constants)),
         **environment_parts(settings, symbols.main),
     }
-    return GraphKey(Key(parts), hasher.nodes)
+    return GraphKey(Key(parts), hasher.nodes + hasher.inside)
 
 
 def encode(content: object) -> bytes:
@@ -257,6 +259,7 @@ class GraphHasher:
         self.numbers: dict[fx.Node, bytes] = {}
         self.nodes: list[fx.Node] = []
         self.placeholders: list[fx.Node] = []
+        self.inside: list[fx.Node] = []  # of graphs that calls hold
         self.records: list[object] = []
         self.types: list[object] = []
         after: dict[fx.Node, int] = {}
@@ -337,6 +340,7 @@ class GraphHasher:
             return b"constant", self.shared.constant(content)
         if isinstance(content, fx.GraphModule):
             inner = GraphHasher(content, self.shared, self.ordered)
+            self.inside += (*inner.nodes, *inner.inside)
             return b"graph", inner.records, inner.types
         raise Uncacheable(f"an attribute of type {type(content).__name__}")
 

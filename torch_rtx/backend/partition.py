@@ -15,7 +15,9 @@ import torch
 from torch import fx
 
 from torch_rtx.errors import PartitionError, SettingsError
-from torch_rtx.lowering.from_fx import DROPPED, is_sym_node
+from torch_rtx.lowering.control_flow import inner_nodes
+from torch_rtx.lowering.exact_sizes import is_sym_node
+from torch_rtx.lowering.from_fx import DROPPED
 from torch_rtx.lowering.location import Locations
 from torch_rtx.settings import CompilationSettings
 
@@ -43,11 +45,18 @@ def partition(gm: fx.GraphModule, reason: Callable[[fx.Node], str | None], setti
         PartitionError: `require_full_compilation` is set and a node falls back.
     """
     nodes = [node for node in gm.graph.nodes if _computes(node)]
-    fallbacks = {}
-    for node in nodes:
+    fallbacks: dict[fx.Node, str] = {}
+
+    def visit(node: fx.Node) -> None:
         why = "listed in torch_executed_ops" if _listed(node, settings.torch_executed_ops) else reason(node)
         if why is not None:
             fallbacks[node] = why
+            return
+        for inner in filter(_computes, inner_nodes(node, deep=False)):
+            visit(inner)
+
+    for node in nodes:
+        visit(node)
     blocks = _levels(gm.graph, fallbacks)
     small = [block for block in blocks if len(block) < settings.min_block_size]
     for block in small:

@@ -29,7 +29,7 @@ from torch_rtx.cache.entries import EngineCache
 from torch_rtx.cache.store import FileStore, Store
 from torch_rtx.engine import from_stored, to_stored
 from torch_rtx.errors import CacheError, RtxError, Uncacheable
-from torch_rtx.ir import Attr, Graph, Loc, Node, Parameter, Value, Weight, attr_map, verify
+from torch_rtx.ir import CONTROL, Attr, Graph, Loc, Node, Parameter, Value, Weight, attr_map, verify
 from torch_rtx.irparse import parse
 from torch_rtx.lowering.addressing import count_from_tensors
 from torch_rtx.lowering.effects import drop_tokens
@@ -196,7 +196,7 @@ def from_bytes(body: bytes, site: GraphSite) -> Program:
         constants = {name: from_stored(tensor, types[name]) for name, tensor in constants.items()}
         verify(graph, aten.ALLOWED)
         kernels = replace(read_table(fields["tactics"], graph), binaries=binaries)
-        called = {str(node.target) for node in site.nodes} | {"python"}
+        called = {str(node.target) for node in site.nodes} | {"python"} | CONTROL
         unexpected = {node.op for node in graph.nodes if node.kind == "fallback"} - called
         if unexpected:
             raise CacheError(f"it calls {', '.join(sorted(unexpected))}, which the graph does not call")

@@ -81,6 +81,8 @@ class Tolerating:
 
     def __call__(self, joint: fx.GraphModule, inputs: Any, **options: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
         forward, backward = self._partitioner(joint, inputs, **options)
+        if not inputs:  # the graphs of a nested region, which other graphs call
+            return forward, backward
         placeholders, symbols = backward.graph.find_nodes(op="placeholder"), _symbols(backward.graph)
         gradients = [node for node in placeholders if node.name.startswith("tangents_")]  # AOTAutograd's name for them
         sizes = [_size(node, symbols) for node in gradients]

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from torch_rtx.errors import CaptureError, Unsupported
-from torch_rtx.foreign import register
-from torch_rtx.ir import Loc
+from torch_rtx.foreign import LAUNCH, register
+from torch_rtx.ir import Loc, Node, Value
 from torch_rtx.lowering.kernels.triton_kernels import NUMBER, SIZE, TENSOR, Argument, Config, TritonKernel
 
 NAME = "triton_kernel_wrapper_functional"
@@ -52,6 +53,24 @@ def launched(node: fx.Node, loc: Loc | None) -> Launched:
         CaptureError: the arguments do not fit the kernel.
     """
     return OPERATORS[node.target](node, loc) if node.target in OPERATORS else _of_triton(node, loc)
+
+
+def import_launch(node: fx.Node, outputs: tuple[Value | None, ...], importer: Any, loc: Loc | None) -> Node:
+    """The node for a launch, whose results are `outputs`; before it, the importer gets nodes for memory that the kernel
+    fills."""
+    found, contents = launched(node, loc), pytree.tree_leaves(node.meta["val"])
+
+    def memory(content: torch.Tensor) -> Value:
+        type_ = importer.symbols.type(content)
+        args = ("size", type_.shape), ("stride", type_.strides), ("dtype", type_.dtype), ("device", type_.device)
+        made: Value = importer.next_value(type_)
+        importer.nodes.append(Node("op", "aten.empty_strided.default", args, (made,), None, loc))
+        return made
+
+    tensors = tuple(memory(contents[one]) if isinstance(one, int) else importer.attr(one) for one in found.tensors)
+    sizes = tuple(importer.sym(one) if isinstance(one, torch.SymInt) else importer.attr(one) for one in found.sizes)
+    args = ("kernel", found.kernel), ("tensors", tensors), ("written", found.written), ("sizes", sizes)
+    return Node("op", LAUNCH, args, outputs, None, loc)
 
 
 def _of_triton(node: fx.Node, loc: Loc | None) -> Launched:

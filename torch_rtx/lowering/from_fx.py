@@ -18,19 +18,14 @@ from typing import Any
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.fx.experimental.sym_node import SymNode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils import _pytree as pytree
 
 from torch_rtx import aten, collectives
 from torch_rtx.errors import Unsupported
-from torch_rtx.foreign import LAUNCH
 from torch_rtx.ir import (
     COPY,
     OBJECT,
     Attr,
     Graph,
-    Loc,
     Node,
     Parameter,
     ScalarType,
@@ -45,12 +40,13 @@ from torch_rtx.ir import (
     is_name,
     type_dims,
 )
+from torch_rtx.lowering.control_flow import attribute, flow_of, import_flow, inner_nodes
 from torch_rtx.lowering.effects import COLLECTIVES_AS, WAIT_TENSOR
-from torch_rtx.lowering.foreign_calls import is_launch, launched
+from torch_rtx.lowering.exact_sizes import SYM_QUERIES, ExactSizes, is_sym_node
+from torch_rtx.lowering.foreign_calls import import_launch, is_launch
 from torch_rtx.lowering.location import Locations
-from torch_rtx.lowering.symbols import Symbols, unbacked
+from torch_rtx.lowering.symbols import Symbols
 
-SYM_QUERIES = frozenset((torch.ops.aten.sym_size.int, torch.ops.aten.sym_stride.int, torch.ops.aten.sym_numel.default))
 # Checks of what types of the IR state, and of ranges that `_assert_scalar` checks as well.
 DROPPED = frozenset(
     getattr(torch.ops.aten, name).default
@@ -140,16 +136,6 @@ def from_fx(
     return importer.result()
 
 
-def is_sym_node(node: fx.Node) -> bool:
-    """Whether the node only computes a size or a condition on sizes, which is an expression in the IR."""
-    if not isinstance(node.meta.get("val"), torch.SymInt | torch.SymBool | int | bool):
-        return False
-    if node.target in SYM_QUERIES:
-        return True
-    values = [n.meta.get("val") for n in node.all_input_nodes]
-    return not any(isinstance(v, torch.Tensor | torch.SymFloat | tuple | list) for v in values)
-
-
 def is_number(node: fx.Node) -> bool:
     """Whether the node is arithmetic on numbers of the host that `host_ops` has."""
     return aten.number_op(node.target) is not None and isinstance(node.meta.get("val"), NUMBERS)
@@ -161,51 +147,6 @@ def is_asserted(node: fx.Node) -> bool:
     0 or 1 can replace the condition."""
     known = isinstance(node.meta.get("val"), torch.SymBool) and is_sym_node(node)
     return known and all(user.target is ASSERTION or is_asserted(user) for user in node.users)
-
-
-class _Exact:
-    """Sizes and conditions as they were before PyTorch replaced what a check proves: after `torch._check(n == 3)`, `n`
-    is 3 in the whole graph, and the condition to be checked is 3 == 3."""
-
-    def __init__(self) -> None:
-        self._env = ShapeEnv()  # without replacements
-        self._values: dict[fx.Node, Any] = {}
-        # By symbol: the name that a second trace gave it first. Any other name is that of another size, proved equal.
-        self._names: dict[Any, Any] = {}
-
-    def __call__(self, node: fx.Node) -> Any:
-        """What the node of a size or of a condition computes."""
-        if node not in self._values:
-            self._values[node] = self._compute(node)
-        return self._values[node]
-
-    def _compute(self, node: fx.Node) -> Any:
-        value = node.meta["val"]
-        if node.op == "call_function" and is_sym_node(node) and node.target not in SYM_QUERIES:
-            return node.target(*fx.map_arg(node.args, self), **fx.map_arg(node.kwargs, self))  # type: ignore[operator]
-        return self._original(value) if isinstance(value, torch.SymInt) else value
-
-    def _original(self, size: torch.SymInt) -> torch.SymInt:
-        now, before = size.node.expr, size.node._expr
-        if now.is_Symbol and unbacked(size):
-            before = now if self._names.setdefault(now, before) == before else before
-        self._env.var_to_range = size.node.shape_env.var_to_range
-        return torch.SymInt(SymNode(before, self._env, int, None))
-
-    def meet(self, node: fx.Node) -> None:
-        """Note the data-dependent sizes of the node's results: those are what their symbols stand for."""
-        for tensor in pytree.tree_leaves(node.meta.get("val")):
-            for size in tensor.shape if isinstance(tensor, torch.Tensor) else (tensor,):
-                if isinstance(size, torch.SymInt):
-                    self._original(size)
-
-    def replaced(self, node: fx.Node) -> bool:
-        """Whether the node reads a size that the data decides, in place of which the graph has another one."""
-        value = node.meta.get("val")
-        reads = isinstance(node.target, torch._ops.OpOverload) and (node.target in SYM_QUERIES or not is_sym_node(node))
-        if not isinstance(value, torch.SymInt) or not reads:
-            return False
-        return bool(unbacked(self(node))) and self(node).node.expr != value.node.expr
 
 
 def is_fixed(placeholder: fx.Node) -> bool:
@@ -250,12 +191,22 @@ def unique_name(name: str, taken: Container[str]) -> str:
     return unique
 
 
-def attribute(gm: fx.GraphModule, node: fx.Node) -> Any:
-    """The object of a `get_attr` node."""
-    content: Any = gm
-    for part in str(node.target).split("."):
-        content = getattr(content, part)
-    return content
+def flow_problem(node: fx.Node, symbols: Symbols) -> str | None:
+    """Why control flow falls back; None if the IR expresses it, or the node is something else."""
+    flow = flow_of(node)
+    if flow is None:
+        return None
+    assert node.graph.owning_module is not None  # else there were no bodies
+    functions = {n: "" for n in inner_nodes(node) if not isinstance(n.target, torch._ops.OpOverload) and not flow_of(n)}
+    trial = _Importer(node.graph.owning_module, functions, symbols)
+    for given in node.all_input_nodes:
+        content = attribute(trial.gm, given) if given.op == "get_attr" else given.meta.get("val")
+        trial.env[given] = content if isinstance(content, fx.GraphModule) else trial.given(content)
+    try:
+        import_flow(flow, node, trial, None)
+    except Unsupported as error:
+        return error.message
+    return None
 
 
 def python_call(gm: fx.GraphModule, node: fx.Node) -> Callable[..., Any]:
@@ -266,6 +217,7 @@ def python_call(gm: fx.GraphModule, node: fx.Node) -> Callable[..., Any]:
     """
     if not callable(node.target):
         raise Unsupported(f"a node of kind {node.op}", loc=Locations().of(node))
+    gm = node.graph.owning_module or gm  # the node may be in a body
     order = [n for n in node.all_input_nodes if not _is_module(gm, n)]
     fixed = {n: attribute(gm, n) for n in node.all_input_nodes if _is_module(gm, n)}
     target, args, kwargs, content = node.target, node.args, node.kwargs, _content(node)
@@ -344,8 +296,9 @@ class _Importer:
     callables: list[Callable[..., Any]] = field(default_factory=list)
     called: list[fx.Node] = field(default_factory=list)
     locations: Locations = field(default_factory=Locations)
-    exact: _Exact = field(default_factory=_Exact)
-    held: dict[Value, tuple[Value, ...]] = field(default_factory=dict)  # by result of a collective, see `collectives`
+    exact: ExactSizes = field(default_factory=ExactSizes)
+    reads: dict[Value, tuple[Value, ...]] = field(default_factory=dict)  # by result of a collective, see `collectives`
+    held: dict[int, Value] | None = None  # in a body: its inputs for tensors of the model, by `id`
 
     def result(self) -> Imported:
         inputs, parameters = tuple(self.inputs), tuple(self.parameters)
@@ -383,6 +336,13 @@ class _Importer:
         else:
             self.env[node] = self.parameter(role, content)
 
+    def given(self, content: Any) -> Attr:
+        """What stands for an input of the graph, or for a value that a capture fixed."""
+        if isinstance(content, PLAIN):
+            return content
+        self.inputs.append(self.next_value(self.type(content)))
+        return _dim_or_value(self.inputs[-1])
+
     def zeros(self, content: torch.Tensor) -> Value:
         type_ = self.symbols.type(content)
         assert isinstance(type_, TensorType)
@@ -417,11 +377,39 @@ class _Importer:
         if isinstance(content, torch.Tensor) and (number := number_of(content)) is not None:
             self.env[node] = self.number(number, content)
         elif isinstance(content, torch.Tensor):
-            name = f"constant.{len(self.constants)}"
-            self.constants[name] = content.detach()
-            self.env[node] = self.parameter(Role("constant", name), content)
+            self.env[node] = self.constant(content)
         else:
             self.env[node] = content  # a graph module that a higher-order operator calls, or an object
+
+    def constant(self, content: torch.Tensor) -> Value:
+        if self.held is not None:
+            return self.held[id(content)]
+        name = f"constant.{len(self.constants)}"
+        self.constants[name] = content.detach()
+        return self.parameter(Role("constant", name), content)
+
+    def inner(self, gm: fx.GraphModule) -> _Importer:
+        """See `control_flow.Importer`."""
+        shared = {name: getattr(self, name) for name in ("callables", "called", "locations", "exact")}
+        return _Importer(gm, self.fallbacks, self.symbols, **shared)
+
+    def inline(self, gm: fx.GraphModule, given: Sequence[Attr]) -> tuple[Attr, ...]:
+        """See `control_flow.Importer`."""
+        around, self.gm, remaining = self.gm, gm, iter(given)
+        for node in gm.graph.nodes:
+            if node.op == "placeholder":
+                self.env[node] = next(remaining)
+            elif node.op == "get_attr":
+                self.get_attr(node)
+            elif node.op != "output":
+                self.call(node)
+        results = self.attr(gm.graph.output_node().args[0])
+        self.gm = around
+        return results if isinstance(results, tuple) else (results,)
+
+    def body(self, outputs: Sequence[Attr]) -> Graph:
+        """See `control_flow.Importer`."""
+        return Graph("import", tuple(self.inputs), nodes=(*self.numbers, *self.nodes), outputs=tuple(outputs))
 
     def call(self, node: fx.Node) -> None:
         if node.target in DROPPED:
@@ -445,9 +433,14 @@ class _Importer:
             self.env[node] = self.env[node.args[0]]  # type: ignore[index]
             self.nodes.append(Node("op", str(node.target), self.arguments(node), (), None, loc))
             return
+        flow = None if node in self.fallbacks else flow_of(node)
+        if flow is not None:
+            self.exact.meet(node)
+            import_flow(flow, node, self, loc)
+            return
         outputs = self.node_outputs(node)
         if is_launch(node) and node not in self.fallbacks:
-            self.append(self.launch(node, outputs, loc))
+            self.append(import_launch(node, outputs, self, loc))
             return
         if is_number(node):
             arguments = self.arguments(node)
@@ -472,27 +465,10 @@ class _Importer:
         self.exact.meet(node)
         self.append(Node("fallback", call, arguments, outputs, None, loc))
 
-    def launch(self, node: fx.Node, outputs: tuple[Value | None, ...], loc: Loc | None) -> Node:
-        """The launch of a kernel that others wrote; the results of `node` are `outputs`."""
-        found, contents = launched(node, loc), pytree.tree_leaves(node.meta["val"])
-        tensors = tuple(self.memory(contents[t], loc) if isinstance(t, int) else self.attr(t) for t in found.tensors)
-        sizes = tuple(self.sym(s) if isinstance(s, torch.SymInt) else self.attr(s) for s in found.sizes)
-        args = ("kernel", found.kernel), ("tensors", tensors), ("written", found.written), ("sizes", sizes)
-        return Node("op", LAUNCH, args, outputs, None, loc)
-
-    def memory(self, content: torch.Tensor, loc: Loc | None) -> Value:
-        """Memory of no known contents for a tensor."""
-        type_ = self.symbols.type(content)
-        assert isinstance(type_, TensorType)
-        args = ("size", type_.shape), ("stride", type_.strides), ("dtype", type_.dtype), ("device", type_.device)
-        made = self.next_value(type_)
-        self.nodes.append(Node("op", "aten.empty_strided.default", args, (made,), None, loc))
-        return made
-
     def append(self, made: Node) -> None:
         """Append a node; an assertion of the user's goes before those that PyTorch wrote for it."""
         if collectives.starts(made):
-            self.held |= dict.fromkeys(made.results, collectives.held(made))
+            self.reads |= dict.fromkeys(made.results, collectives.held(made))
         place = len(self.nodes)
         if made.op == str(ASSERTION) and not _is_generated(made):
             while place and _may_follow(self.nodes[place - 1], made):
@@ -583,7 +559,7 @@ class _Importer:
 
     def arguments(self, node: fx.Node) -> Arguments:
         found = tuple((name, self.attr(value)) for name, value in call_arguments(node))
-        held = self.held.get(found[0][1]) if node.target is WAIT_TENSOR else None  # type: ignore[arg-type]
+        held = self.reads.get(found[0][1]) if node.target is WAIT_TENSOR else None  # type: ignore[arg-type]
         return (*found, ("held", held)) if held else found
 
     def attr(self, argument: Any) -> Attr:

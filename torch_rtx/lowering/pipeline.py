@@ -6,12 +6,13 @@ import difflib
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from torch_rtx import aten
+from torch_rtx.control import is_control, with_bodies
 from torch_rtx.errors import InvalidIR, LoweringError, RtxError
 from torch_rtx.ir import Graph, Node, attr_values, verify
 from torch_rtx.lowering.infer import Inference
@@ -213,6 +214,11 @@ def lower(
     """
     context = Context(settings, targets)
     infer, report = Inference(), Report()
+    if any(map(is_control, graph.nodes)):
+        # A body has no weights: its operands come from the graph around it.
+        inner = replace(settings, disabled_passes=settings.disabled_passes | {hoist_weights.__name__})
+        nodes = (with_bodies(node, lambda body: lower(body, inner, None, targets)[0]) for node in graph.nodes)
+        graph = replace(graph, nodes=tuple(nodes))
     _write(dump, 0, "import", graph, None)
     for index, step in enumerate(PIPELINE, 1):
         name = step.name

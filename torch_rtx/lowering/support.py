@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ from torch import fx
 from torch_rtx import aten
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import MAIN, UPDATES, TensorType
+from torch_rtx.lowering.control_flow import flow_of, inner_nodes
 from torch_rtx.lowering.effects import read_before_wait
 from torch_rtx.lowering.foreign_calls import is_launch, launched
-from torch_rtx.lowering.from_fx import call_arguments, is_number, op_of
+from torch_rtx.lowering.from_fx import call_arguments, flow_problem, is_number, op_of
 from torch_rtx.lowering.location import Locations
 from torch_rtx.lowering.symbols import Symbols, unbacked
 
@@ -27,7 +29,7 @@ ARGUMENTS = (
 
 def reasons(gm: fx.GraphModule, symbols: Symbols) -> Callable[[fx.Node], str | None]:
     """`unsupported_reason` for the nodes of `gm`, whose `symbols` get the sizes that calls of `host_ops` compute."""
-    for node in gm.graph.nodes:
+    for node in chain.from_iterable((node, *inner_nodes(node)) for node in gm.graph.nodes):
         if is_number(node) and isinstance(node.meta["val"], torch.SymInt):
             symbols.define(node.meta["val"])
     return partial(unsupported_reason, symbols=symbols)
@@ -44,6 +46,8 @@ def unsupported_reason(node: fx.Node, symbols: Symbols) -> str | None:
         return None
     if is_launch(node):
         return _unsupported_launch(node, symbols)
+    if flow_of(node) is not None:
+        return flow_problem(node, symbols)
     if not isinstance(op, torch._ops.OpOverload):
         kind = "higher-order operator" if isinstance(op, torch._ops.HigherOrderOperator) else "Python function"
         return f"{kind} {getattr(op, '__name__', op)}"

@@ -21,7 +21,8 @@ from torch_rtx.errors import RtxError
 from torch_rtx.foreign import launch_in
 from torch_rtx.ir import Attr, Graph, Node, TensorType, Value, attr_map
 from torch_rtx.runtime.benchmark import RUNS, Run
-from torch_rtx.runtime.code import Code, Owned, compile_graph
+from torch_rtx.runtime.code import Code, compile_graph
+from torch_rtx.runtime.control import Owned
 from torch_rtx.runtime.example_lists import fill_lists
 from torch_rtx.runtime.index_check import check_positions, differing, distinct, in_order, limits
 from torch_rtx.runtime.launch import LoadedTactic

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 
 from torch_rtx import aten
+from torch_rtx.control import branches, is_control
 from torch_rtx.ir import Graph, Node, Value
 from torch_rtx.runtime.code import EMPTY, Code
+from torch_rtx.runtime.conditional import recording
 from torch_rtx.runtime.driver import checked, driver, relaxed
 from torch_rtx.runtime.graph_borders import Inputs, Placed, Results, is_pinned_tensor
 from torch_rtx.runtime.graph_params import Executables, GraphNodes, kernel_uses
@@ -153,7 +155,10 @@ class Captured:
         keep = EMPTY["cuda"] if spec.results is None else spec.results.allocator(stand_ins.ordinary, own)
         places = () if spec.block is None else (spec.block.view(torch.uint8), keep)
         stream = spec.memory.capture_stream
-        with torch.cuda.graph(self.graph, spec.handle, stream, capture_error_mode="thread_local"):
+        with (
+            recording() as self._recording,
+            torch.cuda.graph(self.graph, spec.handle, stream, capture_error_mode="thread_local"),
+        ):
             given.enter()
             results = spec.run(code, given.tensors, store.values, stand_ins.empty, *places)
             made = Results(spec.graph, results, given, pinned, uses, spec.kept, stand_ins.empty, spec.block, own)
@@ -289,10 +294,12 @@ def _with_generator(graph: torch.cuda.CUDAGraph) -> Callable[[object, int], tupl
 
 def may_draw(graph: Graph) -> bool:
     """A node of `graph` may draw from the random number generator."""
-    return any(node.kind == "fallback" or (node.kind != "kernel" and _draws(node)) for node in graph.nodes)
+    return any(map(_draws, graph.nodes))
 
 
 def _draws(node: Node) -> bool:
+    if node.kind in ("kernel", "fallback"):
+        return any(map(may_draw, branches(node))) if is_control(node) else node.kind == "fallback"
     op = aten.overload(node.op)
     without = "dropout_p" in aten.schema(op) and node.arg("dropout_p", 0.0) == 0.0
     return aten.is_random(op) and not without

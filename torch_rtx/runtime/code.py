@@ -12,7 +12,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,9 +20,11 @@ import torch
 from torch_rtx import aten
 from torch_rtx.accumulation import continued
 from torch_rtx.collectives import is_collective, waited
+from torch_rtx.control import all_syms, branches, check, is_control
 from torch_rtx.errors import CallError, InvalidIR
 from torch_rtx.ir import (
     COPY,
+    SCAN,
     Attr,
     Dim,
     Expr,
@@ -38,6 +40,7 @@ from torch_rtx.ir import (
 )
 from torch_rtx.optable import NUMBERS
 from torch_rtx.runtime.check import needs
+from torch_rtx.runtime.control import Owned, Runner, runner
 from torch_rtx.runtime.convolve import CONVOLUTION, convolve
 from torch_rtx.runtime.inline import in_place, inline_kernels, launched
 from torch_rtx.runtime.launch import Launcher, LoadedTactic
@@ -45,13 +48,6 @@ from torch_rtx.runtime.overwriting import overwritten
 from torch_rtx.runtime.plan import Plan, Room
 from torch_rtx.runtime.streaming import Lines, Streamer
 from torch_rtx.runtime.strided import aligned, copy_all, copy_together, restride, target_of
-
-Runner = Callable[..., list[Any]]  # `run(inputs, weights)`, see `Code`
-
-
-class Owned(list[Any]):
-    """Inputs that nothing but their call needs: the code empties the list as soon as each input has a name, so that it
-    frees a tensor after its last use. Activations of a training step are such."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +141,7 @@ def compile_graph(
         InvalidIR: an op does not exist in this process, or no input determines a dim.
     """
     tactics = tactics or {}
-    given = device, callables, trusted_ops, launched(tactics), probe
+    given = device, callables, trusted_ops, tactics, probe
     writer = _Writer(inline_kernels(graph, tactics), *given, stay=stay, room=room)
     if streamer is not None:
         writer.names["_stream"], writer.streaming = streamer, streamer.lines(graph, in_place(graph, tactics))
@@ -165,7 +161,7 @@ class _Writer:
     device: torch.device
     callables: Sequence[Callable[..., Any]]
     trusted_ops: frozenset[str]
-    kernels: Mapping[str, Launcher]
+    tactics: Mapping[str, LoadedTactic]
     probe: Callable[[], None] | None = None
     streaming: Lines = ((), {}, {})
     stay: frozenset[str] = frozenset()
@@ -180,10 +176,12 @@ class _Writer:
     shared: set[str] = field(default_factory=set)  # values in whose memory several results lie
     inputs: set[str] = field(default_factory=set)
     pending: set[str] = field(default_factory=set)  # results of collectives, which nothing may copy before the wait
+    kernels: dict[str, Launcher] = field(default_factory=dict)
     checks: list[str] = field(default_factory=list)  # of sizes, to come after the model's own
 
     def write(self) -> str:
         # Names of the code itself begin with `_`, those of values never do.
+        self.kernels = launched(self.tactics)
         self.names |= {"_restride": restride, "_copy_together": copy_together, "inf": math.inf, "nan": math.nan}
         graph = self.graph
         self.inputs = {value.name for value in graph.inputs}
@@ -309,6 +307,9 @@ class _Writer:
             return
         for value in node.inputs:
             self.materialize(value)
+        if is_control(node):
+            self.control(node)
+            return
         if self.place(node):
             return
         if is_collective(node):
@@ -327,6 +328,24 @@ class _Writer:
         if waited(node) is not None or not aten.may_alias(node, self.trusted_ops):
             # In the captured strides where it is made, so that no result has to be copied, away from the others.
             self.lines += [f"{v.name} = {self.strided(v)}" for v in node.results if v.name in self.shared]
+
+    def control(self, node: Node) -> None:
+        """Write control flow, whose bodies are functions of their own."""
+        check(node)
+        bodies = branches(node)
+        syms = {name: sym for body in bodies for name, sym in all_syms(body).items() if name in self.bound}
+        sizes = tuple(Value(f"_size_{name}", ScalarType("int", sym)) for name, sym in syms.items())
+        given = self.device, self.callables, self.trusted_ops, node.op, self.tactics
+        runs = [compile_graph(replace(body, inputs=(*body.inputs, *sizes)), *given).run for body in bodies]
+        function = self.name_of(node.op, runner(node, runs))
+        groups = [self.text(attr, fallback=True) for name, attr in node.args if name in ("pred", "state", "rows")]
+        operands = self.text((*attr_values(node.arg("operands")), *syms.values()), fallback=True)
+        stacks = node.outputs[len([*attr_values(node.arg("state"))]) :] if node.op == SCAN else ()
+        empty = self.name_of("empty", EMPTY[self.device.type])
+        made = [f"[{', '.join(self.new(empty, value) for value in stacks if value)}]"] * (node.op == SCAN)
+        left = "".join(f"{value.name}, " for value in node.results)
+        self.lines.append(f"{left}{'= ' * bool(left)}{function}({', '.join((*groups, operands, *made))})")
+        self.bind(node.outputs, decided=True)
 
     def place(self, node: Node) -> bool:
         """Write a library call whose result has a place before it; False if it has none."""

@@ -11,18 +11,33 @@ from __future__ import annotations
 import gc
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from typing import Any
 
 import torch
 
 from torch_rtx import aten
-from torch_rtx.ir import MAIN, OBJECT, Graph, ScalarType, TensorType, attr_values, dim_syms, type_dims
+from torch_rtx.control import branches, given, is_control
+from torch_rtx.ir import (
+    COND,
+    LOOP,
+    MAIN,
+    OBJECT,
+    Graph,
+    Node,
+    ScalarType,
+    TensorType,
+    Value,
+    attr_values,
+    dim_syms,
+    type_dims,
+)
 from torch_rtx.optable import NUMBERS
 from torch_rtx.runtime.admission import AdmissionPolicy
-from torch_rtx.runtime.captured import Captured, CaptureSpec, RunCode, capture
+from torch_rtx.runtime.captured import Captured, CaptureSpec, RunCode, capture, may_draw
 from torch_rtx.runtime.code import Code
+from torch_rtx.runtime.conditional import has_conditional_nodes
 from torch_rtx.runtime.driver import driver
 from torch_rtx.runtime.garbage import uncollected
 from torch_rtx.runtime.graphmemory import GraphMemory, ResultMemory, block_of, shared_memory
@@ -46,19 +61,9 @@ def why_not(graph: Graph) -> str | None:
         type_ = weight.value.type
         if isinstance(type_, TensorType) and type_.device != MAIN and type_.shape:
             return f"weight {', '.join(weight.names) or weight.value.name} is on {type_.device}"
-    for node in graph.nodes:
-        if node.op in NUMBERS and node.kind == "extern":  # a function of sizes, which are those of the capture
-            known |= {sym.name for value in node.results for dim in type_dims(value.type) for sym in dim_syms(dim)}
-            continue
-        if node.op in CHECKS:
-            return f"the host waits for the result that {node.op} checks ({node.loc})"
-        for type_ in (value.type for value in node.outputs if value is not None):
-            if isinstance(type_, ScalarType):
-                return f"the host needs the result of {node.op} ({node.loc})"
-            if type_.device != MAIN:
-                return f"{node.op} runs on {type_.device} ({node.loc})"
-            if any(sym.name not in known for dim in type_dims(type_) for sym in dim_syms(dim)):
-                return f"the size of the result of {node.op} depends on the data ({node.loc})"
+    problem = _problem(graph, known, {value.name for value in attr_values(graph.outputs)})
+    if problem is not None:
+        return problem
     if any(node.op in ("aten._conj.default", "aten._neg_view.default") for node in graph.nodes):
         return "a result is the conjugate or the negative of another one, in the same memory"
     if _several_dtypes(graph):
@@ -66,6 +71,58 @@ def why_not(graph: Graph) -> str | None:
     if driver() is None:
         return "the package cuda-bindings is not installed"
     return None
+
+
+def _problem(graph: Graph, known: set[str], needed: Collection[str], counts: bool = False) -> str | None:
+    """Why nodes can't be captured.
+
+    Args:
+        known: symbols that inputs determine; gets those that calls determine.
+        needed: values that are no part of a capture alone.
+        counts: of the body of a loop that the host runs during the capture: it may compute on the host.
+    """
+    for node in graph.nodes:
+        if node.op in NUMBERS and node.kind == "extern":  # a function of sizes, which are those of the capture
+            known |= {sym.name for value in node.results for dim in type_dims(value.type) for sym in dim_syms(dim)}
+            continue
+        if is_control(node) and (problem := _control_problem(node, known)):
+            return problem
+        if node.op in CHECKS:
+            return f"the host waits for the result that {node.op} checks ({node.loc})"
+        on_host = node.op == LOOP or (counts and not any(_is_on(MAIN, value) for value in node.inputs))
+        for value in node.results:
+            type_ = value.type
+            if isinstance(type_, ScalarType):
+                return f"the host needs the result of {node.op} ({node.loc})"
+            if type_.device != MAIN and not (on_host and type_.device == "cpu" and value.name not in needed):
+                return f"{node.op} runs on {type_.device} ({node.loc})"
+            if any(sym.name not in known for dim in type_dims(type_) for sym in dim_syms(dim)):
+                return f"the size of the result of {node.op} depends on the data ({node.loc})"
+    return None
+
+
+def _control_problem(node: Node, known: set[str]) -> str | None:
+    """Why control flow can't be captured: the device runs conditions and loops that its own tensors decide, and the
+    host runs the other ones during the capture, which only numbers of the host may decide then."""
+    decides = node.inputs[0] if node.op in (COND, LOOP) else None
+    counts = node.op == LOOP and decides is not None and _is_on("cpu", decides)
+    if decides is not None and not counts:
+        state = given(node, "state")
+        if not _is_on(MAIN, decides) or not all(_is_on(MAIN, value) for value in state) or node.arg("stacked"):
+            return f"the host decides how often the bodies of {node.op} run ({node.loc})"
+        if node.op == LOOP and any(map(may_draw, branches(node))):
+            return f"passes of {node.op} on the device would all draw the same random numbers ({node.loc})"
+        if not has_conditional_nodes():
+            return f"the driver, or cuda-bindings, has no conditional nodes for {node.op} ({node.loc})"
+    for body in branches(node):
+        needed = () if counts else {value.name for value in attr_values(body.outputs)}
+        if (problem := _problem(body, known, needed, counts)) is not None:
+            return problem
+    return None
+
+
+def _is_on(device: str, value: Value) -> bool:
+    return isinstance(value.type, TensorType) and value.type.device == device
 
 
 def _several_dtypes(graph: Graph) -> bool:

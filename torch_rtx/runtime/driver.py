@@ -32,6 +32,11 @@ def checked(answer: tuple[Any, ...]) -> Any:
     return results[0] if results else None
 
 
+def newest(cuda: Any, name: str) -> Any:
+    """The variant of a driver function that takes edge data: cuda-bindings 12 call it `NAME_v2`."""
+    return getattr(cuda, f"{name}_v2", None) or getattr(cuda, name)
+
+
 @contextmanager
 def relaxed() -> Iterator[None]:
     """Let this thread allocate memory, load code and synchronize while others capture CUDA graphs. PyTorch's captures

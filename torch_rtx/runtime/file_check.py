@@ -19,6 +19,7 @@ import torch
 
 from torch_rtx import aten
 from torch_rtx.collectives import check as check_collectives
+from torch_rtx.control import all_syms
 from torch_rtx.engine import calls, needs_trust
 from torch_rtx.errors import EngineFormatError, InvalidIR
 from torch_rtx.ir import (
@@ -104,7 +105,7 @@ class FileCheck:
                 raise EngineFormatError(message[:2000], loc=node.loc)
 
     def _samples(self, sizes: Sizes) -> list[Sizes]:
-        open_ = [sym for name, sym in self.graph.syms.items() if name not in sizes]
+        open_ = [sym for name, sym in all_syms(self.graph).items() if name not in sizes]
         if not open_:
             return [sizes]
         return [{**sizes, **{sym.name: _in_range(sym, sample(i)) for i, sym in enumerate(open_)}} for sample in SAMPLES]

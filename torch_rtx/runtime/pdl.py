@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from torch_rtx.runtime.driver import checked
+from torch_rtx.runtime.driver import checked, newest
 from torch_rtx.runtime.inline import launched
 from torch_rtx.runtime.launch import LoadedTactic
 
@@ -57,7 +57,7 @@ def use_programmatic_edges(cuda: Any, graph: torch.cuda.CUDAGraph, tactics: Mapp
 def _make_programmatic(cuda: Any, graph: Any, one: Any, other: Any) -> bool:
     """Make the edge between two kernels programmatic. False if it stays as it is: it has edge data already, or the
     graph allocates memory, and the driver removes no edges of such graphs."""
-    remove, add = _newest(cuda, "cuGraphRemoveDependencies"), _newest(cuda, "cuGraphAddDependencies")
+    remove, add = newest(cuda, "cuGraphRemoveDependencies"), newest(cuda, "cuGraphAddDependencies")
     plain, programmatic = cuda.CUgraphEdgeData(), cuda.CUgraphEdgeData()
     programmatic.from_port = _PROGRAMMATIC_PORT
     programmatic.type = cuda.CUgraphDependencyType.CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC
@@ -73,7 +73,7 @@ def _make_programmatic(cuda: Any, graph: Any, one: Any, other: Any) -> bool:
 def _edges(cuda: Any, graph: Any) -> list[tuple[Any, Any]]:
     """The edges of a graph as pairs (from, to). Edge data is not read: many versions of cuda-bindings return it in
     memory that they have freed (NVIDIA/cuda-python, issue 1804)."""
-    get = _newest(cuda, "cuGraphGetEdges")
+    get = newest(cuda, "cuGraphGetEdges")
     status, *_, count = get(graph)
     checked((status,))
     if not count:
@@ -81,8 +81,3 @@ def _edges(cuda: Any, graph: Any) -> list[tuple[Any, Any]]:
     status, ones, others, _, count = get(graph, count)
     checked((status,))
     return list(zip(ones[:count], others[:count], strict=True))
-
-
-def _newest(cuda: Any, name: str) -> Any:
-    """The variant of a driver function that takes edge data: cuda-bindings 12 call it `NAME_v2`."""
-    return getattr(cuda, f"{name}_v2", None) or getattr(cuda, name)

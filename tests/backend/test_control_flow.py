@@ -1,0 +1,204 @@
+"""Control flow of PyTorch: in compiled functions and their gradients, and in engines and their files."""
+
+import io
+
+import pytest
+import torch
+from functorch.experimental.control_flow import map as each_row
+from torch import nn
+from torch._higher_order_ops import scan, while_loop
+
+import torch_rtx
+from tests.helpers.compiled import compile_rtx, same
+from torch_rtx.control import check
+from torch_rtx.errors import InvalidIR
+from torch_rtx.irparse import parse
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+W = torch.randn(4, 4, generator=torch.Generator().manual_seed(0)) / 2
+
+
+def condition(x, w):
+    return torch.cond(x.sum() > 0, lambda x: (x @ w).sin(), lambda x: x.cos() + 1, (x,))
+
+
+def nested(x, w):
+    def inner(x):
+        return torch.cond(x[0, 0] > 0.5, lambda y: y + torch.tensor([1.0, 2.0, 3.0, 4.0]), lambda y: y * 2, (x,))
+
+    return torch.cond(x.sum() > 0, lambda x: (inner(x @ w), x.clone()), lambda x: (x.cos(), x + 1), (x,))
+
+
+def counted(x, w):
+    """The number of passes is a size."""
+    return while_loop(lambda i, x: i < x.shape[0], lambda i, x: (i + 1, x @ w + i), (torch.tensor(0), x))[1]
+
+
+def decided(x, w):
+    """Data decides the number of passes, which is 0 for small x."""
+    return while_loop(lambda x: x.abs().sum() > 0.5, lambda x: (x @ w * 0.3,), (x,))[0]
+
+
+def scanned(x, w):
+    return scan(lambda c, row: (c @ w + row, c * row), torch.zeros(4), x)
+
+
+def mapped(x, w):
+    return each_row(lambda row, w: row.sin() @ w, x, w)
+
+
+@torch.compiler.nested_compile_region
+def region(x, w):
+    return (x @ w).relu()
+
+
+def regions(x, w):
+    return region(region(x, w) * 2, w)
+
+
+INPUTS = [torch.rand(4, 4), -torch.rand(4, 4), torch.rand(4, 4) / 100]
+
+
+DYNAMIC = [condition, counted, scanned]
+
+
+@pytest.mark.parametrize("function", [*DYNAMIC, nested, decided, mapped, regions])
+def test_compiled(function, recorder):
+    dynamic = function in DYNAMIC
+    compiled = compile_rtx(function, dynamic=dynamic)
+    for x in (*INPUTS, *([torch.rand(7, 4)] if dynamic else [])):
+        same(compiled(x, W), function(x, W))
+    assert recorder.ops
+    assert "!python" not in recorder.ops
+
+
+def total(result):
+    return sum(part.sum() for part in result) if isinstance(result, tuple) else result.sum()
+
+
+@pytest.mark.parametrize("function", [condition, counted, scanned, regions])
+def test_gradients(function, recorder):
+    """`counted` against the same passes in Python: eager `while_loop` has no gradient."""
+    for x in INPUTS[:2]:
+        given = [x.clone().requires_grad_(), W.clone().requires_grad_()]
+        expected = [x.clone().requires_grad_(), W.clone().requires_grad_()]
+        total(compile_rtx(function)(*given)).backward()
+        if function is counted:
+            result = expected[0]
+            for number in range(4):
+                result = result @ expected[1] + number
+        else:
+            result = function(*expected)
+        total(result).backward()
+        for one, other in zip(given, expected, strict=True):
+            torch.testing.assert_close(one.grad, other.grad)
+    assert "!python" not in recorder.ops
+
+
+class Model(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.w, self.function = nn.Parameter(W.clone()), function
+
+    def forward(self, x):
+        return self.function(x, self.w)
+
+
+@pytest.mark.parametrize("function", [condition, counted, scanned, regions])
+def test_engines(function):
+    """Saved without weights, loaded and refitted; for any number of rows."""
+    model, other = Model(function), Model(function)
+    other.w.data *= 0.7
+    rows = torch.export.Dim("rows", min=2, max=16)
+    module = torch_rtx.compile(model, (INPUTS[0],), dynamic_shapes=({0: rows},), strip_weights=True)
+    torch_rtx.save(module, file := io.BytesIO())
+    trusted = ["torch_rtx.while_loop"] if function is counted else []
+    if trusted:
+        with pytest.raises(InvalidIR, match="while_loop is not on the allow-list"):
+            torch_rtx.load(io.BytesIO(file.getvalue()))
+    loaded = torch_rtx.load(io.BytesIO(file.getvalue()), trusted_ops=trusted)
+    loaded.refit(other.state_dict())
+    with torch.no_grad():
+        for x in (*INPUTS, torch.rand(7, 4), -torch.rand(7, 4)):
+            same(module(x), model(x))
+            same(loaded(x), other(x))
+
+
+def test_sizes_decide_a_condition():
+    """A predicate on sizes is a number of the host."""
+
+    class Sized(nn.Module):
+        def forward(self, x):
+            return torch.cond(x.shape[0] > 3, lambda x: x.sin(), lambda x: x.cos(), (x,))
+
+    module = torch_rtx.compile(Sized(), (INPUTS[0],), dynamic_shapes=({0: torch.export.Dim("rows", min=2, max=16)},))
+    for rows in (3, 4):
+        x = torch.rand(rows, 4)
+        same(module(x), Sized()(x))
+
+
+def test_a_state_of_numbers_stays_in_pytorch(recorder):
+    def f(x):
+        return while_loop(lambda i, x: i < 3, lambda i, x: (i + 1, x.sin()), (0, x))[1]
+
+    same(compile_rtx(f)(INPUTS[0]), f(INPUTS[0]))
+    assert "!python" in recorder.ops
+
+
+LOOP = """\
+graph fused {
+  input p: bool[()]
+  input x: f32[2]
+  q: bool[()], y: f32[2] = fallback torch_rtx.while_loop(state=[p, x], operands=[]) graph fused {
+    input a: bool[()]
+    input b: f32[2]
+    c: f32[2] = extern aten.relu.default(self=b)
+    d: bool[()] = extern aten.logical_not.default(self=a)
+    return [d, c]
+  }
+  return [y]
+}
+"""
+BRANCH = """t: f32[2] = fallback torch_rtx.call(operands=[a]) graph fused {
+      input b: f32[2]
+      c: f32[2] = extern aten.relu.default(self=b)
+      return [c]
+    }
+    """
+COND = f"""\
+graph fused {{
+  input p: bool[()]
+  input x: f32[2]
+  y: f32[2] = fallback torch_rtx.cond(pred=p, operands=[x]) graph import {{
+    input a: f32[2]
+    {BRANCH}{BRANCH.replace("t: f32", "e: f32").rstrip()}
+    return [t, e]
+  }}
+  return [y]
+}}
+"""
+SCAN = LOOP.replace("while_loop(state=[p, x], operands=[])", "scan(state=[p], rows=[x], operands=[])")
+SCAN = SCAN.replace("b: f32[2]", "b: f32[()]").replace("c: f32[2]", "c: f32[()]")
+BROKEN = {
+    "does not have the types": LOOP.replace("return [d, c]", "return [c, d]"),
+    "begins with a truth value": LOOP.replace("state=[p, x]", "state=[x, p]"),
+    "the types of its operands": LOOP.replace("operands=[]", "operands=[x]"),
+    "must be two calls": COND.replace(BRANCH, "").replace("[t, e]", "[e]"),
+    "must have a truth value": COND.replace("p: bool[()]", "p: f32[()]"),
+    "name all of its results": LOOP.replace("q: bool[()]", "_"),
+    "no branch of a condition": COND.replace("cond(pred=p, operands", "call(operands"),
+    "must have rows": SCAN.replace("rows=[x]", "rows=[]"),
+    "without dimensions": SCAN.replace("rows=[x]", "rows=[p]"),
+}
+
+
+@pytest.mark.parametrize("text", [LOOP, COND, SCAN])
+def test_a_text_reads_back(text):
+    check(parse(text).nodes[0])
+    assert str(parse(text)) == text
+
+
+@pytest.mark.parametrize("problem", BROKEN)
+def test_a_broken_rule(problem):
+    with pytest.raises(InvalidIR, match=problem):
+        check(parse(BROKEN[problem]).nodes[0])
