@@ -19,11 +19,13 @@ from torch.distributed.tensor.parallel import (
 )
 
 import torch_rtx
+from tests.distributed.ranks import device
 from torch_rtx.collectives import is_collective
 from torch_rtx.errors import RefitError, SettingsError
 from torch_rtx.runtime.session import watched_calls
 
 WIDTH = 16
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
 class Block(nn.Module):
@@ -84,17 +86,17 @@ def divided(model: Model, mesh: DeviceMesh, vocabulary: bool = False, sequence: 
 
 
 def tp_mesh() -> DeviceMesh:
-    return init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+    return init_device_mesh(device().type, (dist.get_world_size(),), mesh_dim_names=("tp",))
 
 
 def inference(vocabulary: bool, sequence: bool) -> int:
     """Check a divided model against the whole one; returns how many collectives are in the engine's graph."""
-    whole = Model()
-    tokens = torch.randint(0, 20, (2, 6))
+    whole = Model().to(device())
+    tokens = torch.randint(0, 20, (2, 6), device=device())
     with torch.no_grad(), watched_calls() as calls:
         model = divided(copy.deepcopy(whole), tp_mesh(), vocabulary, sequence)
         found = torch.compile(model, backend="rtx", fullgraph=True)(tokens)
-        torch.testing.assert_close(found, whole(tokens))
+        torch.testing.assert_close(found, whole(tokens), **CLOSE)
     ((session, _),) = calls
     assert not [node for node in session.graph.nodes if node.kind == "fallback"]
     return sum(map(is_collective, session.graph.nodes))
@@ -102,20 +104,20 @@ def inference(vocabulary: bool, sequence: bool) -> int:
 
 def training(sequence: bool) -> list[str]:
     """Check the gradients of a divided model against those of the whole one; returns the fallbacks of its graphs."""
-    whole = Model()
-    tokens = torch.randint(0, 20, (2, 6))
+    whole = Model().to(device())
+    tokens = torch.randint(0, 20, (2, 6), device=device())
     model = divided(copy.deepcopy(whole), tp_mesh(), True, sequence)
     with watched_calls() as calls:
         loss = torch.compile(model, backend="rtx", fullgraph=True)(tokens).square().mean()
         loss.backward()
     expected = whole(tokens).square().mean()
     expected.backward()
-    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(loss, expected, **CLOSE)
     for (name, one), other in zip(model.named_parameters(), whole.parameters(), strict=True):
         assert one.grad is not None, name
         gradient = one.grad.full_tensor() if isinstance(one.grad, DTensor) else one.grad
-        torch.testing.assert_close(gradient, other.grad, msg=lambda text, name=name: f"{name}: {text}")
-    assert len(calls) == 2
+        torch.testing.assert_close(gradient, other.grad, msg=lambda text, name=name: f"{name}: {text}", **CLOSE)
+    assert len(calls) == (2 if device().type == "cpu" else 1)  # a backward on a GPU has a thread of its own
     return [node.op for session, _ in calls for node in session.graph.nodes if node.kind == "fallback"]
 
 

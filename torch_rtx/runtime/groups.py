@@ -100,3 +100,15 @@ def resolved(name: str) -> Any:
     from torch.distributed.distributed_c10d import _resolve_process_group
 
     return _resolve_process_group(name)  # type: ignore[arg-type]
+
+
+def why_not_captured(graph: Graph) -> str | None:
+    """Why no CUDA graph can have the collectives of `graph`; None if it may."""
+    for name in groups_of(graph):
+        try:
+            backend = resolved(name)._get_backend(torch.device("cuda")).name()
+        except RuntimeError:
+            backend = "none for GPUs"
+        if backend != "nccl":
+            return f"the process group {name} runs on {backend}"
+    return None

@@ -13,7 +13,7 @@ from torch_rtx.lowering.infer import Inference
 
 def reduce_in_place(graph: Graph, infer: Inference) -> Graph:
     """Level import to level import, when nothing else moves nodes. The operand is a new tensor that a call of the graph
-    makes; it, and the views of it, are read by nothing from the reduction on."""
+    makes, or a contiguous view of one; it, and the views of it, are read by nothing from the reduction on."""
     if not any(node.op == REDUCE for node in graph.nodes):
         return graph
     base = aten.bases(graph)
@@ -29,7 +29,8 @@ def reduce_in_place(graph: Graph, infer: Inference) -> Graph:
         if node.op != REDUCE or node.kind == "fallback" or not isinstance(operand, Value):
             return node
         type_ = operand.type
-        own = operand.name in makers and last[operand.name] == at
+        owner = base.get(operand.name, operand.name)
+        own = owner in makers and last[owner] == at
         dense = isinstance(type_, TensorType) and type_.strides == contiguous(type_.shape)
         return replace(node, op=REDUCE_IN_PLACE) if own and dense else node
 
