@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from torch_rtx.backend.guards import skip_layer_guards
     from torch_rtx.backend.inputs import Input
     from torch_rtx.backend.mutable import MutableModule
+    from torch_rtx.backend.rank_engines import compile_ranks
     from torch_rtx.backend.registered_kernels import register_kernel
     from torch_rtx.backend.registered_operators import register_decomposition, register_pointwise
     from torch_rtx.engine import Engine
@@ -78,6 +79,7 @@ _HOMES = {
     "torch_rtx.backend.guards": ("skip_layer_guards",),
     "torch_rtx.backend.inputs": ("Input",),
     "torch_rtx.backend.mutable": ("MutableModule",),
+    "torch_rtx.backend.rank_engines": ("compile_ranks",),
     "torch_rtx.backend.registered_kernels": ("register_kernel",),
     "torch_rtx.backend.registered_operators": ("register_decomposition", "register_pointwise"),
     "torch_rtx.engine": ("Engine",),
@@ -148,6 +150,7 @@ __all__ = [
     "Validity",
     "check_engine",
     "compile",
+    "compile_ranks",
     "cross_compile_for_windows",
     "dryrun",
     "explain",

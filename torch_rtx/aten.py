@@ -29,7 +29,7 @@ from torch_rtx import (
 from torch_rtx.errors import InvalidIR, Unsupported
 from torch_rtx.foreign import LAUNCH
 from torch_rtx.ir import MAIN, Attr, Graph, Node, TensorType, Value, attr_values
-from torch_rtx.optable import ALLOWED, DECIDED, WAIT
+from torch_rtx.optable import ALLOWED, COLLECTIVES, DECIDED, WAIT
 
 __all__ = [
     *("ALLOWED", "DTYPES", "MAY_ALIAS", "OUT", "STRIDED", "UNINITIALIZED"),
@@ -52,7 +52,7 @@ STRIDED = frozenset(
         "_reshape_alias.default",
         "_weight_norm_interface.default",
     )
-) | {"aten.view.dtype", "aten.view_as_complex.default", LAUNCH}
+) | {"aten.view.dtype", "aten.view_as_complex.default", LAUNCH, *COLLECTIVES}
 # Library calls whose `out=` writes the result in place; the `out=` of others copies it there.
 OUT = frozenset(
     f"aten.{name}"

@@ -24,10 +24,13 @@ from torch_rtx.ir import Graph, Node, Value, attr_values
 from torch_rtx.optable import COLLECTIVES, WAIT
 
 GROUP = "group_name"
+REDUCE, REDUCE_IN_PLACE = "_c10d_functional.all_reduce.default", "_c10d_functional.all_reduce_.default"
 # They return when their result is there.
 FINISHED = frozenset(("_dtensor.shard_dim_alltoall.default",))
 # They copy their operands when they start, or work in their memory, and need no others until they are done.
-COPYING = frozenset(f"_c10d_functional.{name}.default" for name in ("all_reduce", "all_reduce_coalesced", "broadcast"))
+COPYING = {REDUCE, REDUCE_IN_PLACE} | {
+    f"_c10d_functional.{name}.default" for name in ("all_reduce_coalesced", "broadcast")
+}
 
 
 def is_collective(node: Node) -> bool:

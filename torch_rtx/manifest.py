@@ -46,6 +46,9 @@ class Manifest:
         stripped: whether the file has no weights.
         products: see `backend.products.products_of`.
         onnx: for an engine built from an ONNX model: see `onnx.weights.program_of`.
+        groups: by name of a process group that the engine needs: its `size`, and the `rank` in it that the engine was
+            built for; None: any.
+        shards: by name of a parameter of which each rank has a part: see `runtime.shards`.
         model: what the engine has of its model beside the program: see `runtime.attributes.facts_of`.
         format_version, min_reader: the format of the file, and the oldest reader that understands it.
     """
@@ -60,6 +63,8 @@ class Manifest:
     stripped: bool = False
     products: Mapping[str, Any] = field(default_factory=dict)
     onnx: Mapping[str, Any] | None = None
+    groups: Mapping[str, Any] = field(default_factory=dict)
+    shards: Mapping[str, Any] = field(default_factory=dict)
     model: Mapping[str, Any] = field(default_factory=dict)
     digests: Mapping[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
@@ -126,6 +131,26 @@ def _model(value: Any) -> dict[str, Any]:
     return fields
 
 
+def _groups(value: Any) -> dict[str, Any]:
+    for fact in exactly(dict)(value).values():
+        if exactly(int)(exactly(dict)(fact).get("size")) < 1 or type(fact.get("rank")) not in (int, type(None)):
+            raise TypeError("expected a size and a rank")
+    return {name: {"size": fact["size"], "rank": fact.get("rank")} for name, fact in value.items()}
+
+
+def _shards(value: Any) -> dict[str, Any]:
+    found = {}
+    for name, fact in exactly(dict)(value).items():
+        shape = list(map(exactly(int), exactly(list)(exactly(dict)(fact).get("shape"))))
+        splits = [exactly(list)(pair) for pair in exactly(list)(fact.get("splits"))]
+        if any(len(pair) != 2 or type(pair[0]) is not str for pair in splits) or min(shape, default=0) < 0:
+            raise TypeError("expected a shape, and pairs of a group and a dimension")
+        if any(not 0 <= exactly(int)(dim) < len(shape) for _, dim in splits):
+            raise TypeError("expected dimensions of the shape")
+        found[name] = {"shape": shape, "splits": splits}
+    return found
+
+
 _FIELDS: dict[str, Callable[[Any], Any]] = {
     "format_version": exactly(int),
     "min_reader": exactly(int),
@@ -139,13 +164,15 @@ _FIELDS: dict[str, Callable[[Any], Any]] = {
     "stripped": exactly(bool),
     "products": _products,
     "onnx": _onnx,
+    "groups": _groups,
+    "shards": _shards,
     "model": _model,
     "digests": _string_map,
 }
 # The first format with the field, and its value in older ones.
 _SINCE: Mapping[str, tuple[int, Any]] = {"profiles": (3, ()), "products": (6, {}), "onnx": (6, None)}
 
-_OPTIONAL = ("model",)  # files of every format may lack these
+_OPTIONAL = ("groups", "model", "shards")  # files of every format may lack these
 
 
 def read_manifest(value: Any) -> Manifest:

@@ -188,7 +188,7 @@ DECIDED = NUMBERS | {  # see `aten.is_decided`
 COLLECTIVES = frozenset(  # of torch.distributed, which `collectives` describes
     f"_c10d_functional.{name}.default"
     for name in (
-        *("all_gather_into_tensor", "all_gather_into_tensor_coalesced", "all_reduce"),
+        *("all_gather_into_tensor", "all_gather_into_tensor_coalesced", "all_reduce", "all_reduce_"),
         *("all_reduce_coalesced", "all_to_all_single", "broadcast"),
         *("reduce_scatter_tensor", "reduce_scatter_tensor_coalesced"),
     )

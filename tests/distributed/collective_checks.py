@@ -11,18 +11,20 @@ import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+import torch_rtx
+from tests.distributed.ranks import device
 from torch_rtx.collectives import is_ordered
 from torch_rtx.runtime.session import watched_calls
 
 
 def _gathered_rows(x: Tensor) -> Tensor:
-    out = torch.empty(2 * x.shape[0], x.shape[1])
+    out = x.new_empty(2 * x.shape[0], x.shape[1])
     dist.all_gather_into_tensor(out, x)
     return out * 2
 
 
 def _scattered(x: Tensor) -> Tensor:
-    out = torch.empty(x.shape[0] // 2, x.shape[1])
+    out = x.new_empty(x.shape[0] // 2, x.shape[1])
     dist.reduce_scatter_tensor(out, x)
     return out * 2
 
@@ -80,10 +82,48 @@ def all_forms(x: Tensor) -> dict[str, Any]:
 
 def forms() -> list[str]:
     """Check that the compiled functions return what eager ones do; returns the kinds of the nodes for collectives."""
-    x = torch.randn(4, 6) + dist.get_rank()
     with torch.no_grad(), watched_calls() as calls:
-        found = torch.compile(all_forms, backend="rtx", fullgraph=True)(x)
-        expected = all_forms(x)
-    torch.testing.assert_close(found, tree_map(torch.as_tensor, expected))
+        compiled = torch.compile(all_forms, backend="rtx", fullgraph=True)
+        x = torch.randn(4, 6, device=device()) + dist.get_rank()
+        torch.testing.assert_close(compiled(x), tree_map(torch.as_tensor, all_forms(x)))
     ((session, _),) = calls
     return [node.kind for node in session.graph.nodes if is_ordered(node)]
+
+
+def replayed(count: int) -> tuple[str | None, int]:
+    """Check calls of a function with collectives, also after it was captured as a CUDA graph; returns why it was not,
+    and how many calls replayed it."""
+
+    def function(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        y = funcol.all_reduce(x @ w, "sum", dist.group.WORLD)
+        return funcol.all_gather_tensor(y.relu() @ w, 0, dist.group.WORLD) * 2, y
+
+    compiled = torch.compile(function, backend="rtx", fullgraph=True, dynamic=False)
+    w = torch.randn(64, 64, device=device()) / 8
+    with torch.no_grad(), watched_calls() as calls:
+        for step in range(count):
+            torch.manual_seed(step + dist.get_rank())
+            x = torch.randn(16, 64, device=device())
+            torch.testing.assert_close(compiled(x, w), tree_map(torch.as_tensor, function(x, w)), rtol=1e-2, atol=1e-2)
+            if step == 2:
+                torch_rtx.wait(120)
+    session, _ = calls[-1]
+    return session.no_graphs, 0 if session.pool is None else session.pool.replays
+
+
+def random_shapes(count: int) -> None:
+    """Calls of random sizes, compiled in the background at other times on each rank, in step."""
+
+    def function(x: Tensor) -> Tensor:
+        y = funcol.all_reduce(x.exp().sum(1), "sum", dist.group.WORLD)
+        return funcol.all_gather_tensor(y * 2, 0, dist.group.WORLD)
+
+    compiled = torch.compile(function, backend="rtx", fullgraph=True, dynamic=True)
+    sizes = torch.randint(2, 300, (count, 2), generator=torch.Generator().manual_seed(0)).tolist()
+    with torch.no_grad():
+        for rows, columns in sizes:
+            x = torch.full((rows, columns), float(dist.get_rank()), device=device())
+            wanted = 2 * columns * sum(torch.tensor(float(rank)).exp() for rank in range(dist.get_world_size()))
+            found = compiled(x)
+            torch.testing.assert_close(found, torch.full_like(found, float(wanted)), rtol=1e-4, atol=1e-4)
+            assert found.shape == (rows * dist.get_world_size(),)

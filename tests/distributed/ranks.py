@@ -1,4 +1,4 @@
-"""Two ranks on gloo, in processes of their own that live as long as the tests: starting them takes longer than a test.
+"""Two ranks, on gloo or NCCL, in processes of their own that live as long as the tests: starting them takes long.
 
 `Ranks.run(function, *args)` calls a function of a module, which the ranks import, on all of them at once, and returns
 what each returned. A rank that raises, ends, or does not answer in time fails the call, and ends the others.
@@ -19,15 +19,17 @@ SECONDS = 60  # for one call, and for one collective
 SIZE = 2
 
 
-def serve(rank: int, size: int, folder: str, connection: Connection) -> None:
+def serve(rank: int, size: int, backend: str, folder: str, connection: Connection) -> None:
     """Answer calls until there are no more."""
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     store = dist.FileStore(f"{folder}/store", size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=SECONDS))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=SECONDS))
     connection.send(None)
     while (call := connection.recv()) is not None:
         function, args = call
@@ -40,17 +42,25 @@ def serve(rank: int, size: int, folder: str, connection: Connection) -> None:
     dist.destroy_process_group()
 
 
+def device() -> Any:
+    """Where this rank computes."""
+    import torch
+    import torch.distributed as dist
+
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
 class Ranks:
     """Processes that are the ranks of one group."""
 
-    def __init__(self, size: int = SIZE) -> None:
+    def __init__(self, backend: str = "gloo", size: int = SIZE) -> None:
         self._folder = tempfile.TemporaryDirectory()
         context = multiprocessing.get_context("spawn")
         self._connections: list[Connection] = []
         self.processes: list[Any] = []
         for rank in range(size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=serve, args=(rank, size, self._folder.name, theirs), daemon=True)
+            process = context.Process(target=serve, args=(rank, size, backend, self._folder.name, theirs), daemon=True)
             process.start()
             theirs.close()
             self._connections.append(ours)

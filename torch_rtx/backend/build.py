@@ -23,15 +23,17 @@ from torch_rtx.backend.compiler import Program, device_of
 from torch_rtx.backend.inputs import DeclaredInputs, declare, forward_names, user_inputs
 from torch_rtx.backend.onnx_models import imported, onnx_facts
 from torch_rtx.backend.program_cache import get_or_build
+from torch_rtx.backend.sharded import group_names, shards_of, with_names
 from torch_rtx.engine import Engine, Json, Manifest
 from torch_rtx.errors import CaptureError, InputError, RtxError, SettingsError
 from torch_rtx.lowering.from_fx import Role, number_of
 from torch_rtx.lowering.kernels.toolchain import built_with
 from torch_rtx.profiles import Profile
 from torch_rtx.runtime.attributes import facts_of
+from torch_rtx.runtime.groups import named_groups
 from torch_rtx.runtime.module import CompiledModule
 from torch_rtx.runtime.signature import PLAIN, Fixed, Plain, Signature
-from torch_rtx.runtime.subclasses import is_special, plain_tensors
+from torch_rtx.runtime.subclasses import is_sharded, is_special, plain_tensors, unwrapped_name
 from torch_rtx.settings import CompilationSettings, RuntimeSettings, from_options, settings_of
 from torch_rtx.targets import LATER
 from torch_rtx.version import __version__
@@ -48,6 +50,7 @@ def compile(
     runtime: RuntimeSettings | None = None,
     *,
     inputs: Sequence[Any] | None = None,
+    groups: Mapping[str, Any] | Any = None,
     **options: Any,
 ) -> CompiledModule:
     """Build an engine ahead of time, for inference.
@@ -63,6 +66,8 @@ def compile(
             smallest, typical and largest one, for each size that it leaves open, by name; or a list, one per profile.
         runtime: settings of the returned module.
         inputs: another name of `args`.
+        groups: names for the process groups of the model's collectives, as a mapping or a DeviceMesh; `load` binds
+            groups to these names. Groups that parameters are divided over have the names of the mesh's dimensions.
         options: fields of both settings by name, in place of `settings` and `runtime`.
 
     Raises:
@@ -77,8 +82,9 @@ def compile(
     settings, runtime = chosen_settings(settings, runtime, options)
     if settings.fallback_on_error:
         log.warning("fallback_on_error has no effect ahead of time: a failed build raises an error")
+    given = named_groups(groups)
     captured = capture_model(model, positional(args, inputs), kwargs, dynamic_shapes, settings)
-    return _built(captured, settings, runtime)
+    return _built(captured, settings, runtime, given)
 
 
 @dataclass(frozen=True)
@@ -142,22 +148,32 @@ def capture_model(
     tensors = _tensors(program, model)
     names = {user_inputs(program)[number].arg.name: name for number, name in declared.names.items()}
     sizes = program.range_constraints, declared.typical(program)
-    return Captured(model, declared, program, tensors, _roles(program, tensors, names), _writes(program), sizes)
+    roles = _roles(program, tensors, names, state_of(model))
+    return Captured(model, declared, program, tensors, roles, _writes(program), sizes)
 
 
-def _built(captured: Captured, settings: CompilationSettings, runtime: RuntimeSettings) -> CompiledModule:
+def _built(
+    captured: Captured, settings: CompilationSettings, runtime: RuntimeSettings, groups: Mapping[str, Any]
+) -> CompiledModule:
     model, declared, program, tensors = captured.model, captured.declared, captured.program, captured.tensors
     built = _with_kernels(settings, device_of(program.graph_module))
     lowered = get_or_build(program.graph_module, captured.roles, built, captured.writes, *captured.sizes)
+    state = state_of(model)
+    names = group_names(state, groups)
+    shards = shards_of(state, names)
+    graph, facts = with_names(lowered.graph, names, shards)
+    lowered = replace(lowered, graph=graph)
     signature = _signature(program, forward_names(model), _defaults(model))
     profiles = declared.profiles(lowered.graph, signature.leaves)
     signature.sizes = declared.names_of_sizes(lowered.graph, signature.leaves)
-    engine = _engine(program, lowered, signature, tensors, settings, profiles, _facts(model, program))
+    found = {**_facts(model, program), "groups": facts, "shards": shards}
+    engine = _engine(program, lowered, signature, tensors, settings, profiles, found)
     runs_here = lowered.device.type == "cpu" or torch.cuda.is_available()
     device = lowered.device if runs_here else torch.device("cpu")
     # Trusted: the fallbacks come from a model of this process, not from a file.
     called = {node.op for node in lowered.graph.nodes if node.kind == "fallback"}
-    module = CompiledModule(engine, device, runtime, lowered.callables, called, signature)
+    here = {new: old for old, new in names.items()}
+    module = CompiledModule(engine, device, runtime, lowered.callables, called, signature, groups=here)
     lowered.dump("run.py", module.session.source)
     _attach(module, tensors)
     return module
@@ -181,11 +197,13 @@ def _tensors(program: ExportedProgram, model: nn.Module | ExportedProgram) -> di
     """The tensors of `program` by all names that they have in `model`. Those that tensor subclasses consist of are the
     model's own: a program has copies of the objects, one for each use of a tensor."""
     state = state_of(model)
-    parts = {name: tensor for name, tensor in plain_tensors(state).items() if name not in state}
+    plain = plain_tensors(state)
+    parts = {name: tensor for name, tensor in plain.items() if name not in state or is_sharded(state[name])}
     if isinstance(model, nn.Module) and any(map(is_special, state.values())):
         kept = model.state_dict(keep_vars=True)  # modules may give names to tensors in attributes of their parameters
         parts |= {name: tensor for name, tensor in kept.items() if name not in state}
-    found = {**program.state_dict, **program.constants, **parts}
+    known = {name: t for name, t in program.state_dict.items() if unwrapped_name(name, state) == name}
+    found = {**known, **program.constants, **parts}
     return {name: tensor for name, tensor in found.items() if isinstance(tensor, torch.Tensor)}
 
 
@@ -193,10 +211,17 @@ def _has_data(tensor: torch.Tensor | None) -> bool:
     return tensor is not None and not tensor.is_meta and not isinstance(tensor, FakeTensor)
 
 
-def _roles(program: ExportedProgram, tensors: Mapping[str, torch.Tensor], names: Mapping[str, str]) -> list[Role]:
-    """The roles of the inputs of the exported graph; `names`: those of user inputs, where they have others."""
+def _roles(
+    program: ExportedProgram, tensors: Mapping[str, torch.Tensor], names: Mapping[str, str], state: Mapping[str, Any]
+) -> list[Role]:
+    """The roles of the inputs of the exported graph; `names`: those of user inputs, where they have others; `state`:
+    the tensors of the model."""
     signature = program.graph_signature
     written = set(signature.buffers_to_mutate.values())
+    names = {
+        **names,
+        **{spec.target: unwrapped_name(spec.target, state) for spec in signature.input_specs if spec.target},
+    }
     return _with_aliases([_role(spec, tensors, written, names) for spec in signature.input_specs], tensors)
 
 
@@ -207,9 +232,10 @@ def _role(spec: Any, tensors: Mapping[str, torch.Tensor], written: Container[str
     if spec.kind not in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
         raise CaptureError(f"the model has an input of kind {spec.kind.name}, which engines do not support")
     in_state = spec.kind is InputKind.PARAMETER or (spec.kind is InputKind.BUFFER and spec.persistent is not False)
-    tensor = tensors.get(spec.target)
+    name = names[spec.target]
+    tensor = tensors.get(name)
     if in_state or tensor is None or not _has_data(tensor):
-        return Role("parameter", spec.target)
+        return Role("parameter", name)
     if spec.target not in written:
         return Role("constant", spec.target, number=number_of(tensor))
     return Role("zeros" if tensor.is_contiguous() and not tensor.any() else "constant", spec.target)
@@ -254,7 +280,7 @@ def _engine(
 ) -> Engine:
     parameters = lowered.graph.parameters
     needed = {name for p in parameters for name in (p.name, *p.aliases)}
-    unused = {*program.state_dict, *tensors} - {*program.constants} - needed
+    unused = {*tensors} - {*program.constants} - needed
     kernels = lowered.kernels
     tools = built_with(kernels.targets) if kernels else {}
     manifest = Manifest(

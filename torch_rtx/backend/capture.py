@@ -42,6 +42,7 @@ from torch_rtx.backend.quantized_ops import definitions
 from torch_rtx.backend.registered_operators import defined_operators, registered_definitions
 from torch_rtx.backend.rematerialization import partition
 from torch_rtx.backend.scale_check import check_scales
+from torch_rtx.backend.sharded import export_divided, is_divided
 from torch_rtx.backend.training import saving_old_values
 from torch_rtx.backend.undefined_gradients import Tolerating, undefined_is_none
 from torch_rtx.errors import CaptureError
@@ -309,6 +310,9 @@ def _export(
 ) -> Any:
     # With gradients disabled, `with torch.no_grad()` inside the model changes no mode and adds no node to the graph.
     with torch.no_grad(), compile_lock, _exporting(), known_values(known), traced_launches():
+        if is_divided(model):
+            with keep_ops(), _mending({}):
+                return export_divided(model, args, kwargs, dynamic_shapes)
         return torch.export.export(model, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False)
 
 
@@ -408,7 +412,10 @@ class _FakeCopies:
         self._by_fake: dict[int, torch.Tensor] = {}
 
     def get(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The fake copy of `tensor`: same shape, strides, dtype; a Parameter for a Parameter."""
+        """The fake copy of `tensor`: same shape, strides, dtype; a Parameter for a Parameter. What is no tensor, as the
+        mesh of a DTensor, stays itself."""
+        if not isinstance(tensor, torch.Tensor):
+            return tensor
         if id(tensor) not in self._by_original:
             fake = self._create(tensor)
             self._by_original[id(tensor)] = tensor, fake  # references both, so that neither id is reused

@@ -39,12 +39,14 @@ from torch_rtx.lowering.passes.mix_before_resampling import mix_before_resamplin
 from torch_rtx.lowering.passes.move_numbers import move_numbers
 from torch_rtx.lowering.passes.pack_weights import pack_weights
 from torch_rtx.lowering.passes.pad_products import pad_products
+from torch_rtx.lowering.passes.place_waits import place_waits
 from torch_rtx.lowering.passes.raise_attention import raise_attention
 from torch_rtx.lowering.passes.raise_gelu import raise_gelu
 from torch_rtx.lowering.passes.raise_group_norm import raise_group_norm
 from torch_rtx.lowering.passes.raise_linear import raise_linear
 from torch_rtx.lowering.passes.raise_quantized import kept_floats, raise_quantized
 from torch_rtx.lowering.passes.read_in_place import read_in_place
+from torch_rtx.lowering.passes.reduce_in_place import reduce_in_place
 from torch_rtx.lowering.passes.separate_pools import separate_pools
 from torch_rtx.lowering.passes.simplify import simplify
 from torch_rtx.lowering.passes.simplify_masks import simplify_masks
@@ -183,6 +185,8 @@ PIPELINE = (
     Pass(fuse_column_sums, needs=("targets",), takes=("targets",)),
     Pass(fuse_horizontally, needs=("targets",), takes=("targets",)),
     Pass(form_launches, needs=("targets",)),
+    Pass(place_waits),
+    Pass(reduce_in_place),
     Pass(finish, ensures="fused"),
 )
 PASSES = {step.name: step for step in PIPELINE}

@@ -314,7 +314,12 @@ class _Writer:
             return
         if is_collective(node):
             self.pending.update(value.name for value in node.results)
-        call = self.python_call(node) if node.op == "python" else self.aten_call(node)
+        tensor = waited(node)
+        if tensor is not None:  # without what it holds: PyTorch's own call takes less time
+            wait = torch.ops._c10d_functional.wait_tensor.default._op
+            call = f"{self.name_of('wait', wait)}({tensor.name})"
+        else:
+            call = self.python_call(node) if node.op == "python" else self.aten_call(node)
         call += ".zero_()" * (node.op in aten.UNINITIALIZED)
         if not node.outputs:
             self.lines.append(call)
@@ -325,7 +330,7 @@ class _Writer:
         decided = aten.is_decided(node)
         if decided or node.kind == "fallback":
             self.bind(node.outputs, decided)
-        if waited(node) is not None or not aten.may_alias(node, self.trusted_ops):
+        if tensor is not None or not aten.may_alias(node, self.trusted_ops):
             # In the captured strides where it is made, so that no result has to be copied, away from the others.
             self.lines += [f"{v.name} = {self.strided(v)}" for v in node.results if v.name in self.shared]
 

@@ -351,7 +351,8 @@ def _fits(type_: str, attr: Attr) -> bool:
         return type_ in ("bool", "int", "SymInt", "number", "Tensor")
     if isinstance(attr, float):
         return type_ in ("float", "number", "Tensor")
-    return isinstance(attr, str) and type_ in ("str", "ScalarType", "Device", "MemoryFormat") and len(attr) <= 1000
+    named = ("str", "Any", "ScalarType", "Device", "MemoryFormat")  # Any: a process group, or its name
+    return isinstance(attr, str) and type_ in named and len(attr) <= 1000
 
 
 def _in_range(sym: Sym, size: int) -> int:

@@ -17,6 +17,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from torch_rtx import aten, platforms
 from torch_rtx import engine as engine_file
+from torch_rtx.collectives import bound
 from torch_rtx.engine import Engine
 from torch_rtx.errors import (
     CallError,
@@ -33,9 +34,11 @@ from torch_rtx.profiles import Shape, profiles_of, shapes
 from torch_rtx.runtime.alias_guard import AliasGuard
 from torch_rtx.runtime.attributes import read_attributes
 from torch_rtx.runtime.file_check import FileCheck
+from torch_rtx.runtime.groups import checked_groups, places_of
 from torch_rtx.runtime.module_methods import ModuleMethods, opaque, registered
 from torch_rtx.runtime.no_gradients import refuse_gradients, require_gradients
 from torch_rtx.runtime.session import Session
+from torch_rtx.runtime.shards import local, parts_of
 from torch_rtx.runtime.signature import Signature
 from torch_rtx.runtime.streaming import stream
 from torch_rtx.runtime.strided import copy_strided
@@ -65,6 +68,7 @@ class CompiledModule(ModuleMethods):
         signature: the call signature; None: the engine's own.
         kernels: those of a loaded engine that may run; None: this process built the engine, and all run.
         check: has checked a loaded engine, and checks the sizes of calls; None: everything in it is trusted.
+        groups: by their names in the engine, the names of process groups in this process.
 
     Raises:
         EngineFormatError: the engine's own signature is damaged.
@@ -83,8 +87,10 @@ class CompiledModule(ModuleMethods):
         signature: Signature | None = None,
         kernels: KernelTable | None = None,
         check: FileCheck | None = None,
+        groups: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
+        self._groups = dict(groups or {})
         self.engine, self.device, self.training = engine, device, _is_training(engine.graph)
         self._signature = signature or Signature.from_json(engine.manifest.signature)
         self._signature.check(len(engine.graph.inputs), len(engine.graph.outputs))
@@ -101,7 +107,7 @@ class CompiledModule(ModuleMethods):
     def _session(
         self, settings: RuntimeSettings, callables: Sequence[Callable[..., Any]], trusted_ops: frozenset[str]
     ) -> Session:
-        graph, manifest = self.engine.graph, self.engine.manifest
+        graph, manifest = bound(self.engine.graph, self._groups), self.engine.manifest
         kernels = self.engine.kernels if self._kernels is None else self._kernels
         tactics, context = tactics_and_context(kernels, graph, self.device, settings)
         streamer = stream(graph, self.device, settings.weight_streaming_budget, trusted_ops)
@@ -139,7 +145,7 @@ class CompiledModule(ModuleMethods):
         if not isinstance(weights, nn.Module | Mapping):
             self.refit(weights)
             return
-        tensors = tensors_of(weights, self._store.parameters, self.engine.manifest)
+        tensors = self._tensors(weights)
         with self._computing():
             self._store.attach(tensors, strict=not isinstance(weights, nn.Module))
         if self._store.streamer is not None and any(
@@ -158,7 +164,7 @@ class CompiledModule(ModuleMethods):
             RefitError: lists the names that are missing, unexpected or of another shape or dtype; nothing was changed.
             CallError: see `attach`.
         """
-        tensors = tensors_of(weights, self._store.parameters, self.engine.manifest)
+        tensors = self._tensors(weights)
         if isinstance(weights, nn.Module) and not is_onnx(weights):  # also has the buffers that no state dict has
             known = {name for p in self._store.parameters for name in (p.name, *p.aliases)}
             kept = plain_tensors(weights.state_dict(keep_vars=True)).keys()
@@ -166,6 +172,12 @@ class CompiledModule(ModuleMethods):
         with self._computing():
             self._store.refit(tensors, strict)
         self._keep(tensors, copy=True)
+
+    def _tensors(self, weights: WeightSource) -> dict[str, torch.Tensor]:
+        """The tensors of a source, of those that are divided among ranks the part of this one."""
+        parameters, manifest = self._store.parameters, self.engine.manifest
+        parts = parts_of(parameters, manifest.shards, places_of(self._groups)) if manifest.shards else {}
+        return local(tensors_of(weights, parameters, manifest, parts), parts)
 
     def _computing(self) -> AbstractContextManager[None]:
         """Where weights are computed: as for calls, only errors of loaded engines are CallErrors."""
@@ -219,7 +231,7 @@ class CompiledModule(ModuleMethods):
         memo[id(self)] = other
         other.__dict__.update({name: deepcopy(value, memo) for name, value in self._others().items()})
         other.engine, other.device, other._signature = _with_copies(self.engine), self.device, self._signature
-        other._kernels, other._check = self._kernels, self._check
+        other._kernels, other._check, other._groups = self._kernels, self._check, self._groups
         other._carried, session = deepcopy(self._carried, memo), self.session
         if session.streamer is None:
             copied = session.sibling()
@@ -247,17 +259,18 @@ class CompiledModule(ModuleMethods):
         tensors = BytesIO()
         torch.save((weights, values), tensors)
         given = str(self.device), asdict(session.settings), sorted(session._trusted_ops), self._check is not None
-        return {**self._others(), _ENGINE: (_to_bytes(self), tensors.getvalue(), *given)}
+        return {**self._others(), _ENGINE: (_to_bytes(self), tensors.getvalue(), *given, self._groups)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Run on the same device, or on the CPU if this machine has none."""
-        content, tensors, placed, settings, trusted_ops, checked = state.pop(_ENGINE)
+        content, tensors, placed, settings, trusted_ops, checked, groups = state.pop(_ENGINE)
         weights, values = torch.load(BytesIO(tensors))
         engine = replace(engine_file.load(BytesIO(content)), weights=weights)
         kind = torch.device(placed).type
         device = resolve_device(placed if kind != "cuda" or torch.cuda.is_available() else None, kind)
         check = FileCheck(engine.graph, device, trusted_ops) if checked else None
-        self.__init__(engine, device, RuntimeSettings(**settings), (), trusted_ops, check=check)  # type: ignore[misc]
+        given = RuntimeSettings(**settings), (), trusted_ops
+        self.__init__(engine, device, *given, check=check, groups=groups)  # type: ignore[misc]
         self.__dict__.update(state)
         self._list_weights()
         if values is not None:
@@ -275,7 +288,9 @@ class CompiledModule(ModuleMethods):
 Call = Callable[[tuple[Any, ...], Mapping[str, Any]], Any]  # takes args and kwargs
 _Module = TypeVar("_Module", bound=nn.Module)
 # Attributes of a module that a copy gets in another way.
-_OWN = frozenset(("engine", "device", "session", "_signature", "_store", "_run", "_kernels", "_check", "_carried"))
+_OWN = frozenset(
+    ("engine", "device", "session", "_signature", "_store", "_run", "_kernels", "_check", "_carried", "_groups")
+)
 _ENGINE = "_engine"  # the engine in what is pickled
 
 
@@ -366,6 +381,7 @@ def load(
     trust_binaries: bool = False,
     sha256: str | None = None,
     mmap: bool = False,
+    groups: Mapping[str, Any] | Any = None,
 ) -> CompiledModule:
     """Load an engine. Without the arguments that say so, nothing in the file is trusted: see docs/trust.md.
 
@@ -382,6 +398,7 @@ def load(
         sha256: the SHA-256 of the file, by which you know that it is yours: another file is refused, and everything in
             this one is trusted.
         mmap: map the weights instead of reading them, see `engine.load`.
+        groups: the engine's process groups by name, or a DeviceMesh. Of a whole checkpoint each rank reads its part.
 
     Raises:
         EngineFormatError, EngineVersionError: see `engine.load`; or a call in the file is not allowed or is wrong.
@@ -390,8 +407,8 @@ def load(
         OnnxError: the ONNX model with the weights is damaged, or has what is not supported.
         RefitError: the weights do not fit, or a state dict or file has names that the model did not have.
         InvalidIR: the engine calls an operator that is neither allowed nor trusted, or does not exist in this process.
-        SettingsError: `weight_streaming_budget` is too small for the engine, there is no such device, or `trusted_ops`
-            is no collection.
+        SettingsError: `weight_streaming_budget` is too small for the engine, there is no such device, `trusted_ops` is
+            no collection, or a process group is missing or is another one.
     """
     settings = settings_of(RuntimeSettings, settings)
     name = engine_file.name_of(path)
@@ -405,12 +422,11 @@ def load(
             raise InvalidIR("the engine calls a Python function, which no file can hold")
         placed = resolve_device(device, engine.manifest.device)
         check = FileCheck(engine.graph, placed, trusted_ops) if sha256 is None else None
-        kernels = engine.kernels
-        if not trust_binaries and sha256 is None:
-            kernels = KernelTable()
-            if engine.kernels and placed.type == "cuda":
-                log.warning("%s: its kernels do not run: pass trust_binaries=True if you trust the file", name)
-        module = CompiledModule(engine, placed, settings, (), trusted_ops, kernels=kernels, check=check)
+        kernels = engine.kernels if trust_binaries or sha256 is not None else KernelTable()
+        if engine.kernels and not kernels and placed.type == "cuda":
+            log.warning("%s: its kernels do not run: pass trust_binaries=True if you trust the file", name)
+        bound_to = checked_groups(engine.graph, engine.manifest, groups)
+        module = CompiledModule(engine, placed, settings, (), trusted_ops, None, kernels, check, bound_to)
         if weights is not None:
             module.attach(weights)
         elif engine.weights is not None:

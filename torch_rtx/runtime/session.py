@@ -26,6 +26,7 @@ from torch_rtx.runtime.captured import may_draw
 from torch_rtx.runtime.check import bind_sizes, check_inputs, check_layouts
 from torch_rtx.runtime.code import Code, compile_graph, undisturbed
 from torch_rtx.runtime.cudagraph import GraphPool, why_not
+from torch_rtx.runtime.groups import why_not_captured
 from torch_rtx.runtime.launch import LoadedTactic
 from torch_rtx.runtime.plan import Memory, Room
 from torch_rtx.runtime.specialize import Compile, Specializer
@@ -150,6 +151,8 @@ class Session:
         self.pool, self.no_graphs = None, "it runs on the CPU" if self.device.type != "cuda" else why_not(self.graph)
         if self.no_graphs is None and self.streamer is not None:
             self.no_graphs = self.streamer.pageable
+        if self.no_graphs is None:
+            self.no_graphs = why_not_captured(self.graph)
         if self.settings.cuda_graph_strategy == "disabled":
             return  # until `runtime_settings` wants them
         if self.no_graphs is None:

@@ -1,14 +1,16 @@
 """Tensors of other classes as plain ones: torchao's quantized weights, and whatever overrides functions of PyTorch.
 
 A wrapper subclass consists of inner tensors. `torch.export` makes each a parameter of its own, `X.weight` becomes
-`X.parametrizations.weight.original0` and so on; these are the names that an engine has.
+`X.parametrizations.weight.original0` and so on; these are the names that an engine has. A DTensor stands for its part
+on this rank, which keeps the name: checkpoints of the whole model have it.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import wraps
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -26,7 +28,8 @@ def plain_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
             continue
         if id(tensor) not in made:
             made[id(tensor)] = list(inner(tensor))
-        found |= zip(names_of(name, tensor), made[id(tensor)], strict=True)
+        parts = zip(names_of(name, tensor), made[id(tensor)], strict=True)
+        found |= {label: part for label, part in parts if isinstance(part, torch.Tensor)}  # a DTensor also has its mesh
     return found
 
 
@@ -34,6 +37,8 @@ def names_of(name: str, tensor: Any) -> list[str]:
     """The names of the plain tensors that `tensor`, called `name`, consists of."""
     if not is_traceable_wrapper_subclass(tensor):
         return [name]
+    if is_sharded(tensor) and not is_traceable_wrapper_subclass(tensor.to_local()):
+        return [name, *(f"{name}.{other}" for other in tensor.__tensor_flatten__()[0][1:])]
     owner, dot, attribute = name.rpartition(".")
     return [f"{owner}{dot}parametrizations.{attribute}.original{index}" for index, _ in enumerate(inner(tensor))]
 
@@ -43,6 +48,19 @@ def outer_name(name: str) -> str:
     owner, found, rest = name.rpartition("parametrizations.")
     attribute, dot, number = rest.rpartition(".original")
     return owner + attribute if found and dot and number.isdigit() and "." not in attribute else name
+
+
+def is_sharded(tensor: object) -> TypeGuard[Any]:
+    """A DTensor. Imports nothing: where its module is not loaded, nobody has one."""
+    return isinstance(tensor, getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ()))
+
+
+def unwrapped_name(name: str, tensors: Mapping[str, Any]) -> str:
+    """The name in an engine of what `torch.export` calls `name`: that of a DTensor in `tensors`, of which it is the
+    part on this rank, or `name` itself."""
+    whole = outer_name(name)
+    tensor = tensors.get(whole)
+    return whole if whole != name and is_sharded(tensor) and names_of(whole, tensor)[0] == whole else name
 
 
 def overrides(tensor: torch.Tensor) -> bool:

@@ -10,14 +10,16 @@ import errno
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from torch_rtx.errors import EngineFormatError
+from torch_rtx.runtime.shards import Part
 
 File = str | os.PathLike[str]
 SUFFIX = ".safetensors"
@@ -26,9 +28,12 @@ SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")  # a shard, as Huggi
 FILE = re.compile(r"[^/\\:]+\.safetensors")  # the name of a file in a folder, on any system
 
 
-def read_weights(source: File | Sequence[File]) -> dict[str, torch.Tensor]:
+def read_weights(source: File | Sequence[File], parts: Mapping[str, Part] | None = None) -> dict[str, torch.Tensor]:
     """The named tensors of a file, of all files of a list, or of a folder: those that its index names, all shards of
     one set, or its only file.
+
+    Args:
+        parts: by name: the part that is read of a tensor, where the file has the whole.
 
     Raises:
         EngineFormatError: a file is no safetensors file, or an engine; a shard is missing, or lies outside of the
@@ -42,7 +47,7 @@ def read_weights(source: File | Sequence[File]) -> dict[str, torch.Tensor]:
     for one in [source] if isinstance(source, str | os.PathLike) else source:
         paths += _files(Path(one))
     for path in paths:
-        for name, tensor in _tensors(path).items():
+        for name, tensor in _tensors(path, parts or {}).items():
             if name in found:
                 raise EngineFormatError(f"{name} is in two files: {origin[name]} and {path}")
             found[name], origin[name] = tensor, path
@@ -113,7 +118,7 @@ def _shards(index: Path) -> list[str]:
     return names
 
 
-def _tensors(path: Path) -> dict[str, torch.Tensor]:
+def _tensors(path: Path, parts: Mapping[str, Part]) -> dict[str, torch.Tensor]:
     if not path.exists():
         raise FileNotFoundError(errno.ENOENT, "there is no file of weights", str(path))
     try:
@@ -121,8 +126,21 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
             if "torch_rtx" in (file.metadata() or ()):
                 hint = "weights come from the model, its state dict, or a safetensors file of it"
                 raise EngineFormatError(f"{path} is an engine, not a file of weights", hint=hint)
+            if not parts.keys().isdisjoint(file.keys()):
+                return {name: _read(file, name, parts.get(name)) for name in file.keys()}  # noqa: SIM118
         return load_file(path)
     except SafetensorError as error:
         hint = "a checkpoint of torch.save: pass torch.load(path, weights_only=True), or convert it with "
         hint += "safetensors.torch.save_file"
         raise EngineFormatError(f"{path} is no safetensors file: {error}", hint=hint) from None
+
+
+def _read(file: Any, name: str, part: Part | None) -> torch.Tensor:
+    """A tensor of an open file, or a part of it where the file has the whole."""
+    if part is not None:
+        whole = file.get_slice(name)
+        if tuple(whole.get_shape()) == part.shape:
+            read: torch.Tensor = whole[part.slices]
+            return read
+    tensor: torch.Tensor = file.get_tensor(name)
+    return tensor

@@ -17,6 +17,7 @@ from torch_rtx.errors import RefitError, RtxError
 from torch_rtx.ir import Parameter
 from torch_rtx.manifest import Manifest
 from torch_rtx.onnx.framed import weights_in
+from torch_rtx.runtime.shards import Part
 from torch_rtx.runtime.subclasses import attached, is_special, plain_tensors
 from torch_rtx.runtime.weight_files import read_weights
 
@@ -38,7 +39,10 @@ WeightSource = Union[
 
 
 def tensors_of(
-    weights: WeightSource, parameters: Sequence[Parameter] = (), manifest: Manifest | None = None
+    weights: WeightSource,
+    parameters: Sequence[Parameter] = (),
+    manifest: Manifest | None = None,
+    parts: Mapping[str, Part] | None = None,
 ) -> dict[str, torch.Tensor]:
     """The named tensors of a source of weights; of a tensor subclass its inner ones, see `subclasses`.
 
@@ -46,6 +50,7 @@ def tensors_of(
         parameters: what they are for. A module also gives plain attributes of these names: tensors that had no data at
             build time.
         manifest: of the engine; it says how to find the weights of an ONNX model.
+        parts: of tensors in safetensors files, by name: what to read of them.
 
     Raises:
         EngineFormatError, FileNotFoundError: see `read_weights`.
@@ -75,7 +80,7 @@ def tensors_of(
             raise RtxError("an ONNX model is no part of a list of weights", hint="pass the model by itself")
         if not isinstance(part, str | os.PathLike):
             raise RtxError(f"a list of weights has paths of files, not a {type(part).__name__}", hint=hint)
-    return read_weights(weights)
+    return read_weights(weights, parts)
 
 
 def _is_exported(weights: object) -> TypeGuard[ExportedProgram]:
