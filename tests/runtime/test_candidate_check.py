@@ -137,3 +137,60 @@ def test_a_backward_gets_what_its_forward_saves() -> None:
     x, out, _ = check._inputs
     torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(-x, x, x))
     assert max(check._limits) < 1e-5
+
+
+QUANTIZED = """graph fused {
+  input x: f16[64, 96]
+  input y: f16[64, 96]
+  a: f16[64, 96], q: i8[64, 96] = kernel k(in0=x, in1=y) graph import {
+    input x: f16[64, 96]
+    input y: f16[64, 96]
+    a: f16[64, 96] = op aten.mul.Tensor(self=x, other=y)
+    w: f32[64, 96] = op aten._to_copy.default(self=a, dtype='f32')
+    s: f32[64, 96] = op aten.mul.Tensor(self=w, other=30.0)
+    r: f32[64, 96] = op aten.round.default(self=s)
+    b: f32[64, 96] = op aten.clamp.default(self=r, min=-127, max=127)
+    q: i8[64, 96] = op aten._to_copy.default(self=b, dtype='i8')
+    return [a, q]
+  }
+  return [a, q]
+}"""
+
+
+def test_rounded_integers_differ_as_often_as_eagers_do() -> None:
+    """A kernel keeps in float32 what calls round to halves first, so that both round some numbers otherwise."""
+    check = CandidateCheck(parse(QUANTIZED).nodes[0], CPU)
+
+    def kernel(inputs: Any, symbols: Any) -> list[torch.Tensor]:
+        x, y = (tensor.float() for tensor in inputs)
+        return [(x * y).half(), (x * y * 30).round().clamp(-127, 127).to(torch.int8)]
+
+    def wrong(inputs: Any, symbols: Any) -> list[torch.Tensor]:
+        product, rounded = kernel(inputs, symbols)
+        return [product, torch.where(torch.rand(rounded.shape) < 0.05, rounded + 1, rounded)]
+
+    differs = check._limits[1] / 2
+    assert differs > candidate_check.MIDWAY  # that is what midway between two integers does not explain
+    assert check.problem(kernel) is None  # type: ignore[arg-type]
+    assert "output 1 differs" in (check.problem(wrong) or "")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("dtype", "most"), [("f32", 127), ("f16", 7)])
+def test_integers_are_all_that_results_can_bear(dtype: str, most: int) -> None:
+    """Codes of int8 use all their bits, unless sums of products would leave the range of the result."""
+    (node,) = parse(f"""graph fused {{
+      input x: i8[32, 4096]
+      input y: i8[4096, 32]
+      z: {dtype}[32, 32] = kernel k(in0=x, in1=y) graph import {{
+        input x: i8[32, 4096]
+        input y: i8[4096, 32]
+        a: i32[32, 32] = op aten._int_mm.default(self=x, mat2=y)
+        z: {dtype}[32, 32] = op aten._to_copy.default(self=a, dtype='{dtype}')
+        return [z]
+      }}
+      return [z]
+    }}""").nodes
+    check = CandidateCheck(node, CPU)
+    assert [int(x.max()) for x in check._inputs] == [most] * 2
+    assert bool(check.expected[0].isfinite().all())
+    assert float(check.expected[0].abs().min()) != float(check.expected[0].abs().max())

@@ -8,7 +8,7 @@ import torch
 from torch_rtx.errors import RtxError
 from torch_rtx.irparse import parse
 from torch_rtx.runtime.candidate_check import CandidateCheck, InputPool
-from torch_rtx.runtime.index_check import limits
+from torch_rtx.runtime.index_check import limits, numbers_in
 
 CPU = torch.device("cpu")
 # Where the mask is not that of the program, the last position stays -100.
@@ -236,3 +236,37 @@ def test_timed_runs_compute_the_positions_that_were_checked(kind: str) -> None:
         for run in check.runs(check.code({}), InputPool(CPU)):
             assert torch.equal(run.args[0][0], check._inputs[0])
             run()
+
+
+def test_numbers_are_no_positions() -> None:
+    """Codes of weights may be any integers; what positions, masks and lengths of shifts depend on may not."""
+    graph = parse("""graph fused {
+      input codes: i8[6, 4]
+      input words: i32[6]
+      input length: i32[6]
+      input mask: i64[6]
+      input place: i32[6]
+      input x: f32[6, 4]
+      v: f32[6, 4] = kernel k(in0=codes, in1=words, in2=length, in3=mask, in4=place, in5=x) graph import {
+        input codes: i8[6, 4]
+        input words: i32[6]
+        input length: i32[6]
+        input mask: i64[6]
+        input place: i32[6]
+        input x: f32[6, 4]
+        a: f32[6, 4] = op aten._to_copy.default(self=codes, dtype='f32')
+        b: i32[6] = op aten.bitwise_right_shift.Tensor(self=words, other=length)
+        c: i32[6] = op aten.bitwise_and.Scalar(self=b, other=15)
+        d: f32[6] = op aten._to_copy.default(self=c, dtype='f32')
+        e: bool[6] = op aten._to_copy.default(self=mask, dtype='bool')
+        f: f32[6] = op aten.masked_fill.Scalar(self=d, mask=e, value=0)
+        g: i32[6] = op aten.add.Tensor(self=place, other=1)
+        h: f32[6, 4] = op aten.index.Tensor(self=x, indices=[g])
+        i: f32[6, 4] = op aten.mul.Tensor(self=a, other=h)
+        j: f32[6, 1] = op aten.view.default(self=f, size=[6, 1])
+        v: f32[6, 4] = op aten.mul.Tensor(self=i, other=j)
+        return [v]
+      }
+      return [v]
+    }""")
+    assert numbers_in(graph) == {"codes", "words"}

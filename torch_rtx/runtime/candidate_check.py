@@ -24,7 +24,7 @@ from torch_rtx.runtime.benchmark import RUNS, Run
 from torch_rtx.runtime.code import Code, compile_graph
 from torch_rtx.runtime.control import Owned
 from torch_rtx.runtime.example_lists import fill_lists
-from torch_rtx.runtime.index_check import check_positions, differing, distinct, in_order, limits
+from torch_rtx.runtime.index_check import check_positions, differing, distinct, in_order, limits, numbers_in
 from torch_rtx.runtime.launch import LoadedTactic
 from torch_rtx.runtime.saved_results import fill_saved
 from torch_rtx.runtime.streaming import nbytes, numbers
@@ -37,6 +37,8 @@ SEEDS = count()  # each check has other inputs: right results of an earlier chec
 # Of integers that floats are rounded to, the share that may differ: what lies midway between two of them, up to the
 # last bit of a quotient.
 MIDWAY = 1e-3
+# Of integers that are numbers: all that 32 bits have, and fewer where results would not be finite.
+BITS = (32, 12, 4)
 PIECE = 1 << 22  # elements that are compared at once
 MEMORY_SHARE = 0.25  # of the device's free memory that a check may use
 
@@ -68,20 +70,23 @@ class CandidateCheck:
         self._in_order, self._distinct = in_order(self.graph), distinct(self.graph)
         used = {value.name: known[value.name] for value in values if value.name in known}
         self._known = {name: compile_graph(recipe, device)((), ())[0] for name, recipe in used.items()}
-        self._inputs = self._random_inputs()
-        fill_lists(self.graph, self._inputs, self._known)
+        self._numbers = set() if launch_in(node.body) is not None else numbers_in(self.graph) - self._known.keys()
         try:
-            self._computes_positions = check_positions(self.graph, device, self._inputs)
-            fill_saved(self.graph, device, self._inputs)
-            calls = compile_graph(self.graph, device)
-            self.expected: Sequence[torch.Tensor] = _comparable(calls(self._inputs, ()))
+            for bits in BITS if self._numbers else BITS[:1]:
+                self._draw(bits)
+                calls = compile_graph(self.graph, device)
+                self.expected: Sequence[torch.Tensor] = _comparable(calls(self._inputs, ()))
+                if all(bool(x.isfinite().all()) for x in self.expected if x.is_floating_point()):
+                    break
             as_it_is = _takes_bits(node.body) or launch_in(node.body) is not None
             exact = self.expected if as_it_is else self._in_float64()
         except RuntimeError as error:  # an OutOfMemoryError, too
             raise RtxError(f"the calls of {node.op} fail in the check: {str(error).splitlines()[0]}") from None
         self._midway = MIDWAY if _rounds(node.body) else 0.0
         self._limits = [
-            max(2 * relative_error(mine, right), tolerance(mine.dtype)) if mine.is_floating_point() else 0.0
+            max(2 * relative_error(mine, right), tolerance(mine.dtype))
+            if mine.is_floating_point()
+            else max(2 * _share(mine, right), self._midway)
             for mine, right in zip(self.expected, exact, strict=True)
         ]
         # Float32 is exact enough for narrower results.
@@ -95,13 +100,18 @@ class CandidateCheck:
         given = (x.double() if aten.dtype_name(x.dtype) in NARROW_FLOATS else x for x in self._inputs)
         return _comparable(wide(Owned(given), ()))
 
-    def _random_inputs(self) -> list[torch.Tensor]:
-        return [self._random(index) for index in range(len(self.graph.inputs))]
+    def _draw(self, bits: int) -> None:
+        """Draw the inputs; integers that are numbers have so many bits, or all of their dtype's."""
+        self._inputs = [self._random(value, bits) for value in self.graph.inputs]
+        fill_lists(self.graph, self._inputs, self._known)
+        self._computes_positions = check_positions(self.graph, self.device, self._inputs)
+        fill_saved(self.graph, self.device, self._inputs)
 
-    def _random(self, index: int) -> torch.Tensor:
-        value = self.graph.inputs[index]
+    def _random(self, value: Value, bits: int) -> torch.Tensor:
         if value.name in self._known:
             return self._known[value.name]
+        if value.name in self._numbers:
+            return random_integers(value, self.device, self._generator, bits)
         high = self._highs[value.name]
         found = random_tensor(value, self.device, self._generator, high)
         if value.name in self._distinct:
@@ -126,9 +136,9 @@ class CandidateCheck:
         found = _comparable(code(self._inputs, ()))
         for position, (mine, right, limit) in enumerate(zip(found, self._exact, self._limits, strict=True)):
             if not mine.is_floating_point():
-                count = int((mine != self.expected[position]).sum())
-                if count > self._midway * mine.numel():
-                    return f"output {position} differs in {count} of {mine.numel()} elements"
+                share = _share(mine, right)
+                if share > limit:
+                    return f"output {position} differs in {share:.2%} of its elements, the limit is {limit:.2%}"
                 continue
             error = relative_error(mine, right)
             if not error <= limit:
@@ -208,6 +218,11 @@ def _takes_bits(body: Graph) -> bool:
     return any({*pair} & {*NARROW_FLOATS} for pair in _types(body, "aten.view.dtype"))
 
 
+def _share(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """Of integers, the share that differs."""
+    return float((found != exact).double().mean()) if found.numel() else 0.0
+
+
 def _rounds(body: Graph) -> bool:
     """Whether `body` makes integers of floats."""
     pairs = _types(body, "aten._to_copy.default")
@@ -241,6 +256,17 @@ def random_tensor(value: Value, device: torch.device, generator: torch.Generator
         high = 2 if dtype == torch.bool else high
         memory = torch.randint(0, high, (extent,), generator=generator, device=device).to(dtype)
     return memory.as_strided(shape, strides)
+
+
+def random_integers(value: Value, device: torch.device, generator: torch.Generator, bits: int) -> torch.Tensor:
+    """A random input of integers with at most so many bits."""
+    type_ = value.type
+    assert isinstance(type_, TensorType)
+    shape, strides, dtype = numbers(type_.shape), numbers(type_.strides), aten.DTYPES[type_.dtype]
+    info, most = torch.iinfo(dtype), 1 << bits - 1
+    low, high = (max(info.min, -most), min(info.max, most - 1)) if info.min else (0, min(info.max, 2 * most - 1))
+    memory = torch.randint(low, high + 1, (aten.extent(shape, strides),), generator=generator, device=device)
+    return memory.to(dtype).as_strided(shape, strides)
 
 
 def in_float64(graph: Graph) -> Graph:

@@ -18,12 +18,15 @@ from torch_rtx.accumulation import SCATTERS, replaces
 from torch_rtx.dtypes import highest
 from torch_rtx.errors import RtxError
 from torch_rtx.ir import Attr, Graph, Node, TensorType, Value
-from torch_rtx.op_work import GROUPED_MM, POOLING_BACKWARD
+from torch_rtx.op_work import GROUPED_MM, INT_CONV, INT_MM, POOLING_BACKWARD
 from torch_rtx.runtime.code import compile_graph
 from torch_rtx.runtime.inline import inline_kernels
 from torch_rtx.runtime.streaming import numbers
 
 CAST = "aten._to_copy.default"
+OF_NUMBERS = frozenset(
+    ("_to_copy", "clone", "cat", "add", "sub", "mul", "neg", "where", "bitwise_and", "bitwise_or", "bitwise_xor")
+)
 INTEGERS = frozenset(("i64", "i32", "i16", "i8", "u8"))
 
 
@@ -64,6 +67,32 @@ def limits(graph: Graph) -> dict[str, int]:
                 base = {value: root for value, root in base.items() if root != name}
                 found.pop(name, None)
     return found
+
+
+def numbers_in(graph: Graph) -> set[str]:
+    """The names of integer inputs that are numbers, such as the codes of quantized weights: no position depends on
+    them, and calls that are known to take any number read them."""
+    roots = {value.name: {value.name} for value in graph.inputs if _is_integers(value)}
+    found, others = set(roots), set[str]()
+    for node in inline_kernels(graph, {}).nodes:
+        positions = [value for value, _ in _positions(node)]
+        for value in node.inputs:
+            taken = node.kind != "fallback" and _takes_numbers(node, value)
+            if value in positions or (_is_integers(value) and not taken):
+                others |= roots.get(value.name, set())
+        read = set[str]().union(*(roots.get(value.name, ()) for value in node.inputs))
+        roots |= {value.name: read for value in node.results}
+    return found - others
+
+
+def _takes_numbers(node: Node, value: Value) -> bool:
+    """Whether `value`, an operand of the call, may be any integer."""
+    _, _, name = node.op.partition(".")
+    if any(isinstance(made.type, TensorType) and made.type.dtype == "bool" for made in node.results):
+        return False  # of random numbers nearly all would be true
+    if name.startswith(("__rshift__", "bitwise_right_shift")):
+        return value == node.arg("self") and value != node.arg("other")
+    return name.split(".")[0] in OF_NUMBERS or node.op in (INT_MM, INT_CONV) or aten.is_view(aten.overload(node.op))
 
 
 def in_order(graph: Graph) -> set[str]:
