@@ -52,3 +52,23 @@ def test_presets(preset: str) -> None:
         exact = deepcopy(model).double()(x.double())
         error, eager = (float((one - exact).norm() / exact.norm()) for one in (module(x), model(x)))
         assert error <= max(2 * eager, 2e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("preset", "merged", "stored"),
+    [
+        (None, False, {"f16[32, 256]", "f16[32]"}),  # a sum of their parts would be a copy of the parameters
+        ("int8_dynamic", True, {"i8[256, 96](1, 256)", "f32[96]"}),
+        ("int4_weight_only", True, {"i32[96, 32]", "f32[2, 96]", "f16[96]"}),
+    ],
+)
+def test_without_copies_of_weights(preset: str | None, merged: bool, stored: set[str]) -> None:
+    """As under torch.compile: what recipes store anyway, they store merged and packed."""
+    torch.manual_seed(0)
+    model, x = Attention().half().eval(), torch.randn(2, 6, 256).half()
+    if preset is not None:
+        quantize(model, preset)
+    module = compiled(model, x, copy_weights=False)
+    assert len(products(module.engine.graph)) == (1 if merged else 3)
+    assert {str(weight.value.type) for weight in module.engine.graph.weights} == stored

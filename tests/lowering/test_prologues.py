@@ -129,9 +129,11 @@ class Shared(Int8):
         return nn.functional.linear(x, wide) + nn.functional.linear(x.exp(), wide)
 
 
-def compiled(model: nn.Module, x: torch.Tensor = X, targets: str = "portable") -> torch_rtx.CompiledModule:
+def compiled(
+    model: nn.Module, x: torch.Tensor = X, targets: str = "portable", **options: bool
+) -> torch_rtx.CompiledModule:
     """An engine with the graph that it has for a GPU."""
-    settings = CompilationSettings(device="cuda", targets=targets, reuse_cached_engines=False)
+    settings = CompilationSettings(device="cuda", targets=targets, reuse_cached_engines=False, **options)
     with patch.object(program_cache, "kernels_of", lambda *_: KernelTable()):
         return torch_rtx.compile(copy.deepcopy(model), (x,), settings=settings)
 
@@ -193,7 +195,7 @@ class Blocks(nn.Module):
         return nn.functional.linear(x, wide.view(24, 256))
 
 
-@pytest.mark.parametrize(("bits", "stored"), [(8, "i8[192, 32]"), (4, "i32[24, 32]")])
+@pytest.mark.parametrize(("bits", "stored"), [(8, "u8[192, 32]"), (4, "i32[24, 32]")])
 def test_blocks_part_from_their_scales(bits: int, stored: str) -> None:
     """So that loads are aligned: integers next to each other, and the scales by columns."""
     model, x = Blocks(bits).eval(), torch.randn(5, 256).half()

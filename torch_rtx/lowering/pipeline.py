@@ -75,7 +75,7 @@ class Context:
 
     @property
     def weight_copies(self) -> bool:
-        """A recipe may hold a second copy of large weights, beside the model's own."""
+        """A recipe may hold a second copy of large weights, beside the model's own, in the same precision."""
         return self.settings.copy_weights is not False
 
     @property
@@ -172,14 +172,14 @@ PIPELINE = (
     Pass(unroll_recurrences, needs=("targets", "weight_copies")),
     Pass(decompose, needs=("targets",), takes=("targets",)),
     Pass(merge_steps),
-    Pass(merge_linears, needs=("weight_copies",)),
-    Pass(transpose_weights, needs=("targets", "weight_copies")),
+    Pass(merge_linears, takes=("weight_copies",)),
+    Pass(transpose_weights, needs=("targets",), takes=("weight_copies",)),
     Pass(pad_products, needs=("targets",)),
     Pass(channels_last, needs=("targets",)),
     Pass(write_in_place),
     Pass(move_numbers, needs=("targets",)),
     Pass(hoist_weights, takes=("targets",)),
-    Pass(pack_weights, needs=("targets", "weight_copies")),
+    Pass(pack_weights, needs=("targets",), takes=("weight_copies",)),
     Pass(dce),
     Pass(fuse, needs=("targets",), takes=("targets", "atomics")),
     Pass(fuse_column_sums, needs=("targets",), takes=("targets",)),

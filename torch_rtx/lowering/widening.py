@@ -7,8 +7,9 @@ stay packed in memory. So `hoist_weights` leaves it in the graph, and fusion mak
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Callable, Container, Iterable, Mapping, Set
 
+from torch_rtx import aten
 from torch_rtx.dtypes import DTYPES, INT
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Attr, Graph, Node, TensorType, Value, attr_values
@@ -27,6 +28,7 @@ from torch_rtx.lowering.kernels.kernel_ir import (
     load,
 )
 from torch_rtx.lowering.kernels.region import express, tensor_type
+from torch_rtx.lowering.rewrite import from_weights
 from torch_rtx.op_work import ANCHORS, PRODUCTS
 
 CAST = "aten._to_copy.default"
@@ -57,6 +59,44 @@ def _is_lookup(tensor: Tensor) -> bool:
     if not isinstance(tensor, Gather) or not isinstance(tensor.source, Load) or len(tensor.source.shape) != 1:
         return False
     return 0 < (product(tensor.source.shape).number or 0) <= TABLE
+
+
+def smallest(value: Value, made: Mapping[str, Node], source: Container[str]) -> dict[str, Value]:
+    """The values, by name, that `value` can be computed from element by element with the least memory. Ties go to
+    parameters, which are there in any case, and else to those nearest to `value`, which leave least to compute.
+
+    Args:
+        made: by value that depends on parameters alone, the node that computes it.
+        source: the names of the parameters.
+    """
+    if value.name in source or not is_elementwise(made[value.name]):
+        return {value.name: value}
+    node = made[value.name]
+    below = {name: one for given in node.inputs for name, one in smallest(given, made, source).items()}
+    difference = sum(_span(one.type) for one in below.values()) - _span(value.type)
+    tied = any(name in source for name in below) or aten.is_view(aten.overload(node.op))
+    return below if difference < 0 or (difference == 0 and tied) else {value.name: value}
+
+
+def own_memory(graph: Graph) -> Callable[[Value], bool]:
+    """A function that says of a value whether recipes store it, or what it is computed from, in memory of its own
+    anyway: to store it in another form, or beside others, takes none that the parameters do not need already."""
+    source = {weight.value.name for weight in graph.weights if weight.recipe is None}
+    fixed = from_weights(graph)
+    recipes = (weight.recipe.nodes for weight in graph.weights if weight.recipe is not None)
+    nodes = (*graph.nodes, *(node for recipe in recipes for node in recipe))
+    made = {value.name: node for node in nodes for value in node.results}
+
+    def is_own(value: Value) -> bool:
+        return value.name in fixed and source.isdisjoint(smallest(value, made, source))
+
+    return is_own
+
+
+def _span(type_: object) -> int:
+    """Bytes from the first to the last element: what lies between rows that are not next to each other is read, too."""
+    assert isinstance(type_, TensorType)
+    return aten.extent(type_.shape, type_.strides) * aten.DTYPES[type_.dtype].itemsize  # type: ignore[arg-type]
 
 
 def widens(sources: Iterable[TensorType], result: TensorType) -> bool:

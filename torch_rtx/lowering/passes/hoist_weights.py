@@ -19,7 +19,7 @@ from torch_rtx.foreign import LAUNCH
 from torch_rtx.ir import Expr, Graph, Node, ScalarType, Sym, TensorType, Value, Weight, attr_dims, attr_values
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.rewrite import returned, with_bases
-from torch_rtx.lowering.widening import is_elementwise, widens
+from torch_rtx.lowering.widening import smallest, widens
 from torch_rtx.op_work import ANCHORS
 from torch_rtx.targets import Target
 
@@ -67,23 +67,12 @@ def _prologues(rest: list[Node], made: dict[str, Node], source: dict[str, Weight
     readers = Counter(name for node in rest for name in {value.name for value in node.inputs})
     for value in (value for node in rest if node.op in ANCHORS for value in node.inputs):
         if value.name in made and readers[value.name] == 1:
-            stored = _smallest(value, made, source)
+            stored = smallest(value, made, source)
             types = [type_ for one in stored.values() if isinstance(type_ := one.type, TensorType)]
             assert isinstance(value.type, TensorType)
             chain = list(_between(value, stored, made))
             if widens(types, value.type):
                 yield from chain
-
-
-def _smallest(value: Value, made: dict[str, Node], source: dict[str, Weight]) -> dict[str, Value]:
-    """The values, by name, that `value` can be computed from element by element with the least memory; ties go to
-    parameters, which are there already, and else to those nearest to `value`, which leave the least to compute."""
-    if value.name in source or not is_elementwise(made[value.name]):
-        return {value.name: value}
-    below = {name: one for given in made[value.name].inputs for name, one in _smallest(given, made, source).items()}
-    bytes_below, own = sum(_span(one.type) for one in below.values()), _span(value.type)
-    is_there = bytes_below == own and not below.keys().isdisjoint(source)
-    return below if bytes_below < own or is_there else {value.name: value}
 
 
 def _between(value: Value, stored: dict[str, Value], made: dict[str, Node]) -> Iterator[Node]:
@@ -115,12 +104,6 @@ def _hoistable(node: Node, source: dict[str, Weight], made: dict[str, Node], siz
 
 def _symbolic(type_: TensorType) -> bool:
     return any(isinstance(dim, Sym | Expr) for dim in (*type_.shape, *type_.strides))
-
-
-def _span(type_: object) -> int:
-    """Bytes from the first to the last element: what lies between rows that are not next to each other is read, too."""
-    assert isinstance(type_, TensorType)
-    return aten.extent(type_.shape, type_.strides) * aten.DTYPES[type_.dtype].itemsize  # type: ignore[arg-type]
 
 
 def _bytes(type_: object) -> int:

@@ -11,7 +11,7 @@ Equal operations on each element that follow all layers merge as well, step by s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import inf
@@ -27,12 +27,13 @@ from torch_rtx.lowering.merged_steps import Steps
 from torch_rtx.lowering.merged_weights import MergedWeights, is_pointwise
 from torch_rtx.lowering.passes.dce import dce
 from torch_rtx.lowering.rewrite import Rewriter, Users, from_weights, returned, rewrite, with_bases, with_sources
+from torch_rtx.lowering.widening import own_memory
 from torch_rtx.op_work import INT_MM, PRODUCTS, SCALED_MM
 
 LINEAR, SCALE = "aten.linear.default", "scale_b"
 
 
-def merge_linears(graph: Graph, infer: Inference) -> Graph:
+def merge_linears(graph: Graph, infer: Inference, weight_copies: bool = True) -> Graph:
     """Level import to level import.
 
     Layers merge if their weights are parameters of one dtype, views of such or computed from such row by row, by equal
@@ -41,6 +42,9 @@ def merge_linears(graph: Graph, infer: Inference) -> Graph:
     bias counts as zeros. Products of float8 with scales merge as well; a weight that scales all columns becomes one for
     each of them. Products of int8 merge with all operations on their elements, which are to be their epilogue, or not
     at all.
+
+    Args:
+        weight_copies: parameters may be stored once more, and not what recipes compute alone.
     """
     graph = dce(graph, infer)  # such as views that others have replaced: they hide that operations follow each other
     weights, views = _weights(graph)
@@ -49,7 +53,9 @@ def merge_linears(graph: Graph, infer: Inference) -> Graph:
     layout_visible = with_bases(graph, seen)
     layout_visible |= with_sources(graph, {v.name for n in graph.nodes if n.op in aten.STRIDED for v in n.inputs})
     layout_visible |= aten.shared(graph)  # a copy to the captured strides would part results that share memory
-    candidates = (n for n in graph.nodes if not any(v.name in layout_visible for v in n.results))
+    candidates: Iterable[Node] = (n for n in graph.nodes if not any(v.name in layout_visible for v in n.results))
+    if not weight_copies:
+        candidates = filter(_reads_own_memory(graph), candidates)
     computed = MergedWeights(graph)
     layers = {id(node): _group(node, weights, computed) for node in candidates}
     steps = Steps(graph, infer, layout_visible, computed)
@@ -203,6 +209,17 @@ def _group(node: Node, weights: set[str], computed: MergedWeights) -> object:
         return None
     rest = tuple((name, attr) for name, attr in node.args if name not in separate)
     return node.op, source.name, weight.type.dtype, weight.type.device, how, rest
+
+
+def _reads_own_memory(graph: Graph) -> Callable[[Node], bool]:
+    """Whether the weight of a layer lies in memory of its own, beside the parameters."""
+    is_own = own_memory(graph)
+
+    def reads(node: Node) -> bool:
+        weight = node.arg(PRODUCTS[node.op].second) if node.op in PRODUCTS else None
+        return isinstance(weight, Value) and is_own(weight)
+
+    return reads
 
 
 def _scale_is_weight(node: Node, weights: set[str]) -> bool:
