@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.lowering.test_prologues import compiled
+from tests.lowering.test_prologues import Packed, compiled
 from torch_rtx.ir import Graph
 from torch_rtx.op_work import PRODUCTS
 from torch_rtx.quantization import quantize
@@ -52,3 +52,19 @@ def test_presets(preset: str) -> None:
         exact = deepcopy(model).double()(x.double())
         error, eager = (float((one - exact).norm() / exact.norm()) for one in (module(x), model(x)))
         assert error <= max(2 * eager, 2e-3)
+
+
+@pytest.mark.parametrize(("preset", "count"), [(None, 3), ("int4_weight_only", 1), ("int8_dynamic", 1)])
+def test_without_copies(preset: str | None, count: int) -> None:
+    """Where parameters are not to be copied, those merge that are quantized: codes have memory of their own anyway."""
+    model, x = Attention().half().eval(), torch.randn(2, 6, 256).half()
+    module = compiled(quantize(model, preset) if preset else model, x, copy_weights=False)
+    assert len(products(module.engine.graph)) == count
+
+
+@pytest.mark.parametrize(("copies", "types"), [(False, {"u8"}), (True, {"i32"})])
+def test_packed_parameters_are_not_copied(copies: bool, types: set[str]) -> None:
+    """A layout for kernels is a copy, which takes `copy_weights`."""
+    model = Packed("low first", 24, 256, 64, torch.float16, "").eval()
+    module = compiled(model, torch.randn(5, 256).half(), copy_weights=copies)
+    assert {w.value.type.dtype for w in module.engine.graph.weights if "packed" in w.names} == types

@@ -374,7 +374,7 @@ def test_a_pass_gets_what_it_takes():
     assert one_pass(inspect, takes=("targets", "settings"))
 
 
-@pytest.mark.parametrize("name", ["fuse", "merge_linears"])
+@pytest.mark.parametrize("name", ["fuse", "transpose_weights"])
 def test_a_pass_is_left_out_without_what_it_needs(name):
     needy = CompilationSettings(copy_weights=False)
     assert PASSES[name].applies(Context(CompilationSettings(), PORTABLE))

@@ -129,9 +129,13 @@ class Shared(Int8):
         return nn.functional.linear(x, wide) + nn.functional.linear(x.exp(), wide)
 
 
-def compiled(model: nn.Module, x: torch.Tensor = X, targets: str = "portable") -> torch_rtx.CompiledModule:
+def compiled(
+    model: nn.Module, x: torch.Tensor = X, targets: str = "portable", copy_weights: bool | None = None
+) -> torch_rtx.CompiledModule:
     """An engine with the graph that it has for a GPU."""
-    settings = CompilationSettings(device="cuda", targets=targets, reuse_cached_engines=False)
+    settings = CompilationSettings(
+        device="cuda", targets=targets, reuse_cached_engines=False, copy_weights=copy_weights
+    )
     with patch.object(program_cache, "kernels_of", lambda *_: KernelTable()):
         return torch_rtx.compile(copy.deepcopy(model), (x,), settings=settings)
 

@@ -17,6 +17,7 @@ from torch_rtx.ir import Attr, Dim, Graph, Node, TensorType, Value, attr_map
 from torch_rtx.lowering.kernels.body_builder import type_of
 from torch_rtx.lowering.kernels.index import Index, from_dim, product
 from torch_rtx.lowering.rewrite import Rewriter, from_weights
+from torch_rtx.lowering.widening import quantizes
 
 SIZED = frozenset(f"aten.{name}.default" for name in ("view", "_unsafe_view", "reshape", "expand"))
 RESHAPES = SIZED - {"aten.expand.default"} | {f"aten.{name}" for name in ("unsqueeze.default", "squeeze.dims")}
@@ -39,6 +40,7 @@ class MergedWeights:
         self._weights = {weight.value.name for weight in graph.weights} - graph.written
         self._fixed = from_weights(graph)
         self._producer = {value.name: node for node in graph.nodes for value in node.results}
+        self._quantized: dict[str, bool] = {}
         self._ids: dict[object, int] = {}
         self._keys: dict[tuple[str, Axis], int | None] = {}
         self._made: dict[tuple[tuple[str, ...], Axis], Value] = {}
@@ -62,6 +64,15 @@ class MergedWeights:
         if at not in self._made:
             self._made[at] = self._merged(values, axis, rewriter)
         return self._made[at]
+
+    def is_quantized(self, value: Value) -> bool:
+        """Whether the computation rounds wider numbers: what it makes has memory of its own, merged or not."""
+        if value.name not in self._quantized:
+            node = self._producer.get(value.name) if value.name in self._fixed else None
+            self._quantized[value.name] = node is not None and (
+                quantizes(node) or any(map(self.is_quantized, node.inputs))
+            )
+        return self._quantized[value.name]
 
     def _key(self, value: Value, axis: Axis) -> object | None:
         if axis is None:

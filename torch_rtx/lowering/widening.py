@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Set
 
-from torch_rtx.dtypes import DTYPES, INT
+from torch_rtx.dtypes import DTYPES, FLOAT, INT
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Attr, Graph, Node, TensorType, Value, attr_values
 from torch_rtx.lowering.kernels.body_builder import type_of
@@ -71,6 +71,15 @@ def widens(sources: Iterable[TensorType], result: TensorType) -> bool:
         narrow += size if dtype.kind == INT or dtype.bits == 8 else 0
     size = nbytes(result)
     return size is not None and MIN_GROWTH * total <= size and total <= 2 * narrow
+
+
+def quantizes(node: Node) -> bool:
+    """`node` rounds floats of 16 bits or more to integers or floats of at most 8. A weight that is computed so has
+    memory of its own, in whatever layout."""
+    if node.op != CAST or len(node.inputs) != 1 or node.outputs[0] is None:
+        return False
+    before, after = (DTYPES[type_of(value).dtype] for value in (*node.inputs, node.outputs[0]))
+    return before.kind == FLOAT and before.bits > 8 >= after.bits and after.kind in (FLOAT, INT)
 
 
 def widened_factors(graph: Graph, views: Set[int], producer: Mapping[str, int]) -> set[int]:

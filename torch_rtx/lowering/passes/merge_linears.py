@@ -32,7 +32,7 @@ from torch_rtx.op_work import INT_MM, PRODUCTS, SCALED_MM
 LINEAR, SCALE = "aten.linear.default", "scale_b"
 
 
-def merge_linears(graph: Graph, infer: Inference) -> Graph:
+def merge_linears(graph: Graph, infer: Inference, weight_copies: bool = True) -> Graph:
     """Level import to level import.
 
     Layers merge if their weights are parameters of one dtype, views of such or computed from such row by row, by equal
@@ -51,7 +51,7 @@ def merge_linears(graph: Graph, infer: Inference) -> Graph:
     layout_visible |= aten.shared(graph)  # a copy to the captured strides would part results that share memory
     candidates = (n for n in graph.nodes if not any(v.name in layout_visible for v in n.results))
     computed = MergedWeights(graph)
-    layers = {id(node): _group(node, weights, computed) for node in candidates}
+    layers = {id(node): _group(node, weights, computed, weight_copies) for node in candidates}
     steps = Steps(graph, infer, layout_visible, computed)
     groups = [steps.after(group) for group in _groups(graph, layers) if len(group) > 1]
     groups = [group for group in groups if group[0][0].op != INT_MM or _is_whole(group[-1], steps.readers)]
@@ -188,7 +188,7 @@ def _independent(graph: Graph, layers: Mapping[int, object]) -> dict[object, lis
     return found
 
 
-def _group(node: Node, weights: set[str], computed: MergedWeights) -> object:
+def _group(node: Node, weights: set[str], computed: MergedWeights, weight_copies: bool) -> object:
     """The properties that layers must share to merge; None for other nodes."""
     if node.op not in (LINEAR, INT_MM, SCALED_MM) or node.kind != "op":
         return None
@@ -196,6 +196,8 @@ def _group(node: Node, weights: set[str], computed: MergedWeights) -> object:
     # What each layer has of its own; the scale of all columns may be a number that all layers share.
     separate = PRODUCTS[node.op].second, "bias", *((SCALE,) if _scale_is_weight(node, weights) else ())
     if not isinstance(source, Value) or not isinstance(weight, Value) or not isinstance(weight.type, TensorType):
+        return None
+    if not weight_copies and not computed.is_quantized(weight):
         return None
     how = computed.key(weight, 0) if node.op == LINEAR and weight.name not in weights else None
     own = [attr for attr in map(node.arg, separate) if isinstance(attr, Value) and (how is None or attr is not weight)]

@@ -29,7 +29,7 @@ from torch_rtx.lowering.kernels.packed import BITS, MASK, PARTS, RUNS
 from torch_rtx.lowering.kernels.region import express, tensor_type
 from torch_rtx.lowering.passes.hoist_weights import as_weight
 from torch_rtx.lowering.rewrite import Rewriter, escaping, users
-from torch_rtx.lowering.widening import nbytes
+from torch_rtx.lowering.widening import nbytes, quantizes
 from torch_rtx.op_work import ANCHORS, PRODUCTS
 
 LINEAR = "aten.linear.default"
@@ -39,9 +39,13 @@ UNION = frozenset(f"aten.{name}.default" for name in ("clone", "cat", "stack", "
 Plans = dict[str, Callable[[Value], Iterator[Value]]]
 
 
-def pack_weights(graph: Graph, infer: Inference) -> Graph:
-    """Level import to level import. What depends on parameters alone in it is prologues, which `hoist_weights` left."""
-    packer = _Packer(graph, infer)
+def pack_weights(graph: Graph, infer: Inference, weight_copies: bool = True) -> Graph:
+    """Level import to level import. What depends on parameters alone in it is prologues, which `hoist_weights` left.
+
+    Args:
+        weight_copies: parameters that are packed are stored once more. What the graph itself quantizes is stored once.
+    """
+    packer = _Packer(graph, infer, weight_copies)
     for node in graph.nodes:
         if node.kind == "op" and ANCHORS.get(node.op) == "gemm":
             packer.plan(node)
@@ -129,8 +133,8 @@ def _places(tensor: Tensor, position: Position, name: str) -> Iterator[Position]
 class _Packer:
     """Plans by value how it is stored: a plan gives the recipe of what is stored, and then what reads it again."""
 
-    def __init__(self, graph: Graph, infer: Inference) -> None:
-        self.graph = graph
+    def __init__(self, graph: Graph, infer: Inference, weight_copies: bool) -> None:
+        self.graph, self._weight_copies = graph, weight_copies
         self.plans: Plans = {}
         self._rewriter = Rewriter(graph, infer)
         weights = [one for one in graph.weights if one.value.name not in graph.written]
@@ -145,7 +149,7 @@ class _Packer:
     def plan(self, product: Node) -> None:
         """Plan for the second operand of `product`."""
         operand = self._operand(product)
-        if operand is None:
+        if operand is None or not (self._weight_copies or any(map(quantizes, operand.chain))):
             return
         plans = self._of_nibbles(operand)
         plans = self._of_bytes(operand) if plans is None else plans
