@@ -232,6 +232,14 @@ for _peer in (
         ours=True,
         settled=_nothing_in_the_background,
     ),
+    Peer(
+        "rtx-merged",
+        partial(_rtx, tuning_seconds=20.0, copy_weights=True),
+        no_kernels,
+        ours=True,
+        by_default=False,
+        settled=_nothing_in_the_background,
+    ),
     Peer("rtx-exported", _rtx_exported, exported=True, ours=True),
     Peer(
         "rtx-exported-lazy",

@@ -48,7 +48,7 @@ UNet is trained by LoRA of its attention projections, the rest in bfloat16; Llam
   filled by an earlier process. In `train` Inductor's modes run in one process and share what they have compiled.
 
 Quantized models are measured one peer after the other, beside the same model in half precision (`half`). `fp8`, `int8`
-and `int4` are torch_rtx's engines of what `torch_rtx.quantize` makes; behind a hyphen, the same format by torchao's
+and `int4` are what `torch_rtx.quantize` makes, all by `rtx-merged`; behind a hyphen, the same format by torchao's
 `quantize_`: compiled by torch_rtx or by Inductor with `max-autotune`, or as library calls.
 
 - *times*: how many times faster, than `half`, and than the same format otherwise.
@@ -62,6 +62,7 @@ and `int4` are torch_rtx's engines of what `torch_rtx.quantize` makes; behind a 
 | aoti | AOTInductor |
 | rtx, rtx-exported | torch_rtx by library calls alone: `torch.compile`, an engine file |
 | rtx-lazy, rtx-exported-lazy | the default, after specialization: `torch.compile`, an engine file |
+| rtx-merged | rtx-lazy with `copy_weights=True`: layers over one input are one, 4-bit weights are packed for kernels |
 | rtx-kernels | an engine file with kernels for this GPU, not specialized |
 | rtx-generated, rtx-split, rtx-library | the same with one kind of tactics: kernels, split kernels, library calls |
 """

@@ -253,7 +253,8 @@ class CompilationSettings(_Checked):
         None,
         "None or a bool",
         lambda v: v is None or isinstance(v, bool),
-        "Merge linear layers although that copies their weights. None: only in engines built ahead of time.",
+        "Merge linear layers, and pack 4-bit weights for kernels, although that copies weights. None: only in engines "
+        "built ahead of time.",
         key=True,
     )
     logits_chunk_bytes: int = _count(

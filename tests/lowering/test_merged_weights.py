@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.lowering.test_prologues import compiled
+from tests.lowering.test_prologues import Packed, compiled
 from torch_rtx.ir import Graph
 from torch_rtx.op_work import PRODUCTS
 from torch_rtx.quantization import quantize
@@ -72,3 +72,11 @@ def test_without_copies_of_weights(preset: str | None, merged: bool, stored: set
     module = compiled(model, x, copy_weights=False)
     assert len(products(module.engine.graph)) == (1 if merged else 3)
     assert {str(weight.value.type) for weight in module.engine.graph.weights} == stored
+
+
+@pytest.mark.parametrize(("copies", "types"), [(False, {"u8"}), (True, {"i32"})])
+def test_packed_parameters_are_not_copied(copies: bool, types: set[str]) -> None:
+    """A layout for kernels is a copy, which takes `copy_weights`."""
+    model = Packed("low first", 24, 256, 64, torch.float16, "").eval()
+    module = compiled(model, torch.randn(5, 256).half(), copy_weights=copies)
+    assert {w.value.type.dtype for w in module.engine.graph.weights if "packed" in w.names} == types

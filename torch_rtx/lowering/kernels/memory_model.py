@@ -43,8 +43,14 @@ def epilogue_us(region: Region, arch: Arch) -> float:
 
 
 def prologue_us(region: Region, arch: Arch) -> float:
-    """The time of separate kernels for the anchor's computed operands, which write them, and of reading them again, in
-    microseconds."""
+    """The time of separate kernels that compute operands of the anchor, in microseconds; the anchor reads the results
+    as it does other operands."""
     assert region.anchor is not None
-    computed = [value for value in region.anchor.inputs if stored_load(region.values[value.name]) is None]
-    return sum(streaming_us([tensor_type(value)] * 2, arch) for value in computed)
+    total = 0.0
+    for value in region.anchor.inputs:
+        tensor = region.values[value.name]
+        if stored_load(tensor) is None:
+            read = {one.name for one in everything((tensor,)) if isinstance(one, Load)}
+            moved = [*(one for one in region.body.inputs if one.name in read), value]
+            total += streaming_us(map(tensor_type, moved), arch)
+    return total
