@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import io
+import random
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch_rtx.errors import InputError, IntegrationError, RefitError, SettingsE
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
-from tests.integrations.pipelines import flux, images, lora, sdxl
+from tests.integrations.pipelines import TEXT, flux, images, lora, sdxl
 from torch_rtx.integrations.diffusers import Accelerated, accelerate
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers and PEFT
@@ -71,6 +72,18 @@ def test_everything_that_pays_is_compiled(pair: tuple[Any, Any, Accelerated]) ->
     assert type(twin.forward).__name__ == "method"
     assert twin.forward.__self__ is twin
     assert inspect.signature(pipe.unet.forward) == inspect.signature(twin.forward)  # some pipelines read it
+
+
+def test_forty_sizes_have_two_graphs(pair: tuple[Any, Any, Accelerated]) -> None:
+    """Also if another height comes first, and another width later."""
+    eager, pipe, _ = pair
+    draw, before = random.Random(0), graphs()
+    more = {"text_embeds": torch.randn(2, TEXT), "time_ids": torch.randn(2, 6)}
+    text, sides = torch.randn(2, TEXT, 2 * TEXT), [(8, 8), (8, 12), (12, 8), (8, 8)]
+    for height, width in [*sides, *((draw.randint(4, 16), draw.randint(4, 16)) for _ in range(36))]:
+        given = torch.randn(2, 4, height, width), torch.tensor(7.0), text
+        close(*(one.unet(*given, added_cond_kwargs=more).sample for one in (pipe, eager)))
+    assert graphs() <= before + 2
 
 
 def test_adapters_compile_nothing(pair: tuple[Any, Any, Accelerated], tmp_path: Path) -> None:
