@@ -23,7 +23,11 @@ pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
 from tests.integrations.pipelines import TEXT, flux, images, lora, sdxl
+from torch_rtx.backend.sessions import release
 from torch_rtx.integrations.diffusers import Accelerated, accelerate
+from torch_rtx.integrations.peft import _Layer
+from torch_rtx.runtime.session import Session
+from torch_rtx.runtime.weights import WeightStore
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers and PEFT
 
@@ -151,6 +155,37 @@ def test_faults_leave_the_pipeline_usable(pair: tuple[Any, Any, Accelerated], tm
     pipe.unload_lora_weights()
     with pytest.raises(ValueError, match="divisible by"):
         images(pipe, 9)
+    assert torch.equal(images(pipe), plain)
+    assert graphs() == before
+
+
+def test_no_memory_in_the_middle(
+    pair: tuple[Any, Any, Accelerated], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it is missed: the error is PyTorch's own, and the next call draws as ever."""
+    _, pipe, _ = pair
+    before, plain = graphs(), images(pipe)
+    pipe.load_lora_weights(lora(pipe, tmp_path, 1), adapter_name="one")
+    adapted = images(pipe)
+    for kind, name, skipped in ((Session, "run", 5), (WeightStore, "_attach", 0), (_Layer, "_add", 2)):
+        original, left = getattr(kind, name), skipped
+
+        def full(*args: Any, _original: Any = original, **kwargs: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise torch.OutOfMemoryError("full")
+            return _original(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(kind, name, full)
+            pipe.set_adapters("one", 0.5)  # other weights, so that they are merged anew
+            release(pipe.unet.parameters())
+            with pytest.raises(torch.OutOfMemoryError, match="full"):
+                images(pipe, steps=2)
+        pipe.set_adapters("one", 1.0)
+        assert torch.equal(images(pipe), adapted)
+    pipe.unload_lora_weights()
     assert torch.equal(images(pipe), plain)
     assert graphs() == before
 
