@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import io
+import random
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,8 +22,12 @@ from torch_rtx.errors import InputError, IntegrationError, RefitError, SettingsE
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
-from tests.integrations.pipelines import flux, images, lora, sdxl
+from tests.integrations.pipelines import TEXT, flux, images, lora, sdxl
+from torch_rtx.backend.sessions import release
 from torch_rtx.integrations.diffusers import Accelerated, accelerate
+from torch_rtx.integrations.peft import _Layer
+from torch_rtx.runtime.session import Session
+from torch_rtx.runtime.weights import WeightStore
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers and PEFT
 
@@ -71,6 +76,18 @@ def test_everything_that_pays_is_compiled(pair: tuple[Any, Any, Accelerated]) ->
     assert type(twin.forward).__name__ == "method"
     assert twin.forward.__self__ is twin
     assert inspect.signature(pipe.unet.forward) == inspect.signature(twin.forward)  # some pipelines read it
+
+
+def test_forty_sizes_have_two_graphs(pair: tuple[Any, Any, Accelerated]) -> None:
+    """Also if another height comes first, and another width later."""
+    eager, pipe, _ = pair
+    draw, before = random.Random(0), graphs()
+    more = {"text_embeds": torch.randn(2, TEXT), "time_ids": torch.randn(2, 6)}
+    text, sides = torch.randn(2, TEXT, 2 * TEXT), [(8, 8), (8, 12), (12, 8), (8, 8)]
+    for height, width in [*sides, *((draw.randint(4, 16), draw.randint(4, 16)) for _ in range(36))]:
+        given = torch.randn(2, 4, height, width), torch.tensor(7.0), text
+        close(*(one.unet(*given, added_cond_kwargs=more).sample for one in (pipe, eager)))
+    assert graphs() <= before + 2
 
 
 def test_adapters_compile_nothing(pair: tuple[Any, Any, Accelerated], tmp_path: Path) -> None:
@@ -138,6 +155,37 @@ def test_faults_leave_the_pipeline_usable(pair: tuple[Any, Any, Accelerated], tm
     pipe.unload_lora_weights()
     with pytest.raises(ValueError, match="divisible by"):
         images(pipe, 9)
+    assert torch.equal(images(pipe), plain)
+    assert graphs() == before
+
+
+def test_no_memory_in_the_middle(
+    pair: tuple[Any, Any, Accelerated], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it is missed: the error is PyTorch's own, and the next call draws as ever."""
+    _, pipe, _ = pair
+    before, plain = graphs(), images(pipe)
+    pipe.load_lora_weights(lora(pipe, tmp_path, 1), adapter_name="one")
+    adapted = images(pipe)
+    for kind, name, skipped in ((Session, "run", 5), (WeightStore, "_attach", 0), (_Layer, "_add", 2)):
+        original, left = getattr(kind, name), skipped
+
+        def full(*args: Any, _original: Any = original, **kwargs: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise torch.OutOfMemoryError("full")
+            return _original(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(kind, name, full)
+            pipe.set_adapters("one", 0.5)  # other weights, so that they are merged anew
+            release(pipe.unet.parameters())
+            with pytest.raises(torch.OutOfMemoryError, match="full"):
+                images(pipe, steps=2)
+        pipe.set_adapters("one", 1.0)
+        assert torch.equal(images(pipe), adapted)
+    pipe.unload_lora_weights()
     assert torch.equal(images(pipe), plain)
     assert graphs() == before
 

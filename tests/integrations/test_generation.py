@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import runpy
 import threading
 from collections.abc import Callable
@@ -356,6 +357,18 @@ def test_generate_compiles_a_step_once_for_all_lengths(recorder: Any) -> None:
     assert len(recorder) == 1
     assert torch.equal(expected(model, ids, **compiled(), prefill_chunk_size=2), wanted)
     assert len(recorder) == 3  # the first chunk has other arguments than a later one
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_forty_lengths_have_two_graphs(recorder: Any) -> None:
+    model, draw = tiny(num_hidden_layers=1), random.Random(0)
+    run = torch.compile(model, backend="rtx")
+    with torch.no_grad():
+        for length in (5, 6, *(draw.randint(2, 32) for _ in range(38))):
+            ids = torch.randint(VOCABULARY, (1, length))
+            given = {"attention_mask": torch.ones_like(ids), "use_cache": False}
+            torch.testing.assert_close(run(ids, **given).logits, model(ids, **given).logits)
+    assert len(recorder) == 2
 
 
 @pytest.mark.usefixtures("fresh_dynamo")

@@ -22,6 +22,7 @@ from torch import nn
 
 from torch_rtx.errors import IntegrationError, SettingsError
 from torch_rtx.integrations.peft import MergedAdapters
+from torch_rtx.integrations.sizes import compiled
 from torch_rtx.runtime.module import CompiledModule
 
 log = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ def accelerate(
             elif repeated_blocks and _repeated(known[path]):
                 accelerated._add_blocks(path, known[path], given)
             else:
-                accelerated._add(path, known[path], partial(torch.compile, backend="rtx", **given))
+                accelerated._add(path, known[path], partial(compiled, **given))
     except BaseException:
         accelerated.undo()
         raise
@@ -107,7 +108,7 @@ class Accelerated:
 
     def _add_blocks(self, path: str, model: nn.Module, options: Mapping[str, Any]) -> None:
         for block in _repeated(model):
-            self._set(block, torch.compile(block._call_impl, backend="rtx", **options))
+            self._set(block, compiled(block._call_impl, **options))
         self._add(path, model, lambda original: original)
 
     def _set(self, model: nn.Module, compiled: Run | None) -> None:

@@ -16,12 +16,12 @@ from functools import partial
 from importlib import import_module
 from typing import Any, Protocol
 
-import torch
 from torch import nn
 from torch._dynamo import config
 
 from torch_rtx.backend.sessions import release
 from torch_rtx.errors import IntegrationError
+from torch_rtx.integrations.sizes import compiled
 
 log = logging.getLogger("torch_rtx.comfyui")
 Run = Callable[..., Any]
@@ -53,7 +53,7 @@ class Compile:
 
     def make(self, model: nn.Module) -> Run:
         """See `Program`."""
-        return torch.compile(model._call_impl, backend="rtx", mode=self.mode, dynamic=self.dynamic)
+        return compiled(model._call_impl, mode=self.mode, dynamic=self.dynamic)
 
     def release(self, model: nn.Module, run: Run) -> None:
         """See `Program`."""
