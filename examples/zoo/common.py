@@ -24,6 +24,7 @@ ON_GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if ON_GPU else ("cpu", torch.float32)
 NOISE = 1e-6  # of float32: nobody counts multiples of an error below
 Result = TypeVar("Result")
+torch.backends.cudnn.allow_tf32 = False  # float32 is float32, also in convolutions
 warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.`", FutureWarning)  # torch.export's own
 
 

@@ -1,7 +1,7 @@
 """Click on an image, get masks: SAM 2 as two engines, since an image is encoded once and clicked on often.
 
     python examples/zoo/segment.py                                         # random weights
-    python examples/zoo/segment.py --model facebook/sam2.1-hiera-tiny --image photo.jpg --click 500,300
+    python examples/zoo/segment.py --model facebook/sam2.1-hiera-tiny --image photo.jpg --clicks 500,300
 
 Needs transformers. The decoder takes any number of clicks at once, each of which gives three masks; the picture shows
 the best one of each. The image is a portrait that matplotlib ships.
@@ -23,6 +23,8 @@ from transformers import Sam2Config, Sam2Model
 
 import torch_rtx
 
+CLICKS = "512,410", "512,820", "100,200"
+MEAN, SPREAD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the images that it was trained with
 TINY: dict[str, Any] = {
     "vision_config": {
         "backbone_config": {
@@ -74,9 +76,7 @@ def photograph(file: Path | None, size: int) -> tuple[Tensor, Tensor]:
     file = file or package("matplotlib", "mpl-data/sample_data/grace_hopper.jpg")
     image = Image.open(file).convert("RGB") if file else Image.radial_gradient("L").convert("RGB")
     pixels = torch.from_numpy(np.array(image.resize((size, size)))).to(DEVICE).permute(2, 0, 1) / 255
-    mean, spread = (
-        torch.tensor(x, device=DEVICE)[:, None, None] for x in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-    )
+    mean, spread = (torch.tensor(values, device=DEVICE)[:, None, None] for values in (MEAN, SPREAD))
     return pixels, ((pixels - mean) / spread)[None].to(DTYPE)
 
 
@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = options(__doc__, "segment")
     parser.add_argument("--model", help="a folder or a name on the Hub")
     parser.add_argument("--image", type=Path)
-    parser.add_argument("--click", action="append", default=[], help="x,y, of an image of 1024x1024 pixels")
+    parser.add_argument("--clicks", nargs="+", default=CLICKS, help="x,y, where the image has 1024x1024 pixels")
     given = parsed(parser, arguments)
     torch.manual_seed(0)
     config = Sam2Config(**TINY) if given.size == "tiny" and not given.model else Sam2Config()
@@ -106,12 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     described(model, given.model or "random weights")
     size = model.config.prompt_encoder_config.image_size
     image, pixels = photograph(given.image, size)
-    places = [[float(x) / 1024 for x in click.split(",")] for click in given.click] or [
-        [0.5, 0.4],
-        [0.5, 0.8],
-        [0.1, 0.2],
-    ]
-    clicks = size * torch.tensor(places, device=DEVICE, dtype=DTYPE)[None, :, None]
+    places = [[size / 1024 * float(number) for number in click.split(",")] for click in given.clicks]
+    clicks = torch.tensor(places, device=DEVICE, dtype=DTYPE)[None, :, None]
     labels = torch.ones(clicks.shape[:3], device=DEVICE, dtype=torch.int64)
 
     start, number = time.perf_counter(), {1: torch.export.Dim("clicks", max=256)}

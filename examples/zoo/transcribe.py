@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from transformers import CompileConfig, WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration, logging
 
 HALF = torch.float16 if ON_GPU else torch.float32
-START, NO_TIMES, END = 50257, 50362, 50256  # tokens of the English models
+START, NO_TIMES = 50257, 50362  # tokens of the English models
+FLOAT16 = 4  # of CTranslate2
 REAL = {"d_model": 384, "encoder_layers": 4, "decoder_layers": 4, "encoder_ffn_dim": 1536, "decoder_ffn_dim": 1536}
 REAL |= {"encoder_attention_heads": 6, "decoder_attention_heads": 6}
 SIZES = {"real": REAL, "tiny": dict.fromkeys(REAL, 2) | {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1}}
@@ -48,25 +49,20 @@ NAMES = {  # of CTranslate2, and of transformers
 
 def stored(file: Path) -> Iterator[tuple[str, Tensor]]:
     """The float16 tensors of a CTranslate2 file, by its names."""
-    data, place = file.read_bytes(), 0
+    with file.open("rb") as stream:
 
-    def read(kind: str) -> Any:
-        nonlocal place
-        place += calcsize(f"<{kind}")
-        values = unpack(f"<{kind}", data[place - calcsize(f"<{kind}") : place])
-        return values[0] if len(values) == 1 else values
+        def read(kind: str) -> Any:
+            return unpack(f"<{kind}", stream.read(calcsize(f"<{kind}")))[0]
 
-    def text() -> str:
-        return read(f"{read('H')}s").rstrip(b"\0").decode()
+        def text() -> str:
+            return read(f"{read('H')}s").rstrip(b"\0").decode()
 
-    read("I"), text(), read("I")
-    for _ in range(read("I")):
-        name, rank = text(), read("B")
-        shape = [read("I") for _ in range(rank)]
-        kind, size = read("B"), read("I")
-        if kind == 4:
-            yield name, torch.frombuffer(bytearray(data[place : place + size]), dtype=torch.float16).reshape(shape)
-        place += size
+        read("I"), text(), read("I")  # version, kind of model, revision
+        for _ in range(read("I")):
+            name, shape = text(), [read("I") for _ in range(read("B"))]
+            kind, data = read("B"), bytearray(stream.read(read("I")))
+            if kind == FLOAT16:
+                yield name, torch.frombuffer(data, dtype=torch.float16).reshape(shape)
 
 
 def renamed(file: Path) -> dict[str, Tensor]:

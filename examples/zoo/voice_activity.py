@@ -47,8 +47,7 @@ def listen(call: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], windows: Ten
     state, found = windows.new_zeros(2, 1, 128), []
     for window in windows:
         probability, state = call(window, state)
-        found.append(probability.flatten().clone())
-        state = state.clone()
+        found.append(probability.flatten())
     return torch.cat(found)
 
 
@@ -82,12 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     expected, eager = timed(lambda: listen(model, windows), times=1)
     beside("a window of 32 ms", compiled / len(windows), eager / len(windows))
     right("probabilities", found, expected, listen(copy.deepcopy(model).double(), windows.double()))
-    edges = (
-        (found > 0.5)
-        .int()
-        .diff(prepend=found.new_zeros(1, dtype=torch.int32), append=found.new_zeros(1, dtype=torch.int32))
-    )
-    times = [(at * WINDOW / RATE) for at in edges.nonzero().flatten().tolist()]
+    speech = torch.nn.functional.pad((found > 0.5).int(), (1, 1))
+    times = (speech.diff().nonzero().flatten() * WINDOW / RATE).tolist()
     spans = [f"{start:.1f} to {end:.1f} s" for start, end in zip(times[::2], times[1::2], strict=True)]
     verdict(f"speech in {', '.join(spans)}", bool(spans) and torch.equal(found > 0.5, expected > 0.5))
     picture(given.out / "speech.png", curve(sound, found))
