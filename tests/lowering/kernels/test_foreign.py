@@ -15,7 +15,9 @@ from torch.library import triton_op, wrap_triton
 import torch_rtx
 from tests.doubles.fake_driver import STREAM, FakeDriver
 from tests.doubles.interpreter import InterpretedForeign, run_foreign
-from tests.helpers.foreign_kernels import CASES, Launches, in_place, scaled_sum, wrong
+from tests.helpers.compiled import Recorder, compile_rtx
+from tests.helpers.foreign_kernels import CASES, Launches, Product, in_place, scaled_sum, wrong
+from torch_rtx.backend.fake_triton import standing_in
 from torch_rtx.errors import CaptureError, KernelError
 from torch_rtx.foreign import find, launch_in
 from torch_rtx.ir import Graph, Node, kernel_nodes
@@ -123,6 +125,39 @@ def test_every_configuration_is_built_for_every_target(tmp_path: Path) -> None:
     assert f"foreign kernel {name}" in str(seen)
     table = KernelTable(module.engine.kernels.tactics)
     assert read_table(write_table(table), module.engine.graph) == table
+
+
+def test_results_that_nobody_reads_are_memory_of_the_kernel() -> None:
+    (node,) = foreign_nodes(built("function").engine.graph)
+    assert (len(node.inputs), len(node.outputs)) == (2, 2)
+    assert not [one for one in built("function").engine.graph.nodes if one.kind == "extern"]
+
+
+class Trained(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return Product.apply(self.a(x), self.b(x)).square().mean()
+
+
+def test_gradients_that_kernels_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under torch.compile; Dynamo looks into launches where it finds a GPU."""
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
+    model, plain, x = Trained(), Trained(), torch.randn(4, 8)
+    record = Recorder(monkeypatch)
+    with standing_in():
+        loss = compile_rtx(model)(x)
+        loss.backward()
+    expected_loss = (plain.a(x) * plain.b(x)).square().mean()
+    expected_loss.backward()
+    torch.testing.assert_close(loss, expected_loss)
+    for mine, right in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, right.grad)
+    assert not record.fallbacks
+    assert record.ops.count("launch") == 3
 
 
 def _only_symbol(node: Node) -> str:
