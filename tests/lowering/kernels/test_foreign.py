@@ -15,8 +15,9 @@ from torch.library import triton_op, wrap_triton
 import torch_rtx
 from tests.doubles.fake_driver import STREAM, FakeDriver
 from tests.doubles.interpreter import InterpretedForeign, run_foreign
+from tests.helpers.caching import Traffic
 from tests.helpers.compiled import Recorder, compile_rtx
-from tests.helpers.foreign_kernels import CASES, Launches, Product, in_place, scaled_sum, wrong
+from tests.helpers.foreign_kernels import CASES, Launches, Product, in_place, scaled_sum, scaled_sum_op, wrong
 from torch_rtx.backend.fake_triton import standing_in
 from torch_rtx.errors import CaptureError, KernelError
 from torch_rtx.foreign import find, launch_in
@@ -266,3 +267,23 @@ def test_an_operator_with_a_kernel_for_the_cpu_is_called_there() -> None:
     x = torch.randn(4, 4)
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(Launches(on_both), backend="rtx", fullgraph=True)(x), (6 * x).relu())
+
+
+def test_the_engine_cache_knows_kernels_by_what_they_are_made_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    traffic = Traffic(caplog)
+
+    def build(alpha: float) -> torch_rtx.CompiledModule:
+        model = Launches(lambda x, y: scaled_sum_op(x, y, alpha))
+        options = {"targets": LATER, "engine_cache_dir": str(tmp_path)}
+        return torch_rtx.compile(model, tuple(operands(2)), device="cuda", **options)
+
+    build(0.5)
+    assert traffic.counts == (0, 1)
+    monkeypatch.setattr("torch_rtx.foreign._registry", {})  # as in another process, whose tables differ
+    module, given = build(0.5), operands(2)
+    assert traffic.counts == (1, 1)
+    torch.testing.assert_close(module(*given), (2 * given[0] + given[1]).relu())
+    build(0.25)
+    assert traffic.counts == (1, 2), "another constant"
