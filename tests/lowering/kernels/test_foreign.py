@@ -17,7 +17,16 @@ from tests.doubles.fake_driver import STREAM, FakeDriver
 from tests.doubles.interpreter import InterpretedForeign, run_foreign
 from tests.helpers.caching import Traffic
 from tests.helpers.compiled import Recorder, compile_rtx
-from tests.helpers.foreign_kernels import CASES, Launches, Product, in_place, scaled_sum, scaled_sum_op, wrong
+from tests.helpers.foreign_kernels import (
+    CASES,
+    Launches,
+    Product,
+    in_place,
+    scaled_sum,
+    scaled_sum_op,
+    through_float8,
+    wrong,
+)
 from torch_rtx.backend.fake_triton import standing_in
 from torch_rtx.errors import CaptureError, KernelError
 from torch_rtx.foreign import find, launch_in
@@ -185,6 +194,16 @@ def test_a_kernel_that_does_not_compile_is_named_with_its_line() -> None:
     with pytest.raises(KernelError, match=r"(?s)Triton refuses the kernel wrong.*no_such_thing") as caught:
         torch_rtx.compile(Launches(wrongly), (torch.randn(4, 4),), device="cuda", targets=["sm_80"])
     assert "foreign_kernels.py" in str(caught.value.loc), "where the model calls it"
+
+
+def test_a_kernel_that_compiles_for_some_targets(caplog: pytest.LogCaptureFixture) -> None:
+    model, given = Launches(through_float8), (torch.randn(2, 8),)
+    with pytest.raises(KernelError, match="has no code for sm_80: Triton refuses the kernel rounded for sm_80"):
+        torch_rtx.compile(model, given, device="cuda", targets=["sm_80", "sm_90"])
+    module = torch_rtx.compile(model, given, device="cuda", targets="portable")
+    (node,) = foreign_nodes(module.engine.graph)
+    assert {str(target) for target in module.engine.kernels.tactics[node.op]} == {"sm_89", "sm_90", "sm_120"}
+    assert "the engine does not run on sm_86" in caplog.text
 
 
 def lacking(x: torch.Tensor) -> torch.Tensor:
