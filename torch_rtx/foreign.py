@@ -84,7 +84,8 @@ def filled_by_launches(graph: Graph) -> set[str]:
     read = {value.name for value in attr_values(graph.outputs)}
     for node in graph.nodes:
         names = [value.name for value in node.inputs]
-        starts = {value.name for value in starts_of(node).values()}
+        launch = launch_of(node)
+        starts = set() if launch is None else {launch.tensors[position].name for position in launch.written}
         written |= starts
         read.update(name for name in names if name not in starts or names.count(name) > 1)
     return written - read

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 import triton
@@ -55,6 +56,36 @@ def transposed(x, out, rows, columns, step_r, step_c, BLOCK: tl.constexpr):
 @triton.jit
 def wrong(x, out, n, BLOCK: tl.constexpr):
     tl.store(out + tl.arange(0, BLOCK), tl.load(x + n.no_such_thing))
+
+
+@triton.jit
+def product(a, b, out, scale, n, BLOCK: tl.constexpr):
+    """`scale`: an element for each row, which the forward alone writes."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < n
+    tl.store(out + at, tl.load(a + at, mask=inside) * tl.load(b + at, mask=inside), mask=inside)
+    tl.store(scale + tl.program_id(0), 1.0)
+
+
+class Product(torch.autograd.Function):
+    """A product whose gradients are kernels, too. It makes the device of its operands the current one."""
+
+    @staticmethod
+    def forward(ctx, a: Tensor, b: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(a, b)
+        return launch_product(a, b)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+        a, b = ctx.saved_tensors
+        return launch_product(grad.contiguous(), b), launch_product(grad.contiguous(), a)
+
+
+def launch_product(a: Tensor, b: Tensor) -> Tensor:
+    out, scale = torch.empty_like(a), torch.empty(triton.cdiv(a.numel(), 64), device=a.device)
+    with torch.cuda.device(a.device) if a.is_cuda else nullcontext():
+        product[(triton.cdiv(a.numel(), 64),)](a, b, out, scale, a.numel(), BLOCK=64)
+    return out
 
 
 @triton_op("rtxtests::scaled_sum", mutates_args={})
@@ -128,6 +159,7 @@ def into_part(x: Tensor) -> Tensor:
 
 # By name: the function, how many operands it takes, and the same in PyTorch.
 CASES: dict[str, tuple[Callable[..., Tensor], int, Callable[..., Tensor]]] = {
+    "function": (Product.apply, 2, lambda x, y: x * y),
     "direct": (directly, 2, lambda x, y: x + 0.5 * y),
     "triton_op": (lambda x, y: scaled_sum_op(x, y, 0.25), 2, lambda x, y: x + 0.25 * y),
     "autotune": (tuned, 2, lambda x, y: x + y),
@@ -137,3 +169,17 @@ CASES: dict[str, tuple[Callable[..., Tensor], int, Callable[..., Tensor]]] = {
     "view": (of_a_view, 1, lambda x: x.t().contiguous()),
     "part": (into_part, 1, lambda x: torch.cat((torch.zeros_like(x), x + x))),
 }
+
+
+@triton.jit
+def rounded(x, out, n, BLOCK: tl.constexpr):
+    """Through a float8 that GPUs have from sm_89 on."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    narrow = tl.load(x + at, mask=at < n).to(tl.float8e4nv)
+    tl.store(out + at, narrow.to(tl.float32), mask=at < n)
+
+
+def through_float8(x: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    rounded[(1,)](x, out, x.numel(), BLOCK=16)
+    return out

@@ -14,8 +14,9 @@ A trace also computes real values: PyTorch carries the value of a scalar constan
 along with the graph, in case the model reads it, and copies it to the constant's device. Without a GPU,
 `constants_on_cpu` lets such a copy allocate its "cuda" memory on the CPU. There the types of the results of a GRU's
 cell, which PyTorch knows from its CUDA kernel alone, are those of the calls that it decomposes to. There the current
-device is the one that the FakeTensors are on, for models that compare, and its compute capability that of the oldest
-portable target, for models that choose their operators by it: what that one can do, every portable one can.
+device is the one that the FakeTensors are on, for models that compare, or that make it the current one before they
+launch a kernel, and its compute capability that of the oldest portable target, for models that choose their operators
+by it: what that one can do, every portable one can.
 """
 
 import contextlib
@@ -93,17 +94,20 @@ def constants_on_cpu() -> Iterator[None]:
     if torch.cuda.is_available():
         yield
         return
-    asked = torch.cuda.current_device, torch.cuda.get_device_capability
+    names = "current_device", "get_device_capability", "_exchange_device", "_maybe_exchange_device"
+    before = {name: getattr(torch.cuda, name) for name in names}
     with torch.library._scoped_library("aten", "IMPL") as library:
         for op in (torch.ops.aten.empty.memory_format, torch.ops.aten.empty_strided.default):
             library.impl(op, _on_cpu(op), "CUDA")
         library.impl(torch.ops.aten._thnn_fused_gru_cell.default, gru_cell, "Meta")
         torch.cuda.current_device = lambda: 0
         torch.cuda.get_device_capability = lambda device=None: _CAPABILITY
+        torch.cuda._exchange_device = torch.cuda._maybe_exchange_device = lambda device: 0
         try:
             yield
         finally:
-            torch.cuda.current_device, torch.cuda.get_device_capability = asked
+            for name, own in before.items():
+                setattr(torch.cuda, name, own)
 
 
 def _on_cpu(op: torch._ops.OpOverload) -> Any:

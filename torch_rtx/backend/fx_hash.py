@@ -30,10 +30,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from torch_rtx.backend.compiler import named_targets
 from torch_rtx.cache.key import Key, Part, digest
-from torch_rtx.errors import Uncacheable
+from torch_rtx.errors import Uncacheable, Unsupported
 from torch_rtx.ir import Sym
-from torch_rtx.lowering.foreign_calls import OPERATORS
+from torch_rtx.lowering.foreign_calls import OPERATORS, is_launch, launched
 from torch_rtx.lowering.from_fx import Role
+from torch_rtx.lowering.location import Locations
 from torch_rtx.lowering.symbols import Symbols
 from torch_rtx.serialization import memory_of
 from torch_rtx.settings import CompilationSettings, assemblers, key_settings
@@ -312,6 +313,8 @@ class GraphHasher:
 
     def _record(self, node: fx.Node) -> object:
         numbers, argument, callees = self.numbers, self.argument, self.shared.callees
+        if is_launch(node) and not self.ordered:
+            return self._launch(node)
         args = [numbers[a] if type(a) is fx.Node else a if type(a) in LITERALS else argument(a) for a in node.args]
         if node.op == "call_function":
             called = callee(node.target)
@@ -331,6 +334,19 @@ class GraphHasher:
         if node.op == "call_method":
             return b"method", node.target, args, [(name, argument(given)) for name, given in node.kwargs.items()]
         raise Uncacheable(f"a call of the module {node.target}")
+
+    def _launch(self, node: fx.Node) -> object:
+        """The launch of a kernel that others wrote, by the digest of the kernel, which this process knows from now on:
+        the table of PyTorch that the node refers to is another one in each process."""
+        try:
+            found = launched(node, Locations().of(node))
+        except Unsupported as error:
+            raise Uncacheable(error.message) from None
+        tensors, sizes = (
+            [self.numbers[one] if isinstance(one, fx.Node) else self.value(one) for one in given]
+            for given in (found.tensors, found.sizes)
+        )
+        return b"launch", found.kernel, tensors, list(found.written), sizes
 
     def _attribute(self, node: fx.Node) -> object:
         content: Any = self.gm

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -114,7 +115,7 @@ class GraphNodes:
         self._copies: dict[tuple[int, int], tuple[ParamNode, Any]] = {}
         self._arguments: list[tuple[int, int, ParamNode, ctypes.c_uint64]] = []
         self._kept: list[object] = []  # the parameters of kernels
-        order: list[Launcher] = []
+        self._order = order = list[Launcher]()
         for node in _nodes(cuda, raw):
             kind = checked(cuda.cuGraphNodeGetType(node))
             if kind == kinds.CU_GRAPH_NODE_TYPE_MEMCPY:
@@ -151,11 +152,16 @@ class GraphNodes:
         """
         start, end = memory.data_ptr(), memory.data_ptr() + memory.nbytes()
         found = [
-            AddressSlot(cell, "value", address - start, node)
+            (at, AddressSlot(cell, "value", address - start, node))
             for address, at, node, cell in self._arguments
             if start <= address < end and (at in launches or not self._in_order)
         ]
-        return found if len(found) == len(launches) else None
+        if not self._in_order:
+            complete = len(found) == len(launches)
+        else:  # a kernel that others wrote may take what it reads and writes by one parameter, or by more
+            seen, uses = Counter(at for at, _ in found), Counter(launches)
+            complete = all(seen[at] == uses[at] or (self._order[at].has_slots and seen[at]) for at in uses)
+        return [slot for _, slot in found] if complete else None
 
     def copy(self, source: torch.Tensor, target: torch.Tensor) -> tuple[Slots, Slots]:
         """The slots of the source and of the target of the node that copies `source` to `target`.

@@ -284,6 +284,7 @@ class Launcher:
         scalars, grid: the arguments of a call, as dims of the graph.
         pdl_functions: the driver's handles of the variants that use PDL, see `Variant.uses_pdl`.
         pointers: the positions of the parameters that are addresses of tensors.
+        has_slots: others wrote the kernel: not every input and output is a parameter of its own.
         num_parameters: of the kernel.
 
     Args:
@@ -308,6 +309,7 @@ class Launcher:
     ) -> None:
         self.op, self.target, self.scalars, self.grid = op, target, launch.scalars, launch.grid
         slots = _default_slots(pointers, launch) if launch.slots is None else launch.slots
+        self.has_slots = launch.slots is not None
         self.pointers = tuple(index for index, slot in enumerate(slots) if slot.kind == "pointer")
         self.num_parameters = len(slots)
         self._index, self._launch = gpu.index, gpu.driver.cuLaunchKernel

@@ -15,7 +15,19 @@ from torch.library import triton_op, wrap_triton
 import torch_rtx
 from tests.doubles.fake_driver import STREAM, FakeDriver
 from tests.doubles.interpreter import InterpretedForeign, run_foreign
-from tests.helpers.foreign_kernels import CASES, Launches, in_place, scaled_sum, wrong
+from tests.helpers.caching import Traffic
+from tests.helpers.compiled import Recorder, compile_rtx
+from tests.helpers.foreign_kernels import (
+    CASES,
+    Launches,
+    Product,
+    in_place,
+    scaled_sum,
+    scaled_sum_op,
+    through_float8,
+    wrong,
+)
+from torch_rtx.backend.fake_triton import standing_in
 from torch_rtx.errors import CaptureError, KernelError
 from torch_rtx.foreign import find, launch_in
 from torch_rtx.ir import Graph, Node, kernel_nodes
@@ -125,6 +137,39 @@ def test_every_configuration_is_built_for_every_target(tmp_path: Path) -> None:
     assert read_table(write_table(table), module.engine.graph) == table
 
 
+def test_results_that_nobody_reads_are_memory_of_the_kernel() -> None:
+    (node,) = foreign_nodes(built("function").engine.graph)
+    assert (len(node.inputs), len(node.outputs)) == (2, 2)
+    assert not [one for one in built("function").engine.graph.nodes if one.kind == "extern"]
+
+
+class Trained(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return Product.apply(self.a(x), self.b(x)).square().mean()
+
+
+def test_gradients_that_kernels_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under torch.compile; Dynamo looks into launches where it finds a GPU."""
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
+    model, plain, x = Trained(), Trained(), torch.randn(4, 8)
+    record = Recorder(monkeypatch)
+    with standing_in():
+        loss = compile_rtx(model)(x)
+        loss.backward()
+    expected_loss = (plain.a(x) * plain.b(x)).square().mean()
+    expected_loss.backward()
+    torch.testing.assert_close(loss, expected_loss)
+    for mine, right in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, right.grad)
+    assert not record.fallbacks
+    assert record.ops.count("launch") == 3
+
+
 def _only_symbol(node: Node) -> str:
     assert node.body is not None
     (name,) = node.body.syms
@@ -149,6 +194,16 @@ def test_a_kernel_that_does_not_compile_is_named_with_its_line() -> None:
     with pytest.raises(KernelError, match=r"(?s)Triton refuses the kernel wrong.*no_such_thing") as caught:
         torch_rtx.compile(Launches(wrongly), (torch.randn(4, 4),), device="cuda", targets=["sm_80"])
     assert "foreign_kernels.py" in str(caught.value.loc), "where the model calls it"
+
+
+def test_a_kernel_that_compiles_for_some_targets(caplog: pytest.LogCaptureFixture) -> None:
+    model, given = Launches(through_float8), (torch.randn(2, 8),)
+    with pytest.raises(KernelError, match="has no code for sm_80: Triton refuses the kernel rounded for sm_80"):
+        torch_rtx.compile(model, given, device="cuda", targets=["sm_80", "sm_90"])
+    module = torch_rtx.compile(model, given, device="cuda", targets="portable")
+    (node,) = foreign_nodes(module.engine.graph)
+    assert {str(target) for target in module.engine.kernels.tactics[node.op]} == {"sm_89", "sm_90", "sm_120"}
+    assert "the engine does not run on sm_86" in caplog.text
 
 
 def lacking(x: torch.Tensor) -> torch.Tensor:
@@ -231,3 +286,23 @@ def test_an_operator_with_a_kernel_for_the_cpu_is_called_there() -> None:
     x = torch.randn(4, 4)
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(Launches(on_both), backend="rtx", fullgraph=True)(x), (6 * x).relu())
+
+
+def test_the_engine_cache_knows_kernels_by_what_they_are_made_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    traffic = Traffic(caplog)
+
+    def build(alpha: float) -> torch_rtx.CompiledModule:
+        model = Launches(lambda x, y: scaled_sum_op(x, y, alpha))
+        options = {"targets": LATER, "engine_cache_dir": str(tmp_path)}
+        return torch_rtx.compile(model, tuple(operands(2)), device="cuda", **options)
+
+    build(0.5)
+    assert traffic.counts == (0, 1)
+    monkeypatch.setattr("torch_rtx.foreign._registry", {})  # as in another process, whose tables differ
+    module, given = build(0.5), operands(2)
+    assert traffic.counts == (1, 1)
+    torch.testing.assert_close(module(*given), (2 * given[0] + given[1]).relu())
+    build(0.25)
+    assert traffic.counts == (1, 2), "another constant"

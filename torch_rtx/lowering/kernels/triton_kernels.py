@@ -128,10 +128,11 @@ class TritonKernel:
         signature = Signature(self, body, given[1], dict(config.constants))
         code = ForeignCode("ttir", (), (*signature.slots, NULL, NULL), config.options)
         warps, stages = config.num_warps, config.num_stages
-        job = Job(self.name, "", (), (), False, warps, stages, arch.sm, foreign=code)
+        name = f"{self.name}_{which}" if which else self.name  # of dumped stages
+        job = Job(name, "", (), (), False, warps, stages, arch.sm, foreign=code)
         texts = tuple(trace(self.function, signature.types, signature.constants, c, job) for c in signature.cases)
         grid, code = grid_of(given[1], self.integers, which), replace(code, texts=texts)
-        return Kernel(self.name, "", (), tuple(signature.scalars), grid, warps, stages, foreign=code)
+        return Kernel(name, "", (), tuple(signature.scalars), grid, warps, stages, foreign=code)
 
 
 class Signature:

@@ -10,12 +10,15 @@ from torch_rtx.lowering.rewrite import Rewriter, escaping, rewrite
 
 
 def cse(graph: Graph, infer: Inference) -> Graph:
-    """Level import to level import. Random draws, effects, collectives and escaping values are not merged."""
+    """Level import to level import. Random draws, effects, collectives, escaping values and memory that a call fills
+    are not merged."""
     first: dict[object, tuple[Value | None, ...]] = {}
     escapes = escaping(graph, writes=False)
 
     def visit(node: Node, rewriter: Rewriter) -> bool:
-        if not node.outputs or node.writes or is_ordered(node) or aten.is_random(aten.overload(node.op)):
+        if not node.outputs or node.writes or is_ordered(node) or node.op in aten.UNINITIALIZED:
+            return False
+        if aten.is_random(aten.overload(node.op)):
             return False
         if any(value.name in escapes for value in node.results):
             return False
