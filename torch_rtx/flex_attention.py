@@ -72,9 +72,11 @@ def _run(text: str, given: Mapping[str, Tensor], buffers: Sequence[Tensor]) -> T
     return values[output.name]
 
 
-def _listed(count: Tensor, indices: Tensor, columns: int) -> Tensor:
-    """Which of `columns` blocks lists have: (B, H, blocks, columns)."""
-    is_listed = torch.arange(indices.shape[-1], device=count.device) < count[..., None]
+def _listed(count: Tensor, indices: Tensor, columns: int, share: tuple[int, int]) -> Tensor:
+    """Which of `columns` blocks lists have in a share of their places: (B, H, blocks, columns)."""
+    places, (which, shares) = torch.arange(indices.shape[-1], device=count.device), share
+    count = count.clamp(max=indices.shape[-1])[..., None]
+    is_listed = (places >= count * which // shares) & (places < count * (which + 1) // shares)
     room = torch.zeros(*indices.shape[:-1], columns + 1, dtype=torch.bool, device=count.device)
     return room.scatter_(-1, torch.where(is_listed, indices, columns).long(), True)[..., :columns]
 
@@ -89,21 +91,26 @@ def _seen(
     mask_mod: str,
     block_size: Sequence[int],
     by_keys: bool,
+    share: tuple[int, int],
 ) -> Tensor | None:
     """Which keys queries see, in a shape that broadcasts to (B, H, rows, N); None: all.
 
     Args:
         by_keys: the lists are of blocks of queries, for each block of keys.
+        share: which share of the keys it is, and of how many.
     """
     mask = _run(mask_mod, places, buffers) if mask_mod else None
     if not blocks:
-        return mask
+        which, shares = share
+        size = -(-key.shape[2] // shares)
+        within = (places["k"] >= size * which) & (places["k"] < size * (which + 1))
+        return mask if shares == 1 else within if mask is None else mask & within
     sizes = list(zip((query, key), block_size, strict=True))
     counts = [-(-one.shape[2] // size) for one, size in sizes]
     at = [torch.arange(one.shape[2], device=query.device) // size for one, size in sizes]
     found: Tensor | None = None
     for index in range(0, len(blocks), 2):
-        listed = _listed(blocks[index], blocks[index + 1], counts[0 if by_keys else 1])
+        listed = _listed(blocks[index], blocks[index + 1], counts[0 if by_keys else 1], share)
         listed = listed.mT if by_keys else listed
         whole = listed[:, :, at[0][rows]][..., at[1]]
         if index:
@@ -122,6 +129,7 @@ def _scores(
     mask_mod: str,
     block_size: Sequence[int],
     by_keys: bool = False,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[_Scores]:
     batch, heads, queries, _ = query.shape
     step = max(1, MOST_SCORES // max(1, batch * heads * key.shape[2]))
@@ -136,7 +144,7 @@ def _scores(
         rows = slice(start, start + step)
         places = {**all_places, "q": all_places["q"][:, :, rows]}
         scaled = query[:, :, rows].to(wide) @ keys * scale
-        seen = _seen(query, key, rows, places, blocks, buffers, mask_mod, block_size, by_keys)
+        seen = _seen(query, key, rows, places, blocks, buffers, mask_mod, block_size, by_keys, share)
         modified = _run(score_mod, {"score": scaled, **places}, buffers).to(wide) if score_mod else scaled
         modified = modified.expand(scaled.shape)
         modified = modified if seen is None else torch.where(seen, modified, -torch.inf)
@@ -213,6 +221,43 @@ def _forward_room(
     rows = query.shape[:3]
     out = _room(query, (*rows, value.shape[3]), order)
     return out, query.new_empty(rows, dtype=torch.float32), query.new_empty(rows, dtype=torch.float32)
+
+
+def _partial(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+    *,
+    shares: int,
+    scale: float,
+    score_mod: str = "",
+    mask_mod: str = "",
+    block_size: Sequence[int] = (),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`flex_attention` before the division by the sum of weights, for each of `shares` parts of every list of blocks,
+    or of the keys if there is none. In float32: weighted sums of values (shares, B, H, M, E), the largest score m of
+    each query (shares, B, H, M, 1), finite also without a key, and the sums of weights exp(score - m) in this shape."""
+    results = _partial_room(query, key, value, blocks, buffers, shares=shares, scale=scale)
+    keys, values = _shared(key, query), _shared(value, query)
+    for which in range(shares):
+        share = (which, shares)
+        for part in _scores(query, keys, blocks, buffers, scale, score_mod, mask_mod, block_size, share=share):
+            top = part.modified.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
+            weights = (part.modified - top).exp()
+            found = weights @ values.to(weights.dtype), top, weights.sum(-1, keepdim=True)
+            for result, one in zip(results, found, strict=True):
+                result[which, :, :, part.rows] = one
+    return results
+
+
+def _partial_room(
+    query: Tensor, key: Tensor, value: Tensor, *_: Any, shares: int, **__: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape, dtype = (shares, *query.shape[:3]), torch.promote_types(query.dtype, torch.float32)
+    one = query.new_empty((*shape, value.shape[3]), dtype=dtype)
+    return one, one.new_empty((*shape, 1)), one.new_empty((*shape, 1))
 
 
 def _gradients(
@@ -335,6 +380,12 @@ _LIBRARY.define(
 )
 _LIBRARY.impl("flex_attention", _forward, "CompositeExplicitAutograd")
 _LIBRARY.impl("flex_attention", _forward_room, "Meta")
+_LIBRARY.define(
+    "flex_attention_partial(Tensor query, Tensor key, Tensor value, Tensor[] blocks, Tensor[] buffers, *, int shares,"
+    f" {_MODIFIED}, int[] block_size=[]) -> (Tensor, Tensor, Tensor)"
+)
+_LIBRARY.impl("flex_attention_partial", _partial, "CompositeExplicitAutograd")
+_LIBRARY.impl("flex_attention_partial", _partial_room, "Meta")
 _GIVEN = (
     "Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor logsumexp, Tensor delta, Tensor[] blocks,"
     f' Tensor[] buffers, *, {_MODIFIED}, str score_gradient="", int[] block_size=[]'

@@ -164,23 +164,39 @@ class Walk:
         size: elements of a block.
         tile: elements of a tile, a divisor of `size`.
         every: all elements; a block behind them, which no list should have, becomes the last one.
+        shares: a program goes over one of so many equal parts of the list, `share`; None: over all.
     """
 
-    def __init__(self, lists: Lists, place: Position, part: Index, size: int, tile: int, every: Index) -> None:
-        self.lists, self.place, self.part = lists, (*place, part), part
-        self.size, self.tile, self.every = size, tile, every
+    def __init__(
+        self,
+        lists: Lists,
+        place: Position,
+        part: Index,
+        size: int,
+        tile: int,
+        every: Index,
+        shares: int | None = None,
+    ) -> None:
+        self.lists, self.place = lists, (*place, part)
+        self.size, self.tile, self.every, self.shares = size, tile, every, shares
 
     def lines(self, body: list[str]) -> list[str]:
         """The loop around the lines of a tile, which begins at `start`."""
         per, places = self.size // self.tile, self.lists.indices.shape[-1]
-        count = f"tl.minimum({element(self.lists.count, self.place)}, {places})"
         begin = "block" if per == 1 else f"block + step % {per} * {self.tile}"
         after = "step + 1" if per == 1 else f"(step + 1) // {per}"
+        lines = [f"count = tl.minimum({element(self.lists.count, self.place)}, {places})", "slot = 0"]
+        if self.shares is not None:
+            lines.append(f"begin = count * share // {self.shares}")
+            lines += [
+                f"count = count * (share + 1) // {self.shares} - begin",
+                f"slot = tl.minimum(begin, {places} - 1)",
+            ]
+            after = f"begin + {after}"
         return [
-            f"steps = {count}{'' if per == 1 else f' * {per}'}",
-            "slot = 0",
+            *lines,
             f"block = {self._block()}",
-            "for step in range(0, steps):",
+            f"for step in range(0, count{'' if per == 1 else f' * {per}'}):",
             *indent(
                 [
                     f"start = {begin}",
