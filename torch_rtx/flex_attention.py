@@ -26,6 +26,7 @@ from torch_rtx.score_mods import buffer_index, modification
 
 MOST_SCORES = 1 << 25  # that exist at once
 LN2 = math.log(2)
+IN_ORDER = (0, 1, 2, 3)  # of dimensions in memory, the last one moves fastest
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ def _forward(
     score_mod: str = "",
     mask_mod: str = "",
     block_size: Sequence[int] = (),
-    order: Sequence[int] = (0, 1, 2, 3),
+    order: Sequence[int] = IN_ORDER,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """softmax(score_mod(q k^T * scale)) v over the keys that are seen.
 
@@ -192,7 +193,8 @@ def _forward(
     Raises:
         InvalidIR: a text is no modification.
     """
-    out, logsumexp, largest = _forward_room(query, key, value, blocks, buffers, scale=scale, order=order)
+    sizes = {"block_size": block_size, "order": order}
+    out, logsumexp, largest = _forward_room(query, key, value, blocks, buffers, scale=scale, **sizes)  # type: ignore[arg-type]
     wide = torch.promote_types(query.dtype, torch.float32)
     values = _shared(value, query).to(wide)
     for part in _scores(query, _shared(key, query), blocks, buffers, scale, score_mod, mask_mod, block_size):
@@ -203,6 +205,21 @@ def _forward(
         logsumexp[:, :, part.rows] = ((top + total.log()) / LN2).squeeze(-1)
         largest[:, :, part.rows] = (top / LN2).squeeze(-1)
     return out, logsumexp, largest
+
+
+def _check_lists(held: Tensor, blocks: Sequence[Tensor], block_size: Sequence[int], by_keys: bool = False) -> None:
+    """Check that every block of `held`, queries or `by_keys` keys, has lists: kernels read these without a look at how
+    many there are."""
+    torch._check(len(blocks) in (0, 2, 4), lambda: f"{len(blocks)} tensors are no lists of blocks")
+    if not blocks:
+        return
+    torch._check(len(block_size) == 2 and min(block_size) > 0, lambda: f"blocks of {list(block_size)} elements")
+    needed = -(-held.shape[2] // block_size[by_keys])
+    for count, indices in zip(blocks[::2], blocks[1::2], strict=True):
+        torch._check(indices.dim() == 4 and count.dim() == 3, lambda: "lists of blocks have other dimensions")
+        if all(isinstance(size, int) for size in (needed, *indices.shape, *count.shape)):  # others are not known yet
+            problem = f"lists {tuple(count.shape)} and {tuple(indices.shape)} of {needed} blocks"
+            torch._check(count.shape[2] >= needed and count.shape == indices.shape[:3], lambda text=problem: text)
 
 
 def _forward_room(
@@ -216,8 +233,9 @@ def _forward_room(
     score_mod: str = "",
     mask_mod: str = "",
     block_size: Sequence[int] = (),
-    order: Sequence[int] = (0, 1, 2, 3),
+    order: Sequence[int] = IN_ORDER,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check_lists(query, blocks, block_size)
     rows = query.shape[:3]
     out = _room(query, (*rows, value.shape[3]), order)
     return out, query.new_empty(rows, dtype=torch.float32), query.new_empty(rows, dtype=torch.float32)
@@ -239,7 +257,7 @@ def _partial(
     """`flex_attention` before the division by the sum of weights, for each of `shares` parts of every list of blocks,
     or of the keys if there is none. In float32: weighted sums of values (shares, B, H, M, E), the largest score m of
     each query (shares, B, H, M, 1), finite also without a key, and the sums of weights exp(score - m) in this shape."""
-    results = _partial_room(query, key, value, blocks, buffers, shares=shares, scale=scale)
+    results = _partial_room(query, key, value, blocks, buffers, shares=shares, block_size=block_size)
     keys, values = _shared(key, query), _shared(value, query)
     for which in range(shares):
         share = (which, shares)
@@ -253,8 +271,16 @@ def _partial(
 
 
 def _partial_room(
-    query: Tensor, key: Tensor, value: Tensor, *_: Any, shares: int, **__: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: Sequence[Tensor],
+    *_: Any,
+    shares: int,
+    block_size: Sequence[int] = (),
+    **__: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check_lists(query, blocks, block_size)
     shape, dtype = (shares, *query.shape[:3]), torch.promote_types(query.dtype, torch.float32)
     one = query.new_empty((*shape, value.shape[3]), dtype=dtype)
     return one, one.new_empty((*shape, 1)), one.new_empty((*shape, 1))
@@ -299,7 +325,7 @@ def _grad_query(
     mask_mod: str = "",
     score_gradient: str = "",
     block_size: Sequence[int] = (),
-    order: Sequence[int] = (0, 1, 2, 3),
+    order: Sequence[int] = IN_ORDER,
 ) -> Tensor:
     """The gradient of the query of `flex_attention`, whose other arguments are the same.
 
@@ -332,8 +358,8 @@ def _grad_key_value(
     mask_mod: str = "",
     score_gradient: str = "",
     block_size: Sequence[int] = (),
-    key_order: Sequence[int] = (0, 1, 2, 3),
-    value_order: Sequence[int] = (0, 1, 2, 3),
+    key_order: Sequence[int] = IN_ORDER,
+    value_order: Sequence[int] = IN_ORDER,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of key and value; see `_grad_query`.
 
@@ -353,23 +379,17 @@ def _grad_key_value(
     return results[0], results[1]
 
 
-def _grad_query_room(
-    grad_out: Tensor, query: Tensor, *_: Any, order: Sequence[int] = (0, 1, 2, 3), **__: Any
-) -> Tensor:
-    return _room(query, query.shape, order)
+def _grad_query_room(grad_out: Tensor, query: Tensor, *given: Any, **options: Any) -> Tensor:
+    _check_lists(query, given[4], options.get("block_size", ()))
+    return _room(query, query.shape, options.get("order", IN_ORDER))
 
 
 def _grad_key_value_room(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *_: Any,
-    key_order: Sequence[int] = (0, 1, 2, 3),
-    value_order: Sequence[int] = (0, 1, 2, 3),
-    **__: Any,
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *given: Any, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    return _room(key, key.shape, key_order), _room(value, value.shape, value_order)
+    _check_lists(key, given[2], options.get("block_size", ()), by_keys=True)
+    orders = options.get("key_order", IN_ORDER), options.get("value_order", IN_ORDER)
+    return _room(key, key.shape, orders[0]), _room(value, value.shape, orders[1])
 
 
 _LIBRARY = torch.library.Library("torch_rtx", "FRAGMENT")

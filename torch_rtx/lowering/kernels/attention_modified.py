@@ -9,7 +9,19 @@ from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Dim, Node, TensorType, Value, attr_values, contiguous
 from torch_rtx.lowering.kernels.emit import indent
 from torch_rtx.lowering.kernels.index import Index, constant, from_dim, linear, variable, within
-from torch_rtx.lowering.kernels.kernel_ir import ONE, Gather, Iota, Load, Position, Shape, Tensor, View, cast, expand
+from torch_rtx.lowering.kernels.kernel_ir import (
+    ONE,
+    ZERO,
+    Gather,
+    Iota,
+    Load,
+    Position,
+    Shape,
+    Tensor,
+    View,
+    cast,
+    expand,
+)
 from torch_rtx.lowering.kernels.region import Region, express
 from torch_rtx.lowering.kernels.source import needs_int64
 from torch_rtx.score_mods import INDEX, PLACES, buffer_index, modification
@@ -177,6 +189,8 @@ class Walk:
         every: Index,
         shares: int | None = None,
     ) -> None:
+        if lists.indices.shape[-1] == ZERO:
+            raise Unsupported("lists without places")
         self.lists, self.place = lists, (*place, part)
         self.size, self.tile, self.every, self.shares = size, tile, every, shares
 
@@ -195,19 +209,19 @@ class Walk:
             after = f"begin + {after}"
         return [
             *lines,
-            f"block = {self._block()}",
+            f"block = {self._block('slot')}",
             f"for step in range(0, count{'' if per == 1 else f' * {per}'}):",
             *indent(
                 [
                     f"start = {begin}",
                     *body,
-                    f"slot = tl.minimum({after}, {places} - 1)",  # the next block is asked for before it is needed
-                    f"block = {self._block()}",
+                    f"later = tl.minimum({after}, {places} - 1)",  # the next block is asked for before it is needed
+                    f"block = {self._block('later')}",
                 ]
             ),
         ]
 
-    def _block(self) -> str:
+    def _block(self, slot: str) -> str:
         last = (self.every - ONE) // constant(self.size)
-        found = element(self.lists.indices, (*self.place, variable("slot")))
+        found = element(self.lists.indices, (*self.place, variable(slot)))
         return f"tl.minimum(tl.maximum({found}, 0), {last}) * {self.size}"
