@@ -26,6 +26,7 @@ from torch_rtx.score_mods import buffer_index, modification
 
 MOST_SCORES = 1 << 25  # that exist at once
 LN2 = math.log(2)
+IN_ORDER = (0, 1, 2, 3)  # of dimensions in memory, the last one moves fastest
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,11 @@ def _run(text: str, given: Mapping[str, Tensor], buffers: Sequence[Tensor]) -> T
     return values[output.name]
 
 
-def _listed(count: Tensor, indices: Tensor, columns: int) -> Tensor:
-    """Which of `columns` blocks lists have: (B, H, blocks, columns)."""
-    is_listed = torch.arange(indices.shape[-1], device=count.device) < count[..., None]
+def _listed(count: Tensor, indices: Tensor, columns: int, share: tuple[int, int]) -> Tensor:
+    """Which of `columns` blocks lists have in a share of their places: (B, H, blocks, columns)."""
+    places, (which, shares) = torch.arange(indices.shape[-1], device=count.device), share
+    count = count.clamp(max=indices.shape[-1])[..., None]
+    is_listed = (places >= count * which // shares) & (places < count * (which + 1) // shares)
     room = torch.zeros(*indices.shape[:-1], columns + 1, dtype=torch.bool, device=count.device)
     return room.scatter_(-1, torch.where(is_listed, indices, columns).long(), True)[..., :columns]
 
@@ -89,21 +92,26 @@ def _seen(
     mask_mod: str,
     block_size: Sequence[int],
     by_keys: bool,
+    share: tuple[int, int],
 ) -> Tensor | None:
     """Which keys queries see, in a shape that broadcasts to (B, H, rows, N); None: all.
 
     Args:
         by_keys: the lists are of blocks of queries, for each block of keys.
+        share: which share of the keys it is, and of how many.
     """
     mask = _run(mask_mod, places, buffers) if mask_mod else None
     if not blocks:
-        return mask
+        which, shares = share
+        size = -(-key.shape[2] // shares)
+        within = (places["k"] >= size * which) & (places["k"] < size * (which + 1))
+        return mask if shares == 1 else within if mask is None else mask & within
     sizes = list(zip((query, key), block_size, strict=True))
     counts = [-(-one.shape[2] // size) for one, size in sizes]
     at = [torch.arange(one.shape[2], device=query.device) // size for one, size in sizes]
     found: Tensor | None = None
     for index in range(0, len(blocks), 2):
-        listed = _listed(blocks[index], blocks[index + 1], counts[0 if by_keys else 1])
+        listed = _listed(blocks[index], blocks[index + 1], counts[0 if by_keys else 1], share)
         listed = listed.mT if by_keys else listed
         whole = listed[:, :, at[0][rows]][..., at[1]]
         if index:
@@ -122,6 +130,7 @@ def _scores(
     mask_mod: str,
     block_size: Sequence[int],
     by_keys: bool = False,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[_Scores]:
     batch, heads, queries, _ = query.shape
     step = max(1, MOST_SCORES // max(1, batch * heads * key.shape[2]))
@@ -136,7 +145,7 @@ def _scores(
         rows = slice(start, start + step)
         places = {**all_places, "q": all_places["q"][:, :, rows]}
         scaled = query[:, :, rows].to(wide) @ keys * scale
-        seen = _seen(query, key, rows, places, blocks, buffers, mask_mod, block_size, by_keys)
+        seen = _seen(query, key, rows, places, blocks, buffers, mask_mod, block_size, by_keys, share)
         modified = _run(score_mod, {"score": scaled, **places}, buffers).to(wide) if score_mod else scaled
         modified = modified.expand(scaled.shape)
         modified = modified if seen is None else torch.where(seen, modified, -torch.inf)
@@ -165,7 +174,7 @@ def _forward(
     score_mod: str = "",
     mask_mod: str = "",
     block_size: Sequence[int] = (),
-    order: Sequence[int] = (0, 1, 2, 3),
+    order: Sequence[int] = IN_ORDER,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """softmax(score_mod(q k^T * scale)) v over the keys that are seen.
 
@@ -184,7 +193,8 @@ def _forward(
     Raises:
         InvalidIR: a text is no modification.
     """
-    out, logsumexp, largest = _forward_room(query, key, value, blocks, buffers, scale=scale, order=order)
+    sizes = {"block_size": block_size, "order": order}
+    out, logsumexp, largest = _forward_room(query, key, value, blocks, buffers, scale=scale, **sizes)  # type: ignore[arg-type]
     wide = torch.promote_types(query.dtype, torch.float32)
     values = _shared(value, query).to(wide)
     for part in _scores(query, _shared(key, query), blocks, buffers, scale, score_mod, mask_mod, block_size):
@@ -195,6 +205,21 @@ def _forward(
         logsumexp[:, :, part.rows] = ((top + total.log()) / LN2).squeeze(-1)
         largest[:, :, part.rows] = (top / LN2).squeeze(-1)
     return out, logsumexp, largest
+
+
+def _check_lists(held: Tensor, blocks: Sequence[Tensor], block_size: Sequence[int], by_keys: bool = False) -> None:
+    """Check that every block of `held`, queries or `by_keys` keys, has lists: kernels read these without a look at how
+    many there are."""
+    torch._check(len(blocks) in (0, 2, 4), lambda: f"{len(blocks)} tensors are no lists of blocks")
+    if not blocks:
+        return
+    torch._check(len(block_size) == 2 and min(block_size) > 0, lambda: f"blocks of {list(block_size)} elements")
+    needed = -(-held.shape[2] // block_size[by_keys])
+    for count, indices in zip(blocks[::2], blocks[1::2], strict=True):
+        torch._check(indices.dim() == 4 and count.dim() == 3, lambda: "lists of blocks have other dimensions")
+        if all(isinstance(size, int) for size in (needed, *indices.shape, *count.shape)):  # others are not known yet
+            problem = f"lists {tuple(count.shape)} and {tuple(indices.shape)} of {needed} blocks"
+            torch._check(count.shape[2] >= needed and count.shape == indices.shape[:3], lambda text=problem: text)
 
 
 def _forward_room(
@@ -208,11 +233,57 @@ def _forward_room(
     score_mod: str = "",
     mask_mod: str = "",
     block_size: Sequence[int] = (),
-    order: Sequence[int] = (0, 1, 2, 3),
+    order: Sequence[int] = IN_ORDER,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check_lists(query, blocks, block_size)
     rows = query.shape[:3]
     out = _room(query, (*rows, value.shape[3]), order)
     return out, query.new_empty(rows, dtype=torch.float32), query.new_empty(rows, dtype=torch.float32)
+
+
+def _partial(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+    *,
+    shares: int,
+    scale: float,
+    score_mod: str = "",
+    mask_mod: str = "",
+    block_size: Sequence[int] = (),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`flex_attention` before the division by the sum of weights, for each of `shares` parts of every list of blocks,
+    or of the keys if there is none. In float32: weighted sums of values (shares, B, H, M, E), the largest score m of
+    each query (shares, B, H, M, 1), finite also without a key, and the sums of weights exp(score - m) in this shape."""
+    results = _partial_room(query, key, value, blocks, buffers, shares=shares, block_size=block_size)
+    keys, values = _shared(key, query), _shared(value, query)
+    for which in range(shares):
+        share = (which, shares)
+        for part in _scores(query, keys, blocks, buffers, scale, score_mod, mask_mod, block_size, share=share):
+            top = part.modified.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
+            weights = (part.modified - top).exp()
+            found = weights @ values.to(weights.dtype), top, weights.sum(-1, keepdim=True)
+            for result, one in zip(results, found, strict=True):
+                result[which, :, :, part.rows] = one
+    return results
+
+
+def _partial_room(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: Sequence[Tensor],
+    *_: Any,
+    shares: int,
+    block_size: Sequence[int] = (),
+    **__: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_lists(query, blocks, block_size)
+    shape, dtype = (shares, *query.shape[:3]), torch.promote_types(query.dtype, torch.float32)
+    one = query.new_empty((*shape, value.shape[3]), dtype=dtype)
+    return one, one.new_empty((*shape, 1)), one.new_empty((*shape, 1))
 
 
 def _gradients(
@@ -254,7 +325,7 @@ def _grad_query(
     mask_mod: str = "",
     score_gradient: str = "",
     block_size: Sequence[int] = (),
-    order: Sequence[int] = (0, 1, 2, 3),
+    order: Sequence[int] = IN_ORDER,
 ) -> Tensor:
     """The gradient of the query of `flex_attention`, whose other arguments are the same.
 
@@ -287,8 +358,8 @@ def _grad_key_value(
     mask_mod: str = "",
     score_gradient: str = "",
     block_size: Sequence[int] = (),
-    key_order: Sequence[int] = (0, 1, 2, 3),
-    value_order: Sequence[int] = (0, 1, 2, 3),
+    key_order: Sequence[int] = IN_ORDER,
+    value_order: Sequence[int] = IN_ORDER,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of key and value; see `_grad_query`.
 
@@ -308,23 +379,17 @@ def _grad_key_value(
     return results[0], results[1]
 
 
-def _grad_query_room(
-    grad_out: Tensor, query: Tensor, *_: Any, order: Sequence[int] = (0, 1, 2, 3), **__: Any
-) -> Tensor:
-    return _room(query, query.shape, order)
+def _grad_query_room(grad_out: Tensor, query: Tensor, *given: Any, **options: Any) -> Tensor:
+    _check_lists(query, given[4], options.get("block_size", ()))
+    return _room(query, query.shape, options.get("order", IN_ORDER))
 
 
 def _grad_key_value_room(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *_: Any,
-    key_order: Sequence[int] = (0, 1, 2, 3),
-    value_order: Sequence[int] = (0, 1, 2, 3),
-    **__: Any,
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *given: Any, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    return _room(key, key.shape, key_order), _room(value, value.shape, value_order)
+    _check_lists(key, given[2], options.get("block_size", ()), by_keys=True)
+    orders = options.get("key_order", IN_ORDER), options.get("value_order", IN_ORDER)
+    return _room(key, key.shape, orders[0]), _room(value, value.shape, orders[1])
 
 
 _LIBRARY = torch.library.Library("torch_rtx", "FRAGMENT")
@@ -335,6 +400,12 @@ _LIBRARY.define(
 )
 _LIBRARY.impl("flex_attention", _forward, "CompositeExplicitAutograd")
 _LIBRARY.impl("flex_attention", _forward_room, "Meta")
+_LIBRARY.define(
+    "flex_attention_partial(Tensor query, Tensor key, Tensor value, Tensor[] blocks, Tensor[] buffers, *, int shares,"
+    f" {_MODIFIED}, int[] block_size=[]) -> (Tensor, Tensor, Tensor)"
+)
+_LIBRARY.impl("flex_attention_partial", _partial, "CompositeExplicitAutograd")
+_LIBRARY.impl("flex_attention_partial", _partial_room, "Meta")
 _GIVEN = (
     "Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor logsumexp, Tensor delta, Tensor[] blocks,"
     f' Tensor[] buffers, *, {_MODIFIED}, str score_gradient="", int[] block_size=[]'

@@ -50,6 +50,7 @@ ATTENTION_FORWARD = "torch_rtx.attention_forward.default"  # of training, see `a
 ATTENTION_BACKWARD = "torch_rtx.attention_backward.default"
 ATTENTION_BACKWARD_PARTIAL = "torch_rtx.attention_backward_partial.default"  # sums over ranges of the queries
 FLEX = "torch_rtx.flex_attention.default"  # with modified scores, see `flex_attention`
+FLEX_PARTIAL = "torch_rtx.flex_attention_partial.default"  # to shares of the keys
 FLEX_GRAD_QUERY = "torch_rtx.flex_attention_grad_query.default"
 FLEX_GRAD_KEY_VALUE = "torch_rtx.flex_attention_grad_key_value.default"
 FLEX_GRADS = (FLEX_GRAD_QUERY, FLEX_GRAD_KEY_VALUE)
@@ -67,7 +68,7 @@ ANCHORS: Mapping[str, str] = {
     INT_CONV: "conv",
     **dict.fromkeys((SDPA, ATTENTION, ATTENTION_PARTIAL, ATTENTION_FORWARD), "attention"),
     **dict.fromkeys(BACKWARDS, "attention_backward"),
-    **dict.fromkeys((FLEX, *FLEX_GRADS), "attention_flex"),
+    **dict.fromkeys((FLEX, FLEX_PARTIAL, *FLEX_GRADS), "attention_flex"),
 }
 
 

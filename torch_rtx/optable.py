@@ -167,8 +167,8 @@ special_shifted_chebyshev_polynomial_w.n_scalar special_shifted_chebyshev_polyno
 INTERNAL = frozenset(  # which `aten` and `detection` define
     f"torch_rtx.{name}.default"
     for name in (
-        *("attention", "attention_partial", "flex_attention", "grouped_mm", "int_conv", "launch", "suppressed"),
-        "to_int8",
+        *("attention", "attention_partial", "flex_attention", "flex_attention_partial", "grouped_mm"),
+        *("int_conv", "launch", "suppressed", "to_int8"),
     )
 )
 TRAINING = frozenset(f"torch_rtx.attention_{name}.default" for name in ("forward", "backward", "backward_partial"))

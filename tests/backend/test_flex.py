@@ -50,8 +50,7 @@ def test_engine(tmp_path: Path) -> None:
     with uncompiled():
         expected = model(*given)
     module = torch_rtx.compile(model, given, device="cuda", targets=["sm_80"], require_full_compilation=True)
-    (node,) = [node for node in module.engine.graph.nodes if "flex_attention" in node.op]
-    assert node.kind == "kernel"
+    assert [node.kind for node in module.engine.graph.nodes if "flex_attention" in node.op] == ["kernel"]
     torch_rtx.save(module, tmp_path / "model.rtx")
     loaded = torch_rtx.load(tmp_path / "model.rtx")
     loaded.refit(model)
@@ -127,6 +126,16 @@ def test_engines_hold_scalar_modifications_alone() -> None:
     ):
         with pytest.raises(InvalidIR, match=message):
             modification(TEXT.format(line))
+
+
+def test_lists_of_all_queries() -> None:
+    """A kernel reads the lists of each block of queries: an engine has a call only if there are as many."""
+    operands, found = torch.randn(3, 1, 1, 64, 16), lists()
+    call = torch.ops.torch_rtx.flex_attention.default
+    call(*operands[..., :LENGTH, :], found, [], scale=1.0, block_size=[16, 16])
+    for blocks, message in ((found, "of 4 blocks"), (found[:1], "no lists"), (found[::-1], "dimensions")):
+        with pytest.raises(RuntimeError, match=message):
+            call(*operands, blocks, [], scale=1.0, block_size=[16, 16])
 
 
 def test_checks_get_lists_of_a_causal_mask() -> None:

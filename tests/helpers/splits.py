@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch_rtx.ir import Graph
 from torch_rtx.lowering.kernels.body_builder import flat
-from torch_rtx.lowering.kernels.families import attention, attention_backward, conv, gemm
+from torch_rtx.lowering.kernels.families import attention, attention_backward, attention_flex, conv, gemm
 from torch_rtx.lowering.kernels.split_columns import split_columns, sums_rows
 from torch_rtx.lowering.kernels.split_queries import split_queries
 from torch_rtx.lowering.kernels.split_reduction import reduces, split_reductions
@@ -14,6 +14,7 @@ SPLITS = (
     (conv.FAMILY.ops, conv.conv_split),
     (attention.FAMILY.ops, attention.attention_split),
     (attention_backward.FAMILY.ops, split_queries),
+    (attention_flex.FAMILY.ops, attention_flex.flex_split),
 )
 
 

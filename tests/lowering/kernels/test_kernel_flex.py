@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -12,8 +13,10 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from benchmarks.numerics import assert_right
 from tests.doubles.interpreter import run
 from tests.helpers.flex import Call, alibi, captured, causal, document, relative, shifted, soft_cap, uncompiled, window
+from tests.lowering.kernels.kernel_bodies import FLOATS, check_split_graph, split
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import TensorType, attr_values
+from torch_rtx.irparse import parse
 from torch_rtx.lowering.kernels.aot import compile_kernels
 from torch_rtx.lowering.kernels.attention_configs import AttentionConfig
 from torch_rtx.lowering.kernels.attention_flex import flex_configs, flex_kernel
@@ -102,6 +105,27 @@ def test_pages() -> None:
     run(flex_kernel(region(body), "k", SMALL), [*given, found])
     with uncompiled():
         torch.testing.assert_close(found, flex_attention(query, key, value, alibi(SLOPES), mask))
+
+
+@pytest.mark.parametrize("name", ["decoding", "decoding without a mask"])
+def test_shares(name: str) -> None:
+    """Few queries: the keys are divided among programs, and a second kernel adds what these found."""
+    call = CALLS["decoding"] if name == "decoding" else Call(alibi(SLOPES), sizes=(1, 4, 2, 2, 70, 16))
+    body, given = captured(call.function(), *call.operands())
+    exact = parse(re.sub(FLOATS, "f64", str(body)))
+    check_split_graph(body, exact, 4, [*given], {})
+    (node,) = body.nodes
+    assert node.outputs[1] is None
+
+
+def test_few_queries_are_split() -> None:
+    call = Call(alibi(SLOPES), lambda b, h, q, k: k <= 900, (1, 4, 1, 1, 1024, 64), 128)
+    body, _ = captured(call.function(), *call.operands())
+    body = parse(str(body).replace("1024, 64]", "65536, 64]").replace("[1, 1, 1, 8]", "[1, 1, 1, 512]"))
+    assert split(body, "flex", 90) is not None
+    call = Call(mask_mod=causal, sizes=(1, 2, 2, 256, 256, 64), block=128)
+    body, _ = captured(call.function(), *call.operands())
+    assert split(body, "flex", 90) is None
 
 
 def test_tiles_lie_within_blocks() -> None:

@@ -30,13 +30,15 @@ from torch_rtx.op_work import (
     FLEX,
     FLEX_GRAD_KEY_VALUE,
     FLEX_GRADS,
+    FLEX_PARTIAL,
 )
 
 DTYPES = ("f16", "bf16", "f32")
 MAX_WIDTH = 256  # of a head
 MAX_PACKED_ROWS = 64  # of a block with several heads
 GRADIENTS = (*BACKWARDS, *FLEX_GRADS)
-SHARING = (ATTENTION_FORWARD, FLEX, *GRADIENTS)  # query heads may share keys without being told
+FLEXES = (FLEX, FLEX_PARTIAL, *FLEX_GRADS)
+SHARING = (ATTENTION_FORWARD, *FLEXES, *BACKWARDS)  # query heads may share keys without being told
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,8 @@ class Attention:
 
     @property
     def partial(self) -> bool:
-        """The keys are a range of all keys; see `split_kv`."""
-        return self.op == ATTENTION_PARTIAL
+        """The keys are a range or a share of all keys; see `split_kv`."""
+        return self.op in (ATTENTION_PARTIAL, FLEX_PARTIAL)
 
     @property
     def dtype(self) -> str:
@@ -159,7 +161,7 @@ def attention_of(region: Region) -> Attention:
         if added.dtype not in (*DTYPES, *(["bool"] if added is mask else [])):
             raise Unsupported(f"a mask of dtype {added.dtype}", loc=node.loc)
     modified = None
-    if node.op == FLEX or node.op in FLEX_GRADS:
+    if node.op in FLEXES:
         mask, modified = modified_of(region, node, (*lead, queries), _dim_of_keys(node))
     attn = Attention(
         node.op,
@@ -199,7 +201,7 @@ def _result_shape(node: Node) -> tuple[Dim, ...]:
     result = node.arg("grad_out") if node.op in GRADIENTS else node.outputs[0]
     if not isinstance(result, Value) or not isinstance(result.type, TensorType):
         raise Unsupported("attention whose result nothing reads", loc=node.loc)
-    return result.type.shape
+    return result.type.shape[node.op == FLEX_PARTIAL :]  # the first dimension of these is that of shares
 
 
 def _dim_of_keys(node: Node) -> Dim:

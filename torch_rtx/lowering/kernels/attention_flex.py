@@ -12,9 +12,10 @@ from torch_rtx.lowering.kernels.attention_configs import AttentionConfig, attent
 from torch_rtx.lowering.kernels.attention_forward import ForwardWriter, forward_kernel
 from torch_rtx.lowering.kernels.attention_modified import Modified, Walk
 from torch_rtx.lowering.kernels.attention_tiles import LOG2E
-from torch_rtx.lowering.kernels.index import variable
+from torch_rtx.lowering.kernels.emit import indent
+from torch_rtx.lowering.kernels.index import constant, variable
 from torch_rtx.lowering.kernels.kernel import Kernel
-from torch_rtx.lowering.kernels.kernel_ir import ZERO
+from torch_rtx.lowering.kernels.kernel_ir import ONE, ZERO
 from torch_rtx.lowering.kernels.region import Region
 from torch_rtx.targets import Arch
 
@@ -59,24 +60,43 @@ class _FlexWriter(ForwardWriter):
         self.modified: Modified = attn.modified
         self.early_masks = []
         self.starts_last = bool(attn.modified.lists)
+        self.shares: int | None = None
+        if attn.partial:
+            assert region.anchor is not None
+            shares = region.anchor.arg("shares")
+            assert isinstance(shares, int)
+            self.shares, share = shares, variable("share", constant(shares))
+            self.programs, self.program = (shares, *self.programs), (share, *self.program)
+            self.before, self.sizes_before = (share,), (constant(shares),)
+            if not attn.modified.lists:  # the keys of a share end anywhere
+                self.sizes |= dict.fromkeys(("N", "J"), variable("end"))
 
     def walk(self) -> None:
         """Loop over the listed blocks of keys."""
-        if not self.modified.lists:
+        attn, lines = self.attn, self.emitter.outer.lines
+        if not self.modified.lists and self.shares is None:
             super().walk()
             return
-        attn, lines = self.attn, self.emitter.outer.lines
+        if not self.modified.lists:
+            size = (attn.keys + constant(self.shares or 1) - ONE) // constant(self.shares or 1)
+            lines += [f"begin = share * {size.factor}", f"end = tl.minimum(begin + {size}, {attn.keys})"]
+            body = self.block(masked=True)
+            lines += [f"for start in range(begin, end, {self.config.keys}):", *indent(body)]
+            return
         is_one = attn.packed > 1 or (isinstance(attn.queries, int) and attn.queries <= self.modified.size[0])
         lines.append(f"part = {0 if is_one else f'first // {self.modified.size[0]}'}")
         place = self.lead[:2] if attn.packed == 1 else (*self.group[:-1], ZERO)
         for lists in self.modified.lists:
-            walk = Walk(lists, place, variable("part"), self.modified.size[1], self.config.keys, attn.keys)
+            sizes = self.modified.size[1], self.config.keys, attn.keys
+            walk = Walk(lists, place, variable("part"), *sizes, self.shares)
             lines += walk.lines(self.block(masked=True))
             self.mask = None
         self.mask = attn.mask
 
     def numbers(self) -> dict[int, str]:
         """The statistics of rows: for the backward, and for whoever asks."""
+        if self.attn.partial:
+            return super().numbers()
         lines, largest = self.emitter.outer.lines, f"top * {LOG2E!r}" if self.scale_first else "top"
         none = 'total == 0, float("-inf")'
         lines.append(f"logsumexp = tl.where({none}, {largest} + tl.log2(total))[:, None]")

@@ -27,7 +27,7 @@ from torch_rtx.op_work import FLEX_GRAD_KEY_VALUE, FLEX_GRAD_QUERY
 from torch_rtx.targets import Arch
 
 STEP = "step"  # the loop over tiles
-MAX_REGISTERS = 220  # of a thread, for the tiles that are held at once
+MAX_REGISTERS = 232  # of a thread, for the tiles that are held at once
 
 
 def gradient_configs(region: Region, arch: Arch) -> list[AttentionConfig]:

@@ -14,7 +14,7 @@ from torch_rtx.lowering.kernels.attention_tiles import LOG2E, LOWEST_F32, Tiles,
 from torch_rtx.lowering.kernels.emit import Operand, Scope, indent
 from torch_rtx.lowering.kernels.index import constant, from_dim, linear, product, unravel, variable
 from torch_rtx.lowering.kernels.kernel import Kernel
-from torch_rtx.lowering.kernels.kernel_ir import ONE, ZERO, Load, Tensor
+from torch_rtx.lowering.kernels.kernel_ir import ONE, ZERO, Load, Position, Shape, Tensor
 from torch_rtx.lowering.kernels.region import Region
 from torch_rtx.lowering.kernels.source import assemble, blocks
 from torch_rtx.op_work import ATTENTION_FORWARD
@@ -33,7 +33,7 @@ def attention_kernel(region: Region, name: str, config: AttentionConfig) -> Kern
 def forward_kernel(writer: ForwardWriter, name: str) -> Kernel:
     """The kernel that `writer` writes."""
     attn, config = writer.attn, writer.config
-    programs = dim_expr("*", blocks(attn.rows, config.rows), *attn.groups)
+    programs = dim_expr("*", blocks(attn.rows, config.rows), *writer.programs)
     return assemble(writer.region, name, writer.write(), programs, config.num_warps, config.num_stages)
 
 
@@ -43,6 +43,10 @@ class ForwardWriter(Tiles):
     def __init__(self, region: Region, attn: Attention, config: AttentionConfig) -> None:
         super().__init__(region, attn, config)
         self.starts_last = attn.causal
+        # The programs of a block of rows, and the place of each; the place and the sizes before those of results.
+        self.programs, self.program = attn.groups, self.group
+        self.before: Position = ()
+        self.sizes_before: Shape = ()
         # A mask that all rows share takes few registers, so that it can be loaded early; and so can all of one block.
         self.one_block = attn.keys.number is not None and attn.keys.number <= config.keys
         self.early_masks = [
@@ -57,7 +61,7 @@ class ForwardWriter(Tiles):
         """All lines of the kernel."""
         attn, config, emitter = self.attn, self.config, self.emitter
         lines = emitter.outer.lines
-        count, groups = from_dim(blocks(attn.rows, config.rows)), tuple(map(from_dim, attn.groups))
+        count, groups = from_dim(blocks(attn.rows, config.rows)), tuple(map(from_dim, self.programs))
         program = variable("program", product((count, *groups)))
         if self.starts_last:
             # Blocks of rows that see the most keys start first, so that the tail of the grid is short.
@@ -67,7 +71,7 @@ class ForwardWriter(Tiles):
         lines.append(f"program = tl.program_id(0){self.cast}")
         lines.append(f"first = {block * constant(config.rows)}")
         place = unravel(group, groups)
-        lines += [f"{axis} = {at}" for axis, at in zip(self.group, place, strict=True) if axis != ZERO]
+        lines += [f"{axis} = {at}" for axis, at in zip(self.program, place, strict=True) if axis != ZERO]
         lines += self.range("M", "[:, None]", "first")
         for name, start in self.starts.items():
             lines += self.range(name, "[None, :]", str(start or ""))
@@ -170,9 +174,9 @@ class ForwardWriter(Tiles):
                 column, size = (ZERO, ONE) if which in rows else (variable(name, self.sizes[name]), self.sizes[name])
                 axes = frozenset(("M",) if which in rows else ("M", name))
                 result = Operand(rows.get(which, f"acc{name[1:]}"), axes)
-                shape = (*map(from_dim, attn.lead), from_dim(attn.queries), size)
+                shape = (*self.sizes_before, *map(from_dim, attn.lead), from_dim(attn.queries), size)
                 rank = len(anchors[0].shape) if anchors else len(shape)
-                self.store(index, (*self.lead, self.row, column)[:rank], shape[:rank], result)
+                self.store(index, (*self.before, *self.lead, self.row, column)[:rank], shape[:rank], result)
 
     def numbers(self) -> dict[int, str]:
         """The results that are one number per row, as a column."""

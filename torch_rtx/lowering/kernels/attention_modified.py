@@ -9,7 +9,19 @@ from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Dim, Node, TensorType, Value, attr_values, contiguous
 from torch_rtx.lowering.kernels.emit import indent
 from torch_rtx.lowering.kernels.index import Index, constant, from_dim, linear, variable, within
-from torch_rtx.lowering.kernels.kernel_ir import ONE, Gather, Iota, Load, Position, Shape, Tensor, View, cast, expand
+from torch_rtx.lowering.kernels.kernel_ir import (
+    ONE,
+    ZERO,
+    Gather,
+    Iota,
+    Load,
+    Position,
+    Shape,
+    Tensor,
+    View,
+    cast,
+    expand,
+)
 from torch_rtx.lowering.kernels.region import Region, express
 from torch_rtx.lowering.kernels.source import needs_int64
 from torch_rtx.score_mods import INDEX, PLACES, buffer_index, modification
@@ -164,34 +176,52 @@ class Walk:
         size: elements of a block.
         tile: elements of a tile, a divisor of `size`.
         every: all elements; a block behind them, which no list should have, becomes the last one.
+        shares: a program goes over one of so many equal parts of the list, `share`; None: over all.
     """
 
-    def __init__(self, lists: Lists, place: Position, part: Index, size: int, tile: int, every: Index) -> None:
-        self.lists, self.place, self.part = lists, (*place, part), part
-        self.size, self.tile, self.every = size, tile, every
+    def __init__(
+        self,
+        lists: Lists,
+        place: Position,
+        part: Index,
+        size: int,
+        tile: int,
+        every: Index,
+        shares: int | None = None,
+    ) -> None:
+        if lists.indices.shape[-1] == ZERO:
+            raise Unsupported("lists without places")
+        self.lists, self.place = lists, (*place, part)
+        self.size, self.tile, self.every, self.shares = size, tile, every, shares
 
     def lines(self, body: list[str]) -> list[str]:
         """The loop around the lines of a tile, which begins at `start`."""
         per, places = self.size // self.tile, self.lists.indices.shape[-1]
-        count = f"tl.minimum({element(self.lists.count, self.place)}, {places})"
         begin = "block" if per == 1 else f"block + step % {per} * {self.tile}"
         after = "step + 1" if per == 1 else f"(step + 1) // {per}"
+        lines = [f"count = tl.minimum({element(self.lists.count, self.place)}, {places})", "slot = 0"]
+        if self.shares is not None:
+            lines.append(f"begin = count * share // {self.shares}")
+            lines += [
+                f"count = count * (share + 1) // {self.shares} - begin",
+                f"slot = tl.minimum(begin, {places} - 1)",
+            ]
+            after = f"begin + {after}"
         return [
-            f"steps = {count}{'' if per == 1 else f' * {per}'}",
-            "slot = 0",
-            f"block = {self._block()}",
-            "for step in range(0, steps):",
+            *lines,
+            f"block = {self._block('slot')}",
+            f"for step in range(0, count{'' if per == 1 else f' * {per}'}):",
             *indent(
                 [
                     f"start = {begin}",
                     *body,
-                    f"slot = tl.minimum({after}, {places} - 1)",  # the next block is asked for before it is needed
-                    f"block = {self._block()}",
+                    f"later = tl.minimum({after}, {places} - 1)",  # the next block is asked for before it is needed
+                    f"block = {self._block('later')}",
                 ]
             ),
         ]
 
-    def _block(self) -> str:
+    def _block(self, slot: str) -> str:
         last = (self.every - ONE) // constant(self.size)
-        found = element(self.lists.indices, (*self.place, variable("slot")))
+        found = element(self.lists.indices, (*self.place, variable(slot)))
         return f"tl.minimum(tl.maximum({found}, 0), {last}) * {self.size}"

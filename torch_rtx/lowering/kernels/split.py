@@ -57,8 +57,8 @@ def added(calls: BodyBuilder, terms: tuple[Value, ...], strides: tuple[Dim, ...]
 
 
 def _rounded(calls: BodyBuilder, total: Value, anchor: Node) -> None:
-    """Define the result of `anchor` by its unrounded value."""
-    (result,) = anchor.outputs
+    """Define the result of `anchor`, the first one, by its unrounded value."""
+    result = anchor.outputs[0]
     assert result is not None
     if type_of(result).dtype != type_of(total).dtype:
         calls.call("_to_copy.default", type_of(result), self=total, dtype=type_of(result).dtype)

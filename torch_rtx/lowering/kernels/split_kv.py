@@ -20,7 +20,7 @@ from torch_rtx.lowering.kernels.attention import Attention
 from torch_rtx.lowering.kernels.body_builder import BodyBuilder, Values, argument, type_of
 from torch_rtx.lowering.kernels.gemm_perf_model import NUM_SPLITS
 from torch_rtx.lowering.kernels.memory_model import typical
-from torch_rtx.op_work import ATTENTION, ATTENTION_PARTIAL
+from torch_rtx.op_work import ATTENTION, ATTENTION_PARTIAL, FLEX_PARTIAL
 from torch_rtx.targets import Arch
 
 MAX_QUERIES = 16
@@ -88,6 +88,21 @@ def split_attention(body: BodyBuilder, anchor: Node, splits: int) -> Values:
     return _partial(body, query, sides, 1 / math.sqrt(width) if scale is None else scale)
 
 
+def split_flex(body: BodyBuilder, anchor: Node, splits: int) -> Values:
+    """As `split_attention`, of `flex_attention`: for each share of the listed blocks, or of the keys.
+
+    Raises:
+        Unsupported: something reads the statistics of the whole.
+    """
+    if any(value is not None for value in anchor.outputs[1:]) or anchor.outputs[0] is None:
+        raise Unsupported("split attention with statistics")
+    *rows, width = type_of(anchor.outputs[0]).shape
+    shapes = [(splits, *rows, last) for last in (width, 1, 1)]
+    types = [TensorType("f32", shape, contiguous(shape)) for shape in shapes]
+    given = {name: attr for name, attr in anchor.args if name != "order"}
+    return body.calls(FLEX_PARTIAL, types, **given, shares=splits)
+
+
 def _partial(body: BodyBuilder, query: Value, sides: list[Value], scale: Attr) -> Values:
     """The call of `torch_rtx.attention_partial`; `sides` are keys, values and, if there is one, a mask."""
     pairs = zip(type_of(query).shape[:-1], (*type_of(sides[0]).shape[:-2], 1), strict=True)
@@ -133,7 +148,7 @@ def _with_shared_heads(body: BodyBuilder, side: Value, axis: int, heads: int) ->
 
 def combine_attention(body: BodyBuilder, anchor: Node, partials: Values) -> Value:
     """The result of attention in f32, from those of the ranges."""
-    (result,) = anchor.outputs
+    result = anchor.outputs[0]
     assert result is not None
     sums, peaks, totals = (body.unbind(partial, 0) for partial in partials)
     peak = peaks[0]
