@@ -6,7 +6,7 @@ import pytest
 import torch
 from functorch.experimental.control_flow import map as each_row
 from torch import nn
-from torch._higher_order_ops import scan, while_loop
+from torch._higher_order_ops import associative_scan, scan, while_loop
 
 import torch_rtx
 from tests.helpers.compiled import compile_rtx, same
@@ -135,6 +135,46 @@ def test_sizes_decide_a_condition():
     for rows in (3, 4):
         x = torch.rand(rows, 4)
         same(module(x), Sized()(x))
+
+
+def test_a_custom_operator_in_a_branch():
+    """Called by its name, like any other: a file with it loads where it is trusted."""
+
+    @torch.library.custom_op("torch_rtx_flow::halve", mutates_args=())
+    def halve(x: torch.Tensor) -> torch.Tensor:
+        return x / 2
+
+    halve.register_fake(torch.empty_like)
+
+    class Halving(nn.Module):
+        def forward(self, x):
+            return torch.cond(x.sum() > 0, halve, lambda x: x + 1, (x,))
+
+    module = torch_rtx.compile(Halving(), (INPUTS[0],))
+    torch_rtx.save(module, file := io.BytesIO())
+    with pytest.raises(InvalidIR, match=r"halve\.default is not on the allow-list"):
+        torch_rtx.load(io.BytesIO(file.getvalue()))
+    loaded = torch_rtx.load(io.BytesIO(file.getvalue()), trusted_ops=["torch_rtx_flow.halve.default"])
+    for x in INPUTS[:2]:
+        same(module(x), Halving()(x))
+        same(loaded(x), Halving()(x))
+
+
+@pytest.mark.parametrize("rows", [8, 5])
+def test_associative_scans(rows):
+    """Of elements, which captures for a GPU keep: a sum is a scan of PyTorch, a recurrence is written out."""
+
+    class Scans(nn.Module):
+        def forward(self, a, b, mode="pointwise"):
+            pair = associative_scan(lambda p, q: (p[0] * q[0], p[1] * q[0] + q[1]), (a, b), 0, combine_mode=mode)
+            return *pair, associative_scan(lambda p, q: p + q, b, 1, reverse=True, combine_mode=mode)
+
+    inputs = torch.rand(rows, 4), torch.rand(rows, 4)
+    module = torch_rtx.compile(Scans(), inputs, device="cuda")
+    names = {node.op for node in module.engine.graph.nodes}
+    assert "python" not in names
+    for one, other in zip(module(*inputs), Scans()(*inputs, "generic"), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_a_state_of_numbers_stays_in_pytorch(recorder):
