@@ -42,6 +42,7 @@ ARROWS = {
     "host_ops": set(),
     "block_formats": set(),
     "control": {"errors", "ir"},
+    "functional": {"errors", "ir"},
     "aten": {
         "attention_gradients",
         "detection",
@@ -60,7 +61,7 @@ ARROWS = {
     # aten inside `save` alone: it needs torch
     "engine": {
         *("dtypes", "errors", "ir", "irparse", "optable", "profiles", "manifest", "tactics", "tactics_v4", "aten"),
-        *("accumulation", "control", "files", "serialization"),
+        *("accumulation", "control", "files", "functional", "serialization"),
     },
     "inspection": {"engine", "ir", "machine", "manifest", "op_work", "profiles", "tactics", "targets"},
     "validity": {
@@ -69,7 +70,7 @@ ARROWS = {
     "cache": {"errors", "files"},
     "lowering": {
         *("accumulation", "dtypes", "errors", "ir", "op_work", "aten", "settings", "targets", "lowering.kernels"),
-        "control",
+        *("control", "functional"),
     },
     # no torch: workers of a build start fast without it
     "lowering.kernels": {
@@ -78,7 +79,7 @@ ARROWS = {
     "runtime": {
         *("errors", "ir", "irparse", "optable", "op_work", "aten", "settings", "targets", "profiles", "manifest"),
         *("accumulation", "dtypes", "tactics", "engine", "cache", "artefacts", "onnx", "platforms", "version", "files"),
-        *("chips", "control"),
+        *("chips", "control", "functional"),
     },
     "onnx": {"detection", "errors"},
     "backend": {

@@ -160,6 +160,37 @@ def test_a_custom_operator_in_a_branch():
         same(loaded(x), Halving()(x))
 
 
+def test_an_operator_that_writes_to_its_arguments(recorder):
+    """It gets copies, also of what is read afterwards."""
+
+    @torch.library.custom_op("torch_rtx_flow::bump", mutates_args=("x", "z"))
+    def bump(x: torch.Tensor, y: torch.Tensor, z: torch.Tensor, by: float) -> torch.Tensor:
+        x.add_(by)
+        z.mul_(2)
+        return x * y
+
+    bump.register_fake(lambda x, y, z, by: torch.empty_like(x))
+
+    class Bumping(nn.Module):
+        def forward(self, x):
+            a, b = x * 2, x + 1
+            before = a.sin()
+            first = bump(a, x, b, 3.0)
+            bump(b, x, a, 1.0)
+            return first, a, b, before
+
+    compiled = compile_rtx(Bumping())
+    module = torch_rtx.compile(Bumping(), (INPUTS[0],))
+    torch_rtx.save(module, file := io.BytesIO())
+    with pytest.raises(InvalidIR, match=r"bump\.default is not on the allow-list"):
+        torch_rtx.load(io.BytesIO(file.getvalue()))
+    loaded = torch_rtx.load(io.BytesIO(file.getvalue()), trusted_ops=["torch_rtx_flow.bump.default"])
+    for x in INPUTS[:2]:
+        for one in (compiled, module, loaded):
+            same(one(x), Bumping()(x))
+    assert recorder.fallbacks == ["!functional", "!functional"]
+
+
 @pytest.mark.parametrize("rows", [8, 5])
 def test_associative_scans(rows):
     """Of elements, which captures for a GPU keep: a sum is a scan of PyTorch, a recurrence is written out."""

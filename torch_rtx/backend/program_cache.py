@@ -196,7 +196,7 @@ def from_bytes(body: bytes, site: GraphSite) -> Program:
         constants = {name: from_stored(tensor, types[name]) for name, tensor in constants.items()}
         verify(graph, aten.ALLOWED)
         kernels = replace(read_table(fields["tactics"], graph), binaries=binaries)
-        called = {str(node.target) for node in site.nodes} | {"python"} | CONTROL
+        called = {str(one) for node in site.nodes for one in (node.target, *node.args[:1])} | {"python"} | CONTROL
         unexpected = {node.op for node in calls(graph) if node.kind == "fallback"} - called
         if unexpected:
             raise CacheError(f"it calls {', '.join(sorted(unexpected))}, which the graph does not call")

@@ -15,6 +15,7 @@ from torch_rtx.errors import Unsupported
 from torch_rtx.ir import MAIN, UPDATES, TensorType
 from torch_rtx.lowering.control_flow import flow_of, inner_nodes
 from torch_rtx.lowering.from_fx import call_arguments, flow_problem, is_number, op_of
+from torch_rtx.lowering.functional_calls import functional_call
 from torch_rtx.lowering.symbols import Symbols, unbacked
 
 # The types of arguments that the IR expresses; it leaves out layouts, all of which are strided.
@@ -43,6 +44,8 @@ def unsupported_reason(node: fx.Node, symbols: Symbols) -> str | None:
         return None
     if flow_of(node) is not None:
         return flow_problem(node, symbols)
+    if (call := functional_call(node)) is not None:
+        return f"operator {call[0]} writes to its arguments"
     if not isinstance(op, torch._ops.OpOverload):
         kind = "higher-order operator" if isinstance(op, torch._ops.HigherOrderOperator) else "Python function"
         return f"{kind} {getattr(op, '__name__', op)}"
