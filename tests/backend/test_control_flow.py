@@ -10,7 +10,7 @@ from torch._higher_order_ops import associative_scan, scan, while_loop
 
 import torch_rtx
 from tests.helpers.compiled import compile_rtx, same
-from torch_rtx.control import check
+from torch_rtx.control import check, written
 from torch_rtx.errors import InvalidIR
 from torch_rtx.irparse import parse
 
@@ -137,6 +137,33 @@ def test_sizes_decide_a_condition():
         same(module(x), Sized()(x))
 
 
+def test_a_loop_writes_to_its_cache(recorder):
+    """Not to the caller's, whether there is a pass or none; what reads the old contents keeps them."""
+
+    def fill(cache, x, wanted):
+        def once(i, x, cache):
+            filled = cache.index_copy(0, i.reshape(1), x.reshape(1, -1))
+            return i + 1, filled.sum(0) / 8, filled
+
+        return while_loop(lambda i, x, cache: i < wanted, once, (torch.zeros((), dtype=torch.int64), x, cache))
+
+    def shift(cache, x, wanted):
+        def once(i, x, cache):
+            return i + 1, x + cache[0], cache.index_copy(0, i.reshape(1), x.reshape(1, -1))
+
+        return while_loop(lambda i, x, cache: i < wanted, once, (torch.zeros((), dtype=torch.int64), x, cache))
+
+    for function in (fill, shift):
+        compiled = compile_rtx(function)
+        for wanted in (3, 0, 64):
+            cache, x, limit = torch.rand(64, 512), torch.rand(512), torch.tensor(wanted)
+            kept = cache.clone()
+            same(compiled(cache, x, limit), function(cache, x, limit))
+            assert torch.equal(cache, kept)
+    loops = [node for session in recorder.sessions for node in session.graph.nodes if node.body is not None]
+    assert [written(node) for node in loops] == [[3], []]
+
+
 def test_a_custom_operator_in_a_branch():
     """Called by its name, like any other: a file with it loads where it is trusted."""
 
@@ -251,6 +278,10 @@ graph fused {{
 SCAN = LOOP.replace("while_loop(state=[p, x], operands=[])", "scan(state=[p], rows=[x], operands=[])")
 SCAN = SCAN.replace("b: f32[2]", "b: f32[()]").replace("c: f32[2]", "c: f32[()]")
 BROKEN = {
+    "only to state that it returns": LOOP.replace(
+        "c: f32[2] = extern aten.relu.default(self=b)",
+        "c: f32[2] = extern aten.relu.default(self=b)\n    extern aten.copy_.default(self=b, src=c)",
+    ),
     "does not have the types": LOOP.replace("return [d, c]", "return [c, d]"),
     "begins with a truth value": LOOP.replace("state=[p, x]", "state=[x, p]"),
     "the types of its operands": LOOP.replace("operands=[]", "operands=[x]"),
