@@ -6,7 +6,8 @@ They are fallbacks with a body, so that passes leave them in their places and th
                                               own: the first one runs if `pred` holds, else the second one
     torch_rtx.while_loop(state, operands)     the body takes the state and the operands, and returns the state. It runs
                                               while the first value of the state, a truth value, holds. `stacked`: the
-                                              results are the states after each pass; without a pass, that before it
+                                              results are the states after each pass; without a pass, that before it.
+                                              It may write to state that it returns
     torch_rtx.scan(state, rows, operands)     the body takes the state, a row of each tensor of `rows`, and the
                                               operands; it returns the state and other rows, which are stacked
 
@@ -53,6 +54,13 @@ def branches(node: Node) -> list[Graph]:
     """The bodies of the calls of a condition, or the body of other control flow."""
     assert node.body is not None  # by the verifier
     return [part.body for part in node.body.nodes if part.body] if node.op == COND else [node.body]
+
+
+def written(node: Node) -> list[int]:
+    """The places in the state of a loop that a pass writes to in place of returning other values there."""
+    assert node.body is not None
+    pairs = zip(node.body.inputs[: len(given(node, "state"))], node.body.outputs, strict=False)
+    return [place for place, (old, new) in enumerate(pairs) if old == new and old.name in node.body.written]
 
 
 def with_bodies(node: Node, fn: Callable[[Graph], Graph]) -> Node:
@@ -105,6 +113,8 @@ def check(node: Node) -> None:
         makes = [_row(kind) if stacked else kind for kind in makes]
         if not state or takes[0][0] != "bool" or makes != takes[:state]:
             raise InvalidIR("a loop must return its state, which begins with a truth value", loc=node.loc)
+        if len(written(node)) != len(node.body.written) or (stacked and node.body.written):
+            raise InvalidIR("a loop may write only to state that it returns", loc=node.loc)
     elif node.op == SCAN:
         rows = state + len(given(node, "rows"))
         takes[state:rows] = map(_row, takes[state:rows])

@@ -33,6 +33,7 @@ from torch_rtx.control import check_all, is_control
 from torch_rtx.errors import EngineFormatError, InvalidIR, RtxError
 from torch_rtx.files import Path, replacing
 from torch_rtx.foreign import LAUNCH
+from torch_rtx.functional import FUNCTIONAL, plain
 from torch_rtx.ir import (
     LOOP,
     MAX_RANK,
@@ -507,7 +508,7 @@ def calls(graph: Graph) -> Iterator[Node]:
         yield from calls(recipe)
     for node in graph.nodes:
         if node.body is None or node.op == LOOP:
-            yield node
+            yield plain(node) if node.op == FUNCTIONAL else node
         if node.body is not None:
             yield from calls(node.body)
 

@@ -550,7 +550,7 @@ def _verify_body(node: Node, body: Graph, ops: Container[str] | None) -> None:
     outputs = [value for value in body.outputs if isinstance(value, Value)]
     if (node.kind == "kernel" and body.level != "import") or body.weights or len(outputs) != len(body.outputs):
         raise InvalidIR("a kernel's body must be a graph of ops that returns tensors")
-    if body.written:
+    if body.written and node.op != LOOP:
         raise InvalidIR("a body must not write to its inputs")
     if node.kind == "kernel" and [v.type for v in body.inputs] != [v.type for v in node.inputs]:
         raise InvalidIR("a kernel's body must have the kernel's input types")

@@ -24,7 +24,7 @@ from torch_rtx.backend.inputs import DeclaredInputs, declare, forward_names, use
 from torch_rtx.backend.onnx_models import imported, onnx_facts
 from torch_rtx.backend.program_cache import get_or_build
 from torch_rtx.backend.sharded import group_names, shards_of, with_names
-from torch_rtx.engine import Engine, Json, Manifest
+from torch_rtx.engine import Engine, Json, Manifest, calls
 from torch_rtx.errors import CaptureError, InputError, RtxError, SettingsError
 from torch_rtx.lowering.from_fx import Role, number_of
 from torch_rtx.lowering.kernels.toolchain import built_with
@@ -171,7 +171,7 @@ def _built(
     runs_here = lowered.device.type == "cpu" or torch.cuda.is_available()
     device = lowered.device if runs_here else torch.device("cpu")
     # Trusted: the fallbacks come from a model of this process, not from a file.
-    called = {node.op for node in lowered.graph.nodes if node.kind == "fallback"}
+    called = {node.op for node in calls(lowered.graph) if node.kind == "fallback"}
     here = {new: old for old, new in names.items()}
     module = CompiledModule(engine, device, runtime, lowered.callables, called, signature, groups=here)
     lowered.dump("run.py", module.session.source)

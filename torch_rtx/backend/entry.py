@@ -26,6 +26,7 @@ from torch_rtx.backend.program_cache import get_or_build
 from torch_rtx.backend.sessions import Sessions
 from torch_rtx.backend.training import TrainingStep
 from torch_rtx.backend.undefined_gradients import positions, specializing, undefined_is_none
+from torch_rtx.engine import calls
 from torch_rtx.errors import PartitionError, SettingsError
 from torch_rtx.lowering.from_fx import Role, is_fixed
 from torch_rtx.lowering.location import module_path
@@ -205,7 +206,7 @@ def _bind(graph: CapturedGraph, runtime: RuntimeSettings) -> Callable[..., Any]:
     program, roles = graph.program, graph.roles
     store = WeightStore(program.graph, program.device, program.constants, sampled=runtime.watch_weights)
     # Trusted: the fallbacks come from a model of this process, not from a file.
-    called = frozenset(node.op for node in program.graph.nodes if node.kind == "fallback")
+    called = frozenset(node.op for node in calls(program.graph) if node.kind == "fallback")
     tactics, context = tactics_and_context(program.kernels, program.graph, program.device, runtime)
     given = program.callables, called, tactics
     positions = [i for i, role in enumerate(roles) if role.kind == "input" and i not in graph.fixed]

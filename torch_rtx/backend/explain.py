@@ -21,6 +21,7 @@ from torch_rtx.backend.entry import static_inputs
 from torch_rtx.backend.partition import partition
 from torch_rtx.ir import Loc
 from torch_rtx.lowering.addressing import count_from_tensors
+from torch_rtx.lowering.associative_scans import write_out_scans
 from torch_rtx.lowering.effects import drop_tokens
 from torch_rtx.lowering.flex_calls import name_flex_attention
 from torch_rtx.lowering.from_fx import Role, from_fx
@@ -151,6 +152,7 @@ def report(
         roles, symbols, writes: see `from_fx`; None: those of a graph of torch.compile.
     """
     drop_tokens(gm)
+    write_out_scans(gm)
     count_from_tensors(gm)
     name_flex_attention(gm)
     symbols = symbols or Symbols(device_of(gm))

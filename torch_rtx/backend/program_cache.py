@@ -27,11 +27,12 @@ from torch_rtx.backend.fx_hash import graph_key
 from torch_rtx.backend.kernels import kernels_of
 from torch_rtx.cache.entries import EngineCache
 from torch_rtx.cache.store import FileStore, Store
-from torch_rtx.engine import from_stored, to_stored
+from torch_rtx.engine import calls, from_stored, to_stored
 from torch_rtx.errors import CacheError, RtxError, Uncacheable
 from torch_rtx.ir import CONTROL, Attr, Graph, Loc, Node, Parameter, Value, Weight, attr_map, verify
 from torch_rtx.irparse import parse
 from torch_rtx.lowering.addressing import count_from_tensors
+from torch_rtx.lowering.associative_scans import write_out_scans
 from torch_rtx.lowering.effects import drop_tokens
 from torch_rtx.lowering.flex_calls import name_flex_attention
 from torch_rtx.lowering.from_fx import Role, is_fixed, python_call, unique_name
@@ -67,6 +68,7 @@ def get_or_build(
     """
     check_settings(settings)
     drop_tokens(gm)
+    write_out_scans(gm)
     count_from_tensors(gm)
     name_flex_attention(gm)
     if not uses_cache(settings):
@@ -196,8 +198,8 @@ def from_bytes(body: bytes, site: GraphSite) -> Program:
         constants = {name: from_stored(tensor, types[name]) for name, tensor in constants.items()}
         verify(graph, aten.ALLOWED)
         kernels = replace(read_table(fields["tactics"], graph), binaries=binaries)
-        called = {str(node.target) for node in site.nodes} | {"python"} | CONTROL
-        unexpected = {node.op for node in graph.nodes if node.kind == "fallback"} - called
+        called = {str(one) for node in site.nodes for one in (node.target, *node.args[:1])} | {"python"} | CONTROL
+        unexpected = {node.op for node in calls(graph) if node.kind == "fallback"} - called
         if unexpected:
             raise CacheError(f"it calls {', '.join(sorted(unexpected))}, which the graph does not call")
         callables = [python_call(site.gm, site.nodes[index]) for index in fields["called"]]

@@ -21,11 +21,13 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from torch_rtx import aten, collectives
 from torch_rtx.errors import Unsupported
+from torch_rtx.functional import FUNCTIONAL
 from torch_rtx.ir import (
     COPY,
     OBJECT,
     Attr,
     Graph,
+    Loc,
     Node,
     Parameter,
     ScalarType,
@@ -44,6 +46,7 @@ from torch_rtx.lowering.control_flow import attribute, flow_of, import_flow, inn
 from torch_rtx.lowering.effects import COLLECTIVES_AS, WAIT_TENSOR
 from torch_rtx.lowering.exact_sizes import SYM_QUERIES, ExactSizes, is_sym_node
 from torch_rtx.lowering.foreign_calls import import_launch, is_launch
+from torch_rtx.lowering.functional_calls import functional_call
 from torch_rtx.lowering.location import Locations
 from torch_rtx.lowering.symbols import Symbols
 
@@ -452,6 +455,10 @@ class _Importer:
             self.append(Node("op", str(op_of(node)), self.arguments(node), outputs, None, loc))
             return
         try:
+            if (found := functional_call(node)) is not None:
+                self.exact.meet(node)
+                self.functional(node, *found, loc)
+                return
             if not isinstance(node.target, torch._ops.OpOverload):
                 raise Unsupported("a Python function")
             if _is_nested(_content(node)):
@@ -464,6 +471,16 @@ class _Importer:
             self.called.append(node)
         self.exact.meet(node)
         self.append(Node("fallback", call, arguments, outputs, None, loc))
+
+    def functional(
+        self, node: fx.Node, op: Any, given: Mapping[str, Any], written: Sequence[str], loc: Loc | None
+    ) -> None:
+        """Append a call of an operator that writes to copies of its arguments."""
+        args = ("op", str(op)), ("names", (*given,)), ("values", self.attr([*given.values()])), ("written", (*written,))
+        results = [None if one is None else self.next_value(self.symbols.type(one)) for one in node.meta["val"]]
+        self.env[node] = tuple(results)
+        outputs = tuple(results if results[0] else results[1:])
+        self.append(Node("fallback", FUNCTIONAL, args, outputs, None, loc))
 
     def append(self, made: Node) -> None:
         """Append a node; an assertion of the user's goes before those that PyTorch wrote for it."""

@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 
 from torch_rtx import aten
-from torch_rtx.control import is_control, with_bodies
+from torch_rtx.control import is_control
 from torch_rtx.errors import InvalidIR, LoweringError, RtxError
 from torch_rtx.ir import Graph, Node, attr_values, verify
+from torch_rtx.lowering.bodies import lowered_control
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.passes.accumulate import accumulate
 from torch_rtx.lowering.passes.affine_batch_norm import affine_batch_norm
@@ -221,7 +222,7 @@ def lower(
     if any(map(is_control, graph.nodes)):
         # A body has no weights: its operands come from the graph around it.
         inner = replace(settings, disabled_passes=settings.disabled_passes | {hoist_weights.__name__})
-        nodes = (with_bodies(node, lambda body: lower(body, inner, None, targets)[0]) for node in graph.nodes)
+        nodes = (lowered_control(node, lambda body: lower(body, inner, None, targets)[0]) for node in graph.nodes)
         graph = replace(graph, nodes=tuple(nodes))
     _write(dump, 0, "import", graph, None)
     for index, step in enumerate(PIPELINE, 1):

@@ -17,6 +17,7 @@ from torch_rtx.lowering.control_flow import flow_of, inner_nodes
 from torch_rtx.lowering.effects import read_before_wait
 from torch_rtx.lowering.foreign_calls import is_launch, launched
 from torch_rtx.lowering.from_fx import call_arguments, flow_problem, is_number, op_of
+from torch_rtx.lowering.functional_calls import functional_call
 from torch_rtx.lowering.location import Locations
 from torch_rtx.lowering.symbols import Symbols, unbacked
 
@@ -48,6 +49,8 @@ def unsupported_reason(node: fx.Node, symbols: Symbols) -> str | None:
         return _unsupported_launch(node, symbols)
     if flow_of(node) is not None:
         return flow_problem(node, symbols)
+    if (call := functional_call(node)) is not None:
+        return f"operator {call[0]} writes to its arguments"
     if not isinstance(op, torch._ops.OpOverload):
         kind = "higher-order operator" if isinstance(op, torch._ops.HigherOrderOperator) else "Python function"
         return f"{kind} {getattr(op, '__name__', op)}"

@@ -22,6 +22,7 @@ from torch_rtx.accumulation import continued
 from torch_rtx.collectives import is_collective, waited
 from torch_rtx.control import all_syms, branches, check, is_control
 from torch_rtx.errors import CallError, InvalidIR
+from torch_rtx.functional import FUNCTIONAL, copied, plain
 from torch_rtx.ir import (
     COPY,
     SCAN,
@@ -309,6 +310,11 @@ class _Writer:
             self.materialize(value)
         if is_control(node):
             self.control(node)
+            return
+        if node.op == FUNCTIONAL:
+            copies = copied(node).values()
+            self.lines += [f"{copy.name} = _restride({one.name}.clone(), {self.strides(copy)})" for one, copy in copies]
+            self.node(plain(node))
             return
         if self.place(node):
             return

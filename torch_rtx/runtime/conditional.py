@@ -111,7 +111,8 @@ def loop(body: Body, state: list[Any], operands: list[Any]) -> list[Any]:
 
 def _copy(sources: list[Any], targets: list[Any]) -> None:
     for target, source in zip(targets, sources, strict=True):
-        target.copy_(source)
+        if source.data_ptr() != target.data_ptr():  # else the body has written there
+            target.copy_(source)
 
 
 @contextmanager

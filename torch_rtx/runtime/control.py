@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from torch_rtx.control import given
+from torch_rtx.control import given, written
 from torch_rtx.ir import COND, LOOP, Node
 from torch_rtx.runtime import conditional
 
@@ -30,7 +30,7 @@ def runner(node: Node, bodies: Sequence[Runner]) -> Callable[..., list[Any]]:
     if node.op == COND:
         return partial(_condition, bodies[0], bodies[1])
     if node.op == LOOP:
-        return partial(_stacked_loop if node.arg("stacked") else _loop, bodies[0])
+        return partial(_stacked_loop, bodies[0]) if node.arg("stacked") else partial(_loop, bodies[0], written(node))
     return partial(_scan, bodies[0], len(given(node, "state")))
 
 
@@ -40,11 +40,13 @@ def _condition(then: Runner, otherwise: Runner, pred: Any, operands: list[Any]) 
     return (then if pred else otherwise)(operands, ())
 
 
-def _loop(body: Runner, state: list[Any], operands: list[Any]) -> list[Any]:
+def _loop(body: Runner, places: Sequence[int], state: list[Any], operands: list[Any]) -> list[Any]:
     if conditional.records(state[0]):
         return conditional.loop(body, state, operands)
     if not state[0]:
         return list(map(_copied, state))
+    for place in places:
+        state[place] = _copied(state[place])
     while state[0]:
         taken = Owned((*state, *operands))
         state.clear()  # so that the pass frees what the one before has made

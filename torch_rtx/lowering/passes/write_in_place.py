@@ -63,7 +63,7 @@ class _Search:
         while value != target:
             node = self.producer.get(value.name) if isinstance(value, Value) else None
             escapes = isinstance(value, Value) and value.name in self.escapes
-            if node is None or escapes or not _has_in_place_form(node) or not self._is_last(node, copy):
+            if node is None or escapes or not has_in_place_form(node) or not self._is_last(node, copy):
                 return []
             chain.append(node)
             value = node.arg("self")
@@ -128,7 +128,7 @@ def _is_view(node: Node) -> bool:
     return node.kind == "op" and aten.is_view(aten.overload(node.op))
 
 
-def _has_in_place_form(node: Node) -> bool:
+def has_in_place_form(node: Node) -> bool:
     """Whether `node` has an in-place form with the same result."""
     old, (new, *_) = node.arg("self"), node.outputs or (None,)
     if node.kind != "op" or not isinstance(old, Value) or new is None or new.type != old.type:
