@@ -13,6 +13,7 @@ import logging
 import os
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,6 +40,7 @@ from torch_rtx.lowering.from_fx import Role, is_fixed, python_call, unique_name
 from torch_rtx.lowering.location import Locations
 from torch_rtx.lowering.symbols import Symbols
 from torch_rtx.progress import stage
+from torch_rtx.runtime.ranks import one_rank_first
 from torch_rtx.serialization import serialize
 from torch_rtx.settings import CompilationSettings, cache_dir, opens_stages
 from torch_rtx.tactics import read_table, write_table
@@ -91,10 +93,16 @@ def get_or_build(
             return program
         if settings.reuse_cached_engines and log.isEnabledFor(logging.INFO):
             log.info("miss: %s; %s", graph_id.key.digest[:12], cache.explain(graph_id.key))
-        built = _build(gm, roles, settings, writes, ranges, typical)
-        if settings.cache_built_engines:
-            cache.put(graph_id.key, to_bytes(built, site))
-            built.program.entry = graph_id.key.digest
+        shares = settings.reuse_cached_engines and settings.cache_built_engines
+        with one_rank_first(f"engine {graph_id.key.digest}") if shares else nullcontext():
+            body = cache.get(graph_id.key) if shares else None  # of another rank
+            program = None if body is None else site.program(cache, graph_id.key.digest, body)
+            if program is not None:
+                return program
+            built = _build(gm, roles, settings, writes, ranges, typical)
+            if settings.cache_built_engines:
+                cache.put(graph_id.key, to_bytes(built, site))
+                built.program.entry = graph_id.key.digest
     return built.program
 
 

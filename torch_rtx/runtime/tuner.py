@@ -340,14 +340,23 @@ class Measurements:
         self.pdl_kernels[name] = sum(bool(kernels[node.op].pdl_functions) for node in nodes if node.kind == "kernel")
 
     def select(self) -> None:
-        """Use the fastest tactic and store the choice."""
+        """Use the fastest tactic, or the one that another rank found to be, and store the choice."""
         if not self.loaded:
             return
+        database, key = self.tuner.context.database, self.region.key
         saved_us = 0.0 if self.tuner.of.settings.cuda_graph_strategy == "disabled" else PDL_SAVES_US
         best = min(self.times, key=lambda name: self.times[name] - saved_us * self.pdl_kernels[name])
-        tactic, rank = self.loaded.get(best, (None, None))
-        self.region.choice = Choice(best, rank, dict(self.times))
-        self.tuner.context.database.remember(self.region.key, self.region.choice)
+        _, rank = self.loaded.get(best, (None, None))
+        own = Choice(best, rank, dict(self.times))
+        choice = database.agreed(key, own)
+        if choice.rank is not None and choice.name not in self.loaded:
+            for candidate in self.tuner.built({key: (self.region.body, choice.rank)}).values():
+                self.add(candidate)
+        if choice.name not in self.loaded and not (choice.rank is None and self.tuner.is_native(self.region)):
+            choice = own  # it can't be used here
+        tactic, _ = self.loaded.get(choice.name, (None, None))
+        self.region.choice = choice
+        database.remember(key, choice)
         if tactic is not None:
             self.tuner.use(self.region, tactic)
 

@@ -23,6 +23,7 @@ from torch_rtx.errors import InvalidIR, KernelError
 from torch_rtx.ir import Graph
 from torch_rtx.runtime.bind import without_locations
 from torch_rtx.runtime.launch import Store
+from torch_rtx.runtime.ranks import agreed, said
 from torch_rtx.tactics import Candidate, check_tactic, digest, read_tactic, write_tactic
 from torch_rtx.targets import Target, arch_of
 
@@ -175,17 +176,23 @@ class TuningDatabase:
         return built, refused
 
     def choice(self, key: str) -> Choice | None:
-        """The stored choice of a region; None: it was not measured yet."""
+        """The choice of a region that is stored here, or that another rank made; None: it was not measured yet."""
         stored = None if self._store is None else self._store.get(TACTIC, self._key(key))
         if stored is None:
-            return None
-        try:
-            given = json.loads(stored)
-            times = {str(name): float(time) for name, time in given["microseconds"].items()}
-            return Choice(str(given["name"]), None if given["rank"] is None else int(given["rank"]), times)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            log.warning("the runtime cache has an unreadable tactic, the region is measured again: %s", error)
-            return None
+            heard = said(self._named(key))
+            return None if heard is None else _choice(heard)
+        found = _choice(stored)
+        return None if found is None else self.agreed(key, found)
+
+    def agreed(self, key: str, choice: Choice) -> Choice:
+        """The choice of the first rank for a region, which may be this one: all run the same kernels, so that what they
+        all compute stays the same, bit for bit."""
+        return _choice(agreed(self._named(key), _written(choice))) or choice
+
+    def _named(self, key: str) -> str:
+        """The name of a region among ranks, which may have different GPUs: these order tactics differently."""
+        gpu = hashlib.sha256(repr(self._sheet).encode()).hexdigest()[:8]
+        return f"tactic {self.sm} {gpu} {self._key(key)}"
 
     def remember(self, key: str, choice: Choice) -> None:
         """Store the choice of a region, and append the measurements to its dumped ranking."""
@@ -194,7 +201,22 @@ class TuningDatabase:
             "ranking", "".join(f"measured {t:.2f} us: {n}\n" for n, t in choice.microseconds.items()), append=True
         )
         if self._store is not None:
-            self._store.put(TACTIC, self._key(key), json.dumps(vars(choice)).encode())
+            self._store.put(TACTIC, self._key(key), _written(choice).encode())
+
+
+def _written(choice: Choice) -> str:
+    return json.dumps(vars(choice))
+
+
+def _choice(stored: str | bytes) -> Choice | None:
+    """Inverse of `_written`; None for other text."""
+    try:
+        given = json.loads(stored)
+        times = {str(name): float(time) for name, time in given["microseconds"].items()}
+        return Choice(str(given["name"]), None if given["rank"] is None else int(given["rank"]), times)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        log.warning("the runtime cache has an unreadable tactic, the region is measured again: %s", error)
+        return None
 
 
 def _digest(figures: Mapping[str, float]) -> str:
