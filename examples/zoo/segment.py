@@ -124,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     (wanted, _), eager = timed(lambda: decoder(expected, clicks, labels))
     beside(f"{len(places)} clicks", compiled, eager)
     right("masks", masks, wanted, exactly(decoder, exact, clicks, labels)[0])
-    best = masks[0, torch.arange(len(places)), scores[0].argmax(1)]
+    best = masks[0, torch.arange(len(places), device=DEVICE), scores[0].argmax(1)]
     picture(given.out / "masks.png", overlay(image, best, clicks))
     print(given.out / "masks.png")
 

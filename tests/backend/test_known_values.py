@@ -94,3 +94,23 @@ def test_numbers_of_layers_are_known(device: str | None) -> None:
     assert torch.equal(torch_rtx.compile(Strided(False), (x,), device=device)(x), x[:, :3])
     with pytest.raises(CaptureError, match="by the values of a tensor"):
         torch_rtx.compile(Strided(True), (x,), device=device)
+
+
+class Rounded(nn.Module):
+    """Whole numbers of a known range, in a product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 4, bias=False, dtype=torch.bfloat16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x.round().clamp(-4, 4).to(torch.bfloat16))
+
+
+def test_passes_know_values_whatever_the_default_device_is() -> None:
+    graphs = []
+    for default in ("cpu", "meta"):
+        model, x = Rounded().to("meta"), torch.rand(3, 8, device="meta")
+        with torch.no_grad(), torch.device(default):
+            graphs.append(str(torch_rtx.compile(model, (x,), device="cuda").engine.graph))
+    assert graphs[0] == graphs[1]

@@ -27,6 +27,7 @@ from torch_rtx.lowering.quantized import type_of
 from torch_rtx.lowering.rewrite import Rewriter
 from torch_rtx.onnx.ops.math import matmul_integer
 from torch_rtx.onnx.ops.quantized import dequantize, quantize
+from torch_rtx.quantization import quantize as quantize_model
 from torch_rtx.runtime.code import compile_graph
 from torch_rtx.runtime.weights import WeightStore
 from torch_rtx.settings import CompilationSettings
@@ -346,3 +347,17 @@ def test_operators_of_onnx_become_products_of_integers(tmp_path: Path) -> None:
         **dict.fromkeys(("conv2d.default", "matmul", "linear"), False),
     }
     assert torch.equal(module(x), model(x))
+
+
+@torch.no_grad()
+def test_convolutions_of_float8_read_float8() -> None:
+    """What kernels hand on has 8 bits: tensor cores sum in float32, to which a cast before them would widen images."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 16, 2, stride=2)
+    model = quantize_model(nn.Sequential(*layers).half().eval(), "fp8_dynamic")
+    x = torch.randn(2, 16, 12, 12).half()
+    module = compiled(model, x)
+    types = [value.type for node in module.engine.graph.nodes for value in node.results]
+    assert {t.dtype for t in types if isinstance(t, TensorType) and math.prod(t.shape) > 2} == {"f8e4m3fn", "f16"}  # type: ignore[arg-type]
+    exact = model.double()(x.double())
+    assert float((module(x) - exact).norm() / exact.norm()) < 2e-3

@@ -7,6 +7,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,11 @@ def check_settings(settings: CompilationSettings) -> None:
         raise SettingsError(f"disabled_passes: {problem}", hint=f"the passes are {', '.join(PASSES)}")
 
 
+def _on_the_host() -> AbstractContextManager[object]:
+    """What passes compute, they compute here, whatever device the caller has made the default."""
+    return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+
+
 @BACKGROUND.paused()
 @uncollected()
 def compile_fx(
@@ -130,7 +136,8 @@ def compile_fx(
         imported = from_fx(gm, roles, parts.fallbacks, symbols, writes)
         graph = imported.graph
         verify(graph, aten.ALLOWED)
-        lowered, _ = lower(graph, settings, folder, targets)
+        with _on_the_host():
+            lowered, _ = lower(graph, settings, folder, targets)
         collectives.check(lowered)
     except Exception as error:
         raise _bug(error, gm, graph, settings, folder) from error

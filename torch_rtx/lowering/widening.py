@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Container, Iterable, Mapping, Set
 
 from torch_rtx import aten
-from torch_rtx.dtypes import DTYPES, INT
+from torch_rtx.dtypes import DTYPES, FLOAT, INT
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Attr, Graph, Node, TensorType, Value, attr_values
 from torch_rtx.lowering.kernels.body_builder import type_of
@@ -114,8 +114,9 @@ def widens(sources: Iterable[TensorType], result: TensorType) -> bool:
 
 
 def widened_factors(graph: Graph, views: Set[int], producer: Mapping[str, int]) -> set[int]:
-    """The casts, by index, of both factors of products from halves to float32, which nothing else reads. Tensor cores
-    multiply halves and sum in float32, so that such a cast is none: a product reads its factors as they were.
+    """The casts, by index, of both factors of products and convolutions from halves or float8 to float32, which nothing
+    else reads. Tensor cores multiply these and sum in float32, so that such a cast is none: a product reads its factors
+    as they were.
 
     Args:
         views: the nodes that kernels absorb.
@@ -126,11 +127,13 @@ def widened_factors(graph: Graph, views: Set[int], producer: Mapping[str, int]) 
         index = producer.get(value.name) if isinstance(value, Value) else None
         while index is not None and index in views:
             index = producer.get(graph.nodes[index].inputs[0].name)
-        return index if index is not None and _widens_halves(graph.nodes[index]) else None
+        return index if index is not None and _widens_floats(graph.nodes[index]) else None
 
     found, others = set[int](), {cast_of(value) for value in attr_values(graph.outputs)}
     for at, node in enumerate(graph.nodes):
-        factors = [node.arg(name) for name in PRODUCTS[node.op][:2]] if ANCHORS.get(node.op) == "gemm" else []
+        kind = ANCHORS.get(node.op)
+        names = PRODUCTS[node.op][:2] if kind == "gemm" else ("input", "weight") if kind == "conv" else ()
+        factors = [node.arg(name) for name in names]
         casts = [cast_of(value) for value in factors]
         kinds = {type_of(graph.nodes[one].inputs[0]).dtype for one in casts if one is not None}
         if len(kinds) == 1 and None not in casts:
@@ -140,8 +143,9 @@ def widened_factors(graph: Graph, views: Set[int], producer: Mapping[str, int]) 
     return found - {one for one in others if one is not None}
 
 
-def _widens_halves(node: Node) -> bool:
-    """`node` casts halves to float32."""
+def _widens_floats(node: Node) -> bool:
+    """`node` casts halves or float8 to float32."""
     if node.op != CAST or len(node.inputs) != 1 or node.outputs[0] is None or set(dict(node.args)) != {"self", "dtype"}:
         return False
-    return type_of(node.inputs[0]).dtype in ("f16", "bf16") and type_of(node.outputs[0]).dtype == "f32"
+    before, after = type_of(node.inputs[0]).dtype, type_of(node.outputs[0]).dtype
+    return DTYPES[before].kind == FLOAT and DTYPES[before].bits in (8, 16) and after == "f32"

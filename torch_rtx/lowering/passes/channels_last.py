@@ -19,7 +19,7 @@ from dataclasses import replace
 from itertools import permutations
 
 from torch_rtx import aten
-from torch_rtx.dtypes import HALVES
+from torch_rtx.dtypes import DTYPES, HALVES
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import (
     COPY,
@@ -43,7 +43,7 @@ from torch_rtx.lowering.phases import TRANSPOSED, Calls, Phases, is_transposed
 from torch_rtx.lowering.rewrite import Rewriter, from_weights
 from torch_rtx.op_work import INT_CONV
 
-CONV1D = "aten.conv1d.default"
+CAST, CONV1D = "aten._to_copy.default", "aten.conv1d.default"
 CONVOLUTION_OF_RANK = {2: "aten.conv2d.default", 3: "aten.conv3d.default"}
 NAMED_PADDING = frozenset(f"aten.conv{rank}d.padding" for rank in (1, 2, 3))  # "same" or "valid"
 CONVOLUTIONS = frozenset((*CONVOLUTION_OF_RANK.values(), "aten.convolution.default", CONV1D, INT_CONV, *NAMED_PADDING))
@@ -73,6 +73,7 @@ class _Writer(Rewriter):
         self._restored: set[str] = set()  # views that were recomputed
         self._constant = from_weights(graph)
         self._twins: dict[str, Value] = {}  # by the name of a value: the same in another layout
+        self._narrow: dict[str, Value] = {}  # by the name of a value: what it is a cast of that takes more memory
 
     def visit(self, node: Node) -> None:
         """Add `node` in the new layout if possible, else with its inputs in the captured layout."""
@@ -89,10 +90,19 @@ class _Writer(Rewriter):
             changed = False
         if not changed:
             self.nodes.append(replace(node, args=node.map_inputs(self.current)))
+        self._note_widening(self.nodes[-1])
         if node.kind == "op" and is_loop(node.op) and not aten.is_view(aten.overload(node.op)):
             for old, new in zip(node.outputs, self.nodes[-1].outputs, strict=True):
                 if old is not None and new is not None and self._loses_layout(new, self.nodes[-1]):
                     self.replace(old, self._to_channels_last(new))
+
+    def _note_widening(self, node: Node) -> None:
+        """Remember a call that casts a tensor to a dtype of more bits, and does nothing else."""
+        if node.op != CAST or {name for name, _ in node.args} != {"self", "dtype"} or len(node.results) != 1:
+            return
+        before, after = (type_of(value) for value in (*node.inputs, *node.results))
+        if DTYPES[before.dtype].bits < DTYPES[after.dtype].bits:
+            self._narrow[node.results[0].name] = node.inputs[0]
 
     def _loses_layout(self, value: Value, node: Node) -> bool:
         """`value`, a result of `node`, lies row by row, although an input of its shape does not."""
@@ -212,6 +222,9 @@ class _Writer(Rewriter):
             return value
         if value.name in self._twins:
             return self._twins[value.name]
+        if value.name in self._narrow:  # the copy is one of few bits
+            copy = self._to_channels_last(self._narrow[value.name])
+            return self._paired(value, self.emit(CAST, self=copy, dtype=type_.dtype))
         dense = type_.strides == contiguous(type_.shape)
         if dense and _coincide(type_.shape) and value.name not in self._constant:
             batch, channels, *sizes = type_.shape
