@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -359,5 +360,6 @@ def test_convolutions_of_float8_read_float8() -> None:
     module = compiled(model, x)
     types = [value.type for node in module.engine.graph.nodes for value in node.results]
     assert {t.dtype for t in types if isinstance(t, TensorType) and math.prod(t.shape) > 2} == {"f8e4m3fn", "f16"}  # type: ignore[arg-type]
-    exact = model.double()(x.double())
-    assert float((module(x) - exact).norm() / exact.norm()) < 2e-3
+    exact = deepcopy(model).double()(x.double())
+    error, eager = (float((one - exact).norm() / exact.norm()) for one in (module(x), model(x)))
+    assert error <= max(2 * eager, 2e-3)
