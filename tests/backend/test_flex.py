@@ -12,7 +12,7 @@ from torch.nn.attention import flex_attention as module
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 import torch_rtx
-from tests.helpers.flex import Call, alibi, captured, causal, document, soft_cap, uncompiled
+from tests.helpers.flex import Call, alibi, captured, causal, soft_cap, uncompiled
 from torch_rtx.errors import InvalidIR
 from torch_rtx.op_work import FLEX
 from torch_rtx.runtime.example_lists import fill_lists
@@ -55,17 +55,6 @@ def test_engine(tmp_path: Path) -> None:
     loaded = torch_rtx.load(tmp_path / "model.rtx")
     loaded.refit(model)
     torch.testing.assert_close(loaded(*given), expected)
-
-
-@torch.no_grad()
-def test_compile() -> None:
-    ids = (torch.arange(LENGTH) // 11).expand(2, -1).contiguous()
-    call = Call(alibi(torch.rand(4)), document(ids), (2, 4, 2, LENGTH, LENGTH, 16), dtype=torch.float32, block=16)
-    operands, function = call.operands(), call.function()
-    options: dict[str, Any] = {"require_full_compilation": True}
-    with uncompiled():
-        expected = function(*operands)
-    torch.testing.assert_close(torch.compile(function, backend="rtx", options=options)(*operands), expected)
 
 
 def test_training(monkeypatch: pytest.MonkeyPatch) -> None:
