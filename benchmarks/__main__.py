@@ -2,7 +2,7 @@
 
     python -m benchmarks run --suite latency --models resnet50-b1,bert_base --out results.json
     python -m benchmarks report results.json more.json --plots plots
-    python -m benchmarks report --out docs/performance.md       from the results that are checked in
+    python -m benchmarks report --docs docs       the pages of the documentation, from the results that are checked in
     python -m benchmarks sweep --out sweep.json       models from outside, one per GPU at a time, and their summary
     python -m benchmarks sweep --counts --out counts.json       what engines of them consist of; needs no GPU
     python -m benchmarks list
@@ -18,7 +18,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from benchmarks import report, results, runner, sweep
+from benchmarks import chart, report, results, runner, sweep
 from benchmarks.cases import FURTHER_WORKLOADS, TRAINED, WORKLOADS, UsageError
 from benchmarks.peers import PEERS
 from benchmarks.quantized import QUANTIZED
@@ -48,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     show = commands.add_parser("report", help="print tables as Markdown")
     show.add_argument("files", type=Path, nargs="*", help="result files; default: those that are checked in")
     show.add_argument("--out", type=Path, help="write the Markdown to a file instead")
+    show.add_argument("--docs", type=Path, help="folder to write the pages and the plot of the documentation to")
     show.add_argument("--plots", type=Path, help="folder for plots, as SVG and PNG; needs matplotlib")
     commands.add_parser("list", help="the suites, peers and models")
     return top
@@ -92,7 +93,12 @@ def _run(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     found = results.merged(options.files or sorted(CHECKED_IN.glob("*.json")))
     text = report.page(found)
-    if options.out:
+    if options.docs:
+        speedups = report.speedups(found)
+        pages = {"performance.md": report.short_page(speedups), "performance.svg": chart.speedup_chart(speedups)}
+        for name, content in {**pages, "performance-details.md": text}.items():
+            (options.docs / name).write_text(content)
+    elif options.out:
         options.out.write_text(text)
     else:
         print(text, end="")

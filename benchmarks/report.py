@@ -18,12 +18,25 @@ Cell = Callable[[Row, dict[str, Any]], str]
 DASH = "–"
 NO_COMPILER = ("eager", "aot_eager")
 
-HEAD = """\
+SHORT = """\
 # Performance
 
-`python -m benchmarks report --out docs/performance.md` generates this page from `benchmarks/results/`; a test checks
-that it is up to date. To measure, in a clone: `python -m benchmarks run --suite S,.. --models M,.. --peers P,.. --out
-results.json`; `python -m benchmarks list` names suites, models and peers.
+How many times faster a call is with torch_rtx than with the fastest other compiler, in a row of calls. Both take turns
+in one process, on {devices}. A workload is a model, its batch size (`b`), the length of its text (`l`) and its dtype.
+
+![Times faster, by workload](performance.svg)
+
+{table}
+[How this was measured, and everything else that was](performance-details.md): all compilers, cold starts, memory,
+training, quantized models. What holds for your model on your GPU `torch-rtx bench` says, and in a clone
+`python -m benchmarks run`.
+"""
+HEAD = """\
+# Performance, in detail
+
+`python -m benchmarks report --docs docs` generates this page, [the one before it](performance.md) and its plot from
+`benchmarks/results/`; a test checks that they are up to date. To measure, in a clone: `python -m benchmarks run --suite
+S,.. --models M,.. --peers P,.. --out results.json`; `python -m benchmarks list` names suites, models and peers.
 
 Weights are random and inputs change from call to call. The results of every peer are compared with a float64 run before
 anything is timed. Ratios are between peers that took turns in one process, round by round; do not compare times of
@@ -66,12 +79,7 @@ and `int4` are what `torch_rtx.quantize` makes, all by `rtx-merged`; behind a hy
 | rtx-kernels | an engine file with kernels for this GPU, not specialized |
 | rtx-generated, rtx-split, rtx-library | the same with one kind of tactics: kernels, split kernels, library calls |
 """
-IN_SHORT = """
-## In short
-
-How many times faster a call is than with the fastest other compiler that ran beside it, in a row of calls.
-
-"""
+WAYS = {"`torch.compile`": False, "engine file": True}  # whether the engine was built ahead of time
 
 
 def number(value: float) -> str:
@@ -321,23 +329,48 @@ def _overview(section: Section, environments: dict[str, dict[str, Any]]) -> str:
     return table(["workload", "floor", *names], lines)
 
 
-def speedups(results: Results) -> str:
-    """A table of workloads on GPUs: how many times faster than the fastest other compiler in the same process. Empty
-    where there is none."""
-    ways = {"`torch.compile`": False, "engine file": True}
-    lines = []
+@dataclass(frozen=True)
+class Speedup:
+    """A workload on a GPU: the fastest other compiler in the same process, the milliseconds of our fastest peer, and
+    how many times faster each of `WAYS` is."""
+
+    workload: str
+    device: str
+    against: str
+    ms: float
+    times: dict[str, float]
+
+
+def speedups(results: Results) -> list[Speedup]:
+    """Of all workloads that ran beside another compiler."""
     latency = [section for section in sections(results) if section.suite.name == "latency" and section.size == "full"]
     rows = [row for section in latency for row in section.ok if metric(row, "device_ms") and metric(row, "ratio")]
+    found = []
     for workload, group in groupby(rows, key=shape):
         ours = [row for row in group if PEERS[row["peer"]].ours and metric(row, "ratio")["against"] not in NO_COMPILER]
         if ours:
             fastest = min(ours, key=lambda row: float(metric(row, "device_ms")["median"]))
-            cells = [workload, metric(fastest, "ratio")["against"], number(metric(fastest, "device_ms")["median"])]
-            for exported in ways.values():
-                found = ratios(row for row in ours if PEERS[row["peer"]].exported == exported)
-                cells.append(f"{1 / min(map(min, found.values())):.2f}x" if found else "")
-            lines.append(cells)
-    return table(["workload", "compared with", "fastest, device ms", *ways], lines) if lines else ""
+            times = {}
+            for way, exported in WAYS.items():
+                if ratio := ratios(row for row in ours if PEERS[row["peer"]].exported == exported):
+                    times[way] = 1 / min(map(min, ratio.values()))
+            against, ms = metric(fastest, "ratio")["against"], float(metric(fastest, "device_ms")["median"])
+            found.append(Speedup(workload, fastest["device"], against, ms, times))
+    return found
+
+
+def speedup_table(found: Sequence[Speedup]) -> str:
+    """The same as a table."""
+    lines = [
+        [
+            one.workload,
+            one.against,
+            number(one.ms),
+            *(f"{one.times[way]:.2f}x" if way in one.times else "" for way in WAYS),
+        ]
+        for one in found
+    ]
+    return table(["workload", "compared with", "fastest, device ms", *WAYS], lines)
 
 
 def _means(section: Section) -> str:
@@ -455,7 +488,11 @@ def section_text(section: Section, environments: dict[str, dict[str, Any]]) -> s
 
 
 def page(results: Results) -> str:
-    """The whole page."""
-    short = speedups(results)
-    text = HEAD + (IN_SHORT + short if short else "")
-    return text + "".join(section_text(section, results.environments) for section in sections(results))
+    """The page of all details."""
+    return HEAD + "".join(section_text(section, results.environments) for section in sections(results))
+
+
+def short_page(found: Sequence[Speedup]) -> str:
+    """The page that has what most ask for: a plot, and a table."""
+    devices = " and ".join(dict.fromkeys(one.device for one in found))
+    return SHORT.format(devices=devices, table=speedup_table(found))

@@ -91,7 +91,7 @@ def test_block_runs(code: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", commands())
 def test_command_exists(command: str) -> None:
-    program, first, *rest = command.split()
+    program, first, *rest = shlex.split(command)
     if program == "make":
         assert re.search(rf"^{re.escape(first)}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
     elif program == "torch-rtx":
@@ -108,6 +108,10 @@ def test_command_exists(command: str) -> None:
         assert {word for word in words if word.startswith("-") and word != "-"} <= flags  # "-": standard input
     elif first == "-m":
         assert find_spec(rest[0]) is not None
+    elif first == "-c":
+        modules = re.findall(r"\b(torch_rtx[\w.]*)", rest[0])
+        assert compile(rest[0], command, "exec")
+        assert all(find_spec(module) is not None for module in modules)
     else:
         assert (ROOT / first).is_file()
 

@@ -410,3 +410,9 @@ def test_the_fast_path_of_encoder_layers(norm_first, activation, masked, inferen
     found = op_names(graphs[0])
     assert {"linear", "layer_norm", "scaled_dot_product_attention"} <= set(found)
     assert "_transformer_encoder_layer_fwd" not in found
+
+
+def test_an_export_warns_of_nothing(recwarn: pytest.WarningsRecorder) -> None:
+    """Least of all of PyTorch's own code."""
+    capture.capture_export(nn.Linear(4, 4), (torch.ones(2, 4),))
+    assert [str(warning.message) for warning in recwarn if issubclass(warning.category, FutureWarning)] == []

@@ -8,13 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
 
 pytest.importorskip("transformers")
 
-from benchmarks import floors, models, report, results, timing
+from benchmarks import chart, floors, models, report, results, timing
 from benchmarks.__main__ import CHECKED_IN, main
 from benchmarks.cases import WORKLOADS, Job, Workload, key, workloads
 from benchmarks.diffusion import FluxTransformer
@@ -252,17 +253,38 @@ def test_workloads_of_a_suite() -> None:
 # The report -----------------------------------------------------------------------------------------------------------
 
 
-def test_page_is_what_the_results_say(capsys: pytest.CaptureFixture[str]) -> None:
-    """No figure in docs/performance.md and README.md is written by hand."""
-    assert main(["report"]) == 0
-    page = capsys.readouterr().out
-    assert page == (ROOT / "docs" / "performance.md").read_text()
-    figures = report.speedups(results.merged(sorted(CHECKED_IN.glob("*.json"))))
-    assert figures in page
+def test_pages_are_what_the_results_say(tmp_path: Path) -> None:
+    """No figure in docs/ and README.md is written by hand, nor is the plot."""
+    assert main(["report", "--docs", str(tmp_path)]) == 0
+    written = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert written.keys() == {"performance.md", "performance-details.md", "performance.svg"}
+    again = "docs/: python -m benchmarks report --docs docs"
+    assert written == {name: (ROOT / "docs" / name).read_text() for name in written}, again
     shown = (ROOT / "README.md").read_text().partition("## Performance")[2].splitlines()
     shown = [line for line in shown if line.startswith("|")]  # some of its workloads
     assert len(shown) > 4
-    assert set(shown) <= set(figures.splitlines())
+    assert set(shown) <= set(written["performance.md"].splitlines())
+
+
+def test_the_plot_shows_the_table() -> None:
+    """A mark for each figure, farther to the right where more is gained; none where nothing was measured."""
+    found = [
+        report.Speedup("a-b1", "GPU", "inductor", 1.0, {"`torch.compile`": 0.9, "engine file": 2.0}),
+        report.Speedup("a<b", "GPU", "inductor", 2.0, {"engine file": 1.5}),
+    ]
+    svg = ElementTree.fromstring(chart.speedup_chart(found))
+    places = {tag: [mark for mark in svg.iter() if mark.tag.endswith(tag)] for tag in ("circle", "path", "text")}
+    dots, squares = places["circle"][1:], places["path"][1:]  # after those of the legend
+    (below,), (twice, more) = [float(dot.attrib["cx"]) for dot in dots], [_x(square) for square in squares]
+    texts = [text.text for text in places["text"]]
+    assert texts[-2:] == ["a-b1", "a<b"]
+    one = next(float(text.attrib["x"]) for text in places["text"] if text.text == "1x")
+    assert below < one < more < twice
+    assert round((twice - one) / (more - one), 2) == 2
+
+
+def _x(square: ElementTree.Element) -> float:
+    return float(square.attrib["d"].removeprefix("M").split()[0])
 
 
 def test_report(tmp_path: Path) -> None:
@@ -289,7 +311,8 @@ def test_report(tmp_path: Path) -> None:
     assert "| gpt2-b1 float16 | 1.00 | 6.00 | 2.00 | **0.500** |" in lines
     assert "| gpt2-b1 float16 | rtx | 0.500 (0.375–0.750) | 0.500 | 0.250 (0.250–0.250) |" in lines
     assert "| rtx | 2 | 0.500 | 0.250–1.00 |" in lines
-    assert "| gpt2-b1 float16 | inductor | 0.500 | 4.00x |" in lines
+    short = report.short_page(report.speedups(results.load(path)))
+    assert "| gpt2-b1 float16 | inductor | 0.500 | 4.00x |" in short.splitlines()
     assert "- max-autotune (resnet50-b1 float16): failed: stopped after 9 s, during prepare" in lines
     assert "- onnxruntime: unavailable: not installed: onnxruntime" in lines
     assert lines.index("| resnet50-b1 float16 | 1.00 | 6.00 | **2.00** | **2.00** |") < lines.index(
@@ -331,20 +354,18 @@ def test_numbers(value: float, text: str) -> None:
 
 
 def plotted(files: list[str], folder: Path) -> list[Path]:
-    """The plots of result files, in a new folder; the page is beside it."""
+    """The plots of result files, in a new folder; the tables are beside it."""
     assert main(["report", *files, "--out", str(folder.with_suffix(".md")), "--plots", str(folder)]) == 0
     return sorted(folder.iterdir())
 
 
 def test_plots(tmp_path: Path) -> None:
+    """Of each kind of section; the same results are the same bytes."""
     pytest.importorskip("matplotlib")
-    files = [str(path) for path in sorted(CHECKED_IN.glob("*.json"))]
-    drawn = plotted(files, tmp_path / "all")
-    assert {path.suffix for path in drawn} == {".svg", ".png"}
-    assert any("latency-nvidia-h200" in path.name for path in drawn)
-    assert (tmp_path / "all.md").read_text() == (ROOT / "docs" / "performance.md").read_text()
-    once, again = (plotted(files[:1], tmp_path / name) for name in ("once", "again"))
-    assert any(path.suffix == ".svg" for path in once)
+    files = [str(CHECKED_IN / name) for name in ("h200_latency_large.json", "h200_sweep.json")]
+    once, again = (plotted(files, tmp_path / name) for name in ("once", "again"))
+    assert {path.suffix for path in once} == {".svg", ".png"}
+    assert any("latency-nvidia-h200" in path.name for path in once)
     for one, other in zip(once, again, strict=True):
         assert one.suffix == ".png" or one.read_bytes() == other.read_bytes()
 

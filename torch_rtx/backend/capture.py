@@ -7,6 +7,7 @@ other ones and nothing else, so that the importer sees one op set for every fron
 import contextlib
 import math
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from functools import cache, partial
@@ -301,6 +302,15 @@ def _trace_device(model: torch.nn.Module, device: torch.device | None) -> torch.
     return device
 
 
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """PyTorch warns in each export of what its own code does."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)", FutureWarning)
+        yield
+
+
+@_without_warnings()
 def _export(
     model: torch.nn.Module,
     args: tuple[Any, ...],
@@ -327,6 +337,7 @@ def _exporting() -> Iterator[None]:
         yield
 
 
+@_without_warnings()
 def _decompose(program: torch.export.ExportedProgram, tensors: Mapping[str, Any]) -> torch.export.ExportedProgram:
     """Functionalize, and decompose the composite ops that are not in `KEEP`; nothing else, as in torch.compile.
 
