@@ -16,7 +16,10 @@ from benchmarks.numerics import assert_right
 from tests.doubles.interpreter import run
 from torch_rtx.backend import program_cache
 from torch_rtx.ir import Node, TensorType, kernel_nodes
+from torch_rtx.lowering.kernels.body_builder import type_of
 from torch_rtx.lowering.kernels.generate import forms
+from torch_rtx.lowering.kernels.memory_model import bytes_of, prologue_us
+from torch_rtx.lowering.kernels.region import region
 from torch_rtx.settings import CompilationSettings
 from torch_rtx.tactics import OWN, KernelTable
 from torch_rtx.targets import arch_of
@@ -279,6 +282,18 @@ def test_the_prologue_is_left_to_a_kernel_of_its_own_beside_a_library_call() -> 
     assert {"kernel", "library"} <= found.keys()
     assert found["library"].body is None
     assert found["library"].expected_us > found["kernel"].expected_us  # it writes the wide weight, and reads it
+
+
+def test_a_kernel_before_a_call_reads_its_operands_and_writes_its_result_once() -> None:
+    node, arch = product(compiled(Int8())), arch_of(90)
+    assert node.body is not None
+    found = region(node.body)
+    assert found.anchor is not None
+    wide = next(value for value in found.anchor.inputs if type_of(value).shape == (64, 128))
+    read = [value for value in node.body.inputs if type_of(value).shape in ((64, 128), (64, 1))]
+    moved = sum(bytes_of(type_of(value)) for value in (*read, wide))
+    assert len(read) == 2
+    assert prologue_us(found, arch) == pytest.approx(arch.chip.launch + moved / (arch.chip.memory * 1e3))
 
 
 def test_wide_weights_of_several_products_are_stored() -> None:
