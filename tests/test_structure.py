@@ -37,7 +37,7 @@ ARROWS = {
     "detection": set(),
     "attention_gradients": set(),
     "grouped_mm": set(),
-    "foreign": {"errors", "ir"},
+    "foreign": {"errors", "ir", "optable"},
     "foreign_op": {"foreign"},
     "scaled_mm": {"block_formats", "dtypes", "ir", "op_work"},
     "accumulation": {"foreign", "ir"},
@@ -46,7 +46,6 @@ ARROWS = {
     "aten": {
         "attention_gradients",
         "detection",
-        "foreign",
         "foreign_op",
         "grouped_mm",
         "scaled_mm",
@@ -63,15 +62,15 @@ ARROWS = {
     # aten inside `save` alone: it needs torch
     "engine": {
         *("dtypes", "errors", "ir", "irparse", "optable", "profiles", "manifest", "tactics", "tactics_v4", "aten"),
-        *("accumulation", "files", "foreign", "serialization"),
+        *("accumulation", "files", "serialization"),
     },
     "inspection": {"engine", "foreign", "ir", "machine", "manifest", "op_work", "profiles", "tactics", "targets"},
     "validity": {
-        *("engine", "errors", "ir", "machine", "manifest", "platforms", "profiles", "tactics", "targets"),
+        *("engine", "errors", "foreign", "ir", "machine", "manifest", "platforms", "profiles", "tactics", "targets"),
     },
     "cache": {"errors", "files"},
     "lowering": {
-        *("accumulation", "dtypes", "errors", "foreign", "ir", "op_work", "aten", "settings", "targets"),
+        *("accumulation", "dtypes", "errors", "foreign", "ir", "op_work", "optable", "aten", "settings", "targets"),
         "lowering.kernels",
     },
     # no torch: workers of a build start fast without it

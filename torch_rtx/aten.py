@@ -16,9 +16,8 @@ import torch
 
 from torch_rtx import attention_gradients, detection, dtypes, foreign_op, grouped_mm, host_ops, scaled_mm
 from torch_rtx.errors import InvalidIR, Unsupported
-from torch_rtx.foreign import LAUNCH
 from torch_rtx.ir import MAIN, Attr, Graph, Node, TensorType, Value, attr_values
-from torch_rtx.optable import ALLOWED, DECIDED
+from torch_rtx.optable import ALLOWED, DECIDED, LAUNCH
 
 __all__ = [
     *("ALLOWED", "DTYPES", "MAY_ALIAS", "OUT", "STRIDED", "UNINITIALIZED"),

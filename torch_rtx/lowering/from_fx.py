@@ -24,7 +24,6 @@ from torch.utils import _pytree as pytree
 
 from torch_rtx import aten
 from torch_rtx.errors import Unsupported
-from torch_rtx.foreign import LAUNCH
 from torch_rtx.ir import (
     COPY,
     OBJECT,
@@ -48,6 +47,7 @@ from torch_rtx.ir import (
 from torch_rtx.lowering.foreign_calls import is_launch, launched
 from torch_rtx.lowering.location import Locations
 from torch_rtx.lowering.symbols import Symbols, unbacked
+from torch_rtx.optable import LAUNCH
 
 SYM_QUERIES = frozenset((torch.ops.aten.sym_size.int, torch.ops.aten.sym_stride.int, torch.ops.aten.sym_numel.default))
 # Checks of what types of the IR state, and of ranges that `_assert_scalar` checks as well.
