@@ -27,9 +27,8 @@ from torch_rtx import (
     scaled_mm,
 )
 from torch_rtx.errors import InvalidIR, Unsupported
-from torch_rtx.foreign import LAUNCH
 from torch_rtx.ir import MAIN, Attr, Graph, Node, TensorType, Value, attr_values
-from torch_rtx.optable import ALLOWED, COLLECTIVES, DECIDED, WAIT
+from torch_rtx.optable import ALLOWED, COLLECTIVES, DECIDED, LAUNCH, WAIT
 
 __all__ = [
     *("ALLOWED", "DTYPES", "MAY_ALIAS", "OUT", "STRIDED", "UNINITIALIZED"),

@@ -32,7 +32,6 @@ from torch_rtx.accumulation import continued
 from torch_rtx.control import check_all, is_control
 from torch_rtx.errors import EngineFormatError, InvalidIR, RtxError
 from torch_rtx.files import Path, replacing
-from torch_rtx.foreign import LAUNCH
 from torch_rtx.functional import FUNCTIONAL, plain
 from torch_rtx.ir import (
     LOOP,
@@ -59,7 +58,7 @@ from torch_rtx.manifest import (
     Manifest,
     read_manifest,
 )
-from torch_rtx.optable import ALLOWED, FILE_OPS
+from torch_rtx.optable import ALLOWED, FILE_OPS, LAUNCH
 from torch_rtx.profiles import check_profiles
 from torch_rtx.serialization import memory_of, serialize
 from torch_rtx.tactics import KernelTable
@@ -514,8 +513,8 @@ def calls(graph: Graph) -> Iterator[Node]:
 
 
 def needs_trust(graph: Graph) -> tuple[str, ...]:
-    """The operators in a file that it may call only if its user trusts them."""
-    return tuple(sorted({node.op for node in calls(graph)} - FILE_OPS))
+    """The operators in a file that it may call only if its user trusts them, besides launches of kernels."""
+    return tuple(sorted({node.op for node in calls(graph)} - FILE_OPS - {LAUNCH}))
 
 
 def _parsed(text: str) -> Graph:

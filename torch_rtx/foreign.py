@@ -13,8 +13,7 @@ from typing import Any, Protocol
 
 from torch_rtx.errors import KernelError
 from torch_rtx.ir import Dim, Graph, Node, Value, attr_values
-
-LAUNCH = "torch_rtx.launch.default"
+from torch_rtx.optable import LAUNCH
 
 
 class Foreign(Protocol):
@@ -112,6 +111,6 @@ def known(key: str) -> Foreign:
     """
     found = find(key)
     if found is None:
-        hint = "build it for this GPU, too (targets=[...]); if you trust the file, load it with trust_binaries=True"
+        hint = "build the engine for this GPU, too (targets=[...]), or import the code that has the kernel"
         raise KernelError(f"the kernel {key} has no code that may run here, and the file has no sources", hint=hint)
     return found

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch_rtx.engine import DTYPES, Path, parse_header, program_of, reading
 from torch_rtx.errors import EngineFormatError, EngineVersionError, SettingsError, Unsupported
+from torch_rtx.foreign import launch_in
 from torch_rtx.ir import MAIN, Graph, TensorType, Type, attr_values, evaluate
 from torch_rtx.machine import Machine, size_text, text_of, this_machine
 from torch_rtx.manifest import Manifest
@@ -136,6 +137,13 @@ def _kernels(manifest: Manifest, graph: Graph, table: KernelTable, machine: Mach
     ops = {node.op for node in graph.nodes if node.kind == "kernel"}
     if not ops:
         return
+    launching = {node.op for node in graph.nodes if launch_in(node.body) is not None}
+    lacking = sum(target is None for target in _chosen(table, launching, sm).values())
+    if lacking:
+        text = (
+            f"{lacking} kernels that others wrote have no code that runs on sm_{sm}, and no operations stand for them"
+        )
+        yield Reason("kernels", Validity.INVALID, text, f'build it with targets that include "sm_{sm}"')
     if machine.bindings is False:
         remedy = "pip install cuda-bindings"
         yield Reason("packages", Validity.SUBOPTIMAL, "no kernel can be launched without cuda-bindings", remedy)

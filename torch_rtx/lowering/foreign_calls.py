@@ -16,9 +16,10 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from torch_rtx.errors import CaptureError, Unsupported
-from torch_rtx.foreign import LAUNCH, register
+from torch_rtx.foreign import register
 from torch_rtx.ir import Loc, Node, Value
 from torch_rtx.lowering.kernels.triton_kernels import NUMBER, SIZE, TENSOR, Argument, Config, TritonKernel
+from torch_rtx.optable import LAUNCH
 
 NAME = "triton_kernel_wrapper_functional"
 OPTIONS = ("maxnreg",)  # of a configuration, beside the numbers of warps and stages

@@ -22,6 +22,7 @@ from torch_rtx.collectives import check as check_collectives
 from torch_rtx.control import all_syms
 from torch_rtx.engine import calls, needs_trust
 from torch_rtx.errors import EngineFormatError, InvalidIR
+from torch_rtx.foreign import launch_of
 from torch_rtx.ir import (
     Attr,
     Dim,
@@ -37,6 +38,7 @@ from torch_rtx.ir import (
     type_dims,
 )
 from torch_rtx.op_work import flops
+from torch_rtx.optable import LAUNCH
 from torch_rtx.runtime.file_rules import ANY, INFERRED, broken_rule
 
 META = torch.device("meta")
@@ -64,7 +66,8 @@ class FileCheck:
         trusted_ops: operators that the user trusts: their calls are not checked.
 
     Raises:
-        InvalidIR: an operator is neither allowed nor trusted, or a collective is not waited for, see `collectives`.
+        InvalidIR: an operator is neither allowed nor trusted; a kernel that others wrote is launched and not trusted; a
+            collective is not waited for, see `collectives`.
         EngineFormatError: a call has wrong arguments or other results than the file says, or the recipes would take too
             much memory or time.
     """
@@ -81,6 +84,12 @@ class FileCheck:
                 hint=f"load(..., trusted_ops=[{names}]) calls it, if you trust the file",
             )
         check_collectives(graph)
+        kernels = sorted({launch.kernel for node in calls(graph) if (launch := launch_of(node)) is not None})
+        if kernels and LAUNCH not in self.trusted:
+            raise InvalidIR(
+                f"the engine launches kernels that others wrote: {', '.join(kernels)}",
+                hint="load(..., trust_binaries=True) runs them, if you trust the file",
+            )
         self._check_recipes()
         self.at({})
 

@@ -30,6 +30,7 @@ from torch_rtx.errors import (
 )
 from torch_rtx.ir import Graph, Parameter, TensorType
 from torch_rtx.manifest import Manifest
+from torch_rtx.optable import LAUNCH
 from torch_rtx.profiles import Shape, profiles_of, shapes
 from torch_rtx.runtime.alias_guard import AliasGuard
 from torch_rtx.runtime.attributes import read_attributes
@@ -391,10 +392,10 @@ def load(
             file, a list of such paths, or a folder with an index of them; an ONNX model: the path of an .onnx file, an
             `onnx.ModelProto` or an `onnx_ir.Model`; None: those in the engine, or none until `refit`.
         device: None: the device the engine was built for, or the CPU (with a warning) if this machine has none.
-        trusted_ops: names of operators outside of `optable.FILE_OPS` that the file may call; they must be registered.
-            Their calls are not checked.
+        trusted_ops: names of operators outside of `optable.FILE_OPS` that the file may call, registered and unchecked.
         trust_binaries: run the GPU kernels in the file. They are machine code, which can read and write all GPU memory
-            of this process. Otherwise their operations run one by one, until kernels are compiled here.
+            of this process. Otherwise their operations run one by one, until kernels are compiled here; a file with
+            kernels that others wrote is refused, since no operations stand for these.
         sha256: the SHA-256 of the file, by which you know that it is yours: another file is refused, and everything in
             this one is trusted.
         mmap: map the weights instead of reading them, see `engine.load`.
@@ -421,6 +422,7 @@ def load(
         if any(node.op == "python" for node in engine.graph.nodes):
             raise InvalidIR("the engine calls a Python function, which no file can hold")
         placed = resolve_device(device, engine.manifest.device)
+        trusted_ops = [*trusted_ops, LAUNCH] if trust_binaries else trusted_ops
         check = FileCheck(engine.graph, placed, trusted_ops) if sha256 is None else None
         kernels = engine.kernels if trust_binaries or sha256 is not None else KernelTable()
         if engine.kernels and not kernels and placed.type == "cuda":

@@ -28,16 +28,18 @@ from tests.helpers.foreign_kernels import (
     wrong,
 )
 from torch_rtx.backend.fake_triton import standing_in
-from torch_rtx.errors import CaptureError, KernelError
+from torch_rtx.errors import CaptureError, InvalidIR, KernelError
 from torch_rtx.foreign import find, launch_in
 from torch_rtx.ir import Graph, Node, kernel_nodes
 from torch_rtx.lowering.kernels import compile_worker
 from torch_rtx.lowering.kernels.triton_kernels import TritonKernel
+from torch_rtx.machine import Machine
 from torch_rtx.runtime.code import compile_graph
 from torch_rtx.runtime.compile_client import _with_foreign
 from torch_rtx.runtime.launch import Gpu, load
 from torch_rtx.tactics import OWN, KernelTable, Tactic, read_table, runnable_tactics, write_table
 from torch_rtx.targets import LATER
+from torch_rtx.validity import Validity
 
 CPU = torch.device("cpu")
 
@@ -179,9 +181,15 @@ def _only_symbol(node: Node) -> str:
 def test_a_file_without_the_source_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch_rtx.save(built("direct", ["sm_80"]), tmp_path / "direct.rtx")
     monkeypatch.setattr("torch_rtx.foreign._registry", {})
-    module = torch_rtx.load(tmp_path / "direct.rtx", device="cpu")
-    with pytest.raises(KernelError, match=r"scaled_sum_\w+ has no code that may run here.*\n.*trust_binaries"):
+    with pytest.raises(InvalidIR, match=r"launches kernels that others wrote: scaled_sum_\w+\n.*trust_binaries=True"):
+        torch_rtx.load(tmp_path / "direct.rtx", device="cpu")
+    module = torch_rtx.load(tmp_path / "direct.rtx", device="cpu", trust_binaries=True)
+    with pytest.raises(KernelError, match=r"scaled_sum_\w+ has no code that may run here"):
         module(*operands(2))
+    assert not torch_rtx.inspect(tmp_path / "direct.rtx").needs_trust, "the decision is that for binaries"
+    for sm, fit in ((80, Validity.VALID), (90, Validity.INVALID)):
+        machine = Machine(sm=sm, triton=True, bindings=True)
+        assert torch_rtx.check_engine(tmp_path / "direct.rtx", machine).validity == fit
 
 
 def wrongly(x: torch.Tensor) -> torch.Tensor:

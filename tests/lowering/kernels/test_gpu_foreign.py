@@ -15,9 +15,10 @@ pytest.importorskip("triton")
 import torch_rtx
 from tests.helpers.foreign_kernels import CASES, Launches
 from torch_rtx import foreign
-from torch_rtx.errors import KernelError
+from torch_rtx.errors import InvalidIR
 from torch_rtx.foreign import launch_in
 from torch_rtx.ir import kernel_nodes
+from torch_rtx.lowering.foreign_calls import OPERATORS
 from torch_rtx.runtime.inline import launched
 from torch_rtx.runtime.session import watched_calls
 from torch_rtx.settings import CompilationSettings, RuntimeSettings
@@ -60,9 +61,8 @@ def test_from_a_file_without_the_source(
         torch.testing.assert_close(loaded(*given), expected(name, given))
     assert loaded.session.pool is not None
     assert loaded.session.pool.disabled is None
-    distrusted = torch_rtx.load(tmp_path / "model.rtx", settings=runtime)
-    with pytest.raises(KernelError, match="trust_binaries"):
-        distrusted(*operands(count))
+    with pytest.raises(InvalidIR, match="trust_binaries"):
+        torch_rtx.load(tmp_path / "model.rtx", settings=runtime)
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
@@ -100,6 +100,29 @@ def test_configurations_are_measured(known: bool, tmp_path: Path, monkeypatch: p
     (op,) = launches(module)
     assert module.session.specializer.base.code.tactics[op].kind in ("foreign", "foreign 1")
     assert not [problem for region in module.session.specializer.base.regions for problem in region.problems]
+
+
+@pytest.mark.parametrize("form", ["current", "compute_80"])
+def test_a_registered_kernel(form: str, tmp_path: Path) -> None:
+    """In PTX: called at once, and from a file that has no source."""
+    from tests.backend.test_registered_kernels import PTX, REGISTRATION, axpy
+
+    torch_rtx.register_kernel("rtxtests::axpy", ptx=PTX, **REGISTRATION)
+    try:
+        model = Launches(lambda x, y: axpy(x, y, 0.25))
+        rows = ({0: Dim("rows", min=2, max=512)},) * 2
+        module = torch_rtx.compile(model, tuple(operands(2)), None, (rows,), CompilationSettings(targets=(form,)))
+        called = torch_rtx.compile(model, tuple(operands(2)), None, (rows,), CompilationSettings(targets=None))
+    finally:
+        OPERATORS.clear()
+    torch_rtx.save(module, tmp_path / "axpy.rtx")
+    runtime = RuntimeSettings(specialization_strategy="none")
+    loaded = torch_rtx.load(tmp_path / "axpy.rtx", settings=runtime, trust_binaries=True)
+    assert launches(loaded) <= launched(loaded.session.tactics).keys()
+    for seed, count in enumerate((6, 11, 11, 11)):
+        x, y = operands(2, count, seed)
+        for one in (called, loaded):
+            torch.testing.assert_close(one(x, y), (2 * x + 0.5 * y).relu())
 
 
 def test_an_input_that_a_kernel_writes_to(tmp_path: Path) -> None:

@@ -15,12 +15,12 @@ from dataclasses import replace
 from torch_rtx import aten
 from torch_rtx.accumulation import scatters
 from torch_rtx.collectives import is_ordered
-from torch_rtx.foreign import LAUNCH
 from torch_rtx.ir import Expr, Graph, Node, ScalarType, Sym, TensorType, Value, Weight, attr_dims, attr_values
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.rewrite import returned, with_bases
 from torch_rtx.lowering.widening import smallest, widens
 from torch_rtx.op_work import ANCHORS
+from torch_rtx.optable import LAUNCH
 from torch_rtx.targets import Target
 
 # A recipe may not produce more bytes than both limits: a mask or table that is broadcast to gigabytes is cheaper to
