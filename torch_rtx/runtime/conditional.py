@@ -145,7 +145,8 @@ def _record(kind: str, truth: torch.Tensor, negated: bool, body: Callable[[], No
     params.type = cuda.CUgraphNodeType.CU_GRAPH_NODE_TYPE_CONDITIONAL
     params.conditional.handle, params.conditional.ctx = handle, context
     params.conditional.type, params.conditional.size = getattr(cuda.CUgraphConditionalNodeType, kind), 1
-    node = checked(newest(cuda, "cuGraphAddNode")(graph, before, None, len(before), params))
+    edges = [cuda.CUgraphEdgeData() for _ in before]  # plain ones: cuda-bindings refuse fewer than nodes
+    node = checked(newest(cuda, "cuGraphAddNode")(graph, before, edges, len(before), params))
     replaces = cuda.CUstreamUpdateCaptureDependencies_flags.CU_STREAM_SET_CAPTURE_DEPENDENCIES
     checked(newest(cuda, "cuStreamUpdateCaptureDependencies")(stream, [node], None, 1, replaces))
     with relaxed():  # a branch that has not run yet may load code
