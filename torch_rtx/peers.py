@@ -81,7 +81,7 @@ TORCH_TENSORRT = _answers(
     ("version_compatible", _LEAVE, "a later release reads the engines of earlier ones"),
     ("hardware_compatible", 'targets="portable"', "such an engine has kernels for several generations of GPUs"),
     ("enable_cross_compile_for_windows", 'platform="windows"', "it names the system that may load the engine"),
-    ("use_distributed_mode_trace", _LEAVE, "collectives fall back to PyTorch by themselves"),
+    ("use_distributed_mode_trace", _LEAVE, "collectives are part of every graph that has some"),
     (
         "make_refittable immutable_weights refit_identical_engine_weights",
         _LEAVE,

@@ -1,10 +1,12 @@
-"""What two ranks check about collectives in compiled functions; `test_collectives` runs these."""
+"""What two ranks check about collectives in compiled functions."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
@@ -15,18 +17,6 @@ import torch_rtx
 from tests.distributed.ranks import device
 from torch_rtx.collectives import is_ordered
 from torch_rtx.runtime.session import watched_calls
-
-
-def _gathered_rows(x: Tensor) -> Tensor:
-    out = x.new_empty(2 * x.shape[0], x.shape[1])
-    dist.all_gather_into_tensor(out, x)
-    return out * 2
-
-
-def _scattered(x: Tensor) -> Tensor:
-    out = x.new_empty(x.shape[0] // 2, x.shape[1])
-    dist.reduce_scatter_tensor(out, x)
-    return out * 2
 
 
 def _in_place(x: Tensor) -> Tensor:
@@ -42,30 +32,25 @@ def _two_at_once(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _of_an_input(x: Tensor) -> Tensor:
-    """The collective reads an input, which the function overwrites afterwards."""
-    gathered = funcol.all_gather_tensor(x, 0, dist.group.WORLD)
+    """The collective reads what the function overwrites after the wait."""
+    gathered = funcol.wait_tensor(funcol.all_gather_tensor(x, 0, dist.group.WORLD))
     x.mul_(2)
     return gathered + 1
 
 
 FORMS: dict[str, Callable[[Tensor], Any]] = {
-    "all_reduce": lambda x: funcol.all_reduce(x.exp(), "sum", dist.group.WORLD) + 1,
     "all_reduce of a transpose": lambda x: funcol.all_reduce(x.exp().t(), "sum", dist.group.WORLD),
     "all_reduce_coalesced": lambda x: funcol.all_reduce_coalesced([x, x * 2], "sum", dist.group.WORLD)[1] + 1,
     "all_gather": lambda x: funcol.all_gather_tensor(x, 1, dist.group.WORLD) * 2,
     "all_gather_coalesced": lambda x: funcol.all_gather_into_tensor_coalesced([x, x + 1], dist.group.WORLD)[1].cos(),
-    "all_gather autograd": lambda x: funcol.all_gather_tensor_autograd(x, 0, dist.group.WORLD) * 2,
     "reduce_scatter": lambda x: funcol.reduce_scatter_tensor(x.exp(), "sum", 0, dist.group.WORLD).relu(),
     "reduce_scatter_coalesced": lambda x: funcol.reduce_scatter_tensor_coalesced(
         [x, x.exp()], "sum", [0, 0], dist.group.WORLD
     )[1],
-    "all_to_all": lambda x: funcol.all_to_all_single(x * 2, None, None, dist.group.WORLD) + 1,
     "all_to_all uneven": lambda x: funcol.all_to_all_single(x * 2, [2, 2], [2, 2], dist.group.WORLD) + 1,
     "broadcast": lambda x: funcol.broadcast(x + 1, 1, dist.group.WORLD) * 3,
     "all_reduce returned": lambda x: funcol.all_reduce(x, "sum", dist.group.WORLD),
     "all_reduce in place": _in_place,
-    "all_gather_into_tensor": _gathered_rows,
-    "reduce_scatter_tensor": _scattered,
     "two at once": _two_at_once,
     "of an input that is overwritten": _of_an_input,
 }
@@ -127,3 +112,19 @@ def random_shapes(count: int) -> None:
             found = compiled(x)
             torch.testing.assert_close(found, torch.full_like(found, float(wanted)), rtol=1e-4, atol=1e-4)
             assert found.shape == (rows * dist.get_world_size(),)
+
+
+def leave() -> None:
+    """The second rank ends in the middle of a call, the first one waits for it."""
+
+    def function(x: Tensor) -> Tensor:
+        return funcol.all_reduce(x * 2, "sum", dist.group.WORLD) + 1
+
+    compiled = torch.compile(function, backend="rtx", fullgraph=True)
+    with torch.no_grad():
+        compiled(torch.ones(4, device=device()))
+        if dist.get_rank() == 1:
+            os._exit(1)
+        with pytest.raises(RuntimeError, match=r"(?i)connection|peer|closed"):
+            compiled(torch.ones(4, device=device()))
+    raise EOFError("the other rank has ended")

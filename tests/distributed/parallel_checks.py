@@ -1,4 +1,4 @@
-"""What two ranks check about models divided among them; `test_parallel` runs these."""
+"""What two ranks check about models divided among them."""
 
 from __future__ import annotations
 

@@ -15,8 +15,9 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-SECONDS = 60  # for one call, and for one collective
+SECONDS = 240  # for one call, and for one collective: the machine may be busy
 SIZE = 2
+CHECKS = [f"tests.distributed.{name}" for name in ("collective_checks", "parallel_checks", "training_checks")]
 
 
 def serve(rank: int, size: int, backend: str, folder: str, connection: Connection) -> None:
@@ -55,7 +56,8 @@ class Ranks:
 
     def __init__(self, backend: str = "gloo", size: int = SIZE) -> None:
         self._folder = tempfile.TemporaryDirectory()
-        context = multiprocessing.get_context("spawn")
+        context: Any = multiprocessing.get_context("forkserver" if backend == "gloo" else "spawn")
+        context.set_forkserver_preload(CHECKS)  # so that one process imports them
         self._connections: list[Connection] = []
         self.processes: list[Any] = []
         for rank in range(size):
@@ -96,7 +98,7 @@ class Ranks:
                     raise AssertionError("a rank ended") from None
                 answer = found[connection]
                 if answer is not None and not answer[0]:
-                    seconds = min(seconds, 5)  # the others may wait for it
+                    seconds = min(seconds, 30)  # the others may wait for it
         return [found[one] for one in self._connections]
 
     def close(self) -> None:

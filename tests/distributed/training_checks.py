@@ -1,5 +1,4 @@
-"""What two ranks check about training: gradients of data parallel, fully sharded and divided models; `test_training`
-runs these."""
+"""What two ranks check about training: gradients of data parallel, fully sharded and divided models."""
 
 from __future__ import annotations
 

@@ -27,7 +27,11 @@ def shared_store() -> Any | None:
         return None
     if dist.get_backend() == "fake":
         return None
-    return dist.PrefixStore("torch_rtx", dist.distributed_c10d._get_default_store())
+    try:
+        return dist.PrefixStore("torch_rtx", dist.distributed_c10d._get_default_store())
+    except (RuntimeError, ValueError) as error:  # the groups have ended since
+        _alone(error)
+        return None
 
 
 @contextmanager
