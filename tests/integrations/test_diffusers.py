@@ -90,6 +90,15 @@ def test_forty_sizes_have_two_graphs(pair: tuple[Any, Any, Accelerated]) -> None
     assert graphs() <= before + 2
 
 
+def test_autoencoder_whole_and_in_tiles(pair: tuple[Any, Any, Accelerated]) -> None:
+    eager, pipe, _ = pair
+    latent = torch.randn(1, 4, 12, 9)
+    for tiled in (True, False):
+        for vae in (pipe.vae, eager.vae):
+            vae.use_tiling = tiled
+        close(*(one.vae.decode(latent).sample for one in (pipe, eager)))
+
+
 def test_adapters_compile_nothing(pair: tuple[Any, Any, Accelerated], tmp_path: Path) -> None:
     """By every way of diffusers; the same adapters give the same image, bit for bit."""
     eager, pipe, _ = pair

@@ -21,7 +21,6 @@ from torch_rtx.errors import LoweringError, RtxError, SettingsError
 from torch_rtx.ir import Graph, verify
 from torch_rtx.lowering.from_fx import Role, from_fx
 from torch_rtx.lowering.location import Locations
-from torch_rtx.lowering.pipeline import PASSES, lower
 from torch_rtx.lowering.support import reasons
 from torch_rtx.lowering.symbols import Symbols, main_device
 from torch_rtx.runtime.background import BACKGROUND
@@ -84,6 +83,10 @@ class Built:
 def check_settings(settings: CompilationSettings) -> None:
     """Raises SettingsError if the settings name an unknown operator or pass, or disable a required pass."""
     check_ops(settings)
+    if not settings.disabled_passes:
+        return
+    from torch_rtx.lowering.pipeline import PASSES  # takes as long as what else a process needs that builds nothing
+
     unknown = settings.disabled_passes - PASSES.keys()
     required = {name for name in settings.disabled_passes - unknown if PASSES[name].required}
     if unknown or required:
@@ -118,6 +121,8 @@ def compile_fx(
         PartitionError: a node falls back although `require_full_compilation` is set.
         LoweringError: a bug of torch_rtx; names the folder with the graph and a script that reproduces the bug.
     """
+    from torch_rtx.lowering.pipeline import lower  # see `check_settings`
+
     start = time.perf_counter()
     check_settings(settings)
     device = device_of(gm)
