@@ -58,6 +58,29 @@ def gives(module: torch_rtx.CompiledModule, of: Projections) -> None:
     torch.testing.assert_close(module(X), of(X).detach())
 
 
+class Scaled(nn.Module):
+    """A weight times numbers of the program's own."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.layer, self._scale = nn.Linear(8, 8, bias=False), torch.arange(1.0, 9.0) * scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.layer.weight * self._scale)
+
+
+def test_constants_of_one_name_may_differ() -> None:
+    """A weight is not borrowed if a constant is in it."""
+    torch.manual_seed(0)
+    models = [Scaled(scale) for scale in (1, 3)]
+    models[1].load_state_dict(models[0].state_dict())
+    lender, borrower = (torch_rtx.compile(model, (X,)) for model in models)
+    borrower.session.store.share(lender.session.store)
+    for module, of in zip((lender, borrower), models, strict=True):
+        module.attach(models[0].state_dict())
+        torch.testing.assert_close(module(X), of(X).detach())
+
+
 @pytest.mark.parametrize("way", ["attach", "refit"])
 def test_weights_are_there_once_and_stay_up_to_date(files: tuple[Path, Path], way: str) -> None:
     lender, borrower = sharing(files)

@@ -130,9 +130,9 @@ class WeightStore:
             self.gate, self._lock = lender.gate, lender._lock
 
     def lendable(self) -> list[tuple[int, Weight]]:
-        """The weights, by index, that depend on parameters and that no call writes to."""
-        known = zip(self._variable, enumerate(self.weights), strict=True)
-        return [(i, weight) for variable, (i, weight) in known if variable and weight.value.name not in self._written]
+        """The weights, by index, that no call writes to and no constant is in: those of another engine may differ."""
+        no_names = self._written, self._constants.keys()
+        return [(i, w) for i, w in enumerate(self.weights) if all(map({w.value.name, *w.names}.isdisjoint, no_names))]
 
     def _borrow(self) -> None:
         """Use the values that the lender has now."""
