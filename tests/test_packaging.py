@@ -105,6 +105,14 @@ def test_metadata() -> None:
         assert form.name == "config.yml" or "torch-rtx doctor" in form.read_text() or form.name == "wish.yml"
 
 
+def test_a_wheel_holds_sources_alone() -> None:
+    """Of other files setuptools takes those that are declared, and leaves the rest out without a word."""
+    files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "torch_rtx").rglob("*.*") if path.is_file()}
+    assert {name for name in files if not name.endswith((".py", ".pyc"))} == {"torch_rtx/py.typed"}
+    folders = {path.parent for path in (ROOT / "torch_rtx").rglob("*.py")}
+    assert [folder for folder in folders if not (folder / "__init__.py").exists()] == []  # packages.find skips these
+
+
 def test_imports_are_declared() -> None:
     """Each package that the code imports is required, or in an extra, or optional by its nature."""
     declared = [

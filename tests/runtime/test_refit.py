@@ -47,7 +47,7 @@ def equal(a, b):
     return len(a) == len(b) and all(map(torch.equal, a, b))
 
 
-@pytest.mark.parametrize("name", ["resnet50", "bert_base", "gpt2", "swin_t"])
+@pytest.mark.parametrize("name", ["resnet50", "gpt2", "swin_t"])
 def test_equal_to_a_fresh_build(name, tmp_path):
     """Folded batch norms, merged projections, a tied embedding, and tables that are computed from buffers."""
     pytest.importorskip("transformers")
