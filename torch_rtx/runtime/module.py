@@ -394,8 +394,7 @@ def load(
         device: None: the device the engine was built for, or the CPU (with a warning) if this machine has none.
         trusted_ops: names of operators outside of `optable.FILE_OPS` that the file may call, registered and unchecked.
         trust_binaries: run the GPU kernels in the file. They are machine code, which can read and write all GPU memory
-            of this process. Otherwise their operations run one by one, until kernels are compiled here; a file with
-            kernels that others wrote is refused, since no operations stand for these.
+            of this process. Else operations run one by one until kernels are compiled here; foreign ones are refused.
         sha256: the SHA-256 of the file, by which you know that it is yours: another file is refused, and everything in
             this one is trusted.
         mmap: map the weights instead of reading them, see `engine.load`.
@@ -419,10 +418,10 @@ def load(
     with _typed(EngineFormatError, f"{name} can't be loaded"):
         engine = engine_file.load(path, mmap, sha256)
         _check_platform(engine.manifest.platform, name)
-        if any(node.op == "python" for node in engine.graph.nodes):
+        if any(node.op == "python" for node in engine_file.calls(engine.graph)):
             raise InvalidIR("the engine calls a Python function, which no file can hold")
         placed = resolve_device(device, engine.manifest.device)
-        trusted_ops = [*trusted_ops, LAUNCH] if trust_binaries else trusted_ops
+        trusted_ops = [*trusted_ops, *[LAUNCH] * trust_binaries]
         check = FileCheck(engine.graph, placed, trusted_ops) if sha256 is None else None
         kernels = engine.kernels if trust_binaries or sha256 is not None else KernelTable()
         if engine.kernels and not kernels and placed.type == "cuda":

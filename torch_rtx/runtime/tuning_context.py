@@ -42,6 +42,7 @@ _READ_BY_LOWERING = (
     "op_work",
     "optable",
     "profiles",
+    "score_mods",
     "tactics",
     "targets",
 )
