@@ -29,14 +29,13 @@ from torch_rtx.tactics import KernelTable
 
 LENGTH = 32
 # Kernels of a call of the dynamic engine besides: rotary tables, which are weights where the length is fixed.
-MORE = {"gpt2": 0, "bert_base": 0, "qwen3": 3, "whisper_decoder": 0}
+MORE = {"gpt2": 0, "bert_base": 0, "qwen3": 3}
 IMAGES = ("resnet50", "vit_b_16")  # of a batch that changes
 # Each model at one batch, of 1, whose axis is gone, or of several; both are there.
 CASES = [
     ("gpt2", 2),
     ("bert_base", 1),
     ("qwen3", 1),
-    ("whisper_decoder", 2),
     *((name, 2) for name in IMAGES),
 ]
 

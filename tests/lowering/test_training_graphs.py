@@ -124,7 +124,7 @@ def test_calls_that_are_left(name: str) -> None:
     assert tuple(map(counts, graphs_of(name))) == COUNTS[name]
 
 
-@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize("name", [name for name in COUNTS if name != "resnet50"])  # it takes as long as all others
 def test_kernels(name: str) -> None:
     torch.manual_seed(0)
     for graph in graphs_of(name):
