@@ -33,6 +33,22 @@ LOOPING = """
   }
   z: f32[s] = kernel k(in0=y, in1=y) KERNEL
   return [z]"""
+# Each pass keeps what was there before it: of state that moves, nothing is overwritten before it is read.
+MOVING = """
+  input x: f32[s]
+  t: f32[()] = extern aten.sum.default(self=x)
+  p: bool[()] = extern aten.lt.Scalar(self=t, other=100)
+  q: bool[()], y: f32[s], z: f32[s] = fallback torch_rtx.while_loop(state=[p, x, x], operands=[]) graph fused {
+    dim s = 1, 64, 1
+    input a: bool[()]
+    input b: f32[s]
+    input c: f32[s]
+    d: f32[s] = extern aten.add.Tensor(self=b, other=c)
+    e: f32[()] = extern aten.sum.default(self=d)
+    f: bool[()] = extern aten.lt.Scalar(self=e, other=100)
+    return [f, d, b]
+  }
+  return [z]"""
 # -x where the sum is positive; else 3 x, or 5 x if the sum is below -100.
 BRANCHING = """
   input x: f32[s]
@@ -77,6 +93,32 @@ BRANCHING = """
   }
   return [y]"""
 
+# One branch returns its operand, twice; the other one writes elsewhere.
+PASSING = """
+  input x: f32[s]
+  t: f32[()] = extern aten.sum.default(self=x)
+  p: bool[()] = extern aten.gt.Scalar(self=t, other=0)
+  y: f32[s], z: f32[s] = fallback torch_rtx.cond(pred=p, operands=[x]) graph import {
+    dim s = 1, 64, 1
+    input in0: f32[s]
+    u: f32[s], v: f32[s] = fallback torch_rtx.call(operands=[in0]) graph fused {
+      dim s = 1, 64, 1
+      input a: f32[s]
+      return [a, a]
+    }
+    u2: f32[s], v2: f32[s] = fallback torch_rtx.call(operands=[in0]) graph fused {
+      dim s = 1, 64, 1
+      input a: f32[s]
+      b: f32[s] = extern aten.neg.default(self=a)
+      c: f32[s] = extern aten.mul.Scalar(self=a, other=3)
+      return [b, c]
+    }
+    return [u, v]
+  }
+  c: f32[s] = extern aten.sub.Tensor(self=y, other=z)
+  d: f32[s] = extern aten.add.Tensor(self=c, other=x)
+  return [d]"""
+
 COUNTER = """\
   weight p: bool[()].cpu = graph import {
     p: bool[()].cpu = op aten.full.default(size=[], fill_value=True, dtype='bool', device='cpu')
@@ -91,11 +133,24 @@ def looped(x: torch.Tensor) -> torch.Tensor:
     return x + x
 
 
+def moved(x: torch.Tensor) -> torch.Tensor:
+    before = x
+    while x.sum() < 100:
+        x, before = x + before, x
+    return before
+
+
+def passed(x: torch.Tensor) -> torch.Tensor:
+    return x if x.sum() > 0 else -x - 3 * x + x
+
+
 def branched(x: torch.Tensor) -> torch.Tensor:
     return -x if x.sum() > 0 else x * (5 if x.sum() < -100 else 3)
 
 
-@pytest.mark.parametrize(("text", "expected"), [(LOOPING, looped), (BRANCHING, branched)])
+@pytest.mark.parametrize(
+    ("text", "expected"), [(LOOPING, looped), (MOVING, moved), (PASSING, passed), (BRANCHING, branched)]
+)
 def test_replays_decide(text: str, expected: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """One graph for any number of passes, none among them, and for each branch."""
     api = ConditionalDriver(SIZES, {"entry": add})
@@ -108,7 +163,7 @@ def test_replays_decide(text: str, expected: Any, monkeypatch: pytest.MonkeyPatc
     with torch.no_grad():
         for scale in (1, 1, 50, -1, 0.01, -50):
             x = scale * torch.rand(16)
-            if text is LOOPING:
+            if text in (LOOPING, MOVING):
                 x = x.abs()
             (result,) = pool("key", compiled, [x], store)
             torch.testing.assert_close(result, expected(x))

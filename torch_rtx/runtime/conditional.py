@@ -93,10 +93,19 @@ def records(value: Any) -> bool:
 
 
 def condition(then: Body, otherwise: Body, pred: torch.Tensor, operands: list[Any]) -> list[Any]:
-    """Records a condition. Both branches leave their results in the memory of the first."""
+    """Records a condition. Both branches leave their results in the memory of the first. The second one writes there, so
+    that it is that of no operand, and of no other result."""
     results: list[Any] = []
+    taken = {value.untyped_storage().data_ptr() for value in operands if isinstance(value, torch.Tensor)}
+
+    def first() -> None:
+        for value in then(operands, ()):
+            own = value.clone() if value.untyped_storage().data_ptr() in taken else value
+            taken.add(own.untyped_storage().data_ptr())
+            results.append(own)
+
     with _pool(pred.device):
-        _record(_IF, pred, False, lambda: results.extend(then(operands, ())))
+        _record(_IF, pred, False, first)
         _record(_IF, pred, True, lambda: _copy(otherwise(operands, ()), results))
     return results
 
@@ -110,9 +119,12 @@ def loop(body: Body, state: list[Any], operands: list[Any]) -> list[Any]:
 
 
 def _copy(sources: list[Any], targets: list[Any]) -> None:
-    for target, source in zip(targets, sources, strict=True):
-        if source.data_ptr() != target.data_ptr():  # else the body has written there
-            target.copy_(source)
+    """Copy all at once: a source that lies in a target is read before it is overwritten."""
+    moved = [(t, s) for t, s in zip(targets, sources, strict=True) if s.data_ptr() != t.data_ptr()]  # or written there
+    overwritten = {target.untyped_storage().data_ptr() for target, _ in moved}
+    read = [s.clone() if s.untyped_storage().data_ptr() in overwritten else s for _, s in moved]
+    for (target, _), source in zip(moved, read, strict=True):
+        target.copy_(source)
 
 
 @contextmanager
