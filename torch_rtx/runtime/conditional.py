@@ -93,8 +93,8 @@ def records(value: Any) -> bool:
 
 
 def condition(then: Body, otherwise: Body, pred: torch.Tensor, operands: list[Any]) -> list[Any]:
-    """Records a condition. Both branches leave their results in the memory of the first. The second one writes there, so
-    that it is that of no operand, and of no other result."""
+    """Records a condition. Both branches leave their results in the memory of the first. The second one writes there,
+    so that it is that of no operand, and of no other result."""
     results: list[Any] = []
     taken = {value.untyped_storage().data_ptr() for value in operands if isinstance(value, torch.Tensor)}
 
