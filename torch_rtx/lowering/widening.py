@@ -78,9 +78,11 @@ def smallest(value: Value, made: Mapping[str, Node], source: Container[str]) -> 
     return below if difference < 0 or (difference == 0 and tied) else {value.name: value}
 
 
-def own_memory(graph: Graph) -> Callable[[Value], bool]:
-    """A function that says of a value whether recipes store it, or what it is computed from, in memory of its own
-    anyway: to store it in another form, or beside others, takes none that the parameters do not need already."""
+def storable(graph: Graph, weight_copies: bool) -> Callable[[Value], bool]:
+    """A function that says of a value whether recipes may store it, or what it is computed from, in another form or
+    beside others: where they store it in memory of its own anyway, or where copies of parameters are allowed."""
+    if weight_copies:
+        return lambda value: True
     source = {weight.value.name for weight in graph.weights if weight.recipe is None}
     fixed = from_weights(graph)
     recipes = (weight.recipe.nodes for weight in graph.weights if weight.recipe is not None)

@@ -11,7 +11,7 @@ Equal operations on each element that follow all layers merge as well, step by s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import inf
@@ -27,7 +27,7 @@ from torch_rtx.lowering.merged_steps import Steps
 from torch_rtx.lowering.merged_weights import MergedWeights, is_pointwise
 from torch_rtx.lowering.passes.dce import dce
 from torch_rtx.lowering.rewrite import Rewriter, Users, from_weights, returned, rewrite, with_bases, with_sources
-from torch_rtx.lowering.widening import own_memory
+from torch_rtx.lowering.widening import storable
 from torch_rtx.op_work import INT_MM, PRODUCTS, SCALED_MM
 
 LINEAR, SCALE = "aten.linear.default", "scale_b"
@@ -53,11 +53,9 @@ def merge_linears(graph: Graph, infer: Inference, weight_copies: bool = True) ->
     layout_visible = with_bases(graph, seen)
     layout_visible |= with_sources(graph, {v.name for n in graph.nodes if n.op in aten.STRIDED for v in n.inputs})
     layout_visible |= aten.shared(graph)  # a copy to the captured strides would part results that share memory
-    candidates: Iterable[Node] = (n for n in graph.nodes if not any(v.name in layout_visible for v in n.results))
-    if not weight_copies:
-        candidates = filter(_reads_own_memory(graph), candidates)
-    computed = MergedWeights(graph)
-    layers = {id(node): _group(node, weights, computed) for node in candidates}
+    candidates = (n for n in graph.nodes if not any(v.name in layout_visible for v in n.results))
+    computed, may_store = MergedWeights(graph), storable(graph, weight_copies)
+    layers = {id(node): _group(node, weights, computed, may_store) for node in candidates}
     steps = Steps(graph, infer, layout_visible, computed)
     groups = [steps.after(group) for group in _groups(graph, layers) if len(group) > 1]
     groups = [group for group in groups if group[0][0].op != INT_MM or _is_whole(group[-1], steps.readers)]
@@ -194,7 +192,7 @@ def _independent(graph: Graph, layers: Mapping[int, object]) -> dict[object, lis
     return found
 
 
-def _group(node: Node, weights: set[str], computed: MergedWeights) -> object:
+def _group(node: Node, weights: set[str], computed: MergedWeights, may_store: Callable[[Value], bool]) -> object:
     """The properties that layers must share to merge; None for other nodes."""
     if node.op not in (LINEAR, INT_MM, SCALED_MM) or node.kind != "op":
         return None
@@ -203,23 +201,14 @@ def _group(node: Node, weights: set[str], computed: MergedWeights) -> object:
     separate = PRODUCTS[node.op].second, "bias", *((SCALE,) if _scale_is_weight(node, weights) else ())
     if not isinstance(source, Value) or not isinstance(weight, Value) or not isinstance(weight.type, TensorType):
         return None
+    if not may_store(weight):
+        return None
     how = computed.key(weight, 0) if node.op == LINEAR and weight.name not in weights else None
     own = [attr for attr in map(node.arg, separate) if isinstance(attr, Value) and (how is None or attr is not weight)]
     if any(value.name not in weights for value in own) or not _has_scales_of_columns(node):
         return None
     rest = tuple((name, attr) for name, attr in node.args if name not in separate)
     return node.op, source.name, weight.type.dtype, weight.type.device, how, rest
-
-
-def _reads_own_memory(graph: Graph) -> Callable[[Node], bool]:
-    """Whether the weight of a layer lies in memory of its own, beside the parameters."""
-    is_own = own_memory(graph)
-
-    def reads(node: Node) -> bool:
-        weight = node.arg(PRODUCTS[node.op].second) if node.op in PRODUCTS else None
-        return isinstance(weight, Value) and is_own(weight)
-
-    return reads
 
 
 def _scale_is_weight(node: Node, weights: set[str]) -> bool:

@@ -29,7 +29,7 @@ from torch_rtx.lowering.kernels.packed import BITS, MASK, PARTS, RUNS
 from torch_rtx.lowering.kernels.region import express, tensor_type
 from torch_rtx.lowering.passes.hoist_weights import as_weight
 from torch_rtx.lowering.rewrite import Rewriter, escaping, users
-from torch_rtx.lowering.widening import nbytes, own_memory
+from torch_rtx.lowering.widening import nbytes, storable
 from torch_rtx.op_work import ANCHORS, PRODUCTS
 
 LINEAR = "aten.linear.default"
@@ -136,7 +136,7 @@ class _Packer:
     def __init__(self, graph: Graph, infer: Inference, weight_copies: bool) -> None:
         self.graph = graph
         self.plans: Plans = {}
-        self._may_store = own_memory(graph) if not weight_copies else lambda value: True
+        self._may_store = storable(graph, weight_copies)
         self._rewriter = Rewriter(graph, infer)
         weights = [one for one in graph.weights if one.value.name not in graph.written]
         self._source = {one.value.name: one for one in weights if one.recipe is None}
