@@ -6,7 +6,8 @@ its dtype.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -71,17 +72,19 @@ class CandidateCheck:
         used = {value.name: known[value.name] for value in values if value.name in known}
         self._known = {name: compile_graph(recipe, device)((), ())[0] for name, recipe in used.items()}
         self._numbers = set() if launch_in(node.body) is not None else numbers_in(self.graph) - self._known.keys()
-        try:
-            for bits in BITS if self._numbers else BITS[:1]:
-                self._draw(bits)
+        for bits in BITS if self._numbers else BITS[:1]:
+            self._inputs = [self._random(value, bits) for value in self.graph.inputs]
+            fill_lists(self.graph, self._inputs, self._known)
+            with _calls_of(node):
+                self._computes_positions = check_positions(self.graph, device, self._inputs)
+                fill_saved(self.graph, device, self._inputs)
                 calls = compile_graph(self.graph, device)
                 self.expected: Sequence[torch.Tensor] = _comparable(calls(self._inputs, ()))
-                if all(bool(x.float().isfinite().all()) for x in self.expected if x.is_floating_point()):
-                    break
-            as_it_is = _takes_bits(node.body) or launch_in(node.body) is not None
+            if all(bool(x.float().isfinite().all()) for x in self.expected if x.is_floating_point()):
+                break
+        as_it_is = _takes_bits(node.body) or launch_in(node.body) is not None
+        with _calls_of(node):
             exact = self.expected if as_it_is else self._in_float64()
-        except RuntimeError as error:  # an OutOfMemoryError, too
-            raise RtxError(f"the calls of {node.op} fail in the check: {str(error).splitlines()[0]}") from None
         self._midway = MIDWAY if _rounds(node.body) else 0.0
         self._limits = [
             max(2 * relative_error(mine, right), tolerance(mine.dtype))
@@ -100,14 +103,8 @@ class CandidateCheck:
         given = (x.double() if aten.dtype_name(x.dtype) in NARROW_FLOATS else x for x in self._inputs)
         return _comparable(wide(Owned(given), ()))
 
-    def _draw(self, bits: int) -> None:
-        """Draw the inputs; integers that are numbers have so many bits, or all of their dtype's."""
-        self._inputs = [self._random(value, bits) for value in self.graph.inputs]
-        fill_lists(self.graph, self._inputs, self._known)
-        self._computes_positions = check_positions(self.graph, self.device, self._inputs)
-        fill_saved(self.graph, self.device, self._inputs)
-
     def _random(self, value: Value, bits: int) -> torch.Tensor:
+        """A random input; integers that are numbers have so many bits, or all of their dtype's."""
         if value.name in self._known:
             return self._known[value.name]
         if value.name in self._numbers:
@@ -158,6 +155,15 @@ class CandidateCheck:
             partial(code, [pool.like(x) if held else x for x, held in zip(inputs, pooled, strict=True)], ())
             for inputs in turns
         ]
+
+
+@contextmanager
+def _calls_of(node: Node) -> Iterator[None]:
+    """Raises RtxError if calls fail inside."""
+    try:
+        yield
+    except RuntimeError as error:  # an OutOfMemoryError, too
+        raise RtxError(f"the calls of {node.op} fail in the check: {str(error).splitlines()[0]}") from None
 
 
 class InputPool:
