@@ -3,6 +3,7 @@ dicts, ties, parametrizations, optimizers and refits work as before; what is cal
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -177,7 +178,8 @@ def _new(base: type) -> nn.Module:
 
 def convert(layer: nn.Module, config: LayerConfig, buffers: dict[str, Tensor]) -> None:
     """Make a layer a quantized one, in place."""
-    layer.quantization = config  # type: ignore[assignment]
+    # Dynamo compares an object that layers share by an expression of Python in each call; other attributes in C++.
+    layer.quantization = copy.deepcopy(config)  # type: ignore[assignment]
     for name, value in buffers.items():
         layer.register_buffer(name, value)
     fused, device = buffers.get("input_rotation"), weight_of(layer).device
