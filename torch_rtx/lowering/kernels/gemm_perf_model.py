@@ -35,8 +35,10 @@ SLICES = (2, 4, 8)  # of K in a tile
 SPLIT_MULTIPLE = 32  # elements of K: each split has a multiple of this
 MAX_IMPRECISE = 128  # products of float8 that tensor cores may sum in less than f32, as in libraries
 MAX_PACKED, MAX_COMPUTED = 128, 64  # elements of a packed, or another computed operand per thread and step
+BITS = 4  # of packed values whose sums have a number in them, see `packed.with_magic`
 MAX_SCALED = 3  # operations for an element whose scale follows the sums
 MAX_UNPACKED = 240  # registers per thread for accumulators, elements of an operand, and two for each load
+FEW_BYTES = 128  # of a column that a step reads, at least, where rows are few
 MAX_NARROW_LOADS = 16  # per thread and step: loads of less than 16 bytes
 
 
@@ -155,7 +157,7 @@ def _mma_configs(problem: GemmProblem, arch: Arch) -> Iterator[GemmConfig]:
     most_k = max(most_k, 16 * per_half)  # of an instruction
     least_k = 32 * per_half
     if few:  # memory is read in long runs
-        least_k = depths[-1] if problem.packing else depths[-2]
+        least_k = 8 * FEW_BYTES // problem.packing.bits if problem.packing else FEW_BYTES
     stages = (2, 3, 4, 5) if "cp_async" in arch.features else (1,)
     for block_m, block_n, block_k, extra in itertools.product(*tiles, (False, True)):
         if block_m > most_m or block_n > most_n or not min(most_k, least_k) <= block_k <= most_k:
@@ -214,7 +216,7 @@ def _fits_registers(problem: GemmProblem, config: GemmConfig, arch: Arch) -> boo
     MAX_NARROW_LOADS would cost the second resident program."""
     if _unpacks_for_wgmma(problem, config, arch):
         loads = int(problem.step_bytes(config)) // (16 * 32 * config.num_warps)
-        return accumulator_regs(problem, config) + _computed_elements(problem, config) + 2 * loads <= MAX_UNPACKED
+        return accumulator_regs(problem, config) + _computed_elements(problem, config) // 2 + 2 * loads <= MAX_UNPACKED
     is_light = _uses_wgmma(problem, config, arch) and problem.needs_few_registers
     most = 16 if problem.dtype == "f32" else 128 if is_light else 64
     threads = 32 * config.num_warps
@@ -327,7 +329,7 @@ def _step_us(problem: GemmProblem, config: GemmConfig, arch: Arch, count: int) -
     shared += (config.block_m + width) * size if "wgmma" in arch.features else 0  # copies to shared memory
     math_us = 2 * config.block_m * width * config.block_k / rate
     is_scaled = config.block_m <= FEW_ROWS and not config.joined  # scales follow the sums, see `MmaWriter`
-    if is_scaled and problem.packing:  # and sums of the first operand are products, too
+    if is_scaled and problem.packing and problem.packing.bits == BITS:  # sums of the first operand are products, too
         math_us *= 2
     if problem.promoted:
         math_us += config.block_m * width / (chip.plain * 1e6 / 2 / chip.processors)
