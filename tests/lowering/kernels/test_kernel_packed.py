@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 
 import pytest
+import torch
 
-from tests.lowering.kernels.kernel_bodies import body, check, check_split, offered
+from tests.doubles.interpreter import run
+from tests.lowering.kernels.kernel_bodies import DTYPES, body, check, check_split, offered
 from torch_rtx.lowering.kernels.aot import compile_kernels
 from torch_rtx.lowering.kernels.families.gemm import GemmConfig, gemm_configs, gemm_contraction, gemm_kernel
 from torch_rtx.lowering.kernels.gemm_problem import gemm_problem
-from torch_rtx.lowering.kernels.matmul_template import packed_runs
+from torch_rtx.lowering.kernels.matmul_template import packing
+from torch_rtx.lowering.kernels.packed import Packing
 from torch_rtx.lowering.kernels.region import Region, region
+from torch_rtx.runtime.code import compile_graph
 from torch_rtx.targets import Target, arch_of
 
 MMA = GemmConfig(32, 32, 128)
@@ -22,21 +27,36 @@ WIDE = GemmConfig(32, 32, 256, extra_n=16)
 GEMV = GemmConfig(16, 8, 512, gemv=True)
 
 
-def packed(rows: int, columns: int, depth: int, group: int, run: int = 16, dtype: str = "f16", held: str = "") -> str:
+def codes(columns: int, depth: int, run: int, bits: int) -> str:
+    """The codes of the words `w`: [columns, runs, parts, run, 2]."""
+    parts = 16 // bits
+    runs, words = depth // run // (2 * parts), f"{columns}, {depth // run // (2 * parts)}, 1, {run}, 1"
+    shape = f"{columns}, {runs}, {parts}, {run}, 2"
+    return f"""\
+words: i32[{words}] = view.default(self=w, size=[{words}])
+all: i64[{2 * parts}] = arange.start_step(start=0, end=32, step={bits}, dtype='i64', device='main')
+halves: i64[2, {parts}] = view.default(self=all, size=[2, {parts}])
+turned: i64[{parts}, 2](1, {parts}) = permute.default(self=halves, dims=[1, 0])
+dense: i64[{parts}, 2] = clone.default(self=turned, memory_format='contiguous_format')
+at: i64[{parts}, 1, 2] = view.default(self=dense, size=[{parts}, 1, 2])
+shifted: i32[{shape}] = bitwise_right_shift.Tensor(self=words, other=at)
+codes: i32[{shape}] = bitwise_and.Scalar(self=shifted, other={2**bits - 1})"""
+
+
+def packed(
+    rows: int, columns: int, depth: int, group: int, run: int = 16, dtype: str = "f16", held: str = "", bits: int = 4
+) -> str:
     """A linear layer of packed weights with a scale and a zero point for each group, computed in `held`."""
-    held, groups, runs = held or dtype, depth // group, depth // run // 8
+    held, parts, groups = held or dtype, 16 // bits, depth // group
+    shape = f"{columns}, {depth // run // (2 * parts)}, {parts}, {run}, 2"
     scales = f"f32[{columns}, {groups}, 1](1, {columns}, {columns})"
     return f"""
 x: {dtype}[{rows}, {depth}]
-w: i32[{columns}, {depth // 8}]
+w: i32[{columns}, {depth // (2 * parts)}]
 s: {scales}
 z: {scales}
-words: i32[{columns}, {runs}, 1, {run}] = view.default(self=w, size=[{columns}, {runs}, 1, {run}])
-bits: i64[8] = arange.start_step(start=0, end=32, step=4, dtype='i64', device='main')
-at: i64[8, 1] = view.default(self=bits, size=[8, 1])
-shifted: i32[{columns}, {runs}, 8, {run}] = bitwise_right_shift.Tensor(self=words, other=at)
-codes: i32[{columns}, {runs}, 8, {run}] = bitwise_and.Scalar(self=shifted, other=15)
-floats: {held}[{columns}, {runs}, 8, {run}] = _to_copy.default(self=codes, dtype='{held}')
+{codes(columns, depth, run, bits)}
+floats: {held}[{shape}] = _to_copy.default(self=codes, dtype='{held}')
 rows: {held}[{columns}, {groups}, {group}] = view.default(self=floats, size=[{columns}, {groups}, {group}])
 scale: {held}[{columns}, {groups}, 1](1, {columns}, {columns}) = _to_copy.default(self=s, dtype='{held}')
 zero: {held}[{columns}, {groups}, 1](1, {columns}, {columns}) = _to_copy.default(self=z, dtype='{held}')
@@ -85,14 +105,53 @@ return y
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
 @pytest.mark.parametrize("config", [MMA, WIDE, GEMV, FEW, SOME, JOINED, FLAT])
 @pytest.mark.parametrize(
-    "sizes",  # rows, columns, depth, group, run
-    [(1, 32, 512, 128, 32), (3, 19, 384, 64, 16), (8, 40, 512, 32, 32), (33, 24, 256, 32, 32), (16, 37, 384, 128, 16)],
+    ("bits", "sizes"),  # rows, columns, depth, group, run
+    [
+        (4, (1, 32, 512, 128, 32)),
+        (4, (3, 19, 384, 64, 16)),
+        (4, (8, 40, 512, 32, 32)),
+        (4, (33, 24, 256, 32, 32)),
+        (4, (16, 37, 384, 128, 16)),
+        (8, (2, 19, 448, 64, 16)),
+        (8, (35, 24, 256, 128, 32)),
+    ],
 )
-def test_packed_operands(config: GemmConfig, dtype: str, sizes: tuple[int, int, int, int, int]) -> None:
+def test_packed_operands(config: GemmConfig, dtype: str, sizes: tuple[int, int, int, int, int], bits: int) -> None:
     if sizes[0] <= 8 or not (config.gemv or config.block_m == 8):
-        kernel = check(packed(*sizes, dtype), gemm_kernel, config, dtype)
-        pairs = 4 * (1 + (config.extra_n > 0))  # two values at once, of each accumulator's columns
-        assert kernel.source.count("0x000F000F" if dtype == "bf16" else "0x03C003C0") == pairs
+        kernel = check(packed(*sizes, dtype, bits=bits), gemm_kernel, config, dtype)
+        pairs = 16 // bits * (1 + (config.extra_n > 0))  # two values at once, of each accumulator's columns
+        masks = {(4, "f16"): "0x03C003C0", (4, "bf16"): "0x000F000F", (8, "f16"): "0x00FF00FF", (8, "bf16"): "0x7F007F"}
+        assert kernel.source.count(masks[bits, dtype]) == pairs
+
+
+@pytest.mark.parametrize("added", [-256, -128, -8, 1])
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+@pytest.mark.parametrize(("bits", "config"), [(4, MMA), (8, MMA), (8, FLAT)])
+def test_every_code_is_exact(bits: int, config: GemmConfig, dtype: str, added: int) -> None:
+    """The product with a matrix that has a 1 in each row is the weights."""
+    depth, columns, parts = 256, 32, 16 // bits
+    shape = f"{columns}, {depth // 16 // (2 * parts)}, {parts}, 16, 2"
+    graph = body(
+        f"""
+        x: H[{depth}, {depth}]
+        w: i32[{columns}, {depth // (2 * parts)}]
+        {codes(columns, depth, 16, bits)}
+        moved: i32[{shape}] = add.Tensor(self=codes, other={added})
+        floats: H[{shape}] = _to_copy.default(self=moved, dtype='{dtype}')
+        wide: H[{columns}, {depth}] = view.default(self=floats, size=[{columns}, {depth}])
+        y: H[{depth}, {columns}] = linear.default(input=x, weight=wide)
+        return y
+        """,
+        dtype,
+    )
+    assert packing(gemm_contraction(region(graph))) == Packing(bits, 16)
+    words = torch.arange(256).repeat(columns * depth * bits // 32 // 64).to(torch.uint8).view(torch.int32)
+    inputs = [torch.eye(depth, dtype=DTYPES[dtype]), words.view(columns, -1)]
+    (expected,) = compile_graph(graph, torch.device("cpu"))(inputs, ())
+    result = torch.full_like(expected, math.nan)
+    run(gemm_kernel(region(graph), "kernel", config), [*inputs, result])
+    assert len(expected.unique()) == 2**bits
+    assert torch.equal(result, expected)
 
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
@@ -188,7 +247,7 @@ def test_one_row_is_read_once() -> None:
     """The other rows of the tile are masked."""
     source = check(packed(1, 24, 512, 64, 32, "bf16"), gemm_kernel, FEW, "bf16").source
     loads = [line for line in source.splitlines() if "tl.load(ap" in line]
-    assert len(loads) == 8
+    assert len(loads) == 4
     assert all("mask=in_m" in line for line in loads)
 
 
@@ -218,11 +277,11 @@ def test_numbers_that_halves_lack(number: float, is_held: bool) -> None:
 
 
 def test_other_runs_are_no_packed_operands() -> None:
-    def run_of(depth: int, run: int) -> int:
-        return packed_runs(gemm_contraction(region(body(packed(16, 24, depth, 32, run)))))
+    def run_of(depth: int, run: int) -> Packing | None:
+        return packing(gemm_contraction(region(body(packed(16, 24, depth, 32, run)))))
 
-    assert [run_of(256, 32), run_of(128, 16), run_of(1024, 32)] == [32, 16, 32]
-    assert [run_of(256, 8), run_of(64, 1)] == [0, 0]
+    assert [run_of(256, 32), run_of(128, 16), run_of(1024, 32)] == [Packing(4, 32), Packing(4, 16), Packing(4, 32)]
+    assert [run_of(256, 8), run_of(64, 1)] == [None, None]
     check(packed(16, 24, 64, 32, 1), gemm_kernel, GemmConfig(16, 16, 32), "f16")
 
 
@@ -230,25 +289,38 @@ def test_other_runs_are_no_packed_operands() -> None:
 def test_split_k(dtype: str) -> None:
     form = check_split(packed(4, 24, 1024, 128, 32, dtype), 2, dtype)
     contraction = gemm_contraction(region(form.nodes[0].body))  # type: ignore[arg-type]
-    assert packed_runs(contraction) == 32
+    assert packing(contraction) == Packing(4, 32)
     assert gemm_problem(region(form.nodes[0].body), contraction, arch_of(80)).dtype == dtype  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("sm", "rows"), [(80, 1), (90, 1), (80, 16), (89, 16), (90, 16), (120, 16), (90, 512)])
-def test_machine_code(sm: int, rows: int) -> None:
+@pytest.mark.parametrize(
+    ("sm", "rows", "bits"),
+    [
+        (80, 1, 4),
+        (90, 1, 4),
+        (80, 16, 4),
+        (89, 16, 4),
+        (90, 16, 4),
+        (120, 16, 4),
+        (90, 512, 4),
+        (80, 16, 8),
+        (90, 512, 8),
+    ],
+)
+def test_machine_code(sm: int, rows: int, bits: int) -> None:
     """Words and scales are copied to shared memory ahead of time, words 16 bytes at a time; no integer is converted."""
     depth = 4096 if rows == 1 else 2048  # of one row, slices of less are a single step
-    text = _code(region(body(packed(rows, 2048, depth, 128, 32, "bf16"))), sm)
+    text = _code(region(body(packed(rows, 2048, depth, 128, 32, "bf16", bits=bits))), sm)
     assert "cvt.rn.f32.s" not in text
     assert "cvt.rn.f32.u" not in text
     assert "ld.global" not in text
     assert "cp.async.cg.shared.global [ %r" in text
 
 
-@pytest.mark.parametrize("weight", ["i4", "i8"])
-def test_hopper_multiplies_from_registers(weight: str) -> None:
+@pytest.mark.parametrize("weight", [4, 8, "i8"])
+def test_hopper_multiplies_from_registers(weight: int | str) -> None:
     """What is unpacked never is in shared memory, and products of a step run while the next one is unpacked."""
-    text = packed(512, 2048, 2048, 128, 32, "bf16")
+    text = packed(512, 2048, 2048, 128, 32, "bf16", bits=4 if weight == 4 else 8)
     if weight == "i8":
         text = BYTES.replace("24", "2048").replace("[3,", "[512,").replace("DEPTH", "2048").replace("BYTES", "i8")
     code = _code(region(body(text.replace("HALF", "bf16"), "bf16")), 90)
@@ -256,6 +328,7 @@ def test_hopper_multiplies_from_registers(weight: str) -> None:
     assert len(products) > 1
     assert "st.shared" not in code[products[0].start() : products[-1].start()]
     assert max(map(int, re.findall(r"wgmma\.wait_group\.sync\.aligned\s+(\d+)", code))) > 0
+    assert weight == "i8" or "prmt" not in code[products[0].start() : products[-1].start()]
 
 
 def _code(found: Region, sm: int) -> str:
@@ -297,8 +370,8 @@ def test_few_rows_move_the_packed_bytes() -> None:
 
 
 def test_tensor_memory_is_limited() -> None:
-    """Of each of the eight products of a step Triton sums apart, where tensor cores have a memory of their own."""
+    """Of each of the four products of a step Triton sums apart, where tensor cores have a memory of their own."""
     found = region(body(packed(128, 256, 1024, 128, 32)))
     kernel, target = gemm_kernel(found, "kernel", GemmConfig(128, 128, 128, num_warps=8)), Target(100)
     problem = compile_kernels([(kernel, target)])[kernel, target].problem
-    assert problem == "a block needs 1040 columns of tensor memory, sm_100 has 512"
+    assert problem == "a block needs 544 columns of tensor memory, sm_100 has 512"

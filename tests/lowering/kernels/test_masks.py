@@ -1,4 +1,4 @@
-"""Masks in PTX: which `and` and `or` become one instruction, and that it is the same function."""
+"""Masks in PTX: which `and` and `or`, or `xor`, become one instruction, and that it is the same function."""
 
 from __future__ import annotations
 
@@ -35,6 +35,8 @@ def run(text: str, value: int) -> list[int]:
                 registers[result] = one & two
             case "or", (one, two):
                 registers[result] = one | two
+            case "xor", (one, two):
+                registers[result] = one ^ two
             case "lop3", (*three, table):
                 bits = range(32)
                 index = [sum((one >> bit & 1) << (2 - at) for at, one in enumerate(three)) for bit in bits]
@@ -44,12 +46,14 @@ def run(text: str, value: int) -> list[int]:
     return found
 
 
-def test_masks_with_many_uses() -> None:
-    found = fold_masks(ptx())
+@pytest.mark.parametrize("op", ["or", "xor"])
+def test_masks_with_many_uses(op: str) -> None:
+    text = ptx(PAIR.replace("\tor", f"\t{op}").replace("1124090624", "1132479361"))
+    found = fold_masks(text)
     assert found.count("lop3.b32") == LEAST
     assert "and.b32" not in found
     assert [run(found, value) for value in (0x12345678, 0xFEDCBA98)] == [
-        run(ptx(), v) for v in (0x12345678, 0xFEDCBA98)
+        run(text, value) for value in (0x12345678, 0xFEDCBA98)
     ]
 
 

@@ -23,7 +23,6 @@ from torch_rtx.lowering.kernels.gemm_problem import SIZES, GemmProblem, gemm_pro
 from torch_rtx.lowering.kernels.matmul_template import FLOAT8, MAX_GEMV_ROWS, Contraction, GemmConfig
 from torch_rtx.lowering.kernels.memory_model import typical
 from torch_rtx.lowering.kernels.mma_template import FEW_ROWS
-from torch_rtx.lowering.kernels.packed import BITS, PARTS
 from torch_rtx.lowering.kernels.region import Region
 from torch_rtx.lowering.kernels.sliced_template import MAX_ROWS, MIN_ROWS, rows_of_tile
 from torch_rtx.lowering.kernels.source import MIN_BLOCK, block_of
@@ -36,8 +35,10 @@ SLICES = (2, 4, 8)  # of K in a tile
 SPLIT_MULTIPLE = 32  # elements of K: each split has a multiple of this
 MAX_IMPRECISE = 128  # products of float8 that tensor cores may sum in less than f32, as in libraries
 MAX_PACKED, MAX_COMPUTED = 128, 64  # elements of a packed, or another computed operand per thread and step
+BITS = 4  # of packed values whose sums have a number in them, see `packed.with_magic`
 MAX_SCALED = 3  # operations for an element whose scale follows the sums
 MAX_UNPACKED = 240  # registers per thread for accumulators, elements of an operand, and two for each load
+FEW_BYTES = 128  # of a column that a step reads, at least, where rows are few
 MAX_NARROW_LOADS = 16  # per thread and step: loads of less than 16 bytes
 
 
@@ -70,7 +71,7 @@ def gemm_us(region: Region, contraction: Contraction, arch: Arch) -> float:
     more = (size - problem.second_bytes) * problem.columns * problem.depth * problem.taps
     moved = problem.bytes_moved + int(more)
     problem = replace(problem, bytes_moved=moved, uncoalesced_loads=0, second_bytes=size)
-    problem = replace(problem, unpacking=0, packed_run=0, swapped=False)
+    problem = replace(problem, unpacking=0, packing=None, swapped=False)
     ranked = _ranked(problem, _is_gemv(contraction), arch)
     if not ranked:
         raise Unsupported("no tile fits into the registers")
@@ -126,7 +127,7 @@ def best_num_splits(region: Region, contraction: Contraction, arch: Arch) -> tup
     result = problem.batch * problem.rows * columns
     first_bytes, second_bytes = problem.rows * SIZES[problem.dtype], columns * problem.taps * problem.second_bytes
     operands = int(problem.batch * (first_bytes + second_bytes) * problem.depth)
-    multiple = max(SPLIT_MULTIPLE, PARTS * problem.packed_run)
+    multiple = max(SPLIT_MULTIPLE, problem.packing.depth if problem.packing else 1)
     for num_splits in NUM_SPLITS:
         if contraction.depth % (num_splits * multiple) or tiles * num_splits > 2 * chip.processors:
             continue
@@ -149,14 +150,14 @@ def best_num_splits(region: Region, contraction: Contraction, arch: Arch) -> tup
 def _mma_configs(problem: GemmProblem, arch: Arch) -> Iterator[GemmConfig]:
     per_half = max(2 // SIZES[problem.dtype], 1)  # elements of K where a half would have one: as many bytes
     few = problem.swapped and problem.rows <= MIN_ROWS and problem.dtype in HALVES
-    depths = (64, 128, 256) if problem.packed_run else (16, 32, 64, 128, 256)[: 5 if few else 4]
+    depths = (64, 128, 256) if problem.packing else (16, 32, 64, 128, 256)[: 5 if few else 4]
     sizes = (16, 32, 64, 128, 256)
     tiles = [(MIN_ROWS,) if few else sizes, sizes, [per_half * size for size in depths]]
     most_m, most_n, most_k = map(block_of, (problem.rows, problem.columns, problem.depth))
     most_k = max(most_k, 16 * per_half)  # of an instruction
     least_k = 32 * per_half
     if few:  # memory is read in long runs
-        least_k = depths[-1] if problem.packed_run else depths[-2]
+        least_k = 8 * FEW_BYTES // problem.packing.bits if problem.packing else FEW_BYTES
     stages = (2, 3, 4, 5) if "cp_async" in arch.features else (1,)
     for block_m, block_n, block_k, extra in itertools.product(*tiles, (False, True)):
         if block_m > most_m or block_n > most_n or not min(most_k, least_k) <= block_k <= most_k:
@@ -184,17 +185,18 @@ def _mma_configs(problem: GemmProblem, arch: Arch) -> Iterator[GemmConfig]:
 
 def _of_computed(problem: GemmProblem, config: GemmConfig, arch: Arch) -> GemmConfig | None:
     """`config` for the second operand, if that is computed; None if it does not suit the operand."""
-    if problem.dtype not in HALVES or not (problem.swapped or problem.packed_run):
+    if problem.dtype not in HALVES or not (problem.swapped or problem.packing):
         return config
-    if problem.packed_run and config.block_k < MIN_BLOCK * PARTS:  # a part has the elements of an instruction
+    parts = problem.packing.parts if problem.packing else 1
+    if config.block_k < MIN_BLOCK * parts:  # a part has the elements of an instruction
         return None
     if not _uses_wgmma(problem, config, arch):
         # A thread reads at least 4 bytes of each part of the first operand, so that these are copied ahead of time.
         read = config.block_m * config.block_k // (32 * config.num_warps)
-        return None if problem.packed_run and read < 2 * PARTS else config
+        return None if problem.packing and read < 2 * parts else config
     if problem.swapped and config.block_n < 16 * config.num_warps:  # what two warpgroups read, both would unpack
         return None
-    return replace(config, joined=problem.packed_run > 0)
+    return replace(config, joined=parts > 1)
 
 
 def accumulator_regs(problem: GemmProblem, config: GemmConfig) -> int:
@@ -214,7 +216,7 @@ def _fits_registers(problem: GemmProblem, config: GemmConfig, arch: Arch) -> boo
     MAX_NARROW_LOADS would cost the second resident program."""
     if _unpacks_for_wgmma(problem, config, arch):
         loads = int(problem.step_bytes(config)) // (16 * 32 * config.num_warps)
-        return accumulator_regs(problem, config) + _computed_elements(problem, config) + 2 * loads <= MAX_UNPACKED
+        return accumulator_regs(problem, config) + _computed_elements(problem, config) // 2 + 2 * loads <= MAX_UNPACKED
     is_light = _uses_wgmma(problem, config, arch) and problem.needs_few_registers
     most = 16 if problem.dtype == "f32" else 128 if is_light else 64
     threads = 32 * config.num_warps
@@ -223,13 +225,13 @@ def _fits_registers(problem: GemmProblem, config: GemmConfig, arch: Arch) -> boo
     is_few = config.block_m == MIN_ROWS
     if is_few:
         loaded = int(columns * problem.second_bytes * config.block_k)
-    elif problem.packed_run:
+    elif problem.packing:
         loaded = int(problem.step_bytes(config))
     pointers = loaded // (16 * threads)
     is_least = config.block_m <= 16 and config.width <= 16
     elements = _computed_elements(problem, config) if problem.unpacking else 0
-    most_elements = MAX_PACKED if problem.packed_run or is_few else MAX_COMPUTED
-    if problem.packed_run and is_few:  # a part after the other
+    most_elements = MAX_PACKED if problem.packing or is_few else MAX_COMPUTED
+    if problem.packing and is_few:  # a part after the other
         most_elements *= 2
     is_narrow = problem.vector_elements * SIZES[problem.dtype] < 16
     narrow_loads = config.block_m * config.block_k // (problem.vector_elements * threads) if is_narrow else 0
@@ -295,8 +297,8 @@ def _resident_programs(problem: GemmProblem, config: GemmConfig, arch: Arch) -> 
     used = accumulator_regs(problem, config) + (56 if _uses_wgmma(problem, config, arch) else 80)
     if _unpacks_for_wgmma(problem, config, arch):
         used += _computed_elements(problem, config) * 3 // 4  # of this step and the next
-    elif problem.packed_run:  # a part after the other, but all scales
-        used += int(_computed_elements(problem, config) * (1 / 16 + problem.second_bytes - BITS / 8))
+    elif problem.packing:  # a part after the other, but all scales
+        used += int(_computed_elements(problem, config) * (1 / 16 + problem.second_bytes - problem.packing.bits / 8))
     registers = min(used, 255)
     return max(
         1,
@@ -327,7 +329,7 @@ def _step_us(problem: GemmProblem, config: GemmConfig, arch: Arch, count: int) -
     shared += (config.block_m + width) * size if "wgmma" in arch.features else 0  # copies to shared memory
     math_us = 2 * config.block_m * width * config.block_k / rate
     is_scaled = config.block_m <= FEW_ROWS and not config.joined  # scales follow the sums, see `MmaWriter`
-    if is_scaled and problem.packed_run:  # and sums of the first operand are products, too
+    if is_scaled and problem.packing and problem.packing.bits == BITS:  # sums of the first operand are products, too
         math_us *= 2
     if problem.promoted:
         math_us += config.block_m * width / (chip.plain * 1e6 / 2 / chip.processors)
@@ -348,7 +350,8 @@ def _step_us(problem: GemmProblem, config: GemmConfig, arch: Arch, count: int) -
 
 def _sliced_configs(problem: GemmProblem, arch: Arch) -> Iterator[GemmConfig]:
     for slices in SLICES if problem.is_sliceable else ():
-        is_whole = problem.depth % (slices * max(SPLIT_MULTIPLE, PARTS * problem.packed_run)) == 0
+        multiple = max(SPLIT_MULTIPLE, problem.packing.depth if problem.packing else 1)
+        is_whole = problem.depth % (slices * multiple) == 0
         rows = rows_of_tile(problem.rows, slices)
         if is_whole and rows <= MAX_ROWS:
             for config in _mma_configs(_sliced(problem, slices), arch):
@@ -374,10 +377,10 @@ def sliced_us(problem: GemmProblem, config: GemmConfig, arch: Arch) -> float:
 def _gemv_configs(problem: GemmProblem) -> Iterator[GemmConfig]:
     if problem.columns_last:  # steps would be too short to hide latency
         return
-    depths = (512, 1024, 2048, 4096) if problem.packed_run else (128, 256, 512, 1024)
+    depths = (512, 1024, 2048, 4096) if problem.packing else (128, 256, 512, 1024)
     for block_n, block_k in itertools.product((4, 8, 16, 32), depths):
         accumulators = block_n * block_k * problem.rows * problem.accumulators // 128
-        accumulators //= PARTS if problem.packed_run else 1
+        accumulators //= problem.packing.values if problem.packing else 1
         waste_k, waste_n = block_k // 2 >= max(problem.depth, 64), block_n // 2 >= max(problem.columns, 32)
         if 4 <= accumulators <= 64 and not waste_k and not waste_n:
             yield GemmConfig(16, block_n, block_k, 4, 1, gemv=True)

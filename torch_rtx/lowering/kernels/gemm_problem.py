@@ -27,13 +27,13 @@ from torch_rtx.lowering.kernels.matmul_template import (
     GemmConfig,
     KLoop,
     dot_dtype,
-    packed_runs,
+    packing,
     stored_load,
     swaps,
     uncast,
 )
 from torch_rtx.lowering.kernels.memory_model import bytes_of, typical
-from torch_rtx.lowering.kernels.packed import PARTS
+from torch_rtx.lowering.kernels.packed import Packing
 from torch_rtx.lowering.kernels.region import Region
 from torch_rtx.lowering.kernels.source import MIN_BLOCK
 from torch_rtx.lowering.kernels.triton_ops import is_expensive
@@ -61,7 +61,7 @@ class GemmProblem:
         second_bytes: of an element of the second operand in memory.
         unpacking: operations that compute an element of it; 0 for a plain load.
         swapped: see `matmul_template.swaps`.
-        packed_run: see `packed.packed_run`.
+        packing: see `packed`.
         is_sliceable: `SlicedWriter` takes it.
     """
 
@@ -81,7 +81,7 @@ class GemmProblem:
     second_bytes: float = 2
     unpacking: int = 0
     swapped: bool = False
-    packed_run: int = 0
+    packing: Packing | None = None
     is_sliceable: bool = False
 
     def step_bytes(self, config: GemmConfig) -> float:
@@ -107,9 +107,9 @@ def gemm_problem(
     epilogue = epilogue_indexing(region.outputs, contraction.tile())
     width = epilogue.width.number
     depth, taps, vector = typical(contraction.depth), prod(contraction.taps), 16 // SIZES[dtype]
-    if KLoop(contraction, PARTS).flat:
+    if KLoop(contraction, MIN_BLOCK).flat:
         depth, taps, vector = depth * taps, 1, gcd(depth, vector) if contraction.channels_last else 1
-    is_computed, packed_run = stored_load(contraction.b) is None, packed_runs(contraction)
+    is_computed, packed = stored_load(contraction.b) is None, packing(contraction)
     found = GemmProblem(
         batch=typical(contraction.batch),
         rows=typical(contraction.rows),
@@ -123,11 +123,11 @@ def gemm_problem(
         needs_few_registers=_needs_few_registers(region, contraction),
         vector_elements=vector,
         promoted=dtype in FLOAT8 and not contraction.fast_accum and "fp8_in_f32" not in arch.features,
-        uncoalesced_loads=_uncoalesced_loads(contraction) if is_computed and not packed_run else 0,
+        uncoalesced_loads=_uncoalesced_loads(contraction) if is_computed and not packed else 0,
         second_bytes=_stored_bytes(contraction.b) if is_computed else SIZES[dtype],
         unpacking=_operations(contraction.b) if is_computed else 0,
         swapped=swaps(contraction),
-        packed_run=packed_run,
+        packing=packed,
         is_sliceable=swaps(contraction) and not contraction.taps and contraction.ends is None,
     )
     if contraction.ends is not None:  # rows are equally divided among groups, and matrices without rows not read
@@ -138,7 +138,7 @@ def gemm_problem(
     if block_scaled:
         dtype, depth = BLOCK_SCALED[contraction.block_scaled], ceil(depth / contraction.block_scaled)
         found = replace(found, dtype=dtype, depth=depth, vector_elements=16, uncoalesced_loads=0)
-        found = replace(found, second_bytes=SIZES[dtype], unpacking=0, swapped=False, packed_run=0)
+        found = replace(found, second_bytes=SIZES[dtype], unpacking=0, swapped=False, packing=None)
     return found
 
 

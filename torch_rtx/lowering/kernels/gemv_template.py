@@ -29,11 +29,12 @@ class GemvWriter(TileWriter):
         emitter = Emitter([Axis(N, config.block_n, self.columns_mask), Axis(KB, k_loop.block, mask)])
         k_loop.enter(emitter, mask)
         sums, totals, scales = [], {}, dict[int, Operand]()
-        for k in (k_loop.position(KB, part) for part in k_loop.parts):
+        places = [(part, half) for part in k_loop.parts for half in k_loop.halves]
+        for k in (k_loop.position(KB, *place) for place in places):
             positions = [contraction.a_at(self.z, constant(row), k) for row in range(rows)]
             values = [operand(emitter, contraction.a, at, self.sums, mask, full_tile=False) for at in positions]
             for which, column in enumerate(self.indexing.columns):
-                tensor, at, scale = self._codes(emitter, contraction.b_at(self.z, column, k), len(k_loop.parts) == 1)
+                tensor, at, scale = self._codes(emitter, contraction.b_at(self.z, column, k), len(places) == 1)
                 scales |= {} if scale is None else {which: scale}
                 weight = operand(emitter, tensor, at, self.sums, mask, full_tile=False)
                 for row, value in enumerate(values):

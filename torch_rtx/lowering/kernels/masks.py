@@ -1,4 +1,4 @@
-"""Masks in PTX: makes one instruction of `(x & mask) | bits`, by which kernels unpack integers.
+"""Masks in PTX: makes one instruction of `(x & mask) | bits`, or `^ bits`, by which kernels unpack integers.
 
 `lop3` is any function of three registers, of which one may be a constant. With two constants, ptxas writes two
 instructions: those of both operations, or one that puts the mask into a register, again for each use. So the mask comes
@@ -13,18 +13,18 @@ from collections import Counter
 LEAST = 8  # uses of a mask that are worth a register
 _BODY = re.compile(r"\.entry\b[^{]*\{\n(?:\s*\.(?:reg|local|shared)\b.*\n)*")
 _AND = re.compile(r"^[ \t]*and\.b32[ \t]+(%\w+), (%\w+), (\d+);\n", re.MULTILINE)
-_OR = re.compile(r"\bor\.b32([ \t]+%\w+), (%\w+), (\d+);")
+_OR = re.compile(r"\b(or|xor)\.b32([ \t]+%\w+), (%\w+), (\d+);")
 _REGISTER = re.compile(r"%\w+")
 _ZERO = "%ctaid.z"
-_AND_OR = 0xEA  # (a & b) | c
+_TABLES = {"or": 0xEA, "xor": 0x6A}  # of (a & b) | c and (a & b) ^ c
 
 
 def fold_masks(ptx: str) -> str:
-    """The PTX of a kernel, in which `and` and `or` with constants are `lop3` where a mask has many uses."""
+    """The PTX of a kernel, in which `and` and `or`, or `xor`, with constants are `lop3` where a mask has many uses."""
     body = _BODY.search(ptx)
     uses = Counter(_REGISTER.findall(ptx))
     masked = {found[1]: found for found in _AND.finditer(ptx) if uses[found[1]] == 2}
-    pairs = [(masked[found[2]], found) for found in _OR.finditer(ptx) if found[2] in masked]
+    pairs = [(masked[found[3]], found) for found in _OR.finditer(ptx) if found[3] in masked]
     pairs = [(first, last) for first, last in pairs if _is_one_value(ptx[first.end() : last.start()], first[2])]
     counts = Counter(first[3] for first, _ in pairs)
     registers = {mask: f"%mask{index}" for index, mask in enumerate(counts) if counts[mask] >= LEAST}
@@ -34,7 +34,7 @@ def fold_masks(ptx: str) -> str:
     for first, last in pairs:
         if first[3] in registers:
             edits[first.start()] = first.end(), ""
-            new = f"lop3.b32{last[1]}, {first[2]}, {registers[first[3]]}, {last[3]}, {_AND_OR};"
+            new = f"lop3.b32{last[2]}, {first[2]}, {registers[first[3]]}, {last[4]}, {_TABLES[last[1]]};"
             edits[last.start()] = last.end(), new
     parts, at = [], 0
     for start, (end, new) in sorted(edits.items()):

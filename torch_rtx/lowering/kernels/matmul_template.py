@@ -22,7 +22,7 @@ from torch_rtx.lowering.kernels.expressions import Apply, Arg
 from torch_rtx.lowering.kernels.index import Index, constant, from_dim, linear, substitute, unravel, variable
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.kernel_ir import ZERO, Const, Load, Pointwise, Position, Select, Tensor, View
-from torch_rtx.lowering.kernels.packed import PARTS, fits_halves, in_halves, k_of, packed_run
+from torch_rtx.lowering.kernels.packed import HALVES_OF_WORD, Packing, fits_halves, in_halves, packing_of
 from torch_rtx.lowering.kernels.region import ANCHORS, Region, tensor_type
 from torch_rtx.lowering.kernels.source import assemble, blocks, needs_int64
 from torch_rtx.lowering.kernels.triton_ops import tl_dtype
@@ -341,7 +341,7 @@ class KLoop:
 
     A step is `block` elements of the depth at one tap. With `flat` and fewer than FEW_CHANNELS it is `block` elements
     of the flattened window instead, so that it is not mostly padding. Where the second operand is packed, see `packed`,
-    a step has `parts`, each of `block` elements.
+    a step has `block` words, and of each the `parts` with `halves`.
     """
 
     def __init__(self, contraction: Contraction, block_k: int, flat: bool = True) -> None:
@@ -349,10 +349,11 @@ class KLoop:
         window = prod(contraction.taps)
         self.flat = flat and window > 1 and isinstance(contraction.depth, int) and contraction.depth < FEW_CHANNELS
         self.size = dim_expr("*", window, contraction.depth) if self.flat else contraction.depth
-        self.run, block = packed_runs(contraction), block_k
-        self.parts = range(PARTS if self.run else 1)
-        if self.run:
-            self.size, block = dim_expr("//", self.size, PARTS), block_k // PARTS
+        self.packing, block = packing(contraction), block_k
+        self.parts, self.halves = range(1), range(1)
+        if self.packing is not None:
+            self.parts, self.halves = range(self.packing.parts), range(HALVES_OF_WORD)
+            self.size, block = dim_expr("//", self.size, self.packing.values), block_k // self.packing.values
         self.channels_last, self.block, self.depth = contraction.channels_last, block, from_dim(contraction.depth)
         self.masked = bool(_mask(self.size, block, "in_k"))
         chunks = from_dim(blocks(self.size, block))
@@ -416,15 +417,31 @@ class KLoop:
         return [*always, *before, f"for {LOOP} in {steps}:", *indent(lines)]
 
     def whole(self, name: str) -> Position:
-        """As `position`, for the elements `name` of all parts of a step, one part after the other."""
-        block, element = constant(self.block), variable(name, constant(len(self.parts) * self.block))
-        return (k_of(self.chunk * block + element % block, self.run, element // block),)
+        """As `values`, for the values `name` of all parts of a step, one part after the other."""
+        width = constant(self.width)
+        value = variable(name, constant(len(self.parts)) * width)
+        return self._values(value % width, value // width)
 
-    def position(self, name: str, part: int = 0) -> Position:
-        """K as one index per tap and one for the depth, for the elements `name` of a part of a step."""
+    def values(self, name: str, part: int) -> Position:
+        """K for the values `name` of a part of a step."""
+        if self.packing is None:
+            return self.position(name)
+        return self._values(variable(name, constant(self.width)), constant(part))
+
+    def _values(self, value: Index, part: Index) -> Position:
+        assert self.packing is not None
+        return (self.packing.of_value(self.chunk * constant(self.width) + value, part),)
+
+    @property
+    def width(self) -> int:
+        """Values of a part of a step."""
+        return len(self.halves) * self.block
+
+    def position(self, name: str, part: int = 0, half: int = 0) -> Position:
+        """K as one index per tap and one for the depth, for the elements, or words, `name` of a step."""
         k = self.chunk * constant(self.block) + variable(name, constant(self.block))
-        if self.run:
-            return (k_of(k, self.run, constant(part)),)
+        if self.packing is not None:
+            return (self.packing.of_word(k, part, half),)
         if not self.flat:
             return (*self.at, k)
         taps = tuple(map(constant, self.taps))
@@ -434,13 +451,13 @@ class KLoop:
         return (*window, depth)
 
 
-def packed_runs(contraction: Contraction) -> int:
-    """The words of a run of the second operand, see `packed.packed_run`; 0 if it is not packed, or not along K."""
+def packing(contraction: Contraction) -> Packing | None:
+    """How the second operand is packed; None if it is not, or not along K."""
     if contraction.taps or not isinstance(contraction.depth, int) or stored_load(contraction.b):
-        return 0
+        return None
     k, column = variable(KB, constant(contraction.depth)), variable(N, from_dim(contraction.columns))
     z = batch_index(contraction)
-    return packed_run(contraction.b, contraction.b_at(z, column, (k,)), KB, contraction.depth)
+    return packing_of(contraction.b, contraction.b_at(z, column, (k,)), KB, contraction.depth)
 
 
 def swaps(contraction: Contraction) -> bool:

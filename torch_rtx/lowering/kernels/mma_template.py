@@ -68,6 +68,7 @@ class MmaWriter(TileWriter):
         if self.swapped:
             self.row_axis, self.column_axis = self.column_axis, self.row_axis
         self.loop_rows = Axis(M, self.config.block_m, self.rows_mask)  # of a tile in the loop
+        self.block = self.width = config.block_k  # elements in memory of a part of a step, and values
 
     def loop_columns(self, axis: Axis) -> Axis:
         """The columns of a tile in the loop, for those of a tile."""
@@ -97,11 +98,15 @@ class MmaWriter(TileWriter):
         """Pointers, the loop over K, and the epilogue."""
         config, k_loop = self.config, self.k_loop()
         a_mask, b_mask = ("in_ka", "in_kb") if k_loop.masked else ("", "")
-        rows, is_joined = Axis(M, config.block_m, self.rows_mask), config.joined and k_loop.run > 0
-        block_a = len(k_loop.parts) * k_loop.block if is_joined else k_loop.block
+        rows, is_joined = Axis(M, config.block_m, self.rows_mask), config.joined and k_loop.packing is not None
+        self.block, self.width, block_a = (
+            k_loop.block,
+            k_loop.width,
+            len(k_loop.parts) * k_loop.width if is_joined else k_loop.width,
+        )
         a = self.emitter(self._axes(self.loop_rows, Axis(KA, block_a, a_mask)), "a")
         k_loop.enter(a, a_mask)
-        places = [k_loop.whole(KA)] if is_joined else [k_loop.position(KA, part) for part in k_loop.parts]
+        places = [k_loop.whole(KA)] if is_joined else [k_loop.values(KA, part) for part in k_loop.parts]
         left = [self._left(a, place, a_mask) for place in places]
         before, inside, dots, rest = a.outer.lines, a.inner(), list[str](), list[str]()
         num_stages = 0
@@ -114,7 +119,10 @@ class MmaWriter(TileWriter):
             for which, column in enumerate(self.indexing.columns):
                 name = f"acc{part * len(self.indexing.columns) + which}"
                 columns = substitute(column, named)
-                positions = [self.b_at(columns, k_loop.position(KB, one)) for one in k_loop.parts]
+                positions = [
+                    [self.b_at(columns, k_loop.position(KB, one, half)) for half in k_loop.halves]
+                    for one in k_loop.parts
+                ]
                 total = Operand(name, frozenset((self.loop_rows.name, inner.name)))
                 sums.append(self._sums(total, b, inner, positions, left, b_mask))
             before += [*b.outer.lines, *(line for one in sums for line in one.before)]
@@ -128,7 +136,8 @@ class MmaWriter(TileWriter):
             rest += epilogue.outer.lines
         k_axes = "[:, None]" if self.swapped else "[None, :]", "[None, :]" if self.swapped else "[:, None]"
         lines = [*self.k_range(KA, k_axes[0], block_a), *self.k_range(KB, k_axes[1], k_loop.block)]
-        word = f"({KA} % {k_loop.block})" if is_joined else KA
+        value = f"{KA} % {k_loop.width}" if is_joined else KA
+        word = f"({value} // {len(k_loop.halves)})" if k_loop.packing is not None else KA
         masks = [*k_loop.mask(a_mask, word), *k_loop.mask(b_mask, KB)]
         return lines + k_loop.loop(before, masks, inside + dots, num_stages=num_stages, live=self.live) + rest
 
@@ -140,35 +149,47 @@ class MmaWriter(TileWriter):
         return operand(emitter, self.contraction.a, at, self.dtype, mask, conditions=conditions)
 
     def _sums(
-        self, total: Operand, b: Emitter, axis: Axis, positions: list[Position], left: list[str], mask: str
+        self, total: Operand, b: Emitter, axis: Axis, positions: list[list[Position]], left: list[str], mask: str
     ) -> Sums:
-        """The accumulator `total` of columns along `axis`, to which each part of a step adds."""
+        """The accumulator `total` of columns along `axis`, to which each part of a step adds; `positions` are those of
+        the halves of each part."""
         made, contraction, zeros = Sums(total), self.contraction, self._zeros(axis)
         made.before.append(f"{total.text} = {zeros}")
         found = self._scaled(b, positions)
         if not found:
-            values = self._joined([operand(b, contraction.b, at, self.dtype, mask) for at in positions], axis)
+            parts = [[operand(b, contraction.b, at, self.dtype, mask) for at in halves] for halves in positions]
+            values = self._tiles(parts, axis)
             made.inside += [self._dot(total.text, one, value) for one, value in zip(left, values, strict=True)]
             return made
+        parts, factors = [], []
+        for halves in found:
+            pairs = [self._value(b, one, mask) for one in halves]
+            parts.append([value for value, _ in pairs])
+            factors.append(halves[0].factors(b, pairs[0][1]))
         groups: dict[tuple[Operand | None, Operand | None], list[tuple[str, str]]] = {}
-        for one, other in zip(found, left, strict=True):
-            magic = with_magic(b, one.codes, one.position, self.dtype) if self.is_small else None
-            value = magic[0].text if magic else operand(b, one.codes, one.position, self.dtype, mask)
-            groups.setdefault(one.factors(b, magic[1] if magic else 0.0), []).append((other, value))
-        made.by_step = len(groups) > 1 or any(LOOP in one.varies(b) for one in found)
-        for number, (factors, pairs) in enumerate(groups.items()):
+        for factor, other, value in zip(factors, left, self._tiles(parts, axis), strict=False):
+            groups.setdefault(factor, []).append((other, value))  # joined parts have the same factors
+        made.by_step = len(groups) > 1 or any(LOOP in one.varies(b) for halves in found for one in halves)
+        for number, (both, products) in enumerate(groups.items()):
             name = f"{total.text}_{number}" if made.by_step else total.text
-            dots, terms = self._group(name, factors, pairs, b)
+            dots, terms = self._group(name, both, products, axis)
             empty = [f"{tile} = {zeros}" for tile in dots if tile != total.text]
-            products = [line for lines in dots.values() for line in lines]
+            lines = [line for lines in dots.values() for line in lines]
             if made.by_step:
-                made.inside += [*empty, *products, f"{total.text} += {terms}"]
+                made.inside += [*empty, *lines, f"{total.text} += {terms}"]
             else:
-                made.before, made.inside, made.after = made.before + empty, products, [f"{total.text} = {terms}"]
+                made.before, made.inside, made.after = made.before + empty, lines, [f"{total.text} = {terms}"]
         return made
 
+    def _value(self, b: Emitter, one: Scaled, mask: str) -> tuple[str, float]:
+        """Codes as floats plus a number, and that number."""
+        magic = with_magic(b, one.codes, one.position, self.dtype) if self.is_small else None
+        if magic is not None:
+            return magic[0].text, magic[1]
+        return operand(b, one.codes, one.position, self.dtype, mask), 0.0
+
     def _group(
-        self, sums: str, factors: tuple[Operand | None, Operand | None], pairs: list[tuple[str, str]], b: Emitter
+        self, sums: str, factors: tuple[Operand | None, Operand | None], pairs: list[tuple[str, str]], axis: Axis
     ) -> tuple[dict[str, list[str]], str]:
         """The products of codes that share a scale and a shift, by the tile that they are added to, and what comes of
         these tiles."""
@@ -176,34 +197,47 @@ class MmaWriter(TileWriter):
         dots = {sums: [self._dot(sums, other, value) for other, value in pairs]}
         terms = sums if scale is None else f"{sums} * {scale.text}"
         if shift is not None:  # times the sum over K of the first operand, by tensor cores as well
-            ones = f"tl.full({b.shape(frozenset(b.axes))}, 1.0, {tl_dtype(self.dtype)})"
+            sizes = ", ".join(str(one.block) for one in self._axes(Axis(KB, self.block), axis))
+            halves = [f"tl.full([{sizes}], 1.0, {tl_dtype(self.dtype)})"] * (self.width // self.block)
+            (ones,) = self._tiles([halves], axis)  # Triton reads both products' operands in one layout
             dots[f"{sums}_ones"] = [self._dot(f"{sums}_ones", other, ones) for other, _ in pairs]
             terms += f" + {sums}_ones * {shift.text}"
         return dots, terms
 
-    def _scaled(self, b: Emitter, positions: list[Position]) -> list[Scaled]:
-        """The second operand as codes, for each part of a step; [] if its scales do not follow the sums."""
+    def _scaled(self, b: Emitter, positions: list[list[Position]]) -> list[list[Scaled]]:
+        """The second operand as codes, for the halves of each part of a step; [] if its scales do not follow the
+        sums."""
         if self.dtype not in HALVES or stored_load(self.contraction.b) is not None:
             return []
-        found = [scaled(b, self.contraction.b, at, KB, self.dtype) for at in positions]
-        known = [one for one in found if one is not None]
-        if self.config.joined and len(known) > 1:
+        found = [[scaled(b, self.contraction.b, at, KB, self.dtype) for at in halves] for halves in positions]
+        known = [[one for one in halves if one is not None] for halves in found]
+        if known != found:
             return []
-        late = all(one.is_late(b) for one in known)
-        return known if len(known) == len(found) and (self.is_small or late) else []
+        late = all(one.is_late(b) for halves in known for one in halves)
+        is_joined = self.config.joined and len(known) > 1
+        if not late and (is_joined or not self.is_small):
+            return []
+        factors = [{one.factors(b) for one in halves} for halves in known]
+        are_equal = len(set[object]().union(*factors)) == 1 if is_joined else all(len(one) == 1 for one in factors)
+        return known if are_equal else []
 
-    def _joined(self, parts: list[str], axis: Axis) -> list[str]:
-        """The parts of a step as one tile, one after the other along K, with `joined`."""
-        if not self.config.joined or len(parts) == 1:
-            return parts
-        rank = 2
-        while len(parts) > 1:
-            parts = [f"tl.join({one}, {two})" for one, two in zip(parts[::2], parts[1::2], strict=True)]
+    def _tiles(self, parts: list[list[str]], axis: Axis) -> list[str]:
+        """The tiles of the parts of a step, of which each is given as its halves: neighbours along K. With `joined` it
+        is one tile, one part after the other."""
+        if len(parts[0]) == 1:
+            return [one for (one,) in parts]
+        tiles, rank = [f"tl.join({low}, {high})" for low, high in parts], 3
+        while self.config.joined and len(tiles) > 1:
+            tiles = [f"tl.join({one}, {two})" for one, two in zip(tiles[::2], tiles[1::2], strict=True)]
             rank += 1
-        before, after = ((0,), (1,)) if self.swapped else ((), (0, 1))
-        order = (*before, *range(rank - 1, 1, -1), *after)  # the parts, and then the elements of each, are K
-        sizes = ", ".join(str(one.block) for one in self._axes(Axis(KB, self.config.block_k), axis))
-        return [f"tl.reshape(tl.permute({parts[0]}, {order}), [{sizes}])"]
+        more = range(rank - 1, 2, -1)  # the parts, and then the words of each and their halves, are K
+        order = (0, *more, 1, 2) if self.swapped else (*more, 0, 2, 1)
+        moved = (f"tl.permute({tile}, {order})" if order != (0, 1, 2) else tile for tile in tiles)
+        return [f"tl.reshape({tile}, {self._shape(axis, len(parts) // len(tiles))})" for tile in moved]
+
+    def _shape(self, axis: Axis, parts: int = 1) -> str:
+        """The shape of a tile of parts of the second operand."""
+        return "[" + ", ".join(str(one.block) for one in self._axes(Axis(KB, parts * self.width), axis)) + "]"
 
     @property
     def is_small(self) -> bool:

@@ -1,13 +1,16 @@
 """Second operands of products that are packed in integers: how kernels unpack them with few instructions.
 
-Values of 4 bits lie in words of 32: for each run of `8 * h` values of K there are h words, and bits 4*i to 4*i+3 of
-word r hold value `i*h + r` of the run:
+Values of b bits, 4 or 8, lie in words of 32, of which each half has `parts = 16 / b`. For each run of `2 * h * parts`
+values of K there are h words, and bits b*i to b*i+b-1 of the lower half of word r hold value `i*2*h + 2*r` of the run,
+the same bits of the upper half the next value:
 
-    codes = words.view(N, K/(8*h), 1, h) >> arange(0, 32, 4).view(8, 1) & 15        view(N, K)
+    at = arange(0, 32, b).view(2, parts).t().view(parts, 1, 2)
+    codes = words.view(N, K/(2*h*parts), 1, h, 1) >> at & (2**b - 1)                view(N, K)
 
-So a tile of words makes 8 tiles of the operand, of which each is a range of K: no word is read twice, and no value
-moves between threads. An integer becomes a float without a conversion, which runs at a quarter of the rate: as bits of
-the mantissa of a number, which is subtracted. Two values of a word are done at once.
+So a tile of words makes `parts` tiles of the operand, of which each is a range of K: no word is read twice. The values
+of both halves are neighbours along K, as in a register of an operand of tensor cores: none moves, neither between
+threads nor between registers. An integer becomes a float without a conversion, which runs at a quarter of the rate: as
+bits of the mantissa of a number, which is subtracted. Both halves of a word are done at once.
 """
 
 from __future__ import annotations
@@ -23,15 +26,52 @@ from torch_rtx.lowering.kernels.index import Index, constant, substitute, variab
 from torch_rtx.lowering.kernels.kernel_ir import Const, Iota, Load, Pointwise, Position, Tensor, View
 from torch_rtx.lowering.kernels.triton_ops import template, tl_dtype
 
-BITS, PARTS = 4, 8  # of a value, and values of a word
-MASK = (1 << BITS) - 1
-RUNS = (32, 16)  # words of a run, best first: a kernel reads as many values of the other operand at once
+HALVES_OF_WORD, BITS_OF_HALF = 2, 16
+SIZES = (4, 8)  # bits of a value
+RUNS = (32, 16)  # words of a run, best first: a kernel reads twice as many values of the other operand at once
 WORD = "word"
 
 
+class Packing(NamedTuple):
+    """Values of `bits` bits in runs of `run` words."""
+
+    bits: int
+    run: int
+
+    @property
+    def parts(self) -> int:
+        """Ranges of K in a run."""
+        return BITS_OF_HALF // self.bits
+
+    @property
+    def values(self) -> int:
+        """Values of a word."""
+        return HALVES_OF_WORD * self.parts
+
+    @property
+    def depth(self) -> int:
+        """Values of a run."""
+        return self.values * self.run
+
+    def bit(self, part: int, half: int) -> int:
+        """The first bit of a value in its word."""
+        return self.bits * part + BITS_OF_HALF * half
+
+    def of_word(self, word: Index, part: int, half: int) -> Index:
+        """K of a value in the word that is number `word` of those along K."""
+        run, width = constant(self.run), constant(HALVES_OF_WORD)
+        within = word % run * width + constant(half)
+        return word // run * constant(self.depth) + constant(part) * run * width + within
+
+    def of_value(self, value: Index, part: Index) -> Index:
+        """K of a value that is number `value` of those of a part."""
+        size = constant(HALVES_OF_WORD * self.run)
+        return value // size * constant(self.depth) + part * size + value % size
+
+
 class Magic(NamedTuple):
-    """What an integer of 4 bits is combined with to be a float: the number that it is added to, the bits of that number
-    in both halves of a word, and the bit of the mantissa that counts 1. Of f16 the number is small, so that sums that
+    """What integers are combined with to be floats: the number that they are added to, the bits of that number in both
+    halves of a word, and the bit of the mantissa that counts 1. Of 4 bits in f16 the number is small, so that sums that
     have it in them stay exact; of bf16 the first bits need no shift."""
 
     number: float
@@ -39,24 +79,33 @@ class Magic(NamedTuple):
     one: int
 
 
-MAGIC = {"f16": Magic(16.0, 0x4C004C00, 6), "bf16": Magic(128.0, 0x43004300, 0)}
+MAGIC = {
+    (4, "f16"): Magic(16.0, 0x4C004C00, 6),
+    (4, "bf16"): Magic(128.0, 0x43004300, 0),
+    (8, "f16"): Magic(1024.0, 0x64006400, 0),
+}
+# A mantissa of bf16 has no place for 8 bits: 7 are added to 128, and of the last one comes what is subtracted, 256 or
+# 128. The difference is the byte minus 128.
+LOW_BITS, LAST_BIT = "& 0x7F007F | 0x43004300", "& 0x800080 ^ 0x43804380"
 # As a half: what a byte is combined with to be the last bits of 2**10 plus a number, and what is subtracted. Hardware
 # converts to f16 at a quarter of the rate; for bf16 Triton has a way of its own.
 BYTES = {"i8": (0x6480, 1024.0 + 128), "u8": (0x6400, 1024.0)}
 SINGLE = ["add"], ["sub"], ["mul"]  # operations that round once, as the calls do
 
 
-class Nibble(NamedTuple):
-    """4 bits of a word and a number: the word's tensor, the position in it, the first bit, and what is added."""
+class Code(NamedTuple):
+    """An integer in a word and a number: the word's tensor, the position in it, the integer's first bit and how many it
+    has, and what is added."""
 
     words: Tensor
     position: Position
     bit: Index
+    bits: int
     added: int
 
 
-def nibble(tensor: Tensor, position: Position) -> Nibble | None:
-    """What `tensor` is at `position` if that is `(words >> bit & 15) + added`."""
+def code(tensor: Tensor, position: Position) -> Code | None:
+    """What `tensor` is at `position` if that is `(words >> bit & mask) + added`, with a mask for 4 or 8 bits."""
     both, position, held = _bare(tensor, position)
     added = 0
     match both:
@@ -69,10 +118,16 @@ def nibble(tensor: Tensor, position: Position) -> Nibble | None:
     if not isinstance(shifted, Pointwise) or not _is(shifted, "shr") or not isinstance(mask, Const):
         return None
     words, (by, at_by, _) = shifted.args[0], _bare(shifted.args[1], at)
-    if mask.value != MASK or words.dtype != "i32" or not isinstance(by, Iota):
+    bits = next((bits for bits in SIZES if mask.value == mask_of(bits)), 0)
+    if not bits or words.dtype != "i32" or not isinstance(by, Iota):
         return None
-    fits = all(lowest(dtype) <= added and added + MASK <= highest(dtype) for dtype in held)
-    return Nibble(words, at, by.at(at_by), added) if fits else None
+    fits = all(lowest(dtype) <= added and added + mask_of(bits) <= highest(dtype) for dtype in held)
+    return Code(words, at, by.at(at_by), bits, added) if fits else None
+
+
+def mask_of(bits: int) -> int:
+    """The largest integer of so many bits."""
+    return (1 << bits) - 1
 
 
 def _bare(tensor: Tensor, position: Position) -> tuple[Tensor, Position, list[str]]:
@@ -99,36 +154,32 @@ def _is(tensor: Pointwise, op: str) -> bool:
     return False
 
 
-def k_of(word: Index, run: int, part: Index) -> Index:
-    """K of value number `part` in a word that is number `word` of those along K."""
-    size = constant(run)
-    return word // size * constant(PARTS * run) + part * size + word % size
-
-
-def packed_run(tensor: Tensor, position: Position, k: str, depth: int) -> int:
-    """The words of a run, h, of `tensor` at `position`, where the variable `k` of `depth` is K; 0 if it is not packed,
-    or not in such runs."""
-    found = next(_nibbles(tensor, position), None)
+def packing_of(tensor: Tensor, position: Position, k: str, depth: int) -> Packing | None:
+    """How `tensor` at `position`, where the variable `k` of `depth` is K, is packed; None if it is not, or in another
+    way."""
+    found = next(_codes(tensor, position), None)
     if found is None:
-        return 0
+        return None
     for run in RUNS:
-        words = variable(WORD, constant(depth // PARTS))
-        bits = (substitute(found.bit, {k: k_of(words, run, constant(part))}) for part in range(PARTS))
-        if depth % (PARTS * run) == 0 and list(bits) == [constant(BITS * part) for part in range(PARTS)]:
-            return run
-    return 0
+        packing = Packing(found.bits, run)
+        words = variable(WORD, constant(depth // packing.values))
+        places = [(part, half) for part in range(packing.parts) for half in range(HALVES_OF_WORD)]
+        bits = [substitute(found.bit, {k: packing.of_word(words, *place)}) for place in places]
+        if depth % packing.depth == 0 and bits == [constant(packing.bit(*place)) for place in places]:
+            return packing
+    return None
 
 
-def _nibbles(tensor: Tensor, position: Position) -> Iterator[Nibble]:
+def _codes(tensor: Tensor, position: Position) -> Iterator[Code]:
     """All that `tensor` at `position` is computed from."""
-    if (found := nibble(tensor, position)) is not None:
+    if (found := code(tensor, position)) is not None:
         yield found
     elif isinstance(tensor, View):
-        yield from _nibbles(tensor.source, tensor.at(position))
+        yield from _codes(tensor.source, tensor.at(position))
     elif isinstance(tensor, Pointwise):
         for arg in tensor.args:
             if len(arg.shape) == len(position):
-                yield from _nibbles(arg, position)
+                yield from _codes(arg, position)
 
 
 def fits_halves(tensor: Tensor, position: Position, dtype: str) -> bool:
@@ -173,38 +224,53 @@ def in_halves(emitter: Emitter, tensor: Tensor, position: Position, dtype: str) 
     return emitter.value(tensor, position)
 
 
-def _known(tensor: Tensor, position: Position, dtype: str) -> Nibble | None:
-    """The 4 bits that `tensor` is at `position`, if their place in the word is known, and `dtype` has what they are
-    subtracted from."""
-    found = nibble(tensor, position)
-    if found is None or found.bit.number is None or not _is_exact(MAGIC[dtype].number - found.added, dtype):
+def _known(tensor: Tensor, position: Position, dtype: str) -> Code | None:
+    """The integer in a word that `tensor` is at `position`, if its place is known, and `dtype` has all numbers on the
+    way from there."""
+    found = code(tensor, position)
+    if found is None or found.bit.number is None:
         return None
-    return found
+    magic = MAGIC.get((found.bits, dtype))
+    fits = -256 <= found.added <= 1 if magic is None else _is_exact(magic.number - found.added, dtype)
+    return found if fits else None
 
 
-def _as_float(emitter: Emitter, found: Nibble, dtype: str) -> Operand:
-    word = _with_magic(emitter, found, dtype)
-    return emitter.named(f"{word.text} - {MAGIC[dtype].number - found.added}", word.axes)
+def _as_float(emitter: Emitter, found: Code, dtype: str) -> Operand:
+    magic = MAGIC.get((found.bits, dtype))
+    if magic is not None:
+        word = _with_magic(emitter, found, dtype)
+        return emitter.named(f"{word.text} - {magic.number - found.added}", word.axes)
+    low, last = (_half(emitter, found, bits, dtype) for bits in (LOW_BITS, LAST_BIT))
+    more = f" + {found.added + 128.0}" if found.added != -128 else ""
+    return emitter.named(f"{low.text} - {last.text}{more}", low.axes)
 
 
-def _with_magic(emitter: Emitter, found: Nibble, dtype: str) -> Operand:
-    """The 4 bits as floats plus MAGIC."""
-    magic, bit = MAGIC[dtype], found.bit.number or 0
-    word, by = emitter.value(found.words, found.position), bit % 16 - magic.one
+def _with_magic(emitter: Emitter, found: Code, dtype: str) -> Operand:
+    """The integer as a float plus MAGIC."""
+    magic = MAGIC[found.bits, dtype]
+    mask = (mask_of(found.bits) << BITS_OF_HALF | mask_of(found.bits)) << magic.one
+    return _half(emitter, found, f"& 0x{mask:08X} | {magic.bits:#x}", dtype, magic.one)
+
+
+def _half(emitter: Emitter, found: Code, bits: str, dtype: str, one: int = 0) -> Operand:
+    """The half of a word that has the integer, shifted to where the bit number `one` counts 1, and with `bits`."""
+    bit = found.bit.number or 0
+    word, by = emitter.value(found.words, found.position), bit % BITS_OF_HALF - one
     shifted = f"({word.text} {'>>' if by >= 0 else '<<'} {abs(by)})"
-    mask = (MASK << 16 | MASK) << magic.one
-    pair = emitter.named(f"{shifted} & 0x{mask:08X} | {magic.bits:#x}", word.axes)
-    half = f"({pair.text} >> 16)" if bit >= 16 else pair.text
+    pair = emitter.named(f"{shifted} {bits}", word.axes)
+    half = f"({pair.text} >> {BITS_OF_HALF})" if bit >= BITS_OF_HALF else pair.text
     return Operand(f"{half}.to(tl.int16).to({tl_dtype(dtype)}, bitcast=True)", word.axes)
 
 
 def with_magic(emitter: Emitter, tensor: Tensor, position: Position, dtype: str) -> tuple[Operand, float] | None:
-    """The elements of `tensor`, a cast of 4 bits to `dtype`, plus a number, and that number; None if it is no such
-    cast."""
+    """The elements of `tensor`, a cast of integers of 4 bits to `dtype`, plus a number, and that number; None if it is
+    no such cast. Sums with the larger numbers of 8 bits would lose digits."""
     if not isinstance(tensor, Pointwise) or not is_cast(tensor.expression):
         return None
     found = _known(tensor.args[0], position, dtype)
-    return found and (_with_magic(emitter, found, dtype), MAGIC[dtype].number - found.added)
+    if found is None or found.bits != SIZES[0]:
+        return None
+    return _with_magic(emitter, found, dtype), MAGIC[found.bits, dtype].number - found.added
 
 
 def _is_exact(number: object, dtype: str) -> bool:

@@ -17,7 +17,7 @@ from torch_rtx.lowering.kernels.expressions import operations
 from torch_rtx.lowering.kernels.index import linear
 from torch_rtx.lowering.kernels.kernel_ir import Const, Load, Pointwise, Position, Tensor, View, cast
 from torch_rtx.lowering.kernels.matmul_template import stored_load
-from torch_rtx.lowering.kernels.packed import is_cast, nibble
+from torch_rtx.lowering.kernels.packed import code, is_cast
 
 WIDE = {"f32", *HALVES}  # what is rounded to float8 was quantized
 
@@ -80,7 +80,7 @@ def scaled(emitter: Emitter, tensor: Tensor, position: Position, k: str, dtype: 
                 return Scaled(inner, position) if stored_load(inner) else None
             if {tensor.dtype, inner.dtype} <= WIDE:
                 return scaled(emitter, inner, position, k, dtype)
-            is_code = inner.dtype in ("i8", "u8") or nibble(inner, position) is not None
+            is_code = inner.dtype in ("i8", "u8") or code(inner, position) is not None
             return Scaled(cast(inner, dtype), position) if is_code else None
         case Pointwise(args=(first, second)) if DTYPES[tensor.dtype].kind == FLOAT:
             (op, *more) = operations(tensor.expression)

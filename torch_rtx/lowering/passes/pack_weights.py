@@ -1,11 +1,11 @@
-"""Stores weights of 4 bits as the kernels of products read them: one layout for all sources.
+"""Stores weights of 4 and 8 bits as the kernels of products read them: one layout for all sources.
 
     linear(x, f(codes(w), s))  ->  linear(x, f(unpacked(words), s))        words: a recipe from w
 
 `codes` is whatever makes integers of the parameters: bytes with the low half first or last, words of eight, blocks
-between their scales. Of their dtypes and the calls that make them follows that they are at most 16 numbers, and that is
-enough: the recipe packs them again, in words that hold values from eight places of K, see `kernels.packed`. What a
-group shares is stored by columns, as f32: kernels copy at least 4 bytes at a time ahead of use. Refit takes the
+between their scales. Of their dtypes and the calls that make them follows that they are at most 16 numbers, or 256, and
+that is enough: the recipe packs them again, in words that hold values from several places of K, see `kernels.packed`.
+What a group shares is stored by columns, as f32: kernels copy at least 4 bytes at a time ahead of use. Refit takes the
 parameters as they are.
 """
 
@@ -25,7 +25,7 @@ from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.kernels.body_builder import type_of
 from torch_rtx.lowering.kernels.index import Index, constant, from_dim, linear, variable
 from torch_rtx.lowering.kernels.kernel_ir import Const, Gather, Load, Pointwise, Position, Tensor, View, load
-from torch_rtx.lowering.kernels.packed import BITS, MASK, PARTS, RUNS
+from torch_rtx.lowering.kernels.packed import HALVES_OF_WORD, RUNS, SIZES, Packing, mask_of
 from torch_rtx.lowering.kernels.region import express, tensor_type
 from torch_rtx.lowering.passes.hoist_weights import as_weight
 from torch_rtx.lowering.rewrite import Rewriter, escaping, users
@@ -164,24 +164,38 @@ class _Packer:
 
     def _of_nibbles(self, operand: _Operand) -> Plans | None:
         """The plan for the integers of 4 bits nearest to the product; None without such."""
-        ranges = integer_ranges(operand.chain)
+        ranges, most = integer_ranges(operand.chain), mask_of(SIZES[0])
         for codes in (value for node in reversed(operand.chain) if not _extends(node) for value in node.results):
-            low, high = ranges.get(codes.name, (0, MASK + 1))
-            is_narrow = high - low <= MASK and abs(low) <= MASK
+            low, high = ranges.get(codes.name, (0, most + 1))
+            is_narrow = high - low <= most and abs(low) <= most
             if is_narrow and elements(codes) == operand.size and codes.name in self._stored | self._computed:
-                dense = operand.is_dense(codes) if operand.depth % (PARTS * RUNS[-1]) == 0 else None
-                return None if dense is None else {codes.name: partial(self._packed_codes, operand, low, dense)}
+                return self._in_words(operand, codes, SIZES[0], low)
         return None
 
     def _of_bytes(self, operand: _Operand) -> Plans | None:
-        """The plan for integers of 8 bits, if they are stored with gaps, such as blocks between their scales."""
+        """The plan for integers of 8 bits: in words, if halves come of them; else without gaps, such as blocks have
+        that lie between their scales."""
         stored = (weight.value for weight in self.graph.weights if weight.value.name in self._readers)
         read = {value.name for node in operand.chain for value in node.inputs}
         codes = [one for one in stored if one.name in read and type_of(one).dtype in ("i8", "u8")]
         if len(codes) != 1 or elements(codes[0]) != operand.size:
             return None
         type_ = type_of(codes[0])
+        if type_of(operand.value).dtype in HALVES:
+            found = self._in_words(operand, codes[0], SIZES[1], int(lowest(type_.dtype)))
+            if found is not None:
+                return found
         return {} if type_.strides == contiguous(type_.shape) else {codes[0].name: self._dense}
+
+    def _in_words(self, operand: _Operand, codes: Value, bits: int, low: int) -> Plans | None:
+        """The plan for integers from `low` on; None if K has no whole number of runs, or if they lie in another
+        order."""
+        packings = (Packing(bits, run) for run in RUNS)
+        packing = next((one for one in packings if operand.depth % one.depth == 0), None)
+        dense = None if packing is None else operand.is_dense(codes)
+        if packing is None or dense is None:
+            return None
+        return {codes.name: partial(self._packed_codes, operand, packing, low, dense)}
 
     def packed(self) -> Graph:
         """The graph with the planned weights."""
@@ -232,27 +246,36 @@ class _Packer:
 
     # ---- plans -------------------------------------------------------------------------------------------------------
 
-    def _packed_codes(self, operand: _Operand, low: int, dense: bool, codes: Value) -> Iterator[Value]:
+    def _packed_codes(
+        self, operand: _Operand, packing: Packing, low: int, dense: bool, codes: Value
+    ) -> Iterator[Value]:
         emit, dtype, (columns, depth) = self._emit, type_of(codes).dtype, (operand.columns, operand.depth)
-        run = next(run for run in RUNS if depth % (PARTS * run) == 0)
-        runs = depth // (PARTS * run)
-        found = emit("sub.Tensor", codes, other=low) if low else codes
-        found = emit("_to_copy.default", found, dtype="u8") if dtype != "u8" else found
+        runs, run, width = depth // packing.depth, packing.run, HALVES_OF_WORD
+        if dtype == "i8" and packing.bits == SIZES[1]:  # the difference would not fit
+            found = emit("bitwise_xor.Scalar", emit("view.dtype", codes, dtype="u8"), other=-low)
+        else:
+            found = emit("sub.Tensor", codes, other=low) if low else codes
+            found = emit("_to_copy.default", found, dtype="u8") if dtype != "u8" else found
         if not dense:
             found = self._transposed(found, (depth, columns))
-        # In bytes, so that a refit takes little memory: the two halves of each, then the four of a word.
-        found = emit("view.default", self._contiguous(found), size=(columns, runs, PARTS // 2, 2, run))
-        halves = [emit("select.int", found, dim=3, index=index) for index in (0, 1)]
-        found = emit("bitwise_or.Tensor", halves[0], other=emit("__lshift__.Scalar", halves[1], other=BITS))
-        found = emit("permute.default", found, dims=(0, 1, 3, 2))
-        found = emit("view.dtype", self._contiguous(found), dtype="i32")
-        found = emit("view.default", found, size=(columns, depth // PARTS))
+        # In bytes, so that a refit takes little memory: those of 4 bits two by two, and then the four of a word.
+        found, shape = self._contiguous(found), (columns, runs, 2, run, width)
+        if packing.bits == SIZES[0]:
+            found = emit("view.default", found, size=(columns, runs, 2, 2, run, width))
+            halves = [emit("select.int", found, dim=3, index=index) for index in (0, 1)]
+            upper = emit("__lshift__.Scalar", halves[1], other=packing.bits)
+            found = emit("bitwise_or.Tensor", halves[0], other=upper)
+        else:
+            found = emit("view.default", found, size=shape)
+        found = self._contiguous(emit("permute.default", found, dims=(0, 1, 3, 4, 2)))
+        found = emit("view.dtype", emit("view.default", found, size=(columns, 4 * runs * run)), dtype="i32")
         yield found
-        bits = emit("arange.start_step", start=0, end=BITS * PARTS, step=BITS, dtype="i32", device="main")
-        bits = emit("view.default", bits, size=(PARTS, 1))
-        found = emit("view.default", found, size=(columns, runs, 1, run))
+        bits = emit("arange.start_step", start=0, end=32, step=packing.bits, dtype="i32", device="main")
+        bits = emit("permute.default", emit("view.default", bits, size=(width, packing.parts)), dims=(1, 0))
+        bits = emit("view.default", self._contiguous(bits), size=(packing.parts, 1, width))
+        found = emit("view.default", found, size=(columns, runs, 1, run, 1))
         found = emit("bitwise_right_shift.Tensor", found, other=bits)
-        found = emit("bitwise_and.Scalar", found, other=MASK)
+        found = emit("bitwise_and.Scalar", found, other=mask_of(packing.bits))
         found = emit("add.Tensor", found, other=low) if low else found
         found = emit("_to_copy.default", found, dtype=dtype) if dtype != "i32" else found
         if not dense:
