@@ -256,7 +256,8 @@ def div(self: Tensor, other: Operand, *, out: Types) -> Tensor:
     """self / other. Elements that share a divisor, as those of a row do, are multiplied by its reciprocal, unless that
     may be infinite."""
     floating(out)
-    shared = isinstance(other, Tensor) and out[0].dtype == "f32" and product(other.shape) != product(self.shape)
+    both = isinstance(self, Tensor) and isinstance(other, Tensor) and out[0].dtype == "f32"
+    shared = both and product(other.shape) != product(self.shape)  # type: ignore[union-attr]
     if shared and least(other) >= 2.0**-126:
         return compute(A * B, out, self, compute(1.0 / A, out, other))
     return compute(A / B, out, self, other)
