@@ -380,7 +380,7 @@ def indent(lines: Iterable[str], by: int = 1) -> list[str]:
 def loads_first(lines: Sequence[str]) -> list[str]:
     """`lines` of one level with loads that need none of the others before these, so that they wait for memory together:
     neither Triton nor the assembler moves a load across a store, or across the barrier of a reduction."""
-    made = {line.partition(" = ")[0] for line in lines}
+    made = {name for line in lines for name in line.partition(" = ")[0].split(", ")}
 
     def is_early(line: str) -> bool:
         _, load, rest = line.partition(" = tl.load(")

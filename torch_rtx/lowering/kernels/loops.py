@@ -18,7 +18,7 @@ from math import prod
 from torch_rtx.dtypes import register
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Dim, TensorType, dim_expr
-from torch_rtx.lowering.kernels.emit import Axis, Emitter, Operand, indent, loads_first
+from torch_rtx.lowering.kernels.emit import Axis, Operand, indent, loads_first
 from torch_rtx.lowering.kernels.expressions import Apply, Arg
 from torch_rtx.lowering.kernels.index import (
     Index,
@@ -46,6 +46,7 @@ from torch_rtx.lowering.kernels.kernel_ir import (
     Tensor,
     View,
 )
+from torch_rtx.lowering.kernels.pairs import H, PairEmitter
 from torch_rtx.lowering.kernels.reduction_rules import LOWEST
 from torch_rtx.lowering.kernels.region import Region, needed
 from torch_rtx.lowering.kernels.rows import PERSISTENT, Rows, memory_order, repeated_rows, rows_of
@@ -218,7 +219,7 @@ def loop_operations(region: Region) -> tuple[int, Dim]:
     config = _best_config(region)
     writer = LoopWriter(region, config)
     writer.write()
-    tile = {X: config.rows, R: config.elements}
+    tile = {X: config.rows, R: config.elements, H: max(config.elements, config.rows) // 2}
     each = (count * prod(tile[axis] for axis in axes) for axes, count in writer.emitter.operations.items())
     steps = -(-(writer.rows.size.number or UNKNOWN) // config.elements) if writer.is_looped else 1
     return sum(each), dim_expr("*", steps, blocks(writer.count, config.rows))
@@ -263,7 +264,9 @@ class LoopWriter:
         axes = [Axis(X, config.rows, "" if full else "in_x")]
         if not self.is_pointwise:
             axes.append(Axis(R, config.elements, "" if size and size % config.elements == 0 else "in_r"))
-        self.emitter = Emitter(axes)
+        paired = "" if self.pieces > 1 or self.is_looped else X if self.is_pointwise else R
+        sizes = {X: self.rows.count, R: constant(config.elements) if config.held else self.rows.size}
+        self.emitter = PairEmitter(axes, paired, sizes.get(paired, ONE))
         self.emitter.spread = R if config.held and config.rows > 1 else ""
         types = (value.type for value in region.body.values())
         dims = (dim for type_ in types if isinstance(type_, TensorType) for dim in type_.shape)
@@ -303,6 +306,10 @@ class LoopWriter:
             for tile, element in enumerate(self._tiles()):
                 outputs = enumerate(self.region.outputs)
                 self._store([at for at, output in outputs if tile == 0 or self._width(output) != ONE], element)
+        if emitter.has_pairs:
+            half = emitter.axes[emitter.paired].block // 2
+            first = f"{self.program}{self.cast} * {half} + " if self.is_pointwise else ""
+            lines.append(f"{H} = {first}tl.arange(0, {half}){'' if self.is_pointwise else f'{self.cast}[None, :]'}")
         return lines + loads_first(emitter.outer.lines)
 
     def _elements(self, start: str, width: Index | None = None) -> list[str]:
