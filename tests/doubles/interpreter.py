@@ -35,7 +35,8 @@ from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.triton_kernels import SIZE, TENSOR, Signature, TritonKernel
 from torch_rtx.targets import ALIGNMENT
 
-LIBRARY = ("fmod", "pow", "rint")  # the functions of libdevice that kernels call
+# The functions of libdevice that kernels call, with those of NumPy.
+LIBRARY = {"fmod": np.fmod, "pow": np.pow, "rint": np.rint, "fast_dividef": np.divide}
 FLOAT8 = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
 ARITHMETIC = {"create_fadd": np.add, "create_fsub": np.subtract, "create_fmul": np.multiply}
 E2M1 = (0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6)
@@ -232,8 +233,8 @@ def _interpreting() -> Iterator[None]:
     # Otherwise overflows of integers are computed, which takes longer than all the rest, and reported in `debug` alone.
     interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
     tl.dot_scaled = dot_scaled
-    for name in LIBRARY:
-        setattr(libdevice, name, partial(_library, getattr(np, name)))
+    for name, function in LIBRARY.items():
+        setattr(libdevice, name, partial(_library, function))
     try:
         yield
     finally:
@@ -245,7 +246,7 @@ def _interpreting() -> Iterator[None]:
 def _library(function: Callable[..., np.ndarray], first: Any, *others: Any) -> Any:
     """A function of libdevice by that of NumPy."""
     result = sum(others, first)  # of the type of the function's
-    data = function(*(one.handle.data for one in (first, *others)))
+    data = function(*(one.handle.data if isinstance(one, tl.tensor) else one for one in (first, *others)))
     return tl.tensor(interpreter.TensorHandle(data, result.handle.dtype), result.type)
 
 

@@ -363,3 +363,30 @@ def test_convolutions_of_float8_read_float8() -> None:
     exact = deepcopy(model).double()(x.double())
     error, eager = (float((one - exact).norm() / exact.norm()) for one in (module(x), model(x)))
     assert error <= max(2 * eager, 2e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", ["rows and columns", "columns", "whole"])
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+def test_libraries_apply_scales_and_add_biases_before_they_round(dtype: str, kind: str, bias: bool) -> None:
+    """But for scales of rows and columns in f16, in which they have no such product, and of few rows."""
+    torch.manual_seed(0)
+    channels = {"preset": "fp8", "weight": {"granularity": "channel"}}
+    config = {"rows and columns": "fp8_dynamic", "columns": {"*": channels}, "whole": "fp8"}[kind]
+    for shape in ((2, 9, 32), (3, 32)):
+        x = torch.randn(shape, dtype=DTYPES[dtype])
+        plain = nn.Sequential(nn.Linear(32, 48, bias=bias)).to(x.dtype).eval()
+        model = quantize_model(plain, config, forward_loop=lambda model, x=x: model(x))  # type: ignore[misc]
+        module = compiled(model, x)
+        text, rows = str(module.engine.graph), math.prod(shape[:-1])
+        product = next(line for line in text.splitlines() if "aten._scaled_mm.default" in line)
+        assert "use_fast_accum=True" in product
+        if kind == "whole" or (dtype == "bf16" and rows > 3):
+            assert f": {dtype}[{rows}, 48] =" in product
+            assert ("bias=" in product) == bias
+        else:
+            assert f": f32[{rows}, 48] =" in product
+        exact = deepcopy(model).double()(x.double())
+        error, eager = (float((one - exact).norm() / exact.norm()) for one in (module(x), model(x)))
+        assert error <= max(2 * eager, 1e-2 if dtype == "bf16" else 2e-3)

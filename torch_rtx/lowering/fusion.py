@@ -24,9 +24,10 @@ from torch_rtx.lowering.effects import is_barrier
 from torch_rtx.lowering.kernels.generate import fastest, generate
 from torch_rtx.lowering.kernels.index import Index, from_dim, product
 from torch_rtx.lowering.kernels.kernel_ir import Const, Load, Pointwise, Select, Tensor, View, everything, load
-from torch_rtx.lowering.kernels.loops import loop_operations, rows_of
+from torch_rtx.lowering.kernels.loops import loop_operations
 from torch_rtx.lowering.kernels.memory_model import bytes_of, streaming_us, typical
 from torch_rtx.lowering.kernels.region import Region, express, region, tensor_type
+from torch_rtx.lowering.kernels.rows import rows_of
 from torch_rtx.lowering.rewrite import COPIES
 from torch_rtx.lowering.row_ranges import ranges_of_rows
 from torch_rtx.lowering.widening import is_elementwise, widened_factors, widens
@@ -136,6 +137,9 @@ class FusionPlan:
         self._start_groups()
         for index in sorted(self.group_of):
             self._merge_producers(index)
+        for index in sorted(self.group_of):  # of nodes whose groups have more elements than they have by now
+            if self.group_of[index].space != iteration_space_of(self.nodes[index]):
+                self._merge_producers(index)
         anchors = [i for i in sorted(self.group_of) if self.nodes[i].kind == "op" and self.nodes[i].op in ANCHORS]
         for index in anchors:
             self._narrow(index)

@@ -179,3 +179,38 @@ def test_other_calls(name: str, sm: int) -> None:
     eager = compile_graph(graph, torch.device("cpu"))(inputs, ())
     for mine, right in zip(called(CALLS[name], sm, *inputs), eager, strict=True):
         assert same(mine, right) if mine.is_floating_point() else torch.equal(mine, right)
+
+
+@pytest.mark.parametrize(
+    ("least", "most", "left"), [(-448, 448, 0), (-500.0, 460.0, 0), (-400.0, 448, 1), (448, -448, 2)]
+)
+def test_limits_that_a_conversion_has_itself_are_left_out(least: float, most: float, left: int) -> None:
+    text = f"""
+    x: f32[2600]
+    c: f32[2600] = clamp.default(self=x, min={least}, max={most})
+    y: f8e4m3fn[2600] = _to_copy.default(self=c, dtype='f8e4m3fn')
+    return y
+    """
+    kernel = generate(body(text), "kernel", arch_of(90), 0)
+    assert kernel is not None
+    assert kernel.source.count("tl.where") == left
+    x = numbers("f32")[:2600].float()
+    x[:6] = torch.tensor([math.nan, math.inf, -math.inf, 449.0, -1e30, -0.0])
+    assert same(called(text, 90, x)[0], rounded(x.clamp(least, most), "f8e4m3fn"))
+
+
+@pytest.mark.parametrize(("least", "shared"), [(1e-30, True), (1e-38, False), (0, False)])
+def test_numbers_of_a_row_are_multiplied_by_the_reciprocal_of_a_divisor(least: float, shared: bool) -> None:
+    text = f"""
+    x: f32[7, 60]
+    d: f32[7, 1]
+    c: f32[7, 1] = clamp.default(self=d, min={least})
+    y: f32[7, 60] = div.Tensor(self=x, other=c)
+    return y
+    """
+    kernel = generate(body(text), "kernel", arch_of(90), 0)
+    assert kernel is not None
+    assert ("1.0 / " in kernel.source) == shared
+    x, d = torch.randn(7, 60), torch.rand(7, 1)
+    x[0, :3], d[1:5, 0] = torch.tensor([math.nan, math.inf, 0]), torch.tensor([0, math.inf, math.nan, 1e-39])
+    torch.testing.assert_close(called(text, 90, x, d)[0], x / d.clamp(least), equal_nan=True)

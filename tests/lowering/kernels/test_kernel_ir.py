@@ -114,7 +114,7 @@ return %12
     ),
 }
 TEMPLATES = [
-    (A * sigmoid(A), "{0} * tl.sigmoid({0})"),
+    (A * sigmoid(A), "{0} * libdevice.fast_dividef(1.0, 1.0 + tl.exp2({0} * -1.4426950408889634))"),
     ((A - B) * (A - B), "({0} - {1}) * ({0} - {1})"),
     (A - (B - C), "{0} - ({1} - {2})"),
     (A - B - C, "{0} - {1} - {2}"),

@@ -13,8 +13,9 @@ from tests.lowering.kernels.kernel_bodies import body, check, random_tensor
 from torch_rtx.errors import Unsupported
 from torch_rtx.irparse import parse
 from torch_rtx.lowering.kernels.aot import compile_kernels
-from torch_rtx.lowering.kernels.loops import PERSISTENT, LoopConfig, loop_configs, loop_kernel, repeated_configs
+from torch_rtx.lowering.kernels.loops import LoopConfig, loop_configs, loop_kernel, repeated_configs
 from torch_rtx.lowering.kernels.region import region
+from torch_rtx.lowering.kernels.rows import PERSISTENT
 from torch_rtx.targets import Target
 
 SOURCES = Path(__file__).with_name("sources")
@@ -313,3 +314,55 @@ def test_rows_are_stored_with_a_padding(dtype: str) -> None:
     assert "range(0, 120, 32)" in check(PADDED, loop_kernel, LoopConfig(2, 32, 4), dtype).source
     with pytest.raises(Unsupported, match="at once"):
         loop_kernel(region(body(PADDED, dtype)), "kernel")
+
+
+QUANTIZED = """
+heads: H[1, 2, 5, SIDE](10, 5, 1, 10)
+both: H[1, 5, REST]
+t: H[1, 5, 2, SIDE](10, 1, 5, 10) = transpose.int(self=heads, dim0=1, dim1=2)
+c: H[1, 5, 2, SIDE] = clone.default(self=t, memory_format='contiguous_format')
+one: H[1, 5, TWO] = view.default(self=c, size=[1, 5, -1])
+g: H[1, 5, REST] = gelu.default(self=both, approximate='tanh')
+x: H[1, 5, ALL] = cat.default(tensors=[one, g], dim=-1)
+wide: f32[1, 5, ALL] = _to_copy.default(self=x, dtype='f32')
+size: f32[1, 5, ALL] = abs.default(self=wide)
+most: f32[1, 5, 1] = amax.default(self=size, dim=[-1], keepdim=True)
+least: f32[1, 5, 1] = clamp.default(self=most, min=1e-30)
+scale: f32[1, 5, 1] = div.Tensor(self=least, other=448)
+y: f32[1, 5, ALL] = div.Tensor(self=wide, other=scale)
+return scale, y
+"""
+
+
+@pytest.mark.parametrize(
+    ("side", "rest", "tiles"),
+    [(64, 256, 3), (192, 256, 5), (320, 640, 5), (128, 256, 2), (2048, 8192, 3), (48, 256, 0), (1024, 2048, 0)],
+)
+def test_rows_are_held_in_registers_in_several_tiles(side: int, rest: int, tiles: int) -> None:
+    text = QUANTIZED.replace("SIDE", str(side)).replace("REST", str(rest)).replace("TWO", str(2 * side))
+    text = text.replace("ALL", str(2 * side + rest))
+    held = [config for config in loop_configs(region(body(text))) if config.held]
+    assert bool(held) == bool(tiles)
+    for config in held:
+        kernel = check(text, loop_kernel, config)
+        assert kernel.source.count("tl.store(out1") == tiles
+        assert "start" not in kernel.source
+        assert "tl.sigmoid" not in kernel.source
+        if (2 * side) % config.elements == 0:  # no tile has elements of both tensors
+            assert "tl.where(c" not in kernel.source
+            assert kernel.source.count("tl.load(") == tiles
+    assert all("in_r" not in loop_kernel(region(body(text)), "kernel", config).source for config in held)
+
+
+def test_a_warp_of_its_own_reads_the_weights_of_a_row() -> None:
+    text = """
+    x: H[6, 384]
+    weight: H[384]
+    y: H[6, 384] = layer_norm.default(input=x, normalized_shape=[384], weight=weight)
+    return y
+    """
+    few, *_ = [config for config in loop_configs(region(body(text))) if config.held]
+    assert few == LoopConfig(4, 128, 4, held=True)
+    assert loop_configs(region(body(text)))[0] != few  # of so few rows
+    assert loop_configs(region(body(text.replace("6,", "6000,"))))[0] == few
+    assert "weight + (R) + tl.zeros([4, 128], tl.int32)" in check(text, loop_kernel, few).source

@@ -31,11 +31,12 @@ from torch_rtx.ir import Attr, Graph, Node, TensorType, Value, attr_values
 from torch_rtx.lowering.kernels.aot import compile_kernels
 from torch_rtx.lowering.kernels.generate import Form
 from torch_rtx.lowering.kernels.kernel import Kernel
-from torch_rtx.lowering.kernels.loops import PERSISTENT, loop_kernel
+from torch_rtx.lowering.kernels.loops import loop_kernel
 from torch_rtx.lowering.kernels.ops import views
 from torch_rtx.lowering.kernels.ops.registry import OPS
 from torch_rtx.lowering.kernels.reduction_rules import RULES
 from torch_rtx.lowering.kernels.region import region
+from torch_rtx.lowering.kernels.rows import PERSISTENT
 from torch_rtx.tactics import KernelTable
 from torch_rtx.targets import Target
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from torch_rtx.dtypes import DTYPES, FLOATS, register
 from torch_rtx.errors import Unsupported
-from torch_rtx.lowering.kernels.index import Index, linear, variable, within
+from torch_rtx.lowering.kernels.index import Index, is_natural, linear, variable, within
 from torch_rtx.lowering.kernels.kernel_ir import (
     ZERO,
     Const,
@@ -76,6 +76,8 @@ class Emitter:
         reduced: operand and position of each reduction computed so far; see `loops`.
         anchored: the accumulator for a `Load` with `anchor` set, by position; see `matmul_template`.
         operations: how many a program executes for each element of a tile, by the axes of the tile.
+        spread: the axis along which loads are of whole tiles, of several rows: Triton may lay a tile of one row out in
+            another way, and then moves its elements between threads.
     """
 
     def __init__(self, axes: Sequence[Axis], names: str = "") -> None:
@@ -85,6 +87,7 @@ class Emitter:
         self.anchored: dict[tuple[Load, Position], Operand] = {}
         self.outer = self.scope = Scope()
         self.looped = ""  # the variable of the current loop
+        self.spread = ""
         self.operations: Counter[Axes] = Counter()
         self._varying: dict[str, Axes] = {}
         self._count = self._values = self._depth = 0
@@ -209,7 +212,7 @@ class Emitter:
         address = linear(position, tensor.strides)
         axes = self.varies(address)
         masks = [*self._masks(axes), *conditions]
-        wide = axes.union(*(mask.axes for mask in masks))
+        wide = frozenset(self.axes) if self.spread in axes else axes.union(*(mask.axes for mask in masks))
         place = self._pointer(tensor.name, address)
         if self.shape(wide) != self.shape(axes):
             place += f" + tl.zeros({self.shape(wide)}, tl.int32)"
@@ -261,13 +264,15 @@ class Emitter:
         moved = tuple(p - start for p, start in zip(position, tensor.starts, strict=True))
         tests = []
         for at, start, size in zip(position, tensor.starts, tensor.inner.shape, strict=True):
-            if start != ZERO:
+            if start != ZERO and not is_natural(at - start):
                 tests.append((f"{self._kept(at)} >= {start}", self.varies(at)))
             if not within(at, start + size):
                 tests.append((f"{self._kept(at)} < {start + size}", self.varies(at)))
         return moved, tuple(self._once(("within", text), axes, text, "c") for text, axes in tests)
 
     def _select(self, tensor: Select, position: Position, conditions: tuple[Operand, ...]) -> Operand:
+        if is_outside(tensor, position):
+            return self.value(tensor.outer, position, conditions)
         moved, tests = self.inside(tensor, position)
         inner = self.value(tensor.inner, moved, (*conditions, *tests))
         if not tests:
@@ -345,6 +350,12 @@ class Emitter:
         return " + ".join(f"({part})" for part in parts.values()) if len(odd) > 1 else f"({address})"
 
 
+def is_outside(tensor: Select, position: Position) -> bool:
+    """Whether no element of `tensor` at `position` is proven to be one of its inner tensor."""
+    ends = (start + size for start, size in zip(tensor.starts, tensor.inner.shape, strict=True))
+    return any(is_natural(at - end) for at, end in zip(position, ends, strict=True))
+
+
 def _number(tensor: Const) -> str:
     """A number in Triton, which takes a plain float for f32."""
     value, dtype = tensor.value, register(tensor.dtype)
@@ -369,7 +380,7 @@ def indent(lines: Iterable[str], by: int = 1) -> list[str]:
 def loads_first(lines: Sequence[str]) -> list[str]:
     """`lines` of one level with loads that need none of the others before these, so that they wait for memory together:
     neither Triton nor the assembler moves a load across a store, or across the barrier of a reduction."""
-    made = {line.partition(" = ")[0] for line in lines}
+    made = {name for line in lines for name in line.partition(" = ")[0].split(", ")}
 
     def is_early(line: str) -> bool:
         _, load, rest = line.partition(" = tl.load(")

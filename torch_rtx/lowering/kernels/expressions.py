@@ -15,6 +15,7 @@ UNARY = (
     "neg",  # of floats
     *("abs", "floor", "ceil", "trunc", "rint", "sqrt", "rsqrt"),
     *("exp", "exp2", "log", "log2", "log1p", "sin", "cos", "erf", "tanh", "sigmoid"),
+    "sigmoid2",  # 1 / (1 + 2**-x)
     "to_bool",  # x != 0
     "cast",  # to the register dtype of `dtype`: no code where the value has it already
     "round_to",  # an f32 to the precision of `dtype`, held as f32
@@ -97,7 +98,8 @@ def _functions(ops: str) -> Iterator[partial[Apply]]:
 
 
 absolute, sqrt, rsqrt, exp, exp2, log, log1p, log2 = _functions("abs sqrt rsqrt exp exp2 log log1p log2")
-erf, tanh, sigmoid, floor, trunc, to_bool, where = _functions("erf tanh sigmoid floor trunc to_bool where")
+erf, tanh, sigmoid, sigmoid2 = _functions("erf tanh sigmoid sigmoid2")
+floor, trunc, to_bool, where = _functions("floor trunc to_bool where")
 xor, eq, ne, divide, idiv, irem, cast_like = _functions("xor eq ne divide idiv irem cast_like")
 bits, from_bits, shl, shr = _functions("bits from_bits shl shr")
 minimum, maximum, fmin, fmax, fmod, power = _functions("minimum maximum fmin fmax fmod pow")

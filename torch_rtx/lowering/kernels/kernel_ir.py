@@ -327,8 +327,21 @@ def in_memory(tensor: Tensor, as_bytes: bool) -> Tensor:
     if as_bytes:
         return byte
     if dtype in CONVERTED and isinstance(byte, Pointwise) and byte.expression is BYTE[dtype]:
-        byte = pointwise(CONVERTED[dtype], "u8", byte.args[0])
+        byte = pointwise(
+            CONVERTED[dtype], "u8", _unlimited(byte.args[0], PACKINGS[dtype].size(PACKINGS[dtype].largest))
+        )
     return pointwise(FROM_BYTE[dtype], dtype, byte)
+
+
+def _unlimited(tensor: Tensor, largest: float) -> Tensor:
+    """`tensor` without limits that a conversion has itself: at `largest` or beyond, on either side of 0."""
+    match tensor:
+        case Pointwise(
+            expression=Apply("where", (Apply("lt" | "gt" as way, (Arg(0), Arg(1))), Arg(1), Arg(0))),
+            args=(inner, Const(value=int() | float() as limit)),
+        ) if (-limit if way == "lt" else limit) >= largest:
+            return _unlimited(inner, largest)
+    return tensor
 
 
 def reduce(kind: str, tensor: Tensor, axes: Sequence[int], keep: bool = True) -> Tensor:

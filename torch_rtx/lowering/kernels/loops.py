@@ -1,8 +1,9 @@
 """Loop kernels: pointwise operations over elements, and reductions over rows.
 
 A program of a pointwise kernel computes a block of elements, with index X; where an operand repeats along rows, a block
-of several rows. With rows X is the row and R the element in it. A program reduces a few rows: short ones are held in
-registers, longer ones are read in steps, with one loop per level of dependent reductions and one for the results.
+of several rows. With rows X is the row and R the element in it. A program reduces a few rows: those that are not too
+long are held in registers, in one tile, which may have a mask, or in several of a size that divides theirs; longer ones
+are read in steps, with one loop per level of dependent reductions and one for the results.
 Reductions share a kernel if their rows agree in size and number; whatever comes before, between and after them stays in
 registers. A scan needs its row in registers.
 """
@@ -17,7 +18,7 @@ from math import prod
 from torch_rtx.dtypes import register
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Dim, TensorType, dim_expr
-from torch_rtx.lowering.kernels.emit import Axis, Emitter, Operand, indent, loads_first
+from torch_rtx.lowering.kernels.emit import Axis, Operand, indent, loads_first
 from torch_rtx.lowering.kernels.expressions import Apply, Arg
 from torch_rtx.lowering.kernels.index import (
     Index,
@@ -36,26 +37,28 @@ from torch_rtx.lowering.kernels.kernel_ir import (
     ONE,
     REDUCTIONS,
     ZERO,
-    Load,
     Pointwise,
     Position,
     Reduce,
     Scan,
     Scatter,
-    Select,
     Shape,
     Tensor,
     View,
 )
+from torch_rtx.lowering.kernels.pairs import H, PairEmitter
 from torch_rtx.lowering.kernels.reduction_rules import LOWEST
 from torch_rtx.lowering.kernels.region import Region, needed
+from torch_rtx.lowering.kernels.rows import PERSISTENT, Rows, memory_order, repeated_rows, rows_of
 from torch_rtx.lowering.kernels.source import assemble, blocks, needs_int64, next_power_of_2, parameters
 from torch_rtx.lowering.kernels.triton_ops import literal, template, tl_dtype
 from torch_rtx.targets import ALIGNMENT
 
 X, R = "X", "R"
-PERSISTENT = 8192  # elements of the longest row that is held in registers
 TILE = 1024  # elements of a default tile
+# Rows whose tiles are all in registers. Up to so many elements belong to a single warp, which waits for no other.
+OF_WARP = 1024
+HELD_TILE, HELD_VECTOR, HELD_MOST = 4096, 8, 64  # most elements of a tile; of each thread, those of a tile and of a row
 TYPICAL_PROCESSORS = 132
 TILES_PER_PROCESSOR = 8
 REPEATED = 64  # elements of an operand that repeats, less than threads: Triton lets each thread load what it needs
@@ -72,140 +75,14 @@ def _{kind}(a, b):
 @dataclass(frozen=True)
 class LoopConfig:
     """The tile, [rows, elements of a row], and Triton's number of warps. With `repeated`, the rows are those of
-    `repeated_rows`, and each block of a row has programs of its own."""
+    `repeated_rows`, and each block of a row has programs of its own. With `held`, all tiles of a row, whose size is a
+    multiple of theirs, are in registers at once."""
 
     rows: int
     elements: int
     num_warps: int
     repeated: bool = False
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The iteration space: `count` rows of `size` elements, reduced over `axes` of a tensor of `shape`."""
-
-    count: Index
-    size: Index
-    shape: Shape = ()
-    axes: tuple[int, ...] = ()
-
-    @property
-    def contiguous(self) -> bool:
-        """The last dimension is reduced, so the elements of a row are neighbours."""
-        return max(self.axes, default=0) == len(self.shape) - 1
-
-    def width(self, shape: Shape) -> Index:
-        """Elements of a row of a result of `shape`, which may be longer than a reduced one: padded, for example."""
-        last = len(self.shape) - 1
-        longer = self.axes == (last,) and shape[:last] == self.shape[:last] and len(shape) == len(self.shape)
-        return shape[last] if longer else self.size
-
-    def position(self, row: Index, element: Index, shape: Shape, axes: tuple[int, ...]) -> Position:
-        """The position of an element of a row in a tensor of `shape`, reduced over `axes`, the last fastest."""
-        kept = iter(unravel(row, tuple(s for a, s in enumerate(shape) if a not in axes)))
-        inner = dict(zip(axes, unravel(element, tuple(shape[a] for a in axes)), strict=True))
-        return tuple(inner[axis] if axis in inner else next(kept) for axis in range(len(shape)))
-
-
-@lru_cache(maxsize=1024)
-def rows_of(region: Region) -> Rows:
-    """The iteration space of `region`.
-
-    Raises:
-        Unsupported: its reductions and outputs do not share one.
-    """
-    reductions = region.reductions
-    if region.anchor is not None:
-        raise Unsupported(f"{region.anchor.op} as a plain loop")
-    if not reductions:
-        rows = _rows_of_results(region.outputs)
-    else:
-        source, axes = reductions[0].source, memory_order(reductions[0])
-        rows = Rows(_kept(reductions[0]), _size(source.shape, axes), source.shape, axes)
-    for reduction in reductions:
-        size = _size(reduction.source.shape, reduction.axes)
-        if (_kept(reduction), size) != (rows.count, rows.size):
-            raise Unsupported(f"rows of {size} and of {rows.size} elements in one kernel")
-        if isinstance(reduction, Scan) and (size.number is None or size.number > PERSISTENT):
-            raise Unsupported(f"a scan of {size} elements")
-    for output in region.outputs:
-        if product(output.shape) not in (rows.count, rows.count * rows.size, rows.count * rows.width(output.shape)):
-            raise Unsupported("outputs of different sizes in one kernel")
-    return rows
-
-
-def _rows_of_results(outputs: Sequence[Tensor]) -> Rows:
-    """The iteration space of results without reductions: elements, or rows where some have one element for each."""
-    sizes = {product(output.shape) for output in outputs}
-    if len(sizes) > 1:
-        for shape in (output.shape for output in outputs):
-            rank = len(shape)
-            for axes in (*(tuple(range(at, rank)) for at in range(rank - 1, 0, -1)), *((at,) for at in range(rank))):
-                rows = Rows(product(s for at, s in enumerate(shape) if at not in axes), _size(shape, axes), shape, axes)
-                if sizes == {rows.count, product(shape)}:
-                    return rows
-    return Rows(product(outputs[0].shape), constant(1))
-
-
-@lru_cache(maxsize=1024)
-def repeated_rows(region: Region) -> Rows | None:
-    """The iteration space of a loop over elements as rows along which an operand repeats, as parameters of channels do:
-    a tile of several rows reads it once. None if there are none."""
-    output, sizes = region.outputs[0], [size.number for size in region.outputs[0].shape]
-    strides = [stride for stride in region.types[0].strides if isinstance(stride, int)]
-    plain = len(strides) == len(sizes) and None not in sizes
-    alike = all(one.shape == output.shape for one in region.outputs) and len({t.strides for t in region.types}) == 1
-    if not plain or not alike or any(isinstance(one, Scatter) for one in region.outputs):
-        return None
-    order = sorted((axis for axis, size in enumerate(sizes) if size != 1), key=lambda axis: -strides[axis])
-    names = {f"A{axis}": axis for axis in range(len(sizes))}
-    position = tuple(map(variable, names, output.shape))
-    addresses = (address for one in region.outputs for address in _addresses(one, position, set()))
-    read = [{names[var.name] for var in address.variables() if var.name in names} for address in addresses]
-    for length in range(1, len(order)):
-        outer, axes = order[:-length], tuple(order[-length:])
-        if outer == sorted(outer) and any(one and one <= {*axes} for one in read):
-            return Rows(_size(output.shape, tuple(outer)), _size(output.shape, axes), output.shape, axes)
-    return None
-
-
-def _size(shape: Shape, axes: tuple[int, ...]) -> Index:
-    return product(shape[axis] for axis in axes)
-
-
-def memory_order(reduction: Reduce) -> tuple[int, ...]:
-    """The reduced axes in the memory order of the first tensor that is read, outermost first."""
-    axes, shape = reduction.axes, reduction.source.shape
-    names = [f"A{axis}" for axis in range(len(shape))]
-    if len(axes) > 1:
-        for address in _addresses(reduction.source, tuple(map(variable, names, shape)), set()):
-            strides = {str(atoms[0]): count for atoms, count in address.terms if len(atoms) == 1}
-            if all(names[axis] in strides for axis in axes):
-                return tuple(sorted(axes, key=lambda axis: strides[names[axis]], reverse=True))
-    return axes
-
-
-def _addresses(tensor: Tensor, position: Position, seen: set[tuple[Tensor, Position]]) -> Iterator[Index]:
-    """The memory offsets that `tensor` reads at `position`."""
-    if (tensor, position) in seen:
-        return
-    seen.add((tensor, position))
-    match tensor:
-        case Load():
-            yield linear(position, tensor.strides)
-        case View():
-            yield from _addresses(tensor.source, tensor.at(position), seen)
-        case Pointwise():
-            for arg in tensor.args:
-                yield from _addresses(arg, position, seen)
-        case Select():
-            moved = tuple(at - start for at, start in zip(position, tensor.starts, strict=True))
-            yield from _addresses(tensor.inner, moved, seen)
-            yield from _addresses(tensor.outer, position, seen)
-
-
-def _kept(reduction: Reduce) -> Index:
-    return product(s for a, s in enumerate(reduction.source.shape) if a not in reduction.axes)
+    held: bool = False
 
 
 @lru_cache(maxsize=1024)
@@ -213,11 +90,36 @@ def loop_configs(region: Region) -> list[LoopConfig]:
     """Configurations, the fastest first; then smaller tiles with more warps, for bodies that need many registers."""
     best, repeated = _best_config(region), [one for one in repeated_configs(region) if _fills(region, one)]
     smaller = [replace(best, rows=max(best.rows // 2, 1))]
+    held = held_configs(region)
     if region.reductions:
         smaller += [LoopConfig(1, best.elements, 8), LoopConfig(1, best.elements, 16), LoopConfig(1, 1024, 8)]
     scans = any(isinstance(reduction, Scan) for reduction in region.reductions)
-    every = dict.fromkeys([*repeated[:1], best, *smaller])
+    count = rows_of(region).count.number
+    few = count is not None and held and count < TYPICAL_PROCESSORS * held[0].rows
+    every = dict.fromkeys([*repeated[:1], *([best, *held] if few else [*held, best]), *smaller])
     return [one for one in every if not scans or one.elements == best.elements]
+
+
+def held_configs(region: Region) -> list[LoopConfig]:
+    """Tiles of a row that are in registers at once: without masks, and without barriers where a warp has the row."""
+    rows = rows_of(region)
+    size = rows.size.number
+    if not region.reductions or not size or not rows.contiguous or size % 128:
+        return []
+    if size <= PERSISTENT and size > OF_WARP and size & (size - 1) == 0:
+        return []
+    if any(isinstance(reduction, Scan) for reduction in region.reductions):
+        return []
+    tile = min(size & -size, 32 * HELD_VECTOR if size <= OF_WARP else HELD_TILE)
+    warps = max(tile // (32 * HELD_VECTOR), 1)  # of a row
+    while size > 32 * warps * HELD_MOST:
+        warps *= 2
+    if tile < 32 * warps or warps > 16 or (tile == size and warps == 1):
+        return []
+    found = [LoopConfig(max(4 // warps, 1), tile, max(4, warps), held=True)]
+    if 4 <= warps <= 8 and tile >= 64 * warps:
+        found.append(replace(found[0], num_warps=2 * warps))
+    return found
 
 
 def _best_config(region: Region) -> LoopConfig:
@@ -317,7 +219,7 @@ def loop_operations(region: Region) -> tuple[int, Dim]:
     config = _best_config(region)
     writer = LoopWriter(region, config)
     writer.write()
-    tile = {X: config.rows, R: config.elements}
+    tile = {X: config.rows, R: config.elements, H: max(config.elements, config.rows) // 2}
     each = (count * prod(tile[axis] for axis in axes) for axes, count in writer.emitter.operations.items())
     steps = -(-(writer.rows.size.number or UNKNOWN) // config.elements) if writer.is_looped else 1
     return sum(each), dim_expr("*", steps, blocks(writer.count, config.rows))
@@ -351,14 +253,21 @@ class LoopWriter:
         self.reductions: Sequence[Reduce] = region.reductions
         self.cast = ".to(tl.int64)" if needs_int64(region) else ""
         self.is_pointwise = not self.rows.axes
-        self.is_looped = not self.is_pointwise and (size is None or size > config.elements * self.pieces)
+        self.is_looped = (
+            not self.is_pointwise and not config.held and (size is None or size > config.elements * self.pieces)
+        )
         self.x, self.r = variable(X, self.rows.count), variable(R, self.rows.size)
+        # Where the tiles of a row begin that are in registers at once.
+        self.starts = range(0, size, config.elements) if size and config.held else range(1)
         known = self.rows.count.number
         full = not count and known is not None and known % config.rows == 0
         axes = [Axis(X, config.rows, "" if full else "in_x")]
         if not self.is_pointwise:
             axes.append(Axis(R, config.elements, "" if size and size % config.elements == 0 else "in_r"))
-        self.emitter = Emitter(axes)
+        paired = "" if self.pieces > 1 or self.is_looped else X if self.is_pointwise else R
+        sizes = {X: self.rows.count, R: constant(config.elements) if config.held else self.rows.size}
+        self.emitter = PairEmitter(axes, paired, sizes.get(paired, ONE))
+        self.emitter.spread = R if config.held and config.rows > 1 else ""
         types = (value.type for value in region.body.values())
         dims = (dim for type_ in types if isinstance(type_, TensorType) for dim in type_.shape)
         self.count = to_dim(self.rows.count, dims)
@@ -394,7 +303,13 @@ class LoopWriter:
                 self._reduce_at_once(reduction)
             if any(self._width(output) not in (ONE, self.rows.size) for output in self.region.outputs):
                 raise Unsupported("rows of different sizes at once")
-            self._store([*range(len(self.region.outputs))])
+            for tile, element in enumerate(self._tiles()):
+                outputs = enumerate(self.region.outputs)
+                self._store([at for at, output in outputs if tile == 0 or self._width(output) != ONE], element)
+        if emitter.has_pairs:
+            half = emitter.axes[emitter.paired].block // 2
+            first = f"{self.program}{self.cast} * {half} + " if self.is_pointwise else ""
+            lines.append(f"{H} = {first}tl.arange(0, {half}){'' if self.is_pointwise else f'{self.cast}[None, :]'}")
         return lines + loads_first(emitter.outer.lines)
 
     def _elements(self, start: str, width: Index | None = None) -> list[str]:
@@ -404,8 +319,16 @@ class LoopWriter:
 
     # ---- reductions --------------------------------------------------------------------------------------------------
 
-    def _source(self, reduction: Reduce) -> Operand:
-        position = self.rows.position(self.x, self.r, reduction.source.shape, memory_order(reduction))
+    def _tiles(self) -> Iterator[Index]:
+        """The elements of a row that the tiles in registers have: all, in one tile, or those of each of several."""
+        if len(self.starts) < 2:
+            yield self.r
+            return
+        within = variable(R, constant(self.config.elements))
+        yield from (within + constant(start) for start in self.starts)
+
+    def _source(self, reduction: Reduce, element: Index | None = None) -> Operand:
+        position = self.rows.position(self.x, element or self.r, reduction.source.shape, memory_order(reduction))
         return self.emitter.value(reduction.source, position)
 
     def _known(self, reduction: Reduce, operand: Operand) -> None:
@@ -423,7 +346,10 @@ class LoopWriter:
         return text
 
     def _reduce_at_once(self, reduction: Reduce) -> None:
-        found = self._masked(reduction, self._source(reduction))
+        first, *others = (self._masked(reduction, self._source(reduction, element)) for element in self._tiles())
+        combine, found = template(REDUCTIONS[reduction.kind].combine), first
+        for other in others:
+            found = self.emitter.assign(combine.format(found, other), frozenset((X, R))).text
         if isinstance(reduction, Scan):
             own = reduction.kind in OWN_SCANS
             text = (
@@ -455,7 +381,7 @@ class LoopWriter:
             widths.setdefault(self._width(output), []).append(index)
         self._store(widths.pop(ONE, []))
         for width, which in widths.items():
-            self._loop(partial(self._store, which, width), width)
+            self._loop(partial(self._store, which, variable(R, width)), width)
 
     def _width(self, output: Tensor) -> Index:
         """How many elements of a result a row has."""
@@ -519,10 +445,10 @@ class LoopWriter:
 
     # ---- stores ------------------------------------------------------------------------------------------------------
 
-    def _store(self, which: list[int], width: Index | None = None) -> None:
+    def _store(self, which: list[int], element: Index | None = None) -> None:
         for index in which:
             output, type_ = self.region.outputs[index], self.region.types[index]
-            position, axes = self._place(index, variable(R, width) if width else self.r)
+            position, axes = self._place(index, element or self.r)
             if isinstance(output, Scatter):
                 self.emitter.scatter(f"out{index}", output, position, axes)
                 continue

@@ -28,8 +28,9 @@ from torch_rtx.lowering.kernels.emit import Axis, indent, loads_first
 from torch_rtx.lowering.kernels.index import Index, constant, from_dim, linear, product, unravel, variable
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.kernel_ir import ZERO, Reduce, Select, View
-from torch_rtx.lowering.kernels.loops import PERSISTENT, LoopConfig, LoopWriter, R, Rows, X, memory_order
+from torch_rtx.lowering.kernels.loops import LoopConfig, LoopWriter, R, X
 from torch_rtx.lowering.kernels.region import Region
+from torch_rtx.lowering.kernels.rows import PERSISTENT, Rows, memory_order
 from torch_rtx.lowering.kernels.source import assemble, next_power_of_2
 
 # Elements of a tile, and for each thread, the fastest first. Rows that are reduced wait for each other at barriers.

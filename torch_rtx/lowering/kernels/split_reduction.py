@@ -366,7 +366,7 @@ def _times(found: Region, rows: int, size: int, run: int, arch: Arch) -> tuple[f
     on, inputs = arch.chip, [tensor_type(value) for value in found.body.inputs]
     config = loop_configs(found)[0]
     after = any(_elements_in(type_) > rows for type_ in found.types)
-    at_once = size <= config.elements
+    at_once = config.held or size <= config.elements
     passes = 1 if at_once else _levels(found.outputs) + after
     steps = ceil(size / (STEP_ELEMENTS if at_once else config.elements))
     programs = ceil(rows / config.rows)

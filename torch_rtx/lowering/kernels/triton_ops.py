@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,8 +41,17 @@ def _call(name: str, arity: int = 1, more: str = "", expensive: bool = False) ->
     return Code(f"tl.{name}({holes}{more})", operands=(COMPARE,) * arity, expensive=expensive)
 
 
+def _tanh(twice: str) -> str:
+    """tanh(x) by `twice` sigmoid(2 * x), and by a series where that has no digits left."""
+    return f"tl.where(tl.abs({{0}}) < 0.04, {{0}} * (1.0 + {{0}} * {{0}} * {_TANH_FACTOR}), {twice} - 1.0)"
+
+
 _NAN = ", propagate_nan=tl.PropagateNan.ALL"
-_TANH_SMALL = "{0} * (1.0 + {0} * {0} * (-0.3333333333333333 + {0} * {0} * 0.13333333333333333))"
+_TANH_FACTOR = "(-0.3333333333333333 + {0} * {0} * 0.13333333333333333)"
+# By the approximate division, which takes quotients by more than 2**126 for 0, in a third of the instructions of
+# Triton's. Subnormal powers of 2 do not count beside the 1.
+_LOGISTIC = "libdevice.fast_dividef(1.0, 1.0 + tl.exp2({0} * %s))"
+_SIGMOID, _OF_TWICE = (_LOGISTIC % (-factor * math.log2(math.e)) for factor in (1, 2))
 # Kahan's: exact where 1 + x is rounded.
 _LOG1P = 'tl.where((1.0 + {0} == 1.0) | ({0} == float("inf")), {0}, tl.log(1.0 + {0}) * ({0} / ((1.0 + {0}) - 1.0)))'
 # Triton's own cast rounds twice on sm_89. In braces, since templates are formatted.
@@ -78,10 +88,12 @@ CODES = {
     "gt": _infix(">", COMPARE),
     "ge": _infix(">=", COMPARE),
     "neg": Code("{0} * -1.0", PRODUCT, (PRODUCT,)),  # Triton's -x is 0 - x, so that -0 would be 0
-    **{name: _call(name) for name in ("abs", "sqrt", "rsqrt", "exp", "exp2", "sigmoid")},
+    **{name: _call(name) for name in ("abs", "sqrt", "rsqrt", "exp", "exp2")},
+    "sigmoid": Code(_SIGMOID, operands=(PRODUCT,)),
+    "sigmoid2": Code(_LOGISTIC % -1.0, operands=(PRODUCT,)),
     **{name: _call(name, expensive=True) for name in ("log", "log2", "sin", "cos", "erf")},
     "log1p": Code(_LOG1P, expensive=True),
-    "tanh": Code(f"tl.where(tl.abs({{0}}) < 0.04, {_TANH_SMALL}, 2.0 * tl.sigmoid(2.0 * {{0}}) - 1.0)"),
+    "tanh": Code(_tanh(f"2.0 * {_OF_TWICE}")),
     "trunc": Code("tl.where({0} < 0, tl.ceil({0}), tl.floor({0}))"),
     "rint": Code(_RINT, operands=(COMPARE,)),
     # Triton's functions take subnormal numbers for 0.
@@ -105,6 +117,11 @@ CODES = {
     "from_e8m0_byte": Code(_FROM_E8M0_BYTE),
     "cast_like": Code("{0}.to({1}.dtype)", operands=(ATOM, ATOM)),
 }
+OF_F64 = {
+    "sigmoid": _call("sigmoid"),
+    "sigmoid2": Code("1.0 / (1.0 + tl.exp2({0} * -1.0))", PRODUCT, (PRODUCT,)),
+    "tanh": Code(_tanh("2.0 * tl.sigmoid(2.0 * {0})")),
+}
 
 
 def template(expression: Expression, dtypes: Sequence[str] = ()) -> str:
@@ -122,7 +139,7 @@ def _written(expression: Expression, dtypes: Sequence[str]) -> tuple[str, int]:
         case Apply("cast", (Arg(index) as inner,), dtype) if register(dtypes[index]) == register(dtype):
             return _written(inner, dtypes)
         case Apply(op, operands, dtype):
-            code = CODES[op]
+            code = (OF_F64.get(op) if "f64" in dtypes else None) or CODES[op]
             written = zip((_written(one, dtypes) for one in operands), code.operands, strict=True)
             texts = [text if level >= least else f"({text})" for (text, level), least in written]
             if not dtype:

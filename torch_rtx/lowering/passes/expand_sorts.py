@@ -22,8 +22,8 @@ from torch_rtx.errors import Unsupported
 from torch_rtx.ir import MAIN, Attr, Dim, Graph, Node, TensorType, Value, contiguous, dim_expr
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.kernels.body_builder import argument, type_of
-from torch_rtx.lowering.kernels.loops import PERSISTENT
 from torch_rtx.lowering.kernels.memory_model import typical
+from torch_rtx.lowering.kernels.rows import PERSISTENT
 from torch_rtx.lowering.ranges import Ranges
 from torch_rtx.lowering.rewrite import Rewriter, rewrite
 

@@ -9,7 +9,7 @@ from torch_rtx.dtypes import register
 from torch_rtx.ir import Attr, Graph, Node, Value
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.kernels.body_builder import argument, type_of
-from torch_rtx.lowering.kernels.loops import PERSISTENT
+from torch_rtx.lowering.kernels.rows import PERSISTENT
 from torch_rtx.lowering.rewrite import Rewriter, rewrite
 
 CUMSUM = "aten.cumsum.default"

@@ -11,6 +11,8 @@ from torch_rtx.dtypes import DTYPES, FLOATS, INTS, ORDER, register
 from torch_rtx.errors import Unsupported
 from torch_rtx.lowering.kernels.expressions import (
     A,
+    Apply,
+    Arg,
     B,
     C,
     D,
@@ -38,16 +40,18 @@ from torch_rtx.lowering.kernels.expressions import (
     power,
     rsqrt,
     sigmoid,
+    sigmoid2,
     sqrt,
     tanh,
     trunc,
     where,
     xor,
 )
-from torch_rtx.lowering.kernels.index import Index, constant, from_dim, variable, within
+from torch_rtx.lowering.kernels.index import Index, constant, from_dim, product, variable, within
 from torch_rtx.lowering.kernels.kernel_ir import (
     Const,
     Iota,
+    Pointwise,
     Scalar,
     Tensor,
     View,
@@ -102,8 +106,9 @@ def floating(out: Types) -> None:
 # ---- one float argument ----------------------------------------------------------------------------------------------
 
 _HARD = minimum(maximum(A + 3.0, 0.0), 6.0)
-# gelu by tanh: 0.5 * (1 + tanh(u)) is sigmoid(2 * u)
-SOFT = sigmoid(2 * math.sqrt(2 / math.pi) * A * (1.0 + 0.044715 * A * A))
+# gelu by tanh: 0.5 * (1 + tanh(u)) is sigmoid(2 * u), or sigmoid2(2 * u * log2(e))
+_SLOPE = 2 * math.sqrt(2 / math.pi) * math.log2(math.e)
+SOFT = sigmoid2(A * (_SLOPE + 0.044715 * _SLOPE * A * A))
 NORMAL = 0.5 * (1.0 + erf(A * math.sqrt(0.5)))  # the distribution function of a normal distribution
 _NAMED = ("exp", "exp2", "log", "log2", "log1p", "sqrt", "rsqrt", "sin", "cos", "erf", "sigmoid", "tanh")
 FLOAT_OPS = {name: apply(name, A) for name in _NAMED} | {
@@ -248,9 +253,33 @@ def mul(self: Tensor, other: Operand, *, out: Types) -> Tensor:
 
 @op("div.Tensor", "div.Scalar")
 def div(self: Tensor, other: Operand, *, out: Types) -> Tensor:
-    """self / other."""
+    """self / other. Elements that share a divisor, as those of a row do, are multiplied by its reciprocal, unless that
+    may be infinite."""
     floating(out)
+    both = isinstance(self, Tensor) and isinstance(other, Tensor) and out[0].dtype == "f32"
+    shared = both and product(other.shape) != product(self.shape)  # type: ignore[union-attr]
+    if shared and least(other) >= 2.0**-126:
+        return compute(A * B, out, self, compute(1.0 / A, out, other))
     return compute(A / B, out, self, other)
+
+
+def least(tensor: Operand) -> float:
+    """A number that no element of `tensor` is known to be below, unless it is NaN."""
+    match tensor:
+        case View(source=source):
+            return least(source)
+        case Const(value=int() | float() as value):
+            return value
+        case Pointwise(expression=Apply(name, operands), args=(first, *others)):
+            limit = least(others[0]) if others and isinstance(others[0], Const) else -math.inf
+            match name, operands:
+                case "where", (Apply("lt", (Arg(0), Arg(1))), Arg(1), Arg(0)):
+                    return max(limit, least(first))
+                case "div", (Arg(0), Arg(1)) if limit > 0:
+                    return least(first) / limit
+                case "cast", (Arg(0),):
+                    return least(first)
+    return -math.inf
 
 
 def _other_sign(rest: Expression, dividend: Expression, divisor: Expression) -> Expression:
