@@ -55,7 +55,7 @@ def is_view(node: Node) -> bool:
 def _traffic(node: Node, sizes: dict[str, int]) -> tuple[int, int]:
     if is_view(node):
         return 0, 0
-    if node.writes:
+    if node.writes and node.body is None:
         target, *rest = node.inputs
         written = target if node.op == COPY else _update(node)
         return sum(_bytes(value, sizes) for value in rest), _bytes(written, sizes)

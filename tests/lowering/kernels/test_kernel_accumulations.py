@@ -12,7 +12,7 @@ from tests.lowering.kernels.test_kernel_ops import Body
 from torch_rtx.accumulation import continued
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Node, verify
-from torch_rtx.lowering.kernels.loops import loop_function, loop_kernel
+from torch_rtx.lowering.kernels.loops import loop_kernel
 from torch_rtx.lowering.kernels.region import region
 from torch_rtx.optable import ALLOWED
 from torch_rtx.runtime.code import compile_graph
@@ -172,13 +172,6 @@ def test_what_one_kernel_can_not_do(text: str) -> None:
     graph = body(f"z: f32[9, 4]\ns: f32[9, 4]\nm: f32[4, 4]\ni: i64[9]\n{text}")
     with pytest.raises(Unsupported, match=r"kernel|product"):
         region(graph)
-
-
-def test_no_part_of_several_loops() -> None:
-    """Their kernel would have to find what each adds to."""
-    found = region(body(DROPPED))
-    with pytest.raises(Unsupported, match="adds to its result"):
-        loop_function(found, None)  # type: ignore[arg-type]
 
 
 def test_the_operand_that_a_result_lies_in() -> None:

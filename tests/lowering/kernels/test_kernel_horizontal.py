@@ -92,6 +92,18 @@ GROUPS = {
         x: H[70, 128] = mul.Tensor(self=a, other=n)
         y: H[3, 128] = mul.Tensor(self=b, other=m)
         return x, y""",
+    "values that are put in place": """
+        c: H[1600, 128]
+        d: H[1600, 128]
+        a: H[5, 128]
+        b: H[70, 128]
+        i: i64[5] = arange.default(end=5, device='main')
+        j: i64[70] = arange.default(end=70, device='main')
+        u: H[5, 128] = neg.default(self=a)
+        w: H[70, 128] = neg.default(self=b)
+        x: H[1600, 128] = index_copy_.default(self=c, dim=0, index=i, source=u)
+        y: H[1600, 128] = index_copy_.default(self=d, dim=0, index=j, source=w)
+        return x, y""",
     "columns": """
         a: H[5, 6](1, 5)
         b: H[700]

@@ -103,7 +103,8 @@ def _groups(graph: Graph, schedule: _Schedule, arches: tuple[Arch, ...]) -> list
     for indices in equal.values():
         group: list[int] = []
         for index in indices:
-            if not _is_small([graph.nodes[at] for at in (*group, index)]) or not schedule.places([*group, index]):
+            nodes = [graph.nodes[at] for at in (*group, index)]
+            if not (_is_small(nodes) and _are_apart(nodes) and schedule.places([*group, index])):
                 found += schedule.merge(group)
                 group = []
             group.append(index)
@@ -126,6 +127,12 @@ def _is_small(nodes: Sequence[Node]) -> bool:
     values = {value.name: value for node in nodes for value in (*node.inputs, *node.results)}
     moved = sum(bytes_of(value.type) for value in values.values() if isinstance(value.type, TensorType))
     return len(nodes) <= MAX_PARTS and len(values) <= MAX_POINTERS and moved <= MAX_BYTES
+
+
+def _are_apart(nodes: Sequence[Node]) -> bool:
+    """What one of the nodes writes to in memory, none of them uses otherwise."""
+    begun = {operand.name for node in nodes for operand in continued(node).values()}
+    return all(count == 1 for name, count in Counter(v.name for n in nodes for v in n.inputs).items() if name in begun)
 
 
 def _kernel(nodes: Sequence[Node]) -> Node:

@@ -9,17 +9,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from torch_rtx import aten
-from torch_rtx.ir import COPY, MAIN, Dim, Graph, Node, Sym, TensorType, Type, Value
+from torch_rtx.ir import COPY, MAIN, UPDATES, Dim, Graph, Node, Sym, TensorType, Type, Value
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.rewrite import Rewriter, returned, rewrite, users, with_bases
 
-# From functional calls to in-place calls with the same arguments.
-UPDATES = {
-    "aten.index_copy.default": "aten.index_copy_.default",
-    "aten.index_put.default": "aten.index_put_.default",
-    "aten.scatter.src": "aten.scatter_.src",
-    "aten.scatter.value": "aten.scatter_.value",
-}
+IN_PLACE = {call: update for update, call in UPDATES.items()}  # with the same arguments
 # Updates at positions given by numbers; they become an `index_copy_` with an index tensor.
 SLICE, SELECT = "aten.slice_scatter.default", "aten.select_scatter.default"
 
@@ -104,8 +98,8 @@ class _Search:
 
     def in_place(self, node: Node, rewriter: Rewriter) -> Node:
         """The in-place form of `node`, which writes to its argument `self`."""
-        if node.op in UPDATES:
-            return replace(node, op=UPDATES[node.op])
+        if node.op in IN_PLACE:
+            return replace(node, op=IN_PLACE[node.op])
         source, dim = self._source(node), int(node.arg("dim", 0))  # type: ignore[arg-type]
         if node.op == SELECT:
             source = rewriter.emit("aten.unsqueeze.default", node.loc, self=source, dim=dim)
@@ -133,7 +127,7 @@ def has_in_place_form(node: Node) -> bool:
     old, (new, *_) = node.arg("self"), node.outputs or (None,)
     if node.kind != "op" or not isinstance(old, Value) or new is None or new.type != old.type:
         return False
-    return node.op in UPDATES or (node.op in (SLICE, SELECT) and _starts(node) is not None)
+    return node.op in IN_PLACE or (node.op in (SLICE, SELECT) and _starts(node) is not None)
 
 
 def _without_strides(value: Value) -> object:

@@ -142,6 +142,15 @@ def scatter(
     return pointwise(where(eq(A, B), C, D), self.dtype, *given, self)
 
 
+@op("scatter_.src", "scatter_.value")
+def scatter_in_place(
+    self: Tensor, dim: int, index: Tensor, src: Tensor | None = None, value: Scalar = 0, *, out: Types
+) -> Tensor:
+    """The elements of `self` along `dim` that `index` names replaced."""
+    source = number(value, self.dtype) if src is None else move(src, index.shape, lambda position: position)
+    return replaced(taken(self, dim, index), expand(source, index.shape))
+
+
 def _padded(mirrored: Expression, self: Tensor, padding: Sequence[int | Index], *, out: Types) -> Tensor:
     """`self` at the positions `mirrored(A, B)`; A is the position less the padding before, B the last valid one."""
     shape, rank = shape_of(out), len(self.shape)
