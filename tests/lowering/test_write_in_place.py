@@ -24,6 +24,7 @@ from torch_rtx.backend.capture import capture_export
 from torch_rtx.errors import InputError, Unsupported
 from torch_rtx.ir import COPY, UPDATES, Graph, Node, TensorType, Value, contiguous, verify
 from torch_rtx.lowering.infer import Inference
+from torch_rtx.lowering.kernels.body_builder import flat
 from torch_rtx.lowering.passes.write_in_place import write_in_place
 from torch_rtx.lowering.pipeline import lower
 from torch_rtx.lowering.rewrite import Rewriter
@@ -48,9 +49,7 @@ def _fresh():
 
 def updates(graph: Graph) -> list[str]:
     """The calls that write, by the names of their ops, also in kernels."""
-    writing = [node for node in graph.nodes if node.writes]
-    calls = [call for node in writing for call in ([node] if node.body is None else node.body.nodes)]
-    return [call.op.split(".")[1] for call in calls if call.writes]
+    return [call.op.split(".")[1] for call in flat(flat(graph.nodes)) if call.writes]
 
 
 # ---- drawn graphs ----------------------------------------------------------------------------------------------------

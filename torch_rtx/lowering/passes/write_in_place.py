@@ -14,8 +14,11 @@ from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.rewrite import Rewriter, returned, rewrite, users, with_bases
 
 IN_PLACE = {call: update for update, call in UPDATES.items()}  # with the same arguments
-# Updates at positions given by numbers; they become an `index_copy_` with an index tensor.
+# Updates at positions given by numbers; they become an `index_copy_` with an index tensor. PyTorch has it for no dtype
+# of `FLOAT8`, but `index_put_`; for those of `COPIED`, neither.
 SLICE, SELECT = "aten.slice_scatter.default", "aten.select_scatter.default"
+FLOAT8 = frozenset(("f8e4m3fn", "f8e5m2", "f8e4m3fnuz", "f8e5m2fnuz"))
+COPIED = frozenset(("u16", "u32", "u64", "f8e8m0fnu", "f4e2m1fn_x2"))
 
 
 def write_in_place(graph: Graph, infer: Inference) -> Graph:
@@ -103,7 +106,13 @@ class _Search:
         source, dim = self._source(node), int(node.arg("dim", 0))  # type: ignore[arg-type]
         if node.op == SELECT:
             source = rewriter.emit("aten.unsqueeze.default", node.loc, self=source, dim=dim)
-        index = _index(node, source.type.shape[dim], rewriter)  # type: ignore[union-attr]
+        index, old = _index(node, source.type.shape[dim], rewriter), node.arg("self")  # type: ignore[union-attr]
+        assert isinstance(old, Value)
+        if old.type.dtype in FLOAT8:  # type: ignore[union-attr]
+            indices = (*(None,) * (dim % len(old.type.shape)), index)  # type: ignore[union-attr]
+            return replace(
+                node, op="aten.index_put_.default", args=(("self", old), ("indices", indices), ("values", source))
+            )
         args = ("self", node.arg("self")), ("dim", dim), ("index", index), ("source", source)
         return replace(node, op="aten.index_copy_.default", args=args)
 
@@ -141,6 +150,8 @@ def _starts(node: Node) -> Dim | None:
     assert isinstance(old, Value)
     assert isinstance(source, Value)
     if not isinstance(old.type, TensorType) or old.type.device != MAIN or source.type.dtype != old.type.dtype:  # type: ignore[union-attr]
+        return None
+    if old.type.dtype in COPIED:
         return None
     size = old.type.shape[dim]  # type: ignore[index]
     first = node.arg("index" if node.op == SELECT else "start") or 0
