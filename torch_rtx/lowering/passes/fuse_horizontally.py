@@ -143,7 +143,7 @@ def _mixed(graph: Graph, schedule: _Schedule, arches: tuple[Arch, ...]) -> list[
             and _is_small(nodes, MAX_MIXED_BYTES)
             and _are_apart(nodes)
         )
-        together = small and (not group or is_kernel(_kernel(nodes).body, arches))  # type: ignore[arg-type]
+        together = small and (not group or is_kernel(_kernel(nodes).body, arches))
         if not together or not schedule.places([*group, index]):
             found += schedule.merge(group)
             group = []
