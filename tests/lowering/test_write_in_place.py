@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -314,6 +315,15 @@ def caches(model: Any) -> list[torch.Tensor]:
     return [buffer.clone() for name, buffer in model.named_buffers() if name.startswith(("keys", "values"))]
 
 
+def assert_few_launches(graph: Graph, layers: int) -> None:
+    """A layer is eight kernels and no call: the projections of its input, their rotary embeddings and all that goes
+    into its caches, attention, three further products, and two norms with the sums before them."""
+    stores = [at for at, node in enumerate(graph.nodes) if node.kind == "kernel" and node.writes]
+    assert len(stores) == layers
+    assert {after - before for before, after in itertools.pairwise(stores)} == {8}
+    assert [node.op for node in graph.nodes if node.kind != "kernel"] == [COPY] * layers  # lengths of the caches
+
+
 def test_a_decoder_over_several_steps(tmp_path, monkeypatch):
     """Compiled, ahead of time, as for a GPU and from a file: as eager, and bit for bit as without the pass."""
     models = pytest.importorskip("benchmarks.models")
@@ -344,6 +354,8 @@ def test_a_decoder_over_several_steps(tmp_path, monkeypatch):
         with patch.object(program_cache, "kernels_of", lambda *_: KernelTable()):
             module = torch_rtx.compile(fresh, args, kwargs, settings=setting)
         assert updates(module.engine.graph).count("index_copy_") == 2 * layers
+        if setting is gpu:
+            assert_few_launches(module.engine.graph, layers)
         module = through_file(module, tmp_path, weights=fresh)
         assert module.engine.manifest.min_reader == (UPDATE_READER if setting is not gpu else ADDITION_READER)
         for a, b in zip(steps(module, 3), expected, strict=True):
