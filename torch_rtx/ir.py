@@ -478,10 +478,13 @@ def _verify_body(node: Node, body: Graph, ops: Container[str] | None) -> None:
         raise InvalidIR("a kernel's body must be a graph of ops that returns tensors")
     if body.written and node.kind != "kernel" and node.op != LOOP:
         raise InvalidIR("a body must not write to its inputs")
-    if node.kind == "kernel" and body.written:
-        reads = [value.name for step in body.nodes for value in step.inputs]
-        if any(step.op == COPY for step in body.nodes) or any(reads.count(name) > 1 for name in body.written):
-            raise InvalidIR("a kernel's body may write to an input by one update, and not use it otherwise")
+    overwritten, parts = set[str](), has_parts(body)
+    for step in body.nodes if node.kind == "kernel" and body.written else ():
+        reads = [value.name for value in step.inputs]
+        if step.op == COPY or not overwritten.isdisjoint(reads):
+            raise InvalidIR("a kernel's body may write to an input by one update, and not use it afterwards")
+        overwritten.update(target.name for target in step.targets)
+        overwritten.update(body.written.intersection(reads) if parts else ())  # parts have no order
     if node.kind == "kernel" and [v.type for v in body.inputs] != [v.type for v in node.inputs]:
         raise InvalidIR("a kernel's body must have the kernel's input types")
     if node.kind == "kernel" and [v.type for v in outputs] != [v.type for v in node.results]:

@@ -240,6 +240,27 @@ def by_cast(cache, new):
     return cache.sum(1)
 
 
+def by_slots(cache, new):
+    cache.view(-1, 3)[torch.tensor([4, -1])] = new[:, 0]
+    return cache.sum(1)
+
+
+def by_slots_added(cache, new):
+    cache.view(-1, 3).index_put_((torch.tensor([4, 4]),), new[:, 0], accumulate=True)
+    return cache.sum(1)
+
+
+def by_row_and_range(cache, new):
+    cache[-1, 2:8:3] = new[0]
+    cache[:, 3, 1:] = 0.5
+    return cache.sum(1)
+
+
+def by_its_own_rows(cache, new):
+    cache[1, 2:5] = cache[0, 1:4]
+    return cache.sum(1)
+
+
 def by_list(cache, new):
     cache[:, torch.tensor([4, 1])] = new
     return cache.sum(1)
@@ -258,6 +279,10 @@ def by_mask(cache, new):
         (by_broadcast, ["index_copy_"]),
         (by_cast, ["index_copy_"]),
         (by_list, ["index_put_"]),
+        (by_slots, ["index_put_"]),
+        (by_slots_added, ["index_put_"]),
+        (by_row_and_range, ["index_put_", "index_put_"]),
+        (by_its_own_rows, ["index_copy_"]),
         (by_mask, ["copy_" if RELEASE >= (2, 15) else "index_put_"]),
     ],
 )
@@ -269,6 +294,19 @@ def test_ways_to_write(function, expected, monkeypatch):
     module = torch_rtx.compile(Function(function), (cache.clone(), new))
     mine, theirs = cache.clone(), cache.clone()
     same((module(mine, new), mine), (function(theirs, new), theirs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e8m0fnu, torch.uint16], ids=str)
+def test_dtypes_without_some_calls(dtype):
+    def step(cache, new):
+        cache[:, 2:4] = new
+        return cache.view(torch.int8).sum(1)
+
+    cache, new = torch.rand(2, 8, 3).mul(9).to(dtype), torch.rand(2, 2, 3).mul(9).to(dtype)
+    module = torch_rtx.compile(Function(step), (cache.clone(), new))
+    mine, theirs = cache.clone(), cache.clone()
+    assert torch.equal(module(mine, new), step(theirs, new))
+    assert torch.equal(mine.view(torch.int8), theirs.view(torch.int8))
 
 
 def test_a_position_that_is_a_number_of_each_call(monkeypatch):
