@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import strategies
+from torch_rtx import aten
 from torch_rtx.errors import InvalidIR
 from torch_rtx.ir import (
+    COND,
+    COPY,
     DIM_OPS,
     Dim,
     Expr,
@@ -162,6 +167,16 @@ UPDATE = "aten.index_copy_.default"
 Z, V = Value("z", F2), Value("v", F2)
 UPDATED = Node("extern", UPDATE, (("self", X), ("source", Y)), (Z,))
 VIEW = Node("view", "aten.alias.default", (("self", X),), (V,))
+READ, COPIED = replace(RELU, kind="op", outputs=(V,)), Node("op", COPY, (("self", X), ("src", Y)), ())
+
+
+def updating(*nodes: Node, outputs: tuple[Value, ...] = (Z,)) -> Graph:
+    """The body of a kernel that updates its first input, and does more."""
+    return Graph("import", (X, Y), nodes=(replace(UPDATED, kind="op"), *nodes), outputs=outputs)
+
+
+WRITING, RETURNING = updating(outputs=()), updating()
+IN_KERNEL = Node("kernel", "k", (("x", X), ("y", Y)), (Z,), RETURNING)
 
 
 RULES = {
@@ -206,13 +221,13 @@ RULES = {
     ),
     "copy_ must write to an input or weight": with_node("extern", "aten.copy_.default", (("self", Y), ("src", X)), ()),
     "(?#no target)copy_ must write to an input or weight": with_node("extern", "aten.copy_.default", (), ()),
-    "must not write to its inputs": with_node(
-        "kernel",
-        "k",
-        (("x", X),),
-        (),
-        Graph("import", (X,), nodes=(Node("op", "aten.copy_.default", (("self", X), ("src", X)), ()),)),
-    ),
+    "must not write to its inputs": with_node("fallback", COND, (("x", X),), (), WRITING),
+    "(?#a kernel)must return its target": with_node("kernel", "k", (("x", X), ("y", Y)), (), WRITING),
+    "(?#a kernel)must write to an input": with_node("kernel", "k", (("x", Y), ("y", X)), (Z,), RETURNING),
+    "(?#a kernel)read it in no other argument": with_node("kernel", "k", (("x", X), ("y", X)), (Z,), RETURNING),
+    "(?#a kernel)is read after it was written": broken(nodes=(RELU, IN_KERNEL, replace(RELU, outputs=(V,)))),
+    "(?#copy)by one update": with_node("kernel", "k", (("x", X), ("y", Y)), (Z,), updating(COPIED)),
+    "(?#read)by one update": with_node("kernel", "k", (("x", X), ("y", Y)), (Z,), updating(READ)),
     "index_copy_ must write to an input or weight": with_node("extern", UPDATE, (("self", Y), ("source", X)), ()),
     "must return its target": with_node("extern", UPDATE, (("self", X),), ()),
     "(?#type)must return its target with its type": with_node(
@@ -261,6 +276,17 @@ def test_updates_follow_each_other() -> None:
     verify(twice, ALLOWED)
     assert twice.written == {"x"}
     assert with_node("fallback", UPDATE, (("self", X),), (Z,)).written == frozenset()
+
+
+@pytest.mark.quick
+def test_a_kernel_that_updates_an_input() -> None:
+    again = Node("kernel", "k", (("x", Z), ("y", Y)), (V,), RETURNING)
+    graph = broken(nodes=(RELU, IN_KERNEL, again), outputs=())
+    verify(graph, ALLOWED)
+    assert (graph.updated, graph.written) == ({"z": "x", "v": "x"}, {"x"})
+    assert IN_KERNEL.writes
+    assert (IN_KERNEL.targets, IN_KERNEL.updates) == ((X,), {"z": X})
+    assert aten.bases(graph)["v"] == "x"
 
 
 @pytest.mark.quick

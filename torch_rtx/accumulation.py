@@ -2,13 +2,14 @@
 Gradients of look-ups add; caches, permutations and sorting put.
 
 A kernel of one writes to its result in memory, which must hold the tensor that the call starts from: the result lies in
-that operand's own memory, see `continued`.
+that operand's own memory, see `continued`. If the call makes a new tensor, the memory must be one that nobody else
+needs; if it is one of `ir.UPDATES`, the operand is an input or weight of the graph, which the kernel writes to.
 """
 
 from __future__ import annotations
 
 from torch_rtx.foreign import starts_of
-from torch_rtx.ir import Attr, Graph, Node, TensorType, Value, attr_values
+from torch_rtx.ir import UPDATES, Attr, Graph, Node, TensorType, Value, attr_values
 
 ALWAYS = frozenset(("aten.index_add.default", "aten.scatter_add.default"))
 PUTS = frozenset(("aten.index_put.default", "aten._unsafe_index_put.default"))
@@ -16,10 +17,15 @@ SCATTERS = frozenset(("aten.scatter.src", "aten.scatter.value"))
 COPIES = frozenset(f"aten.{name}" for name in ("index_copy.default", "index_fill.int_Scalar", "index_fill.int_Tensor"))
 
 
+def call_of(node: Node) -> str:
+    """The operator of a call; of an update, the one that makes a new tensor instead."""
+    return UPDATES.get(node.op, node.op)
+
+
 def accumulates(node: Node) -> bool:
     """Whether a call returns its argument `self` with values added to elements, several to one where positions
     recur."""
-    if node.op in PUTS:
+    if call_of(node) in PUTS:
         return node.arg("accumulate", False) is True
     if node.op == "aten.scatter_reduce.two":
         return node.arg("reduce") == "sum" and node.arg("include_self", True) is True
@@ -28,10 +34,13 @@ def accumulates(node: Node) -> bool:
 
 def replaces(node: Node) -> bool:
     """Whether a call returns its argument `self` with elements replaced at positions that data decide; where positions
-    recur, any of the values may stay. Where a mask decides, or one index for each row, an element is chosen instead."""
-    if node.op in PUTS:
+    recur, any of the values may stay. Where a mask decides, or one index for each row of a new tensor, an element is
+    chosen instead."""
+    call = call_of(node)
+    if call in PUTS:
         return not node.arg("accumulate", False) and not _has_mask(node)
-    return node.op in COPIES or (node.op in SCATTERS and not _is_one_of_each_row(node))
+    chosen = node.op in SCATTERS and _is_one_of_each_row(node)
+    return (call in COPIES or call in SCATTERS) and not chosen
 
 
 def scatters(node: Node) -> bool:
@@ -56,14 +65,16 @@ def _is_one_of_each_row(node: Node) -> bool:
 
 
 def starts(body: Graph) -> dict[str, Value]:
-    """By the name of each result of a body that `scatters`, or launches a kernel that others wrote: the input of the
-    body that it starts from."""
+    """By the name of each result of a body that `scatters`, or launches a kernel that others wrote, or of a part that
+    does: the input of the body that it starts from."""
     results = {value.name for value in attr_values(body.outputs)}
     found = (pair for node in body.nodes for pair in _starts(node).items() if pair[0] in results)
     return {name: start for name, start in found if isinstance(start, Value) and start in body.inputs}
 
 
 def _starts(node: Node) -> dict[str, Attr]:
+    if node.kind == "kernel":  # a part of a horizontal kernel
+        return {**continued(node)}
     return {value.name: node.arg("self") for value in node.results} if scatters(node) else {**starts_of(node)}
 
 

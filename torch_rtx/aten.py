@@ -184,6 +184,7 @@ def bases(graph: Graph, trusted: frozenset[str] = frozenset()) -> dict[str, str]
     """By the name of each value that may be a view: the name of the value in whose memory it lies."""
     found: dict[str, str] = {}
     for node in graph.nodes:
+        found |= {name: found.get(target.name, target.name) for name, target in node.updates.items()}
         if may_alias(node, trusted) and node.inputs:
             source = aliased(node)[0].name
             found.update(dict.fromkeys(_aliases(node, trusted), found.get(source, source)))

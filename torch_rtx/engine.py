@@ -196,10 +196,12 @@ def write(engine: Engine, file: BinaryIO) -> None:
 def _oldest_reader(engine: Engine) -> int:
     """Older readers refuse control flow, launches of kernels that others wrote, tactics, updates and typical values,
     accept sizes between several profiles, and launch kernels that add to their results in memory that holds anything.
+    They refuse kernels that write to inputs.
     """
     if any(is_control(node) or node.op == LAUNCH for node in calls(engine.graph)):
         return ADDITION_READER
-    if engine.kernels and any(map(continued, kernel_nodes(engine.graph))):
+    nodes = list(kernel_nodes(engine.graph))
+    if any(node.writes for node in nodes) or (engine.kernels and any(map(continued, nodes))):
         return ADDITION_READER
     if engine.kernels:
         return TACTIC_READER

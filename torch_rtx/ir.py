@@ -15,135 +15,39 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from keyword import iskeyword
 
+from torch_rtx.dims import DIM_OPS as DIM_OPS
+from torch_rtx.dims import INT64_MIN as INT64_MIN
+from torch_rtx.dims import Dim as Dim
+from torch_rtx.dims import Expr as Expr
+from torch_rtx.dims import Sym as Sym
+from torch_rtx.dims import contiguous as contiguous
+from torch_rtx.dims import dim_expr as dim_expr
+from torch_rtx.dims import dim_syms as dim_syms
+from torch_rtx.dims import evaluate as evaluate
+from torch_rtx.dims import typical_size as typical_size
 from torch_rtx.dtypes import DTYPES
 from torch_rtx.errors import InvalidIR
 
 MAIN = "main"  # the device of a session; every other device is named ("cpu")
-INT64_MIN = -(2**63)
 COPY = "aten.copy_.default"  # overwrites an input or weight; has no result
 # In-place updates of elements of an input or weight. As in PyTorch they return the written tensor: readers of the new
 # contents read the result, and nothing reads the target after the write, so that edges alone order the accesses.
-UPDATES = frozenset(f"aten.{name}" for name in ("index_copy_.default", "index_put_.default"))
-UPDATES |= {"aten.scatter_.src", "aten.scatter_.value"}
+# Each stands with the call that makes a new tensor instead.
+UPDATES = {
+    f"aten.{name}_.{overload}": f"aten.{name}.{overload}"
+    for name, *overloads in (("index_copy", "default"), ("index_put", "default"), ("scatter", "src", "value"))
+    for overload in overloads
+}
 MAX_RANK = 64  # as in PyTorch
 LEVELS = {"import": ("op", "kernel", "fallback"), "fused": ("kernel", "extern", "view", "fallback")}
 COND, LOOP, SCAN, CALL = (f"torch_rtx.{name}" for name in ("cond", "while_loop", "scan", "call"))
 CONTROL = frozenset((COND, LOOP, SCAN, CALL))  # fallbacks with a body, see `control`
 SCALARS = frozenset(("int", "float", "bool", "object"))
-DIM_OPS: dict[str, Callable[[Sequence[int]], int]] = {
-    "+": sum,
-    "*": math.prod,
-    "min": min,
-    "max": max,
-    "//": lambda args: args[0] // args[1],
-    "%": lambda args: args[0] % args[1],
-}
-
-# ---- dims ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Sym:
-    """A number known only at run time: `min <= value <= max` (None: unbounded), a multiple of `multiple`. A size is at
-    least 0; other integers may be negative, down to INT64_MIN. `typical` is the value to optimize for, if known."""
-
-    name: str
-    min: int = 0
-    max: int | None = None
-    multiple: int = 1
-    typical: int | None = None
-
-    def __str__(self) -> str:
-        return self.name
-
-
-@dataclass(frozen=True, slots=True)
-class Expr:
-    """`op` of DIM_OPS applied to dims. Construct it by `dim_expr`, which normalizes sums and products."""
-
-    op: str
-    args: tuple[Dim, ...]
-
-    def __str__(self) -> str:
-        if self.op in ("min", "max"):
-            return f"{self.op}({', '.join(map(str, self.args))})"
-        return "(" + f" {self.op} ".join(map(str, self.args)) + ")"
-
-
-Dim = int | Sym | Expr
-
-
-def dim_expr(op: str, *args: Dim) -> Dim:
-    """`op` applied to dims; folds integers, flattens and sorts sums and products.
-
-    Raises:
-        InvalidIR: unknown op, or a division by zero.
-    """
-    if op not in DIM_OPS or (op in ("//", "%") and (len(args) != 2 or args[1] == 0)) or not args:
-        raise InvalidIR(f"no dim expression {op!r} of {', '.join(map(str, args))}")
-    if all(isinstance(a, int) for a in args):
-        return DIM_OPS[op]([a for a in args if isinstance(a, int)])
-    if op in ("+", "*"):
-        flat = [b for a in args for b in (a.args if isinstance(a, Expr) and a.op == op else (a,))]
-        const = DIM_OPS[op]([a for a in flat if isinstance(a, int)])
-        rest: list[Dim] = sorted((a for a in flat if not isinstance(a, int)), key=str)
-        if op == "*" and const == 0:
-            return 0
-        if const != (op == "*"):
-            rest.insert(0, const)
-        return rest[0] if len(rest) == 1 else Expr(op, tuple(rest))
-    if op in ("min", "max"):
-        args = tuple(dict.fromkeys(sorted(args, key=str)))
-        return args[0] if len(args) == 1 else Expr(op, args)
-    return args[0] if op == "//" and args[1] == 1 else Expr(op, args)
-
-
-def dim_syms(dim: Dim) -> Iterator[Sym]:
-    """The symbols in `dim`, with repeats."""
-    if isinstance(dim, Sym):
-        yield dim
-    for arg in dim.args if isinstance(dim, Expr) else ():
-        yield from dim_syms(arg)
-
-
-def evaluate(dim: Dim, sizes: Mapping[str, int]) -> int | None:
-    """The value of `dim` for `sizes`; None if a symbol of it has no size."""
-    if isinstance(dim, int):
-        return dim
-    if isinstance(dim, Sym):
-        return sizes.get(dim.name)
-    args = [evaluate(arg, sizes) for arg in dim.args]
-    known = [arg for arg in args if arg is not None]
-    return int(DIM_OPS[dim.op](known)) if len(known) == len(args) else None
-
-
-def typical_size(dim: Dim, default: int) -> int:
-    """The size to optimize for: the value of `dim` for the typical values of its symbols. A symbol without one counts
-    as the number in its range nearest to `default`."""
-    if isinstance(dim, int):
-        return dim
-    if isinstance(dim, Sym):
-        nearest = max(dim.min, default if dim.max is None else min(dim.max, default))
-        return nearest if dim.typical is None else dim.typical
-    return DIM_OPS[dim.op]([typical_size(arg, default) for arg in dim.args])
-
-
-@lru_cache(maxsize=4096)
-def contiguous(shape: tuple[Dim, ...]) -> tuple[Dim, ...]:
-    """Row-major strides of `shape`, in elements. As in PyTorch, a size of 0 counts as 1 for the strides to its left; a
-    symbol counts as itself, since PyTorch assumes that it is at least 2."""
-    strides: list[Dim] = []
-    step: Dim = 1
-    for size in reversed(shape):
-        strides.append(step)
-        step = dim_expr("*", step, max(size, 1) if isinstance(size, int) else size)
-    return tuple(reversed(strides))
-
 
 # ---- types and values ------------------------------------------------------------------------------------------------
 
@@ -272,10 +176,30 @@ class Node:
         """The used outputs, in order."""
         return tuple(value for value in self.outputs if value is not None)
 
+    @cached_property
+    def targets(self) -> tuple[Value, ...]:
+        """The operands that the node writes to, each an input or weight of the graph: the argument `self` of COPY and
+        UPDATES, and what the body of a kernel writes to."""
+        if self.kind == "kernel" and self.body is not None and self.body.written:
+            pairs = zip(self.body.inputs, self.inputs, strict=False)
+            return tuple(given for own, given in pairs if own.name in self.body.written)
+        target = self.arg("self") if self.kind != "fallback" and (self.op == COPY or self.op in UPDATES) else None
+        return (target,) if isinstance(target, Value) else ()
+
     @property
     def writes(self) -> bool:
-        """Whether the node writes to its argument `self`, an input or weight of the graph."""
-        return self.kind != "fallback" and (self.op == COPY or self.op in UPDATES)
+        """Whether the node writes to an operand."""
+        return bool(self.targets)
+
+    @cached_property
+    def updates(self) -> dict[str, Value]:
+        """By the name of each result that is an operand after the node wrote to it: that operand."""
+        if self.kind != "kernel" or self.body is None:
+            return {value.name: target for target in self.targets for value in self.results}
+        given = {own.name: value for own, value in zip(self.body.inputs, self.inputs, strict=False)}
+        pairs = zip(attr_values(self.body.outputs), self.results, strict=False)
+        found = ((made.name, given.get(self.body.updated.get(own.name, ""))) for own, made in pairs)
+        return {name: target for name, target in found if target is not None}
 
     def arg(self, name: str, default: Attr = None) -> Attr:
         """The argument `name`, or `default` if the call omits it."""
@@ -310,7 +234,7 @@ class Weight:
 @dataclass(frozen=True)
 class Graph:
     """A program: `outputs` are values, dims and plain constants; its only effects are COPY and UPDATES of an input or
-    weight."""
+    weight, also in bodies of its kernels."""
 
     level: str
     inputs: tuple[Value, ...] = ()
@@ -339,17 +263,18 @@ class Graph:
         return dict(sorted(found.items()))
 
     @cached_property
+    def updated(self) -> dict[str, str]:
+        """By the name of each result of an update: the input or weight that it is."""
+        found: dict[str, str] = {}
+        for node in self.nodes:
+            found |= {name: found.get(target.name, target.name) for name, target in node.updates.items()}
+        return found
+
+    @cached_property
     def written(self) -> frozenset[str]:
         """The names of the inputs and weights that the graph writes to."""
-        updated: dict[str, str] = {}  # from the result of an update to the input or weight that it updates
-        found = set()
-        for node in self.nodes:
-            target = node.arg("self") if node.writes else None
-            if isinstance(target, Value):
-                name = updated.get(target.name, target.name)
-                found.add(name)
-                updated |= {value.name: name for value in node.results}
-        return frozenset(found)
+        targets = (target.name for node in self.nodes for target in node.targets)
+        return frozenset(self.updated.get(name, name) for name in targets)
 
     def values(self) -> Iterator[Value]:
         """Every value that the graph defines, in order of definition."""
@@ -531,27 +456,35 @@ class _WriteChecker:
         for name in names:
             if name in self.overwritten and self.checks_reads:
                 raise InvalidIR(f"value {name} is read after it was written to; read the result of the write instead")
-        if not node.writes:
-            return
-        target = node.arg("self")
-        if not isinstance(target, Value) or target.name not in self.mutable:
-            raise InvalidIR(f"{node.op.split('.')[1]} must write to an input or weight")
+        is_call = node.kind != "fallback" and (node.op == COPY or node.op in UPDATES)
+        if (is_call and not node.targets) or any(target.name not in self.mutable for target in node.targets):
+            raise InvalidIR(f"{node.op.split('.')[is_call]} must write to an input or weight")
         if node.op == COPY and node.outputs:
             raise InvalidIR("copy_ must not return anything")
-        if node.op in UPDATES:
-            self.overwritten.add(target.name)
-            changed = any(value.type != target.type for value in node.results)
-            if len(node.outputs) != 1 or names.count(target.name) != 1 or changed:
-                raise InvalidIR(f"{node.op} must return its target with its type, and read it in no other argument")
-            self.mutable.update(value.name for value in node.results)
+        if node.op == COPY or not node.writes:
+            return
+        written = [target.name for target in node.targets]
+        self.overwritten.update(written)
+        changed = any(value.type != node.updates.get(value.name, value).type for value in node.results)
+        complete = len(node.outputs) == 1 if is_call else {v.name for v in node.updates.values()} == {*written}
+        if changed or not complete or any(names.count(name) != 1 for name in written):
+            raise InvalidIR(f"{node.op} must return its target with its type, and read it in no other argument")
+        self.mutable.update(node.updates)
 
 
 def _verify_body(node: Node, body: Graph, ops: Container[str] | None) -> None:
     outputs = [value for value in body.outputs if isinstance(value, Value)]
     if (node.kind == "kernel" and body.level != "import") or body.weights or len(outputs) != len(body.outputs):
         raise InvalidIR("a kernel's body must be a graph of ops that returns tensors")
-    if body.written and node.op != LOOP:
+    if body.written and node.kind != "kernel" and node.op != LOOP:
         raise InvalidIR("a body must not write to its inputs")
+    overwritten, parts = set[str](), has_parts(body)
+    for step in body.nodes if node.kind == "kernel" and body.written else ():
+        reads = [value.name for value in step.inputs]
+        if step.op == COPY or not overwritten.isdisjoint(reads):
+            raise InvalidIR("a kernel's body may write to an input by one update, and not use it afterwards")
+        overwritten.update(target.name for target in step.targets)
+        overwritten.update(body.written.intersection(reads) if parts else ())  # parts have no order
     if node.kind == "kernel" and [v.type for v in body.inputs] != [v.type for v in node.inputs]:
         raise InvalidIR("a kernel's body must have the kernel's input types")
     if node.kind == "kernel" and [v.type for v in outputs] != [v.type for v in node.results]:

@@ -18,7 +18,7 @@ from torch_rtx.profiles import Profile, read_profiles
 #   3: typical values of symbols, profiles
 #   4: updates in place, split bodies of kernels
 #   5: tactics in place of launches and split bodies
-#   6: kernels that add to an operand in memory, control flow, kernels that others wrote, and how to find weights in
+#   6: kernels that write to an operand in memory, control flow, kernels that others wrote, and how to find weights in
 #      ONNX models
 FORMAT_VERSION = 6
 # The oldest readers of files without kernels, with several profiles or typical values, with updates, with kernels, and

@@ -503,8 +503,9 @@ def check_tactic(tactic: Tactic[Launch], op: str, body: Graph) -> None:
         verify(tactic.body, ALLOWED)
         if _signature(tactic.body) != _signature(body):
             raise InvalidIR(f"the {tactic.kind} tactic of {op} takes or returns other types than {op}")
-        if tactic.body.level != "import" or tactic.body.weights or tactic.body.written:
-            raise InvalidIR(f"the {tactic.kind} tactic of {op} has weights or writes to its inputs")
+        pairs = [[value.name in one.written for value in one.inputs] for one in (tactic.body, body)]
+        if tactic.body.level != "import" or tactic.body.weights or pairs[0] != pairs[1]:
+            raise InvalidIR(f"the {tactic.kind} tactic of {op} has weights or writes to other inputs than {op}")
         for inner in kernel_nodes(tactic.body):
             _check_node(inner, inside.setdefault(inner.op, inner))
     for launched in tactic.kernels:

@@ -231,7 +231,7 @@ def _peak(graph: Graph, sizes: Mapping[str, int]) -> int:
         for name in sources:
             spans[name][1] = max(spans[name][1], position)
         for value in node.results:
-            if node.kind != "view" and not node.writes:
+            if node.kind != "view" and value.name not in node.updates:
                 owner[value.name] = value.name
                 spans[value.name] = [position, position, _bytes(value.type, sizes)]
             elif sources:  # others are of weights

@@ -96,8 +96,8 @@ def check(node: Node, sizes: dict[str, int], which: int = 0) -> None:
     inputs = [drawn(value, sizes) for value in node.body.inputs]
     dims = [sizes[sym] for sym in node.body.syms]
     assert len(dims) == len(kernel.scalars)
-    eager = compile_graph(node.body, CPU)(inputs, [])
-    wide = [x.double() if x.is_floating_point() else x for x in inputs]
+    eager = compile_graph(node.body, CPU)([x.clone() for x in inputs], [])  # it may write to these
+    wide = [x.to(torch.float64 if x.is_floating_point() else x.dtype, copy=True) for x in inputs]
     exact = compile_graph(body_in_float64(node.body), CPU)(wide, [])
     outputs = [torch.full_like(result, torch.nan if result.is_floating_point() else 1) for result in eager]
     outputs = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -24,12 +25,13 @@ from torch_rtx.backend.capture import capture_export
 from torch_rtx.errors import InputError, Unsupported
 from torch_rtx.ir import COPY, UPDATES, Graph, Node, TensorType, Value, contiguous, verify
 from torch_rtx.lowering.infer import Inference
+from torch_rtx.lowering.kernels.body_builder import flat
 from torch_rtx.lowering.passes.write_in_place import write_in_place
 from torch_rtx.lowering.pipeline import lower
 from torch_rtx.lowering.rewrite import Rewriter
 from torch_rtx.lowering.support import unsupported_reason
 from torch_rtx.lowering.symbols import Symbols
-from torch_rtx.manifest import UPDATE_READER
+from torch_rtx.manifest import ADDITION_READER, UPDATE_READER
 from torch_rtx.settings import CompilationSettings
 from torch_rtx.tactics import KernelTable
 from torch_rtx.targets import PORTABLE
@@ -47,8 +49,8 @@ def _fresh():
 
 
 def updates(graph: Graph) -> list[str]:
-    """The nodes of a graph that write, by the names of their ops."""
-    return [node.op.split(".")[1] for node in graph.nodes if node.writes]
+    """The calls that write, by the names of their ops, also in kernels."""
+    return [call.op.split(".")[1] for call in flat(flat(graph.nodes)) if call.writes]
 
 
 # ---- drawn graphs ----------------------------------------------------------------------------------------------------
@@ -238,6 +240,27 @@ def by_cast(cache, new):
     return cache.sum(1)
 
 
+def by_slots(cache, new):
+    cache.view(-1, 3)[torch.tensor([4, -1])] = new[:, 0]
+    return cache.sum(1)
+
+
+def by_slots_added(cache, new):
+    cache.view(-1, 3).index_put_((torch.tensor([4, 4]),), new[:, 0], accumulate=True)
+    return cache.sum(1)
+
+
+def by_row_and_range(cache, new):
+    cache[-1, 2:8:3] = new[0]
+    cache[:, 3, 1:] = 0.5
+    return cache.sum(1)
+
+
+def by_its_own_rows(cache, new):
+    cache[1, 2:5] = cache[0, 1:4]
+    return cache.sum(1)
+
+
 def by_list(cache, new):
     cache[:, torch.tensor([4, 1])] = new
     return cache.sum(1)
@@ -256,6 +279,10 @@ def by_mask(cache, new):
         (by_broadcast, ["index_copy_"]),
         (by_cast, ["index_copy_"]),
         (by_list, ["index_put_"]),
+        (by_slots, ["index_put_"]),
+        (by_slots_added, ["index_put_"]),
+        (by_row_and_range, ["index_put_", "index_put_"]),
+        (by_its_own_rows, ["index_copy_"]),
         (by_mask, ["copy_" if RELEASE >= (2, 15) else "index_put_"]),
     ],
 )
@@ -267,6 +294,19 @@ def test_ways_to_write(function, expected, monkeypatch):
     module = torch_rtx.compile(Function(function), (cache.clone(), new))
     mine, theirs = cache.clone(), cache.clone()
     same((module(mine, new), mine), (function(theirs, new), theirs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e8m0fnu, torch.uint16], ids=str)
+def test_dtypes_without_some_calls(dtype):
+    def step(cache, new):
+        cache[:, 2:4] = new
+        return cache.view(torch.int8).sum(1)
+
+    cache, new = torch.rand(2, 8, 3).mul(9).to(dtype), torch.rand(2, 2, 3).mul(9).to(dtype)
+    module = torch_rtx.compile(Function(step), (cache.clone(), new))
+    mine, theirs = cache.clone(), cache.clone()
+    assert torch.equal(module(mine, new), step(theirs, new))
+    assert torch.equal(mine.view(torch.int8), theirs.view(torch.int8))
 
 
 def test_a_position_that_is_a_number_of_each_call(monkeypatch):
@@ -313,6 +353,15 @@ def caches(model: Any) -> list[torch.Tensor]:
     return [buffer.clone() for name, buffer in model.named_buffers() if name.startswith(("keys", "values"))]
 
 
+def assert_few_launches(graph: Graph, layers: int) -> None:
+    """A layer is eight kernels and no call: the projections of its input, their rotary embeddings and all that goes
+    into its caches, attention, three further products, and two norms with the sums before them."""
+    stores = [at for at, node in enumerate(graph.nodes) if node.kind == "kernel" and node.writes]
+    assert len(stores) == layers
+    assert {after - before for before, after in itertools.pairwise(stores)} == {8}
+    assert [node.op for node in graph.nodes if node.kind != "kernel"] == [COPY] * layers  # lengths of the caches
+
+
 def test_a_decoder_over_several_steps(tmp_path, monkeypatch):
     """Compiled, ahead of time, as for a GPU and from a file: as eager, and bit for bit as without the pass."""
     models = pytest.importorskip("benchmarks.models")
@@ -343,8 +392,10 @@ def test_a_decoder_over_several_steps(tmp_path, monkeypatch):
         with patch.object(program_cache, "kernels_of", lambda *_: KernelTable()):
             module = torch_rtx.compile(fresh, args, kwargs, settings=setting)
         assert updates(module.engine.graph).count("index_copy_") == 2 * layers
+        if setting is gpu:
+            assert_few_launches(module.engine.graph, layers)
         module = through_file(module, tmp_path, weights=fresh)
-        assert module.engine.manifest.min_reader == UPDATE_READER
+        assert module.engine.manifest.min_reader == (UPDATE_READER if setting is not gpu else ADDITION_READER)
         for a, b in zip(steps(module, 3), expected, strict=True):
             torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-3)
 

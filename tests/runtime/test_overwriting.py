@@ -19,7 +19,7 @@ from tests.runtime.test_arena import CPU, interpreted, whole_nodes
 from torch_rtx.ir import COPY, Graph, Node, Value, has_parts, kernel_nodes
 from torch_rtx.irparse import parse
 from torch_rtx.lowering.infer import Inference
-from torch_rtx.lowering.kernels.horizontal import horizontal_kernel, part_configs
+from torch_rtx.lowering.kernels.horizontal import horizontal_configs, horizontal_kernel
 from torch_rtx.lowering.kernels.loops import loop_configs, loop_kernel
 from torch_rtx.lowering.kernels.region import region
 from torch_rtx.lowering.passes.finish import finish
@@ -264,7 +264,7 @@ def one_by_one(node: Node) -> Interpreted:
     assert node.body is not None
     found = region(node.body)
     kernel = horizontal_kernel if found.parts else loop_kernel
-    config = (part_configs(found.parts[0]) if found.parts else loop_configs(found))[0]
+    config = (horizontal_configs(found) if found.parts else loop_configs(found))[0]
     return Interpreted(kernel(found, node.op, replace(config, rows=1)))
 
 

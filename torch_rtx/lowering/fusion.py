@@ -120,7 +120,7 @@ class FusionPlan:
         group_of: the group of each node that is not an absorbed view.
         readers: the nodes that read a value, also through views.
         reducing: the nodes that reduce rows.
-        outside: the values that the graph returns, by name.
+        outside: the values that the graph returns, or inputs that it has written to, by name.
     """
 
     def __init__(self, graph: Graph, arches: tuple[Arch, ...], atomics: bool = True) -> None:
@@ -133,7 +133,7 @@ class FusionPlan:
         self.group_of: dict[int, FusionGroup] = {}
         self.readers: dict[str, list[int]] = {}
         self.reducing: set[int] = set()
-        self.outside: set[str] = {self.base(v).name for v in attr_values(graph.outputs)}
+        self.outside: set[str] = {self.base(v).name for v in attr_values(graph.outputs)} | graph.updated.keys()
         self._start_groups()
         for index in sorted(self.group_of):
             self._merge_producers(index)

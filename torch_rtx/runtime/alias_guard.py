@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from torch_rtx.errors import InputError
-from torch_rtx.ir import UPDATES, Graph
+from torch_rtx.ir import COPY, Graph
 from torch_rtx.runtime.strided import copy_strided
 from torch_rtx.runtime.weights import WeightStore
 
@@ -26,7 +26,8 @@ class AliasGuard:
     """
 
     def __init__(self, graph: Graph, store: WeightStore) -> None:
-        updated = graph.written if any(node.op in UPDATES for node in graph.nodes) else frozenset()
+        updates = any(node.writes and node.op != COPY for node in graph.nodes)
+        updated = graph.written if updates else frozenset()
         self._names = [value.name for value in graph.inputs]
         self._inputs = [i for i, name in enumerate(self._names) if name in updated]
         self._weights = [i for i, weight in enumerate(graph.weights) if weight.value.name in updated]

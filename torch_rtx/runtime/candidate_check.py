@@ -83,10 +83,10 @@ class CandidateCheck:
             self._inputs = [self._random(value, bits) for value in self.graph.inputs]
             fill_lists(self.graph, self._inputs, self._known)
             with _calls_of(node):
-                self._computes_positions = check_positions(self.graph, device, self._inputs)
+                self._computes_positions = check_positions(self.graph, device, self._given())
                 fill_saved(self.graph, device, self._inputs)
                 calls = compile_graph(self.graph, device, tactics=tactics)
-                self.expected: Sequence[torch.Tensor] = _comparable(calls(self._inputs, ()))
+                self.expected: Sequence[torch.Tensor] = _comparable(calls(self._given(), ()))
             if all(bool(x.float().isfinite().all()) for x in self.expected if x.is_floating_point()):
                 break
         as_it_is = _takes_bits(node.body) or launch_in(node.body) is not None
@@ -107,8 +107,13 @@ class CandidateCheck:
 
     def _in_float64(self) -> Sequence[torch.Tensor]:
         wide = compile_graph(in_float64(self.graph), self.device)
-        given = (x.double() if aten.dtype_name(x.dtype) in NARROW_FLOATS else x for x in self._inputs)
+        given = (x.double() if aten.dtype_name(x.dtype) in NARROW_FLOATS else x for x in self._given())
         return _comparable(wide(Owned(given), ()))
+
+    def _given(self) -> list[torch.Tensor]:
+        """The inputs; what the node writes to is a copy, so that each run starts from the same contents."""
+        pairs = zip(self.graph.inputs, self._inputs, strict=True)
+        return [_copy(x) if value.name in self.graph.written else x for value, x in pairs]
 
     def _random(self, value: Value, bits: int) -> torch.Tensor:
         """A random input; integers that are numbers have so many bits, or all of their dtype's."""
@@ -137,7 +142,7 @@ class CandidateCheck:
         """The first wrong output of `code`, with its error; None: all are right."""
         poison = [torch.full_like(x, torch.nan if x.is_floating_point() else 1) for x in self.expected]
         del poison  # the allocator hands this memory out next: elements that a kernel leaves out stay NaN
-        found = _comparable(code(self._inputs, ()))
+        found = _comparable(code(self._given(), ()))
         for position, (mine, right, limit) in enumerate(zip(found, self._exact, self._limits, strict=True)):
             if not mine.is_floating_point():
                 share = _share(mine, right)
@@ -154,7 +159,7 @@ class CandidateCheck:
         might be positions outside of a tensor, or make some."""
         pooled = [pool.holds(x) and not self._computes_positions for x in self._inputs]
         size = sum(_span(x) for x, held in zip(self._inputs, pooled, strict=True) if not held)
-        sets = [self._inputs]
+        sets = [self._given()]  # it may add to what it writes to, run by run
         for _ in range(min(RUNS, pool.size // max(size, 1)) - 1):
             sets.append([x if held else _copy(x) for x, held in zip(self._inputs, pooled, strict=True)])
         turns = (sets[turn % len(sets)] for turn in range(RUNS))

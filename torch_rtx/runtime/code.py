@@ -173,7 +173,7 @@ class _Writer:
     written: set[str] = field(default_factory=set)  # values that kernels write
     tensors: set[str] = field(default_factory=set)  # values in the arena that have become tensors by now
     targets: dict[str, Value] = field(default_factory=dict)  # results that kernels write over inputs
-    begun: dict[str, Value] = field(default_factory=dict)  # results that kernels add to, by what they start from
+    begun: dict[str, Value] = field(default_factory=dict)  # what results of kernels start from, of which none is copied
     shared: set[str] = field(default_factory=set)  # values in whose memory several results lie
     inputs: set[str] = field(default_factory=set)
     pending: set[str] = field(default_factory=set)  # results of collectives, which nothing may copy before the wait
@@ -420,6 +420,9 @@ class _Writer:
             addresses.append(f"{held[-1]}.data_ptr()")
         for output in node.outputs:
             assert output is not None  # `tactics.check` saw to it
+            if output.name in node.updates:  # the address of what is written, or of a copy of it
+                addresses.append(addresses[node.inputs.index(node.updates[output.name])])
+                continue
             if output.name in self.begun:
                 if output.name not in self.offsets:
                     self.lines.append(f"{output.name} = {tensors[self.begun[output.name].name]}")
@@ -434,6 +437,11 @@ class _Writer:
         numbers = f"{self.numbers(launcher.scalars)}, {self.numbers(launcher.grid)}"
         pointers = "".join(f"{address}, " for address in addresses)
         self.lines.append(f"{self.name_of(node.op, launcher)}(({pointers}), {numbers})")
+        if node.writes:
+            names, copies = [value.name for value in node.targets], [tensors[value.name] for value in node.targets]
+            function = self.name_of("copies", copy_all)  # which counts a write to what is no copy
+            self.lines.append(f"{function}([{', '.join(names)}], [{', '.join(copies)}])")
+            self.lines += [f"{name} = {target.name}" for name, target in node.updates.items()]
         if held:
             self.lines.append(f"del {', '.join(held)}")
 

@@ -14,7 +14,7 @@ from typing import TypeGuard
 import torch
 
 from torch_rtx import aten
-from torch_rtx.accumulation import SCATTERS, replaces
+from torch_rtx.accumulation import SCATTERS, call_of, replaces
 from torch_rtx.dtypes import highest
 from torch_rtx.errors import RtxError
 from torch_rtx.ir import Attr, Graph, Node, TensorType, Value
@@ -106,7 +106,7 @@ def distinct(graph: Graph) -> dict[str, int | None]:
     several values that are put in one place any may stay, so that two runs of the calls need not agree."""
     names, found = {value.name for value in graph.inputs}, dict[str, int | None]()
     for node in inline_kernels(graph, {}).nodes:
-        dim = node.arg("dim") if node.op in SCATTERS else None
+        dim = node.arg("dim") if call_of(node) in SCATTERS else None
         for value, _ in _positions(node) if node.kind != "fallback" and replaces(node) else ():
             if value.name in names:
                 found[value.name] = dim if isinstance(dim, int) else None

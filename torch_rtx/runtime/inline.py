@@ -1,5 +1,5 @@
 """A graph as it is run: kernel nodes that are not launched as one kernel become the body of their tactic, or their own
-body, and a kernel that adds to an operand in memory owns this operand."""
+body, and a kernel that adds to an operand in memory owns this operand, unless the graph writes to it."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def in_place(graph: Graph, tactics: Mapping[str, Tactic[K]]) -> list[list[Node]]
 
 
 def _owned(graph: Graph, lists: list[list[Node]], taken: set[str]) -> list[list[Node]]:
-    """`lists` with a copy before each kernel that adds to an operand which has memory that others need, or memory at
-    an address that kernels may not take."""
+    """`lists` with a copy before each kernel that makes a new tensor by additions to an operand which has memory that
+    others need, or memory at an address that kernels may not take."""
     nodes = [*chain.from_iterable(lists)]
     base = aten.bases(replace(graph, nodes=tuple(nodes)))
     made = {value.name for node in nodes if node.kind == "kernel" for value in node.results}
@@ -63,7 +63,9 @@ def _owned(graph: Graph, lists: list[list[Node]], taken: set[str]) -> list[list[
         kept |= names if node.kind == "fallback" else set()
 
     def owned(node: Node) -> Iterator[Node]:
-        for operand in continued(node).values():
+        for name, operand in continued(node).items():
+            if name in node.updates:
+                continue
             if operand.name not in made or operand.name in kept or last[operand.name] is not node:
                 copy = Value(_fresh(f"{operand.name}_begun", taken), operand.type)
                 yield Node("op", "aten.clone.default", (("self", operand),), (copy,), None, node.loc)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch_rtx import aten
 from torch_rtx.accumulation import starts
-from torch_rtx.ir import COPY, Dim, Node, ScalarType, TensorType, Value, attr_values, evaluate
+from torch_rtx.ir import COPY, Dim, Node, ScalarType, TensorType, Value, attr_values, evaluate, has_parts
 from torch_rtx.op_work import flops
 
 # By operator: the argument that is a table, of which a call reads as many elements as it returns.
@@ -55,10 +55,13 @@ def is_view(node: Node) -> bool:
 def _traffic(node: Node, sizes: dict[str, int]) -> tuple[int, int]:
     if is_view(node):
         return 0, 0
-    if node.writes:
+    if node.writes and node.body is None:
         target, *rest = node.inputs
         written = target if node.op == COPY else _update(node)
         return sum(_bytes(value, sizes) for value in rest), _bytes(written, sizes)
+    if node.body is not None and has_parts(node.body) and starts(node.body):
+        parts = [_traffic(part, sizes) for part in node.body.nodes]
+        return sum(read for read, _ in parts), sum(written for _, written in parts)
     body, given = ((node,), node.inputs) if node.body is None else (node.body.nodes, node.body.inputs)
     made, begun = node.outputs, {} if node.body is None else starts(node.body)
     if node.body is not None and begun:  # reads and writes the elements that it adds to

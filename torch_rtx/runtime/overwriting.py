@@ -34,9 +34,7 @@ def overwritten(graph: Graph, trusted: frozenset[str] = frozenset()) -> dict[str
     fallbacks = [at for at, node in enumerate(graph.nodes) if node.kind == "fallback"]
     given = (value for at in fallbacks for value in graph.nodes[at].inputs)
     kept = {base.get(value.name, value.name) for value in (*attr_values(graph.outputs), *given)}
-    writes = Counter(
-        base.get(v.name, v.name) for n in graph.nodes if n.writes and isinstance(v := n.arg("self"), Value)
-    )
+    writes = Counter(base.get(value.name, value.name) for node in graph.nodes for value in node.targets)
     kept |= {name for node in graph.nodes for new, old in continued(node).items() for name in (new, old.name)}
     found: dict[str, Value] = {}
     for at, node in enumerate(graph.nodes):

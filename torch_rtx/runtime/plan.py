@@ -200,12 +200,10 @@ class _Lifetimes:
             last.update(dict.fromkeys(sources, position))
             if node.kind == "fallback":
                 kept.update(sources)
-            if node.writes:
-                continue  # its result is an input or weight, which no plan holds
             alias, places = aten.may_alias(node, trusted_ops), continued(node)
             for value in node.outputs:
-                if value is None or not isinstance(value.type, TensorType):
-                    continue
+                if value is None or not isinstance(value.type, TensorType) or value.name in node.updates:
+                    continue  # an input or weight, which no plan holds
                 if value.name in places and places[value.name].name in root:
                     root[value.name] = root[places[value.name].name]
                 elif not alias:

@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 _READ_BY_LOWERING = (
     "accumulation",
     "chips",
+    "dims",
     "dtypes",
     "foreign",
     "ir",

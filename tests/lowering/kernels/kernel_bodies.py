@@ -76,10 +76,10 @@ def check(
     kernel = make(region(graph), "kernel", config)
     torch.manual_seed(0)
     inputs = [random_tensor(value.type, sizes) for value in graph.inputs]
-    eager = compile_graph(graph, torch.device("cpu"))(inputs, ())
+    eager = compile_graph(graph, torch.device("cpu"))([one.clone() for one in inputs], ())
     wide = parse(re.sub(FLOATS, "f64", str(graph)))
     exact = compile_graph(wide, torch.device("cpu"))(
-        [one.double() if one.is_floating_point() else one for one in inputs], ()
+        [one.to(torch.float64 if one.is_floating_point() else one.dtype, copy=True) for one in inputs], ()
     )
     outputs = [empty(value.type, sizes) for value in attr_values(graph.outputs)]
     begin(graph, inputs, outputs)

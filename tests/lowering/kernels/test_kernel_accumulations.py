@@ -12,12 +12,15 @@ from tests.lowering.kernels.test_kernel_ops import Body
 from torch_rtx.accumulation import continued
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Node, verify
-from torch_rtx.lowering.kernels.loops import loop_function, loop_kernel
+from torch_rtx.lowering.kernels.generate import generate
+from torch_rtx.lowering.kernels.loops import loop_kernel
 from torch_rtx.lowering.kernels.region import region
 from torch_rtx.optable import ALLOWED
 from torch_rtx.runtime.code import compile_graph
+from torch_rtx.targets import arch_of
 
 A = torch.ops.aten
+DTYPES8 = {"f8e4m3fn": torch.float8_e4m3fn, "f8e5m2": torch.float8_e5m2}
 DTYPES = (torch.float32, torch.float64, torch.int32, torch.int64)
 
 
@@ -76,6 +79,27 @@ def test_what_is_put_in_place(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     for op, args, kwargs in puts(dtype):
         Body(op, args, kwargs, op(*args, **kwargs)).check()
+
+
+@pytest.mark.parametrize("sm", [80, 90])
+@pytest.mark.parametrize("dtype", ["f8e4m3fn", "f8e5m2"])
+def test_float8_is_put_in_place(dtype: str, sm: int) -> None:
+    """As bytes, where the target does not have the dtype."""
+    text = """
+        c: F[5, 16]
+        i: i64[3]
+        s: bf16[3, 16]
+        f: F[3, 16] = _to_copy.default(self=s, dtype='F')
+        v: F[5, 16] = index_put_.default(self=c, indices=[i], values=f)
+        return v"""
+    graph = body(text.replace("F[", f"{dtype}[").replace("'F'", repr(dtype)))
+    kernel = generate(graph, "k", arch_of(sm), 0)
+    assert kernel is not None
+    found = torch.randn(5, 16).to(DTYPES8[dtype])
+    index, source, expected = torch.tensor([4, -5, 2]), torch.randn(3, 16).bfloat16(), found.clone()
+    compile_graph(graph, torch.device("cpu"))([expected, index, source], ())
+    run(kernel, [found, index, source, found])
+    assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
 
 
 @pytest.mark.parametrize(
@@ -172,13 +196,6 @@ def test_what_one_kernel_can_not_do(text: str) -> None:
     graph = body(f"z: f32[9, 4]\ns: f32[9, 4]\nm: f32[4, 4]\ni: i64[9]\n{text}")
     with pytest.raises(Unsupported, match=r"kernel|product"):
         region(graph)
-
-
-def test_no_part_of_several_loops() -> None:
-    """Their kernel would have to find what each adds to."""
-    found = region(body(DROPPED))
-    with pytest.raises(Unsupported, match="adds to its result"):
-        loop_function(found, None)  # type: ignore[arg-type]
 
 
 def test_the_operand_that_a_result_lies_in() -> None:

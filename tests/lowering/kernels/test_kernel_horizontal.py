@@ -92,6 +92,18 @@ GROUPS = {
         x: H[70, 128] = mul.Tensor(self=a, other=n)
         y: H[3, 128] = mul.Tensor(self=b, other=m)
         return x, y""",
+    "values that are put in place": """
+        c: H[1600, 128]
+        d: H[1600, 128]
+        a: H[5, 128]
+        b: H[70, 128]
+        i: i64[5] = arange.default(end=5, device='main')
+        j: i64[70] = arange.default(end=70, device='main')
+        u: H[5, 128] = neg.default(self=a)
+        w: H[70, 128] = neg.default(self=b)
+        x: H[1600, 128] = index_copy_.default(self=c, dim=0, index=i, source=u)
+        y: H[1600, 128] = index_copy_.default(self=d, dim=0, index=j, source=w)
+        return x, y""",
     "columns": """
         a: H[5, 6](1, 5)
         b: H[700]
@@ -116,6 +128,61 @@ def test_parts(name: str, which: int) -> None:
     node = grouped(GROUPS[name])
     symbolic = node.body is not None and node.body.syms
     for size in (0, 1, 63) if symbolic else (0,):
+        check(node, {"s": size}, which)
+
+
+KINDS = {
+    "two loops that share an operand": """
+        n: H[64]
+        a: H[70, 64]
+        b: H[3, 64]
+        x: H[70, 64] = mul.Tensor(self=a, other=n)
+        y: H[3, 64] = add.Tensor(self=b, other=n)
+        return x, y""",
+    "one of two parts": """
+        n: f32[()]
+        a: f32[7, 9]
+        b: f32[5]
+        c: f32[1100]
+        x: f32[7, 9] = mul.Tensor(self=a, other=n)
+        y: f32[5] = add.Tensor(self=b, other=n)
+        z: f32[1100] = sub.Tensor(self=c, other=n)
+        return x, y, z""",
+    "any number of elements": """
+        dim s = 0, 64, 1
+        n: H[5]
+        a: H[s, 5]
+        b: H[7, s, 5]
+        x: H[s, 5] = mul.Tensor(self=a, other=n)
+        y: H[7, s, 5] = add.Tensor(self=b, other=n)
+        return x, y""",
+    "an embedding of positions, and one that is put into a cache": """
+        cache: H[2, 2, 32, 16]
+        at: i64[1] = arange.default(end=1, device='main')
+        qkv: H[2, 1, 128]
+        cos: H[1, 16]
+        q0: H[2, 1, 64](128, 128, 1) = slice.Tensor(self=qkv, dim=-1, start=0, end=64)
+        q1: H[2, 1, 4, 16](128, 128, 16, 1) = view.default(self=q0, size=[2, 1, 4, 16])
+        q: H[2, 4, 1, 16](128, 16, 128, 1) = transpose.int(self=q1, dim0=1, dim1=2)
+        k0: H[2, 1, 32](128, 128, 1) = slice.Tensor(self=qkv, dim=-1, start=64, end=96)
+        k1: H[2, 1, 2, 16](128, 128, 16, 1) = view.default(self=k0, size=[2, 1, 2, 16])
+        k: H[2, 2, 1, 16](128, 16, 128, 1) = transpose.int(self=k1, dim0=1, dim1=2)
+        x: H[2, 4, 1, 16](64, 16, 64, 1) = mul.Tensor(self=q, other=cos)
+        r: H[2, 2, 1, 16](32, 16, 32, 1) = mul.Tensor(self=k, other=cos)
+        y: H[2, 2, 32, 16] = index_copy_.default(self=cache, dim=2, index=at, source=r)
+        return x, y""",
+}
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("name", KINDS)
+def test_parts_of_several_kinds(name: str, which: int) -> None:
+    node = grouped(KINDS[name])
+    assert node.body is not None
+    kernel = generate(node.body, "k", arch_of(80), which)
+    assert kernel is not None
+    assert kernel.source.count("def loop") == kernel.source.count("    loop") > 1
+    for size in (0, 1, 63) if node.body.syms else (0,):
         check(node, {"s": size}, which)
 
 
@@ -164,12 +231,11 @@ def test_an_engine_has_one_kernel_for_all_parts() -> None:
 
 
 def test_a_body_that_is_none_of_parts_has_no_kernel() -> None:
-    """An engine file may have any: parts of different code, with results that nobody reads, or that need each other."""
+    """An engine file may have any: reductions beside other loops, results that nobody reads."""
     node = grouped(CASTS)
     text = str(node.body)
-    other = (
-        "v1: f32[7] = op aten.exp.default(self=in0)\n    v2: bf16[7] = op aten._to_copy.default(self=v1, dtype='bf16')"
-    )
+    cast = "op aten._to_copy.default(self=v1, dtype='bf16')"
+    other = f"v1: f32[7] = op aten.softmax.int(self=in0, dim=0)\n    v2: bf16[7] = {cast}"
     for wrong in (
         text.replace(
             "v1: bf16[7] = op aten._to_copy.default(self=in0, dtype='bf16')\n    return [v1]",

@@ -1,6 +1,6 @@
 """Horizontal kernels: independent loops over different tensors in one launch.
 
-The loops, the *parts*, differ in their tensors and in their number of rows alone. They share one function, and each
+Loops that differ in their tensors and in their number of rows alone, *parts* of one kind, share one function, and each
 program selects the tensors of its part by its position in the grid:
 
     def copies(in0, in1, out0, out1):
@@ -13,16 +13,25 @@ program selects the tensors of its part by its position in the grid:
 
 Selecting is cheap: all threads select the same, so that the compiler selects offsets of parameters. A branch for each
 part would take the registers of all of them, and a copy of the code for each a second of the compiler's time.
+
+Parts of a few kinds are short loops that would wait for a launch each. Each kind has a function and a branch:
+
+    if program < 2:
+        loop0(0, 512, in0, out0)
+    else:
+        loop1(2, 2048, in1, out1)
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import groupby
 
 from torch_rtx.dtypes import DTYPES
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import Graph, attr_values, dim_expr
+from torch_rtx.ir import Dim, Graph, attr_values, dim_expr
+from torch_rtx.lowering.kernels.emit import indent
 from torch_rtx.lowering.kernels.index import from_dim
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.loops import (
@@ -67,36 +76,65 @@ def part_function(body: Graph) -> LoopFunction:
     return loop_function(found, part_configs(found)[0])[0]
 
 
-def horizontal_kernel(found: Region, name: str, config: LoopConfig) -> Kernel:
-    """The kernel of a region with parts.
+def horizontal_configs(found: Region) -> Sequence[tuple[LoopConfig, ...]]:
+    """Configurations of each part of a region, the fastest first.
 
     Raises:
-        Unsupported: the parts have different functions, symbols that no tensor has, or results that nobody reads.
+        Unsupported: a part is no loop, or one of several kinds has reductions.
     """
-    loops = [loop_function(part, config) for part in found.parts]
-    function, symbols = loops[0][0], found.parts[0].body.syms
-    if any(other != function for other, _ in loops) or not symbols.keys() <= found.body.syms.keys():
-        raise Unsupported("parts of different code, or with further symbols, in one kernel")
+    first, *others = (loop_function(part, part_configs(part)[0])[0] for part in found.parts)
+    if all(other == first for other in others):
+        return [(config,) * len(found.parts) for config in part_configs(found.parts[0])]
+    if any(part.reductions for part in found.parts):
+        raise Unsupported("reductions beside other loops, in one kernel")
+    return [tuple(loop_configs(part)[which] for part in found.parts) for which in range(2)]
+
+
+def horizontal_kernel(found: Region, name: str, configs: Sequence[LoopConfig]) -> Kernel:
+    """The kernel of a region with parts, each of them in its configuration.
+
+    Raises:
+        Unsupported: the parts have symbols that no tensor has, or results that nobody reads.
+    """
+    loops = [loop_function(part, config) for part, config in zip(found.parts, configs, strict=True)]
+    if any(not part.body.syms.keys() <= found.body.syms.keys() for part in found.parts):
+        raise Unsupported("parts with further symbols in one kernel")
     if [value for node in found.body.nodes for value in node.outputs] != [*found.body.outputs]:
         raise Unsupported("results of parts that are not those of their kernel")
     names = {value.name: value.name for value in found.body.inputs}
     names |= {value.name: f"out{index}" for index, value in enumerate(attr_values(found.body.outputs))}
-    programs = [dim_expr("*", function.blocks, blocks(count, config.rows)) for _, count in loops]
+    programs = [dim_expr("*", one.blocks, blocks(count, one.config.rows)) for one, count in loops]
     rows = [
         [
-            str(from_dim(dim_expr("+", 0, *programs[:index]))),
+            str(from_dim(_first(programs, index))),
             str(from_dim(count)),
             *(names[value.name] for value in (*node.inputs, *node.results)),
         ]
         for index, (node, (_, count)) in enumerate(zip(found.body.nodes, loops, strict=True))
     ]
-    lines = _selection(rows, [*symbols])
+    kinds = [[*group] for _, group in groupby(range(len(loops)), lambda at: loops[at][0])]
+    functions, lines = list[str](), ["program = tl.program_id(0)"]
+    for index, kind in enumerate(kinds):
+        several, last = len(kinds) > 1, index + 1 == len(kinds)
+        called = f"loop{index}" if several else "loop"
+        functions.append(loops[kind[0]][0].source.replace("\ndef loop(", f"\ndef {called}("))
+        if several:
+            test = "else" if last else f"{'el' * (index > 0)}if program < {from_dim(_first(programs, kind[-1] + 1))}"
+            lines.append(f"{test}:")
+        calls = _selection([rows[at] for at in kind], [*found.parts[kind[0]].body.syms], called)
+        lines += indent(calls) if several else calls
     every = dim_expr("+", 0, *programs)
-    return assemble(found, name, lines, every, config.num_warps, function.num_stages, function.source)
+    warps, stages = max(config.num_warps for config in configs), max(one.num_stages for one, _ in loops)
+    return assemble(found, name, lines, every, warps, stages, "".join(functions))
 
 
-def _selection(rows: Sequence[Sequence[str]], symbols: Sequence[str]) -> Iterator[str]:
-    """Lines that call `loop` with the arguments of the program's part.
+def _first(programs: Sequence[Dim], index: int) -> Dim:
+    """The first program of a part."""
+    return dim_expr("+", 0, *programs[:index])
+
+
+def _selection(rows: Sequence[Sequence[str]], symbols: Sequence[str], called: str) -> Iterator[str]:
+    """Lines that call the function `called` with the arguments of the program's part.
 
     Args:
         rows: the arguments of each part; the first one is the part's first program.
@@ -104,10 +142,9 @@ def _selection(rows: Sequence[Sequence[str]], symbols: Sequence[str]) -> Iterato
     """
     names = ["first", "size", *(f"p{index}" for index in range(len(rows[0]) - 2))]
     differing = [at for at, column in enumerate(zip(*rows, strict=True)) if len(set(column)) > 1]
-    yield "program = tl.program_id(0)"
     yield from (f"{names[at]} = {rows[0][at]}" for at in differing)
     for row in rows[1:]:
         yield f"other = program >= {row[0]}"
         yield from (f"{names[at]} = tl.where(other, {row[at]}, {names[at]})" for at in differing)
     arguments = [names[at] if at in differing else rows[0][at] for at in range(len(names))]
-    yield f"loop({', '.join([*arguments, *symbols])})"
+    yield f"{called}({', '.join([*arguments, *symbols])})"

@@ -318,8 +318,13 @@ def in_memory(tensor: Tensor, as_bytes: bool) -> Tensor:
         as_bytes: see `load`.
     """
     dtype = tensor.dtype
-    if isinstance(tensor, Scatter) or not (as_bytes or dtype in PACKINGS):
+    if not (as_bytes or dtype in PACKINGS):
         return tensor
+    if isinstance(tensor, Scatter):
+        source, start = in_memory(tensor.source, as_bytes), tensor.target.source
+        start = _packed(start, dtype) if as_bytes else start
+        target = replace(tensor.target, dtype=source.dtype, source=start)
+        return replace(tensor, dtype=source.dtype, target=target, source=source)
     if isinstance(tensor, View):
         source = in_memory(tensor.source, as_bytes)
         return View(tensor.shape, source.dtype, source, tensor.at)

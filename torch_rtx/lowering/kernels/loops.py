@@ -196,10 +196,8 @@ def loop_function(region: Region, config: LoopConfig) -> tuple[LoopFunction, Dim
     """The loop of `region` as a function, and its number of rows.
 
     Raises:
-        Unsupported: see `loop_kernel`; or the loop adds to a result.
+        Unsupported: see `loop_kernel`.
     """
-    if any(isinstance(output, Scatter) for output in region.outputs):
-        raise Unsupported("a loop that adds to its result, as a function")
     writer = LoopWriter(region, config, "(tl.program_id(0) - first)", "size")
     lines = writer.write()
     head = f"\n\n@triton.jit\ndef loop(first, size, {', '.join(parameters(region))}):\n"

@@ -195,9 +195,12 @@ def _check_accumulations(body: Graph, outputs: tuple[Tensor, ...], anchored: boo
     begun = [_start(output) for output in outputs if isinstance(output, Scatter)]
     nodes = set(everything(outputs))
     read = any(isinstance(child, Scatter) for tensor in nodes for child in children(tensor))
-    if any(named[name].type != start.type for name, start in starts(body).items()):
+    found = starts(body)
+    if not body.updated.keys() <= found.keys():
+        raise Unsupported("an update of elements that a mask chooses")
+    if any(named[name].type != start.type for name, start in found.items()):
         raise Unsupported("a sum in another layout than what a kernel adds to")
-    if read or not len({*begun}) == len(begun) == len(starts(body)) or not nodes.isdisjoint(begun):
+    if read or not len({*begun}) == len(begun) == len(found) or not nodes.isdisjoint(begun):
         raise Unsupported("a sum that a kernel adds to, beside other uses of it")
     if begun and anchored:
         raise Unsupported("additions in memory beside a product")

@@ -12,13 +12,13 @@ from torch_rtx.lowering.rewrite import returned
 
 def dce(graph: Graph, infer: Inference) -> Graph:
     """Any level to the same level. Writes to inputs, fallbacks, collectives, calls without results and calls that
-    determine a symbol are effects, and stay."""
+    determine a symbol are effects, and stay. What an update returns keeps its name, which fusion needs."""
     needed = returned(graph)
     kept: list[Node] = []
     for node in reversed(graph.nodes):
         outputs = tuple(value if value is not None and value.name in needed else None for value in node.outputs)
         binds = any(isinstance(value.type, ScalarType) and value.type.dim is not None for value in node.results)
-        whole = binds or node.kind == "fallback" or is_ordered(node)
+        whole = binds or node.kind == "fallback" or is_ordered(node) or bool(node.updates)
         effect = not node.outputs or whole or node.writes
         if not effect and not any(outputs):
             continue

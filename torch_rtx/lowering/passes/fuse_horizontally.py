@@ -3,6 +3,8 @@
 An optimizer updates each parameter by a loop of its own, autocast casts each weight and each gradient, and a batch norm
 updates its statistics: many loops that take hardly longer than their launch. Loops become one kernel where this does
 not raise the peak of memory, neither that of the values that only kernels exchange, nor that of all others.
+
+A few short loops of other code join where they read one tensor, as the parts of a merged projection of a decoder do.
 """
 
 from __future__ import annotations
@@ -17,11 +19,12 @@ from torch_rtx.accumulation import continued
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import MAIN, Graph, Node, TensorType, Value, attr_values, has_parts
 from torch_rtx.lowering.effects import is_barrier
-from torch_rtx.lowering.fusion import kernel_name, prefers_split
+from torch_rtx.lowering.fusion import is_kernel, kernel_name, prefers_split
 from torch_rtx.lowering.infer import Inference
 from torch_rtx.lowering.kernels.horizontal import part_function
 from torch_rtx.lowering.kernels.memory_model import bytes_of
 from torch_rtx.lowering.kernels.reduction_rules import RULES
+from torch_rtx.lowering.kernels.region import region
 from torch_rtx.lowering.kernels.split_reduction import split_evenly
 from torch_rtx.lowering.rewrite import returned, with_bases
 from torch_rtx.targets import Arch, Target
@@ -29,6 +32,9 @@ from torch_rtx.targets import Arch, Target
 MAX_PARTS = 64
 MAX_POINTERS = 256  # of 8 bytes each: half of the memory that CUDA always has for parameters
 MAX_BYTES = 128 << 20  # that the parts move: more takes so much longer than a launch that nothing is gained
+MAX_KINDS = 4  # of code: a kernel has the registers of the largest
+MAX_MIXED_BYTES = 16 << 20  # that parts of several kinds move
+NEAR = 8  # nodes between two parts of several kinds
 MAX_GROWTH = 1 << 20  # bytes: of each peak of memory, by all kernels with parts together
 
 
@@ -40,8 +46,15 @@ def fuse_horizontally(graph: Graph, infer: Inference, targets: tuple[Target, ...
     """
     arches = tuple(dict.fromkeys(target.arch for target in targets))
     graph = _in_chunks(graph, arches)
-    schedule = _Schedule(graph)
-    merged = {group[0]: group for group in _groups(graph, schedule, arches)}
+    for find in (_groups, _mixed):
+        schedule = _Schedule(graph)
+        graph = _merged(graph, schedule, find(graph, schedule, arches))
+    return graph
+
+
+def _merged(graph: Graph, schedule: _Schedule, groups: list[list[int]]) -> Graph:
+    """`graph` with one kernel for each group."""
+    merged = {group[0]: group for group in groups}
     gone = {index for group in merged.values() for index in group[1:]}
     order = sorted(range(len(graph.nodes)), key=lambda index: schedule.position[index])
     nodes = (_kernel([graph.nodes[at] for at in merged.get(index, (index,))]) for index in order if index not in gone)
@@ -103,12 +116,39 @@ def _groups(graph: Graph, schedule: _Schedule, arches: tuple[Arch, ...]) -> list
     for indices in equal.values():
         group: list[int] = []
         for index in indices:
-            if not _is_small([graph.nodes[at] for at in (*group, index)]) or not schedule.places([*group, index]):
+            nodes = [graph.nodes[at] for at in (*group, index)]
+            if not (_is_small(nodes) and _are_apart(nodes) and schedule.places([*group, index])):
                 found += schedule.merge(group)
                 group = []
             group.append(index)
         found += schedule.merge(group)
     return found
+
+
+def _mixed(graph: Graph, schedule: _Schedule, arches: tuple[Arch, ...]) -> list[list[int]]:
+    """As `_groups`: short loops of a few kinds that read one tensor, and so can begin together."""
+    found: list[list[int]] = []
+    group: list[int] = []
+    for index, node in enumerate(graph.nodes):
+        if is_barrier(node) or (group and index - group[-1] > NEAR):
+            found += schedule.merge(group)
+            group = []
+        if _code(node, arches) is None or node.body is None or region(node.body).reductions:
+            continue
+        nodes = [graph.nodes[at] for at in (*group, index)]
+        shares = not {*node.inputs}.isdisjoint(value for before in nodes[:-1] for value in before.inputs)
+        small = (
+            (shares or not group)
+            and len(nodes) <= MAX_KINDS
+            and _is_small(nodes, MAX_MIXED_BYTES)
+            and _are_apart(nodes)
+        )
+        together = small and (not group or is_kernel(_kernel(nodes).body, arches))
+        if not together or not schedule.places([*group, index]):
+            found += schedule.merge(group)
+            group = []
+        group.append(index)
+    return [*found, *schedule.merge(group)]
 
 
 def _code(node: Node, arches: tuple[Arch, ...]) -> object:
@@ -122,10 +162,18 @@ def _code(node: Node, arches: tuple[Arch, ...]) -> object:
     return None if prefers_split(node.body, arches) else (code, tuple(node.body.syms))
 
 
-def _is_small(nodes: Sequence[Node]) -> bool:
+def _is_small(nodes: Sequence[Node], most: int = MAX_BYTES) -> bool:
     values = {value.name: value for node in nodes for value in (*node.inputs, *node.results)}
-    moved = sum(bytes_of(value.type) for value in values.values() if isinstance(value.type, TensorType))
-    return len(nodes) <= MAX_PARTS and len(values) <= MAX_POINTERS and moved <= MAX_BYTES
+    partly = {name for node in nodes for new, old in continued(node).items() for name in (new, old.name)}
+    types = (value.type for value in values.values() if value.name not in partly)
+    moved = sum(bytes_of(type_) for type_ in types if isinstance(type_, TensorType))
+    return len(nodes) <= MAX_PARTS and len(values) <= MAX_POINTERS and moved <= most
+
+
+def _are_apart(nodes: Sequence[Node]) -> bool:
+    """What one of the nodes writes to in memory, none of them uses otherwise."""
+    begun = {operand.name for node in nodes for operand in continued(node).values()}
+    return all(count == 1 for name, count in Counter(v.name for n in nodes for v in n.inputs).items() if name in begun)
 
 
 def _kernel(nodes: Sequence[Node]) -> Node:

@@ -14,7 +14,7 @@ from torch_rtx.lowering.kernels.families.family import Family, Offer, splits
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.loops import LoopConfig, loop_configs, loop_kernel, loop_operations
 from torch_rtx.lowering.kernels.memory_model import streaming_us, typical
-from torch_rtx.lowering.kernels.region import Region, region
+from torch_rtx.lowering.kernels.region import Region, region, tensor_type
 from torch_rtx.lowering.kernels.row_blocks import BlockConfig, block_configs, block_kernel, row_blocks
 from torch_rtx.lowering.kernels.split_columns import (
     PROGRAMS_PER_PROCESSOR,
@@ -43,6 +43,14 @@ def _with_calls(body: Graph, name: str) -> Graph | None:
         return None
     first = kernel(f"{name}_before", body.inputs, needed(body.nodes, results), results)
     return Graph("import", body.inputs, nodes=(first, *apart), outputs=body.outputs)
+
+
+def _calls_us(found: Region, arch: Arch) -> float:
+    """What additions take as calls: those that make a new tensor copy all of it first."""
+    calls = [node for node in found.body.nodes if accumulation.scatters(node)]
+    copied = [tensor_type(value) for node in calls if not node.writes for value in node.results]
+    launches = (SORT_LAUNCHES if accumulation.accumulates(node) else PUT_LAUNCHES - node.writes for node in calls)
+    return streaming_us(copied, arch) + sum(launches) * arch.chip.launch
 
 
 def _configs(found: Region, arch: Arch) -> Sequence[LoopConfig]:
@@ -74,9 +82,7 @@ def _kernel(found: Region, name: str, config: LoopConfig) -> Kernel:
 
 def _others(found: Region, name: str, arch: Arch, us: float) -> Iterator[Offer]:
     if accumulation.starts(found.body):
-        launches = SORT_LAUNCHES if any(map(accumulation.accumulates, found.body.nodes)) else PUT_LAUNCHES
-        library_us = us + streaming_us(found.memory_types, arch) + launches * arch.chip.launch
-        yield Offer("library", library_us, _with_calls(found.body, name))
+        yield Offer("library", us + _calls_us(found, arch), _with_calls(found.body, name))
         return
     if us == inf:
         yield from _with_columns(found.body, name, arch)

@@ -56,7 +56,16 @@ def index_put(
     return (accumulated if accumulate else replaced)(target, expand(values, target.shape))
 
 
-@op("index_copy.default")
+@op("index_put_.default")
+def index_put_in_place(
+    self: Tensor, indices: Sequence[Tensor | None], values: Tensor, accumulate: bool = False, *, out: Types
+) -> Tensor:
+    """`values` added or put where `indices` point."""
+    target = indexed(self, indices)
+    return (accumulated if accumulate else replaced)(target, expand(values, target.shape))
+
+
+@op("index_copy.default", "index_copy_.default")
 def index_copy(self: Tensor, dim: int, index: Tensor, source: Tensor, *, out: Types) -> Tensor:
     """Each slice of `source` put where `index` says."""
     return replaced(selected(self, dim, index, source.shape), source)

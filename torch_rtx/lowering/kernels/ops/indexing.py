@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from torch_rtx.dtypes import DTYPES, INTS
+from torch_rtx.dtypes import DTYPES, INTS, PACKED
 from torch_rtx.errors import Unsupported
 from torch_rtx.lowering.kernels.expressions import A, B, C, D, Expression, absolute, eq, fmax, fmin, where
 from torch_rtx.lowering.kernels.index import Index
@@ -121,7 +121,7 @@ def one_hot(self: Tensor, num_classes: int = -1, *, out: Types) -> Tensor:
 
 def replaced(target: Gather, source: Tensor) -> Scatter:
     """`source`, of the shape of `target`, in place of the elements that `target` reads."""
-    if DTYPES[target.dtype].bits < 8 or DTYPES[target.dtype].packing:
+    if DTYPES[target.dtype].bits < 8 or target.dtype == PACKED:
         raise Unsupported(f"elements of {target.dtype} that are replaced, in a kernel")
     return Scatter(target.shape, target.dtype, target, cast(source, target.dtype), adds=False)
 
@@ -140,6 +140,15 @@ def scatter(
     if is_zero(self):
         return pointwise(ONE_HOT, self.dtype, *given)
     return pointwise(where(eq(A, B), C, D), self.dtype, *given, self)
+
+
+@op("scatter_.src", "scatter_.value")
+def scatter_in_place(
+    self: Tensor, dim: int, index: Tensor, src: Tensor | None = None, value: Scalar = 0, *, out: Types
+) -> Tensor:
+    """The elements of `self` along `dim` that `index` names replaced."""
+    source = number(value, self.dtype) if src is None else move(src, index.shape, lambda position: position)
+    return replaced(taken(self, dim, index), expand(source, index.shape))
 
 
 def _padded(mirrored: Expression, self: Tensor, padding: Sequence[int | Index], *, out: Types) -> Tensor:
