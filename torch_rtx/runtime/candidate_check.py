@@ -17,10 +17,11 @@ import torch
 
 from torch_rtx import aten
 from torch_rtx.accumulation import continued
-from torch_rtx.dtypes import DTYPES, FLOAT, INT, PACKED
+from torch_rtx.dtypes import DTYPES, FLOAT, INT, PACKED, TF32
 from torch_rtx.errors import RtxError
 from torch_rtx.foreign import launch_in
 from torch_rtx.ir import Attr, Graph, Node, TensorType, Value, attr_map
+from torch_rtx.op_work import ANCHORS
 from torch_rtx.runtime.benchmark import RUNS, Run
 from torch_rtx.runtime.code import Code, compile_graph
 from torch_rtx.runtime.control import Owned
@@ -29,6 +30,7 @@ from torch_rtx.runtime.index_check import check_positions, differing, distinct, 
 from torch_rtx.runtime.launch import LoadedTactic
 from torch_rtx.runtime.saved_results import fill_saved
 from torch_rtx.runtime.streaming import nbytes, numbers
+from torch_rtx.targets import EXACT, HIGH, Float32
 
 NARROW_FLOATS = tuple(name for name, dtype in DTYPES.items() if dtype.tolerance and name != "f64")
 # Of the L2 cache, what timed runs read in turn: more than it holds, as the weights of a model are. On a CPU, bytes.
@@ -50,12 +52,19 @@ class CandidateCheck:
     Args:
         node: with numbers for all sizes.
         known: by the name of an operand that is the same whatever the inputs and parameters are: what computes it.
+        float32: how exact products of float32 have to be.
 
     Raises:
         RtxError: inputs and results need too much memory, or the calls of the node's body fail.
     """
 
-    def __init__(self, node: Node, device: torch.device, known: Mapping[str, Graph] = MappingProxyType({})) -> None:
+    def __init__(
+        self,
+        node: Node,
+        device: torch.device,
+        known: Mapping[str, Graph] = MappingProxyType({}),
+        float32: Float32 = EXACT,
+    ) -> None:
         assert node.body is not None
         self.device = device
         values = tuple({value.name: value for value in node.inputs}.values())
@@ -86,8 +95,9 @@ class CandidateCheck:
         with _calls_of(node):
             exact = self.expected if as_it_is else self._in_float64()
         self._midway = MIDWAY if _rounds(node.body) else 0.0
+        least = TF32.tolerance if _in_tf32(node.body, float32) else 0.0  # whatever the calls multiply in
         self._limits = [
-            max(2 * relative_error(mine, right), tolerance(mine.dtype))
+            max(2 * relative_error(mine, right), tolerance(mine.dtype), least)
             if mine.is_floating_point()
             else max(2 * _share(mine, right), self._midway)
             for mine, right in zip(self.expected, exact, strict=True)
@@ -233,6 +243,16 @@ def _rounds(body: Graph) -> bool:
     """Whether `body` makes integers of floats."""
     pairs = _types(body, "aten._to_copy.default")
     return any(DTYPES[a].kind == FLOAT and DTYPES[b].kind == INT for a, b in pairs)
+
+
+def _in_tf32(body: Graph, float32: Float32) -> bool:
+    """Whether kernels of `body` may multiply float32 as TF32."""
+    for node in body.nodes:
+        level = float32.convolutions if ANCHORS.get(node.op) == "conv" else float32.products
+        types = [value.type for value in node.inputs if isinstance(value.type, TensorType)]
+        if node.op in ANCHORS and level == HIGH and any(type_.dtype == "f32" for type_ in types):
+            return True
+    return False
 
 
 def tolerance(dtype: torch.dtype) -> float:

@@ -113,7 +113,7 @@ class Tuner:
     def check(self, node: Node) -> CandidateCheck:
         """A check of tactics of a kernel node, which has numbers for all sizes."""
         constants = {one.value.name: one.recipe for one in self.graph.weights if one.recipe and not one.names}
-        return CandidateCheck(node, self.of.device, constants)
+        return CandidateCheck(node, self.of.device, constants, self.context.database.float32)
 
     def compile(self) -> None:
         """Compile and check the first tactic of each region, then swap the code. Errors leave the variant usable."""

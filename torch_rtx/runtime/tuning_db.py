@@ -25,7 +25,7 @@ from torch_rtx.runtime.bind import without_locations
 from torch_rtx.runtime.launch import Store
 from torch_rtx.runtime.ranks import agreed, said
 from torch_rtx.tactics import Candidate, check_tactic, digest, read_tactic, write_tactic
-from torch_rtx.targets import Target, arch_of
+from torch_rtx.targets import EXACT, Float32, Target, arch_of
 
 log = logging.getLogger(__name__)
 Bodies = Mapping[str, tuple[Graph, int]]  # by name; the body of a region and the rank of the first tactic to try
@@ -52,9 +52,11 @@ class Choice:
 class Compiler(Protocol):
     """Compiles candidates: `CompileClient`."""
 
-    def build(self, bodies: Bodies, sm: int, artefacts: Artefacts, chip: Chip | None = None) -> Mapping[str, Candidate]:
+    def build(
+        self, bodies: Bodies, sm: int, artefacts: Artefacts, chip: Chip | None = None, float32: Float32 = EXACT
+    ) -> Mapping[str, Candidate]:
         """By name, the first tactic from the given rank on that fits the GPU, where ranks are by expected times on
-        `chip`. `artefacts` gets the stages of its kernels."""
+        `chip`. `artefacts` gets the stages of its kernels, whose products of float32 are as exact as `float32` says."""
 
 
 class TuningDatabase:
@@ -65,6 +67,7 @@ class TuningDatabase:
         open_store: opens the runtime cache, or returns None; called when it is first needed.
         artefacts: where the stages of kernels are written, and read as overrides.
         chip: what is known of the GPU, unless the cache has figures of it; None: what stands for its SM version.
+        float32: how exact products of float32 have to be.
     """
 
     def __init__(
@@ -74,7 +77,9 @@ class TuningDatabase:
         open_store: Callable[[], Store | None] = lambda: None,
         artefacts: Artefacts = NO_FILES,
         chip: Chip | None = None,
+        float32: Float32 = EXACT,
     ) -> None:
+        self.float32 = float32
         self.sm, self._compiler, self._open_store, self._artefacts = sm, compiler, open_store, artefacts
         self._sheet = arch_of(sm).chip if chip is None else chip
 
@@ -93,8 +98,12 @@ class TuningDatabase:
         return self._sheet if self.figures is None else self._sheet.measured(self.figures)
 
     def _key(self, region: str) -> str:
-        """The key of what depends on the order of tactics, which figures change."""
-        return region if self.figures is None else f"{region} {_digest(self.figures)}"
+        """The key of what depends on the order of tactics, which figures change, and on how exact they are."""
+        return self._of_sheet(region) + ("" if self.figures is None else f" {_digest(self.figures)}")
+
+    def _of_sheet(self, region: str) -> str:
+        """`_key` without figures."""
+        return region + ("" if self.float32 == EXACT else f" {self.float32.products} {self.float32.convolutions}")
 
     @property
     def opened(self) -> Store | None:
@@ -143,7 +152,7 @@ class TuningDatabase:
         """Candidates of any GPU of the SM version, where nothing can be compiled for the figures of this one."""
         if self._store is None or self.figures is None:
             return {}
-        stored = {key: self._store.get(KERNEL, f"{key} {first}") for key, (_, first) in wanted.items()}
+        stored = {key: self._store.get(KERNEL, self._of_sheet(f"{key} {first}")) for key, (_, first) in wanted.items()}
         read = {key: _read(value, wanted[key][0]) for key, value in stored.items() if value is not None}
         return {key: candidate for key, candidate in read.items() if candidate is not None}
 
@@ -158,7 +167,7 @@ class TuningDatabase:
             KernelError: nothing can be compiled here, after FAILURES attempts.
         """
         try:
-            return self._compiler.build(wanted, self.sm, self._artefacts, self.chip), {}
+            return self._build(wanted), {}
         except KernelError:
             if len(wanted) == 1:
                 raise
@@ -166,7 +175,7 @@ class TuningDatabase:
         refused: dict[str, KernelError] = {}
         for name, entry in wanted.items():
             try:
-                built.update(self._compiler.build({name: entry}, self.sm, self._artefacts, self.chip))
+                built.update(self._build({name: entry}))
             except KernelError as error:
                 refused[name] = error
                 if len(refused) == FAILURES and not built:
@@ -174,6 +183,9 @@ class TuningDatabase:
         for name, problem in refused.items():
             log.warning("%s is not compiled: %s", name, problem)
         return built, refused
+
+    def _build(self, wanted: Bodies) -> Mapping[str, Candidate]:
+        return self._compiler.build(wanted, self.sm, self._artefacts, self.chip, self.float32)
 
     def choice(self, key: str) -> Choice | None:
         """The choice of a region that is stored here, or that another rank made; None: it was not measured yet."""

@@ -78,8 +78,8 @@ def conv_kernel(region: Region, name: str, config: GemmConfig) -> Kernel:
     return _writer(contraction, config)(region, contraction, config).kernel(name)
 
 
-def conv_configs(region: Region, arch: Arch, input_precision: str = "ieee") -> list[GemmConfig]:
-    """Configurations for `arch`, the fastest first; `input_precision` is that of f32 operands.
+def conv_configs(region: Region, arch: Arch) -> list[GemmConfig]:
+    """Configurations for `arch`, the fastest first.
 
     Raises:
         Unsupported: see `conv_kernel`, or a dtype that the target does not multiply.
@@ -87,7 +87,7 @@ def conv_configs(region: Region, arch: Arch, input_precision: str = "ieee") -> l
     contraction = conv_contraction(region)
     if is_depthwise(contraction):
         return _depthwise_configs(contraction, arch)
-    return ranked_configs(region, contraction, arch, input_precision)
+    return ranked_configs(region, contraction, arch)
 
 
 def _depthwise_configs(contraction: Contraction, arch: Arch) -> list[GemmConfig]:

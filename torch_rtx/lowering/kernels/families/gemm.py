@@ -55,13 +55,13 @@ def gemm_kernel(region: Region, name: str, config: GemmConfig) -> Kernel:
     return writer(region, gemm_contraction(region), config).kernel(name)
 
 
-def gemm_configs(region: Region, arch: Arch, input_precision: str = "ieee") -> list[GemmConfig]:
-    """Configurations for `arch`, the fastest first; `input_precision` is that of f32 operands.
+def gemm_configs(region: Region, arch: Arch) -> list[GemmConfig]:
+    """Configurations for `arch`, the fastest first.
 
     Raises:
         Unsupported: see `gemm_kernel`, or a dtype that the target does not multiply.
     """
-    return ranked_configs(region, gemm_contraction(region), arch, input_precision)
+    return ranked_configs(region, gemm_contraction(region), arch)
 
 
 def gemm_contraction(region: Region) -> Contraction:
