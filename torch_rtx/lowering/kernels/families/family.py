@@ -11,12 +11,12 @@ from typing import Any
 
 from torch_rtx.chips import LIBRARY, MODEL_ERROR, SLOWER, TUNED
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import Graph, Node, Value
-from torch_rtx.lowering.kernels.body_builder import flat
+from torch_rtx.ir import Attr, Graph, Node, Value
+from torch_rtx.lowering.kernels.body_builder import BodyBuilder, flat, kernel, names_in, needed, type_of
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.memory_model import bytes_of, typical
 from torch_rtx.lowering.kernels.region import Region, tensor_type
-from torch_rtx.op_work import flops
+from torch_rtx.op_work import PRODUCTS, flops
 from torch_rtx.targets import Arch
 
 SPLIT_PENALTY = 1.15  # a split form must promise this speedup to be ranked before the kernel
@@ -112,3 +112,28 @@ def added_to(anchor: Node, node: Node) -> Value | None:
     if not isinstance(other, Value) or value is None or other == value:
         return None
     return other if other.type == value.type else None
+
+
+def bare(body: Graph, name: str, anchor: Node, bias: Attr, call: Callable[[BodyBuilder], Value | None]) -> Graph | None:
+    """`body`, of the kernel `name`, as a library's product without the bias, which one kernel adds with all that
+    follows: libraries have faster kernels without, or add it by a kernel of their own. None if there is no bias, or if
+    `call` adds no such product, of the shape of the anchor's, to the calls that it gets.
+    """
+    before, _, after = around(body, frozenset((anchor.op,)))
+    (result,) = anchor.outputs
+    outputs = tuple(value for value in body.outputs if isinstance(value, Value))
+    made = {value.name for node in (anchor, *after) for value in node.results}
+    if not isinstance(bias, Value) or result is None or not {value.name for value in outputs} <= made:
+        return None
+    taken = names_in(body)
+    calls = BodyBuilder(taken, needed(before, anchor.inputs))
+    plain = call(calls)
+    if plain is None:
+        return None
+    last = BodyBuilder(taken, needed(flat(before), (bias, *(value for node in after for value in node.inputs))))
+    shape = type_of(result).shape
+    other = bias if anchor.op in PRODUCTS else last.reshape(bias, (shape[1], *(1 for _ in shape[2:])))
+    last.call("add.Tensor", type_of(result), self=plain, other=other)
+    last.name_last(result)
+    nodes = *calls.nodes, kernel(f"{name}_bias", (plain, *body.inputs), [*last.nodes, *after], outputs)
+    return Graph("import", body.inputs, nodes=nodes, outputs=body.outputs)

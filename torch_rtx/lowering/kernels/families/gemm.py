@@ -15,7 +15,7 @@ from torch_rtx.lowering.kernels.block_scaled import (
 )
 from torch_rtx.lowering.kernels.body_builder import BodyBuilder, argument, names_in, type_of
 from torch_rtx.lowering.kernels.expressions import A, B
-from torch_rtx.lowering.kernels.families.family import Family, Offer, around, library_us, splits
+from torch_rtx.lowering.kernels.families.family import Family, Offer, around, bare, library_us, splits
 from torch_rtx.lowering.kernels.gemm_perf_model import best_num_splits, config_us, gemm_us, ranked_configs
 from torch_rtx.lowering.kernels.gemv_template import GemvWriter
 from torch_rtx.lowering.kernels.index import Index, bounds, from_dim, multiple, product, ravel, unravel, variable
@@ -33,7 +33,7 @@ from torch_rtx.lowering.kernels.kernel_ir import (
     pointwise,
 )
 from torch_rtx.lowering.kernels.matmul_template import Contraction, GemmConfig, anchor_result, dot_dtype
-from torch_rtx.lowering.kernels.memory_model import epilogue_us, prologue_us, typical
+from torch_rtx.lowering.kernels.memory_model import epilogue_us, prologue_us, streaming_us, typical
 from torch_rtx.lowering.kernels.mma_template import MmaWriter
 from torch_rtx.lowering.kernels.ops.views import reshape
 from torch_rtx.lowering.kernels.region import Region, tensor_type
@@ -239,6 +239,10 @@ def _others(region: Region, name: str, arch: Arch, us: float) -> Iterator[Offer]
         "cublaslt": _with_activation(region.body),
         "cublas": _in_float32(region),
     }
+    without = _without_bias(region.body, name)
+    if without is not None:
+        after_us = epilogue_us(region, arch) or streaming_us([*region.types, *region.types], arch)
+        yield Offer("bare", library_us(FAMILY.name, region, arch, plain, before_us, after_us, usual), without)
     for kind, call in calls.items():
         if call is not None:
             yield Offer(kind, library_us(FAMILY.name, region, arch, plain, before_us, 0.0, usual), call)
@@ -303,6 +307,25 @@ def _with_activation(body: Graph) -> Graph | None:
     total = calls.call("_addmm_activation.default", type_, self=bias, mat1=first, mat2=second, **gelu)
     calls.reshape(total, type_of(result).shape)
     return calls.body(body.inputs, result)
+
+
+def _without_bias(body: Graph, name: str) -> Graph | None:
+    """See `bare`; in float32, where cuBLASLt's kernels that add a bias are the slower ones, and no sum is rounded."""
+    _, anchor, _ = around(body, OPS)
+    (result,) = anchor.outputs
+    added = anchor.arg(PRODUCTS[anchor.op].added)
+    if result is None or type_of(result).dtype != "f32" or (anchor.arg("alpha", 1), anchor.arg("beta", 1)) != (1, 1):
+        return None
+
+    def call(calls: BodyBuilder) -> Value | None:
+        matrices = _matrices(calls, anchor)
+        if matrices is None or type_of(matrices[0]).dtype != "f32":
+            return None
+        first, second, shape = matrices
+        total = calls.call("mm.default", TensorType("f32", shape, contiguous(shape)), self=first, mat2=second)
+        return calls.reshape(total, type_of(result).shape)
+
+    return bare(body, name, anchor, added, call)
 
 
 def _in_float32(region: Region) -> Graph | None:
