@@ -12,6 +12,8 @@ import torch
 from benchmarks.numerics import relative_error
 from tests.doubles.interpreter import run
 from tests.lowering.kernels.kernel_bodies import body, check, check_split, offered
+from torch_rtx.lowering.kernels.attention_configs import AttentionConfig, attention_configs
+from torch_rtx.lowering.kernels.attention_forward import attention_kernel
 from torch_rtx.lowering.kernels.families.conv import conv_kernel
 from torch_rtx.lowering.kernels.families.gemm import gemm_configs, gemm_kernel
 from torch_rtx.lowering.kernels.float32_dots import TF32, TF32X3
@@ -40,6 +42,13 @@ w: H[32, 64]
 y: H[32, 32] = linear.default(input=x, weight=w)
 return y
 """
+ATTENTION = """
+q: H[2, 3, 20, 32]
+k: H[2, 3, 41, 32]
+v: H[2, 3, 41, 32]
+y: H[2, 3, 20, 32] = scaled_dot_product_attention.default(query=q, key=k, value=v, is_causal=True)
+return y
+"""
 INF, NAN, LIMIT = math.inf, math.nan, torch.finfo(torch.float32).max
 
 
@@ -55,6 +64,18 @@ def made(x: torch.Tensor, w: torch.Tensor, precision: str) -> torch.Tensor:
 def test_three_products_are_as_exact_as_float32(config: GemmConfig) -> None:
     check(PRODUCT, gemm_kernel, replace(config, input_precision=TF32X3), "f32")
     check(CONVOLUTION, conv_kernel, replace(config, extra_n=0, input_precision=TF32X3), "f32")
+
+
+def test_attention() -> None:
+    source = check(ATTENTION, attention_kernel, AttentionConfig(16, 32, 4, 1, input_precision=TF32X3), "f32").source
+    assert source.count("= dot_tf32x3(") == 2 * source.count("p = tl.exp2(") > 0  # the scores, and the values
+    for level, precision in (("highest", TF32X3), ("high", TF32)):
+        arch = replace(arch_of(89), float32=Float32(level))
+        found = [config.input_precision for config in attention_configs(region(body(ATTENTION, "f32")), arch)]
+        assert found[:2] == [precision, "ieee"]
+        assert {*found} == {precision, "ieee"}
+        for config in attention_configs(region(body(ATTENTION, "bf16")), arch):
+            assert config.input_precision == "ieee"
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
