@@ -41,6 +41,10 @@ class Float32:
     products: str = HIGHEST
     convolutions: str = HIGHEST
 
+    def of(self, kind: str | None) -> str:
+        """That of an anchor, by its kind in `op_work.ANCHORS`; HIGHEST for None."""
+        return HIGHEST if kind is None else self.convolutions if kind == "conv" else self.products
+
 
 EXACT = Float32()
 

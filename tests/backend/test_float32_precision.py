@@ -24,7 +24,7 @@ from torch_rtx.manifest import Manifest, read_manifest
 from torch_rtx.runtime import module as module_file
 from torch_rtx.runtime import tuning_context
 from torch_rtx.runtime.candidate_check import CandidateCheck
-from torch_rtx.runtime.tuning_db import Bodies, TuningDatabase
+from torch_rtx.runtime.tuning_db import Bodies, TuningDatabase, region_key
 from torch_rtx.settings import CompilationSettings
 from torch_rtx.tactics import Candidate, Tactic
 from torch_rtx.targets import EXACT, HIGH, HIGHEST, Float32
@@ -41,6 +41,7 @@ PRODUCT = parse("""graph fused {
   return [y]
 }
 """)
+HALVES = parse(str(PRODUCT.nodes[0].body).replace("f32", "f16"))
 NONE = Artefacts.at(None, None)
 
 
@@ -112,10 +113,11 @@ def test_kernels_of_another_precision_are_not_found() -> None:
 
     body = PRODUCT.nodes[0].body
     assert body is not None
-    levels = [EXACT, Float32(HIGH, HIGHEST), Float32(HIGH, HIGH), EXACT]
-    for level in levels:
-        TuningDatabase(89, compiler, lambda: Store(), NONE, None, level).candidates({"r": (body, 0)})  # type: ignore[arg-type,return-value]
-    assert compiler.asked == levels[:3]
+    for level in (EXACT, Float32(HIGHEST, HIGH), Float32(HIGH, HIGHEST), Float32(HIGH, HIGH), EXACT):
+        database = TuningDatabase(89, compiler, lambda: Store(), NONE, None, level)  # type: ignore[arg-type,return-value]
+        database.candidates({region_key(body, level): (body, 0)})
+    assert compiler.asked == [EXACT, Float32(HIGH, HIGHEST)]  # of convolutions it makes no difference
+    assert len({region_key(HALVES, Float32(level)) for level in (HIGHEST, HIGH)}) == 1
 
 
 def test_what_is_right_in_tf32() -> None:

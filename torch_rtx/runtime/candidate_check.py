@@ -21,7 +21,7 @@ from torch_rtx.dtypes import DTYPES, FLOAT, INT, PACKED, TF32
 from torch_rtx.errors import RtxError
 from torch_rtx.foreign import launch_in
 from torch_rtx.ir import Attr, Graph, Node, TensorType, Value, attr_map
-from torch_rtx.op_work import ANCHORS
+from torch_rtx.op_work import kind_in_float32
 from torch_rtx.runtime.benchmark import RUNS, Run
 from torch_rtx.runtime.code import Code, compile_graph
 from torch_rtx.runtime.control import Owned
@@ -95,7 +95,8 @@ class CandidateCheck:
         with _calls_of(node):
             exact = self.expected if as_it_is else self._in_float64()
         self._midway = MIDWAY if _rounds(node.body) else 0.0
-        least = TF32.tolerance if _in_tf32(node.body, float32) else 0.0  # whatever the calls multiply in
+        in_tf32 = float32.of(kind_in_float32(node.body)) == HIGH
+        least = TF32.tolerance if in_tf32 else 0.0  # whatever the calls multiply in
         self._limits = [
             max(2 * relative_error(mine, right), tolerance(mine.dtype), least)
             if mine.is_floating_point()
@@ -243,16 +244,6 @@ def _rounds(body: Graph) -> bool:
     """Whether `body` makes integers of floats."""
     pairs = _types(body, "aten._to_copy.default")
     return any(DTYPES[a].kind == FLOAT and DTYPES[b].kind == INT for a, b in pairs)
-
-
-def _in_tf32(body: Graph, float32: Float32) -> bool:
-    """Whether kernels of `body` may multiply float32 as TF32."""
-    for node in body.nodes:
-        level = float32.convolutions if ANCHORS.get(node.op) == "conv" else float32.products
-        types = [value.type for value in node.inputs if isinstance(value.type, TensorType)]
-        if node.op in ANCHORS and level == HIGH and any(type_.dtype == "f32" for type_ in types):
-            return True
-    return False
 
 
 def tolerance(dtype: torch.dtype) -> float:

@@ -144,7 +144,8 @@ class Tuner:
         found: dict[str, Region] = {}
         for node in reversed(list(kernel_nodes(self.graph))):
             assert node.body is not None
-            region = found.setdefault(region_key(node.body), Region(region_key(node.body), node))
+            key = region_key(node.body, self.context.database.float32)
+            region = found.setdefault(key, Region(key, node))
             if node.op not in region.ops:
                 region.ops.append(node.op)
         return iter(found.values())

@@ -141,7 +141,7 @@ def pregenerate(graph: Graph, sizes: Mapping[str, int], device: DeviceKey, path:
         KernelError: see `CompileClient.build`.
     """
     bodies = (node.body for node in kernel_nodes(bind(graph, sizes)) if node.body is not None)
-    wanted = {region_key(body): (body, 0) for body in bodies}
+    wanted = {region_key(body, float32): (body, 0) for body in bodies}
     with closing(RuntimeCache(path, replace(device, versions=versions()))) as store:
         chip = chip_named(device.name, device.sm)
         database = TuningDatabase(device.sm, COMPILE_CLIENT, lambda: store, chip=chip, float32=float32)

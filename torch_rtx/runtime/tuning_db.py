@@ -21,11 +21,12 @@ from torch_rtx.cache.runtime_file import FIGURES_KEY, GPU
 from torch_rtx.chips import Chip, read_figures
 from torch_rtx.errors import InvalidIR, KernelError
 from torch_rtx.ir import Graph
+from torch_rtx.op_work import kind_in_float32
 from torch_rtx.runtime.bind import without_locations
 from torch_rtx.runtime.launch import Store
 from torch_rtx.runtime.ranks import agreed, said
 from torch_rtx.tactics import Candidate, check_tactic, digest, read_tactic, write_tactic
-from torch_rtx.targets import EXACT, Float32, Target, arch_of
+from torch_rtx.targets import EXACT, HIGHEST, Float32, Target, arch_of
 
 log = logging.getLogger(__name__)
 Bodies = Mapping[str, tuple[Graph, int]]  # by name; the body of a region and the rank of the first tactic to try
@@ -98,12 +99,8 @@ class TuningDatabase:
         return self._sheet if self.figures is None else self._sheet.measured(self.figures)
 
     def _key(self, region: str) -> str:
-        """The key of what depends on the order of tactics, which figures change, and on how exact they are."""
-        return self._of_sheet(region) + ("" if self.figures is None else f" {_digest(self.figures)}")
-
-    def _of_sheet(self, region: str) -> str:
-        """`_key` without figures."""
-        return region + ("" if self.float32 == EXACT else f" {self.float32.products} {self.float32.convolutions}")
+        """The key of what depends on the order of tactics, which figures change."""
+        return region if self.figures is None else f"{region} {_digest(self.figures)}"
 
     @property
     def opened(self) -> Store | None:
@@ -152,7 +149,7 @@ class TuningDatabase:
         """Candidates of any GPU of the SM version, where nothing can be compiled for the figures of this one."""
         if self._store is None or self.figures is None:
             return {}
-        stored = {key: self._store.get(KERNEL, self._of_sheet(f"{key} {first}")) for key, (_, first) in wanted.items()}
+        stored = {key: self._store.get(KERNEL, f"{key} {first}") for key, (_, first) in wanted.items()}
         read = {key: _read(value, wanted[key][0]) for key, value in stored.items() if value is not None}
         return {key: candidate for key, candidate in read.items() if candidate is not None}
 
@@ -235,9 +232,12 @@ def _digest(figures: Mapping[str, float]) -> str:
     return hashlib.sha256(json.dumps(figures, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def region_key(body: Graph) -> str:
-    """A digest of the operations and types of a region, without names and locations."""
-    return hashlib.sha256(str(_unnamed(without_locations(body))).encode()).hexdigest()[:32]
+def region_key(body: Graph, float32: Float32 = EXACT) -> str:
+    """A digest of the operations and types of a region, without names and locations, and how exactly it multiplies
+    float32 if that is not as float32 does."""
+    level = float32.of(kind_in_float32(body))
+    key = hashlib.sha256(str(_unnamed(without_locations(body))).encode()).hexdigest()[:32]
+    return key if level == HIGHEST else f"{key} {level}"
 
 
 def _unnamed(body: Graph) -> Graph:
