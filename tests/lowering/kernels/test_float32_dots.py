@@ -82,9 +82,13 @@ def test_attention() -> None:
 def test_errors(scale: float) -> None:
     x, w = torch.randn(2, 32, 64, generator=torch.Generator().manual_seed(0))
     exact = x.double() @ w.double().T * scale
-    errors = [relative_error(made(x * scale, w, precision), exact) for precision in ("ieee", TF32X3, TF32)]
-    assert errors[1] < 2 * errors[0] + 2e-7
-    assert 1e-4 < errors[2] < 1e-3
+    found = {precision: made(x * scale, w, precision) for precision in ("ieee", TF32X3, TF32)}
+    errors = {precision: relative_error(result, exact) for precision, result in found.items()}
+    assert errors[TF32X3] < 2 * errors["ieee"] + 2e-7
+    assert 1e-4 < errors[TF32] < 4e-4
+    for precision, limit in ((TF32X3, 1e-7), (TF32, 5e-5)):  # no result is on the whole too small: layers would add up
+        size = float((found[precision] * exact).sum() / (exact * exact).sum())
+        assert abs(size - 1) < limit
 
 
 @pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered")

@@ -108,8 +108,7 @@ class Tiles:
     @property
     def functions(self) -> str:
         """Source of the functions that the lines call."""
-        is_split = self.attn.dtype == "f32" and self.config.input_precision == float32_dots.TF32X3
-        return float32_dots.SOURCE if is_split else ""
+        return float32_dots.functions(self.attn.dtype, self.config.input_precision)
 
     def scores(self, masked: bool, diagonal: bool, rows: bool = False) -> list[str]:
         """The lines that scale the scores `s` and apply masks: minus infinity for a key that has no weight.

@@ -19,7 +19,7 @@ from math import ceil, inf
 from torch_rtx.chips import BARRIER_US, LANES, LANES_OF_WARP, LATENCY_US, Chip
 from torch_rtx.dtypes import HALVES
 from torch_rtx.errors import Unsupported
-from torch_rtx.lowering.kernels.float32_dots import IEEE, TF32X3
+from torch_rtx.lowering.kernels.float32_dots import IEEE, TF32, TF32X3
 from torch_rtx.lowering.kernels.gemm_problem import SIZES, GemmProblem, gemm_problem, precisions_of
 from torch_rtx.lowering.kernels.matmul_template import FLOAT8, MAX_GEMV_ROWS, Contraction, GemmConfig
 from torch_rtx.lowering.kernels.memory_model import typical
@@ -41,7 +41,10 @@ MAX_SCALED = 3  # operations for an element whose scale follows the sums
 MAX_UNPACKED = 240  # registers per thread for accumulators, elements of an operand, and two for each load
 MAX_NARROW_LOADS = 16  # per thread and step: loads of less than 16 bytes
 F32 = "f32"
-PARTING, CHECKING = 5, 3  # operations that make two parts of a number, and that look at a sum of a step, for TF32X3
+ROUNDING = {TF32: 3, TF32X3: 5}  # operations that make what tensor cores read of a number in f32
+CHECKING = 3  # operations for a sum of a step, with TF32X3
+WGMMA_WAITS_US, MMA_WAITS_US = 0.045, 0.05  # of a step with TF32X3, for each warp that waits
+FMA_SLOWER = 4.2  # steps without tensor cores, which read operands from shared memory one by one, than the model says
 
 
 def ranked_configs(region: Region, contraction: Contraction, arch: Arch) -> list[GemmConfig]:
@@ -231,7 +234,7 @@ def _fits_registers(problem: GemmProblem, config: GemmConfig, arch: Arch) -> boo
         loads = int(problem.step_bytes(config)) // (16 * 32 * config.num_warps)
         return accumulator_regs(problem, config) + _computed_elements(problem, config) + 2 * loads <= MAX_UNPACKED
     is_light = _uses_wgmma(problem, config, arch) and problem.needs_few_registers
-    most = 16 if problem.dtype == F32 else 128 if is_light or problem.dtype == TF32X3 else 64
+    most = 16 if problem.dtype == F32 else 128 if is_light and problem.dtype != TF32X3 else 64
     threads = 32 * config.num_warps
     columns = config.width * problem.accumulators
     loaded = (config.block_m + columns) * SIZES[problem.dtype] * config.block_k  # of what computes an element, at least
@@ -331,8 +334,8 @@ def _step_us(problem: GemmProblem, config: GemmConfig, arch: Arch, count: int) -
         ranges = problem.accumulators * (2 if config.extra_n else 1) * max(warps * 16 // config.block_m, 1)
         shared = width * config.block_m / 64 * size
         shared += width * problem.second_bytes if problem.swapped else config.block_m * ranges * size
-        if problem.dtype == TF32X3:  # both parts of the second operand are written, and read with each product
-            shared += width * size * (1 + 2 + 2 * config.block_m / 64)
+        if problem.dtype in ROUNDING:  # what it is made of the second operand is written again, and read
+            shared += width * size * (2 if problem.dtype == TF32 else 3 + 2 * config.block_m / 64)
     else:
         # Warps divide the tile into near squares; each reads its rows and its columns, and unpacks these.
         while across * across < warps and config.block_m // across > 16:
@@ -356,13 +359,18 @@ def _step_us(problem: GemmProblem, config: GemmConfig, arch: Arch, count: int) -
     operations = min(problem.unpacking, MAX_SCALED) if is_scaled else problem.unpacking
     lanes = min(LANES, LANES_OF_WARP * warps * count)
     computed = operations * width * config.block_k * across
-    if problem.dtype == TF32X3:
+    if problem.dtype in ROUNDING:
         by_row_warps, by_column_warps = (1, 1) if is_wgmma else (across, max(warps // across, 1))
         parted = width * by_row_warps + config.block_m * by_column_warps
-        computed += PARTING * parted * config.block_k + CHECKING * config.block_m * width
+        computed += ROUNDING[problem.dtype] * parted * config.block_k
+        computed += CHECKING * config.block_m * width if problem.dtype == TF32X3 else 0
     unpack_us = computed / (lanes * chip.clock * 1e3)
+    waiting_us = 0.0
+    if problem.dtype == TF32X3:  # products of which each needs the one before
+        waiting_us = WGMMA_WAITS_US * warps if is_wgmma else MMA_WAITS_US * (2 + warps * count)
     on_chip_us = count * math_us, count * shared_us, count * l2_us, count * unpack_us
-    return BARRIER_US + _overlapped_us(chip, *on_chip_us, latency_us, count * uncoalesced_us)
+    slower = FMA_SLOWER if problem.dtype == F32 else 1.0
+    return slower * (BARRIER_US + waiting_us + _overlapped_us(chip, *on_chip_us, latency_us, count * uncoalesced_us))
 
 
 # ---- slices of K side by side ----------------------------------------------------------------------------------------

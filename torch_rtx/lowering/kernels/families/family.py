@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch_rtx.chips import LIBRARY, MODEL_ERROR, SLOWER, TUNED
+from torch_rtx.chips import FMA_REACHED, LIBRARY, MODEL_ERROR, SLOWER, TUNED
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Attr, Graph, Node, Value
 from torch_rtx.lowering.kernels.body_builder import BodyBuilder, flat, kernel, names_in, needed, type_of
@@ -17,7 +17,7 @@ from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.memory_model import bytes_of, typical
 from torch_rtx.lowering.kernels.region import Region, tensor_type
 from torch_rtx.op_work import PRODUCTS, flops
-from torch_rtx.targets import Arch
+from torch_rtx.targets import HIGH, Arch
 
 SPLIT_PENALTY = 1.15  # a split form must promise this speedup to be ranked before the kernel
 SPLIT_MARGIN = 0.75  # and this one to be offered for measuring: models are imprecise
@@ -84,7 +84,7 @@ def library_us(
     anchor, chip, call = region.anchor, arch.chip, LIBRARY[kind]
     assert anchor is not None
     types = [tensor_type(value) for value in (*anchor.inputs, *filter(None, anchor.outputs))]
-    work, rate = flops(anchor, typical), chip.rate(types[0].dtype)
+    work, rate = flops(anchor, typical), _library_rate(types[0].dtype, kind, arch)
     if not usual or work / (max(rate, chip.tensor) * 1e6) <= call.least_us:
         return before_us + SLOWER * us
     memory_us = MODEL_ERROR * (sum(map(bytes_of, types)) if moved is None else moved) / (chip.memory * 1e3)
@@ -93,6 +93,13 @@ def library_us(
     if "wgmma" not in arch.features:
         call_us = max(call_us, us * (TUNED if products_us > memory_us else SLOWER))
     return before_us + call_us + after_us
+
+
+def _library_rate(dtype: str, kind: str, arch: Arch) -> float:
+    """TFLOP/s of a library's products of a dtype; of f32 in TF32 where that is allowed."""
+    if dtype == "f32" and arch.float32.of(kind) == HIGH and "tf32" in arch.features:
+        return arch.chip.rate("tf32")
+    return arch.chip.rate(dtype) * (FMA_REACHED if dtype == "f32" else 1.0)
 
 
 def around(body: Graph, ops: frozenset[str]) -> tuple[list[Node], Node, list[Node]]:

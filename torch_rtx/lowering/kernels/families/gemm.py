@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from torch_rtx.chips import MODEL_ERROR
+from torch_rtx.chips import BIAS_COST, MODEL_ERROR
 from torch_rtx.dtypes import DTYPES, FLOAT
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Dim, Graph, Node, TensorType, Value, attr_values, contiguous, dim_expr
@@ -40,7 +40,7 @@ from torch_rtx.lowering.kernels.region import Region, tensor_type
 from torch_rtx.lowering.kernels.sliced_template import SlicedWriter
 from torch_rtx.lowering.kernels.split import added, split_anchor
 from torch_rtx.op_work import ANCHORS, INT_MM, PRODUCTS, SCALED_MM, SCALES, library_has
-from torch_rtx.targets import Arch
+from torch_rtx.targets import HIGHEST, Arch
 
 
 def gemm_kernel(region: Region, name: str, config: GemmConfig) -> Kernel:
@@ -234,15 +234,17 @@ def _others(region: Region, name: str, arch: Arch, us: float) -> Iterator[Offer]
         return  # of halves that are cast to float32, a library multiplies the casts
     usual, before_us = _has_aligned_rows(region.anchor), prologue_us(region, arch)
     plain = MODEL_ERROR * gemm_us(region, contraction, arch)
-    yield Offer("library", library_us(FAMILY.name, region, arch, plain, before_us, epilogue_us(region, arch), usual))
+    after_us, without = epilogue_us(region, arch), _without_bias(region.body, name)
+    is_slower = without is not None and arch.float32.products == HIGHEST  # with the bias
+    expected_us = library_us(FAMILY.name, region, arch, plain, before_us, after_us, usual)
+    yield Offer("library", expected_us * (BIAS_COST if is_slower else 1.0))
+    if without is not None:
+        bias_us = after_us or streaming_us([*region.types, *region.types], arch)
+        yield Offer("bare", library_us(FAMILY.name, region, arch, plain, before_us, bias_us, usual), without)
     calls = {
         "cublaslt": _with_activation(region.body),
         "cublas": _in_float32(region),
     }
-    without = _without_bias(region.body, name)
-    if without is not None:
-        after_us = epilogue_us(region, arch) or streaming_us([*region.types, *region.types], arch)
-        yield Offer("bare", library_us(FAMILY.name, region, arch, plain, before_us, after_us, usual), without)
     for kind, call in calls.items():
         if call is not None:
             yield Offer(kind, library_us(FAMILY.name, region, arch, plain, before_us, 0.0, usual), call)
