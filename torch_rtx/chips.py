@@ -41,6 +41,8 @@ MODEL_ERROR = 1.07  # measured over modelled time of kernels; a little less than
 SLOWER = 1.1  # a library call relative to the kernel, outside of what libraries are tuned for
 TUNED = 0.95  # the same at least, where both have the same instructions (all but wgmma) and memory does not bound them
 ATTENTION_REACHED = 0.6  # of the tensor-core rate: softmax runs between the products
+FMA_REACHED = 0.7  # of the rate of f32 without tensor cores, in libraries
+BIAS_COST = 1.25  # a product in f32 whose bias cuBLASLt adds, relative to one without
 FASTER = 0.95  # a library's attention relative to the kernel, where products are asynchronous (wgmma) and these hold:
 ATTENTION_LEAST_US, MANY_KEYS = 18.5, 3000  # of its products at their full rate
 

@@ -115,13 +115,15 @@ DTYPES: Mapping[str, DType] = {
     "c64": DType(64, COMPLEX, "complex64", "C64"),
     "c128": DType(128, COMPLEX, "complex128", None),
 }
-# What f32 operands of a product become where tensor cores may multiply them: in memory they are f32.
-TF32 = DType(32, FLOAT, "float32", None, tensor_rate=0.5)
-# What products multiply, by name: beside dtypes, f32 as TF32, and the elements of block-scaled formats, which are one
-# value of 8 bits or two of 4.
+# What f32 operands of a product, f32 in memory, become where tensor cores multiply them once, or three times.
+TF32 = DType(32, FLOAT, "float32", None, tensor_rate=0.5, tolerance=1e-3)
+TF32X3 = DType(32, FLOAT, "float32", None, tensor_rate=0.5 / 3)
+# What products multiply, by name: beside dtypes, f32 on tensor cores, and the elements of block-scaled formats, which
+# are one value of 8 bits or two of 4.
 OPERANDS: Mapping[str, DType] = {
     **DTYPES,
     "tf32": TF32,
+    "tf32x3": TF32X3,
     **{name: DType(8, FLOAT, "", None, tensor_rate=2.0) for name in ("mxfp8", "fp4_x2")},
 }
 BYTES = frozenset(name for name, dtype in DTYPES.items() if dtype.register and not dtype.tl)  # as kernels see them

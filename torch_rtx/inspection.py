@@ -108,6 +108,7 @@ class Inspection:
         producer = ", ".join(f"{name} {version}" for name, version in versions if not name.startswith("ptxas for"))
         lines = [
             f"format {manifest.format_version}, built by {producer or 'unknown'}",
+            f"float32 products {manifest.float32.products}, convolutions {manifest.float32.convolutions}",
             f"device {manifest.device}, platform {manifest.platform}, inputs {', '.join(manifest.inputs) or 'none'}",
             *(f"input {name}: {type_}" for name, type_ in self.inputs.items()),
             f"engine {_size(self.engine_bytes)}, weights {_size(self.weight_bytes)}"

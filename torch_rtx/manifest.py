@@ -9,6 +9,7 @@ from typing import Any
 
 from torch_rtx.errors import EngineFormatError, EngineVersionError
 from torch_rtx.profiles import Profile, read_profiles
+from torch_rtx.targets import EXACT, HIGH, HIGHEST, Float32
 
 # Raise FORMAT_VERSION with every change of the format. Raise the `min_reader` of a file, too, if older releases would
 # misread its content or refuse it: they ignore unknown fields and refuse unknown tensors. The digests and the two
@@ -50,6 +51,7 @@ class Manifest:
             built for; None: any.
         shards: by name of a parameter of which each rank has a part: see `runtime.shards`.
         model: what the engine has of its model beside the program: see `runtime.attributes.facts_of`.
+        float32: how exact products of float32 in kernels are that are compiled where the engine runs, as in its own.
         format_version, min_reader: the format of the file, and the oldest reader that understands it.
     """
 
@@ -66,6 +68,7 @@ class Manifest:
     groups: Mapping[str, Any] = field(default_factory=dict)
     shards: Mapping[str, Any] = field(default_factory=dict)
     model: Mapping[str, Any] = field(default_factory=dict)
+    float32: Float32 = EXACT
     digests: Mapping[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
     min_reader: int = PLAIN_READER
@@ -138,6 +141,13 @@ def _groups(value: Any) -> dict[str, Any]:
     return {name: {"size": fact["size"], "rank": fact.get("rank")} for name, fact in value.items()}
 
 
+def _float32(value: Any) -> Float32:
+    found = [exactly(dict)(value).get(name) for name in ("products", "convolutions")]
+    if any(one not in (HIGHEST, HIGH) for one in found):
+        raise TypeError(f"expected {HIGHEST} or {HIGH}")
+    return Float32(*found)
+
+
 def _shards(value: Any) -> dict[str, Any]:
     found = {}
     for name, fact in exactly(dict)(value).items():
@@ -167,12 +177,13 @@ _FIELDS: dict[str, Callable[[Any], Any]] = {
     "groups": _groups,
     "shards": _shards,
     "model": _model,
+    "float32": _float32,
     "digests": _string_map,
 }
 # The first format with the field, and its value in older ones.
 _SINCE: Mapping[str, tuple[int, Any]] = {"profiles": (3, ()), "products": (6, {}), "onnx": (6, None)}
 
-_OPTIONAL = ("groups", "model", "shards")  # files of every format may lack these
+_OPTIONAL = ("float32", "groups", "model", "shards")  # files of every format may lack these
 
 
 def read_manifest(value: Any) -> Manifest:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from torch_rtx.dtypes import PACKED
-from torch_rtx.ir import Dim, Node, TensorType, Value
+from torch_rtx.ir import Dim, Graph, Node, TensorType, Value
 
 
 class Operands(NamedTuple):
@@ -70,6 +70,15 @@ ANCHORS: Mapping[str, str] = {
     **dict.fromkeys(BACKWARDS, "attention_backward"),
     **dict.fromkeys((FLEX, FLEX_PARTIAL, *FLEX_GRADS), "attention_flex"),
 }
+
+
+def kind_in_float32(body: Graph) -> str | None:
+    """The kind of the anchor in a kernel's body, if it multiplies float32."""
+    for node in body.nodes:
+        types = [value.type for value in node.inputs if isinstance(value.type, TensorType)]
+        if node.op in ANCHORS and any(type_.dtype == "f32" for type_ in types):
+            return ANCHORS[node.op]
+    return None
 
 
 def flops(node: Node, size: Callable[[Dim], int]) -> int:

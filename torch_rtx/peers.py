@@ -38,7 +38,7 @@ TORCH_TENSORRT = _answers(
     ),
     ("calibrator", "torch_rtx.quantize", "a model is quantized before it is compiled"),
     ("truncate_double truncate_long_and_double", _LEAVE, "float64 and int64 are computed as they are"),
-    ("disable_tf32", "torch.set_float32_matmul_precision", "generated kernels do not use TF32; library calls obey it"),
+    ("disable_tf32", "float32_precision", "by default as PyTorch is set to when the engine is built"),
     ("use_fp32_acc", _LEAVE, "kernels accumulate in float32; library calls obey PyTorch's settings"),
     ("inputs", "the argument inputs of torch_rtx.compile", "it is no option of an engine"),
     ("arg_inputs", "the argument inputs of torch_rtx.compile", "both are the positional arguments"),

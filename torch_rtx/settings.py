@@ -24,7 +24,7 @@ from typing import Any, Self, TypeVar
 
 from torch_rtx import peers, platforms
 from torch_rtx.errors import SettingsError
-from torch_rtx.targets import LATER, parse_targets
+from torch_rtx.targets import HIGH, HIGHEST, LATER, parse_targets
 
 log = logging.getLogger(__name__)
 _PREFIX = "TORCH_RTX_"
@@ -261,6 +261,14 @@ class CompilationSettings(_Checked):
         128 << 20,
         "In training, logits of more bytes are computed by chunks of rows, with their loss and its gradients, "
         "where nothing else reads them and that saves memory.",
+        key=True,
+    )
+    float32_precision: str | None = _option(
+        None,
+        f"None, {HIGHEST!r} or {HIGH!r}",
+        lambda v: v in (None, HIGHEST, HIGH),
+        "How exactly kernels multiply float32: `highest`, as float32 does, or `high`, as TF32 does. None: as PyTorch "
+        "is set to when the engine is built, for convolutions and for all else.",
         key=True,
     )
     strip_weights: bool = _flag(True, "Save engines without weights; `load` or `refit` supplies them.")

@@ -31,6 +31,24 @@ DTYPE_FEATURES = {
 EMULATED = frozenset(("f8e4m3fn", "f8e5m2", "f4e2m1fn_x2"))
 
 
+HIGHEST, HIGH = "highest", "high"  # in PyTorch's words: as exact as float32, or as TF32
+
+
+@dataclass(frozen=True, slots=True)
+class Float32:
+    """How exact products of float32 are: each HIGHEST or HIGH. Attention counts as matrix products."""
+
+    products: str = HIGHEST
+    convolutions: str = HIGHEST
+
+    def of(self, kind: str | None) -> str:
+        """That of an anchor, by its kind in `op_work.ANCHORS`; HIGHEST for None."""
+        return HIGHEST if kind is None else self.convolutions if kind == "conv" else self.products
+
+
+EXACT = Float32()
+
+
 @dataclass(frozen=True, slots=True)
 class Arch:
     """An SM version.
@@ -53,6 +71,7 @@ class Arch:
         oldest_ptxas: where Triton's ptxas for this SM version is older, its latest one is taken.
         registers: 32-bit registers that the threads of one block have together.
         like: the known SM version that this one is taken for; None: Triton's ptxas makes binaries for this one.
+        float32: how exact its products of float32 have to be.
     """
 
     sm: int
@@ -65,6 +84,7 @@ class Arch:
     oldest_ptxas: tuple[int, int] = (0, 0)
     registers: int = 64 << 10
     like: int | None = None
+    float32: Float32 = EXACT
 
     @property
     def target(self) -> Target:
@@ -124,11 +144,12 @@ def _as_ptx(arch: Arch) -> Arch:
 @dataclass(frozen=True, slots=True)
 class Target:
     """`sm` is the compute capability without its dot; `ptx`: PTX instead of a binary; `chip`: the GPU that kernels are
-    chosen for, None: what stands for the SM version. It makes no other target."""
+    chosen for, None: what stands for the SM version; `float32`: see `Arch`. The last two make no other target."""
 
     sm: int
     ptx: bool = False
     chip: Chip | None = field(default=None, compare=False, repr=False)
+    float32: Float32 = field(default=EXACT, compare=False, repr=False)
 
     def __str__(self) -> str:
         return f"{'compute' if self.ptx else 'sm'}_{self.sm}"
@@ -137,9 +158,8 @@ class Target:
     def arch(self) -> Arch:
         """The SM version whose code it is."""
         own = arch_of(self.sm)
-        if self.ptx:
-            return _as_ptx(arch_of(own.portable))
-        return own if self.chip is None else replace(own, chip=self.chip)
+        own = _as_ptx(arch_of(own.portable)) if self.ptx else own if self.chip is None else replace(own, chip=self.chip)
+        return own if self.float32 == own.float32 else replace(own, float32=self.float32)
 
     @property
     def shared(self) -> int:

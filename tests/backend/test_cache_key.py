@@ -240,7 +240,7 @@ def test_every_option_says_whether_it_makes_another_engine() -> None:
     marked = {item.name for item in fields(CompilationSettings) if item.metadata["key"]}
     assert marked == {
         *("min_block_size", "torch_executed_ops", "require_full_compilation", "disabled_passes", "copy_weights"),
-        *("logits_chunk_bytes", "targets"),
+        *("logits_chunk_bytes", "float32_precision", "targets"),
     }
     assert {item.name for item in fields(CompilationSettings)} - marked == {
         *(

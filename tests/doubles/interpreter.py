@@ -1,9 +1,10 @@
 """Runs generated kernels on the CPU, in Triton's interpreter.
 
 The interpreter replaces functions of `triton.language` for the time of a call, so that kernels can be interpreted and
-compiled in one process. Eight of its gaps are filled here: it computes with the bit patterns of bfloat16, it truncates
+compiled in one process. Nine of its gaps are filled here: it computes with the bit patterns of bfloat16, it truncates
 where a GPU rounds to bfloat16, it takes NaN of float8 for a number, it has no functions of libdevice, nor the
-instruction that converts to float8, nor `dot_scaled`, it makes a tile of integers of a scalar truth value (which loads
+instruction that converts to float8, nor `dot_scaled`, it multiplies all bits of float32 where tensor cores read those
+of TF32, it makes a tile of integers of a scalar truth value (which loads
 refuse as a mask from Triton 3.9 on), and it reduces and scans one element at a time, which takes a hundred times as
 long.
 """
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
+from triton._C.libtriton import ir as tl_ir
 from triton.language.extra import libdevice
 from triton.runtime.jit import JITFunction
 
@@ -180,8 +182,10 @@ def _interpreting() -> Iterator[None]:
             functions[id(self)] = interpreter.InterpretedFunction(self.fn).rewrite()
         return functions[id(self)](*args, **kwargs)
 
-    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-        return dot(self, _widened(a), _widened(b), *rest)
+    def create_dot(self: Any, a: Any, b: Any, sums: Any, precision: Any, *rest: Any) -> Any:
+        if precision == tl_ir.INPUT_PRECISION.TF32 and a.dtype.scalar == tl.float32:
+            a, b = _tf32(a), _tf32(b)
+        return dot(self, _widened(a), _widened(b), sums, precision, *rest)
 
     def cast_impl(self: Any, source: Any, type_: Any) -> Any:
         if source.dtype.scalar.is_int() and type_.scalar == tl.bfloat16:
@@ -296,6 +300,12 @@ def _scaled(data: Any, scales: Any, kind: str) -> Any:
     dtype = torch.float8_e4m3fn if scales.dtype.scalar == tl.float8e4nv else torch.float8_e8m0fnu
     factors = torch.from_numpy(scales.data).view(dtype).double().numpy()
     return values * factors.repeat(values.shape[1] // factors.shape[1], 1)
+
+
+def _tf32(handle: Any) -> Any:
+    """What tensor cores read of numbers of float32, in NVIDIA's GPUs: not the last 13 bits."""
+    bits = np.ascontiguousarray(handle.data, np.float32).view(np.uint32) & np.uint32(0xFFFFE000)
+    return interpreter.TensorHandle(bits.view(np.float32), handle.dtype)
 
 
 def _widened(handle: Any) -> Any:

@@ -29,7 +29,7 @@ from torch_rtx.runtime import gpu_figures, launch, tuning_context
 from torch_rtx.runtime.gpu_figures import measure, measured_on, write_figures
 from torch_rtx.runtime.tuning_db import Bodies, Choice, TuningDatabase
 from torch_rtx.tactics import Candidate, Tactic
-from torch_rtx.targets import arch_of
+from torch_rtx.targets import EXACT, Float32, arch_of
 
 BODY = parse(
     "graph import {\n  input in0: f16[4, 64]\n  a: f16[4, 64] = op aten.relu.default(self=in0)\n  return [a]\n}\n"
@@ -89,7 +89,9 @@ class Compiler:
         self.chips: list[Chip | None] = []
         self.broken = broken
 
-    def build(self, bodies: Bodies, sm: int, artefacts: Artefacts, chip: Chip | None = None) -> Mapping[str, Candidate]:
+    def build(
+        self, bodies: Bodies, sm: int, artefacts: Artefacts, chip: Chip | None = None, float32: Float32 = EXACT
+    ) -> Mapping[str, Candidate]:
         if self.broken:
             raise KernelError("nothing is compiled here")
         self.chips.append(chip)

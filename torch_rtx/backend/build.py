@@ -291,6 +291,7 @@ def _engine(
         platform=settings.platform,
         unused_names=tuple(sorted(unused)),
         profiles=profiles,
+        float32=lowered.float32,
         **found,
     )
     data = {**tensors, **lowered.constants}

@@ -28,7 +28,7 @@ from torch_rtx.runtime.garbage import uncollected
 from torch_rtx.runtime.tuning_context import chip_here
 from torch_rtx.settings import CompilationSettings
 from torch_rtx.tactics import KernelTable
-from torch_rtx.targets import LATER, PORTABLE, Option, Target, parse_targets
+from torch_rtx.targets import EXACT, HIGH, HIGHEST, LATER, PORTABLE, Float32, Option, Target, parse_targets
 
 log = logging.getLogger(__name__)
 REPRODUCTION = """\"\"\"Runs the pipeline on the graph that failed: python reproduce.py\"\"\"
@@ -53,6 +53,7 @@ class Program:
         folder: receives dumped artefacts; None: no dump.
         entry: the key of its entry in the engine cache, if it has one.
         origins: for each location in the graph, the FX node that it comes from.
+        float32: how exact products of float32 in its kernels have to be.
     """
 
     graph: Graph
@@ -63,6 +64,7 @@ class Program:
     kernels: KernelTable = field(default_factory=KernelTable)
     entry: str | None = None
     origins: Sequence[fx.Node | None] = ()
+    float32: Float32 = EXACT
 
     def dump(self, name: str, text: str) -> None:
         """Write an artefact to `folder`, if there is one."""
@@ -148,7 +150,7 @@ def compile_fx(
         raise _bug(error, gm, graph, settings, folder) from error
     seconds = time.perf_counter() - start
     log.info("%d blocks, %d fallback nodes, %.0f ms", len(parts.blocks), len(parts.fallbacks), 1e3 * seconds)
-    program = Program(lowered, imported.constants, imported.callables, device, folder)
+    program = Program(lowered, imported.constants, imported.callables, device, folder, float32=float32_of(settings))
     return Built(program, imported.locations, imported.called, parts.fallbacks)
 
 
@@ -156,6 +158,14 @@ def log_fallbacks(fallbacks: Mapping[fx.Node, str]) -> None:
     """Log which nodes stay in PyTorch, and why."""
     for node, why in fallbacks.items():
         log.info("fallback: %s: %s", node.target, why)
+
+
+def float32_of(settings: CompilationSettings) -> Float32:
+    """How exact products of float32 have to be: what the settings say, or what PyTorch is set to now."""
+    if settings.float32_precision is not None:
+        return Float32(settings.float32_precision, settings.float32_precision)
+    found = (torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision)  # type: ignore[attr-defined]
+    return Float32(*(HIGH if one == "tf32" else HIGHEST for one in found))
 
 
 def named_targets(option: Option) -> tuple[Target, ...]:

@@ -207,7 +207,7 @@ def _bind(graph: CapturedGraph, runtime: RuntimeSettings) -> Callable[..., Any]:
     store = WeightStore(program.graph, program.device, program.constants, sampled=runtime.watch_weights)
     # Trusted: the fallbacks come from a model of this process, not from a file.
     called = frozenset(node.op for node in calls(program.graph) if node.kind == "fallback")
-    tactics, context = tactics_and_context(program.kernels, program.graph, program.device, runtime)
+    tactics, context = tactics_and_context(program.kernels, program.graph, program.device, runtime, program.float32)
     given = program.callables, called, tactics
     positions = [i for i, role in enumerate(roles) if role.kind == "input" and i not in graph.fixed]
     at = frozenset(index for index, position in enumerate(positions) if position in graph.pinned)

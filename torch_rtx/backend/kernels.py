@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 from torch_rtx.artefacts import NO_FILES, Artefacts
@@ -87,7 +87,8 @@ def kernels_of(program: Program, settings: CompilationSettings) -> KernelTable:
     if settings.targets in (None, LATER) or all(node.kind != "kernel" for node in program.graph.nodes):
         return KernelTable()
     assert settings.targets is not None
-    targets = targets_for(settings.targets, program.graph)
+    found = targets_for(settings.targets, program.graph)
+    targets = [replace(target, float32=program.float32) for target in found]
     with progress("building kernels") as update:
         artefacts = Artefacts.at(program.folder, settings.override_dir)
         table, report = build_kernels(program.graph, targets, progress=update, artefacts=artefacts)

@@ -44,6 +44,7 @@ from torch_rtx.runtime.ranks import one_rank_first
 from torch_rtx.serialization import serialize
 from torch_rtx.settings import CompilationSettings, cache_dir, opens_stages
 from torch_rtx.tactics import read_table, write_table
+from torch_rtx.targets import Float32
 
 log = logging.getLogger("torch_rtx.cache")
 
@@ -169,6 +170,7 @@ def to_bytes(built: Built, site: GraphSite) -> bytes:
         "parameters": {p.name: position[p.name] for p in graph.parameters if p.name not in constants},
         "locations": [None if origin is None else number[origin] for origin in origins],
         "tactics": write_table(built.program.kernels),
+        "float32": [built.program.float32.products, built.program.float32.convolutions],
         "called": [number[node] for node in built.called],
         "fallbacks": [(number[node], why) for node, why in built.fallbacks.items()],
     }
@@ -212,11 +214,12 @@ def from_bytes(body: bytes, site: GraphSite) -> Program:
             raise CacheError(f"it calls {', '.join(sorted(unexpected))}, which the graph does not call")
         callables = [python_call(site.gm, site.nodes[index]) for index in fields["called"]]
         log_fallbacks({site.nodes[index]: why for index, why in fields["fallbacks"]})
+        float32 = Float32(*fields["float32"])
     except CacheError:
         raise
     except (RtxError, SafetensorError, ValueError, LookupError, TypeError, AttributeError, StopIteration) as error:
         raise CacheError(f"{type(error).__name__}: {error}") from None
-    return Program(graph, constants, callables, site.device, kernels=kernels, origins=origins)
+    return Program(graph, constants, callables, site.device, kernels=kernels, origins=origins, float32=float32)
 
 
 def _bind(graph: Graph, fields: Mapping[str, Any], constants: Collection[str], site: GraphSite) -> Graph:

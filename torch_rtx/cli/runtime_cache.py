@@ -148,7 +148,7 @@ def generate(
     sizes = sizes_given(found, size) if size else {}
     stage("compiling kernels")
     path = path_of(file)
-    count = pregenerate(found.graph, sizes, DeviceKey(gpu, sm, driver, ""), path)
+    count = pregenerate(found.graph, sizes, DeviceKey(gpu, sm, driver, ""), path, found.manifest.float32)
     return Report({"regions": count, "file": path}, f"{count} regions for {gpu}")
 
 

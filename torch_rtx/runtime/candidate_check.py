@@ -17,10 +17,11 @@ import torch
 
 from torch_rtx import aten
 from torch_rtx.accumulation import continued
-from torch_rtx.dtypes import DTYPES, FLOAT, INT, PACKED
+from torch_rtx.dtypes import DTYPES, FLOAT, INT, PACKED, TF32
 from torch_rtx.errors import RtxError
 from torch_rtx.foreign import launch_in
 from torch_rtx.ir import Attr, Graph, Node, TensorType, Value, attr_map
+from torch_rtx.op_work import kind_in_float32
 from torch_rtx.runtime.benchmark import RUNS, Run
 from torch_rtx.runtime.code import Code, compile_graph
 from torch_rtx.runtime.control import Owned
@@ -29,6 +30,7 @@ from torch_rtx.runtime.index_check import check_positions, differing, distinct, 
 from torch_rtx.runtime.launch import LoadedTactic
 from torch_rtx.runtime.saved_results import fill_saved
 from torch_rtx.runtime.streaming import nbytes, numbers
+from torch_rtx.targets import EXACT, HIGH, Float32
 
 NARROW_FLOATS = tuple(name for name, dtype in DTYPES.items() if dtype.tolerance and name != "f64")
 # Of the L2 cache, what timed runs read in turn: more than it holds, as the weights of a model are. On a CPU, bytes.
@@ -51,6 +53,7 @@ class CandidateCheck:
         node: with numbers for all sizes.
         known: by the name of an operand that is the same whatever the inputs and parameters are: what computes it.
         tactics: how the expected results are computed; by default, call by call.
+        float32: how exact products of float32 have to be.
 
     Raises:
         RtxError: inputs and results need too much memory, or the calls of the node's body fail.
@@ -62,6 +65,7 @@ class CandidateCheck:
         device: torch.device,
         known: Mapping[str, Graph] = MappingProxyType({}),
         tactics: Mapping[str, LoadedTactic] | None = None,
+        float32: Float32 = EXACT,
     ) -> None:
         assert node.body is not None
         self.device = device
@@ -93,8 +97,10 @@ class CandidateCheck:
         with _calls_of(node):
             exact = self.expected if as_it_is else self._in_float64()
         self._midway = MIDWAY if _rounds(node.body) else 0.0
+        in_tf32 = float32.of(kind_in_float32(node.body)) == HIGH
+        least = TF32.tolerance if in_tf32 else 0.0  # whatever the calls multiply in
         self._limits = [
-            max(2 * relative_error(mine, right), tolerance(mine.dtype))
+            max(2 * relative_error(mine, right), tolerance(mine.dtype), least)
             if mine.is_floating_point()
             else max(2 * _share(mine, right), self._midway)
             for mine, right in zip(self.expected, exact, strict=True)

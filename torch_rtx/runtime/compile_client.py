@@ -22,7 +22,7 @@ from torch_rtx.errors import KernelError
 from torch_rtx.foreign import find, launch_in
 from torch_rtx.ir import Graph
 from torch_rtx.tactics import Candidate
-from torch_rtx.targets import arch_of
+from torch_rtx.targets import EXACT, Float32, arch_of
 
 TIMEOUT_S = 600.0  # of a request: a compiler that hangs would block all later ones
 # The program of the worker. Its `sys.path` is ours; `-P` keeps the current folder out. It ignores Ctrl-C, and ends when
@@ -50,6 +50,7 @@ class CompileClient:
         sm: int,
         artefacts: Artefacts = NO_FILES,
         chip: Chip | None = None,
+        float32: Float32 = EXACT,
     ) -> dict[str, Candidate]:
         """Send a request to `compile_worker.build`; requests of several threads run one after another.
 
@@ -69,7 +70,7 @@ class CompileClient:
                 timer.start()
                 assert process.stdin is not None
                 assert process.stdout is not None
-                pickle.dump((wanted, sm, artefacts, chip), process.stdin)
+                pickle.dump((wanted, sm, artefacts, chip, float32), process.stdin)
                 process.stdin.flush()
                 answer: dict[str, Candidate] | str = pickle.load(process.stdout)
             except (OSError, EOFError, pickle.UnpicklingError) as error:

@@ -111,7 +111,7 @@ class CompiledModule(ModuleMethods):
     ) -> Session:
         graph, manifest = bound(self.engine.graph, self._groups), self.engine.manifest
         kernels = self.engine.kernels if self._kernels is None else self._kernels
-        tactics, context = tactics_and_context(kernels, graph, self.device, settings)
+        tactics, context = tactics_and_context(kernels, graph, self.device, settings, manifest.float32)
         streamer = stream(graph, self.device, settings.weight_streaming_budget, trusted_ops)
         constants, sampled = dict(self.engine.constants), settings.watch_weights
         store = WeightStore(graph, self.device, constants, manifest.unused_names, streamer, sampled)

@@ -113,7 +113,7 @@ class Tuner:
     def check(self, node: Node, tactics: Mapping[str, LoadedTactic] | None = None) -> CandidateCheck:
         """A check of tactics of a kernel node, which has numbers for all sizes; `tactics`: see `CandidateCheck`."""
         constants = {one.value.name: one.recipe for one in self.graph.weights if one.recipe and not one.names}
-        return CandidateCheck(node, self.of.device, constants, tactics)
+        return CandidateCheck(node, self.of.device, constants, tactics, self.context.database.float32)
 
     def compile(self) -> None:
         """Compile and check the first tactic of each region, then swap the code. Errors leave the variant usable."""
@@ -144,7 +144,8 @@ class Tuner:
         found: dict[str, Region] = {}
         for node in reversed(list(kernel_nodes(self.graph))):
             assert node.body is not None
-            region = found.setdefault(region_key(node.body), Region(region_key(node.body), node))
+            key = region_key(node.body, self.context.database.float32)
+            region = found.setdefault(key, Region(key, node))
             if node.op not in region.ops:
                 region.ops.append(node.op)
         return iter(found.values())

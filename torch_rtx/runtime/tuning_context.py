@@ -28,7 +28,7 @@ from torch_rtx.runtime.tuner import TuningContext
 from torch_rtx.runtime.tuning_db import TuningDatabase, region_key
 from torch_rtx.settings import BEST, RuntimeSettings, opens_stages, runtime_cache_path
 from torch_rtx.tactics import Candidate, KernelTable
-from torch_rtx.targets import arch_of
+from torch_rtx.targets import EXACT, Float32, arch_of
 
 log = logging.getLogger(__name__)
 _READ_BY_LOWERING = (
@@ -50,9 +50,17 @@ _READ_BY_LOWERING = (
 
 
 def tactics_and_context(
-    table: KernelTable, graph: Graph, device: torch.device, settings: RuntimeSettings
+    table: KernelTable,
+    graph: Graph,
+    device: torch.device,
+    settings: RuntimeSettings,
+    float32: Float32 = EXACT,
 ) -> tuple[Mapping[str, LoadedTactic], TuningContext | None]:
-    """The tactics of an engine that can be used at once, and the context of its tuners; None: nothing is tuned."""
+    """The tactics of an engine that can be used at once, and the context of its tuners; None: nothing is tuned.
+
+    Args:
+        float32: how exact products of float32 in new kernels have to be.
+    """
     driver = driver_api.driver() if device.type == "cuda" else None
     if driver is None or settings.tactics != BEST:
         return load_tactics(table, graph, device, settings.tactics), None
@@ -66,6 +74,7 @@ def tactics_and_context(
             open_store,
             Artefacts.at(settings.dump_dir, settings.override_dir),
             known_chip(gpu.sm, device),
+            float32,
         ),
         load=partial(_load, gpu, open_store),
         jit=partial(load_tactics, table, graph, device, open_store=open_store),
@@ -120,22 +129,24 @@ def device_key(gpu: Gpu, device: torch.device) -> DeviceKey:
     return DeviceKey(torch.cuda.get_device_name(device), gpu.sm, driver, versions())
 
 
-def pregenerate(graph: Graph, sizes: Mapping[str, int], device: DeviceKey, path: str) -> int:
+def pregenerate(graph: Graph, sizes: Mapping[str, int], device: DeviceKey, path: str, float32: Float32 = EXACT) -> int:
     """Compile the tactics expected to be fastest into a runtime cache; returns how many.
 
     Args:
         graph: level fused.
         sizes: numbers for its symbols, by name; empty: kernels for any sizes.
         device: the GPU, which need not be in this machine; its `versions` are filled in.
+        float32: of the manifest.
 
     Raises:
         KernelError: see `CompileClient.build`.
     """
     bodies = (node.body for node in kernel_nodes(bind(graph, sizes)) if node.body is not None)
-    wanted = {region_key(body): (body, 0) for body in bodies}
+    wanted = {region_key(body, float32): (body, 0) for body in bodies}
     with closing(RuntimeCache(path, replace(device, versions=versions()))) as store:
         chip = chip_named(device.name, device.sm)
-        return len(TuningDatabase(device.sm, COMPILE_CLIENT, lambda: store, chip=chip).candidates(wanted))
+        database = TuningDatabase(device.sm, COMPILE_CLIENT, lambda: store, chip=chip, float32=float32)
+        return len(database.candidates(wanted))
 
 
 @cache

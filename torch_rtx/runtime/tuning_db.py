@@ -21,11 +21,12 @@ from torch_rtx.cache.runtime_file import FIGURES_KEY, GPU
 from torch_rtx.chips import Chip, read_figures
 from torch_rtx.errors import InvalidIR, KernelError
 from torch_rtx.ir import Graph
+from torch_rtx.op_work import kind_in_float32
 from torch_rtx.runtime.bind import without_locations
 from torch_rtx.runtime.launch import Store
 from torch_rtx.runtime.ranks import agreed, said
 from torch_rtx.tactics import Candidate, check_tactic, digest, read_tactic, write_tactic
-from torch_rtx.targets import Target, arch_of
+from torch_rtx.targets import EXACT, HIGHEST, Float32, Target, arch_of
 
 log = logging.getLogger(__name__)
 Bodies = Mapping[str, tuple[Graph, int]]  # by name; the body of a region and the rank of the first tactic to try
@@ -52,9 +53,11 @@ class Choice:
 class Compiler(Protocol):
     """Compiles candidates: `CompileClient`."""
 
-    def build(self, bodies: Bodies, sm: int, artefacts: Artefacts, chip: Chip | None = None) -> Mapping[str, Candidate]:
+    def build(
+        self, bodies: Bodies, sm: int, artefacts: Artefacts, chip: Chip | None = None, float32: Float32 = EXACT
+    ) -> Mapping[str, Candidate]:
         """By name, the first tactic from the given rank on that fits the GPU, where ranks are by expected times on
-        `chip`. `artefacts` gets the stages of its kernels."""
+        `chip`. `artefacts` gets the stages of its kernels, whose products of float32 are as exact as `float32` says."""
 
 
 class TuningDatabase:
@@ -65,6 +68,7 @@ class TuningDatabase:
         open_store: opens the runtime cache, or returns None; called when it is first needed.
         artefacts: where the stages of kernels are written, and read as overrides.
         chip: what is known of the GPU, unless the cache has figures of it; None: what stands for its SM version.
+        float32: how exact products of float32 have to be.
     """
 
     def __init__(
@@ -74,7 +78,9 @@ class TuningDatabase:
         open_store: Callable[[], Store | None] = lambda: None,
         artefacts: Artefacts = NO_FILES,
         chip: Chip | None = None,
+        float32: Float32 = EXACT,
     ) -> None:
+        self.float32 = float32
         self.sm, self._compiler, self._open_store, self._artefacts = sm, compiler, open_store, artefacts
         self._sheet = arch_of(sm).chip if chip is None else chip
 
@@ -158,7 +164,7 @@ class TuningDatabase:
             KernelError: nothing can be compiled here, after FAILURES attempts.
         """
         try:
-            return self._compiler.build(wanted, self.sm, self._artefacts, self.chip), {}
+            return self._build(wanted), {}
         except KernelError:
             if len(wanted) == 1:
                 raise
@@ -166,7 +172,7 @@ class TuningDatabase:
         refused: dict[str, KernelError] = {}
         for name, entry in wanted.items():
             try:
-                built.update(self._compiler.build({name: entry}, self.sm, self._artefacts, self.chip))
+                built.update(self._build({name: entry}))
             except KernelError as error:
                 refused[name] = error
                 if len(refused) == FAILURES and not built:
@@ -174,6 +180,9 @@ class TuningDatabase:
         for name, problem in refused.items():
             log.warning("%s is not compiled: %s", name, problem)
         return built, refused
+
+    def _build(self, wanted: Bodies) -> Mapping[str, Candidate]:
+        return self._compiler.build(wanted, self.sm, self._artefacts, self.chip, self.float32)
 
     def choice(self, key: str) -> Choice | None:
         """The choice of a region that is stored here, or that another rank made; None: it was not measured yet."""
@@ -223,9 +232,12 @@ def _digest(figures: Mapping[str, float]) -> str:
     return hashlib.sha256(json.dumps(figures, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def region_key(body: Graph) -> str:
-    """A digest of the operations and types of a region, without names and locations."""
-    return hashlib.sha256(str(_unnamed(without_locations(body))).encode()).hexdigest()[:32]
+def region_key(body: Graph, float32: Float32 = EXACT) -> str:
+    """A digest of the operations and types of a region, without names and locations, and how exactly it multiplies
+    float32 if that is not as float32 does."""
+    level = float32.of(kind_in_float32(body))
+    key = hashlib.sha256(str(_unnamed(without_locations(body))).encode()).hexdigest()[:32]
+    return key if level == HIGHEST else f"{key} {level}"
 
 
 def _unnamed(body: Graph) -> Graph:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from expecttest import TestCase
 
@@ -12,7 +14,7 @@ from torch_rtx.lowering.kernels.families.gemm import GemmConfig, gemm_configs, g
 from torch_rtx.lowering.kernels.gemm_perf_model import best_num_splits, gemm_us, shared_memory
 from torch_rtx.lowering.kernels.gemm_problem import gemm_problem
 from torch_rtx.lowering.kernels.region import region
-from torch_rtx.targets import ARCHES, Arch, arch_of
+from torch_rtx.targets import ARCHES, Arch, Float32, arch_of
 
 SMALL = GemmConfig(32, 32, 32, group_m=2)
 WIDE = GemmConfig(64, 32, 64)
@@ -512,12 +514,14 @@ def best(rows: int, columns: int, depth: int, target: int) -> GemmConfig:
 
 def test_f32_on_tensor_cores() -> None:
     given = region(body(linear(1024, 1024, 1024), "f32"))
-    exact, fast = (gemm_configs(given, arch_of(90), precision)[0] for precision in ("ieee", "tf32"))
-    assert fast.block_m * fast.block_n > exact.block_m * exact.block_n
-    assert (fast.input_precision, exact.input_precision) == ("tf32", "ieee")
-    assert {config.input_precision for config in gemm_configs(given, arch_of(75), "tf32")} == {
-        "ieee"
-    }  # Turing has none
+    for level, precision in (("highest", "tf32x3"), ("high", "tf32")):
+        arch = replace(arch_of(90), float32=Float32(level))
+        fast, exact, *others = gemm_configs(given, arch)  # the best of both are tried first
+        assert (fast.input_precision, exact.input_precision) == (precision, "ieee")
+        assert fast.block_m * fast.block_n > exact.block_m * exact.block_n
+        assert {config.input_precision for config in others} <= {precision, "ieee"}
+        turing = replace(arch_of(75), float32=Float32(level))  # which has no TF32
+        assert {config.input_precision for config in gemm_configs(given, turing)} == {"ieee"}
 
 
 def test_the_performance_model() -> None:

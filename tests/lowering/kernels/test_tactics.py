@@ -20,6 +20,7 @@ from torch_rtx.lowering.kernels.loops import LoopWriter
 from torch_rtx.lowering.kernels.memory_model import typical
 from torch_rtx.op_work import flops
 from torch_rtx.runtime.code import compile_graph
+from torch_rtx.runtime.strided import copy_strided
 from torch_rtx.tactics import OWN, check_tactic
 from torch_rtx.targets import arch_of
 
@@ -270,6 +271,50 @@ def test_cudnn(body: Graph, expected: str | None) -> None:
         assert f"aten.{expected}.default" in str(tactic.body)
         own = next(head for head, _ in found if OWN in head.kernels)
         assert tactic.expected_us > own.expected_us  # it is measured before it is used
+
+
+ADDMM = """graph import {
+  input in0: f32[12, 64]
+  input in1: f32[64, 32]
+  input in2: f32[32, 12]
+  v0: f32[12, 32](1, 12) = op aten.permute.default(self=in2, dims=[1, 0])
+  v1: f32[12, 64] = op aten.relu.default(self=in0)
+  v2: f32[12, 32] = op aten.addmm.default(self=v0, mat1=v1, mat2=in1)
+  v3: f32[12, 32] = op aten.mul.Tensor(self=v2, other=v0)
+  return [v3]
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (layer("f32"), True),
+        (layer("f32", activation="gelu.default(self=v0)", results="v1, v0"), True),
+        (parse(ADDMM), True),  # what is added, and an operand, are computed before
+        (parse(ADDMM.replace("mat2=in1)", "mat2=in1, beta=2)")), False),
+        (layer(), False),  # halves would be rounded once more
+        (layer("f32", bias=False), False),
+        (convolution(), True),
+        (convolution("f32", activation="gelu", added="left"), True),
+        (convolution(bias=False), False),
+    ],
+)
+def test_a_bias_is_added_after_the_call(body: Graph, expected: bool) -> None:
+    found = [head for head, _ in forms(body, "k", arch_of(90)) if head.kind == "bare"]
+    assert bool(found) is expected
+    cpu = torch.device("cpu")
+    given = [
+        copy_strided(torch.randn(type_.shape).to(aten.DTYPES[type_.dtype]), type_.strides)
+        for type_ in (value.type for value in body.inputs)
+    ]
+    for tactic in found:
+        check_tactic(replace(tactic, kernels={}), "k", body)  # type: ignore[arg-type]
+        assert tactic.body is not None
+        *_, last = tactic.body.nodes
+        assert tactic.kernels.keys() == {last.op} == {"k_bias"}
+        results = compile_graph(tactic.body, cpu)(given, ())
+        torch.testing.assert_close(results, compile_graph(body, cpu)(given, ()), rtol=1e-2, atol=1e-2)
 
 
 def product(x: str, w: str, *nodes: str, results: str = "r") -> Graph:

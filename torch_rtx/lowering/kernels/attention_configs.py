@@ -10,6 +10,7 @@ from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Dim, Sym
 from torch_rtx.lowering.kernels.attention import MAX_WIDTH, Attention, attention_of
 from torch_rtx.lowering.kernels.attention_pieces import padded_width
+from torch_rtx.lowering.kernels.float32_dots import IEEE, TF32, TF32X3, precisions
 from torch_rtx.lowering.kernels.index import from_dim
 from torch_rtx.lowering.kernels.region import Region
 from torch_rtx.lowering.kernels.source import block_of
@@ -28,6 +29,7 @@ class AttentionConfig:
 
     Attributes:
         min_first: fewest columns of the first of two pieces of a head, see `head_pieces`.
+        input_precision: of operands in f32, see `float32_dots`.
     """
 
     rows: int
@@ -35,6 +37,7 @@ class AttentionConfig:
     num_warps: int
     num_stages: int
     min_first: int = 64
+    input_precision: str = IEEE
 
 
 def attention_configs(region: Region, arch: Arch) -> list[AttentionConfig]:
@@ -49,9 +52,10 @@ def attention_configs(region: Region, arch: Arch) -> list[AttentionConfig]:
     width = max(padded_width(attn.width, min_first), padded_width(attn.value_width, min_first))
     configs = [
         config
-        for rows, keys, warps in _shapes(width, attn.dtype, arch)
+        for precision in precisions_of(attn, arch)
+        for rows, keys, warps in _shapes(width, attn.dtype if precision == IEEE else precision, arch)
         for stages in ((3, 2, 1) if "cp_async" in arch.features else (1,))
-        if _shared(attn, config := AttentionConfig(rows, keys, warps, stages, min_first)) <= arch.shared
+        if _shared(attn, config := AttentionConfig(rows, keys, warps, stages, min_first, precision)) <= arch.shared
         and rows % row_multiple(attn) == 0
     ]
     if not configs:
@@ -66,7 +70,19 @@ def attention_configs(region: Region, arch: Arch) -> list[AttentionConfig]:
         stages = -config.num_stages if hopper and wide else 0
         return config.num_stages == 1, _penalty(attn, config, wanted), is_crowded, stages
 
-    return sorted(configs, key=order)
+    found = sorted(configs, key=order)
+    heads = {config.input_precision: config for config in reversed(found)}  # the best of each are tried first
+    return list(dict.fromkeys([*(heads[one] for one in precisions_of(attn, arch) if one in heads), *found]))
+
+
+def precisions_of(attn: Attention, arch: Arch) -> tuple[str, ...]:
+    """The values of `AttentionConfig.input_precision` for attention on `arch`."""
+    return precisions(arch, arch.float32.products) if attn.dtype == "f32" else (IEEE,)
+
+
+def operands_of(attn: Attention, config: AttentionConfig) -> str:
+    """What products multiply, see `dtypes.OPERANDS`."""
+    return attn.dtype if config.input_precision == IEEE else config.input_precision
 
 
 def row_multiple(attn: Attention) -> int:
@@ -86,6 +102,8 @@ def _shapes(width: int, dtype: str, arch: Arch) -> list[tuple[int, int, int]]:
     if dtype == "f32":
         # Full-precision products run as FMAs with both operands in registers.
         return [(32, 32, 4), (16, 32, 4), (16, 16, 4)]
+    if dtype in (TF32, TF32X3):
+        return [(64, 32, 4), (32, 32, 4), (16, 32, 4)] if width <= 64 else [(32, 32, 4), (16, 32, 4)]
     few = [(32, 64, 4), (16, 128, 4), (16, 64, 4), (16, 32, 4)]
     if width <= 64:
         many = [(64, 64, 4), (64, 128, 4), (128, 64, 8)] if hopper else [(128, 32, 4), (128, 64, 4), (64, 64, 4)]

@@ -9,11 +9,13 @@ FlashAttention-2, Dao 2023). With M for the modification of scores S, and D for 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch_rtx.dtypes import DTYPES
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Node, Value, dim_expr
 from torch_rtx.lowering.kernels.attention import Attention, attention_of
-from torch_rtx.lowering.kernels.attention_configs import AttentionConfig
+from torch_rtx.lowering.kernels.attention_configs import AttentionConfig, precisions_of
 from torch_rtx.lowering.kernels.attention_modified import Modified, Walk
 from torch_rtx.lowering.kernels.attention_pieces import padded_width
 from torch_rtx.lowering.kernels.attention_tiles import LOG2E, Tiles, anchors_of
@@ -50,7 +52,8 @@ def _candidates(attn: Attention, of_query: bool, arch: Arch) -> list[AttentionCo
     # The first number is that of what a program holds, the second that of what it goes over.
     ordered = [(held, other, warps) if of_query else (other, held, warps) for held, other, warps in shapes]
     stages = (2, 3, 1) if "cp_async" in arch.features else (1,)
-    return [AttentionConfig(*shape, count) for count in stages for shape in ordered]
+    found = [AttentionConfig(*shape, count) for count in stages for shape in ordered]
+    return [replace(config, input_precision=one) for one in precisions_of(attn, arch) for config in found]
 
 
 def _fits(attn: Attention, config: AttentionConfig, of_query: bool, arch: Arch) -> bool:
@@ -82,7 +85,8 @@ def gradient_kernel(region: Region, name: str, config: AttentionConfig) -> Kerne
         raise Unsupported("blocks that the tile does not divide")
     writer = (_QueryWriter if attn.op == FLEX_GRAD_QUERY else _KeyWriter)(region, attn, config)
     count, groups = writer.count, attn.groups if attn.op == FLEX_GRAD_KEY_VALUE else attn.lead
-    return assemble(region, name, writer.write(), dim_expr("*", count, *groups), config.num_warps, config.num_stages)
+    programs, options = dim_expr("*", count, *groups), (config.num_warps, config.num_stages, writer.functions)
+    return assemble(region, name, writer.write(), programs, *options)
 
 
 class _Writer(Tiles):

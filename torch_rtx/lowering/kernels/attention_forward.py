@@ -34,7 +34,9 @@ def forward_kernel(writer: ForwardWriter, name: str) -> Kernel:
     """The kernel that `writer` writes."""
     attn, config = writer.attn, writer.config
     programs = dim_expr("*", blocks(attn.rows, config.rows), *writer.programs)
-    return assemble(writer.region, name, writer.write(), programs, config.num_warps, config.num_stages)
+    return assemble(
+        writer.region, name, writer.write(), programs, config.num_warps, config.num_stages, writer.functions
+    )
 
 
 class ForwardWriter(Tiles):

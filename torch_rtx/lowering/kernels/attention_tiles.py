@@ -6,6 +6,7 @@ import math
 from itertools import permutations
 
 from torch_rtx.errors import Unsupported
+from torch_rtx.lowering.kernels import float32_dots
 from torch_rtx.lowering.kernels.attention import Attention
 from torch_rtx.lowering.kernels.attention_configs import AttentionConfig
 from torch_rtx.lowering.kernels.attention_pieces import head_pieces
@@ -100,8 +101,14 @@ class Tiles:
 
     def dot(self, first: str, second: str, added: str = "") -> str:
         """A product of two operands, with sums in f32."""
-        precision = ', input_precision="ieee"' if self.attn.dtype == "f32" else ""
-        return f"tl.dot({first}, {second}{f', {added}' if added else ''}{precision})"
+        if self.attn.dtype == "f32":
+            return float32_dots.dot(first, second, added, self.config.input_precision)
+        return f"tl.dot({first}, {second}{f', {added}' if added else ''})"
+
+    @property
+    def functions(self) -> str:
+        """Source of the functions that the lines call."""
+        return float32_dots.functions(self.attn.dtype, self.config.input_precision)
 
     def scores(self, masked: bool, diagonal: bool, rows: bool = False) -> list[str]:
         """The lines that scale the scores `s` and apply masks: minus infinity for a key that has no weight.

@@ -24,7 +24,7 @@ from torch_rtx.lowering.kernels import build as kernel_build
 from torch_rtx.lowering.kernels.generate import tactics
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.tactics import Candidate, Tactic
-from torch_rtx.targets import Arch, arch_of
+from torch_rtx.targets import EXACT, Arch, Float32, arch_of
 
 NICENESS = 10  # the running program has priority
 
@@ -34,6 +34,7 @@ def build(
     sm: int,
     artefacts: Artefacts = NO_FILES,
     chip: Chip | None = None,
+    float32: Float32 = EXACT,
 ) -> dict[str, Candidate]:
     """Per region the first tactic from a rank on that fits the GPU; regions without one are left out.
 
@@ -42,12 +43,13 @@ def build(
         sm: the SM version of the GPU.
         artefacts: where the stages of kernels are written and overridden.
         chip: the GPU; None: what stands for its SM version.
+        float32: how exact products of float32 have to be.
 
     Raises:
         KernelError: see `compile_kernels`.
     """
     target = arch_of(sm).target
-    arch = target.arch if chip is None else replace(target.arch, chip=chip)
+    arch = replace(target.arch, chip=chip or target.arch.chip, float32=float32)
     wanted = {name: (_ranked(body, name, arch, first), target) for name, (body, first) in bodies.items()}
     for name, (body, first) in bodies.items() if artefacts.dump is not None else ():
         if first == 0 and isinstance(body, Graph):

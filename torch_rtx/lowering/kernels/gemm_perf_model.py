@@ -19,7 +19,8 @@ from math import ceil, inf
 from torch_rtx.chips import BARRIER_US, LANES, LANES_OF_WARP, LATENCY_US, Chip
 from torch_rtx.dtypes import HALVES
 from torch_rtx.errors import Unsupported
-from torch_rtx.lowering.kernels.gemm_problem import SIZES, GemmProblem, gemm_problem
+from torch_rtx.lowering.kernels.float32_dots import IEEE, TF32, TF32X3
+from torch_rtx.lowering.kernels.gemm_problem import SIZES, GemmProblem, gemm_problem, precisions_of
 from torch_rtx.lowering.kernels.matmul_template import FLOAT8, MAX_GEMV_ROWS, Contraction, GemmConfig
 from torch_rtx.lowering.kernels.memory_model import typical
 from torch_rtx.lowering.kernels.mma_template import FEW_ROWS
@@ -40,24 +41,34 @@ MAX_SCALED = 3  # operations for an element whose scale follows the sums
 MAX_UNPACKED = 240  # registers per thread for accumulators, elements of an operand, and two for each load
 FEW_BYTES = 128  # of a column that a step reads, at least, where rows are few
 MAX_NARROW_LOADS = 16  # per thread and step: loads of less than 16 bytes
+F32 = "f32"
+ROUNDING = {TF32: 3, TF32X3: 5}  # operations that make what tensor cores read of a number in f32
+CHECKING = 3  # operations for a sum of a step, with TF32X3
+WGMMA_WAITS_US, MMA_WAITS_US = 0.045, 0.05  # of a step with TF32X3, for each warp that waits
+FMA_SLOWER = 4.2  # steps without tensor cores, which read operands from shared memory one by one, than the model says
 
 
-def ranked_configs(region: Region, contraction: Contraction, arch: Arch, input_precision: str) -> list[GemmConfig]:
+def ranked_configs(region: Region, contraction: Contraction, arch: Arch) -> list[GemmConfig]:
     """At most MAX_CONFIGS configurations, the fastest first.
 
     Raises:
         Unsupported: see `gemm_problem`.
     """
-    precision = input_precision if "tf32" in arch.features else "ieee"
     block_scaled = contraction.block_scaled > 0 and "block_scale" in arch.features
-    problem = gemm_problem(region, contraction, arch, precision, block_scaled)
-    best = [config for _, config in _ranked(problem, _is_gemv(contraction) and not block_scaled, arch)]
-    tiles = [(config.gemv, config.slices, config.block_m, config.width) for config in best]
-    kept = [config for at, config in enumerate(best) if tiles[:at].count(tiles[at]) < MAX_PER_TILE][:MAX_CONFIGS]
-    return [
-        replace(config, input_precision=precision, promoted=problem.promoted, block_scaled=block_scaled)
-        for config in kept
-    ]
+    found = list[tuple[float, GemmConfig]]()
+    for precision in precisions_of(contraction, arch):
+        problem = gemm_problem(region, contraction, arch, precision, block_scaled)
+        for us, config in _ranked(problem, _is_gemv(contraction) and not block_scaled, arch):
+            if not config.gemv:
+                config = replace(config, input_precision=precision)
+            if not config.gemv or precision == IEEE:  # which has no products
+                found.append((us, replace(config, promoted=problem.promoted, block_scaled=block_scaled)))
+    best = [config for _, config in sorted(found, key=lambda one: one[0])]
+    tiles = [(config.gemv, config.slices, config.block_m, config.width, config.input_precision) for config in best]
+    kept = [config for at, config in enumerate(best) if tiles[:at].count(tiles[at]) < MAX_PER_TILE]
+    # Times of different instructions are the least certain: the best of each precision is among the first to be tried.
+    heads = {config.input_precision: config for config in reversed(kept)}
+    return list(dict.fromkeys([*kept[:1], *heads.values(), *kept]))[:MAX_CONFIGS]
 
 
 def gemm_us(region: Region, contraction: Contraction, arch: Arch) -> float:
@@ -66,16 +77,18 @@ def gemm_us(region: Region, contraction: Contraction, arch: Arch) -> float:
     Raises:
         Unsupported: see `gemm_problem`.
     """
-    problem = gemm_problem(region, contraction, arch)
-    size = SIZES[problem.dtype]
-    more = (size - problem.second_bytes) * problem.columns * problem.depth * problem.taps
-    moved = problem.bytes_moved + int(more)
-    problem = replace(problem, bytes_moved=moved, uncoalesced_loads=0, second_bytes=size)
-    problem = replace(problem, unpacking=0, packing=None, swapped=False)
-    ranked = _ranked(problem, _is_gemv(contraction), arch)
-    if not ranked:
+    times = list[float]()
+    for precision in precisions_of(contraction, arch):
+        problem = gemm_problem(region, contraction, arch, precision)
+        size = SIZES[problem.dtype]
+        more = (size - problem.second_bytes) * problem.columns * problem.depth * problem.taps
+        moved = problem.bytes_moved + int(more)
+        problem = replace(problem, bytes_moved=moved, uncoalesced_loads=0, second_bytes=size)
+        problem = replace(problem, unpacking=0, packing=None, swapped=False)
+        times += [us for us, _ in _ranked(problem, _is_gemv(contraction), arch)[:1]]
+    if not times:
         raise Unsupported("no tile fits into the registers")
-    return ranked[0][0]
+    return min(times)
 
 
 def config_us(region: Region, contraction: Contraction, arch: Arch, config: GemmConfig) -> float:
@@ -118,7 +131,12 @@ def best_num_splits(region: Region, contraction: Contraction, arch: Arch) -> tup
     Raises:
         Unsupported: see `gemm_problem`.
     """
-    problem, chip = gemm_problem(region, contraction, arch), arch.chip
+    found = [_best_num_splits(region, contraction, arch, one) for one in precisions_of(contraction, arch)]
+    return min(found, key=lambda one: one[1])
+
+
+def _best_num_splits(region: Region, contraction: Contraction, arch: Arch, precision: str) -> tuple[int, float]:
+    problem, chip = gemm_problem(region, contraction, arch, precision), arch.chip
     columns = typical(contraction.columns)  # of all accumulators
     tiles = problem.batch * ceil(problem.rows / TILE) * ceil(columns / TILE)
     best, fastest_us = 1, inf
@@ -164,8 +182,8 @@ def _mma_configs(problem: GemmProblem, arch: Arch) -> Iterator[GemmConfig]:
             continue
         if problem.promoted and block_k > MAX_IMPRECISE:
             continue
-        if problem.dtype == "f32" and block_k > 32:
-            continue  # operands of FMA products take registers
+        if problem.dtype in (F32, TF32X3) and block_k > 32:
+            continue  # operands of FMA products take registers, and so do both parts of an operand
         extra_n = block_n // 2 if extra else 0
         area = block_m * (block_n + extra_n) * problem.accumulators
         warps = [count for count in (2, 4, 8) if 256 <= area // count <= 4096] or [1]
@@ -201,7 +219,7 @@ def _of_computed(problem: GemmProblem, config: GemmConfig, arch: Arch) -> GemmCo
 
 def accumulator_regs(problem: GemmProblem, config: GemmConfig) -> int:
     """Registers per thread for accumulators."""
-    each = 1 + problem.promoted
+    each = 1 + (problem.promoted or problem.dtype == TF32X3)
     return each * config.block_m * config.width * problem.accumulators // (32 * config.num_warps)
 
 
@@ -218,7 +236,7 @@ def _fits_registers(problem: GemmProblem, config: GemmConfig, arch: Arch) -> boo
         loads = int(problem.step_bytes(config)) // (16 * 32 * config.num_warps)
         return accumulator_regs(problem, config) + _computed_elements(problem, config) // 2 + 2 * loads <= MAX_UNPACKED
     is_light = _uses_wgmma(problem, config, arch) and problem.needs_few_registers
-    most = 16 if problem.dtype == "f32" else 128 if is_light else 64
+    most = 16 if problem.dtype == F32 else 128 if is_light and problem.dtype != TF32X3 else 64
     threads = 32 * config.num_warps
     columns = config.width * problem.accumulators
     loaded = (config.block_m + columns) * SIZES[problem.dtype] * config.block_k  # of what computes an element, at least
@@ -249,7 +267,7 @@ def _uses_wgmma(problem: GemmProblem, config: GemmConfig, arch: Arch) -> bool:
     along_k = problem.dtype not in FLOAT8 or not problem.columns_last  # float8 lies along K in shared memory
     rows = config.block_n if problem.swapped else config.block_m
     is_large = rows >= 64 and config.num_warps >= 4
-    return "wgmma" in arch.features and problem.dtype != "f32" and is_large and along_k
+    return "wgmma" in arch.features and problem.dtype != F32 and is_large and along_k
 
 
 def _unpacks_for_wgmma(problem: GemmProblem, config: GemmConfig, arch: Arch) -> bool:
@@ -311,13 +329,15 @@ def _step_us(problem: GemmProblem, config: GemmConfig, arch: Arch, count: int) -
     chip, size, warps = arch.chip, SIZES[problem.dtype], config.num_warps
     width = config.width * problem.accumulators
     rate = chip.rate(problem.dtype) * 1e6 / chip.processors
-    across = 1  # warps that read the same columns
-    if _uses_wgmma(problem, config, arch):
+    across, is_wgmma = 1, _uses_wgmma(problem, config, arch)  # warps that read the same columns
+    if is_wgmma:
         # A warpgroup multiplies 64 rows at a time: it reads all columns, and per accumulator its rows once. Of an
         # operand that it computes from what is in memory, the columns are those rows.
         ranges = problem.accumulators * (2 if config.extra_n else 1) * max(warps * 16 // config.block_m, 1)
         shared = width * config.block_m / 64 * size
         shared += width * problem.second_bytes if problem.swapped else config.block_m * ranges * size
+        if problem.dtype in ROUNDING:  # what it is made of the second operand is written again, and read
+            shared += width * size * (2 if problem.dtype == TF32 else 3 + 2 * config.block_m / 64)
     else:
         # Warps divide the tile into near squares; each reads its rows and its columns, and unpacks these.
         while across * across < warps and config.block_m // across > 16:
@@ -340,9 +360,19 @@ def _step_us(problem: GemmProblem, config: GemmConfig, arch: Arch, count: int) -
     uncoalesced_us = problem.uncoalesced_loads * width * config.block_k / (chip.clock * 1e3)
     operations = min(problem.unpacking, MAX_SCALED) if is_scaled else problem.unpacking
     lanes = min(LANES, LANES_OF_WARP * warps * count)
-    unpack_us = operations * width * config.block_k * across / (lanes * chip.clock * 1e3)
+    computed = operations * width * config.block_k * across
+    if problem.dtype in ROUNDING:
+        by_row_warps, by_column_warps = (1, 1) if is_wgmma else (across, max(warps // across, 1))
+        parted = width * by_row_warps + config.block_m * by_column_warps
+        computed += ROUNDING[problem.dtype] * parted * config.block_k
+        computed += CHECKING * config.block_m * width if problem.dtype == TF32X3 else 0
+    unpack_us = computed / (lanes * chip.clock * 1e3)
+    waiting_us = 0.0
+    if problem.dtype == TF32X3:  # products of which each needs the one before
+        waiting_us = WGMMA_WAITS_US * warps if is_wgmma else MMA_WAITS_US * (2 + warps * count)
     on_chip_us = count * math_us, count * shared_us, count * l2_us, count * unpack_us
-    return BARRIER_US + _overlapped_us(chip, *on_chip_us, latency_us, count * uncoalesced_us)
+    slower = FMA_SLOWER if problem.dtype == F32 else 1.0
+    return slower * (BARRIER_US + waiting_us + _overlapped_us(chip, *on_chip_us, latency_us, count * uncoalesced_us))
 
 
 # ---- slices of K side by side ----------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from math import ceil, gcd, prod
 from torch_rtx.dtypes import OPERANDS
 from torch_rtx.errors import Unsupported
 from torch_rtx.lowering.kernels.epilogue_index import epilogue_indexing
+from torch_rtx.lowering.kernels.float32_dots import IEEE, precisions
 from torch_rtx.lowering.kernels.index import Atom, Div, from_dim, linear, variable
 from torch_rtx.lowering.kernels.kernel_ir import (
     ZERO,
@@ -90,8 +91,18 @@ class GemmProblem:
         return (config.block_m * SIZES[self.dtype] + width * self.second_bytes) * config.block_k
 
 
+def precisions_of(contraction: Contraction, arch: Arch) -> tuple[str, ...]:
+    """The values of `GemmConfig.input_precision` for a contraction on `arch`.
+
+    Raises:
+        Unsupported: see `dot_dtype`.
+    """
+    level = arch.float32.convolutions if contraction.grouped else arch.float32.products
+    return precisions(arch, level) if dot_dtype(contraction) == "f32" else (IEEE,)
+
+
 def gemm_problem(
-    region: Region, contraction: Contraction, arch: Arch, input_precision: str = "ieee", block_scaled: bool = False
+    region: Region, contraction: Contraction, arch: Arch, input_precision: str = IEEE, block_scaled: bool = False
 ) -> GemmProblem:
     """The problem that a region poses, at typical values of its symbolic sizes.
 
@@ -117,7 +128,7 @@ def gemm_problem(
         depth=depth,
         taps=taps,
         accumulators=len(epilogue.columns),
-        dtype="tf32" if dtype == "f32" and input_precision != "ieee" else dtype,
+        dtype=input_precision if dtype == "f32" and input_precision != IEEE else dtype,
         bytes_moved=sum(map(bytes_of, region.memory_types)),
         columns_last=_column_stride(contraction) == 1,
         needs_few_registers=_needs_few_registers(region, contraction),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from torch_rtx.dtypes import HALVES
+from torch_rtx.lowering.kernels import float32_dots
 from torch_rtx.lowering.kernels.emit import Axis, Emitter, Operand
 from torch_rtx.lowering.kernels.index import Index, substitute, variable
 from torch_rtx.lowering.kernels.kernel_ir import Position
@@ -65,6 +66,7 @@ class MmaWriter(TileWriter):
     def __init__(self, region: Region, contraction: Contraction, config: GemmConfig) -> None:
         super().__init__(region, contraction, config)
         self.swapped = swaps(contraction)
+        self.functions = float32_dots.functions(self.dtype, config.input_precision)
         if self.swapped:
             self.row_axis, self.column_axis = self.column_axis, self.row_axis
         self.loop_rows = Axis(M, self.config.block_m, self.rows_mask)  # of a tile in the loop
@@ -256,7 +258,7 @@ class MmaWriter(TileWriter):
         first, second = (b, a) if self.swapped else (a, b)
         if self.config.promoted:  # with the last argument, Triton does not make one dot of both again
             return f"{total} += tl.dot({first}, {second}, max_num_imprecise_acc={self.config.block_k})"
-        how = f', input_precision="{self.config.input_precision}"' if self.dtype == "f32" else ""
-        if self.sums != "f32":  # what `tl.dot` takes for granted
-            how = f", out_dtype={tl_dtype(self.sums)}"
+        if self.dtype == "f32":
+            return f"{total} = {float32_dots.dot(first, second, total, self.config.input_precision)}"
+        how = "" if self.sums == "f32" else f", out_dtype={tl_dtype(self.sums)}"  # f32 is taken for granted
         return f"{total} = tl.dot({first}, {second}, {total}{how})"

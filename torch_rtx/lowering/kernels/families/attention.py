@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch_rtx.chips import ATTENTION_LEAST_US, ATTENTION_REACHED, FASTER, MANY_KEYS, SLOWER
 from torch_rtx.ir import Graph
 from torch_rtx.lowering.kernels.attention import attention_of
-from torch_rtx.lowering.kernels.attention_configs import AttentionConfig, attention_configs
+from torch_rtx.lowering.kernels.attention_configs import AttentionConfig, attention_configs, operands_of
 from torch_rtx.lowering.kernels.attention_forward import attention_kernel
 from torch_rtx.lowering.kernels.body_builder import argument, type_of
 from torch_rtx.lowering.kernels.families.family import Family, Offer, splits
@@ -48,7 +48,7 @@ def _expected_us(region: Region, arch: Arch, config: AttentionConfig) -> float:
     assert anchor is not None
     work = flops(anchor, typical) / (2 if found.causal else 1)
     _, _, unsplit_us = best_kv_splits(found, type_of(argument(anchor, "key")).shape[-2], arch)
-    compute_us = arch.chip.launch + work / (arch.chip.rate(found.dtype) * ATTENTION_REACHED * 1e6)
+    compute_us = arch.chip.launch + work / (arch.chip.rate(operands_of(found, config)) * ATTENTION_REACHED * 1e6)
     return max(compute_us, streaming_us(region.memory_types, arch), unsplit_us)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from torch_rtx.chips import ATTENTION_REACHED
 from torch_rtx.ir import Graph
 from torch_rtx.lowering.kernels.attention import attention_of
-from torch_rtx.lowering.kernels.attention_configs import AttentionConfig
+from torch_rtx.lowering.kernels.attention_configs import AttentionConfig, operands_of
 from torch_rtx.lowering.kernels.attention_flex import flex_configs, flex_kernel
 from torch_rtx.lowering.kernels.attention_flex_backward import gradient_configs, gradient_kernel
 from torch_rtx.lowering.kernels.body_builder import argument, type_of
@@ -43,7 +43,7 @@ def _expected_us(region: Region, arch: Arch, config: AttentionConfig) -> float:
     assert anchor is not None
     assert attn.modified is not None
     work = flops(anchor, typical) * (SEEN if attn.modified.lists else 1)
-    compute_us = arch.chip.launch + work / (arch.chip.rate(attn.dtype) * ATTENTION_REACHED * 1e6)
+    compute_us = arch.chip.launch + work / (arch.chip.rate(operands_of(attn, config)) * ATTENTION_REACHED * 1e6)
     unsplit_us = best_kv_splits(attn, type_of(argument(anchor, "key")).shape[-2], arch)[2] if anchor.op == FLEX else 0.0
     return max(compute_us, streaming_us(region.memory_types, arch), unsplit_us)
 

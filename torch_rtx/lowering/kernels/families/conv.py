@@ -26,6 +26,7 @@ from torch_rtx.lowering.kernels.families.family import (
     Offer,
     added_to,
     around,
+    bare,
     library_us,
     splits,
 )
@@ -78,8 +79,8 @@ def conv_kernel(region: Region, name: str, config: GemmConfig) -> Kernel:
     return _writer(contraction, config)(region, contraction, config).kernel(name)
 
 
-def conv_configs(region: Region, arch: Arch, input_precision: str = "ieee") -> list[GemmConfig]:
-    """Configurations for `arch`, the fastest first; `input_precision` is that of f32 operands.
+def conv_configs(region: Region, arch: Arch) -> list[GemmConfig]:
+    """Configurations for `arch`, the fastest first.
 
     Raises:
         Unsupported: see `conv_kernel`, or a dtype that the target does not multiply.
@@ -87,7 +88,7 @@ def conv_configs(region: Region, arch: Arch, input_precision: str = "ieee") -> l
     contraction = conv_contraction(region)
     if is_depthwise(contraction):
         return _depthwise_configs(contraction, arch)
-    return ranked_configs(region, contraction, arch, input_precision)
+    return ranked_configs(region, contraction, arch)
 
 
 def _depthwise_configs(contraction: Contraction, arch: Arch) -> list[GemmConfig]:
@@ -301,11 +302,30 @@ def _others(region: Region, name: str, arch: Arch, us: float) -> Iterator[Offer]
     usual = typical(channels) >= FEW_CHANNELS and sum(size != 1 for size in window) > 1
     plain = us if is_depthwise(contraction) else MODEL_ERROR * gemm_us(region, contraction, arch)
     before_us = prologue_us(region, arch)
-    expected_us = library_us(FAMILY.name, region, arch, plain, before_us, epilogue_us(region, arch), usual)
-    yield Offer("library", expected_us)
+    _, _, type_ = anchor_result(region, "conv")
+    bias_us = streaming_us([type_, type_], arch)  # PyTorch adds it by a kernel after cuDNN's
+    without, after_us = _without_bias(region.body, name), epilogue_us(region, arch)
+    expected_us = library_us(FAMILY.name, region, arch, plain, before_us, after_us, usual)
+    yield Offer("library", expected_us + (bias_us if without is not None and usual else 0.0))
+    if without is not None:
+        yield Offer("bare", expected_us + (0.0 if after_us else bias_us), without)
     fused = _with_relu(region.body)
     if fused is not None:  # cuDNN may refuse the call, so it is measured but never expected to be the fastest
         yield Offer("cudnn", max(expected_us, SLOWER * us), fused)
+
+
+def _without_bias(body: Graph, name: str) -> Graph | None:
+    """See `bare`."""
+    _, anchor, _ = around(body, OPS)
+    (result,) = anchor.outputs
+    assert result is not None
+    given = {key: attr for key, attr in anchor.args if key != "bias"}
+    given = {**dict(list(given.items())[:2]), "bias": None, **given}  # in the order of the schema
+
+    def call(calls: BodyBuilder) -> Value:
+        return calls.call(anchor.op.removeprefix("aten."), type_of(result), **given)
+
+    return bare(body, name, anchor, anchor.arg("bias"), call)
 
 
 def _with_relu(body: Graph) -> Graph | None:

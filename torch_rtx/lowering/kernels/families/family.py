@@ -9,15 +9,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch_rtx.chips import LIBRARY, MODEL_ERROR, SLOWER, TUNED
+from torch_rtx.chips import FMA_REACHED, LIBRARY, MODEL_ERROR, SLOWER, TUNED
 from torch_rtx.errors import Unsupported
-from torch_rtx.ir import Graph, Node, Value
-from torch_rtx.lowering.kernels.body_builder import flat
+from torch_rtx.ir import Attr, Graph, Node, Value
+from torch_rtx.lowering.kernels.body_builder import BodyBuilder, flat, kernel, names_in, needed, type_of
 from torch_rtx.lowering.kernels.kernel import Kernel
 from torch_rtx.lowering.kernels.memory_model import bytes_of, typical
 from torch_rtx.lowering.kernels.region import Region, tensor_type
-from torch_rtx.op_work import flops
-from torch_rtx.targets import Arch
+from torch_rtx.op_work import PRODUCTS, flops
+from torch_rtx.targets import HIGH, Arch
 
 SPLIT_PENALTY = 1.15  # a split form must promise this speedup to be ranked before the kernel
 SPLIT_MARGIN = 0.75  # and this one to be offered for measuring: models are imprecise
@@ -84,7 +84,7 @@ def library_us(
     anchor, chip, call = region.anchor, arch.chip, LIBRARY[kind]
     assert anchor is not None
     types = [tensor_type(value) for value in (*anchor.inputs, *filter(None, anchor.outputs))]
-    work, rate = flops(anchor, typical), chip.rate(types[0].dtype)
+    work, rate = flops(anchor, typical), _library_rate(types[0].dtype, kind, arch)
     if not usual or work / (max(rate, chip.tensor) * 1e6) <= call.least_us:
         return before_us + SLOWER * us
     memory_us = MODEL_ERROR * (sum(map(bytes_of, types)) if moved is None else moved) / (chip.memory * 1e3)
@@ -93,6 +93,13 @@ def library_us(
     if "wgmma" not in arch.features:
         call_us = max(call_us, us * (TUNED if products_us > memory_us else SLOWER))
     return before_us + call_us + after_us
+
+
+def _library_rate(dtype: str, kind: str, arch: Arch) -> float:
+    """TFLOP/s of a library's products of a dtype; of f32 in TF32 where that is allowed."""
+    if dtype == "f32" and arch.float32.of(kind) == HIGH and "tf32" in arch.features:
+        return arch.chip.rate("tf32")
+    return arch.chip.rate(dtype) * (FMA_REACHED if dtype == "f32" else 1.0)
 
 
 def around(body: Graph, ops: frozenset[str]) -> tuple[list[Node], Node, list[Node]]:
@@ -112,3 +119,28 @@ def added_to(anchor: Node, node: Node) -> Value | None:
     if not isinstance(other, Value) or value is None or other == value:
         return None
     return other if other.type == value.type else None
+
+
+def bare(body: Graph, name: str, anchor: Node, bias: Attr, call: Callable[[BodyBuilder], Value | None]) -> Graph | None:
+    """`body`, of the kernel `name`, as a library's product without the bias, which one kernel adds with all that
+    follows: libraries have faster kernels without, or add it by a kernel of their own. None if there is no bias, or if
+    `call` adds no such product, of the shape of the anchor's, to the calls that it gets.
+    """
+    before, _, after = around(body, frozenset((anchor.op,)))
+    (result,) = anchor.outputs
+    outputs = tuple(value for value in body.outputs if isinstance(value, Value))
+    made = {value.name for node in (anchor, *after) for value in node.results}
+    if not isinstance(bias, Value) or result is None or not {value.name for value in outputs} <= made:
+        return None
+    taken = names_in(body)
+    calls = BodyBuilder(taken, needed(before, anchor.inputs))
+    plain = call(calls)
+    if plain is None:
+        return None
+    last = BodyBuilder(taken, needed(flat(before), (bias, *(value for node in after for value in node.inputs))))
+    shape = type_of(result).shape
+    other = bias if anchor.op in PRODUCTS else last.reshape(bias, (shape[1], *(1 for _ in shape[2:])))
+    last.call("add.Tensor", type_of(result), self=plain, other=other)
+    last.name_last(result)
+    nodes = *calls.nodes, kernel(f"{name}_bias", (plain, *body.inputs), [*last.nodes, *after], outputs)
+    return Graph("import", body.inputs, nodes=nodes, outputs=body.outputs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from torch_rtx.chips import MODEL_ERROR
+from torch_rtx.chips import BIAS_COST, MODEL_ERROR
 from torch_rtx.dtypes import DTYPES, FLOAT
 from torch_rtx.errors import Unsupported
 from torch_rtx.ir import Dim, Graph, Node, TensorType, Value, attr_values, contiguous, dim_expr
@@ -15,7 +15,7 @@ from torch_rtx.lowering.kernels.block_scaled import (
 )
 from torch_rtx.lowering.kernels.body_builder import BodyBuilder, argument, names_in, type_of
 from torch_rtx.lowering.kernels.expressions import A, B
-from torch_rtx.lowering.kernels.families.family import Family, Offer, around, library_us, splits
+from torch_rtx.lowering.kernels.families.family import Family, Offer, around, bare, library_us, splits
 from torch_rtx.lowering.kernels.gemm_perf_model import best_num_splits, config_us, gemm_us, ranked_configs
 from torch_rtx.lowering.kernels.gemv_template import GemvWriter
 from torch_rtx.lowering.kernels.index import Index, bounds, from_dim, multiple, product, ravel, unravel, variable
@@ -33,14 +33,14 @@ from torch_rtx.lowering.kernels.kernel_ir import (
     pointwise,
 )
 from torch_rtx.lowering.kernels.matmul_template import Contraction, GemmConfig, anchor_result, dot_dtype
-from torch_rtx.lowering.kernels.memory_model import epilogue_us, prologue_us, typical
+from torch_rtx.lowering.kernels.memory_model import epilogue_us, prologue_us, streaming_us, typical
 from torch_rtx.lowering.kernels.mma_template import MmaWriter
 from torch_rtx.lowering.kernels.ops.views import reshape
 from torch_rtx.lowering.kernels.region import Region, tensor_type
 from torch_rtx.lowering.kernels.sliced_template import SlicedWriter
 from torch_rtx.lowering.kernels.split import added, split_anchor
 from torch_rtx.op_work import ANCHORS, INT_MM, PRODUCTS, SCALED_MM, SCALES, library_has
-from torch_rtx.targets import Arch
+from torch_rtx.targets import HIGHEST, Arch
 
 
 def gemm_kernel(region: Region, name: str, config: GemmConfig) -> Kernel:
@@ -55,13 +55,13 @@ def gemm_kernel(region: Region, name: str, config: GemmConfig) -> Kernel:
     return writer(region, gemm_contraction(region), config).kernel(name)
 
 
-def gemm_configs(region: Region, arch: Arch, input_precision: str = "ieee") -> list[GemmConfig]:
-    """Configurations for `arch`, the fastest first; `input_precision` is that of f32 operands.
+def gemm_configs(region: Region, arch: Arch) -> list[GemmConfig]:
+    """Configurations for `arch`, the fastest first.
 
     Raises:
         Unsupported: see `gemm_kernel`, or a dtype that the target does not multiply.
     """
-    return ranked_configs(region, gemm_contraction(region), arch, input_precision)
+    return ranked_configs(region, gemm_contraction(region), arch)
 
 
 def gemm_contraction(region: Region) -> Contraction:
@@ -234,7 +234,13 @@ def _others(region: Region, name: str, arch: Arch, us: float) -> Iterator[Offer]
         return  # of halves that are cast to float32, a library multiplies the casts
     usual, before_us = _has_aligned_rows(region.anchor), prologue_us(region, arch)
     plain = MODEL_ERROR * gemm_us(region, contraction, arch)
-    yield Offer("library", library_us(FAMILY.name, region, arch, plain, before_us, epilogue_us(region, arch), usual))
+    after_us, without = epilogue_us(region, arch), _without_bias(region.body, name)
+    is_slower = without is not None and arch.float32.products == HIGHEST  # with the bias
+    expected_us = library_us(FAMILY.name, region, arch, plain, before_us, after_us, usual)
+    yield Offer("library", expected_us * (BIAS_COST if is_slower else 1.0))
+    if without is not None:
+        bias_us = after_us or streaming_us([*region.types, *region.types], arch)
+        yield Offer("bare", library_us(FAMILY.name, region, arch, plain, before_us, bias_us, usual), without)
     calls = {
         "cublaslt": _with_activation(region.body),
         "cublas": _in_float32(region),
@@ -303,6 +309,25 @@ def _with_activation(body: Graph) -> Graph | None:
     total = calls.call("_addmm_activation.default", type_, self=bias, mat1=first, mat2=second, **gelu)
     calls.reshape(total, type_of(result).shape)
     return calls.body(body.inputs, result)
+
+
+def _without_bias(body: Graph, name: str) -> Graph | None:
+    """See `bare`; in float32, where cuBLASLt's kernels that add a bias are the slower ones, and no sum is rounded."""
+    _, anchor, _ = around(body, OPS)
+    (result,) = anchor.outputs
+    added = anchor.arg(PRODUCTS[anchor.op].added)
+    if result is None or type_of(result).dtype != "f32" or (anchor.arg("alpha", 1), anchor.arg("beta", 1)) != (1, 1):
+        return None
+
+    def call(calls: BodyBuilder) -> Value | None:
+        matrices = _matrices(calls, anchor)
+        if matrices is None or type_of(matrices[0]).dtype != "f32":
+            return None
+        first, second, shape = matrices
+        total = calls.call("mm.default", TensorType("f32", shape, contiguous(shape)), self=first, mat2=second)
+        return calls.reshape(total, type_of(result).shape)
+
+    return bare(body, name, anchor, added, call)
 
 
 def _in_float32(region: Region) -> Graph | None:

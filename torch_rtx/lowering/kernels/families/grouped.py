@@ -137,7 +137,7 @@ def _kernel(region: Region, name: str, config: GemmConfig) -> Kernel:
 def _configs(region: Region, arch: Arch) -> list[GemmConfig]:
     """Of those that wait for memory alone, as with few rows of each group, the ones with the least other work first."""
     chip = replace(arch.chip, overlap=min(arch.chip.overlap, OVERLAP))
-    return ranked_configs(region, grouped_contraction(region), replace(arch, chip=chip), "ieee")
+    return ranked_configs(region, grouped_contraction(region), replace(arch, chip=chip))
 
 
 def _expected_us(region: Region, arch: Arch, config: GemmConfig) -> float:
