@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 import torch_rtx
 from tests.distributed.ranks import device
 from torch_rtx.collectives import is_ordered
+from torch_rtx.errors import RanksError
 from torch_rtx.runtime.session import watched_calls
 
 
@@ -114,6 +115,26 @@ def random_shapes(count: int) -> None:
             assert found.shape == (rows * dist.get_world_size(),)
 
 
+def different_programs() -> None:
+    """A rank has its collectives in another order than the other one: an error of both, and none waits."""
+    group = dist.new_group(list(range(dist.get_world_size())))
+
+    def reduced(x: Tensor) -> Tensor:
+        return funcol.all_reduce(x * 2, "sum", group)
+
+    def gathered(x: Tensor) -> Tensor:
+        return funcol.all_gather_tensor(x, 0, group).sum()
+
+    def function(x: Tensor, first: bool) -> Tensor:
+        return gathered(reduced(x)) if first else reduced(gathered(x))
+
+    compiled = torch.compile(function, backend="rtx", fullgraph=True)
+    problem = "collective 1 of rank . is all_.*, and that of rank . is all_"
+    for _ in range(2):
+        with torch.no_grad(), pytest.raises(RanksError, match=problem):
+            compiled(torch.ones(4, device=device()), dist.get_rank() == 0)
+
+
 def leave() -> None:
     """The second rank ends in the middle of a call, the first one waits for it."""
 
@@ -125,6 +146,6 @@ def leave() -> None:
         compiled(torch.ones(4, device=device()))
         if dist.get_rank() == 1:
             os._exit(1)
-        with pytest.raises(RuntimeError, match=r"(?i)connection|peer|closed"):
+        with pytest.raises(RanksError, match=r"(?i)a collective of the group .*(connection|peer|closed)"):
             compiled(torch.ones(4, device=device()))
     raise EOFError("the other rank has ended")

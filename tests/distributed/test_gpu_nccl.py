@@ -29,6 +29,10 @@ def test_every_form(gpus: Ranks) -> None:
         assert set(kinds) == {"extern"}
 
 
+def test_different_programs(gpus: Ranks) -> None:
+    gpus.run(collective_checks.different_programs, seconds=60)
+
+
 def test_collectives_are_part_of_cuda_graphs(gpus: Ranks) -> None:
     for why_not, replays in gpus.run(collective_checks.replayed, 12, seconds=180):
         assert why_not is None

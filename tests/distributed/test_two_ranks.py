@@ -41,6 +41,7 @@ def collectives_are_in_the_engine(ranks: Ranks, folder: Path) -> None:
     for kinds in ranks.run(collective_checks.forms):
         assert len(kinds) >= 2 * len(collective_checks.FORMS)
         assert set(kinds) == {"extern"}
+    ranks.run(collective_checks.different_programs)
 
 
 def divided_models(ranks: Ranks, folder: Path) -> None:
