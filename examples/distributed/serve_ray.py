@@ -45,7 +45,7 @@ class Rank:
 
 @serve.deployment
 class Model:
-    """The ranks of one model. It hands each request to all of them in one go, so that they see requests in one order."""
+    """The ranks of one model. Each request goes to all of them in one go: all see requests in one order."""
 
     def __init__(self, folder: str) -> None:
         gpus = int(torch.cuda.is_available())
