@@ -17,6 +17,7 @@ import torch_rtx
 from tests.distributed.ranks import device
 from torch_rtx.collectives import is_ordered
 from torch_rtx.errors import RanksError
+from torch_rtx.one_shot import ROOMS
 from torch_rtx.runtime.session import watched_calls
 
 
@@ -42,7 +43,7 @@ def _of_an_input(x: Tensor) -> Tensor:
 FORMS: dict[str, Callable[[Tensor], Any]] = {
     "all_reduce of a transpose": lambda x: funcol.all_reduce(x.exp().t(), "sum", dist.group.WORLD),
     "all_reduce_coalesced": lambda x: funcol.all_reduce_coalesced([x, x * 2], "sum", dist.group.WORLD)[1] + 1,
-    "all_gather": lambda x: funcol.all_gather_tensor(x, 1, dist.group.WORLD) * 2,
+    "all_gather": lambda x: funcol.all_gather_tensor(x.t(), 0, dist.group.WORLD) * 2,
     "all_gather_coalesced": lambda x: funcol.all_gather_into_tensor_coalesced([x, x + 1], dist.group.WORLD)[1].cos(),
     "reduce_scatter": lambda x: funcol.reduce_scatter_tensor(x.exp(), "sum", 0, dist.group.WORLD).relu(),
     "reduce_scatter_coalesced": lambda x: funcol.reduce_scatter_tensor_coalesced(
@@ -149,3 +150,25 @@ def leave() -> None:
         with pytest.raises(RanksError, match=r"(?i)a collective of the group .*(connection|peer|closed)"):
             compiled(torch.ones(4, device=device()))
     raise EOFError("the other rank has ended")
+
+
+def small_sums(count: int) -> tuple[int, int]:
+    """Check sums in one kernel, of sizes below and above the limit, in turn with other collectives; returns the limit,
+    and how many calls replayed a CUDA graph."""
+
+    def function(x: Tensor) -> Tensor:
+        y = funcol.all_reduce(x * 2, "sum", dist.group.WORLD) + x
+        z = funcol.all_gather_tensor(funcol.all_reduce(y + 1, "sum", dist.group.WORLD), 0, dist.group.WORLD)
+        return funcol.all_reduce(z.relu(), "sum", dist.group.WORLD)
+
+    compiled = torch.compile(function, backend="rtx", fullgraph=True, dynamic=False)
+    with torch.no_grad(), watched_calls() as calls:
+        for step in range(count):
+            for rows in (2, 64, 4096):
+                x = torch.full((rows, 512), float(dist.get_rank() + step), device=device())
+                torch.testing.assert_close(compiled(x), torch.as_tensor(function(x)))
+            if step == 2:
+                torch_rtx.wait(60)
+    room = ROOMS.get(dist.group.WORLD.group_name)
+    session, _ = calls[-1]
+    return (0 if room is None else room.limit), (0 if session.pool is None else session.pool.replays)

@@ -39,6 +39,13 @@ def test_collectives_are_part_of_cuda_graphs(gpus: Ranks) -> None:
         assert replays >= 4
 
 
+def test_small_sums(gpus: Ranks) -> None:
+    (limit, replays), other = gpus.run(collective_checks.small_sums, 10, seconds=120)
+    assert (limit, replays) == other
+    assert limit >= 32 << 10
+    assert replays >= 4
+
+
 def test_ranks_stay_in_step(gpus: Ranks) -> None:
     gpus.run(collective_checks.random_shapes, 400, seconds=180)
 

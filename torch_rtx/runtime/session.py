@@ -128,7 +128,7 @@ class Session:
         compiled = self._compiler(self.streamer)
         self.specializer = Specializer(graph, compiled, tactics or {}, store.device, settings, context)
         # A second run changes nothing but the results, and other ranks need not take part.
-        self._together = Together(graph) if any(map(is_collective, graph.nodes)) else None
+        self._together = Together(graph, store.device) if any(map(is_collective, graph.nodes)) else None
         self._repeatable = not graph.written and not may_draw(graph) and self._together is None
         self._check_sizes = check_sizes if graph.syms else None
         self._open = [i for i, value in enumerate(graph.inputs) if _is_open(value.type)]

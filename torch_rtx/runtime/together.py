@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -21,7 +22,9 @@ from torch_rtx.collectives import groups_of
 from torch_rtx.errors import RanksError, RtxError
 from torch_rtx.ir import Graph, Node
 from torch_rtx.runtime.groups import resolved
-from torch_rtx.runtime.ranks import FIRST_S, exchanged
+from torch_rtx.runtime.one_shot_choice import choose
+from torch_rtx.runtime.ranks import FIRST_S, agreed, exchanged
+from torch_rtx.runtime.watch import captures
 
 log = logging.getLogger(__name__)
 
@@ -41,13 +44,15 @@ class Met:
 
 
 _MET: dict[str, Met] = {}  # by name
-_LOCK = threading.Lock()
+_LOCKS: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)  # by name
+SUM = "all_reduce sum"
 
 
 class Together:
     """The collectives of a graph, by their process groups."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, device: torch.device) -> None:
+        self._device = device
         self._calls = {name: [_text(node) for node in nodes] for name, nodes in groups_of(graph).items()}
         self._met = False
 
@@ -60,7 +65,7 @@ class Together:
         """
         if not self._met:
             for name, calls in self._calls.items():
-                _meet(name, calls)
+                _meet(name, calls, self._device)
             self._met = True
         try:
             yield
@@ -78,16 +83,20 @@ def _text(node: Node) -> str:
     return " ".join([name, *(str(node.arg(key)) for key in ("reduce_op", "src") if node.arg(key) is not None)])
 
 
-def _meet(name: str, calls: list[str], seconds: float = FIRST_S) -> None:
-    """Compare with the other ranks of the group, if none of its graphs has run in this process."""
+def _meet(name: str, calls: list[str], device: torch.device, seconds: float = FIRST_S) -> None:
+    """Compare with the other ranks of the group, and choose how they add up, if none of its graphs has run here."""
     group = resolved(name)
-    with _LOCK:
+    with _LOCKS[name]:
         met = _MET.get(name)
         if met is None or met.group is not group:
             met = _MET[name] = Met(group, 0 if met is None else met.life + 1)
             key = f"collectives of {name} {met.life}"
             said = exchanged(key, "\n".join(calls), group.rank(), group.size(), seconds)
             met.problem = _difference(calls, said, group.rank(), name)
+            complete = agreed(f"{key} all", str(None not in said)) == "True"
+            if met.problem is None and complete and SUM in calls and not captures(device):
+                with torch.inference_mode(False), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                    choose(name, group, device, key)
     if met.problem is not None:
         raise RanksError(met.problem, hint="each rank has to make the same calls in the same order")
 
