@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -134,6 +135,23 @@ def different_programs() -> None:
     for _ in range(2):
         with torch.no_grad(), pytest.raises(RanksError, match=problem):
             compiled(torch.ones(4, device=device()), dist.get_rank() == 0)
+
+
+def killed() -> None:
+    """The second rank is killed while both replay a CUDA graph, which has no timeout: the first one ends as well."""
+    compiled = torch.compile(lambda x: funcol.all_reduce(x * 2, "sum", dist.group.WORLD) + 1, backend="rtx")
+    x = torch.ones(4096, 4096, device=device())
+    with torch.no_grad():
+        for step in range(12):
+            compiled(x)
+            if step == 2:
+                torch_rtx.wait(60)
+        torch.cuda.synchronize()
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        while True:
+            compiled(x)
+            torch.cuda.synchronize()
 
 
 def leave() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
+from contextlib import closing
 
 import pytest
 import torch
@@ -44,6 +46,16 @@ def test_small_sums(gpus: Ranks) -> None:
     assert (limit, replays) == other
     assert limit >= 32 << 10
     assert replays >= 4
+
+
+def test_a_rank_that_is_killed() -> None:
+    """The other one's GPU waits in a CUDA graph. It ends soon after the timeout, and does not hang."""
+    with closing(Ranks("nccl", seconds=20)) as ranks:
+        ranks.start(collective_checks.killed)
+        ranks.processes[1].join(120)
+        assert ranks.processes[1].exitcode == -signal.SIGKILL
+        ranks.processes[0].join(20 + 20 + 20)
+        assert ranks.processes[0].exitcode not in (None, 0)
 
 
 def test_ranks_stay_in_step(gpus: Ranks) -> None:

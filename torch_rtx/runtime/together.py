@@ -23,6 +23,7 @@ from torch_rtx.errors import RanksError, RtxError
 from torch_rtx.ir import Graph, Node
 from torch_rtx.runtime.groups import resolved
 from torch_rtx.runtime.one_shot_choice import choose
+from torch_rtx.runtime.pulse import Pulse, watch
 from torch_rtx.runtime.ranks import FIRST_S, agreed, exchanged
 from torch_rtx.runtime.watch import captures
 
@@ -54,7 +55,7 @@ class Together:
     def __init__(self, graph: Graph, device: torch.device) -> None:
         self._device = device
         self._calls = {name: [_text(node) for node in nodes] for name, nodes in groups_of(graph).items()}
-        self._met = False
+        self._pulses: dict[str, Pulse | None] | None = None  # by group; None: it has not met the others
 
     @contextmanager
     def call(self) -> Iterator[None]:
@@ -63,10 +64,11 @@ class Together:
         Raises:
             RanksError: the other ranks have other collectives, or one of them has ended.
         """
-        if not self._met:
-            for name, calls in self._calls.items():
-                _meet(name, calls, self._device)
-            self._met = True
+        if self._pulses is None:
+            self._pulses = {name: _meet(name, calls, self._device) for name, calls in self._calls.items()}
+        for name, pulse in self._pulses.items():
+            if pulse is not None and pulse.gone is not None:
+                raise RanksError(f"{pulse.gone} of the group {name!r} is gone")
         try:
             yield
         except RuntimeError as error:
@@ -83,8 +85,9 @@ def _text(node: Node) -> str:
     return " ".join([name, *(str(node.arg(key)) for key in ("reduce_op", "src") if node.arg(key) is not None)])
 
 
-def _meet(name: str, calls: list[str], device: torch.device, seconds: float = FIRST_S) -> None:
-    """Compare with the other ranks of the group, and choose how they add up, if none of its graphs has run here."""
+def _meet(name: str, calls: list[str], device: torch.device, seconds: float = FIRST_S) -> Pulse | None:
+    """Compare with the other ranks of the group, and choose how they add up, if none of its graphs has run here.
+    Returns what sees them go."""
     group = resolved(name)
     with _LOCKS[name]:
         met = _MET.get(name)
@@ -99,6 +102,7 @@ def _meet(name: str, calls: list[str], device: torch.device, seconds: float = FI
                     choose(name, group, device, key)
     if met.problem is not None:
         raise RanksError(met.problem, hint="each rank has to make the same calls in the same order")
+    return watch(group, device)
 
 
 def _difference(calls: list[str], said: list[str | None], here: int, name: str) -> str | None:
